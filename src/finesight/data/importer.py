@@ -37,6 +37,7 @@ from finesight.data.image_header import (
     PixelKey,
     decode_image,
     is_image_value,
+    split_page,
 )
 from finesight.data.image_resolver import IMAGES_FOLDER, ImageNames, hash_images
 from finesight.data.import_source import ImportOptions, ImportSource, open_source
@@ -431,7 +432,7 @@ def import_dataset(
         output_files = [_write_split(split, spool, staging, out) for split in splits]
         if invalid.lines:
             write_chunks(staging / SKIPPED_ROWS_FILE, map(spool.read, invalid.lines))
-        used_names = {image_names.name(image) for image in num_used}
+        used_names = {split_page(image_names.name(image))[0] for image in num_used}
         for saved in (staging / IMAGES_FOLDER).glob("*"):  # such as those of skipped rows
             if saved.relative_to(staging).as_posix() not in used_names:
                 saved.unlink()

@@ -378,6 +378,21 @@ def list_media_paths(part: ContentPart) -> tuple[str, ...]:
     return ()
 
 
+def expand_images(
+    content: Iterable[ContentPart], list_pages: Callable[[str], Iterable[str]]
+) -> tuple[ContentPart, ...]:
+    """Replace each image of a message by images of its pages."""
+    return tuple(
+        one
+        for part in content
+        for one in (
+            [ImagePart(image=page) for page in list_pages(part.image)]
+            if isinstance(part, ImagePart)
+            else [part]
+        )
+    )
+
+
 def _map_part_paths(part: ContentPart, rename: Callable[[str], str]) -> ContentPart:
     if isinstance(part, ImagePart):
         return ImagePart(image=rename(part.image))

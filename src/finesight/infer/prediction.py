@@ -18,7 +18,14 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from finesight.data.boxes import sort_corners
-from finesight.data.image_header import DEFAULT_SIZE, CorruptImageError, ImageSize
+from finesight.data.image_header import (
+    DEFAULT_SIZE,
+    CorruptImageError,
+    ImageSize,
+    PageRanges,
+    list_pages,
+    split_page,
+)
 from finesight.data.sample import (
     BoxPart,
     ImagePart,
@@ -107,8 +114,9 @@ class Prediction:
 
     def as_text(self) -> str:
         """Format the prediction for the console, with one line per box."""
-        paths = self.images or ((self.id,) if is_video_path(self.id) else ())
-        head = "".join(f"{path}: " for path in paths)
+        files = dict.fromkeys(split_page(str(path))[0] for path in self.images)
+        paths = [*(files if len(self.images) > 1 else self.images)]
+        head = "".join(f"{path}: " for path in paths or [self.id] * is_video_path(self.id))
         is_truncated = self.finish_reason == "length"
         truncation_note = f" [truncated after {self.num_tokens} tokens]" if is_truncated else ""
         boxes = [
@@ -126,15 +134,21 @@ def box_to_dict(box: BoxPart) -> dict[str, Any]:
     return {"image": box.image, "label": box.label, "xyxy": corners}
 
 
-def build_question(image_paths: Sequence[Path], prompt: str, sample_id: str) -> LocatedSample:
+def build_question(
+    image_paths: Sequence[Path], prompt: str, sample_id: str, pages: PageRanges = ()
+) -> LocatedSample:
     """Build a sample with one user turn that contains images or video files, then text.
+
+    Args:
+        pages: Pages of documents; empty for all. Each is an image.
 
     Raises:
         CorruptImageError: An image is missing or unreadable.
     """
-    for path in image_paths:
+    paths = [page for path in image_paths for page in list_pages(path, pages)]
+    for path in paths:
         read_visual_size(path)
-    message = build_user_message(prompt, image_paths)
+    message = build_user_message(prompt, paths)
     return LocatedSample(Sample(id=sample_id, messages=(message,)), Path())
 
 
@@ -147,15 +161,17 @@ def build_user_message(text: str, paths: Sequence[Path]) -> Message:
     return Message(role="user", content=(*parts, TextPart(text=text)))
 
 
-def build_questions(image_paths: Sequence[Path], prompt: str) -> list[LocatedSample]:
-    """Build one sample per image or video file with the same prompt; without, text only.
+def build_questions(
+    image_paths: Sequence[Path], prompt: str, pages: PageRanges = ()
+) -> list[LocatedSample]:
+    """Build one sample per image, document or video with the same prompt; without, text only.
 
     Raises:
         CorruptImageError: An image is missing or unreadable.
     """
     if not image_paths:
         return [build_question((), prompt, prompt)]
-    return [build_question([path], prompt, str(path)) for path in image_paths]
+    return [build_question([path], prompt, str(path), pages) for path in image_paths]
 
 
 def predict(

@@ -108,6 +108,37 @@ def parse_column_map(pairs: Sequence[str]) -> dict[str, str]:
     return columns
 
 
+def parse_pages(pages: str) -> tuple[tuple[int, int | None], ...]:
+    """Parse the value of `--pages` into first and last pages; empty for all pages.
+
+    Raises UserError for a text that is neither `all` nor a list of pages and ranges.
+    """
+    matches = [re.fullmatch(r"([1-9]\d*)(-?)([1-9]\d*)?", one.strip()) for one in pages.split(",")]
+    ranges = [
+        (int(match[1]), int(match[3]) if match[3] else None if match[2] else int(match[1]))
+        for match in matches
+        if match
+    ]
+    if pages != "all" and not all(matches):
+        raise UserError(
+            f"{pages!r:.80} are no pages",
+            where="--pages",
+            expected="all, or pages and ranges, counted from 1",
+            remedy="for example --pages 1-3,5",
+        )
+    return tuple(ranges)
+
+
+PagesOption = Annotated[
+    tuple[tuple[int, int | None], ...] | None,
+    Parameter(
+        "Pages of PDF and TIFF files, such as 1, 1-3,5 or 2-. Each is an image of the same sample, "
+        "up to 100. FILE#page=3 names a single one. PDF requires finesight[pdf]. Default: all.",
+        metavar="PAGES",
+        parse=parse_pages,
+    ),
+]
+
 LimitOption = Annotated[
     int | None, Parameter("Use only the first N rows. Default: all.", minimum=1)
 ]
@@ -183,6 +214,7 @@ class SourceOptions(TableOptions, total=False):
             "1000), else pixel."
         ),
     ]
+    pages: PagesOption
     limit: LimitOption
 
 

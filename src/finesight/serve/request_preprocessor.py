@@ -124,16 +124,21 @@ class RequestPreprocessor:
         self, body: ParsedBody, max_model_len: int, thinking: ThinkingOptions = DEFAULT_THINKING
     ) -> EncodedSample:
         """Tokenize the conversation of a request, then decode its images in the folder."""
-        files = [self.folder / get_image_name(image.image_number) for image in body.images]
+        pages: dict[str, list[str]] = {}
+        params: list[str] = []
         with self._borrow_worker() as worker:
-            for file, image in zip(files, body.images, strict=True):
-                self._inspect_image(worker, file, image.param)
-            reply = self._call(
-                worker, tokenize_sample, body.sample_json, self.folder, max_model_len, thinking
-            )
+            for image in body.images:
+                name = get_image_name(image.image_number)
+                pages[name] = self._inspect_image(worker, self.folder / name, image.param)
+                params += [image.param] * len(pages[name])
+                if len(params) > (limit := self.limits.max_images):
+                    message = f"messages: {len(params)} images with pages; expected at most {limit}"
+                    raise ApiError(400, message, "messages")
+            sample = body.sample_json, self.folder, pages
+            reply = self._call(worker, tokenize_sample, *sample, max_model_len, thinking)
             patches = [
-                self._call(worker, load_image_patches, index, param=image.param).arrays[0]
-                for index, image in enumerate(body.images)
+                self._call(worker, load_image_patches, index, param=param).arrays[0]
+                for index, param in enumerate(params)
             ]
         empty_patches = np.empty((0, reply.value["patch_dim"]), dtype=np.uint8)
         decoded = [array.view(np.uint8) for array in patches]
@@ -166,9 +171,10 @@ class RequestPreprocessor:
             args = spec, False, thinking
             self._call(worker, compile_grammar, *args, param=param, max_cpu_s=seconds)
 
-    def _inspect_image(self, worker: Worker, path: Path, param: str) -> None:
+    def _inspect_image(self, worker: Worker, path: Path, param: str) -> list[str]:
         limits = (path, self.limits.max_image_pixels, self.image_formats)
-        self._call(worker, inspect_image, *limits, param=param, folder=path.parent)
+        reply = self._call(worker, inspect_image, *limits, param=param, folder=path.parent)
+        return list(reply.value)
 
     @contextlib.contextmanager
     def _borrow_worker(self) -> Iterator[Worker]:

@@ -43,6 +43,7 @@ from finesight.data.sample import (
     check_json,
     check_limit,
     create_region,
+    expand_images,
     is_video_path,
     join_text,
 )
@@ -597,12 +598,54 @@ class DatasetFormat:
                     "a chosen and a rejected answer to one prompt",
                 )
             result = [replace(chosen, rejected=other.answers[0])]
+        if any(len(pages) > 1 for pages in context.images.pages.values()):
+            result = [_expand_documents(one, context.images) for one in result]
         return result if label is None else [replace(one, label=label) for one in result]
 
     def _parse(self, row: SourceRow, record: Record, context: ImportContext) -> list[ImportExample]:
         context.other_keys.clear()
         result = self.parse_row(replace(row, record=record), context)
         return [result] if isinstance(result, ImportExample) else result
+
+
+def _expand_documents(example: ImportExample, images: ImageResolver) -> ImportExample:
+    """Replace each document by its pages, and renumber the images of boxes.
+
+    Raises:
+        InvalidBoxError: A box is in a document of several pages.
+    """
+    pages_by_image = [
+        images.list_pages(Path(part.image))
+        for message in example.prompt_messages
+        for part in message.content
+        if isinstance(part, ImagePart)
+    ]
+    starts = list(itertools.accumulate(map(len, pages_by_image), initial=0))
+
+    def renumber(part: ContentPart) -> ContentPart:
+        if not isinstance(part, BoxPart) or part.image >= len(pages_by_image):
+            return part
+        if len(pages := pages_by_image[part.image]) > 1:
+            raise InvalidBoxError(
+                f"a {part.type} in a document of {len(pages)} pages",
+                expected=f"the page in the path, such as {pages[0].name}",
+                remedy="name the page, or select one with --pages",
+            )
+        return part.model_copy(update={"image": starts[part.image]})
+
+    def expand(content: Iterable[ContentPart]) -> tuple[ContentPart, ...]:
+        parts = map(renumber, content)
+        return expand_images(parts, lambda image: map(str, images.list_pages(Path(image))))
+
+    return replace(
+        example,
+        prompt_messages=tuple(
+            message.model_copy(update={"content": expand(message.content)})
+            for message in example.prompt_messages
+        ),
+        answers=tuple(map(expand, example.answers)),
+        rejected=expand(example.rejected),
+    )
 
 
 def split_at_pattern(text: str, pattern: re.Pattern[str]) -> Iterator[str | re.Match[str]]:

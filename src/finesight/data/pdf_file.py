@@ -1,0 +1,96 @@
+"""Pages of PDF files as images of Pillow, rendered by PDFium (extra `pdf`).
+
+The resolution is fixed, so that boxes in pixels of a page fit in training, evaluation and serving.
+Fonts that a file does not contain are replaced by fonts of the machine.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+import threading
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pypdfium2
+from PIL import Image, ImageFile
+
+from finesight.data.image_header import build_file_error
+
+T = TypeVar("T")
+
+PAGE_SCALE = 2.0
+"""Pixels of a rendered page per point (1/72 inch): 144 dpi."""
+
+MAX_PAGE_PIXELS = 1 << 24
+"""Maximum number of pixels of a rendered page. A larger page is rendered at a smaller scale."""
+
+# PDFium is not thread-safe. A fork waits until no thread uses it.
+_LOCK = threading.Lock()
+os.register_at_fork(
+    before=_LOCK.acquire, after_in_parent=_LOCK.release, after_in_child=_LOCK.release
+)
+
+
+class PdfImageFile(ImageFile.ImageFile):
+    """A PDF file whose pages are the frames of an image, on white with annotations and forms."""
+
+    format, format_description = "PDF", "pages of a PDF file"
+
+    def _open(self) -> None:
+        self._mode = "RGB"
+        self.seek(0)
+
+    def seek(self, frame: int) -> None:
+        """Select a page, counted from 0. Raises EOFError if there is none."""
+        self.n_frames = self._use_document(len)
+        if frame >= self.n_frames:
+            raise EOFError(f"page {frame + 1} of {self.n_frames}")
+        self._page_index = frame
+        width, height = self._use_document(lambda document: document.get_page_size(frame))
+        num_points = max(1.0, width) * max(1.0, height)
+        self._scale = min(PAGE_SCALE, math.sqrt(MAX_PAGE_PIXELS / num_points))
+        self._size = max(1, math.ceil(width * self._scale)), max(1, math.ceil(height * self._scale))
+
+    def load(self) -> Any:
+        """Render the page."""
+        if self._im is None:
+            self.im = self._use_document(self._render).im
+        return super().load()
+
+    def _render(self, document: Any) -> Image.Image:
+        document.init_forms()  # draws the values of its fields
+        options = {"rev_byteorder": True, "force_bitmap_format": pypdfium2.raw.FPDFBitmap_BGR}
+        with (
+            closing(document[self._page_index]) as page,
+            closing(page.render(self._scale, **options)) as bitmap,
+        ):
+            image: Image.Image = bitmap.to_pil()
+        if image.size != self._size:
+            raise ValueError(f"a page of {image.size} instead of {self._size} pixels")
+        return image
+
+    def _use_document(self, use: Callable[[Any], T]) -> T:
+        with _LOCK, closing(pypdfium2.PdfDocument(self.fp)) as document:
+            return use(document)
+
+
+def open_pdf(path: Path, source: Path | io.BytesIO) -> PdfImageFile:
+    """Open a PDF file at its first page, without rendering it.
+
+    Raises:
+        CorruptImageError: The file is encrypted or damaged, or has no page.
+    """
+    try:
+        return PdfImageFile(source)
+    except pypdfium2.PdfiumError as error:
+        what, remedy = f"a damaged PDF file ({error})", ""
+        if error.err_code in (pypdfium2.raw.FPDF_ERR_PASSWORD, pypdfium2.raw.FPDF_ERR_SECURITY):
+            what, remedy = "an encrypted PDF file", "save it without a password"
+        elif error.err_code == pypdfium2.raw.FPDF_ERR_SUCCESS:
+            what = "a PDF file with 0 pages"
+        expected = "a complete PDF file with pages, without a password"
+        raise build_file_error(path, what, expected, remedy) from error

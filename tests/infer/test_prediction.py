@@ -99,8 +99,12 @@ def test_damaged_image_is_reported_or_raised(loaded_model, tmp_path):
 
 
 def test_build_questions_validates_images(tmp_path):
+    image = Image.new("RGB", (8, 8))
     path = write_noise_image(tmp_path / "a.png", 30, 30)
     assert len(build_questions([path, path], "What is it?")) == 2
+    image.save(pdf := tmp_path / "a.pdf", save_all=True, append_images=[image])
+    (question,) = build_questions([pdf], "What is it?", [(2, None)])
+    assert question.sample.messages[0].content[0].image == f"{pdf}#page=2"
     (text_only,) = build_questions([], "Why?")
     assert len(text_only.sample.messages[0].content) == 1
     for name, problem in (("text.png", "not an image"), ("clip.mp4", "corrupt")):

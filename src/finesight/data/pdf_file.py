@@ -82,15 +82,13 @@ def open_pdf(path: Path, source: Path | io.BytesIO) -> PdfImageFile:
     """Open a PDF file at its first page, without rendering it.
 
     Raises:
-        CorruptImageError: The file is encrypted or damaged, or has no page.
+        CorruptImageError: The file is encrypted, damaged or empty.
     """
     try:
         return PdfImageFile(source)
     except pypdfium2.PdfiumError as error:
-        what, remedy = f"a damaged PDF file ({error})", ""
+        what, remedy = "a damaged PDF file, or one without pages", ""
         if error.err_code in (pypdfium2.raw.FPDF_ERR_PASSWORD, pypdfium2.raw.FPDF_ERR_SECURITY):
             what, remedy = "an encrypted PDF file", "save it without a password"
-        elif error.err_code == pypdfium2.raw.FPDF_ERR_SUCCESS:
-            what = "a PDF file with 0 pages"
-        expected = "a complete PDF file with pages, without a password"
+        expected = "a complete PDF file without a password"
         raise build_file_error(path, what, expected, remedy) from error

@@ -397,56 +397,43 @@ def _is_reduced_copy(image: TiffImageFile, number: int) -> bool:
     return isinstance(subfile_type, int) and bool(subfile_type & _REDUCED_OR_MASK)
 
 
-PixelKey = tuple[ImageSize, bool, bytes]
+PixelKey = tuple[ImageSize, bytes]
 """Key that is equal for images with equal pixels, in any format and with any metadata.
 
-It consists of height and width after EXIF rotation, whether the image is a JPEG that was decoded at
-an eighth of its size, and the SHA-256 of its pixels.
+It consists of height and width after EXIF rotation, and the SHA-256 of the pixels.
 """
 
 
 class DecodedImage(NamedTuple):
-    """Result of decoding an image, with its key and 16 gray levels if a key was requested."""
+    """Result of decoding an image, with its key if it was requested."""
 
     has_more_frames: bool
     key: PixelKey | None = None
-    thumbnail: bytes = b""
 
 
-def decode_image(path: Path, *, is_reduced: bool = True, with_key: bool = False) -> DecodedImage:
+def decode_image(path: Path, *, with_key: bool = False) -> DecodedImage:
     """Decode an image completely, to find truncated and equal ones.
-
-    Args:
-        is_reduced: Decode JPEG at an eighth of its size, which is faster.
 
     Raises:
         CorruptImageError: The file is truncated or corrupt.
     """
     with open_image_header(path) as image:
         try:
-            full_size = image.size
-            is_reduced = is_reduced and image.draft(None, (1, 1)) is not None
             image.load()
-            decoded = DecodedImage(False)
-            if with_key:
-                thumbnail = image.convert("L").resize((4, 4), Image.Resampling.BOX).tobytes()
-                key = _hash_pixels(image, full_size, is_reduced)
-                decoded = DecodedImage(False, key, thumbnail)
+            decoded = DecodedImage(False, _hash_pixels(image) if with_key else None)
         except Exception as error:  # decoders raise various exceptions on corrupt data
             raise build_corrupt_error(path, error) from error
         # The further images of an MPO file are previews and depth maps.
-        with contextlib.suppress(Exception):
-            if not split_page(str(path))[1]:
+        if image.format != "MPO" and not split_page(str(path))[1]:
+            with contextlib.suppress(Exception):
                 image.seek(1)
-                return decoded._replace(has_more_frames=image.format != "MPO")
+                return decoded._replace(has_more_frames=True)
     return decoded
 
 
-def _hash_pixels(image: Image.Image, full_size: ImageSize, is_reduced: bool) -> PixelKey:
+def _hash_pixels(image: Image.Image) -> PixelKey:
     """Hash the pixels of a decoded image, in bands to limit the memory of conversions."""
-    orientation = read_exif_orientation(image)
-    size = full_size if orientation in TRANSPOSED_ORIENTATIONS else full_size[::-1]
-    if orientation != 1:
+    if read_exif_orientation(image) != 1:
         image = ImageOps.exif_transpose(image)
     digest = hashlib.sha256()
     for top in range(0, image.height, _HASH_ROWS):
@@ -457,7 +444,7 @@ def _hash_pixels(image: Image.Image, full_size: ImageSize, is_reduced: bool) -> 
         # Pixels of 16 and 32 bits have several byte orders in files.
         mode = band.mode[0] if band.mode[0] in "IF" else "RGB"
         digest.update(band.convert(mode).tobytes())
-    return size, is_reduced, digest.digest()
+    return (image.height, image.width), digest.digest()
 
 
 def build_corrupt_error(path: Path, error: Exception) -> CorruptImageError:

@@ -35,7 +35,7 @@ from finesight.data.sample import (
 )
 from finesight.data.video_file import read_visual_size
 from finesight.errors import UserError
-from finesight.storage import sha256_file, translate_os_errors
+from finesight.storage import translate_os_errors
 
 if TYPE_CHECKING:
     # Imported for type checking only: the import is slow, and only web imports need it.
@@ -353,21 +353,3 @@ class ImageNames:
         self._taken.add(free)
         self._copies[str(path)] = self._staging / IMAGES_FOLDER / free
         return f"{IMAGES_FOLDER}/{free}"
-
-
-def hash_images(paths: Iterable[Path]) -> dict[Path, str]:
-    """Return a key per image file that is equal for files with identical bytes.
-
-    Only files of equal size are read and hashed. Re-encoded copies (resized, another JPEG quality)
-    have different keys.
-    """
-    by_length: defaultdict[int, set[Path]] = defaultdict(set)
-    resolved = {path: path.resolve() for path in set(paths)}
-    for file in resolved.values():
-        by_length[file.stat().st_size].add(file)
-    keys = {
-        file: sha256_file(file) if len(files) > 1 else str(file)
-        for files in by_length.values()
-        for file in files
-    }
-    return {path: keys[file] for path, file in resolved.items()}

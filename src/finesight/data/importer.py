@@ -33,13 +33,13 @@ from finesight.data.formats.row_keys import UnsupportedKeyError
 from finesight.data.image_header import (
     CorruptImageError,
     DecodedImage,
-    ImageSize,
     PixelKey,
     decode_image,
     is_image_value,
+    sha256_content,
     split_page,
 )
-from finesight.data.image_resolver import IMAGES_FOLDER, ImageNames, hash_images
+from finesight.data.image_resolver import IMAGES_FOLDER, ImageNames
 from finesight.data.import_source import ImportOptions, ImportSource, open_source
 from finesight.data.line_index import MAX_LINE_BYTES
 from finesight.data.row_reader import SourceRow, list_folder
@@ -216,11 +216,6 @@ NOTE_FIRST_FRAME = "images are animated or have several pages; only the first fr
 NOTE_UNFINISHED_REASONING = "answers of a <think> without </think>: complete or remove them"
 DECODE_BATCH_SIZE = 1024
 """Number of images whose decoding is submitted at once."""
-
-MIN_COMPARED_SIDE, MAX_GRAY_DIFFERENCE = 64, 4
-"""Side length in pixels from which a JPEG at an eighth of its size has the gray levels of areas of
-the full image, and their maximum difference.
-"""
 
 MAX_DECODE_THREADS, DECODE_BYTES = 16, 2**29
 """Maximum number of decoding threads, and the available memory in bytes that each requires.
@@ -618,67 +613,34 @@ def _decode_images(
     """
     errors: dict[str, CorruptImageError] = {}
 
-    def decode(path: str, is_reduced: bool) -> DecodedImage | CorruptImageError:
+    def decode(path: str) -> DecodedImage | CorruptImageError:
         try:
-            return decode_image(Path(path), is_reduced=is_reduced, with_key=with_keys)
+            return decode_image(Path(path), with_key=with_keys)
         except CorruptImageError as error:
             if context.images.is_saved(Path(path)):  # this file is deleted after the error
                 what = f"the embedded image: {error.what}"
                 return CorruptImageError(what, expected=error.expected, remedy=error.remedy)
             return error
 
-    def decode_all(
-        paths: Sequence[str], is_reduced: bool = True
-    ) -> Iterator[tuple[str, DecodedImage]]:
-        for start in range(0, len(paths), DECODE_BATCH_SIZE):
-            batch = paths[start : start + DECODE_BATCH_SIZE]
-            results = pool.map(decode, batch, itertools.repeat(is_reduced))
-            for path, result in zip(batch, results, strict=True):
-                if isinstance(result, CorruptImageError):
-                    errors[path] = result
-                else:
-                    yield path, result
-                on_progress(is_reduced)
-
     paths = dict.fromkeys(image for examples in rows for image in _images(examples))
     images = [path for path in paths if not is_video_path(path)]
     num_threads = min(num_allowed_cpus(), MAX_DECODE_THREADS, available_memory() // DECODE_BYTES)
+    all_decoded: dict[str, DecodedImage] = {}
     with (
         progress_stage("images", len(images)) as on_progress,
         ThreadPoolExecutor(max(1, num_threads)) as pool,
     ):
-        all_decoded = dict(decode_all(images))
-        num_animated = sum(decoded.has_more_frames for decoded in all_decoded.values())
-        context.source_notes[NOTE_FIRST_FRAME] += num_animated
-        all_decoded |= decode_all(_find_ambiguous(all_decoded), is_reduced=False)
+        for start in range(0, len(images), DECODE_BATCH_SIZE):
+            batch = images[start : start + DECODE_BATCH_SIZE]
+            for path, result in zip(batch, pool.map(decode, batch), strict=True):
+                if isinstance(result, CorruptImageError):
+                    errors[path] = result
+                else:
+                    all_decoded[path] = result
+                on_progress(1)
+    num_animated = sum(decoded.has_more_frames for decoded in all_decoded.values())
+    context.source_notes[NOTE_FIRST_FRAME] += num_animated
     return errors, {path: decoded.key for path, decoded in all_decoded.items() if decoded.key}
-
-
-def _find_ambiguous(decoded: Mapping[str, DecodedImage]) -> list[str]:
-    """Return the paths of reduced JPEGs that may be equal to each other or to a full image.
-
-    Reduction changes the mean gray level of areas slightly, except for small images.
-    """
-    counts = Counter(image.key for image in decoded.values())
-    full_images: defaultdict[ImageSize, list[bytes]] = defaultdict(list)
-    for image in decoded.values():
-        if image.key and not image.key[1]:
-            full_images[image.key[0]].append(image.thumbnail)
-    # [images, areas]
-    gray = {
-        size: np.frombuffer(b"".join(images), np.uint8).reshape(len(images), -1).astype(int)
-        for size, images in full_images.items()
-    }
-
-    def is_ambiguous(image: DecodedImage) -> bool:
-        size, is_reduced, _ = image.key or ((0, 0), False, b"")
-        if not is_reduced or counts[image.key] > 1 or size not in gray:
-            return is_reduced and counts[image.key] > 1
-        difference = np.abs(gray[size] - np.frombuffer(image.thumbnail, np.uint8))
-        is_similar = difference.max(axis=1).min() <= MAX_GRAY_DIFFERENCE
-        return min(size) < MIN_COMPARED_SIDE or bool(is_similar)
-
-    return [path for path, image in decoded.items() if is_ambiguous(image)]
 
 
 def _encode_examples(
@@ -809,12 +771,16 @@ def _split_rows(
     """
     if not options.has_split:
         return [_OutputSplit("data.jsonl", rows)]
-    videos = {Path(p) for examples in rows for p in _images(examples) if p not in pixel_keys}
-    video_keys = hash_images(videos)
-    image_keys = [
-        frozenset(pixel_keys.get(p) or video_keys[Path(p)] for p in _images(examples))
-        for examples in rows
-    ]
+    paths = dict.fromkeys(path for examples in rows for path in _images(examples))
+    sizes = {path: os.path.getsize(path) for path in paths if path not in pixel_keys}
+    counts = Counter(sizes.values())
+    # Only videos of equal size are read.
+    keys: dict[str, Hashable] = {
+        path: sha256_content(Path(path)) if counts[size] > 1 else path
+        for path, size in sizes.items()
+    }
+    keys.update(pixel_keys)
+    image_keys = [frozenset(map(keys.__getitem__, _images(examples))) for examples in rows]
     if options.train_fraction is not None:
         train, validation = split_by_image(image_keys, options.train_fraction, options.seed)
     else:

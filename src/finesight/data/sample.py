@@ -382,15 +382,13 @@ def expand_images(
     content: Iterable[ContentPart], list_pages: Callable[[str], Iterable[str]]
 ) -> tuple[ContentPart, ...]:
     """Replace each image of a message by images of its pages."""
-    return tuple(
-        one
-        for part in content
-        for one in (
-            [ImagePart(image=page) for page in list_pages(part.image)]
-            if isinstance(part, ImagePart)
-            else [part]
-        )
-    )
+    parts: list[ContentPart] = []
+    for part in content:
+        if isinstance(part, ImagePart):
+            parts += (ImagePart(image=page) for page in list_pages(part.image))
+        else:
+            parts.append(part)
+    return tuple(parts)
 
 
 def _map_part_paths(part: ContentPart, rename: Callable[[str], str]) -> ContentPart:

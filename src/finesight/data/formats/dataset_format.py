@@ -609,43 +609,26 @@ class DatasetFormat:
 
 
 def _expand_documents(example: ImportExample, images: ImageResolver) -> ImportExample:
-    """Replace each document by its pages, and renumber the images of boxes.
+    """Replace each document of several pages by its pages, to which boxes cannot refer."""
 
-    Raises:
-        InvalidBoxError: A box is in a document of several pages.
-    """
-    pages_by_image = [
-        images.list_pages(Path(part.image))
+    def list_pages(image: str) -> list[str]:
+        return list(map(str, images.list_pages(Path(image))))
+
+    messages = tuple(
+        message.model_copy(update={"content": expand_images(message.content, list_pages)})
         for message in example.prompt_messages
-        for part in message.content
-        if isinstance(part, ImagePart)
-    ]
-    starts = list(itertools.accumulate(map(len, pages_by_image), initial=0))
-
-    def renumber(part: ContentPart) -> ContentPart:
-        if not isinstance(part, BoxPart) or part.image >= len(pages_by_image):
-            return part
-        if len(pages := pages_by_image[part.image]) > 1:
-            raise InvalidBoxError(
-                f"a {part.type} in a document of {len(pages)} pages",
-                expected=f"the page in the path, such as {pages[0].name}",
-                remedy="name the page, or select one with --pages",
-            )
-        return part.model_copy(update={"image": starts[part.image]})
-
-    def expand(content: Iterable[ContentPart]) -> tuple[ContentPart, ...]:
-        parts = map(renumber, content)
-        return expand_images(parts, lambda image: map(str, images.list_pages(Path(image))))
-
-    return replace(
-        example,
-        prompt_messages=tuple(
-            message.model_copy(update={"content": expand(message.content)})
-            for message in example.prompt_messages
-        ),
-        answers=tuple(map(expand, example.answers)),
-        rejected=expand(example.rejected),
     )
+    contents = [message.content for message in messages]
+    parts = [*itertools.chain(*contents, *example.answers)]
+    boxes = [part for part in parts if isinstance(part, BoxPart)]
+    if messages != example.prompt_messages and boxes:
+        pages = [Path(part.image).name for part in parts if isinstance(part, ImagePart)]
+        raise InvalidBoxError(
+            f"a {boxes[0].type} in a document with several of {len(pages)} pages",
+            expected=f"a path with the page, such as {pages[-1]}",
+            remedy="name the page, or select one with --pages",
+        )
+    return replace(example, prompt_messages=messages)
 
 
 def split_at_pattern(text: str, pattern: re.Pattern[str]) -> Iterator[str | re.Match[str]]:

@@ -167,7 +167,7 @@ def test_box_in_a_document_of_several_pages_is_refused(tmp_path: Path) -> None:
     row = {"image": "a.tif", "box": [1, 2, 3, 4], "label": "cat"}
     rows = write_jsonl(tmp_path / "rows.jsonl", [row])
     options = replace(OPTIONS, columns={"image": "image", "box": "box", "label": "label"})
-    with pytest.raises(UserError, match="a box in a document .* 2 pages"):
+    with pytest.raises(UserError, match=r"a box in a document .* 2 pages"):
         import_dataset(rows, tmp_path / "out", options)
 
 

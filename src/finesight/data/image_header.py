@@ -215,7 +215,7 @@ def is_image_value(value: object, suffixes: Collection[str] = IMAGE_SUFFIXES) ->
     if not isinstance(value, str):
         return False
     path = value.partition("?")[0] if "://" in value else value
-    return PurePath(path).suffix.lower() in suffixes or is_embedded_media(value)
+    return PurePath(split_page(path)[0]).suffix.lower() in suffixes or is_embedded_media(value)
 
 
 def is_embedded_media(text: str) -> bool:

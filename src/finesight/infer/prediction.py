@@ -18,14 +18,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from finesight.data.boxes import sort_corners
-from finesight.data.image_header import (
-    DEFAULT_SIZE,
-    CorruptImageError,
-    ImageSize,
-    PageRanges,
-    list_pages,
-    split_page,
-)
+from finesight.data.image_header import DEFAULT_SIZE, CorruptImageError, ImageSize, split_page
 from finesight.data.sample import (
     BoxPart,
     ImagePart,
@@ -134,21 +127,15 @@ def box_to_dict(box: BoxPart) -> dict[str, Any]:
     return {"image": box.image, "label": box.label, "xyxy": corners}
 
 
-def build_question(
-    image_paths: Sequence[Path], prompt: str, sample_id: str, pages: PageRanges = ()
-) -> LocatedSample:
+def build_question(image_paths: Sequence[Path], prompt: str, sample_id: str) -> LocatedSample:
     """Build a sample with one user turn that contains images or video files, then text.
-
-    Args:
-        pages: Pages of documents; empty for all. Each is an image.
 
     Raises:
         CorruptImageError: An image is missing or unreadable.
     """
-    paths = [page for path in image_paths for page in list_pages(path, pages)]
-    for path in paths:
+    for path in image_paths:
         read_visual_size(path)
-    message = build_user_message(prompt, paths)
+    message = build_user_message(prompt, image_paths)
     return LocatedSample(Sample(id=sample_id, messages=(message,)), Path())
 
 
@@ -159,19 +146,6 @@ def build_user_message(text: str, paths: Sequence[Path]) -> Message:
         for path in paths
     )
     return Message(role="user", content=(*parts, TextPart(text=text)))
-
-
-def build_questions(
-    image_paths: Sequence[Path], prompt: str, pages: PageRanges = ()
-) -> list[LocatedSample]:
-    """Build one sample per image, document or video with the same prompt; without, text only.
-
-    Raises:
-        CorruptImageError: An image is missing or unreadable.
-    """
-    if not image_paths:
-        return [build_question((), prompt, prompt)]
-    return [build_question([path], prompt, str(path), pages) for path in image_paths]
 
 
 def predict(

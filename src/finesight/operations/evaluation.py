@@ -155,9 +155,9 @@ def _load_samples(
     data: Path | None,
     pages: PageRanges,
 ) -> list[LocatedSample]:
-    from finesight.data.image_header import split_page
+    from finesight.data.image_header import list_pages, split_page
     from finesight.data.sample import LocatedSample, read_samples
-    from finesight.infer.prediction import build_questions
+    from finesight.infer.prediction import build_question
 
     if data is not None and prompt is None and not images:
         found = read_samples(data, require_answer=False)
@@ -168,7 +168,9 @@ def _load_samples(
             remedy = f"give its images: {image}/*" if is_folder else suggest_similar_path(image)
             raise UserError(what, where=str(image), expected="an image file", remedy=remedy)
     if prompt is not None and data is None:
-        return build_questions(images, prompt, pages)
+        if not images:
+            return [build_question((), prompt, prompt)]
+        return [build_question(list_pages(one, pages), prompt, str(one)) for one in images]
     example = {"run_or_model": run_or_model, "images": [[*images, "IMAGE"][0]]}
     raise UserError(
         f"{format_count(len(images), 'image')}, "

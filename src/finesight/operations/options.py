@@ -109,24 +109,20 @@ def parse_column_map(pairs: Sequence[str]) -> dict[str, str]:
 
 
 def parse_pages(pages: str) -> tuple[tuple[int, int | None], ...]:
-    """Parse the value of `--pages` into first and last pages; empty for all pages.
-
-    Raises UserError for a text that is neither `all` nor a list of pages and ranges.
-    """
-    matches = [re.fullmatch(r"([1-9]\d*)(-?)([1-9]\d*)?", one.strip()) for one in pages.split(",")]
-    ranges = [
-        (int(match[1]), int(match[3]) if match[3] else None if match[2] else int(match[1]))
-        for match in matches
-        if match
-    ]
-    if pages != "all" and not all(matches):
-        raise UserError(
-            f"{pages!r:.80} are no pages",
-            where="--pages",
-            expected="all, or pages and ranges, counted from 1",
-            remedy="for example --pages 1-3,5",
+    """Parse the value of `--pages`, such as 1-3,5, into first and last pages."""
+    words = [word.partition("-") for word in pages.split(",")]
+    try:
+        return tuple(
+            (int(first), int(last) if last else None if dash else int(first))
+            for first, dash, last in words
         )
-    return tuple(ranges)
+    except ValueError as error:
+        raise UserError(
+            f"{pages!r:.80} are not pages",
+            where="--pages",
+            expected="pages and ranges of pages, counted from 1",
+            remedy="for example --pages 1-3,5",
+        ) from error
 
 
 PagesOption = Annotated[

@@ -17,7 +17,6 @@ import re
 import warnings
 from collections.abc import Collection, Sequence
 from pathlib import Path, PurePath
-from typing import NamedTuple
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 from PIL.TiffImagePlugin import TiffImageFile
@@ -151,8 +150,8 @@ _HEIF_HEADER = re.compile(rb".{4}ftyp.{4,60}(?:hei[cxms]|hev[cxms]|mif1|msf1)", 
 _PDF_MARK, MAX_PDF_MARK_END = b"%PDF-", 1024
 """Mark of PDF files, and the bytes within which it ends (ISO 32000, annex H)."""
 
-DOCUMENT_SUFFIXES = (".pdf", ".tif", ".tiff")
-"""Suffixes of files whose pages are images."""
+DOCUMENT_SUFFIXES, _DOCUMENT_FORMATS = (".pdf", ".tif", ".tiff"), ("PDF", "TIFF")
+"""Suffixes and formats of files whose pages are images."""
 
 MAX_PAGES = 100
 """Maximum number of pages of a document in a sample."""
@@ -313,9 +312,9 @@ def _open_image(path: Path, source: Path | io.BytesIO, formats: Sequence[str]) -
             raise
     try:
         if is_pdf:
-            from finesight.data.pdf_file import open_pdf
+            from finesight.data.pdf_file import PdfImageFile
 
-            return open_pdf(path, source)
+            return PdfImageFile(source)
         from pillow_heif import register_heif_opener
     except ImportError as error:
         kind, package, extra = "a HEIC image", "pillow-heif", "heif"
@@ -331,7 +330,8 @@ def _open_image(path: Path, source: Path | io.BytesIO, formats: Sequence[str]) -
 def _select_page(path: Path, image: Image.Image) -> None:
     """Select the page of a path. A PDF file with several pages requires one."""
     match = None if path.exists() else _PAGE.fullmatch(str(path))
-    num_pages = _count_pages(image) if match or image.format == "PDF" else 1
+    has_pages = image.format == "PDF" or (match and image.format in _DOCUMENT_FORMATS)
+    num_pages = image.n_frames if has_pages else 1  # type: ignore[attr-defined]
     page = 1 if match is None else int(match["page"])
     if page > num_pages or (match is None and num_pages > 1):
         image.close()
@@ -341,11 +341,6 @@ def _select_page(path: Path, image: Image.Image) -> None:
         raise build_file_error(path, what, expected, remedy)
     if page > 1:
         image.seek(page - 1)
-
-
-def _count_pages(image: Image.Image) -> int:
-    num_pages: int = image.n_frames if image.format in ("PDF", "TIFF") else 1  # type: ignore[attr-defined]
-    return num_pages
 
 
 def list_pages(
@@ -367,8 +362,10 @@ def list_pages(
     if is_image or is_video_path(path) or split_page(str(path))[1]:
         return [path]
     with open_image_header(path, formats=formats, with_page=False) as image:
-        numbers = list(range(1, _count_pages(image) + 1))
-        if isinstance(image, TiffImageFile) and len(numbers) > 1:
+        has_pages = image.format in _DOCUMENT_FORMATS
+        num_pages = image.n_frames if has_pages else 1  # type: ignore[attr-defined]
+        numbers = list(range(1, num_pages + 1))
+        if isinstance(image, TiffImageFile) and num_pages > 1:
             numbers = [number for number in numbers if not _is_reduced_copy(image, number)]
     selected = [n for n in numbers if not ranges or any(a <= n <= (b or n) for a, b in ranges)]
     if not 0 < len(selected) <= MAX_PAGES:
@@ -404,15 +401,11 @@ It consists of height and width after EXIF rotation, and the SHA-256 of the pixe
 """
 
 
-class DecodedImage(NamedTuple):
-    """Result of decoding an image, with its key if it was requested."""
-
-    has_more_frames: bool
-    key: PixelKey | None = None
-
-
-def decode_image(path: Path, *, with_key: bool = False) -> DecodedImage:
+def decode_image(path: Path, *, with_key: bool = False) -> tuple[bool, PixelKey | None]:
     """Decode an image completely, to find truncated and equal ones.
+
+    Returns:
+        Whether it has further frames, and its key if requested.
 
     Raises:
         CorruptImageError: The file is truncated or corrupt.
@@ -420,15 +413,15 @@ def decode_image(path: Path, *, with_key: bool = False) -> DecodedImage:
     with open_image_header(path) as image:
         try:
             image.load()
-            decoded = DecodedImage(False, _hash_pixels(image) if with_key else None)
+            key = _hash_pixels(image) if with_key else None
         except Exception as error:  # decoders raise various exceptions on corrupt data
             raise build_corrupt_error(path, error) from error
         # The further images of an MPO file are previews and depth maps.
         if image.format != "MPO" and not split_page(str(path))[1]:
             with contextlib.suppress(Exception):
                 image.seek(1)
-                return decoded._replace(has_more_frames=True)
-    return decoded
+                return True, key
+    return False, key
 
 
 def _hash_pixels(image: Image.Image) -> PixelKey:

@@ -6,19 +6,15 @@ Fonts that a file does not contain are replaced by fonts of the machine.
 
 from __future__ import annotations
 
-import io
 import math
 import os
 import threading
 from collections.abc import Callable
 from contextlib import closing
-from pathlib import Path
 from typing import Any, TypeVar
 
 import pypdfium2
 from PIL import Image, ImageFile
-
-from finesight.data.image_header import build_file_error
 
 T = TypeVar("T")
 
@@ -42,18 +38,25 @@ class PdfImageFile(ImageFile.ImageFile):
 
     def _open(self) -> None:
         self._mode = "RGB"
-        self.seek(0)
+        try:
+            self.seek(0)
+        except pypdfium2.PdfiumError as error:
+            if error.err_code in (pypdfium2.raw.FPDF_ERR_PASSWORD, pypdfium2.raw.FPDF_ERR_SECURITY):
+                raise ValueError("the file is encrypted: save it without a password") from error
+            raise ValueError("a damaged PDF file, or one without pages") from error
 
     def seek(self, frame: int) -> None:
         """Select a page, counted from 0. Raises EOFError if there is none."""
-        self.n_frames = self._use_document(len)
-        if frame >= self.n_frames:
-            raise EOFError(f"page {frame + 1} of {self.n_frames}")
         self._page_index = frame
-        width, height = self._use_document(lambda document: document.get_page_size(frame))
+        self.n_frames, (width, height) = self._use_document(self._read_size)
         num_points = max(1.0, width) * max(1.0, height)
         self._scale = min(PAGE_SCALE, math.sqrt(MAX_PAGE_PIXELS / num_points))
         self._size = max(1, math.ceil(width * self._scale)), max(1, math.ceil(height * self._scale))
+
+    def _read_size(self, document: Any) -> tuple[int, tuple[float, float]]:
+        if self._page_index >= len(document):
+            raise EOFError(f"page {self._page_index + 1} of {len(document)}")
+        return len(document), document.get_page_size(self._page_index)
 
     def load(self) -> Any:
         """Render the page."""
@@ -76,19 +79,3 @@ class PdfImageFile(ImageFile.ImageFile):
     def _use_document(self, use: Callable[[Any], T]) -> T:
         with _LOCK, closing(pypdfium2.PdfDocument(self.fp)) as document:
             return use(document)
-
-
-def open_pdf(path: Path, source: Path | io.BytesIO) -> PdfImageFile:
-    """Open a PDF file at its first page, without rendering it.
-
-    Raises:
-        CorruptImageError: The file is encrypted, damaged or empty.
-    """
-    try:
-        return PdfImageFile(source)
-    except pypdfium2.PdfiumError as error:
-        what, remedy = "a damaged PDF file, or one without pages", ""
-        if error.err_code in (pypdfium2.raw.FPDF_ERR_PASSWORD, pypdfium2.raw.FPDF_ERR_SECURITY):
-            what, remedy = "an encrypted PDF file", "save it without a password"
-        expected = "a complete PDF file without a password"
-        raise build_file_error(path, what, expected, remedy) from error

@@ -222,22 +222,17 @@ class ImageContent(StrictModel):
 
 
 class FileReference(StrictModel):
-    """An uploaded file, or a file as a data URL."""
+    file_id: str = Field(max_length=MAX_NAME_CHARS)
 
-    file_id: str | None = Field(None, max_length=MAX_NAME_CHARS)
-    file_data: str | None = None
+
+class FileData(StrictModel):
+    file_data: str
     filename: str | None = None
-
-    @model_validator(mode="after")
-    def _check_source(self) -> FileReference:
-        if (self.file_id is None) == (self.file_data is None):
-            raise ValueError("a file with either `file_id` or `file_data`")
-        return self
 
 
 class FileContent(StrictModel):
     type: Literal["file"]
-    file: FileReference
+    file: FileReference | FileData
 
 
 UserContentPart = Annotated[TextContent | ImageContent | FileContent, Discriminator("type")]

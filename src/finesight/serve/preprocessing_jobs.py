@@ -51,6 +51,8 @@ from finesight.serve.api_schema import (
     ChatCompletionRequest,
     ChatMessage,
     FileContent,
+    FileData,
+    FileReference,
     ImageContent,
     ServerLimits,
     TextContent,
@@ -117,9 +119,10 @@ def _read_image_part(
     limits: ServerLimits,
 ) -> tuple[int, str, str | None, str | None]:
     """Return the arguments of an `ImageRequest`, and write the image of a data URL."""
-    if isinstance(part, FileContent) and part.file.file_id is not None:
-        return image_number, param, None, part.file.file_id
-    url = part.image_url.url if isinstance(part, ImageContent) else part.file.file_data or ""
+    file = part.file if isinstance(part, FileContent) else FileData(file_data=part.image_url.url)
+    if isinstance(file, FileReference):
+        return image_number, param, None, file.file_id
+    url = file.file_data
     if url[:5].lower() == "data:":
         data = _decode_data_url(url, limits.max_image_bytes, param)
         (folder / get_image_name(image_number)).write_bytes(data)
@@ -183,30 +186,31 @@ def parse_label_studio_request(state: WorkerState, body: bytearray, max_answers:
 def inspect_image(
     state: WorkerState, path: Path, max_pixels: int, formats: Sequence[str]
 ) -> JobOutput:
-    """Read the header of an image, or of all pages of a document, and return their names."""
-    pages = list_pages(path, formats=formats)
-    for page in pages:
+    """Read the header of an image, or of all pages of a document."""
+    for page in list_pages(path, formats=formats):
         read_image_size(page, max_pixels, formats)
-    return JobOutput([page.name for page in pages])
+    return JobOutput()
 
 
 def tokenize_sample(
     state: WorkerState,
     sample: NDArray[np.uint8],
     folder: Path,
-    pages: Mapping[str, Sequence[str]],
     max_model_len: int,
     thinking: ThinkingOptions = DEFAULT_THINKING,
 ) -> JobOutput:
     """Tokenize a conversation from `parse_request`, without decoding its images.
 
-    `pages` are the results of `inspect_image` by image name. The output is that of
-    `pack_tokenized`, with `patch_dim`. Raises UserError if the prompt has `max_model_len` tokens or
-    more.
+    The output is that of `pack_tokenized`, with `patch_dim`. Raises UserError if the prompt has
+    `max_model_len` tokens or more.
     """
     conversation = Sample.model_validate_json(sample.tobytes())
+
+    def list_names(image: str) -> list[str]:
+        return [page.name for page in list_pages(folder / image)]
+
     messages = tuple(
-        turn.model_copy(update={"content": expand_images(turn.content, pages.__getitem__)})
+        turn.model_copy(update={"content": expand_images(turn.content, list_names)})
         for turn in conversation.messages
     )
     located_sample = LocatedSample(conversation.model_copy(update={"messages": messages}), folder)

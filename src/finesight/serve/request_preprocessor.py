@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from finesight.data.image_header import split_page
 from finesight.encode.family import DEFAULT_THINKING, ThinkingOptions
 from finesight.encode.tokenization import EncodedSample, unpack_tokenized
 from finesight.errors import UserError
@@ -124,25 +125,24 @@ class RequestPreprocessor:
         self, body: ParsedBody, max_model_len: int, thinking: ThinkingOptions = DEFAULT_THINKING
     ) -> EncodedSample:
         """Tokenize the conversation of a request, then decode its images in the folder."""
-        pages: dict[str, list[str]] = {}
-        params: list[str] = []
+        params = {get_image_name(image.image_number): image.param for image in body.images}
         with self._borrow_worker() as worker:
-            for image in body.images:
-                name = get_image_name(image.image_number)
-                pages[name] = self._inspect_image(worker, self.folder / name, image.param)
-                params += [image.param] * len(pages[name])
-                if len(params) > (limit := self.limits.max_images):
-                    message = f"messages: {len(params)} images with pages; expected at most {limit}"
-                    raise ApiError(400, message, "messages")
-            sample = body.sample_json, self.folder, pages
-            reply = self._call(worker, tokenize_sample, *sample, max_model_len, thinking)
+            for name, param in params.items():
+                self._inspect_image(worker, self.folder / name, param)
+            reply = self._call(
+                worker, tokenize_sample, body.sample_json, self.folder, max_model_len, thinking
+            )
+            tokenized = unpack_tokenized(reply, "request")
+            pages = [split_page(span.files[0].name)[0] for span in tokenized.spans]
+            if len(pages) > (limit := self.limits.max_images):
+                message = f"messages: {len(pages)} images with pages; expected at most {limit}"
+                raise ApiError(400, message, "messages")
             patches = [
-                self._call(worker, load_image_patches, index, param=param).arrays[0]
-                for index, param in enumerate(params)
+                self._call(worker, load_image_patches, index, param=params[name]).arrays[0]
+                for index, name in enumerate(pages)
             ]
         empty_patches = np.empty((0, reply.value["patch_dim"]), dtype=np.uint8)
         decoded = [array.view(np.uint8) for array in patches]
-        tokenized = unpack_tokenized(reply, "request")
         return EncodedSample(tokenized, concat_patches(decoded or [empty_patches]))
 
     def parse_label_studio_body(self, body: bytearray) -> dict[str, Any]:
@@ -171,10 +171,9 @@ class RequestPreprocessor:
             args = spec, False, thinking
             self._call(worker, compile_grammar, *args, param=param, max_cpu_s=seconds)
 
-    def _inspect_image(self, worker: Worker, path: Path, param: str) -> list[str]:
+    def _inspect_image(self, worker: Worker, path: Path, param: str) -> None:
         limits = (path, self.limits.max_image_pixels, self.image_formats)
-        reply = self._call(worker, inspect_image, *limits, param=param, folder=path.parent)
-        return list(reply.value)
+        self._call(worker, inspect_image, *limits, param=param, folder=path.parent)
 
     @contextlib.contextmanager
     def _borrow_worker(self) -> Iterator[Worker]:

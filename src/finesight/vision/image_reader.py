@@ -138,7 +138,7 @@ def decode_pixels(state: Any, path: Path) -> JobOutput:
     if is_video_path(path):
         deque(iter_video_frames(path, [read_video_header(path).num_frames - 1]), maxlen=0)
         return JobOutput(sha256_content(path))
-    return JobOutput(repr(decode_image(path, with_key=True).key))
+    return JobOutput(repr(decode_image(path, with_key=True)[1]))
 
 
 def load_pixels(state: Any, path: Path, min_side: int | None) -> JobOutput:

@@ -110,9 +110,13 @@ def test_pages_of_documents_are_images(tmp_path: Path) -> None:
     assert list_pages(tmp_path / "c.pdf") == [tmp_path / "c.pdf"]
     assert load_image(tmp_path / "b.tif#page=2").size == (30, 10)
     source = [LocatedSample(texts, tmp_path / "texts")]
-    export_dataset(source, tmp_path / "openai", "ms-swift", copy_images=False)
-    exported = load_image(tmp_path / "openai/images/a-2.png")
+    export_dataset(source, tmp_path / "swift", "ms-swift", copy_images=False)
+    exported = load_image(tmp_path / "swift/images/a-2.png")
     assert exported.tobytes() == load_image(third).tobytes()
+    export_dataset(source, tmp_path / "openai", "openai", copy_images=False)
+    (row,) = (tmp_path / "openai/data.jsonl").read_text().splitlines()
+    assert row.count("data:image/png;base64,") == 2
+    assert not (tmp_path / "openai/images").exists()
 
 
 def test_reduced_copies_in_a_tiff_are_not_pages(tmp_path: Path) -> None:

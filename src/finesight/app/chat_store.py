@@ -26,7 +26,7 @@ from starlette.requests import Request
 
 from finesight.app.pages import Utf8Text
 from finesight.app.uploads import DiskBudget, DiskFullError, DiskReservation, UploadStore
-from finesight.data.image_header import split_page
+from finesight.data.image_header import get_file, split_page
 from finesight.data.sample import write_samples
 from finesight.errors import UserError
 from finesight.infer.chat_session import ChatSession, ChatTurn
@@ -232,14 +232,14 @@ class StoredChat:
         in_use = {path for turn in self.session.turns for path in turn.image_paths}
         for path in set(image_paths) - in_use:
             self.images.pop(path).display_path.unlink(missing_ok=True)
-            Path(split_page(str(path))[0]).unlink(missing_ok=True)
+            get_file(path).unlink(missing_ok=True)
 
     def export_archive(self) -> IO[bytes]:
         """Export the conversation and its images as a zip archive in the sample format.
 
         The archive is an anonymous temporary file, which is deleted when it is closed.
         """
-        files = {Path(split_page(str(path))[0]) for path in self.images}
+        files = set(map(get_file, self.images))
         samples = self.session.to_samples(lambda path: f"images/{path.name}")
         if not samples:
             raise UserError(f"chat is empty: {len(self.session.turns)} turns, none with an answer")

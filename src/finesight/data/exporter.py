@@ -16,6 +16,8 @@ from finesight.data.formats import get_format
 from finesight.data.formats.dataset_format import DatasetFormat, ExportContext
 from finesight.data.image_header import (
     CorruptImageError,
+    get_file,
+    is_page,
     open_image_header,
     read_exif_orientation,
     read_image_size,
@@ -50,7 +52,7 @@ def export_dataset(
     """Export samples to a folder in a format that an import can read.
 
     Images are referenced by their path relative to `out`, or copied to the folder `out`/images.
-    Other formats than samples cannot refer to pages of documents, which are saved there as PNG.
+    Only samples refer to pages of documents. Other formats have them as PNG, in OUT/images.
     """
     data_format = get_format(format_name, "--to")
     if data_format.write_files is None:
@@ -62,7 +64,7 @@ def export_dataset(
         )
     with write_folder(out) as staging:
         resolved_paths = _resolve_image_paths(samples)
-        if data_format.name != "samples":
+        if data_format.name not in ("samples", "openai"):
             resolved_paths |= _render_pages(resolved_paths, staging / IMAGES_FOLDER)
         image_paths = dict.fromkeys(resolved_paths.values())
         taken = {path.name for path in image_paths if path.is_relative_to(staging)}
@@ -92,7 +94,7 @@ def _resolve_image_paths(samples: Sequence[LocatedSample]) -> dict[Path, Path]:
             path = located_sample.resolve_path(name)
             if path in resolved_paths:
                 continue
-            if not Path(split_page(str(path))[0]).is_file():
+            if not get_file(path).is_file():
                 raise CorruptImageError(
                     "no such image",
                     where=f"the sample {located_sample.sample.id!r}, {path}",
@@ -110,7 +112,7 @@ def _render_pages(resolved_paths: Mapping[Path, Path], folder: Path) -> dict[Pat
     targets = {
         page: folder / f"{Path(split_page(page.name)[0]).stem}-{number}.png"
         for number, page in enumerate(pages, 1)
-        if split_page(page.name)[1] or page.suffix.lower() == ".pdf"
+        if is_page(page)
     }
     if targets:
         folder.mkdir()

@@ -54,8 +54,18 @@ def split_page(path: str) -> tuple[str, str]:
 
 
 def is_container_path(path: Path) -> bool:
-    """Return whether a path refers to an image inside a tar or Parquet file."""
+    """Return whether a path refers to an image inside a tar, Parquet or document file."""
     return split_container_path(str(path))[1] != "" and not path.exists()
+
+
+def get_file(path: Path) -> Path:
+    """Return the file on disk of an image: its own, or the tar, Parquet or document file."""
+    return Path(split_container_path(str(path))[0]) if is_container_path(path) else path
+
+
+def is_page(path: Path) -> bool:
+    """Return whether a path refers to a page, or to a PDF file of one page."""
+    return split_page(path.name)[1] != "" or path.suffix.lower() == ".pdf"
 
 
 def resolve_content(path: Path) -> Path | io.BytesIO:
@@ -378,7 +388,7 @@ def list_pages(
     return [Path(f"{path}#page={n}") for n in selected] if len(numbers) > 1 else [path]
 
 
-def save_page(path: Path, target: Path) -> None:
+def save_page(path: Path, target: Path | io.BytesIO) -> None:
     """Write a page of a document as PNG, with its pixels unchanged if PNG has their type."""
     with open_image_header(path) as image:
         try:

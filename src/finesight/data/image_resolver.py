@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import io
 import itertools
 import os
 import re
@@ -23,8 +24,10 @@ from finesight.data.image_header import (
     is_container_path,
     is_embedded_media,
     is_image_value,
+    is_page,
     list_pages,
     resolve_content,
+    save_page,
     split_page,
 )
 from finesight.data.sample import (
@@ -273,10 +276,13 @@ class ImageResolver:
 
 
 def encode_data_url(path: Path) -> str:
-    """Encode an image file as a base64 data URL (RFC 2397)."""
-    data = path.read_bytes()
+    """Encode an image file, or a page as PNG, as a base64 data URL (RFC 2397)."""
+    buffer = io.BytesIO()
+    if is_page(path):
+        save_page(path, buffer)
+    data = buffer.getvalue() or path.read_bytes()
     suffix = find_image_suffix(data)
-    if suffix not in IMAGE_MAGICS.values() or suffix == ".pdf":
+    if suffix not in IMAGE_MAGICS.values():
         raise UserError(
             "an image format that data URLs do not support",
             where=str(path),

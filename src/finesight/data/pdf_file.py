@@ -41,9 +41,10 @@ class PdfImageFile(ImageFile.ImageFile):
         try:
             self.seek(0)
         except pypdfium2.PdfiumError as error:
+            problem = "a damaged PDF file, or one without pages"
             if error.err_code in (pypdfium2.raw.FPDF_ERR_PASSWORD, pypdfium2.raw.FPDF_ERR_SECURITY):
-                raise ValueError("the file is encrypted: save it without a password") from error
-            raise ValueError("a damaged PDF file, or one without pages") from error
+                problem = "an encrypted PDF file: save it without a password"
+            raise ValueError(f"error {error.err_code}: {problem}") from error
 
     def seek(self, frame: int) -> None:
         """Select a page, counted from 0. Raises EOFError if there is none."""

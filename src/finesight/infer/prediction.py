@@ -18,7 +18,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from finesight.data.boxes import sort_corners
-from finesight.data.image_header import DEFAULT_SIZE, CorruptImageError, ImageSize, split_page
+from finesight.data.image_header import DEFAULT_SIZE, CorruptImageError, ImageSize, get_file
 from finesight.data.sample import (
     BoxPart,
     ImagePart,
@@ -107,7 +107,7 @@ class Prediction:
 
     def as_text(self) -> str:
         """Format the prediction for the console, with one line per box."""
-        files = dict.fromkeys(split_page(str(path))[0] for path in self.images)
+        files = dict.fromkeys(map(get_file, self.images))
         paths = [*(files if len(self.images) > 1 else self.images)]
         head = "".join(f"{path}: " for path in paths or [self.id] * is_video_path(self.id))
         is_truncated = self.finish_reason == "length"

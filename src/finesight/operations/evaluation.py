@@ -155,14 +155,14 @@ def _load_samples(
     data: Path | None,
     pages: PageRanges,
 ) -> list[LocatedSample]:
-    from finesight.data.image_header import list_pages, split_page
+    from finesight.data.image_header import get_file, list_pages
     from finesight.data.sample import LocatedSample, read_samples
     from finesight.infer.prediction import build_question
 
     if data is not None and prompt is None and not images:
         found = read_samples(data, require_answer=False)
         return [LocatedSample(sample, data.parent) for sample in found]
-    for image in (Path(split_page(str(one))[0]) for one in images):
+    for image in map(get_file, images):
         if not image.exists() or image.is_dir():
             is_folder, what = image.is_dir(), "a folder" if image.is_dir() else "no such image"
             remedy = f"give its images: {image}/*" if is_folder else suggest_similar_path(image)

@@ -208,7 +208,7 @@ class StoredChat:
             raise UserError(translate(what, *numbers))
 
     def _add_image(self, page: Path, stored_path: Path) -> Path:
-        """Write the display copy of an uploaded page, and return the later path of the image."""
+        """Write the display copy of an uploaded page, and return its later path."""
         number = self._next_number()
         (height, width), display_copy = self.reader.encode(page, MAX_DISPLAY_SIDE)
         display_path = self.folder / f"display-{number}.webp"

@@ -1,4 +1,4 @@
-"""Open images on disk or inside tar, Parquet and PDF files, and read size and EXIF orientation.
+"""Open images on disk or in tar, Parquet and PDF files; read size and orientation.
 
 `shard.tar/@1536+20480/0001.jpg` refers to 20,480 bytes of `shard.tar` from byte 1,536,
 `part.parquet/@12/0001.jpg` to the image of this name in row 12 (1-based), and `scan.pdf#page=3` to
@@ -39,7 +39,7 @@ _PAGE = re.compile(r"(?P<container>.+)#page=(?P<page>[1-9][0-9]{0,5})", re.DOTAL
 
 
 def split_container_path(path: str) -> tuple[str, str]:
-    """Split a path into its tar, Parquet or document file and the path or page inside it.
+    """Split a path into its container file and the path or page inside it.
 
     The second part is empty for a path that is not inside a container.
     """
@@ -64,7 +64,7 @@ def get_file(path: Path) -> Path:
 
 
 def is_page(path: Path) -> bool:
-    """Return whether a path refers to a page, or to a PDF file of one page."""
+    """Return whether a path refers to a page or a PDF file."""
     return split_page(path.name)[1] != "" or path.suffix.lower() == ".pdf"
 
 
@@ -356,7 +356,7 @@ def _select_page(path: Path, image: Image.Image) -> None:
 def list_pages(
     path: Path, ranges: PageRanges = (), formats: Sequence[str] = IMAGE_FORMATS
 ) -> list[Path]:
-    """Return the pages of a document, or the path alone for another image or a single page.
+    """Return the pages of a document, or the path alone without several pages.
 
     Reduced copies of an image in a TIFF file are not pages. A path with a page is returned alone.
 
@@ -389,7 +389,7 @@ def list_pages(
 
 
 def save_page(path: Path, target: Path | io.BytesIO) -> None:
-    """Write a page of a document as PNG, with its pixels unchanged if PNG has their type."""
+    """Write a page of a document as PNG, with unchanged pixels if possible."""
     with open_image_header(path) as image:
         try:
             is_supported = image.mode in ("1", "L", "LA", "P", "I;16", "RGB", "RGBA")

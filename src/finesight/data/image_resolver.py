@@ -89,7 +89,7 @@ class ImageResolver:
         self._resolved: dict[str, str] = {}
 
     def resolve(self, value: object) -> Path:
-        """Return the file of an image value in a dataset row, and its page if there is one.
+        """Return the file or page of an image value in a dataset row.
 
         The path of several pages is that of the document; see `list_pages`.
 

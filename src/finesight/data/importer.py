@@ -352,7 +352,11 @@ class _InvalidRows:
         if len(self.described[remedy]) < MAX_DESCRIBED_ROWS:
             self.described[remedy].append((location, error))
         self.remedies[remedy] += 1
-        reason, text = get_skip_reason(error), ": ".join(filter(None, (error.where, error.what)))
+        reasons = (reason for kind, reason in REASON_BY_ERROR.items() if isinstance(error, kind))
+        reason, text = (
+            next(reasons, REASON_OTHER),
+            ": ".join(filter(None, (error.where, error.what))),
+        )
         self.reasons[reason] += 1
         self.first_errors.setdefault(reason, f"{location}, {text}")
         self.boxes += isinstance(error, InvalidBoxError)
@@ -390,6 +394,13 @@ class _OutputSplit:
         examples = (example for examples in self.rows for example in examples)
         return sum(1 if self.is_eval else len(one.spans[:-1]) or 1 for one in examples)
 
+    def write(self, spool: Spool, staging: Path, out: Path) -> OutputFile:
+        """Write the samples, and return the later file with its numbers of rows and samples."""
+        examples = (example for examples in self.rows for example in examples)
+        lines = (line for one in examples for line in one.lines(spool, is_eval=self.is_eval))
+        write_chunks(staging / self.name, lines)
+        return OutputFile(out / self.name, sum(map(bool, self.rows)), len(self))
+
     def images(self) -> dict[str, None]:
         """Return the path of each image and video frame of the split once, in order."""
         return dict.fromkeys(image for examples in self.rows for image in _images(examples))
@@ -421,7 +432,7 @@ def import_dataset(
         splits = _split_rows(_make_ids_unique(rows), options, parsed.pixel_keys)
         num_used = dict.fromkeys(image for part in splits for image in part.images())
         image_names.copy(num_used)
-        output_files = [_write_split(split, spool, staging, out) for split in splits]
+        output_files = [split.write(spool, staging, out) for split in splits]
         if invalid.lines:
             write_chunks(staging / SKIPPED_ROWS_FILE, map(spool.read, invalid.lines))
         used_names = {split_page(image_names.name(image))[0] for image in num_used}
@@ -456,12 +467,6 @@ def _source_bytes(opened: ImportSource, request: ImportOptions) -> int:
     if not files:
         files = list_folder(opened.path).files if opened.path.is_dir() else (opened.path,)
     return sum(os.path.getsize(file) for file in files if os.path.exists(file))
-
-
-def get_skip_reason(error: UserError) -> str:
-    """Return the reason for skipping a row, as counted in the import summary."""
-    reasons = (reason for kind, reason in REASON_BY_ERROR.items() if isinstance(error, kind))
-    return next(reasons, REASON_OTHER)
 
 
 class _ParsedRows(NamedTuple):
@@ -785,10 +790,3 @@ def _split_rows(
 
 def _images(examples: RowExamples) -> Iterator[str]:
     return (image for example in examples for image in example.images)
-
-
-def _write_split(split: _OutputSplit, spool: Spool, staging: Path, out: Path) -> OutputFile:
-    examples = (example for examples in split.rows for example in examples)
-    lines = (line for example in examples for line in example.lines(spool, is_eval=split.is_eval))
-    write_chunks(staging / split.name, lines)
-    return OutputFile(out / split.name, sum(map(bool, split.rows)), len(split))

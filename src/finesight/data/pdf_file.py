@@ -32,7 +32,7 @@ os.register_at_fork(
 
 
 class PdfImageFile(ImageFile.ImageFile):
-    """A PDF file whose pages are the frames of an image, on white with annotations and forms."""
+    """PDF file whose pages, with annotations and forms, are the frames of an image."""
 
     format, format_description = "PDF", "pages of a PDF file"
 

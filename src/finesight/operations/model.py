@@ -237,7 +237,7 @@ def _complete(loading: LoadingOptions) -> dict[str, Any]:
 
 
 def build_question(images: StrPath | Sequence[StrPath], prompt: str) -> LocatedSample:
-    """Build a question about images, the pages of PDF files and videos, or none of them.
+    """Build a question about images, pages of PDF files and videos, or none.
 
     It is an input of `Model.generate_batch`.
 

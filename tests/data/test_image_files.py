@@ -93,7 +93,8 @@ def test_pages_of_documents_are_images(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "rows.jsonl", [{"label": "cat", **row} for row in rows])
     columns = {"image": "image", "answer": "text"}
     options = replace(OPTIONS, columns=columns, pages=[(1, 1), (3, None)], copy_images=True)
-    import_dataset(tmp_path / "rows.jsonl", tmp_path / "texts", replace(options, limit=1))
+    one = replace(options, limit=1)
+    assert not import_dataset(tmp_path / "rows.jsonl", tmp_path / "texts", one).source_notes
     options = replace(options, columns={"image": "image", "box": "box", "label": "label"})
     import_dataset(tmp_path / "rows.jsonl", tmp_path / "boxes", replace(options, row_range=(1, 2)))
     (texts,), (boxes,) = (read_samples(tmp_path / f"{n}/data.jsonl") for n in ("texts", "boxes"))

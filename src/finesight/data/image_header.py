@@ -427,7 +427,7 @@ def decode_image(path: Path, *, with_key: bool = False) -> tuple[bool, PixelKey 
         except Exception as error:  # decoders raise various exceptions on corrupt data
             raise build_corrupt_error(path, error) from error
         # The further images of an MPO file are previews and depth maps.
-        if image.format != "MPO" and not split_page(str(path))[1]:
+        if image.format not in ("MPO", *_DOCUMENT_FORMATS):
             with contextlib.suppress(Exception):
                 image.seek(1)
                 return True, key

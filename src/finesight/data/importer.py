@@ -210,7 +210,7 @@ They ensure that each sample fits into a line of at most `MAX_LINE_BYTES`.
 SKIPPED_ROWS_FILE = "skipped_rows.jsonl"
 """Name of the output file that lists the rows skipped by `--on-invalid-row skip`."""
 
-NOTE_FIRST_FRAME = "images are animated or have several pages; only the first frame is used"
+NOTE_FIRST_FRAME = "images are animated; only the first frame is used"
 NOTE_UNFINISHED_REASONING = "answers of a <think> without </think>: complete or remove them"
 DECODE_BATCH_SIZE = 1024
 """Number of images whose decoding is submitted at once."""

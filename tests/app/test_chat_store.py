@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import secrets
 import time
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,8 @@ from web_server_fixture import ScriptedService, get_image_pool
 from finesight.app import chat_store, uploads
 from finesight.app.chat_store import BROWSER_COOKIE, ChatStore, StoredChat
 from finesight.app.pages import create_app
-from finesight.data.image_header import CorruptImageError
+from finesight.data.image_header import CorruptImageError, read_image_size
+from finesight.data.sample import read_samples
 from finesight.errors import UserError
 from finesight.infer.request import GenerationOptions
 
@@ -159,6 +161,28 @@ def test_images_are_stored_original_and_shown_without_metadata(chat, tmp_path):
     assert add(chat, other)[0].read_bytes() == other
     assert stored.read_bytes() == file.read_bytes()
     assert [*(tmp_path / "private" / "uploads").iterdir()] == [], "uploads are moved"
+
+
+def test_pages_of_a_pdf_are_images_of_a_message(chat, tmp_path):
+    pages = [Image.new("RGB", (30 * n, 40)) for n in (1, 2)]
+    pages[0].save(tmp_path / "a.pdf", save_all=True, append_images=pages[1:])
+    content = (tmp_path / "a.pdf").read_bytes()
+    with chat.take_uploads("", [upload(chat, content, "a.pdf")]) as paths:
+        list(chat.session.send("Which page?", paths, [GenerationOptions()]).replies[0])
+    assert [path.name for path in paths] == ["1-a.pdf#page=1", "1-a.pdf#page=2"]
+    assert [(image.width, image.height) for image in chat.images.values()] == [(60, 80), (120, 80)]
+    with chat.export_archive() as archive, zipfile.ZipFile(archive) as file:
+        assert file.namelist() == ["chat/chat.jsonl", "chat/images/1-a.pdf"]
+        file.extractall(tmp_path)
+    (sample,) = read_samples(tmp_path / "chat" / "chat.jsonl")
+    images = [part.image for part in sample.iter_parts() if part.type == "image"]
+    assert [read_image_size(tmp_path / "chat" / one) for one in images] == [(80, 60), (80, 120)]
+    ids = [upload(chat, content, "a.pdf") for _ in range(5)]
+    with pytest.raises(UserError, match="10 images"), chat.take_uploads("", ids):
+        pass
+    chat.session.undo()
+    chat.remove_images(paths)
+    assert not any(chat.folder.glob("1-*"))
 
 
 def test_refused_messages_leave_their_uploads_in_place(chat, tmp_path):

@@ -26,6 +26,7 @@ from starlette.requests import Request
 
 from finesight.app.pages import Utf8Text
 from finesight.app.uploads import DiskBudget, DiskFullError, DiskReservation, UploadStore
+from finesight.data.image_header import get_file, split_page
 from finesight.data.sample import write_samples
 from finesight.errors import UserError
 from finesight.infer.chat_session import ChatSession, ChatTurn
@@ -168,44 +169,56 @@ class StoredChat:
 
         If the message is refused, or the `with` block raises, the uploads stay in place.
         """
-        num_images = len(self.images) + len(upload_ids)
-        if len(upload_ids) > MAX_IMAGES_PER_MESSAGE or num_images > MAX_IMAGES_PER_CHAT:
-            what = "{} images; at most {} per question and {} per chat."
-            numbers = len(upload_ids), MAX_IMAGES_PER_MESSAGE, MAX_IMAGES_PER_CHAT
-            raise UserError(translate(what, *numbers))
+        self._check_count(len(upload_ids))
         self.check_text(text)
         uploads = [self.uploads.find(upload_id) for upload_id in dict.fromkeys(upload_ids)]
         taken: dict[Path, Path] = {}
+        images: list[Path] = []
         try:
-            with self._reserve(MAX_DISPLAY_BYTES * len(uploads)):
-                for upload in uploads:
-                    taken[self._add_image(upload)] = upload
+            for upload in uploads:
+                upload.touch()  # expired uploads are deleted
+            uploaded = {upload: self.reader.list_pages(upload) for upload in uploads}
+            num_images = sum(map(len, uploaded.values()))
+            self._check_count(num_images)
+            with self._reserve(MAX_DISPLAY_BYTES * num_images):
+                for upload, pages in uploaded.items():
+                    path = self.folder / f"{self._next_number()}-{upload.name[-80:]}"
+                    taken[path] = upload
+                    for page in pages:
+                        images.append(self._add_image(page, path))
             # All images are accepted.
             for path, upload in taken.items():
                 upload.rename(path)
-            yield [*taken]
+            yield images
         except BaseException as error:
             for path, upload in taken.items():
                 if path.exists():
                     path.rename(upload)
-            self.remove_images([*taken])
+            self.remove_images(images)
             if isinstance(error, FileNotFoundError):
                 raise UserError(translate("The images have expired. Add them again.")) from error
             raise
         for upload in uploads:
             upload.parent.rmdir()
 
-    def _add_image(self, upload: Path) -> Path:
-        """Write the display copy of an upload, and return the later path of the image."""
-        # Expired uploads are deleted.
-        upload.touch()
-        number = 1 + max((image.number for image in self.images.values()), default=0)
-        (height, width), display_copy = self.reader.encode(upload, MAX_DISPLAY_SIDE)
+    def _check_count(self, count: int) -> None:
+        if count > MAX_IMAGES_PER_MESSAGE or len(self.images) + count > MAX_IMAGES_PER_CHAT:
+            what = "{} images; at most {} per question and {} per chat."
+            numbers = count, MAX_IMAGES_PER_MESSAGE, MAX_IMAGES_PER_CHAT
+            raise UserError(translate(what, *numbers))
+
+    def _add_image(self, page: Path, stored_path: Path) -> Path:
+        """Write the display copy of an uploaded page, and return its later path."""
+        number = self._next_number()
+        (height, width), display_copy = self.reader.encode(page, MAX_DISPLAY_SIDE)
         display_path = self.folder / f"display-{number}.webp"
         display_path.write_bytes(display_copy)
-        path = self.folder / f"{number}-{upload.name[-80:]}"
-        self.images[path] = ChatImage(upload.name, number, width, height, display_path)
+        path = Path(f"{stored_path}{split_page(page.name)[1]}")
+        self.images[path] = ChatImage(page.name, number, width, height, display_path)
         return path
+
+    def _next_number(self) -> int:
+        return 1 + max((image.number for image in self.images.values()), default=0)
 
     def _reserve(self, num_bytes: int) -> DiskReservation:
         try:
@@ -219,30 +232,27 @@ class StoredChat:
         in_use = {path for turn in self.session.turns for path in turn.image_paths}
         for path in set(image_paths) - in_use:
             self.images.pop(path).display_path.unlink(missing_ok=True)
-            path.unlink(missing_ok=True)
+            get_file(path).unlink(missing_ok=True)
 
     def export_archive(self) -> IO[bytes]:
         """Export the conversation and its images as a zip archive in the sample format.
 
         The archive is an anonymous temporary file, which is deleted when it is closed.
         """
-        archive_names = {
-            path: f"images/{image.number}-{path.name.partition('-')[2]}"
-            for path, image in self.images.items()
-        }
-        samples = self.session.to_samples(lambda path: archive_names[path])
+        files = set(map(get_file, self.images))
+        samples = self.session.to_samples(lambda path: f"images/{path.name}")
         if not samples:
             raise UserError(f"chat is empty: {len(self.session.turns)} turns, none with an answer")
         jsonl_path = self.folder / "chat.jsonl"
         write_samples(jsonl_path, samples)
-        size = sum(path.stat().st_size for path in (jsonl_path, *archive_names))
+        size = sum(path.stat().st_size for path in (jsonl_path, *files))
         archive = tempfile.TemporaryFile(dir=self.folder)  # noqa: SIM115 (it is returned)
         # The budget cannot count an anonymous file, so its reservation lasts as long as the file.
         weakref.finalize(archive, self._reserve(size).release)
         with zipfile.ZipFile(archive, "w") as file:
             file.write(jsonl_path, "chat/chat.jsonl")
-            for path, name in archive_names.items():
-                file.write(path, f"chat/{name}")
+            for path in sorted(files):
+                file.write(path, f"chat/images/{path.name}")
         archive.seek(0)
         return archive
 

@@ -394,6 +394,19 @@ def list_media_paths(part: ContentPart) -> tuple[str, ...]:
     return ()
 
 
+def expand_images(
+    content: Iterable[ContentPart], list_pages: Callable[[str], Iterable[str]]
+) -> tuple[ContentPart, ...]:
+    """Replace each image of a message by images of its pages."""
+    parts: list[ContentPart] = []
+    for part in content:
+        if isinstance(part, ImagePart):
+            parts += (ImagePart(image=page) for page in list_pages(part.image))
+        else:
+            parts.append(part)
+    return tuple(parts)
+
+
 def _map_part_paths(part: ContentPart, rename: Callable[[str], str]) -> ContentPart:
     if isinstance(part, ImagePart):
         return ImagePart(image=rename(part.image))

@@ -14,11 +14,13 @@ from finesight.operations.options import (
     LanguageOption,
     LoadingOptions,
     MaxNewTokensOption,
+    PagesOption,
     TrustMetricOption,
 )
 from finesight.progress import ProgressConsole
 
 if TYPE_CHECKING:
+    from finesight.data.image_header import PageRanges
     from finesight.data.sample import LocatedSample
     from finesight.doctor.diagnosis import DiagnosisSections
     from finesight.evaluate.generation_eval import GenerationEvalResult
@@ -105,6 +107,7 @@ def predict(
     max_new_tokens: MaxNewTokensOption = 512,
     batch_size: Annotated[int, Parameter(minimum=1)] = 16,
     draw: Annotated[StrPath | None, Parameter(path="folder")] = None,
+    pages: PagesOption = None,
     **loading: Unpack[LoadingOptions],
 ) -> Outcome[list[Prediction]]:
     """Answer questions about images with greedy decoding, so that answers are deterministic.
@@ -115,7 +118,7 @@ def predict(
     Example: finesight predict runs/latex formula.png --prompt "Write the formula as LaTeX."
 
     Args:
-        images: Image or video files; each gets its own answer.
+        images: Image, PDF or video files; each gets its own answer.
         prompt: Question about every image. Required with IMAGE.
         data: JSONL file of samples to answer, instead of IMAGE and --prompt.
         batch_size: Answers generated at the same time; halved when GPU memory is exhausted.
@@ -125,7 +128,7 @@ def predict(
     from finesight.infer.prediction import save_annotated_images
 
     samples = _load_samples(
-        get_model_name(run_or_model), [*map(Path, images)], prompt, to_path(data)
+        get_model_name(run_or_model), [*map(Path, images)], prompt, to_path(data), pages or ()
     )
     model = load_model(run_or_model, **loading).value.inference_model
     console = ProgressConsole()
@@ -146,21 +149,28 @@ def predict(
 
 
 def _load_samples(
-    run_or_model: str, images: list[Path], prompt: str | None, data: Path | None
+    run_or_model: str,
+    images: list[Path],
+    prompt: str | None,
+    data: Path | None,
+    pages: PageRanges,
 ) -> list[LocatedSample]:
+    from finesight.data.image_header import get_file, list_pages
     from finesight.data.sample import LocatedSample, read_samples
-    from finesight.infer.prediction import build_questions
+    from finesight.infer.prediction import build_question
 
     if data is not None and prompt is None and not images:
         found = read_samples(data, require_answer=False)
         return [LocatedSample(sample, data.parent) for sample in found]
-    for image in images:
+    for image in map(get_file, images):
         if not image.exists() or image.is_dir():
             is_folder, what = image.is_dir(), "a folder" if image.is_dir() else "no such image"
             remedy = f"give its images: {image}/*" if is_folder else suggest_similar_path(image)
             raise UserError(what, where=str(image), expected="an image file", remedy=remedy)
     if prompt is not None and data is None:
-        return build_questions(images, prompt)
+        if not images:
+            return [build_question((), prompt, prompt)]
+        return [build_question(list_pages(one, pages), prompt, str(one)) for one in images]
     example = {"run_or_model": run_or_model, "images": [[*images, "IMAGE"][0]]}
     raise UserError(
         f"{format_count(len(images), 'image')}, "

@@ -19,7 +19,12 @@ from typing import Any
 
 import numpy as np
 
-from finesight.data.image_header import MAX_IMAGE_PIXELS, CorruptImageError, read_image_size
+from finesight.data.image_header import (
+    MAX_IMAGE_PIXELS,
+    CorruptImageError,
+    get_file,
+    read_image_size,
+)
 from finesight.data.sample import BoxPart
 from finesight.errors import UserError
 from finesight.evaluate.bootstrap import (
@@ -291,7 +296,7 @@ def read_image_paths(line: JsonObject) -> list[str]:
 def find_image(name: str, folders: Sequence[Path]) -> Path:
     """Return the path of an image in the first folder with it, or else the given path."""
     candidates = (folder / name for folder in folders)
-    return next((path for path in candidates if path.exists()), Path(name))
+    return next((path for path in candidates if get_file(path).exists()), Path(name))
 
 
 MAX_MEAN_ERROR = 1e-6

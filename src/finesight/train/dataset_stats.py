@@ -27,7 +27,7 @@ from safetensors.numpy import save
 
 from finesight.config import DataFileSettings, DataSettings, Recipe
 from finesight.data.corpus import Corpus, load_corpus
-from finesight.data.image_header import CorruptImageError, resolve_content, split_container_path
+from finesight.data.image_header import CorruptImageError, get_file, resolve_content
 from finesight.data.sample import LocatedSample, Sample, TextPart, list_media_paths
 from finesight.encode.family import ThinkingOptions
 from finesight.encode.packing import SharedPrefix
@@ -97,8 +97,7 @@ def _read_edges(path: Path) -> tuple[int, bytes, int]:
         ends, size = file.read(EDGE_BYTES), file.seek(0, os.SEEK_END)
         file.seek(max(EDGE_BYTES, size - EDGE_BYTES))
         ends += file.read()
-    source = inside if isinstance(inside, Path) else Path(split_container_path(str(path))[0])
-    return size, ends, source.stat().st_mtime_ns
+    return size, ends, get_file(path).stat().st_mtime_ns
 
 
 ImageStates = NDArray[np.int64]

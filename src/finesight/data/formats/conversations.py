@@ -128,7 +128,9 @@ _TAGS = re.compile("(<image>|<video>)")
 IMAGE_PLACEHOLDER = re.compile(
     r"<\|vision_start\|>(?P<path>(?:(?!<\|vision_).)*)<\|vision_end\|>|<image>", re.DOTALL
 )
-_IMAGE_PATH = re.compile(r"[^\n<>|]+\.(?:jpe?g|png|webp|bmp|gif|tiff?|ppm|jp2|avif)", re.IGNORECASE)
+_IMAGE_PATH = re.compile(
+    r"[^\n<>|]+\.(?:jpe?g|png|webp|bmp|gif|tiff?|ppm|jp2|avif|pdf)(?:#page=[0-9]+)?", re.IGNORECASE
+)
 _SPEAKERS = {"system": "system", "user": "human", "assistant": "gpt", "tool": "observation"}
 """Names of the roles in LLaVA and sharegpt."""
 

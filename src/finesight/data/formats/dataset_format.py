@@ -44,6 +44,7 @@ from finesight.data.sample import (
     check_json,
     check_limit,
     create_region,
+    expand_images,
     is_video_path,
     join_text,
 )
@@ -606,12 +607,37 @@ class DatasetFormat:
                     "a chosen and a rejected answer to one prompt",
                 )
             result = [replace(chosen, rejected=other.answers[0])]
+        if any(len(pages) > 1 for pages in context.images.pages.values()):
+            result = [_expand_documents(one, context.images) for one in result]
         return result if label is None else [replace(one, label=label) for one in result]
 
     def _parse(self, row: SourceRow, record: Record, context: ImportContext) -> list[ImportExample]:
         context.other_keys.clear()
         result = self.parse_row(replace(row, record=record), context)
         return [result] if isinstance(result, ImportExample) else result
+
+
+def _expand_documents(example: ImportExample, images: ImageResolver) -> ImportExample:
+    """Replace each document of several pages by its pages, to which boxes cannot refer."""
+
+    def list_pages(image: str) -> list[str]:
+        return list(map(str, images.list_pages(Path(image))))
+
+    messages = tuple(
+        message.model_copy(update={"content": expand_images(message.content, list_pages)})
+        for message in example.prompt_messages
+    )
+    contents = [message.content for message in messages]
+    parts = [*itertools.chain(*contents, *example.answers)]
+    boxes = [part for part in parts if isinstance(part, BoxPart)]
+    if messages != example.prompt_messages and boxes:
+        pages = [Path(part.image).name for part in parts if isinstance(part, ImagePart)]
+        raise InvalidBoxError(
+            f"a {boxes[0].type} in a document with several of {len(pages)} pages",
+            expected=f"a path with the page, such as {pages[-1]}",
+            remedy="name the page, or select one with --pages",
+        )
+    return replace(example, prompt_messages=messages)
 
 
 def split_at_pattern(text: str, pattern: re.Pattern[str]) -> Iterator[str | re.Match[str]]:

@@ -29,6 +29,7 @@ import tokenizers
 from numpy.typing import NDArray
 
 from finesight.bounded_files import read_bytes, read_json_object
+from finesight.data.augmentation import ImageVariant
 from finesight.data.image_header import ImageSize
 from finesight.errors import UserError
 from finesight.model_folder import ModelFolder
@@ -454,6 +455,7 @@ class VisualSpan:
     Attributes:
         files: The image, the frames of the video, or the video file.
         frame_indices: Indices of the frames in a video file; empty for images.
+        variant: Random changes of the image in training, if any.
     """
 
     kind: Literal["image", "video"]
@@ -464,6 +466,7 @@ class VisualSpan:
     original_size: ImageSize
     resized_size: ImageSize
     frame_indices: tuple[int, ...] = ()
+    variant: ImageVariant | None = None
 
     @property
     def num_frames(self) -> int:

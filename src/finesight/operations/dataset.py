@@ -441,6 +441,7 @@ def show(
     num_samples: Annotated[int, Parameter(minimum=1)] = 1,
     seed: Annotated[int | None, Parameter(minimum=0)] = None,
     use_eval_split: Annotated[bool, Parameter(option="--eval")] = False,
+    augmented: Annotated[int | None, Parameter(minimum=1)] = None,
     html: Annotated[StrPath | None, Parameter(metavar="FILE")] = None,
     language: LanguageOption = None,
 ) -> Outcome[list[TokenizedSample]]:
@@ -456,9 +457,12 @@ def show(
         num_samples: Number of samples, from the start of the data.
         seed: Show random samples, selected with this seed, instead.
         use_eval_split: Show samples of data.eval instead of data.train.
+        augmented: Show this number of random variants of each sample, as data.augment of the recipe
+            creates them in training.
         html: Write an HTML page with the resized images, boxes and tokens instead of the table. An
             existing page is replaced, but no other file.
     """
+    from finesight.data.augmentation import Augmenter
     from finesight.data.corpus import load_corpus
     from finesight.data.image_header import CorruptImageError
     from finesight.encode.renderer import NativeRenderer, build_renderer
@@ -492,6 +496,24 @@ def show(
         text = "{} random samples of {}"
         indices = sorted(random.Random(seed).sample(indices, min(num_samples, len(corpus))))
     selected = [corpus.read_validated(index) for index in indices[:num_samples]]
+    if augmented is not None:
+        augmenter = Augmenter.from_recipe(settings)
+        if augmenter is None or use_eval_split or not isinstance(renderer, NativeRenderer):
+            raise UserError(
+                "validation data are never augmented"
+                if use_eval_split
+                else "the transformers backend does not augment images"
+                if augmenter
+                else f"data.augment is not set in {recipe.name}",
+                where=f"--augmented {augmented}",
+                expected="training data of a recipe with data.augment, and a native model family",
+                remedy="add data.augment=light" if augmenter is None else "remove --augmented",
+            )
+        selected = [
+            augmenter.augment(sample, step, index)
+            for index, sample in zip(indices, selected, strict=False)
+            for step in range(augmented)
+        ]
     console, valid, tokenized = ProgressConsole(), [], []
 
     def report_skipped(sample_id: str, error: CorruptImageError) -> None:

@@ -206,6 +206,7 @@ class RunPlan:
         chosen_estimate: Estimate for the settings that the search has chosen.
         feature_bytes: Size of the vision cache of all training images. None if the vision encoder
             is trainable.
+        is_augmented: Whether `data.augment` rules the vision cache out.
         overrides: Command-line overrides that change the recipe to the chosen settings.
         memory_hints: Other ways to reduce memory, for a run that does not fit.
     """
@@ -224,6 +225,7 @@ class RunPlan:
     chosen_estimate: SettingsEstimate
     evaluation: EvaluationEstimate
     feature_bytes: int | None
+    is_augmented: bool
     num_workers: int
     startup_s: float
     overrides: tuple[str, ...]
@@ -317,6 +319,7 @@ def plan_run(recipe: Recipe, gpu: str | None, console: ProgressConsole) -> RunPl
         chosen_estimate=chosen_estimate,
         evaluation=evaluation,
         feature_bytes=_compute_feature_bytes(model, train_data.stats.num_patches, target),
+        is_augmented=recipe.data.augment is not None,
         num_workers=num_workers,
         startup_s=startup_s,
         overrides=_list_overrides(

@@ -481,12 +481,19 @@ class TrainSettings(SettingsSection):
     precision: Precision = "auto"
     device: Device = "auto"
     seed: Seed = 0
-    data_seed: Seed = 0
     num_workers: Annotated[int, Field(ge=0, le=1024)] | None = None
     vision_cache: VisionCacheMode = "auto"
     parallel: ParallelMode = "ddp"
     save_every: StepsOrFraction | None = None
     keep_checkpoints: PositiveInt = 2
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_data_seed(cls, values: object) -> object:
+        """Accept the former setting `data_seed` of saved recipes if it equals `seed`."""
+        if isinstance(values, dict) and values.get("data_seed") == values.get("seed", 0):
+            return {name: value for name, value in values.items() if name != "data_seed"}
+        return values
 
     @model_validator(mode="after")
     def _check_single_duration(self) -> TrainSettings:
@@ -531,6 +538,10 @@ MetricSpec = Annotated[
 """A task metric, or a function in a Python file, as `path/to/metric.py:function`."""
 
 
+EVAL_BATCH_SIZE = 32
+"""Answers that an evaluation generates at the same time; halved when GPU memory is exhausted."""
+
+
 class EvalSettings(SettingsSection):
     """Section `eval` of a recipe: evaluation by generation on validation samples.
 
@@ -548,7 +559,14 @@ class EvalSettings(SettingsSection):
     patience: PositiveInt | None = None
     limit: PositiveInt | None = None
     max_new_tokens: Annotated[int, Field(gt=0, le=1_048_576)] = 512
-    batch_size: PositiveInt = 32
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_batch_size(cls, values: object) -> object:
+        """Accept the former setting `batch_size` of saved recipes, which changes no result."""
+        if isinstance(values, dict):
+            return {name: value for name, value in values.items() if name != "batch_size"}
+        return values
 
     @model_validator(mode="after")
     def _check_patience(self) -> EvalSettings:

@@ -514,6 +514,8 @@ def _build_resume_config(
         # Checkpoints of earlier versions have no objective.
         del train["objective"]
     settings |= {f"train.{name}": value for name, value in train.items()}
+    # Checkpoints of earlier versions have a seed of their own for the order of the samples.
+    settings["train.data_seed"] = recipe.train.seed
     resume_config: dict[str, Any] = json.loads(json.dumps(settings))
     return resume_config
 

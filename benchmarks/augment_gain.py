@@ -1,4 +1,4 @@
-"""Measure the gain of `data.augment` with few samples, on held-out data.
+"""Measure the gain of `data.augment` with few samples, on validation samples.
 
     python benchmarks/augment_gain.py --out FILE [--seeds 0 1 2] [--workers 16] [--steps 200]
         [--tasks boxes words] [--presets strong] [--samples 300] [--real grounding.jsonl]

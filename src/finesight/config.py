@@ -487,14 +487,6 @@ class TrainSettings(SettingsSection):
     save_every: StepsOrFraction | None = None
     keep_checkpoints: PositiveInt = 2
 
-    @model_validator(mode="before")
-    @classmethod
-    def _drop_data_seed(cls, values: object) -> object:
-        """Accept the former setting `data_seed` of saved recipes if it equals `seed`."""
-        if isinstance(values, dict) and values.get("data_seed") == values.get("seed", 0):
-            return {name: value for name, value in values.items() if name != "data_seed"}
-        return values
-
     @model_validator(mode="after")
     def _check_single_duration(self) -> TrainSettings:
         if self.epochs is not None and self.steps is not None:
@@ -559,14 +551,6 @@ class EvalSettings(SettingsSection):
     patience: PositiveInt | None = None
     limit: PositiveInt | None = None
     max_new_tokens: Annotated[int, Field(gt=0, le=1_048_576)] = 512
-
-    @model_validator(mode="before")
-    @classmethod
-    def _drop_batch_size(cls, values: object) -> object:
-        """Accept the former setting `batch_size` of saved recipes, which changes no result."""
-        if isinstance(values, dict):
-            return {name: value for name, value in values.items() if name != "batch_size"}
-        return values
 
     @model_validator(mode="after")
     def _check_patience(self) -> EvalSettings:

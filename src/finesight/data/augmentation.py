@@ -228,9 +228,9 @@ class Augmenter:
     ) -> AffineRows:
         """Draw a window of the image that contains all boxes, its rotation and its flip."""
         settings, (height, width) = self.settings, size
-        window = (1 - settings.crop * draws[0]) * (1 + settings.scale * draws[1])
-        is_whole = window >= 1 or not self.describes_scenes or _COUNTS.search(texts)
-        kept = [(0.0, 0.0, float(width), float(height))] if is_whole else boxes
+        can_crop = self.describes_scenes and not _COUNTS.search(texts)
+        window = (1 - can_crop * settings.crop * draws[0]) * (1 + settings.scale * draws[1])
+        kept = boxes if can_crop and window < 1 else [(0.0, 0.0, float(width), float(height))]
         # Without boxes, bounds beyond the image leave the window free.
         x1s, y1s, x2s, y2s = zip(*kept or [(width, height, 0.0, 0.0)], strict=True)
         low, high = (min(x1s), min(y1s)), (max(x2s), max(y2s))

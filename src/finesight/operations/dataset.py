@@ -500,14 +500,10 @@ def show(
         augmenter = Augmenter.from_recipe(settings)
         if augmenter is None or use_eval_split or not isinstance(renderer, NativeRenderer):
             raise UserError(
-                "validation data are never augmented"
-                if use_eval_split
-                else "the transformers backend does not augment images"
-                if augmenter
-                else f"data.augment is not set in {recipe.name}",
+                f"data.{'eval' if use_eval_split else 'train'} of {recipe.name} has no variants",
                 where=f"--augmented {augmented}",
-                expected="training data of a recipe with data.augment, and a native model family",
-                remedy="add data.augment=light" if augmenter is None else "remove --augmented",
+                expected="training data with data.augment, and a native model family",
+                remedy="remove --augmented" if augmenter else "add data.augment=light",
             )
         selected = [
             augmenter.augment(sample, step, index)

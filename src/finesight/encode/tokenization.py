@@ -642,57 +642,6 @@ class CountedSample(Protocol):
     def num_supervised_tokens(self) -> int: ...
 
 
-@dataclass(frozen=True, slots=True)
-class FilteredSamples:
-    """Indices and token counts of valid samples, and the ids of skipped samples."""
-
-    sample_indices: tuple[int, ...]
-    token_counts: tuple[int, ...]
-    too_long_ids: tuple[str, ...]
-    unsupervised_ids: tuple[str, ...]
-
-    @property
-    def num_skipped(self) -> int:
-        return len(self.too_long_ids) + len(self.unsupervised_ids)
-
-
-def filter_samples(
-    samples: Iterable[CountedSample], max_length: int, on_invalid_sample: Literal["skip", "fail"]
-) -> FilteredSamples:
-    """Select the samples that have supervised tokens and at most `max_length` tokens.
-
-    Samples are never truncated, because a truncated sample loses its answer or part of an image.
-    `samples` is iterated once and not stored.
-    """
-    sample_indices, token_counts = [], []
-    too_long, unsupervised = [], []
-    max_tokens = 0
-    for index, sample in enumerate(samples):
-        max_tokens = max(max_tokens, sample.num_tokens)
-        error = find_sample_error(sample, max_length)
-        if error is None:
-            sample_indices.append(index)
-            token_counts.append(sample.num_tokens)
-        elif on_invalid_sample == "fail":
-            raise error
-        elif sample.num_tokens > max_length:
-            too_long.append(sample.id)
-        else:
-            unsupervised.append(sample.id)
-    if not sample_indices:
-        raise UserError(
-            f"none of {len(too_long) + len(unsupervised)} samples is valid: {len(too_long)}"
-            f" exceed {max_length} tokens (the longest has {max_tokens}), {len(unsupervised)}"
-            " have no answer",
-            where="data",
-            expected="samples with an assistant turn and at most data.max_length tokens",
-            remedy="raise data.max_length, or set a smaller image size",
-        )
-    return FilteredSamples(
-        tuple(sample_indices), tuple(token_counts), tuple(too_long), tuple(unsupervised)
-    )
-
-
 def find_sample_error(sample: CountedSample, max_length: int) -> UserError | None:
     """Return an error if a sample cannot be used for training, else None."""
     where = f"sample {sample.id}"

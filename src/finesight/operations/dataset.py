@@ -496,20 +496,15 @@ def show(
         text = "{} random samples of {}"
         indices = sorted(random.Random(seed).sample(indices, min(num_samples, len(corpus))))
     selected = [corpus.read_validated(index) for index in indices[:num_samples]]
-    if augmented is not None:
-        augmenter = Augmenter.from_recipe(settings)
-        if augmenter is None or use_eval_split or not isinstance(renderer, NativeRenderer):
-            raise UserError(
-                f"data.{'eval' if use_eval_split else 'train'} of {recipe.name} has no variants",
-                where=f"--augmented {augmented}",
-                expected="training data with data.augment, and a native model family",
-                remedy="remove --augmented" if augmenter else "add data.augment=light",
-            )
-        selected = [
-            augmenter.augment(sample, step, index)
-            for index, sample in zip(indices, selected, strict=False)
-            for step in range(augmented)
-        ]
+    augmenter = Augmenter.from_recipe(settings) if augmented else None
+    has_variants = augmenter and not use_eval_split and isinstance(renderer, NativeRenderer)
+    if augmented and not has_variants:
+        raise UserError(
+            f"data.{'eval' if use_eval_split else 'train'} of {recipe.name} has no variants",
+            where=f"--augmented {augmented}",
+            expected="training data with data.augment, and a native model family",
+            remedy="remove --augmented" if augmenter else "add data.augment=light",
+        )
     console, valid, tokenized = ProgressConsole(), [], []
 
     def report_skipped(sample_id: str, error: CorruptImageError) -> None:
@@ -517,10 +512,14 @@ def show(
             raise error
         console.log(f"skipped: {sample_id}: {error.where}: {error.what}")
 
-    for located_sample in selected:
+    for index, located_sample in zip(indices, selected, strict=False):
         try:
-            tokenized.append(renderer.tokenize(located_sample))
-            valid.append(located_sample)
+            for number in range(augmented or 1):
+                sample = located_sample
+                if augmenter is not None:
+                    sample = augmenter.augment(located_sample, number, index)
+                tokenized.append(renderer.tokenize(sample))
+                valid.append(sample)
         except CorruptImageError as error:
             report_skipped(located_sample.sample.id, error)
     data = [token_table_to_dict(one, renderer.tokenizer) for one in tokenized]

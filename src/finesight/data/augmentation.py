@@ -39,8 +39,6 @@ MAX_BOX_GROWTH = 1.25
 BLUR_RADII, JPEG_QUALITIES = (0.3, 1.0), (40, 90)
 """Ranges of the radius of a Gaussian blur in pixels, and of the quality of a JPEG copy."""
 
-_NUM_DRAWS = 12
-
 _SIDES_AND_TEXT = re.compile(
     r"\b(left|right|east|west|(counter|anti)?clockwise|mirror\w*|read\w*|text|word|letter|digit"
     r"|number|character|sign|logo|plate|label|title|button|menu|icon|page|screen\w*|chart|table"
@@ -181,7 +179,7 @@ class Augmenter:
         """
         seeds = np.random.SeedSequence((self.seed, *key))
         # Raw output of the generator is stable across NumPy releases.
-        draws = np.random.Philox(seeds).random_raw(_NUM_DRAWS) / 2.0**64
+        draws = np.random.Philox(seeds).random_raw(11) / 2.0**64
         sample = located.sample
         names = (part.image for part in sample.iter_parts() if isinstance(part, ImagePart))
         sizes = [read_image_size(located.resolve_path(name)) for name in names]

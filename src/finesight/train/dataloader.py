@@ -596,7 +596,7 @@ class StepDataset:
         try:
             sample = self.corpus.read_validated(index)
             name = sample.sample.id
-            if self.augmenter is not None:
+            if self.augmenter is not None and encode is None:
                 variant = self.augmenter.augment(sample, step_index, index)
                 tokenized = self.renderer.tokenize(variant)
                 # Moved boxes may have longer numbers; the sample itself has a valid length.

@@ -694,11 +694,10 @@ class Recipe(SettingsSection):
         if self.train.objective not in (None, "sft"):
             problem = f"data.augment does not support train.objective={self.train.objective}"
             raise ValueError(f"{problem}: set it to null, or train.objective to sft")
-        if self.train.vision_cache in ("memory", "disk"):
-            raise ValueError(
-                f"data.augment changes the images of every step, but train.vision_cache="
-                f"{self.train.vision_cache} stores their features: set one of them to null and auto"
-            )
+        if (mode := self.train.vision_cache) in ("memory", "disk"):
+            problem = "data.augment changes the images of every step"
+            remedy = "set train.vision_cache to auto, or data.augment to null"
+            raise ValueError(f"{problem}, but train.vision_cache={mode} keeps features: {remedy}")
         return self
 
     @model_validator(mode="after")

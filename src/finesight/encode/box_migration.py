@@ -28,6 +28,7 @@ from finesight.data.boxes import (
     POINT_KEY,
     Box,
     TextBox,
+    is_inside_image,
     split_at_boxes,
     split_at_coordinates,
     strip_code_fences,
@@ -51,9 +52,6 @@ from finesight.vision.image_processing import compute_resized_size
 PIXEL_BOX_FORMAT = "qwen2_5_vl"
 
 _JSON_FORMATS = ("qwen2_5_vl", "qwen3_vl")
-
-FRAME_TOLERANCE = 1.0
-"""Distance by which a box may exceed its coordinate frame because of rounding."""
 
 _NUMBER = r"\s*(-?\d+(?:\.\d+)?)\s*"
 _POINT = rf"\({_NUMBER},{_NUMBER}\)"
@@ -216,12 +214,7 @@ def _check_in_frame(xyxy: Box, frame: ImageSize, source_format: str) -> None:
     """Raise UserError for an inverted box or a box outside its frame."""
     height, width = frame
     x1, y1, x2, y2 = xyxy
-    inside = (
-        min(x1, y1) >= -FRAME_TOLERANCE
-        and x2 <= width + FRAME_TOLERANCE
-        and y2 <= height + FRAME_TOLERANCE
-    )
-    if inside and x1 <= x2 and y1 <= y2:
+    if is_inside_image(xyxy, frame, is_point=True):
         return
     is_pixel_format = source_format == PIXEL_BOX_FORMAT
     raise UserError(

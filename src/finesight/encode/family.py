@@ -437,14 +437,10 @@ def scale_box(xyxy: Box, source_frame: ImageSize, target_frame: ImageSize) -> Bo
 
 def round_to_frame(xyxy: Box, frame: ImageSize) -> tuple[int, int, int, int]:
     """Round box corners to integers (halves up) and clamp them to a frame (height, width)."""
-    height, width = frame
-    x1, y1, x2, y2 = (math.floor(value + 0.5) for value in xyxy)
-    return (
-        min(max(x1, 0), width),
-        min(max(y1, 0), height),
-        min(max(x2, 0), width),
-        min(max(y2, 0), height),
-    )
+    limits = frame[::-1] * 2
+    rounded = (math.floor(value + 0.5) for value in xyxy)
+    x1, y1, x2, y2 = (min(max(one, 0), limit) for one, limit in zip(rounded, limits, strict=True))
+    return x1, y1, x2, y2
 
 
 def _find_boxes_in_json_strings(

@@ -43,7 +43,7 @@ def evaluate(
         ),
     ] = None,
     limit: Annotated[int | None, Parameter(minimum=1)] = None,
-    batch_size: Annotated[int | None, Parameter(minimum=1)] = None,
+    batch_size: Annotated[int, Parameter(minimum=1)] = 32,
     max_new_tokens: Annotated[int | None, Parameter(minimum=1)] = None,
     out: Annotated[StrPath | None, Parameter(path="file")] = None,
     trust_metric: TrustMetricOption = False,
@@ -63,8 +63,7 @@ def evaluate(
             otherwise.
         limit: Evaluate N randomly selected samples, always the same. Default for a run: of its
             recipe, else all.
-        batch_size: Answers generated at the same time; halved when GPU memory is exhausted. Default
-            for a run: of its recipe, else 32.
+        batch_size: Answers generated at the same time; halved when GPU memory is exhausted.
         max_new_tokens: Maximum number of tokens per answer. Default for a run: of its recipe, else
             512.
         out: Write each answer with its scores to this JSONL file, for `finesight compare`.
@@ -80,7 +79,6 @@ def evaluate(
         data=to_path(data),
         metric=metric,
         limit=limit,
-        batch_size=batch_size,
         max_new_tokens=max_new_tokens,
     )
     if data is None and (changed := describe_changed_data(name)):
@@ -91,9 +89,8 @@ def evaluate(
     model = load_model(run_or_model, **loading).value.inference_model
     total = min(len(samples), settings.limit or len(samples))
     with console.progress_stage("answers", total) as on_progress:
-        result = run_evaluation(
-            model.model, model.renderer, samples, settings, to_path(out), on_progress
-        )
+        source = model.model, model.renderer, samples, settings, to_path(out), on_progress
+        result = run_evaluation(*source, on_progress, batch_size=batch_size)
     for sample, reason in result.corrupt_samples:
         console.log(f"skipped: sample {sample}: {reason}")
     return Outcome(result, result.as_table().splitlines(), result.as_json())

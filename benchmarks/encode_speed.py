@@ -26,7 +26,7 @@ import tokenizers
 
 from finesight.data.sample import LocatedSample, TextPart, read_samples
 from finesight.encode.renderer import NativeRenderer
-from finesight.encode.tokenization import filter_samples
+from finesight.encode.tokenization import find_sample_error
 from finesight.model_folder import locate_model
 
 EncodeCounts = tuple[int, int, int]
@@ -110,7 +110,9 @@ def main() -> None:
     chosen = parser.parse_args()
     renderer = NativeRenderer(locate_model(chosen.model))
     corpus = [LocatedSample(one, path.parent) for path in chosen.data for one in read_samples(path)]
-    found = filter_samples(map(renderer.tokenize, corpus), chosen.max_length, "skip")
+    tokenized = map(renderer.tokenize, corpus)
+    errors = [find_sample_error(one, chosen.max_length) for one in tokenized]
+    num_unsupervised = sum(one is not None and "supervised" in one.what for one in errors)
     renderer = NativeRenderer(locate_model(chosen.model))
     samples = [
         number_answer(corpus[number % len(corpus)], number // len(corpus))
@@ -120,9 +122,9 @@ def main() -> None:
         "model": Path(chosen.model).name,
         "data": {
             "samples": len(corpus),
-            "usable": len(found.sample_indices),
-            "too_long": len(found.too_long_ids),
-            "unsupervised": len(found.unsupervised_ids),
+            "usable": errors.count(None),
+            "too_long": len(errors) - errors.count(None) - num_unsupervised,
+            "unsupervised": num_unsupervised,
         },
         "tokenize_single_process": measure_wall_time(tokenize_all, renderer, samples, 0),
         "tokenize": measure_wall_time(tokenize_all, renderer, samples, chosen.workers),

@@ -135,7 +135,7 @@ def test_installation_is_pinned_complete_and_without_root() -> None:
         step.partition("=")[2] for step in _read_instructions("ARG") if step.startswith("EXTRAS")
     )
     # Without the extras that read data, a run fails on photos, videos and Excel files.
-    assert {"heif", "video", "xlsx"} <= set(extras.split(","))
+    assert {"heif", "pdf", "video", "xlsx"} <= set(extras.split(","))
     assert set(extras.split(",")) <= set(project["optional-dependencies"])
     for language in ("en", "zh"):
         assert f"`{extras}`" in (ROOT / "docs" / language / "launching.md").read_text()

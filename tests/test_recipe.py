@@ -123,6 +123,19 @@ def test_override_replaces_settings_that_it_excludes(tmp_path):
     assert "did you mean" not in error.what
 
 
+@each("conflict", ["train.vision_cache=disk", "train.objective=dpo"])
+def test_augmentation_excludes_stored_features_and_other_objectives(tmp_path, conflict):
+    error = _load_error(tmp_path, SHORTEST, "data.augment=light", conflict)
+    assert _missing_words(error, ["data.augment", conflict]) == []
+
+
+def test_recipes_of_earlier_versions_load(tmp_path):
+    former = "train: {seed: 3, data_seed: %d}\neval: {metric: ocr, batch_size: 8}\n"
+    path = _write_recipe(tmp_path, SHORTEST + former % 3)
+    assert recipes.load_recipe(path).train.seed == 3
+    assert "use train.seed=4" in _load_error(tmp_path, SHORTEST + former % 4).remedy
+
+
 @each(("override", "remedy"), REPLACEMENTS.items())
 def test_settings_of_other_trainers_are_replaced(tmp_path, override, remedy):
     text = SHORTEST + "eval: {metric: ocr}\ntune: {vision: lora}\n"
@@ -284,10 +297,11 @@ LEAST = "model: m\noutput_dir: runs/one\neval: {metric: ocr}\n"
 
 def test_settings_are_listed_and_documented():
     assert sorted(recipes.list_setting_names()) == sorted(SETTINGS) == sorted(ROWS)
-    # The objective and its section do not count; data.supervise belongs to the objective sft.
+    # The objective and its section do not count; the operations of data.augment are one setting.
     sections = (f"train.{name}." for name in OBJECTIVE_SECTIONS)
-    objectives = ("train.objective", "data.supervise", "rewards.", *sections)
-    assert sum(not name.startswith(objectives) for name in SETTINGS) <= 60
+    objectives = ("train.objective", "rewards.", *sections)
+    counted = [name for name in SETTINGS if not name.startswith(objectives)]
+    assert len({name.partition("augment.")[0] for name in counted}) <= 60
 
 
 def _list_documented_values(name: str) -> list[str]:

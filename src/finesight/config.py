@@ -103,6 +103,44 @@ TrainFiles = Annotated[tuple[TrainFileSettings, ...], _as_files, Field(min_lengt
 EvalFiles = Annotated[tuple[DataFileSettings, ...], _as_files]
 
 
+class AugmentSettings(SettingsSection):
+    """Setting `data.augment` of a recipe: random variants of training images.
+
+    Attributes:
+        crop: Maximum share of each side that a crop removes.
+        scale: Maximum enlargement of the visible window beyond the image.
+        rotate: Maximum angle in degrees.
+        flip: Whether half of the images are mirrored if no text names a side or a text.
+        color: Maximum change of brightness, contrast and saturation.
+        blur: Share of images with a Gaussian blur.
+        jpeg: Share of images with JPEG artifacts.
+    """
+
+    crop: Annotated[CoercedFloat, Field(ge=0.0, le=0.5)] = 0.0
+    scale: Annotated[CoercedFloat, Field(ge=0.0, le=1.0)] = 0.0
+    rotate: Annotated[CoercedFloat, Field(ge=0.0, le=30.0)] = 0.0
+    flip: Literal["auto", "never"] = "never"
+    color: Annotated[CoercedFloat, Field(ge=0.0, le=0.8)] = 0.0
+    blur: Annotated[CoercedFloat, Field(ge=0.0, le=1.0)] = 0.0
+    jpeg: Annotated[CoercedFloat, Field(ge=0.0, le=1.0)] = 0.0
+
+
+_AUGMENT_PRESETS: dict[object, dict[str, object]] = {
+    "light": {"crop": 0.15, "scale": 0.1, "rotate": 2, "color": 0.15, "jpeg": 0.1},
+    "strong": {
+        **{"crop": 0.3, "scale": 0.25, "rotate": 5, "flip": "auto"},
+        **{"color": 0.3, "blur": 0.1, "jpeg": 0.2},
+    },
+}
+
+
+def _as_augment(value: object) -> object:
+    if isinstance(value, str) and value not in _AUGMENT_PRESETS:
+        expected = "'light', 'strong', or a section with " + ", ".join(AugmentSettings.model_fields)
+        raise PydanticCustomError("literal_error", "not {expected}", {"expected": expected})
+    return _AUGMENT_PRESETS[value] if isinstance(value, str) else value
+
+
 class DataSettings(SettingsSection):
     """Section `data` of a recipe: training and validation data.
 
@@ -114,6 +152,7 @@ class DataSettings(SettingsSection):
     system_prompt: str | None = None
     max_length: PositiveInt = 8192
     supervise: Literal["all", "last"] = "all"
+    augment: Annotated[AugmentSettings | None, BeforeValidator(_as_augment)] = None
     on_invalid_sample: Literal["skip", "fail"] = "skip"
 
 
@@ -442,7 +481,6 @@ class TrainSettings(SettingsSection):
     precision: Precision = "auto"
     device: Device = "auto"
     seed: Seed = 0
-    data_seed: Seed = 0
     num_workers: Annotated[int, Field(ge=0, le=1024)] | None = None
     vision_cache: VisionCacheMode = "auto"
     parallel: ParallelMode = "ddp"
@@ -492,6 +530,10 @@ MetricSpec = Annotated[
 """A task metric, or a function in a Python file, as `path/to/metric.py:function`."""
 
 
+EVAL_BATCH_SIZE = 32
+"""Answers that an evaluation generates at the same time; halved when GPU memory is exhausted."""
+
+
 class EvalSettings(SettingsSection):
     """Section `eval` of a recipe: evaluation by generation on validation samples.
 
@@ -509,7 +551,6 @@ class EvalSettings(SettingsSection):
     patience: PositiveInt | None = None
     limit: PositiveInt | None = None
     max_new_tokens: Annotated[int, Field(gt=0, le=1_048_576)] = 512
-    batch_size: PositiveInt = 32
 
     @model_validator(mode="after")
     def _check_patience(self) -> EvalSettings:
@@ -645,6 +686,19 @@ class Recipe(SettingsSection):
     eval: EvalSettings | None = None
     track: TrackerList = ()
     output_dir: ExpandedPath
+
+    @model_validator(mode="after")
+    def _check_augmentation(self) -> Self:
+        if self.data.augment is None:
+            return self
+        if self.train.objective not in (None, "sft"):
+            problem = f"data.augment does not support train.objective={self.train.objective}"
+            raise ValueError(f"{problem}: set it to null, or train.objective to sft")
+        if (mode := self.train.vision_cache) in ("memory", "disk"):
+            problem = "data.augment changes the images of every step"
+            remedy = "set train.vision_cache to auto, or data.augment to null"
+            raise ValueError(f"{problem}, but train.vision_cache={mode} keeps features: {remedy}")
+        return self
 
     @model_validator(mode="after")
     def _check_rewards(self) -> Self:

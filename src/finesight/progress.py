@@ -39,7 +39,7 @@ class ProgressConsole:
         self.rich_console.print(plain, markup=False, highlight=False, soft_wrap=True)
 
     @contextmanager
-    def progress_stage(self, title: str, total: int) -> Iterator[ProgressCallback]:
+    def progress_stage(self, title: str, total: float) -> Iterator[Callable[[float], None]]:
         """Show the progress of a stage of `total` samples within the context.
 
         On a terminal, this is a bar with the remaining time, otherwise a line every
@@ -48,12 +48,13 @@ class ProgressConsole:
         Yields:
             Callback to call with the number of newly processed samples.
         """
-        done = num_first = num_lines = 0
+        done = num_first = 0.0
+        num_lines = 0
         first_s = logged_s = time.perf_counter()
         with self._create_bar() as bar:
             task = bar.add_task(title, total=total, figures="")
 
-            def on_progress(count: int) -> None:
+            def on_progress(count: float) -> None:
                 nonlocal done, num_first, first_s, logged_s, num_lines
                 done += count
                 bar.advance(task, count)
@@ -63,7 +64,7 @@ class ProgressConsole:
                 is_due = num_lines if done == total else now - logged_s >= LOG_INTERVAL_S
                 if bar.disable and count and done <= total and is_due:
                     logged_s, num_lines = now, num_lines + 1
-                    text = f"{title}: {done}/{total}"
+                    text = f"{title}: {done:.0f}/{total:.0f}"
                     if num_first < done < total:
                         remaining_s = (now - first_s) / (done - num_first) * (total - done)
                         text += f", {remaining_s:.0f} s left"

@@ -267,6 +267,12 @@ def _validate_recipe(
     content: dict[str, Any], where: str, lines: dict[SettingKey, int], overrides: Overrides
 ) -> Recipe:
     """Apply overrides to `content`, and validate it. Raises UserError with all invalid settings."""
+    # Recipes of earlier versions have two more settings: a second seed, and one without effect.
+    evaluation, train = content.get("eval"), content.get("train")
+    if isinstance(evaluation, dict):
+        evaluation.pop("batch_size", None)
+    if isinstance(train, dict) and train.get("data_seed") == train.get("seed", 0):
+        train.pop("data_seed", None)
     overridden: dict[SettingKey, str] = {}
     if isinstance(overrides, Mapping):
         assignments = [(f"{name}={value}", name, value) for name, value in overrides.items()]

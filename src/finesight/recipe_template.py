@@ -159,13 +159,13 @@ def _detect_metric(answers: list[str], questions: set[str], boxes: list[list[str
     num_paraphrases = max(1, min(max(10, len(answers) ** 0.5), len(answers) / 2))
     if fmean(bool(_QUESTION.search(question)) for question in questions) > 0.5:
         num_paraphrases = 1
+    if fmean(map(is_object_text, answers)) > 0.8:
+        return "json"
     if fmean(map(bool, box_counts)) > 0.5:
         has_classes = len(questions) == 1 and len({label for row in boxes for label in row}) > 1
         return "detection" if max(box_counts) > 1 or has_classes else "grounding"
     if fmean(TOOL_CALL_START in answer for answer in answers) > 0.5:
         return "tool_calls"
-    if fmean(map(is_object_text, answers)) > 0.8:
-        return "json"
     if fmean(bool(_LATEX.search(answer)) for answer in answers) > 0.5:
         return "latex"
     is_short = max(map(len, answers)) <= MAX_CLASS_CHARS and max(box_counts) <= 1

@@ -23,7 +23,7 @@ from web_server_fixture import ChatPageDriver, ScriptedService, get_image_pool, 
 from finesight.app import chat_page, pages
 from finesight.app.chat_page import BROWSER_COOKIE, ChatStore, StoredChat, make_chat_app
 from finesight.app.server import Access
-from finesight.data.image_header import CorruptImageError
+from finesight.data.image_header import CorruptImageError, read_image_size
 from finesight.data.sample import BoxPart, ImagePart, read_samples
 from finesight.errors import UserError
 from finesight.infer.model_loader import load_inference_model
@@ -56,7 +56,7 @@ def add(chat: StoredChat, *contents: bytes, name: str = "a.png") -> list[Path]:
         chat.last_number += 1
         path = chat.folder / f"{chat.last_number}-{name}"
         path.write_bytes(content)
-        numbers.append(chat.add_image(path))
+        numbers += chat.add_image(path)
     return chat.find_images(numbers)
 
 
@@ -185,6 +185,30 @@ def test_unreadable_images_are_deleted_and_unused_ones_give_way(chat, tmp_path, 
     for wrong, words in ((numbers, "expired"), ([1] * 9, "9 images; at most 8")):
         with pytest.raises(UserError, match=words):
             chat.find_images(wrong)
+
+
+def test_pages_of_a_pdf_are_images_of_a_message(chat, tmp_path):
+    pages = [Image.new("RGB", (30 * n, 40)) for n in (1, 2)]
+    pages[0].save(tmp_path / "a.pdf", save_all=True, append_images=pages[1:])
+    content = (tmp_path / "a.pdf").read_bytes()
+    paths = add(chat, content, name="a.pdf")
+    list(chat.session.send("Which page?", paths, [GenerationOptions()]).replies[0])
+    assert [path.name for path in paths] == ["1-a.pdf#page=1", "1-a.pdf#page=2"]
+    shown = [(one.number, one.name, one.width, one.height) for one in chat.images.values()]
+    assert shown == [(1, "a.pdf#page=1", 60, 80), (2, "a.pdf#page=2", 120, 80)]
+    with chat.export_archive() as archive, zipfile.ZipFile(archive) as file:
+        assert file.namelist() == ["chat/chat.jsonl", "chat/images/1-a.pdf"]
+        file.extractall(tmp_path)
+    (sample,) = read_samples(tmp_path / "chat" / "chat.jsonl")
+    images = [part.image for part in sample.iter_parts() if part.type == "image"]
+    assert [read_image_size(tmp_path / "chat" / one) for one in images] == [(80, 60), (80, 120)]
+    chat.remove_images(add(chat, content, name="b.pdf")[:1])
+    assert chat.folder.joinpath("3-b.pdf").exists(), "its other page may be sent"
+    with pytest.raises(UserError, match="10 images"):
+        add(chat, *[content] * 5, name="c.pdf")
+    chat.session.undo()
+    chat.remove_images([*chat.images])
+    assert [*chat.folder.glob("*.pdf")] == [*chat.folder.glob("*.webp")] == []
 
 
 def test_unused_conversations_give_their_disk_space(store, noise, tmp_path, monkeypatch):

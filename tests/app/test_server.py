@@ -124,7 +124,7 @@ def converse(page: RunningWebPage, text: str, *files: bytes, thinking: bool = Fa
     chat, numbers = create_chat(page), []
     for file in files:
         uploaded = ask(page, "POST", f"{chat}/uploads?name={quote(text)}", file)
-        numbers.append(json.loads(uploaded.body)["number"])
+        numbers += json.loads(uploaded.body)["numbers"]
     settings = {**SETTINGS, "thinking": thinking}
     body = json.dumps({"text": text, "files": numbers, "settings": settings}).encode()
     sent = ask(page, "POST", f"{chat}/ask", body)

@@ -7,7 +7,7 @@ from video_fixtures import write_video
 
 from finesight.infer.engine import generate
 from finesight.infer.model_loader import load_inference_model
-from finesight.infer.prediction import build_questions
+from finesight.infer.prediction import build_question
 
 ASK = ("--prompt", "What?", "--max-new-tokens", 3, "--device", "cpu")
 
@@ -87,7 +87,7 @@ def test_weight_format_is_that_of_the_loader(kind, tiny, image_paths, cli):
     ask = ("predict", tiny, image_paths[0], "--prompt", "What?", "--max-new-tokens", 12, "--json")
     found = cli(*ask, "--device", "cpu", "--weight-format", kind).json["raw_text"]
     loaded = load_inference_model(str(tiny), "cpu", "auto", kind)
-    prompt = loaded.renderer.encode_prompt(build_questions([image_paths[0]], "What?")[0])
+    prompt = loaded.renderer.encode_prompt(build_question([image_paths[0]], "What?", "0"))
     options = {"max_new_tokens": 12, "end_ids": loaded.renderer.end_ids}
     (ids,) = generate(loaded.model, [prompt], **options)
     assert found == loaded.renderer.decode_completion(ids).raw_text

@@ -56,6 +56,19 @@ def test_html_page_of_samples(cli):
     assert [record["id"] for record in again.records] == ["s0", "s1"]
 
 
+def test_variants_of_augmented_samples_are_shown(cli):
+    page = Path("show.html")
+    Image.effect_noise((100, 50), 80).save("a.png")
+    cli(*SHOW, 1, "--augmented", 3, "data.augment=strong", "--html", page)
+    found = read_script_data(page.read_text())["samples"]
+    assert [record["id"] for record in found] == ["s0"] * 3
+    assert len({record["num_tokens"] for record in found}) == 1
+    assert len({str(record["images"][0]["frames"]) for record in found}) == 3
+    error = cli(*SHOW, 1, "--augmented", 3, code=2).err
+    assert "data.train of recipe.yaml has no variants" in error
+    assert "add data.augment=light" in error
+
+
 def test_samples_with_truncated_images_are_skipped(cli):
     Image.effect_noise((90, 90), 80).save("b.jpg")
     content = Path("b.jpg").read_bytes()

@@ -73,6 +73,7 @@ def test_iou(a, b, expected):
 
 
 ONE = '{"bbox_2d": [1, 2, 3, 4], "label": "dog"}'
+DOG = [1, 2, 3, 4], "dog", False
 
 
 def test_top_level_values_are_found_in_order() -> None:
@@ -117,10 +118,27 @@ def test_brackets_that_never_close_take_linear_time(text: str) -> None:
     ("text", "pieces"),
     [
         ("none", ["none"]),
-        (f"a {ONE} b", ["a ", [json.loads(ONE)], " b"]),
-        (f"{ONE}{ONE}", ["", [json.loads(ONE)], "", [json.loads(ONE)], ""]),
-        (f"[{ONE}, 3]", ["", [json.loads(ONE), 3], ""]),
-        (f"[1] {ONE}", ["[1] ", [json.loads(ONE)], ""]),
+        (f"a {ONE} b", ["a ", [DOG], " b"]),
+        (f"{ONE}{ONE}", ["", [DOG], "", [DOG], ""]),
+        (f"[{ONE}, 3]", ["", ['[{"bbox_2d": ', DOG, ', "label": "dog"}, 3]'], ""]),
+        (f"[1] {ONE}", ["[1] ", [DOG], ""]),
+        ('{"bbox_2d": "no", "a": 1}', ['{"bbox_2d": "no", "a": 1}']),
+        ('{"bbox_2d": [], "a": 1}', ['{"bbox_2d": [], "a": 1}']),
+        ('{"a": {"bbox_2d": [1], "bbox_2d": [2]}}', ['{"a": {"bbox_2d": [1], "bbox_2d": [2]}}']),
+        (
+            '{"a": [{"point_2d": [1, 2]}, {"bbox_2d": "<box>(1,2),(3,4)</box>"}]}',
+            [
+                "",
+                [
+                    '{"a": [{"point_2d": ',
+                    ([1, 2], "a", False),
+                    '}, {"bbox_2d": ',
+                    ([1, 2, 3, 4], "a", True),
+                    "}]}",
+                ],
+                "",
+            ],
+        ),
     ],
 )
 def test_text_and_boxes_alternate(text: str, pieces: list[object]) -> None:
@@ -130,7 +148,7 @@ def test_text_and_boxes_alternate(text: str, pieces: list[object]) -> None:
 def test_fences_around_boxes_and_optional_labels():
     assert strip_code_fences(f"```json\n{ONE}\n```") == ONE
     assert strip_code_fences('```json\n{"a": 1}\n```') == '```json\n{"a": 1}\n```'
-    assert parse_json_box(json.loads(ONE)) == ([1, 2, 3, 4], "dog")
-    assert parse_json_box({"bbox_2d": "x", "text_content": 5}) == ("x", "5")
+    assert parse_json_box(json.loads(ONE)) == DOG
+    assert parse_json_box({"bbox_2d": [0], "text_content": 5}) == ([0], "5", False)
     assert parse_json_box({"bbox_2d": [], "score": 1}) is None
     assert parse_json_box([1, 2, 3, 4]) is None

@@ -50,7 +50,8 @@ def make_located_samples(
 TABLES = load_cases("exporter")
 CONVERSATIONS = TABLES["conversations"]
 ONE_IMAGE, ROUNDS, SEVERAL = (CONVERSATIONS[name] for name in ("one_image", "rounds", "several"))
-TEXT_ONLY, IN_EACH = CONVERSATIONS["text_only"], CONVERSATIONS["in_each"]
+IN_EACH = CONVERSATIONS["in_each"]
+IN_ALL = [*CONVERSATIONS["text_only"], *CONVERSATIONS["structure"]]
 (WITH_TOOLS,), (PARALLEL_CALLS,) = CONVERSATIONS["with_tools"], CONVERSATIONS["parallel_calls"]
 ZOOM = {
     "type": "function",
@@ -58,15 +59,15 @@ ZOOM = {
 }
 
 CASES = {
-    "samples": (*ONE_IMAGE, *ROUNDS, *SEVERAL, *TEXT_ONLY, *IN_EACH),
-    "ms-swift": (*ONE_IMAGE, *ROUNDS, *SEVERAL, *TEXT_ONLY, *IN_EACH),
-    "llama-factory": (*ONE_IMAGE, *ROUNDS, *SEVERAL, *TEXT_ONLY),
-    "openai": (*ONE_IMAGE, *ROUNDS, *SEVERAL, *TEXT_ONLY),
-    "query-response": (*ONE_IMAGE, *ROUNDS, *SEVERAL, *TEXT_ONLY),
-    "conversations": (*ONE_IMAGE, *ROUNDS, *SEVERAL, *TEXT_ONLY),
-    "llava": (*ONE_IMAGE, *TEXT_ONLY),
-    "table": ONE_IMAGE,
-    "qwen-vl": (*SEVERAL, *TEXT_ONLY, *CONVERSATIONS["on_the_grid"]),
+    "samples": (*ONE_IMAGE, *ROUNDS, *SEVERAL, *IN_ALL, *IN_EACH),
+    "ms-swift": (*ONE_IMAGE, *ROUNDS, *SEVERAL, *IN_ALL, *IN_EACH),
+    "llama-factory": (*ONE_IMAGE, *ROUNDS, *SEVERAL, *IN_ALL),
+    "openai": (*ONE_IMAGE, *ROUNDS, *SEVERAL, *IN_ALL),
+    "query-response": (*ONE_IMAGE, *ROUNDS, *SEVERAL, *IN_ALL),
+    "conversations": (*ONE_IMAGE, *ROUNDS, *SEVERAL, *IN_ALL),
+    "llava": (*ONE_IMAGE, *IN_ALL),
+    "table": (*ONE_IMAGE, *CONVERSATIONS["structure"]),
+    "qwen-vl": (*SEVERAL, *IN_ALL, *CONVERSATIONS["on_the_grid"]),
 }
 WISHES = {
     "table": ImportOptions(columns={n: n for n in ("image", "question", "answer", "box", "label")})

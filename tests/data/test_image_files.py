@@ -2,20 +2,24 @@
 
 import io
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pillow_heif
+import pypdfium2
 import pytest
 from image_fixtures import write_jsonl
 from PIL import Image
 
 from finesight.data import importer
-from finesight.data.image_header import read_image_size
+from finesight.data.exporter import export_dataset
+from finesight.data.image_header import list_pages, read_image_size, sha256_content
 from finesight.data.import_source import ImportOptions
 from finesight.data.importer import ImportSummary, import_dataset
+from finesight.data.sample import LocatedSample, read_samples
 from finesight.errors import UserError
 from finesight.vision.image_processing import load_image
 
@@ -68,8 +72,117 @@ def test_animated_images_are_reported(tmp_path: Path) -> None:
         frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:])
     frames[0].save(tmp_path / "d.jpg")
     summary = import_images(tmp_path, "a.gif", "b.webp", "c.tif", "d.jpg", "a.gif")
-    assert list(summary.source_notes.values()) == [3]
+    assert summary.num_images == 5, "the pages of a TIFF are images"
+    assert list(summary.source_notes.values()) == [2]
     assert "only the first frame" in next(iter(summary.source_notes))
+
+
+def write_pages(path: Path, sizes: Sequence[tuple[int, int]]) -> Path:
+    """Write a document with pages of a size, in points or pixels, each with its own gray level."""
+    pages = [Image.new("RGB", size, (50 * n, 0, 0)) for n, size in enumerate(sizes, 1)]
+    pages[0].save(path, save_all=True, append_images=pages[1:])
+    return path
+
+
+def test_pages_of_documents_are_images(tmp_path: Path) -> None:
+    pdf = write_pages(tmp_path / "a.pdf", [(40, 30), (40, 30), (31, 50)])
+    write_pages(tmp_path / "b.tif", [(20, 10), (30, 10)])
+    write_pages(tmp_path / "c.pdf", [(40, 30)])
+    rows = [{"image": "a.pdf", "text": "x"}, {"image": "a.pdf#page=3", "box": [1, 2, 30, 40]}]
+    rows += [{"image": "b.tif", "text": "y"}, {"image": "c.pdf", "box": [1, 2, 30, 40]}]
+    write_jsonl(tmp_path / "rows.jsonl", [{"label": "cat", **row} for row in rows])
+    columns = {"image": "image", "answer": "text"}
+    options = replace(OPTIONS, columns=columns, pages=[(1, 1), (3, None)], copy_images=True)
+    one = replace(options, limit=1)
+    assert not import_dataset(tmp_path / "rows.jsonl", tmp_path / "texts", one).source_notes
+    options = replace(options, columns={"image": "image", "box": "box", "label": "label"})
+    import_dataset(tmp_path / "rows.jsonl", tmp_path / "boxes", replace(options, row_range=(1, 2)))
+    (texts,), (boxes,) = (read_samples(tmp_path / f"{n}/data.jsonl") for n in ("texts", "boxes"))
+    paths = [part.image for part in texts.iter_parts() if part.type == "image"]
+    assert paths == ["images/a.pdf#page=1", "images/a.pdf#page=3"]
+    assert (tmp_path / "texts/images/a.pdf").read_bytes() == pdf.read_bytes()
+    assert [part.xyxy for part in boxes.iter_parts() if part.type == "box"] == [(1, 2, 30, 40)]
+    first, second, third = (Path(f"{pdf}#page={number}") for number in (1, 2, 3))
+    assert read_image_size(third) == (100, 62)
+    assert len({sha256_content(page) for page in (pdf, first, second, third)}) == 4
+    with ThreadPoolExecutor(4) as pool:  # PDFium is not thread-safe
+        pixels = list(pool.map(lambda page: load_image(page).tobytes(), [first, second] * 20))
+    assert len(set(pixels)) == 2
+    assert list_pages(tmp_path / "c.pdf") == [tmp_path / "c.pdf"]
+    assert load_image(tmp_path / "b.tif#page=2").size == (30, 10)
+    source = [LocatedSample(texts, tmp_path / "texts")]
+    export_dataset(source, tmp_path / "swift", "ms-swift", copy_images=False)
+    exported = load_image(tmp_path / "swift/images/a-2.png")
+    assert exported.tobytes() == load_image(third).tobytes()
+    export_dataset(source, tmp_path / "openai", "openai", copy_images=False)
+    (row,) = (tmp_path / "openai/data.jsonl").read_text().splitlines()
+    assert row.count("data:image/png;base64,") == 2
+    assert not (tmp_path / "openai/images").exists()
+
+
+def test_reduced_copies_in_a_tiff_are_not_pages(tmp_path: Path) -> None:
+    images = [Image.new("L", (size, size)) for size in (40, 20, 40)]
+    images[1].encoderinfo = {"tiffinfo": {254: 1}}
+    images[0].save(tmp_path / "a.tif", save_all=True, append_images=images[1:])
+    names = [page.name for page in list_pages(tmp_path / "a.tif")]
+    assert names == ["a.tif#page=1", "a.tif#page=3"]
+
+
+def test_page_size_is_limited(tmp_path: Path) -> None:
+    with closing(pypdfium2.PdfDocument.new()) as document:
+        for size, rotation in (((100, 50), 90), ((14_400, 14_400), 0), ((0.1, 0.1), 0)):
+            document.new_page(*size).set_rotation(rotation)
+        document.save(tmp_path / "a.pdf")
+    pages = list_pages(tmp_path / "a.pdf")
+    assert [read_image_size(page) for page in pages] == [(200, 100), (4096, 4096), (1, 1)]
+    assert load_image(pages[0]).size == (100, 200)
+    assert load_image(pages[2]).size == (1, 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [
+        ("a.pdf#page=4", "3 pages"),
+        ("a.pdf", "101 of its 101 pages"),
+        ("damaged.pdf", "a damaged PDF"),
+        ("empty.pdf", "without pages"),
+        ("encrypted.pdf", "encrypted"),
+        ("a.png#page=2", "1 page"),
+        ("missing.pdf#page=2", "no such image"),
+    ],
+)
+def test_invalid_documents_are_refused(tmp_path: Path, name: str, what: str) -> None:
+    num_pages = 101 if "101" in what else 3
+    content = write_pages(tmp_path / "a.pdf", [(2, 2)] * num_pages).read_bytes()
+    write_noise(tmp_path / "a.png")
+    (tmp_path / "damaged.pdf").write_bytes(content[:200])
+    with closing(pypdfium2.PdfDocument.new()) as document:
+        document.save(tmp_path / "empty.pdf")
+    key = b"<< /Filter /Standard /V 1 /R 2 /P -4 /O <%s> /U <%s> >>" % (b"00" * 32, b"11" * 32)
+    content = content.replace(b"/Root", b"/ID [<00> <00>] /Encrypt %s /Root" % key)
+    (tmp_path / "encrypted.pdf").write_bytes(content)
+    with pytest.raises(UserError, match=what) as caught:
+        import_images(tmp_path, name)
+    assert caught.value.remedy
+    assert not (tmp_path / "out").exists()
+
+
+def test_box_in_a_document_of_several_pages_is_refused(tmp_path: Path) -> None:
+    write_pages(tmp_path / "a.tif", [(20, 10), (30, 10)])
+    row = {"image": "a.tif", "box": [1, 2, 3, 4], "label": "cat"}
+    rows = write_jsonl(tmp_path / "rows.jsonl", [row])
+    options = replace(OPTIONS, columns={"image": "image", "box": "box", "label": "label"})
+    with pytest.raises(UserError, match=r"a box in a document .* 2 pages"):
+        import_dataset(rows, tmp_path / "out", options)
+
+
+def test_pdf_without_its_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_pages(tmp_path / "a.pdf", [(2, 2)])
+    monkeypatch.delitem(sys.modules, "finesight.data.pdf_file", raising=False)
+    monkeypatch.setitem(sys.modules, "pypdfium2", None)
+    with pytest.raises(UserError, match="a PDF file, but") as caught:
+        import_images(tmp_path, "a.pdf")
+    assert "pip install 'finesight[pdf]'" in caught.value.remedy
 
 
 @pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.webp", "a.tif", "a.bmp", "a.avif"])

@@ -7,7 +7,7 @@ import pytest
 from image_fixtures import write_gray_image
 
 from finesight.data.image_header import CorruptImageError, is_image_value
-from finesight.data.image_resolver import ImageNames, ImageResolver, encode_data_url, hash_images
+from finesight.data.image_resolver import ImageNames, ImageResolver, encode_data_url
 from finesight.errors import UserError
 
 
@@ -86,20 +86,6 @@ def test_invalid_file_name_error_is_short(tmp_path: Path, name: str) -> None:
     with pytest.raises(CorruptImageError, match="no such image") as caught:
         ImageResolver(tmp_path, tmp_path).resolve(name)
     assert len(caught.value.where) <= 200
-
-
-def test_equal_content_is_one_image(tmp_path: Path) -> None:
-    first = write_gray_image(tmp_path / "a.bmp", gray_level=1)
-    same = write_gray_image(tmp_path / "other" / "b.bmp", gray_level=1)
-    differs = write_gray_image(tmp_path / "c.bmp", gray_level=2)
-    longer = write_gray_image(tmp_path / "d.png", 400, 200)
-    link = tmp_path / "e.png"
-    link.symlink_to(longer)
-    assert first.stat().st_size == differs.stat().st_size
-    keys = hash_images([first, same, differs, longer, link])
-    assert keys[first] == keys[same]
-    assert keys[longer] == keys[link]
-    assert len(set(keys.values())) == 3
 
 
 def test_equal_file_names_get_suffixes(tmp_path: Path) -> None:

@@ -15,7 +15,6 @@ from image_fixtures import write_gray_image
 from finesight.config import ExactSize, PixelRange
 from finesight.data.image_header import ImageSize
 from finesight.encode.box_migration import (
-    BOX_FORMATS,
     MigrationResult,
     ResizeSpec,
     convert_boxes,
@@ -46,7 +45,7 @@ def convert(text: str, source: str, target: str, resized: ImageSize = RESIZED) -
     return convert_boxes(text, source, target, lambda: (old, new))
 
 
-@each(("source", "target"), itertools.permutations(BOX_FORMATS, 2))
+@each(("source", "target"), itertools.permutations(TEXTS, 2))
 def test_conversion_between_all_families(source, target):
     converted = convert(f"Here: {TEXTS[source]}, you see.", source, target)
     assert converted == (f"Here: {TEXTS[target]}, you see.", 1)
@@ -54,7 +53,7 @@ def test_conversion_between_all_families(source, target):
         assert convert(text, source, target) == (text, 0)
 
 
-@each(("source", "target"), itertools.permutations(BOX_FORMATS, 2))
+@each(("source", "target"), itertools.permutations(TEXTS, 2))
 @each("resized", [(56, 84), RESIZED, (2044, 3584)])
 def test_roundtrip_changes_coordinates_by_at_most_one(source, target, resized):
     """One unit of the coarser of the two frames."""
@@ -166,7 +165,6 @@ def test_boxes_without_unique_image_are_rejected(tmp_path, row, what):
     ("content", "change", "message"),
     [
         ("[]", {"target": "qwen2_vl"}, "both families are qwen2_vl"),
-        ("[]", {"target": "qwen4"}, "unknown family 'qwen4'"),
         ("[]", {"target": "qwen2_5_vl"}, "not given for qwen2_vl to qwen2_5_vl"),
         ("[]", {"resize_spec": RESIZING}, "given for qwen2_vl to qwen3_vl"),
         ('{"a": 1}\n{"a"\n', {}, r"old.json:2: invalid JSON"),
@@ -181,7 +179,7 @@ def test_invalid_arguments_and_files_are_rejected(tmp_path, content, change, mes
 def test_output_is_not_overwritten_and_input_must_exist(tmp_path):
     (tmp_path / "a.json").write_text("[]", encoding="utf-8")
     (tmp_path / "b.json").write_text("mine", encoding="utf-8")
-    with pytest.raises(UserError, match="the file exists"):
+    with pytest.raises(UserError, match="exists already"):
         migrate_box_file(tmp_path / "a.json", tmp_path / "b.json", "qwen_vl", "qwen2_vl")
     assert (tmp_path / "b.json").read_text(encoding="utf-8") == "mine"
     with pytest.raises(UserError, match="no such file"):

@@ -1,6 +1,8 @@
 """Detection of families, and their box formats there and back."""
 
 import json
+import random
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +12,7 @@ from each_value import each
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from finesight.data.boxes import split_at_boxes
 from finesight.data.sample import BoxPart, create_region
 from finesight.encode.family import ImageBox, PromptPiece, SpecialToken, ThinkingOptions
 from finesight.encode.qwen2_vl import Qwen2VL, Qwen25VL
@@ -132,6 +135,52 @@ def test_roundtrip_error_is_below_half_a_unit(family, is_point, box, count):
     steps = [side / units for side, units in zip(box.original_size, frame, strict=True)][::-1] * 2
     for there, back, step in zip(box.xyxy, found[0].xyxy, steps, strict=True):
         assert abs(min(there, family.max_box_coordinate * step) - back) <= step / 2 + 1e-9
+
+
+MARK = re.compile(r'"box ([0-9]+)"')
+
+
+def build_structure(
+    rng: random.Random, boxes: list[ImageBox], name: str | None = None, depth: int = 3
+) -> dict[str, object]:
+    """Build random JSON data with marks instead of coordinates, and add their boxes to the list."""
+    value: dict[str, object] = {"text": rng.choice(LABELS), "n": rng.choice([None, 1.5, [1, 2]])}
+    if rng.random() < 0.5:
+        name = value["label"] = rng.choice(LABELS[1:])
+    key = rng.choice(["bbox_2d", "point_2d", "polygon_2d"])
+    marks = []
+    for _ in range(3 if key == "polygon_2d" else 1):
+        (x1, x2), (y1, y2) = (sorted(rng.uniform(0, side) for _ in "ab") for side in (480, 360))
+        xyxy = (x1, y1, x2, y2) if key == "bbox_2d" else (x1, y1, x1, y1)
+        marks.append(f"box {len(boxes)}")
+        boxes.append(ImageBox(name, xyxy, (360, 480), (252, 336), key != "bbox_2d"))
+    value[key] = marks if len(marks) > 1 else marks[0]
+    for child in rng.sample(["total", "items", "a b"], rng.randint(0, depth)):
+        inner = [build_structure(rng, boxes, child, depth - 1) for _ in range(rng.randint(1, 2))]
+        value[child] = inner[0] if len(inner) == 1 else inner
+    return dict(rng.sample([*value.items()], len(value)))
+
+
+@pytest.mark.parametrize("family", [QwenVL(), Qwen2VL(), Qwen25VL(), Qwen3VL()])
+def test_boxes_in_json_have_an_error_below_half_a_unit(family):
+    rng = random.Random(1)
+    for _ in range(500):
+        boxes: list[ImageBox] = []
+        written = json.dumps(build_structure(rng, boxes))
+        pieces: list[str] = MARK.split(written)
+        expected = [boxes[int(one)] for one in pieces[1::2]]
+        segments = [[boxes[int(one)]] if n % 2 else one for n, one in enumerate(pieces)]
+        text = join(family.write_segments(segments))
+        assert json.loads(text)
+        _, [*split], _ = split_at_boxes(text)
+        assert split[::2] == pieces[::2], "the structure of an answer"
+        found = family.read_boxes(f"{text}<|im_end|>", (360, 480), (252, 336))
+        assert [(b.label, b.is_point) for b in found] == [(b.label, b.is_point) for b in expected]
+        height, width = family.box_frame((252, 336))
+        steps = (480 / width, 360 / height) * 2
+        for box, back in zip(expected, found, strict=True):
+            for there, here, step in zip(box.xyxy, back.xyxy, steps, strict=True):
+                assert abs(min(there, family.max_box_coordinate * step) - here) <= step / 2 + 1e-9
 
 
 def test_lenient_parsing_of_json_boxes():

@@ -20,7 +20,7 @@ from finesight.encode.renderer import NativeRenderer
 from finesight.encode.tokenization import (
     TokenizedSample,
     Tokenizer,
-    filter_samples,
+    find_sample_error,
     format_token_table,
     iter_token_rows,
 )
@@ -143,18 +143,10 @@ def make_tokenized(name: str, tokens: int, supervised: int = 1) -> TokenizedSamp
     return TokenizedSample(name, zeros, marks, np.zeros((3, tokens), dtype=np.int32), ())
 
 
-def test_invalid_samples_are_skipped_or_rejected():
+def test_samples_need_an_answer_and_at_most_the_maximum_length():
     rows = (("a", 10), ("b", 11), ("c", 5, 0), ("d", 1), ("e", 9))
-    mixed = [make_tokenized(*row) for row in rows]
-    found = filter_samples(iter(mixed), 10, "skip")
-    assert (found.sample_indices, found.token_counts) == ((0, 4), (10, 9))
+    errors = [find_sample_error(make_tokenized(*row), 10) for row in rows]
     # No token before the only token of "d" could predict it.
-    assert (found.too_long_ids, found.unsupervised_ids) == (("b",), ("c", "d"))
-    assert found.num_skipped == 3
-    for max_length, what, name in ((10, "11 tokens", "b"), (11, "no supervised tokens", "c")):
-        with pytest.raises(UserError, match=what) as raised:
-            filter_samples(mixed, max_length, "fail")
-        assert raised.value.where == f"sample {name}"
-    assert filter_samples(mixed[:2], 11, "fail").sample_indices == (0, 1)
-    with pytest.raises(UserError, match=r"none of 5 samples .* 4 exceed 4 tokens .* 11\), 1 have"):
-        filter_samples(mixed, 4, "skip")
+    expected = [None, "11 tokens", *["no assistant turn, so no supervised tokens"] * 2, None]
+    assert [error and error.what for error in errors] == expected
+    assert errors[1].where == "sample b"

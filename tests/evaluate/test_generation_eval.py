@@ -46,9 +46,7 @@ def samples(tmp_path: Path) -> list[LocatedSample]:
 
 
 def make_settings(**changes: object) -> EvalSettings:
-    return EvalSettings.model_validate(
-        {"metric": "ocr", "max_new_tokens": 4, "batch_size": 2} | changes
-    )
+    return EvalSettings.model_validate({"metric": "ocr", "max_new_tokens": 4} | changes)
 
 
 @each("metric", ["captions", "latex", "ocr"])
@@ -137,8 +135,8 @@ def test_run_provides_eval_data_and_settings(run):
     samples, settings = load_eval_inputs(str(run))
     assert [s.sample.id for s in samples] == ["first0", "first1", "second0", "second1"]
     assert (settings.metric, settings.limit) == ("latex", 3)
-    assert (settings.max_new_tokens, settings.batch_size) == (77, 5)
-    options = {"metric": "ocr", "limit": 1, "batch_size": 2, "max_new_tokens": 9}
+    assert settings.max_new_tokens == 77, "the former setting `batch_size` is ignored"
+    options = {"metric": "ocr", "limit": 1, "max_new_tokens": 9}
     samples, settings = load_eval_inputs(str(run), data=run / "train.jsonl", **options)
     assert [s.sample.id for s in samples] == ["train0", "train1", "train2"]
     assert samples[0].folder == run

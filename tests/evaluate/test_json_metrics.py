@@ -5,7 +5,7 @@ import json
 import pytest
 from each_value import each
 
-from finesight.data.sample import ToolCallPart
+from finesight.data.sample import BoxPart, ToolCallPart
 from finesight.evaluate.bootstrap import REASON_RARE_CLASS
 from finesight.evaluate.eval_case import EvalCase
 from finesight.evaluate.json_metrics import (
@@ -73,6 +73,30 @@ def test_micro_and_macro_f1() -> None:
     )
     assert fields["date"]["f1"] == 0
     assert "extra" not in fields
+
+
+TOTAL = {"total": {"text": "12.50", "bbox_2d": [10, 10, 50, 30]}, "dots": {"point_2d": [5, 5]}}
+BOXES = [(10, 10, 50, 30), (5, 5, 5, 5)]
+
+
+@each(
+    ("answer", "boxes", "scores"),
+    [
+        # The numbers are those of a family with thousandths; the boxes are in pixels.
+        (TOTAL, BOXES, (1.0, 1.0, 1.0)),
+        (TOTAL, [(10, 10, 50, 40), (5, 5, 5, 5)], (1.0, 1.0, (2 / 3 + 1) / 2)),
+        (TOTAL, [(10, 10, 50, 90), (90, 90, 90, 90)], (1 / 3, 0.0, 0.125)),
+        (TOTAL, [(10, 10, 50, 30)], (0.2, 0.0, 0.5)),
+        ({"total": {"text": "12.50"}}, [], (0.5, 0.0, 0.0)),
+        ({"total": {"text": "12.50", "bbox_2d": "(1,1),(5,3)"}}, [(10, 10, 50, 30)], (0.8, 0, 0.5)),
+    ],
+)
+def test_boxes_in_json_are_correct_by_their_overlap(answer, boxes, scores):
+    parts = tuple(BoxPart(label=key, xyxy=one) for key, one in zip(TOTAL, boxes, strict=False))
+    own = tuple(BoxPart(label=key, xyxy=one) for key, one in zip(TOTAL, BOXES, strict=True))
+    case = EvalCase(json.dumps(answer), parts, (json.dumps(TOTAL),), own, image_size=(100, 100))
+    scored = score_json([case]).scores
+    assert [scored[name] for name in ("f1", "exact", "mean_iou")] == pytest.approx(scores)
 
 
 ITEMS = [{"name": "tea", "price": 2}, {"name": "milk", "price": 1}]

@@ -24,7 +24,7 @@ from finesight.export.hf_files import HF_ARCHITECTURES, find_missing_files
 from finesight.export.model_card import VerifiedMerge
 from finesight.export.verified_merge import merge_and_verify
 from finesight.infer.model_loader import load_inference_model, resolve_model_source
-from finesight.infer.prediction import build_questions, predict
+from finesight.infer.prediction import build_question, predict
 from finesight.manifest import Manifest, load_manifest
 from finesight.model.lora.peft_io import ADAPTER_WEIGHTS_FILE, save_adapter
 from finesight.model.weights_io import load_model
@@ -106,7 +106,7 @@ def merged(run_template: MergeableRun, tmp_path_factory: pytest.TempPathFactory)
 def run_predict(source: Path, image: Path) -> str:
     """What `finesight predict` says in fp32."""
     answerer = load_inference_model(str(source), "cpu", "fp32")
-    requested = build_questions([image], PROMPT)
+    requested = [build_question([image], PROMPT, str(image))]
     result = predict(answerer.model, answerer.renderer, requested, max_new_tokens=24, batch_size=1)
     return result[0].raw_text
 

@@ -12,7 +12,7 @@ from finesight.errors import UserError
 from finesight.infer.chat_session import ChatSession, build_answer_parts
 from finesight.infer.inference_service import InferenceService
 from finesight.infer.model_loader import load_inference_model
-from finesight.infer.prediction import Prediction, build_questions, predict
+from finesight.infer.prediction import Prediction, build_question, predict
 from finesight.infer.request import GenerationOptions, SamplingParams
 from finesight.vision.image_processing import load_image
 
@@ -59,7 +59,7 @@ def test_streamed_reply_matches_predict(service, first):
     reply = ChatSession(service).send(question, [image], SHORT).replies[0]
     pieces = list(reply)
     alone = load_inference_model("finesight-tiny", "cpu", "fp32")
-    questions = build_questions([image], question)
+    questions = [build_question([image], question, str(image))]
     [expected] = predict(alone.model, alone.renderer, questions, max_new_tokens=60, batch_size=1)
     assert len(pieces) > 3
     assert "".join(pieces) == reply.text == expected.answer
@@ -213,7 +213,12 @@ def test_boxes_in_answer_become_parts():
         ),
         (LISTED, (CAT, BOX), (CAT, BOX), SIZE),
         # Boxes that would not give the same text again stay text.
-        (WITH_SCORE, (CAT,), None, SIZE),
+        (
+            WITH_SCORE,
+            (CAT,),
+            (TextPart(text='{"bbox_2d": '), CAT, TextPart(text=', "label": "a cat", "sure": 0.5}')),
+            SIZE,
+        ),
         (WITH_SCORE, (CAT, CAT), None, SIZE),
         (SINGLE, (BoxPart(xyxy=(1, 2, 9999, 40)),), None, SIZE),
         (SINGLE, (BoxPart(xyxy=(30, 2, 1, 40)),), None, SIZE),

@@ -20,7 +20,7 @@ from finesight.infer.model_runner import ModelRunner
 from finesight.infer.prediction import (
     Prediction,
     ResponseSampler,
-    build_questions,
+    build_question,
     draw_boxes,
     predict,
     save_annotated_images,
@@ -98,15 +98,13 @@ def test_damaged_image_is_reported_or_raised(loaded_model, tmp_path):
     assert "cut.png" in result[1][1]
 
 
-def test_build_questions_validates_images(tmp_path):
+def test_build_question_validates_images(tmp_path):
     path = write_noise_image(tmp_path / "a.png", 30, 30)
-    assert len(build_questions([path, path], "What is it?")) == 2
-    (text_only,) = build_questions([], "Why?")
-    assert len(text_only.sample.messages[0].content) == 1
+    assert len(build_question([path, path], "What is it?", "a").sample.messages[0].content) == 3
     for name, problem in (("text.png", "not an image"), ("clip.mp4", "corrupt")):
         (tmp_path / name).write_text("neither an image nor a video")
         with pytest.raises(CorruptImageError, match=f"{name}: {problem}"):
-            build_questions([path, tmp_path / name], "What is it?")
+            build_question([path, tmp_path / name], "What is it?", "a")
 
 
 @pytest.mark.parametrize(

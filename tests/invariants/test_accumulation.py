@@ -72,7 +72,7 @@ def gradients_of_packings(
 @pytest.mark.parametrize("seed", [0, 1, 2])
 @pytest.mark.parametrize("tune", [FULL_FINETUNE, LORA], ids=["full", "lora"])
 def test_loss_and_gradients_are_independent_of_packing(task, tmp_path, tune, seed):
-    found = gradients_of_packings(task, tmp_path, tune, seed=seed, data_seed=seed)
+    found = gradients_of_packings(task, tmp_path, tune, seed=seed)
     loss, expected = found.pop(1)
     assert max(gradient.abs().max().item() for gradient in expected.values()) > 1e-3
     for packs, (other_loss, other) in found.items():
@@ -83,7 +83,7 @@ def test_loss_and_gradients_are_independent_of_packing(task, tmp_path, tune, see
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_fp64_gradients_are_independent_of_packing(task, tmp_path, seed):
     """The model is in fp64, whose roundings hide nothing; a norm for clipping would be in fp32."""
-    settings = {"seed": seed, "data_seed": seed, "max_grad_norm": None}
+    settings = {"seed": seed, "max_grad_norm": None}
     found = gradients_of_packings(task, tmp_path, FULL_FINETUNE, double=True, **settings)
     _, expected = found.pop(1)
     for packs, (_, other) in found.items():

@@ -33,7 +33,7 @@ def make_sampler() -> TrainSampler:
     indices = [SampleIndex(np.broadcast_to(np.int64(0), size + 1), empty, "") for size in SIZES]
     files = [JsonlSamples(Path(), index, (0, 0)) for index in indices]
     corpus = Corpus(tuple(files), WEIGHTS, "fingerprint")
-    train = TrainSettings(batch_size=BATCH, epochs=EPOCHS, data_seed=11)
+    train = TrainSettings(batch_size=BATCH, epochs=EPOCHS, seed=11)
     return TrainSampler(corpus, range(SAMPLES), train)
 
 

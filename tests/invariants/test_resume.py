@@ -125,20 +125,21 @@ def interrupt_at_calls(
 
 
 @pytest.mark.parametrize(
-    ("quantize", "optimizer", "every"),
+    ("quantize", "optimizer", "every", "augment"),
     [
-        ({"nf4": ["vision", "language"]}, "adamw_8bit", 4),
+        ({"nf4": ["vision", "language"]}, "adamw_8bit", 4, None),
         # What is made of the FP8 codes on the way is not part of a checkpoint.
-        ({"fp8": ["vision", "language"]}, "adamw", 5),
-        ({}, "muon", 8),
+        ({"fp8": ["vision", "language"]}, "adamw", 5, None),
+        ({}, "muon", 8, "strong"),
     ],
     ids=["nf4", "fp8", "muon"],
 )
 def test_quantized_runs_and_optimizers_resume_bit_exactly(
-    task, tmp_path, quantize, optimizer, every
+    task, tmp_path, quantize, optimizer, every, augment
 ):
     adapted = {"vision": "lora"} if "fp8" in quantize else {}
     changed = task | {"tune": task["tune"] | adapted | {"quantize": quantize}}
+    changed["data"] = task["data"] | {"augment": augment}
     recipe = write_recipe(tmp_path / "recipe.yaml", changed, optimizer=optimizer)
     for run in interrupt_at_calls(recipe, tmp_path, every, optimizer == "muon"):
         assert_same_run(run, tmp_path / "whole")

@@ -377,6 +377,21 @@ def test_reviewed_sample_is_open_again_after_a_correction_of_its_source(tmp_path
     assert list_texts(out) == ["pink", "green"]
 
 
+def test_pages_of_a_document_are_one_item(tmp_path, monkeypatch):
+    monkeypatch.chdir(draw_images(tmp_path, 1).parent)
+    pages = [Image.new("RGB", (8, 8), color) for color in ("red", "blue")]
+    pages[0].save("photos/a.pdf", save_all=True, append_images=pages[1:])
+    Path("photos/b.pdf").write_bytes(b"%PDF-1.7")
+    sources = [Path("photos"), tmp_path / "photos"]
+    with open_session(Path("labels"), MODEL, sources, prompt="Colors?").store as store:
+        sizes = {item.sample.sample.id: len(item.images) for item in store.items}
+        store.save_label("photos/a.pdf", (TextPart(text="red, blue"),))
+    assert sizes == {"photos/0.png": 1, "photos/a.pdf": 2, "photos/b.pdf": 1}
+    (labeled,) = read_samples(tmp_path / "labels" / LABELS_FILE)
+    images = [part.image for part in labeled.iter_parts() if part.type == "image"]
+    assert images == ["../photos/a.pdf#page=1", "../photos/a.pdf#page=2"]
+
+
 @pytest.mark.parametrize("is_relative", [True, False])
 def test_image_is_recognized_under_another_path(tmp_path, monkeypatch, is_relative):
     monkeypatch.chdir(draw_images(tmp_path, 2).parent)

@@ -49,6 +49,7 @@ from finesight.errors import UserError
 from finesight.serve.api_schema import ApiError
 from finesight.serve.image_sources import read_formats
 from finesight.serve.request_middleware import ByteBudget, ByteReservation
+from finesight.vision.image_processing import load_image
 
 CLIENTS, REQUESTS, CASES = 8, 500, 20_000
 
@@ -177,9 +178,38 @@ def test_additional_image_formats(inference_model, strict_server, tmp_path):
     with run_server(inference_model, tmp_path, image_formats=formats) as server:
         assert post_image(server, save_image("TIFF"))[0] == 200
         assert post_image(server, save_image("BMP"))[0] == 400
+        assert post_image(server, save_image("PDF"))[0] == 400
     with pytest.raises(UserError, match="unknown image format 'EPS'") as raised:
         read_formats(["eps"])
     assert "TIFF" in raised.value.expected
+
+
+def test_pages_of_a_pdf_are_images(inference_model, tmp_path):
+    pages = [Image.effect_noise((28, 28 * n), 90).convert("RGB") for n in (1, 2)]
+    pages[0].save(tmp_path / "a.pdf", save_all=True, append_images=pages[1:])
+    content = (tmp_path / "a.pdf").read_bytes()
+    images = [load_image(tmp_path / f"a.pdf#page={n}") for n in (1, 2)]
+    parts = []
+    for image in images:
+        image.save(tmp_path / "page.png")
+        parts.append(make_image_content((tmp_path / "page.png").read_bytes()))
+    url = make_image_content(content)["image_url"]["url"].replace("image/png", "application/pdf")
+    documents = [{"type": "image_url", "image_url": {"url": url}}]
+    documents.append({"type": "file", "file": {"file_data": url, "filename": "a.pdf"}})
+    limits = replace(LIMITS, max_images=3)
+    options = {"image_formats": read_formats(["pdf"]), "limits": limits}
+    with run_server(inference_model, tmp_path, **options) as server:
+        status, expected = post_chat(server, *parts, max_tokens=8)
+        assert status == 200, expected
+        for document in documents:
+            status, answer = post_chat(server, document, max_tokens=8)
+            assert status == 200, answer
+            assert answer["usage"]["prompt_tokens"] == expected["usage"]["prompt_tokens"]
+            assert answer["choices"] == expected["choices"]
+        status, error = post_chat(server, *documents)
+        assert (status, "4 images" in error["message"]) == (400, True)
+        both = {"type": "file", "file": {"file_data": url, "file_id": "file-1"}}
+        assert post_chat(server, both)[0] == 400
 
 
 @each("kind", ["digits", "jamo", "marks"])

@@ -11,7 +11,8 @@ import torch
 from tiny_task import make_task
 from torch import Tensor
 
-from finesight.config import PixelRange, TrainFileSettings
+from finesight.config import DataSettings, PixelRange, TrainFileSettings
+from finesight.data.augmentation import Augmenter
 from finesight.data.corpus import load_corpus
 from finesight.encode.renderer import NativeRenderer
 from finesight.model_folder import ModelFolder
@@ -56,9 +57,16 @@ def contents(steps: Sequence[StepBatch]) -> list[object]:
     return [[(step.step_index, step.skipped) for step in steps], packs]
 
 
-def test_packs_are_equal_for_any_worker_count(folder):
-    """Each sample occurs once, in packs within the token budget."""
+@pytest.mark.parametrize("preset", [None, "strong"])
+def test_packs_are_equal_for_any_worker_count(folder, preset):
+    """Each sample occurs once, in packs within the token budget, with the same variant."""
     data = make_dataset(folder)
+    if preset is not None:
+        settings = DataSettings.model_validate({"train": "a.jsonl", "augment": preset}).augment
+        data = replace(data, augmenter=Augmenter(settings, 0, describes_scenes=True))
+        plain = make_dataset(folder).get_step(0).packs[0]
+        assert not torch.equal(data.get_step(0).packs[0].patches_ND, plain.patches_ND)
+        assert torch.equal(data.get_step(0).packs[0].ids_T, plain.ids_T)
     steps = [data.get_step(number) for number in range(len(data))]
     for workers in (0, 1, 2):
         assert contents(read_all(data, 0, workers)) == contents(steps)

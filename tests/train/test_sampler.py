@@ -77,7 +77,7 @@ def test_steps_continue_across_epoch_boundaries():
     assert row[:7] != row[7:14]
     for batch_size in (1, 21):
         assert [*chain(*make_steps((7,), epochs=3, batch_size=batch_size)[1])] == row
-    assert [*chain(*make_steps((7,), epochs=3, data_seed=1)[1])] != row
+    assert [*chain(*make_steps((7,), epochs=3, seed=1)[1])] != row
 
 
 def test_retained_samples_have_the_weight_of_their_file():

@@ -54,6 +54,7 @@ from finesight.app.pages import (
 )
 from finesight.app.server import Access, AccessMiddleware
 from finesight.bounded_files import parse_json
+from finesight.data.image_header import get_file, split_page
 from finesight.data.sample import BoxPart, is_video_path, write_samples
 from finesight.encode.family import DEFAULT_THINKING, ThinkingOptions
 from finesight.errors import UserError
@@ -190,23 +191,37 @@ class StoredChat:
             owner=_make_owner(self.browser_id),
         )
 
-    def add_image(self, path: Path) -> int:
-        """Add a received image with its display copy, and return its number.
+    def add_image(self, path: Path) -> list[int]:
+        """Add a received image, or the pages of a document, with display copies.
 
-        An unreadable one is deleted.
+        An unreadable file is deleted.
+
+        Returns:
+            The numbers of the images.
         """
         number, _, name = path.name.partition("-")
-        display_path = self.folder / f"display-{number}.webp"
+        added: dict[Path, ChatImage] = {}
         try:
-            (height, width), content = self.reader.encode(path, MAX_DISPLAY_SIDE)
-            owner = _make_owner(self.browser_id)
-            with self.budget.allocate(len(content), lambda: display_path.open("xb"), owner) as file:
-                file.write(content)
+            pages = self.reader.list_pages(path)
+            _check_count(len(pages), len(self.images) + len(pages))
+            for page in pages:
+                self.last_number += bool(added)
+                index = self.last_number if added else int(number)
+                display_path = self.folder / f"display-{index}.webp"
+                (height, width), content = self.reader.encode(page, MAX_DISPLAY_SIDE)
+                page_name = f"{name}{split_page(page.name)[1]}"
+                added[page] = ChatImage(page_name, index, width, height, display_path)
+                owner = _make_owner(self.browser_id)
+                open_file = partial(display_path.open, "xb")
+                with self.budget.allocate(len(content), open_file, owner) as file:
+                    file.write(content)
         except BaseException:
+            for image in added.values():
+                image.display_path.unlink(missing_ok=True)
             path.unlink(missing_ok=True)
             raise
-        self.images[path] = ChatImage(name, int(number), width, height, display_path)
-        return int(number)
+        self.images.update(added)
+        return [image.number for image in added.values()]
 
     def find_images(self, numbers: Sequence[int]) -> list[Path]:
         """Return the images of a message. Raises UserError for too many or unknown numbers."""
@@ -222,23 +237,21 @@ class StoredChat:
         in_use = {path for turn in self.session.turns for path in turn.image_paths}
         for path in set(image_paths) - in_use:
             self.images.pop(path).display_path.unlink(missing_ok=True)
-            path.unlink(missing_ok=True)
+        for file in set(map(get_file, image_paths)) - set(map(get_file, self.images)):
+            file.unlink(missing_ok=True)
 
     def export_archive(self) -> IO[bytes]:
         """Export the conversation and its images as a zip archive in the sample format.
 
         The archive is a temporary file, which is deleted when it is closed.
         """
-        archive_names = {
-            path: f"images/{image.number}-{path.name.partition('-')[2]}"
-            for path, image in self.images.items()
-        }
-        samples = self.session.to_samples(lambda path: archive_names[path])
+        files = sorted(set(map(get_file, self.images)))
+        samples = self.session.to_samples(lambda path: f"images/{path.name}")
         if not samples:
             raise UserError(f"chat is empty: {len(self.session.turns)} turns, none with an answer")
         jsonl_path = self.folder / "chat.jsonl"
         write_samples(jsonl_path, samples)
-        size = sum(path.stat().st_size for path in (jsonl_path, *archive_names))
+        size = sum(path.stat().st_size for path in (jsonl_path, *files))
 
         def open_file() -> IO[bytes]:
             return tempfile.NamedTemporaryFile(dir=self.folder)
@@ -246,8 +259,8 @@ class StoredChat:
         archive = self.budget.allocate(size, open_file, _make_owner(self.browser_id))
         with zipfile.ZipFile(archive, "w") as file:
             file.write(jsonl_path, "chat/chat.jsonl")
-            for path, name in archive_names.items():
-                file.write(path, f"chat/{name}")
+            for path in files:
+                file.write(path, f"chat/images/{path.name}")
         archive.truncate()
         archive.seek(0)
         return archive
@@ -743,11 +756,11 @@ class ChatPage:
         return JSONResponse({})
 
     async def add_image(self, request: Request) -> Response:
-        """Store an image or video for the next question, and return its number."""
+        """Store an image, document or video for the next question, and return its numbers."""
         chat = self._find_chat(request)
         path = await chat.receive_image(request)
-        number = await to_thread.run_sync(chat.add_image, path, limiter=self._limiter)
-        return JSONResponse({"number": number})
+        numbers = await to_thread.run_sync(chat.add_image, path, limiter=self._limiter)
+        return JSONResponse({"numbers": numbers})
 
     def get_image(self, request: Request) -> Response:
         """Return an image or video of a conversation."""

@@ -88,7 +88,7 @@ def serve(
             if set, else no key.
         allow_media_host: Allow image downloads over https from this host. Repeatable.
         image_format: Additional image format besides JPEG, PNG, WEBP and GIF: AVIF, BMP, HEIF,
-            JPEG2000, PPM or TIFF. Repeatable.
+            JPEG2000, PDF, PPM or TIFF. Repeatable.
         label_studio: Also serve an ML backend for Label Studio at the path /label-studio. It
             predicts boxes, choices and texts of the labeling configuration.
         label_studio_files: With --label-studio: folder of the images, the root of local files of

@@ -334,22 +334,12 @@ MIN_Z_GAIN = 3.0
 """Minimum z score to prefer a more complex resize rule over a simpler one."""
 
 
-@dataclass(frozen=True)
-class FrameSearchResult:
-    """Hypothesis with the best-fitting coordinate frame.
-
-    Attributes:
-        num_tries: Number of tested frames, which increases the probability of a false positive.
-    """
-
-    hypothesis: BoxHypothesis
-    num_tries: int
-
-
 def find_frame(
     claims: BoxClaimTable, evidence: ImageEvidence, box_format: BoxFormat
-) -> FrameSearchResult:
+) -> tuple[BoxHypothesis, int]:
     """Find the coordinate frame in which boxes of a given format fit their images best.
+
+    Returns it with the number of tested frames, which increases the false-positive probability.
 
     The search tests sizes in steps of 3 %, then in finer steps around the best sizes of each resize
     rule. The rules differ only if the images differ in size. Of rules that fit equally well, the
@@ -389,7 +379,7 @@ def find_frame(
         if evidence.z_score(scores[:, index] - scores[:, best]) > MIN_Z_GAIN:
             best = index
     num_tries = len(coarse_frames) + len(fine_frames)
-    return FrameSearchResult(BoxHypothesis(box_format, fine_frames[best]), num_tries)
+    return BoxHypothesis(box_format, fine_frames[best]), num_tries
 
 
 def _list_candidate_frames(claims: BoxClaimTable, corners: Floats) -> list[BoxFrame]:
@@ -574,16 +564,13 @@ class ConventionDetector:
         if self.declared.box_format in box_formats:
             box_formats = [self.declared.box_format]
         searches = [find_frame(self.claims, self._evidence, one) for one in box_formats]
-        best = max(searches, key=lambda result: self._mean_score(result.hypothesis), default=None)
-        if best is None or self._z_score(best.hypothesis) < min_z_score(best.num_tries):
+        best, num_tries = max(searches, key=lambda one: self._mean_score(one[0]), default=(None, 0))
+        if best is None or self._z_score(best) < min_z_score(num_tries):
             return None
-        found = next(
-            (one for one in (self.declared, *feasible) if self._is_same(one, best.hypothesis)),
-            best.hypothesis,
-        )
+        found = next((o for o in (self.declared, *feasible) if self._is_same(o, best)), best)
         if found == self.declared or not self._is_preferred(found):
             return None
-        return self._compare(found, best.num_tries).build_issue()
+        return self._compare(found, num_tries).build_issue()
 
     def _is_same(self, hypothesis: BoxHypothesis, candidate: BoxHypothesis) -> bool:
         """Return whether a searched frame equals a known hypothesis within annotation accuracy.

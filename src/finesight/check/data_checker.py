@@ -489,7 +489,7 @@ def _list_text_boxes(sample: Sample) -> list[RawBox]:
     images = [part.image for part in sample.iter_parts() if isinstance(part, ImagePart)]
     if len(images) != 1:
         return []
-    lists = find_number_lists(join_text(sample.messages[-1].content))
+    lists = find_number_lists(join_text(sample.messages[-1].content, "\n"))
     return [RawBox((a, b, c, d), Path(images[0]), BoxConvention()) for a, b, c, d in lists]
 
 

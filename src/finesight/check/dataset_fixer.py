@@ -22,6 +22,7 @@ from finesight.check.image_catalog import ImageCatalog
 from finesight.check.sample_issues import iter_media_paths, remove_placeholders, sort_corners
 from finesight.data.boxes import clip_box
 from finesight.data.corpus import GLOB_CHARACTERS, is_glob
+from finesight.data.image_header import get_file
 from finesight.data.image_resolver import ImageNames
 from finesight.data.import_source import UnvalidatedSource
 from finesight.data.sample import (
@@ -98,9 +99,8 @@ class DatasetFixer:
             samples = []
             for sample in self._iter_fixed_samples(source, catalog):
                 paths = list(iter_media_paths(sample))
-                used_images.update(
-                    map(Path, paths), (staging / image_names.name(path) for path in paths)
-                )
+                copies = (staging / image_names.name(path) for path in paths)
+                used_images.update(map(get_file, chain(map(Path, paths), copies)))
                 samples.append(sample.map_paths(image_names.name))
                 image_names.copy(paths)
             if not samples:

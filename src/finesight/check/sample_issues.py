@@ -134,7 +134,7 @@ The tags <video> and <audio> with a closing tag are HTML and do not match.
 
 _TYPED_BOX = re.compile(
     r"<\|(?:box|quad|object_ref)_(?:start|end)\|>|<(?:box|quad)>\s*\(|</?ref>|<bbox>|<ref-object>"
-    r'|["\']bbox_2d["\']\s*:\s*\['
+    r'|["\']bbox_2d["\']\s*:[\s\[]*\[\s*[\d-]'
 )
 """Pattern of a box or its label, written as text in a known syntax."""
 

@@ -8,6 +8,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Unpack
 
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from finesight.infer.request import GenerationOptions
 
 COMMAND_HELP = {
-    "/image": ("PATH...", "attach images or videos to the next question"),
+    "/image": ("PATH...", "attach images, PDF files or videos to the next question"),
     "/box": ("[FILE]", "save the image with the boxes of the last answer, as PNG"),
     "/undo": ("", "remove the last question and its answer"),
     "/again": ("", "regenerate the last answer (differs at a temperature above 0)"),
@@ -145,9 +146,10 @@ class ChatTerminal:
         return True
 
     def _add_images(self, argument: str) -> None:
+        from finesight.data.image_header import list_pages
         from finesight.data.video_file import read_visual_size
 
-        for path in _parse_paths(argument):
+        for path in chain.from_iterable(map(list_pages, _parse_paths(argument))):
             height, width = read_visual_size(path)
             self._pending_images.append(path)
             text = f"{path}: {width} x {height}, attached to the next question"

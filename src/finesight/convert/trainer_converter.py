@@ -342,9 +342,7 @@ class TrainerConverter:
         betas = [config.get_float("adam_beta1"), config.get_float("adam_beta2")]
         draft.set("train.betas", betas, config.default_comment("adam_beta1", "adam_beta2"))
         draft.set("train.max_grad_norm", config.get_float("max_grad_norm") or None)
-        seed, data_seed = config.get_int("seed"), config.get_int("data_seed")
-        draft.set("train.seed", seed, "the order of the samples still differs")
-        draft.set("train.data_seed", seed if data_seed is None else data_seed)
+        draft.set("train.seed", config.get_int("seed"), "the order of the samples still differs")
 
     def count_gpus(self, num_visible: int) -> tuple[int, str]:
         """Return the number of processes (default: `num_visible`, or 1), and a note if unknown."""

@@ -216,7 +216,8 @@ def box_area(box: Box) -> float:
     return max(0.0, box[2] - box[0]) * max(0.0, box[3] - box[1])
 
 
-BOX_KEY, POINT_KEY = "bbox_2d", "point_2d"
+BOX_KEY, POINT_KEY, POLYGON_KEY = "bbox_2d", "point_2d", "polygon_2d"
+COORDINATE_KEYS = (BOX_KEY, POINT_KEY, POLYGON_KEY)
 LABEL_KEYS = ("label", "text_content")
 _CODE_FENCE = re.compile(r"```(?:json)?\s*([\[{][^`]*[\]}])\s*```")
 
@@ -281,45 +282,138 @@ def strip_code_fences(text: str) -> str:
 
 
 def has_json_boxes(text: str) -> bool:
-    """Return whether a text has the key of a box, or a JSON value that consists of points."""
-    if BOX_KEY in text or POINT_KEY not in text:
+    """Return whether a text has a box key, or a JSON value with points."""
+    if BOX_KEY in text or not any(key in text for key in COORDINATE_KEYS):
         return BOX_KEY in text
     return any(isinstance(piece, list) for piece in split_at_boxes(text))
 
 
-def split_at_boxes(text: str) -> Iterator[str | list[object]]:
-    """Split a text into plain text and lists of JSON objects with boxes, alternately.
+class TextBox(NamedTuple):
+    """A box or a point in a text, not validated.
 
+    Without a label in JSON, the label is the key of the object. Tagged coordinates, such as in the
+    special tokens of Qwen2-VL, are in thousandths of the image. The coordinates are a text if that
+    between the tags is no box.
+    """
+
+    coordinates: Any
+    label: str | None
+    is_tagged: bool = False
+
+
+def split_at_boxes(text: str) -> Iterator[str | list[str | TextBox]]:
+    """Split a text into plain text and JSON values with boxes, alternately.
+
+    A value is a list of boxes, or the texts of a structure and boxes instead of their coordinates.
     Plain texts may be empty. A plain text that contains `bbox_2d` has it outside of valid JSON.
     """
     end = 0
     for match in iter_json_values(text):
         items = match.value if isinstance(match.value, list) else [match.value]
         part = text[match.start : match.stop]
-        # A value with points and other content, such as an action, stays text.
-        if BOX_KEY in part or (POINT_KEY in part and all(map(parse_json_box, items))):
-            yield text[end : match.start]
-            yield items
-            end = match.stop
+        if any(key in part for key in COORDINATE_KEYS):
+            simple = [parse_json_box(item) for item in items]
+            boxes = [box for box in simple if box is not None]
+            pieces = boxes if len(boxes) == len(simple) else _split_structure(part, match.value)
+            if pieces:
+                yield text[end : match.start]
+                yield list(pieces)
+                end = match.stop
     yield text[end:]
 
 
-def parse_json_box(value: object) -> tuple[Any, str | None] | None:
-    """Return `bbox_2d` or `point_2d` and the optional label of a JSON object, else None."""
+def parse_json_box(value: object) -> TextBox | None:
+    """Return a JSON object of `bbox_2d` or `point_2d` and an optional label, else None."""
     keys = value.keys() - set(LABEL_KEYS) if isinstance(value, dict) else ()
     if not isinstance(value, dict) or len(keys) != 1 or not keys <= {BOX_KEY, POINT_KEY}:
         return None
     labels = [str(value[key]) for key in LABEL_KEYS if value.get(key) is not None]
     coordinates = value[next(iter(keys))]
-    if (POINT_KEY in keys) != (isinstance(coordinates, list) and len(coordinates) == 2):
+    is_point = isinstance(coordinates, list) and len(coordinates) == 2
+    if (POINT_KEY in keys) != is_point or isinstance(coordinates, str):
         return None
-    return coordinates, labels[0] if labels else None
+    return TextBox(coordinates, labels[0] if labels else None)
+
+
+def _split_structure(text: str, value: object) -> list[str | TextBox]:
+    """Split the text of a JSON value at its coordinates; return nothing without any."""
+    pieces: list[str | TextBox] = [*split_at_coordinates(text)]
+    boxes = list(iter_json_boxes(value))
+    if not boxes or len(boxes) != len(pieces) // 2:  # equal keys in an object, or another value
+        return []
+    pieces[1::2] = boxes
+    return pieces
+
+
+def split_at_coordinates(text: str) -> Iterator[str]:
+    """Split a text at the coordinates in JSON: texts and coordinates, alternately."""
+    end = 0
+    for match in COORDINATES.finditer(text):
+        for found in _INNERMOST.finditer(match[1]):
+            yield text[end : match.start(1) + found.start()]
+            yield found[0]
+            end = match.start(1) + found.end()
+    yield text[end:]
+
+
+def find_offsets(text: str) -> set[int]:
+    """Return the offsets of the coordinates in JSON."""
+    ends = itertools.accumulate(map(len, split_at_coordinates(text)))
+    return {*itertools.islice(ends, 0, None, 2)}
+
+
+def iter_json_boxes(value: object, name: str | None = None) -> Iterator[TextBox]:
+    """Yield the boxes and points of a JSON value whose key is `name`."""
+    if isinstance(value, list):
+        for item in value:
+            yield from iter_json_boxes(item, name)
+    elif isinstance(value, dict):
+        labels = (value.get(key) for key in LABEL_KEYS)
+        label = next((str(one) for one in labels if isinstance(one, str | int | float)), name)
+        # JSON may contain an unpaired surrogate, which UTF-8 cannot encode.
+        label = label and label.encode("utf-8", "replace").decode()
+        for key, item in value.items():
+            if key in COORDINATE_KEYS:
+                yield from _iter_coordinates(item, label)
+            else:
+                yield from iter_json_boxes(item, key)
+
+
+def _iter_coordinates(value: object, label: str | None) -> Iterator[TextBox]:
+    """Yield the boxes of a value: a list of numbers, a string, or a list of these."""
+    if isinstance(value, list) and any(isinstance(v, list) or _is_tagged(v) for v in value):
+        for item in value:
+            yield from _iter_coordinates(item, label)
+    elif _is_tagged(value):
+        numbers = [float(number) for number in re.findall(_NUMBER, str(value))]
+        yield TextBox(numbers, label, is_tagged=True)
+    elif value:
+        yield TextBox(value, label)
+
+
+def _is_tagged(value: object) -> bool:
+    return isinstance(value, str) and re.fullmatch(_STRING_BOX, f'"{value}"') is not None
+
+
+def find_coordinates(pieces: Sequence[object]) -> set[int]:
+    """Return the indices of boxes that are the value of a coordinate key in JSON."""
+    texts = [piece if isinstance(piece, str) else "[0]" for piece in pieces]
+    starts = itertools.accumulate(map(len, texts), initial=0)
+    found = find_offsets("".join(texts))
+    numbered = zip(itertools.count(), starts, pieces, strict=False)
+    return {n for n, start, one in numbered if start in found and not isinstance(one, str)}
 
 
 _DIGIT = re.compile("[0-9]")
 _NUMBER = r"-?\d+(?:\.\d+)?"
 _FOUR = rf"{_NUMBER}(?:[\s,;]+{_NUMBER}){{3}}"
 _PAIR = rf"\(\s*{_NUMBER}\s*,\s*{_NUMBER}\s*\)"
+_KEY = rf"[\"'](?:{'|'.join(COORDINATE_KEYS)})[\"']\s*:\s*"
+_STRING_BOX = rf'"(?:<[^<>"]*>)?\s*{_PAIR}(?:[\s,]*{_PAIR})?\s*(?:<[^<>"]*>)?"'
+_INNERMOST = re.compile(rf"\[[^\[\]\"]+\]|{_STRING_BOX}")
+COORDINATES = re.compile(rf"{_KEY}(\[(?:[\s\d.,+\-eE\[\]]|{_STRING_BOX})*\]|{_STRING_BOX})")
+"""Coordinates of boxes or points in JSON: a list of numbers, a string, or a list of these."""
+
 _LIST = rf"\[\s*{_FOUR}\s*\]|\(\s*{_FOUR}\s*\)|{_PAIR}\s*,?\s*{_PAIR}"
 _LABEL = (
     r"(?:<ref>|<\|object_ref_start\|>)(?P<label>(?:(?!</?ref>|<\|object_ref_).)*)"
@@ -340,7 +434,7 @@ _LISTS = {
 }
 _NAMED_COORDINATES = {
     "points": re.compile(
-        r"point_2d|<points?\b[^<>]{0,80}\d|\bclick\w*\s*\([^()]{0,20}\d"
+        r"point_2d(?!\"\s*:[\s,\[\]]*[}\"])|<points?\b[^<>]{0,80}\d|\bclick\w*\s*\([^()]{0,20}\d"
         r"|[\"'](?:point|keypoints?|center|click)[\"']\s*:\s*[\[{][^a-z]{0,20}\d"
         r"|[\"']points[\"']\s*:\s*\[\s*[\[(]\s*-?\d",
         re.IGNORECASE,
@@ -405,18 +499,6 @@ COORDINATE_REMEDIES = {
 }
 
 
-class TextBox(NamedTuple):
-    """Coordinates, label and default convention of a box in a text, not validated.
-
-    The coordinates are those of all boxes in a tag, or empty if its text is no box.
-    """
-
-    text: str
-    coordinates: list[list[float]]
-    label: str | None
-    convention: BoxConvention
-
-
 def split_at_text_boxes(
     text: str, list_limits: tuple[float, float] | None, *, is_tagged: bool = False
 ) -> Iterator[str | TextBox]:
@@ -437,16 +519,19 @@ def split_at_text_boxes(
         or (list_limits is not None and _is_box(match, list_limits))
     ]
     json_values = _find_json_values(text, matches)
+    offsets = find_offsets(text) if matches else ()
     end, quote, label = 0, "", None
     for match in matches:
-        before = quote + text[end : match.start()]
+        # A tag in quotes after the key of a box is a value.
+        is_string = match.start() - 1 in offsets
+        before = quote + text[end : match.start() - is_string]
         quote = '"' if match.start() in json_values else ""
         yield from filter(None, [before + quote])
         label = match["label"] if match["label"] is not None or before else label
         has_units = _has_units(match, is_tagged=is_tagged)
-        convention = BoxConvention(units="1000") if has_units else BoxConvention()
-        yield TextBox(match["tagged"] or match[0], _list_boxes(match), label, convention)
-        end = match.end()
+        found: list[Any] = _list_boxes(match) or [match["tagged"] or match[0]]
+        yield from (TextBox(coordinates, label, has_units) for coordinates in found)
+        end = match.end() + is_string
     yield from filter(None, [quote + text[end:]])
 
 

@@ -23,6 +23,7 @@ import numpy as np
 
 from finesight.bounded_files import parse_json, to_readable_name
 from finesight.config import DataFileSettings, TrainFileSettings
+from finesight.data.image_header import split_page
 from finesight.data.line_index import IndexedFile, SampleIndex, open_unchanged
 from finesight.data.parquet_reader import (
     IMAGES_COLUMN,
@@ -163,10 +164,11 @@ class TarSamples(IndexedFile):
         }
 
         def map_path(name: str) -> str:
-            member_path = paths_by_name.get(posixpath.normpath(posixpath.join(folder, name)))
+            document, page = split_page(name)
+            member_path = paths_by_name.get(posixpath.normpath(posixpath.join(folder, document)))
             # Other names become paths below the tar, where no files exist: only images inside the
             # tar are valid.
-            return member_path or posixpath.normpath(f"/{name}").lstrip("/")
+            return (member_path or posixpath.normpath(f"/{document}").lstrip("/")) + page
 
         return LocatedSample(sample.map_paths(map_path), self.path)
 

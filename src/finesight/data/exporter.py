@@ -6,7 +6,7 @@ The folder is created only if the export succeeds.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from operator import itemgetter
@@ -16,11 +16,15 @@ from finesight.data.formats import get_format
 from finesight.data.formats.dataset_format import DatasetFormat, ExportContext
 from finesight.data.image_header import (
     CorruptImageError,
+    get_file,
+    is_page,
     open_image_header,
     read_exif_orientation,
     read_image_size,
+    save_page,
+    split_page,
 )
-from finesight.data.image_resolver import ImageNames
+from finesight.data.image_resolver import IMAGES_FOLDER, ImageNames
 from finesight.data.sample import BoxPart, ImagePart, LocatedSample, list_media_paths
 from finesight.errors import UserError
 from finesight.storage import translate_os_errors, write_folder
@@ -48,6 +52,7 @@ def export_dataset(
     """Export samples to a folder in a format that an import can read.
 
     Images are referenced by their path relative to `out`, or copied to the folder `out`/images.
+    Only samples refer to pages of documents. Other formats have them as PNG, in OUT/images.
     """
     data_format = get_format(format_name, "--to")
     if data_format.write_files is None:
@@ -59,8 +64,11 @@ def export_dataset(
         )
     with write_folder(out) as staging:
         resolved_paths = _resolve_image_paths(samples)
+        if data_format.name not in ("samples", "openai"):
+            resolved_paths |= _render_pages(resolved_paths, staging / IMAGES_FOLDER)
         image_paths = dict.fromkeys(resolved_paths.values())
-        output_names = ImageNames(staging, out, copy=copy_images)
+        taken = {path.name for path in image_paths if path.is_relative_to(staging)}
+        output_names = ImageNames(staging, out, taken, copy=copy_images)
         image_names = {path: output_names.name(str(path)) for path in image_paths}
         output_names.copy(map(str, image_paths))
         names = {path: image_names[resolved] for path, resolved in resolved_paths.items()}
@@ -86,7 +94,7 @@ def _resolve_image_paths(samples: Sequence[LocatedSample]) -> dict[Path, Path]:
             path = located_sample.resolve_path(name)
             if path in resolved_paths:
                 continue
-            if not path.is_file():
+            if not get_file(path).is_file():
                 raise CorruptImageError(
                     "no such image",
                     where=f"the sample {located_sample.sample.id!r}, {path}",
@@ -96,6 +104,21 @@ def _resolve_image_paths(samples: Sequence[LocatedSample]) -> dict[Path, Path]:
             # Resolve the folder first: `..` is relative to the target of a link.
             resolved_paths[path] = path.parent.resolve() / path.name
     return resolved_paths
+
+
+def _render_pages(resolved_paths: Mapping[Path, Path], folder: Path) -> dict[Path, Path]:
+    """Save the pages of documents as PNG, and return their new paths by image path."""
+    pages = dict.fromkeys(resolved_paths.values())
+    targets = {
+        page: folder / f"{Path(split_page(page.name)[0]).stem}-{number}.png"
+        for number, page in enumerate(pages, 1)
+        if is_page(page)
+    }
+    if targets:
+        folder.mkdir()
+    for page, target in targets.items():
+        save_page(page, target)
+    return {path: targets[page] for path, page in resolved_paths.items() if page in targets}
 
 
 def _write_files(chunks: Iterator[tuple[str, bytes]], staging: Path) -> list[str]:

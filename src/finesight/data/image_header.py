@@ -1,8 +1,9 @@
-"""Open images on disk or inside tar and Parquet files, and read size and EXIF orientation.
+"""Open images on disk or in tar, Parquet and PDF files; read size and orientation.
 
-`shard.tar/@1536+20480/0001.jpg` refers to 20,480 bytes of `shard.tar` from byte 1,536, and
-`part.parquet/@12/0001.jpg` to the image of this name in row 12 (1-based). Such a path is sufficient
-to read the image without unpacking the container. Pixels are not decoded.
+`shard.tar/@1536+20480/0001.jpg` refers to 20,480 bytes of `shard.tar` from byte 1,536,
+`part.parquet/@12/0001.jpg` to the image of this name in row 12 (1-based), and `scan.pdf#page=3` to
+page 3 of a PDF or TIFF file (RFC 8118). Such a path is sufficient to read the image without
+unpacking the container. Pixels are not decoded.
 """
 
 from __future__ import annotations
@@ -16,14 +17,13 @@ import re
 import warnings
 from collections.abc import Collection, Sequence
 from pathlib import Path, PurePath
-from typing import NamedTuple
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 from PIL.TiffImagePlugin import TiffImageFile
 
 from finesight.data.parquet_reader import read_parquet_image
 from finesight.data.sample import is_video_path
-from finesight.errors import UserError
+from finesight.errors import UserError, format_count
 from finesight.storage import sha256_file
 
 MAX_MEMBER_BYTES = 256 * 2**20
@@ -35,27 +35,49 @@ _MEMBER = re.compile(
 )
 """Path of a tar member by its first byte and size, or of an image by its Parquet row."""
 
+_PAGE = re.compile(r"(?P<container>.+)#page=(?P<page>[1-9][0-9]{0,5})", re.DOTALL)
+
 
 def split_container_path(path: str) -> tuple[str, str]:
-    """Split a path into its tar or Parquet file and the path inside it.
+    """Split a path into its container file and the path or page inside it.
 
     The second part is empty for a path that is not inside a container.
     """
-    match = _MEMBER.fullmatch(path)
+    match = _MEMBER.fullmatch(path) or _PAGE.fullmatch(path)
+    return (path, "") if match is None else (match["container"], path[match.end("container") :])
+
+
+def split_page(path: str) -> tuple[str, str]:
+    """Split a path into its document and the fragment of its page, "" without one."""
+    match = _PAGE.fullmatch(path)
     return (path, "") if match is None else (match["container"], path[match.end("container") :])
 
 
 def is_container_path(path: Path) -> bool:
-    """Return whether a path refers to an image inside a tar or Parquet file."""
+    """Return whether a path refers to an image inside a tar, Parquet or document file."""
     return split_container_path(str(path))[1] != "" and not path.exists()
+
+
+def get_file(path: Path) -> Path:
+    """Return the file on disk of an image: its own, or the tar, Parquet or document file."""
+    return Path(split_container_path(str(path))[0]) if is_container_path(path) else path
+
+
+def is_page(path: Path) -> bool:
+    """Return whether a path refers to a page or a PDF file."""
+    return split_page(path.name)[1] != "" or path.suffix.lower() == ".pdf"
 
 
 def resolve_content(path: Path) -> Path | io.BytesIO:
     """Return the path of a regular file, or the bytes of a container member.
 
+    The content of a page is that of its document.
+
     Raises:
         OSError: The container cannot be read, or ends before the end of the member.
     """
+    document, page = split_page(str(path))
+    path = Path(document) if page and not path.exists() else path
     match = _MEMBER.fullmatch(str(path))
     if match is None or path.exists():
         return path
@@ -66,7 +88,10 @@ def resolve_content(path: Path) -> Path | io.BytesIO:
 
 
 def sha256_content(path: Path) -> str:
-    """Compute the SHA-256 of a file or container member in hexadecimal."""
+    """Compute the SHA-256 of a file, container member, or document and page in hexadecimal."""
+    document, page = split_page(str(path))
+    if page and not path.exists():
+        return hashlib.sha256(f"{sha256_content(Path(document))}{page}".encode()).hexdigest()
     content = resolve_content(path)
     if isinstance(content, Path):
         return sha256_file(content)
@@ -101,17 +126,19 @@ _HASH_ROWS = 256
 MAX_IMAGE_BYTES = 1 << 30
 """Maximum file size of an image: `MAX_IMAGE_PIXELS` uncompressed pixels of four 32-bit values."""
 
-IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF", "HEIF")
+IMAGE_FORMATS = (
+    *("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF", "HEIF", "PDF"),
+)
 """Accepted image formats, as named by Pillow. JPEG includes the MPO container of phone cameras.
 
-HEIF (HEIC photos) requires the package pillow-heif, which is imported for the first such file.
+HEIF (HEIC photos) and PDF require packages, which are imported for the first such file.
 Other formats of Pillow are rejected: some start programs (EPS), others contain no pixels.
 """
 
 IMAGE_SUFFIXES = frozenset(
     {
         *(".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif"),
-        *(".tif", ".tiff", ".ppm", ".jp2", ".avif", ".heic", ".heif"),
+        *(".tif", ".tiff", ".ppm", ".jp2", ".avif", ".heic", ".heif", ".pdf"),
     }
 )
 
@@ -123,17 +150,33 @@ IMAGE_MAGICS = {
     b"BM": ".bmp",
     b"II": ".tif",
     b"MM": ".tif",
+    b"%PDF": ".pdf",
 }
 """Suffix of image files by their first bytes, for common formats."""
 
 _HEIF_HEADER = re.compile(rb".{4}ftyp.{4,60}(?:hei[cxms]|hev[cxms]|mif1|msf1)", re.DOTALL)
 """Pattern of the first bytes of a HEIF file: its box `ftyp` with a HEIF brand."""
 
-_DATA_URL = re.compile(r"\s*(?:data:(?:image|video|audio)/|image/[\w.+-]+;base64,)", re.IGNORECASE)
+_PDF_MARK, MAX_PDF_MARK_END = b"%PDF-", 1024
+"""Mark of PDF files, and the bytes within which it ends (ISO 32000, annex H)."""
+
+DOCUMENT_SUFFIXES, _DOCUMENT_FORMATS = (".pdf", ".tif", ".tiff"), ("PDF", "TIFF")
+"""Suffixes and formats of files whose pages are images."""
+
+MAX_PAGES = 100
+"""Maximum number of pages of a document in a sample."""
+
+PageRanges = Sequence[tuple[int, int | None]]
+"""First and last page of the selected pages, 1-based. None is the last page of the document."""
+
+_DATA_URL = re.compile(
+    r"\s*(?:data:(?:image/|video/|audio/|application/pdf)|image/[\w.+-]+;base64,)", re.IGNORECASE
+)
 _BASE64 = re.compile(r"[A-Za-z0-9+/_\s-]++={0,2}\s*")
 
 EXIF_ORIENTATION_TAG = 0x0112
 TRANSPOSED_ORIENTATIONS = frozenset({5, 6, 7, 8})
+_SUBFILE_TYPE, _REDUCED_OR_MASK = 254, 0b101
 _TILE_WIDTH, _TILE_LENGTH = 322, 323
 """TIFF tags of the tile size.
 
@@ -181,7 +224,7 @@ def is_image_value(value: object, suffixes: Collection[str] = IMAGE_SUFFIXES) ->
     if not isinstance(value, str):
         return False
     path = value.partition("?")[0] if "://" in value else value
-    return PurePath(path).suffix.lower() in suffixes or is_embedded_media(value)
+    return PurePath(split_page(path)[0]).suffix.lower() in suffixes or is_embedded_media(value)
 
 
 def is_embedded_media(text: str) -> bool:
@@ -210,11 +253,18 @@ class MissingPackageError(CorruptImageError):
 
 
 def open_image_header(
-    path: Path, max_pixels: int = MAX_IMAGE_PIXELS, formats: Sequence[str] = IMAGE_FORMATS
+    path: Path,
+    max_pixels: int = MAX_IMAGE_PIXELS,
+    formats: Sequence[str] = IMAGE_FORMATS,
+    *,
+    with_page: bool = True,
 ) -> Image.Image:
     """Open an image without decoding its pixels.
 
     The size of the returned image is the stored size, before EXIF rotation.
+
+    Args:
+        with_page: Select the page of the path; otherwise open the first one.
 
     Raises:
         CorruptImageError: The file is missing, has none of the accepted formats, or has more than
@@ -225,12 +275,14 @@ def open_image_header(
         raise build_file_error(path, what, "an image file", "correct the path")
     try:
         source = resolve_content(path)
-        num_bytes = path.stat().st_size if isinstance(source, Path) else len(source.getbuffer())
+        num_bytes = source.stat().st_size if isinstance(source, Path) else len(source.getbuffer())
         if isinstance(source, Path) and num_bytes > MAX_IMAGE_BYTES:
             what, expected = f"a file of {num_bytes} bytes", f"at most {MAX_IMAGE_BYTES} bytes"
             remedy = "compress or downscale the image"
             raise build_file_error(path, what, expected, remedy, ImageTooLargeError)
         image = _open_image(path, source, formats)
+        if with_page:
+            _select_page(path, image)
     except (FileNotFoundError, NotADirectoryError) as error:
         remedy = "correct the path; relative paths in data files start at their folder"
         raise build_file_error(
@@ -257,74 +309,134 @@ def open_image_header(
 
 
 def _open_image(path: Path, source: Path | io.BytesIO, formats: Sequence[str]) -> Image.Image:
-    """Open an image with Pillow. Raises MissingPackageError if a HEIF file needs pillow-heif."""
+    """Open an image with Pillow. Raises MissingPackageError if HEIF or PDF needs its package."""
     try:
         Image.init()
         return Image.open(source, formats=[name for name in formats if name in Image.OPEN])
     except UnidentifiedImageError:
         with source.open("rb") if isinstance(source, Path) else io.BytesIO(source.getvalue()) as f:
-            head = f.read(80)
-        if "HEIF" not in formats or not _HEIF_HEADER.match(head) or "HEIF" in Image.OPEN:
+            head = f.read(MAX_PDF_MARK_END)
+        is_pdf = "PDF" in formats and _PDF_MARK in head
+        is_heif = "HEIF" in formats and _HEIF_HEADER.match(head) and "HEIF" not in Image.OPEN
+        if not (is_pdf or is_heif):
             raise
     try:
+        if is_pdf:
+            from finesight.data.pdf_file import PdfImageFile
+
+            return PdfImageFile(source)
         from pillow_heif import register_heif_opener
     except ImportError as error:
-        what, expected = f"a HEIC image, but {error}", "the package pillow-heif, which decodes it"
-        remedy = "install it: pip install 'finesight[heif]'; or convert the images to JPEG"
+        kind, package, extra = "a HEIC image", "pillow-heif", "heif"
+        if is_pdf:
+            kind, package, extra = "a PDF file", "pypdfium2", "pdf"
+        what, expected = f"{kind}, but {error}", f"the package {package}, which decodes it"
+        remedy = f"install it: pip install 'finesight[{extra}]'; or convert the images to JPEG"
         raise build_file_error(path, what, expected, remedy, MissingPackageError) from error
     register_heif_opener()
     return Image.open(source, formats=("HEIF",))
 
 
-PixelKey = tuple[ImageSize, bool, bytes]
+def _select_page(path: Path, image: Image.Image) -> None:
+    """Select the page of a path. A PDF file with several pages requires one."""
+    match = None if path.exists() else _PAGE.fullmatch(str(path))
+    has_pages = image.format == "PDF" or (match and image.format in _DOCUMENT_FORMATS)
+    num_pages = image.n_frames if has_pages else 1  # type: ignore[attr-defined]
+    page = 1 if match is None else int(match["page"])
+    if page > num_pages or (match is None and num_pages > 1):
+        image.close()
+        what = format_count(num_pages, "page")
+        expected = f"one of the pages, such as {path.name.partition('#')[0]}#page={num_pages}"
+        remedy = "name a page in the path; imports also select pages with --pages"
+        raise build_file_error(path, what, expected, remedy)
+    if page > 1:
+        image.seek(page - 1)
+
+
+def list_pages(
+    path: Path, ranges: PageRanges = (), formats: Sequence[str] = IMAGE_FORMATS
+) -> list[Path]:
+    """Return the pages of a document, or the path alone without several pages.
+
+    Reduced copies of an image in a TIFF file are not pages. A path with a page is returned alone.
+
+    Args:
+        ranges: Selected pages; empty for all. They do not apply to other images.
+
+    Raises:
+        CorruptImageError: The document cannot be opened, or has none of the selected pages.
+        UserError: There are more than `MAX_PAGES` pages.
+    """
+    suffix = path.suffix.lower()
+    is_image = suffix in IMAGE_SUFFIXES and suffix not in DOCUMENT_SUFFIXES
+    if is_image or is_video_path(path) or split_page(str(path))[1]:
+        return [path]
+    with open_image_header(path, formats=formats, with_page=False) as image:
+        has_pages = image.format in _DOCUMENT_FORMATS
+        num_pages = image.n_frames if has_pages else 1  # type: ignore[attr-defined]
+        numbers = list(range(1, num_pages + 1))
+        if isinstance(image, TiffImageFile) and num_pages > 1:
+            numbers = [number for number in numbers if not _is_reduced_copy(image, number)]
+    selected = [n for n in numbers if not ranges or any(a <= n <= (b or n) for a, b in ranges)]
+    if not 0 < len(selected) <= MAX_PAGES:
+        raise build_file_error(
+            path,
+            f"{len(selected)} of its {format_count(len(numbers), 'page')} are selected",
+            f"1 to {MAX_PAGES} pages in a sample",
+            "select others with --pages, such as --pages 1-10",
+        )
+    return [Path(f"{path}#page={n}") for n in selected] if len(numbers) > 1 else [path]
+
+
+def save_page(path: Path, target: Path | io.BytesIO) -> None:
+    """Write a page of a document as PNG, with unchanged pixels if possible."""
+    with open_image_header(path) as image:
+        try:
+            is_supported = image.mode in ("1", "L", "LA", "P", "I;16", "RGB", "RGBA")
+            (image if is_supported else image.convert("RGB")).save(target, format="PNG")
+        except Exception as error:  # decoders raise various exceptions on corrupt data
+            raise build_corrupt_error(path, error) from error
+
+
+def _is_reduced_copy(image: TiffImageFile, number: int) -> bool:
+    image.seek(number - 1)
+    subfile_type = image.tag_v2.get(_SUBFILE_TYPE, 0)
+    return isinstance(subfile_type, int) and bool(subfile_type & _REDUCED_OR_MASK)
+
+
+PixelKey = tuple[ImageSize, bytes]
 """Key that is equal for images with equal pixels, in any format and with any metadata.
 
-It consists of height and width after EXIF rotation, whether the image is a JPEG that was decoded at
-an eighth of its size, and the SHA-256 of its pixels.
+It consists of height and width after EXIF rotation, and the SHA-256 of the pixels.
 """
 
 
-class DecodedImage(NamedTuple):
-    """Result of decoding an image, with its key and 16 gray levels if a key was requested."""
-
-    has_more_frames: bool
-    key: PixelKey | None = None
-    thumbnail: bytes = b""
-
-
-def decode_image(path: Path, *, is_reduced: bool = True, with_key: bool = False) -> DecodedImage:
+def decode_image(path: Path, *, with_key: bool = False) -> tuple[bool, PixelKey | None]:
     """Decode an image completely, to find truncated and equal ones.
 
-    Args:
-        is_reduced: Decode JPEG at an eighth of its size, which is faster.
+    Returns:
+        Whether it has further frames, and its key if requested.
 
     Raises:
         CorruptImageError: The file is truncated or corrupt.
     """
     with open_image_header(path) as image:
         try:
-            full_size = image.size
-            is_reduced = is_reduced and image.draft(None, (1, 1)) is not None
             image.load()
-            decoded = DecodedImage(False)
-            if with_key:
-                thumbnail = image.convert("L").resize((4, 4), Image.Resampling.BOX).tobytes()
-                key = _hash_pixels(image, full_size, is_reduced)
-                decoded = DecodedImage(False, key, thumbnail)
+            key = _hash_pixels(image) if with_key else None
         except Exception as error:  # decoders raise various exceptions on corrupt data
             raise build_corrupt_error(path, error) from error
         # The further images of an MPO file are previews and depth maps.
-        with contextlib.suppress(Exception):
-            image.seek(1)
-            return decoded._replace(has_more_frames=image.format != "MPO")
-    return decoded
+        if image.format not in ("MPO", *_DOCUMENT_FORMATS):
+            with contextlib.suppress(Exception):
+                image.seek(1)
+                return True, key
+    return False, key
 
 
-def _hash_pixels(image: Image.Image, full_size: ImageSize, is_reduced: bool) -> PixelKey:
+def _hash_pixels(image: Image.Image) -> PixelKey:
     """Hash the pixels of a decoded image, in bands to limit the memory of conversions."""
-    orientation = read_exif_orientation(image)
-    size = full_size if orientation in TRANSPOSED_ORIENTATIONS else full_size[::-1]
-    if orientation != 1:
+    if read_exif_orientation(image) != 1:
         image = ImageOps.exif_transpose(image)
     digest = hashlib.sha256()
     for top in range(0, image.height, _HASH_ROWS):
@@ -335,7 +447,7 @@ def _hash_pixels(image: Image.Image, full_size: ImageSize, is_reduced: bool) -> 
         # Pixels of 16 and 32 bits have several byte orders in files.
         mode = band.mode[0] if band.mode[0] in "IF" else "RGB"
         digest.update(band.convert(mode).tobytes())
-    return size, is_reduced, digest.digest()
+    return (image.height, image.width), digest.digest()
 
 
 def build_corrupt_error(path: Path, error: Exception) -> CorruptImageError:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import io
 import itertools
 import os
 import re
@@ -15,13 +16,19 @@ from typing import TYPE_CHECKING
 
 from finesight.bounded_files import is_utf8, iter_spellings, to_readable_name
 from finesight.data.image_header import (
+    DOCUMENT_SUFFIXES,
     IMAGE_MAGICS,
     CorruptImageError,
+    PageRanges,
     find_image_suffix,
     is_container_path,
     is_embedded_media,
     is_image_value,
+    is_page,
+    list_pages,
     resolve_content,
+    save_page,
+    split_page,
 )
 from finesight.data.sample import (
     MAX_PARTS,
@@ -31,7 +38,7 @@ from finesight.data.sample import (
 )
 from finesight.data.video_file import read_visual_size
 from finesight.errors import UserError
-from finesight.storage import sha256_file, translate_os_errors
+from finesight.storage import translate_os_errors
 
 if TYPE_CHECKING:
     # Imported for type checking only: the import is slow, and only web imports need it.
@@ -57,6 +64,7 @@ class ImageResolver:
         web_images: Downloader of image URLs. None rejects URLs.
         allowed_root: Folder of an untrusted source. Images outside of it count as missing, and it
             is searched instead of the current directory.
+        pages: Pages to use of documents (PDF, multi-page TIFF); empty for all of them.
     """
 
     def __init__(
@@ -68,7 +76,9 @@ class ImageResolver:
         exact_paths: bool = False,
         web_images: RemoteImages | None = None,
         allowed_root: Path | None = None,
+        pages: PageRanges = (),
     ) -> None:
+        self._ranges, self.pages = pages, dict[Path, list[Path]]()
         self._folder, self._images_folder = folder, output_folder / IMAGES_FOLDER
         self._validate, self._exact_paths, self._web_images = validate, exact_paths, web_images
         self._allowed_root = allowed_root.resolve() if allowed_root else None
@@ -79,7 +89,9 @@ class ImageResolver:
         self._resolved: dict[str, str] = {}
 
     def resolve(self, value: object) -> Path:
-        """Return the file of an image value in a dataset row.
+        """Return the file or page of an image value in a dataset row.
+
+        The path of several pages is that of the document; see `list_pages`.
 
         Args:
             value: A path, bytes, base64 with or without the header of a data URL (RFC 2397), or
@@ -89,6 +101,31 @@ class ImageResolver:
             CorruptImageError: The image is missing or invalid.
             UserError: The value has another type.
         """
+        path = self._find_image(value)
+        pages = self.list_pages(path)
+        return pages[0] if len(pages) == 1 else path
+
+    def list_pages(self, path: Path) -> list[Path]:
+        """Return the selected pages of a document, or the path of another image alone.
+
+        Training does not select pages, and a data check reports invalid documents elsewhere.
+        """
+        if path.suffix.lower() not in DOCUMENT_SUFFIXES or self._exact_paths:
+            return [path]
+        if path not in self.pages:
+            try:
+                self.pages[path] = list_pages(path, self._ranges)
+            except CorruptImageError:
+                if self._validate:
+                    raise
+                self.pages[path] = [path]
+        return self.pages[path]
+
+    def _check_image(self, path: Path) -> None:
+        for page in self.list_pages(path):
+            self.image_size(page)
+
+    def _find_image(self, value: object) -> Path:
         if isinstance(value, dict):
             value = value.get("bytes") or value.get("path")
         if isinstance(value, bytes):
@@ -148,9 +185,10 @@ class ImageResolver:
                 remedy="allow their host with --allow-host HOST, or download the images and put"
                 " their paths into the data",
             )
-        candidate, expected_path = self._find(name)
+        document, page = split_page(name)
+        candidate, expected_path = self._find(document)
         if candidate is None and not self._validate:
-            return Path(expected_path).absolute()
+            return Path(expected_path + page).absolute()
         if candidate is None and self._allowed_root:
             raise CorruptImageError(
                 "no such image in the source",
@@ -169,9 +207,9 @@ class ImageResolver:
                 f" data file or of its images{current}",
                 remedy="correct the path, or change to the base folder of the paths",
             )
-        path = Path(self._settled(candidate))
+        path = Path(self._settled(candidate) + page)
         if self._validate:
-            self.image_size(path)
+            self._check_image(path)
         return path
 
     def _find(self, name: str) -> tuple[str | None, str]:
@@ -225,7 +263,7 @@ class ImageResolver:
             path.write_bytes(data)
             try:
                 if self._validate:
-                    self.image_size(path)
+                    self._check_image(path)
             except CorruptImageError as error:
                 # Omit the path from the error: the staging folder is deleted when the import fails.
                 raise CorruptImageError(
@@ -238,8 +276,11 @@ class ImageResolver:
 
 
 def encode_data_url(path: Path) -> str:
-    """Encode an image file as a base64 data URL (RFC 2397)."""
-    data = path.read_bytes()
+    """Encode an image file, or a page as PNG, as a base64 data URL (RFC 2397)."""
+    buffer = io.BytesIO()
+    if is_page(path):
+        save_page(path, buffer)
+    data = buffer.getvalue() or path.read_bytes()
     suffix = find_image_suffix(data)
     if suffix not in IMAGE_MAGICS.values():
         raise UserError(
@@ -287,13 +328,14 @@ class ImageNames:
 
     def name(self, image: str) -> str:
         """Return the path in the data files for an image, given by its absolute path."""
-        if image not in self._names:
-            self._names[image] = self._new_name(Path(image))
-        return self._names[image]
+        document, page = split_page(image)
+        if document not in self._names:
+            self._names[document] = self._new_name(Path(document))
+        return self._names[document] + page
 
     def copy(self, images: Iterable[str]) -> None:
         """Copy those of the given images that cannot be referenced where they are, each once."""
-        for image in images:
+        for image, _ in map(split_page, images):
             target = self._copies.pop(image, None)
             if target is not None:
                 with translate_os_errors(target):
@@ -317,21 +359,3 @@ class ImageNames:
         self._taken.add(free)
         self._copies[str(path)] = self._staging / IMAGES_FOLDER / free
         return f"{IMAGES_FOLDER}/{free}"
-
-
-def hash_images(paths: Iterable[Path]) -> dict[Path, str]:
-    """Return a key per image file that is equal for files with identical bytes.
-
-    Only files of equal size are read and hashed. Re-encoded copies (resized, another JPEG quality)
-    have different keys.
-    """
-    by_length: defaultdict[int, set[Path]] = defaultdict(set)
-    resolved = {path: path.resolve() for path in set(paths)}
-    for file in resolved.values():
-        by_length[file.stat().st_size].add(file)
-    keys = {
-        file: sha256_file(file) if len(files) > 1 else str(file)
-        for files in by_length.values()
-        for file in files
-    }
-    return {path: keys[file] for path, file in resolved.items()}

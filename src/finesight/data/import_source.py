@@ -31,7 +31,7 @@ from finesight.data.formats.dataset_format import (
     as_list,
 )
 from finesight.data.formats.image_folder import IMAGEFOLDER, open_imagefolder
-from finesight.data.image_header import read_image_size
+from finesight.data.image_header import PageRanges, read_image_size
 from finesight.data.image_resolver import ImageResolver
 from finesight.data.row_reader import (
     ROW_SUFFIXES,
@@ -73,6 +73,7 @@ class ImportOptions:
         on_invalid_box: Treatment of invalid boxes. None fails, or clips with `on_invalid_row` skip.
         row_files: Files of a folder that contain its rows; empty to detect them.
         web_images: Downloader of image URLs, None to reject URLs.
+        pages: Pages to use of documents (PDF, multi-page TIFF); empty for all of them.
         encoding: Encoding of .csv and .tsv files, None to detect it.
         no_header: The first row of a table contains values; its columns are 1, 2 and so on.
         allowed_root: Folder of an untrusted source: images outside of it are rejected.
@@ -95,6 +96,7 @@ class ImportOptions:
     row_files: tuple[Path, ...] = ()
     web_images: RemoteImages | None = None
     allowed_root: Path | None = None
+    pages: PageRanges = ()
     encoding: str | None = None
     no_header: bool = False
 
@@ -145,6 +147,7 @@ class ImportSource:
                 exact_paths=lenient and self.data_format is SAMPLES,
                 web_images=options.web_images,
                 allowed_root=options.allowed_root,
+                pages=options.pages,
             ),
             columns=self.column_map,
             prompt=options.prompt,

@@ -6,7 +6,6 @@ all rows are parsed; until then, a temporary file contains them.
 
 from __future__ import annotations
 
-import gc
 import itertools
 import os
 import shlex
@@ -14,7 +13,7 @@ import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple, Self
@@ -32,13 +31,13 @@ from finesight.data.formats.dataset_format import (
 from finesight.data.formats.row_keys import UnsupportedKeyError
 from finesight.data.image_header import (
     CorruptImageError,
-    DecodedImage,
-    ImageSize,
     PixelKey,
     decode_image,
     is_image_value,
+    sha256_content,
+    split_page,
 )
-from finesight.data.image_resolver import IMAGES_FOLDER, ImageNames, hash_images
+from finesight.data.image_resolver import IMAGES_FOLDER, ImageNames
 from finesight.data.import_source import ImportOptions, ImportSource, open_source
 from finesight.data.line_index import MAX_LINE_BYTES
 from finesight.data.row_reader import SourceRow, list_folder
@@ -211,15 +210,10 @@ They ensure that each sample fits into a line of at most `MAX_LINE_BYTES`.
 SKIPPED_ROWS_FILE = "skipped_rows.jsonl"
 """Name of the output file that lists the rows skipped by `--on-invalid-row skip`."""
 
-NOTE_FIRST_FRAME = "images are animated or have several pages; only the first frame is used"
+NOTE_FIRST_FRAME = "images are animated; only the first frame is used"
 NOTE_UNFINISHED_REASONING = "answers of a <think> without </think>: complete or remove them"
 DECODE_BATCH_SIZE = 1024
 """Number of images whose decoding is submitted at once."""
-
-MIN_COMPARED_SIDE, MAX_GRAY_DIFFERENCE = 64, 4
-"""Side length in pixels from which a JPEG at an eighth of its size has the gray levels of areas of
-the full image, and their maximum difference.
-"""
 
 MAX_DECODE_THREADS, DECODE_BYTES = 16, 2**29
 """Maximum number of decoding threads, and the available memory in bytes that each requires.
@@ -358,7 +352,11 @@ class _InvalidRows:
         if len(self.described[remedy]) < MAX_DESCRIBED_ROWS:
             self.described[remedy].append((location, error))
         self.remedies[remedy] += 1
-        reason, text = get_skip_reason(error), ": ".join(filter(None, (error.where, error.what)))
+        reasons = (reason for kind, reason in REASON_BY_ERROR.items() if isinstance(error, kind))
+        reason, text = (
+            next(reasons, REASON_OTHER),
+            ": ".join(filter(None, (error.where, error.what))),
+        )
         self.reasons[reason] += 1
         self.first_errors.setdefault(reason, f"{location}, {text}")
         self.boxes += isinstance(error, InvalidBoxError)
@@ -396,6 +394,13 @@ class _OutputSplit:
         examples = (example for examples in self.rows for example in examples)
         return sum(1 if self.is_eval else len(one.spans[:-1]) or 1 for one in examples)
 
+    def write(self, spool: Spool, staging: Path, out: Path) -> OutputFile:
+        """Write the samples, and return the later file with its numbers of rows and samples."""
+        examples = (example for examples in self.rows for example in examples)
+        lines = (line for one in examples for line in one.lines(spool, is_eval=self.is_eval))
+        write_chunks(staging / self.name, lines)
+        return OutputFile(out / self.name, sum(map(bool, self.rows)), len(self))
+
     def images(self) -> dict[str, None]:
         """Return the path of each image and video frame of the split once, in order."""
         return dict.fromkeys(image for examples in self.rows for image in _images(examples))
@@ -420,18 +425,17 @@ def import_dataset(
     with write_folder(out) as staging, Spool(staging, _source_bytes(source, options)) as spool:
         context = source.create_context(options, staging)
         image_names = ImageNames(staging, out, context.images.saved_names, copy=options.copy_images)
-        with _paused_gc():
-            parsed = _parse_rows(source, context, options, spool, image_names, progress_stage)
+        parsed = _parse_rows(source, context, options, spool, image_names, progress_stage)
         rows, invalid = parsed.rows, parsed.invalid
         if not options.has_split and 0 < parsed.num_eval < len(rows):
             options = replace(options, eval_last=parsed.num_eval)
         splits = _split_rows(_make_ids_unique(rows), options, parsed.pixel_keys)
         num_used = dict.fromkeys(image for part in splits for image in part.images())
         image_names.copy(num_used)
-        output_files = [_write_split(split, spool, staging, out) for split in splits]
+        output_files = [split.write(spool, staging, out) for split in splits]
         if invalid.lines:
             write_chunks(staging / SKIPPED_ROWS_FILE, map(spool.read, invalid.lines))
-        used_names = {image_names.name(image) for image in num_used}
+        used_names = {split_page(image_names.name(image))[0] for image in num_used}
         for saved in (staging / IMAGES_FOLDER).glob("*"):  # such as those of skipped rows
             if saved.relative_to(staging).as_posix() not in used_names:
                 saved.unlink()
@@ -458,33 +462,11 @@ def import_dataset(
     )
 
 
-@contextmanager
-def _paused_gc() -> Iterator[None]:
-    """Disable the cyclic garbage collector within the context.
-
-    Dataset rows contain no reference cycles, but their number makes each collection slow (10 % of
-    the import time).
-    """
-    was_on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_on:
-            gc.enable()
-
-
 def _source_bytes(opened: ImportSource, request: ImportOptions) -> int:
     files = request.row_files
     if not files:
         files = list_folder(opened.path).files if opened.path.is_dir() else (opened.path,)
     return sum(os.path.getsize(file) for file in files if os.path.exists(file))
-
-
-def get_skip_reason(error: UserError) -> str:
-    """Return the reason for skipping a row, as counted in the import summary."""
-    reasons = (reason for kind, reason in REASON_BY_ERROR.items() if isinstance(error, kind))
-    return next(reasons, REASON_OTHER)
 
 
 class _ParsedRows(NamedTuple):
@@ -617,67 +599,33 @@ def _decode_images(
     """
     errors: dict[str, CorruptImageError] = {}
 
-    def decode(path: str, is_reduced: bool) -> DecodedImage | CorruptImageError:
+    def decode(path: str) -> tuple[bool, PixelKey | None] | CorruptImageError:
         try:
-            return decode_image(Path(path), is_reduced=is_reduced, with_key=with_keys)
+            return decode_image(Path(path), with_key=with_keys)
         except CorruptImageError as error:
             if context.images.is_saved(Path(path)):  # this file is deleted after the error
                 what = f"the embedded image: {error.what}"
                 return CorruptImageError(what, expected=error.expected, remedy=error.remedy)
             return error
 
-    def decode_all(
-        paths: Sequence[str], is_reduced: bool = True
-    ) -> Iterator[tuple[str, DecodedImage]]:
-        for start in range(0, len(paths), DECODE_BATCH_SIZE):
-            batch = paths[start : start + DECODE_BATCH_SIZE]
-            results = pool.map(decode, batch, itertools.repeat(is_reduced))
-            for path, result in zip(batch, results, strict=True):
-                if isinstance(result, CorruptImageError):
-                    errors[path] = result
-                else:
-                    yield path, result
-                on_progress(is_reduced)
-
     paths = dict.fromkeys(image for examples in rows for image in _images(examples))
     images = [path for path in paths if not is_video_path(path)]
     num_threads = min(num_allowed_cpus(), MAX_DECODE_THREADS, available_memory() // DECODE_BYTES)
+    keys: dict[str, PixelKey] = {}
     with (
         progress_stage("images", len(images)) as on_progress,
         ThreadPoolExecutor(max(1, num_threads)) as pool,
     ):
-        all_decoded = dict(decode_all(images))
-        num_animated = sum(decoded.has_more_frames for decoded in all_decoded.values())
-        context.source_notes[NOTE_FIRST_FRAME] += num_animated
-        all_decoded |= decode_all(_find_ambiguous(all_decoded), is_reduced=False)
-    return errors, {path: decoded.key for path, decoded in all_decoded.items() if decoded.key}
-
-
-def _find_ambiguous(decoded: Mapping[str, DecodedImage]) -> list[str]:
-    """Return the paths of reduced JPEGs that may be equal to each other or to a full image.
-
-    Reduction changes the mean gray level of areas slightly, except for small images.
-    """
-    counts = Counter(image.key for image in decoded.values())
-    full_images: defaultdict[ImageSize, list[bytes]] = defaultdict(list)
-    for image in decoded.values():
-        if image.key and not image.key[1]:
-            full_images[image.key[0]].append(image.thumbnail)
-    # [images, areas]
-    gray = {
-        size: np.frombuffer(b"".join(images), np.uint8).reshape(len(images), -1).astype(int)
-        for size, images in full_images.items()
-    }
-
-    def is_ambiguous(image: DecodedImage) -> bool:
-        size, is_reduced, _ = image.key or ((0, 0), False, b"")
-        if not is_reduced or counts[image.key] > 1 or size not in gray:
-            return is_reduced and counts[image.key] > 1
-        difference = np.abs(gray[size] - np.frombuffer(image.thumbnail, np.uint8))
-        is_similar = difference.max(axis=1).min() <= MAX_GRAY_DIFFERENCE
-        return min(size) < MIN_COMPARED_SIDE or bool(is_similar)
-
-    return [path for path, image in decoded.items() if is_ambiguous(image)]
+        for start in range(0, len(images), DECODE_BATCH_SIZE):
+            batch = images[start : start + DECODE_BATCH_SIZE]
+            for path, result in zip(batch, pool.map(decode, batch), strict=True):
+                if isinstance(result, CorruptImageError):
+                    errors[path] = result
+                else:
+                    context.source_notes[NOTE_FIRST_FRAME] += result[0]
+                    keys |= {path: result[1]} if result[1] else {}
+                on_progress(1)
+    return errors, keys
 
 
 def _encode_examples(
@@ -808,12 +756,16 @@ def _split_rows(
     """
     if not options.has_split:
         return [_OutputSplit("data.jsonl", rows)]
-    videos = {Path(p) for examples in rows for p in _images(examples) if p not in pixel_keys}
-    video_keys = hash_images(videos)
-    image_keys = [
-        frozenset(pixel_keys.get(p) or video_keys[Path(p)] for p in _images(examples))
-        for examples in rows
-    ]
+    paths = dict.fromkeys(path for examples in rows for path in _images(examples))
+    sizes = {path: os.path.getsize(path) for path in paths if path not in pixel_keys}
+    counts = Counter(sizes.values())
+    # Only videos of equal size are read.
+    keys: dict[str, Hashable] = {
+        path: sha256_content(Path(path)) if counts[size] > 1 else path
+        for path, size in sizes.items()
+    }
+    keys.update(pixel_keys)
+    image_keys = [frozenset(map(keys.__getitem__, _images(examples))) for examples in rows]
     if options.train_fraction is not None:
         train, validation = split_by_image(image_keys, options.train_fraction, options.seed)
     else:
@@ -838,10 +790,3 @@ def _split_rows(
 
 def _images(examples: RowExamples) -> Iterator[str]:
     return (image for example in examples for image in example.images)
-
-
-def _write_split(split: _OutputSplit, spool: Spool, staging: Path, out: Path) -> OutputFile:
-    examples = (example for examples in split.rows for example in examples)
-    lines = (line for example in examples for line in example.lines(spool, is_eval=split.is_eval))
-    write_chunks(staging / split.name, lines)
-    return OutputFile(out / split.name, sum(map(bool, split.rows)), len(split))

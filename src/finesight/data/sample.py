@@ -31,7 +31,7 @@ from pydantic import (
 
 from finesight import storage
 from finesight.bounded_files import parse_json, translate_os_errors
-from finesight.data.boxes import Box, InvalidBoxError, is_inside_image
+from finesight.data.boxes import Box, InvalidBoxError, find_coordinates, is_inside_image
 from finesight.data.line_index import UTF8_BOM, IndexedLines, open_data_file, read_lines
 from finesight.errors import Remedy, Step, UserError, suggest_name
 
@@ -363,10 +363,26 @@ class Sample(FrozenModel):
         return self.model_copy(update={"messages": tuple(messages), "rejected": rejected})
 
 
+def find_box_slots(content: Sequence[ContentPart]) -> set[int]:
+    """Return the indices of the boxes that are coordinates in JSON, written in the texts."""
+    pieces = [part.text if isinstance(part, TextPart) else part for part in content]
+    return {n for n in find_coordinates(pieces) if isinstance(content[n], BoxPart)}
+
+
 def join_text(content: Iterable[ContentPart], separator: str = "") -> str:
-    """Return the concatenated texts and tool calls of a message, without images and boxes."""
-    pieces = (part for part in content if isinstance(part, TextPart | ToolCallPart))
-    return separator.join(p.text if p.type == "text" else p.to_text() for p in pieces)
+    """Return the concatenated texts and tool calls of a message, without images and boxes.
+
+    Without a separator, JSON in the text has the coordinates of its boxes, in pixels.
+    """
+    parts = list(content)
+    slots = set() if separator else find_box_slots(parts)
+    pieces = []
+    for index, part in enumerate(parts):
+        if isinstance(part, BoxPart):
+            pieces += [json.dumps(list_coordinates(part))] if index in slots else []
+        elif isinstance(part, TextPart | ToolCallPart):
+            pieces.append(part.text if part.type == "text" else part.to_text())
+    return separator.join(pieces)
 
 
 def list_media_paths(part: ContentPart) -> tuple[str, ...]:
@@ -376,6 +392,19 @@ def list_media_paths(part: ContentPart) -> tuple[str, ...]:
     if isinstance(part, VideoPart):
         return part.frames if part.video is None else (part.video,)
     return ()
+
+
+def expand_images(
+    content: Iterable[ContentPart], list_pages: Callable[[str], Iterable[str]]
+) -> tuple[ContentPart, ...]:
+    """Replace each image of a message by images of its pages."""
+    parts: list[ContentPart] = []
+    for part in content:
+        if isinstance(part, ImagePart):
+            parts += (ImagePart(image=page) for page in list_pages(part.image))
+        else:
+            parts.append(part)
+    return tuple(parts)
 
 
 def _map_part_paths(part: ContentPart, rename: Callable[[str], str]) -> ContentPart:

@@ -60,6 +60,9 @@ MAX_CARD_BYTES = 2**20
 
 DEFAULT_SPLIT = "train"
 
+UNPACK_FOLDER = "unpacked"
+"""Fixed name of the folder of unpacked files, because the IDs of rows may contain it."""
+
 
 @dataclass(frozen=True, slots=True)
 class SelectedFiles:
@@ -314,7 +317,8 @@ def fetch_source(
         options = replace(options, web_images=RemoteImages(hosts, downloads / "images"))
     is_web_url = is_url(source) and not source.startswith("file://")
     if is_hub_address(source) or is_web_url:
-        with _make_unpack_folder(out) as work_folder:
+        with working_folder(out.absolute()) as folder:
+            work_folder = folder / UNPACK_FOLDER
             copy_options = replace(options, copy_images=True, allowed_root=work_folder)
             if is_web_url:
                 file = fetch_url(source, hosts, downloads)
@@ -337,19 +341,10 @@ def fetch_source(
                 expected="an archive",
                 remedy=suggest_similar_path(Path(source)),
             )
-        with _make_unpack_folder(out) as work_folder:
+        with working_folder(out.absolute()) as folder:
+            work_folder = folder / UNPACK_FOLDER
             unpacked_options = replace(options, allowed_root=work_folder)
             yield _prepare_file(Path(source), work_folder, unpacked_options)
-
-
-@contextlib.contextmanager
-def _make_unpack_folder(out: Path) -> Iterator[Path]:
-    """Create a temporary folder for unpacked files.
-
-    Its name is fixed, because the IDs of rows may contain it.
-    """
-    with working_folder(out.absolute()) as folder:
-        yield folder / "unpacked"
 
 
 def _prepare_file(file: Path, work_folder: Path, options: ImportOptions) -> FetchedSource:

@@ -9,7 +9,6 @@ counted. Decoding returns exactly these frames, or raises an error.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,9 +27,9 @@ from finesight.data.image_header import (
     MissingImageError,
     TruncatedImageError,
     build_file_error,
+    get_file,
     read_image_size,
     resolve_content,
-    split_container_path,
 )
 from finesight.data.parquet_reader import import_extra
 from finesight.data.sample import VIDEO_SUFFIXES, is_video_path
@@ -83,7 +82,7 @@ def read_video_header(path: Path) -> VideoHeader:
         UserError: PyAV is not installed.
     """
     try:
-        state = os.stat(split_container_path(str(path))[0] if not path.exists() else path)
+        state = get_file(path).stat()
     except (OSError, ValueError) as error:
         remedy = "correct the path; relative paths in data files start at their folder"
         raise build_file_error(

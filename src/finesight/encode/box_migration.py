@@ -15,7 +15,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,10 +23,14 @@ from typing import Any
 from finesight.config import ImageRule
 from finesight.data.boxes import (
     BOX_KEY,
+    COORDINATE_KEYS,
+    COORDINATES,
     POINT_KEY,
     Box,
-    parse_json_box,
+    TextBox,
+    is_inside_image,
     split_at_boxes,
+    split_at_coordinates,
     strip_code_fences,
 )
 from finesight.data.formats.conversation_rows import ROLE_KEYS, ROLES
@@ -38,46 +42,32 @@ from finesight.encode.family import (
     ImageBox,
     ModelFamily,
     SpecialToken,
-    round_to_frame,
-    scale_box,
 )
 from finesight.encode.qwen2_vl import Qwen2VL, Qwen25VL
 from finesight.encode.qwen_vl import BOX_TOKENS, QwenVL
 from finesight.errors import UserError
-from finesight.storage import write_file
+from finesight.storage import raise_if_exists, write_file
 from finesight.vision.image_processing import compute_resized_size
 
-BOX_FORMATS = ("qwen_vl", "qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 PIXEL_BOX_FORMAT = "qwen2_5_vl"
 
 _JSON_FORMATS = ("qwen2_5_vl", "qwen3_vl")
 
-FRAME_TOLERANCE = 1.0
-"""Distance by which a box may exceed its coordinate frame because of rounding."""
-
 _NUMBER = r"\s*(-?\d+(?:\.\d+)?)\s*"
 _POINT = rf"\({_NUMBER},{_NUMBER}\)"
-_JSON_BOX = re.compile(
-    rf"([\"']{BOX_KEY}[\"']\s*:\s*\[){_NUMBER},{_NUMBER},{_NUMBER},{_NUMBER}(\])"
-    rf"|([\"']{POINT_KEY}[\"']\s*:\s*\[){_NUMBER},{_NUMBER}(\])"
-)
+_JSON_BOX = re.compile(rf'{BOX_KEY}(?!"\s*:\s*\[?\s*"[<(])')
+"""Key of a box, unless a string with special tokens follows."""
+
 _FORMAT_PATTERNS = {
     "qwen_vl": re.compile(r"</?(?:box|quad)>"),
     "qwen2_vl": re.compile(r"<\|(?:box|quad)_(?:start|end)\|>"),
-    "qwen2_5_vl": re.compile(BOX_KEY),
-    "qwen3_vl": re.compile(BOX_KEY),
+    "qwen2_5_vl": _JSON_BOX,
+    "qwen3_vl": _JSON_BOX,
 }
 
 
-@dataclass(frozen=True, slots=True)
-class LabelReference:
-    """A label in reference tokens that is not followed by a box."""
-
-    text: str
-
-
-_Piece = str | LabelReference | list[tuple[str | None, Sequence[float]]]
-"""Part of an answer: a text, a label, or adjacent boxes and points with their labels."""
+_Piece = str | list[TextBox]
+"""Part of an answer: a text, or adjacent boxes and points with their labels."""
 
 FrameSizes = Callable[[], tuple[ImageSize, ImageSize]]
 """Function that returns the source and the target coordinate frame (height, width)."""
@@ -89,7 +79,7 @@ def convert_boxes(
     """Convert the boxes of an answer from one format to another.
 
     Between two JSON formats, only the coordinates change. Other conversions remove a code fence
-    around the JSON.
+    around the JSON. In a JSON structure, boxes with special tokens are strings.
 
     Args:
         get_frames: Returns source and target frame; called only if there are boxes.
@@ -107,8 +97,8 @@ def convert_boxes(
                 remedy=f"use --from {name} if the boxes have that format, or correct the answer",
             )
     if source_format in _JSON_FORMATS and target_format in _JSON_FORMATS:
-        return _rescale_json_boxes(text, source_format, get_frames)
-    if source_format in _JSON_FORMATS:
+        pieces = [*_split_json(text, source_format)]
+    elif source_format in _JSON_FORMATS or any(key in text for key in COORDINATE_KEYS):
         pieces = [*_parse_json(text, source_format)]
     else:
         pieces = [*_parse_token_boxes(text, source_format, target_format)]
@@ -127,51 +117,34 @@ def has_boxes(text: str) -> bool:
     return any(pattern.search(text) for pattern in _FORMAT_PATTERNS.values())
 
 
-def _rescale_json_boxes(text: str, source_format: str, get_frames: FrameSizes) -> tuple[str, int]:
-    def replace_box(match: re.Match[str]) -> str:
-        start, *numbers, end = (group for group in match.groups() if group is not None)
-        source_frame, target_frame = get_frames()
-        box = _to_corners(list(map(float, numbers)))
-        _check_in_frame(box, source_frame, source_format)
-        corners = round_to_frame(scale_box(box, source_frame, target_frame), target_frame)
-        return f"{start}{', '.join(map(str, corners[: len(numbers)]))}{end}"
-
-    converted, num_boxes = _JSON_BOX.subn(replace_box, text)
-    if num_boxes != text.count(BOX_KEY) + text.count(POINT_KEY):
+def _split_json(text: str, source_format: str) -> Iterator[_Piece]:
+    """Yield coordinates in JSON and the texts between them."""
+    if len(COORDINATES.findall(text)) != sum(map(text.count, COORDINATE_KEYS)):
         raise _build_unreadable_error(text, source_format)
-    return converted, num_boxes
+    for index, piece in enumerate(split_at_coordinates(text)):
+        yield [TextBox(piece.strip("[]").split(","), None)] if index % 2 else piece
 
 
-def _to_corners(coordinates: Sequence[float]) -> Box:
+def _to_corners(coordinates: Any, text: str, source_format: str) -> Box:
     """Return the corners of a box, or a point twice."""
-    x1, y1, x2, y2 = (*coordinates, *coordinates) if len(coordinates) == 2 else coordinates
+    try:
+        numbers = [float(number) for number in coordinates]
+        x1, y1, x2, y2 = numbers * 2 if len(numbers) == 2 else numbers
+    except (TypeError, ValueError) as error:
+        raise _build_unreadable_error(text, source_format) from error
     return x1, y1, x2, y2
 
 
 def _parse_json(text: str, source_format: str) -> Iterator[_Piece]:
     for piece in split_at_boxes(strip_code_fences(text)):
-        if not isinstance(piece, str):
-            yield [_parse_json_box(value, source_format) for value in piece]
-        elif BOX_KEY in piece or POINT_KEY in piece:
+        if isinstance(piece, str) and any(key in piece for key in COORDINATE_KEYS):
             raise _build_unreadable_error(piece, source_format)
+        if isinstance(piece, str) or isinstance(piece[0], str):
+            # In a structure, boxes are not adjacent.
+            pieces = [piece] if isinstance(piece, str) else piece
+            yield from (one if isinstance(one, str) else [one] for one in pieces)
         else:
-            yield piece
-
-
-def _parse_json_box(value: object, source_format: str) -> tuple[str | None, Sequence[float]]:
-    item = parse_json_box(value)
-    if item is None:
-        raise UserError(
-            f"the box {str(value)[:80]}",
-            expected=f'{{"{BOX_KEY}": [four coordinates], "label": text}} without other keys',
-            remedy="remove the other keys, or convert to a JSON format",
-        )
-    try:
-        coordinates = [float(number) for number in item[0]]
-        _to_corners(coordinates)
-    except (TypeError, ValueError) as error:
-        raise _build_unreadable_error(str(value), source_format) from error
-    return item[1], coordinates
+            yield [box for box in piece if isinstance(box, TextBox)]
 
 
 def _parse_token_boxes(text: str, source_format: str, target_format: str) -> Iterator[_Piece]:
@@ -179,7 +152,9 @@ def _parse_token_boxes(text: str, source_format: str, target_format: str) -> Ite
     ref, ref_end, box, box_end = map(re.escape, markers)
     label_pattern = rf"{ref}((?:(?!{ref_end}).)*){ref_end}"
     box_pattern = rf"(?:{label_pattern}\s*)?{box}\s*{_POINT}(?:\s*,\s*{_POINT})?\s*{box_end}"
-    adjacent_boxes: list[tuple[str | None, Sequence[float]]] = []
+    is_json = target_format in _JSON_FORMATS
+    start, stop, *_ = BOX_TOKENS.values() if target_format == "qwen_vl" else BOX_TOKENS
+    adjacent_boxes: list[TextBox] = []
     end = 0
     for match in re.finditer(rf"{box_pattern}|{label_pattern}", text, re.DOTALL):
         label, *coordinates, reference = match.groups()
@@ -190,12 +165,12 @@ def _parse_token_boxes(text: str, source_format: str, target_format: str) -> Ite
             adjacent_boxes = []
         yield _require_no_boxes(between, source_format)
         if reference is not None:
-            yield LabelReference(reference)
+            yield reference if is_json else f"{start}{reference}{stop}"
             continue
         # A label shared by several boxes is written once, except in JSON.
-        if label is None and adjacent_boxes and target_format in _JSON_FORMATS:
-            label = adjacent_boxes[-1][0]
-        adjacent_boxes.append((label, [float(number) for number in coordinates if number]))
+        if label is None and adjacent_boxes and is_json:
+            label = adjacent_boxes[-1].label
+        adjacent_boxes.append(TextBox([*filter(None, coordinates)], label))
     yield from ([adjacent_boxes] if adjacent_boxes else [])
     yield _require_no_boxes(text[end:], source_format)
 
@@ -214,16 +189,12 @@ def _to_segment(
 ) -> str | list[ImageBox]:
     if isinstance(piece, str):
         return piece
-    is_json = target_format in _JSON_FORMATS
-    if isinstance(piece, LabelReference):
-        start, end, *_ = BOX_TOKENS.values() if target_format == "qwen_vl" else BOX_TOKENS
-        return piece.text if is_json else f"{start}{piece.text}{end}"
     source_frame, target_frame = get_frames()
     boxes = []
-    for label, coordinates in piece:
-        xyxy = _to_corners(coordinates)
+    for coordinates, label, _ in piece:
+        xyxy = _to_corners(coordinates, str(coordinates), source_format)
         _check_in_frame(xyxy, source_frame, source_format)
-        if label and not is_json:
+        if label and target_format not in _JSON_FORMATS:
             _check_label(label, target_format)
         boxes.append(ImageBox(label, xyxy, source_frame, target_frame, len(coordinates) == 2))
     return boxes
@@ -243,12 +214,7 @@ def _check_in_frame(xyxy: Box, frame: ImageSize, source_format: str) -> None:
     """Raise UserError for an inverted box or a box outside its frame."""
     height, width = frame
     x1, y1, x2, y2 = xyxy
-    inside = (
-        min(x1, y1) >= -FRAME_TOLERANCE
-        and x2 <= width + FRAME_TOLERANCE
-        and y2 <= height + FRAME_TOLERANCE
-    )
-    if inside and x1 <= x2 and y1 <= y2:
+    if is_inside_image(xyxy, frame, is_point=True):
         return
     is_pixel_format = source_format == PIXEL_BOX_FORMAT
     raise UserError(
@@ -365,7 +331,7 @@ def migrate_box_file(
         return convert_boxes(text, source_format, target_format, get_frames)
 
     result, errors = MigrationResult(out), list[tuple[str, UserError]]()
-    chunks = list(_split_json(read_text_file(file), file))
+    chunks = list(_split_records(read_text_file(file), file))
     converted = "".join(_convert_chunk(*chunk, convert, result, errors) for chunk in chunks)
     if errors:
         raise _build_migration_error(errors, file)
@@ -376,14 +342,6 @@ def migrate_box_file(
 def _check_arguments(
     out: Path, source_format: str, target_format: str, resize_spec: ResizeSpec | None
 ) -> None:
-    for option, name in (("--from", source_format), ("--to", target_format)):
-        if name not in BOX_FORMATS:
-            raise UserError(
-                f"unknown family {name!r}",
-                where=option,
-                expected=f"one of {', '.join(BOX_FORMATS)}",
-                remedy="choose one of these",
-            )
     if source_format == target_format:
         raise UserError(
             f"both families are {source_format}",
@@ -403,13 +361,7 @@ def _check_arguments(
             if is_missing
             else "remove the option",
         )
-    if out.exists():
-        raise UserError(
-            "the file exists",
-            where=str(out),
-            expected="a new file name",
-            remedy="choose another name, or delete the file",
-        )
+    raise_if_exists(out)
 
 
 def _get_resized_size(
@@ -428,7 +380,7 @@ def _get_resized_size(
     )
 
 
-def _split_json(text: str, file: Path) -> Iterator[tuple[str, list[tuple[str, Any]]]]:
+def _split_records(text: str, file: Path) -> Iterator[tuple[str, list[tuple[str, Any]]]]:
     """Yield the JSON chunks of a file, with the location and content of their records.
 
     A chunk is one line of JSONL, or the complete text of a JSON file.

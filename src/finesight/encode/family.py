@@ -11,14 +11,21 @@ import json
 import math
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from finesight.data.boxes import BOX_KEY, LABEL_KEYS, POINT_KEY, Box, iter_json_values
+from finesight.data.boxes import (
+    BOX_KEY,
+    POINT_KEY,
+    Box,
+    find_coordinates,
+    iter_json_boxes,
+    iter_json_values,
+)
 from finesight.data.image_header import ImageSize
 from finesight.data.sample import (
     BoxPart,
@@ -317,21 +324,38 @@ class ModelFamily(ABC):
         """
         items: list[dict[str, Any]] = []
         for box in boxes:
-            frame = self.box_frame(box.resized_size)
-            corners = round_to_frame(scale_box(box.xyxy, box.original_size, frame), frame)
             label = {} if box.label is None else {"label": box.label}
-            region = {POINT_KEY: corners[:2]} if box.is_point else {BOX_KEY: corners}
-            items.append(region | label)
+            key = POINT_KEY if box.is_point else BOX_KEY
+            items.append({key: self._round_corners(box)} | label)
         return [json.dumps(items[0] if len(items) == 1 else items, ensure_ascii=False)]
+
+    def write_coordinates(self, box: ImageBox) -> list[PromptPiece]:
+        """Format a box as a JSON value: a list of numbers, or a string with special tokens."""
+        if self.box_tokens:
+            return ['"', *self.write_boxes([replace(box, label=None)]), '"']
+        return [json.dumps(self._round_corners(box))]
+
+    def _round_corners(self, box: ImageBox) -> tuple[int, ...]:
+        frame = self.box_frame(box.resized_size)
+        corners = round_to_frame(scale_box(box.xyxy, box.original_size, frame), frame)
+        return corners[:2] if box.is_point else corners
 
     def write_segments(self, segments: Sequence[str | list[ImageBox]]) -> list[PromptPiece]:
         """Format texts and lists of adjacent boxes.
 
-        Boxes within a string of JSON text are escaped, or replace the string if they are JSON and
-        its only content.
+        A box after a key of coordinates in JSON is only their value. Other boxes within a string of
+        JSON text are escaped, or replace the string if they are JSON and its only content.
         """
-        pieces = [[one] if isinstance(one, str) else self.write_boxes(one) for one in segments]
-        for index in _find_boxes_in_json_strings(segments):
+        slots = {n for n in find_coordinates(segments) if len(segments[n]) == 1}
+        pieces = [
+            [one]
+            if isinstance(one, str)
+            else self.write_coordinates(one[0])
+            if index in slots
+            else self.write_boxes(one)
+            for index, one in enumerate(segments)
+        ]
+        for index in _find_boxes_in_json_strings(segments, slots):
             before, after = str(pieces[index - 1][0]), str(pieces[index + 1][0])
             is_value = before[-1:] == after[:1] == '"' and before[-2:-1] != "\\"
             if is_value and not self.box_tokens and after[1:].lstrip()[:1] != ":":
@@ -413,25 +437,26 @@ def scale_box(xyxy: Box, source_frame: ImageSize, target_frame: ImageSize) -> Bo
 
 def round_to_frame(xyxy: Box, frame: ImageSize) -> tuple[int, int, int, int]:
     """Round box corners to integers (halves up) and clamp them to a frame (height, width)."""
-    height, width = frame
-    x1, y1, x2, y2 = (math.floor(value + 0.5) for value in xyxy)
-    return (
-        min(max(x1, 0), width),
-        min(max(y1, 0), height),
-        min(max(x2, 0), width),
-        min(max(y2, 0), height),
-    )
+    limits = frame[::-1] * 2
+    rounded = (math.floor(value + 0.5) for value in xyxy)
+    x1, y1, x2, y2 = (min(max(one, 0), limit) for one, limit in zip(rounded, limits, strict=True))
+    return x1, y1, x2, y2
 
 
-def _find_boxes_in_json_strings(segments: Sequence[str | list[ImageBox]]) -> list[int]:
+def _find_boxes_in_json_strings(
+    segments: Sequence[str | list[ImageBox]], slots: Collection[int]
+) -> list[int]:
     """Return the indices of the boxes within strings of JSON: a mark elsewhere is invalid JSON."""
-    texts = [one if isinstance(one, str) else "?" for one in segments]
+    marks = ("0" if index in slots else "?" for index in range(len(segments)))
+    texts = [one if isinstance(one, str) else m for one, m in zip(segments, marks, strict=True)]
     regions = list(iter_json_values("".join(texts))) if "?" in texts and len(texts) > 2 else []
     ends = itertools.accumulate(map(len, texts))
     return [
         index
         for index, (one, end) in enumerate(zip(segments, ends, strict=True))
-        if isinstance(one, list) and any(found.start < end < found.stop for found in regions)
+        if isinstance(one, list)
+        and index not in slots
+        and any(found.start < end < found.stop for found in regions)
     ]
 
 
@@ -449,7 +474,7 @@ def _read_json_boxes(text: str, frame: ImageSize, original_size: ImageSize) -> l
     """
     # Parse single objects: the surrounding list may be truncated.
     objects = [found.value for found in iter_json_values(text, "{")]
-    parsed = list(_iter_nested_boxes(objects))
+    parsed = [(box.label, box.coordinates) for box in iter_json_boxes(objects)]
     if not parsed and ("bbox" in text or _ONLY_VALUES.fullmatch(text)):
         parsed = [(None, match.groups()) for match in _FOUR_VALUES.finditer(text)]
     return [
@@ -457,31 +482,13 @@ def _read_json_boxes(text: str, frame: ImageSize, original_size: ImageSize) -> l
             scale_box(corners, frame, original_size), label, is_point=len(coordinates) == 2
         )
         for label, coordinates in parsed
-        if (corners := _parse_corners(coordinates)) is not None
+        if (corners := parse_corners(coordinates)) is not None
     ]
 
 
-def _iter_nested_boxes(value: object) -> Iterator[tuple[str | None, Sequence[object]]]:
-    """Yield label and coordinates of every JSON object with `bbox_2d` or `point_2d`."""
-    if isinstance(value, list):
-        for item in value:
-            yield from _iter_nested_boxes(item)
-    elif isinstance(value, dict) and (key := next(filter(value.get, (BOX_KEY, POINT_KEY)), None)):
-        # JSON may contain an unpaired surrogate, which UTF-8 cannot encode.
-        labels = [
-            value[key].encode("utf-8", "replace").decode()
-            for key in LABEL_KEYS
-            if isinstance(value.get(key), str)
-        ]
-        yield next(iter(labels), None), value[key] if isinstance(value[key], list) else []
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from _iter_nested_boxes(item)
-
-
-def _parse_corners(values: Sequence[Any]) -> Box | None:
+def parse_corners(values: Any) -> Box | None:
     """Convert four finite values, or the two of a point, to box corners; None for other input."""
-    if len(values) not in (2, 4):
+    if not isinstance(values, list | tuple) or len(values) not in (2, 4):
         return None
     try:
         x1, y1, x2, y2 = (float(value) for value in (*values, *values)[:4])

@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import reduce
-from itertools import accumulate, groupby, pairwise
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -403,19 +404,6 @@ class SampleShape(NamedTuple):
         return 0
 
 
-class _Frame(NamedTuple):
-    """Temporal step of an image or video, which the vision encoder encodes separately."""
-
-    span_index: int
-    grid_thw: GridTHW
-    num_features: int
-
-    @property
-    def num_patches(self) -> int:
-        _, height, width = self.grid_thw
-        return height * width
-
-
 @dataclass(frozen=True, slots=True)
 class ContextShard:
     """Part of a sample that one rank processes under context parallelism.
@@ -437,11 +425,13 @@ class ContextShard:
     def from_sample(cls, tokenized: TokenizedSample, rank: int, world_size: int) -> ContextShard:
         """Create the shard of a tokenized sample for one rank."""
         grid_thw = tuple(span.grid_thw for span in tokenized.spans)
-        frames = [*_iter_frames(tokenized)]
-        frame_ranges = _balance_ranges([frame.num_patches for frame in frames], world_size)
-        patch_offsets = [0, *accumulate(frame.num_patches for frame in frames)]
+        # The vision encoder encodes the temporal steps of a video separately.
+        frames = [n for n, (t, _, _) in enumerate(grid_thw) for _ in range(t)]
+        frame_patches = [math.prod(grid_thw[n][1:]) for n in frames]
+        num_features = [span.stop - span.start for span in tokenized.spans]
+        frame_ranges = _balance_ranges(frame_patches, world_size)
+        patch_offsets = [0, *accumulate(frame_patches)]
         first_frame, end_frame = frame_ranges[rank]
-        own_frames = frames[first_frame:end_frame]
         token_ranges = _split_tokens(tokenized.num_packed_tokens, rank, world_size)
         placeholder_positions = [
             position for span in tokenized.spans for position in range(span.start, span.stop)
@@ -460,12 +450,11 @@ class ContextShard:
             patch_range=(patch_offsets[first_frame], patch_offsets[end_frame]),
             # One grid per image or video of consecutive frames.
             grid_thw=tuple(
-                (len(frames), *frames[0].grid_thw[1:])
-                for _, group in groupby(own_frames, lambda frame: frame.span_index)
-                for frames in [[*group]]
+                (count, *grid_thw[n][1:])
+                for n, count in Counter(frames[first_frame:end_frame]).items()
             ),
             features_per_rank=tuple(
-                sum(frame.num_features for frame in frames[a:b]) for a, b in frame_ranges
+                sum(num_features[n] // grid_thw[n][0] for n in frames[a:b]) for a, b in frame_ranges
             ),
             feature_ranges=(front, back),
         )
@@ -525,14 +514,6 @@ def _split_tokens(num_tokens: int, rank: int, world_size: int) -> tuple[IndexRan
         for chunk_index in (rank, 2 * world_size - 1 - rank)
     )
     return first, second
-
-
-def _iter_frames(tokenized: TokenizedSample) -> Iterator[_Frame]:
-    for span_index, span in enumerate(tokenized.spans):
-        grid_t, height, width = span.grid_thw
-        num_features = (span.stop - span.start) // grid_t
-        for _ in range(grid_t):
-            yield _Frame(span_index, (1, height, width), num_features)
 
 
 def _balance_ranges(costs: list[int], world_size: int) -> list[IndexRange]:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from finesight.data.boxes import find_offsets, iter_json_boxes, iter_json_values
 from finesight.data.image_header import ImageSize
 from finesight.data.sample import BoxPart, create_region
 from finesight.encode.family import (
@@ -68,13 +69,21 @@ class Qwen2VL(ModelFamily):
         """Parse the boxes of an answer and scale them to pixels of the original image.
 
         Missing special tokens, spaces and fractions are accepted. An unlabeled box directly after
-        another box gets the label of that box, because the family writes a shared label once.
+        another box gets the label of that box, because the family writes a shared label once. A box
+        in a string of JSON gets the label in the JSON.
         """
         boxes: list[BoxPart] = []
+        found = (one for value in iter_json_values(text, "{") for one in iter_json_boxes(value[2]))
+        json_labels = (one.label for one in found if one.is_tagged)
+        offsets = {one for one in find_offsets(text) if text[one : one + 1] == '"'}
         label, end = None, 0
         for match in _BOX.finditer(text):
+            is_json = match.start() - 1 in offsets
+            if offsets and not is_json and "<|box_start|>" not in match[0]:
+                continue
             is_adjacent = boxes and not text[end : match.start()].strip()
             label = match["label"] if match["label"] is not None else label if is_adjacent else None
+            label = next(json_labels, None) if is_json else label
             end = match.end()
             numbers = [float(number) for number in match.groups()[1:] if number is not None]
             x1, y1, x2, y2 = (*numbers, *numbers)[:4]

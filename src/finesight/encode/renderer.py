@@ -26,6 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from finesight.config import ImageRule, ImageSettings
+from finesight.data.augmentation import AugmentedSample, ImageVariant
 from finesight.data.boxes import is_inside_image
 from finesight.data.image_header import ImageSize, read_image_size
 from finesight.data.sample import (
@@ -268,6 +269,7 @@ class _RenderState:
         images: All images of the sample, including those of later turns, because boxes may refer to
             any image.
         spans: Images and video segments rendered so far.
+        variants: Variants of images that are not rendered yet; empty without augmentation.
     """
 
     sample_id: str
@@ -276,6 +278,7 @@ class _RenderState:
     images: Sequence[VisualSpan]
     spans: list[VisualSpan]
     temporal_ids: list[NDArray[np.int64]]
+    variants: Iterator[ImageVariant]
 
 
 _BUILT_IN: Mapping[str, Callable[[ModelFolder], ModelFamily]] = {
@@ -548,8 +551,12 @@ class NativeRenderer(Renderer):
         ]
         images = [span for span, _ in chain(*inputs_by_part) if span.kind == "image"]
         token_builder = TokenBuilder(self.tokenizer)
+        variants: Iterator[ImageVariant] = iter(())
+        if isinstance(located_sample, AugmentedSample):
+            variants = iter(located_sample.variants)
+        visuals = iter(inputs_by_part)
         state = _RenderState(
-            located_sample.sample.id, token_builder, iter(inputs_by_part), images, [], []
+            located_sample.sample.id, token_builder, visuals, images, [], [], variants
         )
         family = self.family
         if family.has_thinking_modes and not add_generation_prompt:
@@ -656,7 +663,8 @@ class NativeRenderer(Renderer):
         count = self.patch_config.count_tokens(span.grid_thw)
         token_builder.add_special_token(markers.placeholder, is_supervised=False, count=count)
         token_builder.add_pieces(markers.suffix, is_supervised=False)
-        state.spans.append(replace(span, start=start, stop=start + count))
+        variant = next(state.variants, None) if span.kind == "image" else None
+        state.spans.append(replace(span, start=start, stop=start + count, variant=variant))
         state.temporal_ids.append(
             self.family.temporal_position_ids(span.grid_thw[0], segment.seconds_per_grid)
         )
@@ -726,6 +734,8 @@ class NativeRenderer(Renderer):
         span, config = run[0], self.patch_config
         if not span.frame_indices:
             images = [load_image(file) for file in span.files]
+            if span.variant is not None:
+                images = [span.variant.apply(image, span.resized_size) for image in images]
             return [patchify(images, span.resized_size, config)]
         frame_indices = [index for span in run for index in span.frame_indices]
         # Frames are resized while they are decoded, which limits memory.

@@ -29,6 +29,7 @@ import tokenizers
 from numpy.typing import NDArray
 
 from finesight.bounded_files import read_bytes, read_json_object
+from finesight.data.augmentation import ImageVariant
 from finesight.data.image_header import ImageSize
 from finesight.errors import UserError
 from finesight.model_folder import ModelFolder
@@ -454,6 +455,7 @@ class VisualSpan:
     Attributes:
         files: The image, the frames of the video, or the video file.
         frame_indices: Indices of the frames in a video file; empty for images.
+        variant: Random changes of the image in training, if any.
     """
 
     kind: Literal["image", "video"]
@@ -464,6 +466,7 @@ class VisualSpan:
     original_size: ImageSize
     resized_size: ImageSize
     frame_indices: tuple[int, ...] = ()
+    variant: ImageVariant | None = None
 
     @property
     def num_frames(self) -> int:
@@ -637,57 +640,6 @@ class CountedSample(Protocol):
 
     @property
     def num_supervised_tokens(self) -> int: ...
-
-
-@dataclass(frozen=True, slots=True)
-class FilteredSamples:
-    """Indices and token counts of valid samples, and the ids of skipped samples."""
-
-    sample_indices: tuple[int, ...]
-    token_counts: tuple[int, ...]
-    too_long_ids: tuple[str, ...]
-    unsupervised_ids: tuple[str, ...]
-
-    @property
-    def num_skipped(self) -> int:
-        return len(self.too_long_ids) + len(self.unsupervised_ids)
-
-
-def filter_samples(
-    samples: Iterable[CountedSample], max_length: int, on_invalid_sample: Literal["skip", "fail"]
-) -> FilteredSamples:
-    """Select the samples that have supervised tokens and at most `max_length` tokens.
-
-    Samples are never truncated, because a truncated sample loses its answer or part of an image.
-    `samples` is iterated once and not stored.
-    """
-    sample_indices, token_counts = [], []
-    too_long, unsupervised = [], []
-    max_tokens = 0
-    for index, sample in enumerate(samples):
-        max_tokens = max(max_tokens, sample.num_tokens)
-        error = find_sample_error(sample, max_length)
-        if error is None:
-            sample_indices.append(index)
-            token_counts.append(sample.num_tokens)
-        elif on_invalid_sample == "fail":
-            raise error
-        elif sample.num_tokens > max_length:
-            too_long.append(sample.id)
-        else:
-            unsupervised.append(sample.id)
-    if not sample_indices:
-        raise UserError(
-            f"none of {len(too_long) + len(unsupervised)} samples is valid: {len(too_long)}"
-            f" exceed {max_length} tokens (the longest has {max_tokens}), {len(unsupervised)}"
-            " have no answer",
-            where="data",
-            expected="samples with an assistant turn and at most data.max_length tokens",
-            remedy="raise data.max_length, or set a smaller image size",
-        )
-    return FilteredSamples(
-        tuple(sample_indices), tuple(token_counts), tuple(too_long), tuple(unsupervised)
-    )
 
 
 def find_sample_error(sample: CountedSample, max_length: int) -> UserError | None:

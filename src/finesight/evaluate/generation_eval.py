@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from finesight.config import EvalSettings, MetricSpec
+from finesight.config import EVAL_BATCH_SIZE, EvalSettings, MetricSpec
 from finesight.data.corpus import load_corpus
 from finesight.data.image_header import CorruptImageError
 from finesight.data.sample import LocatedSample, read_samples
@@ -44,7 +44,6 @@ def load_eval_inputs(
     data: Path | None = None,
     metric: str | None = None,
     limit: int | None = None,
-    batch_size: int | None = None,
     max_new_tokens: int | None = None,
 ) -> tuple[list[LocatedSample], EvalSettings]:
     """Load the samples and settings of an evaluation.
@@ -57,7 +56,7 @@ def load_eval_inputs(
     """
     path = find_run_dir(Path(run_or_model)) / RECIPE_FILE
     recipe = load_recipe(path) if path.is_file() else None
-    overrides: dict[str, Any] = {"metric": metric, "limit": limit, "batch_size": batch_size}
+    overrides: dict[str, Any] = {"metric": metric, "limit": limit}
     overrides["max_new_tokens"] = max_new_tokens
     settings = {name: value for name, value in overrides.items() if value is not None}
     if recipe is not None and recipe.eval is not None:
@@ -191,6 +190,7 @@ def evaluate(
     on_batch_reduced: Callable[[int], None] | None = None,
     distribute: Callable[[PredictFn], PredictFn] | None = None,
     subset: Collection[int] | None = None,
+    batch_size: int = EVAL_BATCH_SIZE,
 ) -> GenerationEvalResult:
     """Generate predictions for validation samples and score them.
 
@@ -198,7 +198,7 @@ def evaluate(
     model's training mode.
 
     Args:
-        settings: Metric, sample limit, batch size and maximum completion length.
+        settings: Metric, sample limit and maximum completion length.
         predictions_file: Output file of predictions with scores, one JSON object per line.
         on_progress: Called after each step with the number of finished completions; an exception
             stops the evaluation.
@@ -206,6 +206,7 @@ def evaluate(
         distribute: Wraps the prediction function so that it distributes the samples over several
             ranks; None for one process.
         subset: Positions of selected samples whose predictions are also scored separately.
+        batch_size: Answers generated at the same time; halved when GPU memory is exhausted.
 
     Raises:
         UserError: There are no samples, samples have no reference answer for the metric, or no
@@ -232,7 +233,7 @@ def evaluate(
             renderer,
             part,
             max_new_tokens=settings.max_new_tokens,
-            batch_size=settings.batch_size,
+            batch_size=batch_size,
             on_progress=on_progress,
             on_corrupt_image=errors.__setitem__,
             on_batch_reduced=on_batch_reduced,

@@ -3,8 +3,9 @@
 A field is the path of keys to a value without list indices (`items.price`). A predicted (field,
 value) pair is correct as often as the reference contains it. Empty values (null, "", [] and {})
 are ignored on both sides. Numeric values are compared numerically, texts with normalized
-whitespace. Relations between values, such as a name with its price, are only evaluated by exact
-match.
+whitespace. A box or point (`bbox_2d`, `point_2d`) is one value, and correct if its overlap with a
+reference of the field is at least 0.5. Relations between values, such as a name with its price, are
+only evaluated by exact match.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from finesight.bounded_files import parse_json
+from finesight.data.boxes import split_at_coordinates
 from finesight.data.sample import TOOL_CALL_TEXT, parse_tool_call
 from finesight.evaluate.bootstrap import (
     ClassCounts,
@@ -27,6 +29,7 @@ from finesight.evaluate.bootstrap import (
     estimate_macro_f1,
     estimate_ratio,
 )
+from finesight.evaluate.box_metrics import match_boxes
 from finesight.evaluate.eval_case import EvalCase, MetricResult, MetricValues, mean_metrics
 from finesight.evaluate.text_metrics import normalize_text
 
@@ -39,6 +42,9 @@ MAX_DEPTH = 64
 MAX_LISTED_FIELDS = 200
 
 _CODE_FENCE = "```"
+
+MIN_OVERLAP = 0.5
+"""Overlap from which a predicted box equals a reference box."""
 
 
 def parse_form(text: str) -> JsonForm | None:
@@ -61,13 +67,17 @@ def score_json(
 ) -> MetricResult:
     """Compute F1 over all fields, macro F1 over fields, exact match and parse rate.
 
+    If the references have boxes, `mean_iou` is their overlap, 0 for a missing or additional one.
     `details["fields"]` contains F1, precision and recall by field.
     """
     per_sample: list[MetricValues] = []
     pairs: list[tuple[ClassCounts, ClassCounts]] = []
+    overlaps: list[tuple[float, int]] = []
     for case in cases:
-        predicted_form = parse_form(case.answer)
-        forms = [form for text in case.references if (form := parse_form(text)) is not None]
+        answer, reference, overlap = name_boxes(case)
+        overlaps.append((overlap, max(len(case.boxes), len(case.reference_boxes))))
+        predicted_form, texts = parse_form(answer), (reference, *case.references[1:])
+        forms = [form for text in texts if (form := parse_form(text)) is not None]
         assert forms, f"the reference {case.references[0]!r} is not JSON"
         predicted_fields = Counter() if predicted_form is None else count_fields(predicted_form)
         reference_fields = max(map(count_fields, forms), key=partial(_compute_f1, predicted_fields))
@@ -88,9 +98,34 @@ def score_json(
         "f1_macro": estimate_macro_f1([*by_field.values()], f1_values),
         **mean_metrics(per_sample, {"exact": "exact", "parse_rate": "parse_rate"}),
     }
+    overlap_N, num_boxes_N = np.array(overlaps, np.float64).T
+    if any(case.reference_boxes for case in cases):
+        estimators["mean_iou"] = estimate_ratio(overlap_N, num_boxes_N)
     fields = [(name, _compute_field_scores(one)) for name, one in by_field.items()]
     fields.sort(key=lambda field: -field[1]["num_references"])
     return MetricResult(per_sample, estimators, {"fields": dict(fields[:MAX_LISTED_FIELDS])})
+
+
+def name_boxes(case: EvalCase) -> tuple[str, str, float]:
+    """Return answer and reference with a text per box, and the sum of overlaps.
+
+    Boxes with an overlap of `MIN_OVERLAP` have the same text: coordinates in pixels. The text of
+    the answer has those of the model family.
+    """
+    if not case.reference_boxes:
+        return case.answer, case.references[0], 0.0
+    texts = [[*split_at_coordinates(text)] for text in (case.answer, case.references[0])]
+    boxes = case.boxes, case.reference_boxes
+    names = [[f'"{[round(number, 1) for number in box.xyxy]}"' for box in own] for own in boxes]
+    total = 0.0
+    for i, j, overlap in match_boxes(*boxes, case.image_size):
+        total += overlap
+        names[0][i] = names[1][j] if overlap >= MIN_OVERLAP else names[0][i]
+    for pieces, own in zip(texts, names, strict=True):
+        # Without a box per coordinates, such as invalid ones, their order is unknown.
+        if len(own) == len(pieces) // 2:
+            pieces[1::2] = own
+    return "".join(texts[0]), "".join(texts[1]), total
 
 
 def score_tool_calls(cases: Sequence[EvalCase]) -> MetricResult:

@@ -16,7 +16,6 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
-from functools import partial
 from io import BufferedRandom
 from pathlib import Path
 from threading import Event
@@ -24,18 +23,11 @@ from urllib.parse import urljoin, urlsplit
 
 import httpx2
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
 
 from finesight import __version__
 from finesight.errors import UserError, format_count
 from finesight.hub.archive import safe_join
+from finesight.progress import ProgressConsole
 from finesight.storage import make_folder, require_free_space, translate_os_errors, write_file
 
 WEB_SCHEMES = frozenset({"http", "https"})
@@ -565,21 +557,13 @@ def _conditional_headers(file: RemoteFile, target: Path, num_received: int) -> d
 def _show_progress(
     source: str, num_files: int, total_bytes: int
 ) -> Iterator[Callable[[int], None]]:
-    """Show a progress bar, or one line outside a terminal, and yield its callback.
+    """Show the progress in megabytes, and yield its callback.
 
     The callback receives the number of new bytes, negative if bytes are discarded.
     """
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        line = f"{source}: downloading {format_count(num_files, 'file')}, {total_bytes:,} bytes"
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
-    description = TextColumn("{task.description}", markup=False)
-    columns = description, BarColumn(20), DownloadColumn(), TransferSpeedColumn()
-    with Progress(
-        *columns,
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    ) as progress:
-        yield partial(progress.advance, progress.add_task(source, total=total_bytes or None))
+    console = ProgressConsole(Console(stderr=True))
+    if not console.rich_console.is_terminal:
+        files = format_count(num_files, "file")
+        console.log(f"{source}: downloading {files}, {total_bytes:,} bytes")
+    with console.progress_stage(f"{source}, MB", total_bytes / 1e6) as on_progress:
+        yield lambda num_bytes: on_progress(num_bytes / 1e6)

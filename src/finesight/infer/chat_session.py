@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain, filterfalse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finesight.data.boxes import (
+    TextBox,
     has_json_boxes,
     is_inside_image,
-    parse_json_box,
     split_at_boxes,
     split_at_text_boxes,
     strip_code_fences,
@@ -319,17 +319,13 @@ def build_answer_parts(
 
 def split_answer(raw_text: str, answer: str) -> Iterator[str | None]:
     """Yield the texts of an answer and, between them, None for each box."""
-    if not has_json_boxes(raw_text):
-        for piece in split_at_text_boxes(raw_text, None, is_tagged=True):
+    pieces: Iterable[str | TextBox | list[str | TextBox]]
+    if has_json_boxes(raw_text):
+        pieces = split_at_boxes(strip_code_fences(answer))
+    else:
+        pieces = split_at_text_boxes(raw_text, None, is_tagged=True)
+    for piece in pieces:
+        for one in piece if isinstance(piece, list) else [piece]:
             # A tag without coordinates stays text.
-            if isinstance(piece, str) or not piece.coordinates:
-                yield _SPECIAL_TOKENS.sub("", piece if isinstance(piece, str) else piece.text)
-            else:
-                yield from [None] * len(piece.coordinates)
-        return
-    for values in split_at_boxes(strip_code_fences(answer)):
-        if isinstance(values, str):
-            yield values
-        else:
-            # Other keys of a JSON object are not retained.
-            yield from (None for value in values if parse_json_box(value) is not None)
+            text = one if isinstance(one, str) else one.coordinates
+            yield _SPECIAL_TOKENS.sub("", text) if isinstance(text, str) else None

@@ -18,7 +18,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from finesight.data.boxes import sort_corners
-from finesight.data.image_header import DEFAULT_SIZE, CorruptImageError, ImageSize
+from finesight.data.image_header import DEFAULT_SIZE, CorruptImageError, ImageSize, get_file
 from finesight.data.sample import (
     BoxPart,
     ImagePart,
@@ -107,8 +107,9 @@ class Prediction:
 
     def as_text(self) -> str:
         """Format the prediction for the console, with one line per box."""
-        paths = self.images or ((self.id,) if is_video_path(self.id) else ())
-        head = "".join(f"{path}: " for path in paths)
+        files = dict.fromkeys(map(get_file, self.images))
+        paths = [*(files if len(self.images) > 1 else self.images)]
+        head = "".join(f"{path}: " for path in paths or [self.id] * is_video_path(self.id))
         is_truncated = self.finish_reason == "length"
         truncation_note = f" [truncated after {self.num_tokens} tokens]" if is_truncated else ""
         boxes = [
@@ -145,17 +146,6 @@ def build_user_message(text: str, paths: Sequence[Path]) -> Message:
         for path in paths
     )
     return Message(role="user", content=(*parts, TextPart(text=text)))
-
-
-def build_questions(image_paths: Sequence[Path], prompt: str) -> list[LocatedSample]:
-    """Build one sample per image or video file with the same prompt; without, text only.
-
-    Raises:
-        CorruptImageError: An image is missing or unreadable.
-    """
-    if not image_paths:
-        return [build_question((), prompt, prompt)]
-    return [build_question([path], prompt, str(path)) for path in image_paths]
 
 
 def predict(

@@ -14,7 +14,7 @@ from typing import Any
 
 from finesight.data.corpus import load_corpus
 from finesight.data.formats.image_annotations import NO_OBJECTS_ANSWER
-from finesight.data.image_header import IMAGE_SUFFIXES
+from finesight.data.image_header import IMAGE_SUFFIXES, CorruptImageError, list_pages
 from finesight.data.sample import (
     BoxPart,
     ImagePart,
@@ -542,8 +542,12 @@ def read_items(
 
 
 def _build_question(path: Path, prompt: str) -> LocatedSample:
-    question = (ImagePart(image=path.name), TextPart(text=prompt))
-    sample = Sample(id=check_utf8(str(path)), messages=(Message(role="user", content=question),))
+    pages = [path]
+    with suppress(CorruptImageError):  # the page shows it
+        pages = list_pages(path)
+    images = [ImagePart(image=page.name) for page in pages]
+    question = Message(role="user", content=(*images, TextPart(text=prompt)))
+    sample = Sample(id=check_utf8(str(path)), messages=(question,))
     return LocatedSample(sample, path.parent)
 
 

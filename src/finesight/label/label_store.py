@@ -25,7 +25,7 @@ from pydantic import BaseModel, ConfigDict, Discriminator, ValidationError
 
 from finesight.bounded_files import is_utf8
 from finesight.config import Recipe, is_url
-from finesight.data.image_header import CorruptImageError
+from finesight.data.image_header import CorruptImageError, get_file
 from finesight.data.sample import (
     BoxPart,
     ContentPart,
@@ -160,7 +160,7 @@ class LabelItem:
         self.question = list_question_texts(sample)
         images = (part.image for part in parts if isinstance(part, ImagePart))
         self.images = [self.sample.resolve_path(image) for image in images]
-        self.has_path_id = [str(path) for path in self.images] == [sample.id]
+        self.has_path_id = {str(get_file(path)) for path in self.images} == {sample.id}
         turns = [turn for turn in sample.messages if turn.role != "assistant"]
         questions = [turn.model_dump_json(exclude={"loss"}) for turn in turns]
         self.digest = _compute_digest([*map(os.path.realpath, self.images)] or questions)

@@ -441,6 +441,7 @@ def show(
     num_samples: Annotated[int, Parameter(minimum=1)] = 1,
     seed: Annotated[int | None, Parameter(minimum=0)] = None,
     use_eval_split: Annotated[bool, Parameter(option="--eval")] = False,
+    augmented: Annotated[int | None, Parameter(minimum=1)] = None,
     html: Annotated[StrPath | None, Parameter(metavar="FILE")] = None,
     language: LanguageOption = None,
 ) -> Outcome[list[TokenizedSample]]:
@@ -456,9 +457,12 @@ def show(
         num_samples: Number of samples, from the start of the data.
         seed: Show random samples, selected with this seed, instead.
         use_eval_split: Show samples of data.eval instead of data.train.
+        augmented: Show this number of random variants of each sample, as data.augment of the recipe
+            creates them in training.
         html: Write an HTML page with the resized images, boxes and tokens instead of the table. An
             existing page is replaced, but no other file.
     """
+    from finesight.data.augmentation import Augmenter
     from finesight.data.corpus import load_corpus
     from finesight.data.image_header import CorruptImageError
     from finesight.encode.renderer import NativeRenderer, build_renderer
@@ -492,6 +496,15 @@ def show(
         text = "{} random samples of {}"
         indices = sorted(random.Random(seed).sample(indices, min(num_samples, len(corpus))))
     selected = [corpus.read_validated(index) for index in indices[:num_samples]]
+    augmenter = Augmenter.from_recipe(settings) if augmented else None
+    has_variants = augmenter and not use_eval_split and isinstance(renderer, NativeRenderer)
+    if augmented and not has_variants:
+        raise UserError(
+            f"data.{'eval' if use_eval_split else 'train'} of {recipe.name} has no variants",
+            where=f"--augmented {augmented}",
+            expected="training data with data.augment, and a native model family",
+            remedy="remove --augmented" if augmenter else "add data.augment=light",
+        )
     console, valid, tokenized = ProgressConsole(), [], []
 
     def report_skipped(sample_id: str, error: CorruptImageError) -> None:
@@ -499,10 +512,14 @@ def show(
             raise error
         console.log(f"skipped: {sample_id}: {error.where}: {error.what}")
 
-    for located_sample in selected:
+    for index, located_sample in zip(indices, selected, strict=False):
         try:
-            tokenized.append(renderer.tokenize(located_sample))
-            valid.append(located_sample)
+            for number in range(augmented or 1):
+                sample = located_sample
+                if augmenter is not None:
+                    sample = augmenter.augment(located_sample, number, index)
+                tokenized.append(renderer.tokenize(sample))
+                valid.append(sample)
         except CorruptImageError as error:
             report_skipped(located_sample.sample.id, error)
     data = [token_table_to_dict(one, renderer.tokenizer) for one in tokenized]

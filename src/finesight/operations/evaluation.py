@@ -14,11 +14,13 @@ from finesight.operations.options import (
     LanguageOption,
     LoadingOptions,
     MaxNewTokensOption,
+    PagesOption,
     TrustMetricOption,
 )
 from finesight.progress import ProgressConsole
 
 if TYPE_CHECKING:
+    from finesight.data.image_header import PageRanges
     from finesight.data.sample import LocatedSample
     from finesight.doctor.diagnosis import DiagnosisSections
     from finesight.evaluate.generation_eval import GenerationEvalResult
@@ -41,7 +43,7 @@ def evaluate(
         ),
     ] = None,
     limit: Annotated[int | None, Parameter(minimum=1)] = None,
-    batch_size: Annotated[int | None, Parameter(minimum=1)] = None,
+    batch_size: Annotated[int, Parameter(minimum=1)] = 32,
     max_new_tokens: Annotated[int | None, Parameter(minimum=1)] = None,
     out: Annotated[StrPath | None, Parameter(path="file")] = None,
     trust_metric: TrustMetricOption = False,
@@ -61,8 +63,7 @@ def evaluate(
             otherwise.
         limit: Evaluate N randomly selected samples, always the same. Default for a run: of its
             recipe, else all.
-        batch_size: Answers generated at the same time; halved when GPU memory is exhausted. Default
-            for a run: of its recipe, else 32.
+        batch_size: Answers generated at the same time; halved when GPU memory is exhausted.
         max_new_tokens: Maximum number of tokens per answer. Default for a run: of its recipe, else
             512.
         out: Write each answer with its scores to this JSONL file, for `finesight compare`.
@@ -78,7 +79,6 @@ def evaluate(
         data=to_path(data),
         metric=metric,
         limit=limit,
-        batch_size=batch_size,
         max_new_tokens=max_new_tokens,
     )
     if data is None and (changed := describe_changed_data(name)):
@@ -89,9 +89,8 @@ def evaluate(
     model = load_model(run_or_model, **loading).value.inference_model
     total = min(len(samples), settings.limit or len(samples))
     with console.progress_stage("answers", total) as on_progress:
-        result = run_evaluation(
-            model.model, model.renderer, samples, settings, to_path(out), on_progress
-        )
+        source = model.model, model.renderer, samples, settings, to_path(out), on_progress
+        result = run_evaluation(*source, on_progress, batch_size=batch_size)
     for sample, reason in result.corrupt_samples:
         console.log(f"skipped: sample {sample}: {reason}")
     return Outcome(result, result.as_table().splitlines(), result.as_json())
@@ -105,6 +104,7 @@ def predict(
     max_new_tokens: MaxNewTokensOption = 512,
     batch_size: Annotated[int, Parameter(minimum=1)] = 16,
     draw: Annotated[StrPath | None, Parameter(path="folder")] = None,
+    pages: PagesOption = None,
     **loading: Unpack[LoadingOptions],
 ) -> Outcome[list[Prediction]]:
     """Answer questions about images with greedy decoding, so that answers are deterministic.
@@ -115,7 +115,7 @@ def predict(
     Example: finesight predict runs/latex formula.png --prompt "Write the formula as LaTeX."
 
     Args:
-        images: Image or video files; each gets its own answer.
+        images: Image, PDF or video files; each gets its own answer.
         prompt: Question about every image. Required with IMAGE.
         data: JSONL file of samples to answer, instead of IMAGE and --prompt.
         batch_size: Answers generated at the same time; halved when GPU memory is exhausted.
@@ -125,7 +125,7 @@ def predict(
     from finesight.infer.prediction import save_annotated_images
 
     samples = _load_samples(
-        get_model_name(run_or_model), [*map(Path, images)], prompt, to_path(data)
+        get_model_name(run_or_model), [*map(Path, images)], prompt, to_path(data), pages or ()
     )
     model = load_model(run_or_model, **loading).value.inference_model
     console = ProgressConsole()
@@ -146,21 +146,28 @@ def predict(
 
 
 def _load_samples(
-    run_or_model: str, images: list[Path], prompt: str | None, data: Path | None
+    run_or_model: str,
+    images: list[Path],
+    prompt: str | None,
+    data: Path | None,
+    pages: PageRanges,
 ) -> list[LocatedSample]:
+    from finesight.data.image_header import get_file, list_pages
     from finesight.data.sample import LocatedSample, read_samples
-    from finesight.infer.prediction import build_questions
+    from finesight.infer.prediction import build_question
 
     if data is not None and prompt is None and not images:
         found = read_samples(data, require_answer=False)
         return [LocatedSample(sample, data.parent) for sample in found]
-    for image in images:
+    for image in map(get_file, images):
         if not image.exists() or image.is_dir():
             is_folder, what = image.is_dir(), "a folder" if image.is_dir() else "no such image"
             remedy = f"give its images: {image}/*" if is_folder else suggest_similar_path(image)
             raise UserError(what, where=str(image), expected="an image file", remedy=remedy)
     if prompt is not None and data is None:
-        return build_questions(images, prompt)
+        if not images:
+            return [build_question((), prompt, prompt)]
+        return [build_question(list_pages(one, pages), prompt, str(one)) for one in images]
     example = {"run_or_model": run_or_model, "images": [[*images, "IMAGE"][0]]}
     raise UserError(
         f"{format_count(len(images), 'image')}, "

@@ -507,7 +507,6 @@ def write_recipe(out: Path, plan: QuickstartSettings) -> Path:
         f"train.precision={select_cpu_precision()}",
         "train.device=cpu",
         "eval.every=0",
-        "eval.batch_size=100",
         "eval.limit=null",
     ]
     inputs = (recipe, out / "run", TINY_MODEL, "`finesight quickstart`", task, files, num_samples)

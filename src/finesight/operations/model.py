@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Unpack
 
@@ -236,19 +237,21 @@ def _complete(loading: LoadingOptions) -> dict[str, Any]:
 
 
 def build_question(images: StrPath | Sequence[StrPath], prompt: str) -> LocatedSample:
-    """Build a question about one or more images and video files, or none.
+    """Build a question about images, pages of PDF files and videos, or none.
 
     It is an input of `Model.generate_batch`.
 
     Raises:
         UserError: A file is missing, or not an image or video.
     """
+    from finesight.data.image_header import list_pages
     from finesight.infer.prediction import build_question as build_sample
 
     is_many = isinstance(images, Sequence) and not isinstance(images, str | bytes)
     names: Sequence[object] = images if is_many else [images]  # type: ignore[assignment]
     files = [Path(os.path.expanduser(to_name(name))) for name in names]
-    return build_sample(files, prompt, str(files[0]) if len(files) == 1 else prompt)
+    pages = list(chain.from_iterable(map(list_pages, files)))
+    return build_sample(pages, prompt, str(files[0]) if len(files) == 1 else prompt)
 
 
 def token_table_to_dict(tokenized: TokenizedSample, tokenizer: TextTokenizer) -> dict[str, Any]:

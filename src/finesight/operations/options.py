@@ -108,6 +108,33 @@ def parse_column_map(pairs: Sequence[str]) -> dict[str, str]:
     return columns
 
 
+def parse_pages(pages: str) -> tuple[tuple[int, int | None], ...]:
+    """Parse the value of `--pages`, such as 1-3,5, into first and last pages."""
+    words = [word.partition("-") for word in pages.split(",")]
+    try:
+        return tuple(
+            (int(first), int(last) if last else None if dash else int(first))
+            for first, dash, last in words
+        )
+    except ValueError as error:
+        raise UserError(
+            f"{pages!r:.80} are not pages",
+            where="--pages",
+            expected="pages and ranges of pages, counted from 1",
+            remedy="for example --pages 1-3,5",
+        ) from error
+
+
+PagesOption = Annotated[
+    tuple[tuple[int, int | None], ...] | None,
+    Parameter(
+        "Pages of PDF and TIFF files, such as 1, 1-3,5 or 2-. Each is an image of the same sample, "
+        "up to 100. FILE#page=3 names a single one. PDF requires finesight[pdf]. Default: all.",
+        metavar="PAGES",
+        parse=parse_pages,
+    ),
+]
+
 LimitOption = Annotated[
     int | None, Parameter("Use only the first N rows. Default: all.", minimum=1)
 ]
@@ -183,6 +210,7 @@ class SourceOptions(TableOptions, total=False):
             "1000), else pixel."
         ),
     ]
+    pages: PagesOption
     limit: LimitOption
 
 

@@ -186,9 +186,12 @@ def _format_overheads(plan: RunPlan) -> Iterator[str]:
     if plan.feature_bytes is not None:
         cached_step_s = plan.chosen_estimate.cached_step_s
         assert cached_step_s is not None, "missing step time with cached features"
+        size = f"has {plan.feature_bytes / 1e9:.3g} GB"
+        unused = "is not used, because data.augment changes the images of every step"
         yield (
-            "frozen vision encoder: the vision cache of all images has"
-            f" {plan.feature_bytes / 1e9:.3g} GB; with cached features, a step takes"
+            "frozen vision encoder: the vision cache of all images"
+            f" {unused if plan.is_augmented else size}; with cached features, a step"
+            f" {'would take' if plan.is_augmented else 'takes'}"
             f" {format_duration(cached_step_s)}, {plan.batch_size / cached_step_s:.4g}"
             " samples/s"
         )

@@ -15,7 +15,7 @@ from functools import lru_cache, partial
 from statistics import median
 from typing import get_args
 
-from finesight.config import EvalSettings, Precision, QuantizablePart, Recipe
+from finesight.config import EVAL_BATCH_SIZE, EvalSettings, Precision, QuantizablePart, Recipe
 from finesight.errors import UserError
 from finesight.infer.engine import KV_CACHE_BYTES
 from finesight.infer.kv_cache import get_kv_bytes_per_token, get_linear_state_bytes
@@ -131,11 +131,11 @@ def _estimate_generation_s(
     their references, and prefill to cost as much as the validation loss.
     """
     num_tokens = sum(min(one.num_answer_tokens, settings.max_new_tokens) for one in eval_stats)
-    num_steps = num_tokens / min(settings.batch_size, len(eval_stats))
+    num_steps = num_tokens / min(EVAL_BATCH_SIZE, len(eval_stats))
     tensors = (*planned.model.parameters(), *planned.model.buffers())  # without a teacher
     read_s = sum(one.nbytes for one in tensors) / target.memory_bandwidth
     step_s = max(MIN_DECODE_STEP_S if target.compute.is_cuda else 0.0, read_s)
-    return num_steps * step_s + _estimate_forward_s(planned, eval_stats, settings.batch_size)
+    return num_steps * step_s + _estimate_forward_s(planned, eval_stats, EVAL_BATCH_SIZE)
 
 
 def _estimate_forward_s(
@@ -156,7 +156,7 @@ def _estimate_generation_bytes(
 ) -> int:
     """Return the bytes of the largest KV cache and of the largest prefill."""
     decoder_config = planned.model.config.decoder
-    num_seqs = min(settings.batch_size, len(eval_stats))
+    num_seqs = min(EVAL_BATCH_SIZE, len(eval_stats))
     max_seq_len = max(sample.num_tokens for sample in eval_stats) + settings.max_new_tokens
     cache_bytes = min(
         KV_CACHE_BYTES,
@@ -206,6 +206,7 @@ class RunPlan:
         chosen_estimate: Estimate for the settings that the search has chosen.
         feature_bytes: Size of the vision cache of all training images. None if the vision encoder
             is trainable.
+        is_augmented: Whether `data.augment` rules the vision cache out.
         overrides: Command-line overrides that change the recipe to the chosen settings.
         memory_hints: Other ways to reduce memory, for a run that does not fit.
     """
@@ -224,6 +225,7 @@ class RunPlan:
     chosen_estimate: SettingsEstimate
     evaluation: EvaluationEstimate
     feature_bytes: int | None
+    is_augmented: bool
     num_workers: int
     startup_s: float
     overrides: tuple[str, ...]
@@ -317,6 +319,7 @@ def plan_run(recipe: Recipe, gpu: str | None, console: ProgressConsole) -> RunPl
         chosen_estimate=chosen_estimate,
         evaluation=evaluation,
         feature_bytes=_compute_feature_bytes(model, train_data.stats.num_patches, target),
+        is_augmented=recipe.data.augment is not None,
         num_workers=num_workers,
         startup_s=startup_s,
         overrides=_list_overrides(

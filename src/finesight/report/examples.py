@@ -19,7 +19,13 @@ from typing import Any
 
 import numpy as np
 
-from finesight.data.image_header import MAX_IMAGE_PIXELS, CorruptImageError, read_image_size
+from finesight.data.image_header import (
+    MAX_IMAGE_PIXELS,
+    CorruptImageError,
+    get_file,
+    read_image_size,
+)
+from finesight.data.sample import BoxPart
 from finesight.errors import UserError
 from finesight.evaluate.bootstrap import (
     BOUNDED,
@@ -28,7 +34,8 @@ from finesight.evaluate.bootstrap import (
     ScoreEstimator,
     estimate_mean,
 )
-from finesight.evaluate.json_metrics import count_fields, parse_form
+from finesight.evaluate.eval_case import EvalCase
+from finesight.evaluate.json_metrics import count_fields, name_boxes, parse_form
 from finesight.evaluate.mathml import convert_formula
 from finesight.evaluate.metric_difference import (
     MetricDifference,
@@ -289,7 +296,7 @@ def read_image_paths(line: JsonObject) -> list[str]:
 def find_image(name: str, folders: Sequence[Path]) -> Path:
     """Return the path of an image in the first folder with it, or else the given path."""
     candidates = (folder / name for folder in folders)
-    return next((path for path in candidates if path.exists()), Path(name))
+    return next((path for path in candidates if get_file(path).exists()), Path(name))
 
 
 MAX_MEAN_ERROR = 1e-6
@@ -485,7 +492,7 @@ class ExampleDataBuilder:
         num_tokens = line.get("num_tokens")
         references = _read_references(line)
         is_compared = len(references) == 1 and len(text) <= MAX_ANSWER_CHARS >= len(references[0])
-        fields = diff_fields(text, references[0]) if is_compared else None
+        fields = diff_fields(*_name_boxes(line, references)) if is_compared else None
         return {
             "text": _truncate(text),
             "fields": fields,
@@ -503,6 +510,17 @@ class ExampleDataBuilder:
 
     def _convert_formula(self, text: str) -> object:
         return convert_formula(text) if self._has_formulas else None
+
+
+def _name_boxes(line: JsonObject, references: Sequence[str]) -> tuple[str, str]:
+    """Return answer and reference with equal texts for boxes that the metric `json` equates."""
+    boxes, gold_boxes = (
+        tuple(BoxPart.model_construct(**box) for box in read_boxes(line.get(key)))
+        for key in ("boxes", "gold_boxes")
+    )
+    case = EvalCase(str(line.get("answer", "")), boxes, tuple(references), gold_boxes)
+    answer, reference, _ = name_boxes(case)
+    return answer, reference
 
 
 def _read_references(line: JsonObject) -> list[str]:

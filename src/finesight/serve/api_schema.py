@@ -225,9 +225,14 @@ class FileReference(StrictModel):
     file_id: str = Field(max_length=MAX_NAME_CHARS)
 
 
+class FileData(StrictModel):
+    file_data: str
+    filename: str | None = None
+
+
 class FileContent(StrictModel):
     type: Literal["file"]
-    file: FileReference
+    file: FileReference | FileData
 
 
 UserContentPart = Annotated[TextContent | ImageContent | FileContent, Discriminator("type")]

@@ -439,9 +439,10 @@ class ActiveCompletion:
                     self.preprocessor.encode, body, max_model_len, self.thinking
                 )
             reservation.reserve(prompt.patches_ND.nbytes)
-            self.image_sizes = [span.original_size for span in prompt.tokenized.spans]
+            spans = prompt.tokenized.spans
+            self.image_sizes = [span.original_size for span in spans]
             # The service needs the image sizes to parse bounding boxes in completions.
-            images = [ImagePart(image=get_image_name(image.image_number)) for image in body.images]
+            images = [ImagePart(image=str(span.files[0])) for span in spans]
             message = Message(role="user", content=(*images, TextPart(text="")))
             sample = LocatedSample(Sample(id="request", messages=(message,)), folder)
             await handler.run_in_thread(

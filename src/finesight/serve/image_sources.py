@@ -37,7 +37,9 @@ from finesight.serve.api_schema import ApiError, ServerLimits
 FILE_PURPOSE = "vision"
 CHUNK_BYTES = 2**20
 MAX_REDIRECTS = 5
-CONTENT_TYPE_PREFIXES = ("image/", "application/octet-stream", "binary/octet-stream")
+CONTENT_TYPE_PREFIXES = (
+    *("image/", "application/pdf", "application/octet-stream", "binary/octet-stream"),
+)
 
 DATA_PATH = "/data/"
 """Path of the images on a Label Studio server: uploads and local files."""

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from finesight.bounded_files import parse_json
 from finesight.data.boxes import POINT_KEY
 from finesight.data.formats.label_studio import parse_label_config
-from finesight.data.image_header import read_image_size
+from finesight.data.image_header import list_pages, read_image_size
 from finesight.data.sample import (
     ContentPart,
     ImagePart,
@@ -31,6 +31,7 @@ from finesight.data.sample import (
     Sample,
     TextPart,
     ToolCallPart,
+    expand_images,
     validate_sample,
 )
 from finesight.encode.family import DEFAULT_THINKING, THINK_END, THINK_START, ThinkingOptions
@@ -50,6 +51,8 @@ from finesight.serve.api_schema import (
     ChatCompletionRequest,
     ChatMessage,
     FileContent,
+    FileData,
+    FileReference,
     ImageContent,
     ServerLimits,
     TextContent,
@@ -116,9 +119,10 @@ def _read_image_part(
     limits: ServerLimits,
 ) -> tuple[int, str, str | None, str | None]:
     """Return the arguments of an `ImageRequest`, and write the image of a data URL."""
-    if isinstance(part, FileContent):
-        return image_number, param, None, part.file.file_id
-    url = part.image_url.url
+    file = part.file if isinstance(part, FileContent) else FileData(file_data=part.image_url.url)
+    if isinstance(file, FileReference):
+        return image_number, param, None, file.file_id
+    url = file.file_data
     if url[:5].lower() == "data:":
         data = _decode_data_url(url, limits.max_image_bytes, param)
         (folder / get_image_name(image_number)).write_bytes(data)
@@ -182,8 +186,10 @@ def parse_label_studio_request(state: WorkerState, body: bytearray, max_answers:
 def inspect_image(
     state: WorkerState, path: Path, max_pixels: int, formats: Sequence[str]
 ) -> JobOutput:
-    """Read the header of an image and return its height and width."""
-    return JobOutput(read_image_size(path, max_pixels, formats))
+    """Read the header of an image, or of all pages of a document."""
+    for page in list_pages(path, formats=formats):
+        read_image_size(page, max_pixels, formats)
+    return JobOutput()
 
 
 def tokenize_sample(
@@ -198,7 +204,16 @@ def tokenize_sample(
     The output is that of `pack_tokenized`, with `patch_dim`. Raises UserError if the prompt has
     `max_model_len` tokens or more.
     """
-    located_sample = LocatedSample(Sample.model_validate_json(sample.tobytes()), folder)
+    conversation = Sample.model_validate_json(sample.tobytes())
+
+    def list_names(image: str) -> list[str]:
+        return [page.name for page in list_pages(folder / image)]
+
+    messages = tuple(
+        turn.model_copy(update={"content": expand_images(turn.content, list_names)})
+        for turn in conversation.messages
+    )
+    located_sample = LocatedSample(conversation.model_copy(update={"messages": messages}), folder)
     try:
         tokenized = state.renderer.with_thinking(thinking).tokenize_prompt(located_sample)
     finally:

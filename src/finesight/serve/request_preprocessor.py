@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from finesight.data.image_header import split_page
 from finesight.encode.family import DEFAULT_THINKING, ThinkingOptions
 from finesight.encode.tokenization import EncodedSample, unpack_tokenized
 from finesight.errors import UserError
@@ -124,20 +125,24 @@ class RequestPreprocessor:
         self, body: ParsedBody, max_model_len: int, thinking: ThinkingOptions = DEFAULT_THINKING
     ) -> EncodedSample:
         """Tokenize the conversation of a request, then decode its images in the folder."""
-        files = [self.folder / get_image_name(image.image_number) for image in body.images]
+        params = {get_image_name(image.image_number): image.param for image in body.images}
         with self._borrow_worker() as worker:
-            for file, image in zip(files, body.images, strict=True):
-                self._inspect_image(worker, file, image.param)
+            for name, param in params.items():
+                self._inspect_image(worker, self.folder / name, param)
             reply = self._call(
                 worker, tokenize_sample, body.sample_json, self.folder, max_model_len, thinking
             )
+            tokenized = unpack_tokenized(reply, "request")
+            pages = [split_page(span.files[0].name)[0] for span in tokenized.spans]
+            if len(pages) > (limit := self.limits.max_images):
+                message = f"messages: {len(pages)} images with pages; expected at most {limit}"
+                raise ApiError(400, message, "messages")
             patches = [
-                self._call(worker, load_image_patches, index, param=image.param).arrays[0]
-                for index, image in enumerate(body.images)
+                self._call(worker, load_image_patches, index, param=params[name]).arrays[0]
+                for index, name in enumerate(pages)
             ]
         empty_patches = np.empty((0, reply.value["patch_dim"]), dtype=np.uint8)
         decoded = [array.view(np.uint8) for array in patches]
-        tokenized = unpack_tokenized(reply, "request")
         return EncodedSample(tokenized, concat_patches(decoded or [empty_patches]))
 
     def parse_label_studio_body(self, body: bytearray) -> dict[str, Any]:

@@ -45,6 +45,7 @@ from finesight.vision.image_processing import concat_shape
 from finesight.worker_pool import exit_with_parent
 
 if TYPE_CHECKING:
+    from finesight.data.augmentation import Augmenter
     from finesight.data.corpus import Corpus
     from finesight.data.sample import LocatedSample
     from finesight.encode.renderer import Renderer
@@ -453,6 +454,7 @@ class StepDataset:
             before training has checked all samples.
         use_shared_prefix: Whether each pack stores the prefix shared by all samples of a step only
             once.
+        augmenter: Source of random variants of the images, by step and sample; None for the images.
     """
 
     corpus: Corpus
@@ -463,6 +465,7 @@ class StepDataset:
     cache_reader: VisionCacheReader | None = None
     max_length: int | None = None
     use_shared_prefix: bool = False
+    augmenter: Augmenter | None = None
 
     def with_pack_tokens(self, pack_tokens: int) -> StepDataset:
         """Return a copy of the dataset with packs of at most `pack_tokens` tokens."""
@@ -489,7 +492,8 @@ class StepDataset:
             Step data, and the memory block of its patches and cache inputs.
         """
         split_samples, shards, skipped = self._read_split_samples(step_index)
-        own_samples, own_skipped = self.read_samples(self.sampler.batch_indices(step_index))
+        own_indices = self.sampler.batch_indices(step_index)
+        own_samples, own_skipped = self.read_samples(own_indices, step_index=step_index)
         return self.pack_step(
             step_index, own_samples, (*skipped, *own_skipped), split_samples, shards
         )
@@ -555,7 +559,8 @@ class StepDataset:
         sampler = self.sampler
         if not isinstance(sampler, DistributedSampler):
             return [], [], []
-        samples, skipped = self.read_samples(sampler.split_indices(step_index))
+        indices = sampler.split_indices(step_index)
+        samples, skipped = self.read_samples(indices, step_index=step_index)
         rank, world_size = sampler.process_group.rank, sampler.process_group.world_size
         shards = [
             ContextShard.from_sample(encoded.tokenized, rank, world_size) for _, encoded in samples
@@ -571,24 +576,32 @@ class StepDataset:
         indices: Iterable[int],
         encode: Callable[[LocatedSample], EncodedSample] | None = None,
         map_: Callable[..., Iterable[IndexedSample | SkippedSample]] = map,
+        step_index: int = 0,
     ) -> tuple[list[IndexedSample], list[SkippedSample]]:
         """Read and encode samples; also return the samples that were skipped.
 
         Args:
             encode: Function instead of the encoding for training.
             map_: Replacement of `map`, such as that of a thread pool.
+            step_index: Step that selects the variants of augmented images.
         """
-        results = [*map_(partial(self._read_sample, encode), indices)]
+        results = [*map_(partial(self._read_sample, encode, step_index), indices)]
         samples = [one for one in results if not isinstance(one, SkippedSample)]
         return samples, [one for one in results if isinstance(one, SkippedSample)]
 
     def _read_sample(
-        self, encode: Callable[[LocatedSample], EncodedSample] | None, index: int
+        self, encode: Callable[[LocatedSample], EncodedSample] | None, step_index: int, index: int
     ) -> IndexedSample | SkippedSample:
         name = self.corpus.location(index)
         try:
             sample = self.corpus.read_validated(index)
             name = sample.sample.id
+            if self.augmenter is not None and encode is None:
+                variant = self.augmenter.augment(sample, step_index, index)
+                tokenized = self.renderer.tokenize(variant)
+                # Moved boxes may have longer numbers; the sample itself has a valid length.
+                if tokenized.num_tokens <= (self.renderer.max_length or tokenized.num_tokens):
+                    return index, self.renderer.load_patches(tokenized)
             return index, encode(sample) if encode else self._encode_sample(index, sample)
         except UnreadableFileError:
             raise

@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -27,12 +27,12 @@ from safetensors.numpy import save
 
 from finesight.config import DataFileSettings, DataSettings, Recipe
 from finesight.data.corpus import Corpus, load_corpus
-from finesight.data.image_header import CorruptImageError, resolve_content, split_container_path
+from finesight.data.image_header import CorruptImageError, get_file, resolve_content
 from finesight.data.sample import LocatedSample, Sample, TextPart, list_media_paths
 from finesight.encode.family import ThinkingOptions
 from finesight.encode.packing import SharedPrefix
 from finesight.encode.renderer import Renderer
-from finesight.encode.tokenization import filter_samples, find_sample_error
+from finesight.encode.tokenization import find_sample_error
 from finesight.errors import Step, UserError, format_count
 from finesight.evaluate import custom_metric
 from finesight.progress import ProgressCallback, ProgressConsole
@@ -97,8 +97,7 @@ def _read_edges(path: Path) -> tuple[int, bytes, int]:
         ends, size = file.read(EDGE_BYTES), file.seek(0, os.SEEK_END)
         file.seek(max(EDGE_BYTES, size - EDGE_BYTES))
         ends += file.read()
-    source = inside if isinstance(inside, Path) else Path(split_container_path(str(path))[0])
-    return size, ends, source.stat().st_mtime_ns
+    return size, ends, get_file(path).stat().st_mtime_ns
 
 
 ImageStates = NDArray[np.int64]
@@ -394,47 +393,58 @@ def compute_dataset_stats(
     """
     indices = range(len(corpus)) if subset is None else subset
     scan_sample = partial(_scan_sample, corpus, renderer, watched_images)
-    readable: list[tuple[int, SampleStats, ImageState]] = []
-    skipped: list[SkippedSample] = []
+    valid: list[tuple[int, SampleStats, ImageState]] = []
+    skipped, too_long, unsupervised = (list[SkippedSample]() for _ in range(3))
     leaked_images: set[str] = set()
     shared_prefix: SharedPrefix | None = None
-
-    def iter_stats() -> Iterator[SampleStats]:
-        nonlocal shared_prefix
-        results = scan_samples(scan_sample, indices, num_workers, on_progress)
-        for index, result in zip(indices, results, strict=True):
-            if isinstance(result, CorruptImageError) and data.on_invalid_sample == "skip":
-                reason = str(result).splitlines()[0]
-                skipped.append(SkippedSample(corpus[index].sample.id, reason))
-                continue
-            if isinstance(result, UserError):
-                raise result
-            stats, prefix, images, leaked = result
-            if find_sample_error(stats, data.max_length) is None:
-                shared_prefix = shared_prefix.intersect(prefix) if shared_prefix else prefix
-            readable.append((index, stats, images))
-            leaked_images.update(leaked)
-            yield stats
-        if not readable:
-            raise UserError(
-                f"none of {len(indices)} samples has readable images",
-                where="data",
-                expected="valid images at the paths in the samples",
-                remedy=f"fix the images; the first error is: {skipped[0].reason}",
-            )
-
-    chosen = filter_samples(iter_stats(), data.max_length, data.on_invalid_sample)
-    valid = [readable[position] for position in chosen.sample_indices]
+    max_tokens = 0
+    results = scan_samples(scan_sample, indices, num_workers, on_progress)
+    for index, result in zip(indices, results, strict=True):
+        if isinstance(result, CorruptImageError) and data.on_invalid_sample == "skip":
+            reason = str(result).splitlines()[0]
+            skipped.append(SkippedSample(corpus[index].sample.id, reason))
+            continue
+        if isinstance(result, UserError):
+            raise result
+        stats, prefix, images, leaked = result
+        leaked_images.update(leaked)
+        max_tokens = max(max_tokens, stats.num_tokens)
+        error = find_sample_error(stats, data.max_length)
+        if error is None:
+            shared_prefix = shared_prefix.intersect(prefix) if shared_prefix else prefix
+            valid.append((index, stats, images))
+        elif data.on_invalid_sample == "fail":
+            raise error
+        elif stats.num_tokens > data.max_length:
+            too_long.append(SkippedSample(stats.id, f"over {data.max_length} tokens"))
+        else:
+            unsupervised.append(SkippedSample(stats.id, "no supervised tokens"))
+    if not max_tokens:
+        raise UserError(
+            f"none of {len(indices)} samples has readable images",
+            where="data",
+            expected="valid images at the paths in the samples",
+            remedy=f"fix the images; the first error is: {skipped[0].reason}",
+        )
+    if not valid:
+        # A truncated sample would lose its answer or part of an image.
+        raise UserError(
+            f"none of {len(too_long) + len(unsupervised)} samples is valid: {len(too_long)}"
+            f" exceed {data.max_length} tokens (the longest has {max_tokens}), {len(unsupervised)}"
+            " have no answer",
+            where="data",
+            expected="samples with an assistant turn and at most data.max_length tokens",
+            remedy="raise data.max_length, or set a smaller image size",
+        )
     valid_indices, sample_stats, image_states = zip(*valid, strict=True)
-    skipped += [SkippedSample(n, f"over {data.max_length} tokens") for n in chosen.too_long_ids]
-    skipped += [SkippedSample(name, "no supervised tokens") for name in chosen.unsupervised_ids]
+    skipped += too_long + unsupervised
     image_hashes = [image_hash for stats in sample_stats for image_hash in stats.image_hashes]
     # A partial scan is extrapolated to the complete dataset.
     scale = len(corpus) / len(indices)
     return DatasetStats(
         sample_indices=valid_indices if subset is None else range(len(corpus)),
         skipped=tuple(skipped) if subset is None else (),
-        num_tokens=round(scale * sum(chosen.token_counts)),
+        num_tokens=round(scale * sum(stats.num_tokens for stats in sample_stats)),
         num_patches=round(scale * sum(stats.num_patches for stats in sample_stats)),
         num_images=len(image_hashes),
         num_unique_images=len({*image_hashes}),

@@ -184,9 +184,7 @@ def _evaluate_generation(
 
     def on_batch_reduced(batch: int) -> None:
         state.engine.graph_runner.release_graphs()
-        console.log(
-            f"the GPU memory is full: continuing with a batch of {batch} answers (eval.batch_size)"
-        )
+        console.log(f"the GPU memory is full: continuing with a batch of {batch} answers")
 
     num_own = len(process_group.shard(scored))
     path = state.run.run_dir.predictions_dir / f"{name}.jsonl"

@@ -116,9 +116,7 @@ class TrainSampler:
             (size, weight) for size, weight in zip(sizes, corpus.weights, strict=True) if size
         ]
         self._indices, self._batch_size = indices, train.batch_size
-        self._order = SampleOrder(
-            [s for s, _ in non_empty], [w for _, w in non_empty], train.data_seed
-        )
+        self._order = SampleOrder([s for s, _ in non_empty], [w for _, w in non_empty], train.seed)
         self.epoch_length = self._order.epoch_length
         epochs = 1.0 if train.epochs is None else train.epochs
         self.num_samples = (

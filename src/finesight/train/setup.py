@@ -8,6 +8,7 @@ import os
 import platform
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -16,6 +17,7 @@ import torch
 
 from finesight import __version__
 from finesight.config import Recipe, RewardSettings, TrainSettings, TuneSettings
+from finesight.data.augmentation import Augmenter
 from finesight.data.sample import Sample
 from finesight.encode.packing import SampleShape
 from finesight.encode.renderer import FAMILIES
@@ -274,12 +276,15 @@ def build_train_state(
             model=model.train(),
             objective=objective,
             parallel=parallel,
-            step_dataset=train_data.build_step_dataset(
-                renderer,
-                rank_sampler,
-                recipe.train.pack_tokens,
-                recipe.data,
-                use_shared_prefix=not isinstance(model, HfModel),
+            step_dataset=replace(
+                train_data.build_step_dataset(
+                    renderer,
+                    rank_sampler,
+                    recipe.train.pack_tokens,
+                    recipe.data,
+                    use_shared_prefix=not isinstance(model, HfModel),
+                ),
+                augmenter=Augmenter.from_recipe(recipe),
             ),
             device_loader=DeviceLoader(
                 parallel,
@@ -490,6 +495,7 @@ def _build_resume_config(
         "data.max_length": recipe.data.max_length,
         "data.on_invalid_sample": recipe.data.on_invalid_sample,
         **({} if renderer.supervise == "all" else {"data.supervise": renderer.supervise}),
+        **recipe.data.model_dump(include={"augment"}, exclude_none=True),
         "train.precision": hardware.precision,
     }
     for name, split in (("train", data.train), ("eval", data.validation)):
@@ -508,6 +514,8 @@ def _build_resume_config(
         # Checkpoints of earlier versions have no objective.
         del train["objective"]
     settings |= {f"train.{name}": value for name, value in train.items()}
+    # Checkpoints of earlier versions have a seed of their own for the order of the samples.
+    settings["train.data_seed"] = recipe.train.seed
     resume_config: dict[str, Any] = json.loads(json.dumps(settings))
     return resume_config
 

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from finesight.config import PixelLimits, PixelRange, Recipe
-from finesight.encode.renderer import Renderer, Responses, build_renderer
-from finesight.errors import TrainingInterrupted
+from finesight.encode.renderer import NativeRenderer, Renderer, Responses, build_renderer
+from finesight.errors import TrainingInterrupted, UserError
 from finesight.manifest import Manifest
 from finesight.model_folder import ModelFolder
 from finesight.progress import ProgressConsole
@@ -169,6 +169,13 @@ class BaseModelRef:
             image_rule = run_rule if image_rule is None else image_rule
             system_prompt = self.manifest.system_prompt if system_prompt is None else system_prompt
         renderer = build_renderer(self.folder, image_rule, system_prompt)
+        if recipe.data.augment is not None and not isinstance(renderer, NativeRenderer):
+            raise UserError(
+                f"augmented images for a model of the family {self.folder.family}",
+                where="data.augment",
+                expected="a natively implemented model family",
+                remedy="remove data.augment, or choose another model",
+            )
         renderer.responses = RESPONSES.get(recipe.train.objective, "pairs")
         excluded = EXCLUDED_KINDS[recipe.train.objective]
         renderer.excluded_kinds = {kind: _REMEDIES[kind] for kind in excluded}

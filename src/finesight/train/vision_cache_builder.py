@@ -357,6 +357,8 @@ def _find_cache_blocker(state: TrainState) -> str | None:
         return "the dataset is too large for a full scan"
     if (objective := state.run.recipe.train.objective) in ("grpo", "distill"):
         return f"the steps of train.objective={objective} contain their images"
+    if state.run.recipe.data.augment is not None:
+        return "data.augment changes the images of every step"
     if state.run.recipe.train.vision_cache == "never":
         return "train.vision_cache=never"
     if state.progress.step and not _was_started_with_cache(state):

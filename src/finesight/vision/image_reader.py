@@ -18,7 +18,13 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from finesight.data.image_header import CorruptImageError, ImageSize, decode_image, sha256_content
+from finesight.data.image_header import (
+    CorruptImageError,
+    ImageSize,
+    decode_image,
+    list_pages,
+    sha256_content,
+)
 from finesight.data.sample import is_video_path
 from finesight.data.video_file import iter_video_frames, read_video_header, read_visual_size
 from finesight.errors import UserError
@@ -57,6 +63,10 @@ class ImageReader:
         height, width = self.call(read_size, path).value
         return int(height), int(width)
 
+    def list_pages(self, path: Path) -> list[Path]:
+        """Return the pages of a document; see `list_pages` of `data.image_header`."""
+        return list(map(Path, self.call(_list_pages, path).value))
+
     def check(self, path: Path) -> str:
         """Decode an image or a video file, so that this process may decode it afterwards.
 
@@ -84,9 +94,9 @@ class ImageReader:
                 if is_video_path(path):
                     seconds = MAX_VIDEO_CPU_S if job is decode_pixels else MAX_VIDEO_START_CPU_S
                     return worker.call(job, path, *args, max_cpu_s=seconds)
+                if job in (read_size, _list_pages):
+                    return worker.call(job, path, max_cpu_s=MAX_IMAGE_CPU_S)
                 size = worker.call(read_size, path, max_cpu_s=MAX_IMAGE_CPU_S)
-                if job is read_size:
-                    return size
                 factor = min(max(1.0, math.prod(size.value) / LIMITED_PIXELS), MAX_LIMIT_FACTOR)
                 return worker.call(job, path, *args, max_cpu_s=MAX_IMAGE_CPU_S * factor)
         except WorkerLostError as error:
@@ -122,12 +132,16 @@ def read_size(state: Any, path: Path) -> JobOutput:
     return JobOutput(read_visual_size(path))
 
 
+def _list_pages(state: Any, path: Path) -> JobOutput:
+    return JobOutput([str(page) for page in list_pages(path)])
+
+
 def decode_pixels(state: Any, path: Path) -> JobOutput:
     """Decode an image or video file in a worker process, and return the key of its content."""
     if is_video_path(path):
         deque(iter_video_frames(path, [read_video_header(path).num_frames - 1]), maxlen=0)
         return JobOutput(sha256_content(path))
-    return JobOutput(repr(decode_image(path, is_reduced=False, with_key=True).key))
+    return JobOutput(repr(decode_image(path, with_key=True)[1]))
 
 
 def load_pixels(state: Any, path: Path, min_side: int | None) -> JobOutput:

@@ -11,7 +11,7 @@ from each_value import each
 from finesight.data.formats.conversation_rows import format_answer, parse_answer
 from finesight.data.formats.dataset_format import ImportContext, RowImages
 from finesight.data.image_resolver import ImageResolver
-from finesight.data.sample import BoxPart, ContentPart, ImagePart, TextPart, create_region
+from finesight.data.sample import BoxPart, ContentPart, TextPart, create_region
 from finesight.errors import UserError
 
 CASES = load_cases("answer_boxes")
@@ -52,7 +52,6 @@ def test_written_text_reads_back_the_same(folder: Path) -> None:
         ((TextPart(text="its bbox_2d"),), 1),
         ((TextPart(text="an <image>"),), 1),
         ((BoxPart(xyxy=(1, 2, 3, 4), label="<bbox>"),), 1),
-        ((ImagePart(image="a.png"),), 1),
     ],
 )
 def test_ambiguous_text_is_not_written(content: tuple[ContentPart, ...], images: int) -> None:
@@ -68,3 +67,8 @@ def test_invalid_boxes_are_rejected(folder, text, what):
         answer(folder, text)
     with pytest.raises(UserError, match="2 images"):
         answer(folder, '{"bbox_2d": [1, 2, 3, 4]}', "a.png", "b.png")
+
+
+def test_action_about_several_images_stays_text(folder: Path) -> None:
+    action = '{"action": "click", "point_2d": [1, 2]}'
+    assert answer(folder, action, "a.png", "b.png") == [action]

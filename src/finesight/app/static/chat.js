@@ -181,11 +181,11 @@ const findChat = async () => {
   return (await created).token;
 };
 
-/** Uploads an image to the shown conversation, unless it has it. Returns its number. */
+/** Uploads an image to the shown conversation, unless it has it. Returns its number, or those of its pages. */
 const uploadTo = async (one) => {
   const token = await findChat();
   if (one.token !== token) Object.assign(one, { token, uploaded: upload(one.file, `chats/${token}/uploads`) });
-  return (await one.uploaded).number;
+  return (await one.uploaded).numbers;
 };
 
 const attach = (files) => {
@@ -224,7 +224,7 @@ const ask = async (values) => {
   if (!chosen || isAsking) return false;
   isAsking = true;
   const hasStarted = await attempt(async () => {
-    const token = await findChat(), files = await Promise.all((values.files ?? []).map(uploadTo));
+    const token = await findChat(), files = (await Promise.all((values.files ?? []).map(uploadTo))).flat();
     chat = token;
     const body = { ...values, ...(values.files && { files }), settings: chosen };
     const state = await request(`chats/${token}/ask`, body);

@@ -5,6 +5,10 @@ a list, in pixels of the original image. A ```json fence is removed, because eac
 its own. Qwen2-VL writes tags such as <|box_start|>(88,99),(500,700)<|box_end|> on a grid of 1000;
 see `boxes` for the grammar. The options --box-format and --box-units override both conventions.
 Boxes are parsed, because coordinates in text would be wrong after the image is resized.
+
+In other JSON, each list of coordinates under `bbox_2d`, `point_2d` or `polygon_2d` becomes a part:
+
+{"total": {"text": "12.50", "bbox_2d": [88, 99, 500, 700]}, "stamp": {"point_2d": [40, 60]}}
 """
 
 from __future__ import annotations
@@ -14,7 +18,7 @@ import json
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from operator import attrgetter
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,7 +29,6 @@ from finesight.data.boxes import (
     BoxConvention,
     TextBox,
     has_json_boxes,
-    parse_json_box,
     split_at_boxes,
     split_at_text_boxes,
     strip_code_fences,
@@ -75,6 +78,8 @@ from finesight.data.sample import (
     VideoPart,
     check_limit,
     check_tool,
+    find_box_slots,
+    join_text,
     list_coordinates,
     parse_tool_call,
     remove_nulls,
@@ -82,7 +87,6 @@ from finesight.data.sample import (
 from finesight.errors import UserError, format_count
 
 TextTurn = tuple[Role, str]
-JsonBoxes = list[tuple[Any, str | None]]
 
 JSONL_FILE = "data.jsonl"
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
@@ -130,83 +134,78 @@ RESERVED_KEYS = TURN_KEYS.union(("id", "label", "objects", *IMAGE_KEYS, *VIDEO_K
 """Metadata keys that are not exported, because a dataset format would read them as content."""
 
 
-def create_text_boxes(found: TextBox, images: RowImages) -> Iterator[BoxPart]:
-    """Create the boxes of a tag, a list or location tokens in a text.
-
-    Raises:
-        InvalidRowError: The text in the tag is not a box.
-    """
-    if not found.coordinates:
-        raise InvalidRowError(
-            f"{found.text[:60]!r} between box tokens: not a box",
-            "the corners of a box, (x1,y1),(x2,y2) or [x1,y1,x2,y2], or a point, (x,y)",
-            "correct the row, or leave it out",
-        )
-    for box in found.coordinates:
-        yield images.create_text_box(box, found.label, found.convention)
-
-
 def parse_text(role: Role, text: str, images: RowImages) -> Iterable[ContentPart]:
     """Parse a text without image placeholders; only answers may contain boxes."""
     return parse_answer(text, images) if role == "assistant" else [strip_object_refs(text)]
 
 
 def parse_answer(answer: str, images: RowImages) -> Iterator[ContentPart]:
-    """Parse an answer text into text parts and box parts."""
-    if not has_json_boxes(answer):
-        yield from _parse_plain_text(answer, images)
-        return
-    for text_or_boxes in _iter_json_boxes(strip_code_fences(answer)):
-        if isinstance(text_or_boxes, str):
-            yield from _parse_plain_text(text_or_boxes, images)
-            continue
-        images.require_single_image()
-        yield from images.create_boxes(text_or_boxes, BoxConvention())
+    """Parse an answer text into text parts and box parts.
 
-
-def _parse_plain_text(text: str, images: RowImages) -> Iterator[ContentPart]:
-    """Parse a text without JSON boxes; other notations than box tokens may follow one image."""
-    pieces: Iterable[str | TextBox] = filter(None, [text])
-    if len(images.paths) == 1 or "<|box_start|>" in text:
-        images.require_single_image()
-        pieces = split_at_text_boxes(text, images.list_limits)
-    for piece in pieces:
+    Other notations than JSON and box tokens may follow one image.
+    """
+    found: Iterable[str | list[str | TextBox]] = filter(None, [answer])
+    if has_json_boxes(answer):
+        found = _iter_json_boxes(strip_code_fences(answer))
+    for piece in found:
+        pieces: Iterable[str | TextBox] = [piece] if isinstance(piece, str) else piece
         if isinstance(piece, str):
-            yield strip_object_refs(piece)
+            if len(images.paths) == 1 or "<|box_start|>" in piece:
+                images.require_single_image()
+                pieces = split_at_text_boxes(piece, images.list_limits)
+        elif len(images.paths) != 1 and isinstance(piece[0], str) and BOX_KEY not in str(piece):
+            # Actions of several images stay text.
+            texts = (one if isinstance(one, str) else json.dumps(one.coordinates) for one in piece)
+            pieces = ["".join(texts)]
         else:
-            yield from create_text_boxes(piece, images)
+            images.require_single_image()
+            if not isinstance(piece[0], str):
+                pieces = []
+                yield from images.create_boxes(one for one in piece if not isinstance(one, str))
+        for one in pieces:
+            yield strip_object_refs(one) if isinstance(one, str) else images.create_text_box(one)
 
 
 def format_answer(content: Sequence[ContentPart], num_images: int) -> str:
     """Format text and box parts as text, with boxes as JSON in original pixels.
 
-    `parse_answer` restores the same parts from the result.
+    `parse_answer` restores the same parts from the result. An answer has no other parts.
     """
-    segments: list[str | JsonBoxes] = []
-    for kind, group in itertools.groupby(content, key=attrgetter("type")):
-        parts = list(group)
-        if kind not in ("text", "box", "point"):
-            raise UserError(
-                f"a part of type {kind} in an answer",
-                expected="text, boxes and points",
-                remedy="export to samples, or remove the sample",
-            )
-        texts = [make_text_part(part.text).text for part in parts if isinstance(part, TextPart)]
-        boxes: JsonBoxes = [
-            (list_coordinates(part), part.label and make_text_part(part.label).text)
-            for part in parts
-            if isinstance(part, BoxPart)
-        ]
-        segments.append(boxes or "".join(texts))
-    text = "".join(piece if isinstance(piece, str) else _format_boxes(piece) for piece in segments)
-    segments = [piece for piece in segments if piece]
-    if has_json_boxes(text) and (num_images != 1 or list(_iter_json_boxes(text)) != segments):
+    boxes = [part for part in content if isinstance(part, BoxPart)]
+    texts = [part.text for part in content if isinstance(part, TextPart)]
+    slots = find_box_slots(content)
+    is_listed = [isinstance(part, BoxPart) and n not in slots for n, part in enumerate(content)]
+    text = ""
+    for is_list, group in itertools.groupby(zip(is_listed, content, strict=True), itemgetter(0)):
+        parts = [part for _, part in group]
+        text += _format_boxes(parts) if is_list else make_text_part(join_text(parts)).text
+    values = ([one] if isinstance(one, str) else one for one in _iter_json_boxes(text))
+    parsed = list(itertools.chain.from_iterable(values))
+    found = [one for one in parsed if isinstance(one, TextBox)]
+    if has_json_boxes(text) and (
+        num_images != 1
+        or "".join(one for one in parsed if isinstance(one, str)) != "".join(texts)
+        or [one.coordinates for one in found] != list(map(list_coordinates, boxes))
+        or (not slots and [one.label for one in found] != [box.label for box in boxes])
+    ):
         raise UserError(
             f"boxes that are ambiguous with the surrounding text or their image: {text[:80]!r}",
             expected=f"boxes in one image, and no {BOX_KEY} or bracket in the adjacent text",
             remedy="export to samples or to ms-swift, or remove the sample",
         )
     return text
+
+
+def _label_boxes(content: Sequence[ContentPart]) -> tuple[ContentPart, ...]:
+    """Set the labels of boxes in JSON to those in its text."""
+    slots = sorted(find_box_slots(content))
+    values = [piece for piece in split_at_boxes(join_text(content)) if isinstance(piece, list)]
+    boxes = [one for value in values for one in value if isinstance(one, TextBox)]
+    labels = dict(zip(slots, boxes, strict=True)) if len(boxes) == len(slots) else {}
+    return tuple(
+        part.model_copy(update={"label": labels[n].label}) if n in labels else part
+        for n, part in enumerate(content)
+    )
 
 
 def _check_no_tools(sample: Sample) -> None:
@@ -238,32 +237,30 @@ def format_tools(sample: Sample) -> Record:
     return {"tools": json.dumps(sample.tools, ensure_ascii=False)} if sample.tools else {}
 
 
-def _format_boxes(boxes: JsonBoxes) -> str:
+def _format_boxes(boxes: Iterable[ContentPart]) -> str:
     items = [
-        {BOX_KEY if len(coordinates) > 2 else POINT_KEY: coordinates}
-        | ({} if label is None else {"label": label})
-        for coordinates, label in boxes
+        {POINT_KEY if box.is_point else BOX_KEY: list_coordinates(box)}
+        | ({} if box.label is None else {"label": make_text_part(box.label).text})
+        for box in boxes
+        if isinstance(box, BoxPart)
     ]
     return json.dumps(items[0] if len(items) == 1 else items, ensure_ascii=False)
 
 
-def _iter_json_boxes(text: str) -> Iterator[str | JsonBoxes]:
-    """Yield non-empty texts and lists of boxes, and reject malformed boxes."""
+_INVALID_KEY = re.compile(rf'{BOX_KEY}(?!"\s*:\s*\[*$)')
+"""The key of a box in a text, unless a box follows the text."""
+
+
+def _iter_json_boxes(text: str) -> Iterator[str | list[str | TextBox]]:
+    """Yield non-empty texts and JSON values with boxes, and reject malformed boxes."""
     for piece in split_at_boxes(text):
         if not isinstance(piece, str):
             check_limit(len(piece), MAX_BOXES, "boxes")
-            boxes = [parse_json_box(value) for value in piece]
-            if None in boxes:
-                raise InvalidRowError(
-                    f"the box {str(piece[boxes.index(None)])[:80]}",
-                    f'{{"{BOX_KEY}": [four values], "label": text}}',
-                    "write boxes without other keys, and outside of other JSON",
-                )
-            yield [box for box in boxes if box is not None]
-        elif BOX_KEY in piece:
+            yield piece
+        elif _INVALID_KEY.search(piece):
             raise InvalidRowError(
                 f"{BOX_KEY} outside of JSON in the answer {piece[:80]!r}",
-                f'{{"{BOX_KEY}": [x1, y1, x2, y2]}}',
+                f'{{"{BOX_KEY}": [x1, y1, x2, y2]}} in valid JSON',
             )
         elif piece:
             yield piece
@@ -398,7 +395,8 @@ class ObjectQueue:
             value, image_index = next(self.boxes, (None, 0))
             if value is None:
                 raise InvalidRowError(
-                    "a `<bbox>` without a box", "a box under objects.bbox for each `<bbox>`"
+                    f"{placeholder[0]!r} without a box",
+                    "a box under objects.bbox for each `<bbox>`",
                 )
             yield images.create_box(value, label, self.convention, image_index)
 
@@ -428,6 +426,8 @@ def build_turns_example(
         is_first = role == "user" and not has_prompt
         unmarked = media.place_unmarked() if media is not None and is_first else []
         parts = merge_text_parts([*unmarked, *parse_turn(role, content), *calls])
+        if any(isinstance(part, BoxPart) and part.label is None for part in parts):
+            parts = _label_boxes(parts)
         if is_first:
             parts, has_prompt = context.add_prompt(parts), True
         messages.append(Message(role=role, content=parts, loss=loss))

@@ -69,7 +69,6 @@ from finesight.data.formats.conversation_rows import (
     Turn,
     add_box_note,
     build_turns_example,
-    create_text_boxes,
     encode_row,
     format_answer,
     format_tools,
@@ -113,6 +112,7 @@ from finesight.data.sample import (
     TextPart,
     VideoPart,
     check_limits,
+    find_box_slots,
     is_video_path,
     list_coordinates,
     remove_nulls,
@@ -128,7 +128,9 @@ _TAGS = re.compile("(<image>|<video>)")
 IMAGE_PLACEHOLDER = re.compile(
     r"<\|vision_start\|>(?P<path>(?:(?!<\|vision_).)*)<\|vision_end\|>|<image>", re.DOTALL
 )
-_IMAGE_PATH = re.compile(r"[^\n<>|]+\.(?:jpe?g|png|webp|bmp|gif|tiff?|ppm|jp2|avif)", re.IGNORECASE)
+_IMAGE_PATH = re.compile(
+    r"[^\n<>|]+\.(?:jpe?g|png|webp|bmp|gif|tiff?|ppm|jp2|avif|pdf)(?:#page=[0-9]+)?", re.IGNORECASE
+)
 _SPEAKERS = {"system": "system", "user": "human", "assistant": "gpt", "tool": "observation"}
 """Names of the roles in LLaVA and sharegpt."""
 
@@ -299,7 +301,7 @@ def _parse_qwen_vl(row: SourceRow, context: ImportContext) -> ImportExample:
                 if isinstance(text_or_box, str):
                     yield make_text_part(text_or_box)
                 else:
-                    yield from create_text_boxes(text_or_box, images)
+                    yield images.create_text_box(text_or_box)
 
     turns = parse_turns(row.record, context)
     return build_turns_example(row, context, turns, parse_turn, None)
@@ -325,8 +327,8 @@ def _write_qwen_vl(samples: Sequence[LocatedSample], context: ExportContext) -> 
 def _iter_tagged_texts(
     message: Message, renderer: PartRenderer, context: ExportContext
 ) -> Iterator[str]:
-    label = None
-    for part in message.content:
+    label, slots = None, find_box_slots(message.content)
+    for index, part in enumerate(message.content):
         if not isinstance(part, BoxPart):
             label = None
             text = _check_no_markup(renderer.render(part))
@@ -343,10 +345,11 @@ def _iter_tagged_texts(
                 expected="boxes in the preceding image, and labels for all consecutive boxes",
                 remedy="export to ms-swift or samples, or remove the sample",
             )
-        label = part.label
+        text = _format_box(part, renderer.image_paths[-1], context)
+        label = None if index in slots else part.label
         if label is not None:
             yield f"<ref>{_check_no_markup(make_text_part(label).text)}</ref>"
-        yield _format_box(part, renderer.image_paths[-1], context)
+        yield f'"{text}"' if index in slots else text
 
 
 def _format_box(part: BoxPart, image_path: Path, context: ExportContext) -> str:
@@ -534,22 +537,24 @@ def _write_ms_swift(samples: Sequence[LocatedSample], context: ExportContext) ->
 
 
 def _iter_texts(message: Message, renderer: PartRenderer, objects: _ObjectLists) -> Iterator[str]:
-    has_label = False
-    for part in without_calls(message):
+    has_label, content = False, without_calls(message)
+    slots = find_box_slots(content)
+    for index, part in enumerate(content):
         if not isinstance(part, BoxPart):
             has_label = False
             is_answer = message.role == "assistant" and isinstance(part, TextPart)
             yield format_answer((part,), 1) if is_answer else renderer.render(part)
             continue
-        if has_label and part.label is None:
+        label = None if index in slots else part.label
+        if has_label and label is None:
             raise UserError(
                 "a box without a label right after one that has a label",
                 expected="text between the two, or a label for both",
                 remedy="export to samples, or remove the sample",
             )
-        if part.label is not None:
+        if label is not None:
             has_label = True
-            objects["ref"].append(make_text_part(part.label).text)
+            objects["ref"].append(make_text_part(label).text)
             yield "<ref-object>"
         objects["bbox"].append(list_coordinates(part))
         objects["image_id"].append(part.image)

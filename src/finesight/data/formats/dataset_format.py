@@ -21,6 +21,7 @@ from finesight.data.boxes import (
     BoxUnits,
     InvalidBoxError,
     StrayBoxError,
+    TextBox,
     clip_box,
     clip_to_image,
     parse_coordinates,
@@ -43,6 +44,7 @@ from finesight.data.sample import (
     check_json,
     check_limit,
     create_region,
+    expand_images,
     is_video_path,
     join_text,
 )
@@ -383,34 +385,42 @@ class RowImages:
             self._context.invalid_boxes.append((NOTE_SKIPPED_BOX, error))
             return error
 
-    def create_text_box(self, value: object, label: str | None, default: BoxConvention) -> BoxPart:
-        """Create the part of a box within a text, which an import cannot drop."""
-        is_assumed = default.units == "1000" and self._context.box_units is None
-        self._context.row_notes[NOTE_THOUSANDTHS] += is_assumed
+    def create_text_box(self, box: TextBox) -> BoxPart:
+        """Create the part of a box within a text, which an import cannot drop.
+
+        Raises:
+            InvalidRowError: The text between the tags of the box is no box.
+        """
+        if isinstance(box.coordinates, str):
+            raise InvalidRowError(
+                f"{box.coordinates[:60]!r} between box tokens: not a box",
+                "the corners of a box, (x1,y1),(x2,y2) or [x1,y1,x2,y2], or a point, (x,y)",
+                "correct the row, or leave it out",
+            )
+        note = NOTE_THOUSANDTHS if box.is_tagged else NOTE_PIXELS
+        self._context.row_notes[note] += self._context.box_units is None
+        convention = BoxConvention(units="1000" if box.is_tagged else "pixel")
         try:
-            return self.create_box(value, label, default)
+            return self.create_box(*box[:2], convention)
         except InvalidBoxError as error:
             if self._context.on_invalid_box != "drop":
                 raise
             raise forbid_drop(error, "a box within a text cannot be dropped") from error
 
-    def create_boxes(
-        self, values: Iterable[tuple[object, str | None]], default: BoxConvention
-    ) -> list[BoxPart]:
+    def create_boxes(self, values: Iterable[TextBox]) -> list[BoxPart]:
         """Create the box parts of `bbox_2d` values with their labels, except stray boxes.
 
         Raises:
             InvalidBoxError: A box is invalid, and the import does not drop it, it may mark an
                 object, or no other is left.
         """
-        found = [self.create_valid_box(*pair, default, is_text=True) for pair in values]
+        found = [self.create_valid_box(*box[:2], BoxConvention(), is_text=True) for box in values]
         boxes = [one for one in found if isinstance(one, BoxPart)]
         errors = [one for one in found if isinstance(one, InvalidBoxError)]
         for error in errors:
             if not boxes or not isinstance(error, StrayBoxError):
                 raise forbid_drop(error)
-        is_assumed = default.units == "pixel" and self._context.box_units is None
-        self._context.row_notes[NOTE_PIXELS] += len(boxes) * is_assumed
+        self._context.row_notes[NOTE_PIXELS] += len(boxes) * (self._context.box_units is None)
         return boxes
 
     def require_single_image(self) -> None:
@@ -597,12 +607,37 @@ class DatasetFormat:
                     "a chosen and a rejected answer to one prompt",
                 )
             result = [replace(chosen, rejected=other.answers[0])]
+        if any(len(pages) > 1 for pages in context.images.pages.values()):
+            result = [_expand_documents(one, context.images) for one in result]
         return result if label is None else [replace(one, label=label) for one in result]
 
     def _parse(self, row: SourceRow, record: Record, context: ImportContext) -> list[ImportExample]:
         context.other_keys.clear()
         result = self.parse_row(replace(row, record=record), context)
         return [result] if isinstance(result, ImportExample) else result
+
+
+def _expand_documents(example: ImportExample, images: ImageResolver) -> ImportExample:
+    """Replace each document of several pages by its pages, to which boxes cannot refer."""
+
+    def list_pages(image: str) -> list[str]:
+        return list(map(str, images.list_pages(Path(image))))
+
+    messages = tuple(
+        message.model_copy(update={"content": expand_images(message.content, list_pages)})
+        for message in example.prompt_messages
+    )
+    contents = [message.content for message in messages]
+    parts = [*itertools.chain(*contents, *example.answers)]
+    boxes = [part for part in parts if isinstance(part, BoxPart)]
+    if messages != example.prompt_messages and boxes:
+        pages = [Path(part.image).name for part in parts if isinstance(part, ImagePart)]
+        raise InvalidBoxError(
+            f"a {boxes[0].type} in a document with several of {len(pages)} pages",
+            expected=f"a path with the page, such as {pages[-1]}",
+            remedy="name the page, or select one with --pages",
+        )
+    return replace(example, prompt_messages=messages)
 
 
 def split_at_pattern(text: str, pattern: re.Pattern[str]) -> Iterator[str | re.Match[str]]:

@@ -696,7 +696,7 @@ def _create_boxes(
     labels = {part.label for part in parts}
     if "" in labels:
         raise InvalidRowError(
-            "a box without a label beside others with one", "a label for each box"
+            f"a box without a label beside {len(labels) - 1} labels", "a label for each box"
         )
     omitted: dict[str, InvalidBoxError] = {}
     for (_, label), box in zip(pairs, found, strict=True):

@@ -1,0 +1,259 @@
+"""Random variants of training images, with the boxes and points of their samples.
+
+A variant has the size of the original image, so a sample keeps its number of image tokens. Every
+object of the answer stays completely visible: crops and rotations contain all boxes and points, and
+images whose text the model reads, or whose objects it counts, are not cropped.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageFilter
+
+from finesight.config import AugmentSettings, Recipe
+from finesight.data.boxes import Box, box_area, is_inside_image
+from finesight.data.image_header import ImageSize, read_image_size
+from finesight.data.sample import (
+    BoxPart,
+    ContentPart,
+    ImagePart,
+    LocatedSample,
+    TextPart,
+    create_region,
+)
+
+SCENE_METRICS = ("captions", "classification", "detection", "grounding", "pointing", "qa")
+"""Values of `eval.metric` for tasks that describe objects instead of reading a text."""
+
+MAX_BOX_GROWTH = 1.25
+"""Maximum growth of the area of a box that encloses a rotated box; the angle is halved above."""
+
+BLUR_RADII, JPEG_QUALITIES = (0.3, 1.0), (40, 90)
+"""Ranges of the radius of a Gaussian blur in pixels, and of the quality of a JPEG copy."""
+
+_SIDES_AND_TEXT = re.compile(
+    r"\b(left|right|east|west|(counter|anti)?clockwise|mirror\w*|read\w*|text|word|letter|digit"
+    r"|number|character|sign|logo|plate|label|title|button|menu|icon|page|screen\w*|chart|table"
+    r"|document|says|written|click|tap)s?\b"
+    r"|[左右东西東]|[顺順逆]时针|[文汉漢]字|数字|數字|字母|标[志题签]|標[誌題籤]|按[钮鈕]|点击|點擊"
+    r"|[\"“”„«「『《]|屏幕|螢幕|[页頁]面|[图圖]表|表格|文[档件]",
+    re.IGNORECASE,
+)
+"""Words of samples that a horizontal flip may make wrong, or whose image may contain text."""
+
+_COUNTS = re.compile(
+    r"\b(how many|count\w*|number of)\b|多少|[几幾][个個只隻]|[数數]量", re.IGNORECASE
+)
+_COORDINATES = re.compile(r"[\[(]\s*\d+(\.\d+)?\s*,\s*\d+")
+
+AffineRows = tuple[float, float, float, float, float, float]
+"""Two rows of an affine map of pixel coordinates."""
+
+
+@dataclass(frozen=True, slots=True)
+class ImageVariant:
+    """Random changes of an image.
+
+    Attributes:
+        matrix: Map from pixels of the image to pixels of its variant.
+        color: Factors of brightness, contrast and saturation. The hue stays, because texts name it.
+        blur_radius: Radius of a Gaussian blur in pixels of the model's input; 0 for none.
+        jpeg_quality: Quality of a JPEG copy of the model's input; 0 for none.
+    """
+
+    matrix: AffineRows
+    color: tuple[float, float, float]
+    blur_radius: float
+    jpeg_quality: int
+
+    def apply(self, image: Image.Image, size: ImageSize) -> Image.Image:
+        """Return the variant of an RGB image, resized to height and width."""
+        image = self._warp(image, size)
+        if self.color != (1.0, 1.0, 1.0):
+            brightness, contrast, saturation = self.color
+            mixed = saturation * np.eye(3) + (1 - saturation) * np.array(_LUMA)
+            rows = np.column_stack([brightness * contrast * mixed, [128 * (1 - contrast)] * 3])
+            image = image.convert("RGB", tuple(rows.ravel().tolist()))
+        if self.blur_radius:
+            image = image.filter(ImageFilter.GaussianBlur(self.blur_radius))
+        if self.jpeg_quality:
+            copy = io.BytesIO()
+            image.save(copy, format="JPEG", quality=self.jpeg_quality)
+            image = Image.open(copy).convert("RGB")
+        return image
+
+    def _warp(self, image: Image.Image, size: ImageSize) -> Image.Image:
+        matrix, (width, height) = _square(self.matrix), image.size
+        left, top, right, bottom = _map_box(np.linalg.inv(matrix), (0.0, 0.0, width, height))
+        is_axis_aligned = matrix[0, 1] == 0
+        if is_axis_aligned and min(left, top) >= 0 and right <= width and bottom <= height:
+            window = left, top, right, bottom
+            image = image.resize(size[::-1], Image.Resampling.BICUBIC, window)
+            is_flipped = matrix[0, 0] < 0
+            return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if is_flipped else image
+        # Resizing to the resolution of the result first avoids aliasing.
+        zoom = math.sqrt(abs(np.linalg.det(matrix)))
+        resolution = np.minimum(image.size, np.rint(zoom * np.array(size[::-1])).clip(1))
+        corners = [(x, y) for x in (0, width - 1) for y in (0, height - 1)]
+        fill = np.median([image.getpixel(corner) for corner in corners], axis=0)
+        to_original = np.diag([*(image.size / resolution), 1.0])
+        to_result = np.diag([size[1] / width, size[0] / height, 1.0])
+        backward = np.linalg.inv(to_result @ matrix @ to_original)
+        image = image.resize((int(resolution[0]), int(resolution[1])), Image.Resampling.BICUBIC)
+        return image.transform(
+            size[::-1],
+            Image.Transform.AFFINE,
+            backward[:2].ravel().tolist(),
+            Image.Resampling.BILINEAR,
+            fillcolor=tuple(map(int, fill)),
+        )
+
+    def map_box(self, box: Box, size: ImageSize) -> Box:
+        """Return the box around a mapped box, or the mapped point, clipped to the image."""
+        mapped = _map_box(_square(self.matrix), box)
+        sides = [size[1], size[0]] * 2
+        x1, y1, x2, y2 = (min(max(n, 0.0), side) for n, side in zip(mapped, sides, strict=True))
+        return x1, y1, x2, y2
+
+
+_LUMA = (0.299, 0.587, 0.114)
+"""Weights of red, green and blue in the brightness of a pixel (ITU-R BT.601)."""
+
+_IDENTITY = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0)
+
+
+def _square(matrix: AffineRows) -> NDArray[np.float64]:
+    return np.array([matrix[:3], matrix[3:], (0.0, 0.0, 1.0)])
+
+
+def _map_box(matrix: NDArray[Any], box: Box) -> Box:
+    """Return the bounds of the mapped corners of a box."""
+    x1, y1, x2, y2 = box
+    mapped = matrix[:2] @ np.array([[x1, x2, x1, x2], [y1, y1, y2, y2], [1.0] * 4])
+    low, high = mapped.min(1).tolist(), mapped.max(1).tolist()
+    return low[0], low[1], high[0], high[1]
+
+
+@dataclass(frozen=True, slots=True)
+class AugmentedSample(LocatedSample):
+    """A sample with a variant of each image, and boxes and points in pixels of the variants."""
+
+    variants: tuple[ImageVariant, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Augmenter:
+    """Draws variants of the images of samples, as a pure function of the seed and a key.
+
+    Attributes:
+        describes_scenes: Whether answers describe objects, so that crops and flips keep them true.
+    """
+
+    settings: AugmentSettings
+    seed: int
+    describes_scenes: bool
+
+    @classmethod
+    def from_recipe(cls, recipe: Recipe) -> Augmenter | None:
+        """Create the augmenter of a recipe, or return None without `data.augment`."""
+        metric = None if recipe.eval is None else recipe.eval.metric
+        if recipe.data.augment is None:
+            return None
+        return cls(recipe.data.augment, recipe.train.seed, metric in SCENE_METRICS)
+
+    def augment(self, located: LocatedSample, *key: int) -> LocatedSample:
+        """Return a sample with random variants of its images; videos stay unchanged.
+
+        The images of a sample have the same variant, up to the boxes that they must contain.
+
+        Args:
+            key: Numbers that select the variant, such as training step and index of the sample.
+        """
+        seeds = np.random.SeedSequence((self.seed, *key))
+        # Raw output of the generator is stable across NumPy releases.
+        draws = np.random.Philox(seeds).random_raw(11) / 2.0**64
+        sample = located.sample
+        names = (part.image for part in sample.iter_parts() if isinstance(part, ImagePart))
+        sizes = [read_image_size(located.resolve_path(name)) for name in names]
+        boxes, texts = [list[Box]() for _ in sizes], ""
+        for part in sample.iter_parts():
+            if isinstance(part, TextPart):
+                texts += f"{part.text}\n"
+            elif isinstance(part, BoxPart) and part.image < len(boxes):
+                texts += f"{part.label}\n"
+                boxes[part.image].append(part.xyxy)
+        variants = [
+            self._draw_variant(draws, size, inside, texts)
+            for size, inside in zip(sizes, boxes, strict=True)
+        ]
+
+        def move(part: ContentPart) -> ContentPart:
+            if not isinstance(part, BoxPart) or part.image >= len(variants):
+                return part
+            box = variants[part.image].map_box(part.xyxy, sizes[part.image])
+            return create_region(box, part.label, is_point=part.is_point, image=part.image)
+
+        fields = sample.with_parts(move), located.folder, located.mismatched, tuple(variants)
+        return AugmentedSample(*fields)
+
+    def _draw_variant(
+        self, draws: NDArray[np.float64], size: ImageSize, boxes: Sequence[Box], texts: str
+    ) -> ImageVariant:
+        settings, matrix = self.settings, _IDENTITY
+        if not _COORDINATES.search(texts):  # the numbers of a text cannot be moved
+            matrix = self._draw_matrix(draws[:6], size, boxes, texts)
+        brightness, contrast, saturation = 1 + settings.color * (2 * draws[6:9] - 1)
+        (low, high), (worst, best) = BLUR_RADII, JPEG_QUALITIES
+        # A chosen draw is uniform below its probability, so it selects the strength, too.
+        blurred, copied = draws[9] < settings.blur, draws[10] < settings.jpeg
+        return ImageVariant(
+            matrix,
+            (float(brightness), float(contrast), float(saturation)),
+            low + (high - low) * float(draws[9]) / settings.blur if blurred else 0.0,
+            round(worst + (best - worst) * float(draws[10]) / settings.jpeg) if copied else 0,
+        )
+
+    def _draw_matrix(
+        self, draws: NDArray[np.float64], size: ImageSize, boxes: Sequence[Box], texts: str
+    ) -> AffineRows:
+        """Draw a window of the image that contains all boxes, its rotation and its flip."""
+        settings, (height, width) = self.settings, size
+        can_crop = self.describes_scenes and not _COUNTS.search(texts)
+        window = (1 - can_crop * settings.crop * draws[0]) * (1 + settings.scale * draws[1])
+        kept = boxes if can_crop and window < 1 else [(0.0, 0.0, float(width), float(height))]
+        # Without boxes, bounds beyond the image leave the window free.
+        x1s, y1s, x2s, y2s = zip(*kept or [(width, height, 0.0, 0.0)], strict=True)
+        low, high = (min(x1s), min(y1s)), (max(x2s), max(y2s))
+        window = max(window, (high[0] - low[0]) / width, (high[1] - low[1]) / height)
+        center = []
+        for axis, side in enumerate((width, height)):
+            rest = side - window * side
+            first = max(high[axis] - window * side, min(0.0, rest))
+            last = min(low[axis], max(0.0, rest))
+            center.append(first + draws[2 + axis] * (last - first) + window * side / 2)
+        can_flip = self.describes_scenes and not _SIDES_AND_TEXT.search(texts)
+        flip = -1.0 if settings.flip == "auto" and can_flip and draws[5] < 0.5 else 1.0
+        angle = math.radians(settings.rotate) * (2 * draws[4] - 1)
+        for share in (1.0, 0.5, 0.25, 0.0):
+            cosine, sine = math.cos(share * angle) / window, math.sin(share * angle) / window
+            linear = np.array([[flip * cosine, -sine], [flip * sine, cosine]])
+            matrix = np.column_stack([linear, np.array([width, height]) / 2 - linear @ center])
+            if all(_stays_visible(matrix, box, size, window) for box in kept):
+                break
+        a, b, c, d, e, f = matrix.ravel().tolist()
+        return a, b, c, d, e, f
+
+
+def _stays_visible(matrix: NDArray[Any], box: Box, size: ImageSize, window: float) -> bool:
+    """Return whether a mapped box is inside the image and its enclosing box fits tightly."""
+    mapped = _map_box(matrix, box)
+    growth = box_area(mapped) * window**2
+    return is_inside_image(mapped, size, is_point=True) and growth <= MAX_BOX_GROWTH * box_area(box)

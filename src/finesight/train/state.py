@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from finesight.config import PixelLimits, PixelRange, Recipe
+from finesight.config import PixelLimits, PixelRange, Recipe, StepsOrFraction
 from finesight.encode.renderer import Renderer, Responses, build_renderer
 from finesight.errors import TrainingInterrupted
 from finesight.manifest import Manifest
@@ -64,10 +64,19 @@ RESPONSES: Mapping[str | None, Responses] = {
 """Samples whose answers are responses to a prompt, by `train.objective`."""
 
 
-class StopRequest:
-    """Request to stop the run gracefully, set by a signal."""
+class RungReached(TrainingInterrupted):
+    """Raised after the evaluation and checkpoint of the last step of a partial run."""
 
-    def __init__(self) -> None:
+
+class StopRequest:
+    """Request to stop the run gracefully, set by a signal.
+
+    Args:
+        after: Number or fraction of the steps after which the run is evaluated and stops.
+    """
+
+    def __init__(self, after: StepsOrFraction | None = None) -> None:
+        self.after = after
         self.signal: signal.Signals | None = None
         """Received signal, possibly of another rank."""
         self._has_arrived = False

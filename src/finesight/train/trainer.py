@@ -46,13 +46,14 @@ from finesight.train.evaluation import (
     run_evaluation,
 )
 from finesight.train.oom import GpuOutOfMemoryError, MemoryBudget, retry_on_oom
+from finesight.train.optimizer import resolve_steps
 from finesight.train.parallel.distributed import (
     PeerFailedError,
     ProcessGroup,
     RankDesyncError,
     RankTimeoutError,
 )
-from finesight.train.state import StepOutput, TrainState
+from finesight.train.state import RungReached, StepOutput, TrainState
 from finesight.train.vision_cache import VisionCache
 
 if TYPE_CHECKING:
@@ -282,6 +283,8 @@ class Trainer:
         if eval_settings is not None:
             eval_interval = resolve_eval_interval(eval_settings, self.total_steps)
         self.eval_interval = eval_interval if state.data.validation else 0
+        after = self.stop.after
+        self.stop_step = 0 if after is None else resolve_steps(after, self.total_steps)
         self.early_stopping_patience = eval_settings.patience if eval_settings else None
         on_gpu = state.run.hardware.device.type == "cuda"
         self.checkpointer = AsyncCheckpointer(
@@ -427,7 +430,8 @@ class Trainer:
         Returns:
             False if early stopping ends the run.
         """
-        should_evaluate = self.is_due(self.eval_interval)
+        is_rung = 0 < self.state.progress.step == self.stop_step < self.total_steps
+        should_evaluate = self.is_due(self.eval_interval) or is_rung
         should_save = self.is_due(self.save_interval) and self.decide_on_main(
             self.checkpointer.is_due()
         )
@@ -444,6 +448,8 @@ class Trainer:
             self.save_checkpoint()
         if is_single_process:
             self.stop.raise_if_requested()
+        if is_rung:
+            raise RungReached(f"step {progress.step} is reached")
         self.metrics_logger.restart_timer()
         return not (should_evaluate and self.should_stop_early())
 

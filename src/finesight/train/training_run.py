@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from rich.console import Console
 
-from finesight.config import Recipe
+from finesight.config import Recipe, StepsOrFraction
 from finesight.model.kernels.runtime import HAS_TRITON, compile_in_parallel, is_compile_cache_empty
 from finesight.model.vlm import VisionLanguageModel
 from finesight.progress import ProgressConsole
@@ -134,6 +134,7 @@ def train(
     resume: bool = False,
     console: Console | None = None,
     check_inputs: InputCheck | None = None,
+    stop_after: StepsOrFraction | None = None,
 ) -> RunResult | None:
     """Train a recipe from the start, or resume from its newest checkpoint.
 
@@ -141,6 +142,7 @@ def train(
         resume: Whether to continue an existing run.
         console: Console for progress and messages; standard error by default.
         check_inputs: Further check of a new run, before the weights are loaded.
+        stop_after: Number or fraction of the steps after which the run is evaluated and stops.
 
     Returns:
         Result of the run. In a distributed run, only the main process returns a result and writes
@@ -148,8 +150,8 @@ def train(
 
     Raises:
         UserError: The user can fix the problem; raised before any file is written where possible.
-        TrainingInterrupted: One of `SIGNALS` arrived. A checkpoint of the last finished
-            step is written first.
+        TrainingInterrupted: One of `SIGNALS` arrived, or `stop_after` is reached. A checkpoint of
+            the last finished step is written first.
     """
     with init_distributed() as process_group, translate_oom_errors(), ExitStack() as stack:
         start, is_main = time.perf_counter(), process_group.is_main
@@ -181,6 +183,7 @@ def train(
         state, param_audit = build_train_state(
             recipe, run_dir, progress_console, is_resumed, process_group, check_inputs
         )
+        state.run.stop.after = stop_after
         if is_main:
             check_disk_space(state, len(state.run.checkpoint_manager.steps()))
         if is_main and not is_resumed:

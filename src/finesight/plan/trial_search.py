@@ -172,8 +172,8 @@ def build_search_space(recipe: Recipe, section: object) -> dict[str, BaseDistrib
     """
     kinds, train = import_optuna().distributions, recipe.train
     content, space = recipe.model_dump(mode="json"), dict[str, Any]()
-    rate, pixels = train.learning_rate.default, dict(recipe.image or ()).get("max_pixels")
-    space["train.learning_rate.default"] = {"low": rate / 5, "high": rate * 5, "log": True}
+    base_lr, pixels = train.learning_rate.default, dict(recipe.image or ()).get("max_pixels")
+    space["train.learning_rate.default"] = {"low": base_lr / 5, "high": base_lr * 5, "log": True}
     if recipe.tune.has_mode("lora"):
         space["tune.lora.rank"] = [8, 16, 32, 64, 128]
     if train.steps is None:
@@ -264,16 +264,16 @@ def write_splits(recipe: Recipe, folder: Path) -> int:
         for group in sorted(group_rows(keys), key=len, reverse=True):
             min(validation, key=len).extend(group)
     with write_folder(folder) as staging:
-        for fold, held_out in enumerate(map(frozenset, validation), start=1):
+        for fold, validation_rows in enumerate(map(frozenset, validation), start=1):
             target, start = f"fold-{fold}", 0
             (staging / target).mkdir()
             rows = [relocate_sample(one, folder / target) for one in samples]
             write_samples(
-                staging / target / "validation.jsonl", (rows[i] for i in sorted(held_out))
+                staging / target / "validation.jsonl", (rows[i] for i in sorted(validation_rows))
             )
             for index, size in enumerate(corpus.source_sizes):
-                kept = [rows[i] for i in range(start, start + size) if i not in held_out]
-                if not kept or not held_out:
+                kept = [rows[i] for i in range(start, start + size) if i not in validation_rows]
+                if not kept or not validation_rows:
                     raise UserError(
                         f"{format_count(size, 'sample')}, too few for a validation split",
                         where=f"data.train.{index}",

@@ -1,6 +1,5 @@
 """Search for settings with simulated runs, whose accuracy depends on their learning rate."""
 
-import io
 import json
 import math
 import os
@@ -234,22 +233,3 @@ def test_splits_have_no_common_images(recipe, num_splits, tmp_path, monkeypatch)
         assert not digests[0] & digests[1]
     ids = [one.id for one in read_samples(settings.data.train[0].path)]  # type: ignore[arg-type]
     assert sorted(validated) == sorted(ids) if num_splits > 1 else {*validated} < {*ids}
-
-
-def test_trials_are_runs(recipe, tmp_path, cli):
-    """Train two real trials, in a process for each of their rungs."""
-    out = tmp_path / "search"
-    words = ("search", recipe, "--out", out, "--trials", 2, "--budget", "9m")
-    result = cli(*words, "train.epochs=1", "--json").json
-    assert [one["state"] for one in result["trials"]] in (
-        ["complete", "complete"],
-        ["complete", "pruned"],
-    )
-    steps = [json.loads(line)["step"] for line in (out / "trials/000/metrics.jsonl").open()]
-    assert max(steps) == 12
-    assert cli("train", out / "trials/000", "--resume", "--json").json["steps"] == 12
-    assert 0 <= result["test"]["0"] <= 1
-    text = cli(*words, "train.epochs=1").text
-    assert "trial  state" in text
-    assert "another" in cli(*words, "train.epochs=2", code=2).err
-    assert io.StringIO(text).readline().startswith("trial")

@@ -152,6 +152,8 @@ def test_recipe_is_kept_without_a_clear_difference(recipe, simulate, tmp_path):
     assert record.choice == 0
     assert "no clear difference of the best two trials" in record.reasons[0]
     assert len(record.trials) < 60
+    first = api.search(recipe, ["train.epochs=null"], out=tmp_path / "one", trials=1).trials[0]
+    assert not first.settings
     assert "no clear change" in record.reasons[1]
 
 

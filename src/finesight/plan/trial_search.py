@@ -177,7 +177,7 @@ def build_search_space(recipe: Recipe, section: object) -> dict[str, BaseDistrib
     if recipe.tune.has_mode("lora"):
         space["tune.lora.rank"] = [8, 16, 32, 64, 128]
     if train.steps is None:
-        content["train"]["epochs"] = epochs = train.epochs or 1.0
+        epochs = train.epochs or 1.0
         space["train.epochs"] = [epochs / 2, epochs, 2 * epochs]
     else:
         space["train.steps"] = [math.ceil(train.steps / 2), train.steps, 2 * train.steps]
@@ -322,6 +322,8 @@ class TrialSearch:
                 expected="a metric of generated answers, such as captions or json",
                 remedy="add eval.metric=NAME",
             )
+        if recipe.train.steps is recipe.train.epochs is None:
+            recipe = recipe_from_dict(recipe.model_dump(mode="json"), {"train.epochs": 1.0})
         self._out, self._budget_s, self._max_trials, self._log = out, budget_s, max_trials, log
         self._metric, self._eval_limit = recipe.eval.metric, recipe.eval.limit
         self._space = build_search_space(recipe, space)

@@ -565,10 +565,10 @@ def _build_job_text(engine: LaunchEngine, job: LaunchJob, options: EngineOptions
             )
     if engine == "torchrun":
         return launch_job.build_torchrun_script(job)
-    first, second, *third = (given.get(name) for name in _ENGINE_OPTIONS[engine])
     if engine == "slurm":
-        return launch_job.build_slurm_script(job, launch_job.SlurmOptions(first, second, *third))
-    image = launch_job.ContainerImage.from_options(first, second)
+        directives = {name: given.get(name) for name in _ENGINE_OPTIONS[engine]}
+        return launch_job.build_slurm_script(job, directives)
+    image = launch_job.ContainerImage.from_options(given.get("image"), given.get("store"))
     if engine == "skypilot":
-        return launch_job.build_skypilot_task(job, image, *third)
+        return launch_job.build_skypilot_task(job, image, given.get("accelerator"))
     return launch_job.build_kubeflow_job(job, image)

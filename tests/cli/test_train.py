@@ -72,7 +72,7 @@ def test_search_trains_and_resumes_trials(tmp_path, cli, monkeypatch):
     recipe, out = write_recipe(tmp_path / "recipe.yaml", task, epochs=1), tmp_path / "search"
     words = ("search", recipe, "--out", out, "--trials", 2, f"output_dir={tmp_path / 'run'}")
     result = cli(*words, "--json").json
-    assert [one["state"] for one in result["trials"]][0] == "complete"
+    assert result["trials"][0]["state"] == "complete"
     assert [rung["rung"] for rung in result["trials"][0]["rungs"]] == [1, 3, 9]
     assert cli("train", out / "trials/000", "--resume", "--json").json["steps"] == 8
     assert 0 <= result["test"]["0"] <= 1

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from each_value import each
 from tiny_task import make_task, write_recipe
@@ -41,15 +42,18 @@ class SimulatedRuns:
         accuracy: Accuracy of a run by its settings; an exception kills the run.
         on_call: Called with the number of the call.
         calls: Name of the run, and fraction of the steps or `eval`, of each call.
+        devices: CUDA_VISIBLE_DEVICES of each call.
     """
 
     accuracy: Callable[[dict[str, Any]], float]
     on_call: Callable[[int], object] = lambda number: None
     calls: list[tuple[str, str]] = field(default_factory=list)
+    devices: list[str | None] = field(default_factory=list)
 
     def __call__(self, command: list[str], **options: Any) -> "SimulatedRuns":
         _, _, _, operation, target, *words = command
         self.code = 0
+        self.devices.append(options["env"].get("CUDA_VISIBLE_DEVICES"))
         given = dict(word.removeprefix("--").partition("=")[::2] for word in words)
         self.on_call(len(self.calls))
         if operation == "eval":
@@ -89,7 +93,7 @@ class SimulatedRuns:
             gold = sample.messages[-1].content[0].text  # type: ignore[union-attr]
             answer = gold if index < num_correct else "none"
             row = {"id": sample.id, "answer": answer, "gold": gold, "finish_reason": "stop"}
-            rows.append(row | dict.fromkeys(("boxes", "references", "gold_boxes"), []))
+            rows.append(row | {key: [] for key in ("boxes", "references", "gold_boxes")})
             rows[-1]["scores"] = {}
         out.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
@@ -173,6 +177,21 @@ def test_interrupted_search_continues(recipe, simulate, tmp_path):
     # The run of the signal has no score, and resumes.
     assert first.calls[7] == second.calls[0]
     assert not {*first.calls[:7]} & {*second.calls} - {("000", "eval")}
+
+
+def test_each_gpu_trains_one_trial(recipe, simulate, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,7")
+    runs = simulate(by_learning_rate, lambda number: time.sleep(0.01))
+    with pytest.raises(UserError, match="different numbers below 3"):
+        api.search(recipe, ["train.device=auto"], out=tmp_path / "search", gpus="0,3")
+    record = api.search(
+        recipe, ["train.device=auto"], out=tmp_path / "search", gpus="0,2", trials=9
+    )
+    assert {*runs.devices} == {"4", "7"}
+    assert sorted(one.number for one in record.trials) == [*range(9)]
+    assert len({*runs.calls}) == len(runs.calls), "a rung was trained twice"
+    assert "running" not in {one.state for one in record.trials}
 
 
 def test_short_budget_is_rejected_and_extended(recipe, simulate, tmp_path, monkeypatch):

@@ -151,7 +151,7 @@ def import_optuna() -> ModuleType:
         import optuna
     except ImportError as error:
         raise UserError(
-            "optuna is not installed",
+            f"{error.name} is not installed",
             where="search",
             expected="the extra search",
             remedy="pip install 'finesight[search]'",
@@ -317,7 +317,7 @@ class TrialSearch:
     ) -> None:
         if recipe.eval is None:
             raise UserError(
-                "no metric, by which trials are compared",
+                f"eval is {recipe.eval}, so trials cannot be compared",
                 where="eval.metric",
                 expected="a metric of generated answers, such as captions or json",
                 remedy="add eval.metric=NAME",
@@ -407,9 +407,9 @@ class TrialSearch:
                 for job in jobs:
                     job.result()
                 if self._stop.signal is not None:
-                    name = self._stop.signal.name
-                    text = f"stopped by {name}; repeat the command to continue the search"
-                    raise TrainingInterrupted(text)
+                    raise TrainingInterrupted(
+                        f"stopped by {self._stop.signal.name}; repeat the command to continue"
+                    )
         return self.record
 
     def _save(self) -> None:
@@ -440,8 +440,9 @@ class TrialSearch:
             report.unlink()
         if self._is_stopped:
             return None
+        reported = ": ".join(error[part] for part in ("where", "what") if error.get(part))
         unknown = f"exit code {code}, often for lack of memory; its messages are in {log}"
-        return "" if code in (0, 75) else str(error.get("what") or unknown)
+        return "" if code in (0, 75) else reported or unknown
 
     def _run_trials(self, gpu: str | None) -> None:
         while not self._is_stopped and (record := self._next_trial()) is not None:

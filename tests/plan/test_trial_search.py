@@ -142,8 +142,8 @@ def test_clearly_better_trial_is_chosen(recipe, simulate, tmp_path):
     best = load_recipe(out / "best.yaml")
     original = load_recipe(recipe)
     assert best.data == original.data
-    rate = chosen.settings["train.learning_rate.default"]
-    assert best.train.learning_rate.default == rate
+    expected_lr = chosen.settings["train.learning_rate.default"]
+    assert best.train.learning_rate.default == expected_lr
     assert f"trial {record.choice}" in (out / "report.html").read_text()
     num_calls = len(runs.calls)
     assert api.search(recipe, out=out, trials=20) == record
@@ -248,9 +248,11 @@ def test_splits_have_no_common_images(recipe, num_splits, tmp_path, monkeypatch)
         digests = []
         for name in ("train-0", "validation"):
             samples = read_samples(fold / f"{name}.jsonl")
-            images = [fold / one.messages[0].content[0].image for one in samples]  # type: ignore[union-attr]
+            parts = [one.messages[0].content[0] for one in samples]
+            images = [fold / one.image for one in parts]  # type: ignore[union-attr]
             digests.append({image.read_bytes() for image in images})
             validated += [one.id for one in samples if name == "validation"]
         assert not digests[0] & digests[1]
-    ids = [one.id for one in read_samples(settings.data.train[0].path)]  # type: ignore[arg-type]
+    source = Path(settings.data.train[0].path)
+    ids = [one.id for one in read_samples(source)]
     assert sorted(validated) == sorted(ids) if num_splits > 1 else {*validated} < {*ids}

@@ -252,12 +252,16 @@ Its default is 30.
 """
 
 
-def _render_script(template: str, job: LaunchJob, **values: object) -> str:
-    """Render a shell script; the filter `quote` quotes a value for a shell."""
+def _render_template(template: str, job: LaunchJob, **values: object) -> str:
+    """Render a job file; the filters `quote` and `yaml` quote a value for a shell and for YAML."""
     environment = Environment(
         trim_blocks=True, keep_trailing_newline=True, undefined=StrictUndefined
     )
     environment.filters["quote"] = lambda value: shlex.quote(str(value))
+    # An item of a list, since a document would have an end mark.
+    environment.filters["yaml"] = lambda value: yaml.safe_dump(
+        [value], default_flow_style=True, width=2**30
+    )[1:-2]
     text = (Path(__file__).parent / template).read_text(encoding="utf-8")
     return environment.from_string(text).render(
         job=job,
@@ -274,7 +278,7 @@ def build_torchrun_script(job: LaunchJob) -> str:
 
     With several nodes, the user sets MASTER_ADDR to the name of one node.
     """
-    return _render_script("torchrun_job.sh", job)
+    return _render_template("torchrun_job.sh", job)
 
 
 def build_slurm_script(job: LaunchJob, options: Mapping[str, str | None]) -> str:
@@ -290,7 +294,7 @@ def build_slurm_script(job: LaunchJob, options: Mapping[str, str | None]) -> str
     """
     validated = {name: validate_name(value, f"--{name}") for name, value in options.items()}
     given = {name: value for name, value in validated.items() if value is not None}
-    return _render_script("slurm_job.sh", job, options=given, warning=PREEMPTION_WARNING_S)
+    return _render_template("slurm_job.sh", job, options=given, warning=PREEMPTION_WARNING_S)
 
 
 MOUNT_PATH = "/finesight"
@@ -363,7 +367,7 @@ def build_skypilot_task(job: LaunchJob, image: ContainerImage, accelerator: str 
             remedy="for example --accelerator H100 --gpus-per-node 8",
         )
     folder = f"{MOUNT_PATH}/{folder}".rstrip("/")
-    run = _render_script("skypilot_run.sh", job, folder=folder)
+    run = _render_template("skypilot_run.sh", job, folder=folder)
     return _dump_yaml(
         {
             "name": job.name,
@@ -413,43 +417,8 @@ def build_kubeflow_job(job: LaunchJob, image: ContainerImage) -> str:
     command = (
         f"cd {MOUNT_PATH} && exec torchrun --max-restarts={MAX_RESTARTS} {job.python_arguments}"
     )
-    pod = {
-        "volumes": [{"name": "store", "persistentVolumeClaim": {"claimName": image.store}}],
-        "containers": [
-            {"name": "node", "volumeMounts": [{"name": "store", "mountPath": MOUNT_PATH}]}
-        ],
-    }
-    node = {"name": "node", "template": {"spec": {"template": {"spec": pod}}}}
-    gpus = {"nvidia.com/gpu": job.node_spec.gpus_per_node}
-    return _dump_yaml(
-        {
-            "apiVersion": "trainer.kubeflow.org/v1alpha1",
-            "kind": "TrainJob",
-            "metadata": {"name": job.name},
-            "spec": {
-                "runtimeRef": {"name": "torch-distributed"},
-                "trainer": {
-                    "image": image.name,
-                    "command": ["bash", "-c", command],
-                    "env": [
-                        {
-                            "name": "TORCH_ELASTIC_SHUTDOWN_TIMEOUT",
-                            "value": str(CHECKPOINT_TIMEOUT_S),
-                        }
-                    ],
-                    "numNodes": num_nodes,
-                    "numProcPerNode": job.node_spec.gpus_per_node,
-                    "resourcesPerNode": {"limits": gpus},
-                },
-                "runtimePatches": [
-                    {
-                        "manager": "finesight/launch",
-                        "trainingRuntimeSpec": {"template": {"spec": {"replicatedJobs": [node]}}},
-                    }
-                ],
-            },
-        }
-    )
+    values = {"image": image, "command": command, "num_nodes": num_nodes, "mount": MOUNT_PATH}
+    return _render_template("kubeflow_job.j2", job, **values)
 
 
 class _BlockTextDumper(yaml.SafeDumper):

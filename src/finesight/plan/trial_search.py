@@ -315,6 +315,8 @@ class TrialSearch:
         max_trials: int | None,
         log: Callable[[str], None],
     ) -> None:
+        if recipe.train.steps is recipe.train.epochs is None:
+            recipe = recipe_from_dict(recipe.model_dump(mode="json"), {"train.epochs": 1.0})
         if recipe.eval is None:
             raise UserError(
                 f"eval is {recipe.eval}, so trials cannot be compared",
@@ -322,8 +324,6 @@ class TrialSearch:
                 expected="a metric of generated answers, such as captions or json",
                 remedy="add eval.metric=NAME",
             )
-        if recipe.train.steps is recipe.train.epochs is None:
-            recipe = recipe_from_dict(recipe.model_dump(mode="json"), {"train.epochs": 1.0})
         self._out, self._budget_s, self._max_trials, self._log = out, budget_s, max_trials, log
         self._metric, self._eval_limit = recipe.eval.metric, recipe.eval.limit
         self._space = build_search_space(recipe, space)

@@ -17,6 +17,7 @@ from each_value import each
 from tiny_task import make_task, write_recipe
 
 from finesight import api
+from finesight.data.corpus import load_corpus
 from finesight.data.sample import read_samples
 from finesight.errors import TrainingInterrupted, UserError
 from finesight.plan import trial_search
@@ -148,6 +149,10 @@ def test_clearly_better_trial_is_chosen(recipe, simulate, tmp_path):
     num_calls = len(runs.calls)
     assert api.search(recipe, out=out, trials=20) == record
     assert len(runs.calls) == num_calls, "a complete search was continued"
+    data = Path(original.data.train[0].path)
+    data.write_text(data.read_text().replace("white", "black"))
+    with pytest.raises(UserError, match="a search with other settings, ranges or data"):
+        api.search(recipe, out=out)
 
 
 def test_recipe_is_kept_without_a_clear_difference(recipe, simulate, tmp_path):
@@ -242,7 +247,8 @@ def test_splits_have_no_common_images(recipe, num_splits, tmp_path, monkeypatch)
     if num_splits > 1:
         monkeypatch.setattr(trial_search, "MIN_SPLIT_SAMPLES", NUM_SAMPLES + 1)
     settings, folder = load_recipe(recipe), tmp_path / "data"
-    assert trial_search.write_splits(settings, folder) == num_splits
+    corpus = load_corpus(settings.data.train)
+    assert trial_search.write_splits(settings, corpus, folder) == num_splits
     validated = []
     for fold in sorted(folder.glob("fold-*")):
         digests = []

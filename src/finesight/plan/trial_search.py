@@ -27,10 +27,10 @@ from pydantic import BaseModel, ValidationError
 
 from finesight.bounded_files import read_bytes
 from finesight.config import CoercedFloat, Recipe, SettingsSection
-from finesight.data.corpus import load_corpus
+from finesight.data.corpus import Corpus, load_corpus
 from finesight.data.image_resolver import hash_images
 from finesight.data.importer import group_rows, split_by_image
-from finesight.data.sample import LocatedSample, list_media_paths, write_samples
+from finesight.data.sample import list_media_paths, write_samples
 from finesight.errors import TrainingInterrupted, UserError, format_count
 from finesight.evaluate.eval_case import EvalCase
 from finesight.evaluate.metric_difference import MetricDifference, compare_cases, read_predictions
@@ -98,6 +98,7 @@ class SearchRecord(BaseModel):
     """Content of `search.json`: the searched recipe, its trials, and the choice.
 
     Attributes:
+        data: Digest of the training data.
         space: Distributions of the searched settings, as text.
         num_folds: Number of runs of a trial, 1 without cross-validation.
         seconds: Seconds of all searches in the folder so far.
@@ -107,6 +108,7 @@ class SearchRecord(BaseModel):
     """
 
     recipe: dict[str, Any]
+    data: str
     space: dict[str, str]
     metric: str
     num_folds: int = 1
@@ -133,7 +135,8 @@ class SearchRecord(BaseModel):
                 score, progress = f"{last.score:.4f}", f"{last.rung}/{RUNGS[-1]}"
                 interval = "{:.4f} to {:.4f}".format(*last.interval) if last.interval else ""
             texts = progress, f"{sum(rung.seconds for rung in one.rungs):.0f}", score, interval
-            rows.append((str(one.number), one.state, *texts, format_settings(one.settings)))
+            settings = "; ".join(filter(None, (format_settings(one.settings), one.error)))
+            rows.append((str(one.number), one.state, *texts, settings))
         return rows
 
 
@@ -238,7 +241,7 @@ def find_setting(content: Any, name: str) -> Any:
     return content
 
 
-def write_splits(recipe: Recipe, folder: Path) -> int:
+def write_splits(recipe: Recipe, corpus: Corpus, folder: Path) -> int:
     """Write training and validation splits of the training data without shared images.
 
     Each split has the files `validation.jsonl` and, for each source, `train-INDEX.jsonl`. Small
@@ -247,12 +250,18 @@ def write_splits(recipe: Recipe, folder: Path) -> int:
     Returns:
         The number of splits.
     """
-    corpus = load_corpus(recipe.data.train)
     num_splits = 1 if len(corpus) >= MIN_SPLIT_SAMPLES else NUM_FOLDS
     if folder.exists():
         return num_splits
     samples = corpus.read_samples()
-    paths = [_list_paths(one) for one in samples]
+    paths = [
+        [
+            one.resolve_path(name)
+            for part in one.sample.iter_parts()
+            for name in list_media_paths(part)
+        ]
+        for one in samples
+    ]
     # Images in tar and Parquet files are compared by name.
     hashes = hash_images(path for several in paths for path in several if path.is_file())
     keys = [frozenset(hashes.get(path, str(path)) for path in several) for several in paths]
@@ -286,11 +295,6 @@ def write_splits(recipe: Recipe, folder: Path) -> int:
             test = load_corpus(recipe.data.eval).read_samples()
             write_samples(staging / "test.jsonl", (relocate_sample(one, folder) for one in test))
     return num_splits
-
-
-def _list_paths(located: LocatedSample) -> list[Path]:
-    parts = located.sample.iter_parts()
-    return [located.resolve_path(name) for part in parts for name in list_media_paths(part)]
 
 
 class TrialSearch:
@@ -327,10 +331,16 @@ class TrialSearch:
         self._out, self._budget_s, self._max_trials, self._log = out, budget_s, max_trials, log
         self._metric, self._eval_limit = recipe.eval.metric, recipe.eval.limit
         self._space = build_search_space(recipe, space)
-        described = {name: str(one) for name, one in self._space.items()}
-        content = recipe.model_dump(mode="json")
-        self.record = self._load_record(content, described)
-        self.record.num_folds = write_splits(recipe, out / "data")
+        corpus = load_corpus(recipe.data.train)
+        self.record = self._load_record(
+            SearchRecord(
+                recipe=recipe.model_dump(mode="json"),
+                data=corpus.fingerprint,
+                space={name: str(one) for name, one in self._space.items()},
+                metric=self._metric,
+            )
+        )
+        self.record.num_folds = write_splits(recipe, corpus, out / "data")
         self._lock, self._stop = threading.RLock(), StopRequest()
         self._processes: list[subprocess.Popen[bytes]] = []
         self._is_stopped = False
@@ -338,19 +348,24 @@ class TrialSearch:
         self._study, self._trials = self._build_study(recipe.train.seed)
         self._waiting = [one for one in self.record.trials if one.state == "running"]
 
-    def _load_record(self, recipe: dict[str, Any], space: dict[str, str]) -> SearchRecord:
+    def _load_record(self, new: SearchRecord) -> SearchRecord:
+        """Return the record of an earlier search in the folder, or the new one without any.
+
+        Raises UserError for a search with another recipe or other data.
+        """
         file = self._out / RECORD_FILE
         if not file.is_file():
-            return SearchRecord(recipe=recipe, space=space, metric=self._metric)
+            return new
         expected, remedy = "the search of this recipe", "choose another folder with --out"
         try:
             record = SearchRecord.model_validate_json(read_bytes(file, expected=expected))
-            problem = "a search with other settings or ranges"
+            problem = "a search with other settings, ranges or data"
         except ValidationError as error:
             record, problem = None, f"not a record of a search: {error.errors()[0]['msg']}"
-        if record is None or (record.recipe, record.space) != (recipe, space):
-            raise UserError(problem, where=str(file), expected=expected, remedy=remedy)
-        return record
+        names = ("recipe", "data", "space")
+        if record and record.model_dump(include={*names}) == new.model_dump(include={*names}):
+            return record
+        raise UserError(f"contains {problem}", where=str(file), expected=expected, remedy=remedy)
 
     def _build_study(self, seed: int) -> tuple[Study, dict[int, Trial]]:
         """Create the study, and report the recorded trials to it in their order."""
@@ -478,7 +493,7 @@ class TrialSearch:
         ranked = self._rank_complete()
         later = [one for one in trials[ranked[0].number + 1 :] if one.rungs] if ranked else []
         if len(ranked) > 1 and len(later) >= PATIENCE:
-            difference = self._compare(ranked[1], ranked[0])
+            difference = self._compare(*map(self._read_cases, (ranked[1], ranked[0])))
             if difference.verdict != "better":
                 return f"no clear difference of the best two trials: {difference.describe()}"
         return ""
@@ -593,11 +608,8 @@ class TrialSearch:
                 remedy="correct the recipe or its section search, and choose another --out",
             )
 
-    def _compare(self, before: TrialRecord, after: TrialRecord) -> MetricDifference:
-        """Compare the primary metric of two complete trials."""
-        return self._compare_cases(self._read_cases(before), self._read_cases(after))
-
-    def _compare_cases(self, before: list[EvalCase], after: list[EvalCase]) -> MetricDifference:
+    def _compare(self, before: list[EvalCase], after: list[EvalCase]) -> MetricDifference:
+        """Compare the primary metric of two sets of answers to the same samples."""
         differences = {one.name: one for one in compare_cases(self._metric, before, after)}
         scores = {name: one.after for name, one in differences.items()}
         return differences[get_primary_metric(self._metric, scores)]
@@ -610,7 +622,7 @@ class TrialSearch:
         record, default, best = self.record, self.record.trials[0], self._rank_complete()[0]
         choice, reasons = default, [*record.reasons, "no trial has a higher score than the recipe"]
         if best is not default:
-            difference = self._compare(default, best)
+            difference = self._compare(*map(self._read_cases, (default, best)))
             choice = best if difference.verdict == "better" else default
             reasons[-1] = f"the recipe and trial {best.number}: {difference.describe()}"
         reasons.append(f"chosen: trial {choice.number}, {format_settings(choice.settings)}")
@@ -629,7 +641,7 @@ class TrialSearch:
             name, record.test[one.number], _ = self._summarize(cases[-1])
             reasons.append(f"trial {one.number} on data.eval: {name} {record.test[one.number]:.4f}")
         if len(cases) == 2:
-            reasons.append(f"both on data.eval: {self._compare_cases(*cases).describe()}")
+            reasons.append(f"both on data.eval: {self._compare(*cases).describe()}")
         content = record.recipe | {"output_dir": str(self._out / "best")}
         best_recipe = dump_recipe(recipe_from_dict(content, choice.settings))
         write_file(self._out / BEST_FILE, best_recipe.encode())

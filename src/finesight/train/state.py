@@ -69,14 +69,10 @@ class RungReached(TrainingInterrupted):
 
 
 class StopRequest:
-    """Request to stop the run gracefully, set by a signal.
+    """Request to stop the run gracefully, set by a signal, or `after` a part of its steps."""
 
-    Args:
-        after: Number or fraction of the steps after which the run is evaluated and stops.
-    """
-
-    def __init__(self, after: StepsOrFraction | None = None) -> None:
-        self.after = after
+    def __init__(self) -> None:
+        self.after: StepsOrFraction | None = None
         self.signal: signal.Signals | None = None
         """Received signal, possibly of another rank."""
         self._has_arrived = False

@@ -33,7 +33,7 @@ from finesight import api
 from finesight.data.sample import BoxPart, ImagePart, Message, Sample, TextPart, write_samples
 from finesight.evaluate.metric_difference import compare_cases, read_predictions
 from finesight.evaluate.task_metrics import get_primary_metric
-from finesight.plan import trial_search
+from finesight.launch import trial_search
 from finesight.train.logging import get_device_name
 from finesight.train.setup import library_versions
 

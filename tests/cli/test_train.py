@@ -19,7 +19,8 @@ from tiny_task import make_task, read_final_files, read_losses, write_recipe
 
 from finesight import storage
 from finesight.hub import repository
-from finesight.plan import run_plan, step_time, trial_search
+from finesight.launch import trial_search
+from finesight.plan import run_plan, step_time
 from finesight.train import setup
 
 __all__ = ["cache"]

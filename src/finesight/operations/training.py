@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from finesight.convert.external_config import ConversionNote
     from finesight.convert.recipe_converter import ConvertedRecipe
     from finesight.launch.launch_job import LaunchJob
+    from finesight.launch.trial_search import SearchRecord
     from finesight.plan.run_plan import RunPlan
-    from finesight.plan.trial_search import SearchRecord
     from finesight.recipe import Overrides
     from finesight.report.run_reader import RunRecord
     from finesight.train.finalize import RunResult
@@ -408,7 +408,7 @@ def search(
     """
     from finesight.evaluate.custom_metric import check_recipe_metric
     from finesight.evaluate.metric_difference import align_columns
-    from finesight.plan import trial_search
+    from finesight.launch import trial_search
     from finesight.recipe import SEARCH_SECTION, load_recipe, parse_recipe, read_recipe_text
 
     file, budget_s, log = Path(recipe), parse_duration(budget), ProgressConsole().log

@@ -20,7 +20,7 @@ from finesight import api
 from finesight.data.corpus import load_corpus
 from finesight.data.sample import read_samples
 from finesight.errors import TrainingInterrupted, UserError
-from finesight.plan import trial_search
+from finesight.launch import trial_search
 from finesight.recipe import load_recipe
 
 NUM_SAMPLES = 60

@@ -59,12 +59,14 @@ def test_json_result(recipe, tmp_path, cli):
 def test_run_that_stops_after_some_steps_equals_uninterrupted_run(recipe, tmp_path, cli):
     cli("train", recipe, f"output_dir={tmp_path / 'whole'}")
     words = ("train", recipe, f"output_dir={tmp_path / 'run'}", "--resume")
-    for steps, expected in ((0.3, 2), (4, 4)):
+    for steps, expected in ((0.3, 2), (4, 4), (2, 4)):
         assert f"step {expected} is reached" in cli(*words, f"--stop-after={steps}", code=75).err
         assert [step for step, _ in read_losses(tmp_path / "run")][-1] == expected
     cli(*words)
     assert read_losses(tmp_path / "run") == read_losses(tmp_path / "whole")
     assert read_final_files(tmp_path / "run") == read_final_files(tmp_path / "whole")
+    without = ("data.eval=[]", f"output_dir={tmp_path / 'other'}", "--stop-after=1")
+    assert "step 1 is reached" in cli("train", recipe, *without, code=75).err
 
 
 def test_search_trains_and_resumes_trials(tmp_path, cli, monkeypatch):

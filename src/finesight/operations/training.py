@@ -184,8 +184,8 @@ def train(
         recipe: Recipe: YAML file of settings; or the folder of a run, for its recipe.yaml.
         resume: Continue the run in output_dir from its newest checkpoint, or start it if there is
             none. Repeat the same recipe and overrides, or give the run folder.
-        stop_after: Evaluate the model and stop after this number of steps, or fraction of all steps
-            below 1, with a checkpoint and exit code 75. Default: train all steps.
+        stop_after: Evaluate the model and stop after this number of steps or a multiple of it, with
+            a checkpoint and exit code 75. Below 1: fraction of all steps. Default: all steps.
     """
     from finesight.evaluate.custom_metric import check_recipe_metric
     from finesight.train.run_dir import read_example

@@ -64,10 +64,6 @@ RESPONSES: Mapping[str | None, Responses] = {
 """Samples whose answers are responses to a prompt, by `train.objective`."""
 
 
-class RungReached(TrainingInterrupted):
-    """Raised after the evaluation and checkpoint of the last step of a partial run."""
-
-
 class StopRequest:
     """Request to stop the run gracefully, set by a signal, or `after` a part of its steps."""
 

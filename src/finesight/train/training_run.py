@@ -34,14 +34,11 @@ from finesight.train.trainer import Trainer
 from finesight.train.vision_cache_builder import VisionFeatures
 
 
-def check_disk_space(state: TrainState, num_existing: int) -> None:
+def check_disk_space(state: TrainState) -> None:
     """Verify that the disk has space for the checkpoints and trained weights of a run.
 
     The estimate includes the retained checkpoints, the best checkpoint and one that is being
-    written.
-
-    Args:
-        num_existing: Number of checkpoints that are already on disk, which need no more space.
+    written. Checkpoints that are already on disk need no more space.
 
     Raises:
         UserError: There is not enough free space.
@@ -51,7 +48,7 @@ def check_disk_space(state: TrainState, num_existing: int) -> None:
     interval = resolve_save_interval(recipe.train, total_steps)
     num_remaining = 1 + ((total_steps - state.progress.step) // interval if interval else 0)
     max_kept = min(recipe.train.keep_checkpoints + 2, num_remaining + 1 if interval else 1)
-    num_new = max(1, max_kept - num_existing)
+    num_new = max(1, max_kept - len(state.run.checkpoint_manager.steps()))
     num_trainable = state.engine.parallel.num_trainable_params
     weight_bytes = 4 * num_trainable if recipe.tune.has_mode("lora") else 0
     if recipe.tune.has_mode("full"):
@@ -185,7 +182,7 @@ def train(
         )
         state.run.stop.after = stop_after
         if is_main:
-            check_disk_space(state, len(state.run.checkpoint_manager.steps()))
+            check_disk_space(state)
         if is_main and not is_resumed:
             stack.enter_context(run_dir.lock())
             # Another process may have started meanwhile.

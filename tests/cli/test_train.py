@@ -83,7 +83,7 @@ def test_search_trains_and_resumes_trials(tmp_path, cli, monkeypatch):
     text = cli(*words).text
     assert "trial  state" in text
     assert f"next: finesight train {out}/best.yaml" in text
-    assert "other settings or ranges" in cli(*words, "train.epochs=2", code=2).err
+    assert "other settings, ranges or data" in cli(*words, "train.epochs=2", code=2).err
 
 
 def test_finished_run_is_pushed(recipe, tmp_path, cache, cli, monkeypatch):

@@ -26,7 +26,8 @@ __all__ = [
     "IGNORE_INDEX", "Encoding", "Model", "TrainingInterrupted", "UserError", "build_question",
     "check_data", "compare", "convert", "convert_boxes", "doctor", "download", "draw_boxes",
     "evaluate", "export", "export_data", "import_data", "init", "launch", "load_model", "merge",
-    "pairs", "plan", "predict", "quickstart", "read_samples", "report", "sample", "show", "train",
+    "pairs", "plan", "predict", "quickstart", "read_samples", "report", "sample", "search", "show",
+    "train",
 ]  # fmt: skip
 
 init = as_function(initialize.init)
@@ -45,6 +46,7 @@ report = as_function(evaluation.report)
 compare = as_function(evaluation.compare)
 doctor = as_function(evaluation.doctor)
 train = as_function(training.train)
+search = as_function(training.search)
 launch = as_function(training.launch)
 convert = as_function(training.convert)
 quickstart = as_function(initialize.quickstart)

@@ -35,6 +35,9 @@ MAX_VALUES = 20_000
 
 _DATA_SUFFIXES = (".jsonl", ".csv", ".tsv", ".xlsx", ".parquet", ".tar", ".zip")
 
+SEARCH_SECTION = "search"
+"""Section of a recipe with the ranges of a search, which is no setting of a run."""
+
 SettingKey = tuple[str | int, ...]
 
 
@@ -281,6 +284,7 @@ def _validate_recipe(
     for override, name, value in assignments:
         key = _apply_override(content, name, deepcopy(value), override, overridden)
         overridden[key] = override
+    content.pop(SEARCH_SECTION, None)
     try:
         return Recipe.model_validate(content)
     except ValidationError as error:

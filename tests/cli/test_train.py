@@ -19,6 +19,7 @@ from tiny_task import make_task, read_final_files, read_losses, write_recipe
 
 from finesight import storage
 from finesight.hub import repository
+from finesight.launch import trial_search
 from finesight.plan import run_plan, step_time
 from finesight.train import setup
 
@@ -53,6 +54,36 @@ def test_json_result(recipe, tmp_path, cli):
     umask = os.umask(0)
     os.umask(umask)
     assert modes <= {0o666 & ~umask, 0o777 & ~umask}
+
+
+def test_run_that_stops_after_some_steps_equals_uninterrupted_run(recipe, tmp_path, cli):
+    cli("train", recipe, f"output_dir={tmp_path / 'whole'}")
+    words = ("train", recipe, f"output_dir={tmp_path / 'run'}", "--resume")
+    for steps, expected in ((0.3, 2), (4, 4), (2, 4)):
+        assert f"step {expected} is reached" in cli(*words, f"--stop-after={steps}", code=75).err
+        assert [step for step, _ in read_losses(tmp_path / "run")][-1] == expected
+    cli(*words)
+    assert read_losses(tmp_path / "run") == read_losses(tmp_path / "whole")
+    assert read_final_files(tmp_path / "run") == read_final_files(tmp_path / "whole")
+    without = ("data.eval=[]", f"output_dir={tmp_path / 'other'}", "--stop-after=1")
+    assert "step 1 is reached" in cli("train", recipe, *without, code=75).err
+
+
+def test_search_trains_and_resumes_trials(tmp_path, cli, monkeypatch):
+    """Train the recipe itself to all rungs. Takes long: each rung is a process with torch."""
+    monkeypatch.setattr(trial_search, "MIN_SPLIT_SAMPLES", 40)
+    task = make_task(tmp_path / "task", 40) | {"eval": {"metric": "classification"}}
+    recipe, out = write_recipe(tmp_path / "recipe.yaml", task, epochs=1), tmp_path / "search"
+    words = ("search", recipe, "--out", out, "--trials", 1, f"output_dir={tmp_path / 'run'}")
+    result = cli(*words, "--json").json
+    assert result["trials"][0]["state"] == "complete"
+    assert [rung["rung"] for rung in result["trials"][0]["rungs"]] == [1, 3, 9]
+    assert cli("train", out / "trials/000", "--resume", "--json").json["steps"] == 8
+    assert 0 <= result["test"]["0"] <= 1
+    text = cli(*words).text
+    assert "trial  state" in text
+    assert f"next: finesight train {out}/best.yaml" in text
+    assert "other settings, ranges or data" in cli(*words, "train.epochs=2", code=2).err
 
 
 def test_finished_run_is_pushed(recipe, tmp_path, cache, cli, monkeypatch):

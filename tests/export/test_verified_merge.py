@@ -300,7 +300,7 @@ def test_folder_with_other_settings_is_rejected(
 
 @pytest.mark.parametrize("precision", ["auto", "bf16"])
 def test_low_memory_uses_the_weight_dtype(run_template, tmp_path, monkeypatch, precision):
-    monkeypatch.setattr(verified_merge, "_get_available_memory", lambda: 1e9)
+    monkeypatch.setattr(verified_merge, "available_memory", lambda: 1e9)
     parity = run_template.merge(tmp_path / "merged", precision=precision).parity
     assert (parity.compute_precision, parity.rounding_change) == ("bf16", None)
     assert parity.merge_change <= 0.1

@@ -16,7 +16,6 @@ from finesight.errors import UserError
 from finesight.launch.launch_job import (
     LaunchJob,
     NodeSpec,
-    SlurmOptions,
     build_slurm_script,
     build_torchrun_script,
 )
@@ -33,8 +32,8 @@ def build_script(name: str, folder: Path, python: str = sys.executable) -> str:
     job = LaunchJob("run", recipe, overrides, folder / "run", folder, machines, python)
     if name.startswith("torchrun"):
         return build_torchrun_script(job)
-    full = SlurmOptions("gpu,long", "me", "1-12:00:00")
-    return build_slurm_script(job, full if name.endswith("of many") else SlurmOptions())
+    full = {"partition": "gpu,long", "account": "me", "time": "1-12:00:00"}
+    return build_slurm_script(job, full if name.endswith("of many") else {})
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
@@ -89,9 +88,9 @@ def test_slurm_directives(tmp_path: Path) -> None:
 
 
 @each("value", ["a b", "a\n#SBATCH --uid=0", "", "$(id)", "-x", "a'"])
-def test_invalid_directive_values_are_rejected(value: str) -> None:
+def test_invalid_directive_values_are_rejected(value: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is not a name") as caught:
-        SlurmOptions(partition=value).format_directives()
+        build_slurm_script(make_job(TinyTask(tmp_path), "run", 1, 1), {"partition": value})
     assert caught.value.where == "--partition"
 
 
@@ -102,7 +101,7 @@ def test_slurm_warning_requeues_and_run_completes(tmp_path: Path) -> None:
     Takes long: each of the two jobs starts torchrun, and ranks that import torch.
     """
     task = TinyTask(tmp_path / "task")
-    text = build_slurm_script(make_job(task, "run", 2, epochs=20), SlurmOptions())
+    text = build_slurm_script(make_job(task, "run", 2, epochs=20), {})
     folder, result = task.folder / "run", tmp_path / "slurm" / "told"
     process = run_job_script(tmp_path, text, 2)
     wait_for_steps(folder, 4, process)

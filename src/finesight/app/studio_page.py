@@ -61,7 +61,10 @@ Name = Annotated[str, Field(max_length=64)]
 
 API_KEY_FILE = "api-key"
 
-OPERATIONS_OF_ACTIONS = {"chat": "web", "serve": "serve", "evaluate": "eval", "merge": "merge"}
+OPERATIONS_OF_ACTIONS = {
+    **{"chat": "web", "serve": "serve", "evaluate": "eval", "merge": "merge"},
+    "search": "search",
+}
 """Operation of the actions that start one. The action `start` has that of the step."""
 
 DELETE_FOLDERS = {"data": "data", "recipe": "recipes"}

@@ -116,6 +116,10 @@ FORMS: dict[str, Mapping[str, FormField | None]] = {
     },
     "editor": {"text": FormField("Selected recipe", lines=12)},
     "train": dict.fromkeys(("resume", "trust_metric")),
+    "search": {
+        "budget": FormField("Time of the search"),
+        **dict.fromkeys(("out", "trust_metric", "language")),
+    },
     "eval": {"trust_metric": None},
     "web": {"adapter": FormField("Compare with another run", default="none")},
     "serve": {"adapter": FormField("Serve another run of the model, too", default="none")},
@@ -130,7 +134,7 @@ FORMS_OF_STEPS = {
     "label": ("label",),
     "check": ("check",),
     "plan": ("plan", "recipe", "editor"),
-    "train": ("train",),
+    "train": ("train", "search"),
     "results": ("eval",),
     "chat": ("web",),
     "export": ("serve", "merge", "export"),
@@ -412,7 +416,7 @@ class StudioView:
             against = [as_argument(dataset.eval_file)] if dataset.eval_file else []
             page = {"html": str(dataset.check_page), "language": state.selection.lang}
             return {"sources": [as_argument(dataset.train_file)], "against": against, **page}
-        if operation in ("plan", "train"):
+        if operation in ("plan", "train", "search"):
             if recipe is None:
                 raise build_missing_error("recipe")
             # Training resumes the run of the recipe, or starts it.

@@ -149,6 +149,12 @@ class MetricDifference:
     note: str = ""
     num_samples: int = 0
 
+    def describe(self) -> str:
+        """Describe both scores, the interval of the difference and the verdict in words."""
+        interval = "" if self.low is None else f" ({self.low:+.4f} to {self.high:+.4f})"
+        change = f"{self.before:.4f} and {self.after:.4f}{interval}"
+        return f"{self.name} {change}, {self.verdict}"
+
 
 def count_correct(metric: str, score: float, num_samples: int) -> int | None:
     """Return the number of correct answers of a score; None for a score of another kind."""

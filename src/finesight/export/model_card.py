@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from jinja2 import Environment, StrictUndefined
 
 from finesight import __version__
 from finesight.bounded_files import load_yaml, read_bytes, read_json_object
@@ -67,19 +68,24 @@ class VerifiedMerge:
 
 def write_model_card(folder: Path, info: VerifiedMerge) -> None:
     """Write the model card of a merged folder, which already contains all other files."""
-    run_record = _read_run_record(info.source)
-    blocks = [
-        _format_front_matter(info.model_source, "transformers"),
-        f"# {info.folder.name}",
-        _format_summary(info, run_record),
-        *_format_prompts(run_record),
-        *_format_scores(run_record),
-        *_format_recipe(run_record),
-        _format_parity(info),
-        _format_serving(ModelFolder(folder), info),
-        _format_license(info.model_source.folder, folder),
-    ]
-    (folder / MODEL_CARD_FILE).write_text("\n\n".join(blocks) + "\n", encoding="utf-8")
+    name = {"run_or_model": info.folder.name}
+    steps = [Step("predict", name | {"images": ["IMAGE"], "prompt": "TEXT"})]
+    steps += [Step(operation, name) for operation in ("chat", "web", "serve")]
+    merged, serving = ModelFolder(folder), None
+    if merged.family in HF_ARCHITECTURES:
+        settings = get_prompt_settings(info.model_source.manifest)
+        serving = format_serving_commands(merged, info.folder.name, info.folder.name, *settings)
+    card = _render_card(
+        info.model_source,
+        info.source,
+        folder,
+        title=info.folder.name,
+        commands=[*map(str, steps)],
+        serving=serving,
+        merge=info,
+        dropped_sampling=json.dumps(info.dropped_sampling),
+    )
+    (folder / MODEL_CARD_FILE).write_text(card, encoding="utf-8")
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,32 +124,59 @@ def collect_uploads(model_source: ModelSource, source: str) -> Iterator[dict[str
 
 
 def _render_adapter_card(model_source: ModelSource, source: Path) -> str:
-    run_record = _read_run_record(source)
     title, base = get_model_name(str(source.resolve())), _get_base_name(model_source)
-    summary = [
-        f"LoRA adapter of {base} (family {model_source.folder.family}), trained with finesight"
-        f" {__version__}.",
-        *_format_training(model_source, run_record),
-    ]
-    if model_source.quantization_summary:
-        summary.append(f"Training used {model_source.quantization_summary} weights of the base.")
-    question = {"run_or_model": title, "images": ["IMAGE"], "prompt": "TEXT"}
-    usage = (
-        f"{Step('download', {'source': 'OWNER/NAME', 'to': title})}\n"
-        f"{Step('predict', question)}\n"
-        f"{Step('merge', {'source': title, 'out': 'merged', 'base': base})}"
+    steps = (
+        Step("download", {"source": "OWNER/NAME", "to": title}),
+        Step("predict", {"run_or_model": title, "images": ["IMAGE"], "prompt": "TEXT"}),
+        Step("merge", {"source": title, "out": "merged", "base": base}),
     )
-    blocks = [
-        _format_front_matter(model_source, "peft"),
-        f"# {title}",
-        " ".join(summary),
-        *_format_prompts(run_record),
-        *_format_scores(run_record),
-        *_format_recipe(run_record),
-        f"## Usage\n\n```sh\n{usage}\n```\n\nPEFT loads it with PeftModel.from_pretrained.",
-        _format_license(model_source.folder, source),
-    ]
-    return "\n\n".join(blocks) + "\n"
+    commands = [*map(str, steps)]
+    return _render_card(model_source, source, source, title=title, commands=commands, merge=None)
+
+
+def _render_card(
+    model_source: ModelSource, source: Path, license_folder: Path, **values: object
+) -> str:
+    """Render the template `model_card.md` for a merged model or, without `merge`, an adapter.
+
+    Args:
+        source: Run, adapter or model of the weights.
+        license_folder: Folder with the license files.
+    """
+    run_record, manifest = _read_run_record(source), model_source.manifest
+    result = (run_record.result if run_record else None) or {}
+    starts = run_record.starts if run_record else []
+    data = (starts[-1].get("data") if starts else None) or {}
+    license_name = _read_front_matter(model_source.folder.path).get("license")
+    license_name = license_name if isinstance(license_name, str) else None
+    names = (path.name for path in license_folder.iterdir())
+    environment = Environment(
+        trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, undefined=StrictUndefined
+    )
+    template = (Path(__file__).parent / "model_card.md").read_text(encoding="utf-8")
+    return environment.from_string(template).render(
+        metadata=_format_metadata(model_source, "transformers" if values["merge"] else "peft"),
+        base=_get_base_name(model_source),
+        family=model_source.folder.family,
+        version=__version__,
+        manifest=manifest,
+        trained_parts=[f"{k} ({v})" for k, v in manifest.tune if v in ("lora", "full")]
+        if manifest
+        else [],
+        num_train=(data.get("train") or {}).get("num_samples"),
+        num_eval=(data.get("eval") or {}).get("num_samples"),
+        steps=result.get("steps"),
+        quantization=model_source.quantization_summary,
+        has_adapter=model_source.adapter is not None,
+        prompts=_list_prompts(run_record),
+        max_prompts=MAX_SHOWN_PROMPTS,
+        scores=_list_scores(result),
+        notes=_list_notes(result),
+        recipe=_format_recipe(run_record),
+        license=license_name,
+        license_files=sorted(name for name in names if name.startswith(("LICENSE", "NOTICE"))),
+        **values,
+    )
 
 
 def _read_run_record(source: Path) -> RunRecord | None:
@@ -169,7 +202,7 @@ def _get_base_name(model_source: ModelSource) -> str:
     )
 
 
-def _format_front_matter(model_source: ModelSource, library: str) -> str:
+def _format_metadata(model_source: ModelSource, library: str) -> str:
     base_name = _get_base_name(model_source)
     metadata: dict[str, Any] = {
         "library_name": library,
@@ -181,105 +214,34 @@ def _format_front_matter(model_source: ModelSource, library: str) -> str:
         metadata["license"] = license_name
     if base_name != TINY_MODEL and parse_model_address(base_name) is not None:
         metadata["base_model"] = base_name
-    return f"---\n{yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True)}---"
+    return yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True)
 
 
-def _format_summary(info: VerifiedMerge, run_record: RunRecord | None) -> str:
-    parity = info.parity
-    sentences = [
-        f"{_get_base_name(info.model_source)} (family {info.model_source.folder.family}),"
-        f" fine-tuned with finesight {__version__}; weights in {info.precision}.",
-        *_format_training(info.model_source, run_record),
-    ]
-    if info.model_source.quantization_summary:
-        sentences.append(
-            (
-                f"The run used the weights of {info.model_source.quantization_summary}; this"
-                " folder contains them unquantized."
-            )
-            + (
-                ""
-                if parity.quantized_comparison
-                else " The difference of completions was not measured."
-            )
-        )
-    if info.dequantized_layers:
-        sentences.append(
-            f"{info.dequantized_layers} layers were dequantized from 4 bits; their values"
-            " are unchanged."
-        )
-    if info.dropped_sampling:
-        sentences.append(
-            "Completions are greedy, as in the evaluation; these settings of the base's"
-            f" generation_config.json were removed: {json.dumps(info.dropped_sampling)}."
-        )
-    return " ".join(sentences)
+def _list_prompts(run_record: RunRecord | None) -> list[str]:
+    """Return the prompts of the validation samples, with which users should ask; frequent first."""
+    files = run_record.predictions_files[-1:] if run_record else []
+    prompts = [line.get("prompt") for path in files for line in read_json_lines(path)]
+    texts = [prompt for prompt in prompts if isinstance(prompt, str) and prompt.strip()]
+    return [prompt for prompt, _ in Counter(texts).most_common()]
 
 
-def _format_training(model_source: ModelSource, run_record: RunRecord | None) -> list[str]:
-    manifest, sentences = model_source.manifest, []
-    if manifest is not None:
-        tuned_parts = {name: mode for name, mode in manifest.tune if mode in ("lora", "full")}
-        sentences.append(
-            "Trained: " + ", ".join(f"{name} ({mode})" for name, mode in tuned_parts.items()) + "."
-        )
-        sentences.append(f"The fingerprint of the base is {manifest.base_fingerprint}.")
-    if run_record is None:
-        return sentences
-    data = (run_record.starts[-1].get("data") if run_record.starts else None) or {}
-    counts = {name: data[name].get("num_samples") for name in ("train", "eval") if data.get(name)}
-    if counts.get("train"):
-        validation_note = f", {counts['eval']:,} validation samples" if counts.get("eval") else ""
-        sentences.append(f"Data: {counts['train']:,} training samples{validation_note}.")
-    result = run_record.result or {}
-    if result.get("steps"):
-        sentences.append(f"{result['steps']:,} steps.")
-    return sentences
-
-
-def _format_prompts(run_record: RunRecord | None) -> list[str]:
-    """Return the section with the most frequent prompts of the validation samples.
-
-    Users need these prompts because the model was trained with them.
-    """
-    prompt_counts: Counter[str] = Counter()
-    for path in (run_record.predictions_files if run_record else [])[-1:]:
-        for line in read_json_lines(path):
-            prompt = line.get("prompt")
-            if isinstance(prompt, str) and prompt.strip():
-                prompt_counts[prompt] += 1
-    if not prompt_counts:
-        return []
-    shortened = (
-        prompt_text[:300].replace("\n", "\n> ")
-        for prompt_text, _ in prompt_counts.most_common(MAX_SHOWN_PROMPTS)
-    )
-    quotes = "\n".join(f"> {prompt_text}\n" for prompt_text in shortened)
-    num_more = len(prompt_counts) - MAX_SHOWN_PROMPTS
-    more_note = f"\nAnd {num_more:,} similar ones." if num_more > 0 else ""
-    return ["## Prompts", f"Prompts of the validation samples:\n\n{quotes}{more_note}".strip()]
-
-
-def _format_scores(run_record: RunRecord | None) -> list[str]:
-    result = (run_record.result if run_record else None) or {}
+def _list_scores(result: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """Return the name, value before and after training, and interval of each score."""
     before, after = result.get("before") or {}, result.get("after") or {}
-    scores = {"before": before.get("scores") or {}, "after": after.get("scores") or {}}
-    intervals = after.get("intervals") or {}
+    scores, intervals = before.get("scores") or {}, after.get("intervals") or {}
     rows = [
-        f"| {name} | {_format_number(scores['before'].get(name))} | {_format_number(value)} |"
-        f" {_format_interval(intervals.get(name))} |"
-        for name, value in scores["after"].items()
+        (name, scores.get(name), value, intervals.get(name))
+        for name, value in (after.get("scores") or {}).items()
     ]
-    losses = (before.get("validation_loss"), after.get("validation_loss"))
-    if losses[1] is not None:
-        rows.append(
-            f"| validation_loss | {_format_number(losses[0])} | {_format_number(losses[1])} | - |"
-        )
-    if not rows:
-        return []
-    header = "| validation samples | before | after | 95 % interval |\n| --- | --- | --- | --- |"
-    notes = note_lines((name, get_note(after, name)) for name in scores["after"])
-    return ["## Evaluation", "\n".join([header, *rows]), *notes]
+    if after.get("validation_loss") is not None:
+        name = "validation_loss"
+        rows.append((name, before.get(name), after[name], None))
+    return [(n, _format_number(x), _format_number(y), _format_interval(z)) for n, x, y, z in rows]
+
+
+def _list_notes(result: Mapping[str, Any]) -> list[str]:
+    after = result.get("after") or {}
+    return note_lines((name, get_note(after, name)) for name in after.get("scores") or {})
 
 
 def _format_interval(bounds: object) -> str:
@@ -292,16 +254,12 @@ def _format_number(value: object) -> str:
     return f"{value:.4f}" if isinstance(value, int | float) else "-"
 
 
-def _format_recipe(run_record: RunRecord | None) -> list[str]:
-    if run_record is None or not run_record.recipe:
-        return []
-    public_settings = {
-        key: _strip_paths(value, key)
-        for key, value in run_record.recipe.items()
-        if key not in _PRIVATE_SECTIONS
+def _format_recipe(run_record: RunRecord | None) -> str:
+    recipe = run_record.recipe if run_record else {}
+    public = {
+        k: _strip_paths(value, k) for k, value in recipe.items() if k not in _PRIVATE_SECTIONS
     }
-    text = yaml.safe_dump(public_settings, sort_keys=False, allow_unicode=True).strip()
-    return ["## Recipe", f"```yaml\n{text}\n```"]
+    return yaml.safe_dump(public, sort_keys=False, allow_unicode=True).strip() if public else ""
 
 
 def _strip_paths(value: Any, key: str = "") -> Any:
@@ -318,52 +276,6 @@ def _strip_paths(value: Any, key: str = "") -> Any:
         return value
     is_path = key in _PATH_SETTINGS or re.match(r"[/~.\\]|[A-Za-z]:[/\\]", value)
     return re.split(r"[/\\]", value.rstrip("/\\"))[-1] if is_path else value
-
-
-def _format_parity(info: VerifiedMerge) -> str:
-    lines = "\n".join(info.parity.format_lines())
-    is_full_model = info.model_source.adapter is None
-    return (
-        f"## {'Saved' if is_full_model else 'Merged'} model equals trained model\n\nThe"
-        " folder, loaded from disk, compared with"
-        f" {'the trained model' if is_full_model else 'the adapter on its base'}:"
-        f"\n\n```\n{lines}\n```"
-    )
-
-
-def _format_serving(folder: ModelFolder, info: VerifiedMerge) -> str:
-    title = "## Serving"
-    name = {"run_or_model": info.folder.name}
-    steps = [Step("predict", name | {"images": ["IMAGE"], "prompt": "TEXT"})]
-    steps += [Step(operation, name) for operation in ("chat", "web", "serve")]
-    command_lines = "\n".join(["```sh", *map(str, steps), "```"])
-    if folder.family not in HF_ARCHITECTURES:
-        return f"{title}\n\n{command_lines}"
-    settings = get_prompt_settings(info.model_source.manifest)
-    serving_commands = format_serving_commands(
-        folder, info.folder.name, info.folder.name, *settings
-    )
-    notes = "\n".join(f"- {note}" for note in serving_commands.notes)
-    engine_commands = f"```sh\n{serving_commands.vllm}\n\n{serving_commands.sglang}\n```"
-    return f"{title}\n\n{command_lines}\n\nvLLM and SGLang:\n\n{engine_commands}\n\n{notes}"
-
-
-def _format_license(base_folder: ModelFolder, folder: Path) -> str:
-    files = sorted(p.name for p in folder.iterdir() if p.name.startswith(("LICENSE", "NOTICE")))
-    license_name = _read_front_matter(base_folder.path).get("license")
-    license_note = f" ({license_name})" if isinstance(license_name, str) else ""
-    if files:
-        text = (
-            f"The license of the base{license_note} applies to these weights: {', '.join(files)}."
-        )
-    elif license_note:
-        text = f"The license of the base{license_note} applies to these weights."
-    else:
-        text = (
-            "The license of the base applies to these weights; its folder does not"
-            " contain it: see where it was published."
-        )
-    return f"## License\n\n{text}"
 
 
 def _read_front_matter(folder: Path) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +25,7 @@ from finesight.export.merge_parity import (
     load_validation_samples,
 )
 from finesight.export.model_card import VerifiedMerge, write_model_card
+from finesight.host_memory import available_memory
 from finesight.infer.model_loader import ModelSource, resolve_device, resolve_model_source
 from finesight.model.config import ConfigReader
 from finesight.model.linear import iter_adapters
@@ -348,15 +348,5 @@ def _select_compute_target(
         requested == "cuda" or torch.cuda.mem_get_info(device)[0] > num_bytes
     ):
         return _ComputeTarget(device, torch.float32)
-    fits_memory = num_bytes <= _get_available_memory()
+    fits_memory = num_bytes <= available_memory()
     return _ComputeTarget(torch.device("cpu"), torch.float32 if fits_memory else fallback_dtype)
-
-
-def _get_available_memory() -> float:
-    """Return the available memory of the machine in bytes, or infinity if it is unknown."""
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return math.inf
-    values = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
-    return 1024.0 * int(values[0]) if values else math.inf

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from jinja2 import Environment, StrictUndefined
 
 from finesight.errors import Step, UserError
 from finesight.manifest import RESULT_FILE
@@ -251,111 +252,49 @@ Its default is 30.
 """
 
 
+def _render_template(template: str, job: LaunchJob, **values: object) -> str:
+    """Render a job file; the filters `quote` and `yaml` quote a value for a shell and for YAML."""
+    environment = Environment(
+        trim_blocks=True, keep_trailing_newline=True, undefined=StrictUndefined
+    )
+    environment.filters["quote"] = lambda value: shlex.quote(str(value))
+    # An item of a list, since a document would have an end mark.
+    environment.filters["yaml"] = lambda value: yaml.safe_dump(
+        [value], default_flow_style=True, width=2**30
+    )[1:-2]
+    text = (Path(__file__).parent / template).read_text(encoding="utf-8")
+    return environment.from_string(text).render(
+        job=job,
+        nodes=job.node_spec,
+        timeout=CHECKPOINT_TIMEOUT_S,
+        restarts=MAX_RESTARTS,
+        port=RENDEZVOUS_PORT,
+        **values,
+    )
+
+
 def build_torchrun_script(job: LaunchJob) -> str:
     """Build a shell script that starts torchrun, to run on each node of a job.
 
     With several nodes, the user sets MASTER_ADDR to the name of one node.
     """
-    node_spec = job.node_spec
-    lines = [
-        "#!/bin/bash",
-        f"# Trains {job.name}. After a stop or failure, it resumes from the newest checkpoint.",
-    ]
-    rendezvous = "--standalone"
-    if node_spec.max_nodes > 1:
-        lines += [
-            "# Start it on each node with the same MASTER_ADDR: the name of one node.",
-            "# Clocks, folders and this file must be equal on all nodes.",
-            "set -u",
-            ': "${MASTER_ADDR:?must be the name of one node, equal on all nodes}"',
-        ]
-        rendezvous = (
-            f"--nnodes={node_spec.min_nodes}:{node_spec.max_nodes} --rdzv-backend=c10d"
-            f' --rdzv-endpoint="$MASTER_ADDR:${{MASTER_PORT:-{RENDEZVOUS_PORT}}}"'
-            f" --rdzv-id={job.name}"
-        )
-    if node_spec.is_elastic:
-        lines += [
-            "# With a shared TCPStore, torchrun 2.13 hangs if a node joins later.",
-            "export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1",
-        ]
-    lines += [
-        f"cd -- {shlex.quote(str(job.working_dir))} || exit 1",
-        f"export TORCH_ELASTIC_SHUTDOWN_TIMEOUT={CHECKPOINT_TIMEOUT_S}",
-        f"exec {shlex.quote(job.python)} -m torch.distributed.run {rendezvous} \\",
-        f"    --nproc-per-node={node_spec.gpus_per_node} --max-restarts={MAX_RESTARTS} \\",
-        f"    {job.python_arguments}",
-    ]
-    return "\n".join(lines) + "\n"
+    return _render_template("torchrun_job.sh", job)
 
 
-@dataclass(frozen=True, slots=True)
-class SlurmOptions:
-    """Partition, account and time limit of a Slurm job.
-
-    None is the default of the cluster.
-    """
-
-    partition: str | None = None
-    account: str | None = None
-    time_limit: str | None = None
-
-    def format_directives(self) -> list[str]:
-        """Return the sbatch options of the set values. Raises UserError for an invalid value."""
-        values = {"partition": self.partition, "account": self.account, "time": self.time_limit}
-        validated = {name: validate_name(value, f"--{name}") for name, value in values.items()}
-        return [f"--{name}={value}" for name, value in validated.items() if value is not None]
-
-
-_TASK_SCRIPT = """\
-trap : TERM USR1
-export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$SLURM_LOCALID
-"$@"
-code=$?
-# 75: stopped after a checkpoint. With another exit code, srun would kill the other tasks.
-[ "$code" -eq 75 ] && exit 0
-exit "$code"
-"""
-"""Script that starts the training process of one Slurm task.
-
-Its shell ignores signals, which Slurm also sends to the training process.
-"""
-
-
-def build_slurm_script(job: LaunchJob, options: SlurmOptions) -> str:
+def build_slurm_script(job: LaunchJob, options: Mapping[str, str | None]) -> str:
     """Build an sbatch script that starts one task per GPU.
 
     Slurm signals the job PREEMPTION_WARNING_S before its time limit; the processes save a
     checkpoint, and the job is requeued, as after preemption. It resumes with any number of nodes.
+
+    Args:
+        options: Options of sbatch, such as the partition; None is the default of the cluster.
+
+    Raises UserError for an invalid value of an option.
     """
-    node_spec = job.node_spec
-    nodes = (
-        f"{node_spec.min_nodes}-{node_spec.max_nodes}"
-        if node_spec.is_elastic
-        else str(node_spec.min_nodes)
-    )
-    directives = [
-        f"--job-name={job.name}",
-        f"--output={job.name}-%j.log",
-        "--open-mode=append",
-        f"--nodes={nodes}",
-        f"--ntasks-per-node={node_spec.gpus_per_node}",
-        f"--gpus-per-node={node_spec.gpus_per_node}",
-        "--requeue",
-        f"--signal=B:USR1@{PREEMPTION_WARNING_S}",
-        *options.format_directives(),
-    ]
-    template = (Path(__file__).parent / "slurm_job.sh").read_text(encoding="utf-8")
-    body = template.format(
-        folder=shlex.quote(str(job.working_dir)),
-        gpus=node_spec.gpus_per_node,
-        task=shlex.quote(_TASK_SCRIPT),
-        python=shlex.quote(job.python),
-        arguments=job.python_arguments,
-        result=job.result_file,
-    )
-    header_lines = [f"#SBATCH {directive}" for directive in directives]
-    return "\n".join(["#!/bin/bash", *header_lines, body])
+    validated = {name: validate_name(value, f"--{name}") for name, value in options.items()}
+    given = {name: value for name, value in validated.items() if value is not None}
+    return _render_template("slurm_job.sh", job, options=given, warning=PREEMPTION_WARNING_S)
 
 
 MOUNT_PATH = "/finesight"
@@ -427,15 +366,8 @@ def build_skypilot_task(job: LaunchJob, image: ContainerImage, accelerator: str 
             expected="a GPU name of `sky show-gpus`, without a count",
             remedy="for example --accelerator H100 --gpus-per-node 8",
         )
-    run = (
-        f"cd {shlex.quote(f'{MOUNT_PATH}/{folder}'.rstrip('/'))} || exit 1\n"
-        f"export TORCH_ELASTIC_SHUTDOWN_TIMEOUT={CHECKPOINT_TIMEOUT_S}\n"
-        'first=$(echo "$SKYPILOT_NODE_IPS" | head -n 1)\n'
-        'exec torchrun --nnodes="$SKYPILOT_NUM_NODES"'
-        f' --nproc-per-node="$SKYPILOT_NUM_GPUS_PER_NODE" --max-restarts={MAX_RESTARTS}'
-        f' --rdzv-backend=c10d --rdzv-endpoint="$first:{RENDEZVOUS_PORT}" --rdzv-id={job.name}'
-        f" {job.python_arguments}\n"
-    )
+    folder = f"{MOUNT_PATH}/{folder}".rstrip("/")
+    run = _render_template("skypilot_run.sh", job, folder=folder)
     return _dump_yaml(
         {
             "name": job.name,
@@ -485,43 +417,8 @@ def build_kubeflow_job(job: LaunchJob, image: ContainerImage) -> str:
     command = (
         f"cd {MOUNT_PATH} && exec torchrun --max-restarts={MAX_RESTARTS} {job.python_arguments}"
     )
-    pod = {
-        "volumes": [{"name": "store", "persistentVolumeClaim": {"claimName": image.store}}],
-        "containers": [
-            {"name": "node", "volumeMounts": [{"name": "store", "mountPath": MOUNT_PATH}]}
-        ],
-    }
-    node = {"name": "node", "template": {"spec": {"template": {"spec": pod}}}}
-    gpus = {"nvidia.com/gpu": job.node_spec.gpus_per_node}
-    return _dump_yaml(
-        {
-            "apiVersion": "trainer.kubeflow.org/v1alpha1",
-            "kind": "TrainJob",
-            "metadata": {"name": job.name},
-            "spec": {
-                "runtimeRef": {"name": "torch-distributed"},
-                "trainer": {
-                    "image": image.name,
-                    "command": ["bash", "-c", command],
-                    "env": [
-                        {
-                            "name": "TORCH_ELASTIC_SHUTDOWN_TIMEOUT",
-                            "value": str(CHECKPOINT_TIMEOUT_S),
-                        }
-                    ],
-                    "numNodes": num_nodes,
-                    "numProcPerNode": job.node_spec.gpus_per_node,
-                    "resourcesPerNode": {"limits": gpus},
-                },
-                "runtimePatches": [
-                    {
-                        "manager": "finesight/launch",
-                        "trainingRuntimeSpec": {"template": {"spec": {"replicatedJobs": [node]}}},
-                    }
-                ],
-            },
-        }
-    )
+    values = {"image": image, "command": command, "num_nodes": num_nodes, "mount": MOUNT_PATH}
+    return _render_template("kubeflow_job.j2", job, **values)
 
 
 class _BlockTextDumper(yaml.SafeDumper):

@@ -32,6 +32,7 @@ OPERATIONS: Mapping[str, Mapping[str, str]] = {
     "Training": {
         "plan": "operations.training:plan",
         "train": "operations.training:train",
+        "search": "operations.training:search",
         "launch": "operations.training:launch",
         "convert": "operations.training:convert",
     },

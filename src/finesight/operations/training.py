@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -12,10 +13,15 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypedDict, Unpack
 
-from finesight.errors import Step, UserError
+from finesight.errors import Step, UserError, format_count
 from finesight.hub.address import parse_address
 from finesight.operations.operation import Outcome, Parameter, StrPath
-from finesight.operations.options import OverridesArgument, RecipeArgument, TrustMetricOption
+from finesight.operations.options import (
+    LanguageOption,
+    OverridesArgument,
+    RecipeArgument,
+    TrustMetricOption,
+)
 from finesight.progress import ProgressConsole
 
 if TYPE_CHECKING:
@@ -23,6 +29,7 @@ if TYPE_CHECKING:
     from finesight.convert.external_config import ConversionNote
     from finesight.convert.recipe_converter import ConvertedRecipe
     from finesight.launch.launch_job import LaunchJob
+    from finesight.launch.trial_search import SearchRecord
     from finesight.plan.run_plan import RunPlan
     from finesight.recipe import Overrides
     from finesight.report.run_reader import RunRecord
@@ -150,6 +157,7 @@ def train(
     push: PushOption = None,
     force: ForceOption = False,
     trust_metric: TrustMetricOption = False,
+    stop_after: Annotated[float | None, Parameter(metavar="STEPS", minimum=1e-9)] = None,
 ) -> Outcome[RunResult]:
     """Fine-tune a model with a recipe, and evaluate it before and after training.
 
@@ -176,6 +184,8 @@ def train(
         recipe: Recipe: YAML file of settings; or the folder of a run, for its recipe.yaml.
         resume: Continue the run in output_dir from its newest checkpoint, or start it if there is
             none. Repeat the same recipe and overrides, or give the run folder.
+        stop_after: Evaluate the model and stop after this number of steps or a multiple of it, with
+            a checkpoint and exit code 75. Below 1: fraction of all steps. Default: all steps.
     """
     from finesight.evaluate.custom_metric import check_recipe_metric
     from finesight.train.run_dir import read_example
@@ -209,7 +219,11 @@ def train(
 
     check_inputs, exit_code = partial(check_fit, force=force), 0
     main_result = run_training(
-        settings, resume=resume, console=console.rich_console, check_inputs=check_inputs
+        settings,
+        resume=resume,
+        console=console.rich_console,
+        check_inputs=check_inputs,
+        stop_after=int(stop_after) if stop_after and stop_after >= 1 else stop_after,
     )
     result = main_result or load_result(RunDir(settings.output_dir))
     if result is None:
@@ -339,6 +353,102 @@ def _find_run_recipe(folder: Path, overrides: Overrides) -> Path:
     return file
 
 
+def parse_duration(text: str) -> float:
+    """Return the seconds of a duration such as 90s, 60m, 1.5h or 1h30m.
+
+    Raises UserError for other text.
+    """
+    units = {"h": 3600.0, "m": 60.0, "s": 1.0}
+    parts = re.findall(r"(\d+(?:\.\d+)?)([hms])", text)
+    seconds = sum(float(number) * units[unit] for number, unit in parts)
+    if "".join(map("".join, parts)) != text or not seconds:
+        raise UserError(
+            f"{text!r} is not a duration",
+            where="--budget",
+            expected="hours, minutes and seconds, such as 60m or 1h30m",
+            remedy="for example --budget 60m",
+        )
+    return seconds
+
+
+def search(
+    recipe: RecipeArgument,
+    overrides: OverridesArgument = None,
+    out: Annotated[StrPath | None, Parameter(metavar="FOLDER", path="folder")] = None,
+    budget: Annotated[str, Parameter(metavar="TIME")] = "60m",
+    trials: Annotated[int | None, Parameter(minimum=1)] = None,
+    gpus: Annotated[str, Parameter(metavar="all|N,N")] = "all",
+    trust_metric: TrustMetricOption = False,
+    language: LanguageOption = None,
+) -> Outcome[SearchRecord]:
+    """Search for better settings of a recipe, by successive halving of training runs.
+
+    Searches learning rate, LoRA rank, duration, maximum pixels of images (if the recipe sets them)
+    and weights of several data files. The section `search` of the recipe changes the ranges and
+    adds settings.
+
+    Each trial is a run in FOLDER/trials. It stops after 1/9 and 1/3 of its steps, and resumes if
+    its score is among the best third. Scores are those of eval.metric on a validation split of
+    data.train, or by cross-validation with less than 300 samples. The first trial is the recipe
+    itself. Another one is chosen only if it is better beyond the 95 % interval of the difference.
+    data.eval is evaluated once, at the end.
+
+    Writes FOLDER/search.json, FOLDER/report.html and FOLDER/best.yaml, a recipe for `finesight
+    train`. Repeat the command after an interruption to continue. A trial that fails, for example
+    for lack of memory, is recorded, and the search continues. Requires finesight[search].
+
+    Example: finesight search recipe.yaml --budget 60m
+
+    Args:
+        out: Folder of the search. Default: output_dir of the recipe with -search.
+        budget: Time of the search, such as 60m or 1h30m.
+        trials: Maximum number of trials. Default: as many as the budget allows.
+        gpus: GPUs of the search, with one trial on each: all, or numbers such as 0,2. Without a
+            GPU, trials run on the CPU one after the other.
+    """
+    from finesight.evaluate.custom_metric import check_recipe_metric
+    from finesight.evaluate.metric_difference import align_columns
+    from finesight.launch import trial_search
+    from finesight.recipe import SEARCH_SECTION, load_recipe, parse_recipe, read_recipe_text
+
+    file, budget_s, log = Path(recipe), parse_duration(budget), ProgressConsole().log
+    text, given = read_recipe_text(file), _list_overrides(overrides)
+    settings = load_recipe(file, overrides or ())
+    check_recipe_metric(settings, file, given, trust=trust_metric)
+    section = parse_recipe(text, file)[0].get(SEARCH_SECTION)
+    folder = Path(out or f"{settings.output_dir}-search")
+    devices = _select_gpus(gpus, settings)
+    running = trial_search.TrialSearch(settings, section, folder, budget_s, trials, log)
+    record = running.run(devices)
+    page, best = folder / trial_search.PAGE_FILE, folder / trial_search.BEST_FILE
+    trial_search.write_search_page(record, page, language)
+    table = align_columns(record.list_rows(), 2)
+    lines = [*table.splitlines(), *record.reasons, f"page: {page}"]
+    steps = [Step("train", {"recipe": str(best)})]
+    if record.choice:
+        runs = [str(folder / "trials" / f"{number:03}") for number in (0, record.choice)]
+        steps.append(Step("compare", {"runs": runs}))
+    data = {"page": str(page), "best": str(best), **record.model_dump(mode="json")}
+    return Outcome(record, lines, data, steps)
+
+
+def _select_gpus(gpus: str, recipe: Recipe) -> list[str | None]:
+    """Return the value of CUDA_VISIBLE_DEVICES of each concurrent trial; None without a GPU."""
+    import torch
+
+    count = torch.cuda.device_count() if recipe.train.device != "cpu" else 0
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(count)))).split(",")
+    numbers = [*map(str, range(count))] if gpus == "all" else gpus.split(",")
+    if not {*numbers} <= {*map(str, range(count))} or len({*numbers}) < len(numbers):
+        raise UserError(
+            f"{gpus!r} with {format_count(count, 'GPU')}",
+            where="--gpus",
+            expected=f"all, or different numbers below {count}",
+            remedy="remove it to use all GPUs",
+        )
+    return [visible[int(number)] for number in numbers] or [None]
+
+
 LaunchEngine = Literal["torchrun", "slurm", "skypilot", "kubeflow"]
 
 _ENGINE_OPTIONS: Mapping[LaunchEngine, Sequence[str]] = {
@@ -455,10 +565,10 @@ def _build_job_text(engine: LaunchEngine, job: LaunchJob, options: EngineOptions
             )
     if engine == "torchrun":
         return launch_job.build_torchrun_script(job)
-    first, second, *third = (given.get(name) for name in _ENGINE_OPTIONS[engine])
     if engine == "slurm":
-        return launch_job.build_slurm_script(job, launch_job.SlurmOptions(first, second, *third))
-    image = launch_job.ContainerImage.from_options(first, second)
+        directives = {name: given.get(name) for name in _ENGINE_OPTIONS[engine]}
+        return launch_job.build_slurm_script(job, directives)
+    image = launch_job.ContainerImage.from_options(given.get("image"), given.get("store"))
     if engine == "skypilot":
-        return launch_job.build_skypilot_task(job, image, *third)
+        return launch_job.build_skypilot_task(job, image, given.get("accelerator"))
     return launch_job.build_kubeflow_job(job, image)

@@ -6,8 +6,8 @@ A page draws axis ticks and downsampled lines. Its script shows values under the
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from operator import itemgetter
 from statistics import mean
@@ -180,6 +180,36 @@ def build_chart(title: str, series: Sequence[ChartSeries], caption: str = "") ->
             ],
         },
     )
+
+
+def build_parallel_plot(
+    title: str, caption: str, axes: Mapping[str, Sequence[Any]], names: Sequence[str]
+) -> Chart:
+    """Build a plot with one axis per setting or score, and one line per trial.
+
+    Args:
+        axes: Values of the trials by the name of the axis. An axis has the positions of the sorted
+            values, or of their order if they are no numbers.
+        names: Names of the trials.
+    """
+    lines: list[list[Point]] = [[] for _ in names]
+    for x, values in enumerate(axes.values()):
+        is_numeric = all(isinstance(value, int | float) for value in values)
+        order = sorted(set(values)) if is_numeric else [*dict.fromkeys(values)]
+        for points, value in zip(lines, values, strict=True):
+            points.append((x, order.index(value) / max(1, len(order) - 1)))
+    series = [ChartSeries(*one, "marks") for one in zip(names, lines, strict=True)]
+    chart = build_chart(title, series, caption)
+    assert chart is not None, "a plot without trials"
+    texts = [[str(values[i]) for values in axes.values()] for i in range(len(names))]
+    for one, shown in zip(chart.data["series"], texts, strict=True):
+        one["points"] = [(x, y, text) for (x, y, _), text in zip(one["points"], shown, strict=True)]
+    labels = [name.removesuffix(".default").rpartition(".")[2] for name in axes]
+    low, high = chart.data["x"]
+    scale = _AxisScale(low, high, 0.0, 1.0)
+    ticks = [AxisTick(scale.to_x(x), label) for x, label in enumerate(labels)]
+    data = chart.data | {"labels": [*axes]}
+    return replace(chart, x_ticks=ticks, y_ticks=[], data=data)
 
 
 def filter_finite(points: Iterable[tuple[object, object]]) -> list[Point]:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from finesight.config import PixelLimits, PixelRange, Recipe
+from finesight.config import PixelLimits, PixelRange, Recipe, StepsOrFraction
 from finesight.encode.renderer import NativeRenderer, Renderer, Responses, build_renderer
 from finesight.errors import TrainingInterrupted, UserError
 from finesight.manifest import Manifest
@@ -65,9 +65,10 @@ RESPONSES: Mapping[str | None, Responses] = {
 
 
 class StopRequest:
-    """Request to stop the run gracefully, set by a signal."""
+    """Request to stop the run gracefully, set by a signal, or `after` a part of its steps."""
 
     def __init__(self) -> None:
+        self.after: StepsOrFraction | None = None
         self.signal: signal.Signals | None = None
         """Received signal, possibly of another rank."""
         self._has_arrived = False

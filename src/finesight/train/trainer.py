@@ -46,6 +46,7 @@ from finesight.train.evaluation import (
     run_evaluation,
 )
 from finesight.train.oom import GpuOutOfMemoryError, MemoryBudget, retry_on_oom
+from finesight.train.optimizer import resolve_steps
 from finesight.train.parallel.distributed import (
     PeerFailedError,
     ProcessGroup,
@@ -282,6 +283,7 @@ class Trainer:
         if eval_settings is not None:
             eval_interval = resolve_eval_interval(eval_settings, self.total_steps)
         self.eval_interval = eval_interval if state.data.validation else 0
+        self.stop_step = resolve_steps(self.stop.after or 0, self.total_steps)
         self.early_stopping_patience = eval_settings.patience if eval_settings else None
         on_gpu = state.run.hardware.device.type == "cuda"
         self.checkpointer = AsyncCheckpointer(
@@ -427,14 +429,18 @@ class Trainer:
         Returns:
             False if early stopping ends the run.
         """
-        should_evaluate = self.is_due(self.eval_interval)
+        is_rung, has_validation = (
+            self.is_due(self.stop_step),
+            self.state.data.validation is not None,
+        )
+        should_evaluate = self.is_due(self.eval_interval) or (is_rung and has_validation)
         should_save = self.is_due(self.save_interval) and self.decide_on_main(
             self.checkpointer.is_due()
         )
         # In a distributed run, all ranks stop before the next step.
         is_single_process = self.process_group.is_single_process
         should_stop = is_single_process and self.stop.signal is not None
-        if not (should_evaluate or should_save or should_stop):
+        if not (should_evaluate or should_save or should_stop or is_rung):
             return True
         self.metrics_logger.flush()
         progress = self.state.progress
@@ -444,6 +450,8 @@ class Trainer:
             self.save_checkpoint()
         if is_single_process:
             self.stop.raise_if_requested()
+        if is_rung:
+            raise TrainingInterrupted(f"step {progress.step} is reached")
         self.metrics_logger.restart_timer()
         return not (should_evaluate and self.should_stop_early())
 

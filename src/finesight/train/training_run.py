@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from rich.console import Console
 
-from finesight.config import Recipe
+from finesight.config import Recipe, StepsOrFraction
 from finesight.model.kernels.runtime import HAS_TRITON, compile_in_parallel, is_compile_cache_empty
 from finesight.model.vlm import VisionLanguageModel
 from finesight.progress import ProgressConsole
@@ -34,14 +34,11 @@ from finesight.train.trainer import Trainer
 from finesight.train.vision_cache_builder import VisionFeatures
 
 
-def check_disk_space(state: TrainState, num_existing: int) -> None:
+def check_disk_space(state: TrainState) -> None:
     """Verify that the disk has space for the checkpoints and trained weights of a run.
 
     The estimate includes the retained checkpoints, the best checkpoint and one that is being
-    written.
-
-    Args:
-        num_existing: Number of checkpoints that are already on disk, which need no more space.
+    written. Checkpoints that are already on disk need no more space.
 
     Raises:
         UserError: There is not enough free space.
@@ -51,7 +48,7 @@ def check_disk_space(state: TrainState, num_existing: int) -> None:
     interval = resolve_save_interval(recipe.train, total_steps)
     num_remaining = 1 + ((total_steps - state.progress.step) // interval if interval else 0)
     max_kept = min(recipe.train.keep_checkpoints + 2, num_remaining + 1 if interval else 1)
-    num_new = max(1, max_kept - num_existing)
+    num_new = max(1, max_kept - len(state.run.checkpoint_manager.steps()))
     num_trainable = state.engine.parallel.num_trainable_params
     weight_bytes = 4 * num_trainable if recipe.tune.has_mode("lora") else 0
     if recipe.tune.has_mode("full"):
@@ -134,6 +131,7 @@ def train(
     resume: bool = False,
     console: Console | None = None,
     check_inputs: InputCheck | None = None,
+    stop_after: StepsOrFraction | None = None,
 ) -> RunResult | None:
     """Train a recipe from the start, or resume from its newest checkpoint.
 
@@ -141,6 +139,7 @@ def train(
         resume: Whether to continue an existing run.
         console: Console for progress and messages; standard error by default.
         check_inputs: Further check of a new run, before the weights are loaded.
+        stop_after: Number or fraction of the steps after which the run is evaluated and stops.
 
     Returns:
         Result of the run. In a distributed run, only the main process returns a result and writes
@@ -148,8 +147,8 @@ def train(
 
     Raises:
         UserError: The user can fix the problem; raised before any file is written where possible.
-        TrainingInterrupted: One of `SIGNALS` arrived. A checkpoint of the last finished
-            step is written first.
+        TrainingInterrupted: One of `SIGNALS` arrived, or `stop_after` is reached. A checkpoint of
+            the last finished step is written first.
     """
     with init_distributed() as process_group, translate_oom_errors(), ExitStack() as stack:
         start, is_main = time.perf_counter(), process_group.is_main
@@ -181,8 +180,9 @@ def train(
         state, param_audit = build_train_state(
             recipe, run_dir, progress_console, is_resumed, process_group, check_inputs
         )
+        state.run.stop.after = stop_after
         if is_main:
-            check_disk_space(state, len(state.run.checkpoint_manager.steps()))
+            check_disk_space(state)
         if is_main and not is_resumed:
             stack.enter_context(run_dir.lock())
             # Another process may have started meanwhile.

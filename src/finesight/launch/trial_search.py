@@ -1,0 +1,693 @@
+"""Search for the settings of a recipe by successive halving of training runs.
+
+A trial is a run with other settings. It stops at rungs, fractions of its steps, where its answers
+to a validation split of the training data are scored. The best third of the trials of a rung
+resume; the others are pruned (asynchronous successive halving, Li et al. 2020). A tree-structured
+Parzen estimator (Bergstra et al. 2011) proposes settings from the scores of earlier trials.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from copy import deepcopy
+from pathlib import Path
+from signal import SIGTERM
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import BaseModel, ValidationError
+
+from finesight.bounded_files import read_bytes
+from finesight.config import CoercedFloat, Recipe, SettingsSection
+from finesight.data.corpus import Corpus, load_corpus
+from finesight.data.image_resolver import hash_images
+from finesight.data.importer import group_rows, split_by_image
+from finesight.data.sample import list_media_paths, write_samples
+from finesight.errors import TrainingInterrupted, UserError, format_count
+from finesight.evaluate.eval_case import EvalCase
+from finesight.evaluate.metric_difference import MetricDifference, compare_cases, read_predictions
+from finesight.evaluate.task_metrics import compute_metrics, get_primary_metric
+from finesight.label.label_store import relocate_sample
+from finesight.recipe import dump_recipe, recipe_from_dict
+from finesight.report.charts import build_parallel_plot
+from finesight.report.html import render_page, write_page
+from finesight.report.i18n import Language, detect_language, translate, use_language
+from finesight.storage import write_file, write_folder
+from finesight.train.evaluation import load_eval_history
+from finesight.train.run_dir import RunDir
+from finesight.train.state import StopRequest
+
+if TYPE_CHECKING:
+    from optuna import Study
+    from optuna.distributions import BaseDistribution
+    from optuna.trial import Trial
+
+RECORD_FILE, BEST_FILE, PAGE_FILE = "search.json", "best.yaml", "report.html"
+
+REDUCTION_FACTOR, RUNGS = 3, (1, 3, 9)
+"""Inverse share of trials that pass a rung, and ends of the rungs in ninths of the steps."""
+
+NUM_FOLDS, MIN_SPLIT_SAMPLES = 3, 300
+"""Folds of cross-validation, and the number of samples from which one split replaces it."""
+
+VALIDATION_FRACTION, MAX_VALIDATION_SAMPLES = 0.2, 400
+
+PATIENCE = 8
+"""Trials after the best one after which the search ends if the best two do not differ clearly."""
+
+NUM_RANDOM_TRIALS = 6
+"""Trials before the sampler uses scores, with the recipe itself."""
+
+MAX_PROPOSALS = 100
+"""Maximum number of proposals of known settings in succession, after which the search ends."""
+
+MAX_FAILURES = 3
+"""Consecutive failed trials after which the search ends with the error of the last one."""
+
+MAX_PLOTTED_TRIALS = 8
+
+
+class RungScore(BaseModel):
+    """Score and seconds of a trial at a rung, with the 95 % interval if the score has one."""
+
+    rung: int
+    seconds: float
+    score: float
+    interval: tuple[float, float] | None
+
+
+class TrialRecord(BaseModel):
+    """A trial: its settings that differ from the recipe, and its scores at the rungs."""
+
+    number: int
+    settings: dict[str, Any]
+    state: Literal["running", "complete", "pruned", "fail"] = "running"
+    rungs: list[RungScore] = []
+    error: str = ""
+
+
+class SearchRecord(BaseModel):
+    """Content of `search.json`: the searched recipe, its trials, and the choice.
+
+    Attributes:
+        data: Digest of the training data.
+        space: Distributions of the searched settings, as text.
+        num_folds: Number of runs of a trial, 1 without cross-validation.
+        seconds: Seconds of all searches in the folder so far.
+        choice: Number of the chosen trial; None before the end of the search.
+        reasons: Why the search ended, and the reason for the choice.
+        test: Scores of the default recipe and the chosen trial on `data.eval`, by trial.
+    """
+
+    recipe: dict[str, Any]
+    data: str
+    space: dict[str, str]
+    metric: str
+    num_folds: int = 1
+    seconds: float = 0.0
+    trials: list[TrialRecord] = []
+    choice: int | None = None
+    reasons: list[str] = []
+    test: dict[int, float] = {}
+
+    def rank_trials(self) -> list[TrialRecord]:
+        """Return the trials with a score, those at the last rung first, each rung by score."""
+        scored = [one for one in self.trials if one.rungs]
+        return sorted(scored, key=lambda one: (-one.rungs[-1].rung, -one.rungs[-1].score))
+
+    def list_rows(self) -> list[tuple[str, ...]]:
+        """Return the rows of a table of the trials, best first, after a header."""
+        rows: list[tuple[str, ...]] = [
+            ("trial", "state", "progress", "seconds", "score", "95 % interval", "settings")
+        ]
+        for one in [*self.rank_trials(), *(one for one in self.trials if not one.rungs)]:
+            score, interval, progress = "", "", "0"
+            if one.rungs:
+                last = one.rungs[-1]
+                score, progress = f"{last.score:.4f}", f"{last.rung}/{RUNGS[-1]}"
+                interval = "{:.4f} to {:.4f}".format(*last.interval) if last.interval else ""
+            texts = progress, f"{sum(rung.seconds for rung in one.rungs):.0f}", score, interval
+            settings = "; ".join(filter(None, (format_settings(one.settings), one.error)))
+            rows.append((str(one.number), one.state, *texts, settings))
+        return rows
+
+
+class SearchRange(SettingsSection):
+    """Range of a setting in the section `search` of a recipe; `log` samples its logarithm."""
+
+    low: CoercedFloat
+    high: CoercedFloat
+    log: bool = False
+
+
+def import_optuna() -> ModuleType:
+    """Import optuna without its messages. Raises UserError if it is not installed."""
+    try:
+        import optuna
+    except ImportError as error:
+        raise UserError(
+            f"{error.name} is not installed",
+            where="search",
+            expected="the extra search",
+            remedy="pip install 'finesight[search]'",
+        ) from error
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    return optuna
+
+
+def build_search_space(recipe: Recipe, section: object) -> dict[str, BaseDistribution]:
+    """Build the distribution of each searched setting. Each contains the value of the recipe.
+
+    Args:
+        section: Section `search` of the recipe: by dotted setting, a list of values, a range, or
+            null to keep the setting.
+
+    Raises:
+        UserError: The section names an unknown setting or an invalid value.
+    """
+    kinds, train = import_optuna().distributions, recipe.train
+    content, space = recipe.model_dump(mode="json"), dict[str, Any]()
+    base_lr, pixels = train.learning_rate.default, dict(recipe.image or ()).get("max_pixels")
+    space["train.learning_rate.default"] = {"low": base_lr / 5, "high": base_lr * 5, "log": True}
+    if recipe.tune.has_mode("lora"):
+        space["tune.lora.rank"] = [8, 16, 32, 64, 128]
+    if train.steps is None:
+        epochs = train.epochs or 1.0
+        space["train.epochs"] = [epochs / 2, epochs, 2 * epochs]
+    else:
+        space["train.steps"] = [math.ceil(train.steps / 2), train.steps, 2 * train.steps]
+    if pixels:
+        space["image.max_pixels"] = [pixels // 2, pixels, 2 * pixels]
+    for index, file in enumerate(recipe.data.train[1:], start=1):
+        bounds = {"low": file.weight / 4, "high": file.weight * 4, "log": True}
+        space[f"data.train.{index}.weight"] = bounds
+    if not isinstance(section, Mapping | None):
+        raise _build_space_error("search", section)
+    aliases = {"train.learning_rate": "train.learning_rate.default"}
+    space |= {aliases.get(str(name), str(name)): value for name, value in (section or {}).items()}
+    distributions: dict[str, BaseDistribution] = {}
+    for name, values in space.items():
+        if values is None:
+            continue
+        default = find_setting(content, name)
+        try:
+            if isinstance(values, Mapping):
+                given = SearchRange.model_validate(values)
+                is_integer = all(isinstance(values[end], int) for end in ("low", "high"))
+                number = int if is_integer else float
+                ends = [number(end) for end in (given.low, given.high, default)]
+                kind = kinds.IntDistribution if is_integer else kinds.FloatDistribution
+                values = [min(ends), max(ends)]
+                distributions[name] = kind(*values, log=given.log)
+            elif isinstance(values, list):
+                values = [*dict.fromkeys([default, *values])]
+                distributions[name] = kinds.CategoricalDistribution(values)
+            else:
+                raise TypeError(values)
+        except (ValueError, TypeError) as error:
+            raise _build_space_error(f"search.{name}", values) from error
+        for value in values:
+            recipe_from_dict(content, {name: value})  # reports an invalid value
+    if not distributions:
+        raise _build_space_error("search", section)
+    return distributions
+
+
+def _build_space_error(where: str, value: object) -> UserError:
+    return UserError(
+        f"not a search space: {value!r:.80}",
+        where=where,
+        expected="by setting, values such as [1, 2], or {low: 1e-5, high: 1e-3, log: true} around"
+        " the value of the recipe",
+        remedy="correct it, or write null to keep the setting of the recipe",
+    )
+
+
+def find_setting(content: Any, name: str) -> Any:
+    """Return the value of a dotted setting in the content of a recipe; None if it has none."""
+    for key in name.split("."):
+        if isinstance(content, list):
+            content = dict(enumerate(map(dict, content))).get(int(key) if key.isdecimal() else -1)
+        else:
+            content = content.get(key) if isinstance(content, Mapping) else None
+    return content
+
+
+def write_splits(recipe: Recipe, corpus: Corpus, folder: Path) -> int:
+    """Write training and validation splits of the training data without shared images.
+
+    Each split has the files `validation.jsonl` and, for each source, `train-INDEX.jsonl`. Small
+    data have `NUM_FOLDS` splits, whose validation samples are all samples.
+
+    Returns:
+        The number of splits.
+    """
+    num_splits = 1 if len(corpus) >= MIN_SPLIT_SAMPLES else NUM_FOLDS
+    if folder.exists():
+        return num_splits
+    samples = corpus.read_samples()
+    paths = [
+        [
+            one.resolve_path(name)
+            for part in one.sample.iter_parts()
+            for name in list_media_paths(part)
+        ]
+        for one in samples
+    ]
+    # Images in tar and Parquet files are compared by name.
+    hashes = hash_images(path for several in paths for path in several if path.is_file())
+    keys = [frozenset(hashes.get(path, str(path)) for path in several) for several in paths]
+    validation: list[list[int]] = [[] for _ in range(num_splits)]
+    if num_splits == 1:
+        size = min(MAX_VALIDATION_SAMPLES, VALIDATION_FRACTION * len(samples))
+        validation = [split_by_image(keys, 1 - size / len(samples), recipe.train.seed)[1]]
+    else:
+        for group in sorted(group_rows(keys), key=len, reverse=True):
+            min(validation, key=len).extend(group)
+    with write_folder(folder) as staging:
+        for fold, validation_rows in enumerate(map(frozenset, validation), start=1):
+            target, start = f"fold-{fold}", 0
+            (staging / target).mkdir()
+            rows = [relocate_sample(one, folder / target) for one in samples]
+            write_samples(
+                staging / target / "validation.jsonl", (rows[i] for i in sorted(validation_rows))
+            )
+            for index, size in enumerate(corpus.source_sizes):
+                kept = [rows[i] for i in range(start, start + size) if i not in validation_rows]
+                if not kept or not validation_rows:
+                    raise UserError(
+                        f"{format_count(size, 'sample')}, too few for a validation split",
+                        where=f"data.train.{index}",
+                        expected=f"at least {NUM_FOLDS} samples with different images",
+                        remedy="add samples, or remove the file",
+                    )
+                write_samples(staging / target / f"train-{index}.jsonl", kept)
+                start += size
+        if recipe.data.eval:
+            test = load_corpus(recipe.data.eval).read_samples()
+            write_samples(staging / "test.jsonl", (relocate_sample(one, folder) for one in test))
+    return num_splits
+
+
+class TrialSearch:
+    """Search in a folder, which continues an earlier one with the same recipe.
+
+    Each rung of a trial is a process that trains on one GPU. A crash or full memory ends only it.
+
+    Args:
+        recipe: Recipe with a metric. Its split `data.eval` is only used for the final evaluation.
+        space: Section `search` of the recipe.
+        budget_s: Seconds of all searches in the folder.
+        max_trials: Maximum number of trials, including the recipe itself; None for any.
+        log: Function that prints a line of progress.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        space: object,
+        out: Path,
+        budget_s: float,
+        max_trials: int | None,
+        log: Callable[[str], None],
+    ) -> None:
+        if recipe.train.steps is recipe.train.epochs is None:
+            recipe = recipe_from_dict(recipe.model_dump(mode="json"), {"train.epochs": 1.0})
+        if recipe.eval is None:
+            raise UserError(
+                f"eval is {recipe.eval}, so trials cannot be compared",
+                where="eval.metric",
+                expected="a metric of generated answers, such as captions or json",
+                remedy="add eval.metric=NAME",
+            )
+        self._out, self._budget_s, self._max_trials, self._log = out, budget_s, max_trials, log
+        self._metric, self._eval_limit = recipe.eval.metric, recipe.eval.limit
+        self._space = build_search_space(recipe, space)
+        corpus = load_corpus(recipe.data.train)
+        self.record = self._load_record(
+            SearchRecord(
+                recipe=recipe.model_dump(mode="json"),
+                data=corpus.fingerprint,
+                space={name: str(one) for name, one in self._space.items()},
+                metric=self._metric,
+            )
+        )
+        self.record.num_folds = write_splits(recipe, corpus, out / "data")
+        self._lock, self._stop = threading.RLock(), StopRequest()
+        self._processes: list[subprocess.Popen[bytes]] = []
+        self._is_stopped = False
+        self._start_s = time.monotonic() - self.record.seconds
+        self._study, self._trials = self._build_study(recipe.train.seed)
+        self._waiting = [one for one in self.record.trials if one.state == "running"]
+
+    def _load_record(self, new: SearchRecord) -> SearchRecord:
+        """Return the record of an earlier search in the folder, or the new one without any.
+
+        Raises UserError for a search with another recipe or other data.
+        """
+        file = self._out / RECORD_FILE
+        if not file.is_file():
+            return new
+        expected, remedy = "the search of this recipe", "choose another folder with --out"
+        try:
+            record = SearchRecord.model_validate_json(read_bytes(file, expected=expected))
+            problem = "a search with other settings, ranges or data"
+        except ValidationError as error:
+            record, problem = None, f"not a record of a search: {error.errors()[0]['msg']}"
+        names = ("recipe", "data", "space")
+        if record and record.model_dump(include={*names}) == new.model_dump(include={*names}):
+            return record
+        raise UserError(f"contains {problem}", where=str(file), expected=expected, remedy=remedy)
+
+    def _build_study(self, seed: int) -> tuple[Study, dict[int, Trial]]:
+        """Create the study, and report the recorded trials to it in their order."""
+        optuna = import_optuna()
+        # With the same seed, a continued search would propose the same random settings.
+        sampler = optuna.samplers.TPESampler(
+            n_startup_trials=NUM_RANDOM_TRIALS, seed=seed + len(self.record.trials)
+        )
+        pruner = optuna.pruners.SuccessiveHalvingPruner(
+            min_resource=RUNGS[0], reduction_factor=REDUCTION_FACTOR
+        )
+        study: Study = optuna.create_study(direction="maximize", sampler=sampler, pruner=pruner)
+        trials: dict[int, Trial] = {}
+        for record in self.record.trials:
+            trials[record.number] = trial = self._ask(study, record.settings)
+            for one in record.rungs:
+                trial.report(one.score, one.rung)
+                trial.should_prune()  # counts the trial at this rung
+            _tell(study, trial, record)
+        return study, trials
+
+    def _ask(self, study: Study, settings: Mapping[str, Any] | None = None) -> Trial:
+        """Start a trial with changed settings of the recipe, by default with proposed ones."""
+        if settings is not None:
+            values = {name: find_setting(self.record.recipe, name) for name in self._space}
+            study.enqueue_trial(values | dict(settings))
+        return study.ask(self._space)
+
+    def run(self, gpus: Sequence[str | None]) -> SearchRecord:
+        """Run trials until the search ends, then choose settings and evaluate the choice.
+
+        A complete search is not continued, because its choice has been evaluated on `data.eval`.
+
+        Args:
+            gpus: Value of CUDA_VISIBLE_DEVICES of each concurrent trial; None for the current one.
+
+        Raises:
+            TrainingInterrupted: A signal arrived. The next search in the folder continues.
+            UserError: The default recipe or several trials in succession failed, or the budget does
+                not suffice for the default recipe.
+        """
+        if self.record.choice is not None:
+            self._log(f"{self._out}: the search is complete; choose another --out for a new one")
+            return self.record
+        with ThreadPoolExecutor(len(gpus)) as pool, self._stop.install_handlers():
+            for function, devices in ((self._run_trials, gpus), (self._choose, gpus[:1])):
+                jobs = [pool.submit(function, gpu) for gpu in devices]
+                while wait(jobs, timeout=0.5).not_done:
+                    has_failed = any(job.done() and job.exception() for job in jobs)
+                    self._is_stopped |= has_failed or self._stop.signal is not None
+                    while self._is_stopped and self._processes:
+                        self._processes.pop().send_signal(SIGTERM)
+                self._save()
+                for job in jobs:
+                    job.result()
+                if self._stop.signal is not None:
+                    raise TrainingInterrupted(
+                        f"stopped by {self._stop.signal.name}; repeat the command to continue"
+                    )
+        return self.record
+
+    def _save(self) -> None:
+        self.record.seconds = time.monotonic() - self._start_s
+        content = self.record.model_dump_json(indent=1) + "\n"
+        write_file(self._out / RECORD_FILE, content.encode())
+
+    def _run_command(self, gpu: str | None, log: Path, *words: object) -> str | None:
+        """Run a command of finesight, and return its error; empty without one, None if stopped."""
+        report = log.with_suffix(".error")
+        environment = {**os.environ, "FINESIGHT_OUTCOME": str(report)}
+        environment |= {} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu}
+        with log.open("ab") as file, self._lock:
+            if self._is_stopped:
+                return None
+            # In its own session, so that it receives a signal once.
+            process = subprocess.Popen(
+                [sys.executable, "-m", "finesight", *map(str, words)],
+                env=environment,
+                stdout=file,
+                stderr=file,
+                start_new_session=True,
+            )
+            self._processes.append(process)
+        code, error = process.wait(), dict[str, Any]()
+        if report.is_file():
+            error = json.loads(report.read_bytes()).get("error") or {}
+            report.unlink()
+        if self._is_stopped:
+            return None
+        reported = ": ".join(error[part] for part in ("where", "what") if error.get(part))
+        unknown = f"exit code {code}, often for lack of memory; its messages are in {log}"
+        return "" if code in (0, 75) else reported or unknown
+
+    def _run_trials(self, gpu: str | None) -> None:
+        while not self._is_stopped and (record := self._next_trial()) is not None:
+            self._run_trial(gpu, record)
+
+    def _next_trial(self) -> TrialRecord | None:
+        """Return an unfinished or a new trial; None at the end of the search."""
+        with self._lock:
+            if self._waiting:
+                return self._waiting.pop(0)
+            trials, content = self.record.trials, self.record.recipe
+            reason, known = self._find_end(), [one.settings for one in trials]
+            for _ in range(0 if reason else MAX_PROPOSALS):
+                trial = self._ask(self._study, None if trials else {})
+                proposed = trial.params.items()
+                changed = {name: x for name, x in proposed if x != find_setting(content, name)}
+                record = TrialRecord(number=len(trials), settings=changed)
+                if changed not in known:
+                    trials.append(record)
+                    self._trials[record.number] = trial
+                    return record
+                _tell(self._study, trial, record.model_copy(update={"state": "fail"}))
+            self.record.reasons = [reason or "all proposed settings have been tried"]
+            return None
+
+    def _find_end(self) -> str:
+        """Return the reason to start no further trial; empty if there is none."""
+        trials = self.record.trials
+        if self._max_trials is not None and len(trials) >= self._max_trials:
+            return format_count(len(trials), "trial")
+        if trials and not self._can_afford(None, 0):
+            return f"the budget of {self._budget_s:.0f} s has ended"
+        ranked = self._rank_complete()
+        later = [one for one in trials[ranked[0].number + 1 :] if one.rungs] if ranked else []
+        if len(ranked) > 1 and len(later) >= PATIENCE:
+            difference = self._compare(*map(self._read_cases, (ranked[1], ranked[0])))
+            if difference.verdict != "better":
+                return f"no clear difference of the best two trials: {difference.describe()}"
+        return ""
+
+    def _can_afford(self, record: TrialRecord | None, index: int) -> bool:
+        """Return whether the budget suffices for a trial up to the end of a rung.
+
+        The expected time is that of the default recipe, scaled by the last rung of the trial.
+        """
+        default = self.record.trials[0].rungs
+        expected_s = default[index].seconds if len(default) > index else 0.0
+        if record is not None and index and len(default) > index:
+            expected_s *= record.rungs[-1].seconds / default[index - 1].seconds
+        return time.monotonic() - self._start_s + expected_s <= self._budget_s
+
+    def _rank_complete(self) -> list[TrialRecord]:
+        return [one for one in self.record.rank_trials() if one.state == "complete"]
+
+    def _run_trial(self, gpu: str | None, record: TrialRecord) -> None:
+        """Train a trial from rung to rung until it is complete, pruned, failed or stopped."""
+        for index in range(len(record.rungs), len(RUNGS)):
+            if not self._can_afford(record, index):
+                if record.number == 0:
+                    elapsed_s = time.monotonic() - self._start_s
+                    minutes = math.ceil(elapsed_s / 60 * RUNGS[-1] / max(1, RUNGS[index - 1]))
+                    raise UserError(
+                        f"a budget of {self._budget_s:.0f} s, too short for the recipe itself",
+                        where="--budget",
+                        expected=f"several times the duration of a run of up to {minutes} minutes",
+                        remedy="repeat the command with a larger --budget to continue",
+                    )
+                return
+            start_s, error = time.monotonic(), ""
+            stop = [f"--stop-after={RUNGS[index] / RUNGS[-1]}"] if index + 1 < len(RUNGS) else []
+            for run in self._list_runs(record):
+                recipe, log = run.with_suffix(".yaml"), run.with_suffix(".log")
+                recipe.parent.mkdir(parents=True, exist_ok=True)
+                write_file(recipe, dump_recipe(self._build_recipe(record, run)).encode())
+                outcome = self._run_command(gpu, log, "train", recipe, "--resume", *stop)
+                if outcome is None:
+                    return
+                error = error or outcome
+            with self._lock:
+                if error:
+                    self._fail(record, error)
+                else:
+                    self._score(record, RUNGS[index], time.monotonic() - start_s)
+                self._save()
+                if record.state != "running":
+                    return
+
+    def _list_runs(self, record: TrialRecord) -> list[Path]:
+        """Return the run of a trial, or those of all folds."""
+        folder, num_folds = self._out / "trials" / f"{record.number:03}", self.record.num_folds
+        return [folder / f"fold-{n + 1}" for n in range(num_folds)] if num_folds > 1 else [folder]
+
+    def _build_recipe(self, record: TrialRecord, run: Path) -> Recipe:
+        """Build the recipe of a trial, with the training and validation split of its fold."""
+        content, folds = deepcopy(self.record.recipe), self.record.num_folds
+        data, folder = content["data"], self._out / "data" / (run.name if folds > 1 else "fold-1")
+        for index, file in enumerate(data["train"]):
+            file |= {"path": str(folder / f"train-{index}.jsonl"), "limit": None}
+        data["eval"] = [{"path": str(folder / "validation.jsonl")}]
+        content["eval"] |= {"every": 0, "patience": None, "limit": None}
+        content["train"] |= {"keep_checkpoints": 1}
+        return recipe_from_dict(content | {"track": [], "output_dir": str(run)}, record.settings)
+
+    def _score(self, record: TrialRecord, rung: int, seconds: float) -> None:
+        """Record the score of a trial at a rung, and whether it continues."""
+        name, score, interval = self._summarize(self._read_cases(record))
+        score_record = RungScore(rung=rung, seconds=seconds, score=score, interval=interval)
+        record.rungs.append(score_record)
+        trial = self._trials[record.number]
+        trial.report(score, rung)
+        if trial.should_prune() and record.number:
+            record.state = "pruned"
+        if rung == RUNGS[-1]:
+            record.state = "complete"
+        _tell(self._study, trial, record)
+        text = " ({:.4f} to {:.4f})".format(*interval) if interval else ""
+        text = f"{name} {score:.4f}{text}, {record.state} at {rung}/{RUNGS[-1]} of its steps"
+        self._log(f"trial {record.number}: {text}; {format_settings(record.settings)}")
+
+    def _summarize(self, cases: list[EvalCase]) -> tuple[str, float, tuple[float, float] | None]:
+        """Return the name, score and 95 % interval of the primary metric."""
+        result = compute_metrics(self._metric, cases)
+        name = get_primary_metric(self._metric, result.scores)
+        return name, result.scores[name], result.intervals()[name]
+
+    def _read_cases(self, record: TrialRecord) -> list[EvalCase]:
+        """Read the answers of the last evaluation of a trial, of all folds."""
+        cases = []
+        for run in map(RunDir, self._list_runs(record)):
+            step = load_eval_history(run)[-1].step
+            name = "after" if run.is_finished else f"step-{step}"
+            cases += [one.case for one in read_predictions(run.predictions_dir / f"{name}.jsonl")]
+        return cases
+
+    def _fail(self, record: TrialRecord, error: str) -> None:
+        """Record a failed trial. Raises UserError if the search cannot continue."""
+        record.error = error
+        self._log(f"trial {record.number} failed: {error}; {format_settings(record.settings)}")
+        if record.number:
+            record.state = "fail"
+            _tell(self._study, self._trials[record.number], record)
+        ended = [one.state for one in self.record.trials if one.state != "running"]
+        if not record.number or ended[-MAX_FAILURES:] == ["fail"] * MAX_FAILURES:
+            raise UserError(
+                f"{'the recipe itself' if not record.number else 'all trials'} failed: {error}",
+                where=str(self._list_runs(record)[0]),
+                expected="a recipe and ranges of settings that can be trained",
+                remedy="correct the recipe or its section search, and choose another --out",
+            )
+
+    def _compare(self, before: list[EvalCase], after: list[EvalCase]) -> MetricDifference:
+        """Compare the primary metric of two sets of answers to the same samples."""
+        differences = {one.name: one for one in compare_cases(self._metric, before, after)}
+        scores = {name: one.after for name, one in differences.items()}
+        return differences[get_primary_metric(self._metric, scores)]
+
+    def _choose(self, gpu: str | None) -> None:
+        """Choose the best trial if it is clearly better than the recipe itself, and evaluate it.
+
+        The split `data.eval` of the recipe has no part in the choice.
+        """
+        record, default, best = self.record, self.record.trials[0], self._rank_complete()[0]
+        choice, reasons = default, [*record.reasons, "no trial has a higher score than the recipe"]
+        if best is not default:
+            difference = self._compare(*map(self._read_cases, (default, best)))
+            choice = best if difference.verdict == "better" else default
+            reasons[-1] = f"the recipe and trial {best.number}: {difference.describe()}"
+        reasons.append(f"chosen: trial {choice.number}, {format_settings(choice.settings)}")
+        test, cases = self._out / "data" / "test.jsonl", []
+        limit = [] if self._eval_limit is None else [f"--limit={self._eval_limit}"]
+        for one in {0: default, choice.number: choice}.values() if test.is_file() else ():
+            run, out = self._list_runs(one)[0], self._out / f"test-{one.number:03}.jsonl"
+            words = ("eval", run, f"--data={test}", f"--out={out}", "--device", "auto", *limit)
+            error = self._run_command(gpu, out.with_suffix(".log"), *words)
+            if error is None:
+                return
+            if error:
+                remedy = "correct the data, and repeat the command"
+                raise UserError(error, where="data.eval", remedy=remedy)
+            cases.append([each.case for each in read_predictions(out)])
+            name, record.test[one.number], _ = self._summarize(cases[-1])
+            reasons.append(f"trial {one.number} on data.eval: {name} {record.test[one.number]:.4f}")
+        if len(cases) == 2:
+            reasons.append(f"both on data.eval: {self._compare(*cases).describe()}")
+        content = record.recipe | {"output_dir": str(self._out / "best")}
+        best_recipe = dump_recipe(recipe_from_dict(content, choice.settings))
+        write_file(self._out / BEST_FILE, best_recipe.encode())
+        record.choice, record.reasons = choice.number, reasons
+
+
+def _tell(study: Study, trial: Trial, record: TrialRecord) -> None:
+    """Tell the study the end of a trial; one that is running has none."""
+    if record.state != "running":
+        state = import_optuna().trial.TrialState[record.state.upper()]
+        score = record.rungs[-1].score if record.state == "complete" else None
+        study.tell(trial, score, state)
+
+
+def format_settings(settings: Mapping[str, Any]) -> str:
+    """Format the changed settings of a trial as overrides."""
+    texts = (
+        f"{name}={value:.3g}" if isinstance(value, float) else f"{name}={value}"
+        for name, value in settings.items()
+    )
+    return " ".join(texts) or "the recipe itself"
+
+
+def write_search_page(record: SearchRecord, file: Path, language: Language | None) -> None:
+    """Write the page of a search: the choice, a parallel plot of the best trials, and all trials.
+
+    Raises UserError if the file exists and is no page of finesight.
+    """
+    header, *rows = record.list_rows()
+    shown = record.rank_trials()[:MAX_PLOTTED_TRIALS]
+    axes = {
+        name: [one.settings.get(name, find_setting(record.recipe, name)) for one in shown]
+        for name in record.space
+    } | {record.metric: [round(one.rungs[-1].score, 4) for one in shown]}
+    with use_language(language or detect_language()):
+        caption = translate("settings in their order, and the score, of the best trials")
+        names = [translate("trial {}", one.number) for one in shown]
+        chart = build_parallel_plot(translate("Best trials"), caption, axes, names)
+        page = render_page(
+            "search",
+            {"charts": [chart.data]},
+            ["charts"],
+            title=translate("Search of settings"),
+            charts=[chart],
+            reasons=record.reasons,
+            header=header,
+            rows=rows,
+        )
+        write_page(file, page)

@@ -148,7 +148,7 @@ REFUSAL = {"message": {"content": None, "refusal": "not this one"}}
 
 
 def test_agreement_is_the_confidence_and_answers_are_requested_once(tmp_path):
-    """The answers of the third image are unusable, and the budget ends before the last one."""
+    """No answer for the third image is valid, and the budget ends before the last one."""
     cut_off = {"message": {"content": '{"color'}, "finish_reason": "length"}
     overloaded = JSONResponse({"error": "busy"}, 429, {"retry-after": "1"})
     replies = [RED, RED, RED, overloaded, BLUE, RED, REFUSAL, REFUSAL, cut_off, "I see."]
@@ -222,7 +222,7 @@ def test_errors_of_the_server_name_the_cause(tmp_path, monkeypatch, reply, words
     assert all(word in message for word in words), message
 
 
-def test_unusable_settings_are_rejected_before_a_request():
+def test_invalid_settings_are_rejected_before_a_request():
     for url in ("ftp://host/v1", "http:///v1", "https://name:key@host/v1", "http://host/v1?key=a"):
         with pytest.raises(UserError, match="address of a server"):
             TeacherSettings(url, "owl")

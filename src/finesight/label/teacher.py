@@ -1,12 +1,12 @@
 """Suggested labels of a teacher: a model behind an OpenAI-compatible server.
 
 The teacher answers each question several times, in the JSON schema of the task. The suggestion is
-the answer that agrees most with the others. An answer that cannot be used agrees with none.
+the answer that agrees most with the others. An invalid answer agrees with none.
 
 | part | confidence |
 |---|---|
 | field of a JSON answer | share of the other answers with an equal value |
-| box or point | mean overlap with the nearest one of its label in the other answers |
+| box or point | mean overlap with the matching one in the other answers |
 | answer | mean agreement with the others: equality of classes, else 1 - `measure_disagreement` |
 
 `teacher.jsonl` keeps all answers, so that none is requested twice. Redirects are errors: images and
@@ -23,7 +23,7 @@ import math
 import os
 import re
 import threading
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -39,7 +39,6 @@ from finesight.bounded_files import parse_json
 from finesight.data.boxes import (
     BOX_KEY,
     POINT_KEY,
-    Box,
     clip_box,
     is_inside_image,
     iter_json_values,
@@ -59,12 +58,7 @@ from finesight.data.sample import (
 from finesight.errors import UserError
 from finesight.evaluate.box_metrics import match_boxes
 from finesight.evaluate.text_metrics import fold_text, normalize_text
-from finesight.hub.download import (
-    HTTP_TIMEOUT,
-    MAX_RETRY_DELAY_S,
-    RETRY_STATUSES,
-    parse_int,
-)
+from finesight.hub import download
 from finesight.label.label_session import LabelSession, LabelTask
 from finesight.label.label_store import (
     AnswerContent,
@@ -79,14 +73,8 @@ from finesight.storage import append_line, flush_file
 TEACHER_FILE = "teacher.jsonl"
 
 TIMEOUT = httpx2.Timeout(300.0, connect=15.0)
-"""Timeouts of connecting and of reading the start of an answer, in seconds."""
-
-TOKEN_KINDS = ("prompt", "completion")
-COORDINATE_DECIMALS = 2
-
 RETRY_DELAYS_S = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
-MAX_RESPONSE_BYTES = 16 << 20
-MAX_MESSAGE_CHARS = 300
+MAX_RESPONSE_BYTES, MAX_MESSAGE_CHARS = 16 << 20, 300
 
 TEMPERATURE = 0.7
 """Temperature of the answers, whose agreement is the confidence."""
@@ -98,10 +86,10 @@ FRAMES: tuple[BoxFrame, ...] = ("pixels", "thousandths", "thousandths-yx")
 The frame `auto` is that in which the teacher finds a drawn rectangle.
 """
 
-PROBE_SIZE, PROBE_BOX = (480, 640), (320.0, 60.0, 560.0, 180.0)
+PROBE_SIZE, PROBE_BOX = (480, 640), (320, 60, 560, 180)
 """Height and width of the drawn image, and its rectangle in pixels."""
 
-MIN_PROBE_OVERLAP, MAX_OVERHANG = 0.5, 0.05
+MIN_PROBE_OVERLAP, MAX_OVERHANG, COORDINATE_DECIMALS = 0.5, 0.05, 2
 """Least IoU with the drawn rectangle, and largest overhang of a box in sides of its image."""
 
 OPTIONAL_SETTINGS = {
@@ -115,12 +103,8 @@ OPTIONAL_SETTINGS = {
 _REASONING = re.compile(r"^.*</think>", re.DOTALL)
 
 
-class UnusableAnswerError(Exception):
-    """Raised for an answer that is no label: the reason is its text."""
-
-
-class BudgetReachedError(Exception):
-    """Raised when the command has sent as many requests as the user allows."""
+class NoAnswerError(Exception):
+    """Raised with the reason if an answer is no label, or cannot be requested."""
 
 
 class TeacherAnswer(NamedTuple):
@@ -129,39 +113,22 @@ class TeacherAnswer(NamedTuple):
     text: str
     problem: str = ""
 
-    @classmethod
-    def from_choice(cls, choice: Mapping[str, Any]) -> TeacherAnswer:
-        """Read a choice of a chat completion."""
-        message = choice["message"]
-        text, reason = str(message.get("content") or ""), choice.get("finish_reason")
-        if message.get("refusal") or reason == "content_filter":
-            return cls(
-                text, f"the teacher refuses: {message.get('refusal') or text or reason!r:.200}"
-            )
-        if reason == "length":
-            return cls(text, "the answer is cut off: increase --max-new-tokens")
-        return cls(text)
-
 
 class SentImage(NamedTuple):
-    """Image in a request: a data URL, its height and width, and those of the original."""
+    """Image in a request, with its height and width, and those of the original."""
 
-    url: str
+    part: dict[str, Any]
     size: ImageSize
     original_size: ImageSize
 
     @classmethod
     def build(cls, content: bytes, original_size: ImageSize) -> SentImage:
-        """Build the image of the own encoder, which is safe to decode."""
+        """Build the part of a message from the output of the own encoder."""
         with Image.open(io.BytesIO(content)) as image:
-            width, height = image.size
-            media_type = Image.MIME[image.format or ""]
+            (width, height), media_type = image.size, Image.MIME[image.format or ""]
         url = f"data:{media_type};base64,{base64.b64encode(content).decode()}"
-        return cls(url, (height, width), original_size)
-
-    def to_part(self) -> dict[str, Any]:
-        """Return the part of a message."""
-        return {"type": "image_url", "image_url": {"url": self.url}}
+        part = {"type": "image_url", "image_url": {"url": url}}
+        return cls(part, (height, width), original_size)
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,7 +155,7 @@ class TeacherSettings:
     max_new_tokens: int = 512
 
     def __post_init__(self) -> None:
-        """Raise UserError for an address that is not that of a server."""
+        """Raise UserError for another address than that of a server, or without a model."""
         parts = urlsplit(self.url)
         is_plain = not (parts.query or parts.fragment or parts.username)
         if parts.scheme not in ("http", "https") or not parts.hostname or not is_plain:
@@ -200,15 +167,15 @@ class TeacherSettings:
             )
         if not self.model:
             raise UserError(
-                "the model of the teacher is not given",
+                f"no model of {self.url} is given",
                 where="--teacher-model",
-                expected=f"the name of a model of {self.url}",
+                expected="the name of a model of this server",
                 remedy="add --teacher-model NAME",
             )
 
     @property
     def name(self) -> str:
-        """Name of the suggestions; those of other settings are requested again."""
+        """Name of the suggestions; samples without one of this name are open."""
         return f"{self.model} ({self.url}, {self.answers} answers, boxes in {self.boxes})"
 
 
@@ -229,16 +196,16 @@ class Teacher:
             log: Receives the number of requests and tokens.
         """
         session.complete_task()
-        self._settings, self._images = settings, session.store.images
-        self._format, self._review = AnswerFormat(session.task), session.review
-        self._frame: BoxFrame = settings.boxes if session.task.has_regions else FRAMES[0]
+        self._settings, self._log, self._review = settings, log, session.review
+        self._images, self._file = session.store.images, session.store.folder / TEACHER_FILE
+        frame = settings.boxes if session.task.has_regions else FRAMES[0]
+        self._format = AnswerFormat(session.task, frame)
         self._url, self._key = settings.url.rstrip("/"), os.environ.get(settings.key, "")
         headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
-        self._client, self._log = httpx2.Client(headers=headers, timeout=TIMEOUT), log
+        self._client = httpx2.Client(headers=headers, timeout=TIMEOUT)
         self._lock, self._stopped = threading.Lock(), threading.Event()
         self._rejected: set[str] = set()
         self.num_requests, self.usage = 0, Counter[str]()
-        self._file = session.store.folder / TEACHER_FILE
         self._answers: dict[str, list[TeacherAnswer]] = {}
         for entry in map(parse_json, read_complete_lines(self._file)):
             known = self._answers.setdefault(entry["key"], [])
@@ -258,21 +225,21 @@ class Teacher:
         suggestions, reasons = list[Suggestion](), dict[str, str]()
         with ThreadPoolExecutor(self._settings.concurrency) as threads:
             try:
-                if self._frame == "auto":
-                    self._frame = threads.submit(self._find_frame).result()
+                if self._format.frame == "auto":
+                    self._format = replace(self._format, frame=self._find_frame())
                 for sample, found in zip(samples, threads.map(self._suggest, samples), strict=True):
                     if isinstance(found, str):
                         reasons[sample.sample.id] = found
                     else:
                         suggestions.append(found)
                         on_progress(1)
-            except BudgetReachedError as error:
+            except NoAnswerError as error:
                 return [], {one.sample.id: str(error) for one in samples}
             except BaseException:
                 self._stopped.set()  # Threads do not wait for their next attempt.
                 raise
-        tokens = " and ".join(f"{count:,} {kind} tokens" for kind, count in self.usage.items())
-        self._log(f"teacher: {self.num_requests:,} requests{tokens and f' with {tokens}'}")
+        tokens = ", ".join(f"{count:,} {kind}" for kind, count in self.usage.items())
+        self._log(f"teacher: {self.num_requests:,} requests ({tokens or 'no tokens'})")
         return suggestions, reasons
 
     def _suggest(self, located: LocatedSample) -> Suggestion | str:
@@ -280,14 +247,14 @@ class Teacher:
         sample, contents, reason = located.sample, list[AnswerContent](), ""
         try:
             messages, images = self._build_messages(located)
-            for answer in self.ask(messages, self._settings.answers):
+            for answer in self.ask(messages, self._settings.answers, self._format):
                 try:
-                    contents.append(self._format.parse(answer, self._frame, images))
-                except UnusableAnswerError as error:
+                    contents.append(self._format.parse(answer, images))
+                except NoAnswerError as error:
                     reason = str(error)
             if not contents:
-                raise UnusableAnswerError(reason)
-        except (BudgetReachedError, UnusableAnswerError) as error:
+                raise NoAnswerError(reason)
+        except NoAnswerError as error:
             return f"{sample.id}: {error}"
         size = images[0].original_size if images else DEFAULT_SIZE
         found = self._format.select_answer(sample.id, contents, self._settings.answers, size)
@@ -304,14 +271,12 @@ class Teacher:
             for part in turn.content:
                 if isinstance(part, ImagePart):
                     images.append(self._encode(located.resolve_path(part.image)))
-                    content.append(images[-1].to_part())
+                    content.append(images[-1].part)
                 elif isinstance(part, TextPart):
                     content.append({"type": "text", "text": part.text})
                 else:
-                    raise UnusableAnswerError(f"the teacher receives no part of type {part.type}")
+                    raise NoAnswerError(f"the teacher receives no part of type {part.type}")
             messages.append({"role": turn.role, "content": content})
-        if instruction := self._format.instruct(self._frame):
-            messages[-1]["content"].append({"type": "text", "text": instruction})
         return messages, images
 
     def _encode(self, path: Path) -> SentImage:
@@ -322,15 +287,21 @@ class Teacher:
         side, image_format = max(1, int(max(size) * scale)), "PNG" if is_lossless else "JPEG"
         return SentImage.build(self._images.encode(path, side, image_format)[1], size)
 
-    def ask(self, messages: Sequence[Any], count: int) -> list[TeacherAnswer]:
-        """Return answers to a conversation: the known ones, and requested ones.
+    def ask(self, messages: Sequence[Any], count: int, form: AnswerFormat) -> list[TeacherAnswer]:
+        """Return answers to a conversation in a form: the known ones, and requested ones.
 
         Raises:
-            BudgetReachedError: The known answers are too few, and the budget is used up.
+            NoAnswerError: The known answers are too few, and the budget is used up.
             UserError: See `suggest`.
         """
-        body = {"model": self._settings.model, "messages": messages, "temperature": TEMPERATURE}
-        body |= {"max_tokens": self._settings.max_new_tokens, **self._format.build_schema()}
+        body: dict[str, Any] = {"model": self._settings.model, "messages": messages}
+        body |= {"temperature": TEMPERATURE, "max_tokens": self._settings.max_new_tokens}
+        if schema := form.build_schema():
+            text = f"Answer with JSON of this schema only: {json.dumps(schema, ensure_ascii=False)}"
+            content = [*messages[-1]["content"], {"type": "text", "text": text}]
+            body["messages"] = [*messages[:-1], {**messages[-1], "content": content}]
+            strict = {"name": "answer", "strict": "properties" in schema, "schema": schema}
+            body["response_format"] = {"type": "json_schema", "json_schema": strict}
         key = hashlib.sha256(json.dumps([self._url, body]).encode()).hexdigest()
         known = self._answers.setdefault(key, [])
         while len(known) < count:
@@ -352,13 +323,14 @@ class Teacher:
             if status == 200:
                 return self._read_answers(content)
             message = self._read_message(content)
-            if status in (400, 422) and self._reject_setting(sent, message):
+            named = {name for name, words in OPTIONAL_SETTINGS.items() if words.search(message)}
+            if status in (400, 422) and (rejected := named & sent.keys()):
+                self._rejected |= rejected
                 continue
-            is_temporary = status in (0, *RETRY_STATUSES) and "insufficient_quota" not in content
+            is_temporary = status in (0, *download.RETRY_STATUSES)
             delay_s = next(delays, None) if is_temporary else None
-            if delay_s is None or requested_s > MAX_RETRY_DELAY_S:
-                raise self._build_error(status, message)
-            if self._stopped.wait(max(delay_s, requested_s)):
+            is_final = requested_s > download.MAX_RETRY_DELAY_S or "insufficient_quota" in content
+            if delay_s is None or is_final or self._stopped.wait(max(delay_s, requested_s)):
                 raise self._build_error(status, message)
 
     def _send(self, body: Mapping[str, Any]) -> tuple[int, str, int]:
@@ -368,7 +340,7 @@ class Teacher:
         """
         with self._lock:
             if self.num_requests == self._settings.budget:
-                raise BudgetReachedError(f"the budget of {self.num_requests} requests is used up")
+                raise NoAnswerError(f"the budget of {self.num_requests} requests is used up")
             self.num_requests += 1
         content, url = bytearray(), f"{self._url}/chat/completions"
         try:
@@ -379,30 +351,23 @@ class Teacher:
                         return 413, f"a response of over {MAX_RESPONSE_BYTES} bytes", 0
         except httpx2.RequestError as error:
             return 0, f"{type(error).__name__}: {error}", 0
-        delay_s = parse_int(response.headers.get("retry-after", ""))
+        delay_s = download.parse_int(response.headers.get("retry-after", ""))
         return response.status_code, content.decode(errors="replace"), delay_s or 0
-
-    def _reject_setting(self, body: Mapping[str, Any], message: str) -> bool:
-        """Return whether a message rejects an optional setting, which later requests lack."""
-        named = [name for name, words in OPTIONAL_SETTINGS.items() if words.search(message)]
-        rejected = [name for name in named if name in body][:1]
-        self._rejected.update(rejected)
-        return bool(rejected)
 
     def _read_answers(self, content: str) -> list[TeacherAnswer]:
         """Return the answers of a chat completion, and count its tokens."""
         try:
             completion = parse_json(content)
-            answers = [*map(TeacherAnswer.from_choice, completion["choices"])]
-            usage = completion.get("usage") or {}
-            counts = {name: int(usage.get(f"{name}_tokens") or 0) for name in TOKEN_KINDS}
+            answers = [*map(_read_choice, completion["choices"])]
+            counts = {k: n for k, n in (completion.get("usage") or {}).items() if type(n) is int}
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             text = f"not a chat completion: {self._read_message(content)}"
             raise self._build_error(200, text) from error
         if not answers:
             raise self._build_error(200, "a chat completion without choices")
         with self._lock:
-            self.usage.update(counts)
+            for kind in ("prompt_tokens", "completion_tokens"):
+                self.usage[kind.replace("_", " ")] += counts.get(kind, 0)
         return answers
 
     def _read_message(self, content: str) -> str:
@@ -422,43 +387,39 @@ class Teacher:
             expected = f"a valid API key in the environment variable {variable}"
             remedy = f"set it: export {variable}=KEY, or name another one: --teacher-key VARIABLE"
         elif status == 404:
-            expected = f"the name of a model of the server{self._list_models()}"
+            expected = "the name of a model of the server"
+            with suppress(httpx2.RequestError, ValueError, LookupError, TypeError):
+                models = self._client.get(f"{self._url}/models").json()["data"]
+                expected += f": {', '.join(str(model['id']) for model in models):.500}"
             remedy = "correct --teacher-model, or the address, which precedes /chat/completions"
         elif status == 413:
             remedy = f"reduce --teacher-pixels, which is {self._settings.pixels}"
         what = f"{f'status {status}: ' if status else ''}{message}"
         return UserError(what, where=f"--teacher {self._url}", expected=expected, remedy=remedy)
 
-    def _list_models(self) -> str:
-        """Return the names of the models of the server; empty if it does not list them."""
-        with suppress(httpx2.RequestError, ValueError, LookupError, TypeError):
-            models = self._client.get(f"{self._url}/models", timeout=HTTP_TIMEOUT).json()["data"]
-            return f": {', '.join(str(model['id']) for model in models):.500}"
-        return ""
-
     def _find_frame(self) -> BoxFrame:
         """Return the frame of the coordinates in which the teacher finds a drawn rectangle."""
-        height, width = PROBE_SIZE
-        drawing, buffer = Image.new("RGB", (width, height), "white"), io.BytesIO()
+        (height, width), buffer = PROBE_SIZE, io.BytesIO()
+        drawing = Image.new("RGB", (width, height), "white")
         ImageDraw.Draw(drawing).rectangle(PROBE_BOX, fill="red")
         drawing.save(buffer, format="PNG")
         image = SentImage.build(buffer.getvalue(), PROBE_SIZE)
-        task = replace(self._format.task, choices=())
-        question = f"Find the red rectangle. {AnswerFormat(task).instruct('auto')}"
-        content = [image.to_part(), {"type": "text", "text": question}]
-        (answer,) = self.ask([{"role": "user", "content": content}], 1)
-        reference = self._format.convert(PROBE_BOX)
+        question = {"type": "text", "text": "Find the red rectangle."}
+        form = replace(self._format, task=replace(self._format.task, choices=()))
+        (answer,) = self.ask([{"role": "user", "content": [image.part, question]}], 1, form)
         overlaps = dict.fromkeys(FRAMES, 0.0)
         for frame in FRAMES:
-            with suppress(UnusableAnswerError):
-                found = self._format.parse(answer, frame, [image])[0]
-                assert isinstance(found, BoxPart), f"{found} is not a box"
+            with suppress(NoAnswerError):
+                (found,) = _list_boxes(replace(form, frame=frame).parse(answer, [image]))[:1]
+                x1, y1, x2, y2 = map(float, PROBE_BOX)
+                center = (x1 + x2) / 2, (y1 + y2) / 2
+                reference = center * 2 if found.is_point else (x1, y1, x2, y2)
                 overlaps[frame] = measure_overlap(found.xyxy, reference, PROBE_SIZE)
         best = max(FRAMES, key=lambda frame: overlaps[frame])
         if overlaps[best] < MIN_PROBE_OVERLAP:
             raise UserError(
-                f"the frame of the coordinates is unknown: the teacher finds a rectangle at"
-                f" {PROBE_BOX} in an image of {width} x {height} pixels at {answer.text!r:.200}",
+                f"the frame of the coordinates is unknown: a rectangle at {PROBE_BOX} in an image"
+                f" of {width} x {height} pixels is not at {answer.text!r:.200}",
                 where="--teacher-boxes",
                 expected=f"a teacher that finds objects in the frame {', '.join(FRAMES)}",
                 remedy="name the frame, such as --teacher-boxes thousandths, or another model",
@@ -468,108 +429,75 @@ class Teacher:
 
 @dataclass(frozen=True, slots=True)
 class AnswerFormat:
-    """Form in which a teacher answers the questions of a task: instruction, schema and parser."""
+    """Form in which a teacher answers the questions of a task: schema, parser and agreement.
+
+    Attributes:
+        frame: Frame of the coordinates; `auto` is thousandths with x first.
+    """
 
     task: LabelTask
+    frame: BoxFrame
 
-    @property
-    def _template(self) -> Any:
-        return json.loads(self.task.template or "{}")
-
-    def instruct(self, frame: BoxFrame) -> str:
-        """Return the instruction after a question; empty for the kind text."""
-        names = ", ".join(self.task.choices)
+    def build_schema(self) -> dict[str, Any] | None:
+        """Return the JSON schema of the answers; None for a text."""
+        choices, is_box = self.task.choices, self.task.kind == "boxes"
+        name: dict[str, Any] = {"type": "string"} | ({"enum": [*choices]} if choices else {})
         if self.task.has_regions:
-            numbers = "x1, y1, x2, y2" if self.task.kind == "boxes" else "x, y"
-            if frame == "thousandths-yx":
-                numbers = "y1, x1, y2, x2" if self.task.kind == "boxes" else "y, x"
-            item = f'{{"label": "NAME", "{self._key}": [{numbers}]}}'
-            unit = "pixels" if frame == "pixels" else "thousandths of the width and height"
-            labels = f" The labels are: {names}." if names else ""
-            return (
-                f'Answer with JSON only: {{"objects": [{item}, ...]}}. The coordinates are'
-                f" {unit} of the image. Without objects, the list is empty.{labels}"
-            )
+            unit = "pixels" if self.frame == "pixels" else "thousandths of width and height"
+            orders = ("x1, y1, x2, y2", "y1, x1, y2, x2") if is_box else ("x, y", "y, x")
+            order = orders[self.frame == "thousandths-yx"]
+            corners: dict[str, Any] = {"type": "array", "items": {"type": "number"}}
+            corners["description"] = f"{order} in {unit} of the image"
+            item = _describe_object({"label": name, BOX_KEY if is_box else POINT_KEY: corners})
+            return _describe_object({"objects": {"type": "array", "items": item}})
         if self.task.kind == "fields":
-            form = f" in the form {self.task.template}, with null for missing values"
-            return f"Answer with a JSON object only{form if self._template else ''}."
-        if not names:
-            return ""
-        return f'Answer with JSON only: {{"answer": CLASS}}. The classes are: {names}.'
+            return _describe_value(json.loads(self.task.template or "{}"))
+        return _describe_object({"answer": name}) if choices else None
 
-    @property
-    def _key(self) -> str:
-        return BOX_KEY if self.task.kind == "boxes" else POINT_KEY
-
-    def build_schema(self) -> dict[str, Any]:
-        """Return the setting `response_format` of a request; empty for a text."""
-        if self.task.has_regions:
-            item = {"label": _describe_name(self.task.choices), self._key: NUMBERS}
-            objects = {"type": "array", "items": _describe_object(item)}
-            schema = _describe_object({"objects": objects})
-        elif self.task.kind == "fields" and not self._template:
-            return {"response_format": {"type": "json_object"}}
-        elif self.task.kind == "fields":
-            schema = _describe_value(self._template)
-        elif self.task.choices:
-            schema = _describe_object({"answer": _describe_name(self.task.choices)})
-        else:
-            return {}
-        form = {"name": "answer", "strict": True, "schema": schema}
-        return {"response_format": {"type": "json_schema", "json_schema": form}}
-
-    def parse(
-        self, answer: TeacherAnswer, frame: BoxFrame, images: Sequence[SentImage]
-    ) -> AnswerContent:
-        """Return the label of an answer. Raises UnusableAnswerError with the reason."""
-        if answer.problem:
-            raise UnusableAnswerError(answer.problem)
+    def parse(self, answer: TeacherAnswer, images: Sequence[SentImage]) -> AnswerContent:
+        """Return the label of an answer. Raises NoAnswerError with the reason."""
         text = _REASONING.sub("", answer.text).strip()
         value = next((found.value for found in iter_json_values(text)), None)
+        if answer.problem:
+            raise NoAnswerError(f"{answer.problem}: {text!r:.200}")
         if self.task.has_regions:
             items = value.get("objects", [value]) if isinstance(value, dict) else value
             if not isinstance(items, list):
-                raise UnusableAnswerError(f"the teacher answers no JSON of objects: {text!r:.200}")
-            boxes = tuple(self._parse_box(item, frame, images) for item in items)
+                raise NoAnswerError(f"the teacher answers no JSON of objects: {text!r:.200}")
+            boxes = tuple(self._parse_box(item, images) for item in items)
             return boxes or (TextPart(text=NO_OBJECTS_ANSWER),)
         if self.task.kind == "fields":
             if not isinstance(value, dict):
-                raise UnusableAnswerError(f"the teacher answers no JSON object: {text!r:.200}")
-            names = self._template or value
+                raise NoAnswerError(f"the teacher answers no JSON object: {text!r:.200}")
+            names = json.loads(self.task.template or "{}") or value
             text = json.dumps({name: value.get(name) for name in names}, ensure_ascii=False)
         elif self.task.choices:
             name = fold_text(str(value.get("answer") if isinstance(value, dict) else text))
             text = next((one for one in self.task.choices if fold_text(one) == name), "")
         if not text:
-            raise UnusableAnswerError(f"the teacher answers no class or text: {answer.text!r:.200}")
+            raise NoAnswerError(f"the teacher answers no text or class: {answer.text!r:.200}")
         return (TextPart(text=text),)
 
-    def _parse_box(self, item: object, frame: BoxFrame, images: Sequence[SentImage]) -> BoxPart:
+    def _parse_box(self, item: object, images: Sequence[SentImage]) -> BoxPart:
         """Return a box or point in pixels of the original image."""
         numbers, label = parse_json_box(item) or ((), None)
-        expected = 4 if self.task.kind == "boxes" else 2
+        is_point = self.task.kind == "points"
         kinds = {type(number) for number in numbers} if isinstance(numbers, list) else {str}
-        if not kinds <= {int, float} or len(numbers) != expected or not images:
-            raise UnusableAnswerError(f"no object with {self._key} and label: {item!s:.200}")
-        if frame == "thousandths-yx":
-            numbers = [numbers[index ^ 1] for index in range(expected)]
-        height, width = images[0].original_size
-        rows, columns = images[0].size if frame == "pixels" else (1000, 1000)
+        if not kinds <= {int, float} or len(numbers) != (2 if is_point else 4) or not images:
+            raise NoAnswerError(f"the teacher answers no {self.task.kind}: {item!s:.200}")
+        if self.frame == "thousandths-yx":
+            numbers = [numbers[index ^ 1] for index in range(len(numbers))]
+        height, width = size = images[0].original_size
+        rows, columns = images[0].size if self.frame == "pixels" else (1000, 1000)
         scales = (width / columns, height / rows) * 2
-        scaled = zip(numbers * (4 // expected), scales, strict=True)
-        x1, y1, x2, y2 = (round(number * scale, COORDINATE_DECIMALS) for number, scale in scaled)
-        size, overhang = (height, width), MAX_OVERHANG * max(height, width)
-        is_point = expected == 2
-        is_inside = is_inside_image((x1, y1, x2, y2), size, overhang, is_point=is_point)
-        clipped = clip_box((x1, y1, x2, y2), size, is_point=is_point) if is_inside else None
+        scaled = zip(numbers * (2 if is_point else 1), scales, strict=True)
+        x1, y1, x2, y2 = (round(n * scale, COORDINATE_DECIMALS) for n, scale in scaled)
+        overhang, clipped = MAX_OVERHANG * max(size), None
+        if is_inside_image((x1, y1, x2, y2), size, overhang, is_point=is_point):
+            clipped = clip_box((x1, y1, x2, y2), size, is_point=is_point)
         if clipped is None:
-            raise UnusableAnswerError(f"{numbers} is not in the image: check --teacher-boxes")
+            raise NoAnswerError(f"{numbers} is not in the image: check --teacher-boxes")
         return create_region(clipped, label, is_point=is_point)
-
-    def convert(self, box: Box) -> Box:
-        """Return a box, or the point in its center if the answers are points."""
-        x, y = (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
-        return (x, y, x, y) if self.task.kind == "points" else box
 
     def compare(
         self, label: Sequence[ContentPart], other: Sequence[ContentPart], size: ImageSize
@@ -584,38 +512,36 @@ class AnswerFormat:
     ) -> Suggestion:
         """Return the answer that agrees most with the others, with confidences."""
         agreements = [sum(self.compare(one, two, size) for two in contents) - 1 for one in contents]
-        best, num_others = agreements.index(max(agreements)), max(1, num_answers - 1)
-        content, confidence = contents[best], agreements[best] / num_others
-        others = [*contents[:best], *contents[best + 1 :]]
-        totals: dict[tuple[str | int, ...], float] = {}
-        if boxes := _list_boxes(content):
-            totals = {(index,): 0.0 for index in range(len(boxes))}
-            for other in others:
-                for index, _, overlap in match_boxes(boxes, _list_boxes(other), size):
-                    totals[index,] += overlap
-        elif self.task.kind == "fields":
-            values, *other_values = [
-                {leaf.path: leaf.value for leaf in iter_json_leaves(get_text(one))}
-                for one in (content, *others)
-            ]
-            totals = {
-                path: sum(path in one and one[path] == value for one in other_values)
-                for path, value in values.items()
-            }
-        parts = [SuggestedPart(path, total / num_others) for path, total in totals.items()]
-        parts = parts or [SuggestedPart((), confidence)]
-        return Suggestion(sample_id, content, confidence, tuple(parts))
+        best, num_others = agreements.index(max(agreements)), num_answers - 1
+        content, *others = contents[best], *contents[:best], *contents[best + 1 :]
+        confidence = agreements[best] / num_others
+        totals: dict[tuple[str | int, ...], float] = defaultdict(float)
+        boxes = _list_boxes(content)
+        leaves = [*iter_json_leaves(get_text(content))] if self.task.kind == "fields" else []
+        for other in others:
+            for index, _, overlap in match_boxes(boxes, _list_boxes(other), size):
+                totals[index,] += overlap
+            values = {leaf.path: leaf.value for leaf in iter_json_leaves(get_text(other))}
+            for leaf in leaves:
+                totals[leaf.path] += values.get(leaf.path, ()) == leaf.value
+        paths = [leaf.path for leaf in leaves] or [(index,) for index in range(len(boxes))]
+        parts = tuple(SuggestedPart(path, totals[path] / num_others) for path in paths)
+        parts = parts or (SuggestedPart((), confidence),)
+        return Suggestion(sample_id, content, confidence, parts)
 
 
-NUMBERS = {"type": "array", "items": {"type": "number"}}
+def _read_choice(choice: Mapping[str, Any]) -> TeacherAnswer:
+    """Read a choice of a chat completion. Raises LookupError or AttributeError for another."""
+    message, reason = choice["message"], choice.get("finish_reason")
+    text, refusal = str(message.get("content") or ""), message.get("refusal")
+    if refusal or reason == "content_filter":
+        return TeacherAnswer(str(refusal or text), "the teacher refuses")
+    is_cut_off = reason == "length"
+    return TeacherAnswer(text, "cut off by --max-new-tokens" if is_cut_off else "")
 
 
 def _list_boxes(content: AnswerContent) -> list[BoxPart]:
     return [part for part in content if isinstance(part, BoxPart)]
-
-
-def _describe_name(choices: Sequence[str]) -> dict[str, Any]:
-    return {"type": "string", "enum": [*choices]} if choices else {"type": "string"}
 
 
 def _describe_object(properties: Mapping[str, Any]) -> dict[str, Any]:
@@ -624,9 +550,10 @@ def _describe_object(properties: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _describe_value(value: Any) -> dict[str, Any]:
-    """Return the JSON schema of a value of a template, which may be missing."""
+    """Return the JSON schema of a value of a template, which may be null."""
     if isinstance(value, dict):
-        return _describe_object({name: _describe_value(one) for name, one in value.items()})
+        object_schema = _describe_object({k: _describe_value(one) for k, one in value.items()})
+        return object_schema if value else {"type": "object"}
     if isinstance(value, list):
         return {"type": "array", "items": _describe_value(value[0] if value else None)}
     kinds = {str: ["string"], bool: ["boolean"], int: ["number"], float: ["number"]}

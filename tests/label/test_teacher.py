@@ -18,6 +18,7 @@ from starlette.responses import JSONResponse, RedirectResponse, Response
 from starlette.routing import Route
 from web_server_fixture import run_app
 
+from finesight.cli.app import run_command
 from finesight.data.sample import ImagePart, Message, Sample, TextPart, write_samples
 from finesight.errors import UserError
 from finesight.label.label_session import LabelSession, open_session
@@ -199,6 +200,25 @@ def test_review_lists_the_most_contradicted_labels_first(tmp_path):
         scores = [(item.sample.sample.id, item.suggestion.score) for item in session.store.items]
         assert scores == [("1.png", 1.0), ("0.png", 0.0)]
         assert [part["role"] for part in teacher.requests[0]["messages"]] == ["user"]
+
+
+def test_command_prints_suggestions_of_a_server(tmp_path, monkeypatch, capsys):
+    """Without an extra, a page or a key, and with the colors of the user as an enumeration."""
+    monkeypatch.chdir(tmp_path)
+    draw_images(tmp_path, 2)
+    teacher = ScriptedTeacher(replies=["Red", "red", '{"answer": "blue"}', "green"])
+    words = [*("label", "finesight-tiny", "photos", "--prompt", "Color?", "--kind", "classes")]
+    words += ["--classes", "red,blue", "--suggest-only", "--json", "--teacher-concurrency", "1"]
+    with run_app(teacher.make_app()) as port:
+        words += ["--teacher", f"http://127.0.0.1:{port}/v1", "--teacher-answers", "2"]
+        assert run_command(words) == 2
+        assert "--teacher-model" in capsys.readouterr().err
+        words += ["--teacher-model", "owl"]
+        assert run_command(words) == 0
+    records = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    found = [(one["suggestion"]["text"], one["confidence"]) for one in records]
+    assert found == [("blue", 0.0), ("red", 1.0)]
+    assert teacher.keys == {None}
 
 
 @pytest.mark.parametrize(

@@ -270,7 +270,8 @@ class Teacher:
             content = list[Any]()
             for part in turn.content:
                 if isinstance(part, ImagePart):
-                    images.append(self._encode(located.resolve_path(part.image)))
+                    file = Path(os.path.realpath(located.resolve_path(part.image)))
+                    images.append(self._encode(file))
                     content.append(images[-1].part)
                 elif isinstance(part, TextPart):
                     content.append({"type": "text", "text": part.text})

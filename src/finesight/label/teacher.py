@@ -40,10 +40,9 @@ from finesight.data.boxes import (
     BOX_KEY,
     POINT_KEY,
     clip_box,
+    contains_center,
     is_inside_image,
     iter_json_values,
-    measure_overlap,
-    parse_json_box,
 )
 from finesight.data.formats.image_annotations import NO_OBJECTS_ANSWER
 from finesight.data.image_header import DEFAULT_SIZE, ImageSize
@@ -55,6 +54,7 @@ from finesight.data.sample import (
     TextPart,
     create_region,
 )
+from finesight.encode.family import read_json_boxes
 from finesight.errors import UserError
 from finesight.evaluate.box_metrics import match_boxes
 from finesight.evaluate.text_metrics import fold_text, normalize_text
@@ -86,11 +86,12 @@ FRAMES: tuple[BoxFrame, ...] = ("pixels", "thousandths", "thousandths-yx")
 The frame `auto` is that in which the teacher finds a drawn rectangle.
 """
 
-PROBE_SIZE, PROBE_BOX = (480, 640), (320, 60, 560, 180)
-"""Height and width of the drawn image, and its rectangle in pixels."""
+PROBE_SIZE, PROBE_BOX = (480, 640), (320.0, 60.0, 560.0, 180.0)
+"""Height and width of the drawn image, and its rectangle in pixels. In another frame, the center of
+the rectangle is outside of it."""
 
-MIN_PROBE_OVERLAP, MAX_OVERHANG, COORDINATE_DECIMALS = 0.5, 0.05, 2
-"""Least IoU with the drawn rectangle, and largest overhang of a box in sides of its image."""
+MAX_OVERHANG, COORDINATE_DECIMALS = 0.05, 2
+"""Largest overhang of a box, as a fraction of the longer side of its image, and its digits."""
 
 OPTIONAL_SETTINGS = {
     "response_format": re.compile(r"response_format|json_schema|json_object"),
@@ -408,24 +409,18 @@ class Teacher:
         question = {"type": "text", "text": "Find the red rectangle."}
         form = replace(self._format, task=replace(self._format.task, choices=()))
         (answer,) = self.ask([{"role": "user", "content": [image.part, question]}], 1, form)
-        overlaps = dict.fromkeys(FRAMES, 0.0)
         for frame in FRAMES:
             with suppress(NoAnswerError):
-                (found,) = _list_boxes(replace(form, frame=frame).parse(answer, [image]))[:1]
-                x1, y1, x2, y2 = map(float, PROBE_BOX)
-                center = (x1 + x2) / 2, (y1 + y2) / 2
-                reference = center * 2 if found.is_point else (x1, y1, x2, y2)
-                overlaps[frame] = measure_overlap(found.xyxy, reference, PROBE_SIZE)
-        best = max(FRAMES, key=lambda frame: overlaps[frame])
-        if overlaps[best] < MIN_PROBE_OVERLAP:
-            raise UserError(
-                f"the frame of the coordinates is unknown: a rectangle at {PROBE_BOX} in an image"
-                f" of {width} x {height} pixels is not at {answer.text!r:.200}",
-                where="--teacher-boxes",
-                expected=f"a teacher that finds objects in the frame {', '.join(FRAMES)}",
-                remedy="name the frame, such as --teacher-boxes thousandths, or another model",
-            )
-        return best
+                boxes = read_boxes(answer.text, frame, image)
+                if boxes and contains_center(PROBE_BOX, boxes[0].xyxy):
+                    return frame
+        raise UserError(
+            f"the frame of the coordinates is unknown: a rectangle at {PROBE_BOX} in an image of"
+            f" {width} x {height} pixels is not at {answer.text!r:.200}",
+            where="--teacher-boxes",
+            expected=f"a teacher that finds objects in the frame {', '.join(FRAMES)}",
+            remedy="name the frame, such as --teacher-boxes thousandths, or another model",
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -462,11 +457,13 @@ class AnswerFormat:
         if answer.problem:
             raise NoAnswerError(f"{answer.problem}: {text!r:.200}")
         if self.task.has_regions:
-            items = value.get("objects", [value]) if isinstance(value, dict) else value
-            if not isinstance(items, list):
-                raise NoAnswerError(f"the teacher answers no JSON of objects: {text!r:.200}")
-            boxes = tuple(self._parse_box(item, images) for item in items)
-            return boxes or (TextPart(text=NO_OBJECTS_ANSWER),)
+            boxes = [box for image in images[:1] for box in read_boxes(text, self.frame, image)]
+            expects_point = self.task.kind == "points"
+            if any(box.is_point != expects_point for box in boxes) or (
+                not boxes and value not in ([], {"objects": []})
+            ):
+                raise NoAnswerError(f"the teacher answers no {self.task.kind}: {text!r:.200}")
+            return (*boxes,) or (TextPart(text=NO_OBJECTS_ANSWER),)
         if self.task.kind == "fields":
             if not isinstance(value, dict):
                 raise NoAnswerError(f"the teacher answers no JSON object: {text!r:.200}")
@@ -478,27 +475,6 @@ class AnswerFormat:
         if not text:
             raise NoAnswerError(f"the teacher answers no text or class: {answer.text!r:.200}")
         return (TextPart(text=text),)
-
-    def _parse_box(self, item: object, images: Sequence[SentImage]) -> BoxPart:
-        """Return a box or point in pixels of the original image."""
-        numbers, label = parse_json_box(item) or ((), None)
-        is_point = self.task.kind == "points"
-        kinds = {type(number) for number in numbers} if isinstance(numbers, list) else {str}
-        if not kinds <= {int, float} or len(numbers) != (2 if is_point else 4) or not images:
-            raise NoAnswerError(f"the teacher answers no {self.task.kind}: {item!s:.200}")
-        if self.frame == "thousandths-yx":
-            numbers = [numbers[index ^ 1] for index in range(len(numbers))]
-        height, width = size = images[0].original_size
-        rows, columns = images[0].size if self.frame == "pixels" else (1000, 1000)
-        scales = (width / columns, height / rows) * 2
-        scaled = zip(numbers * (2 if is_point else 1), scales, strict=True)
-        x1, y1, x2, y2 = (round(n * scale, COORDINATE_DECIMALS) for n, scale in scaled)
-        overhang, clipped = MAX_OVERHANG * max(size), None
-        if is_inside_image((x1, y1, x2, y2), size, overhang, is_point=is_point):
-            clipped = clip_box((x1, y1, x2, y2), size, is_point=is_point)
-        if clipped is None:
-            raise NoAnswerError(f"{numbers} is not in the image: check --teacher-boxes")
-        return create_region(clipped, label, is_point=is_point)
 
     def compare(
         self, label: Sequence[ContentPart], other: Sequence[ContentPart], size: ImageSize
@@ -529,6 +505,26 @@ class AnswerFormat:
         parts = tuple(SuggestedPart(path, totals[path] / num_others) for path in paths)
         parts = parts or (SuggestedPart((), confidence),)
         return Suggestion(sample_id, content, confidence, parts)
+
+
+def read_boxes(text: str, frame: BoxFrame, image: SentImage) -> list[BoxPart]:
+    """Return the boxes or points of an answer in pixels of the original image.
+
+    Raises NoAnswerError for one that exceeds the image by more than a rounding error.
+    """
+    height, width = size = image.original_size
+    is_swapped, boxes = frame == "thousandths-yx", list[BoxPart]()
+    source = image.size if frame == "pixels" else (1000, 1000)
+    for box in read_json_boxes(text, source, (width, height) if is_swapped else size):
+        x1, y1, x2, y2 = (round(number, COORDINATE_DECIMALS) for number in box.xyxy)
+        corners = (y1, x1, y2, x2) if is_swapped else (x1, y1, x2, y2)
+        overhang, is_point = MAX_OVERHANG * max(size), box.is_point
+        is_inside = is_inside_image(corners, size, overhang, is_point=is_point)
+        clipped = clip_box(corners, size, is_point=is_point)
+        if clipped is None or not is_inside:
+            raise NoAnswerError(f"{corners} is not in the image: check --teacher-boxes")
+        boxes.append(create_region(clipped, box.label, is_point=is_point))
+    return boxes
 
 
 def _read_choice(choice: Mapping[str, Any]) -> TeacherAnswer:

@@ -244,7 +244,7 @@ def test_errors_of_the_server_name_the_cause(tmp_path, monkeypatch, reply, words
 
 def test_invalid_settings_are_rejected_before_a_request():
     for url in ("ftp://host/v1", "http:///v1", "https://name:key@host/v1", "http://host/v1?key=a"):
-        with pytest.raises(UserError, match="address of a server"):
+        with pytest.raises(UserError, match="is no teacher"):
             TeacherSettings(url, "owl")
     with pytest.raises(UserError, match="--teacher-model"):
         TeacherSettings("http://host/v1", None)

@@ -412,8 +412,9 @@ class LabelStore(AbstractContextManager["LabelStore"]):
         if question is None or (corrected := tuple(question)) == texts:
             return ()
         if len(corrected) != len(texts) or not any(text.strip() for text in corrected):
+            remedy, where = "enter a prompt, or reset it", item.sample.sample.id
             raise UserError(
-                "the prompt is empty", expected="a question", remedy="enter a prompt, or reset it"
+                "the prompt is empty", where=where, expected="a question", remedy=remedy
             )
         return corrected
 

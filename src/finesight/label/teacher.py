@@ -45,7 +45,7 @@ from finesight.data.boxes import (
     iter_json_values,
 )
 from finesight.data.formats.image_annotations import NO_OBJECTS_ANSWER
-from finesight.data.image_header import DEFAULT_SIZE, ImageSize
+from finesight.data.image_header import DEFAULT_SIZE, CorruptImageError, ImageSize
 from finesight.data.sample import (
     BoxPart,
     ContentPart,
@@ -156,22 +156,15 @@ class TeacherSettings:
     max_new_tokens: int = 512
 
     def __post_init__(self) -> None:
-        """Raise UserError for another address than that of a server, or without a model."""
+        """Raise UserError without the address of a server and the name of its model."""
         parts = urlsplit(self.url)
-        is_plain = not (parts.query or parts.fragment or parts.username)
-        if parts.scheme not in ("http", "https") or not parts.hostname or not is_plain:
+        is_server = parts.scheme in ("http", "https") and bool(parts.hostname)
+        if not is_server or parts.query or parts.fragment or parts.username or not self.model:
             raise UserError(
-                f"{self.url!r:.200} is not the address of a server",
-                where="--teacher",
-                expected="http:// or https://, host and path, such as http://localhost:8000/v1",
-                remedy="correct the address",
-            )
-        if not self.model:
-            raise UserError(
-                f"no model of {self.url} is given",
-                where="--teacher-model",
-                expected="the name of a model of this server",
-                remedy="add --teacher-model NAME",
+                f"{self.url!r:.200} with the model {self.model!r:.200} is no teacher",
+                where="--teacher, --teacher-model",
+                expected="the address of a server, such as http://localhost:8000/v1, and its model",
+                remedy="correct the address, or add --teacher-model NAME",
             )
 
     @property
@@ -208,9 +201,11 @@ class Teacher:
         self._rejected: set[str] = set()
         self.num_requests, self.usage = 0, Counter[str]()
         self._answers: dict[str, list[TeacherAnswer]] = {}
-        for entry in map(parse_json, read_complete_lines(self._file)):
-            known = self._answers.setdefault(entry["key"], [])
-            known += [TeacherAnswer(*answer) for answer in entry["answers"]]
+        for line in read_complete_lines(self._file):
+            with suppress(ValueError, LookupError, TypeError):  # A damaged line is requested again.
+                entry = parse_json(line)
+                answers = [TeacherAnswer(*answer) for answer in entry["answers"]]
+                self._answers.setdefault(entry["key"], []).extend(answers)
 
     def suggest(
         self, samples: Sequence[LocatedSample], *, on_progress: Callable[[int], None]
@@ -253,10 +248,10 @@ class Teacher:
                     contents.append(self._format.parse(answer, images))
                 except NoAnswerError as error:
                     reason = str(error)
-            if not contents:
-                raise NoAnswerError(reason)
-        except NoAnswerError as error:
-            return f"{sample.id}: {error}"
+        except (CorruptImageError, NoAnswerError) as error:
+            contents, reason = [], str(error).splitlines()[0]
+        if not contents:
+            return f"{sample.id}: {reason}"
         size = images[0].original_size if images else DEFAULT_SIZE
         found = self._format.select_answer(sample.id, contents, self._settings.answers, size)
         if self._review:

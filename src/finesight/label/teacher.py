@@ -325,9 +325,12 @@ class Teacher:
                 self._rejected |= rejected
                 continue
             is_temporary = status in (0, *download.RETRY_STATUSES)
-            delay_s = next(delays, None) if is_temporary else None
-            is_final = requested_s > download.MAX_RETRY_DELAY_S or "insufficient_quota" in content
-            if delay_s is None or is_final or self._stopped.wait(max(delay_s, requested_s)):
+            is_temporary = is_temporary and "insufficient_quota" not in content
+            delay_s = max(next(delays, math.inf), requested_s) if is_temporary else math.inf
+            if delay_s > download.MAX_RETRY_DELAY_S:
+                raise self._build_error(status, message)
+            self._log(f"teacher: next attempt in {delay_s:g} s: {message}")
+            if self._stopped.wait(delay_s):
                 raise self._build_error(status, message)
 
     def _send(self, body: Mapping[str, Any]) -> tuple[int, str, int]:

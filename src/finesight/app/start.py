@@ -588,16 +588,17 @@ def label(
     if teacher and not suggestions:
         raise _build_option_error("--teacher", "with --no-suggestions", "one of the two options")
     server, suggester = None, teacher or run_or_model
-    if "://" in suggester:
+    if "://" in (teacher or ""):
         from finesight.label.teacher import TeacherSettings
 
         sizes = teacher_answers, teacher_pixels, teacher_budget, teacher_concurrency, max_new_tokens
         server = TeacherSettings(suggester, teacher_model, teacher_key, teacher_boxes, *sizes)
         suggester = server.name
-    elif suggestions:
+    if suggestions:
         from finesight.model_folder import check_model_path
 
-        check_model_path(suggester)
+        for name in [run_or_model] if server else [run_or_model, suggester]:
+            check_model_path(name)
     names, field_names = (
         [*dict.fromkeys(name.strip() for name in (text or "").split(",") if name.strip())]
         for text in (classes, fields)
@@ -630,8 +631,7 @@ def label(
             if server is None:
                 model = load_model(suggester, **loading).value.inference_model
                 rank = rank_labels if review else suggest_labels
-                counts: dict[str, Any] = {"batch_size": batch_size}
-                suggest = partial(rank, model, max_new_tokens=max_new_tokens, **counts)
+                suggest = partial(rank, model, max_new_tokens=max_new_tokens, batch_size=batch_size)
                 del model
             else:
                 from finesight.label.teacher import Teacher

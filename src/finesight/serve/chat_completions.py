@@ -648,9 +648,9 @@ class ActiveCompletion:
             ApiError: The inference service is busy, or the request is invalid.
         """
         factory, grammar = self.handler.constraint_factory, self._get_grammar_spec()
-        if grammar is not None and not factory.is_accepted(grammar[0]):
-            self.preprocessor.check_grammar(*grammar, self.thinking)
-            factory.mark_accepted(grammar[0])
+        if grammar is not None:
+            check = functools.partial(self.preprocessor.check_grammar, *grammar, self.thinking)
+            factory.check_once(grammar[0], check)
         for choice_index in range(self.chat_request.n or 1):
             constraint = (
                 None if grammar is None else WorkerConstraint(factory, grammar[0], self.thinking)

@@ -20,7 +20,8 @@ from finesight.bounded_files import load_yaml
 from finesight.check.check_issues import ISSUE_TYPES
 from finesight.cli.app import app
 from finesight.data.formats import FORMATS
-from finesight.operations import OPERATIONS
+from finesight.operations import OPERATIONS, find_operation
+from finesight.operations.operation import list_parameters
 from finesight.report.i18n import Language, get_translations, use_language
 from finesight.serve.api_schema import MIB, ServerLimits
 
@@ -188,10 +189,11 @@ def render_limits_table(translate: Translate) -> str:
     titles = " | ".join(map(translate, ("limit", "default", "description", "option")))
     lines = [f"| {titles} |", "|---|---|---|---|"]
     values = asdict(ServerLimits())
+    options = {one.name: f"`{one.option}`" for one in list_parameters(find_operation("serve"))}
     for limit in fields(ServerLimits):
         value, is_size = values[limit.name], limit.name.endswith("_bytes")
         default = f"{value // MIB} MiB" if is_size else f"{value:,.0f}"
-        description, option = translate(limit.metadata["description"]), limit.metadata["option"]
+        description, option = translate(limit.metadata["description"]), options.get(limit.name, "")
         lines.append(f"| `{limit.name}` | {default} | {description} | {option} |")
     return "\n".join(lines)
 

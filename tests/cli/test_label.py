@@ -72,7 +72,8 @@ def write_recipe(train: str, evaluation: str | None = None, run: str = "run") ->
 
 def test_suggestions_are_printed_once_and_answered_on_the_page(cli):
     words = ("photos", *PROMPT, "--out", "labels")
-    printed = [cli("label", *TINY, *words, "--suggest-only", "--json") for _ in range(2)]
+    teachers = (("--teacher", "finesight-tiny"), ())
+    printed = [cli("label", *TINY, *words, *one, "--suggest-only", "--json") for one in teachers]
     assert printed[0].out == printed[1].out
     items = printed[0].records
     confidences = [item["confidence"] for item in items]

@@ -5,6 +5,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 from errno import ENOSPC
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ from finesight.infer.model_loader import load_inference_model
 from finesight.label import label_store
 from finesight.label.label_session import LabelSession, open_session
 from finesight.label.label_store import LABELS_FILE
+from finesight.label.suggestion import suggest_labels
 from finesight.model_folder import TINY_MODEL
 from finesight.storage import translate_os_errors
 from finesight.vision import image_reader
@@ -530,7 +532,8 @@ def test_hostile_image_is_decoded_within_limits(tmp_path, monkeypatch, make_imag
     model = load_inference_model(TINY_MODEL, device="cpu")
     session = open_session(tmp_path / "labels", MODEL, [photos], prompt="Read.")
     with session.store:
-        reasons = session.add_suggestions(model, max_new_tokens=2, batch_size=2)
+        suggest = partial(suggest_labels, model, max_new_tokens=2)
+        reasons = session.add_suggestions(suggest)
     assert [*reasons] == [str(photos / "0.png")]
     assert "CPU time" in reasons[str(photos / "0.png")]
 

@@ -3,6 +3,7 @@
 import random
 import threading
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from hostile_requests import SCHEMAS
 
 from finesight.infer.structured_output import GrammarCompiler
 from finesight.serve import request_preprocessor as module
+from finesight.serve.api_schema import ApiError
 from finesight.serve.request_preprocessor import ConstraintFactory, WorkerConstraint
 
 TICKET = {
@@ -97,8 +99,13 @@ def test_constraint_can_be_closed_at_any_time(factory, when):
 
 def test_accepted_grammars_are_cached(factory, monkeypatch):
     monkeypatch.setattr(module, "MAX_ACCEPTED_GRAMMARS", 2)
-    specs = [("json_schema", ({"const": number},)) for number in range(3)]
-    for spec in specs:
-        assert not factory.is_accepted(spec)
-        factory.mark_accepted(spec)
-    assert [factory.is_accepted(spec) for spec in specs] == [False, True, True]
+    checked: list[int] = []
+
+    def reject() -> None:
+        raise ApiError(400, "too large")
+
+    with pytest.raises(ApiError):
+        factory.check_once(("json_schema", (0,)), reject)
+    for number in (0, 1, 2, 2, 1, 0):
+        factory.check_once(("json_schema", (number,)), partial(checked.append, number))
+    assert checked == [0, 1, 2, 0]

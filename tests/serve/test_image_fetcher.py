@@ -24,6 +24,7 @@ from hub_fixtures import certificate
 
 from finesight.errors import UserError
 from finesight.hub.download import is_public_address
+from finesight.serve.api_schema import ServerLimits
 from finesight.serve.image_sources import ImageFetcher
 
 CASES = load_cases("image_fetcher")
@@ -105,8 +106,7 @@ class FakeResolver:
 def fetcher(names: FakeResolver, timeout_s: float = 5.0) -> ImageFetcher:
     return ImageFetcher(
         ["localhost"],
-        timeout_s=timeout_s,
-        max_bytes=100_000,
+        ServerLimits(fetch_timeout_s=timeout_s, max_image_bytes=100_000),
         resolve=names,
         is_allowed_address=lambda address: str(address) == OUTSIDE,
     )
@@ -175,8 +175,7 @@ def test_invalid_responses(url, path, output):
 def test_no_request_with_a_wrong_certificate_or_offline(public_and_local_servers, url, monkeypatch):
     other = ImageFetcher(
         ["other.example"],
-        timeout_s=5,
-        max_bytes=1000,
+        ServerLimits(),
         resolve=FakeResolver([OUTSIDE]),
         is_allowed_address=lambda address: True,
     )
@@ -198,7 +197,7 @@ def test_public_address_detection(kind, is_public):
 def open_server(inference_model, tmp_path_factory):
     """Server whose fetcher accepts local addresses."""
     hosts = ["localhost", "127.0.0.1", "::1", "[::1]", "169.254.169.254", "2130706433"]
-    there = ImageFetcher(hosts, timeout_s=5, max_bytes=100_000)
+    there = ImageFetcher(hosts, ServerLimits(max_image_bytes=100_000))
     with run_server(inference_model, tmp_path_factory.mktemp("open"), fetcher=there) as server:
         yield server
 

@@ -35,7 +35,7 @@ from finesight.data.sample import BoxPart, create_region
 from finesight.errors import UserError
 from finesight.infer.model_loader import InferenceModel
 from finesight.infer.prediction import Prediction
-from finesight.serve.api_schema import ApiError
+from finesight.serve.api_schema import ApiError, ServerLimits
 from finesight.serve.chat_completions import ChoiceBuilder
 from finesight.serve.image_sources import ImageFetcher, LabelStudioImages
 from finesight.serve.label_studio_backend import LabelStudioOptions, build_results
@@ -246,7 +246,7 @@ def test_images_of_the_named_server(
 
 def fetch_image(images: LabelStudioImages, reference: str) -> bytes:
     file = io.BytesIO()
-    asyncio.run(images.fetch(reference, file, web=ImageFetcher((), timeout_s=1, max_bytes=99)))
+    asyncio.run(images.fetch(reference, file, web=ImageFetcher((), ServerLimits())))
     return file.getvalue()
 
 

@@ -10,6 +10,7 @@ import shlex
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing, suppress
 from dataclasses import replace
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Unpack
@@ -512,6 +513,14 @@ def label(
     train_fraction: Annotated[float | None, Parameter(minimum=0.0, maximum=1.0)] = None,
     suggestions: Annotated[bool, Parameter(option="--suggestions/--no-suggestions")] = True,
     suggest_only: Annotated[bool, Parameter(option="--suggest-only")] = False,
+    teacher: Annotated[str | None, Parameter(metavar="URL|RUN_OR_MODEL")] = None,
+    teacher_model: Annotated[str | None, Parameter(metavar="NAME")] = None,
+    teacher_key: Annotated[str, Parameter(metavar="VARIABLE")] = "FINESIGHT_TEACHER_KEY",
+    teacher_answers: Annotated[int, Parameter(minimum=2, maximum=32)] = 3,
+    teacher_boxes: Literal["auto", "pixels", "thousandths", "thousandths-yx"] = "auto",
+    teacher_pixels: Annotated[int, Parameter(minimum=1024)] = 2_000_000,
+    teacher_budget: Annotated[int | None, Parameter(minimum=1, metavar="REQUESTS")] = None,
+    teacher_concurrency: Annotated[int, Parameter(minimum=1, maximum=64)] = 4,
     max_new_tokens: MaxNewTokensOption = 512,
     batch_size: Annotated[int, Parameter(minimum=1)] = 16,
     host: PageHostOption = "127.0.0.1",
@@ -545,9 +554,20 @@ def label(
             Default: that of FOLDER, else 1.
         suggestions: Suggest answers with the model.
         suggest_only: Print the suggestions, and start no page.
+        teacher: Source of the suggestions instead of RUN_OR_MODEL: another run or model, or an
+            OpenAI-compatible server (https://HOST/v1), which receives the images and prompts.
+        teacher_model: Name of the model on the server.
+        teacher_key: Environment variable with the API key of the server.
+        teacher_answers: Answers of the server per image; their agreement is the confidence.
+        teacher_boxes: Frame of the coordinates of the server: pixels of the sent image, or
+            thousandths of its sides, x or y first. auto: that in which it finds a drawn rectangle.
+        teacher_pixels: Maximum size of the images for the server; larger ones are scaled.
+        teacher_budget: Maximum number of requests to the server, with retries. Default: any number.
+        teacher_concurrency: Requests to the server at the same time.
         batch_size: Answers generated at the same time.
     """
     from finesight.label.label_session import open_session
+    from finesight.label.suggestion import rank_labels, suggest_labels
     from finesight.manifest import find_run_dir
 
     console = ProgressConsole()
@@ -557,10 +577,20 @@ def label(
         raise _build_option_error(
             "--suggest-only", "with --no-suggestions", "one of the two options"
         )
+    if teacher and not suggestions:
+        raise _build_option_error("--teacher", "with --no-suggestions", "one of the two options")
+    server, suggester = None, teacher or run_or_model
+    if "://" in (teacher or ""):
+        from finesight.label.teacher import TeacherSettings
+
+        sizes = teacher_answers, teacher_pixels, teacher_budget, teacher_concurrency, max_new_tokens
+        server = TeacherSettings(suggester, teacher_model, teacher_key, teacher_boxes, *sizes)
+        suggester = server.name
     if suggestions:
         from finesight.model_folder import check_model_path
 
-        check_model_path(run_or_model)
+        for name in [run_or_model] if server else [run_or_model, suggester]:
+            check_model_path(name)
     names, field_names = (
         [*dict.fromkeys(name.strip() for name in (text or "").split(",") if name.strip())]
         for text in (classes, fields)
@@ -586,19 +616,24 @@ def label(
         options |= {"choices": names, "field_names": field_names, "train_fraction": train_fraction}
         with console.activity("reading the samples"):
             session = open_session(folder, run_or_model, paths, **options)
+        session.model = suggester
         stack.enter_context(session.store)
-        if suggestions and (pending := session.store.list_unsuggested(run_or_model)):
-            loaded = load_model(run_or_model, **loading)
+        if suggestions and (pending := session.store.list_unsuggested(suggester)):
+            suggest: Callable[..., Any]
+            if server is None:
+                model = load_model(suggester, **loading).value.inference_model
+                rank = rank_labels if review else suggest_labels
+                suggest = partial(rank, model, max_new_tokens=max_new_tokens, batch_size=batch_size)
+                del model
+            else:
+                from finesight.label.teacher import Teacher
+
+                suggest = Teacher(server, session, console.log).suggest
             with console.progress_stage("suggestions", len(pending)) as on_progress:
-                reasons = session.add_suggestions(
-                    loaded.value.inference_model,
-                    max_new_tokens=max_new_tokens,
-                    batch_size=batch_size,
-                    on_progress=on_progress,
-                )
+                reasons = session.add_suggestions(suggest, on_progress)
             for reason in reasons.values():
-                console.log(f"skipped: {reason}")
-            del loaded
+                console.log(f"no suggestion: {reason}")
+            del suggest
         session.complete_task()
         if listener is None:
             suggested = [session.describe_item(item) for item in session.store.items]

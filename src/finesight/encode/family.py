@@ -376,7 +376,7 @@ class ModelFamily(ABC):
             text: Answer, including its special tokens.
             resized_size: Size of the resized image that the model received.
         """
-        return _read_json_boxes(text, self.box_frame(resized_size), original_size)
+        return read_json_boxes(text, self.box_frame(resized_size), original_size)
 
     @abstractmethod
     def temporal_position_ids(self, grid_t: int, seconds_per_grid: float) -> NDArray[np.int64]:
@@ -465,7 +465,7 @@ _FOUR_VALUES = re.compile(rf"\[{_NUMBER},{_NUMBER},{_NUMBER},{_NUMBER}\]")
 _ONLY_VALUES = re.compile(r"(?:```(?:json)?)?[\s\d\[\],.-]*(?:```)?\s*")
 
 
-def _read_json_boxes(text: str, frame: ImageSize, original_size: ImageSize) -> list[BoxPart]:
+def read_json_boxes(text: str, frame: ImageSize, original_size: ImageSize) -> list[BoxPart]:
     """Parse the boxes of an answer and scale them from `frame` to the original image.
 
     Accepts text and code fences around the JSON, truncated lists, missing labels and fractions.

@@ -26,20 +26,20 @@ from finesight.data.sample import (
     read_samples,
 )
 from finesight.errors import UserError, suggest_similar_path
-from finesight.infer.model_loader import InferenceModel
 from finesight.label.label_store import (
     ORIGINAL_PROMPT_KEY,
     AnswerContent,
     AnswerKind,
     LabelItem,
     LabelStore,
+    Suggestion,
     can_review,
     check_utf8,
     get_question,
     get_text,
     read_labels,
 )
-from finesight.label.suggestion import JsonLeaf, iter_json_leaves, rank_labels, suggest_labels
+from finesight.label.suggestion import JsonLeaf, iter_json_leaves
 from finesight.manifest import RECIPE_FILE, find_run_dir
 from finesight.recipe import load_recipe
 from finesight.train.run_dir import RunDir
@@ -108,18 +108,19 @@ class LabelSession:
 
     def add_suggestions(
         self,
-        inference_model: InferenceModel,
-        *,
-        max_new_tokens: int,
-        batch_size: int,
+        suggest: Callable[..., tuple[list[Suggestion], dict[str, str]]],
         on_progress: Callable[[int], None] = lambda count: None,
     ) -> dict[str, str]:
         """Suggest answers to the open samples that have none from this model.
 
         Images are decoded here only after a worker has decoded them within its limits.
 
+        Args:
+            suggest: `suggest_labels` or `rank_labels` with their options, or `Teacher.suggest`.
+
         Returns:
-            The reason for each sample without a suggestion, by ID: an unreadable image.
+            The reason for each sample without a suggestion, by ID. Those with unreadable images are
+            no longer listed.
         """
         reasons: dict[str, str] = {}
         pending = self.store.list_unsuggested(self.model)
@@ -127,15 +128,11 @@ class LabelSession:
             chunk = pending[start : start + SUGGESTIONS_PER_WRITE]
             unreadable = self.store.decode_images(chunk)
             chunk = [sample for sample in chunk if sample.sample.id not in unreadable]
-            options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
-            options["on_progress"] = on_progress
-            suggest = rank_labels if self.review else suggest_labels
-            suggestions, failed = suggest(inference_model, chunk, **options)
+            suggestions, failed = suggest(chunk, on_progress=on_progress)
             self.store.add_suggestions(suggestions, self.model)
-            failed |= unreadable
-            reasons |= failed
-            on_progress(len(failed))
-        self.store.exclude(reasons)
+            self.store.exclude(unreadable)
+            reasons |= failed | unreadable
+            on_progress(len(failed | unreadable))
         return reasons
 
     def complete_task(self) -> None:

@@ -233,18 +233,14 @@ class LabelStore(AbstractContextManager["LabelStore"]):
         make_folder(folder)
         self._journal = folder / JOURNAL_FILE
         self._lock = FileLock(self._journal, os.O_RDWR | os.O_CREAT)
-        self._images = ImageReader(create_image_pool())
+        self.images = ImageReader(create_image_pool())
         # Key of the pixels and, for an unreadable file, the reason.
         self._decoded: dict[str, tuple[str, str]] = {}
         self._is_bulk = False
         try:
             self._acquire()
             self._journal_stat = os.stat(self._journal)
-            content = self._journal.read_bytes()
-            size = content.rfind(b"\n") + 1
-            if size < len(content):
-                truncate_file(self._journal, size)
-            entries = read_journal(content[:size], self._journal)
+            entries = read_journal(self._journal, read_complete_lines(self._journal))
             self._items = _build_items(samples, entries, review)
             # The labels of images that are not loaded now are kept. A review replaces all labels.
             known_ids = self._apply_entries(entries).union(self._items)
@@ -416,8 +412,9 @@ class LabelStore(AbstractContextManager["LabelStore"]):
         if question is None or (corrected := tuple(question)) == texts:
             return ()
         if len(corrected) != len(texts) or not any(text.strip() for text in corrected):
+            remedy, where = "enter a prompt, or reset it", item.sample.sample.id
             raise UserError(
-                "the prompt is empty", expected="a question", remedy="enter a prompt, or reset it"
+                "the prompt is empty", where=where, expected="a question", remedy=remedy
             )
         return corrected
 
@@ -495,7 +492,7 @@ class LabelStore(AbstractContextManager["LabelStore"]):
 
     def _decode(self, file: str) -> tuple[str, str]:
         try:
-            return self._images.check(Path(file)), ""
+            return self.images.check(Path(file)), ""
         except CorruptImageError as error:
             return file, str(error).splitlines()[0]
 
@@ -576,17 +573,26 @@ class LabelStore(AbstractContextManager["LabelStore"]):
             if self._num_unwritten:
                 self.write_labels()
         finally:
-            self._images.pool.close()
+            self.images.pool.close()
             self._lock.close()
 
     def __exit__(self, *raised: object) -> None:
         self.close()
 
 
-def read_journal(content: bytes, file: Path) -> list[JournalEntry]:
-    """Parse the complete lines of a journal. Raises UserError with the line of a damaged one."""
+def read_complete_lines(file: Path) -> list[bytes]:
+    """Return the lines of a file, and remove an incomplete last one, left by a crash."""
+    content = file.read_bytes() if file.exists() else b""
+    size = content.rfind(b"\n") + 1
+    if size < len(content):
+        truncate_file(file, size)
+    return content[:size].splitlines()
+
+
+def read_journal(file: Path, lines: Iterable[bytes]) -> list[JournalEntry]:
+    """Parse the lines of a journal. Raises UserError with the line of a damaged one."""
     entries = []
-    for number, line in enumerate(content[: content.rfind(b"\n") + 1].splitlines(), 1):
+    for number, line in enumerate(lines, 1):
         try:
             entries.append(JournalEntry.model_validate_json(line))
         except ValidationError as error:
@@ -669,7 +675,9 @@ def relocate_sample(located: LocatedSample, folder: Path) -> Sample:
 def read_verdicts(folder: Path) -> dict[str, tuple[list[AnswerContent], list[AnswerContent]]]:
     """Return the accepted or corrected answer and the corrected suggestion of each sample."""
     verdicts, suggested = {}, dict[str, AnswerContent]()
-    for entry in read_journal((folder / JOURNAL_FILE).read_bytes(), folder / JOURNAL_FILE):
+    journal = folder / JOURNAL_FILE
+    content = journal.read_bytes()
+    for entry in read_journal(journal, content[: content.rfind(b"\n") + 1].splitlines()):
         if entry.event == "suggested":
             suggested[entry.id] = entry.content
         else:

@@ -38,22 +38,18 @@ invalid. Characters within texts count as well.
 """
 
 
-def _limit(default: Any, description: str, option: str = "") -> Any:
-    """Declare a limit with its description and its command-line option."""
-    return field(default=default, metadata={"description": description, "option": option})
+def _limit(default: Any, description: str) -> Any:
+    """Declare a limit with its description. Some are options of `serve` of the same name."""
+    return field(default=default, metadata={"description": description})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerLimits:
     """Limits of the inference server. The metadata of each field describes it."""
 
-    max_num_seqs: int = _limit(64, "concurrently generated answers", "`--max-num-seqs`")
-    max_queue: int = _limit(
-        256, "requests in the queue; the next one gets status 429", "`--max-queue`"
-    )
-    timeout: float = _limit(
-        300.0, "request timeout in seconds, from its first byte on", "`--timeout`"
-    )
+    max_num_seqs: int = _limit(64, "concurrently generated answers")
+    max_queue: int = _limit(256, "requests in the queue; the next one gets status 429")
+    timeout: float = _limit(300.0, "request timeout in seconds, from its first byte on")
     max_completion_tokens: int = _limit(
         16_384, "tokens that a request may ask for; 4,096 by default"
     )

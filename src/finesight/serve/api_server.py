@@ -52,7 +52,7 @@ from finesight.serve.request_middleware import (
     ServerMetrics,
     check_exposure,
 )
-from finesight.serve.request_preprocessor import ConstraintFactory, RequestPreprocessor
+from finesight.serve.request_preprocessor import ConstraintFactory
 from finesight.storage import temporary_folder
 from finesight.worker_pool import WorkerPool
 
@@ -101,8 +101,7 @@ def make_app(
         image_formats=image_formats,
         limits=limits,
         metrics=metrics,
-        fetcher=fetcher
-        or ImageFetcher((), timeout_s=limits.fetch_timeout_s, max_bytes=limits.max_image_bytes),
+        fetcher=fetcher or ImageFetcher((), limits),
         store=FileStore(folder / "files", limits),
         folder=request_folder,
     )
@@ -169,12 +168,7 @@ def _build_file_routes(completions: ChatCompletionsHandler) -> list[Route]:
             uploaded_file = await completions.run_in_thread(
                 store.add, request.state.owner, file.filename or "", file.file
             )
-        preprocessor = RequestPreprocessor(
-            completions.worker_pool,
-            completions.limits,
-            completions.image_formats,
-            uploaded_file.path.parent,
-        )
+        preprocessor = completions.create_preprocessor(uploaded_file.path.parent)
         try:
             await completions.run_in_thread(preprocessor.inspect_image, uploaded_file.path, "file")
         except BaseException:
@@ -355,11 +349,7 @@ def run_api_server(
             folder,
             api_keys=api_keys,
             limits=limits,
-            fetcher=ImageFetcher(
-                allowed_media_hosts,
-                timeout_s=limits.fetch_timeout_s,
-                max_bytes=limits.max_image_bytes,
-            ),
+            fetcher=ImageFetcher(allowed_media_hosts, limits),
             image_formats=image_formats,
             label_studio=label_studio,
         )

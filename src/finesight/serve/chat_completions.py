@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import functools
 import json
+import math
 import secrets
 import shutil
 import tempfile
@@ -347,6 +348,13 @@ class ChatCompletionsHandler:
             return ChatCompletionStreamResponse(completion, stack.pop_all())
         raise AssertionError("the exit stack suppressed an error")
 
+    def create_preprocessor(
+        self, folder: Path | None = None, deadline: float = math.inf
+    ) -> RequestPreprocessor:
+        """Create the preprocessor of a request, with its own folder if it has files."""
+        resources = self.worker_pool, self.limits, self.image_formats
+        return RequestPreprocessor(*resources, folder or self.folder, deadline)
+
     @contextlib.contextmanager
     def admit_completion(
         self, start_time: float, fetch_image: FetchFn | None = None
@@ -373,9 +381,7 @@ class ChatCompletionsHandler:
             stack.callback(shutil.rmtree, folder, ignore_errors=True)
             elapsed = asyncio.get_running_loop().time() - start_time
             deadline = time.monotonic() + self.limits.timeout - elapsed
-            preprocessor = RequestPreprocessor(
-                self.worker_pool, self.limits, self.image_formats, folder, deadline
-            )
+            preprocessor = self.create_preprocessor(folder, deadline)
             fetch_image = fetch_image or self.fetcher.fetch
             completion = ActiveCompletion(self, preprocessor, start_time, fetch_image)
             self.active_requests.add(completion)
@@ -643,9 +649,9 @@ class ActiveCompletion:
             ApiError: The inference service is busy, or the request is invalid.
         """
         factory, grammar = self.handler.constraint_factory, self._get_grammar_spec()
-        if grammar is not None and not factory.is_accepted(grammar[0]):
-            self.preprocessor.check_grammar(*grammar, self.thinking)
-            factory.mark_accepted(grammar[0])
+        if grammar is not None:
+            check = functools.partial(self.preprocessor.check_grammar, *grammar, self.thinking)
+            factory.check_once(grammar[0], check)
         for choice_index in range(self.chat_request.n or 1):
             constraint = (
                 None if grammar is None else WorkerConstraint(factory, grammar[0], self.thinking)

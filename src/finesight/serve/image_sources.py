@@ -184,14 +184,13 @@ class ImageFetcher:
     def __init__(
         self,
         hosts: Sequence[str],
+        limits: ServerLimits,
         *,
-        timeout_s: float,
-        max_bytes: int,
         resolve: ResolveFn = resolve_host,
         is_allowed_address: Callable[[IpAddress], bool] = is_public_address,
     ) -> None:
         self._hosts = frozenset(host.lower() for host in hosts)
-        self._timeout_s, self._max_bytes = timeout_s, max_bytes
+        self._timeout_s, self._max_bytes = limits.fetch_timeout_s, limits.max_image_bytes
         self._resolve, self._is_allowed_address = resolve, is_allowed_address
         self._ssl_context = ssl.create_default_context() if hosts else None
 

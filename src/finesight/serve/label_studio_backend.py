@@ -47,7 +47,6 @@ from finesight.serve.request_middleware import (
     get_reservation,
     read_body,
 )
-from finesight.serve.request_preprocessor import RequestPreprocessor
 
 TOKEN_VARIABLE = "LABEL_STUDIO_API_KEY"
 TRAINING_ACTION = "START_TRAINING"
@@ -129,10 +128,7 @@ class LabelStudioHandler:
 
     async def _parse_body(self, request: Request) -> dict[str, Any]:
         handler = self.completions
-        preprocessor = RequestPreprocessor(
-            handler.worker_pool, handler.limits, handler.image_formats, handler.folder
-        )
-        body = await read_body(request)
+        preprocessor, body = handler.create_preprocessor(), await read_body(request)
         return await handler.run_in_thread(preprocessor.parse_label_studio_body, body)
 
     async def predict(self, request: Request) -> Response:

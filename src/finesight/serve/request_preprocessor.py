@@ -244,21 +244,15 @@ class ConstraintFactory:
         self._lock = threading.Lock()
         self._accepted: OrderedDict[bytes, None] = OrderedDict()
 
-    def is_accepted(self, spec: GrammarSpec) -> bool:
-        """Return whether a grammar has been marked as valid."""
-        with self._lock:
-            return _hash_grammar(spec) in self._accepted
-
-    def mark_accepted(self, spec: GrammarSpec) -> None:
-        """Remember that a grammar can be compiled within the limits."""
-        with self._lock:
-            self._accepted[_hash_grammar(spec)] = None
-            while len(self._accepted) > MAX_ACCEPTED_GRAMMARS:
-                self._accepted.popitem(last=False)
-
-
-def _hash_grammar(spec: GrammarSpec) -> bytes:
-    return hashlib.sha256(json.dumps(spec).encode()).digest()
+    def check_once(self, spec: GrammarSpec, check: Callable[[], None]) -> None:
+        """Check a grammar, unless it is known to be compiled within the limits."""
+        digest = hashlib.sha256(json.dumps(spec).encode()).digest()
+        if digest not in self._accepted:
+            check()
+            with self._lock:
+                self._accepted[digest] = None
+                while len(self._accepted) > MAX_ACCEPTED_GRAMMARS:
+                    self._accepted.popitem(last=False)
 
 
 class WorkerConstraint(DecodingConstraint):

@@ -1,0 +1,250 @@
+"""Tests of suggestions of a teacher behind an OpenAI-compatible server."""
+
+import base64
+import io
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from label_fixtures import draw_images
+from PIL import Image
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, RedirectResponse, Response
+from starlette.routing import Route
+from web_server_fixture import run_app
+
+from finesight.cli.app import run_command
+from finesight.data.sample import ImagePart, Message, Sample, TextPart, write_samples
+from finesight.errors import UserError
+from finesight.label.label_session import LabelSession, open_session
+from finesight.label.teacher import FRAMES, TEACHER_FILE, Teacher, TeacherSettings
+
+KEY = "sk-secret"
+RED_BOX = (250, 500, 1000, 1200)
+"""Rectangle in images of 2000 x 1500 pixels."""
+
+
+@dataclass
+class ScriptedTeacher:
+    """Server that finds red rectangles in a frame, or gives scripted answers in turn.
+
+    Attributes:
+        replies: Contents or choices of the answers, or else responses with an error, in turn.
+        rejected: Settings of a request that it does not know.
+    """
+
+    frame: str = "pixels"
+    replies: list[Any] = field(default_factory=list)
+    rejected: tuple[str, ...] = ()
+    requests: list[dict[str, Any]] = field(default_factory=list)
+    keys: set[str | None] = field(default_factory=set)
+    sizes: set[tuple[int, int]] = field(default_factory=set)
+
+    def make_app(self) -> Starlette:
+        models = JSONResponse({"data": [{"id": "owl"}, {"id": "fox"}]})
+        return Starlette(
+            routes=[
+                Route("/v1/chat/completions", self.complete, methods=["POST"]),
+                Route("/v1/models", lambda request: models),
+            ]
+        )
+
+    async def complete(self, request: Request) -> Response:
+        body = await request.json()
+        self.keys.add(request.headers.get("authorization"))
+        for name in self.rejected:
+            if name in body:
+                return JSONResponse({"error": {"message": f"unsupported: '{name}'"}}, 400)
+        self.requests.append(body)
+        choices = []
+        for _ in range(body.get("n", 1)):
+            reply = self.replies.pop(0) if self.replies else self.find(body)
+            if isinstance(reply, Response):
+                return reply
+            reply = {"message": {"content": reply}} if isinstance(reply, str) else reply
+            choices.append({"finish_reason": "stop", **reply})
+        usage = {"prompt_tokens": 100, "completion_tokens": 10}
+        return JSONResponse({"choices": choices, "usage": usage})
+
+    def find(self, body: dict[str, Any]) -> str:
+        """Answer with the corners of the red pixels in the frame of the teacher."""
+        parts = body["messages"][-1]["content"]
+        url = next(part["image_url"]["url"] for part in parts if "image_url" in part)
+        image = Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2])))
+        self.sizes.add(image.size)
+        is_red = image.convert("RGB").split()[1].point(lambda green: 255 * (green < 100))
+        numbers = [*map(float, is_red.getbbox())]
+        if self.frame != "pixels":
+            sides = image.size * 2
+            numbers = [1000 * n / side for n, side in zip(numbers, sides, strict=True)]
+        if self.frame == "thousandths-yx":
+            numbers = [numbers[index ^ 1] for index in range(4)]
+        return f"```json\n{json.dumps({'objects': [{'label': 'sign', 'bbox_2d': numbers}]})}\n```"
+
+
+@contextmanager
+def serve(teacher: ScriptedTeacher) -> Iterator[Callable[..., dict[str, str]]]:
+    """Yield a function that lets a teacher suggest answers for a session.
+
+    It returns the reasons of the samples without one.
+    """
+    with run_app(teacher.make_app()) as port:
+
+        def suggest(session: LabelSession, **options: Any) -> dict[str, str]:
+            url = f"http://127.0.0.1:{port}/v1"
+            settings = TeacherSettings(url, "owl", "TEACHER_KEY", **options)
+            session.model = settings.name
+            with session.store:
+                return session.add_suggestions(Teacher(settings, session, print).suggest)
+
+        yield suggest
+
+
+def open_photos(folder: Path, count: int = 1, **options: Any) -> LabelSession:
+    photos, options = folder / "photos", {"prompt": "Read.", **options}
+    if not photos.exists():
+        draw_images(folder, count)
+    return open_session(folder / "labels", "finesight-tiny", [photos], **options)
+
+
+def list_suggested(session: LabelSession) -> dict[str, tuple[Any, float]]:
+    """Return answer and confidence by file name, least certain first."""
+    items = [item for item in session.store.items if item.suggestion]
+    pairs = [(item.suggestion.content, item.suggestion.confidence) for item in items]
+    return {item.images[0].name: pair for item, pair in zip(items, pairs, strict=True)}
+
+
+@pytest.mark.parametrize("frame", FRAMES)
+def test_boxes_are_in_pixels_of_the_original_image_in_any_frame(tmp_path, monkeypatch, frame):
+    """The frame is found by a drawn rectangle. Settings that a server rejects are left out."""
+    monkeypatch.setenv("TEACHER_KEY", KEY)
+    photos = draw_images(tmp_path, 0)
+    image = Image.new("RGB", (2000, 1500), "white")
+    image.paste((200, 0, 0), RED_BOX)
+    image.save(photos / "a.png")
+    settings = ("response_format", "temperature", "n", "max_tokens")
+    teacher = ScriptedTeacher(frame, rejected=settings)
+    with serve(teacher) as suggest:
+        session = open_photos(tmp_path, kind="boxes", choices=["sign"])
+        assert suggest(session, pixels=500_000) == {}
+        ((content, confidence),) = list_suggested(session).values()
+        assert (content[0].label, confidence) == ("sign", pytest.approx(1.0))
+        assert content[0].xyxy == pytest.approx(RED_BOX, abs=6)
+        assert teacher.sizes == {(640, 480), (816, 612)}
+        # The drawn rectangle once, and three answers.
+        assert (len(teacher.requests), teacher.keys) == (4, {f"Bearer {KEY}"})
+        # Suggestions for other settings use the known answers.
+        session = open_photos(tmp_path, kind="boxes", choices=["sign"])
+        assert suggest(session, pixels=500_000, answers=2) == {}
+        assert len(teacher.requests) == 4
+
+
+RED, BLUE = '{"color": "red", "n": 1}', '{"color": "blue", "n": 1}'
+REFUSAL = {"message": {"content": None, "refusal": "not this one"}}
+
+
+def test_agreement_is_the_confidence_and_answers_are_requested_once(tmp_path):
+    """No answer for the third image is valid, and the budget ends before the last one."""
+    cut_off = {"message": {"content": '{"color'}, "finish_reason": "length"}
+    overloaded = JSONResponse({"error": "busy"}, 429, {"retry-after": "1"})
+    replies = [RED, RED, RED, overloaded, BLUE, RED, REFUSAL, REFUSAL, cut_off, "I see."]
+    options = {"kind": "fields", "field_names": ["color", "n"]}
+    teacher = ScriptedTeacher(replies=replies)
+    with serve(teacher) as suggest:
+        session = open_photos(tmp_path, 4, **options)
+        reasons = suggest(session, concurrency=1, budget=4)
+        assert list_suggested(session) == {
+            "1.png": ((TextPart(text=BLUE),), pytest.approx(0.25)),
+            "0.png": ((TextPart(text=RED),), 1.0),
+        }
+        parts = [part.confidence for part in session.store.items[0].suggestion.parts]
+        assert parts == [0.0, 0.5]
+        problems = [reason.partition(": ")[2] for reason in reasons.values()]
+        assert "no JSON object" in problems[0]
+        assert "budget of 4 requests" in problems[1]
+        schema = teacher.requests[0]["response_format"]["json_schema"]["schema"]
+        assert schema["required"] == ["color", "n"]
+        assert len(session.store.items) == 4
+        # A crash leaves half a line.
+        with (tmp_path / "labels" / TEACHER_FILE).open("a") as file:
+            file.write('{"key": "')
+        teacher.replies = [RED, RED, RED]
+        assert len(suggest(open_photos(tmp_path, **options), answers=2, concurrency=1)) == 1
+        assert [request["n"] for request in teacher.requests] == [3, 3, 3, 3, 2]
+
+
+def test_review_lists_the_most_contradicted_labels_first(tmp_path):
+    draw_images(tmp_path, 2)
+    answer, samples = Message(role="assistant", content="red"), []
+    for name in ("0.png", "1.png"):
+        content = (ImagePart(image=f"photos/{name}"), TextPart(text="Color?"))
+        messages = (Message(role="user", content=content), answer)
+        samples.append(Sample(id=name, messages=messages))
+    write_samples(tmp_path / "a.jsonl", samples)
+    teacher = ScriptedTeacher(replies=["Red", "red", "blue", "blue"])
+    with serve(teacher) as suggest:
+        session = open_session(
+            tmp_path / "labels",
+            "finesight-tiny",
+            [tmp_path / "a.jsonl"],
+            review=True,
+            kind="classes",
+            choices=["red", "blue"],
+        )
+        assert suggest(session, answers=2, concurrency=1) == {}
+        scores = [(item.sample.sample.id, item.suggestion.score) for item in session.store.items]
+        assert scores == [("1.png", 1.0), ("0.png", 0.0)]
+        assert [part["role"] for part in teacher.requests[0]["messages"]] == ["user"]
+
+
+def test_command_prints_suggestions_of_a_server(tmp_path, monkeypatch, capsys):
+    """Without an extra, a page or a key, and with the colors of the user as an enumeration."""
+    monkeypatch.chdir(tmp_path)
+    draw_images(tmp_path, 2)
+    teacher = ScriptedTeacher(replies=["Red", "red", '{"answer": "blue"}', "green"])
+    words = [*("label", "finesight-tiny", "photos", "--prompt", "Color?", "--kind", "classes")]
+    words += ["--classes", "red,blue", "--suggest-only", "--json", "--teacher-concurrency", "1"]
+    with run_app(teacher.make_app()) as port:
+        words += ["--teacher", f"http://127.0.0.1:{port}/v1", "--teacher-answers", "2"]
+        assert run_command(words) == 2
+        assert "--teacher-model" in capsys.readouterr().err
+        words += ["--teacher-model", "owl"]
+        assert run_command(words) == 0
+    records = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    found = [(one["suggestion"]["text"], one["confidence"]) for one in records]
+    assert found == [("blue", 0.0), ("red", 1.0)]
+    assert teacher.keys == {None}
+
+
+@pytest.mark.parametrize(
+    ("reply", "words"),
+    [
+        (JSONResponse({"error": {"message": f"wrong key {KEY}"}}, 401), ["export TEACHER_KEY"]),
+        (JSONResponse({"detail": "no model"}, 404), ["no model", "owl, fox", "--teacher-model"]),
+        (JSONResponse({"error": {"code": "insufficient_quota"}}, 429), ["insufficient_quota"]),
+        (JSONResponse({}, 429, {"retry-after": "86400"}), ["status 429"]),
+        (RedirectResponse("http://127.0.0.1:1/", 307), ["status 307"]),
+        (JSONResponse({"choices": [{}]}), ["not a chat completion"]),
+        (Response(b"<html>"), ["<html>"]),
+    ],
+)
+def test_errors_of_the_server_name_the_cause(tmp_path, monkeypatch, reply, words):
+    monkeypatch.setenv("TEACHER_KEY", KEY)
+    with serve(ScriptedTeacher(replies=[reply])) as suggest, pytest.raises(UserError) as caught:
+        suggest(open_photos(tmp_path))
+    message = str(caught.value)
+    assert KEY not in message
+    assert all(word in message for word in words), message
+
+
+def test_invalid_settings_are_rejected_before_a_request():
+    for url in ("ftp://host/v1", "http:///v1", "https://name:key@host/v1", "http://host/v1?key=a"):
+        with pytest.raises(UserError, match="is no teacher"):
+            TeacherSettings(url, "owl")
+    with pytest.raises(UserError, match="--teacher-model"):
+        TeacherSettings("http://host/v1", None)

@@ -491,6 +491,8 @@ MetricSpec = Annotated[
 ]
 """A task metric, or a function in a Python file, as `path/to/metric.py:function`."""
 
+MetricName = Annotated[TaskName | str, BeforeValidator(partial(_check_name, METRIC_NAMES))]
+
 
 class EvalSettings(SettingsSection):
     """Section `eval` of a recipe: evaluation by generation on validation samples.

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Unpack
 
@@ -19,13 +22,18 @@ from finesight.operations.options import (
 from finesight.progress import ProgressConsole
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from finesight.data.sample import LocatedSample
     from finesight.doctor.diagnosis import DiagnosisSections
     from finesight.evaluate.generation_eval import GenerationEvalResult
+    from finesight.evaluate.regression_guard import GroupResult
+    from finesight.infer.model_loader import InferenceModel
     from finesight.infer.prediction import Prediction
     from finesight.report.compare_page import RunComparison
 
 EXIT_ERROR_FOUND = 2
+EXIT_REGRESSION = 3
 
 
 def evaluate(
@@ -230,6 +238,120 @@ def compare(
     notes = [f"note: {text}" for text in comparison.warnings]
     lines = [*comparison.format_table().splitlines(), *notes, f"page: {out}"]
     return Outcome(comparison, lines, {"page": str(out), **comparison.as_json()})
+
+
+def guard(
+    run: Annotated[StrPath, Parameter(metavar="RUN")],
+    suite: Annotated[StrPath | None, Parameter(metavar="FILE", path="existing file")] = None,
+    update: Annotated[bool, Parameter(option="--update")] = False,
+    batch_size: Annotated[int, Parameter(minimum=1)] = 32,
+    language: LanguageOption = None,
+    **loading: Unpack[LoadingOptions],
+) -> Outcome[list[GroupResult]]:
+    """Find out what a run has forgotten: fixed questions to the base model and the tuned one.
+
+    Writes RUN/guard.json and a section of the report. Exit code: 0 without a regression, 3 if the
+    metric of a group has dropped by more than its allowed_drop beyond chance (95 % interval of the
+    paired difference), or is below its min_score.
+
+    Example: finesight guard runs/latex
+
+    Example: finesight guard runs/latex --suite suite.yaml --json
+
+    Args:
+        run: Run folder, or one of its LoRA checkpoints.
+        suite: YAML file of groups of questions with metrics and bounds. Default: generated
+            questions on reading, counting, boxes and chat, in RUN/guard.
+        update: Write the scores of the run, minus allowed_drop, as min_score into the suite.
+        batch_size: Answers generated at the same time; halved when GPU memory is exhausted.
+    """
+    from finesight.evaluate.regression_guard import (
+        compare_answers,
+        format_results,
+        load_suite,
+        update_suite,
+    )
+    from finesight.infer.model_loader import resolve_model_source
+    from finesight.infer.prediction import predict as run_prediction
+    from finesight.manifest import GUARD_FILE, GUARD_FOLDER, find_run_dir
+    from finesight.report.run_page import write_report
+    from finesight.storage import write_file, write_folder_once
+    from finesight.synth.guard_suite import SUITE_FILE, write_guard_suite
+
+    run_dir, console = find_run_dir(Path(run)), ProgressConsole()
+    if resolve_model_source(str(run)).manifest is None:
+        raise UserError(
+            f"{run} has no manifest",
+            where="guard",
+            expected="a run, which records its base model",
+            remedy=suggest_similar_path(Path(run), "give the output_dir of a run"),
+        )
+    file = to_path(suite) or run_dir / GUARD_FOLDER / SUITE_FILE
+    if suite is None:
+        write_folder_once(file.parent, write_guard_suite)
+    groups = load_suite(file)
+    answers: list[list[list[Prediction]]] = []
+    for name, model in _iter_tuned_and_base(str(run), loading):
+        ask = partial(run_prediction, model.model, model.renderer, batch_size=batch_size)
+        with console.progress_stage(name, sum(len(one.samples) for one in groups)) as on_progress:
+            ask = partial(ask, on_progress=on_progress)
+            found = [ask(one.samples, max_new_tokens=one.max_new_tokens) for one in groups]
+        answers.append(found)
+    tuned, base = answers
+    results = [*map(compare_answers, groups, base, tuned)]
+    if update:
+        update_suite(file, results)
+        console.log(f"updated: {file}")
+    data = {"suite": str(file), "groups": [one.as_json() for one in results]}
+    write_file(run_dir / GUARD_FILE, json.dumps(data, ensure_ascii=False, indent=1).encode())
+    page = write_report(run_dir, language=language)
+    failed = [one.group for one in results if one.has_failed]
+    next_steps = [_propose_replay(run_dir)] if any(one.has_dropped for one in results) else []
+    summary = f"failed: {', '.join(failed)}" if failed else "no regression"
+    lines = [*format_results(results), summary, f"page: {page}"]
+    return Outcome(results, lines, data, next_steps, EXIT_REGRESSION if failed else 0)
+
+
+def _iter_tuned_and_base(run: str, loading: LoadingOptions) -> Iterator[tuple[str, InferenceModel]]:
+    """Yield the tuned model of a run and its base model, with the renderer of the run.
+
+    The base model of a LoRA adapter is the same model without the adapter.
+    """
+    from finesight.infer.model_loader import resolve_model_source
+    from finesight.model.lora.multi import detach_adapter
+    from finesight.model_folder import locate_model
+
+    manifest, model = resolve_model_source(run).manifest, load_model(run, **loading).value
+    assert manifest is not None, f"{run} is a run"
+    renderer = model.inference_model.renderer
+    yield "answers of the tuned model", model.inference_model
+    if manifest.tune.has_mode("full"):
+        if locate_model(manifest.base_model).fingerprint() != manifest.base_fingerprint:
+            raise UserError(
+                f"the weights of {manifest.base_model} have changed since the run",
+                where=run,
+                expected=f"the fingerprint {manifest.base_fingerprint}",
+                remedy="restore the base model of the run",
+            )
+        del model  # Two models may not fit into the memory.
+        model = load_model(manifest.base_model, **loading).value
+    else:
+        detach_adapter(model.inference_model.model)
+    yield "answers of the base model", replace(model.inference_model, renderer=renderer)
+
+
+def _propose_replay(run_dir: Path) -> Step:
+    """Return the training of a run with general samples among its own."""
+    from finesight.manifest import RECIPE_FILE
+    from finesight.recipe import load_recipe
+
+    recipe = run_dir / RECIPE_FILE
+    files = load_recipe(recipe).data.train
+    entries = [one.model_dump(mode="json", exclude_defaults=True) for one in files]
+    data = json.dumps([*entries, {"path": "GENERAL.jsonl"}], ensure_ascii=False)
+    overrides = [f"data.train={data}", f"output_dir={run_dir}-replay"]
+    purpose = "replay general samples, a tenth of yours, in a new training"
+    return Step("train", {"recipe": recipe, "overrides": overrides}, purpose)
 
 
 def doctor(

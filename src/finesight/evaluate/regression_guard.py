@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import yaml
 from pydantic import Field, TypeAdapter, ValidationError, model_validator
 
 from finesight.bounded_files import ComposedYaml
 from finesight.config import CoercedFloat, MetricName, Names, SettingsSection
-from finesight.data.sample import LocatedSample, Message, Sample, read_samples, validate_sample
+from finesight.data.sample import (
+    BoxPart,
+    LocatedSample,
+    Message,
+    Sample,
+    read_samples,
+    validate_sample,
+)
 from finesight.errors import UserError, suggest_name
 from finesight.evaluate.eval_case import ReferenceAnswer, get_reference_answer
 from finesight.evaluate.metric_difference import (
@@ -23,9 +30,11 @@ from finesight.evaluate.metric_difference import (
     create_case,
 )
 from finesight.evaluate.task_metrics import check_references, compute_metrics, get_primary_metric
-from finesight.infer.prediction import Prediction, build_user_message
 from finesight.recipe import SettingKey, format_key, parse_recipe, read_recipe_text
 from finesight.storage import write_file
+
+if TYPE_CHECKING:
+    from finesight.infer.prediction import Prediction
 
 MAX_EXAMPLES = 5
 """Maximum number of questions in a result that the tuned model answers worse."""
@@ -130,6 +139,8 @@ def _read_samples(
     if settings.data is not None:
         file = folder / settings.data
         return [LocatedSample(one, file.parent) for one in read_samples(file)]
+    from finesight.infer.prediction import build_user_message
+
     samples = []
     for index, question in enumerate(settings.questions):
         asked = build_user_message(question.prompt, [*map(Path, question.image)])
@@ -211,13 +222,18 @@ def compare_answers(
             {
                 "id": before[index].id,
                 "prompt": before[index].prompt,
-                "reference": group.references[index][0][0],
+                "reference": _format_reference(*group.references[index]),
                 "before": before[index].text,
                 "after": after[index].text,
             }
             for index in lost[:MAX_EXAMPLES]
         ],
     )
+
+
+def _format_reference(texts: Sequence[str], boxes: Sequence[BoxPart]) -> str:
+    shown = (f"{box.label or ''} {[*map(round, box.xyxy)]}".strip() for box in boxes)
+    return " ".join([*texts[:1], *shown]).strip()
 
 
 def format_results(results: Sequence[GroupResult]) -> list[str]:
@@ -232,6 +248,8 @@ def format_results(results: Sequence[GroupResult]) -> list[str]:
         before, after = difference.before, difference.after
         scores = f"{before:.4f}", f"{after:.4f}", f"{after - before:+.4f}"
         verdict = f"FAILED: {', '.join(verdicts)}" if verdicts else difference.verdict
+        if not before and not verdicts:
+            verdict = f"{verdict}; the base model scores 0"
         rows.append((one.group, difference.name, *scores, interval, verdict))
     lines = align_columns(rows, 2).splitlines()
     for one in results:
@@ -241,15 +259,21 @@ def format_results(results: Sequence[GroupResult]) -> list[str]:
     return lines
 
 
-def update_suite(path: Path, results: Sequence[GroupResult]) -> None:
-    """Set the `min_score` of each group to its current score minus `allowed_drop`, in place."""
+def update_suite(path: Path, results: Sequence[GroupResult]) -> list[GroupResult]:
+    """Set the `min_score` of each group to its current score minus `allowed_drop`, in place.
+
+    Returns:
+        The results with the new bounds.
+    """
     text = read_recipe_text(path)
     root = ComposedYaml(text).root
     assert root is not None, f"{path} was loaded"
     groups = _read_mapping(_read_mapping(root)["groups"][1])
     edits: dict[tuple[int, int], str] = {}
+    updated = []
     for one in results:
         score = max(0.0, math.floor(1e4 * (one.difference.after - one.allowed_drop)) / 1e4)
+        updated.append(replace(one, min_score=score))
         group = groups[one.group][1]
         entries = _read_mapping(group)
         if "min_score" in entries:
@@ -263,6 +287,7 @@ def update_suite(path: Path, results: Sequence[GroupResult]) -> None:
     for (start, stop), replacement in sorted(edits.items(), reverse=True):
         text = text[:start] + replacement + text[stop:]
     write_file(path, text.encode())
+    return updated
 
 
 def _read_mapping(node: yaml.Node) -> Mapping[str, tuple[yaml.Node, yaml.Node]]:

@@ -300,7 +300,7 @@ def guard(
     tuned, base = answers
     results = [*map(compare_answers, groups, base, tuned)]
     if update:
-        update_suite(file, results)
+        results = update_suite(file, results)
         console.log(f"updated: {file}")
     data = {"suite": str(file), "groups": [one.as_json() for one in results]}
     write_file(run_dir / GUARD_FILE, json.dumps(data, ensure_ascii=False, indent=1).encode())

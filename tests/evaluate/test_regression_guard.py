@@ -4,11 +4,19 @@ from pathlib import Path
 
 import pytest
 from engine_fixtures import write_noise_image
+from module_loader import load_module
+from PIL import Image
 
 from finesight.errors import UserError
-from finesight.evaluate.regression_guard import compare_answers, load_suite, update_suite
+from finesight.evaluate.regression_guard import (
+    BELOW_MINIMUM,
+    BUILT_IN_SUITE,
+    DROPPED,
+    compare_answers,
+    load_suite,
+    update_suite,
+)
 from finesight.infer.prediction import Prediction
-from finesight.synth.guard_suite import NUM_QUESTIONS, SUITE_FILE, write_guard_suite
 
 SUITE = """\
 groups:
@@ -35,7 +43,7 @@ WRONG_SUITES = [
     ("allowed_drop", "alowed_drop", 4, "did you mean allowed_drop"),
     ("allowed_drop: 0.1", "allowed_drop: -1", 4, "greater than or equal"),
     ("answer: hello", "answers: hello", 7, "answer"),
-    (", answer: hello", "", 7, "missing"),
+    (", answer: hello", "", 7, "required"),
     ("answer: hello", "answer: ''", 7, "empty"),
     ("min_score: 0.5,", "data: more.jsonl,", 8, "either"),
     ("inline: {metric: qa,", "inline: {metric: qa", 8, "YAML"),
@@ -79,7 +87,7 @@ def test_group_fails_beyond_the_allowed_drop_or_below_its_minimum(
     text = f"groups: {{g: {{metric: classification, questions: {questions}, {settings}}}}}"
     (group,) = load_suite(write_suite(tmp_path, text))
     result = compare_answers(group, make_predictions(before, count), make_predictions(after, count))
-    assert (result.has_dropped, result.is_below_minimum) == verdicts
+    assert (DROPPED in result.problems, BELOW_MINIMUM in result.problems) == verdicts
     lost = [one["after"] for one in result.lost_answers]
     assert lost == ["?"] * min(5, max(0, before - after))
 
@@ -91,24 +99,28 @@ def test_updated_suite_keeps_its_text_and_accepts_the_same_answers(tmp_path):
         answers = [make_predictions(1, len(one.samples)) for one in groups]
         answers[0][0] = make_predictions(0, 1)[0]
         results = [compare_answers(*one) for one in zip(groups, answers, answers, strict=True)]
-        update_suite(path, results)
+        updated = update_suite(path, groups, results)
+        assert not any(
+            compare_answers(*x).problems for x in zip(updated, answers, answers, strict=True)
+        )
     old, new = SUITE.splitlines(), path.read_text().splitlines()
     assert new[2] == "    min_score: 0"
     assert [*new[:2], *new[3:8]] == old[:7]
     assert new[8] == old[7].replace("0.5", "0")
-    assert [one.settings.min_score for one in load_suite(path)] == [0, 0]
+    assert [one.settings.min_score for one in updated] == [0, 0]
 
 
-def test_built_in_suite_is_valid_and_always_the_same(tmp_path):
-    for name in ("first", "second"):
-        (tmp_path / name).mkdir()
-        write_guard_suite(tmp_path / name)
-    first, second = (
-        {one.name: one.read_bytes() for one in (tmp_path / name).iterdir()}
-        for name in ("first", "second")
-    )
-    assert first == second
-    groups = load_suite(tmp_path / "first" / SUITE_FILE)
+def test_built_in_suite_is_that_of_its_generator(tmp_path):
+    load_module("tools/guard_suite.py").write_guard_suite(tmp_path)
+    folder = BUILT_IN_SUITE.parent
+    assert {one.name for one in tmp_path.iterdir()} == {one.name for one in folder.iterdir()}
+    for file in folder.iterdir():
+        if file.suffix == ".png":
+            shown, drawn = (Image.open(one).convert("RGB") for one in (file, tmp_path / file.name))
+            assert shown.tobytes() == drawn.tobytes(), file.name
+        else:
+            assert file.read_bytes() == (tmp_path / file.name).read_bytes(), file.name
+    groups = load_suite(BUILT_IN_SUITE)
     assert [one.name for one in groups] == ["reading", "counting", "boxes", "chat"]
     for group in groups:
-        assert len({*map(str, group.samples)}) == NUM_QUESTIONS, group.name
+        assert len({*map(str, group.samples)}) == 32, group.name

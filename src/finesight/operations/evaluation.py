@@ -261,52 +261,54 @@ def guard(
     Args:
         run: Run folder, or one of its LoRA checkpoints.
         suite: YAML file of groups of questions with metrics and bounds. Default: generated
-            questions on reading, counting, boxes and chat, in RUN/guard.
+            questions on reading, counting, boxes and chat.
         update: Write the scores of the run, minus allowed_drop, as min_score into the suite.
         batch_size: Answers generated at the same time; halved when GPU memory is exhausted.
     """
     from finesight.evaluate.regression_guard import (
+        BUILT_IN_SUITE,
         compare_answers,
         format_results,
         load_suite,
         update_suite,
     )
-    from finesight.infer.model_loader import resolve_model_source
     from finesight.infer.prediction import predict as run_prediction
-    from finesight.manifest import GUARD_FILE, GUARD_FOLDER, find_run_dir
+    from finesight.manifest import GUARD_FILE, find_run_dir
     from finesight.report.run_page import write_report
-    from finesight.storage import write_file, write_folder_once
-    from finesight.synth.guard_suite import SUITE_FILE, write_guard_suite
+    from finesight.storage import write_file
 
-    run_dir, console = find_run_dir(Path(run)), ProgressConsole()
-    if resolve_model_source(str(run)).manifest is None:
-        raise UserError(
-            f"{run} has no manifest",
-            where="guard",
-            expected="a run, which records its base model",
-            remedy=suggest_similar_path(Path(run), "give the output_dir of a run"),
-        )
-    file = to_path(suite) or run_dir / GUARD_FOLDER / SUITE_FILE
-    if suite is None:
-        write_folder_once(file.parent, write_guard_suite)
-    groups = load_suite(file)
+    if update and suite is None:
+        expected, remedy = "a suite of your own", "copy suite.yaml and its files, and give --suite"
+        what = f"the built-in suite, {BUILT_IN_SUITE}, does not change"
+        raise UserError(what, where="--update", expected=expected, remedy=remedy)
+    file, console = Path(suite or BUILT_IN_SUITE), ProgressConsole()
+    groups, run_dir = load_suite(file), find_run_dir(Path(run))
     answers: list[list[list[Prediction]]] = []
     for name, model in _iter_tuned_and_base(str(run), loading):
         ask = partial(run_prediction, model.model, model.renderer, batch_size=batch_size)
         with console.progress_stage(name, sum(len(one.samples) for one in groups)) as on_progress:
-            ask = partial(ask, on_progress=on_progress)
-            found = [ask(one.samples, max_new_tokens=one.max_new_tokens) for one in groups]
-        answers.append(found)
+            answers.append(
+                [
+                    ask(
+                        one.samples,
+                        max_new_tokens=one.settings.max_new_tokens,
+                        on_progress=on_progress,
+                    )
+                    for one in groups
+                ]
+            )
+        del model, ask  # The base model may need the memory.
     tuned, base = answers
     results = [*map(compare_answers, groups, base, tuned)]
     if update:
-        results = update_suite(file, results)
+        groups = update_suite(file, groups, results)
+        results = [*map(compare_answers, groups, base, tuned)]
         console.log(f"updated: {file}")
     data = {"suite": str(file), "groups": [one.as_json() for one in results]}
     write_file(run_dir / GUARD_FILE, json.dumps(data, ensure_ascii=False, indent=1).encode())
     page = write_report(run_dir, language=language)
-    failed = [one.group for one in results if one.has_failed]
-    next_steps = [_propose_replay(run_dir)] if any(one.has_dropped for one in results) else []
+    failed = [one.group for one in results if one.problems]
+    next_steps = [_propose_replay(run_dir)] if failed else []
     summary = f"failed: {', '.join(failed)}" if failed else "no regression"
     lines = [*format_results(results), summary, f"page: {page}"]
     return Outcome(results, lines, data, next_steps, EXIT_REGRESSION if failed else 0)
@@ -321,23 +323,23 @@ def _iter_tuned_and_base(run: str, loading: LoadingOptions) -> Iterator[tuple[st
     from finesight.model.lora.multi import detach_adapter
     from finesight.model_folder import locate_model
 
-    manifest, model = resolve_model_source(run).manifest, load_model(run, **loading).value
-    assert manifest is not None, f"{run} is a run"
-    renderer = model.inference_model.renderer
-    yield "answers of the tuned model", model.inference_model
-    if manifest.tune.has_mode("full"):
-        if locate_model(manifest.base_model).fingerprint() != manifest.base_fingerprint:
-            raise UserError(
-                f"the weights of {manifest.base_model} have changed since the run",
-                where=run,
-                expected=f"the fingerprint {manifest.base_fingerprint}",
-                remedy="restore the base model of the run",
-            )
-        del model  # Two models may not fit into the memory.
-        model = load_model(manifest.base_model, **loading).value
+    manifest = resolve_model_source(run).manifest
+    if manifest is None:
+        expected, remedy = "a run, which records its base model", "give the output_dir of a run"
+        raise UserError(f"{run} is not a run", where="guard", expected=expected, remedy=remedy)
+    model = load_model(run, **loading).value.inference_model
+    renderer = model.renderer
+    yield "answers of the tuned model", model
+    if not manifest.tune.has_mode("full"):
+        detach_adapter(model.model)
+    elif locate_model(manifest.base_model).fingerprint() == manifest.base_fingerprint:
+        del model
+        model = load_model(manifest.base_model, **loading).value.inference_model
     else:
-        detach_adapter(model.inference_model.model)
-    yield "answers of the base model", replace(model.inference_model, renderer=renderer)
+        what = f"the weights of {manifest.base_model} have changed since the run"
+        expected = f"the fingerprint {manifest.base_fingerprint}"
+        raise UserError(what, where=run, expected=expected, remedy="restore the base model")
+    yield "answers of the base model", replace(model, renderer=renderer)
 
 
 def _propose_replay(run_dir: Path) -> Step:

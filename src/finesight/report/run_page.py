@@ -261,11 +261,9 @@ def _build_guard_context(run_record: RunRecord) -> dict[str, Any]:
         results = GROUP_RESULTS.validate_python(run_record.guard.get("groups", []))
     rows = []
     for one in results:
-        name = f"{one.group} ({format_metric_name(one.difference.name)})"
-        after = MetricCell(one.difference.after, None, one.difference)
-        rows.append(
-            MetricRow(name, one.has_failed, [MetricCell(one.difference.before, None), after])
-        )
+        found, name = one.difference, f"{one.group}: {format_metric_name(one.difference.name)}"
+        cells = [MetricCell(found.before, None), MetricCell(found.after, None, found)]
+        rows.append(MetricRow(name, bool(one.problems), cells))
     names = translate("base model"), translate("tuned model")
     return {"guard_results": results, "guard_rows": rows, "guard_names": names}
 

@@ -1,4 +1,8 @@
-"""Built-in suite of the regression guard: reading, counting, boxes and chat."""
+"""Generate the built-in suite of `finesight guard`: reading, counting, boxes and chat.
+
+`python tools/guard_suite.py` writes the files in git, src/finesight/assets/guard. The tests fail if
+they differ from it.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +26,7 @@ from finesight.data.sample import (
 from finesight.synth.canvas import Canvas, load_builtin_font
 from finesight.synth.tickets import INK_COLOR, PAPER_COLORS, sample_pseudoword
 
-SUITE_FILE = "suite.yaml"
+FOLDER = Path(__file__).resolve().parents[1] / "src" / "finesight" / "assets" / "guard"
 NUM_QUESTIONS = 32
 """Number of questions of each group."""
 
@@ -46,10 +50,7 @@ Question = tuple[Image.Image | None, str, Sequence[str] | BoxPart]
 
 
 def write_guard_suite(folder: Path) -> None:
-    """Write the suite, its images and samples into an existing folder.
-
-    The same version of finesight always draws the same questions.
-    """
+    """Write the suite, its images and samples into an existing folder."""
     groups = {}
     for name, (metric, ask) in GROUPS.items():
         samples = []
@@ -57,7 +58,7 @@ def write_guard_suite(folder: Path) -> None:
             image, prompt, answer = ask(random.Random(f"{name} {index}"))
             sample_id, question = f"{name}-{index:02}", list[ContentPart]()
             if image is not None:
-                image.save(folder / f"{sample_id}.png")
+                image.quantize(32).save(folder / f"{sample_id}.png", optimize=True)
                 question.append(ImagePart(image=f"{sample_id}.png"))
             question.append(TextPart(text=prompt))
             parts = [answer] if isinstance(answer, BoxPart) else [TextPart(text=answer[0])]
@@ -70,7 +71,7 @@ def write_guard_suite(folder: Path) -> None:
         write_samples(folder / f"{name}.jsonl", samples)
         groups[name] = {"metric": metric, "data": f"{name}.jsonl", "allowed_drop": ALLOWED_DROP}
     text = yaml.safe_dump({"groups": groups}, sort_keys=False)
-    (folder / SUITE_FILE).write_text(text, encoding="utf-8")
+    (folder / "suite.yaml").write_text(text, encoding="utf-8")
 
 
 def _ask_reading(rng: random.Random) -> Question:
@@ -146,3 +147,7 @@ def _draw_shapes(
             draw.polygon([(x, top), (right, bottom), (left, bottom)], COLORS[color])
         boxes.append((float(left), float(top), right + 1.0, bottom + 1.0))
     return image, boxes
+
+
+if __name__ == "__main__":
+    write_guard_suite(FOLDER)

@@ -7,7 +7,7 @@ they differ from it.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import product
 from pathlib import Path
 
@@ -52,26 +52,30 @@ Question = tuple[Image.Image | None, str, Sequence[str] | BoxPart]
 def write_guard_suite(folder: Path) -> None:
     """Write the suite, its images and samples into an existing folder."""
     groups = {}
-    for name, (metric, ask) in GROUPS.items():
-        samples = []
-        for index in range(NUM_QUESTIONS):
-            image, prompt, answer = ask(random.Random(f"{name} {index}"))
-            sample_id, question = f"{name}-{index:02}", list[ContentPart]()
-            if image is not None:
-                image.quantize(32).save(folder / f"{sample_id}.png", optimize=True)
-                question.append(ImagePart(image=f"{sample_id}.png"))
-            question.append(TextPart(text=prompt))
-            parts = [answer] if isinstance(answer, BoxPart) else [TextPart(text=answer[0])]
-            turns = (
-                Message(role="user", content=tuple(question)),
-                Message(role="assistant", content=tuple(parts)),
-            )
-            others = () if isinstance(answer, BoxPart) else tuple(answer[1:])
-            samples.append(Sample(id=sample_id, messages=turns, references=others))
-        write_samples(folder / f"{name}.jsonl", samples)
+    for name, (metric, _) in GROUPS.items():
+        seeds = (f"{name} {index}" for index in range(NUM_QUESTIONS))
+        write_samples(folder / f"{name}.jsonl", draw_samples(folder, name, seeds))
         groups[name] = {"metric": metric, "data": f"{name}.jsonl", "allowed_drop": ALLOWED_DROP}
-    text = yaml.safe_dump({"groups": groups}, sort_keys=False)
+    text = yaml.safe_dump({"groups": groups}, sort_keys=False, default_flow_style=None)
     (folder / "suite.yaml").write_text(text, encoding="utf-8")
+
+
+def draw_samples(folder: Path, name: str, seeds: Iterable[str]) -> Iterator[Sample]:
+    """Yield the samples of a group for different seeds, and write their images."""
+    for index, seed in enumerate(seeds):
+        image, prompt, answer = GROUPS[name][1](random.Random(seed))
+        sample_id, question = f"{name}-{index:02}", list[ContentPart]()
+        if image is not None:
+            image.quantize(32).save(folder / f"{sample_id}.png", optimize=True)
+            question.append(ImagePart(image=f"{sample_id}.png"))
+        question.append(TextPart(text=prompt))
+        parts = [answer] if isinstance(answer, BoxPart) else [TextPart(text=answer[0])]
+        turns = (
+            Message(role="user", content=tuple(question)),
+            Message(role="assistant", content=tuple(parts)),
+        )
+        others = () if isinstance(answer, BoxPart) else tuple(answer[1:])
+        yield Sample(id=sample_id, messages=turns, references=others)
 
 
 def _ask_reading(rng: random.Random) -> Question:

@@ -106,8 +106,12 @@ def load_suite(path: Path) -> list[LoadedGroup]:
             names: list[str] = [*section.__annotations__]
             problem, expected = "unknown key", f"one of {', '.join(names)}"
             remedy = suggest_name(str(key[-1]), names, "remove it")
-        what = f"{format_key(key) or 'suite'}: {problem}"
-        raise UserError(what, where=locate(*key), expected=expected, remedy=remedy) from error
+        raise UserError(
+            f"{format_key(key) or 'suite'}: {problem}",
+            where=locate(*key),
+            expected=expected,
+            remedy=remedy,
+        ) from error
     groups = []
     for name, settings in suite.groups.items():
         samples = _read_samples(name, settings, path.parent, locate)

@@ -278,9 +278,12 @@ def guard(
     from finesight.storage import write_file
 
     if update and suite is None:
-        expected, remedy = "a suite of your own", "copy suite.yaml and its files, and give --suite"
-        what = f"the built-in suite, {BUILT_IN_SUITE}, does not change"
-        raise UserError(what, where="--update", expected=expected, remedy=remedy)
+        raise UserError(
+            f"the built-in suite, {BUILT_IN_SUITE}, does not change",
+            where="--update",
+            expected="a suite of your own",
+            remedy="copy the folder of the suite, and give --suite",
+        )
     file, console = Path(suite or BUILT_IN_SUITE), ProgressConsole()
     groups, run_dir = load_suite(file), find_run_dir(Path(run))
     answers: list[list[list[Prediction]]] = []
@@ -325,8 +328,12 @@ def _iter_tuned_and_base(run: str, loading: LoadingOptions) -> Iterator[tuple[st
 
     manifest = resolve_model_source(run).manifest
     if manifest is None:
-        expected, remedy = "a run, which records its base model", "give the output_dir of a run"
-        raise UserError(f"{run} is not a run", where="guard", expected=expected, remedy=remedy)
+        raise UserError(
+            f"{run} is not a run",
+            where="guard",
+            expected="a run, which records its base model",
+            remedy="give the output_dir of a run",
+        )
     model = load_model(run, **loading).value.inference_model
     renderer = model.renderer
     yield "answers of the tuned model", model
@@ -336,9 +343,12 @@ def _iter_tuned_and_base(run: str, loading: LoadingOptions) -> Iterator[tuple[st
         del model
         model = load_model(manifest.base_model, **loading).value.inference_model
     else:
-        what = f"the weights of {manifest.base_model} have changed since the run"
-        expected = f"the fingerprint {manifest.base_fingerprint}"
-        raise UserError(what, where=run, expected=expected, remedy="restore the base model")
+        raise UserError(
+            f"the weights of {manifest.base_model} have changed since the run",
+            where=run,
+            expected=f"the fingerprint {manifest.base_fingerprint}",
+            remedy="restore the base model",
+        )
     yield "answers of the base model", replace(model, renderer=renderer)
 
 

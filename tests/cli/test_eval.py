@@ -267,5 +267,8 @@ def test_guard_compares_a_run_with_its_base_model(tmp_path, cli, tune):
     assert group["difference"]["before"] != group["difference"]["after"]
     assert json.loads((run / "guard.json").read_text()) == printed.json
     assert 'id="guard"' in (run / "report.html").read_text()
+    assert "GENERAL.jsonl" in cli(*words, code=3).err
     assert "no regression" in cli(*words, "--update").out
     assert "no regression" in cli(*words).out
+    assert "is not a run" in cli("guard", task.folder / "tiny", code=2).err
+    assert "--suite" in cli("guard", run, "--update", code=2).err

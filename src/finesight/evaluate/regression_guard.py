@@ -63,7 +63,7 @@ class GuardGroup(SettingsSection):
     @model_validator(mode="after")
     def _check_questions(self) -> GuardGroup:
         if (self.data is None) == (not self.questions):
-            raise ValueError("either `data`, a file of samples, or `questions`")
+            raise ValueError(f"{len(self.questions)} questions, data {self.data}: give either")
         return self
 
 
@@ -81,6 +81,10 @@ class LoadedGroup:
     settings: GuardGroup
     samples: list[LocatedSample]
     references: list[ReferenceAnswer]
+
+    @property
+    def max_new_tokens(self) -> int:
+        return self.settings.max_new_tokens
 
 
 def load_suite(path: Path) -> list[LoadedGroup]:

@@ -273,10 +273,18 @@ def guard(
         update_suite,
     )
     from finesight.infer.prediction import predict as run_prediction
-    from finesight.manifest import GUARD_FILE, find_run_dir
+    from finesight.manifest import GUARD_FILE, RECIPE_FILE, find_run_dir
     from finesight.report.run_page import write_report
     from finesight.storage import write_file
 
+    run_dir, file = find_run_dir(Path(run)), Path(suite or BUILT_IN_SUITE)
+    if not (run_dir / RECIPE_FILE).is_file():
+        raise UserError(
+            f"{run_dir} is not a run",
+            where="guard",
+            expected="a run, whose base model and recipe are recorded",
+            remedy=suggest_similar_path(run_dir, "give the output_dir of a run"),
+        )
     if update and suite is None:
         raise UserError(
             f"the built-in suite, {BUILT_IN_SUITE}, does not change",
@@ -284,22 +292,13 @@ def guard(
             expected="a suite of your own",
             remedy="copy the folder of the suite, and give --suite",
         )
-    file, console = Path(suite or BUILT_IN_SUITE), ProgressConsole()
-    groups, run_dir = load_suite(file), find_run_dir(Path(run))
+    groups, console = load_suite(file), ProgressConsole()
     answers: list[list[list[Prediction]]] = []
     for name, model in _iter_tuned_and_base(str(run), loading):
         ask = partial(run_prediction, model.model, model.renderer, batch_size=batch_size)
         with console.progress_stage(name, sum(len(one.samples) for one in groups)) as on_progress:
-            answers.append(
-                [
-                    ask(
-                        one.samples,
-                        max_new_tokens=one.settings.max_new_tokens,
-                        on_progress=on_progress,
-                    )
-                    for one in groups
-                ]
-            )
+            ask = partial(ask, on_progress=on_progress)
+            answers.append([ask(x.samples, max_new_tokens=x.max_new_tokens) for x in groups])
         del model, ask  # The base model may need the memory.
     tuned, base = answers
     results = [*map(compare_answers, groups, base, tuned)]
@@ -311,7 +310,7 @@ def guard(
     write_file(run_dir / GUARD_FILE, json.dumps(data, ensure_ascii=False, indent=1).encode())
     page = write_report(run_dir, language=language)
     failed = [one.group for one in results if one.problems]
-    next_steps = [_propose_replay(run_dir)] if failed else []
+    next_steps = [_propose_replay(run_dir / RECIPE_FILE)] if failed else []
     summary = f"failed: {', '.join(failed)}" if failed else "no regression"
     lines = [*format_results(results), summary, f"page: {page}"]
     return Outcome(results, lines, data, next_steps, EXIT_REGRESSION if failed else 0)
@@ -322,18 +321,11 @@ def _iter_tuned_and_base(run: str, loading: LoadingOptions) -> Iterator[tuple[st
 
     The base model of a LoRA adapter is the same model without the adapter.
     """
-    from finesight.infer.model_loader import resolve_model_source
+    from finesight.manifest import MANIFEST_FILE, find_run_dir, load_manifest
     from finesight.model.lora.multi import detach_adapter
     from finesight.model_folder import locate_model
 
-    manifest = resolve_model_source(run).manifest
-    if manifest is None:
-        raise UserError(
-            f"{run} is not a run",
-            where="guard",
-            expected="a run, which records its base model",
-            remedy="give the output_dir of a run",
-        )
+    manifest = load_manifest(find_run_dir(Path(run)) / MANIFEST_FILE)
     model = load_model(run, **loading).value.inference_model
     renderer = model.renderer
     yield "answers of the tuned model", model
@@ -352,16 +344,14 @@ def _iter_tuned_and_base(run: str, loading: LoadingOptions) -> Iterator[tuple[st
     yield "answers of the base model", replace(model, renderer=renderer)
 
 
-def _propose_replay(run_dir: Path) -> Step:
+def _propose_replay(recipe: Path) -> Step:
     """Return the training of a run with general samples among its own."""
-    from finesight.manifest import RECIPE_FILE
     from finesight.recipe import load_recipe
 
-    recipe = run_dir / RECIPE_FILE
     files = load_recipe(recipe).data.train
     entries = [one.model_dump(mode="json", exclude_defaults=True) for one in files]
     data = json.dumps([*entries, {"path": "GENERAL.jsonl"}], ensure_ascii=False)
-    overrides = [f"data.train={data}", f"output_dir={run_dir}-replay"]
+    overrides = [f"data.train={data}", f"output_dir={recipe.parent}-replay"]
     purpose = "replay general samples, a tenth of yours, in a new training"
     return Step("train", {"recipe": recipe, "overrides": overrides}, purpose)
 

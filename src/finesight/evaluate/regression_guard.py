@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import yaml
 from pydantic import Field, TypeAdapter, ValidationError, model_validator
@@ -16,12 +16,7 @@ from finesight.config import CoercedFloat, MetricName, Names, SettingsSection
 from finesight.data.sample import LocatedSample, Message, Sample, read_samples, validate_sample
 from finesight.errors import UserError, suggest_name
 from finesight.evaluate.eval_case import ReferenceAnswer, get_reference_answer
-from finesight.evaluate.metric_difference import (
-    MetricDifference,
-    align_columns,
-    compare_estimators,
-    create_case,
-)
+from finesight.evaluate.metric_difference import MetricDifference, compare_estimators, create_case
 from finesight.evaluate.task_metrics import check_references, compute_metrics, get_primary_metric
 from finesight.recipe import SettingKey, format_key, parse_recipe, read_recipe_text
 from finesight.storage import write_file
@@ -73,18 +68,16 @@ class GuardSuite(SettingsSection):
     groups: Annotated[dict[str, GuardGroup], Field(min_length=1)]
 
 
-@dataclass(frozen=True, slots=True)
-class LoadedGroup:
-    """A group of a suite with its samples and their references."""
+class LoadedGroup(NamedTuple):
+    """A group of a suite with its samples."""
 
     name: str
     settings: GuardGroup
     samples: list[LocatedSample]
-    references: list[ReferenceAnswer]
 
-    @property
-    def max_new_tokens(self) -> int:
-        return self.settings.max_new_tokens
+    def list_references(self) -> list[ReferenceAnswer]:
+        """Return the references of the samples."""
+        return [get_reference_answer(one.sample, has_reasoning=True) for one in self.samples]
 
 
 def load_suite(path: Path) -> list[LoadedGroup]:
@@ -119,13 +112,12 @@ def load_suite(path: Path) -> list[LoadedGroup]:
     groups = []
     for name, settings in suite.groups.items():
         samples = _read_samples(name, settings, path.parent, locate)
-        references = [get_reference_answer(one.sample, has_reasoning=True) for one in samples]
+        groups.append(LoadedGroup(name, settings, samples))
         try:
-            check_references(settings.metric, references)
+            check_references(settings.metric, groups[-1].list_references())
         except UserError as error:
             error.where = f"{locate('groups', name)}: {error.where}"
             raise
-        groups.append(LoadedGroup(name, settings, samples, references))
     return groups
 
 
@@ -164,10 +156,6 @@ class GroupResult:
     problems: list[str]
     lost_answers: list[dict[str, str]]
 
-    def as_json(self) -> dict[str, Any]:
-        """Return the result as JSON data for `guard.json`."""
-        return asdict(self)
-
 
 GROUP_RESULTS: TypeAdapter[list[GroupResult]] = TypeAdapter(list[GroupResult])
 
@@ -176,14 +164,16 @@ def compare_answers(
     group: LoadedGroup, before: Sequence[Prediction], after: Sequence[Prediction]
 ) -> GroupResult:
     """Compare the answers of the base model and the tuned model to the questions of a group."""
-    settings = group.settings
+    settings, references = group.settings, group.list_references()
     old, new = (
-        compute_metrics(settings.metric, [*map(create_case, answers, group.references)])
+        compute_metrics(settings.metric, [*map(create_case, answers, references)])
         for answers in (before, after)
     )
     primary = get_primary_metric(settings.metric, old.scores)
     differences = {one.name: one for one in compare_estimators(old.estimators, new.estimators)}
     found, problems = differences[primary], []
+    if not found.before:
+        found = replace(found, note=found.note or "the base model scores 0")
     if found.verdict == "worse" and found.high is not None and found.high < -settings.allowed_drop:
         problems.append(DROPPED)
     if settings.min_score is not None and found.after < settings.min_score:
@@ -194,33 +184,13 @@ def compare_answers(
     lost = sorted((i for i, drop in enumerate(drops) if drop > 0), key=lambda i: -drops[i])
     lost_answers = []
     for index in lost[:MAX_LOST_ANSWERS]:
-        texts, boxes = group.references[index]
+        texts, boxes = references[index]
         corners = [f"{box.label or 'box'} {[*map(round, box.xyxy)]}" for box in boxes]
         answers = {"before": before[index].answer, "after": after[index].answer}
         question = {"id": before[index].id, "prompt": before[index].prompt}
         reference = {"reference": " ".join(filter(None, [texts[0], *corners]))}
         lost_answers.append(question | reference | answers)
     return GroupResult(group.name, len(group.samples), found, problems, lost_answers)
-
-
-def format_results(results: Sequence[GroupResult]) -> list[str]:
-    """Format the results as a table, followed by the answers that failed groups have lost."""
-    rows = [("group", "metric", "before", "after", "difference", "95 % interval", "")]
-    for one in results:
-        found, interval = one.difference, "-"
-        if found.low is not None and found.high is not None:
-            interval = f"{found.low:+.4f} to {found.high:+.4f}"
-        verdict: str = found.verdict if found.before else "the base model scores 0"
-        verdict = f"FAILED: {', '.join(one.problems)}" if one.problems else verdict
-        scores = f"{found.before:.4f}", f"{found.after:.4f}", f"{found.after - found.before:+.4f}"
-        rows.append((one.group, found.name, *scores, interval, verdict))
-    lost = [answer for one in results if one.problems for answer in one.lost_answers]
-    lines = [
-        f"{one['id']}: "
-        + ", ".join(f"{k} {one[k]!r:.60}" for k in ("reference", "before", "after"))
-        for one in lost
-    ]
-    return [*align_columns(rows, 2).splitlines(), *lines]
 
 
 def update_suite(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Unpack
@@ -268,7 +268,6 @@ def guard(
     from finesight.evaluate.regression_guard import (
         BUILT_IN_SUITE,
         compare_answers,
-        format_results,
         load_suite,
         update_suite,
     )
@@ -276,6 +275,7 @@ def guard(
     from finesight.manifest import GUARD_FILE, RECIPE_FILE, find_run_dir
     from finesight.report.run_page import write_report
     from finesight.storage import write_file
+    from finesight.train.finalize import format_differences
 
     run_dir, file = find_run_dir(Path(run)), Path(suite or BUILT_IN_SUITE)
     if not (run_dir / RECIPE_FILE).is_file():
@@ -298,7 +298,9 @@ def guard(
         ask = partial(run_prediction, model.model, model.renderer, batch_size=batch_size)
         with console.progress_stage(name, sum(len(one.samples) for one in groups)) as on_progress:
             ask = partial(ask, on_progress=on_progress)
-            answers.append([ask(x.samples, max_new_tokens=x.max_new_tokens) for x in groups])
+            lengths = [one.settings.max_new_tokens for one in groups]
+            found = zip(groups, lengths, strict=True)
+            answers.append([ask(one.samples, max_new_tokens=length) for one, length in found])
         del model, ask  # The base model may need the memory.
     tuned, base = answers
     results = [*map(compare_answers, groups, base, tuned)]
@@ -306,13 +308,17 @@ def guard(
         groups = update_suite(file, groups, results)
         results = [*map(compare_answers, groups, base, tuned)]
         console.log(f"updated: {file}")
-    data = {"suite": str(file), "groups": [one.as_json() for one in results]}
+    data = {"suite": str(file), "groups": [asdict(one) for one in results]}
     write_file(run_dir / GUARD_FILE, json.dumps(data, ensure_ascii=False, indent=1).encode())
     page = write_report(run_dir, language=language)
-    failed = [one.group for one in results if one.problems]
+    named = [(f"{one.group} {one.difference.name}", one.difference) for one in results]
+    lines = format_differences([replace(one, name=name) for name, one in named]).splitlines()
+    failed = [one for one in results if one.problems]
+    for one in failed:
+        lines.append(f"FAILED: {one.group}: {', '.join(one.problems)}")
+        lines += [f"  lost: {json.dumps(lost, ensure_ascii=False)}" for lost in one.lost_answers]
+    lines += [*([] if failed else ["no regression"]), f"page: {page}"]
     next_steps = [_propose_replay(run_dir / RECIPE_FILE)] if failed else []
-    summary = f"failed: {', '.join(failed)}" if failed else "no regression"
-    lines = [*format_results(results), summary, f"page: {page}"]
     return Outcome(results, lines, data, next_steps, EXIT_REGRESSION if failed else 0)
 
 

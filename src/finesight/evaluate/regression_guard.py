@@ -97,7 +97,8 @@ def load_suite(path: Path) -> list[LoadedGroup]:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         key: SettingKey = first["loc"]
-        problem, expected, remedy = f"{first['input']!r:.80}", first["msg"], "correct the suite"
+        problem, remedy = f"{first['input']!r:.80}", "correct the suite"
+        expected = first["msg"].removeprefix("Input should be ")
         if first["type"] == "extra_forbidden":
             section = {1: GuardSuite, 3: GuardGroup, 5: GuardQuestion}[len(key)]
             names: list[str] = [*section.__annotations__]
@@ -206,8 +207,9 @@ def update_suite(
     node_by_group = {name.value: value for name, value in nodes.value}
     edits: dict[tuple[int, int], str] = {}
     for group, result in zip(groups, results, strict=True):
-        score = result.difference.after - group.settings.allowed_drop
-        number = f"{max(0, math.floor(1e4 * score)) / 1e4:g}"
+        score = result.difference.after
+        bound = max(score - group.settings.allowed_drop, min(score, 0.0))
+        number = f"{math.floor(1e4 * bound) / 1e4:g}"
         node: yaml.MappingNode = node_by_group[group.name]
         mark = node.value[0][0].start_mark
         end = ", " if node.flow_style else f"\n{' ' * mark.column}"

@@ -248,7 +248,7 @@ def guard(
     language: LanguageOption = None,
     **loading: Unpack[LoadingOptions],
 ) -> Outcome[list[GroupResult]]:
-    """Find out what a run has forgotten: fixed questions to the base model and the tuned one.
+    """Compare a run with its base model on fixed questions, to find what it has forgotten.
 
     Writes RUN/guard.json and a section of the report. Exit code: 0 without a regression, 3 if the
     metric of a group has dropped by more than its allowed_drop beyond chance (95 % interval of the

@@ -265,19 +265,14 @@ def guard(
         update: Write the scores of the run, minus allowed_drop, as min_score into the suite.
         batch_size: Answers generated at the same time; halved when GPU memory is exhausted.
     """
-    from finesight.evaluate.regression_guard import (
-        BUILT_IN_SUITE,
-        compare_answers,
-        load_suite,
-        update_suite,
-    )
+    from finesight.evaluate import regression_guard
     from finesight.infer.prediction import predict as run_prediction
     from finesight.manifest import GUARD_FILE, RECIPE_FILE, find_run_dir
     from finesight.report.run_page import write_report
     from finesight.storage import write_file
     from finesight.train.finalize import format_differences
 
-    run_dir, file = find_run_dir(Path(run)), Path(suite or BUILT_IN_SUITE)
+    run_dir, file = find_run_dir(Path(run)), Path(suite or regression_guard.BUILT_IN_SUITE)
     if not (run_dir / RECIPE_FILE).is_file():
         raise UserError(
             f"{run_dir} is not a run",
@@ -287,26 +282,25 @@ def guard(
         )
     if update and suite is None:
         raise UserError(
-            f"the built-in suite, {BUILT_IN_SUITE}, does not change",
+            f"the built-in suite, {file}, does not change",
             where="--update",
             expected="a suite of your own",
             remedy="copy the folder of the suite, and give --suite",
         )
-    groups, console = load_suite(file), ProgressConsole()
+    groups, console = regression_guard.load_suite(file), ProgressConsole()
     answers: list[list[list[Prediction]]] = []
     for name, model in _iter_tuned_and_base(str(run), loading):
         ask = partial(run_prediction, model.model, model.renderer, batch_size=batch_size)
         with console.progress_stage(name, sum(len(one.samples) for one in groups)) as on_progress:
             ask = partial(ask, on_progress=on_progress)
-            lengths = [one.settings.max_new_tokens for one in groups]
-            found = zip(groups, lengths, strict=True)
-            answers.append([ask(one.samples, max_new_tokens=length) for one, length in found])
+            lengths = {one.name: one.settings.max_new_tokens for one in groups}
+            answers.append([ask(x.samples, max_new_tokens=lengths[x.name]) for x in groups])
         del model, ask  # The base model may need the memory.
     tuned, base = answers
-    results = [*map(compare_answers, groups, base, tuned)]
+    results = [*map(regression_guard.compare_answers, groups, base, tuned)]
     if update:
-        groups = update_suite(file, groups, results)
-        results = [*map(compare_answers, groups, base, tuned)]
+        groups = regression_guard.update_suite(file, groups, results)
+        results = [*map(regression_guard.compare_answers, groups, base, tuned)]
         console.log(f"updated: {file}")
     data = {"suite": str(file), "groups": [asdict(one) for one in results]}
     write_file(run_dir / GUARD_FILE, json.dumps(data, ensure_ascii=False, indent=1).encode())

@@ -122,7 +122,7 @@ The help texts of all commands. `finesight COMMAND --help` prints the same text.
 | 0 | success |
 | 1 | internal error of finesight |
 | 2 | invalid input; errors reported by `doctor` or `check`; a plan that does not fit |
-| 3 | `check` found warnings only |
+| 3 | `check` found warnings only; `guard` found a regression |
 | 75 | training stopped after writing a checkpoint |
 | 130 | interrupted without a checkpoint |""",
     "zh": """# 命令
@@ -134,7 +134,7 @@ The help texts of all commands. `finesight COMMAND --help` prints the same text.
 | 0 | 成功 |
 | 1 | finesight 内部错误 |
 | 2 | 输入无效；`doctor` 或 `check` 报告了错误；规划放不下 |
-| 3 | `check` 只有警告 |
+| 3 | `check` 只有警告；`guard` 发现回归 |
 | 75 | 写出检查点后停止训练 |
 | 130 | 被中断，没有写出检查点 |""",
 }

@@ -25,9 +25,9 @@ if TYPE_CHECKING:
 __all__ = [
     "IGNORE_INDEX", "Encoding", "Model", "TrainingInterrupted", "UserError", "build_question",
     "check_data", "compare", "convert", "convert_boxes", "doctor", "download", "draw_boxes",
-    "evaluate", "export", "export_data", "import_data", "init", "launch", "load_model", "merge",
-    "pairs", "plan", "predict", "quickstart", "read_samples", "report", "sample", "search", "show",
-    "train",
+    "evaluate", "export", "export_data", "guard", "import_data", "init", "launch", "load_model",
+    "merge", "pairs", "plan", "predict", "quickstart", "read_samples", "report", "sample", "search",
+    "show", "train",
 ]  # fmt: skip
 
 init = as_function(initialize.init)
@@ -44,6 +44,7 @@ sample = as_function(responses.sample)
 pairs = as_function(responses.pairs)
 report = as_function(evaluation.report)
 compare = as_function(evaluation.compare)
+guard = as_function(evaluation.guard)
 doctor = as_function(evaluation.doctor)
 train = as_function(training.train)
 search = as_function(training.search)

@@ -529,6 +529,8 @@ MetricSpec = Annotated[
 ]
 """A task metric, or a function in a Python file, as `path/to/metric.py:function`."""
 
+MetricName = Annotated[TaskName | str, BeforeValidator(partial(_check_name, METRIC_NAMES))]
+
 
 EVAL_BATCH_SIZE = 32
 """Answers that an evaluation generates at the same time; halved when GPU memory is exhausted."""

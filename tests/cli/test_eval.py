@@ -3,6 +3,7 @@ import re
 from pathlib import Path
 
 import pytest
+from each_value import each
 from engine_fixtures import make_sample, write_noise_image
 from tiny_model import create_tiny_model
 from tiny_task import TinyTask
@@ -245,3 +246,29 @@ def test_pairs_are_the_best_and_worst_responses(data, tmp_path, cli):
     error = cli("pairs", alike, tmp_path / "none.jsonl", "--data", data, code=2).err
     assert "--min-score" in error
     assert "no responses" in cli("pairs", tmp_path / "gone", tmp_path / "x.jsonl", code=2).err
+
+
+@each("tune", [{"language": "lora", "lora": {"rank": 4}}, {"language": "full"}])
+def test_guard_compares_a_run_with_its_base_model(tmp_path, cli, tune):
+    """Train two steps; the answers of both models are those of `eval`."""
+    task = TinyTask(tmp_path / "task")
+    task.run("train.steps=2", "train.epochs=null", "train.learning_rate=0.02", tune=tune)
+    run, suite = task.folder / "run", task.folder / "suite.yaml"
+    text = "groups: {colors: {metric: ocr, data: eval.jsonl, max_new_tokens: 4, min_score: 1}}"
+    suite.write_text(text)
+    words = ("guard", run, "--suite", suite, "--device", "cpu")
+    printed = cli(*words, "--json", code=3)
+    (group,) = printed.json["groups"]
+    data = task.folder / "eval.jsonl"
+    options = ("--metric", "ocr", "--data", data, "--max-new-tokens", 4, "--device", "cpu")
+    for name, model in (("before", task.folder / "tiny"), ("after", run)):
+        scores = cli("eval", model, *options, "--json").json["scores"]
+        assert group["difference"][name] == scores["similarity"], name
+    assert group["difference"]["before"] != group["difference"]["after"]
+    assert json.loads((run / "guard.json").read_text()) == printed.json
+    assert 'id="guard"' in (run / "report.html").read_text()
+    assert "GENERAL.jsonl" in cli(*words, code=3).err
+    assert "no regression" in cli(*words, "--update").out
+    assert "no regression" in cli(*words).out
+    assert "is not a run" in cli("guard", task.folder / "tiny", code=2).err
+    assert "--suite" in cli("guard", run, "--update", code=2).err

@@ -84,9 +84,9 @@ def check_command(words: list[str], error_reported: str) -> None:
 
 
 def _is_of_a_recipe(block: CodeBlock) -> bool:
-    """Check if a YAML block is a recipe; migration pages also contain settings of other
-    programs."""
-    return block.language == "yaml" and "model_name_or_path" not in block.text
+    """Check if a YAML block is a recipe, not settings of other programs or a suite of `guard`."""
+    others = ("model_name_or_path", "groups:")
+    return block.language == "yaml" and not any(one in block.text for one in others)
 
 
 @each("block", filter(_is_of_a_recipe, BLOCKS))

@@ -5,11 +5,12 @@ from case_files import load_cases
 from each_value import each
 
 from finesight.evaluate.eval_case import EvalCase
-from finesight.evaluate.latex_metrics import score_latex, tokenize_latex
-from finesight.evaluate.latex_rendering import (
+from finesight.evaluate.latex_metrics import (
     MAX_FORMULA_LENGTH,
     is_ziamath_installed,
     render_digests,
+    score_latex,
+    tokenize_latex,
 )
 
 CASES = load_cases("latex_metrics")

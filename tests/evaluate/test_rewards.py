@@ -9,7 +9,7 @@ from each_value import each
 from finesight.config import RewardSettings
 from finesight.data.sample import create_region
 from finesight.errors import UserError
-from finesight.evaluate import latex_rendering, rewards
+from finesight.evaluate import latex_metrics, rewards
 from finesight.evaluate.custom_metric import RewardError
 from finesight.evaluate.eval_case import EvalCase
 from finesight.evaluate.rewards import RewardScorer
@@ -137,7 +137,7 @@ def test_formulas_are_rendered_for_their_score_only(monkeypatch):
     def fail(formulas):
         raise AssertionError(formulas)
 
-    monkeypatch.setattr(latex_rendering, "render_digests", fail)
+    monkeypatch.setattr(latex_metrics, "render_digests", fail)
     assert score("latex", make_case("x^2", "x^3")) == [pytest.approx(2 / 3)]
     with pytest.raises(AssertionError):
         score("latex.rendered", make_case("x^2", "x^3"))

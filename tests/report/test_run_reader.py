@@ -12,12 +12,13 @@ from finesight.report.run_reader import read_run
 def test_damaged_files_are_listed(tmp_path: Path) -> None:
     run = FakeRunDir(tmp_path / "run")
     run.write_metrics(steps=3)
-    for name in ("param_audit.json", "result.json", "recipe.yaml"):
+    names = ["guard.json", "param_audit.json", "recipe.yaml", "result.json"]
+    for name in names:
         run.write(name, "{")
     with (run.folder / "metrics.jsonl").open("a") as stream:
         stream.write('{"step": 4, "lo')
     record = read_run(run.folder)
-    assert sorted(record.unreadable_files) == ["param_audit.json", "recipe.yaml", "result.json"]
+    assert sorted(record.unreadable_files) == names
     assert (record.param_changes, record.result, record.recipe) == (None, None, {})
     assert len(record.steps) == 3
 

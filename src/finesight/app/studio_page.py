@@ -31,9 +31,9 @@ from finesight.app.pages import (
 )
 from finesight.app.server import Access, AccessMiddleware, make_proxy_route
 from finesight.app.studio_view import (
-    CHECK_EXIT_CODES,
     FORMS,
     FORMS_OF_STEPS,
+    OK_EXIT_CODES,
     STEP_NAMES,
     YES_NO,
     Selection,
@@ -61,9 +61,8 @@ Name = Annotated[str, Field(max_length=64)]
 
 API_KEY_FILE = "api-key"
 
-OPERATIONS_OF_ACTIONS = {
-    **{"chat": "web", "serve": "serve", "evaluate": "eval", "merge": "merge"},
-    "search": "search",
+OPERATIONS_OF_ACTIONS = {"chat": "web", "evaluate": "eval"} | {
+    name: name for name in ("guard", "merge", "search", "serve")
 }
 """Operation of the actions that start one. The action `start` has that of the step."""
 
@@ -504,8 +503,8 @@ class StudioPage:
         """
         words = list_words(Step(operation, arguments))
         target = state.target if target is None else target
-        if operation == "check":
-            options["ok_exit_codes"] = CHECK_EXIT_CODES
+        if operation in OK_EXIT_CODES:
+            options["ok_exit_codes"] = OK_EXIT_CODES[operation]
         job = self.view.jobs.start(state.selection.step, target, words, **options)
         # The command creates these items, so they are selected before they exist.
         items = {"data": data, "run": run}

@@ -33,8 +33,8 @@ from finesight.report.summary import RunStatus, get_run_status
 STEPS = ("data", "label", "check", "plan", "train", "results", "chat", "export")
 STEP_NAMES = {step: step.title() for step in STEPS} | {"export": "Serve and export"}
 
-CHECK_EXIT_CODES = (0, 2, 3)
-"""Exit codes of `finesight check`: no issues, errors, warnings."""
+OK_EXIT_CODES = {"check": (0, 2, 3), "guard": (0, 3)}
+"""Exit codes of commands that report: no issues, errors, warnings or a regression."""
 
 NO_RUN = "-"
 """Name in the URL for labelling without a run."""
@@ -121,6 +121,7 @@ FORMS: dict[str, Mapping[str, FormField | None]] = {
         **dict.fromkeys(("out", "trust_metric", "language")),
     },
     "eval": {"trust_metric": None},
+    "guard": {},
     "web": {"adapter": FormField("Compare with another run", default="none")},
     "serve": {"adapter": FormField("Serve another run of the model, too", default="none")},
     "merge": {"out": FormField("Name of the merged model", "tickets", folder="models")},
@@ -135,7 +136,7 @@ FORMS_OF_STEPS = {
     "check": ("check",),
     "plan": ("plan", "recipe", "editor"),
     "train": ("train", "search"),
-    "results": ("eval",),
+    "results": ("eval", "guard"),
     "chat": ("web",),
     "export": ("serve", "merge", "export"),
 }
@@ -242,6 +243,7 @@ MISSING_MESSAGES = {
 OUTCOMES = {
     "check": {2: "errors found", 3: "warnings found"},
     "train": {75: "checkpoint saved"},
+    "results": {3: "regression found"},
 }
 """Meaning of the exit codes of the commands of a step."""
 
@@ -432,7 +434,8 @@ class StudioView:
                 expected="a finished run, or a LoRA run with a checkpoint",
                 remedy="select another run, or resume this one in the step Train",
             )
-        return {"source" if operation == "merge" else "run_or_model": as_argument(weights)}
+        name = {"merge": "source", "guard": "run"}.get(operation, "run_or_model")
+        return {name: as_argument(weights)}
 
     def render_report(self, params: Mapping[str, Sequence[str]], selection: Selection) -> str:
         """Render the report of the selected run, or the comparison of several."""

@@ -1,18 +1,29 @@
-"""LaTeX formula metrics: token similarity, exact match, and visual equality."""
+"""LaTeX formula metrics: token similarity, exact match, and visual equality.
+
+Generated formulas may crash the renderer (ziamath), run forever or exhaust memory, so worker
+processes with limits of time and memory render them.
+"""
 
 from __future__ import annotations
 
+import atexit
+import hashlib
+import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache, lru_cache
+from importlib import import_module, util
 from itertools import chain
+from typing import Any
 
 import numpy as np
 
-from finesight.evaluate import latex_rendering
 from finesight.evaluate.bootstrap import NON_NEGATIVE, estimate_ratio
 from finesight.evaluate.caption_metrics import MAX_NGRAM_ORDER, count_bleu_statistics, estimate_bleu
 from finesight.evaluate.eval_case import EvalCase, MetricResult, MetricValues, mean_metrics
 from finesight.evaluate.text_metrics import find_nearest_reference
+from finesight.worker_pool import JobOutput, WorkerJobError, WorkerLimitError, WorkerPool
 
 LatexTokens = list[str]
 
@@ -50,7 +61,7 @@ def score_latex(cases: Sequence[EvalCase], *, renders: bool = True) -> MetricRes
     estimators = mean_metrics(per_sample, bounds={"edit_distance": NON_NEGATIVE})
     bleu_counts = count_bleu_statistics(predictions, references)
     estimators["bleu"] = estimate_bleu(bleu_counts, MAX_NGRAM_ORDER)
-    if renders and latex_rendering.is_ziamath_installed():
+    if renders and is_ziamath_installed():
         render_matches = compare_renderings(cases, predictions, references)
         for scores, match in zip(per_sample, render_matches, strict=True):
             if match is not None:
@@ -76,7 +87,7 @@ def compare_renderings(
     for texts, tokens, case_references in zip(formulas, predictions, references, strict=True):
         if tokens in case_references:
             texts[0] = texts[1 + case_references.index(tokens)]
-    digests = latex_rendering.render_digests(chain.from_iterable(formulas))
+    digests = render_digests(chain.from_iterable(formulas))
     render_matches: list[float | None] = []
     for answer, *several in formulas:
         reference_digests = {digests[text] for text in several} - {None}
@@ -152,3 +163,58 @@ def _order_scripts(formula: LatexGroup) -> LatexTokens:
             i += 1
         nodes += reversed(node)
     return ordered
+
+
+MAX_FORMULA_LENGTH = 4000
+"""Maximum number of characters of a formula that is rendered.
+
+Formulas of published datasets have at most about 1,000.
+"""
+
+RENDER_CPU_SECONDS = 2
+"""CPU time limit per formula; typical formulas take 0.04 s."""
+
+MAX_MEMORY_BYTES = 2 * 10**9
+MAX_RENDER_PROCESSES = 4
+
+
+def is_ziamath_installed() -> bool:
+    """Return whether ziamath is installed (`pip install "finesight[latex]"`)."""
+    return util.find_spec("ziamath") is not None
+
+
+def render_digests(formulas: Iterable[str]) -> dict[str, str | None]:
+    """Render formulas, and return digests, which are equal for equal images; None on failure."""
+    requested = sorted(set(formulas))
+    with ThreadPoolExecutor(min(MAX_RENDER_PROCESSES, os.cpu_count() or 1)) as threads:
+        return dict(zip(requested, threads.map(_request_digest, requested), strict=True))
+
+
+@cache
+def _open_workers() -> WorkerPool:
+    """Return the workers of this process. Rewards render a few formulas at a time."""
+    limits = {"num_idle": MAX_RENDER_PROCESSES, "memory_bytes": MAX_MEMORY_BYTES}
+    workers = WorkerPool(import_module, "ziamath", **limits)
+    atexit.register(workers.close)
+    return workers
+
+
+@lru_cache(maxsize=200_000)
+def _request_digest(formula: str) -> str | None:
+    if len(formula) > MAX_FORMULA_LENGTH:
+        return None
+    try:
+        with _open_workers().borrow_worker() as worker:
+            reply = worker.call(_render_digest, formula, max_cpu_s=RENDER_CPU_SECONDS)
+    except (WorkerJobError, WorkerLimitError):  # also without a usable ziamath
+        return None
+    return None if reply.value is None else str(reply.value)
+
+
+def _render_digest(ziamath: Any, formula: str) -> JobOutput:
+    """Render a formula in a worker process."""
+    try:
+        svg = ziamath.Latex(formula).svg()
+    except Exception:  # the parser raises various exceptions for generated formulas
+        return JobOutput()
+    return JobOutput(hashlib.sha256(svg.encode()).hexdigest()[:32])

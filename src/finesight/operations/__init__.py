@@ -40,6 +40,7 @@ OPERATIONS: Mapping[str, Mapping[str, str]] = {
         "eval": "operations.evaluation:evaluate",
         "report": "operations.evaluation:report",
         "compare": "operations.evaluation:compare",
+        "guard": "operations.evaluation:guard",
     },
     "Inference": {
         "predict": "operations.evaluation:predict",

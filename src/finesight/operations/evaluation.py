@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Sequence
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Unpack
 
@@ -20,14 +23,19 @@ from finesight.operations.options import (
 from finesight.progress import ProgressConsole
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from finesight.data.image_header import PageRanges
     from finesight.data.sample import LocatedSample
     from finesight.doctor.diagnosis import DiagnosisSections
     from finesight.evaluate.generation_eval import GenerationEvalResult
+    from finesight.evaluate.regression_guard import GroupResult
+    from finesight.infer.model_loader import InferenceModel
     from finesight.infer.prediction import Prediction
     from finesight.report.compare_page import RunComparison
 
 EXIT_ERROR_FOUND = 2
+EXIT_REGRESSION = 3
 
 
 def evaluate(
@@ -237,6 +245,122 @@ def compare(
     notes = [f"note: {text}" for text in comparison.warnings]
     lines = [*comparison.format_table().splitlines(), *notes, f"page: {out}"]
     return Outcome(comparison, lines, {"page": str(out), **comparison.as_json()})
+
+
+def guard(
+    run: Annotated[StrPath, Parameter(metavar="RUN")],
+    suite: Annotated[StrPath | None, Parameter(metavar="FILE", path="existing file")] = None,
+    update: Annotated[bool, Parameter(option="--update")] = False,
+    batch_size: Annotated[int, Parameter(minimum=1)] = 32,
+    language: LanguageOption = None,
+    **loading: Unpack[LoadingOptions],
+) -> Outcome[list[GroupResult]]:
+    """Compare a run with its base model on fixed questions, to find what it has forgotten.
+
+    Writes RUN/guard.json and a section of the report. Exit code: 0 without a regression, 3 if the
+    metric of a group has dropped by more than its allowed_drop beyond chance (95 % interval of the
+    paired difference), or is below its min_score.
+
+    Example: finesight guard runs/latex
+
+    Example: finesight guard runs/latex --suite suite.yaml --json
+
+    Args:
+        run: Run folder, or one of its LoRA checkpoints.
+        suite: YAML file of groups of questions with metrics and bounds. Default: generated
+            questions on reading, counting, boxes and chat.
+        update: Write the scores of the run, minus allowed_drop, as min_score into the suite.
+        batch_size: Answers generated at the same time; halved when GPU memory is exhausted.
+    """
+    from finesight.evaluate import regression_guard
+    from finesight.infer.prediction import predict as run_prediction
+    from finesight.manifest import GUARD_FILE, RECIPE_FILE, find_run_dir
+    from finesight.report.run_page import write_report
+    from finesight.storage import write_file
+    from finesight.train.finalize import format_differences
+
+    run_dir, file = find_run_dir(Path(run)), Path(suite or regression_guard.BUILT_IN_SUITE)
+    if not (run_dir / RECIPE_FILE).is_file():
+        raise UserError(
+            f"{run_dir} is not a run",
+            where="guard",
+            expected="a run, whose base model and recipe are recorded",
+            remedy=suggest_similar_path(run_dir, "give the output_dir of a run"),
+        )
+    if update and suite is None:
+        raise UserError(
+            f"the built-in suite, {file}, does not change",
+            where="--update",
+            expected="a suite of your own",
+            remedy="copy the folder of the suite, and give --suite",
+        )
+    groups, console = regression_guard.load_suite(file), ProgressConsole()
+    answers: list[list[list[Prediction]]] = []
+    for name, model in _iter_tuned_and_base(str(run), loading):
+        ask = partial(run_prediction, model.model, model.renderer, batch_size=batch_size)
+        with console.progress_stage(name, sum(len(one.samples) for one in groups)) as on_progress:
+            ask = partial(ask, on_progress=on_progress)
+            lengths = {one.name: one.settings.max_new_tokens for one in groups}
+            answers.append([ask(x.samples, max_new_tokens=lengths[x.name]) for x in groups])
+        del model, ask  # The base model may need the memory.
+    tuned, base = answers
+    results = [*map(regression_guard.compare_answers, groups, base, tuned)]
+    if update:
+        groups = regression_guard.update_suite(file, groups, results)
+        results = [*map(regression_guard.compare_answers, groups, base, tuned)]
+        console.log(f"updated: {file}")
+    data = {"suite": str(file), "groups": [asdict(one) for one in results]}
+    write_file(run_dir / GUARD_FILE, json.dumps(data, ensure_ascii=False, indent=1).encode())
+    page = write_report(run_dir, language=language)
+    named = [(f"{one.group} {one.difference.name}", one.difference) for one in results]
+    lines = format_differences([replace(one, name=name) for name, one in named]).splitlines()
+    failed = [one for one in results if one.problems]
+    for one in failed:
+        lines.append(f"FAILED: {one.group}: {', '.join(one.problems)}")
+        lines += [f"  lost: {json.dumps(lost, ensure_ascii=False)}" for lost in one.lost_answers]
+    lines += [*([] if failed else ["no regression"]), f"page: {page}"]
+    next_steps = [_propose_replay(run_dir / RECIPE_FILE)] if failed else []
+    return Outcome(results, lines, data, next_steps, EXIT_REGRESSION if failed else 0)
+
+
+def _iter_tuned_and_base(run: str, loading: LoadingOptions) -> Iterator[tuple[str, InferenceModel]]:
+    """Yield the tuned model of a run and its base model, with the renderer of the run.
+
+    The base model of a LoRA adapter is the same model without the adapter.
+    """
+    from finesight.manifest import MANIFEST_FILE, find_run_dir, load_manifest
+    from finesight.model.lora.multi import detach_adapter
+    from finesight.model_folder import locate_model
+
+    manifest = load_manifest(find_run_dir(Path(run)) / MANIFEST_FILE)
+    model = load_model(run, **loading).value.inference_model
+    renderer = model.renderer
+    yield "answers of the tuned model", model
+    if not manifest.tune.has_mode("full"):
+        detach_adapter(model.model)
+    elif locate_model(manifest.base_model).fingerprint() == manifest.base_fingerprint:
+        del model
+        model = load_model(manifest.base_model, **loading).value.inference_model
+    else:
+        raise UserError(
+            f"the weights of {manifest.base_model} have changed since the run",
+            where=run,
+            expected=f"the fingerprint {manifest.base_fingerprint}",
+            remedy="restore the base model",
+        )
+    yield "answers of the base model", replace(model, renderer=renderer)
+
+
+def _propose_replay(recipe: Path) -> Step:
+    """Return the training of a run with general samples among its own."""
+    from finesight.recipe import load_recipe
+
+    files = load_recipe(recipe).data.train
+    entries = [one.model_dump(mode="json", exclude_defaults=True) for one in files]
+    data = json.dumps([*entries, {"path": "GENERAL.jsonl"}], ensure_ascii=False)
+    overrides = [f"data.train={data}", f"output_dir={recipe.parent}-replay"]
+    purpose = "replay general samples, a tenth of yours, in a new training"
+    return Step("train", {"recipe": recipe, "overrides": overrides}, purpose)
 
 
 def doctor(

@@ -17,6 +17,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 from finesight.errors import Step, UserError
 from finesight.evaluate.mathml import is_converter_installed
 from finesight.evaluate.metric_difference import MetricDifference
+from finesight.evaluate.regression_guard import GROUP_RESULTS, GroupResult
 from finesight.evaluate.task_metrics import LOWER_IS_BETTER, VALIDATION_LOSS
 from finesight.manifest import REPORT_FILE, RESPONSES_FILE
 from finesight.report import metric_rows, summary
@@ -37,6 +38,8 @@ from finesight.report.examples import (
 from finesight.report.html import render_page, write_page
 from finesight.report.i18n import Language, detect_language, translate, use_language
 from finesight.report.metric_rows import (
+    MetricCell,
+    MetricRow,
     build_metric_rows,
     describe_change,
     format_metric_name,
@@ -222,6 +225,7 @@ def render_run_page(
         formulas_unavailable=_get_metric(run_record) == "latex" and not is_converter_installed(),
         report_command=Step("report", {"run": run_record.folder}),
         **_build_result_context(run_record, evaluations),
+        **_build_guard_context(run_record),
         **examples_context,
         metrics=metric_rows,
         summary=summary,
@@ -248,6 +252,20 @@ def _build_result_context(
         "notes": format_notes(iter_notes(rows)),
         **_build_details(evaluations[-1] if evaluations else {}),
     }
+
+
+def _build_guard_context(run_record: RunRecord) -> dict[str, Any]:
+    """Return the template values of the regression guard: a row for each group of questions."""
+    results: list[GroupResult] = []
+    with suppress(ValidationError):
+        results = GROUP_RESULTS.validate_python(run_record.guard.get("groups", []))
+    rows = []
+    for one in results:
+        found, name = one.difference, f"{one.group}: {format_metric_name(one.difference.name)}"
+        cells = [MetricCell(found.before, None), MetricCell(found.after, None, found)]
+        rows.append(MetricRow(name, bool(one.problems), cells))
+    names = translate("base model"), translate("tuned model")
+    return {"guard_results": results, "guard_rows": rows, "guard_names": names}
 
 
 def _describe_best(run_record: RunRecord, name: str, final_evaluation: JsonObject) -> str:

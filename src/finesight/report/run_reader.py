@@ -21,6 +21,7 @@ from finesight.errors import UserError, suggest_similar_path
 from finesight.manifest import (
     ADAPTER_FOLDER,
     CHECKPOINTS_FOLDER,
+    GUARD_FILE,
     MANIFEST_FILE,
     METRICS_FILE,
     MODEL_FOLDER,
@@ -77,6 +78,7 @@ class RunRecord:
         checkpoint_identity: Fingerprints of data and base model in the newest checkpoint.
         end_event: Line of `metrics.jsonl` for the interruption or failure of the last training
             process. None if there was none.
+        guard: Result of the regression guard; empty without one.
     """
 
     folder: Path
@@ -94,6 +96,7 @@ class RunRecord:
     checkpoint_identity: JsonObject
     end_event: JsonObject | None = None
     unreadable_files: list[str] = field(default_factory=list)
+    guard: JsonObject = field(default_factory=dict)
 
     @property
     def primary_metric(self) -> str | None:
@@ -162,6 +165,7 @@ def read_run(folder: Path, where: str = "report", *, with_plugins: bool = True) 
         checkpoint_identity=reader.read_checkpoint_identity(),
         end_event=events[-1] if events and events[-1].get("ended_at") else None,
         unreadable_files=reader.unreadable_files,
+        guard=as_object(reader.read_json(GUARD_FILE)),
     )
 
 

@@ -1,0 +1,224 @@
+"""Regression guard: fixed questions by group, answered by a base model and a tuned one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+
+import yaml
+from pydantic import Field, TypeAdapter, ValidationError, model_validator
+
+from finesight.bounded_files import ComposedYaml
+from finesight.config import CoercedFloat, MetricName, Names, SettingsSection
+from finesight.data.sample import LocatedSample, Message, Sample, read_samples, validate_sample
+from finesight.errors import UserError, suggest_name
+from finesight.evaluate.eval_case import ReferenceAnswer, get_reference_answer
+from finesight.evaluate.metric_difference import MetricDifference, compare_estimators, create_case
+from finesight.evaluate.task_metrics import check_references, compute_metrics, get_primary_metric
+from finesight.recipe import SettingKey, format_key, parse_recipe, read_recipe_text
+from finesight.storage import write_file
+
+if TYPE_CHECKING:
+    from finesight.infer.prediction import Prediction
+
+BUILT_IN_SUITE = Path(__file__).resolve().parents[1] / "assets" / "guard" / "suite.yaml"
+"""Suite of `tools/guard_suite.py`: reading, counting, boxes and chat."""
+
+MAX_LOST_ANSWERS = 5
+"""Maximum number of lost answers in a result."""
+
+DROPPED, BELOW_MINIMUM = "dropped by more than allowed_drop, beyond chance", "below min_score"
+
+
+class GuardQuestion(SettingsSection):
+    """A question of a suite. Each text of `answer` is correct."""
+
+    prompt: str
+    answer: Names[str]
+    image: Names[str] = ()
+
+
+class GuardGroup(SettingsSection):
+    """A group of questions with one metric: inline, or in a file of samples.
+
+    The group fails if the primary metric is below `min_score`, or if the interval of its difference
+    from the base model is below -`allowed_drop`.
+    """
+
+    metric: MetricName
+    data: str | None = None
+    questions: list[GuardQuestion] = Field(default_factory=list)
+    max_new_tokens: Annotated[int, Field(gt=0, le=1_048_576)] = 128
+    allowed_drop: Annotated[CoercedFloat, Field(ge=0.0)] = 0.0
+    min_score: CoercedFloat | None = None
+
+    @model_validator(mode="after")
+    def _check_questions(self) -> GuardGroup:
+        if (self.data is None) == (not self.questions):
+            raise ValueError(f"{len(self.questions)} questions, data {self.data}: give either")
+        return self
+
+
+class GuardSuite(SettingsSection):
+    """Content of a suite file."""
+
+    groups: Annotated[dict[str, GuardGroup], Field(min_length=1)]
+
+
+class LoadedGroup(NamedTuple):
+    """A group of a suite with its samples."""
+
+    name: str
+    settings: GuardGroup
+    samples: list[LocatedSample]
+
+    def list_references(self) -> list[ReferenceAnswer]:
+        """Return the references of the samples."""
+        return [get_reference_answer(one.sample, has_reasoning=True) for one in self.samples]
+
+
+def load_suite(path: Path) -> list[LoadedGroup]:
+    """Load a suite and the samples of its groups; paths are relative to the suite.
+
+    Raises:
+        UserError: A setting or sample is invalid. The message contains file and line.
+    """
+    content, lines = parse_recipe(read_recipe_text(path), path)
+
+    def locate(*key: str | int) -> str:
+        line = next((lines[key[:n]] for n in range(len(key), 0, -1) if key[:n] in lines), None)
+        return f"{path}:{line}" if line else str(path)
+
+    try:
+        suite = GuardSuite.model_validate(content)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        key: SettingKey = first["loc"]
+        problem, remedy = f"{first['input']!r:.80}", "correct the suite"
+        expected = first["msg"].removeprefix("Input should be ")
+        if first["type"] == "extra_forbidden":
+            section = {1: GuardSuite, 3: GuardGroup, 5: GuardQuestion}[len(key)]
+            names: list[str] = [*section.__annotations__]
+            problem, expected = "unknown key", f"one of {', '.join(names)}"
+            remedy = suggest_name(str(key[-1]), names, "remove it")
+        raise UserError(
+            f"{format_key(key) or 'suite'}: {problem}",
+            where=locate(*key),
+            expected=expected,
+            remedy=remedy,
+        ) from error
+    groups = []
+    for name, settings in suite.groups.items():
+        samples = _read_samples(name, settings, path.parent, locate)
+        groups.append(LoadedGroup(name, settings, samples))
+        try:
+            check_references(settings.metric, groups[-1].list_references())
+        except UserError as error:
+            error.where = f"{locate('groups', name)}: {error.where}"
+            raise
+    return groups
+
+
+def _read_samples(
+    name: str, settings: GuardGroup, folder: Path, locate: Callable[..., str]
+) -> list[LocatedSample]:
+    from finesight.infer.prediction import build_user_message
+
+    if settings.data is not None:
+        file = folder / settings.data
+        return [LocatedSample(one, file.parent) for one in read_samples(file)]
+    samples = []
+    for index, question in enumerate(settings.questions):
+        asked = build_user_message(question.prompt, [*map(Path, question.image)])
+        answer = Message.model_validate({"role": "assistant", "content": question.answer[0]})
+        references = question.answer[1:]
+        sample = Sample(id=f"{name}-{index}", messages=(asked, answer), references=references)
+        validate_sample(sample, locate("groups", name, "questions", index))
+        samples.append(LocatedSample(sample, folder))
+    return samples
+
+
+@dataclass(frozen=True, slots=True)
+class GroupResult:
+    """Primary metric of a group before and after training.
+
+    Attributes:
+        problems: Reasons why the group fails; empty if it passes.
+        lost_answers: Questions that the tuned model answers worse: their id, prompt and reference,
+            and the answers before and after.
+    """
+
+    group: str
+    num_samples: int
+    difference: MetricDifference
+    problems: list[str]
+    lost_answers: list[dict[str, str]]
+
+
+GROUP_RESULTS: TypeAdapter[list[GroupResult]] = TypeAdapter(list[GroupResult])
+
+
+def compare_answers(
+    group: LoadedGroup, before: Sequence[Prediction], after: Sequence[Prediction]
+) -> GroupResult:
+    """Compare the answers of the base model and the tuned model to the questions of a group."""
+    settings, references = group.settings, group.list_references()
+    old, new = (
+        compute_metrics(settings.metric, [*map(create_case, answers, references)])
+        for answers in (before, after)
+    )
+    primary = get_primary_metric(settings.metric, old.scores)
+    differences = {one.name: one for one in compare_estimators(old.estimators, new.estimators)}
+    found, problems = differences[primary], []
+    if not found.before:
+        found = replace(found, note=found.note or "the base model scores 0")
+    if found.verdict == "worse" and found.high is not None and found.high < -settings.allowed_drop:
+        problems.append(DROPPED)
+    if settings.min_score is not None and found.after < settings.min_score:
+        problems.append(BELOW_MINIMUM)
+    # The first score of a sample follows the primary metric.
+    scores = [[next(iter(one.values())) for one in result.per_sample] for result in (old, new)]
+    drops = [a - b for a, b in zip(*scores, strict=True)]
+    lost = sorted((i for i, drop in enumerate(drops) if drop > 0), key=lambda i: -drops[i])
+    lost_answers = []
+    for index in lost[:MAX_LOST_ANSWERS]:
+        texts, boxes = references[index]
+        corners = [f"{box.label or 'box'} {[*map(round, box.xyxy)]}" for box in boxes]
+        answers = {"before": before[index].answer, "after": after[index].answer}
+        question = {"id": before[index].id, "prompt": before[index].prompt}
+        reference = {"reference": " ".join(filter(None, [texts[0], *corners]))}
+        lost_answers.append(question | reference | answers)
+    return GroupResult(group.name, len(group.samples), found, problems, lost_answers)
+
+
+def update_suite(
+    path: Path, groups: Sequence[LoadedGroup], results: Sequence[GroupResult]
+) -> list[LoadedGroup]:
+    """Set `min_score` of each group to the score of the tuned model minus `allowed_drop`.
+
+    Only these values change in the file. Returns the groups of the new suite.
+    """
+    text = read_recipe_text(path)
+    root: Any = ComposedYaml(text).root
+    (nodes,) = (value for name, value in root.value if name.value == "groups")
+    node_by_group = {name.value: value for name, value in nodes.value}
+    edits: dict[tuple[int, int], str] = {}
+    for group, result in zip(groups, results, strict=True):
+        score = result.difference.after
+        bound = max(score - group.settings.allowed_drop, min(score, 0.0))
+        number = f"{math.floor(1e4 * bound) / 1e4:g}"
+        node: yaml.MappingNode = node_by_group[group.name]
+        mark = node.value[0][0].start_mark
+        end = ", " if node.flow_style else f"\n{' ' * mark.column}"
+        edit = (mark.index, mark.index), f"min_score: {number}{end}"
+        for name, value in node.value:
+            if name.value == "min_score":
+                edit = (value.start_mark.index, value.end_mark.index), number
+        edits |= dict([edit])
+    for (start, stop), replacement in sorted(edits.items(), reverse=True):
+        text = text[:start] + replacement + text[stop:]
+    write_file(path, text.encode())
+    return load_suite(path)

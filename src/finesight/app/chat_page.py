@@ -211,10 +211,7 @@ class StoredChat:
                 (height, width), content = self.reader.encode(page, MAX_DISPLAY_SIDE)
                 page_name = f"{name}{split_page(page.name)[1]}"
                 added[page] = ChatImage(page_name, index, width, height, display_path)
-                owner = _make_owner(self.browser_id)
-                open_file = partial(display_path.open, "xb")
-                with self.budget.allocate(len(content), open_file, owner) as file:
-                    file.write(content)
+                self._write_display_copy(display_path, content)
         except BaseException:
             for image in added.values():
                 image.display_path.unlink(missing_ok=True)
@@ -222,6 +219,11 @@ class StoredChat:
             raise
         self.images.update(added)
         return [image.number for image in added.values()]
+
+    def _write_display_copy(self, path: Path, content: bytes) -> None:
+        owner = _make_owner(self.browser_id)
+        with self.budget.allocate(len(content), lambda: path.open("xb"), owner) as file:
+            file.write(content)
 
     def find_images(self, numbers: Sequence[int]) -> list[Path]:
         """Return the images of a message. Raises UserError for too many or unknown numbers."""

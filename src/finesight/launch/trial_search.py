@@ -28,7 +28,7 @@ from pydantic import BaseModel, ValidationError
 from finesight.bounded_files import read_bytes
 from finesight.config import CoercedFloat, Recipe, SettingsSection
 from finesight.data.corpus import Corpus, load_corpus
-from finesight.data.image_resolver import hash_images
+from finesight.data.image_header import get_file, split_page
 from finesight.data.importer import group_rows, split_by_image
 from finesight.data.sample import list_media_paths, write_samples
 from finesight.errors import TrainingInterrupted, UserError, format_count
@@ -40,7 +40,7 @@ from finesight.recipe import dump_recipe, recipe_from_dict
 from finesight.report.charts import build_parallel_plot
 from finesight.report.html import render_page, write_page
 from finesight.report.i18n import Language, detect_language, translate, use_language
-from finesight.storage import write_file, write_folder
+from finesight.storage import sha256_file, write_file, write_folder
 from finesight.train.evaluation import load_eval_history
 from finesight.train.run_dir import RunDir
 from finesight.train.state import StopRequest
@@ -263,7 +263,11 @@ def write_splits(recipe: Recipe, corpus: Corpus, folder: Path) -> int:
         for one in samples
     ]
     # Images in tar and Parquet files are compared by name.
-    hashes = hash_images(path for several in paths for path in several if path.is_file())
+    hashes = {
+        path: sha256_file(get_file(path)) + split_page(path.name)[1]
+        for path in {path for several in paths for path in several}
+        if get_file(path).is_file()
+    }
     keys = [frozenset(hashes.get(path, str(path)) for path in several) for several in paths]
     validation: list[list[int]] = [[] for _ in range(num_splits)]
     if num_splits == 1:

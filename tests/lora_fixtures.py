@@ -98,6 +98,14 @@ def list_adapted_layers(model: VisionLanguageModel) -> set[str]:
     return {hub_name(path, output) for path, _, a in iter_adapters(model) for output in a.configs}
 
 
+def save_random_adapter(base: ModelFolder, folder: Path, tune: dict[str, Any]) -> Path:
+    model = tune_with_lora(load_model(base, torch.float32, torch.device("cpu")), tune)
+    folder.mkdir(parents=True)
+    names = {"base_model": str(base.path), "base_fingerprint": base.fingerprint()}
+    peft_io.save_adapter(folder, model, **names)
+    return folder
+
+
 def write_random_adapter(
     folder: Path, family: str = "qwen2_vl", tune_name: str = "language"
 ) -> Path:

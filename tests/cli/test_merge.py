@@ -7,13 +7,12 @@ import pytest
 import torch
 from gptq_fixtures import GptqConfig, write_quantized_model
 from hf_reference import CPU
-from lora_fixtures import tune_with_lora
+from lora_fixtures import save_random_adapter
 from tiny_model import create_tiny_model
 
 from finesight.config import PixelRange, TuneSettings
 from finesight.infer.model_loader import load_inference_model
 from finesight.manifest import Manifest
-from finesight.model.lora.peft_io import save_adapter
 from finesight.model.weights_io import load_model, save_model
 from finesight.model_folder import ModelFolder
 from finesight.storage import verify_folder
@@ -29,11 +28,7 @@ def base(tmp_path: Path) -> ModelFolder:
 
 @pytest.fixture
 def adapter(base: ModelFolder, tmp_path: Path) -> Path:
-    model = tune_with_lora(load_model(base, torch.float32, CPU), TUNE)
-    folder = tmp_path / "run" / "adapter"
-    folder.mkdir(parents=True)
-    save_adapter(folder, model, base_model=str(base.path), base_fingerprint=base.fingerprint())
-    return folder
+    return save_random_adapter(base, tmp_path / "run" / "adapter", TUNE)
 
 
 @pytest.fixture

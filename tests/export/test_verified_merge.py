@@ -10,9 +10,8 @@ import torch
 import yaml
 from case_files import load_cases
 from gptq_fixtures import GptqConfig, write_quantized_model
-from hf_reference import CPU
 from image_fixtures import write_jsonl
-from lora_fixtures import tune_with_lora
+from lora_fixtures import save_random_adapter
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny_model import TinyFamily, create_tiny_model
@@ -26,8 +25,7 @@ from finesight.export.verified_merge import merge_and_verify
 from finesight.infer.model_loader import load_inference_model, resolve_model_source
 from finesight.infer.prediction import build_question, predict
 from finesight.manifest import Manifest, load_manifest
-from finesight.model.lora.peft_io import ADAPTER_WEIGHTS_FILE, save_adapter
-from finesight.model.weights_io import load_model
+from finesight.model.lora.peft_io import ADAPTER_WEIGHTS_FILE
 from finesight.model_folder import TINY_MODEL_FOLDER, ModelFolder
 from finesight.storage import verify_folder
 
@@ -53,13 +51,6 @@ class MergeableRun(NamedTuple):
         source = resolve_model_source(str(self.folder), str(base) if base else None)
         options = {"num_samples": 1, "device": "cpu"} | options
         return merge_and_verify(str(self.folder), source, out, **options)
-
-
-def save_random_adapter(base: ModelFolder, folder: Path, tune: dict[str, Any]) -> Path:
-    model = tune_with_lora(load_model(base, torch.float32, CPU), tune)
-    folder.mkdir(parents=True)
-    save_adapter(folder, model, base_model=str(base.path), base_fingerprint=base.fingerprint())
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -395,7 +395,7 @@ def read_run_examples(run_or_model: str) -> list[LocatedSample]:
 def is_imported(folder: Path, run_dir: Path) -> bool:
     """Return whether a run was trained with copies of labels of a folder, as `init` writes them."""
     examples, labels = (
-        {(LabelItem(one, is_listed=False).digest, get_question(one.sample)) for one in samples}
+        {(LabelItem(one, review=False).digest, get_question(one.sample)) for one in samples}
         for samples in (read_run_examples(str(run_dir)), read_labels(folder))
     )
     return bool(examples) and examples <= labels

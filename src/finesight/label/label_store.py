@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import chain
 from pathlib import Path
@@ -131,7 +131,6 @@ class JournalEntry(BaseModel):
     question: tuple[str, ...] = ()
 
 
-@dataclass(slots=True)
 class LabelItem:
     """Sample with its newest suggestion and decision.
 
@@ -145,24 +144,17 @@ class LabelItem:
         images: Paths of the images.
     """
 
-    sample: LocatedSample
-    is_listed: bool
-    suggestion: JournalEntry | None = None
-    decision: JournalEntry | None = None
-    draft: AnswerContent = ()
-    history: list[JournalEntry] = field(default_factory=list)
-    digest: str = field(init=False)
-    version: str = field(init=False)
-    has_path_id: bool = field(init=False)
-    images: list[Path] = field(init=False)
-    question: tuple[str, ...] = field(init=False)
-
-    def __post_init__(self) -> None:
-        sample, parts = self.sample.sample, [*self.sample.sample.iter_parts()]
+    def __init__(self, located: LocatedSample, *, review: bool) -> None:
+        self.sample, self.history = located, list[JournalEntry]()
+        self.suggestion: JournalEntry | None = None
+        self.decision: JournalEntry | None = None
+        self.draft: AnswerContent = ()
+        self.is_listed = review or self.existing_answer is None
+        sample, parts = located.sample, [*located.sample.iter_parts()]
         self.question = list_question_texts(sample)
         images = (part.image for part in parts if isinstance(part, ImagePart))
-        self.images = [self.sample.resolve_path(image) for image in images]
-        self.has_path_id = [str(path) for path in self.images] == [sample.id]
+        self.images = [*map(located.resolve_path, images)]
+        self.has_path_id = [*map(str, self.images)] == [sample.id]
         turns = [turn for turn in sample.messages if turn.role != "assistant"]
         questions = [turn.model_dump_json(exclude={"loss"}) for turn in turns]
         self.digest = _compute_digest([*map(os.path.realpath, self.images)] or questions)
@@ -240,7 +232,7 @@ class LabelStore(AbstractContextManager["LabelStore"]):
         self._decoded: dict[str, tuple[str, str]] = {}
         self._is_bulk = False
         try:
-            self._acquire()
+            self._lock.acquire(wait=False)
             self._journal_stat = os.stat(self._journal)
             entries = read_journal(self._journal, read_complete_lines(self._journal))
             self._items = _build_items(samples, entries, review)
@@ -254,22 +246,19 @@ class LabelStore(AbstractContextManager["LabelStore"]):
             self._num_unwritten = int(any(decided))
             # The first decision does not wait for the images of earlier labels.
             self._select_eval_ids(self._list_labeled())
-        except BaseException:
-            self._lock.close()
-            raise
-        self._order: list[str] = []
-        self.sort()
-
-    def _acquire(self) -> None:
-        try:
-            self._lock.acquire(wait=False)
         except BlockingIOError as error:
+            self._lock.close()
             raise UserError(
                 "another process labels in this folder",
                 where=str(self.folder),
                 expected="one process per folder",
                 remedy="use the page of that process, or another --out",
             ) from error
+        except BaseException:
+            self._lock.close()
+            raise
+        self._order: list[str] = []
+        self.sort()
 
     def _apply_entries(self, entries: Sequence[JournalEntry]) -> set[str]:
         """Update the items, and return the IDs of other samples that lost their label."""
@@ -458,15 +447,7 @@ class LabelStore(AbstractContextManager["LabelStore"]):
             return
         flush_file(self._journal)
         if self._num_unwritten > len(self._items) // LABELS_PER_WRITE:
-            self._write_decided()
-
-    def _write_decided(self) -> None:
-        try:
             self.write_labels()
-        except UserError as error:
-            error.what += f"; the decision is kept in {JOURNAL_FILE}"
-            error.remedy = "correct the cause; the next decision or session writes the file"
-            raise
 
     @contextmanager
     def write_once(self) -> Iterator[None]:
@@ -479,7 +460,7 @@ class LabelStore(AbstractContextManager["LabelStore"]):
             self._is_bulk = False
             flush_file(self._journal)
         if self._num_unwritten:
-            self._write_decided()
+            self.write_labels()
 
     def decode_images(self, samples: Iterable[LocatedSample]) -> dict[str, str]:
         """Decode images and videos in workers; return the reasons of unreadable samples by ID."""
@@ -530,9 +511,14 @@ class LabelStore(AbstractContextManager["LabelStore"]):
         labeled = self._list_labeled()
         eval_ids = self._select_eval_ids(labeled)
         samples = {name: located.sample for name, located in labeled.items()}
-        if eval_ids:
-            write_samples(eval_file, [samples[name] for name in samples if name in eval_ids])
-        write_samples(train_file, [samples[name] for name in samples if name not in eval_ids])
+        try:
+            if eval_ids:
+                write_samples(eval_file, [samples[name] for name in samples if name in eval_ids])
+            write_samples(train_file, [samples[name] for name in samples if name not in eval_ids])
+        except UserError as error:
+            error.what += f"; the decision is kept in {JOURNAL_FILE}"
+            error.remedy = "correct the cause; the next decision or session writes the file"
+            raise
         if not eval_ids:
             eval_file.unlink(missing_ok=True)
         self._num_unwritten = 0
@@ -612,9 +598,8 @@ def _build_items(
     """Return items by ID. An image and its question have one ID, also under another path."""
     items: dict[str, LabelItem] = {}
     known_ids = {(entry.sample, entry.version): entry.id for entry in entries}
-    found = [LabelItem(one, review) for one in samples]
+    found = [LabelItem(one, review=review) for one in samples]
     for item in sorted(found, key=lambda item: item.has_path_id):
-        item.is_listed = review or item.existing_answer is None
         sample, key = item.sample.sample, (item.digest, item.version)
         if item.has_path_id and (known_id := known_ids.setdefault(key, sample.id)) != sample.id:
             sample = sample.model_copy(update={"id": known_id})
@@ -690,12 +675,10 @@ def _match_references(item: LabelItem, content: AnswerContent) -> tuple[str, ...
     They are alternatives to the replaced answer. A correction to one of them keeps the others.
     """
     references, answer = item.sample.sample.references, item.existing_answer
-    if answer is None or answer == content:
+    old, new = map(get_text, (content if answer is None else answer, content))
+    if old == new:
         return references
-    texts = get_text(answer), get_text(content)
-    if texts[0] == texts[1]:
-        return references
-    return tuple(one for one in references if texts[1] in references and one not in texts)
+    return tuple(one for one in references if new in references and one not in (old, new))
 
 
 def find_label_folder(recipe: Recipe) -> Path | None:

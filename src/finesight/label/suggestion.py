@@ -269,7 +269,7 @@ def compute_label_losses(
         logits_LV = (model(batch) @ model.lm_head_weight.T).float()
         losses_L = torch.nn.functional.cross_entropy(logits_LV, batch.labels_L, reduction="none")
         counts = [sample.tokenized.num_supervised_tokens for sample in encoded]
-        for sample, own in zip(encoded, losses_L.cpu().split(counts), strict=True):
+        for sample, own in zip(encoded, torch.split(losses_L.cpu(), counts), strict=True):
             # The supervised tokens of the last answer are adjacent.
             breaks = np.flatnonzero(np.diff(np.flatnonzero(sample.tokenized.loss_mask_T)) > 1)
             losses.append(float(own[int(breaks[-1]) + 1 if len(breaks) else 0 :].sum()))

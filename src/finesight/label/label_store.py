@@ -719,6 +719,11 @@ def get_text(content: Sequence[ContentPart]) -> str:
     return "".join(part.text for part in content if isinstance(part, TextPart))
 
 
+def list_boxes(content: Sequence[ContentPart]) -> list[BoxPart]:
+    """Return the boxes and points of an answer."""
+    return [part for part in content if isinstance(part, BoxPart)]
+
+
 def _list_image_files(sample: LocatedSample) -> list[str]:
     """Return the files of the images and video frames of a sample."""
     # Here, because it imports torch, which the first page of the studio does not need.
@@ -753,7 +758,7 @@ def read_labels(folder: Path) -> list[LocatedSample]:
 def _match_meta(item: LabelItem, content: AnswerContent) -> dict[str, Any]:
     """Return the metadata of a sample with attributes of unchanged boxes only."""
     meta, answer = dict(item.sample.sample.meta), item.existing_answer or ()
-    old, new = ([part for part in one if isinstance(part, BoxPart)] for one in (answer, content))
+    old, new = map(list_boxes, (answer, content))
     if old != new and (attributes := meta.pop("boxes", None)):
         is_matching = isinstance(attributes, list) and len(attributes) == len(old)
         known = dict(zip(old, attributes, strict=True)) if is_matching else {}

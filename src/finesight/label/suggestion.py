@@ -37,7 +37,7 @@ import torch
 
 from finesight.data.boxes import MAX_JSON_DEPTH
 from finesight.data.image_header import DEFAULT_SIZE, CorruptImageError, ImageSize
-from finesight.data.sample import BoxPart, ContentPart, LocatedSample, TextPart
+from finesight.data.sample import ContentPart, LocatedSample, TextPart
 from finesight.encode.packing import pack
 from finesight.encode.renderer import Renderer
 from finesight.errors import UserError
@@ -46,7 +46,13 @@ from finesight.evaluate.json_metrics import count_fields, parse_form
 from finesight.evaluate.text_metrics import compute_edit_distance, normalize_text
 from finesight.infer.model_loader import InferenceModel
 from finesight.infer.prediction import Prediction, predict
-from finesight.label.label_store import AnswerContent, SuggestedPart, Suggestion, get_text
+from finesight.label.label_store import (
+    AnswerContent,
+    SuggestedPart,
+    Suggestion,
+    get_text,
+    list_boxes,
+)
 from finesight.model.hf_backend import HfModel
 
 
@@ -282,14 +288,10 @@ def measure_disagreement(
     image_size: ImageSize = DEFAULT_SIZE,
 ) -> float:
     """Return the difference of two answers in [0, 1]; see the table of this module."""
-    label_boxes, suggested_boxes = (
-        [part for part in content if isinstance(part, BoxPart)] for content in (label, suggestion)
-    )
+    label_boxes, suggested_boxes = map(list_boxes, (label, suggestion))
     if label_boxes or suggested_boxes:
         return 1 - compute_box_scores(suggested_boxes, label_boxes, image_size)["iou"]
-    label_text, suggested_text = (
-        normalize_text(get_text(content)) for content in (label, suggestion)
-    )
+    label_text, suggested_text = (normalize_text(get_text(one)) for one in (label, suggestion))
     label_form, suggested_form = parse_form(label_text), parse_form(suggested_text)
     if label_form is not None and suggested_form is not None:
         label_fields, suggested_fields = count_fields(label_form), count_fields(suggested_form)

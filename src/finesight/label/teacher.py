@@ -65,6 +65,7 @@ from finesight.label.label_store import (
     SuggestedPart,
     Suggestion,
     get_text,
+    list_boxes,
     read_complete_lines,
 )
 from finesight.label.suggestion import iter_json_leaves, measure_disagreement
@@ -491,10 +492,10 @@ class AnswerFormat:
         content, *others = contents[best], *contents[:best], *contents[best + 1 :]
         confidence = agreements[best] / num_others
         totals: dict[tuple[str | int, ...], float] = defaultdict(float)
-        boxes = _list_boxes(content)
+        boxes = list_boxes(content)
         leaves = [*iter_json_leaves(get_text(content))] if self.task.kind == "fields" else []
         for other in others:
-            for index, _, overlap in match_boxes(boxes, _list_boxes(other), size):
+            for index, _, overlap in match_boxes(boxes, list_boxes(other), size):
                 totals[index,] += overlap
             values = {leaf.path: leaf.value for leaf in iter_json_leaves(get_text(other))}
             for leaf in leaves:
@@ -533,10 +534,6 @@ def _read_choice(choice: Mapping[str, Any]) -> TeacherAnswer:
         return TeacherAnswer(str(refusal or text), "the teacher refuses")
     is_cut_off = reason == "length"
     return TeacherAnswer(text, "cut off by --max-new-tokens" if is_cut_off else "")
-
-
-def _list_boxes(content: AnswerContent) -> list[BoxPart]:
-    return [part for part in content if isinstance(part, BoxPart)]
 
 
 def _describe_object(properties: Mapping[str, Any]) -> dict[str, Any]:

@@ -46,9 +46,6 @@ from finesight.manifest import RECIPE_FILE, find_run_dir
 from finesight.recipe import load_recipe
 from finesight.train.run_dir import RunDir
 
-FieldPath = tuple[str | int, ...]
-"""Keys and list indices of a JSON field."""
-
 MAX_EXAMPLES = 500
 """Number of samples by which prompt and kind of the answers are detected."""
 
@@ -166,10 +163,9 @@ class LabelSession:
         content = self._select_parts(item, item.suggestion.content if item.suggestion else ())
         if self.task.kind != "fields" or list_boxes(content):
             return content
-        value, names = _parse_json(get_text(content)), self.task.field_names
-        if not isinstance(value, dict) or not value:
-            return ()
-        return content if not names or value.keys() == {*names} else ()
+        value = _parse_json(get_text(content))
+        keys = {*value} if isinstance(value, dict) else set[str]()
+        return content if keys and keys == {*(self.task.field_names or keys)} else ()
 
     def select_proposal(self, item: LabelItem) -> AnswerContent:
         """Return the answer that the page shows first, without parts that its kind excludes."""
@@ -253,7 +249,9 @@ class LabelSession:
         for index, leaf in enumerate(leaves):
             if source == text and index not in edits:
                 continue
-            typed = leaf.value if leaf.value is not None else types.get(_generalize(leaf.path))
+            # The template has one item of each list.
+            path = tuple(0 if isinstance(key, int) else key for key in leaf.path)
+            typed = types.get(path) if leaf.value is None else leaf.value
             parts += [source[offset : leaf.start], _encode_scalar(edits.get(index, ""), typed)]
             offset = leaf.stop
         return "".join(parts) + source[offset:]
@@ -470,14 +468,22 @@ def _build_template(texts: Iterable[str], field_names: Sequence[str] = ()) -> st
     names = field_names or [key for key, count in counts.items() if 2 * count >= len(objects)]
     if not field_names and (not names or 2 * len(objects) <= len(values)):
         return ""
-    example: dict[str, Any] = {}
-    for name in names:
-        known = (one[name] for one in objects if one.get(name) is not None)
-        example[name] = next(known, "" if field_names else None)
-    dumped = map(json.dumps, (example, *reversed(objects)))
-    leaves = chain.from_iterable(map(iter_json_leaves, dumped))
-    types = {_generalize(one.path): one.value for one in leaves if one.value is not None}
-    return json.dumps(_clear_values(example, (), types), ensure_ascii=False)
+    if field_names:
+        objects = [*objects, dict.fromkeys(field_names, "")]
+    template = {name: _build_empty_value([one.get(name) for one in objects]) for name in names}
+    return json.dumps(template, ensure_ascii=False)
+
+
+def _build_empty_value(values: Sequence[Any]) -> Any:
+    """Return the first known one of JSON values with empty scalars; null for an unknown type."""
+    first = next((one for one in values if one is not None), None)
+    if isinstance(first, dict):
+        others = [one for one in values if isinstance(one, dict)]
+        return {key: _build_empty_value([one.get(key) for one in others]) for key in first}
+    if isinstance(first, list):
+        items = [item for one in values if isinstance(one, list) for item in one]
+        return [_build_empty_value(items)] if first else []
+    return None if first is None else type(first)()
 
 
 def read_items(
@@ -545,20 +551,6 @@ def _parse_json(text: str) -> dict[str, Any] | list[Any] | None:
         value = json.loads(text, parse_constant=int)
         return value if isinstance(value, dict | list) else None
     return None
-
-
-def _clear_values(value: Any, path: FieldPath, types: Mapping[FieldPath, Any]) -> Any:
-    """Return a JSON value with empty scalars of the given types."""
-    if isinstance(value, dict):
-        return {key: _clear_values(inner, (*path, key), types) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [_clear_values(inner, (*path, 0), types) for inner in value[:1]]
-    return type(types[path])() if path in types else None
-
-
-def _generalize(path: FieldPath) -> FieldPath:
-    """Return the path of the first item of the same lists."""
-    return tuple(0 if isinstance(key, int) else key for key in path)
 
 
 def _encode_scalar(text: str, typed: Any) -> str:

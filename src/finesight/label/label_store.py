@@ -372,7 +372,7 @@ class LabelStore(AbstractContextManager["LabelStore"]):
         content: AnswerContent,
         suggested: AnswerContent | None = None,
         question: Sequence[str] | None = None,
-    ) -> LabelItem:
+    ) -> None:
         """Save the answer of a sample, as accepted if it equals the old answer or the suggestion.
 
         Args:
@@ -393,7 +393,6 @@ class LabelStore(AbstractContextManager["LabelStore"]):
         event: LabelEvent = "corrected" if unchanged else "written"
         is_accepted = content == unchanged and not corrected
         self._decide(item, "accepted" if is_accepted else event, content, corrected)
-        return item
 
     def _find_correction(self, item: LabelItem, question: Sequence[str] | None) -> tuple[str, ...]:
         """Return the texts of a corrected question; empty for an unchanged one."""
@@ -407,18 +406,16 @@ class LabelStore(AbstractContextManager["LabelStore"]):
             )
         return corrected
 
-    def skip(self, sample_id: str) -> LabelItem:
+    def skip(self, sample_id: str) -> None:
         """Skip a sample: an unlabeled one gets no label, and another keeps its answer."""
         item = self.find(sample_id)
         self._decide(item, "skipped", item.existing_answer or ())
-        return item
 
-    def reopen(self, sample_id: str) -> LabelItem:
+    def reopen(self, sample_id: str) -> None:
         """Withdraw the decision about a sample."""
         item = self.find(sample_id)
         if item.decision is not None:
             self._decide(item, "reopened", item.existing_answer or ())
-        return item
 
     def _append(self, item: LabelItem, **values: Any) -> None:
         """Append an entry to the journal, and update its item."""

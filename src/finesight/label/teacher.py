@@ -94,13 +94,8 @@ the rectangle is outside of it."""
 MAX_OVERHANG, COORDINATE_DECIMALS = 0.05, 2
 """Largest overhang of a box, as a fraction of the longer side of its image, and its digits."""
 
-OPTIONAL_SETTINGS = {
-    "response_format": re.compile(r"response_format|json_schema|json_object"),
-    "temperature": re.compile(r"\btemperature\b"),
-    "n": re.compile(r"\bn\b"),
-    "max_tokens": re.compile(r"\bmax_tokens\b"),
-}
-"""Settings that some servers reject with a message of this kind, and do not receive again."""
+OPTIONAL_SETTINGS = ("response_format", "temperature", "n", "max_tokens")
+"""Settings that some servers reject by name, or by a word of their value, and receive no more."""
 
 _REASONING = re.compile(r"^.*</think>", re.DOTALL)
 
@@ -321,8 +316,10 @@ class Teacher:
             if status == 200:
                 return self._read_answers(content)
             message = self._read_message(content)
-            named = {name for name, words in OPTIONAL_SETTINGS.items() if words.search(message)}
-            if status in (400, 422) and (rejected := named & sent.keys()):
+            words = {
+                *re.findall(r"\w+", re.sub("json_(schema|object)", "response_format", message))
+            }
+            if status in (400, 422) and (rejected := words & sent.keys() & {*OPTIONAL_SETTINGS}):
                 self._rejected |= rejected
                 continue
             is_temporary = status in (0, *download.RETRY_STATUSES)

@@ -490,9 +490,7 @@ class LabelStore(AbstractContextManager["LabelStore"]):
             return eval_ids
         num_eval = min(max(1, round((1 - self._train_fraction) * len(labeled))), len(labeled) - 1)
         # The order is that of digests, so that further labels hardly change the split.
-        order = sorted(
-            labeled, key=lambda name: hashlib.sha256(name.encode(errors="surrogatepass")).digest()
-        )
+        order = sorted(labeled, key=lambda name: _compute_digest([name]))
         self.decode_images(labeled.values())
         paths = [_list_image_files(labeled[name]) for name in order]
         keys = [frozenset(self._decoded[path][0] for path in own) for own in paths]

@@ -316,14 +316,13 @@ class Teacher:
             if status == 200:
                 return self._read_answers(content)
             message = self._read_message(content)
-            words = {
-                *re.findall(r"\w+", re.sub("json_(schema|object)", "response_format", message))
-            }
-            if status in (400, 422) and (rejected := words & sent.keys() & {*OPTIONAL_SETTINGS}):
+            named = re.sub("json_(schema|object)", "response_format", message)
+            rejected = {*re.findall(r"\w+", named)} & sent.keys() & {*OPTIONAL_SETTINGS}
+            if status in (400, 422) and rejected:
                 self._rejected |= rejected
                 continue
-            is_temporary = status in (0, *download.RETRY_STATUSES)
-            is_temporary = is_temporary and "insufficient_quota" not in content
+            is_spent = "insufficient_quota" in content
+            is_temporary = status in (0, *download.RETRY_STATUSES) and not is_spent
             delay_s = max(next(delays, math.inf), requested_s) if is_temporary else math.inf
             if delay_s > download.MAX_RETRY_DELAY_S:
                 raise self._build_error(status, message)

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -37,15 +38,13 @@ from finesight.label.label_store import (
     check_utf8,
     get_question,
     get_text,
+    list_boxes,
     read_labels,
 )
 from finesight.label.suggestion import JsonLeaf, iter_json_leaves
 from finesight.manifest import RECIPE_FILE, find_run_dir
 from finesight.recipe import load_recipe
 from finesight.train.run_dir import RunDir
-
-FieldPath = tuple[str | int, ...]
-"""Keys and list indices of a JSON field."""
 
 MAX_EXAMPLES = 500
 """Number of samples by which prompt and kind of the answers are detected."""
@@ -140,20 +139,21 @@ class LabelSession:
 
         The existing labels of the folder determine them or, without labels, the suggestions.
         """
+        task, names = self.task, self.task.field_names
         contents = [item.proposal for item in self.store.items if item.proposal]
         answers = [one for one in self.store.list_answers() if get_text(one) != NO_OBJECTS_ANSWER]
-        kind = _detect_kind(answers or contents) if self.task.has_default_kind else self.task.kind
-        labels = _count_labels(contents, kind)
-        names = self.task.names or tuple(name for name, _ in labels.most_common())
-        template, field_names = self.task.template, self.task.field_names
-        if kind == "fields" and (field_names or not template):
-            texts = [get_text(one) for one in answers]
-            template = _build_template([*texts, template] if field_names else texts, field_names)
-            template = template or _build_template(map(get_text, contents))
-        is_open = not self.task.choices and not self.task.names
-        choices = _find_classes(labels) if is_open else self.task.choices
-        values: dict[str, Any] = {"kind": kind, "choices": choices, "names": names}
-        self.task = replace(self.task, template=template, **values)
+        if task.has_default_kind:
+            task = replace(task, kind=_detect_kind(answers or contents))
+        if task.kind == "fields" and (names or not task.template):
+            texts = [*map(get_text, answers), *([task.template] if names else [])]
+            template = _build_template(texts, names) or _build_template(map(get_text, contents))
+            task = replace(task, template=template)
+        if not task.names:
+            labels = _count_labels(contents, task.kind)
+            choices = task.choices or _find_classes(labels)
+            names = tuple(name for name, _ in labels.most_common())
+            task = replace(task, choices=choices, names=names)
+        self.task = task
 
     def select_suggestion(self, item: LabelItem) -> AnswerContent:
         """Return the parts of a suggestion that have the kind of the task; empty without any.
@@ -161,12 +161,11 @@ class LabelSession:
         Fields are those of a JSON object with the keys that the user named.
         """
         content = self._select_parts(item, item.suggestion.content if item.suggestion else ())
-        if self.task.kind != "fields" or any(isinstance(part, BoxPart) for part in content):
+        if self.task.kind != "fields" or list_boxes(content):
             return content
-        value, names = _parse_json(get_text(content)), self.task.field_names
-        if not isinstance(value, dict) or not value:
-            return ()
-        return content if not names or value.keys() == {*names} else ()
+        value = _parse_json(get_text(content))
+        keys = {*value} if isinstance(value, dict) else set[str]()
+        return content if keys and keys == {*(self.task.field_names or keys)} else ()
 
     def select_proposal(self, item: LabelItem) -> AnswerContent:
         """Return the answer that the page shows first, without parts that its kind excludes."""
@@ -175,17 +174,15 @@ class LabelSession:
         return self.select_suggestion(item)
 
     def _select_parts(self, item: LabelItem, content: AnswerContent) -> AnswerContent:
-        boxes = [part for part in content if isinstance(part, BoxPart)]
-        if self._allows_boxes(item) and boxes:
+        if self._allows_boxes(item) and list_boxes(content):
             return content
         # Models answer some questions with an empty text.
-        is_empty = not get_text(content).strip()
-        return () if is_empty else tuple(part for part in content if part not in boxes)
+        has_text = get_text(content).strip() != ""
+        return tuple(part for part in content if has_text and not isinstance(part, BoxPart))
 
     def _allows_boxes(self, item: LabelItem) -> bool:
         """Return whether the task or the reviewed answer has boxes."""
-        existing = item.existing_answer or ()
-        return self.task.has_regions or any(isinstance(part, BoxPart) for part in existing)
+        return self.task.has_regions or bool(list_boxes(item.existing_answer or ()))
 
     def save(
         self, item: LabelItem, content: AnswerContent, question: Sequence[str] | None = None
@@ -202,8 +199,9 @@ class LabelSession:
 
     def describe_item(self, item: LabelItem) -> dict[str, Any]:
         """Return the values of an item as JSON data."""
-        suggestion, content = item.suggestion, self.select_proposal(item)
-        suggested = self._select_parts(item, suggestion.content if suggestion else ())
+        content, entry = self.select_proposal(item), item.suggestion
+        suggested = self._select_parts(item, entry.content if entry else ())
+        values = entry.model_dump(mode="json") if entry else {}
         text = get_text(content)
         source, leaves = self._find_fields(text)
         fields = []
@@ -216,8 +214,8 @@ class LabelSession:
         return {
             "id": item.sample.sample.id,
             "decision": item.decision.event if item.decision else "open",
-            "confidence": suggestion.confidence if suggestion else None,
-            "score": suggestion.score if suggestion else None,
+            "confidence": values.get("confidence"),
+            "score": values.get("score"),
             "answer": describe_answer(content),
             "question": item.question,
             "turns": [
@@ -227,10 +225,7 @@ class LabelSession:
             "fields": fields,
             "has_template": bool(leaves) and source != text,
             "suggestion": describe_answer(suggested) if suggested else None,
-            "parts": [
-                {"path": list(part.path), "confidence": part.confidence}
-                for part in (suggestion.parts if suggestion and suggested else ())
-            ],
+            "parts": values["parts"] if suggested else [],
             "history": _describe_history(item),
         }
 
@@ -254,7 +249,9 @@ class LabelSession:
         for index, leaf in enumerate(leaves):
             if source == text and index not in edits:
                 continue
-            typed = leaf.value if leaf.value is not None else types.get(_generalize(leaf.path))
+            # The template has one item of each list.
+            path = tuple(0 if isinstance(key, int) else key for key in leaf.path)
+            typed = types.get(path) if leaf.value is None else leaf.value
             parts += [source[offset : leaf.start], _encode_scalar(edits.get(index, ""), typed)]
             offset = leaf.stop
         return "".join(parts) + source[offset:]
@@ -347,9 +344,8 @@ def open_session(
 def describe_answer(content: Sequence[Any]) -> dict[str, Any]:
     """Return the text and the boxes of an answer as JSON data. A point has two equal corners."""
     boxes = [
-        {"image": part.image, "label": part.label, "xyxy": [*map(format_number, part.xyxy)]}
-        for part in content
-        if isinstance(part, BoxPart)
+        {"image": box.image, "label": box.label, "xyxy": [*map(format_number, box.xyxy)]}
+        for box in list_boxes(content)
     ]
     return {"text": get_text(content), "boxes": boxes}
 
@@ -395,7 +391,7 @@ def read_run_examples(run_or_model: str) -> list[LocatedSample]:
 def is_imported(folder: Path, run_dir: Path) -> bool:
     """Return whether a run was trained with copies of labels of a folder, as `init` writes them."""
     examples, labels = (
-        {(LabelItem(one, is_listed=False).digest, get_question(one.sample)) for one in samples}
+        {(LabelItem(one, review=False).digest, get_question(one.sample)) for one in samples}
         for samples in (read_run_examples(str(run_dir)), read_labels(folder))
     )
     return bool(examples) and examples <= labels
@@ -418,29 +414,23 @@ def detect_task(
     answers = [one.sample.messages[-1] for one in examples]
     contents = [message.content for message in answers if message.role == "assistant"]
     texts = [get_text(content) for content in contents]
-    has_default_kind = not (kind or choices or field_names or contents)
     detected = "fields" if field_names else _detect_kind(contents)
-    if detected == "text" and _find_classes(Counter(texts)):
+    if detected == "text" and (choices or _find_classes(Counter(texts))):
         detected = "classes"
-    kind = kind or ("classes" if choices and detected == "text" else detected)
-    has_fixed_choices = bool(choices)
-    labels = _count_labels(contents, kind)
-    if not choices and kind == "classes":
-        choices = _find_classes(Counter(texts), min_repeats=1)
-    elif not choices:
-        choices = _find_classes(labels)
-    template = _build_template(texts, field_names) if kind == "fields" else ""
+    labels = _count_labels(contents, kind or detected)
+    is_class = (kind or detected) == "classes"
+    found = _find_classes(Counter(texts), min_repeats=1) if is_class else _find_classes(labels)
     if prompt is None and examples:
         prompt = get_question(examples[0].sample) or None
     return LabelTask(
-        kind=kind,
+        kind=kind or detected,
         prompt=prompt,
-        choices=tuple(choices),
+        choices=tuple(choices) or found,
         names=tuple(labels),
-        template=template,
+        template=_build_template(texts, field_names) if (kind or detected) == "fields" else "",
         field_names=tuple(field_names),
-        has_default_kind=has_default_kind,
-        has_fixed_choices=has_fixed_choices,
+        has_default_kind=not (kind or choices or field_names or contents),
+        has_fixed_choices=bool(choices),
     )
 
 
@@ -452,15 +442,15 @@ def _find_classes(counts: Counter[str], min_repeats: int = MIN_CLASS_REPEATS) ->
 
 def _count_labels(contents: Iterable[Sequence[Any]], kind: AnswerKind) -> Counter[str]:
     """Count the labels of boxes and points, if they are the kind of the answers."""
-    boxes = (part for content in contents for part in content if isinstance(part, BoxPart))
+    boxes = chain.from_iterable(map(list_boxes, contents))
     return Counter(box.label for box in boxes if box.label and kind in ("boxes", "points"))
 
 
 def _detect_kind(contents: Sequence[Sequence[Any]]) -> AnswerKind:
     """Return the kind of more than half of the answers; images without objects are not counted."""
-    texts = [get_text(one) for one in contents if not any(isinstance(p, BoxPart) for p in one)]
+    texts = [get_text(one) for one in contents if not list_boxes(one)]
     if len(contents) - len(texts) > sum(text != NO_OBJECTS_ANSWER for text in texts):
-        is_point = [p.is_point for one in contents for p in one if isinstance(p, BoxPart)]
+        is_point = [box.is_point for one in contents for box in list_boxes(one)]
         return "points" if 2 * sum(is_point) > len(is_point) else "boxes"
     num_objects = sum(isinstance(_parse_json(text), dict) for text in texts)
     return "fields" if 2 * num_objects > len(contents) else "text"
@@ -475,20 +465,25 @@ def _build_template(texts: Iterable[str], field_names: Sequence[str] = ()) -> st
     values = [_parse_json(text) for text in texts]
     objects = [value for value in values if isinstance(value, dict)]
     counts = Counter(key for value in objects for key in value)
-    example: dict[str, Any] = {}
-    for key, value in (item for one in objects for item in one.items()):
-        is_frequent = 2 * counts[key] >= len(objects)
-        if (key in field_names if field_names else is_frequent) and example.get(key) is None:
-            example[key] = value
-    if field_names:
-        known = {name: value for name, value in example.items() if value is not None}
-        example = {name: known.get(name, "") for name in field_names}
-        objects = [*objects, example]
-    elif not example or 2 * len(objects) <= len(values):
+    names = field_names or [key for key, count in counts.items() if 2 * count >= len(objects)]
+    if not field_names and (not names or 2 * len(objects) <= len(values)):
         return ""
-    leaves = (leaf for one in reversed(objects) for leaf in iter_json_leaves(json.dumps(one)))
-    types = {_generalize(one.path): one.value for one in leaves if one.value is not None}
-    return json.dumps(_clear_values(example, (), types), ensure_ascii=False)
+    if field_names:
+        objects = [*objects, dict.fromkeys(field_names, "")]
+    template = {name: _build_empty_value([one.get(name) for one in objects]) for name in names}
+    return json.dumps(template, ensure_ascii=False)
+
+
+def _build_empty_value(values: Sequence[Any]) -> Any:
+    """Return the first known one of JSON values with empty scalars; null for an unknown type."""
+    first = next((one for one in values if one is not None), None)
+    if isinstance(first, dict):
+        others = [one for one in values if isinstance(one, dict)]
+        return {key: _build_empty_value([one.get(key) for one in others]) for key in first}
+    if isinstance(first, list):
+        items = [item for one in values if isinstance(one, list) for item in one]
+        return [_build_empty_value(items)] if first else []
+    return None if first is None else type(first)()
 
 
 def read_items(
@@ -560,20 +555,6 @@ def _parse_json(text: str) -> dict[str, Any] | list[Any] | None:
         value = json.loads(text, parse_constant=int)
         return value if isinstance(value, dict | list) else None
     return None
-
-
-def _clear_values(value: Any, path: FieldPath, types: Mapping[FieldPath, Any]) -> Any:
-    """Return a JSON value with empty scalars of the given types."""
-    if isinstance(value, dict):
-        return {key: _clear_values(inner, (*path, key), types) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [_clear_values(inner, (*path, 0), types) for inner in value[:1]]
-    return type(types[path])() if path in types else None
-
-
-def _generalize(path: FieldPath) -> FieldPath:
-    """Return the path of the first item of the same lists."""
-    return tuple(0 if isinstance(key, int) else key for key in path)
 
 
 def _encode_scalar(text: str, typed: Any) -> str:

@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import chain
 from pathlib import Path
@@ -129,7 +129,6 @@ class JournalEntry(BaseModel):
     question: tuple[str, ...] = ()
 
 
-@dataclass(slots=True)
 class LabelItem:
     """Sample with its newest suggestion and decision.
 
@@ -143,23 +142,16 @@ class LabelItem:
         images: Paths of the images.
     """
 
-    sample: LocatedSample
-    is_listed: bool
-    suggestion: JournalEntry | None = None
-    decision: JournalEntry | None = None
-    draft: AnswerContent = ()
-    history: list[JournalEntry] = field(default_factory=list)
-    digest: str = field(init=False)
-    version: str = field(init=False)
-    has_path_id: bool = field(init=False)
-    images: list[Path] = field(init=False)
-    question: tuple[str, ...] = field(init=False)
-
-    def __post_init__(self) -> None:
-        sample, parts = self.sample.sample, [*self.sample.sample.iter_parts()]
+    def __init__(self, located: LocatedSample, *, review: bool) -> None:
+        self.sample, self.history = located, list[JournalEntry]()
+        self.suggestion: JournalEntry | None = None
+        self.decision: JournalEntry | None = None
+        self.draft: AnswerContent = ()
+        self.is_listed = review or self.existing_answer is None
+        sample, parts = located.sample, [*located.sample.iter_parts()]
         self.question = list_question_texts(sample)
         images = (part.image for part in parts if isinstance(part, ImagePart))
-        self.images = [self.sample.resolve_path(image) for image in images]
+        self.images = [*map(located.resolve_path, images)]
         self.has_path_id = {str(get_file(path)) for path in self.images} == {sample.id}
         turns = [turn for turn in sample.messages if turn.role != "assistant"]
         questions = [turn.model_dump_json(exclude={"loss"}) for turn in turns]
@@ -238,7 +230,7 @@ class LabelStore(AbstractContextManager["LabelStore"]):
         self._decoded: dict[str, tuple[str, str]] = {}
         self._is_bulk = False
         try:
-            self._acquire()
+            self._lock.acquire(wait=False)
             self._journal_stat = os.stat(self._journal)
             entries = read_journal(self._journal, read_complete_lines(self._journal))
             self._items = _build_items(samples, entries, review)
@@ -252,22 +244,19 @@ class LabelStore(AbstractContextManager["LabelStore"]):
             self._num_unwritten = int(any(decided))
             # The first decision does not wait for the images of earlier labels.
             self._select_eval_ids(self._list_labeled())
-        except BaseException:
-            self._lock.close()
-            raise
-        self._order: list[str] = []
-        self.sort()
-
-    def _acquire(self) -> None:
-        try:
-            self._lock.acquire(wait=False)
         except BlockingIOError as error:
+            self._lock.close()
             raise UserError(
                 "another process labels in this folder",
                 where=str(self.folder),
                 expected="one process per folder",
                 remedy="use the page of that process, or another --out",
             ) from error
+        except BaseException:
+            self._lock.close()
+            raise
+        self._order: list[str] = []
+        self.sort()
 
     def _apply_entries(self, entries: Sequence[JournalEntry]) -> set[str]:
         """Update the items, and return the IDs of other samples that lost their label."""
@@ -383,7 +372,7 @@ class LabelStore(AbstractContextManager["LabelStore"]):
         content: AnswerContent,
         suggested: AnswerContent | None = None,
         question: Sequence[str] | None = None,
-    ) -> LabelItem:
+    ) -> None:
         """Save the answer of a sample, as accepted if it equals the old answer or the suggestion.
 
         Args:
@@ -404,7 +393,6 @@ class LabelStore(AbstractContextManager["LabelStore"]):
         event: LabelEvent = "corrected" if unchanged else "written"
         is_accepted = content == unchanged and not corrected
         self._decide(item, "accepted" if is_accepted else event, content, corrected)
-        return item
 
     def _find_correction(self, item: LabelItem, question: Sequence[str] | None) -> tuple[str, ...]:
         """Return the texts of a corrected question; empty for an unchanged one."""
@@ -418,18 +406,16 @@ class LabelStore(AbstractContextManager["LabelStore"]):
             )
         return corrected
 
-    def skip(self, sample_id: str) -> LabelItem:
+    def skip(self, sample_id: str) -> None:
         """Skip a sample: an unlabeled one gets no label, and another keeps its answer."""
         item = self.find(sample_id)
         self._decide(item, "skipped", item.existing_answer or ())
-        return item
 
-    def reopen(self, sample_id: str) -> LabelItem:
+    def reopen(self, sample_id: str) -> None:
         """Withdraw the decision about a sample."""
         item = self.find(sample_id)
         if item.decision is not None:
             self._decide(item, "reopened", item.existing_answer or ())
-        return item
 
     def _append(self, item: LabelItem, **values: Any) -> None:
         """Append an entry to the journal, and update its item."""
@@ -458,15 +444,7 @@ class LabelStore(AbstractContextManager["LabelStore"]):
             return
         flush_file(self._journal)
         if self._num_unwritten > len(self._items) // LABELS_PER_WRITE:
-            self._write_decided()
-
-    def _write_decided(self) -> None:
-        try:
             self.write_labels()
-        except UserError as error:
-            error.what += f"; the decision is kept in {JOURNAL_FILE}"
-            error.remedy = "correct the cause; the next decision or session writes the file"
-            raise
 
     @contextmanager
     def write_once(self) -> Iterator[None]:
@@ -479,7 +457,7 @@ class LabelStore(AbstractContextManager["LabelStore"]):
             self._is_bulk = False
             flush_file(self._journal)
         if self._num_unwritten:
-            self._write_decided()
+            self.write_labels()
 
     def decode_images(self, samples: Iterable[LocatedSample]) -> dict[str, str]:
         """Decode images and videos in workers; return the reasons of unreadable samples by ID."""
@@ -515,9 +493,7 @@ class LabelStore(AbstractContextManager["LabelStore"]):
             return eval_ids
         num_eval = min(max(1, round((1 - self._train_fraction) * len(labeled))), len(labeled) - 1)
         # The order is that of digests, so that further labels hardly change the split.
-        order = sorted(
-            labeled, key=lambda name: hashlib.sha256(name.encode(errors="surrogatepass")).digest()
-        )
+        order = sorted(labeled, key=lambda name: _compute_digest([name]))
         self.decode_images(labeled.values())
         paths = [_list_image_files(labeled[name]) for name in order]
         keys = [frozenset(self._decoded[path][0] for path in own) for own in paths]
@@ -533,9 +509,14 @@ class LabelStore(AbstractContextManager["LabelStore"]):
         labeled = self._list_labeled()
         eval_ids = self._select_eval_ids(labeled)
         samples = {name: located.sample for name, located in labeled.items()}
-        if eval_ids:
-            write_samples(eval_file, [samples[name] for name in samples if name in eval_ids])
-        write_samples(train_file, [samples[name] for name in samples if name not in eval_ids])
+        try:
+            if eval_ids:
+                write_samples(eval_file, [samples[name] for name in samples if name in eval_ids])
+            write_samples(train_file, [samples[name] for name in samples if name not in eval_ids])
+        except UserError as error:
+            error.what += f"; the decision is kept in {JOURNAL_FILE}"
+            error.remedy = "correct the cause; the next decision or session writes the file"
+            raise
         if not eval_ids:
             eval_file.unlink(missing_ok=True)
         self._num_unwritten = 0
@@ -615,9 +596,8 @@ def _build_items(
     """Return items by ID. An image and its question have one ID, also under another path."""
     items: dict[str, LabelItem] = {}
     known_ids = {(entry.sample, entry.version): entry.id for entry in entries}
-    found = [LabelItem(one, review) for one in samples]
+    found = [LabelItem(one, review=review) for one in samples]
     for item in sorted(found, key=lambda item: item.has_path_id):
-        item.is_listed = review or item.existing_answer is None
         sample, key = item.sample.sample, (item.digest, item.version)
         if item.has_path_id and (known_id := known_ids.setdefault(key, sample.id)) != sample.id:
             sample = sample.model_copy(update={"id": known_id})
@@ -693,12 +673,10 @@ def _match_references(item: LabelItem, content: AnswerContent) -> tuple[str, ...
     They are alternatives to the replaced answer. A correction to one of them keeps the others.
     """
     references, answer = item.sample.sample.references, item.existing_answer
-    if answer is None or answer == content:
+    old, new = map(get_text, (content if answer is None else answer, content))
+    if old == new:
         return references
-    texts = get_text(answer), get_text(content)
-    if texts[0] == texts[1]:
-        return references
-    return tuple(one for one in references if texts[1] in references and one not in texts)
+    return tuple(one for one in references if new in references and one not in (old, new))
 
 
 def find_label_folder(recipe: Recipe) -> Path | None:
@@ -739,6 +717,11 @@ def get_text(content: Sequence[ContentPart]) -> str:
     return "".join(part.text for part in content if isinstance(part, TextPart))
 
 
+def list_boxes(content: Sequence[ContentPart]) -> list[BoxPart]:
+    """Return the boxes and points of an answer."""
+    return [part for part in content if isinstance(part, BoxPart)]
+
+
 def _list_image_files(sample: LocatedSample) -> list[str]:
     """Return the files of the images and video frames of a sample."""
     # Here, because it imports torch, which the first page of the studio does not need.
@@ -773,7 +756,7 @@ def read_labels(folder: Path) -> list[LocatedSample]:
 def _match_meta(item: LabelItem, content: AnswerContent) -> dict[str, Any]:
     """Return the metadata of a sample with attributes of unchanged boxes only."""
     meta, answer = dict(item.sample.sample.meta), item.existing_answer or ()
-    old, new = ([part for part in one if isinstance(part, BoxPart)] for one in (answer, content))
+    old, new = map(list_boxes, (answer, content))
     if old != new and (attributes := meta.pop("boxes", None)):
         is_matching = isinstance(attributes, list) and len(attributes) == len(old)
         known = dict(zip(old, attributes, strict=True)) if is_matching else {}

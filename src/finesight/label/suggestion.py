@@ -23,33 +23,37 @@ probable under the model than the model's own answer, and differs from it.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from finesight.data.boxes import MAX_JSON_DEPTH
 from finesight.data.image_header import DEFAULT_SIZE, CorruptImageError, ImageSize
-from finesight.data.sample import BoxPart, ContentPart, LocatedSample, TextPart
+from finesight.data.sample import ContentPart, LocatedSample, TextPart
 from finesight.encode.packing import pack
 from finesight.encode.renderer import Renderer
-from finesight.encode.tokenization import EncodedSample
 from finesight.errors import UserError
 from finesight.evaluate.box_metrics import compute_box_scores
 from finesight.evaluate.json_metrics import count_fields, parse_form
 from finesight.evaluate.text_metrics import compute_edit_distance, normalize_text
 from finesight.infer.model_loader import InferenceModel
 from finesight.infer.prediction import Prediction, predict
-from finesight.label.label_store import AnswerContent, SuggestedPart, Suggestion, get_text
-from finesight.model.hf_backend import AnyModel, HfModel
+from finesight.label.label_store import (
+    AnswerContent,
+    SuggestedPart,
+    Suggestion,
+    get_text,
+    list_boxes,
+)
+from finesight.model.hf_backend import HfModel
 
 
 class JsonLeaf(NamedTuple):
@@ -107,24 +111,18 @@ def build_suggestion(
     renderer: Renderer, located_sample: LocatedSample, prediction: Prediction
 ) -> Suggestion:
     """Build the suggestion of a prediction whose tokens have log probabilities."""
-    tokens = AnswerTokens(renderer, prediction)
-    parts: list[SuggestedPart] = []
-    spans: list[tuple[int, int]] = []
+    tokens, measure = AnswerTokens(renderer, prediction), AnswerTokens.multiply
+    spans: list[tuple[tuple[str | int, ...], tuple[int, int]]] = []
     if prediction.boxes:
-        spans = list(_iter_box_spans(renderer, located_sample, prediction, tokens))
-        parts = [
-            SuggestedPart((index,), tokens.compute_box_confidence(*span))
-            for index, span in enumerate(spans)
-        ]
+        found = _iter_box_spans(renderer, located_sample, prediction, tokens)
+        spans = [((index,), span) for index, span in enumerate(found)]
+        measure = AnswerTokens.compute_box_confidence
     elif parse_form(prediction.answer) is not None:
-        leaves = list(iter_json_leaves(prediction.raw_text))
-        spans = [tokens.find_span(leaf.start, leaf.stop) for leaf in leaves]
-        parts = [
-            SuggestedPart(leaf.path, tokens.multiply(*span))
-            for leaf, span in zip(leaves, spans, strict=True)
-        ]
+        leaves = iter_json_leaves(prediction.raw_text)
+        spans = [(leaf.path, tokens.find_span(leaf.start, leaf.stop)) for leaf in leaves]
+    parts = [SuggestedPart(path, measure(tokens, *span)) for path, span in spans]
     # Tokens may belong to two adjacent parts; those of no part are the structure of the answer.
-    in_parts = {index for span in spans for index in range(*span)}
+    in_parts = {index for _, span in spans for index in range(*span)}
     structure = math.fsum(
         logprob for index, logprob in enumerate(tokens.logprobs) if index not in in_parts
     )
@@ -145,22 +143,18 @@ class AnswerTokens:
     """
 
     def __init__(self, renderer: Renderer, prediction: Prediction) -> None:
+        logprobs = [token.logprob for token in prediction.tokens if token.logprob is not None]
+        assert len(logprobs) == len(prediction.tokens), "a prediction without log probabilities"
         pieces = [renderer.tokenizer.id_to_bytes(token.id) for token in prediction.tokens]
+        self._raw_text = prediction.raw_text
+        self._raw_bytes = prediction.raw_text.encode(errors="replace")
         # The reasoning precedes the answer.
-        raw_bytes = prediction.raw_text.encode(errors="replace")
-        offset = max(0, sum(map(len, pieces)) - len(raw_bytes))
-        self._raw_text, self._stops = prediction.raw_text, list[int]()
-        self.logprobs: list[float] = []
-        self.texts: list[str] = []
-        stop = -offset
-        for piece, token in zip(pieces, prediction.tokens, strict=True):
-            stop += len(piece)
-            if stop <= 0:
-                continue
-            assert token.logprob is not None, "a prediction without log probabilities"
-            self._stops.append(stop)
-            self.logprobs.append(min(0.0, token.logprob))
-            self.texts.append(piece.decode(errors="replace"))
+        offset = max(0, sum(map(len, pieces)) - len(self._raw_bytes))
+        stops = [stop - offset for stop in accumulate(map(len, pieces))]
+        first = sum(stop <= 0 for stop in stops)
+        self._stops = stops[first:]
+        self.logprobs = [min(0.0, logprob) for logprob in logprobs[first:]]
+        self.texts = [piece.decode(errors="replace") for piece in pieces[first:]]
 
     def find_span(self, start: int, stop: int) -> tuple[int, int]:
         """Return the index range of the tokens with characters in a range of `raw_text`."""
@@ -172,8 +166,7 @@ class AnswerTokens:
 
     def prefix(self, num_tokens: int) -> str:
         """Return the text of the first tokens."""
-        raw_bytes = self._raw_text.encode(errors="replace")
-        return raw_bytes[: self._stops[num_tokens - 1]].decode(errors="replace")
+        return self._raw_bytes[: self._stops[num_tokens - 1]].decode(errors="replace")
 
     def multiply(self, start: int, stop: int) -> float:
         """Return the product of the probabilities of a range of tokens."""
@@ -210,45 +203,34 @@ def _iter_box_spans(
     yield from [(start, start)] * (len(boxes) - num_done)
 
 
-_JSON_SPACE = re.compile(r"\s*")
-# int() raises ValueError for NaN and Infinity, which are not JSON.
-_DECODER = json.JSONDecoder(parse_constant=int)
+_JSON_TOKEN = re.compile(r'[{}\[\],:]|"(?:[^"\\]|\\.)*"?|[^\s{}\[\],:"]+')
 
 
 def iter_json_leaves(text: str) -> Iterator[JsonLeaf]:
     """Yield the scalars of the first JSON object or list in a text, until its first error."""
-    start = min((at for at in map(text.find, "{[") if at >= 0), default=-1)
-    if start >= 0:
-        with contextlib.suppress(ValueError, IndexError, RecursionError):
-            yield from _iter_leaves(text, start, (), [start])
-
-
-def _iter_leaves(
-    text: str, start: int, path: tuple[str | int, ...], end: list[int]
-) -> Iterator[JsonLeaf]:
-    """Yield the scalars of the JSON value at an offset, and set `end` to the offset after it."""
-
-    def skip_space(offset: int) -> int:
-        match = _JSON_SPACE.match(text, offset)
-        return offset if match is None else match.end()
-
-    if len(path) > MAX_JSON_DEPTH:
-        raise ValueError(f"deeper than {MAX_JSON_DEPTH} levels")
-    opening = text[start]
-    if opening not in "{[":
-        value, end[0] = _DECODER.raw_decode(text, start)
-        yield JsonLeaf(path, value, start, end[0])
-        return
-    index, offset = 0, skip_space(start + 1)
-    while text[offset] not in "}]":
-        key: str | int = index
-        if opening == "{":
-            key, offset = _DECODER.raw_decode(text, offset)
-            offset = skip_space(skip_space(offset) + 1)
-        yield from _iter_leaves(text, offset, (*path, key), end)
-        index, offset = index + 1, skip_space(end[0])
-        offset = skip_space(offset + (text[offset] == ","))
-    end[0] = offset + 1
+    start = min((at for at in map(text.find, "{[") if at >= 0), default=len(text))
+    path: list[str | int | None] = []
+    for match in _JSON_TOKEN.finditer(text, start):
+        token = match[0]
+        if token in "{[":
+            path.append(None if token == "{" else 0)
+        elif token in "}]":
+            path.pop()
+        elif token == ",":
+            path[-1] = path[-1] + 1 if isinstance(path[-1], int) else None
+        elif token != ":":
+            try:
+                # int() raises ValueError for NaN and Infinity, which are not JSON.
+                value = json.loads(token, parse_constant=int)
+            except ValueError:
+                return
+            if path[-1] is None:
+                path[-1] = str(value)
+            else:
+                keys = tuple(key for key in path if key is not None)
+                yield JsonLeaf(keys, value, match.start(), match.end())
+        if not 0 < len(path) <= MAX_JSON_DEPTH:
+            return
 
 
 def rank_labels(
@@ -269,46 +251,35 @@ def rank_labels(
     samples = [sample for sample in samples if sample.sample.id not in reasons]
     losses = compute_label_losses(inference_model, samples, batch_size)
     suggestion_by_id = {suggestion.id: suggestion for suggestion in suggestions}
-    scores = {}
+    ranked: list[tuple[float, Suggestion]] = []
     for sample, loss in zip(samples, losses, strict=True):
         own = suggestion_by_id[sample.sample.id]
         spans = inference_model.renderer.tokenize_prompt(sample).spans
         contents = sample.sample.messages[-1].content, own.content
         size = spans[0].original_size if spans else DEFAULT_SIZE
         disagreement = measure_disagreement(*contents, size)
-        scores[own.id] = combine_scores(max(0.0, loss - own.loss), disagreement, own.confidence)
-    order = sorted(scores, key=lambda name: -scores[name])
-    return [replace(suggestion_by_id[name], score=scores[name]) for name in order], reasons
+        score = combine_scores(max(0.0, loss - own.loss), disagreement, own.confidence)
+        ranked.append((score, replace(own, score=score)))
+    return [one for _, one in sorted(ranked, key=lambda pair: -pair[0])], reasons
 
 
+@torch.inference_mode()
 def compute_label_losses(
     inference_model: InferenceModel, samples: Sequence[LocatedSample], batch_size: int = 16
 ) -> list[float]:
     """Return the negative log likelihood of the last answer of each sample, in nats."""
-    model, renderer = inference_model.model, inference_model.renderer
-    losses: list[float] = []
+    model, losses = inference_model.model, list[float]()
     for start in range(0, len(samples), batch_size):
-        encoded = [renderer.encode(sample) for sample in samples[start : start + batch_size]]
-        losses += [float(-logprobs.sum()) for logprobs in _label_logprobs(model, encoded)]
+        encoded = [*map(inference_model.renderer.encode, samples[start : start + batch_size])]
+        batch = pack(encoded).to(model.lm_head_weight.device)
+        logits_LV = (model(batch) @ model.lm_head_weight.T).float()
+        losses_L = torch.nn.functional.cross_entropy(logits_LV, batch.labels_L, reduction="none")
+        counts = [sample.tokenized.num_supervised_tokens for sample in encoded]
+        for sample, own in zip(encoded, torch.split(losses_L.cpu(), counts), strict=True):
+            # The supervised tokens of the last answer are adjacent.
+            breaks = np.flatnonzero(np.diff(np.flatnonzero(sample.tokenized.loss_mask_T)) > 1)
+            losses.append(float(own[int(breaks[-1]) + 1 if len(breaks) else 0 :].sum()))
     return losses
-
-
-@torch.inference_mode()
-def _label_logprobs(
-    model: AnyModel, encoded: Sequence[EncodedSample]
-) -> Iterator[NDArray[np.float32]]:
-    """Yield the log probabilities of the tokens of the last answer of each sample."""
-    batch = pack(encoded).to(model.lm_head_weight.device)
-    logits_LV = (model(batch) @ model.lm_head_weight.T).float()
-    logprobs_L = -torch.nn.functional.cross_entropy(logits_LV, batch.labels_L, reduction="none")
-    logprobs, start = logprobs_L.cpu().numpy(), 0
-    for sample in encoded:
-        stop = start + sample.tokenized.num_supervised_tokens
-        supervised = np.flatnonzero(sample.tokenized.loss_mask_T)
-        # The supervised tokens of the last answer are adjacent.
-        breaks = np.flatnonzero(np.diff(supervised) > 1)
-        yield logprobs[start + (int(breaks[-1]) + 1 if len(breaks) else 0) : stop]
-        start = stop
 
 
 def measure_disagreement(
@@ -317,14 +288,10 @@ def measure_disagreement(
     image_size: ImageSize = DEFAULT_SIZE,
 ) -> float:
     """Return the difference of two answers in [0, 1]; see the table of this module."""
-    label_boxes, suggested_boxes = (
-        [part for part in content if isinstance(part, BoxPart)] for content in (label, suggestion)
-    )
+    label_boxes, suggested_boxes = map(list_boxes, (label, suggestion))
     if label_boxes or suggested_boxes:
         return 1 - compute_box_scores(suggested_boxes, label_boxes, image_size)["iou"]
-    label_text, suggested_text = (
-        normalize_text(get_text(content)) for content in (label, suggestion)
-    )
+    label_text, suggested_text = (normalize_text(get_text(one)) for one in (label, suggestion))
     label_form, suggested_form = parse_form(label_text), parse_form(suggested_text)
     if label_form is not None and suggested_form is not None:
         label_fields, suggested_fields = count_fields(label_form), count_fields(suggested_form)

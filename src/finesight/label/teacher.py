@@ -65,6 +65,7 @@ from finesight.label.label_store import (
     SuggestedPart,
     Suggestion,
     get_text,
+    list_boxes,
     read_complete_lines,
 )
 from finesight.label.suggestion import iter_json_leaves, measure_disagreement
@@ -93,13 +94,8 @@ the rectangle is outside of it."""
 MAX_OVERHANG, COORDINATE_DECIMALS = 0.05, 2
 """Largest overhang of a box, as a fraction of the longer side of its image, and its digits."""
 
-OPTIONAL_SETTINGS = {
-    "response_format": re.compile(r"response_format|json_schema|json_object"),
-    "temperature": re.compile(r"\btemperature\b"),
-    "n": re.compile(r"\bn\b"),
-    "max_tokens": re.compile(r"\bmax_tokens\b"),
-}
-"""Settings that some servers reject with a message of this kind, and do not receive again."""
+OPTIONAL_SETTINGS = ("response_format", "temperature", "n", "max_tokens")
+"""Settings that some servers reject by name, or by a word of their value, and receive no more."""
 
 _REASONING = re.compile(r"^.*</think>", re.DOTALL)
 
@@ -320,12 +316,13 @@ class Teacher:
             if status == 200:
                 return self._read_answers(content)
             message = self._read_message(content)
-            named = {name for name, words in OPTIONAL_SETTINGS.items() if words.search(message)}
-            if status in (400, 422) and (rejected := named & sent.keys()):
+            named = re.sub("json_(schema|object)", "response_format", message)
+            rejected = {*re.findall(r"\w+", named)} & sent.keys() & {*OPTIONAL_SETTINGS}
+            if status in (400, 422) and rejected:
                 self._rejected |= rejected
                 continue
-            is_temporary = status in (0, *download.RETRY_STATUSES)
-            is_temporary = is_temporary and "insufficient_quota" not in content
+            is_spent = "insufficient_quota" in content
+            is_temporary = status in (0, *download.RETRY_STATUSES) and not is_spent
             delay_s = max(next(delays, math.inf), requested_s) if is_temporary else math.inf
             if delay_s > download.MAX_RETRY_DELAY_S:
                 raise self._build_error(status, message)
@@ -491,10 +488,10 @@ class AnswerFormat:
         content, *others = contents[best], *contents[:best], *contents[best + 1 :]
         confidence = agreements[best] / num_others
         totals: dict[tuple[str | int, ...], float] = defaultdict(float)
-        boxes = _list_boxes(content)
+        boxes = list_boxes(content)
         leaves = [*iter_json_leaves(get_text(content))] if self.task.kind == "fields" else []
         for other in others:
-            for index, _, overlap in match_boxes(boxes, _list_boxes(other), size):
+            for index, _, overlap in match_boxes(boxes, list_boxes(other), size):
                 totals[index,] += overlap
             values = {leaf.path: leaf.value for leaf in iter_json_leaves(get_text(other))}
             for leaf in leaves:
@@ -533,10 +530,6 @@ def _read_choice(choice: Mapping[str, Any]) -> TeacherAnswer:
         return TeacherAnswer(str(refusal or text), "the teacher refuses")
     is_cut_off = reason == "length"
     return TeacherAnswer(text, "cut off by --max-new-tokens" if is_cut_off else "")
-
-
-def _list_boxes(content: AnswerContent) -> list[BoxPart]:
-    return [part for part in content if isinstance(part, BoxPart)]
 
 
 def _describe_object(properties: Mapping[str, Any]) -> dict[str, Any]:

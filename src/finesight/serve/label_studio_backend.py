@@ -152,22 +152,31 @@ class LabelStudioHandler:
         async def watch_disconnect() -> None:
             while (await request.receive())["type"] != "http.disconnect":
                 pass
+            raise ClientDisconnectedError
+
+        async def predict(references: Sequence[str | None]) -> Record:
+            async with self.semaphore:
+                try:
+                    return await self._predict_task(controls, references, request, start_time)
+                except ApiError as error:
+                    if error.status == 504:
+                        raise
+                    return {"error": error.message}
 
         with self._admit_answers(len(controls) * len(parsed["tasks"])):
-            work = asyncio.create_task(
-                self._predict_tasks(controls, parsed["tasks"], request, start_time)
-            )
-            watch = asyncio.create_task(watch_disconnect())
             try:
-                async with limit_time(start_time, self.completions.limits.timeout):
-                    await asyncio.wait((work, watch), return_when=asyncio.FIRST_COMPLETED)
-                if not work.done():
-                    raise ClientDisconnectedError
-                return JSONResponse({"results": work.result()})
-            finally:
-                work.cancel()
-                watch.cancel()
-                await asyncio.gather(work, watch, return_exceptions=True)
+                async with (
+                    limit_time(start_time, self.completions.limits.timeout),
+                    asyncio.TaskGroup() as group,
+                ):
+                    watch = group.create_task(watch_disconnect())
+                    # An error of any task cancels this wait.
+                    tasks = [group.create_task(predict(one)) for one in parsed["tasks"]]
+                    results = await asyncio.gather(*tasks)
+                    watch.cancel()
+            except* Exception as errors:
+                raise errors.exceptions[0] from None
+        return JSONResponse({"results": results})
 
     @contextlib.contextmanager
     def _admit_answers(self, number: int) -> Iterator[None]:
@@ -181,31 +190,6 @@ class LabelStudioHandler:
             yield
         finally:
             self.num_answers.remove(number)
-
-    async def _predict_tasks(
-        self,
-        controls: Sequence[LabelControl],
-        tasks: Sequence[Sequence[str | None]],
-        request: Request,
-        start_time: float,
-    ) -> list[Record]:
-        """Predict tasks, given as image references for each control."""
-
-        async def predict(references: Sequence[str | None]) -> Record:
-            async with self.semaphore:
-                try:
-                    return await self._predict_task(controls, references, request, start_time)
-                except ApiError as error:
-                    if error.status == 504:
-                        raise
-                    return {"error": error.message}
-
-        try:
-            async with asyncio.TaskGroup() as group:
-                predictions = [group.create_task(predict(references)) for references in tasks]
-        except* Exception as errors:
-            raise errors.exceptions[0] from None
-        return [prediction.result() for prediction in predictions]
 
     async def _predict_task(
         self,

@@ -6,7 +6,7 @@ A page draws axis ticks and downsampled lines. Its script shows values under the
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from operator import itemgetter
@@ -336,6 +336,24 @@ def build_histogram(
     )
     scale = _AxisScale(-0.5, len(edges) - 1.5, 0.0, y_ticks[-1])
     return scale.draw((title, caption), series, descriptions, ticks, " %", labels=labels)
+
+
+def build_histograms(
+    titles: Mapping[str, tuple[str, str]],
+    counts_by_run: Sequence[tuple[str, Mapping[str, HistogramCounts]]],
+) -> list[Chart]:
+    """Build the charts of several histograms by name, without those that no run has.
+
+    Args:
+        titles: Title and caption of each histogram, not translated.
+        counts_by_run: Display name of each run, and its histograms.
+    """
+    counts = {name: [(run, one.get(name, {})) for run, one in counts_by_run] for name in titles}
+    charts = [
+        build_histogram(translate(title), translate(caption), counts[name])
+        for name, (title, caption) in titles.items()
+    ]
+    return [chart for chart in charts if chart is not None]
 
 
 def build_run_charts(run_record: RunRecord) -> list[Chart]:

@@ -159,13 +159,7 @@ function startExamples() {
     event.target.querySelector(".tile")?.click();
     event.target.querySelector(".example")?.classList.toggle("wide");
   });
-  document.addEventListener("keydown", (event) => {
-    const isTyping = event.target.closest("input, select, textarea, dialog");
-    if (event.key === "/" && !isTyping) {
-      event.preventDefault();
-      search.focus();
-    }
-  });
+  onNavigate(() => search.focus(), {"/": 1});
   refresh();
 }
 

@@ -86,7 +86,7 @@ def test_chart_stays_within_its_frame() -> None:
     assert drawing.data["series"][0]["points"][0] == (1.0, 2.9, "2.9")
     assert (drawing.data["x"], drawing.data["y"]) == ([1, 30], [0, 3])
     assert drawing.summary == "Loss: training 2.9 at step 1, 0 at step 30"
-    assert [tick.label for tick in drawing.y_ticks] == ["0", "1", "2", "3"]
+    assert [label for _, label in drawing.y_ticks] == ["0", "1", "2", "3"]
 
 
 def test_single_point_is_a_marker_with_the_tick_of_its_step() -> None:
@@ -94,7 +94,7 @@ def test_single_point_is_a_marker_with_the_tick_of_its_step() -> None:
     assert drawing is not None
     (line,) = drawing.lines
     assert line.markers
-    assert [tick.label for tick in drawing.x_ticks] == ["0"]
+    assert [label for _, label in drawing.x_ticks] == ["0"]
     assert build_chart("s", [ChartSeries("s", [])]) is None
 
 

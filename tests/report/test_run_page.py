@@ -232,8 +232,8 @@ def test_examples_are_sorted_filtered_and_enlarged(browser, run, width):
     assert read_texts(browser, "#enlarged[open] .id") == ["s0"]
     browser.press("ArrowRight", "ArrowRight", "ArrowRight")
     assert read_texts(browser, "#enlarged[open] .id") == ["s8"]
-    assert read_texts(browser, "#enlarged-position") == ["3 of 3"]
-    click(browser, "#enlarged-close")
+    assert read_texts(browser, "#enlarged .position") == ["3 of 3"]
+    click(browser, "#enlarged .close")
     assert count(browser, "#enlarged[open]") == 0
 
 

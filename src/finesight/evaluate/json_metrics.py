@@ -31,7 +31,7 @@ from finesight.evaluate.bootstrap import (
 )
 from finesight.evaluate.box_metrics import match_boxes
 from finesight.evaluate.eval_case import EvalCase, MetricResult, MetricValues, mean_metrics
-from finesight.evaluate.text_metrics import normalize_text
+from finesight.evaluate.text_metrics import compute_f1, normalize_text
 
 JsonForm = dict[str, Any] | list[Any]
 """Nested dicts and lists of strings in canonical form: without empty values, lists sorted."""
@@ -80,10 +80,10 @@ def score_json(
         forms = [form for text in texts if (form := parse_form(text)) is not None]
         assert forms, f"the reference {case.references[0]!r} is not JSON"
         predicted_fields = Counter() if predicted_form is None else count_fields(predicted_form)
-        reference_fields = max(map(count_fields, forms), key=partial(_compute_f1, predicted_fields))
+        reference_fields = max(map(count_fields, forms), key=partial(compute_f1, predicted_fields))
         per_sample.append(
             {
-                "f1": _compute_f1(predicted_fields, reference_fields),
+                "f1": compute_f1(predicted_fields, reference_fields),
                 "exact": float(predicted_form in forms),
                 "parse_rate": float(predicted_form is not None),
             }
@@ -187,11 +187,6 @@ def _iter_leaves(form: JsonForm | str, path: str) -> Iterator[tuple[str, str]]:
     else:
         for child in form:
             yield from _iter_leaves(child, path)
-
-
-def _compute_f1(predicted: ClassCounts, reference: ClassCounts) -> float:
-    num_total = predicted.total() + reference.total()
-    return 2 * (predicted & reference).total() / num_total if num_total else 1.0
 
 
 def _compute_field_scores(counts: SampleGroup) -> dict[str, float]:

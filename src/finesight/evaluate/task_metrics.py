@@ -101,10 +101,7 @@ METRIC_TEXTS = {
     "recall_at_0.5": ("recall at IoU 0.5", ""),
     "ap_50": ("AP at IoU 0.5", ""),
     "ap_75": ("AP at IoU 0.75", ""),
-    "bleu_1": ("BLEU-1", ""),
-    "bleu_2": ("BLEU-2", ""),
-    "bleu_3": ("BLEU-3", ""),
-    "bleu_4": ("BLEU-4", ""),
+    **{f"bleu_{order}": (f"BLEU-{order}", "") for order in range(1, 5)},
     "rewards/accuracies": ("reward accuracy", "pairs whose chosen answer has the larger reward"),
     "rewards/margins": ("reward margin", "reward of the chosen minus that of the rejected answer"),
 }

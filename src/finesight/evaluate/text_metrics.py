@@ -16,6 +16,7 @@ import string
 import unicodedata
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -146,11 +147,13 @@ def normalize_answer(text: str) -> str:
 
 def compute_word_f1(answer: str, reference: str) -> float:
     """Compute the word F1 of two texts after normalization; 1 if both are empty."""
-    answer_words, reference_words = (normalize_answer(text).split() for text in (answer, reference))
-    if not answer_words or not reference_words:
-        return float(answer_words == reference_words)
-    common = (Counter(answer_words) & Counter(reference_words)).total()
-    return 2 * common / (len(answer_words) + len(reference_words))
+    return compute_f1(*(Counter(normalize_answer(text).split()) for text in (answer, reference)))
+
+
+def compute_f1(predicted: Counter[Any], reference: Counter[Any]) -> float:
+    """Compute the F1 of counted values; 1 if both are empty."""
+    num_total = predicted.total() + reference.total()
+    return 2 * (predicted & reference).total() / num_total if num_total else 1.0
 
 
 def compute_anls(answer: str, reference: str) -> float:

@@ -59,23 +59,15 @@ class ChartSeries:
     """Input of a chart: one series of values by step.
 
     Attributes:
-        style: `line`, `faint` (a line behind its smoothed series), or `marks` (a line with
-            markers).
+        style: `line`, `faint` (a line behind its smoothed series), `marks` (a line with markers),
+            or `steps` (a histogram whose bins are centered at the points).
         error_bars: Step, low and high of each error bar.
     """
 
     name: str
     points: Sequence[Point]
-    style: Literal["line", "faint", "marks"] = "line"
+    style: Literal["line", "faint", "marks", "steps"] = "line"
     error_bars: Sequence[tuple[float, float, float]] = ()
-
-
-@dataclass(frozen=True)
-class AxisTick:
-    """Tick of a chart axis."""
-
-    offset: float
-    label: str
 
 
 @dataclass(frozen=True)
@@ -99,6 +91,7 @@ class Chart:
     """Chart for a page template, with all coordinates computed.
 
     Attributes:
+        x_ticks: Coordinate and label of each tick of the axis; `y_ticks` likewise.
         data: Data for the script of the page: the ends of the axes `x` and `y`, and `series` with
             `name` and `points` (x, y, formatted y). Histograms have `labels` of x = 0, 1, 2, ...
     """
@@ -107,8 +100,8 @@ class Chart:
     caption: str
     summary: str
     lines: list[ChartLine]
-    x_ticks: list[AxisTick]
-    y_ticks: list[AxisTick]
+    x_ticks: list[tuple[float, str]]
+    y_ticks: list[tuple[float, str]]
     data: dict[str, Any]
 
 
@@ -127,16 +120,48 @@ class _AxisScale:
         fraction = (value - self.y_low) / (self.y_high - self.y_low)
         return round(HEIGHT - MARGIN_BOTTOM - fraction * (HEIGHT - MARGIN_TOP - MARGIN_BOTTOM), 1)
 
-    def build_line(self, series: ChartSeries, points: Sequence[Point]) -> ChartLine:
-        coordinates = [(self.to_x(x), self.to_y(y)) for x, y in points]
+    def build_line(self, series: ChartSeries) -> ChartLine:
+        coordinates = [(self.to_x(x), self.to_y(y)) for x, y in series.points]
         path = "M" + "L".join(f"{x:g} {y:g}" for x, y in coordinates)
         # A line with one point is invisible without a marker.
         has_markers = series.style == "marks" or len(coordinates) == 1
+        if series.style == "steps":
+            segments = [f"V{self.to_y(y):g}H{self.to_x(x + 0.5):g}" for x, y in series.points]
+            bottom, has_markers = f"{self.to_y(0):g}", False
+            path = f"M{self.to_x(-0.5):g} {bottom}{''.join(segments)}V{bottom}"
         error_bars = (
             (self.to_x(x), self.to_y(high), self.to_y(low)) for x, low, high in series.error_bars
         )
         markers = tuple(coordinates) if has_markers else ()
         return ChartLine(series.name, series.style, path, markers, tuple(error_bars))
+
+    def draw(
+        self,
+        titles: tuple[str, str],
+        series: Sequence[ChartSeries],
+        descriptions: Sequence[str],
+        ticks: tuple[Sequence[tuple[float, str]], Sequence[tuple[float, str]]],
+        unit: str = "",
+        **data: object,
+    ) -> Chart:
+        """Return the chart of series, with title and caption, and ticks of both axes."""
+        x_ticks, y_ticks = ticks
+        lines = [
+            {
+                "name": one.name,
+                "points": [(x, y, f"{format_exact(y)}{unit}") for x, y in one.points],
+            }
+            for one in series
+        ]
+        axes = {"x": [self.x_low, self.x_high], "y": [self.y_low, self.y_high]}
+        return Chart(
+            *titles,
+            translate("{}: {}", titles[0], translate("; ").join(descriptions)),
+            [self.build_line(one) for one in series],
+            [(self.to_x(x), label) for x, label in x_ticks],
+            [(self.to_y(y), label) for y, label in y_ticks],
+            axes | {"series": lines} | data,
+        )
 
 
 def build_chart(title: str, series: Sequence[ChartSeries], caption: str = "") -> Chart | None:
@@ -144,42 +169,29 @@ def build_chart(title: str, series: Sequence[ChartSeries], caption: str = "") ->
 
     Returns None if no series has points.
     """
-    visible = [(item, downsample(item.points)) for item in series if item.points]
+    visible = [item for item in series if item.points]
     if not visible:
         return None
-    steps = [step for item, _ in visible for step, _ in item.points]
-    values = [value for _, points in visible for _, value in points]
-    values += [bound for item, _ in visible for _, *bounds in item.error_bars for bound in bounds]
+    drawn = [replace(item, points=downsample(item.points)) for item in visible]
+    steps = [step for item in visible for step, _ in item.points]
+    values = [value for item in drawn for _, value in item.points]
+    values += [bound for item in drawn for _, *bounds in item.error_bars for bound in bounds]
     x_low, x_high = min(steps), max(steps)
+    x_ticks = [steps[0]]
     if x_low == x_high:
         x_low, x_high = x_low - 1, x_high + 1
-    x_ticks = [steps[0]]
-    if len(set(steps)) > 1:
+    else:
         x_ticks = compute_ticks(x_low, x_high, 6, integer_only=True)
     y_ticks = compute_ticks(min(values), max(values), 5, include_ends=True)
-    scale = _AxisScale(x_low, x_high, y_ticks[0], y_ticks[-1])
     descriptions = []
-    for item, _ in visible:
+    for item in visible:
         if item.style != "faint":
             (x1, y1), (x2, y2) = item.points[0], item.points[-1]
             texts = item.name, format_exact(y1), f"{x1:g}", format_exact(y2), f"{x2:g}"
             descriptions.append(translate("{} {} at step {}, {} at step {}", *texts))
-    return Chart(
-        title,
-        caption,
-        translate("{}: {}", title, translate("; ").join(descriptions)),
-        [scale.build_line(item, points) for item, points in visible],
-        [AxisTick(scale.to_x(tick), format_compact(tick)) for tick in x_ticks],
-        [AxisTick(scale.to_y(tick), label) for tick, label in _format_ticks(y_ticks)],
-        {
-            "x": [x_low, x_high],
-            "y": [y_ticks[0], y_ticks[-1]],
-            "series": [
-                {"name": item.name, "points": [(x, y, format_exact(y)) for x, y in points]}
-                for item, points in visible
-            ],
-        },
-    )
+    ticks = [(tick, format_compact(tick)) for tick in x_ticks], _format_ticks(y_ticks)
+    scale = _AxisScale(x_low, x_high, y_ticks[0], y_ticks[-1])
+    return scale.draw((title, caption), drawn, descriptions, ticks)
 
 
 def build_parallel_plot(
@@ -338,44 +350,40 @@ def build_histogram(
         translate("{:,} to {:,}", lower, upper - 1) if upper - 1 > lower else f"{lower:,}"
         for lower, upper in pairwise(edges)
     ]
-    percentages = [
-        (name, [100 * counts.get(str(index), 0) / sum(counts.values()) for index in bin_range])
-        for name, counts in counts_by_run
-        if counts
+    series, descriptions = [], []
+    for name, counts in counts_by_run:
+        if counts:
+            total = sum(counts.values())
+            values = [100 * counts.get(str(index), 0) / total for index in bin_range]
+            series.append(ChartSeries(name, list(enumerate(values)), "steps"))
+            descriptions.append(translate("{} mostly {}", name, labels[values.index(max(values))]))
+    highest = max(value for one in series for _, value in one.points)
+    y_ticks = compute_ticks(0.0, highest, 4, include_ends=True)
+    x_ticks = range(0, len(edges), max(1, math.ceil(len(edges) / 7)))
+    ticks = (
+        [(index - 0.5, f"{edges[index]:,}") for index in x_ticks],
+        [(tick, f"{tick:g} %") for tick in y_ticks],
+    )
+    scale = _AxisScale(-0.5, len(edges) - 1.5, 0.0, y_ticks[-1])
+    return scale.draw((title, caption), series, descriptions, ticks, " %", labels=labels)
+
+
+def build_histograms(
+    titles: Mapping[str, tuple[str, str]],
+    counts_by_run: Sequence[tuple[str, Mapping[str, HistogramCounts]]],
+) -> list[Chart]:
+    """Build the charts of several histograms by name, without those that no run has.
+
+    Args:
+        titles: Title and caption of each histogram, not translated.
+        counts_by_run: Display name of each run, and its histograms.
+    """
+    counts = {name: [(run, one.get(name, {})) for run, one in counts_by_run] for name in titles}
+    charts = [
+        build_histogram(translate(title), translate(caption), counts[name])
+        for name, (title, caption) in titles.items()
     ]
-    y_ticks = compute_ticks(
-        0.0, max(max(values) for _, values in percentages), 4, include_ends=True
-    )
-    scale = _AxisScale(0, len(edges) - 1, 0, y_ticks[-1])
-    lines, series, descriptions = [], [], []
-    for name, values in percentages:
-        # One horizontal segment per bin.
-        segments = [f"V{scale.to_y(y):g}H{scale.to_x(x):g}" for x, y in enumerate(values, 1)]
-        bottom = f"{scale.to_y(0):g}"
-        path = f"M{scale.to_x(0):g} {bottom}{''.join(segments)}V{bottom}"
-        lines.append(ChartLine(name, "line", path))
-        points = [(x, value, f"{format_exact(value)} %") for x, value in enumerate(values)]
-        series.append({"name": name, "points": points})
-        most_frequent = labels[values.index(max(values))]
-        descriptions.append(translate("{} mostly {}", name, most_frequent))
-    label_interval = max(1, math.ceil(len(edges) / 7))
-    return Chart(
-        title,
-        caption,
-        translate("{}: {}", title, translate("; ").join(descriptions)),
-        lines,
-        [
-            AxisTick(scale.to_x(index), f"{edges[index]:,}")
-            for index in range(0, len(edges), label_interval)
-        ],
-        [AxisTick(scale.to_y(tick), f"{tick:g} %") for tick in y_ticks],
-        {
-            "x": [-0.5, len(edges) - 1.5],
-            "y": [0.0, y_ticks[-1]],
-            "series": series,
-            "labels": labels,
-        },
-    )
+    return [chart for chart in charts if chart is not None]
 
 
 def build_run_charts(run_record: RunRecord) -> list[Chart]:

@@ -18,7 +18,7 @@ from finesight.report.charts import (
     Chart,
     ChartSeries,
     build_chart,
-    build_histogram,
+    build_histograms,
     filter_finite,
     parse_counts,
     smooth_points,
@@ -240,7 +240,9 @@ def render_compare_page(comparison: RunComparison, max_samples: int = MAX_SAMPLE
     has_latex = any(run.metric == "latex" for run in runs)
     data_builder = ExampleDataBuilder(folders, has_latex)
     charts = [chart for chart in _build_charts(runs) if chart is not None]
-    histograms = [chart for chart in _build_histograms(runs) if chart is not None]
+    histograms = build_histograms(
+        HISTOGRAM_TITLES, [(run.label, _count_sizes(run)) for run in runs]
+    )
     labels = [run.label for run in runs]
     return render_page(
         "compare",
@@ -312,26 +314,21 @@ def _build_charts(runs: Sequence[ComparedRun]) -> list[Chart | None]:
     return charts
 
 
-def _build_histograms(runs: Sequence[ComparedRun]) -> list[Chart | None]:
-    """Return histograms of tokens per sample, patches per image and tokens per answer."""
-    titles = {
-        "tokens": ("Tokens per sample", "share of training samples"),
-        "patches": ("Patches per image", "share of training images"),
-        "answers": ("Tokens per answer", "share of validation samples"),
-    }
-    counts: dict[str, list[tuple[str, HistogramCounts]]] = {name: [] for name in titles}
-    for run in runs:
-        start = summary.get_last_start(run.run_record) if run.run_record else {}
-        lengths = [prediction.record.get("num_tokens") for prediction in run.predictions.values()]
-        known_lengths = [length for length in lengths if isinstance(length, int)]
-        answers = {"answers": count_half_octaves(known_lengths)}
-        recorded = as_object(start.get("size_histograms")) | answers
-        for name, histograms in counts.items():
-            histograms.append((run.label, parse_counts(recorded.get(name))))
-    return [
-        build_histogram(translate(title), translate(caption), counts[name])
-        for name, (title, caption) in titles.items()
-    ]
+HISTOGRAM_TITLES = {
+    "tokens": ("Tokens per sample", "share of training samples"),
+    "patches": ("Patches per image", "share of training images"),
+    "answers": ("Tokens per answer", "share of validation samples"),
+}
+"""Title and caption of each histogram."""
+
+
+def _count_sizes(run: ComparedRun) -> dict[str, HistogramCounts]:
+    """Return the histograms of tokens per sample, patches per image and tokens per answer."""
+    start = summary.get_last_start(run.run_record) if run.run_record else {}
+    lengths = [prediction.record.get("num_tokens") for prediction in run.predictions.values()]
+    answers = count_half_octaves([length for length in lengths if isinstance(length, int)])
+    recorded = as_object(start.get("size_histograms")) | {"answers": answers}
+    return {name: parse_counts(recorded.get(name)) for name in HISTOGRAM_TITLES}
 
 
 def _cell_to_dict(cell: MetricCell) -> dict[str, Any]:

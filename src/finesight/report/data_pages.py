@@ -29,7 +29,7 @@ from finesight.encode.tokenization import (
     VisualSpan,
     iter_token_rows,
 )
-from finesight.report.charts import Chart, build_histogram
+from finesight.report.charts import Chart, build_histograms
 from finesight.report.html import InlineImage, build_inline_image, render_page
 from finesight.report.i18n import translate
 from finesight.vision.image_processing import load_image, unpatchify
@@ -101,12 +101,8 @@ def _build_sample_charts(records: Sequence[dict[str, Any]]) -> list[Chart]:
         "image_side": sizes,
         "num_boxes": [one["num_sample_boxes"] for one in records],
     }
-    name = translate("samples")
-    charts = [
-        build_histogram(*_translate_titles(key), [(name, count_half_octaves(values[key]))])
-        for key in values
-    ]
-    return [chart for chart in charts if chart is not None]
+    counts = {name: count_half_octaves(numbers) for name, numbers in values.items()}
+    return build_histograms(HISTOGRAM_TITLES, [(translate("samples"), counts)])
 
 
 def _build_sample_record(renderer: NativeRenderer, located_sample: LocatedSample) -> dict[str, Any]:
@@ -326,7 +322,9 @@ def render_check_page(
         for code, (severity, description) in ISSUE_TYPES.items()
         if check_result.issue_counts.get(code)
     ]
-    charts = _build_profile_charts(check_result)
+    profiles = sorted(check_result.profiles.items())
+    histograms = [(translate(SPLIT_NAMES[split]), one.histograms) for split, one in profiles]
+    charts = build_histograms(HISTOGRAM_TITLES, histograms)
     return render_page(
         "check",
         {
@@ -363,24 +361,6 @@ def _describe_checks(check_result: CheckResult) -> list[tuple[str, int, str]]:
         )
         for name, codes in CHECKS.items()
     ]
-
-
-def _translate_titles(name: str) -> tuple[str, str]:
-    """Return the title and the caption of a histogram."""
-    title, caption = HISTOGRAM_TITLES[name]
-    return translate(title), translate(caption)
-
-
-def _build_profile_charts(check_result: CheckResult) -> list[Chart]:
-    """Build histograms with one line per split."""
-    charts = []
-    for name in HISTOGRAM_TITLES:
-        counts_by_split = [
-            (translate(SPLIT_NAMES[split]), profile.histograms.get(name, {}))
-            for split, profile in sorted(check_result.profiles.items())
-        ]
-        charts.append(build_histogram(*_translate_titles(name), counts_by_split))
-    return [chart for chart in charts if chart is not None]
 
 
 def _list_frequent_values(

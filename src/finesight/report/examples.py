@@ -27,13 +27,7 @@ from finesight.data.image_header import (
 )
 from finesight.data.sample import BoxPart
 from finesight.errors import UserError
-from finesight.evaluate.bootstrap import (
-    BOUNDED,
-    UNBOUNDED,
-    FloatArray,
-    ScoreEstimator,
-    estimate_mean,
-)
+from finesight.evaluate.bootstrap import BOUNDED, UNBOUNDED, ScoreEstimator, estimate_mean
 from finesight.evaluate.eval_case import EvalCase
 from finesight.evaluate.json_metrics import count_fields, name_boxes, parse_form
 from finesight.evaluate.mathml import convert_formula
@@ -317,29 +311,23 @@ def estimate_differences(
     Returns:
         Difference with confidence interval by metric name. Other metrics are omitted.
     """
-    line_pairs = [pair for pair in pair_predictions(before, after) if None not in pair]
+    pairs = [pair for pair in pair_predictions(before, after) if None not in pair]
     estimators: tuple[dict[str, ScoreEstimator], dict[str, ScoreEstimator]] = ({}, {})
-    for name in before_metrics.keys() & after_metrics.keys() if line_pairs else ():
-        columns = [_read_score_column(name, lines) for lines in zip(*line_pairs, strict=True)]
-        values = before_metrics[name], after_metrics[name]
-        if not all(
-            column is not None and abs(column.mean() - value) < MAX_MEAN_ERROR
-            for column, value in zip(columns, values, strict=True)
-        ):
-            continue
-        scores = np.array(columns)
-        bounds = BOUNDED if ((scores >= 0) & (scores <= 1)).all() else UNBOUNDED
-        for column, target in zip(scores, estimators, strict=True):
-            target[name] = estimate_mean(column, bounds)
+    for name in before_metrics.keys() & after_metrics.keys() if pairs else ():
+        scores_N2 = np.array([[_read_score(name, line) for line in pair] for pair in pairs])
+        errors = scores_N2.mean(axis=0) - (before_metrics[name], after_metrics[name])
+        if (abs(errors) < MAX_MEAN_ERROR).all():  # False for NaN
+            bounds = BOUNDED if ((scores_N2 >= 0) & (scores_N2 <= 1)).all() else UNBOUNDED
+            for column_N, target in zip(scores_N2.T, estimators, strict=True):
+                target[name] = estimate_mean(column_N, bounds)
     return {difference.name: difference for difference in compare_estimators(*estimators)}
 
 
-def _read_score_column(metric: str, lines: tuple[Any, ...]) -> FloatArray | None:
-    """Return one score of every prediction, or None if any prediction lacks it."""
+def _read_score(metric: str, line: Any) -> float:
+    """Return a score of a prediction; NaN if it is missing."""
     if metric == "ended_with_eos":
-        return np.array([float(line.get("finish_reason") == "stop") for line in lines])
-    scores = [read_scores(line).get(PER_SAMPLE_METRICS.get(metric, metric)) for line in lines]
-    return None if None in scores else np.array(scores, np.float64)
+        return float(line.get("finish_reason") == "stop")
+    return read_scores(line).get(PER_SAMPLE_METRICS.get(metric, metric), math.nan)
 
 
 MIN_THUMBNAIL_PIXELS, MAX_THUMBNAIL_PIXELS, MAX_TOTAL_PIXELS = 200 * 260, 480 * 640, 40_000_000

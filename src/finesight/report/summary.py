@@ -36,15 +36,6 @@ from finesight.report.run_reader import (
 NOT_RECORDED = "not recorded"
 
 
-@dataclass(frozen=True)
-class SkippedGroup:
-    """Skipped samples of a run with the same reason."""
-
-    reason: str
-    count: int
-    ids: str
-
-
 def get_last_start(run_record: RunRecord) -> JsonObject:
     """Return the start event of the last training process.
 
@@ -449,15 +440,15 @@ def _sum_field(lines: Iterable[JsonObject], name: str) -> float:
     return sum(float(line[name]) for line in lines if isinstance(line.get(name), int | float))
 
 
-def list_skipped_samples(run_record: RunRecord) -> list[SkippedGroup]:
-    """Return the skipped samples of a run by reason, most frequent reason first."""
+def list_skipped_samples(run_record: RunRecord) -> list[tuple[str, str, str]]:
+    """Return the count, reason and IDs of skipped samples, most frequent reason first."""
     ids_by_reason: defaultdict[str, list[str]] = defaultdict(list)
     for line in run_record.skipped_samples:
         reason = str(line.get("reason"))
         # Without the image path at the start, so that equal reasons match.
         ids_by_reason[reason.partition(": ")[2] or reason].append(str(line.get("id")))
     return [
-        SkippedGroup(reason, len(ids), ", ".join(ids[:5]) + (", …" if len(ids) > 5 else ""))
+        (f"{len(ids):,}", reason, ", ".join(ids[:5]) + (", …" if len(ids) > 5 else ""))
         for reason, ids in sorted(ids_by_reason.items(), key=lambda item: -len(item[1]))
     ]
 

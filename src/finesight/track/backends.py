@@ -12,7 +12,7 @@ import os
 import secrets
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -31,6 +31,7 @@ from finesight.track.tracker_records import (
     RunStarted,
     RunState,
     StartRecord,
+    TrackerRecord,
 )
 
 
@@ -47,6 +48,17 @@ class Tracker(ABC):
 
     extra: ClassVar[str] = ""
     telemetry_off_env: ClassVar[Mapping[str, str]] = {}
+
+    def handle(self, record: TrackerRecord) -> RunStarted | None:
+        """Call the method for a record."""
+        methods: dict[str, Callable[[Any], RunStarted | None]] = {
+            "start": self.start_run,
+            "metrics": self.log_metrics,
+            "images": self.log_images,
+            "alert": self.send_alert,
+            "finish": self.finish_run,
+        }
+        return methods[record.type](record)
 
     @abstractmethod
     def start_run(self, record: StartRecord) -> RunStarted:

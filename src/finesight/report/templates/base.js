@@ -9,9 +9,10 @@ createElement(tag, attributes, ...children)
                                      or undefined are omitted
 drawImage(image, boxes, alt)         image {src, width, height} with boxes {xyxy, label, kind} in its
                                      pixels; `kind` becomes a class of the box
-onNavigate(move, keys)               calls move(1) or move(-1) for the keys j and k, or for other keys
-createPager(count, show)             pager for one example at a time: {nav, go}, an element with buttons
-                                     (keys: j, k and arrows) and a function that shows an example by index
+onNavigate(move, keys, target)       calls move(1) or move(-1) for the keys j and k, or for other keys
+createPager(count, show, target)     pager for one example at a time: {nav, go}, an element with buttons
+                                     (keys in the target: j, k and arrows) and a function that shows an
+                                     example by index
 createFeed(parent, items, draw)      list of cards, drawn in batches on demand; returns a function that
                                      moves the focus by a number of cards, for onNavigate
 */
@@ -108,8 +109,8 @@ function positionElement(element, [x1, y1, x2, y2], frame) {
 
 /* Calls `move(1)` or `move(-1)` on a key press. Ignores keys in input fields and events whose default
    was prevented. */
-function onNavigate(move, keys = {j: 1, k: -1}) {
-  document.addEventListener("keydown", (event) => {
+function onNavigate(move, keys = {j: 1, k: -1}, target = document) {
+  target.addEventListener("keydown", (event) => {
     const isTyping = event.target.closest("input, select, textarea");
     if (isTyping || event.defaultPrevented || event.ctrlKey || event.metaKey || event.altKey) return;
     if (event.key in keys) {
@@ -119,7 +120,7 @@ function onNavigate(move, keys = {j: 1, k: -1}) {
   });
 }
 
-function createPager(count, show) {
+function createPager(count, show, target = document) {
   const previous = createElement("button", {type: "button", title: translate("Previous: k or ←"),
     "aria-label": translate("Previous")},
   "←", createElement("span", {}, ` ${translate("Previous")}`));
@@ -138,7 +139,7 @@ function createPager(count, show) {
   };
   previous.addEventListener("click", () => go(current - 1));
   next.addEventListener("click", () => go(current + 1));
-  onNavigate((step) => go(current + step), {j: 1, k: -1, ArrowRight: 1, ArrowLeft: -1});
+  onNavigate((step) => go(current + step), {j: 1, k: -1, ArrowRight: 1, ArrowLeft: -1}, target);
   if (count) go(0);
   const nav = createElement("nav", {class: "pager", "aria-label": translate("Examples")},
     previous, position, next);

@@ -79,23 +79,19 @@ function drawTile(example, enlarge) {
 /* Show one of `examples` in the dialog, with buttons and keys for the others. */
 function enlargeExample(examples, index) {
   const dialog = byId("enlarged");
-  const show = (next) => {
-    if (next < 0 || next >= examples.length) return;
-    index = next;
-    byId("enlarged-position").textContent = translate("{} of {}", index + 1, examples.length);
-    byId("enlarged-example").replaceChildren(drawExample(examples[index]));
+  const enlarged = createElement("div");
+  const content = createElement("div");
+  const {nav, go} = createPager(examples.length, (next) => {
+    enlarged.replaceChildren(drawExample(examples[next]));
     dialog.scrollTop = 0;
-  };
-  byId("enlarged-previous").onclick = () => show(index - 1);
-  byId("enlarged-next").onclick = () => show(index + 1);
-  dialog.onkeydown = (event) => {
-    const step = {ArrowRight: 1, j: 1, ArrowLeft: -1, k: -1}[event.key];
-    if (!step || event.ctrlKey || event.metaKey || event.altKey) return;
-    event.preventDefault();
-    show(index + step);
-  };
-  show(index);
-  if (!dialog.open) dialog.showModal();
+  }, content);
+  const close = createElement("button", {type: "button", class: "close"}, translate("Close"));
+  close.addEventListener("click", () => dialog.close());
+  nav.append(close);
+  content.append(nav, enlarged);
+  dialog.replaceChildren(content);
+  go(index);
+  dialog.showModal();
 }
 
 /* A line of a prediction file, as in a file of incorrect answers. */
@@ -156,7 +152,6 @@ function startExamples() {
     const name = document.querySelector("h1").textContent;
     saveFile(`${name}-incorrect.jsonl`, matches.filter((example) => example.is_incorrect).map(toPredictionLine).join(""));
   });
-  byId("enlarged-close").addEventListener("click", () => byId("enlarged").close());
   onNavigate((step) => moveFocus(step));
   byId("feed").addEventListener("keydown", (event) => {
     if (!event.target.matches("li") || event.key !== "Enter") return;
@@ -164,13 +159,7 @@ function startExamples() {
     event.target.querySelector(".tile")?.click();
     event.target.querySelector(".example")?.classList.toggle("wide");
   });
-  document.addEventListener("keydown", (event) => {
-    const isTyping = event.target.closest("input, select, textarea, dialog");
-    if (event.key === "/" && !isTyping) {
-      event.preventDefault();
-      search.focus();
-    }
-  });
+  onNavigate(() => search.focus(), {"/": 1});
   refresh();
 }
 

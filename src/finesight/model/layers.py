@@ -207,12 +207,11 @@ def _fused_add_norm(
 
 
 class FeedForward(nn.Module):
-    """MLP whose first child is the linear layer that reads its input."""
+    """MLP of two linear layers; the first determines the format of the preceding norm."""
 
     @property
-    def input_linear(self) -> FusedLinear:
-        """First linear layer, which determines the format of the preceding norm."""
-        return next(module for module in self.children() if isinstance(module, FusedLinear))
+    def linears(self) -> tuple[FusedLinear, ...]:
+        return tuple(module for module in self.children() if isinstance(module, FusedLinear))
 
 
 class GatedMlp(FeedForward):
@@ -337,7 +336,7 @@ class VisionBlock(nn.Module):
         """
         x_ND, n_ND = add_norm(x_ND, y_ND, self.norm1, self.attn.qkv)
         o_ND = self.attn(n_ND, rotary, segments)
-        x_ND, n_ND = add_norm(x_ND, o_ND, self.norm2, self.mlp.input_linear)
+        x_ND, n_ND = add_norm(x_ND, o_ND, self.norm2, self.mlp.linears[0])
         return x_ND, self.mlp(n_ND)
 
 
@@ -362,7 +361,7 @@ class PatchMerger(nn.Module):
 
 @dataclass(frozen=True)
 class FusedGelu:
-    """GELU approximation of the form x sigmoid(linear x + cubic x^3)."""
+    """GELU approximation of the form x sigmoid(linear x + cubic x^3), or with linear 0 exact."""
 
     linear: float
     cubic: float
@@ -370,7 +369,7 @@ class FusedGelu:
 
     def apply_linear(self, linear: FusedLinear, x_ND: Tensor | Fp8Rows) -> Tensor:
         """Apply a linear layer and the GELU, [N, D] to [N, F]."""
-        operands = gemm_gelu_operands(linear, x_ND)
+        operands = gemm_gelu_operands(linear, x_ND) if self.linear else None
         if operands is None:
             return self.eager(single_output(linear(x_ND)))
         return gemm_gelu_kernels.gemm_gelu(
@@ -383,6 +382,24 @@ QUICK_GELU = FusedGelu(1.702, 0.0, quick_gelu)
 _TANH_SCALE = 2 * math.sqrt(2 / math.pi)
 
 TANH_GELU = FusedGelu(_TANH_SCALE, _TANH_SCALE * 0.044715, partial(F.gelu, approximate="tanh"))
+
+EXACT_GELU = FusedGelu(0.0, 0.0, F.gelu)
+
+
+class GeluMlp(FeedForward):
+    """MLP of a vision block: second(gelu(first(x))), with published names of the linear layers."""
+
+    def __init__(self, config: VisionConfig, first: str, second: str, gelu: FusedGelu) -> None:
+        super().__init__()
+        self.gelu, size = gelu, config.intermediate_size
+        self.add_module(first, FusedLinear(config.hidden_size, {first: size}, bias=True))
+        self.add_module(second, FusedLinear(size, {second: config.hidden_size}, bias=True))
+
+    def forward(self, x_ND: Tensor | Fp8Rows) -> Tensor:
+        first, second = self.linears
+        if self.gelu is QUICK_GELU and second.accepts_fp8_input:
+            return single_output(second(quantize_fp8(single_output(first(x_ND)), gelu=True)))
+        return single_output(second(self.gelu.apply_linear(first, x_ND)))
 
 
 def gemm_gelu_operands(linear: FusedLinear, x_ND: Tensor | Fp8Rows) -> tuple[Tensor, Tensor] | None:

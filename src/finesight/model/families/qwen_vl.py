@@ -33,6 +33,8 @@ from finesight.model.decoder import Decoder
 from finesight.model.families import QWEN_VL_MAPPING, Architecture
 from finesight.model.fused_ops import swiglu
 from finesight.model.layers import (
+    EXACT_GELU,
+    GeluMlp,
     RmsNorm,
     RotaryCosSin,
     add_norm,
@@ -265,18 +267,6 @@ class QwenVisionAttention(nn.Module):
         return single_output(self.out_proj(o_NHD.flatten(1)))
 
 
-class QwenVisionMlp(nn.Module):
-    """MLP of a vision block: c_proj(gelu(c_fc(x)))."""
-
-    def __init__(self, hidden_size: int, intermediate_size: int) -> None:
-        super().__init__()
-        self.c_fc = FusedLinear(hidden_size, {"c_fc": intermediate_size}, bias=True)
-        self.c_proj = FusedLinear(intermediate_size, {"c_proj": hidden_size}, bias=True)
-
-    def forward(self, x_ND: Tensor | Fp8Rows) -> Tensor:
-        return single_output(self.c_proj(F.gelu(single_output(self.c_fc(x_ND)))))
-
-
 class QwenVisionBlock(nn.Module):
     """Pre-norm vision transformer block: attention within an image, then the MLP."""
 
@@ -285,13 +275,13 @@ class QwenVisionBlock(nn.Module):
         self.ln_1 = _norm(config.hidden_size)
         self.ln_2 = _norm(config.hidden_size)
         self.attn = QwenVisionAttention(config.hidden_size, config.num_heads)
-        self.mlp = QwenVisionMlp(config.hidden_size, config.intermediate_size)
+        self.mlp = GeluMlp(config, "c_fc", "c_proj", EXACT_GELU)
 
     def forward(
         self, x_ND: Tensor, y_ND: Tensor | None, rotary: RotaryCosSin, segments: Segments
     ) -> tuple[Tensor, Tensor]:
         x_ND, n_ND = add_norm(x_ND, y_ND, self.ln_1, self.attn.in_proj)
-        x_ND, n_ND = add_norm(x_ND, self.attn(n_ND, segments), self.ln_2, self.mlp.c_fc)
+        x_ND, n_ND = add_norm(x_ND, self.attn(n_ND, segments), self.ln_2, self.mlp.linears[0])
         return x_ND, self.mlp(n_ND)
 
 

@@ -151,6 +151,10 @@ class RmsNorm(nn.RMSNorm):
 
     eps: float
 
+    def scale(self, dtype: torch.dtype) -> Tensor:
+        """Return the factors of normalized hidden states in `dtype`."""
+        return self.weight
+
     def forward(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.weight, self.eps)
 
@@ -206,15 +210,15 @@ def _fused_add_norm(
     )
 
 
-class FeedForward(nn.Module):
-    """MLP of two linear layers; the first determines the format of the preceding norm."""
+class LinearBlock(nn.Module):
+    """Block of two linear layers; the first determines the format of the preceding norm."""
 
     @property
     def linears(self) -> tuple[FusedLinear, ...]:
         return tuple(module for module in self.children() if isinstance(module, FusedLinear))
 
 
-class GatedMlp(FeedForward):
+class GatedMlp(LinearBlock):
     """Gated MLP: down(silu(gate(x)) * up(x)) (Shazeer 2020)."""
 
     def __init__(self, hidden_size: int, intermediate_size: int, *, bias: bool) -> None:
@@ -318,7 +322,7 @@ class VisionBlock(nn.Module):
     """Pre-norm vision transformer block: attention within a segment, then the MLP."""
 
     def __init__(
-        self, config: VisionConfig, norm: Callable[[int], nn.Module], mlp: FeedForward
+        self, config: VisionConfig, norm: Callable[[int], nn.Module], mlp: LinearBlock
     ) -> None:
         super().__init__()
         self.norm1 = norm(config.hidden_size)
@@ -386,7 +390,7 @@ TANH_GELU = FusedGelu(_TANH_SCALE, _TANH_SCALE * 0.044715, partial(F.gelu, appro
 EXACT_GELU = FusedGelu(0.0, 0.0, F.gelu)
 
 
-class GeluMlp(FeedForward):
+class GeluMlp(LinearBlock):
     """MLP of a vision block: second(gelu(first(x))), with published names of the linear layers."""
 
     def __init__(self, config: VisionConfig, first: str, second: str, gelu: FusedGelu) -> None:

@@ -268,6 +268,51 @@ def _must_copy(linear: FusedLinear) -> bool:
     )
 
 
+@dataclass(frozen=True)
+class FusedGelu:
+    """GELU approximation of the form x sigmoid(linear x + cubic x^3), or with linear 0 exact."""
+
+    linear: float
+    cubic: float
+    eager: Callable[[Tensor], Tensor]
+
+    def apply_linear(self, linear: FusedLinear, x_ND: Tensor | Fp8Rows) -> Tensor:
+        """Apply a linear layer and the GELU, [N, D] to [N, F]."""
+        operands = gemm_gelu_operands(linear, x_ND) if self.linear else None
+        if operands is None:
+            return self.eager(single_output(linear(x_ND)))
+        return gemm_gelu_kernels.gemm_gelu(
+            *operands, linear.bias, linear=self.linear, cubic=self.cubic
+        )
+
+
+QUICK_GELU = FusedGelu(1.702, 0.0, quick_gelu)
+
+_TANH_SCALE = 2 * math.sqrt(2 / math.pi)
+
+TANH_GELU = FusedGelu(_TANH_SCALE, _TANH_SCALE * 0.044715, partial(F.gelu, approximate="tanh"))
+
+EXACT_GELU = FusedGelu(0.0, 0.0, F.gelu)
+
+
+class GeluMlp(LinearBlock):
+    """Two linear layers with a GELU between them and the published `names`."""
+
+    def __init__(
+        self, sizes: tuple[int, int, int], names: tuple[str, str], gelu: FusedGelu
+    ) -> None:
+        super().__init__()
+        self.gelu = gelu
+        for in_size, name, out_size in zip(sizes, names, sizes[1:], strict=False):
+            self.add_module(name, FusedLinear(in_size, {name: out_size}, bias=True))
+
+    def forward(self, x_ND: Tensor | Fp8Rows) -> Tensor:
+        first, second = self.linears
+        if self.gelu is QUICK_GELU and second.accepts_fp8_input:
+            return single_output(second(quantize_fp8(single_output(first(x_ND)), gelu=True)))
+        return single_output(second(self.gelu.apply_linear(first, x_ND)))
+
+
 class PatchEmbed(nn.Module):
     """Projection of the pixels of a patch to the hidden size of the vision encoder."""
 
@@ -322,13 +367,16 @@ class VisionBlock(nn.Module):
     """Pre-norm vision transformer block: attention within a segment, then the MLP."""
 
     def __init__(
-        self, config: VisionConfig, norm: Callable[[int], nn.Module], mlp: LinearBlock
+        self,
+        config: VisionConfig,
+        norm: Callable[[int], nn.Module],
+        build_mlp: Callable[[], LinearBlock],
     ) -> None:
         super().__init__()
         self.norm1 = norm(config.hidden_size)
         self.norm2 = norm(config.hidden_size)
         self.attn = VisionAttention(config.hidden_size, config.num_heads)
-        self.mlp = mlp
+        self.mlp = build_mlp()
 
     def forward(
         self, x_ND: Tensor, y_ND: Tensor | None, rotary: RotaryCosSin, segments: Segments
@@ -351,59 +399,12 @@ class PatchMerger(nn.Module):
         super().__init__()
         self.ln_q = norm
         self.merged_size = config.hidden_size * config.merge_size**2
-        self.mlp = nn.ModuleDict(
-            {
-                "0": FusedLinear(self.merged_size, {"0": self.merged_size}, bias=True),
-                "2": FusedLinear(self.merged_size, {"2": config.out_hidden_size}, bias=True),
-            }
-        )
+        sizes = (self.merged_size, self.merged_size, config.out_hidden_size)
+        self.mlp = GeluMlp(sizes, ("0", "2"), EXACT_GELU)
 
     def forward(self, x_ND: Tensor) -> Tensor:
-        hidden = single_output(self.mlp["0"](self.ln_q(x_ND).view(-1, self.merged_size)))
-        return single_output(self.mlp["2"](F.gelu(hidden)))
-
-
-@dataclass(frozen=True)
-class FusedGelu:
-    """GELU approximation of the form x sigmoid(linear x + cubic x^3), or with linear 0 exact."""
-
-    linear: float
-    cubic: float
-    eager: Callable[[Tensor], Tensor]
-
-    def apply_linear(self, linear: FusedLinear, x_ND: Tensor | Fp8Rows) -> Tensor:
-        """Apply a linear layer and the GELU, [N, D] to [N, F]."""
-        operands = gemm_gelu_operands(linear, x_ND) if self.linear else None
-        if operands is None:
-            return self.eager(single_output(linear(x_ND)))
-        return gemm_gelu_kernels.gemm_gelu(
-            *operands, linear.bias, linear=self.linear, cubic=self.cubic
-        )
-
-
-QUICK_GELU = FusedGelu(1.702, 0.0, quick_gelu)
-
-_TANH_SCALE = 2 * math.sqrt(2 / math.pi)
-
-TANH_GELU = FusedGelu(_TANH_SCALE, _TANH_SCALE * 0.044715, partial(F.gelu, approximate="tanh"))
-
-EXACT_GELU = FusedGelu(0.0, 0.0, F.gelu)
-
-
-class GeluMlp(LinearBlock):
-    """MLP of a vision block: second(gelu(first(x))), with published names of the linear layers."""
-
-    def __init__(self, config: VisionConfig, first: str, second: str, gelu: FusedGelu) -> None:
-        super().__init__()
-        self.gelu, size = gelu, config.intermediate_size
-        self.add_module(first, FusedLinear(config.hidden_size, {first: size}, bias=True))
-        self.add_module(second, FusedLinear(size, {second: config.hidden_size}, bias=True))
-
-    def forward(self, x_ND: Tensor | Fp8Rows) -> Tensor:
-        first, second = self.linears
-        if self.gelu is QUICK_GELU and second.accepts_fp8_input:
-            return single_output(second(quantize_fp8(single_output(first(x_ND)), gelu=True)))
-        return single_output(second(self.gelu.apply_linear(first, x_ND)))
+        y_MD: Tensor = self.mlp(self.ln_q(x_ND).view(-1, self.merged_size))
+        return y_MD
 
 
 def gemm_gelu_operands(linear: FusedLinear, x_ND: Tensor | Fp8Rows) -> tuple[Tensor, Tensor] | None:

@@ -30,13 +30,11 @@ def build_vision_encoder(
         out_hidden_size_key="hidden_size",
         intermediate_size=int(vision.get_int("embed_dim") * vision.get_float("mlp_ratio")),
     )
-
-    def block() -> VisionBlock:
-        return VisionBlock(config, _norm, GeluMlp(config, "fc1", "fc2", QUICK_GELU))
-
-    encoder = VisionEncoder(
-        config, normalization, block, PatchMerger(config, _norm(config.hidden_size))
-    )
+    sizes = (config.hidden_size, config.intermediate_size, config.hidden_size)
+    mlp = partial(GeluMlp, sizes, ("fc1", "fc2"), QUICK_GELU)
+    block = partial(VisionBlock, config, _norm, mlp)
+    merger = PatchMerger(config, _norm(config.hidden_size))
+    encoder = VisionEncoder(config, normalization, block, merger)
     encoder.supports_cuda_graphs = True
     return encoder
 

@@ -65,10 +65,9 @@ class DeepstackVisionEncoder(VisionEncoder):
         grid_size: int,
         deepstack_indexes: tuple[int, ...],
     ) -> None:
-        def block() -> VisionBlock:
-            mlp = GeluMlp(config, "linear_fc1", "linear_fc2", TANH_GELU)
-            return VisionBlock(config, _norm, mlp)
-
+        sizes = (config.hidden_size, config.intermediate_size, config.hidden_size)
+        mlp = partial(GeluMlp, sizes, ("linear_fc1", "linear_fc2"), TANH_GELU)
+        block = partial(VisionBlock, config, _norm, mlp)
         merger = DeepstackMerger(config, use_postshuffle_norm=False)
         super().__init__(config, normalization, block, merger, patch_bias=True)
         self.position_grid_size = grid_size

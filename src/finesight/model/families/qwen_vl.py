@@ -275,7 +275,8 @@ class QwenVisionBlock(nn.Module):
         self.ln_1 = _norm(config.hidden_size)
         self.ln_2 = _norm(config.hidden_size)
         self.attn = QwenVisionAttention(config.hidden_size, config.num_heads)
-        self.mlp = GeluMlp(config, "c_fc", "c_proj", EXACT_GELU)
+        sizes = (config.hidden_size, config.intermediate_size, config.hidden_size)
+        self.mlp = GeluMlp(sizes, ("c_fc", "c_proj"), EXACT_GELU)
 
     def forward(
         self, x_ND: Tensor, y_ND: Tensor | None, rotary: RotaryCosSin, segments: Segments

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from finesight.model.attention import supports_varlen_attention
+from finesight.model.fused_ops import apply
 from finesight.model.kernels import lora_gemm as lora_gemm_kernels
 from finesight.model.kernels import norm as norm_kernels
 from finesight.model.kernels import rotary as rotary_kernels
@@ -206,10 +207,7 @@ def out_proj_mlp(
     linears = enumerate((out, gate_up, down), 1)
     matmuls = [layer_dropout.prepare_matmul(linear, index) for index, linear in linears]
     parameters = (parameter for matmul in matmuls for parameter in matmul.parameters)
-    y_TD: Tensor = _OutProjMlp.apply(  # type: ignore[no-untyped-call]
-        x_TD, o_TI, w_D, eps, *matmuls, *parameters
-    )
-    return y_TD
+    return apply(_OutProjMlp, x_TD, o_TI, w_D, eps, *matmuls, *parameters)
 
 
 class _OutProjMlp(torch.autograd.Function):

@@ -25,6 +25,7 @@ from finesight.model.attention import Segments, varlen_attention
 from finesight.model.config import DecoderConfig, MoeConfig, PixelNormalization, VisionConfig
 from finesight.model.fused_ops import (
     RmsNormFunction,
+    apply,
     apply_rotary,
     has_kernels,
     quick_gelu,
@@ -179,8 +180,7 @@ class ZeroCenteredRmsNorm(RmsNorm):
         wide, scale = torch.promote_types(x.dtype, torch.float32), self.scale(x.dtype)
         if x.dtype == wide:
             return rms_norm(x, scale, self.eps)
-        y: Tensor = RmsNormFunction.apply(x, scale, self.eps)  # type: ignore[no-untyped-call]
-        return y
+        return apply(RmsNormFunction, x, scale, self.eps)
 
 
 def add_norm(

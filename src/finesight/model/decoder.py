@@ -212,13 +212,9 @@ class Decoder(nn.Module):
                 layer,
                 layer_index < num_checkpointed,
                 *(x_TD, rotary, attention, logit_indices_L if is_last else None),
-                preserve_rng_state=_uses_rng(layer, x_TD),
+                # Recomputing a fused layer does not use torch's RNG.
+                preserve_rng_state=not (isinstance(layer, FusibleLayer) and layer.can_fuse(x_TD)),
             )
             if deepstack is not None:
                 x_TD = deepstack.add_after_layer(layer_index, x_TD)
         return x_TD
-
-
-def _uses_rng(layer: nn.Module, x_TD: Tensor) -> bool:
-    """Return True if recomputing the layer requires torch's RNG state."""
-    return not (isinstance(layer, FusibleLayer) and layer.can_fuse(x_TD))

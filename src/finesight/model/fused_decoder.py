@@ -28,7 +28,7 @@ from finesight.model.kernels.lora_gemm import RmsNormStats
 from finesight.model.kernels.rotary import QkvLayout
 from finesight.model.kernels.runtime import HAS_TRITON
 from finesight.model.layers import RotaryCosSin
-from finesight.model.linear import FusedLinear, LoraLinear
+from finesight.model.linear import FusedLinear, LoraLinear, accepts_fp8_input
 from finesight.model.lora.fused import LoraMatmul
 from finesight.model.quant.base import Fp8Rows
 from finesight.model.quant.fp8 import empty_fp8_rows
@@ -155,7 +155,7 @@ def _rms_norm_lora(
     x_TD: Tensor, w_D: Tensor, eps: float, matmul: LoraMatmul
 ) -> tuple[Tensor | Fp8Rows, Tensor, Tensor | None]:
     """Compute the RMS norm, the reciprocal RMS of each row and the LoRA activations."""
-    if matmul.accepts_fp8_input:
+    if accepts_fp8_input(matmul.weight):
         fp8_rows = empty_fp8_rows(x_TD)
         d_TD, rstd_T = norm_kernels.rms_norm_dropout(x_TD, w_D, eps, None, matmul.dropout, fp8_rows)
         return fp8_rows, rstd_T, _lora_down(d_TD, matmul, None)

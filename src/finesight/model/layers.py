@@ -186,28 +186,19 @@ class ZeroCenteredRmsNorm(RmsNorm):
 def add_norm(
     x_ND: Tensor, y_ND: Tensor | None, norm: nn.Module, next_linear: FusedLinear
 ) -> tuple[Tensor, Tensor | Fp8Rows]:
-    """Add the output of a block to the residual stream and normalize the sum."""
+    """Add the output of a block to the residual stream and normalize the sum.
+
+    Without gradients one kernel computes both.
+    """
+    to_fp8, uses_kernel = next_linear.accepts_fp8_input, not torch.is_grad_enabled()
     if y_ND is not None:
-        if has_kernels(x_ND) and not torch.is_grad_enabled():
-            fused = _fused_add_norm(x_ND, y_ND, norm, to_fp8=next_linear.accepts_fp8_input)
-            if fused is not None:
-                return fused
+        if uses_kernel and has_kernels(x_ND) and isinstance(norm, nn.LayerNorm | RmsNorm):
+            bias_D = norm.bias if isinstance(norm, nn.LayerNorm) else None
+            flags = {"is_layer_norm": isinstance(norm, nn.LayerNorm), "to_fp8": to_fp8}
+            return norm_kernels.add_norm(x_ND, y_ND, norm.weight, bias_D, norm.eps, **flags)
         x_ND = x_ND + y_ND
     n_ND = norm(x_ND)
-    return x_ND, quantize_fp8(n_ND) if next_linear.accepts_fp8_input else n_ND
-
-
-def _fused_add_norm(
-    x_ND: Tensor, y_ND: Tensor, norm: nn.Module, *, to_fp8: bool
-) -> tuple[Tensor, Tensor | Fp8Rows] | None:
-    """Compute `add_norm` in one kernel; return None for an unsupported norm."""
-    if not isinstance(norm, nn.LayerNorm | RmsNorm) or norm.eps is None:
-        return None
-    is_layer_norm = isinstance(norm, nn.LayerNorm)
-    parameters = norm.weight, norm.bias if isinstance(norm, nn.LayerNorm) else None, norm.eps
-    return norm_kernels.add_norm(
-        x_ND, y_ND, *parameters, is_layer_norm=is_layer_norm, to_fp8=to_fp8
-    )
+    return x_ND, quantize_fp8(n_ND) if to_fp8 else n_ND
 
 
 class LinearBlock(nn.Module):

@@ -156,7 +156,8 @@ class QwenDecoder(Decoder):
         keys = RotaryCosSin.from_angles(angles_TF, torch.float32)
         if self.training or not self.config.use_logn_attn:
             return QueryKeyRotary(keys, keys)
-        scale_T11 = logn_scale(position_ids_T1.unsqueeze(1), self.config.train_length)
+        lengths_T11 = (position_ids_T1.unsqueeze(1) + 1).double()
+        scale_T11 = (lengths_T11.log() / math.log(self.config.train_length)).clamp_min(1.0).float()
         return QueryKeyRotary(
             RotaryCosSin(keys.cos_T1D * scale_T11, keys.sin_T1D * scale_T11), keys
         )
@@ -184,19 +185,11 @@ def count_ntk_doublings(lengths: Tensor, train_length: int) -> Tensor:
 def _inverse_frequencies_by_doubling(
     head_dim: int, rope_theta: float, device: torch.device
 ) -> Tensor:
+    """Return the frequencies of NTK-aware interpolation for each number of context doublings."""
+    exponent, counts = head_dim / (head_dim - 2), range(MAX_NTK_DOUBLINGS + 1)
     with torch.inference_mode(False):
-        bases = (ntk_base(rope_theta, head_dim, n) for n in range(MAX_NTK_DOUBLINGS + 1))
+        bases = (rope_theta * math.pow(2 ** (count + 1) - 1, exponent) for count in counts)
         return torch.stack([inverse_frequencies(head_dim, base, device) for base in bases])
-
-
-def ntk_base(rope_theta: float, head_dim: int, num_doublings: int) -> float:
-    """Return the rotary base of NTK-aware interpolation for a number of context doublings."""
-    return rope_theta * math.pow(2 ** (num_doublings + 1) - 1, head_dim / (head_dim - 2))
-
-
-def logn_scale(position_ids: Tensor, train_length: int) -> Tensor:
-    """Return the LogN scale of the query at each position."""
-    return ((position_ids + 1).double().log() / math.log(train_length)).clamp_min(1.0).float()
 
 
 def parse_qwen_decoder_config(hf_config: ConfigReader) -> QwenDecoderConfig:

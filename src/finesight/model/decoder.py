@@ -22,8 +22,8 @@ from finesight.model.layers import (
     LinearBlock,
     RmsNorm,
     RotaryCosSin,
-    SparseMoeBlock,
     apply_rotary_pos_emb,
+    build_mlp,
     compute_mrope,
     empty_embedding,
     num_checkpointed_layers,
@@ -89,17 +89,24 @@ class DecoderAttention(LayerAttention):
 class FusibleLayer(nn.Module):
     """Pre-norm decoder layer for `fused_decoder`: attention, then an MLP or experts."""
 
-    input_layernorm: RmsNorm
-    post_attention_layernorm: RmsNorm
-    mlp: GatedMlp | SparseMoeBlock
-
-    def __init__(self, config: DecoderConfig, layer_index: int) -> None:
+    def __init__(
+        self,
+        config: DecoderConfig,
+        layer_index: int,
+        norm: type[RmsNorm],
+        attn_name: str,
+        attn: LayerAttention,
+    ) -> None:
         super().__init__()
         self.layer_index, self.eps = layer_index, config.rms_norm_eps
+        self.input_layernorm = norm(config.hidden_size, eps=self.eps)
+        self.add_module(attn_name, attn)
+        self.post_attention_layernorm = norm(config.hidden_size, eps=self.eps)
+        self.mlp = build_mlp(config)
 
     @property
     def attn(self) -> LayerAttention:
-        raise NotImplementedError
+        return next(x for x in self.children() if isinstance(x, LayerAttention))
 
     @property
     def fusible_linears(self) -> tuple[FusedLinear, ...]:
@@ -155,20 +162,11 @@ class FusibleLayer(nn.Module):
 class DecoderLayer(FusibleLayer):
     """Decoder layer of Qwen2-VL, Qwen2.5-VL and Qwen3-VL."""
 
-    def __init__(self, config: DecoderConfig, layer_index: int) -> None:
-        super().__init__(config, layer_index)
-        self.input_layernorm = RmsNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.self_attn = DecoderAttention(config, layer_index)
-        self.post_attention_layernorm = RmsNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.mlp = (
-            GatedMlp(config.hidden_size, config.intermediate_size, bias=False)
-            if config.moe is None
-            else SparseMoeBlock(config.hidden_size, config.moe)
-        )
+    self_attn: DecoderAttention
 
-    @property
-    def attn(self) -> DecoderAttention:
-        return self.self_attn
+    def __init__(self, config: DecoderConfig, layer_index: int) -> None:
+        attn = DecoderAttention(config, layer_index)
+        super().__init__(config, layer_index, RmsNorm, "self_attn", attn)
 
 
 class Decoder(nn.Module):

@@ -512,3 +512,12 @@ class SharedExpertMoeBlock(SparseMoeBlock):
         gate_T1 = single_output(self.shared_expert_gate(x_TD)).sigmoid()
         y_TD: Tensor = super().forward(x_TD) + gate_T1 * self.shared_expert(x_TD)
         return y_TD
+
+
+def build_mlp(config: DecoderConfig) -> GatedMlp | SparseMoeBlock:
+    """Build the MLP or the mixture of experts of a decoder layer."""
+    if config.moe is None:
+        return GatedMlp(config.hidden_size, config.intermediate_size, bias=False)
+    has_shared = config.moe.shared_intermediate_size is not None
+    moe_class = SharedExpertMoeBlock if has_shared else SparseMoeBlock
+    return moe_class(config.hidden_size, config.moe)

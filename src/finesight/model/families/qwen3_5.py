@@ -35,10 +35,8 @@ from finesight.model.families.qwen3_vl import (
 from finesight.model.fused_ops import has_kernels, norm_rotary, sigmoid_gate
 from finesight.model.gated_delta_net import DeltaNetInputs, gated_rms_norm
 from finesight.model.layers import (
-    GatedMlp,
     RmsNorm,
     RotaryCosSin,
-    SharedExpertMoeBlock,
     ZeroCenteredRmsNorm,
     apply_partial_rotary_pos_emb,
 )
@@ -141,32 +139,20 @@ class GatedDeltaNet(LayerAttention):
 class HybridDecoderLayer(FusibleLayer):
     """Decoder layer with full or linear attention."""
 
+    self_attn: GatedAttention | None
+
     def __init__(self, config: DecoderConfig, layer_index: int) -> None:
-        super().__init__(config, layer_index)
-        linear_attention = config.linear_attention
+        linear_attention, norm = config.linear_attention, ZeroCenteredRmsNorm
         assert linear_attention is not None, "a config without linear attention"
         full_layers = linear_attention.full_attention_layers
         num_full = sum(n < layer_index for n in full_layers)
-        self.input_layernorm = ZeroCenteredRmsNorm(config.hidden_size, eps=self.eps)
-        self.self_attn: GatedAttention | None = None
-        self.linear_attn: GatedDeltaNet | None = None
         if layer_index in full_layers:
-            self.self_attn = GatedAttention(config, num_full)
+            attn = GatedAttention(config, num_full)
+            super().__init__(config, layer_index, norm, "self_attn", attn)
         else:
-            self.linear_attn = GatedDeltaNet(linear_attention, config, layer_index - num_full)
-        self.post_attention_layernorm = ZeroCenteredRmsNorm(config.hidden_size, eps=self.eps)
-        self.mlp = (
-            GatedMlp(config.hidden_size, config.intermediate_size, bias=False)
-            if config.moe is None
-            else SharedExpertMoeBlock(config.hidden_size, config.moe)
-        )
-
-    @property
-    def attn(self) -> GatedAttention | GatedDeltaNet:
-        """Full or linear attention of this layer."""
-        attn = self.self_attn or self.linear_attn
-        assert attn is not None, "a layer without attention"
-        return attn
+            delta_net = GatedDeltaNet(linear_attention, config, layer_index - num_full)
+            super().__init__(config, layer_index, norm, "linear_attn", delta_net)
+            self.self_attn = None
 
 
 class HybridDecoder(Decoder):

@@ -303,7 +303,7 @@ class SharedPrefixAttention(PackedAttention):
 
     @property
     def context_lengths_T(self) -> Tensor:
-        raise AssertionError("prefix tokens belong to several sequences and have no context length")
+        raise AssertionError(f"{self.prefix_length} prefix tokens have several context lengths")
 
     def __call__(self, layer_index: int, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor) -> Tensor:
         segments, full_segments = self.segments, self.full_segments
@@ -600,7 +600,7 @@ class ContextParallelAttention(PackedAttention):
         return torch.cat(outputs)
 
     def linear_attention(self, layer_index: int, inputs: DeltaNetInputs) -> Tensor:
-        raise AssertionError("context parallelism does not support linear attention layers")
+        raise AssertionError(f"layer {layer_index} has linear attention, in context parallelism")
 
     @cached_property
     def _chunk_segments(self) -> tuple[tuple[Segments, Segments], ...]:

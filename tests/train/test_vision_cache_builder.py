@@ -163,7 +163,7 @@ def test_encoder_or_size_change_invalidates_the_cache(folder):
     (folder / "task.json").write_text(json.dumps(recipe))
     state = make_train_state(folder)
     with torch.no_grad():
-        state.engine.model.visual.merger.mlp["2"].bias[3] += 1e-3
+        state.engine.model.visual.merger.mlp.linears[1].bias[3] += 1e-3
     assert decide_vision_cache(state).num_from_disk == 0
     assert decide_vision_cache(make_train_state(folder, precision="bf16")).num_from_disk == 0
 

@@ -20,7 +20,7 @@ block.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from itertools import groupby
@@ -35,7 +35,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from finesight.encode.packing import ContextShard, compute_cu_seqlens, copy_to_device
-from finesight.model.fused_ops import has_tensor_cores
+from finesight.model.fused_ops import apply, has_tensor_cores
 from finesight.model.gated_delta_net import (
     ChunkLayout,
     DeltaNetInputs,
@@ -172,30 +172,6 @@ def _sort_segments(
     return LengthBuckets(_run_lengths(padded_S.tolist()), *tensors)
 
 
-def bucket_shared_prefix(lengths: Sequence[int]) -> LengthBuckets:
-    """Build padded buckets of sequences with a shared prefix, on the CPU."""
-    prefix_length, *suffix_lengths = lengths
-    full_lengths = [prefix_length + length for length in suffix_lengths]
-    starts = np.cumsum([prefix_length, *suffix_lengths[:-1]])
-    source_M = np.concatenate(
-        [
-            np.concatenate([np.arange(prefix_length), np.arange(start, start + length)])
-            for start, length in zip(starts, suffix_lengths, strict=True)
-        ]
-    )
-    offset_M = np.concatenate([np.arange(length) for length in full_lengths])
-    duplicate_M = (offset_M < prefix_length) & (np.arange(len(source_M)) >= full_lengths[0])
-    buckets = bucket_with_padding(full_lengths, torch.device("cpu"))
-    order_P = torch.arange(len(source_M)) if buckets.order_T is None else buckets.order_T
-    duplicate_P = torch.from_numpy(duplicate_M)[order_P]
-    if buckets.padding_P is not None:
-        duplicate_P &= ~buckets.padding_P
-    duplicates = duplicate_P if bool(duplicate_P.any()) else None
-    return replace(
-        buckets, order_T=torch.from_numpy(source_M)[order_P], inverse_T=None, duplicate_P=duplicates
-    )
-
-
 def _run_lengths(lengths: Sequence[int]) -> tuple[tuple[int, int], ...]:
     return tuple((length, len(list(group))) for length, group in groupby(lengths))
 
@@ -286,7 +262,7 @@ class PackedAttention:
         return varlen_attention(q_THD, k_TKD, v_TKD, self.segments, causal=True)
 
     def linear_attention(self, layer_index: int, inputs: DeltaNetInputs) -> Tensor:
-        return forward_packed(inputs, self.segments)
+        return forward_packed(inputs, self.segments)[0]
 
 
 class SharedPrefixIndices(NamedTuple):
@@ -327,7 +303,7 @@ class SharedPrefixAttention(PackedAttention):
 
     @property
     def context_lengths_T(self) -> Tensor:
-        raise AssertionError("prefix tokens belong to several sequences and have no context length")
+        raise AssertionError(f"{self.prefix_length} prefix tokens have several context lengths")
 
     def __call__(self, layer_index: int, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor) -> Tensor:
         segments, full_segments = self.segments, self.full_segments
@@ -335,7 +311,7 @@ class SharedPrefixAttention(PackedAttention):
             cu_seqlens = varlen_kernels.CuSeqlens(
                 segments.cu_seqlens_S1, full_segments.max_seqlen, self.prefix_length
             )
-            return _triton_attention(q_THD, k_TKD, v_TKD, cu_seqlens)
+            return apply(_TritonAttention, q_THD, k_TKD, v_TKD, cu_seqlens)
         if _use_cpu_attention(q_THD, full_segments):
             return cpu_attention(q_THD, k_TKD, v_TKD, self.length_buckets, causal=True)
         k_MKD, v_MKD = self._expand(k_TKD), self._expand(v_TKD)
@@ -355,9 +331,7 @@ class SharedPrefixAttention(PackedAttention):
         return torch.cat([prefix_THV, suffix_THV])
 
     def _expand(self, x_TX: Tensor) -> Tensor:
-        expand = _ExpandSharedPrefix.apply
-        y_MX: Tensor = expand(x_TX, self.indices)  # type: ignore[no-untyped-call]
-        return y_MX
+        return apply(_ExpandSharedPrefix, x_TX, self.indices)
 
     @property
     def prefix_length(self) -> int:
@@ -387,7 +361,17 @@ class SharedPrefixAttention(PackedAttention):
 
     @cached_property
     def length_buckets(self) -> LengthBuckets:
-        return bucket_shared_prefix(self.segments.lengths)
+        """Padded buckets of the sequences with the prefix, on the CPU."""
+        full_lengths, source_M = self.full_segments.lengths[1:], self.indices.source_indices_M
+        source_M = source_M[self.prefix_length :].long()
+        is_first_M = torch.arange(len(source_M)) < full_lengths[0]
+        buckets = bucket_with_padding(full_lengths, torch.device("cpu"))
+        order_P = torch.arange(len(source_M)) if buckets.order_T is None else buckets.order_T
+        duplicate_P = ((source_M < self.prefix_length) & ~is_first_M)[order_P]
+        if buckets.padding_P is not None:
+            duplicate_P &= ~buckets.padding_P
+        duplicates = duplicate_P if bool(duplicate_P.any()) else None
+        return replace(buckets, order_T=source_M[order_P], inverse_T=None, duplicate_P=duplicates)
 
     @cached_property
     def indices(self) -> SharedPrefixIndices:
@@ -435,7 +419,7 @@ def varlen_attention(
         return bucketed_attention(q_THD, k_TKD, v_TKD, segments.length_buckets, causal)
     cu_seqlens = varlen_kernels.CuSeqlens(segments.cu_seqlens_S1, segments.max_seqlen)
     if causal and _use_triton_attention(q_THD, segments):
-        return _triton_attention(q_THD, k_TKD, v_TKD, cu_seqlens)
+        return apply(_TritonAttention, q_THD, k_TKD, v_TKD, cu_seqlens)
     if HAS_TRITON and not (causal or torch.is_grad_enabled()):
         return varlen_kernels.vision_attention(q_THD, k_TKD, v_TKD, cu_seqlens)
     return _flash_attention(q_THD, k_TKD, v_TKD, segments, segments, causal)
@@ -478,14 +462,6 @@ class _TritonAttention(torch.autograd.Function):
         q_THD, k_TKD, v_TKD, o_THD, lse_HT = ctx.saved_tensors
         inputs = q_THD, k_TKD, v_TKD, o_THD, do_THD, lse_HT
         return *varlen_kernels.attention_backward(*inputs, ctx.cu_seqlens), None
-
-
-def _triton_attention(
-    q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, cu_seqlens: varlen_kernels.CuSeqlens
-) -> Tensor:
-    attend = _TritonAttention.apply
-    o_THD: Tensor = attend(q_THD, k_TKD, v_TKD, cu_seqlens)  # type: ignore[no-untyped-call]
-    return o_THD
 
 
 def _flash_attention(
@@ -589,8 +565,7 @@ class _AllGather(torch.autograd.Function):
 
 def all_gather_rows(rows_R: Tensor, world_size: int) -> Tensor:
     """Gather the same number of rows from all ranks, [P, R, ...], with reduce-scatter backward."""
-    apply: Callable[..., Tensor] = _AllGather.apply
-    return apply(rows_R, world_size)
+    return apply(_AllGather, rows_R, world_size)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -625,7 +600,7 @@ class ContextParallelAttention(PackedAttention):
         return torch.cat(outputs)
 
     def linear_attention(self, layer_index: int, inputs: DeltaNetInputs) -> Tensor:
-        raise AssertionError("context parallelism does not support linear attention layers")
+        raise AssertionError(f"layer {layer_index} has linear attention, in context parallelism")
 
     @cached_property
     def _chunk_segments(self) -> tuple[tuple[Segments, Segments], ...]:
@@ -688,10 +663,7 @@ def cpu_attention(
     with duplicates (a shared prefix) the output of one copy is returned.
     """
     assert causal or buckets.padding_P is None, "padded buckets require causal attention"
-    o_THD: Tensor = _CpuAttention.apply(  # type: ignore[no-untyped-call]
-        q_THD, k_TKD, v_TKD, buckets, causal
-    )
-    return o_THD
+    return apply(_CpuAttention, q_THD, k_TKD, v_TKD, buckets, causal)
 
 
 class _CpuAttention(torch.autograd.Function):

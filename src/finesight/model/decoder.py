@@ -19,10 +19,11 @@ from finesight.model.attention import AttentionBackend
 from finesight.model.config import DecoderConfig
 from finesight.model.layers import (
     GatedMlp,
+    LinearBlock,
     RmsNorm,
     RotaryCosSin,
-    SparseMoeBlock,
     apply_rotary_pos_emb,
+    build_mlp,
     compute_mrope,
     empty_embedding,
     num_checkpointed_layers,
@@ -45,13 +46,23 @@ class DeepstackFeatures:
         return x_TD.index_add(0, self.visual_indices_M, self.features_MKD[:, layer_index])
 
 
-class DecoderAttention(nn.Module):
+class LayerAttention(LinearBlock):
+    """Attention of a decoder layer, which maps outputs of the first to inputs of the second linear.
+
+    With `fused_head_dim`, `fused_decoder` rotates heads and then passes no rotary embedding.
+    """
+
+    fused_head_dim: int | None = None
+    is_fusible = True
+
+
+class DecoderAttention(LayerAttention):
     """Grouped-query attention of a decoder layer (Ainslie et al. 2023)."""
 
     def __init__(self, config: DecoderConfig, layer_index: int) -> None:
         super().__init__()
-        self.layer_index = layer_index
-        self.head_dim = config.head_dim
+        self.layer_index, self.is_fusible = layer_index, not config.use_qk_norm
+        self.head_dim = self.fused_head_dim = config.head_dim
         q_size, kv_size = (n * config.head_dim for n in (config.num_heads, config.num_kv_heads))
         output_sizes = {"q_proj": q_size, "k_proj": kv_size, "v_proj": kv_size}
         self.qkv_proj = FusedLinear(config.hidden_size, output_sizes, bias=not config.use_qk_norm)
@@ -61,45 +72,55 @@ class DecoderAttention(nn.Module):
         )
         self.o_proj = FusedLinear(q_size, {"o_proj": config.hidden_size}, bias=False)
 
-    def forward(self, x_TD: Tensor, rotary: RotaryCosSin, attention: AttentionBackend) -> Tensor:
-        shape = (len(x_TD), -1, self.head_dim)
-        q_THD, k_TKD, v_TKD = (y.view(shape) for y in self.qkv_proj(x_TD))
+    def forward(
+        self,
+        projected: tuple[Tensor, ...],
+        rotary: RotaryCosSin | None,
+        attention: AttentionBackend,
+    ) -> Tensor:
+        q_THD, k_TKD, v_TKD = (y.view(len(y), -1, self.head_dim) for y in projected)
         if self.q_norm is not None and self.k_norm is not None:
             q_THD, k_TKD = self.q_norm(q_THD), self.k_norm(k_TKD)
-        q_THD, k_TKD = apply_rotary_pos_emb(q_THD, rotary), apply_rotary_pos_emb(k_TKD, rotary)
-        o_THD = attention(self.layer_index, q_THD, k_TKD, v_TKD)
-        return single_output(self.o_proj(o_THD.flatten(1)))
+        if rotary is not None:
+            q_THD, k_TKD = (apply_rotary_pos_emb(x, rotary) for x in (q_THD, k_TKD))
+        return attention(self.layer_index, q_THD, k_TKD, v_TKD).flatten(1)
 
 
 class FusibleLayer(nn.Module):
-    """Decoder layer that `fused_decoder` can compute."""
+    """Pre-norm decoder layer for `fused_decoder`: attention, then an MLP or experts."""
+
+    def __init__(
+        self,
+        config: DecoderConfig,
+        layer_index: int,
+        norm: type[RmsNorm],
+        attn_name: str,
+        attn: LayerAttention,
+    ) -> None:
+        super().__init__()
+        self.layer_index, self.eps = layer_index, config.rms_norm_eps
+        self.input_layernorm = norm(config.hidden_size, eps=self.eps)
+        self.add_module(attn_name, attn)
+        self.post_attention_layernorm = norm(config.hidden_size, eps=self.eps)
+        self.mlp = build_mlp(config)
+
+    @property
+    def attn(self) -> LayerAttention:
+        return next(x for x in self.children() if isinstance(x, LayerAttention))
 
     @property
     def fusible_linears(self) -> tuple[FusedLinear, ...]:
         """Linear layers that `fused_decoder` computes; empty if it does not support this layer."""
-        raise NotImplementedError
+        if not (isinstance(self.mlp, GatedMlp) and self.attn.is_fusible):
+            return ()
+        linears = *self.attn.linears, *self.mlp.linears
+        return linears if all(map(fused_decoder.is_fusible, linears)) else ()
 
     def can_fuse(self, x_TD: Tensor) -> bool:
         """Return True if `fused_decoder` can compute this layer for these hidden states."""
         if not x_TD.is_cuda or not self.fusible_linears:
             return False
         return fused_decoder.supports_fused_layers(x_TD)
-
-
-class DecoderLayer(FusibleLayer):
-    """Pre-norm decoder layer: attention, then an MLP or a mixture of experts."""
-
-    def __init__(self, config: DecoderConfig, layer_index: int) -> None:
-        super().__init__()
-        self.eps = config.rms_norm_eps
-        self.input_layernorm = RmsNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.self_attn = DecoderAttention(config, layer_index)
-        self.post_attention_layernorm = RmsNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.mlp = (
-            GatedMlp(config.hidden_size, config.intermediate_size, bias=False)
-            if config.moe is None
-            else SparseMoeBlock(config.hidden_size, config.moe)
-        )
 
     def forward(
         self,
@@ -109,54 +130,43 @@ class DecoderLayer(FusibleLayer):
         logit_indices_L: Tensor | None = None,
     ) -> Tensor:
         """Map hidden states [T, D] to [T, D]."""
-        if attention.fuses_layers and self.can_fuse(x_TD):
-            return self._forward_fused(x_TD, rotary, attention, logit_indices_L)
-        x_TD = x_TD + self.self_attn(self.input_layernorm(x_TD), rotary, attention)
-        if logit_indices_L is not None:
-            x_TD = x_TD.index_select(0, logit_indices_L)
-        y_TD: Tensor = x_TD + self.mlp(self.post_attention_layernorm(x_TD))
-        return y_TD
-
-    @property
-    def fusible_linears(self) -> tuple[FusedLinear, ...]:
-        mlp, attn = self.mlp, self.self_attn
-        if not isinstance(mlp, GatedMlp) or attn.q_norm is not None:
-            return ()
-        linears = attn.qkv_proj, attn.o_proj, mlp.gate_up_proj, mlp.down_proj
-        return linears if all(map(fused_decoder.is_fusible, linears)) else ()
-
-    def _forward_fused(
-        self,
-        x_TD: Tensor,
-        rotary: RotaryCosSin,
-        attention: AttentionBackend,
-        logit_indices_L: Tensor | None,
-    ) -> Tensor:
-        attn, mlp = self.self_attn, self.mlp
-        layer_dropout = fused_decoder.LayerDropout(attn.layer_index, attention.dropout_seed_1)
-        assert isinstance(mlp, GatedMlp), f"expected a gated MLP, got {type(mlp).__name__}"
-        x_TD, q_THD, k_TKD, v_TKD = fused_decoder.norm_qkv_rope(
+        attn, norm = self.attn, self.post_attention_layernorm
+        in_proj, out_proj = attn.linears
+        if not (attention.fuses_layers and self.can_fuse(x_TD)):
+            projected = in_proj(self.input_layernorm(x_TD))
+            x_TD = x_TD + single_output(out_proj(attn(projected, rotary, attention)))
+            if logit_indices_L is not None:
+                x_TD = x_TD.index_select(0, logit_indices_L)
+            y_TD: Tensor = x_TD + self.mlp(norm(x_TD))
+            return y_TD
+        layer_dropout = fused_decoder.LayerDropout(self.layer_index, attention.dropout_seed_1)
+        x_TD, projected = fused_decoder.norm_linear(
             x_TD,
-            self.input_layernorm.weight,
+            self.input_layernorm.scale(x_TD.dtype),
             self.eps,
-            attn.qkv_proj,
-            attn.head_dim,
-            rotary,
+            in_proj,
             layer_dropout,
+            attn.fused_head_dim,
+            rotary,
         )
-        o_TI = attention(attn.layer_index, q_THD, k_TKD, v_TKD).flatten(1)
+        o_TI = attn(projected, None if attn.fused_head_dim else rotary, attention)
         if logit_indices_L is not None:
             x_TD, o_TI = (y.index_select(0, logit_indices_L) for y in (x_TD, o_TI))
+        mlp, scale_D = self.mlp, norm.scale(x_TD.dtype)
+        assert isinstance(mlp, GatedMlp), f"a fused layer with {type(mlp).__name__}"
         return fused_decoder.out_proj_mlp(
-            x_TD,
-            o_TI,
-            attn.o_proj,
-            self.post_attention_layernorm.weight,
-            self.eps,
-            mlp.gate_up_proj,
-            mlp.down_proj,
-            layer_dropout,
+            x_TD, o_TI, out_proj, scale_D, self.eps, mlp.gate_up_proj, mlp.down_proj, layer_dropout
         )
+
+
+class DecoderLayer(FusibleLayer):
+    """Decoder layer of Qwen2-VL, Qwen2.5-VL and Qwen3-VL."""
+
+    self_attn: DecoderAttention
+
+    def __init__(self, config: DecoderConfig, layer_index: int) -> None:
+        attn = DecoderAttention(config, layer_index)
+        super().__init__(config, layer_index, RmsNorm, "self_attn", attn)
 
 
 class Decoder(nn.Module):
@@ -200,13 +210,9 @@ class Decoder(nn.Module):
                 layer,
                 layer_index < num_checkpointed,
                 *(x_TD, rotary, attention, logit_indices_L if is_last else None),
-                preserve_rng_state=_uses_rng(layer, x_TD),
+                # Recomputing a fused layer does not use torch's RNG.
+                preserve_rng_state=not (isinstance(layer, FusibleLayer) and layer.can_fuse(x_TD)),
             )
             if deepstack is not None:
                 x_TD = deepstack.add_after_layer(layer_index, x_TD)
         return x_TD
-
-
-def _uses_rng(layer: nn.Module, x_TD: Tensor) -> bool:
-    """Return True if recomputing the layer requires torch's RNG state."""
-    return not (isinstance(layer, FusibleLayer) and layer.can_fuse(x_TD))

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from finesight.model.attention import supports_varlen_attention
+from finesight.model.fused_ops import apply
 from finesight.model.kernels import lora_gemm as lora_gemm_kernels
 from finesight.model.kernels import norm as norm_kernels
 from finesight.model.kernels import rotary as rotary_kernels
@@ -27,7 +28,7 @@ from finesight.model.kernels.lora_gemm import RmsNormStats
 from finesight.model.kernels.rotary import QkvLayout
 from finesight.model.kernels.runtime import HAS_TRITON
 from finesight.model.layers import RotaryCosSin
-from finesight.model.linear import FusedLinear, LoraLinear
+from finesight.model.linear import FusedLinear, LoraLinear, accepts_fp8_input
 from finesight.model.lora.fused import LoraMatmul
 from finesight.model.quant.base import Fp8Rows
 from finesight.model.quant.fp8 import empty_fp8_rows
@@ -71,39 +72,27 @@ class LayerDropout(NamedTuple):
         return LoraMatmul.from_linear(linear, self.dropout_seed_1, salt)
 
 
-def norm_qkv_rope(
+def norm_linear(
     x_TD: Tensor,
     w_D: Tensor,
     eps: float,
-    qkv: FusedLinear,
-    head_dim: int,
-    rotary: RotaryCosSin,
+    linear: FusedLinear,
     layer_dropout: LayerDropout,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Apply RMS norm with weight `w_D`, QKV projection and rotary embedding."""
-    num_heads, num_kv_heads, _ = (size // head_dim for size in qkv.output_sizes.values())
-    layout = QkvLayout(num_heads, num_kv_heads, head_dim)
-    matmul = layer_dropout.prepare_matmul(qkv, 0)
-    apply = _NormLinear.apply
-    outputs: tuple[Tensor, Tensor, Tensor, Tensor] = apply(  # type: ignore[no-untyped-call]
-        x_TD, w_D, eps, matmul, layout, rotary, *matmul.parameters
-    )
-    return outputs
-
-
-def norm_linear(
-    x_TD: Tensor, w_D: Tensor, eps: float, linear: FusedLinear, layer_dropout: LayerDropout
+    head_dim: int | None,
+    rotary: RotaryCosSin,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Apply RMS norm with weight `w_D` and a linear.
 
     Returns:
-        The layer input, for the residual addition, and the outputs of the linear.
+        The layer input, for the residual addition, and the outputs of the linear. With `head_dim`
+        they are queries, keys and values of heads, after the rotary embedding.
     """
-    matmul = layer_dropout.prepare_matmul(linear, 0)
-    x_TD, y_TE = _NormLinear.apply(  # type: ignore[no-untyped-call]
-        x_TD, w_D, eps, matmul, None, None, *matmul.parameters
+    matmul, sizes = layer_dropout.prepare_matmul(linear, 0), list(linear.output_sizes.values())
+    layout = QkvLayout(sizes[0] // head_dim, sizes[1] // head_dim, head_dim) if head_dim else None
+    x_TD, *outputs = _NormLinear.apply(  # type: ignore[no-untyped-call]
+        x_TD, w_D, eps, matmul, layout, rotary, *matmul.parameters
     )
-    return x_TD, torch.split(y_TE, list(linear.output_sizes.values()), dim=1)
+    return x_TD, tuple(outputs) if layout else torch.split(outputs[0], sizes, dim=1)
 
 
 class _NormLinear(torch.autograd.Function):
@@ -115,7 +104,7 @@ class _NormLinear(torch.autograd.Function):
         eps: float,
         linear: LoraMatmul,
         layout: QkvLayout | None,
-        rotary: RotaryCosSin | None,
+        rotary: RotaryCosSin,
         *_parameters: Tensor | None,
     ) -> tuple[Tensor, ...]:
         n_TJ, rstd_T, low_TS = _rms_norm_lora(x_TD, w_D, eps, linear)
@@ -123,7 +112,7 @@ class _NormLinear(torch.autograd.Function):
         saved_TD = n_TJ if linear.is_trainable else None
         ctx.save_for_backward(x_TD, w_D, rstd_T, saved_TD, low_TS)
         ctx.linear, ctx.layout, ctx.rotary = linear, layout, rotary
-        if layout is None or rotary is None:
+        if layout is None:
             return x_TD, y_TE
         rotary_kernels.rotate_qk(y_TE, layout, rotary.cos_T1D, rotary.sin_T1D)
         heads_TND = y_TE.view(len(x_TD), -1, layout.head_dim)
@@ -166,7 +155,7 @@ def _rms_norm_lora(
     x_TD: Tensor, w_D: Tensor, eps: float, matmul: LoraMatmul
 ) -> tuple[Tensor | Fp8Rows, Tensor, Tensor | None]:
     """Compute the RMS norm, the reciprocal RMS of each row and the LoRA activations."""
-    if matmul.accepts_fp8_input:
+    if accepts_fp8_input(matmul.weight):
         fp8_rows = empty_fp8_rows(x_TD)
         d_TD, rstd_T = norm_kernels.rms_norm_dropout(x_TD, w_D, eps, None, matmul.dropout, fp8_rows)
         return fp8_rows, rstd_T, _lora_down(d_TD, matmul, None)
@@ -218,10 +207,7 @@ def out_proj_mlp(
     linears = enumerate((out, gate_up, down), 1)
     matmuls = [layer_dropout.prepare_matmul(linear, index) for index, linear in linears]
     parameters = (parameter for matmul in matmuls for parameter in matmul.parameters)
-    y_TD: Tensor = _OutProjMlp.apply(  # type: ignore[no-untyped-call]
-        x_TD, o_TI, w_D, eps, *matmuls, *parameters
-    )
-    return y_TD
+    return apply(_OutProjMlp, x_TD, o_TI, w_D, eps, *matmuls, *parameters)
 
 
 class _OutProjMlp(torch.autograd.Function):

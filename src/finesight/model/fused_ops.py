@@ -23,32 +23,32 @@ from finesight.model.kernels.runtime import HAS_TRITON, NO_DROPOUT, get_device_c
 _KERNEL_TYPES = (torch.bfloat16, torch.float16)
 
 
+def apply(function: type[torch.autograd.Function], *inputs: object) -> Tensor:
+    """Apply an autograd function with one output."""
+    y: Tensor = function.apply(*inputs)  # type: ignore[no-untyped-call]
+    return y
+
+
 def apply_rotary(x_THD: Tensor, cos_T1D: Tensor, sin_T1D: Tensor) -> Tensor:
     """Apply rotary embeddings: x cos + swap(x) sin."""
-    y_THD: Tensor = _ApplyRotary.apply(x_THD, cos_T1D, sin_T1D)  # type: ignore[no-untyped-call]
-    return y_THD
+    return apply(_ApplyRotary, x_THD, cos_T1D, sin_T1D)
 
 
 def quick_gelu(x_TD: Tensor) -> Tensor:
     """Compute quick GELU, x sigmoid(1.702 x)."""
-    y_TD: Tensor = _QuickGelu.apply(x_TD)  # type: ignore[no-untyped-call]
-    return y_TD
+    return apply(_QuickGelu, x_TD)
 
 
 def swiglu(gate_TD: Tensor, up_TD: Tensor) -> Tensor:
     """Compute SwiGLU, silu(gate) * up (Shazeer 2020)."""
-    y_TD: Tensor = _Swiglu.apply(gate_TD, up_TD)  # type: ignore[no-untyped-call]
-    return y_TD
+    return apply(_Swiglu, gate_TD, up_TD)
 
 
 def sigmoid_gate(x_THD: Tensor, gate_THD: Tensor) -> Tensor:
     """Compute x sigmoid(gate)."""
     if not has_kernels(x_THD):
         return x_THD * gate_THD.sigmoid()
-    y_THD: Tensor = _SigmoidGate.apply(  # type: ignore[no-untyped-call]
-        x_THD.contiguous(), gate_THD
-    )
-    return y_THD
+    return apply(_SigmoidGate, x_THD.contiguous(), gate_THD)
 
 
 def norm_rotary(
@@ -59,9 +59,7 @@ def norm_rotary(
     Requires Triton. The norm weight is weight + offset; R leading elements of a head are rotated by
     `angles`, the cosines and sines [T, 1, R].
     """
-    inputs = x_THD, weight_D, eps, weight_offset, *angles
-    y_THD: Tensor = _NormRotary.apply(*inputs)  # type: ignore[no-untyped-call]
-    return y_THD
+    return apply(_NormRotary, x_THD, weight_D, eps, weight_offset, *angles)
 
 
 def swiglu_concat(gate_up_TF2: Tensor, padding: int) -> Tensor:
@@ -69,8 +67,7 @@ def swiglu_concat(gate_up_TF2: Tensor, padding: int) -> Tensor:
 
     Requires Triton kernels. The backward pass overwrites `gate_up_TF2`.
     """
-    y_TJ: Tensor = _SwigluConcat.apply(gate_up_TF2, padding)  # type: ignore[no-untyped-call]
-    return y_TJ
+    return apply(_SwigluConcat, gate_up_TF2, padding)
 
 
 def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
@@ -79,8 +76,7 @@ def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
         return F.rms_norm(x_TD, weight_D.shape, weight_D, eps)
     # For 16-bit dtypes on a CPU, torch saves fp32 copies of intermediate results for the backward
     # pass.
-    y_TD: Tensor = RmsNormFunction.apply(x_TD, weight_D, eps)  # type: ignore[no-untyped-call]
-    return y_TD
+    return apply(RmsNormFunction, x_TD, weight_D, eps)
 
 
 def dropout(x: Tensor, p: float) -> tuple[Tensor, Tensor]:

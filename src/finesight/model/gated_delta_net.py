@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from finesight.model.config import LinearAttentionConfig
-from finesight.model.fused_ops import has_kernels, rms_norm
+from finesight.model.fused_ops import apply, has_kernels, rms_norm
 from finesight.model.kernels import gated_delta_net as kernels
 from finesight.model.kernels.gated_delta_net import CHUNK_LENGTH, ConvOutput, SequenceChunks
 from finesight.model.kernels.runtime import get_device_capability
@@ -336,11 +336,6 @@ def causal_conv1d(
     return y_TN
 
 
-def forward_packed(inputs: DeltaNetInputs, layout: ChunkLayout) -> Tensor:
-    """Compute a linear attention layer for a packed batch: outputs [T, H, V]."""
-    return _forward(inputs, layout, None, None)[0]
-
-
 def forward_with_states(
     inputs: DeltaNetInputs, layout: ChunkLayout, state: DeltaNetState | None = None
 ) -> tuple[Tensor, DeltaNetState]:
@@ -353,15 +348,19 @@ def forward_with_states(
         Outputs [T, H, V], and the state after the last token of each sequence.
     """
     conv_SWN, delta_SHDV = (None, None) if state is None else state
-    o_THV, final_SHDV = _forward(inputs, layout, conv_SWN, delta_SHDV)
+    o_THV, final_SHDV = forward_packed(inputs, layout, conv_SWN, delta_SHDV)
     state_length = inputs.conv_weight_NW.shape[1] - 1
     last_SWN = layout.last_rows(inputs.qkv_TN, state_length, conv_SWN)
     return o_THV, DeltaNetState(last_SWN, final_SHDV)
 
 
-def _forward(
-    inputs: DeltaNetInputs, layout: ChunkLayout, conv_SWN: Tensor | None, delta_SHDV: Tensor | None
+def forward_packed(
+    inputs: DeltaNetInputs,
+    layout: ChunkLayout,
+    conv_SWN: Tensor | None = None,
+    delta_SHDV: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
+    """Compute a linear attention layer: outputs [T, H, V], and final states of the delta rule."""
     gates = inputs.log_decay_TH, inputs.beta_TH
     if supports_kernels(inputs.config, inputs.qkv_TN):
         q, k, v = _apply_conv_kernels(inputs, layout, conv_SWN)
@@ -412,10 +411,7 @@ def gated_rms_norm(x_THV: Tensor, z_THV: Tensor, weight_V: Tensor, eps: float) -
     The result has the dtype of the gate.
     """
     if has_kernels(z_THV) and _is_kernel_size(x_THV.shape[-1]):
-        y: Tensor = _GatedRmsNorm.apply(  # type: ignore[no-untyped-call]
-            x_THV.contiguous(), z_THV, weight_V, eps
-        )
-        return y
+        return apply(_GatedRmsNorm, x_THV.contiguous(), z_THV, weight_V, eps)
     dtype = torch.promote_types(z_THV.dtype, torch.float32)
     normed_THV = rms_norm(x_THV.to(dtype), weight_V.to(dtype), eps)
     return (normed_THV * F.silu(z_THV.to(dtype))).to(z_THV.dtype)

@@ -25,6 +25,7 @@ from finesight.model.attention import Segments, varlen_attention
 from finesight.model.config import DecoderConfig, MoeConfig, PixelNormalization, VisionConfig
 from finesight.model.fused_ops import (
     RmsNormFunction,
+    apply,
     apply_rotary,
     has_kernels,
     quick_gelu,
@@ -151,6 +152,10 @@ class RmsNorm(nn.RMSNorm):
 
     eps: float
 
+    def scale(self, dtype: torch.dtype) -> Tensor:
+        """Return the factors of normalized hidden states in `dtype`."""
+        return self.weight
+
     def forward(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.weight, self.eps)
 
@@ -175,47 +180,36 @@ class ZeroCenteredRmsNorm(RmsNorm):
         wide, scale = torch.promote_types(x.dtype, torch.float32), self.scale(x.dtype)
         if x.dtype == wide:
             return rms_norm(x, scale, self.eps)
-        y: Tensor = RmsNormFunction.apply(x, scale, self.eps)  # type: ignore[no-untyped-call]
-        return y
+        return apply(RmsNormFunction, x, scale, self.eps)
 
 
 def add_norm(
     x_ND: Tensor, y_ND: Tensor | None, norm: nn.Module, next_linear: FusedLinear
 ) -> tuple[Tensor, Tensor | Fp8Rows]:
-    """Add the output of a block to the residual stream and normalize the sum."""
+    """Add the output of a block to the residual stream and normalize the sum.
+
+    Without gradients one kernel computes both.
+    """
+    to_fp8, uses_kernel = next_linear.accepts_fp8_input, not torch.is_grad_enabled()
     if y_ND is not None:
-        if has_kernels(x_ND) and not torch.is_grad_enabled():
-            fused = _fused_add_norm(x_ND, y_ND, norm, to_fp8=next_linear.accepts_fp8_input)
-            if fused is not None:
-                return fused
+        if uses_kernel and has_kernels(x_ND) and isinstance(norm, nn.LayerNorm | RmsNorm):
+            bias_D = norm.bias if isinstance(norm, nn.LayerNorm) else None
+            flags = {"is_layer_norm": isinstance(norm, nn.LayerNorm), "to_fp8": to_fp8}
+            return norm_kernels.add_norm(x_ND, y_ND, norm.weight, bias_D, norm.eps, **flags)
         x_ND = x_ND + y_ND
     n_ND = norm(x_ND)
-    return x_ND, quantize_fp8(n_ND) if next_linear.accepts_fp8_input else n_ND
+    return x_ND, quantize_fp8(n_ND) if to_fp8 else n_ND
 
 
-def _fused_add_norm(
-    x_ND: Tensor, y_ND: Tensor, norm: nn.Module, *, to_fp8: bool
-) -> tuple[Tensor, Tensor | Fp8Rows] | None:
-    """Compute `add_norm` in one kernel; return None for an unsupported norm."""
-    if not isinstance(norm, nn.LayerNorm | RmsNorm) or norm.eps is None:
-        return None
-    is_layer_norm = isinstance(norm, nn.LayerNorm)
-    parameters = norm.weight, norm.bias if isinstance(norm, nn.LayerNorm) else None, norm.eps
-    return norm_kernels.add_norm(
-        x_ND, y_ND, *parameters, is_layer_norm=is_layer_norm, to_fp8=to_fp8
-    )
-
-
-class FeedForward(nn.Module):
-    """MLP whose first child is the linear layer that reads its input."""
+class LinearBlock(nn.Module):
+    """Block of two linear layers; the first determines the format of the preceding norm."""
 
     @property
-    def input_linear(self) -> FusedLinear:
-        """First linear layer, which determines the format of the preceding norm."""
-        return next(module for module in self.children() if isinstance(module, FusedLinear))
+    def linears(self) -> tuple[FusedLinear, ...]:
+        return tuple(module for module in self.children() if isinstance(module, FusedLinear))
 
 
-class GatedMlp(FeedForward):
+class GatedMlp(LinearBlock):
     """Gated MLP: down(silu(gate(x)) * up(x)) (Shazeer 2020)."""
 
     def __init__(self, hidden_size: int, intermediate_size: int, *, bias: bool) -> None:
@@ -263,6 +257,51 @@ def _must_copy(linear: FusedLinear) -> bool:
     return linear.is_sharded or (
         isinstance(linear.weight, nn.Parameter) and linear.weight.requires_grad
     )
+
+
+@dataclass(frozen=True)
+class FusedGelu:
+    """GELU approximation of the form x sigmoid(linear x + cubic x^3), or with linear 0 exact."""
+
+    linear: float
+    cubic: float
+    eager: Callable[[Tensor], Tensor]
+
+    def apply_linear(self, linear: FusedLinear, x_ND: Tensor | Fp8Rows) -> Tensor:
+        """Apply a linear layer and the GELU, [N, D] to [N, F]."""
+        operands = gemm_gelu_operands(linear, x_ND) if self.linear else None
+        if operands is None:
+            return self.eager(single_output(linear(x_ND)))
+        return gemm_gelu_kernels.gemm_gelu(
+            *operands, linear.bias, linear=self.linear, cubic=self.cubic
+        )
+
+
+QUICK_GELU = FusedGelu(1.702, 0.0, quick_gelu)
+
+_TANH_SCALE = 2 * math.sqrt(2 / math.pi)
+
+TANH_GELU = FusedGelu(_TANH_SCALE, _TANH_SCALE * 0.044715, partial(F.gelu, approximate="tanh"))
+
+EXACT_GELU = FusedGelu(0.0, 0.0, F.gelu)
+
+
+class GeluMlp(LinearBlock):
+    """Two linear layers with a GELU between them and the published `names`."""
+
+    def __init__(
+        self, sizes: tuple[int, int, int], names: tuple[str, str], gelu: FusedGelu
+    ) -> None:
+        super().__init__()
+        self.gelu = gelu
+        for in_size, name, out_size in zip(sizes, names, sizes[1:], strict=False):
+            self.add_module(name, FusedLinear(in_size, {name: out_size}, bias=True))
+
+    def forward(self, x_ND: Tensor | Fp8Rows) -> Tensor:
+        first, second = self.linears
+        if self.gelu is QUICK_GELU and second.accepts_fp8_input:
+            return single_output(second(quantize_fp8(single_output(first(x_ND)), gelu=True)))
+        return single_output(second(self.gelu.apply_linear(first, x_ND)))
 
 
 class PatchEmbed(nn.Module):
@@ -319,13 +358,16 @@ class VisionBlock(nn.Module):
     """Pre-norm vision transformer block: attention within a segment, then the MLP."""
 
     def __init__(
-        self, config: VisionConfig, norm: Callable[[int], nn.Module], mlp: FeedForward
+        self,
+        config: VisionConfig,
+        norm: Callable[[int], nn.Module],
+        build_mlp: Callable[[], LinearBlock],
     ) -> None:
         super().__init__()
         self.norm1 = norm(config.hidden_size)
         self.norm2 = norm(config.hidden_size)
         self.attn = VisionAttention(config.hidden_size, config.num_heads)
-        self.mlp = mlp
+        self.mlp = build_mlp()
 
     def forward(
         self, x_ND: Tensor, y_ND: Tensor | None, rotary: RotaryCosSin, segments: Segments
@@ -337,7 +379,7 @@ class VisionBlock(nn.Module):
         """
         x_ND, n_ND = add_norm(x_ND, y_ND, self.norm1, self.attn.qkv)
         o_ND = self.attn(n_ND, rotary, segments)
-        x_ND, n_ND = add_norm(x_ND, o_ND, self.norm2, self.mlp.input_linear)
+        x_ND, n_ND = add_norm(x_ND, o_ND, self.norm2, self.mlp.linears[0])
         return x_ND, self.mlp(n_ND)
 
 
@@ -348,41 +390,12 @@ class PatchMerger(nn.Module):
         super().__init__()
         self.ln_q = norm
         self.merged_size = config.hidden_size * config.merge_size**2
-        self.mlp = nn.ModuleDict(
-            {
-                "0": FusedLinear(self.merged_size, {"0": self.merged_size}, bias=True),
-                "2": FusedLinear(self.merged_size, {"2": config.out_hidden_size}, bias=True),
-            }
-        )
+        sizes = (self.merged_size, self.merged_size, config.out_hidden_size)
+        self.mlp = GeluMlp(sizes, ("0", "2"), EXACT_GELU)
 
     def forward(self, x_ND: Tensor) -> Tensor:
-        hidden = single_output(self.mlp["0"](self.ln_q(x_ND).view(-1, self.merged_size)))
-        return single_output(self.mlp["2"](F.gelu(hidden)))
-
-
-@dataclass(frozen=True)
-class FusedGelu:
-    """GELU approximation of the form x sigmoid(linear x + cubic x^3)."""
-
-    linear: float
-    cubic: float
-    eager: Callable[[Tensor], Tensor]
-
-    def apply_linear(self, linear: FusedLinear, x_ND: Tensor | Fp8Rows) -> Tensor:
-        """Apply a linear layer and the GELU, [N, D] to [N, F]."""
-        operands = gemm_gelu_operands(linear, x_ND)
-        if operands is None:
-            return self.eager(single_output(linear(x_ND)))
-        return gemm_gelu_kernels.gemm_gelu(
-            *operands, linear.bias, linear=self.linear, cubic=self.cubic
-        )
-
-
-QUICK_GELU = FusedGelu(1.702, 0.0, quick_gelu)
-
-_TANH_SCALE = 2 * math.sqrt(2 / math.pi)
-
-TANH_GELU = FusedGelu(_TANH_SCALE, _TANH_SCALE * 0.044715, partial(F.gelu, approximate="tanh"))
+        y_MD: Tensor = self.mlp(self.ln_q(x_ND).view(-1, self.merged_size))
+        return y_MD
 
 
 def gemm_gelu_operands(linear: FusedLinear, x_ND: Tensor | Fp8Rows) -> tuple[Tensor, Tensor] | None:
@@ -499,3 +512,12 @@ class SharedExpertMoeBlock(SparseMoeBlock):
         gate_T1 = single_output(self.shared_expert_gate(x_TD)).sigmoid()
         y_TD: Tensor = super().forward(x_TD) + gate_T1 * self.shared_expert(x_TD)
         return y_TD
+
+
+def build_mlp(config: DecoderConfig) -> GatedMlp | SparseMoeBlock:
+    """Build the MLP or the mixture of experts of a decoder layer."""
+    if config.moe is None:
+        return GatedMlp(config.hidden_size, config.intermediate_size, bias=False)
+    has_shared = config.moe.shared_intermediate_size is not None
+    moe_class = SharedExpertMoeBlock if has_shared else SparseMoeBlock
+    return moe_class(config.hidden_size, config.moe)

@@ -109,7 +109,7 @@ class FusedLinear(nn.Module):
     @torch.no_grad()
     def dequantize(self) -> None:
         if isinstance(self.weight, QuantizedWeight):
-            self._replace_weight(nn.Parameter(torch.cat(list(self.weight.dequantize_layers()))))
+            self._replace_weight(nn.Parameter(self.weight.dequantize()))
 
     def _replace_weight(self, weight: nn.Parameter | QuantizedWeight) -> None:
         # torch refuses to replace a parameter by another kind of object.

@@ -84,12 +84,7 @@ def configure_tuning(model: nn.Module, tune: TuneSettings, seed: int) -> None:
     The initial values of an adapter depend only on `seed` and the layer name.
     """
     assert not list(iter_adapters(model)), "the model already has adapters"
-    tuning_modes: dict[ModelPart, str] = {
-        "vision": tune.vision,
-        "merger": tune.merger,
-        "language": tune.language,
-        "embeddings": tune.embeddings,
-    }
+    tuning_modes = dict(tune)
     for part in map(get_part, find_quantized_weights(model)):
         if tuning_modes[part] == "full":
             raise UserError(

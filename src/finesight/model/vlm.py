@@ -96,7 +96,7 @@ class VisionLanguageModel(nn.Module):
         if self.lm_head is None:
             return self.model.embed_tokens.weight
         weight = self.lm_head.weight
-        return next(weight.dequantize_layers()) if isinstance(weight, QuantizedWeight) else weight
+        return weight.dequantize() if isinstance(weight, QuantizedWeight) else weight
 
     @property
     def supports_cuda_graphs(self) -> bool:

@@ -86,10 +86,11 @@ def _damaged_file(
     return UserError(problem, where=str(where), expected=expected, remedy=remedy)
 
 
-def _tensor_error(names: list[str], problem: str, expected: str, where: Path) -> UserError:
-    """Build a UserError that lists up to five affected tensors."""
-    listed = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
-    return _damaged_file(f"{len(names)} tensors are {problem}: {listed}", where, expected)
+def _reject_tensors(wrong: Sequence[tuple[str, Path]], problem: str, expected: str) -> None:
+    """Raise a UserError that lists up to five tensors and the file of the first, if any."""
+    if wrong:
+        listed = ", ".join(name for name, _ in wrong[:5]) + (", ..." if len(wrong) > 5 else "")
+        raise _damaged_file(f"{len(wrong)} tensors are {problem}: {listed}", wrong[0][1], expected)
 
 
 @contextmanager
@@ -426,7 +427,8 @@ def _drop_zero_biases(
     for tensor in zero_biases:
         with open_safetensors(tensor.file) as weights:
             if weights.get_tensor(tensor.name).any():
-                raise _tensor_error([tensor.name], "of layers without a bias", "zeros", tensor.file)
+                wrong = [(tensor.name, tensor.file)]
+                _reject_tensors(wrong, "of layers without a bias", "zeros")
     return [tensor for tensor in headers if tensor not in zero_biases]
 
 
@@ -465,37 +467,30 @@ def _check_tensors(
     headers: Sequence[TensorHeader], expected: Mapping[str, HubTensor], folder: Path
 ) -> None:
     """Check that every expected tensor exists exactly once, and no others."""
-    unknown = [t for t in headers if t.native_name not in expected]
-    if unknown:
-        names = [t.name for t in unknown]
-        raise _tensor_error(
-            names, "unknown to this model", "the tensors of config.json", unknown[0].file
-        )
+    unknown = [(t.name, t.file) for t in headers if t.native_name not in expected]
+    _reject_tensors(unknown, "unknown to this model", "the tensors of config.json")
     counts = Counter(t.native_name for t in headers)
     repeated = [t for t in headers if counts[t.native_name] > 1]
-    if repeated:
-        names = [t.name for t in repeated]
-        raise _tensor_error(names, "duplicates", "each once", repeated[-1].file)
+    _reject_tensors([(t.name, repeated[-1].file) for t in repeated], "duplicates", "each once")
     pairs = [(t, expected[t.native_name]) for t in headers]
-    wrong = [(t, target) for t, target in pairs if not target.matches_shape(t)]
-    if wrong:
-        shapes = [f"{t.name} {t.shape} not {target.shape}" for t, target in wrong]
-        raise _tensor_error(
-            shapes, "of another shape", "the shapes of config.json", wrong[0][0].file
-        )
+    wrong = [
+        (f"{t.name} {t.shape} not {target.shape}", t.file)
+        for t, target in pairs
+        if not target.matches_shape(t)
+    ]
+    _reject_tensors(wrong, "of another shape", "the shapes of config.json")
     _check_dtypes([(t, target.dtypes) for t, target in pairs])
-    missing = [name for name in expected if name not in counts]
-    if missing:
-        raise _tensor_error(missing, "missing", "all tensors of config.json", folder)
+    missing = [(name, folder) for name in expected if name not in counts]
+    _reject_tensors(missing, "missing", "all tensors of config.json")
 
 
 def _check_dtypes(tensors: Sequence[tuple[TensorHeader, Collection[str]]]) -> None:
     """Check that each tensor has one of the given dtypes."""
     wrong = [(t, dtypes) for t, dtypes in tensors if t.dtype not in dtypes]
-    if wrong:
-        (first, supported), names = wrong[0], [f"{t.name} {t.dtype}" for t, _ in wrong]
-        expected = f"one of {', '.join(supported)}"
-        raise _tensor_error(names, "of another type", expected, first.file)
+    expected = f"one of {', '.join(wrong[0][1])}" if wrong else ""
+    _reject_tensors(
+        [(f"{t.name} {t.dtype}", t.file) for t, _ in wrong], "of another type", expected
+    )
 
 
 def save_model(

@@ -46,13 +46,10 @@ class WindowVisionEncoder(VisionEncoder):
         window_size: int,
         full_attention_blocks: tuple[int, ...],
     ) -> None:
-        def block() -> VisionBlock:
-            mlp = GatedMlp(config.hidden_size, config.intermediate_size, bias=True)
-            return VisionBlock(config, _norm, mlp)
-
-        super().__init__(
-            config, normalization, block, PatchMerger(config, _norm(config.hidden_size))
-        )
+        mlp = partial(GatedMlp, config.hidden_size, config.intermediate_size, bias=True)
+        block = partial(VisionBlock, config, _norm, mlp)
+        merger = PatchMerger(config, _norm(config.hidden_size))
+        super().__init__(config, normalization, block, merger)
         self.window_size = window_size
         self.full_attention_blocks = full_attention_blocks
         num_windowed = config.num_layers - len(full_attention_blocks)

@@ -16,8 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from finesight.model import fused_decoder
-from finesight.model.attention import AttentionBackend, PackedAttention
+from finesight.model.attention import AttentionBackend
 from finesight.model.config import (
     ConfigReader,
     DecoderConfig,
@@ -26,7 +25,7 @@ from finesight.model.config import (
     get_text_config,
     parse_decoder_config,
 )
-from finesight.model.decoder import Decoder, FusibleLayer
+from finesight.model.decoder import Decoder, FusibleLayer, LayerAttention
 from finesight.model.families import TRANSFORMERS_V5_PREFIXES, Architecture
 from finesight.model.families.qwen3_vl import (
     build_vision_encoder,
@@ -36,19 +35,17 @@ from finesight.model.families.qwen3_vl import (
 from finesight.model.fused_ops import has_kernels, norm_rotary, sigmoid_gate
 from finesight.model.gated_delta_net import DeltaNetInputs, gated_rms_norm
 from finesight.model.layers import (
-    GatedMlp,
     RmsNorm,
     RotaryCosSin,
-    SharedExpertMoeBlock,
     ZeroCenteredRmsNorm,
     apply_partial_rotary_pos_emb,
 )
-from finesight.model.linear import FusedLinear, single_output
+from finesight.model.linear import FusedLinear
 
 _LAYER_TYPES = ("linear_attention", "full_attention")
 
 
-class GatedAttention(nn.Module):
+class GatedAttention(LayerAttention):
     """Grouped-query attention with an output gate per query head and partial rotary embedding."""
 
     def __init__(self, config: DecoderConfig, attention_index: int) -> None:
@@ -64,15 +61,9 @@ class GatedAttention(nn.Module):
         )
         self.o_proj = FusedLinear(q_size, {"o_proj": config.hidden_size}, bias=False)
 
-    @property
-    def linears(self) -> tuple[FusedLinear, FusedLinear]:
-        """Linear layers before and after attention."""
-        return self.qkv_proj, self.o_proj
-
     def forward(
         self, projected: tuple[Tensor, ...], rotary: RotaryCosSin, attention: AttentionBackend
     ) -> Tensor:
-        """Compute the input of the output projection from the outputs of `qkv_proj`."""
         q_gate_TE, k_TE, v_TE = projected
         q_THD, gate_THD = torch.unflatten(q_gate_TE, 1, (-1, 2 * self.head_dim)).chunk(2, dim=-1)
         k_TKD, v_TKD = (torch.unflatten(y_TE, 1, (-1, self.head_dim)) for y_TE in (k_TE, v_TE))
@@ -98,7 +89,7 @@ class DepthwiseConv(nn.Module):
         self.weight = nn.Parameter(torch.empty(num_channels, 1, kernel_size))
 
 
-class GatedDeltaNet(nn.Module):
+class GatedDeltaNet(LayerAttention):
     """Linear attention with the gated delta rule.
 
     `A_log` and the weight of the norm are in fp32 for any dtype of the model.
@@ -126,15 +117,9 @@ class GatedDeltaNet(nn.Module):
         """Initialize the decay rates of the heads from 0.01 to 1, on a logarithmic scale."""
         self.A_log.copy_(torch.linspace(math.log(0.01), 0.0, len(self.A_log)))
 
-    @property
-    def linears(self) -> tuple[FusedLinear, FusedLinear]:
-        """Linear layers before and after the gated delta rule."""
-        return self.in_proj, self.out_proj
-
     def forward(
         self, projected: tuple[Tensor, ...], _: RotaryCosSin, attention: AttentionBackend
     ) -> Tensor:
-        """Compute the input of the output projection from the outputs of `in_proj`."""
         qkv_TN, z_TE, b_TH, a_TH = projected
         dtype = torch.promote_types(qkv_TN.dtype, torch.float32)
         step_TH = F.softplus(a_TH.to(dtype) + self.dt_bias.to(dtype))
@@ -152,80 +137,22 @@ class GatedDeltaNet(nn.Module):
 
 
 class HybridDecoderLayer(FusibleLayer):
-    """Pre-norm decoder layer: full or linear attention, then an MLP or a mixture of experts."""
+    """Decoder layer with full or linear attention."""
+
+    self_attn: GatedAttention | None
 
     def __init__(self, config: DecoderConfig, layer_index: int) -> None:
-        super().__init__()
-        linear_attention = config.linear_attention
+        linear_attention, norm = config.linear_attention, ZeroCenteredRmsNorm
         assert linear_attention is not None, "a config without linear attention"
         full_layers = linear_attention.full_attention_layers
         num_full = sum(n < layer_index for n in full_layers)
-        self.layer_index, self.eps = layer_index, config.rms_norm_eps
-        self.input_layernorm = ZeroCenteredRmsNorm(config.hidden_size, eps=self.eps)
-        self.self_attn: GatedAttention | None = None
-        self.linear_attn: GatedDeltaNet | None = None
         if layer_index in full_layers:
-            self.self_attn = GatedAttention(config, num_full)
+            attn = GatedAttention(config, num_full)
+            super().__init__(config, layer_index, norm, "self_attn", attn)
         else:
-            self.linear_attn = GatedDeltaNet(linear_attention, config, layer_index - num_full)
-        self.post_attention_layernorm = ZeroCenteredRmsNorm(config.hidden_size, eps=self.eps)
-        self.mlp = (
-            GatedMlp(config.hidden_size, config.intermediate_size, bias=False)
-            if config.moe is None
-            else SharedExpertMoeBlock(config.hidden_size, config.moe)
-        )
-
-    @property
-    def attn(self) -> GatedAttention | GatedDeltaNet:
-        """Full or linear attention of this layer."""
-        attn = self.self_attn or self.linear_attn
-        assert attn is not None, "a layer without attention"
-        return attn
-
-    @property
-    def fusible_linears(self) -> tuple[FusedLinear, ...]:
-        if not isinstance(self.mlp, GatedMlp):
-            return ()
-        linears = *self.attn.linears, self.mlp.gate_up_proj, self.mlp.down_proj
-        return linears if all(map(fused_decoder.is_fusible, linears)) else ()
-
-    def forward(
-        self,
-        x_TD: Tensor,
-        rotary: RotaryCosSin,
-        attention: AttentionBackend,
-        logit_indices_L: Tensor | None = None,
-    ) -> Tensor:
-        """Map hidden states [T, D] to [T, D]."""
-        in_proj, out_proj = self.attn.linears
-        if isinstance(attention, PackedAttention) and self.can_fuse(x_TD):
-            layer_dropout = fused_decoder.LayerDropout(self.layer_index, attention.dropout_seed_1)
-            x_TD, projected = fused_decoder.norm_linear(
-                x_TD, self.input_layernorm.scale(x_TD.dtype), self.eps, in_proj, layer_dropout
-            )
-        else:
-            layer_dropout = None
-            projected = in_proj(self.input_layernorm(x_TD))
-        o_TI = self.attn(projected, rotary, attention)
-        if layer_dropout is None:
-            x_TD = x_TD + single_output(out_proj(o_TI))
-            if logit_indices_L is not None:
-                x_TD = x_TD.index_select(0, logit_indices_L)
-            y_TD: Tensor = x_TD + self.mlp(self.post_attention_layernorm(x_TD))
-            return y_TD
-        if logit_indices_L is not None:
-            x_TD, o_TI = (y.index_select(0, logit_indices_L) for y in (x_TD, o_TI))
-        assert isinstance(self.mlp, GatedMlp), f"a fused layer with {type(self.mlp).__name__}"
-        return fused_decoder.out_proj_mlp(
-            x_TD,
-            o_TI,
-            out_proj,
-            self.post_attention_layernorm.scale(x_TD.dtype),
-            self.eps,
-            self.mlp.gate_up_proj,
-            self.mlp.down_proj,
-            layer_dropout,
-        )
+            delta_net = GatedDeltaNet(linear_attention, config, layer_index - num_full)
+            super().__init__(config, layer_index, norm, "linear_attn", delta_net)
+            self.self_attn = None
 
 
 class HybridDecoder(Decoder):

@@ -28,25 +28,12 @@ from finesight.model.config import (
     parse_vision_config,
 )
 from finesight.model.families import TRANSFORMERS_V5_PREFIXES, Architecture
-from finesight.model.layers import TANH_GELU, FeedForward, VisionBlock, empty_embedding
+from finesight.model.layers import TANH_GELU, GeluMlp, VisionBlock, empty_embedding
 from finesight.model.linear import FusedLinear, single_output
-from finesight.model.quant.base import Fp8Rows
 from finesight.model.vision_encoder import MAX_CACHED_GRIDS, VisionEncoder, patch_coordinates
 from finesight.vision.image_processing import GridTHW
 
 _norm = partial(nn.LayerNorm, eps=1e-6)
-
-
-class Qwen3VisionMlp(FeedForward):
-    """MLP of a vision block: fc2(gelu(fc1(x))), with the tanh approximation of GELU."""
-
-    def __init__(self, hidden_size: int, intermediate_size: int) -> None:
-        super().__init__()
-        self.linear_fc1 = FusedLinear(hidden_size, {"linear_fc1": intermediate_size}, bias=True)
-        self.linear_fc2 = FusedLinear(intermediate_size, {"linear_fc2": hidden_size}, bias=True)
-
-    def forward(self, x_ND: Tensor | Fp8Rows) -> Tensor:
-        return single_output(self.linear_fc2(TANH_GELU.apply_linear(self.linear_fc1, x_ND)))
 
 
 class DeepstackMerger(nn.Module):
@@ -78,11 +65,9 @@ class DeepstackVisionEncoder(VisionEncoder):
         grid_size: int,
         deepstack_indexes: tuple[int, ...],
     ) -> None:
-        def block() -> VisionBlock:
-            return VisionBlock(
-                config, _norm, Qwen3VisionMlp(config.hidden_size, config.intermediate_size)
-            )
-
+        sizes = (config.hidden_size, config.intermediate_size, config.hidden_size)
+        mlp = partial(GeluMlp, sizes, ("linear_fc1", "linear_fc2"), TANH_GELU)
+        block = partial(VisionBlock, config, _norm, mlp)
         merger = DeepstackMerger(config, use_postshuffle_norm=False)
         super().__init__(config, normalization, block, merger, patch_bias=True)
         self.position_grid_size = grid_size

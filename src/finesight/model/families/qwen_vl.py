@@ -33,6 +33,8 @@ from finesight.model.decoder import Decoder
 from finesight.model.families import QWEN_VL_MAPPING, Architecture
 from finesight.model.fused_ops import swiglu
 from finesight.model.layers import (
+    EXACT_GELU,
+    GeluMlp,
     RmsNorm,
     RotaryCosSin,
     add_norm,
@@ -154,7 +156,8 @@ class QwenDecoder(Decoder):
         keys = RotaryCosSin.from_angles(angles_TF, torch.float32)
         if self.training or not self.config.use_logn_attn:
             return QueryKeyRotary(keys, keys)
-        scale_T11 = logn_scale(position_ids_T1.unsqueeze(1), self.config.train_length)
+        lengths_T11 = (position_ids_T1.unsqueeze(1) + 1).double()
+        scale_T11 = (lengths_T11.log() / math.log(self.config.train_length)).clamp_min(1.0).float()
         return QueryKeyRotary(
             RotaryCosSin(keys.cos_T1D * scale_T11, keys.sin_T1D * scale_T11), keys
         )
@@ -182,19 +185,11 @@ def count_ntk_doublings(lengths: Tensor, train_length: int) -> Tensor:
 def _inverse_frequencies_by_doubling(
     head_dim: int, rope_theta: float, device: torch.device
 ) -> Tensor:
+    """Return the frequencies of NTK-aware interpolation for each number of context doublings."""
+    exponent, counts = head_dim / (head_dim - 2), range(MAX_NTK_DOUBLINGS + 1)
     with torch.inference_mode(False):
-        bases = (ntk_base(rope_theta, head_dim, n) for n in range(MAX_NTK_DOUBLINGS + 1))
+        bases = (rope_theta * math.pow(2 ** (count + 1) - 1, exponent) for count in counts)
         return torch.stack([inverse_frequencies(head_dim, base, device) for base in bases])
-
-
-def ntk_base(rope_theta: float, head_dim: int, num_doublings: int) -> float:
-    """Return the rotary base of NTK-aware interpolation for a number of context doublings."""
-    return rope_theta * math.pow(2 ** (num_doublings + 1) - 1, head_dim / (head_dim - 2))
-
-
-def logn_scale(position_ids: Tensor, train_length: int) -> Tensor:
-    """Return the LogN scale of the query at each position."""
-    return ((position_ids + 1).double().log() / math.log(train_length)).clamp_min(1.0).float()
 
 
 def parse_qwen_decoder_config(hf_config: ConfigReader) -> QwenDecoderConfig:
@@ -265,18 +260,6 @@ class QwenVisionAttention(nn.Module):
         return single_output(self.out_proj(o_NHD.flatten(1)))
 
 
-class QwenVisionMlp(nn.Module):
-    """MLP of a vision block: c_proj(gelu(c_fc(x)))."""
-
-    def __init__(self, hidden_size: int, intermediate_size: int) -> None:
-        super().__init__()
-        self.c_fc = FusedLinear(hidden_size, {"c_fc": intermediate_size}, bias=True)
-        self.c_proj = FusedLinear(intermediate_size, {"c_proj": hidden_size}, bias=True)
-
-    def forward(self, x_ND: Tensor | Fp8Rows) -> Tensor:
-        return single_output(self.c_proj(F.gelu(single_output(self.c_fc(x_ND)))))
-
-
 class QwenVisionBlock(nn.Module):
     """Pre-norm vision transformer block: attention within an image, then the MLP."""
 
@@ -285,13 +268,14 @@ class QwenVisionBlock(nn.Module):
         self.ln_1 = _norm(config.hidden_size)
         self.ln_2 = _norm(config.hidden_size)
         self.attn = QwenVisionAttention(config.hidden_size, config.num_heads)
-        self.mlp = QwenVisionMlp(config.hidden_size, config.intermediate_size)
+        sizes = (config.hidden_size, config.intermediate_size, config.hidden_size)
+        self.mlp = GeluMlp(sizes, ("c_fc", "c_proj"), EXACT_GELU)
 
     def forward(
         self, x_ND: Tensor, y_ND: Tensor | None, rotary: RotaryCosSin, segments: Segments
     ) -> tuple[Tensor, Tensor]:
         x_ND, n_ND = add_norm(x_ND, y_ND, self.ln_1, self.attn.in_proj)
-        x_ND, n_ND = add_norm(x_ND, self.attn(n_ND, segments), self.ln_2, self.mlp.c_fc)
+        x_ND, n_ND = add_norm(x_ND, self.attn(n_ND, segments), self.ln_2, self.mlp.linears[0])
         return x_ND, self.mlp(n_ND)
 
 

@@ -27,7 +27,6 @@ from finesight.model.linear import (
     FusedLinear,
     LoraLinear,
     RowRange,
-    accepts_fp8_input,
     add_lora_delta,
     linear_concat,
     linear_concat_backward,
@@ -193,10 +192,6 @@ class LoraMatmul:
         return (
             0 if self.fused_weight_OJ is None else self.fused_weight_OJ.shape[1] - self.in_features
         )
-
-    @property
-    def accepts_fp8_input(self) -> bool:
-        return accepts_fp8_input(self.weight)
 
     @property
     def parameters(self) -> tuple[Tensor | None, ...]:

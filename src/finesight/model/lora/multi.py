@@ -106,19 +106,18 @@ class MultiLoraLinear(nn.Module):
     def rank_scales_TS(self) -> Tensor:
         return self._routing.rank_scales_TX[:, self._routing_slice]
 
-    def scale_activations(self, low_TS: Tensor) -> Tensor:
-        return (low_TS * self.rank_scales_TS).to(low_TS.dtype)
+    def _compute_low(self, x_TI: Tensor) -> Tensor:
+        return (F.linear(x_TI, self.lora_A_SI) * self.rank_scales_TS).to(x_TI.dtype)
 
     def add_delta(self, y_TO: Tensor, x_TI: Tensor) -> Tensor:
         """Add the LoRA deltas of an input to its concatenated base products, in place."""
-        low_TS = self.scale_activations(F.linear(x_TI, self.lora_A_SI))
-        return add_lora_delta(y_TO, low_TS, self.lora_B_OS)
+        return add_lora_delta(y_TO, self._compute_low(x_TI), self.lora_B_OS)
 
     def forward(
         self, x: Tensor, weight: Tensor | QuantizedWeight, bias: Tensor | None
     ) -> tuple[Tensor, ...]:
         x_TI = x.reshape(-1, x.shape[-1])
-        low_TS = self.scale_activations(F.linear(x_TI, self.lora_A_SI))
+        low_TS = self._compute_low(x_TI)
         lora_Bs_OS = torch.split(self.lora_B_OS, list(self._output_sizes))
         deltas = [
             LoraDelta(layer_index, low_TS[:, ranks], lora_B_OS[:, ranks], 1.0)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from finesight.model.fused_ops import has_tensor_cores, split_outputs
+from finesight.model.fused_ops import apply, has_tensor_cores, split_outputs
 from finesight.model.kernels.runtime import HAS_TRITON
 
 SAFETENSORS_DTYPES = {"BF16": "bf16", "F16": "fp16", "F32": "fp32"}
@@ -107,8 +107,7 @@ class QuantizedMatrix(nn.Module, ABC):
 
     def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """Compute x W^T + bias with autograd, [..., I] to [..., O]."""
-        y: Tensor = _QuantizedMatmul.apply(x, bias, self)  # type: ignore[no-untyped-call]
-        return y
+        return apply(_QuantizedMatmul, x, bias, self)
 
     def matmul(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """Compute x W^T + bias without autograd, by a kernel for quantized weights if possible."""

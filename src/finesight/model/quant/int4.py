@@ -65,18 +65,15 @@ class Int4Matrix(Packed4BitMatrix):
 
     def tensor_specs(self) -> tuple[WeightTensorSpec, ...]:
         inputs, outputs, groups = self.in_features, self.out_features, self._num_groups
-        dtypes = {"scales": ("F16",)}
-        shapes = {
-            "qweight": (inputs // PACK_FACTOR, outputs),
-            "qzeros": (groups, outputs // PACK_FACTOR),
-            "scales": (groups, outputs),
-            "g_idx": (inputs,),
+        specs: dict[str, tuple[tuple[int, ...], str]] = {
+            "qweight": ((inputs // PACK_FACTOR, outputs), "I32"),
+            "qzeros": ((groups, outputs // PACK_FACTOR), "I32"),
+            "scales": ((groups, outputs), "F16"),
+            "g_idx": ((inputs,), "I32"),
         }
         return tuple(
-            WeightTensorSpec(
-                name, shape, dtypes.get(name, ("I32",)), partial(self.load_tensor, name)
-            )
-            for name, shape in shapes.items()
+            WeightTensorSpec(name, shape, (dtype,), partial(self.load_tensor, name))
+            for name, (shape, dtype) in specs.items()
         )
 
     @torch.no_grad()

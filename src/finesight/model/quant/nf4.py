@@ -58,17 +58,13 @@ def _import_bitsandbytes() -> Any:
 
 
 @lru_cache
-def _scale_codebook(device: torch.device) -> Tensor:
-    """Return the 256 values of the 8-bit codes for block scales."""
-    codebook: Tensor = _import_bitsandbytes().functional.create_dynamic_map().to(device)
-    return codebook
+def _codebooks(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return the 256 values of the 8-bit codes for block scales, and the 16 values of NF4.
 
-
-@lru_cache
-def _nf4_codebook(device: torch.device) -> Tensor:
-    """Return the 16 values of NF4, normalized to a largest magnitude of 1."""
-    codebook: Tensor = _import_bitsandbytes().functional.get_4bit_type("nf4", device=device)
-    return codebook
+    The values of NF4 are normalized to a largest magnitude of 1.
+    """
+    functional = _import_bitsandbytes().functional
+    return functional.create_dynamic_map().to(device), functional.get_4bit_type("nf4", device)
 
 
 class Nf4Matrix(Packed4BitMatrix):
@@ -98,9 +94,9 @@ class Nf4Matrix(Packed4BitMatrix):
 
     def quantize(self, values_OI: Tensor) -> None:
         functional = _import_bitsandbytes().functional
-        # Create it now: during a CUDA graph capture it would be allocated in the memory pool of the
-        # graph.
-        _nf4_codebook(self.codes.device)
+        # Create them now: during a CUDA graph capture they would be allocated in the memory pool of
+        # the graph.
+        scale_codebook, _ = _codebooks(self.codes.device)
         flat = values_OI.flatten()
         absmax_chunks = []
         for start in range(0, self.num_elements, CHUNK_ELEMENTS):
@@ -111,9 +107,7 @@ class Nf4Matrix(Packed4BitMatrix):
         absmax_B = torch.cat(absmax_chunks)
         self.absmax_mean.copy_(absmax_B.mean())
         codes_B, state = functional.quantize_blockwise(
-            absmax_B - self.absmax_mean,
-            code=_scale_codebook(absmax_B.device),
-            blocksize=SCALE_BLOCK_SIZE,
+            absmax_B - self.absmax_mean, code=scale_codebook, blocksize=SCALE_BLOCK_SIZE
         )
         self.absmax_B.copy_(codes_B)
         self.nested_absmax.copy_(state.absmax)
@@ -130,7 +124,7 @@ class Nf4Matrix(Packed4BitMatrix):
             state2=state(
                 absmax=self.nested_absmax,
                 blocksize=SCALE_BLOCK_SIZE,
-                code=_scale_codebook(self.codes.device),
+                code=_codebooks(self.codes.device)[0],
                 dtype=torch.float32,
             ),
         )
@@ -161,5 +155,5 @@ class Nf4Matrix(Packed4BitMatrix):
         )
 
     def _kernel_args(self) -> tuple[Tensor, Tensor, Tensor, Tensor, tuple[Tensor, Tensor]]:
-        codebooks = _scale_codebook(self.codes.device), _nf4_codebook(self.codes.device)
-        return self.codes, self.absmax_B, self.nested_absmax, self.absmax_mean, codebooks
+        scales = self.absmax_B, self.nested_absmax, self.absmax_mean
+        return self.codes, *scales, _codebooks(self.codes.device)

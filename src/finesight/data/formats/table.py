@@ -772,7 +772,7 @@ def write_files(samples: Sequence[LocatedSample], context: ExportContext) -> Fil
     """
     columns: dict[str, bool] = {}
 
-    def make_fields(located_sample: LocatedSample) -> Record:
+    def make_fields(located_sample: LocatedSample, context: ExportContext) -> Record:
         row = _build_row(located_sample, context)
         if columns.setdefault("question", "question" in row) != ("question" in row):
             raise _build_unsupported_error("a mix of samples with and without questions")

@@ -604,8 +604,7 @@ def _decode_images(
             return decode_image(Path(path), with_key=with_keys)
         except CorruptImageError as error:
             if context.images.is_saved(Path(path)):  # this file is deleted after the error
-                what = f"the embedded image: {error.what}"
-                return CorruptImageError(what, expected=error.expected, remedy=error.remedy)
+                error.what, error.where = f"the embedded image: {error.what}", ""
             return error
 
     paths = dict.fromkeys(image for examples in rows for image in _images(examples))

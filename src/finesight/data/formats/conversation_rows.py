@@ -771,12 +771,8 @@ def _encode_row(
             others = make_fields(replace(located_sample, sample=other), context)
             fields |= _pair_turns(fields, others)
     except UserError as error:
-        raise UserError(
-            f"the sample {sample.id!r} cannot be written: {error.what}",
-            where=error.where,
-            expected=error.expected,
-            remedy=error.remedy,
-        ) from error
+        error.what = f"the sample {sample.id!r} cannot be written: {error.what}"
+        raise
     names = _list_media_names(sample.iter_parts())
     reserved = {
         key

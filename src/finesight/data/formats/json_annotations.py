@@ -62,7 +62,6 @@ from finesight.data.formats.image_annotations import (
     group_by_image,
     list_image_names,
     make_unique_stem,
-    parse_declared_size,
     round_coordinate,
 )
 from finesight.data.formats.row_keys import count_keys
@@ -188,7 +187,7 @@ def _parse_coco(row: SourceRow, context: ImportContext) -> list[ImportExample]:
         if "caption" not in one or not _OBJECT_KEYS.isdisjoint(one)
     ]
     path = row.record["path"]
-    size = parse_declared_size(image.get("height"), image.get("width"))
+    size = image.get("height"), image.get("width")
     return build_detection_examples(
         row, context, COCO_BOX_CONVENTION, path, objects, declared_size=size, meta=meta
     )
@@ -489,7 +488,7 @@ def _parse_labelme(row: SourceRow, context: ImportContext) -> list[ImportExample
     count_keys([record], _DOCUMENT_KEYS, "files", context.other_keys)
     count_keys(record["shapes"], _SHAPE_KEYS, "shapes", context.other_keys)
     image = _find_image(file, record)
-    size = parse_declared_size(record.get("imageHeight"), record.get("imageWidth"))
+    size = record.get("imageHeight"), record.get("imageWidth")
     return build_detection_examples(
         row, context, BoxConvention(), image, objects, declared_size=size
     )

@@ -48,7 +48,6 @@ from finesight.data.formats.image_annotations import (
     enclose_shape,
     find_image_folder,
     group_by_image,
-    parse_declared_size,
     require_inside_output,
 )
 from finesight.data.formats.row_keys import count_keys
@@ -177,9 +176,11 @@ def parse_row(row: SourceRow, context: ImportContext) -> list[ImportExample]:
             remedy="export one task per image, or remove the task",
         )
     declared = {
-        parse_declared_size(result.get("original_height"), result.get("original_width"))
+        (result["original_height"], result["original_width"])
         for result in task.results
-    } - {None}
+        if isinstance(result.get("original_height"), int)
+        and isinstance(result.get("original_width"), int)
+    }
     notes[NOTE_WHOLE_IMAGE] += len(_merge_answers(task.results))
     objects: list[ObjectAnnotation] = []
     for region in _merge_regions(task.results):
@@ -190,7 +191,7 @@ def parse_row(row: SourceRow, context: ImportContext) -> list[ImportExample]:
         BOX_CONVENTION,
         row.record["image"],
         objects,
-        declared_size=declared.pop() if len(declared) == 1 else None,
+        declared_size=declared.pop() if len(declared) == 1 else (None, None),
         default_prompt=SPOTTING_PROMPT if project.text_classes else DETECTION_PROMPT,
     )
 

@@ -654,9 +654,8 @@ def _format_member(name: str, value: object) -> str:
         written = json.dumps(value, ensure_ascii=False, allow_nan=False, default=_json_default)
         return make_text_part(f"{json.dumps(name, ensure_ascii=False)}: {written}").text
     except UnexpectedPlaceholderError as error:
-        raise UnexpectedPlaceholderError(
-            f"in the column {name!r}: {error.what}", expected=error.expected, remedy=error.remedy
-        ) from error
+        error.what = f"in the column {name!r}: {error.what}"
+        raise
     except ValueError as error:
         raise UserError(
             f"the column {name!r} with {str(value)[:60]} cannot be written as JSON ({error})",

@@ -49,7 +49,6 @@ from finesight.data.formats.image_annotations import (
     group_by_image,
     list_image_names,
     make_unique_stem,
-    parse_declared_size,
     parse_integer,
     require_inside_output,
     round_coordinate,
@@ -130,9 +129,9 @@ def _parse_voc(row: SourceRow, context: ImportContext) -> list[ImportExample]:
         children = [{child.tag: text or [one.tag for one in child]} for child, text in texts]
         count_keys(children, used, element.tag, context.other_keys)
     image = _find_image(file, root, required=not context.lenient)
-    sides = [root.findtext(f"size/{side}", "").strip() for side in ("height", "width")]
+    height, width = (root.findtext(f"size/{side}", "").strip() for side in ("height", "width"))
     # Some tools write 0 for an unknown size.
-    size = parse_declared_size(*(parse_integer(side) or None for side in sides))
+    size = parse_integer(height) or None, parse_integer(width) or None
     return build_detection_examples(
         row, context, BoxConvention(), str(image), objects, declared_size=size
     )
@@ -303,8 +302,8 @@ def _parse_cvat(row: SourceRow, context: ImportContext) -> list[ImportExample]:
     objects = [_parse_shape(shape, context.shape_notes) for shape in image]
     used = (*CORNERS, "label", "occluded", "rotation", "points", "source", "z_order")
     count_keys((shape.attrib for shape in image), used, "shapes", context.other_keys)
-    sides = (parse_integer(image.get(side, "")) for side in ("height", "width"))
-    size, path = parse_declared_size(*sides), row.record["path"]
+    size = parse_integer(image.get("height", "")), parse_integer(image.get("width", ""))
+    path = row.record["path"]
     return build_detection_examples(
         row, context, BoxConvention(), path, objects, declared_size=size
     )

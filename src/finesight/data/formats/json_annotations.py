@@ -316,22 +316,19 @@ def _parse_captions(
             expected="a document of instances, with boxes",
             remedy="remove --box-task, or use the document of the instances",
         )
-    texts = [_read_caption(annotation) for annotation in annotations if "caption" in annotation]
-    if not texts:
-        context.skipped_rows[REASON_NO_CAPTION] += 1
-        return []
-    return [build_text_example(row.id, row.record["path"], texts, (), context, meta)]
-
-
-def _read_caption(annotation: Record) -> str:
-    text = annotation["caption"]
-    if not isinstance(text, str) or not text.strip():
-        raise UserError(
-            f"annotation {annotation.get('id')} has the caption {str(text)[:60]!r}",
-            expected="a text",
-            remedy="add one, or remove the annotation",
-        )
-    return text.strip()
+    texts = []
+    for annotation in (one for one in annotations if "caption" in one):
+        text = annotation["caption"]
+        if not isinstance(text, str) or not text.strip():
+            raise UserError(
+                f"annotation {annotation.get('id')} has the caption {str(text)[:60]!r}",
+                expected="a text",
+                remedy="add one, or remove the annotation",
+            )
+        texts.append(text.strip())
+    context.skipped_rows[REASON_NO_CAPTION] += not texts
+    path = row.record["path"]
+    return [build_text_example(row.id, path, texts, (), context, meta)] if texts else []
 
 
 def _iter_annotations(record: ImageRecord, classes: Sequence[str]) -> Iterator[Record]:

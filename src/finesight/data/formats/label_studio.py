@@ -677,19 +677,18 @@ def _build_label_config(
     declared = [name for record in records for name in record.meta.get("classes", ())]
     boxes = [_get_class_and_text(box) for record in records for box in record.boxes]
     names = dict.fromkeys([*declared, *sorted({class_name for class_name, _ in boxes})])
-    if is_detection:
-        control = ElementTree.SubElement(view, "RectangleLabels", name="label", toName="image")
+    target, editable = {"toName": "image"}, {"editable": "true"}
+    if is_detection or has_choices:
+        tag, item, control_name = "Choices", "Choice", "answer"
+        if is_detection:
+            tag, item, control_name = "RectangleLabels", "Label", "label"
+        control = ElementTree.SubElement(view, tag, target, name=control_name)
         for name in names:
-            ElementTree.SubElement(control, "Label", value=name)
-        if any(text is not None for _, text in boxes):
-            options = {"perRegion": "true", "editable": "true"}
-            ElementTree.SubElement(view, "TextArea", {"name": "text", "toName": "image"} | options)
-    elif has_choices:
-        control = ElementTree.SubElement(view, "Choices", name="answer", toName="image")
-        for name in names:
-            ElementTree.SubElement(control, "Choice", value=name)
+            ElementTree.SubElement(control, item, value=name)
     else:
-        ElementTree.SubElement(view, "TextArea", name="answer", toName="image", editable="true")
+        ElementTree.SubElement(view, "TextArea", target | editable, name="answer")
+    if is_detection and any(text is not None for _, text in boxes):
+        ElementTree.SubElement(view, "TextArea", target | editable, name="text", perRegion="true")
     ElementTree.indent(view)
     return bytes(ElementTree.tostring(view, "utf-8")) + b"\n"
 

@@ -65,11 +65,8 @@ Valid datasets, such as boxes with a thousand classes, reach a ratio of 100.
 """
 
 
-class SpoolSpan(NamedTuple):
-    """Byte range of one encoded sample in the spool."""
-
-    start: int
-    size: int
+SpoolSpan = tuple[int, int]
+"""Start and size in bytes of one encoded sample in the spool."""
 
 
 class Spool:
@@ -90,7 +87,7 @@ class Spool:
 
     def add(self, content: bytes) -> SpoolSpan:
         """Append an encoded sample and return its byte range."""
-        span = SpoolSpan(self.end, len(content))
+        span = self.end, len(content)
         self.end += len(content)
         if self.end > max(FREE_BYTES, MAX_EXPANSION_RATIO * self._source_bytes):
             raise UserError(
@@ -106,9 +103,10 @@ class Spool:
 
     def read(self, span: SpoolSpan) -> bytes:
         """Return the bytes of a span. After the first read, `add` must not be called."""
-        self._file.seek(span.start)
-        content: bytes = self._file.read(span.size)
-        assert len(content) == span.size, f"{len(content)} bytes of {span}"
+        start, size = span
+        self._file.seek(start)
+        content: bytes = self._file.read(size)
+        assert len(content) == size, f"{len(content)} bytes of {span}"
         return content
 
 
@@ -353,10 +351,8 @@ class _InvalidRows:
             self.described[remedy].append((location, error))
         self.remedies[remedy] += 1
         reasons = (reason for kind, reason in REASON_BY_ERROR.items() if isinstance(error, kind))
-        reason, text = (
-            next(reasons, REASON_OTHER),
-            ": ".join(filter(None, (error.where, error.what))),
-        )
+        reason = next(reasons, REASON_OTHER)
+        text = ": ".join(filter(None, (error.where, error.what)))
         self.reasons[reason] += 1
         self.first_errors.setdefault(reason, f"{location}, {text}")
         self.boxes += isinstance(error, InvalidBoxError)

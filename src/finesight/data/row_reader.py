@@ -822,20 +822,16 @@ def _iter_files(root: Path) -> Iterator[Path]:
             continue
         visited.add(real_path)
         for entry in _list_entries(folder):
-            if _is(entry.is_dir):
+            is_folder = is_file = False
+            with contextlib.suppress(OSError):  # a link into an unreadable folder
+                is_folder, is_file = entry.is_dir(), entry.is_file()
+            if is_folder:
                 waiting.append(entry.path)
                 continue
-            if not _is(entry.is_file):
+            if not is_file:
                 reject_special_file(Path(entry.path))  # broken links are listed
             if entry.name != DIGESTS_FILE:
                 yield Path(entry.path)
-
-
-def _is(kind: Callable[[], bool]) -> bool:
-    try:
-        return kind()
-    except OSError:  # a link into an unreadable folder
-        return False
 
 
 def _list_entries(folder: str) -> list[os.DirEntry[str]]:

@@ -316,35 +316,34 @@ def fetch_source(
     if hosts:
         options = replace(options, web_images=RemoteImages(hosts, downloads / "images"))
     is_web_url = is_url(source) and not source.startswith("file://")
-    if is_hub_address(source) or is_web_url:
-        with working_folder(out.absolute()) as folder:
-            work_folder = folder / UNPACK_FOLDER
-            copy_options = replace(options, copy_images=True, allowed_root=work_folder)
-            if is_web_url:
-                file = fetch_url(source, hosts, downloads)
-                yield _prepare_file(file, work_folder, copy_options)
-            else:
-                yield _fetch_hub_dataset(source, work_folder, copy_options)
-    elif Path(source).is_dir():
+    is_remote, path = is_hub_address(source) or is_web_url, Path(source)
+    if not is_remote and path.is_dir():
         # A folder with Parquet files may have several splits.
-        has_parquet = list_folder(Path(source)).files_with_suffix(".parquet")
+        has_parquet = list_folder(path).files_with_suffix(".parquet")
         prepare = _prepare_folder if has_parquet else FetchedSource
-        yield prepare(Path(source), options)
-    elif not is_archive(source):
-        yield FetchedSource(Path(source), options)
-    else:
-        reject_special_file(Path(source))
-        if not Path(source).is_file():
+        yield prepare(path, options)
+        return
+    if not is_remote and not is_archive(source):
+        yield FetchedSource(path, options)
+        return
+    if not is_remote:
+        reject_special_file(path)
+        if not path.is_file():
             raise UserError(
                 "no such file",
                 where=str(source),
                 expected="an archive",
-                remedy=suggest_similar_path(Path(source)),
+                remedy=suggest_similar_path(path),
             )
-        with working_folder(out.absolute()) as folder:
-            work_folder = folder / UNPACK_FOLDER
-            unpacked_options = replace(options, allowed_root=work_folder)
-            yield _prepare_file(Path(source), work_folder, unpacked_options)
+    with working_folder(out.absolute()) as folder:
+        work_folder = folder / UNPACK_FOLDER
+        copies = is_remote or options.copy_images
+        options = replace(options, copy_images=copies, allowed_root=work_folder)
+        if is_remote and not is_web_url:
+            yield _fetch_hub_dataset(source, work_folder, options)
+        else:
+            file = fetch_url(source, hosts, downloads) if is_web_url else path
+            yield _prepare_file(file, work_folder, options)
 
 
 def _prepare_file(file: Path, work_folder: Path, options: ImportOptions) -> FetchedSource:

@@ -18,7 +18,6 @@ unknown, the template does not list the classes, or no box is left, the image is
 from __future__ import annotations
 
 import re
-import string
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
@@ -60,6 +59,8 @@ from finesight.data.sample import (
 from finesight.errors import UserError
 
 _DIGITS = re.compile(r"[0-9]{1,18}")
+_PLACEHOLDER = re.compile(r"\{\{|\}\}|\{[^{}]*\}?|\}")
+"""A literal brace, written twice, a placeholder, or a brace without its other one."""
 
 
 def parse_integer(text: str) -> int | None:
@@ -348,28 +349,19 @@ def format_prompt(
             would yield the same question for every label.
         UserError: There are no labels.
     """
-    template = default_template if prompt is None else prompt
-    fields, problem = set[str](), ""
-    try:
-        fields = {
-            f"{name}{'!' + conversion if conversion else ''}"
-            f"{':' + format_spec if format_spec else ''}"
-            for _, name, format_spec, conversion in string.Formatter().parse(template)
-            if name is not None
-        }
-    except ValueError as error:
-        problem = str(error)
-    unknown = sorted(fields - values.keys())
+    template, problem = default_template if prompt is None else prompt, ""
+    fields = set(_PLACEHOLDER.findall(template)) - {"{{", "}}"}
+    unknown = sorted(fields - {f"{{{name}}}" for name in values})
     if unknown:
-        problem = f"{{{unknown[0]}}} is an unknown placeholder"
-    elif "labels" in fields and not values["labels"]:
+        problem = f"{unknown[0]} is an unknown placeholder"
+    elif "{labels}" in fields and not values["labels"]:
         raise UserError(
             "no object of the source has a class name",
             expected="objects with labels, or a --prompt without {labels}",
             remedy="check the labels, or set a question with --prompt",
         )
-    elif "label" in values and "label" not in fields:
-        problem = problem or "it yields the same question for every label"
+    elif "label" in values and "{label}" not in fields:
+        problem = "it yields the same question for every label"
     if problem:
         raise InvalidOptionError(
             f"the template {template[:80]!r}: {problem}",

@@ -15,7 +15,6 @@ stored in the metadata. In a file without shapes, the tags of an image are its c
 
 from __future__ import annotations
 
-import math
 import os
 import re
 from collections import Counter
@@ -30,6 +29,7 @@ from finesight.data.boxes import (
     InvalidBoxError,
     find_bounds,
     parse_coordinates,
+    rotate_rectangle,
 )
 from finesight.data.formats.dataset_format import (
     DatasetFormat,
@@ -387,16 +387,12 @@ def _find_bounds(shape: ElementTree.Element, source_notes: Counter[str]) -> list
         bounds = [x, y, x + width, y + height]
     elif shape.tag == "box":
         x1, y1, x2, y2 = (float(shape.get(corner, "")) for corner in CORNERS)
-        angle = math.radians(float(shape.get("rotation", "0")))
+        angle, center = float(shape.get("rotation", "0")), ((x1 + x2) / 2, (y1 + y2) / 2)
         if not angle:
             return [x1, y1, x2, y2]
-        # Around the center.
-        cos, sin = abs(math.cos(angle)), abs(math.sin(angle))
-        dx = ((x2 - x1) * cos + (y2 - y1) * sin) / 2
-        dy = ((x2 - x1) * sin + (y2 - y1) * cos) / 2
-        center_x, center_y = (x1 + x2) / 2, (y1 + y2) / 2
         kind = "rotated rectangles"
-        bounds = [center_x - dx, center_y - dy, center_x + dx, center_y + dy]
+        corners = rotate_rectangle((x1, y1, x2, y2), angle, center)
+        bounds = find_bounds(((one.real, one.imag) for one in corners), shape.attrib)
     return enclose_shape(kind, bounds, source_notes)
 
 

@@ -81,6 +81,7 @@ from finesight.data.sample import (
     find_box_slots,
     join_text,
     list_coordinates,
+    list_media_paths,
     parse_tool_call,
     remove_nulls,
 )
@@ -658,13 +659,8 @@ def sort_turn_keys(turn: Record, role: Role, text_key: str, context: ImportConte
 
 
 def _list_media_names(parts: Iterable[ContentPart]) -> set[str]:
-    """Return the file names of images and videos."""
-    paths = (
-        part.image if isinstance(part, ImagePart) else part.video or part.frames[0]
-        for part in parts
-        if isinstance(part, ImagePart | VideoPart)
-    )
-    return {Path(path).name for path in paths}
+    """Return the file names of images, video frames and videos."""
+    return {Path(path).name for part in parts for path in list_media_paths(part)}
 
 
 def format_reasoning(reasoning: str, answer: str) -> str:

@@ -424,15 +424,13 @@ def _write_fiftyone(samples: Sequence[LocatedSample], context: ExportContext) ->
         manifest[f"{key}{record.image_path.suffix}"] = context.image_names[record.image_path]
         if is_detection:
             height, width = context.image_size(record.image_path)
-            items: list[Record] = []
+            labels[key] = []
             for box in record.boxes:
                 x1, y1, x2, y2 = box.xyxy
                 bounds = [x1 / width, y1 / height, (x2 - x1) / width, (y2 - y1) / height]
-                item = {"label": indices[box.label], "bounding_box": bounds}
-                items.append(
-                    item | ({"attributes": dict(box.attributes)} if box.attributes else {})
-                )
-            labels[key] = items
+                attributes = {"attributes": dict(box.attributes)} if box.attributes else {}
+                item = {"label": indices[box.label], "bounding_box": bounds, **attributes}
+                labels[key].append(item)
             continue
         if len(record.answers) != 1:
             raise UserError(

@@ -291,10 +291,7 @@ def open_image_header(
         if with_page:
             _select_page(path, image)
     except (FileNotFoundError, NotADirectoryError) as error:
-        remedy = "correct the path; relative paths in data files start at their folder"
-        raise build_file_error(
-            path, "no such image", "an existing file", remedy, MissingImageError
-        ) from error
+        raise build_file_error(path, error_class=MissingImageError) from error
     except Image.DecompressionBombError as error:
         raise _build_too_large_error(path, "more than 178 million", max_pixels) from error
     except UnidentifiedImageError as error:
@@ -540,15 +537,17 @@ def build_corrupt_error(path: Path, error: Exception) -> CorruptImageError:
 
 def build_file_error(
     path: Path,
-    what: str,
-    expected: str,
+    what: str = "",
+    expected: str = "an existing file",
     remedy: str = "",
     error_class: type[CorruptImageError] = CorruptImageError,
 ) -> CorruptImageError:
-    """Build the error of an image or video file; the default remedy names its kind."""
-    if not remedy:
-        verb, kind = ("encode", "video") if is_video_path(path) else ("export", "image")
-        remedy = f"download or {verb} the {kind} again, or remove it from the data"
+    """Build the error of an image or video file, without arguments that of a missing one."""
+    verb, kind = ("encode", "video") if is_video_path(path) else ("export", "image")
+    if not what:
+        what = f"no such {kind}"
+        remedy = "correct the path; relative paths in data files start at their folder"
+    remedy = remedy or f"download or {verb} the {kind} again, or remove it from the data"
     return error_class(what, where=str(path), expected=expected, remedy=remedy)
 
 

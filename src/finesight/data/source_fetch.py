@@ -58,6 +58,9 @@ CARD_FILE = "README.md"
 MAX_CARD_BYTES = 2**20
 """Maximum number of characters read from a dataset card to find its front matter."""
 
+_FRONT_MATTER = re.compile(r"\ufeff?---\s*\n(.*?)^---\s*$", re.DOTALL | re.MULTILINE)
+"""YAML at the start of a dataset card, between lines of three dashes."""
+
 DEFAULT_SPLIT = "train"
 
 UNPACK_FOLDER = "unpacked"
@@ -221,22 +224,15 @@ def _find_subset(card: str, selector: str | None) -> dict[str, Any] | None:
 
 
 def _iter_subsets(card: str) -> Iterator[dict[str, Any]]:
+    front_matter = _FRONT_MATTER.match(card)
     try:
-        head = load_yaml(_read_front_matter(card.removeprefix("\ufeff")))
+        head = load_yaml(front_matter[1]) if front_matter else None
     except yaml.YAMLError:  # the card is optional; file names are sufficient
         return
     configs = head.get("configs") if isinstance(head, dict) else None
     for subset in configs if isinstance(configs, list) else []:
         if isinstance(subset, dict) and isinstance(subset.get("config_name"), str):
             yield subset
-
-
-def _read_front_matter(card: str) -> str:
-    """Return the YAML front matter of a dataset card, between lines of three dashes."""
-    first, *lines = card.split("\n")
-    ends = (line_index for line_index, line in enumerate(lines) if line.rstrip() == "---")
-    end = next(ends, None) if first.rstrip() == "---" else None
-    return "\n".join(lines[:end]) if end is not None else ""
 
 
 def _iter_split_patterns(subset: dict[str, Any]) -> Iterator[tuple[str, str]]:

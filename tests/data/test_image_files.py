@@ -178,7 +178,6 @@ def test_box_in_a_document_of_several_pages_is_refused(tmp_path: Path) -> None:
 
 def test_pdf_without_its_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_pages(tmp_path / "a.pdf", [(2, 2)])
-    monkeypatch.delitem(sys.modules, "finesight.data.pdf_file", raising=False)
     monkeypatch.setitem(sys.modules, "pypdfium2", None)
     with pytest.raises(UserError, match="a PDF file, but") as caught:
         import_images(tmp_path, "a.pdf")

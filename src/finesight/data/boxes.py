@@ -8,6 +8,7 @@ defines the units, or the user gives them. Others are counted and reported.
 from __future__ import annotations
 
 import bisect
+import cmath
 import itertools
 import json
 import math
@@ -103,6 +104,13 @@ def find_bounds(points: Iterable[Sequence[Any]], shape: object) -> list[float]:
             expected="points of two numbers",
             remedy="correct the shape, or remove it",
         ) from error
+
+
+def rotate_rectangle(box: Box, degrees: float, pivot: tuple[float, float]) -> list[complex]:
+    """Return the corners of a rectangle after a clockwise rotation around a pivot."""
+    x1, y1, x2, y2 = box
+    turn, center = cmath.rect(1, math.radians(degrees)), complex(*pivot)
+    return [(complex(x, y) - center) * turn + center for x in (x1, x2) for y in (y1, y2)]
 
 
 def clip_box(box: Box, image_size: tuple[int, int], *, is_point: bool = False) -> Box | None:

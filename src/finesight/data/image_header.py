@@ -4,6 +4,10 @@
 `part.parquet/@12/0001.jpg` to the image of this name in row 12 (1-based), and `scan.pdf#page=3` to
 page 3 of a PDF or TIFF file (RFC 8118). Such a path is sufficient to read the image without
 unpacking the container. Pixels are not decoded.
+
+PDFium (extra `pdf`) renders the pages of PDF files. The resolution is fixed, so that boxes in
+pixels of a page fit in training, evaluation and serving. Fonts that a file does not contain are
+replaced by fonts of the machine.
 """
 
 from __future__ import annotations
@@ -12,13 +16,16 @@ import base64
 import contextlib
 import hashlib
 import io
+import math
 import os
 import re
+import threading
 import warnings
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path, PurePath
+from typing import Any, TypeVar
 
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 from PIL.TiffImagePlugin import TiffImageFile
 
 from finesight.data.parquet_reader import read_parquet_image
@@ -284,10 +291,7 @@ def open_image_header(
         if with_page:
             _select_page(path, image)
     except (FileNotFoundError, NotADirectoryError) as error:
-        remedy = "correct the path; relative paths in data files start at their folder"
-        raise build_file_error(
-            path, "no such image", "an existing file", remedy, MissingImageError
-        ) from error
+        raise build_file_error(path, error_class=MissingImageError) from error
     except Image.DecompressionBombError as error:
         raise _build_too_large_error(path, "more than 178 million", max_pixels) from error
     except UnidentifiedImageError as error:
@@ -322,7 +326,7 @@ def _open_image(path: Path, source: Path | io.BytesIO, formats: Sequence[str]) -
             raise
     try:
         if is_pdf:
-            from finesight.data.pdf_file import PdfImageFile
+            import pypdfium2  # noqa: F401
 
             return PdfImageFile(source)
         from pillow_heif import register_heif_opener
@@ -335,6 +339,78 @@ def _open_image(path: Path, source: Path | io.BytesIO, formats: Sequence[str]) -
         raise build_file_error(path, what, expected, remedy, MissingPackageError) from error
     register_heif_opener()
     return Image.open(source, formats=("HEIF",))
+
+
+T = TypeVar("T")
+
+PAGE_SCALE = 2.0
+"""Pixels of a rendered page per point (1/72 inch): 144 dpi."""
+
+MAX_PAGE_PIXELS = 1 << 24
+"""Maximum number of pixels of a rendered page. A larger page is rendered at a smaller scale."""
+
+# PDFium is not thread-safe. A fork waits until no thread uses it.
+_PDF_LOCK = threading.Lock()
+os.register_at_fork(
+    before=_PDF_LOCK.acquire, after_in_parent=_PDF_LOCK.release, after_in_child=_PDF_LOCK.release
+)
+
+
+class PdfImageFile(ImageFile.ImageFile):
+    """PDF file whose pages, with annotations and forms, are the frames of an image."""
+
+    format, format_description = "PDF", "pages of a PDF file"
+
+    def _open(self) -> None:
+        import pypdfium2
+
+        self._mode = "RGB"
+        try:
+            self.seek(0)
+        except pypdfium2.PdfiumError as error:
+            problem = "a damaged PDF file, or one without pages"
+            if error.err_code in (pypdfium2.raw.FPDF_ERR_PASSWORD, pypdfium2.raw.FPDF_ERR_SECURITY):
+                problem = "an encrypted PDF file: save it without a password"
+            raise ValueError(f"error {error.err_code}: {problem}") from error
+
+    def seek(self, frame: int) -> None:
+        """Select a page, counted from 0. Raises EOFError if there is none."""
+        self._page_index = frame
+        self.n_frames, (width, height) = self._use_document(self._read_size)
+        num_points = max(1.0, width) * max(1.0, height)
+        self._scale = min(PAGE_SCALE, math.sqrt(MAX_PAGE_PIXELS / num_points))
+        self._size = max(1, math.ceil(width * self._scale)), max(1, math.ceil(height * self._scale))
+
+    def _read_size(self, document: Any) -> tuple[int, tuple[float, float]]:
+        if self._page_index >= len(document):
+            raise EOFError(f"page {self._page_index + 1} of {len(document)}")
+        return len(document), document.get_page_size(self._page_index)
+
+    def load(self) -> Any:
+        """Render the page."""
+        if self._im is None:
+            self.im = self._use_document(self._render).im
+        return super().load()
+
+    def _render(self, document: Any) -> Image.Image:
+        import pypdfium2
+
+        document.init_forms()  # draws the values of its fields
+        options = {"rev_byteorder": True, "force_bitmap_format": pypdfium2.raw.FPDFBitmap_BGR}
+        with (
+            contextlib.closing(document[self._page_index]) as page,
+            contextlib.closing(page.render(self._scale, **options)) as bitmap,
+        ):
+            image: Image.Image = bitmap.to_pil()
+        if image.size != self._size:
+            raise ValueError(f"a page of {image.size} instead of {self._size} pixels")
+        return image
+
+    def _use_document(self, use: Callable[[Any], T]) -> T:
+        import pypdfium2
+
+        with _PDF_LOCK, contextlib.closing(pypdfium2.PdfDocument(self.fp)) as document:
+            return use(document)
 
 
 def _select_page(path: Path, image: Image.Image) -> None:
@@ -461,15 +537,17 @@ def build_corrupt_error(path: Path, error: Exception) -> CorruptImageError:
 
 def build_file_error(
     path: Path,
-    what: str,
-    expected: str,
+    what: str = "",
+    expected: str = "an existing file",
     remedy: str = "",
     error_class: type[CorruptImageError] = CorruptImageError,
 ) -> CorruptImageError:
-    """Build the error of an image or video file; the default remedy names its kind."""
-    if not remedy:
-        verb, kind = ("encode", "video") if is_video_path(path) else ("export", "image")
-        remedy = f"download or {verb} the {kind} again, or remove it from the data"
+    """Build the error of an image or video file, without arguments that of a missing one."""
+    verb, kind = ("encode", "video") if is_video_path(path) else ("export", "image")
+    if not what:
+        what = f"no such {kind}"
+        remedy = "correct the path; relative paths in data files start at their folder"
+    remedy = remedy or f"download or {verb} the {kind} again, or remove it from the data"
     return error_class(what, where=str(path), expected=expected, remedy=remedy)
 
 

@@ -266,11 +266,8 @@ class ImageResolver:
                     self._check_image(path)
             except CorruptImageError as error:
                 # Omit the path from the error: the staging folder is deleted when the import fails.
-                raise CorruptImageError(
-                    f"the image of {len(data)} bytes: {error.what}",
-                    expected=error.expected,
-                    remedy=error.remedy,
-                ) from error
+                error.what, error.where = f"the image of {len(data)} bytes: {error.what}", ""
+                raise
             self._saved_paths[key] = path
         return self._saved_paths[key]
 

@@ -65,11 +65,8 @@ Valid datasets, such as boxes with a thousand classes, reach a ratio of 100.
 """
 
 
-class SpoolSpan(NamedTuple):
-    """Byte range of one encoded sample in the spool."""
-
-    start: int
-    size: int
+SpoolSpan = tuple[int, int]
+"""Start and size in bytes of one encoded sample in the spool."""
 
 
 class Spool:
@@ -90,7 +87,7 @@ class Spool:
 
     def add(self, content: bytes) -> SpoolSpan:
         """Append an encoded sample and return its byte range."""
-        span = SpoolSpan(self.end, len(content))
+        span = self.end, len(content)
         self.end += len(content)
         if self.end > max(FREE_BYTES, MAX_EXPANSION_RATIO * self._source_bytes):
             raise UserError(
@@ -106,9 +103,10 @@ class Spool:
 
     def read(self, span: SpoolSpan) -> bytes:
         """Return the bytes of a span. After the first read, `add` must not be called."""
-        self._file.seek(span.start)
-        content: bytes = self._file.read(span.size)
-        assert len(content) == span.size, f"{len(content)} bytes of {span}"
+        start, size = span
+        self._file.seek(start)
+        content: bytes = self._file.read(size)
+        assert len(content) == size, f"{len(content)} bytes of {span}"
         return content
 
 
@@ -132,7 +130,7 @@ def split_last_rows(rows: Sequence[ImageKeys], num_eval_rows: int) -> tuple[list
             remedy="use fewer rows for validation",
         )
     eval_images = frozenset[Hashable]().union(*rows[num_other_rows:])
-    train = [row_index for row_index in range(num_other_rows) if not rows[row_index] & eval_images]
+    train = [index for index in range(num_other_rows) if not rows[index] & eval_images]
     if num_other_rows and not train:
         raise UserError(
             f"each of the other {num_other_rows} rows shares an image with the last"
@@ -336,7 +334,6 @@ class _InvalidRows:
     remedies: Counter[str] = field(default_factory=Counter)
     reasons: Counter[str] = field(default_factory=Counter)
     first_errors: dict[str, str] = field(default_factory=dict)
-    boxes: int = 0
     lines: list[SpoolSpan] = field(default_factory=list)
 
     def __len__(self) -> int:
@@ -353,13 +350,10 @@ class _InvalidRows:
             self.described[remedy].append((location, error))
         self.remedies[remedy] += 1
         reasons = (reason for kind, reason in REASON_BY_ERROR.items() if isinstance(error, kind))
-        reason, text = (
-            next(reasons, REASON_OTHER),
-            ": ".join(filter(None, (error.where, error.what))),
-        )
+        reason = next(reasons, REASON_OTHER)
+        text = ": ".join(filter(None, (error.where, error.what)))
         self.reasons[reason] += 1
         self.first_errors.setdefault(reason, f"{location}, {text}")
-        self.boxes += isinstance(error, InvalidBoxError)
         if spool is not None:
             line = {"location": location, "reason": reason, "error": str(error)}
             self.lines.append(spool.add(f"{escape_surrogates(encode_json_line(line))}\n".encode()))
@@ -379,6 +373,19 @@ class _InvalidRows:
         if len(self.remedies) > MAX_DESCRIBED_ROWS:
             others = self.remedies.most_common()[MAX_DESCRIBED_ROWS:]
             yield f"  and {sum(count for _, count in others)} rows with other errors"
+
+    def build_error(self, num_rows: int, path: Path, *, is_systematic: bool) -> UserError:
+        """Return the error of an import, with the remedy of most rows."""
+        lines = [f"{len(self)} of {num_rows} rows are invalid; no files were written"]
+        lines += self.describe()
+        if is_systematic:
+            lines.append(
+                f"  over {MAX_INVALID_BOX_FRACTION:.0%} of the rows have invalid boxes: the box"
+                " convention is probably wrong"
+            )
+        remedy, _ = self.remedies.most_common(1)[0]
+        expected = self.described[remedy][0][1].expected
+        return UserError("\n".join(lines), where=str(path), expected=expected, remedy=remedy)
 
 
 @dataclass(frozen=True, slots=True)
@@ -557,24 +564,22 @@ def _parse_rows(
         rows = list(itertools.compress(rows, is_valid))
         is_eval = list(itertools.compress(is_eval, is_valid))
     num_rows = len(rows) + len(skipped)
-    num_invalid = skipped.boxes + len(repaired)
+    num_invalid = skipped.reasons[REASON_BY_ERROR[InvalidBoxError]] + len(repaired)
     is_systematic = num_invalid > max(1, MAX_INVALID_BOX_FRACTION * num_rows)
     if is_systematic:
         for location, box_error in repaired:
             skipped.add(location, box_error, None)
     if len(skipped) and (options.on_invalid_row == "fail" or is_systematic or not any(rows)):
+        failure = skipped.build_error(num_rows, source.path, is_systematic=is_systematic)
         alternative = None
         if first := skipped.first:
             alternative = None if any(rows) else _suggest_image_column(first, context)
             alternative = alternative or _suggest_format(first, context, source, options)
-        raise _build_import_error(
-            skipped,
-            num_rows,
-            source.path,
-            alternative,
-            is_systematic=is_systematic,
-            has_valid=any(rows),
-        )
+        if alternative is not None:
+            failure.remedy = f"give {alternative}"
+        elif any(rows) and not is_systematic:
+            failure.remedy = f"{failure.remedy}; --on-invalid-row skip skips and lists invalid rows"
+        raise failure
     if not any(rows):
         reasons = [f"{count} {reason}" for reason, count in context.skipped_rows.items()]
         raise UserError(
@@ -604,8 +609,7 @@ def _decode_images(
             return decode_image(Path(path), with_key=with_keys)
         except CorruptImageError as error:
             if context.images.is_saved(Path(path)):  # this file is deleted after the error
-                what = f"the embedded image: {error.what}"
-                return CorruptImageError(what, expected=error.expected, remedy=error.remedy)
+                error.what, error.where = f"the embedded image: {error.what}", ""
             return error
 
     paths = dict.fromkeys(image for examples in rows for image in _images(examples))
@@ -700,31 +704,6 @@ def _suggest_format(
     others = " without --map" * bool(options.columns)
     hint = f"--format {candidate.name}{others}: {row.location} has {detected_by}"
     return None if candidate is source.data_format else hint
-
-
-def _build_import_error(
-    skipped: _InvalidRows,
-    num_rows: int,
-    path: Path,
-    alternative: str | None,
-    *,
-    is_systematic: bool,
-    has_valid: bool,
-) -> UserError:
-    lines = [f"{len(skipped)} of {num_rows} rows are invalid; no files were written"]
-    lines += skipped.describe()
-    if is_systematic:
-        lines.append(
-            f"  over {MAX_INVALID_BOX_FRACTION:.0%} of the rows have invalid boxes: the box"
-            " convention is probably wrong"
-        )
-    remedy, _ = skipped.remedies.most_common(1)[0]
-    first = skipped.described[remedy][0][1]
-    if alternative is not None:
-        remedy = f"give {alternative}"
-    elif has_valid and not is_systematic:
-        remedy += "; --on-invalid-row skip skips and lists invalid rows"
-    return UserError("\n".join(lines), where=str(path), expected=first.expected, remedy=remedy)
 
 
 def _make_ids_unique(rows: list[RowExamples]) -> list[RowExamples]:

@@ -179,10 +179,8 @@ def import_parquet(path: Path) -> Any:
 def read_parquet_metadata(path: Path) -> Any:
     """Read the metadata of a Parquet file."""
     reject_special_file(path)
-    try:
+    with translate_parquet_errors(path, with_os_errors=True):
         return import_parquet(path).read_metadata(_open_non_utf8(path))
-    except _DAMAGE as error:
-        raise _build_parquet_error(path, error) from error
 
 
 def open_parquet(path: Path, metadata: Any = None) -> Any:
@@ -205,24 +203,20 @@ def _open_non_utf8(path: Path) -> Any:
 
 
 @contextmanager
-def translate_parquet_errors(path: Path) -> Iterator[None]:
+def translate_parquet_errors(path: Path, *, with_os_errors: bool = False) -> Iterator[None]:
     """Convert pyarrow errors about a corrupt Parquet file to a UserError within the context."""
     try:
         yield
     except _DAMAGE as error:
         # pyarrow raises OSError without errno for corrupt files.
-        if isinstance(error, OSError) and error.errno is not None:
+        if isinstance(error, OSError) and error.errno is not None and not with_os_errors:
             raise
-        raise _build_parquet_error(path, error) from error
-
-
-def _build_parquet_error(path: Path, error: Exception) -> UserError:
-    return UserError(
-        f"cannot be read as Parquet: {error}",
-        where=str(path),
-        expected="a complete Parquet file",
-        remedy="download or export the file again",
-    )
+        raise UserError(
+            f"cannot be read as Parquet: {error}",
+            where=str(path),
+            expected="a complete Parquet file",
+            remedy="download or export the file again",
+        ) from error
 
 
 def list_row_group_sizes(path: Path) -> tuple[int, ...]:

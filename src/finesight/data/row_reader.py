@@ -461,30 +461,29 @@ def _parse_csv(
 ) -> tuple[list[SourceRow], str]:
     """Return the rows of a table, and a note about a missing header."""
     rows, header_note = [], ""
-    text = io.StringIO(content, newline="")
     csv.field_size_limit(MAX_CSV_CELL_CHARS)
     # Strict: an unclosed quote would otherwise consume the rest of the file.
-    reader = csv.DictReader(text, delimiter=delimiter, strict=True)
+    reader = csv.reader(io.StringIO(content, newline=""), delimiter=delimiter, strict=True)
     try:
-        names, header_note = _name_columns(reader.fieldnames or (), no_header, source)
+        lines = filter(None, reader)
+        first = next(lines, [])
+        names, header_note = _name_columns(first, no_header, source)
         columns = [name or f"unnamed column {n}" for n, name in enumerate(names, start=1)]
-        if header_note:
-            text.seek(0)
-            reader = csv.DictReader(text, delimiter=delimiter, strict=True)
-        reader.fieldnames = columns
-        for row_number, record in enumerate(reader, start=1):
-            if None in record or None in record.values():
+        values = itertools.chain([first] if header_note else [], lines)
+        for row_number, cells in enumerate(values, start=1):
+            if len(cells) != len(columns):
                 raise UserError(
                     f"row {row_number} has more or fewer cells than the table header",
                     where=f"{source}:{reader.line_num}",
-                    expected=f"{len(reader.fieldnames or ())} cells",
+                    expected=f"{len(columns)} cells",
                     remedy="put cells that contain a separator or a line break in double quotes",
                 )
+            record = dict(zip(columns, cells, strict=True))
             rows.append(SourceRow(row_number, f"row {row_number}", record, source.stem))
     except csv.Error as error:
         raise UserError(
             f"broken CSV: {error}",
-            where=f"{source}:{reader.reader.line_num}",
+            where=f"{source}:{reader.line_num}",
             expected=f"cells of at most {MAX_CSV_CELL_CHARS} characters, quoted with double quotes",
             remedy="correct the line, or save the table as JSONL or Parquet",
         ) from error
@@ -533,15 +532,14 @@ def _open_parquet(source: Path) -> RowReader:
             end = 0
             for index in range(parquet_file.num_row_groups):
                 group = parquet_file.metadata.row_group(index)
-                first, end = end, end + group.num_rows
-                is_used = first < stop and start < end
+                number, end = end, end + group.num_rows
+                if number >= stop or start >= end:
+                    continue
                 batches = parquet_file.iter_batches(get_batch_size(group), row_groups=[index])
-                records = (
-                    record
-                    for batch in (batches if is_used else ())
-                    for record in iter_records(batch, str(source))
-                )
-                for number, record in enumerate(records, start=first + 1):
+                for record in (
+                    one for batch in batches for one in iter_records(batch, str(source))
+                ):
+                    number += 1
                     if start < number <= stop:
                         yield SourceRow(number, f"row {number}", record, source.stem)
 
@@ -822,20 +820,16 @@ def _iter_files(root: Path) -> Iterator[Path]:
             continue
         visited.add(real_path)
         for entry in _list_entries(folder):
-            if _is(entry.is_dir):
+            is_folder = is_file = False
+            with contextlib.suppress(OSError):  # a link into an unreadable folder
+                is_folder, is_file = entry.is_dir(), entry.is_file()
+            if is_folder:
                 waiting.append(entry.path)
                 continue
-            if not _is(entry.is_file):
+            if not is_file:
                 reject_special_file(Path(entry.path))  # broken links are listed
             if entry.name != DIGESTS_FILE:
                 yield Path(entry.path)
-
-
-def _is(kind: Callable[[], bool]) -> bool:
-    try:
-        return kind()
-    except OSError:  # a link into an unreadable folder
-        return False
 
 
 def _list_entries(folder: str) -> list[os.DirEntry[str]]:

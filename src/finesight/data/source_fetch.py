@@ -58,6 +58,9 @@ CARD_FILE = "README.md"
 MAX_CARD_BYTES = 2**20
 """Maximum number of characters read from a dataset card to find its front matter."""
 
+_FRONT_MATTER = re.compile(r"\ufeff?---\s*\n(.*?)^---\s*$", re.DOTALL | re.MULTILINE)
+"""YAML at the start of a dataset card, between lines of three dashes."""
+
 DEFAULT_SPLIT = "train"
 
 UNPACK_FOLDER = "unpacked"
@@ -221,22 +224,15 @@ def _find_subset(card: str, selector: str | None) -> dict[str, Any] | None:
 
 
 def _iter_subsets(card: str) -> Iterator[dict[str, Any]]:
+    front_matter = _FRONT_MATTER.match(card)
     try:
-        head = load_yaml(_read_front_matter(card.removeprefix("\ufeff")))
+        head = load_yaml(front_matter[1]) if front_matter else None
     except yaml.YAMLError:  # the card is optional; file names are sufficient
         return
     configs = head.get("configs") if isinstance(head, dict) else None
     for subset in configs if isinstance(configs, list) else []:
         if isinstance(subset, dict) and isinstance(subset.get("config_name"), str):
             yield subset
-
-
-def _read_front_matter(card: str) -> str:
-    """Return the YAML front matter of a dataset card, between lines of three dashes."""
-    first, *lines = card.split("\n")
-    ends = (line_index for line_index, line in enumerate(lines) if line.rstrip() == "---")
-    end = next(ends, None) if first.rstrip() == "---" else None
-    return "\n".join(lines[:end]) if end is not None else ""
 
 
 def _iter_split_patterns(subset: dict[str, Any]) -> Iterator[tuple[str, str]]:
@@ -316,35 +312,34 @@ def fetch_source(
     if hosts:
         options = replace(options, web_images=RemoteImages(hosts, downloads / "images"))
     is_web_url = is_url(source) and not source.startswith("file://")
-    if is_hub_address(source) or is_web_url:
-        with working_folder(out.absolute()) as folder:
-            work_folder = folder / UNPACK_FOLDER
-            copy_options = replace(options, copy_images=True, allowed_root=work_folder)
-            if is_web_url:
-                file = fetch_url(source, hosts, downloads)
-                yield _prepare_file(file, work_folder, copy_options)
-            else:
-                yield _fetch_hub_dataset(source, work_folder, copy_options)
-    elif Path(source).is_dir():
+    is_remote, path = is_hub_address(source) or is_web_url, Path(source)
+    if not is_remote and path.is_dir():
         # A folder with Parquet files may have several splits.
-        has_parquet = list_folder(Path(source)).files_with_suffix(".parquet")
+        has_parquet = list_folder(path).files_with_suffix(".parquet")
         prepare = _prepare_folder if has_parquet else FetchedSource
-        yield prepare(Path(source), options)
-    elif not is_archive(source):
-        yield FetchedSource(Path(source), options)
-    else:
-        reject_special_file(Path(source))
-        if not Path(source).is_file():
+        yield prepare(path, options)
+        return
+    if not is_remote and not is_archive(source):
+        yield FetchedSource(path, options)
+        return
+    if not is_remote:
+        reject_special_file(path)
+        if not path.is_file():
             raise UserError(
                 "no such file",
                 where=str(source),
                 expected="an archive",
-                remedy=suggest_similar_path(Path(source)),
+                remedy=suggest_similar_path(path),
             )
-        with working_folder(out.absolute()) as folder:
-            work_folder = folder / UNPACK_FOLDER
-            unpacked_options = replace(options, allowed_root=work_folder)
-            yield _prepare_file(Path(source), work_folder, unpacked_options)
+    with working_folder(out.absolute()) as folder:
+        work_folder = folder / UNPACK_FOLDER
+        copies = is_remote or options.copy_images
+        options = replace(options, copy_images=copies, allowed_root=work_folder)
+        if is_remote and not is_web_url:
+            yield _fetch_hub_dataset(source, work_folder, options)
+        else:
+            file = fetch_url(source, hosts, downloads) if is_web_url else path
+            yield _prepare_file(file, work_folder, options)
 
 
 def _prepare_file(file: Path, work_folder: Path, options: ImportOptions) -> FetchedSource:

@@ -47,14 +47,6 @@ MAX_FPS_ERROR = 0.25
 MAX_MISSING_SECONDS, MAX_MISSING_FRACTION = 0.5, 0.05
 """Maximum difference between the duration in the header of a Matroska file and its packets."""
 
-_ROTATIONS = {
-    90: Image.Transpose.ROTATE_90,
-    -90: Image.Transpose.ROTATE_270,
-    180: Image.Transpose.ROTATE_180,
-    -180: Image.Transpose.ROTATE_180,
-}
-"""Transpose operation of each counterclockwise rotation in degrees."""
-
 _VP8_SHOW_FRAME = 0x10
 """Bit in the first byte of a VP8 packet; packets without it return no frame (RFC 6386, 9.1)."""
 
@@ -84,10 +76,7 @@ def read_video_header(path: Path) -> VideoHeader:
     try:
         state = get_file(path).stat()
     except (OSError, ValueError) as error:
-        remedy = "correct the path; relative paths in data files start at their folder"
-        raise build_file_error(
-            path, "no such video", "an existing file", remedy, MissingImageError
-        ) from error
+        raise build_file_error(path, error_class=MissingImageError) from error
     return _read_header(path, (state.st_ino, state.st_size, state.st_mtime_ns))
 
 
@@ -109,8 +98,9 @@ def iter_video_frames(path: Path, frame_indices: Sequence[int]) -> Iterator[Imag
             if index == target:
                 _check_limit(path, frame.width * frame.height, MAX_IMAGE_PIXELS, "pixels")
                 image = Image.fromarray(frame.to_ndarray(format="rgb24"))
-                transpose = _ROTATIONS.get(frame.rotation)
-                yield image if transpose is None else image.transpose(transpose)
+                # Multiples of a right angle are rotated without resampling.
+                is_turned = frame.rotation != 0 and frame.rotation % 90 == 0
+                yield image.rotate(frame.rotation, expand=True) if is_turned else image
                 target = next(remaining, None)
             if target is None:
                 return

@@ -81,6 +81,7 @@ from finesight.data.sample import (
     find_box_slots,
     join_text,
     list_coordinates,
+    list_media_paths,
     parse_tool_call,
     remove_nulls,
 )
@@ -658,13 +659,8 @@ def sort_turn_keys(turn: Record, role: Role, text_key: str, context: ImportConte
 
 
 def _list_media_names(parts: Iterable[ContentPart]) -> set[str]:
-    """Return the file names of images and videos."""
-    paths = (
-        part.image if isinstance(part, ImagePart) else part.video or part.frames[0]
-        for part in parts
-        if isinstance(part, ImagePart | VideoPart)
-    )
-    return {Path(path).name for path in paths}
+    """Return the file names of images, video frames and videos."""
+    return {Path(path).name for part in parts for path in list_media_paths(part)}
 
 
 def format_reasoning(reasoning: str, answer: str) -> str:
@@ -725,48 +721,54 @@ def list_videos(record: Record) -> list[object]:
 def write_rows(
     samples: Sequence[LocatedSample],
     context: ExportContext,
-    make_fields: Callable[[LocatedSample], Record],
+    make_fields: Callable[[LocatedSample, ExportContext], Record],
     keeps: Collection[str] = (),
+    box_note: str | None = None,
 ) -> Files:
-    """Yield one JSON line per sample for the file data.jsonl; see `encode_row`."""
-    for located_sample in samples:
-        row = encode_row(located_sample, context, make_fields, keeps)
-        yield JSONL_FILE, f"{row}\n".encode()
+    """Yield one JSON line per sample for the file data.jsonl.
 
-
-def encode_row(
-    located_sample: LocatedSample,
-    context: ExportContext,
-    make_fields: Callable[[LocatedSample], Record],
-    keeps: Collection[str] = (),
-) -> str:
-    """Encode the row of a sample as JSON: ID, content from `make_fields`, and metadata.
-
-    References, metadata under reserved keys, and rejected answers whose rows differ in more than
-    the turns are not written; they are counted as lost content.
+    A row has an ID, the content from `make_fields`, and metadata. References, metadata under
+    reserved keys, and rejected answers whose rows differ in more than the turns are not written;
+    they are counted as lost content.
 
     Args:
         keeps: Further content that the fields represent: "tools" with their calls and results,
             "loss" of single turns.
+        box_note: End of a note for the user that boxes in answers are written as JSON text.
     """
+    num_with_boxes = 0
+    for located_sample in samples:
+        row = _encode_row(located_sample, context, make_fields, keeps)
+        yield JSONL_FILE, f"{row}\n".encode()
+        parts = located_sample.sample.iter_parts()
+        num_with_boxes += any(isinstance(part, BoxPart) for part in parts)
+    if num_with_boxes and box_note is not None:
+        context.notes.append(
+            f"the boxes of {num_with_boxes} samples are JSON in the answers, in pixels of the"
+            f" original images{box_note}"
+        )
+
+
+def _encode_row(
+    located_sample: LocatedSample,
+    context: ExportContext,
+    make_fields: Callable[[LocatedSample, ExportContext], Record],
+    keeps: Collection[str],
+) -> str:
     sample = located_sample.sample
     try:
         if "tools" not in keeps:
             _check_no_tools(sample)
-        fields = make_fields(located_sample)
+        fields = make_fields(located_sample, context)
         has_label = sample.label is not None and bool(fields.keys() & TURN_KEYS)
         fields |= {"label": sample.label} if has_label else {}
         if sample.rejected:
-            update = {"messages": sample.rejected_messages}
-            others = make_fields(replace(located_sample, sample=sample.model_copy(update=update)))
+            other = sample.model_copy(update={"messages": sample.rejected_messages})
+            others = make_fields(replace(located_sample, sample=other), context)
             fields |= _pair_turns(fields, others)
     except UserError as error:
-        raise UserError(
-            f"the sample {sample.id!r} cannot be written: {error.what}",
-            where=error.where,
-            expected=error.expected,
-            remedy=error.remedy,
-        ) from error
+        error.what = f"the sample {sample.id!r} cannot be written: {error.what}"
+        raise
     names = _list_media_names(sample.iter_parts())
     reserved = {
         key
@@ -799,21 +801,6 @@ def _pair_turns(chosen: Record, rejected: Record) -> Record:
         worse = rejected["conversations"][-1]
         return {"conversations": turns, "chosen": answer, "rejected": worse}
     return {}
-
-
-def add_box_note(
-    samples: Sequence[LocatedSample], context: ExportContext, suffix: str = ""
-) -> None:
-    """Add a note for the user that boxes in answers are written as JSON text."""
-    num_with_boxes = sum(
-        any(isinstance(part, BoxPart) for part in located_sample.sample.iter_parts())
-        for located_sample in samples
-    )
-    if num_with_boxes:
-        context.notes.append(
-            f"the boxes of {num_with_boxes} samples are JSON in the answers, in pixels of the"
-            f" original images{suffix}"
-        )
 
 
 def render_turns(

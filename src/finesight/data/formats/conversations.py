@@ -54,6 +54,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import chain, groupby
 from operator import attrgetter
 from pathlib import Path
@@ -67,9 +68,7 @@ from finesight.data.formats.conversation_rows import (
     RowMedia,
     TextTurn,
     Turn,
-    add_box_note,
     build_turns_example,
-    encode_row,
     format_answer,
     format_tools,
     list_calls,
@@ -307,21 +306,14 @@ def _parse_qwen_vl(row: SourceRow, context: ImportContext) -> ImportExample:
     return build_turns_example(row, context, turns, parse_turn, None)
 
 
-def _write_qwen_vl(samples: Sequence[LocatedSample], context: ExportContext) -> Files:
-    """Write the syntax of Qwen-VL, with boxes rounded to its grid of 1000 (at most 999)."""
-
-    def make_fields(located_sample: LocatedSample) -> Record:
-        renderer = PartRenderer(located_sample, context, "{}")
-        turns = [
-            {
-                "from": message.role,
-                "value": "".join(_iter_tagged_texts(message, renderer, context)),
-            }
-            for message in located_sample.sample.messages
-        ]
-        return {"conversations": turns}
-
-    yield from write_rows(samples, context, make_fields)
+def _make_qwen_vl_row(located_sample: LocatedSample, context: ExportContext) -> Record:
+    """Build a row of Qwen-VL, with boxes rounded to its grid of 1000 (at most 999)."""
+    renderer = PartRenderer(located_sample, context, "{}")
+    turns = [
+        {"from": message.role, "value": "".join(_iter_tagged_texts(message, renderer, context))}
+        for message in located_sample.sample.messages
+    ]
+    return {"conversations": turns}
 
 
 def _iter_tagged_texts(
@@ -396,19 +388,15 @@ def _render_checked(
     return turns, image_names
 
 
-def _write_conversations(samples: Sequence[LocatedSample], context: ExportContext) -> Files:
-    def make_fields(located_sample: LocatedSample) -> Record:
-        turns, _ = _render_checked(located_sample, context, "<|vision_start|>{}<|vision_end|>")
-        return {"conversations": [{"from": role, "value": text} for role, text in turns]}
-
-    yield from write_rows(samples, context, make_fields)
-    add_box_note(samples, context)
+def _make_conversation(located_sample: LocatedSample, context: ExportContext) -> Record:
+    turns, _ = _render_checked(located_sample, context, "<|vision_start|>{}<|vision_end|>")
+    return {"conversations": [{"from": role, "value": text} for role, text in turns]}
 
 
 def _write_llava(samples: Sequence[LocatedSample], context: ExportContext) -> Files:
     """Write a JSON array of conversations about at most one image, without system prompt."""
 
-    def make_fields(located_sample: LocatedSample) -> Record:
+    def make_fields(located_sample: LocatedSample, context: ExportContext) -> Record:
         turns, image_names = _render_checked(located_sample, context, "<image>\n")
         if len(image_names) > 1 or turns[0][0] == "system":
             raise UserError(
@@ -420,17 +408,15 @@ def _write_llava(samples: Sequence[LocatedSample], context: ExportContext) -> Fi
         rows = [{"from": _SPEAKERS[role], "value": text} for role, text in turns]
         return {**image, "conversations": rows}
 
-    for sample_index, located_sample in enumerate(samples):
-        row = encode_row(located_sample, context, make_fields)
-        yield LLAVA_FILE, f"{',' if sample_index else '['}\n{row}".encode()
+    for index, (_, row) in enumerate(write_rows(samples, context, make_fields, box_note="")):
+        yield LLAVA_FILE, (b",\n" if index else b"[\n") + row.removesuffix(b"\n")
     yield LLAVA_FILE, b"\n]\n"
-    add_box_note(samples, context)
 
 
 def _write_llama_factory(samples: Sequence[LocatedSample], context: ExportContext) -> Files:
     """Write sharegpt rows, and a dataset_info.json that registers them as `finesight`."""
 
-    def make_fields(located_sample: LocatedSample) -> Record:
+    def make_fields(located_sample: LocatedSample, context: ExportContext) -> Record:
         sample = located_sample.sample
         turns, image_names = _render_checked(located_sample, context, "<image>")
         rows = [{"from": _SPEAKERS[role], "value": text} for role, text in turns]
@@ -449,7 +435,7 @@ def _write_llama_factory(samples: Sequence[LocatedSample], context: ExportContex
                 row |= {"from": "function_call", "value": value}
         return {**format_tools(sample), "conversations": rows, "images": image_names}
 
-    yield from write_rows(samples, context, make_fields, ("tools",))
+    yield from write_rows(samples, context, make_fields, ("tools",), BOX_NOTE)
     info: Record = {"file_name": JSONL_FILE, "formatting": "sharegpt"}
     info["columns"] = {"messages": "conversations", "images": "images"}
     if all(located_sample.sample.rejected for located_sample in samples):
@@ -458,7 +444,6 @@ def _write_llama_factory(samples: Sequence[LocatedSample], context: ExportContex
     if any(located_sample.sample.label is not None for located_sample in samples):
         info["columns"]["kto_tag"] = "label"
     yield "dataset_info.json", f"{json.dumps({'finesight': info}, indent=2)}\n".encode()
-    add_box_note(samples, context, BOX_NOTE)
 
 
 def _detect_query_response(records: Sequence[Record]) -> str | None:
@@ -511,7 +496,7 @@ def _parse_ms_swift(row: SourceRow, context: ImportContext) -> ImportExample:
 def _write_ms_swift(samples: Sequence[LocatedSample], context: ExportContext) -> Files:
     """Write messages with `<image>` placeholders, and boxes in pixels under `objects`."""
 
-    def make_fields(located_sample: LocatedSample) -> Record:
+    def make_fields(located_sample: LocatedSample, context: ExportContext) -> Record:
         renderer = PartRenderer(located_sample, context)
         objects: _ObjectLists = {"ref": [], "bbox": [], "image_id": []}
         messages: list[Record] = []
@@ -561,20 +546,15 @@ def _iter_texts(message: Message, renderer: PartRenderer, objects: _ObjectLists)
         yield "<bbox>"
 
 
-def _write_query_response(samples: Sequence[LocatedSample], context: ExportContext) -> Files:
-    """Write rows with earlier turns under `history`, and boxes as JSON."""
-
-    def make_fields(located_sample: LocatedSample) -> Record:
-        turns, image_names = render_turns(located_sample, context)
-        system = turns[0][1] if turns[0][0] == "system" else ""
-        texts = [text for role, text in turns if role != "system"]
-        *history, last = [list(pair) for pair in zip(texts[::2], texts[1::2], strict=True)]
-        optional = {"history": history, "system": system, "images": image_names}
-        present = {key: value for key, value in optional.items() if value}
-        return {"query": last[0], "response": last[1], **present}
-
-    yield from write_rows(samples, context, make_fields)
-    add_box_note(samples, context)
+def _make_query_response(located_sample: LocatedSample, context: ExportContext) -> Record:
+    """Build a row with earlier turns under `history`, and boxes as JSON."""
+    turns, image_names = render_turns(located_sample, context)
+    system = turns[0][1] if turns[0][0] == "system" else ""
+    texts = [text for role, text in turns if role != "system"]
+    *history, last = [list(pair) for pair in zip(texts[::2], texts[1::2], strict=True)]
+    optional = {"history": history, "system": system, "images": image_names}
+    present = {key: value for key, value in optional.items() if value}
+    return {"query": last[0], "response": last[1], **present}
 
 
 def _detect_openai(records: Sequence[Record]) -> str | None:
@@ -674,43 +654,38 @@ def _get_kind(item: object) -> str | None:
     return kind.removesuffix("_url") if isinstance(kind, str) else None
 
 
-def _write_openai(samples: Sequence[LocatedSample], context: ExportContext) -> Files:
-    """Write OpenAI chat messages with images as data URLs, and boxes in answers as JSON."""
+def _make_openai_row(located_sample: LocatedSample, context: ExportContext) -> Record:
+    """Build OpenAI chat messages with images as data URLs, and boxes in answers as JSON."""
+    renderer = PartRenderer(located_sample, context, "")
 
-    def make_fields(located_sample: LocatedSample) -> Record:
-        renderer = PartRenderer(located_sample, context, "")
+    def build_part(part: ContentPart) -> Record:
+        if isinstance(part, ImagePart):
+            url = encode_data_url(located_sample.resolve_path(part.image))
+            return {"type": "image_url", "image_url": {"url": url}}
+        return {"type": "text", "text": renderer.render(part)}
 
-        def build_part(part: ContentPart) -> Record:
-            if isinstance(part, ImagePart):
-                url = encode_data_url(located_sample.resolve_path(part.image))
-                return {"type": "image_url", "image_url": {"url": url}}
-            return {"type": "text", "text": renderer.render(part)}
-
-        sample = located_sample.sample
-        turns, _ = render_turns(located_sample, context, "")
-        messages: list[Record] = []
-        pending: list[str] = []
-        for (role, text), message in zip(turns, sample.messages, strict=True):
-            has_image = any(isinstance(part, ImagePart) for part in message.content)
-            content = list(map(build_part, message.content)) if has_image else text
-            turn: Record = {"role": role, "content": content}
-            turn |= {} if message.loss else {"weight": 0}
-            if role == "tool" and pending:
-                turn["tool_call_id"] = pending.pop(0)
-            if calls := list_calls(message):
-                pending = [f"call_{len(messages)}_{number}" for number in range(len(calls))]
-                for call in calls:
-                    call["arguments"] = json.dumps(call["arguments"], ensure_ascii=False)
-                turn["content"] = text or None
-                turn["tool_calls"] = [
-                    {"id": call_id, "type": "function", "function": call}
-                    for call_id, call in zip(pending, calls, strict=True)
-                ]
-            messages.append(turn)
-        return ({"tools": [*sample.tools]} if sample.tools else {}) | {"messages": messages}
-
-    yield from write_rows(samples, context, make_fields, ("tools", "loss"))
-    add_box_note(samples, context)
+    sample = located_sample.sample
+    turns, _ = render_turns(located_sample, context, "")
+    messages: list[Record] = []
+    pending: list[str] = []
+    for (role, text), message in zip(turns, sample.messages, strict=True):
+        has_image = any(isinstance(part, ImagePart) for part in message.content)
+        content = list(map(build_part, message.content)) if has_image else text
+        turn: Record = {"role": role, "content": content}
+        turn |= {} if message.loss else {"weight": 0}
+        if role == "tool" and pending:
+            turn["tool_call_id"] = pending.pop(0)
+        if calls := list_calls(message):
+            pending = [f"call_{len(messages)}_{number}" for number in range(len(calls))]
+            for call in calls:
+                call["arguments"] = json.dumps(call["arguments"], ensure_ascii=False)
+            turn["content"] = text or None
+            turn["tool_calls"] = [
+                {"id": call_id, "type": "function", "function": call}
+                for call_id, call in zip(pending, calls, strict=True)
+            ]
+        messages.append(turn)
+    return ({"tools": [*sample.tools]} if sample.tools else {}) | {"messages": messages}
 
 
 def detect_samples(records: Sequence[Record]) -> str | None:
@@ -805,7 +780,7 @@ CONVERSATIONS = DatasetFormat(
     ),
     detect=_detect_conversations,
     parse_row=_parse_conversation,
-    write_files=_write_conversations,
+    write_files=partial(write_rows, make_fields=_make_conversation, box_note=""),
 )
 IMAGE_PATH = DatasetFormat(
     name="image-path",
@@ -833,7 +808,7 @@ QWEN_VL = DatasetFormat(
     description='"conversations": [{"from": "user", "value": "Picture 1: <img>path</img>\\n..."}]',
     detect=_detect_qwen_vl,
     parse_row=_parse_qwen_vl,
-    write_files=_write_qwen_vl,
+    write_files=partial(write_rows, make_fields=_make_qwen_vl_row),
 )
 MS_SWIFT = DatasetFormat(
     name="ms-swift",
@@ -847,14 +822,16 @@ QUERY_RESPONSE = DatasetFormat(
     description='"image": ["path"], "query": "...", "response": "..."',
     detect=_detect_query_response,
     parse_row=_parse_ms_swift,
-    write_files=_write_query_response,
+    write_files=partial(write_rows, make_fields=_make_query_response, box_note=""),
 )
 OPENAI = DatasetFormat(
     name="openai",
     description='"messages": [{"role": "user", "content": [{"type": "image_url", ...}, ...]}]',
     detect=_detect_openai,
     parse_row=_parse_openai,
-    write_files=_write_openai,
+    write_files=partial(
+        write_rows, make_fields=_make_openai_row, keeps=("tools", "loss"), box_note=""
+    ),
 )
 SAMPLES = DatasetFormat(
     name="samples",

@@ -18,7 +18,6 @@ unknown, the template does not list the classes, or no box is left, the image is
 from __future__ import annotations
 
 import re
-import string
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
@@ -40,7 +39,6 @@ from finesight.data.image_header import (
     IMAGE_SUFFIXES,
     TRANSPOSED_ORIENTATIONS,
     CorruptImageError,
-    ImageSize,
     open_image_header,
     read_exif_orientation,
 )
@@ -61,6 +59,8 @@ from finesight.data.sample import (
 from finesight.errors import UserError
 
 _DIGITS = re.compile(r"[0-9]{1,18}")
+_PLACEHOLDER = re.compile(r"\{\{|\}\}|\{[^{}]*\}?|\}")
+"""A literal brace, written twice, a placeholder, or a brace without its other one."""
 
 
 def parse_integer(text: str) -> int | None:
@@ -103,22 +103,17 @@ def find_image_folder(source: Path, names: Sequence[str]) -> Path:
             best_folders = [folder for folder in candidates if num_found[folder] == max_found]
         if max_found == len(names):
             break
-    if not max_found:
-        raise UserError(
-            f"none of {len(names)} images is found, such as {names[0]!r}",
-            where=str(source),
-            expected=f"images in one of {', '.join(map(str, tried_folders))}",
-            remedy="move the images to a folder `images` next to the document",
-        )
     name_matches = [folder for folder in best_folders if folder.name in source.stem]
-    if len(best_folders) > 1 and len(name_matches) != 1:
-        raise UserError(
-            f"images of these names, such as {names[0]!r}, are in {len(best_folders)} folders",
-            where=str(source),
-            expected=f"one of {', '.join(map(str, best_folders))}",
-            remedy="add the folder to file_name, or move the document into the folder",
-        )
-    return (name_matches if len(best_folders) > 1 else best_folders)[0]
+    matches = name_matches if len(best_folders) > 1 else best_folders
+    if len(matches) == 1:
+        return matches[0]
+    what = f"none of {len(names)} images is found, such as {names[0]!r}"
+    remedy = "move the images to a folder `images` next to the document"
+    if max_found:
+        what = f"images of these names, such as {names[0]!r}, are in {len(best_folders)} folders"
+        remedy = "add the folder to file_name, or move the document into the folder"
+    folders = ", ".join(map(str, best_folders or tried_folders))
+    raise UserError(what, where=str(source), expected=f"images in one of {folders}", remedy=remedy)
 
 
 def _iter_candidate_folders(source: Path) -> Iterator[list[Path]]:
@@ -152,11 +147,6 @@ def enclose_shape(kind: str, bounds: list[float] | None, notes: Counter[str]) ->
     is_box = bounds is not None and bounds[0] < bounds[2] and bounds[1] < bounds[3]
     notes[f"{kind} ({'converted to bounding boxes' if is_box else 'skipped'})"] += 1
     return bounds if is_box else None
-
-
-def parse_declared_size(height: object, width: object) -> ImageSize | None:
-    """Return height and width that an annotation file declares, None if one is missing."""
-    return (height, width) if isinstance(height, int) and isinstance(width, int) else None
 
 
 DETECTION_PROMPT = "Locate every object of these classes in the image: {labels}."
@@ -213,7 +203,7 @@ def build_detection_examples(
     image: object,
     objects: Sequence[ObjectAnnotation],
     *,
-    declared_size: ImageSize | None = None,
+    declared_size: tuple[object, object] = (None, None),
     meta: Record | None = None,
     default_prompt: str = DETECTION_PROMPT,
 ) -> list[ImportExample]:
@@ -225,7 +215,7 @@ def build_detection_examples(
     Args:
         row: Row whose record has the names of all `classes` and `points` of the dataset, which
             questions list.
-        declared_size: Height and width stated by the annotation file, None if missing.
+        declared_size: Height and width that the annotation file declares, each None if missing.
         default_prompt: Default question for `--box-task detection`.
 
     Raises:
@@ -359,28 +349,19 @@ def format_prompt(
             would yield the same question for every label.
         UserError: There are no labels.
     """
-    template = default_template if prompt is None else prompt
-    fields, problem = set[str](), ""
-    try:
-        fields = {
-            f"{name}{'!' + conversion if conversion else ''}"
-            f"{':' + format_spec if format_spec else ''}"
-            for _, name, format_spec, conversion in string.Formatter().parse(template)
-            if name is not None
-        }
-    except ValueError as error:
-        problem = str(error)
-    unknown = sorted(fields - values.keys())
+    template, problem = default_template if prompt is None else prompt, ""
+    fields = set(_PLACEHOLDER.findall(template)) - {"{{", "}}"}
+    unknown = sorted(fields - {f"{{{name}}}" for name in values})
     if unknown:
-        problem = f"{{{unknown[0]}}} is an unknown placeholder"
-    elif "labels" in fields and not values["labels"]:
+        problem = f"{unknown[0]} is an unknown placeholder"
+    elif "{labels}" in fields and not values["labels"]:
         raise UserError(
             "no object of the source has a class name",
             expected="objects with labels, or a --prompt without {labels}",
             remedy="check the labels, or set a question with --prompt",
         )
-    elif "label" in values and "label" not in fields:
-        problem = problem or "it yields the same question for every label"
+    elif "label" in values and "{label}" not in fields:
+        problem = "it yields the same question for every label"
     if problem:
         raise InvalidOptionError(
             f"the template {template[:80]!r}: {problem}",
@@ -393,7 +374,7 @@ def format_prompt(
 
 
 def check_declared_size(
-    declared: ImageSize | None, image_path: Path, context: ImportContext
+    declared: tuple[object, object], image_path: Path, context: ImportContext
 ) -> None:
     """Raise InvalidBoxError if an image has another size than its annotation file declares.
 
@@ -406,7 +387,7 @@ def check_declared_size(
         if context.lenient:
             return
         raise
-    if declared is None or declared == actual:
+    if not all(isinstance(side, int) for side in declared) or declared == actual:
         return
     message = f"the boxes refer to an image of {declared[1]} x {declared[0]} pixels, the image has "
     message += f"{actual[1]} x {actual[0]}"
@@ -495,13 +476,22 @@ def group_by_image(
         is_detection = any(isinstance(part, BoxPart) for answer in answers for part in answer)
     records: dict[Path, ImageRecord] = {}
     for located_sample in samples:
-        record = _get_record(located_sample, records, context, meta_keys)
-        references = located_sample.sample.references
+        sample, lost = located_sample.sample, context.lost_counts
+        path = located_sample.resolve_path(_get_single_image(sample))
+        record = records.setdefault(path, ImageRecord(path))
+        record.meta.update(sample.meta)
+        lost[LOST_QUESTIONS] += 1
+        lost["system prompts"] += sample.messages[0].role == "system"
+        lost["rejected answers"] += bool(sample.rejected)
+        lost["labels of answers"] += sample.label is not None
+        lost["tools"] += bool(sample.tools)
+        other_keys = sample.meta.keys() - meta_keys - REGENERATED_META_KEYS
+        lost.update(f"the key {key} of meta" for key in other_keys)
         if is_detection:
-            record.merge_boxes(list(_iter_boxes(located_sample.sample)))
-            context.lost_counts["references"] += bool(references)
+            record.merge_boxes(list(_iter_boxes(sample)))
+            lost["references"] += bool(sample.references)
         else:
-            texts = [_get_answer_text(located_sample.sample), *references]
+            texts = [_get_answer_text(sample), *sample.references]
             record.answers += [text for text in texts if text not in record.answers]
     return list(records.values()), is_detection
 
@@ -552,27 +542,6 @@ def round_coordinate(value: float) -> int | float:
     """Round a coordinate to `BOX_DECIMALS`, and convert a whole number to an integer."""
     rounded = round(value, BOX_DECIMALS)
     return int(rounded) if rounded == int(rounded) else rounded
-
-
-def _get_record(
-    located_sample: LocatedSample,
-    records: dict[Path, ImageRecord],
-    context: ExportContext,
-    meta_keys: Set[str],
-) -> ImageRecord:
-    sample = located_sample.sample
-    path = located_sample.resolve_path(_get_single_image(sample))
-    record = records.setdefault(path, ImageRecord(path))
-    record.meta.update(sample.meta)
-    context.lost_counts[LOST_QUESTIONS] += 1
-    context.lost_counts["system prompts"] += sample.messages[0].role == "system"
-    context.lost_counts["rejected answers"] += bool(sample.rejected)
-    context.lost_counts["labels of answers"] += sample.label is not None
-    context.lost_counts["tools"] += bool(sample.tools)
-    context.lost_counts.update(
-        f"the key {key} of meta" for key in sample.meta.keys() - meta_keys - REGENERATED_META_KEYS
-    )
-    return record
 
 
 def _get_single_image(sample: Sample) -> str:

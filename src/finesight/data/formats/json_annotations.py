@@ -62,7 +62,6 @@ from finesight.data.formats.image_annotations import (
     group_by_image,
     list_image_names,
     make_unique_stem,
-    parse_declared_size,
     round_coordinate,
 )
 from finesight.data.formats.row_keys import count_keys
@@ -188,7 +187,7 @@ def _parse_coco(row: SourceRow, context: ImportContext) -> list[ImportExample]:
         if "caption" not in one or not _OBJECT_KEYS.isdisjoint(one)
     ]
     path = row.record["path"]
-    size = parse_declared_size(image.get("height"), image.get("width"))
+    size = image.get("height"), image.get("width")
     return build_detection_examples(
         row, context, COCO_BOX_CONVENTION, path, objects, declared_size=size, meta=meta
     )
@@ -317,22 +316,19 @@ def _parse_captions(
             expected="a document of instances, with boxes",
             remedy="remove --box-task, or use the document of the instances",
         )
-    texts = [_read_caption(annotation) for annotation in annotations if "caption" in annotation]
-    if not texts:
-        context.skipped_rows[REASON_NO_CAPTION] += 1
-        return []
-    return [build_text_example(row.id, row.record["path"], texts, (), context, meta)]
-
-
-def _read_caption(annotation: Record) -> str:
-    text = annotation["caption"]
-    if not isinstance(text, str) or not text.strip():
-        raise UserError(
-            f"annotation {annotation.get('id')} has the caption {str(text)[:60]!r}",
-            expected="a text",
-            remedy="add one, or remove the annotation",
-        )
-    return text.strip()
+    texts = []
+    for annotation in (one for one in annotations if "caption" in one):
+        text = annotation["caption"]
+        if not isinstance(text, str) or not text.strip():
+            raise UserError(
+                f"annotation {annotation.get('id')} has the caption {str(text)[:60]!r}",
+                expected="a text",
+                remedy="add one, or remove the annotation",
+            )
+        texts.append(text.strip())
+    context.skipped_rows[REASON_NO_CAPTION] += not texts
+    path = row.record["path"]
+    return [build_text_example(row.id, path, texts, (), context, meta)] if texts else []
 
 
 def _iter_annotations(record: ImageRecord, classes: Sequence[str]) -> Iterator[Record]:
@@ -428,15 +424,13 @@ def _write_fiftyone(samples: Sequence[LocatedSample], context: ExportContext) ->
         manifest[f"{key}{record.image_path.suffix}"] = context.image_names[record.image_path]
         if is_detection:
             height, width = context.image_size(record.image_path)
-            items: list[Record] = []
+            labels[key] = []
             for box in record.boxes:
                 x1, y1, x2, y2 = box.xyxy
                 bounds = [x1 / width, y1 / height, (x2 - x1) / width, (y2 - y1) / height]
-                item = {"label": indices[box.label], "bounding_box": bounds}
-                items.append(
-                    item | ({"attributes": dict(box.attributes)} if box.attributes else {})
-                )
-            labels[key] = items
+                attributes = {"attributes": dict(box.attributes)} if box.attributes else {}
+                item = {"label": indices[box.label], "bounding_box": bounds, **attributes}
+                labels[key].append(item)
             continue
         if len(record.answers) != 1:
             raise UserError(
@@ -489,7 +483,7 @@ def _parse_labelme(row: SourceRow, context: ImportContext) -> list[ImportExample
     count_keys([record], _DOCUMENT_KEYS, "files", context.other_keys)
     count_keys(record["shapes"], _SHAPE_KEYS, "shapes", context.other_keys)
     image = _find_image(file, record)
-    size = parse_declared_size(record.get("imageHeight"), record.get("imageWidth"))
+    size = record.get("imageHeight"), record.get("imageWidth")
     return build_detection_examples(
         row, context, BoxConvention(), image, objects, declared_size=size
     )

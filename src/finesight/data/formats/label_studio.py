@@ -16,7 +16,6 @@ The server addresses of images are searched as paths in the folder of the file, 
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,7 +27,7 @@ from urllib.parse import parse_qs, quote, unquote, urlsplit
 from xml.etree import ElementTree
 
 from finesight.bounded_files import find_existing, parse_unique_json
-from finesight.data.boxes import Box, BoxConvention, InvalidBoxError, find_bounds
+from finesight.data.boxes import Box, BoxConvention, InvalidBoxError, find_bounds, rotate_rectangle
 from finesight.data.formats.dataset_format import (
     DatasetFormat,
     ExportContext,
@@ -48,7 +47,6 @@ from finesight.data.formats.image_annotations import (
     enclose_shape,
     find_image_folder,
     group_by_image,
-    parse_declared_size,
     require_inside_output,
 )
 from finesight.data.formats.row_keys import count_keys
@@ -177,9 +175,11 @@ def parse_row(row: SourceRow, context: ImportContext) -> list[ImportExample]:
             remedy="export one task per image, or remove the task",
         )
     declared = {
-        parse_declared_size(result.get("original_height"), result.get("original_width"))
+        (result["original_height"], result["original_width"])
         for result in task.results
-    } - {None}
+        if isinstance(result.get("original_height"), int)
+        and isinstance(result.get("original_width"), int)
+    }
     notes[NOTE_WHOLE_IMAGE] += len(_merge_answers(task.results))
     objects: list[ObjectAnnotation] = []
     for region in _merge_regions(task.results):
@@ -190,7 +190,7 @@ def parse_row(row: SourceRow, context: ImportContext) -> list[ImportExample]:
         BOX_CONVENTION,
         row.record["image"],
         objects,
-        declared_size=declared.pop() if len(declared) == 1 else None,
+        declared_size=declared.pop() if len(declared) == 1 else (None, None),
         default_prompt=SPOTTING_PROMPT if project.text_classes else DETECTION_PROMPT,
     )
 
@@ -315,39 +315,30 @@ def parse_label_config(config: str) -> list[LabelControl]:
         image.get("name", ""): image.get("value", "").removeprefix("$")
         for image in view.iter("Image")
     }
-    elements = [
-        element
-        for element in view.iter()
-        if element.tag in _CONTROL_KINDS and element.get("toName") in data_keys
-    ]
-    text_names = {
-        element.get("toName"): element.get("name")
-        for element in elements
-        if element.tag == "TextArea" and _is_per_region(element)
-    }
-    return [
-        LabelControl(
-            kind=_CONTROL_KINDS[element.tag],
-            name=element.get("name", ""),
-            image_name=element.get("toName", ""),
-            data_key=data_keys[element.get("toName", "")],
-            labels=tuple(
-                option.get("alias", option.get("value", ""))
-                for option in element
-                if option.tag in ("Label", "Choice")
-            ),
-            text_name=text_names.get(element.get("toName"))
-            if element.tag == "RectangleLabels"
-            else None,
-            is_multiple=element.get("choice", "").startswith("multiple"),
+    controls: list[LabelControl] = []
+    text_names: dict[str, str | None] = {}
+    for element in view.iter():
+        target = element.get("toName", "")
+        if element.tag not in _CONTROL_KINDS or target not in data_keys:
+            continue
+        if element.get("perRegion", "false").lower() == "true":
+            text_names |= {target: element.get("name")} if element.tag == "TextArea" else {}
+            continue
+        options = [one for one in element if one.tag in ("Label", "Choice")]
+        controls.append(
+            LabelControl(
+                kind=_CONTROL_KINDS[element.tag],
+                name=element.get("name", ""),
+                image_name=target,
+                data_key=data_keys[target],
+                labels=tuple(one.get("alias", one.get("value", "")) for one in options),
+                is_multiple=element.get("choice", "").startswith("multiple"),
+            )
         )
-        for element in elements
-        if not _is_per_region(element)
+    return [
+        replace(one, text_name=text_names.get(one.image_name)) if one.kind == "boxes" else one
+        for one in controls
     ]
-
-
-def _is_per_region(element: ElementTree.Element) -> bool:
-    return element.get("perRegion", "false").lower() == "true"
 
 
 def _read_tasks(source: Path, results_from: ResultSource) -> list[LabeledTask] | None:
@@ -613,19 +604,15 @@ def _compute_bounds(region: Record, notes: Counter[str]) -> list[float] | None:
             corners = [(float(x) / 100, float(y) / 100) for x, y in region["points"]]
         else:
             x, y, width, height = (float(region[key]) / 100 for key in _RECTANGLE_KEYS)
-            angle = math.radians(float(region.get("rotation") or 0))
+            angle = float(region.get("rotation") or 0)
             if not angle:
                 return [x, y, width, height]
             kind = "rotated rectangles"
-            # Clockwise around the top left corner, in pixels.
+            # Around the top left corner, in units of the image width.
             aspect = float(region["original_height"]) / float(region["original_width"])
-            corners = [
-                (
-                    x + dx * math.cos(angle) - dy * aspect * math.sin(angle),
-                    y + dx / aspect * math.sin(angle) + dy * math.cos(angle),
-                )
-                for dx, dy in ((0.0, 0.0), (width, 0.0), (width, height), (0.0, height))
-            ]
+            box = x, y * aspect, x + width, (y + height) * aspect
+            rotated = rotate_rectangle(box, angle, box[:2])
+            corners = [(one.real, one.imag / aspect) for one in rotated]
         bounds = enclose_shape(kind, find_bounds(corners, region), notes)
     except (TypeError, ValueError, KeyError, OverflowError, ZeroDivisionError) as error:
         raise InvalidBoxError(
@@ -676,19 +663,18 @@ def _build_label_config(
     declared = [name for record in records for name in record.meta.get("classes", ())]
     boxes = [_get_class_and_text(box) for record in records for box in record.boxes]
     names = dict.fromkeys([*declared, *sorted({class_name for class_name, _ in boxes})])
-    if is_detection:
-        control = ElementTree.SubElement(view, "RectangleLabels", name="label", toName="image")
+    target, editable = {"toName": "image"}, {"editable": "true"}
+    if is_detection or has_choices:
+        tag, item, control_name = "Choices", "Choice", "answer"
+        if is_detection:
+            tag, item, control_name = "RectangleLabels", "Label", "label"
+        control = ElementTree.SubElement(view, tag, target, name=control_name)
         for name in names:
-            ElementTree.SubElement(control, "Label", value=name)
-        if any(text is not None for _, text in boxes):
-            options = {"perRegion": "true", "editable": "true"}
-            ElementTree.SubElement(view, "TextArea", {"name": "text", "toName": "image"} | options)
-    elif has_choices:
-        control = ElementTree.SubElement(view, "Choices", name="answer", toName="image")
-        for name in names:
-            ElementTree.SubElement(control, "Choice", value=name)
+            ElementTree.SubElement(control, item, value=name)
     else:
-        ElementTree.SubElement(view, "TextArea", name="answer", toName="image", editable="true")
+        ElementTree.SubElement(view, "TextArea", target | editable, name="answer")
+    if is_detection and any(text is not None for _, text in boxes):
+        ElementTree.SubElement(view, "TextArea", target | editable, name="text", perRegion="true")
     ElementTree.indent(view)
     return bytes(ElementTree.tostring(view, "utf-8")) + b"\n"
 

@@ -20,12 +20,13 @@ from string import ascii_uppercase
 from typing import get_args
 
 from finesight.data.boxes import (
-    MAX_OVERHANG_PX,
     BoxConvention,
     BoxFormat,
     BoxUnits,
     InvalidBoxError,
     StrayBoxError,
+    box_area,
+    is_inside_image,
     parse_coordinates,
 )
 from finesight.data.formats.conversation_rows import (
@@ -325,15 +326,14 @@ def guess_box_options(
     for record, size in zip(records, sizes, strict=True):
         found = _list_boxes([record], column) or []
         record_areas = as_list(get_cell(record, area_column))
-        for index, (x, y, c, d) in enumerate(found):
+        width, height = (1, 1) if is_fraction else size or (math.inf, math.inf)
+        for index, box in enumerate(found):
             area = record_areas[index] if len(record_areas) == len(found) else None
-            for box_format, width, height in (("xyxy", c - x, d - y), ("xywh", c, d)):
-                max_x, max_y = (1, 1) if is_fraction else size or (math.inf, math.inf)
-                is_inside = x + width <= max_x + MAX_OVERHANG_PX
-                is_inside = is_inside and y + height <= max_y + MAX_OVERHANG_PX
-                valid[box_format] += width > 0 and height > 0 and is_inside
+            for box_format in (default, other):
+                corners = BoxConvention(box_format).to_pixels(box, (0, 0))
+                valid[box_format] += is_inside_image(corners, (height, width))
                 if isinstance(area, int | float):
-                    areas[box_format] += math.isclose(area, width * height, rel_tol=0.01)
+                    areas[box_format] += math.isclose(area, box_area(corners), rel_tol=0.01)
     if 2 * max(areas.values(), default=0) > len(boxes) and areas["xyxy"] != areas["xywh"]:
         return (other if areas[other] > areas[default] else None), units
     is_contradicted = valid[default] < MIN_VALID_BOXES * len(boxes)
@@ -654,9 +654,8 @@ def _format_member(name: str, value: object) -> str:
         written = json.dumps(value, ensure_ascii=False, allow_nan=False, default=_json_default)
         return make_text_part(f"{json.dumps(name, ensure_ascii=False)}: {written}").text
     except UnexpectedPlaceholderError as error:
-        raise UnexpectedPlaceholderError(
-            f"in the column {name!r}: {error.what}", expected=error.expected, remedy=error.remedy
-        ) from error
+        error.what = f"in the column {name!r}: {error.what}"
+        raise
     except ValueError as error:
         raise UserError(
             f"the column {name!r} with {str(value)[:60]} cannot be written as JSON ({error})",
@@ -772,7 +771,7 @@ def write_files(samples: Sequence[LocatedSample], context: ExportContext) -> Fil
     """
     columns: dict[str, bool] = {}
 
-    def make_fields(located_sample: LocatedSample) -> Record:
+    def make_fields(located_sample: LocatedSample, context: ExportContext) -> Record:
         row = _build_row(located_sample, context)
         if columns.setdefault("question", "question" in row) != ("question" in row):
             raise _build_unsupported_error("a mix of samples with and without questions")

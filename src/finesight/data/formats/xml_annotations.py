@@ -15,7 +15,6 @@ stored in the metadata. In a file without shapes, the tags of an image are its c
 
 from __future__ import annotations
 
-import math
 import os
 import re
 from collections import Counter
@@ -30,6 +29,7 @@ from finesight.data.boxes import (
     InvalidBoxError,
     find_bounds,
     parse_coordinates,
+    rotate_rectangle,
 )
 from finesight.data.formats.dataset_format import (
     DatasetFormat,
@@ -49,7 +49,6 @@ from finesight.data.formats.image_annotations import (
     group_by_image,
     list_image_names,
     make_unique_stem,
-    parse_declared_size,
     parse_integer,
     require_inside_output,
     round_coordinate,
@@ -130,9 +129,9 @@ def _parse_voc(row: SourceRow, context: ImportContext) -> list[ImportExample]:
         children = [{child.tag: text or [one.tag for one in child]} for child, text in texts]
         count_keys(children, used, element.tag, context.other_keys)
     image = _find_image(file, root, required=not context.lenient)
-    sides = [root.findtext(f"size/{side}", "").strip() for side in ("height", "width")]
+    height, width = (root.findtext(f"size/{side}", "").strip() for side in ("height", "width"))
     # Some tools write 0 for an unknown size.
-    size = parse_declared_size(*(parse_integer(side) or None for side in sides))
+    size = parse_integer(height) or None, parse_integer(width) or None
     return build_detection_examples(
         row, context, BoxConvention(), str(image), objects, declared_size=size
     )
@@ -303,8 +302,8 @@ def _parse_cvat(row: SourceRow, context: ImportContext) -> list[ImportExample]:
     objects = [_parse_shape(shape, context.shape_notes) for shape in image]
     used = (*CORNERS, "label", "occluded", "rotation", "points", "source", "z_order")
     count_keys((shape.attrib for shape in image), used, "shapes", context.other_keys)
-    sides = (parse_integer(image.get(side, "")) for side in ("height", "width"))
-    size, path = parse_declared_size(*sides), row.record["path"]
+    size = parse_integer(image.get("height", "")), parse_integer(image.get("width", ""))
+    path = row.record["path"]
     return build_detection_examples(
         row, context, BoxConvention(), path, objects, declared_size=size
     )
@@ -388,16 +387,12 @@ def _find_bounds(shape: ElementTree.Element, source_notes: Counter[str]) -> list
         bounds = [x, y, x + width, y + height]
     elif shape.tag == "box":
         x1, y1, x2, y2 = (float(shape.get(corner, "")) for corner in CORNERS)
-        angle = math.radians(float(shape.get("rotation", "0")))
+        angle, center = float(shape.get("rotation", "0")), ((x1 + x2) / 2, (y1 + y2) / 2)
         if not angle:
             return [x1, y1, x2, y2]
-        # Around the center.
-        cos, sin = abs(math.cos(angle)), abs(math.sin(angle))
-        dx = ((x2 - x1) * cos + (y2 - y1) * sin) / 2
-        dy = ((x2 - x1) * sin + (y2 - y1) * cos) / 2
-        center_x, center_y = (x1 + x2) / 2, (y1 + y2) / 2
         kind = "rotated rectangles"
-        bounds = [center_x - dx, center_y - dy, center_x + dx, center_y + dy]
+        corners = rotate_rectangle((x1, y1, x2, y2), angle, center)
+        bounds = find_bounds(((one.real, one.imag) for one in corners), shape.attrib)
     return enclose_shape(kind, bounds, source_notes)
 
 

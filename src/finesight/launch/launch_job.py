@@ -16,7 +16,6 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import yaml
 from jinja2 import Environment, StrictUndefined
@@ -67,11 +66,8 @@ class NodeSpec:
     def is_elastic(self) -> bool:
         return self.min_nodes < self.max_nodes
 
-    def require_fixed(self, engine: str) -> int:
-        """Return the number of nodes for an engine that does not support elastic jobs.
-
-        Raises UserError for a range of nodes.
-        """
+    def require_fixed(self, engine: str) -> None:
+        """Raise UserError for a range of nodes, which the engine does not support."""
         if self.is_elastic:
             raise UserError(
                 f"{self.min_nodes}:{self.max_nodes} nodes",
@@ -79,7 +75,6 @@ class NodeSpec:
                 expected=f"one number: the number of nodes of a job in {engine} is fixed",
                 remedy=f"--nodes {self.max_nodes}, or --on torchrun or slurm",
             )
-        return self.min_nodes
 
 
 @dataclass(frozen=True, slots=True)
@@ -253,7 +248,11 @@ Its default is 30.
 
 
 def _render_template(template: str, job: LaunchJob, **values: object) -> str:
-    """Render a job file; the filters `quote` and `yaml` quote a value for a shell and for YAML."""
+    """Render a job file.
+
+    The filters `quote` and `yaml` quote a value for a shell and for YAML; `block` writes a text of
+    several lines for YAML.
+    """
     environment = Environment(
         trim_blocks=True, keep_trailing_newline=True, undefined=StrictUndefined
     )
@@ -262,6 +261,7 @@ def _render_template(template: str, job: LaunchJob, **values: object) -> str:
     environment.filters["yaml"] = lambda value: yaml.safe_dump(
         [value], default_flow_style=True, width=2**30
     )[1:-2]
+    environment.filters["block"] = lambda value: yaml.safe_dump(value, default_style="|")
     text = (Path(__file__).parent / template).read_text(encoding="utf-8")
     return environment.from_string(text).render(
         job=job,
@@ -269,6 +269,7 @@ def _render_template(template: str, job: LaunchJob, **values: object) -> str:
         timeout=CHECKPOINT_TIMEOUT_S,
         restarts=MAX_RESTARTS,
         port=RENDEZVOUS_PORT,
+        mount=MOUNT_PATH,
         **values,
     )
 
@@ -356,7 +357,7 @@ def build_skypilot_task(job: LaunchJob, image: ContainerImage, accelerator: str 
 
     Raises UserError for invalid options, and for a recipe or output folder outside of the storage.
     """
-    node_spec, num_nodes = job.node_spec, job.node_spec.require_fixed("SkyPilot")
+    job.node_spec.require_fixed("SkyPilot")
     job.require_inside_store(image.store)
     bucket, folder = _split_bucket(image.store)
     if accelerator is None or not _GPU_NAME_PATTERN.fullmatch(accelerator):
@@ -366,21 +367,8 @@ def build_skypilot_task(job: LaunchJob, image: ContainerImage, accelerator: str 
             expected="a GPU name of `sky show-gpus`, without a count",
             remedy="for example --accelerator H100 --gpus-per-node 8",
         )
-    folder = f"{MOUNT_PATH}/{folder}".rstrip("/")
-    run = _render_template("skypilot_run.sh", job, folder=folder)
-    return _dump_yaml(
-        {
-            "name": job.name,
-            "num_nodes": num_nodes,
-            "resources": {
-                "accelerators": f"{accelerator}:{node_spec.gpus_per_node}",
-                "image_id": f"docker:{image.name}",
-                "job_recovery": {"max_restarts_on_errors": MAX_RESTARTS},
-            },
-            "file_mounts": {MOUNT_PATH: {"source": bucket, "mode": "MOUNT_CACHED"}},
-            "run": run,
-        }
-    )
+    values = {"image": image, "accelerator": accelerator, "bucket": bucket, "folder": folder}
+    return _render_template("skypilot_job.j2", job, **values)
 
 
 def _split_bucket(store: str) -> tuple[str, str]:
@@ -405,7 +393,7 @@ def build_kubeflow_job(job: LaunchJob, image: ContainerImage) -> str:
 
     Raises UserError for invalid options, and for a recipe or output folder outside of the storage.
     """
-    num_nodes = job.node_spec.require_fixed("Kubeflow")
+    job.node_spec.require_fixed("Kubeflow")
     job.require_inside_store(image.store)
     if not _CLAIM_NAME_PATTERN.fullmatch(image.store):
         raise UserError(
@@ -417,21 +405,4 @@ def build_kubeflow_job(job: LaunchJob, image: ContainerImage) -> str:
     command = (
         f"cd {MOUNT_PATH} && exec torchrun --max-restarts={MAX_RESTARTS} {job.python_arguments}"
     )
-    values = {"image": image, "command": command, "num_nodes": num_nodes, "mount": MOUNT_PATH}
-    return _render_template("kubeflow_job.j2", job, **values)
-
-
-class _BlockTextDumper(yaml.SafeDumper):
-    """YAML dumper that writes multi-line text as literal blocks (`|`)."""
-
-
-def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
-    style = "|" if "\n" in text else None
-    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
-
-
-_BlockTextDumper.add_representer(str, _represent_text)
-
-
-def _dump_yaml(content: dict[str, Any]) -> str:
-    return yaml.dump(content, Dumper=_BlockTextDumper, sort_keys=False, width=100)
+    return _render_template("kubeflow_job.j2", job, image=image, command=command)

@@ -37,29 +37,9 @@ GgufType = Literal["auto", "f32", "f16", "bf16", "q8_0"]
 CONVERTER_SCRIPT = "convert_hf_to_gguf.py"
 GGUF_MODEL_FILE, MMPROJ_FILE = "model.gguf", "mmproj.gguf"
 
-SUPPORTED_FAMILIES = (
-    "qwen2_vl",
-    "qwen2_5_vl",
-    "qwen3_vl",
-    "qwen3_vl_moe",
-    "qwen3_5",
-    "qwen3_5_moe",
-)
-"""Families that the converter supports; Qwen3.5 since llama.cpp pull request 19468.
-
-It does not support the vision encoder of Qwen-VL (2023).
-"""
-
-_PASSED_VARIABLES = (
-    "PATH",
-    "HOME",
-    "LANG",
-    "LC_ALL",
-    "TMPDIR",
-    "TEMP",
-    "SYSTEMROOT",
-    "LD_LIBRARY_PATH",
-)
+_PASSED_VARIABLES = {
+    *("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "TEMP", "SYSTEMROOT", "LD_LIBRARY_PATH")
+}
 _NUM_ERROR_LINES = 5
 
 
@@ -111,13 +91,15 @@ def write_gguf(
     if (
         model_source.adapter is not None
         or model_source.quantization_summary
-        or folder.family not in SUPPORTED_FAMILIES
+        # The converter supports Qwen3.5 since llama.cpp pull request 19468, but not the vision
+        # encoder of Qwen-VL (2023).
+        or folder.family not in HF_ARCHITECTURES
     ):
         raise UserError(
             f"{folder.path.name} is of the family {folder.family}"
             + (", with an adapter" if model_source.adapter is not None else ""),
             where="export",
-            expected=f"a merged model of the families {', '.join(SUPPORTED_FAMILIES)}",
+            expected=f"a merged model of the families {', '.join(HF_ARCHITECTURES)}",
             remedy=Step("merge", {"source": "RUN", "out": "OUT"}, "merge the adapter first"),
         )
     raise_if_exists(out)
@@ -143,14 +125,14 @@ def write_gguf(
             prefixed.rename(partial / MMPROJ_FILE)
         written_names = sorted(path.name for path in partial.iterdir())
         if written_names != sorted((GGUF_MODEL_FILE, MMPROJ_FILE)):
-            raise UserError(
-                f"the converter wrote {', '.join(written_names) or 'no files'}",
-                where=str(converter),
-                expected=f"{GGUF_MODEL_FILE} and {MMPROJ_FILE}",
-                remedy="use another version of llama.cpp",
-            )
+            wrote = f"the converter wrote {', '.join(written_names) or 'no files'}"
+            raise _build_version_error(wrote, converter, f"{GGUF_MODEL_FILE} and {MMPROJ_FILE}")
         for name in written_names:
-            _check_magic(partial / name, converter)
+            with (partial / name).open("rb") as file:
+                magic = file.read(4)
+            if magic != b"GGUF":
+                starts = f"{name} starts with {magic!r}"
+                raise _build_version_error(starts, converter, "a GGUF file")
     return GgufFiles(out / GGUF_MODEL_FILE, out / MMPROJ_FILE)
 
 
@@ -178,16 +160,9 @@ def _run_converter(command: list[str], converter: Path) -> None:
         )
 
 
-def _check_magic(path: Path, converter: Path) -> None:
-    with path.open("rb") as file:
-        magic = file.read(4)
-    if magic != b"GGUF":
-        raise UserError(
-            f"{path.name} starts with {magic!r}",
-            where=str(converter),
-            expected="a GGUF file",
-            remedy="use another version of llama.cpp",
-        )
+def _build_version_error(what: str, converter: Path, expected: str) -> UserError:
+    remedy = "use another version of llama.cpp"
+    return UserError(what, where=str(converter), expected=expected, remedy=remedy)
 
 
 RESERVED_TEXT_TOKENS = 2048

@@ -13,20 +13,17 @@ import socket
 import sys
 import threading
 import traceback
+from collections.abc import Callable
 from contextlib import suppress
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from finesight.config import TrackerKind
-from finesight.track.backends import TRACKERS, Tracker
+from finesight.track.backends import TRACKERS
 from finesight.track.tracker_records import (
     RECORD_ADAPTER,
-    AlertRecord,
     FinishRecord,
-    ImagesRecord,
-    MetricsRecord,
     RecordReply,
     RunStarted,
-    StartRecord,
     redact,
 )
 
@@ -51,7 +48,14 @@ def main(kind: TrackerKind, connection: socket.socket) -> None:
         record = RECORD_ADAPTER.validate_json(line)
         try:
             tracker = tracker or TRACKERS[kind]()
-            reply = RecordReply(started=_dispatch_record(tracker, record))
+            handlers: dict[str, Callable[[Any], RunStarted | None]] = {
+                "start": tracker.start_run,
+                "metrics": tracker.log_metrics,
+                "images": tracker.log_images,
+                "alert": tracker.send_alert,
+                "finish": tracker.finish_run,
+            }
+            reply = RecordReply(started=handlers[record.type](record))
         except Exception as error:  # any error of the package
             traceback.print_exc()
             reply = RecordReply(error=redact(f"{type(error).__name__}: {error}"))
@@ -75,24 +79,6 @@ def read_lines(file: BinaryIO, lines: queue.SimpleQueue[bytes]) -> None:
     lines.put(b"")
     threading.Event().wait(ORPHAN_TIMEOUT_S)
     os._exit(1)
-
-
-def _dispatch_record(
-    tracker: Tracker,
-    record: StartRecord | MetricsRecord | ImagesRecord | AlertRecord | FinishRecord,
-) -> RunStarted | None:
-    match record:
-        case StartRecord():
-            return tracker.start_run(record)
-        case MetricsRecord():
-            tracker.log_metrics(record)
-        case ImagesRecord():
-            tracker.log_images(record)
-        case AlertRecord():
-            tracker.send_alert(record)
-        case FinishRecord():
-            tracker.finish_run(record)
-    return None
 
 
 if __name__ == "__main__":

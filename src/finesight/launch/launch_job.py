@@ -66,16 +66,6 @@ class NodeSpec:
     def is_elastic(self) -> bool:
         return self.min_nodes < self.max_nodes
 
-    def require_fixed(self, engine: str) -> None:
-        """Raise UserError for a range of nodes, which the engine does not support."""
-        if self.is_elastic:
-            raise UserError(
-                f"{self.min_nodes}:{self.max_nodes} nodes",
-                where="--nodes",
-                expected=f"one number: the number of nodes of a job in {engine} is fixed",
-                remedy=f"--nodes {self.max_nodes}, or --on torchrun or slurm",
-            )
-
 
 @dataclass(frozen=True, slots=True)
 class LaunchJob:
@@ -144,8 +134,16 @@ class LaunchJob:
         """Path of the file that a finished run contains, quoted for a shell."""
         return shlex.quote(str(self.output_dir / RESULT_FILE))
 
-    def require_inside_store(self, store: str) -> None:
-        """Raise UserError unless recipe and output folder are relative paths in the storage."""
+    def require_container(self, engine: str, store: str) -> None:
+        """Raise UserError for a range of nodes, and for recipe or output outside of the storage."""
+        nodes = self.node_spec
+        if nodes.is_elastic:
+            raise UserError(
+                f"{nodes.min_nodes}:{nodes.max_nodes} nodes",
+                where="--nodes",
+                expected=f"one number: the number of nodes of a job in {engine} is fixed",
+                remedy=f"--nodes {nodes.max_nodes}, or --on torchrun or slurm",
+            )
         for where, path in (("RECIPE", self.recipe), ("output", self.output_dir)):
             if path.is_absolute() or ".." in path.parts:
                 raise UserError(
@@ -357,8 +355,7 @@ def build_skypilot_task(job: LaunchJob, image: ContainerImage, accelerator: str 
 
     Raises UserError for invalid options, and for a recipe or output folder outside of the storage.
     """
-    job.node_spec.require_fixed("SkyPilot")
-    job.require_inside_store(image.store)
+    job.require_container("SkyPilot", image.store)
     bucket, folder = _split_bucket(image.store)
     if accelerator is None or not _GPU_NAME_PATTERN.fullmatch(accelerator):
         raise UserError(
@@ -393,8 +390,7 @@ def build_kubeflow_job(job: LaunchJob, image: ContainerImage) -> str:
 
     Raises UserError for invalid options, and for a recipe or output folder outside of the storage.
     """
-    job.node_spec.require_fixed("Kubeflow")
-    job.require_inside_store(image.store)
+    job.require_container("Kubeflow", image.store)
     if not _CLAIM_NAME_PATTERN.fullmatch(image.store):
         raise UserError(
             f"{image.store!r} is not the name of a claim",

@@ -30,7 +30,7 @@ from finesight.config import Recipe
 from finesight.data.corpus import Corpus, load_corpus
 from finesight.data.image_resolver import hash_images
 from finesight.data.importer import group_rows, split_by_image
-from finesight.data.sample import list_media_paths, write_samples
+from finesight.data.sample import write_samples
 from finesight.errors import TrainingInterrupted, UserError, format_count
 from finesight.evaluate.eval_case import EvalCase
 from finesight.evaluate.metric_difference import MetricDifference, compare_cases, read_predictions
@@ -41,6 +41,7 @@ from finesight.report.charts import build_parallel_plot
 from finesight.report.html import render_page, write_page
 from finesight.report.i18n import Language, detect_language, translate, use_language
 from finesight.storage import write_file, write_folder
+from finesight.train.dataset_stats import list_sample_images
 from finesight.train.evaluation import load_eval_history
 from finesight.train.run_dir import RunDir
 from finesight.train.state import StopRequest
@@ -244,14 +245,7 @@ def write_splits(recipe: Recipe, corpus: Corpus, folder: Path) -> int:
     if folder.exists():
         return num_splits
     samples = corpus.read_samples()
-    paths = [
-        [
-            one.resolve_path(name)
-            for part in one.sample.iter_parts()
-            for name in list_media_paths(part)
-        ]
-        for one in samples
-    ]
+    paths = [*map(list_sample_images, samples)]
     # Images in tar and Parquet files are compared by name.
     hashes = hash_images(path for several in paths for path in several if path.is_file())
     keys = [frozenset(hashes.get(path, str(path)) for path in several) for several in paths]

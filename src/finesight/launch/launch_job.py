@@ -356,7 +356,15 @@ def build_skypilot_task(job: LaunchJob, image: ContainerImage, accelerator: str 
     Raises UserError for invalid options, and for a recipe or output folder outside of the storage.
     """
     job.require_container("SkyPilot", image.store)
-    bucket, folder = _split_bucket(image.store)
+    match = _BUCKET_PATTERN.fullmatch(image.store)
+    if match is None:
+        raise UserError(
+            f"{image.store!r} is not a bucket",
+            where="--store",
+            expected="an address that SkyPilot supports: s3://, gs://, r2://, cos://, oci://,"
+            " nebius://, cw://, vastdata://, or https:// for an Azure container",
+            remedy="for example --store s3://bucket/folder",
+        )
     if accelerator is None or not _GPU_NAME_PATTERN.fullmatch(accelerator):
         raise UserError(
             "is missing" if accelerator is None else f"{accelerator!r} is not a GPU name",
@@ -364,22 +372,9 @@ def build_skypilot_task(job: LaunchJob, image: ContainerImage, accelerator: str 
             expected="a GPU name of `sky show-gpus`, without a count",
             remedy="for example --accelerator H100 --gpus-per-node 8",
         )
-    values = {"image": image, "accelerator": accelerator, "bucket": bucket, "folder": folder}
-    return _render_template("skypilot_job.j2", job, **values)
-
-
-def _split_bucket(store: str) -> tuple[str, str]:
-    """Split a storage URL into bucket and folder, since SkyPilot mounts whole buckets."""
-    match = _BUCKET_PATTERN.fullmatch(store)
-    if match is None:
-        raise UserError(
-            f"{store!r} is not a bucket",
-            where="--store",
-            expected="an address that SkyPilot supports: s3://, gs://, r2://, cos://, oci://,"
-            " nebius://, cw://, vastdata://, or https:// for an Azure container",
-            remedy="for example --store s3://bucket/folder",
-        )
-    return match[1], match[2] or ""
+    # SkyPilot mounts whole buckets.
+    values = {"accelerator": accelerator, "bucket": match[1], "folder": match[2] or ""}
+    return _render_template("skypilot_job.j2", job, image=image, **values)
 
 
 def build_kubeflow_job(job: LaunchJob, image: ContainerImage) -> str:

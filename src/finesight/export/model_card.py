@@ -18,7 +18,7 @@ from finesight import __version__
 from finesight.bounded_files import load_yaml, read_bytes, read_json_object
 from finesight.errors import Step, UserError
 from finesight.evaluate.eval_case import note_lines
-from finesight.export.deployment import format_serving_commands, get_prompt_settings
+from finesight.export.deployment import format_serving_commands
 from finesight.export.hf_files import HF_ARCHITECTURES, list_uploads
 from finesight.export.merge_parity import MergeParity
 from finesight.hub.address import parse_model_address
@@ -73,8 +73,8 @@ def write_model_card(folder: Path, info: VerifiedMerge) -> None:
     steps += [Step(operation, name) for operation in ("chat", "web", "serve")]
     merged, serving = ModelFolder(folder), None
     if merged.family in HF_ARCHITECTURES:
-        settings = get_prompt_settings(info.model_source.manifest)
-        serving = format_serving_commands(merged, info.folder.name, info.folder.name, *settings)
+        title, manifest = info.folder.name, info.model_source.manifest
+        serving = format_serving_commands(merged, title, title, manifest)
     card = _render_card(
         info.model_source,
         info.source,

@@ -217,7 +217,7 @@ def build_serving_commands(model_source: ModelSource, source: str) -> ServingCom
 def format_serving_commands(
     folder: ModelFolder, path: str, name: str, manifest: Manifest | None
 ) -> ServingCommands:
-    """Format the serving commands of a model folder with the prompt settings of its run, if any."""
+    """Format the serving commands of a model folder, with the prompt settings of its run."""
     limits = get_default_image_rule(folder.preprocessor_config)
     if manifest is not None and isinstance(manifest.image_rule, PixelRange):
         limits = manifest.image_rule

@@ -264,7 +264,7 @@ def _strip_paths(value: Any, key: str = "") -> Any:
 
 
 def _read_license(folder: Path) -> str | None:
-    """Return the license in the YAML front matter of the model card, None if there is none."""
+    """Return the license in the YAML front matter of the model card, if any."""
     path = folder / MODEL_CARD_FILE
     try:
         text = read_bytes(path, expected="a model card").decode(errors="replace")

@@ -135,7 +135,7 @@ class LaunchJob:
         return shlex.quote(str(self.output_dir / RESULT_FILE))
 
     def require_container(self, engine: str, store: str) -> None:
-        """Raise UserError for a range of nodes, and for recipe or output outside of the storage."""
+        """Raise UserError for a range of nodes, or a recipe or output outside the storage."""
         nodes = self.node_spec
         if nodes.is_elastic:
             raise UserError(

@@ -223,7 +223,7 @@ def _build_space_error(where: str, value: object) -> UserError:
 
 
 def find_setting(content: Any, name: str) -> Any:
-    """Return the value of a dotted setting in the content of a recipe; None if it has none."""
+    """Return the value of a dotted setting in the content of a recipe, if any."""
     for key in name.split("."):
         if isinstance(content, list):
             content = dict(enumerate(map(dict, content))).get(int(key) if key.isdecimal() else -1)

@@ -3,6 +3,7 @@
 import json
 import shlex
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -33,7 +34,9 @@ def options(line: str, words: int) -> dict[str, str]:
 
 
 def of_tiny(rule: Any = None, system: str | None = None, path: str = "/m/my model") -> Any:
-    return format_serving_commands(ModelFolder(TINY_MODEL_FOLDER), path, "my model", rule, system)
+    manifest: Any = SimpleNamespace(image_rule=rule, system_prompt=system, enable_thinking=None)
+    manifest = None if rule is None else manifest
+    return format_serving_commands(ModelFolder(TINY_MODEL_FOLDER), path, "my model", manifest)
 
 
 def test_commands_have_the_limits_of_the_training() -> None:
@@ -134,6 +137,6 @@ def test_thinking_mode_of_the_run_is_selected(name: str, enable_thinking: bool |
 @NEEDS_ASSETS
 def test_models_with_one_mode_have_no_template_options() -> None:
     folder = ModelFolder(ASSETS / "Qwen3-VL-Embedding-8B")
-    assert "chat-template" not in format_serving_commands(folder, "a", "a", None, None).vllm
+    assert "chat-template" not in format_serving_commands(folder, "a", "a", None).vllm
     line = format_llama_server_command(folder, GgufFiles(Path("model.gguf"), Path("m.gguf")))
     assert line == "llama-server -m model.gguf --mmproj m.gguf --special --temp 0"

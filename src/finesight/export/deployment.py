@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from finesight.config import ImageRule, PixelRange
+from finesight.config import PixelRange
 from finesight.encode.renderer import load_family
 from finesight.errors import Step, UserError
 from finesight.export.hf_files import HF_ARCHITECTURES, find_missing_files, require_merged_model
@@ -31,35 +31,16 @@ from finesight.manifest import Manifest
 from finesight.model.weights_io import stored_precision
 from finesight.model_folder import ModelFolder
 from finesight.storage import raise_if_exists, require_free_space, write_folder
+from finesight.vision.image_processing import get_default_image_rule
 
 GgufType = Literal["auto", "f32", "f16", "bf16", "q8_0"]
 
 CONVERTER_SCRIPT = "convert_hf_to_gguf.py"
 GGUF_MODEL_FILE, MMPROJ_FILE = "model.gguf", "mmproj.gguf"
 
-SUPPORTED_FAMILIES = (
-    "qwen2_vl",
-    "qwen2_5_vl",
-    "qwen3_vl",
-    "qwen3_vl_moe",
-    "qwen3_5",
-    "qwen3_5_moe",
-)
-"""Families that the converter supports; Qwen3.5 since llama.cpp pull request 19468.
-
-It does not support the vision encoder of Qwen-VL (2023).
-"""
-
-_PASSED_VARIABLES = (
-    "PATH",
-    "HOME",
-    "LANG",
-    "LC_ALL",
-    "TMPDIR",
-    "TEMP",
-    "SYSTEMROOT",
-    "LD_LIBRARY_PATH",
-)
+_PASSED_VARIABLES = {
+    *("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "TEMP", "SYSTEMROOT", "LD_LIBRARY_PATH")
+}
 _NUM_ERROR_LINES = 5
 
 
@@ -111,13 +92,15 @@ def write_gguf(
     if (
         model_source.adapter is not None
         or model_source.quantization_summary
-        or folder.family not in SUPPORTED_FAMILIES
+        # The converter supports Qwen3.5 since llama.cpp pull request 19468, but not the vision
+        # encoder of Qwen-VL (2023).
+        or folder.family not in HF_ARCHITECTURES
     ):
         raise UserError(
             f"{folder.path.name} is of the family {folder.family}"
             + (", with an adapter" if model_source.adapter is not None else ""),
             where="export",
-            expected=f"a merged model of the families {', '.join(SUPPORTED_FAMILIES)}",
+            expected=f"a merged model of the families {', '.join(HF_ARCHITECTURES)}",
             remedy=Step("merge", {"source": "RUN", "out": "OUT"}, "merge the adapter first"),
         )
     raise_if_exists(out)
@@ -143,14 +126,14 @@ def write_gguf(
             prefixed.rename(partial / MMPROJ_FILE)
         written_names = sorted(path.name for path in partial.iterdir())
         if written_names != sorted((GGUF_MODEL_FILE, MMPROJ_FILE)):
-            raise UserError(
-                f"the converter wrote {', '.join(written_names) or 'no files'}",
-                where=str(converter),
-                expected=f"{GGUF_MODEL_FILE} and {MMPROJ_FILE}",
-                remedy="use another version of llama.cpp",
-            )
+            wrote = f"the converter wrote {', '.join(written_names) or 'no files'}"
+            raise _build_version_error(wrote, converter, f"{GGUF_MODEL_FILE} and {MMPROJ_FILE}")
         for name in written_names:
-            _check_magic(partial / name, converter)
+            with (partial / name).open("rb") as file:
+                magic = file.read(4)
+            if magic != b"GGUF":
+                starts = f"{name} starts with {magic!r}"
+                raise _build_version_error(starts, converter, "a GGUF file")
     return GgufFiles(out / GGUF_MODEL_FILE, out / MMPROJ_FILE)
 
 
@@ -178,16 +161,9 @@ def _run_converter(command: list[str], converter: Path) -> None:
         )
 
 
-def _check_magic(path: Path, converter: Path) -> None:
-    with path.open("rb") as file:
-        magic = file.read(4)
-    if magic != b"GGUF":
-        raise UserError(
-            f"{path.name} starts with {magic!r}",
-            where=str(converter),
-            expected="a GGUF file",
-            remedy="use another version of llama.cpp",
-        )
+def _build_version_error(what: str, converter: Path, expected: str) -> UserError:
+    remedy = "use another version of llama.cpp"
+    return UserError(what, where=str(converter), expected=expected, remedy=remedy)
 
 
 RESERVED_TEXT_TOKENS = 2048
@@ -234,39 +210,23 @@ def build_serving_commands(model_source: ModelSource, source: str) -> ServingCom
             remedy=Step("serve", {"run_or_model": source}, "serve it with finesight"),
         )
     model_source.folder.fetch_weights()  # file names that these engines expect
-    folder, settings = model_source.folder, get_prompt_settings(model_source.manifest)
-    return format_serving_commands(folder, str(folder.path), Path(source).name, *settings)
-
-
-def get_prompt_settings(
-    manifest: Manifest | None,
-) -> tuple[ImageRule | None, str | None, bool | None]:
-    """Return image rule, system prompt and thinking mode of a run; None without one."""
-    if manifest is None:
-        return None, None, None
-    return manifest.image_rule, manifest.system_prompt, manifest.enable_thinking
+    folder, name = model_source.folder, Path(source).name
+    return format_serving_commands(folder, str(folder.path), name, model_source.manifest)
 
 
 def format_serving_commands(
-    folder: ModelFolder,
-    path: str,
-    name: str,
-    image_rule: ImageRule | None,
-    system_prompt: str | None,
-    enable_thinking: bool | None = None,
+    folder: ModelFolder, path: str, name: str, manifest: Manifest | None
 ) -> ServingCommands:
-    """Format the serving commands of a model folder with the prompt settings of its run."""
-    preprocessor_config = folder.preprocessor_config
-    if isinstance(image_rule, PixelRange):
-        pixel_limits = {"min_pixels": image_rule.min_pixels, "max_pixels": image_rule.max_pixels}
-    else:
-        pixel_limits = {key: preprocessor_config[key] for key in ("min_pixels", "max_pixels")}
-    context_length = _compute_context_length(folder, pixel_limits["max_pixels"])
-    quoted, common_options = (
-        shlex.quote(path),
-        f"--served-model-name {shlex.quote(name or 'model')}",
-    )
+    """Format the serving commands of a model folder, with the prompt settings of its run."""
+    limits = get_default_image_rule(folder.preprocessor_config)
+    if manifest is not None and isinstance(manifest.image_rule, PixelRange):
+        limits = manifest.image_rule
+    pixel_limits = limits.model_dump()
+    context_length = _compute_context_length(folder, limits.max_pixels)
+    quoted = shlex.quote(path)
+    common_options = f"--served-model-name {shlex.quote(name or 'model')}"
     greedy_config = _quote_json({"temperature": 0})
+    enable_thinking = None if manifest is None else manifest.enable_thinking
     arguments = get_template_arguments(folder, enable_thinking)
     template_options = ""
     if arguments:
@@ -282,7 +242,7 @@ def format_serving_commands(
         f" --context-length {context_length}"
         f" --mm-process-config {_quote_json({'image': pixel_limits})}{template_options}",
         request=json.dumps(REQUEST_PARAMETERS),
-        notes=tuple(_list_notes(folder, image_rule, system_prompt, arguments)),
+        notes=tuple(_list_notes(folder, manifest, arguments)),
     )
 
 
@@ -314,10 +274,7 @@ def format_llama_server_command(
 
 
 def _list_notes(
-    folder: ModelFolder,
-    image_rule: ImageRule | None,
-    system_prompt: str | None,
-    template_arguments: Mapping[str, bool],
+    folder: ModelFolder, manifest: Manifest | None, template_arguments: Mapping[str, bool]
 ) -> list[str]:
     notes = [
         'each request must set "skip_special_tokens": false (the openai client:'
@@ -329,9 +286,10 @@ def _list_notes(
             " --default-chat-template-kwargs, remove the option and set"
             f' "chat_template_kwargs": {json.dumps(template_arguments)} in each request'
         )
-    if image_rule is not None and not isinstance(image_rule, PixelRange):
-        sizes = ", ".join(f"{key} {value}" for key, value in image_rule)
+    if manifest is not None and not isinstance(manifest.image_rule, PixelRange):
+        sizes = ", ".join(f"{key} {value}" for key, value in manifest.image_rule)
         notes.append(f"these engines support pixel limits only: send images resized to {sizes}")
+    system_prompt = None if manifest is None else manifest.system_prompt
     if system_prompt is not None and system_prompt not in folder.chat_template:
         notes.append(
             f"start each conversation with the system prompt of the training: {system_prompt!r}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -44,23 +44,7 @@ It is written as sampling from one candidate, since vLLM and SGLang read their d
 keys and do not know `do_sample`.
 """
 
-_REQUIRED_FILES: tuple[tuple[str, ...], ...] = (
-    ("config.json",),
-    (GENERATION_CONFIG_FILE,),
-    ("tokenizer.json",),
-    ("tokenizer_config.json",),
-    (PREPROCESSOR_FILE, PROCESSOR_FILE),
-    ("model.safetensors", "model.safetensors.index.json"),
-)
 _CHAT_TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json", "tokenizer_config.json")
-_QWEN_VL_REQUIRED_FILES = (
-    ("config.json",),
-    (GENERATION_CONFIG_FILE,),
-    ("qwen.tiktoken",),
-    ("tokenizer_config.json",),
-    ("model.safetensors", "model.safetensors.index.json"),
-)
-
 _SAMPLING_KEYS = {
     *("do_sample", "temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff"),
     *("repetition_penalty", "encoder_repetition_penalty", "no_repeat_ngram_size", "num_beams"),
@@ -95,18 +79,12 @@ def complete_hf_folder(folder: Path, family: str, end_ids: Sequence[int]) -> Non
         _write_json(folder / PREPROCESSOR_FILE, settings)
     original = _read_json(folder / GENERATION_CONFIG_FILE)
     generation_config = {key: value for key, value in original.items() if key not in _SAMPLING_KEYS}
-    eos_token_id = generation_config.get("eos_token_id")
-    other_eos_ids = (
-        eos_token_id
-        if isinstance(eos_token_id, list)
-        else []
-        if eos_token_id is None
-        else [eos_token_id]
-    )
-    eos_ids = list(dict.fromkeys([*end_ids, *other_eos_ids]))
+    previous = generation_config.get("eos_token_id")
+    eos_ids = dict.fromkeys([*end_ids, *(previous if isinstance(previous, list) else [previous])])
+    eos_ids.pop(None, None)
     _write_json(
         folder / GENERATION_CONFIG_FILE,
-        {**generation_config, "eos_token_id": eos_ids, **GREEDY_CONFIG},
+        {**generation_config, "eos_token_id": [*eos_ids], **GREEDY_CONFIG},
     )
 
 
@@ -122,15 +100,21 @@ def find_dropped_sampling(base_folder: ModelFolder) -> dict[str, Any]:
 
 def find_missing_files(folder: ModelFolder) -> list[str]:
     """Return the names of files that other programs need but the folder lacks."""
-    required: Iterable[tuple[str, ...]] = (
-        _QWEN_VL_REQUIRED_FILES if folder.family == "qwen" else _REQUIRED_FILES
-    )
+    is_qwen_vl = folder.family == "qwen"
+    required: list[tuple[str, ...]] = [
+        ("config.json",),
+        (GENERATION_CONFIG_FILE,),
+        ("qwen.tiktoken" if is_qwen_vl else "tokenizer.json",),
+        ("tokenizer_config.json",),
+        *([] if is_qwen_vl else [(PREPROCESSOR_FILE, PROCESSOR_FILE)]),
+        ("model.safetensors", "model.safetensors.index.json"),
+    ]
     missing = [
         " or ".join(names)
         for names in required
         if not any(folder.find_file(name) is not None for name in names)
     ]
-    if folder.family != "qwen" and not folder.chat_template:
+    if not is_qwen_vl and not folder.chat_template:
         missing.append(f"a chat template ({', '.join(_CHAT_TEMPLATE_FILES)})")
     return missing
 

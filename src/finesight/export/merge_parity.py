@@ -293,19 +293,17 @@ def _append_completion(prompt: EncodedSample, output_ids: Sequence[int]) -> Enco
     )
 
 
-def max_abs_logit(logits: Sequence[Tensor]) -> float:
-    """Return the largest absolute value of several logit tensors."""
-    return max(float(tensor.abs().max()) for tensor in logits)
+def relative_difference(
+    actual: Sequence[Tensor], expected: Sequence[Tensor], reference: Sequence[Tensor]
+) -> float:
+    """Return the largest difference between logits, relative to the largest logit of `reference`.
 
-
-def max_logit_difference(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
-    """Return the largest absolute difference between logits; infinity if one is not finite."""
-    pairs = zip(actual, expected, strict=True)
-    differences = [
-        float((actual_logits - expected_logits).abs().max())
-        for actual_logits, expected_logits in pairs
-    ]
-    return max(differences) if all(map(math.isfinite, differences)) else math.inf
+    It is infinity if a difference is not finite.
+    """
+    differences = [float((x - y).abs().max()) for x, y in zip(actual, expected, strict=True)]
+    if not all(map(math.isfinite, differences)):
+        return math.inf
+    return max(differences) / max(float(logits.abs().max()) for logits in reference)
 
 
 def find_divergences(

@@ -18,7 +18,7 @@ from finesight import __version__
 from finesight.bounded_files import load_yaml, read_bytes, read_json_object
 from finesight.errors import Step, UserError
 from finesight.evaluate.eval_case import note_lines
-from finesight.export.deployment import format_serving_commands, get_prompt_settings
+from finesight.export.deployment import format_serving_commands
 from finesight.export.hf_files import HF_ARCHITECTURES, list_uploads
 from finesight.export.merge_parity import MergeParity
 from finesight.hub.address import parse_model_address
@@ -73,8 +73,8 @@ def write_model_card(folder: Path, info: VerifiedMerge) -> None:
     steps += [Step(operation, name) for operation in ("chat", "web", "serve")]
     merged, serving = ModelFolder(folder), None
     if merged.family in HF_ARCHITECTURES:
-        settings = get_prompt_settings(info.model_source.manifest)
-        serving = format_serving_commands(merged, info.folder.name, info.folder.name, *settings)
+        title, manifest = info.folder.name, info.model_source.manifest
+        serving = format_serving_commands(merged, title, title, manifest)
     card = _render_card(
         info.model_source,
         info.source,
@@ -147,8 +147,6 @@ def _render_card(
     result = (run_record.result if run_record else None) or {}
     starts = run_record.starts if run_record else []
     data = (starts[-1].get("data") if starts else None) or {}
-    license_name = _read_front_matter(model_source.folder.path).get("license")
-    license_name = license_name if isinstance(license_name, str) else None
     names = (path.name for path in license_folder.iterdir())
     environment = Environment(
         trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, undefined=StrictUndefined
@@ -173,7 +171,7 @@ def _render_card(
         scores=_list_scores(result),
         notes=_list_notes(result),
         recipe=_format_recipe(run_record),
-        license=license_name,
+        license=_read_license(model_source.folder.path),
         license_files=sorted(name for name in names if name.startswith(("LICENSE", "NOTICE"))),
         **values,
     )
@@ -209,8 +207,7 @@ def _format_metadata(model_source: ModelSource, library: str) -> str:
         "pipeline_tag": "image-text-to-text",
         "tags": ["finesight", model_source.folder.family],
     }
-    license_name = _read_front_matter(model_source.folder.path).get("license")
-    if isinstance(license_name, str):
+    if license_name := _read_license(model_source.folder.path):
         metadata["license"] = license_name
     if base_name != TINY_MODEL and parse_model_address(base_name) is not None:
         metadata["base_model"] = base_name
@@ -225,33 +222,21 @@ def _list_prompts(run_record: RunRecord | None) -> list[str]:
     return [prompt for prompt, _ in Counter(texts).most_common()]
 
 
-def _list_scores(result: Mapping[str, Any]) -> list[tuple[str, ...]]:
+def _list_scores(result: Mapping[str, Any]) -> list[tuple[Any, ...]]:
     """Return the name, value before and after training, and interval of each score."""
     before, after = result.get("before") or {}, result.get("after") or {}
     scores, intervals = before.get("scores") or {}, after.get("intervals") or {}
-    rows = [
-        (name, scores.get(name), value, intervals.get(name))
-        for name, value in (after.get("scores") or {}).items()
-    ]
+    values = (after.get("scores") or {}).items()
+    rows = [(name, scores.get(name), value, intervals.get(name)) for name, value in values]
     if after.get("validation_loss") is not None:
         name = "validation_loss"
         rows.append((name, before.get(name), after[name], None))
-    return [(n, _format_number(x), _format_number(y), _format_interval(z)) for n, x, y, z in rows]
+    return rows
 
 
 def _list_notes(result: Mapping[str, Any]) -> list[str]:
     after = result.get("after") or {}
     return note_lines((name, get_note(after, name)) for name in after.get("scores") or {})
-
-
-def _format_interval(bounds: object) -> str:
-    if not isinstance(bounds, list) or len(bounds) != 2:
-        return "-"
-    return f"{_format_number(bounds[0])} to {_format_number(bounds[1])}"
-
-
-def _format_number(value: object) -> str:
-    return f"{value:.4f}" if isinstance(value, int | float) else "-"
 
 
 def _format_recipe(run_record: RunRecord | None) -> str:
@@ -278,18 +263,17 @@ def _strip_paths(value: Any, key: str = "") -> Any:
     return re.split(r"[/\\]", value.rstrip("/\\"))[-1] if is_path else value
 
 
-def _read_front_matter(folder: Path) -> dict[str, Any]:
-    """Parse the YAML front matter of the model card, empty if there is none."""
+def _read_license(folder: Path) -> str | None:
+    """Return the license in the YAML front matter of the model card, if any."""
     path = folder / MODEL_CARD_FILE
     try:
         text = read_bytes(path, expected="a model card").decode(errors="replace")
     except UserError:
-        text = ""
+        return None
     header, separator, _ = text.removeprefix("---\n").partition("\n---")
-    if not text.startswith("---\n") or not separator:
-        return {}
     try:
-        content = load_yaml(header)
+        content = load_yaml(header) if text.startswith("---\n") and separator else None
     except yaml.YAMLError:
-        return {}
-    return content if isinstance(content, dict) else {}
+        return None
+    license_name = content.get("license") if isinstance(content, dict) else None
+    return license_name if isinstance(license_name, str) else None

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from statistics import fmean
 
 import torch
 from torch import Tensor
@@ -143,38 +145,33 @@ class _ComputeTarget:
 
 @dataclass(frozen=True, slots=True)
 class _WrittenOutputs:
-    """Logits before the model is saved, for the completions of base and adapter.
+    """Outputs before the model is saved, for the completions of base and adapter.
 
     Attributes:
         dequantized_layers: Number of layers dequantized from 4 bits.
-        rounded_logits: Logits of the merged weights in the written precision; None if rounding is
-            lossless.
+        expected_logits: Logits of the merged weights in the written precision.
+        changes: Differences of logits by field of `MergeParity`.
     """
 
     merged_layers: int
     dequantized_layers: int
     adapter_outputs: ModelOutputs
-    base_logits: tuple[Tensor, ...]
-    merged_logits: tuple[Tensor, ...]
-    rounded_logits: tuple[Tensor, ...] | None
+    expected_logits: tuple[Tensor, ...]
+    changes: dict[str, float | None]
 
 
 def _collect_questions(
     source: str, model_source: ModelSource, num_samples: int, folder: Path
 ) -> _ParityQuestions:
     renderer = model_source.build_renderer()
-    pairs, origin = (
-        encode_prompts(renderer, load_validation_samples(source, num_samples)),
-        "validation images",
-    )
-    if not pairs:
-        pairs, origin = (
-            encode_prompts(renderer, draw_questions(folder, num_samples)),
-            "generated images",
-        )
-    if pairs:
-        samples, prompts = zip(*pairs, strict=True)
-        return _ParityQuestions(origin, list(samples), list(prompts), renderer)
+    for origin, load_questions in (
+        ("validation images", partial(load_validation_samples, source)),
+        ("generated images", partial(draw_questions, folder)),
+    ):
+        pairs = encode_prompts(renderer, load_questions(num_samples))
+        if pairs:
+            samples, prompts = zip(*pairs, strict=True)
+            return _ParityQuestions(origin, list(samples), list(prompts), renderer)
     raise UserError(
         f"none of {num_samples} generated images could be encoded",
         where=str(model_source.folder.path),
@@ -230,10 +227,10 @@ def _write_merged(
     model = _load_model(model_source.folder, model_source.adapter, target)
     prompts = questions.prompts
     adapter_outputs = merge_parity.generate_outputs(model, prompts, questions.renderer.end_ids)
-    completions = adapter_outputs.completions
+    compute = partial(merge_parity.compute_logits, model, prompts, adapter_outputs.completions)
     for _, linear, _ in list(iter_adapters(model)):
         linear.adapter = None
-    base_logits = merge_parity.compute_logits(model, prompts, completions)
+    base_logits = compute()
     dequantized_layers = dequantize_model(model)
     if model_source.adapter is not None:
         # Merge in fp32, independent of the compute precision.
@@ -241,21 +238,25 @@ def _write_merged(
             model, model_source.adapter, base_folder=model_source.folder, dtype=torch.float32
         )
     merged_layers = merge_adapters(model)
-    merged_logits = merge_parity.compute_logits(model, prompts, completions)
-    rounded_logits = None
+    merged_logits = expected_logits = compute()
     if weight_dtype != target.dtype:
         round_weights(model, weight_dtype)
-        rounded_logits = merge_parity.compute_logits(model, prompts, completions)
+        expected_logits = compute()
     save_merged_model(
         model, model_source.folder, folder, weight_dtype, model_source.manifest, max_shard_bytes
     )
+    reference = adapter_outputs.logits
+    steps = {
+        "adapter_change": (reference, base_logits, merged_layers),
+        "merge_change": (merged_logits, reference, merged_layers or dequantized_layers),
+        "rounding_change": (expected_logits, merged_logits, weight_dtype != target.dtype),
+    }
+    changes = {
+        name: merge_parity.relative_difference(actual, expected, reference) if is_changed else None
+        for name, (actual, expected, is_changed) in steps.items()
+    }
     return _WrittenOutputs(
-        merged_layers,
-        dequantized_layers,
-        adapter_outputs,
-        base_logits,
-        merged_logits,
-        rounded_logits,
+        merged_layers, dequantized_layers, adapter_outputs, expected_logits, changes
     )
 
 
@@ -276,32 +277,20 @@ def _compare_folder(
     model = _load_model(written_source.folder, None, target)
     adapter_outputs = written_outputs.adapter_outputs
     completions = merge_parity.generate_completions(model, prompts, renderer.end_ids)
+    reference = adapter_outputs.logits
     reloaded_outputs = ModelOutputs(
         completions, merge_parity.compute_logits(model, prompts, adapter_outputs.completions)
     )
     num_equal, divergences = merge_parity.find_divergences(
         adapter_outputs, reloaded_outputs, questions.sample_ids
     )
-    expected_logits = (
-        written_outputs.merged_logits
-        if written_outputs.rounded_logits is None
-        else written_outputs.rounded_logits
-    )
-    max_logit = merge_parity.max_abs_logit(adapter_outputs.logits)
-
-    def relative_difference(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
-        return merge_parity.max_logit_difference(actual, expected) / max_logit
-
-    is_changed = written_outputs.merged_layers or written_outputs.dequantized_layers
     quantized_comparison = None
     if trained_outputs is not None:
-        trained_logits = merge_parity.compute_logits(model, prompts, trained_outputs.completions)
-        num_same = sum(
-            a == b for a, b in zip(completions, trained_outputs.completions, strict=True)
-        )
+        trained = trained_outputs.completions
+        trained_logits = merge_parity.compute_logits(model, prompts, trained)
         quantized_comparison = (
-            relative_difference(trained_logits, trained_outputs.logits),
-            num_same / len(completions),
+            merge_parity.relative_difference(trained_logits, trained_outputs.logits, reference),
+            fmean(a == b for a, b in zip(completions, trained, strict=True)),
         )
     return MergeParity(
         origin=questions.origin,
@@ -309,16 +298,10 @@ def _compare_folder(
         num_tokens=sum(map(len, adapter_outputs.completions)),
         compute_precision=next(name for name, dtype in DTYPES.items() if dtype == target.dtype),
         weight_precision=weight_precision,
-        adapter_change=relative_difference(adapter_outputs.logits, written_outputs.base_logits)
-        if written_outputs.merged_layers
-        else None,
-        merge_change=relative_difference(written_outputs.merged_logits, adapter_outputs.logits)
-        if is_changed
-        else None,
-        rounding_change=None
-        if written_outputs.rounded_logits is None
-        else relative_difference(written_outputs.rounded_logits, written_outputs.merged_logits),
-        reload_difference=relative_difference(reloaded_outputs.logits, expected_logits),
+        **written_outputs.changes,
+        reload_difference=merge_parity.relative_difference(
+            reloaded_outputs.logits, written_outputs.expected_logits, reference
+        ),
         num_equal=num_equal,
         divergences=divergences,
         quantized_comparison=quantized_comparison,

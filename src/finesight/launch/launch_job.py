@@ -16,7 +16,6 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import yaml
 from jinja2 import Environment, StrictUndefined
@@ -66,20 +65,6 @@ class NodeSpec:
     @property
     def is_elastic(self) -> bool:
         return self.min_nodes < self.max_nodes
-
-    def require_fixed(self, engine: str) -> int:
-        """Return the number of nodes for an engine that does not support elastic jobs.
-
-        Raises UserError for a range of nodes.
-        """
-        if self.is_elastic:
-            raise UserError(
-                f"{self.min_nodes}:{self.max_nodes} nodes",
-                where="--nodes",
-                expected=f"one number: the number of nodes of a job in {engine} is fixed",
-                remedy=f"--nodes {self.max_nodes}, or --on torchrun or slurm",
-            )
-        return self.min_nodes
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,8 +134,16 @@ class LaunchJob:
         """Path of the file that a finished run contains, quoted for a shell."""
         return shlex.quote(str(self.output_dir / RESULT_FILE))
 
-    def require_inside_store(self, store: str) -> None:
-        """Raise UserError unless recipe and output folder are relative paths in the storage."""
+    def require_container(self, engine: str, store: str) -> None:
+        """Raise UserError for a range of nodes, or a recipe or output outside the storage."""
+        nodes = self.node_spec
+        if nodes.is_elastic:
+            raise UserError(
+                f"{nodes.min_nodes}:{nodes.max_nodes} nodes",
+                where="--nodes",
+                expected=f"one number: the number of nodes of a job in {engine} is fixed",
+                remedy=f"--nodes {nodes.max_nodes}, or --on torchrun or slurm",
+            )
         for where, path in (("RECIPE", self.recipe), ("output", self.output_dir)):
             if path.is_absolute() or ".." in path.parts:
                 raise UserError(
@@ -253,7 +246,11 @@ Its default is 30.
 
 
 def _render_template(template: str, job: LaunchJob, **values: object) -> str:
-    """Render a job file; the filters `quote` and `yaml` quote a value for a shell and for YAML."""
+    """Render a job file.
+
+    The filters `quote` and `yaml` quote a value for a shell and for YAML; `block` writes a text of
+    several lines for YAML.
+    """
     environment = Environment(
         trim_blocks=True, keep_trailing_newline=True, undefined=StrictUndefined
     )
@@ -262,6 +259,7 @@ def _render_template(template: str, job: LaunchJob, **values: object) -> str:
     environment.filters["yaml"] = lambda value: yaml.safe_dump(
         [value], default_flow_style=True, width=2**30
     )[1:-2]
+    environment.filters["block"] = lambda value: yaml.safe_dump(value, default_style="|")
     text = (Path(__file__).parent / template).read_text(encoding="utf-8")
     return environment.from_string(text).render(
         job=job,
@@ -269,6 +267,7 @@ def _render_template(template: str, job: LaunchJob, **values: object) -> str:
         timeout=CHECKPOINT_TIMEOUT_S,
         restarts=MAX_RESTARTS,
         port=RENDEZVOUS_PORT,
+        mount=MOUNT_PATH,
         **values,
     )
 
@@ -356,9 +355,16 @@ def build_skypilot_task(job: LaunchJob, image: ContainerImage, accelerator: str 
 
     Raises UserError for invalid options, and for a recipe or output folder outside of the storage.
     """
-    node_spec, num_nodes = job.node_spec, job.node_spec.require_fixed("SkyPilot")
-    job.require_inside_store(image.store)
-    bucket, folder = _split_bucket(image.store)
+    job.require_container("SkyPilot", image.store)
+    match = _BUCKET_PATTERN.fullmatch(image.store)
+    if match is None:
+        raise UserError(
+            f"{image.store!r} is not a bucket",
+            where="--store",
+            expected="an address that SkyPilot supports: s3://, gs://, r2://, cos://, oci://,"
+            " nebius://, cw://, vastdata://, or https:// for an Azure container",
+            remedy="for example --store s3://bucket/folder",
+        )
     if accelerator is None or not _GPU_NAME_PATTERN.fullmatch(accelerator):
         raise UserError(
             "is missing" if accelerator is None else f"{accelerator!r} is not a GPU name",
@@ -366,35 +372,9 @@ def build_skypilot_task(job: LaunchJob, image: ContainerImage, accelerator: str 
             expected="a GPU name of `sky show-gpus`, without a count",
             remedy="for example --accelerator H100 --gpus-per-node 8",
         )
-    folder = f"{MOUNT_PATH}/{folder}".rstrip("/")
-    run = _render_template("skypilot_run.sh", job, folder=folder)
-    return _dump_yaml(
-        {
-            "name": job.name,
-            "num_nodes": num_nodes,
-            "resources": {
-                "accelerators": f"{accelerator}:{node_spec.gpus_per_node}",
-                "image_id": f"docker:{image.name}",
-                "job_recovery": {"max_restarts_on_errors": MAX_RESTARTS},
-            },
-            "file_mounts": {MOUNT_PATH: {"source": bucket, "mode": "MOUNT_CACHED"}},
-            "run": run,
-        }
-    )
-
-
-def _split_bucket(store: str) -> tuple[str, str]:
-    """Split a storage URL into bucket and folder, since SkyPilot mounts whole buckets."""
-    match = _BUCKET_PATTERN.fullmatch(store)
-    if match is None:
-        raise UserError(
-            f"{store!r} is not a bucket",
-            where="--store",
-            expected="an address that SkyPilot supports: s3://, gs://, r2://, cos://, oci://,"
-            " nebius://, cw://, vastdata://, or https:// for an Azure container",
-            remedy="for example --store s3://bucket/folder",
-        )
-    return match[1], match[2] or ""
+    # SkyPilot mounts whole buckets.
+    values = {"accelerator": accelerator, "bucket": match[1], "folder": match[2] or ""}
+    return _render_template("skypilot_job.j2", job, image=image, **values)
 
 
 def build_kubeflow_job(job: LaunchJob, image: ContainerImage) -> str:
@@ -405,8 +385,7 @@ def build_kubeflow_job(job: LaunchJob, image: ContainerImage) -> str:
 
     Raises UserError for invalid options, and for a recipe or output folder outside of the storage.
     """
-    num_nodes = job.node_spec.require_fixed("Kubeflow")
-    job.require_inside_store(image.store)
+    job.require_container("Kubeflow", image.store)
     if not _CLAIM_NAME_PATTERN.fullmatch(image.store):
         raise UserError(
             f"{image.store!r} is not the name of a claim",
@@ -417,21 +396,4 @@ def build_kubeflow_job(job: LaunchJob, image: ContainerImage) -> str:
     command = (
         f"cd {MOUNT_PATH} && exec torchrun --max-restarts={MAX_RESTARTS} {job.python_arguments}"
     )
-    values = {"image": image, "command": command, "num_nodes": num_nodes, "mount": MOUNT_PATH}
-    return _render_template("kubeflow_job.j2", job, **values)
-
-
-class _BlockTextDumper(yaml.SafeDumper):
-    """YAML dumper that writes multi-line text as literal blocks (`|`)."""
-
-
-def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
-    style = "|" if "\n" in text else None
-    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
-
-
-_BlockTextDumper.add_representer(str, _represent_text)
-
-
-def _dump_yaml(content: dict[str, Any]) -> str:
-    return yaml.dump(content, Dumper=_BlockTextDumper, sort_keys=False, width=100)
+    return _render_template("kubeflow_job.j2", job, image=image, command=command)

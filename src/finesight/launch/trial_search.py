@@ -15,9 +15,9 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from copy import deepcopy
+from itertools import islice
 from pathlib import Path
 from signal import SIGTERM
 from types import ModuleType
@@ -26,11 +26,11 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import BaseModel, ValidationError
 
 from finesight.bounded_files import read_bytes
-from finesight.config import CoercedFloat, Recipe, SettingsSection
+from finesight.config import Recipe
 from finesight.data.corpus import Corpus, load_corpus
 from finesight.data.image_header import get_file, split_page
 from finesight.data.importer import group_rows, split_by_image
-from finesight.data.sample import list_media_paths, write_samples
+from finesight.data.sample import write_samples
 from finesight.errors import TrainingInterrupted, UserError, format_count
 from finesight.evaluate.eval_case import EvalCase
 from finesight.evaluate.metric_difference import MetricDifference, compare_cases, read_predictions
@@ -41,14 +41,13 @@ from finesight.report.charts import build_parallel_plot
 from finesight.report.html import render_page, write_page
 from finesight.report.i18n import Language, detect_language, translate, use_language
 from finesight.storage import sha256_file, write_file, write_folder
+from finesight.train.dataset_stats import list_sample_images
 from finesight.train.evaluation import load_eval_history
 from finesight.train.run_dir import RunDir
 from finesight.train.state import StopRequest
 
 if TYPE_CHECKING:
-    from optuna import Study
     from optuna.distributions import BaseDistribution
-    from optuna.trial import Trial
 
 RECORD_FILE, BEST_FILE, PAGE_FILE = "search.json", "best.yaml", "report.html"
 
@@ -140,14 +139,6 @@ class SearchRecord(BaseModel):
         return rows
 
 
-class SearchRange(SettingsSection):
-    """Range of a setting in the section `search` of a recipe; `log` samples its logarithm."""
-
-    low: CoercedFloat
-    high: CoercedFloat
-    log: bool = False
-
-
 def import_optuna() -> ModuleType:
     """Import optuna without its messages. Raises UserError if it is not installed."""
     try:
@@ -200,19 +191,19 @@ def build_search_space(recipe: Recipe, section: object) -> dict[str, BaseDistrib
         default = find_setting(content, name)
         try:
             if isinstance(values, Mapping):
-                given = SearchRange.model_validate(values)
-                is_integer = all(isinstance(values[end], int) for end in ("low", "high"))
-                number = int if is_integer else float
-                ends = [number(end) for end in (given.low, given.high, default)]
+                ends = values["low"], values["high"]
+                is_integer = all(isinstance(end, int) for end in ends)
                 kind = kinds.IntDistribution if is_integer else kinds.FloatDistribution
-                values = [min(ends), max(ends)]
-                distributions[name] = kind(*values, log=given.log)
+                numbers = [*map(int if is_integer else float, (*ends, default))]
+                limits = {"low": min(numbers), "high": max(numbers)}
+                distributions[name] = kind(**{**values} | limits)
+                values = [*limits.values()]
             elif isinstance(values, list):
                 values = [*dict.fromkeys([default, *values])]
                 distributions[name] = kinds.CategoricalDistribution(values)
             else:
                 raise TypeError(values)
-        except (ValueError, TypeError) as error:
+        except (LookupError, ValueError, TypeError) as error:
             raise _build_space_error(f"search.{name}", values) from error
         for value in values:
             recipe_from_dict(content, {name: value})  # reports an invalid value
@@ -232,7 +223,7 @@ def _build_space_error(where: str, value: object) -> UserError:
 
 
 def find_setting(content: Any, name: str) -> Any:
-    """Return the value of a dotted setting in the content of a recipe; None if it has none."""
+    """Return the value of a dotted setting in the content of a recipe, if any."""
     for key in name.split("."):
         if isinstance(content, list):
             content = dict(enumerate(map(dict, content))).get(int(key) if key.isdecimal() else -1)
@@ -254,14 +245,7 @@ def write_splits(recipe: Recipe, corpus: Corpus, folder: Path) -> int:
     if folder.exists():
         return num_splits
     samples = corpus.read_samples()
-    paths = [
-        [
-            one.resolve_path(name)
-            for part in one.sample.iter_parts()
-            for name in list_media_paths(part)
-        ]
-        for one in samples
-    ]
+    paths = [*map(list_sample_images, samples)]
     # Images in tar and Parquet files are compared by name.
     hashes = {
         path: sha256_file(get_file(path)) + split_page(path.name)[1]
@@ -349,7 +333,6 @@ class TrialSearch:
         self._processes: list[subprocess.Popen[bytes]] = []
         self._is_stopped = False
         self._start_s = time.monotonic() - self.record.seconds
-        self._study, self._trials = self._build_study(recipe.train.seed)
         self._waiting = [one for one in self.record.trials if one.state == "running"]
 
     def _load_record(self, new: SearchRecord) -> SearchRecord:
@@ -371,32 +354,29 @@ class TrialSearch:
             return record
         raise UserError(f"contains {problem}", where=str(file), expected=expected, remedy=remedy)
 
-    def _build_study(self, seed: int) -> tuple[Study, dict[int, Trial]]:
-        """Create the study, and report the recorded trials to it in their order."""
+    def _propose(self) -> Iterator[dict[str, Any]]:
+        """Yield changed settings that a sampler proposes from the scores of ended trials."""
         optuna = import_optuna()
-        # With the same seed, a continued search would propose the same random settings.
+        recipe, trials = self.record.recipe, self.record.trials
+        defaults = {name: find_setting(recipe, name) for name in self._space}
+        # With the same seed, all trials would have the same random settings.
         sampler = optuna.samplers.TPESampler(
-            n_startup_trials=NUM_RANDOM_TRIALS, seed=seed + len(self.record.trials)
+            n_startup_trials=NUM_RANDOM_TRIALS, seed=recipe["train"]["seed"] + len(trials)
         )
-        pruner = optuna.pruners.SuccessiveHalvingPruner(
-            min_resource=RUNGS[0], reduction_factor=REDUCTION_FACTOR
-        )
-        study: Study = optuna.create_study(direction="maximize", sampler=sampler, pruner=pruner)
-        trials: dict[int, Trial] = {}
-        for record in self.record.trials:
-            trials[record.number] = trial = self._ask(study, record.settings)
-            for one in record.rungs:
-                trial.report(one.score, one.rung)
-                trial.should_prune()  # counts the trial at this rung
-            _tell(study, trial, record)
-        return study, trials
-
-    def _ask(self, study: Study, settings: Mapping[str, Any] | None = None) -> Trial:
-        """Start a trial with changed settings of the recipe, by default with proposed ones."""
-        if settings is not None:
-            values = {name: find_setting(self.record.recipe, name) for name in self._space}
-            study.enqueue_trial(values | dict(settings))
-        return study.ask(self._space)
+        study = optuna.create_study(direction="maximize", sampler=sampler)
+        for one in trials:
+            if one.state in ("complete", "pruned"):
+                trial = optuna.trial.create_trial(
+                    state=optuna.trial.TrialState[one.state.upper()],
+                    value=one.rungs[-1].score if one.state == "complete" else None,
+                    params=defaults | one.settings,
+                    distributions=self._space,
+                    intermediate_values={rung.rung: rung.score for rung in one.rungs},
+                )
+                study.add_trial(trial)
+        while True:
+            proposed = study.ask(self._space).params.items()
+            yield {name: value for name, value in proposed if value != defaults[name]}
 
     def run(self, gpus: Sequence[str | None]) -> SearchRecord:
         """Run trials until the search ends, then choose settings and evaluate the choice.
@@ -472,18 +452,13 @@ class TrialSearch:
         with self._lock:
             if self._waiting:
                 return self._waiting.pop(0)
-            trials, content = self.record.trials, self.record.recipe
-            reason, known = self._find_end(), [one.settings for one in trials]
-            for _ in range(0 if reason else MAX_PROPOSALS):
-                trial = self._ask(self._study, None if trials else {})
-                proposed = trial.params.items()
-                changed = {name: x for name, x in proposed if x != find_setting(content, name)}
-                record = TrialRecord(number=len(trials), settings=changed)
-                if changed not in known:
-                    trials.append(record)
-                    self._trials[record.number] = trial
-                    return record
-                _tell(self._study, trial, record.model_copy(update={"state": "fail"}))
+            trials, reason = self.record.trials, self._find_end()
+            known = [one.settings for one in trials]
+            proposals = islice(self._propose(), MAX_PROPOSALS) if trials else [{}]
+            for settings in () if reason else proposals:
+                if settings not in known:
+                    trials.append(TrialRecord(number=len(trials), settings=settings))
+                    return trials[-1]
             self.record.reasons = [reason or "all proposed settings have been tried"]
             return None
 
@@ -492,7 +467,7 @@ class TrialSearch:
         trials = self.record.trials
         if self._max_trials is not None and len(trials) >= self._max_trials:
             return format_count(len(trials), "trial")
-        if trials and not self._can_afford(None, 0):
+        if trials and not self._can_afford(trials[0], 0):
             return f"the budget of {self._budget_s:.0f} s has ended"
         ranked = self._rank_complete()
         later = [one for one in trials[ranked[0].number + 1 :] if one.rungs] if ranked else []
@@ -502,14 +477,14 @@ class TrialSearch:
                 return f"no clear difference of the best two trials: {difference.describe()}"
         return ""
 
-    def _can_afford(self, record: TrialRecord | None, index: int) -> bool:
+    def _can_afford(self, record: TrialRecord, index: int) -> bool:
         """Return whether the budget suffices for a trial up to the end of a rung.
 
         The expected time is that of the default recipe, scaled by the last rung of the trial.
         """
         default = self.record.trials[0].rungs
         expected_s = default[index].seconds if len(default) > index else 0.0
-        if record is not None and index and len(default) > index:
+        if index and len(default) > index:
             expected_s *= record.rungs[-1].seconds / default[index - 1].seconds
         return time.monotonic() - self._start_s + expected_s <= self._budget_s
 
@@ -556,27 +531,31 @@ class TrialSearch:
 
     def _build_recipe(self, record: TrialRecord, run: Path) -> Recipe:
         """Build the recipe of a trial, with the training and validation split of its fold."""
-        content, folds = deepcopy(self.record.recipe), self.record.num_folds
-        data, folder = content["data"], self._out / "data" / (run.name if folds > 1 else "fold-1")
-        for index, file in enumerate(data["train"]):
-            file |= {"path": str(folder / f"train-{index}.jsonl"), "limit": None}
-        data["eval"] = [{"path": str(folder / "validation.jsonl")}]
-        content["eval"] |= {"every": 0, "patience": None, "limit": None}
-        content["train"] |= {"keep_checkpoints": 1}
-        return recipe_from_dict(content | {"track": [], "output_dir": str(run)}, record.settings)
+        folder = self._out / "data" / (run.name if self.record.num_folds > 1 else "fold-1")
+        files = self.record.recipe["data"]["train"]
+        changes = record.settings | {
+            **{f"data.train.{i}.path": str(folder / f"train-{i}.jsonl") for i in range(len(files))},
+            **{f"data.train.{i}.limit": None for i in range(len(files))},
+            "data.eval": [{"path": str(folder / "validation.jsonl")}],
+            "eval.every": 0,
+            "eval.patience": None,
+            "eval.limit": None,
+            "train.keep_checkpoints": 1,
+            "track": [],
+            "output_dir": str(run),
+        }
+        return recipe_from_dict(self.record.recipe, changes)
 
     def _score(self, record: TrialRecord, rung: int, seconds: float) -> None:
         """Record the score of a trial at a rung, and whether it continues."""
         name, score, interval = self._summarize(self._read_cases(record))
-        score_record = RungScore(rung=rung, seconds=seconds, score=score, interval=interval)
-        record.rungs.append(score_record)
-        trial = self._trials[record.number]
-        trial.report(score, rung)
-        if trial.should_prune() and record.number:
-            record.state = "pruned"
+        record.rungs.append(RungScore(rung=rung, seconds=seconds, score=score, interval=interval))
+        rungs = (each for one in self.record.trials for each in one.rungs if each.rung == rung)
+        scores = sorted((each.score for each in rungs), reverse=True)
         if rung == RUNGS[-1]:
             record.state = "complete"
-        _tell(self._study, trial, record)
+        elif record.number and score < scores[max(1, len(scores) // REDUCTION_FACTOR) - 1]:
+            record.state = "pruned"
         text = " ({:.4f} to {:.4f})".format(*interval) if interval else ""
         text = f"{name} {score:.4f}{text}, {record.state} at {rung}/{RUNGS[-1]} of its steps"
         self._log(f"trial {record.number}: {text}; {format_settings(record.settings)}")
@@ -602,7 +581,6 @@ class TrialSearch:
         self._log(f"trial {record.number} failed: {error}; {format_settings(record.settings)}")
         if record.number:
             record.state = "fail"
-            _tell(self._study, self._trials[record.number], record)
         ended = [one.state for one in self.record.trials if one.state != "running"]
         if not record.number or ended[-MAX_FAILURES:] == ["fail"] * MAX_FAILURES:
             raise UserError(
@@ -650,14 +628,6 @@ class TrialSearch:
         best_recipe = dump_recipe(recipe_from_dict(content, choice.settings))
         write_file(self._out / BEST_FILE, best_recipe.encode())
         record.choice, record.reasons = choice.number, reasons
-
-
-def _tell(study: Study, trial: Trial, record: TrialRecord) -> None:
-    """Tell the study the end of a trial; one that is running has none."""
-    if record.state != "running":
-        state = import_optuna().trial.TrialState[record.state.upper()]
-        score = record.rungs[-1].score if record.state == "complete" else None
-        study.tell(trial, score, state)
 
 
 def format_settings(settings: Mapping[str, Any]) -> str:

@@ -23,6 +23,7 @@ from finesight.train.graph_buffers import (
     should_capture_vision,
 )
 from finesight.train.optimizer import LARGE_PARAM_ELEMENTS, MasterWeightOptimizer, ParamGroup
+from finesight.vision.image_processing import GridTHW
 
 FP32_BYTES, INDEX_BYTES, CU_SEQLEN_BYTES = 4, 8, 4
 """Bytes of an fp32 element, of an int64 index, and of an element of `cu_seqlens` (int32)."""
@@ -211,7 +212,7 @@ def plan_graph(
     buffer_bytes = INDEX_BYTES * (
         4 * shape.num_tokens + shape.num_features + 2 * shape.num_labels
     ) + CU_SEQLEN_BYTES * (shape.num_sequences + 1)
-    lengths = *pack.lengths, shape.num_tokens - pack.num_tokens
+    grid_thw: tuple[GridTHW, ...] = ()
     if vision_shape is None:
         feature_bytes = (
             shape.num_features
@@ -221,20 +222,20 @@ def plan_graph(
         )
         is_trainable = any(parameter.requires_grad for parameter in encoder.parameters())
         buffer_bytes += feature_bytes * (2 if is_trainable else 1)
-        return GraphPlan(
-            shape, PlannedPack(lengths, (), shape.num_labels, pack.prefix_length), buffer_bytes
+    else:
+        # Patch bytes, row and column of each patch; permutation of merge windows and its inverse.
+        buffer_bytes += vision_shape.num_patches * (vision_shape.patch_bytes + 2 * CU_SEQLEN_BYTES)
+        buffer_bytes += 2 * INDEX_BYTES * shape.num_features * bool(encoder.window_attention[1])
+        buffer_bytes += sum(
+            CU_SEQLEN_BYTES * (count + 1) for count, _ in vision_shape.segment_shapes
         )
-    # Patch bytes, row and column of each patch; permutation of merge windows and its inverse.
-    buffer_bytes += vision_shape.num_patches * (vision_shape.patch_bytes + 2 * CU_SEQLEN_BYTES)
-    buffer_bytes += 2 * INDEX_BYTES * shape.num_features * bool(encoder.window_attention[1])
-    buffer_bytes += sum(CU_SEQLEN_BYTES * (count + 1) for count, _ in vision_shape.segment_shapes)
-    num_padding = vision_shape.num_patches - pack.num_patches
-    grid_thw = pack.grid_thw
-    if num_padding:
-        grid_thw = (*grid_thw, (1, merge_size, num_padding // merge_size))
-    return GraphPlan(
-        shape, PlannedPack(lengths, grid_thw, shape.num_labels, pack.prefix_length), buffer_bytes
-    )
+        num_padding = vision_shape.num_patches - pack.num_patches
+        grid_thw = pack.grid_thw
+        if num_padding:
+            grid_thw = (*grid_thw, (1, merge_size, num_padding // merge_size))
+    lengths = *pack.lengths, shape.num_tokens - pack.num_tokens
+    padded_pack = PlannedPack(lengths, grid_thw, shape.num_labels, pack.prefix_length)
+    return GraphPlan(shape, padded_pack, buffer_bytes)
 
 
 def compute_peak_memory(
@@ -330,14 +331,9 @@ def _trace_graph(
     the vision encoder in the graph, its saved activations exist during the graph.
     """
     padded_pack, shape = graph.padded_pack, graph.shape
-    if shape.vision_shape is not None:
-        memory = tracer.trace(padded_pack, activation_checkpointing, accumulated_ids)
-        yield memory, memory.total
-        return
-    memory = tracer.trace(
-        padded_pack, activation_checkpointing, accumulated_ids, shape.num_features
-    )
-    if not pack.num_patches:
+    num_features = shape.num_features if shape.vision_shape is None else None
+    memory = tracer.trace(padded_pack, activation_checkpointing, accumulated_ids, num_features)
+    if num_features is None or not pack.num_patches:
         yield memory, memory.total
         return
     vision = tracer.trace_vision(pack, activation_checkpointing)

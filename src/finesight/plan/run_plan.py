@@ -9,7 +9,7 @@ import logging
 import math
 import sys
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from statistics import median
@@ -262,24 +262,18 @@ def plan_run(recipe: Recipe, gpu: str | None, console: ProgressConsole) -> RunPl
         [*iter_planned_steps(sampler, train_data.build_sample_stats(renderer, recipe.data))],
         train_data.stats.prefix_length,
     )
-    recipe_nf4 = recipe.tune.quantize.nf4 or ()
-    recipe_settings = PlannedSettings(
-        recipe.train.pack_tokens, float(recipe.train.activation_checkpointing), recipe_nf4
-    )
+    recipe_settings = PlannedSettings.from_recipe(recipe)
 
     @lru_cache
     def build_model(target: TargetDevice, nf4_parts: tuple[QuantizablePart, ...]) -> PlannedModel:
         return build_planned_model(base_model.folder, recipe, nf4_parts, target)
 
+    choices = _list_quantization_choices(recipe)
     searches: dict[TargetDevice, SettingsSearch] = {}
     for target in (recipe_target, _prefer_bf16(recipe, gpu, recipe_target)):
-        build = partial(build_model, target)
+        build, is_cuda = partial(build_model, target), target.compute.is_cuda
         searches[target] = SettingsSearch(
-            build,
-            planned_steps,
-            target.memory_bytes,
-            _list_quantization_choices(recipe, build),
-            prefer_large_packs=target.compute.is_cuda,
+            build, planned_steps, target.memory_bytes, choices, prefer_large_packs=is_cuda
         )
     recipe_estimate = searches[recipe_target].estimate(recipe_settings)
     # The first of equal estimates is chosen, so the recipe changes only for a reason.
@@ -346,27 +340,19 @@ def _prefer_bf16(recipe: Recipe, gpu: str | None, recipe_target: TargetDevice) -
     return _select_target(recipe, gpu, "bf16")
 
 
-def _list_quantization_choices(
-    recipe: Recipe, build_model: Callable[[tuple[QuantizablePart, ...]], PlannedModel]
-) -> list[tuple[QuantizablePart, ...]]:
+def _list_quantization_choices(recipe: Recipe) -> list[tuple[QuantizablePart, ...]]:
     """List the sets of model parts that may be quantized to NF4.
 
     The first set is that of the recipe. Others add the decoder, then all other frozen parts.
     """
-    recipe_nf4 = recipe.tune.quantize.nf4 or ()
-    tuning_modes = dict(recipe.tune)
-    choices = [recipe_nf4]
-    for parts in (("language",), ("vision", "merger", "language")):
-        candidate = tuple(p for p in get_args(QuantizablePart) if p in recipe_nf4 or p in parts)
-        if candidate in choices or any(tuning_modes.get(part) == "full" for part in candidate):
-            continue
-        try:
-            build_model(candidate)
-        except UserError:
-            # Mixture of experts, a pre-quantized model, or bitsandbytes is missing.
-            continue
-        choices.append(candidate)
-    return choices
+    recipe_nf4, tuning_modes = recipe.tune.quantize.nf4 or (), dict(recipe.tune)
+    added_parts = ("language",), ("vision", "merger", "language")
+    sets = [
+        tuple(p for p in get_args(QuantizablePart) if p in recipe_nf4 or p in parts)
+        for parts in added_parts
+    ]
+    frozen = [one for one in sets if not any(tuning_modes.get(part) == "full" for part in one)]
+    return [*dict.fromkeys([recipe_nf4, *frozen])]
 
 
 def _choose_num_workers(recipe: Recipe, estimate: SettingsEstimate, target: TargetDevice) -> int:
@@ -524,19 +510,16 @@ def _estimate_fit(run: RunContext, data: RunData) -> UserError | None:
     def build_model(nf4_parts: tuple[QuantizablePart, ...]) -> PlannedModel:
         return build_planned_model(folder, recipe, nf4_parts, target)
 
-    nf4_parts = recipe.tune.quantize.nf4 or ()
-    model = build_model(nf4_parts)
+    settings = PlannedSettings.from_recipe(recipe)
+    model = build_model(settings.nf4_parts)
     persistent_bytes = model.persistent.weight_bytes + model.persistent.optimizer_state_bytes
     if is_cuda and persistent_bytes < MAX_UNCHECKED_FRACTION * target.memory_bytes:
         return None
     sample_stats = data.train.build_sample_stats(data.renderer, recipe.data)
     prefix_length = data.train.stats.prefix_length
     steps = PlannedSteps([*iter_planned_steps(data.sampler, sample_stats)], prefix_length)
-    settings = PlannedSettings(
-        recipe.train.pack_tokens, float(recipe.train.activation_checkpointing), nf4_parts
-    )
-    smallest = PlannedSettings(steps.max_sample_tokens, 1.0, nf4_parts)
-    choices = _list_quantization_choices(recipe, build_model)
+    smallest = PlannedSettings(steps.max_sample_tokens, 1.0, settings.nf4_parts)
+    choices = _list_quantization_choices(recipe)
     search = SettingsSearch(build_model, steps, target.memory_bytes, choices, is_cuda)
     peak_bytes = search.estimate_peak(smallest if is_cuda else settings).total
     if peak_bytes <= target.memory_bytes:

@@ -150,6 +150,12 @@ class PlannedSettings:
     activation_checkpointing: float
     nf4_parts: tuple[QuantizablePart, ...]
 
+    @classmethod
+    def from_recipe(cls, recipe: Recipe) -> PlannedSettings:
+        """Return the settings of a recipe."""
+        train, nf4_parts = recipe.train, recipe.tune.quantize.nf4 or ()
+        return cls(train.pack_tokens, float(train.activation_checkpointing), nf4_parts)
+
 
 @dataclass(frozen=True, slots=True)
 class SettingsEstimate:
@@ -263,6 +269,7 @@ class SettingsSearch:
         Args:
             build_model: Returns the planned model with the given parts quantized to NF4.
             quantization_choices: Sets of parts to quantize to NF4, the set of the recipe first.
+                Sets that the model does not support are skipped.
             prefer_large_packs: Whether larger packs are faster, as on a GPU.
         """
         self._build_model, self._steps = build_model, steps
@@ -347,13 +354,18 @@ class SettingsSearch:
         )
         target_budget = max(min_budget, min(wanted, self._steps.single_pack_budget))
         for nf4_parts in self._quantization_choices:
+            try:
+                self._build_model(nf4_parts)
+            except UserError:
+                # Mixture of experts, a pre-quantized model, or bitsandbytes is missing.
+                continue
             fraction = self._find_min_checkpointing(target_budget, nf4_parts)
             if fraction is not None:
                 return self._find_max_budget(PlannedSettings(target_budget, fraction, nf4_parts))
             minimal = PlannedSettings(min_budget, 1.0, nf4_parts)
             if self._fits_memory(minimal):
                 return self._find_max_budget(minimal)
-        return PlannedSettings(min_budget, 1.0, self._quantization_choices[-1])
+        return minimal
 
     def _find_min_checkpointing(
         self, token_budget: int, nf4_parts: tuple[QuantizablePart, ...]

@@ -261,13 +261,8 @@ class SwanLabTracker(_LoggingTracker):
             print(f"webhook alert failed ({type(error).__name__})", flush=True)
 
     def finish_run(self, record: FinishRecord) -> None:
-        states: dict[RunState, str] = {
-            "finished": "success",
-            "failed": "crashed",
-            "interrupted": "aborted",
-        }
         error = record.reason if record.state == "failed" else None
-        self._run.finish(state=states[record.state], error=error)
+        self._run.finish(state=RUN_STATE_NAMES[record.state][0], error=error)
 
 
 class WandbTracker(_LoggingTracker):
@@ -356,7 +351,7 @@ class MLflowTracker(Tracker):
     MAX_PARAM_CHARS = 6000
     """Maximum number of characters of a parameter on MLflow servers."""
 
-    MAX_PARAMS_PER_REQUEST, MAX_METRICS_PER_REQUEST = 100, 1000
+    MAX_PER_REQUEST: ClassVar = {"params": 100, "metrics": 1000}
     """Maximum number of parameters and of metrics in one request to an MLflow server."""
 
     def start_run(self, record: StartRecord) -> RunStarted:
@@ -378,11 +373,14 @@ class MLflowTracker(Tracker):
                 mlflow.entities.Param(name, value[: self.MAX_PARAM_CHARS])
                 for name, value in _flatten_settings(record.settings)
             ]
-            for offset in range(0, len(parameters), self.MAX_PARAMS_PER_REQUEST):
-                batch = parameters[offset : offset + self.MAX_PARAMS_PER_REQUEST]
-                client.log_batch(self._run_id, params=batch)
+            self._log_batches("params", parameters)
         run_text = f"run {self._run_id} of experiment {project}"
         return RunStarted(id=self._run_id, message=f"MLflow: {run_text}")
+
+    def _log_batches(self, kind: str, entities: list[Any]) -> None:
+        size = self.MAX_PER_REQUEST[kind]
+        for offset in range(0, len(entities), size):
+            self._client.log_batch(self._run_id, **{kind: entities[offset : offset + size]})
 
     def _run_exists(self, run_id: str) -> bool:
         """Return whether an MLflow run exists and is not deleted."""
@@ -404,9 +402,7 @@ class MLflowTracker(Tracker):
             for step_metrics in record.steps
             for name, value in step_metrics.values.items()
         ]
-        for offset in range(0, len(metrics), self.MAX_METRICS_PER_REQUEST):
-            batch = metrics[offset : offset + self.MAX_METRICS_PER_REQUEST]
-            self._client.log_batch(self._run_id, metrics=batch)
+        self._log_batches("metrics", metrics)
 
     def log_images(self, record: ImagesRecord) -> None:
         captions = []
@@ -424,12 +420,7 @@ class MLflowTracker(Tracker):
         self._client.log_batch(self._run_id, tags=[tag])
 
     def finish_run(self, record: FinishRecord) -> None:
-        statuses: dict[RunState, str] = {
-            "finished": "FINISHED",
-            "failed": "FAILED",
-            "interrupted": "KILLED",
-        }
-        self._client.set_terminated(self._run_id, statuses[record.state])
+        self._client.set_terminated(self._run_id, RUN_STATE_NAMES[record.state][1])
 
 
 class TrackioTracker(_LoggingTracker):
@@ -480,6 +471,13 @@ _BUILT_IN: dict[str, type[Tracker]] = {
     "trackio": TrackioTracker,
 }
 TRACKERS = Registry("trackers", Tracker, _BUILT_IN)
+
+RUN_STATE_NAMES: dict[RunState, tuple[str, str]] = {
+    "finished": ("success", "FINISHED"),
+    "failed": ("crashed", "FAILED"),
+    "interrupted": ("aborted", "KILLED"),
+}
+"""State of an ended run in SwanLab and in MLflow."""
 
 ALERT_LEVEL_NAMES: dict[AlertLevel, str] = {"info": "INFO", "warning": "WARN", "error": "ERROR"}
 

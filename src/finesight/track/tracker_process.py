@@ -13,8 +13,9 @@ import socket
 import sys
 import threading
 import traceback
+from collections.abc import Callable
 from contextlib import suppress
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from finesight.config import TrackerKind
 from finesight.track.backends import TRACKERS

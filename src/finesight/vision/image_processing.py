@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -78,17 +79,11 @@ def load_image(
 
 
 def _convert_to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I;16"):
-        return _convert_in_bands(
-            image, lambda band: _gray_to_rgb(_uint16_to_uint8(np.asarray(band)))
-        )
-    if image.mode in ("I", "F"):
+    if image.mode == "F" or image.mode.startswith("I"):
         bands = (_to_finite_array(band) for _, band in _iter_bands(image))
         lows, highs = zip(*((float(band.min()), float(band.max())) for band in bands), strict=True)
-        low, high = min(lows), max(highs)
-        return _convert_in_bands(
-            image, lambda band: _gray_to_rgb(_rescale_to_uint8(_to_finite_array(band), low, high))
-        )
+        limits = min(lows), max(highs)
+        return _convert_in_bands(image, partial(_gray_to_rgb, limits))
     if image.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in image.info:
         return _convert_in_bands(image, _blend_on_white)
     return image if image.mode == "RGB" else image.convert("RGB")
@@ -119,33 +114,27 @@ def _blend_on_white(image: Image.Image) -> Image.Image:
     return Image.alpha_composite(opaque, image.convert("RGBA")).convert("RGB")
 
 
-def _gray_to_rgb(values_HW: NDArray[np.uint8]) -> Image.Image:
-    return Image.fromarray(values_HW).convert("RGB")
-
-
-def _uint16_to_uint8(values_HW: NDArray[np.integer]) -> NDArray[np.uint8]:
-    """Scale 0..65535 to 0..255 and round to nearest: 65535 = 255 x 257."""
-    return ((values_HW.astype(np.uint32) + 128) // 257).astype(np.uint8)
-
-
 def _to_finite_array(image: Image.Image) -> NDArray[np.number]:
     values_HW: NDArray[np.number] = np.nan_to_num(np.asarray(image))
     return values_HW
 
 
-def _rescale_to_uint8(values_HW: NDArray[np.number], low: float, high: float) -> NDArray[np.uint8]:
-    """Scale pixel values to 0..255.
+def _gray_to_rgb(limits: tuple[float, float], image: Image.Image) -> Image.Image:
+    """Scale gray values to 0..255, by the minimum and maximum of the whole image.
 
     Integers within 16 bits and fractions within 0..1 use that range. Other images are normalized
     by their minimum and maximum.
     """
+    values_HW, (low, high) = _to_finite_array(image), limits
     is_integer = np.issubdtype(values_HW.dtype, np.integer)
     if is_integer and low >= 0 and high <= 65535:
-        return _uint16_to_uint8(values_HW.astype(np.uint16))
-    if not is_integer and low >= 0 and high <= 1:
-        low, high = 0.0, 1.0
-    scaled = (values_HW.astype(np.float64) - low) * (255 / max(high - low, 1e-12))
-    return np.rint(scaled).astype(np.uint8)
+        # Round to nearest: 65535 = 255 x 257.
+        scaled = (values_HW.astype(np.uint32) + 128) // 257
+    else:
+        if not is_integer and low >= 0 and high <= 1:
+            low, high = 0.0, 1.0
+        scaled = np.rint((values_HW.astype(np.float64) - low) * (255 / max(high - low, 1e-12)))
+    return Image.fromarray(scaled.astype(np.uint8)).convert("RGB")
 
 
 MAX_ASPECT_RATIO = 200

@@ -633,7 +633,7 @@ def _load_advice() -> dict[str, dict[str, Any]]:
         for name, keys in group["settings"].items():
             advice |= dict.fromkeys(keys.split(), group | {"use": f"{name}={{}}" if name else "{}"})
     for trainer in trainers:
-        for old, new in trainer.get("aliases", {}).items():
+        for old, new in invert_groups(trainer.get("aliases", {})).items():
             if new in advice:
                 advice.setdefault(old, advice[new])
     return advice

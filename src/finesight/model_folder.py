@@ -113,8 +113,7 @@ def _load_tensors(file: Path) -> dict[str, Tensor]:
         what = f"a {type(state_dict).__name__} with content other than named tensors"
         raise _build_error(file, what)
     for name, tensor in state_dict.items():
-        unsupported = _describe_unsupported(tensor)
-        if unsupported:
+        if unsupported := _describe_unsupported(tensor):
             raise _build_error(file, f"{name} is {unsupported}")
     return state_dict
 
@@ -334,10 +333,7 @@ class ModelFolder:
             return None
         if path.stat().st_size > _MAX_LINK_BYTES:
             return path
-        try:
-            text = path.read_text(encoding="utf-8")
-        except UnicodeDecodeError:
-            return path
+        text = path.read_text(encoding="utf-8", errors="replace")
         is_link = Path(text).name == name and "/" in text and "\n" not in text
         return path.parent / text if is_link and (path.parent / text).is_file() else path
 

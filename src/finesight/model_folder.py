@@ -42,8 +42,6 @@ def convert_pickled_weights(files: Sequence[Path], target: Path) -> None:
     A pickle can execute code when it is loaded. The `weights_only` loader of torch prevents this:
     it builds tensors and rejects everything else.
     """
-    if _is_up_to_date(files, target):
-        return
     with FileLock(target.parent) as lock:
         with contextlib.suppress(OSError):  # some network file systems know no locks
             lock.acquire()
@@ -385,17 +383,15 @@ class ModelFolder:
 
     def _read_shard_names(self, index: Path) -> list[str]:
         weight_map = read_json_object(index, remedy=_DOWNLOAD_AGAIN).get("weight_map")
-        is_valid = isinstance(weight_map, dict) and all(
-            isinstance(name, str) and Path(name).name == name for name in weight_map.values()
-        )
-        if not isinstance(weight_map, dict) or not weight_map or not is_valid:
+        files = [*weight_map.values()] if isinstance(weight_map, dict) else []
+        if not files or not all(isinstance(one, str) and Path(one).name == one for one in files):
             raise UserError(
                 f"weight_map is {shorten(repr(weight_map), 60)}, not a mapping from names to files",
                 where=str(index),
                 expected='{"weight_map": {"lm_head.weight": "model-00002-of-00002.safetensors"}}',
                 remedy="download the index again",
             )
-        return sorted(set(weight_map.values()))
+        return sorted(set(files))
 
     def _check_count(self, key: str, value: object, *files: str) -> None:
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:

@@ -622,13 +622,10 @@ def _load_advice() -> dict[str, dict[str, Any]]:
     """Load the replacements of other trainers' settings, or why they have none."""
     content = load_trainer_settings()
     trainers = [content[name] for name in content["advice_order"]]
-    reasons: dict[str, str] = {}
-    for groups in (
-        *(one.get(kind, {}) for kind in ("ignored", "unsupported") for one in trainers),
-        content["obsolete"],
-    ):
-        reasons |= invert_groups(groups)
-    advice: dict[str, dict[str, Any]] = {key: {"reason": text} for key, text in reasons.items()}
+    reasons = [one.get(kind, {}) for kind in ("ignored", "unsupported") for one in trainers]
+    advice: dict[str, dict[str, Any]] = {}
+    for groups in (*reasons, content["obsolete"]):
+        advice |= {key: {"reason": text} for key, text in invert_groups(groups).items()}
     for group in ({"settings": content["renamed"]}, *content["replacements"]):
         for name, keys in group["settings"].items():
             advice |= dict.fromkeys(keys.split(), group | {"use": f"{name}={{}}" if name else "{}"})

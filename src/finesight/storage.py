@@ -115,10 +115,13 @@ os.register_at_fork(
 
 
 class FileSystem:
-    """The file operations of this module, one method each.
+    """The file operations of this module.
 
     Tests replace `file_system` to fail or crash at a chosen operation.
     """
+
+    write, sync = staticmethod(os.write), staticmethod(os.fsync)
+    rename, truncate = staticmethod(os.rename), staticmethod(os.truncate)
 
     def make_folder(self, path: Path) -> None:
         path.mkdir(exist_ok=True)
@@ -129,12 +132,6 @@ class FileSystem:
     def open_append(self, path: Path) -> int:
         return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
 
-    def write(self, file: int, data: memoryview) -> int:
-        return os.write(file, data)
-
-    def sync(self, file: int) -> None:
-        os.fsync(file)
-
     def sync_path(self, path: Path) -> None:
         """Flush a closed file, or the directory entries of a folder, to disk."""
         fd = os.open(path, os.O_RDONLY)
@@ -142,12 +139,6 @@ class FileSystem:
             os.fsync(fd)
         finally:
             os.close(fd)
-
-    def rename(self, source: Path, target: Path) -> None:
-        source.rename(target)
-
-    def truncate(self, path: Path, size: int) -> None:
-        os.truncate(path, size)
 
     def remove(self, path: Path) -> None:
         """Remove a file, or a folder with its content."""
@@ -446,8 +437,6 @@ def move_folder(path: Path, target: Path) -> None:
 
 def remove_partial_files(folder: Path) -> None:
     """Remove hidden files and folders that interrupted writes and deletions left in a folder."""
-    if not folder.is_dir():
-        return
     with translate_os_errors(folder):
         for leftover in folder.glob(f".*{_PARTIAL_SUFFIX}"):
             file_system.remove(leftover)

@@ -506,12 +506,11 @@ class WorkerPool:
                 if not self._control.poll(SETUP_SECONDS):
                     raise TimeoutError
                 _raise_error(json.loads(self._control.recv_bytes()))
-            except (EOFError, OSError) as error:
+            except BaseException as error:
                 self._end_template()
+                if not isinstance(error, EOFError | OSError):
+                    raise
                 raise OSError("the process that worker processes are forked from ended") from error
-            except BaseException:
-                self._end_template()
-                raise
         return self._control
 
     def _end_template(self) -> None:

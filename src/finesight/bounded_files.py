@@ -244,10 +244,9 @@ def to_readable_name(name: str) -> str:
 def _readable(name: str) -> str:
     if is_utf8(name):
         return name
-    try:
+    with suppress(UnicodeError):
         return decode_name(name.encode("utf-8", "surrogateescape"))
-    except UnicodeError:
-        return "".join(f"%{ord(c) & 0xFF:02X}" if "\ud800" <= c <= "\udfff" else c for c in name)
+    return "".join(f"%{ord(c) & 0xFF:02X}" if "\ud800" <= c <= "\udfff" else c for c in name)
 
 
 def decode_name(content: bytes) -> str:

@@ -45,8 +45,9 @@ def convert_pickled_weights(files: Sequence[Path], target: Path) -> None:
     with FileLock(target.parent) as lock:
         with contextlib.suppress(OSError):  # some network file systems know no locks
             lock.acquire()
-        if _is_up_to_date(files, target):
-            return
+        with contextlib.suppress(UserError):
+            if read_json(target / SOURCES_FILE) == _describe_sources(files):
+                return
         if target.exists():
             remove_folder(target)
         _convert(files, target)
@@ -54,13 +55,6 @@ def convert_pickled_weights(files: Sequence[Path], target: Path) -> None:
 
 def _describe_sources(files: Sequence[Path]) -> list[list[Any]]:
     return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
-
-
-def _is_up_to_date(files: Sequence[Path], target: Path) -> bool:
-    """Return whether the folder `target` was converted from the current content of the files."""
-    with contextlib.suppress(UserError):
-        return bool(read_json(target / SOURCES_FILE) == _describe_sources(files))
-    return False
 
 
 def _convert(files: Sequence[Path], target: Path) -> None:

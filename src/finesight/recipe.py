@@ -294,6 +294,7 @@ def _validate_recipe(
                 UserError(name + what, where=location, expected=expected, remedy=remedy)
             )
         num_foreign = sum(len(key) == 1 and key[0] in _load_advice() for key in wrong)
+        is_foreign = num_foreign >= MIN_FOREIGN_SETTINGS
         purpose = "to convert the configuration of another trainer"
         step = Step("convert", {"source": "FILE", "recipe": "RECIPE"}, purpose)
         if len(wrong) == 1:
@@ -301,7 +302,6 @@ def _validate_recipe(
         count = len(wrong) - len(setting_errors)
         messages = [*map(str, setting_errors), *([f"and {count:,} more"] if count else [])]
         problem = "\n".join([f"{len(wrong):,} settings are wrong", *messages])
-        is_foreign = num_foreign >= MIN_FOREIGN_SETTINGS
         raise UserError(problem, where=where, remedy=step if is_foreign else "") from error
 
 

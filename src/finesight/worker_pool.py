@@ -107,9 +107,8 @@ def _run_worker(connection: Connection, state: Any, memory_bytes: int) -> None:
                 }
                 connection.send_bytes(json.dumps(reply.value | usage).encode())
                 for array in reply.arrays:
-                    connection.send_bytes(
-                        np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
-                    )
+                    content = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+                    connection.send_bytes(content.data)
         status = 0
     finally:
         os._exit(status)

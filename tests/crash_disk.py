@@ -7,6 +7,7 @@ import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from finesight import storage
 
@@ -115,7 +116,7 @@ def run_in_crashing_child(
     child = os.fork()
     if child == 0:
         disk = PowerLossDisk(crash_at, store) if crash == "power" else CrashingDisk(crash_at)
-        with storage.use_file_system(disk):
+        with patch.object(storage, "file_system", disk):
             action(store)
         if crash == "power" and os.fork() == 0:
             disk.fail()

@@ -153,7 +153,9 @@ def test_every_setting_of_other_trainers_has_advice():
     content = recipes.load_trainer_settings()
     least = {"model": "m", "data": {"train": "a.jsonl"}, "output_dir": "o"}
     for trainer in ("transformers", "LLaMA-Factory", "ms-swift"):
-        keys = content[trainer]["converted"].split() + list(content[trainer].get("aliases", {}))
+        aliases = content[trainer].get("aliases", {})
+        keys = [*content[trainer]["converted"].split(), *recipes.invert_groups(aliases)]
+        keys += {*aliases, *content[trainer]["defaults"]}
         keys += ["dataloader_pin_memory", "galore_rank"]  # by the prefix of a group of settings
         for key in set(keys) - {"model", "output_dir"}:
             with pytest.raises(UserError) as caught:

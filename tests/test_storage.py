@@ -9,6 +9,7 @@ import sys
 import tempfile
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -110,7 +111,7 @@ def test_existing_folder_is_never_overwritten(tmp_path: Path) -> None:
 
     class Slow(storage.FileSystem):
         def rename(self, source: Path, target: Path) -> None:
-            with storage.use_file_system(storage.FileSystem()):
+            with patch.object(storage, "file_system", storage.FileSystem()):
                 write_all(target, OLD)
             super().rename(source, target)
 
@@ -119,7 +120,10 @@ def test_existing_folder_is_never_overwritten(tmp_path: Path) -> None:
             (folder / "a").write_bytes(b"late")
             write_all(tmp_path / "x", OLD)
 
-    with storage.use_file_system(Slow()), pytest.raises(UserError, match="late: exists already"):
+    with (
+        patch.object(storage, "file_system", Slow()),
+        pytest.raises(UserError, match="late: exists already"),
+    ):
         write_all(tmp_path / "late", NEW)
     with pytest.raises(UserError, match="x: exists already"):
         write_twice()
@@ -145,7 +149,7 @@ def test_stale_temporary_files_are_removed(tmp_path: Path) -> None:
 @each("number", [errno.ENOSPC, errno.EROFS, errno.EACCES])
 def test_failed_operation_is_explained_and_cleaned_up(tmp_path, operation, number):
     with (
-        storage.use_file_system(make_failing_disk(operation, number)),
+        patch.object(storage, "file_system", make_failing_disk(operation, number)),
         pytest.raises(UserError, match=r"cannot be written[\s\S]*remedy") as caught,
     ):
         write_all(tmp_path / "x", NEW)
@@ -156,7 +160,7 @@ def test_failed_operation_is_explained_and_cleaned_up(tmp_path, operation, numbe
 def test_full_disk_leaves_no_partial_line_or_file(tmp_path: Path) -> None:
     storage.append_line(tmp_path / "lines", "first")
     storage.write_file(tmp_path / "file", b"old")
-    with storage.use_file_system(make_failing_disk("write", errno.ENOSPC)):
+    with patch.object(storage, "file_system", make_failing_disk("write", errno.ENOSPC)):
         with pytest.raises(UserError, match="no space left"):
             storage.append_line(tmp_path / "lines", "second")
         with pytest.raises(UserError, match="no space left"):
@@ -258,7 +262,7 @@ def test_leftover_that_cannot_be_removed_is_skipped(tmp_path: Path, number: int)
     link.symlink_to("elsewhere")
     for folder in (stuck, removed):
         folder.mkdir()
-    with storage.use_file_system(Strict()):
+    with patch.object(storage, "file_system", Strict()):
         write_all(tmp_path / "a", OLD)
         Workspace(tmp_path).remove_leftovers()
     assert [path.exists() for path in (stuck, removed, link)] == [True, False, True]

@@ -17,7 +17,7 @@ import re
 import stat
 import unicodedata
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from io import BufferedReader
 from pathlib import Path
 from typing import Any
@@ -57,11 +57,8 @@ def reject_special_file(path: Path) -> None:
     Called before a library opens a file by its path. Missing and inaccessible paths are accepted,
     since opening them raises an error.
     """
-    try:
-        mode = os.stat(path).st_mode
-    except (OSError, ValueError):
-        return
-    _reject_special_mode(path, mode)
+    with suppress(OSError, ValueError):
+        _reject_special_mode(path, os.stat(path).st_mode)
 
 
 def open_regular_file(path: Path) -> BufferedReader:
@@ -247,10 +244,9 @@ def to_readable_name(name: str) -> str:
 def _readable(name: str) -> str:
     if is_utf8(name):
         return name
-    try:
+    with suppress(UnicodeError):
         return decode_name(name.encode("utf-8", "surrogateescape"))
-    except UnicodeError:
-        return "".join(f"%{ord(c) & 0xFF:02X}" if "\ud800" <= c <= "\udfff" else c for c in name)
+    return "".join(f"%{ord(c) & 0xFF:02X}" if "\ud800" <= c <= "\udfff" else c for c in name)
 
 
 def decode_name(content: bytes) -> str:
@@ -361,9 +357,7 @@ class _BoundedLoader(yaml.SafeLoader):
             raise _build_error(f"more than {MAX_DEPTH} nested groups or lists", event)
         self._nodes += 1
         if self._nodes > self._most:
-            raise TooManyValuesError(
-                problem=f"more than {self._most:,} values", problem_mark=event.start_mark
-            )
+            raise _build_error(f"more than {self._most:,} values", event, TooManyValuesError)
         self._depth += 1
         node = super().compose_node(parent, index)  # type: ignore[arg-type]
         self._depth -= 1
@@ -396,5 +390,7 @@ class _BoundedLoader(yaml.SafeLoader):
         return value
 
 
-def _build_error(problem: str, location: Any) -> yaml.MarkedYAMLError:
-    return yaml.MarkedYAMLError(problem=problem, problem_mark=location.start_mark)
+def _build_error(
+    problem: str, location: Any, kind: type[yaml.MarkedYAMLError] = yaml.MarkedYAMLError
+) -> yaml.MarkedYAMLError:
+    return kind(problem=problem, problem_mark=location.start_mark)

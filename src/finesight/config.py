@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, get_args
@@ -38,10 +39,8 @@ def _as_path(value: object) -> object:
 def _as_float(value: object) -> object:
     # YAML parses 1 as an integer and, without a dot, 1e-4 as text: accept both as floats.
     if isinstance(value, int | str) and not isinstance(value, bool):
-        try:
+        with suppress(ValueError, OverflowError):
             return float(value)
-        except (ValueError, OverflowError):
-            return value
     return value
 
 

@@ -42,13 +42,12 @@ def convert_pickled_weights(files: Sequence[Path], target: Path) -> None:
     A pickle can execute code when it is loaded. The `weights_only` loader of torch prevents this:
     it builds tensors and rejects everything else.
     """
-    if _is_up_to_date(files, target):
-        return
     with FileLock(target.parent) as lock:
         with contextlib.suppress(OSError):  # some network file systems know no locks
             lock.acquire()
-        if _is_up_to_date(files, target):
-            return
+        with contextlib.suppress(UserError):
+            if read_json(target / SOURCES_FILE) == _describe_sources(files):
+                return
         if target.exists():
             remove_folder(target)
         _convert(files, target)
@@ -56,13 +55,6 @@ def convert_pickled_weights(files: Sequence[Path], target: Path) -> None:
 
 def _describe_sources(files: Sequence[Path]) -> list[list[Any]]:
     return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
-
-
-def _is_up_to_date(files: Sequence[Path], target: Path) -> bool:
-    """Return whether the folder `target` was converted from the current content of the files."""
-    with contextlib.suppress(UserError):
-        return bool(read_json(target / SOURCES_FILE) == _describe_sources(files))
-    return False
 
 
 def _convert(files: Sequence[Path], target: Path) -> None:
@@ -113,8 +105,7 @@ def _load_tensors(file: Path) -> dict[str, Tensor]:
         what = f"a {type(state_dict).__name__} with content other than named tensors"
         raise _build_error(file, what)
     for name, tensor in state_dict.items():
-        unsupported = _describe_unsupported(tensor)
-        if unsupported:
+        if unsupported := _describe_unsupported(tensor):
             raise _build_error(file, f"{name} is {unsupported}")
     return state_dict
 
@@ -334,10 +325,7 @@ class ModelFolder:
             return None
         if path.stat().st_size > _MAX_LINK_BYTES:
             return path
-        try:
-            text = path.read_text(encoding="utf-8")
-        except UnicodeDecodeError:
-            return path
+        text = path.read_text(encoding="utf-8", errors="replace")
         is_link = Path(text).name == name and "/" in text and "\n" not in text
         return path.parent / text if is_link and (path.parent / text).is_file() else path
 
@@ -389,17 +377,15 @@ class ModelFolder:
 
     def _read_shard_names(self, index: Path) -> list[str]:
         weight_map = read_json_object(index, remedy=_DOWNLOAD_AGAIN).get("weight_map")
-        is_valid = isinstance(weight_map, dict) and all(
-            isinstance(name, str) and Path(name).name == name for name in weight_map.values()
-        )
-        if not isinstance(weight_map, dict) or not weight_map or not is_valid:
+        files = [*weight_map.values()] if isinstance(weight_map, dict) else []
+        if not files or not all(isinstance(one, str) and Path(one).name == one for one in files):
             raise UserError(
                 f"weight_map is {shorten(repr(weight_map), 60)}, not a mapping from names to files",
                 where=str(index),
                 expected='{"weight_map": {"lm_head.weight": "model-00002-of-00002.safetensors"}}',
                 remedy="download the index again",
             )
-        return sorted(set(weight_map.values()))
+        return sorted(set(files))
 
     def _check_count(self, key: str, value: object, *files: str) -> None:
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:

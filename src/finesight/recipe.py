@@ -298,6 +298,7 @@ def _validate_recipe(
                 UserError(name + what, where=location, expected=expected, remedy=remedy)
             )
         num_foreign = sum(len(key) == 1 and key[0] in _load_advice() for key in wrong)
+        is_foreign = num_foreign >= MIN_FOREIGN_SETTINGS
         purpose = "to convert the configuration of another trainer"
         step = Step("convert", {"source": "FILE", "recipe": "RECIPE"}, purpose)
         if len(wrong) == 1:
@@ -305,7 +306,6 @@ def _validate_recipe(
         count = len(wrong) - len(setting_errors)
         messages = [*map(str, setting_errors), *([f"and {count:,} more"] if count else [])]
         problem = "\n".join([f"{len(wrong):,} settings are wrong", *messages])
-        is_foreign = num_foreign >= MIN_FOREIGN_SETTINGS
         raise UserError(problem, where=where, remedy=step if is_foreign else "") from error
 
 
@@ -626,18 +626,15 @@ def _load_advice() -> dict[str, dict[str, Any]]:
     """Load the replacements of other trainers' settings, or why they have none."""
     content = load_trainer_settings()
     trainers = [content[name] for name in content["advice_order"]]
-    reasons: dict[str, str] = {}
-    for groups in (
-        *(one.get(kind, {}) for kind in ("ignored", "unsupported") for one in trainers),
-        content["obsolete"],
-    ):
-        reasons |= invert_groups(groups)
-    advice: dict[str, dict[str, Any]] = {key: {"reason": text} for key, text in reasons.items()}
+    reasons = [one.get(kind, {}) for kind in ("ignored", "unsupported") for one in trainers]
+    advice: dict[str, dict[str, Any]] = {}
+    for groups in (*reasons, content["obsolete"]):
+        advice |= {key: {"reason": text} for key, text in invert_groups(groups).items()}
     for group in ({"settings": content["renamed"]}, *content["replacements"]):
         for name, keys in group["settings"].items():
             advice |= dict.fromkeys(keys.split(), group | {"use": f"{name}={{}}" if name else "{}"})
     for trainer in trainers:
-        for old, new in trainer.get("aliases", {}).items():
+        for old, new in invert_groups(trainer.get("aliases", {})).items():
             if new in advice:
                 advice.setdefault(old, advice[new])
     return advice

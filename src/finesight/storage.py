@@ -22,7 +22,6 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextvars import ContextVar
 from pathlib import Path, PurePosixPath
 from typing import Any, ClassVar, NoReturn
 
@@ -116,10 +115,13 @@ os.register_at_fork(
 
 
 class FileSystem:
-    """The file operations of this module, one method each.
+    """The file operations of this module.
 
-    Tests replace it through `use_file_system` to fail or crash at a chosen operation.
+    Tests replace `file_system` to fail or crash at a chosen operation.
     """
+
+    write, sync = staticmethod(os.write), staticmethod(os.fsync)
+    rename, truncate = staticmethod(os.rename), staticmethod(os.truncate)
 
     def make_folder(self, path: Path) -> None:
         path.mkdir(exist_ok=True)
@@ -130,12 +132,6 @@ class FileSystem:
     def open_append(self, path: Path) -> int:
         return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
 
-    def write(self, file: int, data: memoryview) -> int:
-        return os.write(file, data)
-
-    def sync(self, file: int) -> None:
-        os.fsync(file)
-
     def sync_path(self, path: Path) -> None:
         """Flush a closed file, or the directory entries of a folder, to disk."""
         fd = os.open(path, os.O_RDONLY)
@@ -143,12 +139,6 @@ class FileSystem:
             os.fsync(fd)
         finally:
             os.close(fd)
-
-    def rename(self, source: Path, target: Path) -> None:
-        source.rename(target)
-
-    def truncate(self, path: Path, size: int) -> None:
-        os.truncate(path, size)
 
     def remove(self, path: Path) -> None:
         """Remove a file, or a folder with its content."""
@@ -159,20 +149,7 @@ class FileSystem:
         return shutil.disk_usage(path).free
 
 
-_FILE_SYSTEM: ContextVar[FileSystem] = ContextVar(
-    "file_system",
-    default=FileSystem(),  # noqa: B039 (it has no state)
-)
-
-
-@contextlib.contextmanager
-def use_file_system(file_system: FileSystem) -> Iterator[None]:
-    """Use another FileSystem for all file operations in the `with` block."""
-    token = _FILE_SYSTEM.set(file_system)
-    try:
-        yield
-    finally:
-        _FILE_SYSTEM.reset(token)
+file_system = FileSystem()
 
 
 @contextlib.contextmanager
@@ -213,7 +190,7 @@ def require_free_space(path: Path, num_bytes: int, purpose: str, remedy: str) ->
     """
     with translate_os_errors(path):
         existing = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
-        free = _FILE_SYSTEM.get().free_bytes(existing)
+        free = file_system.free_bytes(existing)
     if free < num_bytes:
         raise UserError(
             f"{free / 1e9:.3g} GB are free on this disk",
@@ -229,10 +206,10 @@ def make_folder(path: Path) -> None:
     with translate_os_errors(path):
         for folder in reversed(missing_folders):
             try:
-                _FILE_SYSTEM.get().make_folder(folder)
+                file_system.make_folder(folder)
             except FileNotFoundError as error:  # some file systems have folders of their own only
                 raise OSError(errno.EPERM, "cannot create a folder here") from error
-            _FILE_SYSTEM.get().sync_path(folder.parent)
+            file_system.sync_path(folder.parent)
 
 
 @contextlib.contextmanager
@@ -250,11 +227,11 @@ def write_folder(target: Path) -> Iterator[Path]:
         _write_digests(partial)
         raise_if_exists(target)
         try:
-            _FILE_SYSTEM.get().rename(partial, target)
+            file_system.rename(partial, target)
         except OSError:
             raise_if_exists(target)  # another process finished first
             raise
-        _FILE_SYSTEM.get().sync_path(target.parent)
+        file_system.sync_path(target.parent)
 
 
 def write_folder_once(target: Path, write: Callable[[Path], None]) -> None:
@@ -277,7 +254,7 @@ def working_folder(target: Path) -> Iterator[Path]:
 
     def make() -> Path:
         folder = _partial_path(target.with_name(f"{target.name}.{_HOST_TAG}{secrets.token_hex(3)}"))
-        _FILE_SYSTEM.get().make_folder(folder)
+        file_system.make_folder(folder)
         return folder
 
     make_folder(target.parent)
@@ -339,7 +316,7 @@ def remove_leftovers(parent: Path, target_name: str = "") -> None:
                 if stat.S_ISDIR(state.st_mode) and state.st_uid == os.getuid():
                     with _lock_folder(folder) as is_locked:
                         if is_locked:
-                            _FILE_SYSTEM.get().remove(folder)
+                            file_system.remove(folder)
 
 
 @contextlib.contextmanager
@@ -365,7 +342,6 @@ def _lock_folder(folder: Path, *, wait: bool = False) -> Iterator[bool]:
 
 
 def _write_digests(folder: Path) -> None:
-    file_system = _FILE_SYSTEM.get()
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     assert files, f"no files were written to {folder}"
     names = [file.relative_to(folder).as_posix() for file in files]
@@ -376,10 +352,8 @@ def _write_digests(folder: Path) -> None:
             if file.suffix == ".safetensors":  # which safetensors restricts to this user
                 file.chmod(folder.stat().st_mode & 0o666)
             file_system.sync_path(file)
-        digests_by_name = dict(zip(names, digests, strict=True))
-    _write_new_file(
-        folder / DIGESTS_FILE, ((json.dumps(digests_by_name, indent=1) + "\n").encode(),)
-    )
+        content = json.dumps(dict(zip(names, digests, strict=True)), indent=1)
+    _write_new_file(folder / DIGESTS_FILE, (f"{content}\n".encode(),))
     for subfolder in (*(path for path in folder.rglob("*") if path.is_dir()), folder):
         file_system.sync_path(subfolder)
 
@@ -391,16 +365,16 @@ def write_file(path: Path, data: bytes) -> None:
 
 def write_chunks(path: Path, pieces: Iterable[bytes]) -> None:
     """Write the concatenated pieces to a file atomically, like `write_file`."""
-    disk, partial = _FILE_SYSTEM.get(), _partial_path(path)
+    partial = _partial_path(path)
     make_folder(path.parent)
     with translate_os_errors(path):
         try:
             _write_new_file(partial, pieces)
-            disk.rename(partial, path)
+            file_system.rename(partial, path)
         except BaseException:
             partial.unlink(missing_ok=True)
             raise
-        disk.sync_path(path.parent)
+        file_system.sync_path(path.parent)
 
 
 def append_line(path: Path, line: str) -> None:
@@ -410,7 +384,7 @@ def append_line(path: Path, line: str) -> None:
     must accept a truncated last line. On a full disk, no part of the line is written, and UserError
     is raised.
     """
-    file_system, data = _FILE_SYSTEM.get(), f"{line}\n".encode()
+    data = f"{line}\n".encode()
     with translate_os_errors(path):
         size = path.stat().st_size if path.exists() else 0
         fd = file_system.open_append(path)
@@ -427,15 +401,15 @@ def flush_file(path: Path) -> None:
     """Flush the appended lines of an existing file to disk."""
     if path.exists():
         with translate_os_errors(path):
-            _FILE_SYSTEM.get().sync_path(path)
-            _FILE_SYSTEM.get().sync_path(path.parent)
+            file_system.sync_path(path)
+            file_system.sync_path(path.parent)
 
 
 def truncate_file(path: Path, size: int) -> None:
     """Truncate a file to its first `size` bytes, and flush it to disk."""
     with translate_os_errors(path):
-        _FILE_SYSTEM.get().truncate(path, size)
-        _FILE_SYSTEM.get().sync_path(path)
+        file_system.truncate(path, size)
+        file_system.sync_path(path)
 
 
 def remove_folder(path: Path) -> None:
@@ -443,7 +417,7 @@ def remove_folder(path: Path) -> None:
 
     The folder is renamed to a hidden name first, so that a crash leaves it complete or invisible.
     """
-    file_system, partial = _FILE_SYSTEM.get(), _partial_path(path)
+    partial = _partial_path(path)
     with translate_os_errors(path):
         if partial.exists():
             file_system.remove(partial)
@@ -457,17 +431,15 @@ def move_folder(path: Path, target: Path) -> None:
     with translate_os_errors(path):
         if target.exists():
             remove_folder(target)
-        _FILE_SYSTEM.get().rename(path, target)
-        _FILE_SYSTEM.get().sync_path(path.parent)
+        file_system.rename(path, target)
+        file_system.sync_path(path.parent)
 
 
 def remove_partial_files(folder: Path) -> None:
     """Remove hidden files and folders that interrupted writes and deletions left in a folder."""
-    if not folder.is_dir():
-        return
     with translate_os_errors(folder):
         for leftover in folder.glob(f".*{_PARTIAL_SUFFIX}"):
-            _FILE_SYSTEM.get().remove(leftover)
+            file_system.remove(leftover)
 
 
 def _partial_path(path: Path) -> Path:
@@ -475,7 +447,7 @@ def _partial_path(path: Path) -> Path:
 
 
 def _write_new_file(path: Path, pieces: Iterable[bytes]) -> None:
-    fd = _FILE_SYSTEM.get().create(path)
+    fd = file_system.create(path)
     try:
         waiting, size = list[bytes](), 0
         for piece in pieces:
@@ -485,7 +457,7 @@ def _write_new_file(path: Path, pieces: Iterable[bytes]) -> None:
                 _write_all(fd, b"".join(waiting))
                 waiting, size = [], 0
         _write_all(fd, b"".join(waiting))
-        _FILE_SYSTEM.get().sync(fd)
+        file_system.sync(fd)
     finally:
         os.close(fd)
 
@@ -493,7 +465,7 @@ def _write_new_file(path: Path, pieces: Iterable[bytes]) -> None:
 def _write_all(fd: int, data: bytes) -> None:
     remaining = memoryview(data)
     while remaining:
-        remaining = remaining[_FILE_SYSTEM.get().write(fd, remaining) :]
+        remaining = remaining[file_system.write(fd, remaining) :]
 
 
 def raise_if_exists(target: Path) -> None:

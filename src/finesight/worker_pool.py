@@ -107,9 +107,8 @@ def _run_worker(connection: Connection, state: Any, memory_bytes: int) -> None:
                 }
                 connection.send_bytes(json.dumps(reply.value | usage).encode())
                 for array in reply.arrays:
-                    connection.send_bytes(
-                        np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
-                    )
+                    content = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+                    connection.send_bytes(content.data)
         status = 0
     finally:
         os._exit(status)
@@ -248,7 +247,7 @@ class Worker(contextlib.AbstractContextManager["Worker"]):
         self._connection = Connection(os.dup(connection.fileno()))
         self._memory_bytes, self._max_cpu_s, self._start_time = memory_bytes, 0.0, 0.0
         self._lock = threading.Lock()
-        self.is_killed = self._pending = False
+        self.is_killed = self.is_pending = False
         self.jobs = 0
         self.rss_increase = 0
 
@@ -286,7 +285,7 @@ class Worker(contextlib.AbstractContextManager["Worker"]):
         job, buffers = (function, args, max_cpu_s), list[pickle.PickleBuffer]()
         payload = pickle.dumps(job, protocol=5, buffer_callback=buffers.append)
         self.jobs += 1
-        self._pending = True
+        self.is_pending = True
         try:
             with self._lock:
                 self._connection.send(len(buffers))
@@ -313,7 +312,7 @@ class Worker(contextlib.AbstractContextManager["Worker"]):
                 meta, arrays = self._receive()
         except (EOFError, OSError) as error:
             raise self._exit_error() from error
-        self._pending = False
+        self.is_pending = False
         self.rss_increase = int(meta["rss_increase"])
         try:
             _raise_error(meta)
@@ -334,11 +333,6 @@ class Worker(contextlib.AbstractContextManager["Worker"]):
             num_free -= len(data)
             arrays.append(np.frombuffer(data, dtype=np.dtype(dtype)).reshape(shape))
         return meta, arrays
-
-    @property
-    def is_busy(self) -> bool:
-        """Return whether the worker cannot accept a job: it runs one, or was killed."""
-        return self.is_killed or self._pending
 
     def kill(self) -> None:
         """End the worker process and the job that it runs."""
@@ -460,7 +454,7 @@ class WorkerPool:
         """Make a worker available for the next job, or replace it."""
         is_fresh = worker.jobs < MAX_JOBS and worker.rss_increase < MAX_RSS_INCREASE
         with self._lock:
-            if worker.is_busy or not is_fresh:
+            if worker.is_killed or worker.is_pending or not is_fresh:
                 worker.close()
             if self.is_closed or len(self.idle_workers) >= self._num_idle:
                 worker.close()
@@ -511,12 +505,11 @@ class WorkerPool:
                 if not self._control.poll(SETUP_SECONDS):
                     raise TimeoutError
                 _raise_error(json.loads(self._control.recv_bytes()))
-            except (EOFError, OSError) as error:
+            except BaseException as error:
                 self._end_template()
+                if not isinstance(error, EOFError | OSError):
+                    raise
                 raise OSError("the process that worker processes are forked from ended") from error
-            except BaseException:
-                self._end_template()
-                raise
         return self._control
 
     def _end_template(self) -> None:

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 from doctor_fixtures import find_diagnosis, list_codes
@@ -105,7 +106,7 @@ def test_interrupted_run_records_the_signal(task: TinyTask) -> None:
             if target.name == "step-2":
                 os.kill(os.getpid(), signal.SIGTERM)
 
-    with storage.use_file_system(Stopping()), pytest.raises(TrainingInterrupted):
+    with patch.object(storage, "file_system", Stopping()), pytest.raises(TrainingInterrupted):
         task.run()
     found = find_diagnosis(diagnose(task.folder / "run"), "unfinished")
     assert "it was interrupted: stopped by SIGTERM" in found.why

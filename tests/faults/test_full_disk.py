@@ -1,6 +1,7 @@
 """Disks that are full: at every operation of a run, before it, and before a checkpoint."""
 
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 from crash_disk import FailingDisk
@@ -41,7 +42,7 @@ def test_disk_full_at_any_write(task, every_point, capsys):
     retained: list[int] = []
     for last in range(1, 1000, 4 if every_point else 29):
         path, run = recipe(task, f"run{last}"), task.folder / f"run{last}"
-        with storage.use_file_system(FailingDisk(last)):
+        with patch.object(storage, "file_system", FailingDisk(last)):
             code = command(["train", path])
         output = capsys.readouterr().err
         if code == 0:
@@ -70,7 +71,7 @@ def test_missing_disk_space_is_detected_before_writing(
     checkpoints: list[str],
 ) -> None:
     """Before the run no file is written; before a checkpoint the run can resume."""
-    with storage.use_file_system(NearlyFullDisk(questions, then=100_000)):
+    with patch.object(storage, "file_system", NearlyFullDisk(questions, then=100_000)):
         assert command(["train", recipe(task, "run")]) == 2
     assert message in capsys.readouterr().err
     assert steps(task.folder / "run") == checkpoints

@@ -9,6 +9,7 @@ import signal
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -44,7 +45,7 @@ def start_or_resume(
                 recipe["rewards"] = [f"{task.folder / 'rewards.py'}:early"]
             settings = settings or SETTINGS
             path = write_recipe(task.folder / f"{os.getpid()}.yaml", recipe, **settings)
-            with storage.use_file_system(disk or storage.FileSystem()):
+            with patch.object(storage, "file_system", disk or storage.FileSystem()):
                 train(load_recipe(path), resume=True, console=Console(file=io.StringIO()))
             os._exit(0)
         finally:

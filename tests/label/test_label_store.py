@@ -6,6 +6,7 @@ import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 from case_files import load_cases
@@ -16,6 +17,7 @@ from PIL import Image
 from PIL.Image import Transpose
 from video_fixtures import write_video
 
+from finesight import storage
 from finesight.data.sample import BoxPart, TextPart, VideoPart, read_samples, write_samples
 from finesight.errors import UserError
 from finesight.evaluate.eval_case import get_reference_answer
@@ -23,7 +25,7 @@ from finesight.label import label_session
 from finesight.label.label_session import detect_task, open_session, read_run_examples
 from finesight.label.label_store import EVAL_FILE, JOURNAL_FILE, LABELS_FILE
 from finesight.operations.responses import pairs
-from finesight.storage import FileSystem, use_file_system
+from finesight.storage import FileSystem
 from finesight.vision import image_reader
 
 CASES = load_cases("label_store")
@@ -424,7 +426,7 @@ def test_decision_is_kept_if_the_labels_cannot_be_written(tmp_path):
     session = open_session(tmp_path / "labels", MODEL, photos, kind="text", prompt="Color?")
     with session.store as store:
         item = store.items[0]
-        with use_file_system(FullDisk()):
+        with patch.object(storage, "file_system", FullDisk()):
             for _ in range(2):
                 with pytest.raises(UserError, match="the decision is kept in journal"):
                     session.save(item, (TextPart(text="red"),))

@@ -4,6 +4,7 @@ import errno
 import json
 from pathlib import Path
 from threading import Event
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -82,13 +83,13 @@ class FullDisk(storage.FileSystem):
 def test_async_checkpoint_is_a_snapshot(checkpoints):
     saving, disk = AsyncCheckpointer(checkpoints, is_async=True), BlockingDisk()
     weights, moments = make_tensors(1)
-    with storage.use_file_system(disk):
+    with patch.object(storage, "file_system", disk):
         saving.save(make_state(1), weights, moments)
-    assert disk.started.wait(20.0)
-    assert checkpoints.steps() == []
-    weights["a"].fill_(7.0)
-    disk.may.set()
-    saving.wait()
+        assert disk.started.wait(20.0)
+        assert checkpoints.steps() == []
+        weights["a"].fill_(7.0)
+        disk.may.set()
+        saving.wait()
     state, loaded_weights, loaded_moments = checkpoints.load_latest(print)
     assert state == make_state(1)
     expected, expected_moments = make_tensors(1)
@@ -108,10 +109,10 @@ def test_next_save_waits_for_previous(checkpoints, is_async):
 
 def test_write_error_is_raised_by_next_call(checkpoints):
     saving = AsyncCheckpointer(checkpoints, is_async=True)
-    with storage.use_file_system(FullDisk()):
+    with patch.object(storage, "file_system", FullDisk()):
         saving.save(make_state(1), *make_tensors(1))
-    with pytest.raises(UserError, match="no space left"):
-        saving.save(make_state(2), *make_tensors(2))
+        with pytest.raises(UserError, match="no space left"):
+            saving.save(make_state(2), *make_tensors(2))
     assert checkpoints.steps() == []
     # The error is raised once: the next checkpoint is written.
     saving.save(make_state(2), *make_tensors(2))

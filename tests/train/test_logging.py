@@ -8,6 +8,7 @@ import re
 from dataclasses import replace
 from pathlib import Path
 from unittest import mock
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -15,10 +16,11 @@ from rich.console import Console
 from run_dir_fixtures import START_RECORD, FakeRunDir, make_step_line
 
 from finesight import progress as console_module
+from finesight import storage
 from finesight.errors import TrainingInterrupted
 from finesight.evaluate.eval_case import EvalResult
 from finesight.progress import ProgressConsole
-from finesight.storage import FileSystem, use_file_system
+from finesight.storage import FileSystem
 from finesight.train.finalize import RunReport
 from finesight.train.logging import MIN_LOSS_WINDOW, TrackingEvents, is_loss_spike
 from finesight.train.run_dir import RunDir
@@ -50,7 +52,7 @@ def read_status(page: str) -> str:
 
 
 def test_report_at_every_evaluation_and_at_the_end(task):
-    with use_file_system(disk := HistoryFileSystem()):
+    with patch.object(storage, "file_system", disk := HistoryFileSystem()):
         task.run(eval=METRIC)
     expected = [f"not finished: {step} of 6 steps so far" for step in (0, 2, 4)]
     assert [read_status(page) for page in disk.pages] == [*expected, "finished after 6 steps"]
@@ -81,7 +83,7 @@ def test_report_at_every_evaluation_and_at_the_end(task):
 def test_interrupted_run_has_a_report(task):
     task.recipe["eval"] = METRIC | {"every": None}
     disk = HistoryFileSystem(stop_at="step-2")
-    with use_file_system(disk), pytest.raises(TrainingInterrupted):
+    with patch.object(storage, "file_system", disk), pytest.raises(TrainingInterrupted):
         task.run()
     assert "not finished: " in disk.pages[0]
     assert "The run was interrupted after step " in disk.pages[-1]
@@ -97,7 +99,7 @@ def test_interrupted_run_has_a_report(task):
 
 def test_run_survives_report_errors(task):
     page = task.folder / "run" / "report.html"
-    with use_file_system(HistoryFileSystem(refuse=True)):
+    with patch.object(storage, "file_system", HistoryFileSystem(refuse=True)):
         assert task.run(eval=METRIC).steps == 6
     failure = "writing the report failed (RuntimeError: a fault of the report's"
     assert task.console_output.count(failure) == 4
@@ -131,7 +133,7 @@ def test_live_report_is_written_at_most_once_per_interval(tmp_path):
     made.write_lines("metrics.jsonl", [START_RECORD, *map(make_step_line, range(1, 9))])
     console = ProgressConsole(Console(file=io.StringIO()))
     report = RunReport(RunDir(made.folder), console, 1000.0)
-    with use_file_system(disk := HistoryFileSystem()):
+    with patch.object(storage, "file_system", disk := HistoryFileSystem()):
         assert not report.write_if_due()
         report = RunReport(RunDir(made.folder), console, 0.0)
         RunDir(made.folder).append_metrics(make_step_line(9))

@@ -8,6 +8,7 @@ import re
 import signal
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -92,7 +93,7 @@ def test_background_checkpoint_precedes_weights(task, monkeypatch, interval):
 
     monkeypatch.setattr(trainer, "AsyncCheckpointer", make_checkpointer)
     disk = RenameLog()
-    with storage.use_file_system(disk):
+    with patch.object(storage, "file_system", disk):
         task.run(eval={"metric": "ocr", "every": 0, "max_new_tokens": 2})
     assert [*filter({"step-6", "adapter", "model", "result.json"}.__contains__, disk.names)] == [
         *("step-6", "model", "adapter", "result.json")
@@ -109,7 +110,7 @@ def test_failed_export_or_checkpoint_leaves_a_resumable_run(task, monkeypatch, f
     expected = task.run(name="expected")
     monkeypatch.setattr(trainer, "AsyncCheckpointer", make_checkpointer)
     with (
-        storage.use_file_system(RenameLog(failing)),
+        patch.object(storage, "file_system", RenameLog(failing)),
         pytest.raises((UserError, OSError), match=r"(?i)no space"),
     ):
         task.run()
@@ -227,7 +228,7 @@ def test_run_created_meanwhile_is_not_overwritten(task):
                 (path / "manifest.json").write_text("its own")
 
     with (
-        storage.use_file_system(RacingDisk()),
+        patch.object(storage, "file_system", RacingDisk()),
         pytest.raises(UserError, match="contains another run"),
     ):
         task.run()

@@ -154,8 +154,8 @@ def _config_from_python(text: str, path: Path) -> ExternalConfig:
             text = re.sub(r"(?m)^(\s*)[%!].*", r"\1pass", lines)
         known = load_trainer_settings()["TRL"]
         calls = {key: {} for key in known["calls_without_defaults"].split()} | known["calls"]
-        for name in known["method_configs"].split():
-            calls[name] = {"stage": name.removesuffix("Config").lower()}
+        for name in known["method_classes"].split():
+            calls |= {f"{name}Config": {"stage": name.lower()}, f"{name}Trainer": {}}
         arguments = list(Script(ast.parse(text)).iter_arguments(calls))
     except AmbiguousConfigError as error:
         remedy = "keep only the one that the training uses in a copy of the script"

@@ -6,6 +6,7 @@ import re
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from itertools import chain
 from pathlib import Path
 from typing import Literal, NamedTuple, TypeVar, get_args
 
@@ -14,7 +15,7 @@ from pydantic import FiniteFloat, TypeAdapter
 from finesight.bounded_files import read_json_object
 from finesight.config import ObjectiveName
 from finesight.errors import UserError, shorten
-from finesight.recipe import load_trainer_settings
+from finesight.recipe import invert_groups, load_trainer_settings
 
 SourceProgram = Literal["ms-swift", "LLaMA-Factory", "TRL", "Unsloth", "Qwen-VL-Series-Finetune"]
 PARTS = ("vision", "merger", "language")
@@ -66,13 +67,14 @@ def load_rules(program: SourceProgram, method: str = "") -> ProgramRules:
                 for key, _, values in (item.partition("=") for item in items.split()):
                     equivalent = tuple(filter(None, values.split("|")))
                     rules[key] = SettingRule(reason, kind == "ignored", equivalent)
-        rules |= dict.fromkeys(section["converted"].split())
+        read_keys = section.get("defaults", ()), section.get("aliases", ())
+        rules |= dict.fromkeys([*section["converted"].split(), *chain(*read_keys)])
     converted = frozenset(key for key, rule in rules.items() if rule is None)
     other = {key: rule for key, rule in rules.items() if rule is not None}
     own = content[program]
     defaults = content["transformers"]["defaults"] | own["defaults"]
     defaults |= own.get("methods", {}).get(method, {})
-    return ProgramRules(defaults, own["aliases"], converted, other)
+    return ProgramRules(defaults, invert_groups(own["aliases"]), converted, other)
 
 
 NoteKind = Literal["differs", "unknown", "note", "ignored"]

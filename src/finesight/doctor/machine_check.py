@@ -21,6 +21,7 @@ import sysconfig
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -186,14 +187,11 @@ def inspect_gpu_system(environment: Mapping[str, str], root: Path = Path("/")) -
 
 
 def _read_driver_cuda_version() -> tuple[int, int] | None:
-    try:
-        library = ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return None
-    version = ctypes.c_int(0)
-    if library.cuDriverGetVersion(ctypes.byref(version)) != 0 or not version.value:
-        return None
-    return version.value // 1000, version.value % 1000 // 10
+    with suppress(OSError):
+        library, version = ctypes.CDLL("libcuda.so.1"), ctypes.c_int(0)
+        if library.cuDriverGetVersion(ctypes.byref(version)) == 0 and version.value:
+            return version.value // 1000, version.value % 1000 // 10
+    return None
 
 
 def probe_torch(extra_env: Mapping[str, str] | None = None, timeout_s: float = 120.0) -> TorchInfo:

@@ -196,19 +196,19 @@ def _check_skipped_samples(run_record: RunRecord) -> Iterator[Diagnosis]:
         rows = [row for row in run_record.skipped_samples if row.get("split", "train") == split]
         steps = run_record.steps if split == "train" else []
         record = replace(run_record, skipped_samples=rows, steps=steps)
-        groups = summary.list_skipped_samples(record)
-        if not (count := sum(group.count for group in groups)):
+        if not rows:
             continue
+        (largest, reason, ids), *_ = summary.list_skipped_samples(record)
         # Samples skipped at the start are not in the statistics.
         num_samples = summary.get_data_stats(run_record, split).get("num_samples")
         total = sum(row.get("step") is None for row in rows)
-        total = max(count, total + (num_samples if isinstance(num_samples, int) else 0))
-        code, largest, overrides = "samples-skipped", groups[0], list[str]()
-        if match := re.fullmatch(r"over (\d+) tokens", largest.reason):
+        total = max(len(rows), total + (num_samples if isinstance(num_samples, int) else 0))
+        code, overrides = "samples-skipped", list[str]()
+        if match := re.fullmatch(r"over (\d+) tokens", reason):
             code, overrides = "samples-skipped.long", [f"data.max_length={2 * int(match[1])}"]
-        texts = {"reason": largest.reason, "samples": largest.ids, "overrides": overrides}
-        values = {"split": title, "count": count, "total": total, "largest": largest.count}
-        yield diagnose_run(run_record, code, count > 0.05 * total, **values, **texts)
+        texts = {"reason": reason, "samples": ids, "overrides": overrides}
+        values = {"split": title, "count": len(rows), "total": total, "largest": largest}
+        yield diagnose_run(run_record, code, len(rows) > 0.05 * total, **values, **texts)
 
 
 def _finite_values(lines: Iterable[JsonObject], name: str) -> list[float]:

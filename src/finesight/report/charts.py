@@ -219,7 +219,7 @@ def build_parallel_plot(
     labels = [name.removesuffix(".default").rpartition(".")[2] for name in axes]
     low, high = chart.data["x"]
     scale = _AxisScale(low, high, 0.0, 1.0)
-    ticks = [AxisTick(scale.to_x(x), label) for x, label in enumerate(labels)]
+    ticks = [(scale.to_x(x), label) for x, label in enumerate(labels)]
     data = chart.data | {"labels": [*axes]}
     return replace(chart, x_ticks=ticks, y_ticks=[], data=data)
 

@@ -13,9 +13,8 @@ import socket
 import sys
 import threading
 import traceback
-from collections.abc import Callable
 from contextlib import suppress
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 from finesight.config import TrackerKind
 from finesight.track.backends import TRACKERS

@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from contextvars import copy_context
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -395,12 +394,12 @@ class AsyncCheckpointer:
         if is_written or not self.is_async:
             self.checkpoint_manager.save(state, weights, optimizer_state, self.process_group)
             return
-        # The thread inherits the context variables, and ends with this checkpoint.
+        # The thread ends with this checkpoint.
         weights, optimizer_state = self._copy_to_cpu((weights, optimizer_state))
         arguments = state, weights, optimizer_state, self.process_group
         save = partial(self.checkpoint_manager.save, *arguments)
         pool = ThreadPoolExecutor(1)
-        self._write = pool.submit(copy_context().run, save)
+        self._write = pool.submit(save)
         pool.shutdown(wait=False)
 
     def _copy_to_cpu(self, tensor_sets: Sequence[Mapping[str, Tensor]]) -> list[dict[str, Tensor]]:

@@ -25,6 +25,7 @@ SECRET = "wehrlos-4711"
 
 OPENERS = {
     "data/image_header.py": "the one that all others use",
+    "data/augmentation.py": "the JPEG copy that it has just encoded",
     "track/tracker_records.py": "the same, on their way to a tracker's process",
 }
 """Modules that open files with Pillow."""
@@ -36,11 +37,12 @@ CLIENTS = {
     "hub/huggingface.py",
     "hub/modelscope.py",
     "hub/url_files.py",
+    "label/teacher.py",
     "serve/image_sources.py",
     "track/backends.py",
 }
-"""Modules that send requests: to hubs and URLs of the user, to allowed media hosts, and to servers
-that the studio has started."""
+"""Modules that send requests: to hubs, URLs and teachers of the user, to allowed media hosts, and
+to servers that the studio has started."""
 
 
 def test_request_content_is_not_logged(inference_model, tmp_path, caplog, capfd, monkeypatch):

@@ -41,9 +41,10 @@ def test_worker_returns_size_pixels_and_copy(reader: ImageReader, tmp_path: Path
     path = tmp_path / "a.png"
     Image.fromarray(pixels).save(path, exif=exif)
 
-    size, copy = reader.encode(path, 20)
+    size, copy, copy_size = reader.encode(path, 20)
     shown = Image.open(io.BytesIO(copy))
     assert (size, shown.format, max(shown.size)) == ((40, 30), "WEBP", 20)
+    assert copy_size == shown.size[::-1]
     assert not shown.getexif()
     assert reader.read_size(path) == (40, 30)
     assert np.array_equal(reader.load(path), load_image(path))

@@ -208,7 +208,7 @@ class StoredChat:
                 self.last_number += bool(added)
                 index = self.last_number if added else int(number)
                 display_path = self.folder / f"display-{index}.webp"
-                (height, width), content = self.reader.encode(page, MAX_DISPLAY_SIDE)
+                (height, width), content, _ = self.reader.encode(page, MAX_DISPLAY_SIDE)
                 page_name = f"{name}{split_page(page.name)[1]}"
                 added[page] = ChatImage(page_name, index, width, height, display_path)
                 self._write_display_copy(display_path, content)
@@ -788,7 +788,7 @@ class ChatPage:
 def start_turn(
     chat: StoredChat, question: Question, options: Sequence[GenerationOptions]
 ) -> ChatTurn:
-    """Start the answer to a new question, or to an earlier one, whose later turns are removed."""
+    """Start the answer to a question. Turns after an earlier one are removed."""
     if question.index is None:
         image_paths = chat.find_images(question.files)
         return chat.session.send(question.text or "", image_paths, options)

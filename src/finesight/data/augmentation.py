@@ -144,14 +144,14 @@ def _map_box(matrix: NDArray[Any], box: Box) -> Box:
 
 @dataclass(frozen=True, slots=True)
 class AugmentedSample(LocatedSample):
-    """A sample with a variant of each image, and boxes and points in pixels of the variants."""
+    """A sample with variants of its images; boxes and points are in their pixels."""
 
     variants: tuple[ImageVariant, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Augmenter:
-    """Draws variants of the images of samples, as a pure function of the seed and a key.
+    """Draws variants of images as a pure function of the seed and a key.
 
     Attributes:
         describes_scenes: Whether answers describe objects, so that crops and flips keep them true.

@@ -164,7 +164,7 @@ GROUP_RESULTS: TypeAdapter[list[GroupResult]] = TypeAdapter(list[GroupResult])
 def compare_answers(
     group: LoadedGroup, before: Sequence[Prediction], after: Sequence[Prediction]
 ) -> GroupResult:
-    """Compare the answers of the base model and the tuned model to the questions of a group."""
+    """Compare the base and tuned model's answers to a group of questions."""
     settings, references = group.settings, group.list_references()
     old, new = (
         compute_metrics(settings.metric, [*map(create_case, answers, references)])

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import io
 import json
 import math
 import os
@@ -33,7 +32,6 @@ from typing import Any, Literal, NamedTuple
 from urllib.parse import urlsplit
 
 import httpx2
-from PIL import Image, ImageDraw
 
 from finesight.bounded_files import parse_json
 from finesight.data.boxes import (
@@ -70,6 +68,7 @@ from finesight.label.label_store import (
 )
 from finesight.label.suggestion import iter_json_leaves, measure_disagreement
 from finesight.storage import append_line, flush_file
+from finesight.synth.canvas import draw_red_rectangle
 
 TEACHER_FILE = "teacher.jsonl"
 
@@ -105,7 +104,7 @@ class NoAnswerError(Exception):
 
 
 class TeacherAnswer(NamedTuple):
-    """Answer of a teacher as text, or the problem that it was refused or cut off."""
+    """Answer of a teacher, or the problem if it was refused or cut off."""
 
     text: str
     problem: str = ""
@@ -119,13 +118,14 @@ class SentImage(NamedTuple):
     original_size: ImageSize
 
     @classmethod
-    def build(cls, content: bytes, original_size: ImageSize) -> SentImage:
-        """Build the part of a message from the output of the own encoder."""
-        with Image.open(io.BytesIO(content)) as image:
-            (width, height), media_type = image.size, Image.MIME[image.format or ""]
-        url = f"data:{media_type};base64,{base64.b64encode(content).decode()}"
+    def build(
+        cls, content: bytes, image_format: str, size: ImageSize, original_size: ImageSize
+    ) -> SentImage:
+        """Build the part of a message from an encoded copy of an image."""
+        encoded = base64.b64encode(content).decode()
+        url = f"data:image/{image_format.lower()};base64,{encoded}"
         part = {"type": "image_url", "image_url": {"url": url}}
-        return cls(part, (height, width), original_size)
+        return cls(part, size, original_size)
 
 
 @dataclass(frozen=True, slots=True)
@@ -278,7 +278,8 @@ class Teacher:
         scale = min(1.0, math.sqrt(self._settings.pixels / math.prod(size)))
         is_lossless = scale == 1 and path.suffix.lower() == ".png"
         side, image_format = max(1, int(max(size) * scale)), "PNG" if is_lossless else "JPEG"
-        return SentImage.build(self._images.encode(path, side, image_format)[1], size)
+        _, content, copy_size = self._images.encode(path, side, image_format)
+        return SentImage.build(content, image_format, copy_size, size)
 
     def ask(self, messages: Sequence[Any], count: int, form: AnswerFormat) -> list[TeacherAnswer]:
         """Return answers to a conversation in a form: the known ones, and requested ones.
@@ -396,11 +397,8 @@ class Teacher:
 
     def _find_frame(self) -> BoxFrame:
         """Return the frame of the coordinates in which the teacher finds a drawn rectangle."""
-        (height, width), buffer = PROBE_SIZE, io.BytesIO()
-        drawing = Image.new("RGB", (width, height), "white")
-        ImageDraw.Draw(drawing).rectangle(PROBE_BOX, fill="red")
-        drawing.save(buffer, format="PNG")
-        image = SentImage.build(buffer.getvalue(), PROBE_SIZE)
+        content = draw_red_rectangle(PROBE_SIZE, PROBE_BOX)
+        image = SentImage.build(content, "PNG", PROBE_SIZE, PROBE_SIZE)
         question = {"type": "text", "text": "Find the red rectangle."}
         form = replace(self._format, task=replace(self._format.task, choices=()))
         (answer,) = self.ask([{"role": "user", "content": [image.part, question]}], 1, form)
@@ -411,7 +409,7 @@ class Teacher:
                     return frame
         raise UserError(
             f"the frame of the coordinates is unknown: a rectangle at {PROBE_BOX} in an image of"
-            f" {width} x {height} pixels is not at {answer.text!r:.200}",
+            f" {PROBE_SIZE[1]} x {PROBE_SIZE[0]} pixels is not at {answer.text!r:.200}",
             where="--teacher-boxes",
             expected=f"a teacher that finds objects in the frame {', '.join(FRAMES)}",
             remedy="name the frame, such as --teacher-boxes thousandths, or another model",

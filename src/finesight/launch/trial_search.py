@@ -75,7 +75,7 @@ MAX_PLOTTED_TRIALS = 8
 
 
 class RungScore(BaseModel):
-    """Score and seconds of a trial at a rung, with the 95 % interval if the score has one."""
+    """Score of a trial at a rung with any 95 % interval, and its seconds."""
 
     rung: int
     seconds: float
@@ -118,7 +118,7 @@ class SearchRecord(BaseModel):
     test: dict[int, float] = {}
 
     def rank_trials(self) -> list[TrialRecord]:
-        """Return the trials with a score, those at the last rung first, each rung by score."""
+        """Return the trials with a score, sorted by rung and score, last rung first."""
         scored = [one for one in self.trials if one.rungs]
         return sorted(scored, key=lambda one: (-one.rungs[-1].rung, -one.rungs[-1].score))
 
@@ -336,7 +336,7 @@ class TrialSearch:
         self._waiting = [one for one in self.record.trials if one.state == "running"]
 
     def _load_record(self, new: SearchRecord) -> SearchRecord:
-        """Return the record of an earlier search in the folder, or the new one without any.
+        """Return the record of an earlier search in the folder, else a new one.
 
         Raises UserError for a search with another recipe or other data.
         """
@@ -597,7 +597,7 @@ class TrialSearch:
         return differences[get_primary_metric(self._metric, scores)]
 
     def _choose(self, gpu: str | None) -> None:
-        """Choose the best trial if it is clearly better than the recipe itself, and evaluate it.
+        """Evaluate the best trial if it is clearly better than the recipe, else the recipe.
 
         The split `data.eval` of the recipe has no part in the choice.
         """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 from dataclasses import dataclass
 from functools import lru_cache
@@ -77,6 +78,14 @@ class Canvas:
         sine, cosine = math.sin(math.radians(self.angle)), math.cos(math.radians(self.angle))
         dx, dy = x - middle_x, y - middle_y
         return middle_x + dx * cosine + dy * sine, middle_y - dx * sine + dy * cosine
+
+
+def draw_red_rectangle(size: tuple[int, int], box: tuple[float, float, float, float]) -> bytes:
+    """Return a white PNG image of a height and width with a filled red rectangle, in pixels."""
+    buffer, drawing = io.BytesIO(), Image.new("RGB", size[::-1], "white")
+    ImageDraw.Draw(drawing).rectangle(box, fill="red")
+    drawing.save(buffer, format="PNG")
+    return buffer.getvalue()
 
 
 @lru_cache(256)  # Synthetic documents repeat most texts.

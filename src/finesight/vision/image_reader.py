@@ -81,11 +81,11 @@ class ImageReader:
 
     def encode(
         self, path: Path, max_side: int, image_format: str = "WEBP"
-    ) -> tuple[ImageSize, bytes]:
-        """Return the size, and a copy without metadata, of an image or the start of a video."""
+    ) -> tuple[ImageSize, bytes, ImageSize]:
+        """Return the size of an image or start of a video, a copy without metadata, its size."""
         reply = self.call(_encode_copy, path, max_side, image_format)
-        height, width = reply.value
-        return (int(height), int(width)), reply.arrays[0].tobytes()
+        height, width, copy_height, copy_width = map(int, reply.value)
+        return (height, width), reply.arrays[0].tobytes(), (copy_height, copy_width)
 
     def call(self, job: Callable[..., JobOutput], path: Path, *args: Any) -> JobOutput:
         """Run `job(state, path, *args)` in a worker process. Its errors name the image."""
@@ -155,4 +155,6 @@ def _encode_copy(state: Any, path: Path, max_side: int, image_format: str) -> Jo
     image = next(frames, None) or load_image(path, min_side=max_side)
     image.thumbnail((max_side, max_side))
     image.save(buffer, format=image_format, quality=90)
-    return JobOutput(size, [np.frombuffer(buffer.getvalue(), np.uint8)])
+    return JobOutput(
+        (*size, image.height, image.width), [np.frombuffer(buffer.getvalue(), np.uint8)]
+    )

@@ -41,7 +41,7 @@ from labelling_loop import suggest, train_model
 from PIL import Image
 
 from finesight.data.sample import LocatedSample, TextPart
-from finesight.infer.prediction import build_questions
+from finesight.infer.prediction import build_question
 from finesight.label.label_session import open_session
 from finesight.label.label_store import get_text, read_labels
 from finesight.label.teacher import Teacher, TeacherSettings
@@ -160,7 +160,7 @@ def measure_arm(case: tuple[int, str], num_images: int, steps: int) -> dict[str,
             for one in labels
         )
         run = train_model(work / "trained", labels, seed, steps)
-        answers = suggest(run, build_questions([*validation], PROMPT))
+        answers = suggest(run, [build_question([one], PROMPT, str(one)) for one in validation])
         correct = [count_correct(get_text(one.content), truth[one.id]) for one in answers]
     score = sum(correct) / (len(TICKET_FIELDS) * NUM_VALIDATION)
     found = {"seed": seed, "arm": arm, "labels": len(labels), "wrong_labels": wrong}

@@ -172,6 +172,29 @@ def _sort_segments(
     return LengthBuckets(_run_lengths(padded_S.tolist()), *tensors)
 
 
+def bucket_shared_prefix(lengths: Sequence[int]) -> LengthBuckets:
+    """Build padded buckets of sequences with a shared prefix, on the CPU."""
+    prefix_length, *suffix_lengths = lengths
+    full_lengths = [prefix_length + length for length in suffix_lengths]
+    starts = np.cumsum([prefix_length, *suffix_lengths[:-1]])
+    source_M = np.concatenate(
+        [
+            np.concatenate([np.arange(prefix_length), np.arange(start, start + length)])
+            for start, length in zip(starts, suffix_lengths, strict=True)
+        ]
+    )
+    duplicate_M = (source_M < prefix_length) & (np.arange(len(source_M)) >= full_lengths[0])
+    buckets = bucket_with_padding(full_lengths, torch.device("cpu"))
+    order_P = torch.arange(len(source_M)) if buckets.order_T is None else buckets.order_T
+    duplicate_P = torch.from_numpy(duplicate_M)[order_P]
+    if buckets.padding_P is not None:
+        duplicate_P &= ~buckets.padding_P
+    duplicates = duplicate_P if bool(duplicate_P.any()) else None
+    return replace(
+        buckets, order_T=torch.from_numpy(source_M)[order_P], inverse_T=None, duplicate_P=duplicates
+    )
+
+
 def _run_lengths(lengths: Sequence[int]) -> tuple[tuple[int, int], ...]:
     return tuple((length, len(list(group))) for length, group in groupby(lengths))
 
@@ -361,17 +384,7 @@ class SharedPrefixAttention(PackedAttention):
 
     @cached_property
     def length_buckets(self) -> LengthBuckets:
-        """Padded buckets of the sequences with the prefix, on the CPU."""
-        full_lengths, source_M = self.full_segments.lengths[1:], self.indices.source_indices_M
-        source_M = source_M[self.prefix_length :].long()
-        is_first_M = torch.arange(len(source_M)) < full_lengths[0]
-        buckets = bucket_with_padding(full_lengths, torch.device("cpu"))
-        order_P = torch.arange(len(source_M)) if buckets.order_T is None else buckets.order_T
-        duplicate_P = ((source_M < self.prefix_length) & ~is_first_M)[order_P]
-        if buckets.padding_P is not None:
-            duplicate_P &= ~buckets.padding_P
-        duplicates = duplicate_P if bool(duplicate_P.any()) else None
-        return replace(buckets, order_T=source_M[order_P], inverse_T=None, duplicate_P=duplicates)
+        return bucket_shared_prefix(self.segments.lengths)
 
     @cached_property
     def indices(self) -> SharedPrefixIndices:

@@ -11,7 +11,15 @@ from PIL import Image, ImageDraw
 
 from finesight.config import AugmentSettings, DataSettings
 from finesight.data.augmentation import AugmentedSample, Augmenter, ImageVariant
-from finesight.data.sample import ImagePart, LocatedSample, Sample, TextPart, create_region
+from finesight.data.sample import (
+    ImagePart,
+    LocatedSample,
+    Message,
+    Sample,
+    TextPart,
+    ToolCallPart,
+    create_region,
+)
 
 WIDTH, HEIGHT = 120, 90
 SIZE = (84, 112)
@@ -81,6 +89,8 @@ WHOLE = [(0.0, 0.0), (WIDTH, 0.0), (0.0, HEIGHT), (WIDTH, HEIGHT)]
         ("How many are there?", True, True, True),
         ("一共有几个？", True, True, True),
         ("The cup on the left", True, False, False),
+        ("the leftmost cup", True, False, False),
+        ("the northwest corner", True, False, False),
         ("右边的杯子", True, False, False),
         ('Where does it say "stop"?', True, False, False),
     ],
@@ -97,8 +107,24 @@ def test_answers_stay_true(tmp_path, question, describes_scenes, is_whole, can_f
     assert is_inside == is_whole
 
 
-def test_written_coordinates_keep_the_geometry(tmp_path):
-    sample = make_sample(tmp_path, [], "Is there a cup at (12, 30)?")
+@each(
+    "text",
+    [
+        "Is there a cup at (12, 30)?",
+        '{"x": 10, "y": 20}',
+        "<box>10,20,30,40</box>",
+        "<loc_10><loc_20>",
+        '<point x="10" y="20">',
+        "bbox: 10, 20, 30, 40",
+        ToolCallPart(name="click", arguments={"coordinate": [10, 20]}),
+    ],
+)
+def test_written_coordinates_keep_the_geometry(tmp_path, text):
+    sample = make_sample(tmp_path, [], text if isinstance(text, str) else "Where?")
+    if isinstance(text, ToolCallPart):
+        answer = Message(role="assistant", content=(text,))
+        messages = (sample.sample.messages[0], answer)
+        sample = replace(sample, sample=sample.sample.model_copy(update={"messages": messages}))
     _, variant = augment(make_augmenter(), sample, 3)
     assert variant.matrix == (1.0, 0.0, 0.0, 0.0, 1.0, 0.0)
     assert variant.color != (1.0, 1.0, 1.0)

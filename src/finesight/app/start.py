@@ -184,11 +184,18 @@ def _print_address(
         example: Image and prompt of the request; None for a text.
         auth_header: Option of curl with the API key, after a space; empty without a key.
     """
+    from finesight.data.image_header import get_file
+    from finesight.serve.image_sources import DEFAULT_IMAGE_FORMATS
+
     print(f"serving {', '.join(service.model_names)} at {address}", flush=True)
     curl = f"curl {address}/chat/completions{auth_header} -H 'Content-Type: application/json'"
     content: object = "Hello"
     if example is not None:
         image_type = mimetypes.guess_type(example[0])[0] or "image/jpeg"
+        is_file = get_file(Path(example[0])) == Path(example[0])  # no page or file in an archive
+        if not is_file or image_type[6:].upper() not in DEFAULT_IMAGE_FORMATS:
+            example = None
+    if example is not None:
         # Neither the prompt nor the name of the model contains this placeholder of the image.
         mark = secrets.token_hex(16)
         url = {"url": f"data:{image_type};base64,{mark}"}

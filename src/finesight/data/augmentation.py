@@ -27,6 +27,7 @@ from finesight.data.sample import (
     ImagePart,
     LocatedSample,
     TextPart,
+    ToolCallPart,
     create_region,
 )
 
@@ -40,7 +41,8 @@ BLUR_RADII, JPEG_QUALITIES = (0.3, 1.0), (40, 90)
 """Ranges of the radius of a Gaussian blur in pixels, and of the quality of a JPEG copy."""
 
 _SIDES_AND_TEXT = re.compile(
-    r"\b(left|right|east|west|(counter|anti)?clockwise|mirror\w*|read\w*|text|word|letter|digit"
+    r"\b(left\w*|right\w*|((north|south)[- ]?)?(east|west)\w*"
+    r"|(counter|anti)?clockwise|mirror\w*|read\w*|text|word|letter|digit"
     r"|number|character|sign|logo|plate|label|title|button|menu|icon|page|screen\w*|chart|table"
     r"|document|says|written|click|tap)s?\b"
     r"|[左右东西東]|[顺順逆]时针|[文汉漢]字|数字|數字|字母|标[志题签]|標[誌題籤]|按[钮鈕]|点击|點擊"
@@ -50,9 +52,15 @@ _SIDES_AND_TEXT = re.compile(
 """Words of samples that a horizontal flip may make wrong, or whose image may contain text."""
 
 _COUNTS = re.compile(
-    r"\b(how many|count\w*|number of)\b|多少|[几幾][个個只隻]|[数數]量", re.IGNORECASE
+    r"\b(how[\s-]+many|amount of|count\w*|number of)\b"
+    r"|多少|[几幾][个個只隻]|[数數]量",
+    re.IGNORECASE,
 )
-_COORDINATES = re.compile(r"[\[(]\s*\d+(\.\d+)?\s*,\s*\d+")
+_COORDINATES = re.compile(
+    r"[\[(]\s*-?\d*\.?\d+\s*,\s*-?\.?\d|<(loc|bin|box|point)[^<>]{0,40}\d|<box>"
+    r"|\b[xy][12]?[\"']?\s*[:=]\s*[\"']?-?\.?\d|(-?\d*\.?\d+\s*[,;]\s*){3}-?\.?\d",
+    re.IGNORECASE,
+)
 
 AffineRows = tuple[float, float, float, float, float, float]
 """Two rows of an affine map of pixel coordinates."""
@@ -183,15 +191,17 @@ class Augmenter:
         sample = located.sample
         names = (part.image for part in sample.iter_parts() if isinstance(part, ImagePart))
         sizes = [read_image_size(located.resolve_path(name)) for name in names]
-        boxes, texts = [list[Box]() for _ in sizes], ""
+        boxes, texts, has_fixed_geometry = [list[Box]() for _ in sizes], "", False
         for part in sample.iter_parts():
             if isinstance(part, TextPart):
                 texts += f"{part.text}\n"
+            elif isinstance(part, ToolCallPart):
+                has_fixed_geometry = True
             elif isinstance(part, BoxPart) and part.image < len(boxes):
                 texts += f"{part.label}\n"
                 boxes[part.image].append(part.xyxy)
         variants = [
-            self._draw_variant(draws, size, inside, texts)
+            self._draw_variant(draws, size, inside, None if has_fixed_geometry else texts)
             for size, inside in zip(sizes, boxes, strict=True)
         ]
 
@@ -205,10 +215,11 @@ class Augmenter:
         return AugmentedSample(*fields)
 
     def _draw_variant(
-        self, draws: NDArray[np.float64], size: ImageSize, boxes: Sequence[Box], texts: str
+        self, draws: NDArray[np.float64], size: ImageSize, boxes: Sequence[Box], texts: str | None
     ) -> ImageVariant:
         settings, matrix = self.settings, _IDENTITY
-        if not _COORDINATES.search(texts):  # the numbers of a text cannot be moved
+        # The numbers of a text and the arguments of a tool call cannot be moved.
+        if texts is not None and not _COORDINATES.search(texts):
             matrix = self._draw_matrix(draws[:6], size, boxes, texts)
         brightness, contrast, saturation = 1 + settings.color * (2 * draws[6:9] - 1)
         (low, high), (worst, best) = BLUR_RADII, JPEG_QUALITIES

@@ -452,7 +452,7 @@ def list_pages(
         num_pages = image.n_frames if has_pages else 1  # type: ignore[attr-defined]
         numbers = list(range(1, num_pages + 1))
         if isinstance(image, TiffImageFile) and num_pages > 1:
-            numbers = [number for number in numbers if not _is_reduced_copy(image, number)]
+            numbers = [n for n in numbers if not _is_reduced_copy(image, n)] or [1]
     selected = [n for n in numbers if not ranges or any(a <= n <= (b or n) for a, b in ranges)]
     if not 0 < len(selected) <= MAX_PAGES:
         raise build_file_error(
@@ -461,7 +461,7 @@ def list_pages(
             f"1 to {MAX_PAGES} pages in a sample",
             "select others with --pages, such as --pages 1-10",
         )
-    return [Path(f"{path}#page={n}") for n in selected] if len(numbers) > 1 else [path]
+    return [Path(f"{path}#page={n}") for n in selected] if numbers != [1] else [path]
 
 
 def save_page(path: Path, target: Path | io.BytesIO) -> None:

@@ -55,8 +55,8 @@ _JSON_FORMATS = ("qwen2_5_vl", "qwen3_vl")
 
 _NUMBER = r"\s*(-?\d+(?:\.\d+)?)\s*"
 _POINT = rf"\({_NUMBER},{_NUMBER}\)"
-_JSON_BOX = re.compile(rf'{BOX_KEY}(?!"\s*:\s*\[?\s*"[<(])')
-"""Key of a box, unless a string with special tokens follows."""
+_JSON_BOX = re.compile(rf'{BOX_KEY}(?!"\s*:\s*(?:\[?\s*"[<(]|\[\s*\]|null))')
+"""Key of a box, unless a string with special tokens or no box follows."""
 
 _FORMAT_PATTERNS = {
     "qwen_vl": re.compile(r"</?(?:box|quad)>"),
@@ -119,7 +119,8 @@ def has_boxes(text: str) -> bool:
 
 def _split_json(text: str, source_format: str) -> Iterator[_Piece]:
     """Yield coordinates in JSON and the texts between them."""
-    if len(COORDINATES.findall(text)) != sum(map(text.count, COORDINATE_KEYS)):
+    keys = re.sub(r'"\w+"\s*:\s*null', "", text)  # an object without a box
+    if len(COORDINATES.findall(text)) != sum(map(keys.count, COORDINATE_KEYS)):
         raise _build_unreadable_error(text, source_format)
     for index, piece in enumerate(split_at_coordinates(text)):
         yield [TextBox(piece.strip("[]").split(","), None)] if index % 2 else piece

@@ -112,10 +112,13 @@ def parse_pages(pages: str) -> tuple[tuple[int, int | None], ...]:
     """Parse the value of `--pages`, such as 1-3,5, into first and last pages."""
     words = [word.partition("-") for word in pages.split(",")]
     try:
-        return tuple(
+        ranges = tuple(
             (int(first), int(last) if last else None if dash else int(first))
             for first, dash, last in words
         )
+        if any(first < 1 or (last is not None and last < first) for first, last in ranges):
+            raise ValueError("not from 1 upwards")
+        return ranges
     except ValueError as error:
         raise UserError(
             f"{pages!r:.80} are not pages",

@@ -507,6 +507,9 @@ def _name_boxes(line: JsonObject, references: Sequence[str]) -> tuple[str, str]:
         for key in ("boxes", "gold_boxes")
     )
     case = EvalCase(str(line.get("answer", "")), boxes, tuple(references), gold_boxes)
+    match line.get("image_size"):
+        case [int(height), int(width)]:
+            case = replace(case, image_size=(height, width))
     answer, reference, _ = name_boxes(case)
     return answer, reference
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
+from finesight.data.image_header import get_file
 from finesight.errors import Step, UserError
 from finesight.evaluate.mathml import is_converter_installed
 from finesight.evaluate.metric_difference import MetricDifference
@@ -166,7 +167,7 @@ def write_incorrect_predictions(run_dir: Path, out: Path) -> int:
         if paths := read_image_paths(line):
             files = [find_image(path, folders) for path in paths]
             found = [
-                os.path.abspath(file) if file.exists() else path
+                os.path.abspath(file) if get_file(file).exists() else path
                 for path, file in zip(paths, files, strict=True)
             ]
             line["image"] = found if isinstance(line["image"], list) else found[0]

@@ -141,7 +141,7 @@ class StoredChat:
         settings: Settings of the last answer; None before the first one.
         error: Error of the last answer, or an empty text.
         num_streams: Number of tabs that receive the answer that is being generated.
-        last_number: Number of the newest image.
+        last_number: Number of the newest image, changed under the lock.
         changed_at: Time of the last change on the monotonic clock.
         used_at: Time of the last request on the monotonic clock.
     """
@@ -160,6 +160,7 @@ class StoredChat:
     used_at: float = field(default_factory=time.monotonic)
     token: str = field(default_factory=lambda: secrets.token_urlsafe(24))
     images: dict[Path, ChatImage] = field(default_factory=dict)
+    lock: threading.Lock = field(default_factory=threading.Lock)
 
     @property
     def display_title(self) -> str:
@@ -181,13 +182,15 @@ class StoredChat:
         if len(self.images) >= MAX_IMAGES_PER_CHAT:
             self.remove_images([*self.images])
         _check_count(1, len(self.images) + 1)
-        self.last_number += 1
+        with self.lock:
+            self.last_number += 1
+            prefix = f"{self.last_number}-"
         return await receive_file(
             request,
             self.folder,
             self.budget,
             MAX_FILE_BYTES,
-            prefix=f"{self.last_number}-",
+            prefix=prefix,
             owner=_make_owner(self.browser_id),
         )
 
@@ -203,10 +206,11 @@ class StoredChat:
         added: dict[Path, ChatImage] = {}
         try:
             pages = self.reader.list_pages(path)
-            _check_count(len(pages), len(self.images) + len(pages))
-            for page in pages:
-                self.last_number += bool(added)
-                index = self.last_number if added else int(number)
+            with self.lock:  # Files are added concurrently.
+                _check_count(len(pages), len(self.images) + len(pages))
+                numbers = [int(number), *range(self.last_number + 1, self.last_number + len(pages))]
+                self.last_number += len(pages) - 1
+            for index, page in zip(numbers, pages, strict=True):
                 display_path = self.folder / f"display-{index}.webp"
                 (height, width), content, _ = self.reader.encode(page, MAX_DISPLAY_SIDE)
                 page_name = f"{name}{split_page(page.name)[1]}"

@@ -206,6 +206,13 @@ def update_suite(
     (nodes,) = (value for name, value in root.value if name.value == "groups")
     node_by_group = {name.value: value for name, value in nodes.value}
     edits: dict[tuple[int, int], str] = {}
+    if len({id(node) for node in node_by_group.values()}) < len(node_by_group):
+        raise UserError(
+            "a YAML alias gives several groups the same content",
+            where=str(path),
+            expected="groups of their own, whose min_score can differ",
+            remedy="copy the group instead of the alias",
+        )
     for group, result in zip(groups, results, strict=True):
         score = result.difference.after
         bound = max(score - group.settings.allowed_drop, min(score, 0.0))

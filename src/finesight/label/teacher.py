@@ -153,11 +153,16 @@ class TeacherSettings:
 
     def __post_init__(self) -> None:
         """Raise UserError without the address of a server and the name of its model."""
-        parts = urlsplit(self.url)
-        is_server = parts.scheme in ("http", "https") and bool(parts.hostname)
+        try:
+            parts = urlsplit(self.url)
+            is_server = parts.scheme in ("http", "https") and bool(parts.hostname)
+            is_server = is_server and parts.port != 0
+        except ValueError:
+            parts, is_server = urlsplit(""), False
         if not is_server or parts.query or parts.fragment or parts.username or not self.model:
             raise UserError(
-                f"{self.url!r:.200} with the model {self.model!r:.200} is no teacher",
+                f"{'URL' if parts.username else repr(self.url):.200} with the model"
+                f" {self.model!r:.200} is no teacher",
                 where="--teacher, --teacher-model",
                 expected="the address of a server, such as http://localhost:8000/v1, and its model",
                 remedy="correct the address, or add --teacher-model NAME",
@@ -190,7 +195,15 @@ class Teacher:
         self._images, self._file = session.store.images, session.store.folder / TEACHER_FILE
         frame = settings.boxes if session.task.has_regions else FRAMES[0]
         self._format = AnswerFormat(session.task, frame)
-        self._url, self._key = settings.url.rstrip("/"), os.environ.get(settings.key, "")
+        self._url = settings.url.rstrip("/")
+        self._key = os.environ.get(settings.key, "").strip()
+        if not (self._key.isascii() and self._key.isprintable()):
+            raise UserError(
+                f"the value of {settings.key} contains characters that no HTTP header may have",
+                where="--teacher-key",
+                expected="an API key of printable ASCII characters",
+                remedy=f"set it again: export {settings.key}=KEY",
+            )
         headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
         self._client = httpx2.Client(headers=headers, timeout=TIMEOUT)
         self._lock, self._stopped = threading.Lock(), threading.Event()
@@ -337,6 +350,8 @@ class Teacher:
         Without a response, the status is 0, and the content is the reason.
         """
         with self._lock:
+            if self._stopped.is_set():
+                raise NoAnswerError("the command is being stopped")
             if self.num_requests == self._settings.budget:
                 raise NoAnswerError(f"the budget of {self.num_requests} requests is used up")
             self.num_requests += 1

@@ -514,7 +514,8 @@ class TrialSearch:
                 outcome = self._run_command(gpu, log, "train", recipe, "--resume", *stop)
                 if outcome is None:
                     return
-                error = error or outcome
+                if error := outcome:
+                    break
             with self._lock:
                 if error:
                     self._fail(record, error)

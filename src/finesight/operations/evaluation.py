@@ -357,9 +357,9 @@ def _propose_replay(recipe: Path) -> Step:
 
     files = load_recipe(recipe).data.train
     entries = [one.model_dump(mode="json", exclude_defaults=True) for one in files]
-    data = json.dumps([*entries, {"path": "GENERAL.jsonl"}], ensure_ascii=False)
+    data = json.dumps([*entries, {"path": "GENERAL.jsonl", "weight": 0.1}], ensure_ascii=False)
     overrides = [f"data.train={data}", f"output_dir={recipe.parent}-replay"]
-    purpose = "replay general samples, a tenth of yours, in a new training"
+    purpose = "replay a tenth of general samples in each epoch of a new training"
     return Step("train", {"recipe": recipe, "overrides": overrides}, purpose)
 
 

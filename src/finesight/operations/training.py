@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shlex
@@ -184,12 +185,20 @@ def train(
         recipe: Recipe: YAML file of settings; or the folder of a run, for its recipe.yaml.
         resume: Continue the run in output_dir from its newest checkpoint, or start it if there is
             none. Repeat the same recipe and overrides, or give the run folder.
-        stop_after: Evaluate the model and stop after this number of steps or a multiple of it, with
-            a checkpoint and exit code 75. Below 1: fraction of all steps. Default: all steps.
+        stop_after: Evaluate the model and stop after this number of steps, with a checkpoint and
+            exit code 75. Below 1: fraction of all steps. A run resumed there continues with another
+            value, or without one. Default: all steps.
     """
     from finesight.evaluate.custom_metric import check_recipe_metric
     from finesight.train.run_dir import read_example
 
+    if stop_after is not None and not math.isfinite(stop_after):
+        raise UserError(
+            f"{stop_after}",
+            where="--stop-after",
+            expected="a number of steps, or a fraction below 1",
+            remedy="for example --stop-after 0.3",
+        )
     overrides, console = overrides or (), ProgressConsole()
     is_main = os.environ.get("RANK", "0") == "0"
     if push is not None:

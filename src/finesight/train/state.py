@@ -40,7 +40,8 @@ if TYPE_CHECKING:
 PREEMPTION_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2)
 """Signals that job schedulers send before the time limit (`sbatch --signal=USR1@300`)."""
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, *PREEMPTION_SIGNALS)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, *PREEMPTION_SIGNALS)
+"""Signals that stop a run with a checkpoint. `nohup` ignores SIGHUP, which stays so."""
 
 
 _LABELS = "label true", "label false"
@@ -84,6 +85,8 @@ class StopRequest:
             yield
             return
         previous_handlers = {signum: signal.getsignal(signum) for signum in SIGNALS}
+        if previous_handlers[signal.SIGHUP] is signal.SIG_IGN:
+            del previous_handlers[signal.SIGHUP]
 
         def handle_signal(signal_number: int, frame: FrameType | None) -> None:
             # A signal relayed by another rank does not count as the first one.
@@ -95,7 +98,7 @@ class StopRequest:
                 signal.signal(signal_number, previous or signal.SIG_DFL)
                 os.kill(os.getpid(), signal_number)
 
-        for signum in SIGNALS:
+        for signum in previous_handlers:
             signal.signal(signum, handle_signal)
         try:
             yield

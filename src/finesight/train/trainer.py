@@ -451,7 +451,9 @@ class Trainer:
         if is_single_process:
             self.stop.raise_if_requested()
         if is_rung:
-            raise TrainingInterrupted(f"step {progress.step} is reached")
+            raise TrainingInterrupted(
+                f"step {progress.step} is reached; --resume without --stop-after continues the run"
+            )
         self.metrics_logger.restart_timer()
         return not (should_evaluate and self.should_stop_early())
 

@@ -5,6 +5,7 @@ import json
 import pytest
 from each_value import each
 
+from finesight.data.boxes import iter_json_boxes
 from finesight.data.sample import BoxPart, ToolCallPart
 from finesight.evaluate.bootstrap import REASON_RARE_CLASS
 from finesight.evaluate.eval_case import EvalCase
@@ -97,6 +98,37 @@ def test_boxes_in_json_are_correct_by_their_overlap(answer, boxes, scores):
     case = EvalCase(json.dumps(answer), parts, (json.dumps(TOTAL),), own, image_size=(100, 100))
     scored = score_json([case]).scores
     assert [scored[name] for name in ("f1", "exact", "mean_iou")] == pytest.approx(scores)
+
+
+NEAR = [(10, 10, 50, 30), (11, 10, 51, 30)]
+
+
+@each(
+    ("answer", "boxes", "scores"),
+    [
+        # A wrong text beside a box, and similar boxes of different fields.
+        (
+            {"total": {"label": "z", "bbox_2d": [1, 1]}, "n": {"bbox_2d": [2]}},
+            NEAR[::-1],
+            (2 / 3, 39 / 41),
+        ),
+        ({"total": {"label": "x", "bbox_2d": [1, 1]}}, NEAR[:1], (0.8, 0.5)),
+        ({"n": {"bbox_2d": [1]}, "total": {"label": "x", "bbox_2d": [2]}}, NEAR[::-1], (1.0, 1.0)),
+        ({"n": {"bbox_2d": [1]}, "other": {"bbox_2d": [2]}}, NEAR[::-1], (0.4, 0.5)),
+    ],
+)
+def test_boxes_in_json_match_by_field(answer, boxes, scores):
+    truth = {"total": {"label": "x", "bbox_2d": [1, 1]}, "n": {"bbox_2d": [2, 2]}}
+    parts, own = (
+        tuple(
+            BoxPart(label=found.label, xyxy=xyxy)
+            for found, xyxy in zip(iter_json_boxes(value), several, strict=True)
+        )
+        for value, several in ((answer, boxes), (truth, NEAR))
+    )
+    case = EvalCase(json.dumps(answer), parts, (json.dumps(truth),), own, image_size=(100, 100))
+    scored = score_json([case]).scores
+    assert (scored["f1"], scored["mean_iou"]) == pytest.approx(scores)
 
 
 ITEMS = [{"name": "tea", "price": 2}, {"name": "milk", "price": 1}]

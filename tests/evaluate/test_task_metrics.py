@@ -50,8 +50,12 @@ def test_ocr_character_error_rate_of_corpus() -> None:
 
 def test_invalid_json_reference_is_rejected_early() -> None:
     check_references("json", [(('{"a": 1}',), ())])
-    with pytest.raises(UserError, match="'a: 1' is not JSON"):
+    with pytest.raises(UserError, match="'a: 1' of reference 2 is not JSON"):
         check_references("json", [(('{"a": 1}',), ()), (("a: 1",), ())])
+    box = BoxPart(xyxy=(1, 2, 3, 4))
+    for first in (('{"a": 1}',), ()), (("",), (box,)):
+        with pytest.raises(UserError, match=r"'s\d' is a plain list of boxes(?s:.*): detection$"):
+            check_references("json", [first, (("",), (box,))], ["s0", "s1"])
     with pytest.raises(UserError, match="none of 1 references has json content"):
         check_references("json", [(("a: 1",), ())])
 

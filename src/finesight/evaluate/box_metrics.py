@@ -86,23 +86,24 @@ def match_boxes(
     references: Sequence[BoxPart],
     image_size: ImageSize = DEFAULT_SIZE,
     overlap_fn: Callable[[Box, Box, ImageSize], float] = measure_overlap,
+    labels: Sequence[Sequence[str]] = (),
 ) -> list[tuple[int, int, float]]:
     """Match predicted and reference boxes one-to-one.
 
-    Pairs are selected greedily by descending overlap, as in detection benchmarks.
-    Only boxes of the same image match. Labels must match (ignoring case) only if the references
-    have several labels, because the question already names a single target.
+    Pairs are selected greedily by descending overlap, as in detection benchmarks. Only boxes of the
+    same image match. Labels must match (ignoring case) only if the references have several, because
+    the question already names a single target. If `labels` of both are given, these must match.
 
     Returns:
         (predicted index, reference index, overlap) of each pair.
     """
-    must_match_labels = len({normalize_label(t) for t in references}) > 1
+    own = labels or [[*map(normalize_label, boxes)] for boxes in (predicted, references)]
+    must_match_labels = labels or len({*own[1]}) > 1
     pairs = [
         (overlap_fn(f.xyxy, t.xyxy, image_size), i, j)
         for i, f in enumerate(predicted)
         for j, t in enumerate(references)
-        if f.image == t.image
-        and (not must_match_labels or normalize_label(f) == normalize_label(t))
+        if f.image == t.image and (not must_match_labels or own[0][i] == own[1][j])
     ]
     free_predicted, free_references = set(range(len(predicted))), set(range(len(references)))
     matches = []

@@ -224,7 +224,7 @@ def evaluate(
         )
     with_reasoning = renderer.renders_reasoning
     references = [get_reference_answer(s.sample, has_reasoning=with_reasoning) for s in selected]
-    check_references(settings.metric, references)
+    check_references(settings.metric, references, [one.sample.id for one in selected])
 
     def generate(part: Sequence[LocatedSample]) -> PredictOutput:
         errors: dict[int, CorruptImageError] = {}

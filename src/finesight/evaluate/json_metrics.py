@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from finesight.bounded_files import parse_json
-from finesight.data.boxes import split_at_coordinates
+from finesight.data.boxes import iter_json_values, split_at_coordinates
 from finesight.data.sample import TOOL_CALL_TEXT, parse_tool_call
 from finesight.evaluate.bootstrap import (
     ClassCounts,
@@ -109,16 +109,17 @@ def score_json(
 def name_boxes(case: EvalCase) -> tuple[str, str, float]:
     """Return answer and reference with a text per box, and the sum of overlaps.
 
-    Boxes with an overlap of `MIN_OVERLAP` have the same text: coordinates in pixels. The text of
-    the answer has those of the model family.
+    Boxes of a field with an overlap of `MIN_OVERLAP` have the same text: coordinates in pixels. The
+    text of the answer has those of the model family. Without fields, labels are compared.
     """
     if not case.reference_boxes:
         return case.answer, case.references[0], 0.0
     texts = [[*split_at_coordinates(text)] for text in (case.answer, case.references[0])]
     boxes = case.boxes, case.reference_boxes
     names = [[f'"{[round(number, 1) for number in box.xyxy]}"' for box in own] for own in boxes]
-    total = 0.0
-    for i, j, overlap in match_boxes(*boxes, case.image_size):
+    total, fields = 0.0, [*map(_list_fields, texts)]
+    labels = fields if [*map(len, fields)] == [*map(len, boxes)] else ()
+    for i, j, overlap in match_boxes(*boxes, case.image_size, labels=labels):
         total += overlap
         names[0][i] = names[1][j] if overlap >= MIN_OVERLAP else names[0][i]
     for pieces, own in zip(texts, names, strict=True):
@@ -126,6 +127,13 @@ def name_boxes(case: EvalCase) -> tuple[str, str, float]:
         if len(own) == len(pieces) // 2:
             pieces[1::2] = own
     return "".join(texts[0]), "".join(texts[1]), total
+
+
+def _list_fields(pieces: Sequence[str]) -> list[str]:
+    """Return the fields of the coordinates at which a text is split; in invalid JSON, of parts."""
+    values = iter_json_values('"\ue000"'.join(pieces[::2]))
+    leaves = (leaf for found in values for leaf in _iter_leaves(found.value, ""))
+    return [field for field, text in leaves if text == "\ue000"]
 
 
 def score_tool_calls(cases: Sequence[EvalCase]) -> MetricResult:
@@ -178,13 +186,13 @@ def _format_scalar(value: str | float | bool) -> str:
     return json.dumps(value, allow_nan=False)
 
 
-def _iter_leaves(form: JsonForm | str, path: str) -> Iterator[tuple[str, str]]:
+def _iter_leaves(form: Any, path: str) -> Iterator[tuple[str, str]]:
     if isinstance(form, str):
         yield path, form
     elif isinstance(form, dict):
         for name, child in form.items():
             yield from _iter_leaves(child, f"{path}.{name}" if path else name)
-    else:
+    elif isinstance(form, list):
         for child in form:
             yield from _iter_leaves(child, path)
 

@@ -96,11 +96,8 @@ METRIC_TEXTS = {
     "hit": ("hit at IoU 0.5", ""),
     "hit_at_0.75": ("hit at IoU 0.75", ""),
     "f1_macro": ("macro F1", ""),
-    "f1_at_0.5": ("F1 at IoU 0.5", ""),
-    "precision_at_0.5": ("precision at IoU 0.5", ""),
-    "recall_at_0.5": ("recall at IoU 0.5", ""),
-    "ap_50": ("AP at IoU 0.5", ""),
-    "ap_75": ("AP at IoU 0.75", ""),
+    **{f"{n.lower()}_at_0.5": (f"{n} at IoU 0.5", "") for n in ("F1", "precision", "recall")},
+    **{f"ap_{100 * iou:.0f}": (f"AP at IoU {iou}", "") for iou in (0.5, 0.75)},
     **{f"bleu_{order}": (f"BLEU-{order}", "") for order in range(1, 5)},
     "rewards/accuracies": ("reward accuracy", "pairs whose chosen answer has the larger reward"),
     "rewards/margins": ("reward margin", "reward of the chosen minus that of the rejected answer"),
@@ -125,11 +122,12 @@ def get_task_metric(metric: MetricSpec) -> TaskMetric:
     return TaskMetric(None, custom_metric.load_custom_metric(*location), "anything")
 
 
-def check_references(metric: MetricSpec, references: Sequence[ReferenceAnswer]) -> None:
-    """Reject references without the content that a metric compares.
+def check_references(
+    metric: MetricSpec, references: Sequence[ReferenceAnswer], ids: Sequence[str] = ()
+) -> None:
+    """Reject references, of samples with `ids`, without the content that a metric compares.
 
-    Without reference boxes, for example, an answer without boxes would be a perfect grounding
-    result.
+    Without reference boxes, for example, an answer without boxes would be correct grounding.
 
     Raises:
         UserError: No reference has the required content.
@@ -141,18 +139,20 @@ def check_references(metric: MetricSpec, references: Sequence[ReferenceAnswer]) 
         if metric not in _BUILT_IN:
             _dry_run_metric(metric, task.score_fn, references[has_reference.index(True)])
         return
+    kinds = {name: other.reference_kind for name, other in _BUILT_IN.items()}
+    fitting = [n for n in kinds if all(has_reference_kind(kinds[n], r) for r in references)]
     problem = f"none of {len(references)} references has {reference_kind} content"
     expected = f"samples whose last turn has a {reference_kind} part"
     if reference_kind == "json":
         expected = "samples whose last turn is a JSON object or list"
-        if any(has_reference):
-            text = references[has_reference.index(False)][0][0]
-            problem = f"the reference {text[:80]!r} is not JSON"
-    fitting = [
-        name
-        for name, other in _BUILT_IN.items()
-        if all(has_reference_kind(other.reference_kind, reference) for reference in references)
-    ]
+        first = has_reference.index(False)
+        name = f"sample {ids[first]!r}" if ids else f"reference {first + 1}"
+        (text, *_), boxes = references[first]
+        if boxes and not text.strip():
+            problem = f"the answer of {name} is a plain list of boxes"
+            fitting = ["detection" if has_reference_kind("box", references[first]) else "pointing"]
+        elif any(has_reference):
+            problem = f"the answer {text[:80]!r} of {name} is not JSON"
     remedy = f"choose a metric that fits the answers: {', '.join(fitting) or 'none fits'}"
     if "box" in reference_kind:
         remedy += "; or import the boxes of a table: --map box=COLUMN --map label=COLUMN"

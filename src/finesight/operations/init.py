@@ -315,7 +315,8 @@ def _detect_task(
     task = detect_task(samples, fields)
     metric = metric or _ask_metric(task.metric, ask)
     if metric != task.metric:
-        check_references(metric, [get_reference_answer(s) for s in samples if s.label is not False])
+        judged = [s for s in samples if s.label is not False]
+        check_references(metric, [*map(get_reference_answer, judged)], [s.id for s in judged])
         task = detect_task(samples, fields, metric)
     if spacing > 1 and task.metric == "classification" and task.prompt is not None:
         # The preview may lack classes.

@@ -243,8 +243,24 @@ def test_errors_of_the_server_name_the_cause(tmp_path, monkeypatch, reply, words
 
 
 def test_invalid_settings_are_rejected_before_a_request():
-    for url in ("ftp://host/v1", "http:///v1", "https://name:key@host/v1", "http://host/v1?key=a"):
-        with pytest.raises(UserError, match="is no teacher"):
+    urls = (
+        "ftp://host/v1",
+        "http:///v1",
+        "http://host/v1?key=a",
+        "http://host:abc/v1",
+        "http://[x/v1",
+    )
+    for url in (*urls, "https://name:secret@host/v1"):
+        with pytest.raises(UserError, match="is no teacher") as caught:
             TeacherSettings(url, "owl")
+        assert "secret" not in str(caught.value)
     with pytest.raises(UserError, match="--teacher-model"):
         TeacherSettings("http://host/v1", None)
+
+
+def test_keys_that_no_header_can_contain_are_not_shown(tmp_path, monkeypatch):
+    monkeypatch.setenv("TEACHER_KEY", "sk-sécret")
+    with serve(ScriptedTeacher(replies=[])) as suggest, pytest.raises(UserError) as caught:
+        suggest(open_photos(tmp_path))
+    assert caught.value.where == "--teacher-key"
+    assert "sk-" not in str(caught.value)

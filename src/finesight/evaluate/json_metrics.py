@@ -131,9 +131,8 @@ def name_boxes(case: EvalCase) -> tuple[str, str, float]:
 
 def _list_fields(pieces: Sequence[str]) -> list[str]:
     """Return the fields of the coordinates at which a text is split; in invalid JSON, of parts."""
-    values = iter_json_values('"\ue000"'.join(pieces[::2]))
-    leaves = (leaf for found in values for leaf in _iter_leaves(found.value, ""))
-    return [field for field, text in leaves if text == "\ue000"]
+    values = [found.value for found in iter_json_values('"\ue000"'.join(pieces[::2]))]
+    return [field for field, text in _iter_leaves(values, "") if text == "\ue000"]
 
 
 def score_tool_calls(cases: Sequence[EvalCase]) -> MetricResult:

@@ -96,8 +96,11 @@ METRIC_TEXTS = {
     "hit": ("hit at IoU 0.5", ""),
     "hit_at_0.75": ("hit at IoU 0.75", ""),
     "f1_macro": ("macro F1", ""),
-    **{f"{n.lower()}_at_0.5": (f"{n} at IoU 0.5", "") for n in ("F1", "precision", "recall")},
-    **{f"ap_{100 * iou:.0f}": (f"AP at IoU {iou}", "") for iou in (0.5, 0.75)},
+    "f1_at_0.5": ("F1 at IoU 0.5", ""),
+    "precision_at_0.5": ("precision at IoU 0.5", ""),
+    "recall_at_0.5": ("recall at IoU 0.5", ""),
+    "ap_50": ("AP at IoU 0.5", ""),
+    "ap_75": ("AP at IoU 0.75", ""),
     **{f"bleu_{order}": (f"BLEU-{order}", "") for order in range(1, 5)},
     "rewards/accuracies": ("reward accuracy", "pairs whose chosen answer has the larger reward"),
     "rewards/margins": ("reward margin", "reward of the chosen minus that of the rejected answer"),
@@ -172,10 +175,7 @@ def has_reference_kind(reference_kind: str, reference: ReferenceAnswer) -> bool:
 
 
 def _dry_run_metric(metric: MetricSpec, metric_fn: MetricFn, reference: ReferenceAnswer) -> None:
-    """Score a reference and an empty answer with a custom metric or a plug-in.
-
-    Errors then occur before generation.
-    """
+    """Score a reference and an empty answer, so that errors of a metric precede generation."""
     texts, reference_boxes = reference
     answers = (texts[0], reference_boxes), ("", ())
     cases = [EvalCase(text, boxes, texts, reference_boxes) for text, boxes in answers]

@@ -16,11 +16,13 @@ from finesight.train.state import PREEMPTION_SIGNALS, SIGNALS, StopRequest
 
 
 @pytest.fixture(autouse=True)
-def default_sigint() -> Iterator[None]:
-    """The system may ignore SIGINT for a background process."""
+def default_handlers() -> Iterator[None]:
+    """The system may ignore SIGINT for a background process, and `nohup` ignores SIGHUP."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    hangup = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     yield
     signal.signal(signal.SIGINT, before)
+    signal.signal(signal.SIGHUP, hangup)
 
 
 @pytest.mark.parametrize("number", SIGNALS)
@@ -41,6 +43,15 @@ def test_second_signal_uses_the_default_handler(number):
             os.kill(os.getpid(), signal.SIGINT)
     assert stop.signal == number
     assert [signal.getsignal(one) for one in SIGNALS] == before
+
+
+def test_nohup_keeps_ignoring_the_end_of_its_terminal():
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    stop = StopRequest()
+    with stop.install_handlers():
+        os.kill(os.getpid(), signal.SIGHUP)
+        stop.raise_if_requested()
+    assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
 
 
 def test_other_threads_install_no_handlers():

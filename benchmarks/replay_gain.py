@@ -64,7 +64,7 @@ def run_variant(seed: int, variant: str, steps: int, num_tickets: int) -> dict[s
             "data": {"train": files, "eval": str(work / "data" / "eval.jsonl")},
             "tune": dict.fromkeys(("vision", "merger", "language"), "full"),
             "train": {"steps": steps, "batch_size": 16, "learning_rate": 1e-3, "seed": seed},
-            "eval": {"metric": "json", "every": 0, "max_new_tokens": 112, "batch_size": 64},
+            "eval": {"metric": "json", "every": 0, "max_new_tokens": 112},
             "output_dir": str(work / "run"),
         }
         recipe["train"] |= {"device": "cpu", "precision": "fp32", "save_every": 0}

@@ -323,7 +323,7 @@ def evaluate_model(output_dir: Path, console: Console) -> None:
     for name in EVAL_TASKS:
         file = _eval_set_dir(output_dir / "data", name) / DATA_FILE
         samples = [LocatedSample(sample, file.parent) for sample in read_samples(file)]
-        settings = EvalSettings(metric=EVAL_METRICS[name], max_new_tokens=160, batch_size=500)
+        settings = EvalSettings(metric=EVAL_METRICS[name], max_new_tokens=160)
         answers_file = output_dir / "answers" / f"{name.replace(' ', '-')}.jsonl"
         result = evaluate(
             inference_model.model, inference_model.renderer, samples, settings, answers_file

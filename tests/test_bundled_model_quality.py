@@ -46,9 +46,7 @@ def test_scores_of_new_images(tiny, tmp_path, task, kind, metric, bounds):
         pytest.importorskip("matplotlib")
     file = write_task(tmp_path / task, SyntheticTask(task, "built-in"), SAMPLES, SEED, kind)
     samples = [LocatedSample(sample, file.parent) for sample in read_samples(file)]
-    settings = EvalSettings.model_validate(
-        {"metric": metric, "max_new_tokens": 120, "batch_size": SAMPLES}
-    )
+    settings = EvalSettings.model_validate({"metric": metric, "max_new_tokens": 120})
     found = evaluate(tiny.model, tiny.renderer, samples, settings)
     below = {name for name, bound in bounds.items() if found.scores[name] <= bound}
     assert below == set(), found.as_table()

@@ -26,7 +26,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 
 SOURCE_PATTERNS = (
-    *(".ci", ".dockerignore", ".gitignore", "CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md"),
+    *(".ci", ".dockerignore", ".github", ".gitignore", "CHANGELOG.md", "CITATION.cff"),
+    "CONTRIBUTING.md",
     *("Containerfile", "LICENSE", "MANIFEST.in", "Makefile", "README.md", "README.zh.md"),
     *(
         "SECURITY.md",

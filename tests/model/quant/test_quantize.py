@@ -259,9 +259,7 @@ def test_triton_interpreter_runs_all_kernels(tmp_path):
 def compute_accuracy(tmp_path_factory: pytest.TempPathFactory) -> Callable[[WeightFormat], float]:
     file = write_task(tmp_path_factory.mktemp("drawn") / "street", SIGNS, SAMPLES, 7, "find")
     samples = [LocatedSample(sample, file.parent) for sample in read_samples(file)]
-    settings = EvalSettings.model_validate(
-        {"metric": "grounding", "max_new_tokens": 40, "batch_size": SAMPLES}
-    )
+    settings = EvalSettings.model_validate({"metric": "grounding", "max_new_tokens": 40})
 
     @cache
     def compute(kind: WeightFormat) -> float:

@@ -110,6 +110,18 @@ def test_updated_suite_keeps_its_text_and_accepts_the_same_answers(tmp_path):
     assert [one.settings.min_score for one in updated] == [0, 0]
 
 
+def test_groups_of_an_alias_get_the_least_score(tmp_path):
+    path = tmp_path / "suite.yaml"
+    group = "{metric: qa, questions: [{prompt: p, answer: right}]}"
+    path.write_text(f"groups:\n  a: &same {group}\n  b: *same\n")
+    groups = load_suite(path)
+    answers = [make_predictions(0, 1), make_predictions(1, 1)]
+    results = [compare_answers(*one) for one in zip(groups, answers, answers, strict=True)]
+    scores = sorted(one.difference.after for one in results)
+    assert scores[0] < scores[1]
+    assert {one.settings.min_score for one in update_suite(path, groups, results)} == {0}
+
+
 def test_built_in_suite_is_that_of_its_generator(tmp_path):
     load_module("tools/guard_suite.py").write_guard_suite(tmp_path)
     folder = BUILT_IN_SUITE.parent

@@ -250,7 +250,7 @@ def test_invalid_settings_are_rejected_before_a_request():
         "http://host:abc/v1",
         "http://[x/v1",
     )
-    for url in (*urls, "https://name:secret@host/v1"):
+    for url in (*urls, "https://name:secret@host/v1", "http://name:secret@[x/v1"):
         with pytest.raises(UserError, match="is no teacher") as caught:
             TeacherSettings(url, "owl")
         assert "secret" not in str(caught.value)

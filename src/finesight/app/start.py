@@ -192,8 +192,8 @@ def _print_address(
     content: object = "Hello"
     if example is not None:
         image_type = mimetypes.guess_type(example[0])[0] or "image/jpeg"
-        is_file = get_file(Path(example[0])) == Path(example[0])  # no page or file in an archive
-        if not is_file or image_type[6:].upper() not in DEFAULT_IMAGE_FORMATS:
+        is_page = get_file(Path(example[0])) != Path(example[0])  # or a file in an archive
+        if is_page or image_type.removeprefix("image/").upper() not in DEFAULT_IMAGE_FORMATS:
             example = None
     if example is not None:
         # Neither the prompt nor the name of the model contains this placeholder of the image.

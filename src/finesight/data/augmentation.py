@@ -191,19 +191,21 @@ class Augmenter:
         sample = located.sample
         names = (part.image for part in sample.iter_parts() if isinstance(part, ImagePart))
         sizes = [read_image_size(located.resolve_path(name)) for name in names]
-        boxes, texts, has_fixed_geometry = [list[Box]() for _ in sizes], "", False
+        boxes, texts = [list[Box]() for _ in sizes], ""
         for part in sample.iter_parts():
             if isinstance(part, TextPart):
                 texts += f"{part.text}\n"
-            elif isinstance(part, ToolCallPart):
-                has_fixed_geometry = True
             elif isinstance(part, BoxPart) and part.image < len(boxes):
                 texts += f"{part.label}\n"
                 boxes[part.image].append(part.xyxy)
-        variants = [
-            self._draw_variant(draws, size, inside, None if has_fixed_geometry else texts)
+        # The numbers of a text and the arguments of a tool call cannot be moved.
+        has_call = any(isinstance(part, ToolCallPart) for part in sample.iter_parts())
+        can_move = not (has_call or _COORDINATES.search(texts))
+        matrices = [
+            self._draw_matrix(draws[:6], size, inside, texts) if can_move else _IDENTITY
             for size, inside in zip(sizes, boxes, strict=True)
         ]
+        variants = [self._draw_variant(draws, matrix) for matrix in matrices]
 
         def move(part: ContentPart) -> ContentPart:
             if not isinstance(part, BoxPart) or part.image >= len(variants):
@@ -214,13 +216,8 @@ class Augmenter:
         fields = sample.with_parts(move), located.folder, located.mismatched, tuple(variants)
         return AugmentedSample(*fields)
 
-    def _draw_variant(
-        self, draws: NDArray[np.float64], size: ImageSize, boxes: Sequence[Box], texts: str | None
-    ) -> ImageVariant:
-        settings, matrix = self.settings, _IDENTITY
-        # The numbers of a text and the arguments of a tool call cannot be moved.
-        if texts is not None and not _COORDINATES.search(texts):
-            matrix = self._draw_matrix(draws[:6], size, boxes, texts)
+    def _draw_variant(self, draws: NDArray[np.float64], matrix: AffineRows) -> ImageVariant:
+        settings = self.settings
         brightness, contrast, saturation = 1 + settings.color * (2 * draws[6:9] - 1)
         (low, high), (worst, best) = BLUR_RADII, JPEG_QUALITIES
         # A chosen draw is uniform below its probability, so it selects the strength, too.

@@ -206,18 +206,15 @@ def update_suite(
     (nodes,) = (value for name, value in root.value if name.value == "groups")
     node_by_group = {name.value: value for name, value in nodes.value}
     edits: dict[tuple[int, int], str] = {}
-    if len({id(node) for node in node_by_group.values()}) < len(node_by_group):
-        raise UserError(
-            "a YAML alias gives several groups the same content",
-            where=str(path),
-            expected="groups of their own, whose min_score can differ",
-            remedy="copy the group instead of the alias",
-        )
+    bounds: dict[str, float] = {}
     for group, result in zip(groups, results, strict=True):
         score = result.difference.after
-        bound = max(score - group.settings.allowed_drop, min(score, 0.0))
-        number = f"{math.floor(1e4 * bound) / 1e4:g}"
+        bounds[group.name] = max(score - group.settings.allowed_drop, min(score, 0.0))
+    for group in groups:
         node: yaml.MappingNode = node_by_group[group.name]
+        # Groups of a YAML alias share a node, which gets the least bound.
+        bound = min(bounds[name] for name, other in node_by_group.items() if other is node)
+        number = f"{math.floor(1e4 * bound) / 1e4:g}"
         mark = node.value[0][0].start_mark
         end = ", " if node.flow_style else f"\n{' ' * mark.column}"
         edit = (mark.index, mark.index), f"min_score: {number}{end}"

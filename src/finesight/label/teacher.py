@@ -156,15 +156,17 @@ class TeacherSettings:
         try:
             parts = urlsplit(self.url)
             is_server = parts.scheme in ("http", "https") and bool(parts.hostname)
+            is_server = is_server and not (parts.query or parts.fragment or parts.username)
             is_server = is_server and parts.port != 0
-        except ValueError:
-            parts, is_server = urlsplit(""), False
-        if not is_server or parts.query or parts.fragment or parts.username or not self.model:
+        except ValueError:  # an invalid port or IPv6 address
+            is_server = False
+        if not is_server or not self.model:
+            address = self.url.rpartition("@")[2]  # without a password
             raise UserError(
-                f"{'URL' if parts.username else repr(self.url):.200} with the model"
-                f" {self.model!r:.200} is no teacher",
+                f"{address!r:.200} with the model {self.model!r:.200} is no teacher",
                 where="--teacher, --teacher-model",
-                expected="the address of a server, such as http://localhost:8000/v1, and its model",
+                expected="the address of a server without a user name, such as"
+                " http://localhost:8000/v1, and its model",
                 remedy="correct the address, or add --teacher-model NAME",
             )
 

@@ -165,9 +165,9 @@ def train(
     All settings are described on the page "Recipe reference" of the documentation. The recipe.yaml
     of a run lists all of them with their values.
 
-    SIGINT (Ctrl-C), SIGTERM, SIGUSR1 and SIGUSR2 (sbatch --signal=USR1@300) stop the run after
-    writing a checkpoint, with exit code 75. The same command with --resume continues the run as if
-    it had not been stopped.
+    SIGINT (Ctrl-C), SIGTERM, SIGHUP, SIGUSR1 and SIGUSR2 (sbatch --signal=USR1@300) stop the run
+    after writing a checkpoint, with exit code 75. The same command with --resume continues the run
+    as if it had not been stopped.
 
     Before the weights are loaded, the peak memory is predicted as by `finesight plan`. A run that
     cannot fit is rejected with exit code 2. A run of more than an hour on a CPU prints a warning

@@ -127,7 +127,7 @@ def _read_image_part(
         data = _decode_data_url(url, limits.max_image_bytes, param)
         (folder / get_image_name(image_number)).write_bytes(data)
         return image_number, param, None, None
-    if isinstance(part, FileContent) and "://" not in url[:20]:
+    if isinstance(part, FileContent) and ":" not in url:
         raise ApiError(400, "expected a data URL, such as data:application/pdf;base64,...", param)
     if len(url) > MAX_URL_CHARS:
         message = f"the URL has {len(url)} characters; expected at most {MAX_URL_CHARS}"

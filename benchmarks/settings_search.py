@@ -1,17 +1,21 @@
 """Compare the settings search with the default recipe and a random search of the same time.
 
-    python benchmarks/settings_search.py --out FILE --seeds 3 --workers 16
+    python benchmarks/settings_search.py --out FILE --seeds 3 --workers 16 [--real grounding.jsonl]
 
-Three small tasks with finesight-tiny: boxes of shapes, captions of shapes and formulas. Each seed
-has its own samples. The random search trains each trial completely, with random settings of the
-same ranges. Scores are those of the chosen trials on test samples, which neither search has used.
+Three small tasks with finesight-tiny: boxes of shapes, captions of shapes and formulas. With
+`--real`, the task `photos` as well: rows of the file have `image`, `question` and `bbox_xyxy` in
+pixels. Each seed has its own samples. The random search trains each trial completely, with random
+settings of the same ranges. Scores are those of the chosen trials on test samples, which neither
+search has used.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
+import random
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -37,10 +41,36 @@ from finesight.launch import trial_search
 from finesight.train.logging import get_device_name
 from finesight.train.setup import library_versions
 
-TASKS = {"boxes": "detection", "captions": "captions", "formulas": "latex"}
+TASKS = {"boxes": "detection", "captions": "captions", "formulas": "latex", "photos": "grounding"}
 """Metric of each task."""
 
 METHODS = ("search", "random")
+
+
+def write_photos(file: Path, seed: int, counts: dict[str, int], folder: Path) -> dict[str, str]:
+    """Write samples of different photos for each split."""
+    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    random.Random(seed).shuffle(rows)
+    rows.sort(key=lambda row: hashlib.sha256(f"{seed} {row['image']}".encode()).digest())
+    files, start = {}, 0
+    for split, count in counts.items():
+        samples = []
+        for number, row in enumerate(rows[start : start + count]):
+            image = str((file.parent / row["image"]).resolve())
+            question = ImagePart(image=image), TextPart(text=row["question"])
+            answer = (BoxPart(label=None, xyxy=tuple(map(float, row["bbox_xyxy"]))),)
+            roles = (
+                Message(role="user", content=question),
+                Message(role="assistant", content=answer),
+            )
+            samples.append(Sample(id=f"{split}-{number}", messages=roles))
+        files[split] = str(folder / f"{split}.jsonl")
+        write_samples(Path(files[split]), samples)
+        start += count
+        # Rows of one photo stay in one split.
+        while start < len(rows) and rows[start]["image"] == rows[start - 1]["image"]:
+            start += 1
+    return files
 
 
 def write_data(task: str, seed: int, count: int, folder: Path) -> Path:
@@ -73,10 +103,13 @@ def run_search(job: tuple[str, int, str, Path, argparse.Namespace]) -> dict[str,
     if method == "random":
         trial_search.RUNGS, trial_search.NUM_RANDOM_TRIALS = (9,), sys.maxsize
     counts = {"train": args.samples, "eval": args.test_samples}
-    files = {
-        name: str(write_data(task, 1000 * seed + index, count, folder / name))
-        for index, (name, count) in enumerate(counts.items())
-    }
+    if task == "photos":
+        files = write_photos(args.real, seed, counts, folder)
+    else:
+        files = {
+            name: str(write_data(task, 1000 * seed + index, count, folder / name))
+            for index, (name, count) in enumerate(counts.items())
+        }
     recipe = {
         "model": "finesight-tiny",
         "data": files,
@@ -117,26 +150,28 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--workers", type=int, default=16)
-    parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
+    parser.add_argument("--tasks", nargs="+", default=list(TASKS)[:3], choices=list(TASKS)[:3])
+    parser.add_argument("--real", type=Path, help="JSONL file of boxes in photos")
     parser.add_argument("--samples", type=int, default=320)
     parser.add_argument("--test-samples", type=int, default=100)
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--budget", default="180s")
     args = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
+    tasks = [*args.tasks, *(["photos"] if args.real else [])]
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         jobs = [
             (task, seed, method, work, args)
-            for task in args.tasks
+            for task in tasks
             for seed in range(args.seeds)
             for method in METHODS
         ]
-        with ProcessPoolExecutor(args.workers, get_context("spawn")) as pool:
+        with ProcessPoolExecutor(args.workers, get_context("spawn"), max_tasks_per_child=1) as pool:
             rows = list(pool.map(run_search, jobs))
         differences = {
             task: compare(task, work, [row for row in rows if row["task"] == task])
-            for task in args.tasks
+            for task in tasks
         }
     for row in rows:
         print(*(row[name] for name in ("task", "seed", "method", "num_trials", "test")), sep="  ")

@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
-import pillow_heif
 import pytest
 import torch
 import yaml
@@ -27,6 +26,8 @@ from finesight.label.label_store import JOURNAL_FILE
 from finesight.plan import run_plan, step_time
 from finesight.train import setup
 from finesight.train.run_dir import RunDir
+
+pillow_heif = pytest.importorskip("pillow_heif", reason="the package pillow-heif is not installed")
 
 MISTAKES = load_cases("user_mistakes")
 FILES = MISTAKES.pop("files")

@@ -8,8 +8,6 @@ from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-import pillow_heif
-import pypdfium2
 import pytest
 from image_fixtures import write_jsonl
 from PIL import Image
@@ -22,6 +20,9 @@ from finesight.data.importer import ImportSummary, import_dataset
 from finesight.data.sample import LocatedSample, read_samples
 from finesight.errors import UserError
 from finesight.vision.image_processing import load_image
+
+pillow_heif = pytest.importorskip("pillow_heif", reason="the package pillow-heif is not installed")
+pypdfium2 = pytest.importorskip("pypdfium2", reason="the package pypdfium2 is not installed")
 
 OPTIONS = ImportOptions(columns={"image": "image", "answer": "text"}, prompt="What?")
 

@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import av
 import pytest
 from PIL import Image
 from video_fixtures import find_index, write_audio, write_video
@@ -22,6 +21,8 @@ from finesight.data.image_header import (
 from finesight.data.sample import is_video_path
 from finesight.data.video_file import VideoHeader, iter_video_frames, read_video_header
 from finesight.errors import UserError
+
+av = pytest.importorskip("av", reason="the package av is not installed")
 
 CLIPS: dict[str, dict[str, Any]] = {
     "h264.mp4": {},

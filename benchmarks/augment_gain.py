@@ -2,6 +2,7 @@
 
     python benchmarks/augment_gain.py --out FILE [--seeds 0 1 2] [--workers 16] [--steps 200]
         [--tasks boxes words] [--presets strong] [--samples 300] [--real grounding.jsonl]
+        [--device cpu]
 
 Each seed generates 100 training and `--samples` validation samples of each task, and trains
 finesight-tiny with LoRA on all parts, without and with augmentation, for the same number of steps:
@@ -114,6 +115,7 @@ class Job:
     steps: int
     num_validation: int
     real: str | None
+    device: str
 
 
 def write_split(folder: Path, job: Job, split: str, count: int) -> None:
@@ -161,8 +163,8 @@ def measure_job(job: Job) -> dict[str, Any]:
             },
             "train": {
                 **{"steps": job.steps, "batch_size": 16, "learning_rate": 1e-3},
-                **{"seed": job.seed, "num_workers": 0, "device": "cpu"},
-                "precision": select_cpu_precision(),
+                **{"seed": job.seed, "num_workers": 0, "device": job.device},
+                **({"precision": select_cpu_precision()} if job.device == "cpu" else {}),
             },
             "output_dir": str(folder / "run"),
         }
@@ -239,17 +241,18 @@ def main() -> None:
     parser.add_argument("--presets", nargs="+", default=("strong",))
     parser.add_argument("--samples", type=int, default=300, help="validation samples of a seed")
     parser.add_argument("--real", help="JSONL file of boxes in photos")
+    parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
     figures: dict[str, Any] = {
         "command": f"python {shlex.join(sys.argv)}",
-        "machine": get_device_name(torch.device("cpu")),
+        "machine": get_device_name(torch.device(args.device)),
         "versions": library_versions(),
         "milliseconds_per_image": measure_cost(),
     }
     print(figures["milliseconds_per_image"], flush=True)
     tasks = (*args.tasks, *(["photos"] if args.real else []))
     jobs = [
-        Job(task, preset, seed, args.steps, args.samples, args.real)
+        Job(task, preset, seed, args.steps, args.samples, args.real, args.device)
         for seed in args.seeds
         for task in tasks
         for preset in (NO_PRESET, *args.presets)

@@ -113,7 +113,7 @@ def run_search(job: tuple[str, int, str, Path, argparse.Namespace]) -> dict[str,
     recipe = {
         "model": "finesight-tiny",
         "data": files,
-        "train": {"steps": args.steps, "batch_size": 8, "device": "cpu", "num_workers": 0},
+        "train": {"steps": args.steps, "batch_size": 8, "device": args.device, "num_workers": 0},
         "eval": {"metric": TASKS[task], "max_new_tokens": 64},
         "output_dir": str(folder / "run"),
         "search": {"train.steps": None},
@@ -152,6 +152,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=16)
     parser.add_argument("--tasks", nargs="+", default=list(TASKS)[:3], choices=list(TASKS)[:3])
     parser.add_argument("--real", type=Path, help="JSONL file of boxes in photos")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--samples", type=int, default=320)
     parser.add_argument("--test-samples", type=int, default=100)
     parser.add_argument("--steps", type=int, default=30)
@@ -181,7 +182,7 @@ def main() -> None:
     words = " ".join(sys.argv[1:])
     figures = {
         "command": f"python benchmarks/settings_search.py {words}",
-        "machine": get_device_name(torch.device("cpu")),
+        "machine": get_device_name(torch.device(args.device)),
         "versions": library_versions(),
         "rows": rows,
         "differences": differences,

@@ -102,6 +102,7 @@ def run_search(job: tuple[str, int, str, Path, argparse.Namespace]) -> dict[str,
     folder.mkdir(parents=True)
     if method == "random":
         trial_search.RUNGS, trial_search.NUM_RANDOM_TRIALS = (9,), sys.maxsize
+        trial_search.FIRST_LEARNING_RATES = ()
     counts = {"train": args.samples, "eval": args.test_samples}
     if task == "photos":
         files = write_photos(args.real, seed, counts, folder)
@@ -113,7 +114,10 @@ def run_search(job: tuple[str, int, str, Path, argparse.Namespace]) -> dict[str,
     recipe = {
         "model": "finesight-tiny",
         "data": files,
-        "train": {"steps": args.steps, "batch_size": 8, "device": args.device, "num_workers": 0},
+        "train": {
+            **{"steps": args.steps, "batch_size": 8, "seed": seed},
+            **{"device": args.device, "num_workers": 0},
+        },
         "eval": {"metric": TASKS[task], "max_new_tokens": 64},
         "output_dir": str(folder / "run"),
         "search": {"train.steps": None},

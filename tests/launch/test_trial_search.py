@@ -25,11 +25,15 @@ from finesight.recipe import load_recipe
 
 NUM_SAMPLES = 60
 
+MEASURE_RECIPE = trial_search.TrialSearch.measure_recipe
+
 
 @pytest.fixture
 def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Recipe of 60 training samples, which are split once."""
     monkeypatch.setattr(trial_search, "MIN_SPLIT_SAMPLES", NUM_SAMPLES)
+    # Simulated steps take longer than a start.
+    monkeypatch.setattr(trial_search.TrialSearch, "measure_recipe", lambda self: (1e-3, 1e-2))
     task = make_task(tmp_path / "task", NUM_SAMPLES, 20)
     task |= {"eval": {"metric": "classification"}, "output_dir": str(tmp_path / "run")}
     return write_recipe(tmp_path / "recipe.yaml", task, num_workers=0)
@@ -136,7 +140,8 @@ def test_clearly_better_trial_is_chosen(recipe, simulate, tmp_path):
     assert "exit code -9" in failed.error
     for trial in record.trials:
         resumed = [fraction for run, fraction in runs.calls if run == f"{trial.number:03}"]
-        expected = ["0.11", "0.33", "1.00"][: max(1, len(trial.rungs))]
+        fractions = ["0.11", "0.33", "1.00"] if trial.number else ["0.11", "1.00"]
+        expected = fractions[: max(1, len(trial.rungs))]
         tested = ["eval"] * (trial.number in (0, record.choice))
         assert resumed == expected + tested, trial
     assert record.test == {0: pytest.approx(0.1), record.choice: pytest.approx(0.9)}
@@ -153,6 +158,38 @@ def test_clearly_better_trial_is_chosen(recipe, simulate, tmp_path):
     data.write_text(data.read_text().replace("white", "black"))
     with pytest.raises(UserError, match="a search with other settings, ranges or data"):
         api.search(recipe, out=out)
+
+
+def test_first_trials_vary_the_learning_rate_and_train_completely(
+    recipe, simulate, tmp_path, monkeypatch
+):
+    search = trial_search.TrialSearch(load_recipe(recipe), None, tmp_path / "a", 1.0, None, print)
+    rung = trial_search.RungScore(rung=1, seconds=3.0, score=0.0, loss=1.0, interval=None)
+    rungs = [rung, rung.model_copy(update={"rung": 9, "seconds": 10.0})]
+    search.record.trials = [trial_search.TrialRecord(number=0, settings={}, rungs=rungs)]
+    assert MEASURE_RECIPE(search) == (2.0, 9.0)
+    # A start takes longer than all steps, so no trial starts three times.
+    monkeypatch.setattr(trial_search.TrialSearch, "measure_recipe", lambda self: (10.0, 1.0))
+    runs = simulate(by_learning_rate)
+    record = api.search(recipe, out=tmp_path / "search", trials=4)
+    default = load_recipe(recipe).train.learning_rate.default
+    for trial, factor in zip(record.trials[1:], trial_search.FIRST_LEARNING_RATES, strict=False):
+        assert trial.settings == {"train.learning_rate.default": default * factor}
+    assert {fraction for run, fraction in runs.calls if run != "000"} == {"1.00", "eval"}
+
+
+def test_validation_loss_decides_between_equal_scores():
+    scores = [
+        trial_search.RungScore(rung=1, seconds=1.0, score=0.0, loss=loss, interval=None)
+        for loss in (2.0, 1.0)
+    ]
+    trials = [
+        trial_search.TrialRecord(number=n, settings={}, rungs=[one]) for n, one in enumerate(scores)
+    ]
+    record = trial_search.SearchRecord(
+        recipe={}, data="", space={}, metric="grounding", trials=trials
+    )
+    assert [one.number for one in record.rank_trials()] == [1, 0]
 
 
 def test_recipe_is_kept_without_a_clear_difference(recipe, simulate, tmp_path):
@@ -200,6 +237,7 @@ def test_each_gpu_trains_one_trial(recipe, simulate, tmp_path, monkeypatch):
 
 
 def test_short_budget_is_rejected_and_extended(recipe, simulate, tmp_path, monkeypatch):
+    monkeypatch.setattr(trial_search.TrialSearch, "measure_recipe", MEASURE_RECIPE)
     clock = iter(range(0, 10**6, 10))
     monkeypatch.setattr(trial_search.time, "monotonic", lambda: float(next(clock)))
     simulate(by_learning_rate)

@@ -238,7 +238,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=(0, 1, 2))
     parser.add_argument("--workers", type=int, default=16)
     parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--tasks", choices=TASKS, nargs="+", default=("boxes", "words"))
+    parser.add_argument("--tasks", choices=TASKS, nargs="*", default=["boxes", "words"])
     parser.add_argument("--presets", nargs="+", default=("strong",))
     parser.add_argument("--samples", type=int, default=300, help="validation samples of a seed")
     parser.add_argument("--real", help="JSONL file of boxes in photos")

@@ -102,7 +102,7 @@ def run_search(job: tuple[str, int, str, Path, argparse.Namespace]) -> dict[str,
     folder.mkdir(parents=True)
     if method == "random":
         trial_search.RUNGS, trial_search.NUM_RANDOM_TRIALS = (9,), sys.maxsize
-        trial_search.FIRST_LEARNING_RATES = ()
+        trial_search.LEARNING_RATE_FACTORS = ()
     counts = {"train": args.samples, "eval": args.test_samples}
     if task == "photos":
         files = write_photos(args.real, seed, counts, folder)

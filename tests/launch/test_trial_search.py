@@ -83,12 +83,9 @@ class SimulatedRuns:
             self.code = -9
             return self
         with (run / "metrics.jsonl").open("a") as file:
-            file.write(
-                json.dumps(
-                    {"step": step, "validation_loss": 1.0, "scores": {}, "primary_metric": None}
-                )
-                + "\n"
-            )
+            scores = {"validation_loss": 1.0, "scores": {}, "primary_metric": None}
+            for line in ({"step": step, "step_s": 10.0}, {"step": step, **scores}):
+                file.write(json.dumps(line) + "\n")
         if fraction == 1:
             (run / "result.json").write_text("{}")
         return self
@@ -166,32 +163,35 @@ def test_clearly_better_trial_is_chosen(recipe, simulate, tmp_path):
 def test_first_trials_vary_the_learning_rate_and_train_completely(
     recipe, simulate, tmp_path, monkeypatch
 ):
-    search = trial_search.TrialSearch(load_recipe(recipe), None, tmp_path / "a", 1.0, None, print)
-    rung = trial_search.RungScore(rung=1, seconds=3.0, score=0.0, loss=1.0, interval=None)
-    rungs = [rung, rung.model_copy(update={"rung": 9, "seconds": 10.0})]
-    search.record.trials = [trial_search.TrialRecord(number=0, settings={}, rungs=rungs)]
-    assert MEASURE_RECIPE(search) == (2.0, 9.0)
     # A start takes longer than all steps, so no trial starts three times.
     monkeypatch.setattr(trial_search.TrialSearch, "measure_recipe", lambda self: (10.0, 1.0))
     runs = simulate(by_learning_rate)
     record = api.search(recipe, out=tmp_path / "search", trials=4)
     default = load_recipe(recipe).train.learning_rate.default
-    for trial, factor in zip(record.trials[1:], trial_search.FIRST_LEARNING_RATES, strict=False):
+    for trial, factor in zip(record.trials[1:], trial_search.LEARNING_RATE_FACTORS, strict=False):
         assert trial.settings == {"train.learning_rate.default": default * factor}
     assert {fraction for run, fraction in runs.calls if run != "000"} == {"1.00", "eval"}
 
 
+def build_trial(number: int = 0, **fields: float) -> trial_search.TrialRecord:
+    """Return a trial with the score 0 at its first rung."""
+    values = {"rung": 1, "seconds": 3.0, "train_s": 1.0, "score": 0.0, "loss": 1.0, **fields}
+    rung = trial_search.RungScore(interval=None, **values)
+    return trial_search.TrialRecord(number=number, settings={}, rungs=[rung])
+
+
+def test_start_and_steps_of_the_recipe_are_measured(recipe, tmp_path):
+    search = trial_search.TrialSearch(load_recipe(recipe), None, tmp_path / "a", 1.0, None, print)
+    search.record.trials = [build_trial()]
+    assert MEASURE_RECIPE(search) == (2.0, 9.0)
+    # Steps before an interruption count, its seconds do not.
+    search.record.trials[0].rungs += build_trial(rung=9, seconds=4.0, train_s=9.9).rungs
+    assert MEASURE_RECIPE(search) == (2.0, 9.9)
+
+
 def test_validation_loss_decides_between_equal_scores():
-    scores = [
-        trial_search.RungScore(rung=1, seconds=1.0, score=0.0, loss=loss, interval=None)
-        for loss in (2.0, 1.0)
-    ]
-    trials = [
-        trial_search.TrialRecord(number=n, settings={}, rungs=[one]) for n, one in enumerate(scores)
-    ]
-    record = trial_search.SearchRecord(
-        recipe={}, data="", space={}, metric="grounding", trials=trials
-    )
+    record = trial_search.SearchRecord(recipe={}, data="", space={}, metric="grounding")
+    record.trials = [build_trial(number, loss=2.0 - number) for number in range(2)]
     assert [one.number for one in record.rank_trials()] == [1, 0]
 
 

@@ -68,8 +68,8 @@ PATIENCE = 8
 NUM_RANDOM_TRIALS = 6
 """Trials before the sampler uses scores, with the recipe itself."""
 
-FIRST_LEARNING_RATES = (3.0, 1 / 3)
-"""Factors of the learning rate of the first trials: it has the largest effect of all settings."""
+LEARNING_RATE_FACTORS = (3.0, 1 / 3)
+"""Factors of the learning rate in the first trials: no other setting has a larger effect."""
 
 MAX_PROPOSALS = 100
 """Maximum number of proposals of known settings in succession, after which the search ends."""
@@ -83,11 +83,13 @@ MAX_PLOTTED_TRIALS = 8
 class RungScore(BaseModel):
     """Score of a trial at a rung with any 95 % interval, and its seconds.
 
-    The validation loss decides between equal scores, such as 0 after the first steps.
+    `train_s` are the seconds of all steps so far. The validation loss decides between equal scores,
+    such as 0 after the first steps.
     """
 
     rung: int
     seconds: float
+    train_s: float
     score: float
     loss: float
     interval: tuple[float, float] | None
@@ -99,16 +101,12 @@ class RungScore(BaseModel):
 
 
 class TrialRecord(BaseModel):
-    """A trial: its settings that differ from the recipe, and its scores at the rungs.
-
-    `interrupted_s` are the seconds of a rung until an interruption.
-    """
+    """A trial: its settings that differ from the recipe, and its scores at the rungs."""
 
     number: int
     settings: dict[str, Any]
     state: Literal["running", "complete", "pruned", "fail"] = "running"
     rungs: list[RungScore] = []
-    interrupted_s: float = 0.0
     error: str = ""
 
 
@@ -139,8 +137,8 @@ class SearchRecord(BaseModel):
     def rank_trials(self) -> list[TrialRecord]:
         """Return the trials with a score, sorted by rung and score, last rung first."""
         scored = [one for one in self.trials if one.rungs]
-        keys = {one.number: (one.rungs[-1].rung, *one.rungs[-1].rank) for one in scored}
-        return sorted(scored, key=lambda one: keys[one.number], reverse=True)
+        scored.sort(key=lambda one: (one.rungs[-1].rung, *one.rungs[-1].rank), reverse=True)
+        return scored
 
     def list_rows(self) -> list[tuple[str, ...]]:
         """Return the rows of a table of the trials, best first, after a header."""
@@ -397,7 +395,7 @@ class TrialSearch:
         name = "train.learning_rate.default"
         learning_rates = self._space.get(name)
         if isinstance(learning_rates, optuna.distributions.FloatDistribution):
-            for value in (defaults[name] * factor for factor in FIRST_LEARNING_RATES):
+            for value in (defaults[name] * factor for factor in LEARNING_RATE_FACTORS):
                 if learning_rates.low <= value <= learning_rates.high:
                     yield {name: value}
         while True:
@@ -506,13 +504,9 @@ class TrialSearch:
 
     def measure_recipe(self) -> tuple[float, float]:
         """Return the seconds to start and evaluate the recipe itself, and those of its steps."""
-        first, last = (rungs := self.record.trials[0].rungs)[0], rungs[-1]
-        if first is last:
-            return 0.0, first.seconds * RUNGS[-1] / first.rung
-        # Each rung starts and evaluates once; the first trains its share of the steps.
-        share = (last.rung - 2 * first.rung) / RUNGS[-1]
-        train_s = max(0.0, last.seconds - first.seconds) / share
-        return max(0.0, first.seconds - train_s * first.rung / RUNGS[-1]), train_s
+        rungs = self.record.trials[0].rungs
+        first, last = rungs[0], rungs[-1]
+        return max(0.0, first.seconds - first.train_s), last.train_s * RUNGS[-1] / last.rung
 
     def _list_rungs(self, record: TrialRecord) -> tuple[int, ...]:
         """Return the rungs of a trial; the first one of the recipe measures whether it fits."""
@@ -566,7 +560,6 @@ class TrialSearch:
                 write_file(recipe, dump_recipe(self._build_recipe(record, run)).encode())
                 outcome = self._run_command(gpu, log, "train", recipe, "--resume", *stop)
                 if outcome is None:
-                    record.interrupted_s += time.monotonic() - start_s
                     return
                 if error := outcome:
                     break
@@ -578,9 +571,6 @@ class TrialSearch:
                 self._save()
                 if record.state != "running":
                     return
-
-    def _iter_runs(self, record: TrialRecord) -> Iterator[RunDir]:
-        return map(RunDir, self._list_runs(record))
 
     def _list_runs(self, record: TrialRecord) -> list[Path]:
         """Return the run of a trial, or those of all folds."""
@@ -607,10 +597,14 @@ class TrialSearch:
     def _score(self, record: TrialRecord, rung: int, seconds: float) -> None:
         """Record the score of a trial at a rung, and whether it continues."""
         name, score, interval = self._summarize(self._read_cases(record))
-        seconds, record.interrupted_s = seconds + record.interrupted_s, 0.0
-        losses = [load_eval_history(run)[-1].validation_loss for run in self._iter_runs(record)]
+        runs = [*map(RunDir, self._list_runs(record))]
         reached = RungScore(
-            rung=rung, seconds=seconds, score=score, loss=fmean(losses), interval=interval
+            rung=rung,
+            seconds=seconds,
+            train_s=sum(one.get("step_s", 0.0) for run in runs for one in run.iter_metrics()),
+            score=score,
+            loss=fmean(load_eval_history(run)[-1].validation_loss for run in runs),
+            interval=interval,
         )
         record.rungs.append(reached)
         rungs = (each for one in self.record.trials for each in one.rungs if each.rung == rung)
@@ -632,7 +626,7 @@ class TrialSearch:
     def _read_cases(self, record: TrialRecord) -> list[EvalCase]:
         """Read the answers of the last evaluation of a trial, of all folds."""
         cases = []
-        for run in self._iter_runs(record):
+        for run in map(RunDir, self._list_runs(record)):
             step = load_eval_history(run)[-1].step
             name = "after" if run.is_finished else f"step-{step}"
             cases += [one.case for one in read_predictions(run.predictions_dir / f"{name}.jsonl")]

@@ -44,6 +44,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "pretraining"))
 from preference_and_reward_gain import generate_most, generate_odd
 from synthetic_tasks.camera_noise import apply_camera_noise
 from synthetic_tasks.text_images import generate_word
+from teacher_labels import crop_word
 
 from finesight.api import evaluate
 from finesight.config import DataSettings
@@ -80,15 +81,6 @@ def generate_noisy_word(rng: random.Random) -> tuple[Image.Image, str, tuple[Con
         if isinstance(found.answer[0], str) and all(isinstance(one, str) for one in found.question):
             image = apply_camera_noise(found.image, rng, strength=3.0)
             return image, "Read the word.", (TextPart(text=found.answer[0]),)
-
-
-def cut_word(row: dict[str, Any], folder: Path) -> tuple[Image.Image, str, tuple[ContentPart, ...]]:
-    """Cut the box of a row out of its photo, with a margin; the answer is its text."""
-    x1, y1, x2, y2 = row["bbox_xyxy"]
-    margin = (y2 - y1) // 4
-    corners = (x1 - margin, y1 - margin, x2 + margin, y2 + margin)
-    image = Image.open(folder / row["image"]).convert("RGB").crop(corners)
-    return image, "Read the word.", (TextPart(text=row["answer"]),)
 
 
 @dataclass(frozen=True)
@@ -132,7 +124,8 @@ def write_split(folder: Path, job: Job, split: str, count: int) -> None:
     samples = []
     for index in range(count):
         if generate is None:
-            image, question, answer = cut_word(rows[index], path.parent)
+            image = crop_word(rows[index], path.parent)
+            question, answer = "Read the word.", (TextPart(text=rows[index]["answer"]),)
         else:
             rng = random.Random(f"{job.task} {job.seed} {split} {index}")
             image, question, answer = generate(rng)

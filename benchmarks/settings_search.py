@@ -15,7 +15,6 @@ import argparse
 import hashlib
 import json
 import os
-import random
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -50,7 +49,6 @@ METHODS = ("search", "random")
 def write_photos(file: Path, seed: int, counts: dict[str, int], folder: Path) -> dict[str, str]:
     """Write samples of different photos for each split."""
     rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-    random.Random(seed).shuffle(rows)
     rows.sort(key=lambda row: hashlib.sha256(f"{seed} {row['image']}".encode()).digest())
     files, start = {}, 0
     for split, count in counts.items():

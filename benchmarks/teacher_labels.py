@@ -72,6 +72,14 @@ def draw_tickets(folder: Path, count: int, seed: int) -> Labels:
     return {folder / row.pop("image"): row for row in rows}
 
 
+def crop_word(row: dict[str, Any], folder: Path) -> Image.Image:
+    """Return the box of a row of a photo, with a margin."""
+    x1, y1, x2, y2 = row["bbox_xyxy"]
+    margin = (y2 - y1) // 4
+    corners = (x1 - margin, y1 - margin, x2 + margin, y2 + margin)
+    return Image.open(folder / row["image"]).convert("RGB").crop(corners)
+
+
 def crop_words(file: Path, folder: Path, seed: int) -> Labels:
     """Write the box of each row of a file with a margin, in random order."""
     folder.mkdir()
@@ -79,11 +87,8 @@ def crop_words(file: Path, folder: Path, seed: int) -> Labels:
     random.Random(f"words {seed}").shuffle(rows)
     found: Labels = {}
     for index, row in enumerate(rows):
-        x1, y1, x2, y2 = row["bbox_xyxy"]
-        margin = (y2 - y1) // 4
-        corners = (x1 - margin, y1 - margin, x2 + margin, y2 + margin)
         path = folder / f"{index:04}.png"
-        Image.open(file.parent / row["image"]).convert("RGB").crop(corners).save(path)
+        crop_word(row, file.parent).save(path)
         found[path] = {"text": row["answer"]}
     return found
 

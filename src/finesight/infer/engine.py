@@ -193,7 +193,12 @@ class Engine:
                 if sequence.request.constraint is not None:
                     self._run_isolated(sequence, sequence.request.constraint.start)
             if chunks := self._scheduler.schedule_prefill():
-                self._prefill(chunks)
+                prompts = [sequence.prompt for sequence, _ in chunks]
+                logits_RV = self._runner.prefill(prompts, [stop for _, stop in chunks])
+                self._runner.copy_states(self._scheduler.allocate_snapshots(chunks))
+                completed = self._scheduler.complete_prefill(chunks)
+                if logits_RV is not None:
+                    self._start_decoding(completed, logits_RV)
             if self._scheduler.decoding:
                 self._decode()
             max_pending = self._max_pending if self._scheduler.decoding else 0
@@ -201,14 +206,6 @@ class Engine:
                 self._collect_tokens()
         events, self._events = self._events, []
         return events
-
-    def _prefill(self, chunks: list[tuple[SequenceState, int]]) -> None:
-        prompts = [sequence.prompt for sequence, _ in chunks]
-        logits_RV = self._runner.prefill(prompts, [stop for _, stop in chunks])
-        self._runner.copy_states(self._scheduler.allocate_snapshots(chunks))
-        completed = self._scheduler.complete_prefill(chunks)
-        if logits_RV is not None:
-            self._start_decoding(completed, logits_RV)
 
     def _start_decoding(self, sequences: list[SequenceState], logits_RV: Tensor) -> None:
         """Sample the first or next token of sequences and add them to the decoding batch."""

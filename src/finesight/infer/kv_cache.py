@@ -383,20 +383,22 @@ class PrefillAttention:
         if cache.linear_states is not None:
             slots = np.array([chunk.state_slot for chunk in chunks], dtype=np.int64)
             self._state_slots_S = copy_to_device(slots, device)
-            if not self._is_first_chunk:
+            # Fused layers update the state of a prompt of one token.
+            if self.fuses_layers or not self._is_first_chunk:
                 is_new_S = np.array([chunk.start == 0 for chunk in chunks])
                 cache.linear_states.reset(copy_to_device(slots[is_new_S], device))
-        if cache.linear_states is not None and self.fuses_layers:
-            # A response of training begins with the last token of the prompt.
-            is_end_S = np.array([chunk.stop == chunk.prompt_length for chunk in chunks])
-            lengths_S = np.array(self._query_segments.lengths)
-            ends = lengths_S.cumsum()[is_end_S] - 1
-            others = np.delete(np.arange(lengths_S.sum()), ends)
-            inverse = np.argsort(np.concatenate([others, ends]))
-            self._others_X, self._ends_E, self._end_slots_E, self._inverse_T = (
-                copy_to_device(x, device) for x in (others, ends, slots[is_end_S], inverse)
-            )
-            self._other_segments = Segments.from_lengths((lengths_S - is_end_S).tolist(), device)
+            if self.fuses_layers:
+                # A response of training begins with the last token of the prompt.
+                is_end_S = np.array([chunk.stop == chunk.prompt_length for chunk in chunks])
+                lengths_S = np.array(self._query_segments.lengths)
+                ends = lengths_S.cumsum()[is_end_S] - 1
+                others = np.delete(np.arange(lengths_S.sum()), ends)
+                inverse = np.argsort(np.concatenate([others, ends]))
+                self._others_X, self._ends_E, self._end_slots_E, self._inverse_T = (
+                    copy_to_device(x, device) for x in (others, ends, slots[is_end_S], inverse)
+                )
+                other_lengths = (lengths_S - is_end_S).tolist()
+                self._other_segments = Segments.from_lengths(other_lengths, device)
 
     @property
     def fuses_layers(self) -> bool:
@@ -412,11 +414,11 @@ class PrefillAttention:
         """Write the new keys and values, then compute attention: [T, H, D] to [T, H, D]."""
         cache = self._cache
         cache.write(layer_index, self._slot_mapping_T, k_TKD, v_TKD)
-        uses_cache = not self._is_first_chunk
-        if uses_cache:
+        if not self._is_first_chunk:
             flat = cache.flatten_layer(layer_index)
             k_TKD, v_TKD = (x.index_select(0, self._context_slots_M) for x in flat)
-        key_segments = self._kv_segments if uses_cache or self.fuses_layers else None
+        is_packed = self._is_first_chunk and not self.fuses_layers
+        key_segments = None if is_packed else self._kv_segments
         return varlen_attention(
             q_THD, k_TKD, v_TKD, self._query_segments, causal=True, key_segments=key_segments
         )
@@ -425,9 +427,7 @@ class PrefillAttention:
         """Continue from the states of the prompts, unless all chunks are first ones."""
         states = self._cache.linear_states
         assert states is not None, "a cache without linear attention states"
-        state = None
-        if not self._is_first_chunk:
-            state = states.read(layer_index, self._state_slots_S)
+        state = None if self._is_first_chunk else states.read(layer_index, self._state_slots_S)
         if not self.fuses_layers:
             o_THV, state = forward_with_states(inputs, self._query_segments, state)
             states.write(layer_index, self._state_slots_S, state)

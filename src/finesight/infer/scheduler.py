@@ -241,16 +241,15 @@ class Scheduler:
         token_budget = self.token_budget
         chunks: list[tuple[SequenceState, int]] = []
         for sequence in self.prefilling:
-            prompt = sequence.prompt
-            budget = token_budget // self.block_size * self.block_size
-            if not chunks:  # each step computes a block at least
-                budget = max(budget, self.block_size)
-            if budget and prompt.adapter_index == self.prefilling[0].prompt.adapter_index:
-                stop = min(prompt.num_tokens, prompt.num_computed_tokens + budget)
+            prompt, start = sequence.prompt, sequence.prompt.num_computed_tokens
+            # Each step computes a block at least.
+            num_blocks = max(token_budget // self.block_size, 0 if chunks else 1)
+            if num_blocks and prompt.adapter_index == self.prefilling[0].prompt.adapter_index:
+                stop = min(prompt.num_tokens, start + num_blocks * self.block_size)
                 end = self._count_shared_blocks(sequence) * self.block_size
-                if prompt.num_computed_tokens < end < stop and self._is_repeated(sequence):
+                if start < end < stop and self._is_repeated(sequence):
                     stop = end
-                token_budget -= stop - prompt.num_computed_tokens
+                token_budget -= stop - start
                 chunks.append((sequence, stop))
         return chunks
 

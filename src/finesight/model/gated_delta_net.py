@@ -7,8 +7,8 @@ v, log decay g and step size b:
 
 `chunk_gated_delta_rule` computes all tokens of a packed batch in chunks, for training and prompts.
 `recurrent_gated_delta_rule` computes one token per sequence, for decoding. The state and the
-convolution start anew with each sequence. `forward_packed`, `forward_with_states` and
-`forward_step` combine the convolution and the rule.
+convolution start anew with each sequence. `forward_packed`, `forward_with_states`, `forward_step`
+and `update_states` combine the convolution and the rule.
 
 Shapes: T tokens, S sequences, C chunks, L tokens of a chunk, H heads, D dimension of a query and a
 key, V dimension of a value, N channels of the convolution, W width of its kernel.

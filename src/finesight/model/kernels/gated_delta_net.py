@@ -482,7 +482,6 @@ def gated_delta_rule(
     `cu_seqlens_S1`, outputs and states have the bits of decoding steps.
     """
     matrices = _chunk_matrices(q_TKD, k_TKD, log_decay_TH, beta_TH, chunks)
-    out_THV = torch.empty_like(v_THV)
     final_SHDV = torch.empty(
         (len(chunks.first_chunk_S1) - 1, v_THV.shape[1], q_TKD.shape[2], v_THV.shape[2]),
         dtype=torch.float32,
@@ -490,6 +489,7 @@ def gated_delta_rule(
     )
     inputs = q_TKD, k_TKD, v_THV, log_decay_TH, beta_TH
     if cu_seqlens_S1 is None:
+        out_THV = torch.empty_like(v_THV)
         outputs = out_THV, final_SHDV
         _run_recurrence(*inputs, matrices, initial_SHDV, chunks, outputs, for_backward=False)
     else:

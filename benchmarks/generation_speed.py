@@ -12,20 +12,23 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+sys.path.append(str(Path(__file__).resolve().parents[1] / "pretraining"))
+
 import numpy as np
 import torch
+from random_model import init_random_model
 
 from finesight.encode.renderer import compute_position_ids
 from finesight.encode.tokenization import EncodedSample, TokenizedSample, VisualSpan
 from finesight.infer.engine import GPU_BLOCK_SIZE, Engine
 from finesight.infer.request import GenerationRequest
 from finesight.model.vlm import VisionLanguageModel
-from finesight.model.weights_io import init_random_model
 from finesight.model_folder import ModelFolder
 
 IMAGE_SIDE_TOKENS = 16

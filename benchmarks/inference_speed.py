@@ -20,6 +20,7 @@ import io
 import itertools
 import json
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -27,9 +28,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+sys.path.append(str(Path(__file__).resolve().parents[1] / "pretraining"))
+
 import numpy as np
 import torch
 from PIL import Image
+from random_model import init_random_model
 
 from finesight.encode.renderer import NativeRenderer
 from finesight.encode.tokenization import EncodedSample
@@ -39,7 +43,7 @@ from finesight.infer.request import GenerationRequest
 from finesight.model.linear import FusedLinear, LoraConfig, LoraLinear
 from finesight.model.lora.multi import detach_adapter, install_lora_routing
 from finesight.model.vlm import VisionLanguageModel
-from finesight.model.weights_io import MATRIX_TYPES, init_random_model
+from finesight.model.weights_io import MATRIX_TYPES
 from finesight.model_folder import ModelFolder
 
 PROMPT = "Describe the image in detail."

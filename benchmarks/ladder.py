@@ -14,16 +14,20 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+sys.path.append(str(Path(__file__).resolve().parents[1] / "pretraining"))
+
 import numpy as np
 import torch
 from inference_speed import quantize_model
 from peer_metrics import report_header
+from random_model import init_random_model
 from torch import Tensor
 
 from finesight.config import TrainSettings, TuneSettings
@@ -36,7 +40,7 @@ from finesight.model.quant import fp8
 from finesight.model.quant.fp8 import Fp8Matrix
 from finesight.model.trainable import configure_tuning, trainable_parameters
 from finesight.model.vlm import VisionLanguageModel
-from finesight.model.weights_io import init_random_model, supports_fp8_matmul
+from finesight.model.weights_io import supports_fp8_matmul
 from finesight.model_folder import locate_model
 from finesight.train import cuda_graphs
 from finesight.train.cuda_graphs import CudaGraphRunner

@@ -9,8 +9,11 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
+sys.path.append(str(Path(__file__).resolve().parents[1] / "pretraining"))
+
 import torch
 from PIL import Image
+from random_model import init_random_model
 
 from finesight.config import ExactSize, LoraSettings, TrainFileSettings, TuneSettings
 from finesight.data.corpus import load_corpus
@@ -20,7 +23,7 @@ from finesight.infer.model_loader import resolve_device
 from finesight.model.config import ConfigReader
 from finesight.model.trainable import configure_tuning
 from finesight.model.vlm import build_model
-from finesight.model.weights_io import init_random_model, save_model
+from finesight.model.weights_io import save_model
 from finesight.model_folder import ModelFolder, locate_model
 from finesight.train.dataloader import StepDataset
 from finesight.train.flops import FlopCounter, measure_peak_flops
@@ -53,7 +56,6 @@ def write_caption_dataset(output_dir: Path) -> Path:
     if table.exists():
         return table
     (output_dir / "images").mkdir(parents=True)
-    sys.path.append(str(Path(__file__).resolve().parents[1] / "pretraining"))
     from synthetic_tasks.tasks import EVAL_TASKS, iter_samples_of_kind
 
     scenes = EVAL_TASKS["captions"]

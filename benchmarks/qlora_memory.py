@@ -25,6 +25,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+sys.path.append(str(Path(__file__).resolve().parents[1] / "pretraining"))
+
 FINESIGHT = [sys.executable, "-m", "finesight"]
 MAX_NEW_TOKENS = 64
 """Maximum length of an answer; random weights rarely generate a stop token."""
@@ -50,8 +52,9 @@ COLUMNS = ("loaded_gb", "loading_gb", "loading_s", "peak_gb", "step_s", "samples
 def ensure_weights(config: Path, work: Path) -> Path:
     """Return a folder with weights: `config`, or random weights below `work`."""
     import torch
+    from random_model import init_random_model
 
-    from finesight.model.weights_io import init_random_model, save_model
+    from finesight.model.weights_io import save_model
     from finesight.model_folder import locate_model
 
     folder = locate_model(str(config))
@@ -227,7 +230,6 @@ def main() -> None:
     parser.add_argument("--only", default=",".join(list(VARIANTS)[:3]))
     parser.add_argument("--keep", action="store_true")
     options = parser.parse_args()
-    sys.path.append(str(Path(__file__).resolve().parents[1] / "pretraining"))
     from synthetic_tasks.dataset_writer import write_task
     from synthetic_tasks.tasks import SyntheticTask
 

@@ -17,9 +17,12 @@ import argparse
 import json
 import random
 import statistics
+import sys
 import time
 from pathlib import Path
 from typing import Any
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "pretraining"))
 
 from qlora_memory import machine_info, run_in_subprocess, train_variant
 
@@ -121,6 +124,7 @@ def measure_full_training(config: Path, data: Path, num_steps: int) -> dict[str,
     A checkpoint of the full model exceeds the disk of many rented machines.
     """
     import torch
+    from random_model import init_random_model
 
     from finesight.config import TrainFileSettings, TrainSettings, TuneSettings
     from finesight.data.corpus import load_corpus
@@ -128,7 +132,6 @@ def measure_full_training(config: Path, data: Path, num_steps: int) -> dict[str,
     from finesight.encode.renderer import NativeRenderer
     from finesight.model.linear import stacked_row_counts
     from finesight.model.trainable import configure_tuning, trainable_parameters
-    from finesight.model.weights_io import init_random_model
     from finesight.model_folder import ModelFolder
     from finesight.train.objectives.sft import fused_linear_cross_entropy
     from finesight.train.optimizer import MasterWeightOptimizer

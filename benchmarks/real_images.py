@@ -19,16 +19,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
+sys.path.append(str(Path(__file__).resolve().parents[1] / "pretraining"))
 
-from finesight.model.weights_io import init_random_model, save_model
+import torch
+from random_model import init_random_model
+from tiny_model import rescale_weights
+
+from finesight.model.weights_io import save_model
 from finesight.model_folder import TINY_MODEL, locate_model
 from finesight.storage import write_folder
 from finesight.train.logging import get_device_name
 from finesight.train.setup import library_versions
-
-sys.path.append(str(Path(__file__).resolve().parents[1] / "pretraining"))
-from tiny_model import rescale_weights
 
 FULL_TUNE = {"vision": "full", "merger": "full", "language": "full", "embeddings": "full"}
 TRAIN_SETTINGS = {

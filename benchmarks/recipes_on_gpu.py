@@ -28,6 +28,8 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+sys.path.append(str(Path(__file__).resolve().parents[1] / "pretraining"))
+
 RECIPES_DIR = Path(__file__).resolve().parents[1] / "recipes"
 FINESIGHT = [sys.executable, "-m", "finesight"]
 
@@ -88,8 +90,9 @@ RECIPE_TASKS = (
 def write_random_weights(config: Path, output_dir: Path) -> None:
     """Write a hub folder with random bf16 weights for `config`."""
     import torch
+    from random_model import init_random_model
 
-    from finesight.model.weights_io import init_random_model, save_model
+    from finesight.model.weights_io import save_model
     from finesight.model_folder import locate_model
 
     folder = locate_model(str(config))

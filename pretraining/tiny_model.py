@@ -18,6 +18,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import torch
+from random_model import init_random_model
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from tokenizers.processors import ByteLevel
 from torch import Tensor, nn
@@ -27,7 +28,7 @@ from finesight.encode.tokenization import PRETOKENIZE_PATTERN
 from finesight.model.families.qwen3_5 import DepthwiseConv
 from finesight.model.families.qwen_vl import RESAMPLER_HEAD_DIM, ResamplerAttention, VisionResampler
 from finesight.model.linear import FusedLinear
-from finesight.model.weights_io import init_random_model, save_model
+from finesight.model.weights_io import save_model
 from finesight.model_folder import ModelFolder
 from finesight.storage import write_folder
 

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 from convert_fixtures import SWIFT_SETTINGS, convert_settings, load_converted_recipe
-from tiny_model import create_tiny_model, init_random_model
+from random_model import init_random_model
+from tiny_model import create_tiny_model
 from transformers import get_scheduler
 
 from finesight.convert.external_config import detect_family

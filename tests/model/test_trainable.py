@@ -18,6 +18,7 @@ from hf_reference import (
     reference_logits,
 )
 from lora_fixtures import get_tolerance, list_adapted_layers, randomize_parameters
+from random_model import init_random_model
 from torch import Tensor
 
 from finesight.config import TuneSettings
@@ -27,7 +28,7 @@ from finesight.model.linear import hub_name, iter_adapters
 from finesight.model.lora.peft_io import save_adapter
 from finesight.model.trainable import MODEL_PARTS, configure_tuning, get_part, trainable_parameters
 from finesight.model.vlm import VisionLanguageModel
-from finesight.model.weights_io import hub_tensors, init_random_model
+from finesight.model.weights_io import hub_tensors
 
 FAMILIES = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5"]
 

@@ -22,8 +22,6 @@ from finesight.config import WeightFormat
 from finesight.errors import UserError
 from finesight.manifest import MANIFEST_FILE
 from finesight.model.config import ConfigReader
-from finesight.model.families.qwen3_5 import GatedDeltaNet
-from finesight.model.families.qwen_vl import AttentionPool
 from finesight.model.fused_ops import split_outputs
 from finesight.model.layers import MoeExperts
 from finesight.model.linear import FusedLinear, hub_name
@@ -46,7 +44,7 @@ from finesight.model.vlm import (
     materialize_parameters,
     raise_on_failed_allocation,
 )
-from finesight.model_folder import PICKLE_INDEX_FILE, PREPROCESSOR_DEFAULTS, ModelFolder
+from finesight.model_folder import PICKLE_INDEX_FILE, ModelFolder
 from finesight.storage import DIGESTS_FILE, open_tensors, verify_folder
 
 
@@ -612,32 +610,3 @@ def copy_model_files(
     config = set_dtype(kept)
     text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
     (target / "config.json").write_text(text, encoding="utf-8")
-
-
-@torch.no_grad()
-def init_random_model(
-    config: Mapping[str, object],
-    seed: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    preprocessor: Mapping[str, object] = PREPROCESSOR_DEFAULTS,
-) -> VisionLanguageModel:
-    """Build a model with random weights, which depend on seed, dtype and device type.
-
-    Weights and biases are normal with standard deviation 0.02, norm weights one, norm biases zero.
-    """
-    model = build_model(
-        ConfigReader(config), ConfigReader(preprocessor, "preprocessor_config.json"), dtype, device
-    )
-    generator = torch.Generator(device).manual_seed(seed)
-    for module in model.modules():
-        for parameter in module.parameters(recurse=False):
-            if not isinstance(module, nn.LayerNorm | nn.RMSNorm):
-                parameter.normal_(0.0, 0.02, generator=generator)
-        if isinstance(module, nn.LayerNorm | nn.RMSNorm):
-            module.reset_parameters()
-        if isinstance(module, AttentionPool):
-            module.init_position_embeddings()
-        if isinstance(module, GatedDeltaNet):
-            module.init_decay()
-    return model

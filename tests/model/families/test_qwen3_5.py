@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 import torch
 from hf_reference import make_config
+from random_model import init_random_model
 
 from finesight.errors import UserError
 from finesight.model.config import ConfigReader
 from finesight.model.trainable import get_part
 from finesight.model.vlm import build_model
-from finesight.model.weights_io import hub_tensors, init_random_model
+from finesight.model.weights_io import hub_tensors
 from finesight.model_folder import PREPROCESSOR_DEFAULTS
 
 ASSETS = Path(__file__).resolve().parents[4] / "shared" / "qwen_assets"

@@ -9,13 +9,13 @@ import torch
 from case_files import load_cases
 from each_value import each
 from qwen_vl_reference import CONFIGS
+from random_model import init_random_model, sincos_positions
 
 from finesight.errors import UserError
 from finesight.model.config import ConfigReader
-from finesight.model.families.qwen_vl import sincos_positions
 from finesight.model.trainable import MODEL_PARTS, get_part
 from finesight.model.vlm import build_model
-from finesight.model.weights_io import hub_tensors, init_random_model
+from finesight.model.weights_io import hub_tensors
 from finesight.model_folder import PREPROCESSOR_DEFAULTS
 
 CASES = load_cases("families_qwen_vl")

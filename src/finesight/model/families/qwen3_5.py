@@ -9,7 +9,6 @@ Shapes: T tokens, D hidden size, H heads, K key heads, V value dimension, L toke
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 
 import torch
@@ -112,10 +111,6 @@ class GatedDeltaNet(LayerAttention):
         self.out_proj = FusedLinear(
             config.value_size, {"out_proj": decoder.hidden_size}, bias=False
         )
-
-    def init_decay(self) -> None:
-        """Initialize the decay rates of the heads from 0.01 to 1, on a logarithmic scale."""
-        self.A_log.copy_(torch.linspace(math.log(0.01), 0.0, len(self.A_log)))
 
     def forward(
         self, projected: tuple[Tensor, ...], _: RotaryCosSin, attention: AttentionBackend

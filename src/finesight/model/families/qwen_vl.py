@@ -17,7 +17,6 @@ from functools import lru_cache, partial
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from finesight.encode.packing import copy_to_device
@@ -321,13 +320,6 @@ class AttentionPool(nn.Module):
         self.ln_q = _norm(hidden_size)
         self.ln_kv = _norm(hidden_size)
 
-    @torch.no_grad()
-    def init_position_embeddings(self) -> None:
-        num_queries, hidden_size = self.pos_embed.shape
-        self.pos_embed.copy_(
-            torch.from_numpy(sincos_positions(math.isqrt(num_queries), hidden_size))
-        )
-
     def forward(self, x_PGD: Tensor, order_G: Tensor) -> Tensor:
         if self.kv_proj is not None:
             x_PGD = single_output(self.kv_proj(x_PGD))
@@ -417,17 +409,6 @@ def _patch_order(grid_size: int, merge_size: int, device: torch.device) -> Tenso
     with torch.inference_mode(False):
         rows_columns = patch_coordinates((1, grid_size, grid_size), merge_size).reshape(-1, 2)
         return copy_to_device((rows_columns @ [grid_size, 1]).astype(np.int64), device)
-
-
-def sincos_positions(grid_size: int, embedding_dim: int) -> NDArray[np.float32]:
-    """Return 2-D sine-cosine position embeddings, [grid_size x grid_size, embedding_dim]."""
-    frequencies = 10000.0 ** (
-        -np.arange(embedding_dim // 4, dtype=np.float32) / (embedding_dim / 4)
-    )
-    angles_SF = np.arange(grid_size, dtype=np.float32)[:, None] * frequencies
-    axis_SD = np.concatenate([np.sin(angles_SF), np.cos(angles_SF)], axis=1)
-    columns, rows = np.tile(axis_SD, (grid_size, 1)), np.repeat(axis_SD, grid_size, axis=0)
-    return np.concatenate([columns, rows], axis=1).astype(np.float32)
 
 
 def build_vision_encoder(

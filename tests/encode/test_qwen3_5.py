@@ -2,7 +2,7 @@
 
 import json
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from copy import copy
 from functools import cache
 from pathlib import Path
@@ -45,13 +45,18 @@ IMAGE_TOKENS = 4
 @pytest.fixture(scope="module")
 def renderers(
     tmp_path_factory: pytest.TempPathFactory,
-) -> Iterator[Callable[[str], NativeRenderer]]:
+) -> Callable[[str], NativeRenderer]:
     """Function that returns the renderer of a model; loading a tokenizer takes a second."""
     folder = tmp_path_factory.mktemp("models")
     first = load_tokenizer(make_model_folder("Qwen3.5-4B", folder / "first"))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(renderer_area, "load_tokenizer", lambda folder: first)
-        yield cache(lambda name: NativeRenderer(make_model_folder(name, folder / name)))
+
+    @cache
+    def make_renderer(name: str) -> NativeRenderer:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(renderer_area, "load_tokenizer", lambda folder: first)
+            return NativeRenderer(make_model_folder(name, folder / name))
+
+    return make_renderer
 
 
 def make_model_folder(name: str, target: Path) -> ModelFolder:

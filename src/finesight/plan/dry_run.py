@@ -48,13 +48,9 @@ FLASH_BACKWARD_TILE, FLASH_HEAD_DIM_MULTIPLE = 128, 32
 MAX_REORDERED_ELEMENTS = 1 << 18
 """Maximum number of elements, approximately, that oneDNN copies to transpose a large matrix."""
 
-CPU_BATCH_PRODUCTS = (
-    torch.ops.aten.bmm.default,
-    torch.ops.aten.bmm.out,
-    torch.ops.aten.baddbmm.default,
-    torch.ops.aten.baddbmm_.default,
-)
-"""Batched matrix products of attention on a CPU."""
+BATCH_PRODUCTS = (torch.ops.aten.bmm, torch.ops.aten.baddbmm, torch.ops.aten.baddbmm_)
+WEIGHT_PRODUCTS = (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_)
+"""Matrix products of attention and of linear layers, which oneDNN computes on a CPU."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,12 +104,8 @@ class _FusedRmsNorm(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy_TD: Tensor) -> tuple[Tensor | None, ...]:
-        x_TD, weight_D, _ = ctx.saved_tensors
-        needs_x, needs_weight = ctx.needs_input_grad
-        return (
-            x_TD.new_empty(x_TD.shape) if needs_x else None,
-            weight_D.new_empty(weight_D.shape) if needs_weight else None,
-        )
+        inputs = zip(ctx.saved_tensors[:2], ctx.needs_input_grad, strict=True)
+        return tuple(x.new_empty(x.shape) if is_needed else None for x, is_needed in inputs)
 
 
 class _EmulatedTensors(TorchFunctionMode):
@@ -174,10 +166,8 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __init__(self, known_tensors: Iterable[Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._storages: dict[int, Any] = {
-            id(storage): storage
-            for storage in (tensor.untyped_storage() for tensor in known_tensors)
-        }
+        storages = [tensor.untyped_storage() for tensor in known_tensors]
+        self._storages: dict[int, Any] = {id(storage): storage for storage in storages}
         self._grad_bytes, self._forward_bytes, self._is_backward = 0, 0, False
         self.live_bytes = self.peak_bytes = self.saved_bytes = 0
         self.grads_at_peak = self.forward_at_peak = 0
@@ -244,21 +234,32 @@ def _move_indices(args: tuple[Any, ...]) -> tuple[Any, ...]:
     )
 
 
+def _onednn_workspace(x_MK: Tensor, y_KN: Tensor, is_batch: bool) -> int:
+    """Return the temporary bytes of a 16-bit matrix product of a batch or of weights.
+
+    Each thread copies a transposed left operand of a batch. Processors with AMX copy the weights.
+    Those with AVX-512 but without 16-bit products accumulate products of a batch in fp32.
+    """
+    (num_rows, num_inner), num_columns = x_MK.shape[-2:], y_KN.shape[-1]
+    num_threads = torch.get_num_threads() if is_batch else 1
+    if x_MK.element_size() != 2 or not (is_batch or torch.cpu._is_amx_tile_supported()):
+        return 0
+    if torch.cpu._is_avx512_supported() and not torch.cpu._is_avx512_bf16_supported():
+        return 4 * num_threads * num_rows * num_columns
+    left_rows = num_rows * (x_MK.stride(-2) == 1)
+    num_copied = num_inner * (num_columns + left_rows) if left_rows or not is_batch else 0
+    return 2 * num_threads * min(MAX_REORDERED_ELEMENTS, num_copied)
+
+
 def _kernel_workspace(func: Any, args: tuple[Any, ...]) -> int:
     """Return the temporary bytes that an operation of torch allocates inside its kernel.
 
     The backward pass of FlashAttention accumulates fp32 gradients of padded queries. With
     grouped-query attention, each query head first has its own gradient of keys and values.
-
-    On a CPU, each thread of oneDNN copies the operands of a 16-bit product whose left operand is
-    transposed.
     """
-    if func in CPU_BATCH_PRODUCTS and not args[0].is_cuda:
-        x_BMK, y_BKN = args[-2:]
-        if x_BMK.element_size() != 2 or x_BMK.stride(-2) != 1:
-            return 0
-        num_copied: int = x_BMK.shape[-1] * (x_BMK.shape[-2] + y_BKN.shape[-1])
-        return 2 * torch.get_num_threads() * min(MAX_REORDERED_ELEMENTS, num_copied)
+    is_batch = func.overloadpacket in BATCH_PRODUCTS
+    if (is_batch or func.overloadpacket in WEIGHT_PRODUCTS) and not args[0].is_cuda:
+        return _onednn_workspace(args[-2], args[-1], is_batch)
     if func.name() != "torch_attn::_varlen_attn_backward":
         return 0
     _, q_THD, k_MKD, _, _, _, cu_seqlens_S1 = args[:7]

@@ -14,7 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from hostile_requests import make_schema_format
+from hostile_requests import make_schema_format, make_video_content
 from image_fixtures import encode_image, make_noise_image
 from openai import OpenAI
 
@@ -111,6 +111,10 @@ def make_data_url(data: bytes) -> str:
 
 def make_image_part(url: str) -> dict[str, Any]:
     return {"type": "image_url", "image_url": {"url": url}}
+
+
+def make_video_part(data: bytes, **given: Any) -> dict[str, Any]:
+    return make_video_content(data) | given
 
 
 def make_messages(*parts: str | dict[str, Any]) -> list[Any]:

@@ -8,6 +8,7 @@ import urllib.request
 import zipfile
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.error import HTTPError
@@ -30,7 +31,7 @@ from finesight.infer.model_loader import load_inference_model
 from finesight.infer.request import GenerationOptions, SamplingParams
 from finesight.manifest import Manifest
 from finesight.model_folder import TINY_MODEL
-from finesight.serve.preprocessing_jobs import PromptEncoder
+from finesight.serve.preprocessing_jobs import encode_in_worker
 from finesight.vision.image_processing import load_image
 from finesight.vision.image_reader import create_image_pool
 
@@ -369,10 +370,10 @@ def test_stop_regenerate_and_undo(browser, image_paths):
 def test_video_is_shown_and_answered(browser, tmp_path, monkeypatch):
     clip = pytest.importorskip("video_fixtures").write_video(tmp_path / "clip.mp4")
     renderer = load_inference_model(TINY_MODEL, "cpu").renderer
-    pool = create_image_pool(renderer, PromptEncoder.__module__)
+    pool = create_image_pool(renderer, encode_in_worker.__module__)
     with (
         closing(pool),
-        run_service(TINY_MODEL, PromptEncoder(pool).encode) as service,
+        run_service(TINY_MODEL, partial(encode_in_worker, pool)) as service,
         run_web_page(service, pool=pool) as page,
     ):
         visit = ChatPageDriver(browser, page.address, PHONE_WIDTH)

@@ -38,7 +38,7 @@ CLIENTS = {
     "hub/modelscope.py",
     "hub/url_files.py",
     "label/teacher.py",
-    "serve/image_sources.py",
+    "serve/media_sources.py",
     "track/backends.py",
 }
 """Modules that send requests: to hubs, URLs and teachers of the user, to allowed media hosts, and

@@ -109,8 +109,8 @@ def serve(
     from finesight.manifest import find_run_dir
     from finesight.serve.api_schema import ServerLimits
     from finesight.serve.api_server import bind_socket, run_api_server
-    from finesight.serve.image_sources import LabelStudioImages, read_formats
     from finesight.serve.label_studio_backend import TOKEN_VARIABLE, LabelStudioOptions
+    from finesight.serve.media_sources import LabelStudioImages, read_formats
     from finesight.serve.request_middleware import read_api_keys
     from finesight.train.run_dir import read_example
 
@@ -185,7 +185,7 @@ def _print_address(
         auth_header: Option of curl with the API key, after a space; empty without a key.
     """
     from finesight.data.image_header import get_file
-    from finesight.serve.image_sources import DEFAULT_IMAGE_FORMATS
+    from finesight.serve.media_sources import DEFAULT_IMAGE_FORMATS
 
     print(f"serving {', '.join(service.model_names)} at {address}", flush=True)
     curl = f"curl {address}/chat/completions{auth_header} -H 'Content-Type: application/json'"
@@ -282,16 +282,16 @@ def web(
     from finesight.app.chat_page import ChatStore, make_chat_app
     from finesight.app.server import bind_socket, serve_app
     from finesight.infer.inference_service import InferenceService
-    from finesight.serve.preprocessing_jobs import PromptEncoder
+    from finesight.serve.preprocessing_jobs import encode_in_worker
     from finesight.storage import temporary_folder
     from finesight.vision.image_reader import create_image_pool
 
     with bind_socket(host, port, socket_file) as listener:
         inference_model = load_adapters(run_or_model, adapter or (), **loading)
         num_seqs = _select_num_seqs(inference_model, WEB_MAX_NUM_SEQS)
-        pool = create_image_pool(inference_model.renderer, PromptEncoder.__module__)
+        pool = create_image_pool(inference_model.renderer, encode_in_worker.__module__)
         service = InferenceService(
-            inference_model, max_num_seqs=num_seqs, encode_prompt=PromptEncoder(pool).encode
+            inference_model, max_num_seqs=num_seqs, encode_prompt=partial(encode_in_worker, pool)
         )
         try:
             shown = password if is_generated else None

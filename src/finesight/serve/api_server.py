@@ -37,13 +37,13 @@ from finesight.serve.api_schema import (
 )
 from finesight.serve.chat_completions import ChatCompletionsHandler
 from finesight.serve.http_protocol import build_protocol_class
-from finesight.serve.image_sources import (
+from finesight.serve.label_studio_backend import LabelStudioOptions
+from finesight.serve.media_sources import (
     DEFAULT_IMAGE_FORMATS,
     FILE_PURPOSE,
     FileStore,
-    ImageFetcher,
+    MediaFetcher,
 )
-from finesight.serve.label_studio_backend import LabelStudioOptions
 from finesight.serve.preprocessing_jobs import load_worker_state
 from finesight.serve.request_middleware import (
     CLIENT_CLOSED_REQUEST,
@@ -75,7 +75,7 @@ def make_app(
     *,
     api_keys: Sequence[str] = (),
     limits: ServerLimits | None = None,
-    fetcher: ImageFetcher | None = None,
+    fetcher: MediaFetcher | None = None,
     image_formats: Sequence[str] = DEFAULT_IMAGE_FORMATS,
     label_studio: LabelStudioOptions | None = None,
 ) -> RequestMiddleware:
@@ -101,7 +101,7 @@ def make_app(
         image_formats=image_formats,
         limits=limits,
         metrics=metrics,
-        fetcher=fetcher or ImageFetcher((), limits),
+        fetcher=fetcher or MediaFetcher((), limits),
         store=FileStore(folder / "files", limits),
         folder=request_folder,
     )
@@ -170,7 +170,7 @@ def _build_file_routes(completions: ChatCompletionsHandler) -> list[Route]:
             )
         preprocessor = completions.create_preprocessor(uploaded_file.path.parent)
         try:
-            await completions.run_in_thread(preprocessor.inspect_image, uploaded_file.path, "file")
+            await completions.run_in_thread(preprocessor.inspect_file, uploaded_file.path, "file")
         except BaseException:
             store.delete(uploaded_file.owner, uploaded_file.id)
             raise
@@ -349,7 +349,7 @@ def run_api_server(
             folder,
             api_keys=api_keys,
             limits=limits,
-            fetcher=ImageFetcher(allowed_media_hosts, limits),
+            fetcher=MediaFetcher(allowed_media_hosts, limits),
             image_formats=image_formats,
             label_studio=label_studio,
         )

@@ -40,7 +40,7 @@ from finesight.data.row_reader import Record
 from finesight.errors import UserError
 from finesight.serve.api_schema import ApiError, ClientDisconnectedError, from_user_error
 from finesight.serve.chat_completions import ChatCompletionsHandler, ChoiceBuilder, limit_time
-from finesight.serve.image_sources import LabelStudioImages
+from finesight.serve.media_sources import LabelStudioImages
 from finesight.serve.request_middleware import (
     LABEL_STUDIO_PATH,
     ByteReservation,

@@ -1,4 +1,4 @@
-"""Sources of request images: uploaded files, and URLs on allowed web hosts."""
+"""Sources of request images and videos: uploaded files, and URLs on allowed web hosts."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import ipaddress
 import os
 import re
 import secrets
+import shutil
 import socket
 import ssl
 import threading
@@ -38,7 +39,7 @@ FILE_PURPOSE = "vision"
 CHUNK_BYTES = 2**20
 MAX_REDIRECTS = 5
 CONTENT_TYPE_PREFIXES = (
-    *("image/", "application/pdf", "application/octet-stream", "binary/octet-stream"),
+    *("image/", "video/", "application/pdf", "application/octet-stream", "binary/octet-stream"),
 )
 
 DATA_PATH = "/data/"
@@ -107,7 +108,11 @@ class FileStore:
         file_id = f"file-{secrets.token_hex(16)}"
         path = self._folder / file_id
         try:
-            num_bytes = self._copy_file(source, path)
+            with open(path, "xb") as file:
+                shutil.copyfileobj(source, file)
+                num_bytes = file.tell()
+            if num_bytes > (limit := self._limits.max_image_bytes):
+                raise ApiError(413, f"file is too large: expected at most {limit} bytes", "file")
             upload = UploadedFile(file_id, owner, filename[:255], num_bytes, int(time.time()), path)
             with self._lock:
                 num_files = len(self._uploads)
@@ -155,17 +160,6 @@ class FileStore:
             self._uploads.pop(file_id, None)
         upload.path.unlink(missing_ok=True)
 
-    def _copy_file(self, source: BinaryIO, path: Path) -> int:
-        num_bytes, limit = 0, self._limits.max_image_bytes
-        with open(path, "xb") as file:
-            while chunk := source.read(CHUNK_BYTES):
-                num_bytes += len(chunk)
-                if num_bytes > limit:
-                    message = f"file is too large: expected at most {limit} bytes"
-                    raise ApiError(413, message, "file")
-                file.write(chunk)
-        return num_bytes
-
 
 async def resolve_host(host: str, port: int) -> list[str]:
     """Resolve a host name to IP addresses with the resolver of the system."""
@@ -173,8 +167,8 @@ async def resolve_host(host: str, port: int) -> list[str]:
     return [str(entry[4][0]) for entry in addresses]
 
 
-class ImageFetcher:
-    """Fetches images over HTTPS from allowed hosts, with limits on size and time.
+class MediaFetcher:
+    """Fetches files over HTTPS from allowed hosts, with limits on size and time.
 
     It prevents server-side request forgery (SSRF): a host name is resolved once per request, all of
     its addresses must be public, and the connection uses a checked address, so that DNS rebinding
@@ -195,11 +189,11 @@ class ImageFetcher:
         self._ssl_context = ssl.create_default_context() if hosts else None
 
     async def fetch(self, url: str, file: BinaryIO) -> None:
-        """Fetch an image and write it to a file.
+        """Fetch an image or video and write it to a file.
 
         Raises:
             UserError: The scheme, host or address of the URL or of a redirect is not allowed, or
-                the response is too large, too slow or not an image.
+                the response is too large, too slow or of another type.
         """
         try:
             async with asyncio.timeout(self._timeout_s):
@@ -228,9 +222,9 @@ class ImageFetcher:
         parts = urlsplit(target_url) if is_allowed else urlsplit("")
         if is_offline() or not is_allowed or parts.hostname is None:
             raise _url_error(
-                "image URLs are disabled because HF_HUB_OFFLINE is set"
+                "URLs are disabled because HF_HUB_OFFLINE is set"
                 if is_allowed
-                else "image URL or its redirect is not allowed",
+                else "URL or its redirect is not allowed",
                 "a data URL, or https:// and a host that the server allows (--allow-media-host)",
             )
         return parts.hostname, parts.port or 443
@@ -243,7 +237,7 @@ class ImageFetcher:
             self._is_allowed_address(ipaddress.ip_address(a)) for a in addresses
         ):
             raise _url_error(
-                "image host has no public address", "a host with public addresses only"
+                "host of the URL has no public address", "a host with public addresses only"
             )
         return addresses[0]
 
@@ -308,7 +302,7 @@ class LabelStudioImages:
         self._folder = Path(os.path.realpath(folder)) if folder else None
         self._url, self._token, self._limits = (url or "").rstrip("/"), token, limits
 
-    async def fetch(self, reference: str, file: BinaryIO, *, web: ImageFetcher) -> None:
+    async def fetch(self, reference: str, file: BinaryIO, *, web: MediaFetcher) -> None:
         """Write an image of a task to a file; `web` fetches other web URLs.
 
         Raises:
@@ -404,9 +398,9 @@ def _is_data_path(path: str) -> bool:
 
 
 def _fetch_error(what: str) -> UserError:
-    return _url_error(f"image could not be fetched: {what}", "an image at the URL")
+    return _url_error(f"file could not be fetched: {what}", "an image or video at the URL")
 
 
 def _url_error(what: str, expected: str) -> UserError:
-    remedy = "Send the image as a data URL, or upload it to /v1/files."
-    return UserError(what, where="image_url", expected=expected, remedy=remedy)
+    remedy = "Send the file as a data URL, or upload an image to /v1/files."
+    return UserError(what, where="url", expected=expected, remedy=remedy)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import bisect
 import cmath
+import contextlib
 import itertools
 import json
 import math
@@ -89,28 +90,38 @@ def parse_coordinates(value: object) -> list[float]:
     return coordinates
 
 
+@contextlib.contextmanager
+def translate_shape_errors(
+    shape: object, expected: str = "a label and numeric coordinates", kind: str = "shape"
+) -> Iterator[None]:
+    """Raise InvalidBoxError for errors while a shape is parsed."""
+    try:
+        yield
+    except (TypeError, ValueError, LookupError, ArithmeticError, OSError) as error:
+        what, remedy = f"the {kind} {str(shape)[:80]}", "correct the shape, or remove it"
+        raise InvalidBoxError(what, expected=expected, remedy=remedy) from error
+
+
 def find_bounds(points: Iterable[Sequence[Any]], shape: object) -> list[float]:
     """Return the enclosing box [x1, y1, x2, y2] of the points of a shape.
 
     Raises:
         InvalidBoxError: The points are not two or more pairs of numbers.
     """
-    try:
+    with translate_shape_errors(shape, "points of two numbers"):
         xs, ys = zip(*((float(x), float(y)) for x, y in points), strict=True)
         return [min(xs), min(ys), max(xs), max(ys)]
-    except (TypeError, ValueError, OverflowError) as error:
-        raise InvalidBoxError(
-            f"the shape {str(shape)[:80]}",
-            expected="points of two numbers",
-            remedy="correct the shape, or remove it",
-        ) from error
 
 
-def rotate_rectangle(box: Box, degrees: float, pivot: tuple[float, float]) -> list[complex]:
-    """Return the corners of a rectangle after a clockwise rotation around a pivot."""
+def rotate_rectangle(
+    box: Box, degrees: float, pivot: tuple[float, float]
+) -> list[tuple[float, float]]:
+    """Return the corners of a rectangle after a clockwise rotation around a pivot, in order."""
     x1, y1, x2, y2 = box
     turn, center = cmath.rect(1, math.radians(degrees)), complex(*pivot)
-    return [(complex(x, y) - center) * turn + center for x in (x1, x2) for y in (y1, y2)]
+    corners = (complex(*one) for one in ((x1, y1), (x2, y1), (x2, y2), (x1, y2)))
+    rotated = [(one - center) * turn + center for one in corners]
+    return [(one.real, one.imag) for one in rotated]
 
 
 def clip_box(box: Box, image_size: tuple[int, int], *, is_point: bool = False) -> Box | None:

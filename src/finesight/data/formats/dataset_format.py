@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import itertools
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -12,6 +13,8 @@ from dataclasses import dataclass, field, replace
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal
+
+import numpy as np
 
 from finesight.bounded_files import DuplicateKeyError, parse_unique_json
 from finesight.data.boxes import (
@@ -131,8 +134,8 @@ def build_example(
 Files = Iterator[tuple[str, bytes]]
 """Relative file names with content. A repeated name appends to the file."""
 
-BoxTask = Literal["detection", "grounding", "points"]
-"""Task of a box dataset: one question per image, one per label, or one about its points."""
+BoxTask = Literal["detection", "grounding", "points", "polygons"]
+"""Task of a box dataset: one question per image, one per label, or about its points or outlines."""
 
 InvalidBoxPolicy = Literal["fail", "drop", "clip"]
 """Treatment of invalid boxes: an error of the row, drop the box, or clip it to the image.
@@ -149,6 +152,7 @@ NOTE_PIXELS = (
     "JSON boxes and points in texts, read as pixels of the original image; --box-units changes it"
 )
 NOTE_CLIPPED_BOX = "boxes outside their image (clipped)"
+NOTE_MOVED_CORNER = "corners of polygons outside their image (moved to its edge)"
 NOTE_SKIPPED_BOX = "invalid boxes (skipped)"
 
 IMAGE_KEYS = ("image", "images")
@@ -228,7 +232,7 @@ class ImportContext:
     @property
     def shape_notes(self) -> Counter[str]:
         """Counts of shapes that questions about boxes do not represent."""
-        return Counter() if self.box_task == "points" else self.row_notes
+        return Counter() if self.box_task in ("points", "polygons") else self.row_notes
 
     def resolve_convention(self, default: BoxConvention) -> BoxConvention:
         """Return the box convention of the user options, else that of the dataset format."""
@@ -263,12 +267,15 @@ class ImportContext:
         try:
             clipped_box = clip_to_image(pixel_box, image_size, convention, is_point=is_point)
         except InvalidBoxError as error:
-            inner_box = clip_box(pixel_box, image_size, is_point=is_point)
+            inner_box, note = clip_box(pixel_box, image_size, is_point=is_point), NOTE_CLIPPED_BOX
+            if self.box_task == "polygons" and all(map(math.isfinite, pixel_box)):
+                limits = np.array((image_size[::-1] * 2), float)
+                inner_box, note = tuple(np.clip(pixel_box, 0, limits).tolist()), NOTE_MOVED_CORNER
             option = "leave it out"
             if inner_box is not None and inner_box != pixel_box:  # else not in pixels
                 option = "give --on-invalid-box clip"
                 if self.on_invalid_box == "clip":
-                    self.invalid_boxes.append((NOTE_CLIPPED_BOX, error))
+                    self.invalid_boxes.append((note, error))
                     return inner_box
             hint = f"{error.remedy}; otherwise " if self.has_box_options else ""
             error.remedy = f"{hint}correct the row, or {option}"
@@ -371,7 +378,7 @@ class RowImages:
 
         A point is invalid outside of a text without `--box-task points`, also if boxes are dropped.
         """
-        allows_points = is_text or self._context.box_task == "points"
+        allows_points = is_text or self._context.box_task in ("points", "polygons")
         if isinstance(value, list | tuple) and len(value) == 2 and not allows_points:
             expected, remedy = "four coordinates", "correct the row, or give --box-task points"
             raise InvalidRowError(f"the box {str(value)[:80]}, a point", expected, remedy)

@@ -320,11 +320,12 @@ class TextBox(NamedTuple):
     is_tagged: bool = False
 
 
-def split_at_boxes(text: str) -> Iterator[str | list[str | TextBox]]:
+def split_at_boxes(text: str, *, keeps_json: bool = False) -> Iterator[str | list[str | TextBox]]:
     """Split a text into plain text and JSON values with boxes, alternately.
 
     A value is a list of boxes, or the texts of a structure and boxes instead of their coordinates.
-    Plain texts may be empty. A plain text that contains `bbox_2d` has it outside of valid JSON.
+    With `keeps_json`, a list of boxes is a structure, too. Plain texts may be empty. A plain text
+    that contains `bbox_2d` has it outside of valid JSON.
     """
     end = 0
     for match in iter_json_values(text):
@@ -333,7 +334,8 @@ def split_at_boxes(text: str) -> Iterator[str | list[str | TextBox]]:
         if any(key in part for key in COORDINATE_KEYS):
             simple = [parse_json_box(item) for item in items]
             boxes = [box for box in simple if box is not None]
-            pieces = boxes if len(boxes) == len(simple) else _split_structure(part, match.value)
+            is_list = len(boxes) == len(simple) and not keeps_json
+            pieces = boxes if is_list else _split_structure(part, match.value)
             if pieces:
                 yield text[end : match.start]
                 yield list(pieces)

@@ -151,6 +151,7 @@ NOTE_THOUSANDTHS = (
 NOTE_PIXELS = (
     "JSON boxes and points in texts, read as pixels of the original image; --box-units changes it"
 )
+NOTE_KEPT_JSON = "answers of boxes (kept as JSON, which other answers have with further keys)"
 NOTE_CLIPPED_BOX = "boxes outside their image (clipped)"
 NOTE_MOVED_CORNER = "corners of polygons outside their image (moved to its edge)"
 NOTE_SKIPPED_BOX = "invalid boxes (skipped)"
@@ -210,6 +211,8 @@ class ImportContext:
         row_notes: Counts of content of the current row that samples do not represent.
         other_keys: Number of keys in the current row that its format does not use, by description.
         invalid_boxes: Note and error of each clipped or dropped box of the current row.
+        keeps_json: Keep JSON of boxes as JSON, instead of the notation of the model family.
+        num_json: Number of JSON values of boxes only (False) and of structures with boxes (True).
     """
 
     images: ImageResolver
@@ -228,6 +231,15 @@ class ImportContext:
     row_notes: Counter[str] = field(default_factory=Counter)
     skipped_rows: Counter[str] = field(default_factory=Counter)
     other_keys: Counter[str] = field(default_factory=Counter)
+    keeps_json: bool = False
+    num_json: Counter[bool] = field(default_factory=Counter)
+
+    def restart_with_json(self) -> None:
+        """Reset the counts, to parse all rows again with one notation of boxes."""
+        self.keeps_json, self.num_clipped = True, 0
+        self.source_notes.clear()
+        self.skipped_rows.clear()
+        self.source_notes[NOTE_KEPT_JSON] = self.num_json[False]
 
     @property
     def shape_notes(self) -> Counter[str]:
@@ -359,6 +371,15 @@ class RowImages:
         xyxy = self._context.read_box(value, self.paths[resolved_index], default, label)
         is_point = isinstance(value, list | tuple) and len(value) == 2
         return create_region(xyxy, label, is_point=is_point, image=resolved_index)
+
+    @property
+    def keeps_json(self) -> bool:
+        """Whether the import keeps JSON of boxes as JSON."""
+        return self._context.keeps_json
+
+    def count_json(self, *, is_structure: bool) -> None:
+        """Count a JSON value with boxes."""
+        self._context.num_json[is_structure] += 1
 
     @property
     def list_limits(self) -> tuple[float, float] | None:

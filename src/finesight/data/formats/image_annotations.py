@@ -183,7 +183,7 @@ MAX_MASK_EDGES = 200_000
 
 
 def decode_runs(counts: Sequence[int], size: ImageSize, order: Literal["C", "F"]) -> BoolMask:
-    """Decode a mask of alternating run lengths, beginning with the background.
+    """Decode a mask of alternating run lengths, the background first.
 
     Args:
         size: Height and width.

@@ -254,6 +254,7 @@ class WaitingTeacher(ScriptedTeacher):
     async def complete(self, request: Request) -> Response:
         self.requests.append(await request.json())
         if len(self.requests) == 2:
+            await asyncio.sleep(0.5)  # until the command waits
             os.kill(os.getpid(), signal.SIGINT)
         await asyncio.to_thread(self.ended.wait)
         return Response()

@@ -23,10 +23,10 @@ import os
 import re
 import threading
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, wait
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 from urllib.parse import urlsplit
@@ -230,45 +230,24 @@ class Teacher:
             UserError: The server does not answer, or rejects the key, the model or the request.
         """
         suggestions, reasons = list[Suggestion](), dict[str, str]()
-        try:
-            if self._format.frame == "auto":
-                self._format = replace(self._format, frame=self._find_frame())
-            for sample, found in zip(samples, self._suggest_all(samples), strict=True):
-                if isinstance(found, str):
-                    reasons[sample.sample.id] = found
-                else:
-                    suggestions.append(found)
-                    on_progress(1)
-        except NoAnswerError as error:
-            return [], {one.sample.id: str(error) for one in samples}
-        except BaseException:
-            self._stopped.set()  # Threads send no further request.
-            raise
+        with ThreadPool(self._settings.concurrency) as pool:
+            try:
+                if self._format.frame == "auto":
+                    self._format = replace(self._format, frame=self._find_frame())
+                for sample, found in zip(samples, pool.imap(self._suggest, samples), strict=True):
+                    if isinstance(found, str):
+                        reasons[sample.sample.id] = found
+                    else:
+                        suggestions.append(found)
+                        on_progress(1)
+            except NoAnswerError as error:
+                return [], {one.sample.id: str(error) for one in samples}
+            except BaseException:
+                self._stopped.set()  # A ThreadPool waits for no request, its threads for no attempt.
+                raise
         tokens = ", ".join(f"{count:,} {kind}" for kind, count in self.usage.items())
         self._log(f"teacher: {self.num_requests:,} requests ({tokens or 'no tokens'})")
         return suggestions, reasons
-
-    def _suggest_all(self, samples: Sequence[LocatedSample]) -> Iterator[Suggestion | str]:
-        """Yield the result of each sample from daemon threads.
-
-        At an interrupt, a thread pool would wait for its requests, which take minutes.
-        """
-        results = [Future[Suggestion | str]() for _ in samples]
-        jobs = iter([*zip(samples, results, strict=True)])
-
-        def work() -> None:
-            for sample, result in jobs:
-                try:
-                    result.set_result(self._suggest(sample))
-                except BaseException as error:
-                    result.set_exception(error)
-
-        for _ in range(self._settings.concurrency):
-            threading.Thread(target=work, daemon=True).start()
-        for result in results:
-            while not result.done():
-                wait([result], timeout=0.5)  # misses an interrupt just before it
-            yield result.result()
 
     def _suggest(self, located: LocatedSample) -> Suggestion | str:
         """Return the suggestion for a sample, or the reason why it has none."""

@@ -193,8 +193,7 @@ class SourceOptions(TableOptions, total=False):
         Parameter(
             "For datasets of boxes (coco, yolo, voc, labelme, cvat, fiftyone, label-studio): one "
             "question per image about all boxes (detection), one per image and label (grounding), "
-            "one per image about all points and keypoints (points), or one about the outlines of "
-            "all polygons and masks (polygons).",
+            "or one per image about its points (points) or outlines (polygons).",
             default="detection",
         ),
     ]

@@ -243,7 +243,7 @@ class Teacher:
             except NoAnswerError as error:
                 return [], {one.sample.id: str(error) for one in samples}
             except BaseException:
-                self._stopped.set()  # A ThreadPool waits for no request, its threads for no attempt.
+                self._stopped.set()  # Its threads send nothing, and the pool waits for none.
                 raise
         tokens = ", ".join(f"{count:,} {kind}" for kind, count in self.usage.items())
         self._log(f"teacher: {self.num_requests:,} requests ({tokens or 'no tokens'})")

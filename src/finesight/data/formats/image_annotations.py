@@ -41,6 +41,7 @@ from finesight.data.boxes import (
     BoxUnits,
     InvalidBoxError,
     StrayBoxError,
+    find_bounds,
     translate_shape_errors,
 )
 from finesight.data.formats.dataset_format import (
@@ -171,9 +172,14 @@ def enclose_shape(kind: str, bounds: list[float] | None, notes: Counter[str]) ->
     return bounds if is_box else None
 
 
-Outlines = Sequence[Sequence[Sequence[Any]]]
-"""Polygons of an object: pairs of x and y in the convention of its format."""
+class Outlines(NamedTuple):
+    """Polygons around the parts of an object, in units of its format, and its number of holes."""
 
+    polygons: Sequence[Sequence[Sequence[Any]]] = ()
+    num_holes: int = 0
+
+
+NO_OUTLINES = Outlines()
 BoolMask = NDArray[np.bool_]
 
 MAX_COORDINATE = 1e9
@@ -234,8 +240,8 @@ def decode_brush(values: Sequence[int], size: ImageSize) -> BoolMask:
     return flat.reshape(*size, 4)[..., 3]
 
 
-def trace_mask(mask_HW: BoolMask, left: float = 0, top: float = 0) -> tuple[Outlines, int]:
-    """Return the outlines of the connected parts of a mask, and its number of holes.
+def trace_mask(mask_HW: BoolMask, left: float = 0, top: float = 0) -> Outlines:
+    """Return the outlines of the connected parts of a mask.
 
     An outline connects the midpoints of the pixel edges at the border of its part. It differs from
     the border by at most 0.36 pixels, at the corners of pixels.
@@ -269,7 +275,7 @@ def trace_mask(mask_HW: BoolMask, left: float = 0, top: float = 0) -> tuple[Outl
             edges.discard(edge)
         num_holes += area < 0
         outlines += [outline] * (area > 0)
-    return sorted(outlines), num_holes
+    return Outlines(sorted(outlines), num_holes)
 
 
 def simplify_outline(
@@ -347,18 +353,16 @@ class ObjectAnnotation:
 
     Attributes:
         coordinates: Box in the convention of the format; None if the object has no box.
+        outlines: Outlines of the object, for `--box-task polygons`.
         attributes: Further properties such as `difficult`, stored in the metadata of the sample.
         points: Points and keypoints of the object with their names, for `--box-task points`.
-        outlines: Polygons around the parts of the object, for `--box-task polygons`.
-        num_holes: Number of holes in these parts.
     """
 
     label: str
     coordinates: Sequence[object] | None
+    outlines: Outlines = NO_OUTLINES
     attributes: Mapping[str, Any] = field(default_factory=dict)
     points: Sequence[tuple[str, Sequence[object]]] = ()
-    outlines: Outlines = ()
-    num_holes: int = 0
 
 
 def build_detection_examples(
@@ -405,8 +409,9 @@ def build_detection_examples(
     check_declared_size(declared_size, images.paths[-1], context)
     if context.box_task == "polygons":
         default_prompt = POLYGONS_PROMPT
-        context.row_notes[NOTE_PARTS] += sum(max(0, len(one.outlines) - 1) for one in objects)
-        context.row_notes[NOTE_HOLES] += sum(one.num_holes for one in objects)
+        outlines = [one.outlines for one in objects]
+        context.row_notes[NOTE_PARTS] += sum(max(0, len(one.polygons) - 1) for one in outlines)
+        context.row_notes[NOTE_HOLES] += sum(one.num_holes for one in outlines)
     located, omitted = _locate_objects(objects, images, context, default_convention)
     kept = [one for one in located if one.parts[0].label not in omitted]
     template = default_prompt if context.prompt is None else context.prompt
@@ -453,6 +458,12 @@ class LocatedObject(NamedTuple):
     parts: Sequence[BoxPart]
     attributes: Mapping[str, Any]
 
+    def get_order(self) -> tuple[Any, ...]:
+        """Return the sort key: label, then upper left and lower right corner."""
+        corners = [xyxy[n : n + 2] for xyxy in (part.xyxy for part in self.parts) for n in (0, 2)]
+        x1, y1, x2, y2 = find_bounds(corners, self.parts)
+        return str(self.parts[0].label), y1, x1, y2, x2
+
 
 def _locate_objects(
     objects: Sequence[ObjectAnnotation],
@@ -469,9 +480,9 @@ def _locate_objects(
     for obj in objects:
         regions: Sequence[Sequence[Any]] = [[obj.coordinates]] * (obj.coordinates is not None)
         if context.box_task == "polygons":
-            size = context.images.image_size(images.paths[-1]) if obj.outlines else (1, 1)
-            units = context.resolve_convention(convention).units
-            regions = [simplify_outline(one, size, units) for one in obj.outlines]
+            polygons, units = obj.outlines.polygons, context.resolve_convention(convention).units
+            size = context.images.image_size(images.paths[-1]) if polygons else (1, 1)
+            regions = [simplify_outline(one, size, units) for one in polygons]
         omitted.update([] if regions else [obj.label])
         for region in regions:
             parts: list[BoxPart] = []
@@ -483,14 +494,8 @@ def _locate_objects(
                 parts.append(part)
             else:
                 located.append(LocatedObject(parts, obj.attributes))
-    located.sort(key=_get_sort_key)
+    located.sort(key=LocatedObject.get_order)
     return located, omitted | (stray - {str(one.parts[0].label) for one in located})
-
-
-def _get_sort_key(located: LocatedObject) -> tuple[str, float, float, float, float]:
-    x1, y1, _, _ = map(min, *(part.xyxy for part in located.parts), (math.inf,) * 4)
-    _, _, x2, y2 = map(max, *(part.xyxy for part in located.parts), (-math.inf,) * 4)
-    return str(located.parts[0].label), y1, x1, y2, x2
 
 
 def build_class_prompt(num_classes: int) -> str:

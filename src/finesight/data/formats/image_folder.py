@@ -52,6 +52,7 @@ from finesight.data.formats.dataset_format import (
 from finesight.data.formats.image_annotations import (
     LOST_WHITESPACE,
     ObjectAnnotation,
+    Outlines,
     assign_text_file,
     build_detection_examples,
     build_text_example,
@@ -687,7 +688,7 @@ def _parse_label_line(
         return ObjectAnnotation(label, None)
     x1, y1, x2, y2 = bounds
     box = [(x1 + x2) / 2, (y1 + y2) / 2, x2 - x1, y2 - y1]
-    return ObjectAnnotation(label, box, outlines=[corners])
+    return ObjectAnnotation(label, box, Outlines([corners]))
 
 
 YOLO = DatasetFormat(

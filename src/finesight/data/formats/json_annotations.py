@@ -61,6 +61,7 @@ from finesight.data.formats.dataset_format import (
 )
 from finesight.data.formats.image_annotations import (
     LOST_WHITESPACE,
+    NO_OUTLINES,
     ImageRecord,
     ObjectAnnotation,
     Outlines,
@@ -192,14 +193,13 @@ def _parse_coco(row: SourceRow, context: ImportContext) -> list[ImportExample]:
     names: dict[str, str] = row.record["names"]
     shapes = [one.get("segmentation") for one in annotations]
     sizes = [as_list(one.get("size")) for one in shapes if isinstance(one, dict)]
-    declared = [image.get("height"), image.get("width")]
-    size: tuple[Any, Any] = (*(sizes[0] if None in declared and sizes else declared), None, None)[
-        :2
-    ]
+    size: Any = (image.get("height"), image.get("width"))
+    size = (*sizes[0], None, None)[:2] if None in size and sizes else size
     is_coco = context.resolve_convention(COCO_BOX_CONVENTION) == COCO_BOX_CONVENTION
     objects = [
-        replace(
-            _parse_annotation(one, _get_class_name(one, names), context, is_coco, size),
+        ObjectAnnotation(
+            _get_class_name(one, names),
+            *_find_box(one, context, size, use_polygons=is_coco),
             points=_list_points(one, row.record["keypoints"]),
         )
         for one in annotations
@@ -282,47 +282,40 @@ def _get_file_name(image: Record) -> str:
     return str(name).replace("\\", "/")
 
 
-def _parse_annotation(
-    annotation: Record,
-    label: str,
-    context: ImportContext,
-    use_polygons: bool,
-    image_size: tuple[Any, Any],
-) -> ObjectAnnotation:
-    """Return an object with its box, or the enclosing box of its polygons or mask, else without."""
+def _find_box(
+    annotation: Record, context: ImportContext, image_size: tuple[Any, Any], *, use_polygons: bool
+) -> tuple[Sequence[object] | None, Outlines]:
+    """Return the box of an annotation, or else that of its polygons or mask, and its outlines."""
     num_values, notes = len(as_list(annotation.get("bbox"))), context.shape_notes
     has_box = num_values in (1, 3, 4)  # two are no box but a point
-    outlines: Outlines = ()
-    num_holes = 0
     if annotation.get("iscrowd") or annotation.get("ignore"):
-        return ObjectAnnotation(label, enclose_shape("crowd regions", None, notes))
-    if context.box_task == "polygons" or (use_polygons and not has_box):
-        outlines, num_holes = _list_outlines(annotation, image_size)
+        return enclose_shape("crowd regions", None, notes), NO_OUTLINES
+    is_used = context.box_task == "polygons" or (use_polygons and not has_box)
+    outlines = _read_outlines(annotation, image_size) if is_used else NO_OUTLINES
     if has_box:
         notes.update(f"{k} (ignored)" for k in UNSUPPORTED_KEYS if annotation.get(k))
-        return ObjectAnnotation(label, annotation["bbox"], outlines=outlines, num_holes=num_holes)
-    if not outlines:
+        return annotation["bbox"], outlines
+    if not outlines.polygons:
         kind = f"boxes of {num_values} values" if num_values else "annotations without a box"
-        return ObjectAnnotation(label, enclose_shape(kind, None, notes))
+        return enclose_shape(kind, None, notes), outlines
     kind = "polygons" if isinstance(annotation["segmentation"], list) else "masks"
-    bounds = find_bounds(itertools.chain(*outlines), annotation)
+    bounds = find_bounds(itertools.chain(*outlines.polygons), annotation)
     box = enclose_shape(kind, bounds, notes)
-    box = box and [box[0], box[1], box[2] - box[0], box[3] - box[1]]
-    return ObjectAnnotation(label, box, outlines=outlines, num_holes=num_holes)
+    return box and [box[0], box[1], box[2] - box[0], box[3] - box[1]], outlines
 
 
-def _list_outlines(annotation: Record, image_size: tuple[Any, Any]) -> tuple[Outlines, int]:
-    """Return the polygons of an annotation, or the outlines of its mask, and its holes."""
+def _read_outlines(annotation: Record, image_size: tuple[Any, Any]) -> Outlines:
+    """Return the polygons of an annotation, or the outlines of its mask."""
     shape = annotation.get("segmentation")
     if not isinstance(shape, dict):
         flats = [one for one in as_list(shape) if isinstance(one, list) and one]
-        return [[*zip(one[::2], one[1::2], strict=False)] for one in flats], 0
+        return Outlines([[*zip(one[::2], one[1::2], strict=False)] for one in flats])
     with translate_shape_errors(annotation, "`segmentation` of `size` and `counts`, or polygons"):
-        counts, (height, width) = shape["counts"], shape["size"]
-        if (height, width) != image_size:
-            raise ValueError(f"a mask of {height, width} in an image of {image_size}")
+        counts, size = shape["counts"], tuple(shape["size"])
+        if size != image_size:
+            raise ValueError(f"a mask of {size} in an image of {image_size}")
         counts = decode_counts(counts) if isinstance(counts, str) else counts
-        return trace_mask(decode_runs(counts, (height, width), "F"))
+        return trace_mask(decode_runs(counts, size, "F"))
 
 
 def _list_points(
@@ -445,7 +438,7 @@ def _parse_fiftyone(row: SourceRow, context: ImportContext) -> list[ImportExampl
         if not box or len(box) > 4:
             kind = f"boxes of {len(box)} values" if box else "labels without a box"
             box = enclose_shape(kind, None, context.row_notes)
-        objects.append(ObjectAnnotation(label, box, attributes))
+        objects.append(ObjectAnnotation(label, box, attributes=attributes))
     return build_detection_examples(row, context, FIFTYONE_BOX_CONVENTION, record["path"], objects)
 
 
@@ -596,19 +589,17 @@ def _parse_shape(shape: Record, source_notes: Counter[str]) -> ObjectAnnotation:
         bounds = enclose_shape(kind, bounds, source_notes)
     is_point = shape_type in POINT_TYPES
     named = [(shape["label"], as_list(point)) for point in as_list(points) if is_point]
-    outlines: Outlines = [points] if shape_type in ("polygon", "oriented_rectangle") else ()
-    num_holes = 0
-    if shape_type == "mask":
+    outlines = NO_OUTLINES
+    if shape_type in ("polygon", "oriented_rectangle"):
+        outlines = Outlines([points])
+    elif shape_type == "mask":
         with translate_shape_errors(shape, "two points, and `mask`, a PNG file in base64"):
             ((left, top), _), data = points, base64.b64decode(shape["mask"])
             with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
                 if math.prod(image.size) > MAX_IMAGE_PIXELS:
                     raise ValueError(f"a mask of {image.size}")
-                mask = np.asarray(image.convert("L")) > 0
-        outlines, num_holes = trace_mask(mask, left, top)
-    return ObjectAnnotation(
-        shape["label"], bounds, points=named, outlines=outlines, num_holes=num_holes
-    )
+                outlines = trace_mask(np.asarray(image.convert("L")) > 0, left, top)
+    return ObjectAnnotation(shape["label"], bounds, outlines, points=named)
 
 
 def _find_image(file: Path, record: Record) -> str | bytes:

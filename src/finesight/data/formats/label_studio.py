@@ -609,17 +609,16 @@ def _parse_region(
 
 def _parse_geometry(region: Record, notes: Counter[str]) -> ObjectAnnotation:
     """Return an object with its box as normalized corner and size, None without area."""
-    outlines: Outlines = ()
-    num_holes = 0
+    polygons, num_holes = list[Any](), 0
     expected = "numbers in percent, and the original size of the image"
     with translate_shape_errors(region, expected, region["type"]):
         if "rle" in region:
             kind, (height, width) = "brush strokes", map(region.__getitem__, _SIZE_KEYS[:2])
             traced, num_holes = trace_mask(decode_brush(region["rle"], (height, width)))
-            outlines = [[(x / width, y / height) for x, y in one] for one in traced]
+            polygons = [[(x / width, y / height) for x, y in one] for one in traced]
         elif "points" in region:
             kind = "polygons"
-            outlines = [[(float(x) / 100, float(y) / 100) for x, y in region["points"]]]
+            polygons = [[(float(x) / 100, float(y) / 100) for x, y in region["points"]]]
         else:
             x, y, width, height = (float(region[key]) / 100 for key in _RECTANGLE_KEYS)
             angle = float(region.get("rotation") or 0)
@@ -629,11 +628,11 @@ def _parse_geometry(region: Record, notes: Counter[str]) -> ObjectAnnotation:
             # Around the top left corner, in units of the image width.
             aspect = float(region["original_height"]) / float(region["original_width"])
             flat = x, y * aspect, x + width, (y + height) * aspect
-            outlines = [[(x, y / aspect) for x, y in rotate_rectangle(flat, angle, flat[:2])]]
-        bounds = find_bounds(itertools.chain(*outlines), region) if outlines else None
+            polygons = [[(x, y / aspect) for x, y in rotate_rectangle(flat, angle, flat[:2])]]
+        bounds = find_bounds(itertools.chain(*polygons), region) if polygons else None
     bounds = enclose_shape(kind, bounds, notes)
     box = bounds and [*bounds[:2], bounds[2] - bounds[0], bounds[3] - bounds[1]]
-    return ObjectAnnotation(UNKNOWN_LABEL, box, outlines=outlines, num_holes=num_holes)
+    return ObjectAnnotation(UNKNOWN_LABEL, box, Outlines(polygons, num_holes))
 
 
 def _parse_answers(

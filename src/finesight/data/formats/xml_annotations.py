@@ -39,6 +39,7 @@ from finesight.data.formats.dataset_format import (
     ImportExample,
 )
 from finesight.data.formats.image_annotations import (
+    NO_OUTLINES,
     ImageRecord,
     ObjectAnnotation,
     Outlines,
@@ -197,7 +198,7 @@ def _parse_object(element: ElementTree.Element, *, one_based: bool) -> ObjectAnn
         coordinates = [round(x1 - 1, BOX_DECIMALS), round(y1 - 1, BOX_DECIMALS), x2, y2]
     flags = {flag: element.findtext(flag, "").strip() for flag in OBJECT_FLAGS}
     attributes = {flag: int(value) for flag, value in flags.items() if value in ("0", "1")}
-    return ObjectAnnotation(label, coordinates, attributes)
+    return ObjectAnnotation(label, coordinates, attributes=attributes)
 
 
 def _find_image(file: Path, root: ElementTree.Element, *, required: bool) -> Path:
@@ -347,7 +348,7 @@ def _write_cvat(samples: Sequence[LocatedSample], context: ExportContext) -> Fil
 def _parse_shape(shape: ElementTree.Element, source_notes: Counter[str]) -> ObjectAnnotation:
     label = shape.get("label", "").strip()
     with translate_shape_errors(shape.attrib, kind=shape.tag):
-        bounds, outlines, num_holes = _parse_geometry(shape, source_notes)
+        bounds, outlines = _parse_geometry(shape, source_notes)
         if not label:
             raise ValueError("no label")
     attributes: dict[str, str | int] = {
@@ -355,8 +356,7 @@ def _parse_shape(shape: ElementTree.Element, source_notes: Counter[str]) -> Obje
     }
     if shape.get("occluded") == "1":
         attributes["occluded"] = 1
-    points = _list_points(shape)
-    return ObjectAnnotation(label, bounds, attributes, points, outlines, num_holes)
+    return ObjectAnnotation(label, bounds, outlines, attributes, _list_points(shape))
 
 
 def _list_points(shape: ElementTree.Element) -> list[tuple[str, list[str]]]:
@@ -374,36 +374,30 @@ def _list_points(shape: ElementTree.Element) -> list[tuple[str, list[str]]]:
 
 def _parse_geometry(
     shape: ElementTree.Element, source_notes: Counter[str]
-) -> tuple[list[float] | None, Outlines, int]:
-    """Return the enclosing box of a shape, its outlines, and the number of holes.
-
-    Raises ValueError for invalid numbers.
-    """
-    kind, bounds = f"shapes of type {shape.tag}", None
-    outlines: Outlines = ()
-    num_holes = 0
+) -> tuple[list[float] | None, Outlines]:
+    """Return enclosing box and outlines of a shape. Raises ValueError for invalid numbers."""
+    kind, bounds, outlines = f"shapes of type {shape.tag}", None, NO_OUTLINES
     if shape.tag in ("polygon", "polyline"):
         pairs = [pair.split(",") for pair in shape.get("points", "").split(";")]
         bounds = find_bounds(pairs, shape.attrib)
         if shape.tag == "polygon":
-            kind, outlines = "polygons", [pairs]
+            kind, outlines = "polygons", Outlines([pairs])
     elif shape.tag == "mask":
         names = "left", "top", "width", "height"
         x, y, width, height = (float(shape.get(name, "")) for name in names)
         bounds = [x, y, x + width, y + height]
         if shape.get("rle"):
             counts = [int(count) for count in shape.get("rle", "").split(",")]
-            mask = decode_runs(counts, (int(height), int(width)), "C")
-            outlines, num_holes = trace_mask(mask, x, y)
+            outlines = trace_mask(decode_runs(counts, (int(height), int(width)), "C"), x, y)
     elif shape.tag == "box":
         x1, y1, x2, y2 = (float(shape.get(corner, "")) for corner in CORNERS)
         angle, center = float(shape.get("rotation", "0")), ((x1 + x2) / 2, (y1 + y2) / 2)
         if not angle:
-            return [x1, y1, x2, y2], (), 0
+            return [x1, y1, x2, y2], outlines
         kind = "rotated rectangles"
-        outlines = [rotate_rectangle((x1, y1, x2, y2), angle, center)]
-        bounds = find_bounds(outlines[0], shape.attrib)
-    return enclose_shape(kind, bounds, source_notes), outlines, num_holes
+        corners = rotate_rectangle((x1, y1, x2, y2), angle, center)
+        bounds, outlines = find_bounds(corners, shape.attrib), Outlines([corners])
+    return enclose_shape(kind, bounds, source_notes), outlines
 
 
 def _build_image(index: int, record: ImageRecord, context: ExportContext) -> ElementTree.Element:

@@ -164,6 +164,13 @@ def test_polygons_are_required_and_inside_their_image(tmp_path: Path) -> None:
     (sample,), _ = import_samples(source, tmp_path / "clipped", **clipped)
     answer = json.loads(join_text(sample.messages[-1].content))
     assert answer == [{"polygon_2d": [[40, 4], [30, 4], [30, 9]], "label": "lawn"}]
+    line = lawn.replace("44", "40")
+    line += '}, {"label": "lawn", "shape_type": "polygon", "points": [[1, 1], [2, 2]]'
+    source = write_scene("labelme", tmp_path / "line", SCENES["labelme"]["lawn"], line)
+    with pytest.raises(UserError, match="three or more points"):
+        import_samples(source, tmp_path / "line out", box_task="polygons")
+    (again,), _ = import_samples(source, tmp_path / "without", **clipped)
+    assert again.messages[-1] == sample.messages[-1]
 
 
 def test_points_are_required_and_inside_their_image(tmp_path: Path) -> None:

@@ -82,7 +82,7 @@ def distance(point: np.ndarray, start: np.ndarray, end: np.ndarray) -> float:
 
 @pytest.mark.parametrize("outline", [[[0, 0], [1, 1]], [[0, 0], [1, float("nan")], [2, 2]], [1]])
 def test_invalid_outlines(outline: list) -> None:
-    with pytest.raises(InvalidBoxError, match="polygon of three"):
+    with pytest.raises(InvalidBoxError, match="three or more points"):
         simplify_outline(outline, (9, 9), "pixel")
 
 

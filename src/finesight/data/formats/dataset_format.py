@@ -406,12 +406,16 @@ class RowImages:
         try:
             return self.create_box(value, label, default)
         except InvalidBoxError as error:
-            if self._context.on_invalid_box == "fail":
-                if isinstance(error, StrayBoxError):
-                    error.remedy = f"{error.remedy}, or give --on-invalid-box drop"
-                raise
-            self._context.invalid_boxes.append((NOTE_SKIPPED_BOX, error))
-            return error
+            return self.drop_box(error)
+
+    def drop_box(self, error: InvalidBoxError) -> InvalidBoxError:
+        """Return the error of a box that the import drops, else raise it."""
+        if self._context.on_invalid_box == "fail":
+            if isinstance(error, StrayBoxError):
+                error.remedy = f"{error.remedy}, or give --on-invalid-box drop"
+            raise error
+        self._context.invalid_boxes.append((NOTE_SKIPPED_BOX, error))
+        return error
 
     def create_text_box(self, box: TextBox) -> BoxPart:
         """Create the part of a box within a text, which an import cannot drop.

@@ -287,13 +287,17 @@ def simplify_outline(
     family, which rounds to one of both, needs the removed corners.
 
     Raises:
-        InvalidBoxError: The outline is not three or more pairs of numbers.
+        StrayBoxError: The outline has fewer than three corners.
+        InvalidBoxError: The outline is not a list of pairs of numbers.
     """
-    sides = np.array(image_size[::-1], np.float64)
-    with translate_shape_errors(outline, "a polygon of three or more pairs of numbers"):
+    sides, expected = np.array(image_size[::-1], np.float64), "a polygon of three or more points"
+    with translate_shape_errors(outline, expected):
         points_N2 = np.array([[float(x), float(y)] for x, y in outline])
-        if len(points_N2) < 3 or not np.abs(points_N2).max() < MAX_COORDINATE:
+        if not np.abs(points_N2).max() < MAX_COORDINATE:
             raise ValueError(f"{len(points_N2)} corners")
+    if len(points_N2) < 3:
+        what, remedy = f"the polygon {str(outline)[:80]}", "correct the shape, or remove it"
+        raise StrayBoxError(what, expected=expected, remedy=remedy)
     scaled = points_N2 * np.maximum(sides, 1000) / (sides if units == "pixel" else float(units))
     ring = np.concatenate([scaled, scaled[:1]])
     farthest = int(np.argmax(np.hypot(*(ring - ring[0]).T)))
@@ -480,10 +484,17 @@ def _locate_objects(
     for obj in objects:
         regions: Sequence[Sequence[Any]] = [[obj.coordinates]] * (obj.coordinates is not None)
         if context.box_task == "polygons":
-            polygons, units = obj.outlines.polygons, context.resolve_convention(convention).units
-            size = context.images.image_size(images.paths[-1]) if polygons else (1, 1)
-            regions = [simplify_outline(one, size, units) for one in polygons]
-        omitted.update([] if regions else [obj.label])
+            outlines: list[list[list[float]]] = []
+            regions = outlines
+            for polygon in obj.outlines.polygons:
+                size = context.images.image_size(images.paths[-1])
+                units = context.resolve_convention(convention).units
+                try:
+                    outlines.append(simplify_outline(polygon, size, units))
+                except StrayBoxError as error:
+                    images.drop_box(error)
+                    stray.add(obj.label)
+        omitted.update([] if regions or obj.label in stray else [obj.label])
         for region in regions:
             parts: list[BoxPart] = []
             for coordinates in region:

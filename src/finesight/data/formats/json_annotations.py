@@ -194,7 +194,8 @@ def _parse_coco(row: SourceRow, context: ImportContext) -> list[ImportExample]:
     shapes = [one.get("segmentation") for one in annotations]
     sizes = [as_list(one.get("size")) for one in shapes if isinstance(one, dict)]
     size: Any = (image.get("height"), image.get("width"))
-    size = (*sizes[0], None, None)[:2] if None in size and sizes else size
+    if sizes and not all(isinstance(side, int) for side in size):
+        size = (*sizes[0], None, None)[:2]
     is_coco = context.resolve_convention(COCO_BOX_CONVENTION) == COCO_BOX_CONVENTION
     objects = [
         ObjectAnnotation(

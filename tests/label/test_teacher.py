@@ -1,8 +1,12 @@
 """Tests of suggestions of a teacher behind an OpenAI-compatible server."""
 
+import asyncio
 import base64
 import io
 import json
+import os
+import signal
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -240,6 +244,28 @@ def test_errors_of_the_server_name_the_cause(tmp_path, monkeypatch, reply, words
     message = str(caught.value)
     assert KEY not in message
     assert all(word in message for word in words), message
+
+
+class WaitingTeacher(ScriptedTeacher):
+    """Server that interrupts the command at its second request, and then never answers."""
+
+    ended = threading.Event()
+
+    async def complete(self, request: Request) -> Response:
+        self.requests.append(await request.json())
+        if len(self.requests) == 2:
+            await asyncio.sleep(0.5)  # until the command waits
+            os.kill(os.getpid(), signal.SIGINT)
+        await asyncio.to_thread(self.ended.wait)
+        return Response()
+
+
+def test_an_interrupt_waits_for_no_request(tmp_path: Path) -> None:
+    with serve(teacher := WaitingTeacher()) as suggest:
+        with pytest.raises(KeyboardInterrupt):
+            suggest(open_photos(tmp_path, 3), concurrency=2)
+        teacher.ended.set()
+    assert len(teacher.requests) == 2
 
 
 def test_invalid_settings_are_rejected_before_a_request():

@@ -52,6 +52,7 @@ from finesight.data.formats.dataset_format import (
 from finesight.data.formats.image_annotations import (
     LOST_WHITESPACE,
     ObjectAnnotation,
+    Outlines,
     assign_text_file,
     build_detection_examples,
     build_text_example,
@@ -681,12 +682,13 @@ def _parse_label_line(
             if any(entry[:2]) and all(entry[2:])
         ]
         return ObjectAnnotation(label, values[:4], points=points)
-    corners = find_bounds(zip(values[::2], values[1::2], strict=True), values)
-    bounds = enclose_shape("polygons", corners, source_notes)
+    corners = [*zip(values[::2], values[1::2], strict=True)]
+    bounds = enclose_shape("polygons", find_bounds(corners, values), source_notes)
     if bounds is None:
         return ObjectAnnotation(label, None)
     x1, y1, x2, y2 = bounds
-    return ObjectAnnotation(label, [(x1 + x2) / 2, (y1 + y2) / 2, x2 - x1, y2 - y1])
+    box = [(x1 + x2) / 2, (y1 + y2) / 2, x2 - x1, y2 - y1]
+    return ObjectAnnotation(label, box, Outlines([corners]))
 
 
 YOLO = DatasetFormat(

@@ -84,9 +84,11 @@ def test_prefill_chunks_fit_the_token_budget(monkeypatch):
     assert _run_prefill(scheduler) == [(0, 8), (1, 4)]
     # The last request is not admitted while the unread tokens exceed the budget.
     assert [sequence.request_id for sequence in scheduler.waiting] == [2, 3]
-    assert _run_prefill(scheduler) == [(1, 9)]
-    assert _run_prefill(scheduler) == [(2, 5)]
-    assert _run_prefill(scheduler) == [(2, 7), (3, 3)]
+    # Prompts are divided at the ends of blocks of 4 tokens.
+    assert _run_prefill(scheduler) == [(1, 8)]
+    assert _run_prefill(scheduler) == [(1, 9), (2, 4)]
+    assert _run_prefill(scheduler) == [(2, 7)]
+    assert _run_prefill(scheduler) == [(3, 3)]
     assert _request_ids(scheduler) == [0, 1, 2, 3]
 
 

@@ -13,10 +13,12 @@ from finesight.model.gated_delta_net import (
     DeltaNetInputs,
     DeltaNetState,
     chunk_gated_delta_rule,
+    forward_packed,
     forward_step,
     forward_with_states,
     gated_rms_norm,
     recurrent_gated_delta_rule,
+    update_states,
 )
 from finesight.model.kernels import gated_delta_net as kernels
 from finesight.model.layers import RotaryCosSin, ZeroCenteredRmsNorm, apply_partial_rotary_pos_emb
@@ -140,6 +142,39 @@ def test_step_kernels_match_the_step_in_pytorch(key_dim, value_dim):
         torch.testing.assert_close(delta[slots], state.delta_SHDV, rtol=1e-2, atol=2e-2)
     for x, before in zip((conv, delta), untouched, strict=True):
         assert torch.equal(x[[0, 2, 3, 4]], before)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("key_dim", "value_dim"), [(128, 128), (64, 32)])
+def test_steps_have_each_bit_of_responses_in_training(key_dim, value_dim):
+    """Steps of a changing batch, after states that all responses share."""
+    device, lengths, config = torch.device("cuda"), (5, 130, 1, 70), make_config(key_dim, value_dim)
+    generator = torch.Generator(device).manual_seed(key_dim)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, device=device)
+
+    num_tokens, channels = sum(lengths), config.conv_size
+    qkv, weight = draw(num_tokens, channels).bfloat16(), 0.5 * draw(channels, 4).bfloat16()
+    gates = -torch.nn.functional.softplus(draw(num_tokens, 4)), draw(num_tokens, 4).sigmoid()
+    inputs = DeltaNetInputs(config, qkv.requires_grad_(), weight, *gates)
+    state = DeltaNetState(draw(1, 3, channels).bfloat16(), draw(1, 4, key_dim, value_dim))
+    shared = [x.expand(len(lengths), *x.shape[1:]) for x in state]
+    layout = Segments.from_lengths(lengths, device)
+    expected, final = forward_packed(inputs, layout, *shared, matches_decoding=True)
+    chunked, _ = forward_packed(inputs, layout, *shared)
+    assert (expected - chunked).norm() <= 1e-2 * chunked.norm()
+    found, rows = torch.empty_like(expected), torch.tensor([4, 1, 6, 2], device=device)
+    states = DeltaNetState(*(x[0].expand(7, *x.shape[1:]).clone() for x in state))
+    for position in range(max(lengths)):
+        is_active = layout.lengths_S > position
+        tokens = layout.cu_seqlens_S1[:-1][is_active] + position
+        found[tokens] = update_states(inputs.select(tokens), states, rows[is_active])
+    assert torch.equal(found, expected)
+    assert torch.equal(states.delta_SHDV[rows], final)
+    assert torch.equal(states.conv_SWN[rows], layout.last_rows(qkv, 3, shared[0]))
+    gradients = [torch.autograd.grad(o.sum(), qkv)[0] for o in (expected, chunked)]
+    assert (gradients[0] - gradients[1]).norm() <= 1e-2 * gradients[1].norm()
 
 
 @pytest.mark.gpu

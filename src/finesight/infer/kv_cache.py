@@ -33,6 +33,7 @@ from finesight.model.gated_delta_net import (
     DeltaNetState,
     forward_step,
     forward_with_states,
+    update_states,
 )
 from finesight.model.kernels import decoding
 from finesight.model.kernels.runtime import HAS_TRITON
@@ -232,13 +233,8 @@ class KVCache:
         num_snapshots: int = 0,
     ) -> None:
         self.matches_training = matches_training
-        shape = (
-            decoder_config.num_full_attention_layers,
-            num_blocks,
-            block_size,
-            decoder_config.num_kv_heads,
-            decoder_config.head_dim,
-        )
+        heads = decoder_config.num_kv_heads, decoder_config.head_dim
+        shape = decoder_config.num_full_attention_layers, num_blocks, block_size, *heads
         self.keys_LPSKD = torch.zeros(shape, dtype=dtype, device=device)
         self.values_LPSKD = torch.zeros(shape, dtype=dtype, device=device)
         self.block_table_RB = torch.zeros(
@@ -272,9 +268,8 @@ class KVCache:
 
     def flatten_layer(self, layer_index: int) -> tuple[Tensor, Tensor]:
         """Return the keys and values of a layer as views [P x S, K, D]."""
-        return self.keys_LPSKD[layer_index].flatten(0, 1), self.values_LPSKD[layer_index].flatten(
-            0, 1
-        )
+        keys_PSKD, values_PSKD = self.keys_LPSKD[layer_index], self.values_LPSKD[layer_index]
+        return keys_PSKD.flatten(0, 1), values_PSKD.flatten(0, 1)
 
 
 class LinearStateCache:
@@ -391,6 +386,17 @@ class PrefillAttention:
             if not self._is_first_chunk:
                 is_new_S = np.array([chunk.start == 0 for chunk in chunks])
                 cache.linear_states.reset(copy_to_device(slots[is_new_S], device))
+        if cache.linear_states is not None and self.fuses_layers:
+            # A response of training begins with the last token of the prompt.
+            is_end_S = np.array([chunk.stop == chunk.prompt_length for chunk in chunks])
+            lengths_S = np.array(self._query_segments.lengths)
+            ends = lengths_S.cumsum()[is_end_S] - 1
+            others = np.delete(np.arange(lengths_S.sum()), ends)
+            inverse = np.argsort(np.concatenate([others, ends]))
+            self._others_X, self._ends_E, self._end_slots_E, self._inverse_T = (
+                copy_to_device(x, device) for x in (others, ends, slots[is_end_S], inverse)
+            )
+            self._other_segments = Segments.from_lengths((lengths_S - is_end_S).tolist(), device)
 
     @property
     def fuses_layers(self) -> bool:
@@ -422,9 +428,18 @@ class PrefillAttention:
         state = None
         if not self._is_first_chunk:
             state = states.read(layer_index, self._state_slots_S)
-        o_THV, state = forward_with_states(inputs, self._query_segments, state)
-        states.write(layer_index, self._state_slots_S, state)
-        return o_THV
+        if not self.fuses_layers:
+            o_THV, state = forward_with_states(inputs, self._query_segments, state)
+            states.write(layer_index, self._state_slots_S, state)
+            return o_THV
+        outputs, layer = [], states.get_layer(layer_index)
+        if self._other_segments.num_tokens:
+            others = inputs.select(self._others_X)
+            o_XHV, state = forward_with_states(others, self._other_segments, state)
+            states.write(layer_index, self._state_slots_S, state)
+            outputs.append(o_XHV)
+        outputs.append(update_states(inputs.select(self._ends_E), layer, self._end_slots_E))
+        return torch.cat(outputs)[self._inverse_T]
 
 
 class DecodeAttention:
@@ -475,6 +490,8 @@ class DecodeAttention:
         """Compute the next token of each sequence from its state, and update the state."""
         states = self.cache.linear_states
         assert states is not None, "a cache without linear attention states"
+        if self.fuses_layers:
+            return update_states(inputs, states.get_layer(layer_index), self.state_slots_R)
         o_RHV, state = forward_step(inputs, states.read(layer_index, self.state_slots_R))
         states.write(layer_index, self.state_slots_R, state)
         return o_RHV

@@ -112,13 +112,9 @@ class ModelRunner:
             load_image_features(self.model, group, self.feature_cache, max_patches)
         chunks = [
             PrefillChunk(
-                prompt.block_ids,
-                prompt.num_computed_tokens,
-                stop,
-                prompt.num_tokens,
-                prompt.state_slot,
+                one.block_ids, one.num_computed_tokens, stop, one.num_tokens, one.state_slot
             )
-            for prompt, stop in zip(prompts, stops, strict=True)
+            for one, stop in zip(prompts, stops, strict=True)
         ]
         batch, features_MKD = _pack_chunks(prompts, chunks)
         attention = PrefillAttention(self.cache, chunks)

@@ -235,15 +235,16 @@ class Scheduler:
     def schedule_prefill(self) -> list[tuple[SequenceState, int]]:
         """Select the prompt chunks of the next prefill step, first come, first served.
 
-        All selected prompts use the same adapter. Prompts that wait more than once are divided
-        where a snapshot of the linear attention states can be taken.
+        All selected prompts use the same adapter. Prompts are divided at the ends of blocks, those
+        that wait more than once where a snapshot of the linear attention states can be taken.
         """
         token_budget = self.token_budget
         chunks: list[tuple[SequenceState, int]] = []
         for sequence in self.prefilling:
             prompt = sequence.prompt
-            if token_budget > 0 and prompt.adapter_index == self.prefilling[0].prompt.adapter_index:
-                stop = min(prompt.num_tokens, prompt.num_computed_tokens + token_budget)
+            budget = token_budget // self.block_size * self.block_size
+            if budget and prompt.adapter_index == self.prefilling[0].prompt.adapter_index:
+                stop = min(prompt.num_tokens, prompt.num_computed_tokens + budget)
                 end = self._count_shared_blocks(sequence) * self.block_size
                 if prompt.num_computed_tokens < end < stop and self._is_repeated(sequence):
                     stop = end

@@ -39,7 +39,6 @@ from finesight.model.fused_ops import apply, has_tensor_cores
 from finesight.model.gated_delta_net import (
     ChunkLayout,
     DeltaNetInputs,
-    DeltaNetState,
     forward_packed,
     forward_with_states,
 )
@@ -274,7 +273,8 @@ class PackedAttention:
     segments: Segments
     dropout_seed_1: Tensor | None = None
     matches_decoding: bool = False
-    """Whether to compute attention as decoding steps of rollouts, with FlashAttention only."""
+    """Whether to compute the attention of responses as decoding steps of rollouts: with
+    FlashAttention only, and linear attention token by token."""
     fuses_layers: ClassVar[bool] = True
 
     @property
@@ -346,11 +346,14 @@ class SharedPrefixAttention(PackedAttention):
     def linear_attention(self, layer_index: int, inputs: DeltaNetInputs) -> Tensor:
         """Compute the prefix once; its state is the initial state of the other sequences."""
         prefix_layout, suffix_layout = self.chunk_layouts
-        prefix, suffixes = inputs.split([self.prefix_length, suffix_layout.num_tokens])
+        suffixes = inputs.select(slice(self.prefix_length, None))
+        prefix = inputs.select(slice(self.prefix_length))
         prefix_THV, state = forward_with_states(prefix, prefix_layout)
         num_suffixes = len(suffix_layout.lengths)
-        states = DeltaNetState(*(x.expand(num_suffixes, *x.shape[1:]) for x in state))
-        suffix_THV, _ = forward_with_states(suffixes, suffix_layout, states)
+        conv_SWN, delta_SHDV = (x.expand(num_suffixes, *x.shape[1:]) for x in state)
+        suffix_THV, _ = forward_packed(
+            suffixes, suffix_layout, conv_SWN, delta_SHDV, self.matches_decoding
+        )
         return torch.cat([prefix_THV, suffix_THV])
 
     def _expand(self, x_TX: Tensor) -> Tensor:

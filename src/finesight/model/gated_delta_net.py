@@ -30,6 +30,7 @@ from torch.autograd.function import once_differentiable
 from finesight.model.config import LinearAttentionConfig
 from finesight.model.fused_ops import apply, has_kernels, rms_norm
 from finesight.model.kernels import gated_delta_net as kernels
+from finesight.model.kernels import norm as norm_kernels
 from finesight.model.kernels.gated_delta_net import CHUNK_LENGTH, ConvOutput, SequenceChunks
 from finesight.model.kernels.runtime import get_device_capability
 
@@ -62,15 +63,10 @@ class DeltaNetInputs:
     log_decay_TH: Tensor
     beta_TH: Tensor
 
-    def split(self, sizes: Sequence[int]) -> list[DeltaNetInputs]:
-        """Split the tokens into consecutive groups of these sizes."""
-        tensors = (self.qkv_TN, self.log_decay_TH, self.beta_TH)
-        return [
-            DeltaNetInputs(self.config, qkv_TN, self.conv_weight_NW, log_decay_TH, beta_TH)
-            for qkv_TN, log_decay_TH, beta_TH in zip(
-                *(torch.split(x, [*sizes]) for x in tensors), strict=True
-            )
-        ]
+    def select(self, tokens: slice | Tensor) -> DeltaNetInputs:
+        """Return the inputs of a range of tokens, or of tokens with these indices."""
+        qkv_TN, *gates = (x[tokens] for x in (self.qkv_TN, self.log_decay_TH, self.beta_TH))
+        return DeltaNetInputs(self.config, qkv_TN, self.conv_weight_NW, *gates)
 
 
 @dataclass(frozen=True)
@@ -129,17 +125,6 @@ class ChunkLayout:
 
     def _arange(self, size: int) -> Tensor:
         return torch.arange(size, device=self.cu_seqlens_S1.device, dtype=torch.int32)
-
-    def shift(self, x_TN: Tensor, distance: int, state_SWN: Tensor | None) -> Tensor:
-        """Return the row `distance` tokens before each token, from the state or 0 at the start."""
-        if state_SWN is None:
-            earlier_TN = F.pad(x_TN[:-distance], (0, 0, min(distance, len(x_TN)), 0))
-            return torch.where((self.position_T >= distance)[:, None], earlier_TN, 0)
-        rows_T = self._arange(self.num_tokens) - distance
-        state_length = state_SWN.shape[1]
-        state_rows_T = self.sequence_T * state_length + state_length + self.position_T - distance
-        rows_T = torch.where(self.position_T >= distance, rows_T, self.num_tokens + state_rows_T)
-        return torch.cat([x_TN, state_SWN.flatten(0, 1)])[rows_T]
 
     def prepend_states(self, x_TN: Tensor, state_SWN: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Insert the state rows before each sequence.
@@ -315,9 +300,7 @@ def recurrent_gated_delta_rule(
     return torch.einsum("shdv,shd->shv", state, q).to(v_SHV.dtype), state
 
 
-def causal_conv1d(
-    x_TN: Tensor, weight_NW: Tensor, layout: ChunkLayout, state_SWN: Tensor | None = None
-) -> Tensor:
+def causal_conv1d(x_TN: Tensor, weight_NW: Tensor, position_T: Tensor) -> Tensor:
     """Apply a depthwise causal convolution to each sequence of a packed batch.
 
     The result is in fp32, or in fp64 for fp64 inputs.
@@ -325,14 +308,15 @@ def causal_conv1d(
     Args:
         x_TN: Channels of the tokens.
         weight_NW: Kernel of each channel; the last weight belongs to the token itself.
-        state_SWN: Inputs before the first token of each sequence. None means zeros.
+        position_T: Index of each token in its sequence.
     """
     dtype = torch.promote_types(x_TN.dtype, torch.float32)
     x_TN, weight_NW = x_TN.to(dtype), weight_NW.to(dtype)
-    state_SWN = None if state_SWN is None else state_SWN.to(dtype)
     y_TN = x_TN * weight_NW[:, -1]
     for distance in range(1, weight_NW.shape[1]):
-        y_TN = y_TN + layout.shift(x_TN, distance, state_SWN) * weight_NW[:, -1 - distance]
+        earlier_TN = F.pad(x_TN[:-distance], (0, 0, min(distance, len(x_TN)), 0))
+        earlier_TN = torch.where((position_T >= distance)[:, None], earlier_TN, 0)
+        y_TN = y_TN + earlier_TN * weight_NW[:, -1 - distance]
     return y_TN
 
 
@@ -359,18 +343,33 @@ def forward_packed(
     layout: ChunkLayout,
     conv_SWN: Tensor | None = None,
     delta_SHDV: Tensor | None = None,
+    matches_decoding: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Compute a linear attention layer: outputs [T, H, V], and final states of the delta rule."""
+    """Compute a linear attention layer: outputs [T, H, V], and final states of the delta rule.
+
+    With `matches_decoding`, kernels compute each bit of `update_states`; it requires states.
+    """
     gates = inputs.log_decay_TH, inputs.beta_TH
-    if supports_kernels(inputs.config, inputs.qkv_TN):
-        q, k, v = _apply_conv_kernels(inputs, layout, conv_SWN)
-        o_THV, final_SHDV = _GatedDeltaRule.apply(  # type: ignore[no-untyped-call]
-            q, k, v, *gates, delta_SHDV, layout.sequence_chunks
+    x_TN, position_T, rows_T = inputs.qkv_TN, layout.position_T, None
+    if conv_SWN is not None:
+        x_TN, position_T, rows_T = layout.prepend_states(x_TN, conv_SWN)
+    uses_kernels, weight_NW = supports_kernels(inputs.config, x_TN), inputs.conv_weight_NW
+    if uses_kernels:
+        outputs = _get_conv_outputs(inputs.config)
+        qkv = _CausalConvSilu.apply(  # type: ignore[no-untyped-call]
+            x_TN, weight_NW, position_T, outputs
         )
-        return o_THV, final_SHDV
-    y_TN = F.silu(causal_conv1d(inputs.qkv_TN, inputs.conv_weight_NW, layout, conv_SWN))
-    q, k, v = _split_heads(y_TN.to(inputs.qkv_TN.dtype), inputs.config)
-    return chunk_gated_delta_rule(q, k, v, *gates, layout, delta_SHDV)
+    else:
+        y_TN = F.silu(causal_conv1d(x_TN, weight_NW, position_T))
+        qkv = _split_heads(y_TN.to(x_TN.dtype), inputs.config)
+    q, k, v = qkv if rows_T is None else (x[rows_T] for x in qkv)
+    if not uses_kernels:
+        return chunk_gated_delta_rule(q, k, v, *gates, layout, delta_SHDV)
+    cu_seqlens_S1 = layout.cu_seqlens_S1 if matches_decoding else None
+    o_THV, final_SHDV = _GatedDeltaRule.apply(  # type: ignore[no-untyped-call]
+        q, k, v, *gates, delta_SHDV, layout.sequence_chunks, cu_seqlens_S1
+    )
+    return o_THV, final_SHDV
 
 
 def forward_step(inputs: DeltaNetInputs, state: DeltaNetState) -> tuple[Tensor, DeltaNetState]:
@@ -383,6 +382,24 @@ def forward_step(inputs: DeltaNetInputs, state: DeltaNetState) -> tuple[Tensor, 
         q, k, v, inputs.log_decay_TH, inputs.beta_TH, state.delta_SHDV
     )
     return o_SHV, DeltaNetState(window_SWN[:, 1:], delta_SHDV)
+
+
+def update_states(inputs: DeltaNetInputs, states: DeltaNetState, slots_S: Tensor) -> Tensor:
+    """Compute one token of each sequence with the kernels, and update the states in these rows.
+
+    The bits of the outputs do not depend on the other sequences.
+    """
+    x_SN, weight_NW = inputs.qkv_TN, inputs.conv_weight_NW.contiguous()
+    outputs = _get_conv_outputs(inputs.config)
+    q, k, v = kernels.causal_conv_silu(
+        x_SN, weight_NW, slots_S, outputs, L2_NORM_EPS, states.conv_SWN
+    )
+    gates = inputs.log_decay_TH.contiguous(), inputs.beta_TH.contiguous()
+    delta_SHDV = states.delta_SHDV
+    starts_S1 = torch.arange(len(x_SN) + 1, device=x_SN.device, dtype=torch.int32)
+    return kernels.recurrent_gated_delta_rule(
+        q, k, v, *gates, delta_SHDV, delta_SHDV, slots_S, starts_S1
+    )
 
 
 def _split_heads(qkv_TN: Tensor, config: LinearAttentionConfig) -> tuple[Tensor, Tensor, Tensor]:
@@ -431,24 +448,14 @@ def supports_kernels(config: LinearAttentionConfig, x: Tensor) -> bool:
     return is_supported and has_kernels(x) and get_device_capability(x.device) >= (8, 0)
 
 
-def _apply_conv_kernels(
-    inputs: DeltaNetInputs, layout: ChunkLayout, conv_SWN: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute queries and keys [T, K, D] and values [T, H, V] with the kernels."""
-    config, x_TN, rows_T = inputs.config, inputs.qkv_TN, None
-    position_T = layout.position_T
-    if conv_SWN is not None:
-        x_TN, position_T, rows_T = layout.prepend_states(x_TN, conv_SWN)
+def _get_conv_outputs(config: LinearAttentionConfig) -> list[ConvOutput]:
+    """Return queries, keys and values as heads of the convolution."""
     keys, key_heads = config.key_size, (config.num_key_heads, config.key_head_dim)
-    outputs: list[ConvOutput] = [
+    return [
         (0, *key_heads, config.key_head_dim**-0.5),
         (keys, *key_heads, 1.0),
         (2 * keys, config.num_value_heads, config.value_head_dim, None),
     ]
-    q, k, v = _CausalConvSilu.apply(  # type: ignore[no-untyped-call]
-        x_TN, inputs.conv_weight_NW, position_T, outputs
-    )
-    return (q, k, v) if rows_T is None else (q[rows_T], k[rows_T], v[rows_T])
 
 
 class _CausalConvSilu(torch.autograd.Function):
@@ -482,10 +489,11 @@ class _GatedDeltaRule(torch.autograd.Function):
         beta_TH: Tensor,
         initial_SHDV: Tensor | None,
         chunks: SequenceChunks,
+        cu_seqlens_S1: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         gates = log_decay_TH.contiguous(), beta_TH.contiguous()
         o_THV, final_SHDV, matrices = kernels.gated_delta_rule(
-            q_TKD, k_TKD, v_THV, *gates, initial_SHDV, chunks
+            q_TKD, k_TKD, v_THV, *gates, initial_SHDV, chunks, cu_seqlens_S1
         )
         ctx.save_for_backward(q_TKD, k_TKD, v_THV, *gates, initial_SHDV, *matrices)
         ctx.chunks = chunks
@@ -502,7 +510,7 @@ class _GatedDeltaRule(torch.autograd.Function):
         if dfinal_SHDV is not None:
             dfinal_SHDV = dfinal_SHDV.contiguous()
         inputs += [ctx.chunks, (inverse, product), dout_THV, dfinal_SHDV]
-        return *kernels.gated_delta_rule_backward(*inputs), None
+        return *kernels.gated_delta_rule_backward(*inputs), None, None
 
 
 class _GatedRmsNorm(torch.autograd.Function):
@@ -510,11 +518,13 @@ class _GatedRmsNorm(torch.autograd.Function):
     def forward(ctx: Any, x_THV: Tensor, z_THV: Tensor, weight_V: Tensor, eps: float) -> Tensor:
         ctx.save_for_backward(x_THV, z_THV, weight_V)
         ctx.eps = eps
-        return kernels.gated_rms_norm(x_THV, z_THV, weight_V, eps)
+        return norm_kernels.gated_rms_norm(x_THV, z_THV, weight_V, eps)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy_THV: Tensor) -> tuple[Tensor | None, ...]:
         inputs = *ctx.saved_tensors, ctx.eps, dy_THV.contiguous()
-        grads = kernels.gated_rms_norm_backward(*inputs, needs_weight_grad=ctx.needs_input_grad[2])
+        grads = norm_kernels.gated_rms_norm_backward(
+            *inputs, needs_weight_grad=ctx.needs_input_grad[2]
+        )
         return *grads, None

@@ -171,16 +171,23 @@ class ZeroCenteredRmsNorm(RmsNorm):
         return 1.0 + self.weight.to(torch.promote_types(dtype, torch.float32))
 
     def forward(self, x: Tensor) -> Tensor:
-        if has_kernels(x) and not torch.is_grad_enabled():
+        if has_kernels(x):
             x_TD = x.reshape(-1, x.shape[-1]).contiguous()
-            n_TD, _ = norm_kernels.rms_norm_dropout(
-                x_TD, self.weight, self.eps, torch.empty_like(x_TD), NO_DROPOUT, w_offset=1.0
-            )
-            return n_TD.view(x.shape)
+            return apply(_ZeroCenteredNorm, x_TD, self.weight, self.eps).view(x.shape)
         wide, scale = torch.promote_types(x.dtype, torch.float32), self.scale(x.dtype)
         if x.dtype == wide:
             return rms_norm(x, scale, self.eps)
         return apply(RmsNormFunction, x, scale, self.eps)
+
+
+class _ZeroCenteredNorm(RmsNormFunction):
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+        n_TD = torch.empty_like(x_TD)
+        _, rstd_T = norm_kernels.rms_norm_dropout(x_TD, weight_D, eps, n_TD, NO_DROPOUT, None, 1.0)
+        if any(ctx.needs_input_grad):
+            ctx.save_for_backward(x_TD, 1.0 + weight_D.float(), rstd_T[:, None])
+        return n_TD
 
 
 def add_norm(

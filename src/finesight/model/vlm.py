@@ -188,14 +188,14 @@ class VisionLanguageModel(nn.Module):
     def match_decoding(self) -> bool:
         """Let training compute the same bits as decoding steps that match it, if supported.
 
-        Supported are models on a GPU whose decoder layers are all fused, with dense weights and
-        without linear attention. A result for a token is then independent of the other tokens.
+        Supported are models on a GPU whose decoder layers are all fused, with dense weights. A
+        result for a token is then independent of the tokens of other sequences.
         """
         embedding, layers = self.model.embed_tokens.weight, self.model.layers
         is_fused = all(isinstance(x, FusibleLayer) and x.can_fuse(embedding) for x in layers)
         linears = [one for x in layers if isinstance(x, FusibleLayer) for one in x.fusible_linears]
         is_quantized = any(isinstance(linear.weight, QuantizedWeight) for linear in linears)
-        is_supported = is_fused and not is_quantized and not self.config.decoder.linear_attention
+        is_supported = is_fused and not is_quantized and self.supports_cuda_graphs
         if is_supported and not self._matches_decoding:
             self.sync_fused_weights()
             set_row_ranges(linears)

@@ -147,15 +147,19 @@ def test_run_raises_the_reward(reward_task):
 
 @pytest.mark.gpu
 @each("tuned", ["lora", "full"])
-def test_sampler_and_trainer_compute_the_same_bits(reward_task, tuned):
+@each("family", ["qwen2_vl", "qwen3_5"])
+def test_sampler_and_trainer_compute_the_same_bits(reward_task, family, tuned):
     """Log-probabilities in bf16 are equal while the weights change."""
+    name = f"{family}-{tuned}"
+    model = create_tiny_model(reward_task.folder / f"model-{name}", family)
     reward_task.run(
+        f"model={model}",
         *("train.device=cuda", "train.precision=bf16", "tune.lora.dropout=0"),
         *("train.steps=4", "train.epochs=null", "train.save_every=null"),
         *(f"tune.language={tuned}", "train.learning_rate=0.003", "train.grpo.num_generations=8"),
-        name=tuned,
+        name=name,
     )
-    steps = read_steps(reward_task, tuned)
+    steps = read_steps(reward_task, name)
     assert max(one["sampling/sampling_logp_difference/mean"] for one in steps) <= 2e-6
     assert len({one["reward"] for one in steps}) > 1
 

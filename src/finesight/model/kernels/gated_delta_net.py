@@ -1,4 +1,4 @@
-"""Triton kernels of Gated DeltaNet: convolution, chunked gated delta rule, and gated RMS norm.
+"""Triton kernels of Gated DeltaNet: convolution and gated delta rule, in chunks and by token.
 
 All of them start anew with each sequence of a packed batch. With G the cumulative log decay within
 a chunk, S the state before the chunk and M_ij = exp(G_i - G_j) for i >= j, a chunk computes
@@ -25,6 +25,7 @@ from torch import Tensor
 from finesight.model.kernels.runtime import (
     MAX_PARTIAL_SUMS,
     Ptr,
+    TileConfig,
     get_device_capability,
     jit,
     sum_partials,
@@ -38,8 +39,12 @@ CHUNK_LENGTH, BLOCK_LENGTH = 64, 16
 """Tokens of a chunk, which are computed in parallel, and rows of the diagonal blocks of I + A,
 which are inverted row by row."""
 
-CONV_BLOCK, CONV_BACKWARD_BLOCK, NORM_BLOCK = 16, 32, 16
-"""Tokens per program of the convolution and its gradient, and rows per program of the norm."""
+CONV_BLOCK, CONV_BACKWARD_BLOCK, STEP_ELEMENTS = 16, 32, 256
+"""Tokens per program of the convolution and its gradient, and elements per program of its decoding
+steps. From 256 elements on, each thread has 8 of a row, and the sum of a row has one order."""
+
+TOKEN_TILE = TileConfig(0, 64, 2, 1)
+"""Columns of a state and warps per program of the recurrence over tokens; fastest on an H100."""
 
 
 class SequenceChunks(NamedTuple):
@@ -402,6 +407,65 @@ def _run_recurrence(
     )  # fmt: skip
 
 
+@jit
+def _update_state(
+    state_DV: tl.tensor, q_D: tl.tensor, k_D: tl.tensor, v_V: tl.tensor, decay: tl.tensor,
+    beta: tl.tensor,
+) -> tuple[tl.tensor, tl.tensor]:  # fmt: skip
+    """Compute one token: the new state and the output."""
+    state_DV *= decay
+    update_V = (v_V - tl.sum(state_DV * k_D[:, None], 0)) * beta
+    state_DV += k_D[:, None] * update_V[None, :]
+    return state_DV, tl.sum(state_DV * q_D[:, None], 0)
+
+
+@jit(do_not_specialize=["initial_stride"])
+def _token_recurrence_kernel(
+    q: Ptr, k: Ptr, v: Ptr, log_decay: Ptr, beta: Ptr, initial: Ptr, final: Ptr, slots: Ptr,
+    starts: Ptr, out: Ptr, initial_stride: int, key_heads: tl.constexpr, heads: tl.constexpr,
+    head_dim: tl.constexpr, value_dim: tl.constexpr, block_v: tl.constexpr,
+) -> None:  # fmt: skip
+    head, sequence = tl.program_id(1), tl.program_id(2)
+    key_head = head // (heads // key_heads)
+    d, v_index = tl.arange(0, head_dim), tl.program_id(0) * block_v + tl.arange(0, block_v)
+    slot = tl.load(slots + sequence).to(tl.int64)
+    offsets = head * head_dim * value_dim + d[:, None] * value_dim + v_index[None, :]
+    state_DV = tl.load(initial + slot * initial_stride + offsets)
+    for t in range(tl.load(starts + sequence), tl.load(starts + sequence + 1)):
+        row = tl.cast(t, tl.int64)
+        q_D = tl.load(q + (row * key_heads + key_head) * head_dim + d).to(tl.float32)
+        k_D = tl.load(k + (row * key_heads + key_head) * head_dim + d).to(tl.float32)
+        v_V = tl.load(v + (row * heads + head) * value_dim + v_index).to(tl.float32)
+        decay = tl.exp(tl.load(log_decay + row * heads + head))
+        step = tl.load(beta + row * heads + head)
+        state_DV, o_V = _update_state(state_DV, q_D, k_D, v_V, decay, step)
+        tl.store(out + (row * heads + head) * value_dim + v_index, o_V)
+    tl.store(final + slot * heads * head_dim * value_dim + offsets, state_DV)
+
+
+def recurrent_gated_delta_rule(
+    q_TKD: Tensor, k_TKD: Tensor, v_THV: Tensor, log_decay_TH: Tensor, beta_TH: Tensor,
+    initial_SHDV: Tensor, final_SHDV: Tensor, slots_S: Tensor, cu_seqlens_S1: Tensor,
+) -> Tensor:  # fmt: skip
+    """Compute the outputs [T, H, V] token by token, with the same bits for any number of tokens.
+
+    Args:
+        initial_SHDV: States before the first token of each sequence, in fp32.
+        final_SHDV: Receives the states after the last token; may be `initial_SHDV`.
+        slots_S: Row of each sequence in both.
+    """
+    out_THV, (heads, head_dim, value_dim) = torch.empty_like(v_THV), final_SHDV.shape[1:]
+    block_v = min(TOKEN_TILE.block_n, value_dim)
+    # Without contraction to fused multiply-adds, the bits do not depend on the compiler.
+    _token_recurrence_kernel[(value_dim // block_v, heads, len(slots_S))](
+        q_TKD, k_TKD, v_THV, log_decay_TH, beta_TH, initial_SHDV, final_SHDV, slots_S,
+        cu_seqlens_S1, out_THV, initial_SHDV.stride(0), key_heads=q_TKD.shape[1], heads=heads,
+        head_dim=head_dim, value_dim=value_dim, block_v=block_v, num_warps=TOKEN_TILE.num_warps,
+        enable_fp_fusion=False,
+    )  # fmt: skip
+    return out_THV
+
+
 def gated_delta_rule(
     q_TKD: Tensor,
     k_TKD: Tensor,
@@ -410,10 +474,12 @@ def gated_delta_rule(
     beta_TH: Tensor,
     initial_SHDV: Tensor | None,
     chunks: SequenceChunks,
+    cu_seqlens_S1: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
     """Compute the outputs [T, H, V] and the final states [S, H, D, V] in fp32.
 
-    The matrices T and P of all chunks, the last result, are inputs of the backward pass.
+    The matrices T and P of all chunks, the last result, are inputs of the backward pass. With
+    `cu_seqlens_S1`, outputs and states have the bits of decoding steps.
     """
     matrices = _chunk_matrices(q_TKD, k_TKD, log_decay_TH, beta_TH, chunks)
     out_THV = torch.empty_like(v_THV)
@@ -422,10 +488,15 @@ def gated_delta_rule(
         dtype=torch.float32,
         device=v_THV.device,
     )
-    _run_recurrence(
-        q_TKD, k_TKD, v_THV, log_decay_TH, beta_TH, matrices, initial_SHDV, chunks,
-        (out_THV, final_SHDV), for_backward=False,
-    )  # fmt: skip
+    inputs = q_TKD, k_TKD, v_THV, log_decay_TH, beta_TH
+    if cu_seqlens_S1 is None:
+        outputs = out_THV, final_SHDV
+        _run_recurrence(*inputs, matrices, initial_SHDV, chunks, outputs, for_backward=False)
+    else:
+        assert initial_SHDV is not None, "tokens without a state before them"
+        slots_S = torch.arange(len(final_SHDV), device=v_THV.device)
+        states = initial_SHDV, final_SHDV, slots_S
+        out_THV = recurrent_gated_delta_rule(*inputs, *states, cu_seqlens_S1)
     return out_THV, final_SHDV, matrices
 
 
@@ -497,16 +568,45 @@ def _conv_rows(
     return y_TN
 
 
+@jit
+def _conv_state_rows(
+    x: Ptr, x_stride: tl.tensor, weight: Ptr, states: Ptr, slots: Ptr, t: tl.tensor, n: tl.tensor,
+    num_tokens: tl.tensor, channels: tl.tensor, width: tl.constexpr, block_t: tl.constexpr,
+    block_n: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
+    """Compute `_conv_rows` for the next token of each sequence, and update the states."""
+    mask = (t < num_tokens)[:, None]
+    slot_T = tl.load(slots + t, mask=t < num_tokens, other=0).to(tl.int64)
+    oldest = states + slot_T[:, None] * (width - 1) * channels + n[None, :]
+    newest = x + t.to(tl.int64)[:, None] * x_stride + n[None, :]
+    y_TN = tl.zeros((block_t, block_n), tl.float32)
+    for distance in tl.static_range(width):
+        weight_N = tl.load(weight + n * width + (width - 1 - distance)).to(tl.float32)
+        rows = newest if distance == 0 else oldest + (width - 1 - distance) * channels
+        y_TN += tl.load(rows, mask=mask, other=0.0).to(tl.float32) * weight_N[None, :]
+    for w in tl.static_range(1, width):
+        later = newest if w == width - 1 else oldest + w * channels
+        tl.store(oldest + (w - 1) * channels, tl.load(later, mask=mask, other=0.0), mask=mask)
+    return y_TN
+
+
 @jit(do_not_specialize=["num_tokens"])
 def _conv_kernel(
-    x: Ptr, x_stride: int, first_channel: int, weight: Ptr, position: Ptr, y: Ptr, num_tokens: int,
-    scale: float, eps: float, heads: tl.constexpr, width: tl.constexpr, is_normed: tl.constexpr,
-    block_t: tl.constexpr, block_n: tl.constexpr,
+    x: Ptr, x_stride: int, first_channel: int, weight: Ptr, position: Ptr, states: Ptr, y: Ptr,
+    num_tokens: int, channels: int, scale: float, eps: float, heads: tl.constexpr,
+    width: tl.constexpr, is_normed: tl.constexpr, is_step: tl.constexpr, block_t: tl.constexpr,
+    block_n: tl.constexpr,
 ) -> None:  # fmt: skip
     t = tl.program_id(0) * block_t + tl.arange(0, block_t)
     column = tl.program_id(1) * block_n + tl.arange(0, block_n)
     n = first_channel + column
-    y_TN = _conv_rows(x, x_stride, weight, position, t, n, num_tokens, width, block_t, block_n)
+    if is_step:
+        y_TN = _conv_state_rows(
+            x, x_stride, weight, states, position, t, n, num_tokens, channels, width, block_t,
+            block_n,
+        )  # fmt: skip
+    else:
+        y_TN = _conv_rows(x, x_stride, weight, position, t, n, num_tokens, width, block_t, block_n)
     y_TN = y_TN * tl.sigmoid(y_TN)
     if is_normed:
         y_TN *= (scale / tl.sqrt(tl.sum(y_TN * y_TN, 1) + eps))[:, None]
@@ -585,25 +685,30 @@ head after normalization; None without normalization."""
 
 
 def causal_conv_silu(
-    x_TN: Tensor, weight_NW: Tensor, position_T: Tensor, outputs: list[ConvOutput], eps: float
-) -> list[Tensor]:
+    x_TN: Tensor, weight_NW: Tensor, position_T: Tensor, outputs: list[ConvOutput], eps: float,
+    states_SWN: Tensor | None = None,
+) -> list[Tensor]:  # fmt: skip
     """Compute convolution and SiLU, and normalize queries and keys.
 
     Args:
         x_TN: Channels of the tokens; rows may be strided.
         weight_NW: Kernel of each channel; the last weight belongs to the token itself.
-        position_T: Index of each token in its sequence, int32.
+        position_T: Index of each token in its sequence, int32; with states, the row of its state.
         outputs: Heads to compute.
         eps: Added to the squared norm.
+        states_SWN: Earlier inputs, updated in place; each token is the next one of a sequence.
     """
-    num_tokens = len(x_TN)
+    num_tokens, is_step = len(x_TN), states_SWN is not None
     results = []
     for first_channel, heads, head_dim, norm_scale in outputs:
         results.append(x_TN.new_empty(num_tokens, heads, head_dim))
-        _conv_kernel[(triton.cdiv(num_tokens, CONV_BLOCK), heads)](
-            x_TN, x_TN.stride(0), first_channel, weight_NW, position_T, results[-1], num_tokens,
+        block_t = STEP_ELEMENTS // head_dim if is_step else CONV_BLOCK
+        _conv_kernel[(triton.cdiv(num_tokens, block_t), heads)](
+            x_TN, x_TN.stride(0), first_channel, weight_NW, position_T,
+            states_SWN if is_step else x_TN, results[-1], num_tokens, x_TN.shape[1],
             norm_scale or 1.0, eps, heads=heads, width=weight_NW.shape[1],
-            is_normed=norm_scale is not None, block_t=CONV_BLOCK, block_n=head_dim, num_warps=1,
+            is_normed=norm_scale is not None, is_step=is_step, block_t=block_t, block_n=head_dim,
+            num_warps=1,
         )  # fmt: skip
     return results
 
@@ -639,102 +744,6 @@ def causal_conv_silu_backward(
         block_t=CONV_BACKWARD_BLOCK, block_n=block_n, num_warps=4,
     )  # fmt: skip
     return dx_TN, sum_partials(dweight, weight_NW.dtype) if needs_weight_grad else None
-
-
-@jit
-def _gate_offsets(
-    m: tl.tensor, d: tl.tensor, stride: tl.tensor, heads: tl.constexpr, width: tl.constexpr
-) -> tl.tensor:
-    """Compute the offsets of rows `m` of a gate [T, H, width] whose tokens may be strided."""
-    return (m // heads).to(tl.int64)[:, None] * stride + ((m % heads) * width)[:, None] + d[None, :]
-
-
-@jit(do_not_specialize=["rows"])
-def _gated_norm_kernel(
-    x: Ptr, z: Ptr, weight: Ptr, y: Ptr, rows: int, z_stride: int, eps: float,
-    heads: tl.constexpr, width: tl.constexpr, block_m: tl.constexpr,
-) -> None:  # fmt: skip
-    m = tl.program_id(0) * block_m + tl.arange(0, block_m)
-    d = tl.arange(0, width)
-    mask = (m < rows)[:, None]
-    offsets = m.to(tl.int64)[:, None] * width + d[None, :]
-    x_MD = tl.load(x + offsets, mask=mask, other=0.0).to(tl.float32)
-    z_MD = tl.load(z + _gate_offsets(m, d, z_stride, heads, width), mask=mask, other=0.0)
-    z_MD = z_MD.to(tl.float32)
-    weight_D = tl.load(weight + d).to(tl.float32)
-    rstd_M = 1.0 / tl.sqrt(tl.sum(x_MD * x_MD, 1) / width + eps)
-    y_MD = x_MD * rstd_M[:, None] * weight_D[None, :] * (z_MD * tl.sigmoid(z_MD))
-    tl.store(y + offsets, y_MD.to(y.dtype.element_ty), mask=mask)
-
-
-@jit(do_not_specialize=["rows", "per_program"])
-def _gated_norm_backward_kernel(
-    x: Ptr, z: Ptr, weight: Ptr, dy: Ptr, dx: Ptr, dz: Ptr, dweight: Ptr, rows: int,
-    per_program: int, z_stride: int, eps: float, heads: tl.constexpr, width: tl.constexpr,
-    needs_weight_grad: tl.constexpr, block_m: tl.constexpr,
-) -> None:  # fmt: skip
-    d = tl.arange(0, width)
-    weight_D = tl.load(weight + d).to(tl.float32)
-    dweight_D = tl.zeros((width,), tl.float32)
-    first = tl.program_id(0) * per_program
-    for begin in range(first, first + per_program, block_m):
-        m = begin + tl.arange(0, block_m)
-        mask = (m < rows)[:, None]
-        offsets = m.to(tl.int64)[:, None] * width + d[None, :]
-        x_MD = tl.load(x + offsets, mask=mask, other=0.0).to(tl.float32)
-        z_MD = tl.load(z + _gate_offsets(m, d, z_stride, heads, width), mask=mask, other=0.0)
-        z_MD = z_MD.to(tl.float32)
-        dy_MD = tl.load(dy + offsets, mask=mask, other=0.0).to(tl.float32)
-        rstd_M = 1.0 / tl.sqrt(tl.sum(x_MD * x_MD, 1) / width + eps)
-        n_MD = x_MD * rstd_M[:, None]
-        sigmoid_MD = tl.sigmoid(z_MD)
-        silu_MD = z_MD * sigmoid_MD
-        dz_MD = dy_MD * n_MD * weight_D[None, :] * (sigmoid_MD + silu_MD * (1.0 - sigmoid_MD))
-        dn_MD = dy_MD * silu_MD
-        if needs_weight_grad:
-            dweight_D += tl.sum(dn_MD * n_MD, 0)
-        dn_MD *= weight_D[None, :]
-        mean_M = tl.sum(dn_MD * n_MD, 1) / width
-        dx_MD = (dn_MD - n_MD * mean_M[:, None]) * rstd_M[:, None]
-        tl.store(dx + offsets, dx_MD.to(dx.dtype.element_ty), mask=mask)
-        tl.store(dz + offsets, dz_MD.to(dz.dtype.element_ty), mask=mask)
-    if needs_weight_grad:
-        tl.store(dweight + tl.program_id(0).to(tl.int64) * width + d, dweight_D)
-
-
-def gated_rms_norm(x_THV: Tensor, z_THV: Tensor, weight_V: Tensor, eps: float) -> Tensor:
-    """Compute RMS norm of the last dimension, times weight and SiLU of the gate.
-
-    The tokens of the gate may be strided.
-    """
-    num_tokens, heads, width = x_THV.shape
-    y_THV = torch.empty_like(x_THV)
-    _gated_norm_kernel[(triton.cdiv(num_tokens * heads, NORM_BLOCK),)](
-        x_THV, z_THV, weight_V, y_THV, num_tokens * heads, z_THV.stride(0), eps, heads=heads,
-        width=width, block_m=NORM_BLOCK, num_warps=4,
-    )  # fmt: skip
-    return y_THV
-
-
-def gated_rms_norm_backward(
-    x_THV: Tensor, z_THV: Tensor, weight_V: Tensor, eps: float, dy_THV: Tensor, *,
-    needs_weight_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
-    """Compute the gradients of input, gate and weight."""
-    num_tokens, heads, width = x_THV.shape
-    blocks = triton.cdiv(num_tokens * heads, NORM_BLOCK)
-    blocks_per_program = triton.cdiv(blocks, MAX_PARTIAL_SUMS) if needs_weight_grad else 1
-    programs = triton.cdiv(blocks, blocks_per_program)
-    dweight = torch.empty(
-        programs if needs_weight_grad else 0, width, dtype=torch.float32, device=x_THV.device
-    )
-    dx, dz = torch.empty_like(x_THV), torch.empty_like(x_THV, dtype=z_THV.dtype)
-    _gated_norm_backward_kernel[(programs,)](
-        x_THV, z_THV, weight_V, dy_THV, dx, dz, dweight, num_tokens * heads,
-        blocks_per_program * NORM_BLOCK, z_THV.stride(0), eps, heads=heads, width=width,
-        needs_weight_grad=needs_weight_grad, block_m=NORM_BLOCK, num_warps=4,
-    )  # fmt: skip
-    return dx, dz, sum_partials(dweight, weight_V.dtype) if needs_weight_grad else None
 
 
 @jit
@@ -796,11 +805,9 @@ def _delta_step_kernel(
     step = tl.where(step > 20.0, step, tl.log(1.0 + tl.exp(step)))
     decay = tl.exp(-tl.exp(tl.load(a_log + head).to(tl.float32)) * step)
     beta = tl.sigmoid(tl.load(b + row * b_stride + head).to(tl.float32))
-    state_DV *= decay
-    update_V = (v_V - tl.sum(state_DV * k_D[:, None], 0)) * beta
-    state_DV += k_D[:, None] * update_V[None, :]
+    state_DV, o_V = _update_state(state_DV, q_D, k_D, v_V, decay, beta)
     tl.store(state + d[:, None] * value_dim + v[None, :], state_DV)
-    o_V = tl.sum(state_DV * q_D[:, None], 0).to(y.dtype.element_ty).to(tl.float32)
+    o_V = o_V.to(y.dtype.element_ty).to(tl.float32)
     z_V = tl.load(z + row * z_stride + head * value_dim + v).to(tl.float32)
     rstd = 1.0 / tl.sqrt(tl.sum(o_V * o_V, 0) / value_dim + eps)
     o_V *= rstd * tl.load(norm + v).to(tl.float32) * (z_V * tl.sigmoid(z_V))

@@ -1,6 +1,6 @@
 """Triton kernels of norms, fused with residual addition, dropout and FP8 quantization.
 
-Accumulation is fp32. Shapes: N or T rows, D width.
+Accumulation is fp32. Shapes: N or T rows, D width; heads of Gated DeltaNet: H heads, V width.
 """
 
 from __future__ import annotations
@@ -25,6 +25,9 @@ from finesight.model.quant.fp8 import FP8_MAX, MIN_AMAX, empty_fp8_rows
 
 RMS_NORM_TILE = TileConfig(4, 0, 8, 1)
 """Tile of the RMS norm kernel, whose programs process complete rows; fastest on an H200."""
+
+GATED_NORM_BLOCK = 16
+"""Rows per program of the gated RMS norm."""
 
 
 @jit(do_not_specialize=["rows"])
@@ -194,3 +197,99 @@ def rms_norm_backward(
         needs_weight_grad=needs_weight_grad, block_d=triton.next_power_of_2(width), num_warps=4,
     )  # fmt: skip
     return dn_TD, sum_partials(dw_PD, w_D.dtype) if needs_weight_grad else None
+
+
+@jit
+def _gate_offsets(
+    m: tl.tensor, d: tl.tensor, stride: tl.tensor, heads: tl.constexpr, width: tl.constexpr
+) -> tl.tensor:
+    """Compute the offsets of rows `m` of a gate [T, H, width] whose tokens may be strided."""
+    return (m // heads).to(tl.int64)[:, None] * stride + ((m % heads) * width)[:, None] + d[None, :]
+
+
+@jit(do_not_specialize=["rows"])
+def _gated_norm_kernel(
+    x: Ptr, z: Ptr, weight: Ptr, y: Ptr, rows: int, z_stride: int, eps: float,
+    heads: tl.constexpr, width: tl.constexpr, block_m: tl.constexpr,
+) -> None:  # fmt: skip
+    m = tl.program_id(0) * block_m + tl.arange(0, block_m)
+    d = tl.arange(0, width)
+    mask = (m < rows)[:, None]
+    offsets = m.to(tl.int64)[:, None] * width + d[None, :]
+    x_MD = tl.load(x + offsets, mask=mask, other=0.0).to(tl.float32)
+    z_MD = tl.load(z + _gate_offsets(m, d, z_stride, heads, width), mask=mask, other=0.0)
+    z_MD = z_MD.to(tl.float32)
+    weight_D = tl.load(weight + d).to(tl.float32)
+    rstd_M = 1.0 / tl.sqrt(tl.sum(x_MD * x_MD, 1) / width + eps)
+    y_MD = x_MD * rstd_M[:, None] * weight_D[None, :] * (z_MD * tl.sigmoid(z_MD))
+    tl.store(y + offsets, y_MD.to(y.dtype.element_ty), mask=mask)
+
+
+@jit(do_not_specialize=["rows", "per_program"])
+def _gated_norm_backward_kernel(
+    x: Ptr, z: Ptr, weight: Ptr, dy: Ptr, dx: Ptr, dz: Ptr, dweight: Ptr, rows: int,
+    per_program: int, z_stride: int, eps: float, heads: tl.constexpr, width: tl.constexpr,
+    needs_weight_grad: tl.constexpr, block_m: tl.constexpr,
+) -> None:  # fmt: skip
+    d = tl.arange(0, width)
+    weight_D = tl.load(weight + d).to(tl.float32)
+    dweight_D = tl.zeros((width,), tl.float32)
+    first = tl.program_id(0) * per_program
+    for begin in range(first, first + per_program, block_m):
+        m = begin + tl.arange(0, block_m)
+        mask = (m < rows)[:, None]
+        offsets = m.to(tl.int64)[:, None] * width + d[None, :]
+        x_MD = tl.load(x + offsets, mask=mask, other=0.0).to(tl.float32)
+        z_MD = tl.load(z + _gate_offsets(m, d, z_stride, heads, width), mask=mask, other=0.0)
+        z_MD = z_MD.to(tl.float32)
+        dy_MD = tl.load(dy + offsets, mask=mask, other=0.0).to(tl.float32)
+        rstd_M = 1.0 / tl.sqrt(tl.sum(x_MD * x_MD, 1) / width + eps)
+        n_MD = x_MD * rstd_M[:, None]
+        sigmoid_MD = tl.sigmoid(z_MD)
+        silu_MD = z_MD * sigmoid_MD
+        dz_MD = dy_MD * n_MD * weight_D[None, :] * (sigmoid_MD + silu_MD * (1.0 - sigmoid_MD))
+        dn_MD = dy_MD * silu_MD
+        if needs_weight_grad:
+            dweight_D += tl.sum(dn_MD * n_MD, 0)
+        dn_MD *= weight_D[None, :]
+        mean_M = tl.sum(dn_MD * n_MD, 1) / width
+        dx_MD = (dn_MD - n_MD * mean_M[:, None]) * rstd_M[:, None]
+        tl.store(dx + offsets, dx_MD.to(dx.dtype.element_ty), mask=mask)
+        tl.store(dz + offsets, dz_MD.to(dz.dtype.element_ty), mask=mask)
+    if needs_weight_grad:
+        tl.store(dweight + tl.program_id(0).to(tl.int64) * width + d, dweight_D)
+
+
+def gated_rms_norm(x_THV: Tensor, z_THV: Tensor, weight_V: Tensor, eps: float) -> Tensor:
+    """Compute RMS norm of the last dimension, times weight and SiLU of the gate.
+
+    The tokens of the gate may be strided.
+    """
+    num_tokens, heads, width = x_THV.shape
+    y_THV = torch.empty_like(x_THV)
+    _gated_norm_kernel[(triton.cdiv(num_tokens * heads, GATED_NORM_BLOCK),)](
+        x_THV, z_THV, weight_V, y_THV, num_tokens * heads, z_THV.stride(0), eps, heads=heads,
+        width=width, block_m=GATED_NORM_BLOCK, num_warps=4,
+    )  # fmt: skip
+    return y_THV
+
+
+def gated_rms_norm_backward(
+    x_THV: Tensor, z_THV: Tensor, weight_V: Tensor, eps: float, dy_THV: Tensor, *,
+    needs_weight_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """Compute the gradients of input, gate and weight."""
+    num_tokens, heads, width = x_THV.shape
+    blocks = triton.cdiv(num_tokens * heads, GATED_NORM_BLOCK)
+    blocks_per_program = triton.cdiv(blocks, MAX_PARTIAL_SUMS) if needs_weight_grad else 1
+    programs = triton.cdiv(blocks, blocks_per_program)
+    dweight = torch.empty(
+        programs if needs_weight_grad else 0, width, dtype=torch.float32, device=x_THV.device
+    )
+    dx, dz = torch.empty_like(x_THV), torch.empty_like(x_THV, dtype=z_THV.dtype)
+    _gated_norm_backward_kernel[(programs,)](
+        x_THV, z_THV, weight_V, dy_THV, dx, dz, dweight, num_tokens * heads,
+        blocks_per_program * GATED_NORM_BLOCK, z_THV.stride(0), eps, heads=heads, width=width,
+        needs_weight_grad=needs_weight_grad, block_m=GATED_NORM_BLOCK, num_warps=4,
+    )  # fmt: skip
+    return dx, dz, sum_partials(dweight, weight_V.dtype) if needs_weight_grad else None

@@ -11,8 +11,10 @@ import json
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import product
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import torch
@@ -172,10 +174,23 @@ def create_tiny_model(
     one if None. Raises UserError if `target` exists.
     """
     config = TINY_PRESETS[preset] if isinstance(preset, str) else preset
+    texts = None if corpus is None else tuple(corpus)
     with write_folder(target) as folder:
-        tokenizer = _build_tokenizer(
-            config.vocab_size, tokenizer_corpus() if corpus is None else corpus
-        )
+        for name, content in _create_files(family, seed, config, texts).items():
+            (folder / name).write_bytes(content)
+    return target
+
+
+@lru_cache(8)  # tests create hundreds of equal models
+def _create_files(
+    family: TinyFamily, seed: int, config: TinyConfig, corpus: tuple[str, ...] | None
+) -> dict[str, bytes]:
+    """Return the contents of the files of a tiny model by name."""
+    tokenizer = _build_tokenizer(
+        config.vocab_size, tokenizer_corpus() if corpus is None else corpus
+    )
+    with TemporaryDirectory() as temporary:
+        folder = Path(temporary)
         if family == "qwen":
             write_qwen_vl_files(folder, config, tokenizer)
         else:
@@ -187,7 +202,7 @@ def create_tiny_model(
         )
         rescale_weights(model)
         save_model(model, model_folder, folder, torch.float32)
-    return target
+        return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def _write_model_files(

@@ -143,3 +143,19 @@ def run_attack(
 def list_process_tree(pid: int) -> list[psutil.Process]:
     process = psutil.Process(pid)
     return [process, *process.children(recursive=True)]
+
+
+def list_running(pids: Iterable[int], timeout_s: float = 60.0) -> list[int]:
+    """Wait for the end of processes, and return those that still run after the timeout."""
+    end = time.monotonic() + timeout_s
+    while (running := [*filter(is_running, pids)]) and time.monotonic() < end:
+        time.sleep(0.02)
+    return running
+
+
+def is_running(pid: int) -> bool:
+    """Check if a process exists and is no zombie; it may end at any time."""
+    try:
+        return psutil.Process(pid).status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
+    except psutil.NoSuchProcess:
+        return False

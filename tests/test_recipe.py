@@ -1,9 +1,12 @@
 """Recipes: loaded, overridden, written back, and rejected; documented and shipped ones."""
 
+import contextlib
 import csv
 import json
+import os
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
@@ -363,10 +366,16 @@ PREPARATIONS = [
 ]
 
 
-@pytest.fixture
-def _source_data(tmp_path, monkeypatch):
-    """A working folder with small files of the names and columns that the comments speak of."""
-    monkeypatch.chdir(tmp_path)
+@pytest.fixture(scope="module")
+def source_data(tmp_path_factory):
+    """A folder with small files of the names and columns that the comments speak of."""
+    folder = tmp_path_factory.mktemp("source")
+    with contextlib.chdir(folder):
+        _write_source_data()
+    return folder
+
+
+def _write_source_data() -> None:
     rows = []
     for number in range(400):
         path = f"images/{number}.png"
@@ -405,8 +414,9 @@ def test_recipe_is_valid(recipe):
 
 
 @pytest.mark.parametrize(("recipe", "command"), PREPARATIONS)
-@pytest.mark.usefixtures("_source_data")
-def test_commands_in_comments_prepare_the_data(recipe, command):
+def test_commands_in_comments_prepare_the_data(recipe, command, source_data, tmp_path, monkeypatch):
+    shutil.copytree(source_data, tmp_path, copy_function=os.link, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
     assert run_command(command) == 0
     data = recipes.load_recipe(recipe).data
     train = read_samples(data.train[0].path)

@@ -88,25 +88,31 @@ def iter_texts(node: ast.AST) -> Iterator[str]:
 
 @cache
 def list_options() -> set[str]:
-    """Return the options of all operations."""
+    """Return the options of all operations, and --help."""
     found = [find_operation(name) for group in OPERATIONS.values() for name in group]
     parameters = [one for operation in found for one in list_parameters(operation)]
     options = [one.option for one in parameters if not one.is_positional]
-    return {part for option in options for part in option.split("/")}
+    return {part for option in options for part in option.split("/")} | {"--help"}
+
+
+@cache
+def list_setting_prefixes() -> set[str]:
+    """Return the settings of recipes, and the groups that contain them."""
+    names = [*list_setting_names(), "image.min_pixels", "train.learning_rate.vision"]
+    parts = [name.split(".") for name in names]
+    return {".".join(one[:count]) for one in parts for count in range(1, len(one) + 1)}
 
 
 def iter_unknown(text: str) -> Iterator[str]:
     """Yield options, formats and settings in a text that do not exist, and commands."""
     text = OTHER_PROGRAMS.sub("", text)
     yield from COMMAND.findall(text)
-    everything = list_options() | {"--help"}
-    yield from set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text)) - everything
+    yield from set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text)) - list_options()
     formats = {data_format.name for data_format in FORMATS}
     yield from set(re.findall(r"--format (?!to )([a-z][a-z-]+)", text)) - formats
-    names = [*list_setting_names(), "image.min_pixels", "train.learning_rate.vision"]
     for setting in re.findall(r"\b(?:train|tune|data|eval)\.[a-z_.0-9]*[a-z0-9]", text):
         is_file = setting.endswith((".jsonl", ".json", ".yaml", ".html"))
-        if not is_file and not any(f"{name}.".startswith(f"{setting}.") for name in names):
+        if not is_file and setting not in list_setting_prefixes():
             yield setting
 
 

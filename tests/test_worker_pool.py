@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 import pool_jobs as jobs
-import psutil
 import pytest
+from attack_client import list_process_tree, list_running
 
 from finesight import worker_pool as area
 from finesight.errors import UserError
@@ -45,7 +45,7 @@ def pids(pool: WorkerPool, number: int = 2) -> set[int]:
 
         def ask(_: int) -> int:
             with pool.borrow_worker() as worker:
-                barrier.wait(10)
+                barrier.wait(60)
                 return int(worker.call(jobs.describe, np.zeros(1), max_cpu_s=1).value["pid"])
 
         return set(threads.map(ask, range(number)))
@@ -54,20 +54,6 @@ def pids(pool: WorkerPool, number: int = 2) -> set[int]:
 def call(pool: WorkerPool, job: Callable[..., JobOutput], *args: Any, **limits: Any) -> JobOutput:
     with pool.borrow_worker() as worker:
         return worker.call(job, *args, **{"max_cpu_s": 1} | limits)
-
-
-def alive(pid: int, seconds: float = 2.0) -> bool:
-    """Wait for the end of a process."""
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        try:
-            stat = Path(f"/proc/{pid}/stat").read_text()
-        except FileNotFoundError:
-            return False
-        if stat.rsplit(")", 1)[1].split()[0] in "ZX":
-            return False
-        time.sleep(0.02)
-    return True
 
 
 def test_values_and_arrays_come_back(pool):
@@ -157,7 +143,7 @@ def test_a_worker_ends_at_once_with_its_connection(pool, job):
         if job == "running":
             worker.start(jobs.spin, max_cpu_s=600)
             assert not worker.wait(0.2)
-    assert not alive(pid)
+    assert not list_running([pid])
 
 
 PARENT = """
@@ -167,9 +153,9 @@ from finesight.worker_pool import WorkerPool
 pool = WorkerPool(jobs.load, 7, num_idle=1, memory_bytes=64 << 20)
 pool.start()
 busy = pool.fork()
-print(busy.call(jobs.describe, np.zeros(1), max_cpu_s=1).value["pid"])
-print(pool.process.pid, flush=True)
+pid = busy.call(jobs.describe, np.zeros(1), max_cpu_s=1).value["pid"]
 busy.start(jobs.spin, max_cpu_s=600)
+print(pid, pool.process.pid, flush=True)
 time.sleep(600)
 """
 
@@ -179,13 +165,12 @@ def test_no_process_survives_its_parent():
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as parent:
         assert parent.stdout is not None
-        busy, template = int(parent.stdout.readline()), int(parent.stdout.readline())
+        busy, template = map(int, parent.stdout.readline().split())
         # Its idle worker as well.
-        group = {template, *(one.pid for one in psutil.Process(template).children(recursive=True))}
-        time.sleep(0.3)
+        group = {process.pid for process in list_process_tree(template)}
         parent.kill()
     assert {busy, template} < group
-    assert not any(map(alive, group))
+    assert not list_running(group)
 
 
 def test_workers_have_low_priority_and_no_pool_handles(pool):
@@ -199,9 +184,9 @@ def test_workers_have_low_priority_and_no_pool_handles(pool):
 
 
 def test_killed_processes_are_replaced_and_none_is_left(pool):
-    for pid in pids(pool):
+    for pid in (killed := pids(pool)):
         os.kill(pid, signal.SIGKILL)
-    time.sleep(0.1)
+    assert not list_running(killed)
     assert len(pids(pool)) == 2
     os.kill(pool.process.pid, signal.SIGKILL)
     pool.process.wait()
@@ -209,7 +194,7 @@ def test_killed_processes_are_replaced_and_none_is_left(pool):
         assert worker.call(jobs.describe, np.zeros(1), max_cpu_s=1).value["number"] == 7
     processes = {pool.process.pid, *pids(pool)}
     pool.close()
-    assert all(not alive(pid) for pid in processes)
+    assert not list_running(processes)
 
 
 def test_many_threads_at_once(pool):
@@ -234,8 +219,11 @@ KILLED_BEFORE_WORKER_STARTS = """
 import multiprocessing, os, signal, time
 from finesight.worker_pool import exit_with_parent
 
+parent = os.getpid()
+
 def work():
-    time.sleep(0.5)  # the parent is dead by now
+    while os.getppid() == parent:
+        time.sleep(0.01)
     exit_with_parent()
     time.sleep(600)
 
@@ -279,7 +267,7 @@ def test_worker_of_a_killed_parent_exits_at_start() -> None:
     command = [sys.executable, "-c", KILLED_BEFORE_WORKER_STARTS]
     parent = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     assert parent.returncode == -signal.SIGKILL
-    left = [pid for pid in map(int, parent.stdout.split()) if alive(pid, seconds=60)]
+    left = list_running([*map(int, parent.stdout.split())])
     for pid in left:
         os.kill(pid, signal.SIGKILL)
     assert not left

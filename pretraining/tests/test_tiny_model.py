@@ -7,7 +7,13 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_model import SPECIAL_TOKENS, TINY_PRESETS, TinyConfig, create_tiny_model
+from tiny_model import (
+    SPECIAL_TOKENS,
+    TINY_PRESETS,
+    TinyConfig,
+    create_tiny_model,
+    tokenizer_corpus,
+)
 from tokenizers import Tokenizer
 
 from finesight.errors import UserError
@@ -36,7 +42,7 @@ def test_folder_has_the_published_files(tiny):
 
 def test_equal_arguments_give_equal_bytes(tiny, tmp_path):
     family = ModelFolder(tiny).family
-    again = create_tiny_model(tmp_path / "again", family)
+    again = create_tiny_model(tmp_path / "again", family, corpus=tokenizer_corpus())
     for path in tiny.iterdir():
         assert path.read_bytes() == (again / path.name).read_bytes(), path.name
 

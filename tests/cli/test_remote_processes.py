@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -46,8 +47,9 @@ def wait_for_partial_file(folder: Path, size: int) -> Path:
     """Wait until a partial file has this size."""
     for _ in range(600):
         for path in folder.rglob(".*.partial"):
-            if path.stat().st_size >= size:
-                return path
+            with suppress(FileNotFoundError):  # a complete file was renamed
+                if path.stat().st_size >= size:
+                    return path
         time.sleep(0.1)
     raise AssertionError("no partial file")
 

@@ -2,7 +2,7 @@
 
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from copy import copy
 from functools import cache
 from pathlib import Path
@@ -25,9 +25,11 @@ from finesight.data.sample import (
     TextPart,
     ToolCallPart,
 )
+from finesight.encode import renderer as renderer_area
 from finesight.encode.family import ThinkingOptions
 from finesight.encode.qwen3_5 import Qwen35
 from finesight.encode.renderer import NativeRenderer
+from finesight.encode.tokenization import load_tokenizer
 from finesight.errors import UserError
 from finesight.model_folder import ModelFolder
 
@@ -41,10 +43,15 @@ IMAGE_TOKENS = 4
 
 
 @pytest.fixture(scope="module")
-def renderers(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], NativeRenderer]:
+def renderers(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Callable[[str], NativeRenderer]]:
     """Function that returns the renderer of a model; loading a tokenizer takes a second."""
     folder = tmp_path_factory.mktemp("models")
-    return cache(lambda name: NativeRenderer(make_model_folder(name, folder / name)))
+    first = load_tokenizer(make_model_folder("Qwen3.5-4B", folder / "first"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(renderer_area, "load_tokenizer", lambda folder: first)
+        yield cache(lambda name: NativeRenderer(make_model_folder(name, folder / name)))
 
 
 def make_model_folder(name: str, target: Path) -> ModelFolder:

@@ -8,9 +8,12 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
+from attack_client import is_running, list_process_tree, list_running
 from each_value import each
 from launch_fixtures import TUNE, make_job, run_job_script, wait_for_steps
 from multi_process_run import fork_ranks
@@ -108,17 +111,6 @@ def wait_for_further_steps(recipe: Path, count: int, process: subprocess.Popen[b
         fewest = min(fewest, last)
 
 
-def children(pid: int) -> list[int]:
-    """Process ids of the children of a process."""
-    tasks = Path(f"/proc/{pid}/task").iterdir()
-    return [int(child) for task in tasks for child in (task / "children").read_text().split()]
-
-
-def running(pids: list[int]) -> list[int]:
-    """The processes that have not ended."""
-    return [pid for pid in pids if Path(f"/proc/{pid}/exe").exists()]
-
-
 @pytest.fixture
 def recipe(task: TinyTask) -> Path:
     """A long run with two data loader workers, a tracker, and a validation after each step."""
@@ -131,19 +123,15 @@ def test_run_is_unlocked_when_its_process_is_killed(recipe: Path) -> None:
     """Kill only the training process; the lock is released, and no worker remains."""
     process = start(recipe)
     wait_for_further_steps(recipe, 2, process)
-    started = children(process.pid)
+    _, *started = [one.pid for one in list_process_tree(process.pid)]
     process.kill()
     process.wait()
     try:
         with RunDir(recipe.parent / "run").lock():
             pass
-        end = time.monotonic() + GUARD
-        while running(started) and time.monotonic() < end:
-            time.sleep(0.02)
-        commands = [Path(f"/proc/{pid}/cmdline").read_bytes() for pid in running(started)]
-        assert not commands
+        assert not list_running(started, GUARD)
     finally:
-        for pid in running(started):
+        for pid in filter(is_running, started):
             os.kill(pid, signal.SIGKILL)
 
 
@@ -210,5 +198,8 @@ def wait_for_processes(folder: Path, counts: list[int], process: subprocess.Pope
 
 def rank_of(launcher: int) -> int:
     """The process that a launcher has started."""
-    commands = {pid: Path(f"/proc/{pid}/cmdline").read_bytes() for pid in children(launcher)}
-    return [pid for pid, command in commands.items() if b"finesight" in command][-1]
+    found = []
+    for process in psutil.Process(launcher).children():
+        with suppress(psutil.NoSuchProcess):
+            found += [process.pid] * any("finesight" in word for word in process.cmdline())
+    return found[-1]

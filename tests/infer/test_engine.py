@@ -103,15 +103,20 @@ def test_overflow_does_not_affect_other_requests(loaded_model, tmp_path, monkeyp
         generate(model, [*questions, bad], max_new_tokens=1, end_ids=())
 
 
+@pytest.fixture
+def answers(loaded_model: Loaded, prompts: list[EncodedSample]) -> list[Sequence[int]]:
+    """Answers of prompts alone, without end tokens."""
+    return [run_alone(loaded_model[0], prompt).ids for prompt in prompts]
+
+
 @pytest.mark.parametrize("late", [0, 1])
 @each("seed", range(6))
-def test_random_requests_leak_no_blocks(loaded_model, prompts, seed, late, monkeypatch):
+def test_random_requests_leak_no_blocks(loaded_model, prompts, answers, seed, late, monkeypatch):
     """Random requests and cancellations, in a cache too small for all, are answered as alone."""
     model, rng = loaded_model[0], random.Random(seed)
     monkeypatch.setattr(scheduler_area, "MAX_PREFILL_TOKENS", rng.choice([8, 50, 8192]))
     monkeypatch.setattr(scheduler_area, "MAX_MIXED_PREFILL_TOKENS", rng.choice([1, 20, 2048]))
     end_ids = {token for token in range(400) if rng.random() < 0.1}
-    alone = [run_alone(model, prompt, end_ids=tuple(end_ids)) for prompt in prompts]
     engine = Engine(model, tuple(end_ids), max_num_seqs=rng.choice([1, 2, 4]), num_cache_tokens=176)
     engine._max_pending = late
     result: dict[int, RequestEvents] = {}
@@ -136,7 +141,8 @@ def test_random_requests_leak_no_blocks(loaded_model, prompts, seed, late, monke
     assert not engine._runner.cache.block_table_RB.any()
     assert set(result) == set(requested)
     for ticket, (which, tokens) in requested.items():
-        full, found = alone[which].ids[:tokens], result[ticket]
+        ends = [n for n, token in enumerate(answers[which], 1) if token in end_ids]
+        full, found = answers[which][: min([tokens, *ends])], result[ticket]
         if found.finish_reason == "cancelled":
             assert ticket in cancelled
             assert found.ids == full[: len(found.ids)]

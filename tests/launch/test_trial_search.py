@@ -4,6 +4,7 @@ import json
 import math
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -48,12 +49,14 @@ class SimulatedRuns:
         on_call: Called with the number of the call.
         calls: Name of the run, and fraction of the steps or `eval`, of each call.
         devices: CUDA_VISIBLE_DEVICES of each call.
+        is_signaled: The search has sent a signal to a run.
     """
 
     accuracy: Callable[[dict[str, Any]], float]
     on_call: Callable[[int], object] = lambda number: None
     calls: list[tuple[str, str]] = field(default_factory=list)
     devices: list[str | None] = field(default_factory=list)
+    is_signaled: threading.Event = field(default_factory=threading.Event)
 
     def __call__(self, command: list[str], **options: Any) -> "SimulatedRuns":
         _, _, _, operation, target, *words = command
@@ -106,7 +109,7 @@ class SimulatedRuns:
         return self.code
 
     def send_signal(self, number: int) -> None:
-        pass
+        self.is_signaled.set()
 
 
 def by_learning_rate(settings: dict[str, Any]) -> float:
@@ -207,7 +210,7 @@ def test_interrupted_search_continues(recipe, simulate, tmp_path):
     def interrupt(number: int) -> None:
         if number == 7:
             os.kill(os.getpid(), signal.SIGINT)
-            time.sleep(1.0)  # until the search has noticed it
+            assert first.is_signaled.wait(60), "the search did not notice the signal"
 
     out = tmp_path / "search"
     first = simulate(by_learning_rate, interrupt)

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -17,7 +18,7 @@ from api_server_fixtures import (
     run_server,
     wait_until_idle,
 )
-from attack_client import list_process_tree
+from attack_client import list_process_tree, list_running
 from each_value import each
 from hostile_requests import (
     CHAT,
@@ -110,8 +111,11 @@ def wait_for(condition: Callable[[], bool], seconds: float = 30.0) -> None:
         time.sleep(0.05)
 
 
+BusyServer = tuple[subprocess.Popen[str], int]
+
+
 @pytest.fixture
-def busy_server(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+def busy_server(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[BusyServer]:
     """Server whose workers all read image headers that take minutes."""
     process = subprocess.Popen(
         [sys.executable, str(HERE / "slow_shutdown_server.py"), str(request.param)],
@@ -129,8 +133,7 @@ def busy_server(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[subp
             threading.Thread(target=ask.send, args=(port, 600.0), daemon=True).start()
         requests = next(tmp_path.glob("finesight-serve-*/requests"))
         wait_for(lambda: len(list(requests.glob("*/image-1"))) == 4)
-        time.sleep(0.3)
-        yield process
+        yield process, port
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
@@ -144,13 +147,22 @@ def busy_server(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[subp
     ids=["SIGTERM", "Ctrl-C twice"],
 )
 def test_slow_images_do_not_delay_shutdown(busy_server, signals, tmp_path):
-    _, *workers = list_process_tree(busy_server.pid)
+    server, port = busy_server
+
+    def is_closing() -> bool:
+        try:
+            socket.create_connection(("127.0.0.1", port)).close()
+        except OSError:
+            return True
+        return False
+
+    _, *workers = list_process_tree(server.pid)
     assert len(workers) >= 5
     for number in signals:
-        busy_server.send_signal(number)
-        time.sleep(0.5)
-    assert busy_server.wait(TEST_TIMEOUT_S) == 0
-    wait_for(lambda: not any(worker.is_running() for worker in workers))
+        server.send_signal(number)
+        wait_for(is_closing)
+    assert server.wait(TEST_TIMEOUT_S) == 0
+    assert not list_running([worker.pid for worker in workers])
     assert not list(tmp_path.iterdir()), "what clients sent is left"
 
 

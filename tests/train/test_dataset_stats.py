@@ -205,7 +205,6 @@ def test_invalid_samples_of_large_dataset_are_found_while_reading(large_task):
 
 def test_resumed_run_on_large_dataset_equals_uninterrupted_run(large_task):
     corrupt_samples(large_task)
-    large_task.run(name="whole")
     run, whole = large_task.rewind_to_checkpoint(), large_task.folder / "whole"
     large_task.run(resume=True)
     assert read_losses(run) == read_losses(whole)

@@ -58,7 +58,7 @@ CARD_FILE = "README.md"
 MAX_CARD_BYTES = 2**20
 """Maximum number of characters read from a dataset card to find its front matter."""
 
-_FRONT_MATTER = re.compile(r"\ufeff?---\s*\n(.*?)^---\s*$", re.DOTALL | re.MULTILINE)
+_FRONT_MATTER = re.compile(r"\ufeff?---[^\S\n]*\n(.*?)^---[^\S\n]*$", re.DOTALL | re.MULTILINE)
 """YAML at the start of a dataset card, between lines of three dashes."""
 
 DEFAULT_SPLIT = "train"

@@ -233,17 +233,15 @@ def test_kto_baseline_is_the_divergence_of_mismatched_answers(kto_task, monkeypa
         return values
 
     options = *KTO, "train.batch_size=3", "train.steps=6", "train.epochs=null"
-    kto_task.run(*options, name="expected")
     monkeypatch.setattr(KtoObjective, "compute_loss", compute_loss)
-    kto_task.run(*options)
+    run = kto_task.rewind_to_checkpoint(*options)
     train = [(x, y) for has_grad, x, y in baselines if has_grad]
     measured = max(sum(y for _, y in train[-3:]), 0)
     assert measured > 0
     assert train[-1][0] == pytest.approx(measured, abs=1e-6)
     assert len({x for x, _ in train[-3:]}) == 1
-    run = rewind_to_checkpoint(kto_task.folder / "run")
     kto_task.run(*options, resume=True)
-    assert_same_run(run, kto_task.folder / "expected")
+    assert_same_run(run, kto_task.folder / "whole")
 
 
 @each(("objective", "learning_rate"), [("orpo", 0.003), ("simpo", 0.002)])
@@ -326,12 +324,9 @@ def test_reference_pass_continues_after_the_memory_was_full(pair_task, monkeypat
 
 
 def test_resumed_run_equals_uninterrupted_run(pair_task):
-    expected = pair_task.folder / "expected"
-    pair_task.run(*DPO, name="expected")
-    pair_task.run(*DPO)
-    run = rewind_to_checkpoint(pair_task.folder / "run")
+    run = pair_task.rewind_to_checkpoint(*DPO)
     pair_task.run(*DPO, resume=True)
-    assert_same_run(run, expected)
+    assert_same_run(run, pair_task.folder / "whole")
     rewind_to_checkpoint(run)
     # Other weights of the same shapes would not fit the stored values.
     weights = Path(pair_task.recipe["model"]) / "model.safetensors"

@@ -110,7 +110,7 @@ def test_merged_model_answers_like_its_adapter(setup, expected):
             assert_equal_events(found, wanted)
 
 
-@pytest.mark.parametrize(("max_num_seqs", "late", "seed"), [(5, 0, 1), (24, 1, 2)])
+@pytest.mark.parametrize(("max_num_seqs", "late", "seed"), [(1, 0, 0), (5, 0, 1), (24, 1, 2)])
 def test_mixed_adapter_batch_matches_single_adapters(setup, expected, max_num_seqs, late, seed):
     """All adapters and the base in one batch, twice: then with cached blocks of each adapter."""
     engine = Engine(setup.multi_lora_model, (), max_num_seqs=max_num_seqs, num_cache_tokens=1 << 14)

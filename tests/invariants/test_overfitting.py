@@ -47,7 +47,7 @@ def train_and_predict(
         "tune": tune,
         "train": {
             "steps": STEPS,
-            "batch_size": len(samples),
+            "batch_size": 12,
             "learning_rate": 4e-3,
             "device": "cpu",
             "num_workers": 0,
@@ -83,6 +83,7 @@ LORA = FULL | {"language": "lora", "lora": {"rank": 32, "alpha": 32.0, "dropout"
     [
         pytest.param("qwen2_vl", FULL, id="qwen2_vl-full"),
         pytest.param("qwen2_5_vl", LORA, id="qwen2_5_vl-lora"),
+        pytest.param("qwen3_vl", FULL, id="qwen3_vl-full"),
         pytest.param("qwen3_vl", LORA, id="qwen3_vl-lora"),
         pytest.param("qwen", FULL, id="qwen-full"),
         pytest.param("qwen", LORA, id="qwen-lora"),

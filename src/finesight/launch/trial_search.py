@@ -391,10 +391,10 @@ class TrialSearch:
                 )
                 study.add_trial(trial)
         name = "train.learning_rate.default"
-        rates = self._space.get(name)
-        if isinstance(rates, optuna.distributions.FloatDistribution):
+        learning_rates = self._space.get(name)
+        if isinstance(learning_rates, optuna.distributions.FloatDistribution):
             for value in (defaults[name] * factor for factor in FIRST_LEARNING_RATES):
-                if rates.low <= value <= rates.high:
+                if learning_rates.low <= value <= learning_rates.high:
                     yield {name: value}
         while True:
             proposed = study.ask(self._space).params.items()

@@ -47,37 +47,35 @@ if TYPE_CHECKING:
 _SPECIAL_TOKENS = re.compile(r"</?(?:ref|box|quad)>|<\|[a-z_]+\|>")
 
 
+@dataclass(slots=True, eq=False)
 class ChatReply:
-    """Streamed reply of one model to a user message.
+    """Reply of one model to a user message.
 
-    Iterate over it (synchronously or asynchronously) to receive text deltas. `prediction`,
-    `finish_reason` and `content` are set when the stream ends.
+    Iterate over a streamed reply (synchronously or asynchronously) to receive text deltas.
+    `prediction`, `finish_reason` and `content` are set when the stream ends.
 
     Attributes:
         image_path: Image that predicted boxes refer to; None without an image.
     """
 
-    def __init__(
-        self,
-        model: str,
-        stream: GenerationStream,
-        image_path: Path | None,
-        image_size: ImageSize | None,
-    ) -> None:
-        self.model, self.image_path, self._image_size = model, image_path, image_size
-        self.text, self.reasoning = "", ""
-        self.prediction: Prediction | None = None
-        self.finish_reason: FinishReason | None = None
-        self.content: tuple[ContentPart, ...] = ()
-        self._stream = stream
+    model: str
+    image_path: Path | None
+    image_size: ImageSize | None = None
+    stream: GenerationStream | None = None
+    content: tuple[ContentPart, ...] = ()
+    finish_reason: FinishReason | None = None
+    prediction: Prediction | None = None
+    text: str = ""
+    reasoning: str = ""
 
     def __iter__(self) -> Iterator[str]:
-        for delta in self._stream:
+        for delta in self.stream or ():
             yield self._add(delta)
         self._finalize()
 
     async def __aiter__(self) -> AsyncIterator[str]:
-        async for delta in self._stream:
+        assert self.stream is not None, f"the reply of {self.model} has ended"
+        async for delta in self.stream:
             yield self._add(delta)
         self._finalize()
 
@@ -88,7 +86,8 @@ class ChatReply:
 
     def cancel(self) -> None:
         """Cancel generation; the iteration ends after the current step."""
-        self._stream.cancel()
+        if self.stream is not None:
+            self.stream.cancel()
 
     @property
     def boxes(self) -> tuple[BoxPart, ...]:
@@ -96,9 +95,10 @@ class ChatReply:
         return () if self.prediction is None else self.prediction.boxes
 
     def _finalize(self) -> None:
-        self.finish_reason = self._stream.finish_reason
-        self.prediction = self._stream.build_prediction()
-        self.content = build_answer_parts(self.prediction, self._image_size)
+        assert self.stream is not None, f"the reply of {self.model} has ended"
+        self.finish_reason = self.stream.finish_reason
+        self.prediction = self.stream.build_prediction()
+        self.content = build_answer_parts(self.prediction, self.image_size)
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,7 +258,7 @@ class ChatSession:
             LocatedSample(sample, Path()), replace(options, model=model), image_index=image_index
         )
         image_size = None if target_image is None else self.read_size(target_image)
-        return ChatReply(model, stream, target_image, image_size)
+        return ChatReply(model, target_image, image_size, stream)
 
 
 def _build_empty_error(where: str, what: str, expected: str) -> UserError:

@@ -166,27 +166,19 @@ class ChatSession:
         return turn
 
     def regenerate(self, options: Sequence[GenerationOptions]) -> ChatTurn:
-        """Send the last message again and replace its replies."""
-        if not self.turns:
-            raise _build_empty_error("regenerate", "the conversation has 0 turns", "a turn")
-        return self.edit(len(self.turns) - 1, self.turns[-1].text, options)
-
-    def edit(self, index: int, text: str, options: Sequence[GenerationOptions]) -> ChatTurn:
-        """Send the message of a turn again with another text. All later turns are removed.
+        """Send the last message again and replace its replies.
 
         After an error the session is unchanged.
         """
-        removed_turns = self.turns[index:]
-        if not removed_turns:
-            what = f"turn {index + 1} of {len(self.turns)} turns"
-            raise _build_empty_error("edit", what, "a turn of the conversation")
-        del self.turns[index:]
+        if not self.turns:
+            raise _build_empty_error("regenerate", "the conversation has 0 turns", "a turn")
+        last = self.turns.pop()
         try:
-            turn = self.send(text, removed_turns[0].image_paths, options)
+            turn = self.send(last.text, last.image_paths, options)
         except BaseException:
-            self.turns[index:] = removed_turns
+            self.turns.append(last)
             raise
-        for reply in (reply for removed in removed_turns for reply in removed.replies):
+        for reply in last.replies:
             reply.cancel()
         return turn
 

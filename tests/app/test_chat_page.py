@@ -263,6 +263,12 @@ def test_stop_regenerate_and_undo(browser, image_paths):
                 "return document.querySelector('.streaming')?.textContent.length > 40;"
             )
             assert len(parrot.requests) == requested
+            # An answer continues while another conversation is shown.
+            visit.click_button("New chat")
+            visit.wait_for_script("return !document.querySelector('#welcome').hidden;")
+            visit.click("#chats summary")
+            visit.click("#chats .title")
+            visit.wait_for_script("return !!document.querySelector('.streaming');")
             visit.click("#stop")
             visit.wait_until_idle()
             assert visit.read_texts(".facts") == ["tokens: 1 · stopped"]

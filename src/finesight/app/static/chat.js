@@ -42,20 +42,18 @@ const read = (id) => {
 const listChats = (start) => Object.keys(stored).filter((id) => id.startsWith(start)).map(read)
   .sort((one, other) => other.changed - one.changed);
 
+const remove = ({ id, turns }) => {
+  delete stored[id];
+  forget(turns.flatMap((turn) => turn.images), null);
+};
+
 const save = (one) => {
   one.changed = Date.now();
   const others = listChats("chat ").filter(({ id }) => id !== one.id);
-  for (const old of others.splice(settings.max_chats - 1)) delete stored[old.id];
-  for (let isSaved = false; !isSaved;) {
-    try {
-      stored[one.id] = JSON.stringify(one);
-      isSaved = true;
-    } catch {
-      // The storage is full.
-      if (!others.length) break;
-      delete stored[others.pop().id];
-    }
-  }
+  others.splice(settings.max_chats - 1).forEach(remove);
+  // The storage may be full.
+  const store = () => { try { return Boolean(stored[one.id] = JSON.stringify(one)); } catch { return false; } };
+  while (!store() && others.length) remove(others.pop());
   showList();
 };
 
@@ -87,6 +85,11 @@ const showTurn = (html, index) => followEnd(() => {
   }
 });
 
+const showImageHint = () => {
+  const hasImages = attachments.length > 0 || document.querySelector(".thumbs") !== null;
+  byId("image-hint").hidden = !settings.expects_images || hasImages;
+};
+
 const showButtons = () => {
   const isGenerating = running.has(chat?.id), numTurns = byId("turns").children.length;
   const hasFocus = document.activeElement;
@@ -96,13 +99,9 @@ const showButtons = () => {
   byId("welcome").hidden = numTurns > 0;
   byId("send").hidden = isGenerating;
   byId("stop").hidden = !isGenerating;
+  showImageHint();
   if (hasFocus?.matches("#send, #stop, #regenerate, #undo, #new-chat")
     && (hasFocus.hidden || hasFocus.disabled)) byId("question").focus();
-};
-
-const showImageHint = () => {
-  const hasImages = attachments.length > 0 || document.querySelector(".thumbs") !== null;
-  byId("image-hint").hidden = !settings.expects_images || hasImages;
 };
 
 const getTitle = ({ turns: [{ text, images }] }) => [text, ...images.map(({ name }) => name)]
@@ -128,7 +127,6 @@ const show = (one, html = "") => {
   byId("turns").replaceChildren(...parse(html).childNodes);
   showList();
   showButtons();
-  showImageHint();
 };
 
 const startNew = () => show(null);
@@ -140,8 +138,8 @@ const open = async (id) => {
 };
 
 /** Deletes images on the server that no other turn of the conversation has. */
-const forget = (images) => {
-  const getFile = ({ id }) => id.slice(0, 32), kept = chat?.turns.flatMap((turn) => turn.images).map(getFile) ?? [];
+const forget = (images, one = chat) => {
+  const getFile = ({ id }) => id.slice(0, 32), kept = one?.turns.flatMap((turn) => turn.images).map(getFile) ?? [];
   const unused = images.filter((one) => !kept.includes(getFile(one)));
   if (unused.length) request("forget", { images: unused }).catch(() => {});
 };
@@ -245,11 +243,13 @@ const receive = async (one, turns, question, response) => {
     for await (line of readLines(response)) {
       const isFirst = one.answer !== line.id;
       Object.assign(one, { turns: [...turns, { ...question, replies: line.replies }], answer: line.id });
-      if (isFirst) save(one);
       if (chat === one) showTurn(line.html, turns.length);
-      if (chat === one && isFirst) forget(removed);
+      if (!isFirst) continue;
+      save(one);
+      forget(removed, one);
+      if (chat === one) showButtons();
     }
-    if (chat === one && line.error) report(new Error(line.error));
+    if (chat === one && line?.error) report(new Error(line.error));
   } finally {
     running.delete(one.id);
     if (line) save(one);
@@ -339,11 +339,9 @@ const actions = {
     byId("question").focus();
   },
   delete: async ({ id }) => {
-    const images = read(id).turns.flatMap((turn) => turn.images);
-    delete stored[id];
+    remove(read(id));
     if (id === chat?.id) startNew();
     else showList();
-    forget(images);
     document.querySelector("#chats summary").focus();
   },
   edit: ({ index }, text) => askAgain(Number(index), text),

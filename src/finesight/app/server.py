@@ -60,7 +60,7 @@ _PAGE_POLICY = (
     " form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
 )
 
-MAX_MESSAGE_BYTES, MAX_SIGN_IN_BYTES, MAX_PATH_CHARS = 1 << 20, 16 << 10, 2000
+MAX_MESSAGE_BYTES, MAX_SIGN_IN_BYTES, MAX_PATH_CHARS = 4 << 20, 16 << 10, 2000
 
 FAILED_LOGIN_DELAY_S, UPLOAD_IDLE_TIMEOUT_S = 1.0, 30
 """Seconds until a wrong password is answered, and without data after which a request is rejected.

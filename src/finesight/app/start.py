@@ -279,7 +279,7 @@ def web(
     no_auth = no_auth or socket_file is not None
     password, is_generated = resolve_password(host, password_file, no_auth, proxies)
 
-    from finesight.app.chat_page import ChatStore, make_chat_app
+    from finesight.app.chat_page import make_chat_app
     from finesight.app.server import bind_socket, serve_app
     from finesight.infer.inference_service import InferenceService
     from finesight.serve.preprocessing_jobs import encode_in_worker
@@ -298,8 +298,7 @@ def web(
             print_page_address(host, listener, shown, open_page=open_page)
             with temporary_folder("web") as folder, closing(pool):
                 pool.start()
-                store = ChatStore(service, folder, pool)
-                app = make_chat_app(store, make_access("chat", listener, password))
+                app = make_chat_app(service, folder, pool, make_access("chat", listener, password))
                 serve_app(app, listener, pool, proxies)
         finally:
             service.close(wait_for_running=False)

@@ -15,12 +15,13 @@ from typing import Any
 from browser import DESKTOP_WIDTH, Browser
 
 from finesight.app.chat_page import make_chat_app
-from finesight.app.server import Access, AccessMiddleware, PageServer, bind_socket
+from finesight.app.server import Access, AccessMiddleware, PageServer
 from finesight.data.sample import BoxPart, ImagePart, LocatedSample, Sample
 from finesight.errors import UserError
 from finesight.infer.prediction import Prediction
 from finesight.infer.request import CompletionDelta, FinishReason, GenerationOptions
 from finesight.manifest import Manifest
+from finesight.serve.http_protocol import bind_socket
 from finesight.storage import temporary_folder
 from finesight.vision.image_reader import create_image_pool
 from finesight.worker_pool import WorkerPool

@@ -42,12 +42,12 @@ from finesight.app.server import (
     MAX_MESSAGE_BYTES,
     Access,
     AccessMiddleware,
-    bind_unix_socket,
     make_proxy_route,
 )
 from finesight.app.studio_page import make_studio_app
 from finesight.encode.family import ThinkingOptions
 from finesight.errors import UserError
+from finesight.serve.http_protocol import bind_unix_socket
 
 CASES = load_cases("access")
 PASSWORD = "right-password"

@@ -32,7 +32,6 @@ from PIL import Image
 
 from finesight import credentials
 from finesight.errors import UserError
-from finesight.serve.api_server import bind_socket
 from finesight.serve.http_protocol import is_loopback
 from finesight.serve.request_middleware import ApiKeys, check_exposure, read_api_keys
 
@@ -148,7 +147,7 @@ def test_files_belong_to_their_key(server_with_keys):
 def test_public_host_and_trusted_proxy_require_a_key(host, proxies):
     option = "--trusted-proxy.*" if proxies else ""
     with pytest.raises(UserError, match=f"{option}there is no API key") as raised:
-        bind_socket(host, 0, [], proxies)
+        check_exposure(host, [], proxies)
     assert all((raised.value.where, raised.value.expected, raised.value.remedy))
     check_exposure(host, [KEY], proxies)
 

@@ -10,7 +10,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -25,7 +25,6 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from finesight.encode.renderer import NativeRenderer
-from finesight.errors import build_bind_error
 from finesight.infer.inference_service import InferenceService
 from finesight.infer.model_loader import InferenceModel
 from finesight.model.vlm import VisionLanguageModel
@@ -41,6 +40,7 @@ from finesight.serve.label_studio_backend import LabelStudioOptions
 from finesight.serve.media_sources import (
     DEFAULT_IMAGE_FORMATS,
     FILE_PURPOSE,
+    FILES_VARIABLE,
     FileStore,
     MediaFetcher,
 )
@@ -50,7 +50,6 @@ from finesight.serve.request_middleware import (
     ApiKeys,
     RequestMiddleware,
     ServerMetrics,
-    check_exposure,
 )
 from finesight.serve.request_preprocessor import ConstraintFactory
 from finesight.storage import temporary_folder
@@ -102,7 +101,7 @@ def make_app(
         limits=limits,
         metrics=metrics,
         fetcher=fetcher or MediaFetcher((), limits),
-        store=FileStore(folder / "files", limits),
+        store=FileStore(Path(os.environ.get(FILES_VARIABLE, folder / "files")), limits),
         folder=request_folder,
     )
 
@@ -117,9 +116,7 @@ def make_app(
             *_build_file_routes(completions),
             *(label_studio.build_routes(completions) if label_studio else ()),
         ],
-        exception_handlers=dict.fromkeys(
-            (ApiError, ClientDisconnectedError, HTTPException, Exception), _handle_error
-        ),
+        exception_handlers=ERROR_HANDLERS,
     )
     app.router.redirect_slashes = False
     return RequestMiddleware(app, ApiKeys(api_keys), limits, metrics)
@@ -210,6 +207,12 @@ async def _handle_error(request: Request, error: Exception) -> Response:
     return JSONResponse(error.body, error.status, error.response_headers)
 
 
+ERROR_HANDLERS: Mapping[Any, Any] = dict.fromkeys(
+    (ApiError, ClientDisconnectedError, HTTPException, Exception), _handle_error
+)
+"""Exception handlers of an application of Starlette."""
+
+
 def _build_refusal(max_connections: int) -> bytes:
     """Build the HTTP response to a connection beyond the limit."""
     error = ApiError(503, f"{max_connections} connections are open", retry_after_s=2)
@@ -294,18 +297,6 @@ class ApiServer(uvicorn.Server):
         finally:
             for number, handler in previous_handlers.items():
                 signal.signal(number, handler)
-
-
-def bind_socket(
-    host: str, port: int, keys: Sequence[str], proxies: Sequence[str] = ()
-) -> socket.socket:
-    """Bind a socket. Raises UserError if other machines could reach it without an API key."""
-    check_exposure(host, keys, proxies)
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    try:
-        return socket.create_server((host.strip("[]"), port), family=family, backlog=512)
-    except OSError as error:
-        raise build_bind_error(host, port, error) from error
 
 
 def run_api_server(

@@ -264,6 +264,7 @@ SSE_HEADERS = {
     # Disable buffering in proxies.
     "x-accel-buffering": "no",
 }
+SSE_EVENT_END, SSE_END = b"\n\n", b"data: [DONE]\n\n"
 
 
 @dataclass(frozen=True)
@@ -379,6 +380,27 @@ async def limit_time(start_time: float, seconds: float) -> AsyncGenerator[None]:
         ) from error
 
 
+@contextlib.asynccontextmanager
+async def stop_at_disconnect(receive: Receive) -> AsyncGenerator[asyncio.TaskGroup]:
+    """Raise ClientDisconnectedError in a `with` block when the client disconnects.
+
+    Yields a group for tasks that end with the block.
+    """
+
+    async def watch_disconnect() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        raise ClientDisconnectedError
+
+    try:
+        async with asyncio.TaskGroup() as group:
+            watch = group.create_task(watch_disconnect())
+            yield group
+            watch.cancel()
+    except* Exception as errors:
+        raise errors.exceptions[0] from None
+
+
 @dataclass(slots=True, eq=False)
 class ActiveCompletion:
     """Chat completion request from its admission to the end of its response.
@@ -483,14 +505,14 @@ class ActiveCompletion:
         try:
             async with self._limit_time(), contextlib.aclosing(self._iter_chunks()) as chunks:
                 async for chunk in chunks:
-                    await send(_format_sse_event(chunk))
+                    await send(format_sse_event(chunk))
         except ApiError as api_error:
-            await send(_format_sse_event(api_error.body))
+            await send(format_sse_event(api_error.body))
         except ClientStalledError:
             raise
         except Exception as error:
-            await send(_format_sse_event(log_internal_error(error).body))
-        await send({"type": "http.response.body", "body": b"data: [DONE]\n\n"})
+            await send(format_sse_event(log_internal_error(error).body))
+        await send({"type": "http.response.body", "body": SSE_END})
 
     def _limit_time(self) -> contextlib.AbstractAsyncContextManager[None]:
         return limit_time(self.start_time, self.handler.limits.timeout)
@@ -740,7 +762,7 @@ class ChatCompletionStreamResponse(Response):
             await self._completion.send_stream(send)
 
 
-def _format_sse_event(data: dict[str, Any]) -> dict[str, Any]:
+def format_sse_event(data: dict[str, Any]) -> dict[str, Any]:
     """Format JSON data as a server-sent event in an ASGI message."""
     text = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
     body = f"data: {text}\n\n".encode("utf-8", "replace")

@@ -128,7 +128,7 @@ class ChatImage(BaseModel, frozen=True):
 
     @property
     def is_video(self) -> bool:
-        """Whether the file is a video, by its name."""
+        """Return whether the file is a video, by its name."""
         return is_video_path(Path(self.name))
 
 

@@ -374,7 +374,7 @@ class RowImages:
 
     @property
     def keeps_json(self) -> bool:
-        """Whether the import keeps JSON of boxes as JSON."""
+        """Return whether the import keeps JSON of boxes as JSON."""
         return self._context.keeps_json
 
     def count_json(self, *, is_structure: bool) -> None:

@@ -4,8 +4,6 @@ import json
 import os
 import re
 import struct
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -38,7 +36,6 @@ class TrackedRun:
     run: Path
     losses: dict[int, float]
     mlflow: str
-    trackio: str
 
     def folder(self, kind: TrackerKind) -> Path:
         return self.run / "track" / kind
@@ -47,9 +44,9 @@ class TrackedRun:
 def train_tracked_run(folder: Path) -> Iterator[TrackedRun]:
     home = folder / "alice"
     home.mkdir()
-    mlflow, trackio = str(folder / "mlruns"), str(folder / "trackio")
+    mlflow = str(folder / "mlruns")
     settings = {"HOME": str(home), "SOME_SERVICE_API_KEY": PLANTED_SECRETS["variable"]}
-    settings |= {"TRACKIO_DIR": trackio, "MLFLOW_ALLOW_FILE_STORE": "true"}
+    settings |= {"MLFLOW_ALLOW_FILE_STORE": "true"}
     with pytest.MonkeyPatch.context() as patch:
         for name in [name for name in os.environ if name.startswith(LOGS_OF_PACKAGES)]:
             patch.delenv(name)
@@ -64,7 +61,7 @@ def train_tracked_run(folder: Path) -> Iterator[TrackedRun]:
         run = rewind_to_checkpoint(task.folder / "run")
         task.run(resume=True, eval=METRIC, track=track)
         losses = {line["step"]: line["loss"] for line in task.read_metrics() if "loss" in line}
-        yield TrackedRun(run, losses, mlflow, trackio)
+        yield TrackedRun(run, losses, mlflow)
 
 
 Values = dict[int, Any]
@@ -236,40 +233,9 @@ def read_mlflow(run: TrackedRun) -> LoggedRun:
     )
 
 
-READ_TRACKIO = """
-import json
-from trackio.sqlite_storage import SQLiteStorage as Store
-runs = Store.get_runs("finesight")
-print(json.dumps([runs, Store.get_run_config("finesight", runs[0]),
-    Store.get_logs("finesight", runs[0]), Store.get_alerts("finesight")]))
-"""
-
-
-def read_trackio(run: TrackedRun) -> LoggedRun:
-    # The package takes its folder from the environment when it is imported.
-    environment = {"TRACKIO_DIR": run.trackio, "PATH": "", "HOME": run.trackio}
-    command = [sys.executable, "-c", READ_TRACKIO]
-    output = subprocess.run(command, env=environment, capture_output=True, check=True).stdout
-    names, settings, logs, alerts = json.loads(output)
-    metrics: dict[str, Values] = {}
-    for log in logs:
-        for name, value in log.items():
-            metrics.setdefault(name, {})[log["step"]] = value
-    images = metrics["examples/1"]
-    return LoggedRun(
-        names={("finesight", name) for name in names},
-        metrics=metrics,
-        parts=[],
-        settings=flatten(settings),
-        captions={step: image["caption"] for step, image in images.items()},
-        image=(Path(run.trackio) / "media" / images[6]["file_path"]).read_bytes(),
-        alerts={alert["title"] for alert in alerts},
-    )
-
-
 READERS = {
     one.__name__.removeprefix("read_"): one
-    for one in (read_tensorboard, read_swanlab, read_wandb, read_mlflow, read_trackio)
+    for one in (read_tensorboard, read_swanlab, read_wandb, read_mlflow)
 }
 
 

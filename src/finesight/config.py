@@ -617,7 +617,7 @@ _REWARD_OPTIONS = {"format": ("pattern", "json_schema"), "length": ("max_length"
 RewardList = Annotated[tuple[RewardSettings, ...], BeforeValidator(partial(_as_sections, "name"))]
 
 
-TrackerName = Literal["swanlab", "tensorboard", "wandb", "mlflow", "trackio"]
+TrackerName = Literal["swanlab", "tensorboard", "wandb", "mlflow"]
 _TRACKER_NAMES = Registry("trackers", object, dict.fromkeys(get_args(TrackerName)))
 TrackerKind = Annotated[TrackerName | str, BeforeValidator(partial(_check_name, _TRACKER_NAMES))]
 

@@ -1,4 +1,4 @@
-"""Trackers: TensorBoard, SwanLab, Weights & Biases, MLflow and Trackio.
+"""Trackers: TensorBoard, SwanLab, Weights & Biases and MLflow.
 
 A new tracker needs a subclass of `Tracker`, an entry in `TRACKERS`, and a name in
 `config.TrackerName`. The main process uses this module as well, so tracker packages are imported in
@@ -423,52 +423,11 @@ class MLflowTracker(Tracker):
         self._client.set_terminated(self._run_id, RUN_STATE_NAMES[record.state][1])
 
 
-class TrackioTracker(_LoggingTracker):
-    """Tracker for Trackio: a local folder, a Hugging Face Space, or a self-hosted server.
-
-    A run is resumed by its name. A Space that the tracker creates is private.
-    """
-
-    extra, package = "trackio", "trackio"
-    telemetry_off_env: ClassVar = {"HF_HUB_DISABLE_TELEMETRY": "1"}
-
-    def start_run(self, record: StartRecord) -> RunStarted:
-        import trackio
-
-        uri, project = record.tracker.uri, record.tracker.project
-        is_self_hosted = uri is not None and uri.startswith(("http://", "https://"))
-        self._run = trackio.init(
-            project=project,
-            # Runs in other folders may have the same name.
-            name=record.id or f"{record.name}-{secrets.token_hex(2)}",
-            config=record.settings,
-            resume="never" if record.id is None else "allow",
-            space_id=None if is_self_hosted else uri,
-            server_url=uri if is_self_hosted else None,
-            private=True,
-            embed=False,
-            auto_log_gpu=False,
-            auto_log_cpu=False,
-        )
-        dashboard = uri or f"trackio show --project {project}"
-        return RunStarted(id=self._run.name, message=f"Trackio: {dashboard}")
-
-    def send_alert(self, record: AlertRecord) -> None:
-        import trackio
-
-        level = trackio.AlertLevel[ALERT_LEVEL_NAMES[record.level]]
-        self._run.alert(title=record.title, text=record.text, level=level, step=record.step)
-
-    def finish_run(self, record: FinishRecord) -> None:
-        self._run.finish()
-
-
 _BUILT_IN: dict[str, type[Tracker]] = {
     "swanlab": SwanLabTracker,
     "tensorboard": TensorBoardTracker,
     "wandb": WandbTracker,
     "mlflow": MLflowTracker,
-    "trackio": TrackioTracker,
 }
 TRACKERS = Registry("trackers", Tracker, _BUILT_IN)
 

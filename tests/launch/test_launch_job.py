@@ -1,7 +1,6 @@
 """What a job is made of, and what is refused before anything is written."""
 
 import subprocess
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,6 @@ from finesight.launch.launch_job import (
     LaunchJob,
     NodeSpec,
     build_kubeflow_job,
-    build_skypilot_task,
 )
 
 MACHINES = NodeSpec(1, 1, 8)
@@ -72,11 +70,6 @@ def make_job(nodes="2", recipe=f"{NASTY}.yaml", output="runs/first"):
     return LaunchJob("first", Path(recipe), overrides, Path(output), Path(), machines)
 
 
-def build_skypilot(job, store="s3://bucket/folder", accelerator="H100"):
-    image = ContainerImage("registry.example/finesight:1", store)
-    return build_skypilot_task(job, image, accelerator)
-
-
 def build_kubeflow(job: LaunchJob, store: str = "claim") -> str:
     return build_kubeflow_job(job, ContainerImage("registry.example/finesight:1", store))
 
@@ -97,32 +90,6 @@ def run_shell(shell: str, folder: Path, **environment: str) -> list[str]:
 TRAIN = ["-m", "finesight", "train", f"{NASTY}.yaml", f"data.system_prompt={NASTY}", "--resume"]
 
 
-def test_skypilot_task(tmp_path: Path) -> None:
-    task = yaml.safe_load(build_skypilot(make_job()))
-    run = task.pop("run")
-    # The fields of https://docs.skypilot.co/en/latest/reference/yaml-spec.html.
-    assert task == {
-        "name": "first",
-        "num_nodes": 2,
-        "resources": {
-            "accelerators": "H100:8",
-            "image_id": "docker:registry.example/finesight:1",
-            "job_recovery": {"max_restarts_on_errors": 3},
-        },
-        "file_mounts": {"/finesight": {"source": "s3://bucket", "mode": "MOUNT_CACHED"}},
-    }
-    (tmp_path / "folder").mkdir()
-    found = run_shell(
-        run,
-        tmp_path,
-        SKYPILOT_NODE_IPS="10.0.0.1\n10.0.0.2",
-        SKYPILOT_NUM_NODES="2",
-        SKYPILOT_NUM_GPUS_PER_NODE="8",
-    )
-    assert found[-6:] == TRAIN
-    assert {"--nnodes=2", "--nproc-per-node=8", "--rdzv-endpoint=10.0.0.1:29400"} <= {*found}
-
-
 def test_kubeflow_train_job(tmp_path: Path) -> None:
     found = yaml.safe_load(build_kubeflow(make_job()))
     assert (found["apiVersion"], found["kind"]) == ("trainer.kubeflow.org/v1alpha1", "TrainJob")
@@ -130,21 +97,6 @@ def test_kubeflow_train_job(tmp_path: Path) -> None:
     assert (trainer["numNodes"], trainer["numProcPerNode"]) == (2, 8)
     assert trainer["command"][:2] == ["bash", "-c"]
     assert run_shell(trainer["command"][2], tmp_path)[-6:] == TRAIN
-
-
-def test_bucket_subfolder_is_the_working_directory() -> None:
-    """SkyPilot mounts whole buckets and refuses a folder of one."""
-    azure = "https://a.blob.core.windows.net/b"
-    for store, bucket, folder in (
-        ("s3://b", "s3://b", "/finesight"),
-        ("gs://b/", "gs://b", "/finesight"),
-        ("s3://b/c/d/", "s3://b", "/finesight/c/d"),
-        ("cos://eu-de/b/c", "cos://eu-de/b", "/finesight/c"),
-        (f"{azure}/c", azure, "/finesight/c"),
-    ):
-        task = yaml.safe_load(build_skypilot(make_job(), store))
-        assert task["file_mounts"]["/finesight"]["source"] == bucket
-        assert task["run"].startswith(f"cd {folder} || exit 1\n")
 
 
 def test_kubeflow_models_accept_the_job() -> None:
@@ -158,8 +110,7 @@ def test_kubeflow_models_accept_the_job() -> None:
     assert models.TrainerV1alpha1TrainJob.from_dict(found).to_dict() != found
 
 
-@pytest.mark.parametrize("build", [build_skypilot, build_kubeflow])
-def test_unsupported_jobs_are_rejected(build: Callable[[LaunchJob], str]) -> None:
+def test_unsupported_jobs_are_rejected() -> None:
     for recipe, output in (
         ("/r.yaml", "x"),
         ("../r.yaml", "x"),
@@ -167,9 +118,9 @@ def test_unsupported_jobs_are_rejected(build: Callable[[LaunchJob], str]) -> Non
         ("r.yaml", ".."),
     ):
         with pytest.raises(UserError, match="is outside"):
-            build(make_job(recipe=recipe, output=output))
+            build_kubeflow(make_job(recipe=recipe, output=output))
     with pytest.raises(UserError, match="1:4 nodes"):
-        build(make_job("1:4"))
+        build_kubeflow(make_job("1:4"))
 
 
 @each(
@@ -182,16 +133,8 @@ def test_image_and_store_are_required(image: str | None, store: str | None, wher
     assert caught.value.where == where
 
 
-def test_invalid_stores_and_accelerators_are_rejected() -> None:
-    for store in ("claim", "s3://", "ftp://bucket", "cos://region", "hf://a/b"):
-        with pytest.raises(UserError, match="is not a bucket") as caught:
-            build_skypilot(make_job(), store)
-        assert caught.value.where == "--store"
+def test_invalid_stores_are_rejected() -> None:
     for store in ("s3://bucket/folder", "Claim", "a_b", "a-"):
         with pytest.raises(UserError, match="is not the name of a claim") as caught:
             build_kubeflow(make_job(), store)
         assert caught.value.where == "--store"
-    for accelerator in (None, "H100\nrun: x", "", "H100:8", "H100,A100"):
-        with pytest.raises(UserError) as caught:
-            build_skypilot(make_job(), accelerator=accelerator)
-        assert caught.value.where == "--accelerator"

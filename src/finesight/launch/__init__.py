@@ -1,1 +1,1 @@
-"""Build and submit training jobs for torchrun, Slurm, SkyPilot and Kubeflow."""
+"""Build and submit training jobs for torchrun, Slurm and Kubeflow."""

@@ -1,9 +1,8 @@
 """Training job: recipe, nodes, commands, job file and submission.
 
 The formats of job files are documented by torchrun (docs.pytorch.org, "torchrun (Elastic
-Launch)"), Slurm (slurm.schedmd.com, manual pages of sbatch, srun, scancel and scontrol), SkyPilot
-(docs.skypilot.co, "SkyPilot YAML") and TrainJob (github.com/kubeflow/trainer,
-pkg/apis/trainer/v1alpha1/trainjob_types.go).
+Launch)"), Slurm (slurm.schedmd.com, manual pages of sbatch, srun, scancel and scontrol) and
+TrainJob (github.com/kubeflow/trainer, pkg/apis/trainer/v1alpha1/trainjob_types.go).
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from finesight.recipe import load_recipe
 from finesight.storage import raise_if_exists, write_file
 
 MAX_RESTARTS = 3
-"""Maximum number of restarts by torchrun or SkyPilot after a failed process."""
+"""Maximum number of restarts by torchrun after a failed process."""
 
 RENDEZVOUS_PORT = 29400
 """Port on the first node where nodes find each other; the default of torchrun."""
@@ -134,14 +133,14 @@ class LaunchJob:
         """Path of the file that a finished run contains, quoted for a shell."""
         return shlex.quote(str(self.output_dir / RESULT_FILE))
 
-    def require_container(self, engine: str, store: str) -> None:
+    def require_container(self, store: str) -> None:
         """Raise UserError for a range of nodes, or a recipe or output outside the storage."""
         nodes = self.node_spec
         if nodes.is_elastic:
             raise UserError(
                 f"{nodes.min_nodes}:{nodes.max_nodes} nodes",
                 where="--nodes",
-                expected=f"one number: the number of nodes of a job in {engine} is fixed",
+                expected="one number: the number of nodes of a job in Kubeflow is fixed",
                 remedy=f"--nodes {nodes.max_nodes}, or --on torchrun or slurm",
             )
         for where, path in (("RECIPE", self.recipe), ("output", self.output_dir)):
@@ -169,7 +168,6 @@ def validate_name(value: str | None, option: str) -> str | None:
 FILE_SUFFIXES = {
     "torchrun": ".sh",
     "slurm": ".sbatch",
-    "skypilot": ".sky.yaml",
     "kubeflow": ".trainjob.yaml",
 }
 """Suffix of the default job file name, by engine."""
@@ -177,7 +175,6 @@ FILE_SUFFIXES = {
 _SUBMIT_COMMANDS = {
     "torchrun": ("bash",),
     "slurm": ("sbatch",),
-    "skypilot": ("sky", "jobs", "launch", "--yes"),
     "kubeflow": ("kubectl", "create", "--filename"),
 }
 
@@ -211,7 +208,7 @@ def submit_job(engine: str, file: Path) -> str:
         raise UserError(
             "torchrun has no job queue",
             where="--submit",
-            expected="slurm, skypilot or kubeflow",
+            expected="slurm or kubeflow",
             remedy=f"start it on the GPU nodes: {' '.join(command)}",
         )
     if shutil.which(command[0]) is None:
@@ -299,16 +296,6 @@ def build_slurm_script(job: LaunchJob, options: Mapping[str, str | None]) -> str
 MOUNT_PATH = "/finesight"
 """Path in the container where the storage with recipe, data and output is mounted."""
 
-_BUCKET_PATTERN = re.compile(
-    "((?:s3|gs|r2|oci|nebius|cw|vastdata)://[^/]+|(?:cos|https)://[^/]+/[^/]+)(?:/+(.*))?"
-)
-"""URLs of storage that SkyPilot mounts: bucket, then an optional folder.
-
-https is an Azure container, cos an IBM bucket with its region.
-"""
-
-_GPU_NAME_PATTERN = re.compile("[A-Za-z0-9][A-Za-z0-9_.-]*")
-
 _CLAIM_NAME_PATTERN = re.compile("[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?")
 """Format of a PersistentVolumeClaim name: RFC 1123 subdomain."""
 
@@ -328,7 +315,7 @@ class ContainerImage:
         """
         for option, value, example in (
             ("--image", name, "--image registry.example/finesight:1"),
-            ("--store", store, "--store s3://bucket/folder, or the name of a claim for kubeflow"),
+            ("--store", store, "--store training-data, as in `kubectl get pvc`"),
         ):
             if value is None:
                 raise UserError(
@@ -343,40 +330,6 @@ class ContainerImage:
         return cls(name, store)
 
 
-def build_skypilot_task(job: LaunchJob, image: ContainerImage, accelerator: str | None) -> str:
-    """Build the YAML of a SkyPilot task, for `sky jobs launch`.
-
-    SkyPilot restarts the task after preemption.
-
-    Args:
-        job: Training job with a fixed number of nodes.
-        image: Container image, and a bucket URL as storage.
-        accelerator: GPU type such as H100; None is an error.
-
-    Raises UserError for invalid options, and for a recipe or output folder outside of the storage.
-    """
-    job.require_container("SkyPilot", image.store)
-    match = _BUCKET_PATTERN.fullmatch(image.store)
-    if match is None:
-        raise UserError(
-            f"{image.store!r} is not a bucket",
-            where="--store",
-            expected="an address that SkyPilot supports: s3://, gs://, r2://, cos://, oci://,"
-            " nebius://, cw://, vastdata://, or https:// for an Azure container",
-            remedy="for example --store s3://bucket/folder",
-        )
-    if accelerator is None or not _GPU_NAME_PATTERN.fullmatch(accelerator):
-        raise UserError(
-            "is missing" if accelerator is None else f"{accelerator!r} is not a GPU name",
-            where="--accelerator",
-            expected="a GPU name of `sky show-gpus`, without a count",
-            remedy="for example --accelerator H100 --gpus-per-node 8",
-        )
-    # SkyPilot mounts whole buckets.
-    values = {"accelerator": accelerator, "bucket": match[1], "folder": match[2] or ""}
-    return _render_template("skypilot_job.j2", job, image=image, **values)
-
-
 def build_kubeflow_job(job: LaunchJob, image: ContainerImage) -> str:
     """Build the YAML of a Kubeflow TrainJob for the runtime torch-distributed.
 
@@ -385,7 +338,7 @@ def build_kubeflow_job(job: LaunchJob, image: ContainerImage) -> str:
 
     Raises UserError for invalid options, and for a recipe or output folder outside of the storage.
     """
-    job.require_container("Kubeflow", image.store)
+    job.require_container(image.store)
     if not _CLAIM_NAME_PATTERN.fullmatch(image.store):
         raise UserError(
             f"{image.store!r} is not the name of a claim",

@@ -457,12 +457,11 @@ def _select_gpus(gpus: str, recipe: Recipe) -> list[str | None]:
     return [visible[int(number)] for number in numbers] or [None]
 
 
-LaunchEngine = Literal["torchrun", "slurm", "skypilot", "kubeflow"]
+LaunchEngine = Literal["torchrun", "slurm", "kubeflow"]
 
 _ENGINE_OPTIONS: Mapping[LaunchEngine, Sequence[str]] = {
     "torchrun": (),
     "slurm": ("partition", "account", "time"),
-    "skypilot": ("image", "store", "accelerator"),
     "kubeflow": ("image", "store"),
 }
 """Options that each engine supports; it rejects the others."""
@@ -480,19 +479,14 @@ class EngineOptions(TypedDict, total=False):
             "Default: of the partition."
         ),
     ]
-    image: Annotated[
-        str | None,
-        Parameter("skypilot, kubeflow: container image with finesight. Required for both."),
-    ]
+    image: Annotated[str | None, Parameter("kubeflow: container image with finesight. Required.")]
     store: Annotated[
         str | None,
         Parameter(
-            "skypilot, kubeflow: storage with recipe, data and output, mounted at /finesight. A "
-            "bucket URL such as s3://bucket/folder (skypilot) or the name of a "
-            "PersistentVolumeClaim (kubeflow). Required for both."
+            "kubeflow: PersistentVolumeClaim with recipe, data and output, mounted at /finesight. "
+            "Required."
         ),
     ]
-    accelerator: Annotated[str | None, Parameter("skypilot: GPU type, such as H100. Required.")]
 
 
 @dataclass(frozen=True, slots=True)
@@ -534,9 +528,8 @@ def launch(
         nodes: Number of nodes. MIN:MAX (torchrun, slurm) is elastic: training continues with the
             nodes that are available.
         name: Name of the job and of its file. Default: from the last folder of output_dir.
-        out: Job file. Default: NAME.sh (torchrun), NAME.sbatch, NAME.sky.yaml or
-            NAME.trainjob.yaml.
-        submit: Start the job now, with sbatch (slurm), sky (skypilot) or kubectl (kubeflow).
+        out: Job file. Default: NAME.sh (torchrun), NAME.sbatch or NAME.trainjob.yaml.
+        submit: Start the job now, with sbatch (slurm) or kubectl (kubeflow).
             torchrun has no queue: run the script instead.
     """
     from finesight.launch import launch_job
@@ -577,6 +570,4 @@ def _build_job_text(engine: LaunchEngine, job: LaunchJob, options: EngineOptions
         directives = {name: given.get(name) for name in _ENGINE_OPTIONS[engine]}
         return launch_job.build_slurm_script(job, directives)
     image = launch_job.ContainerImage.from_options(given.get("image"), given.get("store"))
-    if engine == "skypilot":
-        return launch_job.build_skypilot_task(job, image, given.get("accelerator"))
     return launch_job.build_kubeflow_job(job, image)

@@ -6,12 +6,15 @@ import shutil
 import subprocess
 import tomllib
 import zipfile
+from importlib.metadata import Distribution, distribution
 from pathlib import Path
 
 import pytest
 import yaml
 from module_loader import load_module
+from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name
 
 from finesight import __version__
 from finesight.model_folder import TINY_MODEL, TINY_MODEL_FOLDER, locate_model
@@ -82,6 +85,42 @@ def test_version_is_consistent() -> None:
     assert cited["version"] == __version__
     assert cited["license"] == "Apache-2.0"
     assert f"\n## {__version__}\n" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def _find_required_packages(requirements: list[str]) -> dict[str, Distribution]:
+    """Return the installed packages that these requirements need, also indirectly."""
+    packages: dict[str, Distribution] = {}
+    waiting = [(Requirement(one), {""}) for one in requirements]
+    while waiting:
+        requirement, extras = waiting.pop()
+        name = canonicalize_name(requirement.name)
+        marker = requirement.marker
+        if marker is not None and not any(marker.evaluate({"extra": extra}) for extra in extras):
+            continue
+        if name not in packages:
+            packages[name] = distribution(name)
+            needed = packages[name].requires or ()
+            waiting += [(Requirement(one), requirement.extras | {""}) for one in needed]
+    return packages
+
+
+def test_required_packages_are_listed_and_not_copyleft() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    packages = _find_required_packages(project["dependencies"])
+    assert len(packages) > len(project["dependencies"])
+    for name, package in packages.items():
+        labels = package.metadata.get_all("Classifier", [])
+        labels = [one for one in labels if one.startswith("License ::")]
+        labels += package.metadata.get_all("License-Expression", [])
+        labels += [text[:80] for text in package.metadata.get_all("License", [])]
+        assert labels, f"{name}: no license in the metadata"
+        copyleft = re.search(r"GPL|General Public", " ".join(labels))
+        assert copyleft is None, f"{name}: {labels}"
+    ours = {one for one in packages if not one.startswith(("nvidia-", "cuda-", "triton"))}
+    for language in ("en", "zh"):
+        page = (ROOT / "docs" / language / "licenses.md").read_text("utf-8")
+        listed = set(re.findall(r"^\| ([a-z0-9-]+) \| .* \|$", page, flags=re.MULTILINE))
+        assert ours <= listed, f"add to docs/{language}/licenses.md: {sorted(ours - listed)}"
 
 
 STEPS = re.sub(r"\\\n\s*", "", (ROOT / "Containerfile").read_text()).splitlines()

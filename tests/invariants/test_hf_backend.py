@@ -132,6 +132,7 @@ def test_resumed_run_is_bit_identical(task):
     assert_same_run(resumed, task.folder / "straight")
 
 
+@pytest.mark.filterwarnings("error:.*checkpointing:FutureWarning")
 def test_settings_of_memory_and_workers_do_not_change_the_loss(task):
     def train_two_steps(name: str, *overrides: str) -> list[float]:
         task.run("train.steps=2", "train.epochs=null", *overrides, name=name)

@@ -98,7 +98,10 @@ class HfModel(nn.Module):
     def activation_checkpointing(self, fraction: float) -> None:
         self._activation_checkpointing = fraction
         if fraction:
-            self.inner.gradient_checkpointing_enable({"use_reentrant": False})
+            if hasattr(self.inner, "activation_checkpointing_enable"):  # transformers 5.23 or newer
+                self.inner.activation_checkpointing_enable({"use_reentrant": False})
+            else:
+                self.inner.gradient_checkpointing_enable({"use_reentrant": False})
 
     def prepare_inputs(self, batch: PackedBatch) -> dict[str, Tensor]:
         """Build the keyword arguments of the transformers model for a packed batch."""

@@ -227,6 +227,8 @@ def test_interrupted_search_continues(recipe, simulate, tmp_path):
 def test_each_gpu_trains_one_trial(recipe, simulate, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,7")
+    # The second GPU asks for a trial before the recipe has been measured.
+    monkeypatch.setattr(trial_search.TrialSearch, "measure_recipe", MEASURE_RECIPE)
     runs = simulate(by_learning_rate, lambda number: time.sleep(0.01))
     with pytest.raises(UserError, match="different numbers below 3"):
         api.search(recipe, ["train.device=auto"], out=tmp_path / "search", gpus="0,3")

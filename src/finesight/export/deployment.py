@@ -252,6 +252,8 @@ def _build_lora_options(family: str, adapter: Path, name: str, source: str) -> s
         reason = f"the family {family} has experts"
     elif spec.key_mapping != TRANSFORMERS_V5_MAPPING and not family.startswith("qwen2"):
         reason = "its tensors have names that vLLM does not read"
+    elif len({config.alpha / config.rank for config in spec.configs.values()}) > 1:
+        reason = "its layers have different scales alpha / rank, of which vLLM may use one"
     elif rank > VLLM_RANKS[-1]:
         reason = f"its rank {rank} is above {VLLM_RANKS[-1]}"
     if reason:
@@ -263,7 +265,7 @@ def _build_lora_options(family: str, adapter: Path, name: str, source: str) -> s
         )
     path = str(adapter.resolve())
     module = f"{name}={path}"
-    if "," in module or "=" in name:  # vLLM reads such names as JSON only
+    if "," in module or module.count("=") > 1:  # vLLM reads such names as JSON only
         module = json.dumps({"name": name, "path": path})
     max_rank = next(one for one in VLLM_RANKS if one >= rank)
     return f"--enable-lora --lora-modules {shlex.quote(module)} --max-lora-rank {max_rank}"
@@ -286,7 +288,8 @@ def format_serving_commands(
     common_options = f"--served-model-name {shlex.quote(name or 'model')}"
     greedy_config: dict[str, float] = {"temperature": 0}
     if lora is not None:
-        common_options = f"--served-model-name base {lora}"
+        base_name = "base" if name != "base" else "base-model"
+        common_options = f"--served-model-name {base_name} {lora}"
         # Those of Qwen2.5-VL penalize repetitions.
         greedy_config["repetition_penalty"] = 1.0
     enable_thinking = None if manifest is None else manifest.enable_thinking
@@ -309,7 +312,9 @@ def format_serving_commands(
     )
     notes = _list_notes(folder, manifest, arguments)
     if lora is not None:
-        notes.append(f'"model": {json.dumps(name)} in a request selects the adapter, "base" none')
+        notes.append(
+            f'"model": {json.dumps(name)} in a request selects the adapter, "{base_name}" none'
+        )
         notes.append("for SGLang and others, merge the adapter")
     return ServingCommands(
         vllm, sglang if lora is None else "", json.dumps(REQUEST_PARAMETERS), tuple(notes)

@@ -99,12 +99,16 @@ class RungScore(BaseModel):
 
 
 class TrialRecord(BaseModel):
-    """A trial: its settings that differ from the recipe, and its scores at the rungs."""
+    """A trial: its settings that differ from the recipe, and its scores at the rungs.
+
+    `interrupted_s` are the seconds of a rung until an interruption.
+    """
 
     number: int
     settings: dict[str, Any]
     state: Literal["running", "complete", "pruned", "fail"] = "running"
     rungs: list[RungScore] = []
+    interrupted_s: float = 0.0
     error: str = ""
 
 
@@ -514,6 +518,8 @@ class TrialSearch:
         """Return the rungs of a trial; the first one of the recipe measures whether it fits."""
         if not record.number:
             return RUNGS[::2]
+        if not self.record.trials[0].rungs:  # on another GPU
+            return RUNGS
         start_s, train_s = self.measure_recipe()
         # If a third passes each rung, a trial starts 1 + 1/3 + 1/9 times, and trains
         # 1/9 + 2/9 * 1/3 + 6/9 * 1/9 of its steps.
@@ -560,6 +566,7 @@ class TrialSearch:
                 write_file(recipe, dump_recipe(self._build_recipe(record, run)).encode())
                 outcome = self._run_command(gpu, log, "train", recipe, "--resume", *stop)
                 if outcome is None:
+                    record.interrupted_s += time.monotonic() - start_s
                     return
                 if error := outcome:
                     break
@@ -600,6 +607,7 @@ class TrialSearch:
     def _score(self, record: TrialRecord, rung: int, seconds: float) -> None:
         """Record the score of a trial at a rung, and whether it continues."""
         name, score, interval = self._summarize(self._read_cases(record))
+        seconds, record.interrupted_s = seconds + record.interrupted_s, 0.0
         losses = [load_eval_history(run)[-1].validation_loss for run in self._iter_runs(record)]
         reached = RungScore(
             rung=rung, seconds=seconds, score=score, loss=fmean(losses), interval=interval

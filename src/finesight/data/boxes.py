@@ -149,9 +149,17 @@ def is_inside_image(
 
 
 def clip_to_image(
-    box: Box, image_size: tuple[int, int], convention: BoxConvention, *, is_point: bool = False
+    box: Box,
+    image_size: tuple[int, int],
+    convention: BoxConvention,
+    *,
+    is_point: bool = False,
+    is_corner: bool = False,
 ) -> Box:
     """Clip a box or a point that exceeds its image by no more than a rounding error.
+
+    Args:
+        is_corner: The point is a corner of a polygon, which alone may be within the first pixel.
 
     Raises:
         StrayBoxError: The box has no area in the image.
@@ -161,7 +169,8 @@ def clip_to_image(
     x1, y1, x2, y2 = box
     is_valid = all(map(math.isfinite, box)) and (is_point or (x1 < x2 and y1 < y2))
     # In pixels, such a box is smaller than one and not on the pixel grid.
-    is_fraction = convention.units == "pixel" and max(box) <= 1 and any(n % 1 for n in box)
+    is_fraction = max(box) <= 1 and any(n % 1 for n in box)
+    is_fraction = is_fraction and convention.units == "pixel" and not is_corner
     clipped = clip_box(box, image_size, is_point=is_point)
     is_inside = is_inside_image(box, image_size, is_point=is_point)
     if clipped is not None and is_inside and not is_fraction:

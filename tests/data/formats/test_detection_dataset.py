@@ -146,6 +146,31 @@ def test_polygons(
     }
 
 
+@each(("name", "lawn", "problem"), CASES["test_invalid_polygons"])
+def test_invalid_polygons(tmp_path: Path, name: str, lawn: str, problem: str) -> None:
+    source = write_scene(name, tmp_path / "set", SCENES[name]["lawn"], lawn)
+    with pytest.raises(UserError, match=f"(?s){problem}"):
+        import_samples(source, tmp_path / "out", box_task="polygons")
+
+
+def test_shapes_without_polygons_are_reported(tmp_path: Path) -> None:
+    polygon, kinds = (
+        '"shape_type": "polygon", "points": [[0, 0], [8, 1], [9, 4]]',
+        ("circle", "line"),
+    )
+    others = [f'"shape_type": "{kind}", "points": [[9, 9], [5, 4]]' for kind in kinds]
+    lawn = '}, {"label": "tree", '.join([polygon, *others])
+    source = write_scene("labelme", tmp_path / "set", SCENES["labelme"]["lawn"], lawn)
+    _, summary = import_samples(source, tmp_path / "out", box_task="polygons")
+    skipped = {f"shapes of type {kind} (skipped)": 1 for kind in kinds}
+    assert summary.source_notes == {NOTE_OMITTED_CLASSES: 2, **skipped}
+    crowd = '"category_id": 2, "segmentation": [[0, 0, 8, 1, 9, 4]]}, {"id": 9, "image_id": 1, '
+    crowd += '"category_id": 1, "iscrowd": 1'
+    source = write_scene("coco", tmp_path / "crowd", SCENES["coco"]["lawn"], crowd)
+    _, summary = import_samples(source, tmp_path / "crowd out", box_task="polygons")
+    assert summary.source_notes["crowd regions (skipped)"] == 1
+
+
 def rotate_to_start(outline: list[list[float]]) -> list[list[float]]:
     """Return a closed outline from its smallest corner on."""
     start = outline.index(min(outline))
@@ -171,6 +196,12 @@ def test_polygons_are_required_and_inside_their_image(tmp_path: Path) -> None:
         import_samples(source, tmp_path / "line out", box_task="polygons")
     (again,), _ = import_samples(source, tmp_path / "without", **clipped)
     assert again.messages[-1] == sample.messages[-1]
+    line = lawn.replace("44", "40")
+    line += f'}}, {{"label": "lawn", {lawn.replace("30", "50")}'
+    source = write_scene("labelme", tmp_path / "stray", SCENES["labelme"]["lawn"], line)
+    (again,), summary = import_samples(source, tmp_path / "stray out", **clipped)
+    assert again.messages[-1] == sample.messages[-1]
+    assert summary.source_notes == {NOTE_SKIPPED_BOX: 1, NOTE_OMITTED_CLASSES: 1}
 
 
 def test_points_are_required_and_inside_their_image(tmp_path: Path) -> None:

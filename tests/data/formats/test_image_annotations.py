@@ -9,11 +9,12 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from pycocotools import mask as coco_mask
 
-from finesight.data.boxes import InvalidBoxError
+from finesight.data.boxes import InvalidBoxError, find_bounds
 from finesight.data.formats.image_annotations import (
     decode_brush,
     decode_counts,
     decode_runs,
+    enclose_mask,
     simplify_outline,
     trace_mask,
 )
@@ -52,13 +53,18 @@ def test_masks_decode_as_in_pycocotools(mask_HW: np.ndarray) -> None:
 
 @given(masks)
 def test_outlines_contain_the_pixels_of_a_mask(mask_HW: np.ndarray) -> None:
-    outlines, num_holes = trace_mask(mask_HW, left=2, top=3)
+    outlines, num_holes, _ = trace_mask(mask_HW, left=2, top=3)
     filled = 0
     for y, x in np.ndindex(mask_HW.shape):
         count = sum(contains(np.array(one), x + 2.5, y + 3.5) for one in outlines)
         assert count >= mask_HW[y, x]
         filled += bool(count) and not mask_HW[y, x]
     assert (num_holes > 0) == (filled > 0)
+    boxes = enclose_mask(mask_HW).polygons
+    assert len(boxes) == mask_HW.any()
+    for x1, y1, x2, y2 in (find_bounds(corners, mask_HW) for corners in boxes):
+        bounds = find_bounds(itertools.chain(*outlines), mask_HW)
+        assert bounds == [x1 + 2, y1 + 3, x2 + 2, y2 + 3]
 
 
 @given(st.integers(3, 60), st.sampled_from([(50, 60), (3000, 1500)]), st.integers(0, 9))
@@ -87,7 +93,8 @@ def test_invalid_outlines(outline: list) -> None:
 
 
 def test_invalid_masks() -> None:
-    for counts in ([3, -1, 2], [3]):
+    overflow = [*[2**62] * 4, 4]  # its sum is 4 in 64 bits
+    for counts in ([3, -1, 2], [3], overflow, [5, -1], [*decode_counts("ooooooooo0" * 9), 4]):
         with pytest.raises(ValueError, match="pixels in a mask"):
             decode_runs(counts, (2, 2), "F")
     with pytest.raises(ValueError, match="bits"):

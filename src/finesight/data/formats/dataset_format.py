@@ -243,8 +243,8 @@ class ImportContext:
 
     @property
     def shape_notes(self) -> Counter[str]:
-        """Counts of shapes that questions about boxes do not represent."""
-        return Counter() if self.box_task in ("points", "polygons") else self.row_notes
+        """Counts of shapes that questions about boxes or polygons do not represent."""
+        return Counter() if self.box_task == "points" else self.row_notes
 
     def resolve_convention(self, default: BoxConvention) -> BoxConvention:
         """Return the box convention of the user options, else that of the dataset format."""
@@ -277,7 +277,10 @@ class ImportContext:
         if self.lenient:
             return pixel_box
         try:
-            clipped_box = clip_to_image(pixel_box, image_size, convention, is_point=is_point)
+            is_corner = is_point and self.box_task == "polygons"
+            clipped_box = clip_to_image(
+                pixel_box, image_size, convention, is_point=is_point, is_corner=is_corner
+            )
         except InvalidBoxError as error:
             inner_box, note = clip_box(pixel_box, image_size, is_point=is_point), NOTE_CLIPPED_BOX
             if self.box_task == "polygons" and all(map(math.isfinite, pixel_box)):

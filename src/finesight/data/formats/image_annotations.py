@@ -23,7 +23,7 @@ import itertools
 import json
 import math
 import re
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -165,24 +165,43 @@ NOTE_HOLES = "holes in masks (filled)"
 NOTE_OMITTED_BOXES = "boxes of these classes (not in the answer)"
 
 
-def enclose_shape(kind: str, bounds: list[float] | None, notes: Counter[str]) -> list[float] | None:
-    """Return the enclosing box of a shape, None without area, and count the shape by its kind."""
-    is_box = bounds is not None and bounds[0] < bounds[2] and bounds[1] < bounds[3]
-    notes[f"{kind} ({'converted to bounding boxes' if is_box else 'skipped'})"] += 1
-    return bounds if is_box else None
-
-
 class Outlines(NamedTuple):
-    """Polygons around the parts of an object, in units of its format, and its number of holes."""
+    """Polygons around the parts of an object, in units of its format, and its number of holes.
+
+    Those of a mask connect midpoints of pixel edges, so that they may be as small as a pixel.
+    """
 
     polygons: Sequence[Sequence[Sequence[Any]]] = ()
     num_holes: int = 0
+    is_mask: bool = False
 
 
 NO_OUTLINES = Outlines()
 BoolMask = NDArray[np.bool_]
 
+
+def enclose_shape(
+    kind: str,
+    bounds: list[float] | None,
+    context: ImportContext,
+    outlines: Outlines = NO_OUTLINES,
+) -> list[float] | None:
+    """Return the enclosing box of a shape, None without area, and count the shape by its kind.
+
+    With `--box-task polygons`, only shapes without outlines are counted, as skipped.
+    """
+    is_box = bounds is not None and bounds[0] < bounds[2] and bounds[1] < bounds[3]
+    asks_polygons = context.box_task == "polygons"
+    if not (asks_polygons and outlines.polygons):
+        use = "converted to bounding boxes" if is_box and not asks_polygons else "skipped"
+        context.shape_notes[f"{kind} ({use})"] += 1
+    return bounds if is_box else None
+
+
 MAX_COORDINATE = 1e9
+
+MIN_OUTLINE_WIDTH_PX = 1e-3
+"""Width below which an outline is a line, such as after its corners are moved to an image edge."""
 
 MAX_MASK_EDGES = 200_000
 """Maximum number of pixel edges on the outlines of a mask."""
@@ -195,9 +214,12 @@ def decode_runs(counts: Sequence[int], size: ImageSize, order: Literal["C", "F"]
         size: Height and width.
         order: Order of the pixels: by rows (C), or by columns (F) as in COCO.
     """
-    runs, num_pixels = np.array(counts, np.int64), math.prod(size)
-    if num_pixels > MAX_IMAGE_PIXELS or runs.min() < 0 or runs.sum() != num_pixels:
-        raise ValueError(f"runs of {runs.sum()} pixels in a mask of {size}")
+    num_pixels = math.prod(size)
+    # In Python integers: a wrong sum, such as of an overflow, would crash the process in `repeat`.
+    is_valid = all(0 <= count <= num_pixels for count in counts) and sum(counts) == num_pixels
+    if num_pixels > MAX_IMAGE_PIXELS or not is_valid:
+        raise ValueError(f"runs of {sum(counts)} pixels in a mask of {size}")
+    runs = np.array(counts, np.int64)
     return np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(size, order=order)
 
 
@@ -275,7 +297,13 @@ def trace_mask(mask_HW: BoolMask, left: float = 0, top: float = 0) -> Outlines:
             edges.discard(edge)
         num_holes += area < 0
         outlines += [outline] * (area > 0)
-    return Outlines(sorted(outlines), num_holes)
+    return Outlines(sorted(outlines), num_holes, is_mask=True)
+
+
+def enclose_mask(mask_HW: BoolMask) -> Outlines:
+    """Return two corners of the enclosing box of a mask as its outline, without `trace_mask`."""
+    ys, xs = (np.flatnonzero(mask_HW.any(axis)) for axis in (1, 0))
+    return Outlines([[(xs[0], ys[0]), (xs[-1] + 1, ys[-1] + 1)]]) if len(xs) else NO_OUTLINES
 
 
 def simplify_outline(
@@ -497,6 +525,7 @@ def _locate_objects(
         omitted.update([] if regions or obj.label in stray else [obj.label])
         for region in regions:
             parts: list[BoxPart] = []
+            num_notes = len(context.invalid_boxes)
             for coordinates in region:
                 part = images.create_valid_box(coordinates, obj.label, convention)
                 if not isinstance(part, BoxPart):
@@ -504,9 +533,41 @@ def _locate_objects(
                     break
                 parts.append(part)
             else:
-                located.append(LocatedObject(parts, obj.attributes))
+                problem = _check_outline(parts, obj, context, convention)
+                if problem is None:
+                    located.append(LocatedObject(parts, obj.attributes))
+                    continue
+                del context.invalid_boxes[num_notes:]  # of moved corners
+                images.drop_box(problem)
+                (stray if isinstance(problem, StrayBoxError) else omitted).add(obj.label)
     located.sort(key=LocatedObject.get_order)
     return located, omitted | (stray - {str(one.parts[0].label) for one in located})
+
+
+def _check_outline(
+    parts: Sequence[BoxPart],
+    obj: ObjectAnnotation,
+    context: ImportContext,
+    convention: BoxConvention,
+) -> InvalidBoxError | None:
+    """Return the error of an outline without area, or that is probably in fractions of the image.
+
+    The pixels of a mask are no fractions, even if it has a single one.
+    """
+    if context.box_task != "polygons":
+        return None
+    corners_N2 = np.array([part.xyxy[:2] for part in parts])
+    is_pixel = context.resolve_convention(convention).units == "pixel"
+    is_fraction = is_pixel and corners_N2.max() <= 1 and bool((corners_N2 % 1).any())
+    what = f"the polygon {str(corners_N2.tolist())[:80]} in pixels"
+    remedy = "correct the shape, or remove it"
+    if is_fraction and not obj.outlines.is_mask:
+        what, expected = f"{what} is smaller than a pixel", "a polygon in pixels"
+        remedy = f"if it is in fractions of the image size, give --box-units 1; otherwise {remedy}"
+        return InvalidBoxError(what, expected=expected, remedy=remedy)
+    if np.linalg.matrix_rank(corners_N2 - corners_N2[0], tol=MIN_OUTLINE_WIDTH_PX) > 1:
+        return None
+    return StrayBoxError(f"{what} has no area", expected="a polygon in the image", remedy=remedy)
 
 
 def build_class_prompt(num_classes: int) -> str:

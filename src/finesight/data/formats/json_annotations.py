@@ -62,6 +62,7 @@ from finesight.data.formats.dataset_format import (
 from finesight.data.formats.image_annotations import (
     LOST_WHITESPACE,
     NO_OUTLINES,
+    BoolMask,
     ImageRecord,
     ObjectAnnotation,
     Outlines,
@@ -70,6 +71,7 @@ from finesight.data.formats.image_annotations import (
     collect_classes,
     decode_counts,
     decode_runs,
+    enclose_mask,
     enclose_shape,
     find_image_folder,
     group_by_image,
@@ -287,36 +289,43 @@ def _find_box(
     annotation: Record, context: ImportContext, image_size: tuple[Any, Any], *, use_polygons: bool
 ) -> tuple[Sequence[object] | None, Outlines]:
     """Return the box of an annotation, or else that of its polygons or mask, and its outlines."""
-    num_values, notes = len(as_list(annotation.get("bbox"))), context.shape_notes
+    num_values, is_polygons = len(as_list(annotation.get("bbox"))), context.box_task == "polygons"
     has_box = num_values in (1, 3, 4)  # two are no box but a point
     if annotation.get("iscrowd") or annotation.get("ignore"):
-        return enclose_shape("crowd regions", None, notes), NO_OUTLINES
-    is_used = context.box_task == "polygons" or (use_polygons and not has_box)
-    outlines = _read_outlines(annotation, image_size) if is_used else NO_OUTLINES
+        return enclose_shape("crowd regions", None, context), NO_OUTLINES
+    is_used = is_polygons or (use_polygons and not has_box)
+    outlines = _read_outlines(annotation, image_size, context) if is_used else NO_OUTLINES
     if has_box:
-        notes.update(f"{k} (ignored)" for k in UNSUPPORTED_KEYS if annotation.get(k))
+        ignored = UNSUPPORTED_KEYS[is_polygons:]
+        context.shape_notes.update(f"{key} (ignored)" for key in ignored if annotation.get(key))
         return annotation["bbox"], outlines
     if not outlines.polygons:
         kind = f"boxes of {num_values} values" if num_values else "annotations without a box"
-        return enclose_shape(kind, None, notes), outlines
+        return enclose_shape(kind, None, context), outlines
     kind = "polygons" if isinstance(annotation["segmentation"], list) else "masks"
     bounds = find_bounds(itertools.chain(*outlines.polygons), annotation)
-    box = enclose_shape(kind, bounds, notes)
+    box = enclose_shape(kind, bounds, context, outlines)
     return box and [box[0], box[1], box[2] - box[0], box[3] - box[1]], outlines
 
 
-def _read_outlines(annotation: Record, image_size: tuple[Any, Any]) -> Outlines:
+def _read_outlines(
+    annotation: Record, image_size: tuple[Any, Any], context: ImportContext
+) -> Outlines:
     """Return the polygons of an annotation, or the outlines of its mask."""
     shape = annotation.get("segmentation")
-    if not isinstance(shape, dict):
-        flats = [one for one in as_list(shape) if isinstance(one, list) and one]
-        return Outlines([[*zip(one[::2], one[1::2], strict=False)] for one in flats])
+    if not shape:
+        return NO_OUTLINES
     with translate_shape_errors(annotation, "`segmentation` of `size` and `counts`, or polygons"):
+        if isinstance(shape, list):
+            if not all(isinstance(one, list) and one for one in shape):
+                raise ValueError("a part that is no list of numbers")
+            return Outlines([[*zip(one[::2], one[1::2], strict=True)] for one in shape])
         counts, size = shape["counts"], tuple(shape["size"])
         if size != image_size:
             raise ValueError(f"a mask of {size} in an image of {image_size}")
         counts = decode_counts(counts) if isinstance(counts, str) else counts
-        return trace_mask(decode_runs(counts, size, "F"))
+        outline_mask = trace_mask if context.box_task == "polygons" else enclose_mask
+        return outline_mask(decode_runs(counts, size, "F"))
 
 
 def _list_points(
@@ -438,7 +447,7 @@ def _parse_fiftyone(row: SourceRow, context: ImportContext) -> list[ImportExampl
         box: Sequence[object] | None = as_list(fields.get("bounding_box"))
         if not box or len(box) > 4:
             kind = f"boxes of {len(box)} values" if box else "labels without a box"
-            box = enclose_shape(kind, None, context.row_notes)
+            box = enclose_shape(kind, None, context)
         objects.append(ObjectAnnotation(label, box, attributes=attributes))
     return build_detection_examples(row, context, FIFTYONE_BOX_CONVENTION, record["path"], objects)
 
@@ -513,7 +522,7 @@ def _parse_labelme(row: SourceRow, context: ImportContext) -> list[ImportExample
     """Build the training examples of a LabelMe file."""
     file = Path(row.record["file"])
     record = _read_record(file)
-    objects = [_parse_shape(shape, context.shape_notes) for shape in record["shapes"]]
+    objects = [_parse_shape(shape, context) for shape in record["shapes"]]
     count_keys([record], _DOCUMENT_KEYS, "files", context.other_keys)
     count_keys(record["shapes"], _SHAPE_KEYS, "shapes", context.other_keys)
     image = _find_image(file, record)
@@ -572,7 +581,7 @@ def _get_shape_type(shape: Record) -> str:
     return str(shape.get("shape_type") or "polygon")
 
 
-def _parse_shape(shape: Record, source_notes: Counter[str]) -> ObjectAnnotation:
+def _parse_shape(shape: Record, context: ImportContext) -> ObjectAnnotation:
     shape_type, points = _get_shape_type(shape), shape.get("points", ())
     bounds = None if shape_type in POINT_TYPES else find_bounds(points or (), shape)
     if not isinstance(shape.get("label"), str) or not shape["label"].strip():
@@ -585,22 +594,30 @@ def _parse_shape(shape: Record, source_notes: Counter[str]) -> ObjectAnnotation:
         (x, y), edge, *_ = ((float(x), float(y)) for x, y in points)
         radius = math.dist((x, y), edge)
         bounds = [x - radius, y - radius, x + radius, y + radius]
-    if shape_type != "rectangle":
-        kind = "polygons" if shape_type == "polygon" else f"shapes of type {shape_type}"
-        bounds = enclose_shape(kind, bounds, source_notes)
     is_point = shape_type in POINT_TYPES
     named = [(shape["label"], as_list(point)) for point in as_list(points) if is_point]
     outlines = NO_OUTLINES
     if shape_type in ("polygon", "oriented_rectangle"):
         outlines = Outlines([points])
-    elif shape_type == "mask":
+    elif shape_type == "mask" and context.box_task == "polygons":
         with translate_shape_errors(shape, "two points, and `mask`, a PNG file in base64"):
-            ((left, top), _), data = points, base64.b64decode(shape["mask"])
-            with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
-                if math.prod(image.size) > MAX_IMAGE_PIXELS:
-                    raise ValueError(f"a mask of {image.size}")
-                outlines = trace_mask(np.asarray(image.convert("L")) > 0, left, top)
+            (left, top), _ = points
+            outlines = trace_mask(_decode_mask(shape["mask"]), left, top)
+    if shape_type != "rectangle":
+        kind = "polygons" if shape_type == "polygon" else f"shapes of type {shape_type}"
+        bounds = enclose_shape(kind, bounds, context, outlines)
     return ObjectAnnotation(shape["label"], bounds, outlines, points=named)
+
+
+def _decode_mask(text: str) -> BoolMask:
+    """Decode a PNG file in base64. Raises ValueError if it is invalid or too large."""
+    try:
+        with Image.open(io.BytesIO(base64.b64decode(text)), formats=("PNG",)) as image:
+            if math.prod(image.size) > MAX_IMAGE_PIXELS:
+                raise ValueError(f"a mask of {image.size}")
+            return np.asarray(image.convert("L")) > 0
+    except Exception as error:  # Pillow raises many error types
+        raise ValueError(f"a mask that cannot be decoded ({error})") from error
 
 
 def _find_image(file: Path, record: Record) -> str | bytes:

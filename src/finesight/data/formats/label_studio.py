@@ -54,6 +54,7 @@ from finesight.data.formats.image_annotations import (
     build_detection_examples,
     build_text_example,
     decode_brush,
+    enclose_mask,
     enclose_shape,
     find_image_folder,
     group_by_image,
@@ -194,7 +195,7 @@ def parse_row(row: SourceRow, context: ImportContext) -> list[ImportExample]:
     notes[NOTE_WHOLE_IMAGE] += len(_merge_answers(task.results))
     objects: list[ObjectAnnotation] = []
     for region in _merge_regions(task.results):
-        objects += _parse_region(region, context.shape_notes, project)
+        objects += _parse_region(region, context, project)
     return build_detection_examples(
         row,
         context,
@@ -578,13 +579,13 @@ def _list_points(region: Record) -> list[tuple[str, list[float]]]:
 
 
 def _parse_region(
-    region: Record, notes: Counter[str], project: ProjectLabels
+    region: Record, context: ImportContext, project: ProjectLabels
 ) -> Iterator[ObjectAnnotation]:
     """Yield the box of a region with each of its labels, or its labels without a box."""
-    notes["choices of regions (ignored)"] += "choices" in region
+    context.shape_notes["choices of regions (ignored)"] += "choices" in region
     labels = _get_labels(region)
     if not _has_bounds(region):
-        enclose_shape(f"regions of type {region['type']}", None, notes)
+        enclose_shape(f"regions of type {region['type']}", None, context)
         points = _list_points(region)
         yield from (ObjectAnnotation(label, None) for label in labels[1:])
         yield ObjectAnnotation((labels or [UNKNOWN_LABEL])[0], None, points=points)
@@ -596,25 +597,26 @@ def _parse_region(
             remedy="correct the region in Label Studio, or remove it",
         )
     text = "\n".join(map(str, as_list(region.get("text"))))
-    shape = _parse_geometry(region, notes)
+    shape = _parse_geometry(region, context)
     if not project.text_classes:
         yield from (replace(shape, label=label) for label in labels)
     elif text.strip():
         yield replace(shape, label=text, attributes={"class": labels[0]} if labels else {})
     else:
-        notes[NOTE_NO_TEXT] += 1
+        context.shape_notes[NOTE_NO_TEXT] += 1
         if not project.text_classes.isdisjoint(labels or [UNKNOWN_LABEL]):
             yield ObjectAnnotation(UNKNOWN_LABEL, None)
 
 
-def _parse_geometry(region: Record, notes: Counter[str]) -> ObjectAnnotation:
+def _parse_geometry(region: Record, context: ImportContext) -> ObjectAnnotation:
     """Return an object with its box as normalized corner and size, None without area."""
     polygons, num_holes = list[Any](), 0
+    outline_mask = trace_mask if context.box_task == "polygons" else enclose_mask
     expected = "numbers in percent, and the original size of the image"
     with translate_shape_errors(region, expected, region["type"]):
         if "rle" in region:
             kind, (height, width) = "brush strokes", map(region.__getitem__, _SIZE_KEYS[:2])
-            traced, num_holes = trace_mask(decode_brush(region["rle"], (height, width)))
+            traced, num_holes, _ = outline_mask(decode_brush(region["rle"], (height, width)))
             polygons = [[(x / width, y / height) for x, y in one] for one in traced]
         elif "points" in region:
             kind = "polygons"
@@ -630,9 +632,10 @@ def _parse_geometry(region: Record, notes: Counter[str]) -> ObjectAnnotation:
             flat = x, y * aspect, x + width, (y + height) * aspect
             polygons = [[(x, y / aspect) for x, y in rotate_rectangle(flat, angle, flat[:2])]]
         bounds = find_bounds(itertools.chain(*polygons), region) if polygons else None
-    bounds = enclose_shape(kind, bounds, notes)
+    outlines = Outlines(polygons, num_holes)
+    bounds = enclose_shape(kind, bounds, context, outlines)
     box = bounds and [*bounds[:2], bounds[2] - bounds[0], bounds[3] - bounds[1]]
-    return ObjectAnnotation(UNKNOWN_LABEL, box, Outlines(polygons, num_holes))
+    return ObjectAnnotation(UNKNOWN_LABEL, box, outlines)
 
 
 def _parse_answers(

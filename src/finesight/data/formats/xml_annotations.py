@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import os
 import re
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from xml.etree import ElementTree
@@ -123,7 +122,7 @@ def _parse_voc(row: SourceRow, context: ImportContext) -> list[ImportExample]:
     for element in root.iterfind("object"):
         notes[NOTE_PARTS] += len(element.findall("part"))
         if element.find("bndbox") is None:
-            bounds = enclose_shape("objects without a bndbox", None, notes)
+            bounds = enclose_shape("objects without a bndbox", None, context)
             objects.append(ObjectAnnotation(element.findtext("name", "").strip(), bounds))
         else:
             objects.append(_parse_object(element, one_based=is_one_based))
@@ -303,7 +302,7 @@ def _parse_cvat(row: SourceRow, context: ImportContext) -> list[ImportExample]:
             return []
         answer, meta = ", ".join(filter(None, tags)), {"classes": classes}
         return [build_text_example(row.id, row.record["path"], [answer], classes, context, meta)]
-    objects = [_parse_shape(shape, context.shape_notes) for shape in image]
+    objects = [_parse_shape(shape, context) for shape in image]
     used = (*CORNERS, "label", "occluded", "rotation", "points", "source", "z_order")
     count_keys((shape.attrib for shape in image), used, "shapes", context.other_keys)
     size = parse_integer(image.get("height", "")), parse_integer(image.get("width", ""))
@@ -345,10 +344,10 @@ def _write_cvat(samples: Sequence[LocatedSample], context: ExportContext) -> Fil
     yield "annotations.xml", bytes(ElementTree.tostring(root, "utf-8")) + b"\n"
 
 
-def _parse_shape(shape: ElementTree.Element, source_notes: Counter[str]) -> ObjectAnnotation:
+def _parse_shape(shape: ElementTree.Element, context: ImportContext) -> ObjectAnnotation:
     label = shape.get("label", "").strip()
     with translate_shape_errors(shape.attrib, kind=shape.tag):
-        bounds, outlines = _parse_geometry(shape, source_notes)
+        bounds, outlines = _parse_geometry(shape, context)
         if not label:
             raise ValueError("no label")
     attributes: dict[str, str | int] = {
@@ -373,7 +372,7 @@ def _list_points(shape: ElementTree.Element) -> list[tuple[str, list[str]]]:
 
 
 def _parse_geometry(
-    shape: ElementTree.Element, source_notes: Counter[str]
+    shape: ElementTree.Element, context: ImportContext
 ) -> tuple[list[float] | None, Outlines]:
     """Return enclosing box and outlines of a shape. Raises ValueError for invalid numbers."""
     kind, bounds, outlines = f"shapes of type {shape.tag}", None, NO_OUTLINES
@@ -386,7 +385,7 @@ def _parse_geometry(
         names = "left", "top", "width", "height"
         x, y, width, height = (float(shape.get(name, "")) for name in names)
         bounds = [x, y, x + width, y + height]
-        if shape.get("rle"):
+        if shape.get("rle") and context.box_task == "polygons":
             counts = [int(count) for count in shape.get("rle", "").split(",")]
             outlines = trace_mask(decode_runs(counts, (int(height), int(width)), "C"), x, y)
     elif shape.tag == "box":
@@ -397,7 +396,7 @@ def _parse_geometry(
         kind = "rotated rectangles"
         corners = rotate_rectangle((x1, y1, x2, y2), angle, center)
         bounds, outlines = find_bounds(corners, shape.attrib), Outlines([corners])
-    return enclose_shape(kind, bounds, source_notes), outlines
+    return enclose_shape(kind, bounds, context, outlines), outlines
 
 
 def _build_image(index: int, record: ImageRecord, context: ExportContext) -> ElementTree.Element:

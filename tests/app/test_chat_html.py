@@ -38,6 +38,8 @@ HOSTILE = [
 
 
 MANY_FORMULAS = ("$x$ " * (MAX_FORMULAS + 1), "x " * MAX_FORMULAS + "$x$ ", MAX_FORMULAS)
+OPENINGS = r"\[ \( \\[ " * 30_000
+MANY_OPENINGS = (rf"{OPENINGS}\[x\]", f"{OPENINGS}x", 1)
 JSON_BOMBS = ("[" * 100_000, '{"a": ' + "9" * 5000 + "}")
 
 
@@ -53,7 +55,7 @@ def render(text: str, *, is_formula: bool = False) -> str:
 
 @pytest.mark.parametrize(
     ("source", "text", "num_formulas"),
-    [*CASES["test_formulas_with_delimiters_are_rendered"], MANY_FORMULAS],
+    [*CASES["test_formulas_with_delimiters_are_rendered"], MANY_FORMULAS, MANY_OPENINGS],
 )
 def test_formulas_with_delimiters_are_rendered(source, text, num_formulas):
     pytest.importorskip("latex2mathml", reason="the extra `latex` is not installed")

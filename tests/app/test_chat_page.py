@@ -87,7 +87,7 @@ def test_images_are_stored_original_and_shown_without_metadata(client, tmp_path)
         assert client.get(f"/images/{wrong}").status_code == 404
 
 
-def test_unreadable_and_forgotten_images_are_deleted(client, tmp_path, monkeypatch):
+def test_unreadable_and_forgotten_images_are_deleted(client, service, tmp_path, monkeypatch):
     bomb = tmp_path / "bomb.png"
     Image.new("1", (10_000, 10_000)).save(bomb)
     assert bomb.stat().st_size < 20_000
@@ -101,7 +101,11 @@ def test_unreadable_and_forgotten_images_are_deleted(client, tmp_path, monkeypat
     images = [image for _ in range(9) for image in upload(client, noise)]
     turns = [send(client, "Who?", images[:8])]
     monkeypatch.setattr(chat_page, "MAX_IMAGES_PER_CHAT", 8)
-    for sent, text in ((images, "9 images; at most 8"), (images[8:], "1 image; at most")):
+    for sent, text in (
+        (images, "9 images; at most 8"),
+        (images[8:], "1 image; at most"),
+        (images[:1], "1 image; at most"),
+    ):
         body = {"question": {"text": "What?", "images": sent}, "turns": turns}
         assert text in client.post("/answers", json=body).json()["error"]
     odd = [{**images[0], "id": name} for name in ("../a.png", "x" * 32)]
@@ -109,6 +113,29 @@ def test_unreadable_and_forgotten_images_are_deleted(client, tmp_path, monkeypat
     assert len(list_files(tmp_path)) == 1
     body = {"question": {"text": "What?", "images": images[1:2]}}
     assert "expired" in client.post("/answers", json=body).json()["error"]
+    # Later prompts have a note in place of an image that is gone.
+    box = {"type": "box", "xyxy": [1, 1, 9, 9]}
+    first = {**turns[0]["replies"][0], "answer": "<b>", "content": [box], "image": images[1]["id"]}
+    send(client, "And?", turns=[{**turns[0], "images": images[:2], "replies": [first]}])
+    question, answer, _ = service.samples[-1].messages
+    notes = ["image", "[a.png: The image is no longer on the server.]\nWho?"]
+    assert [getattr(part, "text", part.type) for part in question.content] == notes
+    assert [part.text for part in answer.content] == ["<b>"]
+
+
+def test_long_answers_are_refused_or_truncated(client, monkeypatch):
+    turn = send(client, "Who?")
+    box = {"type": "box", "xyxy": [1, 1, 9, 9]}
+    for changes in (
+        {"answer": "x" * (chat_page.MAX_ANSWER_CHARS + 1)},
+        {"reasoning": "x" * (chat_page.MAX_ANSWER_CHARS + 1)},
+        {"boxes": [box] * (chat_page.MAX_ANSWER_PARTS + 1)},
+        {"content": [box] * (chat_page.MAX_ANSWER_PARTS + 1)},
+    ):
+        body = {"turns": [{**turn, "replies": [{**turn["replies"][0], **changes}]}]}
+        assert "at most" in client.post("/turns", json=body).json()["error"]
+    monkeypatch.setattr(chat_page, "MAX_ANSWER_CHARS", 2)
+    assert send(client, "Who?")["replies"][0]["answer"] == "Wh"
 
 
 def test_pages_of_a_pdf_are_images_of_a_message(client, tmp_path):

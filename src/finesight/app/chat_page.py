@@ -18,6 +18,7 @@ from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import lru_cache, partial
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -77,6 +78,7 @@ MAX_CHATS = 30
 """Maximum number of conversations that a browser keeps."""
 
 MAX_NEW_TOKENS = 4096
+MAX_ANSWER_CHARS, MAX_ANSWER_PARTS = 64 * MAX_NEW_TOKENS, 2 * MAX_NEW_TOKENS
 
 MAX_TEMPERATURE, MAX_TOP_K, MAX_REPETITION_PENALTY = 2, 1000, 2
 MAX_SEED = 2**53 - 1
@@ -132,6 +134,7 @@ class ChatImage(BaseModel, frozen=True):
         return is_video_path(Path(self.name))
 
 
+AnswerBox = Annotated[BoxPart | PointPart, Discriminator("type")]
 AnswerPart = Annotated[TextPart | BoxPart | PointPart, Discriminator("type")]
 
 
@@ -146,10 +149,10 @@ class StoredReply(BaseModel, frozen=True):
 
     model: str
     image: str | None = None
-    answer: str
-    reasoning: str | None = None
-    boxes: tuple[Annotated[BoxPart | PointPart, Discriminator("type")], ...] = ()
-    content: tuple[AnswerPart, ...] = ()
+    answer: Annotated[str, Field(max_length=MAX_ANSWER_CHARS)]
+    reasoning: Annotated[str | None, Field(max_length=MAX_ANSWER_CHARS)] = None
+    boxes: Annotated[tuple[AnswerBox, ...], Field(max_length=MAX_ANSWER_PARTS)] = ()
+    content: Annotated[tuple[AnswerPart, ...], Field(max_length=MAX_ANSWER_PARTS)] = ()
     num_tokens: int = 0
     finish_reason: FinishReason | None = None
 
@@ -157,11 +160,12 @@ class StoredReply(BaseModel, frozen=True):
     def from_reply(cls, reply: ChatReply, image: str | None) -> StoredReply:
         """Describe a reply, also during its generation."""
         prediction = reply.prediction
+        reasoning = (prediction.reasoning if prediction else reply.reasoning) or ""
         return cls(
             model=reply.model,
             image=image,
-            answer=prediction.answer if prediction else reply.text,
-            reasoning=prediction.reasoning if prediction else reply.reasoning or None,
+            answer=(prediction.answer if prediction else reply.text)[:MAX_ANSWER_CHARS],
+            reasoning=reasoning[:MAX_ANSWER_CHARS] or None,
             boxes=prediction.boxes if prediction else (),
             content=tuple(one for one in reply.content if isinstance(one, TextPart | BoxPart)),
             num_tokens=prediction.num_tokens if prediction else 0,
@@ -202,7 +206,7 @@ The maximum also limits the height.
 """
 
 MAX_FORMULAS, MAX_JSON_CHARS = 200, 100_000
-"""Maximum number of rendered formulas, and length of indented JSON, of an answer."""
+"""Maximum number of converted formulas, and length of indented JSON, of an answer."""
 
 MIN_WORDS = 4
 """Number of words from which an answer is prose, for example that of the base model."""
@@ -212,7 +216,9 @@ _MARKED_NUMBER = re.compile(r'"\\u0000([^"]*)"')
 _CODE_FENCE = re.compile(r"\A```(?:json)?\n(.*)\n```\Z", re.DOTALL)
 _NUMBER_LIST = re.compile(r"\[\n[-+\d.eE,\s]+\]")
 _FORMULA = re.compile(
-    r"\$\$.+?\$\$|\\\[.+?\\\]|(?P<inline>\\\(.+?\\\))"
+    # A formula ends before the next one opens, so that the search takes linear time.
+    r"\$\$.+?\$\$|(?<!\\)\\\[(?:[^\\]|\\[^\[\]])++\\\]"
+    r"|(?P<inline>(?<!\\)\\\((?:[^\\]|\\[^()])++\\\))"
     # As in Pandoc, so that prices such as $5 and $6 are no formula.
     r"|(?<![\\\w$])(?P<dollar>\$(?![\s$])(?:\\.|[^\\$\n])+(?<!\s)\$)(?![\d$])",
     re.DOTALL,
@@ -265,15 +271,14 @@ def render_answer(answer: str, is_formula: bool) -> Markup | None:
     if text.startswith(("{", "[")) and (formatted := _format_json(text)) is not None:
         return Markup('<pre class="json" tabindex="0">{}</pre>').format(formatted)
     pieces: list[str | Markup] = []
-    end = num_formulas = 0
-    for match in _FORMULA.finditer(answer):
-        formula = _render_formula(match[0]) if num_formulas < MAX_FORMULAS else None
-        if formula is not None:
+    end = 0
+    for match in islice(_FORMULA.finditer(answer), MAX_FORMULAS):
+        if (formula := _render_formula(match[0])) is not None:
             tag = "div" if match["inline"] is None and match["dollar"] is None else "span"
             markup = Markup('<{} class="formula">{}</{}>').format(tag, formula, tag)
             pieces += [answer[end : match.start()], markup]
-            end, num_formulas = match.end(), num_formulas + 1
-    if not num_formulas:
+            end = match.end()
+    if not pieces:
         return None
     return Markup('<div class="message-body">{}</div>').format(
         Markup("").join([*pieces, answer[end:]])
@@ -358,14 +363,13 @@ class ChatPage:
 
     def __init__(self, service: InferenceService, folder: Path, pool: WorkerPool) -> None:
         self._service, self._model_names = service, service.model_names
-        self._reader, self._uploads = (
-            ImageReader(pool),
-            UploadStore(folder, MAX_FILE_BYTES, math.inf),
-        )
+        self._reader = ImageReader(pool)
+        self._uploads = UploadStore(folder, MAX_FILE_BYTES, math.inf)
         # Answers that are being generated, by ID.
         self._running: dict[str, ChatTurn] = {}
         # Slow images wait for each other, and leave threads for the other requests.
         self._limiter = CapacityLimiter(2 * NUM_IMAGE_WORKERS)
+        self._render_limiter = CapacityLimiter(2)
         # The browser forgets the conversations of a server that has stopped.
         self._id = secrets.token_hex(8)
         self._default_system_prompt = service.system_prompt or ""
@@ -470,34 +474,42 @@ class ChatPage:
     async def get_turns(self, request: Request) -> Response:
         """Return the turns of a conversation as HTML."""
         conversation = await parse_body(request, Conversation)
-        return HTMLResponse(self._render_turns(conversation.turns, conversation))
+        return HTMLResponse(await self._render_turns(conversation.turns, conversation))
 
-    def _render_turns(
+    async def _render_turns(
         self, turns: Sequence[StoredTurn], conversation: Conversation, first_index: int = 0
     ) -> str:
         manifest = self._service.manifest
         is_formula = manifest is not None and manifest.metric == "latex"
-        return render_turns(turns, conversation.images, first_index, is_formula=is_formula)
+        images = conversation.images
+        render = partial(render_turns, turns, images, first_index, is_formula=is_formula)
+        return await to_thread.run_sync(render, limiter=self._render_limiter)
 
     def _restore(self, conversation: Conversation) -> tuple[ChatSession, dict[str, Path]]:
-        """Return a chat session with the turns of a conversation, and its images by ID."""
-        paths = {image.id: self._find_image(image.id) for image in conversation.images}
+        """Return a chat session with the turns of a conversation, and its images by ID.
+
+        A note replaces each image of a turn that was deleted.
+        """
+        paths = {image.id: self._find_image(image.id) for image in conversation.question.images}
+        for image in conversation.images:
+            with suppress(UserError):
+                paths[image.id] = self._find_image(image.id)
+        note = translate("The image is no longer on the server.")
         session = ChatSession(self._service, read_size=self._reader.read_size)
         prompt = conversation.settings.system_prompt
         is_default = not prompt.strip() or prompt == self._default_system_prompt
         session.system_prompt = None if is_default else prompt
         for turn in conversation.turns:
-            replies = [
-                ChatReply(
-                    one.model,
-                    paths.get(one.image or ""),
-                    content=one.content,
-                    finish_reason=one.finish_reason,
-                )
-                for one in turn.replies
-            ]
-            images = [paths[image.id] for image in turn.images]
-            session.turns.append(ChatTurn(turn.text, tuple(images), tuple(replies)))
+            replies = []
+            for one in turn.replies:
+                path = paths.get(one.image or "")
+                # Boxes need their image.
+                is_text = bool(one.image and one.content and path is None)
+                content = (TextPart(text=one.answer),) if is_text else one.content
+                replies.append(ChatReply(one.model, path, None, None, content, one.finish_reason))
+            images = tuple(paths[image.id] for image in turn.images if image.id in paths)
+            notes = [f"[{image.name}: {note}]" for image in turn.images if image.id not in paths]
+            session.turns.append(ChatTurn("\n".join([*notes, turn.text]), images, tuple(replies)))
         return session, paths
 
     async def start_answer(self, request: Request) -> Response:
@@ -511,8 +523,7 @@ class ChatPage:
 
     def _send(self, conversation: Conversation) -> tuple[ChatTurn, dict[Path, str]]:
         """Start the answer to a question, and return it with the IDs of its images."""
-        ids = {image.id for image in conversation.images}
-        _check_count(len(conversation.question.images), len(ids))
+        _check_count(len(conversation.question.images), len(conversation.images))
         session, paths = self._restore(conversation)
         images = dict.fromkeys(paths[image.id] for image in conversation.question.images)
         options = self._build_options(conversation.settings)
@@ -557,7 +568,7 @@ class ChatPage:
                 content = {
                     "id": answer_id,
                     "replies": [one.model_dump(mode="json", by_alias=True) for one in replies],
-                    "html": self._render_turns([stored], conversation, index),
+                    "html": await self._render_turns([stored], conversation, index),
                     "error": next(map(_describe_failure, errors), ""),
                 }
                 if (line := f"{json.dumps(content)}\n") != sent:

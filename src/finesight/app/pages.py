@@ -191,11 +191,8 @@ def find_studio(request: Request) -> str:
 MAX_STORED_BYTES = 2 << 30
 """Maximum size of the stored files of all users in bytes."""
 
-UPLOAD_TTL_S, MIN_UPLOAD_TTL_S = 3600, 300
-"""Seconds without use after which a file is deleted, with enough space and if space is short.
-
-Data sets take over the files that they use.
-"""
+UPLOAD_TTL_S = 3600
+"""Seconds without use after which a file may be deleted. Data sets take over files they use."""
 
 MAX_NAME_BYTES = 200
 _CONTROL_CHARACTERS = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
@@ -214,7 +211,7 @@ class UploadStore:
 
     Args:
         max_bytes: Maximum size of a file. The access middleware checks it first.
-        ttl_s: Seconds without use after which a file is deleted.
+        ttl_s: Seconds without use after which a file is deleted, even with enough space.
     """
 
     def __init__(self, folder: Path, max_bytes: int, ttl_s: float = UPLOAD_TTL_S) -> None:
@@ -259,7 +256,7 @@ class UploadStore:
             while sum(state.st_size for _, state in self._list_files()) > (
                 MAX_STORED_BYTES - num_bytes
             ):
-                if not self._expire(MIN_UPLOAD_TTL_S, 1):
+                if not self._expire(UPLOAD_TTL_S, 1):
                     raise DiskFullError
             path.parent.mkdir(mode=0o700)
             file = path.open("xb")

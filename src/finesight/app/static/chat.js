@@ -39,7 +39,7 @@ const read = (id) => {
   if (!running.has(id)) for (const reply of one.turns.at(-1).replies) reply.finish_reason ??= "cancelled";
   return one;
 };
-const listChats = (start) => Object.keys(stored).filter((id) => id.startsWith(start)).map(read)
+const listChats = () => Object.keys(stored).filter((id) => id.startsWith(prefix)).map(read)
   .sort((one, other) => other.changed - one.changed);
 
 const remove = ({ id, turns }) => {
@@ -49,11 +49,21 @@ const remove = ({ id, turns }) => {
 
 const save = (one) => {
   one.changed = Date.now();
-  const others = listChats("chat ").filter(({ id }) => id !== one.id);
+  const others = listChats().filter(({ id }) => id !== one.id && !running.has(id));
   others.splice(settings.max_chats - 1).forEach(remove);
-  // The storage may be full.
-  const store = () => { try { return Boolean(stored[one.id] = JSON.stringify(one)); } catch { return false; } };
-  while (!store() && others.length) remove(others.pop());
+  // The storage may be full. Old conversations are removed only if this one fits then.
+  const store = (it) => { try { return Boolean(stored[it.id] = JSON.stringify(it)); } catch { return false; } };
+  const removed = [];
+  let isStored;
+  while (!(isStored = store(one)) && others.length) {
+    removed.push(others.pop());
+    delete stored[removed.at(-1).id];
+  }
+  if (isStored) removed.forEach(remove);
+  else {
+    removed.forEach(store);
+    report(new Error("This browser has no space for the chat, which ends with the page. Export it to keep it."));
+  }
   showList();
 };
 
@@ -108,7 +118,7 @@ const getTitle = ({ turns: [{ text, images }] }) => [text, ...images.map(({ name
   .find((one) => one.trim()).replace(/\s+/g, " ").trim().slice(0, MAX_TITLE_CHARS);
 
 const showList = () => {
-  const rows = listChats(prefix).map((one) => {
+  const rows = listChats().map((one) => {
     const title = getTitle(one), label = translate("Delete");
     return create("li", { class: "chat-row" },
       create("button", { type: "button", class: "title", "aria-current": one.id === chat?.id && "true",
@@ -247,6 +257,7 @@ const receive = async (one, turns, question, response) => {
       if (!isFirst) continue;
       save(one);
       forget(removed, one);
+      if (one.isStopped) attempt(() => stop(one));
       if (chat === one) showButtons();
     }
     if (chat === one && line?.error) report(new Error(line.error));
@@ -260,16 +271,22 @@ const receive = async (one, turns, question, response) => {
   byId("announcement").textContent = [...replies].map((reply) => reply.textContent).join("\n");
 };
 
-/** Asks a question after some turns of the conversation. Returns whether the answer has started. */
-const ask = async (text, images, index) => {
+/** Stops the answer of a conversation, as soon as the server has sent its ID. */
+const stop = async (one) => {
+  one.isStopped = true;
+  if (one.answer) await request(`answers/${one.answer}/stop`, {});
+};
+
+/** Asks a question with images or uploads after some turns. Returns whether the answer has started. */
+const ask = async (one, text, uploads, index) => {
   const chosen = readSettings();
-  if (!chosen || running.has(chat?.id)) return false;
-  const one = chat ?? { id: `${prefix}${Date.now()} ${Math.random()}`, turns: [] };
-  const turns = one.turns.slice(0, index), question = { text, images };
+  if (!chosen || running.has(one.id)) return false;
+  const turns = one.turns.slice(0, index);
+  Object.assign(one, { answer: null, isStopped: false });
   running.set(one.id, one);
-  chat = one;
   showButtons();
   const hasStarted = await attempt(async () => {
+    const question = { text, images: (await Promise.all(uploads)).flat() };
     const response = await sendRequest("answers", { turns, question, settings: chosen });
     one.settings = chosen;
     if (chat === one) tab.chat = one.id;
@@ -286,15 +303,14 @@ const send = async () => {
   const field = byId("question"), text = field.value, sent = attachments;
   if ((!text.trim() && !sent.length) || byId("send").hidden) return;
   scrollTo(0, document.documentElement.scrollHeight);
-  let images;
-  if (!await attempt(async () => { images = (await Promise.all(sent.map((one) => one.uploaded))).flat(); })) return;
-  if (!await ask(text, images)) return;
+  chat ??= { id: `${prefix}${Date.now()} ${Math.random()}`, turns: [] };
+  if (!await ask(chat, text, sent.map(({ uploaded }) => uploaded))) return;
   if (field.value === text) field.value = "";
   detach(sent);
 };
 
 /** Asks the question of a turn again, with another text. */
-const askAgain = (index, text = chat.turns[index].text) => ask(text, chat.turns[index].images, index);
+const askAgain = (index, text = chat.turns[index].text) => ask(chat, text, chat.turns[index].images, index);
 
 const isPlainEnter = (event) =>
   event.key === "Enter" && !event.shiftKey && !event.isComposing && event.keyCode !== 229;
@@ -309,7 +325,7 @@ byId("question").addEventListener("keydown", (event) => {
   send();
 });
 byId("settings").addEventListener("submit", (event) => event.preventDefault());
-byId("stop").addEventListener("click", () => attempt(() => request(`answers/${chat.answer}/stop`, {})));
+byId("stop").addEventListener("click", () => attempt(() => stop(chat)));
 byId("regenerate").addEventListener("click", () => askAgain(chat.turns.length - 1));
 byId("undo").addEventListener("click", () => {
   const { text, images } = chat.turns.pop();
@@ -398,8 +414,9 @@ addEventListener("submit", (event) => {
   const form = event.target, { action } = form.dataset;
   if (!action) return;
   event.preventDefault();
-  showForm(form, false);
-  attempt(() => actions[action](form.dataset, form.querySelector("textarea, input").value));
+  // After an error, the text stays.
+  attempt(async () => await actions[action](form.dataset, form.querySelector("textarea, input").value)
+    && showForm(form, false));
 });
 addEventListener("keydown", (event) => {
   const form = event.target.closest?.("form[data-action]");
@@ -418,7 +435,7 @@ addEventListener("error", ({ target }) => {
 
 attempt(async () => {
   // A reload shows the same conversation.
-  const known = listChats(prefix), last = tab.chat;
+  const known = listChats(), last = tab.chat;
   startNew();
   if (known.length && last !== "new") await open((known.find(({ id }) => id === last) ?? known[0]).id);
 });

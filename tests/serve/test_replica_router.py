@@ -124,6 +124,23 @@ def test_request_is_sent_again_only_if_no_replica_got_it(ask, client, replicas):
     assert client.get("/health").status_code == 503
 
 
+def test_model_names_come_from_a_replica_that_answers(replicas):
+    """One has ended after it was ready, and the other ends once during its response."""
+    replicas[0].socket_file.unlink()
+    replicas[1].response = b"HTTP/1.1 200"
+    content = b'{"data": [{"id": "tiny"}]}'
+    answer = HEAD + b"application/json\r\nContent-Length: %d\r\n\r\n" % len(content) + content
+
+    async def get_names() -> list[str]:
+        task = asyncio.create_task(ReplicaRouter(replicas).get_model_names())
+        while not replicas[1].requests:
+            await asyncio.sleep(0.01)
+        replicas[1].response = answer
+        return await task
+
+    assert asyncio.run(get_names()) == ["tiny"]
+
+
 @each("cut", [b"", b"data: 2, "])
 def test_killed_replica_ends_a_stream_with_an_error_event(client, replicas, cut):
     chunk = b"data: 1\n\n" + cut

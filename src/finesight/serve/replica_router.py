@@ -301,6 +301,15 @@ class ReplicaRouter:
         app = Starlette(routes=routes, exception_handlers=ERROR_HANDLERS)
         return RequestMiddleware(app, ApiKeys(api_keys), limits, metrics)
 
+    async def get_model_names(self) -> list[str]:
+        """Return the names of the models from a replica that answers, and wait for one."""
+        while True:
+            for replica in self.replicas:
+                with contextlib.suppress(httpx2.TransportError):
+                    models = (await replica.get("/v1/models")).json()["data"]
+                    return [model["id"] for model in models]
+            await asyncio.sleep(HEALTH_INTERVAL_S)
+
     async def _collect_metrics(self, registry: Collector) -> MergedMetrics:
         """Return the metrics of the router, and those of each replica with the label `replica`."""
         merged = MergedMetrics()
@@ -502,8 +511,7 @@ def run_replicas(
             async with asyncio.TaskGroup() as group:
                 tasks = [group.create_task(replica.run()) for replica in replicas]
                 await asyncio.gather(*(replica.has_started.wait() for replica in replicas))
-                models = (await replicas[0].get("/v1/models")).json()["data"]
-                names = [model["id"] for model in models]
+                names = await router.get_model_names()
                 app = router.make_app(api_keys, limits)
                 server = ApiServer(app, limits, lambda: on_ready(names), abort, trusted_proxies)
                 await server.serve(sockets=[listener])

@@ -22,8 +22,10 @@ MAX_NAME_CHARS = 1000
 """Maximum length of model names, function names and file IDs in characters."""
 
 MAX_URL_CHARS = 8192
-MAX_FPS = 1000.0
-"""Frame rate of a video file that selects all frames, up to their maximum number."""
+MIN_FPS, MAX_FPS = 1e-3, 1000.0
+"""Bounds of the frame rate of a video file. The maximum selects all frames, up to their limit."""
+
+MAX_FRAMES = 100_000
 
 
 IGNORED_FIELDS = (
@@ -237,8 +239,8 @@ class FileContent(StrictModel):
 class VideoSampling(StrictModel):
     """Sampling of a video, with the names of Qwen."""
 
-    fps: float | None = Field(default=None, gt=0, allow_inf_nan=False)
-    max_frames: int | None = Field(default=None, ge=MIN_SAMPLED_FRAMES)
+    fps: float | None = Field(default=None, ge=MIN_FPS, le=MAX_FPS)
+    max_frames: int | None = Field(default=None, ge=MIN_SAMPLED_FRAMES, le=MAX_FRAMES)
 
 
 class VideoURLContent(VideoSampling):
@@ -382,7 +384,9 @@ class VideoArguments(VideoSampling):
     `num_frames` is exact, or with `fps` the maximum. `do_sample_frames` changes nothing.
     """
 
-    num_frames: Literal[-1] | Annotated[int, Field(ge=MIN_SAMPLED_FRAMES)] | None = None
+    num_frames: Literal[-1] | Annotated[int, Field(ge=MIN_SAMPLED_FRAMES, le=MAX_FRAMES)] | None = (
+        None
+    )
     do_sample_frames: bool | None = None
 
 

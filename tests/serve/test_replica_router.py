@@ -187,6 +187,26 @@ def test_keys_are_checked_once(replicas):
     assert b"other" not in request
 
 
+def test_unusual_headers_and_paths_are_forwarded_or_rejected(replicas):
+    app = ReplicaRouter(replicas).make_app((), LIMITS)
+    scope = {"type": "http", "method": "POST", "path": "/", "query_string": b""}
+    headers = [(b"host", b"localhost"), (b"content-type", b"text/\xe9")]
+
+    async def ask(raw_path: bytes) -> int:
+        sent = []
+
+        async def send(message: dict[str, object]) -> None:
+            sent.append(message)
+
+        given = scope | {"raw_path": raw_path, "headers": headers, "state": {}}
+        await app(given, lambda: asyncio.sleep(0, {"type": "http.request"}), send)
+        return sent[0]["status"]
+
+    assert [asyncio.run(ask(path)) for path in (b"/a#b", b"/\xe9", b"/a")] == [404, 404, 200]
+    (request,) = replicas[0].requests + replicas[1].requests
+    assert b"text/\xe9" in request
+
+
 def test_metrics_have_the_label_of_their_replica(client, replicas):
     for index, replica in enumerate(replicas):
         text = b"# TYPE finesight_tokens counter\nfinesight_tokens_total %d\n" % index

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import h11
 import uvicorn
+from starlette.exceptions import HTTPException
 from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.server import ServerState
 
@@ -75,12 +76,19 @@ def build_upstream_request(
     headers: Sequence[tuple[Any, Any]],
     content: bytes | AsyncIterable[bytes] | None,
 ) -> httpx2.Request:
-    """Build the request of a proxy to a server on a Unix socket, for an encoded path and query."""
+    """Build the request of a proxy to a server on a Unix socket, for an encoded path and query.
+
+    Raises HTTPException with status 404 if path and query are invalid, such as with a `#`.
+    """
     import httpx2  # slow to import
 
     # The server may think before its answer, and streams answers of any length.
     timeout = {"connect": 5.0, "read": None, "write": None, "pool": None}
-    url, options = httpx2.URL("http://localhost").copy_with(raw_path=target), {"timeout": timeout}
+    try:
+        url = httpx2.URL("http://localhost").copy_with(raw_path=target)
+    except (httpx2.InvalidURL, UnicodeDecodeError) as error:
+        raise HTTPException(404) from error
+    options = {"timeout": timeout}
     return httpx2.Request(method, url, headers=headers, content=content, extensions=options)
 
 

@@ -230,8 +230,12 @@ class Replica:
         headers: Mapping[str, str],
         body: AsyncIterator[bytes] | None = None,
     ) -> httpx2.Response:
-        """Send a request, and return the response before its body. Raises TransportError."""
-        request = build_upstream_request(method, target, [*headers.items()], body)
+        """Send a request, and return the response before its body.
+
+        Raises TransportError, or HTTPException with status 404 for an invalid target.
+        """
+        pairs = [(name.encode(), value.encode("latin-1")) for name, value in headers.items()]
+        request = build_upstream_request(method, target, pairs, body)
         return await self._transport.handle_async_request(request)
 
 

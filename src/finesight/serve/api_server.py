@@ -119,7 +119,8 @@ def make_app(
         exception_handlers=ERROR_HANDLERS,
     )
     app.router.redirect_slashes = False
-    return RequestMiddleware(app, ApiKeys(api_keys), limits, metrics)
+    is_replica = FILES_VARIABLE in os.environ
+    return RequestMiddleware(app, ApiKeys(api_keys), limits, metrics, is_replica=is_replica)
 
 
 def _build_model_routes(service: InferenceService) -> list[Route]:

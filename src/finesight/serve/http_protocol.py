@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import ipaddress
+import os
 import socket
+import stat
 from collections.abc import AsyncIterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -56,7 +59,7 @@ def bind_unix_socket(file: Path) -> socket.socket:
     """Return a socket at a path that only this user can connect to."""
     listener = socket.socket(socket.AF_UNIX)
     try:
-        file.unlink(missing_ok=True)
+        _remove_unused_socket(file)
         listener.bind(str(file))
         file.chmod(0o600)
     except OSError as error:
@@ -68,6 +71,26 @@ def bind_unix_socket(file: Path) -> socket.socket:
             remedy="choose another path for --socket",
         ) from error
     return listener
+
+
+def _remove_unused_socket(file: Path) -> None:
+    """Remove a socket that an ended server left. Raises UserError for any other file."""
+    if not os.path.lexists(file):
+        return
+    what = "a file that is no socket exists"
+    if stat.S_ISSOCK(file.lstat().st_mode):
+        what = "another process uses the socket"
+        with socket.socket(socket.AF_UNIX) as client:
+            client.setblocking(False)
+            if client.connect_ex(str(file)) == errno.ECONNREFUSED:
+                file.unlink()
+                return
+    raise UserError(
+        what,
+        where=str(file),
+        expected="a new path, or the socket of an ended server",
+        remedy="choose another path for --socket",
+    )
 
 
 def build_upstream_request(

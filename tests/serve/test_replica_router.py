@@ -35,6 +35,7 @@ class ScriptedReplica(Replica):
     def __init__(self, index: int, folder: Path) -> None:
         super().__init__(index, (), {}, folder / str(index), is_ready=True)
         self.requests: list[bytes] = []
+        self.bodies: list[bytes] = []
         self.closed = threading.Event()
         self.response = f"{index}".encode()
         self.listener = bind_unix_socket(self.socket_file)
@@ -51,6 +52,7 @@ class ScriptedReplica(Replica):
                     while length and len(body) < int(length[1]):
                         body += connection.recv(1 << 20)
                     self.requests.append(head)
+                    self.bodies.append(body)
                     if self.response == SLOW:
                         while connection.recv(1 << 20):
                             pass
@@ -205,6 +207,13 @@ def test_unusual_headers_and_paths_are_forwarded_or_rejected(replicas):
     assert [asyncio.run(ask(path)) for path in (b"/a#b", b"/\xe9", b"/a")] == [404, 404, 200]
     (request,) = replicas[0].requests + replicas[1].requests
     assert b"text/\xe9" in request
+
+
+def test_body_is_forwarded_in_pieces(client, replicas):
+    body = bytes(range(251)) * 3000
+    assert len(body) > 2 * replica_router.BODY_PIECE_BYTES
+    client.post("/", content=body)
+    assert replicas[0].bodies + replicas[1].bodies == [body]
 
 
 def test_metrics_have_the_label_of_their_replica(client, replicas):

@@ -78,6 +78,9 @@ Below it, the common prefix is often a system prompt, which each replica caches 
 MAX_LOAD_DIFFERENCE = 8
 """Requests in progress that a replica with the prefix may have more than another one."""
 
+BODY_PIECE_BYTES = 1 << 18
+"""Size of the pieces of a forwarded body, of which no second copy is in memory."""
+
 FORWARDED_RESPONSE_HEADERS = {"content-type", "retry-after", "cache-control", "x-accel-buffering"}
 
 NOT_INHERITED = {API_KEY_VARIABLE, "FINESIGHT_OUTCOME", "GOMP_SPINCOUNT"}
@@ -349,7 +352,8 @@ class ReplicaRouter:
             headers["content-type"] = content_type
 
         async def iterate_body() -> AsyncIterator[bytes]:
-            yield bytes(body)
+            for start in range(0, len(body), BODY_PIECE_BYTES):
+                yield bytes(memoryview(body)[start : start + BODY_PIECE_BYTES])
             # The replica has received it, and may take minutes to answer.
             body.clear()
             reservation.release()

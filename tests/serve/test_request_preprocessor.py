@@ -118,6 +118,9 @@ def clip(tmp_path_factory) -> bytes:
         ({}, {"mm_processor_kwargs": None, "media_io_kwargs": {"video": {"num_frames": 16}}}, 16),
         ({}, {"media_io_kwargs": {"video": {"num_frames": 16, "fps": 2}}}, 10),
         ({}, {"media_io_kwargs": {"video": {"num_frames": -1, "fps": 100}}}, 40),
+        ({}, {"media_io_kwargs": {"video": {"num_frames": 16, "fps": -1}}}, 16),
+        ({"max_frames": 30}, {"media_io_kwargs": {"video": {"num_frames": 16}}}, 16),
+        ({"fps": 8}, {"mm_processor_kwargs": {"num_frames": 16, "max_frames": 9}}, 9),
     ],
 )
 def test_sampling_of_frames(pool, clip, tmp_path, part, request_fields, num_frames):

@@ -324,7 +324,10 @@ def run_api_server(
     vocab_size = model.config.decoder.vocab_size
     with contextlib.ExitStack() as stack:
         stack.callback(listener.close)
-        folder = stack.enter_context(temporary_folder("serve"))
+        # The router removes its folder even if it kills the replicas.
+        files = os.environ.get(FILES_VARIABLE)
+        parent = Path(files).parent if files else None
+        folder = stack.enter_context(temporary_folder("serve", parent))
         worker_pool = create_worker_pool(renderer, vocab_size, limits)
         stack.callback(worker_pool.close)
         worker_pool.start()

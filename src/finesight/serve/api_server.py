@@ -175,16 +175,18 @@ def _build_file_routes(completions: ChatCompletionsHandler) -> list[Route]:
         return JSONResponse(uploaded_file.as_json())
 
     async def list_files(request: Request) -> Response:
-        files = [file.as_json() for file in store.list_files(request.state.owner)]
-        return JSONResponse({"object": "list", "data": files, "has_more": False})
+        files = await completions.run_in_thread(store.list_files, request.state.owner)
+        data = [file.as_json() for file in files]
+        return JSONResponse({"object": "list", "data": data, "has_more": False})
 
     async def get_file(request: Request) -> Response:
-        file = store.get(request.state.owner, request.path_params["name"])
+        name = request.path_params["name"]
+        file = await completions.run_in_thread(store.get, request.state.owner, name)
         return JSONResponse(file.as_json())
 
     async def delete_file(request: Request) -> Response:
         name = request.path_params["name"]
-        store.delete(request.state.owner, name)
+        await completions.run_in_thread(store.delete, request.state.owner, name)
         return JSONResponse({"id": name, "object": "file", "deleted": True})
 
     return [

@@ -37,6 +37,7 @@ from typing import Any
 from serve_load import make_image_url, read_server_metrics, run_server
 
 NUM_CONVERSATIONS, NUM_TURNS, NUM_IMAGES = 8, 3, 24
+RESTART_TIMEOUT_S = 300.0
 UPLOADED = "uploaded"
 """Placeholder of the ID of the uploaded image, which differs between servers."""
 
@@ -134,7 +135,7 @@ class Client:
 
 @dataclass
 class ReplicaLoad:
-    """Clients that send random requests until `stop`, and compare the answers."""
+    """Clients that send random requests until `close`, and compare the answers."""
 
     client: Client
     requests: Sequence[dict[str, Any]]
@@ -173,7 +174,7 @@ class ReplicaLoad:
             return f"different: {answer[:80]} instead of {self.expected[index][:80]}"
         return "repeated" if is_repeated else "done"
 
-    def stop(self) -> None:
+    def close(self) -> None:
         """Let all clients finish their current request."""
         self._stop.set()
 
@@ -212,7 +213,8 @@ def run_load(options: argparse.Namespace) -> dict[str, Any]:
         client = Client(port, name)
         client.upload()
         load = ReplicaLoad(client, requests, [*map(str, expected)], options.seed)
-        with ThreadPoolExecutor(options.clients) as pool:
+        # After an error, the clients end before the pool waits for them.
+        with ThreadPoolExecutor(options.clients) as pool, contextlib.closing(load):
             jobs = [pool.submit(load.run, number) for number in range(options.clients)]
             start = time.monotonic()
             for number in range(options.kills):
@@ -228,10 +230,12 @@ def run_load(options: argparse.Namespace) -> dict[str, Any]:
                 while sum_metric(port, "finesight_replica_restarts") <= number or (
                     sum_metric(port, "finesight_replica_ready") < options.replicas
                 ):
+                    seconds = time.monotonic() - after
+                    assert seconds < RESTART_TIMEOUT_S, f"no restart within {seconds:.0f} s"
                     time.sleep(0.2)
                 kills.append((before, after, time.monotonic()))
             time.sleep(max(0.0, start + options.seconds - time.monotonic()))
-            load.stop()
+            load.close()
             for job in jobs:
                 job.result()
         cached = measure_cache(port)

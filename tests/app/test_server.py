@@ -482,3 +482,12 @@ def test_socket_is_private(address: Path) -> None:
     assert address.stat().st_mode & 0o077 == 0
     with pytest.raises(UserError, match="cannot listen"):
         bind_unix_socket(Path("x" * 200))
+    with pytest.raises(UserError, match="another process uses"):
+        bind_unix_socket(address)
+    file, left = Path("notes.txt"), Path("left")
+    file.write_text("mine")
+    with pytest.raises(UserError, match="no socket"):
+        bind_unix_socket(file)
+    assert file.read_text() == "mine"
+    for _ in range(2):
+        bind_unix_socket(left).close()

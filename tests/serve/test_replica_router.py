@@ -35,6 +35,7 @@ class ScriptedReplica(Replica):
     def __init__(self, index: int, folder: Path) -> None:
         super().__init__(index, (), {}, folder / str(index), is_ready=True)
         self.requests: list[bytes] = []
+        self.bodies: list[bytes] = []
         self.closed = threading.Event()
         self.response = f"{index}".encode()
         self.listener = bind_unix_socket(self.socket_file)
@@ -51,6 +52,7 @@ class ScriptedReplica(Replica):
                     while length and len(body) < int(length[1]):
                         body += connection.recv(1 << 20)
                     self.requests.append(head)
+                    self.bodies.append(body)
                     if self.response == SLOW:
                         while connection.recv(1 << 20):
                             pass
@@ -124,6 +126,23 @@ def test_request_is_sent_again_only_if_no_replica_got_it(ask, client, replicas):
     assert client.get("/health").status_code == 503
 
 
+def test_model_names_come_from_a_replica_that_answers(replicas):
+    """One has ended after it was ready, and the other ends once during its response."""
+    replicas[0].socket_file.unlink()
+    replicas[1].response = b"HTTP/1.1 200"
+    content = b'{"data": [{"id": "tiny"}]}'
+    answer = HEAD + b"application/json\r\nContent-Length: %d\r\n\r\n" % len(content) + content
+
+    async def get_names() -> list[str]:
+        task = asyncio.create_task(ReplicaRouter(replicas).get_model_names())
+        while not replicas[1].requests:
+            await asyncio.sleep(0.01)
+        replicas[1].response = answer
+        return await task
+
+    assert asyncio.run(get_names()) == ["tiny"]
+
+
 @each("cut", [b"", b"data: 2, "])
 def test_killed_replica_ends_a_stream_with_an_error_event(client, replicas, cut):
     chunk = b"data: 1\n\n" + cut
@@ -168,6 +187,33 @@ def test_keys_are_checked_once(replicas):
     assert KEY.encode() not in request
     assert b"x-finesight-owner: " in request.lower()
     assert b"other" not in request
+
+
+def test_unusual_headers_and_paths_are_forwarded_or_rejected(replicas):
+    app = ReplicaRouter(replicas).make_app((), LIMITS)
+    scope = {"type": "http", "method": "POST", "path": "/", "query_string": b""}
+    headers = [(b"host", b"localhost"), (b"content-type", b"text/\xe9")]
+
+    async def ask(raw_path: bytes) -> int:
+        sent = []
+
+        async def send(message: dict[str, object]) -> None:
+            sent.append(message)
+
+        given = scope | {"raw_path": raw_path, "headers": headers, "state": {}}
+        await app(given, lambda: asyncio.sleep(0, {"type": "http.request"}), send)
+        return sent[0]["status"]
+
+    assert [asyncio.run(ask(path)) for path in (b"/a#b", b"/\xe9", b"/a")] == [404, 404, 200]
+    (request,) = replicas[0].requests + replicas[1].requests
+    assert b"text/\xe9" in request
+
+
+def test_body_is_forwarded_in_pieces(client, replicas):
+    body = bytes(range(251)) * 3000
+    assert len(body) > 2 * replica_router.BODY_PIECE_BYTES
+    client.post("/", content=body)
+    assert replicas[0].bodies + replicas[1].bodies == [body]
 
 
 def test_metrics_have_the_label_of_their_replica(client, replicas):

@@ -118,6 +118,9 @@ def clip(tmp_path_factory) -> bytes:
         ({}, {"mm_processor_kwargs": None, "media_io_kwargs": {"video": {"num_frames": 16}}}, 16),
         ({}, {"media_io_kwargs": {"video": {"num_frames": 16, "fps": 2}}}, 10),
         ({}, {"media_io_kwargs": {"video": {"num_frames": -1, "fps": 100}}}, 40),
+        ({}, {"media_io_kwargs": {"video": {"num_frames": 16, "fps": -1}}}, 16),
+        ({"max_frames": 30}, {"media_io_kwargs": {"video": {"num_frames": 16}}}, 16),
+        ({"fps": 8}, {"mm_processor_kwargs": {"num_frames": 16, "max_frames": 9}}, 9),
     ],
 )
 def test_sampling_of_frames(pool, clip, tmp_path, part, request_fields, num_frames):
@@ -165,6 +168,9 @@ def make_bad_parts(folder: Path, clip: bytes) -> dict[str, tuple[Any, str, str]]
         "no frames": ({"type": "video", "video": []}, "messages.0.user.content.0.video", ""),
         "base64": ({**prefix, "video_url": {"url": "data:video/mp4;base64,A"}}, PARAM, "base64"),
         "fps": (make_video_part(clip, fps=0), "messages.0.user.content.0.video_url.fps", "greater"),
+        "slow": (make_video_part(clip, fps=1e-320), "messages.0", "greater than or equal to 0.001"),
+        "fast": (make_video_part(clip, fps=1e308), "messages.0", "less than or equal to 1000"),
+        "many": (make_video_part(clip, max_frames=10**400), "messages.0", ""),
         "few": (make_video_part(clip, max_frames=3), "messages.0.user.content.0.video_url", "4"),
     }
 

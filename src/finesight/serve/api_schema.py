@@ -9,7 +9,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
 from finesight.data.image_header import MAX_IMAGE_PIXELS
 from finesight.data.sample import DEFAULT_FPS
@@ -22,8 +30,10 @@ MAX_NAME_CHARS = 1000
 """Maximum length of model names, function names and file IDs in characters."""
 
 MAX_URL_CHARS = 8192
-MAX_FPS = 1000.0
-"""Frame rate of a video file that selects all frames, up to their maximum number."""
+MIN_FPS, MAX_FPS = 1e-3, 1000.0
+"""Bounds of the frame rate of a video file. The maximum selects all frames, up to their limit."""
+
+MAX_FRAMES = 100_000
 
 
 IGNORED_FIELDS = (
@@ -234,11 +244,15 @@ class FileContent(StrictModel):
     file: FileReference | FileData
 
 
-class VideoSampling(StrictModel):
-    """Sampling of a video, with the names of Qwen."""
+UNSET = BeforeValidator(lambda value: None if value == -1 else value)
+NumFrames = Annotated[int | None, Field(ge=MIN_SAMPLED_FRAMES, le=MAX_FRAMES), UNSET]
 
-    fps: float | None = Field(default=None, gt=0, allow_inf_nan=False)
-    max_frames: int | None = Field(default=None, ge=MIN_SAMPLED_FRAMES)
+
+class VideoSampling(StrictModel):
+    """Sampling of a video, with the names of Qwen. As in vLLM, -1 means unset."""
+
+    fps: Annotated[float | None, Field(ge=MIN_FPS, le=MAX_FPS), UNSET] = None
+    max_frames: NumFrames = None
 
 
 class VideoURLContent(VideoSampling):
@@ -382,7 +396,7 @@ class VideoArguments(VideoSampling):
     `num_frames` is exact, or with `fps` the maximum. `do_sample_frames` changes nothing.
     """
 
-    num_frames: Literal[-1] | Annotated[int, Field(ge=MIN_SAMPLED_FRAMES)] | None = None
+    num_frames: NumFrames = None
     do_sample_frames: bool | None = None
 
 
@@ -472,11 +486,11 @@ class ChatCompletionParameters(NeutralParameters):
         """Return the frame rate and the maximum number of frames of a video."""
         processor = self.mm_processor_kwargs or VideoArguments()
         reader = (self.media_io_kwargs or {}).get("video") or VideoArguments()
-        num_frames = max(processor.num_frames or reader.num_frames or 0, 0)
+        num_frames = processor.num_frames or reader.num_frames
         max_frames = part.max_frames or processor.max_frames or reader.max_frames
-        is_exact = num_frames and not max_frames and isinstance(part.video, str)
+        is_exact = num_frames and isinstance(part.video, str)
         fps = part.fps or processor.fps or reader.fps or (MAX_FPS if is_exact else DEFAULT_FPS)
-        return fps, max_frames or num_frames or None
+        return fps, min(filter(None, (num_frames, max_frames)), default=None)
 
 
 class ChatCompletionRequest(ChatCompletionParameters):

@@ -119,7 +119,8 @@ def make_app(
         exception_handlers=ERROR_HANDLERS,
     )
     app.router.redirect_slashes = False
-    return RequestMiddleware(app, ApiKeys(api_keys), limits, metrics)
+    is_replica = FILES_VARIABLE in os.environ
+    return RequestMiddleware(app, ApiKeys(api_keys), limits, metrics, is_replica=is_replica)
 
 
 def _build_model_routes(service: InferenceService) -> list[Route]:
@@ -174,16 +175,18 @@ def _build_file_routes(completions: ChatCompletionsHandler) -> list[Route]:
         return JSONResponse(uploaded_file.as_json())
 
     async def list_files(request: Request) -> Response:
-        files = [file.as_json() for file in store.list_files(request.state.owner)]
-        return JSONResponse({"object": "list", "data": files, "has_more": False})
+        files = await completions.run_in_thread(store.list_files, request.state.owner)
+        data = [file.as_json() for file in files]
+        return JSONResponse({"object": "list", "data": data, "has_more": False})
 
     async def get_file(request: Request) -> Response:
-        file = store.get(request.state.owner, request.path_params["name"])
+        name = request.path_params["name"]
+        file = await completions.run_in_thread(store.get, request.state.owner, name)
         return JSONResponse(file.as_json())
 
     async def delete_file(request: Request) -> Response:
         name = request.path_params["name"]
-        store.delete(request.state.owner, name)
+        await completions.run_in_thread(store.delete, request.state.owner, name)
         return JSONResponse({"id": name, "object": "file", "deleted": True})
 
     return [
@@ -323,7 +326,10 @@ def run_api_server(
     vocab_size = model.config.decoder.vocab_size
     with contextlib.ExitStack() as stack:
         stack.callback(listener.close)
-        folder = stack.enter_context(temporary_folder("serve"))
+        # The router removes its folder even if it kills the replicas.
+        files = os.environ.get(FILES_VARIABLE)
+        parent = Path(files).parent if files else None
+        folder = stack.enter_context(temporary_folder("serve", parent))
         worker_pool = create_worker_pool(renderer, vocab_size, limits)
         stack.callback(worker_pool.close)
         worker_pool.start()

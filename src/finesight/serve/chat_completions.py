@@ -639,7 +639,8 @@ class ActiveCompletion:
         path = folder / media.name
         try:
             if media.file_id is not None:
-                self.handler.store.link(owner, media.file_id, path)
+                link = self.handler.store.link
+                await self.handler.run_in_thread(link, owner, media.file_id, path)
             elif media.url is not None:
                 with open(path, "xb") as file:
                     await self.fetch_file(media.url, file)

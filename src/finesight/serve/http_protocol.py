@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import ipaddress
+import os
 import socket
+import stat
 from collections.abc import AsyncIterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import h11
 import uvicorn
+from starlette.exceptions import HTTPException
 from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.server import ServerState
 
@@ -55,7 +59,7 @@ def bind_unix_socket(file: Path) -> socket.socket:
     """Return a socket at a path that only this user can connect to."""
     listener = socket.socket(socket.AF_UNIX)
     try:
-        file.unlink(missing_ok=True)
+        _remove_unused_socket(file)
         listener.bind(str(file))
         file.chmod(0o600)
     except OSError as error:
@@ -69,18 +73,45 @@ def bind_unix_socket(file: Path) -> socket.socket:
     return listener
 
 
+def _remove_unused_socket(file: Path) -> None:
+    """Remove a socket that an ended server left. Raises UserError for any other file."""
+    if not os.path.lexists(file):
+        return
+    what = "a file that is no socket exists"
+    if stat.S_ISSOCK(file.lstat().st_mode):
+        what = "another process uses the socket"
+        with socket.socket(socket.AF_UNIX) as client:
+            client.setblocking(False)
+            if client.connect_ex(str(file)) == errno.ECONNREFUSED:
+                file.unlink()
+                return
+    raise UserError(
+        what,
+        where=str(file),
+        expected="a new path, or the socket of an ended server",
+        remedy="choose another path for --socket",
+    )
+
+
 def build_upstream_request(
     method: str,
     target: bytes,
     headers: Sequence[tuple[Any, Any]],
     content: bytes | AsyncIterable[bytes] | None,
 ) -> httpx2.Request:
-    """Build the request of a proxy to a server on a Unix socket, for an encoded path and query."""
+    """Build the request of a proxy to a server on a Unix socket, for an encoded path and query.
+
+    Raises HTTPException with status 404 if path and query are invalid, such as with a `#`.
+    """
     import httpx2  # slow to import
 
     # The server may think before its answer, and streams answers of any length.
     timeout = {"connect": 5.0, "read": None, "write": None, "pool": None}
-    url, options = httpx2.URL("http://localhost").copy_with(raw_path=target), {"timeout": timeout}
+    try:
+        url = httpx2.URL("http://localhost").copy_with(raw_path=target)
+    except (httpx2.InvalidURL, UnicodeDecodeError) as error:
+        raise HTTPException(404) from error
+    options = {"timeout": timeout}
     return httpx2.Request(method, url, headers=headers, content=content, extensions=options)
 
 

@@ -78,6 +78,9 @@ Below it, the common prefix is often a system prompt, which each replica caches 
 MAX_LOAD_DIFFERENCE = 8
 """Requests in progress that a replica with the prefix may have more than another one."""
 
+BODY_PIECE_BYTES = 1 << 18
+"""Size of the pieces of a forwarded body, of which no second copy is in memory."""
+
 FORWARDED_RESPONSE_HEADERS = {"content-type", "retry-after", "cache-control", "x-accel-buffering"}
 
 NOT_INHERITED = {API_KEY_VARIABLE, "FINESIGHT_OUTCOME", "GOMP_SPINCOUNT"}
@@ -230,8 +233,12 @@ class Replica:
         headers: Mapping[str, str],
         body: AsyncIterator[bytes] | None = None,
     ) -> httpx2.Response:
-        """Send a request, and return the response before its body. Raises TransportError."""
-        request = build_upstream_request(method, target, [*headers.items()], body)
+        """Send a request, and return the response before its body.
+
+        Raises TransportError, or HTTPException with status 404 for an invalid target.
+        """
+        pairs = [(name.encode(), value.encode("latin-1")) for name, value in headers.items()]
+        request = build_upstream_request(method, target, pairs, body)
         return await self._transport.handle_async_request(request)
 
 
@@ -301,6 +308,15 @@ class ReplicaRouter:
         app = Starlette(routes=routes, exception_handlers=ERROR_HANDLERS)
         return RequestMiddleware(app, ApiKeys(api_keys), limits, metrics)
 
+    async def get_model_names(self) -> list[str]:
+        """Return the names of the models from a replica that answers, and wait for one."""
+        while True:
+            for replica in self.replicas:
+                with contextlib.suppress(httpx2.TransportError):
+                    models = (await replica.get("/v1/models")).json()["data"]
+                    return [model["id"] for model in models]
+            await asyncio.sleep(HEALTH_INTERVAL_S)
+
     async def _collect_metrics(self, registry: Collector) -> MergedMetrics:
         """Return the metrics of the router, and those of each replica with the label `replica`."""
         merged = MergedMetrics()
@@ -336,7 +352,8 @@ class ReplicaRouter:
             headers["content-type"] = content_type
 
         async def iterate_body() -> AsyncIterator[bytes]:
-            yield bytes(body)
+            for start in range(0, len(body), BODY_PIECE_BYTES):
+                yield bytes(memoryview(body)[start : start + BODY_PIECE_BYTES])
             # The replica has received it, and may take minutes to answer.
             body.clear()
             reservation.release()
@@ -502,8 +519,7 @@ def run_replicas(
             async with asyncio.TaskGroup() as group:
                 tasks = [group.create_task(replica.run()) for replica in replicas]
                 await asyncio.gather(*(replica.has_started.wait() for replica in replicas))
-                models = (await replicas[0].get("/v1/models")).json()["data"]
-                names = [model["id"] for model in models]
+                names = await router.get_model_names()
                 app = router.make_app(api_keys, limits)
                 server = ApiServer(app, limits, lambda: on_ready(names), abort, trusted_proxies)
                 await server.serve(sockets=[listener])

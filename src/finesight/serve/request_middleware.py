@@ -254,11 +254,21 @@ async def read_body(request: Request) -> bytearray:
 
 
 class RequestMiddleware:
-    """ASGI middleware that authenticates requests and applies the limits of the server."""
+    """ASGI middleware that authenticates requests and applies the limits of the server.
+
+    In a replica, the router has authenticated them, and names the owner in `OWNER_HEADER`.
+    """
 
     def __init__(
-        self, app: ASGIApp, api_keys: ApiKeys, limits: ServerLimits, metrics: RequestMetrics
+        self,
+        app: ASGIApp,
+        api_keys: ApiKeys,
+        limits: ServerLimits,
+        metrics: RequestMetrics,
+        *,
+        is_replica: bool = False,
     ) -> None:
+        self._is_replica = is_replica
         self.app, self._api_keys, self._limits, self._metrics = app, api_keys, limits, metrics
         self.budget = ByteBudget(limits.max_total_body_bytes)
 
@@ -317,8 +327,8 @@ class RequestMiddleware:
                 is_local = False
             if not is_local:
                 raise ApiError(403, "without API keys, only local requests are accepted")
-            # A replica has no keys. Other clients without keys share all files anyway.
-            owner = headers.get(OWNER_HEADER, owner)
+            if self._is_replica:
+                owner = headers.get(OWNER_HEADER, owner)
         return owner
 
 

@@ -261,32 +261,13 @@ class WaitingTeacher(ScriptedTeacher):
 
 
 def test_an_interrupt_waits_for_no_request(tmp_path: Path) -> None:
+    # A shell ignores the signal in its background jobs.
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
     with serve(teacher := WaitingTeacher()) as suggest:
-        with pytest.raises(KeyboardInterrupt):
-            suggest(open_photos(tmp_path, 3), concurrency=2)
-        teacher.ended.set()
+        try:
+            with pytest.raises(KeyboardInterrupt):
+                suggest(open_photos(tmp_path, 3), concurrency=2)
+        finally:
+            teacher.ended.set()
+            signal.signal(signal.SIGINT, previous)
     assert len(teacher.requests) == 2
-
-
-def test_invalid_settings_are_rejected_before_a_request():
-    urls = (
-        "ftp://host/v1",
-        "http:///v1",
-        "http://host/v1?key=a",
-        "http://host:abc/v1",
-        "http://[x/v1",
-    )
-    for url in (*urls, "https://name:secret@host/v1", "http://name:secret@[x/v1"):
-        with pytest.raises(UserError, match="is no teacher") as caught:
-            TeacherSettings(url, "owl")
-        assert "secret" not in str(caught.value)
-    with pytest.raises(UserError, match="--teacher-model"):
-        TeacherSettings("http://host/v1", None)
-
-
-def test_keys_that_no_header_can_contain_are_not_shown(tmp_path, monkeypatch):
-    monkeypatch.setenv("TEACHER_KEY", "sk-sécret")
-    with serve(ScriptedTeacher(replies=[])) as suggest, pytest.raises(UserError) as caught:
-        suggest(open_photos(tmp_path))
-    assert caught.value.where == "--teacher-key"
-    assert "sk-" not in str(caught.value)

@@ -243,6 +243,8 @@ class Scheduler:
         for sequence in self.prefilling:
             prompt = sequence.prompt
             budget = token_budget // self.block_size * self.block_size
+            if not chunks:  # each step computes a block at least
+                budget = max(budget, self.block_size)
             if budget and prompt.adapter_index == self.prefilling[0].prompt.adapter_index:
                 stop = min(prompt.num_tokens, prompt.num_computed_tokens + budget)
                 end = self._count_shared_blocks(sequence) * self.block_size

@@ -169,33 +169,23 @@ class PageClient:
 class ChatPageClient(PageClient):
     """Client of the chat page that has signed in."""
 
-    def __init__(self, port: int) -> None:
-        super().__init__(port)
-        _, headers, _ = self.request("GET", "/")
-        cookies = (value.split(";")[0] for name, value in headers if name.lower() == "set-cookie")
-        self.cookie = "; ".join([self.cookie, *cookies])
-
     def ask(self, name: str, data: bytes, copies: int = 1) -> tuple[str, int]:
         """Upload an image, ask a question about copies of it, and wait for the answer."""
-        files = []
+        images: list[Any] = []
         for _ in range(copies):
             status, _, output = self.request("POST", "/uploads?name=a.png", data)
             if status != 200:
                 return name, status
-            files.append(json.loads(output)["id"])
-        token = json.loads(self.request("POST", "/chats", b"{}")[2])["token"]
-        message = {"text": "What?", "files": files, "settings": SETTINGS}
-        status = self.request("POST", f"/chats/{token}/send", json.dumps(message).encode())[0]
-        if status == 200:
-            status = self.request("GET", f"/chats/{token}/stream")[0]
-        return name, status
+            images += json.loads(output)
+        body = {"question": {"text": "What?", "images": images}, "settings": SETTINGS}
+        return name, self.request("POST", "/answers", json.dumps(body).encode())[0]
 
 
 def make_page_attacks(port: int, number: int) -> Iterator[Attack]:
     """Yield attacks on the chat page in a fixed random order, half of them without password."""
     visitor = ChatPageClient(port)
     cookie = f"Cookie: {visitor.cookie}\r\n"
-    send, upload = "/chats/unknown/send", "/uploads?name=a.png"
+    send, upload = "/answers", "/uploads?name=a.png"
     others = [
         HostileRequest("wrong password", "/sign-in", b"password=guess", FORM),
         HostileRequest("NUL password", "/sign-in", b"password=%00" + b"%00" * 5000, FORM),

@@ -14,7 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from hostile_requests import make_schema_format
+from hostile_requests import make_schema_format, make_video_content
 from image_fixtures import encode_image, make_noise_image
 from openai import OpenAI
 
@@ -23,7 +23,8 @@ from finesight.infer.inference_service import InferenceService, ServiceStats
 from finesight.infer.model_loader import InferenceModel
 from finesight.model.vlm import VisionLanguageModel
 from finesight.serve.api_schema import ServerLimits
-from finesight.serve.api_server import ApiServer, bind_socket, create_worker_pool, make_app
+from finesight.serve.api_server import ApiServer, create_worker_pool, make_app
+from finesight.serve.http_protocol import bind_socket
 from finesight.serve.request_middleware import RequestMiddleware
 from finesight.worker_pool import WorkerPool
 
@@ -86,7 +87,7 @@ def run_server(
     workers = get_worker_pool(inference_model.renderer, vocabulary)
     options |= {"api_keys": keys, "limits": limits}
     app = make_app(service, workers, vocabulary, folder, **options)
-    listener = bind_socket("127.0.0.1", 0, keys)
+    listener = bind_socket("127.0.0.1", 0)
     ready = threading.Event()
     server = ApiServer(app, replace(limits, shutdown_timeout_s=10.0), ready.set)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
@@ -111,6 +112,10 @@ def make_data_url(data: bytes) -> str:
 
 def make_image_part(url: str) -> dict[str, Any]:
     return {"type": "image_url", "image_url": {"url": url}}
+
+
+def make_video_part(data: bytes, **given: Any) -> dict[str, Any]:
+    return make_video_content(data) | given
 
 
 def make_messages(*parts: str | dict[str, Any]) -> list[Any]:

@@ -211,4 +211,8 @@ def create_reader_folder(folder: Path) -> None:
         csv.writer(stream).writerows([["path", "text"], *labels])
     for name in ("new.jpg", "cat.jpg", "ticket.png"):
         Image.open(folder / labels[0][0]).convert("RGB").save(folder / name)
+    # Lazy import: it skips tests that need no video.
+    from video_fixtures import write_video
+
+    write_video(folder / "clip.mp4")
     (folder / "recipe.yaml").write_text(READER["recipe"], encoding="utf-8")

@@ -63,6 +63,20 @@ def make_image_content(data: bytes, kind: str = "png") -> dict[str, Any]:
     return {"type": "image_url", "image_url": {"url": url}}
 
 
+EBML = b"\x1a\x45\xdf\xa3"
+
+
+def make_video_content(data: bytes) -> dict[str, Any]:
+    """Make a part of a message with a video file."""
+    url = f"data:video/mp4;base64,{base64.b64encode(data).decode()}"
+    return {"type": "video_url", "video_url": {"url": url}}
+
+
+def make_frames(data: bytes, times: int) -> dict[str, Any]:
+    """Make a part of a message with a list of equal frames."""
+    return {"type": "video", "video": [make_image_content(data)["image_url"]["url"]] * times}
+
+
 def make_schema_format(schema: dict[str, Any]) -> dict[str, Any]:
     """Make a `response_format` with a JSON schema."""
     return {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}}
@@ -176,6 +190,12 @@ def request_makers(
         "image: JPEG 2000": lambda _: shown("JPEG 2000", make_jpeg2000(), 8),
         "image: progressive": lambda _: shown("progressive", make_progressive_jpeg(), 4, n=4),
         "image: cut off": lambda _: shown("cut off", make_small_image("PNG")[:60]),
+        "video: noise": lambda seed: requested(
+            "noise", [make_video_content(EBML + random.Random(seed).randbytes(flood // 2))]
+        ),
+        "video: zeros": lambda _: requested("zeros", [make_video_content(bytes(flood // 2))]),
+        "video: frames": lambda _: requested("frames", [make_frames(make_small_image("PNG"), 768)]),
+        "video: many": lambda _: requested("many", [make_frames(b"", 10_000)]),
         "tools": lambda _: requested("tools", "Call.", tools=[SLOW_TOOL], tool_choice="required"),
         "body: escapes": lambda seed: requested("escapes", f"{seed}" + "\u4e00" * (flood // 6)),
         "body: brackets": lambda _: HostileRequest("brackets", CHAT, b"[" * flood),
@@ -240,6 +260,9 @@ def _make_valid_body(model: str, rng: random.Random) -> dict[str, Any]:
     messages: list[dict[str, Any]] = [{"role": "user", "content": rng.choice(["Hello", [text]])}]
     if rng.random() < 0.3:
         messages = [{"role": "user", "content": [image, text]}]
+    if rng.random() < 0.2:
+        video = rng.choice([make_video_content(EBML), make_frames(make_small_image("PNG"), 2)])
+        messages = [{"role": "user", "content": [video | {"fps": 2, "max_frames": 8}, text]}]
     if rng.random() < 0.3:
         answer, *others = _PARTS["dialog"]
         messages += [answer | {"content": rng.choice(["Yes", "", None])}, *others]
@@ -249,7 +272,9 @@ def _make_valid_body(model: str, rng: random.Random) -> dict[str, Any]:
     formats = [{"type": name} for name in ("json_object", "boxes", "text")]
     response_format = rng.choice([make_schema_format(_PARTS["schema"]), *formats])
     tool_choice = rng.choice(["none", "auto", "required"])
-    optional = _PARTS["optional"] | {"response_format": response_format}
+    video_arguments = {"fps": 1, "num_frames": 8}
+    optional = _PARTS["optional"] | {"media_io_kwargs": {"video": video_arguments}}
+    optional |= {"mm_processor_kwargs": {"fps": 2}, "response_format": response_format}
     optional |= {"tools": [_PARTS["tool"]], "tool_choice": tool_choice}
     body |= {key: optional[key] for key in rng.sample(sorted(optional), rng.randint(0, 5))}
     # Nothing is shared with other bodies, or within this one.

@@ -2,13 +2,16 @@
 
 import os
 import signal
+import sys
 import time
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from finesight.encode.renderer import NativeRenderer
 from finesight.errors import UserError
+from finesight.serve.preprocessing_jobs import WorkerState, load_worker_state
 from finesight.worker_pool import JobOutput
 
 
@@ -57,3 +60,9 @@ def fail(state: dict[str, Any]) -> JobOutput:
 def limits(state: dict[str, Any]) -> JobOutput:
     facts = {"open": sorted(os.listdir("/proc/self/fd")), "environment": sorted(os.environ)}
     return JobOutput(facts | {"nice": os.nice(0), "group": os.getpgrp()})
+
+
+def load_state_without_av(renderer: NativeRenderer, vocab_size: int) -> WorkerState:
+    """The state of the workers of a server without the extra `video`."""
+    sys.modules["av"] = None  # type: ignore[assignment]
+    return load_worker_state(renderer, vocab_size)

@@ -7,7 +7,8 @@ import sys
 
 from finesight.infer.model_loader import load_inference_model
 from finesight.serve.api_schema import ServerLimits
-from finesight.serve.api_server import bind_socket, run_api_server
+from finesight.serve.api_server import run_api_server
+from finesight.serve.http_protocol import bind_socket
 
 
 def main() -> None:
@@ -19,7 +20,7 @@ def main() -> None:
         max_num_seqs=4,
     )
     inference_model = load_inference_model("finesight-tiny", "cpu", "fp32")
-    location = bind_socket("127.0.0.1", 0, [])
+    location = bind_socket("127.0.0.1", 0)
     port = location.getsockname()[1]
     run_api_server(
         inference_model,

@@ -14,13 +14,14 @@ from typing import Any
 
 from browser import DESKTOP_WIDTH, Browser
 
-from finesight.app.chat_page import ChatStore, make_chat_app
-from finesight.app.server import Access, AccessMiddleware, PageServer, bind_socket
-from finesight.data.sample import BoxPart, ImagePart, LocatedSample
+from finesight.app.chat_page import make_chat_app
+from finesight.app.server import Access, AccessMiddleware, PageServer
+from finesight.data.sample import BoxPart, ImagePart, LocatedSample, Sample
 from finesight.errors import UserError
 from finesight.infer.prediction import Prediction
 from finesight.infer.request import CompletionDelta, FinishReason, GenerationOptions
 from finesight.manifest import Manifest
+from finesight.serve.http_protocol import bind_socket
 from finesight.storage import temporary_folder
 from finesight.vision.image_reader import create_image_pool
 from finesight.worker_pool import WorkerPool
@@ -73,6 +74,7 @@ class ScriptedService:
     max_model_len: int = 2048
     manifest: Manifest | None = None
     requests: list[GenerationOptions] = field(default_factory=list)
+    samples: list[Sample] = field(default_factory=list)
 
     def submit(
         self,
@@ -82,6 +84,7 @@ class ScriptedService:
         image_index: int | None = None,
     ) -> ScriptedGeneration:
         self.requests.append(options)
+        self.samples.append(located_sample.sample)
         questions = [m for m in located_sample.sample.messages if m.role == "user"]
         text = "".join(getattr(part, "text", "") for part in questions[-1].content)
         if text == "refuse":
@@ -99,11 +102,10 @@ def get_image_pool() -> WorkerPool:
 
 @dataclass(frozen=True)
 class RunningWebPage:
-    """URL and conversations of a running page."""
+    """URL and private folder of a running page."""
 
     address: str
     port: int
-    store: ChatStore
     folder: Path
     app: AccessMiddleware
 
@@ -138,10 +140,11 @@ def run_web_page(
     """Run the page within the block."""
     with bind_socket("127.0.0.1", 0) as listener, temporary_folder("web") as folder:
         port = listener.getsockname()[1]
-        store = ChatStore(service, folder, pool or get_image_pool())  # type: ignore[arg-type]
-        app = make_chat_app(store, Access(password, loopback, f"finesight-chat-{port}"))
+        access = Access(password, loopback, f"finesight-chat-{port}")
+        arguments: Any = service, folder, pool or get_image_pool(), access
+        app = make_chat_app(*arguments)
         with run_app(app, listener, proxies):
-            yield RunningWebPage(f"http://127.0.0.1:{port}/", port, store, folder, app)
+            yield RunningWebPage(f"http://127.0.0.1:{port}/", port, folder, app)
 
 
 class ChatPageDriver:
@@ -155,8 +158,9 @@ class ChatPageDriver:
         self.read_texts = browser.read_texts
         send_command = self.driver.execute_cdp_cmd
         send_command("Network.enable", {})
-        # Cookies identify the browser, whose conversations the page shows.
-        send_command("Network.clearBrowserCookies", {})
+        # The browser keeps the conversations.
+        everything = {"origin": address.rstrip("/"), "storageTypes": "all"}
+        send_command("Storage.clearDataForOrigin", everything)
         send_command("Network.setExtraHTTPHeaders", {"headers": {"Accept-Language": language}})
         browser.visit(address, width)
         self.wait_for_script("return !!document.querySelector('h1 span, .sign-in');")
@@ -204,6 +208,13 @@ class ChatPageDriver:
         )
         self.wait_for_script(f"return !!{found};")
         self.browser.run(f"{found}.click();")
+
+    def read_chats(self) -> list[Any]:
+        """Return the conversations that the browser keeps, latest first."""
+        found = "Object.keys(localStorage).map((key) => JSON.parse(localStorage[key]))"
+        chats = self.browser.run(f"return {found}.sort((a, b) => b.changed - a.changed);")
+        assert isinstance(chats, list), chats
+        return chats
 
     def count_turns(self) -> int:
         """Return the number of displayed turns."""

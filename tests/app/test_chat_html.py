@@ -1,9 +1,5 @@
 """Tests of the HTML of the chat page: formulas, JSON and escaping."""
 
-import asyncio
-from pathlib import Path
-from secrets import token_hex
-
 import pytest
 from browser import XSS_PAYLOADS
 from case_files import load_cases
@@ -13,20 +9,18 @@ from web_server_fixture import ScriptedService, get_image_pool
 
 from finesight.app.chat_page import (
     MAX_FORMULAS,
+    ChatImage,
     ChatPage,
-    ChatStore,
-    StoredChat,
+    StoredReply,
+    StoredTurn,
     render_answer,
     render_turns,
 )
 from finesight.data.sample import BoxPart
 from finesight.evaluate.mathml import ALLOWED_ATTRIBUTES, ALLOWED_ELEMENTS
-from finesight.infer.request import GenerationOptions
 from finesight.manifest import Manifest
 
 CASES = load_cases("chat_html")
-
-LATEX = Manifest.model_construct(metric="latex", prompts=(), has_images=False)
 
 PLAIN = {"div", "span", "pre"}
 """Elements of a rendered answer besides MathML."""
@@ -44,27 +38,24 @@ HOSTILE = [
 
 
 MANY_FORMULAS = ("$x$ " * (MAX_FORMULAS + 1), "x " * MAX_FORMULAS + "$x$ ", MAX_FORMULAS)
+OPENINGS = r"\[ \( \\[ " * 30_000
+MANY_OPENINGS = (rf"{OPENINGS}\[x\]", f"{OPENINGS}x", 1)
 JSON_BOMBS = ("[" * 100_000, '{"a": ' + "9" * 5000 + "}")
 
 
-def answer(folder: Path, text: str, manifest: Manifest | None = None) -> StoredChat:
-    """Ask a question whose answer is the question, with a box of the same label."""
+def render(text: str, *, is_formula: bool = False) -> str:
+    """Render a question whose answer is the question, with a box of the same label."""
     box = BoxPart(label=text, xyxy=(1.0, 1.0, 9.0, 9.0))
-    service = ScriptedService(lambda asked: (asked, (box,)), manifest=manifest)
-    chat = ChatStore(service, folder / token_hex(4), get_image_pool()).create(None)
-    turn = chat.session.send(text, [], [GenerationOptions()])
-
-    async def drain() -> None:
-        async for _ in turn.replies[0]:
-            pass
-
-    asyncio.run(drain())
-    return chat
+    image = ChatImage(id=text, name=text, width=10, height=10)
+    values = {"model": text, "image": text, "answer": text, "reasoning": text, "boxes": (box,)}
+    reply = StoredReply(**values, finish_reason="stop")
+    turn = StoredTurn(text=text, images=[image], replies=[reply, reply])
+    return render_turns([turn], [image], is_formula=is_formula)
 
 
 @pytest.mark.parametrize(
     ("source", "text", "num_formulas"),
-    [*CASES["test_formulas_with_delimiters_are_rendered"], MANY_FORMULAS],
+    [*CASES["test_formulas_with_delimiters_are_rendered"], MANY_FORMULAS, MANY_OPENINGS],
 )
 def test_formulas_with_delimiters_are_rendered(source, text, num_formulas):
     pytest.importorskip("latex2mathml", reason="the extra `latex` is not installed")
@@ -73,14 +64,12 @@ def test_formulas_with_delimiters_are_rendered(source, text, num_formulas):
     assert (rendered or "").count("<math") == num_formulas
 
 
-def test_bare_latex_is_rendered_for_runs_with_the_latex_metric(tmp_path):
+def test_bare_latex_is_rendered_for_runs_with_the_latex_metric():
     pytest.importorskip("latex2mathml", reason="the extra `latex` is not installed")
     source = r"\frac { a } { b }"
-    for manifest, count in ((None, 0), (LATEX, 1)):
-        chat = answer(tmp_path, source, manifest)
-        page = render_turns(chat, chat.session.turns)
-        assert page.count("<mfrac>") == page.count("<summary>Source</summary>") == count
-        assert page.count(f"{source}</p>") == 2  # question and source
+    for is_formula in (False, True):
+        page = render(source, is_formula=is_formula)
+        assert page.count("<mfrac>") == page.count("<summary>Source</summary>") == 2 * is_formula
     for text in ("This image shows some formula", "x^2^2", ""):
         assert render_answer(text, is_formula=True) is None
     assert "</span> or <span" in str(render_answer("Either $a$ or $b$", is_formula=True))
@@ -107,18 +96,14 @@ def test_rendered_answers_have_only_known_elements(source):
 
 
 @each("payload", XSS_PAYLOADS)
-def test_titles_prompts_and_forms_are_escaped(payload, tmp_path):
-    def render(text: str) -> list[tuple[str, dict[str, str | None]]]:
-        chat = answer(tmp_path, text, LATEX)
+def test_texts_names_and_prompts_are_escaped(payload, tmp_path):
+    def list_tags(text: str) -> list[tuple[str, dict[str, str | None]]]:
         prompts = Manifest.model_construct(metric="latex", prompts=(text,), has_images=False)
         service = ScriptedService(model_names=(text,), manifest=prompts)
-        store = ChatStore(service, tmp_path / token_hex(4), get_image_pool())
-        chat.browser_id, store._chats[chat.token], page = "a", chat, ChatPage(store)
-        listed = page.render_chats("a", chat.token)
-        assert "data-token" in listed
-        return ParsedPage(render_turns(chat, chat.session.turns) + listed + page.render()).tags
+        page = ChatPage(service, tmp_path, get_image_pool())
+        return ParsedPage(render(text, is_formula=True) + page.render()).tags
 
-    safe = {name for tag, attributes in render("a question") for name in (tag, *attributes)}
+    safe = {name for tag, attributes in list_tags("a question") for name in (tag, *attributes)}
     safe |= {"math", *ALLOWED_ELEMENTS, *ALLOWED_ATTRIBUTES}
-    for tag, attributes in render(payload):
+    for tag, attributes in list_tags(payload):
         assert {tag, *attributes} <= safe, (tag, attributes)

@@ -35,32 +35,24 @@ from tiny_task import ANSWER, THOUGHT
 from web_server_fixture import RunningWebPage, ScriptedService, get_image_pool, run_web_page
 
 from finesight.app import pages, server
-from finesight.app.chat_page import (
-    BROWSER_COOKIE,
-    BROWSER_COOKIE_AGE_S,
-    MAX_FILE_BYTES,
-    ChatStore,
-    make_chat_app,
-    render_turns,
-)
+from finesight.app.chat_page import MAX_FILE_BYTES, make_chat_app
 from finesight.app.label_page import make_label_app
 from finesight.app.pages import PREFIX_HEADER, create_app
 from finesight.app.server import (
     MAX_MESSAGE_BYTES,
     Access,
     AccessMiddleware,
-    bind_unix_socket,
     make_proxy_route,
 )
 from finesight.app.studio_page import make_studio_app
 from finesight.encode.family import ThinkingOptions
 from finesight.errors import UserError
-from finesight.infer.request import GenerationOptions
+from finesight.serve.http_protocol import bind_unix_socket
 
 CASES = load_cases("access")
 PASSWORD = "right-password"
 SIGN_IN = f"password={PASSWORD}".encode()
-CHATS, UPLOADS = "/chats", "/chats/a/uploads"
+IMAGE, ANSWERS, UPLOADS = "/images/a", "/answers", "/uploads"
 SETTINGS: dict[str, Any] = {"max_new_tokens": 60}
 
 
@@ -105,33 +97,25 @@ def sign_in(page: RunningWebPage, **headers: str) -> str:
     return right.headers["set-cookie"].split(";")[0]
 
 
-def create_chat(page: RunningWebPage) -> str:
-    """Create a conversation, and return its path."""
-    return f"{CHATS}/{json.loads(ask(page, 'POST', CHATS, b'{}').body)['token']}"
-
-
 def start_upload(page: RunningWebPage, link: socket.socket, size: int, content: bytes) -> None:
     """Send the start of an upload with this content length."""
     request = (
-        f"POST {create_chat(page)}/uploads?name=a.png HTTP/1.1\r\nhost: 127.0.0.1:{page.port}\r\n"
+        f"POST {UPLOADS}?name=a.png HTTP/1.1\r\nhost: 127.0.0.1:{page.port}\r\n"
         f"content-length: {size}\r\n\r\n"
     )
     link.sendall(request.encode() + content)
 
 
-def converse(page: RunningWebPage, text: str, *files: bytes, thinking: bool = False) -> str:
-    """Submit a question like the page, and return the answer."""
-    chat, numbers = create_chat(page), []
+def converse(page: RunningWebPage, text: str, *files: bytes, thinking: bool = False) -> Any:
+    """Submit a question like the page, and return the last line of the answer."""
+    images = []
     for file in files:
-        uploaded = ask(page, "POST", f"{chat}/uploads?name={quote(text)}", file)
-        numbers += json.loads(uploaded.body)["numbers"]
+        images += json.loads(ask(page, "POST", f"{UPLOADS}?name={quote(text)}", file).body)
     settings = {**SETTINGS, "thinking": thinking}
-    body = json.dumps({"text": text, "files": numbers, "settings": settings}).encode()
-    sent = ask(page, "POST", f"{chat}/ask", body)
+    body = {"question": {"text": text, "images": images}, "settings": settings}
+    sent = ask(page, "POST", ANSWERS, json.dumps(body).encode())
     assert sent.status == 200, sent.body
-    assert ask(page, "GET", f"{chat}/stream").status == 200
-    stored = page.store.find(chat.rpartition("/")[2], None)
-    return stored.session.turns[-1].replies[0].text
+    return json.loads(sent.body.splitlines()[-1])
 
 
 def test_wrong_password_or_cookie_is_rejected(locked_page):
@@ -139,7 +123,7 @@ def test_wrong_password_or_cookie_is_rejected(locked_page):
     assert (wrong.status, "set-cookie" in wrong.headers) == (401, False)
     for value in ("", "x", PASSWORD, "é"):
         cookie = f"finesight-chat-{locked_page.port}={value}".encode().decode("latin-1")
-        assert ask(locked_page, "GET", "/chats", cookie=cookie).status == 401
+        assert ask(locked_page, "GET", IMAGE, cookie=cookie).status == 401
     # The query is kept over the sign-in. The form is sent to the address of the page.
     query = "?step=results&run=runs%2Fa"
     assert ask(locked_page, "GET", f"/{query}").headers["location"] == f"sign-in{query}"
@@ -148,7 +132,7 @@ def test_wrong_password_or_cookie_is_rejected(locked_page):
     assert (right.status, right.headers["location"]) == (303, f"./{query}")
     cookie, *marks = right.headers["set-cookie"].split("; ")
     assert {"HttpOnly", "SameSite=strict"} <= set(marks)
-    assert ask(locked_page, "GET", "/chats", cookie=cookie).status == 200
+    assert ask(locked_page, "GET", IMAGE, cookie=cookie).status == 404
 
 
 @pytest.mark.parametrize("proxies", [(), ("127.0.0.1",), ("10.0.0.1",)])
@@ -171,7 +155,7 @@ def test_wrong_passwords_have_a_budget_and_the_owner_is_admitted(monkeypatch, pr
         statuses += [guess(f"127.7.{i % 9}.{i}") for i in range(1, 30)]
         assert (statuses.count(401), statuses.count(429)) == (30, 11)
         sign_in(page)
-        assert ask(page, "GET", "/chats", cookie=cookie).status == 200
+        assert ask(page, "GET", IMAGE, cookie=cookie).status == 404
 
 
 def test_half_sent_requests_keep_nobody_out(monkeypatch):
@@ -189,17 +173,17 @@ def test_half_sent_requests_keep_nobody_out(monkeypatch):
             links.append(stack.enter_context(link))
             link.sendall(starts[index % 4])
         cookie = sign_in(page)
-        assert ask(page, "GET", "/chats", cookie=cookie).status == 200
+        assert ask(page, "GET", IMAGE, cookie=cookie).status == 404
         for link in links:
             with contextlib.suppress(ConnectionResetError):
                 assert link.recv(100) == b""
         # So are those of known clients, and bodies in tiny chunks, which take long to parse.
         head = f"host: 127.0.0.1:{page.port}\r\ncookie: {cookie}\r\n".encode()
-        post = b"POST /chats HTTP/1.1\r\n" + head + b"transfer-encoding: chunked\r\n\r\n"
-        for content in (b"GET /ch", post + b"1\r\na\r\n" * 1001):
+        post = b"POST /answers HTTP/1.1\r\n" + head + b"transfer-encoding: chunked\r\n\r\n"
+        for content in (b"GET /im", post + b"1\r\na\r\n" * 1001):
             link = socket.create_connection(("127.0.0.1", page.port), timeout=20)
             with link, contextlib.suppress(ConnectionResetError):
-                link.sendall(b"GET /chats HTTP/1.1\r\n" + head + b"\r\n")
+                link.sendall(b"GET / HTTP/1.1\r\n" + head + b"\r\n")
                 assert b"200 OK" in link.recv(1 << 16)
                 link.sendall(content)
                 while link.recv(1 << 16):
@@ -209,13 +193,13 @@ def test_half_sent_requests_keep_nobody_out(monkeypatch):
 def test_other_hosts_and_origins_are_rejected(open_page):
     hosts = ("evil.example", "127.0.0.1.evil.example:1", "", "[::2]:80", "[", "[::1]evil.example")
     for host in hosts:
-        assert ask(open_page, "GET", "/chats", host=host).status in (400, 403), host
+        assert ask(open_page, "GET", "/", host=host).status in (400, 403), host
     for origin in ("http://evil.example", "null", "http://127.0.0.1:1"):
-        for path in (CHATS, UPLOADS):
+        for path in (ANSWERS, UPLOADS):
             assert ask(open_page, "POST", path, b"{}", origin=origin).status == 403, origin
     for mode, status in (("no-cors", 403), ("navigate", 200)):
         site = {"sec_fetch_site": "cross-site", "sec_fetch_mode": mode}
-        assert ask(open_page, "GET", "/chats", **site).status == status
+        assert ask(open_page, "GET", "/", **site).status == status
     # Another name needs a password. Forwarding headers are not believed.
     refused = ask(open_page, "GET", "/", **BEHIND_PROXY)
     assert (refused.status, b"password" in refused.body) == (403, True)
@@ -238,8 +222,8 @@ BEHIND_PROXY = {"host": "chat.example.com", "origin": "https://chat.example.com"
 
 def test_request_body_limits(open_page):
     much = b"x" * (MAX_MESSAGE_BYTES + 1)
-    assert ask(open_page, "POST", CHATS, much).status == 413
-    for path, limit in ((UPLOADS, MAX_FILE_BYTES), (CHATS, MAX_MESSAGE_BYTES)):
+    assert ask(open_page, "POST", ANSWERS, much).status == 413
+    for path, limit in ((UPLOADS, MAX_FILE_BYTES), (ANSWERS, MAX_MESSAGE_BYTES)):
         length = {"content_length": str(limit + 1)}
         assert ask(open_page, "POST", path, b"", **length).status == 413
     chunks = iter([b"x" * 65536] * (MAX_MESSAGE_BYTES // 65536 + 2))
@@ -252,7 +236,7 @@ def test_request_body_limits(open_page):
 
 
 def test_every_response_has_security_headers_and_loads_no_external_resources(open_page):
-    for path in ("/", "/chats", "/static/chat.css", "/no", "/sign-in"):
+    for path in ("/", IMAGE, "/static/chat.css", "/no", "/sign-in"):
         headers = ask(open_page, "GET", path).headers
         assert headers["x-content-type-options"] == "nosniff"
         assert headers["x-frame-options"] == "DENY"
@@ -261,7 +245,7 @@ def test_every_response_has_security_headers_and_loads_no_external_resources(ope
         assert "default-src 'none'" in policy
         assert "script-src 'self';" in policy
     # Python converts no number of so many digits.
-    assert ask(open_page, "GET", f"/images/a/{'9' * 5000}").status == 414
+    assert ask(open_page, "GET", f"{IMAGE}{'9' * 5000}").status == 414
     text = ask(open_page, "GET", "/").body.decode()
     assert re.findall(r"<(?:script|link|img)[^>]*(?:src|href)=\"(https?:[^\"]*)", text) == []
 
@@ -278,7 +262,7 @@ def test_server_opens_no_external_connections():
     try:
         with run_web_page(ScriptedService()) as page:
             assert ask(page, "GET", "/").status == 200
-            assert converse(page, "http://93.184.216.34/x.png") != ""
+            assert converse(page, "http://93.184.216.34/x.png")["error"] == ""
     finally:
         watching.clear()
     hosts = {one[0] if isinstance(one, tuple) else one for one in tried}
@@ -293,7 +277,7 @@ def test_files_are_stored_in_a_private_temp_folder(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temp"))
     with run_web_page(ScriptedService()) as page:
         for name in ("a.png", "b.png"):
-            assert converse(page, name, content) == name
+            assert converse(page, name, content)["replies"][0]["answer"] == name
         assert stat.S_IMODE(page.folder.stat().st_mode) == 0o700
         assert any(page.folder.rglob("*.png")), "nothing was sent"
         files = list((tmp_path / "temp").rglob("*.png"))
@@ -302,14 +286,13 @@ def test_files_are_stored_in_a_private_temp_folder(tmp_path, monkeypatch):
 
 
 def test_malformed_json_is_refused_without_a_traceback(open_page, capfd):
-    token = open_page.store.create(None).token
     for body in (b"", b"{", b"\xff", b"null", b"[" * 100_000, b"9" * 5000):
-        assert ask(open_page, "POST", f"{CHATS}/{token}/ask", body).status == 422, body[:20]
-    for path in (f"static/{'a' * 1900}", f"chats/{'a' * 1900}", "chats/%00%ff/stream"):
+        assert ask(open_page, "POST", ANSWERS, body).status == 422, body[:20]
+    for path in (f"static/{'a' * 1900}", f"images/{'a' * 1900}", "images/%00%ff"):
         assert ask(open_page, "GET", f"/{path}").status == 404, path
     with socket.create_connection(("127.0.0.1", open_page.port)) as link:
         start_upload(open_page, link, 1000, b"x" * 100)
-    assert converse(open_page, "still there") == "still there"
+    assert converse(open_page, "still there")["error"] == ""
     assert capfd.readouterr().err == ""
 
 
@@ -335,7 +318,7 @@ def test_concurrent_uploads_keep_the_limit(monkeypatch):
         stack.close()
         # What was reserved for those that have left is free again.
         deadline = time.monotonic() + 20
-        path = f"{create_chat(page)}/uploads?name=a.png"
+        path = f"{UPLOADS}?name=a.png"
         while ask(page, "POST", path, b"x" * 500_000).status != 422:
             assert time.monotonic() < deadline, "the space of aborted uploads is not free"
             time.sleep(0.05)
@@ -363,30 +346,12 @@ def test_page_selects_the_thinking_mode(default):
 
 def test_page_shows_reasoning_of_a_run(thinking_run):
     with run_service(str(thinking_run)) as service, run_web_page(service) as page:
-        chat = page.store.create(None)
         for thinks in (True, False):
-            assert converse(page, "Which colour?", thinking=thinks) == ANSWER
-            options = GenerationOptions(thinking=ThinkingOptions(enable_thinking=thinks))
-            turn = chat.session.send("Which colour?", [], [options])
-            list(turn.replies[0])
-            shown = render_turns(chat, [turn])
-            assert ANSWER in shown
-            assert ("<summary>Reasoning</summary>" in shown) == (THOUGHT in shown) == thinks
-
-
-def test_browser_id_is_secret_and_lasts(open_page, locked_page):
-    assert "set-cookie" not in ask(locked_page, "GET", "/").headers, "before the sign-in"
-    assert "set-cookie" not in ask(open_page, "GET", "/chats").headers
-    cookies = [ask(open_page, "GET", "/").headers["set-cookie"] for _ in range(2)]
-    values = {re.fullmatch(rf"{BROWSER_COOKIE}=([\w-]{{43}}); (.*)", one)[1] for one in cookies}
-    assert len(values) == 2
-    given, *marks = cookies[0].split("; ")
-    # Lax: a link from another site must not lead to a new ID.
-    assert {"HttpOnly", "SameSite=lax", f"Max-Age={BROWSER_COOKIE_AGE_S}"} <= set(marks)
-    assert "set-cookie" not in ask(open_page, "GET", "/", cookie=given).headers
-    for odd in ("", "x", "a" * 42, "a" * 44, "../" * 15):
-        cookie = f"{BROWSER_COOKIE}={odd}"
-        assert "set-cookie" in ask(open_page, "GET", "/", cookie=cookie).headers
+            shown = converse(page, "Which colour?", thinking=thinks)
+            assert shown["replies"][0]["answer"] == ANSWER
+            html = shown["html"]
+            assert ANSWER in html
+            assert ("<summary>Reasoning</summary>" in html) == (THOUGHT in html) == thinks
 
 
 ACCESS = Access("right-password")
@@ -395,7 +360,7 @@ PREFIX = {PREFIX_HEADER: "/pages/1"}
 
 
 def make_chat(folder: Path) -> AccessMiddleware:
-    return make_chat_app(ChatStore(ScriptedService(), folder / "chat", get_image_pool()), ACCESS)
+    return make_chat_app(ScriptedService(), folder, get_image_pool(), ACCESS)
 
 
 def make_label(folder: Path) -> AccessMiddleware:
@@ -484,7 +449,7 @@ def client(address: Path) -> TestClient:
 
 
 def test_requests_are_forwarded_after_the_sign_in(client: TestClient) -> None:
-    assert client.get("/pages/1/chats").status_code == 401
+    assert client.get("/pages/1/images/a").status_code == 401
     client.post("/sign-in", data={"password": PASSWORD})
     answer = client.post(
         "/pages/1/a%20b/c?x=%26&y", content=b"text", headers={PREFIX_HEADER: "/forged"}
@@ -517,3 +482,12 @@ def test_socket_is_private(address: Path) -> None:
     assert address.stat().st_mode & 0o077 == 0
     with pytest.raises(UserError, match="cannot listen"):
         bind_unix_socket(Path("x" * 200))
+    with pytest.raises(UserError, match="another process uses"):
+        bind_unix_socket(address)
+    file, left = Path("notes.txt"), Path("left")
+    file.write_text("mine")
+    with pytest.raises(UserError, match="no socket"):
+        bind_unix_socket(file)
+    assert file.read_text() == "mine"
+    for _ in range(2):
+        bind_unix_socket(left).close()

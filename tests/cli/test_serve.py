@@ -15,7 +15,7 @@ from openai import OpenAI
 
 from finesight.infer import model_loader
 from finesight.infer.model_loader import get_model_name
-from finesight.serve import api_server
+from finesight.serve import api_server, replica_router
 
 KEY = "a-key-of-this-test-0123456789"
 ENDLESS = {"type": "array", "items": {"type": "integer"}, "minItems": 9999}
@@ -35,8 +35,9 @@ LINEAR_DECODER = SimpleNamespace(
 def serve_fake(monkeypatch, cli):
     """Serve a fake model: a function that returns the output and the limits of the server."""
 
-    def serve(run, *options, decoder=PLAIN_DECODER, device="cpu"):
-        limits = []
+    def serve(run, *options, decoder=PLAIN_DECODER, device="cpu", key=""):
+        monkeypatch.setenv("FINESIGHT_KEY", key)
+        limits = [None]
 
         def run_server(model, listener, *, on_ready, **options):
             listener.close()
@@ -53,7 +54,7 @@ def serve_fake(monkeypatch, cli):
         for name in ("load_multi_adapter_model", "resolve_model_source"):
             monkeypatch.setattr(model_loader, name, lambda *arguments, **options: loaded)
         monkeypatch.setattr(api_server, "run_api_server", run_server)
-        return cli("serve", run, *options, "--port", "0"), limits[0]
+        return cli("serve", run, *options, "--port", "0"), limits[-1]
 
     return serve
 
@@ -72,6 +73,35 @@ def test_default_number_of_sequences_fits_into_gpu_memory(
     assert limits.max_num_seqs == num_seqs
     text = f"at most {num_seqs} answers at the same time instead of 64"
     assert (text in printed.err) == (num_seqs < 64)
+
+
+def test_each_replica_has_its_gpu_and_the_options_of_the_model(serve_fake, monkeypatch, cli):
+    started = []
+
+    def run_replicas(command, environments, listener, *, on_ready, **options):
+        listener.close()
+        started.append((command, environments, options))
+        on_ready(["run"])
+
+    monkeypatch.setattr(replica_router, "run_replicas", run_replicas)
+    options = ("--data-parallel-size", "2", "--max-queue", "9", "--precision", "fp16")
+    for count, variables in (
+        (3, [{"CUDA_VISIBLE_DEVICES": "5"}, {"CUDA_VISIBLE_DEVICES": "6"}]),
+        (0, [{"OMP_NUM_THREADS": "2"}] * 2),
+    ):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,6,7")
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: count)  # noqa: B023
+        monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+        monkeypatch.setattr(os, "cpu_count", lambda: 4)
+        printed, _ = serve_fake("run", *options, "--trusted-proxy", "10.0.0.1", key=KEY)
+        assert printed.text.startswith("serving run at http://127.0.0.1:")
+        command, environments, given = started.pop()
+        assert command == ["serve", "run", "--max-queue", "9", "--precision", "fp16"]
+        assert environments == variables
+        assert (given["api_keys"], given["trusted_proxies"]) == ([KEY], ("10.0.0.1",))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    error = cli("serve", "finesight-tiny", "--data-parallel-size", "2", code=2).err
+    assert "2 replicas with 1 GPU" in error
 
 
 def test_example_request_of_a_run_has_its_image_and_prompt(tmp_path, monkeypatch, serve_fake):

@@ -4,6 +4,7 @@ import json
 import os
 import random
 import re
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,11 @@ from each_value import each
 from image_fixtures import write_gray_image, write_jsonl
 from PIL import Image
 
-from finesight.data.formats.dataset_format import NOTE_CLIPPED_BOX, NOTE_SKIPPED_BOX
+from finesight.data.formats.dataset_format import (
+    NOTE_CLIPPED_BOX,
+    NOTE_KEPT_JSON,
+    NOTE_SKIPPED_BOX,
+)
 from finesight.data.import_source import ImportOptions
 from finesight.data.importer import (
     REASON_IMAGE_IN_EVAL,
@@ -434,3 +439,33 @@ def test_missing_option_is_no_invalid_row(tmp_path: Path) -> None:
             )
         assert "--prompt" in caught.value.remedy
         assert "--on-invalid-row" not in caught.value.remedy
+
+
+def test_a_source_has_one_notation_of_boxes(tmp_path: Path) -> None:
+    write_gray_image(tmp_path / "a.png", width=40, height=20)
+    plain, rich = '[{"bbox_2d": [1, 2, 3, 4]}]', '[{"bbox_2d": [1, 2, 3, 4], "color": "red"}]'
+    for number, answers in enumerate([(plain, plain), (plain, rich), (rich, rich)]):
+        rows = [{"image": "a.png", "query": "?", "response": one} for one in answers]
+        write_jsonl(tmp_path / f"{number}.jsonl", rows)
+        summary = import_dataset(
+            tmp_path / f"{number}.jsonl", tmp_path / str(number), ImportOptions()
+        )
+        samples = read_samples(tmp_path / str(number) / "data.jsonl")
+        contents = [sample.messages[-1].content for sample in samples]
+        assert [len(content) for content in contents] == [3 if number else 1] * 2
+        assert summary.source_notes.get(NOTE_KEPT_JSON, 0) == (number == 1)
+
+
+def test_images_are_equal_only_in_all_pixels(tmp_path: Path) -> None:
+    """Two images differ outside of the compared grid, and a copy has another format."""
+    Image.new("RGB", (600, 600)).save(tmp_path / "a.png")
+    Image.new("RGB", (600, 600)).save(tmp_path / "b.bmp")
+    image = Image.new("RGB", (600, 600))
+    image.putpixel((0, 0), (1, 1, 1))
+    image.save(tmp_path / "c.png")
+    for other, is_equal in (("b.bmp", True), ("c.png", False)):
+        rows = [{"image": name, "query": "?", "response": "!"} for name in ("a.png", other)]
+        write_jsonl(tmp_path / "rows.jsonl", rows)
+        options = ImportOptions(train_fraction=0.5)
+        with pytest.raises(UserError, match="1 groups") if is_equal else nullcontext():
+            import_dataset(tmp_path / "rows.jsonl", tmp_path / other[0], options)

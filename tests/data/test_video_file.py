@@ -53,6 +53,13 @@ def test_header_counts_the_decoded_frames(tmp_path: Path, name: str) -> None:
     assert [find_index(frame) for frame in iter_video_frames(path, [3, 4, 11])] == [3, 4, 11]
 
 
+@pytest.mark.parametrize(("name", "other"), [("a.mp4", "b.mkv"), ("a.mkv", "b.mov")])
+def test_content_selects_the_container(tmp_path: Path, name: str, other: str) -> None:
+    path = write_video(tmp_path / name)
+    expected = read_video_header(path)
+    assert read_video_header(path.rename(tmp_path / other)) == expected
+
+
 def test_frames_before_an_edit_list_are_neither_counted_nor_decoded(tmp_path: Path) -> None:
     path = write_video(tmp_path / "cut.mp4", first_pts=-3)
     assert read_video_header(path).num_frames == 13
@@ -148,7 +155,7 @@ REJECTED: dict[str, tuple[Any, type[UserError], str]] = {
     "text": (lambda f: replace_content(f / "a.webm", b"abc" * 99), CorruptImageError, "corrupt"),
     "suffix": (lambda f: write_video(f / "a.mp4").rename(f / "a.avi"), CorruptImageError, "not a"),
     "container": (
-        lambda f: write_video(f / "a.mp4").rename(f / "a.mkv"),
+        lambda f: write_video(f / "a.avi", codec="mpeg4").rename(f / "a.mp4"),
         CorruptImageError,
         "corr",
     ),

@@ -7,6 +7,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from lora_fixtures import save_random_adapter
+from safetensors import safe_open
 
 from finesight.config import ExactSize, PixelRange, TuneSettings
 from finesight.errors import UserError
@@ -18,6 +20,7 @@ from finesight.export.deployment import (
 )
 from finesight.infer.model_loader import ModelSource
 from finesight.manifest import Manifest
+from finesight.model.lora.peft_io import ADAPTER_WEIGHTS_FILE
 from finesight.model_folder import TINY_MODEL_FOLDER, ModelFolder
 
 ASSETS = Path(__file__).parents[3] / "shared" / "qwen_assets"
@@ -81,15 +84,53 @@ def test_folder_without_run_has_its_pixel_limits_and_unsupported_settings_are_no
     assert notes[2].endswith("system prompt of the training: 'Rhyme.'")
 
 
-def test_adapter_must_be_merged_first_and_model_of_run_is_named_after_it(tmp_path: Path) -> None:
+def test_model_of_run_is_named_after_it_and_quantized_base_is_merged_first() -> None:
     tiny = ModelFolder(TINY_MODEL_FOLDER)
-    with pytest.raises(UserError, match="vLLM ignores adapters of the vision encoder"):
-        build_serving_commands(ModelSource(tiny, tmp_path, None), "runs/latex")
     with pytest.raises(UserError, match="is an adapter on a base"):
         build_serving_commands(ModelSource(tiny, None, None, ("language",)), "runs/latex")
     line = build_serving_commands(ModelSource(tiny, None, None), "runs/latex").vllm
     assert shlex.split(line)[:3] == ["vllm", "serve", str(TINY_MODEL_FOLDER)]
     assert options(line, 3)["--served-model-name"] == "latex"
+
+
+def test_adapter_of_the_language_model_is_served_on_its_base(tmp_path: Path) -> None:
+    tiny = ModelFolder(TINY_MODEL_FOLDER)
+    tune = {"language": "lora", "lora": {"rank": 12}}
+    adapter = save_random_adapter(tiny, tmp_path / "a, b", tune)
+    serving = build_serving_commands(ModelSource(tiny, adapter, None, ("language",)), "runs/latex")
+    words = shlex.split(serving.vllm)
+    words.remove("--enable-lora")
+    given = dict(zip(words[3::2], words[4::2], strict=True))
+    assert given["--max-lora-rank"] == "16", "the next rank that vLLM accepts"
+    assert given["--served-model-name"] == "base", "another name than that of the adapter"
+    module = json.loads(given["--lora-modules"])  # vLLM reads a path with a comma as JSON
+    assert module == {"name": "latex", "path": str(adapter)}
+    greedy = {"temperature": 0, "repetition_penalty": 1.0}
+    assert json.loads(given["--override-generation-config"]) == greedy
+    assert not serving.sglang
+    assert any("language in NF4" in note for note in serving.notes)
+    adapter = adapter.rename(tmp_path / "adapter")
+    with safe_open(adapter / ADAPTER_WEIGHTS_FILE, "pt") as file:
+        # vLLM maps these names to its modules (hf_to_vllm_mapper).
+        prefix = "base_model.model.model.language_model.layers."
+        assert all(key.startswith(prefix) for key in file.keys())  # noqa: SIM118
+    line = build_serving_commands(ModelSource(tiny, adapter, None), "runs/latex").vllm
+    assert f"--lora-modules latex={adapter} " in line
+
+
+@pytest.mark.parametrize(
+    ("tune", "reason"),
+    [
+        ({"language": "lora", "merger": "lora"}, "adapted layers are in the vision encoder"),
+        ({"language": "lora", "lora": {"rank": 513}}, "its rank 513 is above 512"),
+    ],
+)
+def test_other_adapters_must_be_merged_first(tune, reason, tmp_path) -> None:
+    tiny = ModelFolder(TINY_MODEL_FOLDER)
+    adapter = save_random_adapter(tiny, tmp_path / "adapter", tune)
+    with pytest.raises(UserError, match=reason) as caught:
+        build_serving_commands(ModelSource(tiny, adapter, None), "runs/latex")
+    assert "finesight merge runs/latex OUT" in str(caught.value)
 
 
 @NEEDS_ASSETS

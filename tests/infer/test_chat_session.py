@@ -174,8 +174,6 @@ def test_rejected_question_leaves_session_unchanged(service, first, tmp_path):
         (lambda: chat.send("What?", [tmp_path / "no.png"], SHORT), "not an image"),
         (lambda: chat.send("What?", [], [*SHORT, *other]), "unknown model 'other'"),
         (lambda: chat.regenerate(other), "unknown model 'other'"),
-        (lambda: chat.edit(1, "What?", SHORT), "turn 2 of 1"),
-        (lambda: chat.edit(0, "What?", other), "unknown model 'other'"),
         (lambda: chat.save(tmp_path / "file"), "exists already"),
         (lambda: chat.save_annotated_image(tmp_path / "file"), "exists already"),
         (lambda: ChatSession(service).save(tmp_path / "empty"), "no conversation to save"),

@@ -1,8 +1,12 @@
 """Tests of suggestions of a teacher behind an OpenAI-compatible server."""
 
+import asyncio
 import base64
 import io
 import json
+import os
+import signal
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -242,25 +246,28 @@ def test_errors_of_the_server_name_the_cause(tmp_path, monkeypatch, reply, words
     assert all(word in message for word in words), message
 
 
-def test_invalid_settings_are_rejected_before_a_request():
-    urls = (
-        "ftp://host/v1",
-        "http:///v1",
-        "http://host/v1?key=a",
-        "http://host:abc/v1",
-        "http://[x/v1",
-    )
-    for url in (*urls, "https://name:secret@host/v1", "http://name:secret@[x/v1"):
-        with pytest.raises(UserError, match="is no teacher") as caught:
-            TeacherSettings(url, "owl")
-        assert "secret" not in str(caught.value)
-    with pytest.raises(UserError, match="--teacher-model"):
-        TeacherSettings("http://host/v1", None)
+class WaitingTeacher(ScriptedTeacher):
+    """Server that interrupts the command at its second request, and then never answers."""
+
+    ended = threading.Event()
+
+    async def complete(self, request: Request) -> Response:
+        self.requests.append(await request.json())
+        if len(self.requests) == 2:
+            await asyncio.sleep(0.5)  # until the command waits
+            os.kill(os.getpid(), signal.SIGINT)
+        await asyncio.to_thread(self.ended.wait)
+        return Response()
 
 
-def test_keys_that_no_header_can_contain_are_not_shown(tmp_path, monkeypatch):
-    monkeypatch.setenv("TEACHER_KEY", "sk-sécret")
-    with serve(ScriptedTeacher(replies=[])) as suggest, pytest.raises(UserError) as caught:
-        suggest(open_photos(tmp_path))
-    assert caught.value.where == "--teacher-key"
-    assert "sk-" not in str(caught.value)
+def test_an_interrupt_waits_for_no_request(tmp_path: Path) -> None:
+    # A shell ignores the signal in its background jobs.
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    with serve(teacher := WaitingTeacher()) as suggest:
+        try:
+            with pytest.raises(KeyboardInterrupt):
+                suggest(open_photos(tmp_path, 3), concurrency=2)
+        finally:
+            teacher.ended.set()
+            signal.signal(signal.SIGINT, previous)
+    assert len(teacher.requests) == 2

@@ -151,6 +151,9 @@ def test_vision_cache_size_is_estimated(task: TinyTask) -> None:
     assert plan.feature_bytes == plan.token_stats.num_patches // 4 * hidden_size * element_size
     assert plan.chosen_estimate.cached_step_s is not None
     assert plan.chosen_estimate.cached_step_s < plan.chosen_estimate.step_time.total
+    for epochs, has_cache in ((1.3, True), (1.1, False)):
+        few_uses = make_plan(task, f"train.epochs={epochs}", tune={"language": "lora"})
+        assert (few_uses.feature_bytes is not None) == has_cache
 
 
 def test_lines_and_record_are_consistent(task: TinyTask) -> None:

@@ -14,10 +14,11 @@ from finesight.serve.api_schema import (
     ApiError,
     ChatCompletionRequest,
     NeutralParameters,
+    ServerLimits,
     parse_chat_request,
 )
 from finesight.serve.chat_completions import ToolCallParser
-from finesight.serve.preprocessing_jobs import build_sample
+from finesight.serve.preprocessing_jobs import MediaFolder, build_sample
 
 OPENAI_PARAMETERS = {
     *("frequency_penalty", "presence_penalty", "logit_bias", "modalities", "verbosity"),
@@ -28,7 +29,7 @@ EXTENSIONS = {
     "repetition_penalty",
     "skip_special_tokens",
     *(NeutralParameters.model_fields.keys() - OPENAI_PARAMETERS),
-    "chat_template_kwargs",
+    *("chat_template_kwargs", "mm_processor_kwargs", "media_io_kwargs"),
     "messages.[].reasoning_content",
     # A tool result may contain images.
     *("messages.[].role: tool", "messages.[].tool_call_id"),
@@ -103,6 +104,10 @@ class SchemaComparison:
 
 def test_schema_is_a_subset_of_the_openai_types():
     ours = ChatCompletionRequest.model_json_schema()
+    # Videos are an extension.
+    ours["$defs"] |= dict.fromkeys(
+        ("VideoContent", "VideoURLContent"), ours["$defs"]["TextContent"]
+    )
     theirs = TypeAdapter(CompletionCreateParamsStreaming).json_schema()
     problems = SchemaComparison(ours, theirs).compare(ours, theirs)
     assert problems == EXTENSIONS
@@ -135,7 +140,7 @@ def test_unknown_fields_without_a_value_are_ignored(value):
     text = {"type": "text", "text": "a", "cache_control": value}
     tool = {"type": "function", "function": {"name": "f", "deferred": value}}
     body = {"model": "m", "messages": [{"role": "user", "content": [text], "refusal": value}]}
-    body |= {"tools": [tool], "stream_options": {"extra": value}, "mm_processor_kwargs": value}
+    body |= {"tools": [tool], "stream_options": {"extra": value}, "documents": value}
     found = parse_chat_request(json.dumps(body | {"priority": 3, "user": "u"}).encode())
     assert found.parameters.keys() == {"model", "tools", "stream_options"}
 
@@ -161,7 +166,8 @@ XML_CALL = (
 CALL = '<tool_call>\n{"name": "book", "arguments": {"row": 3}}\n</tool_call>'
 
 
-def test_tools_of_a_request_are_those_of_a_sample():
+def test_tools_of_a_request_are_those_of_a_sample(tmp_path):
+    media = MediaFolder(tmp_path, ServerLimits())
     call = {"id": "1", "type": "function", "function": {"name": "book", "arguments": '{"row": 3}'}}
     messages = [
         {"role": "system", "content": "Be short."},
@@ -171,7 +177,7 @@ def test_tools_of_a_request_are_those_of_a_sample():
         {"role": "tool", "content": [{"type": "text", "text": "failed"}]},
     ]
     request = {"model": "m", "messages": messages, "tools": [BOOK]}
-    sample = build_sample(ChatCompletionRequest.model_validate(request))
+    sample = build_sample(ChatCompletionRequest.model_validate(request), media)
     part = {"type": "tool_call", "name": "book", "arguments": {"row": 3}}
     contents = ["Be short.", "Book.", [{"type": "text", "text": "Yes."}, part, part]]
     roles = ("system", "user", "assistant", "tool", "tool")
@@ -180,7 +186,7 @@ def test_tools_of_a_request_are_those_of_a_sample():
     assert sample == sample_from_dict({"id": "request", **expected}, "")
     call["function"]["arguments"] = "[1]"
     with pytest.raises(ApiError, match="JSON object"):
-        build_sample(ChatCompletionRequest.model_validate(request))
+        build_sample(ChatCompletionRequest.model_validate(request), media)
 
 
 @each("step", [1, 2, 3, 7, 1000])
@@ -208,10 +214,7 @@ def test_tool_calls_are_parsed_from_any_chunking(text, shown, names, step):
     more, found = splitter.flush()
     output, calls = output + more, calls + found
     assert output == shown
-    assert [call.call for call in calls] == [
-        ToolCallPart(name=n, arguments={"row": 3}) for n in names
-    ]
-    assert len({call.id for call in calls}) == len(calls)
+    assert calls == [ToolCallPart(name=n, arguments={"row": 3}) for n in names]
 
 
 def test_invalid_tool_calls():

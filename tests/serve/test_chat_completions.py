@@ -16,6 +16,7 @@ from api_server_fixtures import (
     make_image_part,
     make_messages,
     make_noise_png,
+    make_video_part,
     run_server,
     wait_until_idle,
 )
@@ -27,7 +28,7 @@ from openai import BadRequestError, NotFoundError
 from tiny_model import create_tiny_model
 
 from finesight.config import TuneSettings
-from finesight.data.sample import ImagePart, LocatedSample, Message, Sample, TextPart
+from finesight.data.sample import ImagePart, LocatedSample, Message, Sample, TextPart, VideoPart
 from finesight.errors import UserError
 from finesight.export.deployment import REQUEST_PARAMETERS
 from finesight.infer.model_loader import load_inference_model, load_multi_adapter_model
@@ -73,6 +74,23 @@ def test_answer_matches_predict(ask_about_scene, client, inference_model, scenes
     extra = choice.message.model_extra
     assert extra["raw_text"] == expected.raw_text
     assert extra["boxes"] == expected.as_json()["boxes"]
+
+
+def test_answer_about_a_video_matches_predict(ask_about_scene, client, inference_model, tmp_path):
+    clip = pytest.importorskip("video_fixtures").write_video(tmp_path / "clip.mp4", 40)
+    parts = (VideoPart(video="clip.mp4", fps=1.0), TextPart(text=PROMPT))
+    messages = (Message(role="user", content=parts),)
+    sample = LocatedSample(Sample(id="a", messages=messages), tmp_path)
+    (expected,) = predict(
+        inference_model.model, inference_model.renderer, [sample], max_new_tokens=30, batch_size=1
+    )
+    part, sampling = make_video_part(clip.read_bytes()), {"mm_processor_kwargs": {"fps": 1}}
+    given = {"messages": make_messages(part, PROMPT), "extra_body": sampling}
+    found = ask_about_scene(client, **given)
+    assert found.choices[0].message.content == expected.answer
+    prompt = inference_model.renderer.tokenize_prompt(sample)
+    assert found.usage.prompt_tokens == prompt.num_tokens
+    assert join_stream(ask_about_scene(client, stream=True, **given)) == expected.answer
 
 
 def join_stream(chunks: Any) -> str:

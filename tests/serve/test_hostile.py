@@ -47,7 +47,7 @@ from PIL import Image
 from finesight.encode.tokenization import Tokenizer
 from finesight.errors import UserError
 from finesight.serve.api_schema import ApiError
-from finesight.serve.image_sources import read_formats
+from finesight.serve.media_sources import read_formats
 from finesight.serve.request_middleware import ByteBudget, ByteReservation
 from finesight.vision.image_processing import load_image
 
@@ -375,7 +375,15 @@ def test_fuzzed_bodies(inference_model, tmp_path, caplog):
 def test_other_hostile_requests(inference_model, tmp_path, caplog):
     """Send hostile requests without slow schemas and images, which test_hostile.py covers."""
     limits = replace(LIMITS, max_schema_cpu_s=0.3, max_completion_tokens=400)
-    other = ("body", "text", "disconnect", "image: cut off", "schema: properties", "schema: states")
+    other = (
+        "body",
+        "text",
+        "disconnect",
+        "video",
+        "image: cut off",
+        "schema: properties",
+        "schema: states",
+    )
     makers = request_makers(MODEL, flood=1 << 20, length=990_000)
     requests = [make(1) for name, make in makers.items() if name.startswith(other)]
     with (

@@ -37,8 +37,8 @@ from finesight.infer.model_loader import InferenceModel
 from finesight.infer.prediction import Prediction
 from finesight.serve.api_schema import ApiError, ServerLimits
 from finesight.serve.chat_completions import ChoiceBuilder
-from finesight.serve.image_sources import ImageFetcher, LabelStudioImages
 from finesight.serve.label_studio_backend import LabelStudioOptions, build_results
+from finesight.serve.media_sources import LabelStudioImages, MediaFetcher
 
 IMAGE_TAG = '<Image name="img" value="$photo"/>'
 BOXES = '<RectangleLabels name="box" toName="img"><Label value="shape"/></RectangleLabels>'
@@ -246,7 +246,7 @@ def test_images_of_the_named_server(
 
 def fetch_image(images: LabelStudioImages, reference: str) -> bytes:
     file = io.BytesIO()
-    asyncio.run(images.fetch(reference, file, web=ImageFetcher((), ServerLimits())))
+    asyncio.run(images.fetch(reference, file, web=MediaFetcher((), ServerLimits())))
     return file.getvalue()
 
 

@@ -29,12 +29,21 @@ from api_server_fixtures import (
 )
 from each_value import each
 from PIL import Image
+from starlette.responses import PlainTextResponse
+from starlette.testclient import TestClient
+from starlette.types import Receive, Scope, Send
 
 from finesight import credentials
 from finesight.errors import UserError
-from finesight.serve.api_server import bind_socket
 from finesight.serve.http_protocol import is_loopback
-from finesight.serve.request_middleware import ApiKeys, check_exposure, read_api_keys
+from finesight.serve.request_middleware import (
+    OWNER_HEADER,
+    ApiKeys,
+    RequestMetrics,
+    RequestMiddleware,
+    check_exposure,
+    read_api_keys,
+)
 
 OTHER = "second-key-0123456789"
 
@@ -148,7 +157,7 @@ def test_files_belong_to_their_key(server_with_keys):
 def test_public_host_and_trusted_proxy_require_a_key(host, proxies):
     option = "--trusted-proxy.*" if proxies else ""
     with pytest.raises(UserError, match=f"{option}there is no API key") as raised:
-        bind_socket(host, 0, [], proxies)
+        check_exposure(host, [], proxies)
     assert all((raised.value.where, raised.value.expected, raised.value.remedy))
     check_exposure(host, [KEY], proxies)
 
@@ -191,6 +200,17 @@ def test_cross_origin_requests_are_rejected_without_key(server, headers):
     assert send_request(server, "GET", "/v1/models", headers=headers)[0] == 403
     local = {"Origin": "http://localhost:3"}
     assert send_request(server, "GET", "/v1/models", headers=local)[0] == 200
+
+
+@each(("is_replica", "owner"), [(True, "other"), (False, "everyone")])
+def test_only_a_replica_accepts_the_owner_of_a_header(is_replica, owner):
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await PlainTextResponse(scope["state"]["owner"])(scope, receive, send)
+
+    metrics = RequestMetrics()
+    middleware = RequestMiddleware(app, ApiKeys(()), LIMITS, metrics, is_replica=is_replica)
+    client = TestClient(middleware, "http://localhost")
+    assert client.get("/", headers={OWNER_HEADER: "other"}).text == owner
 
 
 def test_body_of_100_mb_is_rejected(server):

@@ -26,6 +26,7 @@ SECRET = "wehrlos-4711"
 OPENERS = {
     "data/image_header.py": "the one that all others use",
     "data/augmentation.py": "the JPEG copy that it has just encoded",
+    "data/formats/json_annotations.py": "PNG masks in LabelMe files",
     "track/tracker_records.py": "the same, on their way to a tracker's process",
 }
 """Modules that open files with Pillow."""
@@ -38,11 +39,13 @@ CLIENTS = {
     "hub/modelscope.py",
     "hub/url_files.py",
     "label/teacher.py",
-    "serve/image_sources.py",
+    "serve/http_protocol.py",
+    "serve/media_sources.py",
+    "serve/replica_router.py",
     "track/backends.py",
 }
 """Modules that send requests: to hubs, URLs and teachers of the user, to allowed media hosts, and
-to servers that the studio has started."""
+to servers and replicas that this program has started."""
 
 
 def test_request_content_is_not_logged(inference_model, tmp_path, caplog, capfd, monkeypatch):

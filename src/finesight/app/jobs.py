@@ -89,7 +89,7 @@ class Job(BaseModel, frozen=True):
 
     @property
     def is_server(self) -> bool:
-        """Whether the command runs until it is stopped."""
+        """Return whether the command runs until it is stopped."""
         return self.has_page or self.port > 0
 
     @property
@@ -140,12 +140,12 @@ class Job(BaseModel, frozen=True):
 
     @property
     def is_stopping(self) -> bool:
-        """Whether the command runs after a request to stop it."""
+        """Return whether the command runs after a request to stop it."""
         return (self.folder / STOP_FILE).exists() and self.status == "running"
 
     @property
     def is_ready(self) -> bool:
-        """Whether a server answers. It accepts connections before its model is loaded."""
+        """Return whether a server answers. It accepts connections before its model is loaded."""
         import httpx2  # slow to import
 
         transport = httpx2.HTTPTransport(uds=str(self.socket) if self.has_page else None)

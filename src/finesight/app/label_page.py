@@ -19,13 +19,7 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 
-from finesight.app.pages import (
-    Utf8Text,
-    create_app,
-    find_studio,
-    parse_body,
-    render_page,
-)
+from finesight.app.pages import create_app, find_studio, parse_body, render_page
 from finesight.app.server import Access, AccessMiddleware
 from finesight.data.boxes import BoxConvention, InvalidBoxError, clip_to_image
 from finesight.data.formats.image_annotations import NO_OBJECTS_ANSWER
@@ -56,7 +50,7 @@ class BoxAnswer(BaseModel, frozen=True):
     """Box of an answer from the browser, or a point, whose corners are equal."""
 
     image: Annotated[int, Field(ge=0)] = 0
-    label: Annotated[Utf8Text, Field(max_length=1000)] | None = None
+    label: Annotated[str, Field(max_length=1000)] | None = None
     xyxy: tuple[FiniteFloat, FiniteFloat, FiniteFloat, FiniteFloat]
 
     @property
@@ -74,12 +68,12 @@ class DecisionRequest(BaseModel, frozen=True):
         question: Texts of the question, which the user may correct; None for an unchanged one.
     """
 
-    id: Utf8Text
+    id: str
     action: Literal["save", "skip", "reopen"]
     revision: int | None = None
-    text: Utf8Text = ""
-    edits: dict[int, Utf8Text] | None = None
-    question: Annotated[list[Utf8Text], Field(max_length=1000)] | None = None
+    text: str = ""
+    edits: dict[int, str] | None = None
+    question: Annotated[list[str], Field(max_length=1000)] | None = None
     boxes: Annotated[list[BoxAnswer], Field(max_length=10_000)] = []
 
 

@@ -11,21 +11,20 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from errno import EDQUOT, ENOSPC
-from functools import cache, partial
+from functools import cache
 from importlib import resources
 from pathlib import Path
-from typing import IO, Annotated, Any, TypeVar
+from typing import IO, Any, TypeVar
 
 from anyio import to_thread
 from jinja2 import FileSystemLoader
-from pydantic import AfterValidator, BaseModel, ValidationError
+from pydantic import BaseModel, ValidationError
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 
-from finesight.bounded_files import is_utf8
 from finesight.errors import Remedy, Step, UserError
 from finesight.report.html import create_environment
 from finesight.report.i18n import (
@@ -82,16 +81,6 @@ add_translations(STATIC_FOLDER)
 _ENVIRONMENT = create_environment(FileSystemLoader([STATIC_FOLDER, REPORT_FOLDER]))
 
 Model = TypeVar("Model", bound=BaseModel)
-
-
-def _check_text(text: str) -> str:
-    if not is_utf8(text):
-        raise ValueError("half of a surrogate pair, which is not UTF-8 text")
-    return text
-
-
-Utf8Text = Annotated[str, AfterValidator(_check_text)]
-"""Text that samples can store. JSON may contain lone surrogates."""
 
 
 def create_app(
@@ -202,14 +191,8 @@ def find_studio(request: Request) -> str:
 MAX_STORED_BYTES = 2 << 30
 """Maximum size of the stored files of all users in bytes."""
 
-UPLOAD_TTL_S, MIN_UPLOAD_TTL_S = 3600, 300
-"""Seconds after which an uploaded file is deleted, with enough space and if space is short.
-
-Data sets take over the files that they use.
-"""
-
-MAX_OWNER_BYTES = MAX_STORED_BYTES // 4
-"""Maximum size of the stored files of an owner, who so leaves space to others."""
+UPLOAD_TTL_S = 3600
+"""Seconds without use after which a file may be deleted. Data sets take over files they use."""
 
 MAX_NAME_BYTES = 200
 _CONTROL_CHARACTERS = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
@@ -223,129 +206,90 @@ class DiskFullError(HTTPException):
         super().__init__(507, text)
 
 
-class DiskBudget:
-    """Limits the disk space of the files in the subfolders of a folder.
-
-    A file has its size before it is written, so that concurrent writers respect the limit.
-
-    Args:
-        free_space: Deletes unused files, or returns False if there are none.
-    """
-
-    def __init__(self, folder: Path, free_space: Callable[[], bool]) -> None:
-        self._folder, self._free_space = folder, free_space
-        self._lock = threading.Lock()
-
-    def allocate(
-        self, num_bytes: int, open_file: Callable[[], IO[bytes]], owner: str = ""
-    ) -> IO[bytes]:
-        """Open a new file with a number of bytes, which its writer replaces.
-
-        Args:
-            owner: Start of the names of the subfolders of a user, with a limit of its own.
-
-        Raises:
-            DiskFullError: The stored bytes would exceed a limit.
-        """
-        with self._lock:
-            while self._count_bytes() + num_bytes > MAX_STORED_BYTES:
-                if not self._free_space():
-                    raise DiskFullError
-            if owner and self._count_bytes(owner) + num_bytes > MAX_OWNER_BYTES:
-                raise DiskFullError
-            file = open_file()
-            file.truncate(num_bytes)
-        return file
-
-    def _count_bytes(self, owner: str = "") -> int:
-        files = _iter_files(self._folder)
-        return sum(state.st_size for file, state in files if file.parent.name.startswith(owner))
-
-
-def _iter_files(root: Path) -> Iterator[tuple[Path, os.stat_result]]:
-    for folder, _, names in os.walk(root):
-        for file in (Path(folder, name) for name in names):
-            # Files of a closed chat may disappear in the meantime.
-            with contextlib.suppress(FileNotFoundError):
-                yield file, file.stat()
-
-
-async def receive_file(
-    request: Request,
-    folder: Path,
-    budget: DiskBudget,
-    max_bytes: int,
-    *,
-    prefix: str = "",
-    owner: str = "",
-) -> Path:
-    """Store the body of a request in a folder. The query has the name of the file.
-
-    Args:
-        max_bytes: Maximum size of the file. The access middleware checks it first.
-        prefix: Start of the name of the stored file.
-        owner: See `DiskBudget.allocate`.
-    """
-    size = int(request.headers.get("content-length", max_bytes))
-    name = _CONTROL_CHARACTERS.sub("", request.query_params.get("name", ""))
-    name = name.replace("\\", "/").rpartition("/")[2].strip(". ")
-    suffix = Path(name).suffix[:20]
-    stem = name.removesuffix(suffix).encode()[: MAX_NAME_BYTES - len(suffix.encode())]
-    path = folder / (prefix + ((stem.decode(errors="ignore") + suffix) or "file"))
-    try:
-        # In a thread, because all files are counted.
-        allocate = partial(budget.allocate, size, lambda: path.open("xb"), owner)
-        with await to_thread.run_sync(allocate) as file:
-            async for chunk in request.stream():
-                await to_thread.run_sync(file.write, chunk)
-            file.truncate()
-    except BaseException as error:
-        path.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno in (ENOSPC, EDQUOT):
-            raise DiskFullError from error
-        raise
-    return path
-
-
 class UploadStore:
     """Uploaded files, each in a folder with a secret name, which is its ID.
 
     Args:
-        max_bytes: See `receive_file`.
+        max_bytes: Maximum size of a file. The access middleware checks it first.
+        ttl_s: Seconds without use after which a file is deleted, even with enough space.
     """
 
-    def __init__(self, folder: Path, max_bytes: int) -> None:
-        self._folder, self._max_bytes = folder, max_bytes
-        self._budget = DiskBudget(folder, partial(self._expire, MIN_UPLOAD_TTL_S))
-
-    def _expire(self, max_age_s: float) -> bool:
-        """Delete the uploads beyond an age. Returns whether there are any."""
-        min_mtime, files = time.time() - max_age_s, _iter_files(self._folder)
-        old = [file.parent.name for file, state in files if state.st_mtime < min_mtime]
-        self.remove(old)
-        return bool(old)
+    def __init__(self, folder: Path, max_bytes: int, ttl_s: float = UPLOAD_TTL_S) -> None:
+        self._folder, self._max_bytes, self._ttl_s = folder, max_bytes, ttl_s
+        self._lock = threading.Lock()
 
     async def receive(self, request: Request) -> Response:
-        """Store the body of a request, whose query has the name of the file. Return its ID."""
-        await to_thread.run_sync(self._expire, UPLOAD_TTL_S)
+        """Store the body of a request; see `store`. Return its ID and name."""
+        file = await self.store(request)
+        return JSONResponse({"id": file.parent.name, "name": file.name})
+
+    async def store(self, request: Request) -> Path:
+        """Store the body of a request, whose query has the name of the file.
+
+        Raises:
+            DiskFullError: The stored files would exceed the limit, or the disk is full.
+        """
+        size = int(request.headers.get("content-length", self._max_bytes))
+        name = _CONTROL_CHARACTERS.sub("", request.query_params.get("name", ""))
+        name = name.replace("\\", "/").rpartition("/")[2].strip(". ")
+        suffix = Path(name).suffix[:20]
+        stem = name.removesuffix(suffix).encode()[: MAX_NAME_BYTES - len(suffix.encode())]
         folder = self._folder / secrets.token_urlsafe(24)
+        path = folder / ((stem.decode(errors="ignore") + suffix) or "file")
         try:
-            folder.mkdir(mode=0o700)
-            file = await receive_file(request, folder, self._budget, self._max_bytes)
-        except BaseException:
+            # In a thread, because all files are counted.
+            with await to_thread.run_sync(self._open, path, size) as file:
+                async for chunk in request.stream():
+                    await to_thread.run_sync(file.write, chunk)
+                file.truncate()
+        except BaseException as error:
             self.remove([folder.name])
+            if isinstance(error, OSError) and error.errno in (ENOSPC, EDQUOT):
+                raise DiskFullError from error
             raise
-        return JSONResponse({"id": folder.name, "name": file.name})
+        return path
+
+    def _open(self, path: Path, num_bytes: int) -> IO[bytes]:
+        """Open a new file of its final size, so that concurrent uploads respect the limit."""
+        self._expire(self._ttl_s)
+        with self._lock:
+            while sum(state.st_size for _, state in self._list_files()) > (
+                MAX_STORED_BYTES - num_bytes
+            ):
+                if not self._expire(UPLOAD_TTL_S, 1):
+                    raise DiskFullError
+            path.parent.mkdir(mode=0o700)
+            file = path.open("xb")
+            file.truncate(num_bytes)
+        return file
+
+    def _list_files(self) -> Iterator[tuple[Path, os.stat_result]]:
+        for file in self._folder.glob("*/*"):
+            # Files may disappear in the meantime.
+            with contextlib.suppress(FileNotFoundError):
+                yield file, file.stat()
+
+    def _expire(self, max_age_s: float, limit: int | None = None) -> bool:
+        """Delete uploads that were not used for a time, up to a limit. Returns if there are any."""
+        uses = sorted((state.st_mtime, file.parent.name) for file, state in self._list_files())
+        old = [name for used_at, name in uses if used_at < time.time() - max_age_s]
+        self.remove(old[:limit])
+        return bool(old)
 
     def find(self, upload_id: str) -> Path:
-        """Return the file of an upload. Raises UserError for an unknown or expired ID."""
+        """Return the file of an upload, and note its use.
+
+        Raises UserError for an unknown or expired ID.
+        """
         with contextlib.suppress(OSError, StopIteration):
             if re.fullmatch(r"[\w-]{32}", upload_id):
-                return next((self._folder / upload_id).iterdir())
+                file = next((self._folder / upload_id).iterdir())
+                os.utime(file)
+                return file
         raise UserError(
             "an uploaded file has expired",
             where="files",
-            expected=f"files uploaded within {UPLOAD_TTL_S // 60} minutes",
+            expected="a file that is on the server",
             remedy="add the file again",
         )
 

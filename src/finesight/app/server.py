@@ -39,18 +39,16 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from finesight.app.pages import PREFIX_HEADER, UPLOADS_PATH, read_language, render_page
 from finesight.credentials import Credentials
-from finesight.errors import UserError, build_bind_error
 from finesight.report.i18n import translate, use_language
-from finesight.serve.http_protocol import SIGNED_IN_KEY, build_protocol_class
+from finesight.serve.http_protocol import (
+    SIGNED_IN_KEY,
+    build_protocol_class,
+    build_upstream_request,
+    is_loopback,
+)
 from finesight.worker_pool import WorkerPool
 
 SIGN_IN_PATH, STATIC_PREFIX = "/sign-in", "/static/"
-
-LOOPBACK_HOSTS = frozenset({"localhost", "127.0.0.1", "::1"})
-"""Allowed host names of a page that only this machine can reach.
-
-Other names that resolve to this machine are rejected, which prevents DNS rebinding.
-"""
 
 DEFAULT_PORTS = {"http": 80, "https": 443}
 
@@ -60,7 +58,7 @@ _PAGE_POLICY = (
     " form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
 )
 
-MAX_MESSAGE_BYTES, MAX_SIGN_IN_BYTES, MAX_PATH_CHARS = 1 << 20, 16 << 10, 2000
+MAX_MESSAGE_BYTES, MAX_SIGN_IN_BYTES, MAX_PATH_CHARS = 4 << 20, 16 << 10, 2000
 
 FAILED_LOGIN_DELAY_S, UPLOAD_IDLE_TIMEOUT_S = 1.0, 30
 """Seconds until a wrong password is answered, and without data after which a request is rejected.
@@ -144,7 +142,8 @@ class AccessMiddleware:
         host = headers.get("host", "")
         if len(path) > MAX_PATH_CHARS:
             return PlainTextResponse("path too long", 414)
-        is_local = _split_host_port(f"//{host}", 0)[0] in LOOPBACK_HOSTS
+        # Other names that resolve to this machine are rejected, which prevents DNS rebinding.
+        is_local = is_loopback(_split_host_port(f"//{host}", 0)[0])
         if self.access.loopback_only and password is None and not is_local:
             text = "host not allowed: set a password to use another host name"
             return PlainTextResponse(text, 403)
@@ -332,35 +331,6 @@ def serve_app(
         signal.signal(signal.SIGTERM, previous_handler)
 
 
-def bind_socket(host: str, port: int, file: Path | None = None) -> socket.socket:
-    """Return a socket bound to a host and port or, with a file, a Unix socket."""
-    if file is not None:
-        return bind_unix_socket(file)
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    try:
-        return socket.create_server((host, port), family=family)
-    except (OSError, OverflowError) as error:
-        raise build_bind_error(host, port, error) from error
-
-
-def bind_unix_socket(file: Path) -> socket.socket:
-    """Return a socket at a path that only this user can connect to."""
-    listener = socket.socket(socket.AF_UNIX)
-    try:
-        file.unlink(missing_ok=True)
-        listener.bind(str(file))
-        file.chmod(0o600)
-    except OSError as error:
-        listener.close()
-        raise UserError(
-            f"cannot listen on the socket ({error.strerror or error})",
-            where=str(file),
-            expected="a path of at most 100 bytes in a folder of this user",
-            remedy="choose another path for --socket",
-        ) from error
-    return listener
-
-
 def make_proxy_route(find_socket: Callable[[str], Path]) -> Route:
     """Build the route of the pages of jobs.
 
@@ -379,19 +349,14 @@ def make_proxy_route(find_socket: Callable[[str], Path]) -> Route:
         transport = httpx2.AsyncHTTPTransport(uds=str(file))
         # Quoted, because any character may be encoded in a path.
         path, query = quote(f"/{request.path_params['path']}"), request.scope["query_string"]
+        target = path.encode() + (b"?" + query if query else b"")
         headers = [pair for pair in request.headers.raw if _is_end_to_end(pair[0])]
         if request.method != "POST" or "transfer-encoding" in request.headers:
             # It would contradict the body that is sent.
             headers = [pair for pair in headers if pair[0] != b"content-length"]
         headers.append((PREFIX_HEADER.encode(), f"/pages/{job_id}".encode()))
-        upstream = httpx2.Request(
-            request.method,
-            httpx2.URL(scheme="http", host="page", path=path, query=query),
-            headers=headers,
-            content=request.stream() if request.method == "POST" else None,
-            # The page may think before its answer, and streams answers of any length.
-            extensions={"timeout": {"connect": 5.0, "read": None, "write": None, "pool": None}},
-        )
+        content = request.stream() if request.method == "POST" else None
+        upstream = build_upstream_request(request.method, target, headers, content)
         try:
             answer = await transport.handle_async_request(upstream)
         except BaseException as error:

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Unpack
 
 from finesight.errors import Step, UserError
-from finesight.operations.model import load_adapters, load_model
-from finesight.operations.operation import Outcome, Parameter, StrPath, to_path
+from finesight.operations.model import list_gpus, load_adapters, load_model
+from finesight.operations.operation import Outcome, Parameter, StrPath, list_words, to_path
 from finesight.operations.options import (
     LoadingOptions,
     MaxNewTokensOption,
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 
     from finesight.app.server import Access
     from finesight.config import Recipe
-    from finesight.infer.inference_service import InferenceService
     from finesight.infer.model_loader import InferenceModel
 
 TrustedProxyOption = Annotated[
@@ -54,14 +53,26 @@ AdapterOption = Annotated[
     ),
 ]
 
+SocketOption = Annotated[
+    Path | None,
+    Parameter(
+        "Listen on a Unix socket instead, for a proxy of this user, such as the studio. It "
+        "needs no password.",
+        option="--socket",
+        metavar="FILE",
+    ),
+]
+
 
 def serve(
     run_or_model: RunOrModelArgument,
     adapter: AdapterOption = None,
     host: str = "127.0.0.1",
     port: PortOption = 8000,
+    socket_file: SocketOption = None,
     key_file: Path | None = None,
     trusted_proxy: TrustedProxyOption = None,
+    data_parallel_size: Annotated[int, Parameter(minimum=1)] = 1,
     allow_media_host: Annotated[list[str] | None, Parameter(metavar="HOST")] = None,
     image_format: Annotated[list[str] | None, Parameter(metavar="FORMAT")] = None,
     label_studio: bool = False,
@@ -87,6 +98,8 @@ def serve(
         key_file: File with one API key per line, each of at least 16 characters. Requests then need
             the header "Authorization: Bearer KEY". Default: the environment variable FINESIGHT_KEY,
             if set, else no key.
+        data_parallel_size: Number of replicas of the model, one per GPU. Each is a process that
+            restarts after a crash.
         allow_media_host: Allow image downloads over https from this host. Repeatable.
         image_format: Additional image format besides JPEG, PNG, WEBP and GIF: AVIF, BMP, HEIF,
             JPEG2000, PDF, PPM or TIFF. Repeatable.
@@ -103,59 +116,77 @@ def serve(
         max_queue: Maximum number of waiting requests; further ones get HTTP status 429.
         timeout: Seconds from the first byte of a request, waiting included, until it is canceled.
     """
+    arguments = {**locals(), **loading}
     packages = ("starlette", "uvicorn", "prometheus_client", "python_multipart", "llguidance")
     require_extra("serve", "serve", packages)
     from finesight.infer.model_loader import resolve_model_source
     from finesight.manifest import find_run_dir
     from finesight.serve.api_schema import ServerLimits
-    from finesight.serve.api_server import bind_socket, run_api_server
-    from finesight.serve.image_sources import LabelStudioImages, read_formats
+    from finesight.serve.api_server import run_api_server
+    from finesight.serve.http_protocol import bind_socket
     from finesight.serve.label_studio_backend import TOKEN_VARIABLE, LabelStudioOptions
-    from finesight.serve.request_middleware import read_api_keys
+    from finesight.serve.media_sources import LabelStudioImages, read_formats
+    from finesight.serve.replica_router import build_environments, run_replicas
+    from finesight.serve.request_middleware import check_exposure, read_api_keys
     from finesight.train.run_dir import read_example
 
     if not label_studio and (label_studio_files or label_studio_url or label_studio_prompt):
-        raise UserError(
-            "an option of the ML backend is given without it",
-            where="--label-studio-files, --label-studio-url, --label-studio-prompt",
-            expected="--label-studio",
-            remedy="add --label-studio, or remove the option",
-        )
-    for name in (run_or_model, *(adapter or ())):
-        resolve_model_source(name)  # a mistyped path is reported before a port in use
+        names = "--label-studio-files, --label-studio-url, --label-studio-prompt"
+        raise _build_option_error(names, "without --label-studio", "--label-studio")
+    # A mistyped path is reported before a port in use.
+    source, *_ = [resolve_model_source(name) for name in (run_or_model, *(adapter or ()))]
     formats = read_formats(image_format or ())
     keys, proxies = read_api_keys(key_file), check_proxies(trusted_proxy)
-    listener = bind_socket(host, port, keys, proxies)
+    if socket_file is None:
+        check_exposure(host, keys, proxies)
+    environments = build_environments(data_parallel_size, list_gpus(loading.get("device", "auto")))
+    listener = bind_socket(host, port, socket_file)
     limits = ServerLimits(max_queue=max_queue, timeout=timeout)
     backend = None
     if label_studio:
         token = os.environ.get(TOKEN_VARIABLE)
         images = LabelStudioImages(label_studio_files, label_studio_url, token, limits)
         backend = LabelStudioOptions(images, label_studio_prompt)
-    inference_model = load_adapters(run_or_model, adapter or (), **loading)
-    max_num_seqs = max_num_seqs or _select_num_seqs(inference_model, limits.max_num_seqs)
-    limits = replace(limits, max_num_seqs=max_num_seqs)
     address = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}/v1"
     # curl reads the API key from its file or environment variable.
     key = f"$(grep -m 1 '^[^#]' {shlex.quote(str(key_file))})" if key_file else "$FINESIGHT_KEY"
-    auth_header = f' -H "Authorization: Bearer {key}"' if keys else ""
-
+    curl_options = f' -H "Authorization: Bearer {key}"' if keys else ""
+    if socket_file is not None:
+        address = "http://localhost/v1"
+        curl_options += f" --unix-socket {shlex.quote(str(socket_file))}"
+    print_address = partial(
+        _print_address,
+        address,
+        read_example(find_run_dir(Path(run_or_model))) if source.manifest else None,
+        curl_options=curl_options,
+        has_label_studio=label_studio,
+    )
+    if data_parallel_size > 1:
+        # The router alone has the address and the keys.
+        for name in ("loading", "host", "port", "socket_file", "key_file", "trusted_proxy"):
+            del arguments[name]
+        run_replicas(
+            list_words(Step("serve", arguments | {"data_parallel_size": 1})),
+            environments,
+            listener,
+            api_keys=keys,
+            limits=limits,
+            trusted_proxies=proxies,
+            on_ready=print_address,
+        )
+        return
+    inference_model = load_adapters(run_or_model, adapter or (), **loading)
+    max_num_seqs = max_num_seqs or _select_num_seqs(inference_model, limits.max_num_seqs)
     run_api_server(
         inference_model,
         listener,
         api_keys=keys,
-        limits=limits,
+        limits=replace(limits, max_num_seqs=max_num_seqs),
         allowed_media_hosts=allow_media_host or (),
         image_formats=formats,
         label_studio=backend,
         trusted_proxies=proxies,
-        on_ready=lambda service: _print_address(
-            service,
-            address,
-            read_example(find_run_dir(Path(run_or_model))) if inference_model.manifest else None,
-            auth_header=auth_header,
-            has_label_studio=label_studio,
-        ),
+        on_ready=lambda service: print_address(service.model_names),
     )
 
 
@@ -171,24 +202,24 @@ def _select_num_seqs(inference_model: InferenceModel, default: int) -> int:
 
 
 def _print_address(
-    service: InferenceService,
     address: str,
     example: tuple[str, str] | None,
+    model_names: Sequence[str],
     *,
-    auth_header: str,
+    curl_options: str,
     has_label_studio: bool,
 ) -> None:
     """Print the base URL of the server and an example request with curl.
 
     Args:
         example: Image and prompt of the request; None for a text.
-        auth_header: Option of curl with the API key, after a space; empty without a key.
+        curl_options: Options of curl for the API key and the socket, each after a space.
     """
     from finesight.data.image_header import get_file
-    from finesight.serve.image_sources import DEFAULT_IMAGE_FORMATS
+    from finesight.serve.media_sources import DEFAULT_IMAGE_FORMATS
 
-    print(f"serving {', '.join(service.model_names)} at {address}", flush=True)
-    curl = f"curl {address}/chat/completions{auth_header} -H 'Content-Type: application/json'"
+    print(f"serving {', '.join(model_names)} at {address}", flush=True)
+    curl = f"curl {address}/chat/completions{curl_options} -H 'Content-Type: application/json'"
     content: object = "Hello"
     if example is not None:
         image_type = mimetypes.guess_type(example[0])[0] or "image/jpeg"
@@ -201,7 +232,7 @@ def _print_address(
         url = {"url": f"data:{image_type};base64,{mark}"}
         content = [{"type": "image_url", "image_url": url}, {"type": "text", "text": example[1]}]
     message = {"role": "user", "content": content}
-    body = json.dumps({"model": service.model_names[0], "messages": [message]}, ensure_ascii=False)
+    body = json.dumps({"model": model_names[0], "messages": [message]}, ensure_ascii=False)
     if example is None:
         print(f"  {curl} -d {shlex.quote(body)}", flush=True)
     else:
@@ -243,15 +274,6 @@ NoAuthOption = Annotated[
 MAX_STUDIO_UPLOAD_BYTES = 160 << 20
 """Maximum size of a file that the studio imports, such as an archive."""
 
-SocketOption = Annotated[
-    Path | None,
-    Parameter(
-        "Listen on a Unix socket instead, for a proxy of this user, such as the studio. It "
-        "needs no password.",
-        option="--socket",
-        metavar="FILE",
-    ),
-]
 OpenOption = Annotated[bool, Parameter("Open the page in the default browser.", option="--open")]
 
 
@@ -279,27 +301,27 @@ def web(
     no_auth = no_auth or socket_file is not None
     password, is_generated = resolve_password(host, password_file, no_auth, proxies)
 
-    from finesight.app.chat_page import ChatStore, make_chat_app
-    from finesight.app.server import bind_socket, serve_app
+    from finesight.app.chat_page import make_chat_app
+    from finesight.app.server import serve_app
     from finesight.infer.inference_service import InferenceService
-    from finesight.serve.preprocessing_jobs import PromptEncoder
+    from finesight.serve.http_protocol import bind_socket
+    from finesight.serve.preprocessing_jobs import encode_in_worker
     from finesight.storage import temporary_folder
     from finesight.vision.image_reader import create_image_pool
 
     with bind_socket(host, port, socket_file) as listener:
         inference_model = load_adapters(run_or_model, adapter or (), **loading)
         num_seqs = _select_num_seqs(inference_model, WEB_MAX_NUM_SEQS)
-        pool = create_image_pool(inference_model.renderer, PromptEncoder.__module__)
+        pool = create_image_pool(inference_model.renderer, encode_in_worker.__module__)
         service = InferenceService(
-            inference_model, max_num_seqs=num_seqs, encode_prompt=PromptEncoder(pool).encode
+            inference_model, max_num_seqs=num_seqs, encode_prompt=partial(encode_in_worker, pool)
         )
         try:
             shown = password if is_generated else None
             print_page_address(host, listener, shown, open_page=open_page)
             with temporary_folder("web") as folder, closing(pool):
                 pool.start()
-                store = ChatStore(service, folder, pool)
-                app = make_chat_app(store, make_access("chat", listener, password))
+                app = make_chat_app(service, folder, pool, make_access("chat", listener, password))
                 serve_app(app, listener, pool, proxies)
         finally:
             service.close(wait_for_running=False)
@@ -341,7 +363,8 @@ def studio(
         host, password_file, no_auth, proxies, open_loopback=False
     )
 
-    from finesight.app.server import bind_socket, serve_app
+    from finesight.app.server import serve_app
+    from finesight.serve.http_protocol import bind_socket
     from finesight.storage import temporary_folder
 
     with bind_socket(host, port) as listener, temporary_folder("web") as uploads:
@@ -614,7 +637,8 @@ def label(
         if not suggest_only:
             require_extra("label")
             from finesight.app.label_page import make_label_app
-            from finesight.app.server import bind_socket, serve_app
+            from finesight.app.server import serve_app
+            from finesight.serve.http_protocol import bind_socket
             from finesight.vision.image_reader import create_image_pool
 
             # A port in use is reported before the suggestions, which take minutes.

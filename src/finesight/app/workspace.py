@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from glob import iglob
-from itertools import chain, count, permutations
+from itertools import chain, count
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
@@ -23,7 +23,7 @@ from typing import Any
 import yaml
 
 from finesight.bounded_files import load_yaml
-from finesight.config import TRACKER_MODES, Recipe, TrainFileSettings, is_url
+from finesight.config import TRACKER_MODES, Recipe, is_url
 from finesight.data.sample import Sample, validate_sample
 from finesight.errors import Remedy, UserError, escape_surrogates, suggest_similar_path
 from finesight.hub.archive import is_archive, safe_join
@@ -478,7 +478,6 @@ class Workspace:
                 validate_sample(samples[-1], source.location(index))
         task = detect_task(samples)
         task = replace(task, metric=metric or task.metric, objective=objective or task.objective)
-        _check_shared_images(self.folder, datasets)
         files = {one.train_file: f"{one.num_train} samples" for one in datasets}
         files |= {
             one.eval_file: f"{one.num_eval} samples"
@@ -587,25 +586,6 @@ class Workspace:
                 where=str(where),
                 expected="data and output_dir in the workspace, names of metrics, no track.uri",
                 remedy="change the setting, or train in a terminal",
-            )
-
-
-def _check_shared_images(folder: Path, datasets: Sequence[WorkspaceDataset]) -> None:
-    """Raise UserError if images for training are validation images of another data set."""
-    from finesight.data.corpus import load_corpus
-    from finesight.train.dataset_stats import list_image_paths
-
-    for one, other in permutations(datasets, 2):
-        images: list[set[str]] = []
-        for file in (one.train_file, other.eval_file) if other.eval_file else ():
-            samples = load_corpus([TrainFileSettings(path=folder / file)]).read_samples()
-            images.append(set().union(*map(list_image_paths, samples)))
-        if images and (shared := len(images[0] & images[1])):
-            raise UserError(
-                f"{shared} validation images of {other.path} are training images of {one.path}",
-                where="Also train on",
-                expected="different images for training and validation",
-                remedy="select one of the two data sets only",
             )
 
 

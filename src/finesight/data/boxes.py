@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import bisect
 import cmath
+import contextlib
 import itertools
 import json
 import math
@@ -89,28 +90,38 @@ def parse_coordinates(value: object) -> list[float]:
     return coordinates
 
 
+@contextlib.contextmanager
+def translate_shape_errors(
+    shape: object, expected: str = "a label and numeric coordinates", kind: str = "shape"
+) -> Iterator[None]:
+    """Raise InvalidBoxError for errors while a shape is parsed."""
+    try:
+        yield
+    except (TypeError, ValueError, LookupError, ArithmeticError, OSError) as error:
+        what, remedy = f"the {kind} {str(shape)[:80]}", "correct the shape, or remove it"
+        raise InvalidBoxError(what, expected=expected, remedy=remedy) from error
+
+
 def find_bounds(points: Iterable[Sequence[Any]], shape: object) -> list[float]:
     """Return the enclosing box [x1, y1, x2, y2] of the points of a shape.
 
     Raises:
         InvalidBoxError: The points are not two or more pairs of numbers.
     """
-    try:
+    with translate_shape_errors(shape, "points of two numbers"):
         xs, ys = zip(*((float(x), float(y)) for x, y in points), strict=True)
         return [min(xs), min(ys), max(xs), max(ys)]
-    except (TypeError, ValueError, OverflowError) as error:
-        raise InvalidBoxError(
-            f"the shape {str(shape)[:80]}",
-            expected="points of two numbers",
-            remedy="correct the shape, or remove it",
-        ) from error
 
 
-def rotate_rectangle(box: Box, degrees: float, pivot: tuple[float, float]) -> list[complex]:
-    """Return the corners of a rectangle after a clockwise rotation around a pivot."""
+def rotate_rectangle(
+    box: Box, degrees: float, pivot: tuple[float, float]
+) -> list[tuple[float, float]]:
+    """Return the corners of a rectangle after a clockwise rotation around a pivot, in order."""
     x1, y1, x2, y2 = box
     turn, center = cmath.rect(1, math.radians(degrees)), complex(*pivot)
-    return [(complex(x, y) - center) * turn + center for x in (x1, x2) for y in (y1, y2)]
+    corners = (complex(*one) for one in ((x1, y1), (x2, y1), (x2, y2), (x1, y2)))
+    rotated = [(one - center) * turn + center for one in corners]
+    return [(one.real, one.imag) for one in rotated]
 
 
 def clip_box(box: Box, image_size: tuple[int, int], *, is_point: bool = False) -> Box | None:
@@ -138,9 +149,17 @@ def is_inside_image(
 
 
 def clip_to_image(
-    box: Box, image_size: tuple[int, int], convention: BoxConvention, *, is_point: bool = False
+    box: Box,
+    image_size: tuple[int, int],
+    convention: BoxConvention,
+    *,
+    is_point: bool = False,
+    is_corner: bool = False,
 ) -> Box:
     """Clip a box or a point that exceeds its image by no more than a rounding error.
+
+    Args:
+        is_corner: The point is a corner of a polygon, which alone may be within the first pixel.
 
     Raises:
         StrayBoxError: The box has no area in the image.
@@ -150,7 +169,8 @@ def clip_to_image(
     x1, y1, x2, y2 = box
     is_valid = all(map(math.isfinite, box)) and (is_point or (x1 < x2 and y1 < y2))
     # In pixels, such a box is smaller than one and not on the pixel grid.
-    is_fraction = convention.units == "pixel" and max(box) <= 1 and any(n % 1 for n in box)
+    is_fraction = max(box) <= 1 and any(n % 1 for n in box)
+    is_fraction = is_fraction and convention.units == "pixel" and not is_corner
     clipped = clip_box(box, image_size, is_point=is_point)
     is_inside = is_inside_image(box, image_size, is_point=is_point)
     if clipped is not None and is_inside and not is_fraction:
@@ -309,11 +329,12 @@ class TextBox(NamedTuple):
     is_tagged: bool = False
 
 
-def split_at_boxes(text: str) -> Iterator[str | list[str | TextBox]]:
+def split_at_boxes(text: str, *, keeps_json: bool = False) -> Iterator[str | list[str | TextBox]]:
     """Split a text into plain text and JSON values with boxes, alternately.
 
     A value is a list of boxes, or the texts of a structure and boxes instead of their coordinates.
-    Plain texts may be empty. A plain text that contains `bbox_2d` has it outside of valid JSON.
+    With `keeps_json`, a list of boxes is a structure, too. Plain texts may be empty. A plain text
+    that contains `bbox_2d` has it outside of valid JSON.
     """
     end = 0
     for match in iter_json_values(text):
@@ -322,7 +343,8 @@ def split_at_boxes(text: str) -> Iterator[str | list[str | TextBox]]:
         if any(key in part for key in COORDINATE_KEYS):
             simple = [parse_json_box(item) for item in items]
             boxes = [box for box in simple if box is not None]
-            pieces = boxes if len(boxes) == len(simple) else _split_structure(part, match.value)
+            is_list = len(boxes) == len(simple) and not keeps_json
+            pieces = boxes if is_list else _split_structure(part, match.value)
             if pieces:
                 yield text[end : match.start]
                 yield list(pieces)

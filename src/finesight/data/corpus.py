@@ -206,7 +206,7 @@ class ParquetSamples(IndexedFile):
 
     @cached_property
     def has_images(self) -> bool:
-        """Whether the file contains its images."""
+        """Return whether the file contains its images."""
         return has_images(self.path)
 
     def read_sample(self, index: int) -> LocatedSample:

@@ -487,8 +487,14 @@ It consists of height and width after EXIF rotation, and the SHA-256 of the pixe
 """
 
 
-def decode_image(path: Path, *, with_key: bool = False) -> tuple[bool, PixelKey | None]:
+def decode_image(
+    path: Path, *, with_key: bool = False, max_key_side: int | None = None
+) -> tuple[bool, PixelKey | None]:
     """Decode an image completely, to find truncated and equal ones.
+
+    Args:
+        max_key_side: Maximum side of the grid of pixels that the key contains; None for all pixels.
+            With a grid, images with unequal keys differ, but others may differ, too.
 
     Returns:
         Whether it has further frames, and its key if requested.
@@ -499,7 +505,7 @@ def decode_image(path: Path, *, with_key: bool = False) -> tuple[bool, PixelKey 
     with open_image_header(path) as image:
         try:
             image.load()
-            key = _hash_pixels(image) if with_key else None
+            key = _hash_pixels(image, max_key_side) if with_key else None
         except Exception as error:  # decoders raise various exceptions on corrupt data
             raise build_corrupt_error(path, error) from error
         # The further images of an MPO file are previews and depth maps.
@@ -510,11 +516,14 @@ def decode_image(path: Path, *, with_key: bool = False) -> tuple[bool, PixelKey 
     return False, key
 
 
-def _hash_pixels(image: Image.Image) -> PixelKey:
+def _hash_pixels(image: Image.Image, max_side: int | None) -> PixelKey:
     """Hash the pixels of a decoded image, in bands to limit the memory of conversions."""
     if read_exif_orientation(image) != 1:
         image = ImageOps.exif_transpose(image)
-    digest = hashlib.sha256()
+    size, digest = (image.height, image.width), hashlib.sha256()
+    if max_side is not None:
+        grid = min(image.width, max_side), min(image.height, max_side)
+        image = image.resize(grid, Image.Resampling.NEAREST)
     for top in range(0, image.height, _HASH_ROWS):
         band = image.crop((0, top, image.width, min(top + _HASH_ROWS, image.height)))
         if band.has_transparency_data:  # as in training, transparent pixels are white
@@ -523,7 +532,7 @@ def _hash_pixels(image: Image.Image) -> PixelKey:
         # Pixels of 16 and 32 bits have several byte orders in files.
         mode = band.mode[0] if band.mode[0] in "IF" else "RGB"
         digest.update(band.convert(mode).tobytes())
-    return (image.height, image.width), digest.digest()
+    return size, digest.digest()
 
 
 def build_corrupt_error(path: Path, error: Exception) -> CorruptImageError:

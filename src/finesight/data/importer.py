@@ -15,6 +15,7 @@ from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple, Self
 
@@ -210,6 +211,9 @@ SKIPPED_ROWS_FILE = "skipped_rows.jsonl"
 
 NOTE_FIRST_FRAME = "images are animated; only the first frame is used"
 NOTE_UNFINISHED_REASONING = "answers of a <think> without </think>: complete or remove them"
+MAX_KEY_SIDE = 256
+"""Maximum side of the grid of pixels by which images are compared before all their pixels are."""
+
 DECODE_BATCH_SIZE = 1024
 """Number of images whose decoding is submitted at once."""
 
@@ -550,6 +554,9 @@ def _parse_rows(
             context.source_notes.update(note for note, _ in context.invalid_boxes)
             if context.invalid_boxes and options.on_invalid_box is None:
                 repaired.append((row.location, context.invalid_boxes[0][1].with_traceback(None)))
+    if len(context.num_json) > 1 and not context.keeps_json:
+        context.restart_with_json()
+        return _parse_rows(source, context, options, spool, names, progress_stage)
     for kind, count, _, text in coordinates.describe():
         note = f"samples with {kind} in their text, such as {text!r}: they stay as they are for"
         context.source_notes[f"{note} every model; {COORDINATE_REMEDIES[kind]}"] += count
@@ -604,9 +611,11 @@ def _decode_images(
     """
     errors: dict[str, CorruptImageError] = {}
 
-    def decode(path: str) -> tuple[bool, PixelKey | None] | CorruptImageError:
+    def decode(
+        path: str, max_key_side: int | None = MAX_KEY_SIDE
+    ) -> tuple[bool, PixelKey | None] | CorruptImageError:
         try:
-            return decode_image(Path(path), with_key=with_keys)
+            return decode_image(Path(path), with_key=with_keys, max_key_side=max_key_side)
         except CorruptImageError as error:
             if context.images.is_saved(Path(path)):  # this file is deleted after the error
                 error.what, error.where = f"the embedded image: {error.what}", ""
@@ -629,6 +638,15 @@ def _decode_images(
                     context.source_notes[NOTE_FIRST_FRAME] += result[0]
                     keys |= {path: result[1]} if result[1] else {}
                 on_progress(1)
+        # Only images that are equal in the grid of pixels may be equal.
+        counts = Counter(keys.values())
+        repeated = [path for path, key in keys.items() if counts[key] > 1]
+        exact = pool.map(partial(decode, max_key_side=None), repeated)
+        for path, result in zip(repeated, exact, strict=True):
+            if isinstance(result, CorruptImageError):
+                errors[path] = result
+            elif result[1] is not None:
+                keys[path] = result[1]
     return errors, keys
 
 

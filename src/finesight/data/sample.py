@@ -113,6 +113,7 @@ class ImagePart(FrozenModel):
     image: str
 
 
+DEFAULT_FPS = 2.0
 VIDEO_SUFFIXES = (".mp4", ".mov", ".webm", ".mkv")
 
 
@@ -131,7 +132,7 @@ class VideoPart(FrozenModel):
     type: Literal["video"] = "video"
     frames: tuple[str, ...] = ()
     video: str | None = None
-    fps: float = Field(default=2.0, gt=0, allow_inf_nan=False)
+    fps: float = Field(default=DEFAULT_FPS, gt=0, allow_inf_nan=False)
 
     @model_validator(mode="after")
     def _check_source(self) -> VideoPart:

@@ -1,7 +1,7 @@
 """Read video files with PyAV: frame count, frame rate and size, and decoded frames.
 
-Only MP4/QuickTime and Matroska/WebM files are opened, through a file object. The demuxer is
-selected by the suffix, so that no playlist or reference to another file is followed. The number of
+Only MP4/QuickTime and Matroska/WebM files are opened, through a file object. The first bytes select
+one of these demuxers, so that no playlist or reference to another file is followed. The number of
 frames is known without decoding: MP4 files list their frames, and the packets of other files are
 counted. Decoding returns exactly these frames, or raises an error.
 """
@@ -46,6 +46,9 @@ MAX_FPS_ERROR = 0.25
 
 MAX_MISSING_SECONDS, MAX_MISSING_FRACTION = 0.5, 0.05
 """Maximum difference between the duration in the header of a Matroska file and its packets."""
+
+_EBML_MAGIC = b"\x1a\x45\xdf\xa3"
+"""First bytes of Matroska and WebM files (RFC 8794)."""
 
 _VP8_SHOW_FRAME = 0x10
 """Bit in the first byte of a VP8 packet; packets without it return no frame (RFC 6386, 9.1)."""
@@ -163,10 +166,11 @@ def _open_video(path: Path) -> Iterator[tuple[Any, Any]]:
         raise build_file_error(path, "not a video file", f"one of {', '.join(VIDEO_SUFFIXES)}")
     if path.exists() and not path.is_file():  # opening a pipe blocks
         raise build_file_error(path, "not a file", "a video file", "correct the path")
-    demuxer = "mov" if path.suffix.lower() in (".mp4", ".mov") else "matroska"
     try:
         source = resolve_content(path)
         file = source.open("rb") if isinstance(source, Path) else source
+        demuxer = "matroska" if file.read(4) == _EBML_MAGIC else "mov"
+        file.seek(0)
         with file, av.open(file, format=demuxer, io_open=_reject_reference) as container:
             _check_limit(path, container.size, MAX_IMAGE_BYTES, "bytes")
             covers = av.stream.Disposition.attached_pic
@@ -184,7 +188,7 @@ def _open_video(path: Path) -> Iterator[tuple[Any, Any]]:
             # Data loader workers already use all CPU cores.
             context.thread_count = 1
             yield container, stream
-    except UserError:
+    except (UserError, MemoryError):
         raise
     except Exception as error:  # PyAV raises various exceptions on corrupt data
         reason = error.strerror if isinstance(error, av.FFmpegError) else error

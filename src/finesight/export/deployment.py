@@ -18,16 +18,23 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from finesight.config import PixelRange
 from finesight.encode.renderer import load_family
 from finesight.errors import Step, UserError
-from finesight.export.hf_files import HF_ARCHITECTURES, find_missing_files, require_merged_model
-from finesight.infer.model_loader import ModelSource
+from finesight.export.hf_files import (
+    DENSE_FAMILIES,
+    HF_ARCHITECTURES,
+    find_missing_files,
+    require_merged_model,
+)
+from finesight.infer.model_loader import ModelSource, get_model_name
 from finesight.manifest import Manifest
+from finesight.model.families import TRANSFORMERS_V5_MAPPING
+from finesight.model.lora.peft_io import read_adapter
 from finesight.model.weights_io import stored_precision
 from finesight.model_folder import ModelFolder
 from finesight.storage import raise_if_exists, require_free_space, write_folder
@@ -169,6 +176,9 @@ def _build_version_error(what: str, converter: Path, expected: str) -> UserError
 RESERVED_TEXT_TOKENS = 2048
 """Number of tokens for question and answer, in addition to those of the largest image."""
 
+VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+"""Values of vLLM's option --max-lora-rank."""
+
 MIN_CONTEXT_LENGTH = 4096
 """Minimum context length of a server in tokens, if the model supports it."""
 
@@ -182,7 +192,10 @@ has a server option to keep them.
 
 @dataclass(frozen=True, slots=True)
 class ServingCommands:
-    """Serving commands of vLLM and SGLang, request parameters as JSON, and notes for clients."""
+    """Serving commands of vLLM and SGLang, request parameters as JSON, and notes for clients.
+
+    The command of SGLang is empty for an adapter.
+    """
 
     vllm: str
     sglang: str
@@ -197,27 +210,75 @@ class ServingCommands:
 def build_serving_commands(model_source: ModelSource, source: str) -> ServingCommands:
     """Build the serving commands of a model with the settings of its run.
 
-    Raises UserError for an adapter, for quantized weights, and for a family that vLLM and SGLang do
-    not support.
+    An adapter of the language model is served on its base by vLLM only.
+
+    Raises UserError for an adapter that vLLM would not apply completely, for quantized weights
+    without an adapter, and for a family that vLLM and SGLang do not support.
     """
-    reason = ": vLLM ignores adapters of the vision encoder"
-    require_merged_model(model_source, source, "serving", reason)
-    if model_source.folder.family not in HF_ARCHITECTURES:
+    folder, adapter = model_source.folder, model_source.adapter
+    if adapter is None:
+        require_merged_model(model_source, source, "serving")
+    if folder.family not in HF_ARCHITECTURES:
         raise UserError(
-            f"{source} is of the family {model_source.folder.family}",
+            f"{source} is of the family {folder.family}",
             where="serving",
             expected=f"one of {', '.join(HF_ARCHITECTURES)}",
             remedy=Step("serve", {"run_or_model": source}, "serve it with finesight"),
         )
-    model_source.folder.fetch_weights()  # file names that these engines expect
-    folder, name = model_source.folder, Path(source).name
-    return format_serving_commands(folder, str(folder.path), name, model_source.manifest)
+    name = get_model_name(source)
+    lora = None if adapter is None else _build_lora_options(folder.family, adapter, name, source)
+    folder.fetch_weights()  # file names that these engines expect
+    commands = format_serving_commands(folder, str(folder.path), name, model_source.manifest, lora)
+    if not model_source.quantization_summary:
+        return commands
+    note = f"the run used {model_source.quantization_summary}, and vLLM the published weights"
+    return replace(commands, notes=(*commands.notes, note))
+
+
+def _build_lora_options(family: str, adapter: Path, name: str, source: str) -> str:
+    """Build the options of vLLM for an adapter. Raises UserError if it must be merged.
+
+    vLLM 0.33 reads the names of transformers 5, and older ones for Qwen2-VL and Qwen2.5-VL
+    (`hf_to_vllm_mapper` of each model). The ranks are those of its `LoRAConfig`.
+    """
+    spec, _ = read_adapter(adapter)
+    visual = [layer for layer in spec.configs if layer.startswith("visual.")]
+    rank = max(config.rank for config in spec.configs.values())
+    reason = ""
+    if visual:
+        reason = f"{len(visual)} of {len(spec.configs)} adapted layers are in the vision encoder"
+        reason += " or merger, where vLLM applies adapters only with an experimental option"
+    elif family not in DENSE_FAMILIES:
+        reason = f"the family {family} has experts"
+    elif spec.key_mapping != TRANSFORMERS_V5_MAPPING and not family.startswith("qwen2"):
+        reason = "its tensors have names that vLLM does not read"
+    elif len({config.alpha / config.rank for config in spec.configs.values()}) > 1:
+        reason = "its layers have different scales alpha / rank, of which vLLM may use one"
+    elif rank > VLLM_RANKS[-1]:
+        reason = f"its rank {rank} is above {VLLM_RANKS[-1]}"
+    if reason:
+        raise UserError(
+            f"vLLM cannot serve the adapter {source}: {reason}",
+            where="serving",
+            expected="an adapter of the language model only, or a merged model",
+            remedy=Step("merge", {"source": source, "out": "OUT"}, "merge it, and use OUT"),
+        )
+    path = str(adapter.resolve())
+    module = f"{name}={path}"
+    if "," in module or module.count("=") > 1:  # vLLM reads such names as JSON only
+        module = json.dumps({"name": name, "path": path})
+    max_rank = next(one for one in VLLM_RANKS if one >= rank)
+    return f"--enable-lora --lora-modules {shlex.quote(module)} --max-lora-rank {max_rank}"
 
 
 def format_serving_commands(
-    folder: ModelFolder, path: str, name: str, manifest: Manifest | None
+    folder: ModelFolder, path: str, name: str, manifest: Manifest | None, lora: str | None = None
 ) -> ServingCommands:
-    """Format the serving commands of a model folder, with the prompt settings of its run."""
+    """Format the serving commands of a model folder, with the prompt settings of its run.
+
+    Args:
+        lora: Options of vLLM for an adapter named `name` on the model; None without one.
+    """
     limits = get_default_image_rule(folder.preprocessor_config)
     if manifest is not None and isinstance(manifest.image_rule, PixelRange):
         limits = manifest.image_rule
@@ -225,7 +286,12 @@ def format_serving_commands(
     context_length = _compute_context_length(folder, limits.max_pixels)
     quoted = shlex.quote(path)
     common_options = f"--served-model-name {shlex.quote(name or 'model')}"
-    greedy_config = _quote_json({"temperature": 0})
+    greedy_config: dict[str, float] = {"temperature": 0}
+    if lora is not None:
+        base_name = "base" if name != "base" else "base-model"
+        common_options = f"--served-model-name {base_name} {lora}"
+        # Those of Qwen2.5-VL penalize repetitions.
+        greedy_config["repetition_penalty"] = 1.0
     enable_thinking = None if manifest is None else manifest.enable_thinking
     arguments = get_template_arguments(folder, enable_thinking)
     template_options = ""
@@ -234,15 +300,24 @@ def format_serving_commands(
     if arguments.get("enable_thinking"):
         # Without a parser, the answer of the API would contain the reasoning.
         template_options += " --reasoning-parser qwen3"
-    return ServingCommands(
-        vllm=f"vllm serve {quoted} {common_options} --max-model-len {context_length}"
+    vllm = (
+        f"vllm serve {quoted} {common_options} --max-model-len {context_length}"
         f" --mm-processor-kwargs {_quote_json(pixel_limits)}"
-        f" --override-generation-config {greedy_config}{template_options}",
-        sglang=f"python -m sglang.launch_server --model-path {quoted} {common_options}"
+        f" --override-generation-config {_quote_json(greedy_config)}{template_options}"
+    )
+    sglang = (
+        f"python -m sglang.launch_server --model-path {quoted} {common_options}"
         f" --context-length {context_length}"
-        f" --mm-process-config {_quote_json({'image': pixel_limits})}{template_options}",
-        request=json.dumps(REQUEST_PARAMETERS),
-        notes=tuple(_list_notes(folder, manifest, arguments)),
+        f" --mm-process-config {_quote_json({'image': pixel_limits})}{template_options}"
+    )
+    notes = _list_notes(folder, manifest, arguments)
+    if lora is not None:
+        notes.append(
+            f'"model": {json.dumps(name)} in a request selects the adapter, "{base_name}" none'
+        )
+        notes.append("for SGLang and others, merge the adapter")
+    return ServingCommands(
+        vllm, sglang if lora is None else "", json.dumps(REQUEST_PARAMETERS), tuple(notes)
     )
 
 

@@ -32,6 +32,9 @@ HF_ARCHITECTURES: Mapping[str, str] = {
 }
 """Model class of each family in transformers, vLLM and SGLang."""
 
+DENSE_FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5")
+"""Families without experts, whose weights and adapters have other layouts in each engine."""
+
 HF_PROCESSORS: Mapping[str, str] = {
     "qwen2_vl": "Qwen2VLProcessor",
     "qwen2_5_vl": "Qwen2_5_VLProcessor",
@@ -127,15 +130,13 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def require_merged_model(
-    model_source: ModelSource, source: str, where: str, reason: str = ""
-) -> None:
+def require_merged_model(model_source: ModelSource, source: str, where: str) -> None:
     """Raise UserError for an adapter and for quantized weights."""
     if model_source.adapter is not None or model_source.quantization_summary:
         raise UserError(
             f"{source} is an adapter on a base",
             where=where,
-            expected=f"a merged model{reason}",
+            expected="a merged model",
             remedy=Step("merge", {"source": source, "out": "OUT"}, "merge it, and use OUT"),
         )
 

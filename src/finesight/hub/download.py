@@ -242,7 +242,7 @@ class RemoteFile:
 
     @property
     def has_digest(self) -> bool:
-        """Whether the content can be verified."""
+        """Return whether the content can be verified."""
         return self.sha256 is not None or self.git_sha1 is not None
 
     def needs_download(self, target: Path) -> bool:

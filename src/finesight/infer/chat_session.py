@@ -47,37 +47,35 @@ if TYPE_CHECKING:
 _SPECIAL_TOKENS = re.compile(r"</?(?:ref|box|quad)>|<\|[a-z_]+\|>")
 
 
+@dataclass(slots=True, eq=False)
 class ChatReply:
-    """Streamed reply of one model to a user message.
+    """Reply of one model to a user message.
 
-    Iterate over it (synchronously or asynchronously) to receive text deltas. `prediction`,
-    `finish_reason` and `content` are set when the stream ends.
+    Iterate over a streamed reply (synchronously or asynchronously) to receive text deltas.
+    `prediction`, `finish_reason` and `content` are set when the stream ends.
 
     Attributes:
         image_path: Image that predicted boxes refer to; None without an image.
     """
 
-    def __init__(
-        self,
-        model: str,
-        stream: GenerationStream,
-        image_path: Path | None,
-        image_size: ImageSize | None,
-    ) -> None:
-        self.model, self.image_path, self._image_size = model, image_path, image_size
-        self.text, self.reasoning = "", ""
-        self.prediction: Prediction | None = None
-        self.finish_reason: FinishReason | None = None
-        self.content: tuple[ContentPart, ...] = ()
-        self._stream = stream
+    model: str
+    image_path: Path | None
+    image_size: ImageSize | None = None
+    stream: GenerationStream | None = None
+    content: tuple[ContentPart, ...] = ()
+    finish_reason: FinishReason | None = None
+    prediction: Prediction | None = None
+    text: str = ""
+    reasoning: str = ""
 
     def __iter__(self) -> Iterator[str]:
-        for delta in self._stream:
+        for delta in self.stream or ():
             yield self._add(delta)
         self._finalize()
 
     async def __aiter__(self) -> AsyncIterator[str]:
-        async for delta in self._stream:
+        assert self.stream is not None, f"the reply of {self.model} has ended"
+        async for delta in self.stream:
             yield self._add(delta)
         self._finalize()
 
@@ -88,7 +86,8 @@ class ChatReply:
 
     def cancel(self) -> None:
         """Cancel generation; the iteration ends after the current step."""
-        self._stream.cancel()
+        if self.stream is not None:
+            self.stream.cancel()
 
     @property
     def boxes(self) -> tuple[BoxPart, ...]:
@@ -96,9 +95,10 @@ class ChatReply:
         return () if self.prediction is None else self.prediction.boxes
 
     def _finalize(self) -> None:
-        self.finish_reason = self._stream.finish_reason
-        self.prediction = self._stream.build_prediction()
-        self.content = build_answer_parts(self.prediction, self._image_size)
+        assert self.stream is not None, f"the reply of {self.model} has ended"
+        self.finish_reason = self.stream.finish_reason
+        self.prediction = self.stream.build_prediction()
+        self.content = build_answer_parts(self.prediction, self.image_size)
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,27 +166,19 @@ class ChatSession:
         return turn
 
     def regenerate(self, options: Sequence[GenerationOptions]) -> ChatTurn:
-        """Send the last message again and replace its replies."""
-        if not self.turns:
-            raise _build_empty_error("regenerate", "the conversation has 0 turns", "a turn")
-        return self.edit(len(self.turns) - 1, self.turns[-1].text, options)
-
-    def edit(self, index: int, text: str, options: Sequence[GenerationOptions]) -> ChatTurn:
-        """Send the message of a turn again with another text. All later turns are removed.
+        """Send the last message again and replace its replies.
 
         After an error the session is unchanged.
         """
-        removed_turns = self.turns[index:]
-        if not removed_turns:
-            what = f"turn {index + 1} of {len(self.turns)} turns"
-            raise _build_empty_error("edit", what, "a turn of the conversation")
-        del self.turns[index:]
+        if not self.turns:
+            raise _build_empty_error("regenerate", "the conversation has 0 turns", "a turn")
+        last = self.turns.pop()
         try:
-            turn = self.send(text, removed_turns[0].image_paths, options)
+            turn = self.send(last.text, last.image_paths, options)
         except BaseException:
-            self.turns[index:] = removed_turns
+            self.turns.append(last)
             raise
-        for reply in (reply for removed in removed_turns for reply in removed.replies):
+        for reply in last.replies:
             reply.cancel()
         return turn
 
@@ -258,7 +250,7 @@ class ChatSession:
             LocatedSample(sample, Path()), replace(options, model=model), image_index=image_index
         )
         image_size = None if target_image is None else self.read_size(target_image)
-        return ChatReply(model, stream, target_image, image_size)
+        return ChatReply(model, target_image, image_size, stream)
 
 
 def _build_empty_error(where: str, what: str, expected: str) -> UserError:

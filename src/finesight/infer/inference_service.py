@@ -108,7 +108,7 @@ class IncrementalDetokenizer:
         self.text = ""
         """All emitted text."""
         self.has_stopped = False
-        """Whether a stop string was found."""
+        """Return whether a stop string was found."""
 
     def add_token(self, token: int) -> str:
         """Add a token and return the new text that later tokens cannot change."""

@@ -24,9 +24,9 @@ import re
 import threading
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 from urllib.parse import urlsplit
@@ -230,11 +230,11 @@ class Teacher:
             UserError: The server does not answer, or rejects the key, the model or the request.
         """
         suggestions, reasons = list[Suggestion](), dict[str, str]()
-        with ThreadPoolExecutor(self._settings.concurrency) as threads:
+        with ThreadPool(self._settings.concurrency) as pool:
             try:
                 if self._format.frame == "auto":
                     self._format = replace(self._format, frame=self._find_frame())
-                for sample, found in zip(samples, threads.map(self._suggest, samples), strict=True):
+                for sample, found in zip(samples, pool.imap(self._suggest, samples), strict=True):
                     if isinstance(found, str):
                         reasons[sample.sample.id] = found
                     else:
@@ -243,7 +243,7 @@ class Teacher:
             except NoAnswerError as error:
                 return [], {one.sample.id: str(error) for one in samples}
             except BaseException:
-                self._stopped.set()  # Threads do not wait for their next attempt.
+                self._stopped.set()  # Its threads send nothing, and the pool waits for none.
                 raise
         tokens = ", ".join(f"{count:,} {kind}" for kind, count in self.usage.items())
         self._log(f"teacher: {self.num_requests:,} requests ({tokens or 'no tokens'})")

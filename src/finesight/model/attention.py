@@ -210,7 +210,7 @@ class AttentionBackend(Protocol):
 
     @property
     def fuses_layers(self) -> bool:
-        """Whether decoder layers run as in training, with the same rounding."""
+        """Return whether decoder layers run as in training, with the same rounding."""
         ...
 
     @property
@@ -273,7 +273,7 @@ class PackedAttention:
     segments: Segments
     dropout_seed_1: Tensor | None = None
     matches_decoding: bool = False
-    """Whether to compute the attention of responses as decoding steps of rollouts: with
+    """Return whether to compute the attention of responses as decoding steps of rollouts: with
     FlashAttention only, and linear attention token by token."""
     fuses_layers: ClassVar[bool] = True
 

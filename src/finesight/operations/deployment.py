@@ -197,7 +197,7 @@ def export(
     """Export a model: print vLLM and SGLang commands, upload it to a hub, or write GGUF.
 
     Without OUT: print the commands that serve MODEL with vLLM and SGLang at the image size of the
-    training.
+    training. vLLM also serves a LoRA run that adapts the language model only.
 
     OUT is a hub repository: list the weights, configuration and tokenizer files (no code), and
     upload them with --yes. Of a LoRA run, the adapter is uploaded with a model card. The token is
@@ -212,7 +212,7 @@ def export(
 
     Args:
         source: Folder written by `finesight merge`, or a fully fine-tuned run. For the upload to a
-            hub also a LoRA run or an adapter folder.
+            hub and vLLM also a LoRA run or an adapter folder.
         out: hf:OWNER/NAME or modelscope:OWNER/NAME to upload, or a folder to create for GGUF files.
             Default: print serving commands.
         public: Make the hub repository public. Default: private.
@@ -244,7 +244,8 @@ def export(
         from finesight.export.deployment import build_serving_commands
 
         commands = build_serving_commands(model_source, name)
-        lines = ["vLLM:", f"  {commands.vllm}", "SGLang:", f"  {commands.sglang}"]
+        named = {"vLLM": commands.vllm, "SGLang": commands.sglang}
+        lines = [line for name, text in named.items() if text for line in (f"{name}:", f"  {text}")]
         lines += [f"- {note}" for note in commands.notes]
         return Outcome(commands, lines, commands.as_json())
     from finesight.export.deployment import find_converter, format_llama_server_command, write_gguf

@@ -37,6 +37,15 @@ It is the default `ignore_index` of `torch.nn.functional.cross_entropy`.
 """
 
 
+def list_gpus(device: str) -> list[str]:
+    """Return the value of CUDA_VISIBLE_DEVICES for each GPU of this process; none for `cpu`."""
+    import torch
+
+    count = torch.cuda.device_count() if device != "cpu" else 0
+    numbers = ",".join(map(str, range(count)))
+    return os.environ.get("CUDA_VISIBLE_DEVICES", numbers).split(",")[:count]
+
+
 @dataclass(frozen=True, slots=True, repr=False)
 class Encoding:
     """A sample encoded as model input: token ids, labels, position ids and image patches.

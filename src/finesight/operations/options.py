@@ -189,11 +189,11 @@ class SourceOptions(TableOptions, total=False):
         ),
     ]
     box_task: Annotated[
-        Literal["detection", "grounding", "points"],
+        Literal["detection", "grounding", "points", "polygons"],
         Parameter(
             "For datasets of boxes (coco, yolo, voc, labelme, cvat, fiftyone, label-studio): one "
             "question per image about all boxes (detection), one per image and label (grounding), "
-            "or one per image about all points and keypoints (points).",
+            "or one per image about its points (points) or outlines (polygons).",
             default="detection",
         ),
     ]

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypedDict, Unpack
 
 from finesight.errors import Step, UserError, format_count
 from finesight.hub.address import parse_address
+from finesight.operations.model import list_gpus
 from finesight.operations.operation import Outcome, Parameter, StrPath
 from finesight.operations.options import (
     LanguageOption,
@@ -443,10 +444,8 @@ def search(
 
 def _select_gpus(gpus: str, recipe: Recipe) -> list[str | None]:
     """Return the value of CUDA_VISIBLE_DEVICES of each concurrent trial; None without a GPU."""
-    import torch
-
-    count = torch.cuda.device_count() if recipe.train.device != "cpu" else 0
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(count)))).split(",")
+    visible = list_gpus(recipe.train.device)
+    count = len(visible)
     numbers = [*map(str, range(count))] if gpus == "all" else gpus.split(",")
     if not {*numbers} <= {*map(str, range(count))} or len({*numbers}) < len(numbers):
         raise UserError(

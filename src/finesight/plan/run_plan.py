@@ -48,6 +48,7 @@ from finesight.train.flops import FlopCounter
 from finesight.train.sampler import TrainSampler
 from finesight.train.setup import check_rewards, check_trainable_parts, resolve_base_model
 from finesight.train.state import RunContext, RunData
+from finesight.train.vision_cache import MIN_IMAGE_USES
 
 MIN_DECODE_STEP_S = 3.0e-3
 """Minimum seconds of a decode step on a GPU for any model.
@@ -205,7 +206,7 @@ class RunPlan:
         recipe_estimate: Estimate for the settings of the recipe.
         chosen_estimate: Estimate for the settings that the search has chosen.
         feature_bytes: Size of the vision cache of all training images. None if the vision encoder
-            is trainable.
+            is trainable, or if the images are used too rarely.
         is_augmented: Whether `data.augment` rules the vision cache out.
         overrides: Command-line overrides that change the recipe to the chosen settings.
         memory_hints: Other ways to reduce memory, for a run that does not fit.
@@ -312,7 +313,7 @@ def plan_run(recipe: Recipe, gpu: str | None, console: ProgressConsole) -> RunPl
         recipe_estimate=recipe_estimate,
         chosen_estimate=chosen_estimate,
         evaluation=evaluation,
-        feature_bytes=_compute_feature_bytes(model, train_data.stats.num_patches, target),
+        feature_bytes=_compute_feature_bytes(model, train_data.stats, sampler.num_samples, target),
         is_augmented=recipe.data.augment is not None,
         num_workers=num_workers,
         startup_s=startup_s,
@@ -410,13 +411,13 @@ def _compute_flops(
 
 
 def _compute_feature_bytes(
-    model: PlannedModel, num_patches: int, target: TargetDevice
+    model: PlannedModel, stats: DatasetStats, num_samples: int, target: TargetDevice
 ) -> int | None:
-    """Return the vision cache size of all training images; None for a trainable encoder."""
-    if not model.allows_vision_cache:
+    """Return the vision cache size of all training images; None if it is not used."""
+    if not model.allows_vision_cache or stats.count_image_uses(num_samples) < MIN_IMAGE_USES:
         return None
     encoder, config = model.model.visual, model.model.config.vision
-    num_features = num_patches // config.merge_size**2 * encoder.features_per_token
+    num_features = stats.num_patches // config.merge_size**2 * encoder.features_per_token
     return num_features * config.out_hidden_size * target.dtype.itemsize
 
 

@@ -9,10 +9,19 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
 from finesight.data.image_header import MAX_IMAGE_PIXELS
-from finesight.encode.family import ThinkingOptions
+from finesight.data.sample import DEFAULT_FPS
+from finesight.encode.family import MAX_SAMPLED_FRAMES, MIN_SAMPLED_FRAMES, ThinkingOptions
 from finesight.errors import UserError
 
 MIB = 2**20
@@ -21,7 +30,11 @@ MAX_NAME_CHARS = 1000
 """Maximum length of model names, function names and file IDs in characters."""
 
 MAX_URL_CHARS = 8192
-MAX_STOP_CHARS = 200
+MIN_FPS, MAX_FPS = 1e-3, 1000.0
+"""Bounds of the frame rate of a video file. The maximum selects all frames, up to their limit."""
+
+MAX_FRAMES = 100_000
+
 
 IGNORED_FIELDS = (
     *("metadata", "parallel_tool_calls", "prediction", "prompt_cache_key", "prompt_cache_options"),
@@ -71,26 +84,26 @@ class ServerLimits:
         30.0, "seconds without progress in sending a response; then the connection is closed"
     )
     shutdown_timeout_s: float = _limit(60.0, "seconds for running answers to complete at shutdown")
-    max_messages: int = _limit(1000, "messages of a conversation")
     max_text_chars: int = _limit(
         1_000_000,
         "characters of all texts of a request, and at most 16 per token of the context length",
     )
-    max_images: int = _limit(32, "images of a request")
+    max_images: int = _limit(32, "images, videos and fetched video frames of a request")
     max_image_bytes: int = _limit(
-        32 * MIB, "size of an image file: uploaded, fetched or in a data URL"
+        32 * MIB, "size of an image or video file: uploaded, fetched or in a data URL"
     )
     max_image_pixels: int = _limit(
-        MAX_IMAGE_PIXELS, "pixels of an image, read from its header before decoding"
+        MAX_IMAGE_PIXELS, "pixels of an image or frame, read from its header before decoding"
     )
+    max_video_frames: int = _limit(
+        MAX_SAMPLED_FRAMES, "frames of all videos of a request, after sampling"
+    )
+    max_video_s: float = _limit(3600.0, "seconds of a video file")
     max_label_studio_answers: int = _limit(
         2000,
         "answers that requests of Label Studio wait for, one per task and control; a request with"
         " more gets status 400, further requests get status 429",
     )
-    max_choices: int = _limit(8, "`n` of a request")
-    max_top_logprobs: int = _limit(20, "`top_logprobs` of a request")
-    max_stop_strings: int = _limit(16, "stop strings of a request")
     max_schema_chars: int = _limit(100_000, "characters of a JSON schema, or of all tools, as JSON")
     fetch_timeout_s: float = _limit(
         20.0, "seconds to fetch an image from an allowed host, with redirects"
@@ -101,10 +114,10 @@ class ServerLimits:
         4, "worker processes that parse, decode and tokenize; other requests wait"
     )
     max_image_cpu_s: float = _limit(
-        2.0, "CPU seconds to parse a body, read an image header, decode an image, or tokenize"
+        2.0, "CPU seconds to parse a body, read a file header, decode an image, or tokenize"
     )
     max_request_cpu_s: float = _limit(
-        20.0, "CPU seconds to preprocess a request with all of its images"
+        20.0, "CPU seconds to preprocess a request with all of its images and videos"
     )
     max_worker_memory_bytes: int = _limit(
         1024 * MIB, "memory of a worker process; a request that exceeds it gets status 400"
@@ -207,14 +220,14 @@ class TextContent(StrictModel):
     text: str
 
 
-class ImageURL(StrictModel):
+class MediaURL(StrictModel):
     url: str
     detail: str | None = None
 
 
 class ImageContent(StrictModel):
     type: Literal["image_url"]
-    image_url: ImageURL
+    image_url: MediaURL
 
 
 class FileReference(StrictModel):
@@ -231,7 +244,41 @@ class FileContent(StrictModel):
     file: FileReference | FileData
 
 
-UserContentPart = Annotated[TextContent | ImageContent | FileContent, Discriminator("type")]
+UNSET = BeforeValidator(lambda value: None if value == -1 else value)
+NumFrames = Annotated[int | None, Field(ge=MIN_SAMPLED_FRAMES, le=MAX_FRAMES), UNSET]
+
+
+class VideoSampling(StrictModel):
+    """Sampling of a video, with the names of Qwen. As in vLLM, -1 means unset."""
+
+    fps: Annotated[float | None, Field(ge=MIN_FPS, le=MAX_FPS), UNSET] = None
+    max_frames: NumFrames = None
+
+
+class VideoURLContent(VideoSampling):
+    """Video of vLLM: a file, or JPEG frames in a data URL, joined by commas."""
+
+    type: Literal["video_url"]
+    video_url: MediaURL
+
+    @property
+    def video(self) -> str | list[str]:
+        """URL of the video file, or data URLs of the frames."""
+        media_type, _, frames = self.video_url.url.partition(",")
+        if media_type.lower() != "data:video/jpeg;base64":
+            return self.video_url.url
+        return [f"data:image/jpeg;base64,{frame}" for frame in frames.split(",")]
+
+
+class VideoContent(VideoSampling):
+    """Video with the names of Qwen: URL of a file, or URLs of frames."""
+
+    type: Literal["video"]
+    video: str | Annotated[list[str], Field(min_length=1)]
+
+
+MediaContent = ImageContent | FileContent | VideoURLContent | VideoContent
+UserContentPart = Annotated[TextContent | MediaContent, Discriminator("type")]
 
 
 class FunctionCall(StrictModel):
@@ -343,6 +390,19 @@ class ChatTemplateArguments(StrictModel):
     reasoning_effort: str | None = Field(default=None, max_length=MAX_NAME_CHARS)
 
 
+class VideoArguments(VideoSampling):
+    """Sampling of all videos of a request, with the names of vLLM.
+
+    `num_frames` is exact, or with `fps` the maximum. `do_sample_frames` changes nothing.
+    """
+
+    num_frames: NumFrames = None
+    do_sample_frames: bool | None = None
+
+
+StopString = Annotated[str, Field(min_length=1, max_length=200)]
+
+
 class NeutralParameters(StrictModel):
     """Parameters of vLLM and SGLang that clients send with values that change nothing."""
 
@@ -389,10 +449,10 @@ class ChatCompletionParameters(NeutralParameters):
     repetition_penalty: float | None = None
     skip_special_tokens: bool | None = None
     seed: int | None = None
-    stop: str | list[str] | None = None
-    n: int | None = Field(default=None, ge=1)
+    stop: Literal[""] | StopString | Annotated[list[StopString], Field(max_length=16)] | None = None
+    n: int | None = Field(default=None, ge=1, le=8)
     logprobs: bool | None = None
-    top_logprobs: int | None = Field(default=None, ge=0)
+    top_logprobs: int | None = Field(default=None, ge=0, le=20)
     response_format: ResponseFormat | None = None
     tools: list[Tool] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedToolChoice | None = None
@@ -400,6 +460,8 @@ class ChatCompletionParameters(NeutralParameters):
     stream_options: StreamOptions | None = None
     reasoning_effort: str | None = Field(default=None, max_length=MAX_NAME_CHARS)
     chat_template_kwargs: ChatTemplateArguments | None = None
+    mm_processor_kwargs: VideoArguments | None = None
+    media_io_kwargs: dict[Literal["video"], VideoArguments] | None = None
 
     @property
     def stop_strings(self) -> list[str]:
@@ -420,11 +482,21 @@ class ChatCompletionParameters(NeutralParameters):
         effort = self.reasoning_effort or arguments.reasoning_effort
         return ThinkingOptions(enable_thinking=arguments.enable_thinking, reasoning_effort=effort)
 
+    def get_sampling(self, part: VideoURLContent | VideoContent) -> tuple[float, int | None]:
+        """Return the frame rate and the maximum number of frames of a video."""
+        processor = self.mm_processor_kwargs or VideoArguments()
+        reader = (self.media_io_kwargs or {}).get("video") or VideoArguments()
+        num_frames = processor.num_frames or reader.num_frames
+        max_frames = part.max_frames or processor.max_frames or reader.max_frames
+        is_exact = num_frames and isinstance(part.video, str)
+        fps = part.fps or processor.fps or reader.fps or (MAX_FPS if is_exact else DEFAULT_FPS)
+        return fps, min(filter(None, (num_frames, max_frames)), default=None)
+
 
 class ChatCompletionRequest(ChatCompletionParameters):
     """Body of a chat completion request (POST /v1/chat/completions)."""
 
-    messages: list[ChatMessage] = Field(min_length=1)
+    messages: list[ChatMessage] = Field(min_length=1, max_length=1000)
 
     @property
     def parameters(self) -> dict[str, Any]:
@@ -475,28 +547,24 @@ def check_limits(
     texts = [content for content in contents if isinstance(content, str)]
     texts += [answer.reasoning_content or "" for answer in answers]
     texts += [part.text for part in parts if isinstance(part, TextContent)]
+    videos = [part.video for part in parts if isinstance(part, VideoURLContent | VideoContent)]
+    frames = [frame for video in videos if isinstance(video, list) for frame in video]
     num_images = sum(not isinstance(part, TextContent) for part in parts)
-    stop_strings = chat_request.stop_strings
+    num_images += sum(frame[:5].lower() != "data:" for frame in frames)
     tool_chars = sum(len(tool.model_dump_json()) for tool in chat_request.tools or [])
     schema_chars = 0
     if isinstance(chat_request.response_format, StructuredFormat):
         schema_chars = len(chat_request.response_format.json_schema.model_dump_json())
     for param, unit, value, max_value in (
-        ("messages", "messages", len(chat_request.messages), limits.max_messages),
         ("messages", "images", num_images, limits.max_images),
+        ("messages", "video frames", len(frames), limits.max_video_frames),
         ("messages", "characters of text", sum(map(len, texts + calls)), max_text_chars),
-        ("n", "choices", chat_request.n or 1, limits.max_choices),
-        ("top_logprobs", "tokens", chat_request.top_logprobs or 0, limits.max_top_logprobs),
-        ("stop", "stop strings", len(stop_strings), limits.max_stop_strings),
-        ("stop", "characters", max(map(len, stop_strings), default=0), MAX_STOP_CHARS),
         ("max_tokens", "tokens", chat_request.max_new_tokens or 1, limits.max_completion_tokens),
         ("tools", "characters", tool_chars, limits.max_schema_chars),
         ("response_format", "characters", schema_chars, limits.max_schema_chars),
     ):
         if value > max_value:
             raise ApiError(400, f"{param}: {value} {unit}; expected at most {max_value}", param)
-    if "" in stop_strings:
-        raise ApiError(400, f"stop string {stop_strings.index('')} is empty", "stop")
     template_arguments = chat_request.chat_template_kwargs or ChatTemplateArguments()
     efforts = {chat_request.reasoning_effort, template_arguments.reasoning_effort} - {None}
     if len(efforts) > 1:

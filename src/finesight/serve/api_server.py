@@ -10,7 +10,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -25,7 +25,6 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from finesight.encode.renderer import NativeRenderer
-from finesight.errors import build_bind_error
 from finesight.infer.inference_service import InferenceService
 from finesight.infer.model_loader import InferenceModel
 from finesight.model.vlm import VisionLanguageModel
@@ -37,20 +36,20 @@ from finesight.serve.api_schema import (
 )
 from finesight.serve.chat_completions import ChatCompletionsHandler
 from finesight.serve.http_protocol import build_protocol_class
-from finesight.serve.image_sources import (
+from finesight.serve.label_studio_backend import LabelStudioOptions
+from finesight.serve.media_sources import (
     DEFAULT_IMAGE_FORMATS,
     FILE_PURPOSE,
+    FILES_VARIABLE,
     FileStore,
-    ImageFetcher,
+    MediaFetcher,
 )
-from finesight.serve.label_studio_backend import LabelStudioOptions
 from finesight.serve.preprocessing_jobs import load_worker_state
 from finesight.serve.request_middleware import (
     CLIENT_CLOSED_REQUEST,
     ApiKeys,
     RequestMiddleware,
     ServerMetrics,
-    check_exposure,
 )
 from finesight.serve.request_preprocessor import ConstraintFactory
 from finesight.storage import temporary_folder
@@ -75,7 +74,7 @@ def make_app(
     *,
     api_keys: Sequence[str] = (),
     limits: ServerLimits | None = None,
-    fetcher: ImageFetcher | None = None,
+    fetcher: MediaFetcher | None = None,
     image_formats: Sequence[str] = DEFAULT_IMAGE_FORMATS,
     label_studio: LabelStudioOptions | None = None,
 ) -> RequestMiddleware:
@@ -101,8 +100,8 @@ def make_app(
         image_formats=image_formats,
         limits=limits,
         metrics=metrics,
-        fetcher=fetcher or ImageFetcher((), limits),
-        store=FileStore(folder / "files", limits),
+        fetcher=fetcher or MediaFetcher((), limits),
+        store=FileStore(Path(os.environ.get(FILES_VARIABLE, folder / "files")), limits),
         folder=request_folder,
     )
 
@@ -117,12 +116,11 @@ def make_app(
             *_build_file_routes(completions),
             *(label_studio.build_routes(completions) if label_studio else ()),
         ],
-        exception_handlers=dict.fromkeys(
-            (ApiError, ClientDisconnectedError, HTTPException, Exception), _handle_error
-        ),
+        exception_handlers=ERROR_HANDLERS,
     )
     app.router.redirect_slashes = False
-    return RequestMiddleware(app, ApiKeys(api_keys), limits, metrics)
+    is_replica = FILES_VARIABLE in os.environ
+    return RequestMiddleware(app, ApiKeys(api_keys), limits, metrics, is_replica=is_replica)
 
 
 def _build_model_routes(service: InferenceService) -> list[Route]:
@@ -170,23 +168,25 @@ def _build_file_routes(completions: ChatCompletionsHandler) -> list[Route]:
             )
         preprocessor = completions.create_preprocessor(uploaded_file.path.parent)
         try:
-            await completions.run_in_thread(preprocessor.inspect_image, uploaded_file.path, "file")
+            await completions.run_in_thread(preprocessor.inspect_file, uploaded_file.path, "file")
         except BaseException:
             store.delete(uploaded_file.owner, uploaded_file.id)
             raise
         return JSONResponse(uploaded_file.as_json())
 
     async def list_files(request: Request) -> Response:
-        files = [file.as_json() for file in store.list_files(request.state.owner)]
-        return JSONResponse({"object": "list", "data": files, "has_more": False})
+        files = await completions.run_in_thread(store.list_files, request.state.owner)
+        data = [file.as_json() for file in files]
+        return JSONResponse({"object": "list", "data": data, "has_more": False})
 
     async def get_file(request: Request) -> Response:
-        file = store.get(request.state.owner, request.path_params["name"])
+        name = request.path_params["name"]
+        file = await completions.run_in_thread(store.get, request.state.owner, name)
         return JSONResponse(file.as_json())
 
     async def delete_file(request: Request) -> Response:
         name = request.path_params["name"]
-        store.delete(request.state.owner, name)
+        await completions.run_in_thread(store.delete, request.state.owner, name)
         return JSONResponse({"id": name, "object": "file", "deleted": True})
 
     return [
@@ -208,6 +208,12 @@ async def _handle_error(request: Request, error: Exception) -> Response:
     elif not isinstance(error, ApiError):
         error = internal_error()
     return JSONResponse(error.body, error.status, error.response_headers)
+
+
+ERROR_HANDLERS: Mapping[Any, Any] = dict.fromkeys(
+    (ApiError, ClientDisconnectedError, HTTPException, Exception), _handle_error
+)
+"""Exception handlers of an application of Starlette."""
 
 
 def _build_refusal(max_connections: int) -> bytes:
@@ -296,18 +302,6 @@ class ApiServer(uvicorn.Server):
                 signal.signal(number, handler)
 
 
-def bind_socket(
-    host: str, port: int, keys: Sequence[str], proxies: Sequence[str] = ()
-) -> socket.socket:
-    """Bind a socket. Raises UserError if other machines could reach it without an API key."""
-    check_exposure(host, keys, proxies)
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    try:
-        return socket.create_server((host.strip("[]"), port), family=family, backlog=512)
-    except OSError as error:
-        raise build_bind_error(host, port, error) from error
-
-
 def run_api_server(
     inference_model: InferenceModel,
     listener: socket.socket,
@@ -332,7 +326,10 @@ def run_api_server(
     vocab_size = model.config.decoder.vocab_size
     with contextlib.ExitStack() as stack:
         stack.callback(listener.close)
-        folder = stack.enter_context(temporary_folder("serve"))
+        # The router removes its folder even if it kills the replicas.
+        files = os.environ.get(FILES_VARIABLE)
+        parent = Path(files).parent if files else None
+        folder = stack.enter_context(temporary_folder("serve", parent))
         worker_pool = create_worker_pool(renderer, vocab_size, limits)
         stack.callback(worker_pool.close)
         worker_pool.start()
@@ -349,7 +346,7 @@ def run_api_server(
             folder,
             api_keys=api_keys,
             limits=limits,
-            fetcher=ImageFetcher(allowed_media_hosts, limits),
+            fetcher=MediaFetcher(allowed_media_hosts, limits),
             image_formats=image_formats,
             label_studio=label_studio,
         )

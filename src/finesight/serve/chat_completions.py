@@ -45,7 +45,6 @@ from finesight.infer.request import (
     FinishReason,
     GeneratedToken,
     GenerationOptions,
-    TokenUsage,
 )
 from finesight.serve.api_schema import (
     ApiError,
@@ -57,8 +56,8 @@ from finesight.serve.api_schema import (
     UnstructuredFormat,
     from_user_error,
 )
-from finesight.serve.image_sources import FetchFn, FileStore, ImageFetcher
-from finesight.serve.preprocessing_jobs import GrammarSpec, get_image_name
+from finesight.serve.media_sources import FetchFn, FileStore, MediaFetcher
+from finesight.serve.preprocessing_jobs import GrammarSpec, MediaFile
 from finesight.serve.request_middleware import (
     ByteReservation,
     ClientStalledError,
@@ -69,26 +68,11 @@ from finesight.serve.request_middleware import (
 )
 from finesight.serve.request_preprocessor import (
     ConstraintFactory,
-    ImageRequest,
     ParsedBody,
     RequestPreprocessor,
     WorkerConstraint,
 )
 from finesight.worker_pool import WorkerPool
-
-
-@dataclass(frozen=True, slots=True)
-class ParsedToolCall:
-    """Tool call that the model has generated, with its id in the response."""
-
-    call: ToolCallPart
-    id: str = field(default_factory=lambda: f"call_{secrets.token_hex(12)}")
-
-    def as_json(self) -> dict[str, Any]:
-        """Return the tool call object of the OpenAI API, with the arguments as JSON text."""
-        arguments = json.dumps(self.call.arguments, ensure_ascii=False)
-        function = {"name": self.call.name, "arguments": arguments}
-        return {"id": self.id, "type": "function", "function": function}
 
 
 @dataclass(slots=True)
@@ -102,10 +86,10 @@ class ToolCallParser:
     pending: str = ""
     after_call: bool = False
 
-    def add_text(self, delta: str) -> tuple[str, list[ParsedToolCall]]:
+    def add_text(self, delta: str) -> tuple[str, list[ToolCallPart]]:
         """Add generated text. Returns text that can be sent, and complete tool calls."""
         self._set_pending(self.pending + delta)
-        text, calls = "", list[ParsedToolCall]()
+        text, calls = "", list[ToolCallPart]()
         while TOOL_CALL_START in self.pending:
             before, _, rest = self.pending.partition(TOOL_CALL_START)
             call_text, end_tag, after = rest.partition(TOOL_CALL_END)
@@ -117,14 +101,14 @@ class ToolCallParser:
                 text += f"{before}{TOOL_CALL_START}{call_text}{TOOL_CALL_END}"
             else:
                 text += before.rstrip("\n")
-                calls.append(ParsedToolCall(call))
+                calls.append(call)
             self.after_call = call is not None
             self._set_pending(after)
         end = len(self.pending) - _count_partial_tag(self.pending)
         text, self.pending = text + self.pending[:end], self.pending[end:]
         return text, calls
 
-    def flush(self) -> tuple[str, list[ParsedToolCall]]:
+    def flush(self) -> tuple[str, list[ToolCallPart]]:
         """Return the text or tool call that is left at the end of the completion.
 
         The last tool call may lack its end tag.
@@ -133,13 +117,20 @@ class ToolCallParser:
         if rest.startswith(TOOL_CALL_START):
             call = parse_tool_call(rest.removeprefix(TOOL_CALL_START), self.tools)
             if call is not None:
-                return "", [ParsedToolCall(call)]
+                return "", [call]
         return rest, []
 
     def _set_pending(self, text: str) -> None:
         """Set the text that is held back, without newlines after a tool call."""
         self.pending = text.lstrip("\n") if self.after_call else text
         self.after_call = self.after_call and not self.pending
+
+
+def _format_tool_call(call: ToolCallPart) -> dict[str, Any]:
+    """Return the tool call object of the OpenAI API."""
+    arguments = json.dumps(call.arguments, ensure_ascii=False)
+    function = {"name": call.name, "arguments": arguments}
+    return {"id": f"call_{secrets.token_hex(12)}", "type": "function", "function": function}
 
 
 def _count_partial_tag(text: str) -> int:
@@ -163,14 +154,14 @@ class ChoiceBuilder:
     with_logprobs: bool
     tool_call_parser: ToolCallParser | None
     text: str = ""
-    tool_calls: list[ParsedToolCall] = field(default_factory=list)
+    tool_calls: list[dict[str, Any]] = field(default_factory=list)
     logprobs: list[dict[str, Any]] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     prediction: Prediction | None = None
 
     def add_delta(self, delta: CompletionDelta) -> dict[str, Any] | None:
         """Append a text delta and return a stream chunk, or None if all text is held back."""
-        text, calls = delta.text, list[ParsedToolCall]()
+        text, calls = delta.text, list[ToolCallPart]()
         if self.tool_call_parser is not None:
             text, calls = self.tool_call_parser.add_text(delta.text)
         return self._append(text, calls, delta.tokens, delta.reasoning)
@@ -196,7 +187,7 @@ class ChoiceBuilder:
         content = self.text if self.text or not self.tool_calls else None
         message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
         if self.tool_calls:
-            message["tool_calls"] = [call.as_json() for call in self.tool_calls]
+            message["tool_calls"] = self.tool_calls
         if self.prediction is not None and self.prediction.reasoning is not None:
             message["reasoning_content"] = self.prediction.reasoning
         return {
@@ -221,7 +212,7 @@ class ChoiceBuilder:
     def _append(
         self,
         text: str,
-        calls: Sequence[ParsedToolCall],
+        calls: Sequence[ToolCallPart],
         tokens: Sequence[GeneratedToken],
         reasoning: str = "",
     ) -> dict[str, Any] | None:
@@ -232,12 +223,11 @@ class ChoiceBuilder:
         if text:
             delta["content"] = text
         if calls:
-            delta["tool_calls"] = [
-                {"index": call_index, **call.as_json()}
-                for call_index, call in enumerate(calls, len(self.tool_calls))
-            ]
+            formatted = [_format_tool_call(call) for call in calls]
+            first = len(self.tool_calls)
+            delta["tool_calls"] = [{"index": n, **c} for n, c in enumerate(formatted, first)]
+            self.tool_calls += formatted
         self.text += text
-        self.tool_calls += calls
         self.logprobs += logprobs
         chunk = self._build_chunk(delta)
         if self.with_logprobs:
@@ -259,18 +249,6 @@ class ChoiceBuilder:
         return {**entries[0], "top_logprobs": entries[1:]}
 
 
-def format_usage(usages: Sequence[TokenUsage]) -> dict[str, Any]:
-    """Format the token usage of a request. The prompt counts once for all choices."""
-    prompt_tokens = usages[0].prompt_tokens
-    completion_tokens = sum(usage.completion_tokens for usage in usages)
-    return {
-        "prompt_tokens": prompt_tokens,
-        "completion_tokens": completion_tokens,
-        "total_tokens": prompt_tokens + completion_tokens,
-        "prompt_tokens_details": {"cached_tokens": usages[0].cached_tokens},
-    }
-
-
 LARGE_BODY_BYTES, MAX_LARGE_BODIES = 4 << 20, 2
 """Size from which a body is large, and maximum number of them that workers parse at once.
 
@@ -286,6 +264,7 @@ SSE_HEADERS = {
     # Disable buffering in proxies.
     "x-accel-buffering": "no",
 }
+SSE_EVENT_END, SSE_END = b"\n\n", b"data: [DONE]\n\n"
 
 
 @dataclass(frozen=True)
@@ -301,7 +280,7 @@ class ChatCompletionsHandler:
     image_formats: Sequence[str]
     limits: ServerLimits
     metrics: ServerMetrics
-    fetcher: ImageFetcher
+    fetcher: MediaFetcher
     store: FileStore
     folder: Path
     active_requests: set[ActiveCompletion] = field(default_factory=set)
@@ -357,13 +336,13 @@ class ChatCompletionsHandler:
 
     @contextlib.contextmanager
     def admit_completion(
-        self, start_time: float, fetch_image: FetchFn | None = None
+        self, start_time: float, fetch_file: FetchFn | None = None
     ) -> Iterator[ActiveCompletion]:
         """Create a completion, and release its resources at the end of a `with` block.
 
         Args:
             start_time: Start of the time limit, on the clock of the event loop.
-            fetch_image: Writes the image at a URL to a file. By default, only URLs of allowed
+            fetch_file: Writes the content of a URL to a file. By default, only URLs of allowed
                 hosts are fetched.
 
         Raises:
@@ -382,8 +361,8 @@ class ChatCompletionsHandler:
             elapsed = asyncio.get_running_loop().time() - start_time
             deadline = time.monotonic() + self.limits.timeout - elapsed
             preprocessor = self.create_preprocessor(folder, deadline)
-            fetch_image = fetch_image or self.fetcher.fetch
-            completion = ActiveCompletion(self, preprocessor, start_time, fetch_image)
+            fetch_file = fetch_file or self.fetcher.fetch
+            completion = ActiveCompletion(self, preprocessor, start_time, fetch_file)
             self.active_requests.add(completion)
             stack.callback(completion.close)
             yield completion
@@ -401,6 +380,27 @@ async def limit_time(start_time: float, seconds: float) -> AsyncGenerator[None]:
         ) from error
 
 
+@contextlib.asynccontextmanager
+async def stop_at_disconnect(receive: Receive) -> AsyncGenerator[asyncio.TaskGroup]:
+    """Raise ClientDisconnectedError in a `with` block when the client disconnects.
+
+    Yields a group for tasks that end with the block.
+    """
+
+    async def watch_disconnect() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        raise ClientDisconnectedError
+
+    try:
+        async with asyncio.TaskGroup() as group:
+            watch = group.create_task(watch_disconnect())
+            yield group
+            watch.cancel()
+    except* Exception as errors:
+        raise errors.exceptions[0] from None
+
+
 @dataclass(slots=True, eq=False)
 class ActiveCompletion:
     """Chat completion request from its admission to the end of its response.
@@ -413,7 +413,7 @@ class ActiveCompletion:
     handler: ChatCompletionsHandler
     preprocessor: RequestPreprocessor
     start_time: float
-    fetch_image: FetchFn
+    fetch_file: FetchFn
     id: str = field(default_factory=lambda: f"chatcmpl-{secrets.token_hex(12)}")
     created_at: int = field(default_factory=lambda: int(time.time()))
     streams: list[GenerationStream] = field(default_factory=list)
@@ -438,14 +438,14 @@ class ActiveCompletion:
         async with self._limit_time():
             body, prompt = await handler.run_in_thread(self._parse_and_encode, data)
             reservation.release()
-            for image in body.images:
-                await self._fetch_image(image, owner)
+            for file in body.files:
+                await self._fetch_file(file, owner)
             if prompt is None:
                 prompt = await handler.run_in_thread(
                     self.preprocessor.encode, body, max_model_len, self.thinking
                 )
             reservation.reserve(prompt.patches_ND.nbytes)
-            spans = prompt.tokenized.spans
+            spans = [span for span in prompt.tokenized.spans if span.kind == "image"]
             self.image_sizes = [span.original_size for span in spans]
             # The service needs the image sizes to parse bounding boxes in completions.
             images = [ImagePart(image=str(span.files[0])) for span in spans]
@@ -505,14 +505,14 @@ class ActiveCompletion:
         try:
             async with self._limit_time(), contextlib.aclosing(self._iter_chunks()) as chunks:
                 async for chunk in chunks:
-                    await send(_format_sse_event(chunk))
+                    await send(format_sse_event(chunk))
         except ApiError as api_error:
-            await send(_format_sse_event(api_error.body))
+            await send(format_sse_event(api_error.body))
         except ClientStalledError:
             raise
         except Exception as error:
-            await send(_format_sse_event(log_internal_error(error).body))
-        await send({"type": "http.response.body", "body": b"data: [DONE]\n\n"})
+            await send(format_sse_event(log_internal_error(error).body))
+        await send({"type": "http.response.body", "body": SSE_END})
 
     def _limit_time(self) -> contextlib.AbstractAsyncContextManager[None]:
         return limit_time(self.start_time, self.handler.limits.timeout)
@@ -523,7 +523,16 @@ class ActiveCompletion:
         return {**header, "model": self.chat_request.model, "choices": choices}
 
     def _format_usage(self) -> dict[str, Any]:
-        return format_usage([stream.usage for stream in self.streams])
+        """Format the token usage. The prompt counts once for all choices."""
+        usages = [stream.usage for stream in self.streams]
+        prompt_tokens = usages[0].prompt_tokens
+        completion_tokens = sum(usage.completion_tokens for usage in usages)
+        return {
+            "prompt_tokens": prompt_tokens,
+            "completion_tokens": completion_tokens,
+            "total_tokens": prompt_tokens + completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": usages[0].cached_tokens},
+        }
 
     async def _iter_chunks(self) -> AsyncGenerator[dict[str, Any]]:
         object_type, choices = "chat.completion.chunk", self._build_choices()
@@ -598,7 +607,7 @@ class ActiveCompletion:
                 task.cancel()
 
     def _parse_and_encode(self, data: bytearray) -> tuple[ParsedBody, EncodedSample | None]:
-        """Parse the request body, and encode the prompt if the body contains all images.
+        """Parse the request body, and encode the prompt if the body contains all files.
 
         Both steps run in one call, so that a request waits for a thread only once.
         """
@@ -617,27 +626,28 @@ class ActiveCompletion:
         except UserError as error:
             raise from_user_error(error, error.where) from error
         self.thinking = replace(self.thinking, enable_thinking=renderer.has_reasoning)
-        if any(image.url is not None or image.file_id is not None for image in body.images):
+        if any(file.url is not None or file.file_id is not None for file in body.files):
             return body, None
         return body, self.preprocessor.encode(body, service.max_model_len, self.thinking)
 
-    async def _fetch_image(self, image: ImageRequest, owner: str) -> None:
-        """Link an uploaded file to the folder of the request, or fetch an image URL.
+    async def _fetch_file(self, media: MediaFile, owner: str) -> None:
+        """Add an uploaded file, or that of a URL, to the folder of the request.
 
         A worker process checks the content of the file later.
         """
         folder = self.preprocessor.folder
-        path = folder / get_image_name(image.image_number)
+        path = folder / media.name
         try:
-            if image.file_id is not None:
-                self.handler.store.link(owner, image.file_id, path)
-            elif image.url is not None:
+            if media.file_id is not None:
+                link = self.handler.store.link
+                await self.handler.run_in_thread(link, owner, media.file_id, path)
+            elif media.url is not None:
                 with open(path, "xb") as file:
-                    await self.fetch_image(image.url, file)
+                    await self.fetch_file(media.url, file)
         except UserError as error:
-            raise from_user_error(error, image.param, hidden_path=f"{folder}/") from error
+            raise from_user_error(error, media.param, hidden_path=f"{folder}/") from error
         except ApiError as error:
-            error.param = image.param
+            error.param = media.param
             raise
 
     def _submit(self, located_sample: LocatedSample, prompt: EncodedSample) -> None:
@@ -753,7 +763,7 @@ class ChatCompletionStreamResponse(Response):
             await self._completion.send_stream(send)
 
 
-def _format_sse_event(data: dict[str, Any]) -> dict[str, Any]:
+def format_sse_event(data: dict[str, Any]) -> dict[str, Any]:
     """Format JSON data as a server-sent event in an ASGI message."""
     text = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
     body = f"data: {text}\n\n".encode("utf-8", "replace")

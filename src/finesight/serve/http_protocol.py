@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import ipaddress
-from typing import Any
+import os
+import socket
+import stat
+from collections.abc import AsyncIterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import h11
 import uvicorn
+from starlette.exceptions import HTTPException
 from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.server import ServerState
+
+from finesight.errors import UserError, build_bind_error
+
+if TYPE_CHECKING:
+    import httpx2
 
 MAX_HEAD_BYTES = 1 << 14
 REFUSED_SECONDS = 2.0
@@ -30,6 +42,77 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
         return host.lower() == "localhost"
+
+
+def bind_socket(host: str, port: int, file: Path | None = None) -> socket.socket:
+    """Return a socket bound to a host and port or, with a file, a Unix socket of this user."""
+    if file is not None:
+        return bind_unix_socket(file)
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host.strip("[]"), port), family=family, backlog=512)
+    except (OSError, OverflowError) as error:
+        raise build_bind_error(host, port, error) from error
+
+
+def bind_unix_socket(file: Path) -> socket.socket:
+    """Return a socket at a path that only this user can connect to."""
+    listener = socket.socket(socket.AF_UNIX)
+    try:
+        _remove_unused_socket(file)
+        listener.bind(str(file))
+        file.chmod(0o600)
+    except OSError as error:
+        listener.close()
+        raise UserError(
+            f"cannot listen on the socket ({error.strerror or error})",
+            where=str(file),
+            expected="a path of at most 100 bytes in a folder of this user",
+            remedy="choose another path for --socket",
+        ) from error
+    return listener
+
+
+def _remove_unused_socket(file: Path) -> None:
+    """Remove a socket that an ended server left. Raises UserError for any other file."""
+    if not os.path.lexists(file):
+        return
+    what = "a file that is no socket exists"
+    if stat.S_ISSOCK(file.lstat().st_mode):
+        what = "another process uses the socket"
+        with socket.socket(socket.AF_UNIX) as client:
+            client.setblocking(False)
+            if client.connect_ex(str(file)) == errno.ECONNREFUSED:
+                file.unlink()
+                return
+    raise UserError(
+        what,
+        where=str(file),
+        expected="a new path, or the socket of an ended server",
+        remedy="choose another path for --socket",
+    )
+
+
+def build_upstream_request(
+    method: str,
+    target: bytes,
+    headers: Sequence[tuple[Any, Any]],
+    content: bytes | AsyncIterable[bytes] | None,
+) -> httpx2.Request:
+    """Build the request of a proxy to a server on a Unix socket, for an encoded path and query.
+
+    Raises HTTPException with status 404 if path and query are invalid, such as with a `#`.
+    """
+    import httpx2  # slow to import
+
+    # The server may think before its answer, and streams answers of any length.
+    timeout = {"connect": 5.0, "read": None, "write": None, "pool": None}
+    try:
+        url = httpx2.URL("http://localhost").copy_with(raw_path=target)
+    except (httpx2.InvalidURL, UnicodeDecodeError) as error:
+        raise HTTPException(404) from error
+    options = {"timeout": timeout}
+    return httpx2.Request(method, url, headers=headers, content=content, extensions=options)
 
 
 class ChunkCountingConnection(h11.Connection):

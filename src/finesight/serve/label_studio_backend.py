@@ -38,9 +38,14 @@ from finesight.data.formats.label_studio import (
 )
 from finesight.data.row_reader import Record
 from finesight.errors import UserError
-from finesight.serve.api_schema import ApiError, ClientDisconnectedError, from_user_error
-from finesight.serve.chat_completions import ChatCompletionsHandler, ChoiceBuilder, limit_time
-from finesight.serve.image_sources import LabelStudioImages
+from finesight.serve.api_schema import ApiError, from_user_error
+from finesight.serve.chat_completions import (
+    ChatCompletionsHandler,
+    ChoiceBuilder,
+    limit_time,
+    stop_at_disconnect,
+)
+from finesight.serve.media_sources import LabelStudioImages
 from finesight.serve.request_middleware import (
     LABEL_STUDIO_PATH,
     ByteReservation,
@@ -149,11 +154,6 @@ class LabelStudioHandler:
                 "label_config",
             )
 
-        async def watch_disconnect() -> None:
-            while (await request.receive())["type"] != "http.disconnect":
-                pass
-            raise ClientDisconnectedError
-
         async def predict(references: Sequence[str | None]) -> Record:
             async with self.semaphore:
                 try:
@@ -164,18 +164,13 @@ class LabelStudioHandler:
                     return {"error": error.message}
 
         with self._admit_answers(len(controls) * len(parsed["tasks"])):
-            try:
-                async with (
-                    limit_time(start_time, self.completions.limits.timeout),
-                    asyncio.TaskGroup() as group,
-                ):
-                    watch = group.create_task(watch_disconnect())
-                    # An error of any task cancels this wait.
-                    tasks = [group.create_task(predict(one)) for one in parsed["tasks"]]
-                    results = await asyncio.gather(*tasks)
-                    watch.cancel()
-            except* Exception as errors:
-                raise errors.exceptions[0] from None
+            async with (
+                limit_time(start_time, self.completions.limits.timeout),
+                stop_at_disconnect(request.receive) as group,
+            ):
+                # An error of any task cancels the others.
+                tasks = [group.create_task(predict(one)) for one in parsed["tasks"]]
+                results = await asyncio.gather(*tasks)
         return JSONResponse({"results": results})
 
     @contextlib.contextmanager

@@ -9,9 +9,9 @@ Messages become turns of a sample, which the renderer of the model formats as in
 from __future__ import annotations
 
 import binascii
-import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, astuple, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from finesight.data.boxes import POINT_KEY
 from finesight.data.formats.label_studio import parse_label_config
 from finesight.data.image_header import list_pages, read_image_size
 from finesight.data.sample import (
+    VIDEO_SUFFIXES,
     ContentPart,
     ImagePart,
     LocatedSample,
@@ -31,9 +32,12 @@ from finesight.data.sample import (
     Sample,
     TextPart,
     ToolCallPart,
+    VideoPart,
     expand_images,
+    is_video_path,
     validate_sample,
 )
+from finesight.data.video_file import read_video_header
 from finesight.encode.family import DEFAULT_THINKING, THINK_END, THINK_START, ThinkingOptions
 from finesight.encode.renderer import NativeRenderer, Renderer
 from finesight.encode.tokenization import (
@@ -48,12 +52,13 @@ from finesight.serve.api_schema import (
     MAX_URL_CHARS,
     ApiError,
     AssistantMessage,
+    ChatCompletionParameters,
     ChatCompletionRequest,
     ChatMessage,
     FileContent,
-    FileData,
     FileReference,
     ImageContent,
+    MediaContent,
     ServerLimits,
     TextContent,
     ToolMessage,
@@ -84,66 +89,109 @@ def load_worker_state(renderer: NativeRenderer, vocab_size: int) -> WorkerState:
     return WorkerState(renderer, grammar_compiler)
 
 
+@dataclass(frozen=True, slots=True)
+class MediaFile:
+    """Image, document, video or frame of a request, by its name in a folder.
+
+    `url` is None for a data URL or an uploaded file. `file_id` is None for other files.
+    """
+
+    name: str
+    param: str
+    url: str | None = None
+    file_id: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class MediaFolder:
+    """Folder with the images and videos of a request.
+
+    The files of data URLs are written. Other files are only listed, and are added later.
+
+    Attributes:
+        max_frames: Maximum number of frames to sample of a video, by file name.
+    """
+
+    path: Path
+    limits: ServerLimits
+    files: list[MediaFile] = field(default_factory=list)
+    max_frames: dict[str, int] = field(default_factory=dict)
+
+    def add_part(
+        self, part: MediaContent, param: str, chat_request: ChatCompletionParameters
+    ) -> ImagePart | VideoPart:
+        """Add the files of a message part, and return the part of a sample."""
+        if isinstance(part, ImageContent):
+            return ImagePart(image=self._add_url(part.image_url.url, param))
+        if isinstance(part, FileContent):
+            if isinstance(part.file, FileReference):
+                return ImagePart(image=self._add_file(param, file_id=part.file.file_id).name)
+            if ":" not in part.file.file_data:
+                message = "expected a data URL, such as data:application/pdf;base64,..."
+                raise ApiError(400, message, param)
+            return ImagePart(image=self._add_url(part.file.file_data, param))
+        video, (fps, max_frames) = part.video, chat_request.get_sampling(part)
+        if isinstance(video, str):
+            name = self._add_url(video, param, VIDEO_SUFFIXES[0])
+            if max_frames is not None:
+                self.max_frames[name] = max_frames
+            return VideoPart(video=name, fps=fps)
+        params = (f"{param}.{part.type}.{index}" for index in range(len(video)))
+        return VideoPart(frames=tuple(map(self._add_url, video, params)), fps=fps)
+
+    def _add_url(self, url: str, param: str, suffix: str = "") -> str:
+        """Add the file of a URL, and return its name."""
+        if url[:5].lower() == "data:":
+            data = _decode_data_url(url, self.limits.max_image_bytes, param)
+            file = self._add_file(param, suffix)
+            (self.path / file.name).write_bytes(data)
+            return file.name
+        if len(url) > MAX_URL_CHARS:
+            message = f"the URL has {len(url)} characters; expected at most {MAX_URL_CHARS}"
+            raise ApiError(400, message, param)
+        return self._add_file(param, suffix, url=url).name
+
+    def _add_file(self, param: str, suffix: str = "", **source: str) -> MediaFile:
+        file = MediaFile(f"media-{len(self.files) + 1}{suffix}", param, **source)
+        self.files.append(file)
+        return file
+
+
 def parse_request(
     state: WorkerState, body: bytearray, folder: Path, limits: ServerLimits, max_chars: int
 ) -> JobOutput:
-    """Parse the body of a chat completion request, and write images of data URLs to the folder.
+    """Parse the body of a chat completion request, and write its data URLs to files.
 
-    The body is cleared, so that its memory is available for the images.
+    The body is cleared, so that its memory is available for the files.
 
-    The value has `parameters`, the fields of the request except for its messages, and `images`, a
-    list of arguments for `ImageRequest`. The array is the conversation as JSON text. For an invalid
+    The value has `parameters`, the fields of the request except for its messages, and `files`, a
+    list of arguments for `MediaFile`. The array is the conversation as JSON text. For an invalid
     request, the value has the fields of an `api_error` only.
     """
     try:
         chat_request = parse_chat_request(body)
         body.clear()
         check_limits(chat_request, limits, max_chars)
-        parts = enumerate(iter_images(chat_request), 1)
-        images = [_read_image_part(number, *part, folder, limits) for number, part in parts]
+        media = MediaFolder(folder, limits)
         with_reasoning = state.renderer.renders_reasoning
-        sample = build_sample(chat_request, with_reasoning=with_reasoning).model_dump_json()
+        sample = build_sample(chat_request, media, with_reasoning=with_reasoning)
     except ApiError as error:
         return JobOutput({"api_error": [error.status, error.message, error.param, error.code]})
     return JobOutput(
-        {"parameters": chat_request.parameters, "images": images},
-        [np.frombuffer(sample.encode(), np.uint8)],
+        {"parameters": chat_request.parameters, "files": [*map(astuple, media.files)]},
+        [np.frombuffer(sample.model_dump_json().encode(), np.uint8)],
     )
-
-
-def _read_image_part(
-    image_number: int,
-    param: str,
-    part: ImageContent | FileContent,
-    folder: Path,
-    limits: ServerLimits,
-) -> tuple[int, str, str | None, str | None]:
-    """Return the arguments of an `ImageRequest`, and write the image of a data URL."""
-    file = part.file if isinstance(part, FileContent) else FileData(file_data=part.image_url.url)
-    if isinstance(file, FileReference):
-        return image_number, param, None, file.file_id
-    url = file.file_data
-    if url[:5].lower() == "data:":
-        data = _decode_data_url(url, limits.max_image_bytes, param)
-        (folder / get_image_name(image_number)).write_bytes(data)
-        return image_number, param, None, None
-    if isinstance(part, FileContent) and ":" not in url:
-        raise ApiError(400, "expected a data URL, such as data:application/pdf;base64,...", param)
-    if len(url) > MAX_URL_CHARS:
-        message = f"the URL has {len(url)} characters; expected at most {MAX_URL_CHARS}"
-        raise ApiError(400, message, param)
-    return image_number, param, url, None
 
 
 def _decode_data_url(url: str, max_bytes: int, param: str) -> bytes:
     """Decode a base64 data URL (RFC 2397). Raise ApiError if it is invalid or too large."""
     comma = url.find(",", 0, 200)
     if comma < 0 or not url[:comma].lower().endswith(";base64"):
-        message = f"invalid data URL {url[:20]!r}; expected data:image/...;base64,"
+        message = f"invalid data URL {url[:20]!r}; expected data:TYPE;base64, and the file"
         raise ApiError(400, message, param)
     num_bytes = (len(url) - comma) * 3 // 4
     if num_bytes > max_bytes + 3:
-        raise ApiError(413, f"the image has {num_bytes} bytes; expected at most {max_bytes}", param)
+        raise ApiError(413, f"the file has {num_bytes} bytes; expected at most {max_bytes}", param)
     try:
         return binascii.a2b_base64(url[comma + 1 :])
     except ValueError as error:
@@ -185,12 +233,22 @@ def parse_label_studio_request(state: WorkerState, body: bytearray, max_answers:
     )
 
 
-def inspect_image(
-    state: WorkerState, path: Path, max_pixels: int, formats: Sequence[str]
+def inspect_file(
+    state: WorkerState, path: Path, limits: ServerLimits, formats: Sequence[str]
 ) -> JobOutput:
-    """Read the header of an image, or of all pages of a document."""
-    for page in list_pages(path, formats=formats):
-        read_image_size(page, max_pixels, formats)
+    """Read the header of a video, image, or all pages of a document."""
+    if not is_video_path(path):
+        for page in list_pages(path, formats=formats):
+            read_image_size(page, limits.max_image_pixels, formats)
+        return JobOutput()
+    header = read_video_header(path)
+    for value, limit, unit in (
+        (math.prod(header.size), limits.max_image_pixels, "pixels"),
+        (header.num_frames / header.fps, limits.max_video_s, "seconds"),
+    ):
+        if value > limit:
+            expected, remedy = f"at most {limit:g}", "Send a shorter or smaller video."
+            raise UserError(f"a video of {value:g} {unit}", expected=expected, remedy=remedy)
     return JobOutput()
 
 
@@ -201,19 +259,19 @@ def tokenize_sample(
     max_model_len: int,
     thinking: ThinkingOptions = DEFAULT_THINKING,
 ) -> JobOutput:
-    """Tokenize a conversation from `parse_request`, without decoding its images.
+    """Tokenize a conversation from `parse_request`, without decoding its images and videos.
 
     The output is that of `pack_tokenized`, with `patch_dim`. Raises UserError if the prompt has
     `max_model_len` tokens or more.
     """
     conversation = Sample.model_validate_json(sample.tobytes())
 
-    def list_names(image: str) -> list[str]:
-        return [page.name for page in list_pages(folder / image)]
+    def convert(content: Iterable[ContentPart]) -> tuple[ContentPart, ...]:
+        parts = expand_images(content, lambda name: [p.name for p in list_pages(folder / name)])
+        return tuple(_limit_frames(part, folder, conversation.meta) for part in parts)
 
     messages = tuple(
-        turn.model_copy(update={"content": expand_images(turn.content, list_names)})
-        for turn in conversation.messages
+        turn.model_copy(update={"content": convert(turn.content)}) for turn in conversation.messages
     )
     located_sample = LocatedSample(conversation.model_copy(update={"messages": messages}), folder)
     try:
@@ -226,7 +284,7 @@ def tokenize_sample(
             f"the prompt has {tokenized.num_tokens} tokens",
             where="messages",
             expected=f"fewer than {max_model_len}",
-            remedy="Send less text, or fewer or smaller images.",
+            remedy="Send less text, fewer or smaller images, or fewer frames of a video.",
         )
     state.tokenized = tokenized
     output = pack_tokenized(tokenized)
@@ -234,10 +292,21 @@ def tokenize_sample(
     return JobOutput(output.value | {"patch_dim": patch_dim}, output.arrays)
 
 
-def load_image_patches(state: WorkerState, image_index: int) -> JobOutput:
-    """Decode an image of the current request, given by its index, into patches."""
-    assert state.tokenized is not None, f"image {image_index} has no tokenized sample"
-    return JobOutput(None, [state.renderer.span_patches(state.tokenized.spans[image_index])])
+def _limit_frames(part: ContentPart, folder: Path, max_frames: Mapping[str, int]) -> ContentPart:
+    """Reduce the frame rate of a video file with a maximum number of frames."""
+    if not isinstance(part, VideoPart) or part.video is None or part.video not in max_frames:
+        return part
+    header = read_video_header(folder / part.video)
+    # Slightly more, so that a rounding error does not remove a frame.
+    fps = max_frames[part.video] * header.fps / header.num_frames * (1 + 1e-9)
+    return part.model_copy(update={"fps": min(part.fps, fps)})
+
+
+def load_patches(state: WorkerState, start: int, stop: int) -> JobOutput:
+    """Decode a range of images or video segments of the current request into patches."""
+    assert state.tokenized is not None, f"image {start} has no tokenized sample"
+    tokenized = replace(state.tokenized, spans=state.tokenized.spans[start:stop])
+    return JobOutput(None, [state.renderer.load_patches(tokenized).patches_ND])
 
 
 def compile_grammar(
@@ -275,45 +344,38 @@ def _compute_bitmask(constraint: GrammarConstraint) -> JobOutput:
     return JobOutput({"failed": constraint.has_failed}, [bitmask])
 
 
-def get_image_name(image_number: int) -> str:
-    """Return the file name of an image in the folder of its request."""
-    return f"image-{image_number}"
+def build_sample(
+    chat_request: ChatCompletionRequest, media: MediaFolder, *, with_reasoning: bool = False
+) -> Sample:
+    """Convert the messages of a request to a sample, and add its files.
 
-
-def iter_images(
-    chat_request: ChatCompletionRequest,
-) -> Iterator[tuple[str, ImageContent | FileContent]]:
-    """Yield (field path, image) pairs for all images of a request."""
-    for message_index, message in enumerate(chat_request.messages):
-        content = message.content or ""
-        for part_index, part in enumerate(() if isinstance(content, str) else content):
-            if not isinstance(part, TextContent):
-                yield f"messages.{message_index}.content.{part_index}", part
-
-
-def build_sample(chat_request: ChatCompletionRequest, *, with_reasoning: bool = False) -> Sample:
-    """Convert the messages of a request to a sample.
-
-    Its images are named by `get_image_name`, numbered from 1. Consecutive messages of one role
-    become one turn, except for tool results. `with_reasoning` includes the `reasoning_content` of
-    assistant messages. Raises UserError or ApiError for an invalid order of turns.
+    Consecutive messages of one role become one turn, except for tool results. `meta` is
+    `max_frames` of the folder. `with_reasoning` includes the `reasoning_content` of assistant
+    messages. Raises UserError or ApiError for an invalid order of turns or file.
     """
-    image_counter = itertools.count(1)
     turns: list[Message] = []
-    for message in chat_request.messages:
-        turn = _convert_message(message, image_counter, with_reasoning)
+    for index, message in enumerate(chat_request.messages):
+        content = message.content or ""
+        parts: list[ContentPart] = []
+        for number, part in enumerate([content] if isinstance(content, str) else content):
+            if isinstance(part, str | TextContent):
+                parts.append(TextPart(text=part if isinstance(part, str) else part.text))
+            else:
+                param = f"messages.{index}.content.{number}"
+                parts.append(media.add_part(part, param, chat_request))
+        turn = _build_turn(message, parts, with_reasoning)
         if turn.content == (TextPart(text=""),) and turn.role == "assistant":
             # An empty answer that a client sends back.
             continue
         if turns and turns[-1].role == turn.role != "tool":
-            content = *turns.pop().content, TextPart(text="\n"), *turn.content
-            turn = turn.model_copy(update={"content": content})
+            joined = *turns.pop().content, TextPart(text="\n"), *turn.content
+            turn = turn.model_copy(update={"content": joined})
         turns.append(turn)
     if not turns:
         raise ApiError(400, f"{len(chat_request.messages)} messages are empty", "messages")
     tools = chat_request.tools if chat_request.tool_choice != "none" else None
     definitions = tuple(tool.model_dump(exclude_unset=True) for tool in tools or [])
-    sample = Sample(id="request", tools=definitions, messages=tuple(turns))
+    sample = Sample(id="request", tools=definitions, messages=tuple(turns), meta=media.max_frames)
     validate_sample(sample, "messages", require_answer=False)
     if (role := turns[-1].role) not in ("user", "tool"):
         # The models are not trained to continue an answer.
@@ -321,16 +383,7 @@ def build_sample(chat_request: ChatCompletionRequest, *, with_reasoning: bool = 
     return sample
 
 
-def _convert_message(
-    message: ChatMessage, image_counter: Iterator[int], with_reasoning: bool
-) -> Message:
-    content = message.content or ""
-    parts: list[ContentPart] = [
-        TextPart(text=part if isinstance(part, str) else part.text)
-        if isinstance(part, str | TextContent)
-        else ImagePart(image=get_image_name(next(image_counter)))
-        for part in ([content] if isinstance(content, str) else content)
-    ]
+def _build_turn(message: ChatMessage, parts: list[ContentPart], with_reasoning: bool) -> Message:
     if isinstance(message, UserMessage | ToolMessage):
         return Message(role=message.role, content=tuple(parts))
     parts = [TextPart(text="".join(part.text for part in parts if isinstance(part, TextPart)))]
@@ -351,39 +404,32 @@ MAX_PROMPT_CPU_S = 20.0
 """CPU seconds to tokenize a prompt and to decode all of its images."""
 
 
-@dataclass(frozen=True, slots=True)
-class PromptEncoder:
-    """Encodes prompts in worker processes, with limits on time and memory.
+def encode_in_worker(
+    pool: WorkerPool, located_sample: LocatedSample, thinking: ThinkingOptions
+) -> EncodedSample:
+    """Tokenize a prompt and decode its images in a worker process, within limits.
 
-    Attributes:
+    Args:
         pool: Worker processes of `create_image_pool(renderer, __name__)`.
+
+    Raises:
+        UserError: The sample is invalid, or exceeds a limit on time or memory.
     """
+    # Lazy import: workers import this module, and need torch for some models only.
+    import torch
 
-    pool: WorkerPool
-
-    def encode(self, located_sample: LocatedSample, thinking: ThinkingOptions) -> EncodedSample:
-        """Tokenize the prompt of a sample and decode its images into patches.
-
-        Raises:
-            UserError: The sample is invalid, or exceeds a limit.
-        """
-        # Lazy import: workers import this module, and need torch for some models only.
-        import torch
-
-        try:
-            with self.pool.borrow_worker() as worker:
-                reply = worker.call(
-                    encode_prompt, located_sample, thinking, max_cpu_s=MAX_PROMPT_CPU_S
-                )
-        except WorkerLostError as error:
-            raise UserError("not encoded, because the server stops", where="prompt") from error
-        tokenized = unpack_tokenized(reply, located_sample.sample.id)
-        patches_ND, *inputs = reply.arrays[2:]
-        hf_inputs = {
-            name: torch.from_numpy(array.copy())
-            for name, array in zip(reply.value["hf_inputs"], inputs, strict=True)
-        }
-        return EncodedSample(tokenized, patches_ND.view(np.uint8), hf_inputs)
+    try:
+        with pool.borrow_worker() as worker:
+            reply = worker.call(encode_prompt, located_sample, thinking, max_cpu_s=MAX_PROMPT_CPU_S)
+    except WorkerLostError as error:
+        raise UserError("not encoded, because the server stops", where="prompt") from error
+    tokenized = unpack_tokenized(reply, located_sample.sample.id)
+    patches_ND, *inputs = reply.arrays[2:]
+    hf_inputs = {
+        name: torch.from_numpy(array.copy())
+        for name, array in zip(reply.value["hf_inputs"], inputs, strict=True)
+    }
+    return EncodedSample(tokenized, patches_ND.view(np.uint8), hf_inputs)
 
 
 def encode_prompt(

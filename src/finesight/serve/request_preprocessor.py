@@ -26,7 +26,12 @@ from numpy.typing import NDArray
 
 from finesight.data.image_header import split_page
 from finesight.encode.family import DEFAULT_THINKING, ThinkingOptions
-from finesight.encode.tokenization import EncodedSample, unpack_tokenized
+from finesight.encode.tokenization import (
+    EncodedSample,
+    VisualSpan,
+    iter_video_runs,
+    unpack_tokenized,
+)
 from finesight.errors import UserError
 from finesight.infer.request import DecodingConstraint
 from finesight.infer.structured_output import BITMASK_WORD_BITS, build_bitmask
@@ -39,11 +44,11 @@ from finesight.serve.api_schema import (
 )
 from finesight.serve.preprocessing_jobs import (
     GrammarSpec,
+    MediaFile,
     compile_grammar,
     compute_next_bitmask,
-    get_image_name,
-    inspect_image,
-    load_image_patches,
+    inspect_file,
+    load_patches,
     parse_label_studio_request,
     parse_request,
     tokenize_sample,
@@ -59,24 +64,11 @@ MAX_ACCEPTED_GRAMMARS = 1024
 
 
 @dataclass(frozen=True, slots=True)
-class ImageRequest:
-    """Reference to an image in a request, by its number from 1.
-
-    `url` is None for a data URL or an uploaded file. `file_id` is None for other images.
-    """
-
-    image_number: int
-    param: str
-    url: str | None
-    file_id: str | None
-
-
-@dataclass(frozen=True, slots=True)
 class ParsedBody:
-    """Parsed body: fields except for the messages, images, and conversation as JSON text."""
+    """Parsed body: fields except for the messages, files, and conversation as JSON text."""
 
     chat_request: ChatCompletionParameters
-    images: tuple[ImageRequest, ...]
+    files: tuple[MediaFile, ...]
     sample_json: NDArray[np.uint8]
 
 
@@ -85,8 +77,8 @@ class RequestPreprocessor:
     """Preprocesses one request in worker processes, within the limits of the server.
 
     The methods block. Any thread may call `cancel`; the blocked method then raises
-    ClientDisconnectedError. `folder` contains the images of the request. The deadline is on the
-    clock of `time.monotonic`.
+    ClientDisconnectedError. `folder` contains the images and videos of the request. The deadline is
+    on the clock of `time.monotonic`.
     """
 
     worker_pool: WorkerPool
@@ -107,7 +99,7 @@ class RequestPreprocessor:
                 self._worker.kill()
 
     def parse_body(self, body: bytearray, max_model_len: int) -> ParsedBody:
-        """Parse and validate a request body, and write images of data URLs to the folder."""
+        """Parse and validate a request body, and write its data URLs to files."""
         max_chars = min(self.limits.max_text_chars, MAX_CHARS_PER_TOKEN * max_model_len)
         with self._borrow_worker() as worker:
             args = PickleBuffer(body), self.folder, self.limits, max_chars
@@ -117,33 +109,46 @@ class RequestPreprocessor:
             raise ApiError(status, message, param, code)
         return ParsedBody(
             ChatCompletionParameters.model_validate(reply.value["parameters"]),
-            tuple(ImageRequest(*image) for image in reply.value["images"]),
+            tuple(MediaFile(*file) for file in reply.value["files"]),
             reply.arrays[0].view(np.uint8),
         )
 
     def encode(
         self, body: ParsedBody, max_model_len: int, thinking: ThinkingOptions = DEFAULT_THINKING
     ) -> EncodedSample:
-        """Tokenize the conversation of a request, then decode its images in the folder."""
-        params = {get_image_name(image.image_number): image.param for image in body.images}
+        """Tokenize the conversation of a request, then decode the files in its folder."""
+        params = {file.name: file.param for file in body.files}
         with self._borrow_worker() as worker:
             for name, param in params.items():
-                self._inspect_image(worker, self.folder / name, param)
+                self._inspect_file(worker, self.folder / name, param)
             reply = self._call(
                 worker, tokenize_sample, body.sample_json, self.folder, max_model_len, thinking
             )
-            tokenized = unpack_tokenized(reply, "request")
-            pages = [split_page(span.files[0].name)[0] for span in tokenized.spans]
-            if len(pages) > (limit := self.limits.max_images):
-                message = f"messages: {len(pages)} images with pages; expected at most {limit}"
+            tokenized, patch_dim = unpack_tokenized(reply, "request"), reply.value["patch_dim"]
+            self._check_number(tokenized.spans)
+            patches, start = list[NDArray[np.uint8]](), 0
+            for run in iter_video_runs(tokenized.spans):
+                param = params[split_page(run[0].files[0].name)[0]]
+                is_video, stop = run[0].kind == "video", start + len(run)
+                max_cpu_s = self.limits.max_request_cpu_s if is_video else None
+                reply = self._call(
+                    worker, load_patches, start, stop, param=param, max_cpu_s=max_cpu_s
+                )
+                patches.append(reply.arrays[0].view(np.uint8))
+                start = stop
+        empty_patches = np.empty((0, patch_dim), dtype=np.uint8)
+        return EncodedSample(tokenized, concat_patches(patches or [empty_patches]))
+
+    def _check_number(self, spans: Sequence[VisualSpan]) -> None:
+        """Raise ApiError for too many images with pages, or sampled frames of videos."""
+        for kind, limit, unit in (
+            ("image", self.limits.max_images, "images with pages"),
+            ("video", self.limits.max_video_frames, "video frames"),
+        ):
+            number = sum(span.num_frames for span in spans if span.kind == kind)
+            if number > limit:
+                message = f"messages: {number} {unit}; expected at most {limit}"
                 raise ApiError(400, message, "messages")
-            patches = [
-                self._call(worker, load_image_patches, index, param=params[name]).arrays[0]
-                for index, name in enumerate(pages)
-            ]
-        empty_patches = np.empty((0, reply.value["patch_dim"]), dtype=np.uint8)
-        decoded = [array.view(np.uint8) for array in patches]
-        return EncodedSample(tokenized, concat_patches(decoded or [empty_patches]))
 
     def parse_label_studio_body(self, body: bytearray) -> dict[str, Any]:
         """Parse a request of Label Studio; see `parse_label_studio_request`."""
@@ -153,10 +158,10 @@ class RequestPreprocessor:
         assert isinstance(value, dict), f"the worker returned {type(value)}"
         return value
 
-    def inspect_image(self, path: Path, param: str) -> None:
+    def inspect_file(self, path: Path, param: str) -> None:
         """Raise ApiError if a file is not an image of an accepted format and size."""
         with self._borrow_worker() as worker:
-            self._inspect_image(worker, path, param)
+            self._inspect_file(worker, path, param)
 
     def check_grammar(
         self, spec: GrammarSpec, param: str, thinking: ThinkingOptions = DEFAULT_THINKING
@@ -171,9 +176,9 @@ class RequestPreprocessor:
             args = spec, False, thinking
             self._call(worker, compile_grammar, *args, param=param, max_cpu_s=seconds)
 
-    def _inspect_image(self, worker: Worker, path: Path, param: str) -> None:
-        limits = (path, self.limits.max_image_pixels, self.image_formats)
-        self._call(worker, inspect_image, *limits, param=param, folder=path.parent)
+    def _inspect_file(self, worker: Worker, path: Path, param: str) -> None:
+        args = path, self.limits, self.image_formats
+        self._call(worker, inspect_file, *args, param=param, folder=path.parent)
 
     @contextlib.contextmanager
     def _borrow_worker(self) -> Iterator[Worker]:

@@ -397,9 +397,8 @@ class AsyncCheckpointer:
         # The thread ends with this checkpoint.
         weights, optimizer_state = self._copy_to_cpu((weights, optimizer_state))
         arguments = state, weights, optimizer_state, self.process_group
-        save = partial(self.checkpoint_manager.save, *arguments)
         pool = ThreadPoolExecutor(1)
-        self._write = pool.submit(save)
+        self._write = pool.submit(self.checkpoint_manager.save, *arguments)
         pool.shutdown(wait=False)
 
     def _copy_to_cpu(self, tensor_sets: Sequence[Mapping[str, Tensor]]) -> list[dict[str, Tensor]]:

@@ -286,6 +286,11 @@ class DatasetStats:
         """True if all samples were scanned."""
         return self.num_scanned == len(self.sample_indices) + len(self.skipped)
 
+    def count_image_uses(self, num_samples: int) -> float:
+        """Return how often a run of `num_samples` samples uses an image on average."""
+        num_uses = self.num_images * num_samples / len(self.sample_indices)
+        return num_uses / max(1, self.num_unique_images)
+
 
 class SampleStats(NamedTuple):
     """Statistics of one sample, small enough to keep for all samples of a dataset.

@@ -214,9 +214,7 @@ def build_train_state(
         get_task_metric(
             custom_metric.resolve_metric_path(recipe.eval.metric, recipe.output_dir)
         )  # reports an invalid metric first
-    train_data, validation_data = load_training_data(
-        recipe, renderer, hardware.num_workers, console
-    )
+    train_data, validation_data = load_training_data(recipe, renderer, num_workers, console)
     renderer = train_data.select_thinking_mode(renderer)
     sampler = TrainSampler(train_data.corpus, train_data.stats.sample_indices, recipe.train)
     check_trainable_parts(recipe.tune, train_data, sampler)

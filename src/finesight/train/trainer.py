@@ -429,10 +429,8 @@ class Trainer:
         Returns:
             False if early stopping ends the run.
         """
-        is_rung, has_validation = (
-            self.is_due(self.stop_step),
-            self.state.data.validation is not None,
-        )
+        is_rung = self.is_due(self.stop_step)
+        has_validation = self.state.data.validation is not None
         should_evaluate = self.is_due(self.eval_interval) or (is_rung and has_validation)
         should_save = self.is_due(self.save_interval) and self.decide_on_main(
             self.checkpointer.is_due()

@@ -129,6 +129,9 @@ class ImageIndex:
         ]
 
 
+MIN_IMAGE_USES = 1.25
+"""Mean uses of an image from which the cache saves time (`benchmarks/vision_cache_gain.py`)."""
+
 CacheTier = Literal["gpu", "memory", "disk"]
 
 MAX_GPU_FRACTION = 1 / 16
@@ -368,12 +371,11 @@ class VisionCacheReader:
         if sample in self.image_index.corrupt_samples:
             raise self.image_index.corrupt_samples[sample]
         if num_features != self.count_features([sample]):
+            first = self.image_index.image_refs[self.image_indices([sample])[0]]
             raise CorruptImageError(
                 f"an image has {num_features} tokens now, and had"
                 f" {self.count_features([sample])} when its features were cached",
-                where=str(
-                    self.image_index.image_refs[self.image_indices([sample])[0]].span.files[0]
-                ),
+                where=str(first.span.files[0]),
                 expected="unchanged images during the run",
                 remedy="start again with --resume to encode the images again",
             )

@@ -46,6 +46,7 @@ from finesight.train.dataloader import TensorBlock, prefetch_items, record_event
 from finesight.train.oom import first_error_line, release_memory
 from finesight.train.state import TrainState
 from finesight.train.vision_cache import (
+    MIN_IMAGE_USES,
     CacheTier,
     FreeBytes,
     ImageChunk,
@@ -72,7 +73,7 @@ MAX_PENDING_CHUNKS = 8
 
 NUM_HASH_THREADS, NUM_READER_THREADS, NUM_WRITER_THREADS = 8, 4, 2
 
-REASON_SINGLE_USE = "each image is used once, and not all features are on disk"
+REASON_FEW_USES = f"images have fewer than {MIN_IMAGE_USES} uses, and not all are on disk"
 
 
 def _read_image_refs(corpus: Corpus, renderer: Renderer, index: int) -> list[ImageRef]:
@@ -449,7 +450,7 @@ class VisionCacheBuilder:
         hardware = self._state.run.hardware
         # The ranks exchange features, so each phase starts only if all ranks finished the previous
         # one: a rank that falls back alone would block the others.
-        is_single_use, *_ = self._run_on_all_ranks(self._open_store_if_useful)
+        has_few_uses, *_ = self._run_on_all_ranks(self._open_store_if_useful)
         self._run_on_all_ranks(self._index_images)
         self._chunks = chunks = self._image_index.split_chunks()
         self._process_group.check_identical({"images": [chunk.name for chunk in chunks]})
@@ -463,8 +464,8 @@ class VisionCacheBuilder:
         loaded_chunks: list[ImageChunk] = []
 
         def start_build() -> list[int]:
-            if not chunks or (is_single_use and len(on_disk) < len(chunks)):
-                raise _CacheUnavailable(REASON_SINGLE_USE)
+            if not chunks or (has_few_uses and len(on_disk) < len(chunks)):
+                raise _CacheUnavailable(REASON_FEW_USES)
             tier = choose_cache_tier(self._setting, num_bytes, missing_bytes, free)
             if tier is None:
                 gpu = f", {_format_bytes(free.gpu)} on the GPU" if free.gpu else ""
@@ -531,7 +532,7 @@ class VisionCacheBuilder:
         return [*results]
 
     def _open_store_if_useful(self) -> bool:
-        """Open the feature files; return whether a new run uses each image at most once.
+        """Open the feature files; return whether a new run uses images few times.
 
         Raises:
             _CacheUnavailable: The cache cannot be used or does not pay off.
@@ -541,12 +542,10 @@ class VisionCacheBuilder:
         if blocker is not None:
             raise _CacheUnavailable(blocker)
         stats, root = state.data.train.stats, vision_cache_root()
-        num_uses = stats.num_images * state.data.sampler.num_samples
-        is_single_use = not state.progress.step and num_uses <= stats.num_unique_images * len(
-            stats.sample_indices
-        )
-        if is_single_use and not root.is_dir():
-            raise _CacheUnavailable(REASON_SINGLE_USE)
+        num_uses = stats.count_image_uses(state.data.sampler.num_samples)
+        has_few_uses = not state.progress.step and num_uses < MIN_IMAGE_USES
+        if has_few_uses and not root.is_dir():
+            raise _CacheUnavailable(REASON_FEW_USES)
         if self._setting != "memory":
             folder, device = state.run.base_model.folder, state.run.hardware.device
             settings = {"config": folder.config, "preprocessor": folder.preprocessor_config}
@@ -556,9 +555,9 @@ class VisionCacheBuilder:
                 self._store = VisionFileStore(root, encoder_hash, use_lock=is_local_main)
             except UserError as error:
                 self._disable_disk(error)
-        if is_single_use and (self._store is None or self._store.is_empty):
-            raise _CacheUnavailable(REASON_SINGLE_USE)
-        return is_single_use
+        if has_few_uses and (self._store is None or self._store.is_empty):
+            raise _CacheUnavailable(REASON_FEW_USES)
+        return has_few_uses
 
     def _disable_disk(self, error: UserError) -> None:
         """Log that the disk is not used, or raise if the recipe requires it."""

@@ -26,12 +26,14 @@ from finesight.data.exporter import export_dataset
 from finesight.data.formats import get_format
 from finesight.data.formats.dataset_format import NOTE_SKIPPED_BOX
 from finesight.data.formats.image_annotations import (
+    NOTE_HOLES,
     NOTE_OMITTED_BOXES,
     NOTE_OMITTED_CLASSES,
+    NOTE_PARTS,
     REASON_OBJECT_WITHOUT_BOX,
     REASON_UNLISTED_CLASSES,
 )
-from finesight.data.sample import LocatedSample
+from finesight.data.sample import LocatedSample, join_text
 from finesight.errors import UserError
 
 CASES = load_cases("box_scenes")
@@ -120,6 +122,86 @@ def test_points(tmp_path: Path, name: str, lawn: str, points: list[Any]) -> None
     (question,) = list_questions(samples)
     assert ("lawn" in question, "dog" in question) == (True, name == "yolo")
     assert not any("skipped" in note or "ignored" in note for note in summary.source_notes)
+
+
+@each(("name", "lawn", "kind", "num_parts", "num_holes"), CASES["test_polygons"])
+def test_polygons(
+    tmp_path: Path, name: str, lawn: str, kind: str, num_parts: int, num_holes: int
+) -> None:
+    source = write_scene(name, tmp_path / "set", SCENES[name]["lawn"], lawn)
+    (sample,), summary = import_samples(source, tmp_path / "out", box_task="polygons")
+    assert list_questions([sample])[0].endswith("with polygons: lawn.")
+    answer = json.loads(join_text(sample.messages[-1].content))
+    assert [one["label"] for one in answer] == ["lawn"] * len(answer)
+    found = [rotate_to_start(one["polygon_2d"]) for one in answer]
+    assert found == [*map(rotate_to_start, CASES["outlines"][kind])]
+    assert summary.source_notes == {
+        note: count
+        for note, count in (
+            (NOTE_PARTS, num_parts),
+            (NOTE_HOLES, num_holes),
+            (NOTE_OMITTED_CLASSES, 1),
+        )
+        if count
+    }
+
+
+@each(("name", "lawn", "problem"), CASES["test_invalid_polygons"])
+def test_invalid_polygons(tmp_path: Path, name: str, lawn: str, problem: str) -> None:
+    source = write_scene(name, tmp_path / "set", SCENES[name]["lawn"], lawn)
+    with pytest.raises(UserError, match=f"(?s){problem}"):
+        import_samples(source, tmp_path / "out", box_task="polygons")
+
+
+def test_shapes_without_polygons_are_reported(tmp_path: Path) -> None:
+    polygon, kinds = (
+        '"shape_type": "polygon", "points": [[0, 0], [8, 1], [9, 4]]',
+        ("circle", "line"),
+    )
+    others = [f'"shape_type": "{kind}", "points": [[9, 9], [5, 4]]' for kind in kinds]
+    lawn = '}, {"label": "tree", '.join([polygon, *others])
+    source = write_scene("labelme", tmp_path / "set", SCENES["labelme"]["lawn"], lawn)
+    _, summary = import_samples(source, tmp_path / "out", box_task="polygons")
+    skipped = {f"shapes of type {kind} (skipped)": 1 for kind in kinds}
+    assert summary.source_notes == {NOTE_OMITTED_CLASSES: 2, **skipped}
+    crowd = '"category_id": 2, "segmentation": [[0, 0, 8, 1, 9, 4]]}, {"id": 9, "image_id": 1, '
+    crowd += '"category_id": 1, "iscrowd": 1'
+    source = write_scene("coco", tmp_path / "crowd", SCENES["coco"]["lawn"], crowd)
+    _, summary = import_samples(source, tmp_path / "crowd out", box_task="polygons")
+    assert summary.source_notes["crowd regions (skipped)"] == 1
+
+
+def rotate_to_start(outline: list[list[float]]) -> list[list[float]]:
+    """Return a closed outline from its smallest corner on."""
+    start = outline.index(min(outline))
+    return outline[start:] + outline[:start]
+
+
+def test_polygons_are_required_and_inside_their_image(tmp_path: Path) -> None:
+    source = write_scene("labelme", tmp_path / "set")
+    with pytest.raises(UserError, match="without a valid box or polygon"):
+        import_samples(source, tmp_path / "out", box_task="polygons")
+    lawn = '"shape_type": "polygon", "points": [[44, 4], [30, 4], [30, 9]]'
+    source = write_scene("labelme", tmp_path / "outside", SCENES["labelme"]["lawn"], lawn)
+    with pytest.raises(UserError, match=r"the point \[44, 4\] .* outside its image"):
+        import_samples(source, tmp_path / "out", box_task="polygons")
+    clipped = {"box_task": "polygons", "on_invalid_box": "clip"}
+    (sample,), _ = import_samples(source, tmp_path / "clipped", **clipped)
+    answer = json.loads(join_text(sample.messages[-1].content))
+    assert answer == [{"polygon_2d": [[40, 4], [30, 4], [30, 9]], "label": "lawn"}]
+    line = lawn.replace("44", "40")
+    line += '}, {"label": "lawn", "shape_type": "polygon", "points": [[1, 1], [2, 2]]'
+    source = write_scene("labelme", tmp_path / "line", SCENES["labelme"]["lawn"], line)
+    with pytest.raises(UserError, match="three or more points"):
+        import_samples(source, tmp_path / "line out", box_task="polygons")
+    (again,), _ = import_samples(source, tmp_path / "without", **clipped)
+    assert again.messages[-1] == sample.messages[-1]
+    line = lawn.replace("44", "40")
+    line += f'}}, {{"label": "lawn", {lawn.replace("30", "50")}'
+    source = write_scene("labelme", tmp_path / "stray", SCENES["labelme"]["lawn"], line)
+    (again,), summary = import_samples(source, tmp_path / "stray out", **clipped)
+    assert again.messages[-1] == sample.messages[-1]
+    assert summary.source_notes == {NOTE_SKIPPED_BOX: 1, NOTE_OMITTED_CLASSES: 1}
 
 
 def test_points_are_required_and_inside_their_image(tmp_path: Path) -> None:

@@ -102,7 +102,11 @@ def test_regions_of_other_shapes(root: Path, tmp_path: Path) -> None:
     results = [
         region("a", id="1", **rotated),
         region("b", id="2", points=[[10, 10], [50, 10], [25, 90]]),
-        {"id": "3", "type": "brushlabels", "value": {"rle": [1], "brushlabels": ["sky"]}},
+        {
+            "id": "3",
+            "type": "ellipselabels",
+            "value": {"x": 1, "radiusX": 2, "ellipselabels": ["sky"]},
+        },
         answer("kind", choices=["street"]),
     ]
     samples, summary = import_samples(
@@ -112,7 +116,7 @@ def test_regions_of_other_shapes(root: Path, tmp_path: Path) -> None:
     assert summary.source_notes == {
         "rotated rectangles (converted to bounding boxes)": 1,
         "polygons (converted to bounding boxes)": 1,
-        "regions of type brushlabels (skipped)": 1,
+        "regions of type ellipselabels (skipped)": 1,
         "answers about the whole image, next to regions (ignored)": 1,
     }
 

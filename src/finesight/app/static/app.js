@@ -28,19 +28,21 @@ const check = async (response) => {
 
 const language = () => ({ "accept-language": document.documentElement.lang });
 
-/** Answer to a GET request or, with a body, to a POST request. */
-export const request = async (url, body) => {
+/** Response to a GET request or, with a body, to a POST request. */
+export const send = async (url, body) => {
   const headers = body ? { ...language(), "content-type": "application/json" } : language();
   const post = body && { method: "POST", body: JSON.stringify(body) };
-  return (await check(await fetch(url, { headers, ...post }))).json();
+  return check(await fetch(url, { headers, ...post }));
 };
 
-/** The page of this server at a URL. */
-export const fetchPage = async (url) => parse(await (await check(await fetch(url, { headers: language() }))).text());
+export const request = async (...values) => (await send(...values)).json();
 
-/** Uploads a file, and returns its ID and name, or its number. */
-export const upload = async (file, path = "uploads") => {
-  const url = `${path}?${new URLSearchParams({ name: file.name })}`;
+/** The page of this server at a URL. */
+export const fetchPage = async (...values) => parse(await (await send(...values)).text());
+
+/** Uploads a file, and returns its ID and name, or its images. */
+export const upload = async (file) => {
+  const url = `uploads?${new URLSearchParams({ name: file.name })}`;
   return (await check(await fetch(url, { method: "POST", headers: language(), body: file }))).json();
 };
 

@@ -1,9 +1,9 @@
 import {
-  byId, create, describe, parse, request, settings, translate, update, updateAttributes, upload
+  byId, create, describe, fetchPage, parse, request, send as sendRequest, settings, translate, update, updateAttributes, upload
 } from "./app.js";
 
-const streams = new Map();
-let chat = "", created = null, isAsking = false, attachments = [];
+const MAX_TITLE_CHARS = 80;
+let chat = null, attachments = [];
 
 // Messages
 
@@ -24,110 +24,134 @@ const attempt = async (action) => {
   }
 };
 
+// Conversations of this browser by ID, and the ID of that of this tab. Without a storage, they end with the page.
+
+const openStorage = (name) => { try { return window[name]; } catch { return {}; } };
+const stored = openStorage("localStorage"), tab = openStorage("sessionStorage");
+// Servers may share an address. The images of a server that has stopped are gone.
+const path = `chat ${location.pathname} `, prefix = `${path}${settings.server} `;
+for (const id of Object.keys(stored)) if (id.startsWith(path) && !id.startsWith(prefix)) delete stored[id];
+
+// Those with an answer that is being generated, which ends with the page.
+const running = new Map();
+const read = (id) => {
+  const one = running.get(id) ?? JSON.parse(stored[id]);
+  if (!running.has(id)) for (const reply of one.turns.at(-1).replies) reply.finish_reason ??= "cancelled";
+  return one;
+};
+const listChats = () => Object.keys(stored).filter((id) => id.startsWith(prefix)).map(read)
+  .sort((one, other) => other.changed - one.changed);
+
+const remove = ({ id, turns }) => {
+  delete stored[id];
+  forget(turns.flatMap((turn) => turn.images), null);
+};
+
+const save = (one) => {
+  one.changed = Date.now();
+  const others = listChats().filter(({ id }) => id !== one.id && !running.has(id));
+  others.splice(settings.max_chats - 1).forEach(remove);
+  // The storage may be full. Old conversations are removed only if this one fits then.
+  const store = (it) => { try { return Boolean(stored[it.id] = JSON.stringify(it)); } catch { return false; } };
+  const removed = [];
+  let isStored;
+  while (!(isStored = store(one)) && others.length) {
+    removed.push(others.pop());
+    delete stored[removed.at(-1).id];
+  }
+  if (isStored) removed.forEach(remove);
+  else {
+    removed.forEach(store);
+    report(new Error("This browser has no space for the chat, which ends with the page. Export it to keep it."));
+  }
+  showList();
+};
+
+addEventListener("pagehide", () => { for (const one of running.values()) if (one.turns.length) save(one); });
+addEventListener("storage", ({ key }) => {
+  if (!key?.startsWith(prefix)) return;
+  showList();
+  if (key === chat?.id && !running.has(key)) attempt(() => key in stored ? open(key) : startNew());
+});
+
 // Conversation
 
 // The end of the conversation stays visible, unless the user has scrolled up.
 const followEnd = (change) => {
-  const page = document.documentElement;
-  const isAtEnd = innerHeight + scrollY > page.scrollHeight - 160;
+  const root = document.documentElement;
+  const isAtEnd = innerHeight + scrollY > root.scrollHeight - 160;
   change();
-  if (isAtEnd) scrollTo(0, page.scrollHeight);
+  if (isAtEnd) scrollTo(0, root.scrollHeight);
 };
 
-const showTurn = ({ index, turn }) => followEnd(() => {
-  const [section] = parse(turn).children, old = byId("turns").children[index];
-  if (!section) return;
-  if (!old) byId("turns").append(section);
+/** Shows the last turn of a conversation, after which there are no others. */
+const showTurn = (html, index) => followEnd(() => {
+  const [section] = parse(html).children, turns = byId("turns").children;
+  while (turns.length > index + 1) turns[index + 1].remove();
+  if (!turns[index]) byId("turns").append(section);
   else {
-    updateAttributes(old, section);
-    update(old, section);
+    updateAttributes(turns[index], section);
+    update(turns[index], section);
   }
 });
-
-const showButtons = (isGenerating) => {
-  const numTurns = byId("turns").children.length, hasFocus = document.activeElement;
-  for (const name of ["regenerate", "undo"]) byId(name).disabled = isGenerating || !numTurns;
-  byId("new-chat").disabled = !numTurns;
-  byId("export").hidden = isGenerating || !numTurns;
-  byId("welcome").hidden = numTurns > 0;
-  byId("send").hidden = isGenerating;
-  byId("stop").hidden = !isGenerating;
-  if (hasFocus?.matches("#send, #stop, #regenerate, #undo, #new-chat")
-    && (hasFocus.hidden || hasFocus.disabled)) byId("question").focus();
-};
 
 const showImageHint = () => {
   const hasImages = attachments.length > 0 || document.querySelector(".thumbs") !== null;
   byId("image-hint").hidden = !settings.expects_images || hasImages;
 };
 
-const showList = ({ chats }) => {
-  update(byId("chat-list"), parse(chats));
-  byId("num-chats").textContent = byId("chat-list").querySelectorAll("li").length;
-};
-
-const show = (state) => followEnd(() => {
-  const isOther = state.token !== chat;
-  chat = state.token;
-  sessionStorage.setItem("chat", chat);
-  if (isOther) byId("turns").replaceChildren();
-  update(byId("turns"), parse(state.turns));
-  showList(state);
-  byId("export").href = `chats/${chat}/chat.zip`;
-  showButtons(state.is_generating);
+const showButtons = () => {
+  const isGenerating = running.has(chat?.id), numTurns = byId("turns").children.length;
+  const hasFocus = document.activeElement;
+  for (const name of ["regenerate", "undo"]) byId(name).disabled = isGenerating || !numTurns;
+  byId("new-chat").disabled = !numTurns;
+  byId("export").hidden = isGenerating || !numTurns;
+  byId("welcome").hidden = numTurns > 0;
+  byId("send").hidden = isGenerating;
+  byId("stop").hidden = !isGenerating;
   showImageHint();
-  if (isOther && state.settings) setSettings(state.settings);
-  if (state.error) report(new Error(state.error));
-  if (state.is_generating) follow();
-});
-
-// Every answer is received until its end, also while the page shows another conversation. The
-// server stops an answer that no page receives.
-const follow = () => {
-  if (streams.has(chat)) return;
-  const token = chat;
-  const source = new EventSource(`chats/${token}/stream?lang=${document.documentElement.lang}`);
-  const close = () => {
-    source.close();
-    streams.delete(token);
-  };
-  streams.set(token, source);
-  source.addEventListener("message", ({ data }) => {
-    const { state, ...turn } = JSON.parse(data);
-    if (state) close();
-    if (token !== chat) return;
-    if (!state) {
-      showTurn(turn);
-      return;
-    }
-    show(state);
-    const replies = document.querySelectorAll("#turns > :last-child .reply .message-text");
-    byId("announcement").textContent = [...replies].map((reply) => reply.textContent).join("\n");
-  });
-  source.addEventListener("error", () => {
-    if (source.readyState !== EventSource.CLOSED) return;
-    close();
-    attempt(refresh);
-  });
+  if (hasFocus?.matches("#send, #stop, #regenerate, #undo, #new-chat")
+    && (hasFocus.hidden || hasFocus.disabled)) byId("question").focus();
 };
 
-const startNew = () => {
-  chat = "";
-  created = null;
-  sessionStorage.setItem("chat", "new");
-  byId("turns").replaceChildren();
-  showButtons(false);
-  showImageHint();
+const getTitle = ({ turns: [{ text, images }] }) => [text, ...images.map(({ name }) => name)]
+  .find((one) => one.trim()).replace(/\s+/g, " ").trim().slice(0, MAX_TITLE_CHARS);
+
+const showList = () => {
+  const rows = listChats().map((one) => {
+    const title = getTitle(one), label = translate("Delete");
+    return create("li", { class: "chat-row" },
+      create("button", { type: "button", class: "title", "aria-current": one.id === chat?.id && "true",
+        "data-action": "open", "data-id": one.id }, title),
+      create("button", { type: "button", "data-action": "delete", "data-id": one.id, disabled: running.has(one.id),
+        "aria-label": `${label}: ${title}`, "data-confirm": translate("Delete “{}”?", title) }, label));
+  });
+  byId("num-chats").textContent = rows.length;
+  byId("chat-list").querySelector("ul").replaceChildren(...rows);
+  byId("no-chats").hidden = rows.length > 0;
 };
 
-const open = async (token) => show(await request(`chats/${token}`));
+const show = (one, html = "") => {
+  chat = one;
+  tab.chat = one?.id ?? "new";
+  byId("turns").replaceChildren(...parse(html).childNodes);
+  showList();
+  showButtons();
+};
 
-const refresh = async () => {
-  if (!chat) showList(await request("chats"));
-  else if (!isAsking) {
-    const token = chat, state = await request(`chats/${token}`);
-    if (chat === token) show(state);
-  }
+const startNew = () => show(null);
+
+const open = async (id) => {
+  const one = read(id), body = await fetchPage("turns", { turns: one.turns });
+  show(one, body.innerHTML);
+  if (one.settings) setSettings(one.settings);
+};
+
+/** Deletes images on the server that no other turn of the conversation has. */
+const forget = (images, one = chat) => {
+  const getFile = ({ id }) => id.slice(0, 32), kept = one?.turns.flatMap((turn) => turn.images).map(getFile) ?? [];
+  const unused = images.filter((one) => !kept.includes(getFile(one)));
+  if (unused.length) request("forget", { images: unused }).catch(() => {});
 };
 
 // Settings
@@ -164,7 +188,11 @@ const showAttachments = () => {
       ? create("video", { src: one.url, "aria-label": one.file.name, muted: true })
       : create("img", { src: one.url, alt: one.file.name }),
     create("button", { type: "button", "aria-label": `${translate("Delete")}: ${one.file.name}`,
-      onclick: () => { detach([one]); byId("question").focus(); } }, "×"))));
+      onclick: () => {
+        detach([one]);
+        one.uploaded.then(forget, () => {});
+        byId("question").focus();
+      } }, "×"))));
   showImageHint();
 };
 
@@ -174,25 +202,11 @@ const detach = (removed) => {
   showAttachments();
 };
 
-/** The shown conversation. Its first image or question creates it. */
-const findChat = async () => {
-  if (chat) return chat;
-  created ??= request("chats", {}).catch((error) => { created = null; throw error; });
-  return (await created).token;
-};
-
-/** Uploads an image to the shown conversation, unless it has it. Returns its number, or those of its pages. */
-const uploadTo = async (one) => {
-  const token = await findChat();
-  if (one.token !== token) Object.assign(one, { token, uploaded: upload(one.file, `chats/${token}/uploads`) });
-  return (await one.uploaded).numbers;
-};
-
 const attach = (files) => {
   for (const file of files) {
-    const one = { file, url: URL.createObjectURL(file) };
+    const one = { file, url: URL.createObjectURL(file), uploaded: upload(file) };
     attachments.push(one);
-    uploadTo(one).catch((error) => {
+    one.uploaded.catch((error) => {
       detach([one]);
       report(error);
     });
@@ -218,19 +232,70 @@ addEventListener("drop", (event) => {
 
 // Actions
 
-/** Requests another answer. Returns whether it has started. */
-const ask = async (values) => {
+/** Lines of JSON in the body of a response. */
+const readLines = async function* ({ body }) {
+  const reader = body.pipeThrough(new TextDecoderStream()).getReader();
+  let rest = "";
+  for (;;) {
+    const { done, value } = await reader.read();
+    if (done) return;
+    const lines = (rest + value).split("\n");
+    rest = lines.pop();
+    for (const line of lines) yield JSON.parse(line);
+  }
+};
+
+/** Receives the answer to the last question, also while the page shows another conversation. */
+const receive = async (one, turns, question, response) => {
+  const removed = one.turns.slice(turns.length).flatMap((turn) => turn.images);
+  let line;
+  try {
+    for await (line of readLines(response)) {
+      const isFirst = one.answer !== line.id;
+      Object.assign(one, { turns: [...turns, { ...question, replies: line.replies }], answer: line.id });
+      if (chat === one) showTurn(line.html, turns.length);
+      if (!isFirst) continue;
+      save(one);
+      forget(removed, one);
+      if (one.isStopped) attempt(() => stop(one));
+      if (chat === one) showButtons();
+    }
+    if (chat === one && line?.error) report(new Error(line.error));
+  } finally {
+    running.delete(one.id);
+    if (line) save(one);
+    if (chat === one) showButtons();
+  }
+  if (chat !== one) return;
+  const replies = document.querySelectorAll("#turns > :last-child .reply .message-text");
+  byId("announcement").textContent = [...replies].map((reply) => reply.textContent).join("\n");
+};
+
+/** Stops the answer of a conversation, as soon as the server has sent its ID. */
+const stop = async (one) => {
+  one.isStopped = true;
+  if (one.answer) await request(`answers/${one.answer}/stop`, {});
+};
+
+/** Asks a question with images or uploads after some turns. Returns whether the answer has started. */
+const ask = async (one, text, uploads, index) => {
   const chosen = readSettings();
-  if (!chosen || isAsking) return false;
-  isAsking = true;
+  if (!chosen || running.has(one.id)) return false;
+  const turns = one.turns.slice(0, index);
+  Object.assign(one, { answer: null, isStopped: false });
+  running.set(one.id, one);
+  showButtons();
   const hasStarted = await attempt(async () => {
-    const token = await findChat(), files = (await Promise.all((values.files ?? []).map(uploadTo))).flat();
-    chat = token;
-    const body = { ...values, ...(values.files && { files }), settings: chosen };
-    const state = await request(`chats/${token}/ask`, body);
-    if (chat === token) show(state);
+    const question = { text, images: (await Promise.all(uploads)).flat() };
+    const response = await sendRequest("answers", { turns, question, settings: chosen });
+    one.settings = chosen;
+    if (chat === one) tab.chat = one.id;
+    attempt(() => receive(one, turns, question, response));
   });
-  isAsking = false;
+  if (!hasStarted) {
+    running.delete(one.id);
+    showButtons();
+  }
   return hasStarted;
 };
 
@@ -238,10 +303,14 @@ const send = async () => {
   const field = byId("question"), text = field.value, sent = attachments;
   if ((!text.trim() && !sent.length) || byId("send").hidden) return;
   scrollTo(0, document.documentElement.scrollHeight);
-  if (!await ask({ text, files: sent })) return;
+  chat ??= { id: `${prefix}${Date.now()} ${Math.random()}`, turns: [] };
+  if (!await ask(chat, text, sent.map(({ uploaded }) => uploaded))) return;
   if (field.value === text) field.value = "";
   detach(sent);
 };
+
+/** Asks the question of a turn again, with another text. */
+const askAgain = (index, text = chat.turns[index].text) => ask(chat, text, chat.turns[index].images, index);
 
 const isPlainEnter = (event) =>
   event.key === "Enter" && !event.shiftKey && !event.isComposing && event.keyCode !== 229;
@@ -256,33 +325,42 @@ byId("question").addEventListener("keydown", (event) => {
   send();
 });
 byId("settings").addEventListener("submit", (event) => event.preventDefault());
-byId("stop").addEventListener("click", () => attempt(() => request(`chats/${chat}/stop`, {})));
-byId("regenerate").addEventListener("click", () => ask({ index: byId("turns").children.length - 1 }));
-byId("undo").addEventListener("click", () => attempt(async () => {
-  const { text, ...state } = await request(`chats/${chat}/undo`, {});
-  show(state);
+byId("stop").addEventListener("click", () => attempt(() => stop(chat)));
+byId("regenerate").addEventListener("click", () => askAgain(chat.turns.length - 1));
+byId("undo").addEventListener("click", () => {
+  const { text, images } = chat.turns.pop();
+  byId("turns").lastElementChild.remove();
+  forget(images);
+  if (chat.turns.length) save(chat);
+  else delete stored[chat.id];
+  show(chat.turns.length ? chat : null, byId("turns").innerHTML);
   byId("question").value ||= text;
   byId("question").focus();
-}));
-byId("new-chat").addEventListener("click", () => attempt(async () => {
+});
+byId("new-chat").addEventListener("click", () => {
   startNew();
   byId("question").focus();
-  await refresh();
+});
+byId("export").addEventListener("click", () => attempt(async () => {
+  const { turns, settings: chosen } = chat, response = await sendRequest("chat.zip", { turns, settings: chosen });
+  const url = URL.createObjectURL(await response.blob());
+  create("a", { href: url, download: "chat.zip" }).click();
+  setTimeout(() => URL.revokeObjectURL(url), 60_000);
 }));
 
 const actions = {
-  open: async ({ token }) => {
+  open: async ({ id }) => {
     byId("chats").open = false;
-    await open(token);
+    await open(id);
     byId("question").focus();
   },
-  delete: async ({ token }) => {
-    await request(`chats/${token}/delete`, {});
-    if (token === chat) startNew();
-    await refresh();
+  delete: async ({ id }) => {
+    remove(read(id));
+    if (id === chat?.id) startNew();
+    else showList();
     document.querySelector("#chats summary").focus();
   },
-  edit: ({ index }, text) => ask({ index: Number(index), text }),
+  edit: ({ index }, text) => askAgain(Number(index), text),
 };
 
 const showForm = (form, isShown) => {
@@ -336,8 +414,9 @@ addEventListener("submit", (event) => {
   const form = event.target, { action } = form.dataset;
   if (!action) return;
   event.preventDefault();
-  showForm(form, false);
-  attempt(() => actions[action](form.dataset, form.querySelector("textarea, input").value));
+  // After an error, the text stays.
+  attempt(async () => await actions[action](form.dataset, form.querySelector("textarea, input").value)
+    && showForm(form, false));
 });
 addEventListener("keydown", (event) => {
   const form = event.target.closest?.("form[data-action]");
@@ -354,28 +433,9 @@ addEventListener("error", ({ target }) => {
   target.closest(".zoom, .zoomed button")?.replaceWith(create("span", { class: "missing-image" }, text));
 }, true);
 
-// Other pages of the browser may change the conversation. The requests also mark it as displayed.
-const poll = () => {
-  if (!document.hidden) refresh().catch(() => {});
-};
-setInterval(poll, 60_000);
-document.addEventListener("visibilitychange", poll);
-if (!navigator.cookieEnabled) {
-  addEventListener("pagehide", () => chat && navigator.sendBeacon(`chats/${chat}/delete`));
-}
-
 attempt(async () => {
   // A reload shows the same conversation.
-  const known = sessionStorage.getItem("chat");
+  const known = listChats(), last = tab.chat;
   startNew();
-  showList(await request("chats"));
-  const latest = byId("chat-list").querySelector("[data-token]")?.dataset.token;
-  for (const token of known === "new" ? [] : [known, latest].filter(Boolean)) {
-    try {
-      await open(token);
-      return;
-    } catch (error) {
-      if (error.status !== 404) throw error;
-    }
-  }
+  if (known.length && last !== "new") await open((known.find(({ id }) => id === last) ?? known[0]).id);
 });

@@ -147,7 +147,7 @@ def parse_answer(answer: str, images: RowImages) -> Iterator[ContentPart]:
     """
     found: Iterable[str | list[str | TextBox]] = filter(None, [answer])
     if has_json_boxes(answer):
-        found = _iter_json_boxes(strip_code_fences(answer))
+        found = _iter_json_boxes(strip_code_fences(answer), keeps_json=images.keeps_json)
     for piece in found:
         pieces: Iterable[str | TextBox] = [piece] if isinstance(piece, str) else piece
         if isinstance(piece, str):
@@ -160,6 +160,7 @@ def parse_answer(answer: str, images: RowImages) -> Iterator[ContentPart]:
             pieces = ["".join(texts)]
         else:
             images.require_single_image()
+            images.count_json(is_structure=isinstance(piece[0], str))
             if not isinstance(piece[0], str):
                 pieces = []
                 yield from images.create_boxes(one for one in piece if not isinstance(one, str))
@@ -252,9 +253,9 @@ _INVALID_KEY = re.compile(rf'{BOX_KEY}(?!"\s*:\s*\[*$)')
 """The key of a box in a text, unless a box follows the text."""
 
 
-def _iter_json_boxes(text: str) -> Iterator[str | list[str | TextBox]]:
+def _iter_json_boxes(text: str, *, keeps_json: bool = False) -> Iterator[str | list[str | TextBox]]:
     """Yield non-empty texts and JSON values with boxes, and reject malformed boxes."""
-    for piece in split_at_boxes(text):
+    for piece in split_at_boxes(text, keeps_json=keeps_json):
         if not isinstance(piece, str):
             check_limit(len(piece), MAX_BOXES, "boxes")
             yield piece

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import itertools
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -12,6 +13,8 @@ from dataclasses import dataclass, field, replace
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal
+
+import numpy as np
 
 from finesight.bounded_files import DuplicateKeyError, parse_unique_json
 from finesight.data.boxes import (
@@ -131,8 +134,8 @@ def build_example(
 Files = Iterator[tuple[str, bytes]]
 """Relative file names with content. A repeated name appends to the file."""
 
-BoxTask = Literal["detection", "grounding", "points"]
-"""Task of a box dataset: one question per image, one per label, or one about its points."""
+BoxTask = Literal["detection", "grounding", "points", "polygons"]
+"""Task of a box dataset: one question per image, one per label, or about its points or outlines."""
 
 InvalidBoxPolicy = Literal["fail", "drop", "clip"]
 """Treatment of invalid boxes: an error of the row, drop the box, or clip it to the image.
@@ -148,7 +151,9 @@ NOTE_THOUSANDTHS = (
 NOTE_PIXELS = (
     "JSON boxes and points in texts, read as pixels of the original image; --box-units changes it"
 )
+NOTE_KEPT_JSON = "answers of boxes (kept as JSON, which other answers have with further keys)"
 NOTE_CLIPPED_BOX = "boxes outside their image (clipped)"
+NOTE_MOVED_CORNER = "corners of polygons outside their image (moved to its edge)"
 NOTE_SKIPPED_BOX = "invalid boxes (skipped)"
 
 IMAGE_KEYS = ("image", "images")
@@ -206,6 +211,8 @@ class ImportContext:
         row_notes: Counts of content of the current row that samples do not represent.
         other_keys: Number of keys in the current row that its format does not use, by description.
         invalid_boxes: Note and error of each clipped or dropped box of the current row.
+        keeps_json: Keep JSON of boxes as JSON, instead of the notation of the model family.
+        num_json: Number of JSON values of boxes only (False) and of structures with boxes (True).
     """
 
     images: ImageResolver
@@ -224,10 +231,19 @@ class ImportContext:
     row_notes: Counter[str] = field(default_factory=Counter)
     skipped_rows: Counter[str] = field(default_factory=Counter)
     other_keys: Counter[str] = field(default_factory=Counter)
+    keeps_json: bool = False
+    num_json: Counter[bool] = field(default_factory=Counter)
+
+    def restart_with_json(self) -> None:
+        """Reset the counts, to parse all rows again with one notation of boxes."""
+        self.keeps_json, self.num_clipped = True, 0
+        self.source_notes.clear()
+        self.skipped_rows.clear()
+        self.source_notes[NOTE_KEPT_JSON] = self.num_json[False]
 
     @property
     def shape_notes(self) -> Counter[str]:
-        """Counts of shapes that questions about boxes do not represent."""
+        """Counts of shapes that questions about boxes or polygons do not represent."""
         return Counter() if self.box_task == "points" else self.row_notes
 
     def resolve_convention(self, default: BoxConvention) -> BoxConvention:
@@ -261,14 +277,20 @@ class ImportContext:
         if self.lenient:
             return pixel_box
         try:
-            clipped_box = clip_to_image(pixel_box, image_size, convention, is_point=is_point)
+            is_corner = is_point and self.box_task == "polygons"
+            clipped_box = clip_to_image(
+                pixel_box, image_size, convention, is_point=is_point, is_corner=is_corner
+            )
         except InvalidBoxError as error:
-            inner_box = clip_box(pixel_box, image_size, is_point=is_point)
+            inner_box, note = clip_box(pixel_box, image_size, is_point=is_point), NOTE_CLIPPED_BOX
+            if self.box_task == "polygons" and all(map(math.isfinite, pixel_box)):
+                limits = np.array((image_size[::-1] * 2), float)
+                inner_box, note = tuple(np.clip(pixel_box, 0, limits).tolist()), NOTE_MOVED_CORNER
             option = "leave it out"
             if inner_box is not None and inner_box != pixel_box:  # else not in pixels
                 option = "give --on-invalid-box clip"
                 if self.on_invalid_box == "clip":
-                    self.invalid_boxes.append((NOTE_CLIPPED_BOX, error))
+                    self.invalid_boxes.append((note, error))
                     return inner_box
             hint = f"{error.remedy}; otherwise " if self.has_box_options else ""
             error.remedy = f"{hint}correct the row, or {option}"
@@ -354,6 +376,15 @@ class RowImages:
         return create_region(xyxy, label, is_point=is_point, image=resolved_index)
 
     @property
+    def keeps_json(self) -> bool:
+        """Return whether the import keeps JSON of boxes as JSON."""
+        return self._context.keeps_json
+
+    def count_json(self, *, is_structure: bool) -> None:
+        """Count a JSON value with boxes."""
+        self._context.num_json[is_structure] += 1
+
+    @property
     def list_limits(self) -> tuple[float, float] | None:
         """Maximum x and y of boxes in the units that the user gives, None if not given."""
         context, units = self._context, self._context.box_units
@@ -371,19 +402,23 @@ class RowImages:
 
         A point is invalid outside of a text without `--box-task points`, also if boxes are dropped.
         """
-        allows_points = is_text or self._context.box_task == "points"
+        allows_points = is_text or self._context.box_task in ("points", "polygons")
         if isinstance(value, list | tuple) and len(value) == 2 and not allows_points:
             expected, remedy = "four coordinates", "correct the row, or give --box-task points"
             raise InvalidRowError(f"the box {str(value)[:80]}, a point", expected, remedy)
         try:
             return self.create_box(value, label, default)
         except InvalidBoxError as error:
-            if self._context.on_invalid_box == "fail":
-                if isinstance(error, StrayBoxError):
-                    error.remedy = f"{error.remedy}, or give --on-invalid-box drop"
-                raise
-            self._context.invalid_boxes.append((NOTE_SKIPPED_BOX, error))
-            return error
+            return self.drop_box(error)
+
+    def drop_box(self, error: InvalidBoxError) -> InvalidBoxError:
+        """Return the error of a box that the import drops, else raise it."""
+        if self._context.on_invalid_box == "fail":
+            if isinstance(error, StrayBoxError):
+                error.remedy = f"{error.remedy}, or give --on-invalid-box drop"
+            raise error
+        self._context.invalid_boxes.append((NOTE_SKIPPED_BOX, error))
+        return error
 
     def create_text_box(self, box: TextBox) -> BoxPart:
         """Create the part of a box within a text, which an import cannot drop.

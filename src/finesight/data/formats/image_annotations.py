@@ -4,29 +4,48 @@ With `--box-task detection`, an image yields one question that is answered by al
 `--box-task grounding`, it yields one question per label that is answered by the boxes of this
 label. Boxes are sorted by label, then from top to bottom and left to right.
 
-With `--box-task points`, an image yields one question about the points of its objects.
+With `--box-task points`, an image yields one question about the points of its objects, and with
+`--box-task polygons` one that is answered by JSON of their outlines.
 
 The answer for an image without objects is `none`, which is scored as no boxes; grounding skips such
 an image.
 
 A shape other than a box gives its enclosing box. If an object has none, such as a keypoint or a
-crowd, the question about its image does not ask for its class. The same applies to a dropped box,
-except that a stray box without area counts only if no other box has its class. If the class is
-unknown, the template does not list the classes, or no box is left, the image is skipped.
+crowd, or no outline for polygons, the question about its image does not ask for its class. The same
+applies to a dropped box, except that a stray box without area counts only if no other box has its
+class. If the class is unknown, the template does not list the classes, or no box is left, the image
+is skipped.
 """
 
 from __future__ import annotations
 
+import itertools
+import json
+import math
 import re
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
 
 from finesight.bounded_files import find_existing
-from finesight.data.boxes import BOX_DECIMALS, Box, BoxConvention, InvalidBoxError, StrayBoxError
+from finesight.data.boxes import (
+    BOX_DECIMALS,
+    POLYGON_KEY,
+    Box,
+    BoxConvention,
+    BoxUnits,
+    InvalidBoxError,
+    StrayBoxError,
+    find_bounds,
+    translate_shape_errors,
+)
 from finesight.data.formats.dataset_format import (
+    BoxTask,
     ExportContext,
     ImportContext,
     ImportExample,
@@ -37,8 +56,10 @@ from finesight.data.formats.dataset_format import (
 )
 from finesight.data.image_header import (
     IMAGE_SUFFIXES,
+    MAX_IMAGE_PIXELS,
     TRANSPOSED_ORIENTATIONS,
     CorruptImageError,
+    ImageSize,
     open_image_header,
     read_exif_orientation,
 )
@@ -136,21 +157,199 @@ UNKNOWN_LABEL = ""
 """Label of an object without a box whose class is unknown."""
 
 NOTE_OMITTED_CLASSES = (
-    "classes of objects without a valid box (not in the question about their image)"
+    "classes of objects without a valid box or polygon (not in the question about their image)"
 )
 NOTE_NO_POINTS = "objects without points (not in the answer)"
+NOTE_PARTS = "further parts of objects (each a polygon of its own)"
+NOTE_HOLES = "holes in masks (filled)"
 NOTE_OMITTED_BOXES = "boxes of these classes (not in the answer)"
 
 
-def enclose_shape(kind: str, bounds: list[float] | None, notes: Counter[str]) -> list[float] | None:
-    """Return the enclosing box of a shape, None without area, and count the shape by its kind."""
+class Outlines(NamedTuple):
+    """Polygons around the parts of an object, in units of its format, and its number of holes.
+
+    Those of a mask connect midpoints of pixel edges, so that they may be as small as a pixel.
+    """
+
+    polygons: Sequence[Sequence[Sequence[Any]]] = ()
+    num_holes: int = 0
+    is_mask: bool = False
+
+
+NO_OUTLINES = Outlines()
+BoolMask = NDArray[np.bool_]
+
+
+def enclose_shape(
+    kind: str,
+    bounds: list[float] | None,
+    context: ImportContext,
+    outlines: Outlines = NO_OUTLINES,
+) -> list[float] | None:
+    """Return the enclosing box of a shape, None without area, and count the shape by its kind.
+
+    With `--box-task polygons`, only shapes without outlines are counted, as skipped.
+    """
     is_box = bounds is not None and bounds[0] < bounds[2] and bounds[1] < bounds[3]
-    notes[f"{kind} ({'converted to bounding boxes' if is_box else 'skipped'})"] += 1
+    asks_polygons = context.box_task == "polygons"
+    if not (asks_polygons and outlines.polygons):
+        use = "converted to bounding boxes" if is_box and not asks_polygons else "skipped"
+        context.shape_notes[f"{kind} ({use})"] += 1
     return bounds if is_box else None
+
+
+MAX_COORDINATE = 1e9
+
+MIN_OUTLINE_WIDTH_PX = 1e-3
+"""Width below which an outline is a line, such as after its corners are moved to an image edge."""
+
+MAX_MASK_EDGES = 200_000
+"""Maximum number of pixel edges on the outlines of a mask."""
+
+
+def decode_runs(counts: Sequence[int], size: ImageSize, order: Literal["C", "F"]) -> BoolMask:
+    """Decode a mask of alternating run lengths, the background first.
+
+    Args:
+        size: Height and width.
+        order: Order of the pixels: by rows (C), or by columns (F) as in COCO.
+    """
+    num_pixels = math.prod(size)
+    # In Python integers: a wrong sum, such as of an overflow, would crash the process in `repeat`.
+    is_valid = all(0 <= count <= num_pixels for count in counts) and sum(counts) == num_pixels
+    if num_pixels > MAX_IMAGE_PIXELS or not is_valid:
+        raise ValueError(f"runs of {sum(counts)} pixels in a mask of {size}")
+    runs = np.array(counts, np.int64)
+    return np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(size, order=order)
+
+
+def decode_counts(text: str) -> list[int]:
+    """Decode the compressed run lengths of COCO: base 32, and differences to two runs before."""
+    counts, value, shift = list[int](), 0, 0
+    for code in text.encode():
+        value |= (code - 48 & 31) << shift
+        shift += 5
+        if shift > 50:
+            raise ValueError(f"a run length of more than {shift} bits")
+        if not code - 48 & 32:
+            value -= (code - 48 & 16) << shift - 4
+            counts.append(value + (counts[-2] if len(counts) > 2 else 0))
+            value = shift = 0
+    return counts
+
+
+def decode_brush(values: Sequence[int], size: ImageSize) -> BoolMask:
+    """Decode the brush strokes of Label Studio: bits of runs of RGBA bytes, by rows."""
+    bits = "".join(f"{value:08b}" for value in bytes(values))
+    position = 0
+
+    def read(count: int) -> int:
+        nonlocal position
+        position += count
+        return int(bits[position - count : position], 2)
+
+    num_values, num_bits = read(32), read(5) + 1
+    if num_values != 4 * math.prod(size) or num_values > 4 * MAX_IMAGE_PIXELS:
+        raise ValueError(f"{num_values} values in a mask of {size}")
+    length_bits = [read(4) + 1 for _ in range(4)]
+    flat, start = np.zeros(num_values, np.bool_), 0
+    while start < num_values:
+        is_run, length = read(1), read(length_bits[read(2)]) + 1
+        for _ in range(1 if is_run else length):
+            stop = start + (length if is_run else 1)
+            flat[start:stop] = read(num_bits) > 0
+            start = stop
+    return flat.reshape(*size, 4)[..., 3]
+
+
+def trace_mask(mask_HW: BoolMask, left: float = 0, top: float = 0) -> Outlines:
+    """Return the outlines of the connected parts of a mask.
+
+    An outline connects the midpoints of the pixel edges at the border of its part. It differs from
+    the border by at most 0.36 pixels, at the corners of pixels.
+    """
+    padded = np.pad(mask_HW, 1).astype(np.int8)
+    rows, columns = np.diff(padded[:, 1:-1], axis=0), np.diff(padded[1:-1], axis=1)
+    # Start and direction (right, down, left, up) of each edge, with the part on its right.
+    borders = (rows == 1, columns == -1, rows == -1, columns == 1)
+    num_edges = sum(int(one.sum()) for one in borders)
+    check_limit(num_edges, MAX_MASK_EDGES, "pixel edges on the outlines of a mask")
+    steps, starts = ((1, 0), (0, 1), (-1, 0), (0, -1)), ((0, 0), (0, 0), (1, 0), (0, 1))
+    edges = {
+        (x + starts[turn][0], y + starts[turn][1], turn)
+        for turn, border in enumerate(borders)
+        for y, x in np.argwhere(border).tolist()
+    }
+    outlines: list[list[list[float]]] = []
+    num_holes = 0
+    while edges:
+        edge = first = next(iter(edges))
+        outline: list[list[float]] = []
+        area = 0
+        while edge != first or not outline:
+            x, y, turn = edge
+            dx, dy = steps[turn]
+            outline.append([left + x + dx / 2, top + y + dy / 2])
+            area += x * dy - y * dx
+            x, y = x + dx, y + dy
+            turns = ((turn + 1) % 4, turn, (turn - 1) % 4)  # right first: diagonals are separate
+            edge = next((x, y, one) for one in turns if (x, y, one) in edges)
+            edges.discard(edge)
+        num_holes += area < 0
+        outlines += [outline] * (area > 0)
+    return Outlines(sorted(outlines), num_holes, is_mask=True)
+
+
+def enclose_mask(mask_HW: BoolMask) -> Outlines:
+    """Return two corners of the enclosing box of a mask as its outline, without `trace_mask`."""
+    ys, xs = (np.flatnonzero(mask_HW.any(axis)) for axis in (1, 0))
+    return Outlines([[(xs[0], ys[0]), (xs[-1] + 1, ys[-1] + 1)]]) if len(xs) else NO_OUTLINES
+
+
+def simplify_outline(
+    outline: Sequence[Sequence[Any]], image_size: ImageSize, units: BoxUnits
+) -> list[list[float]]:
+    """Remove corners within half a unit of the simplified outline (Ramer-Douglas-Peucker).
+
+    The unit is a thousandth of the image side or a pixel, whichever is smaller, so that no model
+    family, which rounds to one of both, needs the removed corners.
+
+    Raises:
+        StrayBoxError: The outline has fewer than three corners.
+        InvalidBoxError: The outline is not a list of pairs of numbers.
+    """
+    sides, expected = np.array(image_size[::-1], np.float64), "a polygon of three or more points"
+    with translate_shape_errors(outline, expected):
+        points_N2 = np.array([[float(x), float(y)] for x, y in outline])
+        if not np.abs(points_N2).max() < MAX_COORDINATE:
+            raise ValueError(f"{len(points_N2)} corners")
+    if len(points_N2) < 3:
+        what, remedy = f"the polygon {str(outline)[:80]}", "correct the shape, or remove it"
+        raise StrayBoxError(what, expected=expected, remedy=remedy)
+    scaled = points_N2 * np.maximum(sides, 1000) / (sides if units == "pixel" else float(units))
+    ring = np.concatenate([scaled, scaled[:1]])
+    farthest = int(np.argmax(np.hypot(*(ring - ring[0]).T)))
+    kept, spans = {0, farthest}, [(0, farthest), (farthest, len(scaled))]
+    while spans:
+        start, stop = spans.pop()
+        chord, inner = ring[stop] - ring[start], ring[start + 1 : stop] - ring[start]
+        if not len(inner):
+            continue
+        along = np.clip(inner @ chord / max(chord @ chord, 1e-12), 0, 1)
+        distances = np.hypot(*(inner - along[:, None] * chord).T)
+        if distances.max() > 0.5:
+            middle = start + 1 + int(np.argmax(distances))
+            kept.add(middle)
+            spans += [(start, middle), (middle, stop)]
+    simplified: list[list[float]] = points_N2[sorted(kept)].tolist()
+    return simplified if len(kept) > 2 else points_N2.tolist()
 
 
 DETECTION_PROMPT = "Locate every object of these classes in the image: {labels}."
 """Default question for `--box-task detection`; `--prompt` overrides it."""
+
+POLYGONS_PROMPT = "Outline every object of these classes in the image with polygons: {labels}."
+"""Default question for `--box-task polygons`; `--prompt` overrides it."""
 
 POINTS_PROMPT = "Point to each of these in the image: {labels}."
 """Default question for `--box-task points`; `--prompt` overrides it."""
@@ -167,12 +366,12 @@ MAX_PROMPT_CLASSES = 20
 NO_OBJECTS_ANSWER = "none"
 
 REASON_OBJECT_WITHOUT_BOX = (
-    "images with objects without a valid box, for which the question would ask; to import them,"
-    " remove these objects from the annotations"
+    "images with objects without a valid box or polygon, for which the question would ask; to"
+    " import them, remove these objects from the annotations"
 )
 REASON_UNLISTED_CLASSES = (
-    "images with objects without a valid box, for which the question would ask; to leave out their"
-    " classes, give --prompt with {labels}, or --box-task grounding"
+    "images with objects without a valid box or polygon, for which the question would ask; to"
+    " leave out their classes, give --prompt with {labels}, or --box-task grounding"
 )
 REASON_NO_OBJECTS = "images without objects (skipped by --box-task grounding)"
 
@@ -186,12 +385,14 @@ class ObjectAnnotation:
 
     Attributes:
         coordinates: Box in the convention of the format; None if the object has no box.
+        outlines: Outlines of the object, for `--box-task polygons`.
         attributes: Further properties such as `difficult`, stored in the metadata of the sample.
         points: Points and keypoints of the object with their names, for `--box-task points`.
     """
 
     label: str
     coordinates: Sequence[object] | None
+    outlines: Outlines = NO_OUTLINES
     attributes: Mapping[str, Any] = field(default_factory=dict)
     points: Sequence[tuple[str, Sequence[object]]] = ()
 
@@ -238,18 +439,23 @@ def build_detection_examples(
     images = RowImages(context)
     image_part = images.add_image(image)
     check_declared_size(declared_size, images.paths[-1], context)
-    located_boxes, omitted = _locate_objects(objects, images, default_convention)
-    boxes_with_attributes = [pair for pair in located_boxes if pair[0].label not in omitted]
+    if context.box_task == "polygons":
+        default_prompt = POLYGONS_PROMPT
+        outlines = [one.outlines for one in objects]
+        context.row_notes[NOTE_PARTS] += sum(max(0, len(one.polygons) - 1) for one in outlines)
+        context.row_notes[NOTE_HOLES] += sum(one.num_holes for one in outlines)
+    located, omitted = _locate_objects(objects, images, context, default_convention)
+    kept = [one for one in located if one.parts[0].label not in omitted]
     template = default_prompt if context.prompt is None else context.prompt
     has_class_list = "{labels}" in template
-    if omitted and (not boxes_with_attributes or UNKNOWN_LABEL in omitted):
+    if omitted and (not kept or UNKNOWN_LABEL in omitted):
         context.skipped_rows[REASON_OBJECT_WITHOUT_BOX] += 1
         return []
     if omitted and context.box_task != "grounding" and not has_class_list:
         context.skipped_rows[REASON_UNLISTED_CLASSES] += 1
         return []
     context.row_notes[NOTE_OMITTED_CLASSES] += len(omitted.intersection(class_names))
-    context.row_notes[NOTE_OMITTED_BOXES] += len(located_boxes) - len(boxes_with_attributes)
+    context.row_notes[NOTE_OMITTED_BOXES] += len(located) - len(kept)
     if context.box_task != "grounding":
         if len(class_names) > MAX_CLASSES:
             raise InvalidOptionError(
@@ -261,10 +467,10 @@ def build_detection_examples(
         names = [name for name in dict.fromkeys(class_names) if name not in omitted]
         question = format_prompt(template, template, {"labels": ", ".join(names)})
         full_meta = {**(meta or {}), **({"classes": names} if has_class_list else {})}
-        return [_build_example(row.id, [image_part, *question], boxes_with_attributes, full_meta)]
-    boxes_by_label: defaultdict[str, list[tuple[BoxPart, Mapping[str, Any]]]] = defaultdict(list)
-    for box, attributes in boxes_with_attributes:
-        boxes_by_label[str(box.label)].append((box, attributes))
+        return [_build_example(row.id, [image_part, *question], kept, full_meta, context.box_task)]
+    boxes_by_label: defaultdict[str, list[LocatedObject]] = defaultdict(list)
+    for one in kept:
+        boxes_by_label[str(one.parts[0].label)].append(one)
     context.skipped_rows.update([REASON_NO_OBJECTS] if not boxes_by_label else [])
     return [
         _build_example(
@@ -272,30 +478,96 @@ def build_detection_examples(
             [image_part, *format_prompt(context.prompt, GROUNDING_PROMPT, {"label": label})],
             boxes,
             meta or {},
+            context.box_task,
         )
         for label, boxes in boxes_by_label.items()
     ]
 
 
+class LocatedObject(NamedTuple):
+    """The box or point of an object, or the corners of one of its outlines."""
+
+    parts: Sequence[BoxPart]
+    attributes: Mapping[str, Any]
+
+    def get_order(self) -> tuple[Any, ...]:
+        """Return the sort key: label, then upper left and lower right corner."""
+        corners = [xyxy[n : n + 2] for xyxy in (part.xyxy for part in self.parts) for n in (0, 2)]
+        x1, y1, x2, y2 = find_bounds(corners, self.parts)
+        return str(self.parts[0].label), y1, x1, y2, x2
+
+
 def _locate_objects(
-    objects: Sequence[ObjectAnnotation], images: RowImages, convention: BoxConvention
-) -> tuple[list[tuple[BoxPart, Mapping[str, Any]]], set[str]]:
-    """Return the boxes of objects with their attributes, and the labels of objects without one.
+    objects: Sequence[ObjectAnnotation],
+    images: RowImages,
+    context: ImportContext,
+    convention: BoxConvention,
+) -> tuple[list[LocatedObject], set[str]]:
+    """Return the boxes or outlines of objects, and the labels of objects without one.
 
     The label of a stray box counts only if no other box has it.
     """
-    boxes: list[tuple[BoxPart, Mapping[str, Any]]] = []
+    located: list[LocatedObject] = []
     omitted, stray = set[str](), set[str]()
     for obj in objects:
-        box = None
-        if obj.coordinates is not None:
-            box = images.create_valid_box(obj.coordinates, obj.label, convention)
-        if isinstance(box, BoxPart):
-            boxes.append((box, obj.attributes))
-        else:
-            (stray if isinstance(box, StrayBoxError) else omitted).add(obj.label)
-    boxes.sort(key=lambda pair: (str(pair[0].label), *(pair[0].xyxy[n] for n in (1, 0, 3, 2))))
-    return boxes, omitted | (stray - {str(box.label) for box, _ in boxes})
+        regions: Sequence[Sequence[Any]] = [[obj.coordinates]] * (obj.coordinates is not None)
+        if context.box_task == "polygons":
+            outlines: list[list[list[float]]] = []
+            regions = outlines
+            for polygon in obj.outlines.polygons:
+                size = context.images.image_size(images.paths[-1])
+                units = context.resolve_convention(convention).units
+                try:
+                    outlines.append(simplify_outline(polygon, size, units))
+                except StrayBoxError as error:
+                    images.drop_box(error)
+                    stray.add(obj.label)
+        omitted.update([] if regions or obj.label in stray else [obj.label])
+        for region in regions:
+            parts: list[BoxPart] = []
+            num_notes = len(context.invalid_boxes)
+            for coordinates in region:
+                part = images.create_valid_box(coordinates, obj.label, convention)
+                if not isinstance(part, BoxPart):
+                    (stray if isinstance(part, StrayBoxError) else omitted).add(obj.label)
+                    break
+                parts.append(part)
+            else:
+                problem = _check_outline(parts, obj, context, convention)
+                if problem is None:
+                    located.append(LocatedObject(parts, obj.attributes))
+                    continue
+                del context.invalid_boxes[num_notes:]  # of moved corners
+                images.drop_box(problem)
+                (stray if isinstance(problem, StrayBoxError) else omitted).add(obj.label)
+    located.sort(key=LocatedObject.get_order)
+    return located, omitted | (stray - {str(one.parts[0].label) for one in located})
+
+
+def _check_outline(
+    parts: Sequence[BoxPart],
+    obj: ObjectAnnotation,
+    context: ImportContext,
+    convention: BoxConvention,
+) -> InvalidBoxError | None:
+    """Return the error of an outline without area, or that is probably in fractions of the image.
+
+    The pixels of a mask are no fractions, even if it has a single one.
+    """
+    if context.box_task != "polygons":
+        return None
+    corners_N2 = np.array([part.xyxy[:2] for part in parts])
+    is_pixel = context.resolve_convention(convention).units == "pixel"
+    is_fraction = is_pixel and corners_N2.max() <= 1 and bool((corners_N2 % 1).any())
+    what = f"the polygon {str(corners_N2.tolist())[:80]} in pixels"
+    remedy = "correct the shape, or remove it"
+    if is_fraction and not obj.outlines.is_mask:
+        what, expected = f"{what} is smaller than a pixel", "a polygon in pixels"
+        remedy = f"if it is in fractions of the image size, give --box-units 1; otherwise {remedy}"
+        return InvalidBoxError(what, expected=expected, remedy=remedy)
+    if np.linalg.matrix_rank(corners_N2 - corners_N2[0], tol=MIN_OUTLINE_WIDTH_PX) > 1:
+        return None
+    return StrayBoxError(f"{what} has no area", expected="a polygon in the image", remedy=remedy)
 
 
 def build_class_prompt(num_classes: int) -> str:
@@ -406,17 +678,34 @@ def check_declared_size(
 def _build_example(
     sample_id: str,
     question: Sequence[ContentPart],
-    boxes_with_attributes: Sequence[tuple[BoxPart, Mapping[str, Any]]],
+    located: Sequence[LocatedObject],
     meta: Record,
+    box_task: BoxTask,
 ) -> ImportExample:
-    answer: tuple[ContentPart, ...] = tuple(box for box, _ in boxes_with_attributes) or (
-        TextPart(text=NO_OBJECTS_ANSWER),
-    )
-    attributes = [dict(box_attributes) for _, box_attributes in boxes_with_attributes]
+    answer: tuple[ContentPart, ...] = (TextPart(text=NO_OBJECTS_ANSWER),)
+    if located:
+        corners = [one.parts for one in located]
+        is_json = box_task == "polygons"
+        answer = _write_polygons(corners) if is_json else tuple(itertools.chain(*corners))
+    attributes = [dict(one.attributes) for one in located]
     full_meta = {**meta, **({"boxes": attributes} if any(attributes) else {})}
     return ImportExample(
         sample_id, (Message(role="user", content=tuple(question)),), (answer,), meta=full_meta
     )
+
+
+def _write_polygons(polygons: Sequence[Sequence[BoxPart]]) -> tuple[ContentPart, ...]:
+    """Return JSON of polygons as texts, with a point instead of each corner."""
+    content: list[ContentPart] = []
+    text = "["
+    for corners in polygons:
+        text += f'{{"{POLYGON_KEY}": ['
+        for corner in corners:
+            content += [TextPart(text=text), corner]
+            text = ", "
+        label = json.dumps(corners[0].label, ensure_ascii=False)
+        text = make_text_part(f'], "label": {label}}}, ').text
+    return *content, TextPart(text=f"{text[:-2]}]")
 
 
 LOST_QUESTIONS = "questions, which an import regenerates from --prompt and --box-task"

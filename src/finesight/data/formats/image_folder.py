@@ -52,6 +52,7 @@ from finesight.data.formats.dataset_format import (
 from finesight.data.formats.image_annotations import (
     LOST_WHITESPACE,
     ObjectAnnotation,
+    Outlines,
     assign_text_file,
     build_detection_examples,
     build_text_example,
@@ -386,7 +387,7 @@ def parse_yolo(row: SourceRow, context: ImportContext) -> list[ImportExample]:
         return []
     text = read_data_file(label_file, MAX_LABEL_FILE_BYTES).decode("utf-8", "replace")
     objects = [
-        _parse_label_line(line, line_number, record, context.shape_notes)
+        _parse_label_line(line, line_number, record, context)
         for line_number, line in enumerate(text.split("\n"), start=1)
         if line.strip()
     ]
@@ -648,7 +649,7 @@ def _find_label_file(image: Path) -> Path:
 
 
 def _parse_label_line(
-    line: str, line_number: int, record: Record, source_notes: Counter[str]
+    line: str, line_number: int, record: Record, context: ImportContext
 ) -> ObjectAnnotation:
     name = Path(record["labels"]).name
     values, pose_length = _parse_values(line), record["pose_length"]
@@ -670,7 +671,8 @@ def _parse_label_line(
         )
     label = record["names"][class_id]
     if is_pose or len(values) == 4:
-        source_notes[NOTE_ASSUMED_KEYPOINTS if keypoints is None else NOTE_KEYPOINTS] += is_pose
+        note = NOTE_ASSUMED_KEYPOINTS if keypoints is None else NOTE_KEYPOINTS
+        context.shape_notes[note] += is_pose
         names = (keypoints or {}).get(class_id, ()) if is_pose else ()
         size = (len(values) - 4) // max(1, len(names))
         entries = [values[4 + n * size :][:size] for n in range(len(names))]
@@ -681,12 +683,14 @@ def _parse_label_line(
             if any(entry[:2]) and all(entry[2:])
         ]
         return ObjectAnnotation(label, values[:4], points=points)
-    corners = find_bounds(zip(values[::2], values[1::2], strict=True), values)
-    bounds = enclose_shape("polygons", corners, source_notes)
+    corners = [*zip(values[::2], values[1::2], strict=True)]
+    outlines = Outlines([corners])
+    bounds = enclose_shape("polygons", find_bounds(corners, values), context, outlines)
     if bounds is None:
-        return ObjectAnnotation(label, None)
+        return ObjectAnnotation(label, None, outlines)
     x1, y1, x2, y2 = bounds
-    return ObjectAnnotation(label, [(x1 + x2) / 2, (y1 + y2) / 2, x2 - x1, y2 - y1])
+    box = [(x1 + x2) / 2, (y1 + y2) / 2, x2 - x1, y2 - y1]
+    return ObjectAnnotation(label, box, outlines)
 
 
 YOLO = DatasetFormat(

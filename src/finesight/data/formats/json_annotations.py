@@ -2,9 +2,9 @@
 
 coco: a document of captions or instances.
 
-A box is its top left corner and size in pixels, 0-based, or the enclosing box of the polygons in
-`segmentation`. Several captions of an image are answers to the same question. Crowd regions and
-other annotations have no box.
+A box is its top left corner and size in pixels, 0-based, or the enclosing box of the polygons or of
+the mask in `segmentation`. Several captions of an image are answers to the same question. Crowd
+regions and other annotations have no box.
 
 fiftyone: FiftyOneImageDetectionDataset and FiftyOneImageClassificationDataset, folders with
 labels.json.
@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import io
 import itertools
 import json
 import math
@@ -39,8 +40,16 @@ from typing import Any
 from unicodedata import normalize
 from urllib.parse import urlsplit
 
+import numpy as np
+from PIL import Image
+
 from finesight.bounded_files import find_existing, parse_unique_json
-from finesight.data.boxes import BoxConvention, InvalidBoxError, find_bounds
+from finesight.data.boxes import (
+    BoxConvention,
+    InvalidBoxError,
+    find_bounds,
+    translate_shape_errors,
+)
 from finesight.data.formats.dataset_format import (
     DatasetFormat,
     ExportContext,
@@ -52,19 +61,27 @@ from finesight.data.formats.dataset_format import (
 )
 from finesight.data.formats.image_annotations import (
     LOST_WHITESPACE,
+    NO_OUTLINES,
+    BoolMask,
     ImageRecord,
     ObjectAnnotation,
+    Outlines,
     build_detection_examples,
     build_text_example,
     collect_classes,
+    decode_counts,
+    decode_runs,
+    enclose_mask,
     enclose_shape,
     find_image_folder,
     group_by_image,
     list_image_names,
     make_unique_stem,
     round_coordinate,
+    trace_mask,
 )
 from finesight.data.formats.row_keys import count_keys
+from finesight.data.image_header import MAX_IMAGE_PIXELS
 from finesight.data.line_index import MAX_LINE_BYTES
 from finesight.data.row_reader import (
     Record,
@@ -93,7 +110,7 @@ _ITEM_KEYS = ("label", "bounding_box", "attributes")
 FIFTYONE_BOX_CONVENTION = BoxConvention(format="xywh", units="1")
 REASON_NO_LABEL = "images without a label"
 _DOCUMENT_KEYS = ("version", "shapes", "imagePath", "imageData", "imageHeight", "imageWidth")
-_SHAPE_KEYS = ("label", "points", "shape_type")
+_SHAPE_KEYS = ("label", "points", "shape_type", "mask")
 LABELME_VERSION = "5.5.0"
 """LabelMe version that exported files declare."""
 
@@ -176,18 +193,22 @@ def _parse_coco(row: SourceRow, context: ImportContext) -> list[ImportExample]:
     if is_caption:
         return _parse_captions(row, annotations, meta, context)
     names: dict[str, str] = row.record["names"]
+    shapes = [one.get("segmentation") for one in annotations]
+    sizes = [as_list(one.get("size")) for one in shapes if isinstance(one, dict)]
+    size: Any = (image.get("height"), image.get("width"))
+    if sizes and not all(isinstance(side, int) for side in size):
+        size = (*sizes[0], None, None)[:2]
     is_coco = context.resolve_convention(COCO_BOX_CONVENTION) == COCO_BOX_CONVENTION
     objects = [
         ObjectAnnotation(
             _get_class_name(one, names),
-            _find_box(one, context.shape_notes, is_coco),
+            *_find_box(one, context, size, use_polygons=is_coco),
             points=_list_points(one, row.record["keypoints"]),
         )
         for one in annotations
         if "caption" not in one or not _OBJECT_KEYS.isdisjoint(one)
     ]
     path = row.record["path"]
-    size = image.get("height"), image.get("width")
     return build_detection_examples(
         row, context, COCO_BOX_CONVENTION, path, objects, declared_size=size, meta=meta
     )
@@ -265,24 +286,46 @@ def _get_file_name(image: Record) -> str:
 
 
 def _find_box(
-    annotation: Record, source_notes: Counter[str], use_polygons: bool
-) -> Sequence[object] | None:
-    """Return the box of an annotation, or the enclosing box of its polygons, else None."""
-    polygons, num_values = annotation.get("segmentation"), len(as_list(annotation.get("bbox")))
+    annotation: Record, context: ImportContext, image_size: tuple[Any, Any], *, use_polygons: bool
+) -> tuple[Sequence[object] | None, Outlines]:
+    """Return the box of an annotation, or else that of its polygons or mask, and its outlines."""
+    num_values, is_polygons = len(as_list(annotation.get("bbox"))), context.box_task == "polygons"
+    has_box = num_values in (1, 3, 4)  # two are no box but a point
     if annotation.get("iscrowd") or annotation.get("ignore"):
-        return enclose_shape("crowd regions", None, source_notes)
-    if num_values in (1, 3, 4):  # two are no box but a point
-        source_notes.update(f"{k} (ignored)" for k in UNSUPPORTED_KEYS if annotation.get(k))
-        return annotation["bbox"]  # type: ignore[no-any-return]  # validated as coordinates
-    if not use_polygons or not isinstance(polygons, list) or not polygons:
+        return enclose_shape("crowd regions", None, context), NO_OUTLINES
+    is_used = is_polygons or (use_polygons and not has_box)
+    outlines = _read_outlines(annotation, image_size, context) if is_used else NO_OUTLINES
+    if has_box:
+        ignored = UNSUPPORTED_KEYS[is_polygons:]
+        context.shape_notes.update(f"{key} (ignored)" for key in ignored if annotation.get(key))
+        return annotation["bbox"], outlines
+    if not outlines.polygons:
         kind = f"boxes of {num_values} values" if num_values else "annotations without a box"
-        return enclose_shape(kind, None, source_notes)
-    corners = [
-        zip(flat[::2], flat[1::2], strict=False) for flat in polygons if isinstance(flat, list)
-    ]
-    bounds = find_bounds(itertools.chain(*corners), annotation)
-    box = enclose_shape("polygons", bounds, source_notes)
-    return box and [box[0], box[1], box[2] - box[0], box[3] - box[1]]
+        return enclose_shape(kind, None, context), outlines
+    kind = "polygons" if isinstance(annotation["segmentation"], list) else "masks"
+    bounds = find_bounds(itertools.chain(*outlines.polygons), annotation)
+    box = enclose_shape(kind, bounds, context, outlines)
+    return box and [box[0], box[1], box[2] - box[0], box[3] - box[1]], outlines
+
+
+def _read_outlines(
+    annotation: Record, image_size: tuple[Any, Any], context: ImportContext
+) -> Outlines:
+    """Return the polygons of an annotation, or the outlines of its mask."""
+    shape = annotation.get("segmentation")
+    if not shape:
+        return NO_OUTLINES
+    with translate_shape_errors(annotation, "`segmentation` of `size` and `counts`, or polygons"):
+        if isinstance(shape, list):
+            if not all(isinstance(one, list) and one for one in shape):
+                raise ValueError("a part that is no list of numbers")
+            return Outlines([[*zip(one[::2], one[1::2], strict=True)] for one in shape])
+        counts, size = shape["counts"], tuple(shape["size"])
+        if size != image_size:
+            raise ValueError(f"a mask of {size} in an image of {image_size}")
+        counts = decode_counts(counts) if isinstance(counts, str) else counts
+        outline_mask = trace_mask if context.box_task == "polygons" else enclose_mask
+        return outline_mask(decode_runs(counts, size, "F"))
 
 
 def _list_points(
@@ -404,8 +447,8 @@ def _parse_fiftyone(row: SourceRow, context: ImportContext) -> list[ImportExampl
         box: Sequence[object] | None = as_list(fields.get("bounding_box"))
         if not box or len(box) > 4:
             kind = f"boxes of {len(box)} values" if box else "labels without a box"
-            box = enclose_shape(kind, None, context.row_notes)
-        objects.append(ObjectAnnotation(label, box, attributes))
+            box = enclose_shape(kind, None, context)
+        objects.append(ObjectAnnotation(label, box, attributes=attributes))
     return build_detection_examples(row, context, FIFTYONE_BOX_CONVENTION, record["path"], objects)
 
 
@@ -479,7 +522,7 @@ def _parse_labelme(row: SourceRow, context: ImportContext) -> list[ImportExample
     """Build the training examples of a LabelMe file."""
     file = Path(row.record["file"])
     record = _read_record(file)
-    objects = [_parse_shape(shape, context.shape_notes) for shape in record["shapes"]]
+    objects = [_parse_shape(shape, context) for shape in record["shapes"]]
     count_keys([record], _DOCUMENT_KEYS, "files", context.other_keys)
     count_keys(record["shapes"], _SHAPE_KEYS, "shapes", context.other_keys)
     image = _find_image(file, record)
@@ -538,8 +581,8 @@ def _get_shape_type(shape: Record) -> str:
     return str(shape.get("shape_type") or "polygon")
 
 
-def _parse_shape(shape: Record, source_notes: Counter[str]) -> ObjectAnnotation:
-    shape_type, points = _get_shape_type(shape), shape.get("points")
+def _parse_shape(shape: Record, context: ImportContext) -> ObjectAnnotation:
+    shape_type, points = _get_shape_type(shape), shape.get("points", ())
     bounds = None if shape_type in POINT_TYPES else find_bounds(points or (), shape)
     if not isinstance(shape.get("label"), str) or not shape["label"].strip():
         raise InvalidBoxError(
@@ -551,12 +594,30 @@ def _parse_shape(shape: Record, source_notes: Counter[str]) -> ObjectAnnotation:
         (x, y), edge, *_ = ((float(x), float(y)) for x, y in points)
         radius = math.dist((x, y), edge)
         bounds = [x - radius, y - radius, x + radius, y + radius]
-    if shape_type != "rectangle":
-        kind = "polygons" if shape_type == "polygon" else f"shapes of type {shape_type}"
-        bounds = enclose_shape(kind, bounds, source_notes)
     is_point = shape_type in POINT_TYPES
     named = [(shape["label"], as_list(point)) for point in as_list(points) if is_point]
-    return ObjectAnnotation(shape["label"], bounds, points=named)
+    outlines = NO_OUTLINES
+    if shape_type in ("polygon", "oriented_rectangle"):
+        outlines = Outlines([points])
+    elif shape_type == "mask" and context.box_task == "polygons":
+        with translate_shape_errors(shape, "two points, and `mask`, a PNG file in base64"):
+            (left, top), _ = points
+            outlines = trace_mask(_decode_mask(shape["mask"]), left, top)
+    if shape_type != "rectangle":
+        kind = "polygons" if shape_type == "polygon" else f"shapes of type {shape_type}"
+        bounds = enclose_shape(kind, bounds, context, outlines)
+    return ObjectAnnotation(shape["label"], bounds, outlines, points=named)
+
+
+def _decode_mask(text: str) -> BoolMask:
+    """Decode a PNG file in base64. Raises ValueError if it is invalid or too large."""
+    try:
+        with Image.open(io.BytesIO(base64.b64decode(text)), formats=("PNG",)) as image:
+            if math.prod(image.size) > MAX_IMAGE_PIXELS:
+                raise ValueError(f"a mask of {image.size}")
+            return np.asarray(image.convert("L")) > 0
+    except Exception as error:  # Pillow raises many error types
+        raise ValueError(f"a mask that cannot be decoded ({error})") from error
 
 
 def _find_image(file: Path, record: Record) -> str | bytes:

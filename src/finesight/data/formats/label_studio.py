@@ -15,6 +15,7 @@ The server addresses of images are searched as paths in the folder of the file, 
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections import Counter
@@ -27,7 +28,14 @@ from urllib.parse import parse_qs, quote, unquote, urlsplit
 from xml.etree import ElementTree
 
 from finesight.bounded_files import find_existing, parse_unique_json
-from finesight.data.boxes import Box, BoxConvention, InvalidBoxError, find_bounds, rotate_rectangle
+from finesight.data.boxes import (
+    Box,
+    BoxConvention,
+    InvalidBoxError,
+    find_bounds,
+    rotate_rectangle,
+    translate_shape_errors,
+)
 from finesight.data.formats.dataset_format import (
     DatasetFormat,
     ExportContext,
@@ -42,12 +50,16 @@ from finesight.data.formats.image_annotations import (
     ExportBox,
     ImageRecord,
     ObjectAnnotation,
+    Outlines,
     build_detection_examples,
     build_text_example,
+    decode_brush,
+    enclose_mask,
     enclose_shape,
     find_image_folder,
     group_by_image,
     require_inside_output,
+    trace_mask,
 )
 from finesight.data.formats.row_keys import count_keys
 from finesight.data.formats.xml_annotations import parse_xml
@@ -71,7 +83,7 @@ _RESULT_USED_KEYS = (
 _VALUE_USED_KEYS = (
     *("x", "y", "width", "height", "rotation", "points", "rectanglelabels", "polygonlabels"),
     *("labels", "choices", "text", "number", "rating", "datetime", "closed", "radiusX", "radiusY"),
-    *("ellipselabels", "keypointlabels", "brushlabels"),
+    *("ellipselabels", "keypointlabels", "brushlabels", "rle", "format"),
 )
 MODEL_VERSION = "finesight"
 
@@ -183,7 +195,7 @@ def parse_row(row: SourceRow, context: ImportContext) -> list[ImportExample]:
     notes[NOTE_WHOLE_IMAGE] += len(_merge_answers(task.results))
     objects: list[ObjectAnnotation] = []
     for region in _merge_regions(task.results):
-        objects += _parse_region(region, context.shape_notes, project)
+        objects += _parse_region(region, context, project)
     return build_detection_examples(
         row,
         context,
@@ -516,7 +528,7 @@ def _merge_regions(results: Sequence[Record]) -> list[Record]:
     return list(regions.values())
 
 
-_SIZE_KEYS = ("original_width", "original_height", "image_rotation")
+_SIZE_KEYS = ("original_height", "original_width", "image_rotation")
 
 
 def _merge_answers(results: Sequence[Record]) -> dict[str, tuple[str, list[Any]]]:
@@ -555,25 +567,25 @@ def _get_labels(region: Record) -> list[str]:
 
 
 def _has_bounds(region: Record) -> bool:
-    return "points" in region or set(_RECTANGLE_KEYS) <= region.keys()
+    return not region.keys().isdisjoint({"points", "rle"}) or region.keys() >= {*_RECTANGLE_KEYS}
 
 
 def _list_points(region: Record) -> list[tuple[str, list[float]]]:
     """Return the point of a keypoint with each of its labels."""
-    is_point = not region.keys() & {"height", "radiusX", "points"}
+    is_point = not region.keys() & {"height", "radiusX", "points", "rle"}
     values = map(region.get, "xy" * is_point)
     xy = [value / 100 for value in values if isinstance(value, int | float)]
     return [(label, xy) for label in _get_labels(region) if len(xy) == 2]
 
 
 def _parse_region(
-    region: Record, notes: Counter[str], project: ProjectLabels
+    region: Record, context: ImportContext, project: ProjectLabels
 ) -> Iterator[ObjectAnnotation]:
     """Yield the box of a region with each of its labels, or its labels without a box."""
-    notes["choices of regions (ignored)"] += "choices" in region
+    context.shape_notes["choices of regions (ignored)"] += "choices" in region
     labels = _get_labels(region)
     if not _has_bounds(region):
-        enclose_shape(f"regions of type {region['type']}", None, notes)
+        enclose_shape(f"regions of type {region['type']}", None, context)
         points = _list_points(region)
         yield from (ObjectAnnotation(label, None) for label in labels[1:])
         yield ObjectAnnotation((labels or [UNKNOWN_LABEL])[0], None, points=points)
@@ -585,42 +597,45 @@ def _parse_region(
             remedy="correct the region in Label Studio, or remove it",
         )
     text = "\n".join(map(str, as_list(region.get("text"))))
-    coordinates = _compute_bounds(region, notes)
+    shape = _parse_geometry(region, context)
     if not project.text_classes:
-        yield from (ObjectAnnotation(label, coordinates) for label in labels)
+        yield from (replace(shape, label=label) for label in labels)
     elif text.strip():
-        yield ObjectAnnotation(text, coordinates, {"class": labels[0]} if labels else {})
+        yield replace(shape, label=text, attributes={"class": labels[0]} if labels else {})
     else:
-        notes[NOTE_NO_TEXT] += 1
+        context.shape_notes[NOTE_NO_TEXT] += 1
         if not project.text_classes.isdisjoint(labels or [UNKNOWN_LABEL]):
             yield ObjectAnnotation(UNKNOWN_LABEL, None)
 
 
-def _compute_bounds(region: Record, notes: Counter[str]) -> list[float] | None:
-    """Return the bounding box of a region as normalized corner and size, None without area."""
-    try:
-        if "points" in region:
+def _parse_geometry(region: Record, context: ImportContext) -> ObjectAnnotation:
+    """Return an object with its box as normalized corner and size, None without area."""
+    polygons, num_holes = list[Any](), 0
+    outline_mask = trace_mask if context.box_task == "polygons" else enclose_mask
+    expected = "numbers in percent, and the original size of the image"
+    with translate_shape_errors(region, expected, region["type"]):
+        if "rle" in region:
+            kind, (height, width) = "brush strokes", map(region.__getitem__, _SIZE_KEYS[:2])
+            traced, num_holes, _ = outline_mask(decode_brush(region["rle"], (height, width)))
+            polygons = [[(x / width, y / height) for x, y in one] for one in traced]
+        elif "points" in region:
             kind = "polygons"
-            corners = [(float(x) / 100, float(y) / 100) for x, y in region["points"]]
+            polygons = [[(float(x) / 100, float(y) / 100) for x, y in region["points"]]]
         else:
             x, y, width, height = (float(region[key]) / 100 for key in _RECTANGLE_KEYS)
             angle = float(region.get("rotation") or 0)
             if not angle:
-                return [x, y, width, height]
+                return ObjectAnnotation(UNKNOWN_LABEL, [x, y, width, height])
             kind = "rotated rectangles"
             # Around the top left corner, in units of the image width.
             aspect = float(region["original_height"]) / float(region["original_width"])
-            box = x, y * aspect, x + width, (y + height) * aspect
-            rotated = rotate_rectangle(box, angle, box[:2])
-            corners = [(one.real, one.imag / aspect) for one in rotated]
-        bounds = enclose_shape(kind, find_bounds(corners, region), notes)
-    except (TypeError, ValueError, KeyError, OverflowError, ZeroDivisionError) as error:
-        raise InvalidBoxError(
-            f"the {region['type']} {str(region)[:80]}",
-            expected="numbers in percent, and the original size of the image",
-            remedy="correct the task, or remove it",
-        ) from error
-    return bounds and [*bounds[:2], bounds[2] - bounds[0], bounds[3] - bounds[1]]
+            flat = x, y * aspect, x + width, (y + height) * aspect
+            polygons = [[(x, y / aspect) for x, y in rotate_rectangle(flat, angle, flat[:2])]]
+        bounds = find_bounds(itertools.chain(*polygons), region) if polygons else None
+    outlines = Outlines(polygons, num_holes)
+    bounds = enclose_shape(kind, bounds, context, outlines)
+    box = bounds and [*bounds[:2], bounds[2] - bounds[0], bounds[3] - bounds[1]]
+    return ObjectAnnotation(UNKNOWN_LABEL, box, outlines)
 
 
 def _parse_answers(

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import os
 import re
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from xml.etree import ElementTree
@@ -26,10 +25,10 @@ from finesight.bounded_files import find_existing
 from finesight.data.boxes import (
     BOX_DECIMALS,
     BoxConvention,
-    InvalidBoxError,
     find_bounds,
     parse_coordinates,
     rotate_rectangle,
+    translate_shape_errors,
 )
 from finesight.data.formats.dataset_format import (
     DatasetFormat,
@@ -39,11 +38,14 @@ from finesight.data.formats.dataset_format import (
     ImportExample,
 )
 from finesight.data.formats.image_annotations import (
+    NO_OUTLINES,
     ImageRecord,
     ObjectAnnotation,
+    Outlines,
     build_detection_examples,
     build_text_example,
     collect_classes,
+    decode_runs,
     enclose_shape,
     find_image_folder,
     group_by_image,
@@ -52,6 +54,7 @@ from finesight.data.formats.image_annotations import (
     parse_integer,
     require_inside_output,
     round_coordinate,
+    trace_mask,
 )
 from finesight.data.formats.row_keys import count_keys
 from finesight.data.image_header import CorruptImageError
@@ -119,7 +122,7 @@ def _parse_voc(row: SourceRow, context: ImportContext) -> list[ImportExample]:
     for element in root.iterfind("object"):
         notes[NOTE_PARTS] += len(element.findall("part"))
         if element.find("bndbox") is None:
-            bounds = enclose_shape("objects without a bndbox", None, notes)
+            bounds = enclose_shape("objects without a bndbox", None, context)
             objects.append(ObjectAnnotation(element.findtext("name", "").strip(), bounds))
         else:
             objects.append(_parse_object(element, one_based=is_one_based))
@@ -194,7 +197,7 @@ def _parse_object(element: ElementTree.Element, *, one_based: bool) -> ObjectAnn
         coordinates = [round(x1 - 1, BOX_DECIMALS), round(y1 - 1, BOX_DECIMALS), x2, y2]
     flags = {flag: element.findtext(flag, "").strip() for flag in OBJECT_FLAGS}
     attributes = {flag: int(value) for flag, value in flags.items() if value in ("0", "1")}
-    return ObjectAnnotation(label, coordinates, attributes)
+    return ObjectAnnotation(label, coordinates, attributes=attributes)
 
 
 def _find_image(file: Path, root: ElementTree.Element, *, required: bool) -> Path:
@@ -299,7 +302,7 @@ def _parse_cvat(row: SourceRow, context: ImportContext) -> list[ImportExample]:
             return []
         answer, meta = ", ".join(filter(None, tags)), {"classes": classes}
         return [build_text_example(row.id, row.record["path"], [answer], classes, context, meta)]
-    objects = [_parse_shape(shape, context.shape_notes) for shape in image]
+    objects = [_parse_shape(shape, context) for shape in image]
     used = (*CORNERS, "label", "occluded", "rotation", "points", "source", "z_order")
     count_keys((shape.attrib for shape in image), used, "shapes", context.other_keys)
     size = parse_integer(image.get("height", "")), parse_integer(image.get("width", ""))
@@ -341,24 +344,18 @@ def _write_cvat(samples: Sequence[LocatedSample], context: ExportContext) -> Fil
     yield "annotations.xml", bytes(ElementTree.tostring(root, "utf-8")) + b"\n"
 
 
-def _parse_shape(shape: ElementTree.Element, source_notes: Counter[str]) -> ObjectAnnotation:
+def _parse_shape(shape: ElementTree.Element, context: ImportContext) -> ObjectAnnotation:
     label = shape.get("label", "").strip()
-    try:
-        bounds = _find_bounds(shape, source_notes)
+    with translate_shape_errors(shape.attrib, kind=shape.tag):
+        bounds, outlines = _parse_geometry(shape, context)
         if not label:
             raise ValueError("no label")
-    except ValueError as error:
-        raise InvalidBoxError(
-            f"the {shape.tag} {str(shape.attrib)[:80]}",
-            expected="a label and numeric coordinates",
-            remedy="correct the shape, or remove it",
-        ) from error
     attributes: dict[str, str | int] = {
         attribute.get("name", ""): attribute.text or "" for attribute in shape.iterfind("attribute")
     }
     if shape.get("occluded") == "1":
         attributes["occluded"] = 1
-    return ObjectAnnotation(label, bounds, attributes, _list_points(shape))
+    return ObjectAnnotation(label, bounds, outlines, attributes, _list_points(shape))
 
 
 def _list_points(shape: ElementTree.Element) -> list[tuple[str, list[str]]]:
@@ -374,26 +371,32 @@ def _list_points(shape: ElementTree.Element) -> list[tuple[str, list[str]]]:
     ]
 
 
-def _find_bounds(shape: ElementTree.Element, source_notes: Counter[str]) -> list[float] | None:
-    """Return the enclosing box of a shape, or None. Raises ValueError for invalid numbers."""
-    kind, bounds = f"shapes of type {shape.tag}", None
+def _parse_geometry(
+    shape: ElementTree.Element, context: ImportContext
+) -> tuple[list[float] | None, Outlines]:
+    """Return enclosing box and outlines of a shape. Raises ValueError for invalid numbers."""
+    kind, bounds, outlines = f"shapes of type {shape.tag}", None, NO_OUTLINES
     if shape.tag in ("polygon", "polyline"):
-        pairs = (pair.split(",") for pair in shape.get("points", "").split(";"))
+        pairs = [pair.split(",") for pair in shape.get("points", "").split(";")]
         bounds = find_bounds(pairs, shape.attrib)
-        kind = "polygons" if shape.tag == "polygon" else kind
+        if shape.tag == "polygon":
+            kind, outlines = "polygons", Outlines([pairs])
     elif shape.tag == "mask":
         names = "left", "top", "width", "height"
         x, y, width, height = (float(shape.get(name, "")) for name in names)
         bounds = [x, y, x + width, y + height]
+        if shape.get("rle") and context.box_task == "polygons":
+            counts = [int(count) for count in shape.get("rle", "").split(",")]
+            outlines = trace_mask(decode_runs(counts, (int(height), int(width)), "C"), x, y)
     elif shape.tag == "box":
         x1, y1, x2, y2 = (float(shape.get(corner, "")) for corner in CORNERS)
         angle, center = float(shape.get("rotation", "0")), ((x1 + x2) / 2, (y1 + y2) / 2)
         if not angle:
-            return [x1, y1, x2, y2]
+            return [x1, y1, x2, y2], outlines
         kind = "rotated rectangles"
         corners = rotate_rectangle((x1, y1, x2, y2), angle, center)
-        bounds = find_bounds(((one.real, one.imag) for one in corners), shape.attrib)
-    return enclose_shape(kind, bounds, source_notes)
+        bounds, outlines = find_bounds(corners, shape.attrib), Outlines([corners])
+    return enclose_shape(kind, bounds, context, outlines), outlines
 
 
 def _build_image(index: int, record: ImageRecord, context: ExportContext) -> ElementTree.Element:

@@ -1,19 +1,21 @@
-"""Sources of request images: uploaded files, and URLs on allowed web hosts."""
+"""Sources of request images and videos: uploaded files, and URLs on allowed web hosts."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ipaddress
+import json
 import os
 import re
 import secrets
+import shutil
 import socket
 import ssl
-import threading
 import time
 import unicodedata
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 from urllib.parse import unquote, urlsplit
@@ -33,12 +35,16 @@ from finesight.hub.download import (
     parse_int,
 )
 from finesight.serve.api_schema import ApiError, ServerLimits
+from finesight.storage import FileLock, write_file
 
 FILE_PURPOSE = "vision"
+FILES_VARIABLE = "FINESIGHT_FILES"
+"""Environment variable with the folder of uploaded files that the replicas of a server share."""
+
 CHUNK_BYTES = 2**20
 MAX_REDIRECTS = 5
 CONTENT_TYPE_PREFIXES = (
-    *("image/", "application/pdf", "application/octet-stream", "binary/octet-stream"),
+    *("image/", "video/", "application/pdf", "application/octet-stream", "binary/octet-stream"),
 )
 
 DATA_PATH = "/data/"
@@ -77,7 +83,7 @@ class UploadedFile:
     owner: str
     filename: str
     num_bytes: int
-    created_at: int
+    created_ns: int
     path: Path
 
     def as_json(self) -> dict[str, Any]:
@@ -86,7 +92,7 @@ class UploadedFile:
             "id": self.id,
             "object": "file",
             "bytes": self.num_bytes,
-            "created_at": self.created_at,
+            "created_at": self.created_ns // 10**9,
             "filename": self.filename,
             "purpose": FILE_PURPOSE,
             "status": "processed",
@@ -94,51 +100,66 @@ class UploadedFile:
 
 
 class FileStore:
-    """Stores uploaded files by ID. An API key has access to its own files only."""
+    """Stores uploaded files by ID. An API key has access to its own files only.
+
+    All processes of a server may use the same folder. Beside each file is a record of it as JSON.
+    """
 
     def __init__(self, folder: Path, limits: ServerLimits) -> None:
         self._folder, self._limits = folder, limits
-        self._uploads: dict[str, UploadedFile] = {}
-        self._lock = threading.Lock()
-        folder.mkdir(mode=0o700)
+        folder.mkdir(mode=0o700, exist_ok=True)
 
     def add(self, owner: str, filename: str, source: BinaryIO) -> UploadedFile:
         """Store a file of a client. Raise ApiError if the file or the store exceeds a limit."""
         file_id = f"file-{secrets.token_hex(16)}"
         path = self._folder / file_id
         try:
-            num_bytes = self._copy_file(source, path)
-            upload = UploadedFile(file_id, owner, filename[:255], num_bytes, int(time.time()), path)
-            with self._lock:
-                num_files = len(self._uploads)
-                total_bytes = sum(other.num_bytes for other in self._uploads.values())
+            with open(path, "xb") as file:
+                shutil.copyfileobj(source, file)
+                num_bytes = file.tell()
+            if num_bytes > (limit := self._limits.max_image_bytes):
+                raise ApiError(413, f"file is too large: expected at most {limit} bytes", "file")
+            upload = UploadedFile(file_id, owner, filename[:255], num_bytes, time.time_ns(), path)
+            with FileLock(self._folder) as lock:
+                lock.acquire()
+                uploads = self._read_records()
+                total_bytes = sum(other.num_bytes for other in uploads)
                 max_files, max_bytes = self._limits.max_files, self._limits.max_total_file_bytes
-                if num_files >= max_files or total_bytes + num_bytes > max_bytes:
+                if len(uploads) >= max_files or total_bytes + num_bytes > max_bytes:
                     raise ApiError(
                         413,
-                        f"file storage is full: {num_files} files, {total_bytes} bytes. Expected at"
-                        f" most {max_files} files with {max_bytes} bytes. Delete files.",
+                        f"file storage is full: {len(uploads)} files, {total_bytes} bytes. Expected"
+                        f" at most {max_files} files with {max_bytes} bytes. Delete files.",
                         "file",
                     )
-                self._uploads[file_id] = upload
+                write_file(
+                    path.with_suffix(".json"), json.dumps(asdict(upload), default=str).encode()
+                )
         except BaseException:
             path.unlink(missing_ok=True)
             raise
         return upload
 
+    def _read_records(self, pattern: str = "*") -> list[UploadedFile]:
+        records = []
+        for file in self._folder.glob(f"{pattern}.json"):
+            with contextlib.suppress(FileNotFoundError):  # deleted meanwhile
+                record = json.loads(file.read_bytes())
+                records.append(UploadedFile(**record | {"path": Path(record["path"])}))
+        return records
+
     def list_files(self, owner: str) -> list[UploadedFile]:
         """Return the files of an owner, newest first."""
-        with self._lock:
-            owned = [upload for upload in self._uploads.values() if upload.owner == owner]
-        return owned[::-1]
+        owned = [upload for upload in self._read_records() if upload.owner == owner]
+        return sorted(owned, key=lambda upload: -upload.created_ns)
 
     def get(self, owner: str, file_id: str) -> UploadedFile:
         """Return an uploaded file. Raise ApiError if it is missing or has another owner."""
-        with self._lock:
-            upload = self._uploads.get(file_id)
-        if upload is None or upload.owner != owner:
+        is_valid = re.fullmatch("file-[0-9a-f]{32}", file_id)
+        uploads = self._read_records(file_id) if is_valid else []
+        if not uploads or uploads[0].owner != owner:
             raise ApiError(404, f"no file {file_id[:64]!r}", "file_id")
-        return upload
+        return uploads[0]
 
     def link(self, owner: str, file_id: str, target: Path) -> None:
         """Create a hard link to an upload, which remains valid after its deletion."""
@@ -151,20 +172,8 @@ class FileStore:
     def delete(self, owner: str, file_id: str) -> None:
         """Delete an uploaded file. Raise ApiError if it is missing or has another owner."""
         upload = self.get(owner, file_id)
-        with self._lock:
-            self._uploads.pop(file_id, None)
+        upload.path.with_suffix(".json").unlink(missing_ok=True)
         upload.path.unlink(missing_ok=True)
-
-    def _copy_file(self, source: BinaryIO, path: Path) -> int:
-        num_bytes, limit = 0, self._limits.max_image_bytes
-        with open(path, "xb") as file:
-            while chunk := source.read(CHUNK_BYTES):
-                num_bytes += len(chunk)
-                if num_bytes > limit:
-                    message = f"file is too large: expected at most {limit} bytes"
-                    raise ApiError(413, message, "file")
-                file.write(chunk)
-        return num_bytes
 
 
 async def resolve_host(host: str, port: int) -> list[str]:
@@ -173,8 +182,8 @@ async def resolve_host(host: str, port: int) -> list[str]:
     return [str(entry[4][0]) for entry in addresses]
 
 
-class ImageFetcher:
-    """Fetches images over HTTPS from allowed hosts, with limits on size and time.
+class MediaFetcher:
+    """Fetches files over HTTPS from allowed hosts, with limits on size and time.
 
     It prevents server-side request forgery (SSRF): a host name is resolved once per request, all of
     its addresses must be public, and the connection uses a checked address, so that DNS rebinding
@@ -195,11 +204,11 @@ class ImageFetcher:
         self._ssl_context = ssl.create_default_context() if hosts else None
 
     async def fetch(self, url: str, file: BinaryIO) -> None:
-        """Fetch an image and write it to a file.
+        """Fetch an image or video and write it to a file.
 
         Raises:
             UserError: The scheme, host or address of the URL or of a redirect is not allowed, or
-                the response is too large, too slow or not an image.
+                the response is too large, too slow or of another type.
         """
         try:
             async with asyncio.timeout(self._timeout_s):
@@ -228,9 +237,9 @@ class ImageFetcher:
         parts = urlsplit(target_url) if is_allowed else urlsplit("")
         if is_offline() or not is_allowed or parts.hostname is None:
             raise _url_error(
-                "image URLs are disabled because HF_HUB_OFFLINE is set"
+                "URLs are disabled because HF_HUB_OFFLINE is set"
                 if is_allowed
-                else "image URL or its redirect is not allowed",
+                else "URL or its redirect is not allowed",
                 "a data URL, or https:// and a host that the server allows (--allow-media-host)",
             )
         return parts.hostname, parts.port or 443
@@ -243,7 +252,7 @@ class ImageFetcher:
             self._is_allowed_address(ipaddress.ip_address(a)) for a in addresses
         ):
             raise _url_error(
-                "image host has no public address", "a host with public addresses only"
+                "host of the URL has no public address", "a host with public addresses only"
             )
         return addresses[0]
 
@@ -308,7 +317,7 @@ class LabelStudioImages:
         self._folder = Path(os.path.realpath(folder)) if folder else None
         self._url, self._token, self._limits = (url or "").rstrip("/"), token, limits
 
-    async def fetch(self, reference: str, file: BinaryIO, *, web: ImageFetcher) -> None:
+    async def fetch(self, reference: str, file: BinaryIO, *, web: MediaFetcher) -> None:
         """Write an image of a task to a file; `web` fetches other web URLs.
 
         Raises:
@@ -404,9 +413,9 @@ def _is_data_path(path: str) -> bool:
 
 
 def _fetch_error(what: str) -> UserError:
-    return _url_error(f"image could not be fetched: {what}", "an image at the URL")
+    return _url_error(f"file could not be fetched: {what}", "an image or video at the URL")
 
 
 def _url_error(what: str, expected: str) -> UserError:
-    remedy = "Send the image as a data URL, or upload it to /v1/files."
-    return UserError(what, where="image_url", expected=expected, remedy=remedy)
+    remedy = "Send the file as a data URL, or upload an image to /v1/files."
+    return UserError(what, where="url", expected=expected, remedy=remedy)

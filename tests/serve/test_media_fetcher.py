@@ -14,6 +14,7 @@ from api_server_fixtures import (
     make_image_part,
     make_messages,
     make_noise_png,
+    make_video_part,
     post_chat,
     run_server,
 )
@@ -25,7 +26,7 @@ from hub_fixtures import certificate
 from finesight.errors import UserError
 from finesight.hub.download import is_public_address
 from finesight.serve.api_schema import ServerLimits
-from finesight.serve.image_sources import ImageFetcher
+from finesight.serve.media_sources import MediaFetcher
 
 CASES = load_cases("image_fetcher")
 
@@ -103,8 +104,8 @@ class FakeResolver:
         return self._answers.pop(0) if len(self._answers) > 1 else self._answers[0]
 
 
-def fetcher(names: FakeResolver, timeout_s: float = 5.0) -> ImageFetcher:
-    return ImageFetcher(
+def fetcher(names: FakeResolver, timeout_s: float = 5.0) -> MediaFetcher:
+    return MediaFetcher(
         ["localhost"],
         ServerLimits(fetch_timeout_s=timeout_s, max_image_bytes=100_000),
         resolve=names,
@@ -112,7 +113,7 @@ def fetcher(names: FakeResolver, timeout_s: float = 5.0) -> ImageFetcher:
     )
 
 
-def fetch_bytes(fetcher: ImageFetcher, url: str) -> bytes:
+def fetch_bytes(fetcher: MediaFetcher, url: str) -> bytes:
     file = io.BytesIO()
     asyncio.run(fetcher.fetch(url, file))
     return file.getvalue()
@@ -173,7 +174,7 @@ def test_invalid_responses(url, path, output):
 
 
 def test_no_request_with_a_wrong_certificate_or_offline(public_and_local_servers, url, monkeypatch):
-    other = ImageFetcher(
+    other = MediaFetcher(
         ["other.example"],
         ServerLimits(),
         resolve=FakeResolver([OUTSIDE]),
@@ -182,7 +183,7 @@ def test_no_request_with_a_wrong_certificate_or_offline(public_and_local_servers
     with pytest.raises(UserError, match="could not be fetched"):
         fetch_bytes(other, f"{url.replace('localhost', 'other.example')}/a.png")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(UserError, match="image URLs are disabled"):
+    with pytest.raises(UserError, match="URLs are disabled"):
         fetch_bytes(fetcher(FakeResolver([OUTSIDE])), f"{url}/a.png")
     assert not public_and_local_servers[0].requests
 
@@ -197,7 +198,7 @@ def test_public_address_detection(kind, is_public):
 def open_server(inference_model, tmp_path_factory):
     """Server whose fetcher accepts local addresses."""
     hosts = ["localhost", "127.0.0.1", "::1", "[::1]", "169.254.169.254", "2130706433"]
-    there = ImageFetcher(hosts, ServerLimits(max_image_bytes=100_000))
+    there = MediaFetcher(hosts, ServerLimits(max_image_bytes=100_000))
     with run_server(inference_model, tmp_path_factory.mktemp("open"), fetcher=there) as server:
         yield server
 
@@ -205,10 +206,15 @@ def open_server(inference_model, tmp_path_factory):
 @each("location", [*CASES["local_urls"].split(), "", "data:image/png;base64," + "A" * 40])
 def test_local_urls_are_rejected(open_server, public_and_local_servers, location):
     url = location.format(port=public_and_local_servers[0].server_address[1])
-    status, error = post_chat(open_server, make_image_part(url), "What?")
-    assert (status, error["param"]) == (400, "messages.0.content.0")
-    # Errors do not contain folders of the server.
-    assert str(open_server.folder) not in error["message"]
+    for part, field in (
+        (make_image_part(url), ""),
+        ({"type": "video_url", "video_url": {"url": url}}, ""),
+        ({"type": "video", "video": [url]}, ".video.0"),
+    ):
+        status, error = post_chat(open_server, part, "What?")
+        assert (status, error["param"]) == (400, f"messages.0.content.0{field}")
+        # Errors do not contain folders of the server.
+        assert str(open_server.folder) not in error["message"]
     assert not public_and_local_servers[0].requests
     assert not public_and_local_servers[1].requests
     assert list((open_server.folder / "requests").iterdir()) == []
@@ -224,6 +230,29 @@ def test_question_about_web_image(inference_model, public_and_local_servers, url
     assert first == second
     assert len(outside.requests) == 1
     assert not inside.requests
+
+
+def test_question_about_web_videos(inference_model, public_and_local_servers, url, tmp_path):
+    clip = pytest.importorskip("video_fixtures").write_video(tmp_path / "a.webm", codec="libvpx")
+    FIXED_ANSWERS["clip"] = (200, clip.read_bytes(), {"Content-Type": "video/webm"})
+    frame = make_data_url(IMAGE_BYTES)
+    parts = (
+        (
+            {"type": "video_url", "video_url": {"url": f"{url}/clip"}},
+            make_video_part(clip.read_bytes()),
+        ),
+        (
+            {"type": "video", "video": [f"{url}/a.png", frame]},
+            {"type": "video", "video": [frame] * 2},
+        ),
+    )
+    (tmp_path / "server").mkdir()
+    options = {"fetcher": fetcher(FakeResolver([OUTSIDE]))}
+    with run_server(inference_model, tmp_path / "server", **options) as server:
+        for pair in parts:
+            (status, first), (_, second) = (post_chat(server, part, "What?") for part in pair)
+            assert (status, first["choices"]) == (200, second["choices"])
+            assert first["usage"]["prompt_tokens"] == second["usage"]["prompt_tokens"]
 
 
 def test_image_files_are_deleted_after_request(server):

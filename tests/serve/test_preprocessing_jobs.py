@@ -1,6 +1,7 @@
 """Encoding of prompts with untrusted images in worker processes."""
 
 import contextlib
+from functools import partial
 from pathlib import Path
 
 import hf_models
@@ -20,7 +21,7 @@ from finesight.infer.model_loader import load_inference_model
 from finesight.infer.request import GenerationOptions
 from finesight.model_folder import ModelFolder
 from finesight.serve import preprocessing_jobs
-from finesight.serve.preprocessing_jobs import PromptEncoder
+from finesight.serve.preprocessing_jobs import encode_in_worker
 from finesight.vision.image_reader import create_image_pool
 
 
@@ -39,8 +40,8 @@ def test_chat_decodes_images_in_worker_processes(tmp_path, monkeypatch):
         expected = ask(service, image, image), ask(service)
     monkeypatch.setattr(preprocessing_jobs, "MAX_PROMPT_CPU_S", 2.0)
     monkeypatch.setattr(renderer, "load_image", lambda *_: pytest.fail("decoded in the server"))
-    with contextlib.closing(create_image_pool(model.renderer, PromptEncoder.__module__)) as pool:
-        encode = PromptEncoder(pool).encode
+    with contextlib.closing(create_image_pool(model.renderer, encode_in_worker.__module__)) as pool:
+        encode = partial(encode_in_worker, pool)
         service = InferenceService(model, max_num_seqs=1, encode_prompt=encode)
         with contextlib.closing(service):
             assert (ask(service, image, image), ask(service)) == expected
@@ -57,8 +58,8 @@ def test_transformers_inputs_are_encoded_in_worker_processes(tmp_path):
     native = build_renderer(ModelFolder(hf_models.make_llava(tmp_path / "llava")))
     sample: LocatedSample = hf_models.make_sample(tmp_path, ("Which colour?", ""))
     expected = native.load_patches(native.tokenize_prompt(sample))
-    with contextlib.closing(create_image_pool(native, PromptEncoder.__module__)) as pool:
-        encoded = PromptEncoder(pool).encode(sample, DEFAULT_THINKING)
+    with contextlib.closing(create_image_pool(native, encode_in_worker.__module__)) as pool:
+        encoded = encode_in_worker(pool, sample, DEFAULT_THINKING)
     assert encoded.tokenized.ids_T.tolist() == expected.tokenized.ids_T.tolist()
     assert encoded.hf_inputs.keys() == expected.hf_inputs.keys()
     assert all(torch.equal(encoded.hf_inputs[k], v) for k, v in expected.hf_inputs.items())

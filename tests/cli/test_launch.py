@@ -62,7 +62,8 @@ def test_existing_user_file_is_not_overwritten(cli):
 
 
 @pytest.mark.parametrize(("words", "message"), CASES["test_bad_input_is_rejected"])
-def test_bad_input_is_rejected(words, message, cli):
+def test_bad_input_is_rejected(words, message, folder, monkeypatch, cli):
+    monkeypatch.setenv("PATH", str(folder))
     error = cli(*LAUNCH, *words, code=2).err
     assert message in error
     assert "remedy: " in error

@@ -71,7 +71,6 @@ class Job(BaseModel, frozen=True):
     Attributes:
         step: Step of the page that shows the job.
         target: Data set, recipe or run that the job belongs to, relative to the workspace.
-        ok_exit_codes: Exit codes of a command that has ended as expected, without an error.
         port: Port of a server of this machine, else 0.
         has_page: Whether the command serves a page, on the Unix socket of the job.
         form: Texts of the form that started the command, by field.
@@ -82,7 +81,6 @@ class Job(BaseModel, frozen=True):
     target: str
     arguments: tuple[str, ...]
     started_at: datetime
-    ok_exit_codes: tuple[int, ...] = (0,)
     port: int = 0
     has_page: bool = False
     form: dict[str, str] = {}
@@ -120,8 +118,8 @@ class Job(BaseModel, frozen=True):
         # A server ends only when it is stopped.
         if outcome.exit_code in STOPPED_EXIT_CODES or (self.is_server and outcome.exit_code == 0):
             return "stopped"
-        is_finished = outcome.exit_code in self.ok_exit_codes and outcome.error is None
-        return "finished" if is_finished else "failed"
+        # Other exit codes without an error are results, such as those of a check.
+        return "failed" if outcome.error or outcome.exit_code == 1 else "finished"
 
     def read_log(self) -> str:
         """Return the end of the output."""

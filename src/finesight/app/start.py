@@ -339,6 +339,7 @@ def studio(
     open_page: OpenOption = False,
     api_port: Annotated[int, Parameter(minimum=0, maximum=65535)] = 7872,
     converter: Annotated[Path | None, Parameter(metavar="FILE", path="existing file")] = None,
+    teacher: Annotated[str | None, Parameter(metavar="URL")] = None,
 ) -> None:
     """Start a web UI for import, data check, training, evaluation and serving.
 
@@ -355,6 +356,7 @@ def studio(
         no_auth: Require no password, also from other users of the machine.
         api_port: Port of the HTTP API. 0: any free port.
         converter: convert_hf_to_gguf.py of llama.cpp, which the page may run to write GGUF files.
+        teacher: OpenAI-compatible server that may suggest labels, and receives images and prompts.
     """
     require_extra("studio")
     # The page starts commands as this user, so other users of the machine need a password too.
@@ -379,7 +381,7 @@ def studio(
         workspace.remove_leftovers()
         view = StudioView(workspace)
         store = UploadStore(uploads, MAX_STUDIO_UPLOAD_BYTES)
-        page = StudioPage(view, store, password is not None, converter, api_port)
+        page = StudioPage(view, store, password is not None, converter, teacher, api_port)
         access = make_access("studio", listener, password)
         access = replace(access, max_upload_bytes=MAX_STUDIO_UPLOAD_BYTES)
         shown_password = password if is_generated else None
@@ -543,7 +545,7 @@ def label(
     train_fraction: Annotated[float | None, Parameter(minimum=0.0, maximum=1.0)] = None,
     suggestions: Annotated[bool, Parameter(option="--suggestions/--no-suggestions")] = True,
     suggest_only: Annotated[bool, Parameter(option="--suggest-only")] = False,
-    teacher: Annotated[str | None, Parameter(metavar="URL|RUN_OR_MODEL")] = None,
+    teacher: Annotated[str | None, Parameter(metavar="URL|RUN_OR_MODEL", path="server")] = None,
     teacher_model: Annotated[str | None, Parameter(metavar="NAME")] = None,
     teacher_key: Annotated[str, Parameter(metavar="VARIABLE")] = "FINESIGHT_TEACHER_KEY",
     teacher_answers: Annotated[int, Parameter(minimum=2, maximum=32)] = 3,

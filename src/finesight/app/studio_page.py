@@ -33,7 +33,6 @@ from finesight.app.server import Access, AccessMiddleware, make_proxy_route
 from finesight.app.studio_view import (
     FORMS,
     FORMS_OF_STEPS,
-    OK_EXIT_CODES,
     STEP_NAMES,
     YES_NO,
     Selection,
@@ -108,6 +107,7 @@ class StudioPage:
     Attributes:
         has_password: Whether the studio has a password. Its servers then require an API key.
         converter: Converter of llama.cpp for GGUF files. It runs as a program of this user.
+        teacher: Address of the only server that may suggest labels.
         api_port: Port of the HTTP API. 0: any free port.
     """
 
@@ -115,6 +115,7 @@ class StudioPage:
     uploads: UploadStore
     has_password: bool = False
     converter: Path | None = None
+    teacher: str | None = None
     api_port: int = 7872
     actions: dict[str, Action] = field(init=False)
 
@@ -236,7 +237,15 @@ class StudioPage:
         if parameter.kind == "path":
             must_exist = parameter.path.startswith("existing")
             return as_argument(workspace.resolve(text, "", must_exist=must_exist))
-        check = workspace.check_model if parameter.path == "name" else str
+        is_server = parameter.path == "server" and "://" in text
+        if is_server and text != self.teacher:
+            raise UserError(
+                f"{text!r:.80} is not the teacher of this studio",
+                expected=self.teacher or "a run or model of the workspace",
+                remedy="start it with the address: finesight studio --teacher URL",
+            )
+        is_model = parameter.path in ("name", "server") and not is_server
+        check = workspace.check_model if is_model else str
         if parameter.is_multiple:
             # The messages of commands write the option before each value.
             try:
@@ -503,8 +512,6 @@ class StudioPage:
         """
         words = list_words(Step(operation, arguments))
         target = state.target if target is None else target
-        if operation in OK_EXIT_CODES:
-            options["ok_exit_codes"] = OK_EXIT_CODES[operation]
         job = self.view.jobs.start(state.selection.step, target, words, **options)
         # The command creates these items, so they are selected before they exist.
         items = {"data": data, "run": run}

@@ -33,9 +33,6 @@ from finesight.report.summary import RunStatus, get_run_status
 STEPS = ("data", "label", "check", "plan", "train", "results", "chat", "export")
 STEP_NAMES = {step: step.title() for step in STEPS} | {"export": "Serve and export"}
 
-OK_EXIT_CODES = {"check": (0, 2, 3), "guard": (0, 3)}
-"""Exit codes of commands that report: no issues, errors, warnings or a regression."""
-
 NO_RUN = "-"
 """Name in the URL for labelling without a run."""
 
@@ -144,9 +141,9 @@ FORMS_OF_STEPS = {
 OPTIONS_OF_SERVERS = (
     *("host", "port", "password_file", "no_auth", "trusted_proxy", "key_file", "socket_file"),
     *("open_page", "suggest_only", "push", "label_studio", "label_studio_files"),
-    *("label_studio_url", "label_studio_prompt"),
+    *("label_studio_url", "label_studio_prompt", "teacher_key", "allow_host", "allow_media_host"),
 )
-"""Parameters that the page sets itself or has no use for."""
+"""Parameters that the page sets itself or has no use for, and hosts that only the owner allows."""
 
 YES_NO = ("yes", "no")
 
@@ -242,6 +239,7 @@ MISSING_MESSAGES = {
 
 OUTCOMES = {
     "check": {2: "errors found", 3: "warnings found"},
+    "plan": {2: "does not fit"},
     "train": {75: "checkpoint saved"},
     "results": {3: "regression found"},
 }

@@ -44,9 +44,9 @@ def evaluate(
     metric: Annotated[
         str | None,
         Parameter(
-            "captions, latex, ocr, qa, classification, json, grounding, detection or pointing, or "
-            "FILE.py:FUNCTION for a custom metric. Default for a run: the metric of its recipe; "
-            "required otherwise.",
+            "captions, latex, ocr, qa, classification, json, tool_calls, grounding, detection or "
+            "pointing, or FILE.py:FUNCTION for a custom metric. Default for a run: the metric of "
+            "its recipe; required otherwise.",
             plugins="metrics",
         ),
     ] = None,

@@ -50,7 +50,7 @@ class Parameter:
         is_positional: Whether the command takes it without the name of an option, as it does a
             required parameter without an option of another name.
         path: Kind of a path. All but the existing ones may be missing. `name` may be a name on a
-            hub instead.
+            hub instead, and `server` also the address of a server.
         parse: Converts the words of the command line to the value. Python code may give either.
         minimum: Smallest accepted number, None for any.
         maximum: Greatest accepted number, None for any.
@@ -67,7 +67,9 @@ class Parameter:
     option: str = ""
     metavar: str = ""
     is_positional: bool = False
-    path: Literal["any", "file", "folder", "existing file", "existing folder", "name"] = "any"
+    path: Literal["any", "file", "folder", "existing file", "existing folder", "name", "server"] = (
+        "any"
+    )
     parse: Callable[[Any], Any] | None = None
     minimum: float | None = None
     maximum: float | None = None

@@ -52,8 +52,8 @@ def read_live(folder: Path, query: str) -> dict[str, str]:
 def write_job(
     folder: Path, step: str, arguments: str, *, name: str = "1", log: str = "", **values: Any
 ) -> Job:
-    """Write a job that ended with the exit code 2, if no other is given; with None, it runs."""
-    exit_code = values.pop("exit_code", 2)
+    """Write a job that ended with the exit code 1, if no other is given; with None, it runs."""
+    exit_code = values.pop("exit_code", 1)
     values = {"target": "", "started_at": datetime.now(UTC)} | values
     job_folder = folder / ".finesight/jobs" / name
     job = Job(folder=job_folder, step=step, arguments=tuple(arguments.split()), **values)

@@ -14,7 +14,6 @@ from finesight.app.studio_view import Selection
 from finesight.errors import UserError
 
 
-
 def wait_for(happened: Callable[[], bool], timeout_s: float = 90) -> None:
     end = time.monotonic() + timeout_s
     while not happened():

@@ -203,6 +203,25 @@ def test_only_the_converter_of_the_command_line_runs(folder):
         assert "convert.py" not in text
 
 
+def test_only_servers_and_hosts_of_the_command_line_are_used(folder, started):
+    url = "http://localhost:9/v1"
+    page = make_page(folder, teacher=url)
+    names = {one.name for form in FORMS for one in build_form(form)}
+    hidden = {"label:teacher_key", "import:allow_host", "serve:allow_media_host"}
+    assert names & {"label:teacher", *hidden} == {"label:teacher"}
+    texts = {"label:sources": "photos", "label:out": "new", **dict.fromkeys(hidden, "HOST")}
+    for teacher in (url, TINY_MODEL):
+        form = Form(texts=texts | {"label:teacher": teacher, "label:teacher_model": "m"})
+        page.run_action("label", Selection(step="label"), form)
+        assert started[-1][started[-1].index("--teacher") + 1] == teacher
+    for teacher in ("http://elsewhere:9/v1", "/etc/model", "../model"):
+        form = Form(texts=texts | {"label:teacher": teacher})
+        with pytest.raises(UserError):
+            page.run_action("label", Selection(step="label"), form)
+    assert len(started) == 2
+    assert "HOST" not in str(started)
+
+
 def evaluate_more(
     run_or_model: RunOrModelArgument,
     tolerance: Annotated[float | None, Parameter(minimum=0)] = None,

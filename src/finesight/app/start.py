@@ -298,8 +298,8 @@ def web(
     """
     require_extra("web")
     proxies = check_proxies(trusted_proxy)
-    no_auth = no_auth or socket_file is not None
-    password, is_generated = resolve_password(host, password_file, no_auth, proxies)
+    is_open = no_auth or socket_file is not None
+    password = resolve_password(host, password_file, is_open, proxies)
 
     from finesight.app.chat_page import make_chat_app
     from finesight.app.server import serve_app
@@ -317,12 +317,10 @@ def web(
             inference_model, max_num_seqs=num_seqs, encode_prompt=partial(encode_in_worker, pool)
         )
         try:
-            shown = password if is_generated else None
-            print_page_address(host, listener, shown, open_page=open_page)
+            access = open_page_access("chat", host, listener, password, open_page=open_page)
             with temporary_folder("web") as folder, closing(pool):
                 pool.start()
-                app = make_chat_app(service, folder, pool, make_access("chat", listener, password))
-                serve_app(app, listener, pool, proxies)
+                serve_app(make_chat_app(service, folder, pool, access), listener, pool, proxies)
         finally:
             service.close(wait_for_running=False)
 
@@ -361,9 +359,7 @@ def studio(
     require_extra("studio")
     # The page starts commands as this user, so other users of the machine need a password too.
     proxies = check_proxies(trusted_proxy)
-    password, is_generated = resolve_password(
-        host, password_file, no_auth, proxies, open_loopback=False
-    )
+    password = resolve_password(host, password_file, no_auth, proxies, open_loopback=False)
 
     from finesight.app.server import serve_app
     from finesight.serve.http_protocol import bind_socket
@@ -381,43 +377,36 @@ def studio(
         workspace.remove_leftovers()
         view = StudioView(workspace)
         store = UploadStore(uploads, MAX_STUDIO_UPLOAD_BYTES)
-        page = StudioPage(view, store, password is not None, converter, teacher, api_port)
-        access = make_access("studio", listener, password)
+        page = StudioPage(view, store, password[0] is not None, converter, teacher, api_port)
+        access = open_page_access("studio", host, listener, password, open_page=open_page)
         access = replace(access, max_upload_bytes=MAX_STUDIO_UPLOAD_BYTES)
-        shown_password = password if is_generated else None
-        print_page_address(host, listener, shown_password, open_page=open_page)
         serve_app(make_studio_app(page, access), listener, workspace.pool, proxies)
 
 
-def make_access(name: str, listener: socket.socket, password: str | None) -> Access:
-    """Return who may use a page. Names of cookies have the port, which cookies do not consider."""
-    from finesight.app.server import Access
-    from finesight.serve.http_protocol import is_loopback
-
-    bound = listener.getsockname()
-    if isinstance(bound, str):
-        return Access(loopback_only=False)
-    return Access(password, is_loopback(bound[0]), cookie=f"finesight-{name}-{bound[1]}")
-
-
-def print_page_address(
-    host: str, listener: socket.socket, password: str | None, *, open_page: bool = False
-) -> None:
-    """Print the address of a page and, if it was generated, its password.
+def open_page_access(
+    name: str,
+    host: str,
+    listener: socket.socket,
+    password: tuple[str | None, bool],
+    *,
+    open_page: bool = False,
+) -> Access:
+    """Print the address of a page and any generated password, and return who may use the page.
 
     With `open_page`, the default browser opens the page. It waits for the server to start.
     """
+    from finesight.app.server import Access
     from finesight.serve.http_protocol import is_loopback
 
-    bound = listener.getsockname()
+    bound, (secret, is_generated) = listener.getsockname(), password
     if isinstance(bound, str):
         print(f"listening on {bound}", flush=True)
-        return
+        return Access(loopback_only=False)
     address = f"http://{_get_reachable_host(host)}:{bound[1]}"
     print(address, flush=True)
-    if password is not None:
-        print(f"password: {password}", flush=True)
-    if password is not None and not is_loopback(host):
+    if is_generated:
+        print(f"password: {secret}", flush=True)
+    if is_generated and not is_loopback(host):
         print(
             "The page uses HTTP without encryption: the password is sent as plain text.", flush=True
         )
@@ -431,6 +420,8 @@ def print_page_address(
 
         # In a thread, because browsers in the terminal return at their end.
         threading.Thread(target=open_browser, daemon=True).start()
+    # Cookies do not consider the port, so their names have it.
+    return Access(secret, is_loopback(bound[0]), cookie=f"finesight-{name}-{bound[1]}")
 
 
 def require_extra(
@@ -632,6 +623,9 @@ def label(
         raise _build_option_error("--fields", other, "--fields with --kind fields")
     paths, run_dir = [*map(Path, sources)], find_run_dir(Path(run_or_model))
     proxies, reviewed = check_proxies(trusted_proxy), paths if review else []
+    # Answers are data of the user, so a page on the network needs a password.
+    is_open = no_auth or socket_file is not None
+    password = resolve_password(host, password_file, is_open, proxies)
     folder = to_path(out) or _select_label_folder(run_dir, reviewed, console)
     suggested: list[dict[str, Any]] = []
     with ExitStack() as stack:
@@ -671,11 +665,7 @@ def label(
         if listener is None:
             suggested = [session.describe_item(item) for item in session.store.items]
         else:
-            # Answers are data of the user, so a page on the network needs a password.
-            no_auth = no_auth or socket_file is not None
-            password, is_generated = resolve_password(host, password_file, no_auth, proxies)
-            print_page_address(host, listener, password if is_generated else None)
-            pool, access = create_image_pool(), make_access("label", listener, password)
+            pool, access = create_image_pool(), open_page_access("label", host, listener, password)
             serve_app(make_label_app(session, access, pool), listener, pool, proxies)
     for one in suggested:
         if on_record is not None:

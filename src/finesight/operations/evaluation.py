@@ -52,7 +52,7 @@ def evaluate(
     ] = None,
     limit: Annotated[int | None, Parameter(minimum=1)] = None,
     batch_size: Annotated[int, Parameter(minimum=1)] = 32,
-    max_new_tokens: Annotated[int | None, Parameter(minimum=1)] = None,
+    max_new_tokens: Annotated[int | None, Parameter(minimum=1, maximum=1_048_576)] = None,
     out: Annotated[StrPath | None, Parameter(path="file")] = None,
     trust_metric: TrustMetricOption = False,
     **loading: Unpack[LoadingOptions],

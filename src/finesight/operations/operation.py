@@ -120,16 +120,16 @@ class Parameter:
     def _convert_item(self, value: Any) -> Any:
         expected = ""
         if self.kind in ("path", "text"):
-            name = to_name(value)
+            name = to_name(value, self.name)
             return Path(os.path.expanduser(name)) if self.kind == "path" else name
         if self.choices:
             expected = f"one of {', '.join(self.choices)}" if value not in self.choices else ""
         elif not isinstance(value, int if self.kind == "integer" else int | float):
             expected = "an integer" if self.kind == "integer" else "a number"
         elif self.minimum is not None and value < self.minimum:
-            expected = f"a number of at least {self.minimum:g}"
+            expected = f"a number of at least {self.minimum:.10g}"
         elif self.maximum is not None and value > self.maximum:
-            expected = f"a number of at most {self.maximum:g}"
+            expected = f"a number of at most {self.maximum:.10g}"
         if expected:
             raise _build_value_error(self.name, value, expected)
         return value
@@ -140,7 +140,7 @@ def to_path(value: StrPath | None) -> Path | None:
     return None if value is None else Path(value)
 
 
-def to_name(value: object) -> str:
+def to_name(value: object, where: str = "") -> str:
     """Convert the name or path of a file, run or model to text.
 
     Raises UserError for objects of other types, such as images in memory.
@@ -149,6 +149,7 @@ def to_name(value: object) -> str:
         return str(value)
     raise UserError(
         f"a {type(value).__name__} instead of a file name",
+        where=where,
         expected="a str or a Path",
         remedy='save in-memory data to a file, such as image.save("image.png"), and pass its name',
     )

@@ -84,7 +84,9 @@ class LoadingOptions(TypedDict, total=False):
     ]
 
 
-MaxNewTokensOption = Annotated[int, Parameter("Maximum number of tokens per answer.", minimum=1)]
+MaxNewTokensOption = Annotated[
+    int, Parameter("Maximum number of tokens per answer.", minimum=1, maximum=1_048_576)
+]
 
 PortOption = Annotated[int, Parameter("TCP port; 0 selects a free port.", minimum=0, maximum=65535)]
 

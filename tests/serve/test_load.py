@@ -132,7 +132,7 @@ def busy_server(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Busy
         for _ in range(4):
             threading.Thread(target=ask.send, args=(port, 600.0), daemon=True).start()
         requests = next(tmp_path.glob("finesight-serve-*/requests"))
-        wait_for(lambda: len(list(requests.glob("*/image-1"))) == 4)
+        wait_for(lambda: len(list(requests.glob("*/media-1"))) == 4)
         yield process, port
     finally:
         if process.poll() is None:

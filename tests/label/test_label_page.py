@@ -782,11 +782,12 @@ def test_only_classes_are_saved(tmp_path, browser, num_classes, control):
         wait_for_name(browser, "2.png")
         press(browser, "s")
         # The finished state is that of the server.
-        for _ in range(2):
+        for is_reloaded in (False, True):
+            if is_reloaded:
+                browser.driver.refresh()
             wait_for(browser, "!document.querySelector('#finished').hidden")
             assert "3" in browser.run("return document.querySelector('#all-decided').innerText;")
             assert browser.run("return document.querySelector('#save-text').innerText;") == "保存"
-            browser.driver.refresh()
         # The decisions that this tab knows may be older than the counts.
         open_image(browser, 0)
         run_in_page(

@@ -460,7 +460,7 @@ def parse_row(row: SourceRow, context: ImportContext) -> ImportExample:
 
 
 def _place_images(images: list[ContentPart], question: str) -> list[ContentPart]:
-    """Return images and question; as many `<image>` in the question are places of the images."""
+    """Return images and question, with the images at its `<image>` if their numbers are equal."""
     first, *texts = question.split("<image>")
     if len(texts) != len(images):
         return [*images, make_text_part(question)]

@@ -41,6 +41,7 @@ import torch
 import yaml
 
 from finesight.api import UserError, check_data, guard, import_data, train
+from finesight.bounded_files import read_json_object
 from finesight.errors import suggest_name
 from finesight.evaluate.metric_difference import MetricDifference
 from finesight.report.run_reader import read_run
@@ -200,12 +201,23 @@ def make_row(name: str, model: str) -> dict[str, Any]:
 
 
 def load_rows(file: Path, models: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Return all rows by name: those of the file, and others as not run."""
+    """Return all rows by name: those of the file, and others as not run.
+
+    Raises:
+        UserError: The file is not a result of this script.
+    """
     rows = [make_row(name, model) for name in TASKS for model in models]
     found = {row["row"]: row for row in rows}
     if file.is_file():
-        saved = {row["row"]: row for row in json.loads(file.read_text(encoding="utf-8"))["rows"]}
-        found |= {name: row for name, row in saved.items() if row["status"] != "not run"}
+        saved = read_json_object(file).get("rows")
+        if not isinstance(saved, list):
+            raise UserError(
+                f"the keys of {file} do not contain rows",
+                where="--out",
+                expected="a new file, or a result of this script",
+                remedy="choose another file",
+            )
+        found |= {row["row"]: row for row in saved if row["status"] != "not run"}
     return found
 
 
@@ -368,7 +380,7 @@ def select_rows(rows: dict[str, dict[str, Any]], names: Sequence[str]) -> list[s
 
 def run(options: argparse.Namespace) -> None:
     """Run the selected rows and print the table."""
-    is_trial = bool(options.model or options.limit or options.set)
+    is_trial = bool(options.model or options.set) or options.limit is not None
     if options.work is None and not options.table:
         raise UserError("no folder for data and runs", where="--work", remedy="add --work DIR")
     file = options.out or (options.work / "trial.json" if is_trial else RESULTS)
@@ -384,7 +396,7 @@ def run(options: argparse.Namespace) -> None:
     print("\n".join(format_table(list(rows.values()))))
 
 
-def main() -> int:
+def main(words: Sequence[str] | None = None) -> int:
     """Parse the options, run the benchmark, and return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path)
@@ -395,7 +407,7 @@ def main() -> int:
     parser.add_argument("--set", nargs="+", default=[])
     parser.add_argument("--table", action="store_true")
     try:
-        run(parser.parse_args())
+        run(parser.parse_args(words))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

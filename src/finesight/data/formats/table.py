@@ -461,7 +461,7 @@ def parse_row(row: SourceRow, context: ImportContext) -> ImportExample:
 
 def _place_images(images: list[ContentPart], question: str) -> list[ContentPart]:
     """Return images and question, with the images at its `<image>` if their numbers are equal."""
-    first, *texts = question.split("<image>")
+    first, *texts = re.split("<image>\n?", question)
     if len(texts) != len(images):
         return [*images, make_text_part(question)]
     pieces = [first, *itertools.chain.from_iterable(zip(images, texts, strict=True))]

@@ -1,12 +1,24 @@
 """Run the examples with smaller sizes."""
 
+import importlib.util
 import json
+import os
+import shutil
+import subprocess
+import sys
+import tomllib
+from collections import namedtuple
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from module_loader import load_module
+from PIL import Image
 from tiny_model import create_tiny_model
 
+from finesight.errors import UserError
+from finesight.evaluate.regression_guard import BUILT_IN_SUITE
 from finesight.operations.init import PROMPT, QuickstartSettings, write_recipe
 from finesight.recipe import load_recipe, recipe_from_dict
 
@@ -103,3 +115,69 @@ def test_notebook_runs_repeatedly(tmp_path, monkeypatch, capsys):
     output = capsys.readouterr().out
     assert "s per step" in output
     assert "validation_loss" in output
+
+
+@pytest.fixture
+def lmms_eval_plugin(monkeypatch):
+    """The plug-in, with the three classes of lmms-eval that it uses."""
+    results = {"GenerationResult": namedtuple("GenerationResult", "text token_counts")}
+    counts = {"TokenCounts": lambda output_tokens: output_tokens}
+    manifest = {"ModelManifest": namedtuple("ModelManifest", "model_id chat_class_path")}
+    modules = {"api.instance": results | counts, "api.model": {"lmms": object}}
+    for name, content in (modules | {"models.registry_v2": manifest}).items():
+        monkeypatch.setitem(sys.modules, f"lmms_eval.{name}", SimpleNamespace(**content))
+    return load_module("examples/lmms_eval/finesight_lmms_eval.py")
+
+
+def make_request(question: dict[str, Any], document: int, **options: Any) -> SimpleNamespace:
+    """Return a request of lmms-eval about the image in a document."""
+
+    def to_messages(image: Any) -> list[dict[str, Any]]:
+        return [{"role": "user", "content": [{"type": "image", "url": image}, question]}]
+
+    return SimpleNamespace(args=("", to_messages, options, document, "task", "test"))
+
+
+def test_lmms_eval_plugin_answers_like_the_api(lmms_eval_plugin):
+    project = tomllib.loads((EXAMPLES / "lmms_eval" / "pyproject.toml").read_text())["project"]
+    module, name = project["entry-points"]["lmms_eval.models"]["finesight"].split(":")
+    manifest = vars(lmms_eval_plugin)[name]
+    assert manifest.chat_class_path == f"{module}.FinesightModel"
+    model = lmms_eval_plugin.FinesightModel("finesight-tiny", "2", device="cpu")
+    words = BUILT_IN_SUITE.parent / "reading-00.png"
+    shapes = BUILT_IN_SUITE.parent / "counting-00.png"
+    model.task_dict = {"task": {"test": [Image.open(words), str(shapes)]}}
+    read = {"type": "text", "text": "Read the text."}
+    requests = [make_request(read, 0), make_request(read, 1, max_new_tokens=1)]
+    requests.append(make_request(read, 0, max_new_tokens=1, temperature=0.0, do_sample=False))
+    long, other, short = model.generate_until(requests)
+    assert long.text == model.finesight_model.generate(words, "Read the text.").text
+    assert (
+        other.text
+        == model.finesight_model.generate(shapes, "Read the text.", max_new_tokens=1).text
+    )
+    assert long.text.startswith(short.text)
+    assert (other.token_counts, short.token_counts) == (1, 1)
+    with pytest.raises(UserError, match=r"temperature 0\.5"):
+        model.generate_until([make_request(read, 0, temperature=0.5)])
+    with pytest.raises(UserError, match="a part of the type audio"):
+        model.generate_until([make_request({"type": "audio", "url": "a.wav"}, 0)])
+
+
+def test_lmms_eval_backends_answer_equally(tmp_path):
+    """The plug-in and `async_openai` with a server, in the real package."""
+    if importlib.util.find_spec("lmms_eval") is None:
+        pytest.skip("needs lmms-eval, in an environment of its own: see docs/en/metrics.md")
+    site = tmp_path / "site"
+    build = ["install", "-q", "--no-deps", "--no-build-isolation", "--target", str(site)]
+    source = shutil.copytree(EXAMPLES / "lmms_eval", tmp_path / "source")
+    subprocess.run([sys.executable, "-m", "pip", *build, str(source)], check=True)
+    script = EXAMPLES.parent / "benchmarks" / "lmms_eval_backends.py"
+    words = ["--work", str(tmp_path / "work"), "--out", str(tmp_path / "out.json"), "--limit", "6"]
+    path = os.pathsep.join([str(site), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"PYTHONPATH": path}
+    subprocess.run([sys.executable, str(script), *words], check=True, env=environment)
+    report = json.loads((tmp_path / "out.json").read_text())
+    assert report["num_equal_answers"] == report["num_samples"] == 6
+    assert report["finesight"]["scores"] == report["async_openai"]["scores"]
+    assert report["finesight"]["scores"]["reading"] > 0.5

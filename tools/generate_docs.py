@@ -41,7 +41,7 @@ FOLDER_SUMMARIES = {
 EXTRA_PATHS = {
     "pretraining": "Training of finesight-tiny from scratch.",
     "recipes": "Recipes of the tutorials.",
-    "examples": "Python API: quickstart, notebook for a free GPU; a plug-in.",
+    "examples": "Python API: quickstart, notebook for a free GPU; plug-ins, also of lmms-eval.",
     "docs": "Documentation in English and Chinese; `make docs` builds it.",
     "constraints.txt": "Tested versions of all dependencies.",
     "Containerfile": "Container image with the command, for GPU or CPU.",

@@ -217,11 +217,8 @@ def _find_pair(names: Sequence[str]) -> tuple[str | None, str | None]:
             return first, second
     # The input of an instruction is a part of the question (Alpaca).
     others = [name for name in names if name != question]
-    more = (
-        _find_name(others, ("input", "context"))
-        if "instruction" in (question or "").lower()
-        else None
-    )
+    is_alpaca = "instruction" in (question or "").lower()
+    more = _find_name(others, ("input", "context")) if is_alpaca else None
     options = [name for name in others if _OPTION.fullmatch(name)]
     if len(options) < 2:
         options = [name for name in others if name.lower() in _OPTION_LISTS]
@@ -431,7 +428,7 @@ def parse_row(row: SourceRow, context: ImportContext) -> ImportExample:
         names = find_columns(row.record, "question", context.columns["question"])
         question, options = _join_cells(names, question)
     if question is not None:
-        parts.append(make_text_part(_get_text(question, "question")))
+        parts = _place_images(parts, _get_text(question, "question"))
     boxes, omitted = _create_boxes(row, context, images)
     content = _omit_classes(context.add_prompt(parts), omitted, boxes)
     user = Message(role="user", content=content)
@@ -446,10 +443,8 @@ def parse_row(row: SourceRow, context: ImportContext) -> ImportExample:
             "replace the numbers, or map the question without the options",
         )
     answers = [(*parse_answer(f"{text}{line_end}", images), *boxes) for text in texts]
-    answers += [
-        (TextPart(text=f"{json_answer}{line_end}"), *boxes)
-        for json_answer in _build_json_answers(row, context)
-    ]
+    json_answers = _build_json_answers(row, context)
+    answers += [(TextPart(text=f"{answer}{line_end}"), *boxes) for answer in json_answers]
     if not answers and "box" in context.columns and not {"answer", "fields"} & set(context.columns):
         answers = [boxes or (TextPart(text=NO_OBJECTS_ANSWER),)]
     if boxes and not answers:
@@ -462,6 +457,15 @@ def parse_row(row: SourceRow, context: ImportContext) -> ImportExample:
             "that one: --map answer=COLUMN, --map fields=COLUMN,COLUMN or --map box=COLUMN",
         )
     return ImportExample(row.id, (user,), tuple(answers))
+
+
+def _place_images(images: list[ContentPart], question: str) -> list[ContentPart]:
+    """Return images and question, with the images at its `<image>` if their numbers are equal."""
+    first, *texts = re.split("<image>\n?", question)
+    if len(texts) != len(images):
+        return [*images, make_text_part(question)]
+    pieces = [first, *itertools.chain.from_iterable(zip(images, texts, strict=True))]
+    return [make_text_part(one) if isinstance(one, str) else one for one in pieces if one]
 
 
 def _join_cells(names: Sequence[str], cells: Sequence[object]) -> tuple[str, list[str]]:
@@ -481,9 +485,8 @@ def _join_cells(names: Sequence[str], cells: Sequence[object]) -> tuple[str, lis
             check_limit(len(options), len(ascii_uppercase), "options")
             lines += map("{}. {}".format, ascii_uppercase, options)
         else:
-            lines.append(
-                f"{letters[name]}. {cell}" if len(letters) > 1 and name in letters else f"{cell}"
-            )
+            prefix = f"{letters[name]}. " if len(letters) > 1 and name in letters else ""
+            lines.append(f"{prefix}{cell}")
     return "\n".join(lines), options
 
 
@@ -583,19 +586,17 @@ def find_columns(record: Collection[str], role: str, column: str, where: str = "
     if column in record:
         return [column]
     names = split_column_names(column, record)
-    missing = next(
-        (name for name in names if {name, name.partition(".")[0]}.isdisjoint(record)), None
-    )
-    if missing is None:
-        return names
-    raise UserError(
-        f"no column {missing!r} for --map {role}={column}",
-        where=where,
-        expected=f"one of {', '.join(map(str, record))}",
-        remedy=f"repeat --map for each role: --map {shlex.quote(missing)}"
-        if "=" in missing
-        else suggest_name(missing, map(str, record), "name one of these columns"),
-    )
+    for name in names:
+        if {name, name.partition(".")[0]}.isdisjoint(record):
+            raise UserError(
+                f"no column {name!r} for --map {role}={column}",
+                where=where,
+                expected=f"one of {', '.join(map(str, record))}",
+                remedy=f"repeat --map for each role: --map {shlex.quote(name)}"
+                if "=" in name
+                else suggest_name(name, map(str, record), "name one of these columns"),
+            )
+    return names
 
 
 def split_column_names(column: str, record: Collection[str]) -> list[str]:
@@ -636,7 +637,9 @@ def _build_json_answers(row: SourceRow, context: ImportContext) -> list[str]:
             remedy="remove one of the two",
         )
     names = find_columns(row.record, "fields", column)
-    duplicate, count = Counter(names).most_common(1)[0]
+    # The key of `entities.total` is `total`.
+    keys = [name if name in row.record else name.rpartition(".")[2] for name in names]
+    duplicate, count = Counter(keys).most_common(1)[0]
     if count > 1:
         raise InvalidOptionError(
             f"the duplicate column {duplicate!r} in fields={column}",
@@ -644,8 +647,8 @@ def _build_json_answers(row: SourceRow, context: ImportContext) -> list[str]:
             expected="each column once",
             remedy="remove one of the two",
         )
-    cells = ((name, get_cell(row.record, name)) for name in names)
-    members = [_format_member(name, value) for name, value in cells if not _is_empty(value)]
+    cells = {key: get_cell(row.record, name) for key, name in zip(keys, names, strict=True)}
+    members = [_format_member(key, cell) for key, cell in cells.items() if not _is_empty(cell)]
     return [f"{{{', '.join(members)}}}"] if members else []
 
 
@@ -686,17 +689,15 @@ def _create_boxes(
         if boxes:
             images.require_single_image()
         if names and len(names) != len(boxes):
-            raise InvalidRowError(
-                f"{len(names)} labels for {len(boxes)} boxes", "a label for each box"
-            )
+            problem = f"{len(names)} labels for {len(boxes)} boxes"
+            raise InvalidRowError(problem, "a label for each box")
         pairs += itertools.zip_longest(boxes, names)
     found = [images.create_valid_box(*pair, convention) for pair in pairs]
     parts = tuple(one for one in found if isinstance(one, BoxPart))
     labels = {part.label for part in parts}
     if "" in labels:
-        raise InvalidRowError(
-            f"a box without a label beside {len(labels) - 1} labels", "a label for each box"
-        )
+        problem = f"a box without a label beside {len(labels) - 1} labels"
+        raise InvalidRowError(problem, "a label for each box")
     omitted: dict[str, InvalidBoxError] = {}
     for (_, label), box in zip(pairs, found, strict=True):
         if isinstance(box, BoxPart) or (isinstance(box, StrayBoxError) and label in labels):
@@ -800,9 +801,8 @@ def _build_row(located_sample: LocatedSample, context: ExportContext) -> Record:
     if question:
         row["question"] = question
     content = messages[1].content
-    first_box = next(
-        (n for n, part in enumerate(content) if isinstance(part, BoxPart)), len(content)
-    )
+    is_box = [isinstance(part, BoxPart) for part in content]
+    first_box = [*is_box, True].index(True)
     boxes = [part for part in content[first_box:] if isinstance(part, BoxPart)]
     text = format_answer(content[:first_box], len(image_names))
     if len(boxes) < len(content) - first_box or (text and boxes and not text.endswith("\n")):

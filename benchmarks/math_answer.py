@@ -1,0 +1,17 @@
+"""Custom metric of mathematical answers: `eval.metric: benchmarks/math_answer.py:correct`.
+
+It equals the reward `math`: an answer such as \\boxed{4} counts if math-verify finds it equal to a
+reference. It requires the extra `latex`.
+"""
+
+from finesight.config import RewardSettings
+from finesight.evaluate.eval_case import EvalCase
+from finesight.evaluate.rewards import RewardScorer
+
+scorer = RewardScorer([RewardSettings(name="math")])
+
+
+def correct(case: EvalCase) -> float:
+    """Return 1 for an answer that equals a reference as a formula, else 0."""
+    ((score,),) = scorer.score([case])
+    return score or 0.0

@@ -563,7 +563,7 @@ class Workspace:
         """Raise UserError if a recipe would run code or open files outside of the workspace."""
         from finesight.evaluate.custom_metric import list_functions
 
-        for model in (recipe.model, *([] if recipe.adapter is None else [recipe.adapter])):
+        for model in filter(None, (recipe.model, recipe.adapter, recipe.train.distill.teacher)):
             self.check_model(str(model))
         problem = ""
         for path in (*(f.path for f in (*recipe.data.train, *recipe.data.eval)), recipe.output_dir):

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -244,7 +245,9 @@ def test_each_gpu_trains_one_trial(recipe, simulate, tmp_path, monkeypatch):
 def test_short_budget_is_rejected_and_extended(recipe, simulate, tmp_path, monkeypatch):
     monkeypatch.setattr(trial_search.TrialSearch, "measure_recipe", MEASURE_RECIPE)
     clock = iter(range(0, 10**6, 10))
-    monkeypatch.setattr(trial_search.time, "monotonic", lambda: float(next(clock)))
+    # Threads of other tests use the clock of the process.
+    used = SimpleNamespace(monotonic=lambda: float(next(clock)))
+    monkeypatch.setattr(trial_search, "time", used)
     simulate(by_learning_rate)
     with pytest.raises(UserError, match="too short for the recipe itself"):
         api.search(recipe, out=tmp_path / "search", budget="60s")

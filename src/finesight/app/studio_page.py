@@ -242,7 +242,7 @@ class StudioPage:
             raise UserError(
                 f"{text!r:.80} is not the teacher of this studio",
                 expected=self.teacher or "a run or model of the workspace",
-                remedy="start it with the address: finesight studio --teacher URL",
+                remedy="name this server when you start the studio in a terminal",
             )
         is_model = parameter.path in ("name", "server") and not is_server
         check = workspace.check_model if is_model else str

@@ -30,12 +30,12 @@ def run_job_script(folder: Path, text: str, tasks: int) -> subprocess.Popen[str]
 
 
 def make_job(
-    task: TinyTask, name: str, tasks: int, epochs: int, save_every: int = 1000
+    task: TinyTask, name: str, tasks: int, epochs: int, save_every: int = 1000, nodes: str = "1:2"
 ) -> LaunchJob:
     output = {"output_dir": str(task.folder / name), "tune": TUNE}
     settings = {"learning_rate": 1e-3, "epochs": epochs, "save_every": save_every}
     path = write_recipe(task.folder / f"{name}.yaml", task.recipe | output, **settings)
-    return LaunchJob.from_recipe(path, (), None, NodeSpec(1, 2, tasks))
+    return LaunchJob.from_recipe(path, (), None, NodeSpec.parse(nodes, tasks))
 
 
 def wait_for_steps(folder: Path, count: int, process: subprocess.Popen[str]) -> None:

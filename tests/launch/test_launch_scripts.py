@@ -62,11 +62,17 @@ def test_arguments_are_quoted_safely(name: str, tmp_path: Path) -> None:
         assert [environment[key] for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK")] == ["0", "1", "0"]
 
 
-def test_multi_node_script_needs_master_addr(tmp_path: Path) -> None:
-    text, environment = build_script("torchrun of many", tmp_path), {"PATH": os.environ["PATH"]}
-    done = subprocess.run(["bash"], input=text, capture_output=True, text=True, env=environment)
-    assert done.returncode
-    assert "MASTER_ADDR: must be the name of one node" in done.stderr
+def test_multi_node_script_needs_reachable_master_addr(tmp_path: Path) -> None:
+    """The last name is not one of those with which a user selects the loopback interface."""
+    text = build_script("torchrun of many", tmp_path)
+    for given, message in (
+        ({}, "MASTER_ADDR: must be the name of one node"),
+        ({"MASTER_ADDR": "LOCALHOST"}, "MASTER_ADDR: LOCALHOST is 127.0.0.1 on this node"),
+    ):
+        command, environment = ["bash"], {"PATH": os.environ["PATH"]} | given
+        done = subprocess.run(command, input=text, capture_output=True, text=True, env=environment)
+        assert done.returncode
+        assert message in done.stderr
 
 
 def test_slurm_directives(tmp_path: Path) -> None:

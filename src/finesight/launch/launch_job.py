@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import yaml
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from finesight.errors import Step, UserError
 from finesight.manifest import RESULT_FILE
@@ -248,8 +248,9 @@ def _render_template(template: str, job: LaunchJob, **values: object) -> str:
     The filters `quote` and `yaml` quote a value for a shell and for YAML; `block` writes a text of
     several lines for YAML.
     """
+    loader = FileSystemLoader(Path(__file__).parent)
     environment = Environment(
-        trim_blocks=True, keep_trailing_newline=True, undefined=StrictUndefined
+        loader=loader, trim_blocks=True, keep_trailing_newline=True, undefined=StrictUndefined
     )
     environment.filters["quote"] = lambda value: shlex.quote(str(value))
     # An item of a list, since a document would have an end mark.
@@ -257,8 +258,7 @@ def _render_template(template: str, job: LaunchJob, **values: object) -> str:
         [value], default_flow_style=True, width=2**30
     )[1:-2]
     environment.filters["block"] = lambda value: yaml.safe_dump(value, default_style="|")
-    text = (Path(__file__).parent / template).read_text(encoding="utf-8")
-    return environment.from_string(text).render(
+    return environment.get_template(template).render(
         job=job,
         nodes=job.node_spec,
         timeout=CHECKPOINT_TIMEOUT_S,
@@ -272,7 +272,7 @@ def _render_template(template: str, job: LaunchJob, **values: object) -> str:
 def build_torchrun_script(job: LaunchJob) -> str:
     """Build a shell script that starts torchrun, to run on each node of a job.
 
-    With several nodes, the user sets MASTER_ADDR to the name of one node.
+    With several nodes, the user sets MASTER_ADDR to the name or IPv4 address of one node.
     """
     return _render_template("torchrun_job.sh", job)
 

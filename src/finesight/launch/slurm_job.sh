@@ -2,6 +2,9 @@
 {% set task %}
 trap : TERM USR1
 export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$SLURM_LOCALID
+{% if nodes.max_nodes > 1 %}
+{% include "node_network.j2" %}
+{% endif %}
 "$@"
 code=$?
 # 75: stopped after a checkpoint. With another exit code, srun would kill the other tasks.

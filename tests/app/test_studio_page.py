@@ -15,6 +15,7 @@ import pytest
 from case_files import load_cases
 from run_dir_fixtures import MANIFEST, TUNE, make_run, make_sign_answers
 from studio_fixtures import (
+    RUNNING,
     call_page,
     click_button,
     make_page,
@@ -27,7 +28,7 @@ from studio_fixtures import (
     write_recipe,
 )
 
-from finesight.app import studio_view
+from finesight.app import studio_page, studio_view
 from finesight.app.jobs import Job
 from finesight.app.studio_page import Form, StudioPage
 from finesight.app.studio_view import (
@@ -377,13 +378,29 @@ def test_run_without_its_plugins_is_listed(folder):
         read_run(folder / "runs/a")
 
 
-def test_no_run_starts_while_its_labels_change(folder, page, started):
+def test_labelling_ends_before_a_run_with_its_labels(folder, page, started, monkeypatch):
     write_recipe(folder, "a", "data/dots/labels.jsonl")
-    for name, is_refused in (("dots", True), ("other", False)):
-        write_job(folder, "label", f"label tiny images --out data/{name}", exit_code=None)
-        message = click_button(page, "start", "step=train&recipe=a.yaml")
-        assert ("data/dots, whose labelling page is open" in message) == is_refused
-    assert len(started) == 1
+    stopped = list[str]()
+    monkeypatch.setattr(studio_page, "CLOSE_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(Job, "stop", lambda job: stopped.append(job.arguments[-1]))
+    write_job(folder, "label", "label tiny images --out data/other", name="1", exit_code=None)
+    assert click_button(page, "start", "step=train&recipe=a.yaml") == ""
+    job = write_job(folder, "label", "label tiny images --out data/dots", name="2", exit_code=None)
+    message = click_button(page, "start", "step=train&recipe=a.yaml")
+    assert "data/dots, whose labelling page is open" in message
+    monkeypatch.setattr(Job, "stop", lambda job: RUNNING.pop().close())
+    assert click_button(page, "start", "step=train&recipe=a.yaml") == ""
+    assert (stopped, job.status, len(started)) == (["data/dots"], "killed", 2)
+
+
+def test_running_training_precedes_newer_recipes(folder):
+    for name in ("a", "b"):
+        write_recipe(folder, name, "a.jsonl")
+    os.utime(folder / "a.yaml", (1, 1))
+    assert "recipe=b.yaml" in read_live(folder, "step=train")["url"]
+    write_job(folder, "train", "train a.yaml", target="a.yaml", exit_code=None)
+    assert "recipe=a.yaml" in read_live(folder, "step=train")["url"]
+    assert "recipe=b.yaml" in read_live(folder, "step=train&recipe=b.yaml")["url"]
 
 
 @pytest.mark.parametrize(("button", "query", "values", "problem"), CASES["messages"])

@@ -8,6 +8,7 @@ import re
 import secrets
 import shlex
 import socket
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -59,6 +60,9 @@ Text = Annotated[str, Field(max_length=MAX_FIELD_CHARS)]
 Name = Annotated[str, Field(max_length=64)]
 
 API_KEY_FILE = "api-key"
+
+CLOSE_TIMEOUT_S = 15.0
+"""Maximum duration of the end of a labelling page."""
 
 OPERATIONS_OF_ACTIONS = {"chat": "web", "evaluate": "eval"} | {
     name: name for name in ("guard", "merge", "search", "serve")
@@ -380,7 +384,7 @@ class StudioPage:
         if state.recipe is not None and operation in ("plan", "train"):
             self.view.workspace.load_recipe(state.recipe)  # raises the error of an invalid one
             if operation == "train":
-                self._check_labelling(state.recipe)
+                self._close_labelling(state.recipe)
                 options["run"] = str(self.view.find_run(state.recipe))
         elif operation == "web":
             options["has_page"] = True
@@ -425,6 +429,8 @@ class StudioPage:
             target = Path("data", name)
         if not (review or (workspace.folder / target / JOURNAL_FILE).is_file()):
             target = workspace.check_new_name("data", name)
+            if arguments.get("kind") == "fields" and not (state.run or arguments.get("fields")):
+                raise build_missing_error("label:fields")
         else:
             target = target if review else workspace.resolve(str(target), "label:out")
             if arguments.get("train_fraction") == LABEL_TRAIN_FRACTION:
@@ -475,21 +481,29 @@ class StudioPage:
         recipe = workspace.copy_recipe(Path(str(step.arguments["recipe"])), overrides)
         return state.selection.link(step="train", recipe=str(recipe), run="")
 
-    def _check_labelling(self, recipe: Path) -> None:
-        """Raise UserError if an open labelling page would change the data during the run."""
+    def _close_labelling(self, recipe: Path) -> None:
+        """End the labelling of the data of a recipe, which would change during its run.
+
+        Each decision is saved at once. Raises UserError if a labelling page does not end.
+        """
         workspace = self.view.workspace
         for job in self.view.jobs.list_running():
             words = (*job.arguments, "--out", "")
             folder = words[words.index("--out") + 1]
             root = os.path.realpath(workspace.folder / folder)
-            if job.arguments[0] == "label" and workspace.uses_files(recipe, root):
-                what = f"the run reads the labels of {folder}, whose labelling page is open"
-                raise UserError(
-                    what,
-                    where=str(recipe),
-                    expected="data that do not change",
-                    remedy="stop it under “Other running commands”",
-                )
+            if job.arguments[0] != "label" or not workspace.uses_files(recipe, root):
+                continue
+            job.stop()
+            end = time.monotonic() + CLOSE_TIMEOUT_S
+            while job.status == "running":
+                if time.monotonic() > end:
+                    raise UserError(
+                        f"the run reads the labels of {folder}, whose labelling page is open",
+                        where=str(recipe),
+                        expected="data that do not change",
+                        remedy="stop it under “Other running commands”",
+                    )
+                time.sleep(0.05)
 
     def _start(
         self,

@@ -231,6 +231,7 @@ MISSING_MESSAGES = {
     "run": "No run is selected. Select one, or train one in the step Train.",
     "label:sources": "No images are given. Enter a file or folder, or upload images in the step"
     " Data.",
+    "label:fields": "No fields are given. Enter their names, such as item, price.",
     "label:split": "The data set has no validation samples. Review those for training.",
     "operation": "This is no longer proposed. Reload the page.",
     "merge:out": "No merged model is given. Merge one, or enter its name.",
@@ -325,7 +326,10 @@ class StudioView:
         """
         content = self.workspace.scan()
         dataset = _select(content.datasets, selection.data, lambda x: str(x.path), use_newest)
-        recipe = _select(content.recipes, selection.recipe, str, use_newest)
+        # A running training precedes newer recipes.
+        trained = [job.target for job in self.jobs.list_running() if job.step == "train"]
+        recipe_name = selection.recipe or (trained[0] if trained and use_newest else "")
+        recipe = _select(content.recipes, recipe_name, str, use_newest)
         if selection.run == NO_RUN and selection.step != "label":
             selection = replace(selection, run="")
         run = _select(content.runs, selection.run, str, use_newest)
@@ -335,8 +339,8 @@ class StudioView:
             run = next((path for path in content.runs if path == output_dir), None)
             selection = replace(selection, run=str(output_dir or ""))
         state = StudioState(selection, content, dataset, recipe, run, (), None)
-        # An import creates its data set, so it belongs to no item.
-        target = None if selection.step == "data" else state.target
+        # An import and labelling create a data set, so they belong to no item.
+        target = None if selection.step in ("data", "label") else state.target
         jobs = self.jobs.list_jobs(selection.step, target)
         # A running command precedes newer ones that have ended.
         order = sorted(jobs, key=lambda job: job.status != "running")

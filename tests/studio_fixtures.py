@@ -38,7 +38,8 @@ def make_page(folder: Path, **options: Any) -> StudioPage:
     uploads = folder.parent / "uploads"
     uploads.mkdir(exist_ok=True)
     store = UploadStore(uploads, 1 << 20)
-    return StudioPage(StudioView(Workspace(folder, get_image_pool())), store, **options)
+    view = StudioView(Workspace(folder, get_image_pool()))
+    return StudioPage(view, store, **{"api_port": 0, **options})
 
 
 def read_live(folder: Path, query: str) -> dict[str, str]:

@@ -53,9 +53,10 @@ class StudioDriver:
 
     def start(self) -> None:
         command = [sys.executable, "-m", "finesight", "studio", str(self.folder), "--no-auth"]
+        command += ["--port", "0", "--api-port", "0"]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         options = {"stdout": subprocess.PIPE, "text": True, "env": environment}
-        self.process = subprocess.Popen([*command, "--port", "0"], **options)
+        self.process = subprocess.Popen(command, **options)
         self.address = self.process.stdout.readline().strip()
 
     def end(self, number: int = signal.SIGINT) -> int:

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import socket
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated
@@ -391,6 +392,15 @@ def test_labelling_ends_before_a_run_with_its_labels(folder, page, started, monk
     monkeypatch.setattr(Job, "stop", lambda job: RUNNING.pop().close())
     assert click_button(page, "start", "step=train&recipe=a.yaml") == ""
     assert (stopped, job.status, len(started)) == (["data/dots"], "killed", 2)
+
+
+def test_port_of_another_server_is_rejected(folder, started):
+    add_run(folder)
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        page = make_page(folder, api_port=port)
+        assert str(port) in click_button(page, "serve", "step=export&run=runs/a")
+    assert started == []
 
 
 def test_running_training_precedes_newer_recipes(folder):

@@ -7,7 +7,6 @@ import os
 import re
 import secrets
 import shlex
-import socket
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -50,6 +49,7 @@ from finesight.label.label_store import JOURNAL_FILE
 from finesight.model_folder import TINY_MODEL
 from finesight.operations.operation import Parameter, list_words
 from finesight.report.i18n import get_language
+from finesight.serve.http_protocol import bind_socket
 from finesight.storage import translate_os_errors
 
 MAX_FIELD_CHARS, MAX_UPLOADS = 100_000, 10_000
@@ -389,9 +389,9 @@ class StudioPage:
         elif operation == "web":
             options["has_page"] = True
         elif operation == "serve":
-            with socket.create_server(("127.0.0.1", 0)) as free:
-                port = self.api_port or int(free.getsockname()[1])
-            options["port"] = arguments["port"] = port
+            # The answers of another server at this port would look like those of this one.
+            with bind_socket("127.0.0.1", self.api_port) as free:
+                options["port"] = arguments["port"] = int(free.getsockname()[1])
             if self.has_password:
                 # The key is the same for all servers of the workspace. Only this user can read it.
                 arguments["key_file"] = Path(STUDIO_FOLDER, API_KEY_FILE)

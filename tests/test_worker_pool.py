@@ -146,6 +146,15 @@ def test_a_worker_ends_at_once_with_its_connection(pool, job):
     assert not list_running([pid])
 
 
+def test_data_of_the_connection_do_not_end_a_job(pool):
+    """The kernel announces the last bytes of a job when the worker may already run it."""
+    with pool.fork() as worker:
+        worker.start(jobs.sleep, 0.5, max_cpu_s=1)
+        assert not worker.wait(0.2)
+        worker._connection.send(0)
+        assert worker.get_result().value == 0.5
+
+
 PARENT = """
 import sys, time
 import numpy as np, pool_jobs as jobs
@@ -177,8 +186,8 @@ def test_workers_have_low_priority_and_no_pool_handles(pool):
     found = call(pool, jobs.limits).value
     assert found["nice"] >= os.nice(0) + WORKER_NICENESS
     assert found["group"] != os.getpgrp()
-    # Standard streams, its connection, and what lists the folder.
-    assert len(found["open"]) == 5
+    # Standard streams, its two connections, and what lists the folder.
+    assert len(found["open"]) == 6
     assert "PATH" in found["environment"]
     assert "FINESIGHT_KEY" not in found["environment"]
 

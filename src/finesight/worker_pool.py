@@ -73,34 +73,37 @@ def main(number: int) -> None:
         gc.collect()
         gc.freeze()
         while state:
-            memory_bytes, handle = control.recv(), recv_handle(control)
+            memory_bytes = control.recv()
+            connections = [Connection(recv_handle(control)) for _ in range(2)]
             if os.fork() == 0:
                 control.close()
-                _run_worker(Connection(handle), state[0], memory_bytes)
-            os.close(handle)
+                _run_worker(connections, state[0], memory_bytes)
+            for one in connections:
+                one.close()
 
 
-def _run_worker(connection: Connection, state: Any, memory_bytes: int) -> None:
+def _run_worker(connections: Sequence[Connection], state: Any, memory_bytes: int) -> None:
     """Run the jobs that the pool sends until it closes the connection.
 
     Ends the process and never returns.
+
+    Args:
+        connections: Connection of jobs and replies, and one without data. The kernel kills this
+            process by SIGIO when the pool closes the second one. SIGIO of the first one would also
+            announce data, possibly after they have been read.
     """
-    status = 1
+    connection, lifeline = connections
     try:
         _apply_limits(memory_bytes)
-        # The kernel sends SIGIO when the pool closes the connection or sends data.
-        signal.signal(signal.SIGIO, signal.SIG_IGN)
-        fcntl.fcntl(connection.fileno(), fcntl.F_SETOWN, os.getpid())
-        flags = fcntl.fcntl(connection.fileno(), fcntl.F_GETFL)
-        fcntl.fcntl(connection.fileno(), fcntl.F_SETFL, flags | os.O_ASYNC)
+        fcntl.fcntl(lifeline.fileno(), fcntl.F_SETOWN, os.getpid())
+        fcntl.fcntl(lifeline.fileno(), fcntl.F_SETFL, os.O_ASYNC)
         base = _resident_bytes()
         with contextlib.suppress(EOFError, ConnectionError):
-            while True:
+            while not lifeline.poll():  # The pool may have closed it before O_ASYNC was set.
                 parts = [bytearray(connection.recv_bytes()) for _ in range(1 + connection.recv())]
                 function, args, max_cpu_s = pickle.loads(parts[0], buffers=parts[1:])
                 start_time = time.process_time()
-                job = partial(function, state, *args)
-                reply = _run_job(job, max_cpu_s, connection)
+                reply = _run_job(partial(function, state, *args), max_cpu_s)
                 usage = {
                     "cpu_seconds": time.process_time() - start_time,
                     "rss_increase": _resident_bytes() - base,
@@ -109,26 +112,18 @@ def _run_worker(connection: Connection, state: Any, memory_bytes: int) -> None:
                 for array in reply.arrays:
                     content = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
                     connection.send_bytes(content.data)
-        status = 0
+        os._exit(0)
     finally:
-        os._exit(status)
+        os._exit(1)
 
 
-def _run_job(job: Callable[[], JobOutput], max_cpu_s: float, connection: Connection) -> JobOutput:
-    """Run a job, and return the reply.
-
-    The kernel kills this process if the job exceeds a time limit or is canceled.
-    """
+def _run_job(job: Callable[[], JobOutput], max_cpu_s: float) -> JobOutput:
+    """Run a job, and return the reply. The kernel kills this process after a time limit."""
     signal.setitimer(signal.ITIMER_PROF, max_cpu_s)
     signal.setitimer(signal.ITIMER_REAL, max_cpu_s * WALL_FACTOR)
-    # The pool sends no data while a job runs: SIGIO means that it has closed the connection.
-    signal.signal(signal.SIGIO, signal.SIG_DFL)
     try:
-        if connection.poll():
-            raise EOFError
         return _outcome(job)
     finally:
-        signal.signal(signal.SIGIO, signal.SIG_IGN)
         signal.setitimer(signal.ITIMER_PROF, 0)
         signal.setitimer(signal.ITIMER_REAL, 0)
 
@@ -242,9 +237,11 @@ class Worker(contextlib.AbstractContextManager["Worker"]):
     manager, it closes the worker at the end of the block.
     """
 
-    def __init__(self, pool: WorkerPool, connection: socket.socket, memory_bytes: int) -> None:
-        self._pool, self._socket = pool, connection
-        self._connection = Connection(os.dup(connection.fileno()))
+    def __init__(
+        self, pool: WorkerPool, sockets: Sequence[socket.socket], memory_bytes: int
+    ) -> None:
+        self._pool, self._sockets = pool, sockets
+        self._connection = Connection(os.dup(sockets[0].fileno()))
         self._memory_bytes, self._max_cpu_s, self._start_time = memory_bytes, 0.0, 0.0
         self._lock = threading.Lock()
         self.is_killed = self.is_pending = False
@@ -337,8 +334,9 @@ class Worker(contextlib.AbstractContextManager["Worker"]):
     def kill(self) -> None:
         """End the worker process and the job that it runs."""
         self.is_killed = True
-        with contextlib.suppress(OSError):
-            self._socket.shutdown(socket.SHUT_RDWR)
+        for one in self._sockets:
+            with contextlib.suppress(OSError):
+                one.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
         """End the worker process and close its connection.
@@ -347,8 +345,9 @@ class Worker(contextlib.AbstractContextManager["Worker"]):
         """
         self.kill()
         with self._lock:
-            self._socket.close()
             self._connection.close()
+        for one in self._sockets:
+            one.close()
 
     def _exit_error(self) -> Exception:
         if self.is_killed or self._pool.is_closed:
@@ -469,19 +468,20 @@ class WorkerPool:
         """Fork a worker, and restart the template process if it has ended."""
         if self.is_closed:
             raise WorkerLostError(f"a pool of {self._num_idle} workers is closed")
-        connection, child_connection = socket.socketpair()
-        with child_connection:
+        own, remote = zip(socket.socketpair(), socket.socketpair(), strict=True)
+        with remote[0], remote[1]:
             try:
-                self._send_fork(memory_bytes, child_connection.fileno())
+                self._send_fork(memory_bytes, remote)
             except OSError:
                 self._end_template()
-                self._send_fork(memory_bytes, child_connection.fileno())
-        return Worker(self, connection, memory_bytes)
+                self._send_fork(memory_bytes, remote)
+        return Worker(self, own, memory_bytes)
 
-    def _send_fork(self, memory_bytes: int, handle: int) -> None:
+    def _send_fork(self, memory_bytes: int, sockets: Sequence[socket.socket]) -> None:
         control = self._get_control()
         control.send(memory_bytes)
-        send_handle(control, handle, 0)
+        for one in sockets:
+            send_handle(control, one.fileno(), 0)
 
     def _get_control(self) -> Connection:
         """Return the connection to the template process, and start the process if there is none."""

@@ -51,7 +51,6 @@ BENCHMARKS_DIR = Path(__file__).resolve().parent
 RESULTS = BENCHMARKS_DIR / "results" / "real_weights.json"
 MODELS = ("Qwen/Qwen2.5-VL-3B-Instruct", "Qwen/Qwen3-VL-4B-Instruct", "Qwen/Qwen3.5-4B")
 FIELDS = "entities.company,entities.date,entities.address,entities.total"
-LORA = {"language": "lora", "lora": {"rank": 32, "alpha": 32, "dropout": 0.05}}
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +96,19 @@ DOCVQA = Dataset(
     | {"prompt": "Answer with words of the document."},
 )
 
+
+def make_supervised_recipe(
+    metric: str, max_pixels: int, epochs: int, max_new_tokens: int
+) -> dict[str, Any]:
+    """Return the recipe of a supervised task: LoRA of rank 32, evaluated before and after."""
+    return {
+        "image": {"max_pixels": max_pixels},
+        "tune": {"language": "lora", "lora": {"rank": 32, "alpha": 32, "dropout": 0.05}},
+        "train": {"epochs": epochs, "batch_size": 16, "learning_rate": 1e-4},
+        "eval": {"metric": metric, "every": 0, "max_new_tokens": max_new_tokens},
+    }
+
+
 TASKS = {
     "handwriting": Task(
         Dataset(
@@ -108,12 +120,7 @@ TASKS = {
             {"columns": {"image": "image", "answer": "text"}}
             | {"prompt": "Write the formula as LaTeX."},
         ),
-        {
-            "image": {"max_pixels": 401_408},
-            "tune": LORA,
-            "train": {"epochs": 3, "batch_size": 16, "learning_rate": 1e-4},
-            "eval": {"metric": "latex", "every": 0, "max_new_tokens": 256},
-        },
+        make_supervised_recipe("latex", max_pixels=401_408, epochs=3, max_new_tokens=256),
         "no score; 7B with LoRA in 10 minutes on two A100 (guide of ms-swift)",
     ),
     "grounding": Task(
@@ -126,12 +133,7 @@ TASKS = {
             {"columns": {"image": "image", "question": "question", "box": "bbox"}}
             | {"box_format": "xywh", "prompt": "Give its bounding box."},
         ),
-        {
-            "image": {"max_pixels": 802_816},
-            "tune": LORA,
-            "train": {"epochs": 2, "batch_size": 16, "learning_rate": 1e-4},
-            "eval": {"metric": "grounding", "every": 0, "max_new_tokens": 64},
-        },
+        make_supervised_recipe("grounding", max_pixels=802_816, epochs=2, max_new_tokens=64),
         "none found",
     ),
     "receipts": Task(
@@ -144,12 +146,7 @@ TASKS = {
             {"columns": {"image": "image", "fields": FIELDS}}
             | {"prompt": "Return company, date, address and total of the receipt as JSON."},
         ),
-        {
-            "image": {"max_pixels": 1_003_520},
-            "tune": LORA,
-            "train": {"epochs": 3, "batch_size": 16, "learning_rate": 1e-4},
-            "eval": {"metric": "json", "every": 0, "max_new_tokens": 256},
-        },
+        make_supervised_recipe("json", max_pixels=1_003_520, epochs=3, max_new_tokens=256),
         "no score; CORD-v2 with QLoRA: close to GPT-4o (quickscale, 2025)",
     ),
     "geometry": Task(

@@ -39,8 +39,8 @@ from synthetic_tasks.tasks import SyntheticTask
 MAX_STARTUP_S = 60.0
 
 
-def request_page(port: int, path: str, content_name: str = "") -> float:
-    """Request a page with a name in it, and return the seconds until its last byte."""
+def request_page(port: int, path: str, expected: str = "") -> float:
+    """Request a page that contains a text, and return the seconds until its last byte."""
     start = time.perf_counter()
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
     try:
@@ -50,7 +50,7 @@ def request_page(port: int, path: str, content_name: str = "") -> float:
         if (
             response.status != http.HTTPStatus.OK
             or b"</html>" not in content
-            or content_name.encode() not in content
+            or expected.encode() not in content
         ):
             raise RuntimeError(f"{path} answered {response.status}: {content[:200]!r}")
     finally:

@@ -175,7 +175,7 @@ def test_unlabeled_images_become_a_served_model(folder, studio, browser):
     studio.reload("document.querySelector('td a')?.textContent === 'data/dots'")
 
     studio.open("check")
-    studio.click("start")
+    studio.click("check")
     studio.reload("document.querySelector('#bottom iframe')")
     studio.open("plan")
     values = {"train.epochs": "10", "train.learning_rate": "2e-3"}
@@ -184,14 +184,14 @@ def test_unlabeled_images_become_a_served_model(folder, studio, browser):
     studio.wait_for(
         "document.querySelector('textarea[name=\"editor:text\"]')?.value.includes('epochs: 10')"
     )
-    studio.run("plan", "start")
-    studio.run("train", "start")
+    studio.run("plan", "plan")
+    studio.run("train", "train")
     studio.reload("document.querySelectorAll('.chart').length > 2")
     studio.open("results")
     studio.reload("document.querySelector('td:last-child')?.textContent.includes('accuracy')")
 
     studio.open("chat")
-    studio.click("chat")
+    studio.click("web")
     chat = ChatPageDriver(browser, studio.open_page())
     labeled = json.loads((folder / "data/dots/labels.jsonl").read_text().splitlines()[0])
     image = folder / "images" / Path(labeled["id"]).name
@@ -212,7 +212,7 @@ def test_training_is_found_again_stopped_and_resumed(
     # Training must outlast the checks of its page and the start of the next server.
     import_photos(folder, ("photos", 400))
     studio.open("train")
-    studio.click("start")
+    studio.click("train")
     studio.wait_for("document.querySelector('.job')?.innerText.includes('remaining')")
     studio.wait_for("document.querySelector('.job progress')?.value > 1")
     studio.wait_for("document.querySelectorAll('.chart').length > 2")
@@ -226,7 +226,7 @@ def test_training_is_found_again_stopped_and_resumed(
     studio.click("stop")
     studio.wait_for_job("stopped: checkpoint saved")
     assert [*(folder / "runs/photos/checkpoints").glob("step-*")]
-    studio.click("start")
+    studio.click("train")
     # The rest of the training takes longer than other waits.
     finished = "document.querySelector('.job .chip')?.textContent.trim() === 'finished'"
     browser.wait_for(finished, timeout_s=240.0)
@@ -252,7 +252,7 @@ def test_two_runs_are_compared_in_report_and_chat(
 
     studio.open("chat")
     studio.fill("web", adapter="runs/one")
-    studio.click("chat")
+    studio.click("web")
     chat = ChatPageDriver(browser, studio.open_page())
     browser.run("document.querySelector('#compare').value = 'one';")
     chat.ask("Which color?", [folder / "photos/00.png"])

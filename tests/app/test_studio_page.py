@@ -216,9 +216,12 @@ def test_only_servers_and_hosts_of_the_command_line_are_used(folder, started):
         form = Form(texts=texts | {"label:teacher": teacher, "label:teacher_model": "m"})
         page.run_action("label", Selection(step="label"), form)
         assert started[-1][started[-1].index("--teacher") + 1] == teacher
-    for teacher in ("http://elsewhere:9/v1", "/etc/model", "../model"):
+    for teacher, reason in (
+        *(("http://elsewhere:9/v1", "is a URL"), ("/etc/model", "outside of the workspace")),
+        ("../model", "outside of the workspace"),
+    ):
         form = Form(texts=texts | {"label:teacher": teacher})
-        with pytest.raises(UserError):
+        with pytest.raises(UserError, match=reason):
             page.run_action("label", Selection(step="label"), form)
     assert len(started) == 2
     assert "HOST" not in str(started)
@@ -245,10 +248,10 @@ def test_new_option_of_an_operation_appears_in_command_function_and_form(
         patch.setattr(studio_view, "list_form_parameters", list_form_parameters.__wrapped__)
         selection = Selection(step="results", run="runs/a")
         assert 'name="eval:tolerance"' in page.render(selection)
-        page.run_action("evaluate", selection, Form(texts={"eval:tolerance": "0.5"}))
+        page.run_action("eval", selection, Form(texts={"eval:tolerance": "0.5"}))
         assert started == [["eval", "runs/a", "--tolerance", "0.5"]]
         with pytest.raises(UserError, match="at least 0") as caught:
-            page.run_action("evaluate", selection, Form(texts={"eval:tolerance": "-1"}))
+            page.run_action("eval", selection, Form(texts={"eval:tolerance": "-1"}))
     assert caught.value.where == "eval:tolerance"
     command = build_command("eval", find_operation("eval"))
     assert "--tolerance" in {word for param in command.params for word in param.opts}
@@ -267,13 +270,13 @@ def test_options_of_operations_are_fields_of_the_page(folder, page, started):
     texts = {"eval:data": "new.jsonl", "eval:limit": "3", "eval:thinking": "no", "eval:device": ""}
     texts["eval:out"] = "answers.jsonl"  # a new file
     selection = Selection(step="results", run="runs/a")
-    page.run_action("evaluate", selection, Form(texts=texts))
+    page.run_action("eval", selection, Form(texts=texts))
     words = ["--data", "new.jsonl", "--limit", "3", "--out", "answers.jsonl", "--no-thinking"]
     assert started == [["eval", "runs/a", *words]]
     invalid = {"data": "../other.jsonl", "metric": "new.py:score", "limit": "0", "batch_size": "a"}
     for name, text in invalid.items():
         with pytest.raises(UserError) as caught:
-            page.run_action("evaluate", selection, Form(texts={f"eval:{name}": text}))
+            page.run_action("eval", selection, Form(texts={f"eval:{name}": text}))
         assert caught.value.where == f"eval:{name}"
     texts = {"import:source": "photos", "import:out": "a", "import:rows": "0:3"}
     page.run_action("import", Selection(), Form(texts=texts))
@@ -321,9 +324,9 @@ def test_unfinished_run_is_used_with_its_newest_checkpoint(folder, page, started
     for name in ("step-9", "step-20", "step-x", "best"):
         (run / "checkpoints" / name).mkdir(parents=True)
     (run / "adapter").rename(folder / "adapter")
-    buttons = {"chat": (), "serve": (), "merge": ("m",)}
+    buttons = {"web": (), "serve": (), "merge": ("m",)}
     for button, values in {**buttons, "label": LABEL_FORM}.items():
-        step = {"chat": "chat", "label": "label"}.get(button, "export")
+        step = {"web": "chat", "label": "label"}.get(button, "export")
         assert click_button(page, button, f"step={step}&run=runs/a", *values) == ""
         shown = read_live(folder, f"step={step}&lang=en")["top"]
         assert "The run is not finished: its newest checkpoint is used" in shown
@@ -342,7 +345,7 @@ def test_unfinished_run_is_used_with_its_newest_checkpoint(folder, page, started
     shown = read_live(folder, "step=label&run=runs/a&lang=en")["top"]
     assert ("no weights yet" in shown, 'class="command"' in shown) == (True, False)
     (folder / "adapter").rename(run / "adapter")
-    assert click_button(page, "chat", "step=chat&run=runs/a") == ""
+    assert click_button(page, "web", "step=chat&run=runs/a") == ""
     assert started[5][1] == "runs/a"
 
 
@@ -385,13 +388,22 @@ def test_labelling_ends_before_a_run_with_its_labels(folder, page, started, monk
     monkeypatch.setattr(studio_page, "CLOSE_TIMEOUT_S", 0.2)
     monkeypatch.setattr(Job, "stop", lambda job: stopped.append(job.arguments[-1]))
     write_job(folder, "label", "label tiny images --out data/other", name="1", exit_code=None)
-    assert click_button(page, "start", "step=train&recipe=a.yaml") == ""
+    assert click_button(page, "train", "step=train&recipe=a.yaml") == ""
     job = write_job(folder, "label", "label tiny images --out data/dots", name="2", exit_code=None)
-    message = click_button(page, "start", "step=train&recipe=a.yaml")
+    message = click_button(page, "train", "step=train&recipe=a.yaml")
     assert "data/dots, whose labelling page is open" in message
     monkeypatch.setattr(Job, "stop", lambda job: RUNNING.pop().close())
-    assert click_button(page, "start", "step=train&recipe=a.yaml") == ""
+    assert click_button(page, "search", "step=train&recipe=a.yaml") == ""
     assert (stopped, job.status, len(started)) == (["data/dots"], "killed", 2)
+
+
+@pytest.mark.parametrize("action", ["plan", "train", "search"])
+def test_uploaded_recipe_runs_no_python_file(folder, page, started, action):
+    write_recipe(folder, "a", "data/dots/labels.jsonl")
+    with (folder / "a.yaml").open("a") as recipe:
+        recipe.write("eval: {metric: photos/m.py:f}\n")
+    assert "never runs" in click_button(page, action, "step=train&recipe=a.yaml")
+    assert started == []
 
 
 def test_port_of_another_server_is_rejected(folder, started):
@@ -401,6 +413,12 @@ def test_port_of_another_server_is_rejected(folder, started):
         page = make_page(folder, api_port=port)
         assert str(port) in click_button(page, "serve", "step=export&run=runs/a")
     assert started == []
+
+
+def test_plan_that_does_not_fit_is_a_result(folder):
+    write_recipe(folder, "a", "a.jsonl")
+    write_job(folder, "plan", "plan a.yaml", target="a.yaml", exit_code=2)
+    assert "已完成: 放不下" in read_live(folder, "step=plan&lang=zh")["bottom"]
 
 
 def test_running_training_precedes_newer_recipes(folder):

@@ -246,6 +246,9 @@ def _print_address(
         )
 
 
+Password = tuple[str | None, bool]
+"""Password of a page, None for an open one, and whether it was generated."""
+
 MIN_PASSWORD_LENGTH = 16
 """Minimum characters of a chosen password, whose length makes guesses hopeless."""
 
@@ -298,8 +301,7 @@ def web(
     """
     require_extra("web")
     proxies = check_proxies(trusted_proxy)
-    is_open = no_auth or socket_file is not None
-    password = resolve_password(host, password_file, is_open, proxies)
+    password = resolve_password(host, password_file, no_auth or bool(socket_file), proxies)
 
     from finesight.app.chat_page import make_chat_app
     from finesight.app.server import serve_app
@@ -317,7 +319,7 @@ def web(
             inference_model, max_num_seqs=num_seqs, encode_prompt=partial(encode_in_worker, pool)
         )
         try:
-            access = open_page_access("chat", host, listener, password, open_page=open_page)
+            access = announce_page("chat", host, listener, password, open_page=open_page)
             with temporary_folder("web") as folder, closing(pool):
                 pool.start()
                 serve_app(make_chat_app(service, folder, pool, access), listener, pool, proxies)
@@ -378,18 +380,13 @@ def studio(
         view = StudioView(workspace)
         store = UploadStore(uploads, MAX_STUDIO_UPLOAD_BYTES)
         page = StudioPage(view, store, password[0] is not None, converter, teacher, api_port)
-        access = open_page_access("studio", host, listener, password, open_page=open_page)
+        access = announce_page("studio", host, listener, password, open_page=open_page)
         access = replace(access, max_upload_bytes=MAX_STUDIO_UPLOAD_BYTES)
         serve_app(make_studio_app(page, access), listener, workspace.pool, proxies)
 
 
-def open_page_access(
-    name: str,
-    host: str,
-    listener: socket.socket,
-    password: tuple[str | None, bool],
-    *,
-    open_page: bool = False,
+def announce_page(
+    name: str, host: str, listener: socket.socket, password: Password, *, open_page: bool = False
 ) -> Access:
     """Print the address of a page and any generated password, and return who may use the page.
 
@@ -450,11 +447,11 @@ def resolve_password(
     proxies: Sequence[str],
     *,
     open_loopback: bool = True,
-) -> tuple[str | None, bool]:
-    """Return the password of a page, and whether it was generated.
+) -> Password:
+    """Return the password of a page.
 
-    The password is None if the page is open, by default also on a loopback address without proxies,
-    which forward the requests of other machines.
+    A page is open by default on a loopback address without proxies, which forward the requests of
+    other machines.
     """
     if file is not None and no_auth:
         other = f"with --password-file {file}"
@@ -624,8 +621,7 @@ def label(
     paths, run_dir = [*map(Path, sources)], find_run_dir(Path(run_or_model))
     proxies, reviewed = check_proxies(trusted_proxy), paths if review else []
     # Answers are data of the user, so a page on the network needs a password.
-    is_open = no_auth or socket_file is not None
-    password = resolve_password(host, password_file, is_open, proxies)
+    password = resolve_password(host, password_file, no_auth or bool(socket_file), proxies)
     folder = to_path(out) or _select_label_folder(run_dir, reviewed, console)
     suggested: list[dict[str, Any]] = []
     with ExitStack() as stack:
@@ -665,7 +661,7 @@ def label(
         if listener is None:
             suggested = [session.describe_item(item) for item in session.store.items]
         else:
-            pool, access = create_image_pool(), open_page_access("label", host, listener, password)
+            pool, access = create_image_pool(), announce_page("label", host, listener, password)
             serve_app(make_label_app(session, access, pool), listener, pool, proxies)
     for one in suggested:
         if on_record is not None:

@@ -64,10 +64,8 @@ API_KEY_FILE = "api-key"
 CLOSE_TIMEOUT_S = 15.0
 """Maximum duration of the end of a labelling page."""
 
-OPERATIONS_OF_ACTIONS = {"chat": "web", "evaluate": "eval"} | {
-    name: name for name in ("guard", "merge", "search", "serve")
-}
-"""Operation of the actions that start one. The action `start` has that of the step."""
+STARTED_OPERATIONS = ("check", "eval", "guard", "merge", "plan", "search", "serve", "train", "web")
+"""Operations that an action of their name starts with the selected items."""
 
 DELETE_FOLDERS = {"data": "data", "recipe": "recipes"}
 DELETE_REMEDIES = {
@@ -129,7 +127,6 @@ class StudioPage:
             "delete": self._delete,
             "label": self._label,
             "review": partial(self._label, review=True),
-            "start": self._run,
             "create-recipe": self._create_recipe,
             "save-recipe": self._save_recipe,
             "export": self._export,
@@ -137,8 +134,8 @@ class StudioPage:
             "stop": self._stop,
             "stop-again": partial(self._stop, again=True),
         }
-        for action, operation in OPERATIONS_OF_ACTIONS.items():
-            self.actions[action] = partial(self._run, operation=operation)
+        for operation in STARTED_OPERATIONS:
+            self.actions[operation] = partial(self._run, operation=operation)
         if self.converter is not None:
             self.actions["write-gguf"] = partial(self._export, write_gguf=True)
 
@@ -241,14 +238,7 @@ class StudioPage:
         if parameter.kind == "path":
             must_exist = parameter.path.startswith("existing")
             return as_argument(workspace.resolve(text, "", must_exist=must_exist))
-        is_server = parameter.path == "server" and "://" in text
-        if is_server and text != self.teacher:
-            raise UserError(
-                f"{text!r:.80} is not the teacher of this studio",
-                expected=self.teacher or "a run or model of the workspace",
-                remedy="name this server when you start the studio in a terminal",
-            )
-        is_model = parameter.path in ("name", "server") and not is_server
+        is_model = parameter.path in ("name", "server") and text != self.teacher
         check = workspace.check_model if is_model else str
         if parameter.is_multiple:
             # The messages of commands write the option before each value.
@@ -376,15 +366,16 @@ class StudioPage:
         self.view.workspace.save_recipe(state.recipe, text, digest)
         return state.selection.link(recipe=str(state.recipe))
 
-    def _run(self, state: StudioState, form: Form, *, operation: str = "") -> str:
-        """Start the operation of a form, by default that of the step."""
-        operation, options = operation or state.selection.step, dict[str, Any]()
+    def _run(self, state: StudioState, form: Form, *, operation: str) -> str:
+        """Start the operation of a form."""
+        options = dict[str, Any]()
         arguments = self.view.select_arguments(operation, state)
         arguments |= self._read_form(operation, form)
-        if state.recipe is not None and operation in ("plan", "train"):
+        if state.recipe is not None and operation in ("plan", "search", "train"):
             self.view.workspace.load_recipe(state.recipe)  # raises the error of an invalid one
-            if operation == "train":
+            if operation != "plan":
                 self._close_labelling(state.recipe)
+            if operation == "train":
                 options["run"] = str(self.view.find_run(state.recipe))
         elif operation == "web":
             options["has_page"] = True
@@ -486,7 +477,7 @@ class StudioPage:
 
         Each decision is saved at once. Raises UserError if a labelling page does not end.
         """
-        workspace = self.view.workspace
+        workspace, end = self.view.workspace, time.monotonic() + CLOSE_TIMEOUT_S
         for job in self.view.jobs.list_running():
             words = (*job.arguments, "--out", "")
             folder = words[words.index("--out") + 1]
@@ -494,16 +485,15 @@ class StudioPage:
             if job.arguments[0] != "label" or not workspace.uses_files(recipe, root):
                 continue
             job.stop()
-            end = time.monotonic() + CLOSE_TIMEOUT_S
-            while job.status == "running":
-                if time.monotonic() > end:
-                    raise UserError(
-                        f"the run reads the labels of {folder}, whose labelling page is open",
-                        where=str(recipe),
-                        expected="data that do not change",
-                        remedy="stop it under “Other running commands”",
-                    )
+            while job.status == "running" and time.monotonic() < end:
                 time.sleep(0.05)
+            if job.status == "running":
+                raise UserError(
+                    f"the run reads the labels of {folder}, whose labelling page is open",
+                    where=str(recipe),
+                    expected="data that do not change",
+                    remedy="stop it under “Other running commands”",
+                )
 
     def _start(
         self,

@@ -326,10 +326,10 @@ class StudioView:
         """
         content = self.workspace.scan()
         dataset = _select(content.datasets, selection.data, lambda x: str(x.path), use_newest)
-        # A running training precedes newer recipes.
-        trained = [job.target for job in self.jobs.list_running() if job.step == "train"]
-        recipe_name = selection.recipe or (trained[0] if trained and use_newest else "")
-        recipe = _select(content.recipes, recipe_name, str, use_newest)
+        # The recipe of a running training precedes newer ones.
+        trained = {job.target for job in self.jobs.list_running() if job.step == "train"}
+        recipes = sorted(content.recipes, key=lambda one: str(one) not in trained)
+        recipe = _select(recipes, selection.recipe, str, use_newest)
         if selection.run == NO_RUN and selection.step != "label":
             selection = replace(selection, run="")
         run = _select(content.runs, selection.run, str, use_newest)
@@ -362,6 +362,9 @@ class StudioView:
         is_running_server = job is not None and job.is_server and status == "running"
         outcome = job.read_outcome() if job else None
         error = outcome.error if outcome and status == "failed" else None
+        meaning = KILLED_OUTCOME if status == "killed" else ""
+        if job is not None and outcome is not None and status != "failed":
+            meaning = OUTCOMES.get(job.step, {}).get(outcome.exit_code, "")
         return {
             "state": state,
             "link": selection.link,
@@ -374,7 +377,7 @@ class StudioView:
             "log": job.read_log() if job else "",
             "error": describe_error(UserError(**dict(error)), name_actions) if error else "",
             "proposals": self.list_proposals(state),
-            "outcome": _find_outcome(job) if job else "",
+            "outcome": meaning,
             "is_ready": is_running_server and job is not None and job.is_ready,
             "workspace": self.workspace.folder,
             "runs": [
@@ -484,18 +487,17 @@ class StudioView:
 
     def _find_page(self, state: StudioState) -> str:
         """Return the URL of the report or check to embed, with its version."""
-        folder = self.workspace.folder
+        folder, name = self.workspace.folder, "report"
         if state.selection.step == "results" and state.run:
-            file = folder / state.run / METRICS_FILE
-            query = {"run": str(state.run)}
+            file, query = folder / state.run / METRICS_FILE, {"run": str(state.run)}
         elif state.selection.step == "check" and state.dataset:
-            file, query = folder / state.dataset.check_page, {"data": str(state.dataset.path)}
+            file, name = folder / state.dataset.check_page, "check"
+            query = {"data": str(state.dataset.path)}
         else:
             return ""
         if not file.is_file():
             return ""
         query |= {"lang": state.selection.lang, "version": str(file.stat().st_mtime_ns)}
-        name = "report" if state.selection.step == "results" else "check"
         return f"view/{name}?{urlencode(query)}"
 
     def _find_next_step(self, state: StudioState) -> str:
@@ -567,14 +569,6 @@ def _find_next_data(state: StudioState) -> str:
         reviews = (str(one.path) for one in state.content.datasets if one.source in dataset.files)
         return next(reviews, selection.data)
     return selection.data
-
-
-def _find_outcome(job: Job) -> str:
-    """Return the meaning of an exit code; empty for most."""
-    outcome, status = job.read_outcome(), job.status
-    if outcome is None or status == "failed":
-        return KILLED_OUTCOME if status == "killed" else ""
-    return OUTCOMES.get(job.step, {}).get(outcome.exit_code, "")
 
 
 def _name_step(step: Step) -> str:

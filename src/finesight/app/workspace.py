@@ -254,6 +254,8 @@ class Workspace:
             remedy = "move or copy it into the workspace, or start the studio in its folder"
         elif self._is_internal(path):
             problem = f"{name} is a file of the studio"
+        elif is_url(name):
+            problem, remedy = f"{name:.300} is a URL", "use it in a terminal, or upload the files"
         elif must_exist and not os.path.exists(path):
             problem, remedy = f"{name:.300} does not exist", suggest_similar_path(path)
             if isinstance(remedy, str):

@@ -111,14 +111,8 @@ class ModelRunner:
         for group in groups:
             load_image_features(self.model, group, self.feature_cache, max_patches)
         chunks = [
-            PrefillChunk(
-                prompt.block_ids,
-                prompt.num_computed_tokens,
-                stop,
-                prompt.num_tokens,
-                prompt.state_slot,
-            )
-            for prompt, stop in zip(prompts, stops, strict=True)
+            PrefillChunk(p.block_ids, p.num_computed_tokens, stop, p.num_tokens, p.state_slot)
+            for p, stop in zip(prompts, stops, strict=True)
         ]
         batch, features_MKD = _pack_chunks(prompts, chunks)
         attention = PrefillAttention(self.cache, chunks)

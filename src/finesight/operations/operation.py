@@ -32,7 +32,8 @@ OUTCOME_VARIABLE = "FINESIGHT_OUTCOME"
 """Environment variable with the file for the next steps or the error of a command."""
 
 Kind = Literal["flag", "choice", "integer", "number", "path", "text"]
-"""Kind of the values of a parameter."""
+PathKind = Literal["any", "file", "folder", "existing file", "existing folder", "name", "server"]
+"""Kind of the values of a parameter, and of a path."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,9 +68,7 @@ class Parameter:
     option: str = ""
     metavar: str = ""
     is_positional: bool = False
-    path: Literal["any", "file", "folder", "existing file", "existing folder", "name", "server"] = (
-        "any"
-    )
+    path: PathKind = "any"
     parse: Callable[[Any], Any] | None = None
     minimum: float | None = None
     maximum: float | None = None

@@ -3,7 +3,7 @@ import {
 } from "./app.js";
 
 // Buttons that would start the running command again.
-const starters = ["start", "chat", "serve", "label", "review"];
+const starters = ["check", "plan", "train", "web", "serve", "label", "review"];
 let isEdited = false, isActing = false, status = "", timer = 0;
 const uploaded = new Map(); // Uploads by file, for another attempt after an error.
 

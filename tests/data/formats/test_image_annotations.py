@@ -7,7 +7,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
-from pycocotools import mask as coco_mask
 
 from finesight.data.boxes import InvalidBoxError, find_bounds
 from finesight.data.formats.image_annotations import (
@@ -46,6 +45,7 @@ def contains(outline: np.ndarray, x: float, y: float) -> bool:
 
 @given(masks)
 def test_masks_decode_as_in_pycocotools(mask_HW: np.ndarray) -> None:
+    coco_mask = pytest.importorskip("pycocotools.mask")
     text = coco_mask.encode(np.asfortranarray(mask_HW.astype(np.uint8)))["counts"].decode()
     assert (decode_runs(decode_counts(text), mask_HW.shape, "F") == mask_HW).all()
     assert (decode_brush(encode_brush(mask_HW), mask_HW.shape) == mask_HW).all()

@@ -1,12 +1,13 @@
 """Compare the settings search with the default recipe and a random search of the same time.
 
-    python benchmarks/settings_search.py --out FILE --seeds 3 --workers 16 [--real grounding.jsonl]
+    python benchmarks/settings_search.py --out FILE --seeds 3 --workers 16
+        [--real grounding.jsonl] [--printed latex_ocr.jsonl] [--tasks TASK...] [--steps 30]
 
 Three small tasks with finesight-tiny: boxes of shapes, captions of shapes and formulas. With
 `--real`, the task `photos` as well: rows of the file have `image`, `question` and `bbox_xyxy` in
-pixels. Each seed has its own samples. The random search trains each trial completely, with random
-settings of the same ranges. Scores are those of the chosen trials on test samples, which neither
-search has used.
+pixels. With `--printed`, the task `printed`: rows have `image` and `latex`. Each seed has its own
+samples. The random search trains each trial completely, with random settings of the same ranges.
+Scores are those of the chosen trials on test samples, which neither search has used.
 """
 
 from __future__ import annotations
@@ -40,14 +41,17 @@ from finesight.launch import trial_search
 from finesight.train.logging import get_device_name
 from finesight.train.setup import library_versions
 
-TASKS = {"boxes": "detection", "captions": "captions", "formulas": "latex", "photos": "grounding"}
+TASKS = {
+    **{"boxes": "detection", "captions": "captions", "formulas": "latex"},
+    **{"photos": "grounding", "printed": "latex"},
+}
 """Metric of each task."""
 
 METHODS = ("search", "random")
 
 
-def write_photos(file: Path, seed: int, counts: dict[str, int], folder: Path) -> dict[str, str]:
-    """Write samples of different photos for each split."""
+def write_real(file: Path, seed: int, counts: dict[str, int], folder: Path) -> dict[str, str]:
+    """Write samples of different photos or printed formulas for each split."""
     rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
     rows.sort(key=lambda row: hashlib.sha256(f"{seed} {row['image']}".encode()).digest())
     files, start = {}, 0
@@ -55,11 +59,15 @@ def write_photos(file: Path, seed: int, counts: dict[str, int], folder: Path) ->
         samples = []
         for number, row in enumerate(rows[start : start + count]):
             image = str((file.parent / row["image"]).resolve())
-            question = ImagePart(image=image), TextPart(text=row["question"])
-            answer = (BoxPart(label=None, xyxy=tuple(map(float, row["bbox_xyxy"]))),)
+            text = row.get("question", "Write the formula as LaTeX.")
+            question, answer = (ImagePart(image=image), TextPart(text=text)), list[Any]()
+            if "latex" in row:
+                answer.append(TextPart(text=row["latex"]))
+            else:
+                answer.append(BoxPart(label=None, xyxy=tuple(map(float, row["bbox_xyxy"]))))
             roles = (
                 Message(role="user", content=question),
-                Message(role="assistant", content=answer),
+                Message(role="assistant", content=tuple(answer)),
             )
             samples.append(Sample(id=f"{split}-{number}", messages=roles))
         files[split] = str(folder / f"{split}.jsonl")
@@ -102,8 +110,9 @@ def run_search(job: tuple[str, int, str, Path, argparse.Namespace]) -> dict[str,
         trial_search.RUNGS, trial_search.NUM_RANDOM_TRIALS = (9,), sys.maxsize
         trial_search.LEARNING_RATE_FACTORS = ()
     counts = {"train": args.samples, "eval": args.test_samples}
-    if task == "photos":
-        files = write_photos(args.real, seed, counts, folder)
+    if task in ("photos", "printed"):
+        file = args.real if task == "photos" else args.printed
+        files = write_real(file, seed, counts, folder)
     else:
         files = {
             name: str(write_data(task, 1000 * seed + index, count, folder / name))
@@ -116,7 +125,7 @@ def run_search(job: tuple[str, int, str, Path, argparse.Namespace]) -> dict[str,
             **{"steps": args.steps, "batch_size": 8, "seed": seed},
             **{"device": args.device, "num_workers": 0},
         },
-        "eval": {"metric": TASKS[task], "max_new_tokens": 64},
+        "eval": {"metric": TASKS[task], "max_new_tokens": 256 if task == "printed" else 64},
         "output_dir": str(folder / "run"),
         "search": {"train.steps": None},
     }
@@ -152,7 +161,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--workers", type=int, default=16)
-    parser.add_argument("--tasks", nargs="+", default=list(TASKS)[:3], choices=list(TASKS)[:3])
+    parser.add_argument("--printed", type=Path, help="JSONL file of printed formulas")
+    parser.add_argument("--tasks", nargs="*", default=list(TASKS)[:3], choices=list(TASKS)[:3])
     parser.add_argument("--real", type=Path, help="JSONL file of boxes in photos")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--samples", type=int, default=320)
@@ -162,6 +172,7 @@ def main() -> None:
     args = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
     tasks = [*args.tasks, *(["photos"] if args.real else [])]
+    tasks += ["printed"] if args.printed else []
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         jobs = [

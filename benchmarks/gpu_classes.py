@@ -69,7 +69,9 @@ def run_capped(cap_gb: float, words: list[str]) -> int:
 
     torch.cuda.mem_get_info = get_memory
     code = run_command(words)
-    print(f"peak {(torch.cuda.max_memory_reserved() + CONTEXT_BYTES) / 1e9:.2f}", flush=True)
+    print(
+        f"reserved peak {(torch.cuda.max_memory_reserved() + CONTEXT_BYTES) / 1e9:.2f}", flush=True
+    )
     return code
 
 
@@ -98,7 +100,7 @@ def measure(
     """Write and train the recipe of one model for one cap."""
     folder = options.work / f"{model.name}-{cap_gb:g}"
     shutil.rmtree(folder, ignore_errors=True)
-    log = folder.with_suffix(".log")
+    log = folder.with_name(f"{folder.name}.log")
     log.unlink(missing_ok=True)
     row: dict[str, Any] = {"model": model.name, "cap_gb": cap_gb}
 
@@ -129,7 +131,7 @@ def measure(
         memory.give_back(cap_gb)
     row["seconds"] = round(time.perf_counter() - start, 1)
     lines = log.read_text(errors="replace").splitlines()
-    peaks = [float(line.split()[1]) for line in lines if line.startswith("peak ")]
+    peaks = [float(line.split()[2]) for line in lines if line.startswith("reserved peak ")]
     row["peak_gb"] = max(peaks, default=None)
     row["out_of_memory"] = sum("out of memory" in line.lower() for line in lines)
     for file in folder.glob("**/metrics.jsonl"):

@@ -13,6 +13,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from finesight.config import is_url
 from finesight.data.corpus import load_corpus
 from finesight.data.formats.image_annotations import NO_OBJECTS_ANSWER
 from finesight.data.image_header import IMAGE_SUFFIXES, CorruptImageError, list_pages
@@ -377,15 +378,26 @@ def _describe_history(item: LabelItem) -> list[dict[str, Any]]:
     return entries
 
 
-def read_run_examples(run_or_model: str) -> list[LocatedSample]:
-    """Return training samples of a run, evenly distributed; empty without readable data."""
+def read_run_examples(run_or_model: str, *, is_local: bool = False) -> list[LocatedSample]:
+    """Return training samples of a run, evenly distributed; empty without readable data.
+
+    Args:
+        is_local: Do not read data in object storage.
+    """
     path = find_run_dir(Path(run_or_model)) / RECIPE_FILE
     with suppress(UserError):
-        corpus = load_corpus(load_recipe(path).data.train)
+        files = load_recipe(path).data.train
+        corpus = load_corpus([] if is_local and any(is_url(f.path) for f in files) else files)
         # Data may be sorted by class.
         num_examples = min(MAX_EXAMPLES, len(corpus))
         return [corpus[index * len(corpus) // num_examples] for index in range(num_examples)]
     return []
+
+
+def has_single_questions(run_or_model: str) -> bool:
+    """Return whether the readable training samples of a run have one question each."""
+    messages = [one.sample.messages for one in read_run_examples(run_or_model, is_local=True)]
+    return bool(messages) and all(sum(t.role == "user" for t in one) == 1 for one in messages)
 
 
 def is_imported(folder: Path, run_dir: Path) -> bool:

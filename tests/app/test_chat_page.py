@@ -204,8 +204,8 @@ def test_single_questions_are_alone_by_default(service, tmp_path, is_single):
     arguments = service, tmp_path, get_image_pool(), Access()
     with TestClient(make_chat_app(*arguments, ask_alone=is_single), "http://127.0.0.1") as client:
         page = client.get("/").text
-    checked = [line for line in page.splitlines() if 'id="ask_alone"' in line and "checked>" in line]
-    assert [bool(checked), "single questions" in page] == [is_single, is_single]
+    is_checked = 'form="settings" checked>Ask each' in page
+    assert [is_checked, "single questions" in page] == [is_single, is_single]
 
 
 PASSWORD = "right-password"

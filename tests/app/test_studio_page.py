@@ -382,6 +382,24 @@ def test_run_without_its_plugins_is_listed(folder):
         read_run(folder / "runs/a")
 
 
+def test_training_starts_with_the_proposed_recipe(folder, page, started):
+    assert "train-now" not in read_live(folder, "step=data")["bottom"]
+    add_data(folder, "dots")
+    write_recipe(folder, "older", "data/dots/train.jsonl")
+    for step in ("data", "label", "check"):
+        write_job(folder, step, f"{step} a", exit_code=0)
+        assert ("train-now" in read_live(folder, f"step={step}")["bottom"]) is (step != "check")
+    message, url = call_page(page, "train-now", {"step": "data", "data": "data/dots"})
+    assert (message, started) == ("", [["train", "recipes/dots.yaml", "--resume"]])
+    assert dict(parse_qsl(urlsplit(url).query))["step"] == "train"
+    recipe = load_recipe(folder / "recipes/dots.yaml")
+    assert (recipe.model, recipe.output_dir) == (TINY_MODEL, Path("runs/dots"))
+    write_job(folder, "train", "train recipes/dots.yaml", name="2", exit_code=None)
+    assert "train-now" not in read_live(folder, "step=data")["bottom"]
+    message, _ = call_page(page, "train-now", {"data": "data/none"})
+    assert "No data set is selected" in message
+
+
 def test_labelling_ends_before_a_run_with_its_labels(folder, page, started, monkeypatch):
     write_recipe(folder, "a", "data/dots/labels.jsonl")
     stopped = list[str]()

@@ -129,6 +129,7 @@ class StudioPage:
             "review": partial(self._label, review=True),
             "create-recipe": self._create_recipe,
             "save-recipe": self._save_recipe,
+            "train-now": self._train_now,
             "export": self._export,
             "follow": self._follow,
             "stop": self._stop,
@@ -194,6 +195,9 @@ class StudioPage:
         if state.dataset is not None:
             name, paths = state.dataset.path.name, ("recipes/{}.yaml", "runs/{}")
             values["recipe:name"] = self.view.workspace.find_free_name(name, *paths)
+        with contextlib.suppress(UserError, IndexError):
+            recipe = state.recipe or state.content.recipes[0]
+            values["recipe:model"] = str(self.view.workspace.load_recipe(recipe).model)
         # New images to label precede those of an earlier command.
         if job and not selection.images and (selection.step == "label" or job.status != "finished"):
             values |= job.form
@@ -365,6 +369,14 @@ class StudioPage:
         text, digest = form.texts.get("editor:text", ""), form.get("digest")
         self.view.workspace.save_recipe(state.recipe, text, digest)
         return state.selection.link(recipe=str(state.recipe))
+
+    def _train_now(self, state: StudioState, form: Form) -> str:
+        """Train the selected data set with the recipe that the form of the step Plan proposes."""
+        values = self.read_values(state)
+        self._create_recipe(state, Form(texts=values))
+        recipe = f"recipes/{values['recipe:name']}.yaml"
+        selection = Selection(step="train", recipe=recipe, lang=state.selection.lang)
+        return self._run(self.view.read_state(selection, use_newest=False), form, operation="train")
 
     def _run(self, state: StudioState, form: Form, *, operation: str) -> str:
         """Start the operation of a form."""

@@ -30,7 +30,7 @@ const show = (page) => {
 
 const enableButtons = () => {
   const isRunning = ["running", "stopping"].includes(status);
-  for (const button of document.querySelectorAll("form button[data-action]")) {
+  for (const button of document.querySelectorAll("button[data-action]")) {
     const needsData = button.dataset.action === "review" && !byId("top").dataset.hasData;
     button.disabled = isActing || needsData || (isRunning && starters.includes(button.dataset.action));
   }
@@ -143,5 +143,7 @@ document.addEventListener("click", async (event) => {
     }
   }
 });
+const target = document.querySelector("details:target");
+if (target) target.open = true;
 showKinds();
 show();

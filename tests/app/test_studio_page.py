@@ -195,6 +195,10 @@ def test_first_page_names_a_training_that_stopped(folder, page):
     assert "The run was killed after" in shown
     assert "Resume it in the step Train" in shown
     assert "Resume it" not in page.render(Selection(step="check"))
+    write_recipe(folder, "a", "photos")
+    write_job(folder, "train", "train a.yaml --resume", target="a.yaml", exit_code=None)
+    assert "Resume it" not in page.render(Selection())
+    assert ">resuming<" in page.render(Selection(step="train"))
 
 
 def test_only_the_converter_of_the_command_line_runs(folder):

@@ -319,7 +319,7 @@ class StudioPage:
         workspace, kind = self.view.workspace, "recipe"
         paths = [state.recipe] if state.recipe else []
         status = {run: self.view.read_status(run).kind for run in state.content.runs}
-        running = [run for run, one in status.items() if one == "running"]
+        running = [run for run, one in status.items() if one in ("running", "resuming")]
         if state.selection.step != "plan":
             kind = "data"
             paths = workspace.list_deleted(state.dataset, running) if state.dataset else []

@@ -522,7 +522,13 @@ class StudioView:
 
     def read_status(self, run: Path) -> RunStatus:
         """Return the status and progress of a run."""
-        return get_run_status(self._read_run(run))
+        status = get_run_status(self._read_run(run))
+        if status.kind not in ("finished", "running"):
+            # Before its first metric, the new process of a run has left no trace in its folder.
+            jobs = (job for job in self.jobs.list_running() if job.arguments[0] == "train")
+            if any(self.find_run(Path(job.target)) == run for job in jobs):
+                return replace(status, kind="resuming")
+        return status
 
     def format_scores(self, run: Path) -> tuple[str, str]:
         """Format the first and last primary metric of a run, and its name."""

@@ -521,8 +521,7 @@ def read_items(
                 remedy=suggest_similar_path(source),
             )
         if source.is_dir() or _is_image(source):
-            paths = source.rglob("*") if source.is_dir() else [source]
-            files = [] if review else sorted(filter(_is_image, paths))
+            files = [] if review else list_images(source)
             found = [_build_question(path, select_prompt(path)) for path in files]
         else:
             samples = read_samples(source, require_answer=False)
@@ -543,6 +542,11 @@ def read_items(
             remedy="correct the paths",
         )
     return items
+
+
+def list_images(path: Path) -> list[Path]:
+    """Return an image, or the images in a folder and its subfolders, without hidden ones."""
+    return sorted(filter(_is_image, path.rglob("*") if path.is_dir() else [path]))
 
 
 def _build_question(path: Path, prompt: str) -> LocatedSample:

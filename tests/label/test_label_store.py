@@ -23,7 +23,7 @@ from finesight.errors import UserError
 from finesight.evaluate.eval_case import get_reference_answer
 from finesight.label import label_session
 from finesight.label.label_session import (
-    detect_task,
+    build_task,
     has_single_questions,
     open_session,
     read_run_examples,
@@ -63,7 +63,7 @@ def test_examples_of_sorted_data_have_all_classes(tmp_path, monkeypatch):
     recipe = {"model": MODEL, "data": {"train": str(data)}, "output_dir": str(tmp_path)}
     (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
     monkeypatch.setattr(label_session, "MAX_EXAMPLES", 6)
-    assert detect_task(read_run_examples(str(tmp_path))).choices == ("cat", "dog")
+    assert build_task(read_run_examples(str(tmp_path))).choices == ("cat", "dog")
     assert has_single_questions(str(tmp_path))
     (sample, *_) = read_samples(data)
     longer = sample.model_copy(update={"messages": (*sample.messages, *sample.messages)})

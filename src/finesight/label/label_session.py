@@ -45,6 +45,7 @@ from finesight.label.label_store import (
 from finesight.label.suggestion import JsonLeaf, iter_json_leaves
 from finesight.manifest import RECIPE_FILE, find_run_dir
 from finesight.recipe import load_recipe
+from finesight.recipe_template import detect_metric, is_closed_set
 from finesight.train.run_dir import RunDir
 
 MAX_EXAMPLES = 500
@@ -53,8 +54,12 @@ MAX_EXAMPLES = 500
 MAX_CLASSES = 30
 """Maximum number of different answers that count as classes."""
 
-MIN_CLASS_REPEATS = 3
-"""Minimum mean number of samples per class."""
+KINDS: Mapping[str, AnswerKind] = {
+    "json": "fields",
+    "pointing": "points",
+    **dict.fromkeys(("grounding", "detection"), "boxes"),
+}
+"""Kind of the answers by task metric; text or classes for other metrics."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +156,7 @@ class LabelSession:
             task = replace(task, template=template)
         if not task.names:
             labels = _count_labels(contents, task.kind)
-            choices = task.choices or _find_classes(labels)
+            choices = task.choices or _find_classes([*labels.elements()])
             names = tuple(name for name, _ in labels.most_common())
             task = replace(task, choices=choices, names=names)
         self.task = task
@@ -303,7 +308,7 @@ def open_session(
     """
     examples = read_run_examples(run_or_model)
     questions = {} if review else _read_questions(folder)
-    default = prompt or next(reversed(questions.values()), detect_task(examples).prompt)
+    default = prompt or next(reversed(questions.values()), build_task(examples).prompt)
 
     def select_prompt(path: Path) -> str:
         question = questions.get(os.path.realpath(path), default)
@@ -327,9 +332,7 @@ def open_session(
     samples = read_items(sources, select_prompt, review)
     if not examples:
         examples = [one for one in samples if one.sample.messages[-1].role == "assistant"]
-    task = detect_task(
-        examples, prompt=default, kind=kind, choices=choices, field_names=field_names
-    )
+    task = build_task(examples, prompt=default, kind=kind, choices=choices, field_names=field_names)
     if review and not can_review(folder, sources):
         raise UserError(
             "the folder has samples that are not of this review",
@@ -409,7 +412,7 @@ def is_imported(folder: Path, run_dir: Path) -> bool:
     return bool(examples) and examples <= labels
 
 
-def detect_task(
+def build_task(
     examples: Sequence[LocatedSample],
     *,
     prompt: str | None = None,
@@ -417,21 +420,19 @@ def detect_task(
     choices: Sequence[str] = (),
     field_names: Sequence[str] = (),
 ) -> LabelTask:
-    """Detect the task of labeled samples. Given values take precedence.
+    """Build the task of labeled samples, as `detect_metric` detects it. Given values precede.
 
-    Answers are boxes, points or fields if most have boxes, have points, or are JSON objects, and
-    classes if at most `MAX_CLASSES` different answers occur `MIN_CLASS_REPEATS` times on average.
-    The same holds for the labels of boxes.
+    A closed set of at most `MAX_CLASSES` answers or labels of boxes are classes.
     """
     answers = [one.sample.messages[-1] for one in examples]
     contents = [message.content for message in answers if message.role == "assistant"]
     texts = [get_text(content) for content in contents]
     detected = "fields" if field_names else _detect_kind(contents)
-    if detected == "text" and (choices or _find_classes(Counter(texts))):
+    if detected == "text" and (choices or _find_classes(texts)):
         detected = "classes"
     labels = _count_labels(contents, kind or detected)
     is_class = (kind or detected) == "classes"
-    found = _find_classes(Counter(texts), min_repeats=1) if is_class else _find_classes(labels)
+    found = _find_classes(texts if is_class else [*labels.elements()], is_class)
     if prompt is None and examples:
         prompt = get_question(examples[0].sample) or None
     return LabelTask(
@@ -446,10 +447,10 @@ def detect_task(
     )
 
 
-def _find_classes(counts: Counter[str], min_repeats: int = MIN_CLASS_REPEATS) -> tuple[str, ...]:
-    """Return the names of a closed set, which repeat; empty for other names."""
-    is_closed = len(counts) <= min(MAX_CLASSES, counts.total() // min_repeats)
-    return tuple(name for name in counts if name) if is_closed else ()
+def _find_classes(names: Sequence[str], is_class: bool = False) -> tuple[str, ...]:
+    """Return the names of a closed set; empty for other names."""
+    is_closed = 0 < len({*names}) <= MAX_CLASSES and (is_class or is_closed_set(names))
+    return tuple(dict.fromkeys(filter(None, names))) if is_closed else ()
 
 
 def _count_labels(contents: Iterable[Sequence[Any]], kind: AnswerKind) -> Counter[str]:
@@ -458,14 +459,10 @@ def _count_labels(contents: Iterable[Sequence[Any]], kind: AnswerKind) -> Counte
     return Counter(box.label for box in boxes if box.label and kind in ("boxes", "points"))
 
 
-def _detect_kind(contents: Sequence[Sequence[Any]]) -> AnswerKind:
-    """Return the kind of more than half of the answers; images without objects are not counted."""
-    texts = [get_text(one) for one in contents if not list_boxes(one)]
-    if len(contents) - len(texts) > sum(text != NO_OBJECTS_ANSWER for text in texts):
-        is_point = [box.is_point for one in contents for box in list_boxes(one)]
-        return "points" if 2 * sum(is_point) > len(is_point) else "boxes"
-    num_objects = sum(isinstance(_parse_json(text), dict) for text in texts)
-    return "fields" if 2 * num_objects > len(contents) else "text"
+def _detect_kind(contents: Iterable[Sequence[Any]]) -> AnswerKind:
+    """Return the kind of most answers; images without objects are not counted."""
+    found = [one for one in contents if list_boxes(one) or get_text(one) != NO_OBJECTS_ANSWER]
+    return KINDS.get(detect_metric(found), "text") if found else "text"
 
 
 def _build_template(texts: Iterable[str], field_names: Sequence[str] = ()) -> str:

@@ -7,7 +7,6 @@ until the conversation is deleted, or the server stops.
 from __future__ import annotations
 
 import asyncio
-import io
 import json
 import math
 import re
@@ -611,30 +610,27 @@ class ChatPage:
         return StreamingResponse(chunks, headers=FILE_HEADERS, media_type="application/zip")
 
 
-class ChunkBuffer(io.RawIOBase):
+class ChunkBuffer(bytearray):
     """Written bytes that were not taken yet. An archive is so sent while it is written."""
 
-    def __init__(self) -> None:
-        self._content = bytearray()
-
-    def writable(self) -> bool:
-        """Return True."""
-        return True
-
-    def write(self, data: Any) -> int:
+    def write(self, data: bytes) -> int:
         """Append bytes, and return their number."""
-        self._content += data
+        self.extend(data)
         return len(data)
+
+    def flush(self) -> None:
+        """Do nothing, as `zipfile` expects of a stream."""
 
     def take(self) -> bytes:
         """Remove and return the bytes."""
-        content, self._content = bytes(self._content), bytearray()
+        content = bytes(self)
+        self.clear()
         return content
 
 
 def _iter_archive(jsonl: bytes, files: Mapping[str, Path]) -> Iterator[bytes]:
     """Yield a zip archive of a conversation and its images by name."""
-    buffer = ChunkBuffer()
+    buffer: Any = ChunkBuffer()
     with zipfile.ZipFile(buffer, "w") as archive:
         archive.writestr("chat/chat.jsonl", jsonl)
         for name, file in files.items():

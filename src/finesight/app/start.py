@@ -596,12 +596,9 @@ def label(
     console = ProgressConsole()
     if on_record is not None and not suggest_only:
         raise _build_option_error("--json", "without --suggest-only", "--json with --suggest-only")
-    if suggest_only and not suggestions:
-        raise _build_option_error(
-            "--suggest-only", "with --no-suggestions", "one of the two options"
-        )
-    if teacher and not suggestions:
-        raise _build_option_error("--teacher", "with --no-suggestions", "one of the two options")
+    for option, value in (("--suggest-only", suggest_only), ("--teacher", teacher)):
+        if value and not suggestions:
+            raise _build_option_error(option, "with --no-suggestions", "one of the two options")
     server, suggester = None, teacher or run_or_model
     if "://" in (teacher or ""):
         from finesight.label.teacher import TeacherSettings

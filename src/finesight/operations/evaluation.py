@@ -175,19 +175,19 @@ def _format_csv(records: Sequence[Mapping[str, Any]]) -> str:
     """Format predictions as CSV with a byte order mark, by which spreadsheets detect UTF-8."""
     rows = []
     for record in records:
-        fields, known = None, {name: record[name] for name in ("image", "prompt", "answer")}
+        row, fields = {name: record[name] for name in ("image", "prompt", "answer")}, None
         with suppress(ValueError):
             # Numbers keep all their digits.
             fields = json.loads(record["answer"], parse_float=str, parse_int=str)
-        named = known | (fields if isinstance(fields, dict) else {}) | known
-        texts = {key: one for key, one in named.items() if isinstance(one, str)}
-        rows.append({key: json.dumps(one) for key, one in named.items() if one is not None} | texts)
-    stream = io.StringIO("\ufeff", newline="")
-    stream.seek(0, io.SEEK_END)
+        for key, value in fields.items() if isinstance(fields, dict) else ():
+            is_plain = value is None or isinstance(value, str)
+            row.setdefault(key, value if is_plain else json.dumps(value, ensure_ascii=False))
+        rows.append(row)
+    stream = io.StringIO(newline="")
     table = csv.DictWriter(stream, [*dict.fromkeys(key for row in rows for key in row)])
     table.writeheader()
     table.writerows(rows)
-    return stream.getvalue()
+    return f"\ufeff{stream.getvalue()}"
 
 
 def _load_samples(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -16,7 +16,7 @@ import yaml
 from finesight.bounded_files import load_yaml
 from finesight.data.formats.image_annotations import build_class_prompt
 from finesight.data.row_reader import is_object_text
-from finesight.data.sample import TOOL_CALL_START, BoxPart, Sample, join_text
+from finesight.data.sample import TOOL_CALL_START, BoxPart, ContentPart, Sample, join_text
 from finesight.errors import Step
 from finesight.model_folder import TINY_MODEL
 
@@ -129,19 +129,14 @@ def detect_task(
     contents = [sample.messages[-1].content for sample in samples]
     answers = [join_text(content).strip() for content in contents]
     questions = {join_text(sample.messages[-2].content).strip() for sample in samples}
-    regions = [[part for part in content if isinstance(part, BoxPart)] for content in contents]
-    boxes = [[part.label for part in row] for row in regions]
-    if metric is None:
-        metric = _detect_metric(answers, questions, boxes)
-        is_point = [part.is_point for row in regions for part in row]
-        is_pointing = 2 * sum(is_point) > len(is_point)
-        metric = "pointing" if metric in ("grounding", "detection") and is_pointing else metric
+    metric = metric or detect_metric(contents, questions)
     prompt = PROMPTS.get(metric)
     if metric == "json" and fields:
         prompt = f"Return {fields.replace(',', ', ')} as JSON."
     elif metric == "classification":
         prompt = format_class_prompt(set(answers))
-    longest = max(map(len, answers)) + 32 * max(map(len, boxes))
+    num_boxes = (sum(isinstance(part, BoxPart) for part in content) for content in contents)
+    longest = max(map(len, answers)) + 32 * max(num_boxes)
     max_new_tokens = 1 << max(5, min(10, (longest + 16).bit_length()))
     prompt, is_pair = prompt if questions == {""} else None, [bool(one.rejected) for one in samples]
     is_rated = [bool(one.rejected) or one.label is not None for one in samples]
@@ -149,19 +144,27 @@ def detect_task(
     return DetectedTask(metric, prompt, max_new_tokens, "dpo" if all(is_pair) else objective)
 
 
-def _detect_metric(answers: list[str], questions: set[str], boxes: list[list[str | None]]) -> str:
-    """Detect the task metric from answers, different questions, and labels of boxes.
+def detect_metric(
+    contents: Sequence[Sequence[ContentPart]], questions: Set[str] = frozenset([""])
+) -> str:
+    """Detect the task metric from answers and different questions.
 
     Few imperative questions are paraphrases of one prompt.
     """
+    answers = [join_text(one).strip() for one in contents]
+    regions = [[part for part in one if isinstance(part, BoxPart)] for one in contents]
+    is_point = [part.is_point for row in regions for part in row]
+    boxes = [[part.label for part in row] for row in regions]
     num_words = fmean(len(answer.split()) for answer in answers)
     box_counts = list(map(len, boxes))
     num_paraphrases = max(1, min(max(10, len(answers) ** 0.5), len(answers) / 2))
     if fmean(bool(_QUESTION.search(question)) for question in questions) > 0.5:
         num_paraphrases = 1
-    if fmean(map(is_object_text, answers)) > 0.8:
+    if fmean(map(is_object_text, answers)) > 0.5:
         return "json"
     if fmean(map(bool, box_counts)) > 0.5:
+        if 2 * sum(is_point) > len(is_point):
+            return "pointing"
         has_classes = len(questions) == 1 and len({label for row in boxes for label in row}) > 1
         return "detection" if max(box_counts) > 1 or has_classes else "grounding"
     if fmean(TOOL_CALL_START in answer for answer in answers) > 0.5:
@@ -169,7 +172,7 @@ def _detect_metric(answers: list[str], questions: set[str], boxes: list[list[str
     if fmean(bool(_LATEX.search(answer)) for answer in answers) > 0.5:
         return "latex"
     is_short = max(map(len, answers)) <= MAX_CLASS_CHARS and max(box_counts) <= 1
-    if is_short and _is_closed_set(answers):
+    if is_short and is_closed_set(answers):
         # Also answers to several questions, such as yes and no.
         return "classification"
     if len(questions) > num_paraphrases and num_words < MIN_CAPTION_WORDS:
@@ -177,7 +180,7 @@ def _detect_metric(answers: list[str], questions: set[str], boxes: list[list[str
     return "captions" if num_words >= 4 else "ocr"
 
 
-def _is_closed_set(answers: Sequence[str]) -> bool:
+def is_closed_set(answers: Sequence[str]) -> bool:
     """Return whether most answers repeat, so that exact match measures their accuracy.
 
     Sentences must repeat more often than short answers, because captions may have a template.

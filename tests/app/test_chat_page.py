@@ -181,6 +181,33 @@ def test_prompt_has_the_answered_turns_of_the_request(client, service, tmp_path)
         assert client.post("/answers", json=body).status_code == 422
 
 
+def test_question_alone_has_the_images_of_the_last_question_with_any(client, service, tmp_path):
+    images = [
+        upload(client, write_noise_image(tmp_path / "a.png", 30, side).read_bytes())[0]
+        for side in (30, 60)
+    ]
+    turns = [send(client, f"Where {n}?", [image]) for n, image in enumerate(images)]
+    turns.append(send(client, "Why?", turns=turns, ask_alone=True))
+    turns.append(send(client, "Who?", images[:1], turns=turns, ask_alone=True))
+    names = []
+    for text in ("Why?", "Who?"):
+        (sample,) = [s for s in service.samples if s.messages[-1].content[-1].text == text]
+        assert [turn.role for turn in sample.messages] == ["user"]
+        names += [part.image for part in sample.iter_parts() if isinstance(part, ImagePart)]
+    assert [images[1]["id"] in names[0], images[0]["id"] in names[1]] == [True, True]
+    send(client, "And?", turns=turns)
+    assert len(service.samples[-1].messages) == 9
+
+
+@pytest.mark.parametrize("is_single", [False, True])
+def test_single_questions_are_alone_by_default(service, tmp_path, is_single):
+    arguments = service, tmp_path, get_image_pool(), Access()
+    with TestClient(make_chat_app(*arguments, ask_alone=is_single), "http://127.0.0.1") as client:
+        page = client.get("/").text
+    is_checked = 'form="settings" checked>Ask each' in page
+    assert [is_checked, "single questions" in page] == [is_single, is_single]
+
+
 PASSWORD = "right-password"
 
 

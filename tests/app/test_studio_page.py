@@ -195,6 +195,10 @@ def test_first_page_names_a_training_that_stopped(folder, page):
     assert "The run was killed after" in shown
     assert "Resume it in the step Train" in shown
     assert "Resume it" not in page.render(Selection(step="check"))
+    write_recipe(folder, "a", "photos")
+    write_job(folder, "train", "train a.yaml --resume", target="a.yaml", exit_code=None)
+    assert "Resume it" not in page.render(Selection())
+    assert ">resuming<" in page.render(Selection(step="train"))
 
 
 def test_only_the_converter_of_the_command_line_runs(folder):
@@ -308,6 +312,30 @@ def test_served_api_needs_a_key_if_the_studio_has_a_password(folder, password, s
     assert not any(key in word for word in started[0])
 
 
+def test_many_images_are_read_into_tables(folder, page, started):
+    add_run(folder)
+    (folder / "runs/a/adapter").mkdir(exist_ok=True)
+    selection = Selection(step="chat", run="runs/a")
+    texts = {"predict:prompt": "Color?", "predict:out": "a"}
+    with pytest.raises(UserError, match="Upload images") as caught:
+        page.run_action("predict", selection, Form(texts=texts))
+    assert caught.value.where == "predict:images"
+    uploads = [store_upload(page, folder / f"photos/0{n}.png") for n in (1, 2)]
+    page.run_action("predict", selection, Form(texts=texts, uploads=uploads))
+    page.run_action("predict", selection, Form(texts={**texts, "predict:images": "photos"}))
+    options = ["--prompt", "Color?", "--out", "answers/a"]
+    assert started == [["predict", "runs/a", path, *options] for path in ("uploads/a", "photos")]
+    write_job(folder, "chat", " ".join(started[0]), target="runs/a", exit_code=0)
+    write_file(folder / "answers/a/answers.csv", b"image")
+    assert 'href="answers/1/answers.csv"' in read_live(folder, "step=chat")["bottom"]
+    with open_client(folder) as client:
+        table = client.get("/answers/1/answers.csv")
+        assert (table.text, "attachment" in table.headers["content-disposition"]) == ("image", True)
+        for path in ("1/answers.jsonl", "1/sha256.json"):
+            assert client.get(f"/answers/{path}").status_code == 404
+        assert client.get("/answers/2/answers.csv").status_code == 422
+
+
 def test_label_form_offers_the_prompt_of_the_data(folder, page):
     query = {"step": "label", "lang": "en"}
     assert read_fields(page, query)["label:prompt"] == ""
@@ -380,6 +408,24 @@ def test_run_without_its_plugins_is_listed(folder):
     # Its report names the missing package.
     with pytest.raises(UserError, match="gone==1"):
         read_run(folder / "runs/a")
+
+
+def test_training_starts_with_the_proposed_recipe(folder, page, started):
+    assert "train-now" not in read_live(folder, "step=data")["bottom"]
+    add_data(folder, "dots")
+    write_recipe(folder, "older", "data/dots/train.jsonl")
+    for step in ("data", "label", "check"):
+        write_job(folder, step, f"{step} a", exit_code=0)
+        assert ("train-now" in read_live(folder, f"step={step}")["bottom"]) is (step != "check")
+    message, url = call_page(page, "train-now", {"step": "data", "data": "data/dots"})
+    assert (message, started) == ("", [["train", "recipes/dots.yaml", "--resume"]])
+    assert dict(parse_qsl(urlsplit(url).query))["step"] == "train"
+    recipe = load_recipe(folder / "recipes/dots.yaml")
+    assert (recipe.model, recipe.output_dir) == (TINY_MODEL, Path("runs/dots"))
+    write_job(folder, "train", "train recipes/dots.yaml", name="2", exit_code=None)
+    assert "train-now" not in read_live(folder, "step=data")["bottom"]
+    message, _ = call_page(page, "train-now", {"data": "data/none"})
+    assert "No data set is selected" in message
 
 
 def test_labelling_ends_before_a_run_with_its_labels(folder, page, started, monkeypatch):

@@ -1,3 +1,6 @@
+import csv
+import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -5,9 +8,11 @@ from engine_fixtures import write_noise_image
 from tiny_model import create_tiny_model
 from video_fixtures import write_video
 
+from finesight.infer import prediction
 from finesight.infer.engine import generate
 from finesight.infer.model_loader import load_inference_model
 from finesight.infer.prediction import build_question
+from finesight.operations.evaluation import ANSWER_FILES
 
 ASK = ("--prompt", "What?", "--max-new-tokens", 3, "--device", "cpu")
 
@@ -29,6 +34,29 @@ def test_one_json_line_per_image(tiny, image_paths, cli):
     assert [line["image"] for line in lines] == [str(path) for path in image_paths]
     assert all(set(line) >= {"image", "prompt", "answer", "raw_text", "boxes"} for line in lines)
     assert all(line["prompt"] == "What?" for line in lines)
+
+
+def test_answers_of_a_folder_are_a_table(tiny, image_paths, tmp_path, monkeypatch, cli):
+    out, folder = tmp_path / "answers", image_paths[0].parent
+    answers = ['{"total": 12.50, "paid": true, "answer": "x", "note": null}', "none, 1"]
+    predict = prediction.predict
+
+    def read(*arguments, **options):
+        found = zip(predict(*arguments, **options), answers, strict=True)
+        return [replace(one, answer=answer) for one, answer in found]
+
+    monkeypatch.setattr(prediction, "predict", read)
+    cli("predict", tiny, folder, *ASK, "--out", out)
+    with (out / ANSWER_FILES[0]).open(encoding="utf-8-sig", newline="") as file:
+        rows = [*csv.DictReader(file)]
+    assert [Path(row["image"]).name for row in rows] == ["a.png", "b.png"]
+    assert [row["answer"] for row in rows] == answers
+    assert [(row["total"], row["paid"]) for row in rows] == [("12.50", "true"), ("", "")]
+    lines = (out / ANSWER_FILES[1]).read_text().splitlines()
+    assert [json.loads(line)["answer"] for line in lines] == answers
+    assert "exists already" in cli("predict", tiny, folder, *ASK, "--out", out, code=2).err
+    (tmp_path / "empty").mkdir()
+    assert "no such image" in cli("predict", tiny, tmp_path / "empty", *ASK, code=2).err
 
 
 def test_annotated_images_are_written_beside_text(tiny, image_paths, tmp_path, cli):

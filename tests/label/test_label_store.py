@@ -22,7 +22,12 @@ from finesight.data.sample import BoxPart, TextPart, VideoPart, read_samples, wr
 from finesight.errors import UserError
 from finesight.evaluate.eval_case import get_reference_answer
 from finesight.label import label_session
-from finesight.label.label_session import detect_task, open_session, read_run_examples
+from finesight.label.label_session import (
+    build_task,
+    has_single_questions,
+    open_session,
+    read_run_examples,
+)
 from finesight.label.label_store import EVAL_FILE, JOURNAL_FILE, LABELS_FILE
 from finesight.operations.responses import pairs
 from finesight.storage import FileSystem
@@ -58,7 +63,13 @@ def test_examples_of_sorted_data_have_all_classes(tmp_path, monkeypatch):
     recipe = {"model": MODEL, "data": {"train": str(data)}, "output_dir": str(tmp_path)}
     (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
     monkeypatch.setattr(label_session, "MAX_EXAMPLES", 6)
-    assert detect_task(read_run_examples(str(tmp_path))).choices == ("cat", "dog")
+    assert build_task(read_run_examples(str(tmp_path))).choices == ("cat", "dog")
+    assert has_single_questions(str(tmp_path))
+    (sample, *_) = read_samples(data)
+    longer = sample.model_copy(update={"messages": (*sample.messages, *sample.messages)})
+    write_samples(data, [longer, sample])
+    assert not has_single_questions(str(tmp_path))
+    assert not has_single_questions(MODEL)
 
 
 @pytest.mark.parametrize("damage", ["", '{"time": "2026-01-01T00', '{"time": "2026\n'])

@@ -7,7 +7,6 @@ until the conversation is deleted, or the server stops.
 from __future__ import annotations
 
 import asyncio
-import io
 import json
 import math
 import re
@@ -101,11 +100,13 @@ class ChatSettings(BaseModel, frozen=True, extra="forbid"):
 
     Attributes:
         compare: Name of another model that answers, too; empty for none.
+        ask_alone: Ask without the earlier turns, about their last images if the question has none.
         seed: Random seed; -1 for another one in each answer.
         system_prompt: System prompt; empty for that of the model or run.
     """
 
     compare: Annotated[str, Field(max_length=1000)] = ""
+    ask_alone: bool = False
     thinking: bool = False
     max_new_tokens: Annotated[int, Field(ge=1, le=MAX_NEW_TOKENS)] = DEFAULT_MAX_NEW_TOKENS
     temperature: Annotated[FiniteFloat, Field(ge=0, le=MAX_TEMPERATURE)] = 0
@@ -359,10 +360,13 @@ class ChatPage:
     Args:
         folder: Private folder of the uploaded files.
         pool: Worker processes that read images.
+        ask_alone: Whether the page asks each question alone by default.
     """
 
-    def __init__(self, service: InferenceService, folder: Path, pool: WorkerPool) -> None:
-        self._service, self._model_names = service, service.model_names
+    def __init__(
+        self, service: InferenceService, folder: Path, pool: WorkerPool, ask_alone: bool = False
+    ) -> None:
+        self._service, self._model_names, self._ask_alone = service, service.model_names, ask_alone
         self._reader = ImageReader(pool)
         self._uploads = UploadStore(folder, MAX_FILE_BYTES, math.inf)
         # Answers that are being generated, by ID.
@@ -402,6 +406,7 @@ class ChatPage:
         defaults = ChatSettings(
             max_new_tokens=min(max_new_tokens or DEFAULT_MAX_NEW_TOKENS, self._max_new_tokens),
             thinking=bool(default_thinking),
+            ask_alone=self._ask_alone,
             system_prompt=self._default_system_prompt,
         )
         return render_page(
@@ -526,6 +531,10 @@ class ChatPage:
         _check_count(len(conversation.question.images), len(conversation.images))
         session, paths = self._restore(conversation)
         images = dict.fromkeys(paths[image.id] for image in conversation.question.images)
+        if conversation.settings.ask_alone:
+            earlier = (turn.image_paths for turn in reversed(session.turns) if turn.image_paths)
+            images = images or dict.fromkeys(next(earlier, ()))
+            session.turns.clear()
         options = self._build_options(conversation.settings)
         turn = session.send(conversation.question.text, [*images], options)
         return turn, {path: image_id for image_id, path in paths.items()}
@@ -601,30 +610,27 @@ class ChatPage:
         return StreamingResponse(chunks, headers=FILE_HEADERS, media_type="application/zip")
 
 
-class ChunkBuffer(io.RawIOBase):
+class ChunkBuffer(bytearray):
     """Written bytes that were not taken yet. An archive is so sent while it is written."""
 
-    def __init__(self) -> None:
-        self._content = bytearray()
-
-    def writable(self) -> bool:
-        """Return True."""
-        return True
-
-    def write(self, data: Any) -> int:
+    def write(self, data: bytes) -> int:
         """Append bytes, and return their number."""
-        self._content += data
+        self.extend(data)
         return len(data)
+
+    def flush(self) -> None:
+        """Do nothing, as `zipfile` expects of a stream."""
 
     def take(self) -> bytes:
         """Remove and return the bytes."""
-        content, self._content = bytes(self._content), bytearray()
+        content = bytes(self)
+        self.clear()
         return content
 
 
 def _iter_archive(jsonl: bytes, files: Mapping[str, Path]) -> Iterator[bytes]:
     """Yield a zip archive of a conversation and its images by name."""
-    buffer = ChunkBuffer()
+    buffer: Any = ChunkBuffer()
     with zipfile.ZipFile(buffer, "w") as archive:
         archive.writestr("chat/chat.jsonl", jsonl)
         for name, file in files.items():
@@ -655,8 +661,14 @@ def _describe_failure(error: BaseException) -> str:
 
 
 def make_chat_app(
-    service: InferenceService, folder: Path, pool: WorkerPool, access: Access
+    service: InferenceService,
+    folder: Path,
+    pool: WorkerPool,
+    access: Access,
+    *,
+    ask_alone: bool = False,
 ) -> AccessMiddleware:
     """Build the chat page as an ASGI application with access control; see `ChatPage`."""
     access = replace(access, max_upload_bytes=MAX_FILE_BYTES)
-    return AccessMiddleware(create_app(ChatPage(service, folder, pool).list_routes()), access)
+    routes = ChatPage(service, folder, pool, ask_alone).list_routes()
+    return AccessMiddleware(create_app(routes), access)

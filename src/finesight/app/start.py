@@ -306,6 +306,7 @@ def web(
     from finesight.app.chat_page import make_chat_app
     from finesight.app.server import serve_app
     from finesight.infer.inference_service import InferenceService
+    from finesight.label.label_session import has_single_questions
     from finesight.serve.http_protocol import bind_socket
     from finesight.serve.preprocessing_jobs import encode_in_worker
     from finesight.storage import temporary_folder
@@ -322,7 +323,9 @@ def web(
             access = announce_page("chat", host, listener, password, open_page=open_page)
             with temporary_folder("web") as folder, closing(pool):
                 pool.start()
-                serve_app(make_chat_app(service, folder, pool, access), listener, pool, proxies)
+                is_single = has_single_questions(run_or_model)
+                app = make_chat_app(service, folder, pool, access, ask_alone=is_single)
+                serve_app(app, listener, pool, proxies)
         finally:
             service.close(wait_for_running=False)
 
@@ -593,12 +596,9 @@ def label(
     console = ProgressConsole()
     if on_record is not None and not suggest_only:
         raise _build_option_error("--json", "without --suggest-only", "--json with --suggest-only")
-    if suggest_only and not suggestions:
-        raise _build_option_error(
-            "--suggest-only", "with --no-suggestions", "one of the two options"
-        )
-    if teacher and not suggestions:
-        raise _build_option_error("--teacher", "with --no-suggestions", "one of the two options")
+    for option, value in (("--suggest-only", suggest_only), ("--teacher", teacher)):
+        if value and not suggestions:
+            raise _build_option_error(option, "with --no-suggestions", "one of the two options")
     server, suggester = None, teacher or run_or_model
     if "://" in (teacher or ""):
         from finesight.label.teacher import TeacherSettings

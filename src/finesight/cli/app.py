@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-from click import shell_completion
 
 from finesight import __version__
 from finesight.errors import (
@@ -272,16 +271,6 @@ class CommandGroup(click.Group):
                 formatter.write_dl([(n, one.get_short_help_str(100)) for n, one in commands if one])
 
 
-def _show_completion(ctx: click.Context, param: click.Parameter, shell: str | None) -> None:
-    """Print the script that completes words in a shell."""
-    if shell is None or ctx.resilient_parsing:
-        return
-    completion = shell_completion.get_completion_class(shell)
-    assert completion is not None, f"click does not complete words in {shell}"
-    click.echo(completion(ctx.command, {}, "finesight", "_FINESIGHT_COMPLETE").source())
-    ctx.exit()
-
-
 _SECTIONS: dict[str, dict[str, str | CommandGroup]] = {
     title: {name: name for name in group if " " not in name} for title, group in OPERATIONS.items()
 }
@@ -305,14 +294,6 @@ _SECTIONS["Data"]["data"] = CommandGroup(
 )
 @click.version_option(
     __version__, message="%(prog)s %(version)s", help="Print the version and exit."
-)
-@click.option(
-    "--show-completion",
-    type=click.Choice(["bash", "zsh", "fish"]),
-    is_eager=True,
-    expose_value=False,
-    callback=_show_completion,
-    help="Print the script that completes words in a shell.",
 )
 def app() -> None:
     """Do nothing before a command."""

@@ -59,9 +59,12 @@ def chat(
     from finesight.infer.chat_session import ChatSession
     from finesight.infer.inference_service import InferenceService
     from finesight.infer.request import GenerationOptions, SamplingParams
+    from finesight.label.label_session import has_single_questions
 
     sampling = SamplingParams(temperature=temperature, top_p=top_p, seed=seed)
     generation_options = GenerationOptions(max_new_tokens=max_new_tokens, sampling_params=sampling)
+    if sys.stdin.isatty() and has_single_questions(run_or_model):
+        click.echo("Trained on single questions: start each one with /new and its /image.")
     service = InferenceService(load_adapters(run_or_model, (), **loading), max_num_seqs=1)
     try:
         ChatTerminal(ChatSession(service), generation_options, sys.stdin.isatty()).run()

@@ -13,6 +13,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from finesight.config import is_url
 from finesight.data.corpus import load_corpus
 from finesight.data.formats.image_annotations import NO_OBJECTS_ANSWER
 from finesight.data.image_header import IMAGE_SUFFIXES, CorruptImageError, list_pages
@@ -44,6 +45,7 @@ from finesight.label.label_store import (
 from finesight.label.suggestion import JsonLeaf, iter_json_leaves
 from finesight.manifest import RECIPE_FILE, find_run_dir
 from finesight.recipe import load_recipe
+from finesight.recipe_template import detect_metric, is_closed_set
 from finesight.train.run_dir import RunDir
 
 MAX_EXAMPLES = 500
@@ -52,8 +54,12 @@ MAX_EXAMPLES = 500
 MAX_CLASSES = 30
 """Maximum number of different answers that count as classes."""
 
-MIN_CLASS_REPEATS = 3
-"""Minimum mean number of samples per class."""
+KINDS: Mapping[str, AnswerKind] = {
+    "json": "fields",
+    "pointing": "points",
+    **dict.fromkeys(("grounding", "detection"), "boxes"),
+}
+"""Kind of the answers by task metric; text or classes for other metrics."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +156,7 @@ class LabelSession:
             task = replace(task, template=template)
         if not task.names:
             labels = _count_labels(contents, task.kind)
-            choices = task.choices or _find_classes(labels)
+            choices = task.choices or _find_classes([*labels.elements()])
             names = tuple(name for name, _ in labels.most_common())
             task = replace(task, choices=choices, names=names)
         self.task = task
@@ -302,7 +308,7 @@ def open_session(
     """
     examples = read_run_examples(run_or_model)
     questions = {} if review else _read_questions(folder)
-    default = prompt or next(reversed(questions.values()), detect_task(examples).prompt)
+    default = prompt or next(reversed(questions.values()), build_task(examples).prompt)
 
     def select_prompt(path: Path) -> str:
         question = questions.get(os.path.realpath(path), default)
@@ -326,9 +332,7 @@ def open_session(
     samples = read_items(sources, select_prompt, review)
     if not examples:
         examples = [one for one in samples if one.sample.messages[-1].role == "assistant"]
-    task = detect_task(
-        examples, prompt=default, kind=kind, choices=choices, field_names=field_names
-    )
+    task = build_task(examples, prompt=default, kind=kind, choices=choices, field_names=field_names)
     if review and not can_review(folder, sources):
         raise UserError(
             "the folder has samples that are not of this review",
@@ -377,15 +381,26 @@ def _describe_history(item: LabelItem) -> list[dict[str, Any]]:
     return entries
 
 
-def read_run_examples(run_or_model: str) -> list[LocatedSample]:
-    """Return training samples of a run, evenly distributed; empty without readable data."""
+def read_run_examples(run_or_model: str, *, is_local: bool = False) -> list[LocatedSample]:
+    """Return training samples of a run, evenly distributed; empty without readable data.
+
+    Args:
+        is_local: Do not read data in object storage.
+    """
     path = find_run_dir(Path(run_or_model)) / RECIPE_FILE
     with suppress(UserError):
-        corpus = load_corpus(load_recipe(path).data.train)
+        files = load_recipe(path).data.train
+        corpus = load_corpus([] if is_local and any(is_url(f.path) for f in files) else files)
         # Data may be sorted by class.
         num_examples = min(MAX_EXAMPLES, len(corpus))
         return [corpus[index * len(corpus) // num_examples] for index in range(num_examples)]
     return []
+
+
+def has_single_questions(run_or_model: str) -> bool:
+    """Return whether the readable training samples of a run have one question each."""
+    messages = [one.sample.messages for one in read_run_examples(run_or_model, is_local=True)]
+    return bool(messages) and all(sum(t.role == "user" for t in one) == 1 for one in messages)
 
 
 def is_imported(folder: Path, run_dir: Path) -> bool:
@@ -397,7 +412,7 @@ def is_imported(folder: Path, run_dir: Path) -> bool:
     return bool(examples) and examples <= labels
 
 
-def detect_task(
+def build_task(
     examples: Sequence[LocatedSample],
     *,
     prompt: str | None = None,
@@ -405,21 +420,19 @@ def detect_task(
     choices: Sequence[str] = (),
     field_names: Sequence[str] = (),
 ) -> LabelTask:
-    """Detect the task of labeled samples. Given values take precedence.
+    """Build the task of labeled samples, as `detect_metric` detects it. Given values precede.
 
-    Answers are boxes, points or fields if most have boxes, have points, or are JSON objects, and
-    classes if at most `MAX_CLASSES` different answers occur `MIN_CLASS_REPEATS` times on average.
-    The same holds for the labels of boxes.
+    A closed set of at most `MAX_CLASSES` answers or labels of boxes are classes.
     """
     answers = [one.sample.messages[-1] for one in examples]
     contents = [message.content for message in answers if message.role == "assistant"]
     texts = [get_text(content) for content in contents]
     detected = "fields" if field_names else _detect_kind(contents)
-    if detected == "text" and (choices or _find_classes(Counter(texts))):
+    if detected == "text" and (choices or _find_classes(texts)):
         detected = "classes"
     labels = _count_labels(contents, kind or detected)
     is_class = (kind or detected) == "classes"
-    found = _find_classes(Counter(texts), min_repeats=1) if is_class else _find_classes(labels)
+    found = _find_classes(texts if is_class else [*labels.elements()], is_class)
     if prompt is None and examples:
         prompt = get_question(examples[0].sample) or None
     return LabelTask(
@@ -434,10 +447,10 @@ def detect_task(
     )
 
 
-def _find_classes(counts: Counter[str], min_repeats: int = MIN_CLASS_REPEATS) -> tuple[str, ...]:
-    """Return the names of a closed set, which repeat; empty for other names."""
-    is_closed = len(counts) <= min(MAX_CLASSES, counts.total() // min_repeats)
-    return tuple(name for name in counts if name) if is_closed else ()
+def _find_classes(names: Sequence[str], is_class: bool = False) -> tuple[str, ...]:
+    """Return the names of a closed set; empty for other names."""
+    is_closed = 0 < len({*names}) <= MAX_CLASSES and (is_class or is_closed_set(names))
+    return tuple(dict.fromkeys(filter(None, names))) if is_closed else ()
 
 
 def _count_labels(contents: Iterable[Sequence[Any]], kind: AnswerKind) -> Counter[str]:
@@ -446,14 +459,10 @@ def _count_labels(contents: Iterable[Sequence[Any]], kind: AnswerKind) -> Counte
     return Counter(box.label for box in boxes if box.label and kind in ("boxes", "points"))
 
 
-def _detect_kind(contents: Sequence[Sequence[Any]]) -> AnswerKind:
-    """Return the kind of more than half of the answers; images without objects are not counted."""
-    texts = [get_text(one) for one in contents if not list_boxes(one)]
-    if len(contents) - len(texts) > sum(text != NO_OBJECTS_ANSWER for text in texts):
-        is_point = [box.is_point for one in contents for box in list_boxes(one)]
-        return "points" if 2 * sum(is_point) > len(is_point) else "boxes"
-    num_objects = sum(isinstance(_parse_json(text), dict) for text in texts)
-    return "fields" if 2 * num_objects > len(contents) else "text"
+def _detect_kind(contents: Iterable[Sequence[Any]]) -> AnswerKind:
+    """Return the kind of most answers; images without objects are not counted."""
+    found = [one for one in contents if list_boxes(one) or get_text(one) != NO_OBJECTS_ANSWER]
+    return KINDS.get(detect_metric(found), "text") if found else "text"
 
 
 def _build_template(texts: Iterable[str], field_names: Sequence[str] = ()) -> str:
@@ -509,8 +518,7 @@ def read_items(
                 remedy=suggest_similar_path(source),
             )
         if source.is_dir() or _is_image(source):
-            paths = source.rglob("*") if source.is_dir() else [source]
-            files = [] if review else sorted(filter(_is_image, paths))
+            files = [] if review else list_images(source)
             found = [_build_question(path, select_prompt(path)) for path in files]
         else:
             samples = read_samples(source, require_answer=False)
@@ -531,6 +539,11 @@ def read_items(
             remedy="correct the paths",
         )
     return items
+
+
+def list_images(path: Path) -> list[Path]:
+    """Return an image, or the images in a folder and its subfolders, without hidden ones."""
+    return sorted(filter(_is_image, path.rglob("*") if path.is_dir() else [path]))
 
 
 def _build_question(path: Path, prompt: str) -> LocatedSample:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Unpack
+from typing import TYPE_CHECKING, Annotated, Any, Unpack
 
 from finesight.errors import Step, UserError, format_count, suggest_similar_path
 from finesight.operations.model import ModelArgument, get_model_name, load_model
@@ -33,6 +36,9 @@ if TYPE_CHECKING:
     from finesight.infer.model_loader import InferenceModel
     from finesight.infer.prediction import Prediction
     from finesight.report.compare_page import RunComparison
+
+ANSWER_FILES = ("answers.csv", "answers.jsonl")
+"""Files of the folder of answers that `predict` writes."""
 
 EXIT_ERROR_FOUND = 2
 EXIT_REGRESSION = 3
@@ -112,6 +118,7 @@ def predict(
     max_new_tokens: MaxNewTokensOption = 512,
     batch_size: Annotated[int, Parameter(minimum=1)] = 16,
     draw: Annotated[StrPath | None, Parameter(path="folder")] = None,
+    out: Annotated[StrPath | None, Parameter(metavar="FOLDER", path="folder")] = None,
     pages: PagesOption = None,
     **loading: Unpack[LoadingOptions],
 ) -> Outcome[list[Prediction]]:
@@ -123,15 +130,20 @@ def predict(
     Example: finesight predict runs/latex formula.png --prompt "Write the formula as LaTeX."
 
     Args:
-        images: Image, PDF or video files; each gets its own answer.
+        images: Image, PDF or video files, or folders of images; each file gets its own answer.
         prompt: Question about every image. Required with IMAGE.
         data: JSONL file of samples to answer, instead of IMAGE and --prompt.
         batch_size: Answers generated at the same time; halved when GPU memory is exhausted.
         draw: Write a copy of each image with the predicted boxes into this folder.
+        out: Folder to create for the answers as a table: answers.csv, with a column for each key of
+            JSON answers, and answers.jsonl.
     """
     from finesight.infer.prediction import predict as run_prediction
     from finesight.infer.prediction import save_annotated_images
+    from finesight.storage import raise_if_exists, write_file, write_folder
 
+    if out is not None:
+        raise_if_exists(Path(out))
     samples = _load_samples(
         get_model_name(run_or_model), [*map(Path, images)], prompt, to_path(data), pages or ()
     )
@@ -150,7 +162,32 @@ def predict(
         for path in save_annotated_images(predictions, Path(draw)):
             console.log(f"saved: {path}")
     lines = [prediction.as_text() for prediction in predictions]
-    return Outcome(predictions, lines, [prediction.as_json() for prediction in predictions])
+    records = [prediction.as_json() for prediction in predictions]
+    if out is not None:
+        rows = "".join(f"{json.dumps(one, ensure_ascii=False)}\n" for one in records)
+        with write_folder(Path(out)) as folder:
+            for name, text in zip(ANSWER_FILES, (_format_csv(records), rows), strict=True):
+                write_file(folder / name, text.encode(errors="surrogateescape"))
+    return Outcome(predictions, lines, records)
+
+
+def _format_csv(records: Sequence[Mapping[str, Any]]) -> str:
+    """Format predictions as CSV with a byte order mark, by which spreadsheets detect UTF-8."""
+    rows = []
+    for record in records:
+        row, fields = {name: record[name] for name in ("image", "prompt", "answer")}, None
+        with suppress(ValueError):
+            # Numbers keep all their digits.
+            fields = json.loads(record["answer"], parse_float=str, parse_int=str)
+        for key, value in fields.items() if isinstance(fields, dict) else ():
+            is_plain = value is None or isinstance(value, str)
+            row.setdefault(key, value if is_plain else json.dumps(value, ensure_ascii=False))
+        rows.append(row)
+    stream = io.StringIO(newline="")
+    table = csv.DictWriter(stream, [*dict.fromkeys(key for row in rows for key in row)])
+    table.writeheader()
+    table.writerows(rows)
+    return f"\ufeff{stream.getvalue()}"
 
 
 def _load_samples(
@@ -163,19 +200,22 @@ def _load_samples(
     from finesight.data.image_header import get_file, list_pages
     from finesight.data.sample import LocatedSample, read_samples
     from finesight.infer.prediction import build_question
+    from finesight.label.label_session import list_images
 
     if data is not None and prompt is None and not images:
         found = read_samples(data, require_answer=False)
         return [LocatedSample(sample, data.parent) for sample in found]
-    for image in map(get_file, images):
-        if not image.exists() or image.is_dir():
-            is_folder, what = image.is_dir(), "a folder" if image.is_dir() else "no such image"
-            remedy = f"give its images: {image}/*" if is_folder else suggest_similar_path(image)
-            raise UserError(what, where=str(image), expected="an image file", remedy=remedy)
+    files: list[Path] = []
+    for image in images:
+        own = list_images(image) if image.is_dir() else [image]
+        files += own
+        if not own or not get_file(own[0]).exists():
+            what, remedy = "no such image", suggest_similar_path(image)
+            raise UserError(what, where=str(image), expected="an image or a folder", remedy=remedy)
     if prompt is not None and data is None:
         if not images:
             return [build_question((), prompt, prompt)]
-        return [build_question(list_pages(one, pages), prompt, str(one)) for one in images]
+        return [build_question(list_pages(one, pages), prompt, str(one)) for one in files]
     example = {"run_or_model": run_or_model, "images": [[*images, "IMAGE"][0]]}
     raise UserError(
         f"{format_count(len(images), 'image')}, "

@@ -525,10 +525,10 @@ def join_words(words: Sequence[str]) -> str:
     )
 
 
-StatusKind = Literal["finished", "running", "interrupted", "failed", "killed"]
+StatusKind = Literal["finished", "running", "resuming", "interrupted", "failed", "killed"]
 """Kind of status of a run.
 
-A run is `killed` if its process ended without a message, for example because its machine did.
+It is `killed` if its process ended without a message, and `resuming` before the next one trains.
 """
 
 NUM_RECENT_STEPS = 50
@@ -572,6 +572,7 @@ class RunStatus:
         texts = {
             "finished": "The run is finished: {}.",
             "running": "The run is in progress: {}.",
+            "resuming": "The run resumes after {}.",
             "interrupted": "The run was interrupted after {}.",
             "failed": "The run failed after {}.",
             "killed": "The run was killed after {}: its process or machine ended without a"

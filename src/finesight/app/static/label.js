@@ -879,6 +879,14 @@ byId("threshold")?.addEventListener("input", ({ target }) => {
   show();
 });
 showThreshold();
+byId("train")?.addEventListener("click", async ({ target }) => {
+  const { studio, query } = target.dataset;
+  target.disabled = true;
+  try {
+    location.assign(studio + (await request(`${studio}actions/train-now?${query}`, {})).url);
+  } catch (error) { report("Command not started", error); }
+  target.disabled = false;
+});
 window.addEventListener("resize", () => { if (item?.images.length) showZoom(); });
 
 (async () => {

@@ -30,7 +30,7 @@ const show = (page) => {
 
 const enableButtons = () => {
   const isRunning = ["running", "stopping"].includes(status);
-  for (const button of document.querySelectorAll("form button[data-action]")) {
+  for (const button of document.querySelectorAll("button[data-action]")) {
     const needsData = button.dataset.action === "review" && !byId("top").dataset.hasData;
     button.disabled = isActing || needsData || (isRunning && starters.includes(button.dataset.action));
   }
@@ -92,7 +92,7 @@ const act = async (button) => {
   enableButtons();
   byId("message").hidden = true;
   try {
-    const uploads = action === "import" ? await sendUploads() : [];
+    const uploads = button.form?.contains(byId("upload")) ? await sendUploads() : [];
     const body = { ...readForm(button.form), uploads };
     if (operation) body.texts = { operation };
     const answer = await request(`actions/${action}${query}`, body);
@@ -143,5 +143,7 @@ document.addEventListener("click", async (event) => {
     }
   }
 });
+const target = document.querySelector("details:target");
+if (target) target.open = true;
 showKinds();
 show();

@@ -500,8 +500,9 @@ def _estimate_fit(run: RunContext, data: RunData) -> UserError | None:
     if not hardware.process_group.is_single_process:
         return None  # several ranks shard the weights, or split long samples
     folder = run.base_model.folder
-    parameters = build_meta_model(folder, hardware.dtype, (), ()).parameters()
-    if sum(parameter.numel() for parameter in parameters) < MIN_CHECKED_PARAMS:
+    parameters = [*build_meta_model(folder, hardware.dtype, (), ()).parameters()]
+    num_params = num_trainable = sum(parameter.numel() for parameter in parameters)
+    if num_params < MIN_CHECKED_PARAMS:
         return None
     # Only the time of a CPU run is estimated, which depends on the bandwidth.
     bandwidth = 1.0 if is_cuda else None
@@ -512,8 +513,11 @@ def _estimate_fit(run: RunContext, data: RunData) -> UserError | None:
         return build_planned_model(folder, recipe, nf4_parts, target)
 
     settings = PlannedSettings.from_recipe(recipe)
-    model = build_model(settings.nf4_parts)
-    persistent_bytes = model.persistent.weight_bytes + model.persistent.optimizer_state_bytes
+    # At most 16 bytes per trained parameter, and three adapters (query, key, value) per matrix.
+    if not recipe.tune.has_mode("full"):
+        sides = (sum(one.shape[-2:]) * one.shape[:-2].numel() for one in parameters if one.ndim > 1)
+        num_trainable = 3 * recipe.tune.lora.rank * sum(sides)
+    persistent_bytes = num_params * hardware.dtype.itemsize + 16 * num_trainable
     if is_cuda and persistent_bytes < MAX_UNCHECKED_FRACTION * target.memory_bytes:
         return None
     sample_stats = data.train.build_sample_stats(data.renderer, recipe.data)

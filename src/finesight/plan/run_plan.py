@@ -97,16 +97,15 @@ def estimate_evaluation(
         eval_interval = resolve_eval_interval(settings, total_steps)
         num_interim = (total_steps - 1) // eval_interval if eval_interval else 0
 
-    def estimate_seconds(stats: Sequence[SampleStats]) -> float:
+    def estimate_s(stats: Sequence[SampleStats]) -> float:
         loss_s = _estimate_forward_s(planned, stats, recipe.train.batch_size)
         if settings is None:
             return loss_s
         return loss_s + _estimate_generation_s(settings, planned, target, stats[: settings.limit])
 
-    total_s = 2 * estimate_seconds(validation_stats)
+    total_s = 2 * estimate_s(validation_stats)
     if num_interim:
-        interim_stats = validation_stats[: resolve_interim_limit(settings)]
-        total_s += num_interim * estimate_seconds(interim_stats)
+        total_s += num_interim * estimate_s(validation_stats[: resolve_interim_limit(settings)])
     eval_stats = validation_stats[: settings.limit if settings else None]
     estimate = EvaluationEstimate(2 + num_interim, len(eval_stats), total_s, 0)
     if settings is None:
@@ -347,10 +346,9 @@ def _list_quantization_choices(recipe: Recipe) -> list[tuple[QuantizablePart, ..
     The first set is that of the recipe. Others add the decoder, then all other frozen parts.
     """
     recipe_nf4, tuning_modes = recipe.tune.quantize.nf4 or (), dict(recipe.tune)
-    added_parts = ("language",), ("vision", "merger", "language")
     sets = [
         tuple(p for p in get_args(QuantizablePart) if p in recipe_nf4 or p in parts)
-        for parts in added_parts
+        for parts in (("language",), ("vision", "merger", "language"))
     ]
     frozen = [one for one in sets if not any(tuning_modes.get(part) == "full" for part in one)]
     return [*dict.fromkeys([recipe_nf4, *frozen])]
@@ -550,10 +548,9 @@ def _estimate_fit(run: RunContext, data: RunData) -> UserError | None:
 def _warn_long_run(run: RunContext, sampler: TrainSampler, estimate: SettingsEstimate) -> None:
     """Log the estimated time of a run on a CPU if it is long."""
     num_steps, step_s = len(sampler), estimate.step_time.total
-    num_uncached = math.ceil(sampler.epoch_length / run.recipe.train.batch_size)
-    if estimate.cached_step_s is None or num_uncached >= num_steps:
-        num_uncached = num_steps
-    seconds = num_uncached * step_s + (num_steps - num_uncached) * (estimate.cached_step_s or 0.0)
+    num_uncached = min(num_steps, math.ceil(sampler.epoch_length / run.recipe.train.batch_size))
+    cached_step_s = estimate.cached_step_s or step_s
+    seconds = num_uncached * step_s + (num_steps - num_uncached) * cached_step_s
     if seconds > LONG_CPU_RUN_S:
         run.console.log(
             f"warning: {num_steps} training steps on this CPU take about"

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "IGNORE_INDEX", "Encoding", "Model", "TrainingInterrupted", "UserError", "build_question",
-    "check_data", "compare", "convert", "convert_boxes", "doctor", "download", "draw_boxes",
+    "check_data", "compare", "convert", "doctor", "download", "draw_boxes",
     "evaluate", "export", "export_data", "guard", "import_data", "init", "launch", "load_model",
     "merge", "pairs", "plan", "predict", "quickstart", "read_samples", "report", "sample", "search",
     "show", "train",
@@ -33,7 +33,6 @@ __all__ = [
 init = as_function(initialize.init)
 import_data = as_function(dataset.import_data)
 export_data = as_function(dataset.export_data)
-convert_boxes = as_function(dataset.convert_boxes)
 check_data = as_function(dataset.check_data)
 show = as_function(dataset.show)
 plan = as_function(training.plan)

@@ -34,11 +34,11 @@ PIXELS = {"xyxy": (50, 20, 150, 80), "xywh": (50, 20, 100, 60), "cxcywh": (100, 
 @pytest.mark.parametrize("form", get_args(BoxFormat))
 def test_all_box_formats_give_the_same_corners(form: BoxFormat, units: BoxUnits) -> None:
     height, width = SIZE
-    full = {"pixel": None, "1": 1, "1000": 1000}[units]
-    sides = (width, height, width, height)
-    values = PIXELS[form]
-    if full is not None:
-        values = tuple(n / side * full for n, side in zip(values, sides, strict=True))
+    full = {"pixel": (width, height), "1": (1, 1), "1000": (1000, 1000), "resized": (504, 196)}[
+        units
+    ]
+    scales = (full[0] / width, full[1] / height) * 2
+    values = tuple(n * scale for n, scale in zip(PIXELS[form], scales, strict=True))
     assert BoxConvention(form, units).to_pixels(values, SIZE) == pytest.approx(CORNERS, abs=1e-9)
     # The nearest float.
     assert BoxConvention(units="1000").to_pixels((588, 0, 725, 1000), (480, 360))[0] == 211.68

@@ -175,10 +175,10 @@ def divide_by_size(corners: Floats, width: Floats, height: Floats) -> Floats:
 
 def hypothesis_from_convention(convention: BoxConvention) -> BoxHypothesis:
     """Return the hypothesis that corresponds to a declared box convention."""
-    if convention.units == "pixel":
-        return BoxHypothesis(convention.format)
-    side = float(convention.units)
-    return BoxHypothesis(convention.format, BoxFrame("fixed", side, side))
+    # At most 3584 x 3584 pixels, the limit in `RESIZE_LIMITS`.
+    frames = {"pixel": BoxFrame(), "resized": BoxFrame("pixels", 3584.0, 3584.0, True, 28)}
+    frames |= {units: BoxFrame("fixed", float(units), float(units)) for units in ("1", "1000")}
+    return BoxHypothesis(convention.format, frames[convention.units])
 
 
 def to_corners(box_format: BoxFormat, coordinates: Floats) -> Floats:

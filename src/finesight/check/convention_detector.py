@@ -75,7 +75,10 @@ _FORMAT_NAMES = {
     "xywh": "a corner and a size (x, y, width, height)",
     "cxcywh": "a center and a size (x, y, width, height)",
 }
-_UNIT_NAMES = {"pixel": "pixels", "1": "fractions of the image", "1000": "thousandths of the image"}
+_UNIT_NAMES = {
+    **{"pixel": "pixels", "resized": "pixels of the resized image"},
+    **{"1": "fractions of the image", "1000": "thousandths of the image"},
+}
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,13 +19,15 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
+from finesight.config import PixelRange
 from finesight.errors import UserError
 
 BoxFormat = Literal["xyxy", "xywh", "cxcywh"]
 """Order of box coordinates: two corners, corner and size, or center and size."""
 
-BoxUnits = Literal["pixel", "1", "1000"]
-"""Coordinate units: pixels of the original image, or image sides scaled to 1 or 1000."""
+BoxUnits = Literal["pixel", "1", "1000", "resized"]
+"""Coordinate units: pixels of the original image, image sides scaled to 1 or 1000, or pixels of the
+image resized with the published limits of Qwen2.5-VL, whose answers contain such boxes."""
 
 Box = tuple[float, float, float, float]
 
@@ -64,11 +66,55 @@ class BoxConvention:
             return corners
         scales = [1.0, 1.0]
         if self.units != "pixel":
-            scales = [side / float(self.units) for side in reversed(image_size)]
+            pairs = zip(reversed(image_size), self.get_sides(image_size), strict=True)
+            scales = [side / unit_side for side, unit_side in pairs]
         # Remove floating-point noise, so that a box survives conversion in both directions.
         scaled = zip(corners, scales * 2, strict=True)
         x1, y1, x2, y2 = (round(corner * scale, BOX_DECIMALS) for corner, scale in scaled)
         return x1, y1, x2, y2
+
+    def get_sides(self, image_size: tuple[int, int]) -> tuple[float, float]:
+        """Return the width and height of an image in these units."""
+        if self.units not in ("pixel", "resized"):
+            return float(self.units), float(self.units)
+        is_resized = self.units == "resized"
+        height, width = smart_resize(image_size, RESIZE_LIMITS, 28) if is_resized else image_size
+        return width, height
+
+
+RESIZE_LIMITS = PixelRange(min_pixels=3136, max_pixels=12845056)
+"""Limits of the published Qwen2.5-VL models, which round sides to multiples of 28."""
+
+
+def smart_resize(
+    original_size: tuple[int, int],
+    limits: PixelRange,
+    factor: int,
+    num_frames: int = 1,
+    temporal_size: int = 1,
+) -> tuple[int, int]:
+    """Scale an image size into a range of pixel counts, rounded to multiples of `factor`.
+
+    Sides are rounded down to meet the maximum and up to meet the minimum. As in the reference
+    preprocessor, they are rounded before the pixel count is compared. The pixels of all frames of a
+    video are counted.
+    """
+    height, width = original_size
+    rounded = round(height / factor) * factor, round(width / factor) * factor
+    num_pixels = math.prod(rounded) * round(num_frames / temporal_size) * temporal_size
+    if num_pixels > limits.max_pixels:
+        downscale = math.sqrt((num_frames * height * width) / limits.max_pixels)
+        return (
+            max(factor, math.floor(height / downscale / factor) * factor),
+            max(factor, math.floor(width / downscale / factor) * factor),
+        )
+    if num_pixels < limits.min_pixels:
+        upscale = math.sqrt(limits.min_pixels / (num_frames * height * width))
+        return (
+            math.ceil(height * upscale / factor) * factor,
+            math.ceil(width * upscale / factor) * factor,
+        )
+    return rounded
 
 
 def parse_coordinates(value: object) -> list[float]:
@@ -180,7 +226,7 @@ def clip_to_image(
     other = "xywh" if convention.format == "xyxy" else "xyxy"
     remedy = (
         f"if the boxes are {other}, give --box-format {other}; if they are not in units of "
-        f"{convention.units}, give --box-units pixel, 1 or 1000"
+        f"{convention.units}, give --box-units pixel, 1, 1000 or resized"
     )
     if is_valid and is_fraction:
         problem = "is smaller than a pixel"
@@ -522,9 +568,9 @@ MIN_EXTENT = 0.1
 """Minimum of the largest coordinate, as a fraction of the shorter image side."""
 
 COORDINATE_REMEDIES = {
-    "boxes": "give --box-units pixel, 1000 or 1 at import, which converts [x1, y1, x2, y2] and"
-    " (x1, y1), (x2, y2) in answers, or write other notations as bbox_2d; in questions, write them"
-    " as box parts of samples",
+    "boxes": "give --box-units pixel, 1000, 1 or resized at import, which converts [x1, y1, x2, y2]"
+    " and (x1, y1), (x2, y2) in answers, or write other notations as bbox_2d; in questions, write"
+    " them as box parts of samples",
     "points": "write them as point_2d in JSON, or as point parts of samples, which are converted",
 }
 

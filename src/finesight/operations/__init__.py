@@ -27,7 +27,6 @@ OPERATIONS: Mapping[str, Mapping[str, str]] = {
         "pairs": "operations.responses:pairs",
         "show": "operations.dataset:show",
         "data export": "operations.dataset:export_data",
-        "data convert-boxes": "operations.dataset:convert_boxes",
     },
     "Training": {
         "plan": "operations.training:plan",

@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from finesight.data.exporter import ExportSummary
     from finesight.data.import_source import ImportOptions
     from finesight.data.importer import ImportSummary
-    from finesight.encode.box_migration import MigrationResult, ResizeSpec
     from finesight.encode.tokenization import TokenizedSample
 
 
@@ -218,114 +217,6 @@ def export_data(
 
 MAX_PRINTED_FILES = 3
 """Maximum number of printed file names; further files are only counted."""
-
-
-BoxFamily = Literal["qwen_vl", "qwen2_vl", "qwen2_5_vl", "qwen3_vl"]
-
-DEFAULT_SIZE_FACTOR = 28
-"""Divisor of resized image sides in pixels, for `--image` without `--model`.
-
-All published Qwen2.5-VL models use this value (patch size 14, merge size 2).
-"""
-
-MAX_PRINTED_RECORDS = 3
-"""Maximum number of printed locations of texts that were not converted."""
-
-
-def convert_boxes(
-    file: StrPath,
-    out: StrPath,
-    source_family: Annotated[BoxFamily, Parameter(option="--from")],
-    target_family: Annotated[BoxFamily, Parameter(option="--to")],
-    model: Annotated[str | None, Parameter(metavar="MODEL")] = None,
-    image: Annotated[Sequence[str], Parameter(metavar="KEY=VALUE")] = (),
-) -> Outcome[MigrationResult]:
-    """Rewrite the boxes in answers of a file for another model family.
-
-    For files made for other trainers. Files of `finesight import` fit every family: change the
-    model in the recipe instead.
-
-    qwen_vl and qwen2_vl use special tokens in the text, qwen2_5_vl and qwen3_vl use JSON.
-    Coordinates of qwen2_5_vl are pixels of the resized image, which --model or --image defines.
-    Other families use thousandths of the image sides. Text outside of box answers is unchanged.
-
-    Example: finesight data convert-boxes old.jsonl new.jsonl --from qwen2_vl --to qwen2_5_vl
-    --model Qwen/Qwen2.5-VL-3B-Instruct
-
-    Args:
-        file: .json or .jsonl file in the format of any trainer; only box texts are changed.
-        out: File to create.
-        source_family: Model family whose box format FILE has.
-        target_family: Model family whose box format OUT gets.
-        model: Qwen2.5-VL model (folder or hub name) whose pixel limits define the resized image.
-            For qwen2_5_vl, this or --image is required.
-        image: Resizing as in `image` of a recipe: min_pixels=N and max_pixels=N, height=N and
-            width=N, or longest_side=N, each with its own --image. Repeatable.
-    """
-    from finesight.encode.box_migration import migrate_box_file
-
-    rule = _resolve_resize_rule(model, image)
-    summary = migrate_box_file(Path(file), Path(out), source_family, target_family, rule)
-    return Outcome(summary, _format_conversion(summary), asdict(summary))
-
-
-def _resolve_resize_rule(model: str | None, pairs: Sequence[str]) -> ResizeSpec | None:
-    """Build the resize rule of Qwen2.5-VL images from `--model` and `--image`.
-
-    `--image` has precedence over the rule of the model. Returns None if neither is given.
-    """
-    from pydantic import TypeAdapter, ValidationError
-
-    from finesight.config import ImageRule
-    from finesight.encode.box_migration import ResizeSpec
-    from finesight.model_folder import locate_model
-    from finesight.vision.image_processing import get_default_image_rule
-
-    if model is None and not pairs:
-        return None
-    preprocessor_config = {"patch_size": DEFAULT_SIZE_FACTOR, "merge_size": 1}
-    if model is not None:
-        folder = locate_model(model)
-        if folder.family != "qwen2_5_vl":
-            raise UserError(
-                f"the model family is {folder.family}",
-                where="--model",
-                expected="a Qwen2.5-VL model, whose boxes are pixels of the resized image",
-                remedy="give the model that the boxes are written for",
-            )
-        preprocessor_config = folder.preprocessor_config
-    size_factor = preprocessor_config["patch_size"] * preprocessor_config["merge_size"]
-    if not pairs:
-        return ResizeSpec(get_default_image_rule(preprocessor_config), size_factor)
-    try:
-        values = {key: int(value) for key, _, value in (pair.partition("=") for pair in pairs)}
-        rule: ImageRule = TypeAdapter(ImageRule).validate_python(values)
-    except (ValueError, ValidationError) as error:
-        raise UserError(
-            f"{' '.join(pairs)} is not an image rule",
-            where="--image",
-            expected="min_pixels and max_pixels, height and width, or longest_side",
-            remedy="for example --image height=112 --image width=504",
-        ) from error
-    return ResizeSpec(rule, size_factor)
-
-
-def _format_conversion(summary: MigrationResult) -> list[str]:
-    lines = [
-        f"{summary.file}: {format_count(summary.num_records, 'record')},"
-        f" {format_count(summary.num_boxes, 'box')} rewritten in"
-        f" {format_count(summary.answers_with_boxes, 'answer')}",
-        f"  {format_count(summary.answers_without_boxes, 'answer')} without boxes",
-    ]
-    if summary.unconverted:
-        record_names = ", ".join(summary.unconverted[:MAX_PRINTED_RECORDS])
-        ellipsis = ", ..." if len(summary.unconverted) > MAX_PRINTED_RECORDS else ""
-        lines.append(
-            "  warning: there are points or descriptions of the box format in other texts of "
-            f"{format_count(len(summary.unconverted), 'record')} ({record_names}{ellipsis}). "
-            "They are unchanged: check that they match the answers"
-        )
-    return lines
 
 
 MAX_PRINTED_ISSUES = 3

@@ -208,11 +208,12 @@ class SourceOptions(TableOptions, total=False):
         ),
     ]
     box_units: Annotated[
-        Literal["pixel", "1", "1000"] | None,
+        Literal["pixel", "1", "1000", "resized"] | None,
         Parameter(
             "Unit of box coordinates in SOURCE: pixel (of the original image), 1 (fractions of "
-            "width and height) or 1000 (thousandths). Default: of the format (yolo: 1, qwen-vl: "
-            "1000), else pixel."
+            "width and height), 1000 (thousandths) or resized (pixels of the image as Qwen2.5-VL "
+            "resizes it with its published limits; for other limits, scale the boxes first). "
+            "Default: of the format (yolo: 1, qwen-vl: 1000), else pixel."
         ),
     ]
     pages: PagesOption

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from finesight.config import ExactSize, ImageRule, ImageSettings, LongestSide, PixelRange
+from finesight.data.boxes import smart_resize
 from finesight.data.image_header import (
     MAX_IMAGE_PIXELS,
     CorruptImageError,
@@ -194,7 +195,7 @@ def compute_resized_size(
     if isinstance(rule, LongestSide):
         scale = rule.longest_side / max(original_size)
         return _round_to_factor(height * scale, factor), _round_to_factor(width * scale, factor)
-    return _smart_resize(original_size, rule, factor)
+    return smart_resize(original_size, rule, factor)
 
 
 def _round_to_factor(side: float, factor: int) -> int:
@@ -222,39 +223,8 @@ def compute_video_size(
     scale = max(1, factor / height, factor / width)
     upscaled = (int(height * scale), int(width * scale)) if scale > 1 else original_size
     num_frames = max(num_frames, temporal_size)
-    video_size = _smart_resize(upscaled, limits, factor, num_frames, temporal_size)
+    video_size = smart_resize(upscaled, limits, factor, num_frames, temporal_size)
     return min(size, video_size, key=math.prod)
-
-
-def _smart_resize(
-    original_size: ImageSize,
-    rule: PixelRange,
-    factor: int,
-    num_frames: int = 1,
-    temporal_size: int = 1,
-) -> ImageSize:
-    """Scale an image size into a range of pixel counts, rounded to multiples of `factor`.
-
-    Sides are rounded down to meet the maximum and up to meet the minimum. As in the reference
-    preprocessor, they are rounded before the pixel count is compared. The pixels of all frames of a
-    video are counted.
-    """
-    height, width = original_size
-    rounded = round(height / factor) * factor, round(width / factor) * factor
-    num_pixels = math.prod(rounded) * round(num_frames / temporal_size) * temporal_size
-    if num_pixels > rule.max_pixels:
-        downscale = math.sqrt((num_frames * height * width) / rule.max_pixels)
-        return (
-            max(factor, math.floor(height / downscale / factor) * factor),
-            max(factor, math.floor(width / downscale / factor) * factor),
-        )
-    if num_pixels < rule.min_pixels:
-        upscale = math.sqrt(rule.min_pixels / (num_frames * height * width))
-        return (
-            math.ceil(height * upscale / factor) * factor,
-            math.ceil(width * upscale / factor) * factor,
-        )
-    return rounded
 
 
 GridTHW = tuple[int, int, int]

@@ -7,12 +7,18 @@ import pytest
 from box_fixtures import summarize_content
 from case_files import load_cases
 from each_value import each
+from image_fixtures import write_gray_image
 
+from finesight.config import PixelRange
+from finesight.data.boxes import BoxConvention
 from finesight.data.formats.conversation_rows import format_answer, parse_answer
 from finesight.data.formats.dataset_format import ImportContext, RowImages
 from finesight.data.image_resolver import ImageResolver
 from finesight.data.sample import BoxPart, ContentPart, TextPart, create_region
+from finesight.encode.family import ImageBox
+from finesight.encode.qwen2_vl import Qwen25VL
 from finesight.errors import UserError
+from finesight.vision.image_processing import compute_resized_size
 
 CASES = load_cases("answer_boxes")
 
@@ -29,6 +35,27 @@ def answer(folder: Path, text: str, *images: str) -> list[Any]:
 def test_answer_is_parsed(folder: Path, text: str, parts: list[Any]) -> None:
     found = [one if isinstance(one, str) else [one[1], *one[2]] for one in answer(folder, text)]
     assert found == [one if isinstance(one, str) else pytest.approx(one) for one in parts]
+
+
+@each("size", [(500, 1000), (41, 30), (3001, 6007)])
+def test_answers_of_qwen25_vl_are_in_resized_pixels(tmp_path: Path, size: tuple[int, int]) -> None:
+    write_gray_image(tmp_path / f"{size[0]}.png", size[1], size[0])
+    frame = compute_resized_size(size, PixelRange(min_pixels=3136, max_pixels=12845056), 28)
+    half_unit = max(side / resized for side, resized in zip(size, frame, strict=True)) / 2
+    x, y = 0.1 * size[1], 0.2 * size[0]
+    point = ImageBox("a", (x, y, x, y), size, frame, is_point=True)
+    box = ImageBox("a", (x, y, 0.9 * size[1], 0.7 * size[0]), size, frame)
+    for segments in ([[box]], [[point]], ['{"polygon_2d": [', [point], "]}"]):
+        context = ImportContext(ImageResolver(tmp_path, tmp_path / "out"), box_units="resized")
+        scene = RowImages(context)
+        scene.add_image(f"{size[0]}.png")
+        text = "".join(map(str, Qwen25VL().write_segments(segments)))
+        found = [one.xyxy for one in parse_answer(text, scene) if isinstance(one, BoxPart)]
+        expected = [one[0].xyxy for one in segments if not isinstance(one, str)]
+        assert found == [pytest.approx(one, abs=half_unit + 1e-6) for one in expected], text
+    with pytest.raises(UserError, match="units of resized.*outside its image") as caught:
+        scene.create_box([0, 0, frame[1] + 40, 9], "a", BoxConvention())
+    assert "give --box-units pixel, 1, 1000 or resized" in caught.value.remedy
 
 
 def test_written_text_reads_back_the_same(folder: Path) -> None:

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from finesight.data.boxes import InvalidBoxError, find_bounds
+from finesight.data.boxes import BoxConvention, InvalidBoxError, find_bounds
 from finesight.data.formats.image_annotations import (
     decode_brush,
     decode_counts,
@@ -73,7 +73,7 @@ def test_removed_corners_are_within_half_a_unit(count: int, size: tuple, seed: i
     angles = np.sort(rng.uniform(0, 2 * np.pi, count))
     radius = min(size) * rng.uniform(0.2, 0.201, count)
     outline = np.stack([np.cos(angles), np.sin(angles)], 1) * radius[:, None] + min(size) / 2
-    simple = np.array(simplify_outline(outline.tolist(), size, "pixel"))
+    simple = np.array(simplify_outline(outline.tolist(), size, BoxConvention()))
     assert {*map(tuple, simple)} <= {*map(tuple, outline)}
     unit = np.maximum([width, height], 1000) / [width, height]
     for corner in outline * unit:
@@ -89,7 +89,7 @@ def distance(point: np.ndarray, start: np.ndarray, end: np.ndarray) -> float:
 @pytest.mark.parametrize("outline", [[[0, 0], [1, 1]], [[0, 0], [1, float("nan")], [2, 2]], [1]])
 def test_invalid_outlines(outline: list) -> None:
     with pytest.raises(InvalidBoxError, match="three or more points"):
-        simplify_outline(outline, (9, 9), "pixel")
+        simplify_outline(outline, (9, 9), BoxConvention())
 
 
 def test_invalid_masks() -> None:

@@ -387,13 +387,11 @@ class RowImages:
     @property
     def list_limits(self) -> tuple[float, float] | None:
         """Maximum x and y of boxes in the units that the user gives, None if not given."""
-        context, units = self._context, self._context.box_units
-        if context.box_format is None and units is None:
+        context = self._context
+        if context.box_format is None and context.box_units is None:
             return None
-        if units is None or units == "pixel":
-            height, width = context.images.image_size(self.paths[-1])
-            return width, height
-        return float(units), float(units)
+        convention = context.resolve_convention(BoxConvention())
+        return convention.get_sides(context.images.image_size(self.paths[-1]))
 
     def create_valid_box(
         self, value: object, label: str | None, default: BoxConvention, *, is_text: bool = False

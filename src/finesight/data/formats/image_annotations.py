@@ -38,7 +38,6 @@ from finesight.data.boxes import (
     POLYGON_KEY,
     Box,
     BoxConvention,
-    BoxUnits,
     InvalidBoxError,
     StrayBoxError,
     find_bounds,
@@ -307,7 +306,7 @@ def enclose_mask(mask_HW: BoolMask) -> Outlines:
 
 
 def simplify_outline(
-    outline: Sequence[Sequence[Any]], image_size: ImageSize, units: BoxUnits
+    outline: Sequence[Sequence[Any]], image_size: ImageSize, convention: BoxConvention
 ) -> list[list[float]]:
     """Remove corners within half a unit of the simplified outline (Ramer-Douglas-Peucker).
 
@@ -326,7 +325,7 @@ def simplify_outline(
     if len(points_N2) < 3:
         what, remedy = f"the polygon {str(outline)[:80]}", "correct the shape, or remove it"
         raise StrayBoxError(what, expected=expected, remedy=remedy)
-    scaled = points_N2 * np.maximum(sides, 1000) / (sides if units == "pixel" else float(units))
+    scaled = points_N2 * np.maximum(sides, 1000) / convention.get_sides(image_size)
     ring = np.concatenate([scaled, scaled[:1]])
     farthest = int(np.argmax(np.hypot(*(ring - ring[0]).T)))
     kept, spans = {0, farthest}, [(0, farthest), (farthest, len(scaled))]
@@ -516,9 +515,9 @@ def _locate_objects(
             regions = outlines
             for polygon in obj.outlines.polygons:
                 size = context.images.image_size(images.paths[-1])
-                units = context.resolve_convention(convention).units
+                resolved = context.resolve_convention(convention)
                 try:
-                    outlines.append(simplify_outline(polygon, size, units))
+                    outlines.append(simplify_outline(polygon, size, resolved))
                 except StrayBoxError as error:
                     images.drop_box(error)
                     stray.add(obj.label)

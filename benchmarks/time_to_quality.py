@@ -153,6 +153,8 @@ def run_finesight(
         f"train.pack_tokens={options.pack_tokens}",
         f"train.learning_rate={job.learning_rate}",
         f"train.seed={job.seed}",
+        # The other trainers write no checkpoints, either.
+        f"train.save_every={job.num_steps}",
         f"output_dir={job.output_dir}",
         *options.overrides,
     ]
@@ -290,12 +292,12 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*")
     for name in ("--latex", "--grounding", "--work", "--out"):
         parser.add_argument(name, type=Path, required=True)
-    words = {
+    lists = {
         "--models": "finesight-small,finesight-tiny",
         "--tasks": ",".join(TASKS),
         "--trainers": "finesight,trainer,trl",
     }
-    for name, default in words.items():
+    for name, default in lists.items():
         parser.add_argument(name, type=lambda text: text.split(","), default=default.split(","))
     parser.add_argument(
         "--steps", type=lambda text: list(map(int, text.split(","))), default=[600, 300]
@@ -313,6 +315,12 @@ def main() -> None:
     options.sources = {"formulas": options.latex, "grounding": options.grounding}
     options.work.mkdir(parents=True, exist_ok=True)
     report: dict[str, Any] = report_header("time_to_quality.py", Path(TINY_MODEL))
+    folders = {"--latex", "--grounding", "--work", "--out", "--peer-site-packages", "--small-model"}
+    words = [
+        "DIR" if before in folders else word
+        for before, word in zip(["", *sys.argv[1:]], sys.argv[1:], strict=False)
+    ]
+    report["command"] = f"python benchmarks/time_to_quality.py {' '.join(words)}"
     report |= {"runs": [], "no_run": NO_RUN}
     with suppress(KeyboardInterrupt):
         run_all(options, report)

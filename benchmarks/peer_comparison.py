@@ -85,7 +85,9 @@ COMPETITORS: dict[str, tuple[str, list[dict[str, Any]]]] = {
 TUTORIAL_BATCH_SIZE = 16
 
 
-def run_competitor(options: argparse.Namespace, name: str, job: CompetitorJob) -> dict[str, Any]:
+def run_competitor(
+    options: argparse.Namespace, name: str, job: CompetitorJob, *, keeps_output: bool = False
+) -> dict[str, Any]:
     """Run one peer and return its results, or `failed` with the last output lines."""
     module, _ = COMPETITORS[name]
     shutil.rmtree(job.output_dir, ignore_errors=True)
@@ -107,11 +109,12 @@ def run_competitor(options: argparse.Namespace, name: str, job: CompetitorJob) -
     command_log = run_timed(command, environment, job.time_limit_s + STARTUP_LIMIT_S)
     result_path = Path(job.output_dir) / RESULT_FILE
     results = json.loads(result_path.read_text()) if result_path.exists() else {}
-    shutil.rmtree(job.output_dir, ignore_errors=True)
+    if not keeps_output:
+        shutil.rmtree(job.output_dir, ignore_errors=True)
     if command_log.exit_code or "seconds" not in results:
         reason = results.get("missing") or command_log.last_lines()
         return {"failed": reason, "setting": dict(job.settings), "total_s": command_log.seconds}
-    return results | {"total_s": command_log.seconds}
+    return results | {"total_s": command_log.seconds, "started_at": command_log.started_at}
 
 
 def find_best_settings(

@@ -77,7 +77,7 @@ def read_run_results(run: Path, command_log: CommandLog) -> dict[str, Any]:
     steps = [line for line in lines if "loss" in line]
     image_encoding_s = sum(line.get("vision_cache_s", 0.0) for line in lines)
     first = command_log.first_line_time("training ") + image_encoding_s + steps[0]["step_s"]
-    saved = (run / "adapter" / "adapter_model.safetensors").stat().st_mtime
+    saved = max(path.stat().st_mtime for path in run.glob("*/*model*.safetensors"))
     return {
         "versions": lines[0]["versions"],
         "first_step_s": first,

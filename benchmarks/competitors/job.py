@@ -29,7 +29,8 @@ class CompetitorJob:
 
     `dataset` has one line per sample with `messages` and `images`, with one resized image. Training
     stops after the step in which `time_limit_s` is exceeded; `started_at` is the start time of the
-    process. A batch has about `max_pack_tokens` tokens. `settings` are specific to the competitor.
+    process. A batch has about `max_pack_tokens` tokens. `settings` are specific to the competitor;
+    `trainable: all` trains all parameters instead of LoRA.
     """
 
     model: str
@@ -41,6 +42,8 @@ class CompetitorJob:
     max_pack_tokens: int
     num_workers: int
     started_at: float = 0.0
+    learning_rate: float = LEARNING_RATE
+    seed: int = 0
     settings: Mapping[str, Any] = field(default_factory=dict)
 
     def load_rows(self) -> list[tuple[str, str, str]]:

@@ -12,7 +12,7 @@ from peft import LoraConfig
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from trl import SFTConfig, SFTTrainer
 
-from competitors.job import ALPHA, DROPOUT, LANGUAGE_MODEL_TARGETS, LEARNING_RATE, RANK, read_job
+from competitors.job import ALPHA, DROPOUT, LANGUAGE_MODEL_TARGETS, RANK, read_job
 from competitors.trainer_timer import TrainerTimer
 
 
@@ -21,9 +21,10 @@ def main() -> None:
     job = read_job()
     setting: Any = job.settings
     cuda = torch.cuda.is_available()
+    everything = setting.get("trainable") == "all"
     model = AutoModelForImageTextToText.from_pretrained(
         job.model,
-        dtype=torch.bfloat16,
+        dtype=torch.float32 if everything else torch.bfloat16,
         attn_implementation=setting["attention"],
         device_map="cuda" if cuda else "cpu",
     )
@@ -43,7 +44,8 @@ def main() -> None:
         per_device_train_batch_size=job.batch_size,
         max_steps=job.num_steps,
         max_length=None,
-        learning_rate=LEARNING_RATE,
+        learning_rate=job.learning_rate,
+        seed=job.seed,
         lr_scheduler_type="cosine",
         warmup_steps=0.03,
         optim="adamw_torch_fused",
@@ -71,7 +73,7 @@ def main() -> None:
         args=arguments,
         train_dataset=table,
         processing_class=AutoProcessor.from_pretrained(job.model),
-        peft_config=adapter,
+        peft_config=None if everything else adapter,
         callbacks=[TrainerTimer(job)],
     )
     trainer.train()

@@ -6,7 +6,7 @@ import random
 
 import numpy as np
 import pytest
-from synthetic_tasks import formula_grammar, formulas
+from synthetic_tasks import formula_grammar, formula_recombination, formulas
 
 FAMILIES = sorted(set(formulas.MATH_FONT_FAMILIES))
 
@@ -71,3 +71,32 @@ def test_images_have_dark_ink_on_light_background():
         assert drawn.task_kind == "formula"
         (label,) = drawn.answer
         assert formula_grammar.MIN_TOKENS <= len(label.split()) <= formula_grammar.MAX_TOKENS
+
+
+LABELS = (
+    r"\int _ { 0 } ^ { 1 } { \cal L } ( x ) d x = \frac { 1 } { 2 } \operatorname { s i n } x \, ,",
+    r"\left( { \bf a } + \sqrt { b } \right) ^ { 2 } = x _ { i } ^ { \prime } \ .",
+)
+
+
+def test_parts_of_a_label_are_its_tokens():
+    assert [" ".join(part) for part in formula_recombination.split_parts(LABELS[1])] == [
+        r"\left( { \bf a } + \sqrt { b } \right) ^ { 2 }",
+        "=",
+        r"x _ { i } ^ { \prime }",
+        "\\",
+        ".",
+    ]
+
+
+def test_recombined_formulas_have_the_parts_of_the_labels(monkeypatch):
+    monkeypatch.setattr(formula_recombination, "MUTATION_PROBABILITY", 0.0)
+    recombiner = formula_recombination.FormulaRecombiner(LABELS)
+    known = {part for label in LABELS for part in formula_recombination.split_parts(label)}
+    for number in range(20):
+        latex, image = recombiner.sample(random.Random(number))
+        assert set(formula_recombination.split_parts(latex)) <= known
+        assert image.getextrema()[0] < 130
+        fitted = formula_recombination.fit_formula_image(image)
+        assert not fitted.width % 28
+        assert not fitted.height % 28

@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from random_model import grow_model
 from safetensors.torch import load_file
 from tiny_model import (
     SPECIAL_TOKENS,
@@ -145,3 +146,23 @@ def test_more_characters_than_tokens(tmp_path):
     assert tokenizer.decode(tokenizer.encode(signs).ids) == signs
     assert 300 < len(tokenizer.encode(signs).ids) < 900
     assert len(tokenizer.encode("words are spelled").ids) == len("words are spelled")
+
+
+def test_grown_model_computes_the_same_function(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    folder = create_tiny_model(tmp_path / "tiny", "qwen2_vl")
+    grown = grow_model(ModelFolder(folder), tmp_path / "grown")
+    config = json.loads((folder / "config.json").read_text())
+    ids = torch.tensor([[40, *[config["image_token_id"]] * 4, 50, 60]])
+    inputs = {
+        "input_ids": ids,
+        "mm_token_type_ids": (ids == config["image_token_id"]).long(),
+        "pixel_values": torch.randn(16, 3 * 2 * 14 * 14),
+        "image_grid_thw": torch.tensor([[1, 4, 4]]),
+    }
+    logits = []
+    for path in (folder, grown):
+        model = transformers.AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32)
+        logits.append(model(**inputs).logits)
+    scale = logits[0].std().item()
+    torch.testing.assert_close(logits[0], logits[1], atol=0.1 * scale, rtol=0.0)

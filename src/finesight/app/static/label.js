@@ -801,6 +801,30 @@ const enter = (target) => {
   }
 };
 
+// Actions of keys and, by their IDs, of buttons.
+const actions = {
+  save: () => decide("save"), skip: () => decide("skip"), undo, edit, clear, add: addByKey,
+  previous: () => move(-1), next: () => move(1),
+  "zoom-in": () => zoomBy(1.5), "zoom-out": () => zoomBy(1 / 1.5),
+  "next-box": () => { if (answer.boxes.length) select((selected + 1) % answer.boxes.length); },
+  remove: () => { if (selected >= 0) remove(selected); },
+  reset: () => {
+    answer = makeAnswer(item);
+    selected = -1;
+    show();
+  },
+  "next-image": () => {
+    imageIndex = (imageIndex + 1) % item.images.length;
+    showImage();
+  },
+  "list-more": () => showList(listed),
+};
+for (const [id, action] of Object.entries(actions)) byId(id)?.addEventListener("click", () => action());
+const keys = {
+  a: "save", s: "skip", u: "undo", e: "edit", ArrowLeft: "previous", ArrowRight: "next",
+  "+": "zoom-in", "=": "zoom-in", "-": "zoom-out",
+};
+const boxKeys = { b: "next-box", n: "add", 0: "clear", Delete: "remove", Backspace: "remove" };
 document.addEventListener("keydown", (event) => {
   // Enter also ends the composition of an input method.
   if (!item || event.isComposing || event.keyCode === 229 || event.metaKey || event.altKey) return;
@@ -824,17 +848,8 @@ document.addEventListener("keydown", (event) => {
   const isBoxKey = isBoxes && selected >= 0 && (isArrow || ["Delete", "Backspace"].includes(key));
   if (isText || isSelect && !isBoxKey && !/^[1-9]$/.test(key)) return;
   if (isArrow && target.matches?.("input[type=radio]")) return;
-  const actions = {
-    a: () => decide("save"), s: () => decide("skip"), u: undo, e: edit,
-    ArrowLeft: () => move(-1), ArrowRight: () => move(1),
-    "+": () => zoomBy(1.5), "=": () => zoomBy(1.5), "-": () => zoomBy(1 / 1.5),
-    ...(isBoxes && {
-      b: () => { if (answer.boxes.length) select((selected + 1) % answer.boxes.length); },
-      n: addByKey, 0: clear,
-      Delete: () => { if (selected >= 0) remove(selected); },
-      Backspace: () => { if (selected >= 0) remove(selected); } }),
-  };
-  let action = actions[key] ?? actions[key.toLowerCase()];
+  const names = { ...keys, ...(isBoxes && boxKeys) };
+  let action = actions[names[key] ?? names[key.toLowerCase()]];
   if (isBoxes && selected >= 0 && isArrow) action = () => moveByKey(event);
   else if (event.ctrlKey) return;
   if (/^[1-9]$/.test(key)) action = () => choose(Number(key) - 1);
@@ -843,22 +858,6 @@ document.addEventListener("keydown", (event) => {
   if (!event.repeat || isArrow) action();
 });
 byId("form").addEventListener("submit", (event) => event.preventDefault());
-const clicks = {
-  save: () => decide("save"), skip: () => decide("skip"), undo,
-  previous: () => move(-1), next: () => move(1),
-  "zoom-in": () => zoomBy(1.5), "zoom-out": () => zoomBy(1 / 1.5),
-  reset: () => {
-    answer = makeAnswer(item);
-    selected = -1;
-    show();
-  },
-  "next-image": () => {
-    imageIndex = (imageIndex + 1) % item.images.length;
-    showImage();
-  },
-  "list-more": () => showList(listed),
-};
-for (const [id, action] of Object.entries(clicks)) byId(id).addEventListener("click", () => action());
 byId("bulk")?.addEventListener("submit", (event) => {
   event.preventDefault();
   decideMany({ action: "accept", min_confidence: byId("min-confidence").value / 100 });

@@ -1,5 +1,5 @@
 import {
-  byId, create, describe, fetchPage, parse, request, send as sendRequest, settings, translate, update, updateAttributes, upload
+  byId, create, describe, fetchPage, parse, request, send as sendRequest, settings, translate, update, upload
 } from "./app.js";
 
 const MAX_TITLE_CHARS = 80;
@@ -89,10 +89,7 @@ const showTurn = (html, index) => followEnd(() => {
   const [section] = parse(html).children, turns = byId("turns").children;
   while (turns.length > index + 1) turns[index + 1].remove();
   if (!turns[index]) byId("turns").append(section);
-  else {
-    updateAttributes(turns[index], section);
-    update(turns[index], section);
-  }
+  else update(turns[index], section);
 });
 
 const showImageHint = () => {

@@ -73,6 +73,7 @@ addEventListener("click", async ({ target }) => {
 
 /** Changes only what differs, so that the focus, open parts and forms of the user stay. */
 export const update = (target, source) => {
+  updateAttributes(target, source);
   const known = [...target.childNodes], nodes = [...source.childNodes];
   nodes.forEach((node, index) => {
     const old = known[index];
@@ -81,15 +82,12 @@ export const update = (target, source) => {
     else if (old.nodeName !== node.nodeName || old.defaultValue !== node.defaultValue) old.replaceWith(node);
     else if (old.nodeType !== Node.ELEMENT_NODE) {
       if (old.data !== node.data) old.data = node.data;
-    } else {
-      updateAttributes(old, node);
-      update(old, node);
-    }
+    } else update(old, node);
   });
   for (const old of known.slice(nodes.length)) old.remove();
 };
 
-export const updateAttributes = (old, node) => {
+const updateAttributes = (old, node) => {
   for (const { name } of [...old.attributes]) {
     if (!node.hasAttribute(name) && !["open", "hidden"].includes(name)) old.removeAttribute(name);
   }

@@ -1,5 +1,5 @@
 import {
-  byId, create, describe, fetchPage, parse, request, send as sendRequest, settings, translate, update, updateAttributes, upload
+  byId, create, describe, fetchPage, parse, request, send as sendRequest, settings, translate, update, upload
 } from "./app.js";
 
 const MAX_TITLE_CHARS = 80;
@@ -89,10 +89,7 @@ const showTurn = (html, index) => followEnd(() => {
   const [section] = parse(html).children, turns = byId("turns").children;
   while (turns.length > index + 1) turns[index + 1].remove();
   if (!turns[index]) byId("turns").append(section);
-  else {
-    updateAttributes(turns[index], section);
-    update(turns[index], section);
-  }
+  else update(turns[index], section);
 });
 
 const showImageHint = () => {
@@ -315,16 +312,6 @@ const askAgain = (index, text = chat.turns[index].text) => ask(chat, text, chat.
 const isPlainEnter = (event) =>
   event.key === "Enter" && !event.shiftKey && !event.isComposing && event.keyCode !== 229;
 
-byId("composer").addEventListener("submit", (event) => {
-  event.preventDefault();
-  send();
-});
-byId("question").addEventListener("keydown", (event) => {
-  if (!isPlainEnter(event)) return;
-  event.preventDefault();
-  send();
-});
-byId("settings").addEventListener("submit", (event) => event.preventDefault());
 byId("stop").addEventListener("click", () => attempt(() => stop(chat)));
 byId("regenerate").addEventListener("click", () => askAgain(chat.turns.length - 1));
 byId("undo").addEventListener("click", () => {
@@ -412,8 +399,9 @@ addEventListener("click", (event) => {
 });
 addEventListener("submit", (event) => {
   const form = event.target, { action } = form.dataset;
-  if (!action) return;
   event.preventDefault();
+  if (form.id === "composer") send();
+  if (!action) return;
   // After an error, the text stays.
   attempt(async () => await actions[action](form.dataset, form.querySelector("textarea, input").value)
     && showForm(form, false));
@@ -422,9 +410,9 @@ addEventListener("keydown", (event) => {
   const form = event.target.closest?.("form[data-action]");
   if (event.key === "Escape" && form) showForm(form, false);
   else if (event.key === "Escape") byId("chats").open = false;
-  else if (form && event.target.matches("textarea") && isPlainEnter(event)) {
+  else if (event.target.matches?.("#composer textarea, form[data-action] textarea") && isPlainEnter(event)) {
     event.preventDefault();
-    form.requestSubmit();
+    event.target.form.requestSubmit();
   }
 });
 addEventListener("error", ({ target }) => {

@@ -628,9 +628,14 @@ const clampBox = (xyxy) => {
   return [x1, y1, x2, y2].map((value) => Math.round(value * 10) / 10);
 };
 
-const shiftBox = ([x1, y1, x2, y2], dx, dy) => {
-  // A moved box keeps its size at the border of the image.
+// Moves one of the corners, which are numbered by row, or without one the whole box.
+const changeBox = ([x1, y1, x2, y2], corner, dx, dy) => {
   const { width, height } = item.images[imageIndex];
+  if (corner !== undefined) {
+    const [right, bottom] = [corner % 2, Math.floor(corner / 2)];
+    return clampBox([x1 + dx * (1 - right), y1 + dy * (1 - bottom), x2 + dx * right, y2 + dy * bottom]);
+  }
+  // A moved box keeps its size at the border of the image.
   dx = Math.min(Math.max(dx, -x1), width - x2);
   dy = Math.min(Math.max(dy, -y1), height - y2);
   return clampBox([x1 + dx, y1 + dy, x2 + dx, y2 + dy]);
@@ -729,19 +734,12 @@ byId("overlay").addEventListener("pointermove", (event) => {
   const [x, y] = getPoint(event), [dx, dy] = [x - drag.start[0], y - drag.start[1]];
   if (drag.box < 0) {
     if (Math.hypot(dx, dy) < 3) return;
-    add(clampBox(settings.points ? [...drag.start, ...drag.start] : [...drag.start, x, y]));
-    Object.assign(drag, { box: selected, corner: settings.points ? undefined : "new",
-      before: [...answer.boxes[selected].xyxy] });
+    const before = [...drag.start, ...drag.start];
+    add(clampBox(settings.points ? before : [...drag.start, x, y]));
+    // A new box is drawn by its lower right corner.
+    Object.assign(drag, { box: selected, corner: settings.points ? undefined : 3, before });
   }
-  const box = answer.boxes[drag.box];
-  if (drag.corner === "new") box.xyxy = clampBox([...drag.start, x, y]);
-  else if (drag.corner === undefined) box.xyxy = shiftBox(drag.before, dx, dy);
-  else {
-    const corners = [...drag.before], corner = Number(drag.corner);
-    corners[corner % 2 ? 2 : 0] += dx;
-    corners[corner > 1 ? 3 : 1] += dy;
-    box.xyxy = clampBox(corners);
-  }
+  answer.boxes[drag.box].xyxy = changeBox(drag.before, drag.corner, dx, dy);
   drawBoxes();
 });
 for (const name of ["pointerup", "pointercancel"]) byId("overlay").addEventListener(name, () => {
@@ -774,9 +772,9 @@ const edit = () => {
 
 const moveByKey = (event) => {
   const [dx, dy] = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] }[event.key];
-  const size = event.ctrlKey ? 10 : 1, box = answer.boxes[selected], [x1, y1, x2, y2] = box.xyxy;
-  box.xyxy = event.shiftKey && !isPoint(box) ? clampBox([x1, y1, x2 + dx * size, y2 + dy * size])
-    : shiftBox(box.xyxy, dx * size, dy * size);
+  const size = event.ctrlKey ? 10 : 1, box = answer.boxes[selected];
+  const corner = event.shiftKey && !isPoint(box) ? 3 : undefined;
+  box.xyxy = changeBox(box.xyxy, corner, dx * size, dy * size);
   showForm();
   drawBoxes();
 };
@@ -803,6 +801,30 @@ const enter = (target) => {
   }
 };
 
+// Actions of keys and, by their IDs, of buttons.
+const actions = {
+  save: () => decide("save"), skip: () => decide("skip"), undo, edit, clear, add: addByKey,
+  previous: () => move(-1), next: () => move(1),
+  "zoom-in": () => zoomBy(1.5), "zoom-out": () => zoomBy(1 / 1.5),
+  "next-box": () => { if (answer.boxes.length) select((selected + 1) % answer.boxes.length); },
+  remove: () => { if (selected >= 0) remove(selected); },
+  reset: () => {
+    answer = makeAnswer(item);
+    selected = -1;
+    show();
+  },
+  "next-image": () => {
+    imageIndex = (imageIndex + 1) % item.images.length;
+    showImage();
+  },
+  "list-more": () => showList(listed),
+};
+for (const [id, action] of Object.entries(actions)) byId(id)?.addEventListener("click", () => action());
+const keys = {
+  a: "save", s: "skip", u: "undo", e: "edit", ArrowLeft: "previous", ArrowRight: "next",
+  "+": "zoom-in", "=": "zoom-in", "-": "zoom-out",
+};
+const boxKeys = { b: "next-box", n: "add", 0: "clear", Delete: "remove", Backspace: "remove" };
 document.addEventListener("keydown", (event) => {
   // Enter also ends the composition of an input method.
   if (!item || event.isComposing || event.keyCode === 229 || event.metaKey || event.altKey) return;
@@ -826,17 +848,8 @@ document.addEventListener("keydown", (event) => {
   const isBoxKey = isBoxes && selected >= 0 && (isArrow || ["Delete", "Backspace"].includes(key));
   if (isText || isSelect && !isBoxKey && !/^[1-9]$/.test(key)) return;
   if (isArrow && target.matches?.("input[type=radio]")) return;
-  const actions = {
-    a: () => decide("save"), s: () => decide("skip"), u: undo, e: edit,
-    ArrowLeft: () => move(-1), ArrowRight: () => move(1),
-    "+": () => zoomBy(1.5), "=": () => zoomBy(1.5), "-": () => zoomBy(1 / 1.5),
-    ...(isBoxes && {
-      b: () => { if (answer.boxes.length) select((selected + 1) % answer.boxes.length); },
-      n: addByKey, 0: clear,
-      Delete: () => { if (selected >= 0) remove(selected); },
-      Backspace: () => { if (selected >= 0) remove(selected); } }),
-  };
-  let action = actions[key] ?? actions[key.toLowerCase()];
+  const names = { ...keys, ...(isBoxes && boxKeys) };
+  let action = actions[names[key] ?? names[key.toLowerCase()]];
   if (isBoxes && selected >= 0 && isArrow) action = () => moveByKey(event);
   else if (event.ctrlKey) return;
   if (/^[1-9]$/.test(key)) action = () => choose(Number(key) - 1);
@@ -845,22 +858,6 @@ document.addEventListener("keydown", (event) => {
   if (!event.repeat || isArrow) action();
 });
 byId("form").addEventListener("submit", (event) => event.preventDefault());
-const clicks = {
-  save: () => decide("save"), skip: () => decide("skip"), undo,
-  previous: () => move(-1), next: () => move(1),
-  "zoom-in": () => zoomBy(1.5), "zoom-out": () => zoomBy(1 / 1.5),
-  reset: () => {
-    answer = makeAnswer(item);
-    selected = -1;
-    show();
-  },
-  "next-image": () => {
-    imageIndex = (imageIndex + 1) % item.images.length;
-    showImage();
-  },
-  "list-more": () => showList(listed),
-};
-for (const [id, action] of Object.entries(clicks)) byId(id).addEventListener("click", () => action());
 byId("bulk")?.addEventListener("submit", (event) => {
   event.preventDefault();
   decideMany({ action: "accept", min_confidence: byId("min-confidence").value / 100 });

@@ -1,6 +1,4 @@
-import {
-  byId, create, describe, fetchPage, request, translate, update, updateAttributes, upload
-} from "./app.js";
+import { byId, create, describe, fetchPage, request, translate, update, upload } from "./app.js";
 
 // Buttons that would start the running command again.
 const starters = ["check", "plan", "train", "web", "serve", "label", "review"];
@@ -13,10 +11,7 @@ const findLog = () => document.querySelector(".log");
 
 const show = (page) => {
   const log = findLog(), isAtEnd = !log || log.scrollTop + log.clientHeight > log.scrollHeight - 40;
-  for (const id of page ? ["top", "bottom"] : []) {
-    updateAttributes(byId(id), page.querySelector(`#${id}`));
-    update(byId(id), page.querySelector(`#${id}`));
-  }
+  for (const id of page ? ["top", "bottom"] : []) update(byId(id), page.querySelector(`#${id}`));
   if (findLog() && (isAtEnd || !page)) findLog().scrollTop = findLog().scrollHeight;
   // Actions apply to the items in the URL, which are those that the page shows.
   const shown = byId("top").dataset;

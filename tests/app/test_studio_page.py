@@ -201,6 +201,12 @@ def test_first_page_names_a_training_that_stopped(folder, page):
     assert ">resuming<" in page.render(Selection(step="train"))
 
 
+def test_selected_run_is_quantized_to_a_new_folder(folder, page, started):
+    add_run(folder)
+    assert click_button(page, "quantize", "step=export&run=runs/a", "mine") == ""
+    assert started == [["export", "runs/a", "models/mine-w4a16", "--quantize", "w4a16"]]
+
+
 def test_only_the_converter_of_the_command_line_runs(folder):
     for converter in (None, Path("/convert.py")):
         page = make_page(folder, converter=converter)

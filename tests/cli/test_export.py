@@ -83,7 +83,9 @@ def test_inapplicable_options_are_rejected(model, tmp_path, cli):
     for words, message in (
         ((model, "--yes"), "--yes is given, but OUT is missing"),
         ((model, out, "--public"), "--public is given, but OUT is"),
-        ((model, "hf:me/a", "--converter", tmp_path), "a converter is given, but OUT is"),
+        ((model, "hf:me/a", "--converter", tmp_path), "--converter is given, but OUT is"),
+        ((model, "--quantize", "w4a16"), "--quantize is given, but OUT is missing"),
+        ((model, out, "--quantize", "w4a16"), "it has no recipe.yaml"),
         ((model, "hf:me"), "is not the address of a repository"),
         ((tmp_path / "nowhere",), "no folder"),
     ):

@@ -134,6 +134,7 @@ class StudioPage:
             "train-now": self._train_now,
             "export": self._export,
             "predict": self._predict,
+            "quantize": partial(self._export, quantize="w4a16"),
             "follow": self._follow,
             "stop": self._stop,
             "stop-again": partial(self._stop, again=True),
@@ -466,15 +467,22 @@ class StudioPage:
             arguments["run_or_model"] = as_argument(weights)
         return self._start(state, "label", arguments, has_page=True, form=form.texts)
 
-    def _export(self, state: StudioState, form: Form, *, write_gguf: bool = False) -> str:
-        """Print serving commands for a merged model, or write GGUF files."""
+    def _export(
+        self, state: StudioState, form: Form, *, write_gguf: bool = False, quantize: str = ""
+    ) -> str:
+        """Print serving commands for a merged model, write GGUF files, or quantize the run."""
         name = form.get("merge:out")
         if not name:
             raise build_missing_error("merge:out")
         arguments = self._read_form("export", form)
-        arguments["source"] = self.view.workspace.resolve(f"models/{name}", "merge:out")
+        workspace = self.view.workspace
+        if quantize and state.run is not None:
+            out = workspace.check_new_name("models", f"{name}-{quantize}")
+            arguments |= {"source": state.run, "out": out, "quantize": quantize}
+            return self._start(state, "export", arguments)
+        arguments["source"] = workspace.resolve(f"models/{name}", "merge:out")
         if write_gguf:
-            arguments["out"] = self.view.workspace.check_new_name("gguf", name)
+            arguments["out"] = workspace.check_new_name("gguf", name)
             arguments["converter"] = self.converter
         return self._start(state, "export", arguments)
 

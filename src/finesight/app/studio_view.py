@@ -128,7 +128,9 @@ FORMS: dict[str, Mapping[str, FormField | None]] = {
     },
     "serve": {"adapter": FormField("Serve another run of the model, too", default="none")},
     "merge": {"out": FormField("Name of the merged model", "tickets", folder="models")},
-    "export": dict.fromkeys(("public", "confirm", "converter", "python")),
+    "export": dict.fromkeys(
+        ("public", "confirm", "converter", "python", "quantize", "trust_metric")
+    ),
 }
 """Fields of each form that the page shows first, describes in its own words or, with None, leaves
 out. The other options of the operation follow."""

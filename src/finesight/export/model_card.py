@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -66,8 +66,11 @@ class VerifiedMerge:
     dropped_sampling: dict[str, Any]
 
 
-def write_model_card(folder: Path, info: VerifiedMerge) -> None:
-    """Write the model card of a merged folder, which already contains all other files."""
+def write_model_card(folder: Path, info: VerifiedMerge, quantized: Sequence[str] = ()) -> None:
+    """Write the model card of a merged folder, which already contains all other files.
+
+    `quantized` describes the quantization of the merged weights in this folder.
+    """
     name = {"run_or_model": info.folder.name}
     steps = [Step("predict", name | {"images": ["IMAGE"], "prompt": "TEXT"})]
     steps += [Step(operation, name) for operation in ("chat", "web", "serve")]
@@ -83,6 +86,7 @@ def write_model_card(folder: Path, info: VerifiedMerge) -> None:
         commands=[*map(str, steps)],
         serving=serving,
         merge=info,
+        quantized=quantized,
         dropped_sampling=json.dumps(info.dropped_sampling),
     )
     (folder / MODEL_CARD_FILE).write_text(card, encoding="utf-8")

@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from finesight.errors import Step, UserError, format_count
 from finesight.hub.address import HubAddress, is_hub_address, parse_address
 from finesight.operations.operation import Outcome, Parameter, StrPath, to_path
-from finesight.operations.options import DeviceOption
+from finesight.operations.options import DeviceOption, TrustMetricOption
 from finesight.progress import ProgressConsole
 
 if TYPE_CHECKING:
     from finesight.export.deployment import GgufFiles, ServingCommands
     from finesight.export.model_card import HubUpload, VerifiedMerge
+    from finesight.export.quantized_export import QuantizedExport
 
 EXIT_UPLOAD_FAILED = 1
 """Exit code of `finesight train --push` if the run is complete, but not uploaded."""
@@ -193,8 +194,11 @@ def export(
     converter: StrPath | None = None,
     python: StrPath | None = None,
     outtype: Literal["auto", "f32", "f16", "bf16", "q8_0"] = "auto",
-) -> Outcome[ServingCommands | GgufFiles | HubUpload]:
-    """Export a model: print vLLM and SGLang commands, upload it to a hub, or write GGUF.
+    quantize: Literal["w4a16"] | None = None,
+    device: DeviceOption = "auto",
+    trust_metric: TrustMetricOption = False,
+) -> Outcome[ServingCommands | GgufFiles | HubUpload | QuantizedExport]:
+    """Export a model: print vLLM and SGLang commands, upload it to a hub, write GGUF, or quantize.
 
     Without OUT: print the commands that serve MODEL with vLLM and SGLang at the image size of the
     training. vLLM also serves a LoRA run that adapts the language model only.
@@ -204,11 +208,14 @@ def export(
     HF_TOKEN or MODELSCOPE_API_TOKEN.
 
     OUT is a folder: run the converter of llama.cpp, which writes model.gguf (language model) and
-    mmproj.gguf (vision encoder and merger).
+    mmproj.gguf (vision encoder and merger). With --quantize, merge and quantize a run for vLLM and
+    SGLang instead, and compare the scores on the validation split.
 
     Example: finesight export models/latex hf:me/latex --yes
 
     GGUF: finesight export models/latex gguf/latex --converter llama.cpp/convert_hf_to_gguf.py
+
+    4 bits: finesight export runs/latex models/latex-w4a16 --quantize w4a16
 
     Args:
         source: Folder written by `finesight merge`, or a fully fine-tuned run. For the upload to a
@@ -224,11 +231,14 @@ def export(
         outtype: Data type of the language model in model.gguf; vision weights have at least 16
             bits. auto: 16 bits, as in the model. For smaller types such as Q4_K_M, run
             llama-quantize of llama.cpp on model.gguf.
+        quantize: w4a16: 4-bit weights of the language model in GPTQ format, calibrated by
+            auto-round on training samples of the run. Requires finesight[quantize].
     """
     from finesight.infer.model_loader import resolve_model_source
 
     name, target = str(source), None if out is None else str(out)
-    _check_options(target, confirm=confirm, public=public, converting=bool(converter or python))
+    folder_option = "--quantize" if quantize else "--converter" if converter or python else None
+    _check_options(target, confirm=confirm, public=public, folder_option=folder_option)
     if target is not None and is_hub_address(target):
         upload = _upload(name, target, public=public, confirm=confirm)
         arguments = {"source": name, "out": target, "public": public, "confirm": True}
@@ -248,6 +258,14 @@ def export(
         lines = [line for name, text in named.items() if text for line in (f"{name}:", f"  {text}")]
         lines += [f"- {note}" for note in commands.notes]
         return Outcome(commands, lines, commands.as_json())
+    if quantize is not None:
+        from finesight.export.quantized_export import export_quantized
+
+        quantized = export_quantized(
+            name, model_source, Path(target), ProgressConsole(), device, trust_metric
+        )
+        step = Step("export", {"source": target})
+        return Outcome(quantized, quantized.format_lines(), quantized.as_json(), [step])
     from finesight.export.deployment import find_converter, format_llama_server_command, write_gguf
 
     program = find_converter(to_path(converter))
@@ -293,7 +311,9 @@ def upload_run(run_dir: Path, out: str, console: ProgressConsole) -> int:
     return 0
 
 
-def _check_options(out: str | None, *, confirm: bool, public: bool, converting: bool) -> None:
+def _check_options(
+    out: str | None, *, confirm: bool, public: bool, folder_option: str | None
+) -> None:
     """Raise UserError for options that do not apply to the kind of OUT."""
     is_hub = out is not None and is_hub_address(out)
     option = "--yes" if confirm else "--public"
@@ -304,10 +324,10 @@ def _check_options(out: str | None, *, confirm: bool, public: bool, converting: 
             expected="hf:OWNER/NAME or modelscope:OWNER/NAME",
             remedy=f"remove {option}, or give a hub address: hf:{out or 'OWNER/NAME'}",
         )
-    if converting and (is_hub or out is None):
+    if folder_option and (is_hub or out is None):
         raise UserError(
-            f"a converter is given, but OUT is {out or 'missing'}",
-            where="--converter",
-            expected="a new folder for GGUF files",
-            remedy="remove --converter and --python, or give a folder",
+            f"{folder_option} is given, but OUT is {out or 'missing'}",
+            where=folder_option,
+            expected="a new folder",
+            remedy=f"remove {folder_option}, or give a folder",
         )

@@ -1,0 +1,377 @@
+"""Export of runs with 4-bit weights in GPTQ format, calibrated on their training samples.
+
+auto-round (Cheng et al. 2023, arXiv:2309.05516) optimizes the rounding in each decoder layer so
+that the outputs of the layer change least. All other weights keep their values. vLLM, SGLang and
+finesight load the folder.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from finesight.config import Device, Recipe
+from finesight.data.corpus import load_corpus
+from finesight.data.image_header import CorruptImageError
+from finesight.encode.hf_renderer import FROM_PRETRAINED_OPTIONS, import_transformers
+from finesight.encode.tokenization import EncodedSample
+from finesight.errors import Step, UserError
+from finesight.evaluate.custom_metric import check_metric
+from finesight.evaluate.generation_eval import GenerationEvalResult, evaluate, load_eval_inputs
+from finesight.evaluate.metric_difference import MetricDifference, compare_cases, read_predictions
+from finesight.export.hf_files import DENSE_FAMILIES
+from finesight.export.model_card import MODEL_CARD_FILE, write_model_card
+from finesight.export.verified_merge import merge_and_verify
+from finesight.infer.model_loader import (
+    ModelSource,
+    load_inference_model,
+    resolve_device,
+    resolve_model_source,
+)
+from finesight.manifest import RECIPE_FILE, find_run_dir
+from finesight.model.quant.nf4 import import_bitsandbytes
+from finesight.model.weights_io import open_safetensors, read_headers
+from finesight.model_folder import SAFETENSORS_INDEX_FILE, ModelFolder
+from finesight.progress import ProgressConsole
+from finesight.recipe import load_recipe
+from finesight.storage import DIGESTS_FILE, raise_if_exists, write_folder
+from finesight.train.finalize import format_differences
+from finesight.vision.image_processing import NUM_CHANNELS, repeat_still_frames
+
+GROUP_SIZES = (128, 64, 32)
+"""Numbers of inputs that share a scale, for which vLLM and finesight have kernels."""
+
+NUM_CALIBRATION_SAMPLES = 128
+"""Default number of samples of auto-round."""
+
+QUANTIZATION_FILE = "quantization.json"
+
+_LINEAR_WEIGHT = re.compile(
+    r"model\.(language_model\.)?layers\.\d+\.\w+\.(?!in_proj_)\w*proj\w*\.weight"
+)
+"""Weights that are quantized. The input projections of linear attention (Qwen3.5) are not: vLLM and
+finesight fuse them, and two of them are too small for 4-bit kernels."""
+
+_SKIPPED_MODULES = (".*visual.*", ".*mtp.*", ".*in_proj_.*")
+"""Patterns of the layers in 16 bits, for engines that do not derive them from the tensors."""
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizedExport:
+    """A quantized model and its scores beside those of the merged model.
+
+    Attributes:
+        num_layers: Number of quantized linear layers.
+        num_bytes: Size of the weight files of the merged and of the quantized model.
+        differences: Scores of the merged (before) and the quantized model (after) on the validation
+            split; empty if the run has no metric or no validation split.
+    """
+
+    folder: Path
+    group_size: int
+    num_layers: int
+    num_calibration_samples: int
+    num_bytes: tuple[int, int]
+    primary_metric: str | None
+    differences: tuple[MetricDifference, ...]
+    auto_round: str
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the result as JSON data."""
+        return asdict(self) | {"folder": self.folder.name}
+
+    def format_lines(self) -> list[str]:
+        """Return the result as console lines."""
+        before, after = (f"{size / 1e6:,.1f} MB" for size in self.num_bytes)
+        lines = [
+            f"{self.num_layers} layers in 4 bits (GPTQ format, groups of {self.group_size} inputs),"
+            f" calibrated on {self.num_calibration_samples} training samples by auto-round"
+            f" {self.auto_round}; {before} before, {after} after"
+        ]
+        if self.differences:
+            table = format_differences(self.differences, self.primary_metric)
+            lines += ["merged model (before) and quantized model (after):", *table.splitlines()]
+        else:
+            lines.append("not evaluated: the recipe has no metric or no validation split")
+        return lines
+
+
+def export_quantized(
+    source: str,
+    model_source: ModelSource,
+    out: Path,
+    console: ProgressConsole,
+    device: Device = "auto",
+    trust_metric: bool = False,
+    *,
+    num_samples: int = NUM_CALIBRATION_SAMPLES,
+    iterations: int | None = None,
+) -> QuantizedExport:
+    """Merge a run, quantize its language model, and evaluate both on the validation split.
+
+    Args:
+        num_samples: Number of training samples for the calibration.
+        iterations: Optimization steps per decoder layer; None for the default of auto-round, 0 to
+            round to nearest.
+
+    Raises UserError for a source without a recipe, an unsupported family, missing packages, an
+    existing `out`, and layers without a suitable group size. `out` does not exist then.
+    """
+    recipe_file = find_run_dir(Path(source)) / RECIPE_FILE
+    family = model_source.folder.family
+    if not recipe_file.is_file() or family not in DENSE_FAMILIES:
+        raise UserError(
+            f"{source} is of the family {family}"
+            + ("" if recipe_file.is_file() else ", and is not a run: it has no recipe.yaml"),
+            where="--quantize",
+            expected="a run, whose training samples calibrate the rounding, of the families"
+            f" {', '.join(DENSE_FAMILIES)}",
+            remedy="give the output_dir of a run; it is merged first",
+        )
+    raise_if_exists(out)
+    auto_round = import_auto_round()
+    recipe, target = load_recipe(recipe_file), resolve_device(device)
+    eval_inputs = None
+    if recipe.eval is not None and recipe.data.eval:
+        eval_inputs = load_eval_inputs(source)
+        check_metric(eval_inputs[1].metric, named=False, trust=trust_metric)
+    with write_folder(out) as folder:
+        # Its name is the title in the model card.
+        merged_folder = folder / "work" / out.name
+        with console.activity(f"merging {source}"):
+            merge = merge_and_verify(
+                source, model_source, merged_folder, device=device, log=console.log
+            )
+        merged = resolve_model_source(str(merged_folder))
+        group_size = select_group_size(merged.folder)
+        inputs = list(_iter_calibration_inputs(merged, recipe, num_samples))
+        if not inputs:
+            raise UserError(
+                f"{len(inputs)} training samples are usable for the calibration",
+                where="--quantize",
+                expected="samples with readable images and without videos in data.train",
+                remedy=Step("check", {"sources": [recipe_file]}, "check them"),
+            )
+        with console.activity(f"quantizing {source} with {len(inputs)} samples"):
+            packed = _run_auto_round(
+                auto_round, merged.folder, inputs, folder / "work", group_size, target, iterations
+            )
+        num_layers = _write_quantized(merged.folder, packed, folder, group_size)
+        results: list[GenerationEvalResult] = []
+        files = [folder / "work" / f"{name}.jsonl" for name in ("before", "after")]
+        for path, file in zip((merged_folder, folder), files, strict=True):
+            if eval_inputs is None:
+                continue
+            samples, settings = eval_inputs
+            model = load_inference_model(str(path), device)
+            num_evaluated = min(len(samples), settings.limit or len(samples))
+            with console.progress_stage(f"answers {file.stem}", num_evaluated) as on_progress:
+                found = evaluate(model.model, model.renderer, samples, settings, file, on_progress)
+            results.append(found)
+            del model  # The next one may need the memory.
+        differences: list[MetricDifference] = []
+        if results:
+            answers = ([one.case for one in read_predictions(file)] for file in files)
+            differences = compare_cases(results[0].metric, *answers)
+        result = QuantizedExport(
+            out,
+            group_size,
+            num_layers,
+            len(inputs),
+            (_count_bytes(merged.folder), _count_bytes(ModelFolder(folder))),
+            results[0].primary_metric if results else None,
+            tuple(differences),
+            version("auto-round"),
+        )
+        shutil.rmtree(folder / "work")
+        text = json.dumps(result.as_json(), ensure_ascii=False, indent=1)
+        (folder / QUANTIZATION_FILE).write_text(text + "\n", encoding="utf-8")
+        write_model_card(folder, replace(merge, folder=out), result.format_lines())
+    return result
+
+
+def import_auto_round() -> Any:
+    """Import auto-round and transformers. Raises UserError if they are missing."""
+    # auto-round imports it, too, and without this guard it may download code.
+    with suppress(UserError):
+        import_bitsandbytes("--quantize")
+    try:
+        import_transformers()
+        import auto_round
+    except ImportError as error:
+        raise UserError(
+            f"cannot import auto_round: {error}",
+            where="--quantize",
+            expected="the package auto-round, of the extra quantize",
+            remedy="pip install 'finesight[quantize]'",
+        ) from error
+    logging.getLogger("autoround").setLevel(logging.ERROR)
+    return auto_round
+
+
+def select_group_size(folder: ModelFolder) -> int:
+    """Select the largest group size that divides the inputs of all layers to be quantized.
+
+    Raises UserError if there is none.
+    """
+    shapes = {t.shape for t in read_headers(folder.weight_files()) if _is_quantized(t.name)}
+    for size in GROUP_SIZES:
+        if all(inputs % size == 0 and outputs % 32 == 0 for outputs, inputs in shapes):
+            return size
+    raise UserError(
+        f"linear layers have the shapes {sorted(shapes)} (outputs, inputs)",
+        where="--quantize",
+        expected="multiples of 32 for groups of 32, 64 or 128 inputs",
+        remedy=Step("merge", {"source": "RUN", "out": "OUT"}, "serve the model in 16 bits"),
+    )
+
+
+def _is_quantized(name: str) -> bool:
+    return _LINEAR_WEIGHT.fullmatch(name) is not None
+
+
+def _count_bytes(folder: ModelFolder) -> int:
+    return sum(file.stat().st_size for file in folder.weight_files())
+
+
+def _iter_calibration_inputs(
+    merged: ModelSource, recipe: Recipe, num_samples: int
+) -> Iterator[dict[str, Tensor]]:
+    """Yield training samples without videos as inputs of the transformers model."""
+    renderer = merged.build_renderer()
+    corpus = load_corpus(recipe.data.train, require_answer=False)
+    order = torch.randperm(len(corpus), generator=torch.Generator().manual_seed(0)).tolist()
+    for index in order:
+        try:
+            sample = corpus[index]
+            has_answer = sample.sample.messages[-1].role == "assistant"
+            encoded = renderer.encode(sample) if has_answer else renderer.encode_prompt(sample)
+        except (CorruptImageError, UserError):
+            continue
+        is_short = encoded.tokenized.num_tokens <= recipe.data.max_length
+        if is_short and all(span.kind == "image" for span in encoded.tokenized.spans):
+            yield to_hf_inputs(encoded, merged.folder.preprocessor_config)
+            num_samples -= 1
+        if not num_samples:
+            return
+
+
+def to_hf_inputs(encoded: EncodedSample, preprocessor_config: dict[str, Any]) -> dict[str, Tensor]:
+    """Convert an encoded sample to the inputs of a model of transformers."""
+    tokenized, config = encoded.tokenized, preprocessor_config
+    ids_1T = torch.from_numpy(tokenized.ids_T).long()[None]
+    positions_31T = torch.from_numpy(tokenized.position_ids_3T).long()[:, None]
+    inputs = {
+        "input_ids": ids_1T,
+        "attention_mask": torch.ones_like(ids_1T),
+        "position_ids": positions_31T,
+    }
+    if tokenized.spans:
+        size = NUM_CHANNELS * config["temporal_patch_size"] * config["patch_size"] ** 2
+        patches_ND = torch.from_numpy(repeat_still_frames(encoded.patches_ND, size))
+        mean, std = (torch.tensor(config[key])[:, None] for key in ("image_mean", "image_std"))
+        values_NCP = (patches_ND.view(len(patches_ND), NUM_CHANNELS, -1) / 255 - mean) / std
+        inputs["pixel_values"] = values_NCP.flatten(1)
+        inputs["image_grid_thw"] = torch.tensor([span.grid_thw for span in tokenized.spans])
+    return inputs
+
+
+def _run_auto_round(
+    auto_round: Any,
+    merged: ModelFolder,
+    inputs: list[dict[str, Tensor]],
+    work: Path,
+    group_size: int,
+    device: torch.device,
+    iterations: int | None,
+) -> ModelFolder:
+    """Quantize a merged model, and return the folder that auto-round writes."""
+    transformers, path = import_transformers(), str(merged.path)
+    load = transformers.AutoModelForImageTextToText.from_pretrained
+    tokenizer = transformers.AutoTokenizer.from_pretrained(path, **FROM_PRETRAINED_OPTIONS)
+    quantizer = auto_round.AutoRound(
+        load(path, dtype="auto", **FROM_PRETRAINED_OPTIONS),
+        tokenizer=tokenizer,
+        # auto-round requires a processor, but does not use it for inputs that are tensors.
+        processor=tokenizer,
+        scheme="W4A16",
+        group_size=group_size,
+        iters=iterations,
+        dataset=inputs,
+        nsamples=len(inputs),
+        seqlen=max(one["input_ids"].numel() for one in inputs),
+        # The samples have different lengths.
+        batch_size=1,
+        gradient_accumulate_steps=8,
+        ignore_layers="in_proj_",
+        # Compilation needs a C++ compiler on a CPU.
+        enable_torch_compile=False,
+        device_map=str(device),
+    )
+    try:
+        quantizer.quantize_and_save(str(work / "auto-round"), format="auto_gptq")
+    except SystemExit as error:  # auto-round exits after an error of the model
+        raise RuntimeError(f"auto-round failed with exit code {error.code}") from error
+    (config_file,) = (work / "auto-round").rglob("config.json")
+    return ModelFolder(config_file.parent)
+
+
+def _write_quantized(
+    merged: ModelFolder, packed: ModelFolder, folder: Path, group_size: int
+) -> int:
+    """Write the merged model with the layers that auto-round packed; return their number.
+
+    All other tensors and files are those of the merged model.
+    """
+    names_by_layer: dict[str, dict[str, Path]] = {}
+    for tensor in read_headers(packed.weight_files()):
+        layer, _, kind = tensor.name.rpartition(".")
+        if kind in ("qweight", "qzeros", "scales", "g_idx"):
+            names_by_layer.setdefault(f"{layer}.weight", {})[tensor.name] = tensor.file
+    weight_map: dict[str, str] = {}
+    files = merged.weight_files()
+    for file in files:
+        content: dict[str, Tensor] = {}
+        with open_safetensors(file) as weights:
+            for name in weights.keys():  # noqa: SIM118
+                if not _is_quantized(name):
+                    content[name] = weights.get_tensor(name)
+                    continue
+                for packed_name, packed_file in names_by_layer.pop(name).items():
+                    with open_safetensors(packed_file) as packed_weights:
+                        content[packed_name] = packed_weights.get_tensor(packed_name)
+        save_file(content, folder / file.name, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(content, file.name)
+    assert not names_by_layer, f"auto-round quantized {sorted(names_by_layer)}"
+    for path in merged.path.iterdir():
+        if path not in files and path.name not in (DIGESTS_FILE, MODEL_CARD_FILE):
+            shutil.copyfile(path, folder / path.name)
+    if len(files) > 1:
+        size = sum((folder / file.name).stat().st_size for file in files)
+        index = {"metadata": {"total_size": size}, "weight_map": weight_map}
+        (folder / SAFETENSORS_INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
+    settings = {
+        "quant_method": "gptq",
+        "checkpoint_format": "gptq",
+        "bits": 4,
+        "group_size": group_size,
+        "sym": True,
+        "desc_act": False,
+        "lm_head": False,
+        "dynamic": {f"-:{pattern}": {} for pattern in _SKIPPED_MODULES},
+    }
+    config = json.dumps(merged.config | {"quantization_config": settings}, indent=2)
+    (folder / "config.json").write_text(config + "\n", encoding="utf-8")
+    return sum(name.endswith(".qweight") for name in weight_map)

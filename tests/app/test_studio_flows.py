@@ -216,7 +216,6 @@ def test_training_is_found_again_stopped_and_resumed(
     studio.wait_for("document.querySelector('.job')?.innerText.includes('remaining')")
     studio.wait_for("document.querySelector('.job progress')?.value > 1")
     studio.wait_for("document.querySelectorAll('.chart').length > 2")
-    assert browser.read_texts("#top form .chip") == ["selected", "running"]
     assert browser.find_layout_problems() == []
     studio.check()
     browser.driver.get("about:blank")

@@ -25,7 +25,7 @@ def test_invalid_options_are_rejected(tmp_path, cli):
         assert "the password has 15 characters" in error
         assert "expected: at least 16" in error
     assert "--no-auth is given with" in reject(*short, "--no-auth")
-    assert "cannot be read" in reject("--password-file", tmp_path / "gone")
+    assert "gone: no such file" in reject("--password-file", tmp_path / "gone")
     assert "10.0.0.300" in reject("--trusted-proxy", "10.0.0.300")
     assert "*" in reject("--trusted-proxy", "*")
     for options in (["--thinking"], ["--reasoning-effort", "low"]):

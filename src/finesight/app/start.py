@@ -15,6 +15,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Unpack
 
+from finesight.bounded_files import translate_os_errors
 from finesight.errors import Step, UserError
 from finesight.operations.model import list_gpus, load_adapters, load_model
 from finesight.operations.operation import Outcome, Parameter, StrPath, list_words, to_path
@@ -469,15 +470,8 @@ def resolve_password(
 
 
 def _read_password(file: Path) -> str:
-    try:
+    with translate_os_errors(file, "a text file with the password", "correct --password-file"):
         password = file.read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"cannot be read ({error})",
-            where=str(file),
-            expected="a text file with the password",
-            remedy="correct --password-file",
-        ) from error
     if len(password) < MIN_PASSWORD_LENGTH:
         raise UserError(
             f"the password has {len(password)} characters",

@@ -23,10 +23,11 @@ import os
 import re
 import threading
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from multiprocessing.pool import ThreadPool
+from multiprocessing import TimeoutError as NoResultYetError
+from multiprocessing.pool import IMapIterator, ThreadPool
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 from urllib.parse import urlsplit
@@ -234,7 +235,8 @@ class Teacher:
             try:
                 if self._format.frame == "auto":
                     self._format = replace(self._format, frame=self._find_frame())
-                for sample, found in zip(samples, pool.imap(self._suggest, samples), strict=True):
+                results = _iter_results(pool.imap(self._suggest, samples))
+                for sample, found in zip(samples, results, strict=True):
                     if isinstance(found, str):
                         reasons[sample.sample.id] = found
                     else:
@@ -535,6 +537,20 @@ def read_boxes(text: str, frame: BoxFrame, image: SentImage) -> list[BoxPart]:
             raise NoAnswerError(f"{corners} is not in the image: check --teacher-boxes")
         boxes.append(create_region(clipped, box.label, is_point=is_point))
     return boxes
+
+
+def _iter_results(results: IMapIterator[Suggestion | str]) -> Iterator[Suggestion | str]:
+    """Yield results in their order, and wait so that Ctrl-C ends the wait.
+
+    A signal that arrives in another thread does not wake a main thread that waits without limit.
+    """
+    while True:
+        try:
+            yield results.next(timeout=0.5)
+        except NoResultYetError:
+            continue
+        except StopIteration:
+            return
 
 
 def _read_choice(choice: Mapping[str, Any]) -> TeacherAnswer:

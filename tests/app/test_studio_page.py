@@ -404,10 +404,12 @@ def test_training_starts_with_the_proposed_recipe(folder, page, started):
     assert dict(parse_qsl(urlsplit(url).query))["step"] == "train"
     recipe = load_recipe(folder / "recipes/dots.yaml")
     assert (recipe.model, recipe.output_dir) == (TINY_MODEL, Path("runs/dots"))
-    write_job(folder, "train", "train recipes/dots.yaml", name="2", exit_code=None)
-    assert "train-now" not in read_live(folder, "step=data")["bottom"]
     message, _ = call_page(page, "train-now", {"data": "data/none"})
     assert "No data set is selected" in message
+    write_job(folder, "train", "train recipes/dots.yaml", name="2", exit_code=None)
+    assert "train-now" not in read_live(folder, "step=data")["bottom"]
+    message, url = call_page(page, "train-now", {"step": "data", "data": "data/dots"})
+    assert (message, len(started), "step=train" in url) == ("", 1, True)
 
 
 def test_labelling_ends_before_a_run_with_its_labels(folder, page, started, monkeypatch):

@@ -85,7 +85,7 @@ def test_inapplicable_options_are_rejected(model, tmp_path, cli):
         ((model, out, "--public"), "--public is given, but OUT is"),
         ((model, "hf:me/a", "--converter", tmp_path), "--converter is given, but OUT is"),
         ((model, "--quantize", "w4a16"), "--quantize is given, but OUT is missing"),
-        ((model, out, "--quantize", "w4a16"), "it has no recipe.yaml"),
+        ((model, out, "--quantize", "w4a16"), "no run of the family"),
         ((model, "hf:me"), "is not the address of a repository"),
         ((tmp_path / "nowhere",), "no folder"),
     ):

@@ -1,5 +1,6 @@
 import csv
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -38,7 +39,7 @@ def test_one_json_line_per_image(tiny, image_paths, cli):
 
 def test_answers_of_a_folder_are_a_table(tiny, image_paths, tmp_path, monkeypatch, cli):
     out, folder = tmp_path / "answers", image_paths[0].parent
-    answers = ['{"total": 12.50, "paid": true, "answer": "x", "note": null}', "none, 1"]
+    answers = ['=HYPERLINK("x"),\n1', "-12.50"]
     predict = prediction.predict
 
     def read(*arguments, **options):
@@ -50,13 +51,15 @@ def test_answers_of_a_folder_are_a_table(tiny, image_paths, tmp_path, monkeypatc
     with (out / ANSWER_FILES[0]).open(encoding="utf-8-sig", newline="") as file:
         rows = [*csv.DictReader(file)]
     assert [Path(row["image"]).name for row in rows] == ["a.png", "b.png"]
-    assert [row["answer"] for row in rows] == answers
-    assert [(row["total"], row["paid"]) for row in rows] == [("12.50", "true"), ("", "")]
+    assert [row["answer"] for row in rows] == [f"'{answers[0]}", answers[1]]
     lines = (out / ANSWER_FILES[1]).read_text().splitlines()
     assert [json.loads(line)["answer"] for line in lines] == answers
     assert "exists already" in cli("predict", tiny, folder, *ASK, "--out", out, code=2).err
-    (tmp_path / "empty").mkdir()
-    assert "no such image" in cli("predict", tiny, tmp_path / "empty", *ASK, code=2).err
+    monkeypatch.undo()
+    (hidden := tmp_path / ".photos").mkdir()
+    assert "without images" in cli("predict", tiny, hidden, *ASK, code=2).err
+    shutil.copy(image_paths[0], hidden)
+    assert cli("predict", tiny, hidden, *ASK).out.startswith(str(hidden))
 
 
 def test_annotated_images_are_written_beside_text(tiny, image_paths, tmp_path, cli):

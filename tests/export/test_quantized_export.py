@@ -123,7 +123,7 @@ def test_transformers_computes_the_same_logits_from_the_folder(run, tmp_path):
 
 def test_unsuitable_sources_are_rejected(run, tmp_path, monkeypatch):
     model, out = create_tiny_model(tmp_path / "model"), tmp_path / "out"
-    with pytest.raises(UserError, match="is not a run: it has no recipe"):
+    with pytest.raises(UserError, match="is no run of the family"):
         export(model, out)
     out.mkdir()
     with pytest.raises(UserError, match="exists"):
@@ -135,4 +135,4 @@ def test_unsuitable_sources_are_rejected(run, tmp_path, monkeypatch):
     shape = SimpleNamespace(name="model.layers.0.mlp.up_proj.weight", shape=(64, 48))
     monkeypatch.setattr(quantized_export, "read_headers", lambda files: [shape])
     with pytest.raises(UserError, match=r"shapes \[\(64, 48\)\]"):
-        select_group_size(ModelFolder(model))
+        select_group_size(ModelFolder(model), "run", tmp_path)

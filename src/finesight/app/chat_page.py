@@ -532,8 +532,8 @@ class ChatPage:
         session, paths = self._restore(conversation)
         images = dict.fromkeys(paths[image.id] for image in conversation.question.images)
         if conversation.settings.ask_alone:
-            earlier = (turn.image_paths for turn in reversed(session.turns) if turn.image_paths)
-            images = images or dict.fromkeys(next(earlier, ()))
+            earlier = (turn.images for turn in reversed(conversation.turns) if turn.images)
+            images = images or dict.fromkeys(self._find_image(one.id) for one in next(earlier, ()))
             session.turns.clear()
         options = self._build_options(conversation.settings)
         turn = session.send(conversation.question.text, [*images], options)

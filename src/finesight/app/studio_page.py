@@ -373,6 +373,8 @@ class StudioPage:
 
     def _train_now(self, state: StudioState, form: Form) -> str:
         """Train the selected data set with the recipe that the form of the step Plan proposes."""
+        if any(job.step == "train" for job in self.view.jobs.list_running()):
+            return state.selection.link(step="train")  # which shows it
         values = self.read_values(state)
         self._create_recipe(state, Form(texts=values))
         recipe = f"recipes/{values['recipe:name']}.yaml"
@@ -456,10 +458,10 @@ class StudioPage:
             raise build_missing_error("merge:out")
         arguments = self._read_form("export", form)
         workspace = self.view.workspace
-        if quantize and state.run is not None:
+        if quantize:
             out = workspace.check_new_name("models", f"{name}-{quantize}")
-            arguments |= {"source": state.run, "out": out, "quantize": quantize}
-            return self._start(state, "export", arguments)
+            arguments |= self.view.select_arguments("merge", state)
+            return self._start(state, "export", arguments | {"out": out, "quantize": quantize})
         arguments["source"] = workspace.resolve(f"models/{name}", "merge:out")
         if write_gguf:
             arguments["out"] = workspace.check_new_name("gguf", name)

@@ -123,7 +123,7 @@ FORMS: dict[str, Mapping[str, FormField | None]] = {
     "serve": {"adapter": FormField("Serve another run of the model, too", default="none")},
     "merge": {"out": FormField("Name of the merged model", "tickets", folder="models")},
     "export": dict.fromkeys(
-        ("public", "confirm", "converter", "python", "quantize", "trust_metric")
+        ("public", "confirm", "converter", "python", "quantize", "device", "trust_metric")
     ),
 }
 """Fields of each form that the page shows first, describes in its own words or, with None, leaves

@@ -502,7 +502,7 @@ def has_enough_samples(claims: Sequence[BoxClaim]) -> bool:
 
 def _list_alternatives(convention: BoxConvention) -> list[BoxHypothesis]:
     """Return all other combinations of box format and units, the most likely mistakes first."""
-    units = sorted(BOX_UNITS, key=lambda unit: unit != convention.units)
+    units = dict.fromkeys((convention.units, *BOX_UNITS))
     box_formats = sorted(BOX_FORMATS, key=lambda box_format: box_format != convention.format)
     combinations = [BoxConvention(one, unit) for unit in units for one in box_formats]
     return [hypothesis_from_convention(one) for one in combinations if one != convention]

@@ -278,8 +278,7 @@ _DATA = {name[5:]: name for name in OPERATIONS["Data"] if name.startswith("data 
 _SECTIONS["Data"]["data"] = CommandGroup(
     "data",
     sections={"Commands": _DATA},
-    help="Export samples and convert boxes.\n\nExample: finesight data export mine/train.jsonl"
-    " out --to llava",
+    help="Export samples.\n\nExample: finesight data export mine/train.jsonl out --to llava",
 )
 
 

@@ -132,15 +132,16 @@ def export_quantized(
     recipe_file = find_run_dir(Path(source)) / RECIPE_FILE
     family = model_source.folder.family
     if not recipe_file.is_file() or family not in DENSE_FAMILIES:
+        step = Step("merge", {"source": source, "out": out}, "serve the model in 16 bits")
         raise UserError(
-            f"{source} is of the family {family}"
-            + ("" if recipe_file.is_file() else ", and is not a run: it has no recipe.yaml"),
+            f"{source} is {'a run' if recipe_file.is_file() else 'no run'} of the family {family}",
             where="--quantize",
             expected="a run, whose training samples calibrate the rounding, of the families"
             f" {', '.join(DENSE_FAMILIES)}",
-            remedy="give the output_dir of a run; it is merged first",
+            remedy=step if recipe_file.is_file() else "give the output_dir of a run",
         )
     raise_if_exists(out)
+    group_size = select_group_size(model_source.folder, source, out)
     auto_round = import_auto_round()
     recipe, target = load_recipe(recipe_file), resolve_device(device)
     eval_inputs = None
@@ -155,7 +156,6 @@ def export_quantized(
                 source, model_source, merged_folder, device=device, log=console.log
             )
         merged = resolve_model_source(str(merged_folder))
-        group_size = select_group_size(merged.folder)
         inputs = list(_iter_calibration_inputs(merged, recipe, num_samples))
         if not inputs:
             raise UserError(
@@ -221,7 +221,7 @@ def import_auto_round() -> Any:
     return auto_round
 
 
-def select_group_size(folder: ModelFolder) -> int:
+def select_group_size(folder: ModelFolder, source: str, out: Path) -> int:
     """Select the largest group size that divides the inputs of all layers to be quantized.
 
     Raises UserError if there is none.
@@ -234,7 +234,7 @@ def select_group_size(folder: ModelFolder) -> int:
         f"linear layers have the shapes {sorted(shapes)} (outputs, inputs)",
         where="--quantize",
         expected="multiples of 32 for groups of 32, 64 or 128 inputs",
-        remedy=Step("merge", {"source": "RUN", "out": "OUT"}, "serve the model in 16 bits"),
+        remedy=Step("merge", {"source": source, "out": out}, "serve the model in 16 bits"),
     )
 
 

@@ -543,7 +543,9 @@ def read_items(
 
 def list_images(path: Path) -> list[Path]:
     """Return an image, or the images in a folder and its subfolders, without hidden ones."""
-    return sorted(filter(_is_image, path.rglob("*") if path.is_dir() else [path]))
+    files = filter(_is_image, path.rglob("*") if path.is_dir() else [path])
+    named = {one: one.relative_to(path).parts for one in files}
+    return sorted(one for one, parts in named.items() if not any(part[0] == "." for part in parts))
 
 
 def _build_question(path: Path, prompt: str) -> LocatedSample:
@@ -557,8 +559,7 @@ def _build_question(path: Path, prompt: str) -> LocatedSample:
 
 
 def _is_image(path: Path) -> bool:
-    is_hidden = any(part.startswith(".") for part in path.parts if part not in (".", ".."))
-    return path.suffix.lower() in IMAGE_SUFFIXES and path.is_file() and not is_hidden
+    return path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()
 
 
 def _parse_json(text: str) -> dict[str, Any] | list[Any] | None:

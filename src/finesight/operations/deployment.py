@@ -237,7 +237,8 @@ def export(
     from finesight.infer.model_loader import resolve_model_source
 
     name, target = str(source), None if out is None else str(out)
-    folder_option = "--quantize" if quantize else "--converter" if converter or python else None
+    given = {"--quantize": quantize, "--converter": converter, "--python": python}
+    folder_option = next((option for option, value in given.items() if value), None)
     _check_options(target, confirm=confirm, public=public, folder_option=folder_option)
     if target is not None and is_hub_address(target):
         upload = _upload(name, target, public=public, confirm=confirm)

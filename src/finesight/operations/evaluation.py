@@ -6,8 +6,8 @@ import csv
 import io
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -37,7 +37,8 @@ if TYPE_CHECKING:
     from finesight.infer.prediction import Prediction
     from finesight.report.compare_page import RunComparison
 
-ANSWER_FILES = ("answers.csv", "answers.jsonl")
+ANSWER_FILES, CSV_COLUMNS = ("answers.csv", "answers.jsonl"), ("id", "image", "prompt", "answer")
+FORMULA = re.compile(r"[=+\-@\t\r](?![\d.,]*$)")
 """Files of the folder of answers that `predict` writes."""
 
 EXIT_ERROR_FOUND = 2
@@ -135,8 +136,8 @@ def predict(
         data: JSONL file of samples to answer, instead of IMAGE and --prompt.
         batch_size: Answers generated at the same time; halved when GPU memory is exhausted.
         draw: Write a copy of each image with the predicted boxes into this folder.
-        out: Folder to create for the answers as a table: answers.csv, with a column for each key of
-            JSON answers, and answers.jsonl.
+        out: Folder to create for the answers: answers.csv, a table of id, image, prompt and answer,
+            and answers.jsonl.
     """
     from finesight.infer.prediction import predict as run_prediction
     from finesight.infer.prediction import save_annotated_images
@@ -158,9 +159,6 @@ def predict(
             batch_size=batch_size,
             on_progress=on_progress,
         )
-    if draw is not None:
-        for path in save_annotated_images(predictions, Path(draw)):
-            console.log(f"saved: {path}")
     lines = [prediction.as_text() for prediction in predictions]
     records = [prediction.as_json() for prediction in predictions]
     if out is not None:
@@ -168,25 +166,21 @@ def predict(
         with write_folder(Path(out)) as folder:
             for name, text in zip(ANSWER_FILES, (_format_csv(records), rows), strict=True):
                 write_file(folder / name, text.encode(errors="surrogateescape"))
+    if draw is not None:
+        for path in save_annotated_images(predictions, Path(draw)):
+            console.log(f"saved: {path}")
     return Outcome(predictions, lines, records)
 
 
 def _format_csv(records: Sequence[Mapping[str, Any]]) -> str:
-    """Format predictions as CSV with a byte order mark, by which spreadsheets detect UTF-8."""
-    rows = []
-    for record in records:
-        row, fields = {name: record[name] for name in ("image", "prompt", "answer")}, None
-        with suppress(ValueError):
-            # Numbers keep all their digits.
-            fields = json.loads(record["answer"], parse_float=str, parse_int=str)
-        for key, value in fields.items() if isinstance(fields, dict) else ():
-            is_plain = value is None or isinstance(value, str)
-            row.setdefault(key, value if is_plain else json.dumps(value, ensure_ascii=False))
-        rows.append(row)
+    """Format predictions as CSV for spreadsheets, with a byte order mark and without formulas."""
     stream = io.StringIO(newline="")
-    table = csv.DictWriter(stream, [*dict.fromkeys(key for row in rows for key in row)])
-    table.writeheader()
-    table.writerows(rows)
+    table = csv.writer(stream)
+    table.writerow(CSV_COLUMNS)
+    for record in records:
+        cells = map(record.get, CSV_COLUMNS)
+        texts = [one if isinstance(one, str) else ", ".join(one or ()) for one in cells]
+        table.writerow(f"'{text}" if FORMULA.match(text) else text for text in texts)
     return f"\ufeff{stream.getvalue()}"
 
 
@@ -210,7 +204,8 @@ def _load_samples(
         own = list_images(image) if image.is_dir() else [image]
         files += own
         if not own or not get_file(own[0]).exists():
-            what, remedy = "no such image", suggest_similar_path(image)
+            what = "a folder without images" if image.is_dir() else "no such image"
+            remedy = "give the image files" if image.is_dir() else suggest_similar_path(image)
             raise UserError(what, where=str(image), expected="an image or a folder", remedy=remedy)
     if prompt is not None and data is None:
         if not images:

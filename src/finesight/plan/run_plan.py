@@ -503,8 +503,8 @@ def _estimate_fit(run: RunContext, data: RunData) -> UserError | None:
     if num_params < MIN_CHECKED_PARAMS:
         return None
     # Only the time of a CPU run is estimated, which depends on the bandwidth.
-    bandwidth = 1.0 if is_cuda else None
-    target = build_local_target(hardware.device, hardware.dtype, hardware.peak_flops, bandwidth)
+    speeds = hardware.peak_flops, 1.0 if is_cuda else None
+    target = build_local_target(hardware.device, hardware.dtype, *speeds)
 
     @lru_cache
     def build_model(nf4_parts: tuple[QuantizablePart, ...]) -> PlannedModel:
@@ -516,11 +516,11 @@ def _estimate_fit(run: RunContext, data: RunData) -> UserError | None:
         sides = (sum(one.shape[-2:]) * one.shape[:-2].numel() for one in parameters if one.ndim > 1)
         num_trainable = 3 * recipe.tune.lora.rank * sum(sides)
     persistent_bytes = num_params * hardware.dtype.itemsize + 16 * num_trainable
-    if is_cuda and persistent_bytes < MAX_UNCHECKED_FRACTION * target.memory_bytes:
+    fraction = 0.0 if recipe.train.objective == "distill" else MAX_UNCHECKED_FRACTION  # a teacher
+    if is_cuda and persistent_bytes < fraction * target.memory_bytes:
         return None
-    sample_stats = data.train.build_sample_stats(data.renderer, recipe.data)
-    prefix_length = data.train.stats.prefix_length
-    steps = PlannedSteps([*iter_planned_steps(data.sampler, sample_stats)], prefix_length)
+    stats = data.train.build_sample_stats(data.renderer, recipe.data)
+    steps = PlannedSteps([*iter_planned_steps(data.sampler, stats)], data.train.stats.prefix_length)
     smallest = PlannedSettings(steps.max_sample_tokens, 1.0, settings.nf4_parts)
     choices = _list_quantization_choices(recipe)
     search = SettingsSearch(build_model, steps, target.memory_bytes, choices, is_cuda)

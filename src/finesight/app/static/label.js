@@ -881,8 +881,10 @@ byId("train")?.addEventListener("click", async ({ target }) => {
   target.disabled = true;
   try {
     location.assign(studio + (await request(`${studio}actions/train-now?${query}`, {})).url);
-  } catch (error) { report("Command not started", error); }
-  target.disabled = false;
+  } catch (error) {
+    report("Command not started", error);
+    target.disabled = false;
+  }
 });
 window.addEventListener("resize", () => { if (item?.images.length) showZoom(); });
 

@@ -374,7 +374,7 @@ class StudioPage:
     def _train_now(self, state: StudioState, form: Form) -> str:
         """Train the selected data set with the recipe that the form of the step Plan proposes."""
         if any(job.step == "train" for job in self.view.jobs.list_running()):
-            return state.selection.link(step="train")  # which shows it
+            return state.selection.link(step="train")  # shows the running training
         values = self.read_values(state)
         self._create_recipe(state, Form(texts=values))
         recipe = f"recipes/{values['recipe:name']}.yaml"

@@ -420,7 +420,7 @@ def build_task(
     choices: Sequence[str] = (),
     field_names: Sequence[str] = (),
 ) -> LabelTask:
-    """Build the task of labeled samples, as `detect_metric` detects it. Given values precede.
+    """Build the task of labeled samples. Given values take precedence over detected ones.
 
     A closed set of at most `MAX_CLASSES` answers or labels of boxes are classes.
     """

@@ -37,9 +37,9 @@ if TYPE_CHECKING:
     from finesight.infer.prediction import Prediction
     from finesight.report.compare_page import RunComparison
 
+_FORMULA_START = re.compile(r"[=+\-@\t\r](?![\d.,]*$)")
 ANSWER_FILES, CSV_COLUMNS = ("answers.csv", "answers.jsonl"), ("id", "image", "prompt", "answer")
-FORMULA = re.compile(r"[=+\-@\t\r](?![\d.,]*$)")
-"""Files of the folder of answers that `predict` writes."""
+"""Files in the folder of answers that `predict` writes, and columns of the CSV file."""
 
 EXIT_ERROR_FOUND = 2
 EXIT_REGRESSION = 3
@@ -180,7 +180,7 @@ def _format_csv(records: Sequence[Mapping[str, Any]]) -> str:
     for record in records:
         cells = map(record.get, CSV_COLUMNS)
         texts = [one if isinstance(one, str) else ", ".join(one or ()) for one in cells]
-        table.writerow(f"'{text}" if FORMULA.match(text) else text for text in texts)
+        table.writerow(f"'{text}" if _FORMULA_START.match(text) else text for text in texts)
     return f"\ufeff{stream.getvalue()}"
 
 

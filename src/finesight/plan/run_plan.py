@@ -516,8 +516,8 @@ def _estimate_fit(run: RunContext, data: RunData) -> UserError | None:
         sides = (sum(one.shape[-2:]) * one.shape[:-2].numel() for one in parameters if one.ndim > 1)
         num_trainable = 3 * recipe.tune.lora.rank * sum(sides)
     persistent_bytes = num_params * hardware.dtype.itemsize + 16 * num_trainable
-    fraction = 0.0 if recipe.train.objective == "distill" else MAX_UNCHECKED_FRACTION  # a teacher
-    if is_cuda and persistent_bytes < fraction * target.memory_bytes:
+    is_checked = not is_cuda or recipe.train.objective == "distill"  # the teacher is not counted
+    if not is_checked and persistent_bytes < MAX_UNCHECKED_FRACTION * target.memory_bytes:
         return None
     stats = data.train.build_sample_stats(data.renderer, recipe.data)
     steps = PlannedSteps([*iter_planned_steps(data.sampler, stats)], data.train.stats.prefix_length)

@@ -14,7 +14,12 @@ from PIL import Image
 
 from finesight.data import importer
 from finesight.data.exporter import export_dataset
-from finesight.data.image_header import list_pages, read_image_size, sha256_content
+from finesight.data.image_header import (
+    CorruptImageError,
+    list_pages,
+    read_image_size,
+    sha256_content,
+)
 from finesight.data.import_source import ImportOptions
 from finesight.data.importer import ImportSummary, import_dataset
 from finesight.data.sample import LocatedSample, read_samples
@@ -162,6 +167,8 @@ def test_invalid_documents_are_refused(tmp_path: Path, name: str, what: str) -> 
     key = b"<< /Filter /Standard /V 1 /R 2 /P -4 /O <%s> /U <%s> >>" % (b"00" * 32, b"11" * 32)
     content = content.replace(b"/Root", b"/ID [<00> <00>] /Encrypt %s /Root" % key)
     (tmp_path / "encrypted.pdf").write_bytes(content)
+    with pytest.raises(CorruptImageError):  # its error code does not reach the next document
+        read_image_size(tmp_path / "encrypted.pdf")
     with pytest.raises(UserError, match=what) as caught:
         import_images(tmp_path, name)
     assert caught.value.remedy

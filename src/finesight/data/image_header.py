@@ -21,9 +21,9 @@ import os
 import re
 import threading
 import warnings
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path, PurePath
-from typing import Any, TypeVar
+from typing import Any
 
 from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 from PIL.TiffImagePlugin import TiffImageFile
@@ -341,8 +341,6 @@ def _open_image(path: Path, source: Path | io.BytesIO, formats: Sequence[str]) -
     return Image.open(source, formats=("HEIF",))
 
 
-T = TypeVar("T")
-
 PAGE_SCALE = 2.0
 """Pixels of a rendered page per point (1/72 inch): 144 dpi."""
 
@@ -376,20 +374,20 @@ class PdfImageFile(ImageFile.ImageFile):
     def seek(self, frame: int) -> None:
         """Select a page, counted from 0. Raises EOFError if there is none."""
         self._page_index = frame
-        self.n_frames, (width, height) = self._use_document(self._read_size)
+        with self._open_document() as document:
+            self.n_frames = len(document)
+            if frame >= self.n_frames:
+                raise EOFError(f"page {frame + 1} of {self.n_frames}")
+            width, height = document.get_page_size(frame)
         num_points = max(1.0, width) * max(1.0, height)
         self._scale = min(PAGE_SCALE, math.sqrt(MAX_PAGE_PIXELS / num_points))
         self._size = max(1, math.ceil(width * self._scale)), max(1, math.ceil(height * self._scale))
 
-    def _read_size(self, document: Any) -> tuple[int, tuple[float, float]]:
-        if self._page_index >= len(document):
-            raise EOFError(f"page {self._page_index + 1} of {len(document)}")
-        return len(document), document.get_page_size(self._page_index)
-
     def load(self) -> Any:
         """Render the page."""
         if self._im is None:
-            self.im = self._use_document(self._render).im
+            with self._open_document() as document:
+                self.im = self._render(document).im
         return super().load()
 
     def _render(self, document: Any) -> Image.Image:
@@ -406,11 +404,15 @@ class PdfImageFile(ImageFile.ImageFile):
             raise ValueError(f"a page of {image.size} instead of {self._size} pixels")
         return image
 
-    def _use_document(self, use: Callable[[Any], T]) -> T:
+    @contextlib.contextmanager
+    def _open_document(self) -> Iterator[Any]:
         import pypdfium2
 
-        with _PDF_LOCK, contextlib.closing(pypdfium2.PdfDocument(self.fp)) as document:
-            return use(document)
+        with _PDF_LOCK:
+            # A failed load resets the error code, which PDFium keeps from an earlier document.
+            pypdfium2.raw.FPDF_LoadMemDocument(None, 0, None)
+            with contextlib.closing(pypdfium2.PdfDocument(self.fp)) as document:
+                yield document
 
 
 def _select_page(path: Path, image: Image.Image) -> None:

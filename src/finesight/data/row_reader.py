@@ -793,8 +793,7 @@ def open_annotation_files(
     classes, points = (sorted(set[str]().union(*names)) for names in scans)
 
     def make_row(row_number: int, file: Path) -> SourceRow:
-        names = {"classes": classes, "points": points}
-        record = {"id": file.stem, "file": str(file), **names}
+        record = {"id": file.stem, "file": str(file), "classes": classes, "points": points}
         return SourceRow(row_number, str(file), record, source.stem)
 
     return rows_from_items(files, make_row), f"{description}, {format_count(len(classes), 'class')}"

@@ -689,8 +689,7 @@ def _parse_label_line(
     if bounds is None:
         return ObjectAnnotation(label, None, outlines)
     x1, y1, x2, y2 = bounds
-    box = [(x1 + x2) / 2, (y1 + y2) / 2, x2 - x1, y2 - y1]
-    return ObjectAnnotation(label, box, outlines)
+    return ObjectAnnotation(label, [(x1 + x2) / 2, (y1 + y2) / 2, x2 - x1, y2 - y1], outlines)
 
 
 YOLO = DatasetFormat(

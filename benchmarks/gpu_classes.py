@@ -12,6 +12,7 @@ together into the memory of the GPU.
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import json
 import os
 import shutil
@@ -53,13 +54,15 @@ def write_photos(folder: Path, side: int) -> Path:
     return table
 
 
-def run_capped(cap_gb: float, words: list[str]) -> int:
+def run_capped(cap_gb: float, limit_s: float, words: list[str]) -> int:
     """Run a command of finesight on a GPU that appears to have less memory; return its exit code.
 
     The last line of the output is the peak of the memory reserved by PyTorch.
     """
     from finesight.cli.app import run_command
 
+    # A command that does not end in time says where it was.
+    faulthandler.dump_traceback_later(limit_s - 5)
     total, cap = torch.cuda.mem_get_info()[1], int(cap_gb * 1e9)
     torch.cuda.set_per_process_memory_fraction((cap - CONTEXT_BYTES) / total)
 
@@ -105,7 +108,14 @@ def measure(
     row: dict[str, Any] = {"model": model.name, "cap_gb": cap_gb}
 
     def run(*words: str) -> int:
-        command = [sys.executable, __file__, "--run-capped", f"{cap_gb}", *words]
+        command = [
+            sys.executable,
+            __file__,
+            "--run-capped",
+            f"{cap_gb}",
+            f"{options.limit}",
+            *words,
+        ]
         with log.open("ab") as file:
             return subprocess.run(
                 command, stdout=file, stderr=file, timeout=options.limit, check=False
@@ -146,7 +156,7 @@ def measure(
 
 def main() -> None:
     if sys.argv[1:2] == ["--run-capped"]:
-        sys.exit(run_capped(float(sys.argv[2]), sys.argv[3:]))
+        sys.exit(run_capped(float(sys.argv[2]), float(sys.argv[3]), sys.argv[4:]))
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("configs", nargs="+", type=Path, metavar="CONFIG")
     parser.add_argument("--work", type=Path, required=True, help="folder for data, weights, runs")

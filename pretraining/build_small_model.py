@@ -39,6 +39,9 @@ OTHER_TASKS = {
     name: share for name, share in MAIN_MIXTURE.items() if name not in ("formula", "chinese")
 }
 SAMPLES_PER_PART, FORMULA_SHARE, SEED = 500, 0.85, 1
+PARTS_PER_SECOND, FIRST_PARTS = 1.2, 20
+"""Parts per second of training, so that a sample is seen about four times; parts before it."""
+
 FIRST_STEPS, START_S, MIN_STEPS = 150, 9.0, 20
 """Steps of the first stage; seconds of a stage besides its steps; minimum steps of the second."""
 
@@ -66,12 +69,13 @@ def build_small_model(
     pool = ProcessPoolExecutor(
         max(1, (os.cpu_count() or 2) - 1), initializer=_init_worker, initargs=(tuple(labels),)
     )
-    parts = [pool.submit(_write_part, output_dir / f"part-{i:04}", i) for i in range(2000)]
-    while not _list_written(parts) or time.monotonic() < deadline - 0.9 * seconds:
+    num_parts = max(1, int(PARTS_PER_SECOND * seconds))
+    parts = [pool.submit(_write_part, output_dir / f"part-{i:04}", i) for i in range(num_parts)]
+    while len(_list_written(parts)) < min(FIRST_PARTS, num_parts):
         time.sleep(0.1)
     first = _train(grown, output_dir / "first", _list_written(parts), first_steps, 100, settings)
     step_s = statistics.quantiles(first, n=4)[0]
-    while time.monotonic() < deadline - 0.72 * seconds:
+    while len(_list_written(parts)) < num_parts and time.monotonic() < deadline - 0.72 * seconds:
         time.sleep(0.1)
     data = _list_written(parts)
     pool.shutdown(wait=False, cancel_futures=True)

@@ -80,23 +80,69 @@ LABELS = (
 
 
 def test_parts_of_a_label_are_its_tokens():
-    assert [" ".join(part) for part in formula_recombination.split_parts(LABELS[1])] == [
+    parts = formula_recombination.parse_formula(LABELS[1])
+    assert [formula_recombination.format_formula([part]) for part in parts] == [
         r"\left( { \bf a } + \sqrt { b } \right) ^ { 2 }",
         "=",
         r"x _ { i } ^ { \prime }",
         "\\",
         ".",
     ]
+    with pytest.raises(ValueError, match="no }"):
+        formula_recombination.parse_formula("{ a")
 
 
 def test_recombined_formulas_have_the_parts_of_the_labels(monkeypatch):
-    monkeypatch.setattr(formula_recombination, "MUTATION_PROBABILITY", 0.0)
+    for name in ("MAX_LETTER_RATE", "ARGUMENT_RATE", "SCRIPT_RATE"):
+        monkeypatch.setattr(formula_recombination, name, 0.0)
     recombiner = formula_recombination.FormulaRecombiner(LABELS)
-    known = {part for label in LABELS for part in formula_recombination.split_parts(label)}
+    known = {part for label in LABELS for part in formula_recombination.parse_formula(label)}
     for number in range(20):
         latex, image = recombiner.sample(random.Random(number))
-        assert set(formula_recombination.split_parts(latex)) <= known
+        assert set(formula_recombination.parse_formula(latex)) <= known
         assert image.getextrema()[0] < 130
         fitted = formula_recombination.fit_formula_image(image)
         assert not fitted.width % 28
         assert not fitted.height % 28
+
+
+def test_recombined_formulas_vary_letters_arguments_and_scripts():
+    recombiner = formula_recombination.FormulaRecombiner(LABELS)
+    known = {part for label in LABELS for part in formula_recombination.parse_formula(label)}
+    texts = [recombiner.sample(random.Random(number))[0] for number in range(60)]
+    new = {part for text in texts for part in formula_recombination.parse_formula(text)} - known
+    assert any(part[0] == r"\frac" for part in new)
+    assert any(part[1:2] == ("_",) for part in new)
+    assert all(r"\operatorname { s i n }" in text for text in texts if r"\operatorname" in text)
+
+
+@pytest.mark.parametrize(
+    ("latex", "is_drawable"),
+    [
+        (r"\left( \begin{array} { c c } { a } & { b } \\ { c } & { d } \end{array} \right)", True),
+        (r"\Big[ x", False),
+        (r"\Bigl [ \hspace { 3 m m } \sqrt [ 3 ] { \hat { x } } _ { \lim _ { n } } \Bigr ]", True),
+        (r"\hspace { x }", False),
+        (r"\unknown { x }", False),
+        ("--", False),
+    ],
+)
+def test_undrawable_parts_are_recognized(latex, is_drawable):
+    drawing = formula_recombination.FormulaDrawing(30.0)
+    parts = formula_recombination.parse_formula(latex)
+    assert all(map(drawing.is_drawable, parts)) is is_drawable
+    # An error leaves no style behind.
+    drawing.is_drawable(formula_recombination.parse_formula(r"{ \bf \unknown }")[0])
+    digit = drawing._build_formula(formula_recombination.parse_formula("1")).children[1]
+    assert digit.font != "bf"
+
+
+def test_arguments_of_arrays_and_delimiters_have_their_size():
+    drawing, rng = formula_recombination.FormulaDrawing(30.0), random.Random(0)
+
+    def height(latex):
+        return drawing.draw(formula_recombination.parse_formula(latex), rng).height
+
+    array = r"\begin{array} { c } { a } \\ { b } \end{array}"
+    assert height(rf"\left( {array} \right)") > 1.2 * height(array)
+    assert height(r"\Bigg (") > 1.5 * height(r"\left( a \right)")

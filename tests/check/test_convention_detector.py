@@ -149,6 +149,35 @@ def test_wrong_box_convention_is_detected(objects, code, change):
     assert codes(apply_convention(objects, change)) == [code]
 
 
+def scaled_images(claims: list[BoxClaim], factor: float) -> list[BoxClaim]:
+    """Boxes in the resized image of Qwen2.5-VL, of the same images at another size."""
+    units, scaled = BoxConvention(units="resized"), []
+    for claim in claims:
+        height, width = claim.image_size
+        size = round(factor * height), round(factor * width)
+        box = in_fixed_frame(*units.get_sides(size))(claim.coordinates, claim.image_size)
+        scaled.append(replace(claim, image_size=size, coordinates=box))
+    return scaled
+
+
+def test_pixels_of_the_resized_image_are_detected(objects: list[BoxClaim]) -> None:
+    reduced = find_convention_issues(scaled_images(objects, 20), get_image_evidence)
+    assert [verdict.options for verdict in reduced] == ["--box-units resized"]
+    assert reduced[0].code == "boxes-resized"
+    assert "as Qwen2.5-VL resizes it" in reduced[0].description
+    enlarged = scaled_images(objects, 0.12)  # below the minimum of 3136 pixels
+    for open_image in (get_image_evidence, None):
+        (verdict,) = find_convention_issues(enlarged, open_image)
+        assert verdict.options == "--box-units resized"
+    thousandths = [
+        replace(claim, convention=BoxConvention(units="1000"))
+        for claim in scaled_images(objects, 20)
+    ]
+    (verdict,) = find_convention_issues(thousandths, get_image_evidence)
+    assert verdict.options == "--box-units resized"
+    assert codes(scaled_images(objects, 5)) == []  # neither reduced nor enlarged
+
+
 def test_verdict_becomes_check_issue_with_evidence(objects: list[BoxClaim]) -> None:
     (verdict,) = find_convention_issues(apply_convention(objects, xywh), get_image_evidence)
     finding = verdict.to_check_issue("boxes.jsonl")

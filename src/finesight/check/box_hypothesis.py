@@ -34,8 +34,7 @@ EDGE_TOLERANCE = 0.003
 One pixel is allowed in addition for rounding.
 """
 
-
-DEFAULT_CONVENTION = BoxConvention()
+DEFAULT_CONVENTION, RESIZED_UNITS = BoxConvention(), BoxConvention(units="resized")
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +82,9 @@ class BoxClaimTable:
         return len(np.unique(self.sample_index[rows]))
 
 
-FrameBase = Literal["image", "stored", "fixed", "factor", "longest", "shortest", "pixels"]
+FrameBase = Literal[
+    "image", "stored", "resized", "fixed", "factor", "longest", "shortest", "pixels"
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +95,7 @@ class BoxFrame:
 
     - image: The image itself, after EXIF rotation.
     - stored: The image before EXIF rotation.
+    - resized: The image as Qwen2.5-VL resizes it, see `BoxUnits`.
     - fixed: `frame_width` x `frame_height` for all images.
     - factor: The image scaled by the factor `frame_width`.
     - longest, shortest, pixels: A resized image of the same aspect ratio whose longest side,
@@ -112,17 +114,17 @@ class BoxFrame:
 
     @property
     def units(self) -> BoxUnits | None:
-        """Units of coordinates in this frame, or None for a resized image."""
-        if self.base == "image":
-            return "pixel"
-        is_square = self.base == "fixed" and self.frame_width == self.frame_height
-        named_units: dict[float, BoxUnits] = {1.0: "1", 1000.0: "1000"}
-        return named_units.get(self.frame_width) if is_square else None
+        """Units of coordinates in this frame, or None without a name."""
+        return next((units for units, frame in UNIT_FRAMES.items() if frame == self), None)
 
     def compute_size(self, width: Floats, height: Floats) -> tuple[Floats, Floats]:
         """Compute width and height of the frame for images of the given sizes."""
         if self.base == "fixed":
             return np.full_like(width, self.frame_width), np.full_like(height, self.frame_height)
+        if self.base == "resized":
+            sizes = zip(height.tolist(), width.tolist(), strict=True)
+            sides = np.array([RESIZED_UNITS.get_sides(size) for size in sizes], np.float64)
+            return sides[:, 0], sides[:, 1]
         factor = self.frame_width / get_reference_side(self.base, width, height)
         if self.is_capped:
             factor = np.minimum(factor, 1.0)
@@ -134,6 +136,14 @@ class BoxFrame:
         cells = side * factor / self.side_multiple
         nearest = np.where(factor > 1, np.ceil(cells), np.rint(cells))
         return self.side_multiple * np.maximum(np.where(factor < 1, np.floor(cells), nearest), 1.0)
+
+
+UNIT_FRAMES: dict[BoxUnits, BoxFrame] = {
+    "pixel": BoxFrame(),
+    "resized": BoxFrame("resized"),
+    "1": BoxFrame("fixed", 1.0, 1.0),
+    "1000": BoxFrame("fixed", 1000.0, 1000.0),
+}
 
 
 def get_reference_side(base: FrameBase, width: Floats, height: Floats) -> Floats:
@@ -175,10 +185,7 @@ def divide_by_size(corners: Floats, width: Floats, height: Floats) -> Floats:
 
 def hypothesis_from_convention(convention: BoxConvention) -> BoxHypothesis:
     """Return the hypothesis that corresponds to a declared box convention."""
-    # At most 3584 x 3584 pixels, the limit in `RESIZE_LIMITS`.
-    frames = {"pixel": BoxFrame(), "resized": BoxFrame("pixels", 3584.0, 3584.0, True, 28)}
-    frames |= {units: BoxFrame("fixed", float(units), float(units)) for units in ("1", "1000")}
-    return BoxHypothesis(convention.format, frames[convention.units])
+    return BoxHypothesis(convention.format, UNIT_FRAMES[convention.units])
 
 
 def to_corners(box_format: BoxFormat, coordinates: Floats) -> Floats:

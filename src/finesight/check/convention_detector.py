@@ -48,6 +48,7 @@ from finesight.check.box_hypothesis import (
     BoxClaimTable,
     BoxFrame,
     BoxHypothesis,
+    Floats,
     FrameBase,
     ImageEvidence,
     ImageOpener,
@@ -65,8 +66,6 @@ from finesight.check.box_hypothesis import (
 from finesight.check.check_issues import CheckIssue
 from finesight.data.boxes import BoxConvention, BoxFormat, BoxUnits
 
-Floats = NDArray[np.float64]
-
 MIN_SCORE_DIFF = 2.0
 """Minimum difference of image scores with which a sample favors one of two hypotheses."""
 
@@ -76,7 +75,7 @@ _FORMAT_NAMES = {
     "cxcywh": "a center and a size (x, y, width, height)",
 }
 _UNIT_NAMES = {
-    **{"pixel": "pixels", "resized": "pixels of the resized image"},
+    **{"pixel": "pixels", "resized": "pixels of the image as Qwen2.5-VL resizes it"},
     **{"1": "fractions of the image", "1000": "thousandths of the image"},
 }
 
@@ -269,8 +268,8 @@ class HypothesisComparison:
         description = f"{form} in {_UNIT_NAMES[units]}"
         if units == convention.units:
             return f"boxes-{box_format}", description, option, ""
-        codes = {"pixel": "boxes-pixels", "1": "boxes-normalized", "1000": "boxes-thousandths"}
-        return codes[units], description, f"{option} --box-units {units}".strip(), ""
+        names = {"pixel": "pixels", "1": "normalized", "1000": "thousandths", "resized": "resized"}
+        return f"boxes-{names[units]}", description, f"{option} --box-units {units}".strip(), ""
 
 
 def _format_share(count: int, total: int) -> str:
@@ -489,8 +488,7 @@ def find_convention_issues(
         if has_enough_samples(group):
             detector = ConventionDetector(BoxClaimTable(group), open_image)
             search_frames = convention.units == "pixel"
-            alternatives = _list_alternatives(convention)
-            if issue := detector.detect(alternatives, search_frames=search_frames):
+            if issue := detector.detect(detector.list_alternatives(), search_frames=search_frames):
                 issues.append(issue)
     return issues
 
@@ -498,14 +496,6 @@ def find_convention_issues(
 def has_enough_samples(claims: Sequence[BoxClaim]) -> bool:
     """Return whether the boxes are from `MIN_SAMPLES` samples, the minimum of a test."""
     return len({(claim.location, claim.sample_id) for claim in claims}) >= MIN_SAMPLES
-
-
-def _list_alternatives(convention: BoxConvention) -> list[BoxHypothesis]:
-    """Return all other combinations of box format and units, the most likely mistakes first."""
-    units = dict.fromkeys((convention.units, *BOX_UNITS))
-    box_formats = sorted(BOX_FORMATS, key=lambda box_format: box_format != convention.format)
-    combinations = [BoxConvention(one, unit) for unit in units for one in box_formats]
-    return [hypothesis_from_convention(one) for one in combinations if one != convention]
 
 
 class ConventionDetector:
@@ -519,6 +509,20 @@ class ConventionDetector:
         self._scores: dict[BoxHypothesis, Floats] = {}
         self._max_invalid_samples = MAX_INVALID_FRACTION * claims.num_samples
         """Maximum number of samples with impossible boxes due to annotation errors."""
+
+    def list_alternatives(self) -> list[BoxHypothesis]:
+        """Return all other combinations of box format and units, the most likely mistakes first.
+
+        Pixels of the resized image are omitted if few images are enlarged or reduced.
+        """
+        declared = self.claims.convention
+        resized = BoxHypothesis("xyxy", BoxFrame("resized"))
+        units = list(dict.fromkeys((declared.units, *BOX_UNITS)))
+        if not self._is_same(resized, BoxHypothesis("xyxy")) and "resized" not in units:
+            units.append("resized")
+        box_formats = sorted(BOX_FORMATS, key=lambda box_format: box_format != declared.format)
+        combinations = [BoxConvention(one, unit) for unit in units for one in box_formats]
+        return [hypothesis_from_convention(one) for one in combinations if one != declared]
 
     def detect(
         self, alternatives: Sequence[BoxHypothesis], *, search_frames: bool
@@ -538,7 +542,9 @@ class ConventionDetector:
         self._ensure_scores([self.declared, *feasible])
         for alternative in sorted(feasible, key=lambda one: -self._mean_score(one)):
             if self._is_supported(alternative, num_tries) and self._is_preferred(alternative):
-                if not search_frames or not self._exceeds_thousandths(alternative):
+                is_certain = alternative.frame.base != "resized"
+                is_certain = is_certain and not self._exceeds_thousandths(alternative)
+                if is_certain or not search_frames:
                     return self._compare(alternative, num_tries).build_issue()
                 break
         if search_frames and (issue := self._detect_resized_frames(feasible)):
@@ -571,6 +577,9 @@ class ConventionDetector:
         if best is None or self._z_score(best) < min_z_score(num_tries):
             return None
         found = next((o for o in (self.declared, *feasible) if self._is_same(o, best)), best)
+        for one in feasible:
+            if one.frame.base == "resized" and self._mean_score(one) >= self._mean_score(best):
+                found = one
         if found == self.declared or not self._is_preferred(found):
             return None
         return self._compare(found, num_tries).build_issue()

@@ -233,10 +233,6 @@ The boxes are sampled evenly over the file.
 """
 
 
-def _no_callback(event: object) -> None:
-    """Ignore an event; default for optional callbacks."""
-
-
 class DataChecker:
     """Check training and validation files together, including leakage between them.
 
@@ -289,8 +285,8 @@ class DataChecker:
 
     def run(
         self,
-        on_issue: Callable[[CheckIssue], None] = _no_callback,
-        on_progress: Callable[[int], None] = _no_callback,
+        on_issue: Callable[[CheckIssue], None] = lambda _: None,
+        on_progress: Callable[[int], None] = lambda _: None,
         *,
         single_process: bool = False,
     ) -> tuple[CheckResult, ImageCatalog]:

@@ -19,7 +19,7 @@ from finesight.check.check_issues import (
     format_location,
 )
 from finesight.check.image_catalog import ImageCatalog
-from finesight.check.sample_issues import iter_media_paths, remove_placeholders, sort_corners
+from finesight.check.sample_issues import correct_order, iter_media_paths, remove_placeholders
 from finesight.data.boxes import clip_box
 from finesight.data.corpus import GLOB_CHARACTERS, is_glob
 from finesight.data.image_header import get_file
@@ -147,7 +147,7 @@ def _fix_sample(sample: Sample, fixes: set[FixAction], catalog: ImageCatalog) ->
         if not isinstance(part, BoxPart):
             return part
         size = catalog[image_paths[part.image]].size
-        box = clip_box(part.xyxy, size, is_point=part.is_point) or sort_corners(part.xyxy, size)
+        box = clip_box(part.xyxy, size, is_point=part.is_point) or correct_order(part.xyxy, size)
         return part if box is None else part.model_copy(update={"xyxy": box})
 
     return sample.with_parts(fix_part)

@@ -101,10 +101,8 @@ class ConsistencyChecker:
         self._previews.setdefault(answer.answer_hash, answer.preview)
         first = self._first_answers.setdefault(prompt_hash, answer)
         # Several answers in the same row are intended.
-        if (first.location.source, first.location.row_index) == (
-            location.source,
-            location.row_index,
-        ):
+        origin = first.location
+        if origin.source == location.source and origin.row_index == location.row_index:
             return
         if first.answer_hash == answer.answer_hash:
             yield location.create_issue(
@@ -368,9 +366,8 @@ class LeakageDetector:
         self, code: str, location: SampleLocation, train_image: int, validation_image: int
     ) -> CheckIssue:
         paths = self._catalog.example_paths
-        kind = "in the validation data"
-        if code == "leaked-image-reencoded":
-            kind = "a re-encoded copy of a validation image"
+        is_copy = code == "leaked-image-reencoded"
+        kind = "a re-encoded copy of a validation image" if is_copy else "in the validation data"
         return location.create_issue(
             code,
             f"{paths[train_image]} is {kind}, {self._validation_locations[validation_image].where}",

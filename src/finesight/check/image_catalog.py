@@ -31,6 +31,7 @@ from PIL import Image
 from finesight.data.image_header import (
     TRANSPOSED_ORIENTATIONS,
     CorruptImageError,
+    ImageSize,
     ImageTooLargeError,
     MissingImageError,
     TruncatedImageError,
@@ -49,7 +50,6 @@ from finesight.worker_pool import exit_with_parent
 THUMBNAIL_SIZE = 16
 """Side length of a square thumbnail in pixels; the aspect ratio is not preserved."""
 
-ImageSize = tuple[int, int]
 Floats = NDArray[np.float64]
 
 _MAX_GRAY_DIFF, _MAX_CONTRAST_DIFF, _MAX_LOG_ASPECT_DIFF = 4.0, 0.5, 0.05
@@ -137,9 +137,7 @@ class NearDuplicateIndex:
         ]
         distance = _mean_abs_diff(self._gray[candidates], gray_1T)
         candidates, distance = candidates[distance <= max_diff], distance[distance <= max_diff]
-        return [
-            int(self._order[index]) for index in candidates[np.argsort(distance, kind="stable")]
-        ]
+        return [*map(int, self._order[candidates[np.argsort(distance, kind="stable")]])]
 
 
 def _decode_thumbnails(thumbnails: Sequence[bytes]) -> NDArray[np.float32]:

@@ -15,7 +15,7 @@ from finesight.check.check_issues import (
     issue_from_error,
 )
 from finesight.check.image_catalog import ImageCatalog
-from finesight.data.boxes import MAX_OVERHANG_PX, Box, clip_box, is_inside_image
+from finesight.data.boxes import Box, BoxConvention, clip_box, is_inside_image, sort_corners
 from finesight.data.sample import (
     BoxPart,
     ImagePart,
@@ -67,22 +67,16 @@ def find_box_issues(
             yield from _check_box(box, catalog[path].size, location, issue_image)
 
 
-def sort_corners(xyxy: Box, size: tuple[int, int]) -> Box | None:
+def correct_order(xyxy: Box, size: tuple[int, int]) -> Box | None:
     """Return an inverted box with its corners sorted, or None if the correction is ambiguous.
 
     It is ambiguous if the sorted corners are outside the image, or if the values could be a corner
     or center with width and height.
     """
-    height, width = size
-    a, b, c, d = xyxy
-    sorted_box = (min(a, c), min(b, d), max(a, c), max(b, d))
-    if a == c or b == d or not is_inside_image(sorted_box, size, 0):
-        return None
-    fits_as_xywh = a + c <= width + MAX_OVERHANG_PX and b + d <= height + MAX_OVERHANG_PX
-    fits_as_cxcywh = is_inside_image(
-        (a - c / 2, b - d / 2, a + c / 2, b + d / 2), size, MAX_OVERHANG_PX
-    )
-    return None if fits_as_xywh or fits_as_cxcywh else sorted_box
+    others = (BoxConvention(one).to_pixels(xyxy, size) for one in ("xywh", "cxcywh"))
+    is_ambiguous = any(is_inside_image(other, size, is_point=True) for other in others)
+    sorted_box = sort_corners(xyxy)
+    return sorted_box if is_inside_image(sorted_box, size, 0) and not is_ambiguous else None
 
 
 def _check_box(
@@ -98,7 +92,7 @@ def _check_box(
         code, message, remedy = "box-empty", f"{message}: not four finite values", _ORDER_HINT
     elif x2 < x1 or y2 < y1:
         code, remedy = "box-inverted", _ORDER_HINT
-        fix = None if sort_corners(xyxy, size) is None else "reordered"
+        fix = None if correct_order(xyxy, size) is None else "reordered"
     elif not box.is_point and (x1 == x2 or y1 == y2):
         code, message, remedy = "box-empty", f"{message}: a line or a point", _ORDER_HINT
     elif clipped is None or not is_inside_image(xyxy, size, is_point=box.is_point):
@@ -344,13 +338,11 @@ def _check_images(
             valid = [path for path in part.frames if catalog[path].issue_code is None]
             other = next((one for one in valid if catalog[one].size != catalog[valid[0]].size), "")
             if other:
-                (height, width), (first_height, first_width) = (
-                    catalog[path].size for path in (other, valid[0])
-                )
-                sizes = f"{width} x {height} pixels, {valid[0]} {first_width} x {first_height}"
+                sizes = [catalog[path].size[::-1] for path in (other, valid[0])]
+                size, first_size = (f"{width} x {height}" for width, height in sizes)
                 yield location.create_issue(
                     "video-frame-sizes-differ",
-                    f"{other} has {sizes}",
+                    f"{other} has {size} pixels, {valid[0]} {first_size}",
                     "extract the frames again at one size",
                     (IssueImage(Path(other)),),
                 )

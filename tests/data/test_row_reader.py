@@ -22,7 +22,7 @@ from pyarrow import parquet
 from finesight.data import row_reader
 from finesight.data.row_reader import (
     SourceRow,
-    is_json_object,
+    is_json_file,
     is_webdataset,
     list_folder,
     open_row_file,
@@ -352,5 +352,5 @@ def test_json_object_detection(tmp_path: Path) -> None:
         ("a.jsonl", b"{}", False),
     ):
         (tmp_path / name).write_bytes(content)
-        assert is_json_object(tmp_path / name) is is_object
-    assert not is_json_object(tmp_path / "missing.json")
+        assert is_json_file(tmp_path / name) is is_object
+    assert not is_json_file(tmp_path / "missing.json")

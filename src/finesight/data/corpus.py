@@ -46,6 +46,7 @@ from finesight.data.sample import (
     parse_sample,
     remove_nulls,
     sample_from_dict,
+    translate_errors,
     validate_sample,
 )
 from finesight.errors import Step, UserError, suggest_similar_path
@@ -248,18 +249,12 @@ def read_first_record(path: Path) -> dict[str, Any] | None:
 
 def _decode_record(record: dict[str, Any], location: str) -> dict[str, Any]:
     """Decode the JSON columns of a Parquet row and remove keys whose value is null."""
-    try:
+    expected = f"JSON, or lists and structs, in {', '.join(JSON_COLUMNS)}"
+    with translate_errors("broken JSON", expected, "write the file again", location):
         decoded = {
             name: parse_json(value) if name in JSON_COLUMNS and isinstance(value, str) else value
             for name, value in record.items()
         }
-    except ValueError as error:
-        raise UserError(
-            f"broken JSON: {error}",
-            where=location,
-            expected=f"JSON, or lists and structs, in {', '.join(JSON_COLUMNS)}",
-            remedy="write the file again",
-        ) from error
     cleaned: dict[str, Any] = remove_nulls(decoded, JSON_DATA_KEYS)
     return cleaned
 

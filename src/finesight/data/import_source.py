@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -304,23 +305,16 @@ def _find_image_folder(source: ImportSource) -> Path | None:
     """
     column, home = source.column_map.get("image", ""), source.path.parent
     column = column if column in source.columns else column.partition(",")[0]
-    subfolders: list[Path] | None = None
-    matches: list[set[Path]] = []
-    start, stop = source.row_bounds
-    stop = min(stop, start + NUM_PREVIEW_ROWS)
-    for row in source.rows.iter_range(start, stop):
-        name = row.record.get(column)
-        if name is None or name == "":
-            continue
-        if not isinstance(name, str) or Path(name).name != name:
-            return None
-        if find_existing(home, name) or os.path.exists(name):
-            return None
-        if subfolders is None:
-            subfolders = [folder for folder in home.iterdir() if folder.is_dir()]
-        if found := {folder for folder in subfolders if find_existing(folder, name)}:
-            matches.append(found)
-    folders = set.intersection(*matches) if 2 * len(matches) > stop - start else set()
+    values = [row.record.get(column) for row in islice(source.iter_rows(), NUM_PREVIEW_ROWS)]
+    names = [name for name in values if name is not None and name != ""]
+    if not all(isinstance(name, str) and Path(name).name == name for name in names):
+        return None
+    if not names or any(find_existing(home, name) or os.path.exists(name) for name in names):
+        return None
+    subfolders = [folder for folder in home.iterdir() if folder.is_dir()]
+    found = ({one for one in subfolders if find_existing(one, name)} for name in names)
+    matches = list(filter(None, found))
+    folders = set.intersection(*matches) if 2 * len(matches) > len(values) else set()
     return folders.pop() if len(folders) == 1 else None
 
 

@@ -508,9 +508,6 @@ def _parse_rows(
 ) -> _ParsedRows:
     """Parse the selected rows, write the encoded samples to the spool, and collect invalid rows."""
 
-    def get_size(path: str) -> tuple[int, int]:
-        return context.images.image_size(Path(path))
-
     rows: list[RowExamples] = []
     locations: list[str] = []
     skipped = _InvalidRows()
@@ -530,7 +527,8 @@ def _parse_rows(
                 contents = [message.content for message in example.prompt_messages]
                 parts = [*itertools.chain(*contents, *example.answers)]
                 paths = [part.image for part in parts if isinstance(part, ImagePart)]
-                coordinates.add(join_text(parts, "\n"), paths, get_size)
+                text = join_text(parts, "\n")
+                coordinates.add(text, paths, lambda path: context.images.image_size(Path(path)))
                 turns = (m.content for m in example.prompt_messages if m.role == "assistant")
                 texts = (join_text(answer).lstrip() for answer in (*turns, *example.answers))
                 context.row_notes[NOTE_UNFINISHED_REASONING] += sum(

@@ -43,7 +43,7 @@ from finesight.data.parquet_reader import (
     read_parquet_metadata,
     translate_parquet_errors,
 )
-from finesight.data.sample import check_json, read_data_file
+from finesight.data.sample import check_json, read_data_file, translate_errors
 from finesight.errors import Remedy, Step, UserError, format_count
 from finesight.hub.archive import TarArchive, open_tar
 from finesight.storage import DIGESTS_FILE
@@ -532,14 +532,12 @@ def _open_parquet(source: Path) -> RowReader:
             end = 0
             for index in range(parquet_file.num_row_groups):
                 group = parquet_file.metadata.row_group(index)
-                number, end = end, end + group.num_rows
-                if number >= stop or start >= end:
+                first, end = end, end + group.num_rows
+                if first >= stop or start >= end:
                     continue
                 batches = parquet_file.iter_batches(get_batch_size(group), row_groups=[index])
-                for record in (
-                    one for batch in batches for one in iter_records(batch, str(source))
-                ):
-                    number += 1
+                records = (one for batch in batches for one in iter_records(batch, str(source)))
+                for number, record in enumerate(records, start=first + 1):
                     if start < number <= stop:
                         yield SourceRow(number, f"row {number}", record, source.stem)
 
@@ -659,15 +657,9 @@ def _build_record(tar: TarArchive, members: MemberGroup) -> Record:
 
 def _parse_member_json(text: str, member: tarfile.TarInfo, source: Path) -> Record:
     check_json(text.encode(), f"{source}, {member.name}")
-    try:
+    what, expected = f"{member.name}: broken JSON", "JSON in each .json file"
+    with translate_errors(what, expected, "create the tar again", str(source)):
         content = parse_unique_json(text)
-    except ValueError as error:
-        raise UserError(
-            f"{member.name}: broken JSON: {error}",
-            where=str(source),
-            expected="JSON in each .json file",
-            remedy="create the tar again",
-        ) from error
     return content if isinstance(content, dict) else {"json": content}
 
 
@@ -778,7 +770,7 @@ def open_annotation_files(
         files = list_folder(source).files_with_suffix(suffix)
     else:
         is_annotation = source.suffix.lower() == suffix and source.is_file()
-        files = [source] if is_annotation and (suffix != ".json" or is_json_object(source)) else []
+        files = [source] if is_annotation and (suffix != ".json" or is_json_file(source)) else []
 
     def scan(file: Path) -> tuple[bool, set[str], set[str]]:
         try:
@@ -799,12 +791,12 @@ def open_annotation_files(
     return rows_from_items(files, make_row), f"{description}, {format_count(len(classes), 'class')}"
 
 
-def is_json_object(path: Path) -> bool:
-    """Return whether a .json file contains an object, judged by its first bytes."""
+def is_json_file(path: Path, opening: bytes = b"{") -> bool:
+    """Return whether a .json file contains an object, or an array, judged by its first bytes."""
     if path.suffix.lower() != ".json" or not path.is_file():
         return False
     with contextlib.suppress(OSError), path.open("rb") as file:  # the row reader reports it
-        return file.read(SNIFF_BYTES).removeprefix(UTF8_BOM).lstrip().startswith(b"{")
+        return file.read(SNIFF_BYTES).removeprefix(UTF8_BOM).lstrip().startswith(opening)
     return False
 
 

@@ -12,6 +12,7 @@ import math
 import operator
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -95,6 +96,22 @@ def check_limit(count: int, limit: int, what: str, where: str = "") -> None:
             expected=f"at most {limit:,} {what} in a sample",
             remedy="split the sample, or remove it",
         )
+
+
+@contextmanager
+def translate_errors(
+    what: str,
+    expected: str,
+    remedy: str,
+    where: str = "",
+    kinds: tuple[type[Exception], ...] = (ValueError,),
+) -> Iterator[None]:
+    """Convert an error of parsing untrusted content to a UserError, which contains its text."""
+    try:
+        yield
+    except kinds as error:
+        what = f"{what}: {error}"
+        raise UserError(what, where=where, expected=expected, remedy=remedy) from error
 
 
 class FrozenModel(BaseModel):
@@ -470,27 +487,19 @@ def check_messages(
     validate_roles(messages, where, require_answer=answered)
     num_images, boxes = 0, list[BoxPart]()
     for number, message in enumerate(messages):
-        has_text = has_visual = has_call = has_box = False
-        for part in message.content:
-            if part.type == "text":
-                has_text = has_text or (part.text != "" and not part.text.isspace())
-            elif isinstance(part, BoxPart):
-                has_box = True
-                boxes.append(part)
-            elif part.type == "tool_call":
-                has_call = True
-            else:
-                if part.type == "image" and is_video_path(part.image):
-                    raise build_video_as_image_error(part.image, f"{where}, message {number}")
-                has_visual = True
-                num_images += part.type == "image"
-        if has_visual and message.role not in ("user", "tool"):
+        kinds = {part.type for part in message.content if part.type != "text" or part.text.strip()}
+        images = [part.image for part in message.content if part.type == "image"]
+        if video := next(filter(is_video_path, images), None):
+            raise build_video_as_image_error(video, f"{where}, message {number}")
+        num_images += len(images)
+        boxes += (part for part in message.content if isinstance(part, BoxPart))
+        if kinds & {"image", "video"} and message.role not in ("user", "tool"):
             what, expected = "an image in a turn", "images in user turns and tool results only"
             remedy = "move the image to a user turn"
-        elif has_call and message.role != "assistant":
+        elif "tool_call" in kinds and message.role != "assistant":
             what, expected = "a tool call in a turn", "tool calls in assistant turns"
             remedy = "move the call to an assistant turn"
-        elif has_text or has_visual or has_call or has_box or message.role == "tool":
+        elif kinds or message.role == "tool":
             continue
         else:
             what, expected = "an empty turn", "text, an image or a box"

@@ -17,7 +17,7 @@ import itertools
 import json
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -147,7 +147,7 @@ def parse_answer(answer: str, images: RowImages) -> Iterator[ContentPart]:
     """
     found: Iterable[str | list[str | TextBox]] = filter(None, [answer])
     if has_json_boxes(answer):
-        found = _iter_json_boxes(strip_code_fences(answer), keeps_json=images.keeps_json)
+        found = _iter_json_boxes(strip_code_fences(answer), keeps_json=images.context.keeps_json)
     for piece in found:
         pieces: Iterable[str | TextBox] = [piece] if isinstance(piece, str) else piece
         if isinstance(piece, str):
@@ -160,7 +160,7 @@ def parse_answer(answer: str, images: RowImages) -> Iterator[ContentPart]:
             pieces = ["".join(texts)]
         else:
             images.require_single_image()
-            images.count_json(is_structure=isinstance(piece[0], str))
+            images.context.num_json[isinstance(piece[0], str)] += 1
             if not isinstance(piece[0], str):
                 pieces = []
                 yield from images.create_boxes(one for one in piece if not isinstance(one, str))
@@ -368,9 +368,7 @@ class ObjectQueue:
         sort_keys(objects, _OBJECT_KEYS, "objects", context.other_keys)
         boxes, image_ids = as_list(objects.get("bbox")), as_list(objects.get("image_id"))
         image_ids += [0] * (len(boxes) - len(image_ids))
-        valid_ids = [
-            image_id for image_id in image_ids if isinstance(image_id, int) and image_id >= 0
-        ]
+        valid_ids = [one for one in image_ids if isinstance(one, int) and one >= 0]
         if not len(valid_ids) == len(image_ids) == len(boxes):
             raise InvalidRowError(
                 f"image_id {str(objects.get('image_id'))[:60]} for {len(boxes)} boxes",
@@ -825,25 +823,24 @@ def render_turns(
     return turns, renderer.image_names
 
 
+@dataclass(slots=True)
 class PartRenderer:
     """Render text and image parts of a sample, and collect its image names in order."""
 
-    def __init__(
-        self, located_sample: LocatedSample, context: ExportContext, placeholder: str = "<image>"
-    ) -> None:
-        self._located_sample, self._context = located_sample, context
-        self._placeholder = placeholder
-        self.image_paths: list[Path] = []
-        self.image_names: list[str] = []
+    located_sample: LocatedSample
+    context: ExportContext
+    placeholder: str = "<image>"
+    image_paths: list[Path] = field(default_factory=list)
+    image_names: list[str] = field(default_factory=list)
 
     def render(self, part: ContentPart) -> str:
         """Render a text or image part of a question as text."""
         if isinstance(part, TextPart):
             return make_text_part(part.text).text
         if isinstance(part, ImagePart):
-            self.image_paths.append(self._located_sample.resolve_path(part.image))
-            self.image_names.append(self._context.image_names[self.image_paths[-1]])
-            return self._placeholder.replace("{}", self.image_names[-1])
+            self.image_paths.append(self.located_sample.resolve_path(part.image))
+            self.image_names.append(self.context.image_names[self.image_paths[-1]])
+            return self.placeholder.replace("{}", self.image_names[-1])
         raise UserError(
             f"a {part.type} in a question",
             expected="text and images, the only content that the format supports",

@@ -87,12 +87,9 @@ class ImportExample:
 
     def to_eval_sample(self) -> Sample:
         """Return an evaluation sample with the first answer, and the others as references."""
-        answer, *other_answers = self.answers
-        references = (
-            *(join_text(answer).rstrip("\n") for answer in other_answers),
-            *self.references,
-        )
-        return self._build_sample(self.id, answer, references)
+        answer, *others = self.answers
+        texts = (join_text(other).rstrip("\n") for other in others)
+        return self._build_sample(self.id, answer, (*texts, *self.references))
 
     def _build_sample(
         self, sample_id: str, answer: tuple[ContentPart, ...], references: tuple[str, ...]
@@ -248,11 +245,7 @@ class ImportContext:
 
     def resolve_convention(self, default: BoxConvention) -> BoxConvention:
         """Return the box convention of the user options, else that of the dataset format."""
-        if self.box_format is None and self.box_units is None:
-            return default
-        return replace(
-            default, format=self.box_format or default.format, units=self.box_units or default.units
-        )
+        return BoxConvention(self.box_format or default.format, self.box_units or default.units)
 
     def read_box(
         self, value: object, image_path: Path, default: BoxConvention, label: str | None = None
@@ -320,7 +313,7 @@ class RowImages:
     """Images of one dataset row in order of appearance, to which boxes refer by index."""
 
     def __init__(self, context: ImportContext) -> None:
-        self._context = context
+        self.context = context
         self._boxes = 0
         self.paths: list[Path] = []
 
@@ -332,16 +325,16 @@ class RowImages:
         if isinstance(value, dict):
             path, is_url = value.get("path"), not (value.get("bytes") or value.get("path"))
             used = ("bytes", "path", "url")[: 2 + is_url]
-            sort_keys(value, used, "images", self._context.other_keys, (str(path),))
+            sort_keys(value, used, "images", self.context.other_keys, (str(path),))
             value = value.get("url") if is_url else value
-        self.paths.append(self._context.images.resolve(value))
+        self.paths.append(self.context.images.resolve(value))
         return ImagePart(image=str(self.paths[-1]))
 
     def add_video(self, value: object) -> VideoPart:
         """Resolve a video file, a list of frames or a folder of them; return the video part."""
         if isinstance(value, str) and is_video_path(value.strip()):
-            return VideoPart(video=str(self._context.images.resolve(value)))
-        frames = self._context.images.resolve_frames(value)
+            return VideoPart(video=str(self.context.images.resolve(value)))
+        frames = self.context.images.resolve_frames(value)
         return VideoPart(frames=tuple(map(str, frames)))
 
     def create_box(
@@ -371,23 +364,14 @@ class RowImages:
                 expected=f"an index below {len(self.paths)}, the images before it",
                 remedy="correct the row",
             )
-        xyxy = self._context.read_box(value, self.paths[resolved_index], default, label)
+        xyxy = self.context.read_box(value, self.paths[resolved_index], default, label)
         is_point = isinstance(value, list | tuple) and len(value) == 2
         return create_region(xyxy, label, is_point=is_point, image=resolved_index)
 
     @property
-    def keeps_json(self) -> bool:
-        """Return whether the import keeps JSON of boxes as JSON."""
-        return self._context.keeps_json
-
-    def count_json(self, *, is_structure: bool) -> None:
-        """Count a JSON value with boxes."""
-        self._context.num_json[is_structure] += 1
-
-    @property
     def list_limits(self) -> tuple[float, float] | None:
         """Maximum x and y of boxes in the units that the user gives, None if not given."""
-        context = self._context
+        context = self.context
         if context.box_format is None and context.box_units is None:
             return None
         convention = context.resolve_convention(BoxConvention())
@@ -400,7 +384,7 @@ class RowImages:
 
         A point is invalid outside of a text without `--box-task points`, also if boxes are dropped.
         """
-        allows_points = is_text or self._context.box_task in ("points", "polygons")
+        allows_points = is_text or self.context.box_task in ("points", "polygons")
         if isinstance(value, list | tuple) and len(value) == 2 and not allows_points:
             expected, remedy = "four coordinates", "correct the row, or give --box-task points"
             raise InvalidRowError(f"the box {str(value)[:80]}, a point", expected, remedy)
@@ -411,11 +395,11 @@ class RowImages:
 
     def drop_box(self, error: InvalidBoxError) -> InvalidBoxError:
         """Return the error of a box that the import drops, else raise it."""
-        if self._context.on_invalid_box == "fail":
+        if self.context.on_invalid_box == "fail":
             if isinstance(error, StrayBoxError):
                 error.remedy = f"{error.remedy}, or give --on-invalid-box drop"
             raise error
-        self._context.invalid_boxes.append((NOTE_SKIPPED_BOX, error))
+        self.context.invalid_boxes.append((NOTE_SKIPPED_BOX, error))
         return error
 
     def create_text_box(self, box: TextBox) -> BoxPart:
@@ -431,12 +415,12 @@ class RowImages:
                 "correct the row, or leave it out",
             )
         note = NOTE_THOUSANDTHS if box.is_tagged else NOTE_PIXELS
-        self._context.row_notes[note] += self._context.box_units is None
+        self.context.row_notes[note] += self.context.box_units is None
         convention = BoxConvention(units="1000" if box.is_tagged else "pixel")
         try:
             return self.create_box(*box[:2], convention)
         except InvalidBoxError as error:
-            if self._context.on_invalid_box != "drop":
+            if self.context.on_invalid_box != "drop":
                 raise
             raise forbid_drop(error, "a box within a text cannot be dropped") from error
 
@@ -453,7 +437,7 @@ class RowImages:
         for error in errors:
             if not boxes or not isinstance(error, StrayBoxError):
                 raise forbid_drop(error)
-        self._context.row_notes[NOTE_PIXELS] += len(boxes) * (self._context.box_units is None)
+        self.context.row_notes[NOTE_PIXELS] += len(boxes) * (self.context.box_units is None)
         return boxes
 
     def require_single_image(self) -> None:

@@ -846,18 +846,14 @@ def _get_single_image(sample: Sample) -> str:
 
 
 def _iter_boxes(sample: Sample) -> Iterator[ExportBox]:
-    parts = [
-        part
-        for part in sample.messages[-1].content
-        if not isinstance(part, TextPart) or part.text.strip()
-    ]
+    content = sample.messages[-1].content
+    parts = [part for part in content if part.type != "text" or part.text.strip()]
     stored = as_list(sample.meta.get("boxes"))
     known: list[Any] = stored if len(stored) == len(parts) else [{}] * len(parts)
     if parts == [TextPart(text=NO_OBJECTS_ANSWER)]:
         return
     for part, attributes in zip(parts, known, strict=True):
-        is_box = isinstance(part, BoxPart) and not part.is_point
-        if not isinstance(part, BoxPart) or not is_box or not (part.label or "").strip():
+        if not isinstance(part, BoxPart) or part.is_point or not (part.label or "").strip():
             raise UserError(
                 f"the answer contains {str(part)[:80]}",
                 where=f"sample {sample.id}",

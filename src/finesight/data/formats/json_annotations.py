@@ -26,7 +26,6 @@ image is missing, it is saved from `imageData`. Images without a JSON file are i
 from __future__ import annotations
 
 import base64
-import binascii
 import io
 import itertools
 import json
@@ -46,7 +45,6 @@ from PIL import Image
 from finesight.bounded_files import find_existing, parse_unique_json
 from finesight.data.boxes import (
     BoxConvention,
-    InvalidBoxError,
     find_bounds,
     translate_shape_errors,
 )
@@ -87,12 +85,18 @@ from finesight.data.row_reader import (
     Record,
     RowReader,
     SourceRow,
-    is_json_object,
+    is_json_file,
     list_folder,
     open_annotation_files,
     rows_from_items,
 )
-from finesight.data.sample import MAX_BOXES, LocatedSample, check_json, read_data_file
+from finesight.data.sample import (
+    MAX_BOXES,
+    LocatedSample,
+    check_json,
+    read_data_file,
+    translate_errors,
+)
 from finesight.errors import UserError, format_count
 
 COCO_BOX_CONVENTION = BoxConvention(format="xywh")
@@ -245,7 +249,7 @@ def _write_coco(samples: Sequence[LocatedSample], context: ExportContext) -> Fil
 
 def _read_document(source: Path) -> Record | None:
     """Return a COCO document with its lists of images, annotations and categories, else None."""
-    document = _read_object(source, b'"annotations"') or {}
+    document = read_document(source, b'"annotations"') or {}
     lists = {key: document.get(key) or [] for key in _LIST_KEYS}
     if not document or not all(isinstance(items, list) for items in lists.values()):
         return None
@@ -253,16 +257,15 @@ def _read_document(source: Path) -> Record | None:
     return document | lists if is_valid else None
 
 
-def _read_object(file: Path, marker: bytes = b"") -> Record | None:
-    """Return the object in a JSON file whose content contains a marker, else None."""
-    content = read_data_file(file) if is_json_object(file) else b""
-    if marker not in content:
+def read_document(file: Path, *markers: bytes, opening: bytes = b"{") -> Any:
+    """Return the object or array in a JSON file that contains one of the markers, else None."""
+    content = read_data_file(file) if is_json_file(file, opening) else b""
+    if not any(marker in content for marker in markers):
         return None
     try:
-        document = parse_unique_json(content)
+        return parse_unique_json(content)
     except ValueError:
         return None  # JSON Lines or invalid: the row reader reports it
-    return document if isinstance(document, dict) else None
 
 
 def count_ids(kind: str, names: Iterable[object], source: object) -> Counter[str]:
@@ -390,7 +393,7 @@ def _iter_annotations(record: ImageRecord, classes: Sequence[str]) -> Iterator[R
 def _open_fiftyone(source: Path) -> tuple[RowReader, str] | None:
     """Open a folder with labels.json, or this file, as rows, one per image."""
     file = source / LABELS_FILE if source.is_dir() else source
-    document = _read_object(file)
+    document = read_document(file, b'"labels"')
     labels = document.get("labels") if document else None
     if document is None or not isinstance(labels, dict) or not labels:
         return None
@@ -501,8 +504,8 @@ def _get_label(item: object, classes: Sequence[object]) -> str | None:
 def _find_images(folder: Path) -> dict[str, Path]:
     """Map the key of each image to its path, of data.json or of the folder data."""
     manifest = folder / MANIFEST_FILE
-    if is_json_object(manifest) and not (folder / DATA_FOLDER).is_dir():
-        names = _read_object(manifest) or {}
+    if is_json_file(manifest) and not (folder / DATA_FOLDER).is_dir():
+        names = read_document(manifest, b"{") or {}
         return {_get_key(key): folder / str(name) for key, name in names.items()}
     files = list_folder(folder / DATA_FOLDER).files if (folder / DATA_FOLDER).is_dir() else ()
     return {_get_key(file.relative_to(folder / DATA_FOLDER).as_posix()): file for file in files}
@@ -548,14 +551,9 @@ def _read_record(file: Path) -> Record:
     """Read and validate a LabelMe file."""
     content = read_data_file(file, MAX_LINE_BYTES)
     check_json(content, str(file))
-    try:
+    remedy = "save it again, or remove it from the folder"
+    with translate_errors("broken JSON", "a file as LabelMe saves it", remedy):
         record = parse_unique_json(content)
-    except ValueError as error:
-        raise UserError(
-            f"broken JSON: {error}",
-            expected="a file as LabelMe saves it",
-            remedy="save it again, or remove it from the folder",
-        ) from error
     shapes = record.get("shapes") if isinstance(record, dict) else None
     if not isinstance(shapes, list) or not all(isinstance(shape, dict) for shape in shapes):
         raise UserError(
@@ -584,12 +582,9 @@ def _get_shape_type(shape: Record) -> str:
 def _parse_shape(shape: Record, context: ImportContext) -> ObjectAnnotation:
     shape_type, points = _get_shape_type(shape), shape.get("points", ())
     bounds = None if shape_type in POINT_TYPES else find_bounds(points or (), shape)
-    if not isinstance(shape.get("label"), str) or not shape["label"].strip():
-        raise InvalidBoxError(
-            f"the {shape_type} {str(shape)[:80]}",
-            expected="a label",
-            remedy="correct the shape, or remove it",
-        )
+    with translate_shape_errors(shape, "a label", shape_type):
+        if not str.strip(shape["label"]):
+            raise ValueError(f"the label {shape['label']!r}")
     if shape_type == "circle" and isinstance(points, list) and len(points) > 1:
         (x, y), edge, *_ = ((float(x), float(y)) for x, y in points)
         radius = math.dist((x, y), edge)
@@ -634,14 +629,9 @@ def _find_image(file: Path, record: Record) -> str | bytes:
     data = record.get("imageData")
     if not isinstance(data, str) or not data:
         return str(path)  # the image resolver reports the path
-    try:
+    expected, remedy = "image bytes in base64, or null", f"move the image to {path}"
+    with translate_errors("imageData is not base64", expected, remedy):
         return base64.b64decode(data, validate=True)
-    except (binascii.Error, ValueError) as error:
-        raise UserError(
-            f"imageData is not base64: {error}",
-            expected="image bytes in base64, or null",
-            remedy=f"move the image to {path}",
-        ) from error
 
 
 def _build_record(image_record: ImageRecord, context: ExportContext) -> Record:

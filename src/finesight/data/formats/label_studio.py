@@ -27,7 +27,7 @@ from typing import Any, Literal
 from urllib.parse import parse_qs, quote, unquote, urlsplit
 from xml.etree import ElementTree
 
-from finesight.bounded_files import find_existing, parse_unique_json
+from finesight.bounded_files import find_existing
 from finesight.data.boxes import (
     Box,
     BoxConvention,
@@ -61,11 +61,12 @@ from finesight.data.formats.image_annotations import (
     require_inside_output,
     trace_mask,
 )
+from finesight.data.formats.json_annotations import read_document
 from finesight.data.formats.row_keys import count_keys
 from finesight.data.formats.xml_annotations import parse_xml
-from finesight.data.image_header import IMAGE_SUFFIXES, ImageSize
+from finesight.data.image_header import ImageSize, is_image_value
 from finesight.data.row_reader import Record, RowReader, SourceRow, rows_from_items
-from finesight.data.sample import LocatedSample, read_data_file
+from finesight.data.sample import LocatedSample
 from finesight.errors import UserError, format_count
 
 SPOTTING_PROMPT = "Locate and read every text in the image."
@@ -186,12 +187,8 @@ def parse_row(row: SourceRow, context: ImportContext) -> list[ImportExample]:
             expected="one image per task",
             remedy="export one task per image, or remove the task",
         )
-    declared = {
-        (result["original_height"], result["original_width"])
-        for result in task.results
-        if isinstance(result.get("original_height"), int)
-        and isinstance(result.get("original_width"), int)
-    }
+    sizes = [(one.get("original_height"), one.get("original_width")) for one in task.results]
+    declared = {size for size in sizes if all(isinstance(side, int) for side in size)}
     notes[NOTE_WHOLE_IMAGE] += len(_merge_answers(task.results))
     objects: list[ObjectAnnotation] = []
     for region in _merge_regions(task.results):
@@ -355,16 +352,7 @@ def parse_label_config(config: str) -> list[LabelControl]:
 
 def _read_tasks(source: Path, results_from: ResultSource) -> list[LabeledTask] | None:
     """Return the tasks of an export, or None if the file has another format."""
-    if source.suffix.lower() != ".json" or not source.is_file():
-        return None
-    content = read_data_file(source)
-    has_key = any(key in content for key in (b'"data"', b'"annotation_id"'))
-    if not content.lstrip().startswith(b"[") or not has_key:
-        return None
-    try:
-        records = parse_unique_json(content)
-    except ValueError:
-        return None  # the row reader reports it
+    records = read_document(source, b'"data"', b'"annotation_id"', opening=b"[")
     if not records or not all(isinstance(record, dict) for record in records):
         return None
     if all({"annotation_id", "annotator"} <= record.keys() for record in records):
@@ -442,13 +430,8 @@ def _expand_min(record: Record) -> Record:
 
 
 def _is_image_reference(value: object) -> bool:
-    if not isinstance(value, str):
-        return False
-    prefixes = (LOCAL_FILES_PATH, UPLOAD_PATH, "data:image/")
-    return value.startswith(prefixes) or (
-        PurePosixPath(urlsplit(value).path if "://" in value else value).suffix.lower()
-        in IMAGE_SUFFIXES
-    )
+    is_on_server = isinstance(value, str) and value.startswith((LOCAL_FILES_PATH, UPLOAD_PATH))
+    return is_on_server or (isinstance(value, str) and is_image_value(value))
 
 
 def _get_image_reference(data: Mapping[str, Any], where: str) -> str:
@@ -520,9 +503,8 @@ def _merge_regions(results: Sequence[Record]) -> list[Record]:
     for index, result in enumerate(results):
         value = result.get("value")
         if isinstance(value, dict) and not _GEOMETRY_KEYS.isdisjoint(value):
-            region = regions.setdefault(
-                str(result.get("id", index)), {"type": result.get("type", "region")}
-            )
+            region_id, kind = str(result.get("id", index)), result.get("type", "region")
+            region = regions.setdefault(region_id, {"type": kind})
             sizes = {key: result[key] for key in _SIZE_KEYS if key in result}
             region.update(sizes | value)
     return list(regions.values())

@@ -67,7 +67,12 @@ from finesight.data.row_reader import (
     open_annotation_files,
     rows_from_items,
 )
-from finesight.data.sample import MAX_LABEL_FILE_BYTES, LocatedSample, read_data_file
+from finesight.data.sample import (
+    MAX_LABEL_FILE_BYTES,
+    LocatedSample,
+    read_data_file,
+    translate_errors,
+)
 from finesight.errors import UserError, format_count
 
 BNDBOX_TAGS = ("xmin", "ymin", "xmax", "ymax")
@@ -162,7 +167,9 @@ def parse_xml(content: str | bytes, expected: str) -> ElementTree.Element:
         UserError: The XML is invalid, or has a DOCTYPE, which could declare entities.
     """
     parser = ElementTree.XMLParser(target=_SafeTreeBuilder())
-    try:
+    remedy = "export the file again, or remove it from the folder"
+    kinds = (ElementTree.ParseError, ValueError, LookupError)
+    with translate_errors("broken XML", expected, remedy, kinds=kinds):
         declared = _XML_ENCODING.match(content) if isinstance(content, bytes) else None
         if declared is not None and isinstance(content, bytes):
             # The XML parser reads no multi-byte encodings; GB 18030 extends GB 2312 and GBK.
@@ -170,12 +177,6 @@ def parse_xml(content: str | bytes, expected: str) -> ElementTree.Element:
             content = content.decode("gb18030" if name.startswith("gb") else name)
         parser.feed(content)
         root = parser.close()
-    except (ElementTree.ParseError, ValueError, LookupError) as error:
-        raise UserError(
-            f"broken XML: {error}",
-            expected=expected,
-            remedy="export the file again, or remove it from the folder",
-        ) from error
     assert isinstance(root, ElementTree.Element), f"XML became {type(root)}"
     return root
 

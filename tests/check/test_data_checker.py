@@ -73,7 +73,7 @@ def test_excess_boxes_are_subsampled_evenly(folder):
         claims = BoxClaimCollector(max_claims=100)
         for row in range(1000):
             box = RawBox((float(row), 0.0, 1.0, 1.0), Path(path), BoxConvention())
-            claims.add_row(UnvalidatedRow(f"line {row}", row, (), (box, box)), f"data:{row}", album)
+            claims.add_row(UnvalidatedRow(f"line {row}", (), (box, box)), f"data:{row}", album)
     rows = sorted({int(claim.coordinates[0]) for claim in claims.claims})
     assert 20 <= len(rows) <= 50
     steps = {later - earlier for earlier, later in itertools.pairwise(rows)}

@@ -239,12 +239,10 @@ def read_first_record(path: Path) -> dict[str, Any] | None:
         return None
     if not read_parquet_metadata(path).num_rows:
         return None
-    try:
-        with translate_parquet_errors(path):
-            row = read_first_row(path)
-        return _decode_record(row, str(path)) | ({IMAGES_COLUMN: []} if has_images(path) else {})
-    except UserError:
-        return None
+    with suppress(UserError), translate_parquet_errors(path):
+        row = _decode_record(read_first_row(path), str(path))
+        return row | ({IMAGES_COLUMN: []} if has_images(path) else {})
+    return None
 
 
 def _decode_record(record: dict[str, Any], location: str) -> dict[str, Any]:

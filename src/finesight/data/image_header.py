@@ -255,10 +255,6 @@ class ImageTooLargeError(CorruptImageError):
     """Raised when an image exceeds the limit of pixels or bytes."""
 
 
-class MissingPackageError(CorruptImageError):
-    """Raised when the package that decodes a file is not installed."""
-
-
 def open_image_header(
     path: Path,
     max_pixels: int = MAX_IMAGE_PIXELS,
@@ -313,7 +309,7 @@ def open_image_header(
 
 
 def _open_image(path: Path, source: Path | io.BytesIO, formats: Sequence[str]) -> Image.Image:
-    """Open an image with Pillow. Raises MissingPackageError if HEIF or PDF needs its package."""
+    """Open an image with Pillow. Raises CorruptImageError if HEIF or PDF needs its package."""
     try:
         Image.init()
         return Image.open(source, formats=[name for name in formats if name in Image.OPEN])
@@ -336,7 +332,7 @@ def _open_image(path: Path, source: Path | io.BytesIO, formats: Sequence[str]) -
             kind, package, extra = "a PDF file", "pypdfium2", "pdf"
         what, expected = f"{kind}, but {error}", f"the package {package}, which decodes it"
         remedy = f"install it: pip install 'finesight[{extra}]'; or convert the images to JPEG"
-        raise build_file_error(path, what, expected, remedy, MissingPackageError) from error
+        raise build_file_error(path, what, expected, remedy) from error
     register_heif_opener()
     return Image.open(source, formats=("HEIF",))
 

@@ -174,7 +174,6 @@ class UnvalidatedRow:
     """
 
     location: str
-    number: int
     samples: tuple[Sample, ...] = ()
     boxes: tuple[RawBox, ...] = ()
     error: UserError | None = None
@@ -197,9 +196,9 @@ class UnvalidatedSource:
         return stop - start
 
     def __iter__(self) -> Iterator[UnvalidatedRow]:
-        shared_context = self.source.create_context(self.options, self.output_folder, lenient=True)
+        context = self.source.create_context(self.options, self.output_folder, lenient=True)
         for row in self.source.iter_rows():
-            context = replace(shared_context, raw_boxes=[])
+            context.raw_boxes.clear()
             examples, error = list[ImportExample](), None
             try:
                 examples = self.source.data_format.parse_examples(row, context)
@@ -209,7 +208,7 @@ class UnvalidatedSource:
                 error = found
             samples = tuple(sample for example in examples for sample in example.to_train_samples())
             boxes = tuple(context.raw_boxes)
-            yield UnvalidatedRow(row.location, row.number, samples, boxes, error)
+            yield UnvalidatedRow(row.location, samples, boxes, error)
 
 
 def open_unvalidated(

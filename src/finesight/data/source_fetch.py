@@ -344,9 +344,7 @@ def fetch_source(
 
 def _prepare_file(file: Path, work_folder: Path, options: ImportOptions) -> FetchedSource:
     """Unpack an archive; a WebDataset or a file of another type is returned unchanged."""
-    if not is_archive(file.name):
-        return FetchedSource(file, options)
-    if is_tar_file(file) and is_webdataset(file):
+    if not is_archive(file.name) or (is_tar_file(file) and is_webdataset(file)):
         return FetchedSource(file, options)
     unpack_archive(file, work_folder)
     return _prepare_folder(_skip_single_folders(work_folder), replace(options, copy_images=True))

@@ -750,8 +750,7 @@ def example_from_sample(sample: Sample, context: ImportContext) -> ImportExample
     def fitted(part: ContentPart) -> ContentPart:
         if not isinstance(part, BoxPart) or part.image >= len(images):
             return part
-        coordinates, path = list_coordinates(part), images[part.image]
-        xyxy = context.read_box(coordinates, path, BoxConvention(), part.label)
+        xyxy = context.read_box(list_coordinates(part), images[part.image], BoxConvention())
         return part.model_copy(update={"xyxy": xyxy})
 
     sample = sample.with_parts(fitted)

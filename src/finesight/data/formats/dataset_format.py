@@ -184,7 +184,6 @@ class RawBox:
     coordinates: Box
     image_path: Path
     convention: BoxConvention
-    label: str | None = None
 
 
 _OBJECT_REF = re.compile(
@@ -247,9 +246,7 @@ class ImportContext:
         """Return the box convention of the user options, else that of the dataset format."""
         return BoxConvention(self.box_format or default.format, self.box_units or default.units)
 
-    def read_box(
-        self, value: object, image_path: Path, default: BoxConvention, label: str | None = None
-    ) -> Box:
+    def read_box(self, value: object, image_path: Path, default: BoxConvention) -> Box:
         """Convert the coordinates of a row to two corners in pixels, equal for a point.
 
         Raises:
@@ -262,7 +259,7 @@ class ImportContext:
         if is_point:
             convention = replace(convention, format="xyxy")
         a, b, c, d = (*coordinates, *coordinates)[:4]
-        self.raw_boxes.append(RawBox((a, b, c, d), image_path, convention, label))
+        self.raw_boxes.append(RawBox((a, b, c, d), image_path, convention))
         if self.lenient and convention.units == "pixel":
             return convention.to_pixels((a, b, c, d), (0, 0))
         image_size = self.images.image_size(image_path)
@@ -364,7 +361,7 @@ class RowImages:
                 expected=f"an index below {len(self.paths)}, the images before it",
                 remedy="correct the row",
             )
-        xyxy = self.context.read_box(value, self.paths[resolved_index], default, label)
+        xyxy = self.context.read_box(value, self.paths[resolved_index], default)
         is_point = isinstance(value, list | tuple) and len(value) == 2
         return create_region(xyxy, label, is_point=is_point, image=resolved_index)
 

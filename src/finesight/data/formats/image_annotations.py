@@ -832,16 +832,17 @@ def round_coordinate(value: float) -> int | float:
     return int(rounded) if rounded == int(rounded) else rounded
 
 
+def _build_export_error(sample: Sample, what: str, expected: str) -> UserError:
+    remedy = "export these samples in a conversation format, or remove them"
+    return UserError(what, where=f"sample {sample.id}", expected=expected, remedy=remedy)
+
+
 def _get_single_image(sample: Sample) -> str:
     turns = [message.role for message in sample.messages if message.role != "system"]
     images = [part.image for part in sample.iter_parts() if isinstance(part, ImagePart)]
     if turns != ["user", "assistant"] or len(images) != 1:
-        raise UserError(
-            f"{len(turns)} turns about {len(images)} images",
-            where=f"sample {sample.id}",
-            expected="one question about one image, and its answer",
-            remedy="export these samples in a conversation format, or remove them",
-        )
+        what = f"{len(turns)} turns about {len(images)} images"
+        raise _build_export_error(sample, what, "one question about one image, and its answer")
     return images[0]
 
 
@@ -854,12 +855,9 @@ def _iter_boxes(sample: Sample) -> Iterator[ExportBox]:
         return
     for part, attributes in zip(parts, known, strict=True):
         if not isinstance(part, BoxPart) or part.is_point or not (part.label or "").strip():
-            raise UserError(
-                f"the answer contains {str(part)[:80]}",
-                where=f"sample {sample.id}",
-                expected=f"only boxes with labels, or {NO_OBJECTS_ANSWER!r}",
-                remedy="export these samples in a conversation format, or remove them",
-            )
+            what = f"the answer contains {str(part)[:80]}"
+            expected = f"only boxes with labels, or {NO_OBJECTS_ANSWER!r}"
+            raise _build_export_error(sample, what, expected)
         attributes = attributes if isinstance(attributes, dict) else {}
         yield ExportBox(str(part.label), part.xyxy, attributes)
 

@@ -181,14 +181,11 @@ def _order_by_split(root: Path, files: Sequence[Path]) -> tuple[list[Path], int,
             which is empty without split folders. The test split counts as validation if there is
             no other one, and is left out otherwise.
     """
-    names = {file: file.relative_to(root).parts[:-1] for file in files}
-    split_names = {
-        file: SPLIT_ALIASES.get(parts[0].lower()) for file, parts in names.items() if parts
-    }
-    splits = {
-        split: [f for f in files if split_names.get(f) == split] for split in split_names.values()
-    }
-    if len(split_names) < len(files) or None in splits or "train" not in splits:
+    splits: defaultdict[str | None, list[Path]] = defaultdict(list)
+    for file in files:
+        *folders, _ = file.relative_to(root).parts
+        splits[SPLIT_ALIASES.get(folders[0].lower()) if folders else None].append(file)
+    if None in splits or "train" not in splits:
         return list(files), len(files), ""
     validation = "validation" if "validation" in splits else "test"
     note = f", {validation} folder for validation" if validation in splits else ", training folder"
@@ -333,7 +330,27 @@ def open_yolo(source: Path) -> tuple[RowReader, str] | None:
     """Open a YOLO dataset as rows, one per image.
 
     The source is a folder with data.yaml or with class names and label files, or the YAML file."""
-    return _open_from_yaml(source) or _open_from_class_names(source)
+    files = [source] if source.suffix.lower() in (".yaml", ".yml") and source.is_file() else []
+    if source.is_dir():
+        files = sorted([*source.glob("*.yaml"), *source.glob("*.yml")])
+    for file in files:
+        try:
+            description = load_yaml(read_data_file(file, MAX_DESCRIPTION_BYTES))
+        except yaml.YAMLError:  # of another program
+            continue
+        if isinstance(description, dict) and "names" in description:
+            names = _parse_class_names(description["names"], file)
+            images = tuple(_iter_split_images(description, file))
+            if not images:
+                raise UserError(
+                    "no images are found",
+                    where=str(file),
+                    expected="images in the folders or lists of train, val and test",
+                    remedy="correct these paths, relative to the folder of the file",
+                )
+            known_by, pose = f"names in {file.name}", _read_keypoints(description, names, file)
+            return _build_rows(source, names, images, known_by, *pose)
+    return _open_from_class_names(source)
 
 
 def _build_rows(
@@ -427,30 +444,6 @@ def write_yolo(samples: Sequence[LocatedSample], context: ExportContext) -> File
         "names": dict(enumerate(classes)),
     }
     yield "data.yaml", yaml.safe_dump(description, sort_keys=False, allow_unicode=True).encode()
-
-
-def _open_from_yaml(source: Path) -> tuple[RowReader, str] | None:
-    files = [source] if source.suffix.lower() in (".yaml", ".yml") and source.is_file() else []
-    if source.is_dir():
-        files = sorted([*source.glob("*.yaml"), *source.glob("*.yml")])
-    for file in files:
-        try:
-            description = load_yaml(read_data_file(file, MAX_DESCRIPTION_BYTES))
-        except yaml.YAMLError:  # of another program
-            continue
-        if isinstance(description, dict) and "names" in description:
-            names = _parse_class_names(description["names"], file)
-            images = tuple(_iter_split_images(description, file))
-            if not images:
-                raise UserError(
-                    "no images are found",
-                    where=str(file),
-                    expected="images in the folders or lists of train, val and test",
-                    remedy="correct these paths, relative to the folder of the file",
-                )
-            known_by, pose = f"names in {file.name}", _read_keypoints(description, names, file)
-            return _build_rows(source, names, images, known_by, *pose)
-    return None
 
 
 def _read_keypoints(

@@ -123,10 +123,13 @@ POINT_TYPES = ("point", "points")
 
 def _open_coco(source: Path) -> tuple[RowReader, str] | None:
     """Open a COCO JSON document as rows, one per image."""
-    document = _read_document(source)
-    if document is None:
+    document = read_document(source, b'"annotations"') or {}
+    lists = [document.get(key) or [] for key in _LIST_KEYS]
+    if not document or not all(isinstance(items, list) for items in lists):
         return None
-    images, annotations, categories = (document[key] for key in _LIST_KEYS)
+    if not all(isinstance(item, dict) for item in itertools.chain(*lists)):
+        return None
+    images, annotations, categories = lists
     box_keys = ("bbox", "segmentation", "keypoints")
     has_boxes = any(key in item for item in annotations for key in box_keys)
     if not images or not (has_boxes or any("caption" in item for item in annotations)):
@@ -136,10 +139,8 @@ def _open_coco(source: Path) -> tuple[RowReader, str] | None:
             expected="annotations with `bbox` (instances) or `caption`",
             remedy="use the document of the instances or of the captions",
         )
-    ids, _ = (
-        count_ids(kind, (one.get("id") for one in document[kind]), source)
-        for kind in ("images", "categories")
-    )
+    ids = count_ids("images", (one.get("id") for one in images), source)
+    count_ids("categories", (one.get("id") for one in categories), source)
     folder = find_image_folder(source, [_get_file_name(image) for image in images])
     names = {
         str(item.get("id")): item["name"]
@@ -245,16 +246,6 @@ def _write_coco(samples: Sequence[LocatedSample], context: ExportContext) -> Fil
     if not is_detection:
         del document["categories"]
     yield "annotations.json", (json.dumps(document, ensure_ascii=False, indent=1) + "\n").encode()
-
-
-def _read_document(source: Path) -> Record | None:
-    """Return a COCO document with its lists of images, annotations and categories, else None."""
-    document = read_document(source, b'"annotations"') or {}
-    lists = {key: document.get(key) or [] for key in _LIST_KEYS}
-    if not document or not all(isinstance(items, list) for items in lists.values()):
-        return None
-    is_valid = all(isinstance(item, dict) for items in lists.values() for item in items)
-    return document | lists if is_valid else None
 
 
 def read_document(file: Path, *markers: bytes, opening: bytes = b"{") -> Any:

@@ -390,13 +390,8 @@ def _select_results(
     if not valid:
         reason = REASON_CANCELLED if candidates else REASON_UNLABELED
         return LabeledTask(location, reference, skip_reason=reason)
-    selected = max(
-        valid,
-        key=lambda one: (
-            bool(one.get("ground_truth")),
-            str(one.get("updated_at") or one.get("created_at") or ""),
-        ),
-    )
+    valid.sort(key=lambda a: str(a.get("updated_at") or a.get("created_at") or ""), reverse=True)
+    selected = max(valid, key=lambda one: bool(one.get("ground_truth")))
     notes = [NOTE_SEVERAL] * (len(valid) > 1)
     notes += [NOTE_PREDICTIONS] * (is_prediction and results_from == "annotations")
     results = tuple(one for one in as_list(selected.get("result")) if isinstance(one, dict))

@@ -629,24 +629,21 @@ def _build_json_answers(row: SourceRow, context: ImportContext) -> list[str]:
     column = context.columns.get("fields")
     if column is None:
         return []
-    if "answer" in context.columns:
-        raise InvalidOptionError(
-            f"fields={column} together with answer={context.columns['answer']}",
-            where="--map",
-            expected="an answer in one column, or in several",
-            remedy="remove one of the two",
-        )
-    names = find_columns(row.record, "fields", column)
+    names, what = find_columns(row.record, "fields", column), ""
     # The key of `entities.total` is `total`.
     keys = [name if name in row.record else name.rpartition(".")[2] for name in names]
     duplicate, count = Counter(keys).most_common(1)[0]
-    if count > 1:
-        raise InvalidOptionError(
+    if "answer" in context.columns:
+        what = f"fields={column} together with answer={context.columns['answer']}"
+        expected = "an answer in one column, or in several"
+    elif count > 1:
+        what, expected = (
             f"the duplicate column {duplicate!r} in fields={column}",
-            where="--map",
-            expected="each column once",
-            remedy="remove one of the two",
+            "each column once",
         )
+    if what:
+        remedy = "remove one of the two"
+        raise InvalidOptionError(what, where="--map", expected=expected, remedy=remedy)
     cells = {key: get_cell(row.record, name) for key, name in zip(keys, names, strict=True)}
     members = [_format_member(key, cell) for key, cell in cells.items() if not _is_empty(cell)]
     return [f"{{{', '.join(members)}}}"] if members else []

@@ -762,13 +762,9 @@ def example_from_sample(sample: Sample, context: ImportContext) -> ImportExample
 def _write_samples(samples: Sequence[LocatedSample], context: ExportContext) -> Files:
     """Write samples with image paths relative to the output folder."""
 
-    def build_record(located_sample: LocatedSample) -> Record:
-        return sample_to_dict(
-            located_sample.sample,
-            lambda name: context.image_names[located_sample.resolve_path(name)],
-        )
-
-    for record in map(build_record, samples):
+    for located_sample in samples:
+        names = partial(context.name_image, located_sample)
+        record = sample_to_dict(located_sample.sample, names)
         yield JSONL_FILE, f"{json.dumps(record, ensure_ascii=False)}\n".encode()
 
 

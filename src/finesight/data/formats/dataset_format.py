@@ -469,6 +469,10 @@ class ExportContext:
     lost_counts: Counter[str] = field(default_factory=Counter)
     notes: list[str] = field(default_factory=list)
 
+    def name_image(self, located_sample: LocatedSample, name: str) -> str:
+        """Return the output path of an image of a sample."""
+        return self.image_names[located_sample.resolve_path(name)]
+
 
 _TURN_KEYS = (
     *("messages", "conversations", "conversation", "prompt", "completion", "history"),

@@ -91,8 +91,6 @@ REASON_NO_TEXT_FILE = "images without a text file of the same name"
 
 def open_folder(source: Path) -> tuple[RowReader, str] | None:
     """Open a folder of images and text files as rows, one per image."""
-    if not source.is_dir():
-        return None
     listing = list_folder(source)
     images = listing.image_files()
     texts = {_get_pair_key(text): text for text in listing.files_with_suffix(".txt")}
@@ -200,8 +198,6 @@ def open_imagefolder(source: Path, encoding: str | None = None) -> tuple[RowRead
     Args:
         encoding: Encoding of metadata.csv, None to detect it; other files then do not match.
     """
-    if not source.is_dir():
-        return None
     found = [path for path in list_folder(source).files if _METADATA_NAME.fullmatch(path.name)]
     files, num_train, note = _order_by_split(source, found)
     if encoding is not None and any(file.suffix.lower() != ".csv" for file in files):
@@ -330,9 +326,8 @@ def open_yolo(source: Path) -> tuple[RowReader, str] | None:
     """Open a YOLO dataset as rows, one per image.
 
     The source is a folder with data.yaml or with class names and label files, or the YAML file."""
-    files = [source] if source.suffix.lower() in (".yaml", ".yml") and source.is_file() else []
-    if source.is_dir():
-        files = sorted([*source.glob("*.yaml"), *source.glob("*.yml")])
+    is_yaml = source.suffix.lower() in (".yaml", ".yml") and source.is_file()
+    files = [source] if is_yaml else sorted([*source.glob("*.yaml"), *source.glob("*.yml")])
     for file in files:
         try:
             description = load_yaml(read_data_file(file, MAX_DESCRIPTION_BYTES))
@@ -552,8 +547,6 @@ def _open_from_class_names(source: Path) -> tuple[RowReader, str] | None:
 
     Returns None if the folder has no label files.
     """
-    if not source.is_dir():
-        return None
     images = [("", path) for path in list_folder(source).image_files()]
     label_lines = list(_iter_first_lines(images))
     # Tolerate some invalid lines; they are reported when their row is parsed.

@@ -494,12 +494,11 @@ def _get_label(item: object, classes: Sequence[object]) -> str | None:
 
 def _find_images(folder: Path) -> dict[str, Path]:
     """Map the key of each image to its path, of data.json or of the folder data."""
-    manifest = folder / MANIFEST_FILE
-    if is_json_file(manifest) and not (folder / DATA_FOLDER).is_dir():
-        names = read_document(manifest, b"{") or {}
+    data = folder / DATA_FOLDER
+    if not data.is_dir():
+        names = read_document(folder / MANIFEST_FILE, b"{") or {}
         return {_get_key(key): folder / str(name) for key, name in names.items()}
-    files = list_folder(folder / DATA_FOLDER).files if (folder / DATA_FOLDER).is_dir() else ()
-    return {_get_key(file.relative_to(folder / DATA_FOLDER).as_posix()): file for file in files}
+    return {_get_key(file.relative_to(data).as_posix()): file for file in list_folder(data).files}
 
 
 def _get_key(name: str) -> str:

@@ -190,9 +190,8 @@ def parse_row(row: SourceRow, context: ImportContext) -> list[ImportExample]:
     sizes = [(one.get("original_height"), one.get("original_width")) for one in task.results]
     declared = {size for size in sizes if all(isinstance(side, int) for side in size)}
     notes[NOTE_WHOLE_IMAGE] += len(_merge_answers(task.results))
-    objects: list[ObjectAnnotation] = []
-    for region in _merge_regions(task.results):
-        objects += _parse_region(region, context, project)
+    regions = _merge_regions(task.results)
+    objects = [one for region in regions for one in _parse_region(region, context, project)]
     return build_detection_examples(
         row,
         context,
@@ -265,16 +264,12 @@ def build_region_results(
         geometry["rotation"] = 0
     common: Record = {"id": region_id, "to_name": controls[2]}
     common |= {"original_width": width, "original_height": height, "image_rotation": 0}
-    rectangle = {
-        **common,
-        "from_name": controls[0],
-        "type": kind,
-        "value": {**geometry, kind: [label]},
-    }
-    if text is None:
-        return [rectangle]
-    value = {**geometry, "text": [text]}
-    return [rectangle, {**common, "from_name": controls[1], "type": "textarea", "value": value}]
+    parts = [(controls[0], kind, {kind: [label]})]
+    parts += [] if text is None else [(controls[1], "textarea", {"text": [text]})]
+    return [
+        {**common, "from_name": name, "type": one, "value": {**geometry, **value}}
+        for name, one, value in parts
+    ]
 
 
 def build_answer_result(
@@ -324,29 +319,26 @@ def parse_label_config(config: str) -> list[LabelControl]:
         image.get("name", ""): image.get("value", "").removeprefix("$")
         for image in view.iter("Image")
     }
-    controls: list[LabelControl] = []
-    text_names: dict[str, str | None] = {}
-    for element in view.iter():
-        target = element.get("toName", "")
-        if element.tag not in _CONTROL_KINDS or target not in data_keys:
-            continue
-        if element.get("perRegion", "false").lower() == "true":
-            text_names |= {target: element.get("name")} if element.tag == "TextArea" else {}
-            continue
-        options = [one for one in element if one.tag in ("Label", "Choice")]
-        controls.append(
-            LabelControl(
-                kind=_CONTROL_KINDS[element.tag],
-                name=element.get("name", ""),
-                image_name=target,
-                data_key=data_keys[target],
-                labels=tuple(one.get("alias", one.get("value", "")) for one in options),
-                is_multiple=element.get("choice", "").startswith("multiple"),
-            )
-        )
+    found = [one for one in view.iter() if one.tag in _CONTROL_KINDS]
+    found = [one for one in found if one.get("toName", "") in data_keys]
+    regional = [one for one in found if one.get("perRegion", "false").lower() == "true"]
+    text_names = {one.get("toName"): one.get("name") for one in regional if one.tag == "TextArea"}
     return [
-        replace(one, text_name=text_names.get(one.image_name)) if one.kind == "boxes" else one
-        for one in controls
+        LabelControl(
+            kind=_CONTROL_KINDS[control.tag],
+            name=control.get("name", ""),
+            image_name=(target := control.get("toName", "")),
+            data_key=data_keys[target],
+            labels=tuple(
+                one.get("alias", one.get("value", ""))
+                for one in control
+                if one.tag in ("Label", "Choice")
+            ),
+            text_name=text_names.get(target) if control.tag == "RectangleLabels" else None,
+            is_multiple=control.get("choice", "").startswith("multiple"),
+        )
+        for control in found
+        if control not in regional
     ]
 
 

@@ -411,9 +411,8 @@ def _build_image(index: int, record: ImageRecord, context: ExportContext) -> Ele
         corners = map(str, map(round_coordinate, box.xyxy))
         occluded = str(int(box.attributes.get("occluded") in (1, "1", True)))
         options = {"label": box.label, "source": "manual", "occluded": occluded, "z_order": "0"}
-        element = ElementTree.SubElement(
-            image, "box", {**options, **dict(zip(CORNERS, corners, strict=True))}
-        )
+        options |= dict(zip(CORNERS, corners, strict=True))
+        element = ElementTree.SubElement(image, "box", options)
         for name, value in box.attributes.items():
             if name != "occluded":
                 ElementTree.SubElement(element, "attribute", name=name).text = str(value)

@@ -484,8 +484,7 @@ def _parse_ms_swift(row: SourceRow, context: ImportContext) -> ImportExample:
     example = _build_example(row, context, turns, _OBJECT_PLACEHOLDER, objects)
     if num_refs_left := len(list(objects.refs)):  # ms-swift ignores them as well
         context.other_keys["references without `<ref-object>`, not imported"] += num_refs_left
-    num_boxes_left = len(list(objects.boxes))
-    if num_boxes_left:
+    if num_boxes_left := len(list(objects.boxes)):
         raise InvalidRowError(
             f"{num_boxes_left} boxes under objects.bbox have no `<bbox>` in the text",
             "a `<bbox>` for each box",

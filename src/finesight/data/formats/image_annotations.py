@@ -22,6 +22,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import os
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence, Set
@@ -142,14 +143,8 @@ def _iter_candidate_folders(source: Path) -> Iterator[list[Path]]:
     yield from ([base_folder] for base_folder in base_folders)
     yield from ([base_folder / "images"] for base_folder in base_folders)
     for base_folder in base_folders:
-        yield [*_list_subfolders(base_folder), *_list_subfolders(base_folder / "images")]
-
-
-def _list_subfolders(folder: Path) -> list[Path]:
-    try:
-        return sorted(path for path in folder.iterdir() if path.is_dir() and path.name != "images")
-    except OSError:  # missing or unreadable folder
-        return []
+        paths = [*sorted(base_folder.glob("*")), *sorted(base_folder.glob("images/*"))]
+        yield [path for path in paths if os.path.isdir(path) and path.name != "images"]
 
 
 UNKNOWN_LABEL = ""

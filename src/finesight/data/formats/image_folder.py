@@ -240,8 +240,8 @@ def open_class_folders(source: Path, *, is_requested: bool = False) -> tuple[Row
         is_requested: Ignore other files, accept class names such as `images`, and raise UserError
             if the folders are not classes.
     """
-    listing = list_folder(source) if source.is_dir() else None
-    images, num_train, note = _order_by_split(source, listing.image_files() if listing else ())
+    listing = list_folder(source)
+    images, num_train, note = _order_by_split(source, listing.image_files())
     depth = 1 if note else 0
     # macOS decomposes the characters of names, in contrast to texts.
     paths = [Path(normalize("NFC", str(image.relative_to(source)))).parts for image in images]
@@ -263,7 +263,7 @@ def open_class_folders(source: Path, *, is_requested: bool = False) -> tuple[Row
             expected="at least two folders, named after their classes, with all images",
             remedy="move the images to folders CLASS/, or train/CLASS/ and validation/CLASS/",
         )
-    if listing is None or problem:
+    if problem:
         return None
     is_other = any(map(listing.files_with_suffix, (*ROW_SUFFIXES, ".xml", ".txt")))
     if not is_requested and (is_other or names & (_NO_CLASS_NAMES | SPLIT_ALIASES.keys())):

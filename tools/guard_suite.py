@@ -23,7 +23,7 @@ from finesight.data.sample import (
     TextPart,
     write_samples,
 )
-from finesight.synth.canvas import Canvas, load_builtin_font
+from finesight.synth.drawing import load_builtin_font
 from finesight.synth.tickets import INK_COLOR, PAPER_COLORS, sample_pseudoword
 
 FOLDER = Path(__file__).resolve().parents[1] / "src" / "finesight" / "assets" / "guard"
@@ -82,8 +82,9 @@ def _ask_reading(rng: random.Random) -> Question:
     word = sample_pseudoword(rng)
     paper, font = rng.choice(PAPER_COLORS), load_builtin_font(rng.randint(20, 28))
     image = Image.new("RGB", (224, 112), paper)
-    rendered = Canvas(image, paper).draw_text(word, font, 16, rng.randint(45, 85), INK_COLOR)
-    assert rendered, f"{word} does not fit"
+    assert 16 + font.getlength(word) < image.width, f"{word} does not fit"
+    baseline = rng.randint(45, 85)
+    ImageDraw.Draw(image).text((16, baseline), word, INK_COLOR, font, anchor="ls")
     return image, "Read the text.", [word]
 
 

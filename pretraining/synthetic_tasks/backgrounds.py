@@ -6,7 +6,7 @@ import random
 
 from PIL import Image, ImageDraw
 
-from finesight.synth.canvas import Canvas, Color
+from synthetic_tasks.canvas import Canvas, Color
 
 TOKEN_SIZE = 28
 """Side length in pixels of the image area that becomes one token."""

@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 
-from finesight.synth.canvas import Color
 from synthetic_tasks.backgrounds import compute_luma, sample_color
+from synthetic_tasks.canvas import Color
 
 MIN_CONTRAST = 90.0
 """Minimum difference in luma (0 to 255) between text and background."""

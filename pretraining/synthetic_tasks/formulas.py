@@ -11,10 +11,10 @@ import numpy as np
 from PIL import Image
 
 from finesight.errors import UserError
-from finesight.synth.canvas import Canvas
 from synthetic_tasks import formula_grammar
 from synthetic_tasks.backgrounds import make_canvas, round_up_size
 from synthetic_tasks.camera_noise import apply_camera_noise
+from synthetic_tasks.canvas import Canvas
 from synthetic_tasks.fonts import FontSplit
 from synthetic_tasks.question_templates import fill_template
 from synthetic_tasks.synthetic_sample import SyntheticSample

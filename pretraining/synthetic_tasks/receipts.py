@@ -13,10 +13,10 @@ from functools import partial
 
 from PIL import Image, ImageDraw, ImageFont
 
-from finesight.synth.canvas import Canvas, Color, RenderedWord
 from synthetic_tasks import vocabulary
 from synthetic_tasks.backgrounds import make_canvas, round_up_size
 from synthetic_tasks.camera_noise import apply_camera_noise
+from synthetic_tasks.canvas import Canvas, Color, RenderedWord
 from synthetic_tasks.fonts import FontSplit, load_font, sample_face
 from synthetic_tasks.question_templates import fill_template
 from synthetic_tasks.synthetic_sample import (

@@ -10,8 +10,8 @@ from functools import lru_cache
 
 from PIL import Image, ImageChops, ImageDraw
 
-from finesight.synth.canvas import INK_LOOKUP, Canvas, Color, PixelBox
 from synthetic_tasks.backgrounds import make_canvas, round_up_size
+from synthetic_tasks.canvas import INK_LOOKUP, Canvas, Color, PixelBox
 
 COLORS: dict[str, Color] = {
     "red": (214, 39, 40),

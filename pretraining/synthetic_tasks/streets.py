@@ -7,10 +7,10 @@ from functools import partial
 
 from PIL import Image, ImageDraw, ImageFilter
 
-from finesight.synth.canvas import Canvas, Color, RenderedWord
 from synthetic_tasks import vocabulary
 from synthetic_tasks.backgrounds import TOKEN_SIZE, make_canvas, sample_color
 from synthetic_tasks.camera_noise import apply_camera_noise, sample_ink
+from synthetic_tasks.canvas import Canvas, Color, RenderedWord
 from synthetic_tasks.fonts import FontSplit, can_draw, load_font, sample_face
 from synthetic_tasks.synthetic_sample import PixelBox, QuestionAnswer, SyntheticSample
 from synthetic_tasks.text_images import find_unique_words, make_question

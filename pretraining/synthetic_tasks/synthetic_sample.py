@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from PIL import Image
 
 from finesight.data.sample import BoxPart, ImagePart, Message, Sample, TextPart
-from finesight.synth.canvas import PixelBox
+from synthetic_tasks.canvas import PixelBox
 
 ContentPart = str | BoxPart
 """Part of a question or an answer: text or a box."""

@@ -9,10 +9,10 @@ from functools import partial
 
 from PIL import ImageDraw, ImageFont
 
-from finesight.synth.canvas import Canvas, Color, RenderedWord
 from synthetic_tasks import vocabulary
 from synthetic_tasks.backgrounds import TOKEN_SIZE, make_canvas, round_up_size, sample_color
 from synthetic_tasks.camera_noise import apply_camera_noise, sample_ink
+from synthetic_tasks.canvas import Canvas, Color, RenderedWord
 from synthetic_tasks.fonts import FontFace, FontSplit, can_draw, load_font, sample_face
 from synthetic_tasks.question_templates import fill_template
 from synthetic_tasks.synthetic_sample import (

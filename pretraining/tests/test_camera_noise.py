@@ -7,9 +7,7 @@ import random
 import numpy as np
 import pytest
 from PIL import Image
-from synthetic_tasks import backgrounds, camera_noise, fonts
-
-from finesight.synth import canvas
+from synthetic_tasks import backgrounds, camera_noise, canvas, fonts
 
 WHITE = (255, 255, 255)
 

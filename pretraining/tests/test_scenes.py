@@ -9,9 +9,8 @@ import numpy as np
 from each_value import each
 from PIL import Image
 from synthetic_tasks import scenes
+from synthetic_tasks.canvas import INK_THRESHOLD
 from synthetic_tasks.scenes import COLORS, CONTAINER_SHAPES, are_distinct
-
-from finesight.synth.canvas import INK_THRESHOLD
 
 KINDS = [
     scenes.ShapeKind(fill, "black", shape)

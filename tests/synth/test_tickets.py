@@ -6,11 +6,11 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from each_value import each
 from PIL import Image
 
 from finesight.errors import UserError
-from finesight.synth import canvas, tickets
+from finesight.synth import tickets
+from finesight.synth.drawing import load_builtin_font
 from finesight.synth.tickets import TICKET_FIELDS, draw_ticket, sample_ticket, write_tickets
 
 
@@ -83,7 +83,7 @@ def test_widest_city_name_fits_every_layout():
 
 
 def _widest(texts):
-    font = canvas.load_builtin_font(max(tickets.FONT_SIZES))
+    font = load_builtin_font(max(tickets.FONT_SIZES))
     return max(texts, key=font.getlength)
 
 
@@ -111,47 +111,3 @@ def test_equal_seed_gives_equal_bytes(ticket_table, tmp_path, monkeypatch):
     assert [row["from"] for row in _rows(other)] != [row["from"] for row in _rows(fewer)]
     with pytest.raises(UserError, match="exists already"):
         write_tickets(again, 1, seed=0)
-
-
-WHITE = (255, 255, 255)
-
-
-def make_page(angle=0.0):
-    return canvas.Canvas(Image.new("RGB", (200, 120), WHITE), WHITE, angle)
-
-
-def draw(page, text, left, base, size=20):
-    return page.draw_text(text, canvas.load_builtin_font(size), left, base, (0, 0, 0))
-
-
-def _ink_bounds(image):
-    """Bounds of what is dark enough to be ink, of black on white."""
-    dark = 255 - np.asarray(image.convert("L"), dtype=int) >= canvas.INK_THRESHOLD
-    rows, columns = np.flatnonzero(dark.any(1)), np.flatnonzero(dark.any(0))
-    return columns[0], rows[0], columns[-1] + 1, rows[-1] + 1
-
-
-@each("angle", [0.0, 3.5, -6.0, 20.0])
-@each("text", ["Word", "jump", "...", "12:30"])
-def test_box_is_the_ink_bounds(angle, text):
-    page = make_page(angle)
-    word = draw(page, text, 60, 70, 28)
-    assert word.text == text
-    assert word.box == _ink_bounds(page.image)
-
-
-def test_rotation_is_counterclockwise_about_center():
-    left, right = (draw(make_page(10), "x", x, 60).box for x in (20, 160))
-    above, below = (draw(make_page(10), "x", 95, y).box for y in (25, 105))
-    assert left[1] > right[1], "what lies to the left comes down"
-    assert above[0] < below[0], "what lies above goes to the left"
-
-
-def test_text_that_does_not_fit_is_not_drawn():
-    for text, left, base in (
-        *(("gaps", -5, 60), ("gaps", 170, 60), ("gaps", 60, 5), ("gaps", 60, 119)),
-        (" ", 60, 60),
-    ):
-        page = make_page()
-        assert draw(page, text, left, base, 30) is None
-        assert page.image.getextrema() == ((255, 255),) * 3

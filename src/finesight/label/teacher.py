@@ -69,7 +69,7 @@ from finesight.label.label_store import (
 )
 from finesight.label.suggestion import iter_json_leaves, measure_disagreement
 from finesight.storage import append_line, flush_file
-from finesight.synth.canvas import draw_red_rectangle
+from finesight.synth.drawing import draw_red_rectangle
 
 TEACHER_FILE = "teacher.jsonl"
 

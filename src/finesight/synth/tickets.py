@@ -24,7 +24,7 @@ from PIL import Image, ImageDraw
 
 from finesight.host_memory import num_allowed_cpus
 from finesight.storage import write_folder
-from finesight.synth.canvas import Canvas, Color, load_builtin_font
+from finesight.synth.drawing import load_builtin_font
 from finesight.worker_pool import JobOutput, WorkerPool
 
 
@@ -44,6 +44,8 @@ TICKETS_PER_JOB = 100
 
 IMAGE_WIDTH = 224
 """Width of a ticket in pixels; the height depends on the layout."""
+
+Color = tuple[int, int, int]
 
 TicketFields = dict[str, str]
 """Values of a ticket by the names in TICKET_FIELDS."""
@@ -222,39 +224,31 @@ def draw_ticket(fields: TicketFields, rng: random.Random) -> Image.Image:
     company, size = rng.choice(_COMPANIES), rng.choice(FONT_SIZES)
     style = _TicketStyle(company, labels, rng.choice(BAND_COLORS), rng.choice(PAPER_COLORS), size)
     layout, height = rng.choice(LAYOUTS)
-    canvas = _draw_background(height, style, rng)
-    layout(canvas, fields, style, rng)
-    return canvas.image
-
-
-def _draw_background(height: int, style: _TicketStyle, rng: random.Random) -> Canvas:
-    """Draw the background of a ticket.
-
-    It has a band with the company and a ticket number, and holes or a stripe at the bottom.
-    """
     image = Image.new("RGB", (IMAGE_WIDTH, height), style.background)
-    draw, canvas = ImageDraw.Draw(image), Canvas(image, style.background)
+    draw = ImageDraw.Draw(image)
+    _draw_background(draw, height, style, rng)
+    layout(draw, fields, style, rng)
+    return image
+
+
+def _draw_background(
+    draw: ImageDraw.ImageDraw, height: int, style: _TicketStyle, rng: random.Random
+) -> None:
+    """Draw a band with the company and a ticket number, and holes or a stripe at the bottom."""
     draw.rectangle((0, 0, IMAGE_WIDTH, _BAND_HEIGHT - 1), style.band_color)
-    _draw_text(canvas, style.company, _LABEL_SIZE, _MARGIN, 18, WHITE_COLOR)
+    _draw_text(draw, style.company, _LABEL_SIZE, _MARGIN, 18, WHITE_COLOR)
     number = f"No {rng.randrange(1000, 10_000)}"
-    _draw_text(
-        canvas,
-        number,
-        _LABEL_SIZE,
-        IMAGE_WIDTH - _MARGIN - load_builtin_font(_LABEL_SIZE).getlength(number),
-        18,
-        WHITE_COLOR,
-    )
+    left = IMAGE_WIDTH - _MARGIN - load_builtin_font(_LABEL_SIZE).getlength(number)
+    _draw_text(draw, number, _LABEL_SIZE, left, 18, WHITE_COLOR)
     if rng.random() < 0.5:
         draw.rectangle((0, height - 4, IMAGE_WIDTH, height), style.band_color)
     else:
         for x in range(4, IMAGE_WIDTH, 12):
             draw.ellipse((x, height - 5, x + 5, height), style.band_color)
-    return canvas
 
 
 def _draw_two_rows(
-    canvas: Canvas, fields: TicketFields, style: _TicketStyle, rng: random.Random
+    draw: ImageDraw.ImageDraw, fields: TicketFields, style: _TicketStyle, rng: random.Random
 ) -> None:
     """Draw a ticket with both cities side by side and other fields below.
 
@@ -263,13 +257,13 @@ def _draw_two_rows(
     first = rng.random() < 0.5
     rest = (("seat", 114), ("price", 160)) if first else (("price", 114), ("seat", 176))
     _draw_labeled_fields(
-        canvas, fields, style, (("from", _MARGIN), ("to", IMAGE_WIDTH // 2 + 4)), _BAND_HEIGHT
+        draw, fields, style, (("from", _MARGIN), ("to", IMAGE_WIDTH // 2 + 4)), _BAND_HEIGHT
     )
-    _draw_labeled_fields(canvas, fields, style, (("date", _MARGIN), *rest), _BAND_HEIGHT + 42)
+    _draw_labeled_fields(draw, fields, style, (("date", _MARGIN), *rest), _BAND_HEIGHT + 42)
 
 
 def _draw_list(
-    canvas: Canvas, fields: TicketFields, style: _TicketStyle, rng: random.Random
+    draw: ImageDraw.ImageDraw, fields: TicketFields, style: _TicketStyle, rng: random.Random
 ) -> None:
     """Draw a ticket with one line per field and its label on the left.
 
@@ -278,36 +272,34 @@ def _draw_list(
     shuffled = rng.sample(TICKET_FIELDS[2:], 3)
     for line, name in enumerate((*TICKET_FIELDS[:2], *shuffled)):
         base = _BAND_HEIGHT + 18 + 20 * line
-        _draw_text(canvas, style.labels[name], _LABEL_SIZE, _MARGIN, base, LABEL_COLOR)
-        _draw_text(canvas, fields[name], style.font_size, 84, base, INK_COLOR)
+        _draw_text(draw, style.labels[name], _LABEL_SIZE, _MARGIN, base, LABEL_COLOR)
+        _draw_text(draw, fields[name], style.font_size, 84, base, INK_COLOR)
 
 
 def _draw_route(
-    canvas: Canvas, fields: TicketFields, style: _TicketStyle, rng: random.Random
+    draw: ImageDraw.ImageDraw, fields: TicketFields, style: _TicketStyle, rng: random.Random
 ) -> None:
     """Draw a ticket with large city names next to a line with two stops.
 
     The fields have no labels.
     """
-    draw = ImageDraw.Draw(canvas.image)
     draw.line((15, _BAND_HEIGHT + 14, 15, _BAND_HEIGHT + 38), style.band_color, 2)
     for y, name in ((_BAND_HEIGHT + 14, "from"), (_BAND_HEIGHT + 38, "to")):
         draw.ellipse((11, y - 4, 19, y + 4), style.band_color)
-        _draw_text(canvas, fields[name], style.font_size + 2, 30, y + 6, INK_COLOR)
-    _draw_text(canvas, fields["price"], style.font_size, 158, _BAND_HEIGHT + 20, INK_COLOR)
-    _draw_labeled_fields(
-        canvas, fields, style, (("date", _MARGIN), ("seat", 138)), _BAND_HEIGHT + 42
-    )
+        _draw_text(draw, fields[name], style.font_size + 2, 30, y + 6, INK_COLOR)
+    _draw_text(draw, fields["price"], style.font_size, 158, _BAND_HEIGHT + 20, INK_COLOR)
+    _draw_labeled_fields(draw, fields, style, (("date", _MARGIN), ("seat", 138)), _BAND_HEIGHT + 42)
 
 
 LAYOUTS: tuple[
-    tuple[Callable[[Canvas, TicketFields, _TicketStyle, random.Random], None], int], ...
+    tuple[Callable[[ImageDraw.ImageDraw, TicketFields, _TicketStyle, random.Random], None], int],
+    ...,
 ] = ((_draw_two_rows, 112), (_draw_list, 140), (_draw_route, 112))
 """Functions that draw a layout, with the image height of the layout in pixels."""
 
 
 def _draw_labeled_fields(
-    canvas: Canvas,
+    draw: ImageDraw.ImageDraw,
     fields: TicketFields,
     style: _TicketStyle,
     columns: Sequence[tuple[str, int]],
@@ -315,12 +307,11 @@ def _draw_labeled_fields(
 ) -> None:
     """Draw fields of a ticket side by side, each under its label."""
     for name, x in columns:
-        _draw_text(canvas, style.labels[name], _LABEL_SIZE, x, top + 16, LABEL_COLOR)
-        _draw_text(canvas, fields[name], style.font_size, x, top + 35, INK_COLOR)
+        _draw_text(draw, style.labels[name], _LABEL_SIZE, x, top + 16, LABEL_COLOR)
+        _draw_text(draw, fields[name], style.font_size, x, top + 35, INK_COLOR)
 
 
 def _draw_text(
-    canvas: Canvas, text: str, size: int, x: float, baseline: float, color: Color
+    draw: ImageDraw.ImageDraw, text: str, size: int, left: float, baseline: int, color: Color
 ) -> None:
-    rendered = canvas.draw_text(text, load_builtin_font(size), x, baseline, color)
-    assert rendered, f"{text!r} does not fit at {x}, {baseline}"
+    draw.text((round(left), baseline), text, color, load_builtin_font(size), anchor="ls")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 from dataclasses import dataclass
 from functools import lru_cache
@@ -80,14 +79,6 @@ class Canvas:
         return middle_x + dx * cosine + dy * sine, middle_y - dx * sine + dy * cosine
 
 
-def draw_red_rectangle(size: tuple[int, int], box: tuple[float, float, float, float]) -> bytes:
-    """Return a white PNG image of a height and width with a filled red rectangle, in pixels."""
-    buffer, drawing = io.BytesIO(), Image.new("RGB", size[::-1], "white")
-    ImageDraw.Draw(drawing).rectangle(box, fill="red")
-    drawing.save(buffer, format="PNG")
-    return buffer.getvalue()
-
-
 @lru_cache(256)  # Synthetic documents repeat most texts.
 def _draw_mask(text: str, font: ImageFont.FreeTypeFont) -> tuple[Image.Image, int, int]:
     """Return the coverage mask of a text, and the left and upper edge of its ink."""
@@ -95,15 +86,3 @@ def _draw_mask(text: str, font: ImageFont.FreeTypeFont) -> tuple[Image.Image, in
     mask = Image.new("L", (max(1, x2 - x1) + 2, max(1, y2 - y1) + 2))
     ImageDraw.Draw(mask).text((1 - x1, 1 - y1), text, 255, font, anchor="ls")
     return mask, x1, y1
-
-
-@lru_cache
-def load_builtin_font(size: int) -> ImageFont.FreeTypeFont:
-    """Load the font that Pillow contains at a size in pixels per em.
-
-    The basic layout engine of Pillow is used, so that the output does not depend on other
-    libraries.
-    """
-    font = ImageFont.load_default(size)
-    assert isinstance(font, ImageFont.FreeTypeFont), "Pillow was built without FreeType"
-    return font.font_variant(layout_engine=ImageFont.Layout.BASIC)

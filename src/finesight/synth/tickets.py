@@ -11,21 +11,14 @@ import csv
 import datetime
 import io
 import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib import import_module
-from itertools import chain
 from pathlib import Path
 
-import numpy as np
 from PIL import Image, ImageDraw
 
-from finesight.host_memory import num_allowed_cpus
 from finesight.storage import write_folder
 from finesight.synth.drawing import load_builtin_font
-from finesight.worker_pool import JobOutput, WorkerPool
 
 
 def split_words(text: str) -> tuple[str, ...]:
@@ -38,9 +31,6 @@ TABLE_FILE = "tickets.csv"
 
 TICKET_FIELDS = ("from", "to", "date", "seat", "price")
 """Fields of a ticket, which are the columns of the label table after `image`."""
-
-TICKETS_PER_JOB = 100
-"""Number of tickets that a worker process draws at a time."""
 
 IMAGE_WIDTH = 224
 """Width of a ticket in pixels; the height depends on the layout."""
@@ -137,43 +127,14 @@ def write_tickets(target: Path, num_tickets: int, seed: int) -> Path:
         text = io.StringIO()
         writer = csv.DictWriter(text, ("image", *TICKET_FIELDS), lineterminator="\n")
         writer.writeheader()
-        tickets = chain.from_iterable(_iter_jobs(num_tickets, seed))
-        for index, (fields, content) in enumerate(tickets):
-            name = f"images/{index:04}.png"
-            (folder / name).write_bytes(content)
+        for index in range(num_tickets):
+            # A text seed is hashed: adjacent indices give independent samples.
+            rng, name = random.Random(f"ticket {seed} {index}"), f"images/{index:04}.png"
+            fields = sample_ticket(rng)
+            draw_ticket(fields, rng).save(folder / name)
             writer.writerow({"image": name, **fields})
         (folder / TABLE_FILE).write_text(text.getvalue(), encoding="utf-8")
     return target / TABLE_FILE
-
-
-def _iter_jobs(num_tickets: int, seed: int) -> Iterator[Iterable[tuple[TicketFields, bytes]]]:
-    """Yield the fields and PNG files of a job's tickets, drawn by one worker process per core."""
-    num_workers = min(num_allowed_cpus(), num_tickets // TICKETS_PER_JOB)
-    pool = WorkerPool(import_module, __name__, num_idle=num_workers, memory_bytes=1 << 30)
-
-    def draw(start: int) -> Iterable[tuple[TicketFields, bytes]]:
-        indices = range(start, min(start + TICKETS_PER_JOB, num_tickets))
-        if num_workers < 2:
-            job = _draw_tickets(None, seed, indices)
-        else:
-            with pool.borrow_worker() as worker:
-                job = worker.call(_draw_tickets, seed, indices, max_cpu_s=60.0)
-        return zip(job.value, map(bytes, job.arrays), strict=True)
-
-    # An error closes the pool first, which ends the jobs of the threads.
-    with ThreadPoolExecutor(max(1, num_workers)) as threads, closing(pool):
-        yield from threads.map(draw, range(0, num_tickets, TICKETS_PER_JOB))
-
-
-def _draw_tickets(state: object, seed: int, indices: Iterable[int]) -> JobOutput:
-    drawn, files = [], []
-    for index in indices:
-        # A text seed is hashed: adjacent indices give independent samples.
-        rng, file = random.Random(f"ticket {seed} {index}"), io.BytesIO()
-        drawn.append(sample_ticket(rng))
-        draw_ticket(drawn[-1], rng).save(file, "PNG")
-        files.append(np.frombuffer(file.getvalue(), np.uint8))
-    return JobOutput(drawn, files)
 
 
 def sample_ticket(rng: random.Random) -> TicketFields:

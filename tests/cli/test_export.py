@@ -81,10 +81,14 @@ def test_gguf_conversion(model, tmp_path, cli):
 def test_inapplicable_options_are_rejected(model, tmp_path, cli):
     out = tmp_path / "out"
     for words, message in (
-        ((model, "--yes"), "--yes is given, but OUT is missing"),
-        ((model, out, "--public"), "--public is given, but OUT is"),
-        ((model, "hf:me/a", "--converter", tmp_path), "--converter is given, but OUT is"),
-        ((model, "--quantize", "w4a16"), "--quantize is given, but OUT is missing"),
+        ((model, "--yes"), "--yes: does not apply to serving commands"),
+        ((model, out, "--public"), "--public: does not apply to GGUF files"),
+        ((model, "hf:me/a", "--converter", tmp_path), "--converter: does not apply to an upload"),
+        ((model, "--quantize", "w4a16"), "--quantize: does not apply to serving commands"),
+        ((model, out, "--device", "cpu"), "--device: does not apply to GGUF files"),
+        ((model, out, "--trust-metric"), "expected: --trust-metric for a folder with --quantize"),
+        ((model, "--outtype", "f16"), "--outtype: does not apply to serving commands"),
+        ((model, out, "--quantize", "w4a16", "--python", out), "to a folder with --quantize"),
         ((model, out, "--quantize", "w4a16"), "no run of the family"),
         ((model, "hf:me"), "is not the address of a repository"),
         ((tmp_path / "nowhere",), "no folder"),

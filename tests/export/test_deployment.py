@@ -161,8 +161,8 @@ def test_thinking_mode_of_the_run_is_selected(name: str, enable_thinking: bool |
         tune=TuneSettings(),
         versions={},
     )
-    run = manifest if enable_thinking else None
-    serving = build_serving_commands(ModelSource(folder, None, run), "runs/mine")
+    source = ModelSource(folder, None, manifest if enable_thinking else None)
+    serving = build_serving_commands(source, "runs/mine")
     expected = {"enable_thinking": bool(enable_thinking)}
     for line in (serving.vllm, serving.sglang):
         given = options(line, 3)
@@ -170,7 +170,7 @@ def test_thinking_mode_of_the_run_is_selected(name: str, enable_thinking: bool |
         assert given.get("--reasoning-parser") == ("qwen3" if enable_thinking else None)
     assert any(json.dumps(expected) in note for note in serving.notes)
     files = GgufFiles(Path("model.gguf"), Path("m.gguf"))
-    given_words = shlex.split(format_llama_server_command(folder, files, enable_thinking))
+    given_words = shlex.split(format_llama_server_command(source, files))
     at = given_words.index("--chat-template-kwargs")
     assert json.loads(given_words[at + 1]) == expected
 
@@ -179,5 +179,6 @@ def test_thinking_mode_of_the_run_is_selected(name: str, enable_thinking: bool |
 def test_models_with_one_mode_have_no_template_options() -> None:
     folder = ModelFolder(ASSETS / "Qwen3-VL-Embedding-8B")
     assert "chat-template" not in format_serving_commands(folder, "a", "a", None).vllm
-    line = format_llama_server_command(folder, GgufFiles(Path("model.gguf"), Path("m.gguf")))
+    files = GgufFiles(Path("model.gguf"), Path("m.gguf"))
+    line = format_llama_server_command(ModelSource(folder, None, None), files)
     assert line == "llama-server -m model.gguf --mmproj m.gguf --special --temp 0"

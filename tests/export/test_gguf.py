@@ -75,7 +75,7 @@ def test_model_and_mmproj_are_written(model, tmp_path, monkeypatch, kind, encode
         ("print('no such model'); raise SystemExit(3)", "exit code 3: no such model"),
         ("import package_that_is_not_there", "No module named 'package_that_is_not_there'"),
         ("print('nothing to do')", "the converter wrote no files"),
-        (FAKE_CONVERTER.replace('b"GGUF"', 'b"PK"'), r"gguf starts with b'PK\["),
+        (FAKE_CONVERTER.replace('b"GGUF"', 'b"PK"'), r"gguf \(starts with b'PK\["),
         (
             FAKE_CONVERTER.replace("if args.mmproj", "if not args.mmproj"),
             "the converter wrote mmproj-",

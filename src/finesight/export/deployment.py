@@ -131,16 +131,18 @@ def write_gguf(
         prefixed = partial / f"mmproj-{MMPROJ_FILE}"
         if prefixed.is_file():
             prefixed.rename(partial / MMPROJ_FILE)
-        written_names = sorted(path.name for path in partial.iterdir())
-        if written_names != sorted((GGUF_MODEL_FILE, MMPROJ_FILE)):
-            wrote = f"the converter wrote {', '.join(written_names) or 'no files'}"
-            raise _build_version_error(wrote, converter, f"{GGUF_MODEL_FILE} and {MMPROJ_FILE}")
-        for name in written_names:
-            with (partial / name).open("rb") as file:
-                magic = file.read(4)
-            if magic != b"GGUF":
-                starts = f"{name} starts with {magic!r}"
-                raise _build_version_error(starts, converter, "a GGUF file")
+        starts: dict[str, bytes] = {}
+        for path in sorted(partial.iterdir()):
+            with path.open("rb") as file:
+                starts[path.name] = file.read(4)
+        if starts != dict.fromkeys((GGUF_MODEL_FILE, MMPROJ_FILE), b"GGUF"):
+            wrote = ", ".join(f"{name} (starts with {start!r})" for name, start in starts.items())
+            raise UserError(
+                f"the converter wrote {wrote or 'no files'}",
+                where=str(converter),
+                expected=f"GGUF files named {GGUF_MODEL_FILE} and {MMPROJ_FILE}",
+                remedy="use another version of llama.cpp",
+            )
     return GgufFiles(out / GGUF_MODEL_FILE, out / MMPROJ_FILE)
 
 
@@ -166,11 +168,6 @@ def _run_converter(command: list[str], converter: Path) -> None:
             remedy="install its requirements, set --python to the environment with them, or use"
             " a newer llama.cpp",
         )
-
-
-def _build_version_error(what: str, converter: Path, expected: str) -> UserError:
-    remedy = "use another version of llama.cpp"
-    return UserError(what, where=str(converter), expected=expected, remedy=remedy)
 
 
 RESERVED_TEXT_TOKENS = 2048
@@ -335,14 +332,11 @@ def get_template_arguments(
     return {"enable_thinking": family.has_reasoning if enable_thinking is None else enable_thinking}
 
 
-def format_llama_server_command(
-    folder: ModelFolder, gguf_files: GgufFiles, enable_thinking: bool | None = None
-) -> str:
-    """Format the command of llama.cpp that serves the GGUF files of a model folder.
-
-    `enable_thinking` is the thinking mode of the run; None for the default of finesight.
-    """
-    arguments = get_template_arguments(folder, enable_thinking)
+def format_llama_server_command(model_source: ModelSource, gguf_files: GgufFiles) -> str:
+    """Format the command of llama.cpp that serves the GGUF files of a model."""
+    manifest = model_source.manifest
+    enable_thinking = None if manifest is None else manifest.enable_thinking
+    arguments = get_template_arguments(model_source.folder, enable_thinking)
     options = f" --chat-template-kwargs {_quote_json(arguments)}" if arguments else ""
     model, mmproj = (shlex.quote(str(path)) for path in (gguf_files.model, gguf_files.mmproj))
     return f"llama-server -m {model} --mmproj {mmproj} --special --temp 0{options}"

@@ -33,6 +33,7 @@ from finesight.encode.renderer import Renderer
 from finesight.encode.tokenization import EncodedSample
 from finesight.errors import UserError
 from finesight.infer.engine import generate
+from finesight.infer.kv_cache import append_tokens
 from finesight.manifest import RECIPE_FILE, find_run_dir
 from finesight.model.vlm import VisionLanguageModel
 from finesight.recipe import load_recipe
@@ -265,32 +266,10 @@ def compute_logits(
     device = model.model.embed_tokens.weight.device
     logits = []
     for prompt, output_ids in zip(prompts, completions, strict=True):
-        batch = pack([_append_completion(prompt, output_ids)]).to(device)
+        tokenized = append_tokens(prompt.tokenized, output_ids, is_supervised=True)
+        batch = pack([replace(prompt, tokenized=tokenized)]).to(device)
         logits.append(model.compute_logits(model(batch)).float().cpu())
     return tuple(logits)
-
-
-def _append_completion(prompt: EncodedSample, output_ids: Sequence[int]) -> EncodedSample:
-    """Append the tokens of a completion to a prompt.
-
-    Their loss mask is 1, so that the model computes their logits.
-    """
-    tokenized, num_tokens = prompt.tokenized, len(output_ids)
-    # Text positions continue from the largest position in all axes.
-    position_ids = int(tokenized.position_ids_3T.max()) + 1 + np.arange(num_tokens, dtype=np.int32)
-    return replace(
-        prompt,
-        tokenized=replace(
-            tokenized,
-            ids_T=np.concatenate([tokenized.ids_T, np.asarray(output_ids, dtype=np.int32)]),
-            loss_mask_T=np.concatenate(
-                [np.zeros(tokenized.num_tokens, bool), np.ones(num_tokens, bool)]
-            ),
-            position_ids_3T=np.concatenate(
-                [tokenized.position_ids_3T, np.broadcast_to(position_ids, (3, num_tokens))], axis=1
-            ),
-        ),
-    )
 
 
 def relative_difference(

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from huggingface_hub import save_torch_state_dict
 from torch import Tensor
 
 from finesight.config import Device, Recipe
@@ -29,7 +29,7 @@ from finesight.encode.hf_renderer import FROM_PRETRAINED_OPTIONS, import_transfo
 from finesight.encode.tokenization import EncodedSample
 from finesight.errors import Step, UserError
 from finesight.evaluate.custom_metric import check_metric
-from finesight.evaluate.generation_eval import GenerationEvalResult, evaluate, load_eval_inputs
+from finesight.evaluate.generation_eval import evaluate, load_eval_inputs
 from finesight.evaluate.metric_difference import MetricDifference, compare_cases, read_predictions
 from finesight.export.hf_files import DENSE_FAMILIES
 from finesight.export.model_card import MODEL_CARD_FILE, write_model_card
@@ -43,7 +43,7 @@ from finesight.infer.model_loader import (
 from finesight.manifest import RECIPE_FILE, find_run_dir
 from finesight.model.quant.nf4 import import_bitsandbytes
 from finesight.model.weights_io import open_safetensors, read_headers
-from finesight.model_folder import SAFETENSORS_INDEX_FILE, ModelFolder
+from finesight.model_folder import ModelFolder
 from finesight.progress import ProgressConsole
 from finesight.recipe import load_recipe
 from finesight.storage import DIGESTS_FILE, raise_if_exists, write_folder
@@ -63,6 +63,8 @@ _LINEAR_WEIGHT = re.compile(
 )
 """Weights that are quantized. The input projections of linear attention (Qwen3.5) are not: vLLM and
 finesight fuse them, and two of them are too small for 4-bit kernels."""
+
+_PACKED_TENSORS = ("qweight", "qzeros", "scales", "g_idx")
 
 _SKIPPED_MODULES = (".*visual.*", ".*mtp.*", ".*in_proj_.*")
 """Patterns of the layers in 16 bits, for engines that do not derive them from the tensors."""
@@ -169,29 +171,28 @@ def export_quantized(
                 auto_round, merged.folder, inputs, folder / "work", group_size, target, iterations
             )
         num_layers = _write_quantized(merged.folder, packed, folder, group_size)
-        results: list[GenerationEvalResult] = []
-        files = [folder / "work" / f"{name}.jsonl" for name in ("before", "after")]
-        for path, file in zip((merged_folder, folder), files, strict=True):
-            if eval_inputs is None:
-                continue
+        differences, primary_metric = list[MetricDifference](), None
+        if eval_inputs is not None:
             samples, settings = eval_inputs
-            model = load_inference_model(str(path), device)
-            num_evaluated = min(len(samples), settings.limit or len(samples))
-            with console.progress_stage(f"answers {file.stem}", num_evaluated) as on_progress:
-                found = evaluate(model.model, model.renderer, samples, settings, file, on_progress)
-            results.append(found)
-            del model  # The next one may need the memory.
-        differences: list[MetricDifference] = []
-        if results:
-            answers = ([one.case for one in read_predictions(file)] for file in files)
-            differences = compare_cases(results[0].metric, *answers)
+            num_evaluated, answers = min(len(samples), settings.limit or len(samples)), []
+            for name, path in (("merged", merged_folder), ("quantized", folder)):
+                file = folder / "work" / f"{name}.jsonl"
+                model = load_inference_model(str(path), device)
+                with console.progress_stage(f"{name} model", num_evaluated) as on_progress:
+                    evaluation = evaluate(
+                        model.model, model.renderer, samples, settings, file, on_progress
+                    )
+                answers.append([one.case for one in read_predictions(file)])
+                del model  # The next one may need the memory.
+            differences = compare_cases(evaluation.metric, *answers)
+            primary_metric = evaluation.primary_metric
         result = QuantizedExport(
             out,
             group_size,
             num_layers,
             len(inputs),
             (_count_bytes(merged.folder), _count_bytes(ModelFolder(folder))),
-            results[0].primary_metric if results else None,
+            primary_metric,
             tuple(differences),
             version("auto-round"),
         )
@@ -335,33 +336,26 @@ def _write_quantized(
 
     All other tensors and files are those of the merged model.
     """
-    names_by_layer: dict[str, dict[str, Path]] = {}
-    for tensor in read_headers(packed.weight_files()):
-        layer, _, kind = tensor.name.rpartition(".")
-        if kind in ("qweight", "qzeros", "scales", "g_idx"):
-            names_by_layer.setdefault(f"{layer}.weight", {})[tensor.name] = tensor.file
-    weight_map: dict[str, str] = {}
     files = merged.weight_files()
-    for file in files:
-        content: dict[str, Tensor] = {}
+    layers = {
+        tensor.name.removesuffix(".weight")
+        for tensor in read_headers(files)
+        if _is_quantized(tensor.name)
+    }
+    tensors: dict[str, Tensor] = {}
+    for file in (*files, *packed.weight_files()):
         with open_safetensors(file) as weights:
             for name in weights.keys():  # noqa: SIM118
-                if not _is_quantized(name):
-                    content[name] = weights.get_tensor(name)
-                    continue
-                for packed_name, packed_file in names_by_layer.pop(name).items():
-                    with open_safetensors(packed_file) as packed_weights:
-                        content[packed_name] = packed_weights.get_tensor(packed_name)
-        save_file(content, folder / file.name, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(content, file.name)
-    assert not names_by_layer, f"auto-round quantized {sorted(names_by_layer)}"
+                is_packed = name.rpartition(".")[2] in _PACKED_TENSORS
+                if is_packed or (file in files and not _is_quantized(name)):
+                    tensors[name] = weights.get_tensor(name)
+    found = {name.rpartition(".")[0] for name in tensors if name.endswith(".qweight")}
+    assert found == layers, f"auto-round quantized {sorted(found ^ layers)}"
     for path in merged.path.iterdir():
         if path not in files and path.name not in (DIGESTS_FILE, MODEL_CARD_FILE):
             shutil.copyfile(path, folder / path.name)
-    if len(files) > 1:
-        size = sum((folder / file.name).stat().st_size for file in files)
-        index = {"metadata": {"total_size": size}, "weight_map": weight_map}
-        (folder / SAFETENSORS_INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
+    # Also replaces the index of the merged model.
+    save_torch_state_dict(tensors, folder)
     settings = {
         "quant_method": "gptq",
         "checkpoint_format": "gptq",
@@ -374,4 +368,4 @@ def _write_quantized(
     }
     config = json.dumps(merged.config | {"quantization_config": settings}, indent=2)
     (folder / "config.json").write_text(config + "\n", encoding="utf-8")
-    return sum(name.endswith(".qweight") for name in weight_map)
+    return len(layers)

@@ -29,7 +29,6 @@ from finesight.export.merge_parity import (
 from finesight.export.model_card import VerifiedMerge, write_model_card
 from finesight.host_memory import available_memory
 from finesight.infer.model_loader import ModelSource, resolve_device, resolve_model_source
-from finesight.model.config import ConfigReader
 from finesight.model.linear import iter_adapters
 from finesight.model.lora.merge import (
     MAX_SHARD_BYTES,
@@ -42,8 +41,8 @@ from finesight.model.lora.merge import (
 )
 from finesight.model.lora.peft_io import load_adapter
 from finesight.model.trainable import ModelPart
-from finesight.model.vlm import VisionLanguageModel, build_model
-from finesight.model.weights_io import DTYPES, hub_tensors, load_model
+from finesight.model.vlm import VisionLanguageModel
+from finesight.model.weights_io import DTYPES, build_empty_model, hub_tensors, load_model
 from finesight.model_folder import ModelFolder
 from finesight.storage import raise_if_exists, require_free_space, temporary_folder, write_folder
 
@@ -84,7 +83,8 @@ def merge_and_verify(
     require_native_family(base_folder)
     raise_if_exists(out)
     weight_precision, fallback_dtype = resolve_precision(base_folder, precision)
-    num_params = _count_params(base_folder)
+    empty_model = build_empty_model(base_folder, torch.float32)
+    num_params = sum(tensor.num_elements for tensor in hub_tensors(empty_model))
     small_file_bytes = sum(
         path.stat().st_size
         for path in base_folder.path.iterdir()
@@ -306,15 +306,6 @@ def _compare_folder(
         divergences=divergences,
         quantized_comparison=quantized_comparison,
     )
-
-
-def _count_params(base_folder: ModelFolder) -> int:
-    hf_config = ConfigReader(base_folder.config, str(base_folder.path / "config.json"))
-    preprocessor_config = ConfigReader(
-        base_folder.preprocessor_config, str(base_folder.path / "preprocessor_config.json")
-    )
-    model = build_model(hf_config, preprocessor_config, torch.float32, torch.device("meta"))
-    return sum(tensor.num_elements for tensor in hub_tensors(model))
 
 
 def _select_compute_target(

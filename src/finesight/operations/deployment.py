@@ -237,9 +237,12 @@ def export(
     from finesight.infer.model_loader import resolve_model_source
 
     name, target = str(source), None if out is None else str(out)
-    given = {"--quantize": quantize, "--converter": converter, "--python": python}
-    folder_option = next((option for option, value in given.items() if value), None)
-    _check_options(target, confirm=confirm, public=public, folder_option=folder_option)
+    given = {
+        **{"--yes": confirm, "--public": public, "--converter": converter, "--python": python},
+        **{"--outtype": outtype != "auto", "--quantize": quantize, "--device": device != "auto"},
+        "--trust-metric": trust_metric,
+    }
+    _check_options(target, [option for option, value in given.items() if value])
     if target is not None and is_hub_address(target):
         upload = _upload(name, target, public=public, confirm=confirm)
         arguments = {"source": name, "out": target, "public": public, "confirm": True}
@@ -272,10 +275,8 @@ def export(
     program = find_converter(to_path(converter))
     with ProgressConsole().activity(f"converting {name} to GGUF"):
         files = write_gguf(model_source, Path(target), program, outtype, to_path(python))
-    manifest = model_source.manifest
-    thinking = None if manifest is None else manifest.enable_thinking
     lines = [f"{path}  {path.stat().st_size:,} bytes" for path in (files.model, files.mmproj)]
-    lines.append(format_llama_server_command(model_source.folder, files, thinking))
+    lines.append(format_llama_server_command(model_source, files))
     return Outcome(files, lines, asdict(files))
 
 
@@ -312,23 +313,25 @@ def upload_run(run_dir: Path, out: str, console: ProgressConsole) -> int:
     return 0
 
 
-def _check_options(
-    out: str | None, *, confirm: bool, public: bool, folder_option: str | None
-) -> None:
-    """Raise UserError for options that do not apply to the kind of OUT."""
-    is_hub = out is not None and is_hub_address(out)
-    option = "--yes" if confirm else "--public"
-    if (confirm or public) and not is_hub:
-        raise UserError(
-            f"{option} is given, but OUT is {out or 'missing'}",
-            where=option,
-            expected="hf:OWNER/NAME or modelscope:OWNER/NAME",
-            remedy=f"remove {option}, or give a hub address: hf:{out or 'OWNER/NAME'}",
-        )
-    if folder_option and (is_hub or out is None):
-        raise UserError(
-            f"{folder_option} is given, but OUT is {out or 'missing'}",
-            where=folder_option,
-            expected="a new folder",
-            remedy=f"remove {folder_option}, or give a folder",
-        )
+_PURPOSES = {
+    **dict.fromkeys(("--yes", "--public"), "an upload (OUT: hf:OWNER/NAME)"),
+    **dict.fromkeys(("--converter", "--python", "--outtype"), "GGUF files (OUT: a folder)"),
+    **dict.fromkeys(("--quantize", "--device", "--trust-metric"), "a folder with --quantize"),
+}
+"""Purpose of each option of `export` that does not apply to all kinds of OUT."""
+
+
+def _check_options(out: str | None, options: list[str]) -> None:
+    """Raise UserError for an option that does not apply to the kind of OUT."""
+    purpose = "serving commands (OUT is missing)"
+    if out is not None:
+        folder_option = "--quantize" if "--quantize" in options else "--converter"
+        purpose = _PURPOSES["--yes" if is_hub_address(out) else folder_option]
+    for option in options:
+        if _PURPOSES[option] != purpose:
+            raise UserError(
+                f"does not apply to {purpose}",
+                where=option,
+                expected=f"{option} for {_PURPOSES[option]}",
+                remedy=f"remove {option}, or change OUT",
+            )

@@ -30,10 +30,44 @@ MAX_RESTARTS = 3
 RENDEZVOUS_PORT = 29400
 """Port on the first node where nodes find each other; the default of torchrun."""
 
-_JOB_NAME_PATTERN = re.compile("[a-z]([-a-z0-9]{0,61}[a-z0-9])?")
-"""Format of job names: RFC 1035 label, the strictest format among the engines."""
-
 _NODES_PATTERN = re.compile("([0-9]{1,5})(?::([0-9]{1,5}))?")
+
+
+@dataclass(frozen=True, slots=True)
+class _NameFormat:
+    """Format of a name as a regular expression, and in words."""
+
+    pattern: str
+    expected: str
+
+    def check(self, option: str, name: str | None, example: str) -> str:
+        """Return the name that an option gives. Raises UserError if it is missing or invalid."""
+        if name is not None and re.fullmatch(self.pattern, name):
+            return name
+        raise UserError(
+            "is missing" if name is None else f"invalid name {name!r}",
+            where=option,
+            expected=self.expected,
+            remedy=f"for example {option} {example}",
+        )
+
+
+_JOB_NAME = _NameFormat(
+    "[a-z]([-a-z0-9]{0,61}[a-z0-9])?",
+    "up to 63 lowercase letters, digits and dashes; starts with a letter, does not end with a dash",
+)
+"""RFC 1035 label, the strictest format among the engines."""
+
+_CLAIM_NAME = _NameFormat(
+    "[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?",
+    "a PersistentVolumeClaim, which outlives the nodes, of lowercase letters, digits, - and .",
+)
+"""RFC 1123 subdomain."""
+
+_PLAIN_NAME = _NameFormat(
+    "[A-Za-z0-9][A-Za-z0-9_.,:/@+-]*", "a name of letters, digits and _ . , : / @ + -"
+)
+"""Names of images, partitions and accounts, which need no quotes in a job file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,16 +136,8 @@ class LaunchJob:
         output_dir = load_recipe(recipe, overrides).output_dir
         words = re.sub("[^a-z0-9]+", "-", output_dir.name.lower()).lstrip("-0123456789")
         job_name = (words[:63].strip("-") or "finesight") if name is None else name
-        if not _JOB_NAME_PATTERN.fullmatch(job_name):
-            raise UserError(
-                f"the name {job_name!r}",
-                where="--name",
-                expected="up to 63 lowercase letters, digits and dashes; starts with a letter,"
-                " does not end with a dash",
-                remedy="for example --name latex-2b",
-            )
         return cls(
-            job_name,
+            _JOB_NAME.check("--name", job_name, "latex-2b"),
             recipe,
             tuple(overrides),
             output_dir,
@@ -151,18 +177,6 @@ class LaunchJob:
                     expected="a path relative to the root of the store",
                     remedy="move recipe, data and output to the store, and use relative paths",
                 )
-
-
-def validate_name(value: str | None, option: str) -> str | None:
-    """Return an option value that is safe to write into a job file without quotes.
-
-    Raises UserError for a value with other characters than those of names.
-    """
-    if value is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.,:/@+-]*", value):
-        what, remedy = f"{value!r} is not a name", "use the name as listed by the engine"
-        expected = "letters, digits and _ . , : / @ + -"
-        raise UserError(what, where=option, expected=expected, remedy=remedy)
-    return value
 
 
 FILE_SUFFIXES = {
@@ -277,27 +291,24 @@ def build_torchrun_script(job: LaunchJob) -> str:
     return _render_template("torchrun_job.sh", job)
 
 
-def build_slurm_script(job: LaunchJob, options: Mapping[str, str | None]) -> str:
+def build_slurm_script(job: LaunchJob, options: Mapping[str, str]) -> str:
     """Build an sbatch script that starts one task per GPU.
 
     Slurm signals the job PREEMPTION_WARNING_S before its time limit; the processes save a
     checkpoint, and the job is requeued, as after preemption. It resumes with any number of nodes.
 
     Args:
-        options: Options of sbatch, such as the partition; None is the default of the cluster.
+        options: Options of sbatch, such as the partition.
 
     Raises UserError for an invalid value of an option.
     """
-    validated = {name: validate_name(value, f"--{name}") for name, value in options.items()}
-    given = {name: value for name, value in validated.items() if value is not None}
-    return _render_template("slurm_job.sh", job, options=given, warning=PREEMPTION_WARNING_S)
+    for name, value in options.items():
+        _PLAIN_NAME.check(f"--{name}", value, "NAME, as the cluster lists it")
+    return _render_template("slurm_job.sh", job, options=options, warning=PREEMPTION_WARNING_S)
 
 
 MOUNT_PATH = "/finesight"
 """Path in the container where the storage with recipe, data and output is mounted."""
-
-_CLAIM_NAME_PATTERN = re.compile("[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?")
-"""Format of a PersistentVolumeClaim name: RFC 1123 subdomain."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -313,21 +324,10 @@ class ContainerImage:
 
         Raises UserError if one of them is missing or invalid.
         """
-        for option, value, example in (
-            ("--image", name, "--image registry.example/finesight:1"),
-            ("--store", store, "--store training-data, as in `kubectl get pvc`"),
-        ):
-            if value is None:
-                raise UserError(
-                    "is missing",
-                    where=option,
-                    expected="an image with finesight, and a store that outlives the nodes",
-                    remedy=f"for example {example}",
-                )
-            validate_name(value, option)
-        assert name is not None
-        assert store is not None
-        return cls(name, store)
+        return cls(
+            _PLAIN_NAME.check("--image", name, "registry.example/finesight:1"),
+            _CLAIM_NAME.check("--store", store, "training-data, as in `kubectl get pvc`"),
+        )
 
 
 def build_kubeflow_job(job: LaunchJob, image: ContainerImage) -> str:
@@ -339,13 +339,6 @@ def build_kubeflow_job(job: LaunchJob, image: ContainerImage) -> str:
     Raises UserError for invalid options, and for a recipe or output folder outside of the storage.
     """
     job.require_container(image.store)
-    if not _CLAIM_NAME_PATTERN.fullmatch(image.store):
-        raise UserError(
-            f"{image.store!r} is not the name of a claim",
-            where="--store",
-            expected="a PersistentVolumeClaim of lowercase letters, digits, - and .",
-            remedy="for example --store training-data, as in `kubectl get pvc`",
-        )
     command = (
         f"cd {MOUNT_PATH} && exec torchrun --max-restarts={MAX_RESTARTS} {job.python_arguments}"
     )

@@ -443,9 +443,8 @@ def quickstart(
     log(f"1. Generate {settings.num_images} images of train tickets and their label file {table}")
     if not table.parent.exists():
         write_tickets(table.parent, settings.num_images, settings.seed)
-    with table.open(encoding="utf-8") as lines:
-        for line, _ in zip(lines, range(3), strict=False):
-            log(f"      {line.rstrip()}")
+    for line in table.read_text(encoding="utf-8").splitlines()[:3]:
+        log(f"      {line}")
     log(f"2. Import them, the last {settings.num_eval_rows} for validation")
     columns = {"image": "image", "fields": ",".join(TICKET_FIELDS)}
     arguments = {"columns": columns, "prompt": PROMPT, "eval_last": settings.num_eval_rows}
@@ -461,9 +460,7 @@ def quickstart(
     try:
         run_result = train(recipe, resume=True).value
     except TrainingInterrupted as interruption:
-        raise TrainingInterrupted(
-            f"{interruption} (the same quickstart does, too)"
-        ) from interruption
+        raise TrainingInterrupted(f"{interruption}, or repeat the quickstart") from interruption
     run = out / "run"
     before, after = (
         read_predictions(run / PREDICTIONS_FOLDER / f"{name}.jsonl")[:NUM_SHOWN_PREDICTIONS]

@@ -567,7 +567,6 @@ def _build_job_text(engine: LaunchEngine, job: LaunchJob, options: EngineOptions
     if engine == "torchrun":
         return launch_job.build_torchrun_script(job)
     if engine == "slurm":
-        directives = {name: given.get(name) for name in _ENGINE_OPTIONS[engine]}
-        return launch_job.build_slurm_script(job, directives)
+        return launch_job.build_slurm_script(job, given)
     image = launch_job.ContainerImage.from_options(given.get("image"), given.get("store"))
     return launch_job.build_kubeflow_job(job, image)

@@ -248,7 +248,7 @@ def broken():
     {fault}
 
 class Run:
-    id, mode, dir = "fake", "offline", __import__("pathlib").Path("run-fake")
+    mode, dir = "offline", __import__("pathlib").Path("run-fake")
     def log(self, data, step=None):
         global calls
         calls += 1

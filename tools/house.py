@@ -567,11 +567,11 @@ PACKAGE_BUDGETS = (
     PackageBudget(("serve",), 4_438, 3_000),
     PackageBudget(("plan",), 2_617, 2_200),
     PackageBudget(("hub",), 2_070, 1_400),
-    PackageBudget(("export", "track", "launch", "synth", "vision"), 5_307, 4_300),
+    PackageBudget(("export", "track", "launch", "synth", "vision"), 4_953, 4_300),
     PackageBudget(("doctor", "convert", "trainer_settings"), 4_120, 2_700),
     PackageBudget(
         ("cli", "label", "api", "recipe_template", "operations", "app"),
-        14_338,
+        14_337,
         9_300,
     ),
 )

@@ -6,7 +6,6 @@ from finesight.errors import UserError
 from finesight.evaluate.eval_case import MetricResult, mean_metrics
 from finesight.evaluate.task_metrics import TaskMetric
 from finesight.track.backends import Tracker
-from finesight.track.tracker_records import RunStarted
 
 
 def parse_row(row, context):
@@ -28,7 +27,7 @@ class CsvTracker(Tracker):
     def start_run(self, record):
         record.folder.mkdir(parents=True, exist_ok=True)
         self.file = (record.folder / "metrics.csv").open("a")
-        return RunStarted(id=None, message=f"metrics in {self.file.name}")
+        return f"metrics in {self.file.name}"
 
     def log_metrics(self, record):
         for step in record.steps:

@@ -27,7 +27,6 @@ OPENERS = {
     "data/image_header.py": "the one that all others use",
     "data/augmentation.py": "the JPEG copy that it has just encoded",
     "data/formats/json_annotations.py": "PNG masks in LabelMe files",
-    "track/tracker_records.py": "the same, on their way to a tracker's process",
 }
 """Modules that open files with Pillow."""
 

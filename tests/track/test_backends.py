@@ -74,7 +74,7 @@ def test_swanlab_sends_alerts_to_webhook(tmp_path, monkeypatch, webhook):
     monkeypatch.setenv("SWANLAB_WEBHOOK_VALUE", "mine")
     writer, folder = SwanLabTracker(), tmp_path / "swanlab"
     tracker = TrackerSettings(kind="swanlab", uri="offline")
-    writer.start_run(StartRecord(tracker=tracker, name="one", folder=folder, settings={}))
+    writer.start_run(StartRecord(tracker=tracker, name="one", folder=folder, settings={}, id="0"))
     alerts = [
         {"step": 3, "level": "warning", "title": title, "text": "to 7"}
         for title in ("loss has jumped", "run stopped")

@@ -1,6 +1,5 @@
 """Tests that offline trackers open no connections, not even for error reports."""
 
-import io
 import os
 import socket
 import threading
@@ -91,12 +90,12 @@ def test_offline_tracker_opens_no_connection(kind, tmp_path, monkeypatch, proxy)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     monkeypatch.chdir(tmp_path)
-    jpeg = io.BytesIO()
-    Image.new("RGB", (8, 8)).save(jpeg, "JPEG")
-    image = TrackedImage(jpeg=jpeg.getvalue(), caption="c")
+    image = TrackedImage(image=Image.new("RGB", (8, 8)), caption="c")
     tracker = TrackerSettings(kind=kind, uri=OFFLINE.get(kind))
     records = [
-        StartRecord(tracker=tracker, name="x", folder=tmp_path / "track", settings={"a": 1}),
+        StartRecord(
+            tracker=tracker, name="x", folder=tmp_path / "track", settings={"a": 1}, id="0"
+        ),
         MetricsRecord(steps=(StepMetrics(step=1, values={"loss": 1.0}),)),
         ImagesRecord(step=1, images=(image,)),
         AlertRecord(step=1, level="error", title="t", text="x"),

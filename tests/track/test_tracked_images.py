@@ -57,7 +57,7 @@ def test_reference_before_and_current_panels(tmp_path: Path, image_file: str) ->
         line(image_file, [(600, 100, 700, 300)], answer="n", gold="g", gold_boxes=gold),
     )
     (found,) = render_example_images(before, now)
-    image = found.decode()
+    image = found.image
     assert image.size == (3 * MAX_PANEL_SIDE + 2 * PANEL_GAP, MAX_PANEL_SIDE // 2)
     for panel, x in enumerate((100, 200, 300)):
         start = panel * (MAX_PANEL_SIDE + PANEL_GAP)

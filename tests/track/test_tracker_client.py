@@ -1,27 +1,23 @@
 """Tests of the queue, thread and process of a tracker with short timeouts."""
 
-import io
-import queue
-import select
 import signal
-import socket
-import subprocess
-import sys
+from collections.abc import Iterator
+from multiprocessing import Pipe
 from pathlib import Path
 
 import pytest
 from tracking_fixtures import install_broken_tracker
 
 from finesight.config import TrackerSettings
-from finesight.track import tracker_manager, tracker_process
-from finesight.track.tracker_manager import TrackerClient, TrackerStopped
+from finesight.track import tracker_manager
+from finesight.track.tracker_manager import TrackerClient, start_process
 from finesight.track.tracker_records import (
     AlertRecord,
     FinishRecord,
     MetricsRecord,
-    RunStarted,
     StartRecord,
     StepMetrics,
+    TrackerRecord,
 )
 
 LONG = 60.0
@@ -29,7 +25,7 @@ LONG = 60.0
 
 def begin(folder: Path) -> StartRecord:
     tracker = TrackerSettings(kind="swanlab", uri="offline")
-    return StartRecord(tracker=tracker, name="x", folder=folder / "swanlab", settings={})
+    return StartRecord(tracker=tracker, name="x", folder=folder / "swanlab", settings={}, id="0")
 
 
 def figures(step: int, loss: float = 1.0) -> MetricsRecord:
@@ -47,6 +43,13 @@ class IdleClient(TrackerClient):
     def _run(self) -> None:
         pass
 
+    def take_records(self) -> Iterator[str | list[int]]:
+        """Yield the types of the queued records, or the steps of metrics."""
+        while self._records:
+            record: TrackerRecord = self._records.popleft()
+            is_metrics = isinstance(record, MetricsRecord)
+            yield [row.step for row in record.steps] if is_metrics else type(record).__name__
+
 
 def start_tracker(folder, steps=0, kind=TrackerClient):
     client = kind("swanlab", folder / "log")
@@ -62,35 +65,28 @@ def test_unresponsive_tracker_is_dropped(tmp_path: Path, monkeypatch: pytest.Mon
     client = start_tracker(tmp_path, steps=5)
     assert client.wait(LONG)
     assert client.num_delivered < client.num_submitted == 6
-    reason = "no response for 0.3 s; the run continues without it"
-    assert list(client.poll_responses())[-1] == TrackerStopped(reason)
+    reason = "swanlab: no response for 0.3 s; the run continues without it"
+    assert list(client.poll_messages())[-1] == reason
     client.submit(FinishRecord(state="finished"))
     assert client.num_submitted == 7
+    assert not client._records, "records of a failed tracker occupy memory"
 
 
-def list_batched(client: TrackerClient) -> list[str | list[int]]:
-    """Return the types of the queued records, or the steps of metrics."""
-    client.submit(FinishRecord(state="finished"))
-    return [
-        [row.step for row in record.steps] if isinstance(record, MetricsRecord) else record.type
-        for record in client.iter_batched()
-    ]
-
-
-def test_records_are_batched_in_order_up_to_the_queue_limit(tmp_path, monkeypatch):
+def test_records_are_merged_in_order_up_to_the_queue_limit(tmp_path, monkeypatch):
     monkeypatch.setattr(tracker_manager, "MAX_BATCHED_STEPS", 3)
     client = start_tracker(tmp_path, 5, IdleClient)
     client.submit(AlertRecord(step=5, level="info", title="t", text="t"))
     client.submit(figures(6))
-    assert list_batched(client) == ["start", [0, 1, 2], [3, 4], "alert", [6], "finish"]
+    expected = ["StartRecord", [0, 1, 2], [3, 4], "AlertRecord", [6]]
+    assert list(client.take_records()) == expected
     monkeypatch.setattr(tracker_manager, "MAX_QUEUED_RECORDS", 3)
     client = start_tracker(tmp_path, 50, IdleClient)
-    assert list_batched(client) == ["start", [0, 1], "finish"]
+    client.submit(FinishRecord(state="finished"))
+    assert list(client.take_records()) == ["StartRecord", [0, 1, 2], [3, 4, 5], "FinishRecord"]
     assert client.num_submitted == 52
     client.kill()
     assert client.wait(0)
-    reason = "stopped before all records were delivered"
-    assert list(client.poll_responses()) == [TrackerStopped(reason)]
+    assert list(client.poll_messages()) == ["swanlab: stopped before all records were delivered"]
 
 
 @pytest.mark.usefixtures("working_tracker")
@@ -100,35 +96,32 @@ def test_working_tracker_receives_all_records(tmp_path: Path) -> None:
     client.submit(FinishRecord(state="finished"))
     assert client.wait(LONG)
     assert client.num_delivered == client.num_submitted == 3
-    (started,) = client.poll_responses()
-    assert isinstance(started, RunStarted)
-    assert started.id == "fake"
+    (started,) = client.poll_messages()
+    assert started.startswith("SwanLab: offline")
     client.kill()
-    assert list(client.poll_responses()) == [], "one that has ended is not ended again"
+    assert list(client.poll_messages()) == [], "one that has ended is not ended again"
 
 
 def test_tracker_process_cannot_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tracker_manager.sys, "executable", str(tmp_path / "no-python"))
     client = start_tracker(tmp_path)
     assert client.wait(LONG)
-    (stopped,) = client.poll_responses()
-    assert "No such file" in str(stopped)
+    (stopped,) = client.poll_messages()
+    assert "No such file" in stopped
 
 
 @pytest.mark.usefixtures("working_tracker")
 @pytest.mark.parametrize("has_unread_data", [True, False])
 def test_tracker_of_ended_run_marks_it_failed(tmp_path: Path, has_unread_data: bool) -> None:
     """Closing a socket with unread data resets the connection."""
-    ours, theirs = socket.socketpair()
-    command = [sys.executable, "-m", "finesight.track.tracker_process", "swanlab"]
+    ours, theirs = Pipe()
     with theirs:
-        fd = theirs.fileno()
-        process = subprocess.Popen([*command, str(fd)], pass_fds=[fd])
+        process = start_process("swanlab", theirs.fileno(), tmp_path / "log")
     with ours:
-        ours.sendall(begin(tmp_path).model_dump_json().encode() + b"\n")
-        assert select.select([ours], [], [], LONG)[0], "no reply"
+        ours.send(begin(tmp_path))
+        assert ours.poll(LONG), "no reply"
         if not has_unread_data:
-            ours.recv(1 << 16)
+            ours.recv()
     try:
         assert process.wait(LONG) == 0
     finally:
@@ -139,7 +132,7 @@ def test_tracker_of_ended_run_marks_it_failed(tmp_path: Path, has_unread_data: b
 @pytest.mark.usefixtures("working_tracker")
 def test_tracker_process_ignores_job_signals(tmp_path: Path) -> None:
     client = start_tracker(tmp_path)
-    while not list(client.poll_responses()):
+    while not list(client.poll_messages()):
         assert not client.wait(0.01)
     assert client.process is not None
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
@@ -150,11 +143,18 @@ def test_tracker_process_ignores_job_signals(tmp_path: Path) -> None:
     assert (tmp_path / "swanlab" / "finished-aborted").exists()
 
 
-def test_hung_tracker_of_dead_run_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
-    ended: list[int] = []
-    monkeypatch.setattr(tracker_process, "ORPHAN_TIMEOUT_S", 0.01)
-    monkeypatch.setattr(tracker_process.os, "_exit", ended.append)
-    lines: queue.SimpleQueue[bytes] = queue.SimpleQueue()
-    tracker_process.read_lines(io.BytesIO(b"one\ntwo\n"), lines)
-    assert [lines.get() for _ in range(3)] == [b"one\n", b"two\n", b""]
-    assert ended == [1]
+def test_hung_tracker_of_dead_run_is_killed(tmp_path, monkeypatch):
+    install_broken_tracker(monkeypatch, tmp_path, "hangs")
+    program = "import finesight.track.tracker_manager as manager; manager.ORPHAN_TIMEOUT_S = 1"
+    monkeypatch.setattr(tracker_manager, "PROGRAM", program + tracker_manager.PROGRAM)
+    ours, theirs = Pipe()
+    with theirs:
+        process = start_process("swanlab", theirs.fileno(), tmp_path / "log")
+    with ours:
+        ours.send(begin(tmp_path))
+        assert ours.recv()
+        ours.send(figures(1))
+    try:
+        assert process.wait(LONG) == -signal.SIGALRM
+    finally:
+        process.kill()

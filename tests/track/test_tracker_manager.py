@@ -12,7 +12,7 @@ from tracking_fixtures import install_broken_tracker, install_package
 from finesight.config import Recipe
 from finesight.errors import TrainingInterrupted, UserError
 from finesight.track import tracker_manager
-from finesight.track.tracker_manager import start_trackers
+from finesight.track.tracker_manager import load_run_id, start_trackers
 
 EVAL = {"metric": "ocr", "max_new_tokens": 4}
 
@@ -101,18 +101,11 @@ def test_run_that_does_not_start_sends_no_alert(tmp_path, monkeypatch):
     assert not (tmp_path / "track" / "swanlab").exists()
 
 
-def test_run_id_is_reused_only_in_the_same_project(tmp_path, monkeypatch):
-    install_broken_tracker(monkeypatch, tmp_path, "raises")
-    ids = tmp_path / "track" / "ids.json"
-    ids.parent.mkdir()
-    ids.write_text("[{")
-    output: list[str] = []
-    requested = recipe({"kind": "swanlab", "project": "a"})
-    with start_trackers(requested, tmp_path, 2, output.append) as trackers:
-        trackers.start_run({})
-    assert "trackers start new runs" in output[0], "unreadable ids are not reported"
-    (kept,) = json.loads(ids.read_text())
-    assert (kept["tracker"]["project"], kept["id"]) == ("a", "fake")
-    (tracker,) = requested.track
-    assert trackers.get_run_id(tracker) == "fake"
-    assert trackers.get_run_id(tracker.model_copy(update={"project": "b"})) is None
+def test_run_id_is_random_and_stored(tmp_path):
+    first, second = (load_run_id(tmp_path / name / "id.txt") for name in "ab")
+    assert first != second
+    assert load_run_id(tmp_path / "a" / "id.txt") == first
+    (tmp_path / "a" / "id.txt").write_text("a/../b")
+    assert re.fullmatch("[0-9a-f]{8}", load_run_id(tmp_path / "a" / "id.txt"))
+    (tmp_path / "c").write_text("no folder")
+    assert load_run_id(tmp_path / "c" / "id.txt") != load_run_id(tmp_path / "c" / "id.txt")

@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from textwrap import indent
 from typing import Any, ClassVar
+
+import numpy as np
 
 from finesight.config import TRACKER_MODES, TrackerSettings
 from finesight.errors import UserError
@@ -28,7 +30,6 @@ from finesight.track.tracker_records import (
     FinishRecord,
     ImagesRecord,
     MetricsRecord,
-    RunStarted,
     RunState,
     StartRecord,
     TrackerRecord,
@@ -49,20 +50,24 @@ class Tracker(ABC):
     extra: ClassVar[str] = ""
     telemetry_off_env: ClassVar[Mapping[str, str]] = {}
 
-    def handle(self, record: TrackerRecord) -> RunStarted | None:
-        """Call the method for a record."""
-        methods: dict[str, Callable[[Any], RunStarted | None]] = {
-            "start": self.start_run,
-            "metrics": self.log_metrics,
-            "images": self.log_images,
-            "alert": self.send_alert,
-            "finish": self.finish_run,
+    def handle(self, record: TrackerRecord) -> str | None:
+        """Call the method for a record; return a message for the user, if any."""
+        methods: dict[type[TrackerRecord], Callable[[Any], str | None]] = {
+            StartRecord: self.start_run,
+            MetricsRecord: self.log_metrics,
+            ImagesRecord: self.log_images,
+            AlertRecord: self.send_alert,
+            FinishRecord: self.finish_run,
         }
-        return methods[record.type](record)
+        return methods[type(record)](record)
 
     @abstractmethod
-    def start_run(self, record: StartRecord) -> RunStarted:
-        """Create a run in the tracker, or resume the run with the id `record.id`."""
+    def start_run(self, record: StartRecord) -> str:
+        """Create a run in the tracker, or resume the run with the ID `record.id`.
+
+        Returns:
+            A message for the user with the address of the dashboard, or the folder.
+        """
 
     @abstractmethod
     def log_metrics(self, record: MetricsRecord) -> None:
@@ -82,75 +87,40 @@ class Tracker(ABC):
 
 
 class TensorBoardTracker(Tracker):
-    """Tracker that writes TensorBoard event files in the run folder; alerts are texts.
-
-    It uses the tensorboard package without torch.
-    """
+    """Tracker that writes TensorBoard event files in the run folder; alerts are texts."""
 
     extra = "track"
 
-    def start_run(self, record: StartRecord) -> RunStarted:
-        from tensorboard.compat.proto.event_pb2 import SessionLog
-        from tensorboard.summary.writer.event_file_writer import EventFileWriter
+    def start_run(self, record: StartRecord) -> str:
+        from torch.utils.tensorboard import SummaryWriter
 
-        self._event_writer: Any = EventFileWriter(str(record.folder), flush_secs=10)
-        if record.step:
-            # Steps after the last checkpoint are repeated: TensorBoard discards their old values.
-            session_log = SessionLog(status=SessionLog.START)
-            self._write_event(record.step + 1, session_log=session_log)
+        # Steps after the last checkpoint are repeated: TensorBoard discards their old values.
+        purge_step = record.step + 1 if record.step else None
+        self._writer = SummaryWriter(str(record.folder), purge_step=purge_step, flush_secs=10)
         rows = "".join(
             f"| {name} | {value} |\n" for name, value in _flatten_settings(record.settings)
         )
-        self._write_text(record.step, "settings", f"| setting | value |\n|---|---|\n{rows}")
-        return RunStarted(id=None, message=f"TensorBoard: tensorboard --logdir {record.folder}")
+        self._writer.add_text("settings", f"| setting | value |\n|---|---|\n{rows}", record.step)
+        return f"TensorBoard: tensorboard --logdir {record.folder}"
 
     def log_metrics(self, record: MetricsRecord) -> None:
         for step_metrics in record.steps:
-            values = [{"tag": n, "simple_value": v} for n, v in step_metrics.values.items()]
-            self._write_event(step_metrics.step, summary={"value": values})
+            for name, value in step_metrics.values.items():
+                self._writer.add_scalar(name, value, step_metrics.step)
 
     def log_images(self, record: ImagesRecord) -> None:
-        for name, tracked_image in record.iter_named():
-            width, height = tracked_image.decode().size
-            image = {
-                "encoded_image_string": tracked_image.jpeg,
-                "width": width,
-                "height": height,
-                "colorspace": 3,
-            }
-            self._write_event(record.step, summary={"value": [{"tag": name, "image": image}]})
+        for name, example in record.iter_named():
+            pixels_HWC = np.asarray(example.image)
+            self._writer.add_image(name, pixels_HWC, record.step, dataformats="HWC")
             # A code block, since TensorBoard renders texts as Markdown.
-            caption_lines = tracked_image.caption.splitlines()
-            self._write_text(record.step, name, "".join(f"    {line}\n" for line in caption_lines))
-        self._event_writer.flush()
+            self._writer.add_text(name, indent(example.caption, "    "), record.step)
 
     def send_alert(self, record: AlertRecord) -> None:
         text = f"**{record.title}** ({record.level})\n\n{record.text}"
-        self._write_text(record.step, "alerts", text)
-        self._event_writer.flush()
+        self._writer.add_text("alerts", text, record.step)
 
     def finish_run(self, record: FinishRecord) -> None:
-        self._event_writer.close()
-
-    def _write_text(self, step: int, name: str, text: str) -> None:
-        from tensorboard.plugins.text.plugin_data_pb2 import TextPluginData
-
-        content = TextPluginData(version=0).SerializeToString()
-        value = {
-            "tag": f"{name}/text_summary",
-            "metadata": {"plugin_data": {"plugin_name": "text", "content": content}},
-            "tensor": {
-                "dtype": "DT_STRING",
-                "string_val": [text.encode()],
-                "tensor_shape": {"dim": [{"size": 1}]},
-            },
-        }
-        self._write_event(step, summary={"value": [value]})
-
-    def _write_event(self, step: int, **fields: object) -> None:
-        from tensorboard.compat.proto.event_pb2 import Event
-
-        self._event_writer.add_event(Event(wall_time=time.time(), step=step, **fields))
+        self._writer.close()
 
 
 class _LoggingTracker(Tracker):
@@ -158,11 +128,9 @@ class _LoggingTracker(Tracker):
 
     Attributes:
         package: Name of the package, which has a class `Image`.
-        image_options: Additional arguments of `Image`.
     """
 
     package: ClassVar[str]
-    image_options: ClassVar[Mapping[str, str]] = {}
     _run: Any
 
     def log_values(self, step: int, values: dict[str, Any]) -> None:
@@ -177,8 +145,8 @@ class _LoggingTracker(Tracker):
         # Separate names, since W&B would resize the images of a list to one size.
         create_image = import_module(self.package).Image
         images = {
-            name: create_image(image.decode(), caption=image.caption, **self.image_options)
-            for name, image in record.iter_named()
+            name: create_image(example.image, caption=example.caption, file_type="jpg")
+            for name, example in record.iter_named()
         }
         self.log_values(record.step, images)
 
@@ -191,9 +159,8 @@ class SwanLabTracker(_LoggingTracker):
     """
 
     extra, package = "track", "swanlab"
-    image_options: ClassVar = {"file_type": "jpg"}
 
-    def start_run(self, record: StartRecord) -> RunStarted:
+    def start_run(self, record: StartRecord) -> str:
         import swanlab
 
         tracker = record.tracker
@@ -211,7 +178,7 @@ class SwanLabTracker(_LoggingTracker):
             "project": tracker.project,
             "name": record.name,
             "id": record.id,
-            "resume": "never" if record.id is None else "allow",
+            "resume": "allow",
             "config": record.settings,
             # A relative path, since SwanLab uploads it.
             "log_dir": ".",
@@ -220,14 +187,13 @@ class SwanLabTracker(_LoggingTracker):
         }
         os.chdir(record.folder)
         # Without a URI, SWANLAB_MODE applies.
-        requested_mode = settings.mode if tracker.uri is None else tracker.uri
-        mode, reason = requested_mode, ""
+        mode, reason = tracker.uri or settings.mode, ""
         if mode not in ("local", "offline", "disabled"):
             mode, reason = "offline", " (no key)"
             if settings.api_key:
                 try:
                     self._run = swanlab.init(mode="online", **init_options)
-                    return RunStarted(id=self._run.id, message=f"SwanLab: {self._run.url}")
+                    return f"SwanLab: {self._run.url}"
                 except Exception as error:  # SwanLab, HTTP and OS errors
                     reason = f" ({type(error).__name__}: {error})"
         self._run = swanlab.init(mode=mode, **init_options)
@@ -235,8 +201,7 @@ class SwanLabTracker(_LoggingTracker):
             "offline": f"swanlab sync {record.folder / self._run.dir.name}",
             "local": f"swanlab watch {record.folder}",
         }
-        message = f"SwanLab: {mode}{reason}: {commands.get(mode, 'disabled')}"
-        return RunStarted(id=self._run.id, message=message)
+        return f"SwanLab: {mode}{reason}: {commands.get(mode, 'disabled')}"
 
     def send_alert(self, record: AlertRecord) -> None:
         import requests
@@ -272,10 +237,9 @@ class WandbTracker(_LoggingTracker):
     """
 
     extra, package = "wandb", "wandb"
-    image_options: ClassVar = {"file_type": "jpg"}
     telemetry_off_env: ClassVar = {"WANDB_ERROR_REPORTING": "false"}
 
-    def start_run(self, record: StartRecord) -> RunStarted:
+    def start_run(self, record: StartRecord) -> str:
         import wandb
 
         uri, folder = record.tracker.uri, record.folder
@@ -298,7 +262,7 @@ class WandbTracker(_LoggingTracker):
         init_options: dict[str, Any] = {
             "project": record.tracker.project,
             "name": record.name,
-            "id": record.id or secrets.token_hex(4),
+            "id": record.id,
             "resume": "allow",
             "config": record.settings,
             "dir": str(folder),
@@ -322,7 +286,7 @@ class WandbTracker(_LoggingTracker):
         message = self._run.url or "disabled"
         if self._run.offline:
             message = f"offline{reason}: wandb sync {Path(self._run.dir).parent}"
-        return RunStarted(id=self._run.id, message=f"W&B: {message}")
+        return f"W&B: {message}"
 
     def log_values(self, step: int, values: dict[str, Any]) -> None:
         self._run.log({"step": step, **values})
@@ -348,25 +312,31 @@ class MLflowTracker(Tracker):
     extra = "mlflow"
     telemetry_off_env: ClassVar = {"MLFLOW_DISABLE_TELEMETRY": "true"}
 
+    ID_TAG = "finesight_run"
+    """Tag with the ID of the run, since MLflow chooses an ID of its own."""
+
     MAX_PARAM_CHARS = 6000
     """Maximum number of characters of a parameter on MLflow servers."""
 
     MAX_PER_REQUEST: ClassVar = {"params": 100, "metrics": 1000}
     """Maximum number of parameters and of metrics in one request to an MLflow server."""
 
-    def start_run(self, record: StartRecord) -> RunStarted:
+    def start_run(self, record: StartRecord) -> str:
         import mlflow
 
         uri, project = record.tracker.uri, record.tracker.project
         self._client = client = mlflow.MlflowClient(tracking_uri=uri or mlflow.get_tracking_uri())
-        if record.id is not None and self._run_exists(record.id):
-            self._run_id = record.id
+        existing = client.get_experiment_by_name(project)
+        experiment = existing.experiment_id if existing else client.create_experiment(project)
+        # Without runs that the user has deleted.
+        runs = client.search_runs([experiment], f"tags.{self.ID_TAG} = '{record.id}'")
+        if runs:
+            self._run_id = runs[0].info.run_id
             client.update_run(self._run_id, status="RUNNING")
         else:
-            existing = client.get_experiment_by_name(project)
-            experiment = existing.experiment_id if existing else client.create_experiment(project)
             # Override the default tags, which contain the user name and command path.
             tags = {"mlflow.user": "finesight", "mlflow.source.name": "finesight"}
+            tags[self.ID_TAG] = record.id
             run = client.create_run(experiment, run_name=record.name, tags=tags)
             self._run_id = run.info.run_id
             parameters = [
@@ -374,24 +344,12 @@ class MLflowTracker(Tracker):
                 for name, value in _flatten_settings(record.settings)
             ]
             self._log_batches("params", parameters)
-        run_text = f"run {self._run_id} of experiment {project}"
-        return RunStarted(id=self._run_id, message=f"MLflow: {run_text}")
+        return f"MLflow: run {self._run_id} of experiment {project}"
 
     def _log_batches(self, kind: str, entities: list[Any]) -> None:
         size = self.MAX_PER_REQUEST[kind]
         for offset in range(0, len(entities), size):
             self._client.log_batch(self._run_id, **{kind: entities[offset : offset + size]})
-
-    def _run_exists(self, run_id: str) -> bool:
-        """Return whether an MLflow run exists and is not deleted."""
-        import mlflow
-
-        try:
-            return bool(self._client.get_run(run_id).info.lifecycle_stage == "active")
-        except mlflow.MlflowException as error:
-            if error.error_code == "RESOURCE_DOES_NOT_EXIST":
-                return False
-            raise
 
     def log_metrics(self, record: MetricsRecord) -> None:
         import mlflow
@@ -406,9 +364,9 @@ class MLflowTracker(Tracker):
 
     def log_images(self, record: ImagesRecord) -> None:
         captions = []
-        for key, image in record.iter_named():
-            self._client.log_image(self._run_id, image.decode(), key=key, step=record.step)
-            captions.append(f"{key}\n{image.caption}\n")
+        for key, example in record.iter_named():
+            self._client.log_image(self._run_id, example.image, key=key, step=record.step)
+            captions.append(f"{key}\n{example.caption}\n")
         # MLflow images have no captions.
         name = f"{EXAMPLES_KEY}/captions-step-{record.step}.txt"
         self._client.log_text(self._run_id, "\n".join(captions), name)

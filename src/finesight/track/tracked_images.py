@@ -5,7 +5,6 @@ Trackers show them. The samples are the same at every evaluation of a run.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Collection
 from pathlib import Path
 
@@ -85,11 +84,7 @@ def _render_example(before: JsonObject | None, after: JsonObject) -> TrackedImag
     combined = Image.new("RGB", (num_panels * (width + PANEL_GAP) - PANEL_GAP, height), "white")
     for panel_index, panel in enumerate(panels.values() if panels else [image]):
         combined.paste(panel, (panel_index * (width + PANEL_GAP), 0))
-    buffer = io.BytesIO()
-    # Without chroma subsampling, so that thin lines keep their colors.
-    combined.save(buffer, "JPEG", quality=88, subsampling=0)
-    caption = _format_caption(before, after, ", ".join(panels))
-    return TrackedImage(jpeg=buffer.getvalue(), caption=caption)
+    return TrackedImage(image=combined, caption=_format_caption(before, after, ", ".join(panels)))
 
 
 def _open_resized(path: Path) -> tuple[Image.Image, float]:

@@ -1,45 +1,48 @@
 """Send metrics, images and alerts to all trackers of a run without blocking the training.
 
-For each tracker, a thread passes queued records to a process, which runs the tracker package. A
-tracker that fails, times out or crashes is disabled, and its process is killed.
+For each tracker, a thread passes queued records to a process, which runs the tracker package. This
+limits side effects of the package, such as signal handlers, threads and hangs at exit. A tracker
+that fails, times out or crashes is disabled, and its process is killed.
 """
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import queue
-import socket
+import re
+import secrets
+import signal
 import subprocess
 import sys
 import threading
 import time
+import traceback
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, BinaryIO
-
-from pydantic import BaseModel, TypeAdapter, ValidationError
+from typing import Any
 
 from finesight.bounded_files import read_bytes
-from finesight.config import Recipe, TrackerKind, TrackerSettings
+from finesight.config import Recipe, TrackerKind
 from finesight.errors import TrainingInterrupted, UserError
 from finesight.manifest import TRACKING_FOLDER
 from finesight.storage import write_file
-from finesight.track.backends import TRACKERS
+from finesight.track.backends import TRACKERS, Tracker
 from finesight.track.tracker_records import (
     AlertLevel,
     AlertRecord,
     FinishRecord,
     ImagesRecord,
     MetricsRecord,
-    RecordReply,
-    RunStarted,
     RunState,
     StartRecord,
     StepMetrics,
     TrackedImage,
     TrackerRecord,
+    redact,
 )
 
 RESPONSE_TIMEOUT_S = 120.0
@@ -48,27 +51,75 @@ RESPONSE_TIMEOUT_S = 120.0
 It exceeds a network outage of a minute.
 """
 
-MAX_QUEUED_RECORDS = 10_000
-"""Maximum number of queued records; further ones are dropped.
+ORPHAN_TIMEOUT_S = 300
+"""Seconds after which a call ends the process of a tracker, if the training process has died."""
 
-A record takes about a kilobyte, except for the images of an evaluation.
-"""
+MAX_QUEUED_RECORDS = 1000
+"""Maximum number of queued records; further ones are dropped."""
 
 MAX_BATCHED_STEPS = 50
+"""Maximum number of steps in a record.
+
+With one request per step, a remote tracker would be slower than the training.
+"""
 
 EXIT_TIMEOUT_S = 5.0
 """Seconds that the tracker process may take to exit after the run is closed."""
 
 
-class _TrackerFailedError(Exception):
-    """Raised when the tracker process exits or reports an error."""
+def run_tracker(kind: TrackerKind, fd: int) -> None:
+    """Pass records from a connection to one tracker until the run ends.
+
+    This is the program of the tracker process. If the training process dies, the run is closed as
+    failed.
+    """
+    # A scheduler signals all processes of a job. This process ends after the run.
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2"):
+        signal.signal(signal.Signals[name], signal.SIG_IGN)
+    tracker: Tracker | None = None
+    # The connection fails when the training process dies.
+    with Connection(fd) as connection, suppress(EOFError, ConnectionError):
+        while True:
+            signal.alarm(0)
+            record: TrackerRecord = connection.recv()
+            signal.alarm(ORPHAN_TIMEOUT_S)
+            error, message = "", None
+            try:
+                tracker = tracker or TRACKERS[kind]()
+                message = tracker.handle(record)
+            except Exception as problem:  # any error of the package
+                traceback.print_exc()
+                error = redact(f"{type(problem).__name__}: {problem}")
+            connection.send((error, message))
+            if error or isinstance(record, FinishRecord):
+                return
+    if tracker is not None:
+        signal.alarm(ORPHAN_TIMEOUT_S)
+        tracker.finish_run(FinishRecord(state="failed", reason="the training process died"))
 
 
-@dataclass(frozen=True)
-class TrackerStopped:
-    """Response of a tracker that stopped before the end of the run, with the reason."""
+PROGRAM = """
+import sys
+from finesight.track.tracker_manager import run_tracker
+run_tracker(sys.argv[1], int(sys.argv[2]))
+"""
 
-    message: str
+
+def start_process(kind: TrackerKind, fd: int, log_file: Path) -> subprocess.Popen[bytes]:
+    """Start the process of a tracker with the file descriptor of its connection."""
+    log_file.parent.mkdir(parents=True, exist_ok=True)
+    with log_file.open("ab") as output:
+        return subprocess.Popen(
+            # -P: do not import packages from the working directory, such as a folder `wandb`.
+            [sys.executable, "-P", "-c", PROGRAM, kind, str(fd)],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            env={**TRACKERS[kind].telemetry_off_env, **os.environ},
+            pass_fds=[fd],
+            # The run handles Ctrl-C and notifies its trackers.
+            start_new_session=True,
+        )
 
 
 class TrackerClient:
@@ -84,28 +135,37 @@ class TrackerClient:
     def __init__(self, kind: TrackerKind, log_file: Path) -> None:
         self.kind, self._log_file = kind, log_file
         self.num_submitted, self.num_delivered = 0, 0
-        self._queue: queue.SimpleQueue[TrackerRecord] = queue.SimpleQueue()
-        self._responses: queue.SimpleQueue[RunStarted | TrackerStopped] = queue.SimpleQueue()
+        self._records: deque[TrackerRecord] = deque()
+        self._has_records = threading.Condition()
+        self._messages: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._finished = threading.Event()
         self.process: subprocess.Popen[bytes] | None = None
         self.thread = threading.Thread(target=self._run, name=f"track {kind}", daemon=True)
         self.thread.start()
 
     def submit(self, record: TrackerRecord) -> None:
-        """Queue a record without blocking.
+        """Queue a record without blocking, and merge metrics with the previous ones.
 
         The record is dropped if the queue is full or the tracker has stopped.
         """
         self.num_submitted += 1
         is_required = isinstance(record, StartRecord | FinishRecord)
-        has_capacity = self._queue.qsize() < MAX_QUEUED_RECORDS or is_required
-        if has_capacity and not self._finished.is_set():
-            self._queue.put(record)
+        with self._has_records:
+            match self._records[-1] if self._records else None, record:
+                case _ if self._finished.is_set():
+                    self._records.clear()
+                case MetricsRecord(steps=last), MetricsRecord(steps=new) if (
+                    len(last) < MAX_BATCHED_STEPS
+                ):
+                    self._records[-1] = MetricsRecord(steps=last + new)
+                case _ if len(self._records) < MAX_QUEUED_RECORDS or is_required:
+                    self._records.append(record)
+            self._has_records.notify()
 
-    def poll_responses(self) -> Iterator[RunStarted | TrackerStopped]:
-        """Yield the responses of the tracker since the last call."""
-        while not self._responses.empty():
-            yield self._responses.get()
+    def poll_messages(self) -> Iterator[str]:
+        """Yield the messages for the user since the last call."""
+        while not self._messages.empty():
+            yield self._messages.get()
 
     def wait(self, timeout_s: float) -> bool:
         """Wait until the tracker has finished or failed. Returns False after the timeout."""
@@ -113,109 +173,67 @@ class TrackerClient:
 
     def kill(self) -> None:
         """Stop the tracker immediately; queued records are lost."""
-        if self._finished.is_set():
-            return
-        self._responses.put(TrackerStopped("stopped before all records were delivered"))
+        if not self._finished.is_set():
+            self._stop("stopped before all records were delivered")
+            if self.process is not None:
+                self.process.kill()
+
+    def _stop(self, problem: str) -> None:
+        self._messages.put(f"{self.kind}: {problem}")
         self._finished.set()
-        if self.process is not None:
-            self.process.kill()
 
     def _run(self) -> None:
-        connection, child_connection = socket.socketpair()
+        connection, child_connection = multiprocessing.Pipe()
+        problem = ""
         try:
-            with connection, connection.makefile("rb") as response_file:
+            with connection:
                 with child_connection:
-                    self.process = _start_process(self.kind, child_connection, self._log_file)
-                if not self._finished.is_set():
-                    self._send_records(connection, response_file)
-        except (_TrackerFailedError, OSError, ValueError) as error:
-            # A killed tracker has reported its reason already.
-            if not self._finished.is_set():
-                timed_out = isinstance(error, TimeoutError)
-                reason = f"no response for {RESPONSE_TIMEOUT_S:g} s" if timed_out else str(error)
-                self._responses.put(TrackerStopped(f"{reason}; the run continues without it"))
-        finally:
-            self._finished.set()
-            if self.process is not None:
-                try:
-                    self.process.wait(EXIT_TIMEOUT_S)
-                except subprocess.TimeoutExpired:
-                    self.process.kill()
-                    self.process.wait()
+                    self.process = start_process(
+                        self.kind, child_connection.fileno(), self._log_file
+                    )
+                problem = self._deliver_records(connection)
+        except (EOFError, ConnectionError):
+            problem = f"the tracker process exited; see {self._log_file}"
+        except (OSError, ValueError) as error:
+            problem = str(error)
+        # A killed tracker has reported its reason already.
+        if problem and not self._finished.is_set():
+            self._stop(f"{problem}; the run continues without it")
+        self._finished.set()
+        if self.process is not None:
+            with suppress(subprocess.TimeoutExpired):
+                self.process.wait(EXIT_TIMEOUT_S)
+            self.process.kill()
+            self.process.wait()
 
-    def _send_records(self, connection: socket.socket, response_file: BinaryIO) -> None:
-        connection.settimeout(RESPONSE_TIMEOUT_S)
-        for record in self.iter_batched():
-            connection.sendall(record.model_dump_json().encode() + b"\n")
-            line = response_file.readline()
-            if not line.endswith(b"\n"):
-                raise _TrackerFailedError(f"the tracker process exited; see {self._log_file}")
-            reply = RecordReply.model_validate_json(line)
-            if reply.error is not None:
-                raise _TrackerFailedError(reply.error)
+    def _deliver_records(self, connection: Connection) -> str:
+        """Send records until the run ends; return the error of the tracker, if any."""
+        while not self._finished.is_set():
+            with self._has_records:
+                self._has_records.wait_for(lambda: self._records)
+                record = self._records.popleft()
+            connection.send(record)
+            if not connection.poll(RESPONSE_TIMEOUT_S):
+                return f"no response for {RESPONSE_TIMEOUT_S:g} s"
+            error, message = connection.recv()
+            if error:
+                return str(error)
             self.num_delivered += len(record.steps) if isinstance(record, MetricsRecord) else 1
-            if reply.started is not None:
-                self._responses.put(reply.started)
-
-    def iter_batched(self) -> Iterator[TrackerRecord]:
-        """Yield queued records up to the end of the run, with consecutive metrics merged.
-
-        With one request per step, a remote tracker would be slower than the training.
-        """
-        record: TrackerRecord | None = None
-        while True:
-            record = self._queue.get() if record is None else record
-            step_metrics: list[StepMetrics] = []
-            while isinstance(record, MetricsRecord) and len(step_metrics) < MAX_BATCHED_STEPS:
-                step_metrics += record.steps
-                record = None if self._queue.empty() else self._queue.get()
-            if step_metrics:
-                yield MetricsRecord(steps=tuple(step_metrics))
-            elif record is not None:
-                yield record
-                if isinstance(record, FinishRecord):
-                    return
-                record = None
-
-
-def _start_process(
-    kind: TrackerKind, connection: socket.socket, log_file: Path
-) -> subprocess.Popen[bytes]:
-    fd = connection.fileno()
-    # -P: do not import packages from the working directory, such as a folder `wandb`.
-    command = [sys.executable, "-P", "-m", "finesight.track.tracker_process", kind, str(fd)]
-    log_file.parent.mkdir(parents=True, exist_ok=True)
-    with log_file.open("ab") as output:
-        return subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=output,
-            env={**TRACKERS[kind].telemetry_off_env, **os.environ},
-            pass_fds=[fd],
-            # The run handles Ctrl-C and notifies its trackers.
-            start_new_session=True,
-        )
+            if message is not None:
+                self._messages.put(message)
+            if isinstance(record, FinishRecord):
+                break
+        return ""
 
 
 LogFn = Callable[[str], None]
 
-RUN_IDS_FILE = "ids.json"
+RUN_ID_FILE = "id.txt"
 
 FINISH_TIMEOUTS_S: dict[RunState, float] = {"finished": 60.0, "failed": 20.0, "interrupted": 20.0}
 """Maximum seconds for all trackers to deliver queued records at the end of a run, by its state."""
 
 WAIT_NOTICE_DELAY_S = 2.0
-
-
-class TrackerRun(BaseModel):
-    """Run id of a tracker, stored so that a resumed training continues its run."""
-
-    tracker: TrackerSettings
-    id: str
-
-
-_RUN_IDS_ADAPTER: TypeAdapter[list[TrackerRun]] = TypeAdapter(list[TrackerRun])
 
 
 class TrackerManager:
@@ -226,45 +244,36 @@ class TrackerManager:
 
     def __init__(self, recipe: Recipe, run_dir: Path, step: int, log: LogFn) -> None:
         self._recipe, self._run_dir, self._step, self._log = recipe, run_dir, step, log
-        self._folder = run_dir / TRACKING_FOLDER
-        self._is_started = False
-        self._run_ids = _load_run_ids(self._folder / RUN_IDS_FILE, log) if recipe.track else []
-        self._clients = [
-            (tracker, TrackerClient(tracker.kind, self._folder / f"{tracker.kind}.log"))
-            for tracker in recipe.track
-        ]
+        self._clients: list[TrackerClient] = []
 
     @property
     def is_active(self) -> bool:
         """True while any tracker accepts records."""
-        return any(not client.wait(0) for _, client in self._clients)
+        return any(not client.wait(0) for client in self._clients)
 
     def start_run(self, run_facts: Mapping[str, Any]) -> None:
         """Start or resume the run in all trackers.
 
         The recipe and `run_facts`, such as the model size, are logged as its settings.
         """
-        self._is_started = True
         settings = self._recipe.model_dump(mode="json", exclude={"track"}) | {
             "run": dict(run_facts)
         }
-        name, folder = self._run_dir.resolve().name, self._folder.resolve()
-        for tracker, client in self._clients:
+        folder = self._run_dir.resolve() / TRACKING_FOLDER
+        for tracker in self._recipe.track:
+            client = TrackerClient(tracker.kind, folder / f"{tracker.kind}.log")
+            self._clients.append(client)
             client.submit(
                 StartRecord(
                     tracker=tracker,
-                    name=name,
+                    name=folder.parent.name,
                     folder=folder / tracker.kind,
                     settings=settings,
+                    id=load_run_id(folder / RUN_ID_FILE),
                     step=self._step,
-                    id=self.get_run_id(tracker),
                 )
             )
-        self._log_responses()
-
-    def get_run_id(self, tracker: TrackerSettings) -> str | None:
-        """Return the stored run id of a tracker, or None for a new run."""
-        return next((run.id for run in self._run_ids if run.tracker == tracker), None)
+        self._log_messages()
 
     def log_metrics(self, step: int, values: Mapping[str, float]) -> None:
         """Queue the metrics of a training step for all trackers."""
@@ -285,60 +294,50 @@ class TrackerManager:
 
         After the time limit, trackers are stopped, and the number of lost records is logged.
         """
-        if not self._is_started:
-            for _, client in self._clients:
-                client.kill()
-            return
-        for _, client in self._clients:
+        for client in self._clients:
             client.submit(record)
         start_time, timeout_s = time.monotonic(), FINISH_TIMEOUTS_S[record.state]
         self._wait_until(start_time + min(WAIT_NOTICE_DELAY_S, timeout_s))
-        if unfinished := [tracker.kind for tracker, client in self._clients if not client.wait(0)]:
+        if unfinished := [client.kind for client in self._clients if not client.wait(0)]:
             self._log(f"waiting for {', '.join(unfinished)} (at most {timeout_s:g} s)")
         self._wait_until(start_time + timeout_s)
-        for _, client in self._clients:
+        for client in self._clients:
             client.kill()
-        self._log_responses()
-        for tracker, client in self._clients:
-            if client.num_delivered < client.num_submitted:
-                num_lost = client.num_submitted - client.num_delivered
+        self._log_messages()
+        for client in self._clients:
+            if num_lost := client.num_submitted - client.num_delivered:
                 self._log(
-                    f"{tracker.kind}: {num_lost} of {client.num_submitted} records were not"
+                    f"{client.kind}: {num_lost} of {client.num_submitted} records were not"
                     " delivered; metrics.jsonl contains all metrics"
                 )
 
     def _wait_until(self, deadline: float) -> None:
-        for _, client in self._clients:
+        for client in self._clients:
             client.wait(max(0.0, deadline - time.monotonic()))
 
     def _submit(self, record: TrackerRecord) -> None:
-        if self._is_started:
-            for _, client in self._clients:
-                client.submit(record)
-            self._log_responses()
+        for client in self._clients:
+            client.submit(record)
+        self._log_messages()
 
-    def _log_responses(self) -> None:
-        """Log the new messages of trackers, and save their run ids.
+    def _log_messages(self) -> None:
+        """Log the new messages of trackers, in the training thread."""
+        for client in self._clients:
+            for message in client.poll_messages():
+                self._log(message)
 
-        It runs in the training thread, not in the threads of the clients.
-        """
-        for tracker, client in self._clients:
-            for response in client.poll_responses():
-                if isinstance(response, TrackerStopped):
-                    self._log(f"{tracker.kind}: {response.message}")
-                    continue
-                self._log(response.message)
-                if response.id is not None:
-                    self._save_run_id(TrackerRun(tracker=tracker, id=response.id))
 
-    def _save_run_id(self, run: TrackerRun) -> None:
-        kind = run.tracker.kind
-        self._run_ids = [*(one for one in self._run_ids if one.tracker.kind != kind), run]
-        content = _RUN_IDS_ADAPTER.dump_json(self._run_ids, indent=1) + b"\n"
-        try:
-            write_file(self._folder / RUN_IDS_FILE, content)
-        except (UserError, OSError) as error:
-            self._log(f"{kind}: run ID not saved, so a resume starts a new run ({error})")
+def load_run_id(file: Path) -> str:
+    """Return the ID of a run in all trackers, which is random, and stored for a resume."""
+    with suppress(UserError):
+        run_id = read_bytes(file, expected="the ID of a run").decode(errors="replace").strip()
+        if re.fullmatch("[0-9a-f]{8}", run_id):
+            return run_id
+    run_id = secrets.token_hex(4)
+    # Without the file, a resume starts a new run.
+    with suppress(UserError, OSError):
+        write_file(file, f"{run_id}\n".encode())
+    return run_id
 
 
 @contextmanager
@@ -361,13 +360,3 @@ def start_trackers(
         tracker_manager.finish_run(FinishRecord(state="failed", reason=reason))
         raise
     tracker_manager.finish_run(FinishRecord(state="finished"))
-
-
-def _load_run_ids(path: Path, log: LogFn) -> list[TrackerRun]:
-    if not path.exists():
-        return []
-    try:
-        return _RUN_IDS_ADAPTER.validate_json(read_bytes(path, expected="run IDs of trackers"))
-    except (UserError, ValidationError) as error:
-        log(f"{path} is unreadable, so trackers start new runs ({type(error).__name__})")
-        return []

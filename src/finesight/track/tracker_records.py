@@ -1,4 +1,4 @@
-"""Messages between the training process and the process of a tracker.
+"""Records that the training process sends to the process of a tracker.
 
 Validation redacts secrets in all text fields, so that no record contains them. Three rules find
 secrets: values of environment variables with names such as HF_TOKEN, known formats of tokens, and
@@ -7,7 +7,6 @@ settings with such names. Redaction is idempotent.
 
 from __future__ import annotations
 
-import io
 import os
 import re
 from collections.abc import Iterator
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from PIL import Image
-from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, TypeAdapter
+from pydantic import AfterValidator, BaseModel, ConfigDict
 
 from finesight.config import TrackerSettings
 
@@ -108,30 +107,23 @@ RedactedSettings = Annotated[dict[str, Any], AfterValidator(redact_tree)]
 
 
 class _TrackerMessage(BaseModel):
-    model_config = ConfigDict(
-        extra="forbid",
-        frozen=True,
-        ser_json_bytes="base64",
-        val_json_bytes="base64",
-        # Non-finite steps have NaN metrics.
-        ser_json_inf_nan="constants",
-    )
+    model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
 
 
 class StartRecord(_TrackerMessage):
     """Record that starts or resumes a run in the tracker.
 
     Attributes:
-        id: Run id of the tracker; None for a new run.
+        id: ID of the run, equal when it is resumed.
+        step: Number of steps of the run before the start.
     """
 
-    type: Literal["start"] = "start"
     tracker: TrackerSettings
     name: RedactedText
     folder: Path
     settings: RedactedSettings
+    id: str
     step: int = 0
-    id: str | None = None
 
 
 class StepMetrics(_TrackerMessage):
@@ -144,19 +136,14 @@ class StepMetrics(_TrackerMessage):
 class MetricsRecord(_TrackerMessage):
     """Record with the metrics of one or several training steps."""
 
-    type: Literal["metrics"] = "metrics"
     steps: tuple[StepMetrics, ...]
 
 
 class TrackedImage(_TrackerMessage):
-    """An example image as JPEG, with its caption."""
+    """An RGB example image with its caption."""
 
-    jpeg: bytes
+    image: Image.Image
     caption: RedactedText
-
-    def decode(self) -> Image.Image:
-        """Decode the JPEG data to an image."""
-        return Image.open(io.BytesIO(self.jpeg))
 
 
 class ImagesRecord(_TrackerMessage):
@@ -165,7 +152,6 @@ class ImagesRecord(_TrackerMessage):
     The samples are the same at every evaluation of a run.
     """
 
-    type: Literal["images"] = "images"
     step: int
     images: tuple[TrackedImage, ...]
 
@@ -181,7 +167,6 @@ AlertLevel = Literal["info", "warning", "error"]
 class AlertRecord(_TrackerMessage):
     """Record with an alert for the user, such as a stopped run."""
 
-    type: Literal["alert"] = "alert"
     step: int
     level: AlertLevel
     title: RedactedText
@@ -194,35 +179,8 @@ RunState = Literal["finished", "failed", "interrupted"]
 class FinishRecord(_TrackerMessage):
     """Record that closes a run, with the reason if it failed or was interrupted."""
 
-    type: Literal["finish"] = "finish"
     state: RunState
     reason: RedactedText = ""
 
 
-TrackerRecord = Annotated[
-    StartRecord | MetricsRecord | ImagesRecord | AlertRecord | FinishRecord, Discriminator("type")
-]
-
-RECORD_ADAPTER: TypeAdapter[TrackerRecord] = TypeAdapter(TrackerRecord)
-
-
-class RunStarted(_TrackerMessage):
-    """Response of a tracker after it started a run.
-
-    Attributes:
-        id: Run id for a later resume; None if the tracker does not support it.
-        message: Message for the user with the address of the dashboard, or the folder.
-    """
-
-    id: str | None
-    message: str
-
-
-class RecordReply(_TrackerMessage):
-    """Reply of the tracker process to one record.
-
-    `started` is the response to a StartRecord, `error` the reason if the tracker failed.
-    """
-
-    started: RunStarted | None = None
-    error: str | None = None
+TrackerRecord = StartRecord | MetricsRecord | ImagesRecord | AlertRecord | FinishRecord

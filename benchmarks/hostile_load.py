@@ -157,7 +157,6 @@ class PageClient:
             headers = {"Content-Type": kind, "Cookie": getattr(self, "cookie", "")}
             connection.request(method, path, body, headers)
             answer = connection.getresponse()
-            # The event stream of an answer ends with it, unless the client closes it before.
             end, received = time.monotonic() + MAX_ANSWER_S, b""
             while chunk := answer.read1(1 << 16):
                 received += chunk
@@ -167,7 +166,12 @@ class PageClient:
 
 
 class ChatPageClient(PageClient):
-    """Client of the chat page that has signed in."""
+    """Client of the chat page that has signed in, with conversations of its own."""
+
+    def __init__(self, port: int) -> None:
+        super().__init__(port)
+        headers = dict(self.request("GET", "/")[1])
+        self.cookie += f"; {headers['set-cookie'].split(';')[0]}"
 
     def ask(self, name: str, data: bytes, copies: int = 1) -> tuple[str, int]:
         """Upload an image, ask a question about copies of it, and wait for the answer."""
@@ -177,8 +181,14 @@ class ChatPageClient(PageClient):
             if status != 200:
                 return name, status
             images += json.loads(output)
-        body = {"question": {"text": "What?", "images": images}, "settings": SETTINGS}
-        return name, self.request("POST", "/answers", json.dumps(body).encode())[0]
+        body = json.dumps({"text": "What?", "images": images, "settings": SETTINGS}).encode()
+        status, _, output = self.request("POST", "/answers", body)
+        while status == 200 and (chat := json.loads(output).get("chat")):
+            page = self.request("GET", f"/turns/{chat}")[2]
+            if b"streaming" not in page:
+                break
+            time.sleep(0.05)
+        return name, status
 
 
 def make_page_attacks(port: int, number: int) -> Iterator[Attack]:

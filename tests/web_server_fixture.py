@@ -158,7 +158,7 @@ class ChatPageDriver:
         self.read_texts = browser.read_texts
         send_command = self.driver.execute_cdp_cmd
         send_command("Network.enable", {})
-        # The browser keeps the conversations.
+        # The conversations belong to a cookie.
         everything = {"origin": address.rstrip("/"), "storageTypes": "all"}
         send_command("Storage.clearDataForOrigin", everything)
         send_command("Network.setExtraHTTPHeaders", {"headers": {"Accept-Language": language}})
@@ -208,13 +208,6 @@ class ChatPageDriver:
         )
         self.wait_for_script(f"return !!{found};")
         self.browser.run(f"{found}.click();")
-
-    def read_chats(self) -> list[Any]:
-        """Return the conversations that the browser keeps, latest first."""
-        found = "Object.keys(localStorage).map((key) => JSON.parse(localStorage[key]))"
-        chats = self.browser.run(f"return {found}.sort((a, b) => b.changed - a.changed);")
-        assert isinstance(chats, list), chats
-        return chats
 
     def count_turns(self) -> int:
         """Return the number of displayed turns."""

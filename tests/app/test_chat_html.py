@@ -1,5 +1,7 @@
 """Tests of the HTML of the chat page: formulas, JSON and escaping."""
 
+from pathlib import Path
+
 import pytest
 from browser import XSS_PAYLOADS
 from case_files import load_cases
@@ -11,13 +13,13 @@ from finesight.app.chat_page import (
     MAX_FORMULAS,
     ChatImage,
     ChatPage,
-    StoredReply,
-    StoredTurn,
     render_answer,
     render_turns,
 )
 from finesight.data.sample import BoxPart
 from finesight.evaluate.mathml import ALLOWED_ATTRIBUTES, ALLOWED_ELEMENTS
+from finesight.infer.chat_session import ChatReply, ChatTurn
+from finesight.infer.prediction import Prediction
 from finesight.manifest import Manifest
 
 CASES = load_cases("chat_html")
@@ -46,11 +48,12 @@ JSON_BOMBS = ("[" * 100_000, '{"a": ' + "9" * 5000 + "}")
 def render(text: str, *, is_formula: bool = False) -> str:
     """Render a question whose answer is the question, with a box of the same label."""
     box = BoxPart(label=text, xyxy=(1.0, 1.0, 9.0, 9.0))
-    image = ChatImage(id=text, name=text, width=10, height=10)
-    values = {"model": text, "image": text, "answer": text, "reasoning": text, "boxes": (box,)}
-    reply = StoredReply(**values, finish_reason="stop")
-    turn = StoredTurn(text=text, images=[image], replies=[reply, reply])
-    return render_turns([turn], [image], is_formula=is_formula)
+    path = Path(text)
+    image = ChatImage(text, path, 10, 10)
+    prediction = Prediction("", (path,), "", text, text, (box,), 1, "stop", reasoning=text)
+    reply = ChatReply(text, path, finish_reason="stop", prediction=prediction)
+    turn = ChatTurn(text, (path,), (reply, reply))
+    return render_turns([turn], {path: image}, error=text, is_formula=is_formula)
 
 
 @pytest.mark.parametrize(

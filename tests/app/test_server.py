@@ -106,16 +106,19 @@ def start_upload(page: RunningWebPage, link: socket.socket, size: int, content: 
     link.sendall(request.encode() + content)
 
 
-def converse(page: RunningWebPage, text: str, *files: bytes, thinking: bool = False) -> Any:
-    """Submit a question like the page, and return the last line of the answer."""
+def converse(page: RunningWebPage, text: str, *files: bytes, thinking: bool = False) -> str:
+    """Ask a question in a new conversation like the page, and return the HTML of its turn."""
     images = []
     for file in files:
         images += json.loads(ask(page, "POST", f"{UPLOADS}?name={quote(text)}", file).body)
-    settings = {**SETTINGS, "thinking": thinking}
-    body = {"question": {"text": text, "images": images}, "settings": settings}
-    sent = ask(page, "POST", ANSWERS, json.dumps(body).encode())
+    cookie = ask(page, "GET", "/").headers["set-cookie"].split(";")[0]
+    body = {"text": text, "images": images, "settings": {**SETTINGS, "thinking": thinking}}
+    sent = ask(page, "POST", ANSWERS, json.dumps(body).encode(), cookie=cookie)
     assert sent.status == 200, sent.body
-    return json.loads(sent.body.splitlines()[-1])
+    path, turn = f"/turns/{json.loads(sent.body)['chat']}", "streaming"
+    while "streaming" in turn:
+        turn = ask(page, "GET", path, cookie=cookie).body.decode()
+    return turn
 
 
 def test_wrong_password_or_cookie_is_rejected(locked_page):
@@ -262,7 +265,7 @@ def test_server_opens_no_external_connections():
     try:
         with run_web_page(ScriptedService()) as page:
             assert ask(page, "GET", "/").status == 200
-            assert converse(page, "http://93.184.216.34/x.png")["error"] == ""
+            assert "http://93.184.216.34" in converse(page, "http://93.184.216.34/x.png")
     finally:
         watching.clear()
     hosts = {one[0] if isinstance(one, tuple) else one for one in tried}
@@ -277,7 +280,7 @@ def test_files_are_stored_in_a_private_temp_folder(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temp"))
     with run_web_page(ScriptedService()) as page:
         for name in ("a.png", "b.png"):
-            assert converse(page, name, content)["replies"][0]["answer"] == name
+            assert f">{name}</p>" in converse(page, name, content)
         assert stat.S_IMODE(page.folder.stat().st_mode) == 0o700
         assert any(page.folder.rglob("*.png")), "nothing was sent"
         files = list((tmp_path / "temp").rglob("*.png"))
@@ -292,7 +295,7 @@ def test_malformed_json_is_refused_without_a_traceback(open_page, capfd):
         assert ask(open_page, "GET", f"/{path}").status == 404, path
     with socket.create_connection(("127.0.0.1", open_page.port)) as link:
         start_upload(open_page, link, 1000, b"x" * 100)
-    assert converse(open_page, "still there")["error"] == ""
+    assert 'role="alert"' not in converse(open_page, "still there")
     assert capfd.readouterr().err == ""
 
 
@@ -347,10 +350,8 @@ def test_page_selects_the_thinking_mode(default):
 def test_page_shows_reasoning_of_a_run(thinking_run):
     with run_service(str(thinking_run)) as service, run_web_page(service) as page:
         for thinks in (True, False):
-            shown = converse(page, "Which colour?", thinking=thinks)
-            assert shown["replies"][0]["answer"] == ANSWER
-            html = shown["html"]
-            assert ANSWER in html
+            html = converse(page, "Which colour?", thinking=thinks)
+            assert f">{ANSWER}</p>" in html
             assert ("<summary>Reasoning</summary>" in html) == (THOUGHT in html) == thinks
 
 

@@ -1,7 +1,7 @@
-"""Chat page: HTML, uploads, and streams of answers.
+"""Chat page: HTML, uploads, conversations and their answers.
 
-The browser keeps the conversations, and sends one with each question. The server keeps the images
-until the conversation is deleted, or the server stops.
+The server keeps the conversations of each browser with their images until they are deleted, or the
+server stops. The page shows what the server has, also while an answer is being generated.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ import re
 import secrets
 import traceback
 import zipfile
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from itertools import islice
 from pathlib import Path
@@ -23,7 +23,7 @@ from typing import Annotated, Any
 
 from anyio import CapacityLimiter, to_thread
 from markupsafe import Markup
-from pydantic import BaseModel, Discriminator, Field, FiniteFloat
+from pydantic import BaseModel, Field, FiniteFloat
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import (
@@ -48,21 +48,14 @@ from finesight.app.pages import (
 from finesight.app.server import Access, AccessMiddleware
 from finesight.bounded_files import parse_json
 from finesight.data.image_header import get_file
-from finesight.data.sample import (
-    BoxPart,
-    PointPart,
-    TextPart,
-    encode_json_line,
-    is_video_path,
-    sample_to_dict,
-)
+from finesight.data.sample import BoxPart, encode_json_line, is_video_path, sample_to_dict
 from finesight.encode.family import DEFAULT_THINKING, ThinkingOptions
 from finesight.errors import UserError
 from finesight.evaluate.mathml import convert_formula, render_mathml
 from finesight.infer.chat_session import ChatReply, ChatSession, ChatTurn
 from finesight.infer.inference_service import InferenceService
 from finesight.infer.prediction import BOX_COLORS
-from finesight.infer.request import FinishReason, GenerationOptions, SamplingParams
+from finesight.infer.request import GenerationOptions, SamplingParams
 from finesight.report.i18n import translate
 from finesight.vision.image_reader import NUM_IMAGE_WORKERS, ImageReader
 from finesight.worker_pool import WorkerPool
@@ -73,12 +66,12 @@ MAX_FILE_BYTES = 100 << 20
 MAX_IMAGES_PER_MESSAGE = 8
 MAX_IMAGES_PER_CHAT = 64
 MAX_MESSAGE_CHARS = 20_000
-MAX_CHATS = 30
-"""Maximum number of conversations that a browser keeps."""
+MAX_CHATS, MAX_CHATS_OF_ALL, MAX_TURNS = 30, 200, 100
+"""Maximum number of conversations of a browser and of all, and of turns of a conversation."""
 
+
+MAX_TITLE_CHARS = 80
 MAX_NEW_TOKENS = 4096
-MAX_ANSWER_CHARS, MAX_ANSWER_PARTS = 64 * MAX_NEW_TOKENS, 2 * MAX_NEW_TOKENS
-
 MAX_TEMPERATURE, MAX_TOP_K, MAX_REPETITION_PENALTY = 2, 1000, 2
 MAX_SEED = 2**53 - 1
 """Largest integer that browsers represent exactly."""
@@ -89,9 +82,7 @@ MAX_DISPLAY_SIDE = 1600
 BASE_MODEL_NAME = "base"
 DEFAULT_MAX_NEW_TOKENS = 512
 
-UPDATE_INTERVAL_S = 0.08
-"""Seconds between updates of a streamed completion in the browser."""
-
+Name = Annotated[str, Field(max_length=64)]
 IMAGE_ID = re.compile(r"([\w-]{32})(#page=[0-9]{1,4})?")
 
 
@@ -117,87 +108,71 @@ class ChatSettings(BaseModel, frozen=True, extra="forbid"):
     system_prompt: Annotated[str, Field(max_length=MAX_MESSAGE_CHARS)] = ""
 
 
-class ChatImage(BaseModel, frozen=True):
+class ChatRequest(BaseModel, frozen=True):
+    """Request about a conversation, such as a question to answer.
+
+    Attributes:
+        chat: ID of the conversation; empty for a new one.
+        index: Number of turns before the question. It replaces later ones; None for none.
+        images: IDs of images; None for those of the replaced turn.
+    """
+
+    chat: Annotated[str, Field(max_length=64)] = ""
+    index: Annotated[int | None, Field(ge=0)] = None
+    text: Annotated[str, Field(max_length=MAX_MESSAGE_CHARS)] = ""
+    images: Annotated[list[Name], Field(max_length=1000)] | None = []
+    settings: ChatSettings = ChatSettings()
+
+
+@dataclass(frozen=True, slots=True)
+class ChatImage:
     """Image, page of a document, or video of a conversation.
 
     Attributes:
         id: ID of the upload, and the fragment of a page.
+        path: File, or page of a document.
     """
 
     id: str
-    name: str
-    width: Annotated[int, Field(ge=1, le=1 << 30)]
-    height: Annotated[int, Field(ge=1, le=1 << 30)]
+    path: Path
+    width: int
+    height: int
 
     @property
     def is_video(self) -> bool:
         """Return whether the file is a video, by its name."""
-        return is_video_path(Path(self.name))
+        return is_video_path(self.path)
 
 
-AnswerBox = Annotated[BoxPart | PointPart, Discriminator("type")]
-AnswerPart = Annotated[TextPart | BoxPart | PointPart, Discriminator("type")]
-
-
-class StoredReply(BaseModel, frozen=True):
-    """Reply of a model, which the browser keeps.
+@dataclass(slots=True, eq=False)
+class Chat:
+    """Conversation of a browser.
 
     Attributes:
-        image: ID of the image that boxes refer to; None without an image.
-        content: Parts of the answer in following prompts; empty to leave out the turn.
-        finish_reason: None during the generation.
+        owner: Secret name of the browser.
+        settings: Settings of the last answer.
+        is_busy: Whether an answer is being generated.
+        error: Message of the failure of the last answer; empty without one.
     """
 
-    model: str
-    image: str | None = None
-    answer: Annotated[str, Field(max_length=MAX_ANSWER_CHARS)]
-    reasoning: Annotated[str | None, Field(max_length=MAX_ANSWER_CHARS)] = None
-    boxes: Annotated[tuple[AnswerBox, ...], Field(max_length=MAX_ANSWER_PARTS)] = ()
-    content: Annotated[tuple[AnswerPart, ...], Field(max_length=MAX_ANSWER_PARTS)] = ()
-    num_tokens: int = 0
-    finish_reason: FinishReason | None = None
-
-    @classmethod
-    def from_reply(cls, reply: ChatReply, image: str | None) -> StoredReply:
-        """Describe a reply, also during its generation."""
-        prediction = reply.prediction
-        reasoning = (prediction.reasoning if prediction else reply.reasoning) or ""
-        return cls(
-            model=reply.model,
-            image=image,
-            answer=(prediction.answer if prediction else reply.text)[:MAX_ANSWER_CHARS],
-            reasoning=reasoning[:MAX_ANSWER_CHARS] or None,
-            boxes=prediction.boxes if prediction else (),
-            content=tuple(one for one in reply.content if isinstance(one, TextPart | BoxPart)),
-            num_tokens=prediction.num_tokens if prediction else 0,
-            finish_reason=reply.finish_reason,
-        )
-
-
-class Question(BaseModel, frozen=True):
-    """Question of a turn."""
-
-    text: Annotated[str, Field(max_length=MAX_MESSAGE_CHARS)] = ""
-    images: Annotated[list[ChatImage], Field(max_length=1000)] = []
-
-
-class StoredTurn(Question, frozen=True):
-    """Question and its answers, which the browser keeps."""
-
-    replies: Annotated[list[StoredReply], Field(min_length=1, max_length=2)]
-
-
-class Conversation(BaseModel, frozen=True):
-    """Conversation that the browser sends, with a question to answer."""
-
-    turns: Annotated[list[StoredTurn], Field(max_length=1000)] = []
-    question: Question = Question()
-    settings: ChatSettings = ChatSettings()
+    owner: str
+    id: str = field(default_factory=partial(secrets.token_hex, 16))
+    turns: list[ChatTurn] = field(default_factory=list)
+    settings: ChatSettings = field(default_factory=ChatSettings)
+    is_busy: bool = False
+    error: str = ""
 
     @property
-    def images(self) -> list[ChatImage]:
-        """Images of all turns and of the question."""
-        return [one for turn in (*self.turns, self.question) for one in turn.images]
+    def paths(self) -> dict[Path, None]:
+        """Images of all turns, in their order."""
+        return dict.fromkeys(path for turn in self.turns for path in turn.image_paths)
+
+    @property
+    def title(self) -> str:
+        """First question, or else the name of its first image."""
+        turn = self.turns[0]
+        names = (turn.text, *(path.name for path in turn.image_paths))
+        return " ".join(next(filter(str.strip, names)).split())[:MAX_TITLE_CHARS]
 
 
 BOXED_IMAGE_WIDTHS = (320, 640)
@@ -228,23 +203,26 @@ _FORMULA = re.compile(
 
 
 def render_turns(
-    turns: Sequence[StoredTurn],
-    images: Sequence[ChatImage],
+    turns: Sequence[ChatTurn],
+    images: Mapping[Path, ChatImage],
     first_index: int = 0,
     *,
+    error: str = "",
     is_formula: bool = False,
-) -> str:
+) -> Markup:
     """Render turns of a conversation, the first of which has an index in the conversation.
 
     Args:
-        images: Images of the conversation.
+        images: Images of the conversation by path.
+        error: Message below the last turn.
         is_formula: See `render_answer`.
     """
-    return render_page(
+    page = render_page(
         "chat_turns.html",
         turns=turns,
-        images={image.id: image for image in images},
+        images=images,
         first_index=first_index,
+        error=error,
         is_formula=is_formula,
         colors=BOX_COLORS,
         format_facts=_format_facts,
@@ -253,6 +231,7 @@ def render_turns(
         render_answer=render_answer,
         max_chars=MAX_MESSAGE_CHARS,
     )
+    return Markup(page)  # The template escapes all texts.
 
 
 @lru_cache(maxsize=256)
@@ -310,8 +289,9 @@ def _format_json(text: str) -> str | None:
     return None
 
 
-def _format_facts(reply: StoredReply) -> str:
-    facts = [translate("tokens: {}", reply.num_tokens)]
+def _format_facts(reply: ChatReply) -> str:
+    num_tokens = reply.prediction.num_tokens if reply.prediction else 0
+    facts = [translate("tokens: {}", num_tokens)]
     if reply.boxes:
         facts.append(translate("boxes: {}", len(reply.boxes)))
     if reply.finish_reason == "length":
@@ -369,13 +349,15 @@ class ChatPage:
         self._service, self._model_names, self._ask_alone = service, service.model_names, ask_alone
         self._reader = ImageReader(pool)
         self._uploads = UploadStore(folder, MAX_FILE_BYTES, math.inf)
-        # Answers that are being generated, by ID.
-        self._running: dict[str, ChatTurn] = {}
+        self._images: dict[Path, ChatImage] = {}
+        # Conversations by ID, the last changed one at the end.
+        self._chats: dict[str, Chat] = {}
+        self._tasks = set[asyncio.Task[None]]()
         # Slow images wait for each other, and leave threads for the other requests.
         self._limiter = CapacityLimiter(2 * NUM_IMAGE_WORKERS)
         self._render_limiter = CapacityLimiter(2)
-        # The browser forgets the conversations of a server that has stopped.
-        self._id = secrets.token_hex(8)
+        # Cookies do not distinguish ports and paths, so each server has its own.
+        self._cookie = f"finesight-chats-{secrets.token_hex(8)}"
         self._default_system_prompt = service.system_prompt or ""
         self._max_new_tokens = min(MAX_NEW_TOKENS, service.max_model_len)
 
@@ -384,23 +366,41 @@ class ChatPage:
         posts: dict[str, Callable[..., Any]] = {
             UPLOADS_PATH: self.add_file,
             "/forget": self.forget_images,
-            "/turns": self.get_turns,
             "/answers": self.start_answer,
-            "/answers/{id}/stop": self.stop_answer,
+            "/stop": self.stop_answer,
+            "/delete": self.delete_turns,
             "/chat.zip": self.export_chat,
         }
         return [
             Route("/", self.get_page),
+            Route("/turns/{id}", self.get_last_turn),
             Route("/images/{id}", self.get_image),
             *(Route(path, endpoint, methods=["POST"]) for path, endpoint in posts.items()),
         ]
 
-    def get_page(self, request: Request) -> Response:
-        """Return the page, without a conversation."""
-        return HTMLResponse(self.render(find_studio(request)))
+    async def get_page(self, request: Request) -> Response:
+        """Return the page with a conversation, by default the last one of the browser."""
+        owner, name = request.cookies.get(self._cookie, ""), request.query_params.get("chat")
+        chats = [one for one in reversed(self._chats.values()) if one.owner == owner]
+        chat = next((one for one in chats if name in (None, one.id)), None)
+        turns = await self._render_turns(chat, 0) if chat else ""
+        response = HTMLResponse(self.render(find_studio(request), chats, chat, turns))
+        if not owner:
+            secret = secrets.token_urlsafe(32)
+            response.set_cookie(self._cookie, secret, httponly=True, samesite="strict")
+        return response
 
-    def render(self, studio: str = "") -> str:
-        """Render the page. It links to its studio, if there is one."""
+    def render(
+        self,
+        studio: str = "",
+        chats: Sequence[Chat] = (),
+        chat: Chat | None = None,
+        turns: str = "",
+    ) -> str:
+        """Render the page with one of several conversations, and its rendered turns.
+
+        It links to its studio, if there is one.
+        """
         manifest, default_thinking = self._service.manifest, self._service.default_thinking
         max_new_tokens = manifest.max_new_tokens if manifest else None
         defaults = ChatSettings(
@@ -411,12 +411,11 @@ class ChatPage:
         )
         return render_page(
             "chat.html",
-            settings={
-                "expects_images": bool(manifest and manifest.has_images),
-                "max_chats": MAX_CHATS,
-                "server": self._id,
-            },
+            settings={"expects_images": bool(manifest and manifest.has_images)},
             studio=studio,
+            chats=chats,
+            chat=chat,
+            turns=turns,
             defaults=defaults.model_dump(),
             bounds=_read_bounds() | {"max_new_tokens": (1, self._max_new_tokens, 1)},
             max_chars=MAX_MESSAGE_CHARS,
@@ -429,14 +428,15 @@ class ChatPage:
         )
 
     async def add_file(self, request: Request) -> Response:
-        """Store an image, document or video, and return its images."""
+        """Store an image, document or video, and return the IDs of its images."""
         path = await self._uploads.store(request)
         try:
             images = await to_thread.run_sync(self._read_images, path, limiter=self._limiter)
         except BaseException:
             self._uploads.remove([path.parent.name])
             raise
-        return JSONResponse([image.model_dump() for image in images])
+        self._images |= {image.path: image for image in images}
+        return JSONResponse([image.id for image in images])
 
     def _read_images(self, path: Path) -> list[ChatImage]:
         """Return the image in a file, or the pages of a document."""
@@ -446,7 +446,7 @@ class ChatPage:
         for page in pages:
             height, width = self._reader.read_size(page)
             page_id = path.parent.name + page.name.removeprefix(path.name)
-            images.append(ChatImage(id=page_id, name=page.name, width=width, height=height))
+            images.append(ChatImage(page_id, page, width, height))
         return images
 
     def _find_image(self, image_id: str) -> Path:
@@ -469,75 +469,114 @@ class ChatPage:
         return Response(content, media_type="image/webp", headers=headers)
 
     async def forget_images(self, request: Request) -> Response:
-        """Delete uploaded images, with all pages of their documents."""
-        conversation = await parse_body(request, Question)
-        for image in conversation.images:
+        """Delete uploaded images that no conversation has, with all pages of their documents."""
+        body = await parse_body(request, ChatRequest)
+        for image_id in body.images or ():
             with suppress(UserError):
-                self._uploads.remove([self._find_image(image.id).parent.name])
+                self._remove_images([self._find_image(image_id)])
         return JSONResponse({})
 
-    async def get_turns(self, request: Request) -> Response:
-        """Return the turns of a conversation as HTML."""
-        conversation = await parse_body(request, Conversation)
-        return HTMLResponse(await self._render_turns(conversation.turns, conversation))
+    def _remove_images(self, paths: Iterable[Path]) -> None:
+        """Delete images unless a conversation has them or other pages of their documents."""
+        used = {get_file(path) for chat in self._chats.values() for path in chat.paths}
+        unused = {get_file(path) for path in paths} - used
+        self._uploads.remove([file.parent.name for file in unused])
+        self._images = {p: one for p, one in self._images.items() if get_file(p) not in unused}
 
-    async def _render_turns(
-        self, turns: Sequence[StoredTurn], conversation: Conversation, first_index: int = 0
-    ) -> str:
+    def _find_chat(self, request: Request, chat_id: str, *, is_idle: bool = True) -> Chat:
+        """Return a conversation of the browser. Raises UserError for another one.
+
+        Args:
+            is_idle: Raise UserError, too, if an answer is being generated.
+        """
+        chat, owner = self._chats.get(chat_id), request.cookies.get(self._cookie)
+        if chat is None or chat.owner != owner or (is_idle and chat.is_busy):
+            is_own = chat is not None and chat.owner == owner
+            what = "An answer is being generated." if is_own else "The chat was deleted."
+            raise UserError(translate(what))
+        return chat
+
+    async def get_last_turn(self, request: Request) -> Response:
+        """Return the last turn of a conversation as HTML."""
+        chat = self._find_chat(request, request.path_params["id"], is_idle=False)
+        return HTMLResponse(await self._render_turns(chat, len(chat.turns) - 1))
+
+    async def _render_turns(self, chat: Chat, first_index: int) -> str:
         manifest = self._service.manifest
         is_formula = manifest is not None and manifest.metric == "latex"
-        images = conversation.images
-        render = partial(render_turns, turns, images, first_index, is_formula=is_formula)
+        arguments = chat.turns[first_index:], self._images, first_index
+        render = partial(render_turns, *arguments, error=chat.error, is_formula=is_formula)
         return await to_thread.run_sync(render, limiter=self._render_limiter)
 
-    def _restore(self, conversation: Conversation) -> tuple[ChatSession, dict[str, Path]]:
-        """Return a chat session with the turns of a conversation, and its images by ID.
-
-        A note replaces each image of a turn that was deleted.
-        """
-        paths = {image.id: self._find_image(image.id) for image in conversation.question.images}
-        for image in conversation.images:
-            with suppress(UserError):
-                paths[image.id] = self._find_image(image.id)
-        note = translate("The image is no longer on the server.")
-        session = ChatSession(self._service, read_size=self._reader.read_size)
-        prompt = conversation.settings.system_prompt
-        is_default = not prompt.strip() or prompt == self._default_system_prompt
-        session.system_prompt = None if is_default else prompt
-        for turn in conversation.turns:
-            replies = []
-            for one in turn.replies:
-                path = paths.get(one.image or "")
-                # Boxes need their image.
-                is_text = bool(one.image and one.content and path is None)
-                content = (TextPart(text=one.answer),) if is_text else one.content
-                replies.append(ChatReply(one.model, path, None, None, content, one.finish_reason))
-            images = tuple(paths[image.id] for image in turn.images if image.id in paths)
-            notes = [f"[{image.name}: {note}]" for image in turn.images if image.id not in paths]
-            session.turns.append(ChatTurn("\n".join([*notes, turn.text]), images, tuple(replies)))
-        return session, paths
-
     async def start_answer(self, request: Request) -> Response:
-        """Stream the answer to a question. It is generated as long as the browser receives it."""
-        conversation = await parse_body(request, Conversation)
-        start = partial(self._send, conversation)
-        turn, ids = await to_thread.run_sync(start, limiter=self._limiter)
-        headers = {"cache-control": "no-store", "x-accel-buffering": "no"}
-        lines = self._stream(conversation, turn, ids)
-        return StreamingResponse(lines, headers=headers, media_type="application/x-ndjson")
+        """Start the answer to a question, and return the ID of its conversation.
 
-    def _send(self, conversation: Conversation) -> tuple[ChatTurn, dict[Path, str]]:
-        """Start the answer to a question, and return it with the IDs of its images."""
-        _check_count(len(conversation.question.images), len(conversation.images))
-        session, paths = self._restore(conversation)
-        images = dict.fromkeys(paths[image.id] for image in conversation.question.images)
-        if conversation.settings.ask_alone:
-            earlier = (turn.images for turn in reversed(conversation.turns) if turn.images)
-            images = images or dict.fromkeys(self._find_image(one.id) for one in next(earlier, ()))
-            session.turns.clear()
-        options = self._build_options(conversation.settings)
-        turn = session.send(conversation.question.text, [*images], options)
-        return turn, {path: image_id for image_id, path in paths.items()}
+        It is generated, too, while no page of the browser shows it.
+        """
+        body = await parse_body(request, ChatRequest)
+        chat = Chat(request.cookies.get(self._cookie, ""))
+        if body.chat:
+            chat = self._find_chat(request, body.chat)
+        elif not chat.owner:
+            raise UserError(translate("The page needs cookies. Allow them, and reload the page."))
+        chat.is_busy = True
+        try:
+            send = partial(self._send, chat, body)
+            turns = await to_thread.run_sync(send, limiter=self._limiter)
+        except BaseException:
+            chat.is_busy = False
+            raise
+        removed = [path for turn in chat.turns for path in turn.image_paths]
+        chat.turns, chat.settings, chat.error = turns, body.settings, ""
+        self._chats.pop(chat.id, None)
+        self._chats[chat.id] = chat
+        self._delete_old(chat.owner)
+        self._remove_images(removed)
+        self._tasks.add(task := asyncio.create_task(_generate(chat)))
+        task.add_done_callback(self._tasks.discard)
+        return JSONResponse({"chat": chat.id})
+
+    def _send(self, chat: Chat, body: ChatRequest) -> list[ChatTurn]:
+        """Start the answer to a question, and return the turns of its conversation."""
+        turns = chat.turns[: body.index]
+        replaced = chat.turns[len(turns) :]
+        images = [*replaced[0].image_paths] if body.images is None and replaced else []
+        images += dict.fromkeys(map(self._find_image, body.images or ()))
+        earlier = [turn.image_paths for turn in turns if turn.image_paths]
+        _check_count(len(images), len(images) + sum(map(len, earlier)))
+        if len(turns) >= MAX_TURNS:
+            raise UserError(translate("The chat has {} questions. Start a new one.", MAX_TURNS))
+        is_alone = body.settings.ask_alone
+        if is_alone and earlier and not images:
+            images = [*earlier[-1]]
+        session = self._open_session([] if is_alone else turns, body.settings)
+        for path in {*images, *(path for turn in session.turns for path in turn.image_paths)}:
+            self._uploads.find(path.parent.name)  # Raises UserError for a deleted one.
+        turn = session.send(body.text, images, self._build_options(body.settings))
+        return [*turns, replace(turn, image_paths=()) if is_alone and not body.images else turn]
+
+    def _open_session(self, turns: Sequence[ChatTurn], settings: ChatSettings) -> ChatSession:
+        prompt = settings.system_prompt
+        is_default = not prompt.strip() or prompt == self._default_system_prompt
+        return ChatSession(
+            self._service, [*turns], None if is_default else prompt, self._reader.read_size
+        )
+
+    def _delete_old(self, owner: str) -> None:
+        """Delete the oldest conversations of a browser, and of all, beyond their limits."""
+        for limit, name in ((MAX_CHATS, owner), (MAX_CHATS_OF_ALL, "")):
+            chats = [one for one in self._chats.values() if one.owner.startswith(name)]
+            for chat in chats[: max(0, len(chats) - limit)]:
+                if not chat.is_busy:
+                    self._remove(chat)
+
+    def _remove(self, chat: Chat, num_kept: int = 0) -> Sequence[ChatTurn]:
+        """Delete the last turns of a conversation with their images, and return them."""
+        removed, chat.turns = chat.turns[num_kept:], chat.turns[:num_kept]
+        if not chat.turns:
+            del self._chats[chat.id]
+        self._remove_images(path for turn in removed for path in turn.image_paths)
+        return removed
 
     def _build_options(self, settings: ChatSettings) -> list[GenerationOptions]:
         """Return the options of each model."""
@@ -557,49 +596,26 @@ class ChatPage:
         others = [name for name in self._model_names[1:] if name == settings.compare]
         return [replace(options, model=name) for name in (None, *others)]
 
-    async def _stream(
-        self, conversation: Conversation, turn: ChatTurn, ids: Mapping[Path, str]
-    ) -> AsyncIterator[str]:
-        """Yield the state of an answer as lines of JSON: its ID, replies, HTML and error."""
-        answer_id, index, sent = secrets.token_hex(16), len(conversation.turns), ""
-        self._running[answer_id], is_done = turn, False
-        results = asyncio.gather(*map(_drain, turn.replies), return_exceptions=True)
-        try:
-            while not is_done:
-                await asyncio.wait([results], timeout=UPDATE_INTERVAL_S if sent else 0)
-                is_done = results.done()
-                errors = filter(None, results.result() if is_done else ())
-                replies = [
-                    StoredReply.from_reply(one, ids[one.image_path] if one.image_path else None)
-                    for one in turn.replies
-                ]
-                stored = StoredTurn(**dict(conversation.question), replies=replies)
-                content = {
-                    "id": answer_id,
-                    "replies": [one.model_dump(mode="json", by_alias=True) for one in replies],
-                    "html": await self._render_turns([stored], conversation, index),
-                    "error": next(map(_describe_failure, errors), ""),
-                }
-                if (line := f"{json.dumps(content)}\n") != sent:
-                    yield line
-                sent = line
-        finally:
-            for reply in turn.replies:
-                reply.cancel()
-            del self._running[answer_id]
-
-    def stop_answer(self, request: Request) -> Response:
-        """Stop an answer that is being generated."""
-        turn = self._running.get(request.path_params["id"])
-        for reply in turn.replies if turn else ():
+    async def stop_answer(self, request: Request) -> Response:
+        """Stop the answer of a conversation that is being generated."""
+        body = await parse_body(request, ChatRequest)
+        for reply in self._find_chat(request, body.chat, is_idle=False).turns[-1].replies:
             reply.cancel()
         return JSONResponse({})
 
+    async def delete_turns(self, request: Request) -> Response:
+        """Delete the turns of a conversation from an index on, and return the first question."""
+        body = await parse_body(request, ChatRequest)
+        chat = self._find_chat(request, body.chat)
+        removed, chat.error = self._remove(chat, body.index or 0), ""
+        return JSONResponse({"text": removed[0].text if removed else ""})
+
     async def export_chat(self, request: Request) -> Response:
         """Return a conversation in the sample format, and its images, as a zip archive."""
-        conversation = await parse_body(request, Conversation)
-        session, paths = await to_thread.run_sync(self._restore, conversation)
-        files = dict.fromkeys(map(get_file, paths.values()))
+        body = await parse_body(request, ChatRequest)
+        chat = self._find_chat(request, body.chat)
+        session = self._open_session(chat.turns, chat.settings)
+        files = dict.fromkeys(self._uploads.find(path.parent.name) for path in chat.paths)
         names = {file: f"{index}-" for index, file in enumerate(files, 1)}
         samples = session.to_samples(lambda path: f"images/{names[get_file(path)]}{path.name}")
         if not samples:
@@ -648,9 +664,23 @@ def _check_count(num_sent: int, num_images: int) -> None:
         raise UserError(translate(what, num_sent, MAX_IMAGES_PER_MESSAGE, MAX_IMAGES_PER_CHAT))
 
 
+async def _generate(chat: Chat) -> None:
+    """Generate the replies of the last turn of a conversation."""
+    replies = chat.turns[-1].replies
+    try:
+        errors = await asyncio.gather(*map(_drain, replies), return_exceptions=True)
+        chat.error = next(map(_describe_failure, filter(None, errors)), "")
+    finally:
+        chat.is_busy = False
+
+
 async def _drain(reply: ChatReply) -> None:
-    async for _ in reply:
-        pass
+    try:
+        async for _ in reply:
+            pass
+    finally:
+        reply.finish_reason = reply.finish_reason or "cancelled"
+        reply.stream = None  # frees its memory
 
 
 def _describe_failure(error: BaseException) -> str:

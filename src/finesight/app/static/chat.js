@@ -1,9 +1,8 @@
-import {
-  byId, create, describe, fetchPage, parse, request, send as sendRequest, settings, translate, update, upload
-} from "./app.js";
+import { byId, create, describe, fetchPage, parse, request, send as post, settings, translate, update, upload } from "./app.js";
 
-const MAX_TITLE_CHARS = 80;
-let chat = null, attachments = [];
+const UPDATE_INTERVAL_MS = 80, RETRY_INTERVAL_MS = 2000;
+let attachments = [], isSending = false, timer = 0;
+const getChat = () => byId("turns").dataset.chat;
 
 // Messages
 
@@ -24,56 +23,6 @@ const attempt = async (action) => {
   }
 };
 
-// Conversations of this browser by ID, and the ID of that of this tab. Without a storage, they end with the page.
-
-const openStorage = (name) => { try { return window[name]; } catch { return {}; } };
-const stored = openStorage("localStorage"), tab = openStorage("sessionStorage");
-// Servers may share an address. The images of a server that has stopped are gone.
-const path = `chat ${location.pathname} `, prefix = `${path}${settings.server} `;
-for (const id of Object.keys(stored)) if (id.startsWith(path) && !id.startsWith(prefix)) delete stored[id];
-
-// Those with an answer that is being generated, which ends with the page.
-const running = new Map();
-const read = (id) => {
-  const one = running.get(id) ?? JSON.parse(stored[id]);
-  if (!running.has(id)) for (const reply of one.turns.at(-1).replies) reply.finish_reason ??= "cancelled";
-  return one;
-};
-const listChats = () => Object.keys(stored).filter((id) => id.startsWith(prefix)).map(read)
-  .sort((one, other) => other.changed - one.changed);
-
-const remove = ({ id, turns }) => {
-  delete stored[id];
-  forget(turns.flatMap((turn) => turn.images), null);
-};
-
-const save = (one) => {
-  one.changed = Date.now();
-  const others = listChats().filter(({ id }) => id !== one.id && !running.has(id));
-  others.splice(settings.max_chats - 1).forEach(remove);
-  // The storage may be full. Old conversations are removed only if this one fits then.
-  const store = (it) => { try { return Boolean(stored[it.id] = JSON.stringify(it)); } catch { return false; } };
-  const removed = [];
-  let isStored;
-  while (!(isStored = store(one)) && others.length) {
-    removed.push(others.pop());
-    delete stored[removed.at(-1).id];
-  }
-  if (isStored) removed.forEach(remove);
-  else {
-    removed.forEach(store);
-    report(new Error("This browser has no space for the chat, which ends with the page. Export it to keep it."));
-  }
-  showList();
-};
-
-addEventListener("pagehide", () => { for (const one of running.values()) if (one.turns.length) save(one); });
-addEventListener("storage", ({ key }) => {
-  if (!key?.startsWith(prefix)) return;
-  showList();
-  if (key === chat?.id && !running.has(key)) attempt(() => key in stored ? open(key) : startNew());
-});
-
 // Conversation
 
 // The end of the conversation stays visible, unless the user has scrolled up.
@@ -84,71 +33,61 @@ const followEnd = (change) => {
   if (isAtEnd) scrollTo(0, root.scrollHeight);
 };
 
-/** Shows the last turn of a conversation, after which there are no others. */
-const showTurn = (html, index) => followEnd(() => {
-  const [section] = parse(html).children, turns = byId("turns").children;
-  while (turns.length > index + 1) turns[index + 1].remove();
-  if (!turns[index]) byId("turns").append(section);
-  else update(turns[index], section);
-});
-
 const showImageHint = () => {
   const hasImages = attachments.length > 0 || document.querySelector(".thumbs") !== null;
   byId("image-hint").hidden = !settings.expects_images || hasImages;
 };
 
 const showButtons = () => {
-  const isGenerating = running.has(chat?.id), numTurns = byId("turns").children.length;
+  const isBusy = isSending || "busy" in byId("turns").dataset, numTurns = byId("turns").children.length;
   const hasFocus = document.activeElement;
-  for (const name of ["regenerate", "undo"]) byId(name).disabled = isGenerating || !numTurns;
+  for (const name of ["regenerate", "undo"]) byId(name).disabled = isBusy || !numTurns;
   byId("new-chat").disabled = !numTurns;
-  byId("export").hidden = isGenerating || !numTurns;
+  byId("export").hidden = isBusy || !numTurns;
   byId("welcome").hidden = numTurns > 0;
-  byId("send").hidden = isGenerating;
-  byId("stop").hidden = !isGenerating;
+  byId("send").hidden = isBusy;
+  byId("stop").hidden = !isBusy;
   showImageHint();
   if (hasFocus?.matches("#send, #stop, #regenerate, #undo, #new-chat")
     && (hasFocus.hidden || hasFocus.disabled)) byId("question").focus();
 };
 
-const getTitle = ({ turns: [{ text, images }] }) => [text, ...images.map(({ name }) => name)]
-  .find((one) => one.trim()).replace(/\s+/g, " ").trim().slice(0, MAX_TITLE_CHARS);
-
-const showList = () => {
-  const rows = listChats().map((one) => {
-    const title = getTitle(one), label = translate("Delete");
-    return create("li", { class: "chat-row" },
-      create("button", { type: "button", class: "title", "aria-current": one.id === chat?.id && "true",
-        "data-action": "open", "data-id": one.id }, title),
-      create("button", { type: "button", "data-action": "delete", "data-id": one.id, disabled: running.has(one.id),
-        "aria-label": `${label}: ${title}`, "data-confirm": translate("Delete “{}”?", title) }, label));
-  });
-  byId("num-chats").textContent = rows.length;
-  byId("chat-list").querySelector("ul").replaceChildren(...rows);
-  byId("no-chats").hidden = rows.length > 0;
+/** Shows a conversation as the server has it, or none. The next question of the user stays. */
+const open = async (chat) => {
+  const url = new URL(location);
+  url.searchParams.set("chat", chat || "new");
+  const page = await fetchPage(url), turns = page.querySelector("#turns"), isOther = chat !== getChat();
+  history.replaceState(null, "", url);
+  for (const id of ["num-chats", "chat-list", "language"]) byId(id).replaceWith(page.querySelector(`#${id}`));
+  followEnd(() => isOther ? byId("turns").replaceWith(turns) : update(byId("turns"), turns));
+  show(isOther);
 };
 
-const show = (one, html = "") => {
-  chat = one;
-  tab.chat = one?.id ?? "new";
-  byId("turns").replaceChildren(...parse(html).childNodes);
-  showList();
+const show = (isOther) => {
+  if (isOther) setSettings(JSON.parse(byId("turns").dataset.values));
   showButtons();
+  follow(getChat());
 };
 
-const startNew = () => show(null);
-
-const open = async (id) => {
-  const one = read(id), body = await fetchPage("turns", { turns: one.turns });
-  show(one, body.innerHTML);
-  if (one.settings) setSettings(one.settings);
+/** Shows the last answer while it is being generated, also if another tab has asked. */
+const follow = (chat, delay = UPDATE_INTERVAL_MS) => {
+  clearTimeout(timer);
+  if ("busy" in byId("turns").dataset) timer = setTimeout(() => refresh(chat), delay);
 };
 
-/** Deletes images on the server that no other turn of the conversation has. */
-const forget = (images, one = chat) => {
-  const getFile = ({ id }) => id.slice(0, 32), kept = one?.turns.flatMap((turn) => turn.images).map(getFile) ?? [];
-  const unused = images.filter((one) => !kept.includes(getFile(one)));
-  if (unused.length) request("forget", { images: unused }).catch(() => {});
+const refresh = async (chat) => {
+  try {
+    const [section] = (await fetchPage(`turns/${chat}`)).children;
+    if (chat !== getChat()) return;
+    followEnd(() => update(byId("turns").lastElementChild, section));
+    if (section.querySelector(".streaming")) return follow(chat);
+    await open(chat);
+    const replies = document.querySelectorAll("#turns > :last-child .reply .message-text");
+    byId("announcement").textContent = [...replies].map((reply) => reply.textContent).join("\n");
+  } catch (error) {
+    report(error);
+    follow(chat, RETRY_INTERVAL_MS);
+  }
 };
 
 // Settings
@@ -187,7 +126,7 @@ const showAttachments = () => {
     create("button", { type: "button", "aria-label": `${translate("Delete")}: ${one.file.name}`,
       onclick: () => {
         detach([one]);
-        one.uploaded.then(forget, () => {});
+        one.uploaded.then((images) => request("forget", { images })).catch(() => {});
         byId("question").focus();
       } }, "×"))));
   showImageHint();
@@ -229,70 +168,18 @@ addEventListener("drop", (event) => {
 
 // Actions
 
-/** Lines of JSON in the body of a response. */
-const readLines = async function* ({ body }) {
-  const reader = body.pipeThrough(new TextDecoderStream()).getReader();
-  let rest = "";
-  for (;;) {
-    const { done, value } = await reader.read();
-    if (done) return;
-    const lines = (rest + value).split("\n");
-    rest = lines.pop();
-    for (const line of lines) yield JSON.parse(line);
-  }
-};
-
-/** Receives the answer to the last question, also while the page shows another conversation. */
-const receive = async (one, turns, question, response) => {
-  const removed = one.turns.slice(turns.length).flatMap((turn) => turn.images);
-  let line;
-  try {
-    for await (line of readLines(response)) {
-      const isFirst = one.answer !== line.id;
-      Object.assign(one, { turns: [...turns, { ...question, replies: line.replies }], answer: line.id });
-      if (chat === one) showTurn(line.html, turns.length);
-      if (!isFirst) continue;
-      save(one);
-      forget(removed, one);
-      if (one.isStopped) attempt(() => stop(one));
-      if (chat === one) showButtons();
-    }
-    if (chat === one && line?.error) report(new Error(line.error));
-  } finally {
-    running.delete(one.id);
-    if (line) save(one);
-    if (chat === one) showButtons();
-  }
-  if (chat !== one) return;
-  const replies = document.querySelectorAll("#turns > :last-child .reply .message-text");
-  byId("announcement").textContent = [...replies].map((reply) => reply.textContent).join("\n");
-};
-
-/** Stops the answer of a conversation, as soon as the server has sent its ID. */
-const stop = async (one) => {
-  one.isStopped = true;
-  if (one.answer) await request(`answers/${one.answer}/stop`, {});
-};
-
-/** Asks a question with images or uploads after some turns. Returns whether the answer has started. */
-const ask = async (one, text, uploads, index) => {
+/** Asks a question after some turns, by default all of them. Returns whether the answer has started. */
+const ask = async (text, images, index) => {
   const chosen = readSettings();
-  if (!chosen || running.has(one.id)) return false;
-  const turns = one.turns.slice(0, index);
-  Object.assign(one, { answer: null, isStopped: false });
-  running.set(one.id, one);
+  if (!chosen || isSending) return false;
+  isSending = true;
   showButtons();
   const hasStarted = await attempt(async () => {
-    const question = { text, images: (await Promise.all(uploads)).flat() };
-    const response = await sendRequest("answers", { turns, question, settings: chosen });
-    one.settings = chosen;
-    if (chat === one) tab.chat = one.id;
-    attempt(() => receive(one, turns, question, response));
+    const { chat } = await request("answers", { chat: getChat(), text, index, images: await images, settings: chosen });
+    await open(chat);
   });
-  if (!hasStarted) {
-    running.delete(one.id);
-    showButtons();
-  }
+  isSending = false;
+  showButtons();
   return hasStarted;
 };
 
@@ -300,54 +187,44 @@ const send = async () => {
   const field = byId("question"), text = field.value, sent = attachments;
   if ((!text.trim() && !sent.length) || byId("send").hidden) return;
   scrollTo(0, document.documentElement.scrollHeight);
-  chat ??= { id: `${prefix}${Date.now()} ${Math.random()}`, turns: [] };
-  if (!await ask(chat, text, sent.map(({ uploaded }) => uploaded))) return;
+  if (!await ask(text, Promise.all(sent.map(({ uploaded }) => uploaded)).then((found) => found.flat()))) return;
   if (field.value === text) field.value = "";
   detach(sent);
 };
 
-/** Asks the question of a turn again, with another text. */
-const askAgain = (index, text = chat.turns[index].text) => ask(chat, text, chat.turns[index].images, index);
-
 const isPlainEnter = (event) =>
   event.key === "Enter" && !event.shiftKey && !event.isComposing && event.keyCode !== 229;
 
-byId("stop").addEventListener("click", () => attempt(() => stop(chat)));
-byId("regenerate").addEventListener("click", () => askAgain(chat.turns.length - 1));
-byId("undo").addEventListener("click", () => {
-  const { text, images } = chat.turns.pop();
-  byId("turns").lastElementChild.remove();
-  forget(images);
-  if (chat.turns.length) save(chat);
-  else delete stored[chat.id];
-  show(chat.turns.length ? chat : null, byId("turns").innerHTML);
-  byId("question").value ||= text;
-  byId("question").focus();
-});
-byId("new-chat").addEventListener("click", () => {
-  startNew();
-  byId("question").focus();
-});
-byId("export").addEventListener("click", () => attempt(async () => {
-  const { turns, settings: chosen } = chat, response = await sendRequest("chat.zip", { turns, settings: chosen });
-  const url = URL.createObjectURL(await response.blob());
-  create("a", { href: url, download: "chat.zip" }).click();
-  setTimeout(() => URL.revokeObjectURL(url), 60_000);
-}));
-
+const getLast = () => byId("turns").children.length - 1;
 const actions = {
+  stop: () => request("stop", { chat: getChat() }),
+  regenerate: () => ask(document.querySelector("#turns > :last-child form textarea").defaultValue, null, getLast()),
+  undo: async () => {
+    const isLast = !getLast(), { text } = await request("delete", { chat: getChat(), index: getLast() });
+    await open(isLast ? "" : getChat());
+    byId("question").value ||= text;
+    byId("question").focus();
+  },
+  new: async () => {
+    await open("");
+    byId("question").focus();
+  },
+  export: async () => {
+    const response = await post("chat.zip", { chat: getChat() }), url = URL.createObjectURL(await response.blob());
+    create("a", { href: url, download: "chat.zip" }).click();
+    setTimeout(() => URL.revokeObjectURL(url), 60_000);
+  },
   open: async ({ id }) => {
     byId("chats").open = false;
     await open(id);
     byId("question").focus();
   },
   delete: async ({ id }) => {
-    remove(read(id));
-    if (id === chat?.id) startNew();
-    else showList();
+    await request("delete", { chat: id });
+    await open(id === getChat() ? "" : getChat());
     document.querySelector("#chats summary").focus();
   },
-  edit: ({ index }, text) => askAgain(Number(index), text),
+  edit: ({ index }, text) => ask(text, null, Number(index)),
 };
 
 const showForm = (form, isShown) => {
@@ -421,9 +298,4 @@ addEventListener("error", ({ target }) => {
   target.closest(".zoom, .zoomed button")?.replaceWith(create("span", { class: "missing-image" }, text));
 }, true);
 
-attempt(async () => {
-  // A reload shows the same conversation.
-  const known = listChats(), last = tab.chat;
-  startNew();
-  if (known.length && last !== "new") await open((known.find(({ id }) => id === last) ?? known[0]).id);
-});
+show(true);

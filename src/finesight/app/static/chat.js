@@ -56,7 +56,10 @@ const showButtons = () => {
 const open = async (chat) => {
   const url = new URL(location);
   url.searchParams.set("chat", chat || "new");
-  const page = await fetchPage(url), turns = page.querySelector("#turns"), isOther = chat !== getChat();
+  const isOther = chat !== getChat();
+  byId("turns").dataset.chat = chat; // The next question belongs to it also before the server answers.
+  const page = await fetchPage(url), turns = page.querySelector("#turns");
+  if (chat !== getChat()) return;
   history.replaceState(null, "", url);
   for (const id of ["num-chats", "chat-list", "language"]) byId(id).replaceWith(page.querySelector(`#${id}`));
   followEnd(() => isOther ? byId("turns").replaceWith(turns) : update(byId("turns"), turns));

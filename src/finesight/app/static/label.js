@@ -389,26 +389,22 @@ const showForm = () => {
       onfocusin: () => { if (selected !== index) select(index, false); } },
     create("label", { for: `box-${index}` }, nameBox(box, index), " ",
       makeBadge(getConfidence([findSuggested(box)]), () => findSuggested(answer.boxes[index]) >= 0)),
-    makeLabel(`box-${index}`, box.label ?? "", (value) => { box.label = value || null; drawBoxes(); }),
+    makeInput("input", { id: `box-${index}`, list: "names" }, box.label ?? "",
+      (value) => { box.label = value || null; drawBoxes(); }),
     create("button", { type: "button", "aria-label": `${translate("Delete")} ${nameBox(box, index)}`,
       onclick: () => remove(index) }, "✕"),
     makeClassNote(() => box.label, true)));
-  if (settings.kind === "boxes" && settings.choices.length && boxes.length) {
-    rows.unshift(create("p", { class: "small soft legend" }, ...settings.choices.slice(0, 9).map(
-      (name, index) => create("span", {}, create("kbd", {}, index + 1), ` ${name}`))));
-  }
-  if (boxes.length && !settings.closed) {
-    const names = [...new Set([...settings.names, ...item.choices])];
-    rows.push(create("datalist", { id: "names" }, ...names.map((value) => create("option", { value }))));
-  }
+  const badge = makeBadge(getConfidence([]), () => answer.text === item.suggestion?.text && !isUnknownClass(answer.text));
+  const isChoice = settings.kind === "classes" && item.choices.length;
+  if (isChoice || boxes.length && item.choices.length) rows.unshift(makeChoices(isChoice ? badge : ""));
+  const names = [...new Set([...item.choices, ...settings.names])];
+  rows.push(create("datalist", { id: "names" }, ...names.map((value) => create("option", { value }))));
   if (fields.length) rows.push(...fields.map(makeField));
   else {
     const isBoxes = settings.kind === "boxes", change = (value) => { answer.text = value; };
-    const isChoice = settings.kind === "classes" && item.choices.length;
-    const badge = makeBadge(getConfidence([]), () => answer.text === item.suggestion?.text && !isUnknownClass(answer.text));
     if (isChoice) {
-      const choice = makeChoices(answer.text, change, badge);
-      rows.push(create("div", { class: "row" }, ...choice, makeClassNote(() => isEqual(item.suggestion, item.answer) ? item.suggestion.text : "")));
+      const getSuggested = () => isEqual(item.suggestion, item.answer) ? item.suggestion.text : "";
+      rows.push(create("div", { class: "row" }, makeClassNote(getSuggested)));
       if (!settings.closed) rows.push(makeOther(change));
     } else {
       const label = create("label", { for: "answer" },
@@ -442,12 +438,6 @@ const makeInput = (name, attributes, value, onInput) => {
   return input;
 };
 
-// The focus of a mouse does not stay in a choice, because its keys are those of the page.
-let isPointer = false;
-addEventListener("pointerdown", () => { isPointer = true; }, true);
-addEventListener("keydown", () => { isPointer = false; }, true);
-
-const nameChoice = (name, index) => index < 9 && name ? `${name} (${index + 1})` : name;
 const isKnown = (value) => item.choices.includes(value);
 const isUnknown = (value) => settings.closed && Boolean(value) && item.choices.length > 0 && !isKnown(value);
 const isUnknownClass = (value) => settings.kind === "classes" && isUnknown(value);
@@ -455,56 +445,24 @@ const makeClassNote = (getName, isRequired = false) => {
   const note = create("span", { class: "note" });
   updates.push(() => {
     const name = getName(), isMissing = isRequired && settings.names.length && !name;
-    note.textContent = isUnknown(name) ? translate("suggested: {}, not one of the classes", name)
+    note.textContent = isUnknown(name) ? translate("{} is not one of the classes", name)
       : isMissing ? translate("Choose a class") : "";
   });
   return note;
 };
 
-const makeLabel = (id, value, onInput) => settings.closed && item.choices.length
-  ? makeChoice(id, value, onInput) : makeInput("input", { id, list: "names" }, value, onInput);
-
-// A new form would end the search for the typed letters.
-const chooseBy = (onInput) => ({ target }) => {
-  onInput(target.value);
-  if (isPointer) target.blur();
-  refresh();
-};
-const makeChoice = (id, value, onInput) => {
-  const choice = create("select", { id, onchange: chooseBy(onInput) },
-    ...(settings.closed && isKnown(value) ? [] : [create("option", { value: "", disabled: true }, "–")]),
-    ...item.choices.map((name, index) => create("option", { value: name }, nameChoice(name, index))));
-  choice.value = isKnown(value) ? value : "";
-  return choice;
+// Buttons of the classes, for the answer or the selected box. A new form follows each choice.
+const makeChoices = (badge) => {
+  const buttons = item.choices.map((name, index) => create("button", { type: "button", onclick: () => choose(index) },
+    ...(index < 9 ? [create("kbd", {}, index + 1), " "] : []), name));
+  updates.push(() => buttons.forEach((button, index) => button.setAttribute("aria-pressed",
+    item.choices[index] === (settings.kind === "classes" ? answer.text : answer.boxes[selected]?.label))));
+  return create("fieldset", { class: "choices" }, create("legend", {}, translate("Class"), " ", badge), ...buttons);
 };
 
-const MAX_RADIO_BUTTONS = 9;
-// Returns the label and the choice of a class.
-const makeChoices = (value, onInput, badge) => {
-  if (item.choices.length > MAX_RADIO_BUTTONS) {
-    const label = create("label", { for: "answer" }, translate("Class"), " ", badge);
-    return [label, makeChoice("answer", value, onInput)];
-  }
-  const onchange = chooseBy(onInput);
-  const options = item.choices.map((name, index) => create("label", { class: "option" },
-    create("kbd", {}, index + 1),
-    create("input", { type: "radio", name: "answer", value: name, checked: name === value, onchange }),
-    create("span", {}, name)));
-  return [create("fieldset", { id: "answer" }, create("legend", {}, translate("Class"), " ", badge), ...options)];
-};
-
-// Returns the input of a class that is none of the choices. It and the choices show the same answer.
-const makeOther = (onInput) => {
-  const other = makeInput("input", { id: "other" }, isKnown(answer.text) ? "" : answer.text, onInput);
-  updates.push(() => {
-    const choice = byId("answer"), name = isKnown(answer.text) ? answer.text : "";
-    // A typed class may begin with the name of another one.
-    if (document.activeElement !== other) other.value = name ? "" : answer.text;
-    if (choice.matches("select")) choice.value = name;
-    for (const button of choice.querySelectorAll("input")) button.checked = button.value === name;
-  });
-  return create("div", { class: "row" }, create("label", { for: "other" }, translate("Other class")), other);
-};
+// Returns the input of a class that is none of the choices.
+const makeOther = (onInput) => create("div", { class: "row" }, create("label", { for: "other" }, translate("Other class")),
+  makeInput("input", { id: "other", list: "names" }, isKnown(answer.text) ? "" : answer.text, onInput));
 
 const findSuggested = (box) => item.suggestion?.boxes.findIndex((one) => isEqual(one, box)) ?? -1;
 
@@ -597,6 +555,7 @@ const select = (index, hasForm = true) => {
   if (hasForm) showForm();
   else document.querySelectorAll("#form .row").forEach(
     (row, number) => row.classList.toggle("selected", number === index));
+  if (!hasForm) refresh();
   drawBoxes();
 };
 
@@ -755,16 +714,16 @@ for (const name of ["pointerup", "pointercancel"]) byId("overlay").addEventListe
 // Keys
 
 const edit = () => {
-  const inputs = [...byId("form").querySelectorAll("input, select, textarea")];
+  const inputs = [...byId("form").querySelectorAll("input, textarea")];
   const fields = listFields(), values = item.parts.map((part) => part.confidence);
   const least = item.parts[values.indexOf(Math.min(...values))]?.path;
   const paths = fields.length ? fields.map(({ path }) => path) : answer.boxes.map((box) => [findSuggested(box)]);
   const index = paths.findIndex((path) => isEqual(path, least));
-  const target = inputs.find((input) => input.type === "radio" ? input.checked : input.id === "other" && input.value)
-    ?? inputs[Math.max(0, index) + (fields.length ? answer.boxes.length : 0)];
+  const target = inputs[Math.max(0, index) + (fields.length ? answer.boxes.length : 0)]
+    ?? byId("form").querySelector(".choices button");
   // The row is visible above the buttons of a narrow page, and the image stays in view.
   target?.focus({ preventScroll: true });
-  target?.closest(".row").scrollIntoView({ block: "nearest" });
+  target?.closest(".row, .choices").scrollIntoView({ block: "nearest" });
   // New text replaces a field, and continues a longer text.
   if (target?.matches("textarea")) target.setSelectionRange(target.value.length, target.value.length);
   else target?.select?.();
@@ -830,9 +789,9 @@ document.addEventListener("keydown", (event) => {
   if (!item || event.isComposing || event.keyCode === 229 || event.metaKey || event.altKey) return;
   const { key, target } = event, isBoxes = settings.kind === "boxes", isArrow = key.startsWith("Arrow");
   if (target.matches?.(":is(#list, .filters) :is(input, select, button)")) return;
-  const isText = target.matches?.("input:not([type=radio]), textarea"), isSelect = target.matches?.("select");
+  const isText = target.matches?.("input, textarea");
   if (key === "Escape") {
-    if (target.matches?.("input, textarea, select")) target.blur();
+    if (isText) target.blur();
     else if (selected >= 0) select(-1);
     return;
   }
@@ -844,10 +803,7 @@ document.addEventListener("keydown", (event) => {
     else if (!event.repeat) enter(target);
     return;
   }
-  // Letters search in the list of a choice. Its box has the other keys.
-  const isBoxKey = isBoxes && selected >= 0 && (isArrow || ["Delete", "Backspace"].includes(key));
-  if (isText || isSelect && !isBoxKey && !/^[1-9]$/.test(key)) return;
-  if (isArrow && target.matches?.("input[type=radio]")) return;
+  if (isText) return;
   const names = { ...keys, ...(isBoxes && boxKeys) };
   let action = actions[names[key] ?? names[key.toLowerCase()]];
   if (isBoxes && selected >= 0 && isArrow) action = () => moveByKey(event);

@@ -302,13 +302,12 @@ class LabelPage:
             remedy = "choose its class, or delete it"
         known = f"{', '.join(choices or task.names):.200}"
         old = [part for part in item.proposal if isinstance(part, BoxPart)]
-        corners = () if task.has_fixed_choices else [part.xyxy for part in old]
         unlabeled = [n for n, box in enumerate(request.boxes, 1) if not box.label]
-        new = [n for n in unlabeled if request.boxes[n - 1].xyxy not in corners]
-        is_moved = not task.has_fixed_choices and not all(part.label for part in old)
-        if known and task.has_regions and new and not is_moved:
-            kind = "point" if request.boxes[new[0] - 1].is_point else "box"
-            raise UserError(f"{kind} {new[0]} has no class", expected=known, remedy=remedy)
+        is_optional = not task.has_fixed_choices and not all(part.label for part in old)
+        if known and task.has_regions and unlabeled and not is_optional:
+            kind = "point" if request.boxes[unlabeled[0] - 1].is_point else "box"
+            what = f"{kind} {unlabeled[0]} has no class"
+            raise UserError(what, expected=known, remedy=remedy)
         for name in names if task.has_fixed_choices and choices else ():
             # An empty text is reported as an empty answer.
             if name.strip() and name not in choices:

@@ -105,18 +105,11 @@ const setSettings = (values) => {
 
 /** Settings of the next answer; null if a number is invalid, which the browser reports. */
 const readSettings = () => {
-  const form = byId("settings"), values = {};
-  if (!form.checkValidity()) {
-    byId("settings-panel").open = true;
-    form.reportValidity();
-    return null;
-  }
-  for (const field of form.elements) {
-    if (!field.name) continue;
-    if (field.type === "checkbox") values[field.name] = field.checked;
-    else values[field.name] = field.type === "number" ? Number(field.value || -1) : field.value;
-  }
-  return values;
+  const form = byId("settings");
+  if (form.checkValidity()) return { ...Object.fromEntries(new FormData(form)), seed: byId("seed").value || -1 };
+  byId("settings-panel").open = true;
+  form.reportValidity();
+  return null;
 };
 
 // Images of the next question

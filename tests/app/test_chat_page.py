@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import time
 import zipfile
 from collections.abc import Iterator
@@ -117,6 +118,19 @@ def test_unreadable_and_forgotten_images_are_deleted(client, service, tmp_path, 
     client.post("/delete", json={"chat": chat})
     assert list_files(tmp_path) == []
     assert "deleted" in client.post("/answers", json={"chat": chat, "text": "?"}).json()["error"]
+
+
+def test_upload_during_the_deletion_of_another_is_stored(client, tmp_path, monkeypatch):
+    noise = write_noise_image(tmp_path / "a.png", 30, 30).read_bytes()
+    [first], scan = upload(client, noise), os.scandir
+
+    def scan_folder(path):
+        if Path(path).name == first:
+            raise FileNotFoundError(path)
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", scan_folder)
+    upload(client, noise)
 
 
 def test_conversations_belong_to_one_browser_up_to_a_limit(client, service, monkeypatch):

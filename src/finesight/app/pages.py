@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from errno import EDQUOT, ENOSPC
 from functools import cache
+from glob import glob
 from importlib import resources
 from pathlib import Path
 from typing import IO, Any, TypeVar
@@ -264,10 +265,10 @@ class UploadStore:
         return file
 
     def _list_files(self) -> Iterator[tuple[Path, os.stat_result]]:
-        for file in self._folder.glob("*/*"):
-            # Files may disappear in the meantime.
+        # Files may disappear in the meantime. Path.glob would fail at a deleted folder.
+        for name in glob("*/*", root_dir=self._folder):
             with contextlib.suppress(FileNotFoundError):
-                yield file, file.stat()
+                yield self._folder / name, (self._folder / name).stat()
 
     def _expire(self, max_age_s: float, limit: int | None = None) -> bool:
         """Delete uploads that were not used for a time, up to a limit. Returns if there are any."""

@@ -59,9 +59,17 @@ def upload(client: TestClient, content: bytes, name: str = "a.png", status: int 
     return response.json()
 
 
-def send(client: TestClient, text: str, images: Any = (), chat: str = "", **settings: Any) -> str:
+def send(
+    client: TestClient,
+    text: str,
+    images: Any = (),
+    chat: str = "",
+    index: int | None = None,
+    **settings: Any,
+) -> str:
     """Ask a question, wait for the answer, and return the ID of the conversation."""
-    body = {"chat": chat, "text": text, "images": [*images], "settings": {**SETTINGS, **settings}}
+    body = {"chat": chat, "text": text, "images": images, "index": index}
+    body["settings"] = {**SETTINGS, **settings}
     response = client.post("/answers", json=body)
     assert response.status_code == 200, response.text
     chat = response.json()["chat"]
@@ -200,6 +208,8 @@ def test_question_alone_has_the_images_of_the_last_question_with_any(client, ser
         assert [turn.role for turn in sample.messages] == ["user"]
         names += [part.image for part in sample.iter_parts() if isinstance(part, ImagePart)]
     assert [images[1] in names[0], images[0] in names[1]] == [True, True]
+    send(client, "Who now?", None, chat, index=3, ask_alone=True)
+    assert 'class="thumb"' in client.get(f"/turns/{chat}").text  # keeps its own image
     send(client, "And?", chat=chat)
     assert len(service.samples[-1].messages) == 9
 

@@ -546,14 +546,14 @@ class ChatPage:
         _check_count(len(images), len(images) + sum(map(len, earlier)))
         if len(turns) >= MAX_TURNS:
             raise UserError(translate("The chat has {} questions. Start a new one.", MAX_TURNS))
-        is_alone = body.settings.ask_alone
+        own, is_alone = tuple(images), body.settings.ask_alone
         if is_alone and earlier and not images:
             images = [*earlier[-1]]
         session = self._open_session([] if is_alone else turns, body.settings)
         for path in {*images, *(path for turn in session.turns for path in turn.image_paths)}:
             self._uploads.find(path.parent.name)  # Raises UserError for a deleted one.
         turn = session.send(body.text, images, self._build_options(body.settings))
-        return [*turns, replace(turn, image_paths=()) if is_alone and not body.images else turn]
+        return [*turns, replace(turn, image_paths=own)]
 
     def _open_session(self, turns: Sequence[ChatTurn], settings: ChatSettings) -> ChatSession:
         prompt = settings.system_prompt

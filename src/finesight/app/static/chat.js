@@ -171,8 +171,10 @@ const ask = async (text, images, index) => {
   isSending = true;
   showButtons();
   const hasStarted = await attempt(async () => {
-    const { chat } = await request("answers", { chat: getChat(), text, index, images: await images, settings: chosen });
-    await open(chat);
+    const asked = getChat(), body = { chat: asked, text, index, images: await images, settings: chosen };
+    const { chat } = await request("answers", body);
+    // The user may have opened another conversation meanwhile.
+    await open(asked === getChat() ? chat : getChat());
   });
   isSending = false;
   showButtons();

@@ -108,8 +108,9 @@ def test_folder_of_images_becomes_a_trained_model(monkeypatch, cli):
     recipe = yaml.safe_load(content)
     assert (recipe["model"], recipe["eval"]["metric"]) == (TINY_MODEL, "captions")
     assert "steps: 100  # 42.1 epochs; at least 100 steps\n" in content
-    short = ["train.steps=2", "eval.limit=2", "eval.max_new_tokens=4"]
+    short = ["train.steps=2", "train.epochs=null", "eval.limit=2", "eval.max_new_tokens=4"]
     printed = cli("train", "photos-finetune/recipe.yaml", *short)
+    assert "replaces train.steps" not in printed.err
     # The complete command, with an image and the prompt of the training.
     command = shlex.split(printed.next_steps.splitlines()[0])[1:]
     image = command[2]

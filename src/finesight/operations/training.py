@@ -318,7 +318,7 @@ def _load_recipe(
         content = recipe if isinstance(recipe, Mapping) else recipe.model_dump(mode="json")
         settings = recipe_from_dict(content, overrides)
     has_epochs = any(override.partition("=")[0] == "train.epochs" for override in overrides)
-    section = content.get("train") if has_epochs else None
+    section = content.get("train") if has_epochs and settings.train.epochs else None
     return settings, file, section.get("steps") if isinstance(section, Mapping) else None
 
 

@@ -318,6 +318,30 @@ def test_served_api_needs_a_key_if_the_studio_has_a_password(folder, password, s
     assert not any(key in word for word in started[0])
 
 
+def test_many_images_are_read_into_tables(folder, page, started):
+    add_run(folder)
+    (folder / "runs/a/adapter").mkdir(exist_ok=True)
+    selection = Selection(step="chat", run="runs/a")
+    texts = {"predict:prompt": "Color?", "predict:out": "a"}
+    with pytest.raises(UserError, match="Upload images") as caught:
+        page.run_action("predict", selection, Form(texts=texts))
+    assert caught.value.where == "predict:images"
+    uploads = [store_upload(page, folder / f"photos/0{n}.png") for n in (1, 2)]
+    page.run_action("predict", selection, Form(texts=texts, uploads=uploads))
+    page.run_action("predict", selection, Form(texts={**texts, "predict:images": "photos"}))
+    options = ["--prompt", "Color?", "--out", "answers/a"]
+    assert started == [["predict", "runs/a", path, *options] for path in ("uploads/a", "photos")]
+    write_job(folder, "chat", " ".join(started[0]), target="runs/a", exit_code=0)
+    write_file(folder / "answers/a/answers.csv", b"image")
+    assert 'href="answers/1/answers.csv"' in read_live(folder, "step=chat")["bottom"]
+    with open_client(folder) as client:
+        table = client.get("/answers/1/answers.csv")
+        assert (table.text, "attachment" in table.headers["content-disposition"]) == ("image", True)
+        for path in ("1/answers.jsonl", "1/sha256.json"):
+            assert client.get(f"/answers/{path}").status_code == 404
+        assert client.get("/answers/2/answers.csv").status_code == 422
+
+
 def test_label_form_offers_the_prompt_of_the_data(folder, page):
     query = {"step": "label", "lang": "en"}
     assert read_fields(page, query)["label:prompt"] == ""

@@ -18,10 +18,11 @@ from anyio import to_thread
 from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import HTMLResponse, JSONResponse, Response
+from starlette.responses import FileResponse, HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 
 from finesight.app.pages import (
+    FILE_HEADERS,
     VIEW_HEADERS,
     UploadStore,
     create_app,
@@ -47,6 +48,7 @@ from finesight.data.image_header import IMAGE_SUFFIXES
 from finesight.errors import LABEL_TRAIN_FRACTION, Step, UserError
 from finesight.label.label_store import JOURNAL_FILE
 from finesight.model_folder import TINY_MODEL
+from finesight.operations.evaluation import ANSWER_FILES
 from finesight.operations.operation import Parameter, list_words
 from finesight.report.i18n import get_language
 from finesight.serve.http_protocol import bind_socket
@@ -132,6 +134,7 @@ class StudioPage:
             "train-now": self._train_now,
             "export": self._export,
             "quantize": partial(self._export, quantize="w4a16"),
+            "predict": self._predict,
             "follow": self._follow,
             "stop": self._stop,
             "stop-again": partial(self._stop, again=True),
@@ -186,8 +189,11 @@ class StudioPage:
         """Return the values of the fields for the selected items, or those of the last command."""
         values = {one.name: one.value for form in FORMS for one in build_form(form)}
         selection, job = state.selection, state.job
-        if selection.step == "label":
-            values["label:prompt"] = self.view.workspace.read_prompt(state.run, state.dataset)
+        if selection.step in ("label", "chat"):
+            prompt = self.view.workspace.read_prompt(state.run, state.dataset)
+            values |= {"label:prompt": prompt, "predict:prompt": prompt}
+            paths = ("answers/{}", "uploads/{}")
+            values["predict:out"] = self.view.workspace.find_free_name("answers", *paths)
         # Commands apply to the model that was merged last.
         merged = [job.arguments[2] for job in state.jobs if job.arguments[0] == "merge"]
         merged += [str(path) for path in state.content.models if path.parent == Path("models")]
@@ -409,6 +415,20 @@ class StudioPage:
                         stream.write(secrets.token_urlsafe(32))
         return self._start(state, operation, arguments, **options)
 
+    def _predict(self, state: StudioState, form: Form) -> str:
+        """Start a command that answers a question about each of many images."""
+        name, texts = form.get("predict:out"), dict(form.texts)
+        if bool(form.uploads) == bool(form.get("predict:images")):
+            raise build_missing_error("predict:images")
+        self.view.workspace.check_new_name("answers", name)
+        if form.uploads:
+            files = [*map(self.uploads.find, form.uploads)]
+            texts["predict:images"] = str(self.view.workspace.save_uploads(files, name))
+        form = form.model_copy(update={"texts": texts})
+        url = self._run(state, form, operation="predict")
+        self.uploads.remove(form.uploads)
+        return url
+
     def _label(self, state: StudioState, form: Form, *, review: bool = False) -> str:
         """Start the labelling page with the selected run or, without weights of one, a model.
 
@@ -580,8 +600,17 @@ def make_studio_app(page: StudioPage, access: Access) -> AccessMiddleware:
             raise HTTPException(404, describe_error(error, name_actions)) from error
         return HTMLResponse(content, headers=VIEW_HEADERS)
 
+    def get_answers(request: Request) -> Response:
+        words = (*view.jobs.find(request.path_params["job"]).arguments, "--out", "")
+        name, folder = request.path_params["name"], words[words.index("--out") + 1]
+        file = view.workspace.folder / view.workspace.resolve(folder, "job") / name
+        if words[0] != "predict" or name not in ANSWER_FILES or not file.is_file():
+            raise HTTPException(404, "no such file")
+        return FileResponse(file, headers=FILE_HEADERS, filename=f"{file.parent.name}{file.suffix}")
+
     routes = [
         Route("/", get_page),
+        Route("/answers/{job}/{name}", get_answers),
         Route("/view/{name}", get_view),
         Route("/uploads", page.uploads.receive, methods=["POST"]),
         Route("/actions/{name}", post_action, methods=["POST"]),

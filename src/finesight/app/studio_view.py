@@ -120,6 +120,12 @@ FORMS: dict[str, Mapping[str, FormField | None]] = {
     "eval": {"trust_metric": None},
     "guard": {},
     "web": {"adapter": FormField("Compare with another run", default="none")},
+    "predict": {
+        "images": FormField("Or a file or folder in the workspace", "photos"),
+        "prompt": FormField("Prompt", "Read the ticket."),
+        "out": FormField("Name of the table", folder="answers"),
+        **dict.fromkeys(("data", "draw", "pages")),
+    },
     "serve": {"adapter": FormField("Serve another run of the model, too", default="none")},
     "merge": {"out": FormField("Name of the merged model", "tickets", folder="models")},
     "export": dict.fromkeys(
@@ -136,7 +142,7 @@ FORMS_OF_STEPS = {
     "plan": ("plan", "recipe", "editor"),
     "train": ("train", "search"),
     "results": ("eval", "guard"),
-    "chat": ("web",),
+    "chat": ("web", "predict"),
     "export": ("serve", "merge", "export"),
 }
 
@@ -219,7 +225,7 @@ def list_field_names() -> dict[str, str]:
 
 
 COMMAND_STEPS = {form: step for step, forms in FORMS_OF_STEPS.items() for form in forms} | {
-    **{"init": "plan", "chat": "chat", "predict": "chat"},
+    **{"init": "plan", "chat": "chat"},
     **dict.fromkeys(("report", "compare"), "results"),
 }
 """Step of the page by command."""
@@ -235,6 +241,7 @@ MISSING_MESSAGES = {
     " Data.",
     "label:fields": "No fields are given. Enter their names, such as item, price.",
     "label:split": "The data set has no validation samples. Review those for training.",
+    "predict:images": "Upload images, or enter one file or folder.",
     "operation": "This is no longer proposed. Reload the page.",
     "merge:out": "No merged model is given. Merge one, or enter its name.",
 }

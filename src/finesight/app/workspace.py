@@ -130,7 +130,7 @@ class Workspace:
 
     def remove_leftovers(self) -> None:
         """Remove the folders that killed commands left in the folders of the studio."""
-        for name in (".", STUDIO_FOLDER, "data", "gguf", "models", "runs", "uploads"):
+        for name in (".", STUDIO_FOLDER, "answers", "data", "gguf", "models", "runs", "uploads"):
             remove_leftovers(self.folder / name)
 
     def scan(self) -> WorkspaceContent:

@@ -87,7 +87,7 @@ const act = async (button) => {
   enableButtons();
   byId("message").hidden = true;
   try {
-    const uploads = action === "import" ? await sendUploads() : [];
+    const uploads = button.form?.contains(byId("upload")) ? await sendUploads() : [];
     const body = { ...readForm(button.form), uploads };
     if (operation) body.texts = { operation };
     const answer = await request(`actions/${action}${query}`, body);

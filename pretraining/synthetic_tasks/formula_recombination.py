@@ -82,7 +82,10 @@ _DELIMITER_EMS = {"big": 1.2, "Big": 1.8, "bigg": 2.4, "Bigg": 3.0}
 _UNIT_EMS = {"mm": 0.285, "cm": 2.85, "em": 1.0, "pt": 0.1, "ex": 0.43, "in": 7.2}
 _LENGTH = re.compile(rf"(-?[\d.]+)({'|'.join(_UNIT_EMS)})")
 _DELIMITER = re.compile(r"\\([bB]igg?)[lrm]?")
-_ARROW_ENDS = ("arrow", "harpoonup", "harpoondown")
+_LEFT = re.compile(r"\\left([^A-Za-z]|\\.+|[lr]?vert)")
+_SWITCHES = frozenset(rf"\{name}" for name in ("rm", "it", "bf", "sf", "tt", "cal"))
+"""Commands that apply to the rest of their group."""
+
 _COMMANDS = frozenset(
     (*_STYLES, *_ACCENTS, r"\frac", r"\sqrt", r"\stackrel", r"\overline", r"\underline", r"\hspace")
 )
@@ -148,7 +151,7 @@ class _FormulaParser:
         """Parse until a token that starts with `closing`, which becomes the next token."""
         parts = list[FormulaPart]()
         while token := self._peek():
-            if closing and token.startswith(closing) and not token.endswith(_ARROW_ENDS):
+            if closing and token.startswith(closing) and not token.startswith(r"\rightarrow"):
                 return tuple(parts)
             part = () if token in ("_", "^") else self._parse_argument()
             while self._peek() in ("_", "^", r"\limits", r"\nolimits"):
@@ -163,7 +166,7 @@ class _FormulaParser:
         token = self._take()
         if token == "{":
             return (self._parse_group((token,), "}"),)
-        if token.startswith(r"\left") and not token.endswith(_ARROW_ENDS):
+        if _LEFT.fullmatch(token):
             return (self._parse_group((token,), r"\right"),)
         if token.startswith(r"\begin"):
             columns = tuple(self._take_braced()) if token == r"\begin{array}" else ()
@@ -174,11 +177,9 @@ class _FormulaParser:
         if token in _COMMANDS:
             if token == r"\sqrt" and self._peek() == "[":
                 items.append(self._parse_group((self._take(),), "]"))
-            for _ in range(2 if token in (r"\frac", r"\stackrel") else 1):
-                if self._peek() == "{":
-                    items += self._parse_argument()
-                elif token == r"\frac":
-                    items.append(self._take())
+            is_switch = token in _SWITCHES and self._peek() != "{"
+            for _ in range(0 if is_switch else 2 if token in (r"\frac", r"\stackrel") else 1):
+                items += self._parse_argument() if self._peek() == "{" else (self._take(),)
         return tuple(items)
 
     def _parse_group(self, opening: tuple[str, ...], closing: str) -> FormulaGroup:
@@ -211,7 +212,7 @@ class FormulaRecombiner:
         for label in labels:
             try:
                 self._formulas.append(parse_formula(label))
-            except ValueError:  # such labels exist in published datasets
+            except (ValueError, RecursionError):  # such labels exist in published datasets
                 continue
         self._occurrences: dict[FormulaPart, list[tuple[int, int]]] = defaultdict(list)
         self._arguments: dict[str, list[FormulaGroup]] = defaultdict(list)
@@ -300,12 +301,14 @@ class FormulaDrawing:
     """
 
     def __init__(self, size: float) -> None:
+        import pyparsing
         from matplotlib import _mathtext, rcParams
         from matplotlib._mathtext_data import tex2uni
         from matplotlib.font_manager import FontProperties
         from matplotlib.ft2font import LoadFlags
 
         self._mathtext: Any = _mathtext
+        self._parse_error: type[Exception] = pyparsing.ParseBaseException
         self._symbols = frozenset(tex2uni)
         self._size = size
         fonts = _mathtext.BakomaFonts(
@@ -327,7 +330,8 @@ class FormulaDrawing:
             try:
                 self._build_formula([part])
                 self._is_drawable[part] = True
-            except (ValueError, LookupError, RuntimeError):
+            # Two superscripts, and labels that nest too deep, too.
+            except (ValueError, LookupError, RuntimeError, self._parse_error):
                 self._is_drawable[part] = False
         return self._is_drawable[part]
 
@@ -368,7 +372,8 @@ class FormulaDrawing:
     def _build_part(self, part: FormulaPart, previous: str, depth: int) -> list[Any]:
         scripts = [i for i, item in enumerate(part) if item in ("_", "^")]
         end = scripts[0] if scripts else len(part)
-        nucleus = self._build_nucleus(part[:end], previous, depth)
+        head = tuple(item for item in part[:end] if item not in (r"\limits", r"\nolimits"))
+        nucleus = self._build_nucleus(head, previous, depth)
         if scripts:
             operands = list[Any]()
             for i in scripts:

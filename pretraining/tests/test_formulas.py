@@ -125,16 +125,27 @@ def test_recombined_formulas_vary_letters_arguments_and_scripts():
         (r"\hspace { x }", False),
         (r"\unknown { x }", False),
         ("--", False),
+        (r"x ^ { \prime } ^ { 2 }", False),
+        (r"\sum \limits _ { i } ^ n \leftrightarrow \leftrightharpoons", True),
     ],
 )
 def test_undrawable_parts_are_recognized(latex, is_drawable):
     drawing = formula_recombination.FormulaDrawing(30.0)
     parts = formula_recombination.parse_formula(latex)
     assert all(map(drawing.is_drawable, parts)) is is_drawable
+    # Arguments need no braces.
+    words = ((r"\vec x", 1), (r"\mathrm d x", 2), (r"\sqrt x", 1), (r"\bf d x", 3))
+    for text, num_parts in words:
+        assert len(formula_recombination.parse_formula(text)) == num_parts
     # An error leaves no style behind.
     drawing.is_drawable(formula_recombination.parse_formula(r"{ \bf \unknown }")[0])
     digit = drawing._build_formula(formula_recombination.parse_formula("1")).children[1]
     assert digit.font != "bf"
+
+
+def test_labels_that_cannot_be_parsed_are_left_out():
+    labels = ("{ a", "{ " * 600 + "} " * 600, *LABELS)
+    assert len(formula_recombination.FormulaRecombiner(labels)._formulas) == len(LABELS)
 
 
 def test_arguments_of_arrays_and_delimiters_have_their_size():

@@ -68,7 +68,8 @@ def send(
     **settings: Any,
 ) -> str:
     """Ask a question, wait for the answer, and return the ID of the conversation."""
-    body = {"chat": chat, "text": text, "images": images, "index": index}
+    shown = client.get("/", params={"chat": chat}).text.count('<section class="turn">')
+    body = {"chat": chat, "text": text, "images": images, "index": index, "num_turns": shown}
     body["settings"] = {**SETTINGS, **settings}
     response = client.post("/answers", json=body)
     assert response.status_code == 200, response.text
@@ -93,7 +94,7 @@ def test_images_are_stored_original_and_shown_without_metadata(client, tmp_path)
     with Image.open(io.BytesIO(copy.content)) as opened:
         assert (opened.size, {*opened.getexif()}) == ((20, chat_page.MAX_DISPLAY_SIDE), set())
     assert b"secret" not in copy.content
-    for wrong in ("x", "a" * 32, f"{shown}%23page=1x", "..%2f" * 8):
+    for wrong in ("x", "a" * 32, f"{shown}%23page=1", f"{shown}%23page=1x", "..%2f" * 8):
         assert client.get(f"/images/{wrong}").status_code == 404
 
 
@@ -128,6 +129,21 @@ def test_unreadable_and_forgotten_images_are_deleted(client, service, tmp_path, 
     assert "deleted" in client.post("/answers", json={"chat": chat, "text": "?"}).json()["error"]
 
 
+def test_image_that_is_deleted_while_its_question_is_sent(client, tmp_path, monkeypatch):
+    noise = write_noise_image(tmp_path / "a.png", 30, 30).read_bytes()
+    original = chat_page.ChatPage._send
+
+    def forget(page, chat, body):
+        turns = original(page, chat, body)
+        page._remove_images(turns[-1].image_paths)
+        return turns
+
+    send(client, "", upload(client, noise, "\u3000"))  # a chat without a title
+    monkeypatch.setattr(chat_page.ChatPage, "_send", forget)
+    send(client, "Who?", upload(client, noise))
+    assert "no longer on the server" in client.get("/").text
+
+
 def test_upload_during_the_deletion_of_another_is_stored(client, tmp_path, monkeypatch):
     noise = write_noise_image(tmp_path / "a.png", 30, 30).read_bytes()
     [first], scan = upload(client, noise), os.scandir
@@ -148,6 +164,15 @@ def test_conversations_belong_to_one_browser_up_to_a_limit(client, service, monk
     titles = ParsedPage(client.get("/").text).text
     assert titles.index("Question 1?") < titles.index("Question 2?")
     assert "Question 0?" not in titles
+    # A secret that a client chooses, such as the first character of another one, is its own.
+    (name, secret), owned = next(iter(client.cookies.items())), dict(client.cookies)
+    client.cookies.clear()
+    client.cookies.set(name, secret[0])
+    for _ in range(3):
+        send(client, "Whose?")
+    client.cookies.clear()
+    client.cookies.update(owned)
+    assert "Question 2?" in client.get("/").text
     client.cookies.clear()
     assert "Question" not in client.get("/", params={"chat": chats[2]}).text
     for path in ("/answers", "/stop", "/delete", "/chat.zip"):
@@ -174,7 +199,10 @@ def test_pages_of_a_pdf_are_images_of_a_message(client, tmp_path):
     pages[0].save(tmp_path / "b.pdf", save_all=True, append_images=pages * 4)
     error = upload(client, (tmp_path / "b.pdf").read_bytes(), "b.pdf", status=422)["error"]
     assert "9 images" in error
-    answer = client.post("/delete", json={"chat": chat, "index": 0})
+    # The page shows the newest state before it deletes turns.
+    error = client.post("/delete", json={"chat": chat, "index": 0, "num_turns": 2}).json()["error"]
+    assert "another tab" in error
+    answer = client.post("/delete", json={"chat": chat, "index": 0, "num_turns": 1})
     assert answer.json() == {"text": "Which page?"}
     assert list_files(tmp_path) == []
 

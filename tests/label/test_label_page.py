@@ -776,6 +776,7 @@ def test_only_classes_are_saved(tmp_path, browser):
         wait_for_name(browser, "1.png")
         assert browser.run("return document.querySelector('#confidence').textContent;")
         browser.click(".choices button:nth-of-type(3)")
+        assert browser.run("return document.activeElement.innerText;") == "3 class 3"
         assert browser.run("return document.querySelector('#confidence').textContent;") == ""
         press(browser, "Enter")
         wait_for_name(browser, "2.png")

@@ -1,6 +1,7 @@
 """Tests of requests that try to stall the server: limits apply, and other requests continue."""
 
 import contextlib
+import http.client
 import logging
 import threading
 import time
@@ -47,6 +48,7 @@ from PIL import Image
 from finesight.encode.tokenization import Tokenizer
 from finesight.errors import UserError
 from finesight.serve.api_schema import ApiError
+from finesight.serve.chat_completions import ActiveCompletion
 from finesight.serve.media_sources import read_formats
 from finesight.serve.request_middleware import ByteBudget, ByteReservation
 from finesight.vision.image_processing import load_image
@@ -288,6 +290,20 @@ def test_disconnect_during_the_request(strict_server, caplog):
     stats = urllib.request.urlopen(f"{strict_server.url}/metrics").read().decode()
     assert 'status="499"' in stats
     assert 'status="500"' not in stats
+
+
+def test_disconnect_before_the_generation(strict_server, caplog, monkeypatch):
+    caplog.set_level(logging.INFO, logger="finesight.serve")
+    submit = ActiveCompletion._submit
+
+    def disconnect(completion, *args):
+        completion.close()
+        submit(completion, *args)
+
+    monkeypatch.setattr(ActiveCompletion, "_submit", disconnect)
+    with contextlib.suppress(ConnectionError, http.client.HTTPException):
+        post_chat(strict_server, "Hello")
+    assert len(wait_for_log(caplog, " 499 ", 1)) == 1
 
 
 def test_tiny_chunks_are_rejected(strict_server):

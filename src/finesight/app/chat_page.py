@@ -69,6 +69,8 @@ MAX_MESSAGE_CHARS = 20_000
 MAX_CHATS, MAX_CHATS_OF_ALL, MAX_TURNS = 30, 200, 100
 """Maximum number of conversations of a browser and of all, and of turns of a conversation."""
 
+COOKIE_AGE_S = 30 * 24 * 3600
+"""Time after which a browser forgets its conversations, in seconds."""
 
 MAX_TITLE_CHARS = 80
 MAX_NEW_TOKENS = 4096
@@ -114,11 +116,13 @@ class ChatRequest(BaseModel, frozen=True):
     Attributes:
         chat: ID of the conversation; empty for a new one.
         index: Number of turns before the question. It replaces later ones; None for none.
+        num_turns: Number of turns that the page shows, if there is an index.
         images: IDs of images; None for those of the replaced turn.
     """
 
     chat: Annotated[str, Field(max_length=64)] = ""
     index: Annotated[int | None, Field(ge=0)] = None
+    num_turns: int = 0
     text: Annotated[str, Field(max_length=MAX_MESSAGE_CHARS)] = ""
     images: Annotated[list[Name], Field(max_length=1000)] | None = []
     settings: ChatSettings = ChatSettings()
@@ -172,7 +176,7 @@ class Chat:
         """First question, or else the name of its first image."""
         turn = self.turns[0]
         names = (turn.text, *(path.name for path in turn.image_paths))
-        return " ".join(next(filter(str.strip, names)).split())[:MAX_TITLE_CHARS]
+        return " ".join(next(filter(str.strip, names), "").split())[:MAX_TITLE_CHARS]
 
 
 BOXED_IMAGE_WIDTHS = (320, 640)
@@ -387,7 +391,15 @@ class ChatPage:
         response = HTMLResponse(self.render(find_studio(request), chats, chat, turns))
         if not owner:
             secret = secrets.token_urlsafe(32)
-            response.set_cookie(self._cookie, secret, httponly=True, samesite="strict")
+            # Links from other sites send it, too. Other requests have their origin checked.
+            response.set_cookie(
+                self._cookie,
+                secret,
+                max_age=COOKIE_AGE_S,
+                httponly=True,
+                samesite="lax",
+                secure=request.url.scheme == "https",
+            )
         return response
 
     def render(
@@ -453,7 +465,10 @@ class ChatPage:
         """Return an uploaded image. Raises UserError for an unknown or deleted one."""
         match = IMAGE_ID.fullmatch(image_id)
         path = self._uploads.find(match[1] if match else "")
-        return path.with_name(path.name + ((match and match[2]) or ""))
+        path = path.with_name(path.name + ((match and match[2]) or ""))
+        if path not in self._images:
+            raise UserError(translate("The image is no longer on the server."))
+        return path
 
     async def get_image(self, request: Request) -> Response:
         """Return an image as WebP without metadata, reduced to a side, or a video."""
@@ -483,17 +498,22 @@ class ChatPage:
         self._uploads.remove([file.parent.name for file in unused])
         self._images = {p: one for p, one in self._images.items() if get_file(p) not in unused}
 
-    def _find_chat(self, request: Request, chat_id: str, *, is_idle: bool = True) -> Chat:
+    def _find_chat(
+        self, request: Request, chat_id: str, *, is_idle: bool = True, num_turns: int | None = None
+    ) -> Chat:
         """Return a conversation of the browser. Raises UserError for another one.
 
         Args:
             is_idle: Raise UserError, too, if an answer is being generated.
+            num_turns: Raise UserError, too, if the conversation has another number of turns.
         """
         chat, owner = self._chats.get(chat_id), request.cookies.get(self._cookie)
         if chat is None or chat.owner != owner or (is_idle and chat.is_busy):
             is_own = chat is not None and chat.owner == owner
             what = "An answer is being generated." if is_own else "The chat was deleted."
             raise UserError(translate(what))
+        if num_turns not in (None, len(chat.turns)):
+            raise UserError(translate("The chat has changed in another tab. Reload the page."))
         return chat
 
     async def get_last_turn(self, request: Request) -> Response:
@@ -516,7 +536,8 @@ class ChatPage:
         body = await parse_body(request, ChatRequest)
         chat = Chat(request.cookies.get(self._cookie, ""))
         if body.chat:
-            chat = self._find_chat(request, body.chat)
+            num_turns = None if body.index is None else body.num_turns
+            chat = self._find_chat(request, body.chat, num_turns=num_turns)
         elif not chat.owner:
             raise UserError(translate("The page needs cookies. Allow them, and reload the page."))
         chat.is_busy = True
@@ -564,8 +585,8 @@ class ChatPage:
 
     def _delete_old(self, owner: str) -> None:
         """Delete the oldest conversations of a browser, and of all, beyond their limits."""
-        for limit, name in ((MAX_CHATS, owner), (MAX_CHATS_OF_ALL, "")):
-            chats = [one for one in self._chats.values() if one.owner.startswith(name)]
+        for limit, owners in ((MAX_CHATS, (owner,)), (MAX_CHATS_OF_ALL, None)):
+            chats = [c for c in self._chats.values() if owners is None or c.owner in owners]
             for chat in chats[: max(0, len(chats) - limit)]:
                 if not chat.is_busy:
                     self._remove(chat)
@@ -606,7 +627,8 @@ class ChatPage:
     async def delete_turns(self, request: Request) -> Response:
         """Delete the turns of a conversation from an index on, and return the first question."""
         body = await parse_body(request, ChatRequest)
-        chat = self._find_chat(request, body.chat)
+        num_turns = None if body.index is None else body.num_turns
+        chat = self._find_chat(request, body.chat, num_turns=num_turns)
         removed, chat.error = self._remove(chat, body.index or 0), ""
         return JSONResponse({"text": removed[0].text if removed else ""})
 

@@ -477,6 +477,8 @@ class StudioPage:
         if not name:
             raise build_missing_error("merge:out")
         arguments = self._read_form("export", form)
+        if not write_gguf:
+            arguments.pop("outtype", None)
         workspace = self.view.workspace
         if quantize:
             out = workspace.check_new_name("models", f"{name}-{quantize}")
@@ -603,7 +605,8 @@ def make_studio_app(page: StudioPage, access: Access) -> AccessMiddleware:
     def get_answers(request: Request) -> Response:
         words = (*view.jobs.find(request.path_params["job"]).arguments, "--out", "")
         name, folder = request.path_params["name"], words[words.index("--out") + 1]
-        file = view.workspace.folder / view.workspace.resolve(folder, "job") / name
+        path = view.workspace.resolve(f"{folder}/{name}", "job", must_exist=False)
+        file = view.workspace.folder / path
         if words[0] != "predict" or name not in ANSWER_FILES or not file.is_file():
             raise HTTPException(404, "no such file")
         return FileResponse(file, headers=FILE_HEADERS, filename=f"{file.parent.name}{file.suffix}")

@@ -230,7 +230,7 @@ def is_image_value(value: object, suffixes: Collection[str] = IMAGE_SUFFIXES) ->
         return suffixes is not IMAGE_SUFFIXES or find_image_suffix(value) != ""
     if not isinstance(value, str):
         return False
-    path = value.partition("?")[0] if "://" in value else value
+    path = re.split("[?#]", value, maxsplit=1)[0] if "://" in value else value
     return PurePath(split_page(path)[0]).suffix.lower() in suffixes or is_embedded_media(value)
 
 

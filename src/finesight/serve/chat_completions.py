@@ -487,7 +487,7 @@ class ActiveCompletion:
 
         Raises:
             ApiError: The request timed out.
-            ClientDisconnectedError: The client disconnected.
+            ClientDisconnectedError: The client disconnected, maybe before there was a choice.
         """
         choices = self._build_choices()
         async with (
@@ -496,7 +496,7 @@ class ActiveCompletion:
         ):
             async for _ in chunks:
                 pass
-        if any(choice.finish_reason == "cancelled" for choice in choices):
+        if not choices or any(choice.finish_reason == "cancelled" for choice in choices):
             raise ClientDisconnectedError
         return choices
 

@@ -45,8 +45,10 @@ const showButtons = () => {
   byId("new-chat").disabled = !numTurns;
   byId("export").hidden = isBusy || !numTurns;
   byId("welcome").hidden = numTurns > 0;
-  byId("send").hidden = isBusy;
-  byId("stop").hidden = !isBusy;
+  // A question that is being sent cannot be stopped yet.
+  byId("send").hidden = isBusy && !isSending;
+  byId("send").disabled = isSending;
+  byId("stop").hidden = !isBusy || isSending;
   showImageHint();
   if (hasFocus?.matches("#send, #stop, #regenerate, #undo, #new-chat")
     && (hasFocus.hidden || hasFocus.disabled)) byId("question").focus();
@@ -171,7 +173,7 @@ const ask = async (text, images, index) => {
   isSending = true;
   showButtons();
   const hasStarted = await attempt(async () => {
-    const asked = getChat(), body = { chat: asked, text, index, images: await images, settings: chosen };
+    const asked = getChat(), body = { chat: asked, text, index, num_turns: getLast() + 1, images: await images, settings: chosen };
     const { chat } = await request("answers", body);
     // The user may have opened another conversation meanwhile.
     await open(asked === getChat() ? chat : getChat());
@@ -183,7 +185,7 @@ const ask = async (text, images, index) => {
 
 const send = async () => {
   const field = byId("question"), text = field.value, sent = attachments;
-  if ((!text.trim() && !sent.length) || byId("send").hidden) return;
+  if ((!text.trim() && !sent.length) || byId("send").hidden || isSending) return;
   scrollTo(0, document.documentElement.scrollHeight);
   if (!await ask(text, Promise.all(sent.map(({ uploaded }) => uploaded)).then((found) => found.flat()))) return;
   if (field.value === text) field.value = "";
@@ -198,7 +200,8 @@ const actions = {
   stop: () => request("stop", { chat: getChat() }),
   regenerate: () => ask(document.querySelector("#turns > :last-child form textarea").defaultValue, null, getLast()),
   undo: async () => {
-    const isLast = !getLast(), { text } = await request("delete", { chat: getChat(), index: getLast() });
+    const index = getLast(), isLast = !index;
+    const { text } = await request("delete", { chat: getChat(), index, num_turns: index + 1 });
     await open(isLast ? "" : getChat());
     byId("question").value ||= text;
     byId("question").focus();

@@ -453,10 +453,16 @@ const makeClassNote = (getName, isRequired = false) => {
 
 // Buttons of the classes, for the answer or the selected box. A new form follows each choice.
 const makeChoices = (badge) => {
-  const buttons = item.choices.map((name, index) => create("button", { type: "button", onclick: () => choose(index) },
+  const buttons = item.choices.map((name, index) => create("button", { type: "button", onclick: () => {
+    choose(index); // It draws the buttons again.
+    byId("form").querySelectorAll(".choices button")[index].focus();
+  } },
     ...(index < 9 ? [create("kbd", {}, index + 1), " "] : []), name));
-  updates.push(() => buttons.forEach((button, index) => button.setAttribute("aria-pressed",
-    item.choices[index] === (settings.kind === "classes" ? answer.text : answer.boxes[selected]?.label))));
+  updates.push(() => buttons.forEach((button, index) => {
+    const isClass = settings.kind === "classes";
+    button.disabled = !isClass && !answer.boxes[selected];
+    button.setAttribute("aria-pressed", item.choices[index] === (isClass ? answer.text : answer.boxes[selected]?.label));
+  }));
   return create("fieldset", { class: "choices" }, create("legend", {}, translate("Class"), " ", badge), ...buttons);
 };
 
@@ -795,7 +801,7 @@ document.addEventListener("keydown", (event) => {
     else if (selected >= 0) select(-1);
     return;
   }
-  if (key === "Enter" && !target.matches?.("button, a, summary")) {
+  if (key === "Enter" && !target.matches?.("button:not(.choices *), a, summary")) {
     // Enter starts a new line in a text with Shift.
     if (event.shiftKey && target.matches?.("textarea")) return;
     event.preventDefault();

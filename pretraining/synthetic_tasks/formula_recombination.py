@@ -91,7 +91,8 @@ _COMMANDS = frozenset(
 )
 """Commands with arguments."""
 
-_IGNORED = frozenset((r"\displaystyle", r"\textstyle", r"\limits", r"\nolimits", r"\smallskip"))
+_IGNORED = frozenset((r"\displaystyle", r"\textstyle", r"\smallskip"))
+_LIMITS = (r"\limits", r"\nolimits")
 _NAMES = frozenset(
     (r"\mathrm", r"\operatorname", r"\operatorname*", r"\textrm", r"\rm", r"\hspace")
 )
@@ -154,7 +155,7 @@ class _FormulaParser:
             if closing and token.startswith(closing) and not token.startswith(r"\rightarrow"):
                 return tuple(parts)
             part = () if token in ("_", "^") else self._parse_argument()
-            while self._peek() in ("_", "^", r"\limits", r"\nolimits"):
+            while self._peek() in ("_", "^", *_LIMITS):
                 token = self._take()
                 part += (token, *(self._parse_argument() if token in ("_", "^") else ()))
             parts.append(part)
@@ -261,28 +262,31 @@ class FormulaRecombiner:
         items = list[str | FormulaGroup]()
         previous: str | FormulaGroup = ""
         for item in part:
-            is_script = previous in ("_", "^")
-            varied = item
             if isinstance(item, FormulaGroup):
-                if is_script and rng.random() < SCRIPT_RATE:
-                    items.pop()
-                    previous = ""
-                    continue
-                if rng.random() < ARGUMENT_RATE:
-                    varied = rng.choice(self._arguments[_name_place(part, previous, item)])
-                is_name = bool(varied.parts) and varied.parts[0][0] in _NAMES
-                if not is_name:
-                    inner = tuple(self._vary(p, letter_rate, rng) for p in varied.parts)
-                    varied = FormulaGroup(varied.opening, inner, varied.closing)
+                if previous in ("_", "^") and rng.random() < SCRIPT_RATE:
+                    items.pop()  # without the script
+                else:
+                    similar = self._arguments[_name_place(part, previous, item)]
+                    chosen = rng.choice(similar) if rng.random() < ARGUMENT_RATE else item
+                    items.append(self._vary_group(chosen, letter_rate, rng))
             elif item in _CLASS_OF and rng.random() < letter_rate:
-                varied = rng.choice(_CLASS_OF[item])
-            items.append(varied)
+                items.append(rng.choice(_CLASS_OF[item]))
+            else:
+                items.append(item)
             previous = item
         if len(part) == 1 and part[0] in _CLASS_OF and rng.random() < SCRIPT_RATE:
             operator = rng.choice("_^")
             if self._arguments[operator]:
                 items += [operator, rng.choice(self._arguments[operator])]
         return tuple(items)
+
+    def _vary_group(
+        self, group: FormulaGroup, letter_rate: float, rng: random.Random
+    ) -> FormulaGroup:
+        if group.parts and group.parts[0][0] in _NAMES:
+            return group
+        parts = tuple(self._vary(part, letter_rate, rng) for part in group.parts)
+        return FormulaGroup(group.opening, parts, group.closing)
 
 
 def _name_place(part: FormulaPart, previous: str | FormulaGroup, group: FormulaGroup) -> str:
@@ -372,7 +376,7 @@ class FormulaDrawing:
     def _build_part(self, part: FormulaPart, previous: str, depth: int) -> list[Any]:
         scripts = [i for i, item in enumerate(part) if item in ("_", "^")]
         end = scripts[0] if scripts else len(part)
-        head = tuple(item for item in part[:end] if item not in (r"\limits", r"\nolimits"))
+        head = tuple(item for item in part[:end] if item not in _LIMITS)
         nucleus = self._build_nucleus(head, previous, depth)
         if scripts:
             operands = list[Any]()

@@ -301,9 +301,12 @@ def test_disconnect_before_the_generation(strict_server, caplog, monkeypatch):
         submit(completion, *args)
 
     monkeypatch.setattr(ActiveCompletion, "_submit", disconnect)
-    with contextlib.suppress(ConnectionError, http.client.HTTPException):
-        post_chat(strict_server, "Hello")
-    assert len(wait_for_log(caplog, " 499 ", 1)) == 1
+    for count, is_stream in enumerate((False, True), 1):
+        with contextlib.suppress(ConnectionError, http.client.HTTPException):
+            options = {"stream": is_stream, "stream_options": {"include_usage": True}}
+            post_chat(strict_server, "Hello", **options if is_stream else {})
+        assert len(wait_for_log(caplog, " 499 ", count)) == count
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
 
 def test_tiny_chunks_are_rejected(strict_server):

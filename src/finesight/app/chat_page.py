@@ -116,13 +116,13 @@ class ChatRequest(BaseModel, frozen=True):
     Attributes:
         chat: ID of the conversation; empty for a new one.
         index: Number of turns before the question. It replaces later ones; None for none.
-        num_turns: Number of turns that the page shows, if there is an index.
+        num_turns: Number of turns that the page shows; None to allow any.
         images: IDs of images; None for those of the replaced turn.
     """
 
     chat: Annotated[str, Field(max_length=64)] = ""
     index: Annotated[int | None, Field(ge=0)] = None
-    num_turns: int = 0
+    num_turns: int | None = None
     text: Annotated[str, Field(max_length=MAX_MESSAGE_CHARS)] = ""
     images: Annotated[list[Name], Field(max_length=1000)] | None = []
     settings: ChatSettings = ChatSettings()
@@ -536,8 +536,7 @@ class ChatPage:
         body = await parse_body(request, ChatRequest)
         chat = Chat(request.cookies.get(self._cookie, ""))
         if body.chat:
-            num_turns = None if body.index is None else body.num_turns
-            chat = self._find_chat(request, body.chat, num_turns=num_turns)
+            chat = self._find_chat(request, body.chat, num_turns=body.num_turns)
         elif not chat.owner:
             raise UserError(translate("The page needs cookies. Allow them, and reload the page."))
         chat.is_busy = True
@@ -551,7 +550,8 @@ class ChatPage:
         chat.turns, chat.settings, chat.error = turns, body.settings, ""
         self._chats.pop(chat.id, None)
         self._chats[chat.id] = chat
-        self._delete_old(chat.owner)
+        self._delete_old(MAX_CHATS, chat.owner)
+        self._delete_old(MAX_CHATS_OF_ALL)
         self._remove_images(removed)
         self._tasks.add(task := asyncio.create_task(_generate(chat)))
         task.add_done_callback(self._tasks.discard)
@@ -583,13 +583,12 @@ class ChatPage:
             self._service, [*turns], None if is_default else prompt, self._reader.read_size
         )
 
-    def _delete_old(self, owner: str) -> None:
-        """Delete the oldest conversations of a browser, and of all, beyond their limits."""
-        for limit, owners in ((MAX_CHATS, (owner,)), (MAX_CHATS_OF_ALL, None)):
-            chats = [c for c in self._chats.values() if owners is None or c.owner in owners]
-            for chat in chats[: max(0, len(chats) - limit)]:
-                if not chat.is_busy:
-                    self._remove(chat)
+    def _delete_old(self, limit: int, owner: str | None = None) -> None:
+        """Delete the oldest conversations of a browser, or of all, beyond a limit."""
+        chats = [one for one in self._chats.values() if owner in (None, one.owner)]
+        for chat in chats[: max(0, len(chats) - limit)]:
+            if not chat.is_busy:
+                self._remove(chat)
 
     def _remove(self, chat: Chat, num_kept: int = 0) -> Sequence[ChatTurn]:
         """Delete the last turns of a conversation with their images, and return them."""
@@ -627,8 +626,7 @@ class ChatPage:
     async def delete_turns(self, request: Request) -> Response:
         """Delete the turns of a conversation from an index on, and return the first question."""
         body = await parse_body(request, ChatRequest)
-        num_turns = None if body.index is None else body.num_turns
-        chat = self._find_chat(request, body.chat, num_turns=num_turns)
+        chat = self._find_chat(request, body.chat, num_turns=body.num_turns)
         removed, chat.error = self._remove(chat, body.index or 0), ""
         return JSONResponse({"text": removed[0].text if removed else ""})
 

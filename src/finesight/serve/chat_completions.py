@@ -487,7 +487,7 @@ class ActiveCompletion:
 
         Raises:
             ApiError: The request timed out.
-            ClientDisconnectedError: The client disconnected, maybe before there was a choice.
+            ClientDisconnectedError: The client disconnected.
         """
         choices = self._build_choices()
         async with (
@@ -496,7 +496,7 @@ class ActiveCompletion:
         ):
             async for _ in chunks:
                 pass
-        if not choices or any(choice.finish_reason == "cancelled" for choice in choices):
+        if any(choice.finish_reason == "cancelled" for choice in choices):
             raise ClientDisconnectedError
         return choices
 
@@ -653,10 +653,9 @@ class ActiveCompletion:
     def _submit(self, located_sample: LocatedSample, prompt: EncodedSample) -> None:
         """Submit one generation per choice, all with the same prompt and images.
 
-        It runs in a thread that cannot be interrupted, so `close` may be called meanwhile.
-
         Raises:
             ApiError: The inference service is busy, or the request is invalid.
+            ClientDisconnectedError: `close` was called, which cannot interrupt this thread.
         """
         factory, grammar = self.handler.constraint_factory, self._get_grammar_spec()
         if grammar is not None:
@@ -668,7 +667,7 @@ class ActiveCompletion:
             )
             self.constraints.append(constraint)
             if self._is_closed:
-                return
+                raise ClientDisconnectedError
             try:
                 options = self._build_options(choice_index, constraint)
                 stream = self.handler.service.submit(located_sample, options, prompt)

@@ -173,7 +173,8 @@ const ask = async (text, images, index) => {
   isSending = true;
   showButtons();
   const hasStarted = await attempt(async () => {
-    const asked = getChat(), body = { chat: asked, text, index, num_turns: getLast() + 1, images: await images, settings: chosen };
+    const asked = getChat(), numShown = index === undefined ? null : getLast() + 1;
+    const body = { chat: asked, text, index, num_turns: numShown, images: await images, settings: chosen };
     const { chat } = await request("answers", body);
     // The user may have opened another conversation meanwhile.
     await open(asked === getChat() ? chat : getChat());

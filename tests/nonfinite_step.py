@@ -4,12 +4,14 @@ import math
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from itertools import count
 from pathlib import Path
 from typing import Any, Literal
 from unittest.mock import patch
 
 import pytest
 from tiny_task import act_before_step
+from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from finesight.cli.app import run_command
 from finesight.recipe import load_recipe
@@ -19,6 +21,8 @@ from finesight.train.parallel import distributed
 from finesight.train.state import StepOutput, TrainState
 from finesight.train.trainer import train_step
 from finesight.train.training_run import train
+
+SHORT_TIMEOUT = timedelta(seconds=5)
 
 CorruptionKind = Literal["loss", "gradient", "jump"]
 
@@ -63,7 +67,21 @@ def train_with_corrupt_steps(kind: CorruptionKind, steps: Collection[int], recip
         train(load_recipe(recipe))
 
 
-def train_with_short_timeout(recipe: Path) -> int:
-    """Train a recipe, and return the exit code of the command."""
-    with patch.object(distributed, "COLLECTIVE_TIMEOUT", timedelta(seconds=3)):
-        return run_command(["train", str(recipe)])
+def train_with_short_timeout(*arguments: str) -> int:
+    """Run the command `train` with a short timeout after its first step; return its exit code.
+
+    All ranks have joined by then, however slowly they started.
+    """
+    real, num_steps = trainer.train_step, count(1)
+
+    def shortened_train_step(*state: Any) -> StepOutput:
+        if next(num_steps) == 2:
+            distributed.COLLECTIVE_TIMEOUT = SHORT_TIMEOUT
+            _set_pg_timeout(SHORT_TIMEOUT)
+        return real(*state)
+
+    with (
+        patch.object(trainer, "train_step", shortened_train_step),
+        patch.object(distributed, "COLLECTIVE_TIMEOUT", distributed.COLLECTIVE_TIMEOUT),
+    ):
+        return run_command(["train", *arguments])

@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -11,6 +12,7 @@ from shutil import which
 import psutil
 import pytest
 from launch_fixtures import make_job, wait_for_steps
+from nonfinite_step import SHORT_TIMEOUT
 from tiny_task import TinyTask, assert_same_run
 
 from finesight.launch.launch_job import build_torchrun_script
@@ -21,12 +23,10 @@ HAS_NAMESPACES = all(map(which, ("unshare", "nsenter", "ip"))) and not subproces
 )
 ADDRESSES = {"host-a": "10.77.0.1", "host-b": "10.77.0.2"}
 # Half an hour by default, and a quarter until the kernel gives up a connection.
-SHORT_TIMEOUT = """import sys
-from datetime import timedelta
-from finesight.cli.app import run_command
-from finesight.train.parallel import distributed
-distributed.COLLECTIVE_TIMEOUT = timedelta(seconds=5)
-sys.exit(run_command(sys.argv[1:]))
+SHORT_TIMEOUT_PROGRAM = f"""import sys
+sys.path[:] = {sys.path}
+from nonfinite_step import train_with_short_timeout
+sys.exit(train_with_short_timeout(*sys.argv[2:]))
 """
 
 
@@ -94,7 +94,7 @@ def two_hosts(folder: Path) -> Iterator[tuple[Host, Host]]:
 
 
 def write_script(task: TinyTask, name: str, nodes: str, processes: int) -> Path:
-    (task.folder / "short_timeout.py").write_text(SHORT_TIMEOUT)
+    (task.folder / "short_timeout.py").write_text(SHORT_TIMEOUT_PROGRAM)
     job = make_job(task, name, processes, epochs=16, save_every=10, nodes=nodes)
     text = build_torchrun_script(job).replace(
         "-m finesight train", f"{task.folder}/short_timeout.py train"
@@ -131,7 +131,7 @@ def test_two_hosts_equal_one_after_failures(tmp_path: Path) -> None:
         assert b.process.wait(120) != 0
         assert "The connection to the C10d store has failed" in b.log.read_text()
         assert not (run / "result.json").exists()
-        a.wait_for_output("rank 1 of 2 did not respond within 0:00:05")
+        a.wait_for_output(f"rank 1 of 2 did not respond within {SHORT_TIMEOUT}")
         a.set_link("up")
         b.start(script)
         wait_for_success(a, b)

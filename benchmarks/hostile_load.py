@@ -29,6 +29,7 @@ import sys
 import tempfile
 import threading
 import time
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -45,6 +46,7 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
 from attack_client import MODEL, AttackedServer, list_process_tree, start_server_process
+from edge_case_images import build_png
 from hostile_requests import (
     CHAT,
     FILES,
@@ -52,7 +54,6 @@ from hostile_requests import (
     hostile_requests,
     make_chat_body,
     make_header_flood,
-    make_image_bomb,
     make_image_content,
     make_jpeg2000,
     make_progressive_jpeg,
@@ -81,11 +82,12 @@ Attack = Callable[[], tuple[str, int]]
 
 def make_images() -> dict[str, bytes]:
     """Make hostile images by name."""
+    zeros = zlib.compress(bytes(12_000 * (3 * 12_000 + 1)), 9)
     return {
         "JPEG 2000": make_jpeg2000(),
         "progressive JPEG": make_progressive_jpeg(),
-        "image bomb": make_image_bomb(),
-        "huge dimensions": make_image_bomb(30_000),
+        "image bomb": build_png(12_000, 12_000, zeros),
+        "huge dimensions": build_png(30_000, 30_000, zeros),
         "long header": make_header_flood("GIF", 4 << 20),
         "truncated image": make_small_image("PNG")[:60],
         "text as image": b"no image",

@@ -68,9 +68,11 @@ def test_results_name_existing_benchmarks():
     assert [name for name in sorted(named) if not (ROOT / name).is_file()] == []
 
 
-def test_imported_names_of_the_package_exist():
-    """Also those within functions, and in scripts for other processes."""
-    statement = re.compile(r"from finesight(?:\.[\w.]+)? import (?:\([^)]*\)|.+)")
+def test_imported_names_of_the_project_exist():
+    """Of the package and of the tests; also within functions and scripts for other processes."""
+    modules = "|".join(file.stem for file in (ROOT / "tests").glob("*.py"))
+    module = rf"(?:finesight(?:\.[\w.]+)?|{modules})"
+    statement = re.compile(rf"from {module} import (?:\([^)]*\)|.+)")
     for file in (ROOT / "benchmarks").glob("*.py"):
         for line in statement.findall(file.read_text()):
             exec(line, {})  # raises ImportError

@@ -17,7 +17,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 PYTEST := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/pytest
 PARALLEL := --numprocesses auto --maxprocesses 4 --dist worksteal
 
-.PHONY: quickstart test test-slow test-fuzz test-faults test-pretraining test-docs lint types layers unit measures docs clean
+.PHONY: quickstart test slow test-slow test-fuzz test-faults test-pretraining test-docs lint types layers unit measures docs clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/finesight quickstart --out quickstart
@@ -43,7 +43,11 @@ measures: $(VENV)/.installed-dev
 unit: $(VENV)/.installed-dev
 	$(PYTEST) $(PARALLEL) -m "not slow and not fuzz"
 
-test-slow: $(VENV)/.installed-dev docs
+# Sphinx uses one core, and most slow tests wait for other processes.
+test-slow: $(VENV)/.installed-dev
+	$(MAKE) --no-print-directory --jobs 2 docs slow
+
+slow: $(VENV)/.installed-dev
 	$(PYTEST) $(PARALLEL) -m slow
 
 test-fuzz: $(VENV)/.installed-dev

@@ -234,15 +234,15 @@ def format_recipe(
         author: Command that writes the recipe, for its first comment.
         files: Comments on the training files, followed by those on the validation files.
         overrides: Overrides of a plan, which become further settings.
-        settings: Values of `train.steps`, `train.epochs` and `train.learning_rate` that the user
-            has chosen. Empty ones keep the values of the task.
+        settings: Values of `train.steps`, `train.epochs`, `train.batch_size` and
+            `train.learning_rate` that the user has chosen. Empty ones keep the values of the task.
     """
     is_tiny = model == TINY_MODEL
     usual, high = LEARNING_RATES.get(task.objective, ("1.0e-4", "2.0e-3"))
     learning_rate = f"{high}  # small models need more than the usual {usual}" if is_tiny else usual
     chosen = {key: text.strip() for key, text in (settings or {}).items() if text.strip()}
     learning_rate = _format_yaml(chosen.pop("train.learning_rate", learning_rate))
-    batch_size = 16 if num_samples >= 200 else 8
+    batch_size = int(chosen.pop("train.batch_size", 16 if num_samples >= 200 else 8))
     durations = {
         key: _format_yaml(text)
         for key, text in chosen.items()

@@ -39,7 +39,8 @@ def test_one_json_line_per_image(tiny, image_paths, cli):
 
 def test_answers_of_a_folder_are_a_table(tiny, image_paths, tmp_path, monkeypatch, cli):
     out, folder = tmp_path / "answers", image_paths[0].parent
-    answers = ['=HYPERLINK("x"),\n1', "-12.50"]
+    fields = {"id": "=1+1", "boxes": [1, 2]}
+    answers = ['=HYPERLINK("x"),\n1', f"```json\n{json.dumps(fields)}\n```"]
     predict = prediction.predict
 
     def read(*arguments, **options):
@@ -49,9 +50,13 @@ def test_answers_of_a_folder_are_a_table(tiny, image_paths, tmp_path, monkeypatc
     monkeypatch.setattr(prediction, "predict", read)
     cli("predict", tiny, folder, *ASK, "--out", out)
     with (out / ANSWER_FILES[0]).open(encoding="utf-8-sig", newline="") as file:
-        rows = [*csv.DictReader(file)]
-    assert [Path(row["image"]).name for row in rows] == ["a.png", "b.png"]
-    assert [row["answer"] for row in rows] == [f"'{answers[0]}", answers[1]]
+        head, *rows = csv.reader(file)
+    assert head == ["id", "image", "prompt", "answer", "id", "boxes"]
+    assert [Path(row[1]).name for row in rows] == ["a.png", "b.png"]
+    assert [row[3:] for row in rows] == [
+        [f"'{answers[0]}", "", ""],
+        [answers[1], "'=1+1", "[1, 2]"],
+    ]
     lines = (out / ANSWER_FILES[1]).read_text().splitlines()
     assert [json.loads(line)["answer"] for line in lines] == answers
     assert "exists already" in cli("predict", tiny, folder, *ASK, "--out", out, code=2).err

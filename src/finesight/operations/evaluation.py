@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Unpack
 
@@ -136,8 +137,8 @@ def predict(
         data: JSONL file of samples to answer, instead of IMAGE and --prompt.
         batch_size: Answers generated at the same time; halved when GPU memory is exhausted.
         draw: Write a copy of each image with the predicted boxes into this folder.
-        out: Folder to create for the answers: answers.csv, a table of id, image, prompt and answer,
-            and answers.jsonl.
+        out: Folder to create for the answers: answers.jsonl, and answers.csv, a table of id, image,
+            prompt, answer and the fields of answers in JSON.
     """
     from finesight.infer.prediction import predict as run_prediction
     from finesight.infer.prediction import save_annotated_images
@@ -173,15 +174,28 @@ def predict(
 
 
 def _format_csv(records: Sequence[Mapping[str, Any]]) -> str:
-    """Format predictions as CSV for spreadsheets, with a byte order mark and without formulas."""
+    """Format predictions as CSV for spreadsheets, with a byte order mark and without formulas.
+
+    The fields of answers that are JSON objects are further columns.
+    """
+    from finesight.data.boxes import iter_json_values
+
     stream = io.StringIO(newline="")
     table = csv.writer(stream)
-    table.writerow(CSV_COLUMNS)
-    for record in records:
-        cells = map(record.get, CSV_COLUMNS)
-        texts = [one if isinstance(one, str) else ", ".join(one or ()) for one in cells]
-        table.writerow(f"'{text}" if _FORMULA_START.match(text) else text for text in texts)
+    objects = (next(iter_json_values(record["answer"], "{"), None) for record in records)
+    fields = [{} if one is None else one.value for one in objects]
+    names = [*dict.fromkeys(chain(*fields))]
+    table.writerow(map(_format_cell, [*CSV_COLUMNS, *names]))
+    for record, own in zip(records, fields, strict=True):
+        values = [*map(record.get, CSV_COLUMNS), *map(own.get, names)]
+        table.writerow(map(_format_cell, values))
     return f"\ufeff{stream.getvalue()}"
+
+
+def _format_cell(value: object) -> str:
+    value = "" if value is None else value
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return f"'{text}" if _FORMULA_START.match(text) else text
 
 
 def _load_samples(

@@ -86,7 +86,7 @@ def write_recipe(folder: Path, name: str, data: str) -> Path:
 
 FORM_OF_ACTION = {"import": "import", "create-recipe": "recipe", "save-recipe": "editor"}
 FORM_OF_ACTION |= dict.fromkeys(("label", "review"), "label")
-FORM_OF_ACTION |= dict.fromkeys(("merge", "export", "quantize", "write-gguf"), "merge")
+FORM_OF_ACTION |= dict.fromkeys(("merge", "export", "quantize"), "merge")
 
 
 def call_page(page: StudioPage, action: str, query: dict[str, str], *values: Any) -> Any:

@@ -136,6 +136,11 @@ def test_wrong_password_or_cookie_is_rejected(locked_page):
     cookie, *marks = right.headers["set-cookie"].split("; ")
     assert {"HttpOnly", "SameSite=strict"} <= set(marks)
     assert ask(locked_page, "GET", IMAGE, cookie=cookie).status == 404
+    assert ask(locked_page, "POST", "/sign-out").status == 401
+    left = ask(locked_page, "POST", "/sign-out", cookie=cookie)
+    name = cookie.partition("=")[0]
+    assert (left.status, left.headers["location"]) == (303, "./")
+    assert left.headers["set-cookie"].startswith(f'{name}=""; ')
 
 
 @pytest.mark.parametrize("proxies", [(), ("127.0.0.1",), ("10.0.0.1",)])
@@ -477,6 +482,8 @@ def test_pages_that_do_not_answer_are_reported(client: TestClient, path: str, st
     Path("link").symlink_to("socket")
     client.post("/sign-in", data={"password": PASSWORD})
     assert client.get(f"/pages/{path}").status_code == status
+    opened = client.get(f"/pages/{path}", headers={"sec-fetch-mode": "navigate"})
+    assert opened.status_code == (303 if path == "ended/" else status), "the studio instead"
 
 
 def test_socket_is_private(address: Path) -> None:

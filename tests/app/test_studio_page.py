@@ -29,7 +29,7 @@ from studio_fixtures import (
     write_recipe,
 )
 
-from finesight.app import studio_page, studio_view
+from finesight.app import studio_page
 from finesight.app.jobs import Job
 from finesight.app.studio_page import Form, StudioPage
 from finesight.app.studio_view import (
@@ -39,7 +39,6 @@ from finesight.app.studio_view import (
     Selection,
     build_form,
     list_field_names,
-    list_form_parameters,
 )
 from finesight.app.workspace import UPLOAD_MARKER, Workspace
 from finesight.cli.app import build_command, run_command
@@ -207,14 +206,6 @@ def test_selected_run_is_quantized_to_a_new_folder(folder, page, started):
     assert started == [["export", "runs/a", "models/mine-w4a16", "--quantize", "w4a16"]]
 
 
-def test_only_the_converter_of_the_command_line_runs(folder):
-    for converter in (None, Path("/convert.py")):
-        page = make_page(folder, converter=converter)
-        text = page.render(Selection(step="export"))
-        assert ("Write GGUF" in text, "write-gguf" in page.actions) == (converter is not None,) * 2
-        assert "convert.py" not in text
-
-
 def test_only_servers_and_hosts_of_the_command_line_are_used(folder, started):
     url = "http://localhost:9/v1"
     page = make_page(folder, teacher=url)
@@ -254,14 +245,12 @@ def test_new_option_of_an_operation_appears_in_command_function_and_form(
 ):
     add_run(folder)
     monkeypatch.setattr(evaluation, "evaluate", evaluate_more)
-    with monkeypatch.context() as patch:
-        patch.setattr(studio_view, "list_form_parameters", list_form_parameters.__wrapped__)
-        selection = Selection(step="results", run="runs/a")
-        assert 'name="eval:tolerance"' in page.render(selection)
-        page.run_action("eval", selection, Form(texts={"eval:tolerance": "0.5"}))
-        assert started == [["eval", "runs/a", "--tolerance", "0.5"]]
-        with pytest.raises(UserError, match="at least 0") as caught:
-            page.run_action("eval", selection, Form(texts={"eval:tolerance": "-1"}))
+    selection = Selection(step="results", run="runs/a")
+    assert 'name="eval:tolerance"' in page.render(selection)
+    page.run_action("eval", selection, Form(texts={"eval:tolerance": "0.5"}))
+    assert started == [["eval", "runs/a", "--tolerance", "0.5"]]
+    with pytest.raises(UserError, match="at least 0") as caught:
+        page.run_action("eval", selection, Form(texts={"eval:tolerance": "-1"}))
     assert caught.value.where == "eval:tolerance"
     command = build_command("eval", find_operation("eval"))
     assert "--tolerance" in {word for param in command.params for word in param.opts}
@@ -430,10 +419,12 @@ def test_training_starts_with_the_proposed_recipe(folder, page, started):
     assert (recipe.model, recipe.output_dir) == (TINY_MODEL, Path("runs/dots"))
     message, _ = call_page(page, "train-now", {"data": "data/none"})
     assert "No data set is selected" in message
-    write_job(folder, "train", "train recipes/dots.yaml", name="2", exit_code=None)
+    recipe = "recipes/dots.yaml"
+    write_job(folder, "train", f"train {recipe}", name="2", target=recipe, exit_code=None)
     assert "train-now" not in read_live(folder, "step=data")["bottom"]
-    message, url = call_page(page, "train-now", {"step": "data", "data": "data/dots"})
-    assert (message, len(started), "step=train" in url) == ("", 1, True)
+    message, _ = call_page(page, "train-now", {"step": "data", "data": "data/dots"})
+    assert "a training of recipes/dots.yaml is running" in message
+    assert len(started) == 1
 
 
 def test_labelling_ends_before_a_run_with_its_labels(folder, page, started, monkeypatch):
@@ -503,8 +494,7 @@ def test_names_of_fields_in_messages_are_labels_of_the_page(folder, page):
     write_recipe(folder, "a", "a.jsonl")
     pages = "".join(page.render(Selection(step=step, run="runs/a")) for step in STEPS)
     names = {**list_field_names()}
-    for option in ("--outtype", "--resume"):
-        assert names.pop(option)
+    assert names.pop("--resume")
     assert [name for name in names.values() if f">{name}<" not in pages] == []
 
 
@@ -752,3 +742,36 @@ def test_recipe_without_an_unfinished_run_is_deleted(folder, page):
     assert click_button(page, "delete", query) == ""
     assert not file.exists()
     assert (folder / "own.yaml").exists()
+
+
+def test_run_that_nothing_uses_is_deleted(folder, page):
+    run = add_run(folder)
+    add_run(folder, "own")
+    query, model = "step=results&run=runs/a", "model: finesight-tiny"
+    assert "not created by" in click_button(page, "delete", "step=results&run=own")
+    recipe = write_recipe(folder, "next", "a.jsonl")
+    recipe.write_text(recipe.read_text().replace(model, "model: runs/a/model"))
+    assert "used by the recipe next.yaml" in click_button(page, "delete", query)
+    recipe.write_text(recipe.read_text().replace("runs/a/model", "finesight-tiny"))
+    add_run(folder, "runs/b")
+    write_job(folder, "export", "serve runs/b --port 1", exit_code=None)
+    used = click_button(page, "delete", "step=results&run=runs/b")
+    assert "used by the running command" in used
+    assert read_live(folder, "step=results")["top"].count('class="delete"') == 2
+    assert click_button(page, "delete", query) == ""
+    assert [one.name for one in (folder / ".finesight/trash").glob("*/runs/*")] == [run.name]
+
+
+def test_items_of_the_selected_data_set_precede_newer_ones(folder, page):
+    for name in "ab":
+        add_data(folder, name)
+        write_recipe(folder, name, f"data/{name}/train.jsonl")
+        shutil.copy(folder / f"{name}.yaml", add_run(folder, f"runs/{name}") / "recipe.yaml")
+    for name in "ab":
+        state = page.view.read_state(Selection(step="label", data=f"data/{name}"))
+        assert (state.recipe, state.run) == (Path(f"{name}.yaml"), Path(f"runs/{name}"))
+        named = Selection(step="chat", data=f"data/{name}", run="runs/a")
+        assert page.view.read_state(named).run == Path("runs/a")
+    write_job(folder, "chat", "web runs/b", target="runs/b", exit_code=None)
+    state = page.view.read_state(Selection(step="chat", data="data/a"))
+    assert state.run == Path("runs/b"), "its chat is running"

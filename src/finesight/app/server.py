@@ -48,7 +48,7 @@ from finesight.serve.http_protocol import (
 )
 from finesight.worker_pool import WorkerPool
 
-SIGN_IN_PATH, STATIC_PREFIX = "/sign-in", "/static/"
+SIGN_IN_PATH, SIGN_OUT_PATH, STATIC_PREFIX = "/sign-in", "/sign-out", "/static/"
 
 DEFAULT_PORTS = {"http": 80, "https": 443}
 
@@ -127,6 +127,9 @@ class AccessMiddleware:
         try:
             if response is None and scope["path"] == SIGN_IN_PATH:
                 response = await self._sign_in(request)
+            elif response is None and scope["path"] == SIGN_OUT_PATH and request.method == "POST":
+                response = RedirectResponse("./", 303)
+                response.delete_cookie(self.access.cookie)
             elif response is None:
                 if not scope["path"].startswith(STATIC_PREFIX):
                     scope.get("state", {}).get(SIGNED_IN_KEY, lambda: None)()
@@ -362,6 +365,8 @@ def make_proxy_route(find_socket: Callable[[str], Path]) -> Route:
         except BaseException as error:
             await transport.aclose()
             if isinstance(error, httpx2.TransportError):
+                if request.headers.get("sec-fetch-mode") == "navigate" and path == "/":
+                    return RedirectResponse("../../", 303)  # the studio
                 raise HTTPException(503, "The page is not ready, or has ended.") from error
             raise
 

@@ -242,9 +242,8 @@ def _print_address(
         image = f"base64 < {shlex.quote(example[0])} | tr -d '\\n'"
         print(f"  ({start}; {image}; {end}) | {curl} -d @-", flush=True)
     if has_label_studio:
-        print(
-            f"  ML backend of Label Studio: {address.removesuffix('/v1')}/label-studio", flush=True
-        )
+        backend = f"{address.removesuffix('/v1')}/label-studio"
+        print(f"  ML backend of Label Studio: {backend}", flush=True)
 
 
 Password = tuple[str | None, bool]
@@ -342,7 +341,6 @@ def studio(
     trusted_proxy: TrustedProxyOption = None,
     open_page: OpenOption = False,
     api_port: Annotated[int, Parameter(minimum=0, maximum=65535)] = 7872,
-    converter: Annotated[Path | None, Parameter(metavar="FILE", path="existing file")] = None,
     teacher: Annotated[str | None, Parameter(metavar="URL")] = None,
 ) -> None:
     """Start a web UI for import, data check, training, evaluation and serving.
@@ -359,7 +357,6 @@ def studio(
             is printed.
         no_auth: Require no password, also from other users of the machine.
         api_port: Port of the HTTP API. 0: any free port.
-        converter: convert_hf_to_gguf.py of llama.cpp, which the page may run to write GGUF files.
         teacher: OpenAI-compatible server that may suggest labels, and receives images and prompts.
     """
     require_extra("studio")
@@ -383,7 +380,7 @@ def studio(
         workspace.remove_leftovers()
         view = StudioView(workspace)
         store = UploadStore(uploads, MAX_STUDIO_UPLOAD_BYTES)
-        page = StudioPage(view, store, password[0] is not None, converter, teacher, api_port)
+        page = StudioPage(view, store, password[0] is not None, teacher, api_port)
         access = announce_page("studio", host, listener, password, open_page=open_page)
         access = replace(access, max_upload_bytes=MAX_STUDIO_UPLOAD_BYTES)
         serve_app(make_studio_app(page, access), listener, workspace.pool, proxies)
@@ -408,9 +405,8 @@ def announce_page(
     if is_generated:
         print(f"password: {secret}", flush=True)
     if is_generated and not is_loopback(host):
-        print(
-            "The page uses HTTP without encryption: the password is sent as plain text.", flush=True
-        )
+        warning = "The page uses HTTP without encryption: the password is sent as plain text."
+        print(warning, flush=True)
     if open_page:
         import threading
         import webbrowser
@@ -458,8 +454,7 @@ def resolve_password(
     other machines.
     """
     if file is not None and no_auth:
-        other = f"with --password-file {file}"
-        raise _build_option_error("--no-auth", other, "one of the two options")
+        raise _build_option_error("--no-auth", f"with --password-file {file}", "one of them")
     if file is not None:
         return _read_password(file), False
     from finesight.serve.http_protocol import is_loopback
@@ -508,13 +503,11 @@ def _get_reachable_host(host: str) -> str:
     import socket
 
     if host in ("0.0.0.0", "::"):
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe_socket:
-            try:
-                # Selects the outgoing interface for a documentation address; sends no packet.
-                probe_socket.connect(("192.0.2.1", 9))
-                return str(probe_socket.getsockname()[0])
-            except OSError:
-                return socket.gethostname()
+        with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe_socket:
+            # Selects the outgoing interface for a documentation address; sends no packet.
+            probe_socket.connect(("192.0.2.1", 9))
+            return str(probe_socket.getsockname()[0])
+        return socket.gethostname()
     return f"[{host}]" if ":" in host else host
 
 

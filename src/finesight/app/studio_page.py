@@ -69,11 +69,11 @@ CLOSE_TIMEOUT_S = 15.0
 STARTED_OPERATIONS = ("check", "eval", "guard", "merge", "plan", "search", "serve", "train", "web")
 """Operations that an action of their name starts with the selected items."""
 
-DELETE_FOLDERS = {"data": "data", "recipe": "recipes"}
+DELETE_FOLDERS = {"data": "data", "recipe": "recipes", "run": "runs"}
 DELETE_REMEDIES = {
-    "data": "stop the command, choose other data in the recipe in the step Plan or delete it there,"
-    " or delete the other data set first",
+    "data": "stop the command, or change or delete the recipe or other data set first",
     "recipe": "finish the run in the step Train",
+    "run": "stop the command, or choose another model in the recipe",
 }
 """Folder of the items that can be deleted, and remedy for one in use, by kind."""
 
@@ -110,7 +110,6 @@ class StudioPage:
 
     Attributes:
         has_password: Whether the studio has a password. Its servers then require an API key.
-        converter: Converter of llama.cpp for GGUF files. It runs as a program of this user.
         teacher: Address of the only server that may suggest labels.
         api_port: Port of the HTTP API. 0: any free port.
     """
@@ -118,7 +117,6 @@ class StudioPage:
     view: StudioView
     uploads: UploadStore
     has_password: bool = False
-    converter: Path | None = None
     teacher: str | None = None
     api_port: int = 7872
     actions: dict[str, Action] = field(init=False)
@@ -141,8 +139,6 @@ class StudioPage:
         }
         for operation in STARTED_OPERATIONS:
             self.actions[operation] = partial(self._run, operation=operation)
-        if self.converter is not None:
-            self.actions["write-gguf"] = partial(self._export, write_gguf=True)
 
     def run_action(self, name: str, selection: Selection, form: Form) -> str:
         """Run the action of a button, and return the URL to open."""
@@ -182,7 +178,7 @@ class StudioPage:
             is_import_open=not state.content.datasets
             or (job is not None and bool(job.form) and job.status != "finished"),
             needs_prompt=not values["label:prompt"] and state.run is None,
-            has_converter=self.converter is not None,
+            has_password=self.has_password,
         )
 
     def read_values(self, state: StudioState) -> dict[str, str]:
@@ -322,20 +318,21 @@ class StudioPage:
         ]
 
     def _delete(self, state: StudioState, form: Form) -> str:
-        """Delete the selected data set or, in the step Plan, recipe, unless something uses it."""
-        workspace, kind = self.view.workspace, "recipe"
-        paths = [state.recipe] if state.recipe else []
+        """Delete the data set, the recipe or the run that the step selects, unless it is used."""
+        workspace = self.view.workspace
+        kind = {"plan": "recipe", "results": "run"}.get(state.selection.step, "data")
         status = {run: self.view.read_status(run).kind for run in state.content.runs}
         running = [run for run, one in status.items() if one in ("running", "resuming")]
-        if state.selection.step != "plan":
-            kind = "data"
+        paths = [path for path in (state.run if kind == "run" else state.recipe,) if path]
+        if kind == "data":
             paths = workspace.list_deleted(state.dataset, running) if state.dataset else []
         if not paths:
             raise build_missing_error(kind)
         path, problem, remedy = paths[0], "", DELETE_REMEDIES[kind]
-        uses = self._find_commands(*paths, Path("uploads", path.name))
-        if kind == "data":
+        uses = self._find_commands(*paths, *[Path("uploads", path.name)] * (kind == "data"))
+        if kind != "recipe":
             uses += workspace.find_uses(path, running)
+            uses += ["its training"] * (path in running)
         elif status.get(run := self.view.find_run(path) or path, "finished") != "finished":
             # A finished run needs the copy in its folder only.
             uses.append(f"the unfinished run {run}")
@@ -379,8 +376,12 @@ class StudioPage:
 
     def _train_now(self, state: StudioState, form: Form) -> str:
         """Train the selected data set with the recipe that the form of the step Plan proposes."""
-        if any(job.step == "train" for job in self.view.jobs.list_running()):
-            return state.selection.link(step="train")  # shows the running training
+        if trained := [one.target for one in self.view.jobs.list_running() if one.step == "train"]:
+            raise UserError(
+                f"a training of {trained[0]} is running",
+                expected="one training at a time",
+                remedy="wait for its end, or stop it in the step Train",
+            )
         values = self.read_values(state)
         self._create_recipe(state, Form(texts=values))
         recipe = f"recipes/{values['recipe:name']}.yaml"
@@ -469,25 +470,18 @@ class StudioPage:
             arguments["run_or_model"] = as_argument(weights)
         return self._start(state, "label", arguments, has_page=True, form=form.texts)
 
-    def _export(
-        self, state: StudioState, form: Form, *, write_gguf: bool = False, quantize: str = ""
-    ) -> str:
-        """Print serving commands for a merged model, write GGUF files, or quantize the run."""
+    def _export(self, state: StudioState, form: Form, *, quantize: str = "") -> str:
+        """Print serving commands for a merged model, or quantize the run."""
         name = form.get("merge:out")
         if not name:
             raise build_missing_error("merge:out")
-        arguments = self._read_form("export", form)
-        if not write_gguf:
-            arguments.pop("outtype", None)
-        workspace = self.view.workspace
+        workspace, arguments = self.view.workspace, dict[str, Any]()
         if quantize:
-            out = workspace.check_new_name("models", f"{name}-{quantize}")
             arguments |= self.view.select_arguments("merge", state)
-            return self._start(state, "export", arguments | {"out": out, "quantize": quantize})
-        arguments["source"] = workspace.resolve(f"models/{name}", "merge:out")
-        if write_gguf:
-            arguments["out"] = workspace.check_new_name("gguf", name)
-            arguments["converter"] = self.converter
+            arguments["out"] = workspace.check_new_name("models", f"{name}-{quantize}")
+            arguments["quantize"] = quantize
+        else:
+            arguments["source"] = workspace.resolve(f"models/{name}", "merge:out")
         return self._start(state, "export", arguments)
 
     def _stop(self, state: StudioState, form: Form, *, again: bool = False) -> str:

@@ -21,7 +21,7 @@ from finesight.app.pages import describe_error
 from finesight.app.workspace import Workspace, WorkspaceContent, WorkspaceDataset, as_argument
 from finesight.config import METRIC_NAMES
 from finesight.errors import LABEL_TRAIN_FRACTION, Remedy, Step, UserError
-from finesight.manifest import ADAPTER_FOLDER, METRICS_FILE, RESULT_FILE
+from finesight.manifest import ADAPTER_FOLDER, METRICS_FILE, RECIPE_FILE, RESULT_FILE
 from finesight.model_folder import TINY_MODEL
 from finesight.operations import find_operation
 from finesight.operations.operation import Parameter, format_step, list_parameters
@@ -88,12 +88,7 @@ FORMS: dict[str, Mapping[str, FormField | None]] = {
         "train_fraction": FormField(
             "Fraction of training samples", value=str(LABEL_TRAIN_FRACTION), is_advanced=True
         ),
-        "split": FormField(
-            "Samples to review",
-            choices=("for validation",),
-            default="for training",
-            is_advanced=True,
-        ),
+        "split": FormField("Samples to review", choices=["for validation"], default="for training"),
         "review": None,
     },
     "check": dict.fromkeys(("against", "html", "language")),
@@ -128,9 +123,6 @@ FORMS: dict[str, Mapping[str, FormField | None]] = {
     },
     "serve": {"adapter": FormField("Serve another run of the model, too", default="none")},
     "merge": {"out": FormField("Name of the merged model", "tickets", folder="models")},
-    "export": dict.fromkeys(
-        ("public", "confirm", "converter", "python", "quantize", "device", "trust_metric")
-    ),
 }
 """Fields of each form that the page shows first, describes in its own words or, with None, leaves
 out. The other options of the operation follow."""
@@ -143,7 +135,7 @@ FORMS_OF_STEPS = {
     "train": ("train", "search"),
     "results": ("eval", "guard"),
     "chat": ("web", "predict"),
-    "export": ("serve", "merge", "export"),
+    "export": ("serve", "merge"),
 }
 
 OPTIONS_OF_SERVERS = (
@@ -164,21 +156,15 @@ PROPOSALS = {
 """Button of a proposed step by operation."""
 
 
-@cache
-def list_form_parameters(form: str) -> dict[str, Parameter]:
-    """Return the parameters of the operation of a form by name."""
-    if form in ("recipe", "editor"):
-        return {}
-    return {one.name: one for one in list_parameters(find_operation(form))}
-
-
 def build_form(form: str, runs: Sequence[str] = ()) -> list[FormField]:
     """Build the fields of a form.
 
     Args:
         runs: Other runs of the workspace, from which an option for a run is chosen.
     """
-    parameters, own = list_form_parameters(form), FORMS[form]
+    is_own = form in ("recipe", "editor")  # forms of no operation
+    known = [] if is_own else list_parameters(find_operation(form))
+    parameters, own = {one.name: one for one in known}, FORMS[form]
     fields = []
     for name in dict.fromkeys((*own, *parameters)):
         parameter, field = parameters.get(name), own.get(name)
@@ -225,7 +211,7 @@ def list_field_names() -> dict[str, str]:
 
 
 COMMAND_STEPS = {form: step for step, forms in FORMS_OF_STEPS.items() for form in forms} | {
-    **{"init": "plan", "chat": "chat"},
+    **{"init": "plan", "chat": "chat", "export": "export"},
     **dict.fromkeys(("report", "compare"), "results"),
 }
 """Step of the page by command."""
@@ -335,13 +321,21 @@ class StudioView:
         """
         content = self.workspace.scan()
         dataset = _select(content.datasets, selection.data, lambda x: str(x.path), use_newest)
-        # The recipe of a running training precedes newer ones.
-        trained = {job.target for job in self.jobs.list_running() if job.step == "train"}
-        recipes = sorted(content.recipes, key=lambda one: str(one) not in trained)
-        recipe = _select(recipes, selection.recipe, str, use_newest)
         if selection.run == NO_RUN and selection.step != "label":
             selection = replace(selection, run="")
-        run = _select(content.runs, selection.run, str, use_newest)
+        uses = self.workspace.uses_files
+        data = dataset and os.path.realpath(self.workspace.folder / dataset.path)
+
+        def select(paths: Sequence[Path], name: str, step: str, file: str) -> Any:
+            """Prefer items of running commands, then the newest one with the selected data."""
+            active = [job.target for job in self.jobs.list_running() if job.step == step]
+            found = [path for path in paths if str(path) in active]
+            if data and not (name or found) and use_newest:
+                found = [one for one in paths[:20] if uses(one / file, data)][:1]
+            return _select([*found, *paths], name, str, use_newest)
+
+        recipe = select(content.recipes, selection.recipe, "train", "")
+        run = select(content.runs, selection.run, selection.step, RECIPE_FILE)
         if selection.step == "train" and recipe is not None:
             # Command, log and curves are those of the recipe, so its run is selected too.
             output_dir = self.find_run(recipe)

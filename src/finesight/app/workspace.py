@@ -425,14 +425,15 @@ class Workspace:
         return is_parent or path.is_relative_to(root)
 
     def uses_files(self, recipe: Path, root: str) -> bool:
-        """Return whether data of a recipe, also of an invalid one, are files of a folder."""
+        """Return whether data or model of a recipe, also an invalid one, are files of a folder."""
         text = ""
         try:
             with (self.folder / recipe).open("rb") as file:
                 text = file.read(MAX_RECIPE_BYTES).decode("utf-8", "replace")
             content = load_yaml(text)
-            data = content.get("data", []) if isinstance(content, dict) else []
-            patterns = [str(self.folder / name) for name in _list_texts(data)]
+            used = content if isinstance(content, dict) else {}
+            names = _list_texts([used.get("data", []), used.get("model", [])])
+            patterns = [str(self.folder / name) for name in names]
             files = chain(patterns, *(iglob(pattern, recursive=True) for pattern in patterns))
             return any(Path(os.path.realpath(file)).is_relative_to(root) for file in files)
         except (OSError, ValueError, yaml.YAMLError):

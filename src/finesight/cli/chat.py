@@ -28,7 +28,7 @@ COMMAND_HELP = {
     "/box": ("[FILE]", "save the image with the boxes of the last answer, as PNG"),
     "/undo": ("", "remove the last question and its answer"),
     "/again": ("", "regenerate the last answer (differs at a temperature above 0)"),
-    "/save": ("FILE", "save the conversation as a sample (JSONL for train and predict --data)"),
+    "/save": ("[FILE]", "save the conversation as a sample (JSONL for train and predict --data)"),
     "/new": ("", "start a new conversation"),
     "/help": ("", "print this list"),
     "/quit": ("", "quit (also Ctrl-D); Ctrl-C stops an answer"),
@@ -208,14 +208,7 @@ class ChatTerminal:
         click.echo(escape_unprintable(f"saved: {saved_path}{note}"))
 
     def _save_session(self, argument: str) -> None:
-        if not argument:
-            raise UserError(
-                f"a file name is missing: {argument!r}",
-                where="/save",
-                expected="/save FILE",
-                remedy="for example /save chat.jsonl",
-            )
-        file = Path(argument).expanduser()
+        file = Path(argument or "chat.jsonl").expanduser()
         self._session.save(file)
         click.echo(escape_unprintable(f"saved: {file}"))
 

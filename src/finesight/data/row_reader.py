@@ -182,7 +182,7 @@ def open_row_file(
         raise UserError(
             f"a file of type {suffix or '(no suffix)'}",
             where=str(source),
-            expected=".json, .jsonl, .csv, .tsv, .xlsx or .parquet",
+            expected="a table (.json, .jsonl, .csv, .tsv, .xlsx, .parquet) or images",
             remedy=remedy,
         )
     if rows.num_rows == 0:

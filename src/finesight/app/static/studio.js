@@ -123,7 +123,7 @@ document.addEventListener("submit", (event) => {
     box.reportValidity();
     box.setCustomValidity("");
   }
-  event.preventDefault();
+  if (event.target.method === "get") event.preventDefault();
 });
 document.addEventListener("click", async (event) => {
   const button = event.target.closest("button");

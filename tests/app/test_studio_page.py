@@ -750,14 +750,20 @@ def test_run_that_nothing_uses_is_deleted(folder, page):
     query, model = "step=results&run=runs/a", "model: finesight-tiny"
     assert "not created by" in click_button(page, "delete", "step=results&run=own")
     recipe = write_recipe(folder, "next", "a.jsonl")
-    recipe.write_text(recipe.read_text().replace(model, "model: runs/a/model"))
-    assert "used by the recipe next.yaml" in click_button(page, "delete", query)
-    recipe.write_text(recipe.read_text().replace("runs/a/model", "finesight-tiny"))
+    text = recipe.read_text()
+    uses = "adapter: runs/a", "train: {distill: {teacher: runs/a}}", "model: runs/a/model"
+    for used in uses:
+        recipe.write_text(text.replace(model, used))
+        assert "used by the recipe next.yaml" in click_button(page, "delete", query)
+    # An earlier run needs its base model.
+    recipe.rename(add_run(folder, "runs/c") / "recipe.yaml")
+    assert "used by the recipe runs/c/recipe.yaml" in click_button(page, "delete", query)
+    (folder / "runs/c/recipe.yaml").write_text(text)
     add_run(folder, "runs/b")
     write_job(folder, "export", "serve runs/b --port 1", exit_code=None)
     used = click_button(page, "delete", "step=results&run=runs/b")
     assert "used by the running command" in used
-    assert read_live(folder, "step=results")["top"].count('class="delete"') == 2
+    assert read_live(folder, "step=results")["top"].count('class="delete"') == 3
     assert click_button(page, "delete", query) == ""
     assert [one.name for one in (folder / ".finesight/trash").glob("*/runs/*")] == [run.name]
 

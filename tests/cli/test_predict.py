@@ -39,7 +39,7 @@ def test_one_json_line_per_image(tiny, image_paths, cli):
 
 def test_answers_of_a_folder_are_a_table(tiny, image_paths, tmp_path, monkeypatch, cli):
     out, folder = tmp_path / "answers", image_paths[0].parent
-    fields = {"id": "=1+1", "boxes": [1, 2]}
+    fields = {"id": "=1+1", "boxes": [1, 2], "cost": -1e-5, "\ud83d": "\udc80"}
     answers = ['=HYPERLINK("x"),\n1', f"```json\n{json.dumps(fields)}\n```"]
     predict = prediction.predict
 
@@ -51,11 +51,11 @@ def test_answers_of_a_folder_are_a_table(tiny, image_paths, tmp_path, monkeypatc
     cli("predict", tiny, folder, *ASK, "--out", out)
     with (out / ANSWER_FILES[0]).open(encoding="utf-8-sig", newline="") as file:
         head, *rows = csv.reader(file)
-    assert head == ["id", "image", "prompt", "answer", "id", "boxes"]
+    assert head[:7] == ["id", "image", "prompt", "answer", "answer.id", "boxes", "cost"]
     assert [Path(row[1]).name for row in rows] == ["a.png", "b.png"]
-    assert [row[3:] for row in rows] == [
-        [f"'{answers[0]}", "", ""],
-        [answers[1], "'=1+1", "[1, 2]"],
+    assert [row[3:7] for row in rows] == [
+        [f"'{answers[0]}", "", "", ""],
+        [answers[1], "'=1+1", "[1, 2]", "-1e-05"],
     ]
     lines = (out / ANSWER_FILES[1]).read_text().splitlines()
     assert [json.loads(line)["answer"] for line in lines] == answers

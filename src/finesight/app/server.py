@@ -128,7 +128,7 @@ class AccessMiddleware:
             if response is None and scope["path"] == SIGN_IN_PATH:
                 response = await self._sign_in(request)
             elif response is None and scope["path"] == SIGN_OUT_PATH and request.method == "POST":
-                response = RedirectResponse("./", 303)
+                response = RedirectResponse(_add_query("./", request), 303)
                 response.delete_cookie(self.access.cookie)
             elif response is None:
                 if not scope["path"].startswith(STATIC_PREFIX):
@@ -366,7 +366,7 @@ def make_proxy_route(find_socket: Callable[[str], Path]) -> Route:
             await transport.aclose()
             if isinstance(error, httpx2.TransportError):
                 if request.headers.get("sec-fetch-mode") == "navigate" and path == "/":
-                    return RedirectResponse("../../", 303)  # the studio
+                    return RedirectResponse(_add_query("../../", request), 303)  # the studio
                 raise HTTPException(503, "The page is not ready, or has ended.") from error
             raise
 

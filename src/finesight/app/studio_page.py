@@ -73,7 +73,7 @@ DELETE_FOLDERS = {"data": "data", "recipe": "recipes", "run": "runs"}
 DELETE_REMEDIES = {
     "data": "stop the command, or change or delete the recipe or other data set first",
     "recipe": "finish the run in the step Train",
-    "run": "stop the command, or choose another model in the recipe",
+    "run": "stop the command, or change the recipe or delete the other run first",
 }
 """Folder of the items that can be deleted, and remedy for one in use, by kind."""
 
@@ -331,7 +331,8 @@ class StudioPage:
         path, problem, remedy = paths[0], "", DELETE_REMEDIES[kind]
         uses = self._find_commands(*paths, *[Path("uploads", path.name)] * (kind == "data"))
         if kind != "recipe":
-            uses += workspace.find_uses(path, running)
+            others = [run for run in state.content.runs if run != path]
+            uses += workspace.find_uses(path, others if kind == "run" else running)
             uses += ["its training"] * (path in running)
         elif status.get(run := self.view.find_run(path) or path, "finished") != "finished":
             # A finished run needs the copy in its folder only.
@@ -475,13 +476,12 @@ class StudioPage:
         name = form.get("merge:out")
         if not name:
             raise build_missing_error("merge:out")
-        workspace, arguments = self.view.workspace, dict[str, Any]()
+        workspace = self.view.workspace
         if quantize:
-            arguments |= self.view.select_arguments("merge", state)
+            arguments = self.view.select_arguments("merge", state) | {"quantize": quantize}
             arguments["out"] = workspace.check_new_name("models", f"{name}-{quantize}")
-            arguments["quantize"] = quantize
         else:
-            arguments["source"] = workspace.resolve(f"models/{name}", "merge:out")
+            arguments = {"source": workspace.resolve(f"models/{name}", "merge:out")}
         return self._start(state, "export", arguments)
 
     def _stop(self, state: StudioState, form: Form, *, again: bool = False) -> str:
@@ -556,13 +556,13 @@ class StudioPage:
         target = state.target if target is None else target
         job = self.view.jobs.start(state.selection.step, target, words, **options)
         # The command creates these items, so they are selected before they exist.
-        items = {"data": data, "run": run}
+        items = {"data": data, "recipe": "", "run": ""} if data else {"run": run} if run else {}
         return state.selection.link(
             job=job.id,
             images="",
             prompt="",
             kind="",
-            **{key: item for key, item in items.items() if item},
+            **items,
         )
 
 

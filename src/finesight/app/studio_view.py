@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from functools import cache, lru_cache
+from itertools import islice
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
@@ -162,8 +163,7 @@ def build_form(form: str, runs: Sequence[str] = ()) -> list[FormField]:
     Args:
         runs: Other runs of the workspace, from which an option for a run is chosen.
     """
-    is_own = form in ("recipe", "editor")  # forms of no operation
-    known = [] if is_own else list_parameters(find_operation(form))
+    known = [] if form in ("recipe", "editor") else list_parameters(find_operation(form))
     parameters, own = {one.name: one for one in known}, FORMS[form]
     fields = []
     for name in dict.fromkeys((*own, *parameters)):
@@ -323,15 +323,14 @@ class StudioView:
         dataset = _select(content.datasets, selection.data, lambda x: str(x.path), use_newest)
         if selection.run == NO_RUN and selection.step != "label":
             selection = replace(selection, run="")
-        uses = self.workspace.uses_files
-        data = dataset and os.path.realpath(self.workspace.folder / dataset.path)
 
         def select(paths: Sequence[Path], name: str, step: str, file: str) -> Any:
             """Prefer items of running commands, then the newest one with the selected data."""
             active = [job.target for job in self.jobs.list_running() if job.step == step]
             found = [path for path in paths if str(path) in active]
-            if data and not (name or found) and use_newest:
-                found = [one for one in paths[:20] if uses(one / file, data)][:1]
+            if dataset and not (name or found) and use_newest:
+                texts = ((one, self.workspace.read_recipe(one / file)[0]) for one in paths)
+                found = [*islice((one for one, text in texts if f"{dataset.path}/" in text), 1)]
             return _select([*found, *paths], name, str, use_newest)
 
         recipe = select(content.recipes, selection.recipe, "train", "")

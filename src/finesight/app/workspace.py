@@ -425,14 +425,14 @@ class Workspace:
         return is_parent or path.is_relative_to(root)
 
     def uses_files(self, recipe: Path, root: str) -> bool:
-        """Return whether data or model of a recipe, also an invalid one, are files of a folder."""
+        """Return whether a recipe, also an invalid one, uses data or weights of a folder."""
         text = ""
         try:
             with (self.folder / recipe).open("rb") as file:
                 text = file.read(MAX_RECIPE_BYTES).decode("utf-8", "replace")
             content = load_yaml(text)
             used = content if isinstance(content, dict) else {}
-            names = _list_texts([used.get("data", []), used.get("model", [])])
+            names = _list_texts([used.get(n, []) for n in ("data", "model", "adapter", "train")])
             patterns = [str(self.folder / name) for name in names]
             files = chain(patterns, *(iglob(pattern, recursive=True) for pattern in patterns))
             return any(Path(os.path.realpath(file)).is_relative_to(root) for file in files)
@@ -508,8 +508,8 @@ class Workspace:
     def read_recipe(self, path: Path) -> tuple[str, str]:
         """Return the text of a recipe and its digest; empty if it cannot be read."""
         content = b""
-        with contextlib.suppress(OSError):
-            content = (self.folder / path).read_bytes()
+        with contextlib.suppress(OSError), (self.folder / path).open("rb") as file:
+            content = file.read(MAX_RECIPE_BYTES)
         return content.decode("utf-8", "replace"), hashlib.sha256(content).hexdigest()
 
     def save_recipe(self, path: Path, text: str, digest: str | None = None) -> None:

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
@@ -14,7 +15,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Unpack
 
-from finesight.errors import Step, UserError, format_count, suggest_similar_path
+from finesight.errors import Step, UserError, escape_surrogates, format_count, suggest_similar_path
 from finesight.operations.model import ModelArgument, get_model_name, load_model
 from finesight.operations.operation import Outcome, Parameter, StrPath, to_path
 from finesight.operations.options import (
@@ -176,26 +177,27 @@ def predict(
 def _format_csv(records: Sequence[Mapping[str, Any]]) -> str:
     """Format predictions as CSV for spreadsheets, with a byte order mark and without formulas.
 
-    The fields of answers that are JSON objects are further columns.
+    The 100 most frequent fields of answers that are JSON objects are further columns.
     """
     from finesight.data.boxes import iter_json_values
 
-    stream = io.StringIO(newline="")
-    table = csv.writer(stream)
-    objects = (next(iter_json_values(record["answer"], "{"), None) for record in records)
-    fields = [{} if one is None else one.value for one in objects]
-    names = [*dict.fromkeys(chain(*fields))]
-    table.writerow(map(_format_cell, [*CSV_COLUMNS, *names]))
+    table = csv.writer(stream := io.StringIO(newline=""))
+    found = [[one.value for one in iter_json_values(record["answer"])] for record in records]
+    fields = [one[0] if len(one) == 1 and isinstance(one[0], dict) else {} for one in found]
+    names = [name for name, _ in Counter(chain(*fields)).most_common(100)]
+    shown = (f"answer.{name}" if name in CSV_COLUMNS else name for name in names)
+    table.writerow(map(_format_cell, [*CSV_COLUMNS, *shown]))
     for record, own in zip(records, fields, strict=True):
-        values = [*map(record.get, CSV_COLUMNS), *map(own.get, names)]
-        table.writerow(map(_format_cell, values))
-    return f"\ufeff{stream.getvalue()}"
+        cells = map(record.get, CSV_COLUMNS)
+        texts = [", ".join(one) if isinstance(one, list) else one for one in cells]
+        table.writerow(map(_format_cell, (*texts, *map(own.get, names))))
+    return escape_surrogates(f"\ufeff{stream.getvalue()}")
 
 
 def _format_cell(value: object) -> str:
-    value = "" if value is None else value
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-    return f"'{text}" if _FORMULA_START.match(text) else text
+    if isinstance(value, str):
+        return f"'{value}" if _FORMULA_START.match(value) else value
+    return "" if value is None else json.dumps(value, ensure_ascii=False)
 
 
 def _load_samples(

@@ -323,17 +323,23 @@ class StudioPage:
         kind = {"plan": "recipe", "results": "run"}.get(state.selection.step, "data")
         status = {run: self.view.read_status(run).kind for run in state.content.runs}
         running = [run for run, one in status.items() if one in ("running", "resuming")]
-        paths = [path for path in (state.run if kind == "run" else state.recipe,) if path]
         if kind == "data":
             paths = workspace.list_deleted(state.dataset, running) if state.dataset else []
+        else:
+            item = state.run if kind == "run" else state.recipe
+            paths = [item] if item else []
         if not paths:
             raise build_missing_error(kind)
         path, problem, remedy = paths[0], "", DELETE_REMEDIES[kind]
-        uses = self._find_commands(*paths, *[Path("uploads", path.name)] * (kind == "data"))
-        if kind != "recipe":
-            others = [run for run in state.content.runs if run != path]
-            uses += workspace.find_uses(path, others if kind == "run" else running)
-            uses += ["its training"] * (path in running)
+        uses = self._find_commands(*paths)
+        if kind == "data":
+            uses += self._find_commands(Path("uploads", path.name))
+            uses += workspace.find_uses(path, running)
+        elif kind == "run":
+            if path in running:
+                uses.append("its training")
+            # Another run may need its weights: as a base model, an adapter or a teacher.
+            uses += workspace.find_uses(path, [run for run in state.content.runs if run != path])
         elif status.get(run := self.view.find_run(path) or path, "finished") != "finished":
             # A finished run needs the copy in its folder only.
             uses.append(f"the unfinished run {run}")
@@ -556,14 +562,10 @@ class StudioPage:
         target = state.target if target is None else target
         job = self.view.jobs.start(state.selection.step, target, words, **options)
         # The command creates these items, so they are selected before they exist.
-        items = {"data": data, "recipe": "", "run": ""} if data else {"run": run} if run else {}
-        return state.selection.link(
-            job=job.id,
-            images="",
-            prompt="",
-            kind="",
-            **items,
-        )
+        items = {"run": run} if run else {}
+        if data:
+            items = {"data": data, "recipe": "", "run": ""}
+        return state.selection.link(job=job.id, images="", prompt="", kind="", **items)
 
 
 def make_studio_app(page: StudioPage, access: Access) -> AccessMiddleware:

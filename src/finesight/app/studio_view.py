@@ -37,9 +37,6 @@ STEP_NAMES = {step: step.title() for step in STEPS} | {"export": "Serve and expo
 NO_RUN = "-"
 """Name in the URL for labelling without a run."""
 
-LABELS_NAME = "labels"
-"""Default name of the data set that the label step creates."""
-
 
 @dataclass(frozen=True, slots=True)
 class FormField:
@@ -81,7 +78,7 @@ FORMS: dict[str, Mapping[str, FormField | None]] = {
     "label": {
         "sources": FormField("Images to label: a file or folder", "photos"),
         "prompt": FormField("Prompt", "Read the ticket.", lines=2),
-        "out": FormField("Name of the data set", value=LABELS_NAME),
+        "out": FormField("Name of the data set", value="labels"),
         "run_or_model": FormField("Model without a run", value=TINY_MODEL, is_advanced=True),
         "kind": FormField("Kind of the answers", default="detect automatically"),
         "classes": FormField("Classes", "red, green, blue", kinds=("classes", "boxes", "points")),
@@ -241,8 +238,6 @@ OUTCOMES = {
 }
 """Meaning of the exit codes of the commands of a step."""
 
-KILLED_OUTCOME = "ended without a result, often for lack of memory"
-
 MAX_REPORT_EXAMPLES = 200
 MAX_COMPARED_RUNS = 8
 MAX_LISTED_JOBS = 5
@@ -364,7 +359,7 @@ class StudioView:
         is_running_server = job is not None and job.is_server and status == "running"
         outcome = job.read_outcome() if job else None
         error = outcome.error if outcome and status == "failed" else None
-        meaning = KILLED_OUTCOME if status == "killed" else ""
+        meaning = "ended without a result, often for lack of memory" if status == "killed" else ""
         if job is not None and outcome is not None and status != "failed":
             meaning = OUTCOMES.get(job.step, {}).get(outcome.exit_code, "")
         return {

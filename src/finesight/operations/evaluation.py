@@ -181,12 +181,13 @@ def _format_csv(records: Sequence[Mapping[str, Any]]) -> str:
     """
     from finesight.data.boxes import iter_json_values
 
-    table = csv.writer(stream := io.StringIO(newline=""))
-    found = [[one.value for one in iter_json_values(record["answer"])] for record in records]
-    fields = [one[0] if len(one) == 1 and isinstance(one[0], dict) else {} for one in found]
+    stream = io.StringIO(newline="")
+    table = csv.writer(stream)
+    values = [[one.value for one in iter_json_values(record["answer"])] for record in records]
+    fields = [one[0] if len(one) == 1 and isinstance(one[0], dict) else {} for one in values]
     names = [name for name, _ in Counter(chain(*fields)).most_common(100)]
-    shown = (f"answer.{name}" if name in CSV_COLUMNS else name for name in names)
-    table.writerow(map(_format_cell, [*CSV_COLUMNS, *shown]))
+    columns = (f"answer.{name}" if name in CSV_COLUMNS else name for name in names)
+    table.writerow(map(_format_cell, [*CSV_COLUMNS, *columns]))
     for record, own in zip(records, fields, strict=True):
         cells = map(record.get, CSV_COLUMNS)
         texts = [", ".join(one) if isinstance(one, list) else one for one in cells]

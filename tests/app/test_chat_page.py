@@ -1,5 +1,6 @@
 """Tests of the chat page: uploads, requests and limits, and flows in a browser."""
 
+import asyncio
 import io
 import json
 import os
@@ -501,6 +502,29 @@ def test_one_answer_at_a_time_and_its_failure_is_shown(client, service, capfd):
     page = client.get(f"/turns/{send(client, 'Who?')}").text
     assert "server error" in page
     assert "TypeError" in capfd.readouterr().err
+
+
+def test_page_of_an_answer_that_ends_meanwhile_asks_again(client, service, monkeypatch):
+    original = chat_page.ChatPage._render_turns
+
+    async def render_before_the_end(page, chat, first_index):
+        turns = await original(page, chat, first_index)
+        for reply in chat.turns[-1].replies:
+            reply.cancel()
+        while page._chats[chat.id].is_busy:
+            await asyncio.sleep(0.01)
+        return turns
+
+    service.is_endless = True
+    chat = client.post("/answers", json={"text": "Who?"}).json()["chat"]
+    with monkeypatch.context() as patch:
+        patch.setattr(chat_page.ChatPage, "_render_turns", render_before_the_end)
+        page = client.get("/", params={"chat": chat}).text
+    assert "streaming" in page
+    assert "data-busy" in page
+    page = client.get("/", params={"chat": chat}).text
+    assert "streaming" not in page
+    assert "data-busy" not in page
 
 
 def test_password_is_asked_for_before_a_question(browser, image_paths):

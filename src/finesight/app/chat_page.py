@@ -386,7 +386,8 @@ class ChatPage:
         """Return the page with a conversation, by default the last one of the browser."""
         owner, name = request.cookies.get(self._cookie, ""), request.query_params.get("chat")
         chats = [one for one in reversed(self._chats.values()) if one.owner == owner]
-        chat = next((one for one in chats if name in (None, one.id)), None)
+        # A copy: an answer may end while its turn is rendered, and the page then asks again.
+        chat = next((replace(one) for one in chats if name in (None, one.id)), None)
         turns = await self._render_turns(chat, 0) if chat else ""
         response = HTMLResponse(self.render(find_studio(request), chats, chat, turns))
         if not owner:

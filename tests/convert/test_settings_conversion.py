@@ -82,6 +82,8 @@ def test_lora_target_matches_part_of_layer_name(tmp_path):
     assert made.tune.vision == "lora"
     assert set(made.tune.lora.target_modules) >= {"q_proj", "proj", "gate_proj", "down_proj"}
     assert recipe(tmp_path, lora_target="qkv,q_proj").tune.vision == "frozen"
+    made = recipe(tmp_path, lora_target="q_proj,attn.proj", freeze_vision_tower=False)
+    assert made.tune.lora.target_modules == ("q_proj", "proj")
     done = convert_settings(tmp_path, LLAMA_FACTORY_SETTINGS | {"lora_target": "q_proj,W_pack"})
     assert load_converted_recipe(tmp_path).tune.lora.target_modules == ("q_proj",)
     assert "no linear layer" in notes_by_setting(done, "differs")["lora_target"]

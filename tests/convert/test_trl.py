@@ -123,6 +123,20 @@ def test_rewards_without_an_equal_are_named(tmp_path):
     assert load_converted_recipe(tmp_path).train.batch_size == 1
 
 
+def test_penalty_for_the_distance_from_a_changed_model_is_dropped(tmp_path):
+    base = {"model_name_or_path": "Qwen/Qwen3-VL-4B", "reward_funcs": "accuracy_reward"}
+    base |= {"dataset_name": "rows.jsonl", "beta": 0.04}
+    done = convert_settings(tmp_path, base)
+    assert "beta" in notes_by_setting(done, "differs")
+    assert load_converted_recipe(tmp_path).train.grpo.beta == 0
+    assert "load_in_4bit" in notes_by_setting(
+        convert_settings(tmp_path, base | {"load_in_4bit": True}), "differs"
+    )
+    done = convert_settings(tmp_path, base | {"use_peft": True})
+    assert "beta" not in notes_by_setting(done, "differs")
+    assert load_converted_recipe(tmp_path).train.grpo.beta == 0.04
+
+
 @pytest.mark.parametrize(
     ("name", "text", "expected", "sizes", "noted"),
     TABLES["test_distillation_is_converted_with_its_teacher"],

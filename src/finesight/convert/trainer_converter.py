@@ -419,15 +419,15 @@ class TrainerConverter:
     ) -> None:
         """Set LoRA on the layers that a list of names matches; parts without one are frozen.
 
-        A name must end with the name of a layer, as in PEFT, or be contained in it (LLaMA-Factory).
+        A name ends with the name of a layer, as in PEFT, or is contained in it (LLaMA-Factory).
         """
-        match_suffix = self.config.program != "LLaMA-Factory"
+        is_contained = self.config.program == "LLaMA-Factory"
         matched: dict[str, set[str]] = {part: set() for part in PARTS}
         for target in targets:
             found = False
             for part, layers in family.layers.items():
                 for layer in layers:
-                    if f".{target}".endswith(f".{layer}") if match_suffix else target in layer:
+                    if f".{target}".endswith(f".{layer}") or (is_contained and target in layer):
                         matched[part].add(layer)
                         found = True
             if not found or "." in target:
@@ -480,7 +480,7 @@ class TrainerConverter:
         parts = [part for part in parts if self.draft.settings.get(f"tune.{part}") != "full"]
         text = "tune.quantize.nf4 is NF4 with double quantization; other weights remain in 16 bits"
         what = f"{bits} by {method}, {quant_type}, double quantization {is_double}".lower()
-        if self.is_native and bits == "4" and method in (None, "bnb", "bitsandbytes"):
+        if self.is_native and parts and bits == "4" and method in (None, "bnb", "bitsandbytes"):
             self.draft.set("tune.quantize.nf4", parts)
             if quant_type in (None, "nf4") and is_double:
                 return

@@ -8,10 +8,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import IO
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -72,28 +73,23 @@ def test_run_that_stops_after_some_steps_equals_uninterrupted_run(recipe, tmp_pa
     assert "step 1 is reached" in cli("train", recipe, *without, code=75).err
 
 
-class ForkedCommand:
-    """Replacement of `subprocess.Popen` for finesight: a fork, which has imported torch."""
+class CalledCommand:
+    """Replacement of `subprocess.Popen` for finesight: a call, since torch is imported here."""
 
     def __init__(self, command: list[str], *, env: dict[str, str], stdout: IO[bytes], **_: object):
         assert command[:3] == [sys.executable, "-m", "finesight"]
-        self.pid = os.fork()
-        if self.pid == 0:
-            code = 1
-            os.environ.update(env)
-            with suppress(BaseException), open(stdout.fileno(), "w") as sys.stdout:
-                sys.stderr = sys.stdout
-                code = run_command(command[3:])
-            os._exit(code)
+        log = open(stdout.fileno(), "w", closefd=False)  # noqa: SIM115
+        with patch.dict(os.environ, env), log, redirect_stdout(log), redirect_stderr(log):
+            self.code = run_command(command[3:])
 
     def wait(self) -> int:
-        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        return self.code
 
 
 def test_search_trains_and_resumes_trials(tmp_path, cli, monkeypatch):
-    """Train the recipe itself to all rungs, each in its own process."""
+    """Train the recipe itself to all rungs."""
     monkeypatch.setattr(trial_search, "MIN_SPLIT_SAMPLES", 40)
-    monkeypatch.setattr(trial_search, "subprocess", SimpleNamespace(Popen=ForkedCommand))
+    monkeypatch.setattr(trial_search, "subprocess", SimpleNamespace(Popen=CalledCommand))
     task = make_task(tmp_path / "task", 40) | {"eval": {"metric": "classification"}}
     recipe, out = write_recipe(tmp_path / "recipe.yaml", task, epochs=1), tmp_path / "search"
     words = ("search", recipe, "--out", out, "--trials", 1, f"output_dir={tmp_path / 'run'}")

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from PIL import Image
 from video_fixtures import find_index, write_audio, write_video
@@ -115,6 +116,13 @@ def test_rotation_is_applied(clip, matrix, transpose):
     (rotated,) = iter_video_frames(clip, [5])
     assert rotated == plain.transpose(transpose)
     assert read_video_header(clip).size == rotated.size[::-1]
+
+
+def test_frames_are_converted_without_threads(clip):
+    """Threads that outlive a frame hang in processes that are forked later."""
+    threads = len(psutil.Process().threads())
+    for _ in iter_video_frames(clip, [0, 5]):
+        assert len(psutil.Process().threads()) == threads
 
 
 def test_changed_file_is_read_again(clip: Path) -> None:

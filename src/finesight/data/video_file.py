@@ -100,10 +100,10 @@ def iter_video_frames(path: Path, frame_indices: Sequence[int]) -> Iterator[Imag
         for index, frame in enumerate(container.decode(stream)):
             if index == target:
                 _check_limit(path, frame.width * frame.height, MAX_IMAGE_PIXELS, "pixels")
-                image = Image.fromarray(frame.to_ndarray(format="rgb24"))
+                # Threads that convert would outlive the frame, and hang processes forked later.
+                image = Image.fromarray(frame.reformat(format="rgb24", threads=1).to_ndarray())
                 # Multiples of a right angle are rotated without resampling.
-                is_turned = frame.rotation != 0 and frame.rotation % 90 == 0
-                yield image.rotate(frame.rotation, expand=True) if is_turned else image
+                yield image if frame.rotation % 90 else image.rotate(frame.rotation, expand=True)
                 target = next(remaining, None)
             if target is None:
                 return

@@ -21,16 +21,21 @@ def test_comparison_table_and_page(runs, cli):
     page = Path("page.html")
     cli("compare", *runs, *PAGE)
     lines = cli("compare", *runs, *PAGE).lines
+    conclusion = lines.pop(0)
+    assert conclusion.startswith("B other compared with A first on 8 validation samples: better in")
     assert lines[0].split() == ["run", "metric", "value", "difference", "95", "%", "interval"]
     assert lines[2].startswith("B other  similarity       1.0000     +0.4667  ")
     assert lines[2].endswith("  better")
     assert lines[-1] == f"page: {page}"
     text = page.read_text()
     assert "Comparison of 2 runs" in text
+    assert conclusion in text
     assert "Unknown for prediction files" not in text
     cli("compare", *runs, "--out", page, "--language", "zh")
     assert "2 个训练的比较" in page.read_text()
-    first, other = cli("compare", *runs, *PAGE, "--json").json["runs"]
+    result = cli("compare", *runs, *PAGE, "--json").json
+    assert result["conclusions"] == [conclusion]
+    first, other = result["runs"]
     assert [first["path"], other["path"]] == runs
     found = other["metrics"]["similarity"]
     assert (found["value"], found["verdict"]) == (1.0, "better")

@@ -55,7 +55,7 @@ def test_runs_and_prediction_files(first: Path, saved: Path, tmp_path: Path) -> 
     assert list_warnings(*entries) == []
     own, copied = compare(first, saved)["similarity"].cells
     assert (copied.value, copied.interval) == (own.value, own.interval)
-    assert (copied.change, copied.verdict) == (0.0, "same")
+    assert (copied.change, copied.verdict) == (0.0, "unsure")
 
 
 def test_invalid_inputs_are_rejected(first: Path, tmp_path: Path) -> None:
@@ -127,7 +127,7 @@ def test_differences_match_the_paired_comparison(first: Path, tmp_path: Path) ->
     cases = ([one.case for one in read_predictions(file)] for file in files)
     result = {one.name: one for one in compare_cases("ocr", *cases)}
     loss = rows.pop("validation_loss").cells[1]
-    assert (loss.change, loss.change_interval, loss.verdict) == (-0.5, None, "better")
+    assert (loss.change, loss.change_interval, loss.verdict) == (-0.5, None, "")
     assert {name: row.cells[1].difference for name, row in rows.items()} == result
     assert rows["similarity"].cells[0].difference is None
     assert rows["similarity"].cells[1].verdict == rows["cer"].cells[1].verdict == "better"
@@ -146,7 +146,7 @@ def test_missing_scores_of_a_predictions_file_are_computed(first: Path, saved: P
     assert "unknown" not in rows
     own, computed = rows["similarity"].cells
     assert (computed.value, computed.interval) == (own.value, own.interval)
-    assert computed.verdict == "same"
+    assert computed.verdict == "unsure"
     runs = read_compared_runs([first, saved])
     assert runs[1].metric == "ocr"
     samples = compare_samples(runs)

@@ -121,7 +121,8 @@ class _PredictionRecord(BaseModel):
 
 T = TypeVar("T")
 
-Verdict = Literal["better", "worse", "no clear change"]
+Verdict = Literal["better", "worse", "no clear change", ""]
+"""Verdict on a difference; empty if it can have no interval."""
 
 MIN_VISIBLE_CHANGE = 5e-5
 """Smallest difference that is not displayed as 0.0000."""
@@ -205,13 +206,8 @@ def compare_estimators(
 def build_unsampled_difference(
     name: str, before: float, after: float, note: str = REASON_UNSAMPLED
 ) -> MetricDifference:
-    """Compare two values of a score without per-sample values, such as the validation loss.
-
-    The verdict depends on the values only, because there is no interval.
-    """
-    change = after - before
-    verdict = _classify_change(name, ConfidenceInterval(change, change))
-    return MetricDifference(name, before, after, None, None, verdict, note)
+    """Compare two values of a score without per-sample values, such as the validation loss."""
+    return MetricDifference(name, before, after, None, None, "", note)
 
 
 def _classify_change(name: str, interval: ConfidenceInterval | None) -> Verdict:

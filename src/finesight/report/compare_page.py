@@ -28,6 +28,7 @@ from finesight.report.comparison import (
     ComparedRun,
     compare_metrics,
     compare_samples,
+    find_common_samples,
     list_warnings,
     read_compared_runs,
 )
@@ -37,6 +38,7 @@ from finesight.report.i18n import Language, detect_language, translate, use_lang
 from finesight.report.metric_rows import (
     MetricCell,
     MetricRow,
+    conclude,
     format_metric_name,
     format_notes,
     iter_notes,
@@ -148,6 +150,14 @@ class RunComparison:
     metric_rows: list[MetricRow]
     warnings: list[str]
 
+    @property
+    def conclusions(self) -> list[str]:
+        """Comparison of each run with the baseline in a sentence, in the current language."""
+        labels, (baseline, *others) = [run.label for run in self.runs], self.runs
+        counts = [len(find_common_samples(baseline, other)[0]) for other in others]
+        found = (conclude(self.metric_rows, labels, n, i) for i, n in enumerate(counts, 1))
+        return [*filter(None, found)]
+
     def as_json(self) -> dict[str, Any]:
         """Return the comparison as JSON data."""
         return {
@@ -165,11 +175,12 @@ class RunComparison:
                 }
                 for run_index, run in enumerate(self.runs)
             ],
+            "conclusions": self.conclusions,
             "warnings": self.warnings,
         }
 
     def format_table(self) -> str:
-        """Format the primary metric and validation loss of each run as a console table.
+        """Format the conclusions, and primary metric and validation loss of each run as a table.
 
         Differences are relative to the baseline and have 95 % intervals. Prediction files do not
         record the primary metric: without a run, all metrics are listed. A metric that a prediction
@@ -186,7 +197,8 @@ class RunComparison:
             for run, cell in zip(self.runs, row.cells, strict=True):
                 if cell.value is not None or run.run_record is not None:
                     lines.append((run.label, row.name, *_format_cell(cell)))
-        return "\n".join([align_columns(lines, 2), *note_lines(iter_notes(rows))])
+        notes = note_lines(iter_notes(rows))
+        return "\n".join([*self.conclusions, align_columns(lines, 2), *notes])
 
 
 def compare_runs(paths: Sequence[Path]) -> RunComparison:
@@ -258,6 +270,7 @@ def render_compare_page(comparison: RunComparison, max_samples: int = MAX_SAMPLE
         labels=labels,
         get_model_name=summary.get_model_name,
         metric_rows=comparison.metric_rows,
+        conclusions=comparison.conclusions,
         warnings=comparison.warnings,
         config_diff=diff_configs(runs),
         has_unknown_config=any(run.run_record is None for run in runs),

@@ -24,13 +24,12 @@ from finesight.evaluate.task_metrics import (
 from finesight.report.i18n import translate
 from finesight.report.run_reader import OTHER_SAMPLES, JsonObject, as_object, is_finite
 
-Verdict = Literal["better", "worse", "unsure", "same", ""]
+Verdict = Literal["better", "worse", "unsure", ""]
 
 VERDICT_TEXTS: dict[Verdict, str] = {
     "better": "better",
     "worse": "worse",
     "unsure": "no clear change",
-    "same": "no change",
     "": "",
 }
 
@@ -69,16 +68,10 @@ class MetricCell:
 
     @property
     def verdict(self) -> Verdict:
-        """Verdict on the difference, such as `better`. Empty without a confidence interval.
-
-        The validation loss has no interval; its verdict depends on its values only.
-        """
-        if self.change == 0:
-            return "same"
-        difference = self.difference
-        if difference is None or not (self.change_interval or difference.name == VALIDATION_LOSS):
+        """Verdict on the difference, such as `better`. Empty without a confidence interval."""
+        if self.difference is None or not self.change_interval:
             return ""
-        verdict = difference.verdict
+        verdict = self.difference.verdict
         return "unsure" if verdict == "no clear change" else verdict
 
     @property
@@ -118,7 +111,7 @@ def build_metric_rows(
     Args:
         evaluations: Evaluation before and after training, or one of them.
         differences: Differences with confidence intervals by metric. A metric without an entry has
-            no verdict, except for the validation loss, whose verdict depends on its values only.
+            no verdict.
     """
     if not evaluations:
         return []
@@ -227,15 +220,39 @@ def describe_change(row: MetricRow) -> str:
     change_text = translate(text, name, format_value(abs(cell.change)))
     if cell.change_interval is None:
         return translate("{}. The confidence interval of the difference is unknown.", change_text)
-    low, high = cell.change_interval
-    confidence_text = "more than expected by chance"
-    if cell.verdict == "unsure":
-        confidence_text = "which may be due to chance"
-        if low > 0 or high < 0:
-            confidence_text = "on too few samples for a verdict"
-    text = "{}, {}: the 95 % interval of the difference is {}."
-    interval_text = format_change_interval(cell.change_interval)
-    return translate(text, change_text, translate(confidence_text), interval_text)
+    text = "{}: the 95 % interval of the difference is {}."
+    return translate(text, change_text, format_change_interval(cell.change_interval))
+
+
+CONCLUSIONS: dict[Verdict, str] = {
+    "better": "better in {}",
+    "worse": "worse in {}",
+    "unsure": "no clear difference in {}",
+}
+"""Part of a conclusion about the metrics with a verdict."""
+
+
+def conclude(
+    rows: Sequence[MetricRow], names: Sequence[str], num_samples: object, index: int = -1
+) -> str:
+    """Describe in a sentence which metrics of an evaluation or run differ from the first one.
+
+    Metrics whose difference has no interval, such as the validation loss, have no verdict.
+
+    Args:
+        names: Names of the evaluations or runs.
+        num_samples: Number of samples of both. Empty without any.
+    """
+    if len(names) < 2 or not num_samples:
+        return ""
+    parts = []
+    for verdict, text in CONCLUSIONS.items():
+        found = [row.name for row in rows if row.cells[index].verdict == verdict]
+        if found:
+            parts.append(translate(text, translate(", ").join(map(format_metric_name, found))))
+    result = translate("; ").join(parts) or translate("no verdict without confidence intervals")
+    text = "{} compared with {} on {:,} validation samples: {}."
+    return translate(text, names[index], names[0], num_samples, result)
 
 
 def format_value(value: float) -> str:

@@ -19,7 +19,6 @@ from finesight.errors import Step, UserError
 from finesight.evaluate.mathml import is_converter_installed
 from finesight.evaluate.metric_difference import MetricDifference
 from finesight.evaluate.regression_guard import GROUP_RESULTS, GroupResult
-from finesight.evaluate.task_metrics import LOWER_IS_BETTER, VALIDATION_LOSS
 from finesight.manifest import REPORT_FILE, RESPONSES_FILE
 from finesight.report import metric_rows, summary
 from finesight.report.charts import build_run_charts
@@ -42,10 +41,10 @@ from finesight.report.metric_rows import (
     MetricCell,
     MetricRow,
     build_metric_rows,
+    conclude,
     describe_change,
     format_metric_name,
     format_notes,
-    format_value,
     iter_notes,
     read_metrics,
 )
@@ -54,7 +53,6 @@ from finesight.report.run_reader import (
     RunRecord,
     as_object,
     is_finite,
-    list_comparable_evaluations,
     list_image_folders,
     pair_evaluations,
     rank_equal_sets,
@@ -241,17 +239,16 @@ def _build_result_context(
     rows = build_metric_rows(evaluations, _read_differences(run_record, evaluations))
     row = next((row for row in rows if row.is_primary), rows[-1] if rows else None)
     has_intervals = any(cell.interval or cell.change_interval for row in rows for cell in row.cells)
-    # The metrics that assess a run. A policy does not minimize the validation loss.
-    losses = () if summary.list_reward_names(run_record.steps) else (VALIDATION_LOSS,)
-    names = dict.fromkeys((row.name, *losses)) if row else ()
+    names, last = _name_evaluations(run_record, evaluations), [{}, *evaluations][-1]
+    num_samples = last.get("num_samples") or last.get("num_loss_samples")
     return {
         "metric_rows": rows,
         "primary_row": row,
         "change_text": describe_change(row) if row else "",
-        "best_notes": [_describe_best(run_record, name, evaluations[-1]) for name in names],
+        "conclusion": conclude(rows, names, num_samples),
         "has_intervals": has_intervals,
         "notes": format_notes(iter_notes(rows)),
-        **_build_details(evaluations[-1] if evaluations else {}),
+        **_build_details(last),
     }
 
 
@@ -267,32 +264,6 @@ def _build_guard_context(run_record: RunRecord) -> dict[str, Any]:
         rows.append(MetricRow(name, bool(one.problems), cells))
     names = translate("base model"), translate("tuned model")
     return {"guard_results": results, "guard_rows": rows, "guard_names": names}
-
-
-def _describe_best(run_record: RunRecord, name: str, final_evaluation: JsonObject) -> str:
-    """Describe an earlier evaluation in which a metric was better than in the last one.
-
-    Returns an empty string if there is none.
-    """
-    sign = -1 if name in LOWER_IS_BETTER else 1
-    count = "num_loss_samples" if name == VALIDATION_LOSS else "num_samples"
-    lines = list_comparable_evaluations(run_record.evaluations, count)
-    values = {
-        int(line.get("step") or 0): value
-        for line in lines
-        if (value := read_metrics(line).get(name)) is not None
-    }
-    best_step = max(values, key=lambda step: sign * values[step], default=0)
-    final_value = values.get(int(final_evaluation.get("step") or 0))
-    if final_value is None or not best_step or sign * (values[best_step] - final_value) <= 0:
-        return ""
-    name_text, value_text = format_metric_name(name), format_value(values[best_step])
-    if not any(line.get("full") for line in lines):
-        text = "The {} was best after step {:,}: {}."
-        return translate(text, name_text, best_step, value_text)
-    text = "The {} of the same {:,} samples was best after step {:,}: {}, and {} at the end."
-    texts = lines[-1].get(count), best_step, value_text, format_value(final_value)
-    return translate(text, name_text, *texts)
 
 
 def _build_details(evaluation: JsonObject) -> dict[str, Any]:

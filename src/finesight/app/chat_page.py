@@ -19,6 +19,7 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from itertools import islice
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Annotated, Any
 
 from anyio import CapacityLimiter, to_thread
@@ -643,39 +644,19 @@ class ChatPage:
             raise UserError(f"chat is empty: {len(session.turns)} turns, none with an answer")
         lines = [f"{encode_json_line(sample_to_dict(sample))}\n" for sample in samples]
         entries = {f"chat/images/{names[file]}{file.name}": file for file in files}
-        chunks = _iter_archive("".join(lines).encode(), entries)
+        chunks = _iter_archive("".join(lines), entries)
         return StreamingResponse(chunks, headers=FILE_HEADERS, media_type="application/zip")
 
 
-class ChunkBuffer(bytearray):
-    """Written bytes that were not taken yet. An archive is so sent while it is written."""
-
-    def write(self, data: bytes) -> int:
-        """Append bytes, and return their number."""
-        self.extend(data)
-        return len(data)
-
-    def flush(self) -> None:
-        """Do nothing, as `zipfile` expects of a stream."""
-
-    def take(self) -> bytes:
-        """Remove and return the bytes."""
-        content = bytes(self)
-        self.clear()
-        return content
-
-
-def _iter_archive(jsonl: bytes, files: Mapping[str, Path]) -> Iterator[bytes]:
+def _iter_archive(jsonl: str, files: Mapping[str, Path]) -> Iterator[bytes]:
     """Yield a zip archive of a conversation and its images by name."""
-    buffer: Any = ChunkBuffer()
-    with zipfile.ZipFile(buffer, "w") as archive:
-        archive.writestr("chat/chat.jsonl", jsonl)
-        for name, file in files.items():
-            with archive.open(name, "w", force_zip64=True) as target, file.open("rb") as source:
-                for chunk in iter(partial(source.read, 1 << 16), b""):
-                    target.write(chunk)
-                    yield buffer.take()
-    yield buffer.take()
+    with TemporaryFile() as file:
+        with zipfile.ZipFile(file, "w") as archive:
+            archive.writestr("chat/chat.jsonl", jsonl)
+            for name, image in files.items():
+                archive.write(image, name)
+        file.seek(0)
+        yield from iter(partial(file.read, 1 << 16), b"")
 
 
 def _check_count(num_sent: int, num_images: int) -> None:

@@ -20,6 +20,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
+import httpx2
 from pydantic import BaseModel
 
 from finesight.bounded_files import parse_json
@@ -144,8 +145,6 @@ class Job(BaseModel, frozen=True):
     @property
     def is_ready(self) -> bool:
         """Return whether a server answers. It accepts connections before its model is loaded."""
-        import httpx2  # slow to import
-
         transport = httpx2.HTTPTransport(uds=str(self.socket) if self.has_page else None)
         address = "http://page/" if self.has_page else f"http://127.0.0.1:{self.port}/"
         with (

@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import parse_qs, quote, urlsplit
 
+import httpx2
 import uvicorn
 from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
@@ -342,8 +343,6 @@ def make_proxy_route(find_socket: Callable[[str], Path]) -> Route:
     """
 
     async def forward(request: Request) -> Response:
-        import httpx2  # slow to import
-
         job_id = request.path_params["job"]
         file = find_socket(job_id)
         if file.is_symlink():

@@ -57,17 +57,15 @@ LOADAVG_PATH = Path("/proc/loadavg")
 
 
 class OperationCommand(click.Command):
-    """A command that explains settings of a recipe among its words."""
+    """A command that explains options of other trainers."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Parse the words after the command; reject options that are settings of a recipe."""
         params = self.get_params(ctx)
         known = {option for param in params for option in (*param.opts, *param.secondary_opts)}
-        reject = _reject_override
         if any(param.name == "overrides" for param in params):
-            reject = _reject_option
-        for word, following in zip_longest(args, args[1:], fillvalue=""):
-            reject(word, following, known)
+            for word, following in zip_longest(args, args[1:], fillvalue=""):
+                _reject_option(word, following, known)
         return super().parse_args(ctx, args)
 
 
@@ -87,23 +85,6 @@ def _reject_option(word: str, following: str, known: Collection[str]) -> None:
             where="command line",
             expected="settings of the recipe as KEY=VALUE, without --",
             remedy=remedy,
-        )
-
-
-def _reject_override(word: str, following: str, known: Collection[str]) -> None:
-    """Raise UserError for a setting of a recipe after a command that takes none."""
-    name, separator, value = word.partition("=")
-    if not separator or "." not in name or os.path.exists(word):
-        return
-    from finesight.recipe import list_setting_names
-
-    if name in list_setting_names():
-        option = f"--{name.rpartition('.')[2].replace('_', '-')}"
-        raise UserError(
-            f"{name} is a setting of a recipe, and this command takes options only",
-            where="command line",
-            expected=", ".join(sorted(one for one in known if one.startswith("--"))),
-            remedy=f"use {option} {value}" if option in known else "remove it",
         )
 
 

@@ -206,9 +206,7 @@ def train(
         from finesight.hub.repository import check_publish, check_publish_address
 
         check_publish_address(parse_address(push))
-    settings, file, replaced_steps = _load_recipe(recipe, overrides)
-    if replaced_steps is not None and is_main:
-        console.log(f"train.epochs replaces train.steps: {replaced_steps} of the recipe")
+    settings, file = _load_recipe(recipe, overrides)
     if push is not None and settings.tune.has_mode("full") and settings.tune.has_mode("lora"):
         merge = {"source": str(settings.output_dir), "out": "OUT"}
         export = Step("export", {"source": "OUT", "out": push, "confirm": True}, "then")
@@ -302,24 +300,17 @@ def advise_run(run_record: RunRecord, run: Path) -> list[Step]:
 
 def _load_recipe(
     recipe: StrPath | Recipe | Mapping[str, Any], overrides: Overrides
-) -> tuple[Recipe, Path | None, int | None]:
-    """Return settings, their file, and the number of steps that overridden epochs replace."""
-    from finesight.recipe import parse_recipe, read_recipe_text, recipe_from_dict, recipe_from_text
+) -> tuple[Recipe, Path | None]:
+    """Return settings and their file."""
+    from finesight.recipe import load_recipe, recipe_from_dict
 
-    file: Path | None = None
-    content: Any
     if isinstance(recipe, str | Path):
         file = Path(recipe)
-        if os.path.isdir(file):  # False for an invalid path, which read_recipe_text reports
+        if os.path.isdir(file):  # False for an invalid path, which load_recipe reports
             file = _find_run_recipe(file, overrides)
-        text = read_recipe_text(file)  # once, since it may be a pipe
-        settings, (content, _) = recipe_from_text(text, file, overrides), parse_recipe(text, file)
-    else:
-        content = recipe if isinstance(recipe, Mapping) else recipe.model_dump(mode="json")
-        settings = recipe_from_dict(content, overrides)
-    has_epochs = any(override.partition("=")[0] == "train.epochs" for override in overrides)
-    section = content.get("train") if has_epochs and settings.train.epochs else None
-    return settings, file, section.get("steps") if isinstance(section, Mapping) else None
+        return load_recipe(file, overrides), file
+    content = recipe if isinstance(recipe, Mapping) else recipe.model_dump(mode="json")
+    return recipe_from_dict(content, overrides), None
 
 
 def find_label_step(recipe: Recipe, purpose: str = "") -> Step | None:

@@ -186,6 +186,22 @@ def test_only_runs_of_the_workspace_are_shown(folder):
         assert ">../outside<" not in client.get("/?step=results&run=../outside").text
 
 
+def test_few_validation_samples_are_named_before_the_training(folder, page, monkeypatch):
+    monkeypatch.chdir(folder)
+    add_data(folder, "a")
+    file = folder / "data/a/eval.jsonl"
+    write_recipe(folder, "r", "data/a/data.jsonl, eval: data/a/eval.jsonl")
+    for count, is_warning in ((3, True), (19, True), (20, False)):
+        file.write_text("{}\n" * count)
+        text = f"Too few validation samples ({count}) to tell whether training helps: 20 are"
+        for step in ("data", "label", "check", "plan", "train"):
+            shown = page.render(Selection(step=step))
+            assert (text in shown, "Too few" in shown) == (is_warning, is_warning), step
+    write_recipe(folder, "r", "data/a/data.jsonl")
+    assert "Too few validation samples (0)" in page.render(Selection(step="train"))
+    assert "Too few" not in page.render(Selection(step="results"))
+
+
 def test_first_page_names_a_training_that_stopped(folder, page):
     add_run(folder)
     assert "Resume it" not in page.render(Selection())

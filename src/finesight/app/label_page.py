@@ -287,7 +287,7 @@ class LabelPage:
         content = _build_content(item, updated, sizes, self._session.task.kind)
         self._check_classes(item, updated)
         if not content:
-            raise self._build_empty_error(request)
+            raise UserError("the answer is empty", remedy="enter an answer, or skip (S)")
         self._session.save(item, content, request.question)
 
     def _check_classes(self, item: LabelItem, request: DecisionRequest) -> None:
@@ -313,16 +313,6 @@ class LabelPage:
             if name.strip() and name not in choices:
                 what = f"{name!r:.80} is not one of the classes"
                 raise UserError(what, expected=known, remedy=remedy)
-
-    def _build_empty_error(self, request: DecisionRequest) -> UserError:
-        kind = self._session.task.kind
-        remedy = "enter an answer, or skip (S)"
-        if request.edits is not None:
-            remedy = "fill at least one field, or skip (S)"
-        elif kind == "classes" and self._session.task.choices:
-            remedy = "choose a class, or skip (S)"
-        expected = {"boxes": "a text or a box", "points": "a text or a point"}.get(kind, "")
-        return UserError("the answer is empty", expected=expected, remedy=remedy)
 
 
 def _build_content(

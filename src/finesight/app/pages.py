@@ -66,8 +66,6 @@ VIEW_HEADERS = {
 
 ERROR_TEXTS = (
     *("{} is not one of the classes", "box {} has no class", "point {} has no class"),
-    "the box [{}] in pixels (read as xyxy in units of pixel) is outside its image",
-    "the point [{}] in pixels (read as xyxy in units of pixel) is outside its image",
     "the box [{}] in pixels (read as xyxy in units of pixel) has inverted corners or no area",
     "the box [{}] in pixels (read as xyxy in units of pixel) is smaller than a pixel",
     "x1 < x2 up to {} and y1 < y2 up to {}, after EXIF rotation",

@@ -574,7 +574,7 @@ def label(
         teacher_pixels: Maximum size of the images for the server; larger ones are scaled.
         teacher_budget: Maximum number of requests to the server, with retries. Default: any number.
         teacher_concurrency: Requests to the server at the same time.
-        batch_size: Answers generated at the same time.
+        batch_size: Answers generated at the same time; halved when GPU memory is exhausted.
     """
     from finesight.label.label_session import open_session
     from finesight.label.suggestion import rank_labels, suggest_labels

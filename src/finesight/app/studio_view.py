@@ -22,12 +22,17 @@ from finesight.app.pages import describe_error
 from finesight.app.workspace import Workspace, WorkspaceContent, WorkspaceDataset, as_argument
 from finesight.config import METRIC_NAMES
 from finesight.errors import LABEL_TRAIN_FRACTION, Remedy, Step, UserError
+from finesight.evaluate.bootstrap import MIN_SAMPLES_UNBOUNDED
 from finesight.manifest import ADAPTER_FOLDER, METRICS_FILE, RECIPE_FILE, RESULT_FILE
 from finesight.model_folder import TINY_MODEL
 from finesight.operations import find_operation
 from finesight.operations.operation import Parameter, format_step, list_parameters
+from finesight.operations.options import SourceOptions
 from finesight.operations.training import advise_run
+from finesight.report.charts import build_run_charts
 from finesight.report.i18n import Language, translate
+from finesight.report.metric_rows import format_metric_name, format_value, read_metrics
+from finesight.report.run_page import select_evaluations
 from finesight.report.run_reader import RunRecord, read_run
 from finesight.report.summary import RunStatus, get_run_status
 
@@ -89,7 +94,8 @@ FORMS: dict[str, Mapping[str, FormField | None]] = {
         "split": FormField("Samples to review", choices=["for validation"], default="for training"),
         "review": None,
     },
-    "check": dict.fromkeys(("against", "html", "language")),
+    # The page checks samples of one format, and has a button for the corrected copy.
+    "check": dict.fromkeys(("against", "fix", "html", *SourceOptions.__annotations__)),
     "plan": {},
     "recipe": {
         "name": FormField("Name of the recipe and its run", "tickets"),
@@ -105,12 +111,9 @@ FORMS: dict[str, Mapping[str, FormField | None]] = {
         ),
     },
     "editor": {"text": FormField("Selected recipe", lines=12)},
-    "train": dict.fromkeys(("resume", "trust_metric")),
-    "search": {
-        "budget": FormField("Time of the search"),
-        **dict.fromkeys(("out", "trust_metric", "language")),
-    },
-    "eval": {"trust_metric": None},
+    "train": {"resume": None},
+    "search": {"budget": FormField("Time of the search"), "out": None},
+    "eval": {},
     "guard": {},
     "web": {"adapter": FormField("Compare with another run", default="none")},
     "predict": {
@@ -136,12 +139,14 @@ FORMS_OF_STEPS = {
     "export": ("serve", "merge"),
 }
 
-OPTIONS_OF_SERVERS = (
+HIDDEN_OPTIONS = (
     *("host", "port", "password_file", "no_auth", "trusted_proxy", "key_file", "socket_file"),
     *("open_page", "suggest_only", "push", "label_studio", "label_studio_files"),
     *("label_studio_url", "label_studio_prompt", "teacher_key", "allow_host", "allow_media_host"),
+    *("trust_metric", "language", "seed", "stop_after", "update", "max_shard_gb", "num_samples"),
+    *("max_queue", "timeout", "teacher_pixels", "teacher_concurrency"),
 )
-"""Parameters that the page sets itself or has no use for, and hosts that only the owner allows."""
+"""Parameters that the page sets itself or that need a terminal, and hosts that the owner allows."""
 
 YES_NO = ("yes", "no")
 
@@ -166,7 +171,7 @@ def build_form(form: str, runs: Sequence[str] = ()) -> list[FormField]:
     for name in dict.fromkeys((*own, *parameters)):
         parameter, field = parameters.get(name), own.get(name)
         is_option = parameter is not None and not parameter.is_positional
-        is_left_out = name in OPTIONS_OF_SERVERS or (name in own and field is None)
+        is_left_out = name in HIDDEN_OPTIONS or (name in own and field is None)
         if is_left_out or not (field or is_option):
             continue
         field = field or FormField()
@@ -375,6 +380,7 @@ class StudioView:
             "error": describe_error(UserError(**dict(error)), name_actions) if error else "",
             "proposals": self.list_proposals(state),
             "outcome": meaning,
+            "warning": self._warn_of_few_samples(state),
             "is_ready": is_running_server and job is not None and job.is_ready,
             "workspace": self.workspace.folder,
             "runs": [
@@ -390,6 +396,26 @@ class StudioView:
             "step_names": STEP_NAMES,
             "no_run": NO_RUN,
         }
+
+    def _warn_of_few_samples(self, state: StudioState) -> str:
+        """Return a warning about few validation samples of the data or recipe; empty if enough."""
+        step, num_samples = state.selection.step, MIN_SAMPLES_UNBOUNDED  # if it is unknown
+        if step in ("data", "label", "check") and state.dataset is not None:
+            num_samples = state.dataset.num_eval
+        elif step in ("plan", "train") and state.recipe is not None:
+            known = {str(one.eval_file): one.num_eval for one in state.content.datasets}
+            with contextlib.suppress(UserError, KeyError):
+                files = self.workspace.load_recipe(state.recipe).data.eval
+                num_samples = sum(known[str(file.path)] for file in files)
+        if num_samples >= MIN_SAMPLES_UNBOUNDED:
+            return ""
+        from finesight.recipe_template import NUM_EVAL_ROWS  # slow to import
+
+        text = (
+            "Too few validation samples ({}) to tell whether training helps: {} are the minimum,"
+            " {} are good. Label more images, or import with a smaller fraction for training."
+        )
+        return translate(text, num_samples, MIN_SAMPLES_UNBOUNDED, NUM_EVAL_ROWS)
 
     def list_proposals(self, state: StudioState) -> list[tuple[str, Step]]:
         """Return the steps that a command or run proposes, with the buttons that follow them."""
@@ -463,8 +489,6 @@ class StudioView:
         """Return the curves of the run that the selected recipe has started."""
         if state.selection.step != "train" or state.recipe is None or state.run is None:
             return []
-        from finesight.report.charts import build_run_charts  # slow to import
-
         return build_run_charts(self._read_run(state.run))
 
     def find_run(self, recipe: Path) -> Path | None:
@@ -529,10 +553,6 @@ class StudioView:
 
     def format_scores(self, run: Path) -> tuple[str, str]:
         """Format the first and last primary metric of a run, and its name."""
-        # Slow to import, and needed by runs only.
-        from finesight.report.metric_rows import format_metric_name, format_value, read_metrics
-        from finesight.report.run_page import select_evaluations
-
         record = self._read_run(run)
         name = record.primary_metric or "validation_loss"
         values = [read_metrics(line).get(name) for line in select_evaluations(record)]

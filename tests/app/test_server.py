@@ -399,15 +399,15 @@ def test_routes_need_the_sign_in(tmp_path: Path, make: Callable[[Path], AccessMi
     assert client.get("/favicon.ico").status_code == 204
 
 
-@pytest.mark.parametrize(("make", "step"), [(make_chat, "chat"), (make_label, "label")])
-def test_pages_of_jobs_link_to_their_studio(tmp_path, make, step):
+@pytest.mark.parametrize("make", [make_chat, make_label])
+def test_pages_of_jobs_link_to_their_studio(tmp_path, make):
     client = TestClient(make(tmp_path), "http://127.0.0.1")
     client.post("/sign-in", data={"password": ACCESS.password})
-    link = f'href="../../?step={step}"'
+    link = 'href="studio?lang=en"'
     assert link in client.get("/", headers=PREFIX).text
     assert link not in client.get("/").text
     train_link = "../../?step=plan&amp;data="
-    assert (train_link in client.get("/", headers=PREFIX).text) == (step == "label")
+    assert (train_link in client.get("/", headers=PREFIX).text) == (make is make_label)
 
 
 async def describe(request: Request) -> Response:

@@ -122,7 +122,7 @@ def test_refused_or_failed_import_does_not_block_its_name(folder, page, started)
     assert click_button(page, "import", "", files[:1], "", "a", "Color?", "", "") == ""
     assert click_button(page, "import", "", None, "uploads/a/t.csv", "a", "Color?", "", "") == ""
     message = click_button(page, "import", "", files, "photos", "a", "Color?", "", "")
-    assert "an upload and a path are given" in message
+    assert "or enter one file or folder" in message
 
 
 def test_folders_and_columns_of_an_uploaded_archive_are_found(folder, page, started):
@@ -184,6 +184,32 @@ def test_only_runs_of_the_workspace_are_shown(folder):
         assert client.get("/view/check?data=photos").status_code == 404
         assert client.get("/view/other").status_code == 404
         assert ">../outside<" not in client.get("/?step=results&run=../outside").text
+
+
+def test_ended_page_leads_to_its_step_and_items(folder):
+    add_run(folder)
+    add_data(folder, "a", "b")
+    write_job(folder, "label", "label runs/a photos --out data/a", target="runs/a", has_page=True)
+    write_job(folder, "chat", "web runs/a", name="2", target="runs/a", has_page=True)
+    with open_client(folder) as client:
+        for job, items in (("1", {"step": "label", "data": "data/a"}), ("2", {"step": "chat"})):
+            navigation = {"sec-fetch-mode": "navigate"}
+            ended = client.get(f"/pages/{job}/?lang=zh", headers=navigation)
+            assert (ended.status_code, ended.headers["location"]) == (303, "studio?lang=zh")
+            location = client.get(f"/pages/{job}/studio?lang=zh").headers["location"]
+            assert urlsplit(location).path == "../.././"
+            expected = items | {"job": job, "run": "runs/a", "lang": "zh"}
+            assert dict(parse_qsl(urlsplit(location).query)) == expected
+
+
+def test_running_server_has_its_address_to_copy_and_a_chat(folder, monkeypatch):
+    add_run(folder)
+    monkeypatch.setattr(Job, "is_ready", True)
+    server = {"target": "runs/a", "port": 7, "exit_code": None}
+    write_job(folder, "export", "serve runs/a --port 7", **server)
+    shown = read_live(folder, "step=export&run=runs/a&lang=en")["bottom"]
+    assert 'data-copy="http://127.0.0.1:7/v1"' in shown
+    assert "step=chat&amp;run=runs%2Fa" in shown
 
 
 def test_few_validation_samples_are_named_before_the_training(folder, page, monkeypatch):
@@ -328,9 +354,9 @@ def test_many_images_are_read_into_tables(folder, page, started):
     (folder / "runs/a/adapter").mkdir(exist_ok=True)
     selection = Selection(step="chat", run="runs/a")
     texts = {"predict:prompt": "Color?", "predict:out": "a"}
-    with pytest.raises(UserError, match="Upload images") as caught:
+    with pytest.raises(UserError, match="Upload files") as caught:
         page.run_action("predict", selection, Form(texts=texts))
-    assert caught.value.where == "predict:images"
+    assert caught.value.where == "files"
     uploads = [store_upload(page, folder / f"photos/0{n}.png") for n in (1, 2)]
     page.run_action("predict", selection, Form(texts=texts, uploads=uploads))
     page.run_action("predict", selection, Form(texts={**texts, "predict:images": "photos"}))

@@ -103,6 +103,12 @@ class Job(BaseModel, frozen=True):
         return self.folder.name
 
     @property
+    def out(self) -> str:
+        """Value of the option --out; empty without it."""
+        words = (*self.arguments, "--out", "")
+        return words[words.index("--out") + 1]
+
+    @property
     def command(self) -> str:
         """Command line, as typed in a terminal in the workspace."""
         return shlex.join(["finesight", *self.arguments])

@@ -365,7 +365,7 @@ def make_proxy_route(find_socket: Callable[[str], Path]) -> Route:
             await transport.aclose()
             if isinstance(error, httpx2.TransportError):
                 if request.headers.get("sec-fetch-mode") == "navigate" and path == "/":
-                    return RedirectResponse(_add_query("../../", request), 303)  # the studio
+                    return RedirectResponse(_add_query("studio", request), 303)
                 raise HTTPException(503, "The page is not ready, or has ended.") from error
             raise
 

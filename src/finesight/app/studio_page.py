@@ -18,7 +18,7 @@ from anyio import to_thread
 from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import FileResponse, HTMLResponse, JSONResponse, Response
+from starlette.responses import FileResponse, HTMLResponse, JSONResponse, RedirectResponse, Response
 from starlette.routing import Route
 
 from finesight.app.pages import (
@@ -270,12 +270,7 @@ class StudioPage:
         if form.uploads and source.startswith("uploads/"):
             source = ""
         if bool(form.uploads) == bool(source):
-            raise UserError(
-                "an upload and a path are given" if source else "nothing to import is given",
-                where="import:source",
-                expected="an upload, or a file or folder in the workspace",
-                remedy="clear one of them" if source else "upload files, or enter a path",
-            )
+            raise build_missing_error("files")
         texts = {**form.texts, "import:source": source}
         arguments = self._read_form("import", form.model_copy(update={"texts": texts}))
         is_new = False
@@ -427,7 +422,7 @@ class StudioPage:
         """Start a command that answers a question about each of many images."""
         name, texts = form.get("predict:out"), dict(form.texts)
         if bool(form.uploads) == bool(form.get("predict:images")):
-            raise build_missing_error("predict:images")
+            raise build_missing_error("files")
         self.view.workspace.check_new_name("answers", name)
         if form.uploads:
             files = [*map(self.uploads.find, form.uploads)]
@@ -523,9 +518,7 @@ class StudioPage:
         """
         workspace, end = self.view.workspace, time.monotonic() + CLOSE_TIMEOUT_S
         for job in self.view.jobs.list_running():
-            words = (*job.arguments, "--out", "")
-            folder = words[words.index("--out") + 1]
-            root = os.path.realpath(workspace.folder / folder)
+            root = os.path.realpath(workspace.folder / job.out)
             if job.arguments[0] != "label" or not workspace.uses_files(recipe, root):
                 continue
             job.stop()
@@ -533,7 +526,7 @@ class StudioPage:
                 time.sleep(0.05)
             if job.status == "running":
                 raise UserError(
-                    f"the run reads the labels of {folder}, whose labelling page is open",
+                    f"the run reads the labels of {job.out}, whose labelling page is open",
                     where=str(recipe),
                     expected="data that do not change",
                     remedy="stop it under “Other running commands”",
@@ -586,6 +579,10 @@ def make_studio_app(page: StudioPage, access: Access) -> AccessMiddleware:
         url = await to_thread.run_sync(page.run_action, name, read_selection(request), form)
         return JSONResponse({"url": url})
 
+    def get_job(request: Request) -> Response:
+        job = view.jobs.find(request.path_params["job"])
+        return RedirectResponse(f"../../{read_selection(request).link_job(job)}", 303)
+
     def get_view(request: Request) -> Response:
         selection, params = read_selection(request), request.query_params
         try:
@@ -599,11 +596,10 @@ def make_studio_app(page: StudioPage, access: Access) -> AccessMiddleware:
         return HTMLResponse(content, headers=VIEW_HEADERS)
 
     def get_answers(request: Request) -> Response:
-        words = (*view.jobs.find(request.path_params["job"]).arguments, "--out", "")
-        name, folder = request.path_params["name"], words[words.index("--out") + 1]
-        path = view.workspace.resolve(f"{folder}/{name}", "job", must_exist=False)
+        job, name = view.jobs.find(request.path_params["job"]), request.path_params["name"]
+        path = view.workspace.resolve(f"{job.out}/{name}", "job", must_exist=False)
         file = view.workspace.folder / path
-        if words[0] != "predict" or name not in ANSWER_FILES or not file.is_file():
+        if job.arguments[0] != "predict" or name not in ANSWER_FILES or not file.is_file():
             raise HTTPException(404, "no such file")
         return FileResponse(file, headers=FILE_HEADERS, filename=f"{file.parent.name}{file.suffix}")
 
@@ -613,6 +609,7 @@ def make_studio_app(page: StudioPage, access: Access) -> AccessMiddleware:
         Route("/view/{name}", get_view),
         Route("/uploads", page.uploads.receive, methods=["POST"]),
         Route("/actions/{name}", post_action, methods=["POST"]),
+        Route("/pages/{job}/studio", get_job),
         make_proxy_route(lambda job_id: view.jobs.find(job_id).socket),
     ]
     return AccessMiddleware(create_app(routes, name_actions), access)

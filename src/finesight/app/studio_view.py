@@ -229,7 +229,7 @@ MISSING_MESSAGES = {
     " Data.",
     "label:fields": "No fields are given. Enter their names, such as item, price.",
     "label:split": "The data set has no validation samples. Review those for training.",
-    "predict:images": "Upload images, or enter one file or folder.",
+    "files": "Upload files, or enter one file or folder.",
     "operation": "This is no longer proposed. Reload the page.",
     "merge:out": "No merged model is given. Merge one, or enter its name.",
 }
@@ -278,10 +278,10 @@ class Selection:
     def link_job(self, job: Job) -> str:
         """Return the URL of a job in its step, with its target selected."""
         keys = {"data": "data", "check": "data", "plan": "recipe", "train": "recipe"}
-        # Only labelling needs no run.
-        return self.link(
-            step=job.step, job=job.id, **{keys.get(job.step, "run"): job.target or NO_RUN}
-        )
+        items = {keys.get(job.step, "run"): job.target or NO_RUN}  # Only labelling needs no run.
+        if job.step == "label":
+            items["data"] = job.out
+        return self.link(step=job.step, job=job.id, **items)
 
 
 @dataclass(frozen=True, slots=True)

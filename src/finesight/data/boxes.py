@@ -293,6 +293,7 @@ def box_area(box: Box) -> float:
 BOX_KEY, POINT_KEY, POLYGON_KEY = "bbox_2d", "point_2d", "polygon_2d"
 COORDINATE_KEYS = (BOX_KEY, POINT_KEY, POLYGON_KEY)
 LABEL_KEYS = ("label", "text_content")
+_BOX_KEYS = re.compile(rf'"(?:{"|".join((BOX_KEY, POINT_KEY, *LABEL_KEYS))})"\s*:')
 _CODE_FENCE = re.compile(r"```(?:json)?\s*([\[{][^`]*[\]}])\s*```")
 
 MAX_JSON_DEPTH = 200
@@ -390,6 +391,8 @@ def split_at_boxes(text: str, *, keeps_json: bool = False) -> Iterator[str | lis
             simple = [parse_json_box(item) for item in items]
             boxes = [box for box in simple if box is not None]
             is_list = len(boxes) == len(simple) and not keeps_json
+            # A key that occurs twice would be lost, but a structure keeps its text.
+            is_list = is_list and len(_BOX_KEYS.findall(part)) == sum(map(len, items))
             pieces = boxes if is_list else _split_structure(part, match.value)
             if pieces:
                 yield text[end : match.start]
@@ -406,7 +409,7 @@ def parse_json_box(value: object) -> TextBox | None:
     labels = [str(value[key]) for key in LABEL_KEYS if value.get(key) is not None]
     coordinates = value[next(iter(keys))]
     is_point = isinstance(coordinates, list) and len(coordinates) == 2
-    if (POINT_KEY in keys) != is_point or isinstance(coordinates, str):
+    if (POINT_KEY in keys) != is_point or isinstance(coordinates, str) or len(labels) > 1:
         return None
     return TextBox(coordinates, labels[0] if labels else None)
 

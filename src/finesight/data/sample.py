@@ -31,7 +31,7 @@ from pydantic import (
 )
 
 from finesight import storage
-from finesight.bounded_files import parse_json, translate_os_errors
+from finesight.bounded_files import parse_json, parse_unique_json, translate_os_errors
 from finesight.data.boxes import Box, InvalidBoxError, find_coordinates, is_inside_image
 from finesight.data.line_index import UTF8_BOM, IndexedLines, open_data_file, read_lines
 from finesight.errors import Remedy, Step, UserError, suggest_name
@@ -257,7 +257,7 @@ class ToolCallPart(FrozenModel):
             return None
         arguments = call.get("arguments") or {}
         try:
-            arguments = parse_json(arguments) if isinstance(arguments, str) else arguments
+            arguments = parse_unique_json(arguments) if isinstance(arguments, str) else arguments
             json.dumps(arguments, allow_nan=False)
             return cls.model_validate({"name": call.get("name"), "arguments": arguments})
         except (ValueError, TypeError):

@@ -22,7 +22,7 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from finesight.bounded_files import parse_json
+from finesight.bounded_files import parse_unique_json
 from finesight.data.boxes import (
     BOX_KEY,
     POINT_KEY,
@@ -105,6 +105,7 @@ ROLE_KEYS = ("from", "role")
 _CALL_ROLES = re.compile("(?:tool|function)_?calls?")
 _RESULT_ROLES = re.compile("tool.*|function.*|observation|ipython")
 _CALL_KEYS = ("tool_calls", "function_call")
+_CALL_PART_KEYS = {"id", "type", "index", "function", "name", "arguments"}
 _USED_KEYS = {"assistant": _CALL_KEYS, "tool": ("tool_call_id", "name")}
 _TOOL_KEYS = ("tools", "functions")
 """Keys of a row with the definitions of tools: a list, also as JSON text."""
@@ -437,7 +438,10 @@ def build_turns_example(
     names = _list_media_names(part for message in messages for part in message.content)
     used = {"system", *find_turn_keys(row.record), *handled_keys, *["id"] * row.has_own_id}
     used |= {key for key in TURN_KEYS if not has_value(row.record.get(key))}
-    used |= {*_list_tool_keys(row.record), *["mask_history"] * bool(row.record.get("mask_history"))}
+    used |= {
+        *_list_tool_keys(row.record),
+        *["mask_history"] * (row.record.get("mask_history") is True),
+    }
     meta = sort_keys(row.record, used, ROWS, context.other_keys, names)
     return build_example(row.id, messages, meta, turns[0].tools if turns else ())
 
@@ -479,7 +483,7 @@ def parse_turns(record: Record, context: ImportContext, *, with_parts: bool = Fa
     """
     tools = tuple(tool for key in _list_tool_keys(record) for tool in _parse_tools(record[key]))
     turns: list[Turn] = []
-    for raw_turn in _iter_turns(record):
+    for raw_turn in _sort_results(_iter_turns(record)):
         turn = _parse_turn(raw_turn, context, with_parts=with_parts)
         if turn.role == "system" and isinstance(turn.content, str):
             match = _TOOLS_IN_PROMPT.search(turn.content)
@@ -497,22 +501,72 @@ def parse_turns(record: Record, context: ImportContext, *, with_parts: bool = Fa
             if tools and turn.role == "assistant":
                 # Models write tool calls in tags within the text.
                 texts = [match["call"] for match in TOOL_CALL_TEXT.finditer(turn.content)]
-                parsed = [parse_tool_call(text, tools) or _parse_call(text) for text in texts]
+                parsed = [_parse_call(text, tools) for text in texts]
                 content = TOOL_CALL_TEXT.sub("", turn.content)
-                results = [turn._replace(content=content, calls=(*turn.calls, *parsed))]
+                turn = turn._replace(content=content, calls=(*turn.calls, *parsed))
+                results = [turn]
         last = turns[-1] if turns else None
-        if last and last.role == turn.role == "assistant" and (last.calls or not turn.content):
-            content = last.content or turn.content
-            turns[-1] = last._replace(content=content, calls=(*last.calls, *turn.calls))
+        is_answer = last is not None and last.role == turn.role == "assistant"
+        has_both = last is not None and bool(last.content and turn.content)
+        if last and is_answer and not has_both and (last.calls or not turn.content):
+            content, loss = last.content or turn.content, merge_loss((last, turn))
+            turns[-1] = Turn("assistant", content, (*last.calls, *turn.calls), loss)
         else:
             turns += results
-    if record.get("mask_history"):
+    if record.get("mask_history") is True:
         answers = [index for index, turn in enumerate(turns) if turn.role == "assistant"]
         for index in answers[:-1]:
             turns[index] = turns[index]._replace(loss=False)
     if turns:
         turns[0] = turns[0]._replace(tools=tools)
     return turns
+
+
+def merge_loss(turns: Sequence[Turn]) -> bool:
+    """Return the loss of turns that become one answer. Raises InvalidRowError if it differs."""
+    if len({turn.loss for turn in turns}) > 1:
+        raise InvalidRowError(
+            f"{len(turns)} turns of the assistant in a row, only some of them without loss",
+            "the same loss for the text and the tool calls of an answer",
+        )
+    return turns[0].loss
+
+
+def _sort_results(turns: Iterable[Any]) -> Iterator[Any]:
+    """Yield the turns, with consecutive tool results in the order of the calls that they name.
+
+    A result names its call by ID, or by its function if no other of these calls has it.
+    """
+    ids, names = list[object](), list[object]()
+    for is_result, group in itertools.groupby(turns, _is_result):
+        members = list(group)
+        if not is_result:
+            found = [call for turn in members for call in _list_raw_calls(turn)]
+            ids = [call["id"] for call in found if call.get("id")]
+            names = [call.get("name") for call in found]
+        for key, known in (("name", names), ("tool_call_id", ids)) if is_result else ():
+            stated = [turn.get(key) for turn in members]
+            unknown = [one for one in stated if one and one not in known]
+            if unknown and ids and known is ids:
+                raise InvalidRowError(
+                    f"a tool result with the tool_call_id {str(unknown[0])[:60]!r}",
+                    f"the ID of a call before it: {str(ids)[:80]}",
+                )
+            if all(known.count(one) == 1 for one in stated):
+                members.sort(key=lambda turn: known.index(turn.get(key)))
+        yield from members
+
+
+def _list_raw_calls(turn: object) -> list[Record]:
+    calls = as_list(turn.get("tool_calls")) if isinstance(turn, dict) else []
+    inner = [(one, one.get("function")) for one in calls if isinstance(one, dict)]
+    return [
+        {**call, **(function if isinstance(function, dict) else {})} for call, function in inner
+    ]
+
+
+def _is_result(turn: object) -> bool:
+    return isinstance(turn, dict) and get_role(turn) == "tool"
 
 
 def _parse_turn(turn: Record, context: ImportContext, *, with_parts: bool) -> Turn:
@@ -563,14 +617,19 @@ def _decode_json(value: object) -> object:
     if not isinstance(value, str):
         return remove_nulls(value)
     try:
-        return parse_json(value)
+        return parse_unique_json(value)
     except ValueError:
         return value
 
 
-def _parse_call(value: object) -> ToolCallPart:
-    call = ToolCallPart.from_json(value)
-    if call is None:
+def _parse_call(value: object, tools: Sequence[Record] = ()) -> ToolCallPart:
+    """Parse a tool call, and reject keys that it would lose, such as `parameters`."""
+    data = _decode_json(value) if isinstance(value, str) else value
+    inner = data.get("function") if isinstance(data, dict) else None
+    keys = {key for one in (data, inner) if isinstance(one, dict) for key in one}
+    is_xml = isinstance(data, str) and data.lstrip().startswith("<")
+    call = parse_tool_call(str(data), tools) if is_xml else ToolCallPart.from_json(data)
+    if call is None or not keys <= _CALL_PART_KEYS:
         expected = '{"name": text, "arguments": object}, optionally under `function`'
         raise InvalidRowError(f"the tool call {str(value)[:80]}", expected)
     return call
@@ -624,7 +683,8 @@ def _split_pair(turn: Any) -> list[Any]:
         return [turn]
     others = {key: value for key, value in turn.items() if key not in ("human", "assistant")}
     question = {"role": "user", "content": turn["human"]}
-    return [question, {**others, "role": "assistant", "content": turn["assistant"]}]
+    system = [{"role": "system", "content": others.pop("system")}] if others.get("system") else []
+    return [*system, question, {**others, "role": "assistant", "content": turn["assistant"]}]
 
 
 def _build_turn_error(turn: object) -> InvalidRowError:

@@ -74,6 +74,7 @@ from finesight.data.formats.conversation_rows import (
     list_calls,
     list_images,
     list_turn_texts,
+    merge_loss,
     parse_text,
     parse_turns,
     render_turns,
@@ -124,6 +125,8 @@ from finesight.errors import UserError
 
 _KINDS = ("image", "video")
 _TAGS = re.compile("(<image>|<video>)")
+_VIDEO_FIRST = re.compile(r"(?:<image>\s*)*<video>")
+_FOREIGN_TAGS = re.compile("<(?:image|video|tool_call|tool_response)>")
 IMAGE_PLACEHOLDER = re.compile(
     r"<\|vision_start\|>(?P<path>(?:(?!<\|vision_).)*)<\|vision_end\|>|<image>", re.DOTALL
 )
@@ -223,7 +226,8 @@ def _build_example(
             first question, and a question may be an image path.
     """
     videos = list_images(row.record, VIDEO_KEYS)
-    if videos:
+    is_marked = any(_VIDEO_FIRST.match(turn.content) for turn in turns if turn.role == "user")
+    if videos or is_marked:
         placeholder = re.compile(f"{placeholder.pattern}|<video>", re.DOTALL)
     tags = ("image", "video") if videos else ("image",)
     num_marked = {tag: sum(turn.content.count(f"<{tag}>") for turn in turns) for tag in tags}
@@ -602,7 +606,7 @@ def _parse_openai(row: SourceRow, context: ImportContext) -> ImportExample:
         # Each tool result is a turn of its own.
         for members in ([one] for one in group) if role == "tool" else [list(group)]:
             calls = tuple(chain.from_iterable(one.calls for one in members))
-            loss = all(one.loss for one in members)
+            loss = merge_loss(members)
             contents = [one.content for one in members if one.content]
             merged.append(Turn(role, contents, calls, loss, members[0].tools))
     return build_turns_example(row, context, merged, parse_turn, media)
@@ -705,6 +709,11 @@ def detect_samples(records: Sequence[Record]) -> str | None:
 
 
 def _is_sample(record: Record) -> bool:
+    """Return whether a record is a sample whose texts have no tags of other formats."""
+    turns: list[Any] = as_list(record.get("messages"))
+    texts = [one.get("content") for one in turns]
+    if any(isinstance(text, str) and _FOREIGN_TAGS.search(text) for text in texts):
+        return False
     try:
         sample_from_dict({**record, "id": ""}, "")
     except UserError:

@@ -157,7 +157,7 @@ IMAGE_KEYS = ("image", "images")
 VIDEO_KEYS = ("video", "videos")
 
 _PLACEHOLDERS = re.compile(
-    r"<\|(?:vision|image|video|box|quad|object_ref)_\w+\|>|<img>|<(?:box|quad)>\s*[(\[]"
+    r"<\|(?:vision|image|video|box|quad|object_ref)(?:_\w+)?\|>|<img>|<(?:box|quad)>\s*[(\[]"
     r"|<image>|<bbox>|<ref-object>"
 )
 
@@ -518,7 +518,8 @@ def split_preference(record: Record) -> list[Record]:
     if all(isinstance(record.get(key), str | list | dict) and record[key] for key in pair):
         if "question" in others and "prompt" not in others:
             others["prompt"] = others.pop("question")
-        if isinstance(others.get("prompt"), str) and all(_has_question(record[k]) for k in pair):
+        prompt = others.get("prompt")
+        if isinstance(prompt, str) and all(_has_question(record[k], prompt) for k in pair):
             del others["prompt"]  # a copy of the question in the turns
         for question, key in (("instruction", "output"), ("prompt", "completion")):
             if question in others:
@@ -538,11 +539,17 @@ def split_preference(record: Record) -> list[Record]:
     return [dict(record)]
 
 
-def _has_question(turns: object) -> bool:
-    """Return whether an answer of a preference row is a conversation with its question."""
-    first = turns[0] if isinstance(turns, list) and turns else None
-    names = (first.get("role"), first.get("from")) if isinstance(first, dict) else ()
-    return any(name in ("user", "human", "system") for name in names)
+def _has_question(turns: object, prompt: str) -> bool:
+    """Return whether an answer of a preference row is a conversation with this prompt."""
+    asked = [
+        one.get("content") or one.get("value")
+        for one in (turns if isinstance(turns, list) else ())
+        if isinstance(one, dict)
+        and {one.get("role"), one.get("from")} & {"user", "human", "system"}
+    ]
+    return any(
+        isinstance(one, str) and (one.strip() in prompt or prompt.strip() in one) for one in asked
+    )
 
 
 def decode_json_list(text: str, item_types: tuple[type, ...]) -> object:

@@ -154,6 +154,7 @@ NOTE_OMITTED_CLASSES = (
     "classes of objects without a valid box or polygon (not in the question about their image)"
 )
 NOTE_NO_POINTS = "objects without points (not in the answer)"
+NOTE_UNLABELED = "keypoints of visibility 0 (not in the answer)"
 NOTE_PARTS = "further parts of objects (each a polygon of its own)"
 NOTE_HOLES = "holes in masks (filled)"
 NOTE_OMITTED_BOXES = "boxes of these classes (not in the answer)"
@@ -361,7 +362,7 @@ NO_OBJECTS_ANSWER = "none"
 
 REASON_OBJECT_WITHOUT_BOX = (
     "images with objects without a valid box or polygon, for which the question would ask; to"
-    " import them, remove these objects from the annotations"
+    " import them, remove these objects from the annotations, or give --box-task points for points"
 )
 REASON_UNLISTED_CLASSES = (
     "images with objects without a valid box or polygon, for which the question would ask; to"
@@ -428,7 +429,11 @@ def build_detection_examples(
                 remedy="omit the option, or annotate points",
             )
         context.row_notes[NOTE_NO_POINTS] += sum(not one.points for one in objects)
-        objects = [ObjectAnnotation(*point) for one in objects for point in one.points]
+        objects = [
+            ObjectAnnotation(*point, attributes=one.attributes)
+            for one in objects
+            for point in one.points
+        ]
     check_limit(len(objects), MAX_BOXES, "boxes")
     images = RowImages(context)
     image_part = images.add_image(image)
@@ -653,15 +658,20 @@ def check_declared_size(
         if context.lenient:
             return
         raise
-    if not all(isinstance(side, int) for side in declared) or declared == actual:
+    try:
+        height, width = (float(str(side)) for side in declared)
+    except ValueError:
         return
-    message = f"the boxes refer to an image of {declared[1]} x {declared[0]} pixels, the image has "
+    # Some tools write 0 for an unknown size.
+    if (height, width) == actual or not height * width:
+        return
+    message = f"the boxes refer to an image of {width:g} x {height:g} pixels, the image has "
     message += f"{actual[1]} x {actual[0]}"
     with open_image_header(image_path) as image:
         is_transposed = read_exif_orientation(image) in TRANSPOSED_ORIENTATIONS
     expected = "the annotated image in its original size"
     remedy = "use the annotated images instead of resized or cropped copies"
-    if declared == actual[::-1] and is_transposed:
+    if (width, height) == actual and is_transposed:
         message += " after EXIF rotation: it was annotated before rotation"
         expected = "boxes in the image after EXIF rotation"
         remedy = "remove the EXIF orientation from the images, so that they match the annotations,"

@@ -51,6 +51,7 @@ from finesight.data.formats.dataset_format import (
 )
 from finesight.data.formats.image_annotations import (
     LOST_WHITESPACE,
+    NOTE_UNLABELED,
     ObjectAnnotation,
     Outlines,
     assign_text_file,
@@ -66,6 +67,7 @@ from finesight.data.line_index import open_data_file
 from finesight.data.row_reader import (
     ROW_SUFFIXES,
     SNIFF_BYTES,
+    FolderListing,
     Record,
     RowReader,
     SourceRow,
@@ -104,6 +106,10 @@ def open_folder(source: Path) -> tuple[RowReader, str] | None:
         return SourceRow(row_number, str(image), record, source.stem)
 
     reason = f"{num_with_text} images with a text file of the same name"
+    stems, used = set(map(_get_pair_key, images)), {*images, *texts.values()}
+    others = [one for one in listing.files if one not in used or _get_pair_key(one) not in stems]
+    if others:
+        reason += f"; other files, not read: {FolderListing(source, tuple(others))}"
     return rows_from_items(images, make_row), reason
 
 
@@ -387,6 +393,10 @@ def _build_rows(
     parts = ", ".join(f"{split} {count}" for split, count in counts.items())
     reason = f"{detected_by}: {format_count(len(names), 'class')}"
     reason += f", images: {parts}" if parts else ""
+    stems = {image.stem for _, image in images}
+    texts = list_folder(source if source.is_dir() else source.parent).files_with_suffix(".txt")
+    num_others = sum(one.stem not in stems and _is_label_file(one) for one in texts)
+    reason += f"; {num_others} label files of no listed image" if num_others else ""
     return rows_from_items(images, make_row), reason
 
 
@@ -579,9 +589,14 @@ def _iter_first_lines(images: Iterable[tuple[str, Path]]) -> Iterator[str]:
         yield from (line for line in lines[: len(lines) - is_cut] if line.strip())
 
 
+def _is_label_file(file: Path) -> bool:
+    with open_data_file(file) as content:
+        return len(_parse_values(content.readline(SNIFF_BYTES).decode("utf-8", "replace"))) >= 4
+
+
 def _parse_values(line: str) -> list[float]:
     """Return the numbers after the class ID of a label line; empty if the line is invalid."""
-    class_id, *fields = line.split()
+    class_id, *fields = line.split() or [""]
     with contextlib.suppress(ValueError):
         return [float(field) for field in fields] if class_id.isdecimal() else []
     return []
@@ -668,6 +683,9 @@ def _parse_label_line(
             for name, entry in zip(names, entries, strict=True)
             if any(entry[:2]) and all(entry[2:])
         ]
+        num_given = sum(any(entry[:2]) for entry in entries)
+        is_points = context.box_task == "points"
+        context.row_notes[NOTE_UNLABELED] += (num_given - len(points)) * is_points
         return ObjectAnnotation(label, values[:4], points=points)
     corners = [*zip(values[::2], values[1::2], strict=True)]
     outlines = Outlines([corners])

@@ -45,6 +45,7 @@ from PIL import Image
 from finesight.bounded_files import find_existing, parse_unique_json
 from finesight.data.boxes import (
     BoxConvention,
+    InvalidBoxError,
     find_bounds,
     translate_shape_errors,
 )
@@ -60,6 +61,7 @@ from finesight.data.formats.dataset_format import (
 from finesight.data.formats.image_annotations import (
     LOST_WHITESPACE,
     NO_OUTLINES,
+    NOTE_UNLABELED,
     BoolMask,
     ImageRecord,
     ObjectAnnotation,
@@ -139,24 +141,24 @@ def _open_coco(source: Path) -> tuple[RowReader, str] | None:
             expected="annotations with `bbox` (instances) or `caption`",
             remedy="use the document of the instances or of the captions",
         )
-    ids = count_ids("images", (one.get("id") for one in images), source)
-    count_ids("categories", (one.get("id") for one in categories), source)
+    ids = count_ids("images", (_get_id(one, "id") for one in images), source)
+    count_ids("categories", (_get_id(one, "id") for one in categories), source)
     folder = find_image_folder(source, [_get_file_name(image) for image in images])
     names = {
-        str(item.get("id")): item["name"]
+        _get_id(item, "id"): item["name"]
         for item in categories
         if isinstance(item.get("name"), str) and item["name"].strip()
     }
     by_image: defaultdict[str, list[Record]] = defaultdict(list)
     num_keypoints: defaultdict[str, int] = defaultdict(int)
     for annotation in annotations:
-        by_image[str(annotation.get("image_id"))].append(annotation)
-        category = str(annotation.get("category_id"))
+        by_image[_get_id(annotation, "image_id")].append(annotation)
+        category = _get_id(annotation, "category_id")
         count = min(MAX_BOXES, len(as_list(annotation.get("keypoints"))) // 3)
         num_keypoints[category] = max(num_keypoints[category], count)
     keypoints: dict[str, list[str]] = {}
     for item in categories:
-        category, key_names = str(item.get("id")), as_list(item.get("keypoints"))
+        category, key_names = _get_id(item, "id"), as_list(item.get("keypoints"))
         numbers = range(len(key_names) + 1, num_keypoints[category] + 1)
         keypoints[category] = [f"{item.get('name')} {one}" for one in (*key_names, *numbers)]
 
@@ -166,7 +168,7 @@ def _open_coco(source: Path) -> tuple[RowReader, str] | None:
             "id": Path(name).stem,
             "image": image,
             "path": str(find_existing(folder, name) or folder / name),
-            "annotations": by_image.get(str(image.get("id")), []),
+            "annotations": by_image.get(_get_id(image, "id"), []),
             "names": names if has_boxes else None,
             "classes": list(names.values()),
             "keypoints": keypoints,
@@ -178,6 +180,13 @@ def _open_coco(source: Path) -> tuple[RowReader, str] | None:
     label_key = "bbox" if has_boxes else "caption"
     reason = f"images, annotations with {label_key}: COCO {task}, images in {folder}"
     num_unlisted = sum(image_id not in ids for image_id in by_image)
+    if num_unlisted == len(by_image):
+        raise UserError(
+            f"no annotation has the image_id of an image, such as {min(ids)}",
+            where=str(source),
+            expected=f"IDs of images instead of {', '.join(by_image)[:80]}",
+            remedy="correct `image_id` of the annotations, or `id` of the images",
+        )
     if num_unlisted:
         reason += f"; annotations of {num_unlisted} images that it does not list"
     other_keys: Counter[str] = Counter()
@@ -208,7 +217,7 @@ def _parse_coco(row: SourceRow, context: ImportContext) -> list[ImportExample]:
         ObjectAnnotation(
             _get_class_name(one, names),
             *_find_box(one, context, size, use_polygons=is_coco),
-            points=_list_points(one, row.record["keypoints"]),
+            points=_list_points(one, row.record["keypoints"], context),
         )
         for one in annotations
         if "caption" not in one or not _OBJECT_KEYS.isdisjoint(one)
@@ -323,17 +332,32 @@ def _read_outlines(
 
 
 def _list_points(
-    annotation: Record, names: Mapping[str, Sequence[str]]
+    annotation: Record, names: Mapping[str, Sequence[str]], context: ImportContext
 ) -> list[tuple[str, Sequence[object]]]:
     """Return the labeled keypoints of an annotation with their names."""
     flat = as_list(annotation.get("keypoints"))
-    category_names = names.get(str(annotation.get("category_id")), ())
-    columns = zip(category_names, flat[::3], flat[1::3], flat[2::3], strict=False)
+    if context.box_task != "points":
+        return []
+    if len(flat) % 3 or not all(visibility in (0, 1, 2) for visibility in flat[2::3]):
+        raise InvalidBoxError(
+            f"the keypoints {str(flat)[:80]}",
+            expected="x, y and the visibility 0, 1 or 2 of each keypoint",
+            remedy="correct the annotation, or remove its keypoints",
+        )
+    category_names = names.get(_get_id(annotation, "category_id"), ())
+    columns = [*zip(category_names, flat[::3], flat[1::3], flat[2::3], strict=False)]
+    context.row_notes[NOTE_UNLABELED] += sum(not v and bool(x or y) for _, x, y, v in columns)
     return [(name, (x, y)) for name, x, y, visibility in columns if visibility]
 
 
+def _get_id(item: Record, key: str) -> str:
+    """Return an ID as text; pandas writes whole numbers as 1.0."""
+    value = item.get(key)
+    return str(int(value) if isinstance(value, float) and value.is_integer() else value)
+
+
 def _get_class_name(annotation: Record, names: dict[str, str]) -> str:
-    category = str(annotation.get("category_id"))
+    category = _get_id(annotation, "category_id")
     if category not in names:
         raise UserError(
             f"annotation {annotation.get('id')} is of category {category}",

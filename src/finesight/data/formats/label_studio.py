@@ -551,8 +551,11 @@ def _parse_region(
     region: Record, context: ImportContext, project: ProjectLabels
 ) -> Iterator[ObjectAnnotation]:
     """Yield the box of a region with each of its labels, or its labels without a box."""
-    context.shape_notes["choices of regions (ignored)"] += "choices" in region
     labels = _get_labels(region)
+    is_read = _has_bounds(region) and context.box_task != "points"
+    for kind in _ANSWER_KEYS:
+        is_ignored = kind in region and not (is_read and kind == "text")
+        context.row_notes[f"{kind} of regions (ignored)"] += is_ignored
     if not _has_bounds(region):
         enclose_shape(f"regions of type {region['type']}", None, context)
         points = _list_points(region)
@@ -570,7 +573,10 @@ def _parse_region(
     if not project.text_classes:
         yield from (replace(shape, label=label) for label in labels)
     elif text.strip():
-        yield replace(shape, label=text, attributes={"class": labels[0]} if labels else {})
+        further = {"further_classes": labels[1:]} if len(labels) > 1 else {}
+        yield replace(
+            shape, label=text, attributes={"class": labels[0], **further} if labels else {}
+        )
     else:
         context.shape_notes[NOTE_NO_TEXT] += 1
         if not project.text_classes.isdisjoint(labels or [UNKNOWN_LABEL]):

@@ -166,7 +166,7 @@ def _find_row_meaning(key: str, value: object, image_names: Collection[str]) -> 
     is_structure = isinstance(value, list | tuple | dict)
     name = "_".join(words)
     is_json = is_structure or (isinstance(value, str) and value.lstrip().startswith(("[", "{")))
-    if is_json and _has(words, _TOOLS):
+    if is_json and _has(words, _TOOLS) and words[-1] != "choice":
         return TOOL_CALLS
     is_score = isinstance(value, int | float) and not isinstance(value, bool)
     if (_has(words, _PREFERENCE) and not is_score) or (name == "label" and value is False):
@@ -176,7 +176,9 @@ def _find_row_meaning(key: str, value: object, image_names: Collection[str]) -> 
     is_long = is_structure or (isinstance(value, str) and (" " in value.strip() or len(value) > 12))
     if is_long and _has(words, _REASONING) and not _has(words, _ATTRIBUTE):
         return REASONING
-    if _ROW_LOSS.fullmatch(name) and not is_loss_default(key, value):
+    if (_ROW_LOSS.fullmatch(name) or (name == "loss" and value is False)) and not is_loss_default(
+        key, value
+    ):
         return LOSS
     is_label = _has(words, _SHAPE) and _count_numbers(value) >= 4
     return LABEL if not is_text and (is_label or name == "history") else None

@@ -17,7 +17,9 @@ from __future__ import annotations
 
 import os
 import re
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from xml.etree import ElementTree
 
@@ -51,7 +53,6 @@ from finesight.data.formats.image_annotations import (
     group_by_image,
     list_image_names,
     make_unique_stem,
-    parse_integer,
     require_inside_output,
     round_coordinate,
     trace_mask,
@@ -83,6 +84,7 @@ _OBJECT_TAGS = ("name", "bndbox", "part", *OBJECT_FLAGS)
 NOTE_PARTS = "parts of objects (ignored)"
 CORNERS = ("xtl", "ytl", "xbr", "ybr")
 _IMAGE_KEYS = ("id", "name", "width", "height")
+_SHAPE_KEYS = ("left", "top", "width", "height", "rle", "outside")
 REASON_NO_TAG = "images without a tag"
 MAX_NAME_CHARS = 64
 """Maximum number of characters of a label name in CVAT."""
@@ -135,11 +137,9 @@ def _parse_voc(row: SourceRow, context: ImportContext) -> list[ImportExample]:
     for element, used in elements:
         texts = ((child, (child.text or "").strip()) for child in element)
         children = [{child.tag: text or [one.tag for one in child]} for child, text in texts]
-        count_keys(children, used, element.tag, context.other_keys)
+        count_keys([*children, element.attrib], used, element.tag, context.other_keys)
     image = _find_image(file, root, required=not context.lenient)
-    height, width = (root.findtext(f"size/{side}", "").strip() for side in ("height", "width"))
-    # Some tools write 0 for an unknown size.
-    size = parse_integer(height) or None, parse_integer(width) or None
+    size = root.findtext("size/height"), root.findtext("size/width")
     return build_detection_examples(
         row, context, BoxConvention(), str(image), objects, declared_size=size
     )
@@ -189,15 +189,20 @@ def _read_classes(file: Path) -> tuple[bool, set[str], set[str]]:
 
 def _parse_object(element: ElementTree.Element, *, one_based: bool) -> ObjectAnnotation:
     label = element.findtext("name", "").strip()
-    if not label:
-        raise UserError("an object without a name", expected="<name>", remedy="name or remove it")
+    if not label or any(len(element.findall(tag)) > 1 for tag in ("name", "bndbox")):
+        what = (
+            f"an object with several names or boxes, {label!r}"
+            if label
+            else "an object without a name"
+        )
+        raise UserError(what, expected="one <name> and <bndbox>", remedy="correct or remove it")
     texts = [element.findtext(f"bndbox/{corner}", "").strip() for corner in BNDBOX_TAGS]
     coordinates = parse_coordinates(texts)
     if one_based:
         x1, y1, x2, y2 = coordinates
         coordinates = [round(x1 - 1, BOX_DECIMALS), round(y1 - 1, BOX_DECIMALS), x2, y2]
     flags = {flag: element.findtext(flag, "").strip() for flag in OBJECT_FLAGS}
-    attributes = {flag: int(value) for flag, value in flags.items() if value in ("0", "1")}
+    attributes = {k: int(v) if v in ("0", "1") else v for k, v in flags.items() if v}
     return ObjectAnnotation(label, coordinates, attributes=attributes)
 
 
@@ -268,7 +273,7 @@ def _open_cvat(source: Path) -> tuple[RowReader, str] | None:
     labeled = shapes or [tag for image in images for tag in image.iterfind("tag")]
     declared = [label.text or "" for label in root.iterfind("meta/*/labels/label/name")]
     used = {shape.get("label", "") for shape in labeled}
-    classes = [name for name in declared if name] or sorted(used - {""})
+    classes = [*dict.fromkeys([*filter(None, declared), *sorted(used - {""})])]
     points = sorted({name for image in images for one in image for name, _ in _list_points(one)})
 
     def make_row(row_number: int, image: ElementTree.Element) -> SourceRow:
@@ -286,7 +291,9 @@ def _open_cvat(source: Path) -> tuple[RowReader, str] | None:
     task = "shapes" if shapes else "tags"
     count = format_count(len(classes), "class")
     reason = f"<annotations> with <image>: CVAT {task} of {count}, images in {folder}"
-    return rows_from_items(images, make_row), reason
+    others = (one.tag for one in root if one.tag not in ("version", "meta", "image"))
+    other_keys = Counter(f"{tag} of files, not imported" for tag in others)
+    return replace(rows_from_items(images, make_row), other_keys=other_keys), reason
 
 
 def _parse_cvat(row: SourceRow, context: ImportContext) -> list[ImportExample]:
@@ -303,10 +310,14 @@ def _parse_cvat(row: SourceRow, context: ImportContext) -> list[ImportExample]:
             return []
         answer, meta = ", ".join(filter(None, tags)), {"classes": classes}
         return [build_text_example(row.id, row.record["path"], [answer], classes, context, meta)]
-    objects = [_parse_shape(shape, context) for shape in image]
-    used = (*CORNERS, "label", "occluded", "rotation", "points", "source", "z_order")
+    shown = [shape for shape in image if shape.get("outside") != "1"]
+    context.row_notes["shapes that are outside (skipped)"] += len(image) - len(shown)
+    inner = [*image.iterfind("*/points/attribute"), *image.iterfind("*/points[@occluded='1']")]
+    context.row_notes["attributes of points in skeletons (ignored)"] += len(inner)
+    objects = [_parse_shape(shape, context) for shape in shown]
+    used = (*CORNERS, "label", "occluded", "rotation", "points", "source", "z_order", *_SHAPE_KEYS)
     count_keys((shape.attrib for shape in image), used, "shapes", context.other_keys)
-    size = parse_integer(image.get("height", "")), parse_integer(image.get("width", ""))
+    size = image.get("height"), image.get("width")
     path = row.record["path"]
     return build_detection_examples(
         row, context, BoxConvention(), path, objects, declared_size=size
@@ -383,8 +394,7 @@ def _parse_geometry(
         if shape.tag == "polygon":
             kind, outlines = "polygons", Outlines([pairs])
     elif shape.tag == "mask":
-        names = "left", "top", "width", "height"
-        x, y, width, height = (float(shape.get(name, "")) for name in names)
+        x, y, width, height = (float(shape.get(name, "")) for name in _SHAPE_KEYS[:4])
         bounds = [x, y, x + width, y + height]
         if shape.get("rle") and context.box_task == "polygons":
             counts = [int(count) for count in shape.get("rle", "").split(",")]

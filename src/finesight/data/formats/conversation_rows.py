@@ -438,10 +438,8 @@ def build_turns_example(
     names = _list_media_names(part for message in messages for part in message.content)
     used = {"system", *find_turn_keys(row.record), *handled_keys, *["id"] * row.has_own_id}
     used |= {key for key in TURN_KEYS if not has_value(row.record.get(key))}
-    used |= {
-        *_list_tool_keys(row.record),
-        *["mask_history"] * (row.record.get("mask_history") is True),
-    }
+    is_masked = row.record.get("mask_history") is True
+    used |= {*_list_tool_keys(row.record), *["mask_history"] * is_masked}
     meta = sort_keys(row.record, used, ROWS, context.other_keys, names)
     return build_example(row.id, messages, meta, turns[0].tools if turns else ())
 
@@ -506,11 +504,9 @@ def parse_turns(record: Record, context: ImportContext, *, with_parts: bool = Fa
                 turn = turn._replace(content=content, calls=(*turn.calls, *parsed))
                 results = [turn]
         last = turns[-1] if turns else None
-        is_answer = last is not None and last.role == turn.role == "assistant"
-        has_both = last is not None and bool(last.content and turn.content)
-        if last and is_answer and not has_both and (last.calls or not turn.content):
+        if last and last.role == turn.role == "assistant" and not (last.content and turn.content):
             content, loss = last.content or turn.content, merge_loss((last, turn))
-            turns[-1] = Turn("assistant", content, (*last.calls, *turn.calls), loss)
+            turns[-1] = last._replace(content=content, calls=(*last.calls, *turn.calls), loss=loss)
         else:
             turns += results
     if record.get("mask_history") is True:
@@ -533,40 +529,23 @@ def merge_loss(turns: Sequence[Turn]) -> bool:
 
 
 def _sort_results(turns: Iterable[Any]) -> Iterator[Any]:
-    """Yield the turns, with consecutive tool results in the order of the calls that they name.
-
-    A result names its call by ID, or by its function if no other of these calls has it.
-    """
-    ids, names = list[object](), list[object]()
-    for is_result, group in itertools.groupby(turns, _is_result):
-        members = list(group)
-        if not is_result:
-            found = [call for turn in members for call in _list_raw_calls(turn)]
-            ids = [call["id"] for call in found if call.get("id")]
-            names = [call.get("name") for call in found]
-        for key, known in (("name", names), ("tool_call_id", ids)) if is_result else ():
-            stated = [turn.get(key) for turn in members]
-            unknown = [one for one in stated if one and one not in known]
-            if unknown and ids and known is ids:
-                raise InvalidRowError(
-                    f"a tool result with the tool_call_id {str(unknown[0])[:60]!r}",
-                    f"the ID of a call before it: {str(ids)[:80]}",
-                )
-            if all(known.count(one) == 1 for one in stated):
-                members.sort(key=lambda turn: known.index(turn.get(key)))
+    """Yield the turns, with consecutive tool results in the order of the calls of their IDs."""
+    ids: list[object] = []
+    pairs = ((isinstance(one, dict) and get_role(one) == "tool", one) for one in turns)
+    for is_result, group in itertools.groupby(pairs, itemgetter(0)):
+        members = [turn for _, turn in group]
+        if is_result:
+            stated = [turn.get("tool_call_id") for turn in members]
+            unknown = [one for one in stated if ids and has_value(one) and one not in ids]
+            if unknown:
+                what = f"a tool result with the tool_call_id {str(unknown[0])[:60]!r}"
+                raise InvalidRowError(what, f"the ID of a call before it: {str(ids)[:80]}")
+            if all(one in ids for one in stated):
+                members.sort(key=lambda turn: ids.index(turn["tool_call_id"]))
+        calls = [turn.get("tool_calls") for turn in members if isinstance(turn, dict)]
+        found = itertools.chain.from_iterable(map(as_list, calls))
+        ids = [one["id"] for one in found if isinstance(one, dict) and has_value(one.get("id"))]
         yield from members
-
-
-def _list_raw_calls(turn: object) -> list[Record]:
-    calls = as_list(turn.get("tool_calls")) if isinstance(turn, dict) else []
-    inner = [(one, one.get("function")) for one in calls if isinstance(one, dict)]
-    return [
-        {**call, **(function if isinstance(function, dict) else {})} for call, function in inner
-    ]
-
-
-def _is_result(turn: object) -> bool:
-    return isinstance(turn, dict) and get_role(turn) == "tool"
 
 
 def _parse_turn(turn: Record, context: ImportContext, *, with_parts: bool) -> Turn:

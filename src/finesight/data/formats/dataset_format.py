@@ -541,15 +541,14 @@ def split_preference(record: Record) -> list[Record]:
 
 def _has_question(turns: object, prompt: str) -> bool:
     """Return whether an answer of a preference row is a conversation with this prompt."""
-    asked = [
-        one.get("content") or one.get("value")
-        for one in (turns if isinstance(turns, list) else ())
-        if isinstance(one, dict)
-        and {one.get("role"), one.get("from")} & {"user", "human", "system"}
-    ]
-    return any(
-        isinstance(one, str) and (one.strip() in prompt or prompt.strip() in one) for one in asked
-    )
+    for turn in turns if isinstance(turns, list) else ():
+        names = (turn.get("role"), turn.get("from")) if isinstance(turn, dict) else ()
+        text = (turn.get("content") or turn.get("value")) if any(names) else None
+        if any(name in ("user", "human", "system") for name in names) and (
+            not isinstance(text, str) or text.strip() in prompt or prompt.strip() in text
+        ):
+            return True
+    return False
 
 
 def decode_json_list(text: str, item_types: tuple[type, ...]) -> object:

@@ -395,8 +395,9 @@ def _build_rows(
     reason += f", images: {parts}" if parts else ""
     stems = {image.stem for _, image in images}
     texts = list_folder(source if source.is_dir() else source.parent).files_with_suffix(".txt")
-    num_others = sum(one.stem not in stems and _is_label_file(one) for one in texts)
-    reason += f"; {num_others} label files of no listed image" if num_others else ""
+    others = [("", one) for one in texts if one.stem not in stems]
+    if any(len(_parse_values(line)) >= 4 for line in _iter_first_lines(others)):
+        reason += f"; {len(others)} .txt files of no listed image, not read"
     return rows_from_items(images, make_row), reason
 
 
@@ -587,11 +588,6 @@ def _iter_first_lines(images: Iterable[tuple[str, Path]]) -> Iterator[str]:
         lines = start.decode("utf-8", "replace").splitlines()
         is_cut = len(start) == SNIFF_BYTES and len(lines) > 1
         yield from (line for line in lines[: len(lines) - is_cut] if line.strip())
-
-
-def _is_label_file(file: Path) -> bool:
-    with open_data_file(file) as content:
-        return len(_parse_values(content.readline(SNIFF_BYTES).decode("utf-8", "replace"))) >= 4
 
 
 def _parse_values(line: str) -> list[float]:

@@ -573,10 +573,9 @@ def _parse_region(
     if not project.text_classes:
         yield from (replace(shape, label=label) for label in labels)
     elif text.strip():
-        further = {"further_classes": labels[1:]} if len(labels) > 1 else {}
-        yield replace(
-            shape, label=text, attributes={"class": labels[0], **further} if labels else {}
-        )
+        attributes = {"class": labels[0]} if labels else {}
+        attributes |= {"further_classes": ", ".join(labels[1:])} if labels[1:] else {}
+        yield replace(shape, label=text, attributes=attributes)
     else:
         context.shape_notes[NOTE_NO_TEXT] += 1
         if not project.text_classes.isdisjoint(labels or [UNKNOWN_LABEL]):

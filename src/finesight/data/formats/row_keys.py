@@ -176,9 +176,8 @@ def _find_row_meaning(key: str, value: object, image_names: Collection[str]) -> 
     is_long = is_structure or (isinstance(value, str) and (" " in value.strip() or len(value) > 12))
     if is_long and _has(words, _REASONING) and not _has(words, _ATTRIBUTE):
         return REASONING
-    if (_ROW_LOSS.fullmatch(name) or (name == "loss" and value is False)) and not is_loss_default(
-        key, value
-    ):
+    is_loss = _ROW_LOSS.fullmatch(name) or (name == "loss" and value is False)
+    if is_loss and not is_loss_default(key, value):
         return LOSS
     is_label = _has(words, _SHAPE) and _count_numbers(value) >= 4
     return LABEL if not is_text and (is_label or name == "history") else None

@@ -190,11 +190,8 @@ def _read_classes(file: Path) -> tuple[bool, set[str], set[str]]:
 def _parse_object(element: ElementTree.Element, *, one_based: bool) -> ObjectAnnotation:
     label = element.findtext("name", "").strip()
     if not label or any(len(element.findall(tag)) > 1 for tag in ("name", "bndbox")):
-        what = (
-            f"an object with several names or boxes, {label!r}"
-            if label
-            else "an object without a name"
-        )
+        what = f"an object with several names or boxes, {label!r}"
+        what = what if label else "an object without a name"
         raise UserError(what, expected="one <name> and <bndbox>", remedy="correct or remove it")
     texts = [element.findtext(f"bndbox/{corner}", "").strip() for corner in BNDBOX_TAGS]
     coordinates = parse_coordinates(texts)

@@ -524,8 +524,11 @@ def _open_parquet(source: Path) -> RowReader:
     found = read_parquet_metadata(source)
     check_row_count(source, found.num_rows)
     with translate_parquet_errors(source):
-        names = found.schema.to_arrow_schema().names
-    _reject_duplicate_columns(names, str(source), "rename the columns")
+        schema = found.schema.to_arrow_schema()
+    _reject_duplicate_columns(schema.names, str(source), "rename the columns")
+    features: Any = {}
+    with contextlib.suppress(LookupError, TypeError, ValueError):
+        features = parse_unique_json(schema.metadata[b"huggingface"])["info"]["features"]
 
     def iter_range(start: int, stop: int) -> Iterator[SourceRow]:
         with translate_parquet_errors(source), open_parquet(source) as parquet_file:
@@ -539,9 +542,27 @@ def _open_parquet(source: Path) -> RowReader:
                 records = (one for batch in batches for one in iter_records(batch, str(source)))
                 for number, record in enumerate(records, start=first + 1):
                     if start < number <= stop:
+                        record = _name_classes(record, features) if features else record
                         yield SourceRow(number, f"row {number}", record, source.stem)
 
     return RowReader(found.num_rows, iter_range)
+
+
+def _name_classes(value: Any, feature: Any) -> Any:
+    """Replace class numbers by names, as the features of the datasets library describe them."""
+    feature = {"feature": feature[0]} if isinstance(feature, list) and feature else feature
+    if not isinstance(feature, dict):
+        return value
+    inner = feature.get("feature", feature)
+    if isinstance(value, list):
+        return [_name_classes(one, inner) for one in value]
+    if isinstance(value, dict):
+        fields = inner if isinstance(inner, dict) else {}
+        return {key: _name_classes(one, fields.get(key)) for key, one in value.items()}
+    names = feature.get("names")
+    if feature.get("_type") == "ClassLabel" and isinstance(names, list) and type(value) is int:
+        return str(names[value]) if 0 <= value < len(names) else value
+    return value
 
 
 TEXT_SUFFIXES = frozenset({"txt", "text", "caption", "transcript", "cls", "id", "index"})

@@ -645,12 +645,15 @@ def format_prompt(
 
 
 def check_declared_size(
-    declared: tuple[object, object], image_path: Path, context: ImportContext
+    declared: tuple[object, object],
+    image_path: Path,
+    context: ImportContext,
+    others: Set[tuple[float, float]] = frozenset(),
 ) -> None:
     """Raise InvalidBoxError if an image has another size than its annotation file declares.
 
     The boxes would then be in another coordinate frame: before EXIF rotation, or of a resized
-    image.
+    image. The sizes `others` are valid, too.
     """
     try:
         actual = context.images.image_size(image_path)
@@ -663,7 +666,7 @@ def check_declared_size(
     except ValueError:
         return
     # Some tools write 0 for an unknown size.
-    if (height, width) == actual or not height * width:
+    if (height, width) in {actual, *others} or not height * width:
         return
     message = f"the boxes refer to an image of {width:g} x {height:g} pixels, the image has "
     message += f"{actual[1]} x {actual[0]}"

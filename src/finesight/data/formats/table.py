@@ -49,7 +49,7 @@ from finesight.data.formats.dataset_format import (
     forbid_drop,
     make_text_part,
 )
-from finesight.data.formats.image_annotations import NO_OBJECTS_ANSWER
+from finesight.data.formats.image_annotations import NO_OBJECTS_ANSWER, check_declared_size
 from finesight.data.formats.row_keys import (
     LOSS,
     PREFERENCE,
@@ -430,6 +430,12 @@ def parse_row(row: SourceRow, context: ImportContext) -> ImportExample:
     if question is not None:
         parts = _place_images(parts, _get_text(question, "question"))
     boxes, omitted = _create_boxes(row, context, images)
+    units = context.resolve_convention(get_default_convention(context.columns.get("box", ""))).units
+    if boxes and units == "pixel":
+        # Columns of a size next to boxes are those of the image, or of the box.
+        declared = row.record.get("height"), row.record.get("width")
+        extents = {(box.xyxy[3] - box.xyxy[1], box.xyxy[2] - box.xyxy[0]) for box in boxes}
+        check_declared_size(declared, images.paths[0], context, extents)
     content = _omit_classes(context.add_prompt(parts), omitted, boxes)
     user = Message(role="user", content=content)
     line_end = "\n" if boxes else ""

@@ -13,6 +13,7 @@ from finesight.data.boxes import (
     BoxConvention,
     BoxFormat,
     BoxUnits,
+    TextBox,
     clip_to_image,
     iou,
     iter_json_values,
@@ -143,6 +144,14 @@ def test_brackets_that_never_close_take_linear_time(text: str) -> None:
 )
 def test_text_and_boxes_alternate(text: str, pieces: list[object]) -> None:
     assert list(split_at_boxes(text)) == pieces
+
+
+@pytest.mark.parametrize("more", ['"label": "cat"', '"text_content": "cat"'])
+def test_keys_that_a_box_would_lose_stay_in_the_text(more: str) -> None:
+    text = f'[{{"bbox_2d": [1, 2, 3, 4], "label": "dog", {more}}}]'
+    ((start, box, end),) = [piece for piece in split_at_boxes(text) if isinstance(piece, list)]
+    assert isinstance(box, TextBox)
+    assert f"{start}[1, 2, 3, 4]{end}" == text
 
 
 def test_fences_around_boxes_and_optional_labels():

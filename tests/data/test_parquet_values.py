@@ -84,6 +84,18 @@ def test_times_inside_of_lists_and_structs(tmp_path: Path) -> None:
     assert str(record["map"]) == "[{'key': 'a', 'value': None}]"
 
 
+def test_class_numbers_have_the_names_of_the_features(tmp_path: Path) -> None:
+    named = {"names": ["cat", "dog"], "_type": "ClassLabel"}
+    features = {"label": named, "objects": {"feature": {"kind": named}, "_type": "Sequence"}}
+    features |= {"list": [{"kind": named}], "n": {"dtype": "int64", "_type": "Value"}}
+    rows = [{"label": 1, "objects": {"kind": [0, 7]}, "list": [{"kind": 1}], "n": 1}]
+    metadata = {"huggingface": json.dumps({"info": {"features": features}})}
+    table = pyarrow.Table.from_pylist(rows).replace_schema_metadata(metadata)
+    parquet.write_table(table, tmp_path / "a.parquet")
+    expected = {"label": "dog", "objects": {"kind": ["cat", 7]}, "list": [{"kind": "dog"}], "n": 1}
+    assert read(tmp_path / "a.parquet") == [expected]
+
+
 def test_text_that_is_not_utf_8(tmp_path: Path) -> None:
     text = pyarrow.array([b"\xff\xfe"]).view(pyarrow.string())
     with pytest.raises(UserError, match="cannot be read as Parquet"):

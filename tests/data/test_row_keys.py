@@ -212,6 +212,16 @@ def test_preference_rows_become_pairs(tmp_path: Path, name: str) -> None:
     assert set(sample.meta) <= {"score_chosen"}
 
 
+def test_prompt_beside_turns_is_a_copy_or_part_of_the_question(tmp_path: Path) -> None:
+    pair = {
+        "chosen": [{"role": "user", "content": "Where?"}, {"role": "assistant", "content": "a"}]
+    }
+    pair["rejected"] = [pair["chosen"][0], {"role": "assistant", "content": "b"}]
+    for prompt, expected in (("Where?\n", "Where?"), ("Be brief.", "Be brief.\nWhere?")):
+        (sample,) = parse({"prompt": prompt, **pair}, tmp_path)[0].to_train_samples()
+        assert join_text(sample.messages[0].content) == expected
+
+
 @each("label", CASES["test_labels_of_rows_are_verdicts"])
 @each(
     "row",

@@ -152,12 +152,14 @@ def test_document_names_the_image_folder(tmp_path: Path) -> None:
     assert str(root / "annotations" / "images") in caught.value.expected
 
 
-@pytest.mark.parametrize(("change", "what"), CASES["test_invalid_annotations_are_rejected"])
-def test_invalid_annotations_are_rejected(tmp_path, change, what):
+@pytest.mark.parametrize("case", CASES["test_invalid_annotations_are_rejected"])
+def test_invalid_annotations_are_rejected(tmp_path, case):
+    change, what, *task = case
     document = instances()
     document["annotations"][2].update(change)
+    wishes = {"box_task": task[0]} if task else {}
     with pytest.raises(UserError, match=what) as caught:
-        import_samples(write(tmp_path / "coco", document), tmp_path / "out")
+        import_samples(write(tmp_path / "coco", document), tmp_path / "out", **wishes)
     assert "image 37777 (000000037777.png)" in caught.value.what
     assert not (tmp_path / "out").exists()
 
@@ -183,6 +185,14 @@ def test_unlisted_and_duplicate_image_ids(tmp_path: Path) -> None:
     file = write(tmp_path / "coco", document)
     _, summary = import_samples(file, tmp_path / "out")
     assert summary.detected_by.endswith("; annotations of 1 images that it does not list")
+    for one in document["annotations"]:  # as pandas writes them
+        one |= {"image_id": float(one["image_id"]), "category_id": float(one["category_id"])}
+    samples, _ = import_samples(write(tmp_path / "coco", document), tmp_path / "floats")
+    assert [len(answer) for answer in list_answers(samples)] == [2, 2, 1]
+    others = [one | {"image_id": one["image_id"] + 0.5} for one in document["annotations"]]
+    file = write(tmp_path / "others", {**document, "annotations": others})
+    with pytest.raises(UserError, match="no annotation has the image_id of an image"):
+        import_samples(file, tmp_path / "other")
     document["categories"][2]["name"] = "dog"
     samples, _ = import_samples(write(tmp_path / "coco", document), tmp_path / "same")
     assert list_questions(samples)[0].endswith(": dog, person.")

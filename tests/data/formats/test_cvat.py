@@ -69,6 +69,21 @@ def test_tags_are_classes(root: Path, tmp_path: Path) -> None:
         import_samples(write_document(root, ""), tmp_path / "none")
 
 
+def test_hidden_shapes_attributes_of_points_and_tracks_are_counted(root, tmp_path) -> None:
+    hidden = '<box label="dog" outside="1" xtl="1" ytl="1" xbr="5" ybr="5"/>'
+    point = f'<points label="eye" points="1,2" occluded="1">{ATTRIBUTE}</points>'
+    skeleton = f'<skeleton label="dog">{point.replace("1,2", "3,4")}</skeleton>'
+    shapes = [hidden, BOX.format(""), point, skeleton]
+    source = write_document(root, "".join(shapes))
+    file = source / "annotations.xml"
+    file.write_text(file.read_text().replace("</annotations>", "<track/></annotations>"))
+    samples, summary = import_samples(source, tmp_path / "out", box_task="points")
+    assert samples[0].meta["boxes"] == [{}, {"breed": "Pug", "occluded": 1}]
+    assert summary.source_notes["shapes that are outside (skipped)"] == 1
+    assert summary.source_notes["attributes of points in skeletons (ignored)"] == 2
+    assert summary.other_keys == {"track of files, not imported": 1}
+
+
 @pytest.mark.parametrize(
     ("shapes", "meta", "what"),
     [

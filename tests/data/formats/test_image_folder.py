@@ -39,6 +39,10 @@ def test_text_file_is_the_answer(root: Path, tmp_path: Path) -> None:
     assert list_questions(samples) == ["What is this?"] * 2
     assert [sample.id for sample in samples] == ["a", "b"]
     assert summary.detected_by == "2 images with a text file of the same name"
+    (root / "d.txt").write_text("no image", encoding="utf-8")
+    (root / "a.caption").write_text("another text", encoding="utf-8")
+    _, other = import_samples(root, tmp_path / "others", prompt="What is this?")
+    assert other.detected_by.endswith("name; other files, not read: 1 .caption, 1 .txt")
     assert summary.skipped_rows == {"images without a text file of the same name": 1}
     with pytest.raises(UserError, match="without text") as caught:
         import_samples(root, tmp_path / "other")

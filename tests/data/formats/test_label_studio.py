@@ -138,14 +138,16 @@ def test_invalid_regions(root: Path, tmp_path: Path, result: dict[str, Any], wha
 
 def test_texts_of_regions(root: Path, tmp_path: Path) -> None:
     text = region(None, x=30, y=15, width=50, height=70, text=["Total 12"]) | {"type": "textarea"}
-    results = [region("Text"), text, region("Logo", id="logo")]
+    rating = region(None, x=30, y=15, width=50, height=70, rating=4) | {"type": "rating"}
+    results = [region("Text"), text, rating, region("Logo", id="logo")]
     unread = [*results, region("Text", id="unread")]
     tasks = [{"annotations": [annotation(*one)]} for one in (results, unread)]
     samples, summary = import_samples(write_tasks(root, *tasks), tmp_path / "out")
     assert list_questions(samples) == [SPOTTING_PROMPT]
     assert list_answers(samples) == [[("Total 12", WHITE)]]
     assert samples[0].meta["boxes"] == [{"class": "Text"}]
-    assert summary.source_notes == {"regions without text (skipped)": 3}
+    notes = {"regions without text (skipped)": 3, "rating of regions (ignored)": 2}
+    assert summary.source_notes == notes
     assert summary.skipped_rows == {REASON_OBJECT_WITHOUT_BOX: 1}
     located_samples = [LocatedSample(sample, tmp_path / "out") for sample in samples]
     export_dataset(located_samples, tmp_path / "exported", "label-studio", copy_images=True)

@@ -16,7 +16,7 @@ from case_files import load_cases
 from each_value import each
 
 from finesight.data.formats import detect_format, get_format
-from finesight.data.sample import sample_to_dict, validate_sample
+from finesight.data.sample import join_text, sample_to_dict, validate_sample
 from finesight.errors import UserError
 
 CASES = load_cases("row_formats")
@@ -73,6 +73,31 @@ def test_format_of_rows_is_detected(name: str, case: dict[str, Any]) -> None:
     data_format, reason = detect_format(case["records"], "here")
     assert data_format.name == name
     assert case.get("reason", "") in reason
+
+
+def test_turns_in_a_row_and_results_out_of_order(folder: Path) -> None:
+    calls = [{"id": one, "function": {"name": "zoom", "arguments": {"k": one}}} for one in "ab"]
+    turns = [
+        {"role": "user", "content": "?"},
+        {"role": "assistant", "content": "I zoom.", "tool_calls": calls},
+        {"role": "tool", "tool_call_id": "b", "content": "second"},
+        {"role": "tool", "tool_call_id": "a", "content": "first"},
+        {"role": "assistant", "content": "One.", "tool_calls": calls[:1]},
+        {"role": "assistant", "content": "Two."},
+    ]
+    record = {"messages": turns}
+    example = parse_record(get_format("openai"), record, folder)
+    assert [join_text(one.content) for one in example.prompt_messages[2:]] == ["first", "second"]
+    assert join_text(example.answers[0]).startswith("One.\nTwo.")
+    sample = parse_record(get_format("ms-swift"), record, folder).to_train_samples()[0]
+    with pytest.raises(UserError, match="assistant, assistant"):
+        validate_sample(sample, "")
+
+
+@pytest.mark.parametrize("tag", ["<image>", "<video>", "<tool_call>", "<tool_response>"])
+def test_texts_with_tags_are_no_samples(tag: str) -> None:
+    turns = [{"role": "user", "content": f"{tag}?"}, {"role": "assistant", "content": "x"}]
+    assert detect_format([{"messages": turns}], "")[0].name == "ms-swift"
 
 
 @each("name", CASES["tools"])

@@ -105,6 +105,8 @@ OUTSIDE = '<!DOCTYPE x SYSTEM "file:///etc/passwd"><annotation><filename>b</file
         (ANNOTATION.replace("<xmax>31</xmax>", ""), "the box"),
         (ANNOTATION.replace("<xmin>13<", "<xmin>32<"), "inverted"),
         (ANNOTATION.replace("<name>dog</name>", ""), "an object without a name"),
+        (ANNOTATION.replace("<name>dog<", "<name>dog</name><name>cat<"), "several names or boxes"),
+        (ANNOTATION.replace("<width>40<", "<width>80.0<"), "80 x 20 pixels, the image has 40 x 20"),
         (ANNOTATION.replace("<width>40<", "<width>80<"), "80 x 20 pixels, the image has 40 x 20"),
     ],
 )

@@ -9,6 +9,7 @@ from case_files import load_cases
 from each_value import each
 
 from finesight.data.exporter import export_dataset
+from finesight.data.formats.image_annotations import NOTE_UNLABELED
 from finesight.data.import_source import ImportOptions
 from finesight.data.importer import import_dataset
 from finesight.data.sample import LocatedSample
@@ -108,6 +109,11 @@ def test_polygons_and_keypoints(root: Path, tmp_path: Path) -> None:
     samples, summary = import_samples(root, tmp_path / "pose")
     assert list_answers(samples)[0] == [("person", WHITE)]
     assert summary.source_notes == {"keypoints (ignored)": 1}
+    labels.write_text("0 0.55 0.5 0.5 0.7 0.3 0.2 2 0.1 0.1 0\n", encoding="utf-8")
+    (labels.parent / "z.txt").write_text(LINE, encoding="utf-8")
+    _, summary = import_samples(root, tmp_path / "points", box_task="points")
+    assert summary.source_notes[NOTE_UNLABELED] == 1
+    assert summary.detected_by.endswith("; 1 .txt files of no listed image, not read")
 
 
 @each(("kind", "lines"), [(kind, one) for kind, many in CASES["shapes"].items() for one in many])

@@ -104,9 +104,9 @@ ROLES: dict[str, Role] = {
 ROLE_KEYS = ("from", "role")
 _CALL_ROLES = re.compile("(?:tool|function)_?calls?")
 _RESULT_ROLES = re.compile("tool.*|function.*|observation|ipython")
-_CALL_KEYS = ("tool_calls", "function_call")
+CALL_KEYS = ("tool_calls", "function_call")
 _CALL_PART_KEYS = {"id", "type", "index", "function", "name", "arguments"}
-_USED_KEYS = {"assistant": _CALL_KEYS, "tool": ("tool_call_id", "name")}
+_USED_KEYS = {"assistant": CALL_KEYS, "tool": ("tool_call_id", "name")}
 _TOOL_KEYS = ("tools", "functions")
 """Keys of a row with the definitions of tools: a list, also as JSON text."""
 
@@ -438,7 +438,7 @@ def build_turns_example(
     names = _list_media_names(part for message in messages for part in message.content)
     used = {"system", *find_turn_keys(row.record), *handled_keys, *["id"] * row.has_own_id}
     used |= {key for key in TURN_KEYS if not has_value(row.record.get(key))}
-    is_masked = row.record.get("mask_history") is True
+    is_masked = row.record.get("mask_history") == 1
     used |= {*_list_tool_keys(row.record), *["mask_history"] * is_masked}
     meta = sort_keys(row.record, used, ROWS, context.other_keys, names)
     return build_example(row.id, messages, meta, turns[0].tools if turns else ())
@@ -509,7 +509,7 @@ def parse_turns(record: Record, context: ImportContext, *, with_parts: bool = Fa
             turns[-1] = last._replace(content=content, calls=(*last.calls, *turn.calls), loss=loss)
         else:
             turns += results
-    if record.get("mask_history") is True:
+    if record.get("mask_history") == 1:
         answers = [index for index, turn in enumerate(turns) if turn.role == "assistant"]
         for index in answers[:-1]:
             turns[index] = turns[index]._replace(loss=False)
@@ -530,21 +530,21 @@ def merge_loss(turns: Sequence[Turn]) -> bool:
 
 def _sort_results(turns: Iterable[Any]) -> Iterator[Any]:
     """Yield the turns, with consecutive tool results in the order of the calls of their IDs."""
-    ids: list[object] = []
+    ids: list[str] = []
     pairs = ((isinstance(one, dict) and get_role(one) == "tool", one) for one in turns)
     for is_result, group in itertools.groupby(pairs, itemgetter(0)):
         members = [turn for _, turn in group]
         if is_result:
-            stated = [turn.get("tool_call_id") for turn in members]
-            unknown = [one for one in stated if ids and has_value(one) and one not in ids]
+            stated = [str(turn.get("tool_call_id") or "") for turn in members]
+            unknown = [one for one in stated if ids and one and one not in ids]
             if unknown:
-                what = f"a tool result with the tool_call_id {str(unknown[0])[:60]!r}"
-                raise InvalidRowError(what, f"the ID of a call before it: {str(ids)[:80]}")
+                what = f"a tool result with the tool_call_id {unknown[0][:60]!r}"
+                raise InvalidRowError(what, f"the ID of a call before it: {', '.join(ids)[:80]}")
             if all(one in ids for one in stated):
-                members.sort(key=lambda turn: ids.index(turn["tool_call_id"]))
+                members.sort(key=lambda turn: ids.index(str(turn["tool_call_id"])))
         calls = [turn.get("tool_calls") for turn in members if isinstance(turn, dict)]
         found = itertools.chain.from_iterable(map(as_list, calls))
-        ids = [one["id"] for one in found if isinstance(one, dict) and has_value(one.get("id"))]
+        ids = [str(one["id"]) for one in found if isinstance(one, dict) and one.get("id")]
         yield from members
 
 
@@ -556,7 +556,7 @@ def _parse_turn(turn: Record, context: ImportContext, *, with_parts: bool) -> Tu
     content = turn.get(text_key)
     calls: list[object] = []
     if role == "assistant":
-        calls = [call for key in _CALL_KEYS for call in as_list(remove_nulls(turn.get(key)))]
+        calls = [call for key in CALL_KEYS for call in as_list(_decode_json(turn.get(key)))]
         if _CALL_ROLES.fullmatch(_get_speaker(turn)):
             calls, content = as_list(_decode_json(content)), ""
         content = "" if content is None and calls else content
@@ -608,7 +608,8 @@ def _parse_call(value: object, tools: Sequence[Record] = ()) -> ToolCallPart:
     keys = {key for one in (data, inner) if isinstance(one, dict) for key in one}
     is_xml = isinstance(data, str) and data.lstrip().startswith("<")
     call = parse_tool_call(str(data), tools) if is_xml else ToolCallPart.from_json(data)
-    if call is None or not keys <= _CALL_PART_KEYS:
+    num_lost = str(data).count("<parameter=") - len(call.arguments) if call and is_xml else 0
+    if call is None or num_lost or not keys <= _CALL_PART_KEYS:
         expected = '{"name": text, "arguments": object}, optionally under `function`'
         raise InvalidRowError(f"the tool call {str(value)[:80]}", expected)
     return call

@@ -62,6 +62,7 @@ from typing import Any
 
 from finesight.data.boxes import BOX_KEY, BoxConvention, split_at_text_boxes
 from finesight.data.formats.conversation_rows import (
+    CALL_KEYS,
     JSONL_FILE,
     ObjectQueue,
     PartRenderer,
@@ -471,7 +472,7 @@ def _detect_ms_swift(records: Sequence[Record]) -> str | None:
             return None
         if not all(
             isinstance(turn, dict)
-            and (isinstance(turn.get("content"), str) or has_value(turn.get("tool_calls")))
+            and (isinstance(turn.get("content"), str) or any(map(turn.get, CALL_KEYS)))
             for turn in messages
         ):
             return None

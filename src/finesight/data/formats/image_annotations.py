@@ -666,7 +666,7 @@ def check_declared_size(
     except ValueError:
         return
     # Some tools write 0 for an unknown size.
-    if (height, width) in {actual, *others} or not height * width:
+    if (height, width) in {actual, *others} or not height * width > 0:
         return
     message = f"the boxes refer to an image of {width:g} x {height:g} pixels, the image has "
     message += f"{actual[1]} x {actual[0]}"

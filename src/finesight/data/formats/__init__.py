@@ -110,13 +110,32 @@ def detect_format(records: Sequence[Record], where: str) -> tuple[DatasetFormat,
         key=lambda one: len(record_keys.intersection(re.findall(r'"(\w+)":', one.description))),
     )
     suggestion = f"write the rows in its form, {closest.description}"
+    names = list(map(str, records[0]))
+    has_names = names != list(map(str, range(1, len(names) + 1)))
+    mapping = _suggest_mapping(names if has_names else list(map(str, records[0].values())))
     if closest is table.FORMAT:
-        suggestion = f"name its columns, perhaps with {table.suggest_mapping(records[0])}"
-    if any(re.fullmatch(r"[+-]?\d+(?:\.\d+)?", str(name)) for name in records[0]):
-        suggestion += "; if the first line contains values, import with --no-header"
+        columns = table.suggest_mapping(records[0]) if has_names or not mapping else mapping
+        suggestion = f"name its columns, perhaps with {columns}"
+    if has_names and mapping:
+        suggestion += f"; if the first line contains values, import with --no-header {mapping}"
     raise UserError(
         f"the format cannot be detected from rows with the keys {', '.join(map(str, records[0]))}",
         where=where,
         expected=f"one of {', '.join(REGISTRY)}",
         remedy=f"the closest is {closest.name}: {suggestion}",
     )
+
+
+def _suggest_mapping(cells: Sequence[str]) -> str:
+    """Return `--map` options for a first line with numbers, which are perhaps values; else ""."""
+    is_number = [re.fullmatch(r"[+-]?\d+(?:\.\d+)?", cell) is not None for cell in cells]
+    if not any(is_number):
+        return ""
+    starts = [n for n in range(1, len(cells) - 3) if all(is_number[n : n + 4])]
+    texts = [n for n, is_value in enumerate(is_number, start=1) if not is_value] or [1]
+    image = str(texts[0]) if starts or len(texts) > 1 else "COLUMN"
+    first = starts[0] if starts else 0
+    box = ",".join(str(first + n) for n in range(1, 5))
+    label = f" --map label={texts[1]}" if len(texts) > 1 else ""
+    answer = f"--map box={box}{label}" if starts else f"--map answer={texts[-1]}"
+    return f"--map image={image} {answer}"

@@ -67,6 +67,26 @@ def test_formulas_with_delimiters_are_rendered(source, text, num_formulas):
     assert (rendered or "").count("<math") == num_formulas
 
 
+class EndingReply(ChatReply):
+    """Reply that ends when its text is read."""
+
+    @property
+    def text(self) -> str:
+        self.prediction = Prediction("", (), "", "All of it", "All of it", (), 1, "stop")
+        self.finish_reason = "stop"
+        return "All"
+
+    @text.setter
+    def text(self, text: str) -> None:
+        pass
+
+
+def test_answer_that_ends_while_it_is_rendered_is_consistent():
+    turn = ChatTurn("Who?", (), (EndingReply("parrot", None),))
+    assert 'streaming">All</p>' in render_turns([turn], {})
+    assert 'complete">All of it</p>' in render_turns([turn], {})
+
+
 def test_bare_latex_is_rendered_for_runs_with_the_latex_metric():
     pytest.importorskip("latex2mathml", reason="the extra `latex` is not installed")
     source = r"\frac { a } { b }"

@@ -527,6 +527,116 @@ def test_page_of_an_answer_that_ends_meanwhile_asks_again(client, service, monke
     assert "data-busy" not in page
 
 
+def test_page_is_shown_while_another_chat_is_deleted(client, monkeypatch):
+    deleted, shown = send(client, "What?"), send(client, "Who?")
+    original = chat_page.ChatPage._render_turns
+
+    async def render_before_the_deletion(page, chat, first_index):
+        turns = await original(page, chat, first_index)
+        answer = await asyncio.to_thread(client.post, "/delete", json={"chat": deleted})
+        assert answer.status_code == 200
+        return turns
+
+    with monkeypatch.context() as patch:
+        patch.setattr(chat_page.ChatPage, "_render_turns", render_before_the_deletion)
+        page = client.get("/", params={"chat": shown})
+    assert (page.status_code, "Who?" in page.text) == (200, True)
+    assert "What?" not in client.get("/", params={"chat": shown}).text
+
+
+HOLD_SCRIPT = """window.realFetch ??= window.fetch;
+window.release = null;
+window.fetch = async (url, options) => {
+  const isHeld = String(url).includes(HELD) && !window.release;
+  if (!isHeld) return realFetch(url, options);
+  const response = IS_LATE ? await realFetch(url, options) : null;
+  await new Promise((resolve) => { window.release = resolve; });
+  return response ?? realFetch(url, options);
+};"""
+"""Holds the first request of matching URLs, or with IS_LATE its response, until `release`."""
+
+
+class HeldChat(ChatPageDriver):
+    """Chat page whose requests can be held, and whose server gets requests of another tab."""
+
+    def hold(self, text: str, *, is_late: bool) -> None:
+        script = HOLD_SCRIPT.replace("HELD", json.dumps(text))
+        self.browser.run(script.replace("IS_LATE", json.dumps(is_late)))
+
+    def wait_until_held(self) -> None:
+        self.wait_for_script("return !!window.release;")
+
+    def release(self) -> None:
+        self.browser.run("window.release();")
+        self.browser.settle()
+
+    def request(self, path: str, **body: Any) -> None:
+        options = {"method": "POST", "body": json.dumps(body)}
+        self.browser.run(f"return realFetch({path!r}, {json.dumps(options)}).then(() => true);")
+
+    def wait_for_end(self) -> None:
+        text = "return realFetch(location.href).then((page) => page.text())"
+        self.wait_for_script(f"{text}.then((page) => !page.includes('data-busy'));")
+
+    @property
+    def chat(self) -> str:
+        return str(self.browser.run("return document.querySelector('#turns').dataset.chat;"))
+
+
+def test_late_responses_and_other_tabs_leave_the_page_current(browser):
+    parrot = ScriptedService(lambda text: (f"{text} ", ()), is_endless=True)
+    questions = ".question .message-text"
+    with run_web_page(parrot) as page:
+        visit = HeldChat(browser, page.address)
+        visit.submit("One?")
+        # The state of an answer comes after its end is shown.
+        visit.hold("turns/", is_late=True)
+        visit.wait_until_held()
+        visit.request("stop", chat=visit.chat)
+        visit.wait_for_end()
+        visit.click("#chats .title")
+        visit.wait_until_idle()
+        visit.release()
+        assert browser.count(".streaming") == 0
+        # A page comes after that of the next answer, which goes on.
+        visit.hold("chat=", is_late=True)
+        visit.click("#chats .title")
+        visit.wait_until_held()
+        visit.click("#regenerate")
+        visit.wait_for_script("return !!document.querySelector('.streaming');")
+        visit.release()
+        assert browser.count(".streaming") == 1
+        # Another tab asks the next question.
+        visit.hold("turns/", is_late=False)
+        visit.wait_until_held()
+        visit.request("stop", chat=visit.chat)
+        visit.wait_for_end()
+        visit.request("answers", chat=visit.chat, text="Two?")
+        visit.release()
+        visit.wait_for_script("return document.querySelectorAll('.turn').length === 2;")
+        assert visit.read_texts(questions) == ["One?", "Two?"]
+        # Another tab deletes the conversation.
+        visit.hold("turns/", is_late=False)
+        visit.wait_until_held()
+        visit.request("stop", chat=visit.chat)
+        visit.wait_for_end()
+        visit.request("delete", chat=visit.chat)
+        visit.release()
+        visit.wait_for_script("return !document.querySelector('#welcome').hidden;")
+
+
+def test_answer_that_ends_before_it_is_shown_is_announced(browser):
+    with run_web_page(ScriptedService()) as page:
+        visit = HeldChat(browser, page.address)
+        visit.hold("chat=", is_late=False)
+        visit.submit("Hello?")
+        visit.wait_until_held()
+        visit.wait_for_end()
+        visit.release()
+        visit.wait_for_script("return document.querySelector('#announcement').textContent;")
+        assert visit.read_texts("#announcement") == ["Hello?"]
+
+
 def test_password_is_asked_for_before_a_question(browser, image_paths):
     with run_web_page(ScriptedService(), password=PASSWORD) as page:
         visit = ChatPageDriver(browser, page.address)

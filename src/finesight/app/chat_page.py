@@ -386,9 +386,9 @@ class ChatPage:
     async def get_page(self, request: Request) -> Response:
         """Return the page with a conversation, by default the last one of the browser."""
         owner, name = request.cookies.get(self._cookie, ""), request.query_params.get("chat")
-        chats = [one for one in reversed(self._chats.values()) if one.owner == owner]
-        # A copy: an answer may end while its turn is rendered, and the page then asks again.
-        chat = next((replace(one) for one in chats if name in (None, one.id)), None)
+        # Copies: while turns are rendered, an answer may end, or a conversation be deleted.
+        chats = [replace(one) for one in reversed(self._chats.values()) if one.owner == owner]
+        chat = next((one for one in chats if name in (None, one.id)), None)
         turns = await self._render_turns(chat, 0) if chat else ""
         response = HTMLResponse(self.render(find_studio(request), chats, chat, turns))
         if not owner:
@@ -543,8 +543,7 @@ class ChatPage:
             raise UserError(translate("The page needs cookies. Allow them, and reload the page."))
         chat.is_busy = True
         try:
-            send = partial(self._send, chat, body)
-            turns = await to_thread.run_sync(send, limiter=self._limiter)
+            turns = await to_thread.run_sync(self._send, chat, body, limiter=self._limiter)
         except BaseException:
             chat.is_busy = False
             raise

@@ -96,9 +96,10 @@ class ChatReply:
 
     def _finalize(self) -> None:
         assert self.stream is not None, f"the reply of {self.model} has ended"
-        self.finish_reason = self.stream.finish_reason
         self.prediction = self.stream.build_prediction()
         self.content = build_answer_parts(self.prediction, self.image_size)
+        # Last: other threads read the reply, and with a reason, it is complete.
+        self.finish_reason = self.stream.finish_reason
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,7 @@
 import { byId, create, describe, fetchPage, parse, request, send as post, settings, translate, update, upload } from "./app.js";
 
 const UPDATE_INTERVAL_MS = 80, RETRY_INTERVAL_MS = 2000;
-let attachments = [], isSending = false, timer = 0;
+let attachments = [], isSending = false, timer = 0, numOpened = 0, shown = null;
 const getChat = () => byId("turns").dataset.chat;
 
 // Messages
@@ -19,6 +19,7 @@ const attempt = async (action) => {
     return true;
   } catch (error) {
     report(error);
+    follow(getChat(), RETRY_INTERVAL_MS); // It may have stopped for a conversation that is not shown.
     return false;
   }
 };
@@ -54,24 +55,27 @@ const showButtons = () => {
     && (hasFocus.hidden || hasFocus.disabled)) byId("question").focus();
 };
 
-/** Shows a conversation as the server has it, or none. The next question of the user stays. */
-const open = async (chat) => {
-  const url = new URL(location);
+/** Shows a conversation as the server has it, or none, and announces its last answer if it is awaited. */
+const open = async (chat, isAwaited = false) => {
+  const url = new URL(location), number = ++numOpened;
   url.searchParams.set("chat", chat || "new");
-  const isOther = chat !== getChat();
   byId("turns").dataset.chat = chat; // The next question belongs to it also before the server answers.
   const page = await fetchPage(url), turns = page.querySelector("#turns");
-  if (chat !== getChat()) return;
+  if (number !== numOpened) return; // The answer to an earlier request may come later.
   history.replaceState(null, "", url);
   for (const id of ["num-chats", "chat-list", "language"]) byId(id).replaceWith(page.querySelector(`#${id}`));
-  followEnd(() => isOther ? byId("turns").replaceWith(turns) : update(byId("turns"), turns));
-  show(isOther);
+  followEnd(() => shown === turns.dataset.chat ? update(byId("turns"), turns) : byId("turns").replaceWith(turns));
+  show();
+  if (!isAwaited || "busy" in byId("turns").dataset) return;
+  const replies = document.querySelectorAll("#turns > :last-child .reply .message-text");
+  byId("announcement").textContent = [...replies].map((reply) => reply.textContent).join("\n");
 };
 
-const show = (isOther) => {
-  if (isOther) setSettings(JSON.parse(byId("turns").dataset.values));
+const show = () => {
+  if (shown !== getChat()) setSettings(JSON.parse(byId("turns").dataset.values));
+  shown = getChat(); // The conversation on the page, while another one may be loading.
   showButtons();
-  follow(getChat());
+  follow(shown);
 };
 
 /** Shows the last answer while it is being generated, also if another tab has asked. */
@@ -81,15 +85,18 @@ const follow = (chat, delay = UPDATE_INTERVAL_MS) => {
 };
 
 const refresh = async (chat) => {
+  const number = numOpened;
   try {
-    const [section] = (await fetchPage(`turns/${chat}`)).children;
-    if (chat !== getChat()) return;
+    const [section] = (await fetchPage(`turns/${chat}`)).children, form = section.querySelector("form");
+    if (number !== numOpened) return;
+    // Another tab may have changed the turns.
+    const isShown = chat === shown && Number(form.dataset.index) === getLast();
+    if (!isShown || !section.querySelector(".streaming")) return await open(chat, isShown);
     followEnd(() => update(byId("turns").lastElementChild, section));
-    if (section.querySelector(".streaming")) return follow(chat);
-    await open(chat);
-    const replies = document.querySelectorAll("#turns > :last-child .reply .message-text");
-    byId("announcement").textContent = [...replies].map((reply) => reply.textContent).join("\n");
+    follow(chat);
   } catch (error) {
+    if (chat !== getChat()) return;
+    if (error.status < 500) return attempt(() => open(chat)); // Another tab has deleted it.
     report(error);
     follow(chat, RETRY_INTERVAL_MS);
   }
@@ -175,9 +182,9 @@ const ask = async (text, images, index) => {
   const hasStarted = await attempt(async () => {
     const asked = getChat(), numShown = index === undefined ? null : getLast() + 1;
     const body = { chat: asked, text, index, num_turns: numShown, images: await images, settings: chosen };
-    const { chat } = await request("answers", body);
+    const { chat } = await request("answers", body), isAwaited = asked === getChat();
     // The user may have opened another conversation meanwhile.
-    await open(asked === getChat() ? chat : getChat());
+    await open(isAwaited ? chat : getChat(), isAwaited);
   });
   isSending = false;
   showButtons();
@@ -300,4 +307,4 @@ addEventListener("error", ({ target }) => {
   target.closest(".zoom, .zoomed button")?.replaceWith(create("span", { class: "missing-image" }, text));
 }, true);
 
-show(true);
+show();

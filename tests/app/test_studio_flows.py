@@ -17,7 +17,7 @@ from browser import Browser
 from label_fixtures import COLORS, ask_server, draw_dots
 from web_server_fixture import ChatPageDriver
 
-from finesight.app.jobs import JobStore
+from finesight.app.jobs import LOCK_FILE, Job, JobStore
 from finesight.app.studio_view import STEPS
 from finesight.cli.app import run_command
 from finesight.data.import_source import ImportOptions
@@ -206,24 +206,37 @@ def test_unlabeled_images_become_a_served_model(folder, studio, browser):
     studio.run("export", "stop", "stopped")
 
 
+@contextlib.contextmanager
+def suspend(job: Job) -> Iterator[None]:
+    """Suspend the process of a job within the block."""
+    pid = int((job.folder / LOCK_FILE).read_text())
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(pid, signal.SIGCONT)
+
+
 def test_training_is_found_again_stopped_and_resumed(
     folder: Path, studio: StudioDriver, browser: Browser
 ) -> None:
-    # Training must outlast the checks of its page and the start of the next server.
+    # Training must outlast the first waits.
     import_photos(folder, ("photos", 400))
     studio.open("train")
     studio.click("train")
     studio.wait_for("document.querySelector('.job')?.innerText.includes('remaining')")
     studio.wait_for("document.querySelector('.job progress')?.value > 1")
     studio.wait_for("document.querySelectorAll('.chart').length > 2")
-    assert browser.find_layout_problems() == []
-    studio.check()
-    browser.driver.get("about:blank")
-    studio.end(signal.SIGKILL)
-    studio.start()
-    studio.open("train")
-    studio.wait_for_job("running")
-    studio.click("stop")
+    with suspend(JobStore(folder).list_running()[0]):
+        assert browser.find_layout_problems() == []
+        studio.check()
+        browser.driver.get("about:blank")
+        studio.end(signal.SIGKILL)
+        studio.start()
+        studio.open("train")
+        studio.wait_for_job("running")
+        studio.click("stop")
+        studio.wait_for_job("stopping")
     studio.wait_for_job("stopped: checkpoint saved")
     assert [*(folder / "runs/photos/checkpoints").glob("step-*")]
     studio.click("train")

@@ -29,7 +29,7 @@ from studio_fixtures import (
     write_recipe,
 )
 
-from finesight.app import studio_page
+from finesight.app import studio_page, studio_view
 from finesight.app.jobs import Job
 from finesight.app.studio_page import Form, StudioPage
 from finesight.app.studio_view import (
@@ -240,6 +240,27 @@ def test_first_page_names_a_training_that_stopped(folder, page):
     write_job(folder, "train", "train a.yaml --resume", target="a.yaml", exit_code=None)
     assert "Resume it" not in page.render(Selection())
     assert ">resuming<" in page.render(Selection(step="train"))
+
+
+def test_run_that_ends_while_it_is_read_is_finished(folder, page, monkeypatch):
+    result = add_run(folder) / "result.json"
+    content = result.read_bytes()
+    result.unlink()
+    get_run_status = studio_view.get_run_status
+
+    def end_before(record):
+        write_file(result, content)
+        return get_run_status(record)
+
+    def find_report(shown: str) -> str:
+        return re.search('iframe src="(.*?)"', shown)[1]
+
+    running = page.render(Selection(step="results"))
+    monkeypatch.setattr(studio_view, "get_run_status", end_before)
+    finished = page.render(Selection(step="results"))
+    assert ">finished<" in finished
+    # The report shows the result, so it is loaded again.
+    assert find_report(finished) != find_report(running)
 
 
 def test_selected_run_is_quantized_to_a_new_folder(folder, page, started):

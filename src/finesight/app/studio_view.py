@@ -23,7 +23,7 @@ from finesight.app.workspace import Workspace, WorkspaceContent, WorkspaceDatase
 from finesight.config import METRIC_NAMES
 from finesight.errors import LABEL_TRAIN_FRACTION, Remedy, Step, UserError
 from finesight.evaluate.bootstrap import MIN_SAMPLES_UNBOUNDED
-from finesight.manifest import ADAPTER_FOLDER, METRICS_FILE, RECIPE_FILE, RESULT_FILE
+from finesight.manifest import ADAPTER_FOLDER, GUARD_FILE, METRICS_FILE, RECIPE_FILE, RESULT_FILE
 from finesight.model_folder import TINY_MODEL
 from finesight.operations import find_operation
 from finesight.operations.operation import Parameter, format_step, list_parameters
@@ -508,18 +508,16 @@ class StudioView:
 
     def _find_page(self, state: StudioState) -> str:
         """Return the URL of the report or check to embed, with its version."""
-        folder, name = self.workspace.folder, "report"
         if state.selection.step == "results" and state.run:
-            file, query = folder / state.run / METRICS_FILE, {"run": str(state.run)}
+            name, query = "report", {"run": str(state.run)}
+            times = _read_times(self.workspace.folder / state.run)
         elif state.selection.step == "check" and state.dataset:
-            file, name = folder / state.dataset.check_page, "check"
-            query = {"data": str(state.dataset.path)}
+            name, query = "check", {"data": str(state.dataset.path)}
+            times = _read_times(self.workspace.folder, str(state.dataset.check_page))
         else:
             return ""
-        if not file.is_file():
-            return ""
-        query |= {"lang": state.selection.lang, "version": str(file.stat().st_mtime_ns)}
-        return f"view/{name}?{urlencode(query)}"
+        query |= {"lang": state.selection.lang, "version": str(max(times))}
+        return f"view/{name}?{urlencode(query)}" if any(times) else ""
 
     def _find_next_step(self, state: StudioState) -> str:
         """Return the step after the selected one once its result exists; empty while it runs."""
@@ -544,6 +542,9 @@ class StudioView:
     def read_status(self, run: Path) -> RunStatus:
         """Return the status and progress of a run."""
         status = get_run_status(self._read_run(run))
+        if status.kind == "killed":
+            # It may have ended after its result was read, and is read again.
+            status = get_run_status(self._read_run(run))
         if status.kind not in ("finished", "running"):
             # Before its first metric, the new process of a run has left no trace in its folder.
             jobs = (job for job in self.jobs.list_running() if job.arguments[0] == "train")
@@ -562,9 +563,7 @@ class StudioView:
     def _read_run(self, run: Path) -> RunRecord:
         """Read a run, unless it has not changed since the last time."""
         folder = self.workspace.folder / run
-        files = [folder / name for name in (METRICS_FILE, RESULT_FILE)]
-        versions = tuple(file.stat().st_mtime_ns if file.is_file() else 0 for file in files)
-        return _read_run_version(folder, versions)
+        return _read_run_version(folder, _read_times(folder))
 
 
 def build_missing_error(name: str) -> UserError:
@@ -577,6 +576,12 @@ def _select(items: Sequence[Any], name: str, get_name: Any, use_first: bool) -> 
     if not name:
         return items[0] if items and use_first else None
     return next((item for item in items if get_name(item) == name), None)
+
+
+def _read_times(folder: Path, *names: str) -> tuple[int, ...]:
+    """Return the times of files, by default those of a run, in ns; 0 for missing ones."""
+    files = [folder / name for name in names or (METRICS_FILE, RESULT_FILE, GUARD_FILE)]
+    return tuple(file.stat().st_mtime_ns if file.is_file() else 0 for file in files)
 
 
 @lru_cache(maxsize=64)

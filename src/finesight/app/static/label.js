@@ -5,7 +5,7 @@ let item = null; // Item that the page shows, as the server sent it.
 // The answer in the form: new texts of JSON fields are by path.
 let answer = { text: "", edits: {}, boxes: [] };
 let selected = -1, imageIndex = 0;
-let numOpened = 0, isSaving = false;
+let numOpened = 0, numLoaded = 0, isSaving = false;
 const entered = new Set(); // Fields of the item in which Enter was pressed, with the answer.
 let updates = []; // Functions that show a changed answer, apart from the form.
 const isTouch = matchMedia("(pointer: coarse)");
@@ -70,7 +70,8 @@ const showCounts = (counts) => {
 };
 
 const loadItems = async () => {
-  const content = await request("items");
+  const number = ++numLoaded, content = await request("items");
+  if (number !== numLoaded) return; // A decision or another request may have followed.
   ({ decisions } = content);
   showCounts(content.counts);
 };
@@ -153,6 +154,7 @@ const decide = async (action) => {
   const { id, index, revision } = item;
   try {
     const result = await request("decision", { id, revision, action, ...encodeAnswer() });
+    numLoaded++;
     decisions[index] = action === "reopen" ? "" : result.item.decision;
     if (action !== "reopen") store(undoKey, [...readStored(undoKey) ?? [], index]);
     showCounts(result.counts);
@@ -286,7 +288,7 @@ const formatAnswer = ({ text, boxes: shown }) => [text, ...shown.map((box) =>
 
 // List of all images
 
-let listed = 0, listRequest = 0;
+let listed = 0, listRequest = 0, searchTimer;
 const showList = async (start = 0) => {
   if (!byId("list").open) return;
   const number = ++listRequest;
@@ -313,7 +315,6 @@ const showList = async (start = 0) => {
     markListed();
   } catch (error) { byId("list-count").textContent = describe(error); }
 };
-let searchTimer;
 const openListed = async (index) => {
   document.activeElement?.blur?.();
   await open(index);

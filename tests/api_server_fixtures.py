@@ -9,7 +9,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ CHAT = "/v1/chat/completions"
 POST_CHAT = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\n".encode()
 """Start of a raw request."""
 
-LIMITS = ServerLimits(max_num_seqs=8, max_queue=64)
+LIMITS = ServerLimits(max_num_seqs=8, max_queue=64, shutdown_timeout_s=10.0)
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class RunningServer:
         """Return an OpenAI client without retries."""
         return OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, **given)
 
-    def connect(self, data: bytes = b"", timeout: float = 10.0) -> socket.socket:
+    def connect(self, data: bytes = b"", timeout: float = 60.0) -> socket.socket:
         """Open a connection and send data."""
         connection = socket.create_connection(("127.0.0.1", self.port), timeout=timeout)
         connection.sendall(data)
@@ -89,7 +89,7 @@ def run_server(
     app = make_app(service, workers, vocabulary, folder, **options)
     listener = bind_socket("127.0.0.1", 0)
     ready = threading.Event()
-    server = ApiServer(app, replace(limits, shutdown_timeout_s=10.0), ready.set)
+    server = ApiServer(app, limits, ready.set)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
     assert ready.wait(30), "the server has not begun to listen"

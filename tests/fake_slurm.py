@@ -66,6 +66,7 @@ def main() -> int:
     if name == "scancel":
         assert words[0] == "--signal=USR1", words
         kill_tasks(signal.SIGUSR1)
+        log_command("signaled")
     elif words[:2] == ["show", "hostnames"]:
         with contextlib.suppress(BrokenPipeError):
             print("127.0.0.1\nelsewhere", flush=True)

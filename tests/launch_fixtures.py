@@ -2,10 +2,15 @@
 
 import os
 import subprocess
+import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 
 import fake_slurm
+from nonfinite_step import before_steps
 from tiny_task import TinyTask, read_losses, write_recipe
 
 from finesight.launch.launch_job import LaunchJob, NodeSpec
@@ -38,9 +43,62 @@ def make_job(
     return LaunchJob.from_recipe(path, (), None, NodeSpec.parse(nodes, tasks))
 
 
+GATED_PROGRAM = """import sys
+sys.path[:] = {path}
+from launch_fixtures import wait_at_gates
+from {module} import {function}
+with wait_at_gates({folder!r}):
+    sys.exit({function}({words}))
+"""
+
+
+def add_gates(
+    text: str, folder: Path, *steps: int, command: str = "finesight.cli.app:run_command"
+) -> str:
+    """Return a job script whose ranks wait before each of these steps until `open_gate`.
+
+    Args:
+        command: Module and function with the arguments of `finesight`.
+    """
+    folder.mkdir()
+    for step in steps:
+        (folder / str(step)).touch()
+    module, function = command.split(":")
+    words = "sys.argv[1:]" if module.startswith("finesight") else "*sys.argv[2:]"
+    values = {"path": sys.path, "folder": str(folder), "module": module, "words": words}
+    program = folder.with_suffix(".py")
+    program.write_text(GATED_PROGRAM.format(function=function, **values))
+    return text.replace("-m finesight train", f"{program} train")
+
+
+def open_gate(folder: Path, step: int) -> None:
+    (folder / str(step)).unlink()
+
+
+@contextmanager
+def wait_at_gates(folder: str) -> Iterator[None]:
+    with ExitStack() as stack:
+        for gate in Path(folder).iterdir():
+            stack.enter_context(before_steps([int(gate.name)], partial(wait_at_gate, gate)))
+        yield
+
+
+def wait_at_gate(gate: Path) -> None:
+    while gate.exists():
+        time.sleep(0.01)
+
+
 def wait_for_steps(folder: Path, count: int, process: subprocess.Popen[str]) -> None:
+    wait_for(lambda: len(read_losses(folder)) >= count, process)
+
+
+def wait_for_line(file: Path, line: str, process: subprocess.Popen[str]) -> None:
+    wait_for(lambda: line in file.read_text().splitlines(), process)
+
+
+def wait_for(happened: Callable[[], bool], process: subprocess.Popen[str]) -> None:
     deadline = time.monotonic() + 120
-    while len(read_losses(folder)) < count:
+    while not happened():
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < deadline
         time.sleep(0.05)

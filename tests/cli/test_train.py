@@ -3,7 +3,6 @@
 import os
 import resource
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -190,6 +189,28 @@ def test_full_disk_is_reported(recipe, tmp_path, cli):
     assert [step for step, _ in read_losses(output)] == [1, 2, 3, 4, 5, 6]
 
 
+KILLER_PROGRAM = f"""
+import os, signal, sys, threading, time
+from contextlib import suppress
+from pathlib import Path
+sys.path[:] = {sys.path}
+from finesight.cli.app import main
+from nonfinite_step import before_steps
+
+def kill_workers():
+    children = Path(f"/proc/{{os.getpid()}}/task/{{os.getpid()}}/children")
+    while True:
+        with suppress(OSError):
+            for child in children.read_text().split():
+                os.kill(int(child), signal.SIGKILL)
+        time.sleep(0.005)
+
+with before_steps([7], threading.Thread(target=kill_workers, daemon=True).start):
+    main()
+"""
+"""Command line that kills its data loader workers from its seventh step on."""
+
+
 def test_killed_data_workers_leave_a_checkpoint(recipe, tmp_path, cli):
     """Worker deaths are detected between two steps: the run saves a checkpoint and can resume.
 
@@ -197,18 +218,13 @@ def test_killed_data_workers_leave_a_checkpoint(recipe, tmp_path, cli):
     """
     settings = ["train.epochs=24", "train.num_workers=2", "train.save_every=0", "data.eval=[]"]
     killed, full = tmp_path / "killed", tmp_path / "whole"
-    process = start(recipe, *settings, f"output_dir={killed}")
-    wait_for_lines(killed / "metrics.jsonl", 5, process)
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-    while process.poll() is None:
-        with suppress(OSError):
-            for child in children.read_text().split():
-                os.kill(int(child), signal.SIGKILL)
-        time.sleep(0.005)
-    _, errors = process.communicate()
-    assert process.returncode == 2, errors
-    assert "error: train.num_workers: a data loader worker died" in errors
-    assert "Traceback" not in errors
+    program = [sys.executable, "-c", KILLER_PROGRAM, "train", recipe, *settings]
+    done = subprocess.run(
+        [*program, f"output_dir={killed}"], env=ENVIRONMENT, capture_output=True, text=True
+    )
+    assert done.returncode == 2, done.stderr
+    assert "error: train.num_workers: a data loader worker died" in done.stderr
+    assert "Traceback" not in done.stderr
     finished = len(read_losses(killed))
     assert finished < 66
     storage.verify_folder(killed / "checkpoints" / f"step-{finished}")

@@ -9,7 +9,15 @@ from pathlib import Path
 
 import pytest
 from each_value import each
-from launch_fixtures import TUNE, make_job, run_job_script, wait_for_steps
+from launch_fixtures import (
+    TUNE,
+    add_gates,
+    make_job,
+    open_gate,
+    run_job_script,
+    wait_for_line,
+    wait_for_steps,
+)
 from tiny_task import TinyTask, read_losses
 
 from finesight.errors import UserError
@@ -108,10 +116,14 @@ def test_slurm_warning_requeues_and_run_completes(tmp_path: Path) -> None:
     """
     task = TinyTask(tmp_path / "task")
     text = build_slurm_script(make_job(task, "run", 2, epochs=20), {})
+    # Otherwise, the run could end before the warning.
+    text = add_gates(text, gates := tmp_path / "gates", 7)
     folder, result = task.folder / "run", tmp_path / "slurm" / "told"
     process = run_job_script(tmp_path, text, 2)
     wait_for_steps(folder, 4, process)
     process.send_signal(signal.SIGUSR1)
+    wait_for_line(result, "signaled", process)
+    open_gate(gates, 7)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 75, output
     assert "stopped by SIGUSR1, checkpoint of step" in output

@@ -2,7 +2,6 @@
 
 import os
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -11,7 +10,7 @@ from shutil import which
 
 import psutil
 import pytest
-from launch_fixtures import make_job, wait_for_steps
+from launch_fixtures import add_gates, make_job, open_gate, wait_for_steps
 from nonfinite_step import SHORT_TIMEOUT
 from tiny_task import TinyTask, assert_same_run
 
@@ -23,11 +22,7 @@ HAS_NAMESPACES = all(map(which, ("unshare", "nsenter", "ip"))) and not subproces
 )
 ADDRESSES = {"host-a": "10.77.0.1", "host-b": "10.77.0.2"}
 # Half an hour by default, and a quarter until the kernel gives up a connection.
-SHORT_TIMEOUT_PROGRAM = f"""import sys
-sys.path[:] = {sys.path}
-from nonfinite_step import train_with_short_timeout
-sys.exit(train_with_short_timeout(*sys.argv[2:]))
-"""
+SHORT_TIMEOUT_COMMAND = "nonfinite_step:train_with_short_timeout"
 
 
 class Host:
@@ -93,14 +88,11 @@ def two_hosts(folder: Path) -> Iterator[tuple[Host, Host]]:
                 print(host.name, host.log.read_text(), sep="\n")
 
 
-def write_script(task: TinyTask, name: str, nodes: str, processes: int) -> Path:
-    (task.folder / "short_timeout.py").write_text(SHORT_TIMEOUT_PROGRAM)
+def write_script(task: TinyTask, name: str, nodes: str, processes: int, *gates: int) -> Path:
     job = make_job(task, name, processes, epochs=16, save_every=10, nodes=nodes)
-    text = build_torchrun_script(job).replace(
-        "-m finesight train", f"{task.folder}/short_timeout.py train"
-    )
-    script = task.folder / f"{name}.sh"
-    script.write_text(text)
+    text, script = build_torchrun_script(job), task.folder / f"{name}.sh"
+    folder = task.folder / f"{name}-gates"
+    script.write_text(add_gates(text, folder, *gates, command=SHORT_TIMEOUT_COMMAND))
     return script
 
 
@@ -120,14 +112,18 @@ def test_two_hosts_equal_one_after_failures(tmp_path: Path) -> None:
     with two_hosts(tmp_path) as (a, b):
         a.start(write_script(task, "one", "1", 2))
         wait_for_success(a)
-        script, run = write_script(task, "two", "2", 1), task.folder / "two"
+        # The run waits for each failure.
+        script, run = write_script(task, "two", "2", 1, 15, 28), task.folder / "two"
+        gates = task.folder / "two-gates"
         for host in (a, b):
             host.start(script)
         wait_for_steps(run, 12, a.process)
         b.kill()
+        open_gate(gates, 15)
         b.start(script)
         wait_for_steps(run, 25, a.process)
         a.set_link("down")
+        open_gate(gates, 28)
         assert b.process.wait(120) != 0
         assert "The connection to the C10d store has failed" in b.log.read_text()
         assert not (run / "result.json").exists()

@@ -263,7 +263,7 @@ def test_decoded_images_count_towards_the_budget(inference_model, tmp_path):
 
 def wait_for_log(caplog: pytest.LogCaptureFixture, text: str, count: int) -> list[str]:
     """Wait for log lines of the server that contain a text."""
-    end = time.monotonic() + 10
+    end = time.monotonic() + 60
     while True:
         messages = [r.getMessage() for r in caplog.records if r.name == "finesight.serve"]
         lines = [message for message in messages if text in message]
@@ -285,7 +285,8 @@ def test_disconnect_during_the_request(strict_server, caplog):
             assert request.send(strict_server.port) == 0
     send_and_disconnect(strict_server, make_image_content(make_progressive_jpeg()), wait_s=0.1)
     lines = wait_for_log(caplog, " 499 ", 21)
-    assert (len(lines), f"POST {CHAT} 499 " in lines[-1]) == (21, True)
+    # Their order is that of the handled disconnects.
+    assert (len(lines), sum(f"POST {CHAT} 499 " in line for line in lines)) == (21, 11)
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
     stats = urllib.request.urlopen(f"{strict_server.url}/metrics").read().decode()
     assert 'status="499"' in stats

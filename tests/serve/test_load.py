@@ -80,7 +80,8 @@ def test_request_timeout(ask_about_scene, inference_model, tmp_path, stream):
 
 
 def test_shutdown_finishes_running_requests(ask_about_scene, inference_model, tmp_path):
-    with run_server(inference_model, tmp_path) as server:
+    limits = replace(LIMITS, shutdown_timeout_s=60.0)
+    with run_server(inference_model, tmp_path, limits=limits) as server:
         client = server.client()
         stream = iter(ask_about_scene(client, stream=True, max_tokens=60))
         first = next(stream)

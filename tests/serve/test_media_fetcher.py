@@ -104,7 +104,7 @@ class FakeResolver:
         return self._answers.pop(0) if len(self._answers) > 1 else self._answers[0]
 
 
-def fetcher(names: FakeResolver, timeout_s: float = 5.0) -> MediaFetcher:
+def fetcher(names: FakeResolver, timeout_s: float = 60.0) -> MediaFetcher:
     return MediaFetcher(
         ["localhost"],
         ServerLimits(fetch_timeout_s=timeout_s, max_image_bytes=100_000),
@@ -168,7 +168,7 @@ def test_redirect_loop(public_and_local_servers, url):
 
 @each(("path", "output"), CASES["test_invalid_responses"])
 def test_invalid_responses(url, path, output):
-    patience = 0.3 if path == "slow" else 5.0
+    patience = 0.3 if path == "slow" else 60.0
     with pytest.raises(UserError, match=output):
         fetch_bytes(fetcher(FakeResolver([OUTSIDE]), patience), f"{url}/{path}")
 

@@ -82,7 +82,7 @@ class Browser:
         self.driver.get("about:blank")
         self.messages(), self.requests()
         self.driver.get(address)
-        self.run(WAIT_PAINT_SCRIPT)  # keys that come before a page is painted are dropped
+        self.run(WAIT_PAINT_SCRIPT)
 
     def iter_layouts(self) -> Iterator[tuple[int, bool]]:
         """Show the open page with each width, light and dark, and yield width and darkness."""
@@ -131,6 +131,7 @@ class Browser:
 
     def press(self, *keys: str, modifiers: int | None = None) -> None:
         """Press keys by their JavaScript names, with modifiers: 2 for Ctrl, 8 for Shift."""
+        self.run(WAIT_PAINT_SCRIPT)  # keys that come before a page is painted are dropped
         for key in keys:
             values: dict[str, Any] = {"key": key, "modifiers": modifiers or 0}
             if key in KEY_CODES:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from browser import PHONE_WIDTH, XSS_PAYLOADS, Browser
+from browser import PHONE_WIDTH, WAIT_PAINT_SCRIPT, XSS_PAYLOADS, Browser
 from engine_fixtures import write_noise_image
 from html_text import ParsedPage
 from PIL import Image
@@ -277,6 +277,7 @@ def test_conversation_is_drawn_reloaded_edited_and_exported(browser, image_paths
     questions = "[...document.querySelectorAll('.question .message-text')].map(at => at.innerText)"
 
     def type_keys(*words: str) -> None:
+        browser.run(WAIT_PAINT_SCRIPT)
         browser.driver.switch_to.active_element.send_keys(*words)
 
     with run_service("finesight-tiny") as service, run_web_page(service) as page:
@@ -643,6 +644,7 @@ def test_password_is_asked_for_before_a_question(browser, image_paths):
         assert browser.run("return location.pathname;") == "/sign-in"
         assert browser.unlabeled_elements() == []
         for password, then in (("wrong-password", "[role=alert]"), (PASSWORD, "h1 span")):
+            browser.run(WAIT_PAINT_SCRIPT)
             browser.driver.find_element("css selector", "input").send_keys(f"{password}\n")
             visit.wait_for_script(f"return !!document.querySelector('{then}');")
         cookies = {one["name"]: one["httpOnly"] for one in browser.driver.get_cookies()}

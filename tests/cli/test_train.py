@@ -5,7 +5,6 @@ import resource
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
@@ -150,24 +149,6 @@ def test_run_folder_is_resumed_by_its_recipe(recipe, tmp_path, cli, monkeypatch)
     assert "output_dir is runs/one, another folder" in error
     assert "a folder without recipe.yaml" in cli("train", "runs", "--resume", code=2).err
     cli("train", "runs/copy", "output_dir=runs/copy", "--resume")
-
-
-def start(*arguments: object) -> subprocess.Popen[str]:
-    """Start a training in its own process group."""
-    return subprocess.Popen(
-        [*COMMAND, *map(str, arguments)],
-        env=ENVIRONMENT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-
-
-def wait_for_lines(path: Path, count: int, process: subprocess.Popen[str]) -> None:
-    while not path.exists() or path.read_text().count("\n") < count:
-        assert process.poll() is None, process.communicate()[1]
-        time.sleep(0.005)
 
 
 def test_full_disk_is_reported(recipe, tmp_path, cli):

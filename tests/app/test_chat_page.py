@@ -599,7 +599,7 @@ def test_late_responses_and_other_tabs_leave_the_page_current(browser):
         visit.wait_until_idle()
         visit.release()
         assert browser.count(".streaming") == 0
-        # A page comes after that of the next answer, which goes on.
+        # A page comes after that of the next answer, which continues.
         visit.hold("chat=", is_late=True)
         visit.click("#chats .title")
         visit.wait_until_held()

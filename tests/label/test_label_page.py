@@ -569,8 +569,9 @@ def test_invalid_decision_is_an_error_of_the_user(tmp_path, body):
 
 DELAY_SCRIPT = """window.realFetch ??= window.fetch;
 window.fetch = async (url, options) => {
+  const late = url === URL_TO_DELAY && IS_LATE ? await window.realFetch(url, options) : null;
   if (url === URL_TO_DELAY) await new Promise((resolve) => { window.release = resolve; });
-  return window.realFetch(url, options);
+  return late ?? window.realFetch(url, options);
 };"""
 
 TYPE_SCRIPT = """const input = document.querySelector("#form :is(input, textarea)");
@@ -583,9 +584,10 @@ def open_texts_session(folder: Path, **options: Any) -> LabelSession:
     return open_suggested_session(folder, "a0", "a1", "a2", **options)
 
 
-def delay(browser: Browser, url: str) -> None:
-    """Delay the requests of a URL until `release` is called."""
-    browser.run(f"window.release = null; {DELAY_SCRIPT.replace('URL_TO_DELAY', repr(url))}")
+def delay(browser: Browser, url: str, *, is_late: bool = False) -> None:
+    """Delay the requests of a URL, or only their responses, until `release` is called."""
+    script = DELAY_SCRIPT.replace("URL_TO_DELAY", repr(url))
+    browser.run(f"window.release = null; {script.replace('IS_LATE', json.dumps(is_late))}")
 
 
 def release(browser: Browser) -> None:
@@ -685,6 +687,26 @@ def test_stale_page_overwrites_no_decision(tmp_path, browser):
         wait_for(browser, "!document.querySelector('#finished').hidden")
         open_image(browser, 1)
         assert get_value(browser) == "mine"
+
+
+def test_late_counts_replace_no_newer_ones(tmp_path, browser):
+    counts = "document.querySelector('#counts').textContent"
+    session = open_texts_session(tmp_path)
+    with serve(session) as address:
+        browser.visit(f"{address}/?lang=en")
+        wait_for_name(browser, "0.png")
+        # Another tab skips an image, so the page asks for the decisions when it opens it.
+        session.store.skip(session.store.items[1].sample.sample.id)
+        delay(browser, "items", is_late=True)
+        open_image(browser, 1)
+        wait_for(browser, "window.release")
+        open_image(browser, 0)
+        press(browser, "Enter")
+        wait_for(browser, f"{counts}.includes('accepted 1')")
+        release(browser)
+        browser.settle()
+        assert browser.run(f"return {counts}.includes('accepted 1');")
+        assert browser.run(f"return {counts}.includes('skipped 1');")
 
 
 def test_unsaved_answers_belong_to_a_session(tmp_path, browser):

@@ -18,6 +18,8 @@ import stat
 import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from fnmatch import fnmatchcase
+from glob import has_magic
 from io import BufferedReader
 from pathlib import Path
 from typing import Any
@@ -293,6 +295,55 @@ def find_existing(folder: Path, name: str) -> Path | None:
 
 
 MAX_DEPTH = 64
+"""Maximum number of nested YAML values, and of parts of a glob pattern."""
+
+MAX_LISTED_FILES = 200_000
+"""Maximum number of files in the folders that a glob pattern searches."""
+
+
+def iter_matches(pattern: str, max_files: int = MAX_LISTED_FILES) -> Iterator[str]:
+    """Yield the existing paths that match a pattern, in any order, as `glob.iglob(recursive=True)`.
+
+    Each folder is read once per part of the pattern. With `iglob`, links and `..` in folders and
+    patterns of other people multiply the work.
+
+    Raises:
+        UserError: The pattern searches too many files.
+    """
+    parts, num_listed, seen = [*filter(None, pattern.split("/"))] or ["."], 0, set()
+    waiting = [("/" * pattern.startswith("/"), parts)] if len(parts) <= MAX_DEPTH else []
+    while waiting and num_listed <= max_files:
+        folder, (part, *rest) = waiting.pop()
+        state = (os.path.realpath(folder), part, len(rest))
+        if state in seen:
+            continue
+        seen.add(state)
+        path = os.path.join(folder, part)
+        entries = [(part, os.path.isdir(path))] if os.path.lexists(path) else []
+        if has_magic(part):
+            with suppress(OSError), os.scandir(folder or ".") as listed:
+                entries += [(one.name, one.is_dir()) for one in listed if one.name != part]
+        if part == "**":
+            waiting.append((folder, rest or ["*"]))
+        num_listed += len(entries)
+        for name, is_folder in entries if num_listed <= max_files else ():
+            path = os.path.join(folder, name)
+            is_hidden = name.startswith(".") and not part.startswith(".")
+            if part == "**" and is_folder and not is_hidden:
+                waiting.append((path, [part, *rest]))
+            elif part == name or (part != "**" and not is_hidden and fnmatchcase(name, part)):
+                if rest and is_folder:
+                    waiting.append((path, rest))
+                elif not rest:
+                    yield path
+    if num_listed > max_files:
+        raise UserError(
+            f"the pattern searches more than {max_files:,} files",
+            where=pattern,
+            expected="a pattern of the files in a few folders",
+            remedy="name the folders of the files in the pattern",
+        )
+
 
 MAX_ALIASED_VALUES = 100_000
 """Maximum number of values that aliases expand to.

@@ -10,7 +10,6 @@ import shlex
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from functools import cache
-from glob import glob
 from itertools import islice
 from pathlib import Path
 from typing import Any, cast, get_args, get_origin
@@ -20,7 +19,13 @@ from pydantic import BeforeValidator, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
-from finesight.bounded_files import ComposedYaml, TooManyValuesError, load_yaml, translate_os_errors
+from finesight.bounded_files import (
+    ComposedYaml,
+    TooManyValuesError,
+    iter_matches,
+    load_yaml,
+    translate_os_errors,
+)
 from finesight.config import Recipe, SettingsSection
 from finesight.errors import Remedy, Step, UserError, shorten, suggest_name
 from finesight.manifest import RECIPE_FILE, require_run_plugins
@@ -232,6 +237,9 @@ def recipe_from_text(text: str, path: Path, overrides: Overrides = ()) -> Recipe
         raise
 
 
+MAX_SEARCHED_FILES = 10_000
+
+
 def _resolve_paths(content: dict[str, Any], folder: Path) -> None:
     """Replace paths of inputs that exist only relative to the folder of the recipe."""
 
@@ -243,8 +251,8 @@ def _resolve_paths(content: dict[str, Any], folder: Path) -> None:
             return value | {key: resolve(value[key], is_path) for key in inner}
         if isinstance(value, str) and (is_path or ".py:" in value):
             name = value if is_path else value.rpartition(":")[0]
-            here, there = (os.path.exists(one) or glob(one) for one in (name, str(folder / name)))
-            return str(folder / value) if there and not here else value
+            is_there = not _has_files(name) and _has_files(str(folder / name))
+            return str(folder / value) if is_there else value
         return value
 
     for section, names in {
@@ -256,6 +264,14 @@ def _resolve_paths(content: dict[str, Any], folder: Path) -> None:
         if isinstance(settings, dict):
             for name in settings.keys() & {*names}:
                 settings[name] = resolve(settings[name], name not in ("metric", "rewards"))
+
+
+def _has_files(name: str) -> bool:
+    """Return whether a path exists, or a glob pattern matches or searches many files."""
+    try:
+        return os.path.exists(name) or any(iter_matches(name, MAX_SEARCHED_FILES))
+    except UserError:
+        return True
 
 
 def recipe_from_dict(content: Mapping[str, Any], overrides: Overrides = ()) -> Recipe:

@@ -68,7 +68,7 @@ class FileLock(contextlib.AbstractContextManager["FileLock"]):
     def __init__(self, path: Path, flags: int = os.O_RDONLY) -> None:
         """Open `path` with the given `os.open` flags, without locking it. Raises OSError."""
         with _forking:
-            self._descriptor: int | None = os.open(path, flags, 0o644)
+            self._descriptor: int | None = os.open(path, flags | os.O_NONBLOCK, 0o644)
             FileLock._open.add(self)
 
     def acquire(self, *, shared: bool = False, wait: bool = True) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 from studio_fixtures import read_live, write_job, write_outcome
 
-from finesight.app.jobs import JOB_FILE, LOCK_FILE, Job, JobStore
+from finesight.app.jobs import JOB_FILE, LOCK_FILE, OUTCOME_FILE, Job, JobStore
 from finesight.app.studio_page import Form
 from finesight.app.studio_view import Selection
 from finesight.errors import UserError
@@ -53,6 +53,27 @@ def test_killed_and_damaged_jobs(folder):
     (job.folder.parent / "missing").mkdir()
     assert [found.id for found in jobs.list_jobs()] == [job.id]
     assert jobs.list_jobs("train") == []
+
+
+def test_job_of_another_person_has_no_links_and_pipes(folder, page):
+    (folder / "secret.txt").write_text("secret")
+    for name, damage in (
+        ("link", lambda job: (job / "log.txt").symlink_to(folder / "secret.txt")),
+        ("zeros", lambda job: (job / OUTCOME_FILE).symlink_to("/dev/zero")),
+        ("pipe", lambda job: os.mkfifo(job / LOCK_FILE)),
+        ("no words", lambda job: (job / JOB_FILE).write_text('{"step": "chat", "arguments": []}')),
+    ):
+        job = write_job(folder, "chat", "web", name=name).folder
+        for file in (job / "log.txt", job / OUTCOME_FILE):
+            file.unlink()
+        damage(job)
+    (folder / ".finesight/jobs/folder").symlink_to(job)
+    assert page.view.jobs.list_jobs() == []
+    write_outcome(
+        merge := write_job(folder, "export", "merge"), 2, next_steps=[{"operation": "format-disk"}]
+    )
+    assert merge.read_outcome() is None
+    assert "killed" in page.render(Selection(step="export"))
 
 
 @pytest.mark.parametrize(

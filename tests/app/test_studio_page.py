@@ -618,6 +618,8 @@ def test_advice_after_training_is_followed_by_buttons(folder, page):
     assert train.arguments["overrides"][-1] == "output_dir=runs/a-2"
     assert advise_run(replace(record, result=None), run) == []
     [serve] = advise_run(replace(record, steps=[], result={**result, "after": None}), run)
+    texts = {"after": {"scores": {"accuracy": "<b>"}, "num_samples": "x"}}
+    assert advise_run(replace(record, steps=[], result=texts), run) == [serve]
     assert serve.operation == "serve"
     (run / "result.json").write_text(json.dumps(result))
     lines = [json.dumps(line) for line in losses]

@@ -1,5 +1,6 @@
 """Tests of the paths and files that the studio accepts."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -13,6 +14,7 @@ from case_files import load_cases
 from studio_fixtures import click_button, write_job, write_recipe
 from web_server_fixture import get_image_pool
 
+from finesight.app.studio_view import Selection
 from finesight.app.workspace import UPLOAD_MARKER, Workspace, WorkspaceDataset, as_argument
 from finesight.data.import_source import ImportOptions
 from finesight.data.importer import import_dataset
@@ -231,6 +233,20 @@ def test_files_that_cannot_be_read_are_skipped(workspace):
     assert content.recipes == [Path("-a.yaml")]
     assert as_argument(Path("-a.yaml")) == "./-a.yaml"
     assert as_argument(Path("hf:a/b")) == "./hf:a/b"
+
+
+@pytest.mark.parametrize("pattern", ["*/../" * 12 + "x", "**/" * 9 + "x", "../" * 9 + "**/x"])
+def test_pattern_of_another_person_is_searched_once(workspace, page, pattern):
+    for index in range(9):
+        (workspace.folder / f"loop-{index}").symlink_to(".")
+    write_recipe(workspace.folder, "a", f"['{pattern}']")
+    assert "a.yaml" in page.render(Selection(step="plan"))
+    with contextlib.suppress(UserError):
+        workspace.load_recipe(Path("a.yaml"))
+    (check := workspace.folder / add_data(workspace, "b").check_page).parent.mkdir()
+    check.symlink_to(workspace.folder.parent / "secret.txt")
+    with pytest.raises(UserError, match="no check"):
+        page.view.read_check_page(Selection(data="data/b"))
 
 
 @pytest.mark.parametrize("user", ["", "recipe", "labels", "foreign", "table"])

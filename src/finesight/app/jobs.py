@@ -18,12 +18,13 @@ import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from stat import S_ISREG, S_ISSOCK
+from typing import Annotated, Any, Literal
 
 import httpx2
-from pydantic import BaseModel
+from pydantic import AwareDatetime, BaseModel, Field
 
-from finesight.bounded_files import parse_json
+from finesight.bounded_files import read_json, read_json_object
 from finesight.errors import Remedy, Step, UserError
 from finesight.operations.operation import OUTCOME_VARIABLE
 from finesight.storage import FileLock, make_folder, write_file
@@ -80,8 +81,8 @@ class Job(BaseModel, frozen=True):
     folder: Path
     step: str
     target: str
-    arguments: tuple[str, ...]
-    started_at: datetime
+    arguments: Annotated[tuple[str, ...], Field(min_length=1)]
+    started_at: AwareDatetime
     port: int = 0
     has_page: bool = False
     form: dict[str, str] = {}
@@ -138,9 +139,11 @@ class Job(BaseModel, frozen=True):
 
     def read_outcome(self) -> JobOutcome | None:
         """Return the outcome of an ended command; None before its end and for a killed job."""
-        with contextlib.suppress(OSError, ValueError):
-            text = (self.folder / OUTCOME_FILE).read_text(encoding="utf-8")
-            return JobOutcome.model_validate(parse_json(text))
+        with contextlib.suppress(UserError, AssertionError, LookupError, TypeError, ValueError):
+            outcome = JobOutcome.model_validate(read_json(self.folder / OUTCOME_FILE))
+            # Steps of another version, or of another person, may not exist here.
+            steps = (*outcome.next_steps, outcome.error.remedy if outcome.error else "")
+            return outcome if all(map(str, filter(None, steps))) else None
         return None
 
     @property
@@ -279,7 +282,7 @@ class JobStore:
         self._processes = [process for process in self._processes if process.poll() is None]
         jobs = []
         for folder in sorted(self._folder.glob("*"), reverse=True):
-            with contextlib.suppress(OSError, TypeError, ValueError):
+            with contextlib.suppress(OSError, UserError, ValueError):
                 job = read_job(folder)
                 if step in (None, job.step) and target in (None, job.target):
                     jobs.append(job)
@@ -292,7 +295,7 @@ class JobStore:
     def find(self, job_id: str) -> Job:
         """Return the job with an ID. Raises UserError if there is none."""
         # Each request of a page comes here, so other jobs are not read.
-        with contextlib.suppress(OSError, TypeError, ValueError):
+        with contextlib.suppress(OSError, UserError, ValueError):
             if job_id in os.listdir(self._folder):
                 return read_job(self._folder / job_id)
         raise UserError(
@@ -304,5 +307,10 @@ class JobStore:
 
 
 def read_job(folder: Path) -> Job:
-    """Read the command of a job folder. Damage raises OSError, TypeError or ValueError."""
-    return Job.model_validate({**parse_json((folder / JOB_FILE).read_text()), "folder": folder})
+    """Read the command of a job folder. Damage raises OSError, UserError or ValueError."""
+    for file in (*([folder] if folder.is_symlink() else []), *folder.iterdir()):
+        mode = file.lstat().st_mode
+        # The workspace of another person may have links out of it, and pipes that block.
+        if not (S_ISREG(mode) or S_ISSOCK(mode)):
+            raise ValueError(f"{file} is no regular file")
+    return Job.model_validate({**read_json_object(folder / JOB_FILE), "folder": folder})

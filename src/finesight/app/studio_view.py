@@ -20,6 +20,7 @@ from urllib.parse import urlencode
 from finesight.app.jobs import Job, JobStore
 from finesight.app.pages import describe_error
 from finesight.app.workspace import Workspace, WorkspaceContent, WorkspaceDataset, as_argument
+from finesight.bounded_files import read_text
 from finesight.config import METRIC_NAMES
 from finesight.errors import LABEL_TRAIN_FRACTION, Remedy, Step, UserError
 from finesight.evaluate.bootstrap import MIN_SAMPLES_UNBOUNDED
@@ -246,6 +247,7 @@ OUTCOMES = {
 MAX_REPORT_EXAMPLES = 200
 MAX_COMPARED_RUNS = 8
 MAX_LISTED_JOBS = 5
+MAX_PAGE_BYTES = 100 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -481,9 +483,9 @@ class StudioView:
         """Return the page of the last check of the selected data set."""
         dataset = self.read_state(selection).dataset
         file = self.workspace.folder / dataset.check_page if dataset else None
-        if file is None or not file.is_file():
+        if file is None or not (file.is_file() and self.workspace.contains(file)):
             raise UserError("no check", expected="a checked data set", remedy="run the check")
-        return file.read_text(encoding="utf-8")
+        return read_text(file, expected="a page", remedy="run the check", max_bytes=MAX_PAGE_BYTES)
 
     def _build_charts(self, state: StudioState) -> list[Any]:
         """Return the curves of the run that the selected recipe has started."""

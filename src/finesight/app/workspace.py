@@ -14,7 +14,6 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from glob import iglob
 from itertools import chain, count
 from pathlib import Path
 from tempfile import mkdtemp
@@ -22,7 +21,7 @@ from typing import Any
 
 import yaml
 
-from finesight.bounded_files import load_yaml
+from finesight.bounded_files import iter_matches, load_yaml, open_regular_file
 from finesight.config import TRACKER_MODES, Recipe, is_url
 from finesight.data.sample import Sample, validate_sample
 from finesight.errors import Remedy, UserError, escape_surrogates, suggest_similar_path
@@ -197,7 +196,7 @@ class Workspace:
             # Without dangling links, links out of the workspace, and names that are not UTF-8.
             listed = (n for n in files if n.endswith(LISTED_SUFFIXES) and _is_text(n))
             paths = (folder / n for n in listed)
-            names = frozenset(p.name for p in paths if os.path.isfile(p) and self._contains(p))
+            names = frozenset(p.name for p in paths if os.path.isfile(p) and self.contains(p))
             is_item = MANIFEST_FILE in names or "config.json" in names
             depth = len(folder.relative_to(self.folder).parts)
             subfolders[:] = sorted(n for n in subfolders if not n.startswith(".") and _is_text(n))
@@ -208,7 +207,7 @@ class Workspace:
     def _is_recipe(self, path: Path) -> bool:
         file = self.folder / path
         try:
-            if file.stat().st_size > MAX_RECIPE_BYTES or not self._contains(file):
+            if file.stat().st_size > MAX_RECIPE_BYTES or not self.contains(file):
                 return False
             content = load_yaml(file.read_text(encoding="utf-8"))
         except (OSError, ValueError, yaml.YAMLError):
@@ -228,7 +227,8 @@ class Workspace:
             return None if newest is None or is_full else newest.relative_to(self.folder)
         return None
 
-    def _contains(self, path: Path) -> bool:
+    def contains(self, path: Path) -> bool:
+        """Return whether a path is in the workspace after its links are resolved."""
         # Unlike Path.resolve, it accepts links in a loop.
         return Path(os.path.realpath(path)).is_relative_to(self.folder)
 
@@ -249,7 +249,7 @@ class Workspace:
         if not name or name.startswith("-") or "\0" in name:
             problem = f"{name!r} is not a valid path"
         # A path outside is reported as such, whether it exists or not.
-        elif not path.is_relative_to(self.folder) or not self._contains(path):
+        elif not path.is_relative_to(self.folder) or not self.contains(path):
             problem = f"{name} is outside of the workspace {self.folder}"
             remedy = "move or copy it into the workspace, or start the studio in its folder"
         elif self._is_internal(path):
@@ -273,7 +273,7 @@ class Workspace:
         name = name.strip()
         path = Path(parent, f"{name}{suffix}")
         is_valid, full = NAME_PATTERN.fullmatch(name) is not None, self.folder / path
-        if not is_valid or os.path.lexists(full) or not self._contains(full):
+        if not is_valid or os.path.lexists(full) or not self.contains(full):
             raise UserError(
                 f"{path} exists" if is_valid else f"{name!r} is not a valid name",
                 where=parent,
@@ -307,7 +307,7 @@ class Workspace:
         folder = Path("uploads", name)
         is_leftover = (
             NAME_PATTERN.fullmatch(name) is not None
-            and self._contains(self.folder / folder)
+            and self.contains(self.folder / folder)
             and (self.folder / folder / UPLOAD_MARKER).is_file()
         )
         if not is_leftover or self.find_uses(folder):
@@ -368,7 +368,7 @@ class Workspace:
             trash = Path(mkdtemp(prefix=f"{paths[0].name[:40]}-", dir=parent))
             existing = [path for path in paths if os.path.lexists(self.folder / path)]
             for source, target in [(self.folder / path, trash / path) for path in existing]:
-                if not self._contains(source):
+                if not self.contains(source):
                     raise OSError(errno.EXDEV, "it is a link to another folder")
                 target.parent.mkdir(parents=True, exist_ok=True)
                 source.rename(target)
@@ -434,9 +434,9 @@ class Workspace:
             used = content if isinstance(content, dict) else {}
             names = _list_texts([used.get(n, []) for n in ("data", "model", "adapter", "train")])
             patterns = [str(self.folder / name) for name in names]
-            files = chain(patterns, *(iglob(pattern, recursive=True) for pattern in patterns))
+            files = chain(patterns, *map(iter_matches, patterns))
             return any(Path(os.path.realpath(file)).is_relative_to(root) for file in files)
-        except (OSError, ValueError, yaml.YAMLError):
+        except (OSError, UserError, ValueError, yaml.YAMLError):
             return os.path.relpath(root, self.folder) in text
 
     def list_deleted(self, dataset: WorkspaceDataset, running: Sequence[Path]) -> list[Path]:
@@ -499,7 +499,7 @@ class Workspace:
         with contextlib.suppress(UserError, OSError, ValueError):
             if run is not None:
                 file = self.load_recipe(run / RECIPE_FILE).data.train[0].path
-            with (self.folder / (file or "")).open("rb") as lines:
+            with open_regular_file(self.folder / (file or "")) as lines:
                 sample = Sample.model_validate_json(lines.readline(MAX_RECIPE_BYTES))
             turns = [turn for turn in sample.messages if turn.role == "user"]
             return get_text(turns[-1].content) if turns else ""
@@ -575,8 +575,8 @@ class Workspace:
                 continue
             # A glob pattern may match files beyond symbolic links.
             own, pattern = self.folder / path, str(self.folder / path)
-            files = [own, *map(Path, iglob(pattern, recursive=True))]
-            if not all(self._contains(file) and not self._is_internal(file) for file in files):
+            files = chain([own], map(Path, iter_matches(pattern)))
+            if not all(self.contains(file) and not self._is_internal(file) for file in files):
                 problem = f"{path} is outside of the workspace {self.folder}, or of the studio"
         for section, name, _ in list_functions(recipe):
             problem = f"{section} {name} is a Python file, which the studio never runs"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import itertools
 import os
@@ -21,7 +20,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from finesight.bounded_files import parse_json, to_readable_name
+from finesight.bounded_files import iter_matches, parse_json, to_readable_name
 from finesight.config import DataFileSettings, TrainFileSettings
 from finesight.data.image_header import split_page
 from finesight.data.line_index import IndexedFile, SampleIndex, open_unchanged
@@ -113,7 +112,7 @@ def expand_files(path: Path) -> list[Path]:
     """Return the files that match a glob pattern in sorted order, or the path itself."""
     if not is_glob(path):
         return [path]
-    matches = sorted(Path(name) for name in glob.glob(str(path), recursive=True))
+    matches = sorted(map(Path, iter_matches(str(path))))
     files = [file for file in matches if file.is_file()]
     if not files:
         raise UserError(

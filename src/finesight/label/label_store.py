@@ -23,7 +23,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Discriminator, ValidationError
 
-from finesight.bounded_files import is_utf8
+from finesight.bounded_files import is_utf8, read_json
 from finesight.config import Recipe, is_url
 from finesight.data.image_header import CorruptImageError, get_file
 from finesight.data.sample import (
@@ -693,8 +693,8 @@ def find_label_folder(recipe: Recipe) -> Path | None:
 
 def read_sources(folder: Path, name: str = SOURCES_FILE) -> list[str]:
     """Return the `IMAGES` of all sessions of a folder, or its reviewed files; [] if unreadable."""
-    with suppress(OSError, ValueError):
-        sources = json.loads((folder / name).read_bytes())
+    with suppress(UserError):
+        sources = read_json(folder / name)
         return [str(source) for source in sources] if isinstance(sources, list) else []
     return []
 

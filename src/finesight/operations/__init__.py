@@ -60,7 +60,7 @@ A name may have two words.
 
 def find_operation(name: str) -> Callable[..., Any]:
     """Import the operation with a name."""
-    target = next(group[name] for group in OPERATIONS.values() if name in group)
+    target = {one: group[one] for group in OPERATIONS.values() for one in group}[name]
     module, _, function = target.partition(":")
     operation: Callable[..., Any] = getattr(import_module(f"finesight.{module}"), function)
     return operation

@@ -271,15 +271,16 @@ def advise_run(run_record: RunRecord, run: Path) -> list[Step]:
     from finesight.doctor.run_check import scale_duration
     from finesight.evaluate.metric_difference import count_correct
     from finesight.manifest import RECIPE_FILE
-    from finesight.report.run_reader import is_finite
+    from finesight.report.metric_rows import read_metrics
+    from finesight.report.run_reader import as_object, is_finite
     from finesight.report.summary import count_training_samples
     from finesight.train.run_dir import RunDir
 
     if run_record.result is None:
         return []
-    after, steps = run_record.result.get("after") or {}, []
-    scores, total = after.get("scores") or {}, after.get("num_samples") or 0
-    counts = (count_correct(name, score, total) for name, score in scores.items())
+    after, steps = as_object(run_record.result.get("after")), []
+    total = after["num_samples"] if isinstance(after.get("num_samples"), int) else 0
+    counts = (count_correct(name, score, total) for name, score in read_metrics(after).items())
     count = next((one for one in counts if one is not None), None)
     losses = [line["loss"] for line in run_record.steps if is_finite(line.get("loss"))]
     edge = len(losses) // 5

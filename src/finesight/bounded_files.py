@@ -18,8 +18,7 @@ import stat
 import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from fnmatch import fnmatchcase
-from glob import has_magic
+from glob import iglob
 from io import BufferedReader
 from pathlib import Path
 from typing import Any
@@ -304,45 +303,29 @@ MAX_LISTED_FILES = 200_000
 def iter_matches(pattern: str, max_files: int = MAX_LISTED_FILES) -> Iterator[str]:
     """Yield the existing paths that match a pattern, in any order, as `glob.iglob(recursive=True)`.
 
-    Each folder is read once per part of the pattern. With `iglob`, links and `..` in folders and
-    patterns of other people multiply the work.
-
-    Raises:
-        UserError: The pattern searches too many files.
+    Each folder is read once per part of the pattern, because links and `..` in folders and patterns
+    of other people multiply the paths to it. Raises UserError if more than `max_files` are found.
     """
-    parts, num_listed, seen = [*filter(None, pattern.split("/"))] or ["."], 0, set()
+    parts, num_found, seen = [*filter(None, pattern.split("/"))] or ["."], 0, set()
     waiting = [("/" * pattern.startswith("/"), parts)] if len(parts) <= MAX_DEPTH else []
-    while waiting and num_listed <= max_files:
+    while waiting:
         folder, (part, *rest) = waiting.pop()
-        state = (os.path.realpath(folder), part, len(rest))
+        is_deep, state = part == "**", (os.path.realpath(folder), part, len(rest))
         if state in seen:
             continue
         seen.add(state)
-        path = os.path.join(folder, part)
-        entries = [(part, os.path.isdir(path))] if os.path.lexists(path) else []
-        if has_magic(part):
-            with suppress(OSError), os.scandir(folder or ".") as listed:
-                entries += [(one.name, one.is_dir()) for one in listed if one.name != part]
-        if part == "**":
+        if is_deep:
             waiting.append((folder, rest or ["*"]))
-        num_listed += len(entries)
-        for name, is_folder in entries if num_listed <= max_files else ():
-            path = os.path.join(folder, name)
-            is_hidden = name.startswith(".") and not part.startswith(".")
-            if part == "**" and is_folder and not is_hidden:
-                waiting.append((path, [part, *rest]))
-            elif part == name or (part != "**" and not is_hidden and fnmatchcase(name, part)):
-                if rest and is_folder:
-                    waiting.append((path, rest))
-                elif not rest:
-                    yield path
-    if num_listed > max_files:
-        raise UserError(
-            f"the pattern searches more than {max_files:,} files",
-            where=pattern,
-            expected="a pattern of the files in a few folders",
-            remedy="name the folders of the files in the pattern",
-        )
+        for name in iglob("*" if is_deep else part, root_dir=folder or None):
+            path, num_found = os.path.join(folder, name), num_found + 1
+            if num_found > max_files:
+                what = f"the pattern searches more than {max_files:,} files"
+                expected, remedy = "files in a few folders", "name the folders in the pattern"
+                raise UserError(what, where=pattern, expected=expected, remedy=remedy)
+            if not (is_deep or rest):
+                yield path
+            elif os.path.isdir(path):
+                waiting.append((path, [part, *rest] if is_deep else rest))
 
 
 MAX_ALIASED_VALUES = 100_000

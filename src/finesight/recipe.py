@@ -35,8 +35,9 @@ MAX_RECIPE_BYTES = 2**20
 
 _TOO_LARGE_REMEDY = "list many data files as a pattern, such as shards/*.tar"
 
-MAX_VALUES = 20_000
-"""Maximum number of values and names in a recipe; the longest lists are data files."""
+MAX_VALUES, MAX_SEARCHED_FILES = 20_000, 10_000
+"""Maximum number of values and names in a recipe; the longest lists are data files. Maximum number
+of files that are searched for a match of a pattern."""
 
 _DATA_SUFFIXES = (".jsonl", ".csv", ".tsv", ".xlsx", ".parquet", ".tar", ".zip")
 
@@ -235,9 +236,6 @@ def recipe_from_text(text: str, path: Path, overrides: Overrides = ()) -> Recipe
         for folder in (path.parent, Path(str(content.get("output_dir")))):
             require_run_plugins(folder)
         raise
-
-
-MAX_SEARCHED_FILES = 10_000
 
 
 def _resolve_paths(content: dict[str, Any], folder: Path) -> None:

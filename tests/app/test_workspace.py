@@ -321,4 +321,8 @@ def test_trash_that_cannot_be_written_is_reported(workspace):
     (workspace.folder / ".finesight/trash").write_text("no folder")
     with pytest.raises(UserError, match="cannot be moved to the trash"):
         workspace.move_to_trash(Path("data/a"))
+    (workspace.folder / ".finesight/trash").unlink()
+    (workspace.folder / ".finesight/trash").symlink_to(workspace.folder.parent)
+    with pytest.raises(UserError, match="a link to another folder"):
+        workspace.move_to_trash(Path("data/a"))
     assert (workspace.folder / "data/a/data.jsonl").exists()

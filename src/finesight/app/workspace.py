@@ -21,10 +21,16 @@ from typing import Any
 
 import yaml
 
-from finesight.bounded_files import iter_matches, load_yaml, open_regular_file
+from finesight.bounded_files import (
+    is_utf8,
+    iter_matches,
+    load_yaml,
+    open_regular_file,
+    read_text,
+)
 from finesight.config import TRACKER_MODES, Recipe, is_url
 from finesight.data.sample import Sample, validate_sample
-from finesight.errors import Remedy, UserError, escape_surrogates, suggest_similar_path
+from finesight.errors import Remedy, UserError, suggest_similar_path
 from finesight.hub.archive import is_archive, safe_join
 from finesight.label.label_store import (
     EVAL_FILE,
@@ -194,25 +200,22 @@ class Workspace:
         for num_folders, (name, subfolders, files) in enumerate(os.walk(self.folder)):
             folder = Path(name)
             # Without dangling links, links out of the workspace, and names that are not UTF-8.
-            listed = (n for n in files if n.endswith(LISTED_SUFFIXES) and _is_text(n))
+            listed = (n for n in files if n.endswith(LISTED_SUFFIXES) and is_utf8(n))
             paths = (folder / n for n in listed)
             names = frozenset(p.name for p in paths if os.path.isfile(p) and self.contains(p))
             is_item = MANIFEST_FILE in names or "config.json" in names
             depth = len(folder.relative_to(self.folder).parts)
-            subfolders[:] = sorted(n for n in subfolders if not n.startswith(".") and _is_text(n))
+            subfolders[:] = sorted(n for n in subfolders if not n.startswith(".") and is_utf8(n))
             if is_item or depth >= MAX_DEPTH or num_folders >= MAX_FOLDERS:
                 subfolders.clear()
             yield folder, names
 
     def _is_recipe(self, path: Path) -> bool:
-        file = self.folder / path
-        try:
-            if file.stat().st_size > MAX_RECIPE_BYTES or not self.contains(file):
-                return False
-            content = load_yaml(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError, yaml.YAMLError):
-            return False
-        return isinstance(content, dict) and {"model", "data"} <= content.keys()
+        limits = {"expected": "a recipe", "max_bytes": MAX_RECIPE_BYTES}
+        with contextlib.suppress(UserError, yaml.YAMLError):
+            content = load_yaml(read_text(self.folder / path, **limits))
+            return isinstance(content, dict) and {"model", "data"} <= content.keys()
+        return False
 
     def find_weights(self, run: Path) -> Path | None:
         """Return a finished run, or the newest checkpoint of unfinished LoRA training, or None."""
@@ -368,7 +371,7 @@ class Workspace:
             trash = Path(mkdtemp(prefix=f"{paths[0].name[:40]}-", dir=parent))
             existing = [path for path in paths if os.path.lexists(self.folder / path)]
             for source, target in [(self.folder / path, trash / path) for path in existing]:
-                if not self.contains(source):
+                if not (self.contains(source) and self.contains(target)):
                     raise OSError(errno.EXDEV, "it is a link to another folder")
                 target.parent.mkdir(parents=True, exist_ok=True)
                 source.rename(target)
@@ -426,10 +429,8 @@ class Workspace:
 
     def uses_files(self, recipe: Path, root: str) -> bool:
         """Return whether a recipe, also an invalid one, uses data or weights of a folder."""
-        text = ""
+        text = self.read_recipe(recipe)[0]
         try:
-            with (self.folder / recipe).open("rb") as file:
-                text = file.read(MAX_RECIPE_BYTES).decode("utf-8", "replace")
             content = load_yaml(text)
             used = content if isinstance(content, dict) else {}
             names = _list_texts([used.get(n, []) for n in ("data", "model", "adapter", "train")])
@@ -651,11 +652,6 @@ def _list_texts(value: object) -> list[str]:
     if isinstance(value, list):
         return [text for item in value for text in _list_texts(item)]
     return [str(value)]
-
-
-def _is_text(name: str) -> bool:
-    """Return whether a file name is UTF-8. Python represents other bytes by lone surrogates."""
-    return escape_surrogates(name) == name
 
 
 def _count_lines(file: Path) -> int:

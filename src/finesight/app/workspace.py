@@ -211,9 +211,9 @@ class Workspace:
             yield folder, names
 
     def _is_recipe(self, path: Path) -> bool:
-        limits = {"expected": "a recipe", "max_bytes": MAX_RECIPE_BYTES}
+        file = self.folder / path
         with contextlib.suppress(UserError, yaml.YAMLError):
-            content = load_yaml(read_text(self.folder / path, **limits))
+            content = load_yaml(read_text(file, expected="a recipe", max_bytes=MAX_RECIPE_BYTES))
             return isinstance(content, dict) and {"model", "data"} <= content.keys()
         return False
 

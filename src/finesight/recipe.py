@@ -35,9 +35,8 @@ MAX_RECIPE_BYTES = 2**20
 
 _TOO_LARGE_REMEDY = "list many data files as a pattern, such as shards/*.tar"
 
-MAX_VALUES, MAX_SEARCHED_FILES = 20_000, 10_000
-"""Maximum number of values and names in a recipe; the longest lists are data files. Maximum number
-of files that are searched for a match of a pattern."""
+MAX_VALUES = 20_000
+"""Maximum number of values and names in a recipe; the longest lists are data files."""
 
 _DATA_SUFFIXES = (".jsonl", ".csv", ".tsv", ".xlsx", ".parquet", ".tar", ".zip")
 
@@ -249,8 +248,9 @@ def _resolve_paths(content: dict[str, Any], folder: Path) -> None:
             return value | {key: resolve(value[key], is_path) for key in inner}
         if isinstance(value, str) and (is_path or ".py:" in value):
             name = value if is_path else value.rpartition(":")[0]
-            is_there = not _has_files(name) and _has_files(str(folder / name))
-            return str(folder / value) if is_there else value
+            names = name, str(folder / name)
+            here, there = (os.path.exists(one) or any(iter_matches(one)) for one in names)
+            return str(folder / value) if there and not here else value
         return value
 
     for section, names in {
@@ -262,14 +262,6 @@ def _resolve_paths(content: dict[str, Any], folder: Path) -> None:
         if isinstance(settings, dict):
             for name in settings.keys() & {*names}:
                 settings[name] = resolve(settings[name], name not in ("metric", "rewards"))
-
-
-def _has_files(name: str) -> bool:
-    """Return whether a path exists, or a glob pattern matches or searches many files."""
-    try:
-        return os.path.exists(name) or any(iter_matches(name, MAX_SEARCHED_FILES))
-    except UserError:
-        return True
 
 
 def recipe_from_dict(content: Mapping[str, Any], overrides: Overrides = ()) -> Recipe:

@@ -308,9 +308,8 @@ class JobStore:
 
 def read_job(folder: Path) -> Job:
     """Read the command of a job folder. Damage raises OSError, UserError or ValueError."""
-    for file in (*([folder] if folder.is_symlink() else []), *folder.iterdir()):
-        mode = file.lstat().st_mode
-        # The workspace of another person may have links out of it, and pipes that block.
-        if not (S_ISREG(mode) or S_ISSOCK(mode)):
-            raise ValueError(f"{file} is no regular file")
+    modes = [file.lstat().st_mode for file in folder.iterdir()]
+    # The workspace of another person may have links out of it, and pipes that block.
+    if folder.is_symlink() or not all(S_ISREG(mode) or S_ISSOCK(mode) for mode in modes):
+        raise ValueError(f"{folder} has a link or special file")
     return Job.model_validate({**read_json_object(folder / JOB_FILE), "folder": folder})

@@ -191,7 +191,7 @@ class StudioPage:
             paths = ("answers/{}", "uploads/{}")
             values["predict:out"] = self.view.workspace.find_free_name("answers", *paths)
         # Commands apply to the model that was merged last.
-        merges = [job.arguments for job in state.jobs if job.arguments[0] == "merge"]
+        merges = [one.arguments for one in state.jobs if one.arguments[0] == "merge"]
         merged = [name for words in merges for name in words[2:3]]
         merged += [str(path) for path in state.content.models if path.parent == Path("models")]
         values["merge:out"] = Path((*merged, state.run or "")[0]).name

@@ -409,15 +409,12 @@ class StudioView:
             with contextlib.suppress(UserError, KeyError):
                 files = self.workspace.load_recipe(state.recipe).data.eval
                 num_samples = sum(known[str(file.path)] for file in files)
-        if num_samples >= MIN_SAMPLES_UNBOUNDED:
-            return ""
-        from finesight.recipe_template import NUM_EVAL_ROWS  # slow to import
-
         text = (
-            "Too few validation samples ({}) to tell whether training helps: {} are the minimum,"
-            " {} are good. Label more images, or import with a smaller fraction for training."
+            "Too few validation samples ({}) to tell whether training helps: {} are the minimum."
+            " Label more images, or import with a smaller fraction for training."
         )
-        return translate(text, num_samples, MIN_SAMPLES_UNBOUNDED, NUM_EVAL_ROWS)
+        is_few = num_samples < MIN_SAMPLES_UNBOUNDED
+        return translate(text, num_samples, MIN_SAMPLES_UNBOUNDED) if is_few else ""
 
     def list_proposals(self, state: StudioState) -> list[tuple[str, Step]]:
         """Return the steps that a command or run proposes, with the buttons that follow them."""

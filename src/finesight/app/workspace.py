@@ -21,13 +21,7 @@ from typing import Any
 
 import yaml
 
-from finesight.bounded_files import (
-    is_utf8,
-    iter_matches,
-    load_yaml,
-    open_regular_file,
-    read_text,
-)
+from finesight.bounded_files import is_utf8, iter_matches, load_yaml, open_regular_file, read_text
 from finesight.config import TRACKER_MODES, Recipe, is_url
 from finesight.data.sample import Sample, validate_sample
 from finesight.errors import Remedy, UserError, suggest_similar_path

@@ -63,11 +63,9 @@ CASES = {
     "ms-swift": (*ONE_IMAGE, *ROUNDS, *SEVERAL, *IN_ALL, *IN_EACH),
     "llama-factory": (*ONE_IMAGE, *ROUNDS, *SEVERAL, *IN_ALL),
     "openai": (*ONE_IMAGE, *ROUNDS, *SEVERAL, *IN_ALL),
-    "query-response": (*ONE_IMAGE, *ROUNDS, *SEVERAL, *IN_ALL),
     "conversations": (*ONE_IMAGE, *ROUNDS, *SEVERAL, *IN_ALL),
     "llava": (*ONE_IMAGE, *IN_ALL),
     "table": ONE_IMAGE,
-    "qwen-vl": (*SEVERAL, *IN_ALL, *CONVERSATIONS["on_the_grid"]),
 }
 WISHES = {
     "table": ImportOptions(columns={n: n for n in ("image", "question", "answer", "box", "label")})
@@ -131,15 +129,15 @@ def test_tools_and_loss_of_turns_are_kept_or_refused(tmp_path: Path, name: str) 
     assert found == expected
 
 
-PAIR_FORMATS = ("samples", "ms-swift", "llama-factory", "openai", "query-response", "llava")
+PAIR_FORMATS = ("samples", "ms-swift", "llama-factory", "openai", "llava")
 
 
 @each("verdict", [{"rejected": "A barn."}, {"label": False}])
-@each("name", [*PAIR_FORMATS, "conversations", "table", "qwen-vl", "folder"])
+@each("name", [*PAIR_FORMATS, "conversations", "table", "folder"])
 def test_preferences_are_kept_or_counted(tmp_path, name, verdict):
     samples = make_located_samples(tmp_path, ONE_IMAGE[0], **verdict)
     done = export_dataset(samples, tmp_path / "out", name, copy_images=True)
-    is_kept = name in (*PAIR_FORMATS, "conversations", "qwen-vl")
+    is_kept = name in (*PAIR_FORMATS, "conversations")
     lost = "rejected answers" if "rejected" in verdict else "labels of answers"
     assert done.lost_counts.get(lost, 0) == (not is_kept)
     if is_kept:
@@ -152,16 +150,16 @@ def test_preferences_are_kept_or_counted(tmp_path, name, verdict):
 
 def test_every_row_format_has_a_roundtrip_case() -> None:
     import_only = {form.name for form in FORMATS if form.write_files is None}
-    assert import_only == {"imagefolder", "classes", "image-path"}
+    others = {"imagefolder", "classes", "voc", "labelme", "fiftyone"}
+    assert import_only == {*others, "image-path", "qwen-vl", "query-response"}
     row_formats = {form.name for form in FORMATS if form.open_dataset is None}
-    assert row_formats - {"image-path"} == set(CASES)
+    assert row_formats - import_only == set(CASES)
 
 
 WRITTEN = {
     "ms-swift": IN_EACH,
     "llama-factory": ROUNDS,
     "llava": ONE_IMAGE,
-    "qwen-vl": CONVERSATIONS["on_the_grid"],
 }
 
 
@@ -182,11 +180,7 @@ def test_rows_are_written_as_the_programs_read_them(tmp_path: Path, name: str) -
         assert info["columns"] == {"messages": "conversations", "images": "images"}
 
 
-def test_inexact_boxes_and_rejected_boxes_of_shared_objects_are_counted(tmp_path):
-    samples = make_located_samples(tmp_path, turns([IMAGE_PART, text("?")], [box(0.01, 0, 40, 20)]))
-    done = export_dataset(samples, tmp_path / "grid", "qwen-vl", copy_images=False)
-    assert done.lost_counts == {"exact box corners (rounded to a grid of 1000)": 1}
-    assert "(0,0),(999,999)" in (tmp_path / "grid" / "data.jsonl").read_text()
+def test_rejected_boxes_of_shared_objects_are_counted(tmp_path):
     samples = make_located_samples(tmp_path, ONE_IMAGE[1], rejected=[box(1, 2, 3, 4)])
     done = export_dataset(samples, tmp_path / "out", "ms-swift", copy_images=False)
     assert done.lost_counts == {"rejected answers": 1}
@@ -232,14 +226,11 @@ BOX = [IMAGE_PART, text("?")], [box(1, 2, 3, 4)]
         ("openai", turns([IMAGE_PART, box(1, 2, 3, 4)], "x"), "a box in a question"),
         ("llama-factory", IN_EACH[0], "boxes that are ambiguous"),
         ("conversations", turns([IMAGE_PART, text("?")], "bbox_2d it is"), "outside of JSON"),
-        ("query-response", turns(BOX[0], [text("["), *BOX[1], text("]")]), "are ambiguous"),
+        ("openai", turns(BOX[0], [text("["), *BOX[1], text("]")]), "are ambiguous"),
         ("llava", SEVERAL[0], "2 images"),
         ("llava", ROUNDS[0], "turns of system"),
         ("table", ROUNDS[0], "turns of system"),
         ("table", SEVERAL[0], "an image after text"),
-        ("qwen-vl", IN_EACH[0], "a box in image"),
-        ("qwen-vl", turns([IMAGE_PART, text("a <ref>")], "x"), "markup in"),
-        ("qwen-vl", turns(BOX[0], [box(1, 2, 1.01, 4)]), "smaller than a grid cell"),
     ],
 )
 def test_unsupported_content_error_has_reason(tmp_path, name, conversation, what):
@@ -255,15 +246,15 @@ def test_unsupported_content_error_has_reason(tmp_path, name, conversation, what
 @each(
     ("name", "conversation", "what"),
     [
-        ("voc", turns([IMAGE_PART], "A dog."), "the answer contains type='text'"),
+        ("yolo", turns([IMAGE_PART], "A dog."), "the answer contains type='text'"),
         (
-            "voc",
+            "yolo",
             turns([IMAGE_PART], [box(1, 2, 3, 4, label="x"), text("no")]),
             "the answer contains type='text'",
         ),
-        ("voc", turns([IMAGE_PART], BOX[1]), "the answer contains type='box'"),
-        ("voc", turns([IMAGE_PART], [box(1, 2, 3, 4, label=" ")]), "contains type='box'"),
-        ("voc", SEVERAL[1], "4 turns about 2 images"),
+        ("yolo", turns([IMAGE_PART], BOX[1]), "the answer contains type='box'"),
+        ("yolo", turns([IMAGE_PART], [box(1, 2, 3, 4, label=" ")]), "contains type='box'"),
+        ("yolo", SEVERAL[1], "4 turns about 2 images"),
         ("coco", turns([IMAGE_PART], [text("A dog:"), *BOX[1]]), "contains type='text'"),
         ("folder", turns([IMAGE_PART], BOX[1]), "a mix of answers with and without boxes"),
     ],
@@ -292,9 +283,7 @@ def test_missing_image(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(
-    "form", ["ms-swift", "llama-factory", "query-response", "conversations", "qwen-vl"]
-)
+@pytest.mark.parametrize("form", ["ms-swift", "llama-factory", "conversations"])
 def test_metadata_never_becomes_a_prompt(tmp_path: Path, form: str) -> None:
     samples = make_located_samples(
         tmp_path, ONE_IMAGE[0], meta={"system": "x", "history": [["a", "b"]]}

@@ -29,9 +29,7 @@ TREACHEROUS = (
     *("<image>", "<bbox>", "<ref-object>", "<ref>", "</ref>", "<box>", "<img>x</img>", "bbox_2d"),
     *("[", "]", "{", '"', "```json\n", "```", "Picture 1: ", "a.png", "\n", "\u2028", "<|im_end|>"),
 )
-FORMATS = (
-    *("samples", "ms-swift", "llama-factory", "openai", "query-response", "conversations", "llava"),
-)
+FORMATS = ("samples", "ms-swift", "llama-factory", "openai", "conversations", "llava")
 """Those that need no options to be read, and move no box to a grid."""
 
 SAMPLES = 40

@@ -60,7 +60,7 @@ def export_dataset(
             f"{format_name} can be imported only",
             where="--to",
             expected="a format with an exporter",
-            remedy="export to folder, table or conversations",
+            remedy="export boxes to coco, yolo or cvat, and others to openai, ms-swift or table",
         )
     with write_folder(out) as staging:
         resolved_paths = _resolve_image_paths(samples)

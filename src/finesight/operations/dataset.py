@@ -187,8 +187,8 @@ def export_data(
 
     Args:
         samples: Samples file, as written by `finesight import`.
-        target_format: ms-swift, llama-factory, llava, openai, coco, yolo, label-studio, cvat,
-            fiftyone or another --format of `finesight import`.
+        target_format: samples, ms-swift, llama-factory, llava, openai, conversations, table,
+            folder, coco, yolo, cvat, label-studio or label-studio-predictions.
         copy_images: Copy the images into OUT/images. Default: OUT refers to the images in place.
     """
     from finesight.data.exporter import export_dataset

@@ -60,7 +60,7 @@ def test_detection_and_grounding(source: Path, tmp_path: Path) -> None:
     assert [sample.id for sample in samples] == ["a-dog", "a-lawn"]
 
 
-@each("to", ["coco", "yolo", "voc", "labelme", "cvat", "fiftyone", *list(LABEL_FILES)[1:]])
+@each("to", ["coco", "yolo", "cvat", *list(LABEL_FILES)[1:]])
 @each("ask", ["detection", "grounding"])
 def test_conversion_between_all_box_formats(source, tmp_path, to, ask):
     samples, _ = import_samples(source, tmp_path / "out", box_task=ask)
@@ -77,7 +77,10 @@ def test_conversion_between_all_box_formats(source, tmp_path, to, ask):
     assert [sample.id for sample in again] == [sample.id for sample in samples]
 
 
-@each("kind", SOURCES.keys() - {"yolo", "label-studio, short", "web-dataset"})
+IMPORT_ONLY = {"voc", "labelme", "fiftyone", "qwen-vl", "query-response"}
+
+
+@each("kind", SOURCES.keys() - IMPORT_ONLY - {"yolo", "label-studio, short", "web-dataset"})
 def test_metadata_and_images_roundtrip(tmp_path: Path, kind: str) -> None:
     case = SOURCES[kind]
     requests = case.get("requests", [{}])[: 1 if kind == "coco captions" else 2]
@@ -258,13 +261,11 @@ def test_stray_boxes_keep_their_class_in_the_question(tmp_path: Path, name: str)
         import_samples(source, tmp_path / "all", on_invalid_box="drop", prompt="Find all.")
 
 
-@each("to", ["coco", "voc", "labelme", "fiftyone"])
-def test_images_can_be_referenced_in_export(tmp_path: Path, to: str) -> None:
+def test_images_can_be_referenced_in_export(tmp_path: Path) -> None:
     samples, _ = import_samples(write_scene("yolo", tmp_path / "set"), tmp_path / "out")
     located_sample = [LocatedSample(sample, tmp_path / "out") for sample in samples]
-    export_dataset(located_sample, tmp_path / "exported", to, copy_images=False)
-    location = tmp_path / "exported" / LABEL_FILES.get(to, "")
-    again, _ = import_samples(location, tmp_path / "again")
+    export_dataset(located_sample, tmp_path / "exported", "coco", copy_images=False)
+    again, _ = import_samples(tmp_path / "exported" / LABEL_FILES["coco"], tmp_path / "again")
     assert list_answers(again) == list_answers(samples)
     assert not list((tmp_path / "exported").rglob("*.png"))
 

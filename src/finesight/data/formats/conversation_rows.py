@@ -825,7 +825,7 @@ def _encode_row(
     return json.dumps({"id": sample.id, **fields, **meta}, ensure_ascii=False)
 
 
-_PAIR = {"rejected", "rejected_messages", "rejected_response"}
+_PAIR = {"rejected", "rejected_messages"}
 
 
 def _pair_turns(chosen: Record, rejected: Record) -> Record:
@@ -833,8 +833,6 @@ def _pair_turns(chosen: Record, rejected: Record) -> Record:
     differing = [key for key in chosen if chosen[key] != rejected.get(key)]
     if differing == ["messages"]:
         return {"rejected_messages": rejected["messages"]}
-    if differing == ["response"]:
-        return {"rejected_response": rejected["response"]}
     if differing == ["conversations"]:
         *turns, answer = chosen["conversations"]
         worse = rejected["conversations"][-1]
@@ -870,7 +868,6 @@ class PartRenderer:
     located_sample: LocatedSample
     context: ExportContext
     placeholder: str = "<image>"
-    image_paths: list[Path] = field(default_factory=list)
     image_names: list[str] = field(default_factory=list)
 
     def render(self, part: ContentPart) -> str:
@@ -878,8 +875,8 @@ class PartRenderer:
         if isinstance(part, TextPart):
             return make_text_part(part.text).text
         if isinstance(part, ImagePart):
-            self.image_paths.append(self.located_sample.resolve_path(part.image))
-            self.image_names.append(self.context.image_names[self.image_paths[-1]])
+            path = self.located_sample.resolve_path(part.image)
+            self.image_names.append(self.context.image_names[path])
             return self.placeholder.replace("{}", self.image_names[-1])
         raise UserError(
             f"a {part.type} in a question",

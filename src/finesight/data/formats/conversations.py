@@ -311,73 +311,6 @@ def _parse_qwen_vl(row: SourceRow, context: ImportContext) -> ImportExample:
     return build_turns_example(row, context, turns, parse_turn, None)
 
 
-def _make_qwen_vl_row(located_sample: LocatedSample, context: ExportContext) -> Record:
-    """Build a row of Qwen-VL, with boxes rounded to its grid of 1000 (at most 999)."""
-    renderer = PartRenderer(located_sample, context, "{}")
-    turns = [
-        {"from": message.role, "value": "".join(_iter_tagged_texts(message, renderer, context))}
-        for message in located_sample.sample.messages
-    ]
-    return {"conversations": turns}
-
-
-def _iter_tagged_texts(
-    message: Message, renderer: PartRenderer, context: ExportContext
-) -> Iterator[str]:
-    label, slots = None, find_box_slots(message.content)
-    for index, part in enumerate(message.content):
-        if not isinstance(part, BoxPart):
-            label = None
-            text = _check_no_markup(renderer.render(part))
-            is_image = isinstance(part, ImagePart)
-            number = len(renderer.image_paths)
-            yield f"Picture {number}: <img>{text}</img>\n" if is_image else text
-            continue
-        if part.image != len(renderer.image_paths) - 1 or (
-            label is not None and part.label is None
-        ):
-            raise UserError(
-                f"a box in image {part.image} after {len(renderer.image_paths)} images, or one"
-                " without a label after one with",
-                expected="boxes in the preceding image, and labels for all consecutive boxes",
-                remedy="export to ms-swift or samples, or remove the sample",
-            )
-        text = _format_box(part, renderer.image_paths[-1], context)
-        label = None if index in slots else part.label
-        if label is not None:
-            yield f"<ref>{_check_no_markup(make_text_part(label).text)}</ref>"
-        yield f'"{text}"' if index in slots else text
-
-
-def _format_box(part: BoxPart, image_path: Path, context: ExportContext) -> str:
-    height, width = context.image_size(image_path)
-    sides = (width, height, width, height)
-    grid_box = [value * 1000 / side for value, side in zip(part.xyxy, sides, strict=True)]
-    x1, y1, x2, y2 = (min(round(value), 999) for value in grid_box)
-    if part.is_point:
-        return f"<box>({x1},{y1})</box>"
-    if x1 >= x2 or y1 >= y2:
-        raise UserError(
-            f"the box {list(part.xyxy)} is smaller than a grid cell",
-            expected="boxes larger than a thousandth of the image",
-            remedy="export to ms-swift or samples, or remove the sample",
-        )
-    is_rounded = any(abs(a - b) > 1e-3 for a, b in zip(grid_box, (x1, y1, x2, y2), strict=True))
-    context.lost_counts["exact box corners (rounded to a grid of 1000)"] += is_rounded
-    return f"<box>({x1},{y1}),({x2},{y2})</box>"
-
-
-def _check_no_markup(text: str) -> str:
-    """Return a text unchanged if it contains no Qwen-VL tags, else raise UserError."""
-    if re.search(r"</?(?:img|ref|box)>", text):
-        raise UserError(
-            f"markup in {text[:60]!r}",
-            expected="texts, labels and names without <img>, <ref> and <box>",
-            remedy="export to ms-swift or samples, or remove the sample",
-        )
-    return text
-
-
 def _render_checked(
     located_sample: LocatedSample, context: ExportContext, placeholder: str
 ) -> tuple[list[TextTurn], list[str]]:
@@ -548,17 +481,6 @@ def _iter_texts(message: Message, renderer: PartRenderer, objects: _ObjectLists)
         objects["bbox"].append(list_coordinates(part))
         objects["image_id"].append(part.image)
         yield "<bbox>"
-
-
-def _make_query_response(located_sample: LocatedSample, context: ExportContext) -> Record:
-    """Build a row with earlier turns under `history`, and boxes as JSON."""
-    turns, image_names = render_turns(located_sample, context)
-    system = turns[0][1] if turns[0][0] == "system" else ""
-    texts = [text for role, text in turns if role != "system"]
-    *history, last = [list(pair) for pair in zip(texts[::2], texts[1::2], strict=True)]
-    optional = {"history": history, "system": system, "images": image_names}
-    present = {key: value for key, value in optional.items() if value}
-    return {"query": last[0], "response": last[1], **present}
 
 
 def _detect_openai(records: Sequence[Record]) -> str | None:
@@ -812,7 +734,6 @@ QWEN_VL = DatasetFormat(
     description='"conversations": [{"from": "user", "value": "Picture 1: <img>path</img>\\n..."}]',
     detect=_detect_qwen_vl,
     parse_row=_parse_qwen_vl,
-    write_files=partial(write_rows, make_fields=_make_qwen_vl_row),
 )
 MS_SWIFT = DatasetFormat(
     name="ms-swift",
@@ -826,7 +747,6 @@ QUERY_RESPONSE = DatasetFormat(
     description='"image": ["path"], "query": "...", "response": "..."',
     detect=_detect_query_response,
     parse_row=_parse_ms_swift,
-    write_files=partial(write_rows, make_fields=_make_query_response, box_note=""),
 )
 OPENAI = DatasetFormat(
     name="openai",

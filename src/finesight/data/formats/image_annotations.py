@@ -825,15 +825,6 @@ def assign_text_file(name: str, used_names: set[str]) -> str:
     return text
 
 
-def make_unique_stem(stem: str, used_stems: set[str]) -> str:
-    """Reserve an unused file stem, numbered if necessary, and return it."""
-    name, suffix = stem, 2
-    while name in used_stems:
-        name, suffix = f"{stem}-{suffix}", suffix + 1
-    used_stems.add(name)
-    return name
-
-
 def round_coordinate(value: float) -> int | float:
     """Round a coordinate to `BOX_DECIMALS`, and convert a whole number to an integer."""
     rounded = round(value, BOX_DECIMALS)

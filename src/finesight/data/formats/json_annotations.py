@@ -76,7 +76,6 @@ from finesight.data.formats.image_annotations import (
     find_image_folder,
     group_by_image,
     list_image_names,
-    make_unique_stem,
     round_coordinate,
     trace_mask,
 )
@@ -117,8 +116,6 @@ FIFTYONE_BOX_CONVENTION = BoxConvention(format="xywh", units="1")
 REASON_NO_LABEL = "images without a label"
 _DOCUMENT_KEYS = ("version", "shapes", "imagePath", "imageData", "imageHeight", "imageWidth")
 _SHAPE_KEYS = ("label", "points", "shape_type", "mask")
-LABELME_VERSION = "5.5.0"
-"""LabelMe version that exported files declare."""
 
 POINT_TYPES = ("point", "points")
 
@@ -470,44 +467,6 @@ def _parse_fiftyone(row: SourceRow, context: ImportContext) -> list[ImportExampl
     return build_detection_examples(row, context, FIFTYONE_BOX_CONVENTION, record["path"], objects)
 
 
-def _write_fiftyone(samples: Sequence[LocatedSample], context: ExportContext) -> Files:
-    """Write labels.json, of a detection dataset if any answer contains a box, and data.json."""
-    records, is_detection = group_by_image(samples, context, {"boxes"})
-    answers = sorted({answer for record in records for answer in record.answers})
-    classes = list(dict.fromkeys([*collect_classes(records), *answers]))
-    indices = {name: index for index, name in enumerate(classes)}
-    used_stems: set[str] = set()
-    labels: dict[str, Any] = {}
-    manifest: dict[str, str] = {}
-    for record in records:
-        key = make_unique_stem(record.image_path.stem, used_stems)
-        # A reader removes the suffix of the keys of this file.
-        manifest[f"{key}{record.image_path.suffix}"] = context.image_names[record.image_path]
-        if is_detection:
-            height, width = context.image_size(record.image_path)
-            labels[key] = []
-            for box in record.boxes:
-                x1, y1, x2, y2 = box.xyxy
-                bounds = [x1 / width, y1 / height, (x2 - x1) / width, (y2 - y1) / height]
-                attributes = {"attributes": dict(box.attributes)} if box.attributes else {}
-                item = {"label": indices[box.label], "bounding_box": bounds, **attributes}
-                labels[key].append(item)
-            continue
-        if len(record.answers) != 1:
-            raise UserError(
-                f"{len(record.answers)} answers about {record.image_path.name}",
-                where=str(record.image_path),
-                expected="one class per image",
-                remedy="export as coco, which supports several captions per image",
-            )
-        labels[key] = indices[record.answers[0]]
-    document = {"classes": classes, "labels": labels}
-    kind = "FiftyOneImageDetectionDataset" if is_detection else "FiftyOneImageClassificationDataset"
-    context.notes.append(f"import the folder into FiftyOne as {kind} with data_path='data.json'")
-    yield LABELS_FILE, (json.dumps(document, ensure_ascii=False, indent=1) + "\n").encode()
-    yield MANIFEST_FILE, (json.dumps(manifest, ensure_ascii=False, indent=1) + "\n").encode()
-
-
 def _get_label(item: object, classes: Sequence[object]) -> str | None:
     """Return the class name of a label, or None if it is invalid."""
     value = item.get("label") if isinstance(item, dict) else item
@@ -547,18 +506,6 @@ def _parse_labelme(row: SourceRow, context: ImportContext) -> list[ImportExample
     return build_detection_examples(
         row, context, BoxConvention(), image, objects, declared_size=size
     )
-
-
-def _write_labelme(samples: Sequence[LocatedSample], context: ExportContext) -> Files:
-    """Write a LabelMe file per image, with its boxes as rectangles."""
-    used_stems: set[str] = set()
-    records, _ = group_by_image(samples, context, set(), is_detection=True)
-    for record in records:
-        content = json.dumps(_build_record(record, context), ensure_ascii=False, indent=2)
-        yield (
-            f"{make_unique_stem(record.image_path.stem, used_stems)}.json",
-            f"{content}\n".encode(),
-        )
 
 
 def _read_record(file: Path) -> Record:
@@ -648,30 +595,6 @@ def _find_image(file: Path, record: Record) -> str | bytes:
         return base64.b64decode(data, validate=True)
 
 
-def _build_record(image_record: ImageRecord, context: ExportContext) -> Record:
-    height, width = context.image_size(image_record.image_path)
-    shapes: list[Record] = [
-        {
-            "label": box.label,
-            "points": [list(map(float, box.xyxy[:2])), list(map(float, box.xyxy[2:]))],
-            "group_id": None,
-            "description": "",
-            "shape_type": "rectangle",
-            "flags": {},
-        }
-        for box in image_record.boxes
-    ]
-    return {
-        "version": LABELME_VERSION,
-        "flags": {},
-        "shapes": shapes,
-        "imagePath": context.image_names[image_record.image_path],
-        "imageData": None,
-        "imageHeight": height,
-        "imageWidth": width,
-    }
-
-
 COCO = DatasetFormat(
     name="coco",
     description='a .json file of {"images": [...], "annotations": [...], "categories": [...]}',
@@ -686,7 +609,6 @@ FIFTYONE = DatasetFormat(
     parse_row=_parse_fiftyone,
     supported_options=frozenset({"prompt", "boxes", "box_task"}),
     open_dataset=_open_fiftyone,
-    write_files=_write_fiftyone,
 )
 LABELME = DatasetFormat(
     name="labelme",
@@ -694,5 +616,4 @@ LABELME = DatasetFormat(
     parse_row=_parse_labelme,
     supported_options=frozenset({"prompt", "boxes", "box_task"}),
     open_dataset=_open_labelme,
-    write_files=_write_labelme,
 )

@@ -52,7 +52,6 @@ from finesight.data.formats.image_annotations import (
     find_image_folder,
     group_by_image,
     list_image_names,
-    make_unique_stem,
     require_inside_output,
     round_coordinate,
     trace_mask,
@@ -145,17 +144,6 @@ def _parse_voc(row: SourceRow, context: ImportContext) -> list[ImportExample]:
     )
 
 
-def _write_voc(samples: Sequence[LocatedSample], context: ExportContext) -> Files:
-    """Write a Pascal VOC file per image to the folder Annotations."""
-    used_stems: set[str] = set()
-    records, _ = group_by_image(samples, context, {"boxes"}, is_detection=True)
-    for record in records:
-        stem = make_unique_stem(record.image_path.stem, used_stems)
-        root = _build_annotation(record, context)
-        ElementTree.indent(root)
-        yield f"Annotations/{stem}.xml", ElementTree.tostring(root, "utf-8") + b"\n"
-
-
 def _read_xml(file: Path) -> ElementTree.Element:
     return parse_xml(read_data_file(file, MAX_LABEL_FILE_BYTES), "an annotation of Pascal VOC")
 
@@ -221,24 +209,6 @@ def _find_image(file: Path, root: ElementTree.Element, *, required: bool) -> Pat
         expected=f"the image in one of {', '.join(dict.fromkeys(map(str, folders)))}",
         remedy="move it there, or correct <filename>",
     )
-
-
-def _build_annotation(record: ImageRecord, context: ExportContext) -> ElementTree.Element:
-    root = ElementTree.Element("annotation")
-    name = Path(context.image_names[record.image_path])
-    _add_children(root, folder=name.parent.as_posix(), filename=name.name)
-    height, width = context.image_size(record.image_path)
-    size = ElementTree.SubElement(root, "size")
-    _add_children(size, width=width, height=height, depth=3)
-    for box in record.boxes:
-        element = ElementTree.SubElement(root, "object")
-        flags = {flag: box.attributes[flag] for flag in OBJECT_FLAGS if flag in box.attributes}
-        _add_children(element, name=box.label, **flags)
-        bounds = ElementTree.SubElement(element, "bndbox")
-        x1, y1, x2, y2 = box.xyxy
-        corners = map(round_coordinate, (x1 + 1, y1 + 1, x2, y2))
-        _add_children(bounds, **dict(zip(BNDBOX_TAGS, corners, strict=True)))
-    return root
 
 
 def _add_children(parent: ElementTree.Element, **texts: object) -> None:
@@ -434,7 +404,6 @@ VOC = DatasetFormat(
     parse_row=_parse_voc,
     supported_options=frozenset({"prompt", "boxes", "box_task"}),
     open_dataset=_open_voc,
-    write_files=_write_voc,
 )
 CVAT = DatasetFormat(
     name="cvat",

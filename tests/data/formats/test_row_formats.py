@@ -16,6 +16,7 @@ from case_files import load_cases
 from each_value import each
 
 from finesight.data.formats import detect_format, get_format
+from finesight.data.formats.dataset_format import split_preference
 from finesight.data.sample import join_text, sample_to_dict, validate_sample
 from finesight.errors import UserError
 
@@ -92,6 +93,22 @@ def test_turns_in_a_row_and_results_out_of_order(folder: Path) -> None:
     sample = parse_record(get_format("ms-swift"), record, folder).to_train_samples()[0]
     with pytest.raises(UserError, match="assistant, assistant"):
         validate_sample(sample, "")
+
+
+@each(("key", "solution"), [
+    ("prompt", {"solution": "4"}),
+    ("messages", {"solution": 4}),
+    ("prompt", {"reward_model": {"style": "rule", "ground_truth": "4"}}),
+])  # fmt: skip
+def test_solution_of_reinforcement_tuning_is_the_answer(folder: Path, key, solution) -> None:
+    record = {"images": ["a.png"], key: [{"role": "user", "content": "<image>How many?"}]}
+    (row,) = split_preference(record | solution)
+    data_format, _ = detect_format([row], "")
+    example = parse_record(data_format, row, folder)
+    assert [join_text(answer) for answer in example.answers] == ["4"]
+    assert split_preference(record | {"solution": ["4"]}) == [record | {"solution": ["4"]}]
+    both = record | solution | {"completion": [{"role": "assistant", "content": "5"}]}
+    assert split_preference(both) == [both]
 
 
 @pytest.mark.parametrize("tag", ["<image>", "<video>", "<tool_call>", "<tool_response>"])

@@ -513,7 +513,7 @@ def split_preference(record: Record) -> list[Record]:
     `rejected_messages`) and LLaMA-Factory (`conversations` or `instruction` with `chosen` and
     `rejected`). Any other row is returned alone.
     """
-    pair = "chosen", "rejected"
+    record, pair = _append_solution(record), ("chosen", "rejected")
     others = {k: v for k, v in record.items() if k not in (*pair, *_REJECTED_KEYS)}
     if all(isinstance(record.get(key), str | list | dict) and record[key] for key in pair):
         if "question" in others and "prompt" not in others:
@@ -537,6 +537,19 @@ def split_preference(record: Record) -> list[Record]:
     if isinstance(rejected, list) and rejected:
         return [others, {**others, "messages": rejected}]
     return [dict(record)]
+
+
+def _append_solution(record: Record) -> Record:
+    """Return a row of reinforcement tuning (TRL, ms-swift, verl) with its solution as last turn."""
+    key = next((one for one in ("messages", "prompt") if isinstance(record.get(one), list)), "")
+    last, grader = [{}, *record.get(key, ())][-1], record.get("reward_model")
+    solution = grader.get("ground_truth") if isinstance(grader, dict) else record.get("solution")
+    is_question = isinstance(last, dict) and last.get("role") == "user"
+    has_answer = not record.keys().isdisjoint(("chosen", "completion"))
+    if not is_question or has_answer or not isinstance(solution, str | int | float):
+        return record
+    others = {one: value for one, value in record.items() if one not in (key, "solution")}
+    return {**others, "messages": [*record[key], {"role": "assistant", "content": str(solution)}]}
 
 
 def _has_question(turns: object, prompt: str) -> bool:

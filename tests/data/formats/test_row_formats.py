@@ -111,6 +111,16 @@ def test_solution_of_reinforcement_tuning_is_the_answer(folder: Path, key, solut
     assert split_preference(both) == [both]
 
 
+def test_pairs_of_the_cauldron_are_turns(folder: Path) -> None:
+    pairs = [{"user": one, "assistant": one.upper(), "source": "x"} for one in "ab"]
+    (row,) = split_preference({"images": ["a.png"], "texts": pairs})
+    example = parse_record(detect_format([row], "")[0], row, folder)
+    assert [join_text(answer) for answer in example.answers] == ["B"]
+    assert (len(example.prompt_messages), example.meta) == (3, {"source": "x"})
+    other = {"texts": [*pairs, {"user": "c"}]}
+    assert split_preference(other) == [other]
+
+
 @pytest.mark.parametrize("tag", ["<image>", "<video>", "<tool_call>", "<tool_response>"])
 def test_texts_with_tags_are_no_samples(tag: str) -> None:
     turns = [{"role": "user", "content": f"{tag}?"}, {"role": "assistant", "content": "x"}]

@@ -513,7 +513,7 @@ def split_preference(record: Record) -> list[Record]:
     `rejected_messages`) and LLaMA-Factory (`conversations` or `instruction` with `chosen` and
     `rejected`). Any other row is returned alone.
     """
-    record, pair = _append_solution(record), ("chosen", "rejected")
+    record, pair = _append_solution(_read_cauldron(record)), ("chosen", "rejected")
     others = {k: v for k, v in record.items() if k not in (*pair, *_REJECTED_KEYS)}
     if all(isinstance(record.get(key), str | list | dict) and record[key] for key in pair):
         if "question" in others and "prompt" not in others:
@@ -537,6 +537,21 @@ def split_preference(record: Record) -> list[Record]:
     if isinstance(rejected, list) and rejected:
         return [others, {**others, "messages": rejected}]
     return [dict(record)]
+
+
+def _read_cauldron(record: Record) -> Record:
+    """Return a row of The Cauldron, with pairs under `texts`, as a row with `messages`."""
+    roles, pairs = ("user", "assistant"), record.get("texts")
+    if not isinstance(pairs, list) or not pairs or {"messages", "source"} & record.keys():
+        return record
+    keys = [one.keys() if isinstance(one, dict) else {} for one in pairs]
+    if not all({*roles} <= {*names} <= {*roles, "source"} for names in keys):
+        return record
+    turns = [{"role": role, "content": pair[role]} for pair in pairs for role in roles]
+    sources = ", ".join(dict.fromkeys(str(one["source"]) for one in pairs if "source" in one))
+    others = {key: value for key, value in record.items() if key != "texts"}
+    others |= {"source": sources} if sources else {}
+    return {**others, "messages": turns}
 
 
 def _append_solution(record: Record) -> Record:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing, suppress
 from dataclasses import replace
 from functools import partial
-from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Unpack
 
@@ -425,12 +425,7 @@ def require_extra(
     command: str, extra: str = "web", packages: Sequence[str] = ("starlette", "uvicorn")
 ) -> None:
     """Raise UserError if packages of an extra that a command needs are not installed."""
-    missing = []
-    for name in packages:
-        try:
-            import_module(name)
-        except ImportError:
-            missing.append(name)
+    missing = [name for name in packages if find_spec(name) is None]
     if missing:
         raise UserError(
             f"{' and '.join(missing)} cannot be imported",

@@ -57,15 +57,15 @@ LOADAVG_PATH = Path("/proc/loadavg")
 
 
 class OperationCommand(click.Command):
-    """A command that explains options of other trainers."""
+    """A command that explains settings of recipes and of other trainers among its words."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Parse the words after the command; reject options that are settings of a recipe."""
+        """Parse the words after the command; reject settings that are no words of it."""
         params = self.get_params(ctx)
         known = {option for param in params for option in (*param.opts, *param.secondary_opts)}
-        if any(param.name == "overrides" for param in params):
-            for word, following in zip_longest(args, args[1:], fillvalue=""):
-                _reject_option(word, following, known)
+        reject = _reject_option if "overrides" in {p.name for p in params} else _reject_override
+        for word, following in zip_longest(args, args[1:], fillvalue=""):
+            reject(word, following, known)
         return super().parse_args(ctx, args)
 
 
@@ -80,12 +80,20 @@ def _reject_option(word: str, following: str, known: Collection[str]) -> None:
     is_flag = not value or value.startswith("--")
     remedy = suggest_override(option.removeprefix("--"), "true" if is_flag else value)
     if remedy is not None:
-        raise UserError(
+        what, expected = (
             f"no such option: {option}",
-            where="command line",
-            expected="settings of the recipe as KEY=VALUE, without --",
-            remedy=remedy,
+            "settings of the recipe as KEY=VALUE, without --",
         )
+        raise UserError(what, where="command line", expected=expected, remedy=remedy)
+
+
+def _reject_override(word: str, _: str, known: Collection[str]) -> None:
+    """Raise UserError for a setting of a recipe that is an option of the command."""
+    name, _, value = word.partition("=")
+    option = f"--{name.rpartition('.')[2].replace('_', '-')}"
+    if "." in name and value and option in known:
+        what, remedy = f"{name} is a setting of a recipe", f"use {option} {value}"
+        raise UserError(what, where="command line", expected="options", remedy=remedy)
 
 
 def build_command(name: str, function: Callable[..., Any]) -> click.Command:

@@ -245,9 +245,10 @@ def conclude(
     """
     if len(names) < 2 or not num_samples:
         return ""
-    parts = []
+    parts, judged = [], [row for row in rows if row.cells[index].verdict]
     for verdict, text in CONCLUSIONS.items():
-        found = [row.name for row in rows if row.cells[index].verdict == verdict]
+        shown = judged[:1] if verdict == "unsure" else judged  # The first metric is the main one.
+        found = [row.name for row in shown if row.cells[index].verdict == verdict]
         if found:
             parts.append(translate(text, translate(", ").join(map(format_metric_name, found))))
     result = translate("; ").join(parts) or translate("no verdict without confidence intervals")

@@ -16,8 +16,8 @@ from case_files import load_cases
 PHONE_WIDTH, DESKTOP_WIDTH = 390, 1440
 """Tested page widths in CSS pixels."""
 
-WAIT_TIMEOUT_S = 180.0
-"""Timeout of all waits, several times what they take on a slow machine."""
+WAIT_TIMEOUT_S = 60.0
+"""Timeout of all waits."""
 
 XSS_PAYLOADS = tuple(load_cases("xss_payloads"))
 """Texts that execute a script if a page does not escape them."""

@@ -5,7 +5,6 @@ import math
 import os
 import tracemalloc
 from collections.abc import Callable
-from glob import iglob
 from pathlib import Path
 from unicodedata import normalize
 
@@ -198,15 +197,3 @@ def test_a_name_is_found_however_it_was_unpacked(tmp_path: Path, there: str) -> 
     assert files.find_existing(tmp_path, f"{CAT}.jpg") == tmp_path / f"{there}.jpg"
     assert files.find_existing(tmp_path, "other.jpg") is None
     assert files.find_existing(tmp_path, "a\0b") is None
-
-
-def test_patterns_match_as_those_of_glob(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for name in ("a/b/x.tar", "a/.h/z.tar", "c/x.tar", "c/[k].tar", "x.tar", "c/d/e/f.jsonl"):
-        Path(name).parent.mkdir(parents=True, exist_ok=True)
-        Path(name).touch()
-    for pattern in CASES["test_patterns_match_as_those_of_glob"]:
-        found, expected = files.iter_matches(pattern), iglob(pattern, recursive=True)
-        assert {*map(os.path.normpath, found)} == {*map(os.path.normpath, expected)}, pattern
-    with pytest.raises(UserError, match="more than 5 files"):
-        next(files.iter_matches("**/none", 5))

@@ -558,7 +558,7 @@ class PackageBudget:
 PACKAGE_BUDGETS = (
     PackageBudget(("train",), 11_549, 11_030),
     PackageBudget(("model",), 13_011, 12_180),
-    PackageBudget(("data",), 14_027, 10_500),
+    PackageBudget(("data",), 14_052, 10_500),
     PackageBudget(("infer",), 4_532, 4_490),
     PackageBudget(("encode",), 3_547, 3_500),
     PackageBudget(("evaluate",), 3_759, 3_500),
@@ -571,11 +571,11 @@ PACKAGE_BUDGETS = (
     PackageBudget(("doctor", "convert", "trainer_settings"), 4_120, 2_700),
     PackageBudget(
         ("cli", "label", "api", "recipe_template", "operations", "app"),
-        14_280,
+        14_282,
         9_300,
     ),
 )
-OTHER_MODULES = PackageBudget(("other modules",), 4_169, 3_300)
+OTHER_MODULES = PackageBudget(("other modules",), 4_129, 3_300)
 SOURCE_SUFFIXES = (".py", ".html", ".css", ".js", ".yaml")
 
 

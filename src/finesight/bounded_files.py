@@ -18,7 +18,6 @@ import stat
 import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from glob import iglob
 from io import BufferedReader
 from pathlib import Path
 from typing import Any
@@ -294,39 +293,6 @@ def find_existing(folder: Path, name: str) -> Path | None:
 
 
 MAX_DEPTH = 64
-"""Maximum number of nested YAML values, and of parts of a glob pattern."""
-
-MAX_LISTED_FILES = 200_000
-"""Maximum number of files in the folders that a glob pattern searches."""
-
-
-def iter_matches(pattern: str, max_files: int = MAX_LISTED_FILES) -> Iterator[str]:
-    """Yield the existing paths that match a pattern, in any order, as `glob.iglob(recursive=True)`.
-
-    Each folder is read once per part of the pattern, because links and `..` in folders and patterns
-    of other people multiply the paths to it. Raises UserError if more than `max_files` are found.
-    """
-    parts, num_found, seen = [*filter(None, pattern.split("/"))] or ["."], 0, set()
-    waiting = [("/" * pattern.startswith("/"), parts)] if len(parts) <= MAX_DEPTH else []
-    while waiting:
-        folder, (part, *rest) = waiting.pop()
-        is_deep, state = part == "**", (os.path.realpath(folder), part, len(rest))
-        if state in seen:
-            continue
-        seen.add(state)
-        if is_deep:
-            waiting.append((folder, rest or ["*"]))
-        for name in iglob("*" if is_deep else part, root_dir=folder or None):
-            path, num_found = os.path.join(folder, name), num_found + 1
-            if num_found > max_files:
-                what = f"the pattern searches more than {max_files:,} files"
-                expected, remedy = "files in a few folders", "name the folders in the pattern"
-                raise UserError(what, where=pattern, expected=expected, remedy=remedy)
-            if not (is_deep or rest):
-                yield path
-            elif os.path.isdir(path):
-                waiting.append((path, [part, *rest] if is_deep else rest))
-
 
 MAX_ALIASED_VALUES = 100_000
 """Maximum number of values that aliases expand to.

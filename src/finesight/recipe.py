@@ -10,6 +10,7 @@ import shlex
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from functools import cache
+from glob import glob
 from itertools import islice
 from pathlib import Path
 from typing import Any, cast, get_args, get_origin
@@ -19,13 +20,7 @@ from pydantic import BeforeValidator, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
-from finesight.bounded_files import (
-    ComposedYaml,
-    TooManyValuesError,
-    iter_matches,
-    load_yaml,
-    translate_os_errors,
-)
+from finesight.bounded_files import ComposedYaml, TooManyValuesError, load_yaml, translate_os_errors
 from finesight.config import Recipe, SettingsSection
 from finesight.errors import Remedy, Step, UserError, shorten, suggest_name
 from finesight.manifest import RECIPE_FILE, require_run_plugins
@@ -238,7 +233,7 @@ def recipe_from_text(text: str, path: Path, overrides: Overrides = ()) -> Recipe
 
 
 def _resolve_paths(content: dict[str, Any], folder: Path) -> None:
-    """Replace paths of inputs that exist only relative to the folder of the recipe."""
+    """Replace paths that exist only beside the recipe, unless a search takes long."""
 
     def resolve(value: Any, is_path: bool) -> Any:
         if isinstance(value, list):
@@ -246,10 +241,9 @@ def _resolve_paths(content: dict[str, Any], folder: Path) -> None:
         if isinstance(value, dict):
             inner = value.keys() & {"path", "name"}
             return value | {key: resolve(value[key], is_path) for key in inner}
-        if isinstance(value, str) and (is_path or ".py:" in value):
+        if isinstance(value, str) and (is_path or ".py:" in value) and value.count("*") < 5:
             name = value if is_path else value.rpartition(":")[0]
-            names = name, str(folder / name)
-            here, there = (os.path.exists(one) or any(iter_matches(one)) for one in names)
+            here, there = (os.path.exists(one) or glob(one) for one in (name, str(folder / name)))
             return str(folder / value) if there and not here else value
         return value
 

@@ -21,8 +21,9 @@ from typing import Any
 
 import yaml
 
-from finesight.bounded_files import is_utf8, iter_matches, load_yaml, open_regular_file, read_text
+from finesight.bounded_files import is_utf8, load_yaml, open_regular_file, read_text
 from finesight.config import TRACKER_MODES, Recipe, is_url
+from finesight.data.corpus import iter_matches
 from finesight.data.sample import Sample, validate_sample
 from finesight.errors import Remedy, UserError, suggest_similar_path
 from finesight.hub.archive import is_archive, safe_join

@@ -818,14 +818,12 @@ def _encode_row(
     context.lost_counts["loss of single turns"] += num_masked * ("loss" not in keeps)
     context.lost_counts["tools"] += bool(sample.tools) and "tools" not in fields
     context.lost_counts["references"] += len(sample.references)
-    context.lost_counts["rejected answers"] += bool(sample.rejected and not fields.keys() & _PAIR)
+    has_rejected = not fields.keys().isdisjoint(("rejected", "rejected_messages"))
+    context.lost_counts["rejected answers"] += bool(sample.rejected) and not has_rejected
     context.lost_counts["labels of answers"] += sample.label is not None and not has_label
     context.lost_counts["metadata with a key that the format uses"] += len(reserved)
     meta = {key: value for key, value in sample.meta.items() if key not in reserved}
     return json.dumps({"id": sample.id, **fields, **meta}, ensure_ascii=False)
-
-
-_PAIR = {"rejected", "rejected_messages"}
 
 
 def _pair_turns(chosen: Record, rejected: Record) -> Record:

@@ -692,7 +692,6 @@ def example_from_sample(sample: Sample, context: ImportContext) -> ImportExample
 
 def _write_samples(samples: Sequence[LocatedSample], context: ExportContext) -> Files:
     """Write samples with image paths relative to the output folder."""
-
     for located_sample in samples:
         names = partial(context.name_image, located_sample)
         record = sample_to_dict(located_sample.sample, names)

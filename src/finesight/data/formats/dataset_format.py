@@ -541,17 +541,15 @@ def split_preference(record: Record) -> list[Record]:
 
 def _read_cauldron(record: Record) -> Record:
     """Return a row of The Cauldron, with pairs under `texts`, as a row with `messages`."""
-    roles, pairs = ("user", "assistant"), record.get("texts")
-    if not isinstance(pairs, list) or not pairs or {"messages", "source"} & record.keys():
-        return record
-    keys = [one.keys() if isinstance(one, dict) else {} for one in pairs]
-    if not all({*roles} <= {*names} <= {*roles, "source"} for names in keys):
+    roles, pairs = ("user", "assistant"), list[Any](as_list(record.get("texts")))
+    keys = [{*one} if isinstance(one, dict) else set() for one in pairs]
+    is_known = all({*roles} <= names <= {*roles, "source"} for names in keys)
+    if not pairs or not is_known or {"messages", "source"} & record.keys():
         return record
     turns = [{"role": role, "content": pair[role]} for pair in pairs for role in roles]
     sources = ", ".join(dict.fromkeys(str(one["source"]) for one in pairs if "source" in one))
     others = {key: value for key, value in record.items() if key != "texts"}
-    others |= {"source": sources} if sources else {}
-    return {**others, "messages": turns}
+    return {**others, **({"source": sources} if sources else {}), "messages": turns}
 
 
 def _append_solution(record: Record) -> Record:

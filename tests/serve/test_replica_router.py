@@ -22,6 +22,7 @@ from finesight.errors import UserError
 from finesight.serve import replica_router
 from finesight.serve.http_protocol import bind_unix_socket
 from finesight.serve.replica_router import Replica, ReplicaRouter, hash_prefixes
+from finesight.serve.request_middleware import CLIENT_CLOSED_REQUEST
 
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: "
 STREAM_HEAD = HEAD + b"text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
@@ -169,11 +170,15 @@ def test_body_is_released_and_a_disconnect_reaches_the_replica(replicas):
             await asyncio.sleep(0.01)
         return {"type": "http.disconnect"}
 
-    async def send(message: object) -> None:
-        raise AssertionError(message)
+    sent = []
+
+    async def send(message: dict[str, object]) -> None:
+        sent.append(message)
 
     asyncio.run(app(scope, receive, send))
-    assert any(one.closed.wait(60) for one in replicas if one.requests)
+    (replica,) = (one for one in replicas if one.num_requests)
+    assert replica.closed.wait(60)
+    assert sent[0]["status"] == CLIENT_CLOSED_REQUEST
 
 
 def test_keys_are_checked_once(replicas):

@@ -42,9 +42,9 @@ def test_any_text_is_tokenized(text: str) -> None:
     assert all(word and word == word.lower() for word in tokenize_caption(text))
 
 
-@each("piece", ["a,", "@", "\\", "a/", "=D"])
+@each("piece", ["a,", "@", "\\", "a/", "=D", "\u0e2a\u0e38\u0e19", "\u0967"])
 def test_long_text_without_spaces_is_tokenized(piece: str) -> None:
-    """Runs are split, because some rules would take minutes."""
+    """Runs are split, because some rules would take minutes; Thai has no spaces."""
     count = 20_000 // len(piece)
     assert tokenize_caption("".join(piece + f"{i % 7}" * (i % 50 == 0) for i in range(count)))
 

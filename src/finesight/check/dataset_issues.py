@@ -48,7 +48,7 @@ _MAX_PREVIEW = 60
 _NUM_MASK_BITS = 499
 """Number of bits of a character mask: a prime number, so that few characters share a bit."""
 
-_TOKEN = re.compile(r"[^\w\s]*\d+(?:[.,]\d+)*|[^\W\d_]+")
+_TOKEN = re.compile(r"(?<![^\w\s])[^\w\s]*+\d+(?:[.,]\d+)*|[^\W\d_]+")
 _ROMAN = re.compile(r"[ivx]+")
 _START = re.compile(r"hyp(?:o|er)|int(?:er|ra)|m[ai]cro|.")
 

@@ -279,8 +279,9 @@ def _check_turns(sample: Sample, location: SampleLocation) -> Iterator[CheckIssu
 
 _THINK_TAG = re.compile(r"</?think>")
 _OTHER_TAG = re.compile(
-    r"[<\[◁]\|?\s*(?P<end>/|end_of_)?\s*(?:begin_of_)?(?:\w+:|ant)?(?:think(?:ing)?|thoughts?|cot|"
-    r"reasoning|chain_of_thought|scratchpad|思考|推理)(?:\s+\w+=[^<>]*)?\s*(?P<closed>/)?\|?[>\]▷]",
+    r"[<\[◁]\|?\s*+(?:(?P<end>/|end_of_)\s*+)?(?:begin_of_)?(?:\w+:|ant)?"
+    r"(?:think(?:ing)?|thoughts?|cot|reasoning|chain_of_thought|scratchpad|思考|推理)"
+    r"(?:\s+\w+=[^<>]*)?\s*(?P<closed>/)?\|?[>\]▷]",
     re.IGNORECASE,
 )
 """Tag of reasoning in other spellings, such as <thinking> or [THINK], which no template reads."""

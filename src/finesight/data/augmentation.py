@@ -57,8 +57,9 @@ _COUNTS = re.compile(
     re.IGNORECASE,
 )
 _COORDINATES = re.compile(
-    r"[\[(]\s*-?\d*\.?\d+\s*,\s*-?\.?\d|<(loc|bin|box|point)[^<>]{0,40}\d|<box>"
-    r"|\b[xy][12]?[\"']?\s*[:=]\s*[\"']?-?\.?\d|(-?\d*\.?\d+\s*[,;]\s*){3}-?\.?\d",
+    r"[\[(]\s*-?(?=\.?\d)\d*+(\.\d++)?\s*+,\s*-?\.?\d|<(loc|bin|box|point)[^<>]{0,40}\d"
+    r"|<box>|\b[xy][12]?[\"']?\s*[:=]\s*[\"']?-?\.?\d"
+    r"|(?<!\d)(-?(?=\.?\d)\d*+(\.\d++)?\s*+[,;]\s*){3}-?\.?\d",
     re.IGNORECASE,
 )
 

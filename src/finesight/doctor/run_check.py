@@ -388,7 +388,7 @@ def _check_end_tokens(
     settings = load_run_recipe(run_record).eval
     limit = settings.max_new_tokens if settings else 512
     answers = [prediction.answer for prediction in unfinished]
-    num_repeating = sum(bool(REPETITION_PATTERN.search(answer[-2000:])) for answer in answers)
+    num_repeating = sum(bool(REPETITION_PATTERN.search(answer[-400:])) for answer in answers)
     longest, shortest = max(len(one.gold) for one in unfinished), min(map(len, answers))
     is_truncated = num_repeating * 2 < len(unfinished) and longest > 0.9 * shortest
     yield diagnose_run(

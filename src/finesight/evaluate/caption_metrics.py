@@ -31,9 +31,10 @@ MAX_RUN_LENGTH = 500
 
 _DROPPED_TOKENS = {"''", "'", "``", "`", ".", "?", "!", ",", ":", "-", "--", "...", ";"}
 
-# _LETTER: a letter of any script with its marks. _APOSTROPHE: typewriter or typographic.
+# _LETTER: a letter of any script with its marks. Atomic groups do not try both alternatives, which
+# a Thai letter matches, in exponential time. _APOSTROPHE: typewriter or typographic.
 _LETTER = (
-    r"(?:[^\W\d_\xb2\xb3\xb9\xbc-\xbe\u2070-\u209f\u2150-\u218b]"
+    r"(?>[^\W\d_\xb2\xb3\xb9\xbc-\xbe\u2070-\u209f\u2150-\u218b]"
     r"|[\u0300-\u036f\u0900-\u0dff\u0e00-\u0eff\xad])"
 )
 _APOSTROPHE = "['\u2019\x92]"
@@ -58,7 +59,7 @@ _TOKEN_PATTERNS = [
     for pattern in (
         # A word before "n't"; the lookahead counts towards the match length.
         rf"([A-Za-z]*[A-MO-Za-mo-z])[nN]{_APOSTROPHE}[tT]",
-        rf"({_LETTER}(?:{_LETTER}|\d)*){_CLITIC}(?![A-Za-z])",
+        rf"({_LETTER}(?>{_LETTER}|\d)*){_CLITIC}(?![A-Za-z])",
         rf"([nN]{_APOSTROPHE}[tT])(?![A-Za-z])",
         rf"({_CLITIC})(?![A-Za-z])",
         # Contracted words.
@@ -81,13 +82,13 @@ _TOKEN_PATTERNS = [
         r"(<?[a-zA-Z0-9][^\s\"<>|()\xa0{}]*@(?:[^\s\"<>|(){}.\xa0]+\.)*[^\s\"<>|(){}.\xa0]+>?)",
         r"([@#][A-Za-z_][A-Za-z_0-9]*)",
         # Words and compounds.
-        rf"({_LETTER}(?:{_LETTER}|\d)*(?:[.!?]{_LETTER}(?:{_LETTER}|\d)*)*)",
+        rf"({_LETTER}(?>{_LETTER}|\d)*(?:[.!?]{_LETTER}(?>{_LETTER}|\d)*)*)",
         # A period before a comma is part of the word.
-        rf"({_LETTER}(?:{_LETTER}|\d)*(?:[.!?]{_LETTER}(?:{_LETTER}|\d)*)*\.)[,;:]",
-        rf"((?:{_LETTER}|\d)+)",
-        rf"({_LETTER}(?:{_LETTER}|[0-9.,])*(?:{_HYPHEN}(?:{_LETTER}|\d)+)+)"
-        rf"|((?:{_LETTER}|\d)+(?:{_HYPHEN}(?:{_LETTER}|\d)+)+)",
-        rf"((?:{_LETTER}|\d)+(?:[.-](?:{_LETTER}|\d)+)*\.(?:{_FILE_EXTENSIONS})\b)",
+        rf"({_LETTER}(?>{_LETTER}|\d)*(?:[.!?]{_LETTER}(?>{_LETTER}|\d)*)*\.)[,;:]",
+        rf"((?>{_LETTER}|\d)+)",
+        rf"({_LETTER}(?>{_LETTER}|[0-9.,])*(?:{_HYPHEN}(?>{_LETTER}|\d)+)+)"
+        rf"|((?>{_LETTER}|\d)+(?:{_HYPHEN}(?>{_LETTER}|\d)+)+)",
+        rf"((?>{_LETTER}|\d)+(?:[.-](?>{_LETTER}|\d)+)*\.(?:{_FILE_EXTENSIONS})\b)",
         r"(\d+(?:[.,]\d+)*(?:-[A-Za-z0-9]+)+)",
         r"([A-Za-z0-9]+(?:_[A-Za-z0-9]+)+)",
         r"([A-Za-z0-9]+(?:-[A-Za-z]+){0,2}(?:/[A-Za-z0-9]+(?:-[A-Za-z]+){0,2}){1,2})",
@@ -146,9 +147,8 @@ def tokenize_caption(caption: str) -> list[str]:
 def _tokenize_text(text: str) -> Iterator[str]:
     for entity, character in _ENTITIES.items():
         text = text.replace(entity, character)
-    runs = text.replace("\u200b", " ").split()
-    starts = ((run, start) for run in runs for start in range(0, len(run), MAX_RUN_LENGTH))
-    pieces = [run[start : start + MAX_RUN_LENGTH] for run, start in starts]
+    runs, size = text.replace("\u200b", " ").split(), MAX_RUN_LENGTH
+    pieces = [run[start : start + size] for run in runs for start in range(0, len(run), size)]
     for piece, next_piece in zip(pieces, [*pieces[1:], ""], strict=False):
         # Period rules depend on the next text: a number ("No. 5"), other text, or the end.
         yield from _tokenize_run(piece, " 1" if next_piece[:1].isdigit() else next_piece and " a")

@@ -37,7 +37,7 @@ Shorter values, such as that of `MY_KEY=on`, would remove common words.
 
 _URL_CREDENTIALS = re.compile(r"([a-z][a-z0-9+.-]*://)[^/\s@]+@", re.IGNORECASE)
 _QUERY_SECRET = re.compile(
-    r"([?&][^=&\s]*(?:key|token|secret|signature|sig|password|credential)[^=&\s]*=)[^&\s]+",
+    r"([?&](?>[^=&\s]*?(?:key|token|secret|sig|password|credential))[^=&\s]*+=)[^&\s]+",
     re.IGNORECASE,
 )
 _TOKEN_FORMATS = re.compile(

@@ -3,7 +3,9 @@
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +13,7 @@ import torch
 from tiny_task import TinyTask
 
 from finesight.errors import TrainingInterrupted
+from finesight.model.kernels import runtime
 from finesight.train import training_run as module
 from finesight.train.state import PREEMPTION_SIGNALS, SIGNALS, StopRequest
 
@@ -113,6 +116,25 @@ def test_compilation_launches_no_kernel(tmp_path):
     found = elementwise.quick_gelu(wide_TD)
     assert compiled() == before + 1
     torch.testing.assert_close(found.float(), expected.float(), rtol=2e-2, atol=2e-2)
+
+
+def test_compiled_kernels_are_loaded_one_after_another(monkeypatch):
+    """Otherwise Triton 3.6 gives a kernel the launcher of another one."""
+    events = []
+
+    class Compiled:
+        @property
+        def run(self) -> None:
+            events.append("begin")
+            time.sleep(0.01)
+            events.append("end")
+
+    monkeypatch.setattr(runtime, "JITFunction", SimpleNamespace(run=lambda *a, **k: Compiled()))
+    monkeypatch.setattr(torch.cuda, "set_device", lambda index: None)
+    with runtime.compile_in_parallel(torch.device("cuda", 0)):
+        for kernel in range(6):
+            runtime._overrides.launch(kernel, grid=(1,), warmup=False)
+    assert events == ["begin", "end"] * 6
 
 
 @pytest.mark.gpu

@@ -165,19 +165,15 @@ LORA_DOWN_BACKWARD_TILE = TileConfig(32, 64, 4, 4)
 
 def rows_per_chunk(rows: int, programs_per_row: int, programs: int = TARGET_PROGRAMS) -> int:
     """Return the number of rows per program, a multiple of 64."""
-    chunks = max(1, min(programs // programs_per_row, _ceil_div(rows, 64)))
-    return max(1, _ceil_div(_ceil_div(rows, chunks), 64)) * 64
+    chunks = max(1, min(programs // programs_per_row, -(-rows // 64)))
+    return max(1, -(-rows // (chunks * 64))) * 64
 
 
 def columns_per_chunk(rows: int, width: int, tile: TileConfig) -> int:
     """Return the number of columns per program, a multiple of the tile's columns."""
-    row_tiles = max(1, _ceil_div(rows, tile.block_m))
-    chunks = max(1, min(TARGET_PROGRAMS // row_tiles, _ceil_div(width, 4 * tile.block_n)))
-    return _ceil_div(_ceil_div(width, chunks), tile.block_n) * tile.block_n
-
-
-def _ceil_div(total: int, size: int) -> int:
-    return -(-total // size)
+    row_tiles = max(1, -(-rows // tile.block_m))
+    chunks = max(1, min(TARGET_PROGRAMS // row_tiles, -(-width // (4 * tile.block_n))))
+    return -(-width // (chunks * tile.block_n)) * tile.block_n
 
 
 class SeededDropout(NamedTuple):
@@ -294,10 +290,7 @@ def keep_mask(
 
 
 COMPILE_THREADS, SWITCH_INTERVAL_S = 8, 2e-4
-"""Number of compile threads, and the thread switch interval of the interpreter during compilation.
-
-With a longer interval, the threads mostly wait for the GIL.
-"""
+"""Compile threads, and their switch interval: with a longer one, most wait for the GIL."""
 
 
 def is_compile_cache_empty() -> bool:
@@ -313,16 +306,22 @@ def compile_in_parallel(device: torch.device) -> Iterator[None]:
     The outputs of the kernels remain uninitialized and must be discarded. On exit all kernels are
     compiled and loaded. Raises the errors of the compiler.
     """
-    pending, lock = dict[tuple[Any, ...], Future[object]](), Lock()
+    pending, lock, loading = dict[tuple[Any, ...], Future[object]](), Lock(), Lock()
 
-    def compile_only(kernel: Any, *args: Any, **options: Any) -> None:
-        # With an empty grid Triton compiles and loads the kernel without launching it.
-        options["grid"] = (0, 1, 1)
+    def compile_and_load(kernel: Any, *args: Any, **options: Any) -> None:
+        compiled = JITFunction.run(kernel, *args, **options)
+        # Triton 3.6 loads the launchers of all kernels as modules with the same name. Python mixes
+        # up their functions if two threads do so concurrently.
+        with loading:
+            _ = compiled.run
+
+    def submit(kernel: Any, *args: Any, **options: Any) -> None:
+        options |= {"grid": None, "warmup": True}
         key = kernel, tuple(map(_specialization_key, args)), tuple(sorted(options.items()))
         with lock:
             if key not in pending:
                 pending[key] = threads.submit(
-                    JITFunction.run, kernel, *map(_dummy_argument, args), **options
+                    compile_and_load, kernel, *map(_dummy_argument, args), **options
                 )
 
     device_index = torch.cuda.current_device() if device.index is None else device.index
@@ -332,7 +331,7 @@ def compile_in_parallel(device: torch.device) -> Iterator[None]:
     ) as threads:
         sys.setswitchinterval(SWITCH_INTERVAL_S)
         try:
-            with override_launches(compile_only):
+            with override_launches(submit):
                 yield
         finally:
             wait(pending.values())

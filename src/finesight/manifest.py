@@ -79,6 +79,13 @@ def find_run_dir(run_or_checkpoint: Path) -> Path:
     return run_or_checkpoint.parents[1] if is_checkpoint else run_or_checkpoint
 
 
+def find_newest_checkpoint(run_dir: Path) -> Path | None:
+    """Return the folder of the newest checkpoint of a run."""
+    folders = run_dir.glob(f"{CHECKPOINTS_FOLDER}/step-*/")
+    by_step = {path.name.removeprefix("step-"): path for path in folders}
+    return by_step.get(max(filter(str.isdecimal, by_step), key=int, default=""))
+
+
 def load_manifest(path: Path) -> Manifest:
     """Read and validate a manifest. Raises UserError if the plug-in of its model is missing."""
     manifest = _read_manifest(path)

@@ -102,8 +102,7 @@ def _load_tensors(file: Path) -> dict[str, Tensor]:
         isinstance(name, str) and isinstance(tensor, torch.Tensor)
         for name, tensor in state_dict.items()
     ):
-        what = f"a {type(state_dict).__name__} with content other than named tensors"
-        raise _build_error(file, what)
+        raise _build_error(file, f"a {type(state_dict).__name__} without named tensors")
     for name, tensor in state_dict.items():
         if unsupported := _describe_unsupported(tensor):
             raise _build_error(file, f"{name} is {unsupported}")
@@ -112,9 +111,7 @@ def _load_tensors(file: Path) -> dict[str, Tensor]:
 
 def _describe_unsupported(tensor: Tensor) -> str:
     """Describe why safetensors cannot store a tensor, such as its layout; empty if it can."""
-    import torch
-
-    if tensor.is_nested or tensor.layout != torch.strided:
+    if tensor.is_nested or str(tensor.layout) != "torch.strided":
         return "a sparse or nested tensor"
     if tensor.is_quantized or tensor.is_complex():
         return f"a tensor of {str(tensor.dtype).removeprefix('torch.')}"
@@ -188,10 +185,6 @@ _EXPECTED_MODEL = (
 )
 
 
-def _fetch_none() -> None:
-    """Download no weights, since local folders are complete."""
-
-
 @dataclass(frozen=True)
 class ModelFolder:
     """Model folder on the local disk, in the hub layout.
@@ -200,7 +193,7 @@ class ModelFolder:
     """
 
     path: Path
-    fetch_weights: Callable[[], object] = field(default=_fetch_none, repr=False, compare=False)
+    fetch_weights: Callable[[], object] = field(default=object, repr=False, compare=False)
 
     @cached_property
     def config(self) -> dict[str, Any]:

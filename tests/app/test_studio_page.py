@@ -7,6 +7,8 @@ import os
 import re
 import shutil
 import socket
+import subprocess
+import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated
@@ -400,6 +402,30 @@ def test_label_form_offers_the_prompt_of_the_data(folder, page):
     add_data(folder, "a")
     assert read_fields(page, query)["label:prompt"] == "Which color?"
     assert "Prompt (required)" not in page.render(Selection.parse(query, "en"))
+
+
+RENDER_STEPS = """
+import sys
+from pathlib import Path
+from finesight.app.pages import UploadStore
+from finesight.app.studio_page import StudioPage
+from finesight.app.studio_view import STEPS, Selection, StudioView
+from finesight.app.workspace import Workspace
+view, store = StudioView(Workspace(Path(sys.argv[1]))), UploadStore(Path("uploads"), 1)
+page = StudioPage(view, store, False, None, 0)
+texts = [page.render(Selection.parse({"step": s, "run": "runs/a"}, "en")) for s in STEPS]
+assert all("runs/a" in text for text in texts[4:])
+print("torch" in sys.modules)
+"""
+
+
+def test_no_step_imports_torch(folder, tmp_path):
+    """Its import takes seconds, in which no page is answered."""
+    run = add_run(folder)
+    shutil.rmtree(run / "adapter")
+    command = [sys.executable, "-c", RENDER_STEPS, str(folder)]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert result.stdout == "False\n", result.stderr
 
 
 def test_unfinished_run_is_used_with_its_newest_checkpoint(folder, page, started):

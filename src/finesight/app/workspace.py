@@ -40,6 +40,7 @@ from finesight.manifest import (
     MANIFEST_FILE,
     MODEL_FOLDER,
     RECIPE_FILE,
+    find_newest_checkpoint,
     load_manifest,
 )
 from finesight.model_folder import TINY_MODEL
@@ -217,8 +218,6 @@ class Workspace:
         folder = self.folder / run
         if any((folder / name).is_dir() for name in (ADAPTER_FOLDER, MODEL_FOLDER)):
             return run
-        from finesight.infer.model_loader import find_newest_checkpoint  # slow to import
-
         newest = find_newest_checkpoint(folder)
         with contextlib.suppress(UserError):
             is_full = load_manifest(folder / MANIFEST_FILE).tune.has_mode("full")

@@ -16,10 +16,10 @@ from finesight.encode.family import DEFAULT_THINKING, ThinkingOptions
 from finesight.encode.renderer import Renderer, build_renderer
 from finesight.errors import Remedy, Step, UserError
 from finesight.manifest import (
-    CHECKPOINTS_FOLDER,
     MANIFEST_FILE,
     RECIPE_FILE,
     Manifest,
+    find_newest_checkpoint,
     find_run_dir,
     load_manifest,
 )
@@ -132,13 +132,6 @@ def _load_base_model(
         source.folder, dtype, torch_device, source.nf4_parts, weight_format, source.fp8_parts
     )
     return model, renderer
-
-
-def find_newest_checkpoint(run_dir: Path) -> Path | None:
-    """Return the folder of the newest checkpoint of a run."""
-    folders = [path for path in run_dir.glob(f"{CHECKPOINTS_FOLDER}/step-*") if path.is_dir()]
-    numbered = [path for path in folders if path.name.removeprefix("step-").isdecimal()]
-    return max(numbered, key=lambda path: int(path.name.removeprefix("step-")), default=None)
 
 
 BASE_MODEL_NAME = "base"

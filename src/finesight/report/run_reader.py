@@ -30,6 +30,7 @@ from finesight.manifest import (
     RECIPE_FILE,
     RESULT_FILE,
     SKIPPED_SAMPLES_FILE,
+    find_newest_checkpoint,
     require_run_plugins,
 )
 from finesight.storage import DIGESTS_FILE
@@ -353,10 +354,8 @@ class _RunFolderReader:
 
     def read_checkpoint_identity(self) -> JsonObject:
         """Return the fingerprints of data and base model in the newest checkpoint."""
-        checkpoints = self._folder / CHECKPOINTS_FOLDER
-        step_texts = [path.name.removeprefix("step-") for path in checkpoints.glob("step-*")]
-        steps = sorted(int(step_text) for step_text in step_texts if step_text.isdecimal())
-        if not steps:
+        newest = find_newest_checkpoint(self._folder)
+        if newest is None:
             return {}
-        state_file = f"{CHECKPOINTS_FOLDER}/step-{steps[-1]}/state.json"
+        state_file = f"{CHECKPOINTS_FOLDER}/{newest.name}/state.json"
         return as_object(as_object(self.read_json(state_file)).get("identity"))

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from each_value import each
 from rich.console import Console
 from tiny_task import TinyTask, write_recipe
 
@@ -199,6 +200,21 @@ def test_invalid_recipe_is_rejected(task: TinyTask) -> None:
     (task.folder / "train.jsonl").unlink()
     with pytest.raises(UserError, match="unknown GPU 'H20000'"):
         make_plan(task, gpu="H20000")
+
+
+@each(
+    ("override", "gpu", "package", "is_hint"),
+    [
+        ("tune.language=lora", "T4", None, True),
+        ("tune.language=lora", "T4", "installed", False),
+        ("tune.language=full", "T4", None, False),
+        ("tune.language=lora", None, None, False),
+    ],
+)
+def test_missing_package_of_4_bits_is_a_hint(task, monkeypatch, override, gpu, package, is_hint):
+    monkeypatch.setattr(run_plan, "find_spec", lambda name: package)
+    hints = make_plan(task, override, gpu=gpu).memory_hints
+    assert ("4 bits (pip install 'finesight[quant]')" in hints) == is_hint
 
 
 @pytest.mark.parametrize(

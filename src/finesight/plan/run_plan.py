@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
+from importlib.util import find_spec
 from statistics import median
 from typing import get_args
 
@@ -51,10 +52,7 @@ from finesight.train.state import RunContext, RunData
 from finesight.train.vision_cache import MIN_IMAGE_USES
 
 MIN_DECODE_STEP_S = 3.0e-3
-"""Minimum seconds of a decode step on a GPU for any model.
-
-Kernel launches or the host limit small models.
-"""
+"""Minimum seconds of a decode step on a GPU: kernel launches or the host limit small models."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -420,7 +418,9 @@ def _compute_feature_bytes(
 
 
 def _list_memory_hints(recipe: Recipe, target: TargetDevice) -> tuple[str, ...]:
+    may_quantize = target.compute.is_cuda and len(_list_quantization_choices(recipe)) > 1
     hints = {
+        "4 bits (pip install 'finesight[quant]')": may_quantize and not find_spec("bitsandbytes"),
         "train.precision=bf16": target.precision == "fp32" and not target.compute.is_cuda,
         "smaller images": True,
         "a smaller model": True,

@@ -21,7 +21,7 @@ import numpy as np
 
 from finesight.bounded_files import parse_json
 from finesight.data.boxes import iter_json_values, split_at_coordinates
-from finesight.data.sample import TOOL_CALL_TEXT, parse_tool_call
+from finesight.data.sample import TOOL_CALL_END, TOOL_CALL_TEXT, parse_tool_call
 from finesight.evaluate.bootstrap import (
     ClassCounts,
     SampleGroup,
@@ -146,8 +146,8 @@ def score_tool_calls(cases: Sequence[EvalCase]) -> MetricResult:
 
 def _parse_calls(text: str) -> JsonForm | None:
     """Return the canonical form of the tool calls in a text; None if one of them is invalid."""
-    forms = []
-    for match in TOOL_CALL_TEXT.finditer(text):
+    forms, end = [], text.rfind(TOOL_CALL_END) + len(TOOL_CALL_END)
+    for match in TOOL_CALL_TEXT.finditer(text, 0, end):
         call = parse_tool_call(match["call"])
         if call is None:
             return None

@@ -102,7 +102,8 @@ def _load_tensors(file: Path) -> dict[str, Tensor]:
         isinstance(name, str) and isinstance(tensor, torch.Tensor)
         for name, tensor in state_dict.items()
     ):
-        raise _build_error(file, f"a {type(state_dict).__name__} without named tensors")
+        what = f"a {type(state_dict).__name__} with content other than named tensors"
+        raise _build_error(file, what)
     for name, tensor in state_dict.items():
         if unsupported := _describe_unsupported(tensor):
             raise _build_error(file, f"{name} is {unsupported}")
@@ -135,8 +136,7 @@ DOWNLOAD_PATTERNS = (
     *("*.json", "*.safetensors", "*.jinja", "*.txt", "*.tiktoken"),
     *("LICENSE*", "NOTICE*", "README.md"),
 )
-"""Patterns of the files to download from a hub repository: data files, never code. The model card
-is included because the digests of finesight folders list it."""
+"""Files to download from a hub repository: data, never code, and the card, which digests list."""
 
 PICKLE_INDEX_FILE = "pytorch_model.bin.index.json"
 """Index of weights stored as pickles, for models without safetensors."""

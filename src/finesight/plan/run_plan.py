@@ -317,7 +317,7 @@ def plan_run(recipe: Recipe, gpu: str | None, console: ProgressConsole) -> RunPl
         overrides=_list_overrides(
             recipe, recipe_settings, chosen_estimate.settings, target, recipe_target, num_workers
         ),
-        memory_hints=_list_memory_hints(recipe, target),
+        memory_hints=tuple(_list_memory_hints(recipe, target, model)),
     )
 
 
@@ -353,10 +353,9 @@ def _list_quantization_choices(recipe: Recipe) -> list[tuple[QuantizablePart, ..
 
 
 def _choose_num_workers(recipe: Recipe, estimate: SettingsEstimate, target: TargetDevice) -> int:
-    """Choose the number of data loader workers.
+    """Choose the number of data loader workers: on a GPU, loading must keep up with the steps.
 
-    On a GPU, data loading must keep up with the training steps. The number is at least that of the
-    recipe or the default, and at most `MAX_WORKERS`.
+    The number is at least that of the recipe or the default, and at most `MAX_WORKERS`.
     """
     current = _resolve_num_workers(recipe, target)
     if not target.compute.is_cuda:
@@ -417,8 +416,9 @@ def _compute_feature_bytes(
     return num_features * config.out_hidden_size * target.dtype.itemsize
 
 
-def _list_memory_hints(recipe: Recipe, target: TargetDevice) -> tuple[str, ...]:
-    may_quantize = target.compute.is_cuda and len(_list_quantization_choices(recipe)) > 1
+def _list_memory_hints(recipe: Recipe, target: TargetDevice, model: PlannedModel) -> list[str]:
+    may_quantize = target.compute.is_cuda and model.model.config.decoder.moe is None
+    may_quantize = may_quantize and len(_list_quantization_choices(recipe)) > 1
     hints = {
         "4 bits (pip install 'finesight[quant]')": may_quantize and not find_spec("bitsandbytes"),
         "train.precision=bf16": target.precision == "fp32" and not target.compute.is_cuda,
@@ -428,7 +428,7 @@ def _list_memory_hints(recipe: Recipe, target: TargetDevice) -> tuple[str, ...]:
         "lora instead of full": recipe.tune.has_mode("full"),
         "train.distill.weight_format=int4": recipe.train.objective == "distill",
     }
-    return tuple(hint for hint, is_possible in hints.items() if is_possible)
+    return [hint for hint, is_possible in hints.items() if is_possible]
 
 
 def _list_overrides(
@@ -531,7 +531,7 @@ def _estimate_fit(run: RunContext, data: RunData) -> UserError | None:
         return None
     best = search.find_best(settings)
     best_bytes = search.estimate_peak(best).total
-    remedy = f"try {', '.join(_list_memory_hints(recipe, target))}"
+    remedy = f"try {', '.join(_list_memory_hints(recipe, target, build_model(best.nf4_parts)))}"
     if best_bytes <= target.memory_bytes:
         workers = _resolve_num_workers(recipe, target)
         overrides = _list_overrides(recipe, settings, best, target, target, workers)

@@ -192,6 +192,17 @@ def test_full_queue_rejects_requests(start_service, question_set):
     assert_idle(service)
 
 
+def test_requests_that_can_run_do_not_count_as_waiting(start_service, question_set):
+    """Also before the thread of the engine has taken them: without a queue, none was accepted."""
+    service = start_service(max_num_seqs=2, max_waiting=0)
+    running = [service.submit(question_set.questions[0], LONG) for _ in range(2)]
+    with pytest.raises(ServiceBusyError):
+        service.submit(question_set.questions[1], OPTIONS)
+    for stream in running:
+        stream.cancel()
+    assert_idle(service)
+
+
 def test_invalid_request_raises_in_caller_thread(service, question_set, tmp_path):
     question, missing = question_set.questions[0], make_sample("m", tmp_path, "missing.png")
     for sample, options, match in (

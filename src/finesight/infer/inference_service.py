@@ -543,9 +543,11 @@ class InferenceService:
     def _check_queue(self) -> None:
         with self._lock:
             num_waiting = self._engine.num_waiting + len(self._new_requests)
+            # The thread of the engine may not have taken requests yet that can run.
+            num_free = max(0, self._max_num_seqs - self._engine.num_running)
         if not self.is_alive:
             what, expected = "the service accepts no more requests", "a running service"
-        elif num_waiting >= self._max_waiting:
+        elif num_waiting >= self._max_waiting + num_free:
             what = f"{num_waiting} requests are already waiting"
             expected = f"fewer than {self._max_waiting}"
         else:

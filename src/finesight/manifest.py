@@ -81,7 +81,7 @@ def find_run_dir(run_or_checkpoint: Path) -> Path:
 
 def find_newest_checkpoint(run_dir: Path) -> Path | None:
     """Return the folder of the newest checkpoint of a run."""
-    folders = run_dir.glob(f"{CHECKPOINTS_FOLDER}/step-*/")
+    folders = run_dir.glob(f"{CHECKPOINTS_FOLDER}/step-[0-9]*/")
     by_step = {path.name.removeprefix("step-"): path for path in folders}
     return by_step.get(max(filter(str.isdecimal, by_step), key=int, default=""))
 

@@ -542,14 +542,12 @@ class InferenceService:
 
     def _check_queue(self) -> None:
         with self._lock:
-            num_waiting = self._engine.num_waiting + len(self._new_requests)
-            # The thread of the engine may not have taken requests yet that can run.
-            num_free = max(0, self._max_num_seqs - self._engine.num_running)
+            num_open = len(self._new_requests) + len(self._streams)
+        limit = self._max_num_seqs + self._max_waiting
         if not self.is_alive:
             what, expected = "the service accepts no more requests", "a running service"
-        elif num_waiting >= self._max_waiting + num_free:
-            what = f"{num_waiting} requests are already waiting"
-            expected = f"fewer than {self._max_waiting}"
+        elif num_open >= limit:
+            what, expected = f"{num_open} requests are running or waiting", f"fewer than {limit}"
         else:
             return
         raise ServiceBusyError(what, where="queue", expected=expected, remedy="retry later")
@@ -574,28 +572,28 @@ class InferenceService:
                     or self._engine.has_work
                 ):
                     self._lock.wait()
-                new_requests, self._new_requests = self._new_requests, []
                 cancelled, self._cancelled = self._cancelled, []
-                if self._is_closing and not (new_requests or cancelled or self._engine.has_work):
+                is_idle = not (self._new_requests or cancelled or self._engine.has_work)
+                if self._is_closing and is_idle:
                     return
+                self._add_requests()
             try:
-                self._apply_changes(new_requests, cancelled)
+                self._cancel_requests(cancelled)
                 for event in self._engine.step():
                     self._dispatch_event(event)
             except Exception as error:
                 if not self._replace_engine(error):
                     return
 
-    def _apply_changes(
-        self,
-        new_requests: list[tuple[GenerationStream, GenerationRequest]],
-        cancelled: list[GenerationStream],
-    ) -> None:
-        for stream, request in new_requests:
+    def _add_requests(self) -> None:
+        for stream, request in self._new_requests:
             try:
                 self._streams[self._engine.add_request(request)] = stream
             except Exception as error:
                 stream._fail(error)
+        self._new_requests = []
+
+    def _cancel_requests(self, cancelled: list[GenerationStream]) -> None:
         if self._cancels_all:
             cancelled = [*self._streams.values()]
         for stream in cancelled:
@@ -608,10 +606,13 @@ class InferenceService:
         if stream is None:
             return
         self._counts["completion"] += event.token is not None
-        if stream._handle_event(event):
-            self._engine.cancel(event.request_id)
+        # Who sees the end of a stream may submit the next request.
+        with self._lock:
+            if stream._handle_event(event):
+                self._engine.cancel(event.request_id)
+            if stream._is_finished:
+                del self._streams[event.request_id]
         if stream._is_finished:
-            del self._streams[event.request_id]
             self._counts["requests"] += 1
             self._counts["prompt"] += stream.usage.prompt_tokens
             self._counts["cached"] += stream.usage.cached_tokens
@@ -622,9 +623,10 @@ class InferenceService:
         Returns:
             False if no engine can be created. All queued requests have then failed, too.
         """
-        for stream in self._streams.values():
-            stream._fail(error)
-        self._streams.clear()
+        with self._lock:
+            for stream in self._streams.values():
+                stream._fail(error)
+            self._streams.clear()
         # The traceback references the old KV cache; release it before allocating a new one.
         traceback.clear_frames(error.__traceback__)
         with self._lock:

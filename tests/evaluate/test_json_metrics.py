@@ -186,6 +186,7 @@ ZOOM = write_call("zoom", box=[1, 2], s="5")
         ("Done.", ZOOM, (0, 0, 1)),
         ("<tool_call>x</tool_call>", "Done.", (1, 0, 0)),
         (f"{ZOOM}{'<tool_call>' * 200_000}", ZOOM, (1, 1, 1)),
+        (" " * 400_000 + ZOOM, ZOOM, (1, 1, 1)),
     ],
 )
 def test_tool_calls(answer: str, reference: str, scores: tuple[float, ...]) -> None:

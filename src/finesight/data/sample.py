@@ -288,7 +288,7 @@ class Message(FrozenModel):
     loss: bool = True
 
 
-TOOL_CALL_TEXT = re.compile(rf"\s*{TOOL_CALL_START}(?P<call>.*?){TOOL_CALL_END}", re.DOTALL)
+TOOL_CALL_TEXT = re.compile(rf"(?s)(?<!\s)\s*+{TOOL_CALL_START}(?P<call>.*?){TOOL_CALL_END}")
 _XML_CALL = re.compile(r"<function=(?P<name>[^>\n]+)>(?P<arguments>.*)</function>", re.DOTALL)
 _XML_ARGUMENT = re.compile(r"<parameter=([^>\n]+)>\n?(.*?)\n?</parameter>", re.DOTALL)
 _XML_CONSTANTS = {"True": True, "False": False, "None": None}

@@ -13,7 +13,7 @@ from typing import Literal
 
 from finesight.config import MetricSpec, TaskName
 from finesight.data.boxes import box_area
-from finesight.data.sample import TOOL_CALL_TEXT
+from finesight.data.sample import TOOL_CALL_END, TOOL_CALL_TEXT
 from finesight.errors import UserError
 from finesight.evaluate import (
     box_metrics,
@@ -168,7 +168,7 @@ def has_reference_kind(reference_kind: str, reference: ReferenceAnswer) -> bool:
     if reference_kind == "json":
         return any(json_metrics.parse_form(text) is not None for text in texts)
     if reference_kind == "tool call":
-        return any(map(TOOL_CALL_TEXT.search, texts))
+        return any(TOOL_CALL_END in text and TOOL_CALL_TEXT.search(text) for text in texts)
     if "box" in reference_kind:
         return any(reference_kind != "box" or box_area(box.xyxy) for box in reference_boxes)
     return reference_kind == "anything" or bool("".join(texts).strip())

@@ -606,7 +606,7 @@ class InferenceService:
         if stream is None:
             return
         self._counts["completion"] += event.token is not None
-        # Who sees the end of a stream may submit the next request.
+        # A consumer that sees the end of a stream may submit the next request.
         with self._lock:
             if stream._handle_event(event):
                 self._engine.cancel(event.request_id)

@@ -117,7 +117,7 @@ _TOOLS_IN_PROMPT = re.compile(
 )
 """Definitions of tools in a system prompt, as in the chat templates of Qwen."""
 
-_RESULT_TEXT = re.compile(r"\s*<tool_response>\n?(.*?)\n?</tool_response>\s*", re.DOTALL)
+_RESULT_TEXT = re.compile(r"(?s)(?:(?<!\s)\s++)?<tool_response>\n?(.*?)\n?</tool_response>\s*")
 
 # Turns may also be pairs {"human": text, "assistant": text}; `history` is a list of such pairs.
 _TURN_LISTS = (("messages",), ("conversations",), ("conversation",))
@@ -493,10 +493,10 @@ def parse_turns(record: Record, context: ImportContext, *, with_parts: bool = Fa
                     continue
         results = [turn]
         if isinstance(turn.content, str):
-            texts = _RESULT_TEXT.findall(turn.content)
+            texts = _RESULT_TEXT.findall(turn.content) if "</tool_response>" in turn.content else []
             if turn.role in ("user", "tool") and texts and not _RESULT_TEXT.sub("", turn.content):
                 results = [Turn("tool", text) for text in texts]
-            if tools and turn.role == "assistant":
+            if tools and turn.role == "assistant" and "</tool_call>" in turn.content:
                 # Models write tool calls in tags within the text.
                 texts = [match["call"] for match in TOOL_CALL_TEXT.finditer(turn.content)]
                 parsed = [_parse_call(text, tools) for text in texts]

@@ -25,7 +25,6 @@ import shutil
 from pathlib import Path
 
 from finesight.api import (
-    build_question,
     check_data,
     draw_boxes,
     import_data,
@@ -114,7 +113,7 @@ if not (folder / "new").exists():
 model = load_model(folder / "run")
 image_paths = sorted((folder / "new" / "images").iterdir())
 answers = model.generate_batch(
-    [build_question(image_path, PROMPT) for image_path in image_paths], max_new_tokens=128
+    [model.build_question(image_path, PROMPT) for image_path in image_paths], max_new_tokens=128
 )
 print(*(answer.as_text() for answer in answers), sep="\n")
 draw_boxes(answers[0])

@@ -9,7 +9,7 @@
 # %%
 from pathlib import Path
 
-from finesight.api import build_question, check_data, import_data, load_model, train
+from finesight.api import check_data, import_data, load_model, train
 from finesight.infer.model_loader import select_cpu_precision
 from finesight.synth.tickets import TICKET_FIELDS, write_tickets
 
@@ -82,7 +82,7 @@ print(result.as_table())
 write_tickets(folder / "new", 3, seed=1)
 image_paths = sorted((folder / "new" / "images").iterdir())
 model = load_model(folder / "run")
-questions = [build_question(image_path, PROMPT) for image_path in image_paths]
+questions = [model.build_question(image_path, PROMPT) for image_path in image_paths]
 answers = model.generate_batch(questions, max_new_tokens=112)
 print(*(answer.as_text() for answer in answers), sep="\n")
 

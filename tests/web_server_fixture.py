@@ -16,6 +16,7 @@ from browser import DESKTOP_WIDTH, Browser
 
 from finesight.app.chat_page import make_chat_app
 from finesight.app.server import Access, AccessMiddleware, PageServer
+from finesight.data.prompt_format import DEFAULT_PROMPT_FORMAT, PromptFormat
 from finesight.data.sample import BoxPart, ImagePart, LocatedSample, Sample
 from finesight.errors import UserError
 from finesight.infer.prediction import Prediction
@@ -73,8 +74,12 @@ class ScriptedService:
     system_prompt: str | None = "Answer."
     max_model_len: int = 2048
     manifest: Manifest | None = None
+    prompt_format: PromptFormat = DEFAULT_PROMPT_FORMAT
     requests: list[GenerationOptions] = field(default_factory=list)
     samples: list[Sample] = field(default_factory=list)
+
+    def get_prompt_format(self, model: str | None = None) -> PromptFormat:
+        return self.prompt_format
 
     def submit(
         self,

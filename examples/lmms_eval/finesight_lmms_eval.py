@@ -25,13 +25,24 @@ class FinesightModel(lmms):
     Args:
         model: Run, model or adapter folder, hub name, or finesight-tiny.
         device: Device of lmms-eval, such as `cuda:0`; None for a GPU if there is one.
+        question_form: Ask a run in the form of its training, such as the text before the image.
+            Otherwise, the parts of a question have the order of the task.
         loading: Options of `finesight.api.load_model`, such as `weight_format=nf4`.
     """
 
     is_simple = False
 
-    def __init__(self, model, batch_size=1, device=None, max_batch_size=None, **loading):
+    def __init__(
+        self,
+        model,
+        batch_size=1,
+        device=None,
+        max_batch_size=None,
+        question_form=True,
+        **loading,
+    ):
         super().__init__()
+        self.question_form = question_form
         self.batch_size = int(batch_size)
         loading["device"] = (device or "auto").partition(":")[0]
         self.finesight_model = load_model(str(model), **loading)
@@ -76,7 +87,10 @@ class FinesightModel(lmms):
                         expected="text, images, and files of videos",
                         remedy="choose another task",
                     )
-            messages.append(Message.model_validate({"role": turn["role"], "content": parts}))
+            message = Message.model_validate({"role": turn["role"], "content": parts})
+            if self.question_form and message.role == "user":
+                message = self.finesight_model.arrange_question(message)
+            messages.append(message)
         return LocatedSample(Sample(id=f"{task}-{doc_id}", messages=tuple(messages)), folder)
 
     def loglikelihood(self, requests):

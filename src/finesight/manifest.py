@@ -36,6 +36,27 @@ FORMAT_VERSION = 2
 _REMEDY = "restore the manifest of the run, or train again"
 
 
+class PromptTemplate(BaseModel):
+    """Form of questions in the training samples, in which new questions are asked.
+
+    Attributes:
+        template: Texts and images in their order: `<image>` stands for an image or video, and for
+            all of them if it occurs once; `{question}` for the question without white space around
+            it. Without `<image>`, the positions of images differ.
+        min_images, max_images: Number of images and videos of a question.
+        system_prompt: System prompt of the samples; None if they have none or several.
+        share: Share of the training questions with this form.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    template: str
+    min_images: int
+    max_images: int
+    system_prompt: str | None = None
+    share: float
+
+
 class Manifest(BaseModel):
     """Content of `manifest.json` in a run folder and in a merged model folder.
 
@@ -48,7 +69,11 @@ class Manifest(BaseModel):
         metric: Task metric of the evaluation, which implies the format of the answers; None for a
             custom metric, or without an evaluation.
         max_new_tokens: Maximum completion length of the evaluation; None without an evaluation.
-        prompts: Most frequent prompts of the training samples, which the chat page suggests.
+        prompts: Most frequent prompts of the training samples, which the chat page suggests. Their
+            text is exact; `<image>` marks the images of a prompt that has another form than the
+            first prompt template.
+        prompt_templates: Forms of the training questions, the most frequent first; empty for a
+            run of an earlier version.
         has_images: Whether the training samples have images; `load_manifest` reads it from the
             metrics of a run. None if unknown.
         plugins: Plug-ins that the recipe and the model need.
@@ -69,6 +94,7 @@ class Manifest(BaseModel):
     metric: str | None = None
     max_new_tokens: int | None = None
     prompts: tuple[str, ...] = ()
+    prompt_templates: tuple[PromptTemplate, ...] = ()
     has_images: bool | None = None
     plugins: tuple[PluginRecord, ...] = ()
 

@@ -446,7 +446,7 @@ def test_unfinished_run_is_used_with_its_newest_checkpoint(folder, page, started
     (run / "predictions/after.jsonl").unlink()
     (run / "predictions/before.jsonl").write_text('{"image": "photos/00.png"}\n')
     with contextlib.chdir(folder):
-        assert read_example(Path("runs/a")) == ("photos/00.png", "Which color?")
+        assert read_example(Path("runs/a")) == (("photos/00.png",), "Which color?")
     shutil.rmtree(run / "checkpoints")
     for button, values in buttons.items():
         message = click_button(page, button, "step=export&run=runs/a", *values)

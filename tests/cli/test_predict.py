@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from engine_fixtures import write_noise_image
+from run_dir_fixtures import MANIFEST
 from tiny_model import create_tiny_model
 from video_fixtures import write_video
 
@@ -13,6 +14,7 @@ from finesight.infer import prediction
 from finesight.infer.engine import generate
 from finesight.infer.model_loader import load_inference_model
 from finesight.infer.prediction import build_question
+from finesight.manifest import MANIFEST_FILE
 from finesight.operations.evaluation import ANSWER_FILES
 
 ASK = ("--prompt", "What?", "--max-new-tokens", 3, "--device", "cpu")
@@ -35,6 +37,74 @@ def test_one_json_line_per_image(tiny, image_paths, cli):
     assert [line["image"] for line in lines] == [str(path) for path in image_paths]
     assert all(set(line) >= {"image", "prompt", "answer", "raw_text", "boxes"} for line in lines)
     assert all(line["prompt"] == "What?" for line in lines)
+
+
+@pytest.fixture
+def set_manifest(tiny):
+    """Write the manifest of a model folder, with the forms of its training questions."""
+    file = tiny / MANIFEST_FILE
+    yield lambda **values: file.write_text(json.dumps(MANIFEST | {"format_version": 2} | values))
+    file.unlink()
+
+
+def make_template(template, num_images, share=1.0):
+    numbers = {"min_images": num_images, "max_images": num_images}
+    return {"template": template, **numbers, "share": share}
+
+
+def test_several_images_are_one_question(tiny, image_paths, set_manifest, cli):
+    """By default as many as in the training; the images of a question follow one another."""
+    first, second = map(str, image_paths)
+    pair = ["--images-per-question", 2]
+
+    def ask(*words):
+        lines = cli("predict", tiny, *words, *ASK, "--json").records
+        return [line["image"] for line in lines]
+
+    assert ask(first, second, *pair) == [[first, second]]
+    assert ask(first, second, second, first, *pair) == [[first, second], [second, first]]
+    assert ask(image_paths[0].parent, *pair) == [[first, second]]
+    error = cli("predict", tiny, first, first, second, *ASK, *pair, code=2).err
+    assert "3 image files for questions about 2 each" in error
+    set_manifest(prompt_templates=[make_template("<image>{question}", 2)])
+    assert ask(first, second) == [[first, second]]
+    assert "as in the training" in cli("predict", tiny, first, *ASK, code=2).err
+    printed = cli("predict", tiny, first, *ASK, "--images-per-question", 1)
+    assert "note: Number of images: 1, but 2 in the training questions." in printed.err
+    error = cli("predict", tiny, "--data", "a.jsonl", *pair, code=2).err
+    assert "--images-per-question, no --prompt and --data" in error
+
+
+def test_placeholders_set_the_positions_of_images(
+    tiny, image_paths, set_manifest, monkeypatch, cli
+):
+    asked = []
+
+    def record(model, renderer, samples, **options):
+        asked.extend(samples)
+        return []
+
+    monkeypatch.setattr(prediction, "predict", record)
+    forms = [
+        make_template("<image>{question}", 1, 0.6),
+        make_template("{question}\n<image>", 1, 0.4),
+    ]
+    set_manifest(prompt_templates=forms)
+    printed = cli("predict", tiny, image_paths[0], "--prompt", "What?")
+    assert (
+        r"note: The training questions have several forms: '<image>{question}' (60%)" in printed.err
+    )
+    assert "note" not in cli("predict", tiny, image_paths[0], "--prompt", "What?<image>").err
+    pair = (*image_paths, "--images-per-question", 2)
+    cli("predict", tiny, *pair, "--prompt", "From <image> to <image>?")
+    types = [[part.type for part in one.sample.messages[0].content] for one in asked]
+    assert types == [
+        ["image", "text"],
+        ["text", "image"],
+        ["text", "image", "text", "image", "text"],
+    ]
+    error = cli("predict", tiny, image_paths[0], "--prompt", "<image> or <image>?", code=2).err
+    assert "2 times <image> for 1 image" in error
 
 
 def test_answers_of_a_folder_are_a_table(tiny, image_paths, tmp_path, monkeypatch, cli):

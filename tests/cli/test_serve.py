@@ -15,6 +15,7 @@ from openai import OpenAI
 
 from finesight.infer import model_loader
 from finesight.infer.model_loader import get_model_name
+from finesight.manifest import PromptTemplate
 from finesight.serve import api_server, replica_router
 
 KEY = "a-key-of-this-test-0123456789"
@@ -35,7 +36,7 @@ LINEAR_DECODER = SimpleNamespace(
 def serve_fake(monkeypatch, cli):
     """Serve a fake model: a function that returns the output and the limits of the server."""
 
-    def serve(run, *options, decoder=PLAIN_DECODER, device="cpu", key=""):
+    def serve(run, *options, decoder=PLAIN_DECODER, device="cpu", key="", templates=()):
         monkeypatch.setenv("FINESIGHT_KEY", key)
         limits = [None]
 
@@ -50,7 +51,8 @@ def serve_fake(monkeypatch, cli):
             config=SimpleNamespace(decoder=decoder),
         )
         names = {get_model_name(run): None}
-        loaded = SimpleNamespace(manifest="of a run", adapters=names, model=model)
+        manifest = SimpleNamespace(prompts=(), prompt_templates=templates)
+        loaded = SimpleNamespace(manifest=manifest, adapters=names, model=model)
         for name in ("load_multi_adapter_model", "resolve_model_source"):
             monkeypatch.setattr(model_loader, name, lambda *arguments, **options: loaded)
         monkeypatch.setattr(api_server, "run_api_server", run_server)
@@ -104,16 +106,34 @@ def test_each_replica_has_its_gpu_and_the_options_of_the_model(serve_fake, monke
     assert "2 replicas with 1 GPU" in error
 
 
-def test_example_request_of_a_run_has_its_image_and_prompt(tmp_path, monkeypatch, serve_fake):
-    """The shell command sends a valid request; quotes and backslashes of the prompt survive."""
+@pytest.mark.parametrize(
+    "template", [None, "{question}\n<image>", "A <image> B <image> {question}"]
+)
+def test_example_request_of_a_run_has_its_images_and_prompt(
+    tmp_path, monkeypatch, serve_fake, template
+):
+    """The shell command sends a valid request; quotes and backslashes of the prompt survive.
+
+    Images and text have the order of the training samples.
+    """
     monkeypatch.chdir(tmp_path)
-    Path("my image.png").write_bytes(b"\x89PNG" + bytes(200))
+    num_images, templates = 1, ()
+    if template is not None:
+        num_images = template.count("<image>")
+        numbers = {"min_images": num_images, "max_images": num_images}
+        templates = (PromptTemplate(template=template, **numbers, share=1.0),)
+    names = [f"my image {number}.png" for number in range(num_images)]
+    for number, name in enumerate(names):
+        Path(name).write_bytes(b"\x89PNG" + bytes([number]) * 200)
     predictions = Path("first/run/predictions/after.jsonl")
     predictions.parent.mkdir(parents=True)
     prompt = r"Write $x' of $(image) as \LaTeX: `$(image)` %s."
-    predictions.write_text(json.dumps({"image": "first/../my image.png", "prompt": prompt}) + "\n")
+    paths = [f"first/../{name}" for name in names]
+    record = {"image": paths if num_images > 1 else paths[0], "prompt": prompt}
+    predictions.write_text(json.dumps(record) + "\n")
     Path("my keys.txt").write_text(f"# server\n\n{KEY}\n")
-    lines = serve_fake("first/run", "--key-file", "my keys.txt")[0].text.splitlines()
+    options = "first/run", "--key-file", "my keys.txt"
+    lines = serve_fake(*options, templates=templates)[0].text.splitlines()
     assert lines[0].startswith("serving first, base at ")
     sender, _, curl = lines[1].strip().rpartition(" | ")
     assert curl.startswith("curl http://127.0.0.1:")
@@ -124,10 +144,17 @@ def test_example_request_of_a_run_has_its_image_and_prompt(tmp_path, monkeypatch
     header = re.findall('-H (".*?") ', curl)[0]
     assert run_shell(f"printf %s {header}") == f"Authorization: Bearer {KEY}"
     body = json.loads(run_shell(sender))
-    image, text = body["messages"][0]["content"]
-    assert (body["model"], text["text"]) == ("first", prompt)
-    content = base64.b64encode(Path("my image.png").read_bytes()).decode()
-    assert image["image_url"]["url"] == f"data:image/png;base64,{content}"
+    assert body["model"] == "first"
+    written = (template or "<image>{question}").replace("{question}", prompt)
+    found = ""
+    for part in body["messages"][0]["content"]:
+        if part["type"] == "text":
+            found += part["text"]
+        else:
+            found += "<image>"
+            content = base64.b64encode(Path(names.pop(0)).read_bytes()).decode()
+            assert part["image_url"]["url"] == f"data:image/png;base64,{content}"
+    assert (found, names) == (written, [])
 
 
 def test_sigterm_finishes_running_requests_and_exits_with_0(tmp_path):

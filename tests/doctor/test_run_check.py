@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import re
 import shlex
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,9 @@ from run_dir_fixtures import (
 )
 
 from finesight import doctor
+from finesight.config import TrainFileSettings
+from finesight.data.corpus import load_corpus
+from finesight.data.prompt_format import read_prompt_format
 from finesight.doctor import run_check
 from finesight.doctor.diagnosis import Diagnosis
 from finesight.recipe import load_recipe
@@ -368,6 +372,79 @@ def test_corrupt_records_still_give_remedies(tmp_path: Path, seed: int) -> None:
     Image.new("1", (200, 100)).save(tmp_path / "image.png")
     made = write_run(tmp_path / "run", random.Random(seed))
     sections = doctor.diagnose(str(made.folder))
-    assert [*sections] == ["run end", "training", "predictions"]
+    assert [*sections] == ["run end", "training", "questions", "predictions"]
     for found in (one for section in sections.values() for one in section):
         assert found.severity == "ok" or (found.why and found.remedy), found
+
+
+def write_questions(file: Path, *groups: tuple[int, str]) -> None:
+    """Write samples, as many of each form, in which `<image>` is an image."""
+    lines = []
+    for count, form in groups:
+        for number in range(count):
+            parts: list[JsonLine] = []
+            for piece in re.split("(<image>)", form.format(number)):
+                if piece == "<image>":
+                    parts.append({"type": "image", "image": f"{len(lines)}.png"})
+                elif piece:
+                    parts.append({"type": "text", "text": piece})
+            question = {"role": "user", "content": parts}
+            turns = [question, {"role": "assistant", "content": "yes"}]
+            lines.append(json.dumps({"id": f"s{len(lines)}", "messages": turns}) + "\n")
+    file.write_text("".join(lines))
+
+
+@pytest.mark.parametrize(
+    ("train", "evaluation", "code", "words"),
+    [
+        ([(9, "<image>Q{}")], [(9, "<image>R{}")], "questions", "'<image>{question}'"),
+        ([(9, "<image>Q{}")], [(9, "Q{}<image>")], "questions-differ", "100% of the validation"),
+        ([(9, "<image>Q{}")], [(9, "<image>\nQ{}")], "questions-differ", r"'<image>\n{question}'"),
+        (
+            [(9, "<image>Q{}")],
+            [(6, "<image>Q{}"), (4, "<image>Q{} ")],
+            "questions-differ",
+            "40% of the validation",
+        ),
+        (
+            [(6, "<image>Q{}"), (4, "Q{}<image>")],
+            [(9, "Q{}<image>")],
+            "questions-several",
+            "'<image>{question}' (60%), '{question}<image>' (40%)",
+        ),
+    ],
+)
+@pytest.mark.parametrize("is_recorded", [False, True])
+def test_form_of_the_questions_is_compared(
+    tmp_path: Path,
+    train: list[tuple[int, str]],
+    evaluation: list[tuple[int, str]],
+    code: str,
+    words: str,
+    is_recorded: bool,
+) -> None:
+    """A run of an earlier version has no recorded form: that of its data is read."""
+    files = {name: tmp_path / f"{name}.jsonl" for name in ("train", "eval")}
+    write_questions(files["train"], *train)
+    write_questions(files["eval"], *evaluation)
+    made = FakeRunDir(tmp_path / "my run")
+    data = {name: str(file) for name, file in files.items()}
+    made.write("recipe.yaml", yaml.safe_dump(RECIPE | {"data": data}))
+    manifest = MANIFEST | {"format_version": 2}
+    if is_recorded:
+        corpus = load_corpus([TrainFileSettings(path=files["train"])])
+        templates = read_prompt_format(corpus, range(len(corpus))).templates
+        manifest["prompt_templates"] = [one.model_dump() for one in templates]
+        files["train"].unlink()
+    made.write("manifest.json", json.dumps(manifest))
+    (found,) = run_check.check_questions(read_run(made.folder))
+    assert (found.code, found.severity) == (code, "ok" if code == "questions" else "warning")
+    assert words in found.what
+    assert code != "questions-several" or shlex.split(found.remedy)[-1] == "TEXT<image>"
+
+
+def test_questions_of_lost_data_are_not_judged(tmp_path: Path) -> None:
+    made = FakeRunDir(tmp_path / "my run")
+    for path in ("gone.jsonl", "s3://bucket/data.jsonl"):
+        made.write("recipe.yaml", yaml.safe_dump(RECIPE | {"data": {"train": path}}))
+        assert run_check.check_questions(read_run(made.folder)) == []

@@ -1,7 +1,9 @@
 """The lines that serve a model elsewhere: the flags of those engines, with what was measured."""
 
 import json
+import re
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,7 +21,7 @@ from finesight.export.deployment import (
     format_serving_commands,
 )
 from finesight.infer.model_loader import ModelSource
-from finesight.manifest import Manifest
+from finesight.manifest import Manifest, PromptTemplate
 from finesight.model.lora.peft_io import ADAPTER_WEIGHTS_FILE
 from finesight.model_folder import TINY_MODEL_FOLDER, ModelFolder
 
@@ -36,8 +38,14 @@ def options(line: str, words: int) -> dict[str, str]:
     return dict(zip(given[::2], given[1::2], strict=True))
 
 
-def of_tiny(rule: Any = None, system: str | None = None, path: str = "/m/my model") -> Any:
-    manifest: Any = SimpleNamespace(image_rule=rule, system_prompt=system, enable_thinking=None)
+def of_tiny(
+    rule: Any = None,
+    system: str | None = None,
+    path: str = "/m/my model",
+    templates: Sequence[PromptTemplate] = (),
+) -> Any:
+    values = {"image_rule": rule, "system_prompt": system, "enable_thinking": None}
+    manifest: Any = SimpleNamespace(**values, prompts=(), prompt_templates=templates)
     manifest = None if rule is None else manifest
     return format_serving_commands(ModelFolder(TINY_MODEL_FOLDER), path, "my model", manifest)
 
@@ -60,6 +68,26 @@ def test_commands_have_the_limits_of_the_training() -> None:
     assert given.pop("--context-length") == "4096"
     assert json.loads(given.pop("--mm-process-config")) == {"image": limits}
     assert not given
+
+
+def test_notes_have_the_form_of_the_training_questions() -> None:
+    numbers = {"min_images": 1, "max_images": 1}
+    templates = (
+        PromptTemplate(
+            template="{question}\n<image>", **numbers, system_prompt="Be exact.", share=0.75
+        ),
+        PromptTemplate(template="<image>{question}", **numbers, share=0.25),
+    )
+    rule = PixelRange(min_pixels=784, max_pixels=50176)
+    form, several, system_prompt = of_tiny(rule, "You are.", templates=templates).notes[-3:]
+    (content,) = re.findall(r"\[.*\]", form)
+    assert json.loads(content) == [
+        {"type": "text", "text": "QUESTION\n"},
+        {"type": "image_url", "image_url": {"url": "URL"}},
+    ]
+    assert "(75%), '<image>{question}' (25%)" in several
+    assert "'Be exact.'" in system_prompt
+    assert not any("QUESTION" in note for note in of_tiny(rule).notes)
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,9 @@ from tiny_task import TinyTask, edit_samples, make_task, read_final_files, read_
 from video_fixtures import write_video
 
 from finesight.config import DataSettings, PixelRange, TrainFileSettings
-from finesight.data.corpus import Corpus, load_corpus, open_sample_source
+from finesight.data.corpus import Corpus, draw_subset, load_corpus, open_sample_source
 from finesight.data.image_header import CorruptImageError
+from finesight.data.prompt_format import MAX_PROMPT_CHARS
 from finesight.encode.packing import find_shared_prefix_length
 from finesight.encode.renderer import NativeRenderer
 from finesight.errors import UserError
@@ -115,7 +116,7 @@ def test_frequent_prompts_are_listed_without_rare_ones(tmp_path):
     # Numbers of samples and of images: a question with several answers has several samples.
     counts = {
         **{"Read it.": (5, 5), "my secret": (1, 1), "my other secret": (7, 1), " Where? ": (4, 2)},
-        **{"": (2, 2), "x" * (dataset_stats.MAX_PROMPT_CHARS + 1): (9, 9)},
+        **{"": (2, 2), "x" * (MAX_PROMPT_CHARS + 1): (9, 9)},
     }
     lines = []
     for prompt, (count, num_images) in counts.items():
@@ -132,9 +133,9 @@ def test_frequent_prompts_are_listed_without_rare_ones(tmp_path):
     file = tmp_path / "train.jsonl"
     file.write_text("".join(lines))
     corpus = load_corpus((TrainFileSettings(path=file),))
-    for indices, prompts in ((range(len(lines)), ("Read it.", "Where?")), ((), ())):
+    for indices, prompts in ((range(len(lines)), ("Read it.", "<image> Where? ")), ((), ())):
         stats = dataset_stats.DatasetStats(indices, (), 0, 0)
-        assert dataset_stats.TrainingData(corpus, stats).list_frequent_prompts() == prompts
+        assert dataset_stats.TrainingData(corpus, stats).find_prompt_format().prompts == prompts
 
 
 @pytest.fixture
@@ -146,9 +147,8 @@ def large_task(task: TinyTask, monkeypatch: pytest.MonkeyPatch) -> TinyTask:
 
 
 def corrupt_samples(task: TinyTask) -> dict[str, str]:
-    unscanned = [
-        index for index in range(NUM_SAMPLES) if index not in dataset_stats.draw_subset(NUM_SAMPLES)
-    ]
+    scanned = draw_subset(NUM_SAMPLES, dataset_stats.PARTIAL_SCAN_SAMPLES)
+    unscanned = [index for index in range(NUM_SAMPLES) if index not in scanned]
     broken, reversed_, long, damaged = unscanned[:4]
     path = task.folder / "train.jsonl"
     with edit_samples(path) as samples:

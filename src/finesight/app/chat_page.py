@@ -436,6 +436,7 @@ class ChatPage:
             max_chats=MAX_CHATS,
             model=self._model_names[0],
             prompts=manifest.prompts if manifest else (),
+            format_notes=self._service.get_prompt_format().describe_forms(),
             others=self._model_names[1:],
             base_name=BASE_MODEL_NAME,
             has_thinking=default_thinking is not None,

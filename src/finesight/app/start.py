@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
     from finesight.app.server import Access
     from finesight.config import Recipe
+    from finesight.data.prompt_format import ExampleQuestion, PromptFormat
     from finesight.infer.model_loader import InferenceModel
 
 TrustedProxyOption = Annotated[
@@ -120,6 +121,7 @@ def serve(
     arguments = {**locals(), **loading}
     packages = ("starlette", "uvicorn", "prometheus_client", "python_multipart", "llguidance")
     require_extra("serve", "serve", packages)
+    from finesight.data.prompt_format import PromptFormat
     from finesight.infer.model_loader import resolve_model_source
     from finesight.manifest import find_run_dir
     from finesight.serve.api_schema import ServerLimits
@@ -159,6 +161,7 @@ def serve(
         _print_address,
         address,
         read_example(find_run_dir(Path(run_or_model))) if source.manifest else None,
+        PromptFormat.from_manifest(source.manifest),
         curl_options=curl_options,
         has_label_studio=label_studio,
     )
@@ -204,7 +207,8 @@ def _select_num_seqs(inference_model: InferenceModel, default: int) -> int:
 
 def _print_address(
     address: str,
-    example: tuple[str, str] | None,
+    example: ExampleQuestion | None,
+    prompt_format: PromptFormat,
     model_names: Sequence[str],
     *,
     curl_options: str,
@@ -213,37 +217,47 @@ def _print_address(
     """Print the base URL of the server and an example request with curl.
 
     Args:
-        example: Image and prompt of the request; None for a text.
+        example: Question of the request; None for a text.
+        prompt_format: Order of its images and text.
         curl_options: Options of curl for the API key and the socket, each after a space.
     """
-    from finesight.data.image_header import get_file
-    from finesight.serve.media_sources import DEFAULT_IMAGE_FORMATS
-
     print(f"serving {', '.join(model_names)} at {address}", flush=True)
     curl = f"curl {address}/chat/completions{curl_options} -H 'Content-Type: application/json'"
-    content: object = "Hello"
-    if example is not None:
-        image_type = mimetypes.guess_type(example[0])[0] or "image/jpeg"
-        is_page = get_file(Path(example[0])) != Path(example[0])  # or a file in an archive
-        if is_page or image_type.removeprefix("image/").upper() not in DEFAULT_IMAGE_FORMATS:
-            example = None
-    if example is not None:
-        # Neither the prompt nor the name of the model contains this placeholder of the image.
-        mark = secrets.token_hex(16)
-        url = {"url": f"data:{image_type};base64,{mark}"}
-        content = [{"type": "image_url", "image_url": url}, {"type": "text", "text": example[1]}]
+    content: str | list[dict[str, Any]] = "Hello"
+    marks: dict[str, str] = {}
+    if example is not None and all(map(_get_image_type, example.images)):
+        # Neither the prompt nor the name of the model contains the placeholder of an image.
+        marks = {secrets.token_hex(16): image for image in example.images}
+        urls = [f"data:{_get_image_type(image)};base64,{mark}" for mark, image in marks.items()]
+        content = prompt_format.build_request_content(example.prompt, urls)
     message = {"role": "user", "content": content}
     body = json.dumps({"model": model_names[0], "messages": [message]}, ensure_ascii=False)
-    if example is None:
-        print(f"  {curl} -d {shlex.quote(body)}", flush=True)
-    else:
+    if marks:
         # An image exceeds the maximum length of an argument.
-        start, end = (f"printf %s {shlex.quote(part)}" for part in body.split(mark))
-        image = f"base64 < {shlex.quote(example[0])} | tr -d '\\n'"
-        print(f"  ({start}; {image}; {end}) | {curl} -d @-", flush=True)
+        commands = []
+        for mark, image in marks.items():
+            start, body = body.split(mark)
+            commands.append(f"printf %s {shlex.quote(start)}")
+            commands.append(f"base64 < {shlex.quote(image)} | tr -d '\\n'")
+        commands.append(f"printf %s {shlex.quote(body)}")
+        print(f"  ({'; '.join(commands)}) | {curl} -d @-", flush=True)
+    else:
+        print(f"  {curl} -d {shlex.quote(body)}", flush=True)
     if has_label_studio:
         backend = f"{address.removesuffix('/v1')}/label-studio"
         print(f"  ML backend of Label Studio: {backend}", flush=True)
+
+
+def _get_image_type(path: str) -> str:
+    """Return the media type of an image for an example request; empty for others."""
+    from finesight.data.image_header import get_file
+    from finesight.serve.media_sources import DEFAULT_IMAGE_FORMATS
+
+    media_type = mimetypes.guess_type(path)[0] or "image/jpeg"
+    is_page = get_file(Path(path)) != Path(path)  # or a file in an archive
+    if is_page or media_type.removeprefix("image/").upper() not in DEFAULT_IMAGE_FORMATS:
+        return ""
+    return media_type
 
 
 Password = tuple[str | None, bool]

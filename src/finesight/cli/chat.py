@@ -98,6 +98,8 @@ class ChatTerminal:
             click.echo(f"{model_name}. {hint}Enter a question or /help.")
             for prompt in manifest.prompts[:1] if manifest is not None else ():
                 click.echo(escape_unprintable(f"Training prompt: {prompt}"))
+            for note in self._session.service.get_prompt_format().describe_forms():
+                click.echo(escape_unprintable(str(note)))
         while (line := self._read_line()) is not None:
             try:
                 if not self._handle_line(line.strip()):

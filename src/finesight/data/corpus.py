@@ -390,3 +390,14 @@ def _open_file(path: Path) -> SampleSource:
 def _file_weight(file: DataFileSettings) -> float:
     # Evaluation files have no sampling weight.
     return file.weight if isinstance(file, TrainFileSettings) else 1.0
+
+
+def draw_subset(num_samples: int, num_draws: int) -> Sequence[int]:
+    """Draw about `num_draws` indices in ascending order, or all of fewer samples.
+
+    The draw is deterministic: it depends only on the numbers.
+    """
+    if num_samples <= num_draws:
+        return range(num_samples)
+    draws = np.random.Philox(np.random.SeedSequence(num_samples)).random_raw(num_draws)
+    return [int(index) for index in np.unique(draws % num_samples)]

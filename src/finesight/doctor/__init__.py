@@ -39,6 +39,7 @@ def diagnose(subject: str) -> DiagnosisSections:
         return {
             "run end": run_check.check_run_end(run),
             "training": run_check.check_training(run),
+            "questions": run_check.check_questions(run),
             "predictions": run_check.check_predictions(run),
         }
     if (path / model_check.ADAPTER_CONFIG_FILE).is_file():

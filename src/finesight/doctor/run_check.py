@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from itertools import pairwise, takewhile
 from pathlib import Path
@@ -24,8 +25,18 @@ from finesight.check.box_hypothesis import (
     hypothesis_from_convention,
     pairwise_overlap,
 )
-from finesight.config import DataSettings, ExactSize, LongestSide, Recipe, TrainFileSettings
+from finesight.config import (
+    DataFileSettings,
+    DataSettings,
+    ExactSize,
+    LongestSide,
+    Recipe,
+    TrainFileSettings,
+    is_url,
+)
+from finesight.data.corpus import load_corpus
 from finesight.data.image_header import read_image_size
+from finesight.data.prompt_format import PromptFormat, read_prompt_format
 from finesight.data.sample import BoxPart
 from finesight.doctor.diagnosis import (
     Diagnosis,
@@ -326,6 +337,44 @@ class SavedPrediction(BaseModel):
     boxes: tuple[BoxPart, ...] = ()
     gold_boxes: tuple[BoxPart, ...] = ()
     finish_reason: str = "stop"
+
+
+def check_questions(run_record: RunRecord) -> list[Diagnosis]:
+    """Check whether the validation questions have the form of the training questions."""
+    data = load_run_recipe(run_record).data
+    training = _read_prompt_format(data.train)
+    with suppress(UserError):
+        recorded = PromptFormat.from_run(run_record.folder)
+        training = recorded if recorded.templates else training
+    if training is None or not training.templates:
+        return []
+    diagnoses = []
+    for note in training.describe_forms():
+        diagnoses.append(diagnose_run(run_record, "questions-several", note=note))
+    known = {template.template for template in training.templates}
+    validation = _read_prompt_format(data.eval)
+    for template in validation.templates if validation is not None else ():
+        if template.template not in known:
+            values = {"share": template.share, "form": template.template}
+            diagnoses.append(
+                diagnose_run(run_record, "questions-differ", **values, known=_join_quoted(known))
+            )
+    return diagnoses or [make_diagnosis("questions", form=_join_quoted(known))]
+
+
+def _join_quoted(texts: Iterable[str]) -> str:
+    return ", ".join(map(repr, sorted(texts)))
+
+
+def _read_prompt_format(files: Sequence[DataFileSettings]) -> PromptFormat | None:
+    """Return the form of the questions in data files; None without readable local files."""
+    if not files or any(is_url(file.path) for file in files):
+        return None
+    try:
+        corpus = load_corpus(files)
+        return read_prompt_format(corpus, range(len(corpus)))
+    except UserError:
+        return None
 
 
 def check_predictions(run_record: RunRecord) -> list[Diagnosis]:

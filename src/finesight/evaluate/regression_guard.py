@@ -125,14 +125,14 @@ def load_suite(path: Path) -> list[LoadedGroup]:
 def _read_samples(
     name: str, settings: GuardGroup, folder: Path, locate: Callable[..., str]
 ) -> list[LocatedSample]:
-    from finesight.infer.prediction import build_user_message
+    from finesight.data.prompt_format import DEFAULT_PROMPT_FORMAT
 
     if settings.data is not None:
         file = folder / settings.data
         return [LocatedSample(one, file.parent) for one in read_samples(file)]
     samples = []
     for index, question in enumerate(settings.questions):
-        asked = build_user_message(question.prompt, [*map(Path, question.image)])
+        asked = DEFAULT_PROMPT_FORMAT.build_message(question.prompt, [*map(Path, question.image)])
         answer = Message.model_validate({"role": "assistant", "content": question.answer[0]})
         references = question.answer[1:]
         sample = Sample(id=f"{name}-{index}", messages=(asked, answer), references=references)

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from finesight.config import PixelRange
+from finesight.data.prompt_format import PromptFormat
 from finesight.encode.renderer import load_family
 from finesight.errors import Step, UserError
 from finesight.export.hf_files import (
@@ -358,7 +359,11 @@ def _list_notes(
     if manifest is not None and not isinstance(manifest.image_rule, PixelRange):
         sizes = ", ".join(f"{key} {value}" for key, value in manifest.image_rule)
         notes.append(f"these engines support pixel limits only: send images resized to {sizes}")
-    system_prompt = None if manifest is None else manifest.system_prompt
+    prompt_format = PromptFormat.from_manifest(manifest)
+    notes += describe_questions(prompt_format)
+    system_prompt = prompt_format.system_prompt
+    if system_prompt is None and manifest is not None:
+        system_prompt = manifest.system_prompt
     if system_prompt is not None and system_prompt not in folder.chat_template:
         notes.append(
             f"start each conversation with the system prompt of the training: {system_prompt!r}"
@@ -369,6 +374,19 @@ def _list_notes(
             f"missing files: {'; '.join(missing_files)}: copy them from the repository of the base"
         )
     return notes
+
+
+def describe_questions(prompt_format: PromptFormat) -> list[str]:
+    """Return notes about the form of the training questions, which requests should have."""
+    if not prompt_format.templates:
+        return []
+    urls = ["URL"] * prompt_format.templates[0].max_images
+    content = prompt_format.build_request_content("QUESTION", urls)
+    order = (
+        "ask questions in the form of the training, with the parts of a user message in this order"
+        f" and with this white space: {json.dumps(content)}"
+    )
+    return [order, *map(str, prompt_format.describe_forms())]
 
 
 def _compute_context_length(folder: ModelFolder, max_pixels: int) -> int:

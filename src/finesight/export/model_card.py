@@ -16,14 +16,15 @@ from jinja2 import Environment, StrictUndefined
 
 from finesight import __version__
 from finesight.bounded_files import load_yaml, read_bytes, read_json_object
+from finesight.data.prompt_format import ExampleQuestion, PromptFormat
 from finesight.errors import Step, UserError
 from finesight.evaluate.eval_case import note_lines
-from finesight.export.deployment import format_serving_commands
+from finesight.export.deployment import describe_questions, format_serving_commands
 from finesight.export.hf_files import HF_ARCHITECTURES, list_uploads
 from finesight.export.merge_parity import MergeParity
 from finesight.hub.address import parse_model_address
 from finesight.infer.model_loader import ModelSource, get_model_name
-from finesight.manifest import MANIFEST_FILE, find_run_dir
+from finesight.manifest import MANIFEST_FILE, Manifest, find_run_dir
 from finesight.model.lora.merge import public_model_name
 from finesight.model.lora.peft_io import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE
 from finesight.model_folder import TINY_MODEL, TINY_MODEL_FOLDER, ModelFolder
@@ -71,10 +72,11 @@ def write_model_card(folder: Path, info: VerifiedMerge, quantized: Sequence[str]
 
     `quantized` describes the quantization of the merged weights in this folder.
     """
-    name = {"run_or_model": info.folder.name}
-    steps = [Step("predict", name | {"images": ["IMAGE"], "prompt": "TEXT"})]
-    steps += [Step(operation, name) for operation in ("chat", "web", "serve")]
-    merged, serving = ModelFolder(folder), None
+    name = info.folder.name
+    steps = [_build_predict_step(info.model_source.manifest, name)]
+    steps += [Step(operation, {"run_or_model": name}) for operation in ("chat", "web", "serve")]
+    merged = ModelFolder(folder)
+    serving = None
     if merged.family in HF_ARCHITECTURES:
         title, manifest = info.folder.name, info.model_source.manifest
         serving = format_serving_commands(merged, title, title, manifest)
@@ -131,11 +133,18 @@ def _render_adapter_card(model_source: ModelSource, source: Path) -> str:
     title, base = get_model_name(str(source.resolve())), _get_base_name(model_source)
     steps = (
         Step("download", {"source": "OWNER/NAME", "to": title}),
-        Step("predict", {"run_or_model": title, "images": ["IMAGE"], "prompt": "TEXT"}),
+        _build_predict_step(model_source.manifest, title),
         Step("merge", {"source": title, "out": "merged", "base": base}),
     )
     commands = [*map(str, steps)]
     return _render_card(model_source, source, source, title=title, commands=commands, merge=None)
+
+
+def _build_predict_step(manifest: Manifest | None, name: str) -> Step:
+    """Return the step that asks a question about as many images as in the training."""
+    num_images = PromptFormat.from_manifest(manifest).num_images
+    images = ("IMAGE",) * (1 if num_images is None else num_images)
+    return ExampleQuestion(images, "TEXT").build_step(name)
 
 
 def _render_card(
@@ -171,6 +180,7 @@ def _render_card(
         quantization=model_source.quantization_summary,
         has_adapter=model_source.adapter is not None,
         prompts=_list_prompts(run_record),
+        question_notes=describe_questions(PromptFormat.from_manifest(manifest)),
         max_prompts=MAX_SHOWN_PROMPTS,
         scores=_list_scores(result),
         notes=_list_notes(result),

@@ -36,7 +36,7 @@ from finesight.data.sample import (
 from finesight.data.video_file import read_visual_size
 from finesight.encode.family import THINK_END, THINK_START
 from finesight.errors import UserError
-from finesight.infer.prediction import Prediction, build_user_message, draw_boxes, find_unused_path
+from finesight.infer.prediction import Prediction, draw_boxes, find_unused_path
 from finesight.infer.request import CompletionDelta, FinishReason, GenerationOptions
 from finesight.storage import raise_if_exists, write_file
 from finesight.vision.image_processing import load_image
@@ -198,7 +198,7 @@ class ChatSession:
             reasons = [turn.reply_from(model).finish_reason for turn in turns]
             if any(reason != "stop" for reason in reasons):
                 meta["truncated_turns"] = [i for i, why in enumerate(reasons) if why != "stop"]
-            messages = (*self._build_system_messages(), *_build_messages(turns, model))
+            messages = self._build_messages(turns, model)
             sample = Sample(id=f"chat-{model_number}", messages=messages, meta=meta)
             samples.append(sample.map_paths(lambda path: name_image(Path(path))))
         return samples
@@ -230,9 +230,25 @@ class ChatSession:
         write_file(target, buffer.getvalue())
         return target
 
-    def _build_system_messages(self) -> tuple[Message, ...]:
-        parts = [] if self.system_prompt is None else [TextPart(text=self.system_prompt)]
-        return tuple(Message(role="system", content=(part,)) for part in parts)
+    def _build_messages(self, turns: Sequence[ChatTurn], model: str) -> tuple[Message, ...]:
+        """Return the messages of answered turns, in the form of the training of a model."""
+        prompt_format = self.service.get_prompt_format(model)
+        messages = [*prompt_format.system_messages]
+        if self.system_prompt is not None:
+            messages = [Message(role="system", content=(TextPart(text=self.system_prompt),))]
+        seen_images: list[Path] = []
+        for turn in turns:
+            messages.append(prompt_format.build_message(turn.text, turn.image_paths))
+            seen_images += filterfalse(is_video_path, turn.image_paths)
+            reply = turn.reply_from(model)
+            image_index = 0 if reply.image_path is None else seen_images.index(reply.image_path)
+            content: list[ContentPart] = []
+            for part in reply.content:
+                if isinstance(part, BoxPart):
+                    part = part.model_copy(update={"image": image_index})
+                content.append(part)
+            messages.append(Message(role="assistant", content=tuple(content)))
+        return tuple(messages)
 
     def _start_reply(
         self, text: str, image_paths: Sequence[Path], options: GenerationOptions
@@ -242,8 +258,8 @@ class ChatSession:
         paths_by_turn = *(turn.image_paths for turn in turns), image_paths
         images_by_turn = [[*filterfalse(is_video_path, paths)] for paths in paths_by_turn]
         target_image = next((images[0] for images in reversed(images_by_turn) if images), None)
-        history = *self._build_system_messages(), *_build_messages(turns, model)
-        messages = *history, build_user_message(text, image_paths)
+        question = self.service.get_prompt_format(model).build_message(text, image_paths)
+        messages = *self._build_messages(turns, model), question
         images = [*chain.from_iterable(images_by_turn)]
         image_index = None if target_image is None else images.index(target_image)
         sample = Sample(id=f"turn {len(turns) + 1}", messages=messages)
@@ -266,20 +282,6 @@ def _select_answered_turns(turns: Sequence[ChatTurn], model: str) -> list[ChatTu
         if (reply := turn.reply_from(model)).content and reply.image_path in images:
             answered.append(turn)
     return answered
-
-
-def _build_messages(turns: Sequence[ChatTurn], model: str) -> Iterator[Message]:
-    seen_images: list[Path] = []
-    for turn in turns:
-        yield build_user_message(turn.text, turn.image_paths)
-        seen_images += filterfalse(is_video_path, turn.image_paths)
-        reply = turn.reply_from(model)
-        image_index = 0 if reply.image_path is None else seen_images.index(reply.image_path)
-        content = tuple(
-            part.model_copy(update={"image": image_index}) if isinstance(part, BoxPart) else part
-            for part in reply.content
-        )
-        yield Message(role="assistant", content=content)
 
 
 def build_answer_parts(

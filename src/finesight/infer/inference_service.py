@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from finesight.data.prompt_format import PromptFormat
 from finesight.data.sample import LocatedSample
 from finesight.encode.family import DEFAULT_THINKING, THINK_END, ThinkingOptions
 from finesight.encode.renderer import Renderer
@@ -376,14 +377,20 @@ class InferenceService:
     ) -> None:
         model = inference_model.model
         self.renderer: Renderer = inference_model.renderer
-        self.system_prompt = self.renderer.system_prompt
-        """System prompt of conversations without one; None for a chat template without it."""
+        self.system_prompt = inference_model.get_prompt_format().system_prompt
+        """System prompt of conversations without one; None for a chat template without it.
+
+        It is that of the training samples, or else of the recipe or the chat template.
+        """
+        if self.system_prompt is None:
+            self.system_prompt = self.renderer.system_prompt
         self._encode_prompt = encode_prompt or (
             lambda sample, thinking: self.renderer.with_thinking(thinking).encode_prompt(sample)
         )
         self._model, self._adapters = model, inference_model.adapters
         self._thinking_modes = inference_model.thinking_modes
         self.manifest = inference_model.manifest
+        self._inference_model = inference_model
         self._max_waiting, self._max_num_seqs = max_waiting, max_num_seqs
         self._num_cache_tokens = 0
         if isinstance(model, VisionLanguageModel):
@@ -412,6 +419,10 @@ class InferenceService:
     def model_names(self) -> tuple[str, ...]:
         """Model names that `GenerationOptions.model` accepts; the first is the default."""
         return tuple(self._adapters)
+
+    def get_prompt_format(self, model: str | None = None) -> PromptFormat:
+        """Return the form of questions to a model, by default to the first one."""
+        return self._inference_model.get_prompt_format(model)
 
     @property
     def default_thinking(self) -> bool | None:

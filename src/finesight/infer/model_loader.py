@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from finesight.config import Device, Precision, WeightFormat
+from finesight.data.prompt_format import PromptFormat
 from finesight.encode.family import DEFAULT_THINKING, ThinkingOptions
 from finesight.encode.renderer import Renderer, build_renderer
 from finesight.errors import Remedy, Step, UserError
@@ -47,6 +48,7 @@ class InferenceModel:
         adapters: Adapter index by model name; None selects the base model.
         thinking_modes: Default thinking mode by model name; that of the renderer for other names.
         manifest: Manifest of the run that the first model is from; None for other models.
+        prompt_formats: Form of questions by model name; that of `manifest` for other names.
     """
 
     model: AnyModel
@@ -54,6 +56,15 @@ class InferenceModel:
     adapters: Mapping[str, int | None]
     thinking_modes: Mapping[str, bool] = field(default_factory=dict)
     manifest: Manifest | None = None
+    prompt_formats: Mapping[str, PromptFormat] = field(default_factory=dict)
+
+    def get_prompt_format(self, name: str | None = None) -> PromptFormat:
+        """Return the form of questions to a model, by default to the first one.
+
+        The base model of a run is asked as the run is.
+        """
+        first = PromptFormat.from_manifest(self.manifest)
+        return first if name is None else self.prompt_formats.get(name, first)
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,12 +168,16 @@ def load_multi_adapter_model(
     adapters: list[Mapping[str, LoraLinear]] = []
     adapter_indices: dict[str, int | None] = {}
     thinking_modes: dict[str, bool] = {}
+    prompt_formats: dict[str, PromptFormat] = {}
     for run_or_adapter in (run_or_model, *extra_adapters):
         source = resolve_model_source(run_or_adapter)
         _check_same_base(run_or_adapter, source, base_source, adapter_indices)
         mode = None if source.manifest is None else source.manifest.enable_thinking
         if mode is not None and thinking == DEFAULT_THINKING:
             thinking_modes[get_model_name(run_or_adapter)] = mode
+        if source.manifest is not None:
+            prompt_format = PromptFormat.from_manifest(source.manifest)
+            prompt_formats[get_model_name(run_or_adapter)] = prompt_format
         if source.adapter is None:
             adapter_indices[get_model_name(run_or_adapter)] = None
             continue
@@ -176,7 +191,10 @@ def load_multi_adapter_model(
     model.eval()
     if base_source.adapter is not None:
         adapter_indices[BASE_MODEL_NAME] = None
-    return InferenceModel(model, renderer, adapter_indices, thinking_modes, base_source.manifest)
+    manifest = base_source.manifest
+    return InferenceModel(
+        model, renderer, adapter_indices, thinking_modes, manifest, prompt_formats
+    )
 
 
 def _check_same_base(

@@ -19,14 +19,12 @@ from PIL import Image, ImageDraw, ImageFont
 
 from finesight.data.boxes import sort_corners
 from finesight.data.image_header import DEFAULT_SIZE, CorruptImageError, ImageSize, get_file
+from finesight.data.prompt_format import DEFAULT_PROMPT_FORMAT, PromptFormat
 from finesight.data.sample import (
     BoxPart,
     ImagePart,
     LocatedSample,
-    Message,
     Sample,
-    TextPart,
-    VideoPart,
     is_video_path,
     join_text,
     list_coordinates,
@@ -127,25 +125,25 @@ def box_to_dict(box: BoxPart) -> dict[str, Any]:
     return {"image": box.image, "label": box.label, "xyxy": corners}
 
 
-def build_question(image_paths: Sequence[Path], prompt: str, sample_id: str) -> LocatedSample:
-    """Build a sample with one user turn that contains images or video files, then text.
+def build_question(
+    image_paths: Sequence[Path],
+    prompt: str,
+    sample_id: str,
+    prompt_format: PromptFormat = DEFAULT_PROMPT_FORMAT,
+) -> LocatedSample:
+    """Build a sample of one question about images or video files.
+
+    Args:
+        prompt_format: Form of the questions in the training of the model; by default images, then
+            text.
 
     Raises:
         CorruptImageError: An image is missing or unreadable.
+        UserError: The prompt has another number of `<image>` than there are images.
     """
     for path in image_paths:
         read_visual_size(path)
-    message = build_user_message(prompt, image_paths)
-    return LocatedSample(Sample(id=sample_id, messages=(message,)), Path())
-
-
-def build_user_message(text: str, paths: Sequence[Path]) -> Message:
-    """Build a user turn that contains images or video files, then text."""
-    parts = (
-        VideoPart(video=str(path)) if is_video_path(path) else ImagePart(image=str(path))
-        for path in paths
-    )
-    return Message(role="user", content=(*parts, TextPart(text=text)))
+    return prompt_format.build_sample(prompt, image_paths, sample_id)
 
 
 def predict(

@@ -11,19 +11,19 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from finesight.config import is_url
 from finesight.data.corpus import load_corpus
 from finesight.data.formats.image_annotations import NO_OBJECTS_ANSWER
 from finesight.data.image_header import IMAGE_SUFFIXES, CorruptImageError, list_pages
+from finesight.data.prompt_format import PromptFormat, format_marked_prompt, remove_marks
 from finesight.data.sample import (
     BoxPart,
     ImagePart,
     LocatedSample,
     Message,
     Sample,
-    TextPart,
     format_number,
     read_samples,
 )
@@ -44,6 +44,7 @@ from finesight.label.label_store import (
 )
 from finesight.label.suggestion import JsonLeaf, iter_json_leaves
 from finesight.manifest import RECIPE_FILE, find_run_dir
+from finesight.model_folder import resolve_model_path
 from finesight.recipe import load_recipe
 from finesight.recipe_template import detect_metric, is_closed_set
 from finesight.train.run_dir import RunDir
@@ -307,32 +308,47 @@ def open_session(
     answers of the samples. The prompt is that of the existing labels, or else of the training data.
     """
     examples = read_run_examples(run_or_model)
-    questions = {} if review else _read_questions(folder)
-    default = prompt or next(reversed(questions.values()), build_task(examples).prompt)
+    prompt_format = PromptFormat.from_run(resolve_model_path(run_or_model))
+    known = {} if review else _read_questions(folder)
+    default = LabelQuestion(prompt or build_task(examples).prompt, prompt_format.system_messages)
+    last_question = next(reversed(known.values()), None)
+    if last_question is not None and (prompt is None or last_question.has_text(prompt)):
+        # Images without a label are asked like those with one.
+        default = last_question
 
-    def select_prompt(path: Path) -> str:
-        question = questions.get(os.path.realpath(path), default)
-        if question is None:
+    def select_question(path: Path) -> LabelQuestion:
+        question = known.get(os.path.realpath(path), default)
+        if question.prompt is None:
             raise UserError(
                 "images have no prompt",
                 where="--prompt",
                 expected="a question, because the training data of a run does not provide one",
                 remedy='for example: --prompt "Read the receipt."',
             )
-        if prompt and prompt != question:
+        if prompt and not question.has_text(prompt):
+            texts = f"{question.text!r:.500}, not {prompt!r:.500}"
             raise UserError(
-                f"the label of {path} answers the prompt {question!r:.500}, not {prompt!r:.500}",
+                f"the label of {path} answers the prompt {texts}",
                 where=str(folder),
                 expected="the prompt of the existing labels",
-                remedy=f"use it: --prompt {shlex.quote(question)}, or choose a free folder: "
+                remedy=f"use it: --prompt {shlex.quote(question.text)}, or choose a free folder: "
                 f"--out {RunDir(folder).next_path}",
             )
         return question
 
-    samples = read_items(sources, select_prompt, review)
+    def build_question(path: Path) -> LocatedSample:
+        return _build_question(path, select_question(path), prompt_format)
+
+    samples = read_items(sources, build_question, review)
     if not examples:
         examples = [one for one in samples if one.sample.messages[-1].role == "assistant"]
-    task = build_task(examples, prompt=default, kind=kind, choices=choices, field_names=field_names)
+    task = build_task(
+        examples,
+        prompt=default.text or None,
+        kind=kind,
+        choices=choices,
+        field_names=field_names,
+    )
     if review and not can_review(folder, sources):
         raise UserError(
             "the folder has samples that are not of this review",
@@ -354,19 +370,43 @@ def describe_answer(content: Sequence[Any]) -> dict[str, Any]:
     return {"text": get_text(content), "boxes": boxes}
 
 
-def _read_questions(folder: Path) -> dict[str, str]:
-    """Return the questions of the labels in a folder by the resolved paths of their images.
+class LabelQuestion(NamedTuple):
+    """Question about an image, and the messages before it.
+
+    Attributes:
+        prompt: Text with `<image>` where labels have their images; None if it is unknown.
+    """
+
+    prompt: str | None
+    system_messages: tuple[Message, ...] = ()
+
+    @property
+    def text(self) -> str:
+        """Prompt without the marks of images."""
+        return remove_marks(self.prompt or "")
+
+    def has_text(self, prompt: str) -> bool:
+        """Return whether a prompt asks this question, apart from white space around it."""
+        return remove_marks(prompt).strip() == self.text.strip()
+
+
+def _read_questions(folder: Path) -> dict[str, LabelQuestion]:
+    """Read the questions of existing labels by the resolved path of the image.
 
     Corrections concern one image each, and are in the journal.
     """
-    return {
-        os.path.realpath(one.resolve_path(part.image)): one.sample.meta.get(
-            ORIGINAL_PROMPT_KEY, get_question(one.sample)
-        )
-        for one in read_labels(folder)
-        for part in one.sample.iter_parts()
-        if isinstance(part, ImagePart)
-    }
+    questions: dict[str, LabelQuestion] = {}
+    for located in read_labels(folder):
+        messages = located.sample.messages
+        content = next(turn.content for turn in reversed(messages) if turn.role == "user")
+        original = located.sample.meta.get(ORIGINAL_PROMPT_KEY)
+        prompt = format_marked_prompt(content, original)
+        system_messages = messages[:1] if messages[0].role == "system" else ()
+        for part in located.sample.iter_parts():
+            if isinstance(part, ImagePart):
+                path = os.path.realpath(located.resolve_path(part.image))
+                questions[path] = LabelQuestion(prompt, system_messages)
+    return questions
 
 
 def _describe_history(item: LabelItem) -> list[dict[str, Any]]:
@@ -496,13 +536,13 @@ def _build_empty_value(values: Sequence[Any]) -> Any:
 
 
 def read_items(
-    sources: Iterable[Path], select_prompt: Callable[[Path], str], review: bool
+    sources: Iterable[Path], build_question: Callable[[Path], LocatedSample], review: bool
 ) -> list[LocatedSample]:
     """Read samples from data files, and build one sample for each image.
 
     Args:
         sources: Images, folders of images (searched recursively), and JSONL files.
-        select_prompt: Function that returns the question about an image.
+        build_question: Function that returns the sample of an image.
         review: Whether the samples of each source need answers.
 
     Raises:
@@ -519,7 +559,7 @@ def read_items(
             )
         if source.is_dir() or _is_image(source):
             files = [] if review else list_images(source)
-            found = [_build_question(path, select_prompt(path)) for path in files]
+            found = [*map(build_question, files)]
         else:
             samples = read_samples(source, require_answer=False)
             found = [LocatedSample(sample, source.parent) for sample in samples]
@@ -548,13 +588,16 @@ def list_images(path: Path) -> list[Path]:
     return sorted(one for one, parts in named.items() if not any(part[0] == "." for part in parts))
 
 
-def _build_question(path: Path, prompt: str) -> LocatedSample:
+def _build_question(
+    path: Path, question: LabelQuestion, prompt_format: PromptFormat
+) -> LocatedSample:
     pages = [path]
     with suppress(CorruptImageError):  # the page shows it
         pages = list_pages(path)
     images = [ImagePart(image=page.name) for page in pages]
-    question = Message(role="user", content=(*images, TextPart(text=prompt)))
-    sample = Sample(id=check_utf8(str(path)), messages=(question,))
+    content = prompt_format.build_content(question.prompt or "", images)
+    messages = (*question.system_messages, Message(role="user", content=content))
+    sample = Sample(id=check_utf8(str(path)), messages=messages)
     return LocatedSample(sample, path.parent)
 
 

@@ -270,13 +270,21 @@ def export(
         )
         step = Step("export", {"source": target})
         return Outcome(quantized, quantized.format_lines(), quantized.as_json(), [step])
-    from finesight.export.deployment import find_converter, format_llama_server_command, write_gguf
+    from finesight.data.prompt_format import PromptFormat
+    from finesight.export.deployment import (
+        describe_questions,
+        find_converter,
+        format_llama_server_command,
+        write_gguf,
+    )
 
     program = find_converter(to_path(converter))
     with ProgressConsole().activity(f"converting {name} to GGUF"):
         files = write_gguf(model_source, Path(target), program, outtype, to_path(python))
     lines = [f"{path}  {path.stat().st_size:,} bytes" for path in (files.model, files.mmproj)]
     lines.append(format_llama_server_command(model_source, files))
+    notes = describe_questions(PromptFormat.from_manifest(model_source.manifest))
+    lines += [f"- {note}" for note in notes]
     return Outcome(files, lines, asdict(files))
 
 

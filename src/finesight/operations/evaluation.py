@@ -13,10 +13,10 @@ from dataclasses import asdict, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Unpack
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, Unpack
 
 from finesight.errors import Step, UserError, escape_surrogates, format_count, suggest_similar_path
-from finesight.operations.model import ModelArgument, get_model_name, load_model
+from finesight.operations.model import ModelArgument, get_model_name, load_model, read_prompt_format
 from finesight.operations.operation import Outcome, Parameter, StrPath, to_path
 from finesight.operations.options import (
     LanguageOption,
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from finesight.data.image_header import PageRanges
+    from finesight.data.prompt_format import PromptFormat
     from finesight.data.sample import LocatedSample
     from finesight.doctor.diagnosis import DiagnosisSections
     from finesight.evaluate.generation_eval import GenerationEvalResult
@@ -123,23 +124,32 @@ def predict(
     draw: Annotated[StrPath | None, Parameter(path="folder")] = None,
     out: Annotated[StrPath | None, Parameter(metavar="FOLDER", path="folder")] = None,
     pages: PagesOption = None,
+    images_per_question: Annotated[int | None, Parameter(minimum=1)] = None,
     **loading: Unpack[LoadingOptions],
 ) -> Outcome[list[Prediction]]:
     """Answer questions about images with greedy decoding, so that answers are deterministic.
 
-    Boxes are left, top, right, bottom in pixels of the original images. --json prints one object
-    per answer, with image, prompt, answer, raw_text and boxes.
+    A question to a run has the form of its training samples: the order of images and text, the
+    white space around the text, and the system prompt. Boxes are left, top, right, bottom in pixels
+    of the original images. --json prints one object per answer, with image, prompt, answer,
+    raw_text and boxes.
 
     Example: finesight predict runs/latex formula.png --prompt "Write the formula as LaTeX."
 
+    Example: finesight predict runs/changes old.png new.png --images-per-question 2
+    --prompt "What has changed?"
+
     Args:
         images: Image, PDF or video files, or folders of images; each file gets its own answer.
-        prompt: Question about every image. Required with IMAGE.
+        prompt: Question about every image. Required with IMAGE. <image> sets the position of
+            an image.
         data: JSONL file of samples to answer, instead of IMAGE and --prompt.
         batch_size: Answers generated at the same time; halved when GPU memory is exhausted.
         draw: Write a copy of each image with the predicted boxes into this folder.
         out: Folder to create for the answers: answers.jsonl, and answers.csv, a table of id, image,
             prompt, answer and the fields of answers in JSON.
+        images_per_question: Number of image files in a question, which follow one another. Default:
+            that of the training samples of a run, else 1.
     """
     from finesight.infer.prediction import predict as run_prediction
     from finesight.infer.prediction import save_annotated_images
@@ -147,11 +157,17 @@ def predict(
 
     if out is not None:
         raise_if_exists(Path(out))
+    console = ProgressConsole()
     samples = _load_samples(
-        get_model_name(run_or_model), [*map(Path, images)], prompt, to_path(data), pages or ()
+        run_or_model,
+        [*map(Path, images)],
+        prompt,
+        to_path(data),
+        pages or (),
+        images_per_question,
+        console,
     )
     model = load_model(run_or_model, **loading).value.inference_model
-    console = ProgressConsole()
     with console.progress_stage("answers", len(samples)) as on_progress:
         predictions = run_prediction(
             model.model,
@@ -202,40 +218,110 @@ def _format_cell(value: object) -> str:
 
 
 def _load_samples(
-    run_or_model: str,
+    run_or_model: ModelArgument,
     images: list[Path],
     prompt: str | None,
     data: Path | None,
     pages: PageRanges,
+    images_per_question: int | None,
+    console: ProgressConsole,
 ) -> list[LocatedSample]:
-    from finesight.data.image_header import get_file, list_pages
+    """Read the samples of a file, or build questions about images."""
     from finesight.data.sample import LocatedSample, read_samples
     from finesight.infer.prediction import build_question
-    from finesight.label.label_session import list_images
 
-    if data is not None and prompt is None and not images:
+    if data is not None and prompt is None and not images and images_per_question is None:
         found = read_samples(data, require_answer=False)
         return [LocatedSample(sample, data.parent) for sample in found]
+    files = _find_images(images)
+    if prompt is None or data is not None:
+        name = get_model_name(run_or_model)
+        example = {"run_or_model": name, "images": [images[0] if images else "IMAGE"]}
+        given = [format_count(len(images), "image")]
+        if images_per_question is not None:
+            given.append("--images-per-question")
+        given.append("no --prompt" if prompt is None else "--prompt")
+        given_data = "no --data" if data is None else "--data"
+        raise UserError(
+            f"{', '.join(given)} and {given_data}",
+            where="predict",
+            expected="images with --prompt TEXT, or --data FILE.jsonl alone",
+            remedy=Step("predict", example | {"prompt": "What is this?"}, "for example"),
+        )
+    prompt_format = read_prompt_format(run_or_model)
+    groups = _group_images(files, pages, images_per_question, prompt_format)
+    for num_images in sorted({len(group.images) for group in groups}):
+        for note in prompt_format.describe_difference(prompt, num_images):
+            console.log(f"note: {note}")
+    return [build_question(one.images, prompt, one.name or prompt, prompt_format) for one in groups]
+
+
+class _ImageGroup(NamedTuple):
+    """Images of one question, and its name."""
+
+    name: str
+    images: list[Path]
+
+
+def _group_images(
+    files: Sequence[Path],
+    pages: PageRanges,
+    images_per_question: int | None,
+    prompt_format: PromptFormat,
+) -> list[_ImageGroup]:
+    """Divide image files into questions, by default as many per question as in the training.
+
+    The pages of a file belong to one question.
+    """
+    from finesight.data.image_header import list_pages
+
+    if not files:
+        return [_ImageGroup("", [])]
+    images_by_file = [list_pages(file, pages) for file in files]
+    size = images_per_question
+    if size is None:
+        has_single_pages = all(len(one) == 1 for one in images_by_file)
+        size = (prompt_format.num_images or 1) if has_single_pages else 1
+    if len(files) % size:
+        raise UserError(
+            f"{format_count(len(files), 'image file')} for questions about {size} each",
+            where="--images-per-question",
+            expected=f"a multiple of {size} files"
+            + (", as in the training" if images_per_question is None else ""),
+            remedy="give the files of a question one after another, or set --images-per-question",
+        )
+    groups = []
+    for start in range(0, len(files), size):
+        own_files = files[start : start + size]
+        own_images = images_by_file[start : start + size]
+        groups.append(_ImageGroup(", ".join(map(str, own_files)), [*chain(*own_images)]))
+    return groups
+
+
+def _find_images(paths: Sequence[Path]) -> list[Path]:
+    """Return image files, and those in folders. Raises UserError if there are none."""
+    from finesight.data.image_header import get_file
+    from finesight.label.label_session import list_images
+
     files: list[Path] = []
-    for image in images:
-        own = list_images(image) if image.is_dir() else [image]
+    for path in paths:
+        own = list_images(path) if path.is_dir() else [path]
+        if not own:
+            raise UserError(
+                "a folder without images",
+                where=str(path),
+                expected="an image or a folder",
+                remedy="give the image files",
+            )
+        if not get_file(own[0]).exists():
+            raise UserError(
+                "no such image",
+                where=str(path),
+                expected="an image or a folder",
+                remedy=suggest_similar_path(path),
+            )
         files += own
-        if not own or not get_file(own[0]).exists():
-            what = "a folder without images" if image.is_dir() else "no such image"
-            remedy = "give the image files" if image.is_dir() else suggest_similar_path(image)
-            raise UserError(what, where=str(image), expected="an image or a folder", remedy=remedy)
-    if prompt is not None and data is None:
-        if not images:
-            return [build_question((), prompt, prompt)]
-        return [build_question(list_pages(one, pages), prompt, str(one)) for one in files]
-    example = {"run_or_model": run_or_model, "images": [[*images, "IMAGE"][0]]}
-    raise UserError(
-        f"{format_count(len(images), 'image')}, "
-        f"{'no ' if prompt is None else ''}--prompt and {'no ' if data is None else ''}--data",
-        where="predict",
-        expected="images with --prompt TEXT, or --data FILE.jsonl alone",
-        remedy=Step("predict", example | {"prompt": "What is this?"}, "for example"),
-    )
+    return files
 
 
 def report(

@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Unpack
 
@@ -20,7 +19,8 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from finesight.data.sample import LocatedSample
+    from finesight.data.prompt_format import PromptFormat
+    from finesight.data.sample import LocatedSample, Message
     from finesight.encode.tokenization import (
         EncodedSample,
         TextTokenizer,
@@ -104,6 +104,29 @@ class Model:
     name: str
     inference_model: InferenceModel = field(repr=False)
 
+    def build_question(self, images: StrPath | Sequence[StrPath], prompt: str) -> LocatedSample:
+        """Build a question in the form of the training: an input of `generate_batch`.
+
+        A run records the order of images and text, the white space around the text, and the system
+        prompt of its training samples. `<image>` in the prompt sets the position of an image.
+
+        Args:
+            images: One image, PDF or video file, several, or an empty list.
+            prompt: The question.
+
+        Raises:
+            UserError: A file is missing, or not an image or video, or the prompt has another number
+                of `<image>` than there are images.
+        """
+        return _build_question(images, prompt, self.inference_model.get_prompt_format())
+
+    def arrange_question(self, message: Message) -> Message:
+        """Give a user turn of images and one text the form of the training.
+
+        Other turns are returned unchanged.
+        """
+        return self.inference_model.get_prompt_format().arrange(message)
+
     def generate(
         self, images: StrPath | Sequence[StrPath], prompt: str, *, max_new_tokens: int = 512
     ) -> Prediction:
@@ -123,7 +146,7 @@ class Model:
         Raises:
             UserError: An image is missing or corrupt, or the prompt exceeds the context length.
         """
-        prompt_sample = build_question(images, prompt)
+        prompt_sample = self.build_question(images, prompt)
         return self.generate_batch([prompt_sample], max_new_tokens=max_new_tokens)[0]
 
     def generate_batch(
@@ -132,8 +155,8 @@ class Model:
         """Generate answers to many questions with continuous batching.
 
         Args:
-            samples: Questions from `build_question` or `read_samples`. For a sample with an answer,
-                the preceding turns are the prompt.
+            samples: Questions from `Model.build_question` or `read_samples`. For a sample with an
+                answer, the preceding turns are the prompt.
             max_new_tokens: Maximum number of tokens per answer.
             batch_size: Number of answers that are generated at the same time; halved when GPU
                 memory is exhausted.
@@ -170,7 +193,7 @@ class Model:
         from finesight.infer.inference_service import InferenceService
         from finesight.infer.request import GenerationOptions, SamplingParams
 
-        prompt_sample = build_question(images, prompt)
+        prompt_sample = self.build_question(images, prompt)
         sampling = SamplingParams(temperature=temperature, seed=seed)
         options = GenerationOptions(max_new_tokens=max_new_tokens, sampling_params=sampling)
         service = InferenceService(self.inference_model, max_num_seqs=1)
@@ -206,6 +229,16 @@ ModelArgument = Annotated[StrPath | Model, *RunOrModelArgument.__metadata__]
 def get_model_name(run_or_model: StrPath | Model) -> str:
     """Return the name of a loaded model, or of one that is to be loaded."""
     return run_or_model.name if isinstance(run_or_model, Model) else str(run_or_model)
+
+
+def read_prompt_format(run_or_model: StrPath | Model) -> PromptFormat:
+    """Return the form of questions to a model, which need not be loaded."""
+    from finesight.data.prompt_format import PromptFormat
+    from finesight.model_folder import resolve_model_path
+
+    if isinstance(run_or_model, Model):
+        return run_or_model.inference_model.get_prompt_format()
+    return PromptFormat.from_run(resolve_model_path(str(run_or_model)))
 
 
 def load_model(run_or_model: ModelArgument, **loading: Unpack[LoadingOptions]) -> Outcome[Model]:
@@ -246,21 +279,31 @@ def _complete(loading: LoadingOptions) -> dict[str, Any]:
 
 
 def build_question(images: StrPath | Sequence[StrPath], prompt: str) -> LocatedSample:
-    """Build a question about images, pages of PDF files and videos, or none.
+    """Build a question about images, pages of PDF files and videos, or none: images, then text.
 
-    It is an input of `Model.generate_batch`.
+    `Model.build_question` builds one in the form of the training samples of a run.
 
     Raises:
-        UserError: A file is missing, or not an image or video.
+        UserError: A file is missing, or not an image or video, or the prompt has another number of
+            `<image>` than there are images.
     """
+    from finesight.data.prompt_format import DEFAULT_PROMPT_FORMAT
+
+    return _build_question(images, prompt, DEFAULT_PROMPT_FORMAT)
+
+
+def _build_question(
+    images: StrPath | Sequence[StrPath], prompt: str, prompt_format: PromptFormat
+) -> LocatedSample:
     from finesight.data.image_header import list_pages
     from finesight.infer.prediction import build_question as build_sample
 
     is_many = isinstance(images, Sequence) and not isinstance(images, str | bytes)
     names: Sequence[object] = images if is_many else [images]  # type: ignore[assignment]
     files = [Path(os.path.expanduser(to_name(name))) for name in names]
-    pages = list(chain.from_iterable(map(list_pages, files)))
-    return build_sample(pages, prompt, str(files[0]) if len(files) == 1 else prompt)
+    pages = [page for file in files for page in list_pages(file)]
+    sample_id = str(files[0]) if len(files) == 1 else prompt
+    return build_sample(pages, prompt, sample_id, prompt_format)
 
 
 def token_table_to_dict(tokenized: TokenizedSample, tokenizer: TextTokenizer) -> dict[str, Any]:

@@ -249,13 +249,13 @@ def train(
         exit_code = upload_run(settings.output_dir, push, console)
     from finesight.report.run_reader import read_run
 
-    run, (image, prompt) = str(settings.output_dir), read_example(settings.output_dir)
+    run = str(settings.output_dir)
     advice = advise_run(read_run(settings.output_dir, with_plugins=False), settings.output_dir)
     purposes = {step.operation: step.purpose for step in advice}
     label_step = find_label_step(settings, purposes.get("label", ""))
     next_steps = [
         *(step for step in advice if step.operation == "train"),
-        Step("predict", {"run_or_model": run, "images": [image], "prompt": prompt}),
+        read_example(settings.output_dir).build_step(run),
         Step("serve", {"run_or_model": run}, purposes.get("serve", "")),
         *([label_step] if label_step else []),
     ]

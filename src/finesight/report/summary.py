@@ -14,6 +14,7 @@ from pathlib import Path
 from statistics import mean, median
 from typing import Literal
 
+from finesight.data.prompt_format import build_example
 from finesight.errors import Step
 from finesight.manifest import CHECKPOINTS_FOLDER, METRICS_FILE
 from finesight.progress import MAX_DATA_WAIT_FRACTION
@@ -491,9 +492,10 @@ def list_commands(run_record: RunRecord, prompt: str) -> list[tuple[str, str]]:
     recipe = f"{folder}/recipe.yaml"
     steps = dict[str, Step]()
     if run_record.weight_digests:
-        example_prompt = prompt if prompt and len(prompt) <= 200 else "TEXT"
-        question = {"run_or_model": folder, "images": ["IMAGE"], "prompt": example_prompt}
-        steps["Predict"] = Step("predict", question)
+        example = build_example(run_record.folder)
+        if prompt:
+            example = example._replace(prompt=prompt if len(prompt) <= 200 else "TEXT")
+        steps["Predict"] = example.build_step(folder)
         steps["Evaluate again"] = Step("eval", {"run_or_model": folder})
         if any(name.startswith("adapter/") for name in run_record.weight_digests):
             merge = Step("merge", {"source": folder, "out": f"{folder}-merged"})

@@ -127,7 +127,11 @@ def _build_model_routes(service: InferenceService) -> list[Route]:
     created_at = int(time.time())
 
     def model_to_dict(name: str) -> dict[str, Any]:
-        return {"id": name, "object": "model", "created": created_at, "owned_by": "finesight"}
+        model = {"id": name, "object": "model", "created": created_at, "owned_by": "finesight"}
+        templates = service.get_prompt_format(name).templates
+        if templates:
+            model["prompt_template"] = templates[0].template
+        return model
 
     async def list_models(request: Request) -> Response:
         models = [model_to_dict(name) for name in service.model_names]

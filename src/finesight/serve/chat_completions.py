@@ -59,6 +59,7 @@ from finesight.serve.api_schema import (
 from finesight.serve.media_sources import FetchFn, FileStore, MediaFetcher
 from finesight.serve.preprocessing_jobs import GrammarSpec, MediaFile
 from finesight.serve.request_middleware import (
+    LOGGER,
     ByteReservation,
     ClientStalledError,
     ServerMetrics,
@@ -284,9 +285,23 @@ class ChatCompletionsHandler:
     store: FileStore
     folder: Path
     active_requests: set[ActiveCompletion] = field(default_factory=set)
+    models_with_other_form: set[str] = field(default_factory=set)
     large_body_semaphore: threading.Semaphore = field(
         default_factory=lambda: threading.Semaphore(MAX_LARGE_BODIES)
     )
+
+    def log_other_form(self, model: str) -> None:
+        """Log once for each model that requests differ from its training questions."""
+        if model in self.models_with_other_form:
+            return
+        self.models_with_other_form.add(model)
+        template = self.service.get_prompt_format(model).templates[0].template
+        LOGGER.warning(
+            "questions to %s have another order or white space than those of its training, %r;"
+            " answers may be worse",
+            model,
+            template,
+        )
 
     @functools.cached_property
     def executor(self) -> ThreadPoolExecutor:
@@ -442,8 +457,14 @@ class ActiveCompletion:
                 await self._fetch_file(file, owner)
             if prompt is None:
                 prompt = await handler.run_in_thread(
-                    self.preprocessor.encode, body, max_model_len, self.thinking
+                    self.preprocessor.encode,
+                    body,
+                    max_model_len,
+                    self.thinking,
+                    handler.service.get_prompt_format(self.chat_request.model),
                 )
+            if not self.preprocessor.has_training_form:
+                handler.log_other_form(self.chat_request.model)
             reservation.reserve(prompt.patches_ND.nbytes)
             spans = [span for span in prompt.tokenized.spans if span.kind == "image"]
             self.image_sizes = [span.original_size for span in spans]
@@ -628,7 +649,9 @@ class ActiveCompletion:
         self.thinking = replace(self.thinking, enable_thinking=renderer.has_reasoning)
         if any(file.url is not None or file.file_id is not None for file in body.files):
             return body, None
-        return body, self.preprocessor.encode(body, service.max_model_len, self.thinking)
+        prompt_format = service.get_prompt_format(name)
+        prompt = self.preprocessor.encode(body, service.max_model_len, self.thinking, prompt_format)
+        return body, prompt
 
     async def _fetch_file(self, media: MediaFile, owner: str) -> None:
         """Add an uploaded file, or that of a URL, to the folder of the request.

@@ -226,12 +226,13 @@ class LabelStudioHandler:
         }[control.kind]
         # Sorted, as the import does.
         labels = {"labels": ", ".join(sorted(control.labels))}
+        prompt_format = self.completions.service.get_prompt_format(self.model_name)
         try:
             question = format_prompt(self.options.prompt, default, labels)
+            text = "".join(part.text for part in question)
+            content = prompt_format.build_request_content(text, [url])
         except UserError as error:
             raise from_user_error(error, "label_config") from error
-        content: list[Record] = [{"type": "image_url", "image_url": {"url": url}}]
-        content += [{"type": "text", "text": part.text} for part in question]
         messages = [{"role": "user", "content": content}]
         return {"model": self.model_name, "messages": messages, "logprobs": True}
 

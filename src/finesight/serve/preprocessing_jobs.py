@@ -23,6 +23,7 @@ from finesight.bounded_files import parse_json
 from finesight.data.boxes import POINT_KEY
 from finesight.data.formats.label_studio import parse_label_config
 from finesight.data.image_header import list_pages, read_image_size
+from finesight.data.prompt_format import DEFAULT_PROMPT_FORMAT, PromptFormat
 from finesight.data.sample import (
     VIDEO_SUFFIXES,
     ContentPart,
@@ -258,11 +259,13 @@ def tokenize_sample(
     folder: Path,
     max_model_len: int,
     thinking: ThinkingOptions = DEFAULT_THINKING,
+    prompt_format: PromptFormat = DEFAULT_PROMPT_FORMAT,
 ) -> JobOutput:
     """Tokenize a conversation from `parse_request`, without decoding its images and videos.
 
-    The output is that of `pack_tokenized`, with `patch_dim`. Raises UserError if the prompt has
-    `max_model_len` tokens or more.
+    A conversation without a system message gets that of the training. The output is that of
+    `pack_tokenized`, with `patch_dim`, and with `has_training_form` of the last question. Raises
+    UserError if the prompt has `max_model_len` tokens or more.
     """
     conversation = Sample.model_validate_json(sample.tobytes())
 
@@ -273,6 +276,10 @@ def tokenize_sample(
     messages = tuple(
         turn.model_copy(update={"content": convert(turn.content)}) for turn in conversation.messages
     )
+    if messages[0].role != "system":
+        messages = (*prompt_format.system_messages, *messages)
+    questions = [turn for turn in messages if turn.role == "user"]
+    has_training_form = all(prompt_format.arrange(turn) == turn for turn in questions[-1:])
     located_sample = LocatedSample(conversation.model_copy(update={"messages": messages}), folder)
     try:
         tokenized = state.renderer.with_thinking(thinking).tokenize_prompt(located_sample)
@@ -289,7 +296,8 @@ def tokenize_sample(
     state.tokenized = tokenized
     output = pack_tokenized(tokenized)
     patch_dim = state.renderer.patch_config.patch_dim
-    return JobOutput(output.value | {"patch_dim": patch_dim}, output.arrays)
+    value = {"patch_dim": patch_dim, "has_training_form": has_training_form}
+    return JobOutput(output.value | value, output.arrays)
 
 
 def _limit_frames(part: ContentPart, folder: Path, max_frames: Mapping[str, int]) -> ContentPart:

@@ -25,6 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from finesight.data.image_header import split_page
+from finesight.data.prompt_format import DEFAULT_PROMPT_FORMAT, PromptFormat
 from finesight.encode.family import DEFAULT_THINKING, ThinkingOptions
 from finesight.encode.tokenization import (
     EncodedSample,
@@ -78,7 +79,8 @@ class RequestPreprocessor:
 
     The methods block. Any thread may call `cancel`; the blocked method then raises
     ClientDisconnectedError. `folder` contains the images and videos of the request. The deadline is
-    on the clock of `time.monotonic`.
+    on the clock of `time.monotonic`. `has_training_form` tells whether the last encoded question
+    has the form of the training, such as the image before the text.
     """
 
     worker_pool: WorkerPool
@@ -86,6 +88,7 @@ class RequestPreprocessor:
     image_formats: Sequence[str]
     folder: Path
     deadline: float = np.inf
+    has_training_form: bool = True
     _cpu_seconds: float = 0.0
     _worker: Worker | None = None
     _is_cancelled: bool = False
@@ -114,16 +117,23 @@ class RequestPreprocessor:
         )
 
     def encode(
-        self, body: ParsedBody, max_model_len: int, thinking: ThinkingOptions = DEFAULT_THINKING
+        self,
+        body: ParsedBody,
+        max_model_len: int,
+        thinking: ThinkingOptions = DEFAULT_THINKING,
+        prompt_format: PromptFormat = DEFAULT_PROMPT_FORMAT,
     ) -> EncodedSample:
-        """Tokenize the conversation of a request, then decode the files in its folder."""
+        """Tokenize the conversation of a request, then decode the files in its folder.
+
+        Sets `has_training_form`.
+        """
         params = {file.name: file.param for file in body.files}
         with self._borrow_worker() as worker:
             for name, param in params.items():
                 self._inspect_file(worker, self.folder / name, param)
-            reply = self._call(
-                worker, tokenize_sample, body.sample_json, self.folder, max_model_len, thinking
-            )
+            options = self.folder, max_model_len, thinking, prompt_format
+            reply = self._call(worker, tokenize_sample, body.sample_json, *options)
+            self.has_training_form = reply.value["has_training_form"]
             tokenized, patch_dim = unpack_tokenized(reply, "request"), reply.value["patch_dim"]
             self._check_number(tokenized.spans)
             patches, start = list[NDArray[np.uint8]](), 0

@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -26,9 +25,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from finesight.config import DataFileSettings, DataSettings, Recipe
-from finesight.data.corpus import Corpus, load_corpus
+from finesight.data.corpus import Corpus, draw_subset, load_corpus
 from finesight.data.image_header import CorruptImageError, get_file, resolve_content
-from finesight.data.sample import LocatedSample, Sample, TextPart, list_media_paths
+from finesight.data.prompt_format import PromptFormat, read_prompt_format
+from finesight.data.sample import LocatedSample, Sample, list_media_paths
 from finesight.encode.family import ThinkingOptions
 from finesight.encode.packing import SharedPrefix
 from finesight.encode.renderer import Renderer
@@ -245,9 +245,6 @@ MAX_FULL_SCAN_SAMPLES = 500_000
 PARTIAL_SCAN_SAMPLES = 10_000
 """Number of samples that a partial scan of a larger dataset reads."""
 
-MAX_PROMPTS, MAX_PROMPT_SAMPLES, MAX_PROMPT_CHARS = 4, 500, 400
-"""Maximum number of prompts in the manifest, of samples read for them, and of their characters."""
-
 
 @dataclass(frozen=True, slots=True)
 class DatasetStats:
@@ -462,15 +459,6 @@ def compute_dataset_stats(
     )
 
 
-def draw_subset(num_samples: int) -> Sequence[int]:
-    """Draw about `PARTIAL_SCAN_SAMPLES` corpus indices, in ascending order, for a partial scan.
-
-    The draw is deterministic: it depends only on the number of samples.
-    """
-    draws = np.random.Philox(np.random.SeedSequence(num_samples)).random_raw(PARTIAL_SCAN_SAMPLES)
-    return [int(index) for index in np.unique(draws % num_samples)]
-
-
 @dataclass(frozen=True, slots=True)
 class TrainingData:
     """Samples of one split, and their statistics with the selection of valid samples."""
@@ -487,30 +475,9 @@ class TrainingData:
         modes = [stats.is_thinking for stats in self.stats.sample_stats]
         return renderer.with_thinking(ThinkingOptions(enable_thinking=2 * sum(modes) > len(modes)))
 
-    def list_frequent_prompts(self) -> tuple[str, ...]:
-        """Return the most frequent first questions of up to `MAX_PROMPT_SAMPLES` samples.
-
-        A prompt of fewer than two or 1 % of the different questions is left out: it may be private,
-        and manifests are published with models. Several answers to a question count once.
-        """
-        indices = self.stats.sample_indices
-        indices = indices[:: -(-len(indices) // MAX_PROMPT_SAMPLES) or 1]
-        questions: dict[tuple[str, object], None] = {}
-        for index in indices:
-            # Samples beyond a partial scan may be invalid.
-            with suppress(UserError):
-                located = self.corpus.read_validated(index)
-                turns = (turn.content for turn in located.sample.messages if turn.role == "user")
-                parts = next(turns, ())
-                text = "".join(part.text for part in parts if isinstance(part, TextPart)).strip()
-                images = tuple(part for part in parts if not isinstance(part, TextPart))
-                questions[text, (located.folder, images)] = None
-        counts = Counter(text for text, _ in questions)
-        return tuple(
-            prompt
-            for prompt, count in counts.most_common()
-            if count >= max(2, len(questions) / 100) and 0 < len(prompt) <= MAX_PROMPT_CHARS
-        )[:MAX_PROMPTS]
+    def find_prompt_format(self) -> PromptFormat:
+        """Find the forms of the questions and the frequent prompts of some of the samples."""
+        return read_prompt_format(self.corpus, self.stats.sample_indices)
 
     def build_sample_stats(self, renderer: Renderer, data: DataSettings) -> SampleStatsMap:
         """Return a mapping from corpus indices to sample statistics."""
@@ -617,7 +584,7 @@ def _scan_split(
 ) -> TrainingData:
     # Validation data are always read completely.
     is_partial = split == "train" and len(corpus) > MAX_FULL_SCAN_SAMPLES
-    subset = draw_subset(len(corpus)) if is_partial else None
+    subset = draw_subset(len(corpus), PARTIAL_SCAN_SAMPLES) if is_partial else None
     num_samples = len(corpus) if subset is None else len(subset)
     with console.progress_stage(f"reading headers of data.{split}", num_samples) as on_progress:
         stats = compute_dataset_stats(

@@ -15,6 +15,7 @@ from pydantic_core import PydanticSerializationError
 
 from finesight.bounded_files import parse_json, read_lines
 from finesight.config import MAX_COUNT, ObjectiveName, Recipe
+from finesight.data.prompt_format import IMAGE_MARK, ExampleQuestion, build_example
 from finesight.errors import Step, UserError, format_count
 from finesight.evaluate import custom_metric
 from finesight.manifest import (
@@ -32,7 +33,6 @@ from finesight.manifest import (
     SKIPPED_SAMPLES_FILE,
     Manifest,
     find_run_dir,
-    load_manifest,
 )
 from finesight.recipe import dump_recipe
 from finesight.storage import (
@@ -375,22 +375,33 @@ def _format_setting(value: Any) -> str:
     return json.dumps(value)
 
 
-def read_example(run_dir: Path) -> tuple[str, str]:
-    """Return an image and a prompt for example commands: those of the first validation prediction.
+def read_example(run_dir: Path) -> ExampleQuestion:
+    """Return a question for example commands: that of the first validation prediction.
 
-    Without predictions, the prompt is the most frequent one of the training samples. Without an
-    image file or a prompt, they are `IMAGE` and `TEXT`.
+    Without predictions, the prompt is the most frequent one of the training samples.
     """
-    record: dict[str, object] = {}
-    with suppress(UserError):
-        record["prompt"] = next(iter(load_manifest(run_dir / MANIFEST_FILE).prompts), None)
-    for name in ("before.jsonl", "after.jsonl"):
-        with suppress(UserError, ValueError):
+    example = build_example(run_dir)
+    for name in ("after.jsonl", "before.jsonl"):
+        with suppress(UserError, ValueError, LookupError, TypeError):
             lines = read_lines(run_dir / PREDICTIONS_FOLDER / name, expected="predictions")
-            record |= json.loads(next(lines, b"{}"))
-    path, prompt = record.get("image"), record.get("prompt")
-    path = next(iter(path), None) if isinstance(path, list) else path
+            record = json.loads(next(lines, b"{}"))
+            images = tuple(_simplify_path(str(path)) for path in _as_list(record["image"]))
+            prompt = str(record.get("prompt") or example.prompt)
+            if IMAGE_MARK in prompt:  # in the text of the sample, where it marks no image
+                prompt = example.prompt
+            return ExampleQuestion(images, prompt)
+    return example
+
+
+def _as_list(paths: Any) -> list[Any]:
+    """Return the images of a prediction: a path, a list of several, or None."""
+    if isinstance(paths, list):
+        return paths
+    return [] if paths is None else [paths]
+
+
+def _simplify_path(path: str) -> str:
+    """Normalize the path of an image, if the result names the same file."""
     # Paths of imported data contain "..", which the file system resolves differently after a link.
-    image = os.path.normpath(path) if isinstance(path, str) and os.path.isfile(path) else "IMAGE"
-    image = image if os.path.isfile(image) else str(path if path else image)
-    return image, prompt if isinstance(prompt, str) and prompt else "TEXT"
+    normal = os.path.normpath(path)
+    return normal if os.path.isfile(path) and os.path.isfile(normal) else path

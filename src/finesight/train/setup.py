@@ -152,6 +152,7 @@ def build_manifest(state: TrainState) -> Manifest:
     plugins += [TRACKERS.find_plugin(tracker.kind) for tracker in recipe.track]
     if settings is not None:
         plugins.append(TASK_METRICS.find_plugin(settings.metric))
+    prompt_format = state.data.train.find_prompt_format()
     return Manifest(
         family=family,
         base_model=base_model.name,
@@ -164,7 +165,8 @@ def build_manifest(state: TrainState) -> Manifest:
         versions=library_versions(),
         metric=settings.metric if settings and settings.metric in TASK_METRICS else None,
         max_new_tokens=None if settings is None else settings.max_new_tokens,
-        prompts=state.data.train.list_frequent_prompts(),
+        prompts=prompt_format.prompts,
+        prompt_templates=prompt_format.templates,
         plugins=tuple(filter(None, plugins)),
     )
 

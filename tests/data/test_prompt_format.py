@@ -10,8 +10,10 @@ from hypothesis import strategies as st
 
 from finesight.data.prompt_format import (
     DEFAULT_PROMPT_FORMAT,
-    MAX_PROMPT_CHARS,
     PromptFormat,
+)
+from finesight.data.question_forms import (
+    MAX_PROMPT_CHARS,
     find_prompt_format,
     format_marked_prompt,
 )

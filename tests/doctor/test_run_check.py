@@ -29,7 +29,7 @@ from run_dir_fixtures import (
 from finesight import doctor
 from finesight.config import TrainFileSettings
 from finesight.data.corpus import load_corpus
-from finesight.data.prompt_format import read_prompt_format
+from finesight.data.question_forms import read_prompt_format
 from finesight.doctor import run_check
 from finesight.doctor.diagnosis import Diagnosis
 from finesight.recipe import load_recipe

@@ -11,7 +11,7 @@ from video_fixtures import write_video
 from finesight.config import DataSettings, PixelRange, TrainFileSettings
 from finesight.data.corpus import Corpus, draw_subset, load_corpus, open_sample_source
 from finesight.data.image_header import CorruptImageError
-from finesight.data.prompt_format import MAX_PROMPT_CHARS
+from finesight.data.question_forms import MAX_PROMPT_CHARS
 from finesight.encode.packing import find_shared_prefix_length
 from finesight.encode.renderer import NativeRenderer
 from finesight.errors import UserError

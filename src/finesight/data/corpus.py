@@ -400,4 +400,5 @@ def draw_subset(num_samples: int, num_draws: int) -> Sequence[int]:
     if num_samples <= num_draws:
         return range(num_samples)
     draws = np.random.Philox(np.random.SeedSequence(num_samples)).random_raw(num_draws)
-    return [int(index) for index in np.unique(draws % num_samples)]
+    indices: list[int] = np.unique(draws % num_samples).tolist()
+    return indices

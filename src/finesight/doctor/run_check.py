@@ -36,7 +36,8 @@ from finesight.config import (
 )
 from finesight.data.corpus import load_corpus
 from finesight.data.image_header import read_image_size
-from finesight.data.prompt_format import PromptFormat, read_prompt_format
+from finesight.data.prompt_format import PromptFormat
+from finesight.data.question_forms import read_prompt_format
 from finesight.data.sample import BoxPart
 from finesight.doctor.diagnosis import (
     Diagnosis,

@@ -17,7 +17,8 @@ from finesight.config import is_url
 from finesight.data.corpus import load_corpus
 from finesight.data.formats.image_annotations import NO_OBJECTS_ANSWER
 from finesight.data.image_header import IMAGE_SUFFIXES, CorruptImageError, list_pages
-from finesight.data.prompt_format import PromptFormat, format_marked_prompt, remove_marks
+from finesight.data.prompt_format import PromptFormat, remove_marks
+from finesight.data.question_forms import format_marked_prompt
 from finesight.data.sample import (
     BoxPart,
     ImagePart,

@@ -283,8 +283,8 @@ def export(
         files = write_gguf(model_source, Path(target), program, outtype, to_path(python))
     lines = [f"{path}  {path.stat().st_size:,} bytes" for path in (files.model, files.mmproj)]
     lines.append(format_llama_server_command(model_source, files))
-    notes = describe_questions(PromptFormat.from_manifest(model_source.manifest))
-    lines += [f"- {note}" for note in notes]
+    for note in describe_questions(PromptFormat.from_manifest(model_source.manifest)):
+        lines.append(f"- {note}")
     return Outcome(files, lines, asdict(files))
 
 

@@ -273,14 +273,17 @@ def tokenize_sample(
         parts = expand_images(content, lambda name: [p.name for p in list_pages(folder / name)])
         return tuple(_limit_frames(part, folder, conversation.meta) for part in parts)
 
-    messages = tuple(
-        turn.model_copy(update={"content": convert(turn.content)}) for turn in conversation.messages
-    )
-    if messages[0].role != "system":
-        messages = (*prompt_format.system_messages, *messages)
-    questions = [turn for turn in messages if turn.role == "user"]
-    has_training_form = all(prompt_format.arrange(turn) == turn for turn in questions[-1:])
-    located_sample = LocatedSample(conversation.model_copy(update={"messages": messages}), folder)
+    messages: list[Message] = []
+    if conversation.messages[0].role != "system":
+        messages += prompt_format.system_messages
+    has_training_form = True
+    for turn in conversation.messages:
+        converted = turn.model_copy(update={"content": convert(turn.content)})
+        messages.append(converted)
+        if turn.role == "user":
+            has_training_form = prompt_format.arrange(converted) == converted
+    changed = conversation.model_copy(update={"messages": tuple(messages)})
+    located_sample = LocatedSample(changed, folder)
     try:
         tokenized = state.renderer.with_thinking(thinking).tokenize_prompt(located_sample)
     finally:

@@ -27,7 +27,8 @@ from safetensors.numpy import save
 from finesight.config import DataFileSettings, DataSettings, Recipe
 from finesight.data.corpus import Corpus, draw_subset, load_corpus
 from finesight.data.image_header import CorruptImageError, get_file, resolve_content
-from finesight.data.prompt_format import PromptFormat, read_prompt_format
+from finesight.data.prompt_format import PromptFormat
+from finesight.data.question_forms import read_prompt_format
 from finesight.data.sample import LocatedSample, Sample, list_media_paths
 from finesight.encode.family import ThinkingOptions
 from finesight.encode.packing import SharedPrefix

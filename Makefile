@@ -15,6 +15,8 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 # Tests use small tensors: one thread is faster than several. Each process uses up to 4 GB.
 # Bytecode is cached even where containers disable it: tests start hundreds of Python processes.
 PYTEST := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/pytest
+# Failed tests that pass alone are printed as flaky, except for tests of a guarantee.
+REPEATING_PYTEST := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python tools/run_slow_tests.py
 PARALLEL := --numprocesses auto --maxprocesses 4 --dist worksteal
 
 .PHONY: quickstart test slow test-slow test-fuzz test-faults test-pretraining test-docs lint types layers unit measures docs clean
@@ -48,7 +50,7 @@ test-slow: $(VENV)/.installed-dev
 	$(MAKE) --no-print-directory --jobs 2 docs slow
 
 slow: $(VENV)/.installed-dev
-	$(PYTEST) $(PARALLEL) -m slow
+	$(REPEATING_PYTEST) $(PARALLEL) -m slow
 
 test-fuzz: $(VENV)/.installed-dev
 	$(PYTEST) -m fuzz

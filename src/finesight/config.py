@@ -93,7 +93,9 @@ class TrainFileSettings(DataFileSettings):
 
 def _as_sections(key: str, value: object) -> object:
     """Convert a list of sections or of values of their setting `key`, a single one or none."""
-    items = value if isinstance(value, list | tuple) else [] if value is None else [value]
+    if value is None:
+        return ()
+    items = value if isinstance(value, list | tuple) else [value]
     return tuple({key: item} if isinstance(item, str | Path) else item for item in items)
 
 

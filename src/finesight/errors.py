@@ -119,7 +119,10 @@ def _escape_part(text: str) -> str:
 
 def format_count(count: int, noun: str) -> str:
     """Format a number with a regular noun."""
-    return f"{count} {noun}{'' if count == 1 else 'es' if noun.endswith(('s', 'x')) else 's'}"
+    if count == 1:
+        return f"{count} {noun}"
+    ending = "es" if noun.endswith(("s", "x")) else "s"
+    return f"{count} {noun}{ending}"
 
 
 def suggest_name(name: str, names: Iterable[str], otherwise: str, prefix: str = "") -> str:

@@ -133,8 +133,14 @@ def _build_error(file: Path, reason: str) -> UserError:
 
 
 DOWNLOAD_PATTERNS = (
-    *("*.json", "*.safetensors", "*.jinja", "*.txt", "*.tiktoken"),
-    *("LICENSE*", "NOTICE*", "README.md"),
+    "*.json",
+    "*.safetensors",
+    "*.jinja",
+    "*.txt",
+    "*.tiktoken",
+    "LICENSE*",
+    "NOTICE*",
+    "README.md",
 )
 """Files to download from a hub repository: data, never code, and the card, which digests list."""
 

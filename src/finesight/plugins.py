@@ -82,7 +82,9 @@ class Registry(Generic[T]):
         """
         entries = _scan(self._kind, (*sys.path,)).select(name=name)
         packages = sorted((one.dist.name, one.dist.version) for one in entries if one.dist)
-        owners = ["finesight"] * (name in self._built_in) + [" ".join(one) for one in packages]
+        owners = [" ".join(one) for one in packages]
+        if name in self._built_in:
+            owners.insert(0, "finesight")
         if len(owners) > 1:
             raise UserError(
                 f"several packages define it: {', '.join(owners)}",

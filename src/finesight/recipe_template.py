@@ -140,8 +140,14 @@ def detect_task(
     max_new_tokens = 1 << max(5, min(10, (longest + 16).bit_length()))
     prompt, is_pair = prompt if questions == {""} else None, [bool(one.rejected) for one in samples]
     is_rated = [bool(one.rejected) or one.label is not None for one in samples]
-    objective = "kto" if all(is_rated) else "sft" if any(is_rated) else ""
-    return DetectedTask(metric, prompt, max_new_tokens, "dpo" if all(is_pair) else objective)
+    objective = ""
+    if all(is_pair):
+        objective = "dpo"
+    elif all(is_rated):
+        objective = "kto"
+    elif any(is_rated):
+        objective = "sft"
+    return DetectedTask(metric, prompt, max_new_tokens, objective)
 
 
 def detect_metric(
@@ -205,7 +211,11 @@ def choose_duration(num_samples: int, batch_size: int, is_short: bool) -> dict[s
     Args:
         is_short: Whether the model trains on a CPU.
     """
-    epochs = 5 if num_samples < 1000 else 3 if num_samples < 3000 else 1
+    epochs = 1
+    if num_samples < 1000:
+        epochs = 5
+    elif num_samples < 3000:
+        epochs = 3
     steps = epochs * -(-num_samples // batch_size)
     bounded = min(max(steps, MIN_STEPS), MAX_SHORT_STEPS if is_short else steps + MIN_STEPS)
     if bounded == steps:

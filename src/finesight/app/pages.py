@@ -65,14 +65,18 @@ VIEW_HEADERS = {
 """Headers of a report in a frame, which runs its own script without access to this server."""
 
 ERROR_TEXTS = (
-    *("{} is not one of the classes", "box {} has no class", "point {} has no class"),
+    "{} is not one of the classes",
+    "box {} has no class",
+    "point {} has no class",
     "the box [{}] in pixels (read as xyxy in units of pixel) has inverted corners or no area",
     "the box [{}] in pixels (read as xyxy in units of pixel) is smaller than a pixel",
     "x1 < x2 up to {} and y1 < y2 up to {}, after EXIF rotation",
-    *("the answer is not JSON: {}", "the answer is not JSON of an object: {}"),
+    "the answer is not JSON: {}",
+    "the answer is not JSON of an object: {}",
     "{} is not a sample of this session",
     "the loss still falls: train twice as long",
-    *("{} of {} answers are correct: label about {} more images", "{} of {} answers are correct"),
+    "{} of {} answers are correct: label about {} more images",
+    "{} of {} answers are correct",
 )
 """Texts of errors and advice with values, which are translated; others are in English."""
 

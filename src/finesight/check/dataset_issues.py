@@ -259,7 +259,11 @@ def is_similar(text: str, other: str) -> bool:
     """
     a, b = text.casefold(), other.casefold()
     length = min(len(a), len(b))
-    max_edits = MAX_EDITS if length >= 6 else 1 if length >= 4 else 0
+    max_edits = 0
+    if length >= 6:
+        max_edits = MAX_EDITS
+    elif length >= 4:
+        max_edits = 1
     if not _is_within(a, b, max_edits):
         return False
     tokens, others = (Counter(_TOKEN.findall(one)) for one in (a, b))

@@ -302,7 +302,9 @@ def _check_reasoning(sample: Sample, location: SampleLocation) -> Iterator[Check
         tags, other = _THINK_TAG.findall(text), _OTHER_TAG.search(others)
         remedy = "write <think>, the reasoning and </think> once, before the answer"
         if message.role != "assistant":
-            code, problem = "misplaced-reasoning" * is_at_start, "starts with <think>"
+            if not is_at_start:
+                continue
+            code, problem = "misplaced-reasoning", "starts with <think>"
             remedy = "move the reasoning to the start of the answer"
         elif tags == ["</think>"]:
             code, problem = "misplaced-reasoning", "has </think>, but no <think>"
@@ -316,8 +318,7 @@ def _check_reasoning(sample: Sample, location: SampleLocation) -> Iterator[Check
             problem = f"has {shorten(other[0], 60)} instead of <think>"
         else:
             continue
-        if code:
-            yield location.create_issue(code, f"{turn} {problem}", remedy)
+        yield location.create_issue(code, f"{turn} {problem}", remedy)
 
 
 def _check_images(

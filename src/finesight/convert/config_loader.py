@@ -27,8 +27,15 @@ UNKNOWN_COUNT = "unknown"
 """Value of NPROC_PER_NODE if a launcher determines the number of processes at run time."""
 
 CONVERTED_VARIABLES = {
-    *("MAX_PIXELS", "MIN_PIXELS", "IMAGE_MAX_TOKEN_NUM", "IMAGE_MIN_TOKEN_NUM", "USE_HF"),
-    *("NPROC_PER_NODE", "NNODES", "CUDA_VISIBLE_DEVICES", "USE_MODELSCOPE_HUB"),
+    "MAX_PIXELS",
+    "MIN_PIXELS",
+    "IMAGE_MAX_TOKEN_NUM",
+    "IMAGE_MIN_TOKEN_NUM",
+    "USE_HF",
+    "NPROC_PER_NODE",
+    "NNODES",
+    "CUDA_VISIBLE_DEVICES",
+    "USE_MODELSCOPE_HUB",
 }
 """Environment variables that the converters read; others are only reported."""
 
@@ -61,8 +68,17 @@ _LITERAL_DOLLAR = "\0"
 """Replaces a dollar sign that starts no variable, in single quotes or after a backslash."""
 
 _COMMAND_PREFIXES = (
-    *("env", "nohup", "exec", "time", "sudo", "export", "declare", "readonly"),
-    *("-x", "-r", "-a"),
+    "env",
+    "nohup",
+    "exec",
+    "time",
+    "sudo",
+    "export",
+    "declare",
+    "readonly",
+    "-x",
+    "-r",
+    "-a",
 )
 _CONTROL_KEYWORDS = ("if", "for", "while", "until", "case", "function")
 _ASSIGNMENT = re.compile(r"([A-Za-z_]\w*)=(.*)", re.DOTALL)

@@ -31,8 +31,14 @@ _CONSUMER_ENDS = ("Trainer", "get_peft_model", "from_pretrained")
 """Ends of the names of calls that make a configuration, and of those that receive one."""
 
 _CHANGING_METHODS = (
-    *("update", "pop", "popitem", "clear"),
-    *("setdefault", "append", "extend", "insert"),
+    "update",
+    "pop",
+    "popitem",
+    "clear",
+    "setdefault",
+    "append",
+    "extend",
+    "insert",
 )
 
 

@@ -134,7 +134,17 @@ MAX_IMAGE_BYTES = 1 << 30
 """Maximum file size of an image: `MAX_IMAGE_PIXELS` uncompressed pixels of four 32-bit values."""
 
 IMAGE_FORMATS = (
-    *("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF", "HEIF", "PDF"),
+    "JPEG",
+    "PNG",
+    "WEBP",
+    "BMP",
+    "GIF",
+    "TIFF",
+    "PPM",
+    "JPEG2000",
+    "AVIF",
+    "HEIF",
+    "PDF",
 )
 """Accepted image formats, as named by Pillow. JPEG includes the MPO container of phone cameras.
 
@@ -144,8 +154,20 @@ Other formats of Pillow are rejected: some start programs (EPS), others contain 
 
 IMAGE_SUFFIXES = frozenset(
     {
-        *(".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif"),
-        *(".tif", ".tiff", ".ppm", ".jp2", ".avif", ".heic", ".heif", ".pdf"),
+        ".jpg",
+        ".jpeg",
+        ".png",
+        ".webp",
+        ".bmp",
+        ".gif",
+        ".tif",
+        ".tiff",
+        ".ppm",
+        ".jp2",
+        ".avif",
+        ".heic",
+        ".heif",
+        ".pdf",
     }
 )
 

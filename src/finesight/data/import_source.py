@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import islice
@@ -381,7 +381,11 @@ def _open_rows(source: Path, options: ImportOptions) -> tuple[RowReader, Dataset
         )
     as_table = options.columns and (source.is_file() or options.row_files)
     # Plug-ins are not imported for row files, whose format is detected later.
-    candidates = [requested] if requested else [] if as_table else iter_formats(is_folder)
+    candidates: Iterable[DatasetFormat] = iter_formats(is_folder)
+    if requested:
+        candidates = [requested]
+    elif as_table:
+        candidates = []
     for data_format in candidates:
         opener = (data_format.open_requested if requested else None) or data_format.open_dataset
         result = None if opener is None else opener(source)

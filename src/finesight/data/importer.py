@@ -277,10 +277,13 @@ class ImportSummary:
 
     def list_other_keys(self) -> list[str]:
         """Return a line with the keys that the format does not use, and their numbers."""
-        counts = {} if self.unused_columns else self.other_keys
-        keys = [f"{key} ({count})" for key, count in counts.items()]
-        more = f" and {len(keys) - MAX_LISTED_KEYS} more" * (len(keys) > MAX_LISTED_KEYS)
-        return [f"other keys: {'; '.join(keys[:MAX_LISTED_KEYS])}{more}"] if keys else []
+        if self.unused_columns or not self.other_keys:
+            return []
+        keys = [f"{key} ({count})" for key, count in self.other_keys.items()]
+        line = f"other keys: {'; '.join(keys[:MAX_LISTED_KEYS])}"
+        if len(keys) > MAX_LISTED_KEYS:
+            line += f" and {len(keys) - MAX_LISTED_KEYS} more"
+        return [line]
 
     def list_unused_columns(self) -> list[str]:
         """Return the unused columns of a table, with their numbers of rows if not all have it."""
@@ -717,8 +720,10 @@ def _suggest_format(
         candidate.parse_examples(row, context)
     except UserError:
         return None
-    others = " without --map" * bool(options.columns)
-    hint = f"--format {candidate.name}{others}: {row.location} has {detected_by}"
+    choice = f"--format {candidate.name}"
+    if options.columns:
+        choice += " without --map"
+    hint = f"{choice}: {row.location} has {detected_by}"
     return None if candidate is source.data_format else hint
 
 

@@ -729,9 +729,10 @@ class FolderListing:
             if files := self.files_with_suffix(suffix):
                 by_stem = {path.stem: path for path in files}
                 train, evaluation = by_stem.get("train"), by_stem.get("eval")
-                has_both = train is not None and evaluation is not None
-                more = f"; a check also takes --against {evaluation}" * has_both
-                return f"give the file itself, such as {train or files[0]}{more}"
+                advice = f"give the file itself, such as {train or files[0]}"
+                if train is not None and evaluation is not None:
+                    advice += f"; a check also takes --against {evaluation}"
+                return advice
         images, texts = self.image_files(), self.files_with_suffix(".txt")
         for first in self.files_with_suffix(".xml"):
             return f"the closest is voc: its XML files contain <annotation>, in contrast to {first}"

@@ -595,7 +595,12 @@ def _validate_box(box: BoxPart, num_images: int, where: str) -> None:
 
 
 PART_TYPES: tuple[type[FrozenModel], ...] = (
-    *(TextPart, ImagePart, VideoPart, BoxPart, PointPart, ToolCallPart),
+    TextPart,
+    ImagePart,
+    VideoPart,
+    BoxPart,
+    PointPart,
+    ToolCallPart,
 )
 
 

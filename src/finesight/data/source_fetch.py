@@ -48,8 +48,13 @@ LICENSE_PREFIXES = ("license", "licence", "notice")
 
 METADATA_FILES = frozenset(
     {
-        *("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json"),
-        *("configuration.json", "config.json", "croissant.json"),
+        "dataset_infos.json",
+        "dataset_info.json",
+        "dataset_dict.json",
+        "state.json",
+        "configuration.json",
+        "config.json",
+        "croissant.json",
     }
 )
 """Lower-case names of JSON files with metadata of other programs, which contain no rows."""
@@ -395,9 +400,11 @@ def _fetch_hub_dataset(source: str, work_folder: Path, options: ImportOptions) -
         if not is_tar_file(Path(rows[0])) or is_webdataset(folder / rows[0]):
             fetched = _select_rows(folder, replace(selection, row_files=rows), options)
             num_files = len(selection.row_files)
-            note = f"{num_files - len(rows)} of {num_files} files not downloaded: not needed for"
-            notes = [f"{note} --rows"] * (len(rows) < num_files)
-            return replace(fetched, notes=(*fetched.notes, *notes))
+            if len(rows) == num_files:
+                return fetched
+            num_left = num_files - len(rows)
+            note = f"{num_left} of {num_files} files not downloaded: not needed for --rows"
+            return replace(fetched, notes=(*fetched.notes, note))
     folder = repository.fetch_files([*selection.row_files, *selection.support_files])
     _link_files(folder, [*selection.row_files, *selection.support_files], work_folder)
     rows = tuple(path for path in selection.row_files if not is_archive(path))

@@ -41,7 +41,11 @@ def check_model(path: Path, packages: InstalledPackages) -> list[Diagnosis]:
     folder, check, diagnoses = ModelFolder(path), "model-config", list[Diagnosis]()
     try:
         family = folder.family
-        extra = "hf" if family not in FAMILIES else "qwen-vl" if family == "qwen" else ""
+        extra = ""
+        if family not in FAMILIES:
+            extra = "hf"
+        elif family == "qwen":
+            extra = "qwen-vl"
         if extra and {"hf": "transformers", "qwen-vl": "tiktoken"}[extra] not in packages:
             install = install_command(f"{PACKAGE_NAME}[{extra}]")
             needs = {"family": family, "extra": extra, "install": install}

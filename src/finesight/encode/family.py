@@ -241,7 +241,9 @@ class ModelFamily(ABC):
         The format is that of Qwen3-VL, which Qwen2.5 introduced (Hermes).
         """
         text = f"{_TOOLS_PREFIX}{format_definitions(tools)}{_TOOLS_SUFFIX}"
-        return *system, *[TextPart(text="\n\n")] * bool(system), TextPart(text=text)
+        if not system:
+            return (TextPart(text=text),)
+        return *system, TextPart(text="\n\n"), TextPart(text=text)
 
     def write_tool_call(self, call: ToolCallPart) -> str:
         """Return the text of a tool call with its tags."""
@@ -347,14 +349,14 @@ class ModelFamily(ABC):
         JSON text are escaped, or replace the string if they are JSON and its only content.
         """
         slots = {n for n in find_coordinates(segments) if len(segments[n]) == 1}
-        pieces = [
-            [one]
-            if isinstance(one, str)
-            else self.write_coordinates(one[0])
-            if index in slots
-            else self.write_boxes(one)
-            for index, one in enumerate(segments)
-        ]
+        pieces: list[list[PromptPiece]] = []
+        for index, segment in enumerate(segments):
+            if isinstance(segment, str):
+                pieces.append([segment])
+            elif index in slots:
+                pieces.append(self.write_coordinates(segment[0]))
+            else:
+                pieces.append(self.write_boxes(segment))
         for index in _find_boxes_in_json_strings(segments, slots):
             before, after = str(pieces[index - 1][0]), str(pieces[index + 1][0])
             is_value = before[-1:] == after[:1] == '"' and before[-2:-1] != "\\"

@@ -82,8 +82,12 @@ class Qwen2VL(ModelFamily):
             if offsets and not is_json and "<|box_start|>" not in match[0]:
                 continue
             is_adjacent = boxes and not text[end : match.start()].strip()
-            label = match["label"] if match["label"] is not None else label if is_adjacent else None
-            label = next(json_labels, None) if is_json else label
+            if is_json:
+                label = next(json_labels, None)
+            elif match["label"] is not None:
+                label = match["label"]
+            elif not is_adjacent:
+                label = None
             end = match.end()
             numbers = [float(number) for number in match.groups()[1:] if number is not None]
             x1, y1, x2, y2 = (*numbers, *numbers)[:4]

@@ -320,9 +320,19 @@ PRETOKENIZE_PATTERN = (
 )
 
 SPECIAL_TOKENS = (
-    *("<|endoftext|>", "<|im_start|>", "<|im_end|>"),
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
     *(f"<|extra_{number}|>" for number in range(205)),
-    *("<ref>", "</ref>", "<box>", "</box>", "<quad>", "</quad>", "<img>", "</img>", "<imgpad>"),
+    "<ref>",
+    "</ref>",
+    "<box>",
+    "</box>",
+    "<quad>",
+    "</quad>",
+    "<img>",
+    "</img>",
+    "<imgpad>",
 )
 """Special tokens of Qwen-VL in the order of their ids.
 

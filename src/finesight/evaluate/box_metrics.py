@@ -153,7 +153,12 @@ def compute_box_reward(case: EvalCase) -> float:
         box, reference = predicted[i].xyxy, references[j].xyxy
         smaller, larger = sorted(map(box_area, (box, reference)))
         is_point = not box_area(reference)
-        size = overlap if is_point else smaller / larger if larger else 0.0
+        if is_point:
+            size = overlap
+        elif larger:
+            size = smaller / larger
+        else:
+            size = 0.0
         total += (overlap + (is_point or contains_center(reference, box)) + size) / 3
     return total / max_boxes if max_boxes else 1.0
 

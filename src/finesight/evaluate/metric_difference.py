@@ -217,7 +217,11 @@ def _classify_change(name: str, interval: ConfidenceInterval | None) -> Verdict:
     low, high = interval
     if name in LOWER_IS_BETTER:
         low, high = -high, -low
-    return "better" if low > 0 else "worse" if high < 0 else "no clear change"
+    if low > 0:
+        return "better"
+    if high < 0:
+        return "worse"
+    return "no clear change"
 
 
 def align_columns(rows: Sequence[Sequence[str]], num_left: int) -> str:

@@ -49,10 +49,24 @@ keys and do not know `do_sample`.
 
 _CHAT_TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json", "tokenizer_config.json")
 _SAMPLING_KEYS = {
-    *("do_sample", "temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff"),
-    *("repetition_penalty", "encoder_repetition_penalty", "no_repeat_ngram_size", "num_beams"),
-    *("diversity_penalty", "length_penalty", "penalty_alpha", "presence_penalty"),
-    *("frequency_penalty", "max_new_tokens", "max_length"),
+    "do_sample",
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "typical_p",
+    "epsilon_cutoff",
+    "repetition_penalty",
+    "encoder_repetition_penalty",
+    "no_repeat_ngram_size",
+    "num_beams",
+    "diversity_penalty",
+    "length_penalty",
+    "penalty_alpha",
+    "presence_penalty",
+    "frequency_penalty",
+    "max_new_tokens",
+    "max_length",
 }
 """Generation settings that are removed, since predictions do not use them."""
 

@@ -40,8 +40,9 @@ class HubAddress:
     data_part: str | None = None
 
     def __str__(self) -> str:
+        folder = "datasets/" if self.repo_type == "dataset" else ""
         revision = f"@{self.revision}" if self.revision else ""
-        return f"{self.hub}:{'datasets/' * (self.repo_type == 'dataset')}{self.repo_id}{revision}"
+        return f"{self.hub}:{folder}{self.repo_id}{revision}"
 
 
 def is_hub_address(source: str) -> bool:

@@ -51,8 +51,14 @@ NUM_READER_THREADS = 4
 """Threads that load and resize images while the model generates."""
 
 BOX_COLORS = (
-    *("#e6194b", "#3cb44b", "#4363d8", "#f58231"),
-    *("#911eb4", "#008080", "#9a6324", "#808000"),
+    "#e6194b",
+    "#3cb44b",
+    "#4363d8",
+    "#f58231",
+    "#911eb4",
+    "#008080",
+    "#9a6324",
+    "#808000",
 )
 
 
@@ -92,10 +98,15 @@ class Prediction:
         `image` is a path, a list of several paths, or None.
         """
         paths = [str(path) for path in self.images]
+        image: str | list[str] | None = paths
+        if not paths:
+            image = None
+        elif len(paths) == 1:
+            image = paths[0]
         reasoning = {} if self.reasoning is None else {"reasoning": self.reasoning}
         return {
             "id": self.id,
-            "image": None if not paths else paths[0] if len(paths) == 1 else paths,
+            "image": image,
             "prompt": self.prompt,
             **reasoning,
             "answer": self.answer,

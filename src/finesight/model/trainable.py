@@ -26,8 +26,14 @@ _NATIVE_PATTERNS: tuple[tuple[ModelPart, str], ...] = (
 """Parameter name patterns of native models by model part."""
 
 EMBEDDING_SUFFIXES = (
-    *(".pos_embed", ".pos_embed.weight", ".positional_embedding", ".query", ".cls_token"),
-    *(".position_embedding", ".position_embedding.weight", ".position_embeddings"),
+    ".pos_embed",
+    ".pos_embed.weight",
+    ".positional_embedding",
+    ".query",
+    ".cls_token",
+    ".position_embedding",
+    ".position_embedding.weight",
+    ".position_embeddings",
 )
 """Name suffixes of additive embedding parameters, such as position embeddings. The token embedding
 table is handled separately."""

@@ -112,15 +112,8 @@ def parse_column_map(pairs: Sequence[str]) -> dict[str, str]:
 
 def parse_pages(pages: str) -> tuple[tuple[int, int | None], ...]:
     """Parse the value of `--pages`, such as 1-3,5, into first and last pages."""
-    words = [word.partition("-") for word in pages.split(",")]
     try:
-        ranges = tuple(
-            (int(first), int(last) if last else None if dash else int(first))
-            for first, dash, last in words
-        )
-        if any(first < 1 or (last is not None and last < first) for first, last in ranges):
-            raise ValueError("not from 1 upwards")
-        return ranges
+        return tuple(map(_parse_page_range, pages.split(",")))
     except ValueError as error:
         raise UserError(
             f"{pages!r:.80} are not pages",
@@ -128,6 +121,20 @@ def parse_pages(pages: str) -> tuple[tuple[int, int | None], ...]:
             expected="pages and ranges of pages, counted from 1",
             remedy="for example --pages 1-3,5",
         ) from error
+
+
+def _parse_page_range(word: str) -> tuple[int, int | None]:
+    """Parse a page, such as 3, or a range, such as 1-3 or 2-. Raises ValueError for others."""
+    start, dash, end = word.partition("-")
+    first = int(start)
+    last: int | None = first
+    if end:
+        last = int(end)
+    elif dash:
+        last = None
+    if first < 1 or (last is not None and last < first):
+        raise ValueError(f"{word} is not from 1 upwards")
+    return first, last
 
 
 PagesOption = Annotated[

@@ -154,7 +154,9 @@ def build_example_set(
             change = known_scores[-1] - known_scores[0] if known_scores else 0.0
         kind = "wrong"
         if abs(change) > MIN_SCORE_CHANGE:
-            kind = "differ" if "differ" in quotas else "better" if change > 0 else "worse"
+            kind = "better" if change > 0 else "worse"
+            if "differ" in quotas:
+                kind = "differ"
         correct = [
             is_correct(line, metric) for line in lines if line and metric in read_scores(line)
         ]

@@ -258,7 +258,11 @@ def conclude(
 
 def format_value(value: float) -> str:
     """Format a metric value with one to four decimals, depending on its size."""
-    digits = 4 if abs(value) < 10 else 2 if abs(value) < 100 else 1
+    digits = 1
+    if abs(value) < 10:
+        digits = 4
+    elif abs(value) < 100:
+        digits = 2
     return f"{value:,.{digits}f}"
 
 

@@ -358,7 +358,11 @@ def describe_rewards(run_record: RunRecord) -> str:
     values = [format_value(mean(_list_values(lines, "reward"))) for lines in (first, last)]
     texts = [translate("Reward of the first and last {:,} steps: {} → {}", len(first), *values)]
     for name, (low, high) in gains.items():
-        verdict = "better" if low > 0 else "worse" if high < 0 else "no clear change"
+        verdict = "no clear change"
+        if low > 0:
+            verdict = "better"
+        elif high < 0:
+            verdict = "worse"
         change = format_change_interval((low, high))
         texts.append(f"{format_metric_name(name)} {change}: {translate(verdict)}")
     return translate("; ").join(texts)

@@ -37,9 +37,20 @@ MAX_FRAMES = 100_000
 
 
 IGNORED_FIELDS = (
-    *("metadata", "parallel_tool_calls", "prediction", "prompt_cache_key", "prompt_cache_options"),
-    *("prompt_cache_retention", "safety_identifier", "service_tier", "store", "user"),
-    *("cache_salt", "priority", "request_id", "rid"),
+    "metadata",
+    "parallel_tool_calls",
+    "prediction",
+    "prompt_cache_key",
+    "prompt_cache_options",
+    "prompt_cache_retention",
+    "safety_identifier",
+    "service_tier",
+    "store",
+    "user",
+    "cache_salt",
+    "priority",
+    "request_id",
+    "rid",
 )
 """Request fields that are ignored, since they cannot influence the completion."""
 

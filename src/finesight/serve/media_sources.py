@@ -44,7 +44,11 @@ FILES_VARIABLE = "FINESIGHT_FILES"
 CHUNK_BYTES = 2**20
 MAX_REDIRECTS = 5
 CONTENT_TYPE_PREFIXES = (
-    *("image/", "video/", "application/pdf", "application/octet-stream", "binary/octet-stream"),
+    "image/",
+    "video/",
+    "application/pdf",
+    "application/octet-stream",
+    "binary/octet-stream",
 )
 
 DATA_PATH = "/data/"

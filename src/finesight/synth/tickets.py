@@ -41,8 +41,18 @@ TicketFields = dict[str, str]
 """Values of a ticket by the names in TICKET_FIELDS."""
 
 _COMPANIES = (
-    *("Northline", "Coast Rail", "Valley Express", "Blue Arrow", "Green Line", "City Link"),
-    *("Great Western", "Sunrise Trains", "Lake Railway", "Metro Rail", "Eastern", "Swift Rail"),
+    "Northline",
+    "Coast Rail",
+    "Valley Express",
+    "Blue Arrow",
+    "Green Line",
+    "City Link",
+    "Great Western",
+    "Sunrise Trains",
+    "Lake Railway",
+    "Metro Rail",
+    "Eastern",
+    "Swift Rail",
 )
 _LABEL_SETS: tuple[tuple[str, ...], ...] = (
     ("FROM", "TO", "DATE", "SEAT", "PRICE"),

@@ -87,6 +87,11 @@ def prefetch_items(
         DataWorkerError: Workers were killed repeatedly at the same item.
     """
 
+    start_method = None
+    if num_workers:
+        # A fork starts in milliseconds without pickling; the workers never use CUDA.
+        start_method = "fork" if sys.platform == "linux" else "spawn"
+
     def start_workers(start: int) -> Iterator[Item | UserError]:
         dataset: Any = indices[start:]  # PyTorch requires only __getitem__ and __len__
         loader: DataLoader[Item | UserError] = DataLoader(
@@ -96,10 +101,7 @@ def prefetch_items(
             collate_fn=partial(catch_user_error, load_item),
             pin_memory=pin_memory,
             prefetch_factor=2 if num_workers else None,
-            # A fork starts in milliseconds without pickling; the workers never use CUDA.
-            multiprocessing_context=("fork" if sys.platform == "linux" else "spawn")
-            if num_workers
-            else None,
+            multiprocessing_context=start_method,
             worker_init_fn=_start_worker,
             generator=torch.Generator(),
         )
@@ -431,8 +433,12 @@ class StepTransfer(NamedTuple):
 def _map_tensors(batch: PackedBatch, fn: Callable[[Tensor], Tensor]) -> PackedBatch:
     """Replace all tensors of a packed batch except patches, in a fixed order."""
     names = (
-        *("ids_T", "position_ids_3T", "cu_seqlens_S1"),
-        *("visual_indices_M", "logit_indices_L", "labels_L"),
+        "ids_T",
+        "position_ids_3T",
+        "cu_seqlens_S1",
+        "visual_indices_M",
+        "logit_indices_L",
+        "labels_L",
     )
     changes: dict[str, Any] = dict(zip(names, map(fn, attrgetter(*names)(batch)), strict=True))
     changes["hf_inputs"] = {name: fn(tensor) for name, tensor in batch.hf_inputs.items()}

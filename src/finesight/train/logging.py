@@ -101,7 +101,10 @@ class TrackingEvents:
         text = format_count(result.steps, "step")
         if result.before is not None and result.after is not None:
             name, before, after, is_comparable = _compare_scores(result.before, result.after)
-            text += f", {name} " + f"{before:.4f} before, " * is_comparable + f"{after:.4f} after"
+            text += f", {name} "
+            if is_comparable:
+                text += f"{before:.4f} before, "
+            text += f"{after:.4f} after"
         self._tracking.send_alert("info", "run finished", text)
 
 

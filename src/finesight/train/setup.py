@@ -125,8 +125,15 @@ def resolve_base_model(recipe: Recipe) -> BaseModelRef:
 
 
 MUTABLE_SETTINGS = {
-    *("num_workers", "vision_cache", "parallel", "pack_tokens", "activation_checkpointing"),
-    *("keep_checkpoints", "save_every", "device", "precision"),
+    "num_workers",
+    "vision_cache",
+    "parallel",
+    "pack_tokens",
+    "activation_checkpointing",
+    "keep_checkpoints",
+    "save_every",
+    "device",
+    "precision",
 }
 """Settings of `train` that may change when a run is resumed.
 

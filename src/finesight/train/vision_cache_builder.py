@@ -637,7 +637,8 @@ class VisionCacheBuilder:
             for chunk, is_valid in zip(
                 chunks_on_disk, pool.map(load_chunk, chunks_on_disk), strict=True
             ):
-                loaded += [chunk] * is_valid
+                if is_valid:
+                    loaded.append(chunk)
                 on_progress(1)
         num_corrupt = len(chunks_on_disk) - len(loaded)
         if num_corrupt:
@@ -780,7 +781,7 @@ class VisionCacheBuilder:
     def _get_file_name(self, chunk: ImageChunk) -> str:
         # Incomplete chunks are private to this run; other runs must detect corrupt images.
         is_corrupt = not self._corrupt_images.keys().isdisjoint(range(chunk.start, chunk.stop))
-        return chunk.name + "-corrupt" * is_corrupt
+        return f"{chunk.name}-corrupt" if is_corrupt else chunk.name
 
     def _build_cache(self) -> VisionCache:
         """Create the vision cache after all chunks are stored."""

@@ -436,10 +436,12 @@ def build_turns_example(
         handled_keys = (*handled_keys, *IMAGE_KEYS, *VIDEO_KEYS)
         media.require_all_placed()
     names = _list_media_names(part for message in messages for part in message.content)
-    used = {"system", *find_turn_keys(row.record), *handled_keys, *["id"] * row.has_own_id}
+    used = {"system", *find_turn_keys(row.record), *handled_keys, *_list_tool_keys(row.record)}
     used |= {key for key in TURN_KEYS if not has_value(row.record.get(key))}
-    is_masked = row.record.get("mask_history") == 1
-    used |= {*_list_tool_keys(row.record), *["mask_history"] * is_masked}
+    if row.has_own_id:
+        used.add("id")
+    if row.record.get("mask_history") == 1:
+        used.add("mask_history")
     meta = sort_keys(row.record, used, ROWS, context.other_keys, names)
     return build_example(row.id, messages, meta, turns[0].tools if turns else ())
 

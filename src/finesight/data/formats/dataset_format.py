@@ -475,8 +475,15 @@ class ExportContext:
 
 
 _TURN_KEYS = (
-    *("messages", "conversations", "conversation", "prompt", "completion", "history"),
-    *("chosen", "rejected", "rejected_messages"),
+    "messages",
+    "conversations",
+    "conversation",
+    "prompt",
+    "completion",
+    "history",
+    "chosen",
+    "rejected",
+    "rejected_messages",
 )
 _REJECTED_KEYS = "rejected_response", "rejected_messages"
 _LABEL_KEYS = "label", "kto_tag"

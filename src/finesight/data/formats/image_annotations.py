@@ -291,7 +291,8 @@ def trace_mask(mask_HW: BoolMask, left: float = 0, top: float = 0) -> Outlines:
             edge = next((x, y, one) for one in turns if (x, y, one) in edges)
             edges.discard(edge)
         num_holes += area < 0
-        outlines += [outline] * (area > 0)
+        if area > 0:
+            outlines.append(outline)
     return Outlines(sorted(outlines), num_holes, is_mask=True)
 
 
@@ -509,7 +510,9 @@ def _locate_objects(
     located: list[LocatedObject] = []
     omitted, stray = set[str](), set[str]()
     for obj in objects:
-        regions: Sequence[Sequence[Any]] = [[obj.coordinates]] * (obj.coordinates is not None)
+        regions: Sequence[Sequence[Any]] = []
+        if obj.coordinates is not None:
+            regions = [[obj.coordinates]]
         if context.box_task == "polygons":
             outlines: list[list[list[float]]] = []
             regions = outlines
@@ -574,9 +577,10 @@ def build_class_prompt(num_classes: int) -> str:
 
     It lists the classes, `{labels}`, if there are at most `MAX_PROMPT_CLASSES`.
     """
-    is_listed = 0 < num_classes <= MAX_PROMPT_CLASSES
-    which = "Which of these classes" if is_listed else "Which class"
-    return f"{which} does the image show{': {labels}' * is_listed}? Answer with the class only."
+    question = "Which class does the image show?"
+    if 0 < num_classes <= MAX_PROMPT_CLASSES:
+        question = "Which of these classes does the image show: {labels}?"
+    return f"{question} Answer with the class only."
 
 
 def build_text_example(

@@ -286,8 +286,9 @@ def open_class_folders(source: Path, *, is_requested: bool = False) -> tuple[Row
         return SourceRow(row_number, str(image), record, source.stem)
 
     counts = [f"{name} ({count})" for name, count in classes.items()]
-    more = f" and {len(counts) - MAX_SHOWN_CLASSES} more" * (len(counts) > MAX_SHOWN_CLASSES)
-    shown = f"classes: {', '.join(counts[:MAX_SHOWN_CLASSES])}{more}"
+    shown = f"classes: {', '.join(counts[:MAX_SHOWN_CLASSES])}"
+    if len(counts) > MAX_SHOWN_CLASSES:
+        shown += f" and {len(counts) - MAX_SHOWN_CLASSES} more"
     reader = rows_from_items(images, make_row)
     rows = replace(reader, eval_start=num_train, text_format=shown)
     return rows, f"one folder per class, {format_count(len(classes), 'class')}{note}"

@@ -104,8 +104,16 @@ COCO_BOX_CONVENTION = BoxConvention(format="xywh")
 _LIST_KEYS = ("images", "annotations", "categories")
 _IMAGE_KEYS = ("id", "file_name", "width", "height", "license")
 _ANNOTATION_KEYS = (
-    *("id", "image_id", "category_id", "bbox", "iscrowd", "ignore", "area"),
-    *("segmentation", "keypoints", "num_keypoints"),
+    "id",
+    "image_id",
+    "category_id",
+    "bbox",
+    "iscrowd",
+    "ignore",
+    "area",
+    "segmentation",
+    "keypoints",
+    "num_keypoints",
 )
 _OBJECT_KEYS = frozenset(("bbox", "segmentation", "category_id"))
 REASON_NO_CAPTION = "images without a caption"
@@ -197,7 +205,9 @@ def _parse_coco(row: SourceRow, context: ImportContext) -> list[ImportExample]:
     image, annotations = row.record["image"], row.record["annotations"]
     count_keys([image], _IMAGE_KEYS, "images", context.other_keys)
     is_caption = row.record["names"] is None
-    used_keys = (*_ANNOTATION_KEYS, *["caption"] * is_caption)
+    used_keys = [*_ANNOTATION_KEYS]
+    if is_caption:
+        used_keys.append("caption")
     count_keys(annotations, used_keys, "annotations", context.other_keys)
     meta = {"image_id": image.get("id"), "license": image.get("license")}
     meta = {key: value for key, value in meta.items() if value is not None}

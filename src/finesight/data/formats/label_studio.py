@@ -78,13 +78,38 @@ FIELDS_PROMPT = "Read these fields of the image as JSON: {labels}."
 LOCAL_FILES_PATH, UPLOAD_PATH = "/data/local-files/", "/data/upload/"
 BOX_CONVENTION = BoxConvention(format="xywh", units="1")
 _RESULT_USED_KEYS = (
-    *("id", "type", "from_name", "to_name", "original_width", "original_height", "value"),
+    "id",
+    "type",
+    "from_name",
+    "to_name",
+    "original_width",
+    "original_height",
+    "value",
     "image_rotation",
 )
 _VALUE_USED_KEYS = (
-    *("x", "y", "width", "height", "rotation", "points", "rectanglelabels", "polygonlabels"),
-    *("labels", "choices", "text", "number", "rating", "datetime", "closed", "radiusX", "radiusY"),
-    *("ellipselabels", "keypointlabels", "brushlabels", "rle", "format"),
+    "x",
+    "y",
+    "width",
+    "height",
+    "rotation",
+    "points",
+    "rectanglelabels",
+    "polygonlabels",
+    "labels",
+    "choices",
+    "text",
+    "number",
+    "rating",
+    "datetime",
+    "closed",
+    "radiusX",
+    "radiusY",
+    "ellipselabels",
+    "keypointlabels",
+    "brushlabels",
+    "rle",
+    "format",
 )
 MODEL_VERSION = "finesight"
 
@@ -384,8 +409,11 @@ def _select_results(
         return LabeledTask(location, reference, skip_reason=reason)
     valid.sort(key=lambda a: str(a.get("updated_at") or a.get("created_at") or ""), reverse=True)
     selected = max(valid, key=lambda one: bool(one.get("ground_truth")))
-    notes = [NOTE_SEVERAL] * (len(valid) > 1)
-    notes += [NOTE_PREDICTIONS] * (is_prediction and results_from == "annotations")
+    notes = []
+    if len(valid) > 1:
+        notes.append(NOTE_SEVERAL)
+    if is_prediction and results_from == "annotations":
+        notes.append(NOTE_PREDICTIONS)
     results = tuple(one for one in as_list(selected.get("result")) if isinstance(one, dict))
     other_keys: Counter[str] = Counter()
     count_keys([data], (), "tasks", other_keys)
@@ -541,10 +569,12 @@ def _has_bounds(region: Record) -> bool:
 
 def _list_points(region: Record) -> list[tuple[str, list[float]]]:
     """Return the point of a keypoint with each of its labels."""
-    is_point = not region.keys() & {"height", "radiusX", "points", "rle"}
-    values = map(region.get, "xy" * is_point)
-    xy = [value / 100 for value in values if isinstance(value, int | float)]
-    return [(label, xy) for label in _get_labels(region) if len(xy) == 2]
+    if region.keys() & {"height", "radiusX", "points", "rle"}:
+        return []
+    x, y = region.get("x"), region.get("y")
+    if not isinstance(x, int | float) or not isinstance(y, int | float):
+        return []
+    return [(label, [x / 100, y / 100]) for label in _get_labels(region)]
 
 
 def _parse_region(

@@ -22,8 +22,19 @@ ROWS, TURNS, PARTS = "rows", "turns", "content parts"
 
 _COLUMN_KEYS = frozenset(
     (
-        *("type", "text", "image", "image_url", "video", "video_url", "url", "path", "index"),
-        *("from", "value", "role", "content"),
+        "type",
+        "text",
+        "image",
+        "image_url",
+        "video",
+        "video_url",
+        "url",
+        "path",
+        "index",
+        "from",
+        "value",
+        "role",
+        "content",
     )
 )
 """Keys that all turns or content parts of a Parquet file may have, null if they do not apply."""

@@ -59,8 +59,12 @@ class PairObjective(SftObjective):
     """
 
     metric_names: tuple[str, ...] = (
-        *("rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins"),
-        *("logps/chosen", "logps/rejected"),
+        "rewards/chosen",
+        "rewards/rejected",
+        "rewards/accuracies",
+        "rewards/margins",
+        "logps/chosen",
+        "logps/rejected",
     )
     num_responses = 2
 
@@ -143,8 +147,13 @@ class KtoObjective(PairObjective):
     """
 
     metric_names: tuple[str, ...] = (
-        *("rewards/chosen", "rewards/rejected", "share/chosen", "share/rejected"),
-        *("logps/chosen", "logps/rejected", "kl"),
+        "rewards/chosen",
+        "rewards/rejected",
+        "share/chosen",
+        "share/rejected",
+        "logps/chosen",
+        "logps/rejected",
+        "kl",
     )
     num_responses = 3
 
@@ -171,8 +180,14 @@ class KtoObjective(PairObjective):
 
     def arrange_logps(self, sample: Sample, logps: Sequence[float]) -> ResponseLogps:
         """Return the log-probabilities as chosen, rejected and mismatched, NaN if not given."""
-        slots = [0, 1] if sample.rejected else [0 if sample.label else 1]
-        slots += [2] if self.has_baseline else []
+        if sample.rejected:
+            slots = [0, 1]
+        elif sample.label:
+            slots = [0]
+        else:
+            slots = [1]
+        if self.has_baseline:
+            slots.append(2)
         found = dict(zip(slots, logps, strict=False))
         return tuple(found.get(slot, math.nan) for slot in range(self.num_responses))
 

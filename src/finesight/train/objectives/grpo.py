@@ -30,7 +30,10 @@ class GrpoObjective(SftObjective):
     """
 
     metric_names: tuple[str, ...] = (
-        *("entropy", "kl", "clip_ratio/low_mean", "clip_ratio/high_mean"),
+        "entropy",
+        "kl",
+        "clip_ratio/low_mean",
+        "clip_ratio/high_mean",
         "sampling/sampling_logp_difference/mean",
         "sampling/importance_sampling_ratio/mean",
     )

@@ -87,10 +87,9 @@ class FinesightModel(lmms):
                         expected="text, images, and files of videos",
                         remedy="choose another task",
                     )
-            message = Message.model_validate({"role": turn["role"], "content": parts})
-            if self.question_form and message.role == "user":
-                message = self.finesight_model.arrange_question(message)
-            messages.append(message)
+            messages.append(Message.model_validate({"role": turn["role"], "content": parts}))
+        if self.question_form:
+            messages = self.finesight_model.arrange(messages)
         return LocatedSample(Sample(id=f"{task}-{doc_id}", messages=tuple(messages)), folder)
 
     def loglikelihood(self, requests):

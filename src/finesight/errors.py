@@ -34,6 +34,11 @@ def escape_unprintable(text: str) -> str:
     return _UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
+def escape_unprintable_json(text: str) -> str:
+    """Escape such characters in JSON text, which keeps its value."""
+    return _UNPRINTABLE.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
+
+
 def shorten(text: str, max_chars: int) -> str:
     """Truncate a text to a number of characters, with an ellipsis."""
     return text if len(text) <= max_chars else f"{text[: max_chars - 3]}..."

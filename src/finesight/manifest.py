@@ -6,8 +6,9 @@ import json
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from finesight.bounded_files import read_bytes, read_lines
 from finesight.config import ImageRule, TuneSettings
@@ -30,31 +31,52 @@ ADAPTER_FOLDER = "adapter"
 MODEL_FOLDER = "model"
 TRACKING_FOLDER = "track"
 
-FORMAT_VERSION = 2
-"""Version of the keys in a manifest; manifests of other versions are rejected."""
+FORMAT_VERSION = 3
+"""Version of the keys in a manifest. Version 3 added the form of the questions."""
+
+READABLE_VERSIONS = (2, 3)
+"""Versions of manifests that can be read; those of other versions are rejected."""
 
 _REMEDY = "restore the manifest of the run, or train again"
+
+
+QUESTION_MARK = "{question}"
+"""Position of the question in a prompt template."""
+
+MAX_TEMPLATE_CHARS = 2000
+"""Maximum number of characters of a prompt template, and of a system prompt in it."""
+
+MAX_QUESTION_IMAGES = 1000
+"""Maximum number of images of a recorded question."""
 
 
 class PromptTemplate(BaseModel):
     """Form of questions in the training samples, in which new questions are asked.
 
     Attributes:
-        template: Texts and images in their order: `<image>` stands for an image or video, and for
-            all of them if it occurs once; `{question}` for the question without white space around
-            it. Without `<image>`, the positions of images differ.
+        template: Texts and images in their order: `<image>` stands for an image or video, or for
+            all of them at a single position; `{question}` for the question without white space
+            around it. Without `<image>`, the positions of images differ.
         min_images, max_images: Number of images and videos of a question.
         system_prompt: System prompt of the samples; None if they have none or several.
-        share: Share of the training questions with this form.
+        share: Share of this form among the training questions with images, or without images.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    template: str
-    min_images: int
-    max_images: int
-    system_prompt: str | None = None
-    share: float
+    template: Annotated[str, Field(max_length=MAX_TEMPLATE_CHARS)]
+    min_images: Annotated[int, Field(ge=0, le=MAX_QUESTION_IMAGES)]
+    max_images: Annotated[int, Field(ge=0, le=MAX_QUESTION_IMAGES)]
+    system_prompt: Annotated[str, Field(max_length=MAX_TEMPLATE_CHARS)] | None = None
+    share: Annotated[float, Field(ge=0, le=1)]
+
+    @model_validator(mode="after")
+    def _check_values(self) -> PromptTemplate:
+        if self.template.count(QUESTION_MARK) != 1:
+            raise ValueError(f"a template with {QUESTION_MARK} once")
+        if self.min_images > self.max_images:
+            raise ValueError("min_images of at most max_images")
+        return self
 
 
 class Manifest(BaseModel):
@@ -70,8 +92,7 @@ class Manifest(BaseModel):
             custom metric, or without an evaluation.
         max_new_tokens: Maximum completion length of the evaluation; None without an evaluation.
         prompts: Most frequent prompts of the training samples, which the chat page suggests. Their
-            text is exact; `<image>` marks the images of a prompt that has another form than the
-            first prompt template.
+            text is exact, and `<image>` marks their images. Runs of format version 2 have no marks.
         prompt_templates: Forms of the training questions, the most frequent first; empty for a
             run of an earlier version.
         has_images: Whether the training samples have images; `load_manifest` reads it from the
@@ -93,8 +114,8 @@ class Manifest(BaseModel):
     versions: dict[str, str]
     metric: str | None = None
     max_new_tokens: int | None = None
-    prompts: tuple[str, ...] = ()
-    prompt_templates: tuple[PromptTemplate, ...] = ()
+    prompts: Annotated[tuple[str, ...], Field(max_length=100)] = ()
+    prompt_templates: Annotated[tuple[PromptTemplate, ...], Field(max_length=10)] = ()
     has_images: bool | None = None
     plugins: tuple[PluginRecord, ...] = ()
 
@@ -139,7 +160,7 @@ def _read_manifest(path: Path) -> Manifest:
     with suppress(ValueError, RecursionError, AttributeError):
         record = json.loads(content)
         version = record.get("format_version", record.get("format", FORMAT_VERSION))
-        if version != FORMAT_VERSION:
+        if version not in READABLE_VERSIONS:
             raise UserError(
                 f"manifest has format version {version!r:.80}",
                 where=str(path),

@@ -44,6 +44,7 @@ from finesight.app.studio_view import (
 )
 from finesight.app.workspace import UPLOAD_MARKER, Workspace
 from finesight.cli.app import build_command, run_command
+from finesight.data.example_question import read_example
 from finesight.data.import_source import ImportOptions
 from finesight.data.importer import import_dataset
 from finesight.errors import Step, UserError
@@ -57,7 +58,6 @@ from finesight.report.i18n import use_language
 from finesight.report.run_reader import read_run
 from finesight.serve.request_middleware import read_api_keys
 from finesight.storage import write_file
-from finesight.train.run_dir import read_example
 
 CASES = load_cases("studio")
 OPTIONS = ImportOptions(prompt="Which color?")
@@ -444,7 +444,9 @@ def test_unfinished_run_is_used_with_its_newest_checkpoint(folder, page, started
         assert "The run is not finished: its newest checkpoint is used" in shown
     assert [words[1] for words in started] == ["runs/a/checkpoints/step-20"] * 4
     (run / "predictions/after.jsonl").unlink()
-    (run / "predictions/before.jsonl").write_text('{"image": "photos/00.png"}\n')
+    (run / "predictions/before.jsonl").write_text(
+        '{"image": "photos/00.png", "question": "<image>Which color?"}\n'
+    )
     with contextlib.chdir(folder):
         assert read_example(Path("runs/a")) == (("photos/00.png",), "Which color?")
     shutil.rmtree(run / "checkpoints")

@@ -44,7 +44,7 @@ def set_manifest(tiny):
     """Write the manifest of a model folder, with the forms of its training questions."""
     file = tiny / MANIFEST_FILE
     yield lambda **values: file.write_text(json.dumps(MANIFEST | {"format_version": 2} | values))
-    file.unlink()
+    file.unlink(missing_ok=True)
 
 
 def make_template(template, num_images, share=1.0):
@@ -65,7 +65,7 @@ def test_several_images_are_one_question(tiny, image_paths, set_manifest, cli):
     assert ask(first, second, second, first, *pair) == [[first, second], [second, first]]
     assert ask(image_paths[0].parent, *pair) == [[first, second]]
     error = cli("predict", tiny, first, first, second, *ASK, *pair, code=2).err
-    assert "3 image files for questions about 2 each" in error
+    assert "3 image files for questions about 2 images each" in error
     set_manifest(prompt_templates=[make_template("<image>{question}", 2)])
     assert ask(first, second) == [[first, second]]
     assert "as in the training" in cli("predict", tiny, first, *ASK, code=2).err

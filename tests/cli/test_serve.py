@@ -129,7 +129,8 @@ def test_example_request_of_a_run_has_its_images_and_prompt(
     predictions.parent.mkdir(parents=True)
     prompt = r"Write $x' of $(image) as \LaTeX: `$(image)` %s."
     paths = [f"first/../{name}" for name in names]
-    record = {"image": paths if num_images > 1 else paths[0], "prompt": prompt}
+    written = (template or "<image>{question}").replace("{question}", prompt)
+    record = {"image": paths if num_images > 1 else paths[0], "question": written}
     predictions.write_text(json.dumps(record) + "\n")
     Path("my keys.txt").write_text(f"# server\n\n{KEY}\n")
     options = "first/run", "--key-file", "my keys.txt"
@@ -145,7 +146,6 @@ def test_example_request_of_a_run_has_its_images_and_prompt(
     assert run_shell(f"printf %s {header}") == f"Authorization: Bearer {KEY}"
     body = json.loads(run_shell(sender))
     assert body["model"] == "first"
-    written = (template or "<image>{question}").replace("{question}", prompt)
     found = ""
     for part in body["messages"][0]["content"]:
         if part["type"] == "text":

@@ -399,7 +399,7 @@ def write_questions(file: Path, *groups: tuple[int, str]) -> None:
     [
         ([(9, "<image>Q{}")], [(9, "<image>R{}")], "questions", "'<image>{question}'"),
         ([(9, "<image>Q{}")], [(9, "Q{}<image>")], "questions-differ", "100% of the validation"),
-        ([(9, "<image>Q{}")], [(9, "<image>\nQ{}")], "questions-differ", r"'<image>\n{question}'"),
+        ([(9, "<image>Q{}")], [(9, "<image>\nQ{}")], "questions-differ", r"such as '<image>\nQ0'"),
         (
             [(9, "<image>Q{}")],
             [(6, "<image>Q{}"), (4, "<image>Q{} ")],

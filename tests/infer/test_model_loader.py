@@ -90,11 +90,13 @@ def test_images_of_the_training_are_known(base, run, tmp_path, metrics, has_imag
 
 
 def test_run_uses_its_training_settings(base, trained, run, tmp_path):
-    """The adapter alone is used with the settings of its family."""
+    """A copy of the adapter alone is used with the settings of its family."""
     of_run = NativeRenderer(ModelFolder(base), IMAGE_RULE, "Speak in rhymes.")
+    copy = shutil.copytree(run / "adapter", tmp_path / "adapter")
     for source, renderer, tuned in (
         (run, of_run, True),
-        (run / "adapter", NativeRenderer(ModelFolder(base)), True),
+        (run / "adapter", of_run, True),
+        (copy, NativeRenderer(ModelFolder(base)), True),
         (base, NativeRenderer(ModelFolder(base)), False),
     ):
         found = load_inference_model(str(source), "cpu")

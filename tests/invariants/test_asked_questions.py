@@ -21,7 +21,7 @@ from finesight import api
 from finesight.app.chat_page import make_chat_app
 from finesight.app.server import Access
 from finesight.cli.app import run_command
-from finesight.data.prompt_format import PromptFormat, remove_marks
+from finesight.data.prompt_format import PromptFormat
 from finesight.data.sample import LocatedSample, Message, read_samples
 from finesight.infer import prediction
 from finesight.infer.chat_session import ChatSession
@@ -47,8 +47,10 @@ FORMS: Mapping[str, list[dict[str, Any]]] = {
     "text first": [text(PROMPT), IMAGE],
     "line break": [text(PROMPT + "\n"), IMAGE],
     "both sides": [text("See "), IMAGE, text(" " + PROMPT)],
+    "fixed text": [text("Image: "), IMAGE, text(" {} " + PROMPT)],
+    "further turn": [text(PROMPT), IMAGE],
 }
-"""Content of the questions; the last form is one prompt for all images."""
+"""Content of the questions, in which `{}` is the number of the sample."""
 
 
 class AskedRun:
@@ -60,10 +62,19 @@ class AskedRun:
         self.image = folder / "train0.png"
         for name in ("train", "eval"):
             with edit_samples(folder / f"{name}.jsonl") as samples:
-                for sample in samples:
-                    image = {"type": "image", "image": f"{sample['id']}.png"}
-                    parts = [image if part is IMAGE else part for part in form]
+                for number, sample in enumerate(samples):
+                    parts = []
+                    for part in form:
+                        if part is IMAGE:
+                            parts.append({"type": "image", "image": f"{sample['id']}.png"})
+                        else:
+                            parts.append(text(part["text"].format(number)))
                     sample["messages"][0]["content"] = parts
+                    if form is FORMS["further turn"]:
+                        sample["messages"] += [
+                            {"role": "user", "content": "Which other one?"},
+                            {"role": "assistant", "content": "None."},
+                        ]
                     sample["messages"].insert(0, {"role": "system", "content": SYSTEM_PROMPT})
         recipe = task.recipe | {"output_dir": str(folder / "run"), "eval": {"metric": "qa"}}
         recipe["train"] = recipe["train"] | {"epochs": None, "steps": 1}
@@ -71,10 +82,15 @@ class AskedRun:
         self.outcome = train(folder / "recipe.yaml")
         self.run = folder / "run"
         self.model = load_multi_adapter_model(str(self.run), (), "cpu", "fp32")
-        sample = read_samples(folder / "train.jsonl")[0]
-        self.expected = self.encode(LocatedSample(sample, folder))
-        marks = "".join("<image>" if part is IMAGE else part["text"] for part in form)
-        self.prompt = marks if form is FORMS["both sides"] else PROMPT
+        self.expected = self.encode_first_question("train")
+        # What a user types, who knows the last text of the question only.
+        self.prompt = form[-1 if form[-1] is not IMAGE else 0]["text"].format(0)
+
+    def encode_first_question(self, split: str, number: int = 0) -> list[int]:
+        """Return the token IDs of the prompt of the first answer of a sample."""
+        sample = read_samples(self.folder / f"{split}.jsonl")[number]
+        first = sample.model_copy(update={"messages": sample.messages[:3]})
+        return self.encode(LocatedSample(first, self.folder))
 
     def encode(self, located: LocatedSample) -> list[int]:
         return self.model.renderer.tokenize_prompt(located).ids_T.tolist()
@@ -124,8 +140,7 @@ def test_commands_ask_like_the_training(asked, tmp_path, monkeypatch, capsys):
     words = shlex.split(str(step))
     assert run_command([*words[1:], "--device", "cpu"]) == 0
     proposed = found.pop()
-    validation = read_samples(asked.folder / "eval.jsonl")
-    expected = [asked.encode(LocatedSample(one, asked.folder)) for one in validation]
+    expected = [asked.encode_first_question("eval", number) for number in range(3)]
     assert asked.encode(proposed) in expected
     assert [asked.encode(one) for one in found] == [asked.expected] * 2
 
@@ -137,13 +152,14 @@ def test_python_asks_like_the_training(asked, monkeypatch):
     encoding = model.encode(question, add_generation_prompt=True)
     assert encoding.input_ids.tolist() == asked.expected
     answer = model.generate(asked.image, asked.prompt, max_new_tokens=1)
-    samples = read_samples(asked.folder / "train.jsonl")[:1]
-    trained = model.generate_batch([LocatedSample(samples[0], asked.folder)], max_new_tokens=1)
-    assert answer.raw_text == trained[0].raw_text
+    trained = read_samples(asked.folder / "train.jsonl")[0]
+    first = trained.model_copy(update={"messages": trained.messages[:3]})
+    expected = model.generate_batch([LocatedSample(first, asked.folder)], max_new_tokens=1)
+    assert answer.raw_text == expected[0].raw_text
     image = {"type": "image", "image": str(asked.image)}
-    content = [image, text(remove_marks(asked.prompt))]
-    message = model.arrange_question(Message(role="user", content=content))
-    assert message == model.build_question(asked.image, asked.prompt).sample.messages[-1]
+    content = [image, text(asked.prompt)]
+    messages = model.arrange([Message.model_validate({"role": "user", "content": content})])
+    assert messages == model.build_question(asked.image, asked.prompt).sample.messages
 
 
 def test_chat_asks_like_the_training(asked, prompts, service):
@@ -174,14 +190,14 @@ def test_chat_page_asks_like_the_training(asked, prompts, service, tmp_path):
 
 def test_server_and_label_studio_ask_like_the_training(asked, prompts, tmp_path, caplog):
     images = LabelStudioImages(asked.folder, None, None, LIMITS)
-    options = {"label_studio": LabelStudioOptions(images, remove_marks(asked.prompt))}
+    options = {"label_studio": LabelStudioOptions(images, asked.prompt)}
     prompt_format = PromptFormat.from_run(asked.run)
     with run_server(asked.model, tmp_path, **options) as server:
         url = f"data:image/png;base64,{encode_base64(asked.image)}"
         body: dict[str, Any] = {"model": server.service.model_names[0], "max_tokens": 1}
         for content in (
             prompt_format.build_request_content(asked.prompt, [url]),
-            [{"type": "image_url", "image_url": {"url": url}}, text(PROMPT.strip())],
+            [{"type": "image_url", "image_url": {"url": url}}, text("Another question?\n\n")],
         ):
             body["messages"] = [{"role": "user", "content": content}]
             status, _, _ = send_request(server, "POST", "/v1/chat/completions", json.dumps(body))
@@ -195,11 +211,13 @@ def test_server_and_label_studio_ask_like_the_training(asked, prompts, tmp_path,
     # A request keeps the order of its parts, and the log tells that it differs.
     assert prompts[1] != asked.expected
     assert caplog.text.count("another order or white space") == 1
-    assert models["data"][0]["prompt_template"] == prompt_format.templates[0].template
+    templates = [one.template for one in prompt_format.templates]
+    assert models["data"][0]["prompt_templates"] == templates
 
 
 def test_labels_ask_like_the_training(asked, tmp_path):
-    with open_session(tmp_path / "labels", str(asked.run), [asked.image]).store as store:
+    options = {"prompt": asked.prompt.strip()}
+    with open_session(tmp_path / "labels", str(asked.run), [asked.image], **options).store as store:
         (item,) = store.items
         assert asked.encode(item.sample) == asked.expected
 

@@ -73,6 +73,7 @@ def run(tmp_path: Path) -> FakeRunDir:
         metric_differences=[asdict(difference)],
     )
     lines = make_image_answers(tmp_path, 12)
+    lines[0]["question"] = "<image>Write the formula."
     made.write_predictions("before", with_figures(lines, 0.8, 0.1, 0.5, 1.0))
     made.write_predictions("after", with_figures(lines, 0.3, 0.9, 0.5, 1.0))
     made.write_lines("skipped_samples.jsonl", [{"id": "long", "reason": "over 8192 tokens"}])

@@ -76,7 +76,7 @@ def test_unfinished_run_reports_progress_and_resume_command(run: FakeRunDir) -> 
     run.write_lines("metrics.jsonl", [START_RECORD, make_evaluation_line(0, 0.1), *steps])
     record = read_run(run.folder)
     assert summary.describe_progress(record) == "not finished: 20 of 60 steps so far"
-    commands = dict(summary.list_commands(record, "What?"))
+    commands = dict(summary.list_commands(record))
     assert commands["Resume"] == f"finesight train {run.folder}/recipe.yaml --resume"
     assert "Predict" not in commands
 
@@ -224,7 +224,9 @@ def test_commands_are_shell_quoted(tmp_path: Path) -> None:
     run = FakeRunDir(tmp_path / "a run; rm -rf x")
     run.write_finished()
     prompt = 'What\'s "this" $(x)?\n`y`'
-    commands = summary.list_commands(read_run(run.folder), prompt)
+    prediction = {"image": "a.png", "question": f"<image>{prompt}"}
+    run.write_lines("predictions/after.jsonl", [prediction])
+    commands = summary.list_commands(read_run(run.folder))
     for name, command in commands:
         words = shlex.split(command)
         assert words[0] == "finesight", name

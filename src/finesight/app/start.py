@@ -16,8 +16,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Unpack
 
 from finesight.bounded_files import translate_os_errors
-from finesight.errors import Step, UserError
-from finesight.operations.model import list_gpus, load_adapters, load_model
+from finesight.errors import Step, UserError, escape_unprintable_json
+from finesight.operations.model import (
+    get_prompt_format,
+    list_gpus,
+    load_adapters,
+    load_model,
+)
 from finesight.operations.operation import Outcome, Parameter, StrPath, list_words, to_path
 from finesight.operations.options import (
     LoadingOptions,
@@ -32,7 +37,8 @@ if TYPE_CHECKING:
 
     from finesight.app.server import Access
     from finesight.config import Recipe
-    from finesight.data.prompt_format import ExampleQuestion, PromptFormat
+    from finesight.data.example_question import ExampleQuestion
+    from finesight.data.prompt_format import PromptFormat
     from finesight.infer.model_loader import InferenceModel
 
 TrustedProxyOption = Annotated[
@@ -121,6 +127,7 @@ def serve(
     arguments = {**locals(), **loading}
     packages = ("starlette", "uvicorn", "prometheus_client", "python_multipart", "llguidance")
     require_extra("serve", "serve", packages)
+    from finesight.data.example_question import read_example
     from finesight.data.prompt_format import PromptFormat
     from finesight.infer.model_loader import resolve_model_source
     from finesight.manifest import find_run_dir
@@ -131,7 +138,6 @@ def serve(
     from finesight.serve.media_sources import LabelStudioImages, read_formats
     from finesight.serve.replica_router import build_environments, run_replicas
     from finesight.serve.request_middleware import check_exposure, read_api_keys
-    from finesight.train.run_dir import read_example
 
     if not label_studio and (label_studio_files or label_studio_url or label_studio_prompt):
         names = "--label-studio-files, --label-studio-url, --label-studio-prompt"
@@ -229,9 +235,13 @@ def _print_address(
         # Neither the prompt nor the name of the model contains the placeholder of an image.
         marks = {secrets.token_hex(16): image for image in example.images}
         urls = [f"data:{_get_image_type(image)};base64,{mark}" for mark, image in marks.items()]
-        content = prompt_format.build_request_content(example.prompt, urls)
+        try:
+            content = prompt_format.build_request_content(example.prompt, urls)
+        except UserError:  # a prompt of a manifest that was edited
+            marks = {}
     message = {"role": "user", "content": content}
     body = json.dumps({"model": model_names[0], "messages": [message]}, ensure_ascii=False)
+    body = escape_unprintable_json(body)
     if marks:
         # An image exceeds the maximum length of an argument.
         commands = []
@@ -637,6 +647,10 @@ def label(
             session = open_session(folder, run_or_model, paths, **options)
         session.model = suggester
         stack.enter_context(session.store)
+        if suggestions and server is None and not review:
+            prompt_format = get_prompt_format(suggester)
+            for note in prompt_format.describe_difference(session.task.prompt or "", num_images=1):
+                console.log(f"note: {note}")
         if suggestions and (pending := session.store.list_unsuggested(suggester)):
             suggest: Callable[..., Any]
             if server is None:

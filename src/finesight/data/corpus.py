@@ -314,6 +314,14 @@ class Corpus(ShardedSamples):
         """Number of samples per source, in order."""
         return tuple(len(source) for source in self.sources)
 
+    def get_weight(self, index: int) -> float:
+        """Return the weight of the source of a sample."""
+        ends = itertools.accumulate(self.source_sizes)
+        for end, weight in zip(ends, self.weights, strict=True):
+            if index < end:
+                return weight
+        raise IndexError(f"sample {index} of {len(self)}")
+
     def read_samples(self, limit: int | None = None) -> list[LocatedSample]:
         """Read and validate all samples of the corpus, or only the first `limit`."""
         return [self.read_validated(index) for index in range(len(self))[:limit]]

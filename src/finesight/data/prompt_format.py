@@ -8,13 +8,22 @@ and the manifest of a run records them. `PromptFormat` writes new questions in t
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from finesight.data.marked_prompt import (
+    IMAGE_MARK,
+    MediaPart,
+    can_hold,
+    count_marks,
+    escape_marks,
+    insert_images,
+    remove_marks,
+    split_at_marks,
+    write_marked_prompt,
+)
 from finesight.data.sample import (
     ContentPart,
     ImagePart,
@@ -25,27 +34,25 @@ from finesight.data.sample import (
     VideoPart,
     is_video_path,
 )
-from finesight.errors import Step, UserError, format_count
+from finesight.errors import shorten
 from finesight.manifest import (
+    ADAPTER_FOLDER,
     MANIFEST_FILE,
+    QUESTION_MARK,
     Manifest,
     PromptTemplate,
     find_run_dir,
     load_manifest,
 )
 
-IMAGE_MARK = "<image>"
-"""Position of an image or video in a template or prompt, or of all of them."""
-
-QUESTION_MARK = "{question}"
-"""Position of the question in a template."""
-
-MARKS = re.compile(f"({re.escape(IMAGE_MARK)}|{re.escape(QUESTION_MARK)})")
-
 DEFAULT_TEMPLATE = IMAGE_MARK + QUESTION_MARK
 """Form of questions to a model without a recorded form."""
 
-MediaPart = ImagePart | VideoPart
+MAX_SHOWN_CHARS = 200
+"""Maximum number of characters of a template in a note."""
+
+UNIFORM_SHARE = 0.95
+"""Share of the most frequent form from which questions count as of one form."""
 
 
 class FormatNote(NamedTuple):
@@ -77,32 +84,33 @@ class PromptFormat:
 
     @classmethod
     def from_run(cls, run_or_model: Path) -> PromptFormat:
-        """Read the format of a run or its checkpoint, without loading the model.
+        """Read the format of a run, its checkpoint or adapter, without loading the model.
 
         Raises:
             UserError: The manifest is invalid.
         """
-        file = find_run_dir(run_or_model) / MANIFEST_FILE
-        return cls.from_manifest(load_manifest(file) if os.path.isfile(file) else None)
-
-    @property
-    def system_prompt(self) -> str | None:
-        """System prompt of the training samples; None for that of the recipe or the model."""
-        return self.templates[0].system_prompt if self.templates else None
-
-    @property
-    def system_messages(self) -> tuple[Message, ...]:
-        """System message to start a conversation with; empty for that of recipe or model."""
-        if self.system_prompt is None:
-            return ()
-        return (Message(role="system", content=(TextPart(text=self.system_prompt),)),)
+        folders = [find_run_dir(run_or_model)]
+        if run_or_model.name.startswith(ADAPTER_FOLDER):
+            folders.append(run_or_model.parent)
+        for folder in folders:
+            if os.path.isfile(folder / MANIFEST_FILE):
+                return cls.from_manifest(load_manifest(folder / MANIFEST_FILE))
+        return cls()
 
     @property
     def num_images(self) -> int | None:
         """Number of images of each training question; None if it varies or is unknown."""
-        counts = {one.min_images for one in self.templates}
-        counts |= {one.max_images for one in self.templates}
-        return counts.pop() if len(counts) == 1 else None
+        counts: set[int] = set()
+        for template in self.templates:
+            counts.update((template.min_images, template.max_images))
+        if len(counts) != 1:
+            return None
+        return counts.pop()
+
+    @property
+    def usual_num_images(self) -> int:
+        """Number of images of the most frequent questions; 1 if it is unknown."""
+        return self.templates[0].max_images if self.templates else 1
 
     def select_templates(self, num_images: int) -> list[PromptTemplate]:
         """Return the forms of questions about this number of images, or else about any images."""
@@ -117,48 +125,65 @@ class PromptFormat:
             return about_images
         return fitting
 
+    def get_system_prompt(self, num_images: int) -> str | None:
+        """Return the system prompt of questions about this number of images.
+
+        It is that of their training samples; None for that of the recipe or the model.
+        """
+        templates = self.select_templates(num_images) or self.templates
+        return templates[0].system_prompt if templates else None
+
+    def build_system_messages(self, num_images: int) -> tuple[Message, ...]:
+        """Return the system message of a conversation whose first question has these images.
+
+        It is empty if the system prompt is that of the recipe or the model.
+        """
+        system_prompt = self.get_system_prompt(num_images)
+        if system_prompt is None:
+            return ()
+        return (Message(role="system", content=(TextPart(text=system_prompt),)),)
+
     def build_content(self, text: str, media: Sequence[MediaPart]) -> tuple[ContentPart, ...]:
-        """Write a question about images and videos in the form of the training.
+        r"""Write a question about images and videos in the form of the training.
 
         `<image>` in the text sets the position of an image, or of all images if it occurs once.
+        `\<image>` is a word of the text. Without images, both are text.
 
         Raises:
             UserError: The text has another number of `<image>` than there are images.
         """
-        text = self._find_prompt(text, len(media))
-        if IMAGE_MARK in text:
-            return _insert_images(text, media)
+        if media and count_marks(text):
+            return insert_images(text, media)
+        known = self._find_prompt(text, len(media))
+        if known is not None:
+            return insert_images(known, media)
         templates = self.select_templates(len(media))
         if not templates:
             # No run, or a later question of a conversation, of which the form is not recorded.
-            return (*media, TextPart(text=text))
-        template = templates[0].template
-        if media and template.count(IMAGE_MARK) not in (1, len(media)):
-            template = DEFAULT_TEMPLATE
-        # The template has the question once, and the question may contain braces.
+            return (*media, TextPart(text=remove_marks(text) if media else text))
+        template = _select_by_space(templates, text)
+        if not can_hold(template, len(media)):
+            template = DEFAULT_TEMPLATE if media else QUESTION_MARK
+        question = text.strip()
+        if not media:
+            question = escape_marks(question)
         before, _, after = template.partition(QUESTION_MARK)
-        return _insert_images(before + text.strip() + after, media)
+        return insert_images(before + question + after, media) or (TextPart(text=""),)
 
-    def _find_prompt(self, text: str, num_images: int) -> str:
-        """Return the exact training prompt that a text means, or else the text."""
-        for prompt in self.prompts:
-            variants = (prompt.strip(), remove_marks(prompt).strip())
-            num_marks = prompt.count(IMAGE_MARK)
-            is_usable = num_marks in (0, num_images) or (num_marks == 1 and num_images > 1)
-            if is_usable and text.strip() in variants:
-                return prompt
-        return text
+    def _find_prompt(self, text: str, num_images: int) -> str | None:
+        """Return the training prompt that a text means, apart from white space around it.
 
-    def build_sample(
-        self, text: str, paths: Sequence[Path], sample_id: str, folder: Path = Path()
-    ) -> LocatedSample:
-        """Build a sample of one question about images and videos.
-
-        Raises:
-            UserError: See `build_content`.
+        The text may also be the last or the longest one between the images of the prompt.
         """
-        messages = (*self.system_messages, self.build_message(text, paths))
-        return LocatedSample(Sample(id=sample_id, messages=messages), folder)
+        typed = text.strip()
+        for prompt in self.prompts:
+            if not typed or not can_hold(prompt, num_images):
+                continue
+            texts = split_at_marks(prompt)
+            longest = max(texts, key=len)
+            if typed in (remove_marks(prompt).strip(), texts[-1].strip(), longest.strip()):
+                return prompt
+        return None
 
     def build_message(self, text: str, paths: Sequence[Path]) -> Message:
         """Build a user turn about images and videos.
@@ -168,6 +193,18 @@ class PromptFormat:
         """
         content = self.build_content(text, [*map(build_media_part, paths)])
         return Message(role="user", content=content)
+
+    def build_sample(
+        self, text: str, paths: Sequence[Path], sample_id: str, folder: Path = Path()
+    ) -> LocatedSample:
+        """Build a sample of one question about images and videos.
+
+        Raises:
+            UserError: See `build_content`.
+        """
+        question = self.build_message(text, paths)
+        messages = (*self.build_system_messages(len(paths)), question)
+        return LocatedSample(Sample(id=sample_id, messages=messages), folder)
 
     def build_request_content(self, text: str, urls: Sequence[str]) -> list[dict[str, Any]]:
         """Write a question about images as the content of a message of the OpenAI API.
@@ -184,11 +221,25 @@ class PromptFormat:
                 content.append({"type": "image_url", "image_url": {"url": part.image}})
         return content
 
-    def arrange(self, message: Message) -> Message:
+    def arrange(self, messages: Sequence[Message]) -> tuple[Message, ...]:
+        """Give the questions of a conversation the form of the training, and its system prompt.
+
+        Only user turns of images and one text change, and only if the training has a form for them.
+        """
+        arranged: list[Message] = []
+        first_num_images = 0
+        for message in messages:
+            arranged.append(self.arrange_question(message))
+            if message.role == "user" and not first_num_images:
+                first_num_images = sum(_is_media(part) for part in message.content)
+        if messages and messages[0].role != "system":
+            arranged[:0] = self.build_system_messages(first_num_images)
+        return tuple(arranged)
+
+    def arrange_question(self, message: Message) -> Message:
         """Give a user turn of images and one text the form of the training.
 
-        Other turns are returned unchanged, as are all turns if the model has no recorded form, or
-        if its training has images at any position.
+        Other turns are returned unchanged.
         """
         media: list[MediaPart] = []
         texts: list[str] = []
@@ -202,10 +253,28 @@ class PromptFormat:
         templates = self.select_templates(len(media))
         if message.role != "user" or not media or len(texts) != 1 or not templates:
             return message
-        has_any_position = IMAGE_MARK not in templates[0].template
-        if has_any_position or IMAGE_MARK in texts[0]:
+        if IMAGE_MARK in texts[0] or not can_hold(templates[0].template, len(media)):
             return message
         return Message(role="user", content=self.build_content(texts[0], media))
+
+    def can_be_question(self, content: Sequence[ContentPart], system_prompt: str | None) -> bool:
+        """Return whether training questions may have this content and system prompt."""
+        prompt = write_marked_prompt(content)
+        num_images = count_marks(prompt)
+        recorded_share = 0.0
+        for template in self.templates:
+            if bool(template.max_images) != bool(num_images):
+                continue
+            recorded_share += template.share
+            if not template.min_images <= num_images <= template.max_images:
+                continue
+            if template.system_prompt not in (None, system_prompt):
+                continue
+            has_any_position = num_images > 0 and not count_marks(template.template)
+            if has_any_position or _matches(template.template, content):
+                return True
+        # Rare forms are not recorded.
+        return recorded_share < UNIFORM_SHARE or prompt in self.prompts
 
     def describe_forms(self) -> list[FormatNote]:
         """Describe questions of several forms, of which new ones have the most frequent."""
@@ -216,18 +285,19 @@ class PromptFormat:
                     notes.append(note)
         return notes
 
-    def describe_difference(self, text: str, num_images: int) -> list[FormatNote]:
+    def describe_difference(self, prompt: str, num_images: int) -> list[FormatNote]:
         """Describe how a question about this number of images may differ from the training."""
-        prompt = self._find_prompt(text, num_images)
-        if not self.templates or IMAGE_MARK in prompt or prompt in self.prompts:
+        if not self.templates or count_marks(prompt):
+            return []
+        if self._find_prompt(prompt, num_images) is not None:
             return []
         templates = self.select_templates(num_images)
         if not templates and not num_images:
-            return [FormatNote("The training questions have images.")]
+            return [FormatNote("The training questions have images. Give an image file.")]
         if not templates:
             return [FormatNote("The training questions have no images.")]
-        least = min(one.min_images for one in templates)
-        most = max(one.max_images for one in templates)
+        least = min(template.min_images for template in templates)
+        most = max(template.max_images for template in templates)
         if not least <= num_images <= most:
             text = "Number of images: {}, but {} in the training questions."
             return [FormatNote(text, (num_images, format_range(least, most)))]
@@ -235,14 +305,19 @@ class PromptFormat:
 
     def _describe_forms(self, num_images: int) -> list[FormatNote]:
         templates = self.select_templates(num_images)
+        first = templates[0]
         notes = []
-        if len(templates) > 1:
-            forms = ", ".join(f"{one.template!r} ({one.share:.0%})" for one in templates)
+        if first.share < UNIFORM_SHARE * sum(template.share for template in templates):
+            forms = []
+            for template in templates:
+                shown = shorten(repr(template.template), MAX_SHOWN_CHARS)
+                forms.append(f"{shown} ({template.share:.0%})")
             text = "The training questions have several forms: {}. New questions have the first."
-            notes.append(FormatNote(text, (forms,)))
-        if num_images and IMAGE_MARK not in templates[0].template:
+            notes.append(FormatNote(text, (", ".join(forms),)))
+        if num_images and not count_marks(first.template):
             text = (
-                "The training questions have images between texts: write <image> at each position."
+                "The training questions have images between texts, or boxes: write <image> at each"
+                " position."
             )
             notes.append(FormatNote(text))
         return notes
@@ -250,36 +325,6 @@ class PromptFormat:
 
 DEFAULT_PROMPT_FORMAT = PromptFormat()
 """Form of questions to a model that is no run: images, then text."""
-
-
-class ExampleQuestion(NamedTuple):
-    """Question of example commands: image files, or `IMAGE`, and a prompt, or `TEXT`."""
-
-    images: tuple[str, ...]
-    prompt: str
-
-    def build_step(self, run_or_model: str) -> Step:
-        """Return the step that asks a model this question."""
-        arguments: dict[str, object] = {
-            "run_or_model": run_or_model,
-            "images": [*self.images],
-            "prompt": self.prompt,
-        }
-        if len(self.images) > 1:
-            arguments["images_per_question"] = len(self.images)
-        return Step("predict", arguments)
-
-
-def build_example(run_dir: Path) -> ExampleQuestion:
-    """Return a question with the most frequent prompt of a run and as many images."""
-    prompt_format = DEFAULT_PROMPT_FORMAT
-    with suppress(UserError):
-        prompt_format = PromptFormat.from_run(run_dir)
-    num_images = 1
-    if prompt_format.templates:
-        num_images = prompt_format.templates[0].max_images
-    prompt = next(iter(prompt_format.prompts), "TEXT")
-    return ExampleQuestion(("IMAGE",) * num_images, prompt)
 
 
 def build_media_part(path: Path) -> MediaPart:
@@ -294,30 +339,39 @@ def format_range(first: int, last: int) -> str:
     return str(first) if first == last else f"{first} to {last}"
 
 
-def _insert_images(text: str, media: Sequence[MediaPart]) -> tuple[ContentPart, ...]:
-    """Replace each `<image>` of a text by an image, or one by all."""
-    texts = text.split(IMAGE_MARK)
-    num_marks = len(texts) - 1
-    if num_marks not in (1, len(media)) or (num_marks and not media):
-        raise UserError(
-            f"{num_marks} times {IMAGE_MARK} for {format_count(len(media), 'image')}",
-            where="prompt",
-            expected=f"{IMAGE_MARK} once for each image, or once for all of them",
-            remedy=f"add images, or remove {IMAGE_MARK} from the prompt",
-        )
-    remaining = [*media]
-    content: list[ContentPart] = []
-    for index, piece in enumerate(texts):
-        if piece:
-            content.append(TextPart(text=piece))
-        if num_marks == 1:
-            content += remaining
-            remaining = []
-        elif index < num_marks:
-            content.append(remaining.pop(0))
-    return tuple(content) or (TextPart(text=""),)
+def _select_by_space(templates: Sequence[PromptTemplate], text: str) -> str:
+    """Return the template with the white space that was typed around a question, or the first."""
+    typed = _get_space_around(text, text.strip())
+    for template in templates:
+        if _get_space_around(template.template, QUESTION_MARK) == typed != ("", ""):
+            return template.template
+    return templates[0].template
 
 
-def remove_marks(prompt: str) -> str:
-    """Return a prompt without marks of images."""
-    return prompt.replace(IMAGE_MARK, "")
+def _get_space_around(text: str, question: str) -> tuple[str, str]:
+    """Return the white space directly before and after the question of a text."""
+    before, _, after = text.partition(question) if question else ("", "", "")
+    return before[len(before.rstrip()) :], after[: len(after) - len(after.lstrip())]
+
+
+def _is_media(part: ContentPart) -> bool:
+    return isinstance(part, ImagePart | VideoPart)
+
+
+def _matches(template: str, content: Sequence[ContentPart]) -> bool:
+    """Return whether a template with some question gives a content."""
+    before, _, after = template.partition(QUESTION_MARK)
+    media = [part for part in content if isinstance(part, ImagePart | VideoPart)]
+    prompt = write_marked_prompt(content)
+    if not can_hold(template, len(media)):
+        return False
+    # With all images at one position, the template has one mark for them.
+    marks = IMAGE_MARK * len(media)
+    if count_marks(template) == 1:
+        before = before.replace(IMAGE_MARK, marks)
+        after = after.replace(IMAGE_MARK, marks)
+    if not (prompt.startswith(before) and prompt.endswith(after)):
+        return False
+    question = prompt[len(before) : len(prompt) - len(after)]
+    has_space = question != question.strip()
+    return len(prompt) >= len(before) + len(after) and not has_space and not count_marks(question)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from itertools import pairwise, takewhile
 from pathlib import Path
@@ -34,10 +33,16 @@ from finesight.config import (
     TrainFileSettings,
     is_url,
 )
-from finesight.data.corpus import load_corpus
+from finesight.data.corpus import Corpus, load_corpus
 from finesight.data.image_header import read_image_size
-from finesight.data.prompt_format import PromptFormat
-from finesight.data.question_forms import read_prompt_format
+from finesight.data.marked_prompt import write_marked_prompt
+from finesight.data.prompt_format import DEFAULT_TEMPLATE, PromptFormat
+from finesight.data.question_forms import (
+    draw_samples,
+    find_question,
+    get_system_prompt,
+    read_prompt_format,
+)
 from finesight.data.sample import BoxPart
 from finesight.doctor.diagnosis import (
     Diagnosis,
@@ -45,7 +50,7 @@ from finesight.doctor.diagnosis import (
     join_command,
     make_diagnosis,
 )
-from finesight.errors import UserError, format_count
+from finesight.errors import UserError, format_count, shorten
 from finesight.model_folder import ModelFolder, resolve_model_path
 from finesight.recipe import load_recipe
 from finesight.report import summary
@@ -343,37 +348,59 @@ class SavedPrediction(BaseModel):
 def check_questions(run_record: RunRecord) -> list[Diagnosis]:
     """Check whether the validation questions have the form of the training questions."""
     data = load_run_recipe(run_record).data
-    training = _read_prompt_format(data.train)
-    with suppress(UserError):
-        recorded = PromptFormat.from_run(run_record.folder)
-        training = recorded if recorded.templates else training
-    if training is None or not training.templates:
+    try:
+        training = PromptFormat.from_run(run_record.folder)
+    except UserError:
         return []
-    diagnoses = []
-    for note in training.describe_forms():
-        diagnoses.append(diagnose_run(run_record, "questions-several", note=note))
-    known = {template.template for template in training.templates}
-    validation = _read_prompt_format(data.eval)
-    for template in validation.templates if validation is not None else ():
-        if template.template not in known:
-            values = {"share": template.share, "form": template.template}
-            diagnoses.append(
-                diagnose_run(run_record, "questions-differ", **values, known=_join_quoted(known))
-            )
-    return diagnoses or [make_diagnosis("questions", form=_join_quoted(known))]
+    if not training.templates:
+        corpus = _open_local_corpus(data.train)
+        if corpus is None:
+            return []
+        training = read_prompt_format(corpus, range(len(corpus)))
+        if training.templates and training.templates[0].template != DEFAULT_TEMPLATE:
+            form = repr(training.templates[0].template)
+            return [diagnose_run(run_record, "questions-unrecorded", form=form)]
+    notes = [str(note) for note in training.describe_forms()]
+    diagnoses = [diagnose_run(run_record, "questions-several", note=note) for note in notes]
+    diagnoses += _check_validation_questions(run_record, training, data.eval)
+    if diagnoses or not training.templates:
+        return diagnoses
+    form = repr(training.templates[0].template)
+    return [make_diagnosis("questions", form=form)]
 
 
-def _join_quoted(texts: Iterable[str]) -> str:
-    return ", ".join(map(repr, sorted(texts)))
+def _check_validation_questions(
+    run_record: RunRecord, training: PromptFormat, files: Sequence[DataFileSettings]
+) -> Iterator[Diagnosis]:
+    """Report validation questions that no text gives in the form of the training."""
+    corpus = _open_local_corpus(files)
+    if corpus is None or not training.templates:
+        return
+    num_questions = 0
+    example = ""
+    num_different = 0
+    for _, located in draw_samples(corpus, range(len(corpus))):
+        content = find_question(located.sample)
+        if content is None:
+            continue
+        num_questions += 1
+        if not training.can_be_question(content, get_system_prompt(located.sample)):
+            num_different += 1
+            example = example or shorten(repr(write_marked_prompt(content)), 200)
+    if num_different:
+        known = ", ".join(repr(template.template) for template in training.templates)
+        share = num_different / num_questions
+        yield diagnose_run(
+            run_record, "questions-differ", share=share, example=example, known=known
+        )
 
 
-def _read_prompt_format(files: Sequence[DataFileSettings]) -> PromptFormat | None:
-    """Return the form of the questions in data files; None without readable local files."""
+def _open_local_corpus(files: Sequence[DataFileSettings]) -> Corpus | None:
+    """Open data files; None without readable local files."""
     if not files or any(is_url(file.path) for file in files):
         return None
     try:
-        corpus = load_corpus(files)
-        return read_prompt_format(corpus, range(len(corpus)))
+        return load_corpus(files)
     except UserError:
         return None
 

@@ -68,6 +68,7 @@ def format_prediction_line(
         "num_tokens": prediction.num_tokens,
         "finish_reason": prediction.finish_reason,
         "image_size": case.image_size,
+        "question": prediction.question,
         **further,
     }
     return json.dumps(record, ensure_ascii=False) + "\n"

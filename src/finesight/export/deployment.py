@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from finesight.config import PixelRange
+from finesight.data.example_question import build_placeholder
 from finesight.data.prompt_format import PromptFormat
 from finesight.encode.renderer import load_family
 from finesight.errors import Step, UserError
@@ -359,15 +360,7 @@ def _list_notes(
     if manifest is not None and not isinstance(manifest.image_rule, PixelRange):
         sizes = ", ".join(f"{key} {value}" for key, value in manifest.image_rule)
         notes.append(f"these engines support pixel limits only: send images resized to {sizes}")
-    prompt_format = PromptFormat.from_manifest(manifest)
-    notes += describe_questions(prompt_format)
-    system_prompt = prompt_format.system_prompt
-    if system_prompt is None and manifest is not None:
-        system_prompt = manifest.system_prompt
-    if system_prompt is not None and system_prompt not in folder.chat_template:
-        notes.append(
-            f"start each conversation with the system prompt of the training: {system_prompt!r}"
-        )
+    notes += describe_questions(manifest, folder.chat_template)
     missing_files = find_missing_files(folder)
     if missing_files:
         notes.append(
@@ -376,17 +369,33 @@ def _list_notes(
     return notes
 
 
-def describe_questions(prompt_format: PromptFormat) -> list[str]:
-    """Return notes about the form of the training questions, which requests should have."""
-    if not prompt_format.templates:
+def describe_questions(manifest: Manifest | None, chat_template: str = "") -> list[str]:
+    """Return notes about the form and system prompt of the training questions.
+
+    Args:
+        chat_template: Template of the served model. A system prompt that it contains needs no note.
+    """
+    if manifest is None:
         return []
-    urls = ["URL"] * prompt_format.templates[0].max_images
-    content = prompt_format.build_request_content("QUESTION", urls)
-    order = (
-        "ask questions in the form of the training, with the parts of a user message in this order"
-        f" and with this white space: {json.dumps(content)}"
-    )
-    return [order, *map(str, prompt_format.describe_forms())]
+    prompt_format = PromptFormat.from_manifest(manifest)
+    example = build_placeholder(prompt_format)
+    notes = []
+    if prompt_format.templates:
+        urls = ["URL"] * len(example.images)
+        content = prompt_format.build_request_content("QUESTION", urls)
+        notes.append(
+            "ask questions in the form of the training, with the parts of a user message in this"
+            f" order and with this white space: `{json.dumps(content, ensure_ascii=False)}`"
+        )
+        notes += map(str, prompt_format.describe_forms())
+    system_prompt = prompt_format.get_system_prompt(len(example.images))
+    if system_prompt is None:
+        system_prompt = manifest.system_prompt
+    if system_prompt is not None and system_prompt not in chat_template:
+        notes.append(
+            f"start each conversation with the system prompt of the training: {system_prompt!r}"
+        )
+    return notes
 
 
 def _compute_context_length(folder: ModelFolder, max_pixels: int) -> int:

@@ -16,7 +16,8 @@ from jinja2 import Environment, StrictUndefined
 
 from finesight import __version__
 from finesight.bounded_files import load_yaml, read_bytes, read_json_object
-from finesight.data.prompt_format import ExampleQuestion, PromptFormat
+from finesight.data.example_question import ExampleQuestion, build_placeholder
+from finesight.data.prompt_format import PromptFormat
 from finesight.errors import Step, UserError
 from finesight.evaluate.eval_case import note_lines
 from finesight.export.deployment import describe_questions, format_serving_commands
@@ -126,6 +127,11 @@ def collect_uploads(model_source: ModelSource, source: str) -> Iterator[dict[str
         card = _render_adapter_card(model_source, Path(source))
         (folder / MODEL_CARD_FILE).write_text(card, encoding="utf-8")
         generated = {file: folder / file for file in (MODEL_CARD_FILE, ADAPTER_CONFIG_FILE)}
+        if manifest is not None:
+            # The form of the questions and the image size, without local paths.
+            named = manifest.model_copy(update={"base_model": config["base_model_name_or_path"]})
+            generated[MANIFEST_FILE] = folder / MANIFEST_FILE
+            generated[MANIFEST_FILE].write_text(named.model_dump_json(indent=1) + "\n")
         yield {**generated, ADAPTER_WEIGHTS_FILE: adapter / ADAPTER_WEIGHTS_FILE}
 
 
@@ -142,9 +148,8 @@ def _render_adapter_card(model_source: ModelSource, source: Path) -> str:
 
 def _build_predict_step(manifest: Manifest | None, name: str) -> Step:
     """Return the step that asks a question about as many images as in the training."""
-    num_images = PromptFormat.from_manifest(manifest).num_images
-    images = ("IMAGE",) * (1 if num_images is None else num_images)
-    return ExampleQuestion(images, "TEXT").build_step(name)
+    example = build_placeholder(PromptFormat.from_manifest(manifest))
+    return ExampleQuestion(example.images, "TEXT").build_step(name)
 
 
 def _render_card(
@@ -180,7 +185,7 @@ def _render_card(
         quantization=model_source.quantization_summary,
         has_adapter=model_source.adapter is not None,
         prompts=_list_prompts(run_record),
-        question_notes=describe_questions(PromptFormat.from_manifest(manifest)),
+        question_notes=describe_questions(manifest),
         max_prompts=MAX_SHOWN_PROMPTS,
         scores=_list_scores(result),
         notes=_list_notes(result),

@@ -230,11 +230,19 @@ class ChatSession:
         write_file(target, buffer.getvalue())
         return target
 
-    def _build_messages(self, turns: Sequence[ChatTurn], model: str) -> tuple[Message, ...]:
-        """Return the messages of answered turns, in the form of the training of a model."""
+    def _build_messages(
+        self, turns: Sequence[ChatTurn], model: str, next_images: Sequence[Path] = ()
+    ) -> tuple[Message, ...]:
+        """Return the messages of answered turns, in the form of the training of a model.
+
+        Args:
+            next_images: Images of the question that follows these turns.
+        """
         prompt_format = self.service.get_prompt_format(model)
-        messages = [*prompt_format.system_messages]
-        if self.system_prompt is not None:
+        if self.system_prompt is None:
+            num_images = _count_first_images(turns) or len(next_images)
+            messages = [*prompt_format.build_system_messages(num_images)]
+        else:
             messages = [Message(role="system", content=(TextPart(text=self.system_prompt),))]
         seen_images: list[Path] = []
         for turn in turns:
@@ -259,7 +267,7 @@ class ChatSession:
         images_by_turn = [[*filterfalse(is_video_path, paths)] for paths in paths_by_turn]
         target_image = next((images[0] for images in reversed(images_by_turn) if images), None)
         question = self.service.get_prompt_format(model).build_message(text, image_paths)
-        messages = *self._build_messages(turns, model), question
+        messages = *self._build_messages(turns, model, image_paths), question
         images = [*chain.from_iterable(images_by_turn)]
         image_index = None if target_image is None else images.index(target_image)
         sample = Sample(id=f"turn {len(turns) + 1}", messages=messages)
@@ -272,6 +280,14 @@ class ChatSession:
 
 def _build_empty_error(where: str, what: str, expected: str) -> UserError:
     return UserError(what, where=where, expected=expected, remedy="send a message first")
+
+
+def _count_first_images(turns: Sequence[ChatTurn]) -> int:
+    """Return the number of images of the first turn with any."""
+    for turn in turns:
+        if turn.image_paths:
+            return len(turn.image_paths)
+    return 0
 
 
 def _select_answered_turns(turns: Sequence[ChatTurn], model: str) -> list[ChatTurn]:

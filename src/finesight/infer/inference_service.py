@@ -377,7 +377,8 @@ class InferenceService:
     ) -> None:
         model = inference_model.model
         self.renderer: Renderer = inference_model.renderer
-        self.system_prompt = inference_model.get_prompt_format().system_prompt
+        prompt_format = inference_model.get_prompt_format()
+        self.system_prompt = prompt_format.get_system_prompt(prompt_format.usual_num_images)
         """System prompt of conversations without one; None for a chat template without it.
 
         It is that of the training samples, or else of the recipe or the chat template.

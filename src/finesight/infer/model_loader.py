@@ -17,6 +17,7 @@ from finesight.encode.family import DEFAULT_THINKING, ThinkingOptions
 from finesight.encode.renderer import Renderer, build_renderer
 from finesight.errors import Remedy, Step, UserError
 from finesight.manifest import (
+    ADAPTER_FOLDER,
     MANIFEST_FILE,
     RECIPE_FILE,
     Manifest,
@@ -175,9 +176,8 @@ def load_multi_adapter_model(
         mode = None if source.manifest is None else source.manifest.enable_thinking
         if mode is not None and thinking == DEFAULT_THINKING:
             thinking_modes[get_model_name(run_or_adapter)] = mode
-        if source.manifest is not None:
-            prompt_format = PromptFormat.from_manifest(source.manifest)
-            prompt_formats[get_model_name(run_or_adapter)] = prompt_format
+        prompt_format = PromptFormat.from_manifest(source.manifest)
+        prompt_formats[get_model_name(run_or_adapter)] = prompt_format
         if source.adapter is None:
             adapter_indices[get_model_name(run_or_adapter)] = None
             continue
@@ -305,9 +305,25 @@ def resolve_model_source(run_or_model: str, base: str | None = None) -> ModelSou
                 expected="the folder or hub name of the adapter's base model",
                 remedy="set it in this file",
             )
-        return ModelSource(locate_model(base), path, None)
+        folder = locate_model(base)
+        return ModelSource(folder, path, _load_adapter_manifest(path, folder))
     _reject_base(base, run_or_model, "is a complete model")
     return ModelSource(locate_model(run_or_model), None, manifest)
+
+
+def _load_adapter_manifest(adapter: Path, base: ModelFolder) -> Manifest | None:
+    """Load the manifest of the run that wrote an adapter; None for other adapters.
+
+    It is in the folder of the adapter, as in an upload, or in that of its run.
+    """
+    candidates = [adapter / MANIFEST_FILE]
+    if adapter.name.startswith(ADAPTER_FOLDER):
+        candidates.append(adapter.parent / MANIFEST_FILE)
+    for file in candidates:
+        if os.path.isfile(file):
+            manifest = load_manifest(file)
+            return manifest if manifest.family == base.family else None
+    return None
 
 
 def _reject_base(base: str | None, source: str, reason: str) -> None:

@@ -19,7 +19,9 @@ from PIL import Image, ImageDraw, ImageFont
 
 from finesight.data.boxes import sort_corners
 from finesight.data.image_header import DEFAULT_SIZE, CorruptImageError, ImageSize, get_file
+from finesight.data.marked_prompt import write_marked_prompt
 from finesight.data.prompt_format import DEFAULT_PROMPT_FORMAT, PromptFormat
+from finesight.data.question_forms import find_question
 from finesight.data.sample import (
     BoxPart,
     ImagePart,
@@ -72,6 +74,7 @@ class Prediction:
         finish_reason: "stop" after an end token or a stop string, "length" at the token limit.
         reasoning: Reasoning of a thinking model; None for other models.
         tokens: Generated tokens with log probabilities, if `predict` was called with `logprobs`.
+        question: First question with images, with `<image>` for each, or else the first question.
         image_size: Height and width in pixels of the image that boxes refer to.
     """
 
@@ -86,6 +89,7 @@ class Prediction:
     reasoning: str | None = None
     tokens: tuple[GeneratedToken, ...] = ()
     image_size: ImageSize = DEFAULT_SIZE
+    question: str = ""
 
     @property
     def text(self) -> str:
@@ -116,9 +120,14 @@ class Prediction:
 
     def as_text(self) -> str:
         """Format the prediction for the console, with one line per box."""
-        files = dict.fromkeys(map(get_file, self.images))
-        paths = [*(files if len(self.images) > 1 else self.images)]
-        head = "".join(f"{path}: " for path in paths or [self.id] * is_video_path(self.id))
+        paths = [*self.images]
+        if len(paths) > 1:
+            paths = [*dict.fromkeys(map(get_file, self.images))]
+        head = ""
+        if paths:
+            head = f"{', '.join(map(str, paths))}: "
+        elif is_video_path(self.id):
+            head = f"{self.id}: "
         is_truncated = self.finish_reason == "length"
         truncation_note = f" [truncated after {self.num_tokens} tokens]" if is_truncated else ""
         boxes = [
@@ -387,6 +396,7 @@ def build_prediction(
         finish_reason="stop" if output_ids and output_ids[-1] in renderer.end_ids else "length",
         reasoning=completion.reasoning,
         image_size=sizes[image_index] if sizes else DEFAULT_SIZE,
+        question=write_marked_prompt(find_question(sample) or ()),
     )
 
 

@@ -17,14 +17,16 @@ from finesight.config import is_url
 from finesight.data.corpus import load_corpus
 from finesight.data.formats.image_annotations import NO_OBJECTS_ANSWER
 from finesight.data.image_header import IMAGE_SUFFIXES, CorruptImageError, list_pages
-from finesight.data.prompt_format import PromptFormat, remove_marks
-from finesight.data.question_forms import format_marked_prompt
+from finesight.data.marked_prompt import remove_marks, write_marked_prompt
+from finesight.data.prompt_format import PromptFormat
 from finesight.data.sample import (
     BoxPart,
+    ContentPart,
     ImagePart,
     LocatedSample,
     Message,
     Sample,
+    TextPart,
     format_number,
     read_samples,
 )
@@ -41,6 +43,7 @@ from finesight.label.label_store import (
     get_question,
     get_text,
     list_boxes,
+    list_question_texts,
     read_labels,
 )
 from finesight.label.suggestion import JsonLeaf, iter_json_leaves
@@ -311,7 +314,7 @@ def open_session(
     examples = read_run_examples(run_or_model)
     prompt_format = PromptFormat.from_run(resolve_model_path(run_or_model))
     known = {} if review else _read_questions(folder)
-    default = LabelQuestion(prompt or build_task(examples).prompt, prompt_format.system_messages)
+    default = LabelQuestion(prompt or build_task(examples).prompt)
     last_question = next(reversed(known.values()), None)
     if last_question is not None and (prompt is None or last_question.has_text(prompt)):
         # Images without a label are asked like those with one.
@@ -376,10 +379,11 @@ class LabelQuestion(NamedTuple):
 
     Attributes:
         prompt: Text with `<image>` where labels have their images; None if it is unknown.
+        system_messages: Messages before the question; None for those of the run.
     """
 
     prompt: str | None
-    system_messages: tuple[Message, ...] = ()
+    system_messages: tuple[Message, ...] | None = None
 
     @property
     def text(self) -> str:
@@ -401,7 +405,13 @@ def _read_questions(folder: Path) -> dict[str, LabelQuestion]:
         messages = located.sample.messages
         content = next(turn.content for turn in reversed(messages) if turn.role == "user")
         original = located.sample.meta.get(ORIGINAL_PROMPT_KEY)
-        prompt = format_marked_prompt(content, original)
+        has_one_text = len(list_question_texts(located.sample)) == 1
+        parts: list[ContentPart] = []
+        for part in content:
+            if isinstance(part, TextPart) and has_one_text and original is not None:
+                part = TextPart(text=original)
+            parts.append(part)
+        prompt = write_marked_prompt(parts)
         system_messages = messages[:1] if messages[0].role == "system" else ()
         for part in located.sample.iter_parts():
             if isinstance(part, ImagePart):
@@ -597,7 +607,10 @@ def _build_question(
         pages = list_pages(path)
     images = [ImagePart(image=page.name) for page in pages]
     content = prompt_format.build_content(question.prompt or "", images)
-    messages = (*question.system_messages, Message(role="user", content=content))
+    system_messages = question.system_messages
+    if system_messages is None:
+        system_messages = prompt_format.build_system_messages(len(images))
+    messages = (*system_messages, Message(role="user", content=content))
     sample = Sample(id=check_utf8(str(path)), messages=messages)
     return LocatedSample(sample, path.parent)
 

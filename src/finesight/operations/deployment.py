@@ -260,7 +260,8 @@ def export(
         commands = build_serving_commands(model_source, name)
         named = {"vLLM": commands.vllm, "SGLang": commands.sglang}
         lines = [line for name, text in named.items() if text for line in (f"{name}:", f"  {text}")]
-        lines += [f"- {note}" for note in commands.notes]
+        for note in commands.notes:
+            lines.append(f"- {note}")
         return Outcome(commands, lines, commands.as_json())
     if quantize is not None:
         from finesight.export.quantized_export import export_quantized
@@ -270,7 +271,6 @@ def export(
         )
         step = Step("export", {"source": target})
         return Outcome(quantized, quantized.format_lines(), quantized.as_json(), [step])
-    from finesight.data.prompt_format import PromptFormat
     from finesight.export.deployment import (
         describe_questions,
         find_converter,
@@ -283,7 +283,7 @@ def export(
         files = write_gguf(model_source, Path(target), program, outtype, to_path(python))
     lines = [f"{path}  {path.stat().st_size:,} bytes" for path in (files.model, files.mmproj)]
     lines.append(format_llama_server_command(model_source, files))
-    for note in describe_questions(PromptFormat.from_manifest(model_source.manifest)):
+    for note in describe_questions(model_source.manifest):
         lines.append(f"- {note}")
     return Outcome(files, lines, asdict(files))
 

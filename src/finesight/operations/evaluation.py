@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, Unpack
 
 from finesight.errors import Step, UserError, escape_surrogates, format_count, suggest_similar_path
-from finesight.operations.model import ModelArgument, get_model_name, load_model, read_prompt_format
+from finesight.operations.model import ModelArgument, get_model_name, get_prompt_format, load_model
 from finesight.operations.operation import Outcome, Parameter, StrPath, to_path
 from finesight.operations.options import (
     LanguageOption,
@@ -140,7 +140,8 @@ def predict(
     --prompt "What has changed?"
 
     Args:
-        images: Image, PDF or video files, or folders of images; each file gets its own answer.
+        images: Image, PDF or video files, or folders of images. Each file is a question, except for
+            --images-per-question.
         prompt: Question about every image. Required with IMAGE. <image> sets the position of
             an image.
         data: JSONL file of samples to answer, instead of IMAGE and --prompt.
@@ -248,7 +249,7 @@ def _load_samples(
             expected="images with --prompt TEXT, or --data FILE.jsonl alone",
             remedy=Step("predict", example | {"prompt": "What is this?"}, "for example"),
         )
-    prompt_format = read_prompt_format(run_or_model)
+    prompt_format = get_prompt_format(run_or_model)
     groups = _group_images(files, pages, images_per_question, prompt_format)
     for num_images in sorted({len(group.images) for group in groups}):
         for note in prompt_format.describe_difference(prompt, num_images):
@@ -271,30 +272,37 @@ def _group_images(
 ) -> list[_ImageGroup]:
     """Divide image files into questions, by default as many per question as in the training.
 
-    The pages of a file belong to one question.
+    By default, the pages of a document are a question of their own.
     """
     from finesight.data.image_header import list_pages
 
     if not files:
         return [_ImageGroup("", [])]
-    images_by_file = [list_pages(file, pages) for file in files]
-    size = images_per_question
-    if size is None:
-        has_single_pages = all(len(one) == 1 for one in images_by_file)
-        size = (prompt_format.num_images or 1) if has_single_pages else 1
-    if len(files) % size:
+    size = images_per_question or prompt_format.num_images or 1
+    groups: list[_ImageGroup] = []
+    names: list[str] = []
+    images: list[Path] = []
+    for file in files:
+        own_images = list_pages(file, pages)
+        if len(own_images) > 1 and images_per_question is None:
+            groups.append(_ImageGroup(str(file), own_images))
+            continue
+        names.append(str(file))
+        images += own_images
+        if len(names) == size:
+            groups.append(_ImageGroup(", ".join(names), images))
+            names = []
+            images = []
+    if names:
+        expected = f"a multiple of {size} image files"
+        if images_per_question is None:
+            expected += ", as in the training"
         raise UserError(
-            f"{format_count(len(files), 'image file')} for questions about {size} each",
+            f"{format_count(len(files), 'image file')} for questions about {size} images each",
             where="--images-per-question",
-            expected=f"a multiple of {size} files"
-            + (", as in the training" if images_per_question is None else ""),
+            expected=expected,
             remedy="give the files of a question one after another, or set --images-per-question",
         )
-    groups = []
-    for start in range(0, len(files), size):
-        own_files = files[start : start + size]
-        own_images = images_by_file[start : start + size]
-        groups.append(_ImageGroup(", ".join(map(str, own_files)), [*chain(*own_images)]))
     return groups
 
 

@@ -120,12 +120,12 @@ class Model:
         """
         return _build_question(images, prompt, self.inference_model.get_prompt_format())
 
-    def arrange_question(self, message: Message) -> Message:
-        """Give a user turn of images and one text the form of the training.
+    def arrange(self, messages: Sequence[Message]) -> tuple[Message, ...]:
+        """Give the questions of a conversation the form of the training, and its system prompt.
 
-        Other turns are returned unchanged.
+        Only user turns of images and one text change.
         """
-        return self.inference_model.get_prompt_format().arrange(message)
+        return self.inference_model.get_prompt_format().arrange(messages)
 
     def generate(
         self, images: StrPath | Sequence[StrPath], prompt: str, *, max_new_tokens: int = 512
@@ -231,7 +231,7 @@ def get_model_name(run_or_model: StrPath | Model) -> str:
     return run_or_model.name if isinstance(run_or_model, Model) else str(run_or_model)
 
 
-def read_prompt_format(run_or_model: StrPath | Model) -> PromptFormat:
+def get_prompt_format(run_or_model: StrPath | Model) -> PromptFormat:
     """Return the form of questions to a model, which need not be loaded."""
     from finesight.data.prompt_format import PromptFormat
     from finesight.model_folder import resolve_model_path

@@ -190,8 +190,8 @@ def train(
             exit code 75. Below 1: fraction of all steps. A run resumed there continues with another
             value, or without one. Default: all steps.
     """
+    from finesight.data.example_question import read_example
     from finesight.evaluate.custom_metric import check_recipe_metric
-    from finesight.train.run_dir import read_example
 
     if stop_after is not None and not math.isfinite(stop_after):
         raise UserError(

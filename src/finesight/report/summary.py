@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import mean, median
 from typing import Literal
 
-from finesight.data.prompt_format import build_example
+from finesight.data.example_question import ExampleQuestion, read_example
 from finesight.errors import Step
 from finesight.manifest import CHECKPOINTS_FOLDER, METRICS_FILE
 from finesight.progress import MAX_DATA_WAIT_FRACTION
@@ -486,19 +486,21 @@ def list_checksums(run_record: RunRecord) -> list[tuple[str, str]]:
     return [*items, *(run_record.weight_digests.items() or empty_items)]
 
 
-def list_commands(run_record: RunRecord, prompt: str) -> list[tuple[str, str]]:
-    """Return the operations that use, resume or repeat a run, in the format of messages.
+MAX_EXAMPLE_CHARS = 200
+"""Maximum number of characters of the prompt in an example command."""
 
-    Args:
-        prompt: Prompt of a validation sample, used as an example.
-    """
+
+def list_commands(run_record: RunRecord) -> list[tuple[str, str]]:
+    """Return the operations that use, resume or repeat a run, in the format of messages."""
     folder = str(run_record.folder)
     recipe = f"{folder}/recipe.yaml"
     steps = dict[str, Step]()
     if run_record.weight_digests:
-        example = build_example(run_record.folder)
-        if prompt:
-            example = example._replace(prompt=prompt if len(prompt) <= 200 else "TEXT")
+        example = read_example(run_record.folder)
+        prompt = example.prompt
+        if len(prompt) > MAX_EXAMPLE_CHARS:
+            prompt = "TEXT"
+        example = ExampleQuestion(("IMAGE",) * len(example.images), prompt)
         steps["Predict"] = example.build_step(folder)
         steps["Evaluate again"] = Step("eval", {"run_or_model": folder})
         if any(name.startswith("adapter/") for name in run_record.weight_digests):

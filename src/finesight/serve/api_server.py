@@ -130,7 +130,7 @@ def _build_model_routes(service: InferenceService) -> list[Route]:
         model = {"id": name, "object": "model", "created": created_at, "owned_by": "finesight"}
         templates = service.get_prompt_format(name).templates
         if templates:
-            model["prompt_template"] = templates[0].template
+            model["prompt_templates"] = [template.template for template in templates]
         return model
 
     async def list_models(request: Request) -> Response:

@@ -36,7 +36,7 @@ from finesight.data.sample import (
 )
 from finesight.encode.family import ThinkingOptions
 from finesight.encode.tokenization import EncodedSample, TextTokenizer
-from finesight.errors import UserError
+from finesight.errors import UserError, shorten
 from finesight.infer.inference_service import GenerationStream, InferenceService, ServiceBusyError
 from finesight.infer.prediction import Prediction, box_to_dict
 from finesight.infer.request import (
@@ -259,6 +259,9 @@ A worker has a copy of the body, and of the texts and images in it.
 ArgTs = TypeVarTuple("ArgTs")
 ResultT = TypeVar("ResultT")
 
+MAX_LOGGED_CHARS = 200
+"""Maximum number of characters of a template in the log."""
+
 SSE_HEADERS = {
     "content-type": "text/event-stream; charset=utf-8",
     "cache-control": "no-store",
@@ -295,12 +298,14 @@ class ChatCompletionsHandler:
         if model in self.models_with_other_form:
             return
         self.models_with_other_form.add(model)
-        template = self.service.get_prompt_format(model).templates[0].template
+        forms = []
+        for template in self.service.get_prompt_format(model).templates:
+            forms.append(repr(shorten(template.template, MAX_LOGGED_CHARS)))
         LOGGER.warning(
-            "questions to %s have another order or white space than those of its training, %r;"
+            "questions to %s have another order or white space than those of its training, %s;"
             " answers may be worse",
             model,
-            template,
+            ", ".join(forms),
         )
 
     @functools.cached_property

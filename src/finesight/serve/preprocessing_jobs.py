@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import binascii
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, astuple, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -264,25 +264,25 @@ def tokenize_sample(
     """Tokenize a conversation from `parse_request`, without decoding its images and videos.
 
     A conversation without a system message gets that of the training. The output is that of
-    `pack_tokenized`, with `patch_dim`, and with `has_training_form` of the last question. Raises
+    `pack_tokenized`, with `patch_dim`, and with `has_training_form` of the questions. Raises
     UserError if the prompt has `max_model_len` tokens or more.
     """
     conversation = Sample.model_validate_json(sample.tobytes())
 
-    def convert(content: Iterable[ContentPart]) -> tuple[ContentPart, ...]:
-        parts = expand_images(content, lambda name: [p.name for p in list_pages(folder / name)])
-        return tuple(_limit_frames(part, folder, conversation.meta) for part in parts)
+    def list_page_names(name: str) -> list[str]:
+        return [page.name for page in list_pages(folder / name)]
 
     messages: list[Message] = []
-    if conversation.messages[0].role != "system":
-        messages += prompt_format.system_messages
-    has_training_form = True
     for turn in conversation.messages:
-        converted = turn.model_copy(update={"content": convert(turn.content)})
-        messages.append(converted)
-        if turn.role == "user":
-            has_training_form = prompt_format.arrange(converted) == converted
-    changed = conversation.model_copy(update={"messages": tuple(messages)})
+        parts: list[ContentPart] = []
+        for part in expand_images(turn.content, list_page_names):
+            parts.append(_limit_frames(part, folder, conversation.meta))
+        messages.append(turn.model_copy(update={"content": tuple(parts)}))
+    # The order of the parts is that of the request. Only a missing system prompt is added.
+    arranged = prompt_format.arrange(messages)
+    has_training_form = [*arranged[-len(messages) :]] == messages
+    system_messages = arranged[: -len(messages)]
+    changed = conversation.model_copy(update={"messages": (*system_messages, *messages)})
     located_sample = LocatedSample(changed, folder)
     try:
         tokenized = state.renderer.with_thinking(thinking).tokenize_prompt(located_sample)

@@ -15,7 +15,6 @@ from pydantic_core import PydanticSerializationError
 
 from finesight.bounded_files import parse_json, read_lines
 from finesight.config import MAX_COUNT, ObjectiveName, Recipe
-from finesight.data.prompt_format import IMAGE_MARK, ExampleQuestion, build_example
 from finesight.errors import Step, UserError, format_count
 from finesight.evaluate import custom_metric
 from finesight.manifest import (
@@ -373,35 +372,3 @@ def _format_setting(value: Any) -> str:
         value = {key: item for key, item in value.items() if item is not None}
         value = value["default"] if value.keys() == {"default"} else value
     return json.dumps(value)
-
-
-def read_example(run_dir: Path) -> ExampleQuestion:
-    """Return a question for example commands: that of the first validation prediction.
-
-    Without predictions, the prompt is the most frequent one of the training samples.
-    """
-    example = build_example(run_dir)
-    for name in ("after.jsonl", "before.jsonl"):
-        with suppress(UserError, ValueError, LookupError, TypeError):
-            lines = read_lines(run_dir / PREDICTIONS_FOLDER / name, expected="predictions")
-            record = json.loads(next(lines, b"{}"))
-            images = tuple(_simplify_path(str(path)) for path in _as_list(record["image"]))
-            prompt = str(record.get("prompt") or example.prompt)
-            if IMAGE_MARK in prompt:  # in the text of the sample, where it marks no image
-                prompt = example.prompt
-            return ExampleQuestion(images, prompt)
-    return example
-
-
-def _as_list(paths: Any) -> list[Any]:
-    """Return the images of a prediction: a path, a list of several, or None."""
-    if isinstance(paths, list):
-        return paths
-    return [] if paths is None else [paths]
-
-
-def _simplify_path(path: str) -> str:
-    """Normalize the path of an image, if the result names the same file."""
-    # Paths of imported data contain "..", which the file system resolves differently after a link.
-    normal = os.path.normpath(path)
-    return normal if os.path.isfile(path) and os.path.isfile(normal) else path

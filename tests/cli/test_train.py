@@ -125,7 +125,8 @@ def test_finished_run_is_pushed(recipe, tmp_path, cache, cli, monkeypatch):
         assert printed.err.endswith(f": finesight export {output_dir} {address} --yes\n")
         assert "uploaded: " in cli(*train, address, "--resume").err
         sent = server.repositories["models/me/receipts"]
-    assert sent.keys() == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
+    weights = {"adapter_config.json", "adapter_model.safetensors"}
+    assert sent.keys() == {"README.md", "manifest.json"} | weights
     card = sent["README.md"].decode()
     assert "## Evaluation" in card
     assert "6 steps." in card

@@ -123,7 +123,7 @@ def test_predictions_roundtrip_exactly(tmp_path: Path) -> None:
     assert first.case == second.case == case
     assert first.scores == {"iou": 1.0}
     keys = "id image prompt answer raw_text boxes gold references gold_boxes scores num_tokens"
-    assert list(first.record) == [*keys.split(), "finish_reason", "image_size"]
+    assert list(first.record) == [*keys.split(), "finish_reason", "image_size", "question"]
     assert (first.record["raw_text"], first.record["num_tokens"]) == ("dog<end>", 4)
 
 

@@ -156,6 +156,22 @@ def test_rank_zero_waits_until_all_ranks_leave(monkeypatch):
     RankMonitor(dist.HashStore(), 0, 2).leave()
 
 
+def test_ranks_that_report_after_the_timeout_are_not_named():
+    """Rank 2 hangs; rank 1 exchanged tensors with it, and reports when this times out."""
+    store = dist.HashStore()
+
+    def check(keys: list[str]) -> bool:
+        """Let rank 1 report after rank 0 has found that two ranks are missing."""
+        has_arrived = store.check(keys)
+        if keys == ["finesight/1/2"]:
+            store.set("finesight/1/1", "failed")
+        return has_arrived
+
+    slow_store: Any = mock.Mock(wraps=store, **{"check.side_effect": check})
+    with pytest.raises(RankTimeoutError, match="rank 2 of 3 did not respond"):
+        RankMonitor(slow_store, 0, 3).all_gather("", timedelta(seconds=0.01))
+
+
 def test_killed_main_process_is_named():
     ended = dist.DistNetworkError("Connection reset by peer")
     store: Any = mock.Mock(**{"set.side_effect": ended, "check.side_effect": ended})

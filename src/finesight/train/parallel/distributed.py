@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
@@ -38,6 +39,9 @@ MAIN_RANK_TIMEOUT = timedelta(hours=2)
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 """Time that the main process waits for other ranks; also the timeout of torch collectives."""
+
+LATE_TIMEOUT = timedelta(seconds=10)
+"""Time that ranks have to report after a timeout, before they are named as missing."""
 
 EXIT_TIMEOUT = timedelta(seconds=10)
 """Time that rank 0 waits for the other ranks before it exits."""
@@ -73,7 +77,7 @@ class RankMonitor:
         self._round = 0
         self.step: int | None = None
         """Index of the last step that all ranks have started; None before the first one."""
-        self._missing_ranks = ""
+        self._missing_ranks: list[int] = []
 
     def new_channel(self) -> RankMonitor:
         """Create an independent monitor of the same ranks, for use in another thread."""
@@ -101,9 +105,25 @@ class RankMonitor:
             self._store.wait(keys, timeout)
             values: list[bytes] = self._store.multi_get(keys)
         except RuntimeError as error:
-            self._missing_ranks = self._find_missing_ranks(keys) or "one"
-            raise self._build_timeout_error(timeout) from error
+            self._missing_ranks = self._wait_for_late_ranks(keys)
+            if self._missing_ranks:
+                raise self._build_timeout_error(timeout) from error
+            # The last ranks have reported after the timeout.
+            values = self._store.multi_get(keys)
         return values
+
+    def _wait_for_late_ranks(self, keys: Sequence[str]) -> list[int]:
+        """Return the missing ranks, of several only those that are missing after `LATE_TIMEOUT`.
+
+        A hung rank also stops ranks that exchange tensors with it. Their collective times out at
+        about the same time as this wait, and they report after that.
+        """
+        end = time.monotonic() + LATE_TIMEOUT.total_seconds()
+        missing_ranks = self._find_missing_ranks(keys)
+        while len(missing_ranks) > 1 and time.monotonic() < end:
+            time.sleep(0.1)
+            missing_ranks = self._find_missing_ranks(keys)
+        return missing_ranks
 
     def leave(self) -> None:
         """Announce that this rank makes no further calls. Rank 0 waits for the other ranks.
@@ -119,20 +139,21 @@ class RankMonitor:
                 self._store.wait(keys, EXIT_TIMEOUT)
 
     def _build_timeout_error(self, timeout: timedelta) -> RankTimeoutError:
+        missing_ranks = ", ".join(map(str, self._missing_ranks))
         return RankTimeoutError(
-            f"rank {self._missing_ranks} of {self._world_size} did not respond within {timeout}",
+            f"rank {missing_ranks} of {self._world_size} did not respond within {timeout}",
             where="training",
             expected="a response from every rank",
             remedy="check the log of that rank, then start again with --resume",
         )
 
-    def _find_missing_ranks(self, keys: Sequence[str]) -> str:
+    def _find_missing_ranks(self, keys: Sequence[str]) -> list[int]:
         try:
             has_arrived = [self._store.check([key]) for key in keys]
         except RuntimeError:
             # Rank 0, which hosts the store, has exited.
-            return "0"
-        return ", ".join(str(rank) for rank, arrived in enumerate(has_arrived) if not arrived)
+            return [0]
+        return [rank for rank, arrived in enumerate(has_arrived) if not arrived]
 
 
 @dataclass(frozen=True, slots=True)

@@ -269,3 +269,21 @@ trl sft "${ARGS[@]}" --lora_r 4 --use_peft
     (tmp_path / "recipe.yaml").unlink()
     with pytest.raises(UserError, match="depends on"):
         convert(tmp_path, "a.sh", text.replace("[@]", "[@]:2"))
+
+
+@pytest.mark.parametrize(
+    ("options", "tune", "embeddings"), TABLES["test_scripts_of_qwen_vl_are_converted"]
+)
+def test_scripts_of_qwen_vl_are_converted(options, tune, embeddings, tmp_path):
+    """Check its targets, which exclude the vision encoder, and the embeddings of base models."""
+    start = "torchrun --nproc_per_node $GPUS finetune.py --data_path rows.jsonl --fix_vit True"
+    script = f"GPUS=2\n{start} --model_max_length 600 --adam_beta2 0.95 {options}"
+    done, made = convert(tmp_path, "a.sh", script)
+    assert made["data"]["max_length"] == 600
+    assert (made["train"]["batch_size"], made["train"]["betas"][1]) == (16, 0.95)
+    assert [made["tune"][part] for part in ("vision", "merger", "language")] == tune
+    assert made["tune"]["embeddings"] == embeddings
+    if "lora" in tune:
+        assert made["tune"]["lora"]["target_modules"] == ["c_attn", "attn.c_proj", "w1", "w2"]
+        assert (made["tune"]["lora"]["rank"], made["tune"]["lora"]["alpha"]) == (64, 16)
+    assert not notes_by_setting(done, "unknown")

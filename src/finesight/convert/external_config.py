@@ -17,12 +17,36 @@ from finesight.config import ObjectiveName
 from finesight.errors import UserError, shorten
 from finesight.recipe import invert_groups, load_trainer_settings
 
-SourceProgram = Literal["ms-swift", "LLaMA-Factory", "TRL", "Unsloth", "Qwen-VL-Series-Finetune"]
+SourceProgram = Literal[
+    "ms-swift",
+    "LLaMA-Factory",
+    "Transformers",
+    "TRL",
+    "Unsloth",
+    "Qwen-VL",
+    "Qwen-VL-Series-Finetune",
+]
 PARTS = ("vision", "merger", "language")
 
 _OBJECTIVE_NAMES = {name: name for name in get_args(ObjectiveName)}
 OBJECTIVES = _OBJECTIVE_NAMES | {"gkd": "distill", "distillation": "distill"}
 """Objectives of recipes by the training method of another program."""
+
+UNKNOWN_COUNT = "unknown"
+"""Value of NPROC_PER_NODE if a launcher determines the number of processes at run time."""
+
+CONVERTED_VARIABLES = {
+    "MAX_PIXELS",
+    "MIN_PIXELS",
+    "IMAGE_MAX_TOKEN_NUM",
+    "IMAGE_MIN_TOKEN_NUM",
+    "USE_HF",
+    "NPROC_PER_NODE",
+    "NNODES",
+    "CUDA_VISIBLE_DEVICES",
+    "USE_MODELSCOPE_HUB",
+}
+"""Environment variables that the converters read; others are only reported."""
 
 ValueT = TypeVar("ValueT", bool, int, float)
 
@@ -56,11 +80,16 @@ class ProgramRules(NamedTuple):
 
 
 @cache
-def load_rules(program: SourceProgram, method: str = "") -> ProgramRules:
-    """Load the rules of a program, with those of the transformers Trainer and of a method."""
+def load_rules(program: SourceProgram | Literal["accelerate"], method: str = "") -> ProgramRules:
+    """Load the rules of a program, with those of the transformers Trainer and of a method.
+
+    Those of accelerate are the rules for its own configuration file.
+    """
     content = load_trainer_settings()
     rules: dict[str, SettingRule | None] = {}
-    names = ("transformers", program, OBJECTIVES.get(method, ""))
+    names: tuple[str, ...] = ("transformers", program, OBJECTIVES.get(method, ""))
+    if program == "accelerate":
+        names = (program,)
     for section in [content[name] for name in names if name in content]:
         for kind in ("ignored", "unsupported"):
             for reason, items in section.get(kind, {}).items():
@@ -95,9 +124,9 @@ class ExternalConfig:
     """Configuration of a training with another program.
 
     `is_recorded` is True for the args.json of an ms-swift run, which contains all settings.
-    `unresolved` are expressions of a Python script for settings without a constant value. `method`
-    is the training method, if it is known. Methods that read a setting raise UserError for values
-    of another type.
+    `unresolved` are expressions of a Python script for settings without a constant value, and
+    `notes` report its code. `launcher` has the settings of accelerate. `method` is the training
+    method, if it is known. Methods that read a setting raise UserError for values of another type.
     """
 
     program: SourceProgram
@@ -107,6 +136,8 @@ class ExternalConfig:
     is_recorded: bool = False
     unresolved: Mapping[str, str] = field(default_factory=dict)
     method: str = ""
+    launcher: Mapping[str, object] = field(default_factory=dict)
+    notes: tuple[ConversionNote, ...] = ()
 
     @property
     def rules(self) -> ProgramRules:
@@ -164,12 +195,36 @@ class ExternalConfig:
 
     def default_comment(self, *keys: str) -> str:
         """Return the recipe comment of a default value; empty if a setting is set."""
-        return "" if self.has(*keys) else f"{self.program}'s default"
+        if self.has(*keys):
+            return ""
+        owner = f"{self.program}'" if self.program.endswith("s") else f"{self.program}'s"
+        return f"{owner} default"
 
     def build_error(self, key: str, expected: str) -> UserError:
         """Build the error for the invalid value of a setting."""
         what = f"{key} is {format_value(self.get_value(key))!r}"
         return UserError(what, where=self.where, expected=expected, remedy=f"correct {key}")
+
+
+def build_external_config(
+    program: SourceProgram,
+    content: Mapping[str, object],
+    path: Path,
+    environment: Mapping[str, str],
+    launcher: Mapping[str, object] | None = None,
+) -> ExternalConfig:
+    """Build a configuration from named settings, whose former names become the current ones."""
+    aliases = load_rules(program).aliases
+    values = {aliases.get(key, key): value for key, value in content.items()}
+    file_environment = values.pop("env" if program == "TRL" else "ENV", None)
+    variables = dict(environment)
+    if isinstance(file_environment, Mapping):
+        # Variables set outside take precedence.
+        variables = {str(k): str(v) for k, v in file_environment.items()} | variables
+    is_recorded = program == "ms-swift" and "swift_version" in values
+    return ExternalConfig(
+        program, str(path), values, variables, is_recorded, launcher=launcher or {}
+    )
 
 
 def is_empty(value: object) -> bool:

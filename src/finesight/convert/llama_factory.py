@@ -44,7 +44,7 @@ class LlamaFactoryConverter(TrainerConverter):
         self.set_trainer_settings(len([device for device in visible if device.strip()]))
         self.copy_setting("train.learning_rate", "learning_rate")
         uses_bf16 = config.get_bool("bf16") or config.get_bool("pure_bf16")
-        fallback = "fp16" if config.get_bool("fp16") else "auto"
+        fallback = "fp16" if config.get_bool("fp16") else self.get_launcher_precision()
         draft.set("train.precision", "bf16" if uses_bf16 else fallback)
         self.set_output_dir("trainer_output")
 

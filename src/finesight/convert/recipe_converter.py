@@ -11,14 +11,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from finesight.bounded_files import load_yaml
-from finesight.convert.config_loader import CONVERTED_VARIABLES, load_external_config
+from finesight.convert.config_loader import load_external_config
 from finesight.convert.external_config import (
+    CONVERTED_VARIABLES,
     ConversionNote,
     ExternalConfig,
-    NoteKind,
+    ProgramRules,
     SourceProgram,
     format_value,
     is_empty,
+    load_rules,
 )
 from finesight.convert.llama_factory import LlamaFactoryConverter
 from finesight.convert.ms_swift import MsSwiftConverter
@@ -72,14 +74,39 @@ def convert_config(source: Path, target: Path) -> ConvertedRecipe:
             expected=error.expected,
             remedy="correct the original setting",
         ) from error
-    value_notes = _iter_value_notes(converter.config, draft, converter.objective)
-    notes = (*draft.notes, *value_notes, *_iter_environment_notes(config))
+    only = f"used by {converter.objective} only" if converter.objective else ""
+    notes = (
+        *draft.notes,
+        *config.notes,
+        *_iter_expression_notes(converter.config, only),
+        *_iter_value_notes(converter.config, draft, only),
+        *_iter_launcher_notes(config.launcher),
+        *_iter_environment_notes(config),
+    )
     write_file(target, text.encode())
     return ConvertedRecipe(config.program, text, notes, tuple(draft.imports))
 
 
+def _iter_expression_notes(config: ExternalConfig, only: str) -> Iterator[ConversionNote]:
+    """Yield notes about settings of a script without a constant value.
+
+    `only` is the text for settings of a method that the recipe does not use.
+    """
+    rules = config.rules
+    for key, expression in config.unresolved.items():
+        rule = rules.find(key)
+        if key in _NOTED_KEYS or (rule and rule.is_ignored):
+            continue
+        text = "computed by the script, which is not executed: set it in the recipe"
+        if rule:
+            text = rule.reason
+        elif only and key not in rules.converted and not key.startswith("**"):
+            text = only
+        yield ConversionNote("differs", key, _format_short(key, expression), text)
+
+
 def _iter_value_notes(
-    config: ExternalConfig, draft: RecipeDraft, objective: str | None
+    config: ExternalConfig, draft: RecipeDraft, only: str
 ) -> Iterator[ConversionNote]:
     """Yield notes about settings of the configuration that the recipe does not contain.
 
@@ -87,27 +114,39 @@ def _iter_value_notes(
     """
     rules = config.rules
     skipped_keys = rules.converted | draft.used_keys | {note.key for note in draft.notes}
-    only = f"used by {objective} only" if objective else ""
-    for key, expression in config.unresolved.items():
-        rule = rules.find(key)
-        if key in _NOTED_KEYS or (rule and rule.is_ignored):
-            continue
-        text = "computed by the script, which is not executed: set it in the recipe"
-        is_own = not rule and key not in rules.converted and not key.startswith("**")
-        text = rule.reason if rule else only if only and is_own else text
-        yield ConversionNote("differs", key, _format_short(key, expression), text)
     for key, value in config.values.items():
-        kind: NoteKind = "unknown"
-        rule = rules.find(key)
-        if rule is None:
-            text = only or f"unknown setting of {config.program}: check whether it matters"
-        elif rule.is_ignored or _affects_result(value, rule.equivalent_values):
-            kind, text = "ignored" if rule.is_ignored else "differs", rule.reason
-        else:
-            kind, text = "ignored", "equal in finesight"
-        is_unused = kind == "ignored" or is_empty(value) or value is False or key in _RECORDED_KEYS
+        note = _describe_value(key, value, rules, only or _describe_unknown(config.program))
+        is_unused = is_empty(value) or value is False or key in _RECORDED_KEYS
+        is_unused = is_unused or note.kind == "ignored"
         if key not in skipped_keys and not (config.is_recorded and is_unused):
-            yield ConversionNote(kind, key, _format_short(key, value), text)
+            yield note
+
+
+def _iter_launcher_notes(launcher: Mapping[str, object]) -> Iterator[ConversionNote]:
+    """Yield notes about settings of accelerate that the recipe does not contain."""
+    rules = load_rules("accelerate")
+    for key, value in launcher.items():
+        if key not in rules.converted and not is_empty(value):
+            yield _describe_value(key, value, rules, _describe_unknown("accelerate"))
+
+
+def _describe_unknown(program: str) -> str:
+    return f"unknown setting of {program}: check whether it matters"
+
+
+def _describe_value(
+    key: str, value: object, rules: ProgramRules, unknown_text: str
+) -> ConversionNote:
+    """Build the note about a setting by its rule, or with a text."""
+    rule = rules.find(key)
+    text = _format_short(key, value)
+    if rule is None:
+        return ConversionNote("unknown", key, text, unknown_text)
+    if rule.is_ignored:
+        return ConversionNote("ignored", key, text, rule.reason)
+    if _affects_result(value, rule.equivalent_values):
+        return ConversionNote("differs", key, text, rule.reason)
+    return ConversionNote("ignored", key, text, "equal in finesight")
 
 
 def _affects_result(value: object, equivalent_values: tuple[str, ...]) -> bool:

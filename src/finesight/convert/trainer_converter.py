@@ -16,21 +16,28 @@ import yaml
 from pydantic import ValidationError
 
 from finesight.config import METRIC_NAMES, GrpoSettings, TrainSettings
-from finesight.convert.config_loader import UNKNOWN_COUNT
 from finesight.convert.external_config import (
     OBJECTIVES,
     PARTS,
+    UNKNOWN_COUNT,
     ConversionNote,
     ExternalConfig,
     FamilySettings,
     detect_family,
     is_empty,
 )
+from finesight.convert.launcher_config import (
+    load_config_value,
+    read_accelerate_sharding,
+    read_deepspeed_sharding,
+    read_fsdp_sharding,
+)
 from finesight.data.import_source import (
     NUM_PREVIEW_ROWS,
     ImportOptions,
     open_unvalidated,
 )
+from finesight.data.sample import Sample
 from finesight.errors import UserError, escape_unprintable, format_count
 from finesight.recipe import invert_groups, load_trainer_settings
 from finesight.recipe_template import detect_task
@@ -38,6 +45,11 @@ from finesight.storage import temporary_folder
 
 NOTE_UNKNOWN_PROCESSES = " (number of GPUs unknown: multiply by it)"
 
+_DEEPSPEED_SCHEDULES = {
+    "WarmupLR": "constant",
+    "WarmupDecayLR": "linear",
+    "WarmupCosineLR": "cosine",
+}
 _EMBEDDING_MODULES = {"embed_tokens", "lm_head", "all-embedding", "wte"}
 
 
@@ -236,6 +248,9 @@ class TrainerConverter:
         if is_internvl and not self.is_native and not _is_path(model):
             model, text = f"{model}-hf", f"the repository for transformers; {text}"
         model = self._add_hub(model, "model_revision")
+        if _is_path(model) and not os.path.exists(os.path.expanduser(model)):
+            missing = "does not exist here: set `model` to its folder or to its name on a hub"
+            self.draft.note("model", model, missing)
         if not self.is_native:
             self.draft.note("model", model, text)
         self.draft.set("model", model)
@@ -261,8 +276,9 @@ class TrainerConverter:
                 if self.objective is None:
                     comment = "from the imports that the conversion has printed"
                     limit = {} if source.limit is None else {"limit": source.limit}
+                    question = self._find_question(source.name)
                     arguments = {"source": source.name, "out": folder, **limit, **split}
-                    self.draft.imports.append(arguments)
+                    self.draft.imports.append(arguments | question)
                 files[name].append(f"{folder}/{'train' if split else 'data'}.jsonl")
                 files["data.eval"] += [f"{folder}/eval.jsonl"] if split else []
         for name, paths in files.items():
@@ -272,16 +288,26 @@ class TrainerConverter:
         if files["data.eval"]:
             self._set_metric(sources[0].name)
 
+    def _find_question(self, source: str) -> dict[str, object]:
+        """Return the argument of an import with the question of a script.
+
+        Data with questions of their own keep these.
+        """
+        prompt = self.config.get_str("prompt")
+        if prompt is None:
+            return {}
+        text = "asked in code for each sample: add --prompt to the import if the data have no"
+        given: dict[str, object] = {}
+        if not _load_preview(source) and _load_preview(source, prompt):
+            text = "asked in code for each sample; the data have no"
+            given = {"prompt": prompt}
+        self.draft.note("prompt", prompt, f"{text} question", differs=not given)
+        return given
+
     def _set_metric(self, source: str) -> None:
         """Set `eval.metric` by the answers in a file, and the interval of evaluations."""
-        options = ImportOptions(on_invalid_row="skip")
-        try:
-            with temporary_folder("convert") as folder:
-                rows = islice(open_unvalidated(Path(source), options, folder), NUM_PREVIEW_ROWS)
-                samples = [sample for row in rows for sample in row.samples]
-            task = detect_task(samples) if samples else None
-        except UserError:
-            task = None
+        samples = _load_preview(source)
+        task = detect_task(samples) if samples else None
         if task is None or self.objective is not None:
             tasks = ", ".join(METRIC_NAMES)
             text = f"set by the answers, which {source} does not show here: one of {tasks}"
@@ -374,28 +400,53 @@ class TrainerConverter:
         self.draft.note("batch", total, description)
 
     def _set_parallelism(self) -> None:
-        launcher = (self.config.get_str("accelerate_config") or "").lower()
-        fsdp = self.config.get_str("fsdp") or (launcher if "fsdp" in launcher else "")
-        launcher = "" if re.search(r"fsdp|(multi|single)_?gpu|^no$", launcher) else launcher
-        if deepspeed := self.config.get_value("deepspeed") or launcher:
-            # A built-in name, a file name, or the content of the configuration.
-            text = re.sub(r"""[_\-\s'"]""", "", str(deepspeed)).lower()
-            is_content = "{" in text
-            text = text if is_content else text.rpartition("/")[2]
-            match = re.search(r"z(?:ero)?([0-3])|stage:([0-3])", text)
-            if match is None:
-                text = "set train.parallel, if it shards the model or the optimizer"
-                key = "accelerate_config" if launcher == deepspeed else "deepspeed"
-                self.draft.note(key, deepspeed, text, differs=True)
+        """Set `train.parallel` from the setting of DeepSpeed or FSDP, else from the launcher."""
+        config, draft = self.config, self.draft
+        origin = Path(config.where)
+        deepspeed = config.get_value("deepspeed")
+        if is_empty(deepspeed):
+            deepspeed = config.launcher.get("deepspeed_config_file")
+        fsdp = config.get_value("fsdp")
+        if not is_empty(deepspeed) and deepspeed is not False:
+            key, given = "deepspeed", deepspeed
+            content = load_config_value(deepspeed, origin)
+            sharding = read_deepspeed_sharding(content)
+            if isinstance(content, Mapping):
+                self._set_deepspeed_schedule(content)
+        elif not is_empty(fsdp):
+            key, given = "fsdp", fsdp
+            details = load_config_value(config.get_value("fsdp_config"), origin)
+            sharding = read_fsdp_sharding(fsdp, details)
+            if sharding is None:
                 return
-            stage = int(match[1] or match[2])
-            offload = "device:cpu" in text if is_content else "offload" in text
-            mode = "fsdp_offload" if offload and stage else ("ddp", "zero2", "zero2", "fsdp")[stage]
-            comment = f"DeepSpeed stage {stage}{', offload' * offload}"
-            self.draft.set("train.parallel", mode, comment)
-        elif fsdp and fsdp.lower() not in ("false", "[]"):
-            mode = "fsdp_offload" if "offload" in fsdp else "fsdp"
-            self.draft.set("train.parallel", mode, f"fsdp: {fsdp}")
+        elif config.launcher:
+            key, given = "accelerate_config", config.launcher.get("distributed_type", "")
+            sharding = read_accelerate_sharding(config.launcher)
+        else:
+            return
+        if sharding is None:
+            text = "set train.parallel, if it shards the model or the optimizer"
+            draft.note(key, given, text, differs=True)
+        elif sharding.mode != "ddp" or key != "accelerate_config":
+            draft.set("train.parallel", sharding.mode, sharding.source)
+
+    def _set_deepspeed_schedule(self, content: Mapping[str, object]) -> None:
+        """Set the schedule of a DeepSpeed configuration, which replaces that of the Trainer."""
+        scheduler = content.get("scheduler")
+        name = str(scheduler.get("type")) if isinstance(scheduler, Mapping) else ""
+        if name in _DEEPSPEED_SCHEDULES:
+            schedule = _DEEPSPEED_SCHEDULES[name]
+            self.draft.set("train.lr_schedule", schedule, f"{name} of DeepSpeed")
+            text = f"replaces lr_scheduler_type: a linear warmup, then {schedule}"
+            self.draft.note("deepspeed scheduler", name, text, differs=True)
+        elif name:
+            text = "is not supported: lr_scheduler_type is used instead"
+            self.draft.note("deepspeed scheduler", name, text, differs=True)
+
+    def get_launcher_precision(self) -> str:
+        """Return the mixed precision of accelerate, which applies if the Trainer has none."""
+        precision = str(self.config.launcher.get("mixed_precision")).lower()
+        return precision if precision in ("bf16", "fp16") else "auto"
 
     def set_output_dir(self, default: str) -> None:
         """Set the output folder: a new one if a run recorded the configuration."""
@@ -485,6 +536,17 @@ class TrainerConverter:
             if quant_type in (None, "nf4") and is_double:
                 return
         self.draft.note(key, what, text, differs=True)
+
+
+def _load_preview(source: str, prompt: str | None = None) -> list[Sample]:
+    """Load the first samples of a file, none if it cannot be read here."""
+    options = ImportOptions(on_invalid_row="skip", prompt=prompt)
+    try:
+        with temporary_folder("convert") as folder:
+            rows = islice(open_unvalidated(Path(source), options, folder), NUM_PREVIEW_ROWS)
+            return [sample for row in rows for sample in row.samples]
+    except UserError:
+        return []
 
 
 def _is_path(name: str) -> bool:

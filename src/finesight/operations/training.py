@@ -125,7 +125,8 @@ def convert(source: StrPath, recipe: StrPath) -> Outcome[ConvertedRecipe]:
 
     Args:
         source: YAML or JSON of LLaMA-Factory, ms-swift or TRL; args.json of an ms-swift run; a
-            shell script with their command; or a Python script or notebook of TRL or Unsloth.
+            shell script with the command of a training; or a Python script or notebook with a
+            trainer of transformers, TRL or Unsloth.
         recipe: Recipe file to create.
     """
     from finesight.convert.recipe_converter import convert_config

@@ -1,0 +1,266 @@
+"""Build the configuration of a training from a Python script or notebook."""
+
+from __future__ import annotations
+
+import ast
+import re
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+
+from finesight.bounded_files import parse_json
+from finesight.convert.external_config import (
+    ConversionNote,
+    ExternalConfig,
+    SourceProgram,
+    is_empty,
+    load_rules,
+)
+from finesight.convert.python_script import AmbiguousConfigError, Script
+from finesight.convert.python_values import read_items
+from finesight.convert.script_code import ScriptCode, read_script_code
+from finesight.convert.source_file import build_source_error
+from finesight.errors import Remedy, Step, UserError
+from finesight.recipe import load_trainer_settings
+
+_PADDING_COLLATORS = (
+    "DataCollatorForSeq2Seq",
+    "DataCollatorWithPadding",
+    "default_data_collator",
+    "DefaultDataCollator",
+)
+_START_REMEDY = (
+    "write the values into a copy of the script, or save the command that starts it in a file"
+    " ending in .sh and convert that file"
+)
+_EVAL_DATA_SETTINGS = {
+    "eval_dataset_name": "path",
+    "eval_dataset_config": "name",
+    "eval_dataset_split": "split",
+    "eval_data_files": "data_files",
+}
+"""Arguments of `load_dataset` by the setting for the data of the evaluation."""
+
+_DATA_TYPES = (str, list, dict)
+_JOIN_REMEDY = "join the parts of the training in one file: the model, the adapter and the trainer"
+_INIT_STEP = Step("init", {"data": "DATA"}, "convert the file that trains, or write a recipe")
+_OTHER_PURPOSES: tuple[tuple[set[str], str, Remedy], ...] = (
+    (
+        {"backward"},
+        "it trains in a loop of its own",
+        Step("init", {"data": "DATA"}, "write a recipe"),
+    ),
+    (
+        {"merge_and_unload"},
+        "it merges an adapter",
+        Step("merge", {"source": "RUN", "out": "OUT"}, "convert the script that trains, and then"),
+    ),
+    (
+        {"generate", "chat"},
+        "it generates answers",
+        Step(
+            "predict",
+            {"run_or_model": "RUN", "images": ["IMAGE"], "prompt": "TEXT"},
+            "convert the script that trains, and then",
+        ),
+    ),
+    (
+        {"dump", "to_csv", "to_json", "to_parquet", "save"},
+        "it prepares data",
+        Step("import", {"source": "DATA", "out": "OUT"}, "convert the script that trains, and"),
+    ),
+    (
+        {"snapshot_download", "from_pretrained", "get_peft_model", "LoraConfig"},
+        "it loads a model or an adapter",
+        _JOIN_REMEDY,
+    ),
+)
+"""Calls in scripts that are no training, what the script does, and what to do instead."""
+
+
+def read_python_config(text: str, path: Path, options: Mapping[str, object]) -> ExternalConfig:
+    """Build the configuration of a script that starts with `options`.
+
+    Raises UserError for a script that does not train, or whose configuration is ambiguous.
+    """
+    calls = _list_calls()
+    try:
+        text = _read_code(text, path)
+        with warnings.catch_warnings(action="ignore"):  # about escape sequences in the script
+            tree = ast.parse(text)
+        script = Script(tree, options)
+        arguments = list(script.iter_arguments(calls))
+        code = read_script_code(script)
+    except AmbiguousConfigError as error:
+        remedy = "keep only the one that the training uses in a copy of the script"
+        raise build_source_error(path, str(error), remedy) from error
+    except (SyntaxError, ValueError, TypeError, LookupError, RecursionError, MemoryError) as error:
+        raise _build_syntax_error(path, error) from error
+    aliases = load_rules("TRL").aliases
+    values: dict[str, object] = {}
+    defaults: dict[str, object] = {}
+    unresolved: dict[str, str] = {}
+    for callee, name, value in arguments:
+        key = aliases.get(name, name)
+        defaults = calls[callee] | defaults
+        if isinstance(value, ast.expr):
+            unresolved.setdefault(key, ast.unparse(script.resolve(value)))
+            unresolved = _list_items(script, value) | unresolved
+        elif key:
+            values.setdefault(key, value)
+    classes = [script.get_base(name) for name in script.parsed.classes.values()]
+    for name in classes:
+        defaults = calls.get(name, {}) | defaults
+    used = {argument.callee for argument in arguments} | set(classes)
+    given = {aliases.get(key, key): value for key, value in script.iter_parsed_settings()}
+    for key, value in script.iter_parsed_changes():
+        if not isinstance(value, ast.expr):
+            given[aliases.get(key, key)] = value
+        elif not _is_ignored(key):
+            text = "changed by the script, which is not executed: check it in the recipe"
+            code.note(key, ast.unparse(value), text)
+    unresolved = {key: text for key, text in unresolved.items() if key not in given}
+    found = {key: value for key, value in code.values.items() if key not in unresolved}
+    values = found | given | _read_eval_data(script) | values
+    unresolved |= {key: text for key, text in code.unresolved.items() if key not in values}
+    _check_training(script, used, values, unresolved, path)
+    values["model_name_or_path"] = _find_repository(script, str(values["model_name_or_path"]))
+    notes = _take_notes(code, unresolved)
+    if "eval_dataset_name" in values:
+        unresolved.pop("eval_dataset", None)
+    unresolved = {key: text for key, text in unresolved.items() if key not in values}
+    return ExternalConfig(
+        _name_program(text, used),
+        str(path),
+        defaults | values,
+        code.environment,
+        unresolved=unresolved,
+        notes=notes,
+    )
+
+
+def _list_items(script: Script, value: ast.expr) -> dict[str, str]:
+    """Return the items of a dict that a call receives, by name."""
+    node = script.resolve(value)
+    aliases = load_rules("TRL").aliases
+    try:
+        items = read_items(node, script.get_constants(node))
+    except ValueError:
+        return {}
+    return {
+        aliases.get(name, name): ast.unparse(item) if isinstance(item, ast.expr) else str(item)
+        for name, item in items.items()
+    }
+
+
+def _read_eval_data(script: Script) -> dict[str, object]:
+    """Return the settings of a dataset that only the evaluation uses."""
+    for call in script.calls:
+        is_for_evaluation = call in script.used and call not in script.used_for_training
+        if script.split_callee(call)[1] == "load_dataset" and is_for_evaluation:
+            values = script.read_arguments(call)
+            named = {key: values.get(name) for key, name in _EVAL_DATA_SETTINGS.items()}
+            return {key: value for key, value in named.items() if isinstance(value, _DATA_TYPES)}
+    return {}
+
+
+def _list_calls() -> dict[str, dict[str, object]]:
+    """Return the calls whose arguments are settings, with defaults of their own."""
+    known = load_trainer_settings()["TRL"]
+    calls: dict[str, dict[str, object]] = {}
+    for name in known["calls_without_defaults"].split():
+        calls[name] = {}
+    calls |= known["calls"]
+    for name in known["method_classes"].split():
+        calls |= {f"{name}Config": {"stage": name.lower()}, f"{name}Trainer": {}}
+    return calls
+
+
+def _read_code(text: str, path: Path) -> str:
+    """Return the code of a script, or that of a notebook without its shell commands."""
+    if path.suffix != ".ipynb":
+        return text
+    cells = [cell for cell in parse_json(text)["cells"] if cell["cell_type"] == "code"]
+    lines = "\n".join("".join(cell["source"]) for cell in cells)
+    return re.sub(r"(?m)^(\s*)[%!].*", r"\1pass", lines)
+
+
+def _build_syntax_error(path: Path, error: Exception) -> UserError:
+    """Build the error for a file that is no Python code."""
+    what = " ".join(str(error).split())[:200]
+    remedy = "correct the file"
+    if isinstance(error, SyntaxError):
+        what = f"{error.msg}, line {error.lineno}"
+        remedy = "correct this line in a copy of the file"
+    if isinstance(error, IndentationError):
+        remedy = "restore the indentation, which a copy from a web page may lose"
+    return build_source_error(path, f"cannot be read as Python: {what}", remedy)
+
+
+def _check_training(
+    script: Script,
+    used: set[str],
+    values: Mapping[str, object],
+    unresolved: Mapping[str, str],
+    path: Path,
+) -> None:
+    """Raise UserError for a script without a training or without a model."""
+    calls = _list_calls()
+    starts = [name for name in used if "stage" in calls.get(name, {}) or name.endswith("Arguments")]
+    if not starts and not script.trainers:
+        what = "sets no training arguments, such as TrainingArguments(...) or SFTConfig(...)"
+        names = {script.split_callee(call)[1] for call in script.calls}
+        for callees, purpose, remedy in _OTHER_PURPOSES:
+            if callees & names:
+                raise build_source_error(path, f"{what}: {purpose}", remedy)
+        raise build_source_error(path, what, _INIT_STEP)
+    if is_empty(values.get("model_name_or_path")):
+        model = unresolved.get("model_name_or_path")
+        if model:
+            what = f"loads the model {model!r}, which is no constant"
+            raise build_source_error(path, what, _START_REMEDY)
+        is_started = bool(script.parsed.classes or script.parsed.own)
+        remedy = _START_REMEDY if is_started else _JOIN_REMEDY
+        raise build_source_error(path, "names no model", remedy)
+
+
+def _find_repository(script: Script, model: str) -> str:
+    """Return the repository of a model that the script downloads, or the name itself.
+
+    A folder that exists here remains.
+    """
+    path = model.removeprefix("./").rstrip("/")
+    if Path(model).expanduser().exists():
+        return model
+    for hub, name, folder in script.iter_downloads():
+        if model == name or path.endswith(name) or (folder and model.startswith(folder)):
+            return f"modelscope:{name}" if hub == "modelscope" else name
+    return model
+
+
+def _take_notes(code: ScriptCode, unresolved: dict[str, str]) -> tuple[ConversionNote, ...]:
+    """Return the notes about code, without settings that they replace."""
+    notes = list(code.notes)
+    if any(note.key == "callbacks" for note in notes):
+        unresolved.pop("callbacks", None)
+    collator = unresolved.get("data_collator", "")
+    if collator.partition("(")[0].rpartition(".")[2] in _PADDING_COLLATORS:
+        del unresolved["data_collator"]
+        text = "samples are packed, not padded"
+        notes.append(ConversionNote("ignored", "data_collator", collator, text))
+    return tuple(notes)
+
+
+def _is_ignored(key: str) -> bool:
+    """Return whether a setting has no effect on the recipe."""
+    rule = load_rules("TRL").find(key)
+    return rule is not None and rule.is_ignored
+
+
+def _name_program(text: str, used: set[str]) -> SourceProgram:
+    """Return the library whose trainer a script uses."""
+    if re.search(r"(?m)^\s*(?:from|import) unsloth\b", text):
+        return "Unsloth"
+    methods = load_trainer_settings()["TRL"]["method_classes"].split()
+    classes = {f"{method}{end}" for method in methods for end in ("Config", "Trainer")}
+    return "TRL" if used & classes else "Transformers"

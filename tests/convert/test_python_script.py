@@ -1,0 +1,187 @@
+"""Python scripts with a trainer: what the training uses, and what their code does."""
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+import yaml
+from case_files import load_cases
+from convert_fixtures import convert_script, load_converted_recipe, notes_by_setting
+from image_fixtures import write_gray_image
+
+from finesight.convert.recipe_converter import ConvertedRecipe
+from finesight.errors import UserError
+
+TABLES = load_cases("python_scripts")
+NOTED = {"callbacks", "encode", "dataset", "prompt"}
+
+
+@pytest.fixture(autouse=True)
+def _work_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def read_settings(folder: Path, done: ConvertedRecipe) -> dict[str, object]:
+    """Return the settings that the scripts below differ in."""
+    made = load_converted_recipe(folder)
+    given = yaml.safe_load(done.recipe_text)
+    lora = given["tune"].get("lora")
+    return {
+        **{"model": made.model, "adapter": given.get("adapter"), "image": given.get("image")},
+        **{"rank": lora and lora["rank"], "epochs": made.train.epochs},
+        **{"learning_rate": made.train.learning_rate.default, "output_dir": str(made.output_dir)},
+        **{"max_length": made.data.max_length, "system_prompt": made.data.system_prompt},
+        **{"batch_size": made.train.batch_size, "source": done.imports[0]["source"]},
+        "max_pixels": given.get("image", {}).get("max_pixels"),
+    }
+
+
+@pytest.mark.parametrize("case", TABLES["test_training_counts_not_inference"])
+def test_training_counts_not_inference(case, tmp_path):
+    assert case["old"] in TABLES["SCRIPT"]
+    text = TABLES["SCRIPT"].replace(case["old"], case["new"], 1)
+    if "Other(" in text:
+        text = "class Other(Trainer):\n    def compute_loss(self):\n        return 1\n" + text
+    done = convert_script(tmp_path, text, "train.py")
+    expected = {
+        **{"model": "modelscope:Qwen/Qwen2-VL-2B-Instruct", "adapter": None, "rank": 12},
+        **{"image": {"height": 140, "width": 280}, "max_length": 4096, "epochs": 2},
+        **{"source": "all.json", "output_dir": "out", "system_prompt": None},
+    }
+    expected |= case.get("expected", {})
+    found = read_settings(tmp_path, done)
+    if "adapter" in case.get("expected", {}):
+        del expected["rank"]
+    assert {key: found[key] for key in expected} == expected
+    noted = NOTED - {*case.get("less", [])} | {*case.get("more", [])}
+    assert notes_by_setting(done, "differs").keys() == noted
+    assert not notes_by_setting(done, "unknown")
+
+
+def test_notes_name_the_setting_with_the_same_effect(tmp_path):
+    done = convert_script(tmp_path, TABLES["SCRIPT"], "train.py")
+    notes = notes_by_setting(done, "differs")
+    assert "[{kind: swanlab, project: animals}]" in notes["callbacks"]
+    assert "packed" in notes_by_setting(done, "ignored")["data_collator"]
+    assert "Another question" not in str(done.notes)
+    stopping = TABLES["SCRIPT"].replace("[tracker]", "[EarlyStoppingCallback(3), Own()]")
+    done = convert_script(tmp_path, stopping, "train.py")
+    texts = [note.text for note in done.notes if note.key == "callbacks"]
+    assert ["eval.patience" in text for text in texts] == [True, False]
+
+
+def test_import_gets_the_question_that_the_data_lack(tmp_path):
+    write_gray_image(tmp_path / "a.png")
+    turns = [{"role": "user", "value": "a.png"}, {"role": "assistant", "value": "a cat"}]
+    (tmp_path / "all.json").write_text(json.dumps([{"conversations": turns}] * 4))
+    done = convert_script(tmp_path, TABLES["SCRIPT"], "train.py")
+    assert done.imports[0]["prompt"] == "Which animal?"
+    turns[0]["value"] = "What?<|vision_start|>a.png<|vision_end|>"
+    (tmp_path / "all.json").write_text(json.dumps([{"conversations": turns}] * 4))
+    done = convert_script(tmp_path, TABLES["SCRIPT"], "train.py")
+    assert "prompt" not in done.imports[0]
+    assert "--prompt" in notes_by_setting(done, "differs")["prompt"]
+
+
+def test_existing_model_folder_remains(tmp_path):
+    folder = tmp_path / "Qwen" / "Qwen2-VL-2B-Instruct"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text('{"model_type": "qwen2_vl", "vision_config": {}}')
+    convert_script(tmp_path, TABLES["SCRIPT"], "train.py")
+    assert load_converted_recipe(tmp_path).model == "./Qwen/Qwen2-VL-2B-Instruct"
+    missing = TABLES["SCRIPT"].replace('"./Qwen/Qwen2-VL', '"/data/Qwen3-VL')
+    done = convert_script(tmp_path, missing, "train.py")
+    assert "does not exist here" in notes_by_setting(done, "note")["model"]
+
+
+@pytest.mark.parametrize(("command", "settings"), TABLES["test_arguments_of_the_command_are_read"])
+def test_arguments_of_the_command_are_read(command, settings, tmp_path):
+    (tmp_path / "train.py").write_text(TABLES["ARGPARSE"])
+    (tmp_path / "start.sh").write_text(TABLES["START"])
+    done = convert_script(tmp_path, command, "run.sh")
+    found = read_settings(tmp_path, done)
+    assert {key: found[key] for key in settings} == settings
+    assert notes_by_setting(done, "unknown").keys() == {"shuffle"}
+
+
+def test_script_alone_has_the_defaults_of_its_arguments(tmp_path):
+    done = convert_script(tmp_path, TABLES["ARGPARSE"], "train.py")
+    found = read_settings(tmp_path, done)
+    assert (found["rank"], found["learning_rate"]) == (8, 2e-4)
+    assert notes_by_setting(done, "differs").keys() == {"dataset", "output_dir"}
+
+
+def test_arguments_of_a_nested_script_are_asked_for(tmp_path):
+    (tmp_path / "train.py").write_text(TABLES["ARGPARSE"])
+    (tmp_path / "start.sh").write_text("python train.py --out $1\n")
+    with pytest.raises(UserError, match=r"\$1") as caught:
+        convert_script(tmp_path, (tmp_path / "start.sh").read_text(), "start.sh")
+    start = str(tmp_path / "start.sh")
+    assert f"bash {start} ARGUMENTS" in str(caught.value.remedy)
+    convert_script(tmp_path, f"bash {start} here", "run.sh")
+    assert str(load_converted_recipe(tmp_path).output_dir) == "here"
+
+
+@pytest.mark.parametrize(("options", "settings"), TABLES["test_defaults_of_dataclasses_are_read"])
+def test_defaults_of_dataclasses_are_read(options, settings, tmp_path):
+    (tmp_path / "a.yaml").write_text(
+        "model_name_or_path: Qwen/Qwen2-VL-2B-Instruct\nnum_train_epochs: 9\noutput_dir: o\n"
+    )
+    for name in ("own.py", "sft.py"):
+        (tmp_path / name).write_text(TABLES["DATACLASSES"])
+        done = convert_script(tmp_path, f"python {name} {options}\n")
+        found = read_settings(tmp_path, done)
+        assert {key: found[key] for key in settings} == settings
+        assert found["image"] == {"longest_side": 320}
+        assert load_converted_recipe(tmp_path).train.weight_decay == 0.2
+        assert "output_dir" in notes_by_setting(done, "differs")
+        assert notes_by_setting(done, "unknown").keys() == {"background"}
+
+
+def test_missing_script_is_noted(tmp_path):
+    command = "python own.py --model_name_or_path Qwen/Qwen2-VL-2B-Instruct --num_train_epochs 4"
+    done = convert_script(tmp_path, f'{command} --report_to "" --some_size 3\n')
+    assert load_converted_recipe(tmp_path).train.epochs == 4
+    assert "own.py" in notes_by_setting(done, "differs")
+    assert notes_by_setting(done, "unknown").keys() == {"some_size"}
+
+
+@pytest.mark.parametrize(
+    ("text", "words", "remedy"), TABLES["test_script_without_training_is_refused_with_its_purpose"]
+)
+def test_script_without_training_is_refused_with_its_purpose(text, words, remedy, tmp_path):
+    with pytest.raises(UserError, match=words) as caught:
+        convert_script(tmp_path, text, "a.py")
+    assert remedy in str(caught.value.remedy)
+    assert not (tmp_path / "recipe.yaml").exists()
+
+
+def test_rows_of_a_dataset_are_refused_with_an_import(tmp_path):
+    with pytest.raises(UserError, match="rows of a dataset") as caught:
+        convert_script(tmp_path, '[{"id": 1, "conversations": []}]', "rows.json")
+    assert "finesight import" in str(caught.value.remedy)
+
+
+def test_random_changes_of_a_script_raise_no_traceback(tmp_path):
+    """Each recipe that is written loads, whatever lines are left, moved or cut."""
+    chance = random.Random(9)
+    written = 0
+    for turn in range(150):
+        name = chance.choice(["SCRIPT", "ARGPARSE", "DATACLASSES"])
+        lines = TABLES[name].splitlines()
+        for _ in range(chance.randint(1, 3)):
+            index = chance.randrange(len(lines))
+            line = lines[index]
+            change = chance.choice([[], [line, line], [line[: len(line) // 2]], [f"  {line}"]])
+            lines[index : index + 1] = change
+        if turn % 3 == 0:
+            chance.shuffle(lines)
+            lines = [line.lstrip() for line in lines]
+        try:
+            convert_script(tmp_path, "\n".join(lines), "train.py")
+        except UserError:
+            continue
+        written += 1
+        load_converted_recipe(tmp_path)
+    assert written > 20

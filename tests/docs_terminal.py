@@ -167,6 +167,42 @@ def build_dataset_repositories(num_rows: int = 140) -> dict[str, dict[str, bytes
     return {f"datasets/{name}": {file: make_parquet(rows)} for name, rows in sets.items()}
 
 
+def write_tutorial_files(folder: Path, num_rows: int = 130) -> None:
+    """Write the data files of widely used tutorials, with whole paths of their images."""
+    images = folder / "files"
+    images.mkdir()
+    captions, formulas, turns, paths, boxes = [], [], [], [], []
+    for number in range(num_rows):
+        path = str(images / f"{number}.jpg")
+        Image.new("RGB", (60, 40), (number, 2 * number % 256, 90)).save(path)
+        answer = {"from": "assistant", "value": f"image {number}"}
+        question = {"from": "user", "value": f"COCO Yes: <|vision_start|>{path}<|vision_end|>"}
+        turns.append({"id": f"identity_{number}", "conversations": [question, answer]})
+        formula = {"role": "assistant", "value": f"x^{number}"}
+        paths.append(
+            {"id": f"{number}", "conversations": [{"role": "user", "value": path}, formula]}
+        )
+        captions.append({"image_path": path, "caption": f"image {number}"})
+        formulas.append({"image_path": path, "text": f"x^{number}"})
+        box = json.dumps({"bbox_2d": [20.0, 20.0, 9.0, 8.0]})
+        boxes.append({"image": [path], "query": "Where is the word?", "response": box})
+    for name, rows in (("data_vl.json", turns), ("latex_ocr_train.json", paths)):
+        (folder / name).write_text(json.dumps(rows), encoding="utf-8")
+    (folder / "data").mkdir()
+    lines = [json.dumps(row) for row in boxes]
+    (folder / "data" / "train.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    tables = {
+        "coco-2024-dataset.csv": captions,
+        "coco.csv": captions,
+        "latex_ocr_train.csv": formulas,
+    }
+    for name, rows in tables.items():
+        with (folder / name).open("w", encoding="utf-8", newline="") as stream:
+            table = csv.DictWriter(stream, rows[0])
+            table.writeheader()
+            table.writerows(rows)
+
+
 @contextmanager
 def run_fake_hubs(
     repositories: dict[str, dict[str, bytes]], home: Path

@@ -22,6 +22,7 @@ from docs_terminal import (
     create_reader_folder,
     prepare_page_folder,
     run_fake_hubs,
+    write_tutorial_files,
 )
 from each_value import each
 
@@ -32,6 +33,10 @@ ENGLISH, CHINESE = list_pages("en"), list_pages("zh")
 RUNNABLE_PAGES = {"README.md": ROOT / "README.md", **ENGLISH}
 BLOCKS = [block for page in RUNNABLE_PAGES.values() for block in list_code_blocks(page)]
 TYPED = ("sh", "python", "console")
+ALTERNATIVE = re.compile("(.+), instead of the import above")
+ALTERNATIVES = [block for block in BLOCKS if block.needs and ALTERNATIVE.fullmatch(block.needs)]
+"""Imports that a reader chooses in place of the first one of a page."""
+
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
 
 
@@ -123,6 +128,25 @@ def reader_env(request, tmp_path_factory):
     repositories = build_model_repositories(folder / "models") | build_dataset_repositories()
     with run_fake_hubs(repositories, folder / "home") as env:
         yield env
+
+
+@pytest.mark.parametrize("block", ALTERNATIVES, ids=str)
+def test_alternative_import_creates_the_files_of_later_commands(block, tmp_path):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    write_tutorial_files(folder)
+    with run_fake_hubs(build_dataset_repositories(), tmp_path / "home") as env:
+        reader = DocsTerminal(folder, env)
+        try:
+            reader.run_block(block)
+        finally:
+            reader.close()
+    out = next(_commands(block.text))[2]
+    blocks = list_code_blocks(block.page)
+    later = [one.text for one in blocks if one.line > block.line and one.needs is None]
+    used = {path for text in later for path in re.findall(rf"\b{out}/[\w.-]+", text)}
+    assert len(used) >= 3
+    assert [path for path in sorted(used) if not (folder / path).exists()] == []
 
 
 @pytest.fixture(scope="session")

@@ -236,9 +236,10 @@ class Script:
             if kind == "processor":
                 values = {key: one for key, one in values.items() if key not in _LOADING_ARGUMENTS}
             is_config = callee.endswith(_CONFIG_ENDS)
-            if values and not is_config and kind in seen:
+            if values and kind in seen:
                 continue
-            if values:
+            # A tokenizer and a processor have arguments of their own.
+            if values and not is_config and kind != "processor":
                 seen.add(kind)
             if callee.endswith("Trainer") and callee not in callees:
                 callee = "Trainer"

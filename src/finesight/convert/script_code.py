@@ -260,6 +260,7 @@ def _read_data_files(script: Script, code: ScriptCode) -> None:
             code.values.setdefault("dataset_name", name)
         elif call in script.used:
             code.values.setdefault("eval_dataset_name", name)
+    _report_further_data(script, code)
     name = str(code.values.get("dataset_name", ""))
     others = [file for file in read if file not in written]
     is_missing = name == "" or (name in written and not Path(name).exists())
@@ -267,6 +268,18 @@ def _read_data_files(script: Script, code: ScriptCode) -> None:
         code.values["dataset_name"] = others[0]
         text = "if the script selects rows, select the same ones by --rows or --eval-last"
         code.note("dataset", others[0], text)
+
+
+def _report_further_data(script: Script, code: ScriptCode) -> None:
+    """Report the datasets of a training after the first one; `load_dataset` precedes files."""
+    sources: list[str] = []
+    for loaders in (("load_dataset",), _FILE_LOADERS):
+        for call in script.calls:
+            is_loader = script.split_callee(call)[1] in loaders
+            if is_loader and call in script.used_for_training:
+                sources.append(ast.unparse(call))
+    for source in list(dict.fromkeys(sources))[1:]:
+        code.note("dataset", source, "import it too, and list it in data.train")
 
 
 def _format_address(name: str, values: dict[str, object]) -> str:

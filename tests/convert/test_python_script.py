@@ -139,6 +139,56 @@ def test_defaults_of_dataclasses_are_read(options, settings, tmp_path):
         assert notes_by_setting(done, "unknown").keys() == {"background"}
 
 
+def test_data_of_the_evaluation_are_no_further_training_data(tmp_path):
+    """One dict holds both datasets, so that the training depends on both calls."""
+    loading = (
+        "      rows = DatasetDict({'train': load_dataset('json', data_files=data_args.train_file),"
+        " 'test': load_dataset('json', data_files=data_args.validation_file)})\n"
+    )
+    text = TABLES["DATACLASSES"].replace(
+        "max_image_side", "validation_file: str = None\n    max_image_side", 1
+    )
+    text = text.replace("    Trainer(", f"{loading[2:]}    Trainer(train_dataset=rows['train'], ")
+    (tmp_path / "own.py").write_text(text)
+    options = "--model_name_or_path Qwen/Qwen2-VL-2B-Instruct --train_file a.json --output_dir o"
+    done = convert_script(tmp_path, f"python own.py {options} --validation_file b.json\n")
+    assert [one["source"] for one in done.imports] == ["a.json", "b.json"]
+    assert "dataset" not in notes_by_setting(done, "differs")
+    made = yaml.safe_load(done.recipe_text)
+    assert made["data"]["eval"] == "samples/b/data.jsonl"
+
+
+@pytest.mark.parametrize(
+    ("revision", "model"),
+    [
+        ("", "modelscope:Qwen/Qwen2-VL-2B-Instruct"),
+        (', revision="master"', "modelscope:Qwen/Qwen2-VL-2B-Instruct"),
+        (', revision="v1.2"', "modelscope:Qwen/Qwen2-VL-2B-Instruct@v1.2"),
+    ],
+)
+def test_revision_of_a_download_is_kept(revision, model, tmp_path):
+    download = 'snapshot_download("Qwen/Qwen2-VL-2B-Instruct"'
+    convert_script(
+        tmp_path, TABLES["SCRIPT"].replace(download, f"{download}{revision}"), "train.py"
+    )
+    assert load_converted_recipe(tmp_path).model == model
+
+
+@pytest.mark.parametrize("count", [2, 5, 40])
+def test_several_configurations_are_refused_until_one_is_left(count, tmp_path):
+    used = "config = LoraConfig(r=12"
+    others = "".join(f"other{i} = LoraConfig(r={i + 1})\n" for i in range(count))
+    uses = "".join(f"get_peft_model(base, other{i})\n" for i in range(count))
+    text = TABLES["SCRIPT"].replace("trainer.train()", f"trainer.train()\n{uses}")
+    text = text.replace(used, f"{others}{used}").replace("base, config)", "base, pick())", 1)
+    with pytest.raises(UserError, match=r"several LoraConfig, in lines \d+, .{1,50} of which") as caught:
+        convert_script(tmp_path, text, "train.py")
+    assert "copy" in str(caught.value.remedy)
+    kept = text.replace(others, "").replace(uses, "").replace("pick()", "config")
+    convert_script(tmp_path, kept, "copy.py")
+    assert load_converted_recipe(tmp_path).tune.lora.rank == 12
+
+
 def test_missing_script_is_noted(tmp_path):
     command = "python own.py --model_name_or_path Qwen/Qwen2-VL-2B-Instruct --num_train_epochs 4"
     done = convert_script(tmp_path, f'{command} --report_to "" --some_size 3\n')

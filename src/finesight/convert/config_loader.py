@@ -60,7 +60,7 @@ _TRL_KEYS = {
 }
 """Settings that identify a configuration of TRL; others are those of the transformers Trainer."""
 
-_ARGUMENTS_CLASS = re.compile(r"(?m)^\s*class \w+Arguments\b")
+_ARGUMENTS_CLASS = re.compile(r"(?m)^[ \t]*class \w+Arguments\b")
 _ACCELERATE_KEYS = {"distributed_type", "compute_environment"}
 _DEEPSPEED_KEYS = {"zero_optimization", "train_micro_batch_size_per_gpu"}
 

@@ -69,10 +69,15 @@ def name_accelerate_settings(name: str) -> dict[str, object]:
     The file itself is on the machine of the training, or built into TRL.
     """
     text = name.lower()
-    offload = "cpu" if "offload" in text else "none"
+    offload = "none"
+    if "offload" in text:
+        offload = "cpu"
     if match := _ZERO_NAME.search(text):
-        zero = {"zero_stage": match[1], "offload_optimizer_device": offload}
-        return {"distributed_type": "DEEPSPEED", **zero}
+        return {
+            "distributed_type": "DEEPSPEED",
+            "zero_stage": match[1],
+            "offload_optimizer_device": offload,
+        }
     if "fsdp" in text:
         return {"distributed_type": "FSDP", "fsdp_offload_params": offload == "cpu"}
     if re.search("(multi|single)[-_]?gpu", text):
@@ -111,10 +116,11 @@ def load_config_value(value: object, origin: Path) -> Mapping[str, object] | str
             if isinstance(content, dict):
                 return content
         return text
-    file = find_file(text, origin) if text.endswith(CONFIG_SUFFIXES) else None
-    if file is not None:
+    if text.endswith(CONFIG_SUFFIXES):
+        file = find_file(text, origin)
         with suppress(UserError):
-            return load_settings_file(file)
+            if file is not None:
+                return load_settings_file(file)
     return text.rpartition("/")[2]
 
 
@@ -122,13 +128,16 @@ def read_deepspeed_sharding(config: Mapping[str, object] | str) -> Sharding | No
     """Return the sharding of a DeepSpeed configuration, or by its name; None without a stage."""
     if isinstance(config, str):
         match = _ZERO_NAME.search(config)
-        stage = match[1] if match else None
+        if match is None:
+            return None
+        stage: object = match[1]
         offload = "offload" in config.lower()
     else:
-        zero = config.get("zero_optimization")
-        section = zero if isinstance(zero, Mapping) else config
+        section = config.get("zero_optimization")
+        if not isinstance(section, Mapping):
+            section = config
         stage = section.get("stage", section.get("zero_stage", 0))
-        offload = any(_is_offloaded(section, part) for part in ("optimizer", "param"))
+        offload = _is_offloaded(section, "optimizer") or _is_offloaded(section, "param")
     if str(stage) not in ("0", "1", "2", "3"):
         return None
     mode = _ZERO_MODES[int(str(stage))]
@@ -159,15 +168,19 @@ def read_fsdp_sharding(options: object, settings: object) -> Sharding | None:
     words = str(options).lower().translate(_NO_BRACKETS).split()
     if words in (["false"], ["none"]):
         return None
-    given = settings if isinstance(settings, Mapping) else {}
-    named = {str(key).removeprefix("fsdp_"): value for key, value in given.items()}
+    named: dict[str, object] = {}
+    if isinstance(settings, Mapping):
+        for key, value in settings.items():
+            named[str(key).removeprefix("fsdp_")] = value
     # FSDP2 has the flag `reshard_after_forward` instead of a strategy.
-    candidates = [named.get("sharding_strategy"), *words, named.get("reshard_after_forward")]
-    strategies = [str(one).rpartition(".")[2].lower() for one in candidates]
-    known = [one for one in strategies if one in _FSDP_MODES]
+    known: list[str] = []
+    for one in (named.get("sharding_strategy"), *words, named.get("reshard_after_forward")):
+        strategy = str(one).rpartition(".")[2].lower()
+        if strategy in _FSDP_MODES:
+            known.append(strategy)
     if "true" in words and len(known) > 1:
         known.remove("true")  # It only switches FSDP on.
-    strategy = known[0] if known else "full_shard"
+    strategy = [*known, "full_shard"][0]
     mode = _FSDP_MODES[strategy]
     flags = [str(named.get(key)).lower() for key in ("offload_params", "cpu_offload")]
     if mode != "ddp" and ("offload" in words or "true" in flags):

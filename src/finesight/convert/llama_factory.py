@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from finesight.bounded_files import read_json_object
@@ -85,7 +86,7 @@ class LlamaFactoryConverter(TrainerConverter):
         config_folder = Path(config.where).parent
         parents = [Path(), config_folder, *config_folder.resolve().parents[:3]]
         candidates = [parent / folder / "dataset_info.json" for parent in parents]
-        file = next((path for path in candidates if path.exists()), None)
+        file = next((path for path in candidates if os.path.exists(path)), None)
         if file is None:
             text = "has no dataset_info.json: correct the commands below, or convert in its folder"
             self.draft.note("dataset_dir", folder, text)

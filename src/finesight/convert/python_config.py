@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from finesight.bounded_files import parse_json
@@ -16,10 +18,10 @@ from finesight.convert.external_config import (
     is_empty,
     load_rules,
 )
-from finesight.convert.python_script import AmbiguousConfigError, Script
+from finesight.convert.python_script import AmbiguousConfigError, Script, ScriptArgument
 from finesight.convert.python_values import read_items
 from finesight.convert.script_code import ScriptCode, read_script_code
-from finesight.convert.source_file import build_source_error
+from finesight.convert.source_file import build_source_error, check_code_length
 from finesight.errors import Remedy, Step, UserError
 from finesight.recipe import load_trainer_settings
 
@@ -78,65 +80,108 @@ _OTHER_PURPOSES: tuple[tuple[set[str], str, Remedy], ...] = (
 """Calls in scripts that are no training, what the script does, and what to do instead."""
 
 
+@dataclass
+class _ScriptSettings:
+    """Settings of a script by name: values, defaults of the library, and other expressions."""
+
+    values: dict[str, object] = field(default_factory=dict)
+    defaults: dict[str, object] = field(default_factory=dict)
+    unresolved: dict[str, str] = field(default_factory=dict)
+
+
 def read_python_config(text: str, path: Path, options: Mapping[str, object]) -> ExternalConfig:
     """Build the configuration of a script that starts with `options`.
 
     Raises UserError for a script that does not train, or whose configuration is ambiguous.
     """
-    calls = _list_calls()
+    text = _read_code(text, path)
+    check_code_length(text, path)
     try:
-        text = _read_code(text, path)
-        with warnings.catch_warnings(action="ignore"):  # about escape sequences in the script
-            tree = ast.parse(text)
+        tree = _parse_code(text)
         script = Script(tree, options)
-        arguments = list(script.iter_arguments(calls))
+        arguments = list(script.iter_arguments(_list_calls()))
         code = read_script_code(script)
     except AmbiguousConfigError as error:
         remedy = "keep only the one that the training uses in a copy of the script"
         raise build_source_error(path, str(error), remedy) from error
     except (SyntaxError, ValueError, TypeError, LookupError, RecursionError, MemoryError) as error:
         raise _build_syntax_error(path, error) from error
-    aliases = load_rules("TRL").aliases
-    values: dict[str, object] = {}
-    defaults: dict[str, object] = {}
-    unresolved: dict[str, str] = {}
-    for callee, name, value in arguments:
-        key = aliases.get(name, name)
-        defaults = calls[callee] | defaults
-        if isinstance(value, ast.expr):
-            unresolved.setdefault(key, ast.unparse(script.resolve(value)))
-            unresolved = _list_items(script, value) | unresolved
-        elif key:
-            values.setdefault(key, value)
-    classes = [script.get_base(name) for name in script.parsed.classes.values()]
-    for name in classes:
-        defaults = calls.get(name, {}) | defaults
-    used = {argument.callee for argument in arguments} | set(classes)
-    given = {aliases.get(key, key): value for key, value in script.iter_parsed_settings()}
-    for key, value in script.iter_parsed_changes():
-        if not isinstance(value, ast.expr):
-            given[aliases.get(key, key)] = value
-        elif not _is_ignored(key):
-            text = "changed by the script, which is not executed: check it in the recipe"
-            code.note(key, ast.unparse(value), text)
-    unresolved = {key: text for key, text in unresolved.items() if key not in given}
-    found = {key: value for key, value in code.values.items() if key not in unresolved}
-    values = found | given | _read_eval_data(script) | values
-    unresolved |= {key: text for key, text in code.unresolved.items() if key not in values}
-    _check_training(script, used, values, unresolved, path)
+    settings = _collect_arguments(script, arguments)
+    used = {argument.callee for argument in arguments}
+    used.update(script.get_base(name) for name in script.parsed.classes.values())
+    _add_parsed_settings(script, settings, code)
+    _add_code_settings(script, settings, code)
+    _check_training(script, used, settings, path)
+    values = settings.values
     values["model_name_or_path"] = _find_repository(script, str(values["model_name_or_path"]))
-    notes = _take_notes(code, unresolved)
+    notes = _take_notes(code, settings.unresolved)
     if "eval_dataset_name" in values:
-        unresolved.pop("eval_dataset", None)
-    unresolved = {key: text for key, text in unresolved.items() if key not in values}
+        settings.unresolved.pop("eval_dataset", None)
     return ExternalConfig(
         _name_program(text, used),
         str(path),
-        defaults | values,
+        settings.defaults | values,
         code.environment,
-        unresolved=unresolved,
+        unresolved={key: one for key, one in settings.unresolved.items() if key not in values},
         notes=notes,
     )
+
+
+def _parse_code(text: str) -> ast.Module:
+    with warnings.catch_warnings(action="ignore"):  # about escape sequences in the script
+        tree = ast.parse(text)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, int):
+            str(node.value)  # Raises ValueError for hexadecimal numbers that have no text.
+    return tree
+
+
+def _collect_arguments(script: Script, arguments: Sequence[ScriptArgument]) -> _ScriptSettings:
+    """Return the arguments of the calls that the training uses; the first one of a name counts."""
+    aliases = load_rules("TRL").aliases
+    calls = _list_calls()
+    settings = _ScriptSettings()
+    for callee, name, value in arguments:
+        key = aliases.get(name, name)
+        settings.defaults = calls[callee] | settings.defaults
+        if isinstance(value, ast.expr):
+            settings.unresolved.setdefault(key, ast.unparse(script.resolve(value)))
+            for item, text in _list_items(script, value).items():
+                settings.unresolved.setdefault(item, text)
+        elif key:
+            settings.values.setdefault(key, value)
+    for name in script.parsed.classes.values():
+        settings.defaults = calls.get(script.get_base(name), {}) | settings.defaults
+    return settings
+
+
+def _add_parsed_settings(script: Script, settings: _ScriptSettings, code: ScriptCode) -> None:
+    """Add settings from the command line, and what the script assigns to them."""
+    aliases = load_rules("TRL").aliases
+    given: dict[str, object] = {}
+    for name, value in script.iter_parsed_settings():
+        given[aliases.get(name, name)] = value
+    for name, value in script.iter_parsed_changes():
+        if not isinstance(value, ast.expr):
+            given[aliases.get(name, name)] = value
+        elif not _is_ignored(name):
+            text = "changed by the script, which is not executed: check it in the recipe"
+            code.note(name, ast.unparse(value), text)
+    settings.values = given | settings.values
+    for key in given:
+        settings.unresolved.pop(key, None)
+
+
+def _add_code_settings(script: Script, settings: _ScriptSettings, code: ScriptCode) -> None:
+    """Add settings of the code and of the evaluation, which arguments replace."""
+    found: dict[str, object] = {}
+    for key, value in code.values.items():
+        if key not in settings.unresolved:
+            found[key] = value
+    settings.values = found | _read_eval_data(script) | settings.values
+    for key, text in code.unresolved.items():
+        if key not in settings.values:
+            settings.unresolved[key] = text
 
 
 def _list_items(script: Script, value: ast.expr) -> dict[str, str]:
@@ -147,10 +192,13 @@ def _list_items(script: Script, value: ast.expr) -> dict[str, str]:
         items = read_items(node, script.get_constants(node))
     except ValueError:
         return {}
-    return {
-        aliases.get(name, name): ast.unparse(item) if isinstance(item, ast.expr) else str(item)
-        for name, item in items.items()
-    }
+    texts: dict[str, str] = {}
+    for name, item in items.items():
+        text = str(item)
+        if isinstance(item, ast.expr):
+            text = ast.unparse(item)
+        texts[aliases.get(name, name)] = text
+    return texts
 
 
 def _read_eval_data(script: Script) -> dict[str, object]:
@@ -159,8 +207,11 @@ def _read_eval_data(script: Script) -> dict[str, object]:
         is_for_evaluation = call in script.used and call not in script.used_for_training
         if script.split_callee(call)[1] == "load_dataset" and is_for_evaluation:
             values = script.read_arguments(call)
-            named = {key: values.get(name) for key, name in _EVAL_DATA_SETTINGS.items()}
-            return {key: value for key, value in named.items() if isinstance(value, _DATA_TYPES)}
+            found: dict[str, object] = {}
+            for key, name in _EVAL_DATA_SETTINGS.items():
+                if isinstance(values.get(name), _DATA_TYPES):
+                    found[key] = values[name]
+            return found
     return {}
 
 
@@ -180,9 +231,15 @@ def _read_code(text: str, path: Path) -> str:
     """Return the code of a script, or that of a notebook without its shell commands."""
     if path.suffix != ".ipynb":
         return text
-    cells = [cell for cell in parse_json(text)["cells"] if cell["cell_type"] == "code"]
-    lines = "\n".join("".join(cell["source"]) for cell in cells)
-    return re.sub(r"(?m)^(\s*)[%!].*", r"\1pass", lines)
+    cells: list[str] = []
+    try:
+        for cell in parse_json(text)["cells"]:
+            if cell["cell_type"] == "code":
+                cells.append("".join(cell["source"]))
+    except (ValueError, TypeError, LookupError) as error:
+        what = "cannot be read as Python: a notebook is an object with `cells`"
+        raise build_source_error(path, what, "save it with Jupyter, or as a .py file") from error
+    return re.sub(r"(?m)^([ \t]*)[%!].*", r"\1pass", "\n".join(cells))
 
 
 def _build_syntax_error(path: Path, error: Exception) -> UserError:
@@ -194,14 +251,15 @@ def _build_syntax_error(path: Path, error: Exception) -> UserError:
         remedy = "correct this line in a copy of the file"
     if isinstance(error, IndentationError):
         remedy = "restore the indentation, which a copy from a web page may lose"
+    if isinstance(error, RecursionError | MemoryError):
+        what = "expressions are nested too deeply"
     return build_source_error(path, f"cannot be read as Python: {what}", remedy)
 
 
 def _check_training(
     script: Script,
     used: set[str],
-    values: Mapping[str, object],
-    unresolved: Mapping[str, str],
+    settings: _ScriptSettings,
     path: Path,
 ) -> None:
     """Raise UserError for a script without a training or without a model."""
@@ -214,14 +272,16 @@ def _check_training(
             if callees & names:
                 raise build_source_error(path, f"{what}: {purpose}", remedy)
         raise build_source_error(path, what, _INIT_STEP)
-    if is_empty(values.get("model_name_or_path")):
-        model = unresolved.get("model_name_or_path")
+    if is_empty(settings.values.get("model_name_or_path")):
+        model = settings.unresolved.get("model_name_or_path")
         if model:
             what = f"loads the model {model!r}, which is no constant"
             raise build_source_error(path, what, _START_REMEDY)
         is_started = bool(script.parsed.classes or script.parsed.own)
-        remedy = _START_REMEDY if is_started else _JOIN_REMEDY
-        raise build_source_error(path, "names no model", remedy)
+        start_remedy: Remedy = _JOIN_REMEDY
+        if is_started:
+            start_remedy = _START_REMEDY
+        raise build_source_error(path, "names no model", start_remedy)
 
 
 def _find_repository(script: Script, model: str) -> str:
@@ -230,11 +290,15 @@ def _find_repository(script: Script, model: str) -> str:
     A folder that exists here remains.
     """
     path = model.removeprefix("./").rstrip("/")
-    if Path(model).expanduser().exists():
+    if os.path.exists(os.path.expanduser(model)):
         return model
     for hub, name, folder in script.iter_downloads():
-        if model == name or path.endswith(name) or (folder and model.startswith(folder)):
-            return f"modelscope:{name}" if hub == "modelscope" else name
+        repository = name.partition("@")[0]
+        is_folder = folder != "" and model.startswith(folder)
+        if is_folder or model in (name, repository) or path.endswith(repository):
+            if hub == "modelscope":
+                return f"modelscope:{name}"
+            return name
     return model
 
 
@@ -259,7 +323,7 @@ def _is_ignored(key: str) -> bool:
 
 def _name_program(text: str, used: set[str]) -> SourceProgram:
     """Return the library whose trainer a script uses."""
-    if re.search(r"(?m)^\s*(?:from|import) unsloth\b", text):
+    if re.search(r"(?m)^[ \t]*(?:from|import) unsloth\b", text):
         return "Unsloth"
     methods = load_trainer_settings()["TRL"]["method_classes"].split()
     classes = {f"{method}{end}" for method in methods for end in ("Config", "Trainer")}

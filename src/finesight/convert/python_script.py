@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import ast
 import re
-from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections import ChainMap, Counter, defaultdict
+from collections.abc import Collection, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import suppress
 from functools import partial
 from itertools import zip_longest
@@ -20,8 +20,8 @@ from finesight.convert.python_values import (
 from finesight.convert.script_parsers import read_parsed_arguments
 from finesight.convert.script_usage import ScriptUsage
 
-_MODEL_CLASS = re.compile(r"(?:.*\.)?\w*(?:[Mm]odel|For[A-Z])\w*")
-_ADAPTER_CLASS = re.compile(r"(?:.*\.)?(?:Auto)?PeftModel\w*")
+_MODEL_CLASS = re.compile(r"[Mm]odel|For[A-Z]")
+_ADAPTER_CLASS = re.compile(r"(?:Auto)?PeftModel")
 _TRAINER_ARGUMENTS = ("model", "args", "data_collator", "train_dataset", "eval_dataset")
 _POSITIONAL = {
     "from_pretrained": ("model",),
@@ -50,6 +50,9 @@ _LOADING_ARGUMENTS = (
 """Arguments that load a processor, without an effect on its inputs."""
 
 _REPOSITORY_ARGUMENTS = ("id", "model_id", "repo_id", "model", "pretrained_model_name_or_path")
+_MAIN_REVISIONS = ("main", "master")
+"""Names of the newest revision on Hugging Face and on ModelScope."""
+
 _CHANGING_METHODS = (
     "update",
     "pop",
@@ -60,6 +63,13 @@ _CHANGING_METHODS = (
     "extend",
     "insert",
 )
+
+
+_MAX_LINES = 8
+"""Number of lines that a message names."""
+
+_MAX_FIELDS = 100
+"""Number of fields of a class that its instances have as constants."""
 
 
 class AmbiguousConfigError(Exception):
@@ -85,6 +95,15 @@ def _iter_statements(body: Sequence[ast.stmt]) -> Iterator[ast.stmt]:
             yield statement
 
 
+def _is_model_class(receiver: str) -> bool:
+    name = receiver.rpartition(".")[2]
+    return name.isidentifier() and _MODEL_CLASS.search(name) is not None
+
+
+def _is_adapter_class(receiver: str) -> bool:
+    return _ADAPTER_CLASS.match(receiver.rpartition(".")[2]) is not None
+
+
 def _count_assignments(tree: ast.Module) -> Counter[str]:
     """Count the assignments to each name and attribute, and changes of the value of each."""
     counts: Counter[str] = Counter()
@@ -101,22 +120,35 @@ def _count_assignments(tree: ast.Module) -> Counter[str]:
     return counts
 
 
-def _read_constants(
-    body: Sequence[ast.stmt], known: Mapping[str, object], counts: Mapping[str, int]
-) -> dict[str, object]:
-    """Return known constants and those that the statements assign, the only time in the script.
+_Assignment = ast.Assign | ast.AnnAssign | ast.AugAssign
+Constants = MutableMapping[str, object]
+
+
+class _ConstantReader:
+    """Reads the constants that statements assign, the only time in the script.
 
     Fields of classes and of their instances have dotted names. Values of dicts may be expressions.
     """
-    constants = dict(known)
-    for statement in _iter_statements(body):
-        fields: dict[str, object] = {}
-        if isinstance(statement, ast.ClassDef):
-            name = statement.name
-            fields = merge_items(_iter_assigned(statement.body), constants)
-        else:
+
+    def __init__(self, tree: ast.Module) -> None:
+        self.counts = _count_assignments(tree)
+        self._fields: dict[str, list[str]] = {}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ClassDef):
+                names = [name for name, _ in _iter_assigned(node.body)]
+                self._fields[node.name] = names[:_MAX_FIELDS]
+
+    def read(self, body: Sequence[ast.stmt], *known: Constants) -> Constants:
+        """Return the constants of a body, and `known` ones; the first value of a name counts."""
+        # All functions share the constants of the module: a copy for each takes much memory.
+        constants = ChainMap[str, object]({}, *known)
+        for statement in _iter_statements(body):
+            if isinstance(statement, ast.ClassDef):
+                fields = merge_items(_iter_assigned(statement.body), constants)
+                self._add_fields(statement.name, fields, constants)
+                continue
             name, node = next(_iter_assigned([statement]), ("", None))
-            if node is None or counts[name] != 1 or not name.isidentifier():
+            if node is None or self.counts[name] != 1 or not name.isidentifier():
                 continue
             value = merge_items([(name, node)], constants)[name]
             if isinstance(value, ast.expr):
@@ -125,24 +157,40 @@ def _read_constants(
             if not isinstance(value, ast.expr):
                 constants[name] = value
             elif isinstance(node, ast.Call) and not node.args and not node.keywords:
-                prefix = f"{ast.unparse(node.func)}."
-                fields = {
-                    key.removeprefix(prefix): value
-                    for key, value in constants.items()
-                    if key.startswith(prefix) and not counts[key.replace(prefix, "self.")]
-                }
+                fields = self._read_instance(ast.unparse(node.func), constants)
+                self._add_fields(name, fields, constants)
+        return constants
+
+    def _read_instance(self, class_name: str, constants: Mapping[str, object]) -> dict[str, object]:
+        """Return the fields of an instance of a class that no method sets."""
+        fields: dict[str, object] = {}
+        for field in self._fields.get(class_name, ()):
+            key = f"{class_name}.{field}"
+            if key in constants and not self.counts[f"self.{field}"]:
+                fields[field] = constants[key]
+        return fields
+
+    def _add_fields(self, name: str, fields: Mapping[str, object], constants: Constants) -> None:
+        """Add fields of a class or instance with dotted names, unless statements change them."""
         for field, value in fields.items():
-            is_fixed = counts[name] == 1 and not counts[f"{name}.{field}"]
+            is_fixed = self.counts[name] == 1 and not self.counts[f"{name}.{field}"]
             if is_fixed and not isinstance(value, ast.expr):
                 constants[f"{name}.{field}"] = value
-    return constants
 
 
 def _iter_assigned(body: Iterable[ast.stmt]) -> Iterator[tuple[str, ast.expr]]:
     for node in body:
-        target = node.targets[0] if isinstance(node, ast.Assign) else getattr(node, "target", None)
-        if isinstance(node, ast.Assign | ast.AnnAssign) and node.value and target is not None:
-            yield ast.unparse(target), node.value
+        if isinstance(node, ast.Assign):
+            yield ast.unparse(node.targets[0]), node.value
+        elif isinstance(node, ast.AnnAssign) and node.value is not None:
+            yield ast.unparse(node.target), node.value
+
+
+def _list_items(node: ast.expr) -> list[ast.expr]:
+    """Return the items of a list or tuple, or the expression itself."""
+    if isinstance(node, ast.List | ast.Tuple):
+        return node.elts
+    return [node]
 
 
 class Script:
@@ -165,7 +213,8 @@ class Script:
         `options` are those of the command that starts the script.
         """
         self._module = tree
-        self._counts = _count_assignments(tree)
+        self._reader = _ConstantReader(tree)
+        self._counts = self._reader.counts
         self.nodes = list(ast.walk(tree))
         self._class_names: dict[ast.AST, str] = {}
         for node in self.nodes:
@@ -178,31 +227,62 @@ class Script:
         for node in self.nodes:
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
                 self._callers.setdefault(node.func.id, []).append(node)
+        self._result_names: dict[ast.expr, str] = {}
+        self._last_values: dict[str, ast.expr] = {}
+        self._changes: dict[str, list[tuple[str, _Assignment]]] = defaultdict(list)
+        self._setters: dict[str, list[tuple[str, ast.Call]]] = defaultdict(list)
+        self._index_assignments()
         functions = [node for node in self.nodes if isinstance(node, ast.FunctionDef)]
         self._scopes: dict[ast.AST, ast.Module | ast.FunctionDef] = dict.fromkeys(self.nodes, tree)
         for function in functions:
             self._scopes |= dict.fromkeys(ast.walk(function), function)
-        known = _read_constants(tree.body, {}, self._counts)
+        known = self._reader.read(tree.body)
         self.parsed = read_parsed_arguments(tree, options, partial(evaluate_constant, names=known))
         for name, value in self.parsed.constants.items():
             if not self._counts[name]:
                 known[name] = value
-        self._constants: dict[ast.AST, dict[str, object]] = {tree: known}
+        self._constants: dict[ast.AST, Constants] = {tree: known}
         self._read_functions(functions, options)
         self.function_names = {function.name for function in functions}
         self.received: set[str] = set()
         self._dead_nodes = self._find_dead_nodes()
         self._bases = self._find_bases()
-        calls = [node for node in self.nodes if isinstance(node, ast.Call)]
-        calls = [call for call in calls if call not in self._dead_nodes]
+        calls: list[ast.Call] = []
+        for node in self.nodes:
+            if isinstance(node, ast.Call) and node not in self._dead_nodes:
+                calls.append(node)
         self.calls = sorted(calls, key=lambda call: call.lineno)
         for node in self._dead_nodes:
             self.mark_received(node)
         self.trainers = self._find_trainers()
         usage = ScriptUsage(tree, self._dead_nodes)
         self.used = usage.find_used(self.trainers)
-        arguments = [one for call in self.trainers for one in self._list_training_arguments(call)]
+        arguments: list[ast.expr] = []
+        for call in self.trainers:
+            arguments += self._list_training_arguments(call)
         self.used_for_training = usage.find_used(arguments)
+
+    def _index_assignments(self) -> None:
+        """Index variables by their values, and changes of attributes by the owner."""
+        for node in self.nodes:
+            if isinstance(node, ast.Assign | ast.AnnAssign):
+                for name, value in _iter_assigned([node]):
+                    self._result_names.setdefault(value, name)
+                    self._last_values[name] = value
+            if isinstance(node, _Assignment) and node.value:
+                targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+                for target in map(ast.unparse, targets):
+                    for owner in {target.partition(".")[0], target.rpartition(".")[0]}:
+                        if target.startswith(f"{owner}."):
+                            self._changes[owner].append((target[len(owner) + 1 :], node))
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "setattr":
+                self._index_setter(node)
+
+    def _index_setter(self, call: ast.Call) -> None:
+        if len(call.args) == 3:
+            owner = ast.unparse(call.args[0])
+            field = ast.unparse(call.args[1]).strip("'")
+            self._setters[owner].append((field, call))
 
     def iter_arguments(self, callees: Collection[str]) -> Iterator[ScriptArgument]:
         """Yield the arguments of known calls that the training uses, in the order of lines.
@@ -217,7 +297,10 @@ class Script:
         for call in self.calls:
             if kind := self._find_kind(call, callees):
                 kinds.setdefault(kind, []).append(call)
-        selected = {call: kind for kind in kinds for call in self._select_calls(kind, kinds[kind])}
+        selected: dict[ast.Call, str] = {}
+        for kind, calls in kinds.items():
+            for call in self._select_calls(kind, calls):
+                selected[call] = kind
         teachers = self._find_teachers()
         seen: set[str] = set()
         for call in self.calls:
@@ -234,7 +317,8 @@ class Script:
                 yield ScriptArgument("get_peft_model", "adapter_name_or_path", adapter)
                 continue
             if kind == "processor":
-                values = {key: one for key, one in values.items() if key not in _LOADING_ARGUMENTS}
+                for key in _LOADING_ARGUMENTS:
+                    values.pop(key, None)
             is_config = callee.endswith(_CONFIG_ENDS)
             if values and kind in seen:
                 continue
@@ -272,7 +356,7 @@ class Script:
         elif callee.endswith(_CONFIG_ENDS) and callee not in _PART_CONFIGS:
             names = ("output_dir",)
         names = _POSITIONAL.get(callee, names)
-        if callee == "from_pretrained" and _ADAPTER_CLASS.fullmatch(receiver):
+        if callee == "from_pretrained" and _is_adapter_class(receiver):
             names = ("model", "adapter")
         positional = zip(names, call.args, strict=False)
         keywords = [(keyword.arg, keyword.value) for keyword in call.keywords]
@@ -317,10 +401,14 @@ class Script:
             hub = "modelscope" if module.startswith("modelscope") else "hf"
             values = merge_items(zip(["id"], call.args, strict=False), self.get_constants(call))
             values |= self.read_arguments(call)
-            name = next((values[key] for key in _REPOSITORY_ARGUMENTS if key in values), None)
+            given = [values[key] for key in _REPOSITORY_ARGUMENTS if key in values]
+            name = given[0] if given else None
             if isinstance(name, str) and not name.startswith((".", "/", "~")):
-                folder = values.get("local_dir")
-                yield hub, name, folder if isinstance(folder, str) else ""
+                folder = values.get("local_dir", "")
+                revision = values.get("revision")
+                if isinstance(revision, str) and revision not in _MAIN_REVISIONS:
+                    name = f"{name}@{revision}"
+                yield hub, name, str(folder)
 
     def is_for_training(self, node: ast.AST) -> bool:
         """Return whether the training uses a node; without a trainer, everything counts."""
@@ -348,8 +436,7 @@ class Script:
         for call in self.trainers:
             for keyword in call.keywords:
                 if keyword.arg == "callbacks":
-                    value = self.resolve(keyword.value)
-                    found += value.elts if isinstance(value, ast.List | ast.Tuple) else [value]
+                    found += _list_items(self.resolve(keyword.value))
         return [self.resolve(node) for node in found]
 
     def iter_attribute_changes(self) -> Iterator[tuple[str, ast.expr]]:
@@ -370,9 +457,9 @@ class Script:
                 if ast.unparse(target.value) == name and isinstance(target.slice, ast.Constant):
                     yield str(target.slice.value), node.value
             if isinstance(node, ast.Call) and ast.unparse(node.func) == f"{name}.setdefault":
-                key, *values = node.args
-                if isinstance(key, ast.Constant) and values:
-                    yield str(key.value), values[0]
+                key = node.args[0] if len(node.args) == 2 else None
+                if isinstance(key, ast.Constant):
+                    yield str(key.value), node.args[1]
 
     def iter_model_changes(self) -> Iterator[ast.stmt]:
         """Yield statements that change a model or processor, or which parameters are trained."""
@@ -390,7 +477,8 @@ class Script:
                 changed = ast.unparse(node.value.func)
             elif isinstance(node, ast.For) and "requires_grad" in ast.unparse(node):
                 changed = ast.unparse(node.iter)
-            if any(changed.startswith(f"{name}.") for name in names):
+            parts = changed.split(".")
+            if len(parts) > 1 and (parts[0] in names or ".".join(parts[:2]) in names):
                 yield node
 
     def _list_models(self) -> set[str]:
@@ -403,18 +491,13 @@ class Script:
             kind = self._find_kind(node.value, ("from_pretrained",))
             is_loaded = kind in ("model", "adapter", "processor")
             if is_loaded or callee in ("get_peft_model", "prepare_model_for_kbit_training"):
-                target = node.targets[0]
-                parts = target.elts if isinstance(target, ast.Tuple) else [target]
-                names.update(ast.unparse(part) for part in parts)
+                names.update(map(ast.unparse, _list_items(node.targets[0])))
         return names
 
     def resolve(self, node: ast.expr) -> ast.expr:
         """Return the expression that a variable holds, or the expression itself."""
         if isinstance(node, ast.Name):
-            statements = [one for one in self.nodes if isinstance(one, ast.stmt)]
-            assigned = [value for name, value in _iter_assigned(statements) if name == node.id]
-            if assigned:
-                return assigned[-1]
+            return self._last_values.get(node.id, node)
         return node
 
     def _read_functions(
@@ -425,14 +508,14 @@ class Script:
         attributes: dict[str, object] = {}
         for function in sorted(functions, key=lambda one: one.name != "__init__"):
             parameters = self._read_parameters(function, options)
-            names = known | attributes | parameters
-            self._constants[function] = _read_constants(function.body, names, self._counts)
+            constants = self._reader.read(function.body, parameters, attributes, known)
+            self._constants[function] = constants
             if function.name != "__init__":
                 continue
             for name, node in _iter_assigned(function.body):
                 if name.startswith("self.") and self._counts[name] == 1:
                     with suppress(ValueError):
-                        attributes[name] = evaluate_constant(node, self._constants[function])
+                        attributes[name] = evaluate_constant(node, constants)
 
     def _read_parameters(
         self, function: ast.FunctionDef, options: Mapping[str, object]
@@ -448,17 +531,20 @@ class Script:
             if default is not None:
                 nodes[argument.arg] = default
         # A function that the script calls once has the values of this call.
-        name = self._class_names.get(function, function.name)
-        positional = positional[name != function.name :]  # without self
-        callers = self._callers.get(name, [])
+        callee = self._class_names.get(function, function.name)
+        names = [one.arg for one in positional]
+        if callee != function.name:
+            del names[:1]  # self
+        callers = self._callers.get(callee, [])
         for call in callers:
-            names = [one.arg for one in positional]
             passed = dict(zip(names, call.args, strict=False))
-            passed |= {one.arg: one.value for one in call.keywords if one.arg}
+            for keyword in call.keywords:
+                if keyword.arg:
+                    passed[keyword.arg] = keyword.value
             nodes |= passed
             if len(callers) > 1:
                 for name in passed:
-                    nodes.pop(name, None)
+                    del nodes[name]
         found: dict[str, object] = {}
         for name, node in nodes.items():
             if self._counts[name] != self._num_parameters[name]:
@@ -479,7 +565,10 @@ class Script:
             if condition is None:
                 continue
             self.mark_received(node.test)
-            for statement in node.orelse if condition else node.body:
+            skipped = node.body
+            if condition:
+                skipped = node.orelse
+            for statement in skipped:
                 dead.update(ast.walk(statement))
         return dead
 
@@ -522,9 +611,9 @@ class Script:
         if callee not in callees:
             return ""
         if callee == "from_pretrained":
-            if _ADAPTER_CLASS.fullmatch(receiver):
+            if _is_adapter_class(receiver):
                 return "adapter"
-            if _MODEL_CLASS.fullmatch(receiver):
+            if _is_model_class(receiver):
                 return "model"
             return "" if receiver.endswith("Config") else "processor"
         if callee.endswith(_CONFIG_ENDS) and callee not in _PART_CONFIGS:
@@ -550,7 +639,9 @@ class Script:
             return found
         consumed = self._find_consumed(found)
         if len(consumed) != 1:
-            lines = ", ".join(str(call.lineno) for call in found)
+            lines = ", ".join(str(call.lineno) for call in found[:_MAX_LINES])
+            if len(found) > _MAX_LINES:
+                lines += ", ..."
             text = f"has several {kind}, in lines {lines}, of which not exactly one is used"
             raise AmbiguousConfigError(text)
         return consumed
@@ -564,21 +655,23 @@ class Script:
         self, selected: Sequence[ast.Call], calls: Sequence[ast.Call]
     ) -> list[ast.Call]:
         """Return the calls whose variable a selected call on a later line replaces."""
+        others: dict[tuple[ast.AST, str], list[ast.Call]] = defaultdict(list)
+        for call in set(calls).difference(selected):
+            if name := self._find_name(call):
+                others[self._scopes[call], name].append(call)
         found: list[ast.Call] = []
         for later in selected:
-            name = self._find_name(later)
-            for call in calls:
-                is_before = self._scopes[call] is self._scopes[later] and call.lineno < later.lineno
-                if is_before and name and self._find_name(call) == name and call not in selected:
+            for call in others.get((self._scopes[later], self._find_name(later)), ()):
+                if call.lineno < later.lineno:
                     found.append(call)
-        return found
+        return sorted(found, key=lambda call: call.lineno)
 
     def _find_consumed(self, configs: Sequence[ast.Call]) -> list[ast.Call]:
         """Return the configurations that a trainer or model receives, not those of inference."""
         used: set[object] = set()
         for call in self.calls:
             receiver, callee = self.split_callee(call)
-            if not callee.endswith(_CONSUMER_ENDS) or _ADAPTER_CLASS.fullmatch(receiver):
+            if not callee.endswith(_CONSUMER_ENDS) or _is_adapter_class(receiver):
                 continue
             for value in (*call.args, *self.read_arguments(call).values()):
                 if isinstance(value, ast.expr):
@@ -599,8 +692,7 @@ class Script:
 
     def _find_name(self, call: ast.Call) -> str:
         """Return the variable that holds the result of a call, empty if there is none."""
-        assigned = _iter_assigned(node for node in self.nodes if isinstance(node, ast.stmt))
-        return next((name for name, value in assigned if value is call), "")
+        return self._result_names.get(call, "")
 
     def _read_changes(self, call: ast.Call, is_config: bool) -> dict[str, object]:
         """Return the values that are assigned to attributes of a configuration after its call."""
@@ -611,25 +703,20 @@ class Script:
 
     def read_changes_of(self, name: str, scope: ast.Module | ast.FunctionDef) -> dict[str, object]:
         """Return the values that are assigned to the attributes of a variable."""
-        prefix = f"{name}."
         direct = set(_iter_statements(scope.body))
         changes: dict[str, object] = {}
-        for setter in self.calls:
-            if ast.unparse(setter.func) == "setattr" and len(setter.args) == 3:
-                owner, field, _ = map(ast.unparse, setter.args)
-                if owner == name:
-                    changes[field.strip("'")] = setter
-        for node in self.nodes:
-            if not isinstance(node, ast.Assign | ast.AugAssign | ast.AnnAssign) or not node.value:
+        for field, setter in self._setters.get(name, ()):
+            if setter not in self._dead_nodes:
+                changes[field] = setter
+        for field, statement in self._changes.get(name, ()):
+            if statement in self._dead_nodes:
                 continue
-            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-            for target in map(ast.unparse, targets):
-                if not target.startswith(prefix):
-                    continue
-                field = target.removeprefix(prefix)
-                is_direct = node in direct and not isinstance(node, ast.AugAssign)
-                is_direct &= not isinstance(changes.get(field), ast.expr)
-                known = self._constants[scope]
-                value = merge_items([(field, node.value)], known)[field]
-                changes[field] = value if is_direct else node.value
+            is_direct = statement in direct and not isinstance(statement, ast.AugAssign)
+            is_direct &= not isinstance(changes.get(field), ast.expr)
+            value = statement.value
+            if value is None:
+                continue
+            changes[field] = value
+            if is_direct:
+                changes[field] = merge_items([(field, value)], self._constants[scope])[field]
         return changes

@@ -10,6 +10,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import yaml
+
 from finesight.bounded_files import load_yaml
 from finesight.convert.config_loader import load_external_config
 from finesight.convert.external_config import (
@@ -72,6 +74,13 @@ def convert_config(source: Path, target: Path) -> ConvertedRecipe:
             f"results in an invalid recipe: {error.what}",
             where=config.where,
             expected=error.expected,
+            remedy="correct the original setting",
+        ) from error
+    except yaml.YAMLError as error:
+        raise UserError(
+            f"has a character that a recipe cannot contain: {' '.join(str(error).split())[:200]}",
+            where=config.where,
+            expected="settings without control characters",
             remedy="correct the original setting",
         ) from error
     only = f"used by {converter.objective} only" if converter.objective else ""

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from typing import get_args
 
-from finesight.convert.external_config import ConversionNote
+from finesight.config import TrackerName
+from finesight.convert.external_config import ConversionNote, load_rules
 from finesight.convert.python_script import Script
 from finesight.convert.python_values import merge_items
 from finesight.errors import shorten
@@ -32,7 +34,7 @@ _FILE_LOADERS = (
 )
 _DATA_SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".xlsx")
 _TRACKER_TEXT = "set `track` in the recipe: [{{kind: {kind}, project: {project}}}]"
-_TRACKERS = ("swanlab", "wandb", "mlflow", "tensorboard")
+_TRACKERS = get_args(TrackerName)
 _EARLY_STOPPING_TEXT = "set eval.patience together with eval.metric and eval.every"
 _CALLBACK_TEXT = "code of the script, which is not executed; finesight has no callbacks"
 
@@ -263,7 +265,7 @@ def _read_data_files(script: Script, code: ScriptCode) -> None:
     _report_further_data(script, code)
     name = str(code.values.get("dataset_name", ""))
     others = [file for file in read if file not in written]
-    is_missing = name == "" or (name in written and not Path(name).exists())
+    is_missing = name == "" or (name in written and not os.path.exists(name))
     if is_missing and others:
         code.values["dataset_name"] = others[0]
         text = "if the script selects rows, select the same ones by --rows or --eval-last"
@@ -276,10 +278,23 @@ def _report_further_data(script: Script, code: ScriptCode) -> None:
     for loaders in (("load_dataset",), _FILE_LOADERS):
         for call in script.calls:
             is_loader = script.split_callee(call)[1] in loaders
-            if is_loader and call in script.used_for_training:
+            if is_loader and call in script.used_for_training and not _loads_eval_data(call):
                 sources.append(ast.unparse(call))
+    text = "if the training uses it, import it too, and list it in data.train"
     for source in list(dict.fromkeys(sources))[1:]:
-        code.note("dataset", source, "import it too, and list it in data.train")
+        code.note("dataset", source, text)
+
+
+def _loads_eval_data(call: ast.Call) -> bool:
+    """Return whether a call loads the files of a setting for the evaluation.
+
+    A dict of both datasets makes the training depend on this call, too.
+    """
+    aliases = load_rules("TRL").aliases
+    for node in ast.walk(call):
+        if isinstance(node, ast.Attribute) and "eval_" in aliases.get(node.attr, node.attr):
+            return True
+    return False
 
 
 def _format_address(name: str, values: dict[str, object]) -> str:
@@ -307,12 +322,14 @@ def _describe_callback(script: Script, node: ast.expr, name: str) -> str:
     lower = name.lower()
     values = dict(_iter_pairs(script, node))
     project = values.get("project")
+    if not isinstance(project, str):
+        project = "NAME"
     for kind in _TRACKERS:
         if kind in lower:
-            return _TRACKER_TEXT.format(
-                kind=kind, project=project if isinstance(project, str) else "NAME"
-            )
-    return _EARLY_STOPPING_TEXT if "earlystopping" in lower else _CALLBACK_TEXT
+            return _TRACKER_TEXT.format(kind=kind, project=project)
+    if "earlystopping" in lower:
+        return _EARLY_STOPPING_TEXT
+    return _CALLBACK_TEXT
 
 
 def _report_resumed_checkpoint(script: Script, code: ScriptCode) -> None:

@@ -6,7 +6,7 @@ import ast
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from itertools import compress
+from itertools import islice
 
 _DATACLASS_PARSERS = ("HfArgumentParser", "TrlParser", "H4ArgumentParser")
 _DATACLASS_METHODS = (
@@ -18,6 +18,8 @@ _DATACLASS_METHODS = (
 )
 _ARGPARSE_METHODS = ("parse_args", "parse_known_args")
 _TYPES: Mapping[str, Callable[[str], object]] = {"int": int, "float": float}
+_MAX_RESULTS = 20
+"""Number of variables with parsed arguments; each has all of them as its attributes."""
 
 Evaluate = Callable[[ast.expr], object]
 """Evaluates an expression of the module. Raises ValueError if it is no constant."""
@@ -50,24 +52,29 @@ def read_parsed_arguments(
     defined = _read_argparse_arguments(nodes, options, evaluate, parsed)
     rest = {name: value for name, value in options.items() if name not in defined}
     parsed.settings = dict(rest)
-    fields: dict[str, dict[str, object]] = {}
-    for names, call in _iter_results(nodes):
-        method = _get_callee(call)
-        if method in _ARGPARSE_METHODS:
-            for holder in _find_holders(names[0], nodes):
-                parsed.constants |= {f"{holder}.{key}": item for key, item in parsed.own.items()}
-        for name, class_name in zip(names, _list_dataclasses(nodes), strict=False):
-            if method not in _DATACLASS_METHODS:
-                continue
-            fields[class_name] = _read_fields(class_name, nodes, evaluate)
-            parsed.classes |= dict.fromkeys(_find_holders(name, nodes), class_name)
-    for values in fields.values():
-        given = {name: value for name, value in values.items() if value is not None}
-        parsed.settings = given | parsed.settings
+    passed = _find_passed(nodes)
+    class_names = _list_dataclasses(nodes)
+    fields = {name: _read_fields(name, nodes, evaluate) for name in class_names}
+    used: set[str] = set()
+    for names, call in islice(_iter_results(nodes), _MAX_RESULTS):
+        if _get_callee(call) in _ARGPARSE_METHODS:
+            for holder in (names[0], *passed.get(names[0], ())):
+                for name, value in parsed.own.items():
+                    parsed.constants[f"{holder}.{name}"] = value
+        else:
+            for name, class_name in zip(names, class_names, strict=False):
+                used.add(class_name)
+                for holder in (name, *passed.get(name, ())):
+                    parsed.classes[holder] = class_name
+    for class_name in fields:
+        if class_name in used:
+            for name, value in fields[class_name].items():
+                if value is not None:
+                    parsed.settings.setdefault(name, value)
     for holder, class_name in parsed.classes.items():
         # A field without a default, and each setting of a class of a library.
-        values = fields[class_name] | rest
-        parsed.constants |= {f"{holder}.{name}": value for name, value in values.items()}
+        for name, value in (fields[class_name] | rest).items():
+            parsed.constants[f"{holder}.{name}"] = value
     return parsed
 
 
@@ -82,21 +89,27 @@ def _read_argparse_arguments(
     for call in nodes:
         if not isinstance(call, ast.Call) or _get_callee(call) != "add_argument":
             continue
-        flags = [item.value for item in call.args if isinstance(item, ast.Constant)]
-        names = [str(flag).lstrip("-").replace("-", "_") for flag in flags]
-        if not names:
+        flags: list[str] = []
+        for item in call.args:
+            if isinstance(item, ast.Constant):
+                flags.append(str(item.value))
+        if not flags:
             continue
         keywords = {item.arg: item.value for item in call.keywords}
-        is_long = [str(flag).startswith("--") for flag in flags]
-        long_names = list(compress(names, is_long))
-        target = [*long_names, *names][0]
-        if isinstance(keywords.get("dest"), ast.Constant):
-            target = str(ast.literal_eval(keywords["dest"]))
+        names = [_normalize_option(flag) for flag in flags]
         defined.update(names)
-        action = ast.unparse(keywords["action"]).strip("'") if "action" in keywords else ""
-        given = [options[name] for name in names if name in options]
+        long_flags = [flag for flag in flags if flag.startswith("--")]
+        target = _normalize_option([*long_flags, *flags][0])
+        destination = keywords.get("dest")
+        if isinstance(destination, ast.Constant):
+            target = str(destination.value)
+        action = ""
+        if "action" in keywords:
+            action = ast.unparse(keywords["action"]).strip("'")
+        given = options.keys() & set(names)
         if given:
-            parsed.own[target] = _convert_option(given[0], keywords.get("type"), action)
+            value = options[given.pop()]
+            parsed.own[target] = _convert_option(value, keywords.get("type"), action)
         elif "default" in keywords:
             with suppress(ValueError):
                 parsed.own[target] = evaluate(keywords["default"])
@@ -105,13 +118,18 @@ def _read_argparse_arguments(
     return defined
 
 
+def _normalize_option(flag: str) -> str:
+    return flag.lstrip("-").replace("-", "_")
+
+
 def _convert_option(value: object, kind: ast.expr | None, action: str) -> object:
     """Convert the text of an option to its type."""
     if action in ("store_true", "store_false"):
         return action == "store_true"
-    convert = _TYPES.get(ast.unparse(kind)) if kind is not None else None
-    if convert is None:
+    name = "" if kind is None else ast.unparse(kind)
+    if name not in _TYPES:
         return value
+    convert = _TYPES[name]
     with suppress(ValueError):
         if isinstance(value, list):
             return [convert(str(item)) for item in value]
@@ -120,39 +138,42 @@ def _convert_option(value: object, kind: ast.expr | None, action: str) -> object
 
 
 def _iter_results(nodes: Sequence[ast.AST]) -> Iterator[tuple[list[str], ast.Call]]:
-    """Yield the variables that receive the results of a call, with the call."""
+    """Yield the variables that receive parsed arguments, with the call that parses them."""
     for node in nodes:
         if not isinstance(node, ast.Assign):
             continue
         target = node.targets[0]
-        names = [target]
+        names: Sequence[ast.expr] = [target]
         if isinstance(target, ast.Tuple | ast.List):
             names = target.elts
         value = node.value
         if isinstance(value, ast.Subscript):  # parse_args_into_dataclasses()[0]
             value = value.value
-        if isinstance(value, ast.Call):
+        if not isinstance(value, ast.Call) or not names:
+            continue
+        if _get_callee(value) in (*_ARGPARSE_METHODS, *_DATACLASS_METHODS):
             yield [ast.unparse(name) for name in names], value
 
 
-def _find_holders(name: str, nodes: Sequence[ast.AST]) -> set[str]:
-    """Return a variable, and the parameters of functions of the script that receive it."""
-    functions = {
-        node.name: [argument.arg for argument in node.args.args]
-        for node in nodes
-        if isinstance(node, ast.FunctionDef)
-    }
-    holders = {name}
+def _find_passed(nodes: Sequence[ast.AST]) -> dict[str, set[str]]:
+    """Return the parameters of functions of the script that receive each variable."""
+    functions: dict[str, list[str]] = {}
+    for node in nodes:
+        if isinstance(node, ast.FunctionDef):
+            functions[node.name] = [argument.arg for argument in node.args.args]
+    passed: dict[str, set[str]] = {}
     for call in nodes:
-        if not isinstance(call, ast.Call) or _get_callee(call) not in functions:
+        if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name | ast.Attribute):
             continue
-        parameters = functions[_get_callee(call)]
+        parameters = functions.get(_get_callee(call), [])
         pairs = list(zip(parameters, call.args, strict=False))
-        pairs += [(one.arg, one.value) for one in call.keywords if one.arg]
+        for keyword in call.keywords:
+            if keyword.arg in parameters:
+                pairs.append((keyword.arg, keyword.value))
         for parameter, value in pairs:
-            if ast.unparse(value) == name:
-                holders.add(parameter)
-    return holders
+            if isinstance(value, ast.Name | ast.Attribute):
+                passed.setdefault(ast.unparse(value), set()).add(parameter)
+    return passed
 
 
 def _list_dataclasses(nodes: Sequence[ast.AST]) -> list[str]:
@@ -163,38 +184,65 @@ def _list_dataclasses(nodes: Sequence[ast.AST]) -> list[str]:
         given = [*call.args, *(one.value for one in call.keywords if one.arg == "dataclass_types")]
         if not given:
             return []
-        classes = _resolve_tuple(given[0], nodes)
-        return [ast.unparse(item).rpartition(".")[2] for item in classes]
+        names: list[str] = []
+        for item in _resolve_tuple(given[0], nodes):
+            names.append(ast.unparse(item).rpartition(".")[2])
+        return names[:_MAX_RESULTS]
     return []
 
 
 def _resolve_tuple(node: ast.expr, nodes: Sequence[ast.AST]) -> Sequence[ast.expr]:
     """Return the items of a tuple, which a variable may hold, or the expression itself."""
+    if isinstance(node, ast.Name):
+        values = _list_values(node.id, nodes)
+        node = values[0] if values else node
+    if isinstance(node, ast.Tuple | ast.List):
+        return node.elts
+    return [node]
+
+
+def _list_values(name: str, nodes: Sequence[ast.AST]) -> list[ast.expr]:
+    """Return the expressions that statements assign to a variable."""
+    values: list[ast.expr] = []
     for statement in nodes:
-        if isinstance(statement, ast.Assign) and isinstance(node, ast.Name):
-            is_assigned = ast.unparse(statement.targets[0]) == node.id
-            node = statement.value if is_assigned else node
-    return node.elts if isinstance(node, ast.Tuple | ast.List) else [node]
+        if isinstance(statement, ast.Assign) and ast.unparse(statement.targets[0]) == name:
+            values.append(statement.value)
+    return values
 
 
 def _read_fields(name: str, nodes: Sequence[ast.AST], evaluate: Evaluate) -> dict[str, object]:
-    """Return the defaults of the fields of a dataclass, or None."""
+    """Return the defaults of the fields of a dataclass and its bases, or None."""
+    classes: dict[str, ast.ClassDef] = {}
+    for node in nodes:
+        if isinstance(node, ast.ClassDef):
+            classes.setdefault(node.name, node)
     fields: dict[str, object] = {}
-    classes = [node for node in nodes if isinstance(node, ast.ClassDef) and node.name == name]
-    for node in classes[:1]:
-        for base in node.bases:
-            # A class may have the name of its base, transformers.TrainingArguments.
-            if ast.unparse(base) != name and not ast.unparse(base).endswith(f".{name}"):
-                fields |= _read_fields(ast.unparse(base), nodes, evaluate)
-        for statement in node.body:
-            if not isinstance(statement, ast.AnnAssign | ast.Assign):
-                continue
-            target = statement.targets[0] if isinstance(statement, ast.Assign) else statement.target
-            field_name = ast.unparse(target)
-            fields[field_name] = None
-            if statement.value is not None:
-                with suppress(ValueError):
-                    fields[field_name] = evaluate(_get_default(statement.value))
+    # A class may have the name of its base, transformers.TrainingArguments.
+    waiting = [name]
+    while waiting:
+        found = classes.pop(waiting.pop().rpartition(".")[2], None)
+        if found is None:
+            continue
+        for field_name, value in _read_own_fields(found, evaluate).items():
+            fields.setdefault(field_name, value)  # A class replaces fields of its bases.
+        waiting += [ast.unparse(base) for base in found.bases]
+    return fields
+
+
+def _read_own_fields(node: ast.ClassDef, evaluate: Evaluate) -> dict[str, object]:
+    fields: dict[str, object] = {}
+    for statement in node.body:
+        if isinstance(statement, ast.Assign):
+            target = statement.targets[0]
+        elif isinstance(statement, ast.AnnAssign):
+            target = statement.target
+        else:
+            continue
+        name = ast.unparse(target)
+        fields[name] = None
+        if statement.value is not None:
+            with suppress(ValueError):
+                fields[name] = evaluate(_get_default(statement.value))
     return fields
 
 

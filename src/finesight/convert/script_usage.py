@@ -15,6 +15,10 @@ from typing import NamedTuple
 Scope = ast.Module | ast.FunctionDef | ast.ClassDef
 
 
+_MAX_STEPS = 2_000_000
+"""Number of dependencies after which the search ends; a script of a training has 10,000."""
+
+
 class _BoundName(NamedTuple):
     """Name that a node assigns or changes, with the expressions of the value.
 
@@ -46,13 +50,17 @@ class ScriptUsage:
         """Return the nodes on which the roots depend, with the roots themselves."""
         used: set[ast.AST] = set()
         waiting = list(roots)
+        num_steps = 0
         while waiting:
+            num_steps += 1
             node = waiting.pop()
             if node in used or node in self._dead:
                 continue
             used.add(node)
             waiting += ast.iter_child_nodes(node)
             waiting += self._find_sources(node)
+            if num_steps > _MAX_STEPS:
+                raise ValueError("too many dependencies between its names")
         return used
 
     def _collect(self, tree: ast.Module) -> None:

@@ -26,6 +26,7 @@ from finesight.convert.shell_script import (
 )
 from finesight.convert.source_file import (
     build_source_error,
+    check_code_length,
     find_file,
     load_settings_file,
     read_source,
@@ -126,6 +127,7 @@ def _search_script(
     text: str, path: Path, state: ShellState, exported: dict[str, str], search: _Search
 ) -> None:
     """Add the training commands of a script, with its variables and exported ones."""
+    check_code_length(text, path)
     try:
         for command in split_commands(text, state):
             words, assigned = _split_assignments(command)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import ast
 import re
 import shlex
-from collections.abc import Iterator
+from bisect import bisect_left
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from finesight.convert.python_values import evaluate_constant
@@ -36,10 +37,11 @@ _QUOTED_OR_SKIPPED = re.compile(
 """Quoted text and escaped characters, which remain, or comments and redirections."""
 
 
-_HERE_DOCUMENT = re.compile(
-    r"""(?<!<)<<-?[ \t]*(["']?)(\w+)\1([^\n]*\n).*?^[ \t]*\2[ \t]*$""", re.DOTALL | re.MULTILINE
-)
-"""Lines of input of a command, which are no commands; the rest of its first line remains."""
+_HERE_DOCUMENT = re.compile(r"""(?<!<)<<-?[ \t]*(["']?)(\w+)\1""")
+"""Start of input of a command, with the word on the last line of the input."""
+
+_MAX_EXPANDED_CHARS = 1_000_000
+"""Limit of the values of all variables in use: `A=$A$A`, 40 times, would be terabytes."""
 
 
 class UnresolvedCommandError(Exception):
@@ -53,20 +55,33 @@ class ShellState:
     variables: dict[str, str] = field(default_factory=dict)
     arguments: list[str] | None = None
     arrays: dict[str, list[str]] = field(default_factory=dict)
+    _num_expanded: int = 0
 
     def set_arguments(self, arguments: list[str]) -> None:
         """Set the arguments `$1`, `$2`, ... and `$@`."""
-        for name in [name for name in self.variables if name.isdecimal()]:
-            del self.variables[name]
-        self.variables |= {str(number): word for number, word in enumerate(arguments, start=1)}
-        self.arrays |= {"@": arguments, "*": arguments}
+        self.count_expanded(len(arguments))
+        for name in list(self.variables):
+            if name.isdecimal():
+                del self.variables[name]
+        for number, word in enumerate(arguments, start=1):
+            self.variables[str(number)] = word
+        self.arrays["@"] = arguments
+        self.arrays["*"] = arguments
         self.arguments = arguments
 
     def shift(self, words: list[str]) -> None:
         """Drop the first arguments, as the builtin `shift` does."""
         if self.arguments is not None:
-            count = int(words[0]) if words and words[0].isdecimal() else 1
+            count = 1
+            if words and words[0].isdecimal():
+                count = int(words[0])
             self.set_arguments(self.arguments[count:])
+
+    def count_expanded(self, num_chars: int) -> None:
+        """Count the characters of a value in use. Raises UnresolvedCommandError over the limit."""
+        self._num_expanded += num_chars
+        if self._num_expanded > _MAX_EXPANDED_CHARS:
+            raise UnresolvedCommandError("very long variables")
 
 
 def split_commands(text: str, state: ShellState) -> Iterator[list[str]]:
@@ -87,22 +102,18 @@ def split_commands(text: str, state: ShellState) -> Iterator[list[str]]:
             start = _ARRAY_START.fullmatch(command[-1])
         if start is not None:
             command.pop()
-            previous = state.arrays.get(start[1], []) if start[2] else []
-            array = [*previous]
+            array = []
+            if start[2]:
+                array += state.arrays.get(start[1], [])
             state.arrays[start[1]] = array
-        items = _ARRAY_ITEMS.fullmatch(word)
-        name = (items[1] or items[2]) if items else ""
-        if name in state.arrays:
-            target = command if array is None else array
-            target.extend(state.arrays[name])
-        elif array is not None:
-            if not is_separator:
-                array += _expand_variables(word, state.variables)
-            elif ")" in word:
+        if is_separator and array is not None:
+            if ")" in word:
                 array = None
+        elif not is_separator and array is not None:
+            array += _expand_word(word, state)
         elif not is_separator and word not in ("{", "}"):
-            command += _expand_variables(word, state.variables)
-        elif command:
+            command += _expand_word(word, state)
+        elif is_separator and command:
             if command[0] in _CONTROL_KEYWORDS:
                 raise UnresolvedCommandError(f"{command[0]} ...")
             yield command
@@ -111,7 +122,7 @@ def split_commands(text: str, state: ShellState) -> Iterator[list[str]]:
 
 def _split_words(text: str) -> list[str]:
     """Return the words and separators of a script, with a line break at its end."""
-    text = _HERE_DOCUMENT.sub(r"\3", text)
+    text = _drop_here_documents(text)
     text = _ARITHMETIC.sub(lambda match: match[0].translate(_PROTECTED), text)
     text = _SUBSTITUTION.sub("$...", text.replace("\\$", LITERAL_DOLLAR))
     text = _QUOTED_OR_SKIPPED.sub(_mark_dollars, text).replace("\\\n", " ")
@@ -120,6 +131,27 @@ def _split_words(text: str) -> list[str]:
     lexer.whitespace_split = True
     lexer.commenters = ""
     return [*lexer, "\n"]
+
+
+def _drop_here_documents(text: str) -> str:
+    """Remove the lines of input of commands, which are no commands."""
+    lines = text.splitlines(keepends=True)
+    positions: dict[str, list[int]] = {}
+    for index, line in enumerate(lines):
+        positions.setdefault(line.strip(), []).append(index)
+    kept: list[str] = []
+    index = 0
+    while index < len(lines):
+        line = lines[index]
+        index += 1
+        if start := _HERE_DOCUMENT.search(line):
+            line = line[: start.start()] + line[start.end() :]
+            ends = positions.get(start[2], [])
+            following = bisect_left(ends, index)
+            if following < len(ends):
+                index = ends[following] + 1
+        kept.append(line)
+    return "".join(kept)
 
 
 def _mark_dollars(match: re.Match[str]) -> str:
@@ -133,34 +165,57 @@ def _mark_dollars(match: re.Match[str]) -> str:
 def parse_assignment(word: str) -> tuple[str, str] | None:
     """Return name and value of a word `NAME=value`, None for another word."""
     match = _ASSIGNMENT.fullmatch(word)
-    return (match[1], match[2]) if match else None
+    if match is None:
+        return None
+    return match[1], match[2]
 
 
-def _expand_variables(word: str, variables: dict[str, str]) -> list[str]:
-    """Replace known variables and arithmetic in a word; an unquoted value may be several words."""
-    numbers = {name: int(value) for name, value in variables.items() if value.isdecimal()}
+def _expand_word(word: str, state: ShellState) -> list[str]:
+    """Replace an array, or known variables and arithmetic in a word.
 
-    def replace(match: re.Match[str]) -> str:
-        plain, braced, default, arithmetic = match.groups()
-        if arithmetic is not None:
-            return _evaluate_arithmetic(arithmetic, numbers) or match[0]
-        name = plain or braced
-        if default is None:
-            return variables.get(name, match[0])
-        if match[0][: -len(default) - 1].endswith("="):
-            variables.setdefault(name, default)
-        return variables.get(name, default)
-
-    expanded = _VARIABLE.sub(replace, word).replace("\1", "$")
-    is_split = "$" in word and parse_assignment(word) is None
-    words = expanded.split() if is_split else [expanded]
-    return [word.translate(_UNPROTECTED) for word in words]
+    An unquoted value may be several words.
+    """
+    items = _ARRAY_ITEMS.fullmatch(word)
+    if items is not None:
+        array = state.arrays.get(items[1] or items[2])
+        if array is not None:
+            state.count_expanded(sum(map(len, array)) + len(array))
+            return list(array)
+    expanded = _VARIABLE.sub(lambda match: _expand_variable(match, state), word)
+    expanded = expanded.replace("\1", "$")
+    words = [expanded]
+    if "$" in word and parse_assignment(word) is None:
+        words = expanded.split()
+    return [one.translate(_UNPROTECTED) for one in words]
 
 
-def _evaluate_arithmetic(text: str, numbers: dict[str, int]) -> str | None:
+def _expand_variable(match: re.Match[str], state: ShellState) -> str:
+    """Return the value of a variable or of arithmetic, or the text itself if it is unknown."""
+    plain, braced, default, arithmetic = match.groups()
+    variables = state.variables
+    if arithmetic is not None:
+        return _evaluate_arithmetic(arithmetic, variables) or match[0]
+    name = plain or braced
+    value = variables.get(name)
+    if value is None and default is not None:
+        value = default
+        if match[0][: -len(default) - 1].endswith("="):  # ${NAME:=default}
+            variables[name] = default
+    if value is None:
+        return match[0]
+    state.count_expanded(len(value))
+    return value
+
+
+def _evaluate_arithmetic(text: str, variables: Mapping[str, str]) -> str | None:
     """Return the result of an arithmetic expansion, None if a variable is unknown."""
     expression = re.sub(r"[${}]", "", text.translate(_UNPROTECTED)).replace("/", "//")
+    numbers: dict[str, object] = {}
     try:
+        for name in re.findall(r"[A-Za-z_]\w*", expression):
+            value = variables.get(name, "")
+            if value.isdecimal():
+                numbers[name] = int(value)
         tree = ast.parse(expression.strip(), mode="eval")
         return str(evaluate_constant(tree.body, numbers))
     except (SyntaxError, ValueError, RecursionError, MemoryError):

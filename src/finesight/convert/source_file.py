@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +17,9 @@ _EXPECTED = (
     "a configuration of ms-swift, LLaMA-Factory or TRL in YAML or JSON, a shell script with their"
     " command, or a Python script or notebook with a trainer of transformers, TRL or Unsloth"
 )
+MAX_CODE_CHARS = 200_000
+"""Maximum length of code, of which many parts are compared with each other."""
+
 _MAX_PARENTS = 3
 """Number of folders above a file in which the files that it names are searched."""
 
@@ -30,12 +34,19 @@ def read_source(path: Path) -> str:
 
     Raises UserError for a file that is missing, too large or not UTF-8.
     """
-    if path.exists():
+    if os.path.exists(path):
         remedy = "use a UTF-8 file of at most 4 MB"
     else:
         remedy = str(suggest_similar_path(path))
     text = read_text(path, expected=_EXPECTED, remedy=remedy, max_bytes=4_000_000)
     return text.removeprefix("\ufeff").replace("\r\n", "\n")
+
+
+def check_code_length(text: str, path: Path) -> None:
+    """Raise UserError for code that is longer than that of a training."""
+    if len(text) > MAX_CODE_CHARS:
+        what = f"has more than {MAX_CODE_CHARS:,} characters of code"
+        raise build_source_error(path, what, "convert a copy with the code of the training only")
 
 
 def parse_settings_file(path: Path) -> object:
@@ -65,7 +76,7 @@ def find_file(name: str, origin: Path) -> Path | None:
     """
     for folder in _iter_folders(origin):
         path = folder / name
-        if path.is_file():
+        if os.path.isfile(path):  # Unlike Path.is_file, it accepts names of any length.
             return path
     return None
 

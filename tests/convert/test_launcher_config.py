@@ -114,3 +114,69 @@ def test_configuration_of_a_launcher_is_refused_alone(content: dict[str, object]
     assert ".sh" in str(caught.value.remedy)
     (tmp_path / "launch.yaml").write_text((tmp_path / "a.json").read_text())
     convert_script(tmp_path, COMMAND.replace("launch.yaml", "a.json"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "mode"),
+    [
+        ({"deepspeed_config": {"zero_stage": None, "zero3_init_flag": False}}, "zero2"),
+        ({"deepspeed_config": "configs/zero3.json"}, "fsdp"),
+        ({"deepspeed_config": "zero2_offload"}, "fsdp_offload"),
+        ({"deepspeed_config": "ds.json"}, "fsdp"),
+        ({"deepspeed_config": {"deepspeed_config_file": "ds.json"}}, "fsdp"),
+    ],
+)
+def test_sections_of_other_forms_give_parallelism(settings, mode, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "ds.json").write_text('{"zero_optimization": {"stage": 3}}')
+    launch = {"distributed_type": "DEEPSPEED", **settings}
+    (tmp_path / "launch.yaml").write_text(yaml.safe_dump(launch))
+    convert_script(tmp_path, COMMAND)
+    assert load_converted_recipe(tmp_path).train.parallel == mode
+
+
+@pytest.mark.parametrize(
+    ("settings", "noted"),
+    [
+        ({"mixed_precision": "fp8"}, {"mixed_precision"}),
+        ({"parallelism_config": {"parallelism_config_tp_size": 2}}, {"parallelism_config_tp_size"}),
+        ({"parallelism_config": {"parallelism_config_tp_size": 1}}, set()),
+        ({"mixed_precision": "no"}, set()),
+    ],
+)
+def test_settings_of_accelerate_without_an_equal_are_reported(settings, noted, tmp_path):
+    launch = {"distributed_type": "MULTI_GPU", **settings}
+    (tmp_path / "launch.yaml").write_text(yaml.safe_dump(launch))
+    done = convert_script(tmp_path, COMMAND)
+    assert notes_by_setting(done, "differs").keys() == noted
+
+
+def test_section_that_is_a_list_is_reported(tmp_path):
+    (tmp_path / "launch.yaml").write_text("distributed_type: FSDP\nfsdp_config: [1]\n")
+    done = convert_script(tmp_path, COMMAND)
+    assert "fsdp_config" in {note.key for note in done.notes}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        "--config-file launch.yaml --num-processes 3",
+        "--config-file=launch.yaml --num-processes=3",
+        "--num_processes 3 --config-file launch.yaml",
+        "--use-deepspeed --zero-stage 2 --num-processes 3",
+        "--config_file launch.yaml --num_processes=3",
+    ],
+)
+def test_options_of_accelerate_may_have_hyphens(options, tmp_path):
+    launch = {"distributed_type": "DEEPSPEED", "deepspeed_config": {"zero_stage": 2}}
+    (tmp_path / "launch.yaml").write_text(yaml.safe_dump(launch))
+    convert_script(tmp_path, COMMAND.replace("--config_file launch.yaml", options))
+    train = load_converted_recipe(tmp_path).train
+    assert (train.parallel, train.batch_size) == ("zero2", 24)
+
+
+@pytest.mark.parametrize(("kind", "is_noted"), [("Lion", True), ("AdamW", False), ("SGD", True)])
+def test_optimizer_of_deepspeed_is_reported(kind, is_noted, tmp_path):
+    content = {"zero_optimization": {"stage": 2}, "optimizer": {"type": kind}}
+    done = convert_settings(tmp_path, SWIFT_SETTINGS | {"deepspeed": json.dumps(content)})
+    assert ("deepspeed optimizer" in notes_by_setting(done, "differs")) is is_noted

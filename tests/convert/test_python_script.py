@@ -181,7 +181,8 @@ def test_several_configurations_are_refused_until_one_is_left(count, tmp_path):
     uses = "".join(f"get_peft_model(base, other{i})\n" for i in range(count))
     text = TABLES["SCRIPT"].replace("trainer.train()", f"trainer.train()\n{uses}")
     text = text.replace(used, f"{others}{used}").replace("base, config)", "base, pick())", 1)
-    with pytest.raises(UserError, match=r"several LoraConfig, in lines \d+, .{1,50} of which") as caught:
+    message = r"several LoraConfig, in lines \d+, .{1,50} of which"
+    with pytest.raises(UserError, match=message) as caught:
         convert_script(tmp_path, text, "train.py")
     assert "copy" in str(caught.value.remedy)
     kept = text.replace(others, "").replace(uses, "").replace("pick()", "config")

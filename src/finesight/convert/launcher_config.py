@@ -12,6 +12,7 @@ import yaml
 
 from finesight.bounded_files import load_yaml
 from finesight.config import ParallelMode
+from finesight.convert.external_config import is_empty
 from finesight.convert.source_file import CONFIG_SUFFIXES, find_file, load_settings_file
 from finesight.errors import UserError
 
@@ -57,9 +58,14 @@ def flatten_accelerate_config(content: Mapping[str, object]) -> dict[str, object
     """
     settings = dict(content)
     for name in _SECTIONS:
-        section = settings.pop(name, None)
+        section = settings.get(name)
         if isinstance(section, Mapping):
             settings |= section
+        elif name == "deepspeed_config" and isinstance(section, str):
+            settings["deepspeed_config_file"] = section
+        elif section is not None:
+            continue  # Conversion reports it as an unknown setting.
+        settings.pop(name, None)
     return settings
 
 
@@ -94,7 +100,9 @@ def read_accelerate_sharding(settings: Mapping[str, object]) -> Sharding | None:
     if kind == "" and "zero_stage" in settings:
         kind = "DEEPSPEED"
     if kind == "DEEPSPEED":
-        return read_deepspeed_sharding({"zero_stage": _DEFAULT_STAGE, **settings})
+        if is_empty(settings.get("zero_stage")):
+            settings = {**settings, "zero_stage": _DEFAULT_STAGE}
+        return read_deepspeed_sharding(settings)
     if kind == "FSDP":
         return read_fsdp_sharding("", settings)
     if kind in _UNSHARDED_TYPES:

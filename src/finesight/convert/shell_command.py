@@ -343,12 +343,12 @@ def read_launcher(words: Sequence[str], origin: Path) -> Launcher:
         return Launcher({}, {})
     parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False, exit_on_error=False)
     default = "1" if is_torchrun else UNKNOWN_COUNT
-    count_options = ("--nproc_per_node", "--nproc-per-node", "--num_gpus", "--num_processes")
+    count_options = ("--nproc_per_node", "--num_gpus", "--num_processes")
     parser.add_argument(*count_options, dest="count", default=default)
     parser.add_argument("--nnodes", "--num_nodes", default="1")
     parser.add_argument("--config_file", "--accelerate_config", dest="file", default="")
     try:
-        options, _ = parser.parse_known_args(list(words))
+        options, _ = parser.parse_known_args([_use_underscores(word) for word in words])
     except argparse.ArgumentError:
         return Launcher({"NPROC_PER_NODE": UNKNOWN_COUNT}, {})
     settings: dict[str, object] = {}
@@ -360,6 +360,14 @@ def read_launcher(words: Sequence[str], origin: Path) -> Launcher:
     if options.count.isdecimal() and options.nnodes.isdecimal():
         environment = {"NPROC_PER_NODE": options.count, "NNODES": options.nnodes}
     return Launcher(environment, settings)
+
+
+def _use_underscores(word: str) -> str:
+    """Return an option with underscores in its name, which launchers also accept with hyphens."""
+    if not word.startswith("--"):
+        return word
+    name, separator, value = word.removeprefix("--").partition("=")
+    return f"--{name.replace('-', '_')}{separator}{value}"
 
 
 def _load_accelerate_config(name: str, origin: Path) -> dict[str, object]:

@@ -413,6 +413,7 @@ class TrainerConverter:
             sharding = read_deepspeed_sharding(content)
             if isinstance(content, Mapping):
                 self._set_deepspeed_schedule(content)
+                self._report_deepspeed_optimizer(content)
         elif not is_empty(fsdp):
             key, given = "fsdp", fsdp
             details = load_config_value(config.get_value("fsdp_config"), origin)
@@ -443,10 +444,22 @@ class TrainerConverter:
             text = "is not supported: lr_scheduler_type is used instead"
             self.draft.note("deepspeed scheduler", name, text, differs=True)
 
+    def _report_deepspeed_optimizer(self, content: Mapping[str, object]) -> None:
+        """Report an optimizer of a DeepSpeed configuration, which replaces that of the Trainer."""
+        optimizer = content.get("optimizer")
+        if isinstance(optimizer, Mapping) and optimizer.get("type") not in ("AdamW", "Adam"):
+            text = "replaces optim: set train.optimizer to the most similar one"
+            self.draft.note("deepspeed optimizer", optimizer.get("type"), text, differs=True)
+
     def get_launcher_precision(self) -> str:
         """Return the mixed precision of accelerate, which applies if the Trainer has none."""
         precision = str(self.config.launcher.get("mixed_precision")).lower()
-        return precision if precision in ("bf16", "fp16") else "auto"
+        if precision in ("bf16", "fp16"):
+            return precision
+        if precision == "fp8":
+            text = "tune.quantize.fp8 computes products of frozen weights in FP8"
+            self.draft.note("mixed_precision", precision, text, differs=True)
+        return "auto"
 
     def set_output_dir(self, default: str) -> None:
         """Set the output folder: a new one if a run recorded the configuration."""

@@ -236,3 +236,38 @@ def test_random_changes_of_a_script_raise_no_traceback(tmp_path):
         written += 1
         load_converted_recipe(tmp_path)
     assert written > 20
+
+
+def test_script_with_the_name_and_the_arguments_of_trl_is_read(tmp_path):
+    """Its code sets values that the options of the command do not have."""
+    script = """
+from trl import ModelConfig, ScriptArguments, SFTConfig, SFTTrainer, TrlParser, get_peft_config
+parser = TrlParser((ScriptArguments, SFTConfig, ModelConfig))
+script_args, training_args, model_args = parser.parse_args_and_config()
+training_args.max_length = None
+training_args.weight_decay = 0.3
+model = AutoModelForImageTextToText.from_pretrained(
+    model_args.model_name_or_path, revision=model_args.model_revision
+)
+rows = load_dataset(script_args.dataset_name, name=script_args.dataset_config)
+SFTTrainer(model=model, args=training_args, train_dataset=rows["train"],
+           peft_config=get_peft_config(model_args)).train()
+"""
+    (tmp_path / "sft_vlm.py").write_text(script)
+    command = (
+        "accelerate launch sft_vlm.py --model_name_or_path Qwen/Qwen2.5-VL-3B-Instruct"
+        " --dataset_name a/b --output_dir o --use_peft"
+    )
+    done = convert_script(tmp_path, command)
+    made = load_converted_recipe(tmp_path)
+    assert made.data.max_length > 100_000
+    assert made.train.weight_decay == 0.3
+    assert made.tune.lora.rank == 16
+    assert done.imports[0]["source"] == "hf:a/b"
+    assert not notes_by_setting(done, "differs")
+    convert_script(tmp_path, f"{command} --model_revision v2 --lora_r 4")
+    made = load_converted_recipe(tmp_path)
+    assert (made.model, made.tune.lora.rank) == ("Qwen/Qwen2.5-VL-3B-Instruct@v2", 4)
+    (tmp_path / "sft_vlm.py").unlink()
+    convert_script(tmp_path, command)
+    assert load_converted_recipe(tmp_path).data.max_length == 1024

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -60,7 +59,6 @@ _TRL_KEYS = {
 }
 """Settings that identify a configuration of TRL; others are those of the transformers Trainer."""
 
-_ARGUMENTS_CLASS = re.compile(r"(?m)^[ \t]*class \w+Arguments\b")
 _ACCELERATE_KEYS = {"distributed_type", "compute_environment"}
 _DEEPSPEED_KEYS = {"zero_optimization", "train_micro_batch_size_per_gpu"}
 
@@ -116,7 +114,7 @@ def _load_shell_config(path: Path) -> ExternalConfig:
     launcher = read_launcher(words, training.origin)
     content = _read_command_settings(training)
     file = find_file(training.script, training.origin) if training.script else None
-    if file is not None and (training.program is None or _has_own_arguments(training, file)):
+    if file is not None and training.program in (None, "TRL"):
         config = read_python_config(read_source(file), file, content)
     else:
         program = training.program or "Transformers"
@@ -127,11 +125,6 @@ def _load_shell_config(path: Path) -> ExternalConfig:
             config = replace(config, notes=(note,))
     environment = {**config.environment, **training.environment, **launcher.environment}
     return replace(config, environment=environment, launcher=launcher.settings)
-
-
-def _has_own_arguments(training: TrainingCommand, file: Path) -> bool:
-    """Return whether a script with a name of TRL defines its own arguments."""
-    return training.program == "TRL" and bool(_ARGUMENTS_CLASS.search(read_source(file)))
 
 
 def _read_command_settings(training: TrainingCommand) -> dict[str, object]:

@@ -145,6 +145,8 @@ def _collect_arguments(script: Script, arguments: Sequence[ScriptArgument]) -> _
         key = aliases.get(name, name)
         settings.defaults = calls[callee] | settings.defaults
         if isinstance(value, ast.expr):
+            if script.is_default_option(value):
+                continue
             settings.unresolved.setdefault(key, ast.unparse(script.resolve(value)))
             for item, text in _list_items(script, value).items():
                 settings.unresolved.setdefault(item, text)

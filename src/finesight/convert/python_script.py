@@ -378,6 +378,12 @@ class Script:
             if not is_used and not is_empty:
                 yield name, value
 
+    def is_default_option(self, node: ast.expr) -> bool:
+        """Return whether an expression is an option of a library that the command does not set."""
+        if not isinstance(node, ast.Attribute):
+            return False
+        return ast.unparse(node.value) in self.parsed.classes
+
     def iter_parsed_changes(self) -> Iterator[tuple[str, object]]:
         """Yield the values that the script assigns to training arguments from the command line."""
         scopes = {self._scopes[call] for call in self.trainers} or {self._module}
@@ -406,7 +412,9 @@ class Script:
             if isinstance(name, str) and not name.startswith((".", "/", "~")):
                 folder = values.get("local_dir", "")
                 revision = values.get("revision")
-                if isinstance(revision, str) and revision not in _MAIN_REVISIONS:
+                # That of a model is a setting of its own.
+                is_other = not is_model and revision not in _MAIN_REVISIONS
+                if isinstance(revision, str) and is_other:
                     name = f"{name}@{revision}"
                 yield hub, name, str(folder)
 

@@ -268,3 +268,68 @@ def test_leftover_that_cannot_be_removed_is_skipped(tmp_path: Path, number: int)
         write_all(tmp_path / "a", OLD)
         Workspace(tmp_path).remove_leftovers()
     assert [path.exists() for path in (stuck, removed, link)] == [True, False, True]
+
+
+def test_new_file_replaces_none_that_appears_meanwhile(tmp_path: Path) -> None:
+    class Slow(storage.FileSystem):
+        def create(self, path: Path) -> int:
+            (tmp_path / "file").write_bytes(b"other")
+            return super().create(path)
+
+    with (
+        patch.object(storage, "file_system", Slow()),
+        pytest.raises(UserError, match="exists already"),
+    ):
+        storage.write_new_file(tmp_path / "file", b"new")
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"file": b"other"}
+
+
+def test_link_with_a_temporary_name_is_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "other").write_bytes(b"precious")
+    (tmp_path / ".file.partial").symlink_to("other")
+    storage.write_file(tmp_path / "file", b"new")
+    contents = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert contents == {"other": b"precious", "file": b"new"}
+
+
+@each(
+    ("names", "target", "remedy"),
+    [
+        (["a.jsonl"], "a.jsonl", "a-2.jsonl"),
+        (["a.jsonl", "a-2.jsonl", "a-3.jsonl"], "a.jsonl", "a-4.jsonl"),
+        (["folder/a"], "folder", "folder-2"),
+        (["a.jsonl"], ".", "-2"),
+        (["a.jsonl"], "..", "-2"),
+    ],
+)
+def test_proposed_name_is_free(tmp_path, monkeypatch, names, target, remedy):
+    for name in names:
+        storage.write_file(tmp_path / name, b"")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="exists already") as caught:
+        storage.check_new_path(Path(target))
+    proposed = str(caught.value.remedy).rpartition(" ")[2]
+    assert proposed.endswith(remedy)
+    storage.check_new_path(Path(proposed))
+
+
+@each(
+    ("target", "word"),
+    [
+        ("file/new", "not a directory"),
+        ("loop/new", "symbolic links"),
+        ("broken/new", "not a directory"),
+        ("a" * 300, "too long"),
+        ("locked/new", "permission denied"),
+    ],
+)
+def test_place_without_new_files_is_reported_first(tmp_path, monkeypatch, target, word):
+    (tmp_path / "file").touch()
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "broken").symlink_to("missing")
+    (tmp_path / "locked").mkdir(0o555)
+    # The permissions of a folder do not apply to root, who may run the tests.
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "locked")
+    with pytest.raises(UserError, match=word) as caught:
+        storage.check_new_path(tmp_path / target)
+    assert caught.value.remedy

@@ -22,6 +22,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain, count
 from pathlib import Path, PurePosixPath
 from typing import Any, ClassVar, NoReturn
 
@@ -47,6 +48,8 @@ _REMEDIES = {
     errno.EACCES: "choose an output folder that you may write to, or change its permissions",
     errno.EPERM: "choose an output folder that you may write to, or change its permissions",
     errno.EISDIR: "remove the folder with the name of the file, then start again",
+    errno.EEXIST: "remove the file or link with the name of the folder, then start again",
+    errno.ELOOP: "correct the symbolic link that refers to itself, or choose another name",
     errno.ENOTDIR: "choose an output folder whose parents are folders",
     errno.ENAMETOOLONG: "choose a shorter output name",
     errno.EIO: "check the disk, or choose an output folder on another one",
@@ -127,7 +130,10 @@ class FileSystem:
         path.mkdir(exist_ok=True)
 
     def create(self, path: Path) -> int:
-        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+        """Create a file, or overwrite one that a killed process left."""
+        if path.is_symlink():  # of another user, whose file would receive the content
+            path.unlink()
+        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o644)
 
     def open_append(self, path: Path) -> int:
         return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
@@ -364,13 +370,27 @@ def write_file(path: Path, data: bytes) -> None:
     write_chunks(path, (data,))
 
 
-def write_chunks(path: Path, pieces: Iterable[bytes]) -> None:
-    """Write the concatenated pieces to a file atomically, like `write_file`."""
+def write_new_file(path: Path, data: bytes) -> None:
+    """Write a new file atomically. Raises UserError if it exists.
+
+    All results of a command are new files, unless the command knows that a file is its own.
+    """
+    write_chunks(path, (data,), replace=False)
+
+
+def write_chunks(path: Path, pieces: Iterable[bytes], *, replace: bool = True) -> None:
+    """Write the concatenated pieces to a file atomically.
+
+    Args:
+        replace: Whether an existing file is replaced, as by `write_file`.
+    """
     partial = _partial_path(path)
     make_folder(path.parent)
     with translate_os_errors(path):
         try:
             _write_new_file(partial, pieces)
+            if not replace:
+                raise_if_exists(path)
             file_system.rename(partial, path)
         except BaseException:
             partial.unlink(missing_ok=True)
@@ -469,16 +489,69 @@ def _write_all(fd: int, data: bytes) -> None:
         remaining = remaining[file_system.write(fd, remaining) :]
 
 
-def raise_if_exists(target: Path) -> None:
-    """Raise UserError if the file or folder to create already exists."""
-    if target.exists():
-        other = target.parent / f"{target.stem}-2{target.suffix}"
+def check_new_path(target: Path) -> None:
+    """Raise UserError unless a new file or folder can be created at a path.
+
+    Commands call this before they compute what they write. An existing target is refused, and a
+    folder that this user cannot write to.
+    """
+    raise_if_exists(target)
+    with translate_os_errors(target):
+        folder = next(one for one in target.absolute().parents if os.path.lexists(one))
+        if not folder.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+    check_writable_folder(folder)
+
+
+def check_writable_folder(folder: Path) -> None:
+    """Raise UserError unless files can be created in a folder, which may be missing."""
+    if not folder.is_dir():
+        check_new_path(folder)
+    elif not os.access(folder, os.W_OK | os.X_OK):
+        with translate_os_errors(folder):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+
+def check_separate(option: str, path: Path, other_option: str, other: Path) -> None:
+    """Raise UserError if an output of a command is, or is in, another output."""
+    if Path(os.path.abspath(path)).is_relative_to(os.path.abspath(other)):
         raise UserError(
-            "exists already and is never overwritten",
-            where=str(target),
-            expected="an unused name",
-            remedy=f"move it away first, or choose another name, such as {other}",
+            f"{path} is in {other}, which {other_option} creates",
+            where=option,
+            expected="different files or folders",
+            remedy=f"choose another path for {option}",
         )
+
+
+def raise_if_exists(target: Path) -> None:
+    """Raise UserError if a path already exists, also as a broken link."""
+    with translate_os_errors(target):
+        try:
+            target.lstat()
+        except FileNotFoundError:
+            return
+    raise UserError(
+        "exists already and is never overwritten",
+        where=str(target),
+        expected="an unused name",
+        remedy=f"move it away first, or choose another name, such as {find_free_path(target)}",
+    )
+
+
+def find_free_path(path: Path) -> Path:
+    """Return an unused path, with a number if necessary: `answers-2.jsonl`."""
+    if path.name in ("", ".."):
+        path = path.resolve()
+    names = (f"{path.stem}-{number}{path.suffix}" for number in count(2))
+    paths = chain([path], (path.parent / name for name in names))
+    return next(one for one in paths if not os.path.lexists(one))
+
+
+def has_content(file: Path, content: bytes) -> bool:
+    """Return whether a regular file has exactly this content."""
+    # The size is compared first: another file may be too large to read.
+    is_equal = file.is_file() and file.stat().st_size == len(content)
+    return is_equal and file.read_bytes() == content
 
 
 DIGESTS_FILE = "sha256.json"

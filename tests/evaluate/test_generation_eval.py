@@ -53,7 +53,7 @@ def make_settings(**changes: object) -> EvalSettings:
 def test_scores_match_the_predictions(loaded_model, samples, tmp_path, metric):
     model, renderer = loaded_model
     result = evaluate(
-        model, renderer, samples, make_settings(metric=metric), tmp_path / "out.jsonl"
+        model, renderer, samples, make_settings(metric=metric), (tmp_path / "out.jsonl").write_bytes
     )
     answers = predict(model, renderer, samples, max_new_tokens=4, batch_size=8)
     assert [p.raw_text for p in result.predictions] == [p.raw_text for p in answers]
@@ -68,7 +68,13 @@ def test_scores_match_the_predictions(loaded_model, samples, tmp_path, metric):
     assert [line["id"] for line in lines] == ["s0", "s1", "s2"]
     assert (lines[1]["gold"], lines[1]["references"]) == ("a word", ["a", "words"])
     assert lines[1]["image"] == str(samples[1].folder / "b.png")
-    evaluate(model, renderer, samples, make_settings(metric=metric), tmp_path / "again.jsonl")
+    evaluate(
+        model,
+        renderer,
+        samples,
+        make_settings(metric=metric),
+        (tmp_path / "again.jsonl").write_bytes,
+    )
     assert (tmp_path / "again.jsonl").read_bytes() == (tmp_path / "out.jsonl").read_bytes()
 
 
@@ -77,7 +83,7 @@ def test_grounding_compares_boxes(loaded_model, tmp_path):
     box = BoxPart(label="dog", xyxy=(1, 2, 30, 40))
     sample = make_sample("s", tmp_path, "a.png", "Where?", answer=box)
     out = tmp_path / "out.jsonl"
-    result = evaluate(*loaded_model, [sample], make_settings(metric="grounding"), out)
+    result = evaluate(*loaded_model, [sample], make_settings(metric="grounding"), out.write_bytes)
     assert result.scores["accuracy_at_0.5"] == 0
     expected = {"image": 0, "label": "dog", "xyxy": [1, 2, 30, 40]}
     assert json.loads(out.read_text())["gold_boxes"] == [expected]

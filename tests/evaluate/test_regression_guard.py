@@ -110,6 +110,17 @@ def test_updated_suite_keeps_its_text_and_accepts_the_same_answers(tmp_path):
     assert [one.settings.min_score for one in updated] == [0, 0]
 
 
+def test_linked_suite_is_updated_in_its_place(tmp_path):
+    suite, link = write_suite(tmp_path), tmp_path / "link.yaml"
+    link.symlink_to(suite.name)
+    groups = load_suite(link)
+    answers = [make_predictions(1, len(one.samples)) for one in groups]
+    results = [compare_answers(*one) for one in zip(groups, answers, answers, strict=True)]
+    update_suite(link, groups, results)
+    assert link.is_symlink()
+    assert suite.read_text().count("min_score: ") == len(groups)
+
+
 def test_groups_of_an_alias_get_the_least_score(tmp_path):
     path = tmp_path / "suite.yaml"
     group = "{metric: qa, questions: [{prompt: p, answer: right}]}"

@@ -18,7 +18,7 @@ from jinja2 import UndefinedError
 from PIL import Image
 
 from finesight.errors import UserError
-from finesight.report.html import build_inline_image, render_page, write_page
+from finesight.report.html import PageFile, build_inline_image, render_page
 
 TEMPLATES = Path(str(importlib.resources.files("finesight.report"))) / "templates"
 
@@ -91,17 +91,38 @@ def test_invalid_page_data_raises() -> None:
     assert "caf?.png" in page_of("caf\udce9.png").encode().decode()
 
 
-def test_page_replaces_only_pages(tmp_path: Path) -> None:
-    file = tmp_path / "new" / "page.html"
+def test_page_replaces_its_own_earlier_page(tmp_path: Path) -> None:
+    page = PageFile(tmp_path / "run" / "page.html", "report", [tmp_path / "run"])
     for title in ("one", "two"):
-        write_page(file, page_of(title))
-        assert f"<title>{title} · finesight</title>" in file.read_text()
-    labels = tmp_path / "labels.jsonl"
-    labels.write_text("{}\n")
-    for taken in (labels, tmp_path):
-        with pytest.raises(UserError, match="exists and is not a page"):
-            write_page(taken, page_of("x"))
-    assert labels.read_text() == "{}\n"
+        page.write(page_of(title))
+        assert f"<title>{title} · finesight</title>" in page.file.read_text()
+    # A run folder may be moved with its report.
+    (tmp_path / "run").rename(tmp_path / "moved")
+    PageFile(tmp_path / "moved/page.html", "report", [tmp_path / "moved"]).check()
+
+
+@each(
+    ("command", "name", "edit"),
+    [
+        ("report", "a", lambda file: file.write_text(file.read_text() + "<!-- a note -->")),
+        ("report", "a", lambda file: file.write_text(page_of("copied from another page"))),
+        ("report", "a", lambda file: file.write_text("{}\n")),
+        ("report", "a", lambda file: file.write_bytes(b"")),
+        ("report", "a", lambda file: file.unlink() or file.mkdir()),
+        ("report", "a", lambda file: file.unlink() or file.symlink_to("missing")),
+        ("report", "b", lambda file: None),
+        ("compare", "a", lambda file: None),
+    ],
+)
+def test_page_replaces_no_other_file(tmp_path, command, name, edit):
+    file = tmp_path / "page.html"
+    PageFile(file, "report", [tmp_path / "a"]).write(page_of("x"))
+    edit(file)
+    before = file.read_bytes() if file.is_file() else None
+    with pytest.raises(UserError, match=r"page\.html exists") as caught:
+        PageFile(file, command, [tmp_path / name]).write(page_of("y"))
+    assert before == (file.read_bytes() if file.is_file() else None)
+    assert "page-2.html" in str(caught.value.remedy)
 
 
 def test_content_security_policy_blocks_injected_scripts(browser: Browser, tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ from finesight.convert.trainer_converter import RecipeDraft, TrainerConverter
 from finesight.convert.trl import TrlConverter
 from finesight.errors import UserError, shorten
 from finesight.recipe import recipe_from_dict
-from finesight.storage import raise_if_exists, write_file
+from finesight.storage import check_new_path, write_new_file
 
 _NOTED_KEYS = ("", "dataset_name", "reward_funcs", "teacher_model", "bf16", "fp16")
 """Settings whose converters use or report expressions of a script."""
@@ -55,7 +55,7 @@ def convert_config(source: Path, target: Path) -> ConvertedRecipe:
     Raises UserError for an unknown configuration, unsupported methods and models, values that
     recipes reject, and an existing `target`.
     """
-    raise_if_exists(target)
+    check_new_path(target)
     config = load_external_config(source)
     converters: dict[str, type[TrainerConverter]]
     converters = {"ms-swift": MsSwiftConverter, "LLaMA-Factory": LlamaFactoryConverter}
@@ -92,7 +92,7 @@ def convert_config(source: Path, target: Path) -> ConvertedRecipe:
         *_iter_launcher_notes(config.launcher),
         *_iter_environment_notes(config),
     )
-    write_file(target, text.encode())
+    write_new_file(target, text.encode())
     return ConvertedRecipe(config.program, text, notes, tuple(draft.imports))
 
 

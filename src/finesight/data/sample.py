@@ -677,10 +677,14 @@ def build_no_samples_error(path: Path | str) -> UserError:
     )
 
 
-def write_samples(path: Path, samples: Iterable[Sample]) -> None:
-    """Write samples to a JSONL file atomically, in the format of `read_samples`."""
+def write_samples(path: Path, samples: Iterable[Sample], *, replace: bool = True) -> None:
+    """Write samples to a JSONL file atomically, in the format of `read_samples`.
+
+    Args:
+        replace: Whether an existing file is replaced; otherwise, it raises UserError.
+    """
     lines = (f"{encode_json_line(sample_to_dict(sample))}\n".encode() for sample in samples)
-    storage.write_chunks(path, lines)
+    storage.write_chunks(path, lines, replace=replace)
 
 
 encode_json_line = json.JSONEncoder(ensure_ascii=False, check_circular=False).encode

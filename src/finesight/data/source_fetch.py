@@ -38,7 +38,7 @@ from finesight.hub.address import is_hub_address, parse_dataset_address
 from finesight.hub.archive import ARCHIVE_SUFFIXES, is_archive, unpack_archive
 from finesight.hub.repository import HubRepository, open_repository
 from finesight.hub.url_files import RemoteImages, fetch_url, is_url
-from finesight.storage import make_folder, raise_if_exists, translate_os_errors, working_folder
+from finesight.storage import check_new_path, make_folder, translate_os_errors, working_folder
 
 SELF_CONTAINED_SUFFIXES = (".parquet", ".tar")
 """Suffixes of files that contain both rows and their images."""
@@ -312,7 +312,7 @@ def fetch_source(
         source: Local path, archive, hub address or URL.
         hosts: Host names from which sources and images may be downloaded.
     """
-    raise_if_exists(out)
+    check_new_path(out)
     downloads = cache_folder("downloads")
     if hosts:
         options = replace(options, web_images=RemoteImages(hosts, downloads / "images"))

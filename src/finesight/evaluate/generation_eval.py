@@ -35,7 +35,6 @@ from finesight.manifest import RECIPE_FILE, find_run_dir
 from finesight.model.hf_backend import AnyModel
 from finesight.model_folder import check_model_path
 from finesight.recipe import load_recipe
-from finesight.storage import write_file
 
 
 def load_eval_inputs(
@@ -185,7 +184,7 @@ def evaluate(
     renderer: Renderer,
     samples: Sequence[LocatedSample],
     settings: EvalSettings,
-    predictions_file: Path | None = None,
+    write_predictions: Callable[[bytes], None] | None = None,
     on_progress: Callable[[int], None] | None = None,
     on_batch_reduced: Callable[[int], None] | None = None,
     distribute: Callable[[PredictFn], PredictFn] | None = None,
@@ -199,7 +198,7 @@ def evaluate(
 
     Args:
         settings: Metric, sample limit and maximum completion length.
-        predictions_file: Output file of predictions with scores, one JSON object per line.
+        write_predictions: Writes the predictions with scores, one JSON object per line.
         on_progress: Called after each step with the number of finished completions; an exception
             stops the evaluation.
         on_batch_reduced: Called with the new batch size after the GPU runs out of memory.
@@ -270,9 +269,9 @@ def evaluate(
 
     corrupt = [(selected[i].sample.id, reason) for i, reason in sorted(corrupt_reasons.items())]
     result, per_sample = score(readable)
-    if predictions_file is not None:
+    if write_predictions is not None:
         lines = map(format_prediction_line, predictions, cases.values(), per_sample)
-        write_file(predictions_file, "".join(lines).encode())
+        write_predictions("".join(lines).encode())
     if subset is None or positions == readable:
         return result
     return replace(result, subset=score(positions)[0])

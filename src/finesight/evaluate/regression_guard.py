@@ -224,5 +224,6 @@ def update_suite(
         edits |= dict([edit])
     for (start, stop), replacement in sorted(edits.items(), reverse=True):
         text = text[:start] + replacement + text[stop:]
-    write_file(path, text.encode())
+    # The suite may be a link, which would be replaced.
+    write_file(path.resolve(), text.encode())
     return load_suite(path)

@@ -39,7 +39,7 @@ from finesight.model.families import TRANSFORMERS_V5_MAPPING
 from finesight.model.lora.peft_io import read_adapter
 from finesight.model.weights_io import stored_precision
 from finesight.model_folder import ModelFolder
-from finesight.storage import raise_if_exists, require_free_space, write_folder
+from finesight.storage import check_new_path, require_free_space, write_folder
 from finesight.vision.image_processing import get_default_image_rule
 
 GgufType = Literal["auto", "f32", "f16", "bf16", "q8_0"]
@@ -112,7 +112,7 @@ def write_gguf(
             expected=f"a merged model of the families {', '.join(HF_ARCHITECTURES)}",
             remedy=Step("merge", {"source": "RUN", "out": "OUT"}, "merge the adapter first"),
         )
-    raise_if_exists(out)
+    check_new_path(out)
     weight_files = folder.weight_files()
     size_factor = 2 if outtype == "f32" and stored_precision(folder) != "fp32" else 1
     require_free_space(

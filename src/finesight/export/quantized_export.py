@@ -14,6 +14,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,7 @@ from finesight.model.weights_io import open_safetensors, read_headers
 from finesight.model_folder import ModelFolder
 from finesight.progress import ProgressConsole
 from finesight.recipe import load_recipe
-from finesight.storage import DIGESTS_FILE, raise_if_exists, write_folder
+from finesight.storage import DIGESTS_FILE, check_new_path, write_file, write_folder
 from finesight.train.finalize import format_differences
 from finesight.vision.image_processing import NUM_CHANNELS, repeat_still_frames
 
@@ -142,7 +143,7 @@ def export_quantized(
             f" {', '.join(DENSE_FAMILIES)}",
             remedy=step if recipe_file.is_file() else "give the output_dir of a run",
         )
-    raise_if_exists(out)
+    check_new_path(out)
     group_size = select_group_size(model_source.folder, source, out)
     auto_round = import_auto_round()
     recipe, target = load_recipe(recipe_file), resolve_device(device)
@@ -179,8 +180,9 @@ def export_quantized(
                 file = folder / "work" / f"{name}.jsonl"
                 model = load_inference_model(str(path), device)
                 with console.progress_stage(f"{name} model", num_evaluated) as on_progress:
+                    write = partial(write_file, file)
                     evaluation = evaluate(
-                        model.model, model.renderer, samples, settings, file, on_progress
+                        model.model, model.renderer, samples, settings, write, on_progress
                     )
                 answers.append([one.case for one in read_predictions(file)])
                 del model  # The next one may need the memory.

@@ -44,7 +44,7 @@ from finesight.model.trainable import ModelPart
 from finesight.model.vlm import VisionLanguageModel
 from finesight.model.weights_io import DTYPES, build_empty_model, hub_tensors, load_model
 from finesight.model_folder import ModelFolder
-from finesight.storage import raise_if_exists, require_free_space, temporary_folder, write_folder
+from finesight.storage import check_new_path, require_free_space, temporary_folder, write_folder
 
 NUM_PARITY_SAMPLES = 4
 """Default number of questions on which the merged and the trained model are compared."""
@@ -81,7 +81,7 @@ def merge_and_verify(
     """
     base_folder = model_source.folder
     require_native_family(base_folder)
-    raise_if_exists(out)
+    check_new_path(out)
     weight_precision, fallback_dtype = resolve_precision(base_folder, precision)
     empty_model = build_empty_model(base_folder, torch.float32)
     num_params = sum(tensor.num_elements for tensor in hub_tensors(empty_model))

@@ -23,7 +23,7 @@ from finesight.errors import Step, UserError
 from finesight.hub.address import HubAccess, HubAddress
 from finesight.hub.archive import safe_join
 from finesight.hub.download import Downloader, HttpSite, RemoteFile, is_offline, raise_if_offline
-from finesight.storage import make_folder, raise_if_exists, translate_os_errors
+from finesight.storage import check_new_path, make_folder, raise_if_exists, translate_os_errors
 
 DEFAULT_ENDPOINTS = {"hf": "https://huggingface.co", "modelscope": "https://www.modelscope.cn"}
 
@@ -198,7 +198,7 @@ def download_folder(repository: HubRepository, paths: Sequence[str], target: Pat
     After an error, partial files remain in a hidden folder next to the target, so that the next
     attempt resumes them.
     """
-    raise_if_exists(target)
+    check_new_path(target)
     partial = target.absolute().with_name(
         f".{target.absolute().name}.{repository.commit[:12]}.partial"
     )

@@ -38,7 +38,7 @@ from finesight.encode.family import THINK_END, THINK_START
 from finesight.errors import UserError
 from finesight.infer.prediction import Prediction, draw_boxes, find_unused_path
 from finesight.infer.request import CompletionDelta, FinishReason, GenerationOptions
-from finesight.storage import raise_if_exists, write_file
+from finesight.storage import check_new_path, write_new_file
 from finesight.vision.image_processing import load_image
 
 if TYPE_CHECKING:
@@ -205,12 +205,12 @@ class ChatSession:
 
     def save(self, file: Path) -> int:
         """Write the conversation as JSONL, one sample per model, with absolute image paths."""
-        raise_if_exists(file)
+        check_new_path(file)
         samples = self.to_samples(lambda path: str(path.absolute()))
         if not samples:
             what = f"no conversation to save: {len(self.turns)} turns without a reply"
             raise _build_empty_error(str(file), what, "at least one turn with a reply")
-        write_samples(file, samples)
+        write_samples(file, samples, replace=False)
         return len(samples)
 
     def save_annotated_image(self, file: Path | None = None) -> Path:
@@ -224,10 +224,10 @@ class ChatSession:
             what = f"no image in {len(self.turns)} turns"
             raise _build_empty_error("annotated image", what, "a reply about an image")
         target = file or find_unused_path(Path(), f"{reply.image_path.stem}-boxes")
-        raise_if_exists(target)
+        check_new_path(target)
         buffer = io.BytesIO()
         draw_boxes(load_image(reply.image_path), reply.boxes).save(buffer, format="PNG")
-        write_file(target, buffer.getvalue())
+        write_new_file(target, buffer.getvalue())
         return target
 
     def _build_messages(

@@ -44,7 +44,7 @@ from finesight.infer.engine import (
 from finesight.infer.request import GeneratedToken, GenerationRequest, SamplingParams
 from finesight.model.hf_backend import AnyModel, HfModel
 from finesight.model.vlm import VisionLanguageModel
-from finesight.storage import make_folder, write_file
+from finesight.storage import find_free_path, make_folder, write_file
 from finesight.vision.image_processing import load_image
 
 T = TypeVar("T")
@@ -461,8 +461,4 @@ def draw_boxes(image: Image.Image, boxes: Sequence[BoxPart]) -> Image.Image:
 
 def find_unused_path(folder: Path, stem: str) -> Path:
     """Return an unused PNG path in `folder`, with a numeric suffix if necessary."""
-    target, suffix = folder / f"{stem}.png", 1
-    while target.exists():
-        suffix += 1
-        target = folder / f"{stem}-{suffix}.png"
-    return target
+    return find_free_path(folder / f"{stem}.png")

@@ -22,7 +22,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from finesight.errors import Step, UserError
 from finesight.manifest import RESULT_FILE
 from finesight.recipe import load_recipe
-from finesight.storage import raise_if_exists, write_file
+from finesight.storage import check_new_path, has_content, write_new_file
 
 MAX_RESTARTS = 3
 """Maximum number of restarts by torchrun after a failed process."""
@@ -205,10 +205,9 @@ def write_job_file(file: Path, text: str) -> None:
     Raises UserError if it exists with other content.
     """
     content = text.encode("utf-8", "surrogateescape")  # encoding of paths that are not UTF-8
-    if file.is_file() and file.read_bytes() == content:
-        return
-    raise_if_exists(file)
-    write_file(file, content)
+    if not has_content(file, content):
+        check_new_path(file)
+        write_new_file(file, content)
 
 
 def submit_job(engine: str, file: Path) -> str:

@@ -41,9 +41,15 @@ from finesight.evaluate.task_metrics import compute_metrics, get_primary_metric
 from finesight.label.label_store import relocate_sample
 from finesight.recipe import dump_recipe, recipe_from_dict
 from finesight.report.charts import build_parallel_plot
-from finesight.report.html import render_page, write_page
+from finesight.report.html import PageFile, render_page
 from finesight.report.i18n import Language, detect_language, translate, use_language
-from finesight.storage import sha256_file, write_file, write_folder
+from finesight.storage import (
+    check_new_path,
+    check_writable_folder,
+    sha256_file,
+    write_file,
+    write_folder,
+)
 from finesight.train.dataset_stats import list_sample_images
 from finesight.train.evaluation import load_eval_history
 from finesight.train.run_dir import RunDir
@@ -346,20 +352,26 @@ class TrialSearch:
                 metric=self._metric,
             )
         )
-        self.record.num_folds = write_splits(recipe, corpus, out / "data")
         self._lock, self._stop = threading.RLock(), StopRequest()
         self._processes: list[subprocess.Popen[bytes]] = []
         self._is_stopped = False
         self._start_s = time.monotonic() - self.record.seconds
+        self.record.num_folds = write_splits(recipe, corpus, out / "data")
+        if not (out / RECORD_FILE).exists():
+            # The record marks the folder as that of a search, which the next command continues.
+            self._save()
         self._waiting = [one for one in self.record.trials if one.state == "running"]
 
     def _load_record(self, new: SearchRecord) -> SearchRecord:
         """Return the record of an earlier search in the folder, else a new one.
 
-        Raises UserError for a search with another recipe or other data.
+        Raises UserError for a search with another recipe or other data, and for other files.
         """
         file = self._out / RECORD_FILE
-        if not file.is_file():
+        if not os.path.lexists(file):
+            check_writable_folder(self._out)
+            if self._out.is_dir() and any(self._out.glob("[!.]*")):
+                check_new_path(self._out)
             return new
         expected, remedy = "the search of this recipe", "choose another folder with --out"
         try:
@@ -670,7 +682,8 @@ class TrialSearch:
         for one in {0: default, choice.number: choice}.values() if test.is_file() else ():
             run, out = self._list_runs(one)[0], self._out / f"test-{one.number:03}.jsonl"
             words = ("eval", run, f"--data={test}", f"--out={out}", "--device", "auto", *limit)
-            error = self._run_command(gpu, out.with_suffix(".log"), *words)
+            # An interrupted search may have the answers already.
+            error = "" if out.exists() else self._run_command(gpu, out.with_suffix(".log"), *words)
             if error is None:
                 return
             if error:
@@ -699,7 +712,7 @@ def format_settings(settings: Mapping[str, Any]) -> str:
 def write_search_page(record: SearchRecord, file: Path, language: Language | None) -> None:
     """Write the page of a search: the choice, a parallel plot of the best trials, and all trials.
 
-    Raises UserError if the file exists and is no page of finesight.
+    Raises UserError if the file exists, and is not the page of this search.
     """
     header, *rows = record.list_rows()
     shown = record.rank_trials()[:MAX_PLOTTED_TRIALS]
@@ -721,4 +734,4 @@ def write_search_page(record: SearchRecord, file: Path, language: Language | Non
             header=header,
             rows=rows,
         )
-        write_page(file, page)
+        PageFile(file, "search", [file.parent]).write(page)

@@ -266,9 +266,9 @@ def check_data(
     from finesight.check import check_issues, data_checker
     from finesight.data.import_source import ImportOptions
     from finesight.report.data_pages import render_check_page
-    from finesight.report.html import raise_if_not_generated, write_page
+    from finesight.report.html import PageFile
     from finesight.report.i18n import detect_language, use_language
-    from finesight.storage import temporary_folder, write_folder
+    from finesight.storage import check_new_path, check_separate, temporary_folder, write_folder
 
     options, paths = build_import_options(reading), [*map(Path, sources)]
     has_defaults = options == ImportOptions()
@@ -286,8 +286,13 @@ def check_data(
         inputs = data_checker.inputs_from_files(paths, [*map(Path, against)], options)
         requirements = data_checker.load_model_requirements(model, max_length)
     fix, html, console = to_path(fix), to_path(html), ProgressConsole()
-    if html:
-        raise_if_not_generated(html)
+    page = PageFile(html, "check", paths) if html else None
+    if page:
+        page.check()
+    if fix:
+        check_new_path(fix)
+    if html and fix:
+        check_separate("--html", html, "--fix", fix)
 
     def report_issue(issue: CheckIssue) -> None:
         if on_record is not None:
@@ -303,9 +308,9 @@ def check_data(
         lines = check_issues.format_summary(result, MAX_PRINTED_ISSUES)
         fixed = None
         try:
-            if html:
+            if page:
                 with use_language(language or detect_language()):
-                    write_page(html, render_check_page(result))
+                    page.write(render_check_page(result))
             if fix:
                 fixed = checker.fixer.write(Path(folder), fix, images, checker.sources)
                 lines += ["", *fixed.as_lines()]
@@ -362,12 +367,13 @@ def show(
     from finesight.operations.model import token_table_to_dict
     from finesight.recipe import load_recipe
     from finesight.report.data_pages import render_sample_page
-    from finesight.report.html import raise_if_not_generated, write_page
+    from finesight.report.html import PageFile
     from finesight.report.i18n import detect_language, translate, use_language
 
-    if html is not None:
-        raise_if_not_generated(Path(html))
     recipe = Path(recipe)
+    page_file = PageFile(Path(html), "show", [recipe]) if html is not None else None
+    if page_file is not None:
+        page_file.check()
     settings = load_recipe(recipe, overrides or ())
     files = settings.data.eval if use_eval_split else settings.data.train
     if not files:
@@ -414,7 +420,7 @@ def show(
         except CorruptImageError as error:
             report_skipped(located_sample.sample.id, error)
     data = [token_table_to_dict(one, renderer.tokenizer) for one in tokenized]
-    if html is None:
+    if page_file is None:
         lines = list[str]()
         for one, label in zip(tokenized, (one.sample.label for one in valid), strict=True):
             verdict = [] if label is None else [f"label: {label}".lower()]
@@ -435,5 +441,5 @@ def show(
     ):
         title = translate(text, len(selected), names)
         page = render_sample_page(renderer, valid, title, on_progress, report_skipped)
-    write_page(Path(html), page)
+    page_file.write(page)
     return Outcome(tokenized, [f"page: {html}"], data)

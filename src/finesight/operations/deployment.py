@@ -53,7 +53,10 @@ def _fetch_repository(address: HubAddress, to: Path | None) -> Path:
     from finesight.data.source_fetch import select_repository_files
     from finesight.hub import repository as hub_repository
     from finesight.model_folder import DOWNLOAD_PATTERNS
+    from finesight.storage import check_new_path
 
+    if to is not None:
+        check_new_path(to)
     is_model = address.repo_type == "model"
     if is_model and to is None:
         return hub_repository.fetch_model(address, DOWNLOAD_PATTERNS)

@@ -84,14 +84,19 @@ def evaluate(
         batch_size: Answers generated at the same time; halved when GPU memory is exhausted.
         max_new_tokens: Maximum number of tokens per answer. Default for a run: of its recipe, else
             512.
-        out: Write each answer with its scores to this JSONL file, for `finesight compare`.
+        out: Write each answer with its scores to this new JSONL file, for `finesight compare`.
     """
     from finesight.evaluate.custom_metric import check_metric, parse_metric_path
     from finesight.evaluate.generation_eval import evaluate as run_evaluation
     from finesight.evaluate.generation_eval import load_eval_inputs
+    from finesight.storage import check_new_path, write_new_file
     from finesight.train.run_dir import describe_changed_data
 
     console, name = ProgressConsole(), get_model_name(run_or_model)
+    write_predictions = None
+    if out is not None:
+        check_new_path(Path(out))
+        write_predictions = partial(write_new_file, Path(out))
     samples, settings = load_eval_inputs(
         name,
         data=to_path(data),
@@ -107,7 +112,7 @@ def evaluate(
     model = load_model(run_or_model, **loading).value.inference_model
     total = min(len(samples), settings.limit or len(samples))
     with console.progress_stage("answers", total) as on_progress:
-        source = model.model, model.renderer, samples, settings, to_path(out), on_progress
+        source = model.model, model.renderer, samples, settings, write_predictions, on_progress
         result = run_evaluation(*source, on_progress, batch_size=batch_size)
     for sample, reason in result.corrupt_samples:
         console.log(f"skipped: sample {sample}: {reason}")
@@ -154,10 +159,17 @@ def predict(
     """
     from finesight.infer.prediction import predict as run_prediction
     from finesight.infer.prediction import save_annotated_images
-    from finesight.storage import raise_if_exists, write_file, write_folder
+    from finesight.storage import (
+        check_new_path,
+        check_writable_folder,
+        write_file,
+        write_folder,
+    )
 
     if out is not None:
-        raise_if_exists(Path(out))
+        check_new_path(Path(out))
+    if draw is not None:
+        check_writable_folder(Path(draw))
     console = ProgressConsole()
     samples = _load_samples(
         run_or_model,
@@ -342,17 +354,27 @@ def report(
 
     Training writes the report at the end, and a short one about once a minute and after each
     evaluation. This command writes it again, also for a running or killed run, with the images at
-    their current paths. The page needs no network. An existing page is replaced, but no other file.
+    their current paths. The page needs no network. An unchanged page of the same run is replaced,
+    but no other file.
 
     Example: finesight report runs/latex --out latex.html
 
     Args:
         run: Run folder.
         out: HTML page. Default: RUN/report.html.
-        incorrect: Also write the incorrect answers of the latest evaluation to this JSONL file.
+        incorrect: Also write the incorrect answers of the latest evaluation to this new JSONL file.
     """
-    from finesight.report.run_page import write_incorrect_predictions, write_report
+    from finesight.report.run_page import (
+        get_report_file,
+        write_incorrect_predictions,
+        write_report,
+    )
+    from finesight.storage import check_separate
 
+    page_file = get_report_file(Path(run), to_path(out))
+    page_file.check()
+    if incorrect is not None:
+        check_separate("--incorrect", Path(incorrect), "--out", page_file.file)
     count = write_incorrect_predictions(Path(run), Path(incorrect)) if incorrect else None
     page = write_report(Path(run), to_path(out), language=language)
     counts = {} if count is None else {"num_incorrect": count}
@@ -369,7 +391,8 @@ def compare(
 
     The page contains the differences of recipes and data, metrics with 95 % intervals and the
     significance of each difference, loss curves, cost, and samples side by side. Unfinished runs
-    are allowed. The page needs no network. An existing page is replaced, but no other file.
+    are allowed. The page needs no network. An unchanged page of the same runs is replaced, but no
+    other file.
 
     To compare a base model with a tuned one, evaluate both with `finesight eval --out` and compare
     the two files.
@@ -384,9 +407,7 @@ def compare(
         out: HTML page.
     """
     from finesight.report.compare_page import write_compare_page
-    from finesight.report.html import raise_if_not_generated
 
-    raise_if_not_generated(Path(out))
     comparison = write_compare_page([*map(Path, runs)], Path(out), language)
     notes = [f"note: {text}" for text in comparison.warnings]
     lines = [*comparison.format_table().splitlines(), *notes, f"page: {out}"]
@@ -421,7 +442,7 @@ def guard(
     from finesight.evaluate import regression_guard
     from finesight.infer.prediction import predict as run_prediction
     from finesight.manifest import GUARD_FILE, RECIPE_FILE, find_run_dir
-    from finesight.report.run_page import write_report
+    from finesight.report.run_page import get_report_file, write_report
     from finesight.storage import write_file
     from finesight.train.finalize import format_differences
 
@@ -440,6 +461,7 @@ def guard(
             expected="a suite of your own",
             remedy="copy the folder of the suite, and give --suite",
         )
+    get_report_file(run_dir).check()
     groups, console = regression_guard.load_suite(file), ProgressConsole()
     answers: list[list[list[Prediction]]] = []
     for name, model in _iter_tuned_and_base(str(run), loading):

@@ -122,7 +122,7 @@ def init(
     from finesight.model_folder import locate_model
     from finesight.plan.plan_format import format_short_plan
     from finesight.recipe_template import NUM_EVAL_ROWS, format_recipe
-    from finesight.storage import raise_if_exists, write_file
+    from finesight.storage import check_new_path, write_file
 
     if metric is not None and metric not in (tasks := [*TASKS, *METRIC_NAMES.plugin_names]):
         names, remedy = ", ".join(tasks), suggest_name(metric, tasks, "choose one of these")
@@ -130,7 +130,7 @@ def init(
     source = str(data or _ask("Dataset (file, folder or hf:OWNER/NAME)", ".", ask))
     name = re.split("[:@]", source)[1] if is_hub_address(source) else source
     folder = Path(out or f"{Path(name).resolve().stem}-finetune")
-    raise_if_exists(folder)
+    check_new_path(folder)
     options = build_import_options(reading, on_invalid_row="skip")
     console = ProgressConsole()
     with _removed_if_empty(folder), fetch_source(source, folder / "data", options) as fetched:
@@ -492,7 +492,7 @@ def write_recipe(out: Path, plan: QuickstartSettings) -> Path:
     from finesight.infer.model_loader import select_cpu_precision
     from finesight.model_folder import TINY_MODEL
     from finesight.recipe_template import DetectedTask, format_recipe
-    from finesight.storage import write_file
+    from finesight.storage import has_content, write_file
 
     recipe, num_samples = out / "recipe.yaml", plan.num_images - plan.num_eval_rows
     counts = {"train": num_samples, "eval": plan.num_eval_rows}
@@ -512,7 +512,7 @@ def write_recipe(out: Path, plan: QuickstartSettings) -> Path:
     settings = {"train.batch_size": "8", "train.learning_rate": "4.0e-3"}
     settings["train.steps"] = str(plan.steps)
     content = format_recipe(*inputs, overrides, settings).encode()
-    if recipe.is_file() and recipe.read_bytes() == content:
+    if has_content(recipe, content):
         return recipe
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(

@@ -84,14 +84,14 @@ def sample(
     from finesight.evaluate.rewards import RewardScorer
     from finesight.infer.request import SamplingParams
     from finesight.manifest import RESPONSES_FILE, find_run_dir
-    from finesight.storage import raise_if_exists, write_file, write_folder
+    from finesight.storage import check_new_path, write_file, write_folder
     from finesight.train.rollout import describe_unscored
     from finesight.train.setup import check_rewards
 
     name, data, out = get_model_name(run_or_model), Path(data), Path(out)
     run = find_run_dir(Path(name))
     rewards, run_dir = _select_rewards(run, reward, trust=trust_metric), None if reward else run
-    raise_if_exists(out)
+    check_new_path(out)
     samples = [LocatedSample(one, data.parent) for one in read_samples(data)[:limit]]
     count_ids("samples", (one.sample.id for one in samples), data)
     for located in samples:
@@ -240,10 +240,10 @@ def pairs(
     from finesight.data.corpus import load_corpus
     from finesight.data.formats.json_annotations import count_ids
     from finesight.label.label_store import JOURNAL_FILE, read_labels, read_verdicts
-    from finesight.storage import raise_if_exists
+    from finesight.storage import check_new_path
 
     source, out = Path(source), Path(out)
-    raise_if_exists(out)
+    check_new_path(out)
     verdicts: Verdicts
     if (source / JOURNAL_FILE).is_file():
         samples, verdicts = read_labels(source), {**read_verdicts(source)}
@@ -383,7 +383,7 @@ def write_answers(file: Path, rows: Iterable[Row], folder: Path) -> int:
             validate_sample(sample, f"sample {sample.id}")
             written.append(sample)
     if written:
-        write_samples(file, written)
+        write_samples(file, written, replace=False)
     return len(written)
 
 

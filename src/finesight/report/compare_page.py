@@ -33,7 +33,7 @@ from finesight.report.comparison import (
     read_compared_runs,
 )
 from finesight.report.examples import MAX_SCORES, ExampleDataBuilder, ExampleSet
-from finesight.report.html import render_page, write_page
+from finesight.report.html import PageFile, render_page
 from finesight.report.i18n import Language, detect_language, translate, use_language
 from finesight.report.metric_rows import (
     MetricCell,
@@ -226,9 +226,11 @@ def write_compare_page(
     Raises:
         UserError: An input is invalid, or the file cannot be written.
     """
+    page = PageFile(out, "compare", paths)
+    page.check()
     with use_language(language or detect_language()):
         comparison = compare_runs(paths)
-        write_page(out, render_compare_page(comparison))
+        page.write(render_compare_page(comparison))
     return comparison
 
 

@@ -7,7 +7,10 @@ import hashlib
 import importlib.resources
 import io
 import json
+import os
+import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import TypedDict
@@ -19,7 +22,7 @@ from PIL import Image
 from finesight import __version__
 from finesight.errors import UserError
 from finesight.report.i18n import LANGUAGE_TAGS, get_language, get_translations, translate_markup
-from finesight.storage import write_file
+from finesight.storage import check_new_path, find_free_path, write_file
 
 JPEG_QUALITY = 88
 
@@ -70,8 +73,13 @@ def _encode_image(image: Image.Image, image_format: str, **options: int) -> byte
     return buffer.getvalue()
 
 
-GENERATOR_TAG = b'<meta name="generator" content="finesight'
-"""Prefix of the HTML tag that marks pages of this package, within their first kilobyte."""
+NO_DIGEST = "0" * 64
+"""Placeholder in the generator tag of a page, which `PageFile` replaces by its digest."""
+
+_GENERATOR_TAG = re.compile(rb'<meta name="generator" content="finesight [^";]*; ([0-9a-f]{64})">')
+
+MAX_TAG_OFFSET, MAX_REPLACED_BYTES = 1024, 1 << 30
+"""Maximum position of the generator tag in a page, and maximum size of a page to replace."""
 
 _TEMPLATES_FOLDER = importlib.resources.files("finesight.report") / "templates"
 
@@ -112,40 +120,71 @@ def render_page(
         script=Markup(script),
         style=Markup(style),
         translations=json.dumps(dict(get_translations()), ensure_ascii=False),
+        digest=NO_DIGEST,
         version=__version__,
     )
     # File names may contain undecodable bytes, which Python represents as surrogates.
     return text.encode("utf-8", "replace").decode()
 
 
-def write_page(file: Path, page: str) -> None:
-    """Write an HTML page atomically. An older page of this package is replaced.
+@dataclass(frozen=True)
+class PageFile:
+    """HTML file of a command, which replaces only its own page.
 
-    Raises:
-        UserError: The file exists and is not a page of this package, or it cannot be written.
+    The page contains a digest of itself, of the command and of its inputs. A page that was edited,
+    or that another command or other inputs made, is as foreign as any other file.
+
+    Attributes:
+        inputs: Files and folders that the page describes.
     """
-    raise_if_not_generated(file)
-    write_file(file, page.encode())
 
+    file: Path
+    command: str
+    inputs: Sequence[Path]
 
-def raise_if_not_generated(file: Path) -> None:
-    """Raise UserError if a file exists and is not a page of this package.
+    def check(self) -> None:
+        """Raise UserError if the page cannot be written.
 
-    Commands call this function before minutes of computation, since `write_page` would fail.
-    """
-    if not file.exists():
-        return
-    start = b""
-    if file.is_file():
-        with file.open("rb") as stream:
-            start = stream.read(1024)
-    if GENERATOR_TAG not in start:
-        raise UserError(
-            f"{file.name} exists and is not a page of finesight",
-            where=str(file),
-            expected="a new file name, or an older page to replace",
-            remedy="choose another name, or move the file",
-        )
+        Commands call this before minutes of computation, since `write` would fail.
+        """
+        if not os.path.lexists(self.file):
+            check_new_path(self.file)
+        elif not self._is_own():
+            raise UserError(
+                f"{self.file.name} exists, and is not an unchanged page of `finesight"
+                f" {self.command}` about the same files",
+                where=str(self.file),
+                expected="a new file name, or an older page of the same command and files",
+                remedy="move it away first, or choose another name, such as"
+                f" {find_free_path(self.file)}",
+            )
+
+    def write(self, page: str) -> None:
+        """Write the page atomically. Raises UserError like `check`."""
+        self.check()
+        content = page.encode()
+        digest = self._compute_digest(content)
+        write_file(self.file, content.replace(NO_DIGEST.encode(), digest, 1))
+
+    def _is_own(self) -> bool:
+        if not self.file.is_file() or self.file.stat().st_size > MAX_REPLACED_BYTES:
+            return False
+        with self.file.open("rb") as stream:
+            content = stream.read(MAX_TAG_OFFSET)
+            found = _GENERATOR_TAG.search(content)
+            if found is None:
+                return False
+            content += stream.read()
+        start, end = found.span(1)
+        unsigned = content[:start] + NO_DIGEST.encode() + content[end:]
+        return found[1] == self._compute_digest(unsigned)
+
+    def _compute_digest(self, content: bytes) -> bytes:
+        # Relative paths remain valid if the page is moved with its inputs, such as a run folder.
+        folder = os.path.realpath(self.file.parent)
+        names = [os.path.relpath(os.path.realpath(path), folder) for path in self.inputs]
+        key = json.dumps([self.command, *names]).encode()
+        return hashlib.sha256(key + content).hexdigest().encode()
 
 
 @cache

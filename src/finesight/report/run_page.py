@@ -35,7 +35,7 @@ from finesight.report.examples import (
     read_image_paths,
     read_incorrect_lines,
 )
-from finesight.report.html import render_page, write_page
+from finesight.report.html import PageFile, render_page
 from finesight.report.i18n import Language, detect_language, translate, use_language
 from finesight.report.metric_rows import (
     MetricCell,
@@ -59,7 +59,7 @@ from finesight.report.run_reader import (
     read_run,
 )
 from finesight.report.summary import get_run_status
-from finesight.storage import raise_if_exists, write_file
+from finesight.storage import check_new_path, write_new_file
 
 GENERIC_NAMES = ("run", "out", "output", "outputs")
 """Folder names that do not identify a run: the title includes the parent folder."""
@@ -111,6 +111,11 @@ class LiveReportState:
         return self._cached_examples
 
 
+def get_report_file(run_dir: Path, out: Path | None = None) -> PageFile:
+    """Return the file of a report, by default `report.html` in the run folder."""
+    return PageFile(out or run_dir / REPORT_FILE, "report", [run_dir])
+
+
 def write_report(
     run_dir: Path,
     out: Path | None = None,
@@ -121,7 +126,7 @@ def write_report(
     """Write the HTML report of a run.
 
     Args:
-        out: Output file, by default `report.html` in the run directory.
+        out: Output file; see `get_report_file`.
         live_state: Cache that the training process passes. None for a report after training.
 
     Returns:
@@ -130,10 +135,10 @@ def write_report(
     Raises:
         UserError: `run_dir` is not a run, or the file cannot be written.
     """
-    target = out or run_dir / REPORT_FILE
+    target = get_report_file(run_dir, out)
     with use_language(language or detect_language()):
-        write_page(target, render_run_page(run_dir, max_examples, live_state))
-    return target
+        target.write(render_run_page(run_dir, max_examples, live_state))
+    return target.file
 
 
 def write_incorrect_predictions(run_dir: Path, out: Path) -> int:
@@ -159,7 +164,7 @@ def write_incorrect_predictions(run_dir: Path, out: Path) -> int:
             ),
         )
     lines = read_incorrect_lines(run_record.predictions_files[-1], run_record.primary_metric)
-    raise_if_exists(out)
+    check_new_path(out)
     folders = list_image_folders([run_record])[::-1]
     for line in lines:
         if paths := read_image_paths(line):
@@ -169,7 +174,7 @@ def write_incorrect_predictions(run_dir: Path, out: Path) -> int:
                 for path, file in zip(paths, files, strict=True)
             ]
             line["image"] = found if isinstance(line["image"], list) else found[0]
-    write_file(out, "".join(json.dumps(line) + "\n" for line in lines).encode())
+    write_new_file(out, "".join(json.dumps(line) + "\n" for line in lines).encode())
     return len(lines)
 
 

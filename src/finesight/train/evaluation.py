@@ -26,6 +26,7 @@ from finesight.errors import UserError, format_count
 from finesight.evaluate import custom_metric
 from finesight.evaluate.eval_case import EvalResult, select_eval_samples
 from finesight.progress import ProgressCallback
+from finesight.storage import write_file
 from finesight.train.dataloader import (
     GlobalStepStats,
     SkippedSample,
@@ -199,7 +200,7 @@ def _evaluate_generation(
             state.data.renderer,
             [data.corpus[index] for index in scored],
             settings.model_copy(update={"metric": metric}),
-            predictions_file=path if process_group.is_main else None,
+            write_predictions=partial(write_file, path) if process_group.is_main else None,
             on_progress=on_generated,
             on_batch_reduced=on_batch_reduced,
             distribute=partial(_distribute_generation, process_group),

@@ -17,7 +17,7 @@ from label_fixtures import draw_images
 
 from finesight.app import server
 from finesight.data.sample import TextPart, read_samples, write_samples
-from finesight.label.label_store import LABELS_FILE, LabelStore
+from finesight.label.label_store import JOURNAL_FILE, LABELS_FILE, LabelStore
 from finesight.operations.training import find_label_step
 from finesight.recipe import load_recipe
 
@@ -50,8 +50,10 @@ def label(cli, monkeypatch) -> Callable[..., list[str]]:
 
 
 def write_data(name: str, *images: int, question: str = "Describe the image.") -> None:
-    """Write labeled samples about images of the folder photos."""
+    """Write labeled samples about images of the folder photos, and the journal of labels."""
     Path(name).parent.mkdir(parents=True, exist_ok=True)
+    if Path(name).name == LABELS_FILE:
+        Path(name).with_name(JOURNAL_FILE).touch()
     folder, samples = os.path.relpath("photos", Path(name).parent), []
     for image in images:
         content = f"{folder}/{image}.png", question

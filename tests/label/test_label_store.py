@@ -10,6 +10,7 @@ from unittest.mock import patch
 
 import pytest
 from case_files import load_cases
+from each_value import each
 from hostile_requests import make_progressive_jpeg
 from image_fixtures import make_sample
 from label_fixtures import CORNERS, MODEL, draw_images, make_suggestion, open_fields_session
@@ -468,3 +469,26 @@ def test_moved_folder_is_reported(tmp_path):
         (tmp_path / "moved").rename(out)
         store.save_label(ids[1], (TextPart(text="blue"),))
     assert list_texts(out) == ["red", "blue"]
+
+
+@each("name", [JOURNAL_FILE, LABELS_FILE, EVAL_FILE, "train_fraction.txt", "sources.json"])
+@each("content", ["my notes without an end", "my notes\n", '{"id": "a"}\n{"time"', ""])
+def test_files_of_others_are_refused_and_unchanged(tmp_path, name, content):
+    photos, folder = draw_images(tmp_path, 1), tmp_path / "notes"
+    folder.mkdir()
+    (folder / name).write_text(content)
+    if content or name != JOURNAL_FILE:
+        with pytest.raises(UserError) as caught:
+            open_session(folder, MODEL, [photos], prompt="Color?", train_fraction=0.5)
+        assert caught.value.remedy
+    assert {file.name: file.read_text() for file in folder.iterdir()} == {name: content}
+
+
+def test_place_without_a_folder_is_refused(tmp_path):
+    photos = draw_images(tmp_path, 1)
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to("missing")
+    (tmp_path / "folder" / JOURNAL_FILE).mkdir(parents=True)
+    for name in ("file", "link", "folder"):
+        with pytest.raises(UserError, match=name):
+            open_session(tmp_path / name, MODEL, [photos], prompt="Color?")

@@ -43,8 +43,11 @@ from finesight.errors import LABEL_TRAIN_FRACTION, UserError
 from finesight.storage import (
     FileLock,
     append_line,
+    check_writable_folder,
+    find_free_path,
     flush_file,
     make_folder,
+    translate_os_errors,
     truncate_file,
     write_file,
 )
@@ -52,6 +55,9 @@ from finesight.vision.image_reader import NUM_IMAGE_WORKERS, ImageReader, create
 
 JOURNAL_FILE, LABELS_FILE, EVAL_FILE = "journal.jsonl", "labels.jsonl", "labels_eval.jsonl"
 FRACTION_FILE, SOURCES_FILE, REVIEWED_FILE = "train_fraction.txt", "sources.json", "reviewed.json"
+
+ENTRY_START = b'{"time":'
+"""Start of each line of the journal."""
 
 ORIGINAL_PROMPT_KEY = "original_prompt"
 """Key in the metadata of a label for the question that the user has corrected."""
@@ -222,9 +228,11 @@ class LabelStore(AbstractContextManager["LabelStore"]):
                 ID.
         """
         self.folder = folder
+        _check_label_folder(folder)
         make_folder(folder)
         self._journal = folder / JOURNAL_FILE
-        self._lock = FileLock(self._journal, os.O_RDWR | os.O_CREAT)
+        with translate_os_errors(self._journal):
+            self._lock = FileLock(self._journal, os.O_RDWR | os.O_CREAT)
         self.images = ImageReader(create_image_pool())
         # Key of the pixels and, for an unreadable file, the reason.
         self._decoded: dict[str, tuple[str, str]] = {}
@@ -232,7 +240,9 @@ class LabelStore(AbstractContextManager["LabelStore"]):
         try:
             self._lock.acquire(wait=False)
             self._journal_stat = os.stat(self._journal)
-            entries = read_journal(self._journal, read_complete_lines(self._journal))
+            lines = read_complete_lines(self._journal, ENTRY_START)
+            entries = read_journal(self._journal, lines)
+            remove_incomplete_line(self._journal, lines)
             self._items = _build_items(samples, entries, review)
             # The labels of images that are not loaded now are kept. A review replaces all labels.
             known_ids = self._apply_entries(entries).union(self._items)
@@ -561,13 +571,44 @@ class LabelStore(AbstractContextManager["LabelStore"]):
         self.close()
 
 
-def read_complete_lines(file: Path) -> list[bytes]:
-    """Return the lines of a file, and remove an incomplete last one, left by a crash."""
+def _check_label_folder(folder: Path) -> None:
+    """Raise UserError if a folder has labels, but no journal of them."""
+    check_writable_folder(folder)
+    names = (LABELS_FILE, EVAL_FILE, FRACTION_FILE, SOURCES_FILE, REVIEWED_FILE)
+    found = [name for name in names if os.path.lexists(folder / name)]
+    if found and not os.path.lexists(folder / JOURNAL_FILE):
+        raise UserError(
+            f"has {found[0]}, but no {JOURNAL_FILE} of a labelling session",
+            where=str(folder),
+            expected="a new folder, or that of an earlier session",
+            remedy=f"choose a free folder: --out {find_free_path(folder)}",
+        )
+
+
+def read_complete_lines(file: Path, start: bytes) -> list[bytes]:
+    """Return the lines of a file without an incomplete last one, left by a crash.
+
+    Args:
+        start: Start of each line as this program writes it. Another last line raises UserError.
+    """
     content = file.read_bytes() if file.exists() else b""
     size = content.rfind(b"\n") + 1
-    if size < len(content):
+    rest = content[size:]
+    if not rest.startswith(start[: len(rest)]):
+        raise UserError(
+            f"ends with {rest[:80]!r}, which no labelling session has written",
+            where=str(file),
+            expected="the file of a label folder",
+            remedy="move the file away, or choose another folder with --out",
+        )
+    return content[:size].split(b"\n")[:-1]
+
+
+def remove_incomplete_line(file: Path, lines: Sequence[bytes]) -> None:
+    """Remove the rest of a file after its complete lines."""
+    size = sum(len(line) + 1 for line in lines)
+    if file.exists() and file.stat().st_size > size:
         truncate_file(file, size)
-    return content[:size].splitlines()
 
 
 def read_journal(file: Path, lines: Iterable[bytes]) -> list[JournalEntry]:
@@ -692,7 +733,7 @@ def find_label_folder(recipe: Recipe) -> Path | None:
 
 
 def read_sources(folder: Path, name: str = SOURCES_FILE) -> list[str]:
-    """Return the `IMAGES` of all sessions of a folder, or its reviewed files; [] if unreadable."""
+    """Return the sources of all sessions of a folder; [] if the file is unreadable."""
     with suppress(UserError):
         sources = read_json(folder / name)
         return [str(source) for source in sources] if isinstance(sources, list) else []

@@ -66,12 +66,13 @@ from finesight.label.label_store import (
     get_text,
     list_boxes,
     read_complete_lines,
+    remove_incomplete_line,
 )
 from finesight.label.suggestion import iter_json_leaves, measure_disagreement
 from finesight.storage import append_line, flush_file
 from finesight.synth.drawing import draw_red_rectangle
 
-TEACHER_FILE = "teacher.jsonl"
+TEACHER_FILE, ANSWER_START = "teacher.jsonl", b'{"key":'
 
 TIMEOUT = httpx2.Timeout(300.0, connect=15.0)
 RETRY_DELAYS_S = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
@@ -213,7 +214,9 @@ class Teacher:
         self._rejected: set[str] = set()
         self.num_requests, self.usage = 0, Counter[str]()
         self._answers: dict[str, list[TeacherAnswer]] = {}
-        for line in read_complete_lines(self._file):
+        lines = read_complete_lines(self._file, ANSWER_START)
+        remove_incomplete_line(self._file, lines)
+        for line in lines:
             with suppress(ValueError, LookupError, TypeError):  # A damaged line is requested again.
                 entry = parse_json(line)
                 answers = [TeacherAnswer(*answer) for answer in entry["answers"]]

@@ -347,6 +347,25 @@ def test_options_of_operations_are_fields_of_the_page(folder, page, started):
     assert started[1] == ["import", "photos", "data/a", "--rows", "0:3"]
 
 
+def test_answers_of_an_evaluation_get_a_free_name(folder, page, started):
+    add_run(folder)
+    query, selection = {"step": "results", "run": "runs/a"}, Selection(step="results", run="runs/a")
+    assert read_fields(page, query)["eval:out"] == "answers/a-eval.jsonl"
+    write_file(folder / "answers/a-eval.jsonl", b"mine")
+    # A running command has not written its file yet.
+    write_job(folder, "results", "eval runs/a --out answers/a-eval-2.jsonl", exit_code=None)
+    free = "answers/a-eval-3.jsonl"
+    assert read_fields(page, query)["eval:out"] == free
+    for name in ("answers/a-eval.jsonl", "answers/a-eval-2.jsonl", "photos", "recipes/../own.csv"):
+        (folder / "own.csv").touch()
+        with pytest.raises(UserError, match="never overwritten") as caught:
+            page.run_action("eval", selection, Form(texts={"eval:out": name}))
+        assert caught.value.where == "eval:out"
+        assert str(caught.value.remedy).startswith("choose another name, such as answers/")
+    page.run_action("eval", selection, Form(texts={"eval:out": free}))
+    assert started == [["eval", "runs/a", "--out", free]]
+
+
 def test_file_names_are_escaped(folder):
     write_recipe(folder, "<b>", "a.jsonl")
     for step in STEPS:
@@ -672,7 +691,7 @@ def test_link_leads_to_the_next_step_once_a_result_exists(folder):
     shown = [find_next(step) for step in ("data", "label", "check", "plan", "train", "results")]
     assert shown == [["check"], ["check"], [], ["train"], [], []]
     add_run(folder)
-    write_file(folder / ".finesight/check/data--a.html", b"page")
+    write_file(folder / ".finesight/check/data%2Fa%2Fdata.jsonl.html", b"page")
     shown = [find_next(step) for step in ("check", "train", "results", "chat", "export")]
     assert shown == [["plan"], ["results"], ["chat"], ["export"], []]
     write_job(folder, "train", "train a.yaml", target="a.yaml", exit_code=None)
@@ -804,7 +823,7 @@ def test_unused_data_set_is_deleted_with_its_uploads(folder, page):
         import_dataset(uploads / name, folder / "data" / name, OPTIONS)
     import_dataset(folder / "photos", folder / "own", OPTIONS)
     write_recipe(folder, "other", "data/aa/data.jsonl")
-    write_file(folder / ".finesight/check/data--a.html", b"old")
+    write_file(folder / ".finesight/check/data%2Fa%2Fdata.jsonl.html", b"old")
     assert "No data set" in click_button(page, "delete", "step=data&data=data/c")
     assert "not created by the studio" in click_button(page, "delete", "step=data&data=own")
     assert click_button(page, "delete", "step=data&data=data/a") == ""
@@ -812,7 +831,7 @@ def test_unused_data_set_is_deleted_with_its_uploads(folder, page):
     assert sorted(path.name for path in uploads.iterdir()) == ["b"]
     assert [*(folder / ".finesight/check").iterdir()] == []
     (trash,) = (folder / ".finesight/trash").iterdir()
-    moved = ("data/a/data.jsonl", "uploads/a", ".finesight/check/data--a.html")
+    moved = ("data/a/data.jsonl", "uploads/a", ".finesight/check/data%2Fa%2Fdata.jsonl.html")
     assert all((trash / path).exists() for path in moved)
     # Another data set keeps the uploads that it uses.
     import_dataset(uploads / "b", folder / "data/c", OPTIONS)

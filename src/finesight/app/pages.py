@@ -74,6 +74,7 @@ ERROR_TEXTS = (
     "the answer is not JSON: {}",
     "the answer is not JSON of an object: {}",
     "{} is not a sample of this session",
+    *("{} exists already and is never overwritten", "choose another name, such as {}"),
     "the loss still falls: train twice as long",
     "{} of {} answers are correct: label about {} more images",
     "{} of {} answers are correct",

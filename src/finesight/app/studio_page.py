@@ -205,11 +205,21 @@ class StudioPage:
         # New images to label precede those of an earlier command.
         if job and not selection.images and (selection.step == "label" or job.status != "finished"):
             values |= job.form
+        if state.run is not None:
+            values["eval:out"] = self._propose_answers_file(state.run)
         if selection.images:
             values |= {"label:sources": selection.images, "label:kind": selection.kind}
             values["label:prompt"] = selection.prompt or values["label:prompt"]
             values["label:out"] = (*Path(selection.images).parts, "", "")[1]
         return values
+
+    def _propose_answers_file(self, run: Path) -> str:
+        name = f"{run.name}-eval"
+        return self.view.workspace.find_answers_file(name, self._list_written_files())
+
+    def _list_written_files(self) -> set[str]:
+        """Return the files and folders that running commands write."""
+        return {job.out for job in self.view.jobs.list_running()}
 
     def _read_form(self, name: str, form: Form) -> dict[str, Any]:
         """Return the arguments of an operation that a form gives."""
@@ -243,6 +253,8 @@ class StudioPage:
             return workspace.check_new_name(folder, text)
         if parameter.kind == "flag":
             return text == YES_NO[0]
+        if parameter.path == "file":
+            return as_argument(workspace.check_new_file(text, self._list_written_files()))
         if parameter.kind == "path":
             must_exist = parameter.path.startswith("existing")
             return as_argument(workspace.resolve(text, "", must_exist=must_exist))

@@ -11,7 +11,7 @@ import hashlib
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import chain, count
@@ -61,6 +61,9 @@ TRASH_FOLDER = f"{STUDIO_FOLDER}/trash"
 UPLOAD_MARKER = ".finesight-upload"
 """Empty file in a folder of uploads. Other folders are neither replaced nor deleted."""
 
+ANSWERS_FILE = "answers/{}.jsonl"
+"""Proposed file for the answers of an evaluation."""
+
 DATA_FILES = {"train.jsonl": "eval.jsonl", "data.jsonl": "eval.jsonl", LABELS_FILE: EVAL_FILE}
 """Validation file by training file that `finesight import` and `finesight label` write."""
 
@@ -104,8 +107,9 @@ class WorkspaceDataset:
 
     @property
     def check_page(self) -> Path:
-        """Page of the last check."""
-        return Path(STUDIO_FOLDER, "check", f"{str(self.path).replace('/', '--')}.html")
+        """Page of the last check of the training file, whose earlier page it replaces."""
+        name = str(self.train_file).replace("%", "%25").replace("/", "%2F")
+        return Path(STUDIO_FOLDER, "check", f"{name}.html")
 
 
 @dataclass(slots=True)
@@ -178,7 +182,7 @@ class Workspace:
         return None
 
     def open_review(self, file: Path) -> tuple[Path, Path]:
-        """Return the file to review and the folder of its review, a new one if there is none.
+        """Return the file to review and the folder of its review, which may be new.
 
         Args:
             file: File of a data set. That of a review stands for the reviewed file.
@@ -279,11 +283,37 @@ class Workspace:
             )
         return path
 
-    def find_free_name(self, name: str, *paths: str) -> str:
+    def check_new_file(self, text: str, taken: Collection[str]) -> Path:
+        """Return the path of a new file that a user has entered.
+
+        Args:
+            taken: Files that running commands write.
+
+        Raises:
+            UserError: `resolve` rejects the path, or it exists already.
+        """
+        path = self.resolve(text, "", must_exist=False)
+        if os.path.lexists(self.folder / path) or str(path) in taken:
+            raise UserError(
+                f"{path} exists already and is never overwritten",
+                expected="an unused name",
+                remedy=f"choose another name, such as {self.find_answers_file(path.stem, taken)}",
+            )
+        return path
+
+    def find_answers_file(self, name: str, taken: Collection[str]) -> str:
+        """Return an unused path for the answers of an evaluation."""
+        free = self.find_free_name(name, ANSWERS_FILE, taken=taken)
+        return ANSWERS_FILE.format(free)
+
+    def find_free_name(self, name: str, *paths: str, taken: Collection[str] = ()) -> str:
         """Return a name, with a number if necessary, by which no path exists: `data/{}`."""
 
+        def is_used(path: str) -> bool:
+            return path in taken or os.path.lexists(self.folder / path)
+
         def is_free(one: str) -> bool:
-            return not any(os.path.lexists(self.folder / path.format(one)) for path in paths)
+            return not any(is_used(path.format(one)) for path in paths)
 
         return next(filter(is_free, chain([name], (f"{name}-{number}" for number in count(2)))))
 

@@ -1,5 +1,6 @@
 """Tests of the server of the pages: sign-in, origins, limits, uploads, and pages of jobs."""
 
+import asyncio
 import contextlib
 import http.client
 import json
@@ -12,7 +13,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,7 +33,13 @@ from starlette.routing import Route
 from starlette.testclient import TestClient
 from studio_fixtures import make_page
 from tiny_task import ANSWER, THOUGHT
-from web_server_fixture import RunningWebPage, ScriptedService, get_image_pool, run_web_page
+from web_server_fixture import (
+    RunningWebPage,
+    ScriptedService,
+    get_image_pool,
+    run_app,
+    run_web_page,
+)
 
 from finesight.app import pages, server
 from finesight.app.chat_page import MAX_FILE_BYTES, make_chat_app
@@ -141,6 +148,58 @@ def test_wrong_password_or_cookie_is_rejected(locked_page):
     name = cookie.partition("=")[0]
     assert (left.status, left.headers["location"]) == (303, "./")
     assert left.headers["set-cookie"].startswith(f'{name}=""; ')
+
+
+def test_sign_out_ends_the_sign_in_of_one_browser(locked_page):
+    """A stolen copy of its cookie is refused, and other browsers stay signed in."""
+    first, second = sign_in(locked_page), sign_in(locked_page)
+    assert first != second
+    again = sign_in(locked_page, cookie=first)
+    assert ask(locked_page, "GET", IMAGE, cookie=first).status == 401, "replaced by a new sign-in"
+    ask(locked_page, "POST", "/sign-out", cookie=again)
+    statuses = [ask(locked_page, "GET", IMAGE, cookie=one).status for one in (first, again, second)]
+    assert statuses == [401, 401, 404]
+    assert ask(locked_page, "POST", "/sign-out", cookie=again).status == 401
+
+
+def test_sign_out_ends_the_running_requests_of_the_browser():
+    started, is_ended = threading.Event(), threading.Event()
+
+    async def stream(request: Request) -> Response:
+        async def iterate() -> AsyncIterator[bytes]:
+            try:
+                while True:
+                    yield b"secret "
+                    started.set()
+                    await asyncio.sleep(0.01)
+            finally:
+                is_ended.set()
+
+        return StreamingResponse(iterate())
+
+    app = AccessMiddleware(create_app([Route("/stream", stream)]), Access(PASSWORD))
+    with run_app(app) as port:
+        page = RunningWebPage(f"http://127.0.0.1:{port}/", port, Path(), app)
+        cookie, other = sign_in(page), sign_in(page)
+        with connect(page) as connection:
+            connection.request("GET", "/stream", headers={"cookie": cookie})
+            answer = connection.getresponse()
+            assert started.wait(20)
+            ask(page, "POST", "/sign-out", cookie=other)
+            answer.read(7)
+            assert not is_ended.is_set()
+            ask(page, "POST", "/sign-out", cookie=cookie)
+            with contextlib.suppress(http.client.IncompleteRead):
+                answer.read()
+        assert is_ended.wait(20)
+
+
+def test_first_of_too_many_browsers_is_signed_out(monkeypatch):
+    monkeypatch.setattr(server, "MAX_SIGN_INS", 3)
+    with run_web_page(ScriptedService(), password=PASSWORD) as page:
+        cookies = [sign_in(page) for _ in range(5)]
+        statuses = [ask(page, "GET", IMAGE, cookie=cookie).status for cookie in cookies]
+    assert statuses == [401, 401, 404, 404, 404]
 
 
 @pytest.mark.parametrize("proxies", [(), ("127.0.0.1",), ("10.0.0.1",)])

@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hmac
+import hashlib
 import secrets
 import signal
 import socket
 import traceback
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import parse_qs, quote, urlsplit
@@ -86,6 +86,56 @@ class Access:
     max_upload_bytes: int = 0
 
 
+MAX_SIGN_INS = 1000
+"""Maximum number of browsers that are signed in. A further one signs out the first."""
+
+
+class SignIns:
+    """Tokens of the signed-in browsers, one per sign-in, with the requests that they admit.
+
+    Tokens are stored as digests, so that the time of a search tells nothing about them.
+    """
+
+    def __init__(self) -> None:
+        self._requests: dict[bytes, set[asyncio.Task[object]]] = {}
+
+    def add(self) -> str:
+        """Return the token of a new sign-in."""
+        while len(self._requests) >= MAX_SIGN_INS:
+            self._cancel(next(iter(self._requests)))
+        token = secrets.token_urlsafe(32)
+        self._requests[_digest(token)] = set()
+        return token
+
+    def is_known(self, token: str) -> bool:
+        """Return whether a token is that of a signed-in browser."""
+        return _digest(token) in self._requests
+
+    def remove(self, token: str) -> None:
+        """End a sign-in, if it is known, and the running requests that it has admitted."""
+        if self.is_known(token):
+            self._cancel(_digest(token))
+
+    @contextlib.contextmanager
+    def track(self, token: str) -> Iterator[None]:
+        """Cancel the task of the context if the sign-in of a token ends meanwhile."""
+        tasks, task = self._requests.get(_digest(token), set()), asyncio.current_task()
+        assert task is not None, "no request"
+        tasks.add(task)
+        try:
+            yield
+        finally:
+            tasks.discard(task)
+
+    def _cancel(self, digest: bytes) -> None:
+        for task in self._requests.pop(digest):
+            task.cancel()
+
+
+def _digest(token: str) -> bytes:
+    return hashlib.sha256(token.encode(errors="replace")).digest()
+
+
 @dataclass(slots=True)
 class AccessMiddleware:
     """Admits requests of signed-in browsers to an application, and limits their size and time.
@@ -96,7 +146,7 @@ class AccessMiddleware:
 
     app: ASGIApp
     access: Access
-    _session_token: str = field(default_factory=lambda: secrets.token_urlsafe(32))
+    _sign_ins: SignIns = field(default_factory=SignIns)
     _credentials: Credentials = field(init=False)
 
     def __post_init__(self) -> None:
@@ -129,16 +179,22 @@ class AccessMiddleware:
             if response is None and scope["path"] == SIGN_IN_PATH:
                 response = await self._sign_in(request)
             elif response is None and scope["path"] == SIGN_OUT_PATH and request.method == "POST":
+                self._sign_ins.remove(self._get_token(request))
                 response = RedirectResponse(_add_query("./", request), 303)
                 response.delete_cookie(self.access.cookie)
             elif response is None:
                 if not scope["path"].startswith(STATIC_PREFIX):
                     scope.get("state", {}).get(SIGNED_IN_KEY, lambda: None)()
-                await self.app(scope, request.receive, send)
+                # An event stream also ends at the sign-out.
+                with self._sign_ins.track(self._get_token(request)):
+                    await self.app(scope, request.receive, send)
         except HTTPException as error:
             response = PlainTextResponse(error.detail, error.status_code)
         if response is not None:
             await response(scope, receive, send)
+
+    def _get_token(self, request: Request) -> str:
+        return request.cookies.get(self.access.cookie, "")
 
     def _check_request(self, request: Request) -> Response | None:
         """Check a request, except for its body, and return a response if it is rejected."""
@@ -161,8 +217,7 @@ class AccessMiddleware:
         if path == "/favicon.ico":
             return Response(status_code=204)  # browsers request it also before sign-in
         is_public = path == SIGN_IN_PATH or path.startswith(STATIC_PREFIX)
-        token = request.cookies.get(self.access.cookie, "")
-        is_known = hmac.compare_digest(token.encode(), self._session_token.encode())
+        is_known = self._sign_ins.is_known(self._get_token(request))
         if password is not None and not is_public and not is_known:
             if path == "/" and is_reading:
                 return RedirectResponse(_add_query("sign-in", request), 303)
@@ -186,10 +241,12 @@ class AccessMiddleware:
                 return HTMLResponse(page, 429, {"retry-after": str(wait_s)})
             await asyncio.sleep(FAILED_LOGIN_DELAY_S)
             return HTMLResponse(page, 401)
+        # The browser forgets an earlier token, which must not stay valid.
+        self._sign_ins.remove(self._get_token(request))
         response = RedirectResponse(_add_query("./", request), 303)
         response.set_cookie(
             self.access.cookie,
-            self._session_token,
+            self._sign_ins.add(),
             httponly=True,
             samesite="strict",
             secure=request.headers.get("origin", "").startswith("https://"),

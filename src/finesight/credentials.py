@@ -6,19 +6,44 @@ guesses hopeless, and the limit keeps guesses from using up the server.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import hmac
 import ipaddress
 import math
+import os
+import stat
 import time
 from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
+from pathlib import Path
 
 MAX_WRONG_GUESSES, MAX_WRONG_GUESSES_PER_ADDRESS = 30, 10
 """Wrong credentials within `GUESS_WINDOW_S`, of all clients and of one address."""
 
 GUESS_WINDOW_S = 60.0
+
+
+MAX_SECRET_FILE_BYTES = 1 << 20
+
+
+def read_secret_file(file: Path) -> str:
+    """Read a text file with keys or a password, which may be a pipe.
+
+    Raises OSError for an unreadable or larger file, and UnicodeDecodeError.
+    """
+    with file.open("rb") as stream:
+        content = stream.read(MAX_SECRET_FILE_BYTES + 1)
+    if len(content) > MAX_SECRET_FILE_BYTES:
+        raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
+    return content.decode()
+
+
+def is_readable_by_others(file: Path) -> bool:
+    """Return whether other users of the machine can read a regular file."""
+    state = file.stat()
+    return stat.S_ISREG(state.st_mode) and bool(state.st_mode & 0o044)
 
 
 class Credentials:

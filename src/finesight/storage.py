@@ -37,6 +37,9 @@ _OWN_PARTIAL = re.compile(rf"\..+\.{_HOST_TAG}[0-9a-f]{{6}}\.partial", re.DOTALL
 _OWN_TEMPORARY = re.compile(rf"finesight-[a-z]+-{_HOST_TAG}-[a-z0-9_]{{8}}\.tmp")
 """Names of hidden folders of this machine, whose locks it knows, and of temporary folders."""
 
+PRIVATE_FILE_MODE, PRIVATE_FOLDER_MODE = 0o600, 0o700
+"""Permissions of files and folders that only this user may read, such as keys and logs of jobs."""
+
 WRITE_BUFFER_BYTES = 2**20
 """Number of bytes up to which small pieces are collected for one write call."""
 
@@ -129,11 +132,14 @@ class FileSystem:
     def make_folder(self, path: Path) -> None:
         path.mkdir(exist_ok=True)
 
-    def create(self, path: Path) -> int:
+    def create(self, path: Path, mode: int = 0o644) -> int:
         """Create a file, or overwrite one that a killed process left."""
         if path.is_symlink():  # of another user, whose file would receive the content
             path.unlink()
-        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o644)
+        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, mode)
+        if mode == PRIVATE_FILE_MODE:  # also of a file that is overwritten
+            os.fchmod(file, mode)
+        return file
 
     def open_append(self, path: Path) -> int:
         return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
@@ -216,6 +222,33 @@ def make_folder(path: Path) -> None:
             except FileNotFoundError as error:  # some file systems have folders of their own only
                 raise OSError(errno.EPERM, "cannot create a folder here") from error
             file_system.sync_path(folder.parent)
+
+
+def make_private_folder(path: Path) -> None:
+    """Create a folder that only this user can open, or close an existing one to others.
+
+    Raises UserError for a link and for a folder of another user, who could replace its content.
+    """
+    make_folder(path)
+    with translate_os_errors(path):
+        state = path.lstat()
+        if not stat.S_ISDIR(state.st_mode) or state.st_uid != os.getuid():
+            owner = "a link" if stat.S_ISLNK(state.st_mode) else f"of the user {state.st_uid}"
+            raise UserError(
+                f"is {owner}, and others can change its content",
+                where=str(path),
+                expected="a folder of this user, and no link",
+                remedy="move it away; a new one is created",
+            )
+        if stat.S_IMODE(state.st_mode) != PRIVATE_FOLDER_MODE:
+            with contextlib.suppress(PermissionError):  # of a file system without permissions
+                path.chmod(PRIVATE_FOLDER_MODE)
+
+
+def state_folder() -> Path:
+    """Return the folder of what this user has on this machine, such as keys, for all workspaces."""
+    state = os.environ.get("XDG_STATE_HOME") or "~/.local/state"
+    return Path(os.path.expanduser(state)) / "finesight"
 
 
 @contextlib.contextmanager
@@ -365,9 +398,13 @@ def _write_digests(folder: Path) -> None:
         file_system.sync_path(subfolder)
 
 
-def write_file(path: Path, data: bytes) -> None:
-    """Write a file atomically: an existing file is replaced by one rename."""
-    write_chunks(path, (data,))
+def write_file(path: Path, data: bytes, *, mode: int = 0o644) -> None:
+    """Write a file atomically: an existing file is replaced by one rename.
+
+    Args:
+        mode: Permissions of the file.
+    """
+    write_chunks(path, (data,), mode=mode)
 
 
 def write_new_file(path: Path, data: bytes) -> None:
@@ -378,17 +415,20 @@ def write_new_file(path: Path, data: bytes) -> None:
     write_chunks(path, (data,), replace=False)
 
 
-def write_chunks(path: Path, pieces: Iterable[bytes], *, replace: bool = True) -> None:
+def write_chunks(
+    path: Path, pieces: Iterable[bytes], *, replace: bool = True, mode: int = 0o644
+) -> None:
     """Write the concatenated pieces to a file atomically.
 
     Args:
         replace: Whether an existing file is replaced, as by `write_file`.
+        mode: Permissions of the file.
     """
     partial = _partial_path(path)
     make_folder(path.parent)
     with translate_os_errors(path):
         try:
-            _write_new_file(partial, pieces)
+            _write_new_file(partial, pieces, mode)
             if not replace:
                 raise_if_exists(path)
             file_system.rename(partial, path)
@@ -467,8 +507,8 @@ def _partial_path(path: Path) -> Path:
     return path.with_name(f".{path.name}{_PARTIAL_SUFFIX}")
 
 
-def _write_new_file(path: Path, pieces: Iterable[bytes]) -> None:
-    fd = file_system.create(path)
+def _write_new_file(path: Path, pieces: Iterable[bytes], mode: int = 0o644) -> None:
+    fd = file_system.create(path, mode)
     try:
         waiting, size = list[bytes](), 0
         for piece in pieces:

@@ -1,6 +1,7 @@
 """Tests of the processes that the studio starts, without a browser."""
 
 import os
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -74,6 +75,50 @@ def test_job_of_another_person_has_no_links_and_pipes(folder, page):
     )
     assert merge.read_outcome() is None
     assert "killed" in page.render(Selection(step="export"))
+
+
+def test_files_of_jobs_are_private(folder):
+    """They contain prompts, answers and paths, whatever the umask is."""
+    (folder / ".finesight/jobs").mkdir(parents=True, exist_ok=True)
+    umask = os.umask(0)
+    try:
+        jobs = JobStore(folder)
+        job = jobs.start("data", "", ["import", "missing", "data/a"])
+        wait_for_end(job)
+        server = jobs.start("chat", "", ["web", "finesight-tiny", "--port", "0"], port=1)
+        server.stop()
+        wait_for_end(server)
+    finally:
+        os.umask(umask)
+    assert job.read_outcome().exit_code == 2
+    files = {path: path.stat().st_mode & 0o777 for path in (folder / ".finesight").rglob("*")}
+    names = {path.name for path in files}
+    assert {JOB_FILE, LOCK_FILE, OUTCOME_FILE, "log.txt", "stop_requested", "jobs"} <= names
+    for path, mode in {**files, folder / ".finesight": 0o700}.items():
+        assert mode == (0o700 if path.is_dir() else 0o600), path
+
+
+@pytest.mark.parametrize("name", [".finesight", ".finesight/jobs"])
+def test_folder_of_jobs_is_no_link(folder, tmp_path, name):
+    (tmp_path / "other").mkdir()
+    shutil.rmtree(folder / ".finesight", ignore_errors=True)
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).symlink_to(tmp_path / "other")
+    with pytest.raises(UserError, match="is a link"):
+        JobStore(folder).start("data", "", ["import", "photos", "data/a"])
+    assert [*(tmp_path / "other").iterdir()] == []
+
+
+def test_job_of_another_user_is_left_out(folder, monkeypatch):
+    """Its lock could name any process, which the button Stop would end."""
+    write_job(folder, "chat", "web")
+    jobs = JobStore(folder)
+    assert len(jobs.list_jobs()) == 1
+    own = os.getuid()
+    monkeypatch.setattr(os, "getuid", lambda: own + 1)
+    assert jobs.list_jobs() == []
+    with pytest.raises(UserError, match=f"of the user {own}"):
+        jobs.protect()
 
 
 @pytest.mark.parametrize(

@@ -382,13 +382,26 @@ def test_served_api_needs_a_key_if_the_studio_has_a_password(folder, password, s
     if password is None:
         assert "--key-file" not in started[0]
         return
-    assert started[0][-2:] == started[1][-2:] == ["--key-file", ".finesight/api-key"]
-    file = folder / ".finesight/api-key"
-    assert file.stat().st_mode & 0o777 == 0o600
+    assert started[0][-2:] == started[1][-2:]
+    option, name = started[0][-2:]
+    assert option == "--key-file"
+    file = Path(name)
+    assert (file.stat().st_mode & 0o777, file.parent.stat().st_mode & 0o777) == (0o600, 0o700)
     [key] = read_api_keys(file)
     assert len(key) > 40
     assert password not in key
     assert not any(key in word for word in started[0])
+
+
+def test_key_of_a_received_workspace_is_not_used(folder, page, started, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    add_run(folder)
+    write_file(folder / ".finesight/api-key", b"a-key-that-the-sender-knows")
+    page = make_page(folder, has_password=True)
+    assert click_button(page, "serve", "step=export&run=runs/a") == ""
+    file = tmp_path / "state/finesight/api-key"
+    assert started[0][-1] == str(file)
+    assert "sender" not in file.read_text()
 
 
 def test_many_images_are_read_into_tables(folder, page, started):

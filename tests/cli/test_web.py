@@ -8,10 +8,13 @@ import urllib.error
 import urllib.request
 from contextlib import ExitStack
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
 from finesight.app.start import resolve_password
+from finesight.errors import UserError
+from finesight.serve import http_protocol
 
 
 def test_invalid_options_are_rejected(tmp_path, cli):
@@ -33,6 +36,18 @@ def test_invalid_options_are_rejected(tmp_path, cli):
     assert "cannot listen on 192.0.2.1" in reject("--host", "192.0.2.1")
     with socket.create_server(("127.0.0.1", 0)) as taken:
         assert "cannot listen on 127.0.0.1" in reject("--port", taken.getsockname()[1])
+
+
+@pytest.mark.parametrize("command", ["serve", "web"])
+def test_secret_that_others_can_read_is_reported(tmp_path, monkeypatch, cli, command):
+    monkeypatch.setattr(http_protocol, "bind_socket", Mock(side_effect=UserError("no server")))
+    file = tmp_path / "secret"
+    file.write_text("0123456789abcdef\n")
+    option = "--key-file" if command == "serve" else "--password-file"
+    for mode, is_warned in ((0o644, True), (0o604, True), (0o600, False)):
+        file.chmod(mode)
+        error = cli(command, "finesight-tiny", option, file, code=2).err
+        assert (f"chmod 600 {file}" in error) == is_warned, error
 
 
 @pytest.mark.parametrize(

@@ -178,6 +178,8 @@ def test_loopback_detection():
 
 def test_key_files(tmp_path, monkeypatch):
     file = tmp_path / "keys"
+    with (tmp_path / "sparse").open("wb") as sparse:
+        sparse.truncate(1 << 40)
     file.write_text(f"# ours\n{KEY}\n\n  {OTHER}\n  #indented-comment-without-spaces\n")
     assert read_api_keys(file) == [KEY, OTHER]
     monkeypatch.setenv("FINESIGHT_KEY", KEY)
@@ -189,8 +191,9 @@ def test_key_files(tmp_path, monkeypatch):
         with pytest.raises(UserError) as raised:
             read_api_keys(file)
         assert KEY not in str(raised.value)
-    with pytest.raises(UserError, match="cannot be read"):
-        read_api_keys(tmp_path / "missing")
+    for name in ("missing", "sparse"):
+        with pytest.raises(UserError, match="cannot be read"):
+            read_api_keys(tmp_path / name)
 
 
 @each(

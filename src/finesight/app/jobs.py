@@ -27,7 +27,7 @@ from pydantic import AwareDatetime, BaseModel, Field
 from finesight.bounded_files import read_json, read_json_object
 from finesight.errors import Remedy, Step, UserError
 from finesight.operations.operation import OUTCOME_VARIABLE
-from finesight.storage import FileLock, make_folder, write_file
+from finesight.storage import PRIVATE_FILE_MODE, FileLock, make_private_folder, write_file
 
 JOBS_FOLDER = Path(".finesight", "jobs")
 """Folder of all jobs in a workspace."""
@@ -180,7 +180,7 @@ class Job(BaseModel, frozen=True):
             pid = int((self.folder / LOCK_FILE).read_text())
             if self._is_running():
                 with contextlib.suppress(FileExistsError):
-                    (self.folder / STOP_FILE).touch(exist_ok=False)
+                    (self.folder / STOP_FILE).touch(PRIVATE_FILE_MODE, exist_ok=False)
                     again = True
                 if again:
                     os.kill(pid, signal.SIGTERM if self.is_server else signal.SIGINT)
@@ -210,6 +210,14 @@ class JobStore:
         # Ended processes of this studio are reaped when jobs are listed.
         self._processes: list[subprocess.Popen[bytes]] = []
 
+    def protect(self) -> None:
+        """Close the folders of jobs to other users. Raises UserError for a link.
+
+        Logs and forms have contents of the user, and lock files name processes to stop.
+        """
+        make_private_folder(self._folder.parent)
+        make_private_folder(self._folder)
+
     def start(
         self,
         step: str,
@@ -227,7 +235,7 @@ class JobStore:
         Raises:
             UserError: The same command is running, or another server uses its target or port.
         """
-        make_folder(self._folder)
+        self.protect()
         with FileLock(self._folder) as lock:
             lock.acquire()
             for running in self.list_running():
@@ -258,8 +266,11 @@ class JobStore:
         environment = {k: v for k, v in os.environ.items() if k != "GOMP_SPINCOUNT"}
         environment |= {"PYTHONUNBUFFERED": "1", "PYTHONSAFEPATH": "1"}
         environment[OUTCOME_VARIABLE] = str(folder.resolve() / OUTCOME_FILE)
-        make_folder(folder)
-        with (folder / LOG_FILE).open("wb") as log, (folder / LOCK_FILE).open("w") as lock:
+        make_private_folder(folder)
+        with (
+            open(folder / LOG_FILE, "wb", opener=_open_private) as log,
+            open(folder / LOCK_FILE, "w", opener=_open_private) as lock,
+        ):
             # The command inherits the lock.
             fcntl.flock(lock, fcntl.LOCK_EX)
             process = subprocess.Popen(
@@ -273,7 +284,8 @@ class JobStore:
                 pass_fds=[lock.fileno()],
             )
             lock.write(str(process.pid))
-        write_file(folder / JOB_FILE, job.model_dump_json(exclude={"folder"}).encode())
+        content = job.model_dump_json(exclude={"folder"}).encode()
+        write_file(folder / JOB_FILE, content, mode=PRIVATE_FILE_MODE)
         self._processes.append(process)
         return job
 
@@ -306,10 +318,17 @@ class JobStore:
         )
 
 
+def _open_private(path: str, flags: int) -> int:
+    return os.open(path, flags, PRIVATE_FILE_MODE)
+
+
 def read_job(folder: Path) -> Job:
     """Read the command of a job folder. Damage raises OSError, UserError or ValueError."""
-    modes = [file.lstat().st_mode for file in folder.iterdir()]
-    # The workspace of another person may have links out of it, and pipes that block.
-    if folder.is_symlink() or not all(S_ISREG(mode) or S_ISSOCK(mode) for mode in modes):
-        raise ValueError(f"{folder} has a link or special file")
+    files = [file.lstat() for file in folder.iterdir()]
+    # The workspace of another person may have links out of it, pipes that block, and a lock with
+    # the ID of any process, which a button would stop.
+    is_plain = all(S_ISREG(one.st_mode) or S_ISSOCK(one.st_mode) for one in files)
+    is_own = all(one.st_uid == os.getuid() for one in (folder.lstat(), *files))
+    if folder.is_symlink() or not is_plain or not is_own:
+        raise ValueError(f"{folder} has a link, a special file or a file of another user")
     return Job.model_validate({**read_json_object(folder / JOB_FILE), "folder": folder})

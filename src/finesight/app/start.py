@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Unpack
 
 from finesight.bounded_files import translate_os_errors
+from finesight.credentials import is_readable_by_others, read_secret_file
 from finesight.errors import Step, UserError, escape_unprintable_json
 from finesight.operations.model import (
     get_prompt_format,
@@ -146,6 +147,8 @@ def serve(
     source, *_ = [resolve_model_source(name) for name in (run_or_model, *(adapter or ()))]
     formats = read_formats(image_format or ())
     keys, proxies = read_api_keys(key_file), check_proxies(trusted_proxy)
+    if key_file is not None:
+        _warn_of_readers(key_file)
     if socket_file is None:
         check_exposure(host, keys, proxies)
     environments = build_environments(data_parallel_size, list_gpus(loading.get("device", "auto")))
@@ -403,6 +406,7 @@ def studio(
         workspace = Workspace(Path())
         workspace.remove_leftovers()
         view = StudioView(workspace)
+        view.jobs.protect()
         store = UploadStore(uploads, MAX_STUDIO_UPLOAD_BYTES)
         page = StudioPage(view, store, password[0] is not None, teacher, api_port)
         access = announce_page("studio", host, listener, password, open_page=open_page)
@@ -485,7 +489,8 @@ def resolve_password(
 
 def _read_password(file: Path) -> str:
     with translate_os_errors(file, "a text file with the password", "correct --password-file"):
-        password = file.read_text(encoding="utf-8").strip()
+        password = read_secret_file(file).strip()
+        _warn_of_readers(file)
     if len(password) < MIN_PASSWORD_LENGTH:
         raise UserError(
             f"the password has {len(password)} characters",
@@ -494,6 +499,12 @@ def _read_password(file: Path) -> str:
             remedy="choose a longer password, or remove --password-file to generate one",
         )
     return password
+
+
+def _warn_of_readers(file: Path) -> None:
+    if is_readable_by_others(file):
+        command = shlex.join(["chmod", "600", str(file)])
+        ProgressConsole().log(f"warning: other users can read {file}; {command} prevents it")
 
 
 def check_proxies(proxies: Sequence[str] | None) -> tuple[str, ...]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import secrets
 import shlex
 import time
 from collections.abc import Callable, Mapping
@@ -21,6 +20,7 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, HTMLResponse, JSONResponse, RedirectResponse, Response
 from starlette.routing import Route
 
+from finesight.app.key_file import load_key_file
 from finesight.app.pages import (
     FILE_HEADERS,
     VIEW_HEADERS,
@@ -43,7 +43,7 @@ from finesight.app.studio_view import (
     build_missing_error,
     name_actions,
 )
-from finesight.app.workspace import STUDIO_FOLDER, as_argument
+from finesight.app.workspace import as_argument
 from finesight.data.image_header import IMAGE_SUFFIXES
 from finesight.errors import LABEL_TRAIN_FRACTION, Step, UserError
 from finesight.label.label_store import JOURNAL_FILE
@@ -60,8 +60,6 @@ _CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0e-\x1f\ud800-\udfff]")
 
 Text = Annotated[str, Field(max_length=MAX_FIELD_CHARS)]
 Name = Annotated[str, Field(max_length=64)]
-
-API_KEY_FILE = "api-key"
 
 CLOSE_TIMEOUT_S = 15.0
 """Maximum duration of the end of a labelling page."""
@@ -421,14 +419,7 @@ class StudioPage:
             with bind_socket("127.0.0.1", self.api_port) as free:
                 options["port"] = arguments["port"] = int(free.getsockname()[1])
             if self.has_password:
-                # The key is the same for all servers of the workspace. Only this user can read it.
-                arguments["key_file"] = Path(STUDIO_FOLDER, API_KEY_FILE)
-                file = self.view.workspace.folder / STUDIO_FOLDER / API_KEY_FILE
-                file.parent.mkdir(exist_ok=True)
-                with contextlib.suppress(FileExistsError):
-                    descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-                    with open(descriptor, "w", encoding="utf-8") as stream:
-                        stream.write(secrets.token_urlsafe(32))
+                arguments["key_file"] = load_key_file()
         return self._start(state, operation, arguments, **options)
 
     def _predict(self, state: StudioState, form: Form) -> str:

@@ -305,7 +305,11 @@ def run_command(arguments: Sequence[str], command: click.Command = app) -> int:
     try:
         code = report["exit_code"] = _run_words(arguments, command, report)
     finally:
-        Path(file).write_text(json.dumps(report, default=_as_json), encoding="utf-8")
+        text = json.dumps(report, default=_as_json)
+        # For this user only: the error may contain data.
+        descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600)
+        with open(descriptor, "w", encoding="utf-8") as stream:
+            stream.write(text)
     return code
 
 

@@ -35,7 +35,7 @@ from finesight.evaluate.eval_case import (
     mean_metrics,
 )
 from finesight.manifest import MANIFEST_FILE, RECIPE_FILE
-from finesight.storage import append_line, make_folder
+from finesight.storage import append_line, make_folder, state_folder
 
 METRIC_COPY_FILE = "metric.py"
 
@@ -172,8 +172,7 @@ def _build_function_error(error: BaseException, file: Path, context: str) -> Use
 
 def trust_file() -> Path:
     """Return the path of the list of trusted metric files: SHA-256 and path on each line."""
-    state = os.environ.get("XDG_STATE_HOME") or "~/.local/state"
-    return Path(os.path.expanduser(state)) / "finesight" / "trusted_metrics"
+    return state_folder() / "trusted_metrics"
 
 
 def trust_metric(file: Path) -> None:

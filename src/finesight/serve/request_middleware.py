@@ -32,7 +32,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from finesight.credentials import Credentials
+from finesight.credentials import Credentials, read_secret_file
 from finesight.errors import UserError
 from finesight.infer.inference_service import InferenceService
 from finesight.infer.request import TokenUsage
@@ -162,7 +162,7 @@ def read_api_keys(file: Path | None) -> list[str]:
     where, remedy = str(file or API_KEY_VARIABLE), f"Generate a key: {GENERATE_KEY_COMMAND}"
     expected = "a text file with one API key per line"
     try:
-        text = file.read_text(encoding="utf-8") if file else os.environ.get(API_KEY_VARIABLE, "")
+        text = read_secret_file(file) if file else os.environ.get(API_KEY_VARIABLE, "")
     except (OSError, ValueError) as error:
         raise UserError(
             f"cannot be read ({error})", where=where, expected=expected, remedy="Correct the path."
@@ -190,11 +190,12 @@ def check_exposure(host: str, keys: Sequence[str], proxies: Sequence[str] = ()) 
         option, other = "--host", "the host 127.0.0.1"
         if is_loopback(host):
             option, other = "--trusted-proxy", "no --trusted-proxy"
+        command = f"(umask 077; {GENERATE_KEY_COMMAND} > keys.txt)"
         raise UserError(
             f"other machines can reach {host}, but there is no API key",
             where=option,
             expected=f"an API key in --key-file or {API_KEY_VARIABLE}, or {other}",
-            remedy=f"Run {GENERATE_KEY_COMMAND} > keys.txt, then use --key-file keys.txt.",
+            remedy=f"Run {command}, then use --key-file keys.txt.",
         )
 
 

@@ -1,0 +1,35 @@
+"""Tests of the API key of the servers that the studio starts."""
+
+import os
+from pathlib import Path
+
+import pytest
+from each_value import each
+
+from finesight.app.key_file import load_key_file
+from finesight.errors import UserError
+
+
+@each(
+    "damage",
+    [
+        lambda file: file.chmod(0o644),
+        lambda file: file.chmod(0o620),
+        lambda file: file.rename(file.with_name("other")) and file.symlink_to("other"),
+        lambda file: file.unlink() or os.mkfifo(file, 0o600),
+        lambda file: (
+            file.parent.rename(file.parent.with_name("other")) and file.parent.symlink_to("other")
+        ),
+    ],
+)
+def test_key_that_others_may_know_is_refused(tmp_path, monkeypatch, damage):
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    file = load_key_file()
+    assert load_key_file() == file
+    damage(file)
+    with pytest.raises(UserError) as caught:
+        load_key_file()
+    # The remedy works.
+    path = Path(caught.value.where)
+    path.rename(tmp_path / "moved")
+    assert load_key_file().read_text()

@@ -246,9 +246,19 @@ def make_private_folder(path: Path) -> None:
 
 
 def state_folder() -> Path:
-    """Return the folder of what this user has on this machine, such as keys, for all workspaces."""
-    state = os.environ.get("XDG_STATE_HOME") or "~/.local/state"
-    return Path(os.path.expanduser(state)) / "finesight"
+    """Return the folder of what this user has on this machine, such as keys, for all workspaces.
+
+    Raises UserError without a home folder: the working directory may have been received.
+    """
+    state = Path(os.path.expanduser(os.environ.get("XDG_STATE_HOME") or "~/.local/state"))
+    if not state.is_absolute():
+        raise UserError(
+            f"{state} is no absolute path",
+            where="XDG_STATE_HOME",
+            expected="a folder of this user on this machine, or a home folder",
+            remedy="set the environment variable HOME or XDG_STATE_HOME to an absolute path",
+        )
+    return state / "finesight"
 
 
 @contextlib.contextmanager

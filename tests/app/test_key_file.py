@@ -33,3 +33,14 @@ def test_key_that_others_may_know_is_refused(tmp_path, monkeypatch, damage):
     path = Path(caught.value.where)
     path.rename(tmp_path / "moved")
     assert load_key_file().read_text()
+
+
+@each("state", ["", "state", "./state", "~nobody-at-all/state"])
+def test_key_is_never_below_the_working_directory(tmp_path, monkeypatch, state):
+    """Without a home folder, `~` is a name in the workspace, which may have been received."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_STATE_HOME", state)
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+    with pytest.raises(UserError, match="absolute"):
+        load_key_file()
+    assert [*tmp_path.iterdir()] == []

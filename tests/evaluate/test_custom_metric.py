@@ -26,6 +26,7 @@ from finesight.evaluate.eval_case import EvalCase
 from finesight.evaluate.task_metrics import check_references, compute_metrics, get_primary_metric
 from finesight.manifest import MANIFEST_FILE, RECIPE_FILE
 from finesight.recipe import recipe_from_dict
+from finesight.storage import write_file
 
 TABLES = load_cases("custom_metric")
 
@@ -193,7 +194,9 @@ def assert_untrusted(file: Path) -> None:
         check_metric(f"{file}:x", named=False, trust=False)
 
 
-def test_list_of_trusted_metrics_belongs_to_the_user(tmp_path: Path) -> None:
+def test_list_of_trusted_metrics_belongs_to_the_user(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     file = tmp_path / "metric\nby\n.py"
     file.write_text("x = 1")
     trust_metric(file)
@@ -207,6 +210,16 @@ def test_list_of_trusted_metrics_belongs_to_the_user(tmp_path: Path) -> None:
     check_metric(f"{file}:x", named=False, trust=False)
     file.write_text("x = 2")
     assert_untrusted(file)
+    # Without a home folder, the list would be in the working directory, perhaps a received one.
+    trust_metric(file)
+    trusted = trust_file().read_bytes()
+    with monkeypatch.context() as context:
+        context.chdir(tmp_path)
+        context.setenv("XDG_STATE_HOME", "state")
+        write_file(Path("state/finesight/trusted_metrics"), trusted)
+        assert_untrusted(file)
+        trust_metric(file)
+        check_metric(f"{file}:x", named=True, trust=False)
     # Task names and missing files are no programs.
     check_metric("captions", named=False, trust=False)
     check_metric("none/metric.py:score", named=False, trust=False)

@@ -171,7 +171,10 @@ def _build_function_error(error: BaseException, file: Path, context: str) -> Use
 
 
 def trust_file() -> Path:
-    """Return the path of the list of trusted metric files: SHA-256 and path on each line."""
+    """Return the path of the list of trusted metric files: SHA-256 and path on each line.
+
+    Raises UserError without a home folder.
+    """
     return state_folder() / "trusted_metrics"
 
 
@@ -181,10 +184,11 @@ def trust_metric(file: Path) -> None:
     If the home folder is not writable, the digest is not recorded: the caller still executes the
     file, and later commands ask again.
     """
-    sha256, trusted = _sha256(file), trust_file()
-    if sha256 in _read_trusted_digests(trusted):
+    sha256 = _sha256(file)
+    if sha256 in _read_trusted_digests():
         return
     with suppress(UserError, OSError):
+        trusted = trust_file()
         make_folder(trusted.parent)
         # JSON escapes line breaks in the path, which would start another entry.
         append_line(trusted, f"{sha256}  {json.dumps(str(file.resolve()))}")
@@ -206,7 +210,7 @@ def check_metric(metric: MetricSpec, *, named: bool, trust: bool) -> None:
     file = metric_location[0]
     if trust or named:
         trust_metric(file)
-    elif _sha256(file) not in _read_trusted_digests(trust_file()):
+    elif _sha256(file) not in _read_trusted_digests():
         raise UserError(
             "an untrusted program in a run folder",
             where=str(file),
@@ -247,9 +251,10 @@ def _sha256(file: Path) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def _read_trusted_digests(trusted: Path) -> set[str]:
+def _read_trusted_digests() -> set[str]:
     """Read the recorded digests; empty if other users can write the list."""
     try:
+        trusted = trust_file()
         status = trusted.stat()
         if status.st_uid != os.getuid() or status.st_mode & 0o022:
             return set()

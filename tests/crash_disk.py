@@ -65,8 +65,8 @@ class PowerLossDisk(CrashingDisk):
         self.entries = {path.stat().st_ino: set(os.listdir(path)) for path in folders}
         self.renames: list[tuple[Path, Path, bytes | None]] = []
 
-    def create(self, path: Path, mode: int = 0o644) -> int:
-        file = super().create(path, mode)
+    def create(self, path: Path) -> int:
+        file = super().create(path)
         self.flushed[os.fstat(file).st_ino] = 0
         return file
 

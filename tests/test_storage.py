@@ -272,9 +272,9 @@ def test_leftover_that_cannot_be_removed_is_skipped(tmp_path: Path, number: int)
 
 def test_new_file_replaces_none_that_appears_meanwhile(tmp_path: Path) -> None:
     class Slow(storage.FileSystem):
-        def create(self, path: Path, mode: int = 0o644) -> int:
+        def create(self, path: Path) -> int:
             (tmp_path / "file").write_bytes(b"other")
-            return super().create(path, mode)
+            return super().create(path)
 
     with (
         patch.object(storage, "file_system", Slow()),

@@ -157,12 +157,18 @@ def parse_unique_json(text: str | bytes) -> Any:
     return value
 
 
-def read_json(path: Path, *, expected: str = "JSON", remedy: str = "restore the file") -> Any:
+def read_json(
+    path: Path,
+    *,
+    expected: str = "JSON",
+    remedy: str = "restore the file",
+    max_bytes: int = MAX_FILE_BYTES,
+) -> Any:
     """Read a JSON file with limits on size and depth.
 
     Raises UserError like `read_bytes`, and for invalid JSON.
     """
-    content = read_bytes(path, expected=expected, remedy=remedy)
+    content = read_bytes(path, expected=expected, remedy=remedy, max_bytes=max_bytes)
     try:
         return parse_json(content)
     except ValueError as error:
@@ -171,13 +177,17 @@ def read_json(path: Path, *, expected: str = "JSON", remedy: str = "restore the 
 
 
 def read_json_object(
-    path: Path, *, expected: str = "a JSON object", remedy: str = "restore the file"
+    path: Path,
+    *,
+    expected: str = "a JSON object",
+    remedy: str = "restore the file",
+    max_bytes: int = MAX_FILE_BYTES,
 ) -> dict[str, Any]:
     """Read a JSON file that contains an object.
 
     Raises UserError like `read_json`, and for other JSON values.
     """
-    content = read_json(path, expected=expected, remedy=remedy)
+    content = read_json(path, expected=expected, remedy=remedy, max_bytes=max_bytes)
     if not isinstance(content, dict):
         what = f"contains a {type(content).__name__}, not an object"
         raise UserError(what, where=str(path), expected=expected, remedy=remedy)

@@ -132,14 +132,11 @@ class FileSystem:
     def make_folder(self, path: Path) -> None:
         path.mkdir(exist_ok=True)
 
-    def create(self, path: Path, mode: int = 0o644) -> int:
+    def create(self, path: Path) -> int:
         """Create a file, or overwrite one that a killed process left."""
         if path.is_symlink():  # of another user, whose file would receive the content
             path.unlink()
-        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, mode)
-        if mode == PRIVATE_FILE_MODE:  # also of a file that is overwritten
-            os.fchmod(file, mode)
-        return file
+        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o644)
 
     def open_append(self, path: Path) -> int:
         return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
@@ -408,13 +405,13 @@ def _write_digests(folder: Path) -> None:
         file_system.sync_path(subfolder)
 
 
-def write_file(path: Path, data: bytes, *, mode: int = 0o644) -> None:
+def write_file(path: Path, data: bytes, *, is_private: bool = False) -> None:
     """Write a file atomically: an existing file is replaced by one rename.
 
     Args:
-        mode: Permissions of the file.
+        is_private: Whether only this user can read the file, whatever the umask is.
     """
-    write_chunks(path, (data,), mode=mode)
+    write_chunks(path, (data,), is_private=is_private)
 
 
 def write_new_file(path: Path, data: bytes) -> None:
@@ -426,19 +423,19 @@ def write_new_file(path: Path, data: bytes) -> None:
 
 
 def write_chunks(
-    path: Path, pieces: Iterable[bytes], *, replace: bool = True, mode: int = 0o644
+    path: Path, pieces: Iterable[bytes], *, replace: bool = True, is_private: bool = False
 ) -> None:
     """Write the concatenated pieces to a file atomically.
 
     Args:
         replace: Whether an existing file is replaced, as by `write_file`.
-        mode: Permissions of the file.
+        is_private: See `write_file`.
     """
     partial = _partial_path(path)
     make_folder(path.parent)
     with translate_os_errors(path):
         try:
-            _write_new_file(partial, pieces, mode)
+            _write_new_file(partial, pieces, is_private=is_private)
             if not replace:
                 raise_if_exists(path)
             file_system.rename(partial, path)
@@ -517,9 +514,11 @@ def _partial_path(path: Path) -> Path:
     return path.with_name(f".{path.name}{_PARTIAL_SUFFIX}")
 
 
-def _write_new_file(path: Path, pieces: Iterable[bytes], mode: int = 0o644) -> None:
-    fd = file_system.create(path, mode)
+def _write_new_file(path: Path, pieces: Iterable[bytes], *, is_private: bool = False) -> None:
+    fd = file_system.create(path)
     try:
+        if is_private:
+            os.fchmod(fd, PRIVATE_FILE_MODE)
         waiting, size = list[bytes](), 0
         for piece in pieces:
             waiting.append(piece)

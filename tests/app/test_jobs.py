@@ -1,18 +1,25 @@
 """Tests of the processes that the studio starts, without a browser."""
 
+import errno
 import os
 import shutil
 import signal
+import subprocess
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
+from each_value import each
 from studio_fixtures import read_live, write_job, write_outcome
 
+from finesight import storage
+from finesight.app import jobs as jobs_module
 from finesight.app.jobs import JOB_FILE, LOCK_FILE, OUTCOME_FILE, Job, JobStore
 from finesight.app.studio_page import Form
 from finesight.app.studio_view import Selection
 from finesight.errors import UserError
+from finesight.storage import FileSystem
 
 
 def wait_for(happened: Callable[[], bool], timeout_s: float = 90) -> None:
@@ -112,13 +119,12 @@ def test_folder_of_jobs_is_no_link(folder, tmp_path, name):
 def test_job_of_another_user_is_left_out(folder, monkeypatch):
     """Its lock could name any process, which the button Stop would end."""
     write_job(folder, "chat", "web")
-    jobs = JobStore(folder)
-    assert len(jobs.list_jobs()) == 1
+    assert len(JobStore(folder).list_jobs()) == 1
     own = os.getuid()
     monkeypatch.setattr(os, "getuid", lambda: own + 1)
-    assert jobs.list_jobs() == []
+    assert JobStore(folder).list_jobs() == []
     with pytest.raises(UserError, match=f"of the user {own}"):
-        jobs.protect()
+        JobStore(folder).protect()
 
 
 @pytest.mark.parametrize(
@@ -138,3 +144,74 @@ def test_running_server_precedes_a_newer_command(folder, page):
     # Another step lists it, too, whose page stays as it is.
     assert page.run_action("stop", Selection(step="train", job=server.id), Form()) == ""
     wait_for_end(server)
+
+
+class FullDisk(FileSystem):
+    """File system on which files with a name cannot be created."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def create(self, path: Path) -> int:
+        if self._name in path.name:
+            raise OSError(errno.ENOSPC, "full")
+        return super().create(path)
+
+
+@each("name", [JOB_FILE, LOCK_FILE, "log.txt"])
+def test_no_command_starts_on_a_full_disk(tmp_path, monkeypatch, name):
+    commands = []
+    monkeypatch.setattr(subprocess, "Popen", lambda command, **options: commands.append(command))
+    monkeypatch.setattr(storage, "file_system", FullDisk(name))
+    with pytest.raises(UserError, match="no space left"):
+        JobStore(tmp_path).start("data", "", ["import", "photos", "data/a"])
+    assert commands == []
+    assert [*(tmp_path / ".finesight/jobs").iterdir()] == []
+
+
+def test_command_that_no_page_would_show_is_ended(folder, monkeypatch):
+    jobs, started = JobStore(folder), []
+    start = subprocess.Popen
+
+    def record(*arguments, **options):
+        started.append(start(*arguments, **options))
+        return started[-1]
+
+    def fail(*arguments):
+        raise OSError(errno.ENOSPC, "full")
+
+    monkeypatch.setattr(subprocess, "Popen", record)
+    monkeypatch.setattr(Path, "rename", fail)
+    with pytest.raises(OSError, match="full"):
+        jobs.start("chat", "", ["web", "finesight-tiny", "--port", "0"], port=1)
+    assert started[0].wait(60) == -signal.SIGKILL
+    assert jobs.list_jobs() == []
+
+
+def test_files_of_another_person_may_have_any_size(folder, page):
+    """Pages read all jobs, and wait for none."""
+    for name in (JOB_FILE, OUTCOME_FILE, LOCK_FILE, "log.txt"):
+        job = write_job(folder, "chat", "web", name=name, log="the log")
+        (job.folder / LOCK_FILE).touch()
+        os.truncate(job.folder / name, 300 << 30)
+    found = page.view.jobs.list_jobs()
+    assert {job.id for job in found} == {OUTCOME_FILE, LOCK_FILE, "log.txt"}
+    assert [job.status for job in found if job.id == OUTCOME_FILE] == ["killed"]
+    assert "<title>" in page.render(Selection(step="chat"))
+    for job in found:
+        with pytest.raises(UserError, match="expected: a running command"):
+            job.stop()
+
+
+def test_newest_jobs_are_listed(folder, monkeypatch):
+    monkeypatch.setattr(jobs_module, "MAX_JOBS", 3)
+    for number in range(5):
+        write_job(folder, "chat", "web", name=str(number))
+    jobs = JobStore(folder)
+    assert [job.id for job in jobs.list_jobs()] == ["4", "3", "2"]
+    # A changed file is read again.
+    write_job(folder, "chat", "serve m", name="4")
+    os.utime(folder / ".finesight/jobs/4" / JOB_FILE, (0, 0))
+    assert jobs.list_jobs()[0].arguments == ("serve", "m")
+    shutil.rmtree(folder / ".finesight/jobs/3")
+    assert [job.id for job in jobs.list_jobs()] == ["4", "2", "1"]

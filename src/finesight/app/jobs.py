@@ -12,10 +12,11 @@ import fcntl
 import os
 import secrets
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from stat import S_ISREG, S_ISSOCK
@@ -37,6 +38,19 @@ STOP_FILE, LOCK_FILE, SOCKET_FILE = "stop_requested", "lock", "socket"
 
 PYTHON = (sys.executable, "-P", "-m")
 """Start of a command that never imports modules of its working directory, the workspace."""
+
+NEW_JOB_FILE = f"new-{JOB_FILE}"
+"""Name of the job file before the start of the process."""
+
+MAX_JOBS = 1000
+"""Maximum number of jobs, the newest ones, that the page knows."""
+
+MAX_JOB_BYTES = 8 << 20
+MAX_OUTCOME_BYTES = 1 << 20
+"""Maximum sizes of the files of a job. Those of another person may have any size."""
+
+PID_WIDTH = 20
+"""Number of bytes of the process ID in the lock file, which are there before the process."""
 
 MAX_LOG_BYTES = 20_000
 """Maximum number of bytes at the end of a log that the page shows."""
@@ -117,12 +131,13 @@ class Job(BaseModel, frozen=True):
     @property
     def status(self) -> JobStatus:
         """State of the process. Killed: it ended without an outcome."""
-        is_running = self._is_running()
+        is_running = self.has_process()
         # Read afterwards: the command may have ended meanwhile.
         outcome = self.read_outcome()
         if outcome is None:
-            is_stopped = (self.folder / STOP_FILE).exists()
-            return "running" if is_running else "stopped" if is_stopped else "killed"
+            if is_running:
+                return "running"
+            return "stopped" if (self.folder / STOP_FILE).exists() else "killed"
         # A server ends only when it is stopped.
         if outcome.exit_code in STOPPED_EXIT_CODES or (self.is_server and outcome.exit_code == 0):
             return "stopped"
@@ -140,7 +155,8 @@ class Job(BaseModel, frozen=True):
     def read_outcome(self) -> JobOutcome | None:
         """Return the outcome of an ended command; None before its end and for a killed job."""
         with contextlib.suppress(UserError, AssertionError, LookupError, TypeError, ValueError):
-            outcome = JobOutcome.model_validate(read_json(self.folder / OUTCOME_FILE))
+            content = read_json(self.folder / OUTCOME_FILE, max_bytes=MAX_OUTCOME_BYTES)
+            outcome = JobOutcome.model_validate(content)
             # Steps of another version, or of another person, may not exist here.
             steps = (*outcome.next_steps, outcome.error.remedy if outcome.error else "")
             return outcome if all(map(str, filter(None, steps))) else None
@@ -177,8 +193,9 @@ class Job(BaseModel, frozen=True):
             UserError: The job is not running.
         """
         with contextlib.suppress(OSError, ValueError):
-            pid = int((self.folder / LOCK_FILE).read_text())
-            if self._is_running():
+            with (self.folder / LOCK_FILE).open("rb") as lock:
+                pid = int(lock.read(PID_WIDTH))
+            if self.has_process():
                 with contextlib.suppress(FileExistsError):
                     (self.folder / STOP_FILE).touch(PRIVATE_FILE_MODE, exist_ok=False)
                     again = True
@@ -192,7 +209,7 @@ class Job(BaseModel, frozen=True):
             remedy="reload the page",
         )
 
-    def _is_running(self) -> bool:
+    def has_process(self) -> bool:
         """Return whether a process holds the lock of the job."""
         with contextlib.suppress(FileNotFoundError), FileLock(self.folder / LOCK_FILE) as lock:
             try:
@@ -207,6 +224,8 @@ class JobStore:
 
     def __init__(self, workspace: Path) -> None:
         self._workspace, self._folder = workspace, workspace / JOBS_FOLDER
+        # Ended jobs with the time of their file, by folder name.
+        self._ended: dict[str, tuple[int, Job]] = {}
         # Ended processes of this studio are reaped when jobs are listed.
         self._processes: list[subprocess.Popen[bytes]] = []
 
@@ -267,11 +286,27 @@ class JobStore:
         environment |= {"PYTHONUNBUFFERED": "1", "PYTHONSAFEPATH": "1"}
         environment[OUTCOME_VARIABLE] = str(folder.resolve() / OUTCOME_FILE)
         make_private_folder(folder)
-        with (
-            open(folder / LOG_FILE, "wb", opener=_open_private) as log,
-            open(folder / LOCK_FILE, "w", opener=_open_private) as lock,
-        ):
-            # The command inherits the lock.
+        try:
+            # All files are written first: on a full disk, no command starts that no page shows.
+            content = job.model_dump_json(exclude={"folder"}).encode()
+            for name, data in (
+                (NEW_JOB_FILE, content),
+                (LOCK_FILE, b" " * PID_WIDTH),
+                (LOG_FILE, b""),
+            ):
+                write_file(folder / name, data, is_private=True)
+            process = self._start_locked(folder, command, environment)
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+        self._processes.append(process)
+        return job
+
+    def _start_locked(
+        self, folder: Path, command: Sequence[str], environment: Mapping[str, str]
+    ) -> subprocess.Popen[bytes]:
+        """Start the process of a job, which inherits the lock with its ID."""
+        with (folder / LOG_FILE).open("ab") as log, (folder / LOCK_FILE).open("r+b", 0) as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             process = subprocess.Popen(
                 command,
@@ -283,26 +318,46 @@ class JobStore:
                 start_new_session=True,
                 pass_fds=[lock.fileno()],
             )
-            lock.write(str(process.pid))
-        content = job.model_dump_json(exclude={"folder"}).encode()
-        write_file(folder / JOB_FILE, content, mode=PRIVATE_FILE_MODE)
-        self._processes.append(process)
-        return job
+            try:
+                lock.write(str(process.pid).encode().ljust(PID_WIDTH))
+                (folder / NEW_JOB_FILE).rename(folder / JOB_FILE)
+            except OSError:
+                process.kill()  # No page could stop it.
+                raise
+        return process
 
     def list_jobs(self, step: str | None = None, target: str | None = None) -> list[Job]:
         """Return the jobs of a step and a target, newest first. Damaged ones are left out."""
         self._processes = [process for process in self._processes if process.poll() is None]
+        names: list[str] = []
+        with contextlib.suppress(FileNotFoundError):
+            names = sorted(os.listdir(self._folder), reverse=True)[:MAX_JOBS]
         jobs = []
-        for folder in sorted(self._folder.glob("*"), reverse=True):
-            with contextlib.suppress(OSError, UserError, ValueError):
-                job = read_job(folder)
-                if step in (None, job.step) and target in (None, job.target):
-                    jobs.append(job)
+        for job in filter(None, map(self._read, names)):
+            if step in (None, job.step) and target in (None, job.target):
+                jobs.append(job)
         return jobs
+
+    def _read(self, name: str) -> Job | None:
+        """Return a job; None for a damaged one. Ended jobs, which do not change, are read once."""
+        folder = self._folder / name
+        try:
+            version = (folder / JOB_FILE).lstat().st_mtime_ns
+            known = self._ended.get(name)
+            if known is not None and known[0] == version:
+                return known[1]
+            job = read_job(folder)
+        except (OSError, UserError, ValueError):
+            return None
+        self._ended.pop(name, None)
+        if not job.has_process():
+            self._ended[name] = version, job
+        return job
 
     def list_running(self) -> list[Job]:
         """Return all running jobs, newest first."""
-        return [job for job in self.list_jobs() if job.status == "running"]
+        jobs = (job for job in self.list_jobs() if job.id not in self._ended)
+        return [job for job in jobs if job.status == "running"]
 
     def find(self, job_id: str) -> Job:
         """Return the job with an ID. Raises UserError if there is none."""
@@ -318,10 +373,6 @@ class JobStore:
         )
 
 
-def _open_private(path: str, flags: int) -> int:
-    return os.open(path, flags, PRIVATE_FILE_MODE)
-
-
 def read_job(folder: Path) -> Job:
     """Read the command of a job folder. Damage raises OSError, UserError or ValueError."""
     files = [file.lstat() for file in folder.iterdir()]
@@ -331,4 +382,5 @@ def read_job(folder: Path) -> Job:
     is_own = all(one.st_uid == os.getuid() for one in (folder.lstat(), *files))
     if folder.is_symlink() or not is_plain or not is_own:
         raise ValueError(f"{folder} has a link, a special file or a file of another user")
-    return Job.model_validate({**read_json_object(folder / JOB_FILE), "folder": folder})
+    content = read_json_object(folder / JOB_FILE, max_bytes=MAX_JOB_BYTES)
+    return Job.model_validate({**content, "folder": folder})

@@ -34,7 +34,7 @@ def load_key_file() -> Path:
     with translate_os_errors(file), FileLock(folder) as lock:
         lock.acquire()
         if not os.path.lexists(file):
-            write_file(file, f"{secrets.token_urlsafe(32)}\n".encode(), mode=PRIVATE_FILE_MODE)
+            write_file(file, f"{secrets.token_urlsafe(32)}\n".encode(), is_private=True)
         state = file.lstat()
         is_own = stat.S_ISREG(state.st_mode) and state.st_uid == os.getuid()
         if not is_own or state.st_mode & 0o077:

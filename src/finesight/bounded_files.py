@@ -331,6 +331,10 @@ class TooManyValuesError(yaml.MarkedYAMLError):
     """Raised when a YAML text has more values than the limit."""
 
 
+class RecursiveAliasError(yaml.MarkedYAMLError):
+    """Raised for an alias of a group in which it is."""
+
+
 class ComposedYaml:
     """A parsed YAML text: its syntax tree with line numbers, and its data.
 
@@ -376,9 +380,11 @@ class _BoundedLoader(yaml.composer.Composer, yaml.CSafeLoader):
         if node is None:
             return None
         if is_alias:
-            # A recursive node has no size yet.
-            self._num_values += self._sizes.get(node, 1)
-            self._num_aliased += self._sizes.get(node, 1)
+            if node not in self._sizes:
+                # Readers of the data would never end.
+                raise _build_error("a group contains itself", event, RecursiveAliasError)
+            self._num_values += self._sizes[node]
+            self._num_aliased += self._sizes[node]
         else:
             self._num_values += 1
             self._sizes[node] = self._num_values - num_before

@@ -20,7 +20,13 @@ from pydantic import BeforeValidator, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
-from finesight.bounded_files import ComposedYaml, TooManyValuesError, load_yaml, translate_os_errors
+from finesight.bounded_files import (
+    ComposedYaml,
+    RecursiveAliasError,
+    TooManyValuesError,
+    load_yaml,
+    translate_os_errors,
+)
 from finesight.config import Recipe, SettingsSection
 from finesight.errors import Remedy, Step, UserError, shorten, suggest_name
 from finesight.manifest import RECIPE_FILE, require_run_plugins
@@ -84,7 +90,7 @@ def parse_recipe(text: str, path: Path) -> tuple[Any, dict[SettingKey, int]]:
         document = ComposedYaml(text, MAX_VALUES)
         lines: dict[SettingKey, int] = {}
         if document.root is not None:
-            _collect_lines(document.root, (), path, lines, ())
+            _collect_lines(document.root, (), path, lines)
         return document.data(), lines
     except yaml.YAMLError as error:
         what, where = f"broken YAML: {error}", str(path)
@@ -93,7 +99,9 @@ def parse_recipe(text: str, path: Path) -> tuple[Any, dict[SettingKey, int]]:
             mark = error.problem_mark or error.context_mark
             what, remedy = f"{error.problem or error.context}", _TOO_LARGE_REMEDY
             where += f":{mark.line + 1}" if mark else ""
-            if not isinstance(error, TooManyValuesError):
+            if isinstance(error, RecursiveAliasError):
+                remedy = "write the value without the alias"
+            elif not isinstance(error, TooManyValuesError):
                 what, remedy = f"broken YAML: {what}", _suggest_yaml_fix(text, mark)
         expected = "settings as `name: value`, groups indented by spaces"
         raise UserError(what, where=where, expected=expected, remedy=remedy) from error
@@ -112,25 +120,13 @@ def _suggest_yaml_fix(text: str, mark: yaml.Mark | None) -> str:
 
 
 def _collect_lines(
-    node: yaml.Node,
-    key: SettingKey,
-    path: Path,
-    lines: dict[SettingKey, int],
-    ancestors: tuple[yaml.Node, ...],
+    node: yaml.Node, key: SettingKey, path: Path, lines: dict[SettingKey, int]
 ) -> None:
-    """Store the line of each key, from 1, in `lines`. Nodes that contain `node` are `ancestors`."""
-    if node in ancestors:  # by an alias
-        raise UserError(
-            f"{format_key(key)} contains itself",
-            where=f"{path}:{lines[key]}",
-            expected="values without recursive aliases",
-            remedy="write the value without the alias",
-        )
-    ancestors = (*ancestors, node)
+    """Store the line of each key, from 1, in `lines`."""
     if isinstance(node, yaml.SequenceNode):
         for index, item in enumerate(node.value):
             lines[(*key, index)] = item.start_mark.line + 1
-            _collect_lines(item, (*key, index), path, lines, ancestors)
+            _collect_lines(item, (*key, index), path, lines)
     elif isinstance(node, yaml.MappingNode):
         for name, value in node.value:
             line, child_key = name.start_mark.line + 1, (*key, str(name.value))
@@ -142,7 +138,7 @@ def _collect_lines(
                     remedy="remove one of the two",
                 )
             lines[child_key] = line
-            _collect_lines(value, child_key, path, lines, ancestors)
+            _collect_lines(value, child_key, path, lines)
 
 
 MAX_REPORTED_ERRORS = 20

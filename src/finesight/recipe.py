@@ -8,9 +8,9 @@ import os
 import re
 import shlex
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from copy import deepcopy
 from functools import cache
-from glob import glob
 from itertools import islice
 from pathlib import Path
 from typing import Any, cast, get_args, get_origin
@@ -30,6 +30,7 @@ from finesight.bounded_files import (
 from finesight.config import Recipe, SettingsSection
 from finesight.errors import Remedy, Step, UserError, shorten, suggest_name
 from finesight.manifest import RECIPE_FILE, require_run_plugins
+from finesight.path_patterns import SearchBudget, has_match
 
 MAX_RECIPE_BYTES = 2**20
 """Maximum size of a recipe file in bytes; typical recipes have a few thousand."""
@@ -230,6 +231,12 @@ def recipe_from_text(text: str, path: Path, overrides: Overrides = ()) -> Recipe
 
 def _resolve_paths(content: dict[str, Any], folder: Path) -> None:
     """Replace paths that exist only beside the recipe, unless a search takes long."""
+    budget = SearchBudget()
+
+    def exists_beside(name: str) -> bool:
+        with suppress(UserError):  # The budget is used up, and a path stays as it is.
+            return not has_match(name, budget) and has_match(str(folder / name), budget)
+        return False
 
     def resolve(value: Any, is_path: bool) -> Any:
         if isinstance(value, list):
@@ -237,10 +244,9 @@ def _resolve_paths(content: dict[str, Any], folder: Path) -> None:
         if isinstance(value, dict):
             inner = value.keys() & {"path", "name"}
             return value | {key: resolve(value[key], is_path) for key in inner}
-        if isinstance(value, str) and (is_path or ".py:" in value) and value.count("*") < 5:
+        if isinstance(value, str) and (is_path or ".py:" in value):
             name = value if is_path else value.rpartition(":")[0]
-            here, there = (os.path.exists(one) or glob(one) for one in (name, str(folder / name)))
-            return str(folder / value) if there and not here else value
+            return str(folder / value) if exists_beside(name) else value
         return value
 
     for section, names in {

@@ -1,16 +1,12 @@
 """Several data files as one sequence with a fingerprint."""
 
-import os
 import shutil
-from glob import iglob
 from pathlib import Path
 
 import pytest
-from case_files import load_cases
 from image_fixtures import write_jsonl
 
 from finesight.config import TrainFileSettings
-from finesight.data import corpus
 from finesight.data.corpus import Corpus, load_corpus
 from finesight.errors import UserError
 
@@ -60,16 +56,3 @@ def test_samples_are_read_lazily(tmp_path: Path) -> None:
         corpus.read_validated(2)
     with pytest.raises(UserError, match=r"1\.jsonl:4: broken JSON"):
         corpus.read_samples()
-
-
-def test_patterns_match_as_those_of_glob(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for name in ("a/b/x.tar", "a/.h/z.tar", "c/x.tar", "c/[k].tar", "x.tar", "c/d/e/f.jsonl"):
-        Path(name).parent.mkdir(parents=True, exist_ok=True)
-        Path(name).touch()
-    for pattern in load_cases("bounded_files")["test_patterns_match_as_those_of_glob"]:
-        found, expected = corpus.iter_matches(pattern), iglob(pattern, recursive=True)
-        assert {*map(os.path.normpath, found)} == {*map(os.path.normpath, expected)}, pattern
-    monkeypatch.setattr(corpus, "MAX_SEARCHED_FILES", 5)
-    with pytest.raises(UserError, match="too many files to search"):
-        next(corpus.iter_matches("**/none"))

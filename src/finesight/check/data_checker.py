@@ -41,7 +41,7 @@ from finesight.data.boxes import (
     TextCoordinates,
     find_number_lists,
 )
-from finesight.data.corpus import PACKED_SUFFIXES, is_glob
+from finesight.data.corpus import PACKED_SUFFIXES
 from finesight.data.formats.dataset_format import RawBox
 from finesight.data.import_source import (
     ImportOptions,
@@ -67,6 +67,7 @@ from finesight.errors import Step, UserError, shorten
 from finesight.hub.archive import is_archive
 from finesight.hub.download import WEB_SCHEMES
 from finesight.model_folder import locate_model
+from finesight.path_patterns import is_glob
 from finesight.recipe import load_recipe
 
 REMOTE_PREFIXES = ("hf:", "modelscope:", "https:/", "http:/")

@@ -21,7 +21,6 @@ from finesight.check.check_issues import (
 from finesight.check.image_catalog import ImageCatalog
 from finesight.check.sample_issues import correct_order, iter_media_paths, remove_placeholders
 from finesight.data.boxes import clip_box
-from finesight.data.corpus import GLOB_CHARACTERS, is_glob
 from finesight.data.image_header import get_file
 from finesight.data.image_resolver import ImageNames
 from finesight.data.import_source import UnvalidatedSource
@@ -34,6 +33,7 @@ from finesight.data.sample import (
     write_samples,
 )
 from finesight.errors import UserError, escape_surrogates
+from finesight.path_patterns import GLOB_CHARACTERS, is_glob
 from finesight.storage import write_file
 
 _SampleKey = tuple[str, int, int]

@@ -8,12 +8,11 @@ import os
 import posixpath
 import sys
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
-from glob import iglob
 from itertools import accumulate
 from multiprocessing import get_context
 from pathlib import Path
@@ -21,7 +20,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from finesight.bounded_files import MAX_DEPTH, parse_json, to_readable_name
+from finesight.bounded_files import parse_json, to_readable_name
 from finesight.config import DataFileSettings, TrainFileSettings
 from finesight.data.image_header import split_page
 from finesight.data.line_index import IndexedFile, SampleIndex, open_unchanged
@@ -51,13 +50,11 @@ from finesight.data.sample import (
 )
 from finesight.errors import Step, UserError, suggest_similar_path
 from finesight.hub.archive import TarArchive, open_tar
+from finesight.path_patterns import is_glob, iter_matches
 from finesight.storage import sha256_file
 from finesight.worker_pool import exit_with_parent
 
 PACKED_SUFFIXES = (".tar", ".parquet")
-
-GLOB_CHARACTERS = frozenset("*?[")
-MAX_SEARCHED_FILES = 200_000
 
 
 @dataclass(frozen=True)
@@ -103,38 +100,6 @@ class ShardedSamples:
         source_index = bisect_right(self._ends, index)
         source = self.sources[source_index]
         return source, index - self._ends[source_index] + len(source)
-
-
-def is_glob(path: Path) -> bool:
-    """Return whether a path is a glob pattern rather than an existing file."""
-    return bool(GLOB_CHARACTERS & {*str(path)}) and not path.exists()
-
-
-def iter_matches(pattern: str) -> Iterator[str]:
-    """Yield the paths that match a pattern, in any order, as `glob.iglob` with `recursive`.
-
-    Each folder is read once per part of the pattern: links and `..` multiply the paths to it.
-    Raises UserError if more than `MAX_SEARCHED_FILES` are found.
-    """
-    parts, num_found, seen = [*filter(None, pattern.split("/"))] or ["."], 0, set()
-    waiting = [("/" * pattern.startswith("/"), parts)] if len(parts) <= MAX_DEPTH else []
-    while waiting:
-        folder, (part, *rest) = waiting.pop()
-        is_deep, state = part == "**", (os.path.realpath(folder), part, len(rest))
-        if state in seen:
-            continue
-        seen.add(state)
-        if is_deep:
-            waiting.append((folder, rest or ["*"]))
-        for name in iglob("*" if is_deep else part, root_dir=folder or None):
-            path, num_found = os.path.join(folder, name), num_found + 1
-            if num_found > MAX_SEARCHED_FILES:
-                what, expected = "too many files to search", f"at most {MAX_SEARCHED_FILES:,}"
-                raise UserError(what, where=pattern, expected=expected, remedy="name its folders")
-            if not (is_deep or rest):
-                yield path
-            elif os.path.isdir(path):
-                waiting.append((path, [part, *rest] if is_deep else rest))
 
 
 def expand_files(path: Path) -> list[Path]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 
 from finesight.bounded_files import find_existing
 from finesight.data.boxes import BoxFormat, BoxUnits
-from finesight.data.corpus import PACKED_SUFFIXES, is_glob, open_sample_source, read_first_record
+from finesight.data.corpus import PACKED_SUFFIXES, open_sample_source, read_first_record
 from finesight.data.formats import detect_format, get_format, iter_formats
 from finesight.data.formats import table as table_format
 from finesight.data.formats.conversations import (
@@ -46,6 +46,7 @@ from finesight.data.row_reader import (
 )
 from finesight.data.sample import Sample, validate_roles
 from finesight.errors import UserError
+from finesight.path_patterns import is_glob
 
 if TYPE_CHECKING:
     from finesight.hub.url_files import RemoteImages

@@ -19,6 +19,7 @@ import httpx2
 
 from finesight.errors import Step, UserError
 from finesight.hub.download import WEB_SCHEMES, Downloader, HttpSite, RemoteFile, strip_query
+from finesight.path_patterns import GLOB_CHARACTERS
 from finesight.storage import write_folder_once
 
 MAX_FILE_BYTES = 50 * 10**9
@@ -26,8 +27,6 @@ MAX_FILE_BYTES = 50 * 10**9
 MAX_IMAGE_BYTES = 200 * 10**6
 
 _DIGEST_PATTERN = re.compile(r"sha256=([0-9a-fA-F]{64})")
-
-GLOB_CHARACTERS = frozenset("*?[")
 
 
 def is_url(source: str) -> bool:

@@ -9,6 +9,7 @@ import secrets
 import select
 import socket
 import stat
+import subprocess
 import sys
 import tempfile
 import threading
@@ -223,6 +224,39 @@ def test_wrong_passwords_have_a_budget_and_the_owner_is_admitted(monkeypatch, pr
         assert (statuses.count(401), statuses.count(429)) == (30, 11)
         sign_in(page)
         assert ask(page, "GET", IMAGE, cookie=cookie).status == 404
+
+
+FLOODED_SERVER = """
+import asyncio, resource, sys
+resource.setrlimit(resource.RLIMIT_NOFILE, (300, 300))
+from finesight.app.pages import create_app
+from finesight.app.server import Access, AccessMiddleware, PageServer
+from finesight.serve.http_protocol import bind_socket
+listener = bind_socket("127.0.0.1", 0)
+print(listener.getsockname()[1], flush=True)
+PageServer(AccessMiddleware(create_app([]), Access("right-password")), None).run([listener])
+"""
+
+
+def test_flood_of_half_sent_requests_leaves_file_descriptors():
+    """A process with 300 of them answers between 400 half-sent requests, and reports nothing."""
+    script = [sys.executable, "-c", FLOODED_SERVER]
+    with (
+        subprocess.Popen(
+            script, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        ) as process,
+        contextlib.ExitStack() as stack,
+    ):
+        port = int(process.stdout.readline())
+        page = RunningWebPage(f"http://127.0.0.1:{port}/", port, Path(), None)
+        for _ in range(3):
+            for _ in range(400):
+                link = stack.enter_context(socket.socket())
+                link.setblocking(False)
+                link.connect_ex(("127.0.0.1", port))
+            assert ask(page, "GET", "/sign-in").status == 200
+        process.terminate()
+        assert process.communicate(timeout=60)[1] == ""
 
 
 def test_half_sent_requests_keep_nobody_out(monkeypatch):

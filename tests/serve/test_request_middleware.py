@@ -341,8 +341,12 @@ def test_connections_beyond_the_limit_get_status_503(inference_model, tmp_path):
     limits = replace(LIMITS, max_connections=8)
     with run_server(inference_model, tmp_path, limits=limits) as server:
         with contextlib.ExitStack() as stack:
+            # Connections without a request would give way to others.
             for _ in range(8):
-                stack.enter_context(server.connect())
+                there = stack.enter_context(
+                    server.connect(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+                )
+                assert b" 200 " in there.recv(1000)
             status, output, answer = send_request(server, "POST", "/health", "x" * 999)
             assert (status, output["error"]["type"]) == (503, "overloaded_error")
             assert int(answer.headers["retry-after"]) >= 1
@@ -350,6 +354,19 @@ def test_connections_beyond_the_limit_get_status_503(inference_model, tmp_path):
         while (status := send_request(server, "GET", "/health")[0]) == 503:
             time.sleep(0.02)
         assert status == 200
+
+
+@each("start", [b"", b"GET /hea", b"GET /health HTTP/1.1\r\nHost: x\r\n", POST_CHAT])
+def test_half_sent_requests_keep_no_client_out(inference_model, tmp_path, start):
+    limits = replace(LIMITS, max_connections=8)
+    with (
+        run_server(inference_model, tmp_path, limits=limits) as server,
+        contextlib.ExitStack() as stack,
+    ):
+        for number in range(40):
+            stack.enter_context(server.connect(start))
+            if number % 8 == 0:
+                assert send_request(server, "GET", "/health")[0] == 200
 
 
 @each(("path", "expected"), [(CHAT, (b" 503 ", b"retry-after: 2")), ("/v1/none", (b" 404 ", b""))])

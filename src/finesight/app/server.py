@@ -43,8 +43,10 @@ from finesight.credentials import Credentials
 from finesight.report.i18n import translate, use_language
 from finesight.serve.http_protocol import (
     SIGNED_IN_KEY,
+    LimitedServer,
     build_protocol_class,
     build_upstream_request,
+    fit_connections,
     is_loopback,
 )
 from finesight.worker_pool import WorkerPool
@@ -344,8 +346,8 @@ HOP_BY_HOP_HEADERS = frozenset(
 """Headers of one connection, which are not forwarded."""
 
 
-class PageServer(uvicorn.Server):
-    """uvicorn server of a page. It first ends the worker processes, for which requests may wait.
+class PageServer(LimitedServer):
+    """Server of a page. It first ends the worker processes, for which requests may wait.
 
     Args:
         trusted_proxies: Addresses of proxies whose header X-Forwarded-For names the client.
@@ -354,10 +356,13 @@ class PageServer(uvicorn.Server):
     def __init__(
         self, app: AccessMiddleware, pool: WorkerPool | None, trusted_proxies: Sequence[str] = ()
     ) -> None:
-        limits = REQUEST_TIMEOUT_S, SEND_TIMEOUT_S, MAX_CONNECTIONS
+        num_connections = fit_connections(MAX_CONNECTIONS)
+        limits = REQUEST_TIMEOUT_S, SEND_TIMEOUT_S, num_connections
+        # Signed-in clients have at least half of the connections.
+        max_unknown = min(MAX_UNKNOWN_CONNECTIONS, num_connections // 2)
         config = uvicorn.Config(
             app,
-            http=build_protocol_class(*limits, max_unknown=MAX_UNKNOWN_CONNECTIONS),
+            http=build_protocol_class(*limits, max_unknown=max_unknown),
             ws="none",
             log_level="critical",
             access_log=False,

@@ -35,7 +35,7 @@ from finesight.serve.api_schema import (
     internal_error,
 )
 from finesight.serve.chat_completions import ChatCompletionsHandler
-from finesight.serve.http_protocol import build_protocol_class
+from finesight.serve.http_protocol import LimitedServer, build_protocol_class, fit_connections
 from finesight.serve.label_studio_backend import LabelStudioOptions
 from finesight.serve.media_sources import (
     DEFAULT_IMAGE_FORMATS,
@@ -230,8 +230,8 @@ def _build_refusal(max_connections: int) -> bytes:
     return b"HTTP/1.1 503 Service Unavailable\r\n" + headers + b"\r\n" + bytes(response.body)
 
 
-class ApiServer(uvicorn.Server):
-    """uvicorn server with limits on connections and on the duration of the shutdown.
+class ApiServer(LimitedServer):
+    """Server with limits on connections and on the duration of the shutdown.
 
     `abort` ends the process immediately. It is called if the process still runs some time after a
     signal, since Python waits for busy threads.
@@ -247,14 +247,17 @@ class ApiServer(uvicorn.Server):
     ) -> None:
         for name in QUIET_LOGGERS:
             logging.getLogger(name).setLevel(logging.WARNING)
+        num_connections = fit_connections(limits.max_connections)
         super().__init__(
             uvicorn.Config(
                 app,
                 http=build_protocol_class(
                     limits.header_timeout_s,
                     limits.send_timeout_s,
-                    limits.max_connections,
-                    refusal=_build_refusal(limits.max_connections),
+                    num_connections,
+                    refusal=_build_refusal(num_connections),
+                    # Clients with a right key have at least half of the connections.
+                    max_unknown=max(1, num_connections // 2),
                 ),
                 ws="none",
                 lifespan="off",

@@ -6,8 +6,11 @@ import asyncio
 import errno
 import ipaddress
 import os
+import resource
 import socket
 import stat
+import sys
+import time
 from collections.abc import AsyncIterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +30,17 @@ MAX_HEAD_BYTES = 1 << 14
 REFUSED_SECONDS = 2.0
 MAX_REFUSED_CONNECTIONS = 64
 """Seconds that connections beyond the limit stay open for a response, and their maximum number."""
+
+ACCEPT_BURST, LISTEN_BACKLOG = 32, 512
+"""Connections that are accepted before the first of them is checked, and that the system keeps."""
+
+RESERVED_DESCRIPTORS, MIN_CONNECTIONS = 64, 8
+"""File descriptors for files, worker processes and pipes, and minimum number of connections."""
+
+DESCRIPTORS_PER_CONNECTION = 2
+"""A request may open a file, or a connection to another server."""
+
+WARNING_INTERVAL_S = 60.0
 
 NUM_UNCHECKED_CHUNKS = 1000
 MIN_MEAN_CHUNK_BYTES = 256
@@ -140,6 +154,58 @@ class ChunkCountingConnection(h11.Connection):
         return event
 
 
+def fit_connections(max_connections: int) -> int:
+    """Return the number of connections for which the process has file descriptors.
+
+    The soft limit of the process is raised to its hard limit if that is necessary.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    num_used = len(os.listdir("/dev/fd"))
+    num_fixed = num_used + RESERVED_DESCRIPTORS + ACCEPT_BURST
+    wanted = num_fixed + DESCRIPTORS_PER_CONNECTION * max_connections + MAX_REFUSED_CONNECTIONS
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    if soft == resource.RLIM_INFINITY or soft >= wanted:
+        return max_connections
+    # Refused connections stay open for a while, too.
+    num_left = (soft - num_fixed) // (DESCRIPTORS_PER_CONNECTION + 1)
+    return max(MIN_CONNECTIONS, num_left)
+
+
+class LimitedServer(uvicorn.Server):
+    """uvicorn server that accepts connections in small groups, and closes those beyond its limit.
+
+    Otherwise, a flood of connections would use up the file descriptors before the first of them is
+    checked. asyncio then accepts no connection for a second, and reports each failure.
+    """
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Start to listen for connections."""
+        asyncio.get_running_loop().set_exception_handler(_AcceptErrors().handle)
+        self.config.backlog = ACCEPT_BURST
+        await super().startup(sockets)
+        # asyncio has one number for the connections that it accepts at once and those that wait.
+        for listener in sockets or ():
+            listener.listen(LISTEN_BACKLOG)
+
+
+class _AcceptErrors:
+    """Error handler of an event loop that reports missing file descriptors rarely and briefly."""
+
+    def __init__(self) -> None:
+        self._next_warning_s = 0.0
+
+    def handle(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        error = context.get("exception")
+        is_full = isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE)
+        if not is_full:
+            loop.default_exception_handler(context)
+        elif time.monotonic() >= self._next_warning_s:
+            self._next_warning_s = time.monotonic() + WARNING_INTERVAL_S
+            print(f"warning: connections wait: {error}; raise ulimit -n", file=sys.stderr)
+
+
 def build_protocol_class(
     header_timeout_s: float,
     send_timeout_s: float,
@@ -160,6 +226,7 @@ def build_protocol_class(
             must be complete and answered within `header_timeout_s`.
     """
     refused, unknown = set[H11Protocol](), dict[H11Protocol, None]()
+    max_refused = min(MAX_REFUSED_CONNECTIONS, max_connections)
 
     class LimitedH11Protocol(H11Protocol):
         def __init__(
@@ -181,8 +248,12 @@ def build_protocol_class(
                 if max_unknown:
                     unknown[self] = None
                 if len(unknown) > max_unknown:
-                    next(iter(unknown)).transport.abort()
-            elif len(refused) < MAX_REFUSED_CONNECTIONS:
+                    oldest = next(iter(unknown))
+                    # At once, because several connections may be accepted before it is lost.
+                    del unknown[oldest]
+                    self.connections.discard(oldest)
+                    oldest.transport.abort()
+            elif len(refused) < max_refused:
                 self.connections.discard(self)
                 refused.add(self)
                 transport.write(refusal)

@@ -42,7 +42,7 @@ from finesight.serve.api_schema import (
     ServerLimits,
     internal_error,
 )
-from finesight.serve.http_protocol import ABORT_STATE_KEY, is_loopback
+from finesight.serve.http_protocol import ABORT_STATE_KEY, SIGNED_IN_KEY, is_loopback
 from finesight.worker_pool import WorkerJobError
 
 LOGGER = logging.getLogger("finesight.serve")
@@ -281,6 +281,7 @@ class RequestMiddleware:
         try:
             try:
                 scope["state"]["owner"] = self._authenticate(scope)
+                scope["state"].get(SIGNED_IN_KEY, lambda: None)()
                 exchange.check_body_size(Headers(scope=scope).get("content-length", "0"))
                 await self.app(scope, exchange.receive, exchange.send)
             except ApiError as refusal:

@@ -197,3 +197,21 @@ def test_a_name_is_found_however_it_was_unpacked(tmp_path: Path, there: str) -> 
     assert files.find_existing(tmp_path, f"{CAT}.jpg") == tmp_path / f"{there}.jpg"
     assert files.find_existing(tmp_path, "other.jpg") is None
     assert files.find_existing(tmp_path, "a\0b") is None
+
+
+@pytest.mark.parametrize(
+    ("max_bytes", "expected"),
+    [(100, "abcdefghij"), (20, "abcdefghij"), (19, "abcdghij"), (8, "abij"), (5, "aj"), (3, "")],
+)
+def test_lines_at_both_ends_of_a_file(tmp_path: Path, max_bytes: int, expected: str) -> None:
+    (tmp_path / "a").write_text("".join(f"{letter}\n" for letter in "abcdefghij"))
+    lines = [*files.read_edge_lines(tmp_path / "a", max_bytes, expected="lines")]
+    assert b"".join(lines).decode() == "".join(f"{letter}\n" for letter in expected)
+
+
+@pytest.mark.parametrize(
+    "text", ["&a [*a]", "a: &a {b: *a}", "&a {<<: *a}", "&a {? *a : 1}", "[&a [&b [*a]], *a]"]
+)
+def test_alias_of_a_group_in_itself_is_refused(text: str) -> None:
+    with pytest.raises(yaml.YAMLError, match="a group contains itself"):
+        files.load_yaml(text)

@@ -208,6 +208,28 @@ def read_lines(
                 line = file.readline(max_bytes)
 
 
+def read_edge_lines(
+    path: Path, max_bytes: int, *, expected: str, remedy: str = "restore the file"
+) -> Iterator[bytes]:
+    """Yield the first and the last lines of a regular file, of `max_bytes` bytes together.
+
+    Lines have their ends. The lines in the middle of a larger file are left out.
+    """
+    with translate_os_errors(path, expected, remedy), open_regular_file(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size <= max_bytes:
+            content = file.read(max_bytes)
+        else:
+            num_edge_bytes = max_bytes // 2
+            start = file.read(num_edge_bytes)
+            # With the byte before, which may end a line.
+            file.seek(size - num_edge_bytes - 1)
+            end = file.read(num_edge_bytes + 1)
+            # The line at each edge of the gap may be incomplete.
+            content = start[: start.rfind(b"\n") + 1] + end.partition(b"\n")[2]
+    yield from content.splitlines(keepends=True)
+
+
 @contextmanager
 def translate_os_errors(
     path: Path, expected: str, remedy: Remedy, error_class: type[UserError] = UserError
@@ -340,6 +362,7 @@ class ComposedYaml:
 
     Attributes:
         root: Root node of the syntax tree; None for an empty text.
+        num_values: Number of parsed values, including keys.
 
     Raises:
         yaml.YAMLError: See `load_yaml`.
@@ -348,6 +371,7 @@ class ComposedYaml:
     def __init__(self, text: str | bytes, values: int = MAX_VALUES) -> None:
         self._loader = _BoundedLoader(text, values)
         self.root: yaml.Node | None = self._loader.get_single_node()
+        self.num_values = self._loader.num_nodes
 
     def data(self) -> Any:
         """Convert the syntax tree to Python data. Raises YAMLError for a malformed value."""
@@ -361,7 +385,7 @@ class _BoundedLoader(yaml.composer.Composer, yaml.CSafeLoader):
         super().__init__()
         text = stream.encode("utf-8", "surrogatepass") if isinstance(stream, str) else stream
         yaml.CSafeLoader.__init__(self, text)
-        self._depth = self._num_values = self._num_aliased = self._nodes = 0
+        self._depth = self._num_values = self._num_aliased = self.num_nodes = 0
         self._most = values
         self._sizes: dict[yaml.Node, int] = {}
 
@@ -371,8 +395,8 @@ class _BoundedLoader(yaml.composer.Composer, yaml.CSafeLoader):
         num_before, is_alias = self._num_values, isinstance(event, yaml.AliasEvent)
         if self._depth >= MAX_DEPTH:
             raise _build_error(f"more than {MAX_DEPTH} nested groups or lists", event)
-        self._nodes += 1
-        if self._nodes > self._most:
+        self.num_nodes += 1
+        if self.num_nodes > self._most:
             raise _build_error(f"more than {self._most:,} values", event, TooManyValuesError)
         self._depth += 1
         node = super().compose_node(parent, index)  # type: ignore[arg-type]

@@ -14,7 +14,7 @@ from case_files import load_cases
 from studio_fixtures import click_button, write_job, write_recipe
 from web_server_fixture import get_image_pool
 
-from finesight.app.studio_view import Selection
+from finesight.app.studio_view import STEPS, Selection
 from finesight.app.workspace import UPLOAD_MARKER, Workspace, WorkspaceDataset, as_argument
 from finesight.data.import_source import ImportOptions
 from finesight.data.importer import import_dataset
@@ -247,6 +247,36 @@ def test_pattern_of_another_person_is_searched_once(workspace, page, pattern):
     check.symlink_to(workspace.folder.parent / "secret.txt")
     with pytest.raises(UserError, match="no check"):
         page.view.read_check_page(Selection(data="data/b"))
+
+
+def test_large_data_file_delays_no_page(workspace, page):
+    """A sparse file of 300 GB, and that of a data set in use."""
+    folder = workspace.folder
+    small = add_data(workspace, "small")
+    add_data(workspace, "big")
+    os.truncate(folder / "data/big/data.jsonl", 300 << 30)
+    [big] = [one for one in page.view.workspace.scan().datasets if one.path == Path("data/big")]
+    assert big.is_estimate
+    for step in STEPS:
+        for data in ("data/big", "data/small"):
+            assert "<title>" in page.render(Selection(step=step, data=data, recipe="r.yaml"))
+    assert ">about " in page.render(Selection(step="data"))
+    assert ">24<" in page.render(Selection(step="data"))
+    recipe = workspace.create_recipe("r", [big, small], TINY_MODEL, {})
+    assert "# about " in (folder / recipe).read_text()
+    assert "is too large to search" in click_button(page, "delete", "step=data&data=data/small")
+
+
+def test_recursive_alias_of_another_recipe_leaves_delete_possible(workspace, page):
+    add_data(workspace, "a")
+    for name, text in (
+        ("a", "data: &a [*a]"),
+        ("b", "data: &a {train: *a}"),
+        ("c", "x: &x {y: *x}"),
+    ):
+        (workspace.folder / f"{name}.yaml").write_text(f"model: m\n{text}\n")
+    assert click_button(page, "delete", "step=data&data=data/a") == ""
+    assert not (workspace.folder / "data/a").exists()
 
 
 @pytest.mark.parametrize("user", ["", "recipe", "labels", "foreign", "table"])

@@ -59,3 +59,29 @@ def test_invalid_values_count_as_missing(tmp_path: Path, value: object) -> None:
     assert [line["step"] for line in record.steps] == [1, 2]
     assert record.steps[1]["loss"] is None
     render_run_page(run.folder)
+
+
+@each("max_bytes", [5000, 20_000, None])
+def test_middle_of_a_large_file_is_left_out(tmp_path: Path, max_bytes: int | None) -> None:
+    run = FakeRunDir(tmp_path / "run")
+    run.write_metrics(steps=100)
+    record = read_run(run.folder, max_bytes=max_bytes)
+    steps = [line["step"] for line in record.steps]
+    assert (steps[0], steps[-1]) == (1, 100)
+    is_whole = (run.folder / "metrics.jsonl").stat().st_size <= (max_bytes or 1e9)
+    assert (len(steps) == 100) == is_whole
+    assert steps == sorted(set(steps))
+    assert record.unreadable_files == ([] if is_whole else ["the middle of metrics.jsonl"])
+    assert "the middle of" in render_run_page(run.folder, max_bytes=5000)
+
+
+def test_sparse_files_of_a_run_are_read_in_part(tmp_path: Path) -> None:
+    run = FakeRunDir(tmp_path / "run")
+    run.write_metrics(steps=3)
+    for name in ("metrics.jsonl", "result.json", "recipe.yaml", "responses.jsonl"):
+        with (run.folder / name).open("ab") as file:
+            file.truncate(300 << 30)
+    record = read_run(run.folder, max_bytes=5000)
+    assert [line["step"] for line in record.steps] == [1, 2, 3]
+    assert {"result.json", "recipe.yaml"} <= {*record.unreadable_files}
+    assert "run" in render_run_page(run.folder, max_bytes=5000)

@@ -21,7 +21,7 @@ KEY_FILE = "api-key"
 
 
 def load_key_file() -> Path:
-    """Return the file with the API key of this user on this machine, a new one if there is none.
+    """Return the file with the API key of this user, and create a missing one.
 
     A key in the workspace would be known to whoever made or copied the workspace.
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 import shlex
 import time
@@ -275,8 +274,10 @@ class StudioPage:
         return text
 
     def _import(self, state: StudioState, form: Form) -> str:
-        workspace, name = self.view.workspace, form.get("import:out")
-        source, uploads = form.get("import:source"), Path("uploads", name)
+        workspace = self.view.workspace
+        name = form.get("import:out")
+        source = form.get("import:source")
+        uploads = Path("uploads", name)
         # The page fills in the path of an earlier upload for another attempt.
         if form.uploads and source.startswith("uploads/"):
             source = ""
@@ -520,10 +521,10 @@ class StudioPage:
 
         Each decision is saved at once. Raises UserError if a labelling page does not end.
         """
-        workspace, end = self.view.workspace, time.monotonic() + CLOSE_TIMEOUT_S
+        workspace = self.view.workspace
+        end = time.monotonic() + CLOSE_TIMEOUT_S
         for job in self.view.jobs.list_running():
-            root = os.path.realpath(workspace.folder / job.out)
-            if job.arguments[0] != "label" or not workspace.uses_files(recipe, root):
+            if job.arguments[0] != "label" or not workspace.uses_files(recipe, Path(job.out)):
                 continue
             job.stop()
             while job.status == "running" and time.monotonic() < end:

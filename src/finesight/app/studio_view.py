@@ -35,7 +35,7 @@ from finesight.report.i18n import Language, translate
 from finesight.report.metric_rows import format_metric_name, format_value, read_metrics
 from finesight.report.run_page import select_evaluations
 from finesight.report.run_reader import RunRecord, read_run
-from finesight.report.summary import RunStatus, get_run_status
+from finesight.report.summary import NUM_RECENT_STEPS, RunStatus, get_run_status
 
 STEPS = ("data", "label", "check", "plan", "train", "results", "chat", "export")
 STEP_NAMES = {step: step.title() for step in STEPS} | {"export": "Serve and export"}
@@ -267,6 +267,13 @@ OUTCOMES = {
 }
 """Meaning of the exit codes of the commands of a step."""
 
+MAX_LISTED_BYTES, MAX_SELECTED_BYTES = 1 << 18, 1 << 23
+"""Maximum size of the metrics of a listed run, and of the selected one.
+
+A page reads those of all listed runs. Of larger ones, the middle is left out.
+"""
+
+MAX_LISTED_RUNS = 200
 MAX_REPORT_EXAMPLES = 200
 MAX_COMPARED_RUNS = 8
 MAX_LISTED_JOBS = 5
@@ -409,8 +416,10 @@ class StudioView:
             "is_ready": is_running_server and job is not None and job.is_ready,
             "workspace": self.workspace.folder,
             "runs": [
-                (run, self.read_status(run), self.format_scores(run)) for run in state.content.runs
+                (run, self.read_status(run), self.format_scores(run))
+                for run in state.content.runs[:MAX_LISTED_RUNS]
             ],
+            "num_unlisted_runs": max(0, len(state.content.runs) - MAX_LISTED_RUNS),
             "charts": self._build_charts(state),
             "page": self._find_page(state),
             "weights": str(weights or ""),
@@ -444,7 +453,7 @@ class StudioView:
         step, job = state.selection.step, state.job
         if step in ("train", "results") and state.run is not None:
             is_running = job is not None and job.status == "running"
-            record = None if is_running else self._read_run(state.run)
+            record = None if is_running else self._read_run(state.run, MAX_SELECTED_BYTES)
             advice = advise_run(record, state.run) if record else []
             return [(PROPOSALS[one.operation], one) for one in advice]
         outcome = job.read_outcome() if job and job.status == "finished" else None
@@ -511,7 +520,7 @@ class StudioView:
         """Return the curves of the run that the selected recipe has started."""
         if state.selection.step != "train" or state.recipe is None or state.run is None:
             return []
-        return build_run_charts(self._read_run(state.run))
+        return build_run_charts(self._read_run(state.run, MAX_SELECTED_BYTES))
 
     def find_run(self, recipe: Path) -> Path | None:
         """Return the output folder of a recipe, which may not exist yet."""
@@ -582,10 +591,17 @@ class StudioView:
         scores = " → ".join(format_value(value) for value in values if value is not None)
         return scores, format_metric_name(name) if values else ""
 
-    def _read_run(self, run: Path) -> RunRecord:
-        """Read a run, unless it has not changed since the last time."""
+    def _read_run(self, run: Path, max_bytes: int = 0) -> RunRecord:
+        """Read a run, unless it has not changed since the last time.
+
+        Args:
+            max_bytes: Maximum size of its metrics, of which the middle is left out. 0: only what
+                the list of runs shows.
+        """
         folder = self.workspace.folder / run
-        return _read_run_version(folder, _read_times(folder))
+        if max_bytes:
+            return _read_run_version(folder, _read_times(folder), max_bytes)
+        return _read_listed_run(folder, _read_times(folder))
 
 
 def build_missing_error(name: str) -> UserError:
@@ -606,10 +622,25 @@ def _read_times(folder: Path, *names: str) -> tuple[int, ...]:
     return tuple(file.stat().st_mtime_ns if file.is_file() else 0 for file in files)
 
 
-@lru_cache(maxsize=64)
-def _read_run_version(folder: Path, versions: tuple[int, ...]) -> RunRecord:
+@lru_cache(maxsize=4)
+def _read_run_version(folder: Path, versions: tuple[int, ...], max_bytes: int) -> RunRecord:
     # A run without its plug-ins must not hide the other runs.
-    return read_run(folder, with_plugins=False)
+    return read_run(folder, with_plugins=False, max_bytes=max_bytes)
+
+
+@lru_cache(maxsize=2000)
+def _read_listed_run(folder: Path, versions: tuple[int, ...]) -> RunRecord:
+    """Return what status and scores of a run need, since there may be many runs."""
+    record = read_run(folder, with_plugins=False, max_bytes=MAX_LISTED_BYTES)
+    return replace(
+        record,
+        steps=record.steps[-NUM_RECENT_STEPS:],
+        recipe={},
+        recipe_text="",
+        skipped_samples=[],
+        param_changes=None,
+        guard={},
+    )
 
 
 def _find_next_data(state: StudioState) -> str:

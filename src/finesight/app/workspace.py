@@ -13,23 +13,26 @@ import re
 import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
-from itertools import chain, count
+from itertools import chain, count, islice
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
 
-import yaml
-
-from finesight.bounded_files import is_utf8, load_yaml, open_regular_file, read_text
+from finesight.app.line_counter import MAX_COUNTED_BYTES, LineCount, LineCounter
+from finesight.app.recipe_detector import RecipeDetector, read_recipe_text
+from finesight.app.use_finder import UseFinder
+from finesight.bounded_files import is_utf8, open_regular_file, read_edge_lines
 from finesight.config import TRACKER_MODES, Recipe, is_url
-from finesight.data.corpus import iter_matches
-from finesight.data.sample import Sample, validate_sample
+from finesight.data.sample import (
+    Sample,
+    build_no_samples_error,
+    parse_sample,
+    validate_sample,
+)
 from finesight.errors import Remedy, UserError, suggest_similar_path
 from finesight.hub.archive import is_archive, safe_join
 from finesight.label.label_store import (
     EVAL_FILE,
-    JOURNAL_FILE,
     LABELS_FILE,
     REVIEWED_FILE,
     get_text,
@@ -44,6 +47,7 @@ from finesight.manifest import (
     load_manifest,
 )
 from finesight.model_folder import TINY_MODEL
+from finesight.path_patterns import SearchBudget, iter_matches
 from finesight.recipe import load_recipe, recipe_from_text
 from finesight.storage import (
     FileLock,
@@ -75,7 +79,11 @@ LISTED_SUFFIXES = (".json", ".jsonl", ".safetensors", ".yaml", ".yml")
 MAX_DEPTH, MAX_FOLDERS = 3, 2000
 """Maximum depth and number of folders in which the studio searches."""
 
-MAX_RECIPE_BYTES = 100_000
+PREVIEW_BYTES, MAX_SAMPLE_BYTES = 1 << 24, 100_000
+"""Number of bytes of a large data file that a new recipe considers, and of its first sample."""
+
+MAX_REVIEWED_BYTES = 1 << 14
+"""Maximum size of the list of a review of the studio, which names one file."""
 
 JOB_CPU_SECONDS = 60.0
 """Limit of a job that reads files of the user, in a process of its own."""
@@ -91,6 +99,7 @@ class WorkspaceDataset:
     Attributes:
         source: Reviewed file of another data set, whose other file belongs to this one. None for
             a data set that is not a review.
+        is_estimate: Whether the numbers of samples are estimates, as of large files.
     """
 
     path: Path
@@ -99,6 +108,7 @@ class WorkspaceDataset:
     num_train: int
     num_eval: int
     source: Path | None = None
+    is_estimate: bool = False
 
     @property
     def files(self) -> set[Path]:
@@ -132,6 +142,8 @@ class Workspace:
     def __init__(self, folder: Path, pool: WorkerPool | None = None) -> None:
         self.folder = folder.resolve()
         self.pool = pool or create_image_pool(module="finesight.report.compare_page")
+        self._lines = LineCounter()
+        self._recipes = RecipeDetector()
 
     def remove_leftovers(self) -> None:
         """Remove the folders that killed commands left in the folders of the studio."""
@@ -141,6 +153,8 @@ class Workspace:
     def scan(self) -> WorkspaceContent:
         """Return all data sets, recipes, runs and models."""
         content = WorkspaceContent()
+        self._lines.start_page()
+        self._recipes.start_page()
         for folder, names in self._walk():
             path = folder.relative_to(self.folder)
             train_name = next((name for name in DATA_FILES if name in names), None)
@@ -152,15 +166,12 @@ class Workspace:
                 eval_name = DATA_FILES[train_name]
                 eval_file = path / eval_name if eval_name in names else None
                 with contextlib.suppress(OSError):
-                    num_train = _count_lines(folder / train_name)
-                    num_eval = _count_lines(folder / eval_name) if eval_file else 0
-                    train_file, source = path / train_name, self._read_source(path)
-                    content.datasets.append(
-                        WorkspaceDataset(path, train_file, eval_file, num_train, num_eval, source)
-                    )
+                    content.datasets.append(self._read_dataset(path / train_name, eval_file))
             else:
                 recipes = (path / name for name in names if name.endswith((".yaml", ".yml")))
-                content.recipes += [path for path in recipes if self._is_recipe(path)]
+                content.recipes += [
+                    path for path in recipes if self._recipes.is_recipe(self.folder / path)
+                ]
 
         def by_time(path: Path) -> float:
             # An item may be deleted during the search.
@@ -174,9 +185,24 @@ class Workspace:
         content.datasets = [_join_review(one, content.datasets) for one in content.datasets]
         return content
 
+    def _read_dataset(self, train_file: Path, eval_file: Path | None) -> WorkspaceDataset:
+        train = self._lines.count(self.folder / train_file)
+        evaluation = LineCount(0, is_estimate=False)
+        if eval_file is not None:
+            evaluation = self._lines.count(self.folder / eval_file)
+        return WorkspaceDataset(
+            train_file.parent,
+            train_file,
+            eval_file,
+            train.number,
+            evaluation.number,
+            self._read_source(train_file.parent),
+            train.is_estimate or evaluation.is_estimate,
+        )
+
     def _read_source(self, folder: Path) -> Path | None:
         """Return the reviewed file of the folder of a review; None for other folders."""
-        names = read_sources(self.folder / folder, REVIEWED_FILE)
+        names = read_sources(self.folder / folder, REVIEWED_FILE, MAX_REVIEWED_BYTES)
         with contextlib.suppress(ValueError):
             return Path(names[0]).relative_to(self.folder) if len(names) == 1 else None
         return None
@@ -209,13 +235,6 @@ class Workspace:
             if is_item or depth >= MAX_DEPTH or num_folders >= MAX_FOLDERS:
                 subfolders.clear()
             yield folder, names
-
-    def _is_recipe(self, path: Path) -> bool:
-        file = self.folder / path
-        with contextlib.suppress(UserError, yaml.YAMLError):
-            content = load_yaml(read_text(file, expected="a recipe", max_bytes=MAX_RECIPE_BYTES))
-            return isinstance(content, dict) and {"model", "data"} <= content.keys()
-        return False
 
     def find_weights(self, run: Path) -> Path | None:
         """Return a finished run, or the newest checkpoint of unfinished LoRA training, or None."""
@@ -420,49 +439,28 @@ class Workspace:
         Args:
             running: Runs in progress, whose recipes count, too.
         """
-        root, uses = os.path.realpath(self.folder / folder), []
+        finder = UseFinder(self.folder, folder)
+        uses = list[str]()
         recipes = [run / RECIPE_FILE for run in running]
         for home, names in self._walk():
-            path, home_path = home.relative_to(self.folder), os.path.realpath(home)
+            path = home.relative_to(self.folder)
             if MANIFEST_FILE not in names:
                 recipes += [path / name for name in names if name.endswith((".yaml", ".yml"))]
-            if home_path == root:
-                continue
-            # Image paths are relative to the data set, or absolute.
-            words = [f'"{path}/'.encode() for path in (os.path.relpath(root, home_path), root)]
-            sources = [*read_sources(home), *read_sources(home, REVIEWED_FILE)]
-            is_used = any(self.is_overlapping(name, folder) for name in sources)
-            for name in names.intersection(chain(*DATA_FILES.items())):
-                with (home / name).open("rb") as lines:
-                    is_used = is_used or any(word in line for line in lines for word in words)
-            uses += [f"the data set {path}"] if is_used else []
-        uses += [f"the recipe {recipe}" for recipe in recipes if self.uses_files(recipe, root)]
-        for journal in Path(root).rglob(JOURNAL_FILE):
-            with contextlib.suppress(OSError), FileLock(journal) as lock:
-                try:
-                    lock.acquire(shared=True, wait=False)
-                except BlockingIOError:
-                    uses.append(f"the labelling page of {journal.parent.relative_to(self.folder)}")
+            files = [home / name for name in names.intersection(chain(*DATA_FILES.items()))]
+            if finder.is_used_by_data(home, files):
+                uses.append(f"the data set {path}")
+        uses += [f"the recipe {recipe}" for recipe in recipes if finder.is_used_by_recipe(recipe)]
+        for session in finder.list_open_sessions():
+            uses.append(f"the labelling page of {session.relative_to(self.folder)}")
         return [*dict.fromkeys(uses)]
 
     def is_overlapping(self, name: str, folder: Path) -> bool:
         """Return whether a path is in a folder, or contains it below the workspace."""
-        path, root = (Path(os.path.realpath(self.folder / one)) for one in (name, folder))
-        is_parent = self.folder in path.parents and root.is_relative_to(path)
-        return is_parent or path.is_relative_to(root)
+        return UseFinder(self.folder, folder).is_overlapping(name)
 
-    def uses_files(self, recipe: Path, root: str) -> bool:
+    def uses_files(self, recipe: Path, folder: Path) -> bool:
         """Return whether a recipe, also an invalid one, uses data or weights of a folder."""
-        text = self.read_recipe(recipe)[0]
-        try:
-            content = load_yaml(text)
-            used = content if isinstance(content, dict) else {}
-            names = _list_texts([used.get(n, []) for n in ("data", "model", "adapter", "train")])
-            patterns = [str(self.folder / name) for name in names]
-            files = chain(patterns, *map(iter_matches, patterns))
-            return any(Path(os.path.realpath(file)).is_relative_to(root) for file in files)
-        except (OSError, UserError, ValueError, yaml.YAMLError):
-            return os.path.relpath(root, self.folder) in text
+        return UseFinder(self.folder, folder).is_used_by_recipe(recipe)
 
     def list_deleted(self, dataset: WorkspaceDataset, running: Sequence[Path]) -> list[Path]:
         """Return the paths to delete with a data set: its folder, check page and unused uploads."""
@@ -491,8 +489,6 @@ class Workspace:
         Args:
             settings: `eval.metric`, and the settings of `format_recipe`.
         """
-        from finesight.data.corpus import open_sample_source
-        from finesight.data.import_source import NUM_PREVIEW_ROWS
         from finesight.recipe_template import detect_task, format_recipe
 
         path = self.check_new_name("recipes", name, ".yaml")
@@ -500,18 +496,17 @@ class Workspace:
         metric, samples = settings.get("eval.metric", "").strip(), []
         objective = settings.get("train.objective", "").strip()
         for dataset in datasets:
-            source = open_sample_source(self.folder / dataset.train_file)
-            for index in range(0, len(source), max(1, len(source) // NUM_PREVIEW_ROWS)):
-                samples.append(source.read_sample(index).sample)
-                validate_sample(samples[-1], source.location(index))
+            samples += _read_preview(self.folder / dataset.train_file)
         task = detect_task(samples)
         task = replace(task, metric=metric or task.metric, objective=objective or task.objective)
-        files = {one.train_file: f"{one.num_train} samples" for one in datasets}
-        files |= {
-            one.eval_file: f"{one.num_eval} samples"
-            for one in datasets
-            if one.eval_file is not None
-        }
+        files = dict[Path, str]()
+        for one in datasets:
+            about = ""
+            if one.is_estimate:
+                about = "about "
+            files[one.train_file] = f"{about}{one.num_train} samples"
+            if one.eval_file is not None:
+                files[one.eval_file] = f"{about}{one.num_eval} samples"
         inputs = (path, run, self.check_model(model), "finesight studio", task, files)
         num_samples = sum(one.num_train for one in datasets)
         text = format_recipe(*inputs, num_samples, settings=settings, num_train_files=len(datasets))
@@ -525,17 +520,14 @@ class Workspace:
             if run is not None:
                 file = self.load_recipe(run / RECIPE_FILE).data.train[0].path
             with open_regular_file(self.folder / (file or "")) as lines:
-                sample = Sample.model_validate_json(lines.readline(MAX_RECIPE_BYTES))
+                sample = Sample.model_validate_json(lines.readline(MAX_SAMPLE_BYTES))
             turns = [turn for turn in sample.messages if turn.role == "user"]
             return get_text(turns[-1].content) if turns else ""
         return ""
 
     def read_recipe(self, path: Path) -> tuple[str, str]:
         """Return the text of a recipe and its digest; empty if it cannot be read."""
-        content = b""
-        with contextlib.suppress(OSError), (self.folder / path).open("rb") as file:
-            content = file.read(MAX_RECIPE_BYTES)
-        return content.decode("utf-8", "replace"), hashlib.sha256(content).hexdigest()
+        return read_recipe_text(self.folder / path)
 
     def save_recipe(self, path: Path, text: str, digest: str | None = None) -> None:
         """Validate the text of a recipe, and write it.
@@ -594,13 +586,14 @@ class Workspace:
         for model in filter(None, (recipe.model, recipe.adapter, recipe.train.distill.teacher)):
             self.check_model(str(model))
         problem = ""
+        budget = SearchBudget()
         for path in (*(f.path for f in (*recipe.data.train, *recipe.data.eval)), recipe.output_dir):
             if is_url(path):
                 problem = f"the URL {path} is outside of the workspace {self.folder}"
                 continue
             # A glob pattern may match files beyond symbolic links.
             own, pattern = self.folder / path, str(self.folder / path)
-            files = chain([own], map(Path, iter_matches(pattern)))
+            files = chain([own], map(Path, iter_matches(pattern, budget)))
             if not all(self.contains(file) and not self._is_internal(file) for file in files):
                 problem = f"{path} is outside of the workspace {self.folder}, or of the studio"
         for section, name, _ in list_functions(recipe):
@@ -627,7 +620,13 @@ def _join_review(
             train = reviews.get(one.train_file, (one.train_file, one.num_train))
             evaluation = reviews.get(one.eval_file, (one.eval_file, one.num_eval))
             return WorkspaceDataset(
-                dataset.path, train[0], evaluation[0], train[1], evaluation[1], dataset.source
+                dataset.path,
+                train[0],
+                evaluation[0],
+                train[1],
+                evaluation[1],
+                dataset.source,
+                dataset.is_estimate or one.is_estimate,
             )
     return dataset
 
@@ -669,21 +668,23 @@ def as_argument(path: Path) -> str:
     return f"./{path}" if str(path).startswith("-") or ":" in str(path) else str(path)
 
 
-def _list_texts(value: object) -> list[str]:
-    """Return all values of nested settings as texts."""
-    if isinstance(value, Mapping):
-        value = [*value.values()]
-    if isinstance(value, list):
-        return [text for item in value for text in _list_texts(item)]
-    return [str(value)]
+def _read_preview(file: Path) -> list[Sample]:
+    """Return valid samples of a data file, of all its parts unless it is large."""
+    from finesight.data.corpus import open_sample_source
+    from finesight.data.import_source import NUM_PREVIEW_ROWS
 
-
-def _count_lines(file: Path) -> int:
-    state = file.stat()
-    return _count_lines_of_version(file, state.st_mtime_ns, state.st_size)
-
-
-@lru_cache(maxsize=256)
-def _count_lines_of_version(file: Path, mtime_ns: int, size: int) -> int:
-    with file.open("rb") as lines:
-        return sum(chunk.count(b"\n") for chunk in iter(lambda: lines.read(1 << 20), b""))
+    samples = []
+    if file.stat().st_size > MAX_COUNTED_BYTES:
+        # To find a line in the middle, the whole file would be read.
+        lines = read_edge_lines(file, PREVIEW_BYTES, expected="samples", remedy="import the data")
+        for number, line in enumerate(islice(lines, NUM_PREVIEW_ROWS), 1):
+            samples.append(parse_sample(line, f"{file}:{number}"))
+            validate_sample(samples[-1], f"{file}:{number}")
+        if not samples:
+            raise build_no_samples_error(file)
+        return samples
+    source = open_sample_source(file)
+    for index in range(0, len(source), max(1, len(source) // NUM_PREVIEW_ROWS)):
+        samples.append(source.read_sample(index).sample)
+        validate_sample(samples[-1], source.location(index))
+    return samples

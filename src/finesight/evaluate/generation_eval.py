@@ -78,7 +78,8 @@ def load_eval_inputs(
     except ValidationError as error:
         messages = {str(one["loc"][0]): one["msg"] for one in error.errors(include_url=False)}
         name = "metric" if "metric" in messages else next(iter(messages))
-        problem, expected = f"{name} is {settings[name]}", messages[name]
+        problem = f"{name} is {settings[name]}"
+        expected = messages[name]
         remedy = "correct the value, or omit it"
         if name == "metric":
             value, expected = str(settings[name]), expected.removeprefix("not ")

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from finesight.bounded_files import parse_json, read_lines
+from finesight.bounded_files import parse_json, read_edge_lines, read_lines
 from finesight.config import MetricSpec
 from finesight.data.image_header import DEFAULT_SIZE, ImageSize
 from finesight.data.sample import BoxPart, Regions
@@ -74,14 +74,20 @@ def format_prediction_line(
     return json.dumps(record, ensure_ascii=False) + "\n"
 
 
-def read_predictions(path: Path) -> list[ScoredPrediction]:
+def read_predictions(path: Path, max_bytes: int | None = None) -> list[ScoredPrediction]:
     """Read the predictions, references and scores of a prediction file.
+
+    Args:
+        max_bytes: Maximum number of bytes, of a larger file those at both ends. None: all lines.
 
     Raises:
         UserError: A line is invalid. The message contains the line number.
     """
     predictions = []
-    lines = read_lines(path, expected="predictions in the format of an evaluation")
+    expected = "predictions in the format of an evaluation"
+    lines = read_lines(path, expected=expected)
+    if max_bytes is not None:
+        lines = read_edge_lines(path, max_bytes, expected=expected)
     for line_number, line in enumerate(lines, start=1):
         try:
             record = parse_json(line)

@@ -23,7 +23,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Discriminator, ValidationError
 
-from finesight.bounded_files import is_utf8, read_json
+from finesight.bounded_files import MAX_FILE_BYTES, is_utf8, read_json
 from finesight.config import Recipe, is_url
 from finesight.data.image_header import CorruptImageError, get_file
 from finesight.data.sample import (
@@ -732,10 +732,12 @@ def find_label_folder(recipe: Recipe) -> Path | None:
     return next((one for one in reversed(folders) if (one / SOURCES_FILE).is_file()), None)
 
 
-def read_sources(folder: Path, name: str = SOURCES_FILE) -> list[str]:
+def read_sources(
+    folder: Path, name: str = SOURCES_FILE, max_bytes: int = MAX_FILE_BYTES
+) -> list[str]:
     """Return the sources of all sessions of a folder; [] if the file is unreadable."""
     with suppress(UserError):
-        sources = read_json(folder / name)
+        sources = read_json(folder / name, max_bytes=max_bytes)
         return [str(source) for source in sources] if isinstance(sources, list) else []
     return []
 

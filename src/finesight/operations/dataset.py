@@ -97,7 +97,8 @@ def import_data(
         encoding=encoding,
     )
     is_detected = not (options.columns or options.format)
-    console, out = ProgressConsole(), Path(out)
+    console = ProgressConsole()
+    out = Path(out)
     with fetch_source(str(source), out, options, allow_host) as fetched:
         path, options = fetched.path, fetched.options
         if is_detected and not options.row_files:
@@ -270,7 +271,8 @@ def check_data(
     from finesight.report.i18n import detect_language, use_language
     from finesight.storage import check_new_path, check_separate, temporary_folder, write_folder
 
-    options, paths = build_import_options(reading), [*map(Path, sources)]
+    options = build_import_options(reading)
+    paths = [*map(Path, sources)]
     has_defaults = options == ImportOptions()
     recipe = next(filter(data_checker.is_recipe, paths), None) if options.format is None else None
     if recipe is not None:
@@ -285,7 +287,9 @@ def check_data(
     else:
         inputs = data_checker.inputs_from_files(paths, [*map(Path, against)], options)
         requirements = data_checker.load_model_requirements(model, max_length)
-    fix, html, console = to_path(fix), to_path(html), ProgressConsole()
+    fix = to_path(fix)
+    html = to_path(html)
+    console = ProgressConsole()
     page = PageFile(html, "check", paths) if html else None
     if page:
         page.check()

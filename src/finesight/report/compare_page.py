@@ -59,6 +59,9 @@ IGNORED_SETTINGS = {"output_dir"}
 
 DIGEST_CHARS = 12
 
+MAX_JOB_BYTES = 1 << 24
+"""Maximum number of bytes of each file of a run that a page of the studio reads."""
+
 FACT_TITLES = {
     "data.train.num_samples": "training samples",
     "data.train.num_tokens": "training tokens",
@@ -201,13 +204,16 @@ class RunComparison:
         return "\n".join([*self.conclusions, align_columns(lines, 2), *notes])
 
 
-def compare_runs(paths: Sequence[Path]) -> RunComparison:
+def compare_runs(paths: Sequence[Path], max_bytes: int | None = None) -> RunComparison:
     """Compare runs and prediction files. The first one is the baseline.
+
+    Args:
+        max_bytes: Maximum number of bytes of each file of a run; see `read_run`.
 
     Raises:
         UserError: An input is invalid, as in `read_compared_runs`.
     """
-    runs = read_compared_runs(paths)
+    runs = read_compared_runs(paths, max_bytes)
     reference_run, *other_runs = runs
     warnings = [
         text for other_run in other_runs for text in list_warnings(reference_run, other_run)
@@ -240,8 +246,9 @@ def render_report(
     """Render the report of a run, or the comparison of several, as job of a worker process."""
     with use_language(language):
         if len(folders) == 1:
-            return JobOutput(render_run_page(folders[0], max_examples))
-        return JobOutput(render_compare_page(compare_runs(folders)))
+            page = render_run_page(folders[0], max_examples, max_bytes=MAX_JOB_BYTES)
+            return JobOutput(page)
+        return JobOutput(render_compare_page(compare_runs(folders, MAX_JOB_BYTES)))
 
 
 def render_compare_page(comparison: RunComparison, max_samples: int = MAX_SAMPLES) -> str:

@@ -91,8 +91,11 @@ class ComparedRun:
         return as_object(recipe.get(group)).get(name)
 
 
-def read_compared_runs(paths: Sequence[Path]) -> list[ComparedRun]:
+def read_compared_runs(paths: Sequence[Path], max_bytes: int | None = None) -> list[ComparedRun]:
     """Read the runs and prediction files of a comparison.
+
+    Args:
+        max_bytes: Maximum number of bytes of each file of a run; see `read_run`.
 
     Raises:
         UserError: There are fewer than two or more than `MAX_RUNS` inputs, an input is duplicated
@@ -118,11 +121,11 @@ def read_compared_runs(paths: Sequence[Path]) -> list[ComparedRun]:
             names = suffixes
             break
     inputs = zip(string.ascii_uppercase, names, paths, strict=False)
-    runs = [_read_compared_run(*arguments) for arguments in inputs]
+    runs = [_read_compared_run(*arguments, max_bytes) for arguments in inputs]
     return [run if run.run_record else _infer_metric(run, runs) for run in runs]
 
 
-def _read_compared_run(letter: str, name: str, path: Path) -> ComparedRun:
+def _read_compared_run(letter: str, name: str, path: Path, max_bytes: int | None) -> ComparedRun:
     if path.is_file():
         predictions = _read_predictions(path)
         return ComparedRun(letter, name, path, None, None, {}, None, predictions)
@@ -133,7 +136,7 @@ def _read_compared_run(letter: str, name: str, path: Path) -> ComparedRun:
             expected="a run directory, or a file of answers with scores",
             remedy=suggest_similar_path(path),
         )
-    run_record = read_run(path, "compare")
+    run_record = read_run(path, "compare", max_bytes=max_bytes)
     if not run_record.evaluations:
         arguments = {"run_or_model": str(path), "data": "FILE", "metric": "captions"}
         arguments["out"] = "predictions.jsonl"
@@ -147,7 +150,8 @@ def _read_compared_run(letter: str, name: str, path: Path) -> ComparedRun:
     last = run_record.evaluations[-1]
     evaluation = as_object((run_record.result or {}).get("after") or last.get("full")) or last
     files = run_record.predictions_files
-    predictions = _read_predictions(files[-1]) if files and read_metrics(evaluation) else {}
+    has_predictions = bool(files) and bool(read_metrics(evaluation))
+    predictions = _read_predictions(files[-1], max_bytes) if has_predictions else {}
     metric = as_object(run_record.recipe.get("eval")).get("metric")
     return ComparedRun(
         letter,
@@ -161,8 +165,10 @@ def _read_compared_run(letter: str, name: str, path: Path) -> ComparedRun:
     )
 
 
-def _read_predictions(path: Path) -> dict[SampleKey, ScoredPrediction]:
-    return index_by_sample(read_predictions(path), lambda prediction: prediction.case.id)
+def _read_predictions(
+    path: Path, max_bytes: int | None = None
+) -> dict[SampleKey, ScoredPrediction]:
+    return index_by_sample(read_predictions(path, max_bytes), lambda prediction: prediction.case.id)
 
 
 def _infer_metric(run: ComparedRun, runs: Sequence[ComparedRun]) -> ComparedRun:

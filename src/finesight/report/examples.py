@@ -185,7 +185,11 @@ def count_incorrect(examples: Iterable[Example]) -> int:
 
 
 def read_examples(
-    before: Path | None, after: Path | None, primary_metric: str | None, max_examples: int
+    before: Path | None,
+    after: Path | None,
+    primary_metric: str | None,
+    max_examples: int,
+    max_bytes: int | None = None,
 ) -> ExampleSet:
     """Read examples from the predictions before and after training.
 
@@ -193,19 +197,20 @@ def read_examples(
         before: Prediction file before training. None if missing.
         after: Prediction file after training. None if missing.
         primary_metric: Primary metric of the run, by which examples are classified.
+        max_bytes: See `read_json_lines`.
     """
     quotas = dict.fromkeys(EXAMPLE_KINDS, max_examples // len(EXAMPLE_KINDS))
     is_paired = before is not None and after is not None
-    pairs = list(pair_predictions(before, after))
+    pairs = list(pair_predictions(before, after, max_bytes))
     examples = build_example_set(pairs, primary_metric, quotas, max_examples)
     return replace(examples, is_paired=is_paired)
 
 
-def read_groups(path: Path, max_groups: int) -> list[Example]:
+def read_groups(path: Path, max_groups: int, max_bytes: int | None = None) -> list[Example]:
     """Read groups of responses, those of the latest step first; `row_index` is the step."""
     groups: defaultdict[int, dict[int, JsonObject]] = defaultdict(dict)
     with suppress(UserError):
-        for line in read_json_lines(path) if path.exists() else ():
+        for line in read_json_lines(path, max_bytes=max_bytes) if path.exists() else ():
             step, number = line.get("step"), line.get("response")
             if isinstance(step, int) and isinstance(number, int):
                 # A step that was repeated after running out of memory replaces its responses.
@@ -218,7 +223,7 @@ def read_groups(path: Path, max_groups: int) -> list[Example]:
 
 
 def pair_predictions(
-    before: Path | None, after: Path | None
+    before: Path | None, after: Path | None, max_bytes: int | None = None
 ) -> Iterator[tuple[JsonObject | None, JsonObject | None]]:
     """Yield pairs of predictions for the same sample from two prediction files.
 
@@ -227,7 +232,8 @@ def pair_predictions(
     """
     before_lines, after_lines = (
         index_by_sample(
-            list(read_json_lines(path)) if path else [], lambda line: str(line.get("id"))
+            list(read_json_lines(path, max_bytes=max_bytes)) if path else [],
+            lambda line: str(line.get("id")),
         )
         for path in (before, after)
     )

@@ -179,10 +179,17 @@ def write_incorrect_predictions(run_dir: Path, out: Path) -> int:
 
 
 def render_run_page(
-    run_dir: Path, max_examples: int = MAX_EXAMPLES, live_state: LiveReportState | None = None
+    run_dir: Path,
+    max_examples: int = MAX_EXAMPLES,
+    live_state: LiveReportState | None = None,
+    max_bytes: int | None = None,
 ) -> str:
-    """Render the report of a run in the current language. The run may be unfinished."""
-    run_record = read_run(run_dir)
+    """Render the report of a run in the current language. The run may be unfinished.
+
+    Args:
+        max_bytes: Maximum number of bytes of each file; see `read_run`.
+    """
+    run_record = read_run(run_dir, max_bytes=max_bytes)
     if live_state:
         examples, example_data = live_state.get_examples(run_record, max_examples)
     else:
@@ -337,8 +344,9 @@ def _build_examples(
     files = run_record.predictions_files
     first = files[0] if files and files[0].stem == "before" else None
     last = files[-1] if files and files[-1] != first else None
-    examples = read_examples(first, last, run_record.primary_metric, max_examples)
-    groups = read_groups(run_record.folder / RESPONSES_FILE, max_examples)
+    max_bytes = run_record.max_bytes
+    examples = read_examples(first, last, run_record.primary_metric, max_examples, max_bytes)
+    groups = read_groups(run_record.folder / RESPONSES_FILE, max_examples, max_bytes)
     has_formulas = _get_metric(run_record) == "latex" and is_converter_installed()
     folders = list_image_folders([run_record])
     builder = ExampleDataBuilder(folders, has_formulas, thumbnails)

@@ -16,7 +16,13 @@ from typing import Any, TypeGuard
 import yaml
 
 from finesight import bounded_files
-from finesight.bounded_files import MAX_LINE_BYTES, load_yaml, parse_json, read_text
+from finesight.bounded_files import (
+    MAX_FILE_BYTES,
+    MAX_LINE_BYTES,
+    load_yaml,
+    parse_json,
+    read_text,
+)
 from finesight.errors import UserError, suggest_similar_path
 from finesight.manifest import (
     ADAPTER_FOLDER,
@@ -59,6 +65,10 @@ FIELD_TYPES: dict[str, type] = {
 Values of another type are treated as missing.
 """
 
+MAX_PAGE_FILE_BYTES = 8 << 20
+MAX_PAGE_RECIPE_BYTES = 1 << 20
+"""Maximum size of a JSON file, and of the recipe, of a run on a page with many runs."""
+
 MAX_ABS_VALUE, MAX_MFU = 1e15, 1.0
 """Maximum absolute value of a number, and of the MFU. Larger numbers are treated as missing."""
 
@@ -80,6 +90,7 @@ class RunRecord:
         end_event: Line of `metrics.jsonl` for the interruption or failure of the last training
             process. None if there was none.
         guard: Result of the regression guard; empty without one.
+        max_bytes: Maximum number of bytes of each JSON Lines file, as given to `read_run`.
     """
 
     folder: Path
@@ -98,6 +109,7 @@ class RunRecord:
     end_event: JsonObject | None = None
     unreadable_files: list[str] = field(default_factory=list)
     guard: JsonObject = field(default_factory=dict)
+    max_bytes: int | None = None
 
     @property
     def primary_metric(self) -> str | None:
@@ -118,8 +130,18 @@ class RunRecord:
         return [paths[name] for name in ("before", *interim_names, "after") if name in paths]
 
 
-def read_run(folder: Path, where: str = "report", *, with_plugins: bool = True) -> RunRecord:
+def read_run(
+    folder: Path,
+    where: str = "report",
+    *,
+    with_plugins: bool = True,
+    max_bytes: int | None = None,
+) -> RunRecord:
     """Read the content of a run directory.
+
+    Args:
+        max_bytes: Maximum number of bytes of each JSON Lines file, of which the middle is left out.
+            Other files are limited as well, since a page has to answer in time. None: no limit.
 
     Raises:
         UserError: `folder` is not a run directory, or lacks a plug-in.
@@ -133,7 +155,7 @@ def read_run(folder: Path, where: str = "report", *, with_plugins: bool = True) 
         )
     if with_plugins:
         require_run_plugins(folder)
-    reader = _RunFolderReader(folder)
+    reader = _RunFolderReader(folder, max_bytes)
     lines = [_drop_invalid_values(line) for line in reader.read_lines(METRICS_FILE)]
     lines = [line for line in lines if line.get("step") is not None]
     steps = [line for line in lines if "loss" in line and line.get("step_s") is not None]
@@ -167,6 +189,7 @@ def read_run(folder: Path, where: str = "report", *, with_plugins: bool = True) 
         end_event=events[-1] if events and events[-1].get("ended_at") else None,
         unreadable_files=reader.unreadable_files,
         guard=as_object(reader.read_json(GUARD_FILE)),
+        max_bytes=max_bytes,
     )
 
 
@@ -249,14 +272,20 @@ def list_image_folders(run_records: Iterable[RunRecord]) -> list[Path]:
     return [Path(), *(Path(folder) for folder in folders if isinstance(folder, str))]
 
 
-def read_json_lines(path: Path, damaged_lines: list[int] | None = None) -> Iterator[JsonObject]:
+def read_json_lines(
+    path: Path, damaged_lines: list[int] | None = None, max_bytes: int | None = None
+) -> Iterator[JsonObject]:
     """Yield the objects of a JSON Lines file, without invalid lines.
 
     Args:
         damaged_lines: List to which the numbers of invalid lines are added, from 1. A truncated
             last line is omitted, since a process may be writing it.
+        max_bytes: Maximum number of bytes, of a larger file those at both ends. None: all lines.
     """
-    for line_number, line in enumerate(bounded_files.read_lines(path, expected="JSON Lines"), 1):
+    lines = bounded_files.read_lines(path, expected="JSON Lines")
+    if max_bytes is not None:
+        lines = bounded_files.read_edge_lines(path, max_bytes, expected="JSON Lines")
+    for line_number, line in enumerate(lines, 1):
         try:
             content = parse_json(line)
         except ValueError:
@@ -295,17 +324,24 @@ def _drop_invalid_values(line: JsonObject) -> JsonObject:
 
 
 class _RunFolderReader:
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, max_bytes: int | None) -> None:
         self._folder = folder
+        self._max_bytes = max_bytes
         self.unreadable_files: list[str] = []
 
     def read_text(self, name: str) -> str | None:
         path = self._folder / name
-        if path.exists():
-            try:
-                return read_text(path, expected="a file of a run directory")
-            except UserError:
-                self.unreadable_files.append(name)
+        if not path.exists():
+            return None
+        limit = MAX_FILE_BYTES
+        if self._max_bytes is not None:
+            limit = MAX_PAGE_FILE_BYTES
+            if name == RECIPE_FILE:
+                limit = MAX_PAGE_RECIPE_BYTES
+        try:
+            return read_text(path, expected="a file of a run directory", max_bytes=limit)
+        except UserError:
+            self.unreadable_files.append(name)
         return None
 
     def read_json(self, name: str) -> object:
@@ -329,10 +365,15 @@ class _RunFolderReader:
             return
         damaged_lines: list[int] = []
         try:
-            yield from read_json_lines(path, damaged_lines)
-        except UserError:
+            is_large = self._max_bytes is not None and path.stat().st_size > self._max_bytes
+            yield from read_json_lines(path, damaged_lines, self._max_bytes)
+        except (UserError, OSError):
             self.unreadable_files.append(name)
-        if damaged_lines:
+            return
+        if is_large:
+            # The numbers of the lines are unknown.
+            self.unreadable_files.append(f"the middle of {name}")
+        elif damaged_lines:
             lines = "line" if len(damaged_lines) == 1 else f"{len(damaged_lines):,} lines from line"
             self.unreadable_files.append(f"{lines} {damaged_lines[0]:,} of {name}")
 

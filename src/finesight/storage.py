@@ -20,9 +20,9 @@ import socket
 import stat
 import tempfile
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from itertools import chain, count
+from itertools import count
 from pathlib import Path, PurePosixPath
 from typing import Any, ClassVar, NoReturn
 
@@ -37,7 +37,8 @@ _OWN_PARTIAL = re.compile(rf"\..+\.{_HOST_TAG}[0-9a-f]{{6}}\.partial", re.DOTALL
 _OWN_TEMPORARY = re.compile(rf"finesight-[a-z]+-{_HOST_TAG}-[a-z0-9_]{{8}}\.tmp")
 """Names of hidden folders of this machine, whose locks it knows, and of temporary folders."""
 
-PRIVATE_FILE_MODE, PRIVATE_FOLDER_MODE = 0o600, 0o700
+PRIVATE_FILE_MODE = 0o600
+PRIVATE_FOLDER_MODE = 0o700
 """Permissions of files and folders that only this user may read, such as keys and logs of jobs."""
 
 WRITE_BUFFER_BYTES = 2**20
@@ -171,8 +172,11 @@ def translate_os_errors(path: Path) -> Iterator[None]:
         yield
     except (OSError, SafetensorError) as error:
         # The writer of safetensors reports errors of the system as text only.
-        match = re.search(r"os error (\d+)", str(error))
-        number = error.errno if isinstance(error, OSError) else int(match[1]) if match else 0
+        number: int | None = 0
+        if isinstance(error, OSError):
+            number = error.errno
+        elif match := re.search(r"os error (\d+)", str(error)):
+            number = int(match[1])
         if number not in _REMEDIES:
             raise
         raise UserError(
@@ -230,7 +234,9 @@ def make_private_folder(path: Path) -> None:
     with translate_os_errors(path):
         state = path.lstat()
         if not stat.S_ISDIR(state.st_mode) or state.st_uid != os.getuid():
-            owner = "a link" if stat.S_ISLNK(state.st_mode) else f"of the user {state.st_uid}"
+            owner = f"of the user {state.st_uid}"
+            if stat.S_ISLNK(state.st_mode):
+                owner = "a link"
             raise UserError(
                 f"is {owner}, and others can change its content",
                 where=str(path),
@@ -445,6 +451,29 @@ def write_chunks(
         file_system.sync_path(path.parent)
 
 
+def write_files(files: Mapping[Path, Iterable[bytes]]) -> None:
+    """Write several files: on a full disk, all of them keep their old content.
+
+    Args:
+        files: Content of each file, in pieces.
+    """
+    partials = {path: _partial_path(path) for path in files}
+    try:
+        for path, pieces in files.items():
+            make_folder(path.parent)
+            with translate_os_errors(path):
+                _write_new_file(partials[path], pieces)
+        # A rename over a file needs no space.
+        for path, partial in partials.items():
+            with translate_os_errors(path):
+                file_system.rename(partial, path)
+                file_system.sync_path(path.parent)
+    except BaseException:
+        for partial in partials.values():
+            partial.unlink(missing_ok=True)
+        raise
+
+
 def append_line(path: Path, line: str) -> None:
     """Append a line to a text file.
 
@@ -591,9 +620,11 @@ def find_free_path(path: Path) -> Path:
     """Return an unused path, with a number if necessary: `answers-2.jsonl`."""
     if path.name in ("", ".."):
         path = path.resolve()
-    names = (f"{path.stem}-{number}{path.suffix}" for number in count(2))
-    paths = chain([path], (path.parent / name for name in names))
-    return next(one for one in paths if not os.path.lexists(one))
+    free = path
+    numbers = count(2)
+    while os.path.lexists(free):
+        free = path.parent / f"{path.stem}-{next(numbers)}{path.suffix}"
+    return free
 
 
 def has_content(file: Path, content: bytes) -> bool:

@@ -22,7 +22,7 @@ from finesight import storage
 from finesight.data.sample import BoxPart, TextPart, VideoPart, read_samples, write_samples
 from finesight.errors import UserError
 from finesight.evaluate.eval_case import get_reference_answer
-from finesight.label import label_session
+from finesight.label import label_session, label_store
 from finesight.label.label_session import (
     build_task,
     has_single_questions,
@@ -37,8 +37,8 @@ from finesight.vision import image_reader
 CASES = load_cases("label_store")
 
 
-def list_texts(folder: Path) -> list[str]:
-    return [one.messages[-1].content[0].text for one in read_samples(folder / LABELS_FILE)]
+def list_texts(folder: Path, name: str = LABELS_FILE) -> list[str]:
+    return [one.messages[-1].content[0].text for one in read_samples(folder / name)]
 
 
 def write_answers(folder: Path, *texts: str | None) -> Path:
@@ -425,28 +425,117 @@ def test_image_is_recognized_under_another_path(tmp_path, monkeypatch, is_relati
 
 
 class FullDisk(FileSystem):
-    """File system on which `labels.jsonl` cannot be written."""
+    """File system on which one file cannot be written, or a file that exists not be flushed."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
 
     def create(self, path: Path) -> int:
-        if LABELS_FILE in path.name:
-            raise OSError(errno.ENOSPC, "full")
+        self._fail_for(path.name)
         return super().create(path)
 
+    def open_append(self, path: Path) -> int:
+        self._fail_for(path.name)
+        return super().open_append(path)
 
-def test_decision_is_kept_if_the_labels_cannot_be_written(tmp_path):
-    photos, journal = [draw_images(tmp_path, 1)], tmp_path / "labels" / JOURNAL_FILE
-    session = open_session(tmp_path / "labels", MODEL, photos, kind="text", prompt="Color?")
-    with session.store as store:
-        item = store.items[0]
-        with patch.object(storage, "file_system", FullDisk()):
+    def sync_path(self, path: Path) -> None:
+        if self._name.startswith("flush "):
+            self._fail_for(f"flush {path.name}")
+        super().sync_path(path)
+
+    def _fail_for(self, name: str) -> None:
+        if name.startswith(self._name):
+            raise OSError(errno.ENOSPC, "full")
+
+
+FILES_OF_A_DECISION = [f".{LABELS_FILE}", f".{EVAL_FILE}", JOURNAL_FILE, f"flush {JOURNAL_FILE}"]
+
+
+def read_folder(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@each("name", FILES_OF_A_DECISION)
+@each("change", ["save", "skip", "reopen", "save again"])
+def test_decision_that_cannot_be_written_is_not_kept(tmp_path, name, change):
+    """A page that reports an error shows the open sample, and no file has the decision."""
+    out = tmp_path / "labels"
+    values = {"kind": "text", "prompt": "Color?", "train_fraction": 0.5}
+    with open_session(out, MODEL, [draw_images(tmp_path, 4)], **values).store as store:
+        ids = [item.sample.sample.id for item in store.items]
+        for sample_id in ids[:3]:
+            store.save_label(sample_id, (TextPart(text="red"),))
+        item = store.find(ids[3 if change == "save" else 0])
+        sample_id, red = item.sample.sample.id, (TextPart(text="red"),)
+        changes = {
+            "save": lambda: store.save_label(sample_id, red, question=["Hue?"]),
+            "save again": lambda: store.save_label(sample_id, (TextPart(text="blue"),)),
+            "skip": lambda: store.skip(sample_id),
+            "reopen": lambda: store.reopen(sample_id),
+        }
+        state = [*item.history], item.decision, item.draft, item.question, store.count_events()
+        files = read_folder(out)
+        with patch.object(storage, "file_system", FullDisk(name)):
             for _ in range(2):
-                with pytest.raises(UserError, match="the decision is kept in journal"):
-                    session.save(item, (TextPart(text="red"),))
-        assert len(item.history) == len(journal.read_bytes().splitlines()) == 1
-        assert not (tmp_path / "labels" / LABELS_FILE).exists()
-        session.save(item, (TextPart(text="red"),))
-        assert list_texts(tmp_path / "labels") == ["red"]
-    assert len(journal.read_bytes().splitlines()) == 1
+                with pytest.raises(UserError, match="no space left"):
+                    changes[change]()
+        new_state = [*item.history], item.decision, item.draft, item.question, store.count_events()
+        assert (new_state, read_folder(out)) == (state, files)
+        changes[change]()
+        assert len(item.history) == len(state[0]) + 1
+    with open_session(out, MODEL, [tmp_path / "photos"], **values).store as store:
+        assert store.find(sample_id).history[:-1] == state[0]
+
+
+@each("name", FILES_OF_A_DECISION)
+def test_decisions_of_one_action_are_kept_together_or_not_at_all(tmp_path, name):
+    out = tmp_path / "labels"
+    values = {"kind": "text", "prompt": "Color?", "train_fraction": 0.5}
+    with open_session(out, MODEL, [draw_images(tmp_path, 4)], **values).store as store:
+        ids = [item.sample.sample.id for item in store.items]
+        store.save_label(ids[0], (TextPart(text="red"),))
+        store.save_label(ids[1], (TextPart(text="red"),))
+        files = read_folder(out)
+
+        def change(is_stopped: bool = False) -> None:
+            with store.write_once():
+                store.reopen(ids[0])
+                store.save_label(ids[0], (TextPart(text="blue"),))
+                store.save_label(ids[2], (TextPart(text="blue"),))
+                if is_stopped:
+                    raise KeyboardInterrupt
+
+        with (
+            patch.object(storage, "file_system", FullDisk(name)),
+            pytest.raises(UserError, match="no space left"),
+        ):
+            change()
+        with pytest.raises(KeyboardInterrupt):
+            change(is_stopped=True)
+        assert read_folder(out) == files
+        assert [len(store.find(one).history) for one in ids] == [1, 1, 0, 0]
+        change()
+        assert [len(store.find(one).history) for one in ids] == [3, 1, 1, 0]
+    assert sorted(list_texts(out) + list_texts(out, EVAL_FILE)) == ["blue", "blue", "red"]
+
+
+def test_labels_that_cannot_be_written_at_the_end_are_written_by_the_next_session(
+    tmp_path, monkeypatch
+):
+    """With many samples, the labels are written after several decisions and at the end."""
+    monkeypatch.setattr(label_store, "LABELS_PER_WRITE", 1)
+    photos, out = [draw_images(tmp_path, 4)], tmp_path / "labels"
+    store = open_session(out, MODEL, photos, kind="text", prompt="Color?").store
+    store.save_label(store.items[0].sample.sample.id, (TextPart(text="red"),))
+    monkeypatch.setattr(storage, "file_system", FullDisk(f".{LABELS_FILE}"))
+    with pytest.raises(UserError, match="the decisions are kept in journal") as error:
+        store.close()
+    assert "next session" in str(error.value.remedy)
+    assert not (out / LABELS_FILE).exists()
+    monkeypatch.setattr(storage, "file_system", FileSystem())
+    with open_session(out, MODEL, photos, kind="text", prompt="Color?").store:
+        pass
+    assert list_texts(out) == ["red"]
 
 
 def test_moved_folder_is_reported(tmp_path):

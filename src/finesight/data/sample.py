@@ -683,8 +683,13 @@ def write_samples(path: Path, samples: Iterable[Sample], *, replace: bool = True
     Args:
         replace: Whether an existing file is replaced; otherwise, it raises UserError.
     """
-    lines = (f"{encode_json_line(sample_to_dict(sample))}\n".encode() for sample in samples)
-    storage.write_chunks(path, lines, replace=replace)
+    storage.write_chunks(path, encode_samples(samples), replace=replace)
+
+
+def encode_samples(samples: Iterable[Sample]) -> Iterator[bytes]:
+    """Encode samples as lines of a JSONL file."""
+    for sample in samples:
+        yield f"{encode_json_line(sample_to_dict(sample))}\n".encode()
 
 
 encode_json_line = json.JSONEncoder(ensure_ascii=False, check_circular=False).encode

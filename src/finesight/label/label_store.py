@@ -35,9 +35,9 @@ from finesight.data.sample import (
     PointPart,
     Sample,
     TextPart,
+    encode_samples,
     read_samples,
     validate_sample,
-    write_samples,
 )
 from finesight.errors import LABEL_TRAIN_FRACTION, UserError
 from finesight.storage import (
@@ -50,6 +50,7 @@ from finesight.storage import (
     translate_os_errors,
     truncate_file,
     write_file,
+    write_files,
 )
 from finesight.vision.image_reader import NUM_IMAGE_WORKERS, ImageReader, create_image_pool
 
@@ -149,13 +150,10 @@ class LabelItem:
     """
 
     def __init__(self, located: LocatedSample, *, review: bool) -> None:
-        self.sample, self.history = located, list[JournalEntry]()
-        self.suggestion: JournalEntry | None = None
-        self.decision: JournalEntry | None = None
-        self.draft: AnswerContent = ()
+        self.sample = located
+        self._reset()
         self.is_listed = review or self.existing_answer is None
         sample, parts = located.sample, [*located.sample.iter_parts()]
-        self.question = list_question_texts(sample)
         images = (part.image for part in parts if isinstance(part, ImagePart))
         self.images = [*map(located.resolve_path, images)]
         self.has_path_id = {str(get_file(path)) for path in self.images} == {sample.id}
@@ -164,6 +162,13 @@ class LabelItem:
         self.digest = _compute_digest([*map(os.path.realpath, self.images)] or questions)
         texts = [one.model_dump_json() for one in parts if isinstance(one, TextPart | BoxPart)]
         self.version = _compute_digest([sample.messages[-1].role, *texts])
+
+    def _reset(self) -> None:
+        self.history = list[JournalEntry]()
+        self.suggestion: JournalEntry | None = None
+        self.decision: JournalEntry | None = None
+        self.draft: AnswerContent = ()
+        self.question = list_question_texts(self.sample.sample)
 
     @property
     def existing_answer(self) -> AnswerContent | None:
@@ -199,6 +204,13 @@ class LabelItem:
             if entry.event in ANSWER_EVENTS:
                 self.draft = entry.content
                 self.question = entry.question or list_question_texts(self.sample.sample)
+
+    def undo(self) -> None:
+        """Withdraw the last entry, which the journal does not have."""
+        *entries, _ = self.history
+        self._reset()
+        for entry in entries:
+            self.apply(entry)
 
 
 class LabelStore(AbstractContextManager["LabelStore"]):
@@ -236,7 +248,8 @@ class LabelStore(AbstractContextManager["LabelStore"]):
         self.images = ImageReader(create_image_pool())
         # Key of the pixels and, for an unreadable file, the reason.
         self._decoded: dict[str, tuple[str, str]] = {}
-        self._is_bulk = False
+        # Items of the decisions that are being saved together, each as often as it has new entries.
+        self._changed: list[LabelItem] | None = None
         try:
             self._lock.acquire(wait=False)
             self._journal_stat = os.stat(self._journal)
@@ -444,30 +457,56 @@ class LabelStore(AbstractContextManager["LabelStore"]):
         self._check_folder()
         last = item.decision
         values: dict[str, Any] = {"event": event, "content": content, "question": question}
-        # A save is repeated if the labels could not be written.
-        if last is None or (last.event, last.content, last.question) != (*values.values(),):
-            if item.suggestion is not None:
-                values |= item.suggestion.model_dump(include={"model", "confidence"})
-            self._append(item, **values)
-            self._num_unwritten += 1
-        if self._is_bulk:
+        if last is not None and (last.event, last.content, last.question) == (*values.values(),):
             return
-        flush_file(self._journal)
-        if self._num_unwritten > len(self._items) // LABELS_PER_WRITE:
-            self.write_labels()
+        if item.suggestion is not None:
+            values |= item.suggestion.model_dump(include={"model", "confidence"})
+        if self._changed is not None:
+            self._add_decision(item, values, self._changed)
+            return
+        with self._keep_all_or_none() as changed:
+            self._add_decision(item, values, changed)
+            flush_file(self._journal)
+            if self._num_unwritten > len(self._items) // LABELS_PER_WRITE:
+                self.write_labels()
+
+    def _add_decision(
+        self, item: LabelItem, values: Mapping[str, Any], changed: list[LabelItem]
+    ) -> None:
+        self._append(item, **values)
+        changed.append(item)
+        self._num_unwritten += 1
 
     @contextmanager
     def write_once(self) -> Iterator[None]:
-        """Flush the journal and write the labels once, after all decisions within the context."""
-        self._check_folder()
-        self._is_bulk = True
-        try:
+        """Flush the journal and write the labels once, after all decisions within the context.
+
+        After an error, none of these decisions is kept.
+        """
+        with self._keep_all_or_none():
             yield
-        finally:
-            self._is_bulk = False
             flush_file(self._journal)
-        if self._num_unwritten:
-            self.write_labels()
+            if self._num_unwritten:
+                self.write_labels()
+
+    @contextmanager
+    def _keep_all_or_none(self) -> Iterator[list[LabelItem]]:
+        """Yield the list of changed items, whose decisions are withdrawn after an error."""
+        self._check_folder()
+        size = self._journal.stat().st_size
+        num_unwritten = self._num_unwritten
+        changed = self._changed = list[LabelItem]()
+        try:
+            yield changed
+        except BaseException:
+            self._num_unwritten = num_unwritten
+            for item in changed:
+                item.undo()
+            if self._journal.stat().st_size > size:
+                truncate_file(self._journal, size)
+            raise
+        finally:
+            self._changed = None
 
     def decode_images(self, samples: Iterable[LocatedSample]) -> dict[str, str]:
         """Decode images and videos in workers; return the reasons of unreadable samples by ID."""
@@ -518,15 +557,15 @@ class LabelStore(AbstractContextManager["LabelStore"]):
         train_file, eval_file = self.folder / LABELS_FILE, self.folder / EVAL_FILE
         labeled = self._list_labeled()
         eval_ids = self._select_eval_ids(labeled)
-        samples = {name: located.sample for name, located in labeled.items()}
-        try:
-            if eval_ids:
-                write_samples(eval_file, [samples[name] for name in samples if name in eval_ids])
-            write_samples(train_file, [samples[name] for name in samples if name not in eval_ids])
-        except UserError as error:
-            error.what += f"; the decision is kept in {JOURNAL_FILE}"
-            error.remedy = "correct the cause; the next decision or session writes the file"
-            raise
+        train_samples = list[Sample]()
+        eval_samples = list[Sample]()
+        for name, located in labeled.items():
+            part = eval_samples if name in eval_ids else train_samples
+            part.append(located.sample)
+        files = {train_file: encode_samples(train_samples)}
+        if eval_ids:
+            files[eval_file] = encode_samples(eval_samples)
+        write_files(files)
         if not eval_ids:
             eval_file.unlink(missing_ok=True)
         self._num_unwritten = 0
@@ -563,6 +602,10 @@ class LabelStore(AbstractContextManager["LabelStore"]):
         try:
             if self._num_unwritten:
                 self.write_labels()
+        except UserError as error:
+            error.what += f"; the decisions are kept in {JOURNAL_FILE}"
+            error.remedy = "correct the cause; the next session in this folder writes the file"
+            raise
         finally:
             self.images.pool.close()
             self._lock.close()
@@ -702,9 +745,16 @@ def read_verdicts(folder: Path) -> dict[str, tuple[list[AnswerContent], list[Ans
         if entry.event == "suggested":
             suggested[entry.id] = entry.content
         else:
-            worse = suggested.get(entry.id, ()) if entry.event == "corrected" else ()
-            is_answer = entry.event in ANSWER_EVENTS and worse != entry.content
-            verdicts[entry.id] = ([entry.content] * is_answer, [worse] * bool(worse and is_answer))
+            worse: AnswerContent = ()
+            if entry.event == "corrected":
+                worse = suggested.get(entry.id, ())
+            better_answers = list[AnswerContent]()
+            worse_answers = list[AnswerContent]()
+            if entry.event in ANSWER_EVENTS and worse != entry.content:
+                better_answers.append(entry.content)
+                if worse:
+                    worse_answers.append(worse)
+            verdicts[entry.id] = better_answers, worse_answers
     return verdicts
 
 

@@ -72,7 +72,10 @@ from finesight.label.suggestion import iter_json_leaves, measure_disagreement
 from finesight.storage import append_line, flush_file
 from finesight.synth.drawing import draw_red_rectangle
 
-TEACHER_FILE, ANSWER_START = "teacher.jsonl", b'{"key":'
+TEACHER_FILE = "teacher.jsonl"
+
+ANSWER_START = b'{"key":'
+"""Start of each line of the file of answers."""
 
 TIMEOUT = httpx2.Timeout(300.0, connect=15.0)
 RETRY_DELAYS_S = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)

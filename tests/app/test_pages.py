@@ -81,3 +81,58 @@ def test_old_uploads_are_deleted_for_new_ones(client: TestClient, store: UploadS
         store.find(ids[0])
     assert store.find(ids[1]).is_file()
     assert client.post("/uploads?name=a", content=b"x").status_code == 507
+
+
+def send(client: TestClient, size: int = LIMIT, **query: str) -> str:
+    """Upload a file; return its ID, or the status of a refusal."""
+    response = client.post("/uploads", params={"name": "a", **query}, content=b"x" * size)
+    return response.json()["id"] if response.status_code == 200 else str(response.status_code)
+
+
+def make_older(folder: Path, age_s: float, upload_ids: list[str]) -> None:
+    for upload_id in upload_ids:
+        os.utime(folder / upload_id / "a", (time.time() - age_s,) * 2)
+
+
+def test_unused_uploads_give_way_to_others(client, tmp_path):
+    """A page that was closed after its uploads keeps nobody out for an hour."""
+    ids = [send(client) for _ in range(3)]
+    assert send(client) == "507"
+    make_older(tmp_path, pages.UNUSED_TTL_S + 10, ids[1:])
+    make_older(tmp_path, pages.UNUSED_TTL_S + 20, ids[2:])
+    newest = send(client)
+    # The oldest one, and no further one.
+    assert {path.name for path in tmp_path.iterdir()} == {*ids[:2], newest}
+
+
+def test_files_of_a_batch_are_deleted_together(client, store, tmp_path):
+    """While an action uploads its files, the first ones wait for the last one."""
+    old = [send(client, batch="old") for _ in range(2)]
+    new = [send(client, batch="new")]
+    make_older(tmp_path, pages.UNUSED_TTL_S + 10, [old[0], *new])
+    # Neither a batch with a new file nor the own one gives way.
+    assert send(client, batch="new") == "507"
+    make_older(tmp_path, pages.UNUSED_TTL_S + 10, old)
+    new += [send(client, batch="new") for _ in range(2)]
+    assert {path.name for path in tmp_path.iterdir()} == {*new}
+    make_older(tmp_path, pages.UPLOAD_TTL_S + 10, new)
+    assert send(client, batch="new") == "507"
+    assert send(client, batch="x" * 5000) != "507"
+    with pytest.raises(UserError, match="expired"):
+        store.find(new[0])
+
+
+@pytest.mark.parametrize(("used_ttl_s", "is_kept"), [(3600, True), (100, False)])
+def test_used_uploads_are_kept_for_a_time(tmp_path, monkeypatch, used_ttl_s, is_kept):
+    monkeypatch.setattr(pages, "MAX_STORED_BYTES", LIMIT)
+    store = UploadStore(tmp_path, LIMIT, math.inf, used_ttl_s)
+    routes = [Route("/uploads", store.receive, methods=["POST"])]
+    app = AccessMiddleware(create_app(routes), Access(max_upload_bytes=LIMIT))
+    with TestClient(app, "http://localhost", raise_server_exceptions=False) as client:
+        used = send(client)
+        store.find(used)
+        make_older(tmp_path, 90, [used])
+        assert send(client, 1) == "507"
+        make_older(tmp_path, 110, [used])
+        assert (send(client, 1) == "507") == is_kept
+        assert (tmp_path / used).exists() == is_kept

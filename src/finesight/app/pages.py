@@ -9,7 +9,9 @@ import secrets
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from errno import EDQUOT, ENOSPC
 from functools import cache
 from glob import glob
@@ -198,6 +200,14 @@ MAX_STORED_BYTES = 2 << 30
 UPLOAD_TTL_S = 3600
 """Seconds without use after which a file may be deleted. Data sets take over files they use."""
 
+UNUSED_TTL_S = 30
+"""Seconds after which files that nothing has used are deleted if space is needed for others.
+
+A page sends the files of an action one after the other, and uses them immediately afterwards.
+"""
+
+MAX_BATCH_CHARS = 100
+
 MAX_NAME_BYTES = 200
 _CONTROL_CHARACTERS = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
 
@@ -210,16 +220,46 @@ class DiskFullError(HTTPException):
         super().__init__(507, text)
 
 
+@dataclass
+class UploadBatch:
+    """Files that one action of a page uses together.
+
+    Attributes:
+        used_at: Time of the last use of one of the files.
+        is_used: Whether one of the files was used.
+        num_bytes: Size of the files.
+    """
+
+    ids: list[str] = field(default_factory=list)
+    used_at: float = 0.0
+    is_used: bool = False
+    num_bytes: int = 0
+
+
 class UploadStore:
     """Uploaded files, each in a folder with a secret name, which is its ID.
 
     Args:
         max_bytes: Maximum size of a file. The access middleware checks it first.
         ttl_s: Seconds without use after which a file is deleted, even with enough space.
+        used_ttl_s: Seconds after the last use for which a file is kept without enough space.
     """
 
-    def __init__(self, folder: Path, max_bytes: int, ttl_s: float = UPLOAD_TTL_S) -> None:
-        self._folder, self._max_bytes, self._ttl_s = folder, max_bytes, ttl_s
+    def __init__(
+        self,
+        folder: Path,
+        max_bytes: int,
+        ttl_s: float = UPLOAD_TTL_S,
+        used_ttl_s: float = UPLOAD_TTL_S,
+    ) -> None:
+        self._folder = folder
+        self._max_bytes = max_bytes
+        self._ttl_s = ttl_s
+        self._used_ttl_s = used_ttl_s
+        # By ID. A file without a batch is one of its own.
+        self._batch_names = dict[str, str]()
+        self._receiving = set[str]()
+        self._used = set[str]()
         self._lock = threading.Lock()
 
     async def receive(self, request: Request) -> Response:
@@ -228,7 +268,7 @@ class UploadStore:
         return JSONResponse({"id": file.parent.name, "name": file.name})
 
     async def store(self, request: Request) -> Path:
-        """Store the body of a request, whose query has the name of the file.
+        """Store the body of a request, whose query names the file and its batch.
 
         Raises:
             DiskFullError: The stored files would exceed the limit, or the disk is full.
@@ -238,47 +278,70 @@ class UploadStore:
         name = name.replace("\\", "/").rpartition("/")[2].strip(". ")
         suffix = Path(name).suffix[:20]
         stem = name.removesuffix(suffix).encode()[: MAX_NAME_BYTES - len(suffix.encode())]
-        folder = self._folder / secrets.token_urlsafe(24)
-        path = folder / ((stem.decode(errors="ignore") + suffix) or "file")
+        upload_id = secrets.token_urlsafe(24)
+        path = self._folder / upload_id / ((stem.decode(errors="ignore") + suffix) or "file")
+        batch_name = request.query_params.get("batch", "")[:MAX_BATCH_CHARS] or upload_id
+        self._receiving.add(upload_id)
+        self._batch_names[upload_id] = batch_name
         try:
             # In a thread, because all files are counted.
-            with await to_thread.run_sync(self._open, path, size) as file:
+            with await to_thread.run_sync(self._open, path, size, batch_name) as file:
                 async for chunk in request.stream():
                     await to_thread.run_sync(file.write, chunk)
                 file.truncate()
         except BaseException as error:
-            self.remove([folder.name])
+            self.remove([upload_id])
             if isinstance(error, OSError) and error.errno in (ENOSPC, EDQUOT):
                 raise DiskFullError from error
             raise
+        finally:
+            self._receiving.discard(upload_id)
         return path
 
-    def _open(self, path: Path, num_bytes: int) -> IO[bytes]:
+    def _open(self, path: Path, num_bytes: int, batch_name: str) -> IO[bytes]:
         """Open a new file of its final size, so that concurrent uploads respect the limit."""
-        self._expire(self._ttl_s)
         with self._lock:
-            while sum(state.st_size for _, state in self._list_files()) > (
-                MAX_STORED_BYTES - num_bytes
-            ):
-                if not self._expire(UPLOAD_TTL_S, 1):
-                    raise DiskFullError
+            self._make_space(num_bytes, batch_name)
             path.parent.mkdir(mode=0o700)
             file = path.open("xb")
             file.truncate(num_bytes)
         return file
 
-    def _list_files(self) -> Iterator[tuple[Path, os.stat_result]]:
+    def _make_space(self, num_bytes: int, batch_name: str) -> None:
+        """Delete old batches and, with too little space, the least recently used of the others.
+
+        Args:
+            batch_name: Batch of the new file, which is kept.
+        """
+        batches = self._list_batches()
+        max_bytes = MAX_STORED_BYTES - num_bytes
+        num_stored = sum(batch.num_bytes for batch in batches.values())
+        for name, batch in sorted(batches.items(), key=lambda item: item[1].used_at):
+            if name == batch_name or not self._receiving.isdisjoint(batch.ids):
+                continue
+            age_s = time.time() - batch.used_at
+            ttl_s = self._ttl_s
+            if num_stored > max_bytes:
+                ttl_s = self._used_ttl_s if batch.is_used else UNUSED_TTL_S
+            if age_s > ttl_s:
+                self.remove(batch.ids)
+                num_stored -= batch.num_bytes
+        if num_stored > max_bytes:
+            raise DiskFullError
+
+    def _list_batches(self) -> dict[str, UploadBatch]:
+        batches = defaultdict[str, UploadBatch](UploadBatch)
         # Files may disappear in the meantime. Path.glob would fail at a deleted folder.
         for name in glob("*/*", root_dir=self._folder):
             with contextlib.suppress(FileNotFoundError):
-                yield self._folder / name, (self._folder / name).stat()
-
-    def _expire(self, max_age_s: float, limit: int | None = None) -> bool:
-        """Delete uploads that were not used for a time, up to a limit. Returns if there are any."""
-        uses = sorted((state.st_mtime, file.parent.name) for file, state in self._list_files())
-        old = [name for used_at, name in uses if used_at < time.time() - max_age_s]
-        self.remove(old[:limit])
-        return bool(old)
+                state = (self._folder / name).stat()
+                upload_id = Path(name).parent.name
+                batch = batches[self._batch_names.get(upload_id, upload_id)]
+                batch.ids.append(upload_id)
+                batch.used_at = max(batch.used_at, state.st_mtime)
+                batch.is_used = batch.is_used or upload_id in self._used
+                batch.num_bytes += state.st_size
+        return batches
 
     def find(self, upload_id: str) -> Path:
         """Return the file of an upload, and note its use.
@@ -289,6 +352,7 @@ class UploadStore:
             if re.fullmatch(r"[\w-]{32}", upload_id):
                 file = next((self._folder / upload_id).iterdir())
                 os.utime(file)
+                self._used.add(upload_id)
                 return file
         raise UserError(
             "an uploaded file has expired",
@@ -301,3 +365,5 @@ class UploadStore:
         """Delete the files of uploads that `find` has returned."""
         for upload_id in upload_ids:
             shutil.rmtree(self._folder / upload_id, ignore_errors=True)
+            self._batch_names.pop(upload_id, None)
+            self._used.discard(upload_id)

@@ -302,6 +302,10 @@ NoAuthOption = Annotated[
 ]
 
 MAX_STUDIO_UPLOAD_BYTES = 160 << 20
+
+STUDIO_UPLOAD_TTL_S = 300
+"""Seconds for which the files of an action, which copies them, are kept without enough space."""
+
 """Maximum size of a file that the studio imports, such as an archive."""
 
 OpenOption = Annotated[bool, Parameter("Open the page in the default browser.", option="--open")]
@@ -407,7 +411,7 @@ def studio(
         workspace.remove_leftovers()
         view = StudioView(workspace)
         view.jobs.protect()
-        store = UploadStore(uploads, MAX_STUDIO_UPLOAD_BYTES)
+        store = UploadStore(uploads, MAX_STUDIO_UPLOAD_BYTES, used_ttl_s=STUDIO_UPLOAD_TTL_S)
         page = StudioPage(view, store, password[0] is not None, teacher, api_port)
         access = announce_page("studio", host, listener, password, open_page=open_page)
         access = replace(access, max_upload_bytes=MAX_STUDIO_UPLOAD_BYTES)

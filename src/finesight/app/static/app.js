@@ -40,9 +40,9 @@ export const request = async (...values) => (await send(...values)).json();
 /** The page of this server at a URL. */
 export const fetchPage = async (...values) => parse(await (await send(...values)).text());
 
-/** Uploads a file, and returns its ID and name, or its images. */
-export const upload = async (file) => {
-  const url = `uploads?${new URLSearchParams({ name: file.name })}`;
+/** Uploads a file, and returns its ID and name, or its images. Files of a batch are kept together. */
+export const upload = async (file, batch = "") => {
+  const url = `uploads?${new URLSearchParams({ name: file.name, batch })}`;
   return (await check(await fetch(url, { method: "POST", headers: language(), body: file }))).json();
 };
 

@@ -62,9 +62,10 @@ const report = (title, error) => {
 
 const sendUploads = async () => {
   const files = [...(byId("upload")?.files ?? [])], bar = byId("uploading");
+  const batch = Math.random().toString(36);
   for (const [index, file] of files.entries()) {
     Object.assign(bar, { hidden: false, max: files.length, value: index });
-    if (!uploaded.has(file)) uploaded.set(file, (await upload(file)).id);
+    if (!uploaded.has(file)) uploaded.set(file, (await upload(file, batch)).id);
   }
   if (bar) bar.hidden = true;
   return files.map((file) => uploaded.get(file));
@@ -95,6 +96,8 @@ const act = async (button) => {
     if (answer.url) location.assign(answer.url);
     else await refresh();
   } catch (error) {
+    // An uploaded file may have expired: the next attempt sends all files again.
+    if (error.field === "files") uploaded.clear();
     report(title ?? "", error);
   } finally {
     isActing = false;

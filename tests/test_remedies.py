@@ -13,18 +13,21 @@ import pytest
 from case_files import load_cases
 from click.testing import CliRunner
 from image_fixtures import write_gray_image, write_jsonl
+from tiny_task import TinyTask, write_recipe
 
-from finesight import api
+from finesight import api, recipe_template
 from finesight.app.jobs import JobOutcome
-from finesight.cli.app import app, run_command
+from finesight.cli.app import app, build_command, run_command
 from finesight.data.formats import FORMATS
 from finesight.doctor.diagnosis import load_catalog
 from finesight.errors import Remedy, Step, UserError
+from finesight.infer.model_loader import resolve_model_source
 from finesight.operations import OPERATIONS, find_operation
 from finesight.operations.operation import (
     OUTCOME_VARIABLE,
     format_call,
     format_command,
+    format_step,
     list_parameters,
 )
 from finesight.recipe import list_setting_names
@@ -269,6 +272,72 @@ def test_followed_remedies_lead_to_success(command):
         seen.add(str(error))
     assert seen
     assert code == 0, seen
+
+
+SESSIONS = {"chat", "label", "serve", "studio", "web"}
+"""Commands that wait for a person: their words are parsed, and their model is located."""
+
+
+def run_and_list_steps(words: list[str], file: Path) -> list[Step]:
+    """Run a command that must succeed, and return its next steps."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(OUTCOME_VARIABLE, str(file))
+        code = run_command(words)
+    outcome = JobOutcome.model_validate_json(file.read_text())
+    assert code == 0, f"{words}: {outcome.error}"
+    return [Step(one.operation, one.arguments) for one in outcome.next_steps]
+
+
+def follow_next_steps(words: list[str], values: dict[str, str], file: Path) -> list[str]:
+    """Run a command and what it proposes to the end, and return the operations."""
+    waiting = [words]
+    done: list[list[str]] = []
+    while waiting:
+        words = waiting.pop(0)
+        if words in done:
+            continue
+        done.append(words)
+        if words[0] in SESSIONS:
+            command = build_command(words[0], find_operation(words[0]))
+            context = command.make_context(words[0], words[1:])
+            if "run_or_model" in context.params:
+                resolve_model_source(context.params["run_or_model"])
+            continue
+        steps = run_and_list_steps(words, file)
+        found = (shlex.split(format_step(step))[1:] for step in steps)
+        # The first step and those after it precede the second one.
+        waiting = [[values.get(word, word) for word in command] for command in found] + waiting
+    return [one[0] for one in done]
+
+
+@pytest.fixture
+def trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Working folder with data, a recipe and a run of finesight-tiny in `run`; runs are short."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(recipe_template, "choose_duration", lambda *_, **__: {"train.steps": "1"})
+    monkeypatch.setattr(recipe_template, "NUM_EVAL_ROWS", 2)
+    task = TinyTask(tmp_path / "task")
+    tune = {"language": "lora", "lora": {"rank": 4, "alpha": 8, "dropout": 0.0}}
+    recipe = task.recipe | {"model": "finesight-tiny", "tune": tune, "output_dir": "run"}
+    recipe["eval"] = {"metric": "ocr", "max_new_tokens": 4}
+    recipe["image"] = {"max_pixels": 1568}
+    train = {"epochs": None, "steps": 1, "batch_size": 4, "save_every": None}
+    write_recipe(Path("recipe.yaml"), recipe, **train)
+    assert run_command(["train", "recipe.yaml"]) == 0
+    lines = ["image,text"]
+    for n in range(22):
+        write_gray_image(Path(f"{n}.png"), gray_level=10 * n)
+        lines.append(f"{n}.png,level {n}")
+    Path("labels.csv").write_text("\n".join(lines))
+    return tmp_path
+
+
+@pytest.mark.parametrize("start", CASES["next_steps"])
+@pytest.mark.usefixtures("trained")
+def test_next_steps_are_followed_to_their_end(start, tmp_path):
+    expected, values = CASES["next_steps"][start]
+    operations = follow_next_steps(start.split(), values, tmp_path / "outcome.json")
+    assert set(expected.split()) <= {*operations}, operations
 
 
 @pytest.mark.parametrize(

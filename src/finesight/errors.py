@@ -170,5 +170,9 @@ def build_bind_error(host: str, port: int, error: Exception) -> UserError:
     )
 
 
+class UnavailableError(UserError):
+    """Raised for files of a hub that cannot be downloaded now."""
+
+
 class TrainingInterrupted(Exception):
     """Raised when a run was interrupted and saved a checkpoint; commands exit with code 75."""

@@ -19,6 +19,7 @@ MANIFEST_FILE = "manifest.json"
 RECIPE_FILE = "recipe.yaml"
 METRICS_FILE = "metrics.jsonl"
 RESPONSES_FILE = "responses.jsonl"
+SAMPLING_FILE = "sampling.json"
 SKIPPED_SAMPLES_FILE = "skipped_samples.jsonl"
 IMAGES_FILE = "images.safetensors"
 PARAM_AUDIT_FILE = "param_audit.json"
@@ -131,6 +132,16 @@ def find_newest_checkpoint(run_dir: Path) -> Path | None:
     folders = run_dir.glob(f"{CHECKPOINTS_FOLDER}/step-[0-9]*/")
     by_step = {path.name.removeprefix("step-"): path for path in folders}
     return by_step.get(max(filter(str.isdecimal, by_step), key=int, default=""))
+
+
+def find_weights(run_dir: Path) -> Path | None:
+    """Return a finished run, or the newest checkpoint of unfinished LoRA training, or None."""
+    if any((run_dir / name).is_dir() for name in (ADAPTER_FOLDER, MODEL_FOLDER)):
+        return run_dir
+    with suppress(UserError):
+        is_full = load_manifest(run_dir / MANIFEST_FILE).tune.has_mode("full")
+        return None if is_full else find_newest_checkpoint(run_dir)
+    return None
 
 
 def load_manifest(path: Path) -> Manifest:

@@ -328,6 +328,18 @@ class ModelFolder:
         is_link = Path(text).name == name and "/" in text and "\n" not in text
         return path.parent / text if is_link and (path.parent / text).is_file() else path
 
+    @property
+    def is_local(self) -> bool:
+        """True for a folder that no download completes."""
+        return self.fetch_weights is object
+
+    @property
+    def has_pickled_weights(self) -> bool:
+        """True if the weights are stored as pickles, which `weight_files` converts."""
+        names = ("pytorch_model.bin", PICKLE_INDEX_FILE)
+        safe_names = ("model.safetensors", SAFETENSORS_INDEX_FILE)
+        return any(map(self.find_file, names)) and not any(map(self.find_file, safe_names))
+
     def weight_files(self) -> list[Path]:
         """Return the safetensors files with the weights, from the index if there is one.
 
@@ -505,7 +517,7 @@ def _open_hub_model(name: str, address: HubAddress) -> ModelFolder:
     except UserError as error:
         if is_hub_address(name):
             raise
-        raise UserError(
+        raise type(error)(
             f"{name} is not a local folder and cannot be downloaded from the hub: {error.what}",
             where=error.where,
             expected=error.expected,

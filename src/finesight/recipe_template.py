@@ -14,10 +14,12 @@ from typing import Any
 import yaml
 
 from finesight.bounded_files import load_yaml
+from finesight.config import TuneSettings
 from finesight.data.formats.image_annotations import build_class_prompt
 from finesight.data.row_reader import is_object_text
 from finesight.data.sample import TOOL_CALL_START, BoxPart, ContentPart, Sample, join_text
 from finesight.errors import Step
+from finesight.manifest import MANIFEST_FILE, find_run_dir, load_manifest
 from finesight.model_folder import TINY_MODEL
 
 MAX_NUMERIC_CLASSES, MAX_NUMERIC_FRACTION = 10, 0.1
@@ -55,7 +57,7 @@ _RECIPE = """\
 # {override}
 model: {model}
 data:
-{data}{image}tune:  # trained parts of the model: frozen, lora (adapters) or full
+{data}{image}tune:  # {tune_comment}
 {tune}train:
 {train_settings}{eval_settings}output_dir: {run}  # checkpoints, weights and report
 """
@@ -65,12 +67,19 @@ _TUNE_TINY = """\
   language: lora
   lora: {rank: 32, alpha: 32, dropout: 0.0}
 """
+_TUNE_TINY_TEXT = """\
+  vision: frozen  # the samples have no images
+  merger: frozen
+  language: lora
+  lora: {rank: 32, alpha: 32, dropout: 0.0}
+"""
 _TUNE_LARGE = """\
   vision: frozen  # lora, if the images differ much from photos and documents
   merger: frozen
   language: lora
   lora: {rank: 64, alpha: 16, dropout: 0.05}
 """
+TUNE_COMMENT = "trained parts of the model: frozen, lora (adapters) or full"
 
 
 MIN_STEPS, MAX_SHORT_STEPS = 100, 200
@@ -95,6 +104,43 @@ REWARDS = {"captions": "captions.rouge_l", "grounding": "boxes", "detection": "b
 """Reward by task, if it is not the metric."""
 
 
+@dataclass(frozen=True, slots=True)
+class StartModel:
+    """Model that a new run starts from, and the settings that follow from it.
+
+    Attributes:
+        name: Model folder, run, adapter or hub name, as in the recipe.
+        is_tiny: Whether it is the bundled model, or trained from it.
+        tune: Settings of its adapter, which the run continues; None without an adapter.
+        has_image_rule: Whether it was trained with an image rule and a system prompt, which apply
+            unless a recipe sets others.
+    """
+
+    name: str
+    is_tiny: bool = False
+    tune: TuneSettings | None = None
+    has_image_rule: bool = False
+
+
+def describe_run(name: str, folder: Path) -> StartModel | None:
+    """Return the start from a run or a merged model; None for others.
+
+    Args:
+        name: Name of the model in the recipe.
+    """
+    file = find_run_dir(folder) / MANIFEST_FILE
+    if not file.is_file():
+        return None
+    manifest = load_manifest(file)
+    has_adapter = manifest.tune.has_mode("lora") and not (folder / "config.json").is_file()
+    return StartModel(
+        name,
+        is_tiny=manifest.base_model == TINY_MODEL,
+        tune=manifest.tune if has_adapter else None,
+        has_image_rule=True,
+    )
+
+
 @dataclass(frozen=True)
 class DetectedTask:
     """Task of a dataset, detected from its samples.
@@ -104,12 +150,14 @@ class DetectedTask:
         prompt: Suggested question about every image; None if the samples contain questions.
         max_new_tokens: Upper bound of the answer length in tokens.
         objective: `dpo` if all samples are preference pairs, `sft` if some are, else empty.
+        has_images: Whether some samples have an image or a video.
     """
 
     metric: str
     prompt: str | None
     max_new_tokens: int
     objective: str = ""
+    has_images: bool = True
 
 
 def format_class_prompt(classes: Collection[str]) -> str:
@@ -147,7 +195,10 @@ def detect_task(
         objective = "kto"
     elif any(is_rated):
         objective = "sft"
-    return DetectedTask(metric, prompt, max_new_tokens, objective)
+    has_images = any(
+        part.type in ("image", "video") for sample in samples for part in sample.iter_parts()
+    )
+    return DetectedTask(metric, prompt, max_new_tokens, objective, has_images)
 
 
 def detect_metric(
@@ -226,10 +277,15 @@ def choose_duration(num_samples: int, batch_size: int, is_short: bool) -> dict[s
     return {"train.steps": f"{bounded}  # {num_epochs} epochs; {reason}"}
 
 
+def get_learning_rates(task: DetectedTask) -> tuple[str, str]:
+    """Return the usual learning rate of a task with LoRA, and that of finesight-tiny."""
+    return LEARNING_RATES.get(task.objective, ("1.0e-4", "2.0e-3"))
+
+
 def format_recipe(
     recipe: Path,
     run: Path,
-    model: str,
+    start: StartModel,
     author: str,
     task: DetectedTask,
     files: Mapping[Path, str],
@@ -241,15 +297,17 @@ def format_recipe(
     """Format a recipe with the values that fit a task, a model and a number of samples.
 
     Args:
+        start: Model of the run. The settings of its adapter and its image rule are kept.
         author: Command that writes the recipe, for its first comment.
         files: Comments on the training files, followed by those on the validation files.
         overrides: Overrides of a plan, which become further settings.
         settings: Values of `train.steps`, `train.epochs`, `train.batch_size` and
             `train.learning_rate` that the user has chosen. Empty ones keep the values of the task.
     """
-    is_tiny = model == TINY_MODEL
-    usual, high = LEARNING_RATES.get(task.objective, ("1.0e-4", "2.0e-3"))
-    learning_rate = f"{high}  # small models need more than the usual {usual}" if is_tiny else usual
+    usual, high = get_learning_rates(task)
+    learning_rate = usual
+    if start.is_tiny:
+        learning_rate = f"{high}  # small models need more than the usual {usual}"
     chosen = {key: text.strip() for key, text in (settings or {}).items() if text.strip()}
     learning_rate = _format_yaml(chosen.pop("train.learning_rate", learning_rate))
     batch_size = int(chosen.pop("train.batch_size", 16 if num_samples >= 200 else 8))
@@ -257,7 +315,7 @@ def format_recipe(
         key: _format_yaml(text)
         for key, text in chosen.items()
         if key in ("train.steps", "train.epochs")
-    } or choose_duration(num_samples, batch_size, is_short=is_tiny)
+    } or choose_duration(num_samples, batch_size, is_short=start.is_tiny)
     given = f"objective: {_format_yaml(task.objective)}"
     train = [OBJECTIVES.get(task.objective, given)] if task.objective else []
     train += [f"{key.removeprefix('train.')}: {text}" for key, text in durations.items()]
@@ -267,8 +325,6 @@ def format_recipe(
         train.append(f"grpo: {{max_completion_length: {task.max_new_tokens}}}")
         reward = REWARDS.get(task.metric, task.metric)
         rewards = f"rewards: [{reward}]  # at most 1 for a response\n"
-    tune = _TUNE_TINY if is_tiny else _TUNE_LARGE
-    max_pixels = MAX_PIXELS.get(task.metric, DEFAULT_MAX_PIXELS)
     lines = [f"{_quote(file)}  # {comment}" for file, comment in files.items()]
     eval_lines = [f"{line}, not used for training" for line in lines[num_train_files:]]
     eval_settings = (
@@ -281,17 +337,38 @@ def format_recipe(
     text = _RECIPE.format(
         author=author,
         override=Step("train", arguments, "Override settings on the command line"),
-        model=_quote(model),
+        model=_quote(start.name),
         data=_format_files("train", lines[:num_train_files]) + _format_files("eval", eval_lines),
-        image=""
-        if is_tiny
-        else f"image: {{max_pixels: {max_pixels}}}  # larger images are reduced to this size\n",
-        tune=tune,
+        image=_format_image(start, task),
+        tune_comment=TUNE_COMMENT if start.tune is None else f"as the adapter of {start.name}",
+        tune=_format_tune(start, task),
         train_settings="".join(f"  {line}\n" for line in train) + rewards,
         eval_settings=eval_settings if eval_lines else "",
         run=_quote(run),
     )
     return override_settings(text, overrides)
+
+
+def _format_image(start: StartModel, task: DetectedTask) -> str:
+    """Return the section `image`; empty if the model brings its own image rule."""
+    if start.has_image_rule:
+        return f"# no image and no data.system_prompt: those of {start.name} apply\n"
+    if start.is_tiny:
+        return ""
+    max_pixels = MAX_PIXELS.get(task.metric, DEFAULT_MAX_PIXELS)
+    return f"image: {{max_pixels: {max_pixels}}}  # larger images are reduced to this size\n"
+
+
+def _format_tune(start: StartModel, task: DetectedTask) -> str:
+    """Return the settings of the section `tune`, indented."""
+    if start.tune is not None:
+        settings = start.tune.model_dump(mode="json", exclude_none=True)
+        settings = {name: value for name, value in settings.items() if value != {}}
+        text = yaml.safe_dump(settings, sort_keys=False, default_flow_style=None, width=100)
+        return "".join(f"  {line}\n" for line in text.splitlines())
+    if not start.is_tiny:
+        return _TUNE_LARGE
+    return _TUNE_TINY if task.has_images else _TUNE_TINY_TEXT
 
 
 def override_settings(text: str, overrides: Sequence[str]) -> str:

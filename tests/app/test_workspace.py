@@ -16,10 +16,12 @@ from web_server_fixture import get_image_pool
 
 from finesight.app.studio_view import STEPS, Selection
 from finesight.app.workspace import UPLOAD_MARKER, Workspace, WorkspaceDataset, as_argument
+from finesight.config import PixelRange, TuneSettings
 from finesight.data.import_source import ImportOptions
 from finesight.data.importer import import_dataset
 from finesight.errors import UserError
 from finesight.label.label_session import open_session
+from finesight.manifest import Manifest
 from finesight.model_folder import TINY_MODEL
 from finesight.storage import write_file
 from finesight.train.run_dir import RunDir
@@ -72,6 +74,27 @@ def test_model_is_a_hub_name_or_in_the_workspace(workspace):
     for name in ("/models/qwen", "../models", "link/secret.txt", "missing", "--help/x", "-o/x"):
         with pytest.raises(UserError, match=r"outside|does not exist|not a valid path"):
             workspace.check_model(name)
+
+
+def test_recipe_from_a_run_continues_its_adapter(workspace):
+    dataset = add_data(workspace, "a")
+    run = workspace.folder / "runs" / "first"
+    run.mkdir(parents=True)
+    tune = TuneSettings.model_validate({"language": "lora", "lora": {"rank": 4, "alpha": 8}})
+    manifest = Manifest(
+        family="qwen2_vl",
+        base_model="Some/model",
+        base_fingerprint="",
+        image_rule=PixelRange(min_pixels=784, max_pixels=1568),
+        system_prompt=None,
+        eos_token="<|im_end|>",
+        tune=tune,
+        versions={},
+    )
+    (run / "manifest.json").write_text(manifest.model_dump_json())
+    path = workspace.create_recipe("b", [dataset], "runs/first", {})
+    recipe = workspace.load_recipe(path)
+    assert (recipe.model, recipe.tune, recipe.image) == ("runs/first", tune, None)
 
 
 def test_recipe_is_created_and_validated(workspace):

@@ -23,6 +23,8 @@ from finesight.check.data_checker import (
     load_model_requirements,
 )
 from finesight.data.import_source import ImportOptions
+from finesight.encode.renderer import build_renderer
+from finesight.model_folder import ModelFolder
 
 EACH = 4
 MOST = 1200
@@ -41,7 +43,8 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def model(work: Path) -> ModelRequirements:
-    return load_model_requirements(str(create_tiny_model(work / "model")), MOST)
+    folder = ModelFolder(create_tiny_model(work / "model"))
+    return load_model_requirements(folder, build_renderer(folder), MOST)
 
 
 def check_samples(train, validation, model, work):

@@ -45,6 +45,7 @@ def no_plan(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(run_plan, "plan_run", fail)
     monkeypatch.setattr(model_folder, "locate_model", lambda name: None)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ import io
 import json
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,9 @@ from finesight.progress import ProgressConsole
 from finesight.recipe import load_recipe
 from finesight.train.checkpoint import CheckpointManager
 from finesight.train.dataset_stats import load_training_data
+from finesight.train.recipe_check import resolve_base_model
 from finesight.train.run_dir import RunDir
 from finesight.train.sampler import TrainSampler
-from finesight.train.setup import resolve_base_model
 from finesight.train.state import Hardware, RunContext, RunData
 
 
@@ -44,6 +45,9 @@ def task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TinyTask:
         return models[key]
 
     monkeypatch.setattr(run_plan, "build_planned_model", build_once)
+    # The weights are not those of the edited configuration.
+    without_weights = partial(run_plan.check_recipe, needs_weights=False)
+    monkeypatch.setattr(run_plan, "check_recipe", lambda recipe, **_: without_weights(recipe))
     task = TinyTask(tmp_path)
     edit_config(task, num_hidden_layers=1)
     return task

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Unpack
 from finesight.bounded_files import translate_os_errors
 from finesight.credentials import is_readable_by_others, read_secret_file
 from finesight.errors import Step, UserError, escape_unprintable_json
+from finesight.operations.dataset import build_init_step
 from finesight.operations.model import (
     get_prompt_format,
     list_gpus,
@@ -746,9 +747,7 @@ def _find_next_step(out: Path, run_dir: Path, reviewed: Sequence[Path]) -> Step:
     from finesight.train.run_dir import RunDir
 
     labels, recipe = out / LABELS_FILE, run_dir / RECIPE_FILE
-    default = Path(f"{labels.stem}-finetune")
-    other = RunDir(default).next_path if os.path.lexists(default) else None
-    init_step = Step("init", {"data": labels, "out": other})
+    init_step = build_init_step(labels)
     try:
         settings = load_recipe(recipe)
     except UserError:

@@ -38,14 +38,7 @@ from finesight.label.label_store import (
     get_text,
     read_sources,
 )
-from finesight.manifest import (
-    ADAPTER_FOLDER,
-    MANIFEST_FILE,
-    MODEL_FOLDER,
-    RECIPE_FILE,
-    find_newest_checkpoint,
-    load_manifest,
-)
+from finesight.manifest import MANIFEST_FILE, RECIPE_FILE, find_weights
 from finesight.model_folder import TINY_MODEL
 from finesight.path_patterns import SearchBudget, iter_matches
 from finesight.recipe import load_recipe, recipe_from_text
@@ -238,14 +231,8 @@ class Workspace:
 
     def find_weights(self, run: Path) -> Path | None:
         """Return a finished run, or the newest checkpoint of unfinished LoRA training, or None."""
-        folder = self.folder / run
-        if any((folder / name).is_dir() for name in (ADAPTER_FOLDER, MODEL_FOLDER)):
-            return run
-        newest = find_newest_checkpoint(folder)
-        with contextlib.suppress(UserError):
-            is_full = load_manifest(folder / MANIFEST_FILE).tune.has_mode("full")
-            return None if newest is None or is_full else newest.relative_to(self.folder)
-        return None
+        weights = find_weights(self.folder / run)
+        return None if weights is None else weights.relative_to(self.folder)
 
     def contains(self, path: Path) -> bool:
         """Return whether a path is in the workspace after its links are resolved."""
@@ -489,7 +476,12 @@ class Workspace:
         Args:
             settings: `eval.metric`, and the settings of `format_recipe`.
         """
-        from finesight.recipe_template import detect_task, format_recipe
+        from finesight.recipe_template import (
+            StartModel,
+            describe_run,
+            detect_task,
+            format_recipe,
+        )
 
         path = self.check_new_name("recipes", name, ".yaml")
         run = self.check_new_name("runs", name)
@@ -507,7 +499,10 @@ class Workspace:
             files[one.train_file] = f"{about}{one.num_train} samples"
             if one.eval_file is not None:
                 files[one.eval_file] = f"{about}{one.num_eval} samples"
-        inputs = (path, run, self.check_model(model), "finesight studio", task, files)
+        model = self.check_model(model)
+        start = describe_run(model, self.folder / model)
+        start = start or StartModel(model, is_tiny=model == TINY_MODEL)
+        inputs = (path, run, start, "finesight studio", task, files)
         num_samples = sum(one.num_train for one in datasets)
         text = format_recipe(*inputs, num_samples, settings=settings, num_train_files=len(datasets))
         self.save_recipe(path, text, hashlib.sha256(b"").hexdigest())

@@ -35,6 +35,7 @@ from finesight.check.dataset_fixer import DatasetFixer
 from finesight.check.dataset_issues import ConsistencyChecker, LeakageDetector, RareAnswerChecker
 from finesight.check.image_catalog import ImageCatalog, open_executor
 from finesight.check.sample_issues import filter_known_tokens, find_sample_issues, iter_media_paths
+from finesight.config import Recipe
 from finesight.data.boxes import (
     COORDINATE_REMEDIES,
     BoxConvention,
@@ -61,14 +62,13 @@ from finesight.data.sample import (
     join_text,
     list_media_paths,
 )
-from finesight.encode.renderer import Renderer, build_renderer
+from finesight.encode.renderer import Renderer
 from finesight.encode.tokenization import load_tokenizer
 from finesight.errors import Step, UserError, shorten
 from finesight.hub.archive import is_archive
 from finesight.hub.download import WEB_SCHEMES
-from finesight.model_folder import locate_model
+from finesight.model_folder import ModelFolder
 from finesight.path_patterns import is_glob
-from finesight.recipe import load_recipe
 
 REMOTE_PREFIXES = ("hf:", "modelscope:", "https:/", "http:/")
 """Prefixes of remote sources, as they appear after conversion to a path."""
@@ -166,15 +166,18 @@ def _reject_remote_source(source: Path) -> None:
         )
 
 
-def load_model_requirements(name_or_path: str | None, max_length: int | None) -> ModelRequirements:
-    """Load the requirements of a local or hub model on samples.
+def load_model_requirements(
+    folder: ModelFolder | None, renderer: Renderer | None, max_length: int | None
+) -> ModelRequirements:
+    """Load the requirements of a model on samples. Without a model there are none.
 
-    A renderer is loaded only if `max_length` is given. Without a model there are no requirements.
+    Args:
+        renderer: Renderer of the model, which `max_length` requires.
 
     Raises:
         UserError: `max_length` is given without a model.
     """
-    if name_or_path is None:
+    if folder is None:
         if max_length is not None:
             raise UserError(
                 f"{max_length} tokens without a model",
@@ -183,8 +186,6 @@ def load_model_requirements(name_or_path: str | None, max_length: int | None) ->
                 remedy="add --model FOLDER, or check a recipe",
             )
         return ModelRequirements()
-    folder = locate_model(name_or_path)
-    renderer = build_renderer(folder) if max_length is not None else None
     tokenizer = renderer.tokenizer if renderer else load_tokenizer(folder)
     special_tokens = filter_known_tokens(tokenizer.list_special_tokens())
     return ModelRequirements(special_tokens, renderer, max_length)
@@ -201,27 +202,17 @@ def is_recipe(path: Path) -> bool:
     return not isinstance(content, dict) or "names" not in content
 
 
-def inputs_from_recipe(recipe: Path) -> tuple[list[CheckInput], ModelRequirements]:
-    """Build check inputs and model requirements from a recipe.
-
-    Sample lengths are computed with the image settings, system prompt and max_length of the recipe.
-
-    Raises:
-        UserError: The recipe is invalid, or the model is not found.
-    """
-    settings = load_recipe(recipe)
+def inputs_from_recipe(recipe: Recipe) -> list[CheckInput]:
+    """Build the check inputs of the data files of a recipe."""
     inputs = []
-    for is_validation, files in ((False, settings.data.train), (True, settings.data.eval)):
+    for is_validation, files in ((False, recipe.data.train), (True, recipe.data.eval)):
         for file in files:
             options = ImportOptions(format="samples", limit=file.limit)
             is_imported = isinstance(file.path, Path) and not (
                 file.path.suffix.lower() in PACKED_SUFFIXES or is_glob(file.path)
             )
             inputs.append(CheckInput(file.path, options, is_validation, is_imported))
-    model = locate_model(settings.model)
-    renderer = build_renderer(model, settings.image, settings.data.system_prompt)
-    special_tokens = filter_known_tokens(renderer.tokenizer.list_special_tokens())
-    return inputs, ModelRequirements(special_tokens, renderer, settings.data.max_length)
+    return inputs
 
 
 ROWS_PER_GROUP = 32

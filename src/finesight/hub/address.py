@@ -9,7 +9,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-from finesight.errors import UserError
+from finesight.errors import UnavailableError, UserError
 
 HubName = Literal["hf", "modelscope"]
 RepoType = Literal["model", "dataset"]
@@ -191,7 +191,8 @@ class HubAccess:
                 "try again later, or download it with another program and use the folder",
             ),
         }[reason]
-        return UserError(
+        error_type = UserError if reason == "missing" else UnavailableError
+        return error_type(
             f"{address} {what} (status {status})", where=page, expected=expected, remedy=remedy
         )
 
@@ -207,7 +208,7 @@ class HubAccess:
 
     def build_connection_error(self, address: HubAddress, error: Exception) -> UserError:
         """Build the UserError for a request without a valid response."""
-        return UserError(
+        return UnavailableError(
             f"{address} is not available: {type(error).__name__}: {str(error).strip()[:200]}",
             where=self.endpoint,
             expected="a connection to the hub, and a valid name",

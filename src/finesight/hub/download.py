@@ -25,7 +25,7 @@ import httpx2
 from rich.console import Console
 
 from finesight import __version__
-from finesight.errors import UserError, format_count
+from finesight.errors import UnavailableError, UserError, format_count
 from finesight.hub.archive import safe_join
 from finesight.progress import ProgressConsole
 from finesight.storage import make_folder, require_free_space, translate_os_errors, write_file
@@ -87,7 +87,7 @@ def is_offline() -> bool:
 def raise_if_offline(url: str) -> None:
     """Raise UserError if offline mode forbids a request to a URL."""
     if is_offline():
-        raise UserError(
+        raise UnavailableError(
             f"{url[:200]} requires a request, but HF_HUB_OFFLINE is set",
             where="offline mode",
             expected="a downloaded copy",
@@ -446,7 +446,7 @@ class Downloader:
             delay_s = get_retry_delay(num_failures, failure.retry_after)
             if delay_s is None:
                 total_note = f" of {file.size}" if file.size is not None else ""
-                raise UserError(
+                raise UnavailableError(
                     f"{file.path}: received {size}{total_note} bytes, then {failure}",
                     where=file.url,
                     expected="a response from the server",

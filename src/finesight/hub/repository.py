@@ -19,7 +19,7 @@ from typing import Protocol
 from urllib.parse import quote
 
 from finesight.bounded_files import read_json_object
-from finesight.errors import Step, UserError
+from finesight.errors import Step, UnavailableError, UserError
 from finesight.hub.address import HubAccess, HubAddress
 from finesight.hub.archive import safe_join
 from finesight.hub.download import Downloader, HttpSite, RemoteFile, is_offline, raise_if_offline
@@ -102,7 +102,7 @@ class HubRepository:
         ]
         if missing and is_offline():
             more_note = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-            raise UserError(
+            raise UnavailableError(
                 f"{missing[0]} of {source}{more_note} is not downloaded, and HF_HUB_OFFLINE is set",
                 where=str(folder),
                 expected="all required files",
@@ -281,7 +281,7 @@ def _get_listing_path(address: HubAddress) -> Path:
 
 def _load_listing(address: HubAddress, listing_path: Path) -> HubRepository:
     if not listing_path.exists():
-        raise UserError(
+        raise UnavailableError(
             f"{address} is not downloaded, and HF_HUB_OFFLINE is set",
             where=str(listing_path.parent.parent),
             expected="a downloaded copy",

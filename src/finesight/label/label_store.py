@@ -758,6 +758,15 @@ def read_verdicts(folder: Path) -> dict[str, tuple[list[AnswerContent], list[Ans
     return verdicts
 
 
+def read_suggesters(folder: Path) -> list[str]:
+    """Return the runs, models and servers of the suggestions of a folder, the newest first."""
+    journal = folder / JOURNAL_FILE
+    content = journal.read_bytes()
+    entries = read_journal(journal, content[: content.rfind(b"\n") + 1].splitlines())
+    names = dict.fromkeys(one.model for one in reversed(entries) if one.event == "suggested")
+    return [name for name in names if name]
+
+
 def _match_references(item: LabelItem, content: AnswerContent) -> tuple[str, ...]:
     """Return the references of a sample: none if the answer is corrected to another text.
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import difflib
+import math
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from typing import Literal, get_args
 
 from torch import nn
 
-from finesight.config import TuneSettings
+from finesight.config import LoraSettings, TuneMode, TuneSettings
 from finesight.errors import UserError
 from finesight.model.linear import LoraConfig, LoraLinear, find_adaptable_layers, iter_adapters
 from finesight.model.quant.base import find_quantized_weights
@@ -146,6 +147,37 @@ def _select_targets(
                 remedy=f"add a target module, or set tune.{part}=frozen",
             )
     return selected
+
+
+def infer_tuning(
+    model: nn.Module, configs: Mapping[str, LoraConfig], dropout: float
+) -> TuneSettings | None:
+    """Return the section `tune` with the adapters of given layers; None if there is none.
+
+    Args:
+        model: Model without adapters.
+        configs: Rank and alpha of each adapted layer, by hub name.
+    """
+    first = next(iter(configs.values()))
+    if any(
+        low.rank != first.rank or not math.isclose(low.scale, first.scale)
+        for low in configs.values()
+    ):
+        return None
+    parts = [part for part in MODEL_PARTS if any(get_part(name) == part for name in configs)]
+    if "embeddings" in parts:
+        return None
+    names = [name for name in find_adaptable_layers(model) if get_part(name) in parts]
+    targets: tuple[str, ...] | None = None
+    if {*names} != {*configs}:
+        targets = tuple(_name_suffixes(configs))
+        suffixes = tuple(f".{target}" for target in targets)
+        if {name for name in names if name.endswith(suffixes)} != {*configs}:
+            return None
+    modes: dict[str, TuneMode] = {"language": "frozen"}
+    modes |= dict.fromkeys(parts, "lora")
+    lora = LoraSettings(rank=first.rank, alpha=first.alpha, dropout=dropout, target_modules=targets)
+    return TuneSettings.model_validate({**modes, "lora": lora})
 
 
 def _name_suffixes(names: Iterable[str]) -> list[str]:

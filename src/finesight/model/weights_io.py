@@ -24,7 +24,7 @@ from finesight.manifest import MANIFEST_FILE
 from finesight.model.config import ConfigReader
 from finesight.model.fused_ops import split_outputs
 from finesight.model.layers import MoeExperts
-from finesight.model.linear import FusedLinear, hub_name
+from finesight.model.linear import FusedLinear, find_adaptable_layers, hub_name
 from finesight.model.quant.base import (
     SAFETENSORS_DTYPES,
     QuantizedMatrix,
@@ -327,26 +327,38 @@ def build_empty_model(
     return model
 
 
-def load_model(
+def build_meta_model(
     folder: ModelFolder,
     dtype: torch.dtype,
-    device: torch.device,
+    nf4_parts: Collection[ModelPart],
+    fp8_parts: Collection[ModelPart],
+) -> VisionLanguageModel:
+    """Build the model that `load_model` would load, on the meta device, without its weights."""
+    model = build_empty_model(folder, dtype, nf4_parts, fp8_parts=fp8_parts)
+    group_size = gptq_group_size(folder)
+    if group_size is not None:
+        layers = [name for name in find_adaptable_layers(model) if get_part(name) == "language"]
+        quantize_gptq_layers(model, layers, group_size, str(folder.path))
+    return model
+
+
+def build_checked_model(
+    folder: ModelFolder,
+    dtype: torch.dtype,
     nf4_parts: Collection[ModelPart] = (),
     weight_format: WeightFormat = "auto",
     fp8_parts: Collection[ModelPart] = (),
-) -> VisionLanguageModel:
-    """Load the native model of a hub folder, reading every tensor exactly once.
+) -> tuple[VisionLanguageModel, list[TensorHeader]]:
+    """Build the model of a folder on the meta device, and check its weight headers.
 
-    Layers published with GPTQ (`model.quant.int4`) remain in that format. Layers of `nf4_parts` are
-    quantized one by one while they are read, from the stored dtype, so that the codes do not depend
-    on the compute dtype. `quantize_model_parts` describes the formats.
+    Returns:
+        Model, and the headers of the tensors to load.
+
+    Raises:
+        UserError: A file or a tensor is missing, or does not fit the configuration.
     """
     group_size = gptq_group_size(folder)
     files = folder.weight_files()
-    # Verify digests, also of files converted from pickles.
-    for written_folder in dict.fromkeys((folder.path, *(file.parent for file in files))):
-        if (written_folder / DIGESTS_FILE).is_file():
-            verify_folder(written_folder)
     model = build_empty_model(folder, dtype, nf4_parts, weight_format, fp8_parts)
     headers = read_headers(files, model.architecture.to_native_name)
     prefixes = model.architecture.copied_prefixes
@@ -362,6 +374,29 @@ def load_model(
         headers = [tensor for tensor in headers if tensor.native_name != _LM_HEAD_KEY]
     headers = _drop_zero_biases(headers, expected)
     _check_tensors(headers, expected, folder.path)
+    return model, headers
+
+
+def load_model(
+    folder: ModelFolder,
+    dtype: torch.dtype,
+    device: torch.device,
+    nf4_parts: Collection[ModelPart] = (),
+    weight_format: WeightFormat = "auto",
+    fp8_parts: Collection[ModelPart] = (),
+) -> VisionLanguageModel:
+    """Load the native model of a hub folder, reading every tensor exactly once.
+
+    Layers published with GPTQ (`model.quant.int4`) remain in that format. Layers of `nf4_parts` are
+    quantized one by one while they are read, from the stored dtype, so that the codes do not depend
+    on the compute dtype. `quantize_model_parts` describes the formats.
+    """
+    files = folder.weight_files()
+    # Verify digests, also of files converted from pickles.
+    for written_folder in dict.fromkeys((folder.path, *(file.parent for file in files))):
+        if (written_folder / DIGESTS_FILE).is_file():
+            verify_folder(written_folder)
+    model, headers = build_checked_model(folder, dtype, nf4_parts, weight_format, fp8_parts)
     with raise_on_failed_allocation(str(folder.path / "config.json")):
         materialize_parameters(model, device)
     # List the tensors again, with allocated parameters.

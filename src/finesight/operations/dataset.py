@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import random
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -26,7 +28,10 @@ if TYPE_CHECKING:
     from finesight.data.exporter import ExportSummary
     from finesight.data.import_source import ImportOptions
     from finesight.data.importer import ImportSummary
+    from finesight.encode.renderer import Renderer
     from finesight.encode.tokenization import TokenizedSample
+    from finesight.model_folder import ModelFolder
+    from finesight.train.recipe_check import CheckedRecipe
 
 
 def import_data(
@@ -266,15 +271,22 @@ def check_data(
     """
     from finesight.check import check_issues, data_checker
     from finesight.data.import_source import ImportOptions
+    from finesight.infer.model_loader import resolve_model_source
+    from finesight.recipe import load_recipe
     from finesight.report.data_pages import render_check_page
     from finesight.report.html import PageFile
     from finesight.report.i18n import detect_language, use_language
     from finesight.storage import check_new_path, check_separate, temporary_folder, write_folder
+    from finesight.train.recipe_check import check_recipe
 
     options = build_import_options(reading)
     paths = [*map(Path, sources)]
+    model_folder: ModelFolder | None = None
+    max_tokens = max_length
+    renderer: Renderer | None = None
     has_defaults = options == ImportOptions()
     recipe = next(filter(data_checker.is_recipe, paths), None) if options.format is None else None
+    checked: CheckedRecipe | None = None
     if recipe is not None:
         if len(paths) > 1 or not has_defaults or against or model or max_length:
             raise UserError(
@@ -283,10 +295,20 @@ def check_data(
                 expected="one recipe with --fix, --html, --seed and --json only",
                 remedy="remove the other arguments, or check the data files directly",
             )
-        inputs, requirements = data_checker.inputs_from_recipe(recipe)
+        settings = load_recipe(recipe)
+        checked = check_recipe(settings, runs_functions=False, needs_weights=False)
+        inputs = data_checker.inputs_from_recipe(settings)
+        model_folder = checked.base_model.folder
+        renderer = checked.renderer
+        max_tokens = settings.data.max_length
     else:
         inputs = data_checker.inputs_from_files(paths, [*map(Path, against)], options)
-        requirements = data_checker.load_model_requirements(model, max_length)
+        if model is not None:
+            # The renderer of the transformers backend is slow to load.
+            source = resolve_model_source(model)
+            model_folder = source.folder
+            renderer = None if max_length is None else source.build_renderer()
+    requirements = data_checker.load_model_requirements(model_folder, renderer, max_tokens)
     fix = to_path(fix)
     html = to_path(html)
     console = ProgressConsole()
@@ -318,6 +340,8 @@ def check_data(
             if fix:
                 fixed = checker.fixer.write(Path(folder), fix, images, checker.sources)
                 lines += ["", *fixed.as_lines()]
+            if checked is not None and result.severity != "error":
+                _check_validation_samples(checked)
         except UserError:
             console.log("\n".join(lines))  # the issues, which may prevent the correction
             raise
@@ -326,13 +350,49 @@ def check_data(
     is_plain = len(paths) == 1 and has_defaults and not (against or model or max_length)
     steps = []
     if result.severity != "error":
-        data_step = [Step("init", {"data": fix or paths[0]})] if is_plain else []
+        data_step = [build_init_step(fix or paths[0])] if is_plain else []
         steps = data_step if recipe is None else [Step("plan", {"recipe": recipe})]
     elif recipe is None and is_plain and checker.fixer.can_write and fix is None:
         named = paths[0] if paths[0].name else paths[0].resolve()
         name = f"{named.stem or 'data'}-fixed"
         steps = [Step("check", {"sources": paths, "fix": named.with_name(name)})]
     return Outcome(result, lines, data, steps, result.exit_code)
+
+
+def _check_validation_samples(checked: CheckedRecipe) -> None:
+    """Verify that the metric of a recipe fits its validation samples, without custom metrics."""
+    from finesight.data.corpus import load_corpus
+    from finesight.evaluate.custom_metric import parse_metric_path
+    from finesight.train.recipe_check import check_eval_references
+
+    recipe = checked.recipe
+    if recipe.eval is None or not recipe.data.eval or parse_metric_path(recipe.eval.metric):
+        return
+    samples = [one.sample for one in load_corpus(recipe.data.eval).read_samples()]
+    check_eval_references(recipe.eval, recipe.output_dir, checked.renderer, samples)
+
+
+def build_init_step(data: StrPath, model: str | None = None) -> Step:
+    """Return the step that writes a recipe for data, in a free folder.
+
+    Args:
+        model: Run or model to start from; None for the default.
+    """
+    from finesight.train.run_dir import RunDir
+
+    arguments: dict[str, object] = {"data": data, "model": model}
+    folder = get_init_folder(str(data))
+    if os.path.lexists(folder):
+        arguments["out"] = RunDir(folder).next_path
+    return Step("init", arguments)
+
+
+def get_init_folder(source: str) -> Path:
+    """Return the folder of the recipe that `init` writes by default for a dataset."""
+    from finesight.hub.address import is_hub_address
+
+    name = re.split("[:@]", source)[1] if is_hub_address(source) else source
+    return Path(f"{Path(name).resolve().stem}-finetune")
 
 
 def show(
@@ -365,14 +425,14 @@ def show(
     from finesight.data.augmentation import Augmenter
     from finesight.data.corpus import load_corpus
     from finesight.data.image_header import CorruptImageError
-    from finesight.encode.renderer import NativeRenderer, build_renderer
+    from finesight.encode.renderer import NativeRenderer
     from finesight.encode.tokenization import format_token_table
-    from finesight.model_folder import locate_model
     from finesight.operations.model import token_table_to_dict
     from finesight.recipe import load_recipe
     from finesight.report.data_pages import render_sample_page
     from finesight.report.html import PageFile
     from finesight.report.i18n import detect_language, translate, use_language
+    from finesight.train.recipe_check import check_recipe
 
     recipe = Path(recipe)
     page_file = PageFile(Path(html), "show", [recipe]) if html is not None else None
@@ -387,10 +447,7 @@ def show(
             expected="a file of validation samples",
             remedy="set data.eval, or remove --eval to show data.train",
         )
-    renderer = build_renderer(
-        locate_model(settings.model), settings.image, settings.data.system_prompt
-    )
-    renderer.supervise = settings.data.supervise
+    renderer = check_recipe(settings, runs_functions=False, needs_weights=False).renderer
     corpus = load_corpus(files)
     text, indices = "The first {} of {}", [*range(len(corpus))]
     if seed is not None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import re
 import textwrap
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -24,6 +23,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, Unpack
 from finesight.errors import (
     Step,
     TrainingInterrupted,
+    UnavailableError,
     UserError,
     format_count,
     shorten,
@@ -33,6 +33,7 @@ from finesight.operations.dataset import (
     build_import_options,
     check_data,
     format_import,
+    get_init_folder,
     import_data,
 )
 from finesight.operations.operation import Outcome, Parameter, StrPath, format_command
@@ -64,6 +65,9 @@ MODELS = (
     (6e9, "Qwen/Qwen3.5-0.8B"),
 )
 """GPU memory in bytes from which a model is suggested; with less, the bundled model."""
+
+EXIT_REJECTED = 2
+"""Exit code if training refuses the written recipe."""
 
 TASKS = {
     "captions": "describe the image in sentences",
@@ -118,18 +122,16 @@ def init(
     from finesight.data.importer import REASON_BY_ERROR, import_dataset
     from finesight.data.source_fetch import fetch_source
     from finesight.evaluate.task_metrics import get_task_metric
-    from finesight.hub.address import is_hub_address
-    from finesight.model_folder import locate_model
     from finesight.plan.plan_format import format_short_plan
-    from finesight.recipe_template import NUM_EVAL_ROWS, format_recipe
+    from finesight.recipe_template import NUM_EVAL_ROWS, StartModel, format_recipe
     from finesight.storage import check_new_path, write_file
+    from finesight.train.recipe_check import describe_start
 
     if metric is not None and metric not in (tasks := [*TASKS, *METRIC_NAMES.plugin_names]):
         names, remedy = ", ".join(tasks), suggest_name(metric, tasks, "choose one of these")
         raise UserError(f"unknown task {metric!r}", where="--task", expected=names, remedy=remedy)
     source = str(data or _ask("Dataset (file, folder or hf:OWNER/NAME)", ".", ask))
-    name = re.split("[:@]", source)[1] if is_hub_address(source) else source
-    folder = Path(out or f"{Path(name).resolve().stem}-finetune")
+    folder = Path(out or get_init_folder(source))
     check_new_path(folder)
     options = build_import_options(reading, on_invalid_row="skip")
     console = ProgressConsole()
@@ -138,8 +140,17 @@ def init(
         task, options, opened = _detect_task(path, options, metric, ask)
         task = replace(task, objective=objective or task.objective)
         device, memory_bytes = find_device()
-        model = model or _ask("Model", choose_model(memory_bytes), ask)
-        locate_model(model)  # raises the error of a missing model before anything is written
+        suggested = choose_model(memory_bytes)
+        model = model or _ask("Model", suggested, ask)
+        # Errors of a model precede what is written, but data need no connection to a hub.
+        unavailable: UserError | None = None
+        try:
+            start = describe_start(model)
+        except UserError as error:
+            if model != suggested and not isinstance(error, UnavailableError):
+                raise
+            start = StartModel(model)
+            unavailable = error
         num_rows = opened.rows.num_rows
         if num_rows >= MIN_SPLIT_ROWS and opened.rows.eval_start in (None, num_rows):
             num_eval_rows = min(MAX_EVAL_FRACTION, NUM_EVAL_ROWS / num_rows)
@@ -153,14 +164,19 @@ def init(
     recipe = folder / "recipe.yaml"
     files = {file.file: format_count(file.num_samples, "sample") for file in summary.output_files}
     num_samples = summary.output_files[0].num_samples
-    inputs = (recipe, folder / "run", model, f"`finesight init` for {device}", task, files)
+    task = replace(task, has_images=summary.num_images > 0)
+    inputs = (recipe, folder / "run", start, f"`finesight init` for {device}", task, files)
     write_file(recipe, format_recipe(*inputs, num_samples).encode())
     run_plan: RunPlan | None = None
-    try:
-        run_plan = plan(recipe).value
-    except UserError as error:  # of a model that cannot be downloaded
-        console.log(f"the run was not planned: {error}")
-    else:
+    problem = unavailable
+    if unavailable is None:
+        try:
+            run_plan = plan(recipe).value
+        except UserError as error:
+            console.log(f"the run was not planned: {error}")
+            # Other families have no plan, but can be trained.
+            problem = _find_problem(recipe, console)
+    if run_plan is not None:
         overrides = [item for item in run_plan.overrides if "num_workers" not in item]
         write_file(recipe, format_recipe(*inputs, num_samples, overrides).encode())
     map_hint = f"--map image={options.columns.get('image')} --map answer=COLUMN"
@@ -189,7 +205,10 @@ def init(
     ]
     fits = None if run_plan is None else run_plan.chosen_estimate.fits
     steps = [Step("plan", {"recipe": recipe})]
-    if fits:
+    if unavailable is not None:
+        console.log(f"the run was not planned: {unavailable}")
+        steps = _list_model_steps(recipe, model, task)
+    elif fits:
         chat = Step("chat", {"run_or_model": folder / "run"})
         steps = [Step("train", {"recipe": recipe}), chat]
     if has_errors := outcome.value.severity == "error":
@@ -207,7 +226,37 @@ def init(
         "has_data_errors": has_errors,
         "next": [*map(format_command, steps)],
     }
-    return Outcome(recipe, lines, result, steps)
+    is_rejected = problem is not None and unavailable is None
+    return Outcome(recipe, lines, result, steps, EXIT_REJECTED if is_rejected else 0)
+
+
+def _find_problem(recipe: Path, console: ProgressConsole) -> UserError | None:
+    """Return the error with which training would refuse a recipe; None if it accepts it."""
+    from finesight.recipe import load_recipe
+    from finesight.train.recipe_check import check_training
+
+    try:
+        check_training(load_recipe(recipe), console)
+    except UserError as error:
+        return error
+    return None
+
+
+def _list_model_steps(recipe: Path, model: str, task: DetectedTask) -> list[Step]:
+    """Propose steps without the model of a recipe, which cannot be downloaded."""
+    from finesight.model_folder import TINY_MODEL
+    from finesight.recipe_template import get_learning_rates
+
+    folder = model.rpartition("/")[2].partition("@")[0]
+    learning_rate = get_learning_rates(task)[1]
+    bundled = [f"model={TINY_MODEL}", f"train.learning_rate={learning_rate}"]
+    purpose = "to try the workflow: the bundled model has 12.6 million parameters, and was trained"
+    purpose += " on generated images only"
+    return [
+        Step("download", {"source": model, "to": folder}, "on a machine with a connection"),
+        Step("plan", {"recipe": recipe, "overrides": [f"model={folder}"]}, "with this folder"),
+        Step("plan", {"recipe": recipe, "overrides": bundled}, purpose),
+    ]
 
 
 def _format_example(file: Path) -> str:
@@ -491,7 +540,7 @@ def write_recipe(out: Path, plan: QuickstartSettings) -> Path:
     """
     from finesight.infer.model_loader import select_cpu_precision
     from finesight.model_folder import TINY_MODEL
-    from finesight.recipe_template import DetectedTask, format_recipe
+    from finesight.recipe_template import DetectedTask, StartModel, format_recipe
     from finesight.storage import has_content, write_file
 
     recipe, num_samples = out / "recipe.yaml", plan.num_images - plan.num_eval_rows
@@ -507,7 +556,8 @@ def write_recipe(out: Path, plan: QuickstartSettings) -> Path:
         "eval.every=0",
         "eval.limit=null",
     ]
-    inputs = (recipe, out / "run", TINY_MODEL, "`finesight quickstart`", task, files, num_samples)
+    start = StartModel(TINY_MODEL, is_tiny=True)
+    inputs = (recipe, out / "run", start, "`finesight quickstart`", task, files, num_samples)
     # Equal in quality to batches of 16 at 2.0e-3 in two thirds of the time on a CPU.
     settings = {"train.batch_size": "8", "train.learning_rate": "4.0e-3"}
     settings["train.steps"] = str(plan.steps)

@@ -13,7 +13,9 @@ from itertools import groupby, repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Unpack
 
+from finesight.bounded_files import read_json_object
 from finesight.errors import Step, UserError, format_count, suggest_similar_path
+from finesight.operations.dataset import build_init_step
 from finesight.operations.model import ModelArgument, get_model_name, load_model
 from finesight.operations.operation import Outcome, Parameter, StrPath
 from finesight.operations.options import (
@@ -83,10 +85,10 @@ def sample(
     from finesight.evaluate.metric_difference import read_predictions
     from finesight.evaluate.rewards import RewardScorer
     from finesight.infer.request import SamplingParams
-    from finesight.manifest import RESPONSES_FILE, find_run_dir
+    from finesight.manifest import RESPONSES_FILE, SAMPLING_FILE, find_run_dir
     from finesight.storage import check_new_path, write_file, write_folder
+    from finesight.train.recipe_check import check_rewards
     from finesight.train.rollout import describe_unscored
-    from finesight.train.setup import check_rewards
 
     name, data, out = get_model_name(run_or_model), Path(data), Path(out)
     run = find_run_dir(Path(name))
@@ -126,6 +128,7 @@ def sample(
                 text += f"{json.dumps(one.record | score, ensure_ascii=False)}\n"
             scored += rows
         write_file(folder / RESPONSES_FILE, text.encode())
+        write_file(folder / SAMPLING_FILE, json.dumps({"run_or_model": name}).encode())
         responses = read_responses(folder / RESPONSES_FILE)
         verdicts = grade_responses(responses, min_score)
         correct = [(one, verdicts.get(one.sample.id, ((), ()))[0]) for one in samples]
@@ -144,7 +147,9 @@ def sample(
         "share_equal_scores": _mean(len({*group}) == 1 for group in groups),
     }
     lines = [f"{name}: {value:.4g}" for name, value in summary.items()]
-    steps = [Step("check", {"sources": [out / "data.jsonl"]})] if num_kept else []
+    steps = []
+    if num_kept:
+        steps.append(build_init_step(out / "data.jsonl", name))
     steps.append(Step("pairs", {"source": out, "out": f"{out}-pairs.jsonl", "data": data}))
     return Outcome(summary, lines, summary, steps)
 
@@ -277,8 +282,30 @@ def pairs(
     counts = {"num_written": num_written, "num_unused": num_unused}
     noun = "label" if labels else "pair"
     lines = [f"{out}: {format_count(num_written, noun)}, {num_unused} not used"]
-    step = Step("check", {"sources": [out]}) if labels else Step("init", {"data": out})
-    return Outcome(counts, lines, counts, [step])
+    return Outcome(counts, lines, counts, [build_init_step(out, _find_model(source))])
+
+
+def _find_model(source: Path) -> str | None:
+    """Return the run or model whose answers a source contains; None if it is unknown."""
+    from finesight.label.label_store import JOURNAL_FILE, read_suggesters
+    from finesight.manifest import MANIFEST_FILE, SAMPLING_FILE, find_weights
+    from finesight.model_folder import check_model_path
+
+    names: Sequence[str] = ()
+    if (source / SAMPLING_FILE).is_file():
+        record = read_json_object(source / SAMPLING_FILE, remedy="sample the responses again")
+        names = [str(record.get("run_or_model"))]
+    elif (source / JOURNAL_FILE).is_file():
+        names = read_suggesters(source)
+    else:
+        runs = [one for one in (source, *source.parents) if (one / MANIFEST_FILE).is_file()]
+        names = [str(weights) for weights in map(find_weights, runs) if weights is not None]
+    for name in names:
+        # A model may have been moved, and suggestions may be from a server.
+        with suppress(UserError):
+            check_model_path(name)
+            return name
+    return None
 
 
 def _find_responses(

@@ -92,15 +92,26 @@ def plan(
     from finesight.plan.plan_format import format_plan, plan_to_dict
     from finesight.plan.run_plan import plan_run
     from finesight.recipe import load_recipe
+    from finesight.train.run_dir import RunDir
 
     settings, given = load_recipe(Path(recipe), overrides or ()), _list_overrides(overrides)
     check_recipe_metric(settings, Path(recipe), given, trust=trust_metric)
     run_plan = plan_run(settings, gpu, ProgressConsole())
+    lines = format_plan(run_plan)
+    overrides = [*given, *run_plan.overrides]
+    run_dir = RunDir(settings.output_dir)
+    try:
+        run_dir.check_available(resume=False)
+    except UserError as error:
+        if not os.path.lexists(settings.output_dir):
+            raise
+        lines = [*lines, f"note: {error.where} {error.what}: the next command trains in a new one"]
+        overrides.append(f"output_dir={run_dir.next_path}")
     fits = run_plan.chosen_estimate.fits
-    step = Step("train", {"recipe": recipe, "overrides": [*given, *run_plan.overrides]})
+    step = Step("train", {"recipe": recipe, "overrides": overrides})
     return Outcome(
         run_plan,
-        format_plan(run_plan),
+        lines,
         plan_to_dict(run_plan),
         [step] if fits else [],
         exit_code=0 if fits else EXIT_DOES_NOT_FIT,
@@ -413,11 +424,13 @@ def search(
     from finesight.evaluate.metric_difference import align_columns
     from finesight.launch import trial_search
     from finesight.recipe import SEARCH_SECTION, load_recipe, parse_recipe, read_recipe_text
+    from finesight.train.recipe_check import check_recipe
 
     file, budget_s, log = Path(recipe), parse_duration(budget), ProgressConsole().log
     text, given = read_recipe_text(file), _list_overrides(overrides)
     settings = load_recipe(file, overrides or ())
     check_recipe_metric(settings, file, given, trust=trust_metric)
+    check_recipe(settings)
     section = parse_recipe(text, file)[0].get(SEARCH_SECTION)
     folder = Path(out or f"{settings.output_dir}-search")
     devices = _select_gpus(gpus, settings)

@@ -20,17 +20,18 @@ from finesight.config import EVAL_BATCH_SIZE, EvalSettings, Precision, Quantizab
 from finesight.errors import UserError
 from finesight.infer.engine import KV_CACHE_BYTES
 from finesight.infer.kv_cache import get_kv_bytes_per_token, get_linear_state_bytes
-from finesight.infer.model_loader import select_cpu_precision
+from finesight.infer.model_loader import resolve_device, select_cpu_precision
 from finesight.infer.scheduler import MAX_PREFILL_TOKENS
 from finesight.model.trainable import MODEL_PARTS, trainable_parameters
+from finesight.model.weights_io import build_meta_model
 from finesight.plan.dry_run import PlannedPack, iter_planned_steps, plan_step_packs
+from finesight.plan.peak_memory import FP32_BYTES
 from finesight.plan.settings_search import (
     PlannedModel,
     PlannedSettings,
     PlannedSteps,
     SettingsEstimate,
     SettingsSearch,
-    build_meta_model,
     build_planned_model,
 )
 from finesight.plan.step_time import (
@@ -43,11 +44,16 @@ from finesight.plan.step_time import (
 from finesight.progress import ProgressConsole
 from finesight.report.summary import format_duration
 from finesight.train.dataloader import MAX_WORKERS
-from finesight.train.dataset_stats import DatasetStats, SampleStats, load_training_data
+from finesight.train.dataset_stats import DatasetStats, SampleStats
 from finesight.train.evaluation import resolve_eval_interval, resolve_interim_limit
 from finesight.train.flops import FlopCounter
+from finesight.train.recipe_check import (
+    check_disk_space,
+    check_machine,
+    check_recipe,
+    load_run_data,
+)
 from finesight.train.sampler import TrainSampler
-from finesight.train.setup import check_rewards, check_trainable_parts, resolve_base_model
 from finesight.train.state import RunContext, RunData
 from finesight.train.vision_cache import MIN_IMAGE_USES
 
@@ -248,16 +254,16 @@ def plan_run(recipe: Recipe, gpu: str | None, console: ProgressConsole) -> RunPl
     """
     # Reject an unknown GPU before reading image headers.
     recipe_target = _select_target(recipe, gpu, recipe.train.precision)
-    base_model = resolve_base_model(recipe)
-    renderer = base_model.build_renderer(recipe)
-    train_data, validation_data = load_training_data(
-        recipe, renderer, recipe_target.num_workers, console
-    )
-    sampler = TrainSampler(train_data.corpus, train_data.stats.sample_indices, recipe.train)
-    check_trainable_parts(recipe.tune, train_data, sampler)
-    check_rewards(recipe.rewards, recipe.output_dir, train_data.first_sample)
+    is_local = gpu is None
+    if is_local:
+        check_machine(recipe, resolve_device(recipe.train.device))
+    checked = check_recipe(recipe, needs_weights=is_local)
+    base_model = checked.base_model
+    data = load_run_data(checked, recipe_target.num_workers, console)
+    train_data = data.train
+    sampler = data.sampler
     planned_steps = PlannedSteps(
-        [*iter_planned_steps(sampler, train_data.build_sample_stats(renderer, recipe.data))],
+        [*iter_planned_steps(sampler, train_data.build_sample_stats(data.renderer, recipe.data))],
         train_data.stats.prefix_length,
     )
     recipe_settings = PlannedSettings.from_recipe(recipe)
@@ -280,7 +286,13 @@ def plan_run(recipe: Recipe, gpu: str | None, console: ProgressConsole) -> RunPl
         estimates.append((target, search.estimate(search.find_best(recipe_settings))))
     target, chosen_estimate = min(estimates, key=lambda item: item[1].rank)
     model = build_model(target, chosen_estimate.settings.nf4_parts)
-    validation_stats = validation_data.stats.sample_stats if validation_data is not None else ()
+    if is_local:
+        persistent = model.persistent
+        checkpoint_bytes = FP32_BYTES * persistent.num_trainable + persistent.optimizer_state_bytes
+        check_disk_space(
+            recipe, model.model, persistent.num_trainable, checkpoint_bytes, len(sampler)
+        )
+    validation_stats = () if data.validation is None else data.validation.stats.sample_stats
     evaluation = EvaluationEstimate(0, 0, 0.0, 0)
     if validation_stats:
         evaluation = estimate_evaluation(recipe, model, target, validation_stats, len(sampler))

@@ -21,12 +21,10 @@ from finesight.encode.packing import compute_min_budget, effective_prefix_length
 from finesight.encode.renderer import is_native
 from finesight.errors import UserError
 from finesight.infer.model_loader import resolve_model_source
-from finesight.model.linear import find_adaptable_layers
 from finesight.model.quant.base import find_quantized_weights
-from finesight.model.quant.int4 import gptq_group_size, quantize_gptq_layers
-from finesight.model.trainable import ModelPart, configure_tuning, get_part
+from finesight.model.trainable import ModelPart, configure_tuning
 from finesight.model.vlm import VisionLanguageModel
-from finesight.model.weights_io import build_empty_model
+from finesight.model.weights_io import build_meta_model
 from finesight.model_folder import ModelFolder
 from finesight.plan.dry_run import PlannedPack, StepTracer, plan_step_packs
 from finesight.plan.peak_memory import (
@@ -43,7 +41,7 @@ from finesight.train.dataset_stats import SampleStats
 from finesight.train.graph_buffers import GraphShape, can_capture_vision, should_capture_vision
 from finesight.train.objectives.distill import DistillObjective
 from finesight.train.objectives.grpo import GrpoObjective
-from finesight.train.setup import build_objective, resolve_tune
+from finesight.train.recipe_check import build_objective, resolve_tune
 
 MIN_EFFICIENT_PACK_TOKENS = 4096
 """Pack size in tokens that saturates a GPU. Smaller packs are launch-bound."""
@@ -119,21 +117,6 @@ def _build_teacher(settings: DistillSettings, dtype: torch.dtype) -> VisionLangu
         has_4_bits = settings.weight_format in ("nf4", "int4")
         parts = (["language"], []) if has_4_bits else ([], ["language"])
     return build_meta_model(source.folder, dtype, *parts).requires_grad_(False).eval()
-
-
-def build_meta_model(
-    folder: ModelFolder,
-    dtype: torch.dtype,
-    nf4_parts: Collection[ModelPart],
-    fp8_parts: Collection[ModelPart],
-) -> VisionLanguageModel:
-    """Build the model that `model.weights_io.load_model` would load, on the meta device."""
-    model = build_empty_model(folder, dtype, nf4_parts, fp8_parts=fp8_parts)
-    group_size = gptq_group_size(folder)
-    if group_size is not None:
-        layers = [name for name in find_adaptable_layers(model) if get_part(name) == "language"]
-        quantize_gptq_layers(model, layers, group_size, str(folder.path))
-    return model
 
 
 @dataclass(frozen=True, slots=True)

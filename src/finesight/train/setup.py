@@ -4,40 +4,29 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import platform
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 
 from finesight import __version__
-from finesight.config import Recipe, RewardSettings, TrainSettings, TuneSettings
+from finesight.config import Recipe
 from finesight.data.augmentation import Augmenter
-from finesight.data.sample import Sample
 from finesight.encode.packing import SampleShape
 from finesight.encode.renderer import FAMILIES
 from finesight.errors import UserError
-from finesight.evaluate import custom_metric
-from finesight.evaluate.eval_case import EvalCase, get_reference_answer
-from finesight.evaluate.rewards import RewardScorer
-from finesight.evaluate.task_metrics import TASK_METRICS, get_task_metric
-from finesight.infer.model_loader import resolve_device, resolve_model_source, resolve_precision
-from finesight.manifest import MANIFEST_FILE, Manifest, find_run_dir, load_manifest
+from finesight.evaluate.task_metrics import TASK_METRICS
+from finesight.infer.model_loader import resolve_device, resolve_precision
+from finesight.manifest import Manifest
 from finesight.model.hf_backend import LIMITATIONS, AnyModel, HfModel, load_auto_model
 from finesight.model.linear import stacked_row_counts
-from finesight.model.lora.peft_io import ADAPTER_CONFIG_FILE as ADAPTER_CONFIG
 from finesight.model.lora.peft_io import ADAPTER_WEIGHTS_FILE as ADAPTER_WEIGHTS
 from finesight.model.lora.peft_io import load_trainable_adapter
-from finesight.model.quant.fp8 import require_fp8_support
-from finesight.model.quant.nf4 import import_bitsandbytes
 from finesight.model.trainable import configure_tuning
 from finesight.model.vlm import ARCHITECTURES
-from finesight.model_folder import get_portable_name
 from finesight.progress import ProgressConsole
 from finesight.storage import sha256_file
 from finesight.track.backends import TRACKERS
@@ -51,22 +40,23 @@ from finesight.train.cuda_graphs import CudaGraphRunner
 from finesight.train.dataloader import DeviceLoader, default_num_workers
 from finesight.train.dataset_stats import (
     DatasetStats,
-    TrainingData,
     check_image_record,
-    list_image_paths,
-    load_training_data,
 )
 from finesight.train.finalize import ParamAudit
 from finesight.train.flops import FlopCounter, measure_peak_flops
 from finesight.train.objectives.distill import DistillObjective, load_teacher
-from finesight.train.objectives.dpo import KtoObjective, PairObjective
-from finesight.train.objectives.grpo import GrpoObjective
-from finesight.train.objectives.sft import SftObjective
 from finesight.train.oom import MemoryBudget
 from finesight.train.optimizer import LossScaler, LRSchedule, MasterWeightOptimizer
 from finesight.train.parallel.distributed import SINGLE_PROCESS, ParallelStrategy, ProcessGroup
+from finesight.train.recipe_check import (
+    build_objective,
+    check_machine,
+    check_recipe,
+    load_run_data,
+    resolve_tune,
+)
 from finesight.train.run_dir import OBJECTIVE_SECTIONS, RunDir
-from finesight.train.sampler import DistributedSampler, StepSampler, TrainSampler
+from finesight.train.sampler import DistributedSampler, StepSampler
 from finesight.train.state import (
     BaseModelRef,
     Hardware,
@@ -75,54 +65,6 @@ from finesight.train.state import (
     TrainEngine,
     TrainState,
 )
-
-
-def resolve_base_model(recipe: Recipe) -> BaseModelRef:
-    """Resolve the `model` and `adapter` settings of a recipe.
-
-    `model` is a model folder, a hub name, an adapter folder, a run directory or a LoRA checkpoint.
-
-    Raises:
-        UserError: The model or adapter does not exist, or the recipe specifies two adapters.
-    """
-    parts = resolve_model_source(recipe.model)
-    # Store absolute paths of folders, and names of hub models and packaged models.
-    is_path = Path(recipe.model).expanduser().exists()
-    name = get_portable_name(parts.folder) if is_path else recipe.model
-    adapter = recipe.adapter
-    if adapter is None:
-        return BaseModelRef(name, parts.folder, parts.adapter, parts.manifest)
-    if parts.adapter is not None:
-        raise UserError(
-            f"model {recipe.model} already has an adapter, and adapter is {adapter}",
-            where="adapter",
-            expected="a single adapter to continue",
-            remedy="remove adapter, or set model to the base model of the adapter",
-        )
-    manifest = parts.manifest
-    run_dir = find_run_dir(adapter)
-    if os.path.isfile(run_dir / MANIFEST_FILE):
-        if load_manifest(run_dir / MANIFEST_FILE).tune.has_mode("full"):
-            raise UserError(
-                f"the run {run_dir} has fully trained parts, which are not in an adapter",
-                where="adapter",
-                expected="a run with LoRA only, or one of its checkpoints",
-                remedy=f"remove adapter, and set model: {run_dir} after the end of that run",
-            )
-        parts.folder.fetch_weights()  # needed for the fingerprint of the base model
-        source = resolve_model_source(str(adapter), base=str(parts.folder.path))
-        manifest, adapter = source.manifest, source.adapter or adapter
-    if not os.path.isfile(adapter / ADAPTER_CONFIG) and os.path.isdir(adapter / "adapter"):
-        adapter = adapter / "adapter"
-    if not os.path.isfile(adapter / ADAPTER_CONFIG):
-        raise UserError(
-            f"no {ADAPTER_CONFIG} in {adapter}",
-            where="adapter",
-            expected="an adapter folder, a run with an adapter, or one of its LoRA checkpoints",
-            remedy="correct the path",
-        )
-    return BaseModelRef(name, parts.folder, adapter, manifest)
-
 
 MUTABLE_SETTINGS = {
     "num_workers",
@@ -206,30 +148,24 @@ def build_train_state(
     Raises:
         UserError: Settings, data, model or checkpoint are invalid.
     """
-    if recipe.tune.quantize.nf4:
-        import_bitsandbytes("tune.quantize.nf4")
     device = process_group.select_device(resolve_device(recipe.train.device))
-    dtype, num_workers = resolve_precision(recipe.train.precision, device), recipe.train.num_workers
+    dtype = resolve_precision(recipe.train.precision, device)
+    check_machine(recipe, device)
+    num_workers = recipe.train.num_workers
     if num_workers is None:
         num_workers = default_num_workers(device, process_group.local_world_size)
     peak_flops = measure_peak_flops(device, dtype)
     hardware = Hardware(device, dtype, num_workers, peak_flops, process_group)
-    if recipe.tune.quantize.fp8:
-        require_fp8_support(hardware.device, "tune.quantize.fp8")
-    base_model = resolve_base_model(recipe)
-    renderer = base_model.build_renderer(recipe)
-    objective = build_objective(recipe.train, base_model.folder.family, renderer.visual_token_ids)
-    if recipe.eval is not None and recipe.data.eval:
-        get_task_metric(
-            custom_metric.resolve_metric_path(recipe.eval.metric, recipe.output_dir)
-        )  # reports an invalid metric first
-    train_data, validation_data = load_training_data(recipe, renderer, num_workers, console)
-    renderer = train_data.select_thinking_mode(renderer)
-    sampler = TrainSampler(train_data.corpus, train_data.stats.sample_indices, recipe.train)
-    check_trainable_parts(recipe.tune, train_data, sampler)
-    check_rewards(recipe.rewards, recipe.output_dir, train_data.first_sample)
+    checked = check_recipe(recipe)
+    base_model = checked.base_model
+    objective = build_objective(
+        recipe.train, base_model.folder.family, checked.renderer.visual_token_ids
+    )
+    data = load_run_data(checked, num_workers, console)
+    renderer = data.renderer
+    train_data = data.train
+    sampler = data.sampler
     lr_schedule = LRSchedule(recipe.train, len(sampler))
-    data = RunData(renderer, train_data, validation_data, sampler)
     resume_config = _build_resume_config(recipe, hardware, base_model, data)
     checkpoint_manager = CheckpointManager(run_dir.checkpoint_dir, recipe.train.keep_checkpoints)
     run = RunContext(
@@ -253,7 +189,7 @@ def build_train_state(
                 check_inputs(run, data)
     model = _load_model(run)
     if isinstance(objective, DistillObjective):
-        objective.teacher = load_teacher(recipe.train, renderer)
+        objective.teacher = load_teacher(recipe.train)
     flop_counter = None if isinstance(model, HfModel) else FlopCounter(model)
     rank_sampler = build_rank_sampler(
         sampler,
@@ -326,85 +262,6 @@ def build_train_state(
     state.apply_budget(state.progress.budget)
     _log_overrides(state, budget)
     return state, param_audit
-
-
-def build_objective(
-    train: TrainSettings, family: str, banned_ids: tuple[int, ...] = ()
-) -> SftObjective:
-    """Create the objective of a run, whose responses never contain `banned_ids`.
-
-    Raises:
-        UserError: The model family does not support `train.objective`.
-    """
-    if train.objective in (None, "sft"):
-        return SftObjective()
-    # In evaluation mode, Qwen-VL computes a token depending on the length of its sample.
-    if family not in ARCHITECTURES or family == "qwen":
-        raise UserError(
-            f"train.objective={train.objective} does not support the family {family}",
-            where="train.objective",
-            expected="a natively implemented model family since Qwen2-VL",
-            remedy="choose another model, or set train.objective=sft",
-        )
-    return {
-        "dpo": PairObjective(train.dpo),
-        "orpo": PairObjective(train.orpo),
-        "simpo": PairObjective(train.simpo),
-        "kto": KtoObjective(train.kto),
-        "grpo": GrpoObjective(train.grpo, banned_ids),
-        "distill": DistillObjective(train.distill),
-    }[train.objective]
-
-
-def resolve_tune(recipe: Recipe) -> TuneSettings:
-    """Return the section `tune`, without dropout for objectives that compare likelihoods."""
-    if recipe.train.objective in (None, "sft"):
-        return recipe.tune
-    lora = recipe.tune.lora.model_copy(update={"dropout": 0.0})
-    return recipe.tune.model_copy(update={"lora": lora})
-
-
-def check_trainable_parts(tune: TuneSettings, data: TrainingData, sampler: TrainSampler) -> None:
-    """Verify that the samples of a run give every trainable part of the model a gradient.
-
-    Raises:
-        UserError: Vision encoder or merger are trainable, but the run has no images.
-    """
-    modes = {"vision": tune.vision, "merger": tune.merger}
-    parts = [part for part, mode in modes.items() if mode != "frozen"]
-    indices = (index for step in range(len(sampler)) for index in sampler.batch_indices(step))
-
-    def has_images(index: int) -> bool:
-        with suppress(UserError):  # Samples beyond a partial scan may be invalid.
-            return bool(list_image_paths(data.corpus.read_validated(index)))
-        return False
-
-    if parts and not any(map(has_images, indices)):
-        raise UserError(
-            f"no sample of this run has an image, so no gradient would reach {' and '.join(parts)}",
-            where=f"tune.{parts[0]}",
-            expected="images or videos, which give these parts a gradient",
-            remedy="add samples with images, or set"
-            f" {' and '.join(f'tune.{part}=frozen' for part in parts)}",
-        )
-
-
-def check_rewards(rewards: Sequence[RewardSettings], run: Path | None, sample: Sample) -> None:
-    """Score the reference of a sample and an empty answer by all rewards.
-
-    Raises:
-        UserError: A score, a file, a function or a package is missing, or a function fails.
-    """
-    if not rewards:
-        return
-    texts, boxes = get_reference_answer(sample)
-    answers = (texts[0], boxes), ("", ())
-    try:
-        with RewardScorer(rewards, run) as scorer:
-            scorer.score([EvalCase(*answer, texts, boxes, sample.id) for answer in answers])
-    except custom_metric.RewardError as error:
-        error.remedy = "correct it; it was called with a reference and with an empty answer"
-        raise
 
 
 def build_rank_sampler(

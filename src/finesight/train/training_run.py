@@ -17,50 +17,19 @@ from finesight.config import Recipe, StepsOrFraction
 from finesight.model.kernels.runtime import HAS_TRITON, compile_in_parallel, is_compile_cache_empty
 from finesight.model.vlm import VisionLanguageModel
 from finesight.progress import ProgressConsole
-from finesight.storage import require_free_space
-from finesight.track.backends import require_packages
 from finesight.track.tracker_manager import start_trackers
-from finesight.train.checkpoint import resolve_save_interval
 from finesight.train.dataset_stats import save_tensors
 from finesight.train.finalize import RunReport, RunResult, finalize_run, load_result, record_failure
 from finesight.train.logging import MetricsLogger, describe_run
 from finesight.train.objectives.dpo import prepare_references
 from finesight.train.oom import translate_oom_errors
 from finesight.train.parallel.distributed import init_distributed
+from finesight.train.recipe_check import check_disk_space
 from finesight.train.run_dir import RunDir
 from finesight.train.setup import InputCheck, build_manifest, build_train_state
 from finesight.train.state import TrainState
 from finesight.train.trainer import Trainer
 from finesight.train.vision_cache_builder import VisionFeatures
-
-
-def check_disk_space(state: TrainState) -> None:
-    """Verify that the disk has space for the checkpoints and trained weights of a run.
-
-    The estimate includes the retained checkpoints, the best checkpoint and one that is being
-    written. Checkpoints that are already on disk need no more space.
-
-    Raises:
-        UserError: There is not enough free space.
-    """
-    recipe, total_steps = state.run.recipe, len(state.data.sampler)
-    checkpoint_size = state.estimate_checkpoint_bytes()
-    interval = resolve_save_interval(recipe.train, total_steps)
-    num_remaining = 1 + ((total_steps - state.progress.step) // interval if interval else 0)
-    max_kept = min(recipe.train.keep_checkpoints + 2, num_remaining + 1 if interval else 1)
-    num_new = max(1, max_kept - len(state.run.checkpoint_manager.steps()))
-    num_trainable = state.engine.parallel.num_trainable_params
-    weight_bytes = 4 * num_trainable if recipe.tune.has_mode("lora") else 0
-    if recipe.tune.has_mode("full"):
-        weight_bytes += sum(parameter.nbytes for parameter in state.engine.model.parameters())
-    require_free_space(
-        state.run.run_dir.path,
-        num_new * checkpoint_size + weight_bytes,
-        f"{num_new} checkpoints of {checkpoint_size / 1e9:.3g} GB and"
-        f" {weight_bytes / 1e9:.3g} GB of trained weights",
-        "free disk space, set another output_dir, or lower train.keep_checkpoints",
-    )
-
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 """Parameters of `mallopt` in glibc's malloc.h."""
@@ -176,13 +145,20 @@ def train(
             if is_main and not run_dir.report_path.exists():
                 RunReport(run_dir, progress_console).write()
             return result if is_main else None
-        require_packages(recipe.track)
         state, param_audit = build_train_state(
             recipe, run_dir, progress_console, is_resumed, process_group, check_inputs
         )
         state.run.stop.after = stop_after
         if is_main:
-            check_disk_space(state)
+            check_disk_space(
+                recipe,
+                state.engine.model,
+                state.engine.parallel.num_trainable_params,
+                state.estimate_checkpoint_bytes(),
+                total_steps=len(state.data.sampler),
+                num_finished=state.progress.step,
+                num_existing=len(state.run.checkpoint_manager.steps()),
+            )
         if is_main and not is_resumed:
             stack.enter_context(run_dir.lock())
             # Another process may have started meanwhile.

@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated, NoReturn, TypeVar
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -468,16 +468,25 @@ def _read_tensors(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     return tensors, metadata
 
 
+class AdapterMismatchError(UserError):
+    """Raised for an adapter of other layers, ranks or scales than the section `tune`."""
+
+
 def _raise_for_keys(names: list[str], reason: str, where: str, remedy: str = "") -> None:
     if names:
-        more = f" and {len(names) - 5} more" if len(names) > 5 else ""
         raise UserError(
-            f"{len(names)} keys {reason}: {', '.join(names[:5])}{more}",
+            f"{len(names)} keys {reason}: {_join_names(names)}",
             where=where,
             expected=f"{_PEFT_PREFIX}model.language_model.layers.N.MODULE.lora_A.weight and "
             "similar keys",
             remedy=remedy or "use an adapter of this family, saved completely by finesight or peft",
         )
+
+
+def _join_names(names: Sequence[str]) -> str:
+    """List up to five names, and count the others."""
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return f"{', '.join(names[:5])}{more}"
 
 
 def load_adapter(
@@ -524,23 +533,30 @@ def load_trainable_adapter(
         for path, _, adapter in iter_adapters(model)
         for output, low in adapter.configs.items()
     }
-    where = str(folder)
-    remedy = (
-        "set tune as the adapter was trained, or merge the adapter and start from the merged model"
-    )
+
+    def reject(problem: str, wanted: str) -> NoReturn:
+        raise AdapterMismatchError(
+            problem,
+            where=str(folder),
+            expected=wanted,
+            remedy="set tune as the adapter was trained, or merge the adapter and start from the"
+            " merged model",
+        )
+
     extra = [name for name in spec.configs if name not in expected]
-    _raise_for_keys(extra, "have no adapter here", where, remedy)
     missing = [name for name in expected if name not in spec.configs]
-    _raise_for_keys(missing, "are not in the adapter", where, remedy)
+    if extra:
+        problem = f"{len(extra)} keys have no adapter here: {_join_names(extra)}"
+        reject(problem, "an adapter of the layers that tune in the recipe selects")
+    if missing:
+        problem = f"{len(missing)} keys are not in the adapter: {_join_names(missing)}"
+        reject(problem, "an adapter of all layers that tune in the recipe selects")
     for name, lora_config in expected.items():
         found = spec.configs[name]
         if found.rank != lora_config.rank or not math.isclose(found.scale, lora_config.scale):
-            raise UserError(
+            reject(
                 f"{name} has rank {found.rank} and scale {found.scale:g} in the adapter",
-                where=where,
-                expected=f"rank {lora_config.rank} and scale {lora_config.scale:g}, as in the "
-                "recipe",
-                remedy=remedy,
+                f"rank {lora_config.rank} and scale {lora_config.scale:g}, as in the recipe",
             )
     _copy_factors(model, factors)
     return spec

@@ -99,8 +99,10 @@ def _kl_divergence(log_p_CV: Tensor, log_q_CV: Tensor) -> Tensor:
     return (log_p_CV.exp() * (log_p_CV - log_q_CV)).sum(1)
 
 
-def load_teacher(train: TrainSettings, renderer: Renderer) -> VisionLanguageModel:
-    """Load the teacher, which must have the tokenizer and image processing of the trained model.
+def check_teacher(train: TrainSettings, renderer: Renderer) -> None:
+    """Verify that the teacher has the tokenizer and image processing of the trained model.
+
+    Its weights are not read.
 
     Raises:
         UserError: The teacher cannot process the tokens and patches of the trained model.
@@ -117,6 +119,12 @@ def load_teacher(train: TrainSettings, renderer: Renderer) -> VisionLanguageMode
             remedy="choose another teacher, or generate its answers to the data, and set"
             " train.objective=sft",
         )
+
+
+def load_teacher(train: TrainSettings) -> VisionLanguageModel:
+    """Load the teacher, which `check_teacher` has accepted."""
+    settings = train.distill
+    assert settings.teacher is not None, "distillation without a teacher"
     formats = train.device, train.precision, settings.weight_format
     model = load_inference_model(settings.teacher, *formats).model
     assert isinstance(model, VisionLanguageModel), f"{settings.teacher} has no native family"

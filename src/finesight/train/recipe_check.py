@@ -1,0 +1,417 @@
+"""Checks of a recipe before a run: all that training would refuse at its set-up, without weights.
+
+Every command that accepts a recipe runs the same checks. `check_recipe` reads the small files of
+the model and the adapter, `load_run_data` the samples.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from finesight.config import (
+    EvalSettings,
+    QuantizeSettings,
+    Recipe,
+    RewardSettings,
+    TrainSettings,
+    TuneSettings,
+)
+from finesight.data.sample import Sample
+from finesight.encode.renderer import Renderer, is_native
+from finesight.errors import Step, UserError
+from finesight.evaluate import custom_metric
+from finesight.evaluate.eval_case import EvalCase, get_reference_answer, select_eval_samples
+from finesight.evaluate.rewards import RewardScorer
+from finesight.evaluate.task_metrics import check_references, get_task_metric
+from finesight.hub.download import is_offline
+from finesight.infer.model_loader import resolve_device, resolve_model_source
+from finesight.manifest import MANIFEST_FILE, find_run_dir, load_manifest
+from finesight.model.lora.peft_io import ADAPTER_CONFIG_FILE as ADAPTER_CONFIG
+from finesight.model.lora.peft_io import AdapterMismatchError, load_trainable_adapter, read_adapter
+from finesight.model.quant.fp8 import require_fp8_support
+from finesight.model.quant.nf4 import import_bitsandbytes
+from finesight.model.trainable import (
+    MODEL_PARTS,
+    configure_tuning,
+    infer_tuning,
+)
+from finesight.model.vlm import ARCHITECTURES
+from finesight.model.weights_io import build_checked_model, build_meta_model
+from finesight.model_folder import TINY_MODEL, get_portable_name, resolve_model_path
+from finesight.progress import ProgressConsole
+from finesight.recipe_template import StartModel, describe_run
+from finesight.storage import require_free_space
+from finesight.track.backends import require_packages
+from finesight.train.checkpoint import resolve_save_interval
+from finesight.train.dataloader import default_num_workers
+from finesight.train.dataset_stats import TrainingData, list_image_paths, load_training_data
+from finesight.train.objectives.distill import DistillObjective, check_teacher
+from finesight.train.objectives.dpo import KtoObjective, PairObjective
+from finesight.train.objectives.grpo import GrpoObjective
+from finesight.train.objectives.sft import SftObjective
+from finesight.train.optimizer import LRSchedule
+from finesight.train.run_dir import RunDir
+from finesight.train.sampler import TrainSampler
+from finesight.train.state import BaseModelRef, RunData
+
+
+@dataclass(frozen=True, slots=True)
+class CheckedRecipe:
+    """Recipe that `check_recipe` accepts, with its base model and the renderer of its samples."""
+
+    recipe: Recipe
+    base_model: BaseModelRef
+    renderer: Renderer
+
+
+def check_recipe(
+    recipe: Recipe, *, runs_functions: bool = True, needs_weights: bool = True
+) -> CheckedRecipe:
+    """Check a recipe without its samples, and without the machine of the run.
+
+    Args:
+        runs_functions: Whether the Python file of a custom metric may be executed.
+        needs_weights: Whether the model must be complete. The weights of a hub model may be
+            missing, because the training downloads them.
+
+    Raises:
+        UserError: Training would refuse the recipe.
+    """
+    base_model = resolve_base_model(recipe)
+    renderer = base_model.build_renderer(recipe)
+    build_objective(recipe.train, base_model.folder.family)
+    for _, name, copy_name in custom_metric.list_functions(recipe):
+        path = custom_metric.resolve_metric_path(name, recipe.output_dir, copy_name=copy_name)
+        custom_metric.require_metric_file(Path(path.rpartition(":")[0]))
+    if recipe.eval is not None and recipe.data.eval:
+        metric = custom_metric.resolve_metric_path(recipe.eval.metric, recipe.output_dir)
+        if runs_functions or custom_metric.parse_metric_path(metric) is None:
+            get_task_metric(metric)
+    tune = recipe.tune
+    names_layers = base_model.adapter is not None or tune.lora.target_modules is not None
+    names_layers = names_layers or tune.quantize != QuantizeSettings()
+    # The layers of the transformers backend are unknown without the weights.
+    if is_native(base_model.folder) and (needs_weights or names_layers):
+        check_tuning(recipe, base_model, needs_weights=needs_weights)
+    if recipe.train.objective == "distill":
+        check_teacher(recipe.train, renderer)
+    return CheckedRecipe(recipe, base_model, renderer)
+
+
+def check_tuning(recipe: Recipe, base_model: BaseModelRef, *, needs_weights: bool) -> None:
+    """Verify that the section `tune` fits the model and its adapter.
+
+    The model has no storage. The headers of its weights are read if they are on this machine.
+
+    Raises:
+        UserError: A file or tensor of the model is missing, a target of LoRA does not exist, or the
+            adapter has other layers, ranks or scales than the recipe.
+    """
+    folder, tune = base_model.folder, resolve_tune(recipe)
+    nf4_parts = tune.quantize.nf4 or ()
+    fp8_parts = tune.quantize.fp8 or ()
+    if needs_weights and (is_offline() or folder.is_local) and not folder.has_pickled_weights:
+        model, _ = build_checked_model(folder, torch.bfloat16, nf4_parts, fp8_parts=fp8_parts)
+    else:
+        model = build_meta_model(folder, torch.bfloat16, nf4_parts, fp8_parts)
+    configure_tuning(model, tune, recipe.train.seed)
+    if base_model.adapter is None:
+        return
+    try:
+        load_trainable_adapter(model, base_model.adapter, base_folder=folder)
+    except AdapterMismatchError as error:
+        own = read_adapter_tuning(base_model)
+        if own is not None:
+            overrides = " ".join(_list_overrides(tune, own))
+            error.remedy = f"add {overrides}, as the adapter was trained, or merge the adapter"
+            error.remedy += " and start from the merged model"
+        raise
+
+
+def read_adapter_tuning(base_model: BaseModelRef) -> TuneSettings | None:
+    """Return the section `tune` of an adapter; None if no section describes it."""
+    if base_model.manifest is not None:
+        return base_model.manifest.tune
+    if base_model.adapter is None or not is_native(base_model.folder):
+        return None
+    model = build_meta_model(base_model.folder, torch.bfloat16, (), ())
+    spec, _ = read_adapter(base_model.adapter, model.adapter_key_mappings)
+    return infer_tuning(model, spec.configs, spec.dropout)
+
+
+def _list_overrides(current: TuneSettings, wanted: TuneSettings) -> list[str]:
+    """List the overrides that change the parts and adapters of a recipe."""
+    lora = wanted.lora
+    targets = "null" if lora.target_modules is None else f"[{','.join(lora.target_modules)}]"
+    settings = {
+        **{f"tune.{part}": (dict(current)[part], dict(wanted)[part]) for part in MODEL_PARTS},
+        "tune.lora.rank": (current.lora.rank, lora.rank),
+        "tune.lora.alpha": (current.lora.alpha, lora.alpha),
+        "tune.lora.target_modules": (current.lora.target_modules, lora.target_modules),
+    }
+    texts = {"tune.lora.alpha": f"{lora.alpha:g}", "tune.lora.target_modules": targets}
+    return [f"{name}={texts.get(name, new)}" for name, (old, new) in settings.items() if old != new]
+
+
+def describe_start(name: str) -> StartModel:
+    """Return the model of a new recipe, and the settings that follow from it.
+
+    Raises:
+        UserError: The model does not exist, or no recipe can continue its adapter.
+    """
+    source = resolve_model_source(name)
+    own = describe_run(name, resolve_model_path(name))
+    if own is not None:
+        return own
+    is_tiny = get_portable_name(source.folder) == TINY_MODEL
+    if source.adapter is None:
+        return StartModel(name, is_tiny)
+    tune = read_adapter_tuning(BaseModelRef(name, source.folder, source.adapter, None))
+    if tune is None:
+        raise UserError(
+            f"no section tune has the layers and ranks of the adapter {name}",
+            where="model",
+            expected="an adapter with one rank and scale, on layers that names select",
+            remedy=Step("merge", {"source": name, "out": "OUT"}, "merge it, and start from OUT"),
+        )
+    return StartModel(name, is_tiny, tune)
+
+
+def resolve_base_model(recipe: Recipe) -> BaseModelRef:
+    """Resolve the `model` and `adapter` settings of a recipe.
+
+    `model` is a model folder, a hub name, an adapter folder, a run directory or a LoRA checkpoint.
+
+    Raises:
+        UserError: The model or adapter does not exist, or the recipe specifies two adapters.
+    """
+    parts = resolve_model_source(recipe.model)
+    # Store absolute paths of folders, and names of hub models and packaged models.
+    is_path = Path(recipe.model).expanduser().exists()
+    name = get_portable_name(parts.folder) if is_path else recipe.model
+    adapter = recipe.adapter
+    if adapter is None:
+        return BaseModelRef(name, parts.folder, parts.adapter, parts.manifest)
+    if parts.adapter is not None:
+        raise UserError(
+            f"model {recipe.model} already has an adapter, and adapter is {adapter}",
+            where="adapter",
+            expected="a single adapter to continue",
+            remedy="remove adapter, or set model to the base model of the adapter",
+        )
+    manifest = parts.manifest
+    run_dir = find_run_dir(adapter)
+    if os.path.isfile(run_dir / MANIFEST_FILE):
+        if load_manifest(run_dir / MANIFEST_FILE).tune.has_mode("full"):
+            raise UserError(
+                f"the run {run_dir} has fully trained parts, which are not in an adapter",
+                where="adapter",
+                expected="a run with LoRA only, or one of its checkpoints",
+                remedy=f"remove adapter, and set model: {run_dir} after the end of that run",
+            )
+        parts.folder.fetch_weights()  # needed for the fingerprint of the base model
+        source = resolve_model_source(str(adapter), base=str(parts.folder.path))
+        manifest, adapter = source.manifest, source.adapter or adapter
+    if not os.path.isfile(adapter / ADAPTER_CONFIG) and os.path.isdir(adapter / "adapter"):
+        adapter = adapter / "adapter"
+    if not os.path.isfile(adapter / ADAPTER_CONFIG):
+        raise UserError(
+            f"no {ADAPTER_CONFIG} in {adapter}",
+            where="adapter",
+            expected="an adapter folder, a run with an adapter, or one of its LoRA checkpoints",
+            remedy="correct the path",
+        )
+    return BaseModelRef(name, parts.folder, adapter, manifest)
+
+
+def build_objective(
+    train: TrainSettings, family: str, banned_ids: tuple[int, ...] = ()
+) -> SftObjective:
+    """Create the objective of a run, whose responses never contain `banned_ids`.
+
+    Raises:
+        UserError: The model family does not support `train.objective`.
+    """
+    if train.objective in (None, "sft"):
+        return SftObjective()
+    # In evaluation mode, Qwen-VL computes a token depending on the length of its sample.
+    if family not in ARCHITECTURES or family == "qwen":
+        raise UserError(
+            f"train.objective={train.objective} does not support the family {family}",
+            where="train.objective",
+            expected="a natively implemented model family since Qwen2-VL",
+            remedy="choose another model, or set train.objective=sft",
+        )
+    return {
+        "dpo": PairObjective(train.dpo),
+        "orpo": PairObjective(train.orpo),
+        "simpo": PairObjective(train.simpo),
+        "kto": KtoObjective(train.kto),
+        "grpo": GrpoObjective(train.grpo, banned_ids),
+        "distill": DistillObjective(train.distill),
+    }[train.objective]
+
+
+def resolve_tune(recipe: Recipe) -> TuneSettings:
+    """Return the section `tune`, without dropout for objectives that compare likelihoods."""
+    if recipe.train.objective in (None, "sft"):
+        return recipe.tune
+    lora = recipe.tune.lora.model_copy(update={"dropout": 0.0})
+    return recipe.tune.model_copy(update={"lora": lora})
+
+
+def check_trainable_parts(tune: TuneSettings, data: TrainingData, sampler: TrainSampler) -> None:
+    """Verify that the samples of a run give every trainable part of the model a gradient.
+
+    Raises:
+        UserError: Vision encoder or merger are trainable, but the run has no images.
+    """
+    modes = {"vision": tune.vision, "merger": tune.merger}
+    parts = [part for part, mode in modes.items() if mode != "frozen"]
+    indices = (index for step in range(len(sampler)) for index in sampler.batch_indices(step))
+
+    def has_images(index: int) -> bool:
+        with suppress(UserError):  # Samples beyond a partial scan may be invalid.
+            return bool(list_image_paths(data.corpus.read_validated(index)))
+        return False
+
+    if parts and not any(map(has_images, indices)):
+        raise UserError(
+            f"no sample of this run has an image, so no gradient would reach {' and '.join(parts)}",
+            where=f"tune.{parts[0]}",
+            expected="images or videos, which give these parts a gradient",
+            remedy="add samples with images, or set"
+            f" {' and '.join(f'tune.{part}=frozen' for part in parts)}",
+        )
+
+
+def check_rewards(rewards: Sequence[RewardSettings], run: Path | None, sample: Sample) -> None:
+    """Score the reference of a sample and an empty answer by all rewards.
+
+    Raises:
+        UserError: A score, a file, a function or a package is missing, or a function fails.
+    """
+    if not rewards:
+        return
+    texts, boxes = get_reference_answer(sample)
+    answers = (texts[0], boxes), ("", ())
+    try:
+        with RewardScorer(rewards, run) as scorer:
+            scorer.score([EvalCase(*answer, texts, boxes, sample.id) for answer in answers])
+    except custom_metric.RewardError as error:
+        error.remedy = "correct it; it was called with a reference and with an empty answer"
+        raise
+
+
+def check_machine(recipe: Recipe, device: torch.device) -> None:
+    """Verify the packages and the device that a run needs on this machine.
+
+    Raises:
+        UserError: A package is missing, or the device does not support a setting.
+    """
+    if recipe.tune.quantize.nf4:
+        import_bitsandbytes("tune.quantize.nf4")
+    if recipe.tune.quantize.fp8:
+        require_fp8_support(device, "tune.quantize.fp8")
+    require_packages(recipe.track)
+
+
+def load_run_data(checked: CheckedRecipe, num_workers: int, console: ProgressConsole) -> RunData:
+    """Load the samples of a run, and check them against the recipe.
+
+    Raises:
+        UserError: Training would refuse the samples.
+    """
+    recipe = checked.recipe
+    train, validation = load_training_data(recipe, checked.renderer, num_workers, console)
+    renderer = train.select_thinking_mode(checked.renderer)
+    sampler = TrainSampler(train.corpus, train.stats.sample_indices, recipe.train)
+    LRSchedule(recipe.train, len(sampler))  # rejects a warmup beyond the end
+    check_trainable_parts(recipe.tune, train, sampler)
+    check_rewards(recipe.rewards, recipe.output_dir, train.first_sample)
+    if recipe.eval is not None and validation is not None:
+        indices = select_eval_samples(validation.stats.sample_indices, recipe.eval.limit)
+        samples = [validation.corpus[index].sample for index in indices]
+        check_eval_references(recipe.eval, recipe.output_dir, renderer, samples)
+    return RunData(renderer, train, validation, sampler)
+
+
+def check_training(recipe: Recipe, console: ProgressConsole) -> None:
+    """Check a recipe as a training on this machine does before it loads the weights.
+
+    Raises:
+        UserError: Training would refuse the recipe.
+    """
+    RunDir(recipe.output_dir).check_available(resume=False)
+    device = resolve_device(recipe.train.device)
+    check_machine(recipe, device)
+    num_workers = recipe.train.num_workers
+    if num_workers is None:
+        num_workers = default_num_workers(device, 1)
+    load_run_data(check_recipe(recipe), num_workers, console)
+
+
+def check_eval_references(
+    settings: EvalSettings, run: Path, renderer: Renderer, samples: Sequence[Sample]
+) -> None:
+    """Verify that the answers of validation samples have what the metric compares.
+
+    Raises:
+        UserError: A sample has no reference answer, or the answers do not fit the metric.
+    """
+    metric = custom_metric.resolve_metric_path(settings.metric, run)
+    has_reasoning = renderer.renders_reasoning
+    references = [get_reference_answer(one, has_reasoning=has_reasoning) for one in samples]
+    check_references(metric, references, [one.id for one in samples])
+
+
+def check_disk_space(
+    recipe: Recipe,
+    model: nn.Module,
+    num_trainable: int,
+    checkpoint_bytes: int,
+    total_steps: int,
+    num_finished: int = 0,
+    num_existing: int = 0,
+) -> None:
+    """Verify that the disk has space for the checkpoints and trained weights of a run.
+
+    The estimate includes the retained checkpoints, the best checkpoint and one that is being
+    written. Checkpoints that are already on disk need no more space.
+
+    Args:
+        model: Model of the run, whose tensors may have no storage.
+        num_trainable: Number of trainable parameters.
+        num_finished: Number of finished steps.
+        num_existing: Number of checkpoints on disk.
+
+    Raises:
+        UserError: There is not enough free space.
+    """
+    interval = resolve_save_interval(recipe.train, total_steps)
+    num_remaining = 1
+    max_kept = 1
+    if interval:
+        num_remaining += (total_steps - num_finished) // interval
+        max_kept = num_remaining + 1
+    max_kept = min(recipe.train.keep_checkpoints + 2, max_kept)
+    num_new = max(1, max_kept - num_existing)
+    weight_bytes = 0
+    if recipe.tune.has_mode("lora"):
+        weight_bytes += 4 * num_trainable
+    if recipe.tune.has_mode("full"):
+        weight_bytes += sum(parameter.nbytes for parameter in model.parameters())
+    require_free_space(
+        recipe.output_dir,
+        num_new * checkpoint_bytes + weight_bytes,
+        f"{num_new} checkpoints of {checkpoint_bytes / 1e9:.3g} GB and"
+        f" {weight_bytes / 1e9:.3g} GB of trained weights",
+        "free disk space, set another output_dir, or lower train.keep_checkpoints",
+    )

@@ -1,5 +1,6 @@
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -272,3 +273,37 @@ def test_guard_compares_a_run_with_its_base_model(tmp_path, cli, tune):
     assert "no regression" in cli(*words).out
     assert "is not a run" in cli("guard", task.folder / "tiny", code=2).err
     assert "--suite" in cli("guard", run, "--update", code=2).err
+
+
+@each(
+    ("words", "has_references"),
+    [
+        (("eval", "--data", "{data}", "--metric", "captions"), True),
+        (("sample", "{data}", "{out}", "--reward", "ocr", "--best-of", "2"), True),
+        (("predict", "--data", "{data}"), False),
+        (("label", "{images}", "--suggest-only", "--prompt", "What?", "--out", "{out}"), False),
+    ],
+)
+def test_limits_below_the_answers_are_warned_of(tiny, data, tmp_path, cli, words, has_references):
+    """Before the generation by the references, and after it by the truncated answers."""
+    names = {"data": data, "images": data.parent / "a.png", "out": tmp_path / "out"}
+    command, *others = (word.format(**names) for word in words)
+    written = tmp_path / "out"
+    for limit, is_small in ((1, True), (30, False)):
+        limits = ("--max-new-tokens", limit, "--device", "cpu")
+        err = cli(command, tiny, *others, *limits).err
+        reference = re.search(r"is too small for 2 of 2 .*answers \(100%\), which have up to", err)
+        assert (reference is not None) == (is_small and has_references), command
+        if is_small:
+            assert re.search(r"\(100%\) were truncated at --max-new-tokens 1: raise it", err)
+        if written.exists():
+            shutil.rmtree(written)
+
+
+def test_truncated_responses_are_no_pairs(tiny, data, tmp_path, cli):
+    words = ("sample", tiny, data, tmp_path / "out", "--reward", "ocr", "--device", "cpu")
+    cli(*words, "--max-new-tokens", 1, "--best-of", 2)
+    words = ("pairs", tmp_path / "out", tmp_path / "pairs.jsonl", "--data", data)
+    error = cli(*words, code=2).err
+    assert "4 of 4 responses are truncated" in error
+    assert "remedy: sample longer responses" in error

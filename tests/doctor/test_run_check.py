@@ -173,6 +173,9 @@ def test_policy_is_assessed_by_rewards(last, severity, tmp_path):
     diagnosis, *_ = diagnose(tmp_path, lines[:20] + later, recipe)
     assert (diagnosis.severity, diagnosis.code.partition("-")[0]) == (severity, "rewards")
     assert "Reward of the first and last" in diagnosis.what
+    is_truncated = "completions/clipped_ratio" in last
+    assert diagnosis.what.startswith("80% of the responses") == is_truncated
+    assert ("max_completion_length=2048" in str(diagnosis.remedy)) == is_truncated
 
 
 def test_step_based_recipe_gets_step_based_remedy(tmp_path: Path) -> None:

@@ -672,7 +672,13 @@ def label(
             if server is None:
                 model = load_model(suggester, **loading).value.inference_model
                 rank = rank_labels if review else suggest_labels
-                suggest = partial(rank, model, max_new_tokens=max_new_tokens, batch_size=batch_size)
+                suggest = partial(
+                    rank,
+                    model,
+                    max_new_tokens=max_new_tokens,
+                    batch_size=batch_size,
+                    log=console.log,
+                )
                 del model
             else:
                 from finesight.label.teacher import Teacher

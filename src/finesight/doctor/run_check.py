@@ -74,6 +74,12 @@ FLAT_FRACTION, CONVERGED_LOSS_RATIO = 0.02, 0.5
 """Relative decrease below which a loss is flat, and ratio of the final to the initial loss of a
 converged run."""
 
+MAX_TRUNCATED_SHARE = 0.5
+"""Share of truncated responses from which truncation explains missing rewards."""
+
+MIN_COMPLETION_LENGTH = 64
+"""Smallest proposed `max_completion_length`; nearly all short answers have fewer tokens."""
+
 REPETITION_PATTERN = re.compile(r"(.{1,60}?)\1{3,}.{0,60}$", re.DOTALL)
 """Pattern of a completion that ends with a repeated text."""
 
@@ -330,7 +336,14 @@ def _check_rewards(run_record: RunRecord) -> Iterator[Diagnosis]:
     is_good = any(low > 0 for low, _ in gains.values()) and max(equal, truncated) <= 0.5
     change = summary.describe_rewards(run_record) or "no step with rewards"
     code = "rewards" if is_good else "rewards-flat"
-    yield diagnose_run(run_record, code, change=change, equal=equal, truncated=truncated)
+    overrides: list[str] = []
+    limit = load_run_recipe(run_record).train.grpo.max_completion_length
+    if _finite_values(last, keys[1]) and truncated > MAX_TRUNCATED_SHARE:
+        code = "rewards-truncated"
+        longer = max(MIN_COMPLETION_LENGTH, 4 * limit)
+        overrides = [f"train.grpo.max_completion_length={longer}"]
+    values = {"change": change, "equal": equal, "truncated": truncated, "limit": limit}
+    yield diagnose_run(run_record, code, **values, overrides=overrides)
 
 
 class SavedPrediction(BaseModel):

@@ -38,6 +38,7 @@ import torch
 from finesight.data.boxes import MAX_JSON_DEPTH
 from finesight.data.image_header import DEFAULT_SIZE, CorruptImageError, ImageSize
 from finesight.data.sample import ContentPart, LocatedSample, TextPart
+from finesight.encode.answer_lengths import describe_truncation
 from finesight.encode.packing import pack
 from finesight.encode.renderer import Renderer
 from finesight.errors import UserError
@@ -72,8 +73,12 @@ def suggest_labels(
     max_new_tokens: int = 512,
     batch_size: int = 16,
     on_progress: Callable[[int], None] | None = None,
+    log: Callable[[str], None] = lambda text: None,
 ) -> tuple[list[Suggestion], dict[str, str]]:
     """Generate suggested labels, least certain first.
+
+    Args:
+        log: Called with a warning if many suggestions are truncated.
 
     Returns:
         The suggestions, and the reason for each sample without one by ID: an unreadable image.
@@ -100,6 +105,10 @@ def suggest_labels(
         on_corrupt_image=errors.__setitem__,
         logprobs=True,
     )
+    num_truncated = sum(one.finish_reason == "length" for one in predictions)
+    setting = "--max-new-tokens"
+    if text := describe_truncation(num_truncated, len(predictions), max_new_tokens, setting):
+        log(text)
     readable = [sample for index, sample in enumerate(samples) if index not in errors]
     suggestions = [*map(partial(build_suggestion, renderer), readable, predictions)]
     suggestions.sort(key=lambda suggestion: suggestion.confidence)

@@ -86,7 +86,9 @@ def evaluate(
             512.
         out: Write each answer with its scores to this new JSONL file, for `finesight compare`.
     """
+    from finesight.encode.answer_lengths import describe_cut_answers, measure_answers
     from finesight.evaluate.custom_metric import check_metric, parse_metric_path
+    from finesight.evaluate.eval_case import select_eval_samples
     from finesight.evaluate.generation_eval import evaluate as run_evaluation
     from finesight.evaluate.generation_eval import load_eval_inputs
     from finesight.storage import check_new_path, write_new_file
@@ -110,13 +112,31 @@ def evaluate(
     if parse_metric_path(settings.metric) is not None:
         console.log(f"custom metric: {settings.metric}")
     model = load_model(run_or_model, **loading).value.inference_model
-    total = min(len(samples), settings.limit or len(samples))
-    with console.progress_stage("answers", total) as on_progress:
+    limit_name = "--max-new-tokens"
+    selected = select_eval_samples(range(len(samples)), settings.limit)
+    lengths = measure_answers(model.renderer, [samples[index] for index in selected])
+    warning = describe_cut_answers(lengths, settings.max_new_tokens, limit_name, "reference answer")
+    if warning:
+        console.log(warning)
+    with console.progress_stage("answers", len(selected)) as on_progress:
         source = model.model, model.renderer, samples, settings, write_predictions, on_progress
         result = run_evaluation(*source, on_progress, batch_size=batch_size)
     for sample, reason in result.corrupt_samples:
         console.log(f"skipped: sample {sample}: {reason}")
+    _warn_truncated(result.predictions, settings.max_new_tokens, console)
     return Outcome(result, result.as_table().splitlines(), result.as_json())
+
+
+def _warn_truncated(
+    predictions: Sequence[Prediction], max_new_tokens: int, console: ProgressConsole
+) -> None:
+    """Warn about answers that reached the maximum number of tokens, if there are many."""
+    from finesight.encode.answer_lengths import describe_truncation
+
+    num_truncated = sum(one.finish_reason == "length" for one in predictions)
+    text = describe_truncation(num_truncated, len(predictions), max_new_tokens, "--max-new-tokens")
+    if text:
+        console.log(text)
 
 
 def predict(
@@ -190,6 +210,7 @@ def predict(
             batch_size=batch_size,
             on_progress=on_progress,
         )
+    _warn_truncated(predictions, max_new_tokens, console)
     lines = [prediction.as_text() for prediction in predictions]
     records = [prediction.as_json() for prediction in predictions]
     if out is not None:

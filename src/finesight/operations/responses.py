@@ -80,6 +80,11 @@ def sample(
 
     from finesight.data.formats.json_annotations import count_ids
     from finesight.data.sample import LocatedSample, read_samples
+    from finesight.encode.answer_lengths import (
+        describe_cut_answers,
+        describe_truncation,
+        measure_answers,
+    )
     from finesight.evaluate.custom_metric import RewardError
     from finesight.evaluate.eval_case import get_reference_answer
     from finesight.evaluate.metric_difference import read_predictions
@@ -108,6 +113,10 @@ def sample(
         console.log(f"using the responses of {generated}, whose scores are missing")
     else:
         model = load_model(run_or_model, **loading).value.inference_model
+        lengths = measure_answers(model.renderer, samples)
+        name_of_limit = "--max-new-tokens"
+        if text := describe_cut_answers(lengths, max_new_tokens, name_of_limit, "answer"):
+            console.log(text)
         repeated = [one for one in samples for _ in range(best_of)]
         params = SamplingParams(temperature=temperature, banned_ids=model.renderer.visual_token_ids)
         limits = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
@@ -130,12 +139,17 @@ def sample(
         write_file(folder / RESPONSES_FILE, text.encode())
         write_file(folder / SAMPLING_FILE, json.dumps({"run_or_model": name}).encode())
         responses = read_responses(folder / RESPONSES_FILE)
+        num_truncated = sum(content is None for group in responses.values() for _, content in group)
         verdicts = grade_responses(responses, min_score)
         correct = [(one, verdicts.get(one.sample.id, ((), ()))[0]) for one in samples]
         best: list[Row] = [(one, good[0], {}) for one, good in correct if good]
         num_kept = write_answers(folder / "data.jsonl", best, out)
     generated.unlink()
     for warning in describe_unscored(scorer.names, np.array(scored)):
+        console.log(warning)
+    if warning := describe_truncation(
+        num_truncated, best_of * len(responses), max_new_tokens, "--max-new-tokens"
+    ):
         console.log(warning)
     groups = [[score for score, _ in group] for group in responses.values()]
     summary = {
@@ -250,11 +264,13 @@ def pairs(
     source, out = Path(source), Path(out)
     check_new_path(out)
     verdicts: Verdicts
+    responses: Responses = {}
     if (source / JOURNAL_FILE).is_file():
         samples, verdicts = read_labels(source), {**read_verdicts(source)}
     else:
         file, files, weights = _find_responses(source, data)
-        verdicts = grade_responses(read_responses(file, weights), min_score)
+        responses = read_responses(file, weights)
+        verdicts = grade_responses(responses, min_score)
         samples = [one for one in load_corpus(files).read_samples() if one.sample.id in verdicts]
         count_ids("samples", (one.sample.id for one in samples), data or source)
     rows: list[Row] = []
@@ -273,11 +289,18 @@ def pairs(
     num_written = write_answers(out, rows, out.parent)
     num_unused += len(verdicts) + len(rows) - num_written
     if not num_written:
+        contents = [content for group in responses.values() for _, content in group]
+        remedy = "sample more responses, or change --min-score"
+        problem = f"{num_unused} samples have no better and worse answer"
+        if 2 * contents.count(None) > len(contents):
+            problem += f": {contents.count(None)} of {len(contents)} responses are truncated"
+            remedy = "sample longer responses, with a larger --max-new-tokens or"
+            remedy += " train.grpo.max_completion_length"
         raise UserError(
-            f"{num_unused} samples have no better and worse answer",
+            problem,
             where=str(source),
             expected="answers on both sides of --min-score, and their samples in --data",
-            remedy="sample more responses, or change --min-score",
+            remedy=remedy,
         )
     counts = {"num_written": num_written, "num_unused": num_unused}
     noun = "label" if labels else "pair"

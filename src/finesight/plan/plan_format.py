@@ -177,12 +177,7 @@ def _format_overheads(plan: RunPlan) -> Iterator[str]:
                 f"  generation uses about {evaluation.generation_bytes / 1e9:.2f} GB instead"
                 " of a pack"
             )
-    if evaluation.num_cut_answers:
-        yield (
-            f"warning: eval.max_new_tokens is too small for {evaluation.num_cut_answers} of"
-            f" {evaluation.num_samples} validation answers, which have up to"
-            f" {evaluation.max_answer_tokens} tokens"
-        )
+    yield from plan.warnings
     if plan.feature_bytes is not None:
         cached_step_s = plan.chosen_estimate.cached_step_s
         assert cached_step_s is not None, "missing step time with cached features"

@@ -51,6 +51,7 @@ from finesight.train.recipe_check import (
     check_disk_space,
     check_machine,
     check_recipe,
+    describe_limits,
     load_run_data,
 )
 from finesight.train.sampler import TrainSampler
@@ -213,6 +214,7 @@ class RunPlan:
         is_augmented: Whether `data.augment` rules the vision cache out.
         overrides: Command-line overrides that change the recipe to the chosen settings.
         memory_hints: Other ways to reduce memory, for a run that does not fit.
+        warnings: Limits of generated tokens below the lengths of the answers.
     """
 
     family: str
@@ -234,6 +236,7 @@ class RunPlan:
     startup_s: float
     overrides: tuple[str, ...]
     memory_hints: tuple[str, ...]
+    warnings: tuple[str, ...]
 
     def total_seconds(self, estimate: SettingsEstimate) -> float:
         """Return the seconds of all training steps and evaluations, without startup."""
@@ -330,6 +333,7 @@ def plan_run(recipe: Recipe, gpu: str | None, console: ProgressConsole) -> RunPl
             recipe, recipe_settings, chosen_estimate.settings, target, recipe_target, num_workers
         ),
         memory_hints=tuple(_list_memory_hints(recipe, target, model)),
+        warnings=tuple(filter(None, describe_limits(recipe, data))),
     )
 
 

@@ -41,6 +41,7 @@ from finesight.storage import write_file, write_folder
 from finesight.train.checkpoint import TrainProgress
 from finesight.train.evaluation import load_eval_history
 from finesight.train.parallel.distributed import SINGLE_PROCESS, ProcessGroup
+from finesight.train.recipe_check import suggest_completion_length
 from finesight.train.run_dir import RunDir
 from finesight.train.state import TrainState
 
@@ -53,6 +54,9 @@ _INT_DTYPES = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 
 CHECKSUM_CHUNK_ELEMENTS = 1 << 24
 """Number of elements per chunk when a checksum is computed; limits memory."""
+
+MAX_TRUNCATED_SHARE = 0.5
+"""Share of truncated responses up to which equal rewards explain a run without an update."""
 
 SAMPLE_SIZE = 16384
 """Approximate number of evenly spaced elements of a tensor whose initial values are stored."""
@@ -176,11 +180,44 @@ def compute_checksum(tensor: Tensor) -> Tensor:
     return torch.stack([chunk.sum(dtype=torch.int64) for chunk in chunks]).sum()
 
 
-def check_param_changes(param_changes: Iterable[ParamChange], equal_rewards: str = "") -> None:
+@dataclass(frozen=True, slots=True)
+class UnusedResponses:
+    """Responses of a GRPO run of which none contributed to the loss.
+
+    Attributes:
+        rewards: Names of the rewards.
+        truncated_share: Share of truncated responses.
+        is_masked: Whether truncated responses are excluded from the loss.
+        length_remedy: What to do about truncated responses.
+    """
+
+    rewards: str
+    truncated_share: float
+    is_masked: bool
+    length_remedy: str
+
+    def describe(self) -> tuple[str, str, str, str]:
+        """Return problem, setting, expected value and remedy."""
+        truncated = f"{self.truncated_share:.0%} of the responses were truncated"
+        if self.truncated_share > MAX_TRUNCATED_SHARE:
+            reason = "so the rewards were equal"
+            if self.is_masked:
+                reason = "and train.grpo.mask_truncated_completions excludes them from the loss"
+            setting = "train.grpo.max_completion_length"
+            return f"{truncated}, {reason}", setting, "complete responses", self.length_remedy
+        problem = f"the responses had equal rewards or none ({self.rewards})"
+        remedy = "use rewards that score partly correct answers, raise train.grpo.temperature, or"
+        remedy += " train with train.objective=sft first"
+        return problem, "rewards", "responses of which some have a higher reward", remedy
+
+
+def check_param_changes(
+    param_changes: Iterable[ParamChange], unused: UnusedResponses | None = None
+) -> None:
     """Verify that frozen parts are unchanged and trainable parts have changed.
 
     Args:
-        equal_rewards: Names of the rewards if no group of responses had different ones.
+        unused: Responses of a GRPO run without any update; None for other runs.
 
     Raises:
         RuntimeError: A frozen part changed, which is a bug.
@@ -198,11 +235,9 @@ def check_param_changes(param_changes: Iterable[ParamChange], equal_rewards: str
             where, expected = f"tune.{change.part}", "updates of all trainable parts"
             remedy = "add samples that use it (images, for vision and merger), increase"
             remedy += f" train.learning_rate.{change.part}, or set tune.{change.part}=frozen"
-            if equal_rewards:
-                problem += f": the responses had equal rewards or none ({equal_rewards})"
-                where, expected = "rewards", "responses of which some have a higher reward"
-                remedy = "use rewards that score partly correct answers, raise"
-                remedy += " train.grpo.temperature, or train with train.objective=sft first"
+            if unused is not None:
+                reason, where, expected, remedy = unused.describe()
+                problem += f": {reason}"
             raise UserError(problem, where=where, expected=expected, remedy=remedy)
 
 
@@ -262,6 +297,20 @@ class RunResult(BaseModel):
         return "\n".join(lines)
 
 
+def _find_unused_responses(state: TrainState) -> UnusedResponses | None:
+    """Return the responses of a run if no step had tokens of them; None for other runs."""
+    recipe, lines = state.run.recipe, [*state.run.run_dir.iter_metrics()]
+    if not recipe.rewards or any(line.get("num_supervised_tokens") for line in lines):
+        return None
+    shares = [line["completions/clipped_ratio"] for line in lines if "reward" in line]
+    return UnusedResponses(
+        rewards=", ".join(reward.name for reward in recipe.rewards),
+        truncated_share=fsum(shares) / max(1, len(shares)),
+        is_masked=recipe.train.grpo.mask_truncated_completions,
+        length_remedy=suggest_completion_length(recipe, state.data.train),
+    )
+
+
 def finalize_run(
     state: TrainState, param_audit: ParamAudit, wait_for_checkpoint: Callable[[], None]
 ) -> RunResult | None:
@@ -315,10 +364,7 @@ def finalize_run(
         if process_group.is_main:
             run_dir.write(PARAM_AUDIT_FILE, [*map(asdict, param_changes)])
             console.log(format_param_changes(param_changes))
-        # A step without tokens had no group with different rewards.
-        has_tokens = any(line.get("num_supervised_tokens") for line in run_dir.iter_metrics())
-        names = ", ".join(reward.name for reward in state.run.recipe.rewards)
-        check_param_changes(param_changes, "" if has_tokens else names)
+        check_param_changes(param_changes, _find_unused_responses(state))
         if process_group.is_main:
             with console.activity("saving the trained weights"):
                 _save_weights(state, step, wait_for_checkpoint)

@@ -7,7 +7,7 @@ the model and the adapter, `load_run_data` the samples.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +24,7 @@ from finesight.config import (
     TuneSettings,
 )
 from finesight.data.sample import Sample
+from finesight.encode.answer_lengths import describe_cut_answers
 from finesight.encode.renderer import Renderer, is_native
 from finesight.errors import Step, UserError
 from finesight.evaluate import custom_metric
@@ -341,6 +342,39 @@ def load_run_data(checked: CheckedRecipe, num_workers: int, console: ProgressCon
         samples = [validation.corpus[index].sample for index in indices]
         check_eval_references(recipe.eval, recipe.output_dir, renderer, samples)
     return RunData(renderer, train, validation, sampler)
+
+
+def describe_limits(recipe: Recipe, data: RunData) -> Iterator[str]:
+    """Yield warnings about limits of generated tokens below the lengths of the answers."""
+    sampling = recipe.train.sampling
+    if sampling is not None:
+        setting = f"train.{recipe.train.objective}.max_completion_length"
+        lengths = list_answer_lengths(data.train)
+        yield describe_cut_answers(
+            lengths, sampling.max_completion_length, setting, "reference answer"
+        )
+    if recipe.eval is not None and data.validation is not None:
+        lengths = list_answer_lengths(data.validation)
+        limit = recipe.eval.max_new_tokens
+        yield describe_cut_answers(lengths, limit, "eval.max_new_tokens", "validation answer")
+
+
+def list_answer_lengths(data: TrainingData) -> list[int]:
+    """Return the numbers of tokens of the answers of all scanned samples."""
+    return [stats.num_answer_tokens for stats in data.stats.sample_stats]
+
+
+def suggest_completion_length(recipe: Recipe, data: TrainingData) -> str:
+    """Return the remedy for responses that reach `max_completion_length`."""
+    setting = f"train.{recipe.train.objective}.max_completion_length"
+    limit = recipe.train.grpo.max_completion_length
+    longest = max(list_answer_lengths(data))
+    if longest > limit:
+        return f"set {setting} to {longest} or more, the tokens of the longest reference answer"
+    return (
+        f"raise {setting}, or train with train.objective=sft first: the reference answers have up"
+        f" to {longest} tokens, and the responses do not end"
+    )
 
 
 def check_training(recipe: Recipe, console: ProgressConsole) -> None:

@@ -47,6 +47,7 @@ from finesight.model.vlm import VisionLanguageModel
 from finesight.storage import append_line
 from finesight.train.dataloader import IndexedSample, SkippedSample, StepBatch
 from finesight.train.objectives.dpo import compute_token_logps
+from finesight.train.recipe_check import suggest_completion_length
 from finesight.train.state import TrainState
 from finesight.train.vision_cache_builder import free_gpu_memory
 
@@ -60,6 +61,9 @@ NUM_CHECKED_RESPONSES = 128
 
 MAX_USELESS_SHARE = 0.02
 """Share of responses with a reward up to which a run warns."""
+
+MAX_TRUNCATED_SHARE = 0.5
+"""Share of truncated responses from which a run warns of them instead of missing rewards."""
 
 FRAMES = (
     "thousandths of the image",
@@ -118,13 +122,20 @@ class RolloutRecord(NamedTuple):
 class RewardCheck:
     """Check of the first responses of a run, which warns once if nearly all rewards are 0.
 
-    It also warns once if predicted boxes match the references better in another coordinate frame,
-    and names the frame.
+    It warns of truncated responses instead if they are most of them, because truncation explains
+    missing rewards. It also warns once if predicted boxes match the references better in another
+    coordinate frame, and names the frame.
+
+    Args:
+        length_remedy: What to do about responses that reach `max_completion_length`.
     """
 
-    def __init__(self, renderer: Renderer, log: Callable[[str], None]) -> None:
+    def __init__(
+        self, renderer: Renderer, log: Callable[[str], None], length_remedy: str = ""
+    ) -> None:
         self._renderer, self._log = renderer, log
-        self._num_responses = self._num_rewarded = self._num_checks = 0
+        self._length_remedy = length_remedy
+        self._num_responses = self._num_rewarded = self._num_checks = self._num_truncated = 0
         self._matches: dict[str, list[list[tuple[float, bool]]]] = {}
         """Overlap of each box, and if it is within the image, in all frames, by sample."""
 
@@ -136,6 +147,7 @@ class RewardCheck:
             return
         self._num_responses += len(cases)
         self._num_rewarded += int((np.nan_to_num(totals_G) > 0).sum())
+        self._num_truncated += sum(not case.ended_with_eos for case in cases)
         if isinstance(self._renderer, NativeRenderer):
             images = [span for span in spans if span.kind == "image"]
             self._compare_boxes(self._renderer, cases, images)
@@ -170,9 +182,16 @@ class RewardCheck:
                 self._matches.setdefault(case.id, []).append(matches)
 
     def _describe_rewards(self) -> str:
-        """Return the warning of the first check; empty if the responses have rewards."""
+        """Return the warning of the first check; empty for complete responses with rewards."""
+        if self._num_checks > 1:
+            return ""
+        if self._num_truncated > MAX_TRUNCATED_SHARE * self._num_responses:
+            return (
+                f"{self._num_truncated} of the first {self._num_responses} responses are"
+                f" truncated: {self._length_remedy}"
+            )
         num_useless = self._num_responses - self._num_rewarded
-        if self._num_checks > 1 or self._num_rewarded > MAX_USELESS_SHARE * self._num_responses:
+        if self._num_rewarded > MAX_USELESS_SHARE * self._num_responses:
             return ""
         return (
             f"{num_useless} of the first {self._num_responses} responses have no reward: fine-tune"
@@ -216,7 +235,8 @@ class Rollout:
         self.scorer = RewardScorer(recipe.rewards, state.run.run_dir.path)
         self.weights_F = np.array(self.scorer.weights)
         self.log = state.run.console.log
-        self.check = RewardCheck(state.data.renderer, self.log)
+        length_remedy = suggest_completion_length(recipe, state.data.train)
+        self.check = RewardCheck(state.data.renderer, self.log, length_remedy)
         self.reward_s, self.first_step = 0.0, 0
         engine = state.engine
         assert isinstance(engine.model, VisionLanguageModel), "a model of the transformers backend"

@@ -52,6 +52,7 @@ from finesight.train.recipe_check import (
     build_objective,
     check_machine,
     check_recipe,
+    describe_limits,
     load_run_data,
     resolve_tune,
 )
@@ -162,6 +163,8 @@ def build_train_state(
         recipe.train, base_model.folder.family, checked.renderer.visual_token_ids
     )
     data = load_run_data(checked, num_workers, console)
+    for warning in filter(None, describe_limits(recipe, data)):
+        console.log(warning)
     renderer = data.renderer
     train_data = data.train
     sampler = data.sampler

@@ -1,5 +1,6 @@
 """GRPO: losses compared with TRL, rollouts, and runs with rewards."""
 
+import contextlib
 import json
 import re
 
@@ -296,6 +297,37 @@ def test_useless_rewards_name_the_coordinate_frame(tmp_path, frame, kind):
     # The responses to one sample are no evidence.
     assert report(cases[:1] * 64, [1, 1, 1, 1]) == ""
     assert "4 of the first 4 responses have no reward" in report(cases[:1], [0, 0, 0, 0])
+
+
+@pytest.mark.parametrize("is_masked", [False, True])
+def test_truncated_responses_are_named_before_rewards(tmp_path, is_masked):
+    """The limit is below the references: warned before the first step, and named at the end."""
+    task = TinyTask(tmp_path)
+    task.recipe["rewards"] = ["exact"]
+    grpo = {"num_generations": 2, "max_completion_length": 1, "max_refills": 0}
+    grpo["mask_truncated_completions"] = is_masked
+    task.recipe["train"] |= {"objective": "grpo", "grpo": grpo, "epochs": 1, "save_every": None}
+    with pytest.raises(UserError) as raised:
+        task.run()
+    warning, _, _ = task.console_output.partition("step 1/")
+    count = re.search(
+        r"max_completion_length 1 is too small for 11 of 11 reference answers \(100%\),"
+        r" which have up to (\d+) tokens: set it to (\d+) or more",
+        " ".join(warning.split()),
+    )
+    assert count is not None
+    assert count[1] == count[2]
+    assert "22 of the first 22 responses are truncated" in task.console_output
+    error = raised.value
+    assert error.where == "train.grpo.max_completion_length"
+    assert "100% of the responses were truncated" in error.what
+    assert ("mask_truncated_completions" in error.what) == is_masked
+    assert f"set train.grpo.max_completion_length to {count[1]} or more" in str(error.remedy)
+    # With the proposed length, nothing is warned of.
+    limit = f"train.grpo.max_completion_length={count[1]}"
+    with contextlib.suppress(UserError):  # of equal rewards, which is another problem
+        task.run(limit, "train.steps=1", "train.epochs=null", name="longer")
+    assert "is too small" not in task.console_output
 
 
 @each(

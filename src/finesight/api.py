@@ -8,11 +8,12 @@ the expected value and a remedy. Options in messages are arguments: `--map image
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
-from finesight.errors import TrainingInterrupted, UserError
+from finesight.errors import TrainingInterrupted, UserError, describe_indices
 from finesight.operations import dataset, deployment, evaluation, model, responses, training
 from finesight.operations import init as initialize
+from finesight.operations.first_guesses import suggest_function
 from finesight.operations.model import IGNORE_INDEX, Encoding, Model, build_question
 from finesight.operations.operation import StrPath, as_function, check_counts, to_name
 
@@ -55,6 +56,13 @@ merge = as_function(deployment.merge)
 export = as_function(deployment.export)
 
 
+def __getattr__(name: str) -> NoReturn:
+    """Raise AttributeError with a similar name, or the one of a first guess."""
+    similar = suggest_function(name, __all__)
+    hint = f". Did you mean {similar}?" if similar else ""
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}{hint}")
+
+
 def draw_boxes(prediction: Prediction, image_index: int = 0) -> Image.Image:
     """Draw the predicted boxes on a copy of an image of a prediction.
 
@@ -74,8 +82,10 @@ def draw_boxes(prediction: Prediction, image_index: int = 0) -> Image.Image:
         raise UserError(
             f"image {image_index}",
             where="draw_boxes",
-            expected=f"an index below {len(prediction.images)}, the number of images",
-            remedy="omit it to draw the first image, and use predictions with images",
+            expected=describe_indices(len(prediction.images), "image"),
+            remedy="omit it to draw the first image"
+            if prediction.images
+            else "draw the boxes of predictions with images",
         )
     return annotate_image(prediction, image_index)
 

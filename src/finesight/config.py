@@ -234,7 +234,7 @@ class LoraSettings(SettingsSection):
     rank: Annotated[int, Field(gt=0, le=65_536)] = 64
     alpha: Annotated[CoercedFloat, Field(gt=0.0, le=1e9)] = 16.0
     dropout: Annotated[CoercedFloat, Field(ge=0.0, lt=1.0)] = 0.05
-    target_modules: Annotated[tuple[str, ...], BeforeValidator(_as_tuple)] | None = None
+    target_modules: Names[str] | None = None
 
 
 QuantizablePart = Literal["vision", "merger", "language", "embeddings"]

@@ -130,6 +130,21 @@ def format_count(count: int, noun: str) -> str:
     return f"{count} {noun}{ending}"
 
 
+def describe_choices(names: Iterable[object], kind: str) -> str:
+    """Describe the valid names of a kind, of which there may be none."""
+    listed = ", ".join(map(str, names))
+    return f"one of {listed}" if listed else f"no {kind}: there is none"
+
+
+def describe_indices(count: int, noun: str) -> str:
+    """Describe the valid indices of a number of things, of which there may be none."""
+    if not count:
+        return f"no {noun}: there is none"
+    if count == 1:
+        return f"index 0: there is one {noun}"
+    return f"an index below {count}, the number of {noun}s"
+
+
 def suggest_name(name: str, names: Iterable[str], otherwise: str, prefix: str = "") -> str:
     """Return a remedy for an unknown name: the most similar valid name, or `otherwise`."""
     import difflib

@@ -25,7 +25,7 @@ from finesight.data.boxes import BoxConvention, InvalidBoxError, clip_to_image
 from finesight.data.formats.image_annotations import NO_OBJECTS_ANSWER
 from finesight.data.image_header import CorruptImageError, ImageSize
 from finesight.data.sample import BoxPart, TextPart, create_region
-from finesight.errors import UserError
+from finesight.errors import UserError, describe_indices
 from finesight.infer.prediction import BOX_COLORS
 from finesight.label.label_session import LabelSession, describe_answer
 from finesight.label.label_store import AnswerContent, LabelEvent, LabelItem, get_text
@@ -332,7 +332,7 @@ def _build_content(
             raise UserError(
                 f"a box in image {box.image} (0-based)",
                 where=request.id,
-                expected=f"an index below {len(sizes)}",
+                expected=describe_indices(len(sizes), "image"),
                 remedy="reload the page",
             )
         # A box without area is refused where no points are expected.

@@ -8,10 +8,12 @@ functions, so that `--help` stays fast.
 from __future__ import annotations
 
 import contextlib
+import difflib
 import gc
 import inspect
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict
@@ -33,6 +35,7 @@ from finesight.errors import (
 )
 from finesight.host_memory import num_allowed_cpus
 from finesight.operations import OPERATIONS, find_operation
+from finesight.operations.first_guesses import find_option, suggest_command, suggest_value
 from finesight.operations.operation import (
     OUTCOME_VARIABLE,
     Outcome,
@@ -60,16 +63,78 @@ class OperationCommand(click.Command):
     """A command that explains settings of recipes and of other trainers among its words."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Parse the words after the command; reject settings that are no words of it."""
+        """Parse the words after the command; reject settings that are no words of it.
+
+        Raises UserError with a proposal for an unknown option, and for a value that is no choice.
+        """
         params = self.get_params(ctx)
         known = {option for param in params for option in (*param.opts, *param.secondary_opts)}
-        reject = _reject_option if "overrides" in {p.name for p in params} else _reject_override
+        command = ctx.command_path.partition(" ")[2]
+        has_overrides = "overrides" in {param.name for param in params}
         for word, following in zip_longest(args, args[1:], fillvalue=""):
-            reject(word, following, known)
-        return super().parse_args(ctx, args)
+            if has_overrides:
+                _reject_option(command, word, following, known)
+            else:
+                _reject_override(word, known)
+        words = [*args]  # which the parser consumes
+        try:
+            return super().parse_args(ctx, args)
+        except click.NoSuchOption as error:
+            if error.option_name == "-h":
+                click.echo(ctx.get_help())
+                ctx.exit()
+            raise self._build_option_error(ctx, error.option_name, words) from error
+        except click.BadParameter as error:
+            raise _build_choice_error(error) or error from error
+
+    def _build_option_error(
+        self, ctx: click.Context, option: str, words: Sequence[str]
+    ) -> UserError:
+        """Build the error for an unknown option among words, with the right ones."""
+        params = self.get_params(ctx)
+        options = [one for param in params for one in (*param.opts, *param.secondary_opts)]
+        options = [one for one in options if one.startswith("-")]
+        arguments = [str(param.name) for param in params if isinstance(param, click.Argument)]
+        pairs = zip_longest(words, words[1:], fillvalue="")
+        given, following = next(pair for pair in pairs if pair[0].startswith(option))
+        value = given.partition("=")[2] or following
+        if value.startswith("-"):
+            value = ""
+        command = ctx.command_path.partition(" ")[2]
+        guess = find_option(command, option, value, options, arguments)
+        remedy = f"see {ctx.command_path} --help"
+        if guess is not None:
+            remedy = guess.format(option)
+            if guess.kind == "argument":
+                usage = " ".join(self.collect_usage_pieces(ctx))
+                remedy += f": {ctx.command_path} {usage}"
+        return UserError(
+            f"no such option: {option}",
+            where="command line",
+            expected=f"one of {', '.join(options)}",
+            remedy=remedy,
+        )
 
 
-def _reject_option(word: str, following: str, known: Collection[str]) -> None:
+def _build_choice_error(error: click.BadParameter) -> UserError | None:
+    """Build the error for a value that is no choice; None without a similar choice."""
+    param = error.param
+    match = re.match("'(.*)' is not one of ", error.message)
+    if param is None or match is None or not isinstance(param.type, click.Choice):
+        return None
+    choices = [*map(str, param.type.choices)]
+    value = suggest_value(str(param.name), match[1], choices)
+    if not value:
+        return None
+    return UserError(
+        f"{param.opts[0]} is {match[1]!r}",
+        where="command line",
+        expected=f"one of {', '.join(choices)}",
+        remedy=f"use {param.opts[0]} {value}",
+    )
+
+
+def _reject_option(command: str, word: str, following: str, known: Collection[str]) -> None:
     """Raise UserError for an option that names a setting of a trainer."""
     option, _, value = word.partition("=")
     if not option.startswith("--") or option in known:
@@ -78,7 +143,12 @@ def _reject_option(word: str, following: str, known: Collection[str]) -> None:
 
     value = value or following
     is_flag = not value or value.startswith("--")
-    remedy = suggest_override(option.removeprefix("--"), "true" if is_flag else value)
+    guess = find_option(command, option, "" if is_flag else value, (), ["overrides", "recipe"])
+    remedy: str | None
+    if guess is None:
+        remedy = suggest_override(option.removeprefix("--"), "true" if is_flag else value)
+    else:
+        remedy = guess.format(option)
     if remedy is not None:
         what, expected = (
             f"no such option: {option}",
@@ -87,7 +157,7 @@ def _reject_option(word: str, following: str, known: Collection[str]) -> None:
         raise UserError(what, where="command line", expected=expected, remedy=remedy)
 
 
-def _reject_override(word: str, _: str, known: Collection[str]) -> None:
+def _reject_override(word: str, known: Collection[str]) -> None:
     """Raise UserError for a setting of a recipe that is an option of the command."""
     name, _, value = word.partition("=")
     option = f"--{name.rpartition('.')[2].replace('_', '-')}"
@@ -242,6 +312,50 @@ class CommandGroup(click.Group):
         self._entries = {
             name: one for section in sections.values() for name, one in section.items()
         }
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Parse the words before a command. Raises UserError for an unknown option."""
+        words = [*args]
+        try:
+            return super().parse_args(ctx, args)
+        except click.NoSuchOption as error:
+            if error.option_name == "-h":
+                click.echo(ctx.get_help())
+                ctx.exit()
+            program = ctx.command_path
+            is_before_command = any(word in self._entries for word in words)
+            raise UserError(
+                f"no such option: {error.option_name}",
+                where="command line",
+                expected=f"{program} COMMAND, with the options after the command",
+                remedy="write the options after the command"
+                if is_before_command
+                else f"see {program} --help",
+            ) from error
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Find the command of the first word. Raises UserError with a proposal for another one."""
+        name = args[0]
+        if name in self._entries or ctx.resilient_parsing:
+            return super().resolve_command(ctx, args)
+        prefix = ctx.command_path.partition(" ")[2]
+        commands = {one for group in OPERATIONS.values() for one in group}
+        remedy = ""
+        if prefix:
+            # Such as `data import`, which is `import`.
+            full_names = [one for one in (f"{prefix} {name}", name) if one in commands]
+            near = difflib.get_close_matches(f"{prefix} {name}", commands, n=1)
+            found = [*full_names, *near]
+            remedy = f"did you mean finesight {found[0]}?" if found else ""
+        remedy = remedy or suggest_command(name, commands)
+        raise UserError(
+            f"no such command: {name}",
+            where="command line",
+            expected=f"one of {', '.join(self._entries)}",
+            remedy=remedy or f"see {ctx.command_path} --help",
+        )
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Return the names of the commands, in the order of the help."""

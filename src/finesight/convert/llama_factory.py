@@ -104,7 +104,8 @@ class LlamaFactoryConverter(TrainerConverter):
             raise UserError(
                 f"{name} is for preference learning" if is_ranking else f"does not contain {name}",
                 where=str(info_file),
-                expected=f"a dataset for supervised fine-tuning: {', '.join(list(entries)[:8])}",
+                expected="a dataset for supervised fine-tuning: "
+                + (", ".join(list(entries)[:8]) or "the file has none"),
                 remedy=f"correct the name in {self.config.where}, or the file",
             )
         columns = entry.get("columns")

@@ -226,11 +226,15 @@ def open_source(source: Path, options: ImportOptions) -> ImportSource:
     start, stop, _ = slice(*options.row_range).indices(rows.num_rows)
     stop = stop if options.limit is None else min(stop, start + options.limit)
     if start >= stop:
+        expected, remedy = "a dataset with rows", "check the file"
+        if rows.num_rows:
+            expected = f"--rows A:B with A below B and below {rows.num_rows}"
+            remedy = "select other rows"
         raise UserError(
             f"no rows are selected of {rows.num_rows}",
             where=str(source),
-            expected=f"--rows A:B with A below B and below {rows.num_rows}",
-            remedy="select other rows",
+            expected=expected,
+            remedy=remedy,
         )
     first_records = tuple(
         row.record for row in rows.iter_range(start, min(stop, start + NUM_DETECTION_ROWS))

@@ -127,7 +127,7 @@ def split_last_rows(rows: Sequence[ImageKeys], num_eval_rows: int) -> tuple[list
         raise UserError(
             f"there are {len(rows)} rows",
             where=f"eval_last={num_eval_rows}",
-            expected=f"at most {len(rows)}",
+            expected=f"at most {len(rows)}" if rows else "a dataset with rows",
             remedy="use fewer rows for validation",
         )
     eval_images = frozenset[Hashable]().union(*rows[num_other_rows:])

@@ -34,7 +34,7 @@ from finesight import storage
 from finesight.bounded_files import parse_json, parse_unique_json, translate_os_errors
 from finesight.data.boxes import Box, InvalidBoxError, find_coordinates, is_inside_image
 from finesight.data.line_index import UTF8_BOM, IndexedLines, open_data_file, read_lines
-from finesight.errors import Remedy, Step, UserError, suggest_name
+from finesight.errors import Remedy, Step, UserError, describe_indices, suggest_name
 
 MAX_BOXES = 10_000
 """Maximum number of boxes in a sample, which are about 300,000 tokens as text."""
@@ -581,7 +581,7 @@ def _validate_box(box: BoxPart, num_images: int, where: str) -> None:
         raise InvalidBoxError(
             f"a box in image {box.image} (0-based)",
             where=where,
-            expected=f"an index below {num_images}, the images of the sample",
+            expected=describe_indices(num_images, "image"),
             remedy="correct the box's `image`, or add the image",
         )
     if not is_inside_image(box.xyxy, (math.inf, math.inf), is_point=box.is_point):

@@ -33,7 +33,7 @@ from finesight.data.row_reader import (
     list_folder,
     open_row_file,
 )
-from finesight.errors import UserError, suggest_similar_path
+from finesight.errors import UserError, describe_choices, suggest_similar_path
 from finesight.hub.address import is_hub_address, parse_dataset_address
 from finesight.hub.archive import ARCHIVE_SUFFIXES, is_archive, unpack_archive
 from finesight.hub.repository import HubRepository, open_repository
@@ -286,7 +286,7 @@ def _build_no_split_error(
         if selector is not None
         else "several splits without a train split",
         where=source,
-        expected=f"one of {', '.join(splits)}" if splits else "no split: there are none",
+        expected=describe_choices(splits, "split"),
         remedy=f"name a split after a colon, or one of its files: {source}:{(rows or data)[0]}",
     )
 

@@ -61,7 +61,7 @@ from finesight.encode.tokenization import (
     iter_video_runs,
     load_tokenizer,
 )
-from finesight.errors import UserError
+from finesight.errors import UserError, describe_indices
 from finesight.model_folder import ModelFolder
 from finesight.plugins import Registry
 from finesight.vision.image_processing import (
@@ -782,7 +782,7 @@ def _to_image_box(box: BoxPart, images: Sequence[VisualSpan], sample_id: str) ->
         raise UserError(
             f"a box refers to image {box.image} (0-based)",
             where=f"sample {sample_id}",
-            expected=f"an index below {len(images)}, the number of images",
+            expected=describe_indices(len(images), "image"),
             remedy="correct `image` of the box, or add the image",
         )
     image = images[box.image]

@@ -22,7 +22,7 @@ from typing import Any
 from finesight.bounded_files import parse_json
 from finesight.config import RewardSettings
 from finesight.data.sample import BoxPart
-from finesight.errors import UserError
+from finesight.errors import UserError, describe_choices
 from finesight.evaluate import custom_metric, task_metrics
 from finesight.evaluate.box_metrics import compute_box_reward, compute_click_reward
 from finesight.evaluate.eval_case import EvalCase
@@ -207,8 +207,9 @@ def _find_score(name: str) -> tuple[task_metrics.TaskMetric, str]:
         raise UserError(
             f"{metric} has no score {score!r} that rewards a correct response",
             where=f"rewards, {name}",
-            expected=f"one of {', '.join(rewarded)}",
-            remedy={"rendered": "pip install 'finesight[latex]'"}.get(score, f"use {rewarded[0]}"),
+            expected=describe_choices(rewarded, "score of this metric"),
+            remedy={"rendered": "pip install 'finesight[latex]'"}.get(score)
+            or (f"use {rewarded[0]}" if rewarded else "choose another metric"),
         )
     return task, score
 

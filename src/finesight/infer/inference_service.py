@@ -17,7 +17,7 @@ from finesight.data.sample import LocatedSample
 from finesight.encode.family import DEFAULT_THINKING, THINK_END, ThinkingOptions
 from finesight.encode.renderer import Renderer
 from finesight.encode.tokenization import EncodedSample, TextTokenizer, TokenizedSample
-from finesight.errors import UserError
+from finesight.errors import UserError, format_count
 from finesight.infer.engine import GPU_BLOCK_SIZE, Engine, HfEngine
 from finesight.infer.kv_cache import get_kv_bytes_per_token, get_linear_state_bytes, hash_images
 from finesight.infer.model_loader import InferenceModel
@@ -698,11 +698,15 @@ def compute_kv_cache_bytes(
     block_bytes = GPU_BLOCK_SIZE * get_kv_bytes_per_token(config, dtype)
     if state_bytes and budget < state_bytes + max_num_seqs * block_bytes:
         max_possible = max(0, (budget - bytes_per_seq) // (bytes_per_seq + block_bytes))
+        sequences = format_count(max_possible, "sequence")
+        expected = f"at most {sequences}, with {bytes_per_seq / 1e6:.0f} MB each"
+        if not max_possible:
+            expected = f"more memory: one sequence needs {bytes_per_seq / 1e6:.0f} MB"
         raise UserError(
             f"{max_num_seqs} sequences need {state_bytes / 1e9:.2f} GB for the states of linear "
             f"attention layers, and {budget / 1e9:.2f} GB are available for them and the KV cache",
             where="GPU memory",
-            expected=f"at most {max_possible} sequences, with {bytes_per_seq / 1e6:.0f} MB each",
+            expected=expected,
             remedy="set a lower --max-num-seqs of serve, quantize the weights with "
             "--weight-format, or stop other programs on the GPU",
         )

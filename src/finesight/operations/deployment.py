@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from finesight.errors import Step, UserError, format_count
 from finesight.hub.address import HubAddress, is_hub_address, parse_address
+from finesight.operations.first_guesses import suggest_target
 from finesight.operations.operation import Outcome, Parameter, StrPath, to_path
 from finesight.operations.options import DeviceOption, TrustMetricOption
 from finesight.progress import ProgressConsole
@@ -281,7 +282,17 @@ def export(
         write_gguf,
     )
 
-    program = find_converter(to_path(converter))
+    try:
+        program = find_converter(to_path(converter))
+    except UserError as error:
+        if command := suggest_target(target):
+            raise UserError(
+                f"{target} is a folder for GGUF files here",
+                where="OUT",
+                expected="a folder to create, or hf:OWNER/NAME; without it, serving commands",
+                remedy=f"use {command}",
+            ) from error
+        raise
     with ProgressConsole().activity(f"converting {name} to GGUF"):
         files = write_gguf(model_source, Path(target), program, outtype, to_path(python))
     lines = [f"{path}  {path.stat().st_size:,} bytes" for path in (files.model, files.mmproj)]

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Generic, Literal, ParamSpec, TypeVar
 
 from finesight.errors import Step, UserError, set_step_format
+from finesight.operations.first_guesses import OptionGuess, find_option, suggest_value
 from finesight.plugins import PluginKind, Registry
 
 Result = TypeVar("Result")
@@ -121,8 +122,11 @@ class Parameter:
         if self.kind in ("path", "text"):
             name = to_name(value, self.name)
             return Path(os.path.expanduser(name)) if self.kind == "path" else name
+        remedy = "correct or remove it"
         if self.choices:
             expected = f"one of {', '.join(self.choices)}" if value not in self.choices else ""
+            if expected and (similar := suggest_value(self.name, value, self.choices)):
+                remedy = f"use {similar!r}"
         elif not isinstance(value, int if self.kind == "integer" else int | float):
             expected = "an integer" if self.kind == "integer" else "a number"
         elif self.minimum is not None and value < self.minimum:
@@ -130,7 +134,7 @@ class Parameter:
         elif self.maximum is not None and value > self.maximum:
             expected = f"a number of at most {self.maximum:.10g}"
         if expected:
-            raise _build_value_error(self.name, value, expected)
+            raise _build_value_error(self.name, value, expected, remedy)
         return value
 
 
@@ -161,8 +165,9 @@ def check_counts(**counts: int | None) -> None:
             raise _build_value_error(name, count, "an integer of at least 1")
 
 
-def _build_value_error(name: str, value: object, expected: str) -> UserError:
-    remedy = "correct or remove it"
+def _build_value_error(
+    name: str, value: object, expected: str, remedy: str = "correct or remove it"
+) -> UserError:
     return UserError(f"{name} is {value!r}", where=name, expected=expected, remedy=remedy)
 
 
@@ -320,6 +325,59 @@ def _list_alternatives(hint: Any) -> set[Any]:
     return {*(typing.get_args(hint) if is_union else (hint,))}
 
 
+def _reject_unknown_arguments(
+    operation: Callable[..., object], arguments: Mapping[str, object]
+) -> None:
+    """Raise TypeError with a proposal for an argument that an operation does not have."""
+    parameters = list_parameters(operation)
+    known = {one.name: one for one in parameters}
+    signature = inspect.signature(operation).parameters
+    for name, value in arguments.items():
+        if name in known or name in signature:
+            continue
+        hint = _suggest_argument(operation, name, value, parameters)
+        raise TypeError(
+            f"{operation.__name__}() got an unexpected keyword argument {name!r}: {hint}"
+        )
+
+
+def _suggest_argument(
+    operation: Callable[..., object], name: str, value: object, parameters: Sequence[Parameter]
+) -> str:
+    """Return the proposal for an unknown argument: the right one, or the list of all."""
+    from finesight.operations import OPERATIONS
+    from finesight.recipe import suggest_override
+
+    options = {
+        part: one.name
+        for one in parameters
+        if not one.is_positional
+        for part in one.option.split("/")
+    }
+    arguments = {one.name for one in parameters if one.is_positional}
+    targets = {
+        target: command for group in OPERATIONS.values() for command, target in group.items()
+    }
+    target = f"{operation.__module__.removeprefix('finesight.')}:{operation.__name__}"
+    text, option = str(value), f"--{name.replace('_', '-')}"
+    guess = find_option(targets.get(target, ""), option, text, options, arguments)
+    if "overrides" in arguments and (guess is None or guess.kind == "option"):
+        setting = suggest_override(name, shlex.quote(text)) or ""
+        if setting.startswith("use "):
+            return f"use overrides=[{setting.removeprefix('use ')!r}]"
+    match guess:
+        case OptionGuess("option", (found, *given)):
+            right = value if given in ([], [text]) else given[0]
+            return f"use {options[found]}={right!r}"
+        case OptionGuess("argument", (found, _)):
+            return f"use {found}={value!r}"
+        case OptionGuess("setting", (found,)):
+            return f"use overrides=[{found!r}]"
+        case OptionGuess("nothing" | "command"):
+            return guess.format(f"{name}={value!r}")
+    return f"it has {', '.join(one.name for one in parameters)}"
+
+
 def as_function(operation: Callable[Arguments, Outcome[Result]]) -> Callable[Arguments, Result]:
     """Return the Python function of an operation, which checks its arguments.
 
@@ -328,6 +386,7 @@ def as_function(operation: Callable[Arguments, Outcome[Result]]) -> Callable[Arg
 
     @wraps(operation)
     def call(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        _reject_unknown_arguments(operation, kwargs)
         bound = inspect.signature(operation).bind(*args, **kwargs)
         groups = [one for one in bound.signature.parameters.values() if one.kind is one.VAR_KEYWORD]
         options = [bound.arguments[one.name] for one in groups if one.name in bound.arguments]

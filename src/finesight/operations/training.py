@@ -454,11 +454,15 @@ def _select_gpus(gpus: str, recipe: Recipe) -> list[str | None]:
     count = len(visible)
     numbers = [*map(str, range(count))] if gpus == "all" else gpus.split(",")
     if not {*numbers} <= {*map(str, range(count))} or len({*numbers}) < len(numbers):
+        expected, remedy = "all: this machine has no GPU", "remove it to use the CPU"
+        if count:
+            expected = f"all, or different numbers of {', '.join(map(str, range(count)))}"
+            remedy = "remove it to use all GPUs"
         raise UserError(
             f"{gpus!r} with {format_count(count, 'GPU')}",
             where="--gpus",
-            expected=f"all, or different numbers below {count}",
-            remedy="remove it to use all GPUs",
+            expected=expected,
+            remedy=remedy,
         )
     return [visible[int(number)] for number in numbers] or [None]
 

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from finesight.config import StepsOrFraction, TrainSettings
-from finesight.errors import UserError
+from finesight.errors import UserError, format_count
 from finesight.model.kernels import adamw
 from finesight.model.kernels.adamw import ADAM_EPS, BLOCK_SIZE
 from finesight.model.kernels.runtime import HAS_TRITON
@@ -706,10 +706,11 @@ class LRSchedule:
         self.kind, self.total_steps = train.lr_schedule, total_steps
         self.warmup_steps = resolve_steps(train.warmup, total_steps)
         if self.warmup_steps >= total_steps and self.warmup_steps > 1:
+            few = f"fewer than {total_steps} steps" if total_steps > 1 else "no warmup (0)"
             raise UserError(
-                f"{self.warmup_steps} warmup steps in a run of {total_steps} steps",
+                f"{self.warmup_steps} warmup steps in a run of {format_count(total_steps, 'step')}",
                 where="train.warmup",
-                expected=f"fewer than {total_steps} steps, or a fraction of the run such as 0.03",
+                expected=f"{few}, or a fraction of the run such as 0.03",
                 remedy="lower train.warmup or train for more steps",
             )
 

@@ -51,7 +51,7 @@ from finesight.data.sample import (
     is_video_path,
     join_text,
 )
-from finesight.errors import UserError
+from finesight.errors import UserError, describe_indices
 
 
 @dataclass(frozen=True, slots=True)
@@ -358,7 +358,7 @@ class RowImages:
         if resolved_index >= len(self.paths):
             raise InvalidBoxError(
                 f"a box in image {resolved_index} (0-based)",
-                expected=f"an index below {len(self.paths)}, the images before it",
+                expected=describe_indices(len(self.paths), "image"),
                 remedy="correct the row",
             )
         xyxy = self.context.read_box(value, self.paths[resolved_index], default)

@@ -73,7 +73,7 @@ from finesight.data.sample import (
     join_text,
     list_coordinates,
 )
-from finesight.errors import UserError, suggest_name
+from finesight.errors import UserError, describe_choices, suggest_name
 
 _COLUMN_ROLES = ("image", "answer", "question", "box", "label")
 MAPPABLE_COLUMNS = (*_COLUMN_ROLES, "fields")
@@ -594,13 +594,15 @@ def find_columns(record: Collection[str], role: str, column: str, where: str = "
     names = split_column_names(column, record)
     for name in names:
         if {name, name.partition(".")[0]}.isdisjoint(record):
+            otherwise = "name one of these columns" if record else "add the columns to the file"
+            remedy = suggest_name(name, map(str, record), otherwise)
+            if "=" in name:
+                remedy = f"repeat --map for each role: --map {shlex.quote(name)}"
             raise UserError(
                 f"no column {name!r} for --map {role}={column}",
                 where=where,
-                expected=f"one of {', '.join(map(str, record))}",
-                remedy=f"repeat --map for each role: --map {shlex.quote(name)}"
-                if "=" in name
-                else suggest_name(name, map(str, record), "name one of these columns"),
+                expected=describe_choices(record, "column"),
+                remedy=remedy,
             )
     return names
 

@@ -18,13 +18,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finesight.bounded_files import read_bytes, read_json, read_json_object, read_text
-from finesight.errors import Remedy, Step, UserError, shorten
+from finesight.errors import Remedy, Step, UnavailableError, UserError, shorten
 from finesight.hub.address import HubAddress, is_hub_address, parse_model_address
 from finesight.manifest import MANIFEST_FILE, RECIPE_FILE
 from finesight.storage import FileLock, remove_folder, write_folder
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from finesight.hub.repository import HubRepository
 
 
 SAFETENSORS_INDEX_FILE = "model.safetensors.index.json"
@@ -195,11 +197,13 @@ _EXPECTED_MODEL = (
 class ModelFolder:
     """Model folder on the local disk, in the hub layout.
 
-    Files are read on access. `fetch_weights` downloads the weights of a hub model on access.
+    Files are read on access. `fetch_weights` downloads the weights of a hub model on access, and
+    `require_space` raises an error before, if the disk has no space for them.
     """
 
     path: Path
     fetch_weights: Callable[[], object] = field(default=object, repr=False, compare=False)
+    require_space: Callable[[], object] = field(default=object, repr=False, compare=False)
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -513,8 +517,12 @@ def _open_hub_model(name: str, address: HubAddress) -> ModelFolder:
         repository = open_model_repository(address, DOWNLOAD_PATTERNS)
         small_files = [path for path in repository.paths if not path.endswith(WEIGHT_SUFFIXES)]
         folder = repository.download_files(small_files, repository.folder)
-        return ModelFolder(folder, partial(repository.download_files, repository.paths, folder))
+        fetch_weights = partial(_fetch_weights, repository, folder)
+        require_space = partial(repository.require_space, repository.paths, folder)
+        return ModelFolder(folder, fetch_weights, require_space)
     except UserError as error:
+        if isinstance(error, UnavailableError) and isinstance(error.remedy, str):
+            error.remedy += f"; the bundled {TINY_MODEL} needs no download"
         if is_hub_address(name):
             raise
         raise type(error)(
@@ -522,6 +530,24 @@ def _open_hub_model(name: str, address: HubAddress) -> ModelFolder:
             where=error.where,
             expected=error.expected,
             remedy=error.remedy,
+        ) from error
+
+
+def _fetch_weights(repository: HubRepository, folder: Path) -> None:
+    """Download the weights of a repository that are missing in its folder."""
+    repository.download_files(repository.paths, folder)
+    if repository.files:
+        return
+    # The snapshot in the cache of huggingface_hub has no listing, and may be incomplete.
+    try:
+        ModelFolder(folder).weight_files()
+    except UserError as error:
+        source = str(repository.address)
+        raise UnavailableError(
+            f"the cached copy of {source} is incomplete: {error.what}",
+            where=str(folder),
+            expected="all weights of the model",
+            remedy=Step("download", {"source": source}, "unset HF_HUB_OFFLINE, or online"),
         ) from error
 
 

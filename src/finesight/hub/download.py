@@ -188,6 +188,8 @@ MAX_PARALLEL_DOWNLOADS = 4
 Data sets may consist of many small files.
 """
 
+SPACE_REMEDY = "free some space, or choose another disk (HF_HOME, --to)"
+
 LOCK_POLL_S = 0.2
 """Interval in seconds at which the lock of another process is checked."""
 
@@ -332,9 +334,7 @@ class Downloader:
         if not missing:
             return
         total_bytes = sum(file.size or 0 for file, _ in missing)
-        require_free_space(
-            folder, total_bytes, source, "free some space, or choose another disk (HF_HOME, --to)"
-        )
+        require_free_space(folder, total_bytes, source, SPACE_REMEDY)
         with (
             _show_progress(source, len(missing), total_bytes) as self._on_progress,
             ThreadPoolExecutor(MAX_PARALLEL_DOWNLOADS, thread_name_prefix="download") as executor,

@@ -22,8 +22,21 @@ from finesight.bounded_files import read_json_object
 from finesight.errors import Step, UnavailableError, UserError
 from finesight.hub.address import HubAccess, HubAddress
 from finesight.hub.archive import safe_join
-from finesight.hub.download import Downloader, HttpSite, RemoteFile, is_offline, raise_if_offline
-from finesight.storage import check_new_path, make_folder, raise_if_exists, translate_os_errors
+from finesight.hub.download import (
+    SPACE_REMEDY,
+    Downloader,
+    HttpSite,
+    RemoteFile,
+    is_offline,
+    raise_if_offline,
+)
+from finesight.storage import (
+    check_new_path,
+    make_folder,
+    raise_if_exists,
+    require_free_space,
+    translate_os_errors,
+)
 
 DEFAULT_ENDPOINTS = {"hf": "https://huggingface.co", "modelscope": "https://www.modelscope.cn"}
 
@@ -92,14 +105,24 @@ class HubRepository:
                 return cached
         return self.folder
 
+    def list_missing(self, paths: Sequence[str], folder: Path) -> list[RemoteFile]:
+        """Return the files that are missing in a folder."""
+        names, source = set(paths), str(self.address)
+        requested = [file for file in self.files if file.path in names]
+        return [file for file in requested if not safe_join(folder, file.path, source).exists()]
+
+    def require_space(self, paths: Sequence[str], folder: Path) -> None:
+        """Raise UserError if the disk of a folder has no space for its missing files."""
+        missing = self.list_missing(paths, folder)
+        num_bytes = sum(file.size or 0 for file in missing)
+        require_free_space(folder, num_bytes, str(self.address), SPACE_REMEDY)
+
     def download_files(self, paths: Sequence[str], folder: Path) -> Path:
         """Download the files that are missing in a folder."""
         names = set(paths)
         requested = [file for file in self.files if file.path in names]
         source = str(self.address)
-        missing = [
-            file.path for file in requested if not safe_join(folder, file.path, source).exists()
-        ]
+        missing = [file.path for file in self.list_missing(paths, folder)]
         if missing and is_offline():
             more_note = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
             raise UnavailableError(

@@ -113,7 +113,8 @@ def init(
     Args:
         data: Dataset as for `import`; also a folder of a table and images.
         out: Folder to create. Default: DATA with -finetune, in the current directory.
-        model: Model folder or hub name. Default: by GPU memory.
+        model: Model folder or hub name, or a run or adapter to continue with its settings. Default:
+            by GPU memory.
         objective: grpo trains by rewards, on sampled responses instead of the answers. It needs a
             model that is sometimes right, such as a merged run. Default: by the data.
     """

@@ -118,6 +118,10 @@ def check_tuning(recipe: Recipe, base_model: BaseModelRef, *, needs_weights: boo
     folder, tune = base_model.folder, resolve_tune(recipe)
     nf4_parts = tune.quantize.nf4 or ()
     fp8_parts = tune.quantize.fp8 or ()
+    if needs_weights and is_offline():
+        folder.fetch_weights()  # raises an error if files are missing
+    elif needs_weights:
+        folder.require_space()
     if needs_weights and (is_offline() or folder.is_local) and not folder.has_pickled_weights:
         model, _ = build_checked_model(folder, torch.bfloat16, nf4_parts, fp8_parts=fp8_parts)
     else:

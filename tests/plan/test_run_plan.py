@@ -46,8 +46,8 @@ def task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TinyTask:
 
     monkeypatch.setattr(run_plan, "build_planned_model", build_once)
     # The weights are not those of the edited configuration.
-    without_weights = partial(run_plan.check_recipe, needs_weights=False)
-    monkeypatch.setattr(run_plan, "check_recipe", lambda recipe, **_: without_weights(recipe))
+    check = partial(run_plan.check_recipe, runs_functions=False, needs_weights=False)
+    monkeypatch.setattr(run_plan, "check_recipe", lambda recipe, **_: check(recipe))
     task = TinyTask(tmp_path)
     edit_config(task, num_hidden_layers=1)
     return task
@@ -91,6 +91,15 @@ def test_plan_of_rewards_checks_them_and_names_the_responses(task: TinyTask) -> 
     assert "with 4 responses each, times without their sampling" in text
     with pytest.raises(UserError, match="no score 'nothing'"):
         make_plan(task, *settings, "rewards=[json.nothing]")
+
+
+@each("part", ["vision", "merger"])
+def test_plan_of_a_frozen_language_model(tmp_path: Path, part: str) -> None:
+    """Packs of texts alone, which estimate the memory per token, have no gradient."""
+    task = TinyTask(tmp_path)
+    plan = make_plan(task, tune={"language": "frozen", part: "lora"}, gpu=None)
+    assert plan.chosen_estimate.fits
+    assert plan.recipe_estimate.peak.gradients > 0
 
 
 def test_suggested_overrides_are_valid(task: TinyTask) -> None:

@@ -461,7 +461,7 @@ class StudioView:
         if step == "plan" and job is not None:
             saved_at = self._read_saved_time(state.recipe)
             is_outdated = saved_at is not None and saved_at > job.started_at
-            own = [one for one in steps if one.arguments.get("overrides") and not is_outdated]
+            own = [] if is_outdated else [*filter(None, map(_select_settings, steps))]
             return [("Use these settings", one) for one in own]
         return [(PROPOSALS["check"], one) for one in steps if step == one.operation == "check"]
 
@@ -602,6 +602,16 @@ class StudioView:
         if max_bytes:
             return _read_run_version(folder, _read_times(folder), max_bytes)
         return _read_listed_run(folder, _read_times(folder))
+
+
+def _select_settings(step: Step) -> Step | None:
+    """Return a step with the settings that a plan proposes, or None without any.
+
+    The studio resumes the run of a recipe, so it needs no other output folder.
+    """
+    overrides: Any = step.arguments.get("overrides") or ()
+    settings = [one for one in overrides if not one.startswith("output_dir=")]
+    return replace(step, arguments={**step.arguments, "overrides": settings}) if settings else None
 
 
 def build_missing_error(name: str) -> UserError:

@@ -362,14 +362,13 @@ def check_data(
 def _check_validation_samples(checked: CheckedRecipe) -> None:
     """Verify that the metric of a recipe fits its validation samples, without custom metrics."""
     from finesight.data.corpus import load_corpus
-    from finesight.evaluate.custom_metric import parse_metric_path
     from finesight.train.recipe_check import check_eval_references
 
     recipe = checked.recipe
-    if recipe.eval is None or not recipe.data.eval or parse_metric_path(recipe.eval.metric):
+    if recipe.eval is None or not recipe.data.eval:
         return
     samples = [one.sample for one in load_corpus(recipe.data.eval).read_samples()]
-    check_eval_references(recipe.eval, recipe.output_dir, checked.renderer, samples)
+    check_eval_references(checked, samples)
 
 
 def build_init_step(data: StrPath, model: str | None = None) -> Step:
@@ -448,6 +447,7 @@ def show(
             remedy="set data.eval, or remove --eval to show data.train",
         )
     renderer = check_recipe(settings, runs_functions=False, needs_weights=False).renderer
+    renderer.excluded_kinds = {}  # samples that the objective rejects are shown, too
     corpus = load_corpus(files)
     text, indices = "The first {} of {}", [*range(len(corpus))]
     if seed is not None:

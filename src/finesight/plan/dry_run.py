@@ -524,7 +524,9 @@ class StepTracer:
             del h_LD
             tracker.start_backward()
             # Of an edge, because the backward pass of a tensor would run without the emulation.
-            torch.autograd.backward(get_gradient_edge(loss[0]))
+            # A pack of texts has no gradient if the language model is frozen.
+            if loss.requires_grad:
+                torch.autograd.backward(get_gradient_edge(loss[0]))
         for hook in hooks:
             hook.remove()
         del loss

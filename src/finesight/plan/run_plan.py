@@ -260,7 +260,8 @@ def plan_run(recipe: Recipe, gpu: str | None, console: ProgressConsole) -> RunPl
     is_local = gpu is None
     if is_local:
         check_machine(recipe, resolve_device(recipe.train.device))
-    checked = check_recipe(recipe, needs_weights=is_local)
+    # A plan does not execute a custom metric.
+    checked = check_recipe(recipe, runs_functions=False, needs_weights=is_local)
     base_model = checked.base_model
     data = load_run_data(checked, recipe_target.num_workers, console)
     train_data = data.train

@@ -16,7 +16,6 @@ import torch
 from torch import nn
 
 from finesight.config import (
-    EvalSettings,
     QuantizeSettings,
     Recipe,
     RewardSettings,
@@ -65,11 +64,16 @@ from finesight.train.state import BaseModelRef, RunData
 
 @dataclass(frozen=True, slots=True)
 class CheckedRecipe:
-    """Recipe that `check_recipe` accepts, with its base model and the renderer of its samples."""
+    """Recipe that `check_recipe` accepts, with its base model and the renderer of its samples.
+
+    Attributes:
+        runs_functions: Whether the Python file of a custom metric may be executed.
+    """
 
     recipe: Recipe
     base_model: BaseModelRef
     renderer: Renderer
+    runs_functions: bool = True
 
 
 def check_recipe(
@@ -103,7 +107,7 @@ def check_recipe(
         check_tuning(recipe, base_model, needs_weights=needs_weights)
     if recipe.train.objective == "distill":
         check_teacher(recipe.train, renderer)
-    return CheckedRecipe(recipe, base_model, renderer)
+    return CheckedRecipe(recipe, base_model, renderer, runs_functions)
 
 
 def check_tuning(recipe: Recipe, base_model: BaseModelRef, *, needs_weights: bool) -> None:
@@ -344,7 +348,7 @@ def load_run_data(checked: CheckedRecipe, num_workers: int, console: ProgressCon
     if recipe.eval is not None and validation is not None:
         indices = select_eval_samples(validation.stats.sample_indices, recipe.eval.limit)
         samples = [validation.corpus[index].sample for index in indices]
-        check_eval_references(recipe.eval, recipe.output_dir, renderer, samples)
+        check_eval_references(checked, samples)
     return RunData(renderer, train, validation, sampler)
 
 
@@ -396,18 +400,19 @@ def check_training(recipe: Recipe, console: ProgressConsole) -> None:
     load_run_data(check_recipe(recipe), num_workers, console)
 
 
-def check_eval_references(
-    settings: EvalSettings, run: Path, renderer: Renderer, samples: Sequence[Sample]
-) -> None:
+def check_eval_references(checked: CheckedRecipe, samples: Sequence[Sample]) -> None:
     """Verify that the answers of validation samples have what the metric compares.
 
     Raises:
         UserError: A sample has no reference answer, or the answers do not fit the metric.
     """
-    metric = custom_metric.resolve_metric_path(settings.metric, run)
-    has_reasoning = renderer.renders_reasoning
+    settings = checked.recipe.eval
+    assert settings is not None, "no metric"
+    metric = custom_metric.resolve_metric_path(settings.metric, checked.recipe.output_dir)
+    has_reasoning = checked.renderer.renders_reasoning
     references = [get_reference_answer(one, has_reasoning=has_reasoning) for one in samples]
-    check_references(metric, references, [one.id for one in samples])
+    if checked.runs_functions or custom_metric.parse_metric_path(metric) is None:
+        check_references(metric, references, [one.id for one in samples])
 
 
 def check_disk_space(

@@ -16,9 +16,11 @@ from each_value import each
 from tiny_model import create_tiny_model
 from tiny_task import TinyTask
 
+from finesight import recipe_template
 from finesight.cli.app import app, run_command
 from finesight.config import TuneSettings
 from finesight.errors import Step, UserError
+from finesight.manifest import load_manifest
 from finesight.model.lora.peft_io import save_adapter
 from finesight.model.trainable import configure_tuning
 from finesight.model.weights_io import load_model
@@ -231,3 +233,49 @@ def test_adapter_of_different_ranks_must_be_merged(tmp_path):
     arguments = {**raised.value.remedy.arguments, "out": str(tmp_path / "merged")}
     assert find_error(*list_words(Step("merge", arguments))) == ""
     assert describe_start(str(tmp_path / "merged")).tune is None
+
+
+STARTS: dict[str, tuple[list[str], str]] = {
+    "adapter": ([], "run"),
+    "targets": (["tune.lora.target_modules=[q_proj,v_proj]"], "run"),
+    "vision": (["tune.vision=lora", "tune.merger=lora", "tune.language=frozen"], "run"),
+    "mixed": (["tune.merger=full"], "run"),
+    "full": (["tune.language=full", "train.learning_rate=1e-5"], "run"),
+    "images": (["image.max_pixels=1568", "data.system_prompt=Brief."], "run"),
+    "checkpoint": (["train.save_every=1"], "run/checkpoints/step-1"),
+    "PEFT": ([], "run/adapter"),
+    "merged": ([], "merged"),
+}
+
+
+@pytest.mark.parametrize("name", STARTS)
+def test_pairs_of_a_run_lead_to_its_further_training(folder, tmp_path, monkeypatch, name, capsys):
+    """From the run to pairs, a recipe, its plan, and the end of the training."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(recipe_template, "choose_duration", lambda *_, **__: {"train.steps": "1"})
+    overrides, start = STARTS[name]
+    settings = {"eval": {"metric": "ocr", "max_new_tokens": 16, "every": 0}, "output_dir": "run"}
+    # The bundled model ends its answers, so some of them become pairs.
+    settings |= {"model": "finesight-tiny", "train.steps": 1, "train.epochs": None}
+    recipe = write_recipe(folder, settings)
+    assert run_command(["train", str(recipe), *overrides]) == 0
+    if start == "merged":
+        assert run_command(["merge", "run", "merged"]) == 0
+    capsys.readouterr()
+    assert run_command(["pairs", "run", "pairs.jsonl"]) == 0
+    words = shlex.split(capsys.readouterr().err.partition("next:")[2])[1:]
+    assert words == ["init", "pairs.jsonl", "--model", "run"]
+    assert run_command([*words[:-1], start]) == 0
+    written = load_recipe(Path("pairs-finetune/recipe.yaml"))
+    trained = load_recipe(Path("run/recipe.yaml"))
+    assert (written.train.objective, written.model) == ("dpo", start)
+    if name not in ("full", "merged"):
+        assert written.tune == trained.tune
+    assert written.image is None
+    assert run_command(["plan", "pairs-finetune/recipe.yaml"]) == 0
+    assert run_command(["train", "pairs-finetune/recipe.yaml"]) == 0
+    first = load_manifest(Path("run/manifest.json"))
+    second = load_manifest(Path("pairs-finetune/run/manifest.json"))
+    if name != "PEFT":
+        assert first.image_rule == second.image_rule
+        assert first.system_prompt == second.system_prompt

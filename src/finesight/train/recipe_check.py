@@ -380,8 +380,8 @@ def suggest_completion_length(recipe: Recipe, data: TrainingData) -> str:
     if longest > limit:
         return f"set {setting} to {longest} or more, the tokens of the longest reference answer"
     return (
-        f"raise {setting}, or train with train.objective=sft first: the reference answers have up"
-        f" to {longest} tokens, and the responses do not end"
+        f"raise {setting}, lower train.grpo.temperature, or train with train.objective=sft first:"
+        f" the reference answers have up to {longest} tokens, and the responses do not end"
     )
 
 

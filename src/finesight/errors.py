@@ -133,7 +133,9 @@ def format_count(count: int, noun: str) -> str:
 def describe_choices(names: Iterable[object], kind: str) -> str:
     """Describe the valid names of a kind, of which there may be none."""
     listed = ", ".join(map(str, names))
-    return f"one of {listed}" if listed else f"no {kind}: there is none"
+    if not listed:
+        return f"no {kind}: there is none"
+    return f"one of {listed}"
 
 
 def describe_indices(count: int, noun: str) -> str:

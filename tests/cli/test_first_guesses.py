@@ -6,7 +6,7 @@ import shutil
 import types
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import click
 import pytest
@@ -17,6 +17,7 @@ from tiny_task import TinyTask, edit_samples, write_recipe
 
 from finesight import api
 from finesight.cli.app import app, build_command, run_command
+from finesight.config import ObjectiveName
 from finesight.errors import UserError, describe_choices, describe_indices
 from finesight.operations import OPERATIONS, find_operation, first_guesses
 from finesight.operations.first_guesses import find_option
@@ -24,7 +25,9 @@ from finesight.operations.operation import list_parameters
 from finesight.recipe import load_recipe, suggest_override
 
 COMMANDS = [name for group in OPERATIONS.values() for name in group]
+OBJECTIVES = {one: f"train RECIPE train.objective={one}" for one in get_args(ObjectiveName)}
 GUESSES = {name: hint for hint, names in first_guesses.COMMANDS.items() for name in names.split()}
+GUESSES = OBJECTIVES | GUESSES
 
 VALUES = {
     "RECIPE": "recipe.yaml",
@@ -118,7 +121,7 @@ def run_hint(hint: str) -> None:
     assert run_command(words) == 0, hint
 
 
-@pytest.mark.parametrize("hint", first_guesses.COMMANDS)
+@pytest.mark.parametrize("hint", sorted({*GUESSES.values()}))
 def test_proposed_commands_succeed(folder, hint):
     if hint.startswith("train RUN"):
         (folder / "run" / "result.json").unlink()
@@ -144,6 +147,10 @@ def test_first_guesses_of_commands_name_the_right_one():
         "data exprt": "did you mean finesight data export?",
         "data import a": "did you mean finesight import?",
         "xyzzyx": "see finesight --help",
+        "rm": "see finesight --help",
+        "--verison": "did you mean finesight --version?",
+        "--halp": "use finesight --help",
+        "-V": "use finesight --version",
         "--gpu 0 train": "write the options after the command",
         "--json check a": "write the options after the command",
     }.items():

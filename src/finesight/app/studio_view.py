@@ -461,7 +461,9 @@ class StudioView:
         if step == "plan" and job is not None:
             saved_at = self._read_saved_time(state.recipe)
             is_outdated = saved_at is not None and saved_at > job.started_at
-            own = [] if is_outdated else [*filter(None, map(_select_settings, steps))]
+            if is_outdated:
+                return []
+            own = filter(None, map(_select_settings, steps))
             return [("Use these settings", one) for one in own]
         return [(PROPOSALS["check"], one) for one in steps if step == one.operation == "check"]
 
@@ -611,7 +613,9 @@ def _select_settings(step: Step) -> Step | None:
     """
     overrides: Any = step.arguments.get("overrides") or ()
     settings = [one for one in overrides if not one.startswith("output_dir=")]
-    return replace(step, arguments={**step.arguments, "overrides": settings}) if settings else None
+    if not settings:
+        return None
+    return replace(step, arguments={**step.arguments, "overrides": settings})
 
 
 def build_missing_error(name: str) -> UserError:

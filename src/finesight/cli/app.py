@@ -323,14 +323,15 @@ class CommandGroup(click.Group):
                 click.echo(ctx.get_help())
                 ctx.exit()
             program = ctx.command_path
-            is_before_command = any(word in self._entries for word in words)
+            options = [option for param in self.get_params(ctx) for option in param.opts]
+            remedy = suggest_command(error.option_name, options) or f"see {program} --help"
+            if any(word in self._entries for word in words):
+                remedy = "write the options after the command"
             raise UserError(
                 f"no such option: {error.option_name}",
                 where="command line",
                 expected=f"{program} COMMAND, with the options after the command",
-                remedy="write the options after the command"
-                if is_before_command
-                else f"see {program} --help",
+                remedy=remedy,
             ) from error
 
     def resolve_command(

@@ -226,7 +226,8 @@ def open_source(source: Path, options: ImportOptions) -> ImportSource:
     start, stop, _ = slice(*options.row_range).indices(rows.num_rows)
     stop = stop if options.limit is None else min(stop, start + options.limit)
     if start >= stop:
-        expected, remedy = "a dataset with rows", "check the file"
+        expected = "a dataset with rows"
+        remedy = "check the file"
         if rows.num_rows:
             expected = f"--rows A:B with A below B and below {rows.num_rows}"
             remedy = "select other rows"

@@ -124,10 +124,13 @@ def split_last_rows(rows: Sequence[ImageKeys], num_eval_rows: int) -> tuple[list
     """
     num_other_rows = len(rows) - num_eval_rows
     if num_other_rows < 0:
+        expected = "a dataset with rows"
+        if rows:
+            expected = f"at most {len(rows)}"
         raise UserError(
             f"there are {len(rows)} rows",
             where=f"eval_last={num_eval_rows}",
-            expected=f"at most {len(rows)}" if rows else "a dataset with rows",
+            expected=expected,
             remedy="use fewer rows for validation",
         )
     eval_images = frozenset[Hashable]().union(*rows[num_other_rows:])

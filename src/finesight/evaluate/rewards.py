@@ -204,12 +204,16 @@ def _find_score(name: str) -> tuple[task_metrics.TaskMetric, str]:
     # Error rates are 0, and CIDEr-D, which is 0 for all responses to one image.
     rewarded = [f"{metric}.{one}" for one, value in scores.items() if value > 0]
     if f"{metric}.{score}" not in rewarded:
+        remedy = "choose another metric"
+        if score == "rendered":
+            remedy = "pip install 'finesight[latex]'"
+        elif rewarded:
+            remedy = f"use {rewarded[0]}"
         raise UserError(
             f"{metric} has no score {score!r} that rewards a correct response",
             where=f"rewards, {name}",
             expected=describe_choices(rewarded, "score of this metric"),
-            remedy={"rendered": "pip install 'finesight[latex]'"}.get(score)
-            or (f"use {rewarded[0]}" if rewarded else "choose another metric"),
+            remedy=remedy,
         )
     return task, score
 

@@ -191,7 +191,9 @@ class HubAccess:
                 "try again later, or download it with another program and use the folder",
             ),
         }[reason]
-        error_type = UserError if reason == "missing" else UnavailableError
+        error_type: type[UserError] = UnavailableError
+        if reason == "missing":
+            error_type = UserError
         return error_type(
             f"{address} {what} (status {status})", where=page, expected=expected, remedy=remedy
         )

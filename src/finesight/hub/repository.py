@@ -107,9 +107,17 @@ class HubRepository:
 
     def list_missing(self, paths: Sequence[str], folder: Path) -> list[RemoteFile]:
         """Return the files that are missing in a folder."""
-        names, source = set(paths), str(self.address)
-        requested = [file for file in self.files if file.path in names]
-        return [file for file in requested if not safe_join(folder, file.path, source).exists()]
+        source = str(self.address)
+        missing = []
+        for file in self._select_files(paths):
+            if not safe_join(folder, file.path, source).exists():
+                missing.append(file)
+        return missing
+
+    def _select_files(self, paths: Sequence[str]) -> list[RemoteFile]:
+        """Return the files with these paths."""
+        names = set(paths)
+        return [file for file in self.files if file.path in names]
 
     def require_space(self, paths: Sequence[str], folder: Path) -> None:
         """Raise UserError if the disk of a folder has no space for its missing files."""
@@ -119,21 +127,20 @@ class HubRepository:
 
     def download_files(self, paths: Sequence[str], folder: Path) -> Path:
         """Download the files that are missing in a folder."""
-        names = set(paths)
-        requested = [file for file in self.files if file.path in names]
         source = str(self.address)
-        missing = [file.path for file in self.list_missing(paths, folder)]
+        missing = self.list_missing(paths, folder)
         if missing and is_offline():
             more_note = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
             raise UnavailableError(
-                f"{missing[0]} of {source}{more_note} is not downloaded, and HF_HUB_OFFLINE is set",
+                f"{missing[0].path} of {source}{more_note} is not downloaded,"
+                " and HF_HUB_OFFLINE is set",
                 where=str(folder),
                 expected="all required files",
                 remedy=Step("download", {"source": source}, "unset HF_HUB_OFFLINE, or online"),
             )
         if missing:
             with Downloader(_get_hub(self.address).build_site(self.address)) as downloader:
-                downloader.download_all(requested, folder, source)
+                downloader.download_all(self._select_files(paths), folder, source)
         return folder
 
 

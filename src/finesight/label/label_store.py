@@ -763,8 +763,11 @@ def read_suggesters(folder: Path) -> list[str]:
     journal = folder / JOURNAL_FILE
     content = journal.read_bytes()
     entries = read_journal(journal, content[: content.rfind(b"\n") + 1].splitlines())
-    names = dict.fromkeys(one.model for one in reversed(entries) if one.event == "suggested")
-    return [name for name in names if name]
+    names: dict[str, None] = {}
+    for entry in reversed(entries):
+        if entry.event == "suggested" and entry.model:
+            names[entry.model] = None
+    return [*names]
 
 
 def _match_references(item: LabelItem, content: AnswerContent) -> tuple[str, ...]:

@@ -414,7 +414,10 @@ class Teacher:
             with suppress(httpx2.RequestError, ValueError, LookupError, TypeError):
                 models = self._client.get(f"{self._url}/models").json()["data"]
                 names = ", ".join(str(model["id"]) for model in models)
-                expected += f": {names:.500}" if names else ", which has none"
+                if names:
+                    expected += f": {names:.500}"
+                else:
+                    expected += ", which has none"
             remedy = "correct --teacher-model, or the address, which precedes /chat/completions"
         elif status == 413:
             remedy = f"reduce --teacher-pixels, which is {self._settings.pixels}"

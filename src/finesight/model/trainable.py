@@ -106,7 +106,7 @@ def configure_tuning(model: nn.Module, tune: TuneSettings, seed: int) -> None:
     if not adapted:
         return
     layers = find_adaptable_layers(model)
-    names = [name for name in layers if get_part(name) in adapted]
+    names = _filter_parts(layers, adapted)
     lora_config = LoraConfig(tune.lora.rank, tune.lora.alpha)
     configs: dict[str, dict[str, LoraConfig]] = {}
     for name in _select_targets(names, adapted, tune.lora.target_modules):
@@ -136,10 +136,10 @@ def _select_targets(
                 expected=f"some of {', '.join(similar)}",
                 remedy="correct the name, or remove target_modules to adapt every linear layer",
             )
-    selected = [name for name in names if name.endswith(tuple(f".{target}" for target in targets))]
+    selected = _filter_targets(names, targets)
     for part in parts:
         if not any(get_part(name) == part for name in selected):
-            part_names = [name for name in names if get_part(name) == part]
+            part_names = _filter_parts(names, [part])
             raise UserError(
                 f"tune.{part} is lora, but it has no layer named {' or '.join(targets)}",
                 where="tune.lora.target_modules",
@@ -159,25 +159,33 @@ def infer_tuning(
         configs: Rank and alpha of each adapted layer, by hub name.
     """
     first = next(iter(configs.values()))
-    if any(
-        low.rank != first.rank or not math.isclose(low.scale, first.scale)
-        for low in configs.values()
-    ):
-        return None
-    parts = [part for part in MODEL_PARTS if any(get_part(name) == part for name in configs)]
+    for one in configs.values():
+        if one.rank != first.rank or not math.isclose(one.scale, first.scale):
+            return None
+    parts = {*map(get_part, configs)}
     if "embeddings" in parts:
         return None
-    names = [name for name in find_adaptable_layers(model) if get_part(name) in parts]
+    names = _filter_parts(find_adaptable_layers(model), parts)
     targets: tuple[str, ...] | None = None
     if {*names} != {*configs}:
         targets = tuple(_name_suffixes(configs))
-        suffixes = tuple(f".{target}" for target in targets)
-        if {name for name in names if name.endswith(suffixes)} != {*configs}:
+        if {*_filter_targets(names, targets)} != {*configs}:
             return None
     modes: dict[str, TuneMode] = {"language": "frozen"}
     modes |= dict.fromkeys(parts, "lora")
     lora = LoraSettings(rank=first.rank, alpha=first.alpha, dropout=dropout, target_modules=targets)
     return TuneSettings.model_validate({**modes, "lora": lora})
+
+
+def _filter_parts(names: Iterable[str], parts: Collection[ModelPart]) -> list[str]:
+    """Return the names of the layers in some parts of a model."""
+    return [name for name in names if get_part(name) in parts]
+
+
+def _filter_targets(names: Iterable[str], targets: Iterable[str]) -> list[str]:
+    """Return the layer names that end with one of the target modules."""
+    suffixes = tuple(f".{target}" for target in targets)
+    return [name for name in names if name.endswith(suffixes)]
 
 
 def _name_suffixes(names: Iterable[str]) -> list[str]:

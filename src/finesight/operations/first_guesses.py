@@ -10,17 +10,13 @@ import difflib
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Literal
+from typing import Literal, get_args
 
 MIN_SIMILARITY = 0.7
-"""Minimum similarity (difflib ratio) of an option that is proposed."""
+"""Minimum similarity (difflib ratio) of a word that is proposed."""
 
 COMMANDS = {
     "train RECIPE": "sft finetune fine-tune ft fit run trainer tune training pt lora qlora",
-    "train RECIPE train.objective=dpo": "dpo",
-    "train RECIPE train.objective=orpo": "orpo",
-    "train RECIPE train.objective=simpo": "simpo",
-    "train RECIPE train.objective=kto": "kto",
     "train RECIPE train.objective=distill train.distill.teacher=MODEL": "distill distil gkd kd",
     "train RUN --resume": "resume continue",
     "init DATA": "new create setup start configure config wizard",
@@ -29,7 +25,7 @@ COMMANDS = {
     "import DATA OUT": "prepare preprocess dataset ingest prepare-data import-data load split",
     "check DATA": "validate lint verify check-data data-check",
     "label RUN IMAGE --prompt TEXT": "annotate annotation labeling labelling tag",
-    "sample RUN DATA OUT --reward NAME": "best-of rejection-sampling rollout",
+    "sample RUN DATA OUT --reward NAME": "best-of best-of-n rejection-sampling rft rollout",
     "data export DATA OUT --to FORMAT": "export-data convert-data data-export",
     "show RECIPE": "view inspect preview tokenize tokens encode",
     "plan RECIPE": "estimate memory vram dry-run dryrun profile",
@@ -47,13 +43,13 @@ COMMANDS = {
     "chat RUN": "repl interactive chatbot",
     "serve RUN": "deploy api server api-server host serving",
     "merge RUN OUT": "merge-lora merge_lora merge-adapter fuse merge-and-unload",
-    "export RUN": "vllm sglang",
-    "export MODEL OUT --converter FILE": "gguf llama.cpp ollama convert-gguf",
+    "export RUN": "vllm sglang export-vllm",
+    "export MODEL OUT --converter FILE": "gguf llama.cpp ollama convert-gguf export-gguf",
     "export RUN OUT --quantize w4a16": "quantize quantise quant quantization awq gptq autoround",
     "export RUN hf:OWNER/NAME": "push upload publish push-to-hub",
     "download MODEL": "pull fetch get clone",
-    "--version": "version",
-    "--help": "help",
+    "--version": "version v",
+    "--help": "help list ls",
 }
 
 OPTIONS: Mapping[str, Mapping[str, str]] = {
@@ -199,15 +195,22 @@ def suggest_command(name: str, commands: Collection[str]) -> str:
     Args:
         commands: Names of all commands.
     """
+    # Commands that are correct do not need the settings.
+    from finesight.config import ObjectiveName
+
     guesses = _invert("commands")
     normal = name.lower().replace("_", "-").lstrip("-")
     if normal in guesses:
         return f"use finesight {guesses[normal]}"
-    similar = difflib.get_close_matches(normal, commands, n=1)
+    if normal in get_args(ObjectiveName):
+        return f"use finesight train RECIPE train.objective={normal}"
+    similar = _find_similar(normal, commands)
     if similar:
-        return f"did you mean finesight {similar[0]}?"
-    similar = difflib.get_close_matches(normal, guesses, n=1)
-    return f"use finesight {guesses[similar[0]]}" if similar else ""
+        return f"did you mean finesight {similar}?"
+    similar = _find_similar(normal, guesses)
+    if similar:
+        return f"use finesight {guesses[similar]}"
+    return ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,15 +255,17 @@ def find_option(
         words = tuple(word.format(value or "VALUE") for word in text.split())
         if words[0].startswith("--"):
             return OptionGuess("option", words)
-        return OptionGuess("setting" if "=" in words[0] else "command", words)
+        if "=" in words[0]:
+            return OptionGuess("setting", words)
+        return OptionGuess("command", words)
     for argument, guesses in ARGUMENTS.items():
         if argument in arguments and normal in guesses.split():
             return OptionGuess("argument", (argument, value or argument.upper()))
     names = {one.lstrip("-"): one for one in options}
-    similar = difflib.get_close_matches(normal.lstrip("-"), names, n=1, cutoff=MIN_SIMILARITY)
+    similar = _find_similar(normal.lstrip("-"), names)
     if not similar:
         return None
-    return OptionGuess("option", (names[similar[0]], *filter(None, [value])))
+    return OptionGuess("option", (names[similar], *filter(None, [value])))
 
 
 def _find_words(
@@ -283,8 +288,7 @@ def suggest_value(parameter: str, value: object, choices: Sequence[str]) -> str:
     for right, guesses in VALUES.get(parameter, {}).items():
         if text in guesses.split() and right in choices:
             return right
-    similar = difflib.get_close_matches(text, choices, n=1)
-    return similar[0] if similar else ""
+    return _find_similar(text, choices)
 
 
 def suggest_target(name: str) -> str:
@@ -297,5 +301,10 @@ def suggest_function(name: str, functions: Collection[str]) -> str:
     guesses = _invert("functions")
     if name in guesses:
         return guesses[name]
-    similar = difflib.get_close_matches(name, functions, n=1)
-    return similar[0] if similar else ""
+    return _find_similar(name, functions)
+
+
+def _find_similar(text: str, names: Collection[str]) -> str:
+    """Return the most similar name; empty without one."""
+    similar = difflib.get_close_matches(text, names, n=1, cutoff=MIN_SIMILARITY)
+    return "".join(similar)

@@ -124,9 +124,11 @@ class Parameter:
             return Path(os.path.expanduser(name)) if self.kind == "path" else name
         remedy = "correct or remove it"
         if self.choices:
-            expected = f"one of {', '.join(self.choices)}" if value not in self.choices else ""
-            if expected and (similar := suggest_value(self.name, value, self.choices)):
-                remedy = f"use {similar!r}"
+            if value not in self.choices:
+                expected = f"one of {', '.join(self.choices)}"
+                similar = suggest_value(self.name, value, self.choices)
+                if similar:
+                    remedy = f"use {similar!r}"
         elif not isinstance(value, int if self.kind == "integer" else int | float):
             expected = "an integer" if self.kind == "integer" else "a number"
         elif self.minimum is not None and value < self.minimum:
@@ -348,19 +350,22 @@ def _suggest_argument(
     from finesight.operations import OPERATIONS
     from finesight.recipe import suggest_override
 
-    options = {
-        part: one.name
-        for one in parameters
-        if not one.is_positional
-        for part in one.option.split("/")
-    }
-    arguments = {one.name for one in parameters if one.is_positional}
-    targets = {
-        target: command for group in OPERATIONS.values() for command, target in group.items()
-    }
+    options: dict[str, str] = {}
+    arguments: set[str] = set()
+    for one in parameters:
+        if one.is_positional:
+            arguments.add(one.name)
+        else:
+            options |= dict.fromkeys(one.option.split("/"), one.name)
     target = f"{operation.__module__.removeprefix('finesight.')}:{operation.__name__}"
-    text, option = str(value), f"--{name.replace('_', '-')}"
-    guess = find_option(targets.get(target, ""), option, text, options, arguments)
+    command = ""
+    for group in OPERATIONS.values():
+        for name_of_command, one_target in group.items():
+            if one_target == target:
+                command = name_of_command
+    text = str(value)
+    option = f"--{name.replace('_', '-')}"
+    guess = find_option(command, option, text, options, arguments)
     if "overrides" in arguments and (guess is None or guess.kind == "option"):
         setting = suggest_override(name, shlex.quote(text)) or ""
         if setting.startswith("use "):

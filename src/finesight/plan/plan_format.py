@@ -115,7 +115,9 @@ def _format_estimates(plan: RunPlan) -> Iterator[str]:
 
 def _describe_estimate(plan: RunPlan, estimate: SettingsEstimate, precision: str) -> dict[str, str]:
     """Return the cells of an estimate by title; empty for memory of 0 bytes."""
-    settings, peak, step_s = estimate.settings, estimate.peak, estimate.step_time.total
+    settings = estimate.settings
+    peak = estimate.peak
+    step_s = estimate.step_time.total
     num_bytes = asdict(peak)
     limit = f"{USABLE_MEMORY_FRACTION:.0%} of memory, {plan.chosen_estimate.memory_limit / 1e9:.1f}"
     return {

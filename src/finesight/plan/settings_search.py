@@ -370,7 +370,9 @@ class SettingsSearch:
     def _find_max_budget(self, settings: PlannedSettings) -> PlannedSettings:
         """Replace the token budget by the largest multiple of `PACK_TOKENS_STEP` that fits."""
         first = _round_up(settings.pack_tokens)
-        last = _round_up(self._steps.single_pack_budget) if self._prefer_large_packs else first
+        last = first
+        if self._prefer_large_packs:
+            last = _round_up(self._steps.single_pack_budget)
         budgets = range(first, last + 1, PACK_TOKENS_STEP)
 
         def exceeds_memory(pack_tokens: int) -> bool:

@@ -706,7 +706,9 @@ class LRSchedule:
         self.kind, self.total_steps = train.lr_schedule, total_steps
         self.warmup_steps = resolve_steps(train.warmup, total_steps)
         if self.warmup_steps >= total_steps and self.warmup_steps > 1:
-            few = f"fewer than {total_steps} steps" if total_steps > 1 else "no warmup (0)"
+            few = "no warmup (0)"
+            if total_steps > 1:
+                few = f"fewer than {total_steps} steps"
             raise UserError(
                 f"{self.warmup_steps} warmup steps in a run of {format_count(total_steps, 'step')}",
                 where="train.warmup",

@@ -299,7 +299,12 @@ def build_rank_sampler(
         shape = SampleShape(lengths, sample.grid_thw, sample.num_supervised_tokens)
         return (flop_counter and flop_counter.count(shape)) or sample.num_packed_tokens
 
-    count_fn = (lambda index: samples[index].num_packed_tokens) if can_split_samples else None
+    def count_tokens(index: int) -> int:
+        return samples[index].num_packed_tokens
+
+    count_fn = None
+    if can_split_samples:
+        count_fn = count_tokens
     return DistributedSampler(sampler, process_group, estimate_cost, count_fn, pack_tokens)
 
 
@@ -337,7 +342,8 @@ def _load_latest_checkpoint(run: RunContext, resume: bool) -> Checkpoint | None:
 
     Only the main process verifies the digests; the other ranks load the same step.
     """
-    checkpoint, process_group = None, run.hardware.process_group
+    checkpoint = None
+    process_group = run.hardware.process_group
     with process_group.sync_errors():
         if process_group.is_main and resume:
             checkpoint = run.checkpoint_manager.load_latest(run.console.log)

@@ -362,13 +362,15 @@ def check_data(
 def _check_validation_samples(checked: CheckedRecipe) -> None:
     """Verify that the metric of a recipe fits its validation samples, without custom metrics."""
     from finesight.data.corpus import load_corpus
+    from finesight.evaluate.eval_case import select_eval_samples
     from finesight.train.recipe_check import check_eval_references
 
     recipe = checked.recipe
     if recipe.eval is None or not recipe.data.eval:
         return
-    samples = [one.sample for one in load_corpus(recipe.data.eval).read_samples()]
-    check_eval_references(checked, samples)
+    corpus = load_corpus(recipe.data.eval)
+    indices = select_eval_samples(range(len(corpus)), recipe.eval.limit)
+    check_eval_references(checked, [corpus[index].sample for index in indices])
 
 
 def build_init_step(data: StrPath, model: str | None = None) -> Step:

@@ -41,7 +41,7 @@ from finesight.storage import write_file, write_folder
 from finesight.train.checkpoint import TrainProgress
 from finesight.train.evaluation import load_eval_history
 from finesight.train.parallel.distributed import SINGLE_PROCESS, ProcessGroup
-from finesight.train.recipe_check import suggest_completion_length
+from finesight.train.recipe_check import MAX_TRUNCATED_SHARE, suggest_completion_length
 from finesight.train.run_dir import RunDir
 from finesight.train.state import TrainState
 
@@ -54,9 +54,6 @@ _INT_DTYPES = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 
 CHECKSUM_CHUNK_ELEMENTS = 1 << 24
 """Number of elements per chunk when a checksum is computed; limits memory."""
-
-MAX_TRUNCATED_SHARE = 0.5
-"""Share of truncated responses up to which equal rewards explain a run without an update."""
 
 SAMPLE_SIZE = 16384
 """Approximate number of evenly spaced elements of a tensor whose initial values are stored."""

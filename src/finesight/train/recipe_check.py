@@ -61,6 +61,9 @@ from finesight.train.run_dir import RunDir
 from finesight.train.sampler import TrainSampler
 from finesight.train.state import BaseModelRef, RunData
 
+MAX_TRUNCATED_SHARE = 0.5
+"""Share of truncated responses up to which missing or equal rewards have other reasons."""
+
 
 @dataclass(frozen=True, slots=True)
 class CheckedRecipe:

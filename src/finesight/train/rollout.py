@@ -47,7 +47,7 @@ from finesight.model.vlm import VisionLanguageModel
 from finesight.storage import append_line
 from finesight.train.dataloader import IndexedSample, SkippedSample, StepBatch
 from finesight.train.objectives.dpo import compute_token_logps
-from finesight.train.recipe_check import suggest_completion_length
+from finesight.train.recipe_check import MAX_TRUNCATED_SHARE, suggest_completion_length
 from finesight.train.state import TrainState
 from finesight.train.vision_cache_builder import free_gpu_memory
 
@@ -61,9 +61,6 @@ NUM_CHECKED_RESPONSES = 128
 
 MAX_USELESS_SHARE = 0.02
 """Share of responses with a reward up to which a run warns."""
-
-MAX_TRUNCATED_SHARE = 0.5
-"""Share of truncated responses from which a run warns of them instead of missing rewards."""
 
 FRAMES = (
     "thousandths of the image",

@@ -113,11 +113,12 @@ class RunDir:
             found = ", ".join(visible[:5])
             problem = f"contains {found}, but no run", f"an empty folder, or {absent}"
         else:
-            parent = next(one for one in self.path.absolute().parents if os.path.lexists(one))
-            if not parent.is_dir():
-                problem = f"cannot be created: {parent} is a file", "a path in a folder"
-            elif not self.path.exists() and not os.access(parent, os.W_OK):
-                what = f"cannot be created: no permission to write to {parent}"
+            path = self.path.absolute()
+            nearest = next(one for one in (path, *path.parents) if os.path.lexists(one))
+            if not nearest.is_dir():
+                problem = f"cannot be created: {nearest} is a file", "a path in a folder"
+            elif not os.access(nearest, os.W_OK):
+                what = f"cannot be written: no permission for {nearest}"
                 problem = what, "a path in a folder that you may write to"
         if problem is not None:
             what, expected = problem

@@ -306,4 +306,4 @@ def test_truncated_responses_are_no_pairs(tiny, data, tmp_path, cli):
     words = ("pairs", tmp_path / "out", tmp_path / "pairs.jsonl", "--data", data)
     error = cli(*words, code=2).err
     assert "4 of 4 responses are truncated" in error
-    assert "remedy: sample longer responses" in error
+    assert "remedy: sample longer responses, with a larger --max-new-tokens" in error

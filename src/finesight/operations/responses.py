@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Unpack
 
 from finesight.bounded_files import read_json_object
-from finesight.errors import Step, UserError, format_count, suggest_similar_path
+from finesight.errors import Remedy, Step, UserError, format_count, suggest_similar_path
 from finesight.operations.dataset import build_init_step
 from finesight.operations.model import ModelArgument, get_model_name, load_model
 from finesight.operations.operation import Outcome, Parameter, StrPath
@@ -294,8 +294,8 @@ def pairs(
         problem = f"{num_unused} samples have no better and worse answer"
         if 2 * contents.count(None) > len(contents):
             problem += f": {contents.count(None)} of {len(contents)} responses are truncated"
-            remedy = "sample longer responses, with a larger --max-new-tokens or"
-            remedy += " train.grpo.max_completion_length"
+            remedy = f"sample longer responses, with a larger {_get_length_option(source)}, or"
+            remedy += " train the model until it ends its answers"
         raise UserError(
             problem,
             where=str(source),
@@ -306,6 +306,17 @@ def pairs(
     noun = "label" if labels else "pair"
     lines = [f"{out}: {format_count(num_written, noun)}, {num_unused} not used"]
     return Outcome(counts, lines, counts, [build_init_step(out, _find_model(source))])
+
+
+def _get_length_option(source: Path) -> str:
+    """Return the name of the limit of the responses of a source."""
+    from finesight.manifest import RECIPE_FILE, RESPONSES_FILE
+
+    if not (source / RECIPE_FILE).is_file():
+        return "--max-new-tokens"
+    if (source / RESPONSES_FILE).is_file():
+        return "train.grpo.max_completion_length"
+    return "eval.max_new_tokens"
 
 
 def _find_model(source: Path) -> str | None:
@@ -342,12 +353,23 @@ def _find_responses(
     names = (source / RESPONSES_FILE, source / PREDICTIONS_FOLDER / "after.jsonl", source)
     file = next((one for one in names if one.is_file()), source)
     has_recipe = (source / RECIPE_FILE).is_file()
-    if not (is_found := file.is_file()) or not (data or has_recipe):
+    if not file.is_file():
+        remedy: Remedy = suggest_similar_path(source)
+        if has_recipe:  # a run without an evaluation
+            arguments = {"run_or_model": source, "data": "DATA", "out": "OUT", "reward": ["NAME"]}
+            remedy = Step("sample", arguments, "sample responses")
         raise UserError(
-            "the samples of the responses are unknown" if is_found else "no responses",
-            where="--data" if is_found else str(source),
+            "no responses",
+            where=str(source),
             expected="a folder of `finesight sample`, a run, or a file of `finesight eval --out`",
-            remedy="add --data FILE.jsonl" if is_found else suggest_similar_path(source),
+            remedy=remedy,
+        )
+    if not (data or has_recipe):
+        raise UserError(
+            "the samples of the responses are unknown",
+            where="--data",
+            expected="a folder of `finesight sample`, a run, or a file of `finesight eval --out`",
+            remedy="add --data FILE.jsonl",
         )
     files: Sequence[DataFileSettings] = [DataFileSettings(path=str(data))] if data else ()
     if not has_recipe:

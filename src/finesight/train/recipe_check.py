@@ -377,13 +377,16 @@ def list_answer_lengths(data: TrainingData) -> list[int]:
 
 def suggest_completion_length(recipe: Recipe, data: TrainingData) -> str:
     """Return the remedy for responses that reach `max_completion_length`."""
-    setting = f"train.{recipe.train.objective}.max_completion_length"
-    limit = recipe.train.grpo.max_completion_length
-    longest = max(list_answer_lengths(data))
-    if longest > limit:
+    sampling = recipe.train.sampling
+    assert sampling is not None, "a run without responses"
+    section = f"train.{recipe.train.objective}"
+    setting = f"{section}.max_completion_length"
+    lengths = list_answer_lengths(data)
+    longest = max(lengths)
+    if describe_cut_answers(lengths, sampling.max_completion_length, setting, "reference answer"):
         return f"set {setting} to {longest} or more, the tokens of the longest reference answer"
     return (
-        f"raise {setting}, lower train.grpo.temperature, or train with train.objective=sft first:"
+        f"raise {setting}, lower {section}.temperature, or train with train.objective=sft first:"
         f" the reference answers have up to {longest} tokens, and the responses do not end"
     )
 

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +14,8 @@ from tiny_model import create_tiny_model
 from tiny_task import TinyTask, assert_same_run, edit_samples
 from torch import Tensor
 
-from finesight.config import GrpoSettings
+from finesight import api
+from finesight.config import GrpoSettings, TrainSettings
 from finesight.data.sample import BoxPart, ImagePart, LocatedSample, Message, Sample
 from finesight.encode.family import scale_box
 from finesight.encode.renderer import NativeRenderer
@@ -22,6 +24,7 @@ from finesight.evaluate.custom_metric import RewardError
 from finesight.evaluate.eval_case import EvalCase
 from finesight.model_folder import ModelFolder
 from finesight.train.objectives.grpo import compute_token_losses
+from finesight.train.recipe_check import suggest_completion_length
 from finesight.train.rollout import RewardCheck, Rollout
 
 LOSS_TYPES = "dapo", "grpo", "dr_grpo", "bnpo", "cispo", "sapo"
@@ -299,6 +302,28 @@ def test_useless_rewards_name_the_coordinate_frame(tmp_path, frame, kind):
     assert "4 of the first 4 responses have no reward" in report(cases[:1], [0, 0, 0, 0])
 
 
+@each(
+    ("objective", "lengths", "remedy"),
+    [
+        ("grpo", [65] * 20, "set train.grpo.max_completion_length to 65 or more"),
+        ("grpo", [4] * 9 + [900], "set train.grpo.max_completion_length to 900 or more"),
+        ("grpo", [64] * 20, "raise train.grpo.max_completion_length, lower train.grpo.temperature"),
+        ("grpo", [4] * 99 + [900], "raise train.grpo.max_completion_length"),
+        ("distill", [65], "set train.distill.max_completion_length to 65 or more"),
+    ],
+)
+def test_remedy_of_truncated_responses_follows_from_the_references(objective, lengths, remedy):
+    """A single long reference does not explain responses without an end."""
+    samples = [SimpleNamespace(num_answer_tokens=length) for length in lengths]
+    data = SimpleNamespace(stats=SimpleNamespace(sample_stats=samples))
+    section = {"max_completion_length": 64}
+    if objective == "distill":
+        section["teacher"] = "finesight-tiny"
+    train = TrainSettings(objective=objective, **{objective: section})
+    found = suggest_completion_length(SimpleNamespace(train=train), data)
+    assert found.startswith(remedy)
+
+
 @pytest.mark.parametrize("is_masked", [False, True])
 def test_truncated_responses_are_named_before_rewards(tmp_path, is_masked):
     """The limit is below the references: warned before the first step, and named at the end."""
@@ -323,6 +348,9 @@ def test_truncated_responses_are_named_before_rewards(tmp_path, is_masked):
     assert "100% of the responses were truncated" in error.what
     assert ("mask_truncated_completions" in error.what) == is_masked
     assert f"set train.grpo.max_completion_length to {count[1]} or more" in str(error.remedy)
+    with pytest.raises(UserError, match="no responses") as refused:
+        api.pairs(tmp_path / "run", tmp_path / "pairs.jsonl")
+    assert "sample(" in str(refused.value.remedy)
     # With the proposed length, nothing is warned of.
     limit = f"train.grpo.max_completion_length={count[1]}"
     with contextlib.suppress(UserError):  # of equal rewards, which is another problem

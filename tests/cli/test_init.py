@@ -348,6 +348,19 @@ def test_rows_without_images_are_mentioned(cli):
     assert "warning: 5 of 24 rows have no readable image and were skipped" in printed.err
 
 
+@pytest.mark.usefixtures("no_plan")
+@pytest.mark.parametrize("num_images", [1, 2, 3])
+def test_rows_of_few_images_have_no_validation_samples(cli, num_images):
+    """No split separates the images, so all rows are for training."""
+    rows = [f"images/{i % num_images}.png,answer {i}" for i in range(24)]
+    table = write_table("data", num_images, text="a")
+    table.write_text("\n".join(["file,text", *rows]))
+    printed = cli("init", table, *YES, "--json")
+    assert printed.json["samples"] == {"data": 24}
+    assert "no validation samples: 24 rows in" in printed.err
+    assert "eval" not in yaml.safe_load(Path("out/recipe.yaml").read_text())["data"]
+
+
 @pytest.mark.parametrize(
     ("content", "words"),
     [

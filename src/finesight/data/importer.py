@@ -115,6 +115,10 @@ ImageKeys = frozenset[Hashable]
 """Keys of the images in a row. Identical images have equal keys."""
 
 
+class SplitError(UserError):
+    """Raised for rows that share so many images that no random split separates them."""
+
+
 def split_last_rows(rows: Sequence[ImageKeys], num_eval_rows: int) -> tuple[list[int], list[int]]:
     """Split off the last rows for validation; remove training rows that share an image.
 
@@ -128,7 +132,7 @@ def split_last_rows(rows: Sequence[ImageKeys], num_eval_rows: int) -> tuple[list
         if rows:
             expected = f"at most {len(rows)}"
         raise UserError(
-            f"there are {len(rows)} rows",
+            f"the dataset has {format_count(len(rows), 'row')}",
             where=f"eval_last={num_eval_rows}",
             expected=expected,
             remedy="use fewer rows for validation",
@@ -161,10 +165,12 @@ def split_by_image(
         if len(eval_rows) + len(groups[group_index]) <= num_eval_rows:
             eval_rows += groups[group_index]
     if not eval_rows or len(eval_rows) == len(rows):
-        raise UserError(
-            f"{len(rows)} rows in {len(groups)} groups without shared images",
+        num_rows = format_count(len(rows), "row")
+        raise SplitError(
+            f"{num_rows} in {format_count(len(groups), 'group')} without shared images",
             where=f"train_fraction={train_fraction:g}",
-            expected=f"enough groups for training and {num_eval_rows} validation rows",
+            expected="enough groups for training and"
+            f" {format_count(num_eval_rows, 'validation row')}",
             remedy="import more rows, or choose another fraction",
         )
     return sorted(set(range(len(rows))).difference(eval_rows)), sorted(eval_rows)

@@ -120,7 +120,7 @@ def init(
     """
     from finesight.config import METRIC_NAMES
     from finesight.data.image_header import CorruptImageError
-    from finesight.data.importer import REASON_BY_ERROR, import_dataset
+    from finesight.data.importer import REASON_BY_ERROR, SplitError, import_dataset
     from finesight.data.source_fetch import fetch_source
     from finesight.evaluate.task_metrics import get_task_metric
     from finesight.plan.plan_format import format_short_plan
@@ -157,7 +157,12 @@ def init(
             num_eval_rows = min(MAX_EVAL_FRACTION, NUM_EVAL_ROWS / num_rows)
             options = replace(options, train_fraction=1 - num_eval_rows)
         with console.activity("importing the data"):
-            summary = import_dataset(path, folder / "data", options)
+            try:
+                summary = import_dataset(path, folder / "data", options)
+            except SplitError as error:
+                console.log(f"no validation samples: {error.what}")
+                options = replace(options, train_fraction=None)
+                summary = import_dataset(path, folder / "data", options)
     num_without_image = summary.skipped_rows.get(REASON_BY_ERROR[CorruptImageError], 0)
     if num_without_image > MAX_MISSING_FRACTION * num_rows:
         text = "have no readable image and were skipped; table and images may be in other folders"

@@ -79,6 +79,7 @@ _TUNE_LARGE = """\
   language: lora
   lora: {rank: 64, alpha: 16, dropout: 0.05}
 """
+LINE_BREAK = re.compile("[\n\r\x85\u2028\u2029]")
 TUNE_COMMENT = "trained parts of the model: frozen, lora (adapters) or full"
 
 
@@ -334,13 +335,17 @@ def format_recipe(
         else "# no eval.metric: answers with `label: false` are not references\n"
     )
     arguments = {"recipe": recipe, "overrides": ["train.learning_rate=5.0e-5"]}
+    override = Step("train", arguments, "Override settings on the command line")
+    tune_comment = TUNE_COMMENT
+    if start.tune is not None:
+        tune_comment = f"as the adapter of {_quote(start.name)}"
     text = _RECIPE.format(
         author=author,
-        override=Step("train", arguments, "Override settings on the command line"),
+        override=_escape_line_breaks(str(override)),
         model=_quote(start.name),
         data=_format_files("train", lines[:num_train_files]) + _format_files("eval", eval_lines),
         image=_format_image(start, task),
-        tune_comment=TUNE_COMMENT if start.tune is None else f"as the adapter of {start.name}",
+        tune_comment=tune_comment,
         tune=_format_tune(start, task),
         train_settings="".join(f"  {line}\n" for line in train) + rewards,
         eval_settings=eval_settings if eval_lines else "",
@@ -352,7 +357,7 @@ def format_recipe(
 def _format_image(start: StartModel, task: DetectedTask) -> str:
     """Return the section `image`; empty if the model brings its own image rule."""
     if start.has_image_rule:
-        return f"# no image and no data.system_prompt: those of {start.name} apply\n"
+        return f"# no image and no data.system_prompt: those of {_quote(start.name)} apply\n"
     if start.is_tiny:
         return ""
     max_pixels = MAX_PIXELS.get(task.metric, DEFAULT_MAX_PIXELS)
@@ -421,4 +426,9 @@ def _format_files(key: str, lines: Sequence[str]) -> str:
 
 def _quote(value: str | Path) -> str:
     """Format a value as a quoted YAML string."""
-    return json.dumps(str(value), ensure_ascii=False)
+    return _escape_line_breaks(json.dumps(str(value), ensure_ascii=False))
+
+
+def _escape_line_breaks(text: str) -> str:
+    """Escape all line breaks of YAML, which would end a comment or change a string."""
+    return LINE_BREAK.sub(lambda match: f"\\u{ord(match[0]):04x}", text)

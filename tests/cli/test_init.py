@@ -20,12 +20,14 @@ from PIL import Image
 
 from finesight import api, model_folder
 from finesight.cli import app as app_module
+from finesight.config import TuneSettings
 from finesight.data import import_source
 from finesight.data.sample import read_samples
 from finesight.errors import UserError, suggest_similar_path
 from finesight.model_folder import TINY_MODEL
 from finesight.operations import init
 from finesight.plan import run_plan
+from finesight.recipe_template import DetectedTask, StartModel, format_recipe
 
 CASES = load_cases("init")
 
@@ -346,6 +348,22 @@ def test_rows_without_images_are_mentioned(cli):
     printed = cli("init", table, *YES, "--json")
     assert printed.json["skipped_rows"] == {"an image is missing or corrupt": 5}
     assert "warning: 5 of 24 rows have no readable image and were skipped" in printed.err
+
+
+@each("line_break", ["\n", "\r", "\x85", "\u2028", "\u2029"])
+@each("tune", [TuneSettings(language="lora"), None])
+def test_names_with_line_breaks_are_no_settings(line_break, tune):
+    """The names of folders are in values and comments of the recipe."""
+    name = f"a{line_break}rewards: [exact]{line_break}#"
+    start = StartModel(name, tune=tune, has_image_rule=True)
+    task = DetectedTask("ocr", None, max_new_tokens=8)
+    recipe = Path(name, "recipe.yaml")
+    files = {Path(name, "train.jsonl"): "8 samples"}
+    text = format_recipe(recipe, Path(name, "run"), start, "a test", task, files, 8)
+    settings = yaml.safe_load(text)
+    assert settings.keys() == {"model", "data", "tune", "train", "output_dir"}
+    assert settings["model"] == name
+    assert settings["data"]["train"] == f"{name}/train.jsonl"
 
 
 @pytest.mark.usefixtures("no_plan")

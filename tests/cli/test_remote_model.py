@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import shutil
@@ -176,6 +177,18 @@ def test_wrong_name_of_a_model_is_reported_before_the_import(hub, model, name, c
     name = name.format(hub=model.partition(":")[0])
     error = cli("init", "labels.csv", "--yes", "--out", "new", "--model", name, code=2).err
     assert "remedy: " in error
+    assert not Path("new").exists()
+
+
+@pytest.mark.usefixtures("table")
+def test_adapter_needs_its_base_model(hub, monkeypatch, cli):
+    """Its settings follow from the layers of the base model."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    Path("adapter").mkdir()
+    config = {"base_model_name_or_path": "Some/base", "peft_type": "LORA", "r": 4, "lora_alpha": 8}
+    Path("adapter/adapter_config.json").write_text(json.dumps(config))
+    words = ("init", "labels.csv", "--yes", "--out", "new", "--model", "adapter")
+    assert "Some/base" in cli(*words, code=2).err
     assert not Path("new").exists()
 
 

@@ -150,6 +150,8 @@ def init(
         except UserError as error:
             if model != suggested and not isinstance(error, UnavailableError):
                 raise
+            if Path(model).expanduser().exists():
+                raise  # the settings of a run or adapter require its base model
             start = StartModel(model)
             unavailable = error
         num_rows = opened.rows.num_rows

@@ -198,12 +198,11 @@ def suggest_command(name: str, commands: Collection[str]) -> str:
     # Commands that are correct do not need the settings.
     from finesight.config import ObjectiveName
 
-    guesses = _invert("commands")
+    objectives = {one: f"train RECIPE train.objective={one}" for one in get_args(ObjectiveName)}
+    guesses = objectives | _invert("commands")
     normal = name.lower().replace("_", "-").lstrip("-")
     if normal in guesses:
         return f"use finesight {guesses[normal]}"
-    if normal in get_args(ObjectiveName):
-        return f"use finesight train RECIPE train.objective={normal}"
     similar = _find_similar(normal, commands)
     if similar:
         return f"did you mean finesight {similar}?"

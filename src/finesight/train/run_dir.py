@@ -113,8 +113,9 @@ class RunDir:
             found = ", ".join(visible[:5])
             problem = f"contains {found}, but no run", f"an empty folder, or {absent}"
         else:
-            path = self.path.absolute()
-            nearest = next(one for one in (path, *path.parents) if os.path.lexists(one))
+            nearest = self.path.absolute()
+            while not os.path.lexists(nearest):
+                nearest = nearest.parent
             if not nearest.is_dir():
                 problem = f"cannot be created: {nearest} is a file", "a path in a folder"
             elif not os.access(nearest, os.W_OK):

@@ -49,6 +49,12 @@ EXIT_TIMEOUT = timedelta(seconds=10)
 REQUIRED_ENV_VARS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
+def count_launched_ranks() -> int | None:
+    """Return the world size of the launcher that started this process; None without a launcher."""
+    world_size = os.environ.get("WORLD_SIZE", "")
+    return int(world_size) if world_size.isdecimal() and int(world_size) > 1 else None
+
+
 class PeerFailedError(UserError):
     """Raised when another rank has failed; no rank applies the current step."""
 

@@ -97,7 +97,8 @@ FORMS: dict[str, Mapping[str, FormField | None]] = {
     },
     # The page checks samples of one format, and has a button for the corrected copy.
     "check": dict.fromkeys(("against", "fix", "html", *SourceOptions.__annotations__)),
-    "plan": {},
+    # The page trains on one GPU.
+    "plan": {"gpus": FormField(value="1")},
     "recipe": {
         "name": FormField("Name of the recipe and its run", "tickets"),
         "model": FormField("Model: a name on a hub, or a folder", value=TINY_MODEL),
@@ -461,7 +462,11 @@ class StudioView:
         if step == "plan" and job is not None:
             saved_at = self._read_saved_time(state.recipe)
             is_outdated = saved_at is not None and saved_at > job.started_at
-            own = [one for one in steps if one.arguments.get("overrides") and not is_outdated]
+            # Settings for more GPUs than those of the plan are only a proposal.
+            has_advice = any(one.operation == "plan" for one in steps)
+            if is_outdated or has_advice:
+                return []
+            own = [one for one in steps if one.arguments.get("overrides")]
             return [("Use these settings", one) for one in own]
         return [(PROPOSALS["check"], one) for one in steps if step == one.operation == "check"]
 

@@ -37,7 +37,7 @@ from finesight.operations.dataset import (
 )
 from finesight.operations.operation import Outcome, Parameter, StrPath, format_command
 from finesight.operations.options import TableOptions
-from finesight.operations.training import plan, train
+from finesight.operations.training import GpusOption, build_train_step, plan, train
 from finesight.progress import ProgressConsole
 
 if TYPE_CHECKING:
@@ -94,6 +94,7 @@ def init(
     ] = None,
     model: str | None = None,
     objective: Literal["grpo"] | None = None,
+    gpus: GpusOption = None,
     ask: Ask | None = None,
     **reading: Unpack[TableOptions],
 ) -> Outcome[Path]:
@@ -121,6 +122,7 @@ def init(
     from finesight.hub.address import is_hub_address
     from finesight.model_folder import locate_model
     from finesight.plan.plan_format import format_short_plan
+    from finesight.plan.run_plan import refuse_gpus
     from finesight.recipe_template import NUM_EVAL_ROWS, format_recipe
     from finesight.storage import check_new_path, write_file
 
@@ -138,6 +140,8 @@ def init(
         task, options, opened = _detect_task(path, options, metric, ask)
         task = replace(task, objective=objective or task.objective)
         device, memory_bytes = find_device()
+        if not memory_bytes:
+            refuse_gpus(gpus, "this machine has no GPU")
         model = model or _ask("Model", choose_model(memory_bytes), ask)
         locate_model(model)  # raises the error of a missing model before anything is written
         num_rows = opened.rows.num_rows
@@ -157,7 +161,7 @@ def init(
     write_file(recipe, format_recipe(*inputs, num_samples).encode())
     run_plan: RunPlan | None = None
     try:
-        run_plan = plan(recipe).value
+        run_plan = plan(recipe, gpus=gpus).value
     except UserError as error:  # of a model that cannot be downloaded
         console.log(f"the run was not planned: {error}")
     else:
@@ -188,10 +192,10 @@ def init(
         f"recipe: {recipe}",
     ]
     fits = None if run_plan is None else run_plan.chosen_estimate.fits
-    steps = [Step("plan", {"recipe": recipe})]
-    if fits:
+    steps = [Step("plan", {"recipe": recipe, "gpus": gpus})]
+    if run_plan is not None and fits:
         chat = Step("chat", {"run_or_model": folder / "run"})
-        steps = [Step("train", {"recipe": recipe}), chat]
+        steps = [build_train_step(recipe, (), run_plan.target.num_gpus), chat]
     if has_errors := outcome.value.severity == "error":
         steps.insert(0, Step("check", {"sources": [recipe], "html": folder / "check.html"}))
     result = {

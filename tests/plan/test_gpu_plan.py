@@ -248,7 +248,9 @@ def test_gpus_without_samples_are_named(task, gpus, batch_size, num_idle):
 @pytest.fixture
 def local_gpus(monkeypatch: pytest.MonkeyPatch) -> list[SimpleNamespace]:
     """Two GPUs of this machine, which the test may change."""
-    gpus = [SimpleNamespace(name="NVIDIA A10", gb=24.0, flops=1e14) for _ in range(2)]
+    gpus = [
+        SimpleNamespace(name="NVIDIA A10", gb=24.0, flops=1e14, has_context=False) for _ in range(2)
+    ]
 
     def find(device: Any) -> SimpleNamespace:
         index = device if isinstance(device, int) else torch.device(device).index
@@ -257,13 +259,19 @@ def local_gpus(monkeypatch: pytest.MonkeyPatch) -> list[SimpleNamespace]:
     def measure(device: torch.device, dtype: torch.dtype) -> float:
         return float(find(device).flops)
 
+    def query(device: Any) -> tuple[int, int]:
+        find(device).has_context = True
+        return 0, round(find(device).gb * 1e9)
+
+    def read_properties(index: int) -> SimpleNamespace:
+        return SimpleNamespace(total_memory=round(gpus[index].gb * 1e9))
+
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: len(gpus))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: find(device).name)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
-    monkeypatch.setattr(
-        torch.cuda, "mem_get_info", lambda device: (0, round(find(device).gb * 1e9))
-    )
+    monkeypatch.setattr(torch.cuda, "mem_get_info", query)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", read_properties)
     monkeypatch.setattr(step_time, "measure_peak_flops", measure)
     monkeypatch.setattr(step_time, "_measure_bandwidth", lambda device: 5e11)
     return gpus
@@ -277,6 +285,8 @@ def plan_here(task: TinyTask, gpus: int | None = None) -> TargetDevice:
 def test_all_gpus_of_this_machine_are_planned(task, local_gpus):
     target = plan_here(task)
     assert (target.num_gpus, target.is_measured) == (2, True)
+    # A context would take memory from the rank of the other GPU.
+    assert [gpu.has_context for gpu in local_gpus] == [True, False]
     assert plan_here(task, gpus=1).num_gpus == 1
     # More GPUs than this machine has are assumed to be equal to them.
     assert plan_here(task, gpus=4).num_gpus == 4

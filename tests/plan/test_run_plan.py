@@ -215,7 +215,7 @@ def prepare_run(
     """Prepare a run on GPUs with this memory up to its check, and return its console output."""
     target = replace(build_named_target("T4", "auto"), memory_bytes=round(memory_bytes))
     monkeypatch.setattr(run_plan, "build_local_target", lambda *arguments: target)
-    monkeypatch.setattr(run_plan, "find_min_memory", lambda number: round(memory_bytes))
+    monkeypatch.setattr(run_plan, "find_min_memory", lambda target, number: round(memory_bytes))
     monkeypatch.setattr(run_plan, "MIN_CHECKED_PARAMS", 0)
     recipe = task.recipe | groups | {"output_dir": str(task.folder / "run")}
     settings = load_recipe(write_recipe(task.folder / "recipe.yaml", recipe), overrides)

@@ -413,7 +413,7 @@ def _estimate_fit(run: RunContext, data: RunData) -> UserError | None:
     speeds = hardware.peak_flops, 1.0 if is_cuda else None
     target = build_local_target(hardware.device, hardware.dtype, *speeds)
     if num_ranks > 1:
-        memory_bytes = find_min_memory(hardware.process_group.local_world_size)
+        memory_bytes = find_min_memory(target, hardware.process_group.local_world_size)
         target = replace(extend_to_gpus(target, num_ranks), memory_bytes=memory_bytes)
     # At most 16 bytes per trained parameter, and three adapters (query, key, value) per matrix.
     if not recipe.tune.has_mode("full"):

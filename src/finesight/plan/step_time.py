@@ -268,7 +268,7 @@ def extend_to_local_gpus(target: TargetDevice, num_gpus: int) -> TargetDevice:
             flops = measure_peak_flops(device, target.dtype)
             other = build_local_target(device, target.dtype, flops)
             slowest = min(slowest, other, key=lambda one: one.peak_flops)
-    memory_bytes = find_min_memory(num_gpus)
+    memory_bytes = find_min_memory(target, num_gpus)
     link = find_link(slowest.name)
     bandwidth = estimate_link_bandwidth(link)
     first = replace(
@@ -280,10 +280,17 @@ def extend_to_local_gpus(target: TargetDevice, num_gpus: int) -> TargetDevice:
     return extend_to_gpus(first, num_gpus)
 
 
-def find_min_memory(num_gpus: int) -> int:
-    """Return the memory of the smallest of the first GPUs of this machine, in bytes."""
+def find_min_memory(target: TargetDevice, num_gpus: int) -> int:
+    """Return the memory of the smallest of the first GPUs of this machine, in bytes.
+
+    Properties of a device need no CUDA context on it, which would take memory from its rank.
+
+    Args:
+        target: One of these GPUs.
+    """
     num_visible = min(num_gpus, torch.cuda.device_count())
-    return min(torch.cuda.mem_get_info(index)[1] for index in range(num_visible))
+    sizes = [torch.cuda.get_device_properties(n).total_memory for n in range(num_visible)]
+    return min(target.memory_bytes, *sizes)
 
 
 def find_link(name: str) -> Link:

@@ -49,8 +49,8 @@ TINY = "finesight-tiny"
 WARMUP_STEPS, MIN_STEPS = 4, 6
 POLL_S = 0.05
 PLAN_LIMIT_S, WEIGHTS_LIMIT_S = 120.0, 150.0
-OFFLOAD_STEPS = 6
-"""Steps of a case whose optimizer runs on the CPU."""
+OFFLOAD_STEPS = 3
+"""Steps of a case whose optimizer runs on one core of the CPU."""
 
 
 @dataclass(frozen=True)
@@ -244,7 +244,7 @@ def run_case(case: PlanCase, model: Path, options: argparse.Namespace) -> dict[s
         )
     }
     row["measured"]["host"] = (host_peak - host_before) / 1e9
-    speeds = [step["samples_per_s"] for step in steps[WARMUP_STEPS:]]
+    speeds = [step["samples_per_s"] for step in steps[min(WARMUP_STEPS, num_steps - 1) :]]
     row["measured"]["samples_per_s"] = round(statistics.median(speeds), 1)
     row["measured"]["peak_memory_gb"] = max(step["peak_memory_gb"] for step in steps)
     row["steps"] = len(steps)
@@ -312,6 +312,10 @@ def main() -> None:
         options.gpu = "A10"
     write_caption_dataset(options.work / "data")
     report: dict[str, Any] = report_header("plan_multi_gpu.py", options.configs) | {"results": []}
+    if torch.cuda.is_available():
+        report["versions"]["cuda"] = torch.version.cuda
+        report["versions"]["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
+    options.out.parent.mkdir(parents=True, exist_ok=True)
     model_name, model = "", options.work / "model"
     for case in select_cases(options):
         row: dict[str, Any]

@@ -461,13 +461,16 @@ class StudioView:
         steps = outcome.next_steps if outcome else ()
         if step == "plan" and job is not None:
             saved_at = self._read_saved_time(state.recipe)
-            is_outdated = saved_at is not None and saved_at > job.started_at
-            # Settings for more GPUs than those of the plan are only a proposal.
-            has_advice = any(one.operation == "plan" for one in steps)
-            if is_outdated or has_advice:
+            if saved_at is not None and saved_at > job.started_at:
                 return []
-            own = [one for one in steps if one.arguments.get("overrides")]
-            return [("Use these settings", one) for one in own]
+            proposals = []
+            for one in steps:
+                if one.operation == "plan":
+                    # Settings for more GPUs than those of the plan are only a proposal.
+                    return []
+                if one.arguments.get("overrides"):
+                    proposals.append(("Use these settings", one))
+            return proposals
         return [(PROPOSALS["check"], one) for one in steps if step == one.operation == "check"]
 
     def select_arguments(self, operation: str, state: StudioState) -> dict[str, Any]:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import sys
+from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 
 from finesight.config import EVAL_BATCH_SIZE, EvalSettings, Recipe
 from finesight.infer.engine import KV_CACHE_BYTES
@@ -59,7 +59,8 @@ def estimate_evaluation(
     num_interim = 0
     if settings is not None:
         eval_interval = resolve_eval_interval(settings, total_steps)
-        num_interim = (total_steps - 1) // eval_interval if eval_interval else 0
+        if eval_interval:
+            num_interim = (total_steps - 1) // eval_interval
 
     def estimate_s(all_stats: Sequence[SampleStats]) -> float:
         # The ranks evaluate equal shares.
@@ -73,16 +74,18 @@ def estimate_evaluation(
     total_s = 2 * estimate_s(validation_stats)
     if num_interim:
         total_s += num_interim * estimate_s(validation_stats[: resolve_interim_limit(settings)])
-    eval_stats = validation_stats[: settings.limit if settings else None]
-    estimate = EvaluationEstimate(2 + num_interim, len(eval_stats), total_s, 0)
     if settings is None:
-        return estimate
-    lengths = [stats.num_answer_tokens for stats in eval_stats]
-    return replace(
-        estimate,
+        return EvaluationEstimate(2 + num_interim, len(validation_stats), total_s, 0)
+    eval_stats = validation_stats[: settings.limit]
+    lengths = sorted(stats.num_answer_tokens for stats in eval_stats)
+    num_complete = bisect_right(lengths, settings.max_new_tokens)
+    return EvaluationEstimate(
+        2 + num_interim,
+        len(eval_stats),
+        total_s,
         generation_bytes=estimate_generation_bytes(settings, planned, target, eval_stats),
-        max_answer_tokens=max(lengths),
-        num_cut_answers=sum(length > settings.max_new_tokens for length in lengths),
+        max_answer_tokens=lengths[-1],
+        num_cut_answers=len(lengths) - num_complete,
     )
 
 
@@ -97,11 +100,15 @@ def _estimate_generation_s(
     Each decode step reads the weights once per batch. Completions are assumed to be as long as
     their references, and prefill to cost as much as the validation loss.
     """
-    num_tokens = sum(min(one.num_answer_tokens, settings.max_new_tokens) for one in eval_stats)
+    num_tokens = 0
+    for one in eval_stats:
+        num_tokens += min(one.num_answer_tokens, settings.max_new_tokens)
     num_steps = num_tokens / min(EVAL_BATCH_SIZE, len(eval_stats))
     tensors = (*planned.model.parameters(), *planned.model.buffers())  # without a teacher
     read_s = sum(one.nbytes for one in tensors) / target.memory_bandwidth
-    step_s = max(MIN_DECODE_STEP_S if target.compute.is_cuda else 0.0, read_s)
+    step_s = read_s
+    if target.compute.is_cuda:
+        step_s = max(MIN_DECODE_STEP_S, read_s)
     return num_steps * step_s + estimate_forward_s(planned, eval_stats, EVAL_BATCH_SIZE)
 
 
@@ -109,10 +116,11 @@ def estimate_forward_s(
     planned: PlannedModel, stats: Sequence[SampleStats], batch_size: int
 ) -> float:
     """Estimate the seconds of forward passes, about a third of the work of training steps."""
-    batches = (stats[start : start + batch_size] for start in range(0, len(stats), batch_size))
-    steps = (plan_step_packs(batch, sys.maxsize) for batch in batches)
-    estimate_step = partial(planned.step_timer.estimate_step, use_graphs=False)
-    return sum(estimate_step(packs, 0.0).total for packs in steps) / planned.step_timer.num_passes
+    step_s = 0.0
+    for start in range(0, len(stats), batch_size):
+        packs = plan_step_packs(stats[start : start + batch_size], sys.maxsize)
+        step_s += planned.step_timer.estimate_step(packs, 0.0, use_graphs=False).total
+    return step_s / planned.step_timer.num_passes
 
 
 def estimate_generation_bytes(

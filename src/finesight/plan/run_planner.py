@@ -46,7 +46,9 @@ class GpuAdvice:
 
     def describe(self) -> str:
         """Describe GPUs, overrides and memory in a phrase."""
-        changes = f" with {' '.join(self.overrides)}" if self.overrides else ""
+        changes = ""
+        if self.overrides:
+            changes = f" with {' '.join(self.overrides)}"
         memory = f"{self.estimate.peak.total / 1e9:.1f} GB each"
         if self.estimate.host_bytes:
             memory += f", and {self.estimate.host_bytes / 1e9:.0f} GB of host memory"
@@ -68,7 +70,8 @@ class RunPlanner:
         nf4_parts: tuple[QuantizablePart, ...],
     ) -> PlannedModel:
         """Build a planned model, or return an equal one."""
-        mode = mode if target.num_gpus > 1 else "ddp"
+        if target.num_gpus == 1:
+            mode = "ddp"
         key = target, mode, nf4_parts
         if key not in self._models:
             folder = self._base_model.folder

@@ -162,12 +162,14 @@ def assign_to_ranks(costs: Sequence[float], num_ranks: int) -> list[list[int]]:
     """
     loads = [(0.0, 0, rank) for rank in range(min(num_ranks, len(costs)))]
     heapify(loads)
-    positions: list[list[int]] = [[] for _ in loads]
+    positions: list[list[int]] = []
+    for _ in loads:
+        positions.append([])
     for position in sorted(range(len(costs)), key=lambda position: -costs[position]):
         load, num_items, rank = loads[0]
         heapreplace(loads, (load + costs[position], num_items + 1, rank))
         positions[rank].append(position)
-    return [sorted(one) for one in positions]
+    return list(map(sorted, positions))
 
 
 @dataclass(frozen=True)
@@ -196,8 +198,9 @@ class DistributedSampler:
         indices = [index for index in self.sampler.batch_indices(step) if not self._is_split(index)]
         costs = [self.cost_fn(index) for index in indices]
         shares = assign_to_ranks(costs, self.process_group.world_size)
-        # Ranks beyond the number of samples have none.
-        own_share = next(iter(shares[self.process_group.rank :]), [])
+        if self.process_group.rank >= len(shares):
+            return []
+        own_share = shares[self.process_group.rank]
         return [indices[position] for position in own_share]
 
     def split_indices(self, step: int) -> Sequence[int]:

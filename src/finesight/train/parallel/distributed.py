@@ -52,7 +52,9 @@ REQUIRED_ENV_VARS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_
 def count_launched_ranks() -> int | None:
     """Return the world size of the launcher that started this process; None without a launcher."""
     world_size = os.environ.get("WORLD_SIZE", "")
-    return int(world_size) if world_size.isdecimal() and int(world_size) > 1 else None
+    if not world_size.isdecimal() or int(world_size) < 2:
+        return None
+    return int(world_size)
 
 
 class PeerFailedError(UserError):

@@ -129,18 +129,17 @@ def plan(
     )
 
 
-MAX_GPUS_PER_NODE = 8
-
-
 def build_train_step(recipe: StrPath, overrides: Sequence[str], num_gpus: int) -> Step:
     """Return the step that trains on one GPU, or writes a job for several."""
+    from finesight.plan.sharded_memory import GPUS_PER_MACHINE
+
     arguments: dict[str, object] = {"recipe": recipe, "overrides": overrides}
     if num_gpus == 1:
         return Step("train", arguments)
-    sizes = range(min(num_gpus, MAX_GPUS_PER_NODE), 0, -1)
+    sizes = range(min(num_gpus, GPUS_PER_MACHINE), 0, -1)
     gpus_per_node = next(size for size in sizes if num_gpus % size == 0)
     purpose = ""
-    if num_gpus <= MAX_GPUS_PER_NODE:
+    if num_gpus <= GPUS_PER_MACHINE:
         command = Step("train", arguments)
         purpose = f"or: torchrun --nproc-per-node {num_gpus} -m {command}"
     sizes_of_job = {"gpus_per_node": gpus_per_node, "nodes": str(num_gpus // gpus_per_node)}

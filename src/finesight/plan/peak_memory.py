@@ -100,6 +100,12 @@ class PersistentMemory:
     layout: RankLayout = SINGLE_RANK
     sharded: ShardedModel | None = None
 
+    @property
+    def fixed_bytes(self) -> int:
+        """Bytes on the device at any time of a training step."""
+        weight_bytes = self.weight_bytes + self.master_weight_bytes
+        return weight_bytes + self.optimizer_state_bytes + self.grad_sum_bytes
+
 
 @dataclass(frozen=True, slots=True)
 class PeakMemory:
@@ -196,10 +202,10 @@ def _shard_memory(
     master_bytes = FP32_BYTES * memory.num_trainable
     # The gradients of replicated parameters are summed completely, and all-reduced.
     replicated_grad_bytes = FP32_BYTES * sharded.num_replicated
-    multi_pack_bytes = replicated_grad_bytes + sharded.gradient_shard_bytes
+    multi_pack_bytes = replicated_grad_bytes + sharded.total.gradient_shard_bytes
     memory = replace(
         memory,
-        weight_bytes=complete_bytes + sharded.shard_bytes,
+        weight_bytes=complete_bytes + sharded.total.shard_bytes,
         master_weight_bytes=master_bytes,
         multi_pack_grad_sum_bytes=multi_pack_bytes,
         optimizer_step_bytes=max(memory.optimizer_step_bytes, replicated_grad_bytes),
@@ -209,7 +215,6 @@ def _shard_memory(
     )
     if not sharded.layout.is_offloaded:
         return memory
-    host_bytes = sharded.shard_bytes + master_bytes + memory.optimizer_state_bytes
     return replace(
         memory,
         weight_bytes=complete_bytes,
@@ -217,7 +222,7 @@ def _shard_memory(
         multi_pack_grad_sum_bytes=replicated_grad_bytes,
         optimizer_state_bytes=0,
         optimizer_step_bytes=replicated_grad_bytes,
-        host_bytes=host_bytes + sharded.gradient_shard_bytes,
+        host_bytes=sharded.total.pinned_bytes + master_bytes + memory.optimizer_state_bytes,
     )
 
 
@@ -398,7 +403,7 @@ def _trace_optimizer_step(
         if id(parameter) not in accumulated_ids and id(parameter) not in sharded_ids:
             waiting_bytes += parameter.nbytes
     if sharded is not None and not (has_multiple_packs or sharded.layout.is_offloaded):
-        waiting_bytes += sharded.gradient_shard_bytes
+        waiting_bytes += sharded.total.gradient_shard_bytes
     return StepMemory(workspace=persistent.optimizer_step_bytes, gradients=waiting_bytes)
 
 
@@ -439,8 +444,9 @@ def compute_evaluation_memory(
         weights=persistent.weight_bytes + tracer.persistent_bytes,
         master_weights=persistent.master_weight_bytes,
         optimizer_states=persistent.optimizer_state_bytes,
-        workspace=generation_bytes,
-        gathered_weights=sharded.complete_bytes,
+        # The last unit arrives in a buffer before answers are generated.
+        workspace=max(generation_bytes, sharded.units[-1].weight_bytes),
+        gathered_weights=sharded.total.weight_bytes,
     )
 
 

@@ -56,7 +56,9 @@ def format_short_plan(plan: RunPlan) -> list[str]:
     seconds = plan.startup_s + plan.total_steps * estimate.step_time.total
     duration = format_duration(seconds + plan.evaluation.total_s)
     memory = f"{estimate.peak.total / 1e9:.1f} of {plan.target.memory_bytes / 1e9:.0f} GB"
-    gpus = f" on each of {plan.target.num_gpus} GPUs" if plan.target.num_gpus > 1 else ""
+    gpus = ""
+    if plan.target.num_gpus > 1:
+        gpus = f" on each of {plan.target.num_gpus} GPUs"
     lines = [f"run     {_format_steps(plan)}: about {duration}, {memory} of memory{gpus}"]
     if plan.token_stats.num_skipped:
         lines.append(f"warning: {format_count(plan.token_stats.num_skipped, 'sample')} skipped")
@@ -71,9 +73,10 @@ def _format_summary(plan: RunPlan) -> Iterator[str]:
         f"model   {plan.family}, {plan.num_trainable:,} of {plan.num_params:,} parameters are"
         " trainable"
     )
-    is_single = target.num_gpus == 1
-    each = "" if is_single else " each"
-    link = "" if is_single else f", {target.link_bandwidth / 1e9:.0f} GB/s between GPUs"
+    each = link = ""
+    if target.num_gpus > 1:
+        each = " each"
+        link = f", {target.link_bandwidth / 1e9:.0f} GB/s between GPUs"
     yield (
         f"target  {_format_target(target)} ({origin}): {target.memory_bytes / 1e9:.0f} GB{each},"
         f" {target.peak_flops / 1e12:.3g} TFLOP/s in {plan.target.precision},"
@@ -90,7 +93,9 @@ def _format_summary(plan: RunPlan) -> Iterator[str]:
 
 
 def _format_target(target: TargetDevice) -> str:
-    return target.name if target.num_gpus == 1 else f"{target.num_gpus} x {target.name}"
+    if target.num_gpus == 1:
+        return target.name
+    return f"{target.num_gpus} x {target.name}"
 
 
 def _format_histogram(plan: RunPlan) -> Iterator[str]:
@@ -128,39 +133,46 @@ def _format_estimates(plan: RunPlan) -> Iterator[str]:
     yield ""
     yield _format_row("", list(columns))
     for title in columns["recipe"]:
-        cells = [cells[title] for cells in columns.values()]
-        if any(cells):
-            empty = "" if title in TEXT_ROWS else _format_gb(0)
-            yield _format_row(title, [cell or empty for cell in cells])
+        empty = _format_gb(0)
+        if title in TEXT_ROWS:
+            empty = ""
+        cells = [column[title] or empty for column in columns.values()]
+        if any(column[title] for column in columns.values()):
+            yield _format_row(title, cells)
 
 
 def _describe_estimate(plan: RunPlan, estimate: SettingsEstimate, precision: str) -> dict[str, str]:
     """Return the cells of an estimate by title; empty for memory of 0 bytes."""
-    settings, peak, step_s = estimate.settings, estimate.peak, estimate.step_time.total
-    num_bytes = asdict(peak)
-    limit = f"{USABLE_MEMORY_FRACTION:.0%} of memory, {plan.chosen_estimate.memory_limit / 1e9:.1f}"
+    settings, peak = estimate.settings, estimate.peak
+    step_s = estimate.step_time.total
     is_distributed = plan.target.num_gpus > 1
-    is_sharded = is_distributed and settings.parallel != "ddp"
-    host = f"{estimate.host_bytes / 1e9:.0f} GB" if estimate.host_bytes else ""
-    communication = format_duration(estimate.step_time.communication_s)
-    return {
-        "train.parallel": settings.parallel if is_distributed else "",
-        "train.pack_tokens": str(settings.pack_tokens),
-        "train.activation_checkpointing": f"{settings.activation_checkpointing:g}",
-        "tune.quantize.nf4": ",".join(settings.nf4_parts) or "none",
-        "train.precision": precision,
-        **{MEMORY_TITLES.get(k, k): _format_gb(n) if n else "" for k, n in num_bytes.items()},
-        "allocated by tensors": _format_gb(peak.allocated),
-        "total memory": _format_gb(peak.total),
-        "highest during": PHASE_TITLES[estimate.phase] if is_sharded else "",
-        "host memory, offloaded": host,
-        f"fits in {limit} GB": "yes" if estimate.fits else "no",
-        "step time": format_duration(step_s),
-        "samples/s": f"{plan.batch_size / step_s:.4g}",
-        "communication of a step": communication if is_distributed else "",
-        "bottleneck": _find_bottleneck(estimate.step_time),
-        "all steps": format_duration(plan.total_steps * step_s),
-    }
+    cells: dict[str, str] = {}
+    if is_distributed:
+        cells["train.parallel"] = settings.parallel
+    cells["train.pack_tokens"] = str(settings.pack_tokens)
+    cells["train.activation_checkpointing"] = f"{settings.activation_checkpointing:g}"
+    cells["tune.quantize.nf4"] = ",".join(settings.nf4_parts) or "none"
+    cells["train.precision"] = precision
+    for name, num_bytes in asdict(peak).items():
+        cells[MEMORY_TITLES.get(name, name)] = _format_gb(num_bytes) if num_bytes else ""
+    cells["allocated by tensors"] = _format_gb(peak.allocated)
+    cells["total memory"] = _format_gb(peak.total)
+    cells["highest during"] = ""
+    if is_distributed and settings.parallel != "ddp":
+        cells["highest during"] = PHASE_TITLES[estimate.phase]
+    cells["host memory, offloaded"] = ""
+    if estimate.host_bytes:
+        cells["host memory, offloaded"] = f"{estimate.host_bytes / 1e9:.0f} GB"
+    limit = f"{USABLE_MEMORY_FRACTION:.0%} of memory, {plan.chosen_estimate.memory_limit / 1e9:.1f}"
+    cells[f"fits in {limit} GB"] = "yes" if estimate.fits else "no"
+    cells["step time"] = format_duration(step_s)
+    cells["samples/s"] = f"{plan.batch_size / step_s:.4g}"
+    if is_distributed:
+        communication_s = estimate.step_time.communication_s
+        cells["communication of a step"] = format_duration(communication_s)
+    cells["bottleneck"] = _find_bottleneck(estimate.step_time)
+    cells["all steps"] = format_duration(plan.total_steps * step_s)
+    return cells
 
 
 def _format_gb(num_bytes: int) -> str:
@@ -256,16 +268,20 @@ def _format_verdict(plan: RunPlan) -> Iterator[str]:
     yield ""
     if not estimate.fits:
         required_gb = estimate.peak.total / USABLE_MEMORY_FRACTION / 1e9
-        memory = f"has {target.memory_bytes / 1e9:.0f} GB"
+        memory = f"{_format_target(target)} has {target.memory_bytes / 1e9:.0f} GB"
         if target.num_gpus > 1:
-            memory = f"have {target.memory_bytes / 1e9:.0f} GB each"
+            memory = f"{_format_target(target)} have {target.memory_bytes / 1e9:.0f} GB each"
+        if estimate.exceeds_host_memory:
+            assert estimate.host_memory_bytes is not None, "unknown memory of the machine"
+            required_gb = estimate.host_bytes / 1e9
+            memory = f"this machine has {estimate.host_memory_bytes / 1e9:.0f} GB of host memory"
         advice = ""
         if plan.advice is not None:
             advice = f"{plan.advice.describe()}, or "
         elif target.compute.is_cuda and target.num_gpus < ADVISED_GPUS[-1]:
             advice = f"up to {ADVISED_GPUS[-1]} such GPUs are not sufficient either; "
         yield (
-            f"does not fit: needs at least {required_gb:.0f} GB, {_format_target(target)} {memory};"
+            f"does not fit: needs at least {required_gb:.0f} GB, {memory};"
             f" {advice}try {', '.join(plan.memory_hints)}"
         )
     elif plan.overrides:

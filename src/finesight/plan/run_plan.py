@@ -445,7 +445,7 @@ def _estimate_fit(run: RunContext, data: RunData) -> UserError | None:
     best_target, best = planner.find_best([target])
     best_model = planner.build_model(target, best.settings.parallel, best.settings.nf4_parts)
     remedy = f"try {', '.join(_list_memory_hints(recipe, target, best_model))}"
-    if best.peak.total <= target.memory_bytes:
+    if best.peak.total <= target.memory_bytes and not best.exceeds_host_memory:
         overrides = list_overrides(recipe, best.settings, best_target, target)
         remedy = f"add {' '.join(overrides)} ({best.peak.total / 1e9:.1f} GB), or {remedy}"
     elif (advice := planner.advise_gpus(target)) is not None:
@@ -460,9 +460,17 @@ def _estimate_fit(run: RunContext, data: RunData) -> UserError | None:
 
 
 def _warn_of_sharded_run(run: RunContext, search: SettingsSearch, target: TargetDevice) -> None:
-    """Warn about a sharded run whose packs may exceed the GPU memory."""
+    """Warn about a sharded run whose packs or offloaded shards may exceed the memory."""
     settings = PlannedSettings.from_recipe(run.recipe)
-    peak_bytes = search.estimate_peak(settings).total
+    estimate = search.estimate(settings)
+    if estimate.exceeds_host_memory:
+        assert estimate.host_memory_bytes is not None, "unknown memory of the machine"
+        run.console.log(
+            f"warning: the offloaded shards need {estimate.host_bytes / 1e9:.0f} GB of host memory,"
+            f" and this machine has {estimate.host_memory_bytes / 1e9:.0f} GB; use"
+            " train.parallel=fsdp with more GPUs, or lora instead of full"
+        )
+    peak_bytes = estimate.peak.total
     if peak_bytes <= target.memory_bytes:
         return
     best = search.find_best(settings)

@@ -213,9 +213,12 @@ class SettingsEstimate:
     @property
     def fits(self) -> bool:
         """True if the memory of the GPU and of the machine is sufficient."""
-        if self.host_memory_bytes is not None and self.host_bytes > self.host_memory_bytes:
-            return False
-        return self.peak.total <= self.memory_limit
+        return self.peak.total <= self.memory_limit and not self.exceeds_host_memory
+
+    @property
+    def exceeds_host_memory(self) -> bool:
+        """True if the offloaded shards need more than the memory of the machine."""
+        return self.host_memory_bytes is not None and self.host_bytes > self.host_memory_bytes
 
     @property
     def rank(self) -> tuple[bool, float]:
@@ -477,7 +480,9 @@ class SettingsSearch:
         limit = self._host_memory_bytes
         if limit is not None and _count_host_bytes(planned) > limit:
             return False
-        # Most of a model that is too large is known without a trace.
+        # A model that is too large is known without a trace.
+        if planned.persistent.fixed_bytes > self.memory_limit:
+            return False
         if any(peak.total > self.memory_limit for _, peak in self._compute_other_phases(planned)):
             return False
         return self._compute_step(planned, settings, use_graphs=False).total <= self.memory_limit
@@ -487,7 +492,7 @@ class SettingsSearch:
         persistent = self._build_model(settings.nf4_parts).persistent
         if persistent.sharded is None:
             return persistent.weight_bytes <= self.memory_limit
-        return persistent.sharded.complete_bytes <= self.memory_limit
+        return persistent.sharded.total.weight_bytes <= self.memory_limit
 
     def can_fit(self, settings: PlannedSettings) -> bool:
         """Return whether any size of packs fits, with activation checkpointing of all layers."""

@@ -142,8 +142,8 @@ def find_gpu_spec(name: str) -> GpuSpec:
         f"unknown GPU {name!r}",
         where="--gpu",
         expected=f"one of {', '.join(by_key[candidate].name for candidate in names)}",
-        remedy="choose the most similar GPU, or run without --gpu on the target machine to"
-        " measure its GPU",
+        remedy="choose the most similar GPU (several: add --gpus N), or run without --gpu on the"
+        " target machine to measure its GPU",
     )
 
 
@@ -271,12 +271,7 @@ def extend_to_local_gpus(target: TargetDevice, num_gpus: int) -> TargetDevice:
     memory_bytes = find_min_memory(target, num_gpus)
     link = find_link(slowest.name)
     bandwidth = estimate_link_bandwidth(link)
-    first = replace(
-        slowest,
-        memory_bytes=memory_bytes,
-        link_bandwidth=bandwidth,
-        host_memory_bytes=total_memory(),
-    )
+    first = replace(slowest, memory_bytes=memory_bytes, link_bandwidth=bandwidth)
     return extend_to_gpus(first, num_gpus)
 
 
@@ -328,6 +323,7 @@ def build_local_target(
     return TargetDevice(
         name=get_device_name(device),
         memory_bytes=torch.cuda.mem_get_info(device)[1] if is_cuda else total_memory(),
+        host_memory_bytes=total_memory(),
         peak_flops=peak_flops,
         memory_bandwidth=memory_bandwidth or _measure_bandwidth(device),
         dtype=dtype,
@@ -567,9 +563,11 @@ class StepTimeEstimator:
         replicated_bytes = sharded.num_replicated * (FP32_BYTES + self._target.dtype.itemsize)
         num_bytes = 2 * replicated_bytes * other_ranks_fraction
         num_passes = num_packs * self.num_passes / 3
-        num_bytes += num_passes * sharded.communicated_bytes
+        num_bytes += num_passes * sharded.total.communicated_bytes
         seconds = num_bytes / self._target.link_bandwidth
-        return seconds + num_passes * sharded.transferred_bytes / HOST_COPY_BYTES_PER_S
+        if layout.is_offloaded:
+            seconds += num_passes * sharded.total.transferred_bytes / HOST_COPY_BYTES_PER_S
+        return seconds
 
     def _effective_flops(self, breakdown: FlopBreakdown, has_cached_features: bool) -> float:
         """Return the FLOPs of a pack, with FP8 products divided by their speedup."""

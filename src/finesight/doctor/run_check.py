@@ -162,8 +162,11 @@ def _check_unfinished(run_record: RunRecord) -> Iterator[Diagnosis]:
     steps = [0, *sorted(int(name) for name in names if name.isdecimal())]
     status = summary.get_run_status(run_record)
     num_lost_steps = summary.get_last_step(run_record) - steps[-1]
-    code = "unfinished.killed" if status.kind == "killed" else "unfinished"
-    if any(text in (status.reason or "") for text in MEMORY_ERRORS):
+    code = "unfinished"
+    if status.kind == "killed":
+        code = "unfinished.killed"
+    reason = status.reason or ""
+    if any(text in reason for text in MEMORY_ERRORS):
         code = "unfinished.memory"
     yield diagnose_run(
         run_record,

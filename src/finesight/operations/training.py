@@ -111,7 +111,8 @@ def plan(
     settings, given = load_recipe(Path(recipe), overrides or ()), _list_overrides(overrides)
     check_recipe_metric(settings, Path(recipe), given, trust=trust_metric)
     run_plan = plan_run(settings, gpu, ProgressConsole(), gpus)
-    fits, advice = run_plan.chosen_estimate.fits, run_plan.advice
+    fits = run_plan.chosen_estimate.fits
+    advice = run_plan.advice
     steps: list[Step] = []
     if fits:
         overrides = [*given, *run_plan.overrides]
@@ -584,8 +585,11 @@ def launch(
     num_gpus = gpus_per_node * node_spec.min_nodes
     arguments = {"recipe": recipe, "overrides": _list_overrides(overrides), "gpus": num_gpus}
     step = Step("plan", arguments, "memory and time; --gpu NAME for GPUs of another machine")
+    next_steps = [step]
+    if submit:
+        next_steps = []
     data = asdict(job_file) | {"submitted": submit}
-    return Outcome(job_file, lines, data, [] if submit else [step])
+    return Outcome(job_file, lines, data, next_steps)
 
 
 def _build_job_text(engine: LaunchEngine, job: LaunchJob, options: EngineOptions) -> str:

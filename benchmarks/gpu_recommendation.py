@@ -1,10 +1,12 @@
 """Estimate with `finesight plan` which model fits on which GPU.
 
     python benchmarks/gpu_recommendation.py [MODEL]... --work DIR [--out FILE] [--gpus T4,L4,H200]
+        [--counts 2,4,8] [--only all]
 
 MODEL is a hub name or a folder of configuration and tokenizer files. The default is three published
 models; no weights are downloaded. Samples are generated: one image of a fixed size, a question and
-an answer of 20 words. All results are estimates of `finesight plan RECIPE --gpu GPU`.
+an answer of 20 words. All results are estimates of `finesight plan RECIPE --gpu GPU`, for the given
+numbers of GPUs. --only names the tuning methods.
 """
 
 from __future__ import annotations
@@ -12,7 +14,10 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import shlex
+import sys
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -144,9 +149,13 @@ def make_row(plan: RunPlan, method: TuningMethod) -> dict[str, Any]:
     """Return the chosen settings for one GPU, model and method."""
     record = plan_to_dict(plan)
     chosen = record["chosen"]
+    num_gpus = plan.target.num_gpus
     return {
         "way": method.name,
-        "card": plan.target.name,
+        "card": plan.target.name if num_gpus == 1 else f"{num_gpus} x {plan.target.name}",
+        "num_gpus": num_gpus,
+        "parallel": chosen["parallel"] if num_gpus > 1 else "",
+        "host_memory_gb": round(chosen["host_bytes"] / 1e9),
         "card_gb": plan.target.memory_bytes / 1e9,
         "tokens_of_a_sample": plan.token_stats.median_tokens,
         "precision": plan.target.precision,
@@ -172,7 +181,8 @@ def format_cell(rows: list[dict[str, Any]]) -> str:
         if row["activation_checkpointing"]
         else ""
     )
-    return f"{way}{again}: {row['memory_gb']:g} GB, {row['samples_per_s']:g}/s"
+    mode = f", `{row['parallel']}`" if row["parallel"] else ""
+    return f"{way}{mode}{again}: {row['memory_gb']:g} GB, {row['samples_per_s']:g}/s"
 
 
 def format_table(
@@ -195,21 +205,27 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder for generated images")
     parser.add_argument("--out", type=Path, help="where the rows go, as JSON")
     parser.add_argument("--gpus", default=",".join(GPUS), help="cards by name")
+    parser.add_argument("--counts", default="1", help="numbers of GPUs")
+    parser.add_argument("--sides", default=",".join(map(str, IMAGE_SIDES)), help="pixels")
+    parser.add_argument("--only", default=",".join(method.name for method in TUNING_METHODS))
     parser.add_argument("--measured-on", default="H100", help="the card of single measures")
     args = parser.parse_args()
     screen = ProgressConsole(Console(stderr=True, quiet=True))
     rows = []
+    sides = [int(side) for side in args.sides.split(",")]
     for model in args.models:
         folder = str(locate_model(model).path)
-        for side in IMAGE_SIDES:
+        for side in sides:
             data = write_dataset(args.work, side)
-            for way in TUNING_METHODS:
+            for way in (method for method in TUNING_METHODS if method.name in args.only.split(",")):
                 recipe = make_recipe(folder, data, side, way)
-                for card in args.gpus.split(","):
-                    row = make_row(plan_run(recipe, card, screen), way)
+                for card, count in product(args.gpus.split(","), args.counts.split(",")):
+                    row = make_row(plan_run(recipe, card, screen, int(count)), way)
                     rows.append({"model": Path(model).name, "side": side, **row})
-    measured = run_memory_options(folder, args.work, args.measured_on, screen)
-    for side in IMAGE_SIDES:
+    measured = []
+    if args.counts == "1":
+        measured = run_memory_options(folder, args.work, args.measured_on, screen)
+    for side in sides:
         print(f"\nimages of {side} x {side} pixels, LoRA on the language model")
         print("\n".join(format_table(rows, side, ("LoRA",))))
         print(f"\nimages of {side} x {side} pixels, all parameters")
@@ -218,8 +234,10 @@ def main() -> None:
     for row in measured:
         print(f"| `{row['measure']}` | {row['memory_gb']} | {row['samples_per_s']:g} |")
     if args.out is not None:
+        hidden = {str(args.work): "DIR", str(args.out): "FILE"}
+        words = [Path(hidden.get(word, word)).name for word in sys.argv[1:]]
         report = {
-            "command": "python benchmarks/gpu_recommendation.py --work DIR --out FILE",
+            "command": f"python benchmarks/gpu_recommendation.py {shlex.join(words)}",
             "versions": {
                 "finesight": __version__,
                 "torch": torch.__version__,

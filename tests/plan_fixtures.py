@@ -1,11 +1,15 @@
 """Models, packed batches and traced steps for tests of estimated memory."""
 
 import gc
+import io
+import json
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
+from tiny_task import TinyTask, write_recipe
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
@@ -15,11 +19,14 @@ from finesight.encode.packing import PackedBatch, find_shared_prefix_length, pac
 from finesight.encode.renderer import NativeRenderer
 from finesight.model.trainable import configure_tuning
 from finesight.model.vlm import VisionLanguageModel
-from finesight.model.weights_io import load_model
+from finesight.model.weights_io import build_meta_model, load_model
 from finesight.model_folder import ModelFolder, locate_model
 from finesight.plan.dry_run import ComputeTarget, PlannedPack, StepTracer
-from finesight.plan.settings_search import PlannedModel, build_meta_model, build_planned_model
+from finesight.plan.run_plan import RunPlan, plan_run
+from finesight.plan.settings_search import PlannedModel, build_planned_model
 from finesight.plan.step_time import TargetDevice
+from finesight.progress import ProgressConsole
+from finesight.recipe import load_recipe
 from finesight.train.objectives.sft import SftObjective, fused_linear_cross_entropy
 
 GPU = ComputeTarget(is_cuda=True, dtype=torch.bfloat16, capability=(9, 0))
@@ -103,3 +110,23 @@ def measure_peak(
     tracer = make_tracer(folder, ComputeTarget(is_cuda=False, dtype=dtype), tune)
     memory = tracer.trace(make_planned_pack(batch), checkpointed_fraction)
     return memory.total, peak_bytes
+
+
+def edit_config(task: TinyTask, **values: object) -> None:
+    """Change the configuration of the model of a task."""
+    file = task.folder / "tiny" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+
+def make_plan(
+    task: TinyTask,
+    *overrides: str,
+    gpu: str | None = "A10",
+    gpus: int | None = None,
+    **groups: Any,
+) -> RunPlan:
+    """Plan a recipe of a task with overrides and changed sections."""
+    recipe = task.recipe | groups | {"output_dir": str(task.folder / "run")}
+    path = write_recipe(task.folder / "recipe.yaml", recipe)
+    console = ProgressConsole(Console(file=io.StringIO()))
+    return plan_run(load_recipe(path, overrides), gpu, console, gpus)

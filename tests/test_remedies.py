@@ -222,7 +222,7 @@ def _inputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, text in CASES["files"].items():
         (tmp_path / name).write_text(text)
 
-    def fail(recipe: object) -> None:
+    def fail(*arguments: object, **options: object) -> None:
         raise UserError("not planned")
 
     monkeypatch.setattr("finesight.operations.init.plan", fail)

@@ -54,7 +54,7 @@ from finesight.operations.operation import Outcome, Parameter, as_function
 from finesight.operations.options import RunOrModelArgument
 from finesight.operations.training import advise_run
 from finesight.recipe import load_recipe
-from finesight.report.i18n import use_language
+from finesight.report.i18n import translate, use_language
 from finesight.report.run_reader import read_run
 from finesight.serve.request_middleware import read_api_keys
 from finesight.storage import write_file
@@ -664,6 +664,33 @@ def test_proposals_of_commands_are_followed_by_buttons(folder, page, started):
     settings = load_recipe(recipe)
     assert (settings.train.pack_tokens, settings.tune.quantize.nf4) == (2048, ("language",))
     assert "follow" not in read_live(folder, query)["bottom"]
+
+
+def test_settings_for_several_gpus_change_the_recipe(folder, page):
+    """A job file cannot be started by the page, but its settings are used."""
+    recipe = write_recipe(folder, "mine", "a.jsonl")
+    os.utime(recipe, (0, 0))
+    query = "step=plan&recipe=mine.yaml&lang=en&job=1"
+    job = write_job(folder, "plan", "plan mine.yaml --gpus 4", exit_code=0, target="mine.yaml")
+    arguments = {"recipe": "mine.yaml", "overrides": ["train.parallel=fsdp"]}
+    launch = Step("launch", arguments | {"gpus_per_node": 4})
+    # More GPUs than those of the plan are only advice.
+    write_steps(job, Step("plan", {"recipe": "mine.yaml", "gpus": 4}), launch)
+    assert "follow" not in read_live(folder, query)["bottom"]
+    write_steps(job, launch)
+    assert "Use these settings" in read_live(folder, query)["bottom"]
+    assert follow(page, query, "launch")["step"] == "plan"
+    assert load_recipe(recipe).train.parallel == "fsdp"
+
+
+def test_plan_of_the_page_is_that_of_one_gpu_by_default():
+    """The page trains on one GPU; the field takes other numbers."""
+    (field,) = [one for one in build_form("plan") if one.name == "plan:gpus"]
+    assert field.value == "1"
+    assert field.parameter is not None
+    assert field.parameter.minimum == 1
+    with use_language("zh"):
+        assert "GPU 的数量" in translate(field.hint)
 
 
 def test_advice_after_training_is_followed_by_buttons(folder, page):

@@ -317,6 +317,36 @@ def test_questions_change_the_settings(monkeypatch):
     assert json.loads(answer.content[0].text) == {"caption": "text 3", "shop": "3"}
 
 
+def test_several_gpus_are_planned_and_launched(monkeypatch, run_init, cli):
+    """The recipe has the settings of these GPUs, and the next step starts as many."""
+    planned, real = list[int | None](), run_plan.plan_run
+
+    def plan_named(settings: Any, gpu: None, console: Any, gpus: int | None) -> Any:
+        planned.append(gpus)
+        return real(settings, "RTX 4090", console, gpus or 4)
+
+    monkeypatch.setattr(init, "find_device", lambda: ("RTX 4090", round(24e9)))
+    monkeypatch.setattr(run_plan, "plan_run", plan_named)
+    table = write_table("photos", 12, caption="a photo of house {i} here")
+    words = [table, "--model", TINY_MODEL, "--yes"]
+    steps = run_init(*words, "--out", "two", "--gpus", "2")["next"]
+    assert steps[0] == "finesight launch two/recipe.yaml --gpus-per-node 2"
+    # Without the option, all GPUs of the machine.
+    assert "--gpus-per-node 4" in run_init(*words, "--out", "four")["next"][0]
+    printed = cli("init", *words, "--out", "one", "--gpus", "1")
+    assert "finesight train one/recipe.yaml" in printed.next_steps
+    assert planned == [2, None, 1]
+    assert "on each of 2 GPUs" in cli("init", *words, "--out", "third", "--gpus", "2").out
+
+
+def test_gpus_without_a_gpu_are_refused_before_files_are_written(cli, monkeypatch):
+    monkeypatch.setattr(init, "find_device", lambda: ("CPU", 0))
+    table = write_table("photos", 4, caption="a photo of house {i} here")
+    error = cli("init", table, *YES, "--gpus", "2", code=2).err
+    assert "--gpus: 2 GPUs, but this machine has no GPU" in error
+    assert not Path("out").exists()
+
+
 @pytest.mark.usefixtures("no_plan")
 def test_python_function_asks_only_through_a_callable():
     table, asked = write_table("photos", 4, caption="a photo of house {i} here"), {}

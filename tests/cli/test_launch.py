@@ -6,6 +6,7 @@ from pathlib import Path
 import fake_slurm
 import pytest
 from case_files import load_cases
+from each_value import each
 
 from finesight import api
 
@@ -30,6 +31,18 @@ def test_job_file_and_start_command(options, file, command, cli):
     assert "finesight train recipe.yaml --resume" in Path(file).read_text()
     result = cli(*LAUNCH, *options.split(), "--json").json
     assert result == {"file": file, "command": command, "submitted": False, "output": None}
+
+
+@each(
+    ("options", "gpus"),
+    [("", 8), ("--gpus-per-node 2", 2), ("--nodes 3 --on slurm", 24), ("--nodes 2:4", 16)],
+)
+def test_plan_of_the_gpus_is_proposed(cli, options, gpus):
+    """Of the minimum of an elastic job."""
+    found = cli(*LAUNCH, "train.parallel=fsdp", *options.split(), "--out", f"{gpus}.job")
+    command, _, purpose = found.next_steps.partition("  # ")
+    assert command == f"finesight plan recipe.yaml train.parallel=fsdp --gpus {gpus}"
+    assert "--gpu NAME" in purpose
 
 
 def test_options_of_train_are_passed(cli):

@@ -1,6 +1,7 @@
 """Runs that really went wrong, and the printed commands that set them right."""
 
 import fcntl
+import json
 import os
 import shlex
 import shutil
@@ -111,6 +112,28 @@ def test_interrupted_run_records_the_signal(task: TinyTask) -> None:
     found = find_diagnosis(diagnose(task.folder / "run"), "unfinished")
     assert "it was interrupted: stopped by SIGTERM" in found.why
     assert "repeated" not in found.why
+
+
+@pytest.mark.parametrize(
+    ("reason", "is_full"),
+    [
+        ("sample a, 9 tokens and 4 patches: the GPU memory is full: CUDA out of memory", True),
+        ("training: rank 1 of 2 failed in the middle of a step: the GPU memory is full: x", True),
+        ("OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB", True),
+        ("training: rank 1 of 2 failed", False),
+    ],
+)
+def test_full_gpu_memory_is_answered_by_a_plan(unfinished_run, tmp_path, reason, is_full):
+    folder = tmp_path / "run"
+    shutil.copytree(unfinished_run, folder)
+    end = {"step": 4, "ended_at": "2026-01-01T00:00:00+00:00", "status": "failed", "reason": reason}
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(end) + "\n")
+    found = find_diagnosis(diagnose(folder), "unfinished")
+    assert f"it failed: {reason}" in found.why
+    words = shlex.split(found.remedy)
+    assert words[:2] == (["finesight", "plan"] if is_full else ["finesight", "train"])
+    assert str(folder / "recipe.yaml") in words[2]
 
 
 def test_damaged_checkpoint_is_reported_and_skipped(task: TinyTask) -> None:

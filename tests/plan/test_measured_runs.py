@@ -1,4 +1,4 @@
-"""Estimates compared with measured runs on one H200 (benchmarks/results)."""
+"""Estimates compared with measured runs on one or two H200s (benchmarks/results)."""
 
 import json
 from pathlib import Path
@@ -13,12 +13,14 @@ from finesight.model_folder import ModelFolder
 from finesight.plan.dry_run import PlannedPack
 from finesight.plan.peak_memory import compute_peak_memory
 from finesight.plan.settings_search import build_planned_model
-from finesight.plan.step_time import build_named_target
+from finesight.plan.step_time import build_named_target, extend_to_gpus
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 
 
 DEFAULTS: dict[str, Any] = load_cases("measured_runs")["defaults"]
+SEVERAL_GPUS = load_cases("measured_runs")["several_gpus"]
+LABELS_PER_SAMPLE = 24
 RUNS = [SimpleNamespace(**DEFAULTS | run) for run in load_cases("measured_runs")["runs"]]
 
 
@@ -83,6 +85,41 @@ def test_memory_within_10_and_time_within_15_percent(shared: Path, run: SimpleNa
     encoder_bytes = sum(p.nbytes for p in planned.model.visual.parameters()) * run.uses_vision_cache
     assert (peak_memory.allocated - encoder_bytes) / 1.1e9 < peak_gb < peak_memory.allocated / 0.9e9
     assert step.total == pytest.approx(seconds, rel=0.15)
+
+
+@pytest.mark.parametrize("run", SEVERAL_GPUS, ids=lambda run: run["case"])
+def test_memory_of_several_gpus_within_10_percent(shared: Path, run: dict[str, Any]) -> None:
+    """Of one of two GPUs, for each mode of sharding."""
+    report = json.loads((RESULTS / "scaling_h200_x2.json").read_text())
+    (measured,) = [
+        one for one in report["results"] if (one["case"], one["gpus"]) == (run["case"], 2)
+    ]
+    target = extend_to_gpus(build_named_target("H200", "bf16"), 2)
+    recipe = Recipe.model_validate(
+        {
+            "model": run["model"],
+            "data": {"train": "none"},
+            "tune": run["tune"],
+            "train": {"num_workers": 12},
+            "output_dir": "none",
+        }
+    )
+    folder = ModelFolder(shared / "qwen_assets" / run["model"])
+    planned = build_planned_model(folder, recipe, (), target, run["mode"])
+    num_samples = measured["samples_a_step"] // 2
+    length = round(measured["tokens_a_step"] / measured["samples_a_step"])
+    grids = ((1, run["side"], run["side"]),) * num_samples
+    lengths = run["prefix"], *((length - run["prefix"],) * num_samples)
+    pack = PlannedPack(lengths, grids, LABELS_PER_SAMPLE * num_samples, run["prefix"])
+    peak = compute_peak_memory(
+        planned.persistent,
+        planned.tracer,
+        [pack],
+        0.0,
+        has_multiple_packs=False,
+        use_graphs=planned.persistent.sharded is None,
+    )
+    assert peak.allocated / 1e9 == pytest.approx(measured["gb"], rel=0.1)
 
 
 def make_pack(run: SimpleNamespace, token_ratio: float) -> PlannedPack:

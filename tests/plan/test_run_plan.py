@@ -4,64 +4,31 @@ import io
 import json
 from contextlib import nullcontext
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from each_value import each
+from plan_fixtures import edit_config, make_plan
 from rich.console import Console
 from tiny_task import TinyTask, write_recipe
 
-from finesight.config import Device, Precision, Recipe
+from finesight.config import Device, Precision
 from finesight.errors import UserError
-from finesight.model_folder import ModelFolder
 from finesight.plan import run_plan
 from finesight.plan.plan_format import format_plan, plan_to_dict
-from finesight.plan.run_plan import EvaluationEstimate, RunPlan, check_fit, plan_run
-from finesight.plan.settings_search import PlannedModel
+from finesight.plan.run_plan import EvaluationEstimate, RunPlan, check_fit
 from finesight.plan.step_time import TargetDevice, build_local_target, build_named_target
 from finesight.progress import ProgressConsole
 from finesight.recipe import load_recipe
 from finesight.train.checkpoint import CheckpointManager
 from finesight.train.dataset_stats import load_training_data
+from finesight.train.parallel.distributed import ProcessGroup
 from finesight.train.recipe_check import resolve_base_model
 from finesight.train.run_dir import RunDir
 from finesight.train.sampler import TrainSampler
 from finesight.train.state import Hardware, RunContext, RunData
-
-
-@pytest.fixture
-def task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TinyTask:
-    """Task with a model of one layer, whose plans share the traced steps of equal models."""
-    models, build = dict[object, PlannedModel](), run_plan.build_planned_model
-
-    def build_once(folder: ModelFolder, recipe: Recipe, *args: Any) -> PlannedModel:
-        train = recipe.train.model_copy(update={"epochs": None})
-        key = recipe.tune.model_dump_json(), train.model_dump_json(), *args
-        if key not in models:
-            models[key] = build(folder, recipe, *args)
-        return models[key]
-
-    monkeypatch.setattr(run_plan, "build_planned_model", build_once)
-    # The weights are not those of the edited configuration.
-    check = partial(run_plan.check_recipe, runs_functions=False, needs_weights=False)
-    monkeypatch.setattr(run_plan, "check_recipe", lambda recipe, **_: check(recipe))
-    task = TinyTask(tmp_path)
-    edit_config(task, num_hidden_layers=1)
-    return task
-
-
-def edit_config(task: TinyTask, **values: object) -> None:
-    file = task.folder / "tiny" / "config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | values))
-
-
-def make_plan(task: TinyTask, *overrides: str, gpu: str | None = "A10", **groups: Any) -> RunPlan:
-    recipe = task.recipe | groups | {"output_dir": str(task.folder / "run")}
-    path = write_recipe(task.folder / "recipe.yaml", recipe)
-    return plan_run(load_recipe(path, overrides), gpu, ProgressConsole(Console(file=io.StringIO())))
 
 
 def test_counts_match_the_run(tmp_path: Path) -> None:
@@ -241,20 +208,74 @@ def test_missing_package_of_4_bits_is_a_hint(task, monkeypatch, override, gpu, p
 )
 def test_run_that_cannot_fit_a_gpu_is_rejected(task, monkeypatch, name, size, memory_bytes, words):
     edit_config(task, **{"num_hidden_layers": 2, name: size})
+    run, data, _ = prepare_run(task, monkeypatch, memory_bytes)
+    with pytest.raises(UserError, match=words) if words else nullcontext():
+        check_fit(run, data, force=False)
+
+
+def prepare_run(
+    task: TinyTask,
+    monkeypatch: pytest.MonkeyPatch,
+    memory_bytes: float,
+    *overrides: str,
+    num_ranks: int = 1,
+    **groups: Any,
+) -> tuple[RunContext, RunData, io.StringIO]:
+    """Prepare a run on GPUs with this memory up to its check, and return its console output."""
     target = replace(build_named_target("T4", "auto"), memory_bytes=round(memory_bytes))
     monkeypatch.setattr(run_plan, "build_local_target", lambda *arguments: target)
+    monkeypatch.setattr(run_plan, "find_min_memory", lambda target, number: round(memory_bytes))
     monkeypatch.setattr(run_plan, "MIN_CHECKED_PARAMS", 0)
-    recipe = task.recipe | {"output_dir": str(task.folder / "run")}
-    settings = load_recipe(write_recipe(task.folder / "recipe.yaml", recipe), [])
-    console = ProgressConsole(Console(file=io.StringIO()))
+    recipe = task.recipe | groups | {"output_dir": str(task.folder / "run")}
+    settings = load_recipe(write_recipe(task.folder / "recipe.yaml", recipe), overrides)
+    output = io.StringIO()
+    console = ProgressConsole(Console(file=output, width=1000))
     base_model = resolve_base_model(settings)
     renderer = base_model.build_renderer(settings)
     train_data, _ = load_training_data(settings, renderer, 0, console)
     sampler = TrainSampler(train_data.corpus, train_data.stats.sample_indices, settings.train)
-    hardware = Hardware(torch.device("cuda"), target.dtype, 0, 1e12)
+    process_group = ProcessGroup(0, num_ranks, 0, num_ranks)
+    hardware = Hardware(torch.device("cuda"), target.dtype, 0, 1e12, process_group)
     run_dir = RunDir(settings.output_dir)
     manager = CheckpointManager(run_dir.checkpoint_dir, 1)
     run = RunContext(settings, run_dir, manager, hardware, base_model, {}, console)
-    data = RunData(renderer, train_data, None, sampler)
-    with pytest.raises(UserError, match=words) if words else nullcontext():
+    return run, RunData(renderer, train_data, None, sampler), output
+
+
+def test_runs_of_several_ranks_are_checked(task, monkeypatch):
+    """DDP cannot fit, and the remedy is a mode of sharding, with which the run then starts."""
+    edit_config(task, num_hidden_layers=4, intermediate_size=400_000)
+    tune = dict.fromkeys(("language", "embeddings", "vision", "merger"), "full")
+    run, data, _ = prepare_run(task, monkeypatch, 3.6e9, num_ranks=8, tune=tune)
+    with pytest.raises(UserError, match="the predicted peak memory is") as error:
+        check_fit(run, data, force=False)
+    added = str(error.value.remedy).removeprefix("add ").partition(" (")[0].split()
+    assert added[0].startswith("train.parallel=")
+    run, data, output = prepare_run(task, monkeypatch, 3.6e9, *added, num_ranks=8, tune=tune)
+    check_fit(run, data, force=False)
+    assert "warning" not in output.getvalue()
+    # One GPU is advised to become several.
+    run, data, _ = prepare_run(task, monkeypatch, 3.6e9, tune=tune)
+    with pytest.raises(UserError, match=r"such GPUs with train\.parallel=") as error:
+        check_fit(run, data, force=False)
+    assert error.value.remedy.index("such GPUs") < error.value.remedy.index("smaller images")
+
+
+def test_sharded_run_with_large_packs_is_warned_about(task, monkeypatch):
+    """It cannot reduce its packs when memory runs out."""
+    edit_config(task, num_hidden_layers=2, intermediate_size=100_000)
+    settings = "train.parallel=fsdp", "train.pack_tokens=4096", "train.batch_size=8"
+    run, data, _ = prepare_run(task, monkeypatch, 1e12, *settings, num_ranks=2)
+    plan = make_plan(task, *settings, gpu="T4", gpus=2)
+    peak = plan.recipe_estimate.peak.total
+    run, data, output = prepare_run(task, monkeypatch, 0.98 * peak, *settings, num_ranks=2)
+    check_fit(run, data, force=False)
+    assert "a sharded run cannot reduce its packs: add train." in output.getvalue()
+
+
+def test_ranks_on_cpus_are_not_checked(task, monkeypatch):
+    run, data, _ = prepare_run(task, monkeypatch, 1, num_ranks=2)
+    hardware = replace(run.hardware, device=torch.device("cpu"))
+    check_fit(replace(run, hardware=hardware), data, force=False)
+    with pytest.raises(UserError):
         check_fit(run, data, force=False)

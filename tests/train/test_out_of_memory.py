@@ -229,6 +229,7 @@ def test_sample_that_never_fits_ends_with_checkpoint(task, monkeypatch, capsys):
     output = capsys.readouterr().err
     for text in ("error: sample train", " patches: the GPU memory is full", "data.max_length"):
         assert text in output
+    assert "numbers of GPUs that fit: finesight plan RECIPE" in output
     assert [path.name for path in (task.folder / "run" / "checkpoints").iterdir()] == ["step-2"]
     assert len(read_steps(task)) == 2
     # The memory of other processes is free again.

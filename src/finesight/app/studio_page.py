@@ -507,12 +507,12 @@ class StudioPage:
             fixed = workspace.check_new_name("data", name)
             arguments, target = {**step.arguments, "fix": fixed}, str(fixed)
             return self._start(state, "check", arguments, target=target, data=target)
-        if step.operation != "train":
-            name = "label" if step.operation == "label" else "export"
-            return state.selection.link(step=name, run=str(state.run))
         if state.selection.step == "plan" and state.recipe is not None:
             workspace.change_recipe(state.recipe, overrides)
             return state.selection.link(job=state.selection.job)
+        if step.operation != "train":
+            name = "label" if step.operation == "label" else "export"
+            return state.selection.link(step=name, run=str(state.run))
         recipe = workspace.copy_recipe(Path(str(step.arguments["recipe"])), overrides)
         return state.selection.link(step="train", recipe=str(recipe), run="")
 

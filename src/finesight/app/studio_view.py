@@ -97,7 +97,8 @@ FORMS: dict[str, Mapping[str, FormField | None]] = {
     },
     # The page checks samples of one format, and has a button for the corrected copy.
     "check": dict.fromkeys(("against", "fix", "html", *SourceOptions.__annotations__)),
-    "plan": {},
+    # The page trains on one GPU.
+    "plan": {"gpus": FormField(value="1")},
     "recipe": {
         "name": FormField("Name of the recipe and its run", "tickets"),
         "model": FormField("Model: a name on a hub, or a folder", value=TINY_MODEL),
@@ -460,11 +461,17 @@ class StudioView:
         steps = outcome.next_steps if outcome else ()
         if step == "plan" and job is not None:
             saved_at = self._read_saved_time(state.recipe)
-            is_outdated = saved_at is not None and saved_at > job.started_at
-            if is_outdated:
+            if saved_at is not None and saved_at > job.started_at:
                 return []
-            own = filter(None, map(_select_settings, steps))
-            return [("Use these settings", one) for one in own]
+            proposals = []
+            for one in steps:
+                if one.operation == "plan":
+                    # Settings for more GPUs than those of the plan are only a proposal.
+                    return []
+                selected = _select_settings(one)
+                if selected is not None:
+                    proposals.append(("Use these settings", selected))
+            return proposals
         return [(PROPOSALS["check"], one) for one in steps if step == one.operation == "check"]
 
     def select_arguments(self, operation: str, state: StudioState) -> dict[str, Any]:

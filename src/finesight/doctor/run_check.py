@@ -157,6 +157,10 @@ def check_run_end(run_record: RunRecord) -> list[Diagnosis]:
     return [*diagnoses, *_check_files(run_record), *_check_skipped_samples(run_record)]
 
 
+MEMORY_ERRORS = ("GPU memory is full", "CUDA out of memory")
+"""Texts of the reason of a run that has ended for lack of GPU memory."""
+
+
 def _check_unfinished(run_record: RunRecord) -> Iterator[Diagnosis]:
     """Report the last step of an unfinished run, its newest checkpoint, and how to resume it."""
     folder = run_record.folder / manifest.CHECKPOINTS_FOLDER
@@ -164,9 +168,15 @@ def _check_unfinished(run_record: RunRecord) -> Iterator[Diagnosis]:
     steps = [0, *sorted(int(name) for name in names if name.isdecimal())]
     status = summary.get_run_status(run_record)
     num_lost_steps = summary.get_last_step(run_record) - steps[-1]
+    code = "unfinished"
+    if status.kind == "killed":
+        code = "unfinished.killed"
+    reason = status.reason or ""
+    if any(text in reason for text in MEMORY_ERRORS):
+        code = "unfinished.memory"
     yield diagnose_run(
         run_record,
-        "unfinished.killed" if status.kind == "killed" else "unfinished",
+        code,
         progress=summary.describe_progress(run_record),
         checkpoint=f"newest checkpoint: {f'step {steps[-1]}' if steps[-1] else 'none'}",
         kind="it was interrupted" if status.kind == "interrupted" else "it failed",

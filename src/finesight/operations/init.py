@@ -38,7 +38,7 @@ from finesight.operations.dataset import (
 )
 from finesight.operations.operation import Outcome, Parameter, StrPath, format_command
 from finesight.operations.options import TableOptions
-from finesight.operations.training import plan, train
+from finesight.operations.training import GpusOption, build_train_step, plan, train
 from finesight.progress import ProgressConsole
 
 if TYPE_CHECKING:
@@ -98,6 +98,7 @@ def init(
     ] = None,
     model: str | None = None,
     objective: Literal["grpo"] | None = None,
+    gpus: GpusOption = None,
     ask: Ask | None = None,
     **reading: Unpack[TableOptions],
 ) -> Outcome[Path]:
@@ -124,6 +125,7 @@ def init(
     from finesight.data.source_fetch import fetch_source
     from finesight.evaluate.task_metrics import get_task_metric
     from finesight.plan.plan_format import format_short_plan
+    from finesight.plan.run_plan import refuse_gpus
     from finesight.recipe_template import NUM_EVAL_ROWS, StartModel, format_recipe
     from finesight.storage import check_new_path, write_file
     from finesight.train.recipe_check import describe_start
@@ -141,6 +143,8 @@ def init(
         task, options, opened = _detect_task(path, options, metric, ask)
         task = replace(task, objective=objective or task.objective)
         device, memory_bytes = find_device()
+        if not memory_bytes:
+            refuse_gpus(gpus, "this machine has no GPU")
         suggested = choose_model(memory_bytes)
         model = model or _ask("Model", suggested, ask)
         # Errors of a model precede what is written, but data need no connection to a hub.
@@ -179,7 +183,7 @@ def init(
     problem = unavailable
     if unavailable is None:
         try:
-            run_plan = plan(recipe).value
+            run_plan = plan(recipe, gpus=gpus).value
         except UserError as error:
             console.log(f"the run was not planned: {error}")
             # Other families have no plan, but can be trained.
@@ -212,13 +216,13 @@ def init(
         f"recipe: {recipe}",
     ]
     fits = None if run_plan is None else run_plan.chosen_estimate.fits
-    steps = [Step("plan", {"recipe": recipe})]
+    steps = [Step("plan", {"recipe": recipe, "gpus": gpus})]
     if unavailable is not None:
         console.log(f"the run was not planned: {unavailable}")
         steps = _list_model_steps(recipe, model, task)
-    elif fits:
+    elif run_plan is not None and fits:
         chat = Step("chat", {"run_or_model": folder / "run"})
-        steps = [Step("train", {"recipe": recipe}), chat]
+        steps = [build_train_step(recipe, (), run_plan.target.num_gpus), chat]
     if has_errors := outcome.value.severity == "error":
         steps.insert(0, Step("check", {"sources": [recipe], "html": folder / "check.html"}))
     result = {

@@ -60,6 +60,17 @@ ForceOption = Annotated[
 ]
 
 
+GpusOption = Annotated[
+    int | None,
+    Parameter(
+        "Number of GPUs, with one process on each. Default: of the launcher that started this "
+        "command; otherwise one GPU of the name of --gpu, or all GPUs of this machine.",
+        option="--gpus",
+        minimum=1,
+        maximum=10_000,
+    ),
+]
+
 EXIT_DOES_NOT_FIT = 2
 
 MIN_NEW_LABELS = 30
@@ -70,6 +81,7 @@ def plan(
     recipe: RecipeArgument,
     overrides: OverridesArgument = None,
     gpu: Annotated[str | None, Parameter(metavar="NAME")] = None,
+    gpus: GpusOption = None,
     trust_metric: TrustMetricOption = False,
 ) -> Outcome[RunPlan]:
     """Estimate memory and time of a run and suggest settings that fit.
@@ -78,11 +90,14 @@ def plan(
     columns: for the recipe as written, and for chosen settings that fit into 90 % of the memory.
     The last line is the command that trains with the chosen settings. The recipe is not modified.
 
+    With several GPUs, memory is that of each GPU, and train.parallel is one of the chosen settings.
+    If a run does not fit, the plan names the number of GPUs that it needs.
+
     Reads image headers and the configuration and tokenizer of the model, but no weights.
 
     Exit code: 0 if the run fits, 2 if no setting makes it fit.
 
-    Example: finesight plan recipes/latex_ocr_qwen2_vl_2b.yaml --gpu "RTX 4090"
+    Example: finesight plan recipes/latex_ocr_qwen2_vl_2b.yaml --gpu "RTX 4090" --gpus 2
 
     Args:
         gpu: GPU to plan for, such as T4, "RTX 4090", A100-80GB or H200. Default: this machine,
@@ -96,9 +111,9 @@ def plan(
 
     settings, given = load_recipe(Path(recipe), overrides or ()), _list_overrides(overrides)
     check_recipe_metric(settings, Path(recipe), given, trust=trust_metric)
-    run_plan = plan_run(settings, gpu, ProgressConsole())
+    run_plan = plan_run(settings, gpu, ProgressConsole(), gpus)
     lines = format_plan(run_plan)
-    overrides = [*given, *run_plan.overrides]
+    new_folder: list[str] = []
     run_dir = RunDir(settings.output_dir)
     try:
         run_dir.check_available(resume=False)
@@ -106,16 +121,41 @@ def plan(
         if not os.path.lexists(settings.output_dir):
             raise
         lines = [*lines, f"note: {error.where} {error.what}: the next command trains in a new one"]
-        overrides.append(f"output_dir={run_dir.next_path}")
+        new_folder = [f"output_dir={run_dir.next_path}"]
     fits = run_plan.chosen_estimate.fits
-    step = Step("train", {"recipe": recipe, "overrides": overrides})
+    advice = run_plan.advice
+    steps: list[Step] = []
+    if fits:
+        overrides = [*given, *run_plan.overrides, *new_folder]
+        steps = [build_train_step(recipe, overrides, run_plan.target.num_gpus)]
+    elif advice is not None:
+        arguments = {"recipe": recipe, "overrides": given, "gpu": gpu, "gpus": advice.num_gpus}
+        overrides = [*given, *advice.overrides, *new_folder]
+        steps = [Step("plan", arguments), build_train_step(recipe, overrides, advice.num_gpus)]
     return Outcome(
         run_plan,
         lines,
         plan_to_dict(run_plan),
-        [step] if fits else [],
+        steps,
         exit_code=0 if fits else EXIT_DOES_NOT_FIT,
     )
+
+
+def build_train_step(recipe: StrPath, overrides: Sequence[str], num_gpus: int) -> Step:
+    """Return the step that trains on one GPU, or writes a job for several."""
+    from finesight.plan.sharded_memory import GPUS_PER_MACHINE
+
+    arguments: dict[str, object] = {"recipe": recipe, "overrides": overrides}
+    if num_gpus == 1:
+        return Step("train", arguments)
+    sizes = range(min(num_gpus, GPUS_PER_MACHINE), 0, -1)
+    gpus_per_node = next(size for size in sizes if num_gpus % size == 0)
+    purpose = ""
+    if num_gpus <= GPUS_PER_MACHINE:
+        command = Step("train", arguments)
+        purpose = f"or: torchrun --nproc-per-node {num_gpus} -m {command}"
+    sizes_of_job = {"gpus_per_node": gpus_per_node, "nodes": str(num_gpus // gpus_per_node)}
+    return Step("launch", arguments | sizes_of_job, purpose)
 
 
 def _list_overrides(overrides: Overrides | None) -> Sequence[str]:
@@ -558,7 +598,15 @@ def launch(
     command = shlex.join(launch_job.build_submit_command(engine, file))
     lines = [str(file), f"start with: {command}" if output is None else output]
     job_file = JobFile(file, command, output)
-    return Outcome(job_file, lines, asdict(job_file) | {"submitted": submit})
+    # An elastic job must fit its minimum of GPUs.
+    num_gpus = gpus_per_node * node_spec.min_nodes
+    arguments = {"recipe": recipe, "overrides": _list_overrides(overrides), "gpus": num_gpus}
+    step = Step("plan", arguments, "memory and time; --gpu NAME for GPUs of another machine")
+    next_steps = [step]
+    if submit:
+        next_steps = []
+    data = asdict(job_file) | {"submitted": submit}
+    return Outcome(job_file, lines, data, next_steps)
 
 
 def _build_job_text(engine: LaunchEngine, job: LaunchJob, options: EngineOptions) -> str:

@@ -8,6 +8,7 @@ memory inside the kernels of torch is declared here (`_kernel_workspace`).
 from __future__ import annotations
 
 import weakref
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
@@ -32,6 +33,7 @@ from finesight.encode.packing import (
 from finesight.model.config import VisionConfig
 from finesight.model.kernels.runtime import override_launches
 from finesight.model.vlm import VisionLanguageModel
+from finesight.plan.sharded_memory import ShardedModel, UnitMemory
 from finesight.train.dataset_stats import SampleStats
 from finesight.train.objectives.sft import SftObjective
 from finesight.train.sampler import StepSampler
@@ -158,19 +160,23 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     Attributes:
         live_bytes: Bytes of live storages.
-        peak_bytes: Maximum of `live_bytes` and the workspace of the current operation.
+        peak_bytes: Maximum of `live_bytes`, the workspace of the current operation and
+            `gathered_bytes`.
+        gathered_bytes: Bytes of all-gathered weights of a sharded model.
         grads_at_peak: Bytes of parameter gradients at the peak.
+        gathered_at_peak: Bytes of all-gathered weights at the peak.
         forward_at_peak: Bytes at the peak that were allocated before `start_backward`.
         saved_bytes: Bytes of live storages when the backward pass starts.
     """
 
-    def __init__(self, known_tensors: Iterable[Tensor]) -> None:
+    def __init__(self, known_tensors: Iterable[Tensor], gathered_bytes: int = 0) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self.gathered_bytes = gathered_bytes
         storages = [tensor.untyped_storage() for tensor in known_tensors]
         self._storages: dict[int, Any] = {id(storage): storage for storage in storages}
         self._grad_bytes, self._forward_bytes, self._is_backward = 0, 0, False
         self.live_bytes = self.peak_bytes = self.saved_bytes = 0
-        self.grads_at_peak = self.forward_at_peak = 0
+        self.grads_at_peak = self.forward_at_peak = self.gathered_at_peak = 0
 
     def __torch_dispatch__(
         self,
@@ -192,11 +198,15 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for output in (outputs,) if isinstance(outputs, Tensor) else tree_leaves(outputs):
             if isinstance(output, Tensor):
                 self._count(output.untyped_storage())
-        total = self.live_bytes + _kernel_workspace(func, args)
+        self._record_peak(self.live_bytes + _kernel_workspace(func, args))
+        return outputs
+
+    def _record_peak(self, num_bytes: int) -> None:
+        total = num_bytes + self.gathered_bytes
         if total > self.peak_bytes:
             self.peak_bytes = total
             self.grads_at_peak, self.forward_at_peak = self._grad_bytes, self._forward_bytes
-        return outputs
+            self.gathered_at_peak = self.gathered_bytes
 
     def _count(self, storage: torch.UntypedStorage) -> None:
         key = id(storage)
@@ -221,6 +231,76 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def add_gradient(self, parameter: Tensor) -> None:
         """Count the gradient of a parameter; a hook of autograd."""
         self._grad_bytes += parameter.nbytes
+
+    def free_gradient(self, parameter: Tensor) -> None:
+        """Free the gradient of a parameter that `add_gradient` has counted."""
+        self._grad_bytes -= parameter.nbytes
+        parameter.grad = None
+
+    def add_gradient_bytes(self, num_bytes: int) -> None:
+        """Count gradient memory outside of the trace, such as that of collectives.
+
+        A negative number frees it.
+        """
+        self.live_bytes += num_bytes
+        self._grad_bytes += num_bytes
+        self._record_peak(self.live_bytes)
+
+
+class GradientReducer:
+    """Gradient memory of FSDP units in a traced backward pass.
+
+    The gradients of a unit wait until all of them are computed. They are then copied to the fp32
+    input of the reduce-scatter, which exists until the next unit is reduced. The output, the
+    gradients of the own rows, remains until the optimizer step. With `zero2`, the weights of the
+    unit are then freed; with other modes, those of the next unit take their place.
+    """
+
+    def __init__(
+        self, tracker: MemoryTracker, sharded: ShardedModel | None, accumulates: bool
+    ) -> None:
+        """Create a reducer without gradients.
+
+        Args:
+            sharded: Shards of the model; None if no parameter is sharded.
+            accumulates: Whether the gradients of the own rows exist from an earlier pack.
+        """
+        self._tracker, self._unit_by_param = tracker, dict[int, UnitMemory]()
+        self._has_shards, self._frees_weights = accumulates, False
+        if sharded is not None:
+            self._unit_by_param |= sharded.unit_by_param
+            self._has_shards |= sharded.layout.is_offloaded
+            self._frees_weights = sharded.layout.mode == "zero2"
+        self._waiting: dict[int, list[Tensor]] = {}
+        self._input_bytes = self._shard_bytes = 0
+
+    def __contains__(self, parameter: Tensor) -> bool:
+        return id(parameter) in self._unit_by_param
+
+    def add_gradient(self, parameter: Tensor) -> None:
+        """Receive the gradient of a sharded parameter; a hook of autograd."""
+        self._tracker.add_gradient(parameter)
+        unit = self._unit_by_param[id(parameter)]
+        waiting = self._waiting.setdefault(id(unit), [])
+        waiting.append(parameter)
+        if len(waiting) == unit.num_trainable:
+            self._reduce(unit, waiting)
+
+    def _reduce(self, unit: UnitMemory, parameters: Sequence[Tensor]) -> None:
+        self._tracker.add_gradient_bytes(-self._input_bytes)
+        self._input_bytes = unit.gradient_bytes
+        self._tracker.add_gradient_bytes(self._input_bytes)
+        for parameter in parameters:
+            self._tracker.free_gradient(parameter)
+        if not self._has_shards:
+            self._shard_bytes += unit.gradient_shard_bytes
+            self._tracker.add_gradient_bytes(unit.gradient_shard_bytes)
+        if self._frees_weights:
+            self._tracker.gathered_bytes -= unit.weight_bytes
+
+    def release(self) -> None:
+        """Free the memory that the reducer has counted, after the backward pass."""
+        self._tracker.add_gradient_bytes(-self._input_bytes - self._shard_bytes)
 
 
 def _move_indices(args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -286,12 +366,15 @@ class PlannedPack:
         grid_thw: Patch grid (frames, rows, columns) of each image or video.
         num_supervised_tokens: Number of tokens that contribute to the loss.
         prefix_length: Tokens of the shared prefix; 0 without one.
+        num_ranks: Number of ranks that share the only sample (context parallelism). The other
+            sizes are those of one rank.
     """
 
     lengths: tuple[int, ...]
     grid_thw: tuple[GridTHW, ...]
     num_supervised_tokens: int
     prefix_length: int = 0
+    num_ranks: int = 1
 
     @property
     def num_tokens(self) -> int:
@@ -344,6 +427,18 @@ def build_planned_pack(samples: Sequence[SampleStats], prefix_length: int = 0) -
     )
 
 
+def build_split_pack(sample: SampleStats, num_ranks: int) -> PlannedPack:
+    """Build the pack of one rank for a sample that is split over all ranks."""
+    frames = [(height, width) for count, height, width in sample.grid_thw for _ in range(count)]
+    own_frames = frames[: -(-len(frames) // num_ranks)]
+    return PlannedPack(
+        lengths=(-(-sample.num_packed_tokens // num_ranks),),
+        grid_thw=tuple((count, *size) for size, count in Counter(own_frames).items()),
+        num_supervised_tokens=-(-sample.num_supervised_tokens // num_ranks),
+        num_ranks=num_ranks,
+    )
+
+
 def plan_step_packs(
     samples: Sequence[SampleStats], token_budget: int, prefix_length: int = 0
 ) -> list[PlannedPack]:
@@ -382,17 +477,19 @@ class StepMemory:
         workspace: Other temporary tensors at the peak.
         gradients: Gradients at the peak that wait for the optimizer step.
         saved: Saved activations at the end of the forward pass.
+        gathered: All-gathered weights of a sharded model at the peak.
     """
 
     activations: int = 0
     workspace: int = 0
     gradients: int = 0
     saved: int = 0
+    gathered: int = 0
 
     @property
     def total(self) -> int:
         """Total memory at the peak."""
-        return self.activations + self.workspace + self.gradients
+        return self.activations + self.workspace + self.gradients + self.gathered
 
 
 class StepTracer:
@@ -407,8 +504,15 @@ class StepTracer:
         objective: SftObjective,
         compute: ComputeTarget,
         teacher: VisionLanguageModel | None = None,
+        sharded: ShardedModel | None = None,
     ) -> None:
+        """Create a tracer without traces.
+
+        Args:
+            sharded: Shards of the model; None if the ranks do not shard it.
+        """
         self.model, self.objective, self.compute, self.teacher = model, objective, compute, teacher
+        self._sharded = sharded
         self._traces: dict[tuple[object, ...], StepMemory] = {}
         self._token_bytes: float | None = None
         self._patch_bytes: float | None = None
@@ -442,7 +546,8 @@ class StepTracer:
 
         Args:
             accumulated_ids: ids of parameters whose gradients are added to the accumulation buffer
-                immediately, so they do not wait for the optimizer step.
+                immediately, so they do not wait for the optimizer step. Those of sharded parameters
+                are added when their unit is reduced.
             num_features: Number of precomputed image features. None runs the vision encoder.
         """
         key = pack, activation_checkpointing, bool(accumulated_ids), num_features
@@ -504,15 +609,24 @@ class StepTracer:
         self, batch: PackedBatch, features_MKD: Tensor | None, accumulated_ids: Collection[int]
     ) -> MemoryTracker:
         known = [*self._own_tensors(), *_list_tensors(batch)]
-        tracker = MemoryTracker(known if features_MKD is None else [*known, features_MKD])
+        known = known if features_MKD is None else [*known, features_MKD]
+        gathered_bytes = 0 if self._sharded is None else self._sharded.gathered_bytes
+        tracker = MemoryTracker(known, gathered_bytes)
 
         def free_gradient(parameter: Tensor) -> None:
             parameter.grad = None
 
+        reducer = GradientReducer(tracker, self._sharded, accumulates=bool(accumulated_ids))
+
+        def select_hook(parameter: Tensor) -> Callable[[Tensor], None]:
+            if parameter in reducer:
+                return reducer.add_gradient
+            return free_gradient if id(parameter) in accumulated_ids else tracker.add_gradient
+
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         hooks = [
             parameter.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
-                free_gradient if id(parameter) in accumulated_ids else tracker.add_gradient
+                select_hook(parameter)
             )
             for parameter in parameters
         ]
@@ -529,6 +643,7 @@ class StepTracer:
                 torch.autograd.backward(get_gradient_edge(loss[0]))
         for hook in hooks:
             hook.remove()
+        reducer.release()
         del loss
         self.model.zero_grad(set_to_none=True)
         return tracker
@@ -569,8 +684,7 @@ def _list_tensors(batch: PackedBatch) -> list[Tensor]:
 
 def _summarize(tracker: MemoryTracker) -> StepMemory:
     """Split the peak of a trace into saved activations, gradients and other tensors."""
-    gradients = tracker.grads_at_peak
+    gradients, gathered = tracker.grads_at_peak, tracker.gathered_at_peak
     activations = min(tracker.forward_at_peak, tracker.saved_bytes)
-    return StepMemory(
-        activations, tracker.peak_bytes - gradients - activations, gradients, tracker.saved_bytes
-    )
+    workspace = tracker.peak_bytes - gradients - activations - gathered
+    return StepMemory(activations, workspace, gradients, tracker.saved_bytes, gathered)

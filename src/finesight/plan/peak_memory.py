@@ -7,14 +7,18 @@ temporary memory of a pack (`plan.dry_run`) or of the optimizer step.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
+
+from torch import Tensor, nn
 
 from finesight.config import TrainSettings
+from finesight.infer.kv_cache import get_kv_bytes_per_token
 from finesight.model.linear import stacked_row_counts
 from finesight.model.trainable import trainable_parameters
 from finesight.model.vision_encoder import VisionEncoder
 from finesight.model.vlm import VisionLanguageModel
 from finesight.plan.dry_run import ComputeTarget, PlannedPack, StepMemory, StepTracer
+from finesight.plan.sharded_memory import FP32_BYTES, RankLayout, ShardedModel, shard_model
 from finesight.train.cuda_graphs import MAX_GRAPHS, has_few_trainable_params, should_capture
 from finesight.train.graph_buffers import (
     GraphShape,
@@ -25,8 +29,8 @@ from finesight.train.graph_buffers import (
 from finesight.train.optimizer import LARGE_PARAM_ELEMENTS, MasterWeightOptimizer, ParamGroup
 from finesight.vision.image_processing import GridTHW
 
-FP32_BYTES, INDEX_BYTES, CU_SEQLEN_BYTES = 4, 8, 4
-"""Bytes of an fp32 element, of an int64 index, and of an element of `cu_seqlens` (int32)."""
+INDEX_BYTES, CU_SEQLEN_BYTES = 8, 4
+"""Bytes of an int64 index, and of an element of `cu_seqlens` (int32)."""
 
 CUBLAS_WORKSPACE_BYTES = 70 << 20
 """Bytes of the cuBLAS workspace that torch allocates on compute capability 9.0.
@@ -41,6 +45,13 @@ The PyTorch allocator does not count it, so no metric of a run contains it. The 
 assumption; measure it for each GPU model.
 """
 
+NCCL_BYTES = 700_000_000
+"""GPU memory of the buffers of an NCCL communicator, in bytes, outside of the PyTorch allocator.
+
+NCCL allocates 10 MiB per channel and connection, and more channels for faster links. All-reduce on
+A100 with NVLink took 544 MB with two GPUs and 688 MB with four (github.com/NVIDIA/nccl, issue 964).
+"""
+
 CPU_PROCESS_BYTES = 900_000_000
 """Bytes of a CPU process without its tensors.
 
@@ -50,6 +61,8 @@ steps: the quickstart uses 1.4 GB in total after 16 steps and 2.3 GB after 200 s
 
 USABLE_MEMORY_FRACTION = 0.9
 """Fraction of the device memory that a plan may use; the rest is for fragmentation."""
+
+SINGLE_RANK = RankLayout()
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +80,10 @@ class PersistentMemory:
         optimizer_traffic_bytes: Bytes of memory traffic of an optimizer step.
         accumulated_ids: ids of parameters whose gradients are added to the accumulation buffer
             immediately, for steps with one pack and for steps with several packs.
+        loading_bytes: Bytes of the complete model while it is loaded, before it is sharded.
+        host_bytes: Bytes of weights, gradients and optimizer states in host memory, of one rank.
+        layout: Number of ranks, and the mode of sharding.
+        sharded: Shards of the model; None if every rank has all of it.
     """
 
     num_trainable: int
@@ -78,13 +95,27 @@ class PersistentMemory:
     optimizer_step_bytes: int
     optimizer_traffic_bytes: int
     accumulated_ids: tuple[frozenset[int], frozenset[int]] = (frozenset(), frozenset())
+    loading_bytes: int = 0
+    host_bytes: int = 0
+    layout: RankLayout = SINGLE_RANK
+    sharded: ShardedModel | None = None
+
+    @property
+    def fixed_bytes(self) -> int:
+        """Bytes on the device at any time of a training step."""
+        weight_bytes = self.weight_bytes + self.master_weight_bytes
+        return weight_bytes + self.optimizer_state_bytes + self.grad_sum_bytes
 
 
 @dataclass(frozen=True, slots=True)
 class PeakMemory:
     """Memory at the peak of a run by part, in bytes.
 
-    The metrics of a run contain neither `cuda_context` nor the memory pool in `cuda_graphs`.
+    The metrics of a run contain neither `cuda_context` and `nccl` nor the memory pool in
+    `cuda_graphs`.
+
+    Attributes:
+        gathered_weights: All-gathered weights of a sharded model, with their buffers.
     """
 
     weights: int
@@ -93,15 +124,17 @@ class PeakMemory:
     optimizer_states: int
     activations: int
     workspace: int
+    gathered_weights: int
     inputs: int
     libraries: int
+    nccl: int
     cuda_graphs: int
     cuda_context: int
 
     @property
     def allocated(self) -> int:
         """Bytes that a run reports as `peak_memory_gb`."""
-        return self.total - self.cuda_context - self.cuda_graphs
+        return self.total - self.cuda_context - self.cuda_graphs - self.nccl
 
     @property
     def total(self) -> int:
@@ -114,24 +147,29 @@ def compute_persistent_memory(
     train: TrainSettings,
     compute: ComputeTarget,
     teacher: VisionLanguageModel | None = None,
+    layout: RankLayout = SINGLE_RANK,
 ) -> PersistentMemory:
     """Compute the persistent memory of a tuned model on the meta device, and of its teacher.
 
-    As in a run, the parameters of the model become views of the parameter groups of the optimizer.
+    As in a run, the parameters of the model become views of the parameter groups of the optimizer,
+    unless the model is sharded.
     """
-    trainable_params = trainable_parameters(model)
-    param_groups = MasterWeightOptimizer(
-        trainable_params, train, stacked_row_counts(model)
-    ).param_groups
+    sharded = shard_model(model, compute.dtype, layout) if layout.is_sharded else None
+    params = trainable_parameters(model) if sharded is None else sharded.local_params
+    optimizer = MasterWeightOptimizer(params, train, stacked_row_counts(model))
+    if layout.num_ranks > 1 and sharded is None:
+        optimizer.use_flat_gradients()
+    param_groups = optimizer.param_groups
     optimizers = [group.optimizer for group in param_groups]
     models = filter(None, (model, teacher))
     tensors = [tensor for one in models for tensor in (*one.parameters(), *one.buffers())]
     num_trainable = sum(len(group.master_weights) for group in param_groups)
-    # Muon accumulates the gradients of matrices even with one pack per step.
+    # Muon and several ranks accumulate gradients even with one pack per step.
     always_summed = [group for group in param_groups if group.gradients.sums[0] is not None]
     num_summed = sum(len(group.master_weights) for group in always_summed)
     residuals = [group.master_weights.residual_E for group in param_groups]
-    return PersistentMemory(
+    is_cuda = compute.is_cuda and not layout.is_offloaded
+    memory = PersistentMemory(
         num_trainable=num_trainable,
         weight_bytes=sum(tensor.nbytes for tensor in tensors),
         master_weight_bytes=sum(
@@ -140,9 +178,51 @@ def compute_persistent_memory(
         grad_sum_bytes=FP32_BYTES * num_summed,
         multi_pack_grad_sum_bytes=FP32_BYTES * (num_trainable - num_summed),
         optimizer_state_bytes=sum(group.state_bytes for group in param_groups),
-        optimizer_step_bytes=max(one.workspace_bytes(compute.is_cuda) for one in optimizers),
-        optimizer_traffic_bytes=sum(one.traffic_bytes(compute.is_cuda) for one in optimizers),
+        optimizer_step_bytes=max(one.workspace_bytes(is_cuda) for one in optimizers),
+        optimizer_traffic_bytes=sum(one.traffic_bytes(is_cuda) for one in optimizers),
         accumulated_ids=(_accumulated_ids(always_summed), _accumulated_ids(param_groups)),
+        layout=layout,
+    )
+    return memory if sharded is None else _shard_memory(memory, sharded, tensors)
+
+
+def _shard_memory(
+    memory: PersistentMemory, sharded: ShardedModel, tensors: Iterable[Tensor]
+) -> PersistentMemory:
+    """Complete the memory of the optimizer of one rank by that of its shards.
+
+    The optimizer has its own fp32 copy of the rows, beside those that are all-gathered.
+
+    Args:
+        memory: Memory of the optimizer of the own rows.
+        tensors: All weights and buffers of the complete model.
+    """
+    complete = [tensor for tensor in tensors if id(tensor) not in sharded.sharded_ids]
+    complete_bytes = sum(tensor.nbytes for tensor in complete)
+    master_bytes = FP32_BYTES * memory.num_trainable
+    # The gradients of replicated parameters are summed completely, and all-reduced.
+    replicated_grad_bytes = FP32_BYTES * sharded.num_replicated
+    multi_pack_bytes = replicated_grad_bytes + sharded.total.gradient_shard_bytes
+    memory = replace(
+        memory,
+        weight_bytes=complete_bytes + sharded.total.shard_bytes,
+        master_weight_bytes=master_bytes,
+        multi_pack_grad_sum_bytes=multi_pack_bytes,
+        optimizer_step_bytes=max(memory.optimizer_step_bytes, replicated_grad_bytes),
+        accumulated_ids=(frozenset(), frozenset(sharded.unit_by_param)),
+        loading_bytes=complete_bytes + sharded.loading_bytes,
+        sharded=sharded,
+    )
+    if not sharded.layout.is_offloaded:
+        return memory
+    return replace(
+        memory,
+        weight_bytes=complete_bytes,
+        master_weight_bytes=0,
+        multi_pack_grad_sum_bytes=replicated_grad_bytes,
+        optimizer_state_bytes=0,
+        optimizer_step_bytes=replicated_grad_bytes,
+        host_bytes=sharded.total.pinned_bytes + master_bytes + memory.optimizer_state_bytes,
     )
 
 
@@ -260,22 +340,24 @@ def compute_peak_memory(
             graph_packs.append(pack)
     parameters = trainable_parameters(model).values()
     accumulated_ids = persistent.accumulated_ids[has_multiple_packs]
-    waiting_bytes = sum(p.nbytes for p in parameters if id(p) not in accumulated_ids)
-    optimizer_step = StepMemory(workspace=persistent.optimizer_step_bytes, gradients=waiting_bytes)
-    candidates = [(optimizer_step, 0, 0)]
+    candidates = [_Peak(_trace_optimizer_step(persistent, parameters, has_multiple_packs))]
     for pack in bound_packs(packs, compute) if tracer.teacher is not None else ():
-        candidates.append((tracer.trace_teacher(pack), 0, count_input_bytes(model, pack)))
+        candidates.append(_Peak(tracer.trace_teacher(pack), count_input_bytes(model, pack)))
     for pack in bound_packs(eager_packs, compute):
         memory = tracer.trace(pack, activation_checkpointing, accumulated_ids)
-        candidates.append((memory, 0, count_input_bytes(model, pack)))
+        memory = _add_gathered_keys(memory, tracer, pack, activation_checkpointing)
+        candidates.append(_Peak(memory, count_input_bytes(model, pack)))
     for pack in bound_packs(graph_packs, compute):
         graph = plan_graph(model, compute, activation_checkpointing, pack)
         assert graph is not None, "a pack with a graph"
         peaks = _trace_graph(
             tracer, pack, graph, activation_checkpointing, persistent.accumulated_ids[True]
         )
-        candidates += [(memory, pool, count_input_bytes(model, pack)) for memory, pool in peaks]
-    peak, _, input_bytes = max(candidates, key=lambda item: item[0].total + item[2])
+        inputs = count_input_bytes(model, pack)
+        candidates += [_Peak(memory, inputs, pool_bytes) for memory, pool_bytes in peaks]
+    highest = max(candidates, key=lambda candidate: candidate.total)
+    peak = highest.memory
+    is_distributed = compute.is_cuda and persistent.layout.num_ranks > 1
     return PeakMemory(
         weights=persistent.weight_bytes + tracer.persistent_bytes,
         master_weights=persistent.master_weight_bytes,
@@ -286,11 +368,107 @@ def compute_peak_memory(
         optimizer_states=persistent.optimizer_state_bytes,
         activations=peak.activations,
         workspace=peak.workspace,
-        inputs=input_bytes + sum(graph.buffer_bytes for graph in graphs.values()),
+        inputs=highest.input_bytes + sum(graph.buffer_bytes for graph in graphs.values()),
         libraries=(CUBLAS_WORKSPACE_BYTES if compute.is_cuda else CPU_PROCESS_BYTES)
         * (2 if graphs else 1),
-        cuda_graphs=max(pool_bytes for _, pool_bytes, _ in candidates),
+        cuda_graphs=max(candidate.pool_bytes for candidate in candidates),
         cuda_context=CUDA_CONTEXT_BYTES if compute.is_cuda else 0,
+        gathered_weights=peak.gathered,
+        nccl=NCCL_BYTES if is_distributed else 0,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Peak:
+    """Memory of a moment of a step that may be its peak, in bytes."""
+
+    memory: StepMemory
+    input_bytes: int = 0
+    pool_bytes: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.memory.total + self.input_bytes
+
+
+def _trace_optimizer_step(
+    persistent: PersistentMemory, parameters: Iterable[nn.Parameter], has_multiple_packs: bool
+) -> StepMemory:
+    """Return the memory of the optimizer step, with the gradients that are not in sums."""
+    accumulated_ids = persistent.accumulated_ids[has_multiple_packs]
+    sharded = persistent.sharded
+    sharded_ids = frozenset() if sharded is None else sharded.sharded_ids
+    waiting_bytes = 0
+    for parameter in parameters:
+        if id(parameter) not in accumulated_ids and id(parameter) not in sharded_ids:
+            waiting_bytes += parameter.nbytes
+    if sharded is not None and not (has_multiple_packs or sharded.layout.is_offloaded):
+        waiting_bytes += sharded.total.gradient_shard_bytes
+    return StepMemory(workspace=persistent.optimizer_step_bytes, gradients=waiting_bytes)
+
+
+def _add_gathered_keys(
+    memory: StepMemory, tracer: StepTracer, pack: PlannedPack, activation_checkpointing: float
+) -> StepMemory:
+    """Add the keys and values that ranks gather for a split sample.
+
+    They are saved for the backward pass, except in layers with activation checkpointing.
+    """
+    if pack.num_ranks == 1:
+        return memory
+    config = tracer.model.config.decoder
+    num_tokens = pack.num_tokens * pack.num_ranks
+    layer_bytes = num_tokens * get_kv_bytes_per_token(config, tracer.compute.dtype)
+    layer_bytes //= config.num_layers
+    num_saved = round(config.num_layers * (1 - activation_checkpointing))
+    # The layer at the peak has them as received, in order, and with gradients.
+    return replace(
+        memory,
+        activations=memory.activations + num_saved * layer_bytes,
+        workspace=memory.workspace + 3 * layer_bytes,
+    )
+
+
+def compute_evaluation_memory(
+    persistent: PersistentMemory, tracer: StepTracer, generation_bytes: int
+) -> PeakMemory | None:
+    """Compute the memory of evaluations and export; None without sharding.
+
+    Both gather the complete model on every GPU, beside the shards and the optimizer states.
+    """
+    sharded = persistent.sharded
+    if sharded is None:
+        return None
+    return replace(
+        _build_idle_memory(tracer),
+        weights=persistent.weight_bytes + tracer.persistent_bytes,
+        master_weights=persistent.master_weight_bytes,
+        optimizer_states=persistent.optimizer_state_bytes,
+        # The last unit arrives in a buffer before answers are generated.
+        workspace=max(generation_bytes, sharded.units[-1].weight_bytes),
+        gathered_weights=sharded.total.weight_bytes,
+    )
+
+
+def compute_loading_memory(persistent: PersistentMemory, tracer: StepTracer) -> PeakMemory | None:
+    """Compute the memory while a model is loaded; None without sharding.
+
+    Every rank loads the complete model.
+    """
+    if persistent.sharded is None:
+        return None
+    return replace(_build_idle_memory(tracer), weights=persistent.loading_bytes)
+
+
+def _build_idle_memory(tracer: StepTracer) -> PeakMemory:
+    """Return the memory of a rank of a sharded run without a model."""
+    is_cuda = tracer.compute.is_cuda
+    empty = dict.fromkeys((field.name for field in fields(PeakMemory)), 0)
+    return replace(
+        PeakMemory(**empty),
+        libraries=CUBLAS_WORKSPACE_BYTES if is_cuda else CPU_PROCESS_BYTES,
+        cuda_context=CUDA_CONTEXT_BYTES if is_cuda else 0,
+        nccl=NCCL_BYTES if is_cuda else 0,
     )
 
 

@@ -2,28 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from typing import Any
 
 from finesight.errors import format_count
 from finesight.plan.peak_memory import USABLE_MEMORY_FRACTION
 from finesight.plan.run_plan import RunPlan
-from finesight.plan.settings_search import SettingsEstimate
-from finesight.plan.step_time import StepTime
+from finesight.plan.run_planner import ADVISED_GPUS
+from finesight.plan.settings_search import Phase, SettingsEstimate
+from finesight.plan.step_time import StepTime, TargetDevice
 from finesight.report.summary import format_duration
 
 MAX_BAR_WIDTH = 30
 """Maximum width of a histogram bar in characters."""
 
+TEXT_ROWS = ("highest during", "host memory, offloaded")
+"""Rows with empty cells, unlike those of memory in a GPU."""
+
 MEMORY_TITLES = {
     "master_weights": "master weights (fp32)",
     "optimizer_states": "optimizer state",
     "activations": "saved activations",
+    "gathered_weights": "gathered weights",
+    "nccl": "NCCL buffers",
     "cuda_graphs": "CUDA graphs",
     "cuda_context": "CUDA context",
 }
 """Row titles by field of `PeakMemory`, if they differ from its name."""
+
+PHASE_TITLES: Mapping[Phase, str] = {
+    "step": "training",
+    "evaluation": "eval and export",
+    "loading": "loading",
+}
 
 
 def format_plan(plan: RunPlan) -> list[str]:
@@ -44,7 +56,10 @@ def format_short_plan(plan: RunPlan) -> list[str]:
     seconds = plan.startup_s + plan.total_steps * estimate.step_time.total
     duration = format_duration(seconds + plan.evaluation.total_s)
     memory = f"{estimate.peak.total / 1e9:.1f} of {plan.target.memory_bytes / 1e9:.0f} GB"
-    lines = [f"run     {_format_steps(plan)}: about {duration}, {memory} of memory"]
+    gpus = ""
+    if plan.target.num_gpus > 1:
+        gpus = f" on each of {plan.target.num_gpus} GPUs"
+    lines = [f"run     {_format_steps(plan)}: about {duration}, {memory} of memory{gpus}"]
     if plan.token_stats.num_skipped:
         lines.append(f"warning: {format_count(plan.token_stats.num_skipped, 'sample')} skipped")
     lines += [line for line in _format_overheads(plan) if line.startswith("warning")]
@@ -58,10 +73,14 @@ def _format_summary(plan: RunPlan) -> Iterator[str]:
         f"model   {plan.family}, {plan.num_trainable:,} of {plan.num_params:,} parameters are"
         " trainable"
     )
+    each = link = ""
+    if target.num_gpus > 1:
+        each = " each"
+        link = f", {target.link_bandwidth / 1e9:.0f} GB/s between GPUs"
     yield (
-        f"target  {target.name} ({origin}): {target.memory_bytes / 1e9:.0f} GB,"
+        f"target  {_format_target(target)} ({origin}): {target.memory_bytes / 1e9:.0f} GB{each},"
         f" {target.peak_flops / 1e12:.3g} TFLOP/s in {plan.target.precision},"
-        f" {target.memory_bandwidth / 1e9:.0f} GB/s"
+        f" {target.memory_bandwidth / 1e9:.0f} GB/s{link}"
     )
     yield (
         f"data    {format_count(stats.num_samples, 'sample')}, {stats.num_tokens:,} tokens,"
@@ -71,6 +90,12 @@ def _format_summary(plan: RunPlan) -> Iterator[str]:
         f"run     {_format_steps(plan)},"
         f" packs (forward passes) per step: {plan.chosen_estimate.packs_per_step:.3g}"
     )
+
+
+def _format_target(target: TargetDevice) -> str:
+    if target.num_gpus == 1:
+        return target.name
+    return f"{target.num_gpus} x {target.name}"
 
 
 def _format_histogram(plan: RunPlan) -> Iterator[str]:
@@ -108,9 +133,12 @@ def _format_estimates(plan: RunPlan) -> Iterator[str]:
     yield ""
     yield _format_row("", list(columns))
     for title in columns["recipe"]:
-        cells = [cells[title] for cells in columns.values()]
-        if any(cells):
-            yield _format_row(title, [cell or _format_gb(0) for cell in cells])
+        empty = _format_gb(0)
+        if title in TEXT_ROWS:
+            empty = ""
+        cells = [column[title] or empty for column in columns.values()]
+        if any(column[title] for column in columns.values()):
+            yield _format_row(title, cells)
 
 
 def _describe_estimate(plan: RunPlan, estimate: SettingsEstimate, precision: str) -> dict[str, str]:
@@ -118,22 +146,34 @@ def _describe_estimate(plan: RunPlan, estimate: SettingsEstimate, precision: str
     settings = estimate.settings
     peak = estimate.peak
     step_s = estimate.step_time.total
-    num_bytes = asdict(peak)
+    is_distributed = plan.target.num_gpus > 1
+    cells: dict[str, str] = {}
+    if is_distributed:
+        cells["train.parallel"] = settings.parallel
+    cells["train.pack_tokens"] = str(settings.pack_tokens)
+    cells["train.activation_checkpointing"] = f"{settings.activation_checkpointing:g}"
+    cells["tune.quantize.nf4"] = ",".join(settings.nf4_parts) or "none"
+    cells["train.precision"] = precision
+    for name, num_bytes in asdict(peak).items():
+        cells[MEMORY_TITLES.get(name, name)] = _format_gb(num_bytes) if num_bytes else ""
+    cells["allocated by tensors"] = _format_gb(peak.allocated)
+    cells["total memory"] = _format_gb(peak.total)
+    cells["highest during"] = ""
+    if is_distributed and settings.parallel != "ddp":
+        cells["highest during"] = PHASE_TITLES[estimate.phase]
+    cells["host memory, offloaded"] = ""
+    if estimate.host_bytes:
+        cells["host memory, offloaded"] = f"{estimate.host_bytes / 1e9:.0f} GB"
     limit = f"{USABLE_MEMORY_FRACTION:.0%} of memory, {plan.chosen_estimate.memory_limit / 1e9:.1f}"
-    return {
-        "train.pack_tokens": str(settings.pack_tokens),
-        "train.activation_checkpointing": f"{settings.activation_checkpointing:g}",
-        "tune.quantize.nf4": ",".join(settings.nf4_parts) or "none",
-        "train.precision": precision,
-        **{MEMORY_TITLES.get(k, k): _format_gb(n) if n else "" for k, n in num_bytes.items()},
-        "allocated by tensors": _format_gb(peak.allocated),
-        "total memory": _format_gb(peak.total),
-        f"fits in {limit} GB": "yes" if estimate.fits else "no",
-        "step time": format_duration(step_s),
-        "samples/s": f"{plan.batch_size / step_s:.4g}",
-        "bottleneck": _find_bottleneck(estimate.step_time),
-        "all steps": format_duration(plan.total_steps * step_s),
-    }
+    cells[f"fits in {limit} GB"] = "yes" if estimate.fits else "no"
+    cells["step time"] = format_duration(step_s)
+    cells["samples/s"] = f"{plan.batch_size / step_s:.4g}"
+    if is_distributed:
+        communication_s = estimate.step_time.communication_s
+        cells["communication of a step"] = format_duration(communication_s)
+    cells["bottleneck"] = _find_bottleneck(estimate.step_time)
+    cells["all steps"] = format_duration(plan.total_steps * step_s)
+    return cells
 
 
 def _format_gb(num_bytes: int) -> str:
@@ -155,9 +195,11 @@ def _find_bottleneck(step_time: StepTime) -> str:
     seconds_by_part = {
         "matmul": step_time.matmul_s,
         "memory": step_time.memory_s,
+        "communication": step_time.communication_s,
         "optimizer": step_time.optimizer_s,
     }
-    if step_time.host_s > step_time.matmul_s + step_time.memory_s:
+    device_s = step_time.matmul_s + step_time.memory_s + step_time.communication_s
+    if step_time.host_s > device_s:
         seconds_by_part = {"host": step_time.host_s, "optimizer": step_time.optimizer_s}
     if step_time.data_loading_s > sum(seconds_by_part.values()):
         return "data loading"
@@ -167,6 +209,7 @@ def _find_bottleneck(step_time: StepTime) -> str:
 def _format_overheads(plan: RunPlan) -> Iterator[str]:
     evaluation = plan.evaluation
     yield ""
+    yield from _format_gpus(plan)
     yield f"startup: about {format_duration(plan.startup_s)} before the first step"
     if evaluation.num_evaluations:
         description = (
@@ -195,14 +238,47 @@ def _format_overheads(plan: RunPlan) -> Iterator[str]:
     yield f"precision {plan.target.precision}, data loader workers: {plan.num_workers}"
 
 
+def _format_gpus(plan: RunPlan) -> Iterator[str]:
+    """Yield the effect of several GPUs, and warnings about GPUs or settings without effect."""
+    num_gpus, mode = plan.target.num_gpus, plan.recipe_estimate.settings.parallel
+    if num_gpus == 1:
+        if mode != "ddp":
+            yield f"train.parallel={mode} has no effect on a single GPU"
+        return
+    step_s = plan.chosen_estimate.step_time.total
+    assert plan.single_step_s is not None, f"no step time of one of {num_gpus} GPUs"
+    yield (
+        "speed-up over one such GPU with enough memory:"
+        f" {plan.single_step_s / step_s:.3g} ({format_duration(step_s)} instead of"
+        f" {format_duration(plan.single_step_s)} per step)"
+    )
+    if num_gpus > plan.batch_size:
+        yield (
+            f"warning: a step has {format_count(plan.batch_size, 'sample')} (train.batch_size) for"
+            f" {num_gpus} GPUs, so {num_gpus - plan.batch_size} GPUs have nothing to do"
+        )
+
+
 def _format_verdict(plan: RunPlan) -> Iterator[str]:
-    estimate = plan.chosen_estimate
+    estimate, target = plan.chosen_estimate, plan.target
     yield ""
     if not estimate.fits:
         required_gb = estimate.peak.total / USABLE_MEMORY_FRACTION / 1e9
+        memory = f"{_format_target(target)} has {target.memory_bytes / 1e9:.0f} GB"
+        if target.num_gpus > 1:
+            memory = f"{_format_target(target)} have {target.memory_bytes / 1e9:.0f} GB each"
+        if estimate.exceeds_host_memory:
+            assert estimate.host_memory_bytes is not None, "unknown memory of the machine"
+            required_gb = estimate.host_bytes / 1e9
+            memory = f"this machine has {estimate.host_memory_bytes / 1e9:.0f} GB of host memory"
+        advice = ""
+        if plan.advice is not None:
+            advice = f"{plan.advice.describe()}, or "
+        elif target.compute.is_cuda and target.num_gpus < ADVISED_GPUS[-1]:
+            advice = f"up to {ADVISED_GPUS[-1]} such GPUs are not sufficient either; "
         yield (
-            f"does not fit: needs at least {required_gb:.0f} GB, {plan.target.name} has"
-            f" {plan.target.memory_bytes / 1e9:.0f} GB; try {', '.join(plan.memory_hints)}"
+            f"does not fit: needs at least {required_gb:.0f} GB, {memory};"
+            f" {advice}try {', '.join(plan.memory_hints)}"
         )
     elif plan.overrides:
         yield f"to use the chosen settings: {' '.join(plan.overrides)}"
@@ -213,8 +289,15 @@ def _format_verdict(plan: RunPlan) -> Iterator[str]:
 def plan_to_dict(plan: RunPlan) -> dict[str, Any]:
     """Convert the plan of a run to JSON data, in bytes, FLOPs and seconds."""
     target, data = plan.target, asdict(plan)
-    for name in ("recipe_estimate", "chosen_estimate", "num_samples", "memory_hints"):
+    for name in ("recipe_estimate", "chosen_estimate", "num_samples", "memory_hints", "advice"):
         del data[name]
+    advice = None
+    if plan.advice is not None:
+        advice = {
+            "num_gpus": plan.advice.num_gpus,
+            "overrides": plan.advice.overrides,
+            **_estimate_to_dict(plan, plan.advice.estimate),
+        }
     return data | {
         "precision": target.precision,
         "target": {
@@ -223,7 +306,10 @@ def plan_to_dict(plan: RunPlan) -> dict[str, Any]:
             "memory_bytes": target.memory_bytes,
             "flops_per_s": target.peak_flops,
             "bytes_per_s": target.memory_bandwidth,
+            "num_gpus": target.num_gpus,
+            "link_bytes_per_s": target.link_bandwidth,
         },
+        "advice": advice,
         "recipe": _estimate_to_dict(plan, plan.recipe_estimate),
         "chosen": _estimate_to_dict(plan, plan.chosen_estimate),
     }
@@ -234,6 +320,8 @@ def _estimate_to_dict(plan: RunPlan, estimate: SettingsEstimate) -> dict[str, An
     return {
         **asdict(estimate.settings),
         "fits": estimate.fits,
+        "phase": estimate.phase,
+        "host_bytes": estimate.host_bytes,
         "memory": asdict(estimate.peak),
         "allocated_gb": estimate.peak.allocated / 1e9,
         "total_bytes": estimate.peak.total,

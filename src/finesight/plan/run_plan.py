@@ -7,46 +7,61 @@ from __future__ import annotations
 
 import logging
 import math
-import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
 from importlib.util import find_spec
 from statistics import median
-from typing import get_args
 
-from finesight.config import EVAL_BATCH_SIZE, EvalSettings, Precision, QuantizablePart, Recipe
+import torch
+
+from finesight.config import (
+    Precision,
+    Recipe,
+)
+from finesight.encode.renderer import is_native
 from finesight.errors import UserError
-from finesight.infer.engine import KV_CACHE_BYTES
-from finesight.infer.kv_cache import get_kv_bytes_per_token, get_linear_state_bytes
 from finesight.infer.model_loader import resolve_device, select_cpu_precision
-from finesight.infer.scheduler import MAX_PREFILL_TOKENS
 from finesight.model.trainable import MODEL_PARTS, trainable_parameters
 from finesight.model.weights_io import build_meta_model
-from finesight.plan.dry_run import PlannedPack, iter_planned_steps, plan_step_packs
-from finesight.plan.peak_memory import FP32_BYTES
+from finesight.plan.dry_run import PlannedPack, iter_planned_steps
+from finesight.plan.evaluation_estimate import (
+    EvaluationEstimate,
+    estimate_evaluation,
+    estimate_forward_s,
+)
+from finesight.plan.run_planner import (
+    GpuAdvice,
+    PlannedData,
+    RunPlanner,
+    is_better,
+    list_overrides,
+    list_quantization_choices,
+    resolve_num_workers,
+)
 from finesight.plan.settings_search import (
     PlannedModel,
     PlannedSettings,
-    PlannedSteps,
     SettingsEstimate,
     SettingsSearch,
-    build_planned_model,
 )
+from finesight.plan.sharded_memory import FP32_BYTES, RankLayout
 from finesight.plan.step_time import (
     TargetDevice,
     build_local_target,
     build_named_target,
     estimate_startup_seconds,
+    extend_to_gpus,
+    extend_to_local_gpus,
+    find_min_memory,
     measure_local_target,
 )
 from finesight.progress import ProgressConsole
 from finesight.report.summary import format_duration
-from finesight.train.dataloader import MAX_WORKERS
-from finesight.train.dataset_stats import DatasetStats, SampleStats
-from finesight.train.evaluation import resolve_eval_interval, resolve_interim_limit
+from finesight.train.dataloader import MAX_WORKERS, default_num_workers
+from finesight.train.dataset_stats import DatasetStats
 from finesight.train.flops import FlopCounter
+from finesight.train.parallel.distributed import count_launched_ranks
 from finesight.train.recipe_check import (
     check_disk_space,
     check_machine,
@@ -55,123 +70,9 @@ from finesight.train.recipe_check import (
     load_run_data,
 )
 from finesight.train.sampler import TrainSampler
+from finesight.train.setup import check_sharding
 from finesight.train.state import RunContext, RunData
 from finesight.train.vision_cache import MIN_IMAGE_USES
-
-MIN_DECODE_STEP_S = 3.0e-3
-"""Minimum seconds of a decode step on a GPU: kernel launches or the host limit small models."""
-
-
-@dataclass(frozen=True, slots=True)
-class EvaluationEstimate:
-    """Estimated time and memory of all evaluations of a run.
-
-    Generation runs between training steps, so its memory replaces the activations of a pack.
-
-    Attributes:
-        num_evaluations: Number of evaluations before, during and after training.
-        num_samples: Number of validation samples per evaluation before and after training.
-        total_s: Seconds of all evaluations.
-        generation_bytes: Peak bytes of generation; 0 if only the validation loss is computed.
-        max_answer_tokens: Tokens of the longest validation answer.
-        num_cut_answers: Number of answers of more tokens than `eval.max_new_tokens`.
-    """
-
-    num_evaluations: int
-    num_samples: int
-    total_s: float
-    generation_bytes: int
-    max_answer_tokens: int = 0
-    num_cut_answers: int = 0
-
-
-def estimate_evaluation(
-    recipe: Recipe,
-    planned: PlannedModel,
-    target: TargetDevice,
-    validation_stats: Sequence[SampleStats],
-    total_steps: int,
-) -> EvaluationEstimate:
-    """Estimate all evaluations of a run: before, during and after training.
-
-    Without an `eval` section in the recipe, an evaluation only computes the validation loss.
-    """
-    settings = recipe.eval
-    num_interim = 0
-    if settings is not None:
-        eval_interval = resolve_eval_interval(settings, total_steps)
-        num_interim = (total_steps - 1) // eval_interval if eval_interval else 0
-
-    def estimate_s(stats: Sequence[SampleStats]) -> float:
-        loss_s = _estimate_forward_s(planned, stats, recipe.train.batch_size)
-        if settings is None:
-            return loss_s
-        return loss_s + _estimate_generation_s(settings, planned, target, stats[: settings.limit])
-
-    total_s = 2 * estimate_s(validation_stats)
-    if num_interim:
-        total_s += num_interim * estimate_s(validation_stats[: resolve_interim_limit(settings)])
-    eval_stats = validation_stats[: settings.limit if settings else None]
-    estimate = EvaluationEstimate(2 + num_interim, len(eval_stats), total_s, 0)
-    if settings is None:
-        return estimate
-    lengths = [stats.num_answer_tokens for stats in eval_stats]
-    return replace(
-        estimate,
-        generation_bytes=_estimate_generation_bytes(settings, planned, target, eval_stats),
-        max_answer_tokens=max(lengths),
-        num_cut_answers=sum(length > settings.max_new_tokens for length in lengths),
-    )
-
-
-def _estimate_generation_s(
-    settings: EvalSettings,
-    planned: PlannedModel,
-    target: TargetDevice,
-    eval_stats: Sequence[SampleStats],
-) -> float:
-    """Estimate the seconds of generation in one evaluation.
-
-    Each decode step reads the weights once per batch. Completions are assumed to be as long as
-    their references, and prefill to cost as much as the validation loss.
-    """
-    num_tokens = sum(min(one.num_answer_tokens, settings.max_new_tokens) for one in eval_stats)
-    num_steps = num_tokens / min(EVAL_BATCH_SIZE, len(eval_stats))
-    tensors = (*planned.model.parameters(), *planned.model.buffers())  # without a teacher
-    read_s = sum(one.nbytes for one in tensors) / target.memory_bandwidth
-    step_s = max(MIN_DECODE_STEP_S if target.compute.is_cuda else 0.0, read_s)
-    return num_steps * step_s + _estimate_forward_s(planned, eval_stats, EVAL_BATCH_SIZE)
-
-
-def _estimate_forward_s(
-    planned: PlannedModel, stats: Sequence[SampleStats], batch_size: int
-) -> float:
-    """Estimate the seconds of forward passes, about a third of the work of training steps."""
-    batches = (stats[start : start + batch_size] for start in range(0, len(stats), batch_size))
-    steps = (plan_step_packs(batch, sys.maxsize) for batch in batches)
-    estimate_step = partial(planned.step_timer.estimate_step, use_graphs=False)
-    return sum(estimate_step(packs, 0.0).total for packs in steps) / planned.step_timer.num_passes
-
-
-def _estimate_generation_bytes(
-    settings: EvalSettings,
-    planned: PlannedModel,
-    target: TargetDevice,
-    eval_stats: Sequence[SampleStats],
-) -> int:
-    """Return the bytes of the largest KV cache and of the largest prefill."""
-    decoder_config = planned.model.config.decoder
-    num_seqs = min(EVAL_BATCH_SIZE, len(eval_stats))
-    max_seq_len = max(sample.num_tokens for sample in eval_stats) + settings.max_new_tokens
-    cache_bytes = min(
-        KV_CACHE_BYTES,
-        num_seqs * max_seq_len * get_kv_bytes_per_token(decoder_config, target.dtype),
-    )
-    cache_bytes += get_linear_state_bytes(decoder_config, target.dtype, num_seqs)
-    num_prefill_tokens = min(MAX_PREFILL_TOKENS, sum(sample.num_tokens for sample in eval_stats))
-    elements_per_token = 3 * decoder_config.intermediate_size + 4 * decoder_config.hidden_size
-    return cache_bytes + num_prefill_tokens * elements_per_token * target.dtype.itemsize
-
 
 WORKER_MARGIN = 1.3
 """Safety factor for the number of data loader workers, since images differ in size."""
@@ -212,6 +113,9 @@ class RunPlan:
         feature_bytes: Size of the vision cache of all training images. None if the vision encoder
             is trainable, or if the images are used too rarely.
         is_augmented: Whether `data.augment` rules the vision cache out.
+        single_step_s: Seconds of a step on one of several GPUs, regardless of its memory; None for
+            a plan of one GPU.
+        advice: More GPUs, for a run that does not fit.
         overrides: Command-line overrides that change the recipe to the chosen settings.
         memory_hints: Other ways to reduce memory, for a run that does not fit.
         warnings: Limits of generated tokens below the lengths of the answers.
@@ -234,6 +138,8 @@ class RunPlan:
     is_augmented: bool
     num_workers: int
     startup_s: float
+    single_step_s: float | None
+    advice: GpuAdvice | None
     overrides: tuple[str, ...]
     memory_hints: tuple[str, ...]
     warnings: tuple[str, ...]
@@ -243,60 +149,61 @@ class RunPlan:
         return self.total_steps * estimate.step_time.total + self.evaluation.total_s
 
 
-def plan_run(recipe: Recipe, gpu: str | None, console: ProgressConsole) -> RunPlan:
+def plan_run(
+    recipe: Recipe, gpu: str | None, console: ProgressConsole, num_gpus: int | None = None
+) -> RunPlan:
     """Estimate the memory and time of a run, and choose settings that fit, without writing files.
 
     Args:
         recipe: Recipe of the run.
         gpu: Name of a GPU in `GPU_SPECS`. None measures this machine.
         console: Console for progress.
+        num_gpus: Number of GPUs, with one rank on each. None takes that of the launcher which has
+            started this process; without a launcher, one GPU of the given name, or all GPUs of this
+            machine.
 
     Raises:
-        UserError: The recipe or its data is invalid, the GPU is unknown, or the model has no native
-            implementation.
+        UserError: The recipe or its data is invalid, the GPU is unknown, there is no GPU, or the
+            model has no native implementation.
     """
     # Reject an unknown GPU before reading image headers.
-    recipe_target = _select_target(recipe, gpu, recipe.train.precision)
+    recipe_target = _select_target(recipe, gpu, num_gpus, recipe.train.precision)
     is_local = gpu is None
     if is_local:
         check_machine(recipe, resolve_device(recipe.train.device))
     # A plan does not execute a custom metric.
     checked = check_recipe(recipe, runs_functions=False, needs_weights=is_local)
     base_model = checked.base_model
-    data = load_run_data(checked, recipe_target.num_workers, console)
+    if recipe_target.num_gpus > 1:
+        check_sharding(recipe.train, "cuda", is_native=is_native(base_model.folder))
+    # Other ranks do not use the cores of this machine now.
+    device_type = "cuda" if recipe_target.compute.is_cuda else "cpu"
+    num_scan_workers = default_num_workers(torch.device(device_type))
+    data = load_run_data(checked, num_scan_workers, console)
     train_data = data.train
     sampler = data.sampler
-    planned_steps = PlannedSteps(
-        [*iter_planned_steps(sampler, train_data.build_sample_stats(data.renderer, recipe.data))],
-        train_data.stats.prefix_length,
-    )
-    recipe_settings = PlannedSettings.from_recipe(recipe)
-
-    @lru_cache
-    def build_model(target: TargetDevice, nf4_parts: tuple[QuantizablePart, ...]) -> PlannedModel:
-        return build_planned_model(base_model.folder, recipe, nf4_parts, target)
-
-    choices = _list_quantization_choices(recipe)
-    searches: dict[TargetDevice, SettingsSearch] = {}
-    for target in (recipe_target, _prefer_bf16(recipe, gpu, recipe_target)):
-        build, is_cuda = partial(build_model, target), target.compute.is_cuda
-        searches[target] = SettingsSearch(
-            build, planned_steps, target.memory_bytes, choices, prefer_large_packs=is_cuda
-        )
-    recipe_estimate = searches[recipe_target].estimate(recipe_settings)
-    # The first of equal estimates is chosen, so the recipe changes only for a reason.
-    estimates = [(recipe_target, recipe_estimate)]
-    for target, search in searches.items():
-        estimates.append((target, search.estimate(search.find_best(recipe_settings))))
-    target, chosen_estimate = min(estimates, key=lambda item: item[1].rank)
-    model = build_model(target, chosen_estimate.settings.nf4_parts)
-    if is_local:
-        persistent = model.persistent
-        checkpoint_bytes = FP32_BYTES * persistent.num_trainable + persistent.optimizer_state_bytes
-        check_disk_space(
-            recipe, model.model, persistent.num_trainable, checkpoint_bytes, len(sampler)
-        )
     validation_stats = () if data.validation is None else data.validation.stats.sample_stats
+    sample_stats = train_data.build_sample_stats(data.renderer, recipe.data)
+    steps = [*iter_planned_steps(sampler, sample_stats)]
+    planner = RunPlanner(recipe, base_model, PlannedData(steps, train_data.stats, validation_stats))
+    recipe_settings = PlannedSettings.from_recipe(recipe)
+    choices = list_quantization_choices(recipe)
+    recipe_search = planner.create_search(recipe_target, recipe_settings.parallel, choices)
+    recipe_estimate = recipe_search.estimate(recipe_settings)
+    targets = [*dict.fromkeys((recipe_target, _prefer_bf16(recipe, gpu, recipe_target)))]
+    target, chosen_estimate = planner.find_best(targets)
+    # The recipe changes only for a reason.
+    if not is_better(chosen_estimate, recipe_estimate):
+        target, chosen_estimate = recipe_target, recipe_estimate
+    chosen_settings = chosen_estimate.settings
+    model = planner.build_model(target, chosen_settings.parallel, chosen_settings.nf4_parts)
+    single_target = replace(target, num_gpus=1)
+    if is_local:
+        # A checkpoint has the states of all ranks.
+        complete = planner.build_model(single_target, "ddp", chosen_settings.nf4_parts)
+        num_trainable = complete.persistent.num_trainable
+        checkpoint_bytes = FP32_BYTES * num_trainable + complete.persistent.optimizer_state_bytes
+        check_disk_space(recipe, complete.model, num_trainable, checkpoint_bytes, len(sampler))
     evaluation = EvaluationEstimate(0, 0, 0.0, 0)
     if validation_stats:
         evaluation = estimate_evaluation(recipe, model, target, validation_stats, len(sampler))
@@ -305,11 +212,17 @@ def plan_run(recipe: Recipe, gpu: str | None, console: ProgressConsole) -> RunPl
     if recipe.train.objective in ("dpo", "kto"):  # log-probabilities of the reference model
         num_steps = min(len(sampler), math.ceil(len(train_data.stats.sample_indices) / batch_size))
         startup_s += num_steps * chosen_estimate.step_time.total / model.step_timer.num_passes
-        startup_s += _estimate_forward_s(model, validation_stats, batch_size)
+        validation_s = estimate_forward_s(model, validation_stats, batch_size)
+        startup_s += validation_s / target.num_gpus
     num_workers = _choose_num_workers(recipe, chosen_estimate, target)
     num_generations = recipe.train.grpo.num_generations * float(bool(recipe.rewards))
     if recipe.train.objective == "distill":
         num_generations = recipe.train.distill.lmbda
+    single_step_s = None
+    if target.num_gpus > 1:
+        single_search = planner.create_search(single_target, "ddp", [chosen_settings.nf4_parts])
+        single_step_s = single_search.estimate_step_time(chosen_settings).total
+    advice = None if chosen_estimate.fits else planner.advise_gpus(target)
     return RunPlan(
         family=base_model.folder.family,
         num_params=model.num_params,
@@ -317,7 +230,7 @@ def plan_run(recipe: Recipe, gpu: str | None, console: ProgressConsole) -> RunPl
         target=target,
         token_stats=_compute_token_stats(train_data.stats),
         flops_per_sample=_compute_flops(
-            model, planned_steps.timed_steps(chosen_estimate.settings.pack_tokens)
+            model, planner.plan_steps(single_target).timed_steps(chosen_settings.pack_tokens)
         ),
         total_steps=len(sampler),
         batch_size=batch_size,
@@ -330,18 +243,50 @@ def plan_run(recipe: Recipe, gpu: str | None, console: ProgressConsole) -> RunPl
         is_augmented=recipe.data.augment is not None,
         num_workers=num_workers,
         startup_s=startup_s,
-        overrides=_list_overrides(
-            recipe, recipe_settings, chosen_estimate.settings, target, recipe_target, num_workers
-        ),
+        single_step_s=single_step_s,
+        advice=advice,
+        overrides=list_overrides(recipe, chosen_settings, target, recipe_target, num_workers),
         memory_hints=tuple(_list_memory_hints(recipe, target, model)),
         warnings=tuple(filter(None, describe_limits(recipe, data))),
     )
 
 
-def _select_target(recipe: Recipe, gpu: str | None, precision: Precision) -> TargetDevice:
+def _select_target(
+    recipe: Recipe, gpu: str | None, num_gpus: int | None, precision: Precision
+) -> TargetDevice:
+    """Return the target of a plan, for the given or the default number of GPUs.
+
+    Raises:
+        UserError: Several GPUs are given, and this machine has none.
+    """
     if gpu is not None:
-        return build_named_target(gpu, precision)
-    return measure_local_target(recipe.train.device, precision)
+        target = build_named_target(gpu, precision)
+        return extend_to_gpus(target, num_gpus or count_launched_ranks() or 1)
+    target = measure_local_target(recipe.train.device, precision)
+    if target.compute.is_cuda:
+        count = num_gpus or count_launched_ranks() or torch.cuda.device_count()
+        return extend_to_local_gpus(target, count) if count > 1 else target
+    reason = "this machine has no GPU"
+    if recipe.train.device == "cpu":
+        reason = "the recipe selects the CPU (train.device=cpu)"
+    refuse_gpus(num_gpus, reason, 'add the name of the GPU, such as --gpu "RTX 4090", or ')
+    return target
+
+
+def refuse_gpus(num_gpus: int | None, reason: str, advice: str = "") -> None:
+    """Raise UserError if several GPUs are given for a run on a CPU.
+
+    Args:
+        reason: Reason for the CPU.
+        advice: First part of the remedy, before "remove --gpus".
+    """
+    if num_gpus is not None and num_gpus > 1:
+        raise UserError(
+            f"{num_gpus} GPUs, but {reason}",
+            where="--gpus",
+            expected="GPUs of this machine, or a GPU by name",
+            remedy=f"{advice}remove --gpus",
+        )
 
 
 def _prefer_bf16(recipe: Recipe, gpu: str | None, recipe_target: TargetDevice) -> TargetDevice:
@@ -352,21 +297,7 @@ def _prefer_bf16(recipe: Recipe, gpu: str | None, recipe_target: TargetDevice) -
         or select_cpu_precision() == "fp32"
     ):
         return recipe_target
-    return _select_target(recipe, gpu, "bf16")
-
-
-def _list_quantization_choices(recipe: Recipe) -> list[tuple[QuantizablePart, ...]]:
-    """List the sets of model parts that may be quantized to NF4.
-
-    The first set is that of the recipe. Others add the decoder, then all other frozen parts.
-    """
-    recipe_nf4, tuning_modes = recipe.tune.quantize.nf4 or (), dict(recipe.tune)
-    sets = [
-        tuple(p for p in get_args(QuantizablePart) if p in recipe_nf4 or p in parts)
-        for parts in (("language",), ("vision", "merger", "language"))
-    ]
-    frozen = [one for one in sets if not any(tuning_modes.get(part) == "full" for part in one)]
-    return [*dict.fromkeys([recipe_nf4, *frozen])]
+    return _select_target(recipe, gpu, None, "bf16")
 
 
 def _choose_num_workers(recipe: Recipe, estimate: SettingsEstimate, target: TargetDevice) -> int:
@@ -374,16 +305,12 @@ def _choose_num_workers(recipe: Recipe, estimate: SettingsEstimate, target: Targ
 
     The number is at least that of the recipe or the default, and at most `MAX_WORKERS`.
     """
-    current = _resolve_num_workers(recipe, target)
+    current = resolve_num_workers(recipe, target)
     if not target.compute.is_cuda:
         return current
     step_s = replace(estimate.step_time, data_loading_s=0.0).total
     needed = math.ceil(estimate.step_time.data_loading_s * max(1, current) / step_s * WORKER_MARGIN)
     return min(MAX_WORKERS, max(1, needed, current))
-
-
-def _resolve_num_workers(recipe: Recipe, target: TargetDevice) -> int:
-    return target.num_workers if recipe.train.num_workers is None else recipe.train.num_workers
 
 
 def _compute_token_stats(stats: DatasetStats) -> TokenStats:
@@ -435,7 +362,7 @@ def _compute_feature_bytes(
 
 def _list_memory_hints(recipe: Recipe, target: TargetDevice, model: PlannedModel) -> list[str]:
     may_quantize = target.compute.is_cuda and model.model.config.decoder.moe is None
-    may_quantize = may_quantize and len(_list_quantization_choices(recipe)) > 1
+    may_quantize = may_quantize and len(list_quantization_choices(recipe)) > 1
     hints = {
         "4 bits (pip install 'finesight[quant]')": may_quantize and not find_spec("bitsandbytes"),
         "train.precision=bf16": target.precision == "fp32" and not target.compute.is_cuda,
@@ -446,31 +373,6 @@ def _list_memory_hints(recipe: Recipe, target: TargetDevice, model: PlannedModel
         "train.distill.weight_format=int4": recipe.train.objective == "distill",
     }
     return [hint for hint, is_possible in hints.items() if is_possible]
-
-
-def _list_overrides(
-    recipe: Recipe,
-    recipe_settings: PlannedSettings,
-    chosen_settings: PlannedSettings,
-    target: TargetDevice,
-    recipe_target: TargetDevice,
-    num_workers: int,
-) -> tuple[str, ...]:
-    """List the command-line overrides that change the recipe to the chosen settings."""
-    overrides = []
-    if chosen_settings.pack_tokens != recipe_settings.pack_tokens:
-        overrides.append(f"train.pack_tokens={chosen_settings.pack_tokens}")
-    if chosen_settings.activation_checkpointing != recipe_settings.activation_checkpointing:
-        value = chosen_settings.activation_checkpointing
-        fraction = {0.0: "false", 1.0: "true"}.get(value, f"{value:g}")
-        overrides.append(f"train.activation_checkpointing={fraction}")
-    if chosen_settings.nf4_parts != recipe_settings.nf4_parts:
-        overrides.append(f"tune.quantize.nf4=[{','.join(chosen_settings.nf4_parts)}]")
-    if target.dtype != recipe_target.dtype:
-        overrides.append(f"train.precision={target.precision}")
-    if num_workers != _resolve_num_workers(recipe, target):
-        overrides.append(f"train.num_workers={num_workers}")
-    return tuple(overrides)
 
 
 MIN_CHECKED_PARAMS = 50_000_000
@@ -487,8 +389,9 @@ def check_fit(run: RunContext, data: RunData, *, force: bool) -> None:
 
     On a GPU, the prediction uses the smallest packs with activation checkpointing, because the
     trainer reduces both by itself when memory runs out. On a CPU, it uses the settings of the
-    recipe, and a warning states the estimated time of a run of more than an hour. Small models and
-    runs of several ranks are not checked, and an error of the estimate is ignored.
+    recipe, and a warning states the estimated time of a run of more than an hour. Small models,
+    samples that the ranks share, and several ranks on CPUs are not checked, and an error of the
+    estimate is ignored.
 
     Args:
         run: Settings of the run, and the console for warnings.
@@ -512,8 +415,9 @@ def _estimate_fit(run: RunContext, data: RunData) -> UserError | None:
     """Estimate memory and time of a run; return the error of one that does not fit."""
     recipe, hardware = run.recipe, run.hardware
     is_cuda = hardware.device.type == "cuda"
-    if not hardware.process_group.is_single_process:
-        return None  # several ranks shard the weights, or split long samples
+    num_ranks = hardware.process_group.world_size
+    if num_ranks > 1 and not is_cuda:
+        return None
     folder = run.base_model.folder
     parameters = [*build_meta_model(folder, hardware.dtype, (), ()).parameters()]
     num_params = num_trainable = sum(parameter.numel() for parameter in parameters)
@@ -522,43 +426,73 @@ def _estimate_fit(run: RunContext, data: RunData) -> UserError | None:
     # Only the time of a CPU run is estimated, which depends on the bandwidth.
     speeds = hardware.peak_flops, 1.0 if is_cuda else None
     target = build_local_target(hardware.device, hardware.dtype, *speeds)
-
-    @lru_cache
-    def build_model(nf4_parts: tuple[QuantizablePart, ...]) -> PlannedModel:
-        return build_planned_model(folder, recipe, nf4_parts, target)
-
-    settings = PlannedSettings.from_recipe(recipe)
+    if num_ranks > 1:
+        memory_bytes = find_min_memory(target, hardware.process_group.local_world_size)
+        target = replace(extend_to_gpus(target, num_ranks), memory_bytes=memory_bytes)
     # At most 16 bytes per trained parameter, and three adapters (query, key, value) per matrix.
     if not recipe.tune.has_mode("full"):
         sides = (sum(one.shape[-2:]) * one.shape[:-2].numel() for one in parameters if one.ndim > 1)
         num_trainable = 3 * recipe.tune.lora.rank * sum(sides)
     persistent_bytes = num_params * hardware.dtype.itemsize + 16 * num_trainable
-    is_checked = not is_cuda or recipe.train.objective == "distill"  # the teacher is not counted
+    # The teacher is not counted, and a sharded run cannot reduce its packs.
+    is_sharded = RankLayout(num_ranks, recipe.train.parallel).is_sharded
+    is_checked = not is_cuda or recipe.train.objective == "distill" or is_sharded
     if not is_checked and persistent_bytes < MAX_UNCHECKED_FRACTION * target.memory_bytes:
         return None
-    stats = data.train.build_sample_stats(data.renderer, recipe.data)
-    steps = PlannedSteps([*iter_planned_steps(data.sampler, stats)], data.train.stats.prefix_length)
-    smallest = PlannedSettings(steps.max_sample_tokens, 1.0, settings.nf4_parts)
-    choices = _list_quantization_choices(recipe)
-    search = SettingsSearch(build_model, steps, target.memory_bytes, choices, is_cuda)
-    peak_bytes = search.estimate_peak(smallest if is_cuda else settings).total
+    sample_stats = data.train.build_sample_stats(data.renderer, recipe.data)
+    steps = [*iter_planned_steps(data.sampler, sample_stats)]
+    validation_stats = data.validation.stats.sample_stats if data.validation is not None else ()
+    planned_data = PlannedData(steps, data.train.stats, validation_stats)
+    planner = RunPlanner(recipe, run.base_model, planned_data)
+    settings = PlannedSettings.from_recipe(recipe)
+    search = planner.create_search(target, settings.parallel, list_quantization_choices(recipe))
+    if search.has_split_samples(settings):
+        return None  # the trainer splits further samples when memory runs out
+    checked = search.minimize(settings) if is_cuda else settings
+    peak_bytes = search.estimate_peak(checked).total
     if peak_bytes <= target.memory_bytes:
         if not is_cuda:
             _warn_long_run(run, data.sampler, search.estimate(settings))
+        elif is_sharded:
+            _warn_of_sharded_run(run, search, target)
         return None
-    best = search.find_best(settings)
-    best_bytes = search.estimate_peak(best).total
-    remedy = f"try {', '.join(_list_memory_hints(recipe, target, build_model(best.nf4_parts)))}"
-    if best_bytes <= target.memory_bytes:
-        workers = _resolve_num_workers(recipe, target)
-        overrides = _list_overrides(recipe, settings, best, target, target, workers)
-        remedy = f"add {' '.join(overrides)} ({best_bytes / 1e9:.1f} GB), or {remedy}"
+    best_target, best = planner.find_best([target])
+    best_model = planner.build_model(target, best.settings.parallel, best.settings.nf4_parts)
+    remedy = f"try {', '.join(_list_memory_hints(recipe, target, best_model))}"
+    if best.peak.total <= target.memory_bytes and not best.exceeds_host_memory:
+        overrides = list_overrides(recipe, best.settings, best_target, target)
+        remedy = f"add {' '.join(overrides)} ({best.peak.total / 1e9:.1f} GB), or {remedy}"
+    elif (advice := planner.advise_gpus(target)) is not None:
+        remedy = f"{advice.describe()}, or {remedy}"
     return UserError(
         f"the predicted peak memory is {peak_bytes / 1e9:.1f} GB, and {target.name} has"
         f" {target.memory_bytes / 1e9:.1f} GB",
         where=f"model {recipe.model}",
-        expected="a run that fits; its plan shows the memory by part",
+        expected="a run that fits; its plan shows the memory by part, for any number of GPUs",
         remedy=f"{remedy}; start anyway with --force",
+    )
+
+
+def _warn_of_sharded_run(run: RunContext, search: SettingsSearch, target: TargetDevice) -> None:
+    """Warn about a sharded run whose packs or offloaded shards may exceed the memory."""
+    settings = PlannedSettings.from_recipe(run.recipe)
+    estimate = search.estimate(settings)
+    if estimate.exceeds_host_memory:
+        assert estimate.host_memory_bytes is not None, "unknown memory of the machine"
+        run.console.log(
+            f"warning: the offloaded shards need {estimate.host_bytes / 1e9:.0f} GB of host memory,"
+            f" and this machine has {estimate.host_memory_bytes / 1e9:.0f} GB; use"
+            " train.parallel=fsdp with more GPUs, or lora instead of full"
+        )
+    peak_bytes = estimate.peak.total
+    if peak_bytes <= target.memory_bytes:
+        return
+    best = search.find_best(settings)
+    overrides = " ".join(list_overrides(run.recipe, best, target, target))
+    run.console.log(
+        f"warning: the predicted peak memory is {peak_bytes / 1e9:.1f} GB, and {target.name} has"
+        f" {target.memory_bytes / 1e9:.1f} GB; a sharded run cannot reduce its packs: add"
+        f" {overrides}"
     )
 
 

@@ -10,13 +10,14 @@ import math
 from bisect import bisect_left
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from operator import attrgetter
 from statistics import fmean
+from typing import Literal
 
 import torch
 
-from finesight.config import DistillSettings, QuantizablePart, Recipe
+from finesight.config import DistillSettings, ParallelMode, QuantizablePart, Recipe
 from finesight.encode.packing import compute_min_budget, effective_prefix_length
 from finesight.encode.renderer import is_native
 from finesight.errors import UserError
@@ -26,22 +27,28 @@ from finesight.model.trainable import ModelPart, configure_tuning
 from finesight.model.vlm import VisionLanguageModel
 from finesight.model.weights_io import build_meta_model
 from finesight.model_folder import ModelFolder
-from finesight.plan.dry_run import PlannedPack, StepTracer, plan_step_packs
+from finesight.plan.dry_run import PlannedPack, StepTracer, build_split_pack, plan_step_packs
 from finesight.plan.peak_memory import (
     USABLE_MEMORY_FRACTION,
     PeakMemory,
     PersistentMemory,
+    compute_evaluation_memory,
     compute_graph_shape,
+    compute_loading_memory,
     compute_peak_memory,
     compute_persistent_memory,
 )
+from finesight.plan.sharded_memory import GPUS_PER_MACHINE, RankLayout
 from finesight.plan.step_time import StepTime, StepTimeEstimator, TargetDevice, average_step_times
 from finesight.train.cuda_graphs import MAX_GRAPHS
 from finesight.train.dataset_stats import SampleStats
 from finesight.train.graph_buffers import GraphShape, can_capture_vision, should_capture_vision
 from finesight.train.objectives.distill import DistillObjective
 from finesight.train.objectives.grpo import GrpoObjective
+from finesight.train.oom import max_unsplit_packs
+from finesight.train.parallel.fsdp_units import mark_as_sharded
 from finesight.train.recipe_check import build_objective, resolve_tune
+from finesight.train.sampler import assign_to_ranks
 
 MIN_EFFICIENT_PACK_TOKENS = 4096
 """Pack size in tokens that saturates a GPU. Smaller packs are launch-bound."""
@@ -51,6 +58,9 @@ PACK_TOKENS_STEP = 256
 
 MAX_TIMED_STEPS = 40
 """Maximum number of training steps whose time is estimated, since steps are similar."""
+
+Phase = Literal["step", "evaluation", "loading"]
+"""Phase of a run: training steps, evaluations with the export, or loading the model."""
 
 PACK_SIZES = ("num_tokens", "num_patches", "num_supervised_tokens", "num_attention_scores")
 
@@ -74,7 +84,12 @@ class PlannedModel:
 
     @property
     def allows_vision_cache(self) -> bool:
-        """True if image features are constant, and steps do not contain their images."""
+        """True if image features are constant, and steps do not contain their images.
+
+        A sharded encoder runs in every step, because its weights are all-gathered.
+        """
+        if self.persistent.sharded is not None:
+            return False
         is_frozen = not any(one.requires_grad for one in self.model.visual.parameters())
         return is_frozen and not isinstance(self.tracer.objective, GrpoObjective | DistillObjective)
 
@@ -84,8 +99,12 @@ def build_planned_model(
     recipe: Recipe,
     nf4_parts: tuple[QuantizablePart, ...],
     target: TargetDevice,
+    mode: ParallelMode = "ddp",
 ) -> PlannedModel:
     """Build a planned model from the small files of a model folder, without reading weights.
+
+    Args:
+        mode: Value of `train.parallel`; without effect on a single GPU.
 
     Raises:
         UserError: The family has no native implementation, so the layers are unknown.
@@ -101,8 +120,12 @@ def build_planned_model(
     model, train = build_meta_model(folder, target.dtype, nf4_parts, fp8_parts), recipe.train
     configure_tuning(model.train(), resolve_tune(recipe), train.seed)
     teacher = _build_teacher(train.distill, target.dtype) if train.objective == "distill" else None
-    persistent = compute_persistent_memory(model, train, target.compute, teacher)
-    tracer = StepTracer(model, build_objective(train, folder.family), target.compute, teacher)
+    layout = RankLayout(target.num_gpus, mode)
+    if layout.is_sharded:
+        mark_as_sharded(model)
+    persistent = compute_persistent_memory(model, train, target.compute, teacher, layout)
+    objective = build_objective(train, folder.family)
+    tracer = StepTracer(model, objective, target.compute, teacher, persistent.sharded)
     num_workers = target.num_workers if train.num_workers is None else train.num_workers
     return PlannedModel(
         model, tracer, persistent, StepTimeEstimator(tracer, target, persistent, num_workers)
@@ -127,17 +150,20 @@ class PlannedSettings:
         pack_tokens: Maximum number of tokens per pack.
         activation_checkpointing: Fraction of layers with activation checkpointing.
         nf4_parts: Parts of the model quantized to NF4.
+        parallel: Mode of sharding; without effect on a single GPU.
     """
 
     pack_tokens: int
     activation_checkpointing: float
     nf4_parts: tuple[QuantizablePart, ...]
+    parallel: ParallelMode = "ddp"
 
     @classmethod
     def from_recipe(cls, recipe: Recipe) -> PlannedSettings:
         """Return the settings of a recipe."""
         train, nf4_parts = recipe.train, recipe.tune.quantize.nf4 or ()
-        return cls(train.pack_tokens, float(train.activation_checkpointing), nf4_parts)
+        fraction = float(train.activation_checkpointing)
+        return cls(train.pack_tokens, fraction, nf4_parts, train.parallel)
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,25 +172,36 @@ class SettingsEstimate:
 
     Attributes:
         settings: Settings of the estimate.
-        peak: Peak memory.
+        peak: Peak memory of a GPU.
+        phase: Phase of the run with the peak.
         step_time: Mean time of a step.
         cached_step_s: Mean seconds of a step with cached image features. None if the vision encoder
             is trainable.
-        packs_per_step: Mean number of packs per step.
+        packs_per_step: Mean number of packs per step, of the rank with the most work.
         memory_limit: Usable memory of the device in bytes.
+        host_bytes: Bytes of offloaded shards in the memory of a machine, of all its ranks.
+        host_memory_bytes: Memory of the machine; None if it is unknown.
     """
 
     settings: PlannedSettings
     peak: PeakMemory
+    phase: Phase
     step_time: StepTime
     cached_step_s: float | None
     packs_per_step: float
     memory_limit: int
+    host_bytes: int = 0
+    host_memory_bytes: int | None = None
 
     @property
     def fits(self) -> bool:
-        """True if the peak memory is within the usable memory."""
-        return self.peak.total <= self.memory_limit
+        """True if the memory of the GPU and of the machine is sufficient."""
+        return self.peak.total <= self.memory_limit and not self.exceeds_host_memory
+
+    @property
+    def exceeds_host_memory(self) -> bool:
+        """True if the offloaded shards need more than the memory of the machine."""
+        return self.host_memory_bytes is not None and self.host_bytes > self.host_memory_bytes
 
     @property
     def rank(self) -> tuple[bool, float]:
@@ -172,27 +209,98 @@ class SettingsEstimate:
         return (not self.fits, self.step_time.total if self.fits else self.peak.total)
 
 
+@dataclass(frozen=True)
+class StepShares:
+    """Distribution of the samples of a step over the ranks of a run.
+
+    Attributes:
+        num_ranks: Number of ranks.
+        cost_fn: Function from a sample to its cost, with which training balances the ranks.
+        can_split_samples: Whether all ranks share a sample that is much longer than a pack.
+    """
+
+    num_ranks: int = 1
+    cost_fn: Callable[[SampleStats], float] = attrgetter("num_packed_tokens")
+    can_split_samples: bool = False
+
+    def is_split(self, sample: SampleStats, token_budget: int) -> bool:
+        """Return whether the ranks share a sample."""
+        if self.num_ranks == 1 or not self.can_split_samples:
+            return False
+        max_tokens = max_unsplit_packs(self.num_ranks) * max(2, token_budget)
+        return sample.num_packed_tokens > max_tokens
+
+    def assign(self, samples: Sequence[SampleStats]) -> list[list[SampleStats]]:
+        """Return the samples of each rank, the rank with the highest cost first.
+
+        Ranks without samples are omitted.
+        """
+        if self.num_ranks == 1:
+            return [list(samples)]
+        costs = [self.cost_fn(sample) for sample in samples]
+        shares = assign_to_ranks(costs, self.num_ranks)
+        shares.sort(key=lambda share: -sum(costs[position] for position in share))
+        return [[samples[position] for position in share] for share in shares]
+
+
 class PlannedSteps:
     """Training steps of a run, which can be packed with any token budget."""
 
-    def __init__(self, steps: Sequence[Sequence[SampleStats]], prefix_length: int = 0) -> None:
+    def __init__(
+        self,
+        steps: Sequence[Sequence[SampleStats]],
+        prefix_length: int = 0,
+        shares: StepShares | None = None,
+    ) -> None:
+        """Create the steps.
+
+        Args:
+            steps: Samples of each step, of all ranks.
+            shares: Distribution of the samples over the ranks; None for a single process.
+        """
         self._steps = steps
         self._prefix_length = prefix_length
+        self._shares = shares or StepShares()
         self._bounds: dict[tuple[int, bool], tuple[list[PlannedPack], bool]] = {}
+
+    def _plan_ranks(
+        self, step: Sequence[SampleStats], token_budget: int
+    ) -> list[list[PlannedPack]]:
+        """Return the packs of each rank in a step, highest cost first."""
+        split_packs: list[PlannedPack] = []
+        whole: list[SampleStats] = []
+        for sample in step:
+            if self._shares.is_split(sample, token_budget):
+                split_packs.append(build_split_pack(sample, self._shares.num_ranks))
+            else:
+                whole.append(sample)
+        ranks = []
+        for share in self._shares.assign(whole) or [[]]:
+            own_packs = plan_step_packs(share, token_budget, self._prefix_length)
+            ranks.append([*split_packs, *own_packs])
+        return ranks
+
+    def has_split_samples(self, token_budget: int) -> bool:
+        """Return whether the ranks share a sample."""
+        return any(
+            self._shares.is_split(sample, token_budget) for step in self._steps for sample in step
+        )
 
     @property
     def max_sample_tokens(self) -> int:
         """Number of tokens of the longest sample, including a shared prefix."""
         return max(sample.num_packed_tokens for step in self._steps for sample in step)
 
-    @property
+    @cached_property
     def single_pack_budget(self) -> int:
-        """Smallest token budget with which every step fits in one pack."""
-        step_lengths = ([sample.num_packed_tokens for sample in step] for step in self._steps)
-        return max(
-            compute_min_budget(step, effective_prefix_length(self._prefix_length, step))
-            for step in step_lengths
-        )
+        """Smallest token budget with which the samples of each rank fit in one pack."""
+        budgets = []
+        for step in self._steps:
+            for share in self._shares.assign(step):
+                lengths = [sample.num_packed_tokens for sample in share]
+                prefix_length = effective_prefix_length(self._prefix_length, lengths)
+                budgets.append(compute_min_budget(lengths, prefix_length))
+        return max(budgets)
 
     def largest_packs(
         self, token_budget: int, model: VisionLanguageModel, activation_checkpointing: float
@@ -204,14 +312,14 @@ class PlannedSteps:
 
         Args:
             model: Model, configured for tuning. The result is cached: the model of each call may
-                differ only in its quantization.
+                differ only in its quantization and sharding.
         """
         # Graph shapes depend on activation checkpointing, but not on the fraction of layers.
         key = token_budget, activation_checkpointing > 0
         if key in self._bounds:
             return self._bounds[key]
-        steps = [plan_step_packs(step, token_budget, self._prefix_length) for step in self._steps]
-        packs = [pack for step in steps for pack in step]
+        ranks = [packs for step in self._steps for packs in self._plan_ranks(step, token_budget)]
+        packs = [pack for own_packs in ranks for pack in own_packs]
         first_by_shape: dict[GraphShape, PlannedPack] = {}
         can_capture = can_capture_vision(model)
         for pack in packs:
@@ -224,16 +332,14 @@ class PlannedSteps:
             if len(first_by_shape) == MAX_GRAPHS:
                 break
         largest = dict.fromkeys(max(packs, key=attrgetter(name)) for name in PACK_SIZES)
-        self._bounds[key] = [*first_by_shape.values(), *largest], any(len(s) > 1 for s in steps)
+        has_multiple_packs = any(len(own_packs) > 1 for own_packs in ranks)
+        self._bounds[key] = [*first_by_shape.values(), *largest], has_multiple_packs
         return self._bounds[key]
 
     def timed_steps(self, token_budget: int) -> list[list[PlannedPack]]:
-        """Return the packs of the steps whose time is estimated."""
+        """Return the packs of the slowest rank in the timed steps."""
         stride = math.ceil(len(self._steps) / MAX_TIMED_STEPS)
-        return [
-            plan_step_packs(step, token_budget, self._prefix_length)
-            for step in self._steps[::stride]
-        ]
+        return [self._plan_ranks(step, token_budget)[0] for step in self._steps[::stride]]
 
 
 class SettingsSearch:
@@ -246,53 +352,91 @@ class SettingsSearch:
         memory_bytes: int,
         quantization_choices: Sequence[tuple[QuantizablePart, ...]],
         prefer_large_packs: bool,
+        generation_bytes: int = 0,
+        host_memory_bytes: int | None = None,
     ) -> None:
         """Initialize a search without estimating any settings.
 
         Args:
-            build_model: Returns the planned model with the given parts quantized to NF4.
+            build_model: Returns the planned model with the given parts quantized to NF4. The mode
+                of sharding is that of the settings that are searched.
             quantization_choices: Sets of parts to quantize to NF4, the set of the recipe first.
                 Sets that the model does not support are skipped.
             prefer_large_packs: Whether larger packs are faster, as on a GPU.
+            generation_bytes: Memory of generation in an evaluation, beside the complete weights.
+            host_memory_bytes: Memory of the machine, for offloaded shards; None if it is unknown.
         """
         self._build_model, self._steps = build_model, steps
         self._quantization_choices = quantization_choices
         self._prefer_large_packs = prefer_large_packs
-        self._memory_limit = round(memory_bytes * USABLE_MEMORY_FRACTION)
+        self.memory_limit = round(memory_bytes * USABLE_MEMORY_FRACTION)
+        """Usable memory of a GPU in bytes."""
+        self._generation_bytes = generation_bytes
+        self._host_memory_bytes = host_memory_bytes
 
     def estimate(self, settings: PlannedSettings) -> SettingsEstimate:
         """Estimate the memory and time of a run with the given settings."""
         planned = self._build_model(settings.nf4_parts)
         packed_steps = self._steps.timed_steps(settings.pack_tokens)
-        peak = self.estimate_peak(settings)
-        time_step = partial(
-            planned.step_timer.estimate_step,
-            activation_checkpointing=settings.activation_checkpointing,
-            use_graphs=peak.cuda_graphs > 0,
-        )
+        phase, peak = self._find_phase(settings)
+        use_graphs = peak.cuda_graphs > 0
         cached_step_s = None
         if planned.allows_vision_cache:
-            cached_step_s = fmean(
-                time_step(step, has_cached_features=True).total for step in packed_steps
+            cached_steps = self._time_steps(
+                settings, use_graphs=use_graphs, has_cached_features=True
             )
+            cached_step_s = fmean(step.total for step in cached_steps)
         return SettingsEstimate(
             settings,
             peak,
-            average_step_times([time_step(step) for step in packed_steps]),
+            phase,
+            self.estimate_step_time(settings, use_graphs=use_graphs),
             cached_step_s,
             packs_per_step=fmean(len(step) for step in packed_steps),
-            memory_limit=self._memory_limit,
+            memory_limit=self.memory_limit,
+            host_bytes=_count_host_bytes(planned),
+            host_memory_bytes=self._host_memory_bytes,
         )
+
+    def estimate_step_time(self, settings: PlannedSettings, *, use_graphs: bool = True) -> StepTime:
+        """Estimate the mean time of a step, whether its memory fits or not."""
+        return average_step_times(self._time_steps(settings, use_graphs=use_graphs))
+
+    def _time_steps(
+        self, settings: PlannedSettings, *, use_graphs: bool, has_cached_features: bool = False
+    ) -> list[StepTime]:
+        time_step = partial(
+            self._build_model(settings.nf4_parts).step_timer.estimate_step,
+            activation_checkpointing=settings.activation_checkpointing,
+            has_cached_features=has_cached_features,
+            use_graphs=use_graphs,
+        )
+        return [time_step(step) for step in self._steps.timed_steps(settings.pack_tokens)]
 
     def estimate_peak(self, settings: PlannedSettings) -> PeakMemory:
         """Estimate the peak memory with CUDA graphs if they fit, otherwise without."""
-        with_graphs = self._compute_peak(settings, use_graphs=True)
-        if with_graphs.total <= self._memory_limit:
-            return with_graphs
-        return self._compute_peak(settings, use_graphs=False)
+        return self._find_phase(settings)[1]
 
-    def _compute_peak(self, settings: PlannedSettings, *, use_graphs: bool) -> PeakMemory:
+    def _find_phase(self, settings: PlannedSettings) -> tuple[Phase, PeakMemory]:
+        """Return the phase with the highest memory, and its memory, with graphs if they fit."""
+        phase, peak = self._compute_phase(settings, use_graphs=True)
+        if peak.total <= self.memory_limit:
+            return phase, peak
+        return self._compute_phase(settings, use_graphs=False)
+
+    def _compute_phase(
+        self, settings: PlannedSettings, *, use_graphs: bool
+    ) -> tuple[Phase, PeakMemory]:
+        """Return the phase with the highest memory, and its memory."""
         planned = self._build_model(settings.nf4_parts)
+        step = self._compute_step(planned, settings, use_graphs=use_graphs)
+        phases: list[tuple[Phase, PeakMemory]] = [("step", step)]
+        phases += self._compute_other_phases(planned)
+        return max(phases, key=lambda item: item[1].total)
+
+    def _compute_step(
+        self, planned: PlannedModel, settings: PlannedSettings, *, use_graphs: bool
+    ) -> PeakMemory:
         packs, has_multiple_packs = self._steps.largest_packs(
             settings.pack_tokens, planned.model, settings.activation_checkpointing
         )
@@ -302,11 +446,49 @@ class SettingsSearch:
             packs,
             settings.activation_checkpointing,
             has_multiple_packs=has_multiple_packs,
-            use_graphs=use_graphs,
+            use_graphs=use_graphs and planned.persistent.sharded is None,
         )
 
+    def _compute_other_phases(self, planned: PlannedModel) -> list[tuple[Phase, PeakMemory]]:
+        """Return the memory of a sharded run outside of its steps."""
+        persistent, tracer = planned.persistent, planned.tracer
+        peaks: list[tuple[Phase, PeakMemory | None]] = [
+            ("evaluation", compute_evaluation_memory(persistent, tracer, self._generation_bytes)),
+            ("loading", compute_loading_memory(persistent, tracer)),
+        ]
+        return [(phase, peak) for phase, peak in peaks if peak is not None]
+
     def _fits_memory(self, settings: PlannedSettings) -> bool:
-        return self._compute_peak(settings, use_graphs=False).total <= self._memory_limit
+        planned = self._build_model(settings.nf4_parts)
+        limit = self._host_memory_bytes
+        if limit is not None and _count_host_bytes(planned) > limit:
+            return False
+        # A model that is too large is known without a trace.
+        if planned.persistent.fixed_bytes > self.memory_limit:
+            return False
+        if any(peak.total > self.memory_limit for _, peak in self._compute_other_phases(planned)):
+            return False
+        return self._compute_step(planned, settings, use_graphs=False).total <= self.memory_limit
+
+    def can_load(self, settings: PlannedSettings) -> bool:
+        """Return whether a GPU holds the complete weights, as while a model is loaded."""
+        persistent = self._build_model(settings.nf4_parts).persistent
+        if persistent.sharded is None:
+            return persistent.weight_bytes <= self.memory_limit
+        return persistent.sharded.total.weight_bytes <= self.memory_limit
+
+    def can_fit(self, settings: PlannedSettings) -> bool:
+        """Return whether any size of packs fits, with activation checkpointing of all layers."""
+        return any(map(self._fits_memory, self._list_least_memory(settings)))
+
+    def minimize(self, settings: PlannedSettings) -> PlannedSettings:
+        """Return settings with the smallest packs, and activation checkpointing of all layers."""
+        min_budget = self._steps.max_sample_tokens
+        return replace(settings, pack_tokens=min_budget, activation_checkpointing=1.0)
+
+    def has_split_samples(self, settings: PlannedSettings) -> bool:
+        """Return whether the ranks share a sample."""
+        return self._steps.has_split_samples(settings.pack_tokens)
 
     def find_best(self, recipe_settings: PlannedSettings) -> PlannedSettings:
         """Find the fastest settings that fit the device memory.
@@ -342,24 +524,40 @@ class SettingsSearch:
             except UserError:
                 # Mixture of experts, a pre-quantized model, or bitsandbytes is missing.
                 continue
-            fraction = self._find_min_checkpointing(target_budget, nf4_parts)
+            wanted_settings = replace(
+                recipe_settings, pack_tokens=target_budget, nf4_parts=nf4_parts
+            )
+            fraction = self._find_min_checkpointing(wanted_settings)
             if fraction is not None:
-                return self._find_max_budget(PlannedSettings(target_budget, fraction, nf4_parts))
-            minimal = PlannedSettings(min_budget, 1.0, nf4_parts)
-            if self._fits_memory(minimal):
-                return self._find_max_budget(minimal)
-        return minimal
+                return self._find_max_budget(
+                    replace(wanted_settings, activation_checkpointing=fraction)
+                )
+            for least in self._list_least_memory(wanted_settings):
+                if self._fits_memory(least):
+                    return self._find_max_budget(least)
+        return min(
+            self._list_least_memory(wanted_settings),
+            key=lambda least: self.estimate_peak(least).total,
+        )
 
-    def _find_min_checkpointing(
-        self, token_budget: int, nf4_parts: tuple[QuantizablePart, ...]
-    ) -> float | None:
+    def _list_least_memory(self, settings: PlannedSettings) -> list[PlannedSettings]:
+        """List the settings of which one needs the least memory.
+
+        The smallest packs have the fewest activations. With a single pack per step, the gradients
+        need no fp32 sums.
+        """
+        smallest = self.minimize(settings)
+        single = replace(smallest, pack_tokens=_round_up(self._steps.single_pack_budget))
+        return [smallest, single]
+
+    def _find_min_checkpointing(self, settings: PlannedSettings) -> float | None:
         """Find the smallest fraction of checkpointed layers that fits; None if none does."""
-        num_layers = len(self._build_model(nf4_parts).model.model.layers)
+        num_layers = len(self._build_model(settings.nf4_parts).model.model.layers)
         # Rounded up to the two decimals of a recipe.
         fractions = [math.ceil(100 * count / num_layers) / 100 for count in range(num_layers + 1)]
 
         def fits(fraction: float) -> bool:
-            return self._fits_memory(PlannedSettings(token_budget, fraction, nf4_parts))
+            return self._fits_memory(replace(settings, activation_checkpointing=fraction))
 
         if fits(0.0):  # the most frequent case
             return 0.0
@@ -380,6 +578,12 @@ class SettingsSearch:
 
         num_fitting = bisect_left(budgets, True, key=exceeds_memory)
         return replace(settings, pack_tokens=budgets[num_fitting - 1]) if num_fitting else settings
+
+
+def _count_host_bytes(planned: PlannedModel) -> int:
+    """Return the bytes of the offloaded shards of all ranks of a machine."""
+    persistent = planned.persistent
+    return persistent.host_bytes * min(persistent.layout.num_ranks, GPUS_PER_MACHINE)
 
 
 def _round_up(token_budget: int) -> int:

@@ -6,8 +6,8 @@ counts FLOPs, memory traffic, kernel launches on the host, the optimizer and dat
 The GPU constants are from runs on one H200 (benchmarks/results/recipes_h200.json,
 grounding_full_h200.json, first_qwen_vl_h200.json). tests/plan/test_measured_runs.py compares the
 estimates with these runs. The constants of fused layers with adapters are from the steps of 16
-samples in ladder_h200.json. The CPU constants are from two cores. Measure them again if kernels
-change.
+samples in ladder_h200.json, those of sharded layers from scaling_h200_x2.json. The CPU constants
+are from two cores. Measure them again if kernels change.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from __future__ import annotations
 import difflib
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass, replace
 from statistics import fmean
+from typing import Literal
 
 import torch
 
@@ -35,9 +36,35 @@ from finesight.model.vlm import VisionLanguageModel
 from finesight.model.weights_io import DTYPES
 from finesight.plan.dry_run import ComputeTarget, PlannedPack, StepTracer
 from finesight.plan.peak_memory import PersistentMemory, plan_graph
+from finesight.plan.sharded_memory import FP32_BYTES, GPUS_PER_MACHINE
 from finesight.train.dataloader import default_num_workers
 from finesight.train.flops import FlopBreakdown, FlopCounter, measure_peak_flops
 from finesight.train.logging import get_device_name
+
+Link = Literal["PCIe 3", "PCIe 4", "PCIe 5", "NVLink 2", "NVLink 3", "NVLink 4", "NVLink 5"]
+
+LINK_BYTES_PER_S: Mapping[Link, float] = {
+    "PCIe 3": 16e9,
+    "PCIe 4": 32e9,
+    "PCIe 5": 64e9,
+    "NVLink 2": 150e9,
+    "NVLink 3": 300e9,
+    "NVLink 4": 450e9,
+    "NVLink 5": 900e9,
+}
+"""Bytes/s of the connection of a GPU in one direction, by its data sheet (16 lanes of PCIe)."""
+
+NVLINK_FRACTION, PCIE_FRACTION = 0.8, 0.4
+"""Fraction of these bytes/s that collectives of NCCL reach; assumed, not measured yet.
+
+Over PCIe, GPUs without peer-to-peer access exchange data through the memory of the host.
+"""
+
+NETWORK_BYTES_PER_S = 12.5e9
+"""Assumed bytes/s of each GPU between machines, a network of 100 Gbit/s."""
+
+HOST_COPY_BYTES_PER_S = 20e9
+"""Assumed bytes/s of copies between host and GPU, and of the optimizer of one rank on the CPU."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +77,7 @@ class GpuSpec:
         tflops: Dense 16-bit matrix products in 10^12 FLOP/s.
         gb_per_s: Memory bandwidth in 10^9 bytes/s.
         capability: CUDA compute capability, major and minor.
+        link: Connection between the GPUs of a machine.
     """
 
     name: str
@@ -57,15 +85,16 @@ class GpuSpec:
     tflops: float
     gb_per_s: float
     capability: tuple[int, int]
+    link: Link = "PCIe 4"
 
 
 # Sources: NVIDIA data sheets of T4, V100, A10, A30, A40, A100, A6000, L4, L40S, RTX 6000 Ada, H100,
 # H200, B200 and B300; GA102 whitepaper (RTX 30), Ada data sheets (RTX 40), RTX Blackwell whitepaper
 # (RTX 50). If a data sheet states sparse FLOP/s, half of the value is used.
 GPU_SPECS: tuple[GpuSpec, ...] = (
-    GpuSpec("T4", 16, 65, 320, (7, 5)),
-    GpuSpec("V100-16GB", 16, 125, 900, (7, 0)),
-    GpuSpec("V100-32GB", 32, 125, 900, (7, 0)),
+    GpuSpec("T4", 16, 65, 320, (7, 5), "PCIe 3"),
+    GpuSpec("V100-16GB", 16, 125, 900, (7, 0), "NVLink 2"),
+    GpuSpec("V100-32GB", 32, 125, 900, (7, 0), "NVLink 2"),
     GpuSpec("RTX 3060", 12, 25.5, 360, (8, 6)),
     GpuSpec("RTX 3080", 10, 59.5, 760, (8, 6)),
     GpuSpec("RTX 3090", 24, 71, 936, (8, 6)),
@@ -74,23 +103,23 @@ GPU_SPECS: tuple[GpuSpec, ...] = (
     GpuSpec("RTX 4070", 12, 58.3, 504, (8, 9)),
     GpuSpec("RTX 4080", 16, 97.5, 717, (8, 9)),
     GpuSpec("RTX 4090", 24, 165.2, 1008, (8, 9)),
-    GpuSpec("RTX 5080", 16, 112.6, 960, (12, 0)),
-    GpuSpec("RTX 5090", 32, 209.5, 1792, (12, 0)),
+    GpuSpec("RTX 5080", 16, 112.6, 960, (12, 0), "PCIe 5"),
+    GpuSpec("RTX 5090", 32, 209.5, 1792, (12, 0), "PCIe 5"),
     GpuSpec("RTX A6000", 48, 154.8, 768, (8, 6)),
     GpuSpec("RTX 6000 Ada", 48, 364.2, 960, (8, 9)),
     GpuSpec("A10", 24, 125, 600, (8, 6)),
     GpuSpec("A10G", 24, 70, 600, (8, 6)),
     GpuSpec("A30", 24, 165, 933, (8, 0)),
     GpuSpec("A40", 48, 149.7, 696, (8, 6)),
-    GpuSpec("A100-40GB", 40, 312, 1555, (8, 0)),
-    GpuSpec("A100-80GB", 80, 312, 2039, (8, 0)),
+    GpuSpec("A100-40GB", 40, 312, 1555, (8, 0), "NVLink 3"),
+    GpuSpec("A100-80GB", 80, 312, 2039, (8, 0), "NVLink 3"),
     GpuSpec("L4", 24, 121, 300, (8, 9)),
     GpuSpec("L40S", 48, 362, 864, (8, 9)),
-    GpuSpec("H100", 80, 989, 3350, (9, 0)),
-    GpuSpec("H100-PCIe", 80, 756, 2000, (9, 0)),
-    GpuSpec("H200", 141, 989, 4800, (9, 0)),
-    GpuSpec("B200", 180, 2250, 7700, (10, 0)),
-    GpuSpec("B300", 288, 2250, 8000, (10, 3)),
+    GpuSpec("H100", 80, 989, 3350, (9, 0), "NVLink 4"),
+    GpuSpec("H100-PCIe", 80, 756, 2000, (9, 0), "PCIe 5"),
+    GpuSpec("H200", 141, 989, 4800, (9, 0), "NVLink 4"),
+    GpuSpec("B200", 180, 2250, 7700, (10, 0), "NVLink 5"),
+    GpuSpec("B300", 288, 2250, 8000, (10, 3), "NVLink 5"),
 )
 
 
@@ -113,8 +142,8 @@ def find_gpu_spec(name: str) -> GpuSpec:
         f"unknown GPU {name!r}",
         where="--gpu",
         expected=f"one of {', '.join(by_key[candidate].name for candidate in names)}",
-        remedy="choose the most similar GPU, or run without --gpu on the target machine to"
-        " measure its GPU",
+        remedy="choose the most similar GPU (several: add --gpus N), or run without --gpu on the"
+        " target machine to measure its GPU",
     )
 
 
@@ -145,8 +174,11 @@ class TargetDevice:
         memory_bandwidth: Memory bandwidth in bytes/s.
         dtype: Data type of the weights.
         compute: Properties that determine saved activations.
-        num_workers: Default number of data loader workers.
+        num_workers: Default number of data loader workers of a rank.
         is_measured: True for this machine, False for a data sheet.
+        num_gpus: Number of GPUs of the run; the other values are those of each GPU. 1 for a CPU.
+        link_bandwidth: Bytes/s between the GPUs in one direction.
+        host_memory_bytes: Memory of the machine, for offloaded shards; None if it is unknown.
     """
 
     name: str
@@ -157,6 +189,9 @@ class TargetDevice:
     compute: ComputeTarget
     num_workers: int
     is_measured: bool
+    num_gpus: int = 1
+    link_bandwidth: float = LINK_BYTES_PER_S["PCIe 4"] * PCIE_FRACTION
+    host_memory_bytes: int | None = None
 
     @property
     def precision(self) -> str:
@@ -189,7 +224,76 @@ def build_named_target(name: str, precision: Precision) -> TargetDevice:
         compute=ComputeTarget(True, dtype, spec.capability),
         num_workers=default_num_workers(torch.device("cuda")),
         is_measured=False,
+        link_bandwidth=estimate_link_bandwidth(spec.link),
     )
+
+
+def estimate_link_bandwidth(link: Link) -> float:
+    """Return the bytes/s that collectives reach between the GPUs of a machine."""
+    fraction = NVLINK_FRACTION if link.startswith("NVLink") else PCIE_FRACTION
+    return LINK_BYTES_PER_S[link] * fraction
+
+
+def extend_to_gpus(target: TargetDevice, num_gpus: int) -> TargetDevice:
+    """Return the target for a run on several such GPUs, which share the CPU cores.
+
+    With more than `GPUS_PER_MACHINE`, the network between machines limits the communication.
+    """
+    if num_gpus == 1:
+        return target
+    num_local = min(num_gpus, GPUS_PER_MACHINE)
+    bandwidth = target.link_bandwidth
+    if num_gpus > GPUS_PER_MACHINE:
+        bandwidth = min(bandwidth, NETWORK_BYTES_PER_S)
+    num_workers = default_num_workers(torch.device("cuda"), num_local)
+    return replace(target, num_gpus=num_gpus, link_bandwidth=bandwidth, num_workers=num_workers)
+
+
+def extend_to_local_gpus(target: TargetDevice, num_gpus: int) -> TargetDevice:
+    """Return the target for a run on several GPUs of this machine.
+
+    The GPU with the least memory and the slowest one count, because all ranks have equal shares.
+    GPUs beyond those of this machine are assumed to be equal to them.
+
+    Args:
+        target: First GPU of this machine.
+    """
+    num_visible = min(num_gpus, torch.cuda.device_count())
+    devices = [torch.device("cuda", index) for index in range(num_visible)]
+    slowest, names = target, {target.name}
+    for device in devices:
+        name = get_device_name(device)
+        if name not in names:
+            names.add(name)
+            flops = measure_peak_flops(device, target.dtype)
+            other = build_local_target(device, target.dtype, flops)
+            slowest = min(slowest, other, key=lambda one: one.peak_flops)
+    memory_bytes = find_min_memory(target, num_gpus)
+    link = find_link(slowest.name)
+    bandwidth = estimate_link_bandwidth(link)
+    first = replace(slowest, memory_bytes=memory_bytes, link_bandwidth=bandwidth)
+    return extend_to_gpus(first, num_gpus)
+
+
+def find_min_memory(target: TargetDevice, num_gpus: int) -> int:
+    """Return the memory of the smallest of the first GPUs of this machine, in bytes.
+
+    Properties of a device need no CUDA context on it, which would take memory from its rank.
+
+    Args:
+        target: One of these GPUs.
+    """
+    num_visible = min(num_gpus, torch.cuda.device_count())
+    sizes = [torch.cuda.get_device_properties(n).total_memory for n in range(num_visible)]
+    return min(target.memory_bytes, *sizes)
+
+
+def find_link(name: str) -> Link:
+    """Return the connection of a GPU by name; PCIe 4 if it is unknown."""
+    key = _normalize_name(name)
+    matches = [spec for spec in GPU_SPECS if _normalize_name(spec.name) in key]
+    longest = max(matches, key=lambda spec: len(spec.name), default=None)
+    return "PCIe 4" if longest is None else longest.link
 
 
 def measure_local_target(device: Device, precision: Precision) -> TargetDevice:
@@ -219,6 +323,7 @@ def build_local_target(
     return TargetDevice(
         name=get_device_name(device),
         memory_bytes=torch.cuda.mem_get_info(device)[1] if is_cuda else total_memory(),
+        host_memory_bytes=total_memory(),
         peak_flops=peak_flops,
         memory_bandwidth=memory_bandwidth or _measure_bandwidth(device),
         dtype=dtype,
@@ -256,6 +361,8 @@ class DeviceEfficiency:
         host_lora_s: Host seconds to launch a layer with gradients and adapters.
         host_fused_s: Host seconds to launch a fused layer with gradients, without and with
             adapters.
+        host_sharded_s: Host seconds to launch a layer of a sharded model, without and with
+            adapters.
     """
 
     matmul_fraction: float
@@ -264,6 +371,7 @@ class DeviceEfficiency:
     host_train_s: float
     host_lora_s: float
     host_fused_s: tuple[float, float]
+    host_sharded_s: tuple[float, float]
 
 
 GPU_EFFICIENCY = DeviceEfficiency(
@@ -273,6 +381,7 @@ GPU_EFFICIENCY = DeviceEfficiency(
     host_train_s=1.5e-3,
     host_lora_s=3.0e-3,
     host_fused_s=(0.75e-3, 1.8e-3),
+    host_sharded_s=(3.5e-3, 12e-3),
 )
 CPU_EFFICIENCY = DeviceEfficiency(
     0.75,
@@ -281,6 +390,7 @@ CPU_EFFICIENCY = DeviceEfficiency(
     host_train_s=0.3e-3,
     host_lora_s=0.6e-3,
     host_fused_s=(0.0, 0.0),
+    host_sharded_s=(0.0, 0.0),
 )
 CPU_16BIT_EFFICIENCY = replace(CPU_EFFICIENCY, matmul_fraction=0.28)
 """Efficiency of a CPU in 16 bits, measured with finesight-tiny, whose matrices are small."""
@@ -311,9 +421,10 @@ DISK_BYTES_PER_S = 1.5e9
 class StepTime:
     """Estimated time of a training step in seconds.
 
-    The device (`matmul_s` and `memory_s`) and the host, which launches kernels (`host_s`), work
-    concurrently, so that the slower one determines the time. `is_loading_blocking` is true without
-    data loader workers.
+    The device (`matmul_s`, `memory_s` and `communication_s`) and the host, which launches kernels
+    (`host_s`), work concurrently, so that the slower one determines the time.
+    `is_loading_blocking` is true without data loader workers. `communication_s` is the time of
+    collectives between GPUs, and of copies between host and GPU; it is added to that of kernels.
     """
 
     matmul_s: float
@@ -322,6 +433,7 @@ class StepTime:
     optimizer_s: float
     data_loading_s: float
     is_loading_blocking: bool
+    communication_s: float = 0.0
 
     @property
     def total(self) -> float:
@@ -330,7 +442,8 @@ class StepTime:
         Data loading workers run concurrently with the step and count only if they are slower.
         Without workers, data loading is added.
         """
-        compute_s = max(self.matmul_s + self.memory_s, self.host_s) + self.optimizer_s
+        device_s = self.matmul_s + self.memory_s + self.communication_s
+        compute_s = max(device_s, self.host_s) + self.optimizer_s
         if self.is_loading_blocking:
             return compute_s + self.data_loading_s
         return max(compute_s, self.data_loading_s)
@@ -339,8 +452,18 @@ class StepTime:
 def average_step_times(step_times: Sequence[StepTime]) -> StepTime:
     """Return the mean of each part of the step times."""
     parts = zip(*map(astuple, step_times), strict=True)
-    matmul_s, memory_s, host_s, optimizer_s, loading_s, is_blocking = map(fmean, parts)
-    return StepTime(matmul_s, memory_s, host_s, optimizer_s, loading_s, bool(is_blocking))
+    matmul_s, memory_s, host_s, optimizer_s, loading_s, is_blocking, communication_s = map(
+        fmean, parts
+    )
+    return StepTime(
+        matmul_s,
+        memory_s,
+        host_s,
+        optimizer_s,
+        loading_s,
+        bool(is_blocking),
+        communication_s,
+    )
 
 
 class StepTimeEstimator:
@@ -359,7 +482,11 @@ class StepTimeEstimator:
         on_cpu = CPU_EFFICIENCY if target.dtype == torch.float32 else CPU_16BIT_EFFICIENCY
         self._efficiency = GPU_EFFICIENCY if target.compute.is_cuda else on_cpu
         self._flop_counter = FlopCounter(model)
-        self._optimizer_s = persistent.optimizer_traffic_bytes / target.memory_bandwidth
+        self._persistent = persistent
+        optimizer_bandwidth = target.memory_bandwidth
+        if persistent.layout.is_offloaded:
+            optimizer_bandwidth = HOST_COPY_BYTES_PER_S
+        self._optimizer_s = persistent.optimizer_traffic_bytes / optimizer_bandwidth
         quantized = find_quantized_weights(model)
         dequantized = (w.num_elements for w in quantized.values() if not isinstance(w, Fp8Weight))
         self._dequantize_bytes = DEQUANTIZE_BYTES_PER_ELEMENT * sum(dequantized)
@@ -384,9 +511,11 @@ class StepTimeEstimator:
         target, efficiency = self._target, self._efficiency
         flops, memory_bytes, host_s, read_s = 0.0, 0.0, 0.0, 0.0
         for pack in packs:
-            flops += self._effective_flops(
-                self._flop_counter.count_by_part(pack), has_cached_features
-            )
+            breakdown = self._flop_counter.count_by_part(pack)
+            # Each token of a split sample attends to those of all ranks.
+            decoder_attention = breakdown.decoder_attention * pack.num_ranks
+            breakdown = replace(breakdown, decoder_attention=decoder_attention)
+            flops += self._effective_flops(breakdown, has_cached_features)
             flops += self._flop_counter.count_checkpointing(pack, activation_checkpointing)
             memory_bytes += (
                 efficiency.traffic_per_saved_byte
@@ -413,7 +542,32 @@ class StepTimeEstimator:
             optimizer_s=self._optimizer_s,
             data_loading_s=read_s / max(1, self._num_workers),
             is_loading_blocking=self._num_workers == 0,
+            communication_s=self._estimate_communication_seconds(len(packs)),
         )
+
+    def _estimate_communication_seconds(self, num_packs: int) -> float:
+        """Estimate the seconds of the collectives of a step, without overlap with kernels.
+
+        An all-reduce transfers its data twice: a reduce-scatter, then an all-gather.
+        """
+        persistent, layout = self._persistent, self._persistent.layout
+        if layout.num_ranks == 1:
+            return 0.0
+        other_ranks_fraction = 1 - 1 / layout.num_ranks
+        sharded = persistent.sharded
+        if sharded is None:
+            reduced_bytes = FP32_BYTES * persistent.num_trainable
+            num_bytes = 2 * reduced_bytes * other_ranks_fraction
+            return num_bytes / self._target.link_bandwidth
+        # Replicated parameters: fp32 gradients, then the updated values.
+        replicated_bytes = sharded.num_replicated * (FP32_BYTES + self._target.dtype.itemsize)
+        num_bytes = 2 * replicated_bytes * other_ranks_fraction
+        num_passes = num_packs * self.num_passes / 3
+        num_bytes += num_passes * sharded.total.communicated_bytes
+        seconds = num_bytes / self._target.link_bandwidth
+        if layout.is_offloaded:
+            seconds += num_passes * sharded.total.transferred_bytes / HOST_COPY_BYTES_PER_S
+        return seconds
 
     def _effective_flops(self, breakdown: FlopBreakdown, has_cached_features: bool) -> float:
         """Return the FLOPs of a pack, with FP8 products divided by their speedup."""
@@ -454,6 +608,9 @@ class StepTimeEstimator:
         adapted_paths = {path for path, _, _ in iter_adapters(model)}
         relaunched = FORWARD_TRAFFIC_FRACTION * activation_checkpointing
         train_s = efficiency.host_train_s, efficiency.host_lora_s
+        fused_s = efficiency.host_fused_s
+        if self._persistent.sharded is not None:
+            train_s = fused_s = efficiency.host_sharded_s
         seconds = 0.0
         # A CUDA graph launches all layers at once.
         graph = plan_graph(model, compute, activation_checkpointing, pack) if use_graphs else None
@@ -462,7 +619,7 @@ class StepTimeEstimator:
             for layer in model.model.layers:
                 is_fused = compute.has_varlen_attention and isinstance(layer, FusibleLayer)
                 is_fused = is_fused and bool(layer.fusible_linears)
-                seconds += (efficiency.host_fused_s if is_fused else train_s)[has_lora]
+                seconds += (fused_s if is_fused else train_s)[has_lora]
             seconds *= 1 + relaunched
         runs_encoder = pack.num_patches > 0 and not has_cached_features
         if runs_encoder and (graph is None or graph.shape.vision_shape is None):
@@ -488,4 +645,6 @@ def _compute_fp8_fractions(model: VisionLanguageModel) -> dict[ModelPart, float]
 def estimate_startup_seconds(persistent: PersistentMemory, target: TargetDevice) -> float:
     """Estimate the seconds from the start of the command to the first step."""
     seconds = STARTUP_S if target.compute.is_cuda else STARTUP_S / 3
-    return seconds + persistent.weight_bytes / DISK_BYTES_PER_S
+    # Every rank reads the complete model.
+    weight_bytes = persistent.loading_bytes or persistent.weight_bytes
+    return seconds + weight_bytes / DISK_BYTES_PER_S

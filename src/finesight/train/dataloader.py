@@ -37,7 +37,12 @@ from finesight.encode.packing import (
 from finesight.encode.tokenization import EncodedSample, find_sample_error
 from finesight.errors import UserError
 from finesight.progress import ProgressCallback
-from finesight.train.oom import GpuOutOfMemoryError, MemoryBudget, first_error_line
+from finesight.train.oom import (
+    GpuOutOfMemoryError,
+    MemoryBudget,
+    first_error_line,
+    propose_plan,
+)
 from finesight.train.parallel.distributed import ParallelStrategy
 from finesight.train.sampler import DistributedSampler, StepSampler
 from finesight.train.vision_cache import VisionCacheReader
@@ -702,9 +707,12 @@ def translate_pack_oom(
             where=f"{location}, {num_tokens:,} tokens and {num_patches:,} patches",
             expected="sufficient memory for one sample at a time"
             + (" with activation checkpointing" if is_training else ""),
-            remedy="end other programs on this GPU and start again with --resume, or start a new"
-            " run with smaller images, a lower data.max_length, a lower tune.lora.rank, or 4-bit"
-            " frozen weights (tune.quantize.nf4=[language])",
+            remedy=propose_plan(
+                "end other programs on this GPU and start again with --resume, or start a new run"
+                " with smaller images, a lower data.max_length, a lower tune.lora.rank, 4-bit"
+                " frozen weights (tune.quantize.nf4=[language]), or several GPUs"
+                " (train.parallel=fsdp)"
+            ),
         )
         can_split = state.max_unsplit_tokens is not None
         world_size = state.run.hardware.process_group.world_size if can_split else 1

@@ -11,7 +11,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 
 from finesight.encode.packing import PackedBatch
-from finesight.errors import UserError
+from finesight.errors import Step, UserError
 
 T = TypeVar("T")
 
@@ -135,9 +135,13 @@ def translate_oom_errors() -> Iterator[None]:
             f"the GPU memory is full: {first_error_line(error)}",
             where="training",
             expected="model, gradients and optimizer state within the GPU memory",
-            remedy="end other programs on this GPU, quantize frozen weights to 4 bits"
-            " (tune.quantize.nf4=[language]), train fewer parameters (LoRA instead of full, a lower"
-            " tune.lora.rank), or use a smaller optimizer state (train.optimizer=adamw_8bit)",
+            remedy=propose_plan(
+                "end other programs on this GPU, shard the model over several GPUs"
+                " (train.parallel=fsdp), quantize frozen weights to 4 bits"
+                " (tune.quantize.nf4=[language]), train fewer parameters (LoRA instead of full, a"
+                " lower tune.lora.rank), or use a smaller optimizer state"
+                " (train.optimizer=adamw_8bit)"
+            ),
         ) from error
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "DefaultCPUAllocator" not in str(error):
@@ -149,6 +153,12 @@ def translate_oom_errors() -> Iterator[None]:
             remedy="end other programs, train fewer parameters (a lower tune.lora.rank), use"
             " smaller packs (train.pack_tokens) or images, or lower eval.max_new_tokens",
         ) from error
+
+
+def propose_plan(remedy: str) -> Step:
+    """Return the step that finds what fits, after a remedy for a full GPU memory."""
+    purpose = f"{remedy}; settings and numbers of GPUs that fit"
+    return Step("plan", {"recipe": "RECIPE"}, purpose)
 
 
 def release_memory(device: torch.device) -> None:

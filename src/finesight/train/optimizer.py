@@ -495,6 +495,11 @@ class MasterWeightOptimizer:
         self.max_grad_norm = train.max_grad_norm
         self.num_params = sum(parameter.numel() for parameter in trainable_params.values())
 
+    def use_flat_gradients(self) -> None:
+        """Store the gradients of each group in one fp32 tensor, for all-reduce."""
+        for group in self.param_groups:
+            group.gradients.use_flat_buffer()
+
     def accumulate_gradients(self) -> None:
         """Add the gradients of a micro-batch to fp32 sums before the next micro-batch."""
         for group in self.param_groups:

@@ -154,11 +154,28 @@ class SequentialSampler:
         return self._indices[step * self._batch_size : (step + 1) * self._batch_size]
 
 
+def assign_to_ranks(costs: Sequence[float], num_ranks: int) -> list[list[int]]:
+    """Assign items to ranks with balanced costs.
+
+    Items are assigned in order of decreasing cost to the rank with the lowest load. Returns the
+    ascending positions of each rank, without the last ranks if there are more ranks than items.
+    """
+    loads = [(0.0, 0, rank) for rank in range(min(num_ranks, len(costs)))]
+    heapify(loads)
+    positions: list[list[int]] = []
+    for _ in loads:
+        positions.append([])
+    for position in sorted(range(len(costs)), key=lambda position: -costs[position]):
+        load, num_items, rank = loads[0]
+        heapreplace(loads, (load + costs[position], num_items + 1, rank))
+        positions[rank].append(position)
+    return list(map(sorted, positions))
+
+
 @dataclass(frozen=True)
 class DistributedSampler:
     """Step sampler of one rank, with the computational cost balanced over the ranks.
 
-    The samples of a step are assigned in order of decreasing cost to the rank with the lowest load.
     Samples above `max_unsplit_tokens` are split over all ranks.
 
     Attributes:
@@ -180,15 +197,11 @@ class DistributedSampler:
     def batch_indices(self, step: int) -> Sequence[int]:
         indices = [index for index in self.sampler.batch_indices(step) if not self._is_split(index)]
         costs = [self.cost_fn(index) for index in indices]
-        loads = [(0.0, 0, rank) for rank in range(self.process_group.world_size)]
-        heapify(loads)
-        own_positions: list[int] = []
-        for position in sorted(range(len(indices)), key=lambda position: -costs[position]):
-            load, num_samples, rank = loads[0]
-            heapreplace(loads, (load + costs[position], num_samples + 1, rank))
-            if rank == self.process_group.rank:
-                own_positions.append(position)
-        return [indices[position] for position in sorted(own_positions)]
+        shares = assign_to_ranks(costs, self.process_group.world_size)
+        if self.process_group.rank >= len(shares):
+            return []
+        own_share = shares[self.process_group.rank]
+        return [indices[position] for position in own_share]
 
     def split_indices(self, step: int) -> Sequence[int]:
         """Return the corpus indices of a step's split samples, in order."""

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 import torch
 
 from finesight import __version__
-from finesight.config import Recipe
+from finesight.config import Recipe, TrainSettings
 from finesight.data.augmentation import Augmenter
 from finesight.encode.packing import SampleShape
 from finesight.encode.renderer import FAMILIES
@@ -26,7 +26,7 @@ from finesight.model.linear import stacked_row_counts
 from finesight.model.lora.peft_io import ADAPTER_WEIGHTS_FILE as ADAPTER_WEIGHTS
 from finesight.model.lora.peft_io import load_trainable_adapter
 from finesight.model.trainable import configure_tuning
-from finesight.model.vlm import ARCHITECTURES
+from finesight.model.vlm import ARCHITECTURES, VisionLanguageModel
 from finesight.progress import ProgressConsole
 from finesight.storage import sha256_file
 from finesight.track.backends import TRACKERS
@@ -40,6 +40,7 @@ from finesight.train.cuda_graphs import CudaGraphRunner
 from finesight.train.dataloader import DeviceLoader, default_num_workers
 from finesight.train.dataset_stats import (
     DatasetStats,
+    SampleStats,
     check_image_record,
 )
 from finesight.train.finalize import ParamAudit
@@ -200,17 +201,13 @@ def build_train_state(
         train_data.stats,
         flop_counter,
         recipe.train.pack_tokens,
-        # Models of the transformers backend and linear attention layers cannot split samples.
-        can_split_samples=recipe.train.objective in (None, "sft")
-        and not isinstance(model, HfModel)
-        and model.config.decoder.linear_attention is None,
+        can_split_samples=can_split_samples(recipe.train, model),
     )
     stacked_rows = stacked_row_counts(model)
     parallel = parallelize_model(recipe, model, hardware.dtype, process_group)
     optimizer = MasterWeightOptimizer(parallel.trainable_params, recipe.train, stacked_rows)
     if not (process_group.is_single_process or parallel.is_sharded):
-        for group in optimizer.param_groups:
-            group.gradients.use_flat_buffer()
+        optimizer.use_flat_gradients()
     budget = MemoryBudget(
         pack_tokens=recipe.train.pack_tokens,
         activation_checkpointing=recipe.train.activation_checkpointing,
@@ -294,10 +291,7 @@ def build_rank_sampler(
     samples = dict(zip(stats.scanned_indices, stats.sample_stats, strict=True))
 
     def estimate_cost(index: int) -> float:
-        sample = samples[index]
-        lengths = (max(0, sample.num_packed_tokens - stats.prefix_length),)
-        shape = SampleShape(lengths, sample.grid_thw, sample.num_supervised_tokens)
-        return (flop_counter and flop_counter.count(shape)) or sample.num_packed_tokens
+        return estimate_sample_cost(samples[index], stats.prefix_length, flop_counter)
 
     def count_tokens(index: int) -> int:
         return samples[index].num_packed_tokens
@@ -306,6 +300,25 @@ def build_rank_sampler(
     if can_split_samples:
         count_fn = count_tokens
     return DistributedSampler(sampler, process_group, estimate_cost, count_fn, pack_tokens)
+
+
+def can_split_samples(train: TrainSettings, model: AnyModel) -> bool:
+    """Return whether several ranks can share a long sample (context parallelism).
+
+    Models of the transformers backend and linear attention layers need whole samples.
+    """
+    if train.objective not in (None, "sft") or isinstance(model, HfModel):
+        return False
+    return model.config.decoder.linear_attention is None
+
+
+def estimate_sample_cost(
+    sample: SampleStats, prefix_length: int, flop_counter: FlopCounter | None
+) -> float:
+    """Return the FLOPs of a sample without the shared prefix; its tokens without a counter."""
+    lengths = (max(0, sample.num_packed_tokens - prefix_length),)
+    shape = SampleShape(lengths, sample.grid_thw, sample.num_supervised_tokens)
+    return (flop_counter and flop_counter.count(shape)) or sample.num_packed_tokens
 
 
 def _log_overrides(state: TrainState, requested: MemoryBudget) -> None:
@@ -404,16 +417,34 @@ def parallelize_model(
     mode = recipe.train.parallel
     if mode == "ddp" or process_group.is_single_process:
         return ParallelStrategy(model, process_group)
-    if isinstance(model, HfModel):
-        _raise_unsupported(mode, "models of the transformers backend")
-    if mode == "fsdp_offload" and model.model.embed_tokens.weight.device.type == "cpu":
-        _raise_unsupported(mode, "models on a CPU")
-    if recipe.train.optimizer != "adamw":
-        _raise_unsupported(mode, f"the state of train.optimizer={recipe.train.optimizer}")
+    device = next(model.parameters()).device
+    check_sharding(recipe.train, device.type, is_native=not isinstance(model, HfModel))
+    assert isinstance(model, VisionLanguageModel), f"cannot shard a {type(model).__name__}"
     # Imported on demand, because the FSDP modules of torch take a second to import.
     from finesight.train.parallel.fsdp import FSDPStrategy
 
     return FSDPStrategy(model, dtype, mode)
+
+
+def check_sharding(train: TrainSettings, device_type: str, *, is_native: bool) -> None:
+    """Verify that several ranks can shard a model as `train.parallel` requires.
+
+    Args:
+        device_type: Type of the device of the weights, `cpu` or `cuda`.
+        is_native: Whether the model family has a native implementation.
+
+    Raises:
+        UserError: The model, the device or the optimizer does not support the mode.
+    """
+    mode = train.parallel
+    if mode == "ddp":
+        return
+    if not is_native:
+        _raise_unsupported(mode, "models of the transformers backend")
+    if mode == "fsdp_offload" and device_type == "cpu":
+        _raise_unsupported(mode, "models on a CPU")
+    if train.optimizer != "adamw":
+        _raise_unsupported(mode, f"the state of train.optimizer={train.optimizer}")
 
 
 def _raise_unsupported(mode: str, feature: str) -> NoReturn:

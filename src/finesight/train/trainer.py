@@ -20,7 +20,7 @@ from torch import Tensor
 
 from finesight.data.line_index import UnreadableFileError
 from finesight.encode.packing import PackedBatch, dummy_batch
-from finesight.errors import TrainingInterrupted
+from finesight.errors import Remedy, TrainingInterrupted
 from finesight.evaluate.custom_metric import RewardError
 from finesight.evaluate.eval_case import find_best_eval
 from finesight.storage import require_free_space
@@ -45,7 +45,12 @@ from finesight.train.evaluation import (
     resolve_eval_interval,
     run_evaluation,
 )
-from finesight.train.oom import GpuOutOfMemoryError, MemoryBudget, retry_on_oom
+from finesight.train.oom import (
+    GpuOutOfMemoryError,
+    MemoryBudget,
+    propose_plan,
+    retry_on_oom,
+)
 from finesight.train.optimizer import resolve_steps
 from finesight.train.parallel.distributed import (
     PeerFailedError,
@@ -237,16 +242,18 @@ def _raise_desync(process_group: ProcessGroup) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        is_oom = isinstance(error, GpuOutOfMemoryError)
+        remedy: Remedy = "start again with --resume"
+        if isinstance(error, GpuOutOfMemoryError):
+            remedy = propose_plan(
+                "lower train.pack_tokens or set train.activation_checkpointing=true, then start"
+                " again with --resume"
+            )
         raise RankDesyncError(
             f"rank {process_group.rank} of {process_group.world_size} failed in the middle of a"
             f" step: {error}",
             where="training",
             expected="all ranks in every layer",
-            remedy="lower train.pack_tokens or set train.activation_checkpointing=true, then start"
-            " again with --resume"
-            if is_oom
-            else "start again with --resume",
+            remedy=remedy,
         ) from error
 
 

@@ -49,6 +49,14 @@ EXIT_TIMEOUT = timedelta(seconds=10)
 REQUIRED_ENV_VARS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
+def count_launched_ranks() -> int | None:
+    """Return the world size of the launcher that started this process; None without a launcher."""
+    world_size = os.environ.get("WORLD_SIZE", "")
+    if not world_size.isdecimal() or int(world_size) < 2:
+        return None
+    return int(world_size)
+
+
 class PeerFailedError(UserError):
     """Raised when another rank has failed; no rank applies the current step."""
 

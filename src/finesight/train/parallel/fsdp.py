@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -27,14 +27,18 @@ from torch.distributed.tensor import DTensor
 
 from finesight.config import ParallelMode
 from finesight.encode.packing import PackedBatch, append_dummy_image
-from finesight.model.linear import FusedLinear, iter_adapters
 from finesight.model.trainable import trainable_parameters
 from finesight.model.vlm import VisionLanguageModel
 from finesight.train.optimizer import LazyTensors, MasterWeightOptimizer
 from finesight.train.parallel.distributed import ParallelStrategy
-
-MIN_UNIT_PARAMS = 256_000_000
-"""Minimum number of parameters of an FSDP unit, which is all-gathered at once."""
+from finesight.train.parallel.fsdp_units import (
+    find_replicated_params,
+    is_frozen_fp32,
+    is_resharded,
+    list_lora_params,
+    list_units,
+    mark_as_sharded,
+)
 
 
 class FSDPStrategy(ParallelStrategy):
@@ -43,9 +47,8 @@ class FSDPStrategy(ParallelStrategy):
     Trainable weights are stored in fp32, frozen weights in the compute dtype. Each unit of layers
     is all-gathered in the compute dtype when it is needed. Gradients are reduce-scattered in fp32.
 
-    Two kinds of small weights are replicated: every rank has a complete copy and updates its rows.
-    The all-gather of hundreds of LoRA weights costs the host more time than it saves memory, and
-    the all-gather of weights that the model computes with in fp32 would round them.
+    Two kinds of small weights are replicated (`find_replicated_params`): every rank has a complete
+    copy and updates its rows.
     """
 
     is_sharded = True
@@ -63,23 +66,10 @@ class FSDPStrategy(ParallelStrategy):
             param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
         )
         offload = CPUOffloadPolicy() if mode == "fsdp_offload" else OffloadPolicy()
-        for module in model.modules():
-            if isinstance(module, FusedLinear):
-                module.is_sharded = True
-        units: list[list[nn.Module]] = [
-            *_group_layers(model.visual.blocks),
-            *_group_layers(model.model.layers),
-            [model],
-        ]
-        lora_params = {
-            parameter for *_, lora in iter_adapters(model) for parameter in lora.parameters()
-        }
-        replicated_params = {
-            name: parameter
-            for name, parameter in trainable_parameters(model).items()
-            if parameter in lora_params
-            or (name.endswith(model.architecture.fp32_suffixes) and dtype != torch.float32)
-        }
+        mark_as_sharded(model)
+        units = list_units(model)
+        lora_params = list_lora_params(model)
+        replicated_params = find_replicated_params(model, dtype)
         for index, unit in enumerate(units):
             for parameter in chain.from_iterable(module.parameters() for module in unit):
                 is_stored = isinstance(parameter, DTensor) or parameter in lora_params
@@ -88,14 +78,14 @@ class FSDPStrategy(ParallelStrategy):
             fp32_params = {
                 parameter
                 for parameter in chain.from_iterable(module.parameters() for module in unit)
-                if not parameter.requires_grad and parameter.dtype == torch.float32 != dtype
+                if is_frozen_fp32(parameter, dtype)
             }
             fully_shard(
                 unit,
                 mesh=mesh,
                 mp_policy=policy,
                 offload_policy=offload,
-                reshard_after_forward=self._is_resharded(index, len(units)),
+                reshard_after_forward=is_resharded(index, len(units), is_zero2=self._is_zero2),
                 ignored_params=fp32_params | {*replicated_params.values()},
             )
         roots = [unit[0] for unit in units]
@@ -240,35 +230,10 @@ class FSDPStrategy(ParallelStrategy):
             yield
         finally:
             for index, fsdp_module in enumerate(self._fsdp_modules):
-                reshard = self._is_resharded(index, len(self._fsdp_modules))
+                num_units = len(self._fsdp_modules)
+                reshard = is_resharded(index, num_units, is_zero2=self._is_zero2)
                 fsdp_module.set_reshard_after_forward(reshard, recurse=False)
                 fsdp_module.reshard()
-
-    def _is_resharded(self, index: int, num_units: int) -> bool:
-        """Return whether a unit is resharded after its forward pass.
-
-        The loss uses the language model head of the last unit, and the backward pass starts with
-        the last layers, in the unit before.
-        """
-        return not self._is_zero2 and index < num_units - 2
-
-
-def _group_layers(layers: Iterable[nn.Module]) -> Iterator[list[nn.Module]]:
-    """Group consecutive layers into FSDP units; small units are communication-bound."""
-    layers = list(layers)
-    num_params = sum(_count_params(layer) for layer in layers)
-    unit: list[nn.Module] = []
-    for layer in layers:
-        unit.append(layer)
-        if sum(map(_count_params, unit)) >= min(MIN_UNIT_PARAMS, num_params / 2):
-            yield unit
-            unit = []
-    if unit:
-        yield unit
-
-
-def _count_params(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def _read_rows(tensors: Mapping[str, Tensor], name: str, rows: slice) -> Tensor:

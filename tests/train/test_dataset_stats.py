@@ -133,7 +133,8 @@ def test_frequent_prompts_are_listed_without_rare_ones(tmp_path):
     file = tmp_path / "train.jsonl"
     file.write_text("".join(lines))
     corpus = load_corpus((TrainFileSettings(path=file),))
-    for indices, prompts in ((range(len(lines)), ("Read it.", "<image> Where? ")), ((), ())):
+    marked = ("<image>Read it.", "<image> Where? ")
+    for indices, prompts in ((range(len(lines)), marked), ((), ())):
         stats = dataset_stats.DatasetStats(indices, (), 0, 0)
         assert dataset_stats.TrainingData(corpus, stats).find_prompt_format().prompts == prompts
 

@@ -108,7 +108,7 @@ def test_run_survives_report_errors(task):
     page.write_text("precious")
     (page.parent / "result.json").unlink()
     task.run(eval=METRIC, resume=True)
-    assert "exists and is not a page of finesight" in task.console_output
+    assert "exists, and is not an unchanged page of `finesight report`" in task.console_output
     assert page.read_text() == "precious"
 
 

@@ -131,7 +131,7 @@ def test_run_uses_thinking_mode_of_most_samples(task, num_thoughts):
     manifest = json.loads((run / "manifest.json").read_text())
     assert manifest["enable_thinking"] is is_thinking
     assert (manifest["metric"], manifest["max_new_tokens"]) == ("qa", 3)
-    assert manifest["prompts"] == ["Which colour?"]
+    assert manifest["prompts"] == ["<image>Which colour?"]
     assert load_inference_model(str(run), "cpu").renderer.has_reasoning is is_thinking
     lines = (run / "predictions" / "before.jsonl").read_text().splitlines()
     assert all(("reasoning" in json.loads(line)) is is_thinking for line in lines)

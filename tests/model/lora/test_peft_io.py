@@ -36,6 +36,7 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from finesight import pattern_matcher
 from finesight.config import TuneSettings
 from finesight.errors import UserError
 from finesight.model.families import to_layer_name
@@ -43,6 +44,7 @@ from finesight.model.linear import hub_name, iter_adapters
 from finesight.model.lora import peft_io
 from finesight.model.trainable import configure_tuning
 from finesight.model.vlm import VisionLanguageModel
+from finesight.pattern_matcher import PatternMatcher
 
 SAMPLES = [
     make_conversation(3, 2, ("image", (1, 10, 14)), 3, ("image", (1, 2, 2)), 4),
@@ -295,6 +297,26 @@ def test_unsupported_and_inconsistent_settings_are_rejected(settings, message, t
     assert message in read_error(edit_adapter_config(write_random_adapter(tmp_path), **settings))
 
 
+@each(
+    "settings",
+    [
+        {"rank_pattern": {r"([\w.]+)+!": 4}},
+        {"alpha_pattern": {r"([\w.]+)+!": 4}},
+        {"target_modules": r"([\w.]+)+!"},
+        {"exclude_modules": r"([\w.]+)+!"},
+        {"target_modules": ["qkv"], "layers_to_transform": 0, "layers_pattern": r"([\w.]+)+!"},
+    ],
+)
+def test_exponential_patterns_are_rejected(settings, tmp_path, monkeypatch):
+    monkeypatch.setattr(pattern_matcher, "MAX_PATTERN_CPU_S", 0.2)
+    edit_adapter_config(write_random_adapter(tmp_path), **settings)
+    config = make_config("qwen2_vl")
+    model = make_native_model(config, make_reference_model(config))
+    with pytest.raises(UserError, match="took more than") as caught:
+        peft_io.load_adapter(model, tmp_path)
+    assert caught.value.where == str(tmp_path / peft_io.ADAPTER_CONFIG_FILE)
+
+
 @each("alpha", ["1e308", "1" + "0" * 400, "NaN", "-Infinity"])
 def test_alpha_beyond_fp32_is_rejected(alpha, tmp_path):
     path = write_random_adapter(tmp_path) / peft_io.ADAPTER_CONFIG_FILE
@@ -326,7 +348,9 @@ def test_target_modules_match_peft(settings, expected):
     from peft.tuners.tuners_utils import check_target_module_exists
 
     name = "model.language_model.layers.12.self_attn.q_proj"
-    assert peft_io.PeftConfig(**settings).is_target(name) == expected
+    with PatternMatcher("adapter_config.json", "") as matcher:
+        targets = peft_io.PeftConfig(**settings).select_targets([name], matcher)
+    assert (targets == [name]) == expected
     if settings["target_modules"] not in (None, "all-linear"):  # peft resolves these elsewhere.
         found = check_target_module_exists(LoraConfig(**settings), name)
         assert (bool(found) and type(found).__name__ != "_ExcludedModule") == expected

@@ -44,6 +44,7 @@ from finesight.model.linear import (
 )
 from finesight.model.weights_io import open_safetensors
 from finesight.model_folder import ModelFolder
+from finesight.pattern_matcher import PatternMatcher
 from finesight.storage import DIGESTS_FILE, verify_folder
 
 _IGNORED_SETTINGS = {
@@ -102,64 +103,98 @@ class PeftConfig(BaseModel):
     layers_to_transform: int | list[int] | None = None
     layers_pattern: str | list[str] | None = None
 
-    def is_target(self, module: str) -> bool:
-        """Return True if peft would adapt the linear layer with this module name."""
-        if self.target_modules is None or _matches(self.exclude_modules, module):
-            return False
-        if isinstance(self.target_modules, str):
-            return self.target_modules == "all-linear" or _matches(self.target_modules, module)
-        if not _matches(self.target_modules, module):
-            return False
-        indices = self.layers_to_transform
-        if indices is None or indices == [] or module in self.target_modules:
-            return True
-        return self._layer_index(module) in ([indices] if isinstance(indices, int) else indices)
+    def check_patterns(self, matcher: PatternMatcher) -> None:
+        """Raise UserError for a pattern that is no regular expression."""
+        rules = (self.target_modules, self.exclude_modules)
+        patterns = [rule for rule in rules if isinstance(rule, str)]
+        patterns += [*_as_list(self.layers_pattern), *(self.rank_pattern or {})]
+        patterns += self.alpha_pattern or {}
+        for pattern in patterns:
+            matcher.match(pattern)
 
-    def _layer_index(self, module: str) -> int | None:
-        for pattern in _as_list(self.layers_pattern) or ["[^.]*"]:
-            if match := re.match(rf"(?:.*?\.)?{pattern}\.(\d+)\.", module):
-                return int(match[1])
-        return None
-
-    def regex_patterns(self) -> list[str]:
-        rules = [self.target_modules, self.exclude_modules]
+    def select_targets(self, modules: Sequence[str], matcher: PatternMatcher) -> list[str]:
+        """Return the linear layers that peft would adapt, by module name."""
+        targets, indices = self.target_modules, self.layers_to_transform
+        excluded = _find_matches(self.exclude_modules, modules, matcher)
+        included = [module for module in modules if module not in excluded]
+        if targets == "all-linear":
+            return included
+        matches = _find_matches(targets, included, matcher)
+        selected = [module for module in included if module in matches]
+        if targets is None or isinstance(targets, str) or indices is None or indices == []:
+            return selected
+        indexed = [module for module in selected if module not in targets]
+        layer_indices = self._find_layer_indices(indexed, matcher)
+        allowed = [indices] if isinstance(indices, int) else indices
         return [
-            *(rule for rule in rules if isinstance(rule, str)),
-            *_as_list(self.layers_pattern),
-            *(self.rank_pattern or {}),
-            *(self.alpha_pattern or {}),
+            module
+            for module in selected
+            if module in targets or layer_indices.get(module) in allowed
         ]
 
-    def lora_config(self, module: str) -> LoraConfig:
-        """Return the LoRA config of one layer.
+    def _find_layer_indices(
+        self, modules: Sequence[str], matcher: PatternMatcher
+    ) -> dict[str, int]:
+        """Return the index of the layer of each module; none for a module without one."""
+        found: dict[str, int] = {}
+        for pattern in _as_list(self.layers_pattern) or ["[^.]*"]:
+            matches = matcher.match(rf"(?:.*?\.)?{pattern}\.(\d+)\.", modules)
+            for module, groups in zip(modules, matches, strict=True):
+                # A group of the pattern itself would come first, as in peft.
+                if groups is not None and (groups[0] or "").isdecimal():
+                    found.setdefault(module, int(groups[0] or ""))
+        return found
+
+    def find_lora_configs(
+        self, modules: Sequence[str], matcher: PatternMatcher
+    ) -> dict[str, LoraConfig]:
+        """Return the LoRA config of each layer by module name.
 
         The first entry of `rank_pattern` or `alpha_pattern` that matches the end of the module name
         takes precedence over `r` or `lora_alpha`. Rank-stabilized adapters (Kalajdzievski 2023)
         scale with alpha / sqrt(rank); their alpha is converted.
         """
-        rank = _first_match(self.rank_pattern or {}, module, self.r)
-        alpha = float(_first_match(self.alpha_pattern or {}, module, self.lora_alpha))
-        return LoraConfig(rank, alpha * math.sqrt(rank) if self.use_rslora else alpha)
+        ranks = _find_first_matches(self.rank_pattern or {}, modules, matcher)
+        alphas = _find_first_matches(self.alpha_pattern or {}, modules, matcher)
+        configs: dict[str, LoraConfig] = {}
+        for module in modules:
+            rank = ranks.get(module, self.r)
+            alpha = float(alphas.get(module, self.lora_alpha))
+            if self.use_rslora:
+                alpha *= math.sqrt(rank)
+            configs[module] = LoraConfig(rank, alpha)
+        return configs
 
 
 def _as_list(rule: str | list[str] | None) -> list[str]:
     return [rule] if isinstance(rule, str) else rule or []
 
 
-def _matches(rule: str | list[str] | None, module: str) -> bool:
-    """Return True if a rule of PEFT matches a module name."""
+def _find_matches(
+    rule: str | list[str] | None, modules: Sequence[str], matcher: PatternMatcher
+) -> set[str]:
+    """Return the module names that a rule of PEFT matches."""
     if not rule:
-        return False
+        return set()
     if isinstance(rule, str):
-        return re.fullmatch(rule, module) is not None
-    return any(module == item or module.endswith(f".{item}") for item in rule)
+        matches = matcher.match(rule, modules, is_full=True)
+        return {one for one, groups in zip(modules, matches, strict=True) if groups is not None}
+    endings = tuple(f".{item}" for item in rule)
+    return {module for module in modules if module in rule or module.endswith(endings)}
 
 
-def _first_match(patterns: Mapping[str, Value], module: str, default: Value) -> Value:
+def _find_first_matches(
+    patterns: Mapping[str, Value], modules: Sequence[str], matcher: PatternMatcher
+) -> dict[str, Value]:
+    """Return the value of the first pattern that matches the end of each module name."""
+    found: dict[str, Value] = {}
     for pattern, value in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            return value
-    return default
+        rest = [module for module in modules if module not in found]
+        matches = matcher.match(rf"(.*\.)?({pattern})$", rest)
+        for module, groups in zip(rest, matches, strict=True):
+            if groups is not None:
+                found[module] = value
+    return found
 
 
 def _detect_key_mapping(modules: Collection[str], key_mappings: Sequence[KeyMapping]) -> KeyMapping:
@@ -189,8 +224,10 @@ class AdapterSpec:
     def dropout(self) -> float:
         return self.peft_config.lora_dropout
 
-    def targets_layer(self, layer: str) -> bool:
-        return self.peft_config.is_target(to_module_name(layer, self.key_mapping))
+    def select_targets(self, layers: Sequence[str], matcher: PatternMatcher) -> list[str]:
+        """Return the layers that the config targets, by native name."""
+        modules = {to_module_name(layer, self.key_mapping): layer for layer in layers}
+        return [modules[one] for one in self.peft_config.select_targets([*modules], matcher)]
 
 
 def read_peft_config(path: Path) -> PeftConfig:
@@ -209,13 +246,6 @@ def read_peft_config(path: Path) -> PeftConfig:
             f"{setting}: {first['msg']}{value}", where=str(path), remedy=remedy
         ) from error
     _check_supported(peft_config, path)
-    for pattern in peft_config.regex_patterns():
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise UserError(
-                f"{pattern!r} is not a regular expression: {error}", where=str(path), remedy=remedy
-            ) from error
     return peft_config
 
 
@@ -430,9 +460,13 @@ def read_adapter(
     unpaired = [f"{pair[s][0]}.lora_{s}" for pair in sides.values() if len(pair) == 1 for s in pair]
     _raise_for_keys(unpaired, "lack the other factor of their layer (A or B)", where)
     factors = {name: LoraFactors(pair["A"][1], pair["B"][1]) for name, pair in sides.items()}
-    configs = {}
+    with _match_patterns(folder) as matcher:
+        settings.check_patterns(matcher)
+        found = settings.find_lora_configs([pair["A"][0] for pair in sides.values()], matcher)
+    configs: dict[str, LoraConfig] = {}
     for name, pair in sides.items():
-        (module, lora_A_RI), lora_config = pair["A"], settings.lora_config(pair["A"][0])
+        module, lora_A_RI = pair["A"]
+        lora_config = found[module]
         if lora_config.rank != len(lora_A_RI):
             raise UserError(
                 f"{module} has rank {lora_config.rank}, but {len(lora_A_RI)} in the adapter's "
@@ -444,6 +478,12 @@ def read_adapter(
         configs[name] = lora_config
     key_mapping = _detect_key_mapping([pair["A"][0] for pair in sides.values()], key_mappings)
     return AdapterSpec(settings, metadata.get(_FINGERPRINT_KEY), configs, key_mapping), factors
+
+
+def _match_patterns(folder: Path) -> PatternMatcher:
+    """Return a matcher of the patterns of an adapter, which may come from another user."""
+    remedy = "list the names of the layers in the config instead, or use another adapter"
+    return PatternMatcher(str(folder / ADAPTER_CONFIG_FILE), remedy)
 
 
 def _read_tensors(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -578,7 +618,9 @@ def _read_matching_adapter(
     layers, where = find_adaptable_layers(model), str(folder / ADAPTER_WEIGHTS_FILE)
     unknown = [name for name in factors if name not in layers]
     _raise_for_keys(unknown, "are no layers of the model", where)
-    missing = [name for name in layers if name not in factors and spec.targets_layer(name)]
+    with _match_patterns(folder) as matcher:
+        others = [name for name in layers if name not in factors]
+        missing = spec.select_targets(others, matcher)
     _raise_for_keys(
         missing, f"are named by target_modules in {ADAPTER_CONFIG_FILE} but missing", where
     )

@@ -576,10 +576,16 @@ def _check_reward(value: object) -> str:
     return _check_name(REWARD_NAMES, value, f"{or_} or a function such as rewards.py:score")
 
 
+MAX_PATTERN_CHARS = 1000
+"""Maximum length of a regular expression, which limits the time of its compilation."""
+
+
 def _check_pattern(pattern: str) -> str:
+    if len(pattern) > MAX_PATTERN_CHARS:
+        raise ValueError(f"longer than {MAX_PATTERN_CHARS} characters: shorten it")
     try:
         re.compile(pattern)
-    except re.error as error:
+    except (re.error, OverflowError, RecursionError) as error:
         raise ValueError(f"not a regular expression ({error}): correct it") from error
     return pattern
 

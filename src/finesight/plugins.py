@@ -30,6 +30,10 @@ class PluginRecord:
     package: str
     version: str
 
+    def describe(self) -> str:
+        """Name the plug-in with its package, as the location of an error."""
+        return f"plug-in {self.name} of {self.package} {self.version} (finesight.{self.kind})"
+
 
 def require_plugins(plugins: Iterable[PluginRecord], where: str) -> None:
     """Raise UserError if a plug-in of a run is not installed."""

@@ -119,11 +119,14 @@ def _run_worker(connections: Sequence[Connection], state: Any, memory_bytes: int
 
 def _run_job(job: Callable[[], JobOutput], max_cpu_s: float) -> JobOutput:
     """Run a job, and return the reply. The kernel kills this process after a time limit."""
+    pid = os.getpid()
     signal.setitimer(signal.ITIMER_PROF, max_cpu_s)
     signal.setitimer(signal.ITIMER_REAL, max_cpu_s * WALL_FACTOR)
     try:
         return _outcome(job)
     finally:
+        if os.getpid() != pid:  # a process that the job has forked
+            os._exit(1)
         signal.setitimer(signal.ITIMER_PROF, 0)
         signal.setitimer(signal.ITIMER_REAL, 0)
 
@@ -157,11 +160,19 @@ def _apply_limits(memory_bytes: int) -> None:
         os.close(devnull)
     os.nice(WORKER_NICENESS)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    with contextlib.suppress(OSError):
-        # Out of memory, the kernel kills a worker before the server.
-        with open("/proc/self/oom_score_adj", "w") as file:
-            file.write("1000")
+    # Out of memory, the kernel kills a worker before the server.
+    with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
+        file.write("1000")
+    limit_memory(memory_bytes)
+
+
+def limit_memory(memory_bytes: int) -> None:
+    """Limit the memory of this process to its present size and `memory_bytes`."""
+    with contextlib.suppress(OSError):  # no /proc on macOS
         limit = _read_statm(0) + memory_bytes
+        _, hard_limit = resource.getrlimit(resource.RLIMIT_AS)
+        if hard_limit != resource.RLIM_INFINITY:
+            limit = min(limit, hard_limit)
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
 
@@ -186,6 +197,9 @@ WALL_FACTOR = 15
 MAX_JOBS = 500
 MAX_RSS_INCREASE = 32 << 20
 """Limits after which an idle worker is replaced: number of jobs, and growth of its memory."""
+
+UNLIMITED_MEMORY = 1 << 46
+"""Memory limit of workers that run programs of the user, beyond the memory of any machine."""
 
 SETUP_SECONDS = 120.0
 
@@ -387,6 +401,8 @@ class WorkerPool:
         setup: Module-level function that returns the state that all jobs share. It runs in the
             template process and must not start threads.
         args: Arguments of `setup`; they are pickled.
+        inherits_environment: Whether the workers inherit the complete environment, for programs of
+            the user. Otherwise, they inherit no API keys.
 
     Attributes:
         process: Template process; None before the start.
@@ -394,10 +410,16 @@ class WorkerPool:
     """
 
     def __init__(
-        self, setup: Callable[..., Any], *args: Any, num_idle: int, memory_bytes: int
+        self,
+        setup: Callable[..., Any],
+        *args: Any,
+        num_idle: int,
+        memory_bytes: int,
+        inherits_environment: bool = False,
     ) -> None:
         self._setup = pickle.dumps((setup, args), protocol=5)
         self._num_idle, self.memory_bytes = num_idle, memory_bytes
+        self._inherited = "" if inherits_environment else _INHERITED
         self._lock = threading.Lock()
         self.idle_workers: list[Worker] = []
         self._control: Connection | None = None
@@ -489,7 +511,7 @@ class WorkerPool:
             self._control, child_connection = multiprocessing.Pipe()
             with child_connection:
                 fd = child_connection.fileno()
-                inherited = {k: v for k, v in os.environ.items() if k.startswith(_INHERITED)}
+                inherited = {k: v for k, v in os.environ.items() if k.startswith(self._inherited)}
                 # A process group of its own: Ctrl-C in a terminal does not reach it, and one
                 # signal kills the template and all workers.
                 self.process = subprocess.Popen(

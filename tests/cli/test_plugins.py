@@ -19,7 +19,9 @@ from tiny_model import create_tiny_model
 
 from finesight.cli.app import run_command
 from finesight.data.formats import get_format
-from finesight.evaluate.task_metrics import TASK_METRICS
+from finesight.evaluate.eval_case import EvalCase
+from finesight.evaluate.score_function import ScoringError
+from finesight.evaluate.task_metrics import TASK_METRICS, compute_metrics
 from finesight.plugins import PluginRecord
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "plugin"
@@ -173,6 +175,28 @@ def test_broken_plugin_is_a_user_error(problem, recipe, tmp_path, monkeypatch, c
     text = cli(*commands[kind], code=2).text
     assert all(part in text for part in (problem, "broken 1.0", f"finesight.{kind}", target))
     cli("import", data / "eval.jsonl", tmp_path / "copied")
+
+
+MISBEHAVING = load_cases("plugins")["misbehaving"]
+
+
+@pytest.mark.parametrize("body", MISBEHAVING)
+def test_misbehaving_metric_of_a_plugin_is_a_user_error(body, tmp_path, monkeypatch):
+    code = (
+        "import sys\n"
+        "from finesight.evaluate.eval_case import MetricResult, mean_metrics\n"
+        "from finesight.evaluate.task_metrics import TaskMetric\n"
+        f"def score(cases):\n    {body}\n"
+        "def means(scores): return MetricResult(scores, mean_metrics(scores[:1]))\n"
+        "METRIC = TaskMetric('a', score)\n"
+    )
+    write_package(tmp_path, "strange", {"metrics strange": "strange:METRIC"}, code)
+    monkeypatch.delitem(sys.modules, "strange", raising=False)
+    install(tmp_path, monkeypatch)
+    cases = [EvalCase("a", (), ("a",), (), name) for name in ("s1", "s2")]
+    with pytest.raises(ScoringError, match=MISBEHAVING[body]) as caught:
+        compute_metrics("strange", cases)
+    assert "plug-in strange of strange 1.0" in caught.value.where
 
 
 def test_name_of_two_packages_is_refused(recipe, tmp_path, monkeypatch, cli):

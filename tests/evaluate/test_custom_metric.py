@@ -65,6 +65,17 @@ def test_metric_error_is_reported_with_its_line(tmp_path, text, where, what):
     assert caught.value.where == str(tmp_path / where)
 
 
+def test_metric_process_does_not_affect_the_caller(tmp_path: Path, capfd) -> None:
+    pid = os.getpid()
+    lines = ["import os, time", "def score(case):", "    print('x' * 2_000_000)"]
+    lines += ["    if os.fork() == 0: time.sleep(1000)", "    return os.environ['MY_KEY'] == 'a'"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MY_KEY", "a")
+        scored = compute_metrics(write_metric(tmp_path, "\n".join(lines)), CASES)
+    assert scored.scores["score"] == 1
+    assert (capfd.readouterr().out, os.getpid()) == ("", pid)
+
+
 @each(("text", "message"), TABLES["test_broken_metric_fails_before_generation"])
 def test_broken_metric_fails_before_generation(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(UserError, match=message):

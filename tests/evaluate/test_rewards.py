@@ -1,5 +1,6 @@
 """Rewards of responses: built-in ones, metrics, and functions that misbehave."""
 
+import json
 import os
 
 import pytest
@@ -9,10 +10,10 @@ from each_value import each
 from finesight.config import RewardSettings
 from finesight.data.sample import create_region
 from finesight.errors import UserError
-from finesight.evaluate import latex_metrics, rewards
-from finesight.evaluate.custom_metric import RewardError
+from finesight.evaluate import latex_metrics, rewards, score_function
 from finesight.evaluate.eval_case import EvalCase
 from finesight.evaluate.rewards import RewardScorer
+from finesight.evaluate.score_function import RewardError
 from finesight.recipe import recipe_from_dict
 from finesight.train.run_dir import RunDir
 
@@ -44,7 +45,8 @@ def test_built_in_rewards(reward, case, expected):
 
 
 FUNCTIONS = """
-import os, time
+import os, sys, threading, time
+import numpy as np
 
 def fine(case): return len(case.answer)
 def missing(case): return None if case.answer == "a" else float("nan") if case.answer else 1
@@ -53,18 +55,48 @@ def hangs(case): time.sleep(1000)
 def spins(case):
     while True: pass
 def shape(case): return [1.0]
-def prints(case): print("x" * 2_000_000); return 1
+def prints(case): print("x" * 2_000_000); sys.stderr.write("x" * 2_000_000); return 1
 def exits(case): os._exit(3)
 def forks(case):
     os.fork()
     return 1
+def forks_forever(case):
+    if os.fork() == 0:
+        time.sleep(1000)
+    return 1
+def starts_thread(case): threading.Thread(target=time.sleep, args=(1000,)).start(); return 1
+def reads_input(case): return 1 + len(sys.stdin.read())
+def numpy_scalar(case): return np.float32(1)
+def numpy_bool(case): return np.all([True])
+def true(case): return True
 def eats(case): return len(bytearray(1 << 40))
+def huge(case): return 10**400
+def digits(case): return 10**5000
+def infinite(case): return float("inf")
+def overflows(case): return 1e300
+def text(case): return "1.0"
+def array(case): return np.ones(3)
+def generator(case): yield 1
+def complex_number(case): return 1j
+class Faulty(float):
+    def __float__(self): raise RuntimeError("no number")
+    def __repr__(self): raise RuntimeError("no text")
+def faulty(case): return Faulty(1)
+def unprintable(case): return [Faulty(1)]
+class FaultyError(Exception):
+    def __str__(self): raise RuntimeError("no text")
+def raises_faulty(case): raise FaultyError
+def leaves(case): sys.exit(3)
+def interrupts(case): raise KeyboardInterrupt
+def recurses(case): return recurses(case)
+def long_error(case): raise ValueError("x" * 10_000_000)
+def killed(case): os.kill(os.getpid(), 9)
+def stopped(case): os.kill(os.getpid(), 19)
 """
 
 
 @pytest.fixture
 def file(tmp_path, monkeypatch):
-    monkeypatch.setattr(rewards, "MAX_CPU_S", 0.3)
     path = tmp_path / "rewards.py"
     path.write_text(FUNCTIONS)
     return path
@@ -76,18 +108,23 @@ def test_functions_score_responses(file):
     assert score(f"{file}:missing", *cases) == [None, None, 1]
     assert score(f"{file}:prints", *cases) == [1, 1, 1]
     pid = os.getpid()
-    assert score(f"{file}:forks", *cases) == [1, 1, 1]
+    for name in ("forks", "forks_forever", "starts_thread", "reads_input"):
+        assert score(f"{file}:{name}", *cases) == [1, 1, 1]
+    for name in ("numpy_scalar", "numpy_bool", "true"):
+        assert score(f"{file}:{name}", *cases) == [1, 1, 1]
     assert os.getpid() == pid
 
 
 @each(("function", "text"), CASES["test_failures_name_the_function"])
 def test_failures_name_the_function(file, function, text, monkeypatch):
-    # On a busy machine, a crash long after the start counts as a time limit.
-    monkeypatch.setattr(rewards, "MAX_CPU_S", 0.1 if text == "took more than" else 20.0)
+    if text == "took more than":
+        monkeypatch.setattr(score_function, "CALL_SECONDS", 0.1)
     with pytest.raises(RewardError, match=text) as caught:
         score(f"{file}:{function}", make_case("a"))
     assert caught.value.what.startswith(f"reward {function}: ")
+    assert len(caught.value.what) < 2000
     assert "rewards.py" in caught.value.where
+    assert ("sample-1" in caught.value.what) == (function != "absent")
     assert "--resume" in caught.value.remedy
 
 
@@ -126,7 +163,48 @@ def test_format_is_checked_by_a_json_schema(answer, expected):
     assert score({"name": "format", "json_schema": SCHEMA}, make_case(answer)) == [expected]
 
 
-@each("schema", [{"type": "objekt"}, {"$ref": "#/$defs/a"}, {"$ref": "https://a.example/b"}])
+EXPONENTIAL = r"^\W?(\w+\s?)+\.$"
+
+
+@each(
+    ("option", "value"),
+    [
+        ("pattern", EXPONENTIAL),
+        ("json_schema", {"pattern": EXPONENTIAL}),
+        ("json_schema", {"not": {"anyOf": [{"pattern": EXPONENTIAL}]}}),
+        ("json_schema", {"propertyNames": {"pattern": EXPONENTIAL}}),
+        ("json_schema", {"patternProperties": {EXPONENTIAL: {}}}),
+        ("json_schema", {"$ref": "#"}),
+    ],
+)
+def test_format_without_an_end_names_the_sample(option, value, monkeypatch):
+    pytest.importorskip("jsonschema")
+    monkeypatch.setattr(rewards, "MAX_PATTERN_CPU_S", 0.2)
+    monkeypatch.setattr(rewards, "SCHEMA_CPU_S", 2.0)
+    answer = json.dumps({"a" * 61: 1} if "ropert" in str(value) else "a" * 61)
+    with pytest.raises(RewardError, match=r"took more than|RecursionError") as caught:
+        score({"name": "format", option: value}, make_case(answer))
+    assert "sample-1" in caught.value.what
+    assert caught.value.where == f"rewards, {option}"
+    assert "--resume" in str(caught.value.remedy)
+
+
+@each("pattern", ["(", "a{99999999999999999999}", "[z-a]", "a" * 1001])
+def test_invalid_patterns_are_errors_of_the_recipe(pattern):
+    with pytest.raises(ValueError, match=r"not a regular expression|longer than"):
+        RewardSettings(name="format", pattern=pattern)
+
+
+@each(
+    "schema",
+    [
+        {"pattern": "("},
+        {"pattern": "a{99999999999999999999}"},
+        {"type": "objekt"},
+        {"$ref": "#/$defs/a"},
+        {"$ref": "https://a.example/b"},
+    ],
+)
 def test_invalid_schemas_are_errors(schema):
     pytest.importorskip("jsonschema")
     with pytest.raises(RewardError) as caught:

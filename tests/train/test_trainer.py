@@ -20,6 +20,7 @@ from finesight import storage
 from finesight.data.image_header import CorruptImageError
 from finesight.errors import TrainingInterrupted, UserError
 from finesight.evaluate.metric_difference import read_predictions
+from finesight.evaluate.score_function import ScoringError
 from finesight.infer.model_loader import load_inference_model
 from finesight.recipe import load_recipe
 from finesight.train import evaluation, trainer
@@ -31,6 +32,30 @@ from finesight.train.state import StepOutput, TrainState
 from finesight.train.trainer import micro_batch_seed, train_step
 
 ONE_STEP = ("train.steps=1", "train.epochs=null")
+
+METRIC = """
+import os
+def score(case):
+    return 10**400 if os.path.exists({fails!r}) else len(case.answer)
+"""
+
+
+def test_run_resumed_after_a_failed_metric_equals_uninterrupted_run(task, monkeypatch):
+    metric, fails = task.folder / "mine.py", task.folder / "fails"
+    metric.write_text(METRIC.format(fails=str(fails)))
+    settings = {"metric": f"{metric}:score", "every": 3, "max_new_tokens": 2}
+    steps = ("train.save_every=null",)
+    task.run(*steps, eval=settings, name="expected")
+    with monkeypatch.context() as patched:
+        act_before_step(patched, 2, fails.touch)
+        with pytest.raises(ScoringError, match="score is 1000") as caught:
+            task.run(*steps, eval=settings)
+    assert str(metric) in caught.value.where
+    assert "for sample 'eval0'" in caught.value.what
+    assert caught.value.what.endswith("in the evaluation of step 3, checkpoint of step 3 written")
+    metric.write_text("def score(case): return len(case.answer)")
+    task.run(*steps, eval=settings, resume=True)
+    assert read_losses(task.folder / "run") == read_losses(task.folder / "expected")
 
 
 def test_run_folder_and_metrics(task):

@@ -2,7 +2,7 @@
 
 The function receives an `EvalCase` and returns a float or a dict of floats; higher is better. The
 scores of a set are their means. The first name, or the name in the variable HEADLINE of the file,
-is the primary metric. The file is executed without a sandbox.
+is the primary metric. The file is executed in a process of its own, without a sandbox.
 
 A file that the user names in a recipe or an option is executed, and its SHA-256 is recorded in a
 file of the user. A file in a run folder is executed only if its SHA-256 is recorded: the user
@@ -13,13 +13,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
-import numbers
 import os
 import runpy
-import traceback
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,16 +32,17 @@ from finesight.evaluate.eval_case import (
     MetricValues,
     mean_metrics,
 )
+from finesight.evaluate.score_function import (
+    EXPECTED_FUNCTION,
+    ScoreFunction,
+    ScoreKind,
+    build_function_error,
+    build_result_error,
+)
 from finesight.manifest import MANIFEST_FILE, RECIPE_FILE
 from finesight.storage import append_line, make_folder, state_folder
 
 METRIC_COPY_FILE = "metric.py"
-
-EXPECTED_FUNCTION = "a function of one case that returns a finite number or a dict of them"
-
-
-class RewardError(UserError):
-    """Raised when a reward function fails; the run can continue after it is corrected."""
 
 
 def parse_metric_path(metric: str) -> tuple[Path, str] | None:
@@ -74,46 +73,47 @@ def resolve_metric_path(
 
 
 def load_custom_metric(file: Path, function: str) -> MetricFn:
-    """Load a custom metric from a Python file.
+    """Return a function that scores a list of cases by a custom metric.
 
-    Returns:
-        A function that scores a list of cases. It raises UserError if the custom function fails.
+    Each call executes the file. It raises ScoringError if the file or the custom function fails.
 
     Raises:
-        UserError: The file fails, or the function does not exist.
+        UserError: The file does not exist.
     """
-    metric_fn, namespace = load_function(file, function)
+    require_metric_file(file)
+    return partial(_score_cases, file, function)
 
-    def require(condition: object, problem: str) -> None:
-        if not condition:
-            remedy = "correct the function: return finite values with the same names for every case"
-            raise UserError(problem, where=str(file), expected=EXPECTED_FUNCTION, remedy=remedy)
 
-    def score_case(case: EvalCase) -> MetricValues:
-        value = call_function(metric_fn, file, case)
-        values = value if isinstance(value, dict) else {function: value}
-        require(values, f"no score for sample {case.id!r}")
-        for name, number in values.items():
-            is_valid = isinstance(number, numbers.Real) and math.isfinite(number)
-            require(is_valid, f"{name} is {number!r} for sample {case.id!r}")
-        return {str(name): float(number) for name, number in values.items()}
+def open_function(
+    file: Path, function: str, kind: ScoreKind, max_bytes: int | None = None
+) -> ScoreFunction:
+    """Return a function of a Python file, which runs in a process of its own."""
+    load = partial(load_function, file, function)
+    return ScoreFunction(load, str(file), function, kind, max_bytes)
 
-    def score_cases(cases: Sequence[EvalCase]) -> MetricResult:
-        per_sample = [score_case(case) for case in cases]
-        names = ", ".join(per_sample[0])
-        for scores in per_sample:
-            problem = f"the scores {', '.join(scores)} after {names}"
-            require(scores.keys() == per_sample[0].keys(), problem)
-        first = namespace.get("HEADLINE") or next(iter(per_sample[0]))
-        require(first in per_sample[0], f"HEADLINE is {first!r}, the scores are {names}")
-        ordered = [{first: scores[first]} | scores for scores in per_sample]
-        return MetricResult(ordered, mean_metrics(ordered, bounds=UNBOUNDED))
 
-    return score_cases
+def _score_cases(file: Path, function: str, cases: Sequence[EvalCase]) -> MetricResult:
+    """Score cases in one process."""
+    per_sample: list[MetricValues] = []
+    with open_function(file, function, "metric") as score_function:
+        headline = score_function.load()
+        for case in cases:
+            scores = score_function.score(case)
+            assert scores is not None, f"a metric without a score of sample {case.id!r}"
+            per_sample.append(scores)
+    names = ", ".join(per_sample[0])
+    for scores in per_sample:
+        if scores.keys() != per_sample[0].keys():
+            raise build_result_error(f"the scores {', '.join(scores)} after {names}", str(file))
+    first = headline or next(iter(per_sample[0]))
+    if first not in per_sample[0]:
+        raise build_result_error(f"HEADLINE is {first!r}, the scores are {names}", str(file))
+    ordered = [{first: scores[first]} | scores for scores in per_sample]
+    return MetricResult(ordered, mean_metrics(ordered, bounds=UNBOUNDED))
 
 
 def load_function(file: Path, function: str) -> tuple[Callable[[EvalCase], Any], dict[str, Any]]:
-    """Execute a Python file, and return one of its functions and its variables.
+    """Execute a Python file in a worker process, and return a function and its variables.
 
     Raises:
         UserError: The file fails, or the function does not exist.
@@ -121,8 +121,8 @@ def load_function(file: Path, function: str) -> tuple[Callable[[EvalCase], Any],
     require_metric_file(file)
     try:
         namespace = runpy.run_path(str(file))
-    except (Exception, SystemExit) as error:
-        raise _build_function_error(error, file, "during execution of the file") from error
+    except BaseException as error:  # The interrupt of the user does not reach this process.
+        raise build_function_error(error, str(file), "during execution of the file") from error
     found = namespace.get(function)
     if not callable(found):
         names = sorted(n for n, v in namespace.items() if callable(v) and not n.startswith("_"))
@@ -144,30 +144,6 @@ def require_metric_file(file: Path) -> None:
             expected="a Python file with the metric function",
             remedy="correct the path, which is relative to the working directory",
         )
-
-
-def call_function(function: Callable[[EvalCase], Any], file: Path, case: EvalCase) -> Any:
-    """Call a function of a Python file. Raises UserError with the line if it fails."""
-    try:
-        return function(case)
-    except (Exception, SystemExit) as error:
-        context = f"for sample {case.id!r}, answer {case.answer[:80]!r}"
-        raise _build_function_error(error, file, context) from error
-
-
-def _build_function_error(error: BaseException, file: Path, context: str) -> UserError:
-    """Build the error for an exception in a metric file, with the line number."""
-    frames = traceback.extract_tb(error.__traceback__)
-    lines = [frame.lineno for frame in frames if frame.filename == str(file)]
-    line = lines[-1] if lines else None
-    if isinstance(error, SyntaxError) and error.filename == str(file):
-        line = error.lineno
-    return UserError(
-        f"{type(error).__name__}: {error} ({context})",
-        where=f"{file}:{line}" if line else str(file),
-        expected=EXPECTED_FUNCTION,
-        remedy="correct the file; use `python -m pdb` to debug it",
-    )
 
 
 def trust_file() -> Path:

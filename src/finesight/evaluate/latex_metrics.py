@@ -193,8 +193,9 @@ def render_digests(formulas: Iterable[str]) -> dict[str, str | None]:
 @cache
 def _open_workers() -> WorkerPool:
     """Return the workers of this process. Rewards render a few formulas at a time."""
-    limits = {"num_idle": MAX_RENDER_PROCESSES, "memory_bytes": MAX_MEMORY_BYTES}
-    workers = WorkerPool(import_module, "ziamath", **limits)
+    workers = WorkerPool(
+        import_module, "ziamath", num_idle=MAX_RENDER_PROCESSES, memory_bytes=MAX_MEMORY_BYTES
+    )
     atexit.register(workers.close)
     return workers
 

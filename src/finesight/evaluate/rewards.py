@@ -2,17 +2,15 @@
 
 A reward is a number for each response, usually from 0 to 1. Metrics of `eval.metric` are rewards,
 too. A function in a Python file receives an `EvalCase`, and returns a number, or None for no score.
-It runs in a process of its own, with limits of time and memory.
+Functions, and patterns and schemas of recipes, run in processes of their own, with limits of time
+and memory.
 """
 
 from __future__ import annotations
 
 import contextlib
-import math
-import numbers
-import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from importlib import import_module, util
@@ -27,20 +25,23 @@ from finesight.evaluate import custom_metric, task_metrics
 from finesight.evaluate.box_metrics import compute_box_reward, compute_click_reward
 from finesight.evaluate.eval_case import EvalCase
 from finesight.evaluate.latex_metrics import score_latex, strip_math_delimiters
+from finesight.evaluate.score_function import RewardError, ScoreFunction, describe_case
 from finesight.evaluate.text_metrics import normalize_text
+from finesight.pattern_matcher import MAX_PATTERN_CPU_S, PatternMatcher
 from finesight.plugins import Registry
 from finesight.worker_pool import JobOutput, WorkerJobError, WorkerLimitError, WorkerPool
 
-MAX_CPU_S = 30.0
-"""Maximum seconds of CPU time of a function for the responses of one group."""
-
 MAX_MEMORY_BYTES = 2 << 30
+"""Memory of a function in addition to its loaded file, and of a schema."""
 
 REPEATED_NGRAM = 4
 """Number of words of the n-grams that the reward `repetition` counts."""
 
 MATH_CPU_S = 5.0
 """Maximum seconds of CPU time of the reward `math` for a response."""
+
+SCHEMA_CPU_S = 5.0
+"""Maximum seconds of CPU time of the reward `format` with a schema, for a response."""
 
 _BOXES = (BoxPart(xyxy=(0, 0, 1, 1)),)
 CORRECT_CASE = EvalCase("[1]", _BOXES, ("[1]",), _BOXES)
@@ -57,27 +58,6 @@ def score_repetition(case: EvalCase) -> float:
     words = case.answer.split()
     ngrams = [tuple(words[i : i + REPEATED_NGRAM]) for i in range(len(words) - REPEATED_NGRAM + 1)]
     return len(set(ngrams)) / len(ngrams) if ngrams else 1.0
-
-
-def score_format(pattern: re.Pattern[str], case: EvalCase) -> float:
-    """Return 1 if the pattern matches the complete answer."""
-    return float(pattern.fullmatch(case.answer.strip()) is not None)
-
-
-def score_schema(validator: Any, case: EvalCase) -> float:
-    """Return 1 if the complete answer is JSON that a schema describes."""
-    try:
-        return float(validator.is_valid(parse_json(case.answer)))
-    except ValueError:
-        return 0.0
-    except import_module("referencing.exceptions").Unresolvable as error:
-        raise _build_schema_error(str(error), "define it in the schema") from error
-
-
-def _build_schema_error(what: str, remedy: str) -> UserError:
-    return custom_metric.RewardError(
-        what, where="rewards, json_schema", expected="a complete JSON schema", remedy=remedy
-    )
 
 
 def score_length(max_length: int, case: EvalCase) -> float:
@@ -113,6 +93,7 @@ class RewardScorer(contextlib.ExitStack):
         super().__init__()
         self.names, self._run_dir = _name_rewards(rewards), run_dir
         self.weights = [reward.weight for reward in rewards]
+        self._matcher = self.enter_context(PatternMatcher("rewards, pattern", ""))
         self._functions = [self._build_function(*one) for one in enumerate(rewards, 1)]
 
     def score(self, cases: Sequence[EvalCase]) -> list[list[float | None]]:
@@ -132,23 +113,38 @@ class RewardScorer(contextlib.ExitStack):
             name = custom_metric.resolve_metric_path(name, run_dir, copy_name=copy_name)
         if (location := custom_metric.parse_metric_path(name)) is not None:
             custom_metric.require_metric_file(location[0])
-            pool = self._open_pool(custom_metric.load_function, *location)
-            return partial(_score_in_worker, pool, *location)
+            return self._build_custom(
+                custom_metric.open_function(*location, "reward", MAX_MEMORY_BYTES)
+            )
+        if reward.pattern is not None:
+            return partial(_score_format, self._matcher, reward.pattern)
+        if reward.json_schema is not None:
+            _require_package("jsonschema", "format", "schema")
+            return partial(_score_schema, self._open_pool(dict), reward.json_schema)
         if name == "math":
             _require_package("math-verify", name, "latex")
             return partial(_score_math, self._open_pool(import_module, "math_verify"))
+        if (plugin := REWARDS.find_plugin(name)) is not None:
+            load = partial(_load_plugin, name)
+            return self._build_custom(ScoreFunction(load, plugin.describe(), name, "reward"))
         score_case: CaseRewardFn
-        if reward.pattern is not None:
-            score_case = partial(score_format, re.compile(reward.pattern, re.DOTALL))
-        elif reward.json_schema is not None:
-            score_case = partial(score_schema, _build_validator(reward.json_schema))
-        elif reward.max_length is not None:
+        if reward.max_length is not None:
             score_case = partial(score_length, reward.max_length)
-        elif name in REWARDS:
-            score_case = REWARDS[name]
+        elif name in _BUILT_IN:
+            score_case = _BUILT_IN[name]
         else:
             return partial(_score_by_metric, *_find_score(name))
         return lambda cases: [score_case(case) for case in cases]
+
+    def _build_custom(self, function: ScoreFunction) -> RewardFn:
+        """Return the reward of a function, whose process ends with this scorer."""
+        self.enter_context(function)
+
+        def score_cases(cases: Sequence[EvalCase]) -> list[float | None]:
+            found = [function.score(case) for case in cases]
+            return [None if scores is None else next(iter(scores.values())) for scores in found]
+
+        return score_cases
 
     def _open_pool(self, setup: Callable[..., Any], *args: object) -> WorkerPool:
         pool = WorkerPool(setup, *args, num_idle=1, memory_bytes=MAX_MEMORY_BYTES)
@@ -163,19 +159,6 @@ def _require_package(package: str, reward: str, extra: str) -> None:
             expected=f"the extra {extra}",
             remedy=f"pip install 'finesight[{extra}]'",
         )
-
-
-def _build_validator(schema: Mapping[str, Any]) -> Any:
-    """Return the validator of a JSON schema. References to other documents are an error."""
-    _require_package("jsonschema", "format", "schema")
-    package = import_module("jsonschema")
-    try:
-        validator = package.validators.validator_for(schema, package.Draft202012Validator)
-        validator.check_schema(schema)
-        # Without a registry, the package would download the documents.
-        return validator(schema, registry=import_module("referencing").Registry())
-    except package.SchemaError as error:
-        raise _build_schema_error(error.message, f"correct {error.json_path}") from error
 
 
 def _name_rewards(rewards: Sequence[RewardSettings]) -> list[str]:
@@ -252,33 +235,84 @@ def _verify_math(math_verify: Any, case: EvalCase) -> JobOutput:
     return JobOutput(float(any(verify(one, found) for one in expected for found in answers)))
 
 
-def _score_in_worker(
-    pool: WorkerPool, file: Path, function: str, cases: Sequence[EvalCase]
+def _load_plugin(name: str) -> tuple[CaseRewardFn, Mapping[str, Any]]:
+    """Return the function of a plug-in in a worker process."""
+    return REWARDS[name], {}
+
+
+def _score_format(
+    matcher: PatternMatcher, pattern: str, cases: Sequence[EvalCase]
 ) -> list[float | None]:
-    try:
-        with pool.borrow_worker() as worker:
-            return list(worker.call(_run_function, file, list(cases), max_cpu_s=MAX_CPU_S).value)
-    except UserError as error:
-        what = f"reward {function}: {error.what}"
-        where = error.where or str(file)
-    expected = "a function of one case that returns a finite number, or None"
-    remedy = "correct the function, then start again with --resume"
-    raise custom_metric.RewardError(what, where=where, expected=expected, remedy=remedy)
-
-
-def _run_function(
-    loaded: tuple[Callable[[EvalCase], Any], object], file: Path, cases: list[EvalCase]
-) -> JobOutput:
-    """Score cases in a worker process, which has loaded the function."""
-    pid = os.getpid()
-    values: list[float | None] = []
+    """Return 1 if the pattern matches the complete answer."""
+    scores: list[float | None] = []
     for case in cases:
-        try:
-            value = custom_metric.call_function(loaded[0], file, case)
-        finally:
-            if os.getpid() != pid:  # a process that the function has forked
-                os._exit(1)
-        if value is not None and not isinstance(value, numbers.Real):
-            raise UserError(f"the result is {value!r:.80} for sample {case.id!r}", where=str(file))
-        values.append(None if value is None or not math.isfinite(value) else float(value))
-    return JobOutput(values)
+        matcher.budget_s = MAX_PATTERN_CPU_S
+        with _name_case("pattern", case):
+            answer = [case.answer.strip()]
+            (groups,) = matcher.match(pattern, answer, is_full=True, flags=re.DOTALL)
+        scores.append(float(groups is not None))
+    return scores
+
+
+def _score_schema(
+    pool: WorkerPool, schema: Mapping[str, Any], cases: Sequence[EvalCase]
+) -> list[float | None]:
+    """Return 1 if the complete answer is JSON that a schema describes."""
+    scores: list[float | None] = []
+    for case in cases:
+        with _name_case("json_schema", case), pool.borrow_worker() as worker:
+            reply = worker.call(_validate, schema, case.answer, max_cpu_s=SCHEMA_CPU_S)
+        scores.append(float(reply.value))
+    return scores
+
+
+@contextlib.contextmanager
+def _name_case(option: str, case: EvalCase) -> Iterator[None]:
+    """Add the option of the reward `format` and the sample to an error."""
+    try:
+        yield
+    except UserError as error:
+        raise RewardError(
+            f"reward format: {error.what} ({describe_case(case)})",
+            where=f"rewards, {option}",
+            expected=error.expected,
+            remedy=f"correct {option}, then start again with --resume",
+        ) from error
+
+
+def _validate(state: dict[str, Any], schema: Mapping[str, Any], answer: str) -> JobOutput:
+    """Compare an answer with a JSON schema in a worker process.
+
+    Patterns of a schema may take exponential time, and its references may be endless.
+    """
+    if "validator" not in state:
+        state["validator"] = _build_validator(schema)
+    try:
+        value = parse_json(answer)
+    except ValueError:
+        return JobOutput(False)
+    try:
+        return JobOutput(bool(state["validator"].is_valid(value)))
+    except import_module("referencing.exceptions").Unresolvable as error:
+        what, expected = str(error), "references that are defined in the schema"
+        raise UserError(what, expected=expected) from error
+    except (re.error, OverflowError, RecursionError) as error:
+        raise _build_schema_error(f"{type(error).__name__}: {error}") from error
+
+
+def _build_validator(schema: Mapping[str, Any]) -> Any:
+    """Return the validator of a JSON schema. References to other documents are an error."""
+    package = import_module("jsonschema")
+    try:
+        validator = package.validators.validator_for(schema, package.Draft202012Validator)
+        validator.check_schema(schema)
+        # Without a registry, the package would download the documents.
+        return validator(schema, registry=import_module("referencing").Registry())
+    except package.SchemaError as error:
+        raise _build_schema_error(f"{error.message:.500} at {error.json_path}") from error
+    except (re.error, OverflowError, RecursionError) as error:
+        raise _build_schema_error(f"{type(error).__name__}: {error}") from error
+
+
+def _build_schema_error(what: str) -> UserError:
+    return UserError(what, expected="a valid JSON schema with finite references")

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 from finesight.config import MetricSpec, TaskName
 from finesight.data.boxes import box_area
 from finesight.data.sample import TOOL_CALL_END, TOOL_CALL_TEXT
-from finesight.errors import UserError
+from finesight.errors import UserError, format_count
 from finesight.evaluate import (
     box_metrics,
     caption_metrics,
@@ -30,6 +31,11 @@ from finesight.evaluate.eval_case import (
     MetricValues,
     ReferenceAnswer,
     mean_metrics,
+)
+from finesight.evaluate.score_function import (
+    build_function_error,
+    build_result_error,
+    read_score,
 )
 from finesight.plugins import Registry
 
@@ -114,15 +120,55 @@ LOWER_IS_BETTER = frozenset({"edit_distance", "cer", "wer", "distance", VALIDATI
 
 
 def get_task_metric(metric: MetricSpec) -> TaskMetric:
-    """Return the task metric of a setting; a custom metric is loaded from its file.
+    """Return the task metric of a setting.
 
     Raises:
-        UserError: The file of the custom metric is invalid.
+        UserError: The file of a custom metric is missing, or a plug-in cannot be imported.
     """
     location = custom_metric.parse_metric_path(metric)
-    if location is None:
-        return TASK_METRICS[metric]
-    return TaskMetric(None, custom_metric.load_custom_metric(*location), "anything")
+    if location is not None:
+        return TaskMetric(None, custom_metric.load_custom_metric(*location), "anything")
+    task, plugin = TASK_METRICS[metric], TASK_METRICS.find_plugin(metric)
+    if plugin is None:
+        return task
+    return replace(task, score_fn=partial(_score_by_plugin, plugin.describe(), task))
+
+
+def _score_by_plugin(where: str, task: TaskMetric, cases: Sequence[EvalCase]) -> MetricResult:
+    """Score cases by the metric of a plug-in. Raises ScoringError if it fails."""
+    try:
+        result = task.score_fn(cases)
+        scores = result.scores
+        per_sample = [dict(one) for one in result.per_sample]
+    except UserError:
+        raise
+    except (Exception, SystemExit) as error:
+        context = f"for {format_count(len(cases), 'sample')}, the first one {cases[0].id!r}"
+        raise build_function_error(error, where, context) from error
+    if len(per_sample) != len(cases):
+        what = f"scores of {len(per_sample)} samples for {format_count(len(cases), 'sample')}"
+        raise build_result_error(what, where)
+    names, primary = per_sample[0].keys(), task.primary_metric
+    for case, values in zip(cases, per_sample, strict=True):
+        if values.keys() != names or not names:
+            what = f"the scores {', '.join(map(str, values))} of sample {case.id!r}"
+            raise build_result_error(f"{what} after {', '.join(map(str, names))}", where)
+        for name, value in values.items():
+            values[name] = read_score(value, name, f"for sample {case.id!r}", where)
+    for name, value in scores.items():
+        read_score(value, name, "for all samples", where)
+    if primary is not None and primary not in scores:
+        what = f"no score {primary!r}, the primary one, in {', '.join(map(str, scores))}"
+        raise build_result_error(what, where)
+    return replace(result, per_sample=per_sample)
+
+
+def check_task_metric(metric: MetricSpec) -> None:
+    """Load a metric. Raises UserError if a plug-in, or the file of a custom metric, is invalid."""
+    get_task_metric(metric)
+    if (location := custom_metric.parse_metric_path(metric)) is not None:
+        with custom_metric.open_function(*location, "metric") as function:
+            function.load()
 
 
 def check_references(
@@ -140,7 +186,9 @@ def check_references(
     has_reference = [has_reference_kind(reference_kind, reference) for reference in references]
     if any(has_reference) and (reference_kind != "json" or all(has_reference)):
         if metric not in _BUILT_IN:
-            _dry_run_metric(metric, task.score_fn, references[has_reference.index(True)])
+            first = has_reference.index(True)
+            sample_id = ids[first] if ids else ""
+            _dry_run_metric(metric, task.score_fn, references[first], sample_id)
         return
     kinds = {name: other.reference_kind for name, other in _BUILT_IN.items()}
     fitting = [n for n in kinds if all(has_reference_kind(kinds[n], r) for r in references)]
@@ -174,11 +222,13 @@ def has_reference_kind(reference_kind: str, reference: ReferenceAnswer) -> bool:
     return reference_kind == "anything" or bool("".join(texts).strip())
 
 
-def _dry_run_metric(metric: MetricSpec, metric_fn: MetricFn, reference: ReferenceAnswer) -> None:
+def _dry_run_metric(
+    metric: MetricSpec, metric_fn: MetricFn, reference: ReferenceAnswer, sample_id: str
+) -> None:
     """Score a reference and an empty answer, so that errors of a metric precede generation."""
     texts, reference_boxes = reference
     answers = (texts[0], reference_boxes), ("", ())
-    cases = [EvalCase(text, boxes, texts, reference_boxes) for text, boxes in answers]
+    cases = [EvalCase(*answer, texts, reference_boxes, sample_id) for answer in answers]
     reserved_names = metric_fn(cases).scores.keys() & (LOWER_IS_BETTER | {"ended_with_eos"})
     for name in sorted(reserved_names):
         raise UserError(

@@ -85,10 +85,10 @@ def sample(
         describe_truncation,
         measure_answers,
     )
-    from finesight.evaluate.custom_metric import RewardError
     from finesight.evaluate.eval_case import get_reference_answer
     from finesight.evaluate.metric_difference import read_predictions
     from finesight.evaluate.rewards import RewardScorer
+    from finesight.evaluate.score_function import RewardError
     from finesight.infer.request import SamplingParams
     from finesight.manifest import RESPONSES_FILE, SAMPLING_FILE, find_run_dir
     from finesight.storage import check_new_path, write_file, write_folder

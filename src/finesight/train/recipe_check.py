@@ -29,7 +29,8 @@ from finesight.errors import Step, UserError
 from finesight.evaluate import custom_metric
 from finesight.evaluate.eval_case import EvalCase, get_reference_answer, select_eval_samples
 from finesight.evaluate.rewards import RewardScorer
-from finesight.evaluate.task_metrics import check_references, get_task_metric
+from finesight.evaluate.score_function import RewardError
+from finesight.evaluate.task_metrics import check_references, check_task_metric
 from finesight.hub.download import is_offline
 from finesight.infer.model_loader import resolve_device, resolve_model_source
 from finesight.manifest import MANIFEST_FILE, find_run_dir, load_manifest
@@ -101,7 +102,7 @@ def check_recipe(
     if recipe.eval is not None and recipe.data.eval:
         metric = custom_metric.resolve_metric_path(recipe.eval.metric, recipe.output_dir)
         if runs_functions or custom_metric.parse_metric_path(metric) is None:
-            get_task_metric(metric)
+            check_task_metric(metric)
     tune = recipe.tune
     names_layers = base_model.adapter is not None or tune.lora.target_modules is not None
     names_layers = names_layers or tune.quantize != QuantizeSettings()
@@ -317,7 +318,7 @@ def check_rewards(rewards: Sequence[RewardSettings], run: Path | None, sample: S
     try:
         with RewardScorer(rewards, run) as scorer:
             scorer.score([EvalCase(*answer, texts, boxes, sample.id) for answer in answers])
-    except custom_metric.RewardError as error:
+    except RewardError as error:
         error.remedy = "correct it; it was called with a reference and with an empty answer"
         raise
 

@@ -21,8 +21,8 @@ from torch import Tensor
 from finesight.data.line_index import UnreadableFileError
 from finesight.encode.packing import PackedBatch, dummy_batch
 from finesight.errors import Remedy, TrainingInterrupted
-from finesight.evaluate.custom_metric import RewardError
 from finesight.evaluate.eval_case import find_best_eval
+from finesight.evaluate.score_function import RewardError, ScoringError
 from finesight.storage import require_free_space
 from finesight.train.checkpoint import (
     MAX_ASYNC_PARAMS,
@@ -259,7 +259,7 @@ def _raise_desync(process_group: ProcessGroup) -> Iterator[None]:
 
 RECOVERABLE_ERRORS = (
     TrainingInterrupted,
-    RewardError,
+    ScoringError,
     DataWorkerError,
     UnreadableFileError,
     GpuOutOfMemoryError,
@@ -368,10 +368,12 @@ class Trainer:
             self.metrics_logger.flush()
             self.save_checkpoint()
             self.checkpointer.wait()
-            if isinstance(error, RewardError):
+            if isinstance(error, ScoringError):
                 step = self.state.progress.step
                 written = f"checkpoint of step {step} written" if step else "no checkpoint yet"
-                error.what += f"; in step {step + 1}, {written}"
+                is_reward = isinstance(error, RewardError)
+                stage = f"in step {step + 1}" if is_reward else f"in the evaluation of step {step}"
+                error.what += f"; {stage}, {written}"
         # A job scheduler may send the signal to the data loader workers as well.
         if can_save and self.stop.signal is not None:
             raise self.build_interruption() from error

@@ -115,8 +115,13 @@ def create_image_pool(state: Any = None, module: str = "") -> WorkerPool:
         state: State of the jobs.
         module: Module of the job, which the template process imports, so that no worker has to.
     """
-    limits = {"num_idle": NUM_IMAGE_WORKERS, "memory_bytes": MAX_WORKER_MEMORY_BYTES}
-    return WorkerPool(load_state, state, module, **limits)
+    return WorkerPool(
+        load_state,
+        state,
+        module,
+        num_idle=NUM_IMAGE_WORKERS,
+        memory_bytes=MAX_WORKER_MEMORY_BYTES,
+    )
 
 
 def load_state(state: Any, module: str) -> Any:

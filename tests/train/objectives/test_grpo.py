@@ -20,8 +20,8 @@ from finesight.data.sample import BoxPart, ImagePart, LocatedSample, Message, Sa
 from finesight.encode.family import scale_box
 from finesight.encode.renderer import NativeRenderer
 from finesight.errors import UserError
-from finesight.evaluate.custom_metric import RewardError
 from finesight.evaluate.eval_case import EvalCase
+from finesight.evaluate.score_function import RewardError
 from finesight.model_folder import ModelFolder
 from finesight.train.objectives.grpo import compute_token_losses
 from finesight.train.recipe_check import suggest_completion_length
@@ -105,7 +105,7 @@ LETTERS = [
     {"name": "format", "pattern": rf"([n-\uffff]*[\x00-m]){{{count}}}.*", "weight": 0.1}
     for count in range(1, 25)
 ]
-"""As the function `early`, without a worker process: the number of such letters."""
+"""As the function `early`: the number of such letters."""
 
 
 @pytest.fixture

@@ -137,6 +137,12 @@ def make_progressive_jpeg(scans: int = 3_000) -> bytes:
 
 
 @cache
+def make_large_png() -> bytes:
+    """Make an image of some 100 kB whose decoding takes tenths of a second."""
+    return encode_image(Image.new("RGB", (SIDE, SIDE), (120, 30, 200)))
+
+
+@cache
 def make_small_image(kind: str) -> bytes:
     """Make an image of 64 x 64 pixels."""
     return encode_image(Image.new("P" if kind == "GIF" else "RGB", (64, 64)), kind)

@@ -66,3 +66,8 @@ def load_state_without_av(renderer: NativeRenderer, vocab_size: int) -> WorkerSt
     """The state of the workers of a server without the extra `video`."""
     sys.modules["av"] = None  # type: ignore[assignment]
     return load_worker_state(renderer, vocab_size)
+
+
+def hang(state: dict[str, Any], *args: object) -> JobOutput:
+    time.sleep(10_000)
+    return JobOutput()

@@ -29,6 +29,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing.connection import Connection, wait
@@ -243,6 +244,43 @@ class WorkerJobError(Exception):
         self.error_name, self.traceback_text = error_name, traceback_text
 
 
+class JobCancellation:
+    """Cancels the jobs of a request, also those that start later.
+
+    A job belongs to the request whose cancellation is `CURRENT_CANCELLATION` when it borrows its
+    worker.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._workers: set[Worker] = set()
+        self.is_cancelled = False
+
+    def cancel(self) -> None:
+        """Kill the workers of the request."""
+        with self._lock:
+            self.is_cancelled = True
+            for worker in self._workers:
+                worker.kill()
+
+    @contextlib.contextmanager
+    def hold(self, worker: Worker) -> Iterator[None]:
+        """Allow `cancel` to end a worker within the `with` block."""
+        with self._lock:
+            self._workers.add(worker)
+            if self.is_cancelled:
+                worker.kill()
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._workers.discard(worker)
+
+
+CURRENT_CANCELLATION: ContextVar[JobCancellation | None] = ContextVar("cancellation", default=None)
+"""Cancellation of the request that this thread works for. Threads of anyio inherit it."""
+
+
 class Worker(contextlib.AbstractContextManager["Worker"]):
     """Connection to a worker process, which runs one job at a time.
 
@@ -443,14 +481,21 @@ class WorkerPool:
 
     @contextlib.contextmanager
     def borrow_worker(self) -> Iterator[Worker]:
-        """Lend an idle or new worker for the `with` block."""
+        """Lend an idle or new worker for the `with` block.
+
+        Raises WorkerLostError if the jobs of the current request are cancelled.
+        """
+        cancellation = CURRENT_CANCELLATION.get()
+        if cancellation is not None and cancellation.is_cancelled:
+            raise WorkerLostError("the jobs of the request are cancelled")
         with self._lock:
             # An idle worker whose connection is readable has ended.
             while self.idle_workers and self.idle_workers[-1].wait(0.0):
                 self.idle_workers.pop().close()
             worker = self.idle_workers.pop() if self.idle_workers else self._fork(self.memory_bytes)
         try:
-            yield worker
+            with contextlib.nullcontext() if cancellation is None else cancellation.hold(worker):
+                yield worker
         finally:
             self._return_worker(worker)
 

@@ -4,6 +4,7 @@ import os
 import pickle
 from pathlib import Path
 
+import hostile_requests
 import pytest
 from edge_case_images import build_tiled_tiff
 from image_fixtures import write_gray_image
@@ -14,8 +15,10 @@ from finesight.data.image_header import (
     MAX_IMAGE_PIXELS,
     CorruptImageError,
     ImageTooLargeError,
+    decode_image,
     read_image_size,
 )
+from finesight.vision.image_processing import load_image
 
 
 def test_pixels_are_not_decoded(tmp_path: Path) -> None:
@@ -81,6 +84,21 @@ def test_oversized_tiff_tile_is_rejected(tmp_path: Path) -> None:
         read_image_size(path)
     path.write_bytes(build_tiled_tiff(10, 10, 16, b""))
     assert read_image_size(path) == (10, 10)
+
+
+@pytest.mark.parametrize(("scans", "is_valid"), [(0, True), (50, True), (3000, False)])
+def test_jpeg_with_too_many_scans_is_not_decoded(tmp_path, scans, is_valid, monkeypatch):
+    path = tmp_path / "a.jpg"
+    monkeypatch.setattr(hostile_requests, "SIDE", 64)
+    path.write_bytes(hostile_requests.make_progressive_jpeg.__wrapped__(scans))
+    assert read_image_size(path) == (64, 64)
+    for decode in (decode_image, load_image):
+        if is_valid:
+            decode(path)
+            continue
+        with pytest.raises(CorruptImageError, match=f"a JPEG with {scans + 10} scans") as caught:
+            decode(path)
+        assert caught.value.where == str(path)
 
 
 def test_damaged_image_error_is_picklable(tmp_path: Path) -> None:

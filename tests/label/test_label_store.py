@@ -11,7 +11,7 @@ from unittest.mock import patch
 import pytest
 from case_files import load_cases
 from each_value import each
-from hostile_requests import make_progressive_jpeg
+from hostile_requests import make_jpeg2000
 from image_fixtures import make_sample
 from label_fixtures import CORNERS, MODEL, draw_images, make_suggestion, open_fields_session
 from PIL import Image
@@ -178,7 +178,7 @@ def test_frames_and_videos_are_decoded_within_limits(tmp_path, monkeypatch):
     samples = [make_sample(name, tmp_path, video).sample for name, video in videos.items()]
     write_samples(tmp_path / "data.jsonl", samples)
     monkeypatch.setattr(image_reader, "MAX_VIDEO_CPU_S", 1e-4)
-    (tmp_path / frames[1]).write_bytes(make_progressive_jpeg())
+    (tmp_path / frames[1]).write_bytes(make_jpeg2000())
     monkeypatch.setattr(image_reader, "MAX_IMAGE_CPU_S", 0.1)
     with open_session(tmp_path / "labels", MODEL, [tmp_path / "data.jsonl"]).store as store:
         reasons = store.decode_images([item.sample for item in store.items])

@@ -36,10 +36,12 @@ from hostile_requests import (
     make_header_flood,
     make_image_content,
     make_jpeg2000,
+    make_large_png,
     make_long_text,
     make_multipart_form,
     make_progressive_jpeg,
     make_schema_format,
+    make_small_image,
     request_makers,
 )
 from image_fixtures import encode_image
@@ -48,9 +50,14 @@ from PIL import Image
 from finesight.encode.tokenization import Tokenizer
 from finesight.errors import UserError
 from finesight.serve.api_schema import ApiError
-from finesight.serve.chat_completions import ActiveCompletion
+from finesight.serve.chat_completions import (
+    LARGE_BODY_BYTES,
+    MAX_LARGE_BODIES,
+    ActiveCompletion,
+)
 from finesight.serve.media_sources import read_formats
 from finesight.serve.request_middleware import ByteBudget, ByteReservation
+from finesight.serve.request_preprocessor import ParsedBody, RequestPreprocessor
 from finesight.vision.image_processing import load_image
 
 CLIENTS, REQUESTS, CASES = 8, 500, 20_000
@@ -150,6 +157,52 @@ def test_slow_image_decoding_is_rejected(strict_server):
     assert [status for status, _ in found] == [400] * 4
     assert {error["param"] for _, error in found} == {"messages.0.content.0"}
     assert set(statuses) <= {200}
+
+
+@contextlib.contextmanager
+def hold_bodies(server: RunningServer, body: bytes, number: int) -> Iterator[None]:
+    """Send equal requests, and disconnect at the end of the block."""
+    head = POST_CHAT + b"Content-Length: %d\r\n\r\n" % len(body)
+    with contextlib.ExitStack() as stack:
+        for _ in range(number):
+            stack.enter_context(server.connect(head + body))
+        yield
+
+
+@each("kind", ["images", "large bodies"])
+def test_texts_do_not_wait_for_images_and_large_bodies(
+    inference_model, tmp_path, monkeypatch, kind
+):
+    number = LIMITS.num_reader_threads
+    started, ended = threading.Semaphore(0), threading.Event()
+    parse, encode = RequestPreprocessor.parse_body, RequestPreprocessor.encode
+
+    def parse_body(preprocessor: RequestPreprocessor, body: bytearray, *args: Any) -> Any:
+        if len(body) > LARGE_BODY_BYTES:
+            started.release()
+            ended.wait()
+        return parse(preprocessor, body, *args)
+
+    def encode_files(preprocessor: RequestPreprocessor, body: ParsedBody, *args: Any) -> Any:
+        if body.files and kind == "images":
+            started.release()
+            ended.wait()
+        return encode(preprocessor, body, *args)
+
+    monkeypatch.setattr(RequestPreprocessor, "parse_body", parse_body)
+    monkeypatch.setattr(RequestPreprocessor, "encode", encode_files)
+    with run_server(inference_model, tmp_path) as server:
+        image = make_image_content(make_small_image("PNG"))
+        padding = {} if kind == "images" else {"metadata": "x" * (LARGE_BODY_BYTES + 1)}
+        body = make_request_body(server, image, **padding).encode()
+        with hold_bodies(server, body, 2 * number):
+            for _ in range(number if kind == "images" else MAX_LARGE_BODIES):
+                assert started.acquire(timeout=60)
+            try:
+                assert post_chat(server, "Hello")[0] == 200
+                assert send_request(server, "GET", FILES)[0] == 200
+            finally:
+                ended.set()
 
 
 def test_cpu_time_limit_covers_all_images(inference_model, tmp_path):
@@ -283,7 +336,7 @@ def test_disconnect_during_the_request(strict_server, caplog):
             HostileRequest("cut", FILES, upload, content_type, cut=cut),
         ):
             assert request.send(strict_server.port) == 0
-    send_and_disconnect(strict_server, make_image_content(make_progressive_jpeg()), wait_s=0.1)
+    send_and_disconnect(strict_server, make_image_content(make_large_png()), wait_s=0.1)
     lines = wait_for_log(caplog, " 499 ", 21)
     # Their order is that of the handled disconnects.
     assert (len(lines), sum(f"POST {CHAT} 499 " in line for line in lines)) == (21, 11)

@@ -7,7 +7,7 @@ from pathlib import Path
 import hf_models
 import pytest
 import torch
-from hostile_requests import make_progressive_jpeg
+from hostile_requests import make_jpeg2000
 from service_fixture import write_shape_image
 
 from finesight.data.sample import LocatedSample
@@ -29,7 +29,7 @@ def test_chat_decodes_images_in_worker_processes(tmp_path, monkeypatch):
     model = load_inference_model("finesight-tiny", "cpu", "fp32")
     image, question = write_shape_image(tmp_path, 0)
     hostile = tmp_path / "hostile.jpg"
-    hostile.write_bytes(make_progressive_jpeg())
+    hostile.write_bytes(make_jpeg2000())
     options = [GenerationOptions(max_new_tokens=60)]
 
     def ask(service: InferenceService, *images: Path) -> tuple[str, object]:
@@ -48,7 +48,7 @@ def test_chat_decodes_images_in_worker_processes(tmp_path, monkeypatch):
             # Its replacement would cost the time of a start at each prompt.
             assert sum(worker.jobs for worker in pool.idle_workers) == 2, "a worker was replaced"
             with pytest.raises(UserError, match=r"CPU time"):
-                ask(service, hostile)
+                ask(service, *[hostile] * 8)
             pool.close()
             with pytest.raises(UserError, match="the server stops"):
                 ask(service, image)

@@ -54,7 +54,7 @@ def test_worker_returns_size_pixels_and_copy(reader: ImageReader, tmp_path: Path
     ("data", "reason"),
     [
         (make_jpeg2000, "CPU time"),
-        (make_progressive_jpeg, "CPU time"),
+        (make_progressive_jpeg, "scans"),
         (lambda: make_small_image("PNG")[:60], "truncated|corrupt"),
         (lambda: b"text", "not an image"),
     ],

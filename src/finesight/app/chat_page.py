@@ -46,6 +46,7 @@ from finesight.app.pages import (
     parse_body,
     render_page,
 )
+from finesight.app.request_jobs import RequestJobs
 from finesight.app.server import Access, AccessMiddleware
 from finesight.bounded_files import parse_json
 from finesight.data.image_header import get_file
@@ -81,6 +82,9 @@ MAX_SEED = 2**53 - 1
 
 MAX_DISPLAY_SIDE = 1600
 """Maximum width and height of an image that the browser receives, in pixels."""
+
+MAX_IMAGE_JOBS, MAX_TEXT_JOBS = 2 * NUM_IMAGE_WORKERS, 4
+"""Maximum number of requests that read images, and of questions without any, at the same time."""
 
 BASE_MODEL_NAME = "base"
 DEFAULT_MAX_NEW_TOKENS = 512
@@ -358,8 +362,9 @@ class ChatPage:
         # Conversations by ID, the last changed one at the end.
         self._chats: dict[str, Chat] = {}
         self._tasks = set[asyncio.Task[None]]()
-        # Slow images wait for each other, and leave threads for the other requests.
-        self._limiter = CapacityLimiter(2 * NUM_IMAGE_WORKERS)
+        # Slow images wait for each other. Questions without images do not wait for them.
+        self._image_jobs = RequestJobs(MAX_IMAGE_JOBS)
+        self._text_jobs = RequestJobs(MAX_TEXT_JOBS)
         self._render_limiter = CapacityLimiter(2)
         # Cookies do not distinguish ports and paths, so each server has its own.
         self._cookie = f"finesight-chats-{secrets.token_hex(8)}"
@@ -446,7 +451,7 @@ class ChatPage:
         """Store an image, document or video, and return the IDs of its images."""
         path = await self._uploads.store(request)
         try:
-            images = await to_thread.run_sync(self._read_images, path, limiter=self._limiter)
+            images = await self._image_jobs.run(request, partial(self._read_images, path))
         except BaseException:
             self._uploads.remove([path.parent.name])
             raise
@@ -483,7 +488,7 @@ class ChatPage:
         if "video" in request.query_params and is_video_path(path):
             return FileResponse(path, headers=headers)
         encode = partial(self._reader.encode, path, MAX_DISPLAY_SIDE)
-        content = (await to_thread.run_sync(encode, limiter=self._limiter))[1]
+        _, content, _ = await self._image_jobs.run(request, encode)
         return Response(content, media_type="image/webp", headers=headers)
 
     async def forget_images(self, request: Request) -> Response:
@@ -534,7 +539,8 @@ class ChatPage:
     async def start_answer(self, request: Request) -> Response:
         """Start the answer to a question, and return the ID of its conversation.
 
-        It is generated, too, while no page of the browser shows it.
+        It is generated, too, while no page of the browser shows it. If the client disconnects while
+        its images are read, the conversation is unchanged.
         """
         body = await parse_body(request, ChatRequest)
         chat = Chat(request.cookies.get(self._cookie, ""))
@@ -542,9 +548,11 @@ class ChatPage:
             chat = self._find_chat(request, body.chat, num_turns=body.num_turns)
         elif not chat.owner:
             raise UserError(translate("The page needs cookies. Allow them, and reload the page."))
+        has_images = bool(body.images) or bool(chat.paths)
+        jobs = self._image_jobs if has_images else self._text_jobs
         chat.is_busy = True
         try:
-            turns = await to_thread.run_sync(self._send, chat, body, limiter=self._limiter)
+            turns = await jobs.run(request, partial(self._send, chat, body))
         except BaseException:
             chat.is_busy = False
             raise

@@ -10,9 +10,10 @@ import json
 import secrets
 import threading
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Annotated, Any, Literal, get_args
 
-from anyio import CapacityLimiter, to_thread
+from anyio import to_thread
 from pydantic import BaseModel, Field, FiniteFloat, ValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -20,6 +21,7 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 
 from finesight.app.pages import create_app, find_studio, parse_body, render_page
+from finesight.app.request_jobs import RequestJobs
 from finesight.app.server import Access, AccessMiddleware
 from finesight.data.boxes import BoxConvention, InvalidBoxError, clip_to_image
 from finesight.data.formats.image_annotations import NO_OBJECTS_ANSWER
@@ -38,6 +40,9 @@ MAX_LISTED_ITEMS, MAX_LISTED_CHARS = 100, 200
 EVENTS = ("open", *get_args(LabelEvent))
 
 ListState = Literal["", "open", "written", "accepted", "corrected", "skipped"]
+
+MAX_ITEM_JOBS = 8
+"""Maximum number of items whose image sizes are read at the same time."""
 
 MAX_DISPLAY_SIDE = 2000
 """Maximum width and height of an image that the browser receives, in pixels."""
@@ -107,7 +112,8 @@ class LabelPage:
         self._key = hashlib.sha256(origin.encode()).hexdigest()[:16]
         self._index_by_id = {item.sample.sample.id: i for i, item in enumerate(self._items)}
         # Slow images wait for each other, and leave threads for the other requests.
-        self._limiter = CapacityLimiter(NUM_IMAGE_WORKERS)
+        self._image_jobs = RequestJobs(NUM_IMAGE_WORKERS)
+        self._item_jobs = RequestJobs(MAX_ITEM_JOBS)
 
     def list_routes(self) -> list[Route]:
         """Return the routes of the page."""
@@ -164,22 +170,40 @@ class LabelPage:
         items = found[query.start : query.start + MAX_LISTED_ITEMS]
         return JSONResponse({"count": len(found), "items": items})
 
-    def get_item(self, request: Request) -> Response:
+    async def get_item(self, request: Request) -> Response:
         """Return an item; see `describe`."""
-        return JSONResponse(self.describe(request.path_params["index"]))
+        describe = partial(self.describe, request.path_params["index"])
+        return JSONResponse(await self._item_jobs.run(request, describe))
 
-    def describe(self, index: int) -> dict[str, Any]:
-        """Return an item with its choices and the sizes of its images."""
-        item = self._find_item(index)
-        images = []
-        for number, path in enumerate(item.images):
-            url, error = self._make_url(index, number), ""
+    def _read_sizes(self, item: LabelItem) -> list[ImageSize | CorruptImageError]:
+        """Return the size of each image of an item, or its error."""
+        sizes: list[ImageSize | CorruptImageError] = []
+        for path in item.images:
             try:
-                height, width = self._images.read_size(path)
-            except CorruptImageError as corrupt:
-                height, width, error = 1, 1, str(corrupt)
-            image = {"url": url, "width": width, "height": height, "error": error}
-            images.append({**image, "name": path.name})
+                sizes.append(self._images.read_size(path))
+            except CorruptImageError as error:
+                sizes.append(error)
+        return sizes
+
+    def describe(
+        self, index: int, sizes: Sequence[ImageSize | CorruptImageError] | None = None
+    ) -> dict[str, Any]:
+        """Return an item with its choices and the sizes of its images.
+
+        Args:
+            sizes: Results of `_read_sizes`; None to read them.
+        """
+        item = self._find_item(index)
+        if sizes is None:
+            sizes = self._read_sizes(item)
+        images = []
+        for number, (path, size) in enumerate(zip(item.images, sizes, strict=True)):
+            error = ""
+            if isinstance(size, CorruptImageError):
+                error, size = str(size), (1, 1)
+            height, width = size
+            image = {"url": self._make_url(index, number), "width": width, "height": height}
+            images.append({**image, "error": error, "name": path.name})
         choices, template = self._list_choices(item), self._session.task.template
         values = {"index": index, "revision": len(item.history), "images": images}
         values |= {"choices": choices, "template": template}
@@ -204,8 +228,8 @@ class LabelPage:
         if number >= len(images):
             raise HTTPException(404, "no such item")
         side = THUMBNAIL_SIDE if "small" in request.query_params else MAX_DISPLAY_SIDE
-        encode, limiter = self._images.encode, self._limiter
-        content = (await to_thread.run_sync(encode, images[number], side, limiter=limiter))[1]
+        encode = partial(self._images.encode, images[number], side)
+        _, content, _ = await self._image_jobs.run(request, encode)
         headers = {"cache-control": "private, max-age=3600"}
         return Response(content, media_type="image/webp", headers=headers)
 
@@ -227,6 +251,8 @@ class LabelPage:
     def decide(self, request: DecisionRequest) -> dict[str, Any]:
         """Save a decision, and return the item and the counts."""
         store = self._session.store
+        # Without the lock, so that no decision waits for the images of another one.
+        sizes = self._read_sizes(store.find(request.id))
         with self._lock:
             item = store.find(request.id)
             if request.revision not in (None, len(item.history)):
@@ -236,13 +262,13 @@ class LabelPage:
                     remedy="reload the page",
                 )
             if request.action == "save":
-                self._save(item, request)
+                self._save(item, request, sizes)
             elif request.action == "skip":
                 store.skip(request.id)
             else:
                 store.reopen(request.id)
             index = self._index_by_id[request.id]
-            return {"item": self.describe(index), "counts": store.count_events()}
+            return {"item": self.describe(index, sizes), "counts": store.count_events()}
 
     def decide_many(self, request: BulkRequest) -> dict[str, Any]:
         """Accept the suggestions that a person could accept, or reopen items of a revision."""
@@ -269,7 +295,7 @@ class LabelPage:
                 answer = describe_answer(self._session.select_suggestion(item))
                 values = {"id": item.sample.sample.id, "action": "save", **answer}
                 try:
-                    self._save(item, DecisionRequest.model_validate(values))
+                    self._save(item, DecisionRequest.model_validate(values), self._read_sizes(item))
                 except (UserError, ValidationError) as error:
                     # Invalid suggestions stay open. Errors of the disk end the request.
                     if isinstance(error.__cause__, OSError):
@@ -277,13 +303,22 @@ class LabelPage:
                 else:
                     yield index, len(item.history)
 
-    def _save(self, item: LabelItem, request: DecisionRequest) -> None:
+    def _save(
+        self,
+        item: LabelItem,
+        request: DecisionRequest,
+        found_sizes: Sequence[ImageSize | CorruptImageError],
+    ) -> None:
         text = request.text
         if request.edits is not None:
             text = self._session.edit_fields(text, request.edits)
         self._session.check_answer(item, text, bool(request.boxes))
         updated = request.model_copy(update={"text": text})
-        sizes = [self._images.read_size(path) for path in item.images]
+        sizes: list[ImageSize] = []
+        for size in found_sizes:
+            if isinstance(size, CorruptImageError):
+                raise size
+            sizes.append(size)
         content = _build_content(item, updated, sizes, self._session.task.kind)
         self._check_classes(item, updated)
         if not content:

@@ -19,6 +19,7 @@ import socket
 import traceback
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from urllib.parse import parse_qs, quote, urlsplit
 
@@ -39,6 +40,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from finesight.app.pages import PREFIX_HEADER, UPLOADS_PATH, read_language, render_page
+from finesight.app.request_jobs import run_until_disconnect
 from finesight.credentials import Credentials
 from finesight.report.i18n import translate, use_language
 from finesight.serve.http_protocol import (
@@ -419,10 +421,24 @@ def make_proxy_route(find_socket: Callable[[str], Path]) -> Route:
             # It would contradict the body that is sent.
             headers = [pair for pair in headers if pair[0] != b"content-length"]
         headers.append((PREFIX_HEADER.encode(), f"/pages/{job_id}".encode()))
-        content = request.stream() if request.method == "POST" else None
+        body_read = asyncio.Event()
+
+        async def stream_body() -> AsyncIterator[bytes]:
+            async for chunk in request.stream():
+                yield chunk
+            body_read.set()
+
+        content = stream_body() if request.method == "POST" else None
+        if content is None:
+            body_read.set()
         upstream = build_upstream_request(request.method, target, headers, content)
         try:
-            answer = await transport.handle_async_request(upstream)
+            # The page cancels its work when this connection is closed.
+            answer = await run_until_disconnect(
+                request,
+                partial(transport.handle_async_request, upstream),
+                body_read=body_read,
+            )
         except BaseException as error:
             await transport.aclose()
             if isinstance(error, httpx2.TransportError):

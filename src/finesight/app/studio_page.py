@@ -29,6 +29,7 @@ from finesight.app.pages import (
     parse_body,
     render_page,
 )
+from finesight.app.request_jobs import RequestJobs
 from finesight.app.server import Access, AccessMiddleware, make_proxy_route
 from finesight.app.studio_view import (
     FORMS,
@@ -59,6 +60,9 @@ _CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0e-\x1f\ud800-\udfff]")
 
 Text = Annotated[str, Field(max_length=MAX_FIELD_CHARS)]
 Name = Annotated[str, Field(max_length=64)]
+
+MAX_VIEW_JOBS = 2
+"""Maximum number of reports that are rendered at the same time."""
 
 CLOSE_TIMEOUT_S = 15.0
 """Maximum duration of the end of a labelling page."""
@@ -568,7 +572,7 @@ class StudioPage:
 
 def make_studio_app(page: StudioPage, access: Access) -> AccessMiddleware:
     """Build the studio as an ASGI application with access control."""
-    view = page.view
+    view, view_jobs = page.view, RequestJobs(MAX_VIEW_JOBS)
 
     def read_selection(request: Request) -> Selection:
         return Selection.parse(dict(request.query_params), get_language())
@@ -588,14 +592,14 @@ def make_studio_app(page: StudioPage, access: Access) -> AccessMiddleware:
         job = view.jobs.find(request.path_params["job"])
         return RedirectResponse(f"../../{read_selection(request).link_job(job)}", 303)
 
-    def get_view(request: Request) -> Response:
+    async def get_view(request: Request) -> Response:
         selection, params = read_selection(request), request.query_params
+        render = partial(view.read_check_page, selection)
+        if request.path_params["name"] == "report":
+            values = {key: params.getlist(key) for key in params}
+            render = partial(view.render_report, values, selection)
         try:
-            if request.path_params["name"] == "report":
-                values = {key: params.getlist(key) for key in params}
-                content = view.render_report(values, selection)
-            else:
-                content = view.read_check_page(selection)
+            content = await view_jobs.run(request, render)
         except UserError as error:
             raise HTTPException(404, describe_error(error, name_actions)) from error
         return HTMLResponse(content, headers=VIEW_HEADERS)

@@ -127,6 +127,12 @@ MAX_IMAGE_PIXELS = 64_000_000
 Without a limit, a 12 KB file could decode to gigabytes.
 """
 
+MAX_JPEG_SCANS = 100
+"""Maximum number of scans of a JPEG, of which progressive ones have about ten.
+
+Each scan processes all pixels, and a file of a megabyte may have 100,000.
+"""
+
 _HASH_ROWS = 256
 """Number of image rows that are converted and hashed at once."""
 
@@ -202,6 +208,8 @@ _DATA_URL = re.compile(
     r"\s*(?:data:(?:image/|video/|audio/|application/pdf)|image/[\w.+-]+;base64,)", re.IGNORECASE
 )
 _BASE64 = re.compile(r"[A-Za-z0-9+/_\s-]++={0,2}\s*")
+
+_SCAN_MARK, _CHUNK_BYTES = b"\xff\xda", 1 << 20
 
 EXIF_ORIENTATION_TAG = 0x0112
 TRANSPOSED_ORIENTATIONS = frozenset({5, 6, 7, 8})
@@ -523,6 +531,7 @@ def decode_image(
         CorruptImageError: The file is truncated or corrupt.
     """
     with open_image_header(path) as image:
+        check_scans(path, image)
         try:
             image.load()
             key = _hash_pixels(image, max_key_side) if with_key else None
@@ -534,6 +543,28 @@ def decode_image(
                 image.seek(1)
                 return True, key
     return False, key
+
+
+def check_scans(path: Path, image: Image.Image) -> None:
+    """Raise CorruptImageError for a JPEG with too many scans, before its pixels are decoded."""
+    file = image.fp if image.format in ("JPEG", "MPO") else None  # type: ignore[attr-defined]
+    if file is None:
+        return
+    num_scans = 0
+    end = b""
+    try:
+        position = file.tell()
+        file.seek(0)
+        # Compressed data never contain the mark, but thumbnails may have scans of their own.
+        while chunk := file.read(_CHUNK_BYTES):
+            num_scans += (end + chunk).count(_SCAN_MARK)
+            end = chunk[-1:]
+        file.seek(position)
+    except OSError as error:
+        raise build_corrupt_error(path, error) from error
+    if num_scans > MAX_JPEG_SCANS:
+        what, expected = f"a JPEG with {num_scans} scans", f"at most {MAX_JPEG_SCANS} scans"
+        raise build_file_error(path, what, expected, "save the image again as JPEG or PNG")
 
 
 def _hash_pixels(image: Image.Image, max_side: int | None) -> PixelKey:

@@ -122,7 +122,9 @@ class ServerLimits:
     max_files: int = _limit(1000, "stored uploaded files")
     max_total_file_bytes: int = _limit(2048 * MIB, "size of all stored files")
     num_reader_threads: int = _limit(
-        4, "worker processes that parse, decode and tokenize; other requests wait"
+        4,
+        "worker processes that decode images and videos, and as many that parse and tokenize;"
+        " other requests wait, but none without images waits for images",
     )
     max_image_cpu_s: float = _limit(
         2.0, "CPU seconds to parse a body, read a file header, decode an image, or tokenize"

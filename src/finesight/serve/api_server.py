@@ -34,7 +34,7 @@ from finesight.serve.api_schema import (
     ServerLimits,
     internal_error,
 )
-from finesight.serve.chat_completions import ChatCompletionsHandler
+from finesight.serve.chat_completions import ChatCompletionsHandler, stop_at_disconnect
 from finesight.serve.http_protocol import LimitedServer, build_protocol_class, fit_connections
 from finesight.serve.label_studio_backend import LabelStudioOptions
 from finesight.serve.media_sources import (
@@ -172,8 +172,15 @@ def _build_file_routes(completions: ChatCompletionsHandler) -> list[Route]:
             )
         preprocessor = completions.create_preprocessor(uploaded_file.path.parent)
         try:
-            await completions.run_in_thread(preprocessor.inspect_file, uploaded_file.path, "file")
+            async with stop_at_disconnect(request.receive):
+                await completions.run_in_thread(
+                    preprocessor.inspect_file,
+                    uploaded_file.path,
+                    "file",
+                    executor=completions.media_executor,
+                )
         except BaseException:
+            preprocessor.cancel()
             store.delete(uploaded_file.owner, uploaded_file.id)
             raise
         return JSONResponse(uploaded_file.as_json())

@@ -289,9 +289,6 @@ class ChatCompletionsHandler:
     folder: Path
     active_requests: set[ActiveCompletion] = field(default_factory=set)
     models_with_other_form: set[str] = field(default_factory=set)
-    large_body_semaphore: threading.Semaphore = field(
-        default_factory=lambda: threading.Semaphore(MAX_LARGE_BODIES)
-    )
 
     def log_other_form(self, model: str) -> None:
         """Log once for each model that requests differ from its training questions."""
@@ -310,8 +307,18 @@ class ChatCompletionsHandler:
 
     @functools.cached_property
     def executor(self) -> ThreadPoolExecutor:
-        """Threads that wait for the preprocessing of requests."""
+        """Threads that wait for the preprocessing of requests without images."""
         return ThreadPoolExecutor(self.limits.num_reader_threads, "finesight-serve")
+
+    @functools.cached_property
+    def media_executor(self) -> ThreadPoolExecutor:
+        """Threads that wait for images and videos, for which texts never wait."""
+        return ThreadPoolExecutor(self.limits.num_reader_threads, "finesight-media")
+
+    @functools.cached_property
+    def large_body_executor(self) -> ThreadPoolExecutor:
+        """Threads that wait for the parsing of large bodies."""
+        return ThreadPoolExecutor(MAX_LARGE_BODIES, "finesight-bodies")
 
     @functools.cached_property
     def submit_executor(self) -> ThreadPoolExecutor:
@@ -327,6 +334,13 @@ class ChatCompletionsHandler:
         """Run a function that would block the event loop, by default in `executor`."""
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(executor or self.executor, function, *args)
+
+    async def parse_in_thread(
+        self, parse: Callable[[bytearray], ResultT], body: bytearray
+    ) -> ResultT:
+        """Parse a body in a thread for bodies of its size."""
+        executor = self.large_body_executor if len(body) > LARGE_BODY_BYTES else None
+        return await self.run_in_thread(parse, body, executor=executor)
 
     async def create_chat_completion(self, request: Request) -> Response:
         """Complete a chat, as a single response or as a stream.
@@ -456,7 +470,7 @@ class ActiveCompletion:
         handler = self.handler
         folder, max_model_len = self.preprocessor.folder, handler.service.max_model_len
         async with self._limit_time():
-            body, prompt = await handler.run_in_thread(self._parse_and_encode, data)
+            body, prompt = await handler.parse_in_thread(self._parse_and_encode, data)
             reservation.release()
             for file in body.files:
                 await self._fetch_file(file, owner)
@@ -467,6 +481,7 @@ class ActiveCompletion:
                     max_model_len,
                     self.thinking,
                     handler.service.get_prompt_format(self.chat_request.model),
+                    executor=handler.media_executor,
                 )
             if not self.preprocessor.has_training_form:
                 handler.log_other_form(self.chat_request.model)
@@ -633,14 +648,12 @@ class ActiveCompletion:
                 task.cancel()
 
     def _parse_and_encode(self, data: bytearray) -> tuple[ParsedBody, EncodedSample | None]:
-        """Parse the request body, and encode the prompt if the body contains all files.
+        """Parse the request body, and encode the prompt if it has no files.
 
-        Both steps run in one call, so that a request waits for a thread only once.
+        Both steps run in one call, so that such a request waits for a thread only once.
         """
         service = self.handler.service
-        is_large = len(data) > LARGE_BODY_BYTES
-        with self.handler.large_body_semaphore if is_large else contextlib.nullcontext():
-            body = self.preprocessor.parse_body(data, service.max_model_len)
+        body = self.preprocessor.parse_body(data, service.max_model_len)
         data.clear()
         names, name = service.model_names, body.chat_request.model
         if name not in names:
@@ -652,7 +665,7 @@ class ActiveCompletion:
         except UserError as error:
             raise from_user_error(error, error.where) from error
         self.thinking = replace(self.thinking, enable_thinking=renderer.has_reasoning)
-        if any(file.url is not None or file.file_id is not None for file in body.files):
+        if body.files:
             return body, None
         prompt_format = service.get_prompt_format(name)
         prompt = self.preprocessor.encode(body, service.max_model_len, self.thinking, prompt_format)

@@ -134,7 +134,7 @@ class LabelStudioHandler:
     async def _parse_body(self, request: Request) -> dict[str, Any]:
         handler = self.completions
         preprocessor, body = handler.create_preprocessor(), await read_body(request)
-        return await handler.run_in_thread(preprocessor.parse_label_studio_body, body)
+        return await handler.parse_in_thread(preprocessor.parse_label_studio_body, body)
 
     async def predict(self, request: Request) -> Response:
         """Predict all tasks of a request. A task with an error has no result.

@@ -55,7 +55,13 @@ from finesight.serve.preprocessing_jobs import (
     tokenize_sample,
 )
 from finesight.vision.image_processing import concat_patches
-from finesight.worker_pool import JobOutput, Worker, WorkerLostError, WorkerPool
+from finesight.worker_pool import (
+    JobCancellation,
+    JobOutput,
+    Worker,
+    WorkerLostError,
+    WorkerPool,
+)
 
 MAX_CHARS_PER_TOKEN = 16
 """Maximum number of characters per token of the context length, checked before tokenization."""
@@ -90,16 +96,11 @@ class RequestPreprocessor:
     deadline: float = np.inf
     has_training_form: bool = True
     _cpu_seconds: float = 0.0
-    _worker: Worker | None = None
-    _is_cancelled: bool = False
-    _lock: threading.Lock = field(default_factory=threading.Lock)
+    _cancellation: JobCancellation = field(default_factory=JobCancellation)
 
     def cancel(self) -> None:
         """Stop the preprocessing of the request by ending its worker process."""
-        with self._lock:
-            self._is_cancelled = True
-            if self._worker is not None:
-                self._worker.kill()
+        self._cancellation.cancel()
 
     def parse_body(self, body: bytearray, max_model_len: int) -> ParsedBody:
         """Parse and validate a request body, and write its data URLs to files."""
@@ -181,7 +182,7 @@ class RequestPreprocessor:
         with (
             self._translate_errors(param, self.folder),
             self.worker_pool.fork(self.limits.max_schema_memory_bytes) as worker,
-            self._cancellable(worker),
+            self._cancellation.hold(worker),
         ):
             args = spec, False, thinking
             self._call(worker, compile_grammar, *args, param=param, max_cpu_s=seconds)
@@ -192,25 +193,15 @@ class RequestPreprocessor:
 
     @contextlib.contextmanager
     def _borrow_worker(self) -> Iterator[Worker]:
+        # Also a request that waited for a thread of this server.
+        if self._cancellation.is_cancelled:
+            raise ClientDisconnectedError
         with (
             self._translate_errors("messages", self.folder),
             self.worker_pool.borrow_worker() as worker,
-            self._cancellable(worker),
+            self._cancellation.hold(worker),
         ):
             yield worker
-
-    @contextlib.contextmanager
-    def _cancellable(self, worker: Worker) -> Iterator[None]:
-        """Allow `cancel` to end this worker process within a `with` block."""
-        with self._lock:
-            self._worker = worker
-            if self._is_cancelled:
-                worker.kill()
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._worker = None
 
     def _call(
         self,
@@ -238,7 +229,7 @@ class RequestPreprocessor:
         try:
             yield
         except WorkerLostError as error:
-            if self._is_cancelled:
+            if self._cancellation.is_cancelled:
                 raise ClientDisconnectedError from error
             raise ApiError(503, "the server is stopping", retry_after_s=5) from error
         except UserError as error:

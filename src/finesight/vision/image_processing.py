@@ -24,6 +24,7 @@ from finesight.data.image_header import (
     CorruptImageError,
     ImageSize,
     build_corrupt_error,
+    check_scans,
     open_image_header,
     read_exif_orientation,
     read_image_size,
@@ -67,6 +68,7 @@ def load_image(
         CorruptImageError: The file is missing, truncated, not an image, or too large.
     """
     with open_image_header(path, max_pixels) as image:
+        check_scans(path, image)
         try:
             exif_orientation = read_exif_orientation(image)
             if min_side is not None:

@@ -1,0 +1,91 @@
+"""Blocking work of requests of a page, which ends when the client disconnects."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
+
+from anyio import CapacityLimiter, create_task_group, to_thread
+from starlette.requests import ClientDisconnect, Request
+
+from finesight.worker_pool import CURRENT_CANCELLATION, JobCancellation
+
+T = TypeVar("T")
+
+
+class RequestJobs:
+    """Blocking functions of requests, of which a limited number runs at a time.
+
+    Each kind of work has its own limit, so that cheap requests never wait for slow images.
+
+    Args:
+        limit: Maximum number of threads. Further requests wait.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._limiter = CapacityLimiter(limit)
+
+    async def run(self, request: Request, function: Callable[[], T]) -> T:
+        """Run a function in a thread, and return its result.
+
+        If the client disconnects, a waiting function is not started, and the worker processes of a
+        running one are killed. The body of the request must have been read.
+
+        Raises:
+            ClientDisconnect: The client disconnected.
+        """
+        cancellation = JobCancellation()
+        token = CURRENT_CANCELLATION.set(cancellation)
+        try:
+            return await run_until_disconnect(
+                request,
+                lambda: to_thread.run_sync(function, limiter=self._limiter),
+                on_disconnect=cancellation.cancel,
+            )
+        finally:
+            CURRENT_CANCELLATION.reset(token)
+
+
+async def run_until_disconnect(
+    request: Request,
+    function: Callable[[], Awaitable[T]],
+    *,
+    on_disconnect: Callable[[], None] = lambda: None,
+    body_read: asyncio.Event | None = None,
+) -> T:
+    """Await the result of a function, or cancel it when the client disconnects.
+
+    Args:
+        on_disconnect: Called before the function is cancelled.
+        body_read: Event after which nobody else receives messages of the request.
+
+    Raises:
+        ClientDisconnect: The client disconnected.
+    """
+    results: list[T] = []
+    errors: list[Exception] = []
+    is_connected = True
+    async with create_task_group() as group:
+
+        async def watch() -> None:
+            nonlocal is_connected
+            if body_read is not None:
+                await body_read.wait()
+            while (await request.receive())["type"] != "http.disconnect":
+                pass
+            is_connected = False
+            on_disconnect()
+            group.cancel_scope.cancel()
+
+        group.start_soon(watch)
+        try:
+            results.append(await function())
+        except Exception as error:  # A task group would wrap it in a group of exceptions.
+            errors.append(error)
+        group.cancel_scope.cancel()
+    if not is_connected:
+        raise ClientDisconnect
+    if errors:
+        raise errors[0]
+    return results[0]

@@ -1,0 +1,205 @@
+"""Slow images: other requests of a page do not wait for them, and they end with their clients."""
+
+import contextlib
+import json
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import httpx
+import pool_jobs as jobs
+import pytest
+from attack_client import list_process_tree, list_running
+from engine_fixtures import write_noise_image
+from label_fixtures import MODEL, draw_images
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+from studio_fixtures import make_page
+from web_server_fixture import ScriptedService, run_app, run_web_page
+
+from finesight.app import chat_page, workspace
+from finesight.app.label_page import make_label_app
+from finesight.app.pages import create_app
+from finesight.app.request_jobs import RequestJobs
+from finesight.app.server import Access, AccessMiddleware, make_proxy_route
+from finesight.app.studio_page import make_studio_app
+from finesight.app.studio_view import StudioView
+from finesight.data.image_header import ImageSize
+from finesight.label.label_session import open_session
+from finesight.vision import image_reader
+from finesight.vision.image_reader import ImageReader, create_image_pool
+from finesight.worker_pool import WorkerPool
+
+TIMEOUT_S = 60.0
+"""Guards a test. Jobs take hours."""
+
+
+@pytest.fixture
+def pool() -> Iterator[WorkerPool]:
+    # Without idle workers, all of its processes run jobs.
+    with contextlib.closing(create_image_pool()) as made:
+        yield made
+
+
+@pytest.fixture
+def slow_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the decoding of every image take hours."""
+    monkeypatch.setattr(image_reader, "MAX_IMAGE_CPU_S", 10_000.0)
+    monkeypatch.setattr(image_reader, "_encode_copy", jobs.hang)
+
+
+def list_workers(pool: WorkerPool) -> set[int]:
+    if pool.process is None:
+        return set()
+    return {one.pid for one in list_process_tree(pool.process.pid)} - {pool.process.pid}
+
+
+@contextlib.contextmanager
+def hold_requests(
+    pool: WorkerPool, num_jobs: int, port: int, request: str, *, number: int = 12, body: bytes = b""
+) -> Iterator[None]:
+    """Send equal requests, and wait until some of them run jobs. Disconnect after the block.
+
+    The jobs must then end.
+    """
+    lines = [f"{request} HTTP/1.1", "Host: localhost", f"Content-Length: {len(body)}", "", ""]
+    with contextlib.ExitStack() as stack:
+        for _ in range(number):
+            there = stack.enter_context(socket.create_connection(("127.0.0.1", port)))
+            there.sendall("\r\n".join(lines).encode() + body)
+        end = time.monotonic() + TIMEOUT_S
+        while pool.idle_workers or len(busy := list_workers(pool)) < num_jobs:
+            assert time.monotonic() < end, "the jobs have not started"
+            time.sleep(0.02)
+        yield
+    assert list_running(busy, TIMEOUT_S) == []
+
+
+def test_text_questions_do_not_wait_for_images(pool, slow_images, tmp_path):
+    content = write_noise_image(tmp_path / "a.png", 30, 30).read_bytes()
+    service = ScriptedService()
+    with (
+        run_web_page(service, pool=pool) as page,
+        httpx.Client(base_url=page.address, timeout=TIMEOUT_S) as client,
+    ):
+        client.get("/")  # sets the cookie of the browser
+        [image] = client.post("/uploads", params={"name": "a.png"}, content=content).json()
+        held = f"GET /images/{image}"
+        with hold_requests(pool, chat_page.MAX_IMAGE_JOBS, page.port, held):
+            answer = client.post("/answers", json={"text": "What?"})
+            assert answer.status_code == 200, answer.text
+            assert len(service.samples) == 1
+
+
+def test_question_of_a_client_that_left_ends(pool, monkeypatch, tmp_path):
+    content = write_noise_image(tmp_path / "a.png", 30, 30).read_bytes()
+    service = ScriptedService()
+    with (
+        run_web_page(service, pool=pool) as page,
+        httpx.Client(base_url=page.address, timeout=TIMEOUT_S) as client,
+    ):
+        client.get("/")
+        [image] = client.post("/uploads", params={"name": "a.png"}, content=content).json()
+        chat = client.post("/answers", json={"text": "First?"}).json()["chat"]
+        (name, secret), url = next(iter(client.cookies.items())), f"/turns/{chat}"
+        question = {"chat": chat, "text": "Second?", "images": [image]}
+        body = json.dumps(question).encode()
+        with monkeypatch.context() as patch:
+            patch.setattr(image_reader, "MAX_IMAGE_CPU_S", 10_000.0)
+            patch.setattr(image_reader, "read_size", jobs.hang)
+            held = f"POST /answers HTTP/1.1\r\nCookie: {name}={secret}\r\nX-A: "
+            with hold_requests(pool, 1, page.port, held, number=1, body=body):
+                assert "being generated" in client.post("/answers", json=question).text
+        # The conversation is unchanged, and the question can be asked again.
+        assert "Second?" not in client.get(url).text
+        assert client.post("/answers", json=question).status_code == 200
+        assert "Second?" in client.get(url).text
+
+
+def test_items_and_decisions_do_not_wait_for_thumbnails(pool, slow_images, tmp_path):
+    session = open_session(tmp_path / "labels", MODEL, [draw_images(tmp_path)], prompt="Read.")
+    app = make_label_app(session, Access(), pool)
+    with (
+        session.store,
+        run_app(app) as port,
+        httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=TIMEOUT_S) as client,
+        hold_requests(pool, image_reader.NUM_IMAGE_WORKERS, port, "GET /images/0/0?small=1"),
+    ):
+        item = client.get("/items/0").json()
+        decision = {"id": item["id"], "action": "save", "text": "A"}
+        assert client.post("/decision", json=decision).json()["item"]["decision"] == "written"
+
+
+def test_decisions_do_not_wait_for_images_of_other_ones(pool, tmp_path, monkeypatch):
+    """Reading the size of an image never holds the lock of the decisions."""
+    session = open_session(tmp_path / "labels", MODEL, [draw_images(tmp_path)], prompt="Read.")
+    app, read = make_label_app(session, Access(), pool), image_reader.ImageReader.read_size
+    first, other = session.store.items[:2]
+    is_waiting, can_end = threading.Event(), threading.Event()
+
+    def wait_for_first(reader: ImageReader, path: Path) -> ImageSize:
+        if path == first.images[0]:
+            is_waiting.set()
+            assert can_end.wait(TIMEOUT_S)
+        return read(reader, path)
+
+    monkeypatch.setattr(image_reader.ImageReader, "read_size", wait_for_first)
+    with (
+        session.store,
+        run_app(app) as port,
+        httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=TIMEOUT_S) as client,
+        ThreadPoolExecutor(1) as thread,
+    ):
+        decide = {"action": "save", "text": "A"}
+        bodies = [{"id": item.sample.sample.id, **decide} for item in (first, other)]
+        slow = thread.submit(partial(client.post, "/decision", json=bodies[0]))
+        assert is_waiting.wait(TIMEOUT_S)
+        fast = client.post("/decision", json=bodies[1])
+        can_end.set()
+        assert [slow.result().status_code, fast.status_code] == [200, 200]
+
+
+def test_pages_of_the_studio_do_not_wait_for_reports(pool, tmp_path, monkeypatch):
+    def render_report(view: StudioView, *values: object) -> str:
+        return str(view.workspace.run_job(jobs.hang))
+
+    monkeypatch.setattr(workspace, "JOB_CPU_SECONDS", 10_000.0)
+    monkeypatch.setattr(StudioView, "render_report", render_report)
+    page = make_page(tmp_path / "workspace")
+    page.view.workspace.pool = pool
+    with (
+        run_app(make_studio_app(page, Access())) as port,
+        httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=TIMEOUT_S) as client,
+        # More than the threads of the other requests.
+        hold_requests(pool, 2, port, "GET /view/report", number=50),
+    ):
+        assert client.get("/").status_code == 200
+
+
+def test_jobs_behind_the_studio_end_with_their_clients(pool, tmp_path):
+    request_jobs, file = RequestJobs(2), tmp_path / "page.sock"
+
+    def hang() -> None:
+        with pool.borrow_worker() as worker:
+            worker.call(jobs.hang, max_cpu_s=10_000.0)
+
+    async def answer(request: Request) -> Response:
+        await request.body()
+        await request_jobs.run(request, hang)
+        return JSONResponse({})
+
+    route = Route("/{path:path}", answer, methods=["GET", "POST"])
+    inner = AccessMiddleware(create_app([route]), Access())
+    outer = AccessMiddleware(create_app([make_proxy_route(lambda job: file)]), Access())
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(file))
+        listener.listen()
+        with run_app(inner, listener=listener), run_app(outer) as port:
+            for method, body in (("GET", b""), ("POST", b"text")):
+                with hold_requests(pool, 2, port, f"{method} /pages/1/a", number=2, body=body):
+                    pass

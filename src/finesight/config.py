@@ -644,7 +644,8 @@ class TrackerSettings(SettingsSection):
 
     kind: TrackerKind
     project: Annotated[str, Field(min_length=1)] = "finesight"
-    uri: Annotated[str, Field(min_length=1)] | None = None
+    # The search for credentials takes quadratic time.
+    uri: Annotated[str, Field(min_length=1, max_length=2000)] | None = None
 
     @model_validator(mode="after")
     def _check_uri(self) -> TrackerSettings:

@@ -14,6 +14,7 @@ from finesight.data.boxes import (
     BoxFormat,
     BoxUnits,
     TextBox,
+    TextCoordinates,
     clip_to_image,
     iou,
     iter_json_values,
@@ -22,6 +23,7 @@ from finesight.data.boxes import (
     split_at_boxes,
     strip_code_fences,
 )
+from finesight.data.formats.table import find_stated_format
 from finesight.errors import UserError
 
 CASES = load_cases("boxes")
@@ -161,3 +163,11 @@ def test_fences_around_boxes_and_optional_labels():
     assert parse_json_box({"bbox_2d": [0], "text_content": 5}) == ([0], "5", False)
     assert parse_json_box({"bbox_2d": [], "score": 1}) is None
     assert parse_json_box([1, 2, 3, 4]) is None
+
+
+@pytest.mark.parametrize("text", ["." * 300_000 + "x", "1." * 200_000, " \n" * 200_000])
+def test_long_texts_about_boxes_are_read_in_linear_time(text):
+    found = TextCoordinates()
+    found.add(f"The box of width 1 height {text} 3, 4", ["a.png"], lambda name: (100, 100))
+    assert [*found.describe()] == []
+    assert find_stated_format(f"{text}bbox_xywh") == "xywh"

@@ -204,6 +204,7 @@ def test_lenient_parsing_of_json_boxes():
         ('{"bbox_2d": 7, "label": 5}', []),
         (r"\frac { a } { b } [ 1 ]", []),
         ('{"a":' + "[" * 100_000, []),
+        (" " * 400_000 + "x", []),
     ):
         assert Qwen25VL().read_boxes(text, (100, 200), (200, 100)) == boxes
 
@@ -239,6 +240,7 @@ def test_lenient_parsing_of_boxes_between_tokens():
         (f"({'9' * 400},1),(2,3) (100,200),(300,400)", [BARE]),
         (f"{REF}cat{REF_END}{BOX}(100,200){BOX_END}", [DOT]),
         ("no box (1, 2)", []),
+        (" \n" * 200_000, []),
     ):
         assert Qwen2VL().read_boxes(text, (50, 200), (28, 28)) == boxes
         for old, new in zip(Qwen2VL.box_tokens, QwenVL.box_tokens, strict=True):

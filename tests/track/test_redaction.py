@@ -31,6 +31,14 @@ def test_only_secrets_and_home_folders_are_redacted() -> None:
         assert redact(text) == text
 
 
+@pytest.mark.parametrize("piece", ["?", "~?", "0z", "a+", "://a", "?key"])
+def test_long_texts_are_read_in_linear_time(piece: str) -> None:
+    text = piece * (400_000 // len(piece))
+    assert redact(text) == text
+    url = "https://me:planted@host/?a=b&api_key=planted"
+    assert redact(f"{text} {url}") == f"{text} https://host/?a=b&api_key={REDACTED}"
+
+
 def test_secret_environment_values_are_redacted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_API_KEY", "0123456789abcdef")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "0123456789abcdef-and-more")

@@ -243,7 +243,7 @@ COMMAND_STEPS = {form: step for step, forms in FORMS_OF_STEPS.items() for form i
 }
 """Step of the page by command."""
 
-_NEXT_COLUMN = re.compile(r"(=[^\s,;]+) --map(?= \w+=)")
+_NEXT_COLUMN = re.compile(r"(=[^\s,;=]+) --map(?= \w+=)")
 _OPTION = re.compile(r"(?<![\w-])--[a-z][\w-]*")
 
 MISSING_MESSAGES = {

@@ -269,7 +269,8 @@ def detect_family(model: str, hints: tuple[str | None, ...], where: str) -> Fami
     if model_type is not None:
         found, what = by_type.get(model_type), f"{model} has the model type {model_type}"
     elif model:
-        name = re.sub(r"[_ ]", "-", model.rstrip("/").rpartition("/")[2].lower())
+        # The patterns take quadratic time.
+        name = re.sub(r"[_ ]", "-", model.rstrip("/").rpartition("/")[2].lower())[:1000]
         named = [key for key, entry in families.items() if re.search(entry["pattern"], name)]
         # qwen without vl means a text model in both programs.
         hinted = [by_type[hint] for hint in hints if hint in by_type and hint != "qwen"]

@@ -545,7 +545,7 @@ _RUN = re.compile(
 """Two or more numbers with at most brackets, tags, units and names of axes between them."""
 
 _CLOSING_OR_KEY = re.compile(rf"</\w+>|\\(?=\")|\n[ \t-]*+(?={_AXIS}\s*[:=]|<{_AXIS}>)")
-_SIZE = re.compile(r"(?i)\bwidth\W*\d[\d.]*+\W*height\W*[\d.]+\Z")
+_SIZE = re.compile(r"(?i)\bwidth\W*\d[\d.]*+\W*height\W*\d[\d.]*+\Z")
 _BEFORE_RUN = re.compile(
     rf"(?i)(?:\b(?:{_AXIS})|box\w*|rect\w*|quad\w*|poly\w*|segment\w*|points?|coord\w*"
     r"|坐标|框)\W*$"

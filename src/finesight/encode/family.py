@@ -464,7 +464,7 @@ def _find_boxes_in_json_strings(
 
 _NUMBER = r"\s*(-?\d+(?:\.\d+)?)\s*"
 _FOUR_VALUES = re.compile(rf"\[{_NUMBER},{_NUMBER},{_NUMBER},{_NUMBER}\]")
-_ONLY_VALUES = re.compile(r"(?:```(?:json)?)?[\s\d\[\],.-]*(?:```)?\s*")
+_ONLY_VALUES = re.compile(r"(?:```(?:json)?)?[\s\d\[\],.-]*+(?:```\s*)?")
 
 
 def read_json_boxes(text: str, frame: ImageSize, original_size: ImageSize) -> list[BoxPart]:

@@ -34,7 +34,8 @@ _NUMBER = r"\s*(\d+(?:\.\d+)?)\s*"
 _POINT = rf"\({_NUMBER},{_NUMBER}\)"
 _BOX = re.compile(
     r"(?:<\|object_ref_start\|>(?P<label>(?:(?!<\|object_ref_).)*)<\|object_ref_end\|>\s*)?"
-    rf"(?:(?:<\|box_start\|>)?\s*{_POINT}\s*,\s*{_POINT}\s*(?:<\|box_end\|>)?"
+    # Each run of spaces is read once, from its start.
+    rf"(?:(?:<\|box_start\|>)?(?:(?<!\s)\s*+|(?<=\s)){_POINT}\s*,\s*{_POINT}\s*(?:<\|box_end\|>)?"
     rf"|<\|box_start\|>\s*{_POINT}\s*<\|box_end\|>)",
     re.DOTALL,
 )

@@ -35,9 +35,10 @@ MIN_SECRET_LENGTH = 8
 Shorter values, such as that of `MY_KEY=on`, would remove common words.
 """
 
-_URL_CREDENTIALS = re.compile(r"([a-z][a-z0-9+.-]*://)[^/\s@]+@", re.IGNORECASE)
+# Each character of a long text may start a scheme or a name, so that their lengths are limited.
+_URL_CREDENTIALS = re.compile(r"([a-z][a-z0-9+.-]{0,30}://)[^/\s@]+@", re.IGNORECASE)
 _QUERY_SECRET = re.compile(
-    r"([?&](?>[^=&\s]*?(?:key|token|secret|sig|password|credential))[^=&\s]*+=)[^&\s]+",
+    r"([?&](?>[^=&?\s]*?(?:key|token|secret|sig|password|credential))[^=&\s]{0,60}+=)[^&\s]+",
     re.IGNORECASE,
 )
 _TOKEN_FORMATS = re.compile(

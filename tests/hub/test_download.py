@@ -1,6 +1,8 @@
 """Invalid, endless and large responses of servers raise UserError."""
 
+import contextlib
 import gzip
+import time
 import tracemalloc
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -68,6 +70,34 @@ def test_invalid_retry_after_header(download, tmp_path):
 def test_chunked_responses_need_no_size(download, tmp_path):
     for status, headers in ((200, {}), (206, {"Content-Range": f"bytes 0-1/{'9' * 5000}"})):
         assert download(tmp_path / str(status), status, CHUNKED | headers, CHUNKS) == b"ab"
+
+
+class TrickleHandler(HubHandler):
+    """Sends one byte after the other, until the client leaves."""
+
+    protocol_version = "HTTP/1.0"
+    num_requests = 0
+
+    def respond(self, path: str, query: dict[str, list[str]]) -> None:
+        TrickleHandler.num_requests += 1
+        self.send_head(200, {"Content-Length": "1000000"})
+        with contextlib.suppress(ConnectionError):
+            while True:
+                self.wfile.write(b"a")
+                self.wfile.flush()
+                time.sleep(0.01)
+
+
+def test_trickle_of_single_bytes_ends(tmp_path, monkeypatch):
+    monkeypatch.setattr(finesight.hub.download, "RETRY_DELAYS_S", (0.0, 0.0))
+    monkeypatch.setattr(finesight.hub.download, "STALL_SECONDS", 0.3)
+    monkeypatch.setattr(TrickleHandler, "num_requests", 0)
+    site = HttpSite(lambda response, body: UserError(body))
+    with run_in_thread(FakeHubServer(TrickleHandler)) as server, Downloader(site) as downloader:
+        file = RemoteFile("a", f"{server.url}/x")
+        with pytest.raises(UserError, match=r"bytes within 0\.3 s"):
+            downloader.download(file, tmp_path / "a")
+    assert TrickleHandler.num_requests == 3
 
 
 def test_endless_error_body_is_bounded(download, tmp_path):

@@ -13,7 +13,14 @@ import fake_hub_servers
 import pytest
 from case_files import load_cases
 from each_value import each
-from fake_hub_servers import COMMIT, TOKEN, FakeHubServer, HuggingFaceHandler, run_hub_server
+from fake_hub_servers import (
+    COMMIT,
+    TOKEN,
+    FakeHubServer,
+    HubHandler,
+    HuggingFaceHandler,
+    run_hub_server,
+)
 from huggingface_hub import constants
 
 from finesight.errors import UserError
@@ -304,6 +311,24 @@ def test_invalid_tokens_are_not_shown(huggingface, modelscope, monkeypatch):
     with pytest.raises(UserError, match="some of which are invalid in a token") as unsendable:
         open_repository(parse_address("modelscope:Some/model"))
     assert not re.search("outdated|töken", f"{rejected.value}{unsendable.value}")
+
+
+@pytest.mark.parametrize("hub", ["hf", "modelscope"])
+def test_tokens_that_a_hub_repeats_are_not_shown(huggingface, modelscope, monkeypatch, hub):
+    def refuse(handler: HubHandler, path: str, *rest: object) -> None:
+        received = handler.headers.get("Authorization", ""), handler.headers.get("Cookie", "")
+        text = f"{received} is not welcome"
+        handler.send_json({"Message": text, "error": text}, 418, {"X-Error-Message": text})
+
+    server = huggingface if hub == "hf" else modelscope
+    server.repositories[NAME] = dict(MODEL)
+    for method in ("respond", "receive"):
+        monkeypatch.setattr(server.RequestHandlerClass, method, refuse)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    monkeypatch.setenv("MODELSCOPE_API_TOKEN", TOKEN)
+    with pytest.raises(UserError, match="not welcome") as caught:
+        open_repository(parse_address(f"{hub}:Some/model"))
+    assert TOKEN not in str(caught.value)
 
 
 @pytest.mark.parametrize("endpoint", ["http://127.0.0.1:9", "http://[", "nothing"])

@@ -5,30 +5,34 @@ import base64
 import io
 import json
 import os
+import shutil
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
+from each_value import each
 from label_fixtures import draw_images
 from PIL import Image
 from starlette.applications import Starlette
 from starlette.requests import Request
-from starlette.responses import JSONResponse, RedirectResponse, Response
+from starlette.responses import JSONResponse, RedirectResponse, Response, StreamingResponse
 from starlette.routing import Route
 from web_server_fixture import run_app
 
 from finesight.cli.app import run_command
 from finesight.data.sample import ImagePart, Message, Sample, TextPart, write_samples
 from finesight.errors import UserError
+from finesight.label import teacher as teacher_module
 from finesight.label.label_session import LabelSession, open_session
 from finesight.label.teacher import FRAMES, TEACHER_FILE, Teacher, TeacherSettings
 
 KEY = "sk-secret"
+MODELS = [{"id": "owl"}, {"id": "fox"}]
 RED_BOX = (250, 500, 1000, 1200)
 """Rectangle in images of 2000 x 1500 pixels."""
 
@@ -47,14 +51,14 @@ class ScriptedTeacher:
     rejected: tuple[str, ...] = ()
     requests: list[dict[str, Any]] = field(default_factory=list)
     keys: set[str | None] = field(default_factory=set)
+    models: Response = field(default_factory=lambda: JSONResponse({"data": MODELS}))
     sizes: set[tuple[int, int]] = field(default_factory=set)
 
     def make_app(self) -> Starlette:
-        models = JSONResponse({"data": [{"id": "owl"}, {"id": "fox"}]})
         return Starlette(
             routes=[
                 Route("/v1/chat/completions", self.complete, methods=["POST"]),
-                Route("/v1/models", lambda request: models),
+                Route("/v1/models", lambda request: self.models),
             ]
         )
 
@@ -244,6 +248,105 @@ def test_errors_of_the_server_name_the_cause(tmp_path, monkeypatch, reply, words
     message = str(caught.value)
     assert KEY not in message
     assert all(word in message for word in words), message
+
+
+def trickle(*first: bytes) -> StreamingResponse:
+    """Answer with some bytes, and then with one byte after the other, forever."""
+
+    async def iterate() -> AsyncIterator[bytes]:
+        for chunk in first:
+            yield chunk
+        while True:
+            yield b" "
+            await asyncio.sleep(0.01)
+
+    return StreamingResponse(iterate(), headers={"content-type": "application/json"})
+
+
+def flood() -> StreamingResponse:
+    """Answer without an end."""
+
+    async def iterate() -> AsyncIterator[bytes]:
+        while True:
+            yield b"[" * (1 << 20)
+            await asyncio.sleep(0)  # lets the server notice the end of the connection
+
+    return StreamingResponse(iterate())
+
+
+@each(("make_reply", "words"), [(trickle, "no complete response"), (flood, "over 16777216 bytes")])
+def test_endless_responses_are_ended(tmp_path, monkeypatch, make_reply, words):
+    monkeypatch.setattr(teacher_module, "MAX_REQUEST_SECONDS", 1.0)
+    if make_reply is flood:
+        monkeypatch.setattr(teacher_module, "MAX_REQUEST_SECONDS", 60.0)
+    teacher = ScriptedTeacher(replies=[make_reply()])
+    with serve(teacher) as suggest, pytest.raises(UserError, match=words) as caught:
+        suggest(open_photos(tmp_path))
+    assert len(teacher.requests) == 1
+    assert "--max-new-tokens" in str(caught.value.remedy)
+
+
+@each("make_reply", [trickle, flood, lambda: JSONResponse({"data": [{"id": f"owl {KEY}"}]})])
+def test_list_of_models_is_limited_and_without_the_key(tmp_path, monkeypatch, make_reply):
+    monkeypatch.setenv("TEACHER_KEY", KEY)
+    monkeypatch.setattr(teacher_module, "MAX_LISTING_SECONDS", 1.0)
+    teacher = ScriptedTeacher(replies=[JSONResponse({"detail": "no model"}, 404)])
+    teacher.models = make_reply()
+    with serve(teacher) as suggest, pytest.raises(UserError, match="no model") as caught:
+        suggest(open_photos(tmp_path))
+    assert KEY not in str(caught.value)
+    assert ("owl ***" in caught.value.expected) == isinstance(teacher.models, JSONResponse)
+
+
+LONG_ANSWERS = {
+    "text": "a" * 2_000_000,
+    "brackets": "[" * 4_000_000,
+    "objects": '{"a":' * 400_000,
+    "spaces": f"x{' ' * 1_000_000}x",
+    "boxes": json.dumps({"objects": [{"label": "sign", "bbox_2d": [1, 2, 3, 4]}] * 350}),
+    "thoughts": f"<think>{'a' * 2_000_000}</think>red",
+}
+
+
+@each("name", LONG_ANSWERS)
+@each("kind", ["fields", "boxes", "text"])
+def test_long_answers_are_cut_off(tmp_path, monkeypatch, name, kind):
+    monkeypatch.setattr(teacher_module, "MAX_ANSWER_CHARS", 20_000)
+    shutil.rmtree(tmp_path / "labels", ignore_errors=True)
+    options = {"fields": {"field_names": ["a"]}, "boxes": {"choices": ["sign"]}}.get(kind, {})
+    teacher = ScriptedTeacher(replies=[LONG_ANSWERS[name]] * 3)
+    with serve(teacher) as suggest:
+        session = open_photos(tmp_path, kind=kind, **options)
+        reasons = suggest(session, boxes="pixels", max_new_tokens=4096)
+    is_valid = name == "thoughts" and kind == "text"
+    is_valid = is_valid or (name == "boxes" and kind != "boxes")
+    assert (len(reasons), len(list_suggested(session))) == ((0, 1) if is_valid else (1, 0))
+    assert all(len(reason) < 1000 for reason in reasons.values())
+    assert (tmp_path / "labels" / TEACHER_FILE).stat().st_size < 200_000
+
+
+def test_key_in_an_answer_is_neither_stored_nor_printed(tmp_path, monkeypatch):
+    monkeypatch.setenv("TEACHER_KEY", KEY)
+    # Escaped in JSON, as some servers write it.
+    escaped = "".join(f"\\u{ord(character):04x}" for character in KEY)
+    text = f'{{"choices": [{{"message": {{"content": "the key {escaped}"}}}}]}}'
+    teacher = ScriptedTeacher(replies=[Response(text, media_type="application/json")] * 3)
+    with serve(teacher) as suggest:
+        session = open_photos(tmp_path)
+        assert suggest(session, concurrency=1) == {}
+    content = [*list_suggested(session).values()]
+    assert KEY not in str(content)
+    assert "***" in str(content)
+    assert KEY not in (tmp_path / "labels" / TEACHER_FILE).read_text()
+
+
+def test_more_choices_than_requested_are_ignored(tmp_path):
+    choices = [{"message": {"content": "red"}}] * 20_000
+    teacher = ScriptedTeacher(replies=[JSONResponse({"choices": choices})])
+    with serve(teacher) as suggest:
+        session = open_photos(tmp_path)
+        assert suggest(session) == {}
+    assert (tmp_path / "labels" / TEACHER_FILE).read_text().count("red") == 3
 
 
 class WaitingTeacher(ScriptedTeacher):

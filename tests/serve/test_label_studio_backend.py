@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import contextlib
 import gc
 import io
 import json
@@ -241,6 +242,24 @@ def test_images_of_the_named_server(
         fetch_image(images, "http://127.0.0.1:9/data/upload/1/a.png")
     assert token is None or token not in caplog.text
     assert "short-lived" not in caplog.text
+
+
+def test_endless_answer_to_a_token_is_refused() -> None:
+    sent = list[int]()
+
+    class Handler(HubHandler):
+        def receive(self, path: str, body: bytes) -> None:
+            self.send_head(200, {})
+            with contextlib.suppress(ConnectionError):
+                while True:
+                    self.wfile.write(b" " * 65_536)
+                    sent.append(65_536)
+
+    with run_in_thread(FakeHubServer(Handler)) as server:
+        images = LabelStudioImages(None, server.url, "a.personal.token", LIMITS)
+        with pytest.raises(ApiError, match="ResponseLimitError"):
+            fetch_image(images, "/data/upload/1/a.png")
+    assert sum(sent) < 50 << 20
 
 
 def fetch_image(images: LabelStudioImages, reference: str) -> bytes:

@@ -175,8 +175,8 @@ class Job(BaseModel, frozen=True):
         with (
             contextlib.suppress(httpx2.TransportError),
             httpx2.Client(transport=transport, timeout=CONNECT_TIMEOUT_S) as client,
+            client.stream("GET", f"{address}static/base.css"),
         ):
-            client.get(f"{address}static/base.css")
             return True
         return False
 

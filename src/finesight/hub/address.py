@@ -124,18 +124,29 @@ Refusal = Literal["gated", "missing", "token", "other"]
 
 @dataclass(frozen=True, slots=True)
 class HubAccess:
-    """Base URL of a hub, its environment variables, and its page that creates tokens."""
+    """Base URL of a hub, its environment variables, and its page that creates tokens.
+
+    Attributes:
+        token: Token of the user, which errors never repeat; empty without one.
+    """
 
     endpoint: str
     endpoint_variable: str
     token_variable: str
     token_page: str
+    token: str = ""
 
     def get_page(self, address: HubAddress) -> str:
         """Return the URL of the page of a repository."""
         is_plain = address.hub == "hf" and address.repo_type == "model"
         folder = "" if is_plain else f"{address.repo_type}s/"
         return f"{self.endpoint}/{folder}{address.repo_id}"
+
+    def _shorten(self, message: str) -> str:
+        """Return the start of a message of a server, which may repeat the token."""
+        if self.token:
+            message = message.replace(self.token, "***")
+        return message[:200]
 
     @property
     def token_hint(self) -> str:
@@ -186,7 +197,7 @@ class HubAccess:
                 f" one, {self.token_hint}",
             ),
             "other": (
-                f"is not available: the hub rejects the request: {message[:200]!r}",
+                f"is not available: the hub rejects the request: {self._shorten(message)!r}",
                 "the file",
                 "try again later, or download it with another program and use the folder",
             ),
@@ -201,7 +212,7 @@ class HubAccess:
     def build_write_error(self, address: HubAddress, status: int, message: str) -> UserError:
         """Build the UserError for a rejected request to write to a repository."""
         return UserError(
-            f"the hub rejects writing to {address} with status {status}: {message[:200]}",
+            f"the hub rejects writing to {address} with status {status}: {self._shorten(message)}",
             where=self.endpoint,
             expected=f"a token ({self.token_variable}) with write access",
             remedy=f"check the name, {self.token_hint}, and start again: without the final commit,"
@@ -210,8 +221,9 @@ class HubAccess:
 
     def build_connection_error(self, address: HubAddress, error: Exception) -> UserError:
         """Build the UserError for a request without a valid response."""
+        reason = self._shorten(str(error).strip())
         return UnavailableError(
-            f"{address} is not available: {type(error).__name__}: {str(error).strip()[:200]}",
+            f"{address} is not available: {type(error).__name__}: {reason}",
             where=self.endpoint,
             expected="a connection to the hub, and a valid name",
             remedy=f"check the connection and {self.endpoint_variable}, and start again, or"

@@ -13,6 +13,7 @@ import hashlib
 import ipaddress
 import os
 import re
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
@@ -190,6 +191,12 @@ Data sets may consist of many small files.
 
 SPACE_REMEDY = "free some space, or choose another disk (HF_HOME, --to)"
 
+STALL_SECONDS, MIN_STALL_BYTES = 60.0, 1000
+"""A response with fewer bytes within these seconds counts as a failure.
+
+Otherwise, a server could keep a download alive forever with single bytes.
+"""
+
 LOCK_POLL_S = 0.2
 """Interval in seconds at which the lock of another process is checked."""
 
@@ -201,12 +208,13 @@ class DownloadCancelled(Exception):
 class _RetryableError(Exception):
     """Raised after a temporary failure of a server or connection.
 
-    `retry_after` is the delay in seconds that the server requests.
+    `retry_after` is the delay in seconds that the server requests. `is_stalled` means that the
+    received bytes are no progress.
     """
 
-    def __init__(self, what: str, retry_after: int = 0) -> None:
+    def __init__(self, what: str, retry_after: int = 0, *, is_stalled: bool = False) -> None:
         super().__init__(what)
-        self.retry_after = retry_after
+        self.retry_after, self.is_stalled = retry_after, is_stalled
 
 
 def get_retry_delay(num_failures: int, requested_s: int = 0) -> float | None:
@@ -441,7 +449,8 @@ class Downloader:
                 failure = error
             # A file shorter than listed is restarted, never extended past its end.
             size = stream.seek(0, os.SEEK_END)
-            num_failures = 0 if size > max(num_received, max_received) else num_failures + 1
+            has_progress = size > max(num_received, max_received) and not failure.is_stalled
+            num_failures = 0 if has_progress else num_failures + 1
             max_received = max(max_received, size)
             delay_s = get_retry_delay(num_failures, failure.retry_after)
             if delay_s is None:
@@ -488,12 +497,19 @@ class Downloader:
                     " its path",
                 )
         file.check_size(total_bytes)
+        window_start, window_bytes = time.monotonic(), 0
         for chunk in response.iter_raw():
             self._wait(0)
             stream.write(chunk)
             stream.flush()
             self._on_progress(len(chunk))
             file.check_size(stream.tell())
+            window_bytes += len(chunk)
+            if time.monotonic() - window_start >= STALL_SECONDS:
+                if window_bytes < MIN_STALL_BYTES:
+                    what = f"only {window_bytes} bytes within {STALL_SECONDS:g} s"
+                    raise _RetryableError(what, is_stalled=True)
+                window_start, window_bytes = time.monotonic(), 0
         return stream.tell() == total_bytes or (file.size is None and total_bytes is None)
 
     @contextlib.contextmanager

@@ -44,7 +44,7 @@ _INVALID_RESPONSE_ERRORS = (ValueError, LookupError, TypeError, AttributeError)
 def get_access() -> HubAccess:
     """Return the endpoint of the hub and the names of its settings."""
     endpoint = constants.ENDPOINT.rstrip("/")
-    return HubAccess(endpoint, "HF_ENDPOINT", "HF_TOKEN", "settings/tokens")
+    return HubAccess(endpoint, "HF_ENDPOINT", "HF_TOKEN", "settings/tokens", get_token() or "")
 
 
 def list_files(address: HubAddress) -> tuple[str, list[RemoteFile]]:

@@ -17,7 +17,7 @@ import re
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 from urllib.parse import urlencode, urlsplit
 
 import httpx2
@@ -27,6 +27,7 @@ from finesight.errors import UserError
 from finesight.hub.address import HubAccess, HubAddress, Refusal
 from finesight.hub.download import (
     HTTP_TIMEOUT,
+    MAX_ERROR_BYTES,
     RETRY_STATUSES,
     HttpSite,
     RemoteFile,
@@ -51,7 +52,9 @@ def get_access() -> HubAccess:
     configured = os.environ.get("MODELSCOPE_ENDPOINT") or os.environ.get("MODELSCOPE_DOMAIN") or ""
     url = configured.strip() or "https://www.modelscope.cn"
     endpoint = (url if "://" in url else f"https://{url}").rstrip("/")
-    return HubAccess(endpoint, "MODELSCOPE_ENDPOINT", "MODELSCOPE_API_TOKEN", "my/myaccesstoken")
+    token = os.environ.get("MODELSCOPE_API_TOKEN", "").strip()
+    names = "MODELSCOPE_ENDPOINT", "MODELSCOPE_API_TOKEN", "my/myaccesstoken"
+    return HubAccess(endpoint, *names, token)
 
 
 def build_site(address: HubAddress) -> HttpSite:
@@ -202,8 +205,7 @@ def _upload_object(address: HubAddress, url: str, path: Path) -> None:
     for num_failures in itertools.count(1):
         try:
             with path.open("rb") as file:
-                response = httpx2.put(url, headers=headers, content=file, timeout=HTTP_TIMEOUT)
-            status, message = response.status_code, response.text[:200]
+                status, message = _put(url, headers, file)
         except httpx2.TransportError as error:
             status, message = 0, f"{type(error).__name__}: {error}"
         if 200 <= status < 300:
@@ -212,6 +214,13 @@ def _upload_object(address: HubAddress, url: str, path: Path) -> None:
         if status not in (0, *RETRY_STATUSES) or delay_s is None:
             raise get_access().build_write_error(address, status, message)
         time.sleep(delay_s)
+
+
+def _put(url: str, headers: Mapping[str, str], file: IO[bytes]) -> tuple[int, str]:
+    """Send a PUT request, and return its status and the start of its response."""
+    with httpx2.stream("PUT", url, headers=headers, content=file, timeout=HTTP_TIMEOUT) as response:
+        body = next(response.iter_raw(), b"")[:MAX_ERROR_BYTES]
+    return response.status_code, body.decode("utf-8", "replace")
 
 
 def _build_commit_action(name: str, path: Path, sha256: str | None) -> dict[str, Any]:

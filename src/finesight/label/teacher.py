@@ -58,6 +58,7 @@ from finesight.errors import UserError
 from finesight.evaluate.box_metrics import match_boxes
 from finesight.evaluate.text_metrics import fold_text, normalize_text
 from finesight.hub import download
+from finesight.hub.bounded_request import ResponseLimitError, send_request
 from finesight.label.label_session import LabelSession, LabelTask
 from finesight.label.label_store import (
     AnswerContent,
@@ -77,9 +78,17 @@ TEACHER_FILE = "teacher.jsonl"
 ANSWER_START = b'{"key":'
 """Start of each line of the file of answers."""
 
-TIMEOUT = httpx2.Timeout(300.0, connect=15.0)
+MAX_REQUEST_SECONDS, MAX_LISTING_SECONDS = 300.0, 15.0
+"""Maximum seconds of a request with its complete response, and of one for the list of models."""
+
 RETRY_DELAYS_S = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
-MAX_RESPONSE_BYTES, MAX_MESSAGE_CHARS = 16 << 20, 300
+MAX_RESPONSE_BYTES, MAX_LISTING_BYTES, MAX_MESSAGE_CHARS = 16 << 20, 1 << 20, 300
+
+MAX_TOKEN_CHARS, MAX_ANSWER_CHARS, MAX_REGIONS = 16, 20_000, 300
+"""Maximum number of characters of an answer per token and in total, and of its boxes or points.
+
+The comparison of two answers takes quadratic time.
+"""
 
 TEMPERATURE = 0.7
 """Temperature of the answers, whose agreement is the confidence."""
@@ -113,6 +122,13 @@ class TeacherAnswer(NamedTuple):
 
     text: str
     problem: str = ""
+
+    def truncate(self, max_chars: int) -> TeacherAnswer:
+        """Return the answer, or the start of a longer one with this problem."""
+        if len(self.text) <= max_chars:
+            return self
+        problem = f"the answer has {len(self.text)} characters instead of at most {max_chars}"
+        return TeacherAnswer(self.text[:max_chars], problem)
 
 
 class SentImage(NamedTuple):
@@ -211,8 +227,8 @@ class Teacher:
                 expected="an API key of printable ASCII characters",
                 remedy=f"set it again: export {settings.key}=KEY",
             )
-        headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
-        self._client = httpx2.Client(headers=headers, timeout=TIMEOUT)
+        self._headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
+        self._max_chars = min(MAX_TOKEN_CHARS * settings.max_new_tokens, MAX_ANSWER_CHARS)
         self._lock, self._stopped = threading.Lock(), threading.Event()
         self._rejected: set[str] = set()
         self.num_requests, self.usage = 0, Counter[str]()
@@ -222,7 +238,7 @@ class Teacher:
         for line in lines:
             with suppress(ValueError, LookupError, TypeError):  # A damaged line is requested again.
                 entry = parse_json(line)
-                answers = [TeacherAnswer(*answer) for answer in entry["answers"]]
+                answers = [self._clean(TeacherAnswer(*answer)) for answer in entry["answers"]]
                 self._answers.setdefault(entry["key"], []).extend(answers)
 
     def suggest(
@@ -338,7 +354,7 @@ class Teacher:
                 sent["max_completion_tokens"] = body["max_tokens"]
             status, content, requested_s = self._send(sent)
             if status == 200:
-                return self._read_answers(content)
+                return self._read_answers(content)[: body["n"]]
             message = self._read_message(content)
             named = re.sub("json_(schema|object)", "response_format", message)
             rejected = {*re.findall(r"\w+", named)} & sent.keys() & {*OPTIONAL_SETTINGS}
@@ -358,6 +374,9 @@ class Teacher:
         """Return status, content and requested delay in seconds of a response.
 
         Without a response, the status is 0, and the content is the reason.
+
+        Raises:
+            UserError: The response exceeds a limit.
         """
         with self._lock:
             if self._stopped.is_set():
@@ -365,23 +384,28 @@ class Teacher:
             if self.num_requests == self._settings.budget:
                 raise NoAnswerError(f"the budget of {self.num_requests} requests is used up")
             self.num_requests += 1
-        content, url = bytearray(), f"{self._url}/chat/completions"
         try:
-            with self._client.stream("POST", url, json=body) as response:
-                for chunk in response.iter_bytes():
-                    content += chunk
-                    if len(content) > MAX_RESPONSE_BYTES:
-                        return 413, f"a response of over {MAX_RESPONSE_BYTES} bytes", 0
+            response = send_request(
+                "POST",
+                f"{self._url}/chat/completions",
+                headers=self._headers,
+                json=body,
+                max_bytes=MAX_RESPONSE_BYTES,
+                max_seconds=MAX_REQUEST_SECONDS,
+            )
+        except ResponseLimitError as error:
+            what = f"the server sends {error}"
+            raise self._build_error(0, what, is_limit=True) from error
         except httpx2.RequestError as error:
             return 0, f"{type(error).__name__}: {error}", 0
         delay_s = download.parse_int(response.headers.get("retry-after", ""))
-        return response.status_code, content.decode(errors="replace"), delay_s or 0
+        return response.status, response.text, delay_s or 0
 
     def _read_answers(self, content: str) -> list[TeacherAnswer]:
         """Return the answers of a chat completion, and count its tokens."""
         try:
             completion = parse_json(content)
-            answers = [*map(_read_choice, completion["choices"])]
+            answers = [self._clean(_read_choice(one)) for one in completion["choices"]]
             counts = {k: n for k, n in (completion.get("usage") or {}).items() if type(n) is int}
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             text = f"not a chat completion: {self._read_message(content)}"
@@ -393,31 +417,59 @@ class Teacher:
                 self.usage[kind.replace("_", " ")] += counts.get(kind, 0)
         return answers
 
+    def _clean(self, answer: TeacherAnswer) -> TeacherAnswer:
+        """Return an answer within the limit of characters, without reasoning and the key."""
+        text = self._redact(_REASONING.sub("", answer.text).strip())
+        return answer._replace(text=text).truncate(self._max_chars)
+
+    def _redact(self, text: str) -> str:
+        """Remove the key from a text, because servers may repeat it."""
+        return text.replace(self._key, "***") if self._key else text
+
     def _read_message(self, content: str) -> str:
-        """Return the message of an error without the key, which servers may repeat."""
+        """Return the message of an error without the key."""
         message: Any = content
         with suppress(ValueError):
             message = parse_json(content)
         for name in ("error", "message", "detail"):
             message = message.get(name, message) if isinstance(message, dict) else message
-        text = " ".join(str(message).split())
-        return (text.replace(self._key, "***") if self._key else text)[:MAX_MESSAGE_CHARS]
+        return self._redact(" ".join(str(message).split()))[:MAX_MESSAGE_CHARS]
 
-    def _build_error(self, status: int, message: str) -> UserError:
+    def _list_models(self) -> str | None:
+        """Return the names of the models of the server; None if it does not list them."""
+        try:
+            response = send_request(
+                "GET",
+                f"{self._url}/models",
+                headers=self._headers,
+                max_bytes=MAX_LISTING_BYTES,
+                max_seconds=MAX_LISTING_SECONDS,
+            )
+            models = parse_json(response.text)["data"]
+            names = ", ".join(str(model["id"]) for model in models)
+        except (httpx2.RequestError, ResponseLimitError, ValueError, LookupError, TypeError):
+            return None
+        return self._redact(names)[:500]
+
+    def _build_error(self, status: int, message: str, *, is_limit: bool = False) -> UserError:
         variable, expected = self._settings.key, "a chat completion"
         remedy = f"run the command again: it requests no answer in {self._file} twice"
-        if status in (401, 403):
+        if is_limit:
+            limit = f"{MAX_RESPONSE_BYTES} bytes and {MAX_REQUEST_SECONDS:g} s"
+            expected = f"a complete response within {limit}"
+            remedy = (
+                f"reduce --teacher-answers or --max-new-tokens, or use a faster server; {remedy}"
+            )
+        elif status in (401, 403):
             expected = f"a valid API key in the environment variable {variable}"
             remedy = f"set it: export {variable}=KEY, or name another one: --teacher-key VARIABLE"
         elif status == 404:
             expected = "the name of a model of the server"
-            with suppress(httpx2.RequestError, ValueError, LookupError, TypeError):
-                models = self._client.get(f"{self._url}/models").json()["data"]
-                names = ", ".join(str(model["id"]) for model in models)
-                if names:
-                    expected += f": {names:.500}"
-                else:
-                    expected += ", which has none"
+            names = self._list_models()
+            if names:
+                expected += f": {names}"
+            elif names is not None:
+                expected += ", which has none"
             remedy = "correct --teacher-model, or the address, which precedes /chat/completions"
         elif status == 413:
             remedy = f"reduce --teacher-pixels, which is {self._settings.pixels}"
@@ -474,12 +526,14 @@ class AnswerFormat:
 
     def parse(self, answer: TeacherAnswer, images: Sequence[SentImage]) -> AnswerContent:
         """Return the label of an answer. Raises NoAnswerError with the reason."""
-        text = _REASONING.sub("", answer.text).strip()
+        text = answer.text
         value = next((found.value for found in iter_json_values(text)), None)
         if answer.problem:
             raise NoAnswerError(f"{answer.problem}: {text!r:.200}")
         if self.task.has_regions:
             boxes = [box for image in images[:1] for box in read_boxes(text, self.frame, image)]
+            if len(boxes) > MAX_REGIONS:
+                raise NoAnswerError(f"the teacher answers {len(boxes)} {self.task.kind}")
             expects_point = self.task.kind == "points"
             if any(box.is_point != expects_point for box in boxes) or (
                 not boxes and value not in ([], {"objects": []})
@@ -510,7 +564,10 @@ class AnswerFormat:
         self, sample_id: str, contents: Sequence[AnswerContent], num_answers: int, size: ImageSize
     ) -> Suggestion:
         """Return the answer that agrees most with the others, with confidences."""
-        agreements = [sum(self.compare(one, two, size) for two in contents) - 1 for one in contents]
+        agreements: list[float] = []
+        for index, one in enumerate(contents):
+            others = [*contents[:index], *contents[index + 1 :]]
+            agreements.append(sum(self.compare(one, other, size) for other in others))
         best, num_others = agreements.index(max(agreements)), num_answers - 1
         content, *others = contents[best], *contents[:best], *contents[best + 1 :]
         confidence = agreements[best] / num_others

@@ -23,10 +23,11 @@ from urllib.parse import unquote, urlsplit
 import httpx2
 
 from finesight import __version__
-from finesight.bounded_files import open_regular_file
+from finesight.bounded_files import open_regular_file, parse_json
 from finesight.data.formats.label_studio import get_local_path
 from finesight.data.image_header import IMAGE_FORMATS as DECODABLE_FORMATS
 from finesight.errors import UserError
+from finesight.hub.bounded_request import ResponseLimitError, read_content
 from finesight.hub.download import (
     is_allowed_url,
     is_offline,
@@ -43,6 +44,7 @@ FILES_VARIABLE = "FINESIGHT_FILES"
 
 CHUNK_BYTES = 2**20
 MAX_REDIRECTS = 5
+MAX_TOKEN_BYTES = 64 << 10
 CONTENT_TYPE_PREFIXES = (
     "image/",
     "video/",
@@ -382,6 +384,7 @@ class LabelStudioImages:
             httpx2.InvalidURL,
             OSError,
             LookupError,
+            ResponseLimitError,
             TypeError,
             ValueError,
         ) as error:
@@ -399,11 +402,13 @@ class LabelStudioImages:
             return {}
         if self._token.count(".") != 2:
             return {"Authorization": f"Token {self._token}"}
-        url = f"{self._url}/api/token/refresh"
-        response = await client.post(url, json={"refresh": self._token})
-        if response.status_code != 200:
-            raise OSError(f"status {response.status_code} of the token")
-        return {"Authorization": f"Bearer {response.json()['access']}"}
+        url, headers = f"{self._url}/api/token/refresh", {"Accept-Encoding": "identity"}
+        body = {"refresh": self._token}
+        async with client.stream("POST", url, json=body, headers=headers) as response:
+            if response.status_code != 200:
+                raise OSError(f"status {response.status_code} of the token")
+            content = await read_content(response, MAX_TOKEN_BYTES)
+        return {"Authorization": f"Bearer {parse_json(content)['access']}"}
 
 
 def _is_data_path(path: str) -> bool:

@@ -220,7 +220,11 @@ class SwanLabTracker(_LoggingTracker):
         alert_fields = record.model_dump(include={"step", "level", "title", "text"})
         body = {"value": webhook.value, "swanlab": experiment, "alert": alert_fields}
         try:
-            requests.post(webhook.url, json=body, timeout=webhook.timeout).raise_for_status()
+            # The content of the response, which may be endless, is not read.
+            with requests.post(
+                webhook.url, json=body, timeout=webhook.timeout, stream=True
+            ) as response:
+                response.raise_for_status()
         except requests.RequestException as error:
             # Not fatal. The webhook URL is a secret.
             print(f"webhook alert failed ({type(error).__name__})", flush=True)

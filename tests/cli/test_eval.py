@@ -11,6 +11,7 @@ from tiny_task import TinyTask
 
 from finesight.data.sample import read_samples, write_samples
 from finesight.evaluate.bootstrap import REASON_FEW_SAMPLES_UNBOUNDED
+from finesight.operations import evaluation
 from finesight.train.run_dir import describe_changed_data
 
 
@@ -85,7 +86,8 @@ def test_changed_validation_data_of_a_run_are_noted(evaluate, run, tmp_path):
 
 def test_samples_with_damaged_images_are_reported(evaluate, tmp_path):
     (tmp_path / "a.png").write_bytes(b"broken")
-    printed = evaluate("--metric", "ocr")
+    printed = evaluate("--metric", "ocr", code=4)
+    assert printed.err.endswith("\n1 sample skipped\n")
     assert "skipped: sample s0" in printed.err
     assert "1 skipped" in printed.out
 
@@ -247,6 +249,18 @@ def test_pairs_are_the_best_and_worst_responses(data, tmp_path, cli):
     error = cli("pairs", alike, tmp_path / "none.jsonl", "--data", data, code=2).err
     assert "--min-score" in error
     assert "no responses" in cli("pairs", tmp_path / "gone", tmp_path / "x.jsonl", code=2).err
+
+
+def test_guard_checks_images_before_it_loads_the_models(tmp_path, cli, monkeypatch):
+    task = TinyTask(tmp_path / "task")
+    task.run("train.steps=1", "train.epochs=null")
+    monkeypatch.setattr(evaluation, "_iter_tuned_and_base", None)
+    truncated = write_noise_image(tmp_path / "a.png", 80, 60)
+    truncated.write_bytes(truncated.read_bytes()[:-30])
+    group = {"metric": "qa", "questions": [{"image": ["a.png"], "prompt": "A?", "answer": ["a"]}]}
+    (tmp_path / "suite.yaml").write_text(json.dumps({"groups": {"one": group}}))
+    error = cli("guard", task.folder / "run", "--suite", tmp_path / "suite.yaml", code=2).err
+    assert f"{truncated}: truncated" in error
 
 
 @each("tune", [{"language": "lora", "lora": {"rank": 4}}, {"language": "full"}])

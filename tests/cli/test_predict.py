@@ -5,11 +5,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from engine_fixtures import write_noise_image
+from engine_fixtures import make_sample, write_noise_image
+from PIL import Image
 from run_dir_fixtures import MANIFEST
 from tiny_model import create_tiny_model
 from video_fixtures import write_video
 
+from finesight.data.sample import ImagePart, write_samples
 from finesight.infer import prediction
 from finesight.infer.engine import generate
 from finesight.infer.model_loader import load_inference_model
@@ -153,7 +155,9 @@ def test_video_files_are_accepted(tiny, image_paths, tmp_path, cli):
     assert image["image"] == str(image_paths[0])
     assert cli(*ask).out.startswith(f"{clip}: ")
     clip.write_bytes(clip.read_bytes()[:300])
-    assert f"error: {clip}: " in cli(*ask, code=2).err
+    printed = cli(*ask, code=4)
+    assert printed.out.startswith(f"{image_paths[0]}: ")
+    assert f"skipped: {clip}: " in printed.err
 
 
 def test_thinking_mode_is_selected(tiny, image_paths, tmp_path, cli):
@@ -200,3 +204,77 @@ def test_weight_format_is_that_of_the_loader(kind, tiny, image_paths, cli):
     # With random weights, 4-bit quantization changes every answer.
     baseline = cli(*ask, "--device", "cpu").json["raw_text"]
     assert kind != "nf4" or found != baseline
+
+
+def write_folder(folder: Path) -> set[str]:
+    """Write two images, and files that are none; return the names of these."""
+    folder.mkdir()
+    for name in ("a.png", "z.jpg"):
+        Image.effect_noise((200, 150), 90).save(folder / name)
+    for name in ("truncated.png", "truncated.jpg"):
+        content = (folder / ("a.png" if name.endswith("png") else "z.jpg")).read_bytes()
+        (folder / name).write_bytes(content[: len(content) // 2])
+    (folder / "header.png").write_bytes((folder / "a.png").read_bytes()[:30])
+    (folder / "empty.png").touch()
+    (folder / "text.jpg").write_text("text")
+    (folder / "damaged.pdf").write_bytes(b"%PDF-1.4 damaged")
+    Image.new("1", (10_000, 10_000)).save(folder / "bomb.png")
+    Image.new("RGB", (3000, 4)).save(folder / "thin.png")
+    return {path.name for path in folder.iterdir()} - {"a.png", "z.jpg"}
+
+
+@pytest.mark.parametrize("is_data", [False, True])
+def test_unreadable_images_are_skipped_and_named(tiny, tmp_path, cli, is_data):
+    folder, out = tmp_path / "images", tmp_path / "answers"
+    invalid = write_folder(folder)
+    options = ("--json", "--out", out, "--draw", tmp_path / "drawn")
+    words = (folder, *ASK)
+    if is_data:
+        names = sorted(path.name for path in folder.iterdir())
+        parts = [(ImagePart(image=name), "What?") for name in names]
+        samples = [make_sample(part[0].image, folder, *part).sample for part in parts]
+        write_samples(folder / "data.jsonl", samples)
+        words = ("--data", folder / "data.jsonl", *ASK[2:])
+    printed = cli("predict", tiny, *words, *options, code=4)
+    assert [Path(one["image"]).name for one in printed.records] == ["a.png", "z.jpg"]
+    assert printed.records == list(map(json.loads, (out / ANSWER_FILES[1]).open()))
+    lines = printed.err.splitlines()[-len(invalid) - 1 :]
+    assert lines.pop() == f"{len(invalid)} questions skipped"
+    assert {Path(line.split(": ")[1]).name for line in lines} == invalid
+    assert {path.name for path in (tmp_path / "drawn").iterdir()} == {"a.png", "z.png"}
+
+
+def test_images_that_vanish_are_skipped(tiny, image_paths, tmp_path, cli, monkeypatch):
+    paths = [shutil.copy(image_paths[0], tmp_path / f"{n}.png") for n in range(3)]
+    predict = prediction.predict
+
+    def remove_one_before_and_one_after(model, renderer, samples, **options):
+        paths[0].unlink()
+        found = predict(model, renderer, samples, **options)
+        paths[1].unlink()
+        return found
+
+    monkeypatch.setattr(prediction, "predict", remove_one_before_and_one_after)
+    printed = cli("predict", tiny, *paths, *ASK, "--draw", tmp_path / "drawn", "--json", code=4)
+    assert [one["image"] for one in printed.records] == [*map(str, paths[1:])]
+    assert [path.name for path in (tmp_path / "drawn").iterdir()] == ["2.png"]
+    skipped = [line for line in printed.err.splitlines() if line.startswith("skipped: ")]
+    assert skipped == [f"skipped: {path}: no such image" for path in paths[:2]]
+
+
+def test_group_with_an_unreadable_image_is_skipped(tiny, image_paths, tmp_path, cli):
+    (tmp_path / "damaged.pdf").write_bytes(b"%PDF-1.4 damaged")
+    first, second = map(str, image_paths)
+    words = (first, tmp_path / "damaged.pdf", second, first, "--images-per-question", 2)
+    printed = cli("predict", tiny, *words, *ASK, "--json", code=4)
+    assert [one["image"] for one in printed.records] == [[second, first]]
+    assert "1 question skipped" in printed.err
+
+
+def test_no_readable_image_is_an_error(tiny, tmp_path, cli):
+    out = tmp_path / "answers"
+    (tmp_path / "empty.png").touch()
+    (tmp_path / "truncated.png").write_bytes(b"\x89PNG\r\n")
+    printed = cli("predict", tiny, tmp_path, *ASK, "--out", out, code=2)
+    assert "empty.png: an empty file" in printed.err
+    assert (printed.out, out.exists()) == ("", False)

@@ -25,7 +25,14 @@ from finesight.operations.model import (
     load_adapters,
     load_model,
 )
-from finesight.operations.operation import Outcome, Parameter, StrPath, list_words, to_path
+from finesight.operations.operation import (
+    EXIT_SKIPPED,
+    Outcome,
+    Parameter,
+    StrPath,
+    list_words,
+    to_path,
+)
 from finesight.operations.options import (
     LoadingOptions,
     MaxNewTokensOption,
@@ -646,6 +653,7 @@ def label(
     password = resolve_password(host, password_file, no_auth or bool(socket_file), proxies)
     folder = to_path(out) or _select_label_folder(run_dir, reviewed, console)
     suggested: list[dict[str, Any]] = []
+    missing: list[str] = []
     with ExitStack() as stack:
         listener = None
         if not suggest_only:
@@ -686,8 +694,10 @@ def label(
                 suggest = Teacher(server, session, console.log).suggest
             with console.progress_stage("suggestions", len(pending)) as on_progress:
                 reasons = session.add_suggestions(suggest, on_progress)
-            for reason in reasons.values():
-                console.log(f"no suggestion: {reason}")
+            missing = [f"no suggestion: {reason}" for reason in reasons.values()]
+            if not suggest_only:
+                for note in missing:
+                    console.log(note)
             del suggest
         session.complete_task()
         if listener is None:
@@ -706,6 +716,8 @@ def label(
         [*map(_format_suggestion, suggested)],
         data=[],  # given to `on_record`
         next_steps=[_find_next_step(folder, run_dir, reviewed)] if has_labels else [],
+        exit_code=EXIT_SKIPPED if suggest_only and missing else 0,
+        notes=missing if suggest_only else (),
     )
 
 

@@ -264,7 +264,8 @@ OUTCOMES = {
     "check": {2: "errors found", 3: "warnings found"},
     "plan": {2: "does not fit"},
     "train": {75: "checkpoint saved"},
-    "results": {3: "regression found"},
+    "results": {3: "regression found", 4: "unreadable images skipped"},
+    "chat": {4: "unreadable images skipped"},
 }
 """Meaning of the exit codes of the commands of a step."""
 

@@ -1,8 +1,8 @@
 """Register the commands of `finesight` and map errors to exit codes.
 
 Exit codes: 0 success, 1 internal error (with a traceback) or failed upload, 2 invalid user input,
-75 stopped after writing a checkpoint, 130 interrupted. Commands import heavy packages inside their
-functions, so that `--help` stays fast.
+4 unreadable input was skipped, 75 stopped after writing a checkpoint, 130 interrupted. Commands
+import heavy packages inside their functions, so that `--help` stays fast.
 """
 
 from __future__ import annotations
@@ -220,6 +220,8 @@ def _run(
             _print_json(record)
     elif outcome.lines:
         click.echo("\n".join(map(escape_unprintable, outcome.lines)))
+    for note in outcome.notes:
+        click.echo(escape_unprintable(note), err=True)
     if (report := click.get_current_context().obj) is not None:
         report["next_steps"] = outcome.next_steps
     commands = [

@@ -13,7 +13,14 @@ from pydantic import Field, TypeAdapter, ValidationError, model_validator
 
 from finesight.bounded_files import ComposedYaml
 from finesight.config import CoercedFloat, MetricName, Names, SettingsSection
-from finesight.data.sample import LocatedSample, Message, Sample, read_samples, validate_sample
+from finesight.data.sample import (
+    LocatedSample,
+    Message,
+    Sample,
+    list_media_paths,
+    read_samples,
+    validate_sample,
+)
 from finesight.errors import UserError, suggest_name
 from finesight.evaluate.eval_case import ReferenceAnswer, get_reference_answer
 from finesight.evaluate.metric_difference import MetricDifference, compare_estimators, create_case
@@ -120,6 +127,20 @@ def load_suite(path: Path) -> list[LoadedGroup]:
             error.where = f"{locate('groups', name)}: {error.where}"
             raise
     return groups
+
+
+def check_images(groups: Sequence[LoadedGroup]) -> None:
+    """Decode all images of a suite. Raises CorruptImageError for an unreadable one.
+
+    Both models must answer the same questions, and generation takes long.
+    """
+    from finesight.vision.image_reader import decode_pixels  # slow to import
+
+    for group in groups:
+        for located in group.samples:
+            for part in located.sample.iter_parts():
+                for name in list_media_paths(part):
+                    decode_pixels(None, located.resolve_path(name))
 
 
 def _read_samples(

@@ -412,10 +412,21 @@ def _get_target_image(sample: Sample) -> int:
     return image_indices.pop() if len(image_indices) == 1 else 0
 
 
-def save_annotated_images(predictions: Sequence[Prediction], out_dir: Path) -> list[Path]:
+def save_annotated_images(
+    predictions: Sequence[Prediction],
+    out_dir: Path,
+    on_corrupt_image: Callable[[CorruptImageError], None] | None = None,
+) -> list[Path]:
     """Write one PNG with drawn boxes per image of each prediction, and return the paths.
 
     Existing files are not overwritten: a new file gets a numeric suffix.
+
+    Args:
+        on_corrupt_image: Called with the error of an image that is no longer readable, which is
+            skipped. Without it, the error is raised.
+
+    Raises:
+        CorruptImageError: An image cannot be read and `on_corrupt_image` is None.
     """
     make_folder(out_dir)
     paths = []
@@ -423,7 +434,14 @@ def save_annotated_images(predictions: Sequence[Prediction], out_dir: Path) -> l
         for image_index, path in enumerate(prediction.images):
             target = find_unused_path(out_dir, path.stem)
             buffer = io.BytesIO()
-            annotate_image(prediction, image_index).save(buffer, format="PNG")
+            try:
+                annotated = annotate_image(prediction, image_index)
+            except CorruptImageError as error:
+                if on_corrupt_image is None:
+                    raise
+                on_corrupt_image(error)
+                continue
+            annotated.save(buffer, format="PNG")
             write_file(target, buffer.getvalue())
             paths.append(target)
     return paths

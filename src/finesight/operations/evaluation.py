@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, Unpack
 
 from finesight.errors import Step, UserError, escape_surrogates, format_count, suggest_similar_path
 from finesight.operations.model import ModelArgument, get_model_name, get_prompt_format, load_model
-from finesight.operations.operation import Outcome, Parameter, StrPath, to_path
+from finesight.operations.operation import Outcome, Parameter, SkippedInputs, StrPath, to_path
 from finesight.operations.options import (
     LanguageOption,
     LoadingOptions,
@@ -70,6 +70,7 @@ def evaluate(
     """Generate answers to validation samples and compute metrics.
 
     A run has a metric and validation data in its recipe. Other models need --metric and --data.
+    Samples with unreadable images are skipped, and the exit code is then 4.
 
     Example: finesight eval runs/latex --out tuned.jsonl
 
@@ -121,10 +122,17 @@ def evaluate(
     with console.progress_stage("answers", len(selected)) as on_progress:
         source = model.model, model.renderer, samples, settings, write_predictions, on_progress
         result = run_evaluation(*source, on_progress, batch_size=batch_size)
+    skipped = SkippedInputs("sample")
     for sample, reason in result.corrupt_samples:
-        console.log(f"skipped: sample {sample}: {reason}")
+        skipped.add(UserError(reason, where=f"sample {sample}"))
     _warn_truncated(result.predictions, settings.max_new_tokens, console)
-    return Outcome(result, result.as_table().splitlines(), result.as_json())
+    return Outcome(
+        result,
+        result.as_table().splitlines(),
+        result.as_json(),
+        exit_code=skipped.exit_code,
+        notes=skipped.describe(),
+    )
 
 
 def _warn_truncated(
@@ -157,7 +165,8 @@ def predict(
     A question to a run has the form of its training samples: the order of images and text, the
     white space around the text, and the system prompt. Boxes are left, top, right, bottom in pixels
     of the original images. --json prints one object per answer, with image, prompt, answer,
-    raw_text and boxes.
+    raw_text and boxes. Questions about unreadable images are skipped and named at the end, and the
+    exit code is then 4.
 
     Example: finesight predict runs/latex formula.png --prompt "Write the formula as LaTeX."
 
@@ -190,7 +199,7 @@ def predict(
         check_new_path(Path(out))
     if draw is not None:
         check_writable_folder(Path(draw))
-    console = ProgressConsole()
+    console, skipped = ProgressConsole(), SkippedInputs("question")
     samples = _load_samples(
         run_or_model,
         [*map(Path, images)],
@@ -199,7 +208,9 @@ def predict(
         pages or (),
         images_per_question,
         console,
+        skipped,
     )
+    skipped.require_others(len(samples))
     model = load_model(run_or_model, **loading).value.inference_model
     with console.progress_stage("answers", len(samples)) as on_progress:
         predictions = run_prediction(
@@ -209,7 +220,9 @@ def predict(
             max_new_tokens=max_new_tokens,
             batch_size=batch_size,
             on_progress=on_progress,
+            on_corrupt_image=lambda _, error: skipped.add(error),
         )
+    skipped.require_others(len(predictions))
     _warn_truncated(predictions, max_new_tokens, console)
     lines = [prediction.as_text() for prediction in predictions]
     records = [prediction.as_json() for prediction in predictions]
@@ -219,9 +232,11 @@ def predict(
             for name, text in zip(ANSWER_FILES, (_format_csv(records), rows), strict=True):
                 write_file(folder / name, text.encode(errors="surrogateescape"))
     if draw is not None:
-        for path in save_annotated_images(predictions, Path(draw)):
+        for path in save_annotated_images(predictions, Path(draw), skipped.add):
             console.log(f"saved: {path}")
-    return Outcome(predictions, lines, records)
+    return Outcome(
+        predictions, lines, records, exit_code=skipped.exit_code, notes=skipped.describe()
+    )
 
 
 def _format_csv(records: Sequence[Mapping[str, Any]]) -> str:
@@ -259,8 +274,10 @@ def _load_samples(
     pages: PageRanges,
     images_per_question: int | None,
     console: ProgressConsole,
+    skipped: SkippedInputs,
 ) -> list[LocatedSample]:
     """Read the samples of a file, or build questions about images."""
+    from finesight.data.image_header import CorruptImageError
     from finesight.data.sample import LocatedSample, read_samples
     from finesight.infer.prediction import build_question
 
@@ -287,14 +304,25 @@ def _load_samples(
     for num_images in sorted({len(group.images) for group in groups}):
         for note in prompt_format.describe_difference(prompt, num_images):
             console.log(f"note: {note}")
-    return [build_question(one.images, prompt, one.name or prompt, prompt_format) for one in groups]
+    samples: list[LocatedSample] = []
+    for group in groups:
+        if group.error is not None:
+            skipped.add(group.error)
+            continue
+        try:
+            sample_id = group.name or prompt
+            samples.append(build_question(group.images, prompt, sample_id, prompt_format))
+        except CorruptImageError as error:
+            skipped.add(error)
+    return samples
 
 
 class _ImageGroup(NamedTuple):
-    """Images of one question, and its name."""
+    """Images of one question, and its name; or the error of an unreadable document."""
 
     name: str
     images: list[Path]
+    error: UserError | None = None
 
 
 def _group_images(
@@ -307,7 +335,7 @@ def _group_images(
 
     By default, the pages of a document are a question of their own.
     """
-    from finesight.data.image_header import list_pages
+    from finesight.data.image_header import CorruptImageError, list_pages
 
     if not files:
         return [_ImageGroup("", [])]
@@ -315,17 +343,26 @@ def _group_images(
     groups: list[_ImageGroup] = []
     names: list[str] = []
     images: list[Path] = []
+    error: UserError | None = None
     for file in files:
-        own_images = list_pages(file, pages)
+        own_images: list[Path] = []
+        try:
+            own_images = list_pages(file, pages)
+        except CorruptImageError as page_error:
+            if images_per_question is None:
+                groups.append(_ImageGroup(str(file), [], page_error))
+                continue
+            error = error or page_error
         if len(own_images) > 1 and images_per_question is None:
             groups.append(_ImageGroup(str(file), own_images))
             continue
         names.append(str(file))
         images += own_images
         if len(names) == size:
-            groups.append(_ImageGroup(", ".join(names), images))
+            groups.append(_ImageGroup(", ".join(names), images, error))
             names = []
             images = []
+            error = None
     if names:
         expected = f"a multiple of {size} image files"
         if images_per_question is None:
@@ -484,6 +521,7 @@ def guard(
         )
     get_report_file(run_dir).check()
     groups, console = regression_guard.load_suite(file), ProgressConsole()
+    regression_guard.check_images(groups)
     answers: list[list[list[Prediction]]] = []
     for name, model in _iter_tuned_and_base(str(run), loading):
         ask = partial(run_prediction, model.model, model.renderer, batch_size=batch_size)

@@ -19,7 +19,7 @@ from functools import lru_cache, wraps
 from pathlib import Path
 from typing import Any, Generic, Literal, ParamSpec, TypeVar
 
-from finesight.errors import Step, UserError, set_step_format
+from finesight.errors import Step, UserError, format_count, set_step_format
 from finesight.operations.first_guesses import OptionGuess, find_option, suggest_value
 from finesight.plugins import PluginKind, Registry
 
@@ -220,6 +220,44 @@ def format_call(step: Step) -> str:
     return f"finesight.api.{operation.__name__}({arguments})"
 
 
+EXIT_SKIPPED = 4
+"""Exit code of a command that has skipped unreadable input, and answered the rest."""
+
+
+class SkippedInputs:
+    """Unreadable inputs of a command, which are skipped and named at its end.
+
+    Args:
+        noun: Name of an input, such as "question".
+    """
+
+    def __init__(self, noun: str) -> None:
+        self._noun = noun
+        self._errors: list[UserError] = []
+
+    def add(self, error: UserError) -> None:
+        """Note the error of an input."""
+        self._errors.append(error)
+
+    def require_others(self, num_read: int) -> None:
+        """Raise the first error if no input could be read."""
+        if self._errors and not num_read:
+            raise self._errors[0]
+
+    @property
+    def exit_code(self) -> int:
+        """Exit code of the command."""
+        return EXIT_SKIPPED if self._errors else 0
+
+    def describe(self) -> list[str]:
+        """Return a line for each skipped input, and their number."""
+        if not self._errors:
+            return []
+        # Without the expected value and the remedy.
+        lines = [f"skipped: {str(error).splitlines()[0]}" for error in self._errors]
+        return [*lines, f"{format_count(len(lines), self._noun)} skipped"]
+
+
 @dataclass(frozen=True, slots=True)
 class Outcome(Generic[Result]):
     """Outcome of an operation.
@@ -230,6 +268,7 @@ class Outcome(Generic[Result]):
         data: Result as JSON data. Records of a list are printed one per line.
         next_steps: Proposed next operations.
         exit_code: Exit code of the command.
+        notes: Texts that follow the result on standard error.
     """
 
     value: Result
@@ -237,6 +276,7 @@ class Outcome(Generic[Result]):
     data: object = None
     next_steps: Sequence[Step] = ()
     exit_code: int = 0
+    notes: Sequence[str] = ()
 
 
 KINDS: Mapping[type, Kind] = {

@@ -17,7 +17,13 @@ from finesight.bounded_files import read_json_object
 from finesight.errors import Remedy, Step, UserError, format_count, suggest_similar_path
 from finesight.operations.dataset import build_init_step
 from finesight.operations.model import ModelArgument, get_model_name, load_model
-from finesight.operations.operation import Outcome, Parameter, StrPath
+from finesight.operations.operation import (
+    EXIT_SKIPPED,
+    Outcome,
+    Parameter,
+    SkippedInputs,
+    StrPath,
+)
 from finesight.operations.options import (
     LimitOption,
     LoadingOptions,
@@ -63,6 +69,7 @@ def sample(
     Writes OUT/responses.jsonl, all responses with their scores, which `finesight pairs` reads, and
     OUT/data.jsonl, samples with their best response, for a training (rejection sampling). The score
     of a response is the mean of its rewards with their weights. A truncated response is not kept.
+    Samples with unreadable images are skipped, and the exit code is then 4.
 
     Example: finesight sample runs/receipts receipts/train.jsonl best --best-of 8
 
@@ -88,7 +95,7 @@ def sample(
     from finesight.evaluate.eval_case import get_reference_answer
     from finesight.evaluate.metric_difference import read_predictions
     from finesight.evaluate.rewards import RewardScorer
-    from finesight.evaluate.score_function import RewardError
+    from finesight.evaluate.score_function import ScoringError
     from finesight.infer.request import SamplingParams
     from finesight.manifest import RESPONSES_FILE, SAMPLING_FILE, find_run_dir
     from finesight.storage import check_new_path, write_file, write_folder
@@ -108,7 +115,8 @@ def sample(
     options = name, weights, best_of, temperature, seed, limit, max_new_tokens
     inputs = f"{options, sorted(loading.items())}"
     digest = hashlib.sha256(inputs.encode() + data.read_bytes()).hexdigest()
-    generated, console = Path(f"{out}-{digest[:8]}.jsonl"), ProgressConsole()
+    generated = Path(f"{out}-{digest[:8]}.jsonl")
+    console, skipped = ProgressConsole(), SkippedInputs("sample")
     if generated.is_file():
         console.log(f"using the responses of {generated}, whose scores are missing")
     else:
@@ -120,7 +128,7 @@ def sample(
         repeated = [one for one in samples for _ in range(best_of)]
         params = SamplingParams(temperature=temperature, banned_ids=model.renderer.visual_token_ids)
         limits = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
-        text = _generate_responses(model, repeated, params, seed, console, **limits)
+        text = _generate_responses(model, repeated, params, seed, console, skipped, **limits)
         write_file(generated, text.encode())
     scored, text = list[list[float]](), ""
     with RewardScorer(rewards, run_dir) as scorer, write_folder(out) as folder:
@@ -128,7 +136,7 @@ def sample(
             found = [*group]
             try:
                 rows = np.array(scorer.score([one.case for one in found]), np.float64).T.tolist()
-            except RewardError as error:
+            except ScoringError as error:
                 error.remedy = f"correct it, then repeat the command, which reads {generated}"
                 raise
             for n, (one, row) in enumerate(zip(found, rows, strict=True)):
@@ -165,7 +173,8 @@ def sample(
     if num_kept:
         steps.append(build_init_step(out / "data.jsonl", name))
     steps.append(Step("pairs", {"source": out, "out": f"{out}-pairs.jsonl", "data": data}))
-    return Outcome(summary, lines, summary, steps)
+    exit_code = EXIT_SKIPPED if summary["num_skipped"] else 0
+    return Outcome(summary, lines, summary, steps, exit_code, skipped.describe())
 
 
 def _generate_responses(
@@ -174,16 +183,20 @@ def _generate_responses(
     sampling_params: SamplingParams,
     seed: int,
     console: ProgressConsole,
+    skipped: SkippedInputs,
     *,
     max_new_tokens: int,
     batch_size: int,
 ) -> str:
     """Return a response to each sample as a line of a prediction file, without scores."""
+    from finesight.data.image_header import CorruptImageError
     from finesight.evaluate.eval_case import get_reference_answer
     from finesight.evaluate.metric_difference import create_case, format_prediction_line
     from finesight.infer.prediction import predict
 
-    renderer, reasons = inference_model.renderer, set[str]()
+    renderer = inference_model.renderer
+    # A sample is repeated.
+    errors: dict[str, CorruptImageError] = {}
     with console.progress_stage("responses", len(samples)) as on_progress:
         predictions = predict(
             inference_model.model,
@@ -192,11 +205,12 @@ def _generate_responses(
             max_new_tokens=max_new_tokens,
             batch_size=batch_size,
             on_progress=on_progress,
-            on_corrupt_image=lambda _, error: reasons.add(str(error).splitlines()[0]),
+            on_corrupt_image=lambda index, error: errors.update({samples[index].sample.id: error}),
             get_sampling=lambda index: replace(sampling_params, seed=(seed << 32) + index),
         )
-    for reason in reasons:
-        console.log(f"skipped: {reason}")
+    for error in errors.values():
+        skipped.add(error)
+    skipped.require_others(len(predictions))
     read_reference = partial(get_reference_answer, has_reasoning=renderer.renders_reasoning)
     references = {one.sample.id: read_reference(one.sample) for one in samples}
     cases = (create_case(one, references[one.id]) for one in predictions)

@@ -83,8 +83,11 @@ MAX_SEED = 2**53 - 1
 MAX_DISPLAY_SIDE = 1600
 """Maximum width and height of an image that the browser receives, in pixels."""
 
-MAX_IMAGE_JOBS, MAX_TEXT_JOBS = 2 * NUM_IMAGE_WORKERS, 4
-"""Maximum number of requests that read images, and of questions without any, at the same time."""
+MAX_IMAGE_JOBS = 2 * NUM_IMAGE_WORKERS
+"""Maximum number of requests that read images at the same time."""
+
+MAX_TEXT_JOBS = 4
+"""Maximum number of questions without images that are sent at the same time."""
 
 BASE_MODEL_NAME = "base"
 DEFAULT_MAX_NEW_TOKENS = 512
@@ -548,8 +551,9 @@ class ChatPage:
             chat = self._find_chat(request, body.chat, num_turns=body.num_turns)
         elif not chat.owner:
             raise UserError(translate("The page needs cookies. Allow them, and reload the page."))
-        has_images = bool(body.images) or bool(chat.paths)
-        jobs = self._image_jobs if has_images else self._text_jobs
+        jobs = self._text_jobs
+        if body.images or chat.paths:
+            jobs = self._image_jobs
         chat.is_busy = True
         try:
             turns = await jobs.run(request, partial(self._send, chat, body))

@@ -694,9 +694,11 @@ def label(
                 suggest = Teacher(server, session, console.log).suggest
             with console.progress_stage("suggestions", len(pending)) as on_progress:
                 reasons = session.add_suggestions(suggest, on_progress)
-            missing = [f"no suggestion: {reason}" for reason in reasons.values()]
-            if not suggest_only:
-                for note in missing:
+            for reason in reasons.values():
+                note = f"no suggestion: {reason}"
+                if suggest_only:
+                    missing.append(note)
+                else:
                     console.log(note)
             del suggest
         session.complete_task()
@@ -708,6 +710,9 @@ def label(
     for one in suggested:
         if on_record is not None:
             on_record({key: value for key, value in one.items() if key != "history"})
+    exit_code = 0
+    if missing:
+        exit_code = EXIT_SKIPPED
     counts = session.store.count_events()
     console.log(f"{', '.join(f'{count} {name}' for name, count in counts.items())}: {folder}")
     has_labels = any(n for name, n in counts.items() if name not in ("open", "skipped"))
@@ -716,8 +721,8 @@ def label(
         [*map(_format_suggestion, suggested)],
         data=[],  # given to `on_record`
         next_steps=[_find_next_step(folder, run_dir, reviewed)] if has_labels else [],
-        exit_code=EXIT_SKIPPED if suggest_only and missing else 0,
-        notes=missing if suggest_only else (),
+        exit_code=exit_code,
+        notes=missing,
     )
 
 

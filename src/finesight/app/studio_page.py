@@ -572,7 +572,8 @@ class StudioPage:
 
 def make_studio_app(page: StudioPage, access: Access) -> AccessMiddleware:
     """Build the studio as an ASGI application with access control."""
-    view, view_jobs = page.view, RequestJobs(MAX_VIEW_JOBS)
+    view = page.view
+    view_jobs = RequestJobs(MAX_VIEW_JOBS)
 
     def read_selection(request: Request) -> Selection:
         return Selection.parse(dict(request.query_params), get_language())
@@ -596,7 +597,9 @@ def make_studio_app(page: StudioPage, access: Access) -> AccessMiddleware:
         selection, params = read_selection(request), request.query_params
         render = partial(view.read_check_page, selection)
         if request.path_params["name"] == "report":
-            values = {key: params.getlist(key) for key in params}
+            values: dict[str, list[str]] = {}
+            for key in params:
+                values[key] = params.getlist(key)
             render = partial(view.render_report, values, selection)
         try:
             content = await view_jobs.run(request, render)

@@ -209,7 +209,9 @@ def _request_digest(formula: str) -> str | None:
             reply = worker.call(_render_digest, formula, max_cpu_s=RENDER_CPU_SECONDS)
     except (WorkerJobError, WorkerLimitError):  # also without a usable ziamath
         return None
-    return None if reply.value is None else str(reply.value)
+    if reply.value is None:
+        return None
+    return str(reply.value)
 
 
 def _render_digest(ziamath: Any, formula: str) -> JobOutput:

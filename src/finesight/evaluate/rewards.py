@@ -141,8 +141,14 @@ class RewardScorer(contextlib.ExitStack):
         self.enter_context(function)
 
         def score_cases(cases: Sequence[EvalCase]) -> list[float | None]:
-            found = [function.score(case) for case in cases]
-            return [None if scores is None else next(iter(scores.values())) for scores in found]
+            found: list[float | None] = []
+            for case in cases:
+                scores = function.score(case)
+                if scores is None:
+                    found.append(None)
+                else:
+                    found.extend(scores.values())
+            return found
 
         return score_cases
 
@@ -294,8 +300,8 @@ def _validate(state: dict[str, Any], schema: Mapping[str, Any], answer: str) -> 
     try:
         return JobOutput(bool(state["validator"].is_valid(value)))
     except import_module("referencing.exceptions").Unresolvable as error:
-        what, expected = str(error), "references that are defined in the schema"
-        raise UserError(what, expected=expected) from error
+        expected = "references that are defined in the schema"
+        raise UserError(str(error), expected=expected) from error
     except (re.error, OverflowError, RecursionError) as error:
         raise _build_schema_error(f"{type(error).__name__}: {error}") from error
 

@@ -29,11 +29,17 @@ from finesight.worker_pool import (
     limit_memory,
 )
 
-CALL_SECONDS, LOAD_SECONDS = 30.0, 300.0
-"""Maximum seconds of a call for one answer and of the import of its file, waiting included."""
+CALL_SECONDS = 30.0
+"""Maximum seconds of a call for one answer, waiting included."""
 
-MAX_SCORES, MAX_MAGNITUDE = 1000, 1e15
-"""Maximum number of scores of an answer, and their maximum magnitude."""
+LOAD_SECONDS = 300.0
+"""Maximum seconds of the import of a file, waiting included."""
+
+MAX_SCORES = 1000
+"""Maximum number of scores of an answer."""
+
+MAX_MAGNITUDE = 1e15
+"""Maximum magnitude of a score."""
 
 MAX_TEXT_CHARS = 80
 """Maximum length of an answer or a value in an error message."""
@@ -74,8 +80,11 @@ class ScoreFunction(contextlib.AbstractContextManager["ScoreFunction"]):
         kind: ScoreKind,
         max_bytes: int | None = None,
     ) -> None:
-        self._load, self._where, self._name = load, where, name
-        self._kind, self._max_bytes = kind, max_bytes
+        self._load = load
+        self._where = where
+        self._name = name
+        self._kind = kind
+        self._max_bytes = max_bytes
         self._pool = WorkerPool(
             dict, num_idle=0, memory_bytes=UNLIMITED_MEMORY, inherits_environment=True
         )
@@ -109,7 +118,9 @@ class ScoreFunction(contextlib.AbstractContextManager["ScoreFunction"]):
         args = self._where, self._name, self._kind, case
         context = describe_case(case)
         value = self._call(self._worker, _score, *args, seconds=CALL_SECONDS, context=context)
-        return None if value is None else dict(value)
+        if value is None:
+            return None
+        return dict(value)
 
     def _call(
         self,
@@ -185,13 +196,15 @@ def _read_scores(
     value: Any, where: str, name: str, kind: ScoreKind, case: EvalCase
 ) -> dict[str, float] | None:
     """Return the scores in a result of a function. NaN of a reward is no score."""
-    is_dict = kind == "metric" and isinstance(value, dict)
     if kind == "reward" and (value is None or _is_nan(value)):
         return None
-    values = value if is_dict else {name: value}
-    if not 0 < len(values) <= MAX_SCORES:
-        what = f"{len(values)} scores for sample {case.id!r}"
-        raise build_result_error(what if values else f"no score for sample {case.id!r}", where)
+    values = {name: value}
+    if kind == "metric" and isinstance(value, dict):
+        values = value
+    if not values:
+        raise build_result_error(f"no score for sample {case.id!r}", where)
+    if len(values) > MAX_SCORES:
+        raise build_result_error(f"{len(values)} scores for sample {case.id!r}", where)
     scores: dict[str, float] = {}
     for key, number in values.items():
         subject = "the result" if kind == "reward" else str(key)[:MAX_TEXT_CHARS]

@@ -128,7 +128,8 @@ def get_task_metric(metric: MetricSpec) -> TaskMetric:
     location = custom_metric.parse_metric_path(metric)
     if location is not None:
         return TaskMetric(None, custom_metric.load_custom_metric(*location), "anything")
-    task, plugin = TASK_METRICS[metric], TASK_METRICS.find_plugin(metric)
+    task = TASK_METRICS[metric]
+    plugin = TASK_METRICS.find_plugin(metric)
     if plugin is None:
         return task
     return replace(task, score_fn=partial(_score_by_plugin, plugin.describe(), task))
@@ -139,7 +140,7 @@ def _score_by_plugin(where: str, task: TaskMetric, cases: Sequence[EvalCase]) ->
     try:
         result = task.score_fn(cases)
         scores = result.scores
-        per_sample = [dict(one) for one in result.per_sample]
+        per_sample = [*map(dict, result.per_sample)]
     except UserError:
         raise
     except (Exception, SystemExit) as error:
@@ -148,7 +149,8 @@ def _score_by_plugin(where: str, task: TaskMetric, cases: Sequence[EvalCase]) ->
     if len(per_sample) != len(cases):
         what = f"scores of {len(per_sample)} samples for {format_count(len(cases), 'sample')}"
         raise build_result_error(what, where)
-    names, primary = per_sample[0].keys(), task.primary_metric
+    names = per_sample[0].keys()
+    primary = task.primary_metric
     for case, values in zip(cases, per_sample, strict=True):
         if values.keys() != names or not names:
             what = f"the scores {', '.join(map(str, values))} of sample {case.id!r}"

@@ -191,11 +191,14 @@ Data sets may consist of many small files.
 
 SPACE_REMEDY = "free some space, or choose another disk (HF_HOME, --to)"
 
-STALL_SECONDS, MIN_STALL_BYTES = 60.0, 1000
-"""A response with fewer bytes within these seconds counts as a failure.
+MIN_STALL_BYTES = 1000
+"""A response with fewer bytes within `STALL_SECONDS` counts as a failure.
 
 Otherwise, a server could keep a download alive forever with single bytes.
 """
+
+STALL_SECONDS = 60.0
+"""Seconds after which the received bytes of a response are compared with `MIN_STALL_BYTES`."""
 
 LOCK_POLL_S = 0.2
 """Interval in seconds at which the lock of another process is checked."""
@@ -214,7 +217,8 @@ class _RetryableError(Exception):
 
     def __init__(self, what: str, retry_after: int = 0, *, is_stalled: bool = False) -> None:
         super().__init__(what)
-        self.retry_after, self.is_stalled = retry_after, is_stalled
+        self.retry_after = retry_after
+        self.is_stalled = is_stalled
 
 
 def get_retry_delay(num_failures: int, requested_s: int = 0) -> float | None:
@@ -450,7 +454,9 @@ class Downloader:
             # A file shorter than listed is restarted, never extended past its end.
             size = stream.seek(0, os.SEEK_END)
             has_progress = size > max(num_received, max_received) and not failure.is_stalled
-            num_failures = 0 if has_progress else num_failures + 1
+            num_failures += 1
+            if has_progress:
+                num_failures = 0
             max_received = max(max_received, size)
             delay_s = get_retry_delay(num_failures, failure.retry_after)
             if delay_s is None:
@@ -497,7 +503,8 @@ class Downloader:
                     " its path",
                 )
         file.check_size(total_bytes)
-        window_start, window_bytes = time.monotonic(), 0
+        window_start = time.monotonic()
+        window_bytes = 0
         for chunk in response.iter_raw():
             self._wait(0)
             stream.write(chunk)
@@ -509,7 +516,8 @@ class Downloader:
                 if window_bytes < MIN_STALL_BYTES:
                     what = f"only {window_bytes} bytes within {STALL_SECONDS:g} s"
                     raise _RetryableError(what, is_stalled=True)
-                window_start, window_bytes = time.monotonic(), 0
+                window_start = time.monotonic()
+                window_bytes = 0
         return stream.tell() == total_bytes or (file.size is None and total_bytes is None)
 
     @contextlib.contextmanager

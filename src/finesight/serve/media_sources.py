@@ -402,7 +402,8 @@ class LabelStudioImages:
             return {}
         if self._token.count(".") != 2:
             return {"Authorization": f"Token {self._token}"}
-        url, headers = f"{self._url}/api/token/refresh", {"Accept-Encoding": "identity"}
+        url = f"{self._url}/api/token/refresh"
+        headers = {"Accept-Encoding": "identity"}
         body = {"refresh": self._token}
         async with client.stream("POST", url, json=body, headers=headers) as response:
             if response.status_code != 200:

@@ -370,9 +370,10 @@ class Trainer:
             self.checkpointer.wait()
             if isinstance(error, ScoringError):
                 step = self.state.progress.step
+                stage = f"in the evaluation of step {step}"
+                if isinstance(error, RewardError):
+                    stage = f"in step {step + 1}"
                 written = f"checkpoint of step {step} written" if step else "no checkpoint yet"
-                is_reward = isinstance(error, RewardError)
-                stage = f"in step {step + 1}" if is_reward else f"in the evaluation of step {step}"
                 error.what += f"; {stage}, {written}"
         # A job scheduler may send the signal to the data loader workers as well.
         if can_save and self.stop.signal is not None:

@@ -105,27 +105,31 @@ class PeftConfig(BaseModel):
 
     def check_patterns(self, matcher: PatternMatcher) -> None:
         """Raise UserError for a pattern that is no regular expression."""
-        rules = (self.target_modules, self.exclude_modules)
-        patterns = [rule for rule in rules if isinstance(rule, str)]
-        patterns += [*_as_list(self.layers_pattern), *(self.rank_pattern or {})]
-        patterns += self.alpha_pattern or {}
+        patterns: list[str] = []
+        for rule in (self.target_modules, self.exclude_modules):
+            if isinstance(rule, str):
+                patterns.append(rule)
+        patterns += _as_list(self.layers_pattern)
+        patterns += self.rank_pattern or ()
+        patterns += self.alpha_pattern or ()
         for pattern in patterns:
             matcher.match(pattern)
 
     def select_targets(self, modules: Sequence[str], matcher: PatternMatcher) -> list[str]:
         """Return the linear layers that peft would adapt, by module name."""
-        targets, indices = self.target_modules, self.layers_to_transform
-        excluded = _find_matches(self.exclude_modules, modules, matcher)
+        excluded = {*_find_matches(self.exclude_modules, modules, matcher)}
         included = [module for module in modules if module not in excluded]
+        targets = self.target_modules
         if targets == "all-linear":
             return included
-        matches = _find_matches(targets, included, matcher)
-        selected = [module for module in included if module in matches]
-        if targets is None or isinstance(targets, str) or indices is None or indices == []:
+        selected = _find_matches(targets, included, matcher)
+        allowed = self.layers_to_transform
+        if targets is None or isinstance(targets, str) or allowed is None or allowed == []:
             return selected
+        if isinstance(allowed, int):
+            allowed = [allowed]
         indexed = [module for module in selected if module not in targets]
         layer_indices = self._find_layer_indices(indexed, matcher)
-        allowed = [indices] if isinstance(indices, int) else indices
         return [
             module
             for module in selected
@@ -172,15 +176,22 @@ def _as_list(rule: str | list[str] | None) -> list[str]:
 
 def _find_matches(
     rule: str | list[str] | None, modules: Sequence[str], matcher: PatternMatcher
-) -> set[str]:
+) -> list[str]:
     """Return the module names that a rule of PEFT matches."""
+    found: list[str] = []
     if not rule:
-        return set()
+        return found
     if isinstance(rule, str):
         matches = matcher.match(rule, modules, is_full=True)
-        return {one for one, groups in zip(modules, matches, strict=True) if groups is not None}
+        for module, groups in zip(modules, matches, strict=True):
+            if groups is not None:
+                found.append(module)
+        return found
     endings = tuple(f".{item}" for item in rule)
-    return {module for module in modules if module in rule or module.endswith(endings)}
+    for module in modules:
+        if module in rule or module.endswith(endings):
+            found.append(module)
+    return found
 
 
 def _find_first_matches(

@@ -695,11 +695,11 @@ def label(
             with console.progress_stage("suggestions", len(pending)) as on_progress:
                 reasons = session.add_suggestions(suggest, on_progress)
             for reason in reasons.values():
-                note = f"no suggestion: {reason}"
+                message = f"no suggestion: {reason}"
                 if suggest_only:
-                    missing.append(note)
+                    missing.append(message)
                 else:
-                    console.log(note)
+                    console.log(message)
             del suggest
         session.complete_task()
         if listener is None:

@@ -301,7 +301,7 @@ def _load_samples(
         )
     prompt_format = get_prompt_format(run_or_model)
     groups = _group_images(files, pages, images_per_question, prompt_format)
-    for num_images in sorted({len(group.images) for group in groups}):
+    for num_images in sorted({len(group.images) for group in groups if group.error is None}):
         for note in prompt_format.describe_difference(prompt, num_images):
             console.log(f"note: {note}")
     samples: list[LocatedSample] = []

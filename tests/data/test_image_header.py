@@ -86,6 +86,32 @@ def test_oversized_tiff_tile_is_rejected(tmp_path: Path) -> None:
     assert read_image_size(path) == (10, 10)
 
 
+@pytest.mark.parametrize("place", ["thumbnail", "after the end"])
+def test_scan_marks_outside_of_the_image_are_no_scans(tmp_path, place):
+    path, marks = tmp_path / "a.jpg", b"\xff\xda" * 30_000
+    Image.new("RGB", (64, 48)).save(path)
+    content = path.read_bytes()
+    if place == "thumbnail":
+        content = (
+            content[:2] + b"\xff\xef" + (len(marks) + 2).to_bytes(2, "big") + marks + content[2:]
+        )
+    else:  # such as the video of a motion photo
+        content += marks
+    path.write_bytes(content)
+    assert decode_image(path) == (False, None)
+    assert load_image(path).size == (64, 48)
+
+
+@pytest.mark.parametrize("before", [b"\xff\xff", b"\xff\xd0", b"noise"])
+def test_scans_behind_other_bytes_are_counted(tmp_path, before, monkeypatch):
+    path = tmp_path / "a.jpg"
+    monkeypatch.setattr(hostile_requests, "SIDE", 64)
+    content = hostile_requests.make_progressive_jpeg.__wrapped__(3000)
+    path.write_bytes(content.replace(b"\xff\xda", before + b"\xff\xda"))
+    with pytest.raises(CorruptImageError, match="a JPEG with 3010 scans"):
+        load_image(path)
+
+
 @pytest.mark.parametrize(("scans", "is_valid"), [(0, True), (50, True), (3000, False)])
 def test_jpeg_with_too_many_scans_is_not_decoded(tmp_path, scans, is_valid, monkeypatch):
     path = tmp_path / "a.jpg"

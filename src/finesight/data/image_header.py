@@ -209,7 +209,10 @@ _DATA_URL = re.compile(
 )
 _BASE64 = re.compile(r"[A-Za-z0-9+/_\s-]++={0,2}\s*")
 
-_SCAN_MARK, _CHUNK_BYTES = b"\xff\xda", 1 << 20
+# Markers of segments with a length, and of the end. Compressed data contain FF 00 and restarts.
+_JPEG_MARKER = re.compile(rb"\xff([^\x00\x01\xd0-\xd8\xff])")
+_START_OF_SCAN, _END_OF_IMAGE = b"\xda", b"\xd9"
+_MAX_JPEG_BYTES = 256 << 20
 
 EXIF_ORIENTATION_TAG = 0x0112
 TRANSPOSED_ORIENTATIONS = frozenset({5, 6, 7, 8})
@@ -550,21 +553,34 @@ def check_scans(path: Path, image: Image.Image) -> None:
     file = image.fp if image.format in ("JPEG", "MPO") else None  # type: ignore[attr-defined]
     if file is None:
         return
-    num_scans = 0
-    end = b""
     try:
         position = file.tell()
         file.seek(0)
-        # Compressed data never contain the mark, but thumbnails may have scans of their own.
-        while chunk := file.read(_CHUNK_BYTES):
-            num_scans += (end + chunk).count(_SCAN_MARK)
-            end = chunk[-1:]
+        num_scans = _count_scans(file.read(_MAX_JPEG_BYTES))
         file.seek(position)
     except OSError as error:
         raise build_corrupt_error(path, error) from error
     if num_scans > MAX_JPEG_SCANS:
         what, expected = f"a JPEG with {num_scans} scans", f"at most {MAX_JPEG_SCANS} scans"
         raise build_file_error(path, what, expected, "save the image again as JPEG or PNG")
+
+
+def _count_scans(data: bytes) -> int:
+    """Return the number of scans of the first image in a JPEG file.
+
+    Segments are skipped, since they may contain thumbnails. The end of the image may precede other
+    data, such as the video of a motion photo.
+    """
+    num_scans = 0
+    position = 0
+    while marker := _JPEG_MARKER.search(data, position):
+        position = marker.end()
+        if marker[1] == _END_OF_IMAGE:
+            break
+        if marker[1] == _START_OF_SCAN:
+            num_scans += 1
+        position += int.from_bytes(data[position : position + 2], "big")
+    return num_scans
 
 
 def _hash_pixels(image: Image.Image, max_side: int | None) -> PixelKey:

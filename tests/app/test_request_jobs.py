@@ -1,5 +1,6 @@
 """Slow images: other requests of a page do not wait for them, and they end with their clients."""
 
+import asyncio
 import contextlib
 import json
 import socket
@@ -19,6 +20,7 @@ from label_fixtures import MODEL, draw_images
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
+from starlette.types import Message
 from studio_fixtures import make_page
 from web_server_fixture import ScriptedService, run_app, run_web_page
 
@@ -119,6 +121,28 @@ def test_question_of_a_client_that_left_ends(pool, monkeypatch, tmp_path):
         assert "Second?" not in client.get(url).text
         assert client.post("/answers", json=question).status_code == 200
         assert "Second?" in client.get(url).text
+
+
+def test_work_that_ended_counts_although_its_client_left():
+    """A thread cannot be interrupted. Its answer, which is being generated, belongs to the chat."""
+    is_running, has_left = threading.Event(), asyncio.Event()
+
+    async def receive() -> Message:
+        await asyncio.to_thread(is_running.wait)
+        has_left.set()
+        return {"type": "http.disconnect"}
+
+    async def run() -> int:
+        loop = asyncio.get_running_loop()
+
+        def work() -> int:
+            is_running.set()
+            asyncio.run_coroutine_threadsafe(has_left.wait(), loop).result(TIMEOUT_S)
+            return 3
+
+        return await RequestJobs(1).run(Request({"type": "http"}, receive), work)
+
+    assert asyncio.run(run()) == 3
 
 
 def test_items_and_decisions_do_not_wait_for_thumbnails(pool, slow_images, tmp_path):

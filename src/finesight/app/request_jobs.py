@@ -84,8 +84,8 @@ async def run_until_disconnect(
         except Exception as error:  # A task group would wrap it in a group of exceptions.
             errors.append(error)
         group.cancel_scope.cancel()
+    if results:  # also if the client disconnected meanwhile
+        return results[0]
     if not is_connected:
         raise ClientDisconnect
-    if errors:
-        raise errors[0]
-    return results[0]
+    raise errors[0]

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import subprocess
 import sys
 import time
 from typing import Any
@@ -70,4 +71,11 @@ def load_state_without_av(renderer: NativeRenderer, vocab_size: int) -> WorkerSt
 
 def hang(state: dict[str, Any], *args: object) -> JobOutput:
     time.sleep(10_000)
+    return JobOutput()
+
+
+def resist(state: dict[str, Any]) -> JobOutput:
+    """Start a process, and ignore the signal that ends a worker."""
+    signal.signal(signal.SIGIO, signal.SIG_IGN)
+    subprocess.run(["sleep", "1000"], check=False)
     return JobOutput()

@@ -13,6 +13,7 @@ import numpy as np
 import pool_jobs as jobs
 import pytest
 from attack_client import list_process_tree, list_running
+from each_value import each
 
 from finesight import worker_pool as area
 from finesight.errors import UserError
@@ -163,20 +164,24 @@ pool = WorkerPool(jobs.load, 7, num_idle=1, memory_bytes=64 << 20)
 pool.start()
 busy = pool.fork()
 pid = busy.call(jobs.describe, np.zeros(1), max_cpu_s=1).value["pid"]
-busy.start(jobs.spin, max_cpu_s=600)
+busy.start(getattr(jobs, sys.argv[1]), max_cpu_s=600)
 print(pid, pool.process.pid, flush=True)
 time.sleep(600)
 """
 
 
-def test_no_process_survives_its_parent():
-    command = [sys.executable, "-c", PARENT]
+@each(("job", "num_processes"), [("spin", 3), ("resist", 4)])
+def test_no_process_survives_its_parent(job, num_processes):
+    command = [sys.executable, "-c", PARENT, job]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as parent:
         assert parent.stdout is not None
         busy, template = map(int, parent.stdout.readline().split())
-        # Its idle worker as well.
-        group = {process.pid for process in list_process_tree(template)}
+        # Its idle worker as well, and the process that a job starts.
+        group = set[int]()
+        while len(group) < num_processes:
+            group = {process.pid for process in list_process_tree(template)}
+            time.sleep(0.02)
         parent.kill()
     assert {busy, template} < group
     assert not list_running(group)

@@ -81,6 +81,8 @@ def main(number: int) -> None:
                 _run_worker(connections, state[0], memory_bytes)
             for one in connections:
                 one.close()
+    # Jobs may have started processes, or ignore the signal that ends their worker.
+    os.killpg(os.getpid(), signal.SIGKILL)
 
 
 def _run_worker(connections: Sequence[Connection], state: Any, memory_bytes: int) -> None:

@@ -160,6 +160,15 @@ def test_labels_are_the_supervised_ids(model, task):
     assert repr(model) == f"Model(name={model.name!r})"
 
 
+def test_skipped_images_are_named(model, image_path, tmp_path, capsys):
+    (tmp_path / "empty.png").touch()
+    [found] = api.predict(
+        model, [image_path, tmp_path / "empty.png"], prompt="What?", max_new_tokens=2
+    )
+    assert found.images == (image_path,)
+    assert f"skipped: {tmp_path / 'empty.png'}: an empty file" in capsys.readouterr().err
+
+
 def test_read_samples_accepts_files_and_questions(task, tmp_path):
     data = task["data"]
     assert len(api.read_samples(data["train"], Path(data["eval"]), limit=2)) == 4

@@ -19,7 +19,13 @@ from functools import lru_cache, wraps
 from pathlib import Path
 from typing import Any, Generic, Literal, ParamSpec, TypeVar
 
-from finesight.errors import Step, UserError, format_count, set_step_format
+from finesight.errors import (
+    Step,
+    UserError,
+    escape_unprintable,
+    format_count,
+    set_step_format,
+)
 from finesight.operations.first_guesses import OptionGuess, find_option, suggest_value
 from finesight.plugins import PluginKind, Registry
 
@@ -426,7 +432,8 @@ def _suggest_argument(
 def as_function(operation: Callable[Arguments, Outcome[Result]]) -> Callable[Arguments, Result]:
     """Return the Python function of an operation, which checks its arguments.
 
-    It returns the result alone. Its docstring describes the parameters.
+    It returns the result alone, and prints the notes on standard error. Its docstring describes the
+    parameters.
     """
 
     @wraps(operation)
@@ -440,11 +447,14 @@ def as_function(operation: Callable[Arguments, Outcome[Result]]) -> Callable[Arg
                 if parameter.name in values:
                     values[parameter.name] = parameter.convert(values[parameter.name])
         try:
-            return operation(*bound.args, **bound.kwargs).value
+            outcome = operation(*bound.args, **bound.kwargs)
         except UserError as error:
             if isinstance(error.remedy, Step):
                 error.remedy = error.remedy.format(format_call)
             raise
+        for note in outcome.notes:
+            print(escape_unprintable(note), file=sys.stderr)
+        return outcome.value
 
     call.__module__ = "finesight.api"  # where the documentation looks for it
     return call

@@ -79,3 +79,22 @@ def test_matches_share_one_limit(matcher):
         seconds.extend(matcher.budget_s for _ in iter(partial(matcher.match, "(a+)+b", [text]), 0))
     assert len(seconds) > 1
     assert seconds == sorted(seconds, reverse=True)
+
+
+def test_the_first_pattern_that_matches_is_found(matcher):
+    found = matcher.match_first(["a(b)?", "(.)", "b"], ["ab", "b", "a", ""])
+    assert found == [(0, ["b"]), (1, ["b"]), (0, [None]), None]
+    assert matcher.match_first([], ["a"]) == [None]
+
+
+def test_many_patterns_share_one_limit(matcher):
+    """Each of them takes less time than the clock of the kernel measures."""
+    matcher.budget_s = 0.2
+    with pytest.raises(UserError, match="one of 20000 patterns, from a0, took more than"):
+        matcher.match_first([f"a{index}" for index in range(20_000)])
+
+
+def test_nothing_is_matched_beyond_the_limit(matcher):
+    matcher.budget_s = 0.0
+    with pytest.raises(UserError, match="the pattern abc took more time than is left"):
+        matcher.match("abc", ["abc"])

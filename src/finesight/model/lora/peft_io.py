@@ -112,8 +112,7 @@ class PeftConfig(BaseModel):
         patterns += _as_list(self.layers_pattern)
         patterns += self.rank_pattern or ()
         patterns += self.alpha_pattern or ()
-        for pattern in patterns:
-            matcher.match(pattern)
+        matcher.match_first(patterns)
 
     def select_targets(self, modules: Sequence[str], matcher: PatternMatcher) -> list[str]:
         """Return the linear layers that peft would adapt, by module name."""
@@ -140,13 +139,14 @@ class PeftConfig(BaseModel):
         self, modules: Sequence[str], matcher: PatternMatcher
     ) -> dict[str, int]:
         """Return the index of the layer of each module; none for a module without one."""
+        names = _as_list(self.layers_pattern) or ["[^.]*"]
+        patterns = [rf"(?:.*?\.)?{name}\.(\d+)\." for name in names]
         found: dict[str, int] = {}
-        for pattern in _as_list(self.layers_pattern) or ["[^.]*"]:
-            matches = matcher.match(rf"(?:.*?\.)?{pattern}\.(\d+)\.", modules)
-            for module, groups in zip(modules, matches, strict=True):
-                # A group of the pattern itself would come first, as in peft.
-                if groups is not None and (groups[0] or "").isdecimal():
-                    found.setdefault(module, int(groups[0] or ""))
+        for module, match in zip(modules, matcher.match_first(patterns, modules), strict=True):
+            # A group of the pattern itself would come first, as in peft.
+            index = "" if match is None else match.groups[0] or ""
+            if index.isdecimal():
+                found[module] = int(index)
         return found
 
     def find_lora_configs(
@@ -198,13 +198,12 @@ def _find_first_matches(
     patterns: Mapping[str, Value], modules: Sequence[str], matcher: PatternMatcher
 ) -> dict[str, Value]:
     """Return the value of the first pattern that matches the end of each module name."""
+    values = [*patterns.values()]
+    endings = [rf"(.*\.)?({pattern})$" for pattern in patterns]
     found: dict[str, Value] = {}
-    for pattern, value in patterns.items():
-        rest = [module for module in modules if module not in found]
-        matches = matcher.match(rf"(.*\.)?({pattern})$", rest)
-        for module, groups in zip(rest, matches, strict=True):
-            if groups is not None:
-                found[module] = value
+    for module, match in zip(modules, matcher.match_first(endings, modules), strict=True):
+        if match is not None:
+            found[module] = values[match.index]
     return found
 
 

@@ -458,7 +458,7 @@ class Teacher:
             limit = f"{MAX_RESPONSE_BYTES} bytes and {MAX_REQUEST_SECONDS:g} s"
             expected = f"a complete response within {limit}"
             remedy = (
-                f"reduce --teacher-answers or --max-new-tokens, or use a faster server; {remedy}"
+                f"reduce --teacher-answers or --max-new-tokens, or use another server; {remedy}"
             )
         elif status in (401, 403):
             expected = f"a valid API key in the environment variable {variable}"

@@ -210,6 +210,9 @@ def _read_scores(
         subject = "the result" if kind == "reward" else str(key)[:MAX_TEXT_CHARS]
         score = read_score(number, subject, f"for sample {case.id!r}", where)
         scores[str(key)[:MAX_TEXT_CHARS]] = score
+    if len(scores) < len(values):
+        what = f"scores with equal names, or equal first {MAX_TEXT_CHARS} characters of names"
+        raise build_result_error(f"{what}, for sample {case.id!r}", where)
     return scores
 
 

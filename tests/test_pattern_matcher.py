@@ -96,5 +96,5 @@ def test_many_patterns_share_one_limit(matcher):
 
 def test_nothing_is_matched_beyond_the_limit(matcher):
     matcher.budget_s = 0.0
-    with pytest.raises(UserError, match="the pattern abc took more time than is left"):
+    with pytest.raises(UserError, match="the pattern abc took more than the time that is left"):
         matcher.match("abc", ["abc"])

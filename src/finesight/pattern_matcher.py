@@ -26,7 +26,7 @@ MatchGroups = list[str | None]
 class FirstMatch(NamedTuple):
     """Index of the first pattern that matches a text, and the groups of the match."""
 
-    index: int
+    pattern_index: int
     groups: MatchGroups
 
 
@@ -88,7 +88,7 @@ class PatternMatcher(contextlib.AbstractContextManager["PatternMatcher"]):
             subject = f"one of {len(patterns)} patterns, from {patterns[0]:.200},"
         expected = "regular expressions without nested repetition, such as (a+)+"
         if self.budget_s <= 0:
-            raise self._build_error(f"{subject} took more time than is left", expected)
+            raise self._build_error(f"{subject} took more than the time that is left", expected)
         # All patterns are one job: a clock of CPU time may be too coarse for short ones.
         args = [*patterns], [*texts], is_full, flags
         try:

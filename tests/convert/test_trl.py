@@ -40,7 +40,7 @@ def _rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("name", ["train.py", "train.ipynb"])
 def test_long_scripts_are_read_in_linear_time(name, tmp_path):
-    text = "\n" * 300_000 + f"{'Model' * 60_000}[0].from_pretrained('a')\n" + TABLES["UNSLOTH"]
+    text = "\n" * 90_000 + f"{'Model' * 18_000}[0].from_pretrained('a')\n" + TABLES["UNSLOTH"]
     cells = [{"cell_type": "code", "source": [text]}]
     _, made = convert(tmp_path, name, json.dumps({"cells": cells}) if name[-1] == "b" else text)
     assert made["model"] == "Qwen/Qwen2-VL-7B-Instruct"

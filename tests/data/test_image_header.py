@@ -86,12 +86,12 @@ def test_oversized_tiff_tile_is_rejected(tmp_path: Path) -> None:
     assert read_image_size(path) == (10, 10)
 
 
-@pytest.mark.parametrize("place", ["thumbnail", "after the end"])
-def test_scan_marks_outside_of_the_image_are_no_scans(tmp_path, place):
+@pytest.mark.parametrize("position", ["thumbnail", "after the end"])
+def test_scan_marks_outside_of_the_image_are_no_scans(tmp_path, position):
     path, marks = tmp_path / "a.jpg", b"\xff\xda" * 30_000
     Image.new("RGB", (64, 48)).save(path)
     content = path.read_bytes()
-    if place == "thumbnail":
+    if position == "thumbnail":
         content = (
             content[:2] + b"\xff\xef" + (len(marks) + 2).to_bytes(2, "big") + marks + content[2:]
         )

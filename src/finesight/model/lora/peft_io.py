@@ -143,8 +143,10 @@ class PeftConfig(BaseModel):
         patterns = [rf"(?:.*?\.)?{name}\.(\d+)\." for name in names]
         found: dict[str, int] = {}
         for module, match in zip(modules, matcher.match_first(patterns, modules), strict=True):
+            if match is None:
+                continue
             # A group of the pattern itself would come first, as in peft.
-            index = "" if match is None else match.groups[0] or ""
+            index = match.groups[0] or ""
             if index.isdecimal():
                 found[module] = int(index)
         return found
@@ -203,7 +205,7 @@ def _find_first_matches(
     found: dict[str, Value] = {}
     for module, match in zip(modules, matcher.match_first(endings, modules), strict=True):
         if match is not None:
-            found[module] = values[match.index]
+            found[module] = values[match.pattern_index]
     return found
 
 

@@ -137,7 +137,9 @@ class Job(BaseModel, frozen=True):
         if outcome is None:
             if is_running:
                 return "running"
-            return "stopped" if (self.folder / STOP_FILE).exists() else "killed"
+            if (self.folder / STOP_FILE).exists():
+                return "stopped"
+            return "killed"
         # A server ends only when it is stopped.
         if outcome.exit_code in STOPPED_EXIT_CODES or (self.is_server and outcome.exit_code == 0):
             return "stopped"

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pool_jobs as jobs
@@ -52,7 +53,11 @@ def pool() -> Iterator[WorkerPool]:
 def slow_images(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the decoding of every image take hours."""
     monkeypatch.setattr(image_reader, "MAX_IMAGE_CPU_S", 10_000.0)
-    monkeypatch.setattr(image_reader, "_encode_copy", jobs.hang)
+
+    def encode(reader: ImageReader, path: Path, *args: object) -> Any:
+        return reader.call(jobs.hang, path, *args)
+
+    monkeypatch.setattr(image_reader.ImageReader, "encode", encode)
 
 
 def list_workers(pool: WorkerPool) -> set[int]:

@@ -254,7 +254,7 @@ def test_pairs_are_the_best_and_worst_responses(data, tmp_path, cli):
 def test_guard_checks_images_before_it_loads_the_models(tmp_path, cli, monkeypatch):
     task = TinyTask(tmp_path / "task")
     task.run("train.steps=1", "train.epochs=null")
-    monkeypatch.setattr(evaluation, "_iter_tuned_and_base", None)
+    monkeypatch.setattr(evaluation, "load_model", None)
     truncated = write_noise_image(tmp_path / "a.png", 80, 60)
     truncated.write_bytes(truncated.read_bytes()[:-30])
     group = {"metric": "qa", "questions": [{"image": ["a.png"], "prompt": "A?", "answer": ["a"]}]}

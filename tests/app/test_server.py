@@ -260,7 +260,7 @@ def test_flood_of_half_sent_requests_leaves_file_descriptors():
 
 
 def test_half_sent_requests_keep_nobody_out(monkeypatch):
-    monkeypatch.setattr(server, "MAX_UNKNOWN_CONNECTIONS", 5)
+    monkeypatch.setattr(server, "MAX_CONNECTIONS", 5)
     monkeypatch.setattr(server, "REQUEST_TIMEOUT_S", 0.5)
     post = b"POST /sign-in HTTP/1.1\r\nhost: x\r\ncontent-length: 9\r\n\r\npass"
     starts = (b"", b"GET / HT", b"GET / HTTP/1.1\r\nhost: x\r\n", post)

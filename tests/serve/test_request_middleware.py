@@ -356,6 +356,19 @@ def test_connections_beyond_the_limit_get_status_503(inference_model, tmp_path):
         assert status == 200
 
 
+def test_all_connections_may_wait_for_their_first_request(inference_model, tmp_path):
+    limits = replace(LIMITS, max_connections=8)
+    request = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    with (
+        run_server(inference_model, tmp_path, limits=limits) as server,
+        contextlib.ExitStack() as stack,
+    ):
+        links = [stack.enter_context(server.connect()) for _ in range(8)]
+        for link in links:
+            link.sendall(request)
+            assert b" 200 " in link.recv(1000)
+
+
 @each("start", [b"", b"GET /hea", b"GET /health HTTP/1.1\r\nHost: x\r\n", POST_CHAT])
 def test_half_sent_requests_keep_no_client_out(inference_model, tmp_path, start):
     limits = replace(LIMITS, max_connections=8)

@@ -337,8 +337,7 @@ def _limit_idle_time(receive: Receive) -> Receive:
 
 
 REQUEST_TIMEOUT_S, SEND_TIMEOUT_S = 15.0, 60.0
-MAX_CONNECTIONS, MAX_UNKNOWN_CONNECTIONS = 500, 100
-"""Numbers of connections, the second one of clients that have not signed in."""
+MAX_CONNECTIONS = 500
 
 HOP_BY_HOP_HEADERS = frozenset(
     {"connection", "keep-alive", "te", "trailer", "transfer-encoding", "upgrade", PREFIX_HEADER}
@@ -359,12 +358,9 @@ class PageServer(LimitedServer):
         self, app: AccessMiddleware, pool: WorkerPool | None, trusted_proxies: Sequence[str] = ()
     ) -> None:
         num_connections = fit_connections(MAX_CONNECTIONS)
-        limits = REQUEST_TIMEOUT_S, SEND_TIMEOUT_S, num_connections
-        # Signed-in clients have at least half of the connections.
-        max_unknown = min(MAX_UNKNOWN_CONNECTIONS, num_connections // 2)
         config = uvicorn.Config(
             app,
-            http=build_protocol_class(*limits, max_unknown=max_unknown),
+            http=build_protocol_class(REQUEST_TIMEOUT_S, SEND_TIMEOUT_S, num_connections),
             ws="none",
             log_level="critical",
             access_log=False,

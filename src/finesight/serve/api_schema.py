@@ -77,7 +77,11 @@ class ServerLimits:
     max_completion_tokens: int = _limit(
         16_384, "tokens that a request may ask for; 4,096 by default"
     )
-    max_connections: int = _limit(512, "concurrent connections; the next one gets status 503")
+    max_connections: int = _limit(
+        512,
+        "concurrent connections; the next one takes the place of the oldest without a complete"
+        " request header, or gets status 503",
+    )
     max_body_bytes: int = _limit(64 * MIB, "size of a request body; a larger one gets status 413")
     max_total_body_bytes: int = _limit(
         1024 * MIB,

@@ -263,8 +263,6 @@ class ApiServer(LimitedServer):
                     limits.send_timeout_s,
                     num_connections,
                     refusal=_build_refusal(num_connections),
-                    # Clients with a right key have at least half of the connections.
-                    max_unknown=max(1, num_connections // 2),
                 ),
                 ws="none",
                 lifespan="off",

@@ -212,18 +212,17 @@ def build_protocol_class(
     max_connections: int,
     *,
     refusal: bytes = b"",
-    max_unknown: int = 0,
 ) -> type[H11Protocol]:
     """Create a uvicorn protocol class with limits on connections, headers and slow clients.
 
     uvicorn only closes connections that are idle between requests. This protocol also closes
     connections with an incomplete request header, without a first request, or whose client does
-    not read its response. Connections beyond the limit get the HTTP response `refusal`.
+    not read its response.
 
-    Args:
-        max_unknown: Maximum number of connections of clients that the application does not know
-            yet; 0 if it knows all. Beyond it, the oldest one is closed. Requests of these clients
-            must be complete and answered within `header_timeout_s`.
+    A client is unknown until the application calls the function `SIGNED_IN_KEY` of the state.
+    Requests of unknown clients must be complete and answered within `header_timeout_s`. If all
+    connections are open, the oldest one of an unknown client gives way to a new one. If all clients
+    are known, a new connection gets the HTTP response `refusal`.
     """
     refused, unknown = set[H11Protocol](), dict[H11Protocol, None]()
     max_refused = min(MAX_REFUSED_CONNECTIONS, max_connections)
@@ -243,16 +242,15 @@ def build_protocol_class(
 
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
+            if len(self.connections) > max_connections and unknown:
+                oldest = next(iter(unknown))
+                # At once, because several connections may be accepted before it is lost.
+                del unknown[oldest]
+                self.connections.discard(oldest)
+                oldest.transport.abort()
             if len(self.connections) <= max_connections:
                 self._start_timeout()
-                if max_unknown:
-                    unknown[self] = None
-                if len(unknown) > max_unknown:
-                    oldest = next(iter(unknown))
-                    # At once, because several connections may be accepted before it is lost.
-                    del unknown[oldest]
-                    self.connections.discard(oldest)
-                    oldest.transport.abort()
+                unknown[self] = None
             elif len(refused) < max_refused:
                 self.connections.discard(self)
                 refused.add(self)

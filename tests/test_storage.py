@@ -4,9 +4,11 @@ import errno
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -284,12 +286,37 @@ def test_new_file_replaces_none_that_appears_meanwhile(tmp_path: Path) -> None:
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"file": b"other"}
 
 
-def test_link_with_a_temporary_name_is_not_followed(tmp_path: Path) -> None:
-    (tmp_path / "other").write_bytes(b"precious")
-    (tmp_path / ".file.partial").symlink_to("other")
-    storage.write_file(tmp_path / "file", b"new")
+@each("make", [os.symlink, os.link, shutil.copy])
+def test_file_with_a_temporary_name_is_not_opened(tmp_path, monkeypatch, make):
+    """The content is neither written to another file, nor readable by the owner of this one."""
+    monkeypatch.chdir(tmp_path)
+    Path("other").write_bytes(b"precious")
+    make("other", ".file.partial")
+    with open(".file.partial", "rb") as earlier:
+        storage.write_file(Path("file"), b"secret")
+        assert earlier.read() == b"precious"
     contents = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    assert contents == {"other": b"precious", "file": b"new"}
+    assert contents == {"other": b"precious", "file": b"secret"}
+
+
+def test_pipe_with_a_temporary_name_does_not_block(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / ".file.partial")
+    storage.write_file(tmp_path / "file", b"new")
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"file": b"new"}
+
+
+@each("replace", [True, False])
+def test_two_processes_that_write_one_file_do_not_mix_it(tmp_path, replace):
+    file = tmp_path / "file"
+
+    def write_other_file() -> Iterator[bytes]:
+        yield b"first" * storage.WRITE_BUFFER_BYTES
+        storage.write_file(file, b"second")
+        yield b"end"
+
+    with pytest.raises(UserError, match=r"another process wrote it|exists already"):
+        storage.write_chunks(file, write_other_file(), replace=replace)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"file": b"second"}
 
 
 @each(

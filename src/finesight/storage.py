@@ -134,10 +134,11 @@ class FileSystem:
         path.mkdir(exist_ok=True)
 
     def create(self, path: Path) -> int:
-        """Create a file, or overwrite one that a killed process left."""
-        if path.is_symlink():  # of another user, whose file would receive the content
-            path.unlink()
-        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o644)
+        """Create a file in the place of one that a killed process left."""
+        # The old one is never opened: it may be a link, or a file or pipe of another user, who
+        # would read the content, or that of a process that writes at the same time.
+        path.unlink(missing_ok=True)
+        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
 
     def open_append(self, path: Path) -> int:
         return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
@@ -444,7 +445,7 @@ def write_chunks(
             _write_new_file(partial, pieces, is_private=is_private)
             if not replace:
                 raise_if_exists(path)
-            file_system.rename(partial, path)
+            _rename_new_file(partial, path)
         except BaseException:
             partial.unlink(missing_ok=True)
             raise
@@ -466,7 +467,7 @@ def write_files(files: Mapping[Path, Iterable[bytes]]) -> None:
         # A rename over a file needs no space.
         for path, partial in partials.items():
             with translate_os_errors(path):
-                file_system.rename(partial, path)
+                _rename_new_file(partial, path)
                 file_system.sync_path(path.parent)
     except BaseException:
         for partial in partials.values():
@@ -559,6 +560,18 @@ def _write_new_file(path: Path, pieces: Iterable[bytes], *, is_private: bool = F
         file_system.sync(fd)
     finally:
         os.close(fd)
+
+
+def _rename_new_file(partial: Path, path: Path) -> None:
+    try:
+        file_system.rename(partial, path)
+    except FileNotFoundError as error:
+        raise UserError(
+            "another process wrote it, or removed its folder, at the same time",
+            where=str(path),
+            expected="one process that writes the file",
+            remedy="start again, or choose another name",
+        ) from error
 
 
 def _write_all(fd: int, data: bytes) -> None:

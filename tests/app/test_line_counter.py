@@ -51,6 +51,15 @@ def test_files_of_one_page_share_its_bytes(counter, tmp_path):
         assert sum(one.is_estimate for one in counts) == num_estimates
 
 
+def test_small_files_beyond_the_bytes_of_a_page_are_not_underestimated(counter, tmp_path):
+    """The sample of a smaller file is the whole file."""
+    (tmp_path / "a").write_bytes(b"\n" * 1000)
+    (tmp_path / "b").write_bytes(b"{:7}\n" * 12)
+    (tmp_path / "empty").touch()
+    counts = [counter.count(tmp_path / name) for name in ("a", "b", "empty")]
+    assert counts == [(1000, False), (12, True), (0, False)]
+
+
 def test_changed_file_is_counted_again(counter, tmp_path):
     file = tmp_path / "a"
     file.write_bytes(b"{}\n" * 5)

@@ -49,8 +49,9 @@ class LineCounter:
             if known is not None and known[0] == version:
                 return known[1]
             if size > self._bytes_left:
-                num_lines = stream.read(SAMPLE_BYTES).count(b"\n")
-                counted = LineCount(_round(num_lines * size / SAMPLE_BYTES), True)
+                sample = stream.read(SAMPLE_BYTES)
+                estimate = sample.count(b"\n") * size / max(1, len(sample))
+                counted = LineCount(_round(estimate), True)
             else:
                 self._bytes_left -= size
                 starts = range(0, size, CHUNK_BYTES)

@@ -288,6 +288,10 @@ def test_large_data_file_delays_no_page(workspace, page):
     recipe = workspace.create_recipe("r", [big, small], TINY_MODEL, {})
     assert "# about " in (folder / recipe).read_text()
     assert "is too large to search" in click_button(page, "delete", "step=data&data=data/small")
+    (folder / "data/big/data.jsonl").unlink()
+    assert "is used by the recipe" in click_button(page, "delete", "step=data&data=data/small")
+    (folder / recipe).unlink()
+    assert click_button(page, "delete", "step=data&data=data/small") == ""
 
 
 def test_recursive_alias_of_another_recipe_leaves_delete_possible(workspace, page):

@@ -310,11 +310,10 @@ NoAuthOption = Annotated[
 ]
 
 MAX_STUDIO_UPLOAD_BYTES = 160 << 20
+"""Maximum size of a file that the studio imports, such as an archive."""
 
 STUDIO_UPLOAD_TTL_S = 300
 """Seconds for which the files of an action, which copies them, are kept without enough space."""
-
-"""Maximum size of a file that the studio imports, such as an archive."""
 
 OpenOption = Annotated[bool, Parameter("Open the page in the default browser.", option="--open")]
 

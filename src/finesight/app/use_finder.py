@@ -84,7 +84,8 @@ class UseFinder:
                     f"{name} is too large to search for uses of {self._folder}",
                     where="delete",
                     expected=f"data files of at most {MAX_SEARCHED_BYTES >> 30} GiB together",
-                    remedy="delete it with another program, or choose another name",
+                    remedy=f"delete or move {name} first,"
+                    f" or delete {self._folder} with another program",
                 )
             while chunk := stream.read(CHUNK_BYTES):
                 content = rest + chunk

@@ -1,8 +1,10 @@
 """Uploads are stored within limits, found by their secret ID, and leave nothing after failures."""
 
+import contextlib
 import errno
 import math
 import os
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -136,3 +138,27 @@ def test_used_uploads_are_kept_for_a_time(tmp_path, monkeypatch, used_ttl_s, is_
         make_older(tmp_path, 110, [used])
         assert (send(client, 1) == "507") == is_kept
         assert (tmp_path / used).exists() == is_kept
+
+
+def test_upload_that_is_used_meanwhile_is_not_deleted(client, store, tmp_path, monkeypatch):
+    """An action either gets its file, or the message that it has expired."""
+    ids = [send(client) for _ in range(3)]
+    make_older(tmp_path, pages.UNUSED_TTL_S + 10, ids[:1])
+    remove = store.remove
+    found = list[Path]()
+
+    def use_file() -> None:
+        with contextlib.suppress(UserError):
+            found.append(store.find(ids[0]))
+
+    thread = threading.Thread(target=use_file)
+
+    def remove_late(upload_ids):
+        thread.start()
+        thread.join(0.2)
+        remove(upload_ids)
+
+    monkeypatch.setattr(store, "remove", remove_late)
+    send(client)
+    thread.join()
+    assert all(file.is_file() for file in found)

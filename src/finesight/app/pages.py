@@ -348,7 +348,8 @@ class UploadStore:
 
         Raises UserError for an unknown or expired ID.
         """
-        with contextlib.suppress(OSError, StopIteration):
+        # An upload that needs space must not delete the file between its search and its use.
+        with self._lock, contextlib.suppress(OSError, StopIteration):
             if re.fullmatch(r"[\w-]{32}", upload_id):
                 file = next((self._folder / upload_id).iterdir())
                 os.utime(file)

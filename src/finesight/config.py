@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from contextlib import suppress
@@ -629,6 +630,12 @@ TrackerName = Literal["swanlab", "tensorboard", "wandb", "mlflow"]
 _TRACKER_NAMES = Registry("trackers", object, dict.fromkeys(get_args(TrackerName)))
 TrackerKind = Annotated[TrackerName | str, BeforeValidator(partial(_check_name, _TRACKER_NAMES))]
 
+MAX_RUN_NAME_CHARS = 100
+"""Maximum number of characters of a run name, which all trackers accept."""
+
+MAX_RUN_DESCRIPTION_CHARS = 1024
+"""Maximum number of characters of the description of a run (SwanLab)."""
+
 TRACKER_MODES: dict[str, tuple[str, ...]] = {
     "swanlab": ("cloud", "local", "offline"),
     "wandb": ("cloud", "offline"),
@@ -636,14 +643,33 @@ TRACKER_MODES: dict[str, tuple[str, ...]] = {
 """Values of the setting `uri` that are no URLs: the cloud service of a tracker, or local files."""
 
 
+def _as_json(value: object) -> object:
+    """Convert values of YAML that JSON does not have, such as dates, to text."""
+    try:
+        return json.loads(json.dumps(value, default=str, allow_nan=False))
+    except (TypeError, ValueError) as error:
+        remedy = "use texts as keys, and texts and finite numbers as values"
+        raise ValueError(f"not a JSON object ({error}): {remedy}") from error
+
+
 class TrackerSettings(SettingsSection):
     """An item of `track` in a recipe: tracker package, project and server URI.
 
     Trackers receive the metrics in addition to `metrics.jsonl`.
+
+    Attributes:
+        run_name: Name of the run in the tracker; None for the name of the run folder.
+        description: Notes on the run.
+        config: Values of the user, shown beside the settings of the run.
     """
 
     kind: TrackerKind
     project: Annotated[str, Field(min_length=1)] = "finesight"
+    run_name: Annotated[str, Field(min_length=1, max_length=MAX_RUN_NAME_CHARS)] | None = None
+    description: (
+        Annotated[str, Field(min_length=1, max_length=MAX_RUN_DESCRIPTION_CHARS)] | None
+    ) = None
+    config: Annotated[dict[str, Any], BeforeValidator(_as_json)] | None = None
     # The search for credentials takes quadratic time.
     uri: Annotated[str, Field(min_length=1, max_length=2000)] | None = None
 

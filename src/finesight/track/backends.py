@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -86,6 +87,13 @@ class Tracker(ABC):
         """Send buffered data and close the run."""
 
 
+_NO_FILE_NAME = re.compile(r"^\.+|[^\w.-]")
+"""Characters of a run name that its folder does not have."""
+
+MAX_FILE_NAME_BYTES = 255
+"""Maximum length of a file name in UTF-8 on Linux; 86 Chinese characters are longer."""
+
+
 class TensorBoardTracker(Tracker):
     """Tracker that writes TensorBoard event files in the run folder; alerts are texts."""
 
@@ -96,7 +104,14 @@ class TensorBoardTracker(Tracker):
 
         # Steps after the last checkpoint are repeated: TensorBoard discards their old values.
         purge_step = record.step + 1 if record.step else None
-        self._writer = SummaryWriter(str(record.folder), purge_step=purge_step, flush_secs=10)
+        folder = record.folder
+        if record.tracker.run_name is not None:
+            # TensorBoard names runs after their folders.
+            name = _NO_FILE_NAME.sub("_", record.name)
+            folder /= name.encode()[:MAX_FILE_NAME_BYTES].decode(errors="ignore")
+        self._writer = SummaryWriter(str(folder), purge_step=purge_step, flush_secs=10)
+        if record.description:
+            self._writer.add_text("description", record.description, record.step)
         rows = "".join(
             f"| {name} | {value} |\n" for name, value in _flatten_settings(record.settings)
         )
@@ -177,6 +192,7 @@ class SwanLabTracker(_LoggingTracker):
         init_options: dict[str, Any] = {
             "project": tracker.project,
             "name": record.name,
+            "description": record.description or None,
             "id": record.id,
             "resume": "allow",
             "config": record.settings,
@@ -266,6 +282,7 @@ class WandbTracker(_LoggingTracker):
         init_options: dict[str, Any] = {
             "project": record.tracker.project,
             "name": record.name,
+            "notes": record.description or None,
             "id": record.id,
             "resume": "allow",
             "config": record.settings,
@@ -319,8 +336,16 @@ class MLflowTracker(Tracker):
     ID_TAG = "finesight_run"
     """Tag with the ID of the run, since MLflow chooses an ID of its own."""
 
+    DESCRIPTION_TAG = "mlflow.note.content"
+    """Tag with the text that MLflow shows as the description of a run."""
+
     MAX_PARAM_CHARS = 6000
     """Maximum number of characters of a parameter on MLflow servers."""
+
+    MAX_PARAM_NAME_CHARS = 250
+
+    NO_PARAM_NAME = re.compile(r"[^\w. -]")
+    """Characters that names of parameters do not have on MLflow servers."""
 
     MAX_PER_REQUEST: ClassVar = {"params": 100, "metrics": 1000}
     """Maximum number of parameters and of metrics in one request to an MLflow server."""
@@ -341,12 +366,16 @@ class MLflowTracker(Tracker):
             # Override the default tags, which contain the user name and command path.
             tags = {"mlflow.user": "finesight", "mlflow.source.name": "finesight"}
             tags[self.ID_TAG] = record.id
+            if record.description:
+                tags[self.DESCRIPTION_TAG] = record.description
             run = client.create_run(experiment, run_name=record.name, tags=tags)
             self._run_id = run.info.run_id
-            parameters = [
-                mlflow.entities.Param(name, value[: self.MAX_PARAM_CHARS])
-                for name, value in _flatten_settings(record.settings)
-            ]
+            # Names must be unique, also after the replacement of characters.
+            values: dict[str, str] = {}
+            for name, value in _flatten_settings(record.settings):
+                param_name = self.NO_PARAM_NAME.sub("_", name)[: self.MAX_PARAM_NAME_CHARS]
+                values[param_name] = value[: self.MAX_PARAM_CHARS]
+            parameters = [mlflow.entities.Param(name, value) for name, value in values.items()]
             self._log_batches("params", parameters)
         return f"MLflow: run {self._run_id} of experiment {project}"
 

@@ -254,7 +254,8 @@ class TrackerManager:
     def start_run(self, run_facts: Mapping[str, Any]) -> None:
         """Start or resume the run in all trackers.
 
-        The recipe and `run_facts`, such as the model size, are logged as its settings.
+        The recipe and `run_facts`, such as the model size, are logged as its settings, and with
+        them the values of `track.config` under `config`.
         """
         settings = self._recipe.model_dump(mode="json", exclude={"track"}) | {
             "run": dict(run_facts)
@@ -263,12 +264,14 @@ class TrackerManager:
         for tracker in self._recipe.track:
             client = TrackerClient(tracker.kind, folder / f"{tracker.kind}.log")
             self._clients.append(client)
+            own_settings = {} if tracker.config is None else {"config": tracker.config}
             client.submit(
                 StartRecord(
                     tracker=tracker,
-                    name=folder.parent.name,
+                    name=tracker.run_name or folder.parent.name,
+                    description=tracker.description or "",
                     folder=folder / tracker.kind,
-                    settings=settings,
+                    settings=settings | own_settings,
                     id=load_run_id(folder / RUN_ID_FILE),
                     step=self._step,
                 )

@@ -115,6 +115,9 @@ class StartRecord(_TrackerMessage):
     """Record that starts or resumes a run in the tracker.
 
     Attributes:
+        name: Name of the run, by the recipe or of its folder.
+        description: Notes of the user on the run; may be empty.
+        settings: Settings of the recipe, facts about the run, and values of the user.
         id: ID of the run, equal when it is resumed.
         step: Number of steps of the run before the start.
     """
@@ -122,6 +125,7 @@ class StartRecord(_TrackerMessage):
     tracker: TrackerSettings
     name: RedactedText
     folder: Path
+    description: RedactedText = ""
     settings: RedactedSettings
     id: str
     step: int = 0

@@ -191,5 +191,16 @@ class UnavailableError(UserError):
     """Raised for files of a hub that cannot be downloaded now."""
 
 
+EXIT_CHECKPOINTED = 75
+"""Exit code of a run that was stopped and saved a checkpoint."""
+
+EXIT_CODES_VARIABLE = "FINESIGHT_EXIT_CODES"
+"""Environment variable with the folder in which each rank writes its exit code, for a launcher."""
+
+
 class TrainingInterrupted(Exception):
     """Raised when a run was interrupted and saved a checkpoint; commands exit with code 75."""
+
+
+class TrainingStopped(TrainingInterrupted):
+    """Raised when a run has reached the step of `--stop-after` and saved a checkpoint."""

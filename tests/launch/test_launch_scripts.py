@@ -61,7 +61,7 @@ def test_arguments_are_quoted_safely(name: str, tmp_path: Path) -> None:
     assert words[-6:] == last
     assert not [*tmp_path.rglob("stolen")]
     if name == "torchrun of many":
-        assert words[:3] == ["-m", "torch.distributed.run", "--nnodes=2:4"]
+        assert words[:3] == ["-m", "finesight.launch.torchrun", "--nnodes=2:4"]
         assert "--rdzv-endpoint=127.0.0.1:29400" in words
     elif name == "torchrun":
         assert words[2:5] == ["--standalone", "--nproc-per-node=2", "--max-restarts=3"]

@@ -27,8 +27,11 @@ import click
 
 from finesight import __version__
 from finesight.errors import (
+    EXIT_CHECKPOINTED,
+    EXIT_CODES_VARIABLE,
     Step,
     TrainingInterrupted,
+    TrainingStopped,
     UserError,
     escape_surrogates,
     escape_unprintable,
@@ -45,8 +48,10 @@ from finesight.operations.operation import (
 )
 
 EXIT_USER_ERROR = 2
-EXIT_CHECKPOINTED = 75
 EXIT_INTERRUPTED = 130
+
+TORCHRUN_VARIABLE = "TORCHELASTIC_RUN_ID"
+"""Environment variable of processes that torchrun has started."""
 
 LONG_SPIN_COUNT, SHORT_SPIN_COUNT = 20_000, 2_000
 """Spin counts (GOMP_SPINCOUNT). On two cores of a Xeon, LONG_SPIN_COUNT shortens a LoRA step by 20
@@ -459,9 +464,25 @@ def _run_words(
         click.echo(f"error: {error}", err=True)
         return EXIT_USER_ERROR
     except TrainingInterrupted as interrupt:
-        click.echo(str(interrupt), err=True)
+        # torchrun takes any other code for a failure, and may start the processes again.
+        is_success = isinstance(interrupt, TrainingStopped) and TORCHRUN_VARIABLE in os.environ
+        message = str(interrupt)
+        if is_success:
+            message += "; exit code 0, because torchrun reports others as failures"
+        if os.environ.get("RANK", "0") == "0":
+            click.echo(message, err=True)
+        if is_success:
+            return 0
         return EXIT_CHECKPOINTED
     return code if isinstance(code, int) else 0
+
+
+def _record_exit_code(code: str) -> None:
+    """Write the exit code of this rank for the launcher, if it reads exit codes."""
+    folder = os.environ.get(EXIT_CODES_VARIABLE)
+    if folder:
+        with contextlib.suppress(OSError):  # The launcher may have ended.
+            Path(folder, os.environ.get("RANK", "0")).write_text(code)
 
 
 def main() -> None:
@@ -469,7 +490,10 @@ def main() -> None:
     if isinstance(sys.stdout, TextIOWrapper) and sys.stdout.errors == "strict":
         sys.stdout.reconfigure(errors="surrogateescape")  # file names that are not UTF-8
     gc.set_threshold(GARBAGE_THRESHOLD)
+    # torchrun starts processes again: the code of the one before must not count.
+    _record_exit_code("")
     code = run_command(sys.argv[1:])
+    _record_exit_code(str(code))
     gc.freeze()  # The exit of Python would search all objects of torch for garbage.
     sys.exit(code)
 

@@ -24,6 +24,6 @@ esac
 # The node of MASTER_ADDR hosts the rendezvous. torchrun compares only names.
 [ -z "$local_address" ] || [ "$address" != "$master" ] || endpoint=localhost
 {% endif %}
-exec {{ job.python | quote }} -m torch.distributed.run {% if nodes.max_nodes > 1 %}--nnodes={{ nodes.min_nodes }}:{{ nodes.max_nodes }} --rdzv-backend=c10d --rdzv-endpoint="$endpoint:${MASTER_PORT:-{{ port }}}" --rdzv-id={{ job.name }} ${local_address:+--local-addr="$local_address"}{% else %}--standalone{% endif %} \
+exec {{ job.python | quote }} -m finesight.launch.torchrun {% if nodes.max_nodes > 1 %}--nnodes={{ nodes.min_nodes }}:{{ nodes.max_nodes }} --rdzv-backend=c10d --rdzv-endpoint="$endpoint:${MASTER_PORT:-{{ port }}}" --rdzv-id={{ job.name }} ${local_address:+--local-addr="$local_address"}{% else %}--standalone{% endif %} \
     --nproc-per-node={{ nodes.gpus_per_node }} --max-restarts={{ restarts }} \
     {{ job.python_arguments }}

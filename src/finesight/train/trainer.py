@@ -20,7 +20,7 @@ from torch import Tensor
 
 from finesight.data.line_index import UnreadableFileError
 from finesight.encode.packing import PackedBatch, dummy_batch
-from finesight.errors import Remedy, TrainingInterrupted
+from finesight.errors import Remedy, TrainingInterrupted, TrainingStopped
 from finesight.evaluate.eval_case import find_best_eval
 from finesight.evaluate.score_function import RewardError, ScoringError
 from finesight.storage import require_free_space
@@ -459,7 +459,7 @@ class Trainer:
         if is_single_process:
             self.stop.raise_if_requested()
         if is_rung:
-            raise TrainingInterrupted(
+            raise TrainingStopped(
                 f"step {progress.step} is reached; --resume without --stop-after continues the run"
             )
         self.metrics_logger.restart_timer()

@@ -30,6 +30,7 @@ from finesight.data.formats.dataset_format import (
     InvalidOptionError,
     RawBox,
     as_list,
+    make_text_part,
 )
 from finesight.data.formats.image_folder import IMAGEFOLDER, open_imagefolder
 from finesight.data.image_header import PageRanges, read_image_size
@@ -69,6 +70,7 @@ class ImportOptions:
 
     Attributes:
         format: Name of the dataset format, None to detect it.
+        replace_prompts: Text that replaces the question of each row; None keeps the questions.
         row_range: Slice bounds of the rows, 0-based. None means the first or last row.
         train_fraction: Fraction of the rows for training; the rest is for validation.
         box_task: Kind of the questions of box datasets.
@@ -84,6 +86,7 @@ class ImportOptions:
     format: str | None = None
     columns: Mapping[str, str] = field(default_factory=dict)
     prompt: str | None = None
+    replace_prompts: str | None = None
     box_format: BoxFormat | None = None
     box_units: BoxUnits | None = None
     row_range: tuple[int | None, int | None] = (None, None)
@@ -141,6 +144,10 @@ class ImportSource:
             lenient: Accept invalid images and boxes unchanged, for data checks.
         """
         folder = self.path if self.path.is_dir() else self.image_folder or self.path.parent
+        prompt = options.prompt
+        if options.replace_prompts is not None:
+            # The replacement needs a question, also in rows without one.
+            prompt = ""
         return ImportContext(
             ImageResolver(
                 folder,
@@ -152,7 +159,8 @@ class ImportSource:
                 pages=options.pages,
             ),
             columns=self.column_map,
-            prompt=options.prompt,
+            prompt=prompt,
+            replacement=options.replace_prompts,
             box_format=options.box_format,
             box_units=options.box_units,
             box_task=options.box_task,
@@ -333,6 +341,8 @@ def _check_options(options: ImportOptions) -> None:
             expected=f"one of {', '.join(table_format.MAPPABLE_COLUMNS)}",
             remedy=table_format.suggest_role(unknown[0], options.columns[unknown[0]]),
         )
+    if options.replace_prompts is not None:
+        _check_replacement(options.replace_prompts, options)
     if options.train_fraction is not None and options.eval_last is not None:
         raise UserError(
             f"both are set: {options.train_fraction:g} and {options.eval_last}",
@@ -356,6 +366,29 @@ def _check_options(options: ImportOptions) -> None:
             expected="the name of a text encoding in Python",
             remedy="for example cp1250, or remove --encoding to detect it",
         ) from error
+
+
+def _check_replacement(text: str, options: ImportOptions) -> None:
+    """Reject a text that cannot replace the question of every row."""
+    what = ""
+    if options.prompt is not None:
+        what = "--prompt is given, too"
+        remedy = "give one of the two options"
+    elif options.box_task == "grounding":
+        what = "the question of --box-task grounding names the object"
+        remedy = 'give --prompt with {label}, such as --prompt "Find {label}."'
+    elif "{label}" in text or "{labels}" in text:
+        what = f"{text!r} has a placeholder of class names"
+        remedy = "give it as --prompt"
+    if what:
+        raise UserError(
+            what,
+            where="--replace-prompts",
+            expected="one question for all rows",
+            remedy=remedy,
+        )
+    # Rejects placeholders of images, which keep their place.
+    make_text_part(text)
 
 
 def _open_rows(source: Path, options: ImportOptions) -> tuple[RowReader, DatasetFormat | None, str]:

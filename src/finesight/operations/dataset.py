@@ -40,6 +40,7 @@ def import_data(
     rows: Annotated[
         tuple[int | None, int | None] | None, Parameter(metavar="A:B", parse=parse_row_range)
     ] = None,
+    replace_prompts: Annotated[str | None, Parameter(metavar="TEXT")] = None,
     eval_last: Annotated[int | None, Parameter(minimum=1)] = None,
     train_fraction: Annotated[float | None, Parameter(metavar="FRACTION")] = None,
     seed: Annotated[int, Parameter(minimum=0)] = 0,
@@ -69,6 +70,9 @@ def import_data(
         source: A .json, .jsonl, .csv, .tsv, .xlsx or .parquet file, a WebDataset (.tar), a zip or
             tar archive, a folder, hf:OWNER/NAME or modelscope:OWNER/NAME (optional @REVISION and
             :SPLIT), or https://HOST/FILE.
+        replace_prompts: Replace the question of each row by this text; images keep their place.
+            Rows with several turns or with a box in the question are invalid. Default: keep the
+            questions, to which --prompt is appended.
         rows: Use rows A to B - 1, counted from 0. A: and :B are open; negative numbers count from
             the end. Default: all rows.
         eval_last: Use the last N rows for validation, and leave out training rows with the same
@@ -93,6 +97,7 @@ def import_data(
     options = build_import_options(
         reading,
         row_range=rows,
+        replace_prompts=replace_prompts,
         eval_last=eval_last,
         train_fraction=train_fraction,
         seed=seed,
@@ -135,6 +140,8 @@ def format_import(
         options: Options of the import.
         is_detected: Whether the column roles were detected.
     """
+    from finesight.data.formats.dataset_format import NOTE_REPLACED_PROMPT
+
     detected_by = summary.detected_by
     details = [summary.text_format]
     details += [
@@ -155,6 +162,8 @@ def format_import(
             f"{format_count(summary.num_clipped_boxes, 'box')} clipped by at most 1 pixel"
         )
     details += [f"{count} {note}" for note, count in summary.source_notes.items()]
+    if options.replace_prompts is not None and NOTE_REPLACED_PROMPT not in summary.source_notes:
+        details.append(f"0 {NOTE_REPLACED_PROMPT}")
     details += summary.list_other_keys()
     if summary.unused_columns:
         details.append(f"unused columns: {', '.join(summary.list_unused_columns())}")
@@ -276,7 +285,13 @@ def check_data(
     from finesight.report.data_pages import render_check_page
     from finesight.report.html import PageFile
     from finesight.report.i18n import detect_language, use_language
-    from finesight.storage import check_new_path, check_separate, temporary_folder, write_folder
+    from finesight.storage import (
+        check_new_path,
+        check_separate,
+        find_free_path,
+        temporary_folder,
+        write_folder,
+    )
     from finesight.train.recipe_check import check_recipe
 
     options = build_import_options(reading)
@@ -348,14 +363,17 @@ def check_data(
     data = check_issues.summary_to_dict(result, fixed)
     # Other operations would need the other options and files, too.
     is_plain = len(paths) == 1 and has_defaults and not (against or model or max_length)
-    steps = []
+    steps: list[Step] = []
     if result.severity != "error":
-        data_step = [build_init_step(fix or paths[0])] if is_plain else []
-        steps = data_step if recipe is None else [Step("plan", {"recipe": recipe})]
+        if recipe is not None:
+            steps = [propose_plan(recipe, renderer)]
+        elif is_plain:
+            steps = [build_init_step(fix or paths[0])]
     elif recipe is None and is_plain and checker.fixer.can_write and fix is None:
         named = paths[0] if paths[0].name else paths[0].resolve()
         name = f"{named.stem or 'data'}-fixed"
-        steps = [Step("check", {"sources": paths, "fix": named.with_name(name)})]
+        fixed_folder = find_free_path(named.with_name(name))
+        steps = [Step("check", {"sources": paths, "fix": fixed_folder})]
     return Outcome(result, lines, data, steps, result.exit_code)
 
 
@@ -394,6 +412,16 @@ def get_init_folder(source: str) -> Path:
 
     name = re.split("[:@]", source)[1] if is_hub_address(source) else source
     return Path(f"{Path(name).resolve().stem}-finetune")
+
+
+def propose_plan(
+    recipe: Path, renderer: Renderer | None, overrides: OverridesArgument = None
+) -> Step:
+    """Return the step that plans a run, or trains it without a plan."""
+    from finesight.encode.renderer import NativeRenderer
+
+    operation = "plan" if isinstance(renderer, NativeRenderer) else "train"
+    return Step(operation, {"recipe": recipe, "overrides": overrides})
 
 
 def show(
@@ -488,8 +516,7 @@ def show(
         for one, label in zip(tokenized, (one.sample.label for one in valid), strict=True):
             verdict = [] if label is None else [f"label: {label}".lower()]
             lines += [*format_token_table(one, renderer.tokenizer), *verdict, ""]
-        step = Step("plan", {"recipe": recipe, "overrides": overrides})
-        return Outcome(tokenized, lines, data, [step])
+        return Outcome(tokenized, lines, data, [propose_plan(recipe, renderer, overrides)])
     if not isinstance(renderer, NativeRenderer):
         raise UserError(
             "HTML pages do not support the transformers backend",

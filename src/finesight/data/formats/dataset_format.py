@@ -197,6 +197,7 @@ class ImportContext:
 
     Attributes:
         prompt: Question or prompt template from the user; None uses the default.
+        replacement: Text that replaces the question of each example; None keeps the questions.
         box_format: Box format from the user; None uses the default of the dataset format.
         box_units: Box units from the user; None uses the default of the dataset format.
         box_task: Kind of the questions of box datasets.
@@ -214,6 +215,7 @@ class ImportContext:
     images: ImageResolver
     columns: Mapping[str, str] = field(default_factory=dict)
     prompt: str | None = None
+    replacement: str | None = None
     box_format: BoxFormat | None = None
     box_units: BoxUnits | None = None
     box_task: BoxTask = "detection"
@@ -666,6 +668,8 @@ class DatasetFormat:
             result = [replace(chosen, rejected=other.answers[0])]
         if any(len(pages) > 1 for pages in context.images.pages.values()):
             result = [_expand_documents(one, context.images) for one in result]
+        if context.replacement is not None:
+            result = [_replace_prompt(one, context.replacement, context) for one in result]
         return result if label is None else [replace(one, label=label) for one in result]
 
     def _parse(self, row: SourceRow, record: Record, context: ImportContext) -> list[ImportExample]:
@@ -695,6 +699,54 @@ def _expand_documents(example: ImportExample, images: ImageResolver) -> ImportEx
             remedy="name the page, or select one with --pages",
         )
     return replace(example, prompt_messages=messages)
+
+
+NOTE_REPLACED_PROMPT = "prompts replaced"
+
+
+def _replace_prompt(example: ImportExample, text: str, context: ImportContext) -> ImportExample:
+    """Replace the texts of the question of an example by one text; images keep their place.
+
+    The text stands in the place of the last text that is not blank, or after the images.
+
+    Raises:
+        InvalidRowError: The example has several turns, or a box in its question.
+    """
+    *system, question = example.prompt_messages
+    num_turns = sum(message.role != "system" for message in example.prompt_messages)
+    if num_turns != 1 or question.role != "user":
+        raise InvalidRowError(
+            f"a conversation of {num_turns + 1} turns",
+            "one question and one answer, whose prompt can be replaced",
+            "import conversations without --replace-prompts",
+        )
+    if any(isinstance(part, BoxPart) for part in question.content):
+        raise InvalidRowError(
+            "a question with a box",
+            "a question of text and images, whose text can be replaced",
+            "import such questions without --replace-prompts",
+        )
+    content = list(question.content)
+    texts = [index for index, part in enumerate(content) if isinstance(part, TextPart)]
+    filled = [index for index in texts if join_text([content[index]]).strip()]
+    position = next(iter(reversed(filled or texts)), len(content))
+    parts: list[ContentPart] = []
+    for index, part in enumerate([*content, None]):
+        if index == position and text:
+            parts.append(TextPart(text=text))
+        if part is not None and not isinstance(part, TextPart):
+            parts.append(part)
+    if parts == content:
+        return example
+    if not parts:
+        raise InvalidRowError(
+            "a question without an image, whose text is replaced by an empty one",
+            "a question with an image",
+            "give --replace-prompts a text",
+        )
+    context.row_notes[NOTE_REPLACED_PROMPT] += 1
+    message = question.model_copy(update={"content": tuple(parts)})
+    return replace(example, prompt_messages=(*system, message))
 
 
 def split_at_pattern(text: str, pattern: re.Pattern[str]) -> Iterator[str | re.Match[str]]:

@@ -10,14 +10,31 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from finesight.bounded_files import read_lines
-from finesight.data.marked_prompt import count_marks, insert_images, remove_marks
+from finesight.config import is_url
+from finesight.data.corpus import load_corpus
+from finesight.data.image_header import resolve_content
+from finesight.data.marked_prompt import (
+    REGION,
+    count_marks,
+    insert_images,
+    remove_marks,
+    write_marked_prompt,
+)
 from finesight.data.prompt_format import DEFAULT_PROMPT_FORMAT, PromptFormat
-from finesight.data.sample import ImagePart
+from finesight.data.question_forms import find_question
+from finesight.data.sample import ImagePart, list_media_paths
 from finesight.errors import Step, UserError
-from finesight.manifest import PREDICTIONS_FOLDER
+from finesight.manifest import PREDICTIONS_FOLDER, RECIPE_FILE
+from finesight.recipe import load_recipe
 
 MAX_EXAMPLE_IMAGES = 8
 """Maximum number of images of an example question."""
+
+MAX_EXAMPLE_SAMPLES = 20
+"""Maximum number of training samples that are searched for an example."""
+
+MAX_COMMAND_CHARS = 2000
+"""Maximum number of characters of a question in a command; Linux accepts 131,071 bytes."""
 
 
 class ExampleQuestion(NamedTuple):
@@ -36,11 +53,6 @@ class ExampleQuestion(NamedTuple):
         if len(self.images) > 1:
             arguments["images_per_question"] = len(self.images)
         return Step("predict", arguments)
-
-
-def build_example(run_dir: Path) -> ExampleQuestion:
-    """Return the most frequent question of a run, or `TEXT` about the usual number of images."""
-    return build_placeholder(_read_prompt_format(run_dir))
 
 
 def _read_prompt_format(run_dir: Path) -> PromptFormat:
@@ -80,18 +92,77 @@ def shorten_prompt(
 def read_example(run_dir: Path) -> ExampleQuestion:
     """Return a question for example commands: that of the first validation prediction.
 
-    Without predictions, it is the most frequent question of the training samples.
+    Without predictions, it is that of a training sample; without readable samples, the most
+    frequent one of the manifest.
     """
+    prompt_format = _read_prompt_format(run_dir)
+    example = _read_prediction(run_dir, prompt_format)
+    if example is None:
+        example = _read_training_question(run_dir, prompt_format)
+    return example or build_placeholder(prompt_format)
+
+
+def read_public_example(run_dir: Path) -> ExampleQuestion:
+    """Return a question for reports, which other people read.
+
+    A report contains predictions, but no training samples.
+    """
+    prompt_format = _read_prompt_format(run_dir)
+    return _read_prediction(run_dir, prompt_format) or build_placeholder(prompt_format)
+
+
+def _read_prediction(run_dir: Path, prompt_format: PromptFormat) -> ExampleQuestion | None:
+    """Return the question of the first validation prediction, if it can be typed."""
     for name in ("after.jsonl", "before.jsonl"):
         with suppress(UserError, ValueError, LookupError, TypeError):
             lines = read_lines(run_dir / PREDICTIONS_FOLDER / name, expected="predictions")
             record = json.loads(next(lines, b"{}"))
             question = record["question"]
+            if not _can_be_typed(question):
+                continue
             # The first question with images has the first images of the sample.
             images = _as_list(record["image"])[: count_marks(question)]
             paths = [_simplify_path(str(path)) for path in images]
-            return shorten_prompt(question, paths, _read_prompt_format(run_dir))
-    return build_example(run_dir)
+            return shorten_prompt(question, paths, prompt_format)
+    return None
+
+
+def _read_training_question(run_dir: Path, prompt_format: PromptFormat) -> ExampleQuestion | None:
+    """Return the first training question that can be typed, about files that can be read."""
+    with suppress(UserError):
+        files = load_recipe(run_dir / RECIPE_FILE).data.train
+        if any(is_url(file.path) for file in files):
+            return None
+        corpus = load_corpus(files, require_answer=False)
+        for index in range(min(len(corpus), MAX_EXAMPLE_SAMPLES)):
+            located = corpus[index]
+            content = find_question(located.sample)
+            if content is None:
+                continue
+            names: list[str] = []
+            for part in content:
+                names += list_media_paths(part)
+            marked_prompt = write_marked_prompt(content)
+            # Frames of a video are several files for one mark.
+            if len(names) > MAX_EXAMPLE_IMAGES or count_marks(marked_prompt) != len(names):
+                continue
+            paths = [located.resolve_path(name) for name in names]
+            if _can_be_typed(marked_prompt) and all(map(_is_readable, paths)):
+                return shorten_prompt(marked_prompt, [*map(str, paths)], prompt_format)
+    return None
+
+
+def _can_be_typed(marked_prompt: str) -> bool:
+    return REGION not in marked_prompt and len(marked_prompt) <= MAX_COMMAND_CHARS
+
+
+def _is_readable(path: Path) -> bool:
+    """Return whether a path is a file or an image in a container."""
+    try:
+        content = resolve_content(path)
+        return not isinstance(content, Path) or content.is_file()
+    except (OSError, UserError):
+        return False
 
 
 def _as_list(paths: Any) -> list[Any]:

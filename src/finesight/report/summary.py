@@ -14,7 +14,8 @@ from pathlib import Path
 from statistics import mean, median
 from typing import Literal
 
-from finesight.data.example_question import ExampleQuestion, read_example
+from finesight.data.example_question import ExampleQuestion, read_public_example
+from finesight.encode.renderer import FAMILIES
 from finesight.errors import Step
 from finesight.manifest import CHECKPOINTS_FOLDER, METRICS_FILE
 from finesight.progress import MAX_DATA_WAIT_FRACTION
@@ -490,20 +491,26 @@ MAX_EXAMPLE_CHARS = 200
 """Maximum number of characters of the prompt in an example command."""
 
 
+def is_native_run(run_record: RunRecord) -> bool:
+    """Return whether the model of a run is of a native family."""
+    return run_record.manifest.get("family") in FAMILIES
+
+
 def list_commands(run_record: RunRecord) -> list[tuple[str, str]]:
     """Return the operations that use, resume or repeat a run, in the format of messages."""
     folder = str(run_record.folder)
     recipe = f"{folder}/recipe.yaml"
     steps = dict[str, Step]()
     if run_record.weight_digests:
-        example = read_example(run_record.folder)
+        example = read_public_example(run_record.folder)
         prompt = example.prompt
         if len(prompt) > MAX_EXAMPLE_CHARS:
             prompt = "TEXT"
         example = ExampleQuestion(("IMAGE",) * len(example.images), prompt)
         steps["Predict"] = example.build_step(folder)
         steps["Evaluate again"] = Step("eval", {"run_or_model": folder})
-        if any(name.startswith("adapter/") for name in run_record.weight_digests):
+        has_adapter = any(name.startswith("adapter/") for name in run_record.weight_digests)
+        if has_adapter and is_native_run(run_record):
             merge = Step("merge", {"source": folder, "out": f"{folder}-merged"})
             steps["Merge for other inference engines"] = merge
     elif run_record.result is None:

@@ -72,10 +72,15 @@ def test_gguf_conversion(model, tmp_path, cli):
     converter = tmp_path / "convert_hf_to_gguf.py"
     converter.write_text(FAKE_CONVERTER)
     export = ("export", model, tmp_path / "out", "--converter", converter)
-    assert "llama-server -m " in cli(*export).lines[-1]
+    lines = cli(*export).lines
+    assert lines[2].startswith("llama-server -m ")
+    assert "--image-min-tokens 4 --image-max-tokens 256" in lines[2]
     again = tmp_path / "again"
     output = json.loads(cli("export", model, again, "--converter", converter, "--json").out)
-    assert output == {"model": f"{again}/model.gguf", "mmproj": f"{again}/mmproj.gguf"}
+    files = {"model": f"{again}/model.gguf", "mmproj": f"{again}/mmproj.gguf"}
+    assert output.items() >= files.items()
+    assert output["command"].replace(f"{again}", f"{tmp_path / 'out'}") == lines[2]
+    assert output["resize_code"].splitlines() == lines[4:]
 
 
 def test_inapplicable_options_are_rejected(model, tmp_path, cli):

@@ -16,8 +16,8 @@ from finesight.config import ExactSize, PixelRange, TuneSettings
 from finesight.errors import UserError
 from finesight.export.deployment import (
     GgufFiles,
+    build_llama_server_command,
     build_serving_commands,
-    format_llama_server_command,
     format_serving_commands,
 )
 from finesight.infer.model_loader import ModelSource
@@ -107,9 +107,11 @@ def test_folder_without_run_has_its_pixel_limits_and_unsupported_settings_are_no
     assert "boxes lose their tokens" in serving.notes[0]
     usual = "You are a helpful assistant."
     assert len(of_tiny(PixelRange(min_pixels=784, max_pixels=7840), usual).notes) == 1
-    notes = of_tiny(ExactSize(height=112, width=504), "Rhyme.").notes
-    assert notes[1].endswith("send images resized to height 112, width 504")
-    assert notes[2].endswith("system prompt of the training: 'Rhyme.'")
+    serving = of_tiny(ExactSize(height=100, width=504), "Rhyme.")
+    assert serving.notes[1].endswith("system prompt of the training: 'Rhyme.'")
+    assert "to 504 x 112 pixels (width x height)" in serving.notes[2]
+    limits = {"min_pixels": 504 * 112, "max_pixels": 504 * 112}
+    assert json.loads(options(serving.vllm, 3)["--mm-processor-kwargs"]) == limits
 
 
 def test_model_of_run_is_named_after_it_and_quantized_base_is_merged_first() -> None:
@@ -198,7 +200,7 @@ def test_thinking_mode_of_the_run_is_selected(name: str, enable_thinking: bool |
         assert given.get("--reasoning-parser") == ("qwen3" if enable_thinking else None)
     assert any(json.dumps(expected) in note for note in serving.notes)
     files = GgufFiles(Path("model.gguf"), Path("m.gguf"))
-    given_words = shlex.split(format_llama_server_command(source, files))
+    given_words = shlex.split(build_llama_server_command(source, files).command)
     at = given_words.index("--chat-template-kwargs")
     assert json.loads(given_words[at + 1]) == expected
 
@@ -208,5 +210,6 @@ def test_models_with_one_mode_have_no_template_options() -> None:
     folder = ModelFolder(ASSETS / "Qwen3-VL-Embedding-8B")
     assert "chat-template" not in format_serving_commands(folder, "a", "a", None).vllm
     files = GgufFiles(Path("model.gguf"), Path("m.gguf"))
-    line = format_llama_server_command(ModelSource(folder, None, None), files)
-    assert line == "llama-server -m model.gguf --mmproj m.gguf --special --temp 0"
+    line = build_llama_server_command(ModelSource(folder, None, None), files).command
+    limits = "--image-min-tokens 4 --image-max-tokens 1280"
+    assert line == f"llama-server -m model.gguf --mmproj m.gguf --special --temp 0 {limits}"

@@ -57,7 +57,7 @@ def test_model_and_mmproj_are_written(model, tmp_path, monkeypatch, kind, encode
     """The vision encoder keeps 16 bits, and the converter gets no secrets."""
     for name in ("HF_TOKEN", "MODELSCOPE_API_TOKEN", "AWS_SECRET_ACCESS_KEY", "PYTHONPATH"):
         monkeypatch.setenv(name, "secret")
-    made = write_gguf(model, tmp_path / "gguf", converter(tmp_path), kind)
+    made = write_gguf(model, tmp_path / "gguf", converter(tmp_path), kind, source="tiny")
     names = {path.name for path in (tmp_path / "gguf").iterdir()}
     assert names == {GGUF_MODEL_FILE, MMPROJ_FILE, "sha256.json"}
     for file, expected in ((made.model, kind), (made.mmproj, encoder)):
@@ -84,7 +84,7 @@ def test_model_and_mmproj_are_written(model, tmp_path, monkeypatch, kind, encode
 )
 def test_failed_conversion_leaves_no_files(model, tmp_path, text, output):
     with pytest.raises(UserError, match=output):
-        write_gguf(model, tmp_path / "gguf", converter(tmp_path, text))
+        write_gguf(model, tmp_path / "gguf", converter(tmp_path, text), source="tiny")
     assert [path.name for path in tmp_path.iterdir()] == [CONVERTER_SCRIPT]
 
 
@@ -94,15 +94,18 @@ def test_unsupported_models_are_rejected(model, tmp_path, monkeypatch):
     (tmp_path / "first" / "config.json").write_text('{"model_type": "qwen"}')
     first = ModelSource(ModelFolder(tmp_path / "first"), None, None)
     adapted = ModelSource(model.folder, tmp_path, None)
-    for source, message in ((adapted, ", with an adapter"), (first, "of the family qwen\n")):
-        with pytest.raises(UserError, match=message):
-            write_gguf(source, tmp_path / "gguf", program)
+    for source, message, remedy in (
+        (adapted, "tiny is an adapter on a base", "finesight merge tiny OUT"),
+        (first, "of the family qwen\n", "finesight serve tiny"),
+    ):
+        with pytest.raises(UserError, match=f"{message}(.|\n)*{remedy}"):
+            write_gguf(source, tmp_path / "gguf", program, source="tiny")
     with pytest.raises(UserError, match="exists already"):
-        write_gguf(model, tmp_path, program)
+        write_gguf(model, tmp_path, program, source="tiny")
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     with pytest.raises(UserError, match="1e-06 GB are free on this disk"):
-        write_gguf(model, tmp_path / "gguf", program)
+        write_gguf(model, tmp_path / "gguf", program, source="tiny")
     assert not (tmp_path / "gguf").exists()
 
 

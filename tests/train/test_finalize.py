@@ -64,6 +64,22 @@ def test_worsening_run_stops_early(task):
     assert {one.low for one in again.metric_differences} == {None}
 
 
+@pytest.mark.parametrize(
+    ("image", "limits"),
+    [
+        ({"min_pixels": 784, "max_pixels": 7056}, [784, 7056]),
+        ({"height": 100, "width": 60}, [112 * 56, 112 * 56]),
+    ],
+)
+def test_model_folder_has_the_pixel_limits_of_the_run(task, image, limits):
+    """Other programs read them from a folder that was uploaded without a merge."""
+    task.run(image=image)
+    settings = json.loads((task.folder / "run" / "model" / "preprocessor_config.json").read_text())
+    assert [settings["min_pixels"], settings["max_pixels"]] == limits
+    base = json.loads((task.folder / "tiny" / "preprocessor_config.json").read_text())
+    assert settings == base | dict(zip(("min_pixels", "max_pixels"), limits, strict=True))
+
+
 def test_best_checkpoint_weights_are_restored(task):
     """Step 2 has the best score, although the loss keeps falling."""
     settings = metric(task, "rises_and_falls", patience=2)

@@ -61,7 +61,7 @@ from finesight.encode.tokenization import (
     iter_video_runs,
     load_tokenizer,
 )
-from finesight.errors import UserError, describe_indices
+from finesight.errors import Remedy, UserError, describe_indices
 from finesight.model_folder import ModelFolder
 from finesight.plugins import Registry
 from finesight.vision.image_processing import (
@@ -306,6 +306,17 @@ def load_family(folder: ModelFolder) -> ModelFamily:
 def is_native(folder: ModelFolder) -> bool:
     """Return whether finesight has its own implementation of the model family."""
     return folder.family in FAMILIES
+
+
+def require_native(folder: ModelFolder, operation: str, remedy: Remedy) -> None:
+    """Raise UserError for a model family without a native implementation."""
+    if not is_native(folder):
+        raise UserError(
+            f"a model of the family {folder.family}, which has no native implementation",
+            where=operation,
+            expected="a native family",
+            remedy=remedy,
+        )
 
 
 class Renderer(ABC):

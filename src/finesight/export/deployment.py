@@ -12,6 +12,7 @@ those of vLLM's engine arguments (docs.vllm.ai, `vllm serve`) and of SGLang's se
 from __future__ import annotations
 
 import json
+import math
 import os
 import shlex
 import shutil
@@ -22,16 +23,21 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from finesight.config import PixelRange
+from finesight.config import ImageRule
 from finesight.data.example_question import build_placeholder
 from finesight.data.prompt_format import PromptFormat
 from finesight.encode.renderer import load_family
 from finesight.errors import Step, UserError
 from finesight.export.hf_files import (
     DENSE_FAMILIES,
-    HF_ARCHITECTURES,
     find_missing_files,
+    require_export_family,
     require_merged_model,
+)
+from finesight.export.resize_code import (
+    describe_image_size,
+    describe_resizing,
+    format_resize_code,
 )
 from finesight.infer.model_loader import ModelSource, get_model_name
 from finesight.manifest import Manifest
@@ -40,7 +46,8 @@ from finesight.model.lora.peft_io import read_adapter
 from finesight.model.weights_io import stored_precision
 from finesight.model_folder import ModelFolder
 from finesight.storage import check_new_path, require_free_space, write_folder
-from finesight.vision.image_processing import get_default_image_rule
+from finesight.vision.image_processing import get_default_image_rule, load_patch_config
+from finesight.vision.processor_limits import get_processor_limits
 
 GgufType = Literal["auto", "f32", "f16", "bf16", "q8_0"]
 
@@ -87,31 +94,22 @@ def write_gguf(
     converter: Path,
     outtype: GgufType = "auto",
     python: Path | None = None,
+    *,
+    source: str,
 ) -> GgufFiles:
     """Convert a model to GGUF files of the language model and of the vision encoder.
 
     Args:
         outtype: Data type of the language model. Vision encoder and merger have at least 16 bits,
             since fewer bits degrade the image features.
+        source: Model as the user named it, for messages.
 
     Raises UserError for an adapter, an existing `out`, an unsupported family, too little disk
     space, and a failing converter. No files remain then.
     """
     folder = model_source.folder
-    if (
-        model_source.adapter is not None
-        or model_source.quantization_summary
-        # The converter supports Qwen3.5 since llama.cpp pull request 19468, but not the vision
-        # encoder of Qwen-VL (2023).
-        or folder.family not in HF_ARCHITECTURES
-    ):
-        raise UserError(
-            f"{folder.path.name} is of the family {folder.family}"
-            + (", with an adapter" if model_source.adapter is not None else ""),
-            where="export",
-            expected=f"a merged model of the families {', '.join(HF_ARCHITECTURES)}",
-            remedy=Step("merge", {"source": "RUN", "out": "OUT"}, "merge the adapter first"),
-        )
+    require_export_family(folder, "gguf", source)
+    require_merged_model(model_source, source, "export")
     check_new_path(out)
     weight_files = folder.weight_files()
     size_factor = 2 if outtype == "f32" and stored_precision(folder) != "fp32" else 1
@@ -191,15 +189,19 @@ has a server option to keep them.
 
 @dataclass(frozen=True, slots=True)
 class ServingCommands:
-    """Serving commands of vLLM and SGLang, request parameters as JSON, and notes for clients.
+    """Serving commands of vLLM and SGLang, and what clients must do.
 
-    The command of SGLang is empty for an adapter.
+    Attributes:
+        sglang: Empty for an adapter.
+        request: Request parameters as JSON.
+        resize_code: Python code with which clients resize images; empty if the servers do it.
     """
 
     vllm: str
     sglang: str
     request: str
     notes: tuple[str, ...]
+    resize_code: str = ""
 
     def as_json(self) -> dict[str, Any]:
         """Return the commands as JSON data, with the request parameters as an object."""
@@ -215,15 +217,9 @@ def build_serving_commands(model_source: ModelSource, source: str) -> ServingCom
     without an adapter, and for a family that vLLM and SGLang do not support.
     """
     folder, adapter = model_source.folder, model_source.adapter
+    require_export_family(folder, "serving", source)
     if adapter is None:
         require_merged_model(model_source, source, "serving")
-    if folder.family not in HF_ARCHITECTURES:
-        raise UserError(
-            f"{source} is of the family {folder.family}",
-            where="serving",
-            expected=f"one of {', '.join(HF_ARCHITECTURES)}",
-            remedy=Step("serve", {"run_or_model": source}, "serve it with finesight"),
-        )
     name = get_model_name(source)
     lora = None if adapter is None else _build_lora_options(folder.family, adapter, name, source)
     folder.fetch_weights()  # file names that these engines expect
@@ -271,16 +267,23 @@ def _build_lora_options(family: str, adapter: Path, name: str, source: str) -> s
 
 
 def format_serving_commands(
-    folder: ModelFolder, path: str, name: str, manifest: Manifest | None, lora: str | None = None
+    folder: ModelFolder,
+    path: str,
+    name: str,
+    manifest: Manifest | None,
+    lora: str | None = None,
+    *,
+    code: str = "the code below",
 ) -> ServingCommands:
     """Format the serving commands of a model folder, with the prompt settings of its run.
 
     Args:
         lora: Options of vLLM for an adapter named `name` on the model; None without one.
+        code: Where the reader finds the code that resizes images.
     """
-    limits = get_default_image_rule(folder.preprocessor_config)
-    if manifest is not None and isinstance(manifest.image_rule, PixelRange):
-        limits = manifest.image_rule
+    rule = _get_image_rule(folder, manifest)
+    factor = load_patch_config(folder).resize_factor
+    limits = get_processor_limits(rule, factor)
     pixel_limits = limits.model_dump()
     context_length = _compute_context_length(folder, limits.max_pixels)
     quoted = shlex.quote(path)
@@ -310,14 +313,28 @@ def format_serving_commands(
         f" --mm-process-config {_quote_json({'image': pixel_limits})}{template_options}"
     )
     notes = _list_notes(folder, manifest, arguments)
+    resize_code = ""
+    if note := describe_resizing(rule, factor, "vLLM and SGLang", code):
+        notes.append(note)
+        resize_code = format_resize_code(rule, factor)
     if lora is not None:
         notes.append(
             f'"model": {json.dumps(name)} in a request selects the adapter, "{base_name}" none'
         )
         notes.append("for SGLang and others, merge the adapter")
     return ServingCommands(
-        vllm, sglang if lora is None else "", json.dumps(REQUEST_PARAMETERS), tuple(notes)
+        vllm=vllm,
+        sglang=sglang if lora is None else "",
+        request=json.dumps(REQUEST_PARAMETERS),
+        notes=tuple(notes),
+        resize_code=resize_code,
     )
+
+
+def _get_image_rule(folder: ModelFolder, manifest: Manifest | None) -> ImageRule:
+    if manifest is not None:
+        return manifest.image_rule
+    return get_default_image_rule(folder.preprocessor_config)
 
 
 def get_template_arguments(
@@ -334,14 +351,45 @@ def get_template_arguments(
     return {"enable_thinking": family.has_reasoning if enable_thinking is None else enable_thinking}
 
 
-def format_llama_server_command(model_source: ModelSource, gguf_files: GgufFiles) -> str:
-    """Format the command of llama.cpp that serves the GGUF files of a model."""
-    manifest = model_source.manifest
+@dataclass(frozen=True, slots=True)
+class LlamaServerCommand:
+    """Command of llama.cpp that serves GGUF files, a note, and Python code to resize images."""
+
+    command: str
+    note: str
+    resize_code: str
+
+
+def build_llama_server_command(
+    model_source: ModelSource, gguf_files: GgufFiles
+) -> LlamaServerCommand:
+    """Build the command of llama.cpp that serves the GGUF files of a model.
+
+    llama.cpp reads no pixel limits from the files. It resizes images with another filter and, in
+    some versions, with bars, but does not change images whose sizes are within the limits and
+    multiples of `factor`.
+    """
+    folder, manifest = model_source.folder, model_source.manifest
+    rule = _get_image_rule(folder, manifest)
+    factor = load_patch_config(folder).resize_factor
+    limits = get_processor_limits(rule, factor)
     enable_thinking = None if manifest is None else manifest.enable_thinking
-    arguments = get_template_arguments(model_source.folder, enable_thinking)
-    options = f" --chat-template-kwargs {_quote_json(arguments)}" if arguments else ""
+    arguments = get_template_arguments(folder, enable_thinking)
     model, mmproj = (shlex.quote(str(path)) for path in (gguf_files.model, gguf_files.mmproj))
-    return f"llama-server -m {model} --mmproj {mmproj} --special --temp 0{options}"
+    min_tokens = math.ceil(limits.min_pixels / factor**2)
+    max_tokens = max(min_tokens, limits.max_pixels // factor**2)
+    command = (
+        f"llama-server -m {model} --mmproj {mmproj} --special --temp 0"
+        f" --image-min-tokens {min_tokens} --image-max-tokens {max_tokens}"
+    )
+    if arguments:
+        command += f" --chat-template-kwargs {_quote_json(arguments)}"
+    note = (
+        f"the training resized images to {describe_image_size(rule, factor)}. llama.cpp resizes"
+        " with another filter: for equal pixels, resize each image with the code below before"
+        " sending it"
+    )
+    return LlamaServerCommand(command, note, format_resize_code(rule, factor))
 
 
 def _list_notes(
@@ -357,9 +405,6 @@ def _list_notes(
             " --default-chat-template-kwargs, remove the option and set"
             f' "chat_template_kwargs": {json.dumps(template_arguments)} in each request'
         )
-    if manifest is not None and not isinstance(manifest.image_rule, PixelRange):
-        sizes = ", ".join(f"{key} {value}" for key, value in manifest.image_rule)
-        notes.append(f"these engines support pixel limits only: send images resized to {sizes}")
     notes += describe_questions(manifest, folder.chat_template)
     missing_files = find_missing_files(folder)
     if missing_files:

@@ -6,10 +6,11 @@ import json
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from finesight.bounded_files import read_json_object
-from finesight.errors import Step, UserError
+from finesight.encode.renderer import is_native
+from finesight.errors import Remedy, Step, UserError
 from finesight.infer.model_loader import ModelSource
 from finesight.model_folder import (
     DOWNLOAD_PATTERNS,
@@ -34,6 +35,20 @@ HF_ARCHITECTURES: Mapping[str, str] = {
 
 DENSE_FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5")
 """Families without experts, whose weights and adapters have other layouts in each engine."""
+
+ExportKind = Literal["serving", "gguf", "quantize"]
+
+EXPORT_FAMILIES: Mapping[ExportKind, Sequence[str]] = {
+    # The converter of llama.cpp supports Qwen3.5 since its pull request 19468. Neither it nor the
+    # engines support the vision encoder of Qwen-VL (2023).
+    "serving": tuple(HF_ARCHITECTURES),
+    "gguf": tuple(HF_ARCHITECTURES),
+    "quantize": DENSE_FAMILIES,
+}
+"""Families of each kind of export: commands of vLLM and SGLang, GGUF files, 4-bit weights."""
+
+PEFT_MERGE = "merge it with peft: PeftModel.from_pretrained(...).merge_and_unload()"
+"""How to merge an adapter of a family without native code."""
 
 HF_PROCESSORS: Mapping[str, str] = {
     "qwen2_vl": "Qwen2VLProcessor",
@@ -144,6 +159,38 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+def propose_export(folder: Path) -> Step:
+    """Return the next step for a merged model: commands of vLLM and SGLang, or a server."""
+    if ModelFolder(folder).family in EXPORT_FAMILIES["serving"]:
+        return Step("export", {"source": folder})
+    return Step("serve", {"run_or_model": folder})
+
+
+def require_export_family(folder: ModelFolder, kind: ExportKind, source: str) -> None:
+    """Raise UserError for a model whose family has no export of this kind.
+
+    `source` is the model as the user named it.
+    """
+    families = EXPORT_FAMILIES[kind]
+    if folder.family not in families:
+        operation = "web"
+        if is_native(folder):
+            operation = "serve"
+        raise UserError(
+            f"{source} is of the family {folder.family}",
+            where="export",
+            expected=f"one of {', '.join(families)}",
+            remedy=Step(operation, {"run_or_model": source}, "serve it with finesight"),
+        )
+
+
+def propose_merge(folder: ModelFolder, source: str) -> Remedy:
+    """Return how to merge an adapter. `source` is the model as the user named it."""
+    if not is_native(folder):
+        return PEFT_MERGE
+    return Step("merge", {"source": source, "out": "OUT"}, "merge it, and use OUT")
+
+
 def require_merged_model(model_source: ModelSource, source: str, where: str) -> None:
     """Raise UserError for an adapter and for quantized weights."""
     if model_source.adapter is not None or model_source.quantization_summary:
@@ -151,7 +198,7 @@ def require_merged_model(model_source: ModelSource, source: str, where: str) -> 
             f"{source} is an adapter on a base",
             where=where,
             expected="a merged model",
-            remedy=Step("merge", {"source": source, "out": "OUT"}, "merge it, and use OUT"),
+            remedy=propose_merge(model_source.folder, source),
         )
 
 

@@ -16,13 +16,17 @@ from jinja2 import Environment, StrictUndefined
 
 from finesight import __version__
 from finesight.bounded_files import load_yaml, read_bytes, read_json_object
+from finesight.config import PixelRange
 from finesight.data.example_question import ExampleQuestion, build_placeholder
 from finesight.data.prompt_format import PromptFormat
+from finesight.encode.hf_renderer import NO_RESIZE_RULE
+from finesight.encode.renderer import is_native
 from finesight.errors import Step, UserError
 from finesight.evaluate.eval_case import note_lines
 from finesight.export.deployment import describe_questions, format_serving_commands
-from finesight.export.hf_files import HF_ARCHITECTURES, list_uploads
+from finesight.export.hf_files import EXPORT_FAMILIES, list_uploads
 from finesight.export.merge_parity import MergeParity
+from finesight.export.resize_code import describe_image_size, format_resize_code
 from finesight.hub.address import parse_model_address
 from finesight.infer.model_loader import ModelSource, get_model_name
 from finesight.manifest import MANIFEST_FILE, Manifest, find_run_dir
@@ -32,6 +36,8 @@ from finesight.model_folder import TINY_MODEL, TINY_MODEL_FOLDER, ModelFolder
 from finesight.report.metric_rows import get_note
 from finesight.report.run_reader import RunRecord, pair_evaluations, read_json_lines, read_run
 from finesight.storage import temporary_folder
+from finesight.vision.image_processing import load_patch_config
+from finesight.vision.processor_limits import get_processor_limits, has_fixed_image_size
 
 MODEL_CARD_FILE = "README.md"
 
@@ -78,9 +84,10 @@ def write_model_card(folder: Path, info: VerifiedMerge, quantized: Sequence[str]
     steps += [Step(operation, {"run_or_model": name}) for operation in ("chat", "web", "serve")]
     merged = ModelFolder(folder)
     serving = None
-    if merged.family in HF_ARCHITECTURES:
+    if merged.family in EXPORT_FAMILIES["serving"]:
         title, manifest = info.folder.name, info.model_source.manifest
-        serving = format_serving_commands(merged, title, title, manifest)
+        code = "the code of the section Image size"
+        serving = format_serving_commands(merged, title, title, manifest, code=code)
     card = _render_card(
         info.model_source,
         info.source,
@@ -137,11 +144,12 @@ def collect_uploads(model_source: ModelSource, source: str) -> Iterator[dict[str
 
 def _render_adapter_card(model_source: ModelSource, source: Path) -> str:
     title, base = get_model_name(str(source.resolve())), _get_base_name(model_source)
-    steps = (
+    steps = [
         Step("download", {"source": "OWNER/NAME", "to": title}),
         _build_predict_step(model_source.manifest, title),
-        Step("merge", {"source": title, "out": "merged", "base": base}),
-    )
+    ]
+    if is_native(model_source.folder):
+        steps.append(Step("merge", {"source": title, "out": "merged", "base": base}))
     commands = [*map(str, steps)]
     return _render_card(model_source, source, source, title=title, commands=commands, merge=None)
 
@@ -188,12 +196,58 @@ def _render_card(
         question_notes=describe_questions(manifest),
         max_prompts=MAX_SHOWN_PROMPTS,
         scores=_list_scores(result),
+        image_size=_describe_image_size(model_source, is_merged=values["merge"] is not None),
         notes=_list_notes(result),
         recipe=_format_recipe(run_record),
         license=_read_license(model_source.folder.path),
         license_files=sorted(name for name in names if name.startswith(("LICENSE", "NOTICE"))),
         **values,
     )
+
+
+@dataclass(frozen=True, slots=True)
+class _ImageSize:
+    """Text about the image size of a training, and Python code or an empty text."""
+
+    text: str
+    code: str
+
+
+def _describe_image_size(model_source: ModelSource, *, is_merged: bool) -> _ImageSize | None:
+    """Describe the image size for other programs; None for the size of the published model."""
+    manifest, folder = model_source.manifest, model_source.folder
+    if manifest is None or manifest.image_rule == NO_RESIZE_RULE:
+        return None
+    rule = manifest.image_rule
+    if not is_native(folder):
+        # The processor of the family resizes images again.
+        text = f"The training resized images to {describe_image_size(rule, 1)}, before the"
+        text += " processor of the base. Resize each image first:"
+        return _ImageSize(text, format_resize_code(rule, 1))
+    if has_fixed_image_size(folder):
+        return None
+    factor = load_patch_config(folder).resize_factor
+    text = f"The training resized images to {describe_image_size(rule, factor)}."
+    limits = get_processor_limits(rule, factor)
+    if is_merged:
+        text += " The image processor settings of this folder contain the pixel limits"
+        text += f" {limits.min_pixels} to {limits.max_pixels}."
+        if isinstance(rule, PixelRange):
+            return _ImageSize(text, "")
+        text += " They do not change images that were resized first:"
+        return _ImageSize(text, format_resize_code(rule, factor))
+    code = f"""\
+from transformers import AutoProcessor
+
+processor = AutoProcessor.from_pretrained(
+    {_get_base_name(model_source)!r}, min_pixels={limits.min_pixels}, max_pixels={limits.max_pixels}
+)
+"""
+    text += " The processor of the base has other pixel limits:"
+    if not isinstance(rule, PixelRange):
+        text = text.removesuffix(":") + ", so resize each image first:"
+        code = f"{code}\n{format_resize_code(rule, factor)}"
+    return _ImageSize(text, code)
 
 
 def _read_run_record(source: Path) -> RunRecord | None:

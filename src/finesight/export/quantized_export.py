@@ -28,11 +28,11 @@ from finesight.data.corpus import load_corpus
 from finesight.data.image_header import CorruptImageError
 from finesight.encode.hf_renderer import FROM_PRETRAINED_OPTIONS, import_transformers
 from finesight.encode.tokenization import EncodedSample
-from finesight.errors import Step, UserError
+from finesight.errors import Remedy, Step, UserError
 from finesight.evaluate.custom_metric import check_metric
 from finesight.evaluate.generation_eval import evaluate, load_eval_inputs
 from finesight.evaluate.metric_difference import MetricDifference, compare_cases, read_predictions
-from finesight.export.hf_files import DENSE_FAMILIES
+from finesight.export.hf_files import EXPORT_FAMILIES, propose_merge
 from finesight.export.model_card import MODEL_CARD_FILE, write_model_card
 from finesight.export.verified_merge import merge_and_verify
 from finesight.infer.model_loader import (
@@ -134,14 +134,18 @@ def export_quantized(
     """
     recipe_file = find_run_dir(Path(source)) / RECIPE_FILE
     family = model_source.folder.family
-    if not recipe_file.is_file() or family not in DENSE_FAMILIES:
-        step = Step("merge", {"source": source, "out": out}, "serve the model in 16 bits")
+    kind = "no run"
+    remedy: Remedy = "give the output_dir of a run"
+    if recipe_file.is_file():
+        kind = "a run"
+        remedy = propose_merge(model_source.folder, source)
+    if kind == "no run" or family not in EXPORT_FAMILIES["quantize"]:
         raise UserError(
-            f"{source} is {'a run' if recipe_file.is_file() else 'no run'} of the family {family}",
+            f"{source} is {kind} of the family {family}",
             where="--quantize",
             expected="a run, whose training samples calibrate the rounding, of the families"
-            f" {', '.join(DENSE_FAMILIES)}",
-            remedy=step if recipe_file.is_file() else "give the output_dir of a run",
+            f" {', '.join(EXPORT_FAMILIES['quantize'])}",
+            remedy=remedy,
         )
     check_new_path(out)
     group_size = select_group_size(model_source.folder, source, out)

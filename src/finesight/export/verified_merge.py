@@ -14,11 +14,16 @@ from torch import Tensor
 
 from finesight.config import Device, Precision
 from finesight.data.sample import LocatedSample
-from finesight.encode.renderer import Renderer
+from finesight.encode.renderer import Renderer, require_native
 from finesight.encode.tokenization import EncodedSample
 from finesight.errors import UserError
 from finesight.export import merge_parity
-from finesight.export.hf_files import complete_hf_folder, find_dropped_sampling, find_missing_files
+from finesight.export.hf_files import (
+    PEFT_MERGE,
+    complete_hf_folder,
+    find_dropped_sampling,
+    find_missing_files,
+)
 from finesight.export.merge_parity import (
     MergeParity,
     ModelOutputs,
@@ -34,7 +39,6 @@ from finesight.model.lora.merge import (
     MAX_SHARD_BYTES,
     dequantize_model,
     merge_adapters,
-    require_native_family,
     resolve_precision,
     round_weights,
     save_merged_model,
@@ -80,7 +84,7 @@ def merge_and_verify(
     then, nor after an interruption.
     """
     base_folder = model_source.folder
-    require_native_family(base_folder)
+    require_native(base_folder, "merge", PEFT_MERGE)
     check_new_path(out)
     weight_precision, fallback_dtype = resolve_precision(base_folder, precision)
     empty_model = build_empty_model(base_folder, torch.float32)

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from finesight.config import Device, Precision, WeightFormat
 from finesight.data.prompt_format import PromptFormat
 from finesight.encode.family import DEFAULT_THINKING, ThinkingOptions
-from finesight.encode.renderer import Renderer, build_renderer
+from finesight.encode.renderer import Renderer, build_renderer, is_native, require_native
 from finesight.errors import Remedy, Step, UserError
 from finesight.manifest import (
     ADAPTER_FOLDER,
@@ -163,7 +163,11 @@ def load_multi_adapter_model(
     are those of `load_inference_model`.
     """
     base_source = resolve_model_source(run_or_model)
-    if base_source.adapter is None and not extra_adapters:
+    if extra_adapters:
+        require_native(base_source.folder, "adapters", "serve one model without --adapter")
+    # The transformers backend has no base model beside an adapter.
+    is_single = base_source.adapter is None or not is_native(base_source.folder)
+    if is_single and not extra_adapters:
         return load_inference_model(run_or_model, device, precision, weight_format, thinking)
     model, renderer = _load_base_model(base_source, device, precision, weight_format, thinking)
     adapters: list[Mapping[str, LoraLinear]] = []

@@ -44,10 +44,24 @@ def download(
     """
     address = parse_address(source)
     folder = _fetch_repository(address, to_path(to))
-    step = Step("chat", {"run_or_model": folder})
+    data = {"source": str(address), "folder": folder}
+    return Outcome(folder, [str(folder)], data, _propose_use(address, folder))
+
+
+def _propose_use(address: HubAddress, folder: Path) -> list[Step]:
+    """Return the next step with a downloaded repository; none for a model that is unsupported."""
+    from finesight.encode.renderer import build_renderer
+    from finesight.infer.model_loader import resolve_model_source
+    from finesight.storage import find_free_path
+
     if address.repo_type != "model":
-        step = Step("import", {"source": folder, "out": address.repo_id.rpartition("/")[2]})
-    return Outcome(folder, [str(folder)], {"source": str(address), "folder": folder}, [step])
+        out = find_free_path(Path(address.repo_id.rpartition("/")[2]))
+        return [Step("import", {"source": folder, "out": out})]
+    try:
+        build_renderer(resolve_model_source(str(folder)).folder)
+    except UserError:
+        return []
+    return [Step("chat", {"run_or_model": folder})]
 
 
 def _fetch_repository(address: HubAddress, to: Path | None) -> Path:
@@ -102,6 +116,7 @@ def merge(
             compared.
         max_shard_gb: Maximum size of a weight file in GB (10^9 bytes).
     """
+    from finesight.export.hf_files import propose_export
     from finesight.export.verified_merge import merge_and_verify
     from finesight.infer.model_loader import resolve_model_source
     from finesight.model.quant.int4 import gptq_group_size
@@ -136,7 +151,7 @@ def merge(
             max_shard_bytes=max_shard_gb * 1e9,
             log=console.log,
         )
-    step = Step("export", {"source": result.folder})
+    step = propose_export(result.folder)
     return Outcome(result, [*_format_merge(result)], _merge_to_dict(result), [step])
 
 
@@ -159,7 +174,10 @@ def _merge_to_dict(merge_result: VerifiedMerge) -> dict[str, Any]:
 
 def _format_merge(merge_result: VerifiedMerge) -> Iterator[str]:
     """Yield the output folder, the results of the comparison, and notes about the model."""
-    from finesight.config import PixelRange
+    from finesight.export.model_card import MODEL_CARD_FILE
+    from finesight.export.resize_code import describe_resizing
+    from finesight.vision.image_processing import load_patch_config
+    from finesight.vision.processor_limits import has_fixed_image_size
 
     num_layers, model_source = merge_result.merged_layers, merge_result.model_source
     action = f"{num_layers} layers merged into" if num_layers else "written to"
@@ -182,12 +200,12 @@ def _format_merge(merge_result: VerifiedMerge) -> Iterator[str]:
     if merge_result.missing_files:
         files = "; ".join(merge_result.missing_files)
         yield f"missing for other programs: {files}; not in the base model"
-    image_rule = None if model_source.manifest is None else model_source.manifest.image_rule
-    # Qwen-VL (2023) supports a single image size.
-    has_default_rule = image_rule is None or "image_size" in model_source.folder.preprocessor_config
-    if not has_default_rule and not isinstance(image_rule, PixelRange):
-        rule_text = ", ".join(f"{key} {n}" for key, n in image_rule or ())
-        yield f"other programs cannot store the image size: resize images to {rule_text}"
+    if model_source.manifest is not None and not has_fixed_image_size(model_source.folder):
+        rule = model_source.manifest.image_rule
+        factor = load_patch_config(model_source.folder).resize_factor
+        code = f"the code in {merge_result.folder / MODEL_CARD_FILE}"
+        if note := describe_resizing(rule, factor, "other programs", code):
+            yield note
 
 
 def export(
@@ -266,6 +284,7 @@ def export(
         lines = [line for name, text in named.items() if text for line in (f"{name}:", f"  {text}")]
         for note in commands.notes:
             lines.append(f"- {note}")
+        lines += commands.resize_code.splitlines()
         return Outcome(commands, lines, commands.as_json())
     if quantize is not None:
         from finesight.export.quantized_export import export_quantized
@@ -276,9 +295,9 @@ def export(
         step = Step("export", {"source": target})
         return Outcome(quantized, quantized.format_lines(), quantized.as_json(), [step])
     from finesight.export.deployment import (
+        build_llama_server_command,
         describe_questions,
         find_converter,
-        format_llama_server_command,
         write_gguf,
     )
 
@@ -294,12 +313,16 @@ def export(
             ) from error
         raise
     with ProgressConsole().activity(f"converting {name} to GGUF"):
-        files = write_gguf(model_source, Path(target), program, outtype, to_path(python))
+        files = write_gguf(
+            model_source, Path(target), program, outtype, to_path(python), source=name
+        )
     lines = [f"{path}  {path.stat().st_size:,} bytes" for path in (files.model, files.mmproj)]
-    lines.append(format_llama_server_command(model_source, files))
-    for note in describe_questions(model_source.manifest):
+    server = build_llama_server_command(model_source, files)
+    lines.append(server.command)
+    for note in (server.note, *describe_questions(model_source.manifest)):
         lines.append(f"- {note}")
-    return Outcome(files, lines, asdict(files))
+    lines += server.resize_code.splitlines()
+    return Outcome(files, lines, asdict(files) | asdict(server))
 
 
 def _upload(source: str, out: str, *, public: bool, confirm: bool) -> HubUpload:

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor, nn
 
 from finesight.bounded_files import read_bytes
+from finesight.encode.renderer import is_native
 from finesight.errors import Step, TrainingInterrupted, UserError
 from finesight.evaluate import custom_metric
 from finesight.evaluate.eval_case import BestEval, EvalResult, find_best_eval, note_lines
@@ -44,6 +45,7 @@ from finesight.train.parallel.distributed import SINGLE_PROCESS, ProcessGroup
 from finesight.train.recipe_check import MAX_TRUNCATED_SHARE, suggest_completion_length
 from finesight.train.run_dir import RunDir
 from finesight.train.state import TrainState
+from finesight.vision.processor_limits import write_processor_limits
 
 if TYPE_CHECKING:
     from finesight.report.run_page import LiveReportState
@@ -476,6 +478,8 @@ def _save_weights(state: TrainState, step: int, wait_for_checkpoint: Callable[[]
             finally:
                 for layer, adapter in lora_layers:
                     layer.adapter = adapter
+            if is_native(base.folder):
+                write_processor_limits(folder, base.folder, state.data.renderer.image_rule)
             wait_for_checkpoint()
     if not lora_layers or run_dir.adapter_dir.exists():
         return

@@ -1,6 +1,7 @@
 """Tests of `import` and `download` with hubs."""
 
 import json
+import shlex
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ from hub_fixtures import (
     read_image_bytes,
     without_sockets,
 )
+from tiny_model import create_tiny_model
 
 from finesight.data.sample import Sample, read_samples
 
@@ -116,7 +118,7 @@ def test_download_command(huggingface, tmp_path, cli):
     huggingface.repositories["models/Some/model"] = files | {"code.py": b""}
     printed = cli("download", "Some/model")
     folder = Path(printed.out.strip())
-    assert printed.err.splitlines()[-1] == f"next: finesight chat {folder}"
+    assert "next:" not in printed.err  # This is no model that finesight can load.
     assert (folder / "model.safetensors").read_bytes() == files["model.safetensors"]
     huggingface.faults.cuts["model.safetensors"] = [1234, 0, 0, 0, 0, 0]
     to = tmp_path / "models" / "mine"
@@ -129,6 +131,25 @@ def test_download_command(huggingface, tmp_path, cli):
     assert [path.name for path in to.parent.iterdir()] == ["mine"]
     assert "exists already" in cli(*download, code=2).err
     assert "is not the address of a repository" in cli("download", "no name", code=2).err
+
+
+def test_next_step_after_a_download(huggingface, tmp_path, cli, monkeypatch):
+    """A model that can be loaded is asked, and data are imported into a new folder."""
+    monkeypatch.chdir(tmp_path)
+    tiny = create_tiny_model(tmp_path / "tiny")
+    huggingface.repositories["models/Some/model"] = {
+        path.name: path.read_bytes() for path in tiny.iterdir()
+    }
+    printed = cli("download", "Some/model")
+    assert printed.err.splitlines()[-1] == f"next: finesight chat {printed.out.strip()}"
+    rows = [{"query": "Which?", "response": f"This {n}."} for n in range(3)]
+    content = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    huggingface.repositories["datasets/Some/set"] = {"train.jsonl": content}
+    (tmp_path / "set").mkdir()
+    step = cli("download", "hf:datasets/Some/set").err.splitlines()[-1]
+    assert step.endswith(" set-2")
+    cli(*shlex.split(step.removeprefix("next: finesight ")))
+    assert len((tmp_path / "set-2" / "data.jsonl").read_text().splitlines()) == 3
 
 
 def test_rows_cannot_reference_local_files(huggingface, tmp_path, cli, monkeypatch):

@@ -16,6 +16,7 @@ from openai import OpenAI
 from finesight.infer import model_loader
 from finesight.infer.model_loader import get_model_name
 from finesight.manifest import PromptTemplate
+from finesight.model_folder import TINY_MODEL_FOLDER, ModelFolder
 from finesight.serve import api_server, replica_router
 
 KEY = "a-key-of-this-test-0123456789"
@@ -52,7 +53,8 @@ def serve_fake(monkeypatch, cli):
         )
         names = {get_model_name(run): None}
         manifest = SimpleNamespace(prompts=(), prompt_templates=templates)
-        loaded = SimpleNamespace(manifest=manifest, adapters=names, model=model)
+        folder = ModelFolder(TINY_MODEL_FOLDER)
+        loaded = SimpleNamespace(manifest=manifest, adapters=names, model=model, folder=folder)
         for name in ("load_multi_adapter_model", "resolve_model_source"):
             monkeypatch.setattr(model_loader, name, lambda *arguments, **options: loaded)
         monkeypatch.setattr(api_server, "run_api_server", run_server)

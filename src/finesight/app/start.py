@@ -138,6 +138,7 @@ def serve(
     require_extra("serve", "serve", packages)
     from finesight.data.example_question import read_example
     from finesight.data.prompt_format import PromptFormat
+    from finesight.encode.renderer import require_native
     from finesight.infer.model_loader import resolve_model_source
     from finesight.manifest import find_run_dir
     from finesight.serve.api_schema import ServerLimits
@@ -153,6 +154,8 @@ def serve(
         raise _build_option_error(names, "without --label-studio", "--label-studio")
     # A mistyped path is reported before a port in use.
     source, *_ = [resolve_model_source(name) for name in (run_or_model, *(adapter or ()))]
+    page = Step("web", {"run_or_model": run_or_model}, "start a chat page")
+    require_native(source.folder, "serve", page)
     formats = read_formats(image_format or ())
     keys, proxies = read_api_keys(key_file), check_proxies(trusted_proxy)
     if key_file is not None:

@@ -123,7 +123,9 @@ def init(
     from finesight.data.image_header import CorruptImageError
     from finesight.data.importer import REASON_BY_ERROR, SplitError, import_dataset
     from finesight.data.source_fetch import fetch_source
+    from finesight.encode.renderer import is_native
     from finesight.evaluate.task_metrics import get_task_metric
+    from finesight.infer.model_loader import resolve_model_source
     from finesight.plan.plan_format import format_short_plan
     from finesight.plan.run_plan import refuse_gpus
     from finesight.recipe_template import NUM_EVAL_ROWS, StartModel, format_recipe
@@ -169,6 +171,7 @@ def init(
                 console.log(f"no validation samples: {error.what}")
                 options = replace(options, train_fraction=None)
                 summary = import_dataset(path, folder / "data", options)
+        task = replace(task, has_images=task.has_images or summary.num_images > 0)
     num_without_image = summary.skipped_rows.get(REASON_BY_ERROR[CorruptImageError], 0)
     if num_without_image > MAX_MISSING_FRACTION * num_rows:
         text = "have no readable image and were skipped; table and images may be in other folders"
@@ -217,12 +220,14 @@ def init(
     ]
     fits = None if run_plan is None else run_plan.chosen_estimate.fits
     steps = [Step("plan", {"recipe": recipe, "gpus": gpus})]
+    chat = Step("chat", {"run_or_model": folder / "run"})
     if unavailable is not None:
         console.log(f"the run was not planned: {unavailable}")
         steps = _list_model_steps(recipe, model, task)
     elif run_plan is not None and fits:
-        chat = Step("chat", {"run_or_model": folder / "run"})
         steps = [build_train_step(recipe, (), run_plan.target.num_gpus), chat]
+    elif not is_native(resolve_model_source(model).folder):
+        steps = [Step("train", {"recipe": recipe}), chat]
     if has_errors := outcome.value.severity == "error":
         steps.insert(0, Step("check", {"sources": [recipe], "html": folder / "check.html"}))
     result = {

@@ -42,7 +42,8 @@ if TYPE_CHECKING:
 
     Answer = tuple[ContentPart, ...]
     Responses = dict[str, list[tuple[float, Answer | None]]]
-    Verdicts = dict[str, tuple[Sequence[Answer], Sequence[Answer]]]
+    Verdict = tuple[Sequence[Answer], Sequence[Answer]]
+    Verdicts = dict[str, Verdict]
     Row = tuple[LocatedSample, Answer, Mapping[str, Any]]
 
 ROUNDING = 1e-6
@@ -98,7 +99,13 @@ def sample(
     from finesight.evaluate.score_function import ScoringError
     from finesight.infer.request import SamplingParams
     from finesight.manifest import RESPONSES_FILE, SAMPLING_FILE, find_run_dir
-    from finesight.storage import check_new_path, write_file, write_folder
+    from finesight.storage import (
+        check_new_path,
+        find_free_path,
+        temporary_folder,
+        write_file,
+        write_folder,
+    )
     from finesight.train.recipe_check import check_rewards
     from finesight.train.rollout import describe_unscored
 
@@ -172,7 +179,13 @@ def sample(
     steps = []
     if num_kept:
         steps.append(build_init_step(out / "data.jsonl", name))
-    steps.append(Step("pairs", {"source": out, "out": f"{out}-pairs.jsonl", "data": data}))
+    with temporary_folder("pairs") as folder:
+        rows = [row for one in samples for row in build_pair(one, verdicts.get(one.sample.id))]
+        num_pairs = write_answers(folder / "pairs.jsonl", rows, folder)
+    if num_pairs:
+        file = find_free_path(Path(f"{out}-pairs.jsonl"))
+        arguments = {"source": out, "out": file, "data": data, "min_score": min_score}
+        steps.append(Step("pairs", arguments))
     exit_code = EXIT_SKIPPED if summary["num_skipped"] else 0
     return Outcome(summary, lines, summary, steps, exit_code, skipped.describe())
 
@@ -290,15 +303,15 @@ def pairs(
     rows: list[Row] = []
     num_unused = 0
     for located in samples:
-        name, last = located.sample.id, located.sample.messages[-1]
+        name = located.sample.id
         good, bad = verdicts.pop(name, ((), ()))
         num_rows = len(rows)
         if labels:
             graded = [*((one, True) for one in good), *((one, False) for one in bad)]
             for n, (one, label) in enumerate(graded):
                 rows.append((located, one, {"label": label, "id": f"{name}-{n}"}))
-        elif bad and (good or last.role == "assistant"):
-            rows.append((located, [*good, last.content][0], {"rejected": bad[-1]}))
+        else:
+            rows += build_pair(located, (good, bad))
         num_unused += bool(good or bad) and len(rows) == num_rows
     num_written = write_answers(out, rows, out.parent)
     num_unused += len(verdicts) + len(rows) - num_written
@@ -354,6 +367,19 @@ def _find_model(source: Path) -> str | None:
             check_model_path(name)
             return name
     return None
+
+
+def build_pair(located: LocatedSample, verdict: Verdict | None) -> list[Row]:
+    """Return the pair of the best and the worst answer of a sample.
+
+    The answer of the sample is better than an incorrect response. Without a worse answer, there is
+    no pair.
+    """
+    good, bad = verdict or ((), ())
+    last = located.sample.messages[-1]
+    if not bad or not (good or last.role == "assistant"):
+        return []
+    return [(located, [*good, last.content][0], {"rejected": bad[-1]})]
 
 
 def _find_responses(

@@ -239,8 +239,9 @@ def train(
         resume: Continue the run in output_dir from its newest checkpoint, or start it if there is
             none. Repeat the same recipe and overrides, or give the run folder.
         stop_after: Evaluate the model and stop after this number of steps, with a checkpoint and
-            exit code 75. Below 1: fraction of all steps. A run resumed there continues with another
-            value, or without one. Default: all steps.
+            exit code 75, or 0 under torchrun, which reports others as failures. Below 1: fraction
+            of all steps. A run resumed there continues with another value, or without one. Default:
+            all steps.
     """
     from finesight.data.example_question import read_example
     from finesight.evaluate.custom_metric import check_recipe_metric
@@ -300,17 +301,20 @@ def train(
 
         exit_code = upload_run(settings.output_dir, push, console)
     from finesight.report.run_reader import read_run
+    from finesight.report.summary import is_native_run
 
     run = str(settings.output_dir)
-    advice = advise_run(read_run(settings.output_dir, with_plugins=False), settings.output_dir)
+    run_record = read_run(settings.output_dir, with_plugins=False)
+    advice = advise_run(run_record, settings.output_dir)
     purposes = {step.operation: step.purpose for step in advice}
-    label_step = find_label_step(settings, purposes.get("label", ""))
-    next_steps = [
-        *(step for step in advice if step.operation == "train"),
-        read_example(settings.output_dir).build_step(run),
-        Step("serve", {"run_or_model": run}, purposes.get("serve", "")),
-        *([label_step] if label_step else []),
-    ]
+    next_steps = [step for step in advice if step.operation == "train"]
+    next_steps.append(read_example(settings.output_dir).build_step(run))
+    if is_native_run(run_record):
+        next_steps.append(Step("serve", {"run_or_model": run}, purposes.get("serve", "")))
+        label_step = find_label_step(settings, purposes.get("label", ""))
+        next_steps += [label_step] if label_step else []
+    else:
+        next_steps.append(Step("web", {"run_or_model": run}))
     return Outcome(result, (), result.as_json(), next_steps, exit_code)
 
 
@@ -325,7 +329,7 @@ def advise_run(run_record: RunRecord, run: Path) -> list[Step]:
     from finesight.manifest import RECIPE_FILE
     from finesight.report.metric_rows import read_metrics
     from finesight.report.run_reader import as_object, is_finite
-    from finesight.report.summary import count_training_samples
+    from finesight.report.summary import count_training_samples, is_native_run
     from finesight.train.run_dir import RunDir
 
     if run_record.result is None:
@@ -341,6 +345,8 @@ def advise_run(run_record: RunRecord, run: Path) -> list[Step]:
         overrides = [*scale_duration(run_record, 2), f"output_dir={RunDir(run).next_path}"]
         arguments = {"recipe": str(run / RECIPE_FILE), "overrides": overrides}
         steps.append(Step("train", arguments, "the loss still falls: train twice as long"))
+    if not is_native_run(run_record):
+        return steps  # The transformers backend neither suggests labels nor serves an API.
     if count is not None and 2 * count < total:
         num_labels = max(MIN_NEW_LABELS, count_training_samples(run_record) or 0)
         reason = f"{count} of {total} answers are correct: label about {num_labels} more images"

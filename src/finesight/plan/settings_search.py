@@ -19,7 +19,7 @@ import torch
 
 from finesight.config import DistillSettings, ParallelMode, QuantizablePart, Recipe
 from finesight.encode.packing import compute_min_budget, effective_prefix_length
-from finesight.encode.renderer import is_native
+from finesight.encode.renderer import require_native
 from finesight.errors import UserError
 from finesight.infer.model_loader import resolve_model_source
 from finesight.model.quant.base import find_quantized_weights
@@ -109,13 +109,9 @@ def build_planned_model(
     Raises:
         UserError: The family has no native implementation, so the layers are unknown.
     """
-    if not is_native(folder):
-        raise UserError(
-            f"family {folder.family} uses the transformers backend",
-            where=recipe.model,
-            expected="a model of a native family; the memory of other layers is unknown",
-            remedy="start with train.pack_tokens=1024, and increase it while memory is available",
-        )
+    # The memory of other layers is unknown.
+    remedy = "train without a plan, and with smaller images if memory runs out"
+    require_native(folder, recipe.model, remedy)
     fp8_parts = [part for part in recipe.tune.quantize.fp8 or () if part not in nf4_parts]
     model, train = build_meta_model(folder, target.dtype, nf4_parts, fp8_parts), recipe.train
     configure_tuning(model.train(), resolve_tune(recipe), train.seed)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from finesight.errors import Step, UserError, format_count
 from finesight.hub.address import HubAddress, is_hub_address, parse_address
-from finesight.operations.first_guesses import suggest_target
+from finesight.operations.first_guesses import suggest_format, suggest_target
 from finesight.operations.operation import Outcome, Parameter, StrPath, to_path
 from finesight.operations.options import DeviceOption, TrustMetricOption
 from finesight.progress import ProgressConsole
@@ -275,7 +275,13 @@ def export(
         lines.append(f"{total:>16,}  bytes in {num_files} to {upload.to}, {visibility}")
         lines.append(upload.page or "nothing was uploaded")
         return Outcome(upload, lines, asdict(upload), steps)
-    model_source = resolve_model_source(name)
+    try:
+        model_source = resolve_model_source(name)
+    except UserError as error:
+        command = suggest_format(name)
+        if command and not Path(name).exists():
+            error.remedy = f"use {command}"
+        raise
     if target is None:
         from finesight.export.deployment import build_serving_commands
 

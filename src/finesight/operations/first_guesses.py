@@ -248,8 +248,7 @@ def find_option(
     if normal in USELESS_OPTIONS.split():
         return OptionGuess("nothing")
     if command == "export" and normal in EXPORT_FORMAT_OPTIONS.split():
-        target = {"gguf": GGUF_COMMAND}.get(value.lower()) or suggest_target(value)
-        return OptionGuess("command", (target or "finesight export MODEL OUT",))
+        return OptionGuess("command", (suggest_format(value) or "finesight export MODEL OUT",))
     for text in _find_words(command, normal, options, arguments):
         words = tuple(word.format(value or "VALUE") for word in text.split())
         if words[0].startswith("--"):
@@ -293,6 +292,13 @@ def suggest_value(parameter: str, value: object, choices: Sequence[str]) -> str:
 def suggest_target(name: str) -> str:
     """Return the right command for a program or format in place of a folder; empty if unknown."""
     return _invert("targets").get(name.lower(), "")
+
+
+def suggest_format(name: str) -> str:
+    """Return the right command for a program or format, GGUF included; empty if unknown."""
+    if name.lower() == "gguf":
+        return GGUF_COMMAND
+    return suggest_target(name)
 
 
 def suggest_function(name: str, functions: Collection[str]) -> str:

@@ -66,7 +66,7 @@ def _commands(printed: str) -> list[list[str]]:
     return [shlex.split(line[2:])[1:] for line in lines if line.startswith("$ finesight")]
 
 
-def no_plan(recipe: object) -> None:
+def no_plan(recipe: object, **options: object) -> None:
     """Fail as the plan of a model that cannot be downloaded."""
     raise UserError("no connection")
 

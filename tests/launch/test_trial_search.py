@@ -231,7 +231,7 @@ def test_each_gpu_trains_one_trial(recipe, simulate, tmp_path, monkeypatch):
     # The second GPU asks for a trial before the recipe has been measured.
     monkeypatch.setattr(trial_search.TrialSearch, "measure_recipe", MEASURE_RECIPE)
     runs = simulate(by_learning_rate, lambda number: time.sleep(0.01))
-    with pytest.raises(UserError, match="different numbers below 3"):
+    with pytest.raises(UserError, match="different numbers of 0, 1, 2"):
         api.search(recipe, ["train.device=auto"], out=tmp_path / "search", gpus="0,3")
     record = api.search(
         recipe, ["train.device=auto"], out=tmp_path / "search", gpus="0,2", trials=9

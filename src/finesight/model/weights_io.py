@@ -391,6 +391,8 @@ def load_model(
     quantized one by one while they are read, from the stored dtype, so that the codes do not depend
     on the compute dtype. `quantize_model_parts` describes the formats.
     """
+    # Another quantization is reported before a changed file.
+    gptq_group_size(folder)
     files = folder.weight_files()
     # Verify digests, also of files converted from pickles.
     for written_folder in dict.fromkeys((folder.path, *(file.parent for file in files))):

@@ -1,7 +1,7 @@
 """Compare the plan of runs on several GPUs with the memory and speed of these runs.
 
     python benchmarks/plan_multi_gpu.py CONFIGS --work DIR --out FILE [--gpus 2] [--only "NAME;..."]
-        [--steps 12] [--limit 90] [--total-limit 440] [--gpu NAME]
+        [--steps 12] [--limit 90] [--total-limit 440] [--gpu NAME] [--share-gpu]
 
 CONFIGS contains folders of configuration and tokenizer files: Qwen2-VL-2B-Instruct and
 Qwen2.5-VL-3B-Instruct. Weights are random and deleted after the runs. Each case is planned by
@@ -20,6 +20,10 @@ Memory is in GB (10^9 bytes), that of GPUs for the GPU with the highest value:
 Their estimates are `allocated_gb`, the total and `host_bytes` of the plan. Without a GPU, the tiny
 cases run with gloo, `allocated` is the memory of a process, which no plan estimates, and --gpu
 names the GPU of the plan, here an A10.
+
+With --share-gpu, all ranks use the first GPU, as ranks of several machines that NCCL connects by
+sockets. This measures `allocated` and `reserved` of each rank with one GPU. Speed and `device` are
+then no measurements of the plan.
 """
 
 from __future__ import annotations
@@ -51,6 +55,8 @@ POLL_S = 0.05
 PLAN_LIMIT_S, WEIGHTS_LIMIT_S = 120.0, 150.0
 OFFLOAD_STEPS = 3
 """Steps of a case whose optimizer runs on one core of the CPU."""
+SHARED_GPU = "PLAN_MULTI_GPU_SHARED"
+"""Environment variable of ranks that share the first GPU."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +97,9 @@ def train_measured(folder: Path, words: Sequence[str]) -> int:
     from finesight.cli.app import run_command
 
     local_rank = int(os.environ["LOCAL_RANK"])
+    if SHARED_GPU in os.environ:
+        # NCCL refuses two ranks of one machine on one GPU.
+        os.environ["NCCL_HOSTID"] = f"rank-{local_rank}"
     monitor = threading.Thread(target=_watch_memory, args=(folder, local_rank), daemon=True)
     monitor.start()
     return run_command(list(words))
@@ -98,14 +107,17 @@ def train_measured(folder: Path, words: Sequence[str]) -> int:
 
 def _watch_memory(folder: Path, local_rank: int) -> None:
     file = folder / f"rank-{local_rank}.json"
-    peaks = dict.fromkeys(("allocated", "reserved", "device"), 0)
+    device = 0 if SHARED_GPU in os.environ else local_rank
+    peaks = dict.fromkeys(("allocated", "reserved", "device", "pinned", "resident"), 0)
     while True:
         time.sleep(POLL_S)
         if torch.cuda.is_initialized():
-            free, total = torch.cuda.mem_get_info(local_rank)
+            free, total = torch.cuda.mem_get_info(device)
             peaks["device"] = max(peaks["device"], total - free)
-            peaks["allocated"] = torch.cuda.max_memory_allocated(local_rank)
-            peaks["reserved"] = torch.cuda.max_memory_reserved(local_rank)
+            peaks["allocated"] = torch.cuda.max_memory_allocated(device)
+            peaks["reserved"] = torch.cuda.max_memory_reserved(device)
+            peaks["pinned"] = torch.cuda.host_memory_stats()["allocated_bytes.peak"]
+            peaks["resident"] = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         elif not torch.cuda.is_available():
             peaks["allocated"] = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         unfinished = file.with_suffix(".part")
@@ -187,7 +199,11 @@ def run_case(case: PlanCase, model: Path, options: argparse.Namespace) -> dict[s
     if case.mode not in (None, "single"):
         words.append(f"train.parallel={case.mode}")
     estimate = plan_case(case, words, num_gpus, options.gpu)
-    used_before = read_used_memory(num_gpus)
+    num_used_gpus = 1 if options.share_gpu else num_gpus
+    environment = gpu_environment(num_used_gpus) | {"OMP_NUM_THREADS": "1"}
+    if options.share_gpu:
+        environment |= {SHARED_GPU: "1", "NCCL_NET": "Socket", "NCCL_SOCKET_IFNAME": "lo"}
+    used_before = read_used_memory(num_used_gpus)
     host_before = host_peak = read_host_memory()
     launcher = ["torch.distributed.run", "--standalone", f"--nproc-per-node={num_gpus}"]
     script = [__file__, "--rank", str(peaks_dir), "train", *words, *estimate["overrides"]]
@@ -198,7 +214,7 @@ def run_case(case: PlanCase, model: Path, options: argparse.Namespace) -> dict[s
             stdout=stream,
             stderr=stream,
             start_new_session=True,
-            env=gpu_environment(num_gpus) | {"OMP_NUM_THREADS": "1"},
+            env=environment,
         )
         start = time.monotonic()
         try:
@@ -207,7 +223,8 @@ def run_case(case: PlanCase, model: Path, options: argparse.Namespace) -> dict[s
                 if len(read_steps(run_dir)) >= num_steps:
                     break
                 time.sleep(0.2)
-            smi = [n - m for n, m in zip(read_used_memory(num_gpus), used_before, strict=True)]
+            used = read_used_memory(num_used_gpus)
+            smi = [n - m for n, m in zip(used, used_before, strict=True)]
         finally:
             kill_processes(f"output_dir={run_dir}")
             process.wait()
@@ -240,7 +257,7 @@ def run_case(case: PlanCase, model: Path, options: argparse.Namespace) -> dict[s
         for name, taken in (
             ("allocated", [0] * num_gpus),
             ("reserved", [0] * num_gpus),
-            ("device", used_before),
+            ("device", used_before * (num_gpus // num_used_gpus)),
         )
     }
     row["measured"]["host"] = (host_peak - host_before) / 1e9
@@ -249,9 +266,12 @@ def run_case(case: PlanCase, model: Path, options: argparse.Namespace) -> dict[s
     row["measured"]["peak_memory_gb"] = max(step["peak_memory_gb"] for step in steps)
     row["steps"] = len(steps)
     row["tokens_a_step"] = steps[0]["num_tokens"]
+    compared = ["allocated", "device", "samples_per_s"]
+    if options.share_gpu and num_gpus > 1:
+        compared = ["allocated"]
     row["errors"] = {
         name: round(row["estimated"][name] / row["measured"][name] - 1, 4)
-        for name in ("allocated", "device", "samples_per_s")
+        for name in compared
         if row["measured"][name] and torch.cuda.is_available()
     }
     return row
@@ -305,6 +325,7 @@ def main() -> None:
     parser.add_argument("--limit", type=float, default=90.0, help="seconds of a case")
     parser.add_argument("--total-limit", type=float, default=440.0, help="seconds of all cases")
     parser.add_argument("--gpu", help="name of the GPU of the plan; by default, it is measured")
+    parser.add_argument("--share-gpu", action="store_true", help="all ranks use the first GPU")
     options = parser.parse_args()
     start = time.monotonic()
     options.work.mkdir(parents=True, exist_ok=True)

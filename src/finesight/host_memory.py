@@ -1,7 +1,9 @@
-"""Read memory and CPU count of the machine, within the limits of its container."""
+"""Memory and CPU count of the machine, within the limits of its container, and memory of forks."""
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 import os
 import re
 import sys
@@ -9,6 +11,9 @@ from contextlib import suppress
 from pathlib import Path
 
 _CGROUP = Path("/sys/fs/cgroup")
+
+MIN_FORK_BLOCK_BYTES = 1 << 26
+"""Size from which a block of memory has pages of its own, which end when it is freed."""
 
 
 def num_allowed_cpus() -> int:
@@ -33,6 +38,23 @@ def available_memory(proc: Path = Path("/proc"), cgroup: Path = _CGROUP) -> int:
         cached = _read_number(cgroup / "memory.stat", "inactive_file") or 0
         free = min(free, limit - used + cached)
     return max(0, free)
+
+
+def keep_out_of_forks(address: int, num_bytes: int) -> None:
+    """Keep a block of memory out of processes that this process forks, and that never use it.
+
+    While a forked process lives, the first write of this process to a page copies the page. Memory
+    that each training step writes, such as optimizer states, would exist twice. Blocks of less than
+    `MIN_FORK_BLOCK_BYTES` are left unchanged, as are all blocks on systems besides Linux.
+    """
+    if sys.platform != "linux" or num_bytes < MIN_FORK_BLOCK_BYTES:
+        return
+    # Other data may lie on the first and the last page.
+    start = -(-address // mmap.PAGESIZE) * mmap.PAGESIZE
+    end = (address + num_bytes) // mmap.PAGESIZE * mmap.PAGESIZE
+    # A failure, as for memory of a driver, costs memory only.
+    library = ctypes.CDLL(None)
+    library.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_DONTFORK)
 
 
 def _physical_memory() -> int:

@@ -2,8 +2,10 @@
 
 import gc
 import math
+import sys
 import weakref
 from collections.abc import Iterable
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from torch import Tensor, nn
 
 from finesight.config import TrainSettings
 from finesight.errors import UserError
+from finesight.host_memory import MIN_FORK_BLOCK_BYTES
 from finesight.model.kernels.adamw import BLOCK_SIZE
 from finesight.model.quant.nf4 import import_bitsandbytes
 from finesight.train import optim_states, optimizer
@@ -297,6 +300,30 @@ def read_gradients(masters: MasterWeightOptimizer) -> dict[str, Tensor | None]:
 
 def has_sums(masters: MasterWeightOptimizer) -> bool:
     return any(one is not None for group in masters.param_groups for one in group.gradients.sums)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems start workers without forks")
+def test_large_states_are_not_in_data_loader_workers():
+    """A forked process would keep a copy of all values that a step writes."""
+    parameter = nn.Parameter(torch.zeros(MIN_FORK_BLOCK_BYTES // 4 + 1000))
+    one = MasterWeightOptimizer({MATRIX: parameter}, TrainSettings())
+
+    def count_kept_bytes() -> int:
+        """Return the bytes that this process gives to no process that it forks."""
+        size = 0
+        total = 0
+        for line in Path("/proc/self/smaps").read_text().splitlines():
+            words = line.split()
+            if words[0] == "Size:":
+                size = 1024 * int(words[1])
+            elif words[0] == "VmFlags:" and "dc" in words:
+                total += size
+        return total
+
+    before = count_kept_bytes()
+    one.keep_out_of_forks()
+    weights, moments = 1, 2
+    assert count_kept_bytes() - before >= (weights + moments) * MIN_FORK_BLOCK_BYTES
 
 
 @DEVICES

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from finesight.config import StepsOrFraction, TrainSettings
 from finesight.errors import UserError, format_count
+from finesight.host_memory import keep_out_of_forks
 from finesight.model.kernels import adamw
 from finesight.model.kernels.adamw import ADAM_EPS, BLOCK_SIZE
 from finesight.model.kernels.runtime import HAS_TRITON
@@ -499,6 +500,18 @@ class MasterWeightOptimizer:
         """Store the gradients of each group in one fp32 tensor, for all-reduce."""
         for group in self.param_groups:
             group.gradients.use_flat_buffer()
+
+    def keep_out_of_forks(self) -> None:
+        """Keep weights and states in CPU memory out of data loader workers, which are forks."""
+        for group in self.param_groups:
+            first = group.param_slices[0]
+            # Views of the tensors of the whole group.
+            states = group.optimizer.state_tensors(first.flat_slice, first.parameter.shape)
+            master_weights = group.master_weights
+            for tensor in (master_weights.params_E, master_weights.residual_E, *states.values()):
+                if tensor is not None and tensor.device.type == "cpu":
+                    storage = tensor.untyped_storage()
+                    keep_out_of_forks(storage.data_ptr(), storage.nbytes())
 
     def accumulate_gradients(self) -> None:
         """Add the gradients of a micro-batch to fp32 sums before the next micro-batch."""

@@ -5,6 +5,7 @@ The syntax is `hf:OWNER/NAME@REVISION` or `modelscope:OWNER/NAME@REVISION`.
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from typing import Literal
@@ -13,6 +14,8 @@ from finesight.errors import UnavailableError, UserError
 
 HubName = Literal["hf", "modelscope"]
 RepoType = Literal["model", "dataset"]
+
+_TRUE_VALUES = frozenset({"1", "ON", "YES", "TRUE"})
 
 _REPO_ID_PATTERN = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*"
 _ADDRESS_PATTERN = re.compile(
@@ -43,6 +46,11 @@ class HubAddress:
         folder = "datasets/" if self.repo_type == "dataset" else ""
         revision = f"@{self.revision}" if self.revision else ""
         return f"{self.hub}:{folder}{self.repo_id}{revision}"
+
+
+def is_offline() -> bool:
+    """Return whether the environment variable HF_HUB_OFFLINE disables all requests."""
+    return os.environ.get("HF_HUB_OFFLINE", "").upper() in _TRUE_VALUES
 
 
 def is_hub_address(source: str) -> bool:

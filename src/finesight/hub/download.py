@@ -27,6 +27,7 @@ from rich.console import Console
 
 from finesight import __version__
 from finesight.errors import UnavailableError, UserError, format_count
+from finesight.hub.address import is_offline
 from finesight.hub.archive import safe_join
 from finesight.progress import ProgressConsole
 from finesight.storage import make_folder, require_free_space, translate_os_errors, write_file
@@ -77,12 +78,6 @@ PUBLIC_IPV6 = ipaddress.ip_network("2000::/3")
 
 Loopback and link-local addresses and mapped IPv4 addresses are outside of it.
 """
-_TRUE_VALUES = frozenset({"1", "ON", "YES", "TRUE"})
-
-
-def is_offline() -> bool:
-    """Return whether the environment variable HF_HUB_OFFLINE disables all requests."""
-    return os.environ.get("HF_HUB_OFFLINE", "").upper() in _TRUE_VALUES
 
 
 def raise_if_offline(url: str) -> None:
@@ -304,7 +299,8 @@ class RemoteFile:
         expected = self.sha256 or self.git_sha1
         if expected is None:
             return ""
-        name, digest = "SHA-256", hashlib.sha256()
+        name = "SHA-256"
+        digest = hashlib.sha256()
         if self.sha256 is None:
             name = "git SHA-1"
             digest = hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)

@@ -20,14 +20,13 @@ from urllib.parse import quote
 
 from finesight.bounded_files import read_json_object
 from finesight.errors import Step, UnavailableError, UserError
-from finesight.hub.address import HubAccess, HubAddress
+from finesight.hub.address import HubAccess, HubAddress, is_offline
 from finesight.hub.archive import safe_join
 from finesight.hub.download import (
     SPACE_REMEDY,
     Downloader,
     HttpSite,
     RemoteFile,
-    is_offline,
     raise_if_offline,
 )
 from finesight.storage import (

@@ -27,10 +27,10 @@ from finesight.bounded_files import open_regular_file, parse_json
 from finesight.data.formats.label_studio import get_local_path
 from finesight.data.image_header import IMAGE_FORMATS as DECODABLE_FORMATS
 from finesight.errors import UserError
+from finesight.hub.address import is_offline
 from finesight.hub.bounded_request import ResponseLimitError, read_content
 from finesight.hub.download import (
     is_allowed_url,
-    is_offline,
     is_public_address,
     join_url,
     parse_int,

@@ -31,7 +31,7 @@ from finesight.evaluate.eval_case import EvalCase, get_reference_answer, select_
 from finesight.evaluate.rewards import RewardScorer
 from finesight.evaluate.score_function import RewardError
 from finesight.evaluate.task_metrics import check_references, check_task_metric
-from finesight.hub.download import is_offline
+from finesight.hub.address import is_offline
 from finesight.infer.model_loader import resolve_device, resolve_model_source
 from finesight.manifest import MANIFEST_FILE, find_run_dir, load_manifest
 from finesight.model.lora.peft_io import ADAPTER_CONFIG_FILE as ADAPTER_CONFIG

@@ -7,13 +7,14 @@ import mmap
 import os
 import re
 import sys
+import weakref
 from contextlib import suppress
 from pathlib import Path
 
 _CGROUP = Path("/sys/fs/cgroup")
 
 MIN_FORK_BLOCK_BYTES = 1 << 26
-"""Size from which a block of memory has pages of its own, which end when it is freed."""
+"""Size from which a block of memory is kept out of forks."""
 
 
 def num_allowed_cpus() -> int:
@@ -40,8 +41,10 @@ def available_memory(proc: Path = Path("/proc"), cgroup: Path = _CGROUP) -> int:
     return max(0, free)
 
 
-def keep_out_of_forks(address: int, num_bytes: int) -> None:
+def keep_out_of_forks(owner: object, address: int, num_bytes: int) -> None:
     """Keep a block of memory out of processes that this process forks, and that never use it.
+
+    This ends with its owner, because an allocator gives freed memory to other objects.
 
     While a forked process lives, the first write of this process to a page copies the page. Memory
     that each training step writes, such as optimizer states, would exist twice. Blocks of less than
@@ -52,9 +55,14 @@ def keep_out_of_forks(address: int, num_bytes: int) -> None:
     # Other data may lie on the first and the last page.
     start = -(-address // mmap.PAGESIZE) * mmap.PAGESIZE
     end = (address + num_bytes) // mmap.PAGESIZE * mmap.PAGESIZE
-    # A failure, as for memory of a driver, costs memory only.
-    library = ctypes.CDLL(None)
-    library.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_DONTFORK)
+    _advise(start, end - start, mmap.MADV_DONTFORK)
+    finalizer = weakref.finalize(owner, _advise, start, end - start, mmap.MADV_DOFORK)
+    finalizer.atexit = False
+
+
+def _advise(start: int, num_bytes: int, advice: int) -> None:
+    """Tell the kernel how to treat pages. A failure, as for memory of a driver, is ignored."""
+    ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(num_bytes), advice)
 
 
 def _physical_memory() -> int:

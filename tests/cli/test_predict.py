@@ -262,10 +262,17 @@ def test_images_that_vanish_are_skipped(tiny, image_paths, tmp_path, cli, monkey
     assert skipped == [f"skipped: {path}: no such image" for path in paths[:2]]
 
 
-def test_group_with_an_unreadable_image_is_skipped(tiny, image_paths, tmp_path, cli):
+@pytest.mark.parametrize("is_recorded", [False, True])
+def test_group_with_an_unreadable_image_is_skipped(
+    tiny, image_paths, tmp_path, set_manifest, cli, is_recorded
+):
     (tmp_path / "damaged.pdf").write_bytes(b"%PDF-1.4 damaged")
     first, second = map(str, image_paths)
-    words = (first, tmp_path / "damaged.pdf", second, first, "--images-per-question", 2)
+    words = [first, tmp_path / "damaged.pdf", second, first]
+    if is_recorded:
+        set_manifest(prompt_templates=[make_template("<image>{question}", 2)])
+    else:
+        words += ["--images-per-question", 2]
     printed = cli("predict", tiny, *words, *ASK, "--json", code=4)
     assert [one["image"] for one in printed.records] == [[second, first]]
     assert "1 question skipped" in printed.err

@@ -349,7 +349,7 @@ def _group_images(
         try:
             own_images = list_pages(file, pages)
         except CorruptImageError as page_error:
-            if images_per_question is None:
+            if images_per_question is None and size == 1:
                 groups.append(_ImageGroup(str(file), [], page_error))
                 continue
             error = error or page_error

@@ -171,7 +171,6 @@ def init(
                 console.log(f"no validation samples: {error.what}")
                 options = replace(options, train_fraction=None)
                 summary = import_dataset(path, folder / "data", options)
-        task = replace(task, has_images=task.has_images or summary.num_images > 0)
     num_without_image = summary.skipped_rows.get(REASON_BY_ERROR[CorruptImageError], 0)
     if num_without_image > MAX_MISSING_FRACTION * num_rows:
         text = "have no readable image and were skipped; table and images may be in other folders"
@@ -191,6 +190,8 @@ def init(
             console.log(f"the run was not planned: {error}")
             # Other families have no plan, but can be trained.
             problem = _find_problem(recipe, console)
+            if problem is not None and str(problem) != str(error):
+                console.log(f"training would refuse the recipe: {problem}")
     if run_plan is not None:
         overrides = [item for item in run_plan.overrides if "num_workers" not in item]
         write_file(recipe, format_recipe(*inputs, num_samples, overrides).encode())
@@ -226,7 +227,7 @@ def init(
         steps = _list_model_steps(recipe, model, task)
     elif run_plan is not None and fits:
         steps = [build_train_step(recipe, (), run_plan.target.num_gpus), chat]
-    elif not is_native(resolve_model_source(model).folder):
+    elif problem is None and not is_native(resolve_model_source(model).folder):
         steps = [Step("train", {"recipe": recipe}), chat]
     if has_errors := outcome.value.severity == "error":
         steps.insert(0, Step("check", {"sources": [recipe], "html": folder / "check.html"}))

@@ -131,6 +131,11 @@ class GradientAccumulator:
             self.sums[index] = sum_
         return sum_
 
+    @property
+    def flat_sums(self) -> Tensor | None:
+        """Flat tensor of the fp32 sums; None before `use_flat_buffer`."""
+        return self._flat_E
+
     def use_flat_buffer(self) -> None:
         """Store the fp32 gradient sums in one flat tensor, even for one micro-batch.
 
@@ -508,10 +513,15 @@ class MasterWeightOptimizer:
             # Views of the tensors of the whole group.
             states = group.optimizer.state_tensors(first.flat_slice, first.parameter.shape)
             master_weights = group.master_weights
-            for tensor in (master_weights.params_E, master_weights.residual_E, *states.values()):
+            tensors = [
+                master_weights.params_E,
+                master_weights.residual_E,
+                group.gradients.flat_sums,
+            ]
+            for tensor in (*tensors, *states.values()):
                 if tensor is not None and tensor.device.type == "cpu":
                     storage = tensor.untyped_storage()
-                    keep_out_of_forks(storage.data_ptr(), storage.nbytes())
+                    keep_out_of_forks(self, storage.data_ptr(), storage.nbytes())
 
     def accumulate_gradients(self) -> None:
         """Add the gradients of a micro-batch to fp32 sums before the next micro-batch."""

@@ -206,9 +206,9 @@ def build_train_state(
     stacked_rows = stacked_row_counts(model)
     parallel = parallelize_model(recipe, model, hardware.dtype, process_group)
     optimizer = MasterWeightOptimizer(parallel.trainable_params, recipe.train, stacked_rows)
-    optimizer.keep_out_of_forks()
     if not (process_group.is_single_process or parallel.is_sharded):
         optimizer.use_flat_gradients()
+    optimizer.keep_out_of_forks()
     budget = MemoryBudget(
         pack_tokens=recipe.train.pack_tokens,
         activation_checkpointing=recipe.train.activation_checkpointing,

@@ -1,6 +1,7 @@
 """Thinking mode of requests: reasoning and answer are separate fields."""
 
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from each_value import each
 from openai import BadRequestError, OpenAI
 from tiny_task import ANSWER, THOUGHT
 
+from finesight.infer.inference_service import IncrementalDetokenizer
 from finesight.infer.model_loader import load_inference_model
 
 QUESTION = [{"role": "user", "content": "Which colour?"}]
@@ -61,7 +63,20 @@ def test_reasoning_is_separated_from_answer(
     assert "think" not in message.raw_text
 
 
+@pytest.fixture
+def slow_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the model wait at each token, because deltas that arrive together are merged."""
+    add_token = IncrementalDetokenizer.add_token
+
+    def wait_and_add_token(detokenizer: IncrementalDetokenizer, token_id: int) -> str:
+        time.sleep(0.03)
+        return add_token(detokenizer, token_id)
+
+    monkeypatch.setattr(IncrementalDetokenizer, "add_token", wait_and_add_token)
+
+
 @each("thinks", [True, False])
+@pytest.mark.usefixtures("slow_model")
 def test_stream_contains_reasoning_before_answer(thinking_client: OpenAI, thinks: bool) -> None:
     deltas = [
         chunk.choices[0].delta

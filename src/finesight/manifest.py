@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -125,6 +126,20 @@ def find_run_dir(run_or_checkpoint: Path) -> Path:
     """Return the run folder of a path, which may be one of its checkpoints."""
     is_checkpoint = run_or_checkpoint.parent.name == CHECKPOINTS_FOLDER
     return run_or_checkpoint.parents[1] if is_checkpoint else run_or_checkpoint
+
+
+def find_manifest_file(folder: Path) -> Path | None:
+    """Return the manifest of a run, checkpoint, model or adapter; None without one.
+
+    That of an adapter is in its folder, as in an upload, or in the folder of its run.
+    """
+    folders = [find_run_dir(folder)]
+    if folder.name.startswith(ADAPTER_FOLDER):
+        folders.append(folder.parent)
+    for candidate in folders:
+        if os.path.isfile(candidate / MANIFEST_FILE):
+            return candidate / MANIFEST_FILE
+    return None
 
 
 def find_newest_checkpoint(run_dir: Path) -> Path | None:

@@ -127,6 +127,7 @@ def test_finished_run_is_pushed(recipe, tmp_path, cache, cli, monkeypatch):
         sent = server.repositories["models/me/receipts"]
     weights = {"adapter_config.json", "adapter_model.safetensors"}
     assert sent.keys() == {"README.md", "manifest.json"} | weights
+    assert str(tmp_path) not in sent["manifest.json"].decode()
     card = sent["README.md"].decode()
     assert "## Evaluation" in card
     assert "6 steps." in card

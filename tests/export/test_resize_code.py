@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 from pathlib import Path
 from typing import Any, get_args
 
@@ -193,6 +194,14 @@ def test_card_of_an_uploaded_adapter_states_the_image_size(rule, tmp_path) -> No
     run = write_run(tmp_path / "run", base, rule)
     with collect_uploads(resolve_model_source(str(run)), str(run)) as files:
         card = files["README.md"].read_text()
+        downloaded = tmp_path / "downloaded"
+        downloaded.mkdir()
+        for name, file in files.items():
+            shutil.copy(file, downloaded / name)
+    source = resolve_model_source(str(downloaded), str(base.path))
+    assert source.adapter == downloaded
+    assert source.manifest is not None
+    assert source.manifest.image_rule == rule
     code = read_python(card)
     start, _, resize_code = code.partition("\n)\n")
     assert "AutoProcessor.from_pretrained" in start

@@ -7,7 +7,6 @@ and the manifest of a run records them. `PromptFormat` writes new questions in t
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,12 +35,10 @@ from finesight.data.sample import (
 )
 from finesight.errors import shorten
 from finesight.manifest import (
-    ADAPTER_FOLDER,
-    MANIFEST_FILE,
     QUESTION_MARK,
     Manifest,
     PromptTemplate,
-    find_run_dir,
+    find_manifest_file,
     load_manifest,
 )
 
@@ -89,13 +86,10 @@ class PromptFormat:
         Raises:
             UserError: The manifest is invalid.
         """
-        folders = [find_run_dir(run_or_model)]
-        if run_or_model.name.startswith(ADAPTER_FOLDER):
-            folders.append(run_or_model.parent)
-        for folder in folders:
-            if os.path.isfile(folder / MANIFEST_FILE):
-                return cls.from_manifest(load_manifest(folder / MANIFEST_FILE))
-        return cls()
+        file = find_manifest_file(run_or_model)
+        if file is None:
+            return cls()
+        return cls.from_manifest(load_manifest(file))
 
     @property
     def num_images(self) -> int | None:

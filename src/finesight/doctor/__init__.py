@@ -34,7 +34,9 @@ def diagnose(subject: str) -> DiagnosisSections:
         UserError: The path is none of these.
     """
     path = resolve_model_path(subject)
-    if (path / MANIFEST_FILE).is_file() and not (path / "config.json").is_file():
+    is_adapter = (path / model_check.ADAPTER_CONFIG_FILE).is_file()
+    is_model = (path / "config.json").is_file()
+    if (path / MANIFEST_FILE).is_file() and not is_adapter and not is_model:
         run = read_run(path)
         return {
             "run end": run_check.check_run_end(run),
@@ -42,7 +44,7 @@ def diagnose(subject: str) -> DiagnosisSections:
             "questions": run_check.check_questions(run),
             "predictions": run_check.check_predictions(run),
         }
-    if (path / model_check.ADAPTER_CONFIG_FILE).is_file():
+    if is_adapter:
         return {"adapter": [model_check.check_adapter(path)]}
     if path.is_dir():
         return {"model": model_check.check_model(path, package_check.list_packages())}

@@ -138,7 +138,8 @@ def collect_uploads(model_source: ModelSource, source: str) -> Iterator[dict[str
             # The form of the questions and the image size, without local paths.
             named = manifest.model_copy(update={"base_model": config["base_model_name_or_path"]})
             generated[MANIFEST_FILE] = folder / MANIFEST_FILE
-            generated[MANIFEST_FILE].write_text(named.model_dump_json(indent=1) + "\n")
+            content = named.model_dump_json(indent=1) + "\n"
+            generated[MANIFEST_FILE].write_text(content, encoding="utf-8")
         yield {**generated, ADAPTER_WEIGHTS_FILE: adapter / ADAPTER_WEIGHTS_FILE}
 
 

@@ -17,10 +17,10 @@ from finesight.encode.family import DEFAULT_THINKING, ThinkingOptions
 from finesight.encode.renderer import Renderer, build_renderer, is_native, require_native
 from finesight.errors import Remedy, Step, UserError
 from finesight.manifest import (
-    ADAPTER_FOLDER,
     MANIFEST_FILE,
     RECIPE_FILE,
     Manifest,
+    find_manifest_file,
     find_newest_checkpoint,
     find_run_dir,
     load_manifest,
@@ -296,9 +296,11 @@ def resolve_model_source(run_or_model: str, base: str | None = None) -> ModelSou
     run_dir = find_run_dir(path)
     file = run_dir / MANIFEST_FILE
     manifest = load_manifest(file) if os.path.isdir(path) and os.path.isfile(file) else None
-    if manifest is not None and not (path / "config.json").is_file():
+    is_adapter = os.path.isfile(path / ADAPTER_CONFIG_FILE)
+    # An uploaded adapter has the manifest of its run.
+    if manifest is not None and not is_adapter and not (path / "config.json").is_file():
         return _resolve_run(run_dir, manifest, base, None if path == run_dir else path)
-    if os.path.isfile(path / ADAPTER_CONFIG_FILE):
+    if is_adapter:
         # Reject unsupported adapter settings before reading weights.
         settings = read_peft_config(path / ADAPTER_CONFIG_FILE)
         base = base or settings.base_model_name_or_path
@@ -316,18 +318,12 @@ def resolve_model_source(run_or_model: str, base: str | None = None) -> ModelSou
 
 
 def _load_adapter_manifest(adapter: Path, base: ModelFolder) -> Manifest | None:
-    """Load the manifest of the run that wrote an adapter; None for other adapters.
-
-    It is in the folder of the adapter, as in an upload, or in that of its run.
-    """
-    candidates = [adapter / MANIFEST_FILE]
-    if adapter.name.startswith(ADAPTER_FOLDER):
-        candidates.append(adapter.parent / MANIFEST_FILE)
-    for file in candidates:
-        if os.path.isfile(file):
-            manifest = load_manifest(file)
-            return manifest if manifest.family == base.family else None
-    return None
+    """Load the manifest of the run that wrote an adapter; None for other adapters."""
+    file = find_manifest_file(adapter)
+    if file is None:
+        return None
+    manifest = load_manifest(file)
+    return manifest if manifest.family == base.family else None
 
 
 def _reject_base(base: str | None, source: str, reason: str) -> None:

@@ -331,8 +331,9 @@ def describe_changed_data(run: str) -> str:
     from finesight.report.summary import get_data_stats
 
     folder = find_run_dir(Path(run))
-    if not (folder / MANIFEST_FILE).is_file():
-        return ""  # an adapter without the records of a run
+    if not (folder / RECIPE_FILE).is_file():
+        # A model or adapter, which may have the manifest of a run, but not its records.
+        return ""
     recorded = get_data_stats(read_run(folder, "eval"), "eval")
     corpus = load_corpus(load_recipe(folder / RECIPE_FILE).data.eval)
     if recorded.get("fingerprint") in (None, corpus.fingerprint):

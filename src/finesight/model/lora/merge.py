@@ -98,7 +98,8 @@ def save_merged_model(
     save_model(model, base_folder, folder, dtype, max_shard_bytes)
     if manifest is not None:
         named = manifest.model_copy(update={"base_model": public_model_name(manifest.base_model)})
-        (folder / MANIFEST_FILE).write_text(named.model_dump_json(indent=1) + "\n")
+        content = named.model_dump_json(indent=1) + "\n"
+        (folder / MANIFEST_FILE).write_text(content, encoding="utf-8")
         write_processor_limits(folder, base_folder, manifest.image_rule)
 
 

@@ -133,8 +133,14 @@ class LabelStudioHandler:
 
     async def _parse_body(self, request: Request) -> dict[str, Any]:
         handler = self.completions
-        preprocessor, body = handler.create_preprocessor(), await read_body(request)
-        return await handler.parse_in_thread(preprocessor.parse_label_studio_body, body)
+        preprocessor = handler.create_preprocessor()
+        body = await read_body(request)
+        try:
+            async with stop_at_disconnect(request.receive):
+                return await handler.parse_in_thread(preprocessor.parse_label_studio_body, body)
+        except BaseException:
+            preprocessor.cancel()
+            raise
 
     async def predict(self, request: Request) -> Response:
         """Predict all tasks of a request. A task with an error has no result.

@@ -1,8 +1,10 @@
 """Tests of authentication, size limits and timeouts."""
 
 import contextlib
+import errno
 import hmac
 import io
+import os
 import resource
 import socket
 import time
@@ -36,7 +38,7 @@ from starlette.types import Receive, Scope, Send
 
 from finesight import credentials
 from finesight.errors import UserError
-from finesight.serve.http_protocol import is_loopback
+from finesight.serve.http_protocol import WARNING_INTERVAL_S, AcceptErrors, is_loopback
 from finesight.serve.request_middleware import (
     OWNER_HEADER,
     ApiKeys,
@@ -417,3 +419,21 @@ def test_stalled_client_is_disconnected(short_timeout_server):
         wait_until_idle(short_timeout_server, seconds=60)
     generated = short_timeout_server.service.get_stats().completion_tokens - before
     assert generated < 4 * 2000, "the answers were not canceled"
+
+
+def test_missing_descriptors_are_reported_once(capsys, monkeypatch):
+    errors, others = AcceptErrors(), []
+    loop = SimpleNamespace(default_exception_handler=others.append)
+    for code in (errno.EMFILE, errno.ENFILE):
+        errors.handle(loop, {"exception": OSError(code, os.strerror(code))})
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "Too many open files" in line
+    assert "ulimit -n" in line
+    now = time.monotonic()
+    monkeypatch.setattr(time, "monotonic", lambda: now + WARNING_INTERVAL_S + 1)
+    errors.handle(loop, {"exception": OSError(errno.EMFILE, "full")})
+    assert len(capsys.readouterr().err.splitlines()) == 1
+    context = {"exception": OSError(errno.ECONNABORTED, "aborted")}
+    errors.handle(loop, context)
+    assert others == [context]
+    assert not capsys.readouterr().err

@@ -78,17 +78,24 @@ TEACHER_FILE = "teacher.jsonl"
 ANSWER_START = b'{"key":'
 """Start of each line of the file of answers."""
 
-MAX_REQUEST_SECONDS, MAX_LISTING_SECONDS = 300.0, 15.0
-"""Maximum seconds of a request with its complete response, and of one for the list of models."""
+MAX_REQUEST_SECONDS = 300.0
+"""Maximum time of a request with its complete response."""
+
+MAX_LISTING_SECONDS = 15.0
+"""Maximum time of a request for the list of models."""
 
 RETRY_DELAYS_S = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
-MAX_RESPONSE_BYTES, MAX_LISTING_BYTES, MAX_MESSAGE_CHARS = 16 << 20, 1 << 20, 300
+MAX_RESPONSE_BYTES = 16 << 20
+MAX_LISTING_BYTES = 1 << 20
+MAX_MESSAGE_CHARS = 300
 
-MAX_TOKEN_CHARS, MAX_ANSWER_CHARS, MAX_REGIONS = 16, 20_000, 300
-"""Maximum number of characters of an answer per token and in total, and of its boxes or points.
+# The comparison of two answers takes quadratic time.
+MAX_TOKEN_CHARS = 16
+"""Maximum number of characters of an answer per token."""
 
-The comparison of two answers takes quadratic time.
-"""
+MAX_ANSWER_CHARS = 20_000
+MAX_REGIONS = 300
+"""Maximum number of boxes or points of an answer."""
 
 TEMPERATURE = 0.7
 """Temperature of the answers, whose agreement is the confidence."""

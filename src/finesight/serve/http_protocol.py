@@ -31,11 +31,16 @@ REFUSED_SECONDS = 2.0
 MAX_REFUSED_CONNECTIONS = 64
 """Seconds that connections beyond the limit stay open for a response, and their maximum number."""
 
-ACCEPT_BURST, LISTEN_BACKLOG = 32, 512
-"""Connections that are accepted before the first of them is checked, and that the system keeps."""
+ACCEPT_BURST = 32
+"""Number of connections that are accepted before the first of them is checked."""
 
-RESERVED_DESCRIPTORS, MIN_CONNECTIONS = 64, 8
-"""File descriptors for files, worker processes and pipes, and minimum number of connections."""
+LISTEN_BACKLOG = 512
+"""Number of connections that the system keeps until they are accepted."""
+
+RESERVED_DESCRIPTORS = 64
+"""Number of file descriptors for files, worker processes and pipes."""
+
+MIN_CONNECTIONS = 8
 
 DESCRIPTORS_PER_CONNECTION = 2
 """A request may open a file, or a connection to another server."""
@@ -64,7 +69,7 @@ def bind_socket(host: str, port: int, file: Path | None = None) -> socket.socket
         return bind_unix_socket(file)
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        return socket.create_server((host.strip("[]"), port), family=family, backlog=512)
+        return socket.create_server((host.strip("[]"), port), family=family, backlog=LISTEN_BACKLOG)
     except (OSError, OverflowError) as error:
         raise build_bind_error(host, port, error) from error
 
@@ -182,7 +187,7 @@ class LimitedServer(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Start to listen for connections."""
-        asyncio.get_running_loop().set_exception_handler(_AcceptErrors().handle)
+        asyncio.get_running_loop().set_exception_handler(AcceptErrors().handle)
         self.config.backlog = ACCEPT_BURST
         await super().startup(sockets)
         # asyncio has one number for the connections that it accepts at once and those that wait.
@@ -190,7 +195,7 @@ class LimitedServer(uvicorn.Server):
             listener.listen(LISTEN_BACKLOG)
 
 
-class _AcceptErrors:
+class AcceptErrors:
     """Error handler of an event loop that reports missing file descriptors rarely and briefly."""
 
     def __init__(self) -> None:

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from finesight.data.boxes import MAX_DISTANCE, MAX_OVERHANG_PX, BoxConvention, BoxFormat, BoxUnits
-from finesight.data.image_header import CorruptImageError, open_image_header
+from finesight.data.image_header import CorruptImageError, check_scans, open_image_header
 from finesight.vision.image_processing import load_image
 
 Floats = NDArray[np.float64]
@@ -290,6 +290,7 @@ def load_small_gray(path: Path) -> NDArray[np.uint8]:
         CorruptImageError: The file cannot be decoded.
     """
     with open_image_header(path) as image:
+        check_scans(path, image)
         if image.format in ("JPEG", "MPO") and min(image.size) > MAX_SIDE:
             # The JPEG decoder can downscale by powers of two, which is fast for large images.
             image.draft("L", (MAX_SIDE, MAX_SIDE))

@@ -439,8 +439,7 @@ class FullDisk(FileSystem):
         return super().open_append(path)
 
     def sync_path(self, path: Path) -> None:
-        if self._name.startswith("flush "):
-            self._fail_for(f"flush {path.name}")
+        self._fail_for(f"flush {path.name}")
         super().sync_path(path)
 
     def _fail_for(self, name: str) -> None:

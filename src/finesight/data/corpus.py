@@ -281,11 +281,7 @@ class Corpus(ShardedSamples):
 
     def get_weight(self, index: int) -> float:
         """Return the weight of the source of a sample."""
-        ends = itertools.accumulate(self.source_sizes)
-        for end, weight in zip(ends, self.weights, strict=True):
-            if index < end:
-                return weight
-        raise IndexError(f"sample {index} of {len(self)}")
+        return self.weights[bisect_right(self._ends, index)]
 
     def read_samples(self, limit: int | None = None) -> list[LocatedSample]:
         """Read and validate all samples of the corpus, or only the first `limit`."""

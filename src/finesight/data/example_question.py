@@ -65,11 +65,10 @@ def _read_prompt_format(run_dir: Path) -> PromptFormat:
 
 def build_placeholder(prompt_format: PromptFormat) -> ExampleQuestion:
     """Return the most frequent prompt of a format, or `TEXT` about the usual number of images."""
-    num_images = 1
-    if prompt_format.templates:
-        num_images = min(prompt_format.templates[0].max_images, MAX_EXAMPLE_IMAGES)
-        for prompt in prompt_format.prompts:
-            return shorten_prompt(prompt, ["IMAGE"] * count_marks(prompt), prompt_format)
+    if prompt_format.prompts:
+        prompt = prompt_format.prompts[0]
+        return shorten_prompt(prompt, ["IMAGE"] * count_marks(prompt), prompt_format)
+    num_images = min(prompt_format.usual_num_images, MAX_EXAMPLE_IMAGES)
     return ExampleQuestion(("IMAGE",) * num_images, "TEXT")
 
 

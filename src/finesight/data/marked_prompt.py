@@ -70,7 +70,7 @@ def write_marked_prompt(content: Sequence[ContentPart]) -> str:
     for part in content:
         if isinstance(part, TextPart):
             pieces.append(escape_marks(part.text))
-        elif isinstance(part, ImagePart | VideoPart):
+        elif isinstance(part, MediaPart):
             pieces.append(IMAGE_MARK)
         else:
             pieces.append(REGION)
@@ -94,14 +94,11 @@ def insert_images(prompt: str, media: Sequence[MediaPart]) -> tuple[ContentPart,
     if len(count_adjacent_marks(prompt)) == 1:
         prompt = join_adjacent_marks(prompt)
     texts = split_at_marks(prompt)
-    remaining = [*media]
+    groups = [media] if len(texts) == 2 else [[part] for part in media]
     content: list[ContentPart] = []
-    for index, text in enumerate(texts):
+    # No image follows the last text.
+    for text, group in zip(texts, [*groups, []], strict=True):
         if text:
             content.append(TextPart(text=text))
-        if len(texts) == 2:
-            content += remaining
-            remaining = []
-        elif index < len(texts) - 1:
-            content.append(remaining.pop(0))
+        content.extend(group)
     return tuple(content)

@@ -128,7 +128,7 @@ class PromptFormat:
         return templates[0].system_prompt if templates else None
 
     def build_system_messages(self, num_images: int) -> tuple[Message, ...]:
-        """Return the system message of a conversation whose first question has these images.
+        """Return the system message of a conversation whose first images are so many.
 
         It is empty if the system prompt is that of the recipe or the model.
         """
@@ -136,6 +136,16 @@ class PromptFormat:
         if system_prompt is None:
             return ()
         return (Message(role="system", content=(TextPart(text=system_prompt),)),)
+
+    def add_system_message(self, messages: Sequence[Message]) -> tuple[Message, ...]:
+        """Give a conversation without a system message that of the training, if any."""
+        if not messages or messages[0].role == "system":
+            return tuple(messages)
+        num_images = 0
+        for message in messages:
+            if message.role == "user" and not num_images:
+                num_images = sum(isinstance(part, MediaPart) for part in message.content)
+        return (*self.build_system_messages(num_images), *messages)
 
     def build_content(self, text: str, media: Sequence[MediaPart]) -> tuple[ContentPart, ...]:
         r"""Write a question about images and videos in the form of the training.
@@ -196,8 +206,7 @@ class PromptFormat:
         Raises:
             UserError: See `build_content`.
         """
-        question = self.build_message(text, paths)
-        messages = (*self.build_system_messages(len(paths)), question)
+        messages = self.add_system_message([self.build_message(text, paths)])
         return LocatedSample(Sample(id=sample_id, messages=messages), folder)
 
     def build_request_content(self, text: str, urls: Sequence[str]) -> list[dict[str, Any]]:
@@ -220,15 +229,7 @@ class PromptFormat:
 
         Only user turns of images and one text change, and only if the training has a form for them.
         """
-        arranged: list[Message] = []
-        first_num_images = 0
-        for message in messages:
-            arranged.append(self.arrange_question(message))
-            if message.role == "user" and not first_num_images:
-                first_num_images = sum(_is_media(part) for part in message.content)
-        if messages and messages[0].role != "system":
-            arranged[:0] = self.build_system_messages(first_num_images)
-        return tuple(arranged)
+        return self.add_system_message([self.arrange_question(message) for message in messages])
 
     def arrange_question(self, message: Message) -> Message:
         """Give a user turn of images and one text the form of the training.
@@ -238,7 +239,7 @@ class PromptFormat:
         media: list[MediaPart] = []
         texts: list[str] = []
         for part in message.content:
-            if isinstance(part, ImagePart | VideoPart):
+            if isinstance(part, MediaPart):
                 media.append(part)
             elif isinstance(part, TextPart):
                 texts.append(part.text)
@@ -348,24 +349,21 @@ def _get_space_around(text: str, question: str) -> tuple[str, str]:
     return before[len(before.rstrip()) :], after[: len(after) - len(after.lstrip())]
 
 
-def _is_media(part: ContentPart) -> bool:
-    return isinstance(part, ImagePart | VideoPart)
-
-
 def _matches(template: str, content: Sequence[ContentPart]) -> bool:
     """Return whether a template with some question gives a content."""
-    before, _, after = template.partition(QUESTION_MARK)
-    media = [part for part in content if isinstance(part, ImagePart | VideoPart)]
     prompt = write_marked_prompt(content)
-    if not can_hold(template, len(media)):
+    num_images = count_marks(prompt)
+    if not can_hold(template, num_images):
         return False
+    before, _, after = template.partition(QUESTION_MARK)
     # With all images at one position, the template has one mark for them.
-    marks = IMAGE_MARK * len(media)
     if count_marks(template) == 1:
+        marks = IMAGE_MARK * num_images
         before = before.replace(IMAGE_MARK, marks)
         after = after.replace(IMAGE_MARK, marks)
+    if len(prompt) < len(before) + len(after):
+        return False
     if not (prompt.startswith(before) and prompt.endswith(after)):
         return False
     question = prompt[len(before) : len(prompt) - len(after)]
-    has_space = question != question.strip()
-    return len(prompt) >= len(before) + len(after) and not has_space and not count_marks(question)
+    return question == question.strip() and not count_marks(question)

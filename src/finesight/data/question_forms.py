@@ -11,6 +11,7 @@ from finesight.data.corpus import Corpus, draw_subset
 from finesight.data.marked_prompt import (
     IMAGE_MARK,
     REGION,
+    MediaPart,
     count_adjacent_marks,
     count_marks,
     join_adjacent_marks,
@@ -21,10 +22,8 @@ from finesight.data.marked_prompt import (
 from finesight.data.prompt_format import PromptFormat
 from finesight.data.sample import (
     ContentPart,
-    ImagePart,
     LocatedSample,
     Sample,
-    VideoPart,
     join_text,
 )
 from finesight.errors import UserError
@@ -121,7 +120,7 @@ def find_prompt_format(
         content = find_question(located.sample)
         if content is None:
             continue
-        media = tuple(part for part in content if isinstance(part, ImagePart | VideoPart))
+        media = tuple(part for part in content if isinstance(part, MediaPart))
         question = Question(write_marked_prompt(content), get_system_prompt(located.sample), weight)
         key = (question, located.folder, media)
         if key not in seen:
@@ -142,7 +141,7 @@ def find_question(sample: Sample) -> Sequence[ContentPart] | None:
     for turn in sample.messages:
         if turn.role != "user":
             continue
-        if any(isinstance(part, ImagePart | VideoPart) for part in turn.content):
+        if any(isinstance(part, MediaPart) for part in turn.content):
             return turn.content
         if first is None:
             first = turn.content

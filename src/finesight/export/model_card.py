@@ -244,9 +244,11 @@ processor = AutoProcessor.from_pretrained(
     {_get_base_name(model_source)!r}, min_pixels={limits.min_pixels}, max_pixels={limits.max_pixels}
 )
 """
-    text += " The processor of the base has other pixel limits:"
-    if not isinstance(rule, PixelRange):
-        text = text.removesuffix(":") + ", so resize each image first:"
+    text += " The processor of the base has other pixel limits"
+    if isinstance(rule, PixelRange):
+        text += ":"
+    else:
+        text += ", so resize each image first:"
         code = f"{code}\n{format_resize_code(rule, factor)}"
     return _ImageSize(text, code)
 

@@ -134,14 +134,15 @@ def export_quantized(
     """
     recipe_file = find_run_dir(Path(source)) / RECIPE_FILE
     family = model_source.folder.family
-    kind = "no run"
+    is_run = recipe_file.is_file()
+    found = "no run"
     remedy: Remedy = "give the output_dir of a run"
-    if recipe_file.is_file():
-        kind = "a run"
+    if is_run:
+        found = "a run"
         remedy = propose_merge(model_source.folder, source)
-    if kind == "no run" or family not in EXPORT_FAMILIES["quantize"]:
+    if not is_run or family not in EXPORT_FAMILIES["quantize"]:
         raise UserError(
-            f"{source} is {kind} of the family {family}",
+            f"{source} is {found} of the family {family}",
             where="--quantize",
             expected="a run, whose training samples calibrate the rounding, of the families"
             f" {', '.join(EXPORT_FAMILIES['quantize'])}",

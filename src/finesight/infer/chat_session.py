@@ -36,9 +36,9 @@ from finesight.data.sample import (
 from finesight.data.video_file import read_visual_size
 from finesight.encode.family import THINK_END, THINK_START
 from finesight.errors import UserError
-from finesight.infer.prediction import Prediction, draw_boxes, find_unused_path
+from finesight.infer.prediction import Prediction, draw_boxes
 from finesight.infer.request import CompletionDelta, FinishReason, GenerationOptions
-from finesight.storage import check_new_path, write_new_file
+from finesight.storage import check_new_path, find_free_path, write_new_file
 from finesight.vision.image_processing import load_image
 
 if TYPE_CHECKING:
@@ -223,7 +223,7 @@ class ChatSession:
         if reply is None or reply.image_path is None:
             what = f"no image in {len(self.turns)} turns"
             raise _build_empty_error("annotated image", what, "a reply about an image")
-        target = file or find_unused_path(Path(), f"{reply.image_path.stem}-boxes")
+        target = file or find_free_path(Path(f"{reply.image_path.stem}-boxes.png"))
         check_new_path(target)
         buffer = io.BytesIO()
         draw_boxes(load_image(reply.image_path), reply.boxes).save(buffer, format="PNG")
@@ -231,19 +231,11 @@ class ChatSession:
         return target
 
     def _build_messages(
-        self, turns: Sequence[ChatTurn], model: str, next_images: Sequence[Path] = ()
+        self, turns: Sequence[ChatTurn], model: str, question: Message | None = None
     ) -> tuple[Message, ...]:
-        """Return the messages of answered turns, in the form of the training of a model.
-
-        Args:
-            next_images: Images of the question that follows these turns.
-        """
+        """Return answered turns and the next question, in the form of the training of a model."""
         prompt_format = self.service.get_prompt_format(model)
-        if self.system_prompt is None:
-            num_images = _count_first_images(turns) or len(next_images)
-            messages = [*prompt_format.build_system_messages(num_images)]
-        else:
-            messages = [Message(role="system", content=(TextPart(text=self.system_prompt),))]
+        messages: list[Message] = []
         seen_images: list[Path] = []
         for turn in turns:
             messages.append(prompt_format.build_message(turn.text, turn.image_paths))
@@ -256,7 +248,12 @@ class ChatSession:
                     part = part.model_copy(update={"image": image_index})
                 content.append(part)
             messages.append(Message(role="assistant", content=tuple(content)))
-        return tuple(messages)
+        if question is not None:
+            messages.append(question)
+        if self.system_prompt is None:
+            return prompt_format.add_system_message(messages)
+        system = Message(role="system", content=(TextPart(text=self.system_prompt),))
+        return (system, *messages)
 
     def _start_reply(
         self, text: str, image_paths: Sequence[Path], options: GenerationOptions
@@ -267,7 +264,7 @@ class ChatSession:
         images_by_turn = [[*filterfalse(is_video_path, paths)] for paths in paths_by_turn]
         target_image = next((images[0] for images in reversed(images_by_turn) if images), None)
         question = self.service.get_prompt_format(model).build_message(text, image_paths)
-        messages = *self._build_messages(turns, model, image_paths), question
+        messages = self._build_messages(turns, model, question)
         images = [*chain.from_iterable(images_by_turn)]
         image_index = None if target_image is None else images.index(target_image)
         sample = Sample(id=f"turn {len(turns) + 1}", messages=messages)
@@ -280,14 +277,6 @@ class ChatSession:
 
 def _build_empty_error(where: str, what: str, expected: str) -> UserError:
     return UserError(what, where=where, expected=expected, remedy="send a message first")
-
-
-def _count_first_images(turns: Sequence[ChatTurn]) -> int:
-    """Return the number of images of the first turn with any."""
-    for turn in turns:
-        if turn.image_paths:
-            return len(turn.image_paths)
-    return 0
 
 
 def _select_answered_turns(turns: Sequence[ChatTurn], model: str) -> list[ChatTurn]:

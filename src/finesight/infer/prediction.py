@@ -44,7 +44,7 @@ from finesight.infer.engine import (
 from finesight.infer.request import GeneratedToken, GenerationRequest, SamplingParams
 from finesight.model.hf_backend import AnyModel, HfModel
 from finesight.model.vlm import VisionLanguageModel
-from finesight.storage import find_free_path, make_folder, write_file
+from finesight.storage import find_free_path, make_folder, write_new_file
 from finesight.vision.image_processing import load_image
 
 T = TypeVar("T")
@@ -432,7 +432,7 @@ def save_annotated_images(
     paths = []
     for prediction in predictions:
         for image_index, path in enumerate(prediction.images):
-            target = find_unused_path(out_dir, path.stem)
+            target = find_free_path(out_dir / f"{path.stem}.png")
             buffer = io.BytesIO()
             try:
                 annotated = annotate_image(prediction, image_index)
@@ -442,7 +442,7 @@ def save_annotated_images(
                 on_corrupt_image(error)
                 continue
             annotated.save(buffer, format="PNG")
-            write_file(target, buffer.getvalue())
+            write_new_file(target, buffer.getvalue())
             paths.append(target)
     return paths
 
@@ -475,8 +475,3 @@ def draw_boxes(image: Image.Image, boxes: Sequence[BoxPart]) -> Image.Image:
             draw.rectangle((x, top, x + width, top + height), fill=color)
             draw.text((x, top), box.label, fill="white", font=font)
     return annotated
-
-
-def find_unused_path(folder: Path, stem: str) -> Path:
-    """Return an unused PNG path in `folder`, with a numeric suffix if necessary."""
-    return find_free_path(folder / f"{stem}.png")

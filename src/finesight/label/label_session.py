@@ -21,12 +21,10 @@ from finesight.data.marked_prompt import remove_marks, write_marked_prompt
 from finesight.data.prompt_format import PromptFormat
 from finesight.data.sample import (
     BoxPart,
-    ContentPart,
     ImagePart,
     LocatedSample,
     Message,
     Sample,
-    TextPart,
     format_number,
     read_samples,
 )
@@ -45,6 +43,7 @@ from finesight.label.label_store import (
     list_boxes,
     list_question_texts,
     read_labels,
+    replace_texts,
 )
 from finesight.label.suggestion import JsonLeaf, iter_json_leaves
 from finesight.manifest import RECIPE_FILE, find_run_dir
@@ -403,15 +402,11 @@ def _read_questions(folder: Path) -> dict[str, LabelQuestion]:
     questions: dict[str, LabelQuestion] = {}
     for located in read_labels(folder):
         messages = located.sample.messages
-        content = next(turn.content for turn in reversed(messages) if turn.role == "user")
+        question = next(turn for turn in reversed(messages) if turn.role == "user")
         original = located.sample.meta.get(ORIGINAL_PROMPT_KEY)
-        has_one_text = len(list_question_texts(located.sample)) == 1
-        parts: list[ContentPart] = []
-        for part in content:
-            if isinstance(part, TextPart) and has_one_text and original is not None:
-                part = TextPart(text=original)
-            parts.append(part)
-        prompt = write_marked_prompt(parts)
+        if original is not None and len(list_question_texts(located.sample)) == 1:
+            question = replace_texts(question, [original])
+        prompt = write_marked_prompt(question.content)
         system_messages = messages[:1] if messages[0].role == "system" else ()
         for part in located.sample.iter_parts():
             if isinstance(part, ImagePart):

@@ -581,7 +581,7 @@ class LabelStore(AbstractContextManager["LabelStore"]):
         messages = sample.messages[: -1 if sample.messages[-1].role == "assistant" else None]
         answer, meta = Message(role="assistant", content=content), _match_meta(item, content)
         if question:
-            messages = (*messages[:-1], _replace_texts(messages[-1], question))
+            messages = (*messages[:-1], replace_texts(messages[-1], question))
             meta.setdefault(ORIGINAL_PROMPT_KEY, get_question(sample))
         worse = sample.rejected if sample.rejected != answer.content else ()
         update: dict[str, Any] = {"messages": (*messages, answer), "rejected": worse, "meta": meta}
@@ -736,12 +736,19 @@ def relocate_sample(located: LocatedSample, folder: Path) -> Sample:
     return located.sample.map_paths(rename)
 
 
-def read_verdicts(folder: Path) -> dict[str, tuple[list[AnswerContent], list[AnswerContent]]]:
-    """Return the accepted or corrected answer and the corrected suggestion of each sample."""
-    verdicts, suggested = {}, dict[str, AnswerContent]()
+def _read_entries(folder: Path) -> list[JournalEntry]:
+    """Return the entries of a journal without an incomplete last line."""
     journal = folder / JOURNAL_FILE
     content = journal.read_bytes()
-    for entry in read_journal(journal, content[: content.rfind(b"\n") + 1].splitlines()):
+    complete_lines = content[: content.rfind(b"\n") + 1].splitlines()
+    return read_journal(journal, complete_lines)
+
+
+def read_verdicts(folder: Path) -> dict[str, tuple[list[AnswerContent], list[AnswerContent]]]:
+    """Return the accepted or corrected answer and the corrected suggestion of each sample."""
+    verdicts: dict[str, tuple[list[AnswerContent], list[AnswerContent]]] = {}
+    suggested: dict[str, AnswerContent] = {}
+    for entry in _read_entries(folder):
         if entry.event == "suggested":
             suggested[entry.id] = entry.content
         else:
@@ -760,11 +767,8 @@ def read_verdicts(folder: Path) -> dict[str, tuple[list[AnswerContent], list[Ans
 
 def read_suggesters(folder: Path) -> list[str]:
     """Return the runs, models and servers of the suggestions of a folder, the newest first."""
-    journal = folder / JOURNAL_FILE
-    content = journal.read_bytes()
-    entries = read_journal(journal, content[: content.rfind(b"\n") + 1].splitlines())
     names: dict[str, None] = {}
-    for entry in reversed(entries):
+    for entry in reversed(_read_entries(folder)):
         if entry.event == "suggested" and entry.model:
             names[entry.model] = None
     return [*names]
@@ -841,7 +845,7 @@ def list_question_texts(sample: Sample) -> tuple[str, ...]:
     return tuple(part.text for part in turn.content if isinstance(part, TextPart)) or ("",)
 
 
-def _replace_texts(turn: Message, texts: Sequence[str]) -> Message:
+def replace_texts(turn: Message, texts: Sequence[str]) -> Message:
     """Replace the text parts of a question, between which its images stay."""
     parts = turn.content
     if not any(isinstance(part, TextPart) for part in parts):

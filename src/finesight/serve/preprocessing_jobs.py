@@ -273,16 +273,17 @@ def tokenize_sample(
         return [page.name for page in list_pages(folder / name)]
 
     messages: list[Message] = []
+    has_training_form = True
     for turn in conversation.messages:
         parts: list[ContentPart] = []
         for part in expand_images(turn.content, list_page_names):
             parts.append(_limit_frames(part, folder, conversation.meta))
-        messages.append(turn.model_copy(update={"content": tuple(parts)}))
+        message = turn.model_copy(update={"content": tuple(parts)})
+        has_training_form &= message == prompt_format.arrange_question(message)
+        messages.append(message)
     # The order of the parts is that of the request. Only a missing system prompt is added.
-    arranged = prompt_format.arrange(messages)
-    has_training_form = [*arranged[-len(messages) :]] == messages
-    system_messages = arranged[: -len(messages)]
-    changed = conversation.model_copy(update={"messages": (*system_messages, *messages)})
+    messages_with_system = prompt_format.add_system_message(messages)
+    changed = conversation.model_copy(update={"messages": messages_with_system})
     located_sample = LocatedSample(changed, folder)
     try:
         tokenized = state.renderer.with_thinking(thinking).tokenize_prompt(located_sample)

@@ -85,8 +85,8 @@ class RequestPreprocessor:
 
     The methods block. Any thread may call `cancel`; the blocked method then raises
     ClientDisconnectedError. `folder` contains the images and videos of the request. The deadline is
-    on the clock of `time.monotonic`. `has_training_form` tells whether the last encoded question
-    has the form of the training, such as the image before the text.
+    on the clock of `time.monotonic`. `has_training_form` tells whether all questions of
+    the last encoded conversation have the form of the training, such as the image before the text.
     """
 
     worker_pool: WorkerPool

@@ -731,11 +731,13 @@ def _replace_prompt(example: ImportExample, text: str, context: ImportContext) -
     filled = [index for index in texts if join_text([content[index]]).strip()]
     position = next(iter(reversed(filled or texts)), len(content))
     parts: list[ContentPart] = []
-    for index, part in enumerate([*content, None]):
+    for index, part in enumerate(content):
         if index == position and text:
             parts.append(TextPart(text=text))
-        if part is not None and not isinstance(part, TextPart):
+        elif not isinstance(part, TextPart):
             parts.append(part)
+    if position == len(content) and text:
+        parts.append(TextPart(text=text))
     if parts == content:
         return example
     if not parts:

@@ -192,6 +192,9 @@ def iter_option_guesses() -> Iterator[tuple[str, str]]:
         tables = [first_guesses.OPTIONS.get(name, {}), first_guesses.OPTIONS[""]]
         if "overrides" in arguments:
             tables.append(first_guesses.OPTIONS["overrides"])
+        if name == "export":
+            targets = " ".join(first_guesses.EXPORT_TARGETS.values()).split()
+            yield from ((name, f"--{target}") for target in targets)
         for table in tables:
             for hint, guesses in table.items():
                 first = hint.partition(" ")[0]
@@ -256,6 +259,8 @@ def test_commands_that_options_propose_succeed(folder, hint):
         ("export SGLang run", "use finesight export RUN"),
         ("export gguf", "use finesight export MODEL OUT --converter FILE"),
         ("export run awq", "use finesight export RUN OUT --quantize w4a16"),
+        ("export run --format onnx", "see "),
+        ("export vllm hf:me/model", "use finesight export RUN"),
         ("export --push me/model", "use finesight export RUN hf:OWNER/NAME"),
         ("train r.yaml --lr 1e-4", "use train.learning_rate=1e-4"),
         ("train r.yaml --epochs 3", "use train.epochs=3"),
@@ -275,6 +280,10 @@ def test_commands_that_options_propose_succeed(folder, hint):
         ("predict run --weight-format 4bit", "use --weight-format nf4"),
         ("predict --model run", "write run without --model"),
         ("predict run --image a.png", "write a.png without --image"),
+        ("predict run --image 'a b.png'", "write 'a b.png' without --image"),
+        ("predict run --images-per-question 2 --image a.png", "write a.png without --image"),
+        ("predict run --question 'What is it?'", "use --prompt 'What is it?'"),
+        ("train r.yaml --dataset 'my data.jsonl'", "use 'data.train=my data.jsonl'"),
         ("predict run --max-tokens 3", "use --max-new-tokens 3"),
         ("predict run --temperature 0.5", "use finesight chat RUN --temperature 0.5"),
         ("eval run -n 3", "use --limit 3"),
@@ -288,7 +297,7 @@ def test_commands_that_options_propose_succeed(folder, hint):
     ],
 )
 def test_frequent_guesses_have_a_remedy(folder, words, remedy):
-    assert str(find_error(words.split()).remedy).startswith(remedy)
+    assert str(find_error(shlex.split(words)).remedy).startswith(remedy)
 
 
 def test_values_are_choices_of_their_parameter():
@@ -323,7 +332,7 @@ def test_python_names_and_arguments_have_a_proposal():
         (lambda: api.evaluate("run", outt="x"), "use out='x'"),
         (lambda: api.init("a.csv", type="json"), "use metric='json'"),
         (lambda: api.check_data("a.jsonl", verbose=True), "remove it"),
-        (lambda: api.import_data("a", "b", split=0.1), "use train_fraction='0.9'"),
+        (lambda: api.import_data("a", "b", split=0.1), "use train_fraction=0.9$"),
         (lambda: api.merge("run", output="x"), "use out='x'"),
     ],
 )

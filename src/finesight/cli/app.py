@@ -100,9 +100,13 @@ class OperationCommand(click.Command):
         options = [one for param in params for one in (*param.opts, *param.secondary_opts)]
         options = [one for one in options if one.startswith("-")]
         arguments = [str(param.name) for param in params if isinstance(param, click.Argument)]
-        pairs = zip_longest(words, words[1:], fillvalue="")
-        given, following = next(pair for pair in pairs if pair[0].startswith(option))
-        value = given.partition("=")[2] or following
+        value = ""
+        for word, following in zip_longest(words, words[1:], fillvalue=""):
+            given, _, attached = word.partition("=")
+            # Several short options may share a word.
+            if given == option or (len(option) == 2 and word.startswith(option)):
+                value = attached or following
+                break
         if value.startswith("-"):
             value = ""
         command = ctx.command_path.partition(" ")[2]

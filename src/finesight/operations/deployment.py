@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from finesight.errors import Step, UserError, format_count
 from finesight.hub.address import HubAddress, is_hub_address, parse_address
-from finesight.operations.first_guesses import suggest_format, suggest_target
+from finesight.operations.first_guesses import suggest_target
 from finesight.operations.operation import Outcome, Parameter, StrPath, to_path
 from finesight.operations.options import DeviceOption, TrustMetricOption
 from finesight.progress import ProgressConsole
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from finesight.export.deployment import GgufFiles, ServingCommands
     from finesight.export.model_card import HubUpload, VerifiedMerge
     from finesight.export.quantized_export import QuantizedExport
+    from finesight.infer.model_loader import ModelSource
 
 EXIT_UPLOAD_FAILED = 1
 """Exit code of `finesight train --push` if the run is complete, but not uploaded."""
@@ -256,8 +257,6 @@ def export(
         quantize: w4a16: 4-bit weights of the language model in GPTQ format, calibrated by
             auto-round on training samples of the run. Requires finesight[quantize].
     """
-    from finesight.infer.model_loader import resolve_model_source
-
     name, target = str(source), None if out is None else str(out)
     given = {
         **{"--yes": confirm, "--public": public, "--converter": converter, "--python": python},
@@ -275,13 +274,7 @@ def export(
         lines.append(f"{total:>16,}  bytes in {num_files} to {upload.to}, {visibility}")
         lines.append(upload.page or "nothing was uploaded")
         return Outcome(upload, lines, asdict(upload), steps)
-    try:
-        model_source = resolve_model_source(name)
-    except UserError as error:
-        command = suggest_format(name)
-        if command and not Path(name).exists():
-            error.remedy = f"use {command}"
-        raise
+    model_source = _resolve_source(name)
     if target is None:
         from finesight.export.deployment import build_serving_commands
 
@@ -310,7 +303,9 @@ def export(
     try:
         program = find_converter(to_path(converter))
     except UserError as error:
-        if command := suggest_target(target):
+        command = suggest_target(target)
+        # Who means GGUF files lacks only the converter.
+        if command and "--converter" not in command:
             raise UserError(
                 f"{target} is a folder for GGUF files here",
                 where="OUT",
@@ -331,14 +326,27 @@ def export(
     return Outcome(files, lines, asdict(files) | asdict(server))
 
 
+def _resolve_source(source: str) -> ModelSource:
+    """Find a run or model to export. A program or format in its place has a remedy."""
+    from finesight.infer.model_loader import resolve_model_source
+
+    try:
+        return resolve_model_source(source)
+    except UserError as error:
+        command = suggest_target(source)
+        if command and not Path(source).exists():
+            error.remedy = f"use {command}"
+        raise
+
+
 def _upload(source: str, out: str, *, public: bool, confirm: bool) -> HubUpload:
     """List the files of a model, and upload them if confirmed."""
     from finesight.export.model_card import HubUpload, collect_uploads
     from finesight.hub.repository import publish_model
-    from finesight.infer.model_loader import get_model_name, resolve_model_source
+    from finesight.infer.model_loader import get_model_name
 
     address, page = parse_address(out), None
-    with collect_uploads(resolve_model_source(source), source) as files:
+    with collect_uploads(_resolve_source(source), source) as files:
         sizes = {name: path.stat().st_size for name, path in files.items()}
         if confirm:
             message = f"Upload {get_model_name(str(Path(source).resolve()))} with finesight"

@@ -7,6 +7,7 @@ values, and `{}` for the value of the option. A test executes all of them.
 from __future__ import annotations
 
 import difflib
+import shlex
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -95,11 +96,9 @@ OPTIONS: Mapping[str, Mapping[str, str]] = {
         " --nproc --nproc-per-node --world-size",
     },
     "export": {
-        "finesight export MODEL OUT --converter FILE": "--gguf --llama-cpp --ollama",
-        "finesight export RUN": "--vllm --sglang",
-        "finesight export RUN OUT --quantize w4a16": "--awq --gptq --4bit --bits --w4a16 --quant",
+        "finesight export RUN OUT --quantize w4a16": "--bits --quant",
         "finesight export RUN hf:OWNER/NAME": "--hub --push --repo --push-to-hub --upload",
-        "finesight merge RUN OUT": "--merge --merged --safetensors --merge-lora",
+        "finesight merge RUN OUT": "--merge --merge-lora",
     },
     "import": {
         "--train-fraction 0.9": "--split --test-size --val-size --eval-fraction --val-fraction",
@@ -137,18 +136,17 @@ ARGUMENTS = {
 }
 """Options for arguments that are written without an option, by their name."""
 
-GGUF_COMMAND = "finesight export MODEL OUT --converter FILE"
-
 EXPORT_FORMAT_OPTIONS = "--format --to --type --target --engine -f --output-format"
 """Options of `export` for what OUT and other options select."""
 
 EXPORT_TARGETS = {
+    "finesight export MODEL OUT --converter FILE": "gguf llama-cpp llama.cpp ollama",
     "finesight export RUN": "vllm sglang",
     "finesight export RUN OUT --quantize w4a16": "awq gptq w4a16 int4 4bit",
     "finesight export RUN hf:OWNER/NAME": "hf huggingface hub modelscope",
     "finesight merge RUN OUT": "merged safetensors transformers pytorch peft",
 }
-"""Names of other programs and formats in place of the folder OUT of `export`."""
+"""Programs and formats, as an option of `export`, the value of one, or in place of a path."""
 
 VALUES = {
     "device": {"cuda": "gpu cuda:0 0 nvidia", "cpu": "none mps"},
@@ -230,8 +228,8 @@ class OptionGuess:
         if self.kind == "nothing":
             return "remove it"
         if self.kind == "argument":
-            return f"write {self.words[-1]} without {option}"
-        return f"use {' '.join(self.words)}"
+            return f"write {shlex.quote(self.words[-1])} without {option}"
+        return f"use {shlex.join(self.words)}"
 
 
 def find_option(
@@ -247,8 +245,13 @@ def find_option(
     normal = option if len(option) == 2 else option.lower().replace("_", "-")
     if normal in USELESS_OPTIONS.split():
         return OptionGuess("nothing")
-    if command == "export" and normal in EXPORT_FORMAT_OPTIONS.split():
-        return OptionGuess("command", (suggest_format(value) or "finesight export MODEL OUT",))
+    if command == "export":
+        target = normal.lstrip("-")
+        if normal in EXPORT_FORMAT_OPTIONS.split():
+            target = value
+        export_command = suggest_target(target)
+        if export_command:
+            return OptionGuess("command", tuple(export_command.split()))
     for text in _find_words(command, normal, options, arguments):
         words = tuple(word.format(value or "VALUE") for word in text.split())
         if words[0].startswith("--"):
@@ -290,15 +293,8 @@ def suggest_value(parameter: str, value: object, choices: Sequence[str]) -> str:
 
 
 def suggest_target(name: str) -> str:
-    """Return the right command for a program or format in place of a folder; empty if unknown."""
+    """Return the right command for a program or format of `export`; empty if it is unknown."""
     return _invert("targets").get(name.lower(), "")
-
-
-def suggest_format(name: str) -> str:
-    """Return the right command for a program or format, GGUF included; empty if unknown."""
-    if name.lower() == "gguf":
-        return GGUF_COMMAND
-    return suggest_target(name)
 
 
 def suggest_function(name: str, functions: Collection[str]) -> str:

@@ -389,6 +389,9 @@ def _reject_unknown_arguments(
         )
 
 
+_NUMBERS: dict[Kind, type[int | float]] = {"integer": int, "number": float}
+
+
 def _suggest_argument(
     operation: Callable[..., object], name: str, value: object, parameters: Sequence[Parameter]
 ) -> str:
@@ -396,6 +399,7 @@ def _suggest_argument(
     from finesight.operations import OPERATIONS
     from finesight.recipe import suggest_override
 
+    known = {one.name: one for one in parameters}
     options: dict[str, str] = {}
     arguments: set[str] = set()
     for one in parameters:
@@ -418,7 +422,10 @@ def _suggest_argument(
             return f"use overrides=[{setting.removeprefix('use ')!r}]"
     match guess:
         case OptionGuess("option", (found, *given)):
-            right = value if given in ([], [text]) else given[0]
+            right = value
+            if given not in ([], [text]):
+                to_value = _NUMBERS.get(known[options[found]].kind, str)
+                right = to_value(given[0])
             return f"use {options[found]}={right!r}"
         case OptionGuess("argument", (found, _)):
             return f"use {found}={value!r}"

@@ -96,6 +96,8 @@ def _run_worker(connections: Sequence[Connection], state: Any, memory_bytes: int
             announce data, possibly after they have been read.
     """
     connection, lifeline = connections
+    # Jobs may wait for processes of their own.
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     try:
         _apply_limits(memory_bytes)
         fcntl.fcntl(lifeline.fileno(), fcntl.F_SETOWN, os.getpid())

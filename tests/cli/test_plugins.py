@@ -18,9 +18,11 @@ from image_fixtures import write_gray_image, write_jsonl
 from tiny_model import create_tiny_model
 
 from finesight.cli.app import run_command
+from finesight.config import RewardSettings
 from finesight.data.formats import get_format
 from finesight.evaluate.eval_case import EvalCase
-from finesight.evaluate.score_function import ScoringError
+from finesight.evaluate.rewards import RewardScorer
+from finesight.evaluate.score_function import RewardError, ScoringError
 from finesight.evaluate.task_metrics import TASK_METRICS, compute_metrics
 from finesight.plugins import PluginRecord
 
@@ -197,6 +199,12 @@ def test_misbehaving_metric_of_a_plugin_is_a_user_error(body, tmp_path, monkeypa
     with pytest.raises(ScoringError, match=MISBEHAVING[body]) as caught:
         compute_metrics("strange", cases)
     assert "plug-in strange of strange 1.0" in caught.value.where
+    with (
+        RewardScorer([RewardSettings(name="strange")]) as scorer,
+        pytest.raises(RewardError, match=f"reward strange: .*{MISBEHAVING[body]}") as caught,
+    ):
+        scorer.score(cases)
+    assert "--resume" in caught.value.remedy
 
 
 def test_name_of_two_packages_is_refused(recipe, tmp_path, monkeypatch, cli):

@@ -45,7 +45,7 @@ def test_built_in_rewards(reward, case, expected):
 
 
 FUNCTIONS = """
-import os, sys, threading, time
+import os, subprocess, sys, threading, time
 import numpy as np
 
 def fine(case): return len(case.answer)
@@ -57,6 +57,8 @@ def spins(case):
 def shape(case): return [1.0]
 def prints(case): print("x" * 2_000_000); sys.stderr.write("x" * 2_000_000); return 1
 def exits(case): os._exit(3)
+def waits_for_a_process(case):
+    return subprocess.run([sys.executable, "-c", "raise SystemExit(3)"]).returncode
 def forks(case):
     os.fork()
     return 1
@@ -107,6 +109,7 @@ def test_functions_score_responses(file):
     assert score(f"{file}:fine", *cases) == [1, 2, 0]
     assert score(f"{file}:missing", *cases) == [None, None, 1]
     assert score(f"{file}:prints", *cases) == [1, 1, 1]
+    assert score(f"{file}:waits_for_a_process", *cases) == [3, 3, 3]
     pid = os.getpid()
     for name in ("forks", "forks_forever", "starts_thread", "reads_input"):
         assert score(f"{file}:{name}", *cases) == [1, 1, 1]

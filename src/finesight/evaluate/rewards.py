@@ -25,7 +25,12 @@ from finesight.evaluate import custom_metric, task_metrics
 from finesight.evaluate.box_metrics import compute_box_reward, compute_click_reward
 from finesight.evaluate.eval_case import EvalCase
 from finesight.evaluate.latex_metrics import score_latex, strip_math_delimiters
-from finesight.evaluate.score_function import RewardError, ScoreFunction, describe_case
+from finesight.evaluate.score_function import (
+    RewardError,
+    ScoreFunction,
+    ScoringError,
+    describe_case,
+)
 from finesight.evaluate.text_metrics import normalize_text
 from finesight.pattern_matcher import MAX_PATTERN_CPU_S, PatternMatcher
 from finesight.plugins import Registry
@@ -133,7 +138,7 @@ class RewardScorer(contextlib.ExitStack):
         elif name in _BUILT_IN:
             score_case = _BUILT_IN[name]
         else:
-            return partial(_score_by_metric, *_find_score(name))
+            return partial(_score_by_metric, name, *_find_score(name))
         return lambda cases: [score_case(case) for case in cases]
 
     def _build_custom(self, function: ScoreFunction) -> RewardFn:
@@ -208,13 +213,25 @@ def _find_score(name: str) -> tuple[task_metrics.TaskMetric, str]:
 
 
 def _score_by_metric(
-    task: task_metrics.TaskMetric, score: str, cases: Sequence[EvalCase]
+    name: str, task: task_metrics.TaskMetric, score: str, cases: Sequence[EvalCase]
 ) -> list[float | None]:
-    """Return a score of each case; None if the references lack what the metric compares."""
+    """Return a score of each case; None if the references lack what the metric compares.
+
+    Raises:
+        RewardError: The metric of a plug-in failed.
+    """
     reference = cases[0].references, cases[0].reference_boxes
     if task.reference_kind == "json" and not task_metrics.has_reference_kind("json", reference):
         return [None] * len(cases)
-    per_sample = task.score_fn(cases).per_sample
+    try:
+        per_sample = task.score_fn(cases).per_sample
+    except ScoringError as error:
+        raise RewardError(
+            f"reward {name}: {error.what}",
+            where=error.where,
+            expected=error.expected,
+            remedy="correct the metric, then start again with --resume",
+        ) from error
     return [scores.get(score or next(iter(scores))) for scores in per_sample]
 
 

@@ -118,6 +118,18 @@ def test_commands_refuse_what_training_refuses(folder, monkeypatch, kind, name):
         assert find_error("check", recipe) == find_error("show", recipe) == ""
 
 
+def test_metrics_and_rewards_may_be_in_the_home_folder(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "scores.py").write_text("def score(case): return 1.0\n")
+    changes = {
+        "eval.metric": "~/scores.py:score",
+        "train.objective": "grpo",
+        "rewards": ["~/scores.py:score"],
+    }
+    check_recipe(load_recipe(write_recipe(folder, changes)), runs_functions=False)
+
+
 def test_missing_packages_are_reported_for_this_machine_only(folder, monkeypatch):
     monkeypatch.chdir(folder)
 

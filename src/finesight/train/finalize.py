@@ -298,10 +298,15 @@ class RunResult(BaseModel):
 
 def _find_unused_responses(state: TrainState) -> UnusedResponses | None:
     """Return the responses of a run if no step had tokens of them; None for other runs."""
-    recipe, lines = state.run.recipe, [*state.run.run_dir.iter_metrics()]
-    if not recipe.rewards or any(line.get("num_supervised_tokens") for line in lines):
+    recipe = state.run.recipe
+    if not recipe.rewards:
         return None
-    shares = [line["completions/clipped_ratio"] for line in lines if "reward" in line]
+    shares: list[float] = []
+    for line in state.run.run_dir.iter_metrics():
+        if line.get("num_supervised_tokens"):
+            return None
+        if "completions/clipped_ratio" in line:
+            shares.append(line["completions/clipped_ratio"])
     return UnusedResponses(
         rewards=", ".join(reward.name for reward in recipe.rewards),
         truncated_share=fsum(shares) / max(1, len(shares)),

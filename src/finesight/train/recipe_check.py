@@ -98,7 +98,9 @@ def check_recipe(
     build_objective(recipe.train, base_model.folder.family)
     for _, name, copy_name in custom_metric.list_functions(recipe):
         path = custom_metric.resolve_metric_path(name, recipe.output_dir, copy_name=copy_name)
-        custom_metric.require_metric_file(Path(path.rpartition(":")[0]))
+        location = custom_metric.parse_metric_path(path)
+        assert location is not None, f"{path} is a function of a file"
+        custom_metric.require_metric_file(location[0])
     if recipe.eval is not None and recipe.data.eval:
         metric = custom_metric.resolve_metric_path(recipe.eval.metric, recipe.output_dir)
         if runs_functions or custom_metric.parse_metric_path(metric) is None:

@@ -331,9 +331,10 @@ def describe_changed_data(run: str) -> str:
     from finesight.report.summary import get_data_stats
 
     folder = find_run_dir(Path(run))
-    if not (folder / RECIPE_FILE).is_file():
-        # A model or adapter, which may have the manifest of a run, but not its records.
-        return ""
+    for name in (MANIFEST_FILE, RECIPE_FILE):
+        # A model or adapter may have the manifest of a run, but not its records.
+        if not (folder / name).is_file():
+            return ""
     recorded = get_data_stats(read_run(folder, "eval"), "eval")
     corpus = load_corpus(load_recipe(folder / RECIPE_FILE).data.eval)
     if recorded.get("fingerprint") in (None, corpus.fingerprint):

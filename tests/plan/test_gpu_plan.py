@@ -365,6 +365,8 @@ def test_python_plans_several_gpus(task):
         ("NVIDIA H100 80GB HBM3", "NVLink 4"),
         ("NVIDIA H100 PCIe", "PCIe 5"),
         ("NVIDIA A100-SXM4-80GB", "NVLink 3"),
+        ("NVIDIA A100 80GB PCIe", "PCIe 4"),
+        ("A100-PCIE-40GB", "PCIe 4"),
         ("NVIDIA A10", "PCIe 4"),
         ("NVIDIA GeForce RTX 3090", "PCIe 4"),
         ("Tesla T4", "PCIe 3"),

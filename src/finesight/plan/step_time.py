@@ -289,11 +289,18 @@ def find_min_memory(target: TargetDevice, num_gpus: int) -> int:
 
 
 def find_link(name: str) -> Link:
-    """Return the connection of a GPU by name; PCIe 4 if it is unknown."""
+    """Return the connection of a GPU by name; PCIe 4 if it is unknown.
+
+    Some cards for PCIe have the name of another form with NVLink, such as `A100 80GB PCIe`.
+    """
     key = _normalize_name(name)
     matches = [spec for spec in GPU_SPECS if _normalize_name(spec.name) in key]
     longest = max(matches, key=lambda spec: len(spec.name), default=None)
-    return "PCIe 4" if longest is None else longest.link
+    if longest is None:
+        return "PCIe 4"
+    if "pcie" in key and longest.link.startswith("NVLink"):
+        return "PCIe 4"
+    return longest.link
 
 
 def measure_local_target(device: Device, precision: Precision) -> TargetDevice:

@@ -445,6 +445,13 @@ def read_adapter(
     Raises UserError if a file is missing or damaged, a setting or tensor is unsupported, or the
     matrices are incomplete, duplicate or contradict the config.
     """
+    with _match_patterns(folder) as matcher:
+        return _read_files(folder, key_mappings, matcher)
+
+
+def _read_files(
+    folder: Path, key_mappings: Sequence[KeyMapping], matcher: PatternMatcher
+) -> tuple[AdapterSpec, dict[str, LoraFactors]]:
     # Read the config first, because most unsupported settings also change the tensor keys.
     settings = read_peft_config(folder / ADAPTER_CONFIG_FILE)
     if (folder / DIGESTS_FILE).exists():
@@ -472,9 +479,8 @@ def read_adapter(
     unpaired = [f"{pair[s][0]}.lora_{s}" for pair in sides.values() if len(pair) == 1 for s in pair]
     _raise_for_keys(unpaired, "lack the other factor of their layer (A or B)", where)
     factors = {name: LoraFactors(pair["A"][1], pair["B"][1]) for name, pair in sides.items()}
-    with _match_patterns(folder) as matcher:
-        settings.check_patterns(matcher)
-        found = settings.find_lora_configs([pair["A"][0] for pair in sides.values()], matcher)
+    settings.check_patterns(matcher)
+    found = settings.find_lora_configs([pair["A"][0] for pair in sides.values()], matcher)
     configs: dict[str, LoraConfig] = {}
     for name, pair in sides.items():
         module, lora_A_RI = pair["A"]
@@ -618,7 +624,11 @@ def _read_matching_adapter(
     model: AnyModel, folder: Path, base_folder: ModelFolder | None
 ) -> tuple[AdapterSpec, dict[str, LoraFactors]]:
     """Read an adapter and check that it matches the model and its base."""
-    spec, factors = read_adapter(folder, model.adapter_key_mappings)
+    layers = find_adaptable_layers(model)
+    with _match_patterns(folder) as matcher:
+        spec, factors = _read_files(folder, model.adapter_key_mappings, matcher)
+        others = [name for name in layers if name not in factors]
+        missing = spec.select_targets(others, matcher)
     if base_folder is not None and spec.base_fingerprint not in (None, base_folder.fingerprint()):
         raise UserError(
             f"the base {base_folder.path} has the fingerprint {base_folder.fingerprint()}",
@@ -627,12 +637,9 @@ def _read_matching_adapter(
             "trained on",
             remedy=f"use {spec.base_model} as in its training; an adapter fits no other",
         )
-    layers, where = find_adaptable_layers(model), str(folder / ADAPTER_WEIGHTS_FILE)
+    where = str(folder / ADAPTER_WEIGHTS_FILE)
     unknown = [name for name in factors if name not in layers]
     _raise_for_keys(unknown, "are no layers of the model", where)
-    with _match_patterns(folder) as matcher:
-        others = [name for name in layers if name not in factors]
-        missing = spec.select_targets(others, matcher)
     _raise_for_keys(
         missing, f"are named by target_modules in {ADAPTER_CONFIG_FILE} but missing", where
     )

@@ -129,7 +129,8 @@ def _read_prediction(run_dir: Path, prompt_format: PromptFormat) -> ExampleQuest
 def _read_training_question(run_dir: Path, prompt_format: PromptFormat) -> ExampleQuestion | None:
     """Return the first training question that can be typed, about files that can be read."""
     with suppress(UserError):
-        files = load_recipe(run_dir / RECIPE_FILE).data.train
+        # One file is enough: others may be large.
+        files = load_recipe(run_dir / RECIPE_FILE).data.train[:1]
         if any(is_url(file.path) for file in files):
             return None
         corpus = load_corpus(files, require_answer=False)

@@ -171,7 +171,7 @@ def plan_run(
     is_local = gpu is None
     if is_local:
         check_machine(recipe, resolve_device(recipe.train.device))
-    # A plan does not execute a custom metric.
+    # The functions of rewards are executed later, as training does; that of the metric is not.
     checked = check_recipe(recipe, runs_functions=False, needs_weights=is_local)
     base_model = checked.base_model
     if recipe_target.num_gpus > 1:

@@ -1,5 +1,6 @@
 """Python scripts with a trainer: what the training uses, and what their code does."""
 
+import ast
 import json
 import random
 from pathlib import Path
@@ -10,6 +11,7 @@ from case_files import load_cases
 from convert_fixtures import convert_script, load_converted_recipe, notes_by_setting
 from image_fixtures import write_gray_image
 
+from finesight.convert.python_values import evaluate_constant
 from finesight.convert.recipe_converter import ConvertedRecipe
 from finesight.errors import UserError
 
@@ -137,6 +139,147 @@ def test_defaults_of_dataclasses_are_read(options, settings, tmp_path):
         assert load_converted_recipe(tmp_path).train.weight_decay == 0.2
         assert "output_dir" in notes_by_setting(done, "differs")
         assert notes_by_setting(done, "unknown").keys() == {"background"}
+
+
+HF_PARSER = """
+from typing import Optional
+@dataclass
+class ModelArguments:
+    adapt: {annotation} = {default}
+    level: Optional[int] = None
+    rank: Rank = None
+parser = HfArgumentParser((ModelArguments, TrainingArguments))
+model_args, args = parser.parse_args_into_dataclasses()
+"""
+ARGPARSE_PARSER = """
+parser = argparse.ArgumentParser()
+parser.add_argument("--adapt", {arguments})
+parser.add_argument("--level", type=int)
+parser.add_argument("--rank", type=check_rank)
+model_args = parser.parse_args()
+args = TrainingArguments("o")
+"""
+ADAPTED = """
+config = None
+if model_args.level == 4:
+    config = BitsAndBytesConfig(load_in_4bit=True)
+model = AutoModel.from_pretrained("Qwen/Qwen2-VL-2B-Instruct", quantization_config=config)
+if model_args.adapt:
+    model = get_peft_model(model, LoraConfig(r=model_args.rank, lora_alpha=9))
+Trainer(model=model, args=args).train()
+"""
+FUNCTION = """
+def main(adapt{annotation}, level=8):
+    if level == 4:
+        config = BitsAndBytesConfig(load_in_4bit=True)
+    model = AutoModel.from_pretrained("Qwen/Qwen2-VL-2B-Instruct", quantization_config=config)
+    if adapt:
+        model = get_peft_model(model, LoraConfig(r=6, lora_alpha=9))
+    Trainer(model=model, args=TrainingArguments("o")).train()
+fire.Fire(main)
+"""
+
+
+def hf_parser(annotation: str, default: str = "None") -> str:
+    return HF_PARSER.format(annotation=annotation, default=default) + ADAPTED
+
+
+def argparse_parser(arguments: str) -> str:
+    return ARGPARSE_PARSER.format(arguments=arguments) + ADAPTED
+
+
+def invert(text: str) -> str:
+    return text.replace("if model_args.adapt", "if not model_args.adapt")
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "rank"),
+    [
+        (hf_parser("bool", "True"), "--adapt False", None),
+        (hf_parser("bool", "True"), "--adapt 0", None),
+        (hf_parser("bool", "True"), "", 6),
+        (hf_parser("Optional[bool]"), "--adapt no", None),
+        (hf_parser("'bool'"), "--adapt false", None),
+        (hf_parser("bool | None"), "--adapt true", 6),
+        (hf_parser("bool"), "--adapt", 6),
+        (hf_parser("Flag", "False"), "--adapt False", None),
+        (hf_parser("Flag"), "--adapt False", 6),
+        (hf_parser("int"), "--adapt 0", None),
+        (hf_parser("float"), "--adapt 0.0", None),
+        (hf_parser("Optional[str]"), "--adapt 0", 6),
+        (argparse_parser("type=int"), "--adapt 0", None),
+        (argparse_parser("type=bool"), "--adapt False", 6),
+        (argparse_parser("default=''"), "", None),
+        (argparse_parser("type=lambda text: text.lower() == 'true'"), "--adapt False", 6),
+        (invert(argparse_parser("type=lambda text: text.lower() == 'true'")), "--adapt False", 6),
+        (invert(argparse_parser("type=int")), "--adapt 0", 6),
+        (invert(hf_parser("Flag")), "--adapt False", 6),
+        (invert(hf_parser("bool")), "--adapt True", None),
+        (FUNCTION.format(annotation=": bool = True"), "--adapt False", None),
+        (FUNCTION.format(annotation="=True"), "--adapt False", None),
+        (FUNCTION.format(annotation=": int = 1"), "--adapt 0", None),
+    ],
+)
+def test_options_have_the_types_that_the_script_defines(text, options, rank, tmp_path):
+    """Check conditions on them: if the type is unknown, the condition is, too."""
+    (tmp_path / "own.py").write_text(text)
+    command = f"python own.py {options} --level 4 --rank 6 --output_dir o\n"
+    done = convert_script(tmp_path, command)
+    assert read_settings(tmp_path, done)["rank"] == rank
+    # Only frozen parts are quantized.
+    assert (load_converted_recipe(tmp_path).tune.quantize.nf4 is None) == (rank is None)
+    convert_script(tmp_path, command.replace("--level 4", "--level 8"))
+    assert load_converted_recipe(tmp_path).tune.quantize.nf4 is None
+
+
+@pytest.mark.parametrize(
+    ("expression", "value"),
+    [
+        ('os.path.join("", "train.json")', "train.json"),
+        ('os.path.join("a", "/b")', "/b"),
+        ('os.path.join("a/", "b", "")', "a/b/"),
+        ('os.path.join("a", "b", "c.json")', "a/b/c.json"),
+        ('Path("/")', "/"),
+        ('Path("/") / "b"', "/b"),
+        ('Path("") / "b"', "b"),
+        ('Path("a/") / "b"', "a/b"),
+        ('Path("a") / "/b"', "/b"),
+        ('Path("a", "b/")', "a/b"),
+        ('str("a/")', "a/"),
+        ('str("/")', "/"),
+        ("str(2)", "2"),
+    ],
+)
+def test_paths_are_joined_as_by_python(expression, value):
+    node = ast.parse(expression, mode="eval").body
+    assert evaluate_constant(node, {}) == value
+
+
+CELL = """
+model = AutoModel.from_pretrained("Qwen/Qwen2-VL-2B-Instruct")
+Trainer(model=model, args=TrainingArguments("o", num_train_epochs=2)).train()
+"""
+
+
+@pytest.mark.parametrize(
+    "cells",
+    [
+        ["!pip install \\\n  transformers \\\n  'peft>=0.18'\n", CELL],
+        ["if True:\n  !pip install \\\n  transformers\n", CELL],
+        ["!pip install \\", CELL],
+        ["%%bash\npip install transformers\n", CELL],
+        ["\n%%writefile train.py\nTrainingArguments('o', num_train_epochs=9)\n", CELL],
+        ["%%capture out\n!ls\n" + CELL],
+        ["%%time\n" + CELL],
+        ["files = !ls *.json\n%pip install peft\n" + CELL],
+        ["first, rest = !ls \\\n  data\nseconds = %timeit -o f()\n" + CELL],
+        [CELL, "?model\n"[1:]],
+    ],
+)
+def test_commands_in_a_notebook_are_no_code(cells, tmp_path):
+    content = [{"cell_type": "code", "source": text.splitlines(keepends=True)} for text in cells]
+    convert_script(tmp_path, json.dumps({"cells": content}), "train.ipynb")
+    assert load_converted_recipe(tmp_path).train.epochs == 2
 
 
 def test_data_of_the_evaluation_are_no_further_training_data(tmp_path):

@@ -44,6 +44,14 @@ _EVAL_DATA_SETTINGS = {
 """Arguments of `load_dataset` by the setting for the data of the evaluation."""
 
 _DATA_TYPES = (str, list, dict)
+_CELL_MAGIC = re.compile(r"\s*%%(\w*)")
+_PYTHON_MAGICS = ("capture", "time", "timeit")
+"""Magic commands of IPython whose cell is Python code."""
+
+_COMMAND = re.compile(r"(?m)^([ \t]*)[%!](?:.*\\\n)*.*")
+_ASSIGNED_COMMAND = re.compile(r"(?m)^([ \t]*[A-Za-z_][\w., ]*=)[ \t]*[%!](?:.*\\\n)*.*")
+"""Command whose output a variable receives, `files = !ls`."""
+
 _JOIN_REMEDY = "join the parts of the training in one file: the model, the adapter and the trainer"
 _INIT_STEP = Step("init", {"data": "DATA"}, "convert the file that trains, or write a recipe")
 _OTHER_PURPOSES: tuple[tuple[set[str], str, Remedy], ...] = (
@@ -145,6 +153,8 @@ def _collect_arguments(script: Script, arguments: Sequence[ScriptArgument]) -> _
         key = aliases.get(name, name)
         settings.defaults = calls[callee] | settings.defaults
         if isinstance(value, ast.expr):
+            value = script.get_untyped_option(value)
+        if isinstance(value, ast.expr):
             if script.is_default_option(value):
                 continue
             settings.unresolved.setdefault(key, ast.unparse(script.resolve(value)))
@@ -237,11 +247,20 @@ def _read_code(text: str, path: Path) -> str:
     try:
         for cell in parse_json(text)["cells"]:
             if cell["cell_type"] == "code":
-                cells.append("".join(cell["source"]))
+                cells.append(_drop_commands("".join(cell["source"])))
     except (ValueError, TypeError, LookupError) as error:
         what = "cannot be read as Python: a notebook is an object with `cells`"
         raise build_source_error(path, what, "save it with Jupyter, or as a .py file") from error
-    return re.sub(r"(?m)^([ \t]*)[%!].*", r"\1pass", "\n".join(cells))
+    return "\n".join(cells)
+
+
+def _drop_commands(cell: str) -> str:
+    """Return the code of a notebook cell without commands of IPython and of the shell."""
+    magic = _CELL_MAGIC.match(cell)
+    if magic is not None and magic[1] not in _PYTHON_MAGICS:
+        return ""
+    cell = _COMMAND.sub(r"\1pass", cell)
+    return _ASSIGNED_COMMAND.sub(r"\1 None", cell)
 
 
 def _build_syntax_error(path: Path, error: Exception) -> UserError:

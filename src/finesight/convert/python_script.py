@@ -17,7 +17,7 @@ from finesight.convert.python_values import (
     merge_items,
     read_items,
 )
-from finesight.convert.script_parsers import read_parsed_arguments
+from finesight.convert.script_parsers import convert_option, read_parsed_arguments
 from finesight.convert.script_usage import ScriptUsage
 
 _MODEL_CLASS = re.compile(r"[Mm]odel|For[A-Z]")
@@ -378,6 +378,15 @@ class Script:
             if not is_used and not is_empty:
                 yield name, value
 
+    def get_untyped_option(self, node: ast.expr) -> object:
+        """Return the text of an option whose type only the script knows, or the node itself."""
+        if not isinstance(node, ast.Attribute):
+            return node
+        name = ast.unparse(node)
+        if self._counts[name]:
+            return node
+        return self.parsed.untyped.get(name, node)
+
     def is_default_option(self, node: ast.expr) -> bool:
         """Return whether an expression is an option of a library that the command does not set."""
         if not isinstance(node, ast.Attribute):
@@ -538,6 +547,9 @@ class Script:
         for argument, default in zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True):
             if default is not None:
                 nodes[argument.arg] = default
+        types: dict[str, ast.expr | None] = {}
+        for argument in (*positional, *arguments.kwonlyargs):
+            types[argument.arg] = argument.annotation
         # A function that the script calls once has the values of this call.
         callee = self._class_names.get(function, function.name)
         names = [one.arg for one in positional]
@@ -560,7 +572,9 @@ class Script:
             with suppress(ValueError):
                 found[name] = evaluate_constant(node, self._constants[self._module])
             if name in options and not callers:
-                found[name] = options[name]
+                value = found.pop(name, None)
+                with suppress(ValueError):
+                    found[name] = convert_option(options[name], types.get(name), value)
         return found
 
     def _find_dead_nodes(self) -> set[ast.AST]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import operator
+import posixpath
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -53,7 +54,7 @@ def evaluate_constant(node: ast.expr, names: Mapping[str, object]) -> object:
             raise _build_error(node)
         return evaluate_constant(node.body if condition else node.orelse, names)
     if isinstance(node, ast.JoinedStr):
-        return _join("", (_evaluate_part(part, names) for part in node.values))
+        return _join(_evaluate_part(part, names) for part in node.values)
     if isinstance(node, ast.Call) and ast.unparse(node.func) != "dict":
         return _evaluate_path(node, names)
     if isinstance(node, ast.Dict | ast.Call | ast.BinOp):
@@ -108,7 +109,7 @@ def _limit(value: object) -> object:
     return value
 
 
-def _join(separator: str, parts: Iterable[object]) -> str:
+def _join(parts: Iterable[object]) -> str:
     """Join the texts of values. Raises ValueError as soon as the result is too long."""
     texts: list[str] = []
     num_chars = 0
@@ -118,7 +119,7 @@ def _join(separator: str, parts: Iterable[object]) -> str:
         if num_chars > _MAX_TEXT_CHARS:
             raise ValueError("a text over the limit")
         texts.append(text)
-    return separator.join(texts)
+    return "".join(texts)
 
 
 def _evaluate_operation(node: ast.BinOp, names: Mapping[str, object]) -> object:
@@ -128,7 +129,7 @@ def _evaluate_operation(node: ast.BinOp, names: Mapping[str, object]) -> object:
     if isinstance(left, int | float) and isinstance(right, int | float):
         return _calculate(node, left, right)
     if isinstance(node.op, ast.Div) and isinstance(left, str) and isinstance(right, str):
-        return _limit(f"{left.rstrip('/')}/{right}")  # of a pathlib.Path
+        return _limit(posixpath.join(left, right))  # of a pathlib.Path
     is_sum = isinstance(node.op, ast.Add) and type(left) is type(right)
     if is_sum and isinstance(left, str | list):
         return _limit(operator.add(left, right))
@@ -163,7 +164,7 @@ def _evaluate_part(node: ast.expr, names: Mapping[str, object]) -> object:
 
 
 def _evaluate_path(call: ast.Call, names: Mapping[str, object]) -> str:
-    """Evaluate `os.path.join` and `str` of constants, and a model that the script downloads."""
+    """Evaluate `os.path.join`, `Path` and `str`, and a model that the script downloads."""
     name = ast.unparse(call.func)
     callee = name.rpartition(".")[2]
     if callee == "snapshot_download":
@@ -173,17 +174,32 @@ def _evaluate_path(call: ast.Call, names: Mapping[str, object]) -> str:
                 given.append(keyword.value)
         if given:
             return str(evaluate_constant(given[0], names))
-    is_path = name.endswith("path.join") or callee in ("str", "Path")
-    if is_path and call.args and not call.keywords:
-        return _join("/", (_evaluate_path_part(item, names) for item in call.args))
+    if not call.args or call.keywords:
+        raise _build_error(call)
+    if callee == "str" and len(call.args) == 1:
+        return _evaluate_text(call.args[0], names)
+    if name.endswith("path.join"):
+        return _join_paths(call.args, names)
+    if callee == "Path":
+        path = _join_paths(call.args, names)
+        return path.rstrip("/") or path[:1]
     raise _build_error(call)
 
 
-def _evaluate_path_part(node: ast.expr, names: Mapping[str, object]) -> str:
+def _join_paths(nodes: Iterable[ast.expr], names: Mapping[str, object]) -> str:
+    """Join parts of a path. Raises ValueError as soon as the result is too long."""
+    path = ""
+    for node in nodes:
+        path = posixpath.join(path, _evaluate_text(node, names))
+        _limit(path)
+    return path
+
+
+def _evaluate_text(node: ast.expr, names: Mapping[str, object]) -> str:
     part = evaluate_constant(node, names)
     if not isinstance(part, str | int | float):
         raise _build_error(node)
-    return str(part).rstrip("/")
+    return str(part)
 
 
 def evaluate_condition(node: ast.expr, names: Mapping[str, object]) -> bool | None:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import islice
+from typing import NamedTuple
 
 _DATACLASS_PARSERS = ("HfArgumentParser", "TrlParser", "H4ArgumentParser")
 _DATACLASS_METHODS = (
@@ -17,7 +18,11 @@ _DATACLASS_METHODS = (
     "parse_yaml_file",
 )
 _ARGPARSE_METHODS = ("parse_args", "parse_known_args")
-_TYPES: Mapping[str, Callable[[str], object]] = {"int": int, "float": float}
+_TRUE_WORDS = ("true", "yes", "t", "y", "1")
+_FALSE_WORDS = ("false", "no", "f", "n", "0")
+"""Values of a flag that HfArgumentParser accepts, in any case."""
+
+_CONTAINERS = ("Optional", "list", "List")
 _MAX_RESULTS = 20
 """Number of variables with parsed arguments; each has all of them as its attributes."""
 
@@ -35,12 +40,53 @@ class ParsedArguments:
             that no parser of the script defines.
         own: Values by name of a parser of argparse, which only the script reads.
         classes: Dataclasses of the parser, by the variable that holds their instance.
+        untyped: Texts by the same names as `constants`, whose types only the script knows, so that
+            no condition on them is known.
     """
 
     constants: dict[str, object] = field(default_factory=dict)
     settings: dict[str, object] = field(default_factory=dict)
     own: dict[str, object] = field(default_factory=dict)
     classes: dict[str, str] = field(default_factory=dict)
+    untyped: dict[str, object] = field(default_factory=dict)
+
+
+class _Field(NamedTuple):
+    """Field of a dataclass: its default, None without a constant one, and its annotation."""
+
+    default: object = None
+    annotation: ast.expr | None = None
+
+
+def _parse_number(text: str) -> float:
+    try:
+        return int(text)
+    except ValueError:
+        return float(text)
+
+
+def _parse_flag(text: str) -> bool:
+    word = text.lower()
+    if word not in (*_TRUE_WORDS, *_FALSE_WORDS):
+        raise ValueError(f"{text} is no flag")
+    return word in _TRUE_WORDS
+
+
+_Converter = Callable[[str], object]
+_FIELD_TYPES: Mapping[str, _Converter] = {
+    "bool": _parse_flag,
+    "int": _parse_number,
+    "float": float,
+    "str": str,
+}
+_ARGPARSE_TYPES: Mapping[str, _Converter] = {
+    "bool": bool,  # "False" is true in the script, too.
+    "int": int,
+    "float": float,
+    "str": str,
+    "Path": str,
+    "pathlib.Path": str,
+}
 
 
 def read_parsed_arguments(
@@ -49,7 +95,7 @@ def read_parsed_arguments(
     """Return the arguments of a script that starts with `options`."""
     nodes = list(ast.walk(tree))
     parsed = ParsedArguments()
-    defined = _read_argparse_arguments(nodes, options, evaluate, parsed)
+    defined, untyped = _read_argparse_arguments(nodes, options, evaluate, parsed)
     rest = {name: value for name, value in options.items() if name not in defined}
     parsed.settings = dict(rest)
     passed = _find_passed(nodes)
@@ -60,7 +106,10 @@ def read_parsed_arguments(
         if _get_callee(call) in _ARGPARSE_METHODS:
             for holder in (names[0], *passed.get(names[0], ())):
                 for name, value in parsed.own.items():
-                    parsed.constants[f"{holder}.{name}"] = value
+                    if name in untyped:
+                        parsed.untyped[f"{holder}.{name}"] = value
+                    else:
+                        parsed.constants[f"{holder}.{name}"] = value
         else:
             for name, class_name in zip(names, class_names, strict=False):
                 used.add(class_name)
@@ -68,14 +117,31 @@ def read_parsed_arguments(
                     parsed.classes[holder] = class_name
     for class_name in fields:
         if class_name in used:
-            for name, value in fields[class_name].items():
-                if value is not None:
-                    parsed.settings.setdefault(name, value)
+            for name, one in fields[class_name].items():
+                if one.default is not None:
+                    parsed.settings.setdefault(name, one.default)
     for holder, class_name in parsed.classes.items():
-        # A field without a default, and each setting of a class of a library.
-        for name, value in (fields[class_name] | rest).items():
-            parsed.constants[f"{holder}.{name}"] = value
+        _add_fields(holder, fields[class_name], rest, parsed)
     return parsed
+
+
+def _add_fields(
+    holder: str,
+    fields: Mapping[str, _Field],
+    options: Mapping[str, object],
+    parsed: ParsedArguments,
+) -> None:
+    """Add the fields of an instance of a dataclass, and options, which a library may define."""
+    for name, one in fields.items():
+        if name not in options:
+            parsed.constants[f"{holder}.{name}"] = one.default
+    for name, value in options.items():
+        one = fields.get(name, _Field())
+        key = f"{holder}.{name}"
+        try:
+            parsed.constants[key] = convert_option(value, one.annotation, one.default)
+        except ValueError:
+            parsed.untyped[key] = value
 
 
 def _read_argparse_arguments(
@@ -83,9 +149,13 @@ def _read_argparse_arguments(
     options: Mapping[str, object],
     evaluate: Evaluate,
     parsed: ParsedArguments,
-) -> set[str]:
-    """Set the arguments of argparse that have a value, and return the options of all."""
+) -> tuple[set[str], set[str]]:
+    """Set the arguments of argparse that have a value.
+
+    Returns the options of all, and the names of those with a type that only the script knows.
+    """
     defined: set[str] = set()
+    untyped: set[str] = set()
     for call in nodes:
         if not isinstance(call, ast.Call) or _get_callee(call) != "add_argument":
             continue
@@ -109,32 +179,80 @@ def _read_argparse_arguments(
         given = options.keys() & set(names)
         if given:
             value = options[given.pop()]
-            parsed.own[target] = _convert_option(value, keywords.get("type"), action)
+            parsed.own[target] = value
+            try:
+                parsed.own[target] = _convert_argument(value, keywords.get("type"), action)
+            except ValueError:
+                untyped.add(target)
         elif "default" in keywords:
             with suppress(ValueError):
                 parsed.own[target] = evaluate(keywords["default"])
         elif action in ("store_true", "store_false"):
             parsed.own[target] = action == "store_false"
-    return defined
+    return defined, untyped
 
 
 def _normalize_option(flag: str) -> str:
     return flag.lstrip("-").replace("-", "_")
 
 
-def _convert_option(value: object, kind: ast.expr | None, action: str) -> object:
-    """Convert the text of an option to its type."""
+def _convert_argument(value: object, kind: ast.expr | None, action: str) -> object:
+    """Convert the text of an option of argparse. Raises ValueError if its type is unknown."""
     if action in ("store_true", "store_false"):
         return action == "store_true"
-    name = "" if kind is None else ast.unparse(kind)
-    if name not in _TYPES:
+    if kind is None:
         return value
-    convert = _TYPES[name]
-    with suppress(ValueError):
-        if isinstance(value, list):
-            return [convert(str(item)) for item in value]
-        return convert(str(value))
+    name = ast.unparse(kind)
+    if name not in _ARGPARSE_TYPES:
+        raise ValueError(f"the type {name} is unknown")
+    convert = _ARGPARSE_TYPES[name]
+    if isinstance(value, list):
+        return [convert(str(item)) for item in value]
+    if not isinstance(value, str):
+        return value
+    return convert(value)
+
+
+def convert_option(value: object, annotation: ast.expr | None, default: object) -> object:
+    """Convert the text of an option to the type of its annotation, else to that of its default.
+
+    Raises ValueError for another type, and if the text of an unknown type may be no text.
+    """
+    if isinstance(value, list):
+        return [convert_option(item, annotation, None) for item in value]
+    if not isinstance(value, str):
+        return value
+    name = _name_type(annotation)
+    if name not in _FIELD_TYPES and default is not None:
+        name = type(default).__name__
+    if name in _FIELD_TYPES:
+        return _FIELD_TYPES[name](value)
+    if not _is_plain_text(value):
+        raise ValueError(f"{value} may be a number or a flag")
     return value
+
+
+def _is_plain_text(text: str) -> bool:
+    """Return whether a text is neither a number nor a flag."""
+    if text.lower() in (*_TRUE_WORDS, *_FALSE_WORDS):
+        return False
+    try:
+        float(text)
+    except ValueError:
+        return True
+    return False
+
+
+def _name_type(annotation: ast.expr | None) -> str:
+    """Return the type in an annotation, that of the items of `list[...]` or `Optional[...]`."""
+    if annotation is None:
+        return ""
+    name = ast.unparse(annotation).strip("'").replace("typing.", "")
+    for container in _CONTAINERS:
+        name = name.removeprefix("None | ").removesuffix(" | None")
+        if name.startswith(f"{container}[") and name.endswith("]"):
+            name = name.removeprefix(f"{container}[").removesuffix("]")
+    return name
 
 
 def _iter_results(nodes: Sequence[ast.AST]) -> Iterator[tuple[list[str], ast.Call]]:
@@ -210,13 +328,13 @@ def _list_values(name: str, nodes: Sequence[ast.AST]) -> list[ast.expr]:
     return values
 
 
-def _read_fields(name: str, nodes: Sequence[ast.AST], evaluate: Evaluate) -> dict[str, object]:
-    """Return the defaults of the fields of a dataclass and its bases, or None."""
+def _read_fields(name: str, nodes: Sequence[ast.AST], evaluate: Evaluate) -> dict[str, _Field]:
+    """Return the fields of a dataclass and its bases."""
     classes: dict[str, ast.ClassDef] = {}
     for node in nodes:
         if isinstance(node, ast.ClassDef):
             classes.setdefault(node.name, node)
-    fields: dict[str, object] = {}
+    fields: dict[str, _Field] = {}
     # A class may have the name of its base, transformers.TrainingArguments.
     waiting = [name]
     while waiting:
@@ -229,20 +347,22 @@ def _read_fields(name: str, nodes: Sequence[ast.AST], evaluate: Evaluate) -> dic
     return fields
 
 
-def _read_own_fields(node: ast.ClassDef, evaluate: Evaluate) -> dict[str, object]:
-    fields: dict[str, object] = {}
+def _read_own_fields(node: ast.ClassDef, evaluate: Evaluate) -> dict[str, _Field]:
+    fields: dict[str, _Field] = {}
     for statement in node.body:
+        annotation: ast.expr | None = None
         if isinstance(statement, ast.Assign):
             target = statement.targets[0]
         elif isinstance(statement, ast.AnnAssign):
             target = statement.target
+            annotation = statement.annotation
         else:
             continue
-        name = ast.unparse(target)
-        fields[name] = None
+        default: object = None
         if statement.value is not None:
             with suppress(ValueError):
-                fields[name] = evaluate(_get_default(statement.value))
+                default = evaluate(_get_default(statement.value))
+        fields[ast.unparse(target)] = _Field(default, annotation)
     return fields
 
 

@@ -165,6 +165,72 @@ def test_launcher_gives_process_count(launcher, processes, program, tmp_path):
     assert "is not set" not in batch
 
 
+@pytest.mark.parametrize(
+    ("before", "settings"),
+    [
+        ("NPROC_PER_NODE=4\nexport NPROC_PER_NODE", (4, 12_845_056)),
+        ("export NPROC_PER_NODE\nNPROC_PER_NODE=4", (4, 12_845_056)),
+        ("declare -x NPROC_PER_NODE=2 MAX_PIXELS\nMAX_PIXELS=200704", (2, 200_704)),
+        ("export MAX_PIXELS=100352\nMAX_PIXELS=200704", (1, 200_704)),
+        ("export MAX_PIXELS=100352 NPROC_PER_NODE=2\nexport NPROC_PER_NODE=3", (3, 100_352)),
+        (
+            "NPROC_PER_NODE=4\nexport MAX_PIXELS=$((NPROC_PER_NODE * 50176)) NPROC_PER_NODE",
+            (4, 200_704),
+        ),
+        ("NPROC_PER_NODE=4", (1, 12_845_056)),
+        ("declare NPROC_PER_NODE=4", (1, 12_845_056)),
+        ("export NPROC_PER_NODE=4\nexport -n NPROC_PER_NODE", (1, 12_845_056)),
+        ("source variables.sh", (8, 12_845_056)),
+        ("NPROC_PER_NODE=2\nbash variables.sh", (1, 12_845_056)),
+    ],
+)
+@pytest.mark.parametrize("start", ["{}", "bash -c '{}'"])
+def test_command_gets_exported_variables(before, settings, start, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "variables.sh").write_text("export NPROC_PER_NODE=8\n")
+    command = f"{START} --per_device_train_batch_size 1 --gradient_accumulation_steps 1"
+    convert_script(tmp_path, f"{before}\n{start.format(command)}\n")
+    made = load_converted_recipe(tmp_path)
+    assert (made.train.batch_size, made.image.max_pixels) == settings
+
+
+@pytest.mark.parametrize(
+    ("before", "text", "value"),
+    [
+        ("LR=", "${LR:-3e-5}", 3e-5),
+        ("LR=''", "${LR:=3e-5}", 3e-5),
+        ("LR=\n: ${LR:=3e-5}", "$LR", 3e-5),
+        ("LR=2e-5", "${LR:-3e-5}", 2e-5),
+        ("LR=", "${LR-3e-5}2e-5", 2e-5),
+        ("", "${LR-3e-5}", 3e-5),
+    ],
+)
+def test_default_of_a_variable_replaces_an_empty_value(before, text, value, tmp_path):
+    convert_script(tmp_path, f"{before}\n{START} --learning_rate {text}\n")
+    assert load_converted_recipe(tmp_path).train.learning_rate.default == value
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        f"{START} --output_dir . --learning_rate 3e-5",
+        f"{START} --output_dir runs/sh --learning_rate 3e-5",
+        f"{START} --run_name bash --learning_rate 3e-5",
+        "python own.py --output_dir zsh --learning_rate 3e-5 --report_to none"
+        " --model_name_or_path Qwen/Qwen2-VL-2B-Instruct",
+        "srun -N 1 --gpus 2 bash start.sh",
+        "docker run image /bin/bash -e start.sh",
+        "find . -name start.sh\nnohup sh start.sh",
+        ". ./start.sh",
+    ],
+)
+def test_only_a_shell_that_starts_a_script_is_one(command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "start.sh").write_text(f"{START} --learning_rate 3e-5\n")
+    convert_script(tmp_path, command)
+    assert load_converted_recipe(tmp_path).train.learning_rate.default == 3e-5
+
+
 def test_hash_inside_a_word_starts_no_comment(tmp_path):
     """ms-swift's way to say how many rows of a dataset are taken."""
     script = (

@@ -60,6 +60,8 @@ SHELL = {
     "arithmetic": "A=$((10**10**10))\n" + "A=$((A*A))\n" * NUM_TURNS + SWIFT,
     "here documents": repeat("cat <<Ei", 15_000) + SWIFT,
     "substitutions": "$(" * 40_000 + SWIFT,
+    "exports": repeat("export Ai=", 7_000) + "swift sft\n" * 7_000,
+    "shells": "sh -\n" * 30_000 + SWIFT,
     "itself": "bash itself.sh\nsource itself.sh\n",
     "run": f"$(touch ran)\n`touch ran`\necho > ran\ntouch ran\n{SWIFT}",
 }

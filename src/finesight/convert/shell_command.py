@@ -47,20 +47,10 @@ _SCRIPTS: dict[str, SourceProgram] = {
 }
 """Programs that start as a Python script, by a pattern with the training method."""
 
-_COMMAND_PREFIXES = (
-    "env",
-    "nohup",
-    "exec",
-    "time",
-    "sudo",
-    "export",
-    "declare",
-    "readonly",
-    "-x",
-    "-r",
-    "-a",
-)
-_SHELLS = ("bash", "sh", "zsh", "source", ".")
+_COMMAND_PREFIXES = ("env", "nohup", "exec", "time", "sudo")
+_DECLARATIONS = ("export", "declare", "typeset", "readonly")
+_SHELLS = ("bash", "sh", "zsh")
+_SOURCE_BUILTINS = ("source", ".")
 _MAX_NESTED_SCRIPTS = 8
 _PEER_OPTION = re.compile(r"--(?:node|machine|master|main|rdzv)[_-]\w+[ =]\S*")
 """Option of a launcher for the rank or address of a node."""
@@ -93,9 +83,10 @@ class TrainingCommand(NamedTuple):
 
 @dataclass
 class _Search:
-    """Training commands found so far, and reasons why other commands are none."""
+    """First training command, the number of all, and reasons why other commands are none."""
 
-    trainings: list[TrainingCommand] = field(default_factory=list)
+    training: TrainingCommand | None = None
+    num_trainings: int = 0
     others: list[tuple[str, Remedy]] = field(default_factory=list)
     num_scripts: int = 0
 
@@ -106,42 +97,40 @@ def find_training_command(text: str, path: Path) -> TrainingCommand:
     Raises UserError if there is not exactly one, or if only a shell knows its words.
     """
     search = _Search()
-    _search_script(text, path, ShellState(), {}, search)
-    purpose = "convert a copy with one training command, or write a recipe"
-    remedy: Remedy = Step("init", {"data": "DATA"}, purpose)
-    if len(search.trainings) > 1:
-        what = f"contains {len(search.trainings)} training commands"
+    _search_script(text, path, ShellState(), search)
+    remedy: Remedy = _build_init_step()
+    if search.num_trainings > 1:
+        what = f"contains {search.num_trainings} training commands"
         raise build_source_error(path, what, remedy)
-    if not search.trainings:
+    training = search.training
+    if training is None:
         what = "contains no command of ms-swift, LLaMA-Factory or TRL"
         if search.others:
             what, remedy = search.others[0]
         raise build_source_error(path, what, remedy)
-    training = search.trainings[0]
     _check_resolved(training)
     arguments = [word.replace(LITERAL_DOLLAR, "$") for word in training.arguments]
     return training._replace(arguments=arguments)
 
 
-def _search_script(
-    text: str, path: Path, state: ShellState, exported: dict[str, str], search: _Search
-) -> None:
+def _search_script(text: str, path: Path, state: ShellState, search: _Search) -> None:
     """Add the training commands of a script, with its variables and exported ones."""
     check_code_length(text, path)
     try:
         for command in split_commands(text, state):
+            if command[0] in _DECLARATIONS:
+                state.declare(command)
+                continue
             words, assigned = _split_assignments(command)
             if not words:
                 state.variables |= assigned
-            if command[0] in ("export", "declare"):
-                exported |= assigned
-            if words and words[0] == "shift":
+            elif words[0] == "shift":
                 state.shift(words[1:])
-            elif words and words[0].startswith("--"):
+            elif words[0].startswith("--"):
                 remedy = "end the preceding line with a backslash, or remove this line"
                 raise build_source_error(path, f"{words[0]} is not a part of a command", remedy)
-            elif not _search_nested_script(words, path, state, exported | assigned, search):
-                _add_command(words, path, exported | assigned, search)
+            elif not _search_nested_script(words, path, state, assigned, search):
+                _add_command(words, path, state, assigned, search)
     except UnresolvedCommandError as error:
         raise _build_unresolved_error(path, str(error)) from error
     except ValueError as error:
@@ -163,32 +152,53 @@ def _split_assignments(command: Sequence[str]) -> tuple[list[str], dict[str, str
     return words, assigned
 
 
+def _find_nested_script(words: Sequence[str]) -> int | None:
+    """Return the index of the script that a command starts, or of `-c`; None if it starts none."""
+    if words[0].endswith(".sh"):
+        return 0
+    shell = _find_shell(words)
+    if shell is None:
+        return None
+    for index in range(shell + 1, len(words)):
+        if words[index] == "-c" or not words[index].startswith("-"):
+            return index
+    return None
+
+
+def _find_shell(words: Sequence[str]) -> int | None:
+    """Return the index of the shell that a command starts, None if it starts none.
+
+    A launcher may precede the shell, but no training, whose arguments may have the same text.
+    """
+    if words[0] in _SOURCE_BUILTINS:
+        return 0
+    for index, word in enumerate(words):
+        if word.endswith(".py"):
+            return None
+        if word.rpartition("/")[2] in _SHELLS:
+            if index < _find_program(words)[2]:
+                return index
+            return None
+    return None
+
+
 def _search_nested_script(
     words: Sequence[str],
     path: Path,
     state: ShellState,
-    environment: dict[str, str],
+    assigned: dict[str, str],
     search: _Search,
 ) -> bool:
     """Search the shell script that a command starts. Returns whether it starts one."""
-    names = [word.rpartition("/")[2] for word in words]
-    if names and names[0].endswith(".sh"):
-        start = 0
-    else:
-        shells = [index for index, name in enumerate(names) if name in _SHELLS]
-        if not shells:
-            return False
-        start = shells[0] + 1
-        while start < len(words) and words[start].startswith("-") and words[start] != "-c":
-            start += 1
-    if start >= len(words):
+    start = _find_nested_script(words)
+    if start is None:
         return False
     search.num_scripts += 1
     if search.num_scripts > _MAX_NESTED_SCRIPTS:
         raise build_source_error(path, "starts too many scripts", "convert the last of them")
     if words[start] == "-c":
         text = "".join(words[start + 1 : start + 2]).replace(LITERAL_DOLLAR, "$")
-        _search_script(text, path, ShellState(dict(environment)), dict(environment), search)
+        _search_script(text, path, state.start_shell(assigned), search)
         return True
     file = find_file(words[start], path)
     if file is None:
@@ -196,16 +206,24 @@ def _search_nested_script(
         remedy = "run the command in the folder in which this script starts, or convert that file"
         search.others.append((what, remedy))
         return True
-    is_sourced = names[0] in ("source", ".")
-    nested = state if is_sourced else ShellState(dict(environment))
-    if not is_sourced or words[start + 1 :]:
-        nested.set_arguments([*words[start + 1 :]])
-    _search_script(read_source(file), file, nested, dict(environment), search)
+    arguments = list(words[start + 1 :])
+    if words[0] in _SOURCE_BUILTINS:
+        nested = state
+        nested.export(assigned)
+    else:
+        nested = state.start_shell(assigned)
+    if arguments or nested is not state:
+        nested.set_arguments(arguments)
+    _search_script(read_source(file), file, nested, search)
     return True
 
 
 def _add_command(
-    words: Sequence[str], path: Path, environment: dict[str, str], search: _Search
+    words: Sequence[str],
+    path: Path,
+    state: ShellState,
+    assigned: dict[str, str],
+    search: _Search,
 ) -> None:
     """Add a command to the training commands, or the reason why it is none."""
     known = load_trainer_settings()["commands"]
@@ -219,10 +237,14 @@ def _add_command(
     if program is not None and name in known:
         search.others.append((f"{program}'s {name}: {known[name]}", _build_init_step()))
     elif program is not None or (script and _starts_training(script, words[index:], path)):
-        launcher = list(words[:index])
-        arguments = list(words[index:])
-        training = TrainingCommand(program, name, launcher, arguments, environment, path, script)
-        search.trainings.append(training)
+        search.num_trainings += 1
+        if search.training is None:
+            environment = state.get_environment() | assigned
+            launcher = list(words[:index])
+            arguments = list(words[index:])
+            search.training = TrainingCommand(
+                program, name, launcher, arguments, environment, path, script
+            )
     elif script:
         what = f"starts {script}, which is not a script of a known program"
         search.others.append((what, _build_init_step()))

@@ -26,7 +26,7 @@ _UNPROTECTED = str.maketrans("\2\3\4", "() ")
 """Characters of an arithmetic expression that must not end its word."""
 
 _VARIABLE = re.compile(
-    r"[$\x01](?:([A-Za-z_]\w*|\d)|\{(\w+)(?::?[-=]([^}$]*))?\}|\x02\x02(.*?)\x03\x03(?!\x03))"
+    r"[$\x01](?:([A-Za-z_]\w*|\d)|\{(\w+)(?:(:?[-=])([^}$]*))?\}|\x02\x02(.*?)\x03\x03(?!\x03))"
 )
 """`$NAME`, `${NAME:-default}` or arithmetic; a dollar sign in double quotes is \1."""
 
@@ -50,12 +50,52 @@ class UnresolvedCommandError(Exception):
 
 @dataclass
 class ShellState:
-    """Values of the variables and arrays of a script, and its arguments, None if unknown."""
+    """Values of the variables and arrays of a script, and its arguments, None if unknown.
+
+    `exported` are the names of variables that commands receive once they have a value.
+    """
 
     variables: dict[str, str] = field(default_factory=dict)
     arguments: list[str] | None = None
     arrays: dict[str, list[str]] = field(default_factory=dict)
+    exported: set[str] = field(default_factory=set)
     _num_expanded: int = 0
+
+    def get_environment(self) -> dict[str, str]:
+        """Return the variables that commands receive."""
+        environment: dict[str, str] = {}
+        for name, value in self.variables.items():
+            if name in self.exported:
+                environment[name] = value
+        return environment
+
+    def export(self, assigned: Mapping[str, str]) -> None:
+        """Assign variables and export them."""
+        self.variables |= assigned
+        self.exported |= assigned.keys()
+
+    def declare(self, words: list[str]) -> None:
+        """Assign or export variables, as the builtins `export`, `declare` and `readonly` do."""
+        options = "".join(word for word in words[1:] if word.startswith("-"))
+        is_removed = words[0] == "export" and "n" in options
+        is_exported = words[0] == "export" or "x" in options
+        for word in words[1:]:
+            name = word
+            assignment = parse_assignment(word)
+            if assignment is not None:
+                name, value = assignment
+                self.variables[name] = value
+            if is_removed:
+                self.exported.discard(name)
+            elif is_exported:
+                self.exported.add(name)
+
+    def start_shell(self, assigned: Mapping[str, str]) -> ShellState:
+        """Return the state of a shell that a command with assignments starts."""
+        shell = ShellState()
+        shell.export(self.get_environment())
+        shell.export(assigned)
+        return shell
 
     def set_arguments(self, arguments: list[str]) -> None:
         """Set the arguments `$1`, `$2`, ... and `$@`."""
@@ -191,15 +231,18 @@ def _expand_word(word: str, state: ShellState) -> list[str]:
 
 def _expand_variable(match: re.Match[str], state: ShellState) -> str:
     """Return the value of a variable or of arithmetic, or the text itself if it is unknown."""
-    plain, braced, default, arithmetic = match.groups()
+    plain, braced, operator, default, arithmetic = match.groups()
     variables = state.variables
     if arithmetic is not None:
         return _evaluate_arithmetic(arithmetic, variables) or match[0]
     name = plain or braced
     value = variables.get(name)
-    if value is None and default is not None:
+    is_unset = value is None
+    if value == "" and operator in (":-", ":="):
+        is_unset = True
+    if is_unset and default is not None:
         value = default
-        if match[0][: -len(default) - 1].endswith("="):  # ${NAME:=default}
+        if operator.endswith("="):
             variables[name] = default
     if value is None:
         return match[0]

@@ -175,6 +175,22 @@ def test_options_of_accelerate_may_have_hyphens(options, tmp_path):
     assert (train.parallel, train.batch_size) == ("zero2", 24)
 
 
+@pytest.mark.parametrize(
+    ("name", "mode"),
+    [
+        ("/data/z1/fsdp.yaml", "fsdp"),
+        ("offload/zero2.yaml", "zero2"),
+        ("zero3/multi_gpu.yaml", "ddp"),
+        ("fuzz2_fsdp.yaml", "fsdp"),
+        ("configs/ds_z3.yaml", "fsdp"),
+        ("configs/dszero2_offload.yaml", "fsdp_offload"),
+    ],
+)
+def test_name_of_a_missing_config_gives_parallelism(name, mode, tmp_path):
+    convert_script(tmp_path, COMMAND.replace("launch.yaml", name))
+    assert load_converted_recipe(tmp_path).train.parallel == mode
+
+
 @pytest.mark.parametrize(("kind", "is_noted"), [("Lion", True), ("AdamW", False), ("SGD", True)])
 def test_optimizer_of_deepspeed_is_reported(kind, is_noted, tmp_path):
     content = {"zero_optimization": {"stage": 2}, "optimizer": {"type": kind}}

@@ -22,7 +22,7 @@ _ZERO_MODES: tuple[ParallelMode, ...] = ("ddp", "zero2", "zero2", "fsdp")
 _DEFAULT_STAGE = 2
 """Stage of DeepSpeed ZeRO that accelerate selects without a setting."""
 
-_ZERO_NAME = re.compile(r"z(?:ero)?[-_]?([0-3])", re.IGNORECASE)
+_ZERO_NAME = re.compile(r"(?:zero|(?<![a-z])z)[-_]?([0-3])", re.IGNORECASE)
 """Stage in the name of a DeepSpeed configuration, such as ds_z3_config.json or zero2_offload."""
 
 _FSDP_MODES: dict[str, ParallelMode] = {
@@ -74,7 +74,7 @@ def name_accelerate_settings(name: str) -> dict[str, object]:
 
     The file itself is on the machine of the training, or built into TRL.
     """
-    text = name.lower()
+    text = name.lower().rpartition("/")[2]
     offload = "none"
     if "offload" in text:
         offload = "cpu"

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from finesight.bounded_files import read_json_object
 from finesight.convert.external_config import PARTS, FamilySettings
+from finesight.convert.source_file import iter_folders
 from finesight.convert.trainer_converter import DatasetSource, TrainerConverter
 from finesight.errors import UserError
 
@@ -83,10 +84,9 @@ class LlamaFactoryConverter(TrainerConverter):
             raise config.build_error("max_samples", "an integer above 0")
         if folder == "ONLINE" or not names:
             return [DatasetSource(f"{self.hub}:{name}", limit) for name in names]
-        config_folder = Path(config.where).parent
-        parents = [Path(), config_folder, *config_folder.resolve().parents[:3]]
-        candidates = [parent / folder / "dataset_info.json" for parent in parents]
-        file = next((path for path in candidates if os.path.exists(path)), None)
+        parents = iter_folders(Path(config.where))
+        candidates = (parent / folder / "dataset_info.json" for parent in parents)
+        file = next(filter(os.path.exists, candidates), None)
         if file is None:
             text = "has no dataset_info.json: correct the commands below, or convert in its folder"
             self.draft.note("dataset_dir", folder, text)

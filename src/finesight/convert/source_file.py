@@ -74,14 +74,15 @@ def find_file(name: str, origin: Path) -> Path | None:
     Programs start in a folder above their scripts and configurations, so that paths are relative
     to the working directory, to the folder of `origin` or to one of its parents.
     """
-    for folder in _iter_folders(origin):
+    for folder in iter_folders(origin):
         path = folder / name
         if os.path.isfile(path):  # Unlike Path.is_file, it accepts names of any length.
             return path
     return None
 
 
-def _iter_folders(origin: Path) -> Iterator[Path]:
+def iter_folders(origin: Path) -> Iterator[Path]:
+    """Yield the folders to which paths in a file, `origin`, may be relative."""
     yield Path()
     yield origin.parent
     yield from origin.parent.resolve().parents[:_MAX_PARENTS]

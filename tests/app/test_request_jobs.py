@@ -17,7 +17,7 @@ import pool_jobs as jobs
 import pytest
 from attack_client import list_process_tree, list_running
 from engine_fixtures import write_noise_image
-from label_fixtures import MODEL, draw_images
+from label_fixtures import MODEL, draw_images, open_suggested_session
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
@@ -199,6 +199,37 @@ def test_pages_of_the_studio_do_not_wait_for_reports(pool, tmp_path, monkeypatch
 
     monkeypatch.setattr(workspace, "JOB_CPU_SECONDS", 10_000.0)
     monkeypatch.setattr(StudioView, "render_report", render_report)
+def test_accepting_at_once_does_not_delay_or_undo_other_decisions(pool, tmp_path, monkeypatch):
+    session = open_suggested_session(tmp_path, "A", "B")
+    app, read = make_label_app(session, Access(), pool), image_reader.ImageReader.read_size
+    first, second, other = session.store.items
+    is_waiting, can_end = threading.Event(), threading.Event()
+
+    def wait_for_second(reader: ImageReader, path: Path) -> ImageSize:
+        if path == second.images[0] and not is_waiting.is_set():
+            is_waiting.set()
+            assert can_end.wait(TIMEOUT_S)
+        return read(reader, path)
+
+    monkeypatch.setattr(image_reader.ImageReader, "read_size", wait_for_second)
+    with (
+        session.store,
+        run_app(app) as port,
+        httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=TIMEOUT_S) as client,
+        ThreadPoolExecutor(1) as thread,
+    ):
+        slow = thread.submit(partial(client.post, "/decisions", json={"action": "accept"}))
+        assert is_waiting.wait(TIMEOUT_S)
+        for item in (first, other):
+            body = {"id": item.sample.sample.id, "action": "save", "text": "C"}
+            assert client.post("/decision", json=body).status_code == 200
+        can_end.set()
+        # The first one was corrected meanwhile.
+        assert [index for index, _ in slow.result().json()["items"]] == [1]
+        decisions = client.get("/items").json()["decisions"]
+    assert decisions == ["corrected", "accepted", "written"]
+
+
     page = make_page(tmp_path / "workspace")
     page.view.workspace.pool = pool
     with (

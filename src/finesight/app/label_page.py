@@ -9,7 +9,8 @@ import hashlib
 import json
 import secrets
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Any, Literal, get_args
 
@@ -96,6 +97,16 @@ class SearchQuery(BaseModel, frozen=True):
     text: Annotated[str, Field(max_length=1000)] = ""
     state: ListState = ""
     start: Annotated[int, Field(ge=0)] = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """Item with a suggestion to accept, unless its revision has changed meanwhile."""
+
+    index: int
+    item: LabelItem
+    revision: int
+    sizes: Sequence[ImageSize | CorruptImageError]
 
 
 class LabelPage:
@@ -277,9 +288,14 @@ class LabelPage:
             raise UserError(
                 "labels are reviewed one by one", expected="new labels", remedy="reload the page"
             )
+        candidates: list[Candidate] = []
+        if request.action == "accept":
+            # Without the lock, because it reads images.
+            candidates = self._list_candidates(request.min_confidence)
         with self._lock, store.write_once():
-            if request.action == "accept":
-                changed = [*self._accept(request.min_confidence)]
+            for candidate in candidates:
+                if self._accept(candidate):
+                    changed.append((candidate.index, len(candidate.item.history)))
             for index, revision in request.items:
                 item = self._find_item(index)
                 if len(item.history) == revision:
@@ -287,21 +303,32 @@ class LabelPage:
                     changed.append((index, len(item.history)))
             return {"items": changed, "counts": store.count_events()}
 
-    def _accept(self, min_confidence: float) -> Iterator[tuple[int, int]]:
+    def _list_candidates(self, min_confidence: float) -> list[Candidate]:
+        """Return the open items with a suggestion from a confidence on."""
+        candidates: list[Candidate] = []
         for index, item in enumerate(self._items):
+            revision = len(item.history)
             confidence = item.suggestion.confidence if item.suggestion else None
             is_open = item.decision is None and not item.draft
             if is_open and confidence is not None and confidence >= min_confidence:
-                answer = describe_answer(self._session.select_suggestion(item))
-                values = {"id": item.sample.sample.id, "action": "save", **answer}
-                try:
-                    self._save(item, DecisionRequest.model_validate(values), self._read_sizes(item))
-                except (UserError, ValidationError) as error:
-                    # Invalid suggestions stay open. Errors of the disk end the request.
-                    if isinstance(error.__cause__, OSError):
-                        raise
-                else:
-                    yield index, len(item.history)
+                candidates.append(Candidate(index, item, revision, self._read_sizes(item)))
+        return candidates
+
+    def _accept(self, candidate: Candidate) -> bool:
+        """Accept a suggestion, and return whether it is valid and its item unchanged."""
+        item = candidate.item
+        if len(item.history) != candidate.revision:
+            return False
+        answer = describe_answer(self._session.select_suggestion(item))
+        values = {"id": item.sample.sample.id, "action": "save", **answer}
+        try:
+            self._save(item, DecisionRequest.model_validate(values), candidate.sizes)
+        except (UserError, ValidationError) as error:
+            # Invalid suggestions stay open. Errors of the disk end the request.
+            if isinstance(error.__cause__, OSError):
+                raise
+            return False
+        return True
 
     def _save(
         self,

@@ -25,7 +25,7 @@ from starlette.types import Message
 from studio_fixtures import make_page
 from web_server_fixture import ScriptedService, run_app, run_web_page
 
-from finesight.app import chat_page, workspace
+from finesight.app import chat_page, server, workspace
 from finesight.app.label_page import make_label_app
 from finesight.app.pages import create_app
 from finesight.app.request_jobs import RequestJobs
@@ -66,6 +66,15 @@ def list_workers(pool: WorkerPool) -> set[int]:
     return {one.pid for one in list_process_tree(pool.process.pid)} - {pool.process.pid}
 
 
+def wait_for_jobs(pool: WorkerPool, num_jobs: int) -> set[int]:
+    """Wait until a number of jobs run, and return the IDs of their processes."""
+    end = time.monotonic() + TIMEOUT_S
+    while pool.idle_workers or len(busy := list_workers(pool)) < num_jobs:
+        assert time.monotonic() < end, "the jobs have not started"
+        time.sleep(0.02)
+    return busy
+
+
 @contextlib.contextmanager
 def hold_requests(
     pool: WorkerPool, num_jobs: int, port: int, request: str, *, number: int = 12, body: bytes = b""
@@ -79,10 +88,7 @@ def hold_requests(
         for _ in range(number):
             there = stack.enter_context(socket.create_connection(("127.0.0.1", port)))
             there.sendall("\r\n".join(lines).encode() + body)
-        end = time.monotonic() + TIMEOUT_S
-        while pool.idle_workers or len(busy := list_workers(pool)) < num_jobs:
-            assert time.monotonic() < end, "the jobs have not started"
-            time.sleep(0.02)
+        busy = wait_for_jobs(pool, num_jobs)
         yield
     assert list_running(busy, TIMEOUT_S) == []
 
@@ -193,12 +199,6 @@ def test_decisions_do_not_wait_for_images_of_other_ones(pool, tmp_path, monkeypa
         assert [slow.result().status_code, fast.status_code] == [200, 200]
 
 
-def test_pages_of_the_studio_do_not_wait_for_reports(pool, tmp_path, monkeypatch):
-    def render_report(view: StudioView, *values: object) -> str:
-        return str(view.workspace.run_job(jobs.hang))
-
-    monkeypatch.setattr(workspace, "JOB_CPU_SECONDS", 10_000.0)
-    monkeypatch.setattr(StudioView, "render_report", render_report)
 def test_accepting_at_once_does_not_delay_or_undo_other_decisions(pool, tmp_path, monkeypatch):
     session = open_suggested_session(tmp_path, "A", "B")
     app, read = make_label_app(session, Access(), pool), image_reader.ImageReader.read_size
@@ -230,6 +230,12 @@ def test_accepting_at_once_does_not_delay_or_undo_other_decisions(pool, tmp_path
     assert decisions == ["corrected", "accepted", "written"]
 
 
+def test_pages_of_the_studio_do_not_wait_for_reports(pool, tmp_path, monkeypatch):
+    def render_report(view: StudioView, *values: object) -> str:
+        return str(view.workspace.run_job(jobs.hang))
+
+    monkeypatch.setattr(workspace, "JOB_CPU_SECONDS", 10_000.0)
+    monkeypatch.setattr(StudioView, "render_report", render_report)
     page = make_page(tmp_path / "workspace")
     page.view.workspace.pool = pool
     with (
@@ -241,25 +247,70 @@ def test_accepting_at_once_does_not_delay_or_undo_other_decisions(pool, tmp_path
         assert client.get("/").status_code == 200
 
 
-def test_jobs_behind_the_studio_end_with_their_clients(pool, tmp_path):
-    request_jobs, file = RequestJobs(2), tmp_path / "page.sock"
+def make_hanging_app(pool: WorkerPool, password: str | None = None) -> AccessMiddleware:
+    """Build an application with jobs that take hours, and others that end at once."""
+    request_jobs = RequestJobs(2)
 
     def hang() -> None:
         with pool.borrow_worker() as worker:
             worker.call(jobs.hang, max_cpu_s=10_000.0)
 
     async def answer(request: Request) -> Response:
-        await request.body()
+        if request.method == "POST":
+            await request.body()
         await request_jobs.run(request, hang)
         return JSONResponse({})
 
-    route = Route("/{path:path}", answer, methods=["GET", "POST"])
-    inner = AccessMiddleware(create_app([route]), Access())
+    async def answer_at_once(request: Request) -> Response:
+        return JSONResponse(await request_jobs.run(request, dict))
+
+    hanging = Route("/{path:path}", answer, methods=["GET", "POST"])
+    routes = [Route("/quick", answer_at_once), hanging]
+    return AccessMiddleware(create_app(routes), Access(password))
+
+
+@contextlib.contextmanager
+def run_behind_studio(app: AccessMiddleware, file: Path) -> Iterator[int]:
+    """Run an application on a Unix socket, and yield the port that forwards requests to it."""
     outer = AccessMiddleware(create_app([make_proxy_route(lambda job: file)]), Access())
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(file))
         listener.listen()
-        with run_app(inner, listener=listener), run_app(outer) as port:
-            for method, body in (("GET", b""), ("POST", b"text")):
-                with hold_requests(pool, 2, port, f"{method} /pages/1/a", number=2, body=body):
-                    pass
+        with run_app(app, listener=listener), run_app(outer) as port:
+            yield port
+
+
+def test_jobs_behind_the_studio_end_with_their_clients(pool, tmp_path):
+    with run_behind_studio(make_hanging_app(pool), tmp_path / "page.sock") as port:
+        for method, body in (("GET", b""), ("POST", b"text")):
+            with hold_requests(pool, 2, port, f"{method} /pages/1/a", number=2, body=body):
+                pass
+
+
+@pytest.mark.parametrize("is_behind_studio", [False, True])
+def test_job_of_an_incomplete_request_ends(pool, tmp_path, monkeypatch, is_behind_studio):
+    monkeypatch.setattr(server, "UPLOAD_IDLE_TIMEOUT_S", 0.5)
+    app = make_hanging_app(pool)
+    started = run_behind_studio(app, tmp_path / "page.sock") if is_behind_studio else run_app(app)
+    with started as port, socket.create_connection(("127.0.0.1", port), TIMEOUT_S) as link:
+        link.sendall(b"GET /pages/1/a HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n")
+        assert b" 408 " in link.recv(1000)
+        assert list_running(list_workers(pool), TIMEOUT_S) == []
+
+
+def test_sign_out_ends_jobs_of_the_browser(pool):
+    with (
+        run_app(make_hanging_app(pool, "right-password")) as port,
+        httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=TIMEOUT_S) as client,
+        ThreadPoolExecutor(2) as threads,
+    ):
+        sign_in = partial(client.post, "/sign-in", data={"password": "right-password"})
+        sign_in()
+        for _ in range(2):
+            threads.submit(partial(client.get, "/slow"))
+        busy = wait_for_jobs(pool, 2)
+        client.post("/sign-out")
+        assert list_running(busy, TIMEOUT_S) == []
+        # The threads are free again.
+        sign_in()
+        assert client.get("/quick").status_code == 200

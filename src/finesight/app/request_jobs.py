@@ -29,8 +29,9 @@ class RequestJobs:
     async def run(self, request: Request, function: Callable[[], T]) -> T:
         """Run a function in a thread, and return its result.
 
-        If the client disconnects, a waiting function is not started, and the worker processes of a
-        running one are killed. The body of the request must have been read.
+        If the client disconnects or the task is cancelled, a waiting function is not started, and
+        the worker processes of a running one are killed, which ends its thread. The body of the
+        request must have been read.
 
         Raises:
             ClientDisconnect: The client disconnected.
@@ -43,6 +44,10 @@ class RequestJobs:
                 lambda: to_thread.run_sync(function, limiter=self._limiter),
                 on_disconnect=cancellation.cancel,
             )
+        except asyncio.CancelledError:
+            # A sign-out cancels the task, but not the thread, which waits for its workers.
+            cancellation.cancel()
+            raise
         finally:
             CURRENT_CANCELLATION.reset(token)
 
@@ -62,30 +67,30 @@ async def run_until_disconnect(
 
     Raises:
         ClientDisconnect: The client disconnected.
+        HTTPException: The rest of the request is too slow or too large.
     """
     results: list[T] = []
     errors: list[Exception] = []
-    is_connected = True
     async with create_task_group() as group:
 
         async def watch() -> None:
-            nonlocal is_connected
             if body_read is not None:
                 await body_read.wait()
-            while (await request.receive())["type"] != "http.disconnect":
-                pass
-            is_connected = False
+            try:
+                while (await request.receive())["type"] != "http.disconnect":
+                    pass
+                errors.append(ClientDisconnect())
+            except Exception as error:  # A task group would wrap it in a group of exceptions.
+                errors.append(error)
             on_disconnect()
             group.cancel_scope.cancel()
 
         group.start_soon(watch)
         try:
             results.append(await function())
-        except Exception as error:  # A task group would wrap it in a group of exceptions.
+        except Exception as error:
             errors.append(error)
         group.cancel_scope.cancel()
     if results:  # also if the client disconnected meanwhile
         return results[0]
-    if not is_connected:
-        raise ClientDisconnect
     raise errors[0]

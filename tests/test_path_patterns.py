@@ -1,8 +1,10 @@
 """Tests of the bounded search for the files that match a pattern."""
 
 import os
+from collections.abc import Iterable
 from glob import iglob
 from pathlib import Path
+from typing import Any
 
 import pytest
 from case_files import load_cases
@@ -28,14 +30,21 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in FILES:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).touch()
+    (folder / "c/latest").symlink_to("d")
+    (folder / "above").symlink_to("a")
     return folder
+
+
+def resolve(paths: Iterable[str]) -> set[str]:
+    """Return the real paths, because folders are found once although links lead to them."""
+    return {*map(os.path.realpath, paths)}
 
 
 def test_patterns_match_as_those_of_glob(tree, monkeypatch):
     monkeypatch.chdir(tree)
     for pattern in load_cases("bounded_files")["test_patterns_match_as_those_of_glob"]:
         found, expected = iter_matches(pattern), iglob(pattern, recursive=True)
-        assert {*map(os.path.normpath, found)} == {*map(os.path.normpath, expected)}, pattern
+        assert resolve(found) == resolve(expected), pattern
 
 
 @given(parts=st.lists(PARTS, min_size=1, max_size=5))
@@ -43,7 +52,34 @@ def test_any_pattern_finds_the_files_of_glob(tree, parts):
     pattern = f"{tree}/{'/'.join(parts)}"
     found, expected = iter_matches(pattern), iglob(pattern, recursive=True)
     files, expected_files = (filter(os.path.isfile, paths) for paths in (found, expected))
-    assert {*map(os.path.normpath, files)} == {*map(os.path.normpath, expected_files)}
+    assert resolve(files) == resolve(expected_files)
+
+
+@each("is_reversed", [False, True])
+@each(
+    ("pattern", "found"),
+    [
+        ("*/train.jsonl", ["latest/train.jsonl"]),
+        ("**/train.jsonl", ["latest/train.jsonl"]),
+        ("v*/train.jsonl", ["v1/train.jsonl"]),
+        ("v1/**", ["v1/train.jsonl"]),
+        ("v1/*/", ["v1/train.jsonl"]),
+        ("*", ["latest", "v1"]),
+    ],
+)
+def test_linked_folder_is_found_once_in_any_order_of_the_disk(
+    tmp_path, monkeypatch, pattern, found, is_reversed
+):
+    (tmp_path / "v1").mkdir()
+    (tmp_path / "v1/train.jsonl").touch()
+    (tmp_path / "latest").symlink_to("v1")
+
+    def list_names(*args: Any, **options: Any) -> list[str]:
+        return sorted(iglob(*args, **options), reverse=is_reversed)
+
+    monkeypatch.setattr(path_patterns, "iglob", list_names)
+    monkeypatch.chdir(tmp_path)
+    assert sorted(iter_matches(pattern)) == found
 
 
 def make_folders(folder: Path, count: int = 60) -> None:

@@ -40,7 +40,13 @@ def is_glob(path: Path) -> bool:
 
 
 def iter_matches(pattern: str, budget: SearchBudget | None = None) -> Iterator[str]:
-    """Yield the paths that match a pattern, in any order, as `glob.iglob` with `recursive`.
+    """Yield the paths that match a pattern, similar to `glob.iglob` with `recursive`.
+
+    The order is the same on all machines, but not sorted. Differences from `glob.iglob`:
+
+    - A folder to which several paths lead is read once, with the path whose names sort first.
+    - `a/**` does not yield `a/` itself.
+    - A slash at the end of the pattern has no effect: it also matches files.
 
     Args:
         budget: Budget of several patterns together. None: this pattern has one of its own.
@@ -69,7 +75,9 @@ def iter_matches(pattern: str, budget: SearchBudget | None = None) -> Iterator[s
         if is_deep:
             # "**" matches no folder, too.
             waiting.append((folder, rest or ["*"]))
-        for name in iglob("*" if is_deep else part, root_dir=folder or None):
+        names = iglob("*" if is_deep else part, root_dir=folder or None)
+        # Folders are read in sorted order, because the last one added is the next one read.
+        for name in sorted(names, reverse=True):
             path = os.path.join(folder, name)
             budget.count_file(pattern)
             if is_deep:

@@ -209,6 +209,13 @@ def test_lines_at_both_ends_of_a_file(tmp_path: Path, max_bytes: int, expected: 
     assert b"".join(lines).decode() == "".join(f"{letter}\n" for letter in expected)
 
 
+def test_lines_end_with_line_feeds_only(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"a\rb\r\nc\x0cd\n\ne")
+    lines = [b"a\rb\r\n", b"c\x0cd\n", b"\n", b"e"]
+    assert [*files.read_edge_lines(tmp_path / "a", 100, expected="lines")] == lines
+    assert [*files.read_lines(tmp_path / "a", expected="lines")] == lines
+
+
 @pytest.mark.parametrize(
     "text", ["&a [*a]", "a: &a {b: *a}", "&a {<<: *a}", "&a {? *a : 1}", "[&a [&b [*a]], *a]"]
 )

@@ -18,7 +18,7 @@ import stat
 import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from io import BufferedReader
+from io import BufferedReader, BytesIO
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -227,7 +227,8 @@ def read_edge_lines(
             end = file.read(num_edge_bytes + 1)
             # The line at each edge of the gap may be incomplete.
             content = start[: start.rfind(b"\n") + 1] + end.partition(b"\n")[2]
-    yield from content.splitlines(keepends=True)
+    # Like `read_lines`, without lines that end with a carriage return alone.
+    yield from BytesIO(content)
 
 
 @contextmanager

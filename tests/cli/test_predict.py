@@ -54,7 +54,7 @@ def make_template(template, num_images, share=1.0):
     return {"template": template, **numbers, "share": share}
 
 
-def test_several_images_are_one_question(tiny, image_paths, set_manifest, cli):
+def test_several_images_are_one_question(tiny, image_paths, set_manifest, tmp_path, cli):
     """By default as many as in the training; the images of a question follow one another."""
     first, second = map(str, image_paths)
     pair = ["--images-per-question", 2]
@@ -71,6 +71,10 @@ def test_several_images_are_one_question(tiny, image_paths, set_manifest, cli):
     set_manifest(prompt_templates=[make_template("<image>{question}", 2)])
     assert ask(first, second) == [[first, second]]
     assert "as in the training" in cli("predict", tiny, first, *ASK, code=2).err
+    document, page = tmp_path / "a.pdf", Image.new("RGB", (56, 56))
+    page.save(document, save_all=True, append_images=[page, page])
+    error = cli("predict", tiny, first, document, *ASK, code=2).err
+    assert "1 image file besides 1 document of several pages for questions about 2 images" in error
     printed = cli("predict", tiny, first, *ASK, "--images-per-question", 1)
     assert "note: Number of images: 1, but 2 in the training questions." in printed.err
     error = cli("predict", tiny, "--data", "a.jsonl", *pair, code=2).err

@@ -341,6 +341,7 @@ def _group_images(
         return [_ImageGroup("", [])]
     size = images_per_question or prompt_format.num_images or 1
     groups: list[_ImageGroup] = []
+    num_documents = 0
     names: list[str] = []
     images: list[Path] = []
     error: UserError | None = None
@@ -355,6 +356,7 @@ def _group_images(
             error = error or page_error
         if len(own_images) > 1 and images_per_question is None:
             groups.append(_ImageGroup(str(file), own_images))
+            num_documents += 1
             continue
         names.append(str(file))
         images += own_images
@@ -367,8 +369,11 @@ def _group_images(
         expected = f"a multiple of {size} image files"
         if images_per_question is None:
             expected += ", as in the training"
+        what = format_count(len(files) - num_documents, "image file")
+        if num_documents:
+            what += f" besides {format_count(num_documents, 'document')} of several pages"
         raise UserError(
-            f"{format_count(len(files), 'image file')} for questions about {size} images each",
+            f"{what} for questions about {size} images each",
             where="--images-per-question",
             expected=expected,
             remedy="give the files of a question one after another, or set --images-per-question",

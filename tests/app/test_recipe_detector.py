@@ -3,10 +3,11 @@
 import os
 
 import pytest
+import yaml
 from each_value import each
 
 from finesight.app import recipe_detector
-from finesight.app.recipe_detector import RecipeDetector
+from finesight.app.recipe_detector import RecipeDetector, YamlBudget
 
 RECIPE = "model: m\ndata: {train: a.jsonl}\n"
 
@@ -66,3 +67,17 @@ def test_broken_files_count_as_well(tmp_path, detector, monkeypatch):
     assert not detector.is_recipe(tmp_path / "a.yaml")
     detector.start_page()
     assert detector.is_recipe(tmp_path / "a.yaml")
+
+
+@each(("text", "num_parsed"), [(RECIPE, 2), ("[a, ", 0)])
+def test_budget_ends_after_the_values_of_several_texts(text, num_parsed):
+    budget = YamlBudget(8)
+    for _ in range(num_parsed):
+        assert not budget.is_used_up
+        assert budget.compose(text).num_values == 7
+    for _ in range(3):
+        with pytest.raises(yaml.YAMLError):
+            budget.compose(text)
+    assert budget.is_used_up
+    with pytest.raises(yaml.YAMLError, match="too many values of several recipes"):
+        budget.compose("a")

@@ -35,16 +35,44 @@ def read_recipe_text(file: Path) -> tuple[str, str]:
     return content.decode("utf-8", "replace"), hashlib.sha256(content).hexdigest()
 
 
+class YamlBudget:
+    """Number of YAML values that several recipes may have together. The last one may exceed it."""
+
+    def __init__(self, num_values: int) -> None:
+        self._values_left = num_values
+
+    @property
+    def is_used_up(self) -> bool:
+        """Return whether no further recipe is parsed."""
+        return self._values_left <= 0
+
+    def compose(self, text: str) -> ComposedYaml:
+        """Parse the text of a recipe.
+
+        Raises YAMLError for invalid text, for too many values, and if the budget is used up.
+        """
+        if self.is_used_up:
+            raise yaml.YAMLError("too many values of several recipes")
+        try:
+            document = ComposedYaml(text, MAX_RECIPE_VALUES)
+        except yaml.YAMLError:
+            # The number of values before the error is unknown.
+            self._values_left -= min(MAX_RECIPE_VALUES, len(text))
+            raise
+        self._values_left -= document.num_values
+        return document
+
+
 class RecipeDetector:
     """Tells recipes from other YAML files, and remembers those that have not changed."""
 
     def __init__(self) -> None:
         self._known: dict[Path, tuple[tuple[int, int], bool]] = {}
-        self._values_left = 0
+        self._budget = YamlBudget(0)
 
     def start_page(self) -> None:
         """Allow to parse the files of one page. The next page parses further ones."""
-        self._values_left = MAX_PAGE_VALUES
+        self._budget = YamlBudget(MAX_PAGE_VALUES)
 
     def is_recipe(self, file: Path) -> bool:
         """Return whether a file is a recipe; False beyond the bound of the page."""
@@ -56,7 +84,7 @@ class RecipeDetector:
         known = self._known.get(file)
         if known is not None and known[0] == version:
             return known[1]
-        if self._values_left <= 0:
+        if self._budget.is_used_up:
             return False
         is_recipe = self._parse(file)
         if len(self._known) >= MAX_KNOWN_FILES:
@@ -67,15 +95,9 @@ class RecipeDetector:
     def _parse(self, file: Path) -> bool:
         try:
             text = read_text(file, expected="a recipe", max_bytes=MAX_RECIPE_BYTES)
-            document = ComposedYaml(text, MAX_RECIPE_VALUES)
-        except UserError:
+            root = self._budget.compose(text).root
+        except (UserError, yaml.YAMLError):
             return False
-        except yaml.YAMLError:
-            # The number of values before the error is unknown.
-            self._values_left -= min(MAX_RECIPE_VALUES, len(text))
-            return False
-        self._values_left -= document.num_values
-        root = document.root
         if not isinstance(root, yaml.MappingNode):
             return False
         return {"model", "data"} <= {str(name.value) for name, _ in root.value}

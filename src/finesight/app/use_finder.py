@@ -11,8 +11,8 @@ from typing import Any
 import yaml
 
 from finesight.app.line_counter import CHUNK_BYTES
-from finesight.app.recipe_detector import MAX_RECIPE_VALUES, read_recipe_text
-from finesight.bounded_files import ComposedYaml, open_regular_file
+from finesight.app.recipe_detector import YamlBudget, read_recipe_text
+from finesight.bounded_files import open_regular_file
 from finesight.errors import UserError
 from finesight.label.label_store import JOURNAL_FILE, REVIEWED_FILE, read_sources
 from finesight.path_patterns import SearchBudget, iter_matches
@@ -41,8 +41,8 @@ class UseFinder:
         self._folder = folder
         self._root = os.path.realpath(workspace / folder)
         self._bytes_left = MAX_SEARCHED_BYTES
-        self._values_left = MAX_SEARCHED_VALUES
-        self._budget = SearchBudget()
+        self._yaml_budget = YamlBudget(MAX_SEARCHED_VALUES)
+        self._search_budget = SearchBudget()
 
     def is_overlapping(self, name: str) -> bool:
         """Return whether a path is in the folder, or contains it below the workspace."""
@@ -98,21 +98,9 @@ class UseFinder:
         """Return whether a recipe, also an invalid one, uses data or weights of the folder."""
         text = read_recipe_text(self._workspace / recipe)[0]
         try:
-            return self._uses_folder(self._parse(text))
+            return self._uses_folder(self._yaml_budget.compose(text).data())
         except (OSError, UserError, ValueError, yaml.YAMLError):
             return os.path.relpath(self._root, self._workspace) in text
-
-    def _parse(self, text: str) -> Any:
-        """Parse the text of a recipe. Raises YAMLError beyond the bounds."""
-        limit = min(MAX_RECIPE_VALUES, self._values_left)
-        try:
-            document = ComposedYaml(text, limit)
-        except yaml.YAMLError:
-            # The number of values before the error is unknown.
-            self._values_left -= min(limit, len(text))
-            raise
-        self._values_left -= document.num_values
-        return document.data()
 
     def _uses_folder(self, content: Any) -> bool:
         if not isinstance(content, dict):
@@ -123,7 +111,7 @@ class UseFinder:
         if any(map(self._is_inside, patterns)):
             return True
         for pattern in patterns:
-            if any(map(self._is_inside, iter_matches(pattern, self._budget))):
+            if any(map(self._is_inside, iter_matches(pattern, self._search_budget))):
                 return True
         return False
 

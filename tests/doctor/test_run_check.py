@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import yaml
 from case_files import load_cases
+from docs_code_blocks import ROOT
 from doctor_fixtures import find_diagnosis, list_codes
 from each_value import each
 from mutations import mutated_value
@@ -31,7 +32,7 @@ from finesight.config import TrainFileSettings
 from finesight.data.corpus import load_corpus
 from finesight.data.question_forms import read_prompt_format
 from finesight.doctor import run_check
-from finesight.doctor.diagnosis import Diagnosis
+from finesight.doctor.diagnosis import Diagnosis, load_catalog
 from finesight.recipe import load_recipe
 from finesight.report.run_reader import read_run
 
@@ -451,3 +452,12 @@ def test_questions_of_lost_data_are_not_judged(tmp_path: Path) -> None:
     for path in ("gone.jsonl", "s3://bucket/data.jsonl"):
         made.write("recipe.yaml", yaml.safe_dump(RECIPE | {"data": {"train": path}}))
         assert run_check.check_questions(read_run(made.folder)) == []
+
+
+@each("language", ["en", "zh"])
+def test_codes_of_questions_are_documented(language: str) -> None:
+    codes = {code.partition(".")[0] for code in load_catalog() if code.startswith("questions-")}
+    rows = (ROOT / "docs" / language / "doctor.md").read_text("utf-8").splitlines()
+    first_cells = [row.split("|")[1] for row in rows if row.startswith("|")]
+    documented = {*re.findall(r"`(questions-\w+)`", "".join(first_cells))}
+    assert documented == codes

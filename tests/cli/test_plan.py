@@ -2,11 +2,14 @@
 
 import json
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
 from each_value import each
-from tiny_task import make_task, write_recipe
+from tiny_task import TinyTask, make_task, read_losses, write_recipe
+
+from finesight.plan import run_plan
 
 
 @pytest.fixture(autouse=True)
@@ -69,6 +72,71 @@ def test_many_gpus_are_launched_on_several_nodes(cli, gpus, sizes):
     assert command.startswith("finesight launch recipe.yaml")
     assert command.endswith(sizes)
     assert ("torchrun" in purpose) == (gpus <= 8)
+
+
+def test_unfinished_run_is_continued_with_the_settings_of_its_plan(cli):
+    run = TinyTask(Path("other")).rewind_to_checkpoint()
+    recipe = run / "recipe.yaml"
+    start, resume = cli("plan", recipe, "--gpu", "T4", "--gpus", 2).next_steps.split("\n  ")
+    assert start.startswith("finesight launch")
+    assert f"output_dir={run}-2" in start
+    assert resume.startswith("finesight launch")
+    assert "output_dir" not in resume
+    cli(*shlex.split(resume.partition("  # ")[0])[1:], "--out", "job.sh")
+    assert "--resume" in Path("job.sh").read_text()
+    printed = cli("plan", recipe, "--gpu", "T4")
+    assert "contains another run: the next command trains in a new one" in printed.out
+    start, resume = printed.next_steps.split("\n  ")
+    assert start.endswith(f"output_dir={run}-2")
+    command, _, purpose = resume.partition("  # ")
+    assert "train.pack_tokens=" in command
+    assert purpose == "to continue the unfinished run instead"
+    cli(*shlex.split(command)[1:])
+    assert not Path(f"{run}-2").exists()
+    steps = [step for step, _ in read_losses(run)]
+    assert steps == [step for step, _ in read_losses(run.parent / "whole")]
+    # A finished run has no further steps.
+    assert "\n" not in cli("plan", recipe, "--gpu", "T4").next_steps
+
+
+@pytest.fixture
+def unfinished_run() -> Path:
+    """Write the start of a run with the settings of the recipe."""
+    run = Path("run")
+    run.mkdir()
+    (run / "manifest.json").write_text("{}")
+    shutil.copy("recipe.yaml", run)
+    return run
+
+
+@each("setting", ["train.batch_size=3", "train.precision=fp32", "tune.quantize.nf4=[vision]"])
+def test_unfinished_run_is_not_continued_with_other_results(cli, unfinished_run, setting):
+    words = ("run/recipe.yaml", "--gpu", "T4")
+    assert "--resume" in cli("plan", *words).next_steps
+    printed = cli("plan", *words, setting)
+    assert "output_dir=run-2" in printed.next_steps
+    assert "--resume" not in printed.next_steps
+
+
+@each(
+    ("change", "is_continued"),
+    [
+        ("train.parallel=fsdp", True),
+        ("train.activation_checkpointing=0.5", True),
+        ("train.precision=bf16", False),
+        ("tune.quantize.nf4=[vision]", False),
+    ],
+)
+def test_unfinished_run_is_continued_with_some_changes_of_the_plan(
+    cli, unfinished_run, monkeypatch, change, is_continued
+):
+    monkeypatch.setattr(run_plan, "list_overrides", lambda *args: (change,))
+    printed = cli("plan", "run/recipe.yaml", "--gpu", "T4")
+    assert change in printed.next_steps
+    assert ("--resume" in printed.next_steps) == is_continued
+    (unfinished_run / "recipe.yaml").write_text("unknown: 1\n")
+    assert "--resume" not in cli("plan", "recipe.yaml", "--gpu", "T4").next_steps
+    shutil.copy("recipe.yaml", unfinished_run)
 
 
 @each("gpus", ["0", "-1", "10001", "two", "1.5", ""])

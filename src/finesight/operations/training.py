@@ -8,7 +8,7 @@ import os
 import re
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -122,16 +122,22 @@ def plan(
             raise
         lines = [*lines, f"note: {error.where} {error.what}: the next command trains in a new one"]
         new_folder = [f"output_dir={run_dir.next_path}"]
+
+    def list_train_steps(changes: Sequence[str], num_gpus: int) -> list[Step]:
+        steps = [build_train_step(recipe, [*given, *changes, *new_folder], num_gpus)]
+        if new_folder and _can_resume(settings, changes):
+            step = build_train_step(recipe, [*given, *changes], num_gpus, resume=True)
+            steps.append(replace(step, purpose="to continue the unfinished run instead"))
+        return steps
+
     fits = run_plan.chosen_estimate.fits
     advice = run_plan.advice
     steps: list[Step] = []
     if fits:
-        overrides = [*given, *run_plan.overrides, *new_folder]
-        steps = [build_train_step(recipe, overrides, run_plan.target.num_gpus)]
+        steps = list_train_steps(run_plan.overrides, run_plan.target.num_gpus)
     elif advice is not None:
         arguments = {"recipe": recipe, "overrides": given, "gpu": gpu, "gpus": advice.num_gpus}
-        overrides = [*given, *advice.overrides, *new_folder]
-        steps = [Step("plan", arguments), build_train_step(recipe, overrides, advice.num_gpus)]
+        steps = [Step("plan", arguments), *list_train_steps(advice.overrides, advice.num_gpus)]
     return Outcome(
         run_plan,
         lines,
@@ -141,12 +147,51 @@ def plan(
     )
 
 
-def build_train_step(recipe: StrPath, overrides: Sequence[str], num_gpus: int) -> Step:
-    """Return the step that trains on one GPU, or writes a job for several."""
+def _can_resume(settings: Recipe, changes: Sequence[str]) -> bool:
+    """Return whether the folder of a recipe has an unfinished run that allows the changes.
+
+    Args:
+        changes: Overrides of a plan.
+    """
+    from finesight.manifest import RECIPE_FILE
+    from finesight.recipe import load_recipe
+    from finesight.train.run_dir import RunDir
+    from finesight.train.setup import MUTABLE_SETTINGS
+
+    run_dir = RunDir(settings.output_dir)
+    if not run_dir.is_started or run_dir.is_finished:
+        return False
+    # Another precision changes the results.
+    mutable_names = MUTABLE_SETTINGS - {"precision"}
+    for change in changes:
+        section, _, name = change.partition("=")[0].partition(".")
+        if section != "train" or name not in mutable_names:
+            return False
+    try:
+        recorded = load_recipe(run_dir.path / RECIPE_FILE)
+    except UserError:
+        return False
+
+    def dump_results(recipe: Recipe) -> dict[str, Any]:
+        return recipe.model_dump(exclude={"output_dir": True, "train": mutable_names})
+
+    return dump_results(recorded) == dump_results(settings)
+
+
+def build_train_step(
+    recipe: StrPath, overrides: Sequence[str], num_gpus: int, *, resume: bool = False
+) -> Step:
+    """Return the step that trains on one GPU, or writes a job for several.
+
+    Args:
+        resume: Whether to continue the run on one GPU, as a job always does.
+    """
     from finesight.plan.sharded_memory import GPUS_PER_MACHINE
 
     arguments: dict[str, object] = {"recipe": recipe, "overrides": overrides}
     if num_gpus == 1:
+        if resume:
+            arguments["resume"] = True
         return Step("train", arguments)
     sizes = range(min(num_gpus, GPUS_PER_MACHINE), 0, -1)
     gpus_per_node = next(size for size in sizes if num_gpus % size == 0)

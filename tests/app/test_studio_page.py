@@ -657,9 +657,10 @@ def test_proposals_of_commands_are_followed_by_buttons(folder, page, started):
     os.utime(recipe, (0, 0))
     job = write_job(folder, "plan", "plan mine.yaml", exit_code=0, target="mine.yaml")
     overrides = ["train.pack_tokens=2048", "tune.quantize.nf4=[language]"]
-    write_steps(job, Step("train", {"recipe": "mine.yaml", "overrides": overrides}))
+    arguments = {"recipe": "mine.yaml", "overrides": overrides}
+    write_steps(job, Step("train", arguments), Step("train", arguments | {"resume": True}))
     query = "step=plan&recipe=mine.yaml&lang=zh&job=1"
-    assert "使用这些设置" in read_live(folder, query)["bottom"]
+    assert read_live(folder, query)["bottom"].count("使用这些设置") == 1
     assert follow(page, query, "train")["recipe"] == "mine.yaml"
     settings = load_recipe(recipe)
     assert (settings.train.pack_tokens, settings.tune.quantize.nf4) == (2048, ("language",))

@@ -464,15 +464,14 @@ class StudioView:
             saved_at = self._read_saved_time(state.recipe)
             if saved_at is not None and saved_at > job.started_at:
                 return []
-            proposals = []
-            for one in steps:
-                if one.operation == "plan":
-                    # Settings for more GPUs than those of the plan are only a proposal.
-                    return []
-                selected = _select_settings(one)
-                if selected is not None:
-                    proposals.append(("Use these settings", selected))
-            return proposals
+            # Settings for more GPUs than those of the plan are only a proposal. The second step
+            # continues an unfinished run with the settings of the first, as the studio does anyway.
+            if not steps or steps[0].operation == "plan":
+                return []
+            selected = _select_settings(steps[0])
+            if selected is None:
+                return []
+            return [("Use these settings", selected)]
         return [(PROPOSALS["check"], one) for one in steps if step == one.operation == "check"]
 
     def select_arguments(self, operation: str, state: StudioState) -> dict[str, Any]:

@@ -62,6 +62,15 @@ def test_several_gpus_are_planned_and_launched(cli):
     )
 
 
+def test_settings_of_the_plan_replace_those_of_the_command(cli):
+    words = ("plan", "recipe.yaml", "train.parallel=fsdp", "train.epochs=1", "--gpu", "H100")
+    (command,) = cli(*words, "--gpus", "2").next_steps.splitlines()
+    settings = shlex.split(command.partition("  # ")[0])
+    assert "train.epochs=1" in settings
+    assert "train.parallel=ddp" in settings
+    assert "train.parallel=fsdp" not in settings
+
+
 @each(
     ("gpus", "sizes"),
     [(8, ""), (16, "--nodes 2"), (12, "--gpus-per-node 6 --nodes 2"), (1000, "--nodes 125")],

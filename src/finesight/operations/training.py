@@ -124,9 +124,11 @@ def plan(
         new_folder = [f"output_dir={run_dir.next_path}"]
 
     def list_train_steps(changes: Sequence[str], num_gpus: int) -> list[Step]:
-        steps = [build_train_step(recipe, [*given, *changes, *new_folder], num_gpus)]
+        combined = _combine_overrides([*given, *changes])
+        in_new_folder = _combine_overrides([*combined, *new_folder])
+        steps = [build_train_step(recipe, in_new_folder, num_gpus)]
         if new_folder and _can_resume(settings, changes):
-            step = build_train_step(recipe, [*given, *changes], num_gpus, resume=True)
+            step = build_train_step(recipe, combined, num_gpus, resume=True)
             steps.append(replace(step, purpose="to continue the unfinished run instead"))
         return steps
 
@@ -145,6 +147,17 @@ def plan(
         steps,
         exit_code=0 if fits else EXIT_DOES_NOT_FIT,
     )
+
+
+def _combine_overrides(overrides: Sequence[str]) -> list[str]:
+    """Return overrides without those of settings that a later one sets again."""
+    by_setting: dict[str, str] = {}
+    for override in overrides:
+        setting = override.partition("=")[0]
+        # The last one must also be the last in order.
+        by_setting.pop(setting, None)
+        by_setting[setting] = override
+    return [*by_setting.values()]
 
 
 def _can_resume(settings: Recipe, changes: Sequence[str]) -> bool:

@@ -64,7 +64,7 @@ def test_any_pattern_finds_the_files_of_glob(tree, parts):
         ("v*/train.jsonl", ["v1/train.jsonl"]),
         ("v1/**", ["v1/train.jsonl"]),
         ("v1/*/", ["v1/train.jsonl"]),
-        ("*", ["latest", "v1"]),
+        ("*", ["v1", "latest"]),
     ],
 )
 def test_linked_folder_is_found_once_in_any_order_of_the_disk(
@@ -79,7 +79,7 @@ def test_linked_folder_is_found_once_in_any_order_of_the_disk(
 
     monkeypatch.setattr(path_patterns, "iglob", list_names)
     monkeypatch.chdir(tmp_path)
-    assert sorted(iter_matches(pattern)) == found
+    assert [*iter_matches(pattern)] == found
 
 
 def make_folders(folder: Path, count: int = 60) -> None:

@@ -44,7 +44,8 @@ def iter_matches(pattern: str, budget: SearchBudget | None = None) -> Iterator[s
 
     The order is the same on all machines, but not sorted. Differences from `glob.iglob`:
 
-    - A folder to which several paths lead is read once, with the path whose names sort first.
+    - A folder to which several paths lead is read once, with the same one of these paths on all
+      machines.
     - `a/**` does not yield `a/` itself.
     - A slash at the end of the pattern has no effect: it also matches files.
 

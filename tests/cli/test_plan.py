@@ -86,15 +86,18 @@ def test_many_gpus_are_launched_on_several_nodes(cli, gpus, sizes):
 def test_unfinished_run_is_continued_with_the_settings_of_its_plan(cli):
     run = TinyTask(Path("other")).rewind_to_checkpoint()
     recipe = run / "recipe.yaml"
-    start, resume = cli("plan", recipe, "--gpu", "T4", "--gpus", 2).next_steps.split("\n  ")
+    words = ("plan", recipe, "train.precision=fp32", "--gpu", "T4")
+    start, resume = cli(*words, "--gpus", 2).next_steps.split("\n  ")
     assert start.startswith("finesight launch")
     assert f"output_dir={run}-2" in start
     assert resume.startswith("finesight launch")
     assert "output_dir" not in resume
     cli(*shlex.split(resume.partition("  # ")[0])[1:], "--out", "job.sh")
     assert "--resume" in Path("job.sh").read_text()
-    printed = cli("plan", recipe, "--gpu", "T4")
-    assert "contains another run: the next command trains in a new one" in printed.out
+    # The precision of a T4 is fp16, but the run has fp32.
+    assert "--resume" not in cli("plan", recipe, "--gpu", "T4").next_steps
+    printed = cli(*words)
+    assert "contains another run: the training starts in a new one" in printed.out
     start, resume = printed.next_steps.split("\n  ")
     assert start.endswith(f"output_dir={run}-2")
     command, _, purpose = resume.partition("  # ")
@@ -105,7 +108,7 @@ def test_unfinished_run_is_continued_with_the_settings_of_its_plan(cli):
     steps = [step for step, _ in read_losses(run)]
     assert steps == [step for step, _ in read_losses(run.parent / "whole")]
     # A finished run has no further steps.
-    assert "\n" not in cli("plan", recipe, "--gpu", "T4").next_steps
+    assert "\n" not in cli(*words).next_steps
 
 
 @pytest.fixture
@@ -114,6 +117,7 @@ def unfinished_run() -> Path:
     run = Path("run")
     run.mkdir()
     (run / "manifest.json").write_text("{}")
+    (run / "metrics.jsonl").write_text('{"step": 0, "precision": "fp16"}\n')
     shutil.copy("recipe.yaml", run)
     return run
 
@@ -143,9 +147,16 @@ def test_unfinished_run_is_continued_with_some_changes_of_the_plan(
     printed = cli("plan", "run/recipe.yaml", "--gpu", "T4")
     assert change in printed.next_steps
     assert ("--resume" in printed.next_steps) == is_continued
-    (unfinished_run / "recipe.yaml").write_text("unknown: 1\n")
-    assert "--resume" not in cli("plan", "recipe.yaml", "--gpu", "T4").next_steps
-    shutil.copy("recipe.yaml", unfinished_run)
+
+
+@each("name", ["recipe.yaml", "metrics.jsonl"])
+def test_run_with_a_damaged_file_is_not_continued(cli, unfinished_run, name):
+    words = ("plan", "recipe.yaml", "--gpu", "T4")
+    content = (unfinished_run / name).read_text()
+    assert "--resume" in cli(*words).next_steps
+    (unfinished_run / name).write_text("unknown: 1\n")
+    assert "--resume" not in cli(*words).next_steps
+    (unfinished_run / name).write_text(content)
 
 
 @each("gpus", ["0", "-1", "10001", "two", "1.5", ""])

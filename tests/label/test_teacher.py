@@ -310,7 +310,7 @@ LONG_ANSWERS = {
 
 @each("name", LONG_ANSWERS)
 @each("kind", ["fields", "boxes", "text"])
-def test_long_answers_are_cut_off(tmp_path, monkeypatch, name, kind):
+def test_long_answers_are_cut_off(tmp_path, name, kind):
     shutil.rmtree(tmp_path / "labels", ignore_errors=True)
     options = {"fields": {"field_names": ["a"]}, "boxes": {"choices": ["sign"]}}.get(kind, {})
     teacher = ScriptedTeacher(replies=[LONG_ANSWERS[name]] * 3)

@@ -367,6 +367,7 @@ def test_python_plans_several_gpus(task):
         ("NVIDIA A100-SXM4-80GB", "NVLink 3"),
         ("NVIDIA A100 80GB PCIe", "PCIe 4"),
         ("A100-PCIE-40GB", "PCIe 4"),
+        ("Tesla V100-PCIE-32GB", "PCIe 3"),
         ("NVIDIA A10", "PCIe 4"),
         ("NVIDIA GeForce RTX 3090", "PCIe 4"),
         ("Tesla T4", "PCIe 3"),

@@ -102,10 +102,13 @@ class OperationCommand(click.Command):
         arguments = [str(param.name) for param in params if isinstance(param, click.Argument)]
         value = ""
         for word, following in zip_longest(words, words[1:], fillvalue=""):
-            given, _, attached = word.partition("=")
-            # Several short options may share a word.
-            if given == option or (len(option) == 2 and word.startswith(option)):
-                value = attached or following
+            given, _, value = word.partition("=")
+            if given == option:
+                value = value or following
+                break
+            # The value of a short option may be part of its word.
+            if len(option) == 2 and word.startswith(option):
+                value = word[2:].removeprefix("=")
                 break
         if value.startswith("-"):
             value = ""

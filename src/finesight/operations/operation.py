@@ -423,7 +423,7 @@ def _suggest_argument(
     match guess:
         case OptionGuess("option", (found, *given)):
             right = value
-            if given not in ([], [text]):
+            if text and given not in ([], [text]):
                 to_value = _NUMBERS.get(known[options[found]].kind, str)
                 right = to_value(given[0])
             return f"use {options[found]}={right!r}"

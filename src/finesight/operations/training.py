@@ -88,7 +88,8 @@ def plan(
 
     Prints the tokens per sample, the FLOPs of each model part, and memory and training time in two
     columns: for the recipe as written, and for chosen settings that fit into 90 % of the memory.
-    The last line is the command that trains with the chosen settings. The recipe is not modified.
+    The last lines are the command that trains with the chosen settings and, for an unfinished run
+    that can continue with them, the one that resumes it. The recipe is not modified.
 
     With several GPUs, memory is that of each GPU, and train.parallel is one of the chosen settings.
     If a run does not fit, the plan names the number of GPUs that it needs.
@@ -120,14 +121,14 @@ def plan(
     except UserError as error:
         if not os.path.lexists(settings.output_dir):
             raise
-        lines = [*lines, f"note: {error.where} {error.what}: the next command trains in a new one"]
+        lines = [*lines, f"note: {error.where} {error.what}: the training starts in a new one"]
         new_folder = [f"output_dir={run_dir.next_path}"]
 
     def list_train_steps(changes: Sequence[str], num_gpus: int) -> list[Step]:
         combined = _combine_overrides([*given, *changes])
         in_new_folder = _combine_overrides([*combined, *new_folder])
         steps = [build_train_step(recipe, in_new_folder, num_gpus)]
-        if new_folder and _can_resume(settings, changes):
+        if new_folder and _can_resume(settings, changes, run_plan.target.precision):
             step = build_train_step(recipe, combined, num_gpus, resume=True)
             steps.append(replace(step, purpose="to continue the unfinished run instead"))
         return steps
@@ -160,11 +161,12 @@ def _combine_overrides(overrides: Sequence[str]) -> list[str]:
     return [*by_setting.values()]
 
 
-def _can_resume(settings: Recipe, changes: Sequence[str]) -> bool:
+def _can_resume(settings: Recipe, changes: Sequence[str], precision: str) -> bool:
     """Return whether the folder of a recipe has an unfinished run that allows the changes.
 
     Args:
         changes: Overrides of a plan.
+        precision: Precision of the plan, which must be that of the run.
     """
     from finesight.manifest import RECIPE_FILE
     from finesight.recipe import load_recipe
@@ -174,19 +176,21 @@ def _can_resume(settings: Recipe, changes: Sequence[str]) -> bool:
     run_dir = RunDir(settings.output_dir)
     if not run_dir.is_started or run_dir.is_finished:
         return False
-    # Another precision changes the results.
-    mutable_names = MUTABLE_SETTINGS - {"precision"}
     for change in changes:
         section, _, name = change.partition("=")[0].partition(".")
-        if section != "train" or name not in mutable_names:
+        if section != "train" or name not in MUTABLE_SETTINGS - {"precision"}:
             return False
+    starts = (line for line in run_dir.iter_metrics() if "precision" in line)
+    start = next(starts, None)
+    if start is None or start["precision"] != precision:
+        return False
     try:
         recorded = load_recipe(run_dir.path / RECIPE_FILE)
     except UserError:
         return False
 
     def dump_results(recipe: Recipe) -> dict[str, Any]:
-        return recipe.model_dump(exclude={"output_dir": True, "train": mutable_names})
+        return recipe.model_dump(exclude={"output_dir": True, "train": MUTABLE_SETTINGS})
 
     return dump_results(recorded) == dump_results(settings)
 

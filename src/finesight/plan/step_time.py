@@ -294,12 +294,17 @@ def find_link(name: str) -> Link:
     Some cards for PCIe have the name of another form with NVLink, such as `A100 80GB PCIe`.
     """
     key = _normalize_name(name)
-    matches = [spec for spec in GPU_SPECS if _normalize_name(spec.name) in key]
+    key_without_form = key.replace("pcie", "")
+    matches: list[GpuSpec] = []
+    for spec in GPU_SPECS:
+        spec_key = _normalize_name(spec.name)
+        if spec_key in key or spec_key in key_without_form:
+            matches.append(spec)
     longest = max(matches, key=lambda spec: len(spec.name), default=None)
     if longest is None:
         return "PCIe 4"
     if "pcie" in key and longest.link.startswith("NVLink"):
-        return "PCIe 4"
+        return "PCIe 4" if longest.capability >= (8, 0) else "PCIe 3"
     return longest.link
 
 

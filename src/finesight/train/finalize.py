@@ -305,7 +305,8 @@ def _find_unused_responses(state: TrainState) -> UnusedResponses | None:
     for line in state.run.run_dir.iter_metrics():
         if line.get("num_supervised_tokens"):
             return None
-        if "completions/clipped_ratio" in line:
+        # Without a reward, the reward function is the reason.
+        if "reward" in line:
             shares.append(line["completions/clipped_ratio"])
     return UnusedResponses(
         rewards=", ".join(reward.name for reward in recipe.rewards),

@@ -12,7 +12,7 @@ from typing import Any
 
 from PIL import Image
 
-from finesight.data.image_header import read_image_size
+from finesight.data.image_file import read_image_size
 from finesight.data.import_source import ImportOptions, open_unvalidated
 from finesight.data.sample import Sample, sample_to_dict
 

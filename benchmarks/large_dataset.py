@@ -156,8 +156,8 @@ def measure_read_speed(
     from finesight.data.corpus import load_corpus
     from finesight.encode.renderer import build_renderer
     from finesight.model_folder import locate_model
-    from finesight.train.dataloader import StepDataset, read_steps
     from finesight.train.sampler import TrainSampler
+    from finesight.train.step_dataset import StepDataset, read_steps
 
     start = time.perf_counter()
     corpus = load_corpus((TrainFileSettings(path=data),))

@@ -25,9 +25,9 @@ from finesight.model.trainable import configure_tuning
 from finesight.model.vlm import build_model
 from finesight.model.weights_io import save_model
 from finesight.model_folder import ModelFolder, locate_model
-from finesight.train.dataloader import StepDataset
 from finesight.train.flops import FlopCounter, measure_peak_flops
 from finesight.train.sampler import SequentialSampler
+from finesight.train.step_dataset import StepDataset
 
 SAMPLES = 496
 PHOTO_SIZE = 640, 480

@@ -49,7 +49,7 @@ from synthetic_tasks import captions, scenes
 from synthetic_tasks.camera_noise import apply_camera_noise
 
 from finesight.api import evaluate
-from finesight.data.image_header import ImageSize, read_image_size
+from finesight.data.image_file import ImageSize, read_image_size
 from finesight.data.sample import (
     BoxPart,
     ContentPart,

@@ -246,7 +246,7 @@ def main() -> None:
     from finesight.check.image_catalog import inspect_images
     from finesight.config import PixelRange, TrainFileSettings
     from finesight.data.corpus import load_corpus
-    from finesight.data.image_header import CorruptImageError
+    from finesight.data.image_file import CorruptImageError
     from finesight.encode.renderer import NativeRenderer
     from finesight.model_folder import ModelFolder
 

@@ -16,9 +16,9 @@ from torch.distributed.distributed_c10d import _set_pg_timeout
 from finesight.cli.app import run_command
 from finesight.recipe import load_recipe
 from finesight.train import trainer
-from finesight.train.dataloader import StepBatch
 from finesight.train.parallel import distributed
 from finesight.train.state import StepOutput, TrainState
+from finesight.train.step_dataset import StepBatch
 from finesight.train.trainer import train_step
 from finesight.train.training_run import train
 

@@ -22,10 +22,10 @@ from finesight import storage
 from finesight.recipe import load_recipe
 from finesight.train import flops, setup, trainer
 from finesight.train.checkpoint import CheckpointState
-from finesight.train.dataloader import StepBatch
 from finesight.train.finalize import RunResult
 from finesight.train.oom import MemoryBudget
 from finesight.train.state import StepOutput, TrainState
+from finesight.train.step_dataset import StepBatch
 from finesight.train.training_run import train
 
 COLORS = {"red": "#f00", "green": "#0f0", "light blue": "#5a5aff", "white": "#fff"}

@@ -24,7 +24,7 @@ from web_server_fixture import ChatPageDriver, ScriptedService, get_image_pool, 
 from finesight.app import chat_page
 from finesight.app.chat_page import make_chat_app
 from finesight.app.server import Access
-from finesight.data.image_header import read_image_size
+from finesight.data.image_file import read_image_size
 from finesight.data.sample import BoxPart, ImagePart, read_samples
 from finesight.infer.model_loader import load_inference_model
 from finesight.infer.request import SamplingParams

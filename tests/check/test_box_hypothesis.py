@@ -27,7 +27,7 @@ from finesight.check.box_hypothesis import (
     pairwise_iou,
 )
 from finesight.data.boxes import BoxConvention
-from finesight.data.image_header import CorruptImageError
+from finesight.data.image_file import CorruptImageError
 
 Coordinates = tuple[float, float, float, float]
 

@@ -24,7 +24,7 @@ from finesight.check.image_catalog import (
     open_executor,
     prefetch_map,
 )
-from finesight.data.image_header import TruncatedImageError
+from finesight.data.image_file import TruncatedImageError
 from finesight.errors import UserError
 from finesight.vision.image_processing import load_image
 

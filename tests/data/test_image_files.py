@@ -14,7 +14,7 @@ from PIL import Image
 
 from finesight.data import importer
 from finesight.data.exporter import export_dataset
-from finesight.data.image_header import (
+from finesight.data.image_file import (
     CorruptImageError,
     list_pages,
     read_image_size,

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from image_fixtures import write_gray_image
 
-from finesight.data.image_header import CorruptImageError, is_image_value
+from finesight.data.image_file import CorruptImageError, is_image_value
 from finesight.data.image_resolver import ImageNames, ImageResolver, encode_data_url
 from finesight.errors import UserError
 

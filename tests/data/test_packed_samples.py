@@ -14,7 +14,7 @@ from pyarrow import parquet
 from finesight.config import TrainFileSettings
 from finesight.data import parquet_reader
 from finesight.data.corpus import Corpus, load_corpus
-from finesight.data.image_header import (
+from finesight.data.image_file import (
     CorruptImageError,
     read_image_size,
     resolve_content,

@@ -13,7 +13,7 @@ from PIL import Image
 from video_fixtures import find_index, write_audio, write_video
 
 from finesight.data import video_file
-from finesight.data.image_header import (
+from finesight.data.image_file import (
     CorruptImageError,
     ImageTooLargeError,
     MissingImageError,

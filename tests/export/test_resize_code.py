@@ -15,7 +15,7 @@ from PIL import Image
 from tiny_model import TinyFamily, create_tiny_model
 
 from finesight.config import ExactSize, ImageRule, LongestSide, PixelRange, TuneSettings
-from finesight.data.image_header import CorruptImageError
+from finesight.data.image_file import CorruptImageError
 from finesight.export.deployment import GgufFiles, build_llama_server_command
 from finesight.export.hf_files import HF_ARCHITECTURES
 from finesight.export.model_card import collect_uploads

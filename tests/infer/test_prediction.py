@@ -11,7 +11,7 @@ from image_fixtures import write_gray_image
 from PIL import Image
 from tiny_model import create_tiny_model
 
-from finesight.data.image_header import CorruptImageError
+from finesight.data.image_file import CorruptImageError
 from finesight.data.sample import BoxPart
 from finesight.encode.renderer import NativeRenderer
 from finesight.infer import engine as engine_module

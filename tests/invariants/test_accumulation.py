@@ -12,10 +12,10 @@ from torch import Tensor
 
 from finesight.progress import ProgressConsole
 from finesight.recipe import load_recipe
-from finesight.train.dataloader import StepBatch
 from finesight.train.run_dir import RunDir
 from finesight.train.setup import build_train_state
 from finesight.train.state import TrainState
+from finesight.train.step_dataset import StepBatch
 from finesight.train.trainer import train_step
 
 FULL_FINETUNE = {"vision": "full", "merger": "full", "language": "full", "embeddings": "full"}

@@ -7,7 +7,7 @@ import pytest
 from image_fixtures import write_gray_image
 
 from finesight.data.exporter import export_dataset
-from finesight.data.image_header import read_image_size
+from finesight.data.image_file import read_image_size
 from finesight.data.import_source import ImportOptions
 from finesight.data.importer import import_dataset
 from finesight.data.sample import (

@@ -22,7 +22,7 @@ from finesight.infer.request import GenerationRequest, SamplingParams
 from finesight.model.trainable import trainable_parameters
 from finesight.model.vlm import VisionLanguageModel
 from finesight.model_folder import ModelFolder
-from finesight.train.objectives.dpo import (
+from finesight.train.objectives.preferences import (
     KtoObjective,
     PairObjective,
     compute_pair_losses,

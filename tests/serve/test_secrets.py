@@ -24,7 +24,7 @@ PACKAGE = Path(__file__).parents[2] / "src" / "finesight"
 SECRET = "wehrlos-4711"
 
 OPENERS = {
-    "data/image_header.py": "the one that all others use",
+    "data/image_file.py": "the one that all others use",
     "data/augmentation.py": "the JPEG copy that it has just encoded",
     "data/formats/json_annotations.py": "PNG masks in LabelMe files",
     "export/resize_code.py": "code that is printed for other programs, and not executed",

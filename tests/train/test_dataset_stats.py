@@ -10,14 +10,14 @@ from video_fixtures import write_video
 
 from finesight.config import DataSettings, PixelRange, TrainFileSettings
 from finesight.data.corpus import Corpus, draw_subset, load_corpus, open_sample_source
-from finesight.data.image_header import CorruptImageError
+from finesight.data.image_file import CorruptImageError
 from finesight.data.question_forms import MAX_PROMPT_CHARS
 from finesight.encode.packing import find_shared_prefix_length
 from finesight.encode.renderer import NativeRenderer
 from finesight.errors import UserError
 from finesight.model_folder import ModelFolder
 from finesight.train import dataset_stats
-from finesight.train.dataloader import SCAN_CHUNK_SIZE
+from finesight.train.step_dataset import SCAN_CHUNK_SIZE
 
 NUM_SAMPLES = 11
 

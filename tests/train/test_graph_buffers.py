@@ -44,7 +44,7 @@ from finesight.train.graph_buffers import (
     should_capture_vision,
 )
 from finesight.train.objectives import sft
-from finesight.train.objectives.dpo import PairObjective
+from finesight.train.objectives.preferences import PairObjective
 from finesight.train.objectives.sft import fused_linear_cross_entropy
 from finesight.train.optimizer import LARGE_PARAM_ELEMENTS
 

@@ -16,7 +16,8 @@ from finesight.data.augmentation import Augmenter
 from finesight.data.corpus import load_corpus
 from finesight.encode.renderer import NativeRenderer
 from finesight.model_folder import ModelFolder
-from finesight.train.dataloader import (
+from finesight.train.sampler import SequentialSampler
+from finesight.train.step_dataset import (
     DataWorkerError,
     StepBatch,
     StepDataset,
@@ -24,7 +25,6 @@ from finesight.train.dataloader import (
     compute_idle_seconds,
     read_steps,
 )
-from finesight.train.sampler import SequentialSampler
 
 
 @pytest.fixture
@@ -103,7 +103,7 @@ def test_full_shared_memory_is_reported(folder, monkeypatch):
     def full(size: int) -> None:
         raise RuntimeError(f"unable to resize file </torch_1> to the right size: {size}\nmore")
 
-    monkeypatch.setattr("finesight.train.dataloader.get_worker_info", lambda: object())
+    monkeypatch.setattr("finesight.train.step_dataset.get_worker_info", lambda: object())
     monkeypatch.setattr(torch.UntypedStorage, "_new_shared", full)
     found = catch_user_error(make_dataset(folder).load_step, 0)
     assert isinstance(found, DataWorkerError), "the run saves a checkpoint before it ends"

@@ -17,7 +17,7 @@ from tiny_task import TinyTask, act_before_step, read_losses
 from vision_cache_fixtures import LORA, make_train_state
 
 from finesight import storage
-from finesight.data.image_header import CorruptImageError
+from finesight.data.image_file import CorruptImageError
 from finesight.errors import TrainingInterrupted, UserError
 from finesight.evaluate.metric_difference import read_predictions
 from finesight.evaluate.score_function import ScoringError
@@ -25,10 +25,10 @@ from finesight.infer.model_loader import load_inference_model
 from finesight.recipe import load_recipe
 from finesight.train import evaluation, trainer
 from finesight.train.checkpoint import AsyncCheckpointer
-from finesight.train.dataloader import StepBatch
 from finesight.train.finalize import RunResult
 from finesight.train.run_dir import RunDir
 from finesight.train.state import StepOutput, TrainState
+from finesight.train.step_dataset import StepBatch
 from finesight.train.trainer import micro_batch_seed, train_step
 
 ONE_STEP = ("train.steps=1", "train.epochs=null")

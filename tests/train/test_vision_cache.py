@@ -22,7 +22,7 @@ from vision_cache_fixtures import (
     read_all_features,
 )
 
-from finesight.data.image_header import CorruptImageError
+from finesight.data.image_file import CorruptImageError
 from finesight.data.line_index import UnreadableFileError
 from finesight.encode.tokenization import TokenizedSample
 from finesight.errors import TrainingInterrupted, UserError

@@ -33,7 +33,7 @@ from vision_cache_fixtures import (
     read_all_features,
 )
 
-from finesight.data.image_header import CorruptImageError
+from finesight.data.image_file import CorruptImageError
 from finesight.data.video_file import iter_video_frames
 from finesight.encode import renderer as renderer_module
 from finesight.encode.tokenization import VisualSpan

@@ -9,7 +9,7 @@ from PIL import Image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from finesight.config import PixelRange
-from finesight.data.image_header import CorruptImageError
+from finesight.data.image_file import CorruptImageError
 from finesight.errors import UserError
 from finesight.model_folder import ModelFolder
 from finesight.vision.image_processing import (

@@ -49,7 +49,7 @@ from finesight.app.pages import (
 from finesight.app.request_jobs import RequestJobs
 from finesight.app.server import Access, AccessMiddleware
 from finesight.bounded_files import parse_json
-from finesight.data.image_header import get_file
+from finesight.data.image_file import get_file
 from finesight.data.sample import BoxPart, encode_json_line, is_video_path, sample_to_dict
 from finesight.encode.family import DEFAULT_THINKING, ThinkingOptions
 from finesight.errors import UserError

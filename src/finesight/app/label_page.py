@@ -26,7 +26,7 @@ from finesight.app.request_jobs import RequestJobs
 from finesight.app.server import Access, AccessMiddleware
 from finesight.data.boxes import BoxConvention, InvalidBoxError, clip_to_image
 from finesight.data.formats.image_annotations import NO_OBJECTS_ANSWER
-from finesight.data.image_header import CorruptImageError, ImageSize
+from finesight.data.image_file import CorruptImageError, ImageSize
 from finesight.data.sample import BoxPart, TextPart, create_region
 from finesight.errors import UserError, describe_indices
 from finesight.infer.prediction import BOX_COLORS

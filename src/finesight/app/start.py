@@ -274,7 +274,7 @@ def _print_address(
 
 def _get_image_type(path: str) -> str:
     """Return the media type of an image for an example request; empty for others."""
-    from finesight.data.image_header import get_file
+    from finesight.data.image_file import get_file
     from finesight.serve.media_sources import DEFAULT_IMAGE_FORMATS
 
     media_type = mimetypes.guess_type(path)[0] or "image/jpeg"

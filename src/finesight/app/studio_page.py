@@ -44,7 +44,7 @@ from finesight.app.studio_view import (
     name_actions,
 )
 from finesight.app.workspace import as_argument
-from finesight.data.image_header import IMAGE_SUFFIXES
+from finesight.data.image_file import IMAGE_SUFFIXES
 from finesight.errors import LABEL_TRAIN_FRACTION, Step, UserError
 from finesight.label.label_store import JOURNAL_FILE
 from finesight.model_folder import TINY_MODEL

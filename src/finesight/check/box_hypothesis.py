@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from finesight.data.boxes import MAX_DISTANCE, MAX_OVERHANG_PX, BoxConvention, BoxFormat, BoxUnits
-from finesight.data.image_header import CorruptImageError, check_scans, open_image_header
+from finesight.data.image_file import CorruptImageError, check_scans, open_image_header
 from finesight.vision.image_processing import load_image
 
 Floats = NDArray[np.float64]

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from finesight.data.boxes import Box
 from finesight.data.formats.dataset_format import PlaceholderCountError, UnexpectedPlaceholderError
-from finesight.data.image_header import CorruptImageError
+from finesight.data.image_file import CorruptImageError
 from finesight.data.sample import EmptyAnswerError, InvalidTurnsError
 from finesight.errors import UserError, format_count, shorten
 

@@ -21,7 +21,7 @@ from finesight.check.check_issues import (
 from finesight.check.image_catalog import ImageCatalog
 from finesight.check.sample_issues import correct_order, iter_media_paths, remove_placeholders
 from finesight.data.boxes import clip_box
-from finesight.data.image_header import get_file
+from finesight.data.image_file import get_file
 from finesight.data.image_resolver import ImageNames
 from finesight.data.import_source import UnvalidatedSource
 from finesight.data.sample import (

@@ -28,7 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from finesight.data.image_header import (
+from finesight.data.image_file import (
     TRANSPOSED_ORIENTATIONS,
     CorruptImageError,
     ImageSize,

@@ -151,7 +151,7 @@ class ChatTerminal:
         return True
 
     def _add_images(self, argument: str) -> None:
-        from finesight.data.image_header import list_pages
+        from finesight.data.image_file import list_pages
         from finesight.data.video_file import read_visual_size
 
         for path in chain.from_iterable(map(list_pages, _parse_paths(argument))):

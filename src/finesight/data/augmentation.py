@@ -20,7 +20,7 @@ from PIL import Image, ImageFilter
 
 from finesight.config import AugmentSettings, Recipe
 from finesight.data.boxes import Box, box_area, is_inside_image
-from finesight.data.image_header import ImageSize, read_image_size
+from finesight.data.image_file import ImageSize, read_image_size
 from finesight.data.sample import (
     BoxPart,
     ContentPart,

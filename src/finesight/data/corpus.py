@@ -22,7 +22,7 @@ import numpy as np
 
 from finesight.bounded_files import parse_json, to_readable_name
 from finesight.config import DataFileSettings, TrainFileSettings
-from finesight.data.image_header import split_page
+from finesight.data.image_file import split_page
 from finesight.data.line_index import IndexedFile, SampleIndex, open_unchanged
 from finesight.data.parquet_reader import (
     IMAGES_COLUMN,

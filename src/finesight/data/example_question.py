@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from finesight.bounded_files import read_lines
 from finesight.config import is_url
 from finesight.data.corpus import load_corpus
-from finesight.data.image_header import resolve_content
+from finesight.data.image_file import resolve_content
 from finesight.data.marked_prompt import (
     REGION,
     count_marks,

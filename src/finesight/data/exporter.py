@@ -14,7 +14,7 @@ from pathlib import Path
 
 from finesight.data.formats import get_format
 from finesight.data.formats.dataset_format import DatasetFormat, ExportContext
-from finesight.data.image_header import (
+from finesight.data.image_file import (
     CorruptImageError,
     get_file,
     is_page,

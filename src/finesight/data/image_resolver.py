@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from finesight.bounded_files import is_utf8, iter_spellings, to_readable_name
-from finesight.data.image_header import (
+from finesight.data.image_file import (
     DOCUMENT_SUFFIXES,
     IMAGE_MAGICS,
     CorruptImageError,

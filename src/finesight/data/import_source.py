@@ -33,7 +33,7 @@ from finesight.data.formats.dataset_format import (
     make_text_part,
 )
 from finesight.data.formats.image_folder import IMAGEFOLDER, open_imagefolder
-from finesight.data.image_header import PageRanges, read_image_size
+from finesight.data.image_file import PageRanges, read_image_size
 from finesight.data.image_resolver import ImageResolver
 from finesight.data.row_reader import (
     ROW_SUFFIXES,

@@ -30,7 +30,7 @@ from finesight.data.formats.dataset_format import (
     UnexpectedPlaceholderError,
 )
 from finesight.data.formats.row_keys import UnsupportedKeyError
-from finesight.data.image_header import (
+from finesight.data.image_file import (
     CorruptImageError,
     PixelKey,
     decode_image,

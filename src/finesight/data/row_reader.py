@@ -31,7 +31,7 @@ from finesight.bounded_files import (
     to_readable_name,
     translate_os_errors,
 )
-from finesight.data.image_header import IMAGE_SUFFIXES, MAX_MEMBER_BYTES, is_image_value
+from finesight.data.image_file import IMAGE_SUFFIXES, MAX_MEMBER_BYTES, is_image_value
 from finesight.data.line_index import UTF8_BOM, enumerate_lines, open_data_file
 from finesight.data.parquet_reader import (
     check_row_count,

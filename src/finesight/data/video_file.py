@@ -18,7 +18,7 @@ from typing import Any
 
 from PIL import Image
 
-from finesight.data.image_header import (
+from finesight.data.image_file import (
     MAX_IMAGE_BYTES,
     MAX_IMAGE_PIXELS,
     CorruptImageError,

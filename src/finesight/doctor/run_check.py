@@ -34,7 +34,7 @@ from finesight.config import (
     is_url,
 )
 from finesight.data.corpus import Corpus, load_corpus
-from finesight.data.image_header import read_image_size
+from finesight.data.image_file import read_image_size
 from finesight.data.marked_prompt import write_marked_prompt
 from finesight.data.prompt_format import DEFAULT_TEMPLATE, PromptFormat
 from finesight.data.question_forms import (

@@ -26,7 +26,7 @@ from finesight.data.boxes import (
     iter_json_boxes,
     iter_json_values,
 )
-from finesight.data.image_header import ImageSize
+from finesight.data.image_file import ImageSize
 from finesight.data.sample import (
     BoxPart,
     ContentPart,

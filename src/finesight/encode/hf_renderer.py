@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from finesight.config import ImageRule, ImageSettings, PixelLimits, PixelRange
-from finesight.data.image_header import MAX_IMAGE_PIXELS
+from finesight.data.image_file import MAX_IMAGE_PIXELS
 from finesight.data.sample import BoxPart, ContentPart, ImagePart, LocatedSample, Message, TextPart
 from finesight.encode.family import ThinkingOptions
 from finesight.encode.renderer import FAMILIES, Renderer

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from finesight.data.boxes import find_offsets, iter_json_boxes, iter_json_values
-from finesight.data.image_header import ImageSize
+from finesight.data.image_file import ImageSize
 from finesight.data.sample import BoxPart, create_region
 from finesight.encode.family import (
     FRAME_1000,

@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from finesight.data.image_header import ImageSize
+from finesight.data.image_file import ImageSize
 from finesight.data.sample import BoxPart
 from finesight.encode.family import (
     QWEN_VL_MAX_COORDINATE,

@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from finesight.config import ImageRule, ImageSettings
 from finesight.data.augmentation import AugmentedSample, ImageVariant
 from finesight.data.boxes import is_inside_image
-from finesight.data.image_header import ImageSize, read_image_size
+from finesight.data.image_file import ImageSize, read_image_size
 from finesight.data.sample import (
     BoxPart,
     ContentPart,

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from finesight.data.boxes import Box, box_area, contains_center, measure_distance, measure_overlap
-from finesight.data.image_header import DEFAULT_SIZE, ImageSize
+from finesight.data.image_file import DEFAULT_SIZE, ImageSize
 from finesight.data.sample import BoxPart
 from finesight.evaluate.bootstrap import (
     FloatArray,

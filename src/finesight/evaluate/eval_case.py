@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
-from finesight.data.image_header import DEFAULT_SIZE, ImageSize
+from finesight.data.image_file import DEFAULT_SIZE, ImageSize
 from finesight.data.sample import BoxPart, Sample, join_text
 from finesight.errors import UserError
 from finesight.evaluate.bootstrap import (

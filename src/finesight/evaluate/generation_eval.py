@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from finesight.config import EVAL_BATCH_SIZE, EvalSettings, MetricSpec
 from finesight.data.corpus import load_corpus
-from finesight.data.image_header import CorruptImageError
+from finesight.data.image_file import CorruptImageError
 from finesight.data.sample import LocatedSample, read_samples
 from finesight.encode.renderer import Renderer
 from finesight.errors import Step, UserError, format_count, suggest_name

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ValidationError
 
 from finesight.bounded_files import parse_json, read_edge_lines, read_lines
 from finesight.config import MetricSpec
-from finesight.data.image_header import DEFAULT_SIZE, ImageSize
+from finesight.data.image_file import DEFAULT_SIZE, ImageSize
 from finesight.data.sample import BoxPart, Regions
 from finesight.errors import UserError
 from finesight.evaluate.bootstrap import (

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from finesight.data.corpus import load_corpus
-from finesight.data.image_header import CorruptImageError
+from finesight.data.image_file import CorruptImageError
 from finesight.data.sample import ImagePart, LocatedSample, Message, Sample, TextPart
 from finesight.encode.packing import pack
 from finesight.encode.renderer import Renderer

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from finesight.config import Device, Recipe
 from finesight.data.corpus import load_corpus
-from finesight.data.image_header import CorruptImageError
+from finesight.data.image_file import CorruptImageError
 from finesight.encode.hf_renderer import FROM_PRETRAINED_OPTIONS, import_transformers
 from finesight.encode.tokenization import EncodedSample
 from finesight.errors import Remedy, Step, UserError

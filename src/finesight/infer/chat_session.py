@@ -22,7 +22,7 @@ from finesight.data.boxes import (
     split_at_text_boxes,
     strip_code_fences,
 )
-from finesight.data.image_header import ImageSize
+from finesight.data.image_file import ImageSize
 from finesight.data.sample import (
     BoxPart,
     ContentPart,

@@ -18,7 +18,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from finesight.data.boxes import sort_corners
-from finesight.data.image_header import DEFAULT_SIZE, CorruptImageError, ImageSize, get_file
+from finesight.data.image_file import DEFAULT_SIZE, CorruptImageError, ImageSize, get_file
 from finesight.data.marked_prompt import write_marked_prompt
 from finesight.data.prompt_format import DEFAULT_PROMPT_FORMAT, PromptFormat
 from finesight.data.question_forms import find_question

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from finesight.config import is_url
 from finesight.data.corpus import load_corpus
 from finesight.data.formats.image_annotations import NO_OBJECTS_ANSWER
-from finesight.data.image_header import IMAGE_SUFFIXES, CorruptImageError, list_pages
+from finesight.data.image_file import IMAGE_SUFFIXES, CorruptImageError, list_pages
 from finesight.data.marked_prompt import remove_marks, write_marked_prompt
 from finesight.data.prompt_format import PromptFormat
 from finesight.data.sample import (

@@ -25,7 +25,7 @@ from pydantic import BaseModel, ConfigDict, Discriminator, ValidationError
 
 from finesight.bounded_files import MAX_FILE_BYTES, is_utf8, read_json
 from finesight.config import Recipe, is_url
-from finesight.data.image_header import CorruptImageError, get_file
+from finesight.data.image_file import CorruptImageError, get_file
 from finesight.data.sample import (
     BoxPart,
     ContentPart,

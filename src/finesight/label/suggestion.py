@@ -36,7 +36,7 @@ import numpy as np
 import torch
 
 from finesight.data.boxes import MAX_JSON_DEPTH
-from finesight.data.image_header import DEFAULT_SIZE, CorruptImageError, ImageSize
+from finesight.data.image_file import DEFAULT_SIZE, CorruptImageError, ImageSize
 from finesight.data.sample import ContentPart, LocatedSample, TextPart
 from finesight.encode.answer_lengths import describe_truncation
 from finesight.encode.packing import pack

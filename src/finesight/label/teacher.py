@@ -44,7 +44,7 @@ from finesight.data.boxes import (
     iter_json_values,
 )
 from finesight.data.formats.image_annotations import NO_OBJECTS_ANSWER
-from finesight.data.image_header import DEFAULT_SIZE, CorruptImageError, ImageSize
+from finesight.data.image_file import DEFAULT_SIZE, CorruptImageError, ImageSize
 from finesight.data.sample import (
     BoxPart,
     ContentPart,

@@ -31,7 +31,7 @@ from pydantic import BaseModel, ValidationError
 from finesight.bounded_files import read_bytes
 from finesight.config import Recipe
 from finesight.data.corpus import Corpus, load_corpus
-from finesight.data.image_header import get_file, split_page
+from finesight.data.image_file import get_file, split_page
 from finesight.data.importer import group_rows, split_by_image
 from finesight.data.sample import write_samples
 from finesight.errors import TrainingInterrupted, UserError, format_count

@@ -453,7 +453,7 @@ def show(
     """
     from finesight.data.augmentation import Augmenter
     from finesight.data.corpus import load_corpus
-    from finesight.data.image_header import CorruptImageError
+    from finesight.data.image_file import CorruptImageError
     from finesight.encode.renderer import NativeRenderer
     from finesight.encode.tokenization import format_token_table
     from finesight.operations.model import token_table_to_dict

@@ -30,7 +30,7 @@ from finesight.progress import ProgressConsole
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from finesight.data.image_header import PageRanges
+    from finesight.data.image_file import PageRanges
     from finesight.data.prompt_format import PromptFormat
     from finesight.data.sample import LocatedSample
     from finesight.doctor.diagnosis import DiagnosisSections
@@ -277,7 +277,7 @@ def _load_samples(
     skipped: SkippedInputs,
 ) -> list[LocatedSample]:
     """Read the samples of a file, or build questions about images."""
-    from finesight.data.image_header import CorruptImageError
+    from finesight.data.image_file import CorruptImageError
     from finesight.data.sample import LocatedSample, read_samples
     from finesight.infer.prediction import build_question
 
@@ -335,7 +335,7 @@ def _group_images(
 
     By default, the pages of a document are a question of their own.
     """
-    from finesight.data.image_header import CorruptImageError, list_pages
+    from finesight.data.image_file import CorruptImageError, list_pages
 
     if not files:
         return [_ImageGroup("", [])]
@@ -383,7 +383,7 @@ def _group_images(
 
 def _find_images(paths: Sequence[Path]) -> list[Path]:
     """Return image files, and those in folders. Raises UserError if there are none."""
-    from finesight.data.image_header import get_file
+    from finesight.data.image_file import get_file
     from finesight.label.label_session import list_images
 
     files: list[Path] = []

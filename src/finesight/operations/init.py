@@ -120,7 +120,7 @@ def init(
             model that is sometimes right, such as a merged run. Default: by the data.
     """
     from finesight.config import METRIC_NAMES
-    from finesight.data.image_header import CorruptImageError
+    from finesight.data.image_file import CorruptImageError
     from finesight.data.importer import REASON_BY_ERROR, SplitError, import_dataset
     from finesight.data.source_fetch import fetch_source
     from finesight.encode.renderer import is_native
@@ -407,7 +407,7 @@ def _reject_unrecognized_images(opened: ImportSource) -> None:
     """Raise UserError if a dataset that was read as text only contains columns with images."""
     from finesight.data.formats.row_keys import iter_nested
     from finesight.data.formats.table import suggest_mapping
-    from finesight.data.image_header import is_image_value
+    from finesight.data.image_file import is_image_value
     from finesight.data.import_source import NUM_PREVIEW_ROWS
 
     def has_image(value: object) -> bool:

@@ -295,7 +295,7 @@ def build_question(images: StrPath | Sequence[StrPath], prompt: str) -> LocatedS
 def _build_question(
     images: StrPath | Sequence[StrPath], prompt: str, prompt_format: PromptFormat
 ) -> LocatedSample:
-    from finesight.data.image_header import list_pages
+    from finesight.data.image_file import list_pages
     from finesight.infer.prediction import build_question as build_sample
 
     is_many = isinstance(images, Sequence) and not isinstance(images, str | bytes)

@@ -202,7 +202,7 @@ def _generate_responses(
     batch_size: int,
 ) -> str:
     """Return a response to each sample as a line of a prediction file, without scores."""
-    from finesight.data.image_header import CorruptImageError
+    from finesight.data.image_file import CorruptImageError
     from finesight.evaluate.eval_case import get_reference_answer
     from finesight.evaluate.metric_difference import create_case, format_prediction_line
     from finesight.infer.prediction import predict

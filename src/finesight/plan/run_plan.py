@@ -58,7 +58,6 @@ from finesight.plan.step_time import (
 )
 from finesight.progress import ProgressConsole
 from finesight.report.summary import format_duration
-from finesight.train.dataloader import MAX_WORKERS, default_num_workers
 from finesight.train.dataset_stats import DatasetStats
 from finesight.train.flops import FlopCounter
 from finesight.train.parallel.distributed import count_launched_ranks
@@ -72,6 +71,7 @@ from finesight.train.recipe_check import (
 from finesight.train.sampler import TrainSampler
 from finesight.train.setup import check_sharding
 from finesight.train.state import RunContext, RunData
+from finesight.train.step_dataset import MAX_WORKERS, default_num_workers
 from finesight.train.vision_cache import MIN_IMAGE_USES
 
 WORKER_MARGIN = 1.3

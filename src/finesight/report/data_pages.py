@@ -18,7 +18,7 @@ from finesight.check.check_issues import (
     IssueImage,
     count_half_octaves,
 )
-from finesight.data.image_header import CorruptImageError
+from finesight.data.image_file import CorruptImageError
 from finesight.data.sample import BoxPart, LocatedSample
 from finesight.encode.family import scale_box
 from finesight.encode.renderer import IM_START, NativeRenderer

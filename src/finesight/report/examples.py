@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from finesight.data.image_header import (
+from finesight.data.image_file import (
     MAX_IMAGE_PIXELS,
     CorruptImageError,
     get_file,

@@ -14,7 +14,7 @@ from typing import Any
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from finesight.data.image_header import get_file
+from finesight.data.image_file import get_file
 from finesight.errors import Step, UserError
 from finesight.evaluate.mathml import is_converter_installed
 from finesight.evaluate.metric_difference import MetricDifference

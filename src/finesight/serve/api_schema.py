@@ -19,7 +19,7 @@ from pydantic import (
     model_validator,
 )
 
-from finesight.data.image_header import MAX_IMAGE_PIXELS
+from finesight.data.image_file import MAX_IMAGE_PIXELS
 from finesight.data.sample import DEFAULT_FPS
 from finesight.encode.family import MAX_SAMPLED_FRAMES, MIN_SAMPLED_FRAMES, ThinkingOptions
 from finesight.errors import UserError

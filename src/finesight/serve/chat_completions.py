@@ -22,7 +22,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
-from finesight.data.image_header import ImageSize
+from finesight.data.image_file import ImageSize
 from finesight.data.sample import (
     TOOL_CALL_END,
     TOOL_CALL_START,

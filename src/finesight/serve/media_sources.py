@@ -25,7 +25,7 @@ import httpx2
 from finesight import __version__
 from finesight.bounded_files import open_regular_file, parse_json
 from finesight.data.formats.label_studio import get_local_path
-from finesight.data.image_header import IMAGE_FORMATS as DECODABLE_FORMATS
+from finesight.data.image_file import IMAGE_FORMATS as DECODABLE_FORMATS
 from finesight.errors import UserError
 from finesight.hub.address import is_offline
 from finesight.hub.bounded_request import ResponseLimitError, read_content

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from finesight.bounded_files import parse_json
 from finesight.data.boxes import POINT_KEY
 from finesight.data.formats.label_studio import parse_label_config
-from finesight.data.image_header import list_pages, read_image_size
+from finesight.data.image_file import list_pages, read_image_size
 from finesight.data.prompt_format import DEFAULT_PROMPT_FORMAT, PromptFormat
 from finesight.data.sample import (
     VIDEO_SUFFIXES,

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from finesight.data.image_header import split_page
+from finesight.data.image_file import split_page
 from finesight.data.prompt_format import DEFAULT_PROMPT_FORMAT, PromptFormat
 from finesight.encode.family import DEFAULT_THINKING, ThinkingOptions
 from finesight.encode.tokenization import (

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from finesight.data.image_header import CorruptImageError, read_image_size
+from finesight.data.image_file import CorruptImageError, read_image_size
 from finesight.data.sample import BoxPart
 from finesight.infer.prediction import draw_boxes
 from finesight.report.examples import pair_predictions, read_boxes, read_image_paths

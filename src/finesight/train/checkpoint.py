@@ -36,10 +36,10 @@ from finesight.storage import (
     verify_folder,
     write_folder,
 )
-from finesight.train.dataloader import TensorBlock
 from finesight.train.oom import MemoryBudget
 from finesight.train.optimizer import LazyTensors, resolve_steps
 from finesight.train.parallel.distributed import SINGLE_PROCESS, ProcessGroup
+from finesight.train.step_dataset import TensorBlock
 
 WEIGHTS_FILE = "trainable.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"

@@ -28,7 +28,6 @@ from finesight.model.decoder import FusibleLayer
 from finesight.model.hf_backend import AnyModel
 from finesight.model.kernels.runtime import HAS_TRITON
 from finesight.model.vlm import VisionLanguageModel
-from finesight.train.dataloader import record_event
 from finesight.train.graph_buffers import (
     MAX_GRAPH_TOKENS,
     MAX_GRAPH_TOKENS_CACHED,
@@ -40,6 +39,7 @@ from finesight.train.graph_buffers import (
     should_capture_vision,
 )
 from finesight.train.objectives.sft import PackKey, SftObjective
+from finesight.train.step_dataset import record_event
 
 
 class GraphTimer:

@@ -26,7 +26,7 @@ from safetensors.numpy import save
 
 from finesight.config import DataFileSettings, DataSettings, Recipe
 from finesight.data.corpus import Corpus, draw_subset, load_corpus
-from finesight.data.image_header import CorruptImageError, get_file, resolve_content
+from finesight.data.image_file import CorruptImageError, get_file, resolve_content
 from finesight.data.prompt_format import PromptFormat
 from finesight.data.question_forms import read_prompt_format
 from finesight.data.sample import LocatedSample, Sample, list_media_paths
@@ -38,9 +38,9 @@ from finesight.errors import Step, UserError, format_count
 from finesight.evaluate import custom_metric
 from finesight.progress import ProgressCallback, ProgressConsole
 from finesight.storage import write_file
-from finesight.train.dataloader import SkippedSample, StepDataset, scan_samples
 from finesight.train.run_dir import RunDir, Split
 from finesight.train.sampler import StepSampler
+from finesight.train.step_dataset import SkippedSample, StepDataset, scan_samples
 from finesight.vision.image_processing import GridTHW
 
 EDGE_BYTES = 8 * 1024

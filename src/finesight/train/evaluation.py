@@ -27,19 +27,19 @@ from finesight.evaluate import custom_metric
 from finesight.evaluate.eval_case import EvalResult, select_eval_samples
 from finesight.progress import ProgressCallback
 from finesight.storage import write_file
-from finesight.train.dataloader import (
-    GlobalStepStats,
-    SkippedSample,
-    StepBatch,
-    read_steps,
-    translate_pack_oom,
-)
 from finesight.train.oom import GpuOutOfMemoryError, MemoryBudget, first_error_line, retry_on_oom
 from finesight.train.optimizer import resolve_steps
 from finesight.train.parallel.distributed import ProcessGroup
 from finesight.train.run_dir import RunDir, Split
 from finesight.train.sampler import SequentialSampler
 from finesight.train.state import TrainState
+from finesight.train.step_dataset import (
+    GlobalStepStats,
+    SkippedSample,
+    StepBatch,
+    read_steps,
+    translate_pack_oom,
+)
 
 if TYPE_CHECKING:
     from finesight.evaluate.generation_eval import GenerationEvalResult, PredictFn, PredictOutput

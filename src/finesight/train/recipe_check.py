@@ -51,16 +51,16 @@ from finesight.recipe_template import StartModel, describe_run
 from finesight.storage import require_free_space
 from finesight.track.backends import require_packages
 from finesight.train.checkpoint import resolve_save_interval
-from finesight.train.dataloader import default_num_workers
 from finesight.train.dataset_stats import TrainingData, list_image_paths, load_training_data
 from finesight.train.objectives.distill import DistillObjective, check_teacher
-from finesight.train.objectives.dpo import KtoObjective, PairObjective
 from finesight.train.objectives.grpo import GrpoObjective
+from finesight.train.objectives.preferences import KtoObjective, PairObjective
 from finesight.train.objectives.sft import SftObjective
 from finesight.train.optimizer import LRSchedule
 from finesight.train.run_dir import RunDir
 from finesight.train.sampler import TrainSampler
 from finesight.train.state import BaseModelRef, RunData
+from finesight.train.step_dataset import default_num_workers
 
 MAX_TRUNCATED_SHARE = 0.5
 """Share of truncated responses up to which missing or equal rewards have other reasons."""

@@ -37,7 +37,6 @@ from finesight.train.checkpoint import (
     check_resume_config,
 )
 from finesight.train.cuda_graphs import CudaGraphRunner
-from finesight.train.dataloader import DeviceLoader, default_num_workers
 from finesight.train.dataset_stats import (
     DatasetStats,
     SampleStats,
@@ -67,6 +66,7 @@ from finesight.train.state import (
     TrainEngine,
     TrainState,
 )
+from finesight.train.step_dataset import DeviceLoader, default_num_workers
 
 MUTABLE_SETTINGS = {
     "num_workers",

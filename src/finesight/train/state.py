@@ -23,7 +23,6 @@ from finesight.manifest import Manifest
 from finesight.model_folder import ModelFolder
 from finesight.progress import ProgressConsole
 from finesight.train.checkpoint import CheckpointManager, CheckpointState, TrainProgress
-from finesight.train.dataloader import DeviceLoader, GlobalStepStats, StepBatch, StepDataset
 from finesight.train.dataset_stats import ImageStates, TrainingData
 from finesight.train.flops import FlopCounter
 from finesight.train.objectives.sft import SftObjective
@@ -32,6 +31,7 @@ from finesight.train.optimizer import LossScaler, LRSchedule, MasterWeightOptimi
 from finesight.train.parallel.distributed import SINGLE_PROCESS, ParallelStrategy, ProcessGroup
 from finesight.train.run_dir import RunDir, Split
 from finesight.train.sampler import DistributedSampler, TrainSampler
+from finesight.train.step_dataset import DeviceLoader, GlobalStepStats, StepBatch, StepDataset
 
 if TYPE_CHECKING:
     from finesight.model.hf_backend import AnyModel

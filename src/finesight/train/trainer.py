@@ -30,16 +30,6 @@ from finesight.train.checkpoint import (
     AsyncCheckpointer,
     resolve_save_interval,
 )
-from finesight.train.dataloader import (
-    DataWorkerError,
-    GlobalStepStats,
-    SkippedSample,
-    StepBatch,
-    read_steps,
-    record_event,
-    time_data_waits,
-    translate_pack_oom,
-)
 from finesight.train.evaluation import (
     load_eval_history,
     resolve_eval_interval,
@@ -59,6 +49,16 @@ from finesight.train.parallel.distributed import (
     RankTimeoutError,
 )
 from finesight.train.state import StepOutput, TrainState
+from finesight.train.step_dataset import (
+    DataWorkerError,
+    GlobalStepStats,
+    SkippedSample,
+    StepBatch,
+    read_steps,
+    record_event,
+    time_data_waits,
+    translate_pack_oom,
+)
 from finesight.train.vision_cache import VisionCache
 
 if TYPE_CHECKING:

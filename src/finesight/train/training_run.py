@@ -21,7 +21,7 @@ from finesight.track.tracker_manager import start_trackers
 from finesight.train.dataset_stats import save_tensors
 from finesight.train.finalize import RunReport, RunResult, finalize_run, load_result, record_failure
 from finesight.train.logging import MetricsLogger, describe_run
-from finesight.train.objectives.dpo import prepare_references
+from finesight.train.objectives.preferences import prepare_references
 from finesight.train.oom import translate_oom_errors
 from finesight.train.parallel.distributed import init_distributed
 from finesight.train.recipe_check import check_disk_space

@@ -32,7 +32,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from finesight.config import VisionCacheMode
-from finesight.data.image_header import CorruptImageError
+from finesight.data.image_file import CorruptImageError
 from finesight.data.line_index import UnreadableFileError
 from finesight.encode.packing import ContextShard
 from finesight.encode.tokenization import VisualSpan

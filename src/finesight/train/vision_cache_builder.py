@@ -32,7 +32,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from finesight.data.corpus import Corpus
-from finesight.data.image_header import CorruptImageError, sha256_content
+from finesight.data.image_file import CorruptImageError, sha256_content
 from finesight.encode.packing import pad_patches
 from finesight.encode.renderer import Renderer
 from finesight.encode.tokenization import TokenizedSample, VisualSpan, iter_video_runs
@@ -42,9 +42,9 @@ from finesight.model.attention import has_amx_bf16
 from finesight.model.hf_backend import AnyModel
 from finesight.model.vlm import VisionLanguageModel
 from finesight.progress import ProgressCallback
-from finesight.train.dataloader import TensorBlock, prefetch_items, record_event, scan_samples
 from finesight.train.oom import first_error_line, release_memory
 from finesight.train.state import TrainState
+from finesight.train.step_dataset import TensorBlock, prefetch_items, record_event, scan_samples
 from finesight.train.vision_cache import (
     MIN_IMAGE_USES,
     CacheTier,

@@ -19,7 +19,7 @@ from PIL import Image
 
 from finesight.config import ExactSize, ImageRule, ImageSettings, LongestSide, PixelRange
 from finesight.data.boxes import smart_resize
-from finesight.data.image_header import (
+from finesight.data.image_file import (
     MAX_IMAGE_PIXELS,
     CorruptImageError,
     ImageSize,

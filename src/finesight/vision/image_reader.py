@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from finesight.data.image_header import (
+from finesight.data.image_file import (
     CorruptImageError,
     ImageSize,
     decode_image,

@@ -26,7 +26,6 @@ from torch import Tensor
 from finesight.cli.app import run_command
 from finesight.errors import TrainingInterrupted
 from finesight.train.checkpoint import OPTIMIZER_FILE, WEIGHTS_FILE
-from finesight.train.dataloader import StepBatch
 from finesight.train.oom import GpuOutOfMemoryError, MemoryBudget, max_unsplit_packs
 from finesight.train.parallel import distributed
 from finesight.train.parallel.distributed import (
@@ -37,6 +36,7 @@ from finesight.train.parallel.distributed import (
     RankTimeoutError,
 )
 from finesight.train.sampler import DistributedSampler
+from finesight.train.step_dataset import StepBatch
 from finesight.train.trainer import Trainer, sync_step
 
 

@@ -58,7 +58,7 @@ from finesight.data.formats.row_keys import (
     is_loss_key,
     sort_keys,
 )
-from finesight.data.image_header import is_image_value
+from finesight.data.image_file import is_image_value
 from finesight.data.row_reader import Record, SourceRow
 from finesight.data.sample import (
     MAX_BOXES,

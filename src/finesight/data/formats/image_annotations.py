@@ -54,7 +54,7 @@ from finesight.data.formats.dataset_format import (
     as_list,
     make_text_part,
 )
-from finesight.data.image_header import (
+from finesight.data.image_file import (
     IMAGE_SUFFIXES,
     MAX_IMAGE_PIXELS,
     TRANSPOSED_ORIENTATIONS,

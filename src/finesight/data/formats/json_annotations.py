@@ -80,7 +80,7 @@ from finesight.data.formats.image_annotations import (
     trace_mask,
 )
 from finesight.data.formats.row_keys import count_keys
-from finesight.data.image_header import MAX_IMAGE_PIXELS
+from finesight.data.image_file import MAX_IMAGE_PIXELS
 from finesight.data.line_index import MAX_LINE_BYTES
 from finesight.data.row_reader import (
     Record,

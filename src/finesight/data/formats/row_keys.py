@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-from finesight.data.image_header import IMAGE_SUFFIXES, is_embedded_media, is_image_value
+from finesight.data.image_file import IMAGE_SUFFIXES, is_embedded_media, is_image_value
 from finesight.data.sample import VIDEO_SUFFIXES, to_json_data
 from finesight.errors import UserError
 

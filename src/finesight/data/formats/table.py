@@ -58,7 +58,7 @@ from finesight.data.formats.row_keys import (
     find_meaning,
     has_value,
 )
-from finesight.data.image_header import is_image_value
+from finesight.data.image_file import is_image_value
 from finesight.data.row_reader import Record, SourceRow
 from finesight.data.sample import (
     MAX_ANSWERS,

@@ -57,7 +57,7 @@ from finesight.data.formats.image_annotations import (
     trace_mask,
 )
 from finesight.data.formats.row_keys import count_keys
-from finesight.data.image_header import CorruptImageError
+from finesight.data.image_file import CorruptImageError
 from finesight.data.image_resolver import IMAGES_FOLDER
 from finesight.data.row_reader import (
     SNIFF_BYTES,

@@ -19,7 +19,7 @@ from finesight.encode.renderer import NativeRenderer, Renderer
 from finesight.errors import UserError
 from finesight.infer.model_loader import load_inference_model, resolve_model_source
 from finesight.model.vlm import VisionLanguageModel
-from finesight.train.objectives.dpo import map_chunks
+from finesight.train.objectives.preferences import map_chunks
 from finesight.train.objectives.sft import PackKey, SftObjective
 
 MAX_TOKEN_IDS = 1 << 18

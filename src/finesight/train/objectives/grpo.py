@@ -15,7 +15,7 @@ from torch import Tensor
 
 from finesight.config import GrpoSettings
 from finesight.encode.packing import PackedBatch
-from finesight.train.objectives.dpo import compute_token_logps, find_responses
+from finesight.train.objectives.preferences import compute_token_logps, find_responses
 from finesight.train.objectives.sft import PackKey, SftObjective
 
 SAPO_TEMPERATURES = 1.0, 1.05

@@ -25,13 +25,13 @@ from finesight.data.sample import Sample
 from finesight.encode.packing import PackedBatch
 from finesight.model.attention import pad_rows
 from finesight.model.lora.fused import MAX_PADDING
-from finesight.train.dataloader import GlobalStepStats
 from finesight.train.dataset_stats import load_tensors, save_tensors
 from finesight.train.evaluation import iter_step_losses
 from finesight.train.objectives.sft import MAX_LOGITS_BYTES, PackKey, SftObjective
 from finesight.train.oom import MemoryBudget, retry_on_oom
 from finesight.train.run_dir import Split
 from finesight.train.state import TrainState
+from finesight.train.step_dataset import GlobalStepStats
 
 REFERENCE_FILE = "reference_logps.safetensors"
 """File of the run folder with the log-probabilities of the reference model."""

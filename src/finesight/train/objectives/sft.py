@@ -18,7 +18,7 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from finesight.encode.packing import PackedBatch
 from finesight.model.fused_ops import has_kernels
 from finesight.model.kernels.cross_entropy import cross_entropy
-from finesight.train.dataloader import GlobalStepStats
+from finesight.train.step_dataset import GlobalStepStats
 
 MAX_LOGITS_BYTES = 1 << 28
 """Maximum size of the fp32 logits of a chunk, in bytes."""

@@ -10,7 +10,7 @@ from edge_case_images import build_tiled_tiff
 from image_fixtures import write_gray_image
 from PIL import Image
 
-from finesight.data.image_header import (
+from finesight.data.image_file import (
     MAX_IMAGE_BYTES,
     MAX_IMAGE_PIXELS,
     CorruptImageError,

@@ -6,7 +6,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from finesight.check.check_issues import CheckIssue, CheckResult
+from finesight.check.check_issues import CheckIssue
+from finesight.check.check_result import CheckResult
 from finesight.check.data_checker import DataChecker, ModelRequirements, inputs_from_files
 from finesight.check.dataset_fixer import FixResult
 from finesight.data.import_source import ImportOptions

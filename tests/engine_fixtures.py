@@ -20,8 +20,9 @@ from finesight.encode.renderer import NativeRenderer
 from finesight.encode.tokenization import EncodedSample
 from finesight.errors import UserError
 from finesight.infer import request
+from finesight.infer.block_manager import append_tokens, hash_images
 from finesight.infer.engine import CPU_BLOCK_SIZE, Engine
-from finesight.infer.kv_cache import KVCache, append_tokens, hash_images
+from finesight.infer.kv_cache import KVCache
 from finesight.infer.model_runner import ModelRunner
 from finesight.infer.scheduler import PromptState
 from finesight.infer.structured_output import build_bitmask

@@ -10,7 +10,7 @@ from case_files import load_cases
 from PIL import Image
 
 from finesight.check.check_issues import count_half_octaves
-from finesight.evaluate.metric_difference import read_predictions
+from finesight.evaluate.prediction_file import read_predictions
 from finesight.evaluate.task_metrics import compute_metrics
 from finesight.storage import write_folder
 

@@ -19,7 +19,7 @@ REFLECTION_CALLS = {
 SETTINGS_NAMES = {"recipe", "settings", "config", "tune", "data", "image"}
 VAGUE_NAMES = {"utils", "util", "common", "helpers", "helper", "misc", "shared", "stuff", "various"}
 
-MAX_FILES_IN_CIRCLES = 10
+MAX_FILES_IN_CIRCLES = 4
 MAX_PRIVATE_NAMES_IN_TESTS = 40
 
 COMPONENT_FILES = {"kto": 15, "pointing": 7, "mlflow": 4, "labelme": 5, "muon": 5, "qwen3_vl": 7}

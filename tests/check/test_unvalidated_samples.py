@@ -12,7 +12,7 @@ from image_fixtures import write_gray_image
 from PIL import Image
 from pyarrow import parquet
 
-from finesight.check.check_issues import CheckResult
+from finesight.check.check_result import CheckResult
 from finesight.check.data_checker import CheckInput, inputs_from_files
 from finesight.config import TrainFileSettings
 from finesight.data.corpus import load_corpus

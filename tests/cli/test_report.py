@@ -7,7 +7,7 @@ from image_fixtures import write_gray_image
 from run_dir_fixtures import START_RECORD, FakeRunDir, make_prediction_line
 
 from finesight.data.sample import read_samples
-from finesight.evaluate.metric_difference import read_predictions
+from finesight.evaluate.prediction_file import read_predictions
 
 
 @pytest.fixture(autouse=True)

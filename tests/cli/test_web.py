@@ -12,7 +12,7 @@ from unittest.mock import Mock
 
 import pytest
 
-from finesight.app.start import resolve_password
+from finesight.app.page_access import resolve_password
 from finesight.errors import UserError
 from finesight.serve import http_protocol
 

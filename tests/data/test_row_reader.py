@@ -20,11 +20,10 @@ from image_fixtures import write_jsonl
 from pyarrow import parquet
 
 from finesight.data import row_reader
+from finesight.data.folder_listing import is_json_file, list_folder
 from finesight.data.row_reader import (
     SourceRow,
-    is_json_file,
     is_webdataset,
-    list_folder,
     open_row_file,
     open_webdataset,
     split_member_name,

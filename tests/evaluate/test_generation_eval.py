@@ -14,7 +14,8 @@ from finesight.config import EvalSettings
 from finesight.data.sample import BoxPart, LocatedSample, write_samples
 from finesight.encode.renderer import NativeRenderer
 from finesight.errors import UserError
-from finesight.evaluate.eval_case import EvalCase, select_eval_samples
+from finesight.evaluate.eval_case import EvalCase
+from finesight.evaluate.eval_result import select_eval_samples
 from finesight.evaluate.generation_eval import evaluate, load_eval_inputs
 from finesight.evaluate.task_metrics import compute_metrics
 from finesight.infer.prediction import predict

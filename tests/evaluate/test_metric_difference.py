@@ -18,9 +18,8 @@ from finesight.evaluate.metric_difference import (
     build_unsampled_difference,
     compare_cases,
     compare_estimators,
-    format_prediction_line,
-    read_predictions,
 )
+from finesight.evaluate.prediction_file import format_prediction_line, read_predictions
 from finesight.infer.prediction import Prediction
 from finesight.train.finalize import format_differences
 

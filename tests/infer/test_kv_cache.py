@@ -8,7 +8,7 @@ from each_value import each
 from torch import Tensor
 
 from finesight.encode.tokenization import EncodedSample, TokenizedSample, VisualSpan
-from finesight.infer import kv_cache
+from finesight.infer import block_manager, kv_cache, paged_attention
 from finesight.model.config import LinearAttentionConfig
 
 LAYERS, HEADS, KEY_HEADS, WIDTH = 2, 4, 2, 8
@@ -91,11 +91,11 @@ def test_decode_attends_only_to_its_sequence(stale):
     _start(cache, blocks, lengths)
     k, v = ([_random(n + 2, KEY_HEADS, WIDTH, seed=s) for n in lengths] for s in (1, 2))
     for own, length, k_TKD, v_TKD in zip(blocks, lengths, k, v, strict=True):
-        chunk = kv_cache.PrefillChunk(own, 0, length, length)
+        chunk = paged_attention.PrefillChunk(own, 0, length, length)
         slots = torch.from_numpy(chunk.compute_slot_mapping(block_size, 0))
         cache.write(0, slots, k_TKD[:length], v_TKD[:length])
     for step in (1, 2):
-        attention = kv_cache.DecodeAttention(cache, len(lengths), max(lengths) + step)
+        attention = paged_attention.DecodeAttention(cache, len(lengths), max(lengths) + step)
         q_RHD = _random(len(lengths), HEADS, WIDTH, seed=step)
         now = [
             torch.stack([x[n + step - 1] for x, n in zip(xs, lengths, strict=True)])
@@ -113,7 +113,9 @@ def test_decode_attends_only_to_its_sequence(stale):
 def test_inactive_slot_does_not_advance_and_writes_to_block_0():
     cache = _cache(2, 4, 4)
     _start(cache, [[2]], (3,))
-    kv_cache.DecodeAttention(cache, 2, 4)(1, *(_random(2, heads, WIDTH) for _, heads in _HEADS))
+    paged_attention.DecodeAttention(cache, 2, 4)(
+        1, *(_random(2, heads, WIDTH) for _, heads in _HEADS)
+    )
     assert cache.seq_lens_R.tolist() == [4, 0]
     written = cache.flatten_layer(1)[0].flatten(1).any(1).nonzero().flatten()
     assert written.tolist() == [0, 11]
@@ -160,7 +162,9 @@ def test_paged_kernel_matches_reference(stale, block_size, heads, key_heads, wid
         for row, (mine, length) in enumerate(zip(blocks, lengths, strict=True)):
             table[row, : len(mine)] = torch.tensor(mine, dtype=torch.int32)
             at = torch.from_numpy(
-                kv_cache.PrefillChunk(mine, 0, length, length).compute_slot_mapping(block_size, 0)
+                paged_attention.PrefillChunk(mine, 0, length, length).compute_slot_mapping(
+                    block_size, 0
+                )
             ).to(card)
             for store, x in zip((keys, values), own[row], strict=True):
                 store.flatten(0, 1).index_copy_(0, at, x.to(card, dtype))
@@ -177,7 +181,7 @@ BLOCK_SIZE = 4
 
 
 def test_prefix_blocks_are_evicted_last():
-    manager, keys = kv_cache.BlockManager(4), [n.to_bytes(2, "big") for n in range(3)]
+    manager, keys = block_manager.BlockManager(4), [n.to_bytes(2, "big") for n in range(3)]
     first = manager.allocate(3)
     manager.cache_blocks(keys, first)
     manager.release(first)
@@ -204,9 +208,9 @@ def _prompt(
     )
 
 
-def _keys(prompt: EncodedSample, cache_salt: str = "") -> list[kv_cache.BlockHash]:
-    return kv_cache.compute_block_hashes(
-        prompt.tokenized, kv_cache.hash_images(prompt), BLOCK_SIZE, cache_salt
+def _keys(prompt: EncodedSample, cache_salt: str = "") -> list[block_manager.BlockHash]:
+    return block_manager.compute_block_hashes(
+        prompt.tokenized, block_manager.hash_images(prompt), BLOCK_SIZE, cache_salt
     )
 
 

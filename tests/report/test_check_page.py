@@ -21,15 +21,8 @@ from each_value import each
 from html_text import read_script_data, read_visible_text
 from image_fixtures import write_gray_image
 
-from finesight.check.check_issues import (
-    ISSUE_TYPES,
-    CheckIssue,
-    CheckResult,
-    DatasetProfile,
-    IssueImage,
-    SamplePreview,
-    SourceStats,
-)
+from finesight.check.check_issues import ISSUE_TYPES, CheckIssue, IssueImage
+from finesight.check.check_result import CheckResult, DatasetProfile, SamplePreview, SourceStats
 from finesight.report.data_pages import CHECKS, MAX_IMAGES_PER_ISSUE, render_check_page
 
 

@@ -16,7 +16,8 @@ from run_dir_fixtures import (
 )
 
 from finesight.errors import UserError
-from finesight.evaluate.metric_difference import compare_cases, read_predictions
+from finesight.evaluate.metric_difference import compare_cases
+from finesight.evaluate.prediction_file import read_predictions
 from finesight.report.compare_page import compare_runs
 from finesight.report.comparison import (
     compare_metrics,

@@ -31,7 +31,8 @@ from run_dir_fixtures import (
     make_step_line,
 )
 
-from finesight.evaluate.metric_difference import MetricDifference, read_predictions
+from finesight.evaluate.metric_difference import MetricDifference
+from finesight.evaluate.prediction_file import read_predictions
 from finesight.report.charts import build_run_charts
 from finesight.report.metric_rows import read_metrics
 from finesight.report.run_page import (

@@ -17,7 +17,7 @@ from finesight.encode.renderer import NativeRenderer
 from finesight.errors import UserError
 from finesight.model_folder import ModelFolder
 from finesight.train import dataset_stats
-from finesight.train.step_dataset import SCAN_CHUNK_SIZE
+from finesight.train.sample_scan import SCAN_CHUNK_SIZE
 
 NUM_SAMPLES = 11
 

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from finesight.evaluate.eval_case import EvalResult, find_best_eval, select_eval_samples
+from finesight.evaluate.eval_result import EvalResult, find_best_eval, select_eval_samples
 
 
 def make_results(*scores: float, metric: str | None = "exact") -> list[EvalResult]:

@@ -18,7 +18,7 @@ from run_dir_fixtures import START_RECORD, FakeRunDir, make_step_line
 from finesight import progress as console_module
 from finesight import storage
 from finesight.errors import TrainingInterrupted
-from finesight.evaluate.eval_case import EvalResult
+from finesight.evaluate.eval_result import EvalResult
 from finesight.progress import ProgressConsole
 from finesight.storage import FileSystem
 from finesight.train.finalize import RunReport

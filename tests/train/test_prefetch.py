@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from finesight.errors import UserError
-from finesight.train.step_dataset import MAX_RESTARTS, prefetch_items
+from finesight.train.prefetch import MAX_RESTARTS, prefetch_items
 
 
 class Items:

@@ -16,15 +16,9 @@ from finesight.data.augmentation import Augmenter
 from finesight.data.corpus import load_corpus
 from finesight.encode.renderer import NativeRenderer
 from finesight.model_folder import ModelFolder
+from finesight.train.prefetch import DataWorkerError, catch_user_error
 from finesight.train.sampler import SequentialSampler
-from finesight.train.step_dataset import (
-    DataWorkerError,
-    StepBatch,
-    StepDataset,
-    catch_user_error,
-    compute_idle_seconds,
-    read_steps,
-)
+from finesight.train.step_dataset import StepBatch, StepDataset, compute_idle_seconds, read_steps
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from vision_cache_fixtures import LORA, make_train_state
 from finesight import storage
 from finesight.data.image_file import CorruptImageError
 from finesight.errors import TrainingInterrupted, UserError
-from finesight.evaluate.metric_difference import read_predictions
+from finesight.evaluate.prediction_file import read_predictions
 from finesight.evaluate.score_function import ScoringError
 from finesight.infer.model_loader import load_inference_model
 from finesight.recipe import load_recipe

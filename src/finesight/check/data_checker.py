@@ -20,16 +20,13 @@ from finesight.check.box_hypothesis import BoxClaim
 from finesight.check.check_issues import (
     ISSUE_TYPES,
     CheckIssue,
-    CheckResult,
-    DatasetProfile,
     IssueImage,
     SampleLocation,
-    SamplePreview,
-    SourceStats,
     count_half_octaves,
     format_location,
     issue_from_error,
 )
+from finesight.check.check_result import CheckResult, DatasetProfile, SamplePreview, SourceStats
 from finesight.check.convention_detector import find_convention_issues, has_enough_samples
 from finesight.check.dataset_fixer import DatasetFixer
 from finesight.check.dataset_issues import ConsistencyChecker, LeakageDetector, RareAnswerChecker

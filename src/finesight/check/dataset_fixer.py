@@ -14,10 +14,10 @@ from finesight.check.check_issues import (
     SKIPPED_SAMPLES_FILE,
     CheckIssue,
     FixAction,
-    FixResult,
     SampleLocation,
     format_location,
 )
+from finesight.check.check_result import FixResult
 from finesight.check.image_catalog import ImageCatalog
 from finesight.check.sample_issues import correct_order, iter_media_paths, remove_placeholders
 from finesight.data.boxes import clip_box

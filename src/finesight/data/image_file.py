@@ -1,9 +1,9 @@
-"""Open images on disk or in tar, Parquet and PDF files; read size and orientation.
+"""Open images on disk or in tar, Parquet and PDF files: header, pages and pixels.
 
 `shard.tar/@1536+20480/0001.jpg` refers to 20,480 bytes of `shard.tar` from byte 1,536,
 `part.parquet/@12/0001.jpg` to the image of this name in row 12 (1-based), and `scan.pdf#page=3` to
 page 3 of a PDF or TIFF file (RFC 8118). Such a path is sufficient to read the image without
-unpacking the container. Pixels are not decoded.
+unpacking the container.
 
 PDFium (extra `pdf`) renders the pages of PDF files. The resolution is fixed, so that boxes in
 pixels of a page fit in training, evaluation and serving. Fonts that a file does not contain are

@@ -30,12 +30,7 @@ from finesight.data.image_file import (
     save_page,
     split_page,
 )
-from finesight.data.sample import (
-    MAX_PARTS,
-    VIDEO_SUFFIXES,
-    InvalidRowError,
-    check_limit,
-)
+from finesight.data.sample import MAX_PARTS, VIDEO_SUFFIXES, InvalidRowError, check_limit
 from finesight.data.video_file import read_visual_size
 from finesight.errors import UserError
 from finesight.storage import translate_os_errors

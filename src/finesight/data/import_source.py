@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Literal
 from finesight.bounded_files import find_existing
 from finesight.data.boxes import BoxFormat, BoxUnits
 from finesight.data.corpus import PACKED_SUFFIXES, open_sample_source, read_first_record
+from finesight.data.folder_listing import ROW_SUFFIXES, FolderListing, list_folder
 from finesight.data.formats import detect_format, get_format, iter_formats
 from finesight.data.formats import table as table_format
 from finesight.data.formats.conversations import (
@@ -35,16 +36,7 @@ from finesight.data.formats.dataset_format import (
 from finesight.data.formats.image_folder import IMAGEFOLDER, open_imagefolder
 from finesight.data.image_file import PageRanges, read_image_size
 from finesight.data.image_resolver import ImageResolver
-from finesight.data.row_reader import (
-    ROW_SUFFIXES,
-    FolderListing,
-    Record,
-    RowReader,
-    SourceRow,
-    concat_rows,
-    list_folder,
-    open_row_file,
-)
+from finesight.data.row_reader import Record, RowReader, SourceRow, concat_rows, open_row_file
 from finesight.data.sample import Sample, validate_roles
 from finesight.errors import UserError
 from finesight.path_patterns import is_glob

@@ -22,6 +22,7 @@ from typing import NamedTuple, Self
 import numpy as np
 
 from finesight.data.boxes import COORDINATE_REMEDIES, InvalidBoxError, TextCoordinates
+from finesight.data.folder_listing import list_folder
 from finesight.data.formats import detect_format
 from finesight.data.formats.dataset_format import (
     ImportContext,
@@ -41,7 +42,7 @@ from finesight.data.image_file import (
 from finesight.data.image_resolver import IMAGES_FOLDER, ImageNames
 from finesight.data.import_source import ImportOptions, ImportSource, open_source
 from finesight.data.line_index import MAX_LINE_BYTES
-from finesight.data.row_reader import SourceRow, list_folder
+from finesight.data.row_reader import SourceRow
 from finesight.data.sample import (
     ImagePart,
     InvalidTurnsError,

@@ -1,4 +1,4 @@
-"""Read rows of JSON, JSON Lines, CSV, TSV, XLSX, Parquet and WebDataset files, and list folders.
+"""Read rows of JSON, JSON Lines, CSV, TSV, XLSX, Parquet and WebDataset files.
 
 In a WebDataset, a tar, a sample is several adjacent files with the same stem: 0001.jpg, 0001.txt,
 0001.json, 0002.jpg, and so on. A row contains the image as `image`, the content of text files under
@@ -12,12 +12,11 @@ import contextlib
 import csv
 import io
 import itertools
-import os
 import posixpath
 import re
 import tarfile
 import zipfile
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, time
@@ -25,12 +24,7 @@ from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
-from finesight.bounded_files import (
-    parse_unique_json,
-    reject_special_file,
-    to_readable_name,
-    translate_os_errors,
-)
+from finesight.bounded_files import parse_unique_json, to_readable_name, translate_os_errors
 from finesight.data.image_file import IMAGE_SUFFIXES, MAX_MEMBER_BYTES, is_image_value
 from finesight.data.line_index import UTF8_BOM, enumerate_lines, open_data_file
 from finesight.data.parquet_reader import (
@@ -44,9 +38,8 @@ from finesight.data.parquet_reader import (
     translate_parquet_errors,
 )
 from finesight.data.sample import check_json, read_data_file, translate_errors
-from finesight.errors import Remedy, Step, UserError, format_count
+from finesight.errors import UserError
 from finesight.hub.archive import TarArchive, open_tar
-from finesight.storage import DIGESTS_FILE
 
 Record = dict[str, Any]
 """A dataset row as JSON-like data; rows from Parquet may contain bytes."""
@@ -565,9 +558,9 @@ def _name_classes(value: Any, feature: Any) -> Any:
     return value
 
 
-TEXT_SUFFIXES = frozenset({"txt", "text", "caption", "transcript", "cls", "id", "index"})
-
 MemberGroup = list[tarfile.TarInfo]
+
+TEXT_SUFFIXES = frozenset({"txt", "text", "caption", "transcript", "cls", "id", "index"})
 
 
 def is_tar_file(path: Path) -> bool:
@@ -693,161 +686,3 @@ def _read_member(tar: TarArchive, member: tarfile.TarInfo) -> bytes:
             remedy="create the tar again without it",
         )
     return tar.read_member(member)
-
-
-ROW_SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".tsv", ".xlsx")
-"""Suffixes of files that contain rows or a complete dataset, in lower case."""
-
-NUM_DETECTION_FILES = 5
-"""Number of annotation files that are read to detect the dataset format."""
-
-
-@dataclass(frozen=True, slots=True)
-class FolderListing:
-    """Sorted paths of the files in a folder and its subfolders.
-
-    Hidden files and the checksum file of finesight are excluded.
-    """
-
-    root: Path
-    files: tuple[Path, ...]
-
-    def image_files(self) -> list[Path]:
-        """Return the files with the suffix of an image format."""
-        return [path for path in self.files if path.suffix.lower() in IMAGE_SUFFIXES]
-
-    def files_with_suffix(self, suffix: str) -> list[Path]:
-        """Return the files with a given suffix, in lower case with its dot."""
-        return [path for path in self.files if path.suffix.lower() == suffix]
-
-    def suggest_source(self) -> Remedy:
-        """Return a suggestion for a folder that no dataset format can open.
-
-        It names the closest format and the files that it misses.
-        """
-        for suffix in ROW_SUFFIXES:
-            if files := self.files_with_suffix(suffix):
-                by_stem = {path.stem: path for path in files}
-                train, evaluation = by_stem.get("train"), by_stem.get("eval")
-                advice = f"give the file itself, such as {train or files[0]}"
-                if train is not None and evaluation is not None:
-                    advice += f"; a check also takes --against {evaluation}"
-                return advice
-        images, texts = self.image_files(), self.files_with_suffix(".txt")
-        for first in self.files_with_suffix(".xml"):
-            return f"the closest is voc: its XML files contain <annotation>, in contrast to {first}"
-        if images and texts:
-            return (
-                "the closest is folder: texts have the names of their images, a.jpg and a.txt; "
-                f"found {images[0].name} and {texts[0].name}"
-            )
-        if images:
-            purpose = (
-                "add a table or a .txt file with the answer next to each image, sort the images"
-                " into one folder per class, or label them"
-            )
-            arguments = {"run_or_model": "MODEL", "sources": [str(self.root)], "prompt": "TEXT"}
-            return Step("label", arguments, purpose)
-        return "give the folder with the images and labels, or the file with the rows"
-
-    def __str__(self) -> str:
-        counts = Counter(path.suffix.lower() or "no suffix" for path in self.files)
-        kinds = [f"{count} {suffix}" for suffix, count in counts.most_common(6)]
-        return ", ".join(kinds) or "no file"
-
-
-def list_folder(root: Path) -> FolderListing:
-    """List all files below a folder, including those behind symbolic links to folders.
-
-    Each folder is visited once.
-
-    Raises:
-        SpecialFileError: A file is a named pipe, a socket or a device.
-    """
-    return FolderListing(root, tuple(sorted(_iter_files(root))))
-
-
-def open_annotation_files(
-    source: Path,
-    suffix: str,
-    description: str,
-    marker: bytes,
-    read_classes: Callable[[Path], tuple[bool, set[str], set[str]]],
-) -> tuple[RowReader, str] | None:
-    """Open annotation files as rows, one per image.
-
-    Args:
-        source: A single annotation file, or a folder of them.
-        suffix: Suffix of annotation files in lower case.
-        description: Description of the format, part of the reason for the match.
-        marker: Text near the start of an annotation file, which may be invalid.
-        read_classes: Function that returns whether a file is an annotation of the format, and its
-            names of classes and of points. It raises UserError for an invalid file.
-
-    Returns:
-        The rows and the reason for the match, or None if none of the first files is an annotation
-            of the format. Each row lists the names of all files.
-    """
-    if source.is_dir():
-        files = list_folder(source).files_with_suffix(suffix)
-    else:
-        is_annotation = source.suffix.lower() == suffix and source.is_file()
-        files = [source] if is_annotation and (suffix != ".json" or is_json_file(source)) else []
-
-    def scan(file: Path) -> tuple[bool, set[str], set[str]]:
-        try:
-            return read_classes(file)
-        except UserError:  # reported when the row is parsed
-            with open_data_file(file) as content:
-                return marker in content.read(SNIFF_BYTES), set(), set()
-
-    if not any(scan(file)[0] for file in files[:NUM_DETECTION_FILES]):
-        return None
-    scans = zip(*(scan(file)[1:] for file in files), strict=True)
-    classes, points = (sorted(set[str]().union(*names)) for names in scans)
-
-    def make_row(row_number: int, file: Path) -> SourceRow:
-        record = {"id": file.stem, "file": str(file), "classes": classes, "points": points}
-        return SourceRow(row_number, str(file), record, source.stem)
-
-    return rows_from_items(files, make_row), f"{description}, {format_count(len(classes), 'class')}"
-
-
-def is_json_file(path: Path, opening: bytes = b"{") -> bool:
-    """Return whether a .json file contains an object, or an array, judged by its first bytes."""
-    if path.suffix.lower() != ".json" or not path.is_file():
-        return False
-    with contextlib.suppress(OSError), path.open("rb") as file:  # the row reader reports it
-        return file.read(SNIFF_BYTES).removeprefix(UTF8_BOM).lstrip().startswith(opening)
-    return False
-
-
-def _iter_files(root: Path) -> Iterator[Path]:
-    """Yield all files below a folder, breadth first, visiting each folder once."""
-    visited: set[str] = set()
-    waiting = deque([str(root)])
-    while waiting:
-        folder = waiting.popleft()
-        real_path = os.path.realpath(folder)
-        if real_path in visited:
-            continue
-        visited.add(real_path)
-        for entry in _list_entries(folder):
-            is_folder = is_file = False
-            with contextlib.suppress(OSError):  # a link into an unreadable folder
-                is_folder, is_file = entry.is_dir(), entry.is_file()
-            if is_folder:
-                waiting.append(entry.path)
-                continue
-            if not is_file:
-                reject_special_file(Path(entry.path))  # broken links are listed
-            if entry.name != DIGESTS_FILE:
-                yield Path(entry.path)
-
-
-def _list_entries(folder: str) -> list[os.DirEntry[str]]:
-    """Return the readable entries of a folder sorted by name, without hidden ones."""
-    with contextlib.suppress(OSError), os.scandir(folder) as entries:
-        shown = [entry for entry in entries if not entry.name.startswith(".")]
-        return sorted(shown, key=lambda entry: entry.name)
-    return []

@@ -21,18 +21,13 @@ from typing import Any
 import yaml
 
 from finesight.bounded_files import load_yaml, reject_special_file
+from finesight.data.folder_listing import ROW_SUFFIXES, list_folder
 from finesight.data.formats import iter_formats
 from finesight.data.formats.image_folder import SPLIT_ALIASES
 from finesight.data.image_file import IMAGE_SUFFIXES
 from finesight.data.import_source import ImportOptions
 from finesight.data.line_index import cache_folder
-from finesight.data.row_reader import (
-    ROW_SUFFIXES,
-    is_tar_file,
-    is_webdataset,
-    list_folder,
-    open_row_file,
-)
+from finesight.data.row_reader import is_tar_file, is_webdataset, open_row_file
 from finesight.errors import UserError, describe_choices, suggest_similar_path
 from finesight.hub.address import is_hub_address, parse_dataset_address
 from finesight.hub.archive import ARCHIVE_SUFFIXES, is_archive, unpack_archive

@@ -44,12 +44,7 @@ from finesight.data.question_forms import (
     read_prompt_format,
 )
 from finesight.data.sample import BoxPart
-from finesight.doctor.diagnosis import (
-    Diagnosis,
-    describe_error,
-    join_command,
-    make_diagnosis,
-)
+from finesight.doctor.diagnosis import Diagnosis, describe_error, join_command, make_diagnosis
 from finesight.errors import UserError, format_count, shorten
 from finesight.model_folder import ModelFolder, resolve_model_path
 from finesight.recipe import load_recipe

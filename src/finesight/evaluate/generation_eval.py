@@ -17,13 +17,10 @@ from finesight.encode.renderer import Renderer
 from finesight.errors import Step, UserError, format_count, suggest_name
 from finesight.evaluate import custom_metric
 from finesight.evaluate.bootstrap import ConfidenceInterval
-from finesight.evaluate.eval_case import (
-    MetricValues,
-    get_reference_answer,
-    note_lines,
-    select_eval_samples,
-)
-from finesight.evaluate.metric_difference import count_correct, create_case, format_prediction_line
+from finesight.evaluate.eval_case import MetricValues, get_reference_answer, note_lines
+from finesight.evaluate.eval_result import select_eval_samples
+from finesight.evaluate.metric_difference import count_correct
+from finesight.evaluate.prediction_file import create_case, format_prediction_line
 from finesight.evaluate.task_metrics import (
     TASK_METRICS,
     check_references,

@@ -23,7 +23,8 @@ from finesight.data.sample import (
 )
 from finesight.errors import UserError, suggest_name
 from finesight.evaluate.eval_case import ReferenceAnswer, get_reference_answer
-from finesight.evaluate.metric_difference import MetricDifference, compare_estimators, create_case
+from finesight.evaluate.metric_difference import MetricDifference, compare_estimators
+from finesight.evaluate.prediction_file import create_case
 from finesight.evaluate.task_metrics import check_references, compute_metrics, get_primary_metric
 from finesight.recipe import SettingKey, format_key, parse_recipe, read_recipe_text
 from finesight.storage import write_file

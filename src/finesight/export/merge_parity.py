@@ -32,8 +32,8 @@ from finesight.encode.packing import pack
 from finesight.encode.renderer import Renderer
 from finesight.encode.tokenization import EncodedSample
 from finesight.errors import UserError
+from finesight.infer.block_manager import append_tokens
 from finesight.infer.engine import generate
-from finesight.infer.kv_cache import append_tokens
 from finesight.manifest import RECIPE_FILE, find_run_dir
 from finesight.model.vlm import VisionLanguageModel
 from finesight.recipe import load_recipe

@@ -31,7 +31,8 @@ from finesight.encode.tokenization import EncodedSample
 from finesight.errors import Remedy, Step, UserError
 from finesight.evaluate.custom_metric import check_metric
 from finesight.evaluate.generation_eval import evaluate, load_eval_inputs
-from finesight.evaluate.metric_difference import MetricDifference, compare_cases, read_predictions
+from finesight.evaluate.metric_difference import MetricDifference, compare_cases
+from finesight.evaluate.prediction_file import read_predictions
 from finesight.export.hf_files import EXPORT_FAMILIES, propose_merge
 from finesight.export.model_card import MODEL_CARD_FILE, write_model_card
 from finesight.export.verified_merge import merge_and_verify

@@ -24,7 +24,8 @@ from finesight.encode.hf_renderer import import_transformers
 from finesight.encode.packing import copy_to_device, pack
 from finesight.encode.tokenization import EncodedSample, TokenizedSample
 from finesight.errors import UserError
-from finesight.infer.kv_cache import BlockManager, KVCache, get_kv_bytes_per_token
+from finesight.infer.block_manager import BlockManager
+from finesight.infer.kv_cache import KVCache, get_kv_bytes_per_token
 from finesight.infer.model_runner import ModelRunner
 from finesight.infer.request import EngineEvent, FinishReason, GeneratedToken, GenerationRequest
 from finesight.infer.scheduler import (

@@ -18,8 +18,9 @@ from finesight.encode.family import DEFAULT_THINKING, THINK_END, ThinkingOptions
 from finesight.encode.renderer import Renderer
 from finesight.encode.tokenization import EncodedSample, TextTokenizer, TokenizedSample
 from finesight.errors import UserError, format_count
+from finesight.infer.block_manager import hash_images
 from finesight.infer.engine import GPU_BLOCK_SIZE, Engine, HfEngine
-from finesight.infer.kv_cache import get_kv_bytes_per_token, get_linear_state_bytes, hash_images
+from finesight.infer.kv_cache import get_kv_bytes_per_token, get_linear_state_bytes
 from finesight.infer.model_loader import InferenceModel
 from finesight.infer.prediction import Prediction, build_prediction
 from finesight.infer.request import (

@@ -22,12 +22,12 @@ from torch import Tensor
 
 from finesight.encode.packing import PackedBatch, copy_to_device, pack, plan_packs
 from finesight.encode.tokenization import EncodedSample, LruCache
-from finesight.infer.kv_cache import (
+from finesight.infer.block_manager import get_span_patches
+from finesight.infer.kv_cache import KVCache
+from finesight.infer.paged_attention import (
     DecodeAttention,
-    KVCache,
     PrefillAttention,
     PrefillChunk,
-    get_span_patches,
     has_paged_kernels,
 )
 from finesight.infer.scheduler import PromptState

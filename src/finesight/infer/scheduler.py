@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from finesight.encode.tokenization import EncodedSample
-from finesight.infer.kv_cache import (
+from finesight.infer.block_manager import (
     BlockHash,
     BlockManager,
     append_tokens,

@@ -36,7 +36,8 @@ from finesight.data.importer import group_rows, split_by_image
 from finesight.data.sample import write_samples
 from finesight.errors import TrainingInterrupted, UserError, format_count
 from finesight.evaluate.eval_case import EvalCase
-from finesight.evaluate.metric_difference import MetricDifference, compare_cases, read_predictions
+from finesight.evaluate.metric_difference import MetricDifference, compare_cases
+from finesight.evaluate.prediction_file import read_predictions
 from finesight.evaluate.task_metrics import compute_metrics, get_primary_metric
 from finesight.label.label_store import relocate_sample
 from finesight.recipe import dump_recipe, recipe_from_dict

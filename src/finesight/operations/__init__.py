@@ -22,7 +22,7 @@ OPERATIONS: Mapping[str, Mapping[str, str]] = {
     "Data": {
         "import": "operations.dataset:import_data",
         "check": "operations.dataset:check_data",
-        "label": "app.start:label",
+        "label": "app.start_label:label",
         "sample": "operations.responses:sample",
         "pairs": "operations.responses:pairs",
         "show": "operations.dataset:show",

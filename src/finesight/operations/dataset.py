@@ -24,7 +24,8 @@ from finesight.operations.options import (
 from finesight.progress import ProgressConsole
 
 if TYPE_CHECKING:
-    from finesight.check.check_issues import CheckIssue, CheckResult
+    from finesight.check.check_issues import CheckIssue
+    from finesight.check.check_result import CheckResult
     from finesight.data.exporter import ExportSummary
     from finesight.data.import_source import ImportOptions
     from finesight.data.importer import ImportSummary
@@ -278,7 +279,7 @@ def check_data(
         html: Also write an HTML page with the issues, statistics and random samples.
         seed: Random seed of the samples on the HTML page.
     """
-    from finesight.check import check_issues, data_checker
+    from finesight.check import check_result, data_checker
     from finesight.data.import_source import ImportOptions
     from finesight.infer.model_loader import resolve_model_source
     from finesight.recipe import load_recipe
@@ -346,7 +347,7 @@ def check_data(
             result, images = checker.run(
                 report_issue, on_progress, single_process=not has_main_guard
             )
-        lines = check_issues.format_summary(result, MAX_PRINTED_ISSUES)
+        lines = check_result.format_summary(result, MAX_PRINTED_ISSUES)
         fixed = None
         try:
             if page:
@@ -360,7 +361,7 @@ def check_data(
         except UserError:
             console.log("\n".join(lines))  # the issues, which may prevent the correction
             raise
-    data = check_issues.summary_to_dict(result, fixed)
+    data = check_result.summary_to_dict(result, fixed)
     # Other operations would need the other options and files, too.
     is_plain = len(paths) == 1 and has_defaults and not (against or model or max_length)
     steps: list[Step] = []
@@ -380,7 +381,7 @@ def check_data(
 def _check_validation_samples(checked: CheckedRecipe) -> None:
     """Verify that the metric of a recipe fits its validation samples, without custom metrics."""
     from finesight.data.corpus import load_corpus
-    from finesight.evaluate.eval_case import select_eval_samples
+    from finesight.evaluate.eval_result import select_eval_samples
     from finesight.train.recipe_check import check_eval_references
 
     recipe = checked.recipe

@@ -89,7 +89,7 @@ def evaluate(
     """
     from finesight.encode.answer_lengths import describe_cut_answers, measure_answers
     from finesight.evaluate.custom_metric import check_metric, parse_metric_path
-    from finesight.evaluate.eval_case import select_eval_samples
+    from finesight.evaluate.eval_result import select_eval_samples
     from finesight.evaluate.generation_eval import evaluate as run_evaluation
     from finesight.evaluate.generation_eval import load_eval_inputs
     from finesight.storage import check_new_path, write_new_file
@@ -188,12 +188,7 @@ def predict(
     """
     from finesight.infer.prediction import predict as run_prediction
     from finesight.infer.prediction import save_annotated_images
-    from finesight.storage import (
-        check_new_path,
-        check_writable_folder,
-        write_file,
-        write_folder,
-    )
+    from finesight.storage import check_new_path, check_writable_folder, write_file, write_folder
 
     if out is not None:
         check_new_path(Path(out))
@@ -427,11 +422,7 @@ def report(
         out: HTML page. Default: RUN/report.html.
         incorrect: Also write the incorrect answers of the latest evaluation to this new JSONL file.
     """
-    from finesight.report.run_page import (
-        get_report_file,
-        write_incorrect_predictions,
-        write_report,
-    )
+    from finesight.report.run_page import get_report_file, write_incorrect_predictions, write_report
     from finesight.storage import check_separate
 
     page_file = get_report_file(Path(run), to_path(out))

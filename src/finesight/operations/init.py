@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from finesight.data.import_source import ImportOptions, ImportSource
     from finesight.data.row_reader import SourceRow
     from finesight.data.sample import Sample
-    from finesight.evaluate.metric_difference import ScoredPrediction
+    from finesight.evaluate.prediction_file import ScoredPrediction
     from finesight.plan.run_plan import RunPlan
     from finesight.recipe_template import DetectedTask
     from finesight.train.finalize import RunResult
@@ -500,7 +500,7 @@ def quickstart(
     Args:
         out: Folder for all files.
     """
-    from finesight.evaluate.metric_difference import read_predictions
+    from finesight.evaluate.prediction_file import read_predictions
     from finesight.manifest import PREDICTIONS_FOLDER
     from finesight.synth.tickets import TABLE_FILE, TICKET_FIELDS, write_tickets
 

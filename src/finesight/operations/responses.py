@@ -17,13 +17,7 @@ from finesight.bounded_files import read_json_object
 from finesight.errors import Remedy, Step, UserError, format_count, suggest_similar_path
 from finesight.operations.dataset import build_init_step
 from finesight.operations.model import ModelArgument, get_model_name, load_model
-from finesight.operations.operation import (
-    EXIT_SKIPPED,
-    Outcome,
-    Parameter,
-    SkippedInputs,
-    StrPath,
-)
+from finesight.operations.operation import EXIT_SKIPPED, Outcome, Parameter, SkippedInputs, StrPath
 from finesight.operations.options import (
     LimitOption,
     LoadingOptions,
@@ -36,7 +30,7 @@ from finesight.progress import ProgressConsole
 if TYPE_CHECKING:
     from finesight.config import DataFileSettings, RewardSettings
     from finesight.data.sample import ContentPart, LocatedSample
-    from finesight.evaluate.metric_difference import ScoredPrediction
+    from finesight.evaluate.prediction_file import ScoredPrediction
     from finesight.infer.model_loader import InferenceModel
     from finesight.infer.request import SamplingParams
 
@@ -94,7 +88,7 @@ def sample(
         measure_answers,
     )
     from finesight.evaluate.eval_case import get_reference_answer
-    from finesight.evaluate.metric_difference import read_predictions
+    from finesight.evaluate.prediction_file import read_predictions
     from finesight.evaluate.rewards import RewardScorer
     from finesight.evaluate.score_function import ScoringError
     from finesight.infer.request import SamplingParams
@@ -204,7 +198,7 @@ def _generate_responses(
     """Return a response to each sample as a line of a prediction file, without scores."""
     from finesight.data.image_file import CorruptImageError
     from finesight.evaluate.eval_case import get_reference_answer
-    from finesight.evaluate.metric_difference import create_case, format_prediction_line
+    from finesight.evaluate.prediction_file import create_case, format_prediction_line
     from finesight.infer.prediction import predict
 
     renderer = inference_model.renderer
@@ -428,7 +422,7 @@ def read_responses(file: Path, weights: Sequence[float] = ()) -> Responses:
     Args:
         weights: Weights of the scores, for responses without a mean of them.
     """
-    from finesight.evaluate.metric_difference import read_predictions
+    from finesight.evaluate.prediction_file import read_predictions
 
     responses: Responses = {}
     for one in read_predictions(file):

@@ -15,10 +15,7 @@ from statistics import median
 
 import torch
 
-from finesight.config import (
-    Precision,
-    Recipe,
-)
+from finesight.config import Precision, Recipe
 from finesight.encode.renderer import is_native
 from finesight.errors import UserError
 from finesight.infer.model_loader import resolve_device, select_cpu_precision
@@ -61,6 +58,7 @@ from finesight.report.summary import format_duration
 from finesight.train.dataset_stats import DatasetStats
 from finesight.train.flops import FlopCounter
 from finesight.train.parallel.distributed import count_launched_ranks
+from finesight.train.prefetch import MAX_WORKERS, default_num_workers
 from finesight.train.recipe_check import (
     check_disk_space,
     check_machine,
@@ -71,7 +69,6 @@ from finesight.train.recipe_check import (
 from finesight.train.sampler import TrainSampler
 from finesight.train.setup import check_sharding
 from finesight.train.state import RunContext, RunData
-from finesight.train.step_dataset import MAX_WORKERS, default_num_workers
 from finesight.train.vision_cache import MIN_IMAGE_USES
 
 WORKER_MARGIN = 1.3

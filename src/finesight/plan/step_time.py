@@ -39,7 +39,7 @@ from finesight.plan.peak_memory import PersistentMemory, plan_graph
 from finesight.plan.sharded_memory import FP32_BYTES, GPUS_PER_MACHINE
 from finesight.train.flops import FlopBreakdown, FlopCounter, measure_peak_flops
 from finesight.train.logging import get_device_name
-from finesight.train.step_dataset import default_num_workers
+from finesight.train.prefetch import default_num_workers
 
 Link = Literal["PCIe 3", "PCIe 4", "PCIe 5", "NVLink 2", "NVLink 3", "NVLink 4", "NVLink 5"]
 

@@ -17,12 +17,11 @@ from finesight.evaluate.bootstrap import UNBOUNDED
 from finesight.evaluate.eval_case import MetricResult, mean_metrics
 from finesight.evaluate.metric_difference import (
     MetricDifference,
-    ScoredPrediction,
     build_unsampled_difference,
     compare_estimators,
     index_by_sample,
-    read_predictions,
 )
+from finesight.evaluate.prediction_file import ScoredPrediction, read_predictions
 from finesight.evaluate.task_metrics import (
     LOWER_IS_BETTER,
     METRIC_TEXTS,

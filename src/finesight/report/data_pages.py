@@ -14,10 +14,10 @@ from finesight.check.check_issues import (
     EXIT_CODES,
     ISSUE_TYPES,
     CheckIssue,
-    CheckResult,
     IssueImage,
     count_half_octaves,
 )
+from finesight.check.check_result import CheckResult
 from finesight.data.image_file import CorruptImageError
 from finesight.data.sample import BoxPart, LocatedSample
 from finesight.encode.family import scale_box

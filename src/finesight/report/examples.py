@@ -19,12 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from finesight.data.image_file import (
-    MAX_IMAGE_PIXELS,
-    CorruptImageError,
-    get_file,
-    read_image_size,
-)
+from finesight.data.image_file import MAX_IMAGE_PIXELS, CorruptImageError, get_file, read_image_size
 from finesight.data.sample import BoxPart
 from finesight.errors import UserError
 from finesight.evaluate.bootstrap import BOUNDED, UNBOUNDED, ScoreEstimator, estimate_mean

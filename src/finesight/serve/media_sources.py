@@ -29,12 +29,7 @@ from finesight.data.image_file import IMAGE_FORMATS as DECODABLE_FORMATS
 from finesight.errors import UserError
 from finesight.hub.address import is_offline
 from finesight.hub.bounded_request import ResponseLimitError, read_content
-from finesight.hub.download import (
-    is_allowed_url,
-    is_public_address,
-    join_url,
-    parse_int,
-)
+from finesight.hub.download import is_allowed_url, is_public_address, join_url, parse_int
 from finesight.serve.api_schema import ApiError, ServerLimits
 from finesight.storage import FileLock, write_file
 

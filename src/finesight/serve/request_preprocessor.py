@@ -55,13 +55,7 @@ from finesight.serve.preprocessing_jobs import (
     tokenize_sample,
 )
 from finesight.vision.image_processing import concat_patches
-from finesight.worker_pool import (
-    JobCancellation,
-    JobOutput,
-    Worker,
-    WorkerLostError,
-    WorkerPool,
-)
+from finesight.worker_pool import JobCancellation, JobOutput, Worker, WorkerLostError, WorkerPool
 
 MAX_CHARS_PER_TOKEN = 16
 """Maximum number of characters per token of the context length, checked before tokenization."""

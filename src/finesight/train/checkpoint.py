@@ -26,7 +26,7 @@ from torch import Tensor
 from finesight.bounded_files import read_bytes
 from finesight.config import TrainSettings
 from finesight.errors import Remedy, UserError
-from finesight.evaluate.eval_case import BestEval
+from finesight.evaluate.eval_result import BestEval
 from finesight.storage import (
     move_folder,
     open_tensors,

@@ -39,8 +39,9 @@ from finesight.evaluate import custom_metric
 from finesight.progress import ProgressCallback, ProgressConsole
 from finesight.storage import write_file
 from finesight.train.run_dir import RunDir, Split
+from finesight.train.sample_scan import scan_samples
 from finesight.train.sampler import StepSampler
-from finesight.train.step_dataset import SkippedSample, StepDataset, scan_samples
+from finesight.train.step_dataset import SkippedSample, StepDataset
 from finesight.vision.image_processing import GridTHW
 
 EDGE_BYTES = 8 * 1024

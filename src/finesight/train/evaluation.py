@@ -24,22 +24,17 @@ from finesight.config import EvalSettings
 from finesight.data.sample import LocatedSample
 from finesight.errors import UserError, format_count
 from finesight.evaluate import custom_metric
-from finesight.evaluate.eval_case import EvalResult, select_eval_samples
+from finesight.evaluate.eval_result import EvalResult, select_eval_samples
 from finesight.progress import ProgressCallback
 from finesight.storage import write_file
 from finesight.train.oom import GpuOutOfMemoryError, MemoryBudget, first_error_line, retry_on_oom
 from finesight.train.optimizer import resolve_steps
+from finesight.train.pack_oom import translate_pack_oom
 from finesight.train.parallel.distributed import ProcessGroup
 from finesight.train.run_dir import RunDir, Split
 from finesight.train.sampler import SequentialSampler
 from finesight.train.state import TrainState
-from finesight.train.step_dataset import (
-    GlobalStepStats,
-    SkippedSample,
-    StepBatch,
-    read_steps,
-    translate_pack_oom,
-)
+from finesight.train.step_dataset import GlobalStepStats, SkippedSample, StepBatch, read_steps
 
 if TYPE_CHECKING:
     from finesight.evaluate.generation_eval import GenerationEvalResult, PredictFn, PredictOutput

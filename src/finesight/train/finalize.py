@@ -20,7 +20,8 @@ from finesight.bounded_files import read_bytes
 from finesight.encode.renderer import is_native
 from finesight.errors import Step, TrainingInterrupted, UserError
 from finesight.evaluate import custom_metric
-from finesight.evaluate.eval_case import BestEval, EvalResult, find_best_eval, note_lines
+from finesight.evaluate.eval_case import note_lines
+from finesight.evaluate.eval_result import BestEval, EvalResult, find_best_eval
 from finesight.evaluate.metric_difference import (
     REASON_NO_PREDICTIONS,
     MetricDifference,
@@ -28,8 +29,8 @@ from finesight.evaluate.metric_difference import (
     build_unsampled_difference,
     compare_cases,
     count_correct,
-    read_predictions,
 )
+from finesight.evaluate.prediction_file import read_predictions
 from finesight.manifest import PARAM_AUDIT_FILE, RESULT_FILE
 from finesight.model.hf_backend import save_auto_model
 from finesight.model.linear import iter_adapters

@@ -23,7 +23,8 @@ import torch
 from finesight.check.check_issues import count_half_octaves
 from finesight.encode.packing import PackedBatch
 from finesight.errors import Step, UserError, format_count
-from finesight.evaluate.eval_case import EvalResult, note_lines, select_eval_samples
+from finesight.evaluate.eval_case import note_lines
+from finesight.evaluate.eval_result import EvalResult, select_eval_samples
 from finesight.evaluate.task_metrics import LOWER_IS_BETTER
 from finesight.model.layers import MoeExperts
 from finesight.model.quant.base import find_quantized_weights

@@ -5,13 +5,16 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from pydantic import BaseModel, ConfigDict
 
 from finesight.encode.packing import PackedBatch
 from finesight.errors import Step, UserError
+
+if TYPE_CHECKING:
+    pass
 
 T = TypeVar("T")
 

@@ -15,19 +15,14 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from finesight.config import (
-    QuantizeSettings,
-    Recipe,
-    RewardSettings,
-    TrainSettings,
-    TuneSettings,
-)
+from finesight.config import QuantizeSettings, Recipe, RewardSettings, TrainSettings, TuneSettings
 from finesight.data.sample import Sample
 from finesight.encode.answer_lengths import describe_cut_answers
 from finesight.encode.renderer import Renderer, is_native
 from finesight.errors import Step, UserError
 from finesight.evaluate import custom_metric
-from finesight.evaluate.eval_case import EvalCase, get_reference_answer, select_eval_samples
+from finesight.evaluate.eval_case import EvalCase, get_reference_answer
+from finesight.evaluate.eval_result import select_eval_samples
 from finesight.evaluate.rewards import RewardScorer
 from finesight.evaluate.score_function import RewardError
 from finesight.evaluate.task_metrics import check_references, check_task_metric
@@ -38,11 +33,7 @@ from finesight.model.lora.peft_io import ADAPTER_CONFIG_FILE as ADAPTER_CONFIG
 from finesight.model.lora.peft_io import AdapterMismatchError, load_trainable_adapter, read_adapter
 from finesight.model.quant.fp8 import require_fp8_support
 from finesight.model.quant.nf4 import import_bitsandbytes
-from finesight.model.trainable import (
-    MODEL_PARTS,
-    configure_tuning,
-    infer_tuning,
-)
+from finesight.model.trainable import MODEL_PARTS, configure_tuning, infer_tuning
 from finesight.model.vlm import ARCHITECTURES
 from finesight.model.weights_io import build_checked_model, build_meta_model
 from finesight.model_folder import TINY_MODEL, get_portable_name, resolve_model_path
@@ -57,10 +48,10 @@ from finesight.train.objectives.grpo import GrpoObjective
 from finesight.train.objectives.preferences import KtoObjective, PairObjective
 from finesight.train.objectives.sft import SftObjective
 from finesight.train.optimizer import LRSchedule
+from finesight.train.prefetch import default_num_workers
 from finesight.train.run_dir import RunDir
 from finesight.train.sampler import TrainSampler
 from finesight.train.state import BaseModelRef, RunData
-from finesight.train.step_dataset import default_num_workers
 
 MAX_TRUNCATED_SHARE = 0.5
 """Share of truncated responses up to which missing or equal rewards have other reasons."""

@@ -31,9 +31,9 @@ from finesight.encode.packing import PackedBatch, pack
 from finesight.encode.renderer import NativeRenderer, Renderer
 from finesight.encode.tokenization import EncodedSample, VisualSpan
 from finesight.evaluate.eval_case import EvalCase, get_reference_answer
-from finesight.evaluate.metric_difference import create_case, format_prediction_line
+from finesight.evaluate.prediction_file import create_case, format_prediction_line
 from finesight.evaluate.rewards import RewardScorer
-from finesight.infer.kv_cache import append_tokens, hash_images
+from finesight.infer.block_manager import append_tokens, hash_images
 from finesight.infer.prediction import (
     NUM_READER_THREADS,
     Prediction,

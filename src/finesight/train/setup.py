@@ -37,17 +37,14 @@ from finesight.train.checkpoint import (
     check_resume_config,
 )
 from finesight.train.cuda_graphs import CudaGraphRunner
-from finesight.train.dataset_stats import (
-    DatasetStats,
-    SampleStats,
-    check_image_record,
-)
+from finesight.train.dataset_stats import DatasetStats, SampleStats, check_image_record
 from finesight.train.finalize import ParamAudit
 from finesight.train.flops import FlopCounter, measure_peak_flops
 from finesight.train.objectives.distill import DistillObjective, load_teacher
 from finesight.train.oom import MemoryBudget
 from finesight.train.optimizer import LossScaler, LRSchedule, MasterWeightOptimizer
 from finesight.train.parallel.distributed import SINGLE_PROCESS, ParallelStrategy, ProcessGroup
+from finesight.train.prefetch import default_num_workers
 from finesight.train.recipe_check import (
     build_objective,
     check_machine,
@@ -66,7 +63,7 @@ from finesight.train.state import (
     TrainEngine,
     TrainState,
 )
-from finesight.train.step_dataset import DeviceLoader, default_num_workers
+from finesight.train.step_dataset import DeviceLoader
 
 MUTABLE_SETTINGS = {
     "num_workers",

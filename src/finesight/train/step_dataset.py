@@ -1,29 +1,21 @@
-"""Training data loader: reads, encodes and packs the samples of each step in worker processes.
-
-Worker processes are restarted when they are killed.
-"""
+"""Dataset of training steps: reads, encodes and packs the samples of each step."""
 
 from __future__ import annotations
 
 import json
-import logging
 import math
-import os
-import signal
-import sys
-import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from operator import attrgetter
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from zlib import crc32
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, get_worker_info
+from torch.utils.data import get_worker_info
 
 from finesight.data.line_index import UnreadableFileError
 from finesight.encode.packing import (
@@ -36,198 +28,17 @@ from finesight.encode.packing import (
 )
 from finesight.encode.tokenization import EncodedSample, find_sample_error
 from finesight.errors import UserError
-from finesight.progress import ProgressCallback
-from finesight.train.oom import (
-    GpuOutOfMemoryError,
-    MemoryBudget,
-    first_error_line,
-    propose_plan,
-)
 from finesight.train.parallel.distributed import ParallelStrategy
+from finesight.train.prefetch import DataWorkerError, prefetch_items
 from finesight.train.sampler import DistributedSampler, StepSampler
 from finesight.train.vision_cache import VisionCacheReader
 from finesight.vision.image_processing import concat_shape
-from finesight.worker_pool import exit_with_parent
 
 if TYPE_CHECKING:
     from finesight.data.augmentation import Augmenter
     from finesight.data.corpus import Corpus
     from finesight.data.sample import LocatedSample
     from finesight.encode.renderer import Renderer
-    from finesight.train.state import TrainState
-
-Item = TypeVar("Item")
-
-MAX_WORKERS = 12
-"""Maximum default number of workers per rank; more workers did not increase the throughput."""
-
-
-def default_num_workers(device: torch.device, local_world_size: int = 1) -> int:
-    """Return the default number of data loader workers of a rank.
-
-    The local ranks share the CPU cores equally. With a GPU, the default is all but two of the
-    rank's cores, between 1 and `MAX_WORKERS`. On a CPU, it is 1, or 0 with at most two cores.
-    """
-    cores = max(1, (os.cpu_count() or 1) // local_world_size)
-    if device.type == "cuda":
-        return max(1, min(MAX_WORKERS, cores - 2))
-    return 1 if cores > 2 else 0
-
-
-def prefetch_items(
-    load_item: Callable[[int], Item], indices: Sequence[int], num_workers: int, pin_memory: bool
-) -> Generator[Item, None, None]:
-    """Iterate over items in the given order, loaded by worker processes.
-
-    The workers start immediately. If a worker is killed, all workers are restarted at the next
-    pending item.
-
-    Args:
-        load_item: Function from an index to an item; must be picklable.
-        num_workers: Number of worker processes; 0 loads in this process.
-        pin_memory: Whether to copy items to pinned memory.
-
-    Raises:
-        UserError: An item cannot be loaded.
-        DataWorkerError: Workers were killed repeatedly at the same item.
-    """
-
-    start_method = None
-    if num_workers:
-        # A fork starts in milliseconds without pickling; the workers never use CUDA.
-        start_method = "fork" if sys.platform == "linux" else "spawn"
-
-    def start_workers(start: int) -> Iterator[Item | UserError]:
-        dataset: Any = indices[start:]  # PyTorch requires only __getitem__ and __len__
-        loader: DataLoader[Item | UserError] = DataLoader(
-            dataset,
-            batch_size=None,
-            num_workers=num_workers,
-            collate_fn=partial(catch_user_error, load_item),
-            pin_memory=pin_memory,
-            prefetch_factor=2 if num_workers else None,
-            multiprocessing_context=start_method,
-            worker_init_fn=_start_worker,
-            generator=torch.Generator(),
-        )
-        previous_handler = signal.getsignal(signal.SIGCHLD)
-        items = iter(loader)
-        if threading.current_thread() is threading.main_thread():
-            # The handler of torch raises at any point of the training step when a worker dies.
-            # Without it, the loader detects the death at the next item.
-            signal.signal(signal.SIGCHLD, previous_handler or signal.SIG_DFL)
-        return items
-
-    return _iter_items(start_workers, start_workers(0), num_workers)
-
-
-MAX_RESTARTS = 2
-"""Maximum number of worker restarts at one item, which may itself cause the crash."""
-
-
-class DataWorkerError(UserError):
-    """Raised when a data loader worker was killed or lacks memory, usually shared memory."""
-
-
-def _iter_items(
-    iter_from: Callable[[int], Iterator[Item | UserError]],
-    source: Iterator[Item | UserError],
-    num_workers: int,
-) -> Generator[Item, None, None]:
-    num_done = num_deaths = 0
-    try:
-        while True:
-            try:
-                item = next(source)
-            except StopIteration:
-                return
-            except (RuntimeError, EOFError, ConnectionError, FileNotFoundError) as error:
-                if not num_workers or not _is_worker_death(error):
-                    raise
-                first = (str(error) or type(error).__name__).splitlines()[0]
-                num_deaths += 1
-                if num_deaths > MAX_RESTARTS:
-                    raise DataWorkerError(
-                        f"a data loader worker died {num_deaths} times at the same item: {first}",
-                        where="train.num_workers",
-                        expected="sufficient memory and shared memory (/dev/shm)",
-                        remedy="lower train.num_workers, or set it to 0, and use --resume",
-                    ) from error
-                logging.getLogger(__name__).warning(
-                    "a data loader worker died and is restarted: %s", first
-                )
-                item = None
-            if item is None:
-                # Outside the except block, because the error keeps the old workers alive.
-                source = iter(())
-                source = iter_from(num_done)
-                continue
-            num_done, num_deaths = num_done + 1, 0
-            if isinstance(item, UserError):
-                raise item
-            yield item
-    finally:
-        # Drop the last reference, so that the workers end now.
-        del source
-
-
-def _is_worker_death(error: Exception) -> bool:
-    """Return whether a worker process was killed, as opposed to an exception raised in it."""
-    text = str(error)
-    if isinstance(error, RuntimeError):
-        return text.startswith("DataLoader worker (pid")
-    return "in DataLoader worker process" not in text
-
-
-def _start_worker(worker: int) -> None:
-    exit_with_parent()
-    # Ctrl-C and SIGTERM of a shell reach the complete process group. The training process decides
-    # when to stop, and then ends its workers.
-    os.setsid()
-
-
-def catch_user_error(load_item: Callable[[int], Item], index: int) -> Item | UserError:
-    """Load an item, and return it or the `UserError` that was raised.
-
-    PyTorch's data loader wraps an exception of a worker in its traceback. Returned as a value, the
-    error reaches the main process unchanged.
-    """
-    try:
-        return load_item(index)
-    except UserError as error:
-        return error
-
-
-SCAN_CHUNK_SIZE = 64
-"""Number of samples per item of a scan, loaded by one data loader worker."""
-
-
-def scan_samples(
-    scan_sample: Callable[[int], Item],
-    indices: Sequence[int],
-    num_workers: int,
-    on_progress: ProgressCallback | None = None,
-) -> Generator[Item | UserError, None, None]:
-    """Iterate over the results of a function for samples, in order; errors are results as well.
-
-    Args:
-        scan_sample: Function from a corpus index to a result; must be picklable.
-        num_workers: Maximum number of worker processes.
-        on_progress: Callback for the number of newly scanned samples.
-    """
-    starts = range(0, len(indices), SCAN_CHUNK_SIZE)
-    scan_chunk = partial(_scan_chunk, scan_sample, indices)
-    for chunk in prefetch_items(scan_chunk, starts, min(num_workers, len(starts) // 4), False):
-        yield from chunk
-        if on_progress is not None:
-            on_progress(len(chunk))
-
-
-def _scan_chunk(
-    scan_sample: Callable[[int], Item], indices: Sequence[int], start: int
-) -> list[Item | UserError]:
-    chunk = indices[start : start + SCAN_CHUNK_SIZE]
-    return [catch_user_error(scan_sample, index) for index in chunk]
 
 
 _ALIGNMENT = 64
@@ -687,40 +498,3 @@ def record_event(device: torch.device, *, enable_timing: bool = False) -> torch.
     event = torch.cuda.Event(enable_timing)  # type: ignore[no-untyped-call]
     event.record()
     return event
-
-
-@contextmanager
-def translate_pack_oom(
-    state: TrainState, packed_batch: PackedBatch, budget: MemoryBudget, *, is_training: bool = True
-) -> Iterator[None]:
-    """Convert an out-of-memory error in the context to a `GpuOutOfMemoryError`."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        names, first_line = packed_batch.sample_ids, first_error_line(error)
-        location = f"sample {names[0]:.80}"
-        if len(names) > 1:
-            location = f"{len(names)} samples from {names[0]:.80} on"
-        num_tokens, num_patches = sum(packed_batch.lengths), len(packed_batch.patches_ND)
-        oom_error = GpuOutOfMemoryError(
-            f"the GPU memory is full: {first_line}",
-            where=f"{location}, {num_tokens:,} tokens and {num_patches:,} patches",
-            expected="sufficient memory for one sample at a time"
-            + (" with activation checkpointing" if is_training else ""),
-            remedy=propose_plan(
-                "end other programs on this GPU and start again with --resume, or start a new run"
-                " with smaller images, a lower data.max_length, a lower tune.lora.rank, 4-bit"
-                " frozen weights (tune.quantize.nf4=[language]), or several GPUs"
-                " (train.parallel=fsdp)"
-            ),
-        )
-        can_split = state.max_unsplit_tokens is not None
-        world_size = state.run.hardware.process_group.world_size if can_split else 1
-        smaller = budget.next_smaller(packed_batch, is_training, world_size)
-        # A retry can use the memory of the freed CUDA graphs.
-        has_freed_memory = state.engine.graph_runner.release_graphs()
-        oom_error.next_budget = budget if has_freed_memory else smaller
-        try:
-            raise oom_error from None
-        finally:
-            del oom_error  # this frame and its traceback would keep the tensors of the pack alive

@@ -21,7 +21,7 @@ from torch import Tensor
 from finesight.data.line_index import UnreadableFileError
 from finesight.encode.packing import PackedBatch, dummy_batch
 from finesight.errors import Remedy, TrainingInterrupted, TrainingStopped
-from finesight.evaluate.eval_case import find_best_eval
+from finesight.evaluate.eval_result import find_best_eval
 from finesight.evaluate.score_function import RewardError, ScoringError
 from finesight.storage import require_free_space
 from finesight.train.checkpoint import (
@@ -30,34 +30,25 @@ from finesight.train.checkpoint import (
     AsyncCheckpointer,
     resolve_save_interval,
 )
-from finesight.train.evaluation import (
-    load_eval_history,
-    resolve_eval_interval,
-    run_evaluation,
-)
-from finesight.train.oom import (
-    GpuOutOfMemoryError,
-    MemoryBudget,
-    propose_plan,
-    retry_on_oom,
-)
+from finesight.train.evaluation import load_eval_history, resolve_eval_interval, run_evaluation
+from finesight.train.oom import GpuOutOfMemoryError, MemoryBudget, propose_plan, retry_on_oom
 from finesight.train.optimizer import resolve_steps
+from finesight.train.pack_oom import translate_pack_oom
 from finesight.train.parallel.distributed import (
     PeerFailedError,
     ProcessGroup,
     RankDesyncError,
     RankTimeoutError,
 )
+from finesight.train.prefetch import DataWorkerError
 from finesight.train.state import StepOutput, TrainState
 from finesight.train.step_dataset import (
-    DataWorkerError,
     GlobalStepStats,
     SkippedSample,
     StepBatch,
     read_steps,
     record_event,
     time_data_waits,
-    translate_pack_oom,
 )
 from finesight.train.vision_cache import VisionCache
 

@@ -43,8 +43,10 @@ from finesight.model.hf_backend import AnyModel
 from finesight.model.vlm import VisionLanguageModel
 from finesight.progress import ProgressCallback
 from finesight.train.oom import first_error_line, release_memory
+from finesight.train.prefetch import prefetch_items
+from finesight.train.sample_scan import scan_samples
 from finesight.train.state import TrainState
-from finesight.train.step_dataset import TensorBlock, prefetch_items, record_event, scan_samples
+from finesight.train.step_dataset import TensorBlock, record_event
 from finesight.train.vision_cache import (
     MIN_IMAGE_USES,
     CacheTier,

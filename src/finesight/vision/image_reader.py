@@ -64,7 +64,7 @@ class ImageReader:
         return int(height), int(width)
 
     def list_pages(self, path: Path) -> list[Path]:
-        """Return the pages of a document; see `list_pages` of `data.image_header`."""
+        """Return the pages of a document; see `list_pages` of `data.image_file`."""
         return list(map(Path, self.call(_list_pages, path).value))
 
     def check(self, path: Path) -> str:

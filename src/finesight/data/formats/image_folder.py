@@ -38,6 +38,7 @@ import yaml
 
 from finesight.bounded_files import find_existing, load_yaml
 from finesight.data.boxes import BoxConvention, InvalidBoxError, find_bounds
+from finesight.data.folder_listing import ROW_SUFFIXES, FolderListing, list_folder
 from finesight.data.formats import table
 from finesight.data.formats.dataset_format import (
     DatasetFormat,
@@ -65,14 +66,11 @@ from finesight.data.formats.image_annotations import (
 )
 from finesight.data.line_index import open_data_file
 from finesight.data.row_reader import (
-    ROW_SUFFIXES,
     SNIFF_BYTES,
-    FolderListing,
     Record,
     RowReader,
     SourceRow,
     concat_rows,
-    list_folder,
     open_row_file,
     rows_from_items,
 )

@@ -43,12 +43,8 @@ import numpy as np
 from PIL import Image
 
 from finesight.bounded_files import find_existing, parse_unique_json
-from finesight.data.boxes import (
-    BoxConvention,
-    InvalidBoxError,
-    find_bounds,
-    translate_shape_errors,
-)
+from finesight.data.boxes import BoxConvention, InvalidBoxError, find_bounds, translate_shape_errors
+from finesight.data.folder_listing import is_json_file, list_folder, open_annotation_files
 from finesight.data.formats.dataset_format import (
     DatasetFormat,
     ExportContext,
@@ -82,15 +78,7 @@ from finesight.data.formats.image_annotations import (
 from finesight.data.formats.row_keys import count_keys
 from finesight.data.image_file import MAX_IMAGE_PIXELS
 from finesight.data.line_index import MAX_LINE_BYTES
-from finesight.data.row_reader import (
-    Record,
-    RowReader,
-    SourceRow,
-    is_json_file,
-    list_folder,
-    open_annotation_files,
-    rows_from_items,
-)
+from finesight.data.row_reader import Record, RowReader, SourceRow, rows_from_items
 from finesight.data.sample import (
     MAX_BOXES,
     LocatedSample,

@@ -32,6 +32,7 @@ from finesight.data.boxes import (
     rotate_rectangle,
     translate_shape_errors,
 )
+from finesight.data.folder_listing import list_folder, open_annotation_files
 from finesight.data.formats.dataset_format import (
     DatasetFormat,
     ExportContext,
@@ -59,14 +60,7 @@ from finesight.data.formats.image_annotations import (
 from finesight.data.formats.row_keys import count_keys
 from finesight.data.image_file import CorruptImageError
 from finesight.data.image_resolver import IMAGES_FOLDER
-from finesight.data.row_reader import (
-    SNIFF_BYTES,
-    RowReader,
-    SourceRow,
-    list_folder,
-    open_annotation_files,
-    rows_from_items,
-)
+from finesight.data.row_reader import SNIFF_BYTES, RowReader, SourceRow, rows_from_items
 from finesight.data.sample import (
     MAX_LABEL_FILE_BYTES,
     LocatedSample,

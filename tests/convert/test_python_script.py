@@ -169,12 +169,12 @@ if model_args.adapt:
 Trainer(model=model, args=args).train()
 """
 FUNCTION = """
-def main(adapt{annotation}, level=8):
+def main(adapt{annotation}, level=8, rank{rank}):
     if level == 4:
         config = BitsAndBytesConfig(load_in_4bit=True)
     model = AutoModel.from_pretrained("Qwen/Qwen2-VL-2B-Instruct", quantization_config=config)
     if adapt:
-        model = get_peft_model(model, LoraConfig(r=6, lora_alpha=9))
+        model = get_peft_model(model, LoraConfig(r=rank, lora_alpha=9))
     Trainer(model=model, args=TrainingArguments("o")).train()
 fire.Fire(main)
 """
@@ -186,6 +186,10 @@ def hf_parser(annotation: str, default: str = "None") -> str:
 
 def argparse_parser(arguments: str) -> str:
     return ARGPARSE_PARSER.format(arguments=arguments) + ADAPTED
+
+
+def function(annotation: str, rank: str = "=None") -> str:
+    return FUNCTION.format(annotation=annotation, rank=rank)
 
 
 def invert(text: str) -> str:
@@ -215,9 +219,13 @@ def invert(text: str) -> str:
         (invert(argparse_parser("type=int")), "--adapt 0", 6),
         (invert(hf_parser("Flag")), "--adapt False", 6),
         (invert(hf_parser("bool")), "--adapt True", None),
-        (FUNCTION.format(annotation=": bool = True"), "--adapt False", None),
-        (FUNCTION.format(annotation="=True"), "--adapt False", None),
-        (FUNCTION.format(annotation=": int = 1"), "--adapt 0", None),
+        (function(": bool = True"), "--adapt False", None),
+        (function("=True"), "--adapt False", None),
+        (function(": int = 1"), "--adapt 0", None),
+        (function("=True"), "", 6),
+        (function("=True", ": Rank = None"), "", 6),
+        (function("=True", ": int = 8"), "", 6),
+        (function("=None"), "--adapt False", 6),
     ],
 )
 def test_options_have_the_types_that_the_script_defines(text, options, rank, tmp_path):

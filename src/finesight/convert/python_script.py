@@ -242,6 +242,7 @@ class Script:
             if not self._counts[name]:
                 known[name] = value
         self._constants: dict[ast.AST, Constants] = {tree: known}
+        self._untyped: dict[tuple[ast.AST, str], object] = {}
         self._read_functions(functions, options)
         self.function_names = {function.name for function in functions}
         self.received: set[str] = set()
@@ -380,6 +381,8 @@ class Script:
 
     def get_untyped_option(self, node: ast.expr) -> object:
         """Return the text of an option whose type only the script knows, or the node itself."""
+        if isinstance(node, ast.Name):
+            return self._untyped.get((self._scopes[node], node.id), node)
         if not isinstance(node, ast.Attribute):
             return node
         name = ast.unparse(node)
@@ -537,7 +540,10 @@ class Script:
     def _read_parameters(
         self, function: ast.FunctionDef, options: Mapping[str, object]
     ) -> dict[str, object]:
-        """Return the parameters of a function that have one value: an option, or their default."""
+        """Return the parameters of a function that have one value: an option, or their default.
+
+        Options whose type only the script knows are kept apart.
+        """
         arguments = function.args
         positional = [*arguments.posonlyargs, *arguments.args]
         nodes: dict[str, ast.expr] = {}
@@ -573,8 +579,10 @@ class Script:
                 found[name] = evaluate_constant(node, self._constants[self._module])
             if name in options and not callers:
                 value = found.pop(name, None)
-                with suppress(ValueError):
+                try:
                     found[name] = convert_option(options[name], types.get(name), value)
+                except ValueError:
+                    self._untyped[function, name] = options[name]
         return found
 
     def _find_dead_nodes(self) -> set[ast.AST]:

@@ -84,8 +84,8 @@ class LlamaFactoryConverter(TrainerConverter):
             raise config.build_error("max_samples", "an integer above 0")
         if folder == "ONLINE" or not names:
             return [DatasetSource(f"{self.hub}:{name}", limit) for name in names]
-        parents = iter_folders(Path(config.where))
-        candidates = (parent / folder / "dataset_info.json" for parent in parents)
+        folders = iter_folders(Path(config.where))
+        candidates = (parent / folder / "dataset_info.json" for parent in folders)
         file = next(filter(os.path.exists, candidates), None)
         if file is None:
             text = "has no dataset_info.json: correct the commands below, or convert in its folder"

@@ -168,6 +168,7 @@ if model_args.adapt:
     model = get_peft_model(model, LoraConfig(r=model_args.rank, lora_alpha=9))
 Trainer(model=model, args=args).train()
 """
+BOOLEAN = "action=argparse.BooleanOptionalAction"
 FUNCTION = """
 def main(adapt{annotation}, level=8, rank{rank}):
     if level == 4:
@@ -208,12 +209,25 @@ def invert(text: str) -> str:
         (hf_parser("bool"), "--adapt", 6),
         (hf_parser("Flag", "False"), "--adapt False", None),
         (hf_parser("Flag"), "--adapt False", 6),
+        (hf_parser("bool", "True"), "--no_adapt", None),
+        (hf_parser("bool", "True"), "--no-adapt", None),
+        (hf_parser("Optional[bool]", "field(default=True)"), "--no_adapt", None),
+        (hf_parser("bool", "True\n    no_adapt: bool = False"), "--no_adapt", 6),
         (hf_parser("int"), "--adapt 0", None),
         (hf_parser("float"), "--adapt 0.0", None),
         (hf_parser("Optional[str]"), "--adapt 0", 6),
         (argparse_parser("type=int"), "--adapt 0", None),
         (argparse_parser("type=bool"), "--adapt False", 6),
         (argparse_parser("default=''"), "", None),
+        (argparse_parser("type=int, default='0'"), "", None),
+        (argparse_parser("type=int, default='1'"), "", 6),
+        (argparse_parser("type=check, default='0'"), "", 6),
+        (invert(argparse_parser("type=check, default='1'")), "", 6),
+        (argparse_parser(BOOLEAN), "--adapt", 6),
+        (argparse_parser(BOOLEAN), "--no-adapt", None),
+        (argparse_parser(f"{BOOLEAN}, default=True"), "", 6),
+        (argparse_parser(f"{BOOLEAN}, default=True"), "--no-adapt", None),
+        (invert(argparse_parser(BOOLEAN)), "--adapt", None),
         (argparse_parser("type=lambda text: text.lower() == 'true'"), "--adapt False", 6),
         (invert(argparse_parser("type=lambda text: text.lower() == 'true'")), "--adapt False", 6),
         (invert(argparse_parser("type=int")), "--adapt 0", 6),
@@ -238,6 +252,16 @@ def test_options_have_the_types_that_the_script_defines(text, options, rank, tmp
     assert (load_converted_recipe(tmp_path).tune.quantize.nf4 is None) == (rank is None)
     convert_script(tmp_path, command.replace("--level 4", "--level 8"))
     assert load_converted_recipe(tmp_path).tune.quantize.nf4 is None
+
+
+@pytest.mark.parametrize("option", ["--no_adapt", "--no-adapt"])
+@pytest.mark.parametrize(
+    "text", [hf_parser("bool", "True"), argparse_parser(f"{BOOLEAN}, default=True")]
+)
+def test_option_that_negates_a_flag_is_no_setting(text, option, tmp_path):
+    (tmp_path / "own.py").write_text(text)
+    done = convert_script(tmp_path, f"python own.py {option} --rank 6 --output_dir o\n")
+    assert not notes_by_setting(done, "unknown").keys() & {"no_adapt"}
 
 
 @pytest.mark.parametrize(

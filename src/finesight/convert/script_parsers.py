@@ -18,6 +18,7 @@ _DATACLASS_METHODS = (
     "parse_yaml_file",
 )
 _ARGPARSE_METHODS = ("parse_args", "parse_known_args")
+_STORED_FLAGS = ("store_true", "store_false")
 _TRUE_WORDS = ("true", "yes", "t", "y", "1")
 _FALSE_WORDS = ("false", "no", "f", "n", "0")
 """Values of a flag that HfArgumentParser accepts, in any case."""
@@ -56,6 +57,24 @@ class _Field(NamedTuple):
 
     default: object = None
     annotation: ast.expr | None = None
+
+
+class _Argument(NamedTuple):
+    """Argument of argparse.
+
+    Attributes:
+        options: Names of its options on the command line.
+        negations: Those of them that set False.
+        name: Name of its attribute.
+        action: What an option does with its value, empty if it stores it.
+        keywords: Further arguments of the call that adds it, by name.
+    """
+
+    options: set[str]
+    negations: set[str]
+    name: str
+    action: str
+    keywords: Mapping[str | None, ast.expr]
 
 
 def _parse_number(text: str) -> float:
@@ -97,32 +116,55 @@ def read_parsed_arguments(
     parsed = ParsedArguments()
     defined, untyped = _read_argparse_arguments(nodes, options, evaluate, parsed)
     rest = {name: value for name, value in options.items() if name not in defined}
-    parsed.settings = dict(rest)
-    passed = _find_passed(nodes)
     class_names = _list_dataclasses(nodes)
-    fields = {name: _read_fields(name, nodes, evaluate) for name in class_names}
-    used: set[str] = set()
-    for names, call in islice(_iter_results(nodes), _MAX_RESULTS):
-        if _get_callee(call) in _ARGPARSE_METHODS:
-            for holder in (names[0], *passed.get(names[0], ())):
-                for name, value in parsed.own.items():
-                    if name in untyped:
-                        parsed.untyped[f"{holder}.{name}"] = value
-                    else:
-                        parsed.constants[f"{holder}.{name}"] = value
-        else:
-            for name, class_name in zip(names, class_names, strict=False):
-                used.add(class_name)
-                for holder in (name, *passed.get(name, ())):
-                    parsed.classes[holder] = class_name
-    for class_name in fields:
-        if class_name in used:
-            for name, one in fields[class_name].items():
-                if one.default is not None:
-                    parsed.settings.setdefault(name, one.default)
+    holders = _find_holders(nodes, class_names, parsed)
+    for holder in holders:
+        for name, value in parsed.own.items():
+            if name in untyped:
+                parsed.untyped[f"{holder}.{name}"] = value
+            else:
+                parsed.constants[f"{holder}.{name}"] = value
+    fields: dict[str, dict[str, _Field]] = {}
+    for class_name in class_names:
+        if class_name in parsed.classes.values():
+            fields[class_name] = _read_fields(class_name, nodes, evaluate)
+            _replace_negations(fields[class_name], rest)
+    parsed.settings = dict(rest)
+    for own in fields.values():
+        for name, one in own.items():
+            if one.default is not None:
+                parsed.settings.setdefault(name, one.default)
     for holder, class_name in parsed.classes.items():
         _add_fields(holder, fields[class_name], rest, parsed)
     return parsed
+
+
+def _find_holders(
+    nodes: Sequence[ast.AST], class_names: Sequence[str], parsed: ParsedArguments
+) -> list[str]:
+    """Return the variables and parameters that hold the arguments of argparse.
+
+    Those that hold an instance of a dataclass are set in `parsed`.
+    """
+    passed = _find_passed(nodes)
+    own: list[str] = []
+    for names, call in islice(_iter_results(nodes), _MAX_RESULTS):
+        if _get_callee(call) in _ARGPARSE_METHODS:
+            own += [names[0], *passed.get(names[0], ())]
+            continue
+        for name, class_name in zip(names, class_names, strict=False):
+            for holder in (name, *passed.get(name, ())):
+                parsed.classes[holder] = class_name
+    return own
+
+
+def _replace_negations(fields: Mapping[str, _Field], options: dict[str, object]) -> None:
+    """Replace options `--no_name`, which the parser adds for each flag that is True by default."""
+    for name, one in fields.items():
+        negation = f"no_{name}"
+        if one.default is True and negation in options and negation not in fields:
+            del options[negation]
+            options[name] = "false"
 
 
 def _add_fields(
@@ -159,47 +201,77 @@ def _read_argparse_arguments(
     for call in nodes:
         if not isinstance(call, ast.Call) or _get_callee(call) != "add_argument":
             continue
-        flags: list[str] = []
-        for item in call.args:
-            if isinstance(item, ast.Constant):
-                flags.append(str(item.value))
-        if not flags:
+        argument = _read_argument(call)
+        if not argument.options:
             continue
-        keywords = {item.arg: item.value for item in call.keywords}
-        names = [_normalize_option(flag) for flag in flags]
-        defined.update(names)
-        long_flags = [flag for flag in flags if flag.startswith("--")]
-        target = _normalize_option([*long_flags, *flags][0])
-        destination = keywords.get("dest")
-        if isinstance(destination, ast.Constant):
-            target = str(destination.value)
-        action = ""
-        if "action" in keywords:
-            action = ast.unparse(keywords["action"]).strip("'")
-        given = options.keys() & set(names)
-        if given:
-            value = options[given.pop()]
-            parsed.own[target] = value
-            try:
-                parsed.own[target] = _convert_argument(value, keywords.get("type"), action)
-            except ValueError:
-                untyped.add(target)
-        elif "default" in keywords:
-            with suppress(ValueError):
-                parsed.own[target] = evaluate(keywords["default"])
-        elif action in ("store_true", "store_false"):
-            parsed.own[target] = action == "store_false"
+        defined |= argument.options
+        given = sorted(options.keys() & argument.options)
+        try:
+            if given:
+                value = options[given[0]]
+                parsed.own[argument.name] = value
+                is_negated = given[0] in argument.negations
+                parsed.own[argument.name] = _convert_argument(value, argument, is_negated)
+            else:
+                _set_default(argument, evaluate, parsed)
+        except ValueError:
+            untyped.add(argument.name)
     return defined, untyped
+
+
+def _read_argument(call: ast.Call) -> _Argument:
+    """Read the options and keywords of a call of `add_argument`."""
+    flags: list[str] = []
+    for item in call.args:
+        if isinstance(item, ast.Constant):
+            flags.append(str(item.value))
+    keywords = {item.arg: item.value for item in call.keywords}
+    action = ""
+    if "action" in keywords:
+        action = ast.unparse(keywords["action"]).strip("'").rpartition(".")[2]
+    long_flags = [flag for flag in flags if flag.startswith("--")]
+    name = ""
+    if flags:
+        name = _normalize_option([*long_flags, *flags][0])
+    destination = keywords.get("dest")
+    if isinstance(destination, ast.Constant):
+        name = str(destination.value)
+    negations: set[str] = set()
+    if action == "BooleanOptionalAction":
+        negations.update(f"no_{_normalize_option(flag)}" for flag in long_flags)
+    options = {*map(_normalize_option, flags), *negations}
+    return _Argument(options, negations, name, action, keywords)
+
+
+def _set_default(argument: _Argument, evaluate: Evaluate, parsed: ParsedArguments) -> None:
+    """Set the default of an argument, converted if it is a text.
+
+    Raises ValueError if the type of the text is unknown.
+    """
+    if "default" not in argument.keywords:
+        if argument.action in _STORED_FLAGS:
+            parsed.own[argument.name] = argument.action == "store_false"
+        return
+    try:
+        default = evaluate(argument.keywords["default"])
+    except ValueError:
+        return
+    parsed.own[argument.name] = default
+    if isinstance(default, str) and "type" in argument.keywords:
+        parsed.own[argument.name] = _convert_argument(default, argument)
 
 
 def _normalize_option(flag: str) -> str:
     return flag.lstrip("-").replace("-", "_")
 
 
-def _convert_argument(value: object, kind: ast.expr | None, action: str) -> object:
+def _convert_argument(value: object, argument: _Argument, is_negated: bool = False) -> object:
     """Convert the text of an option of argparse. Raises ValueError if its type is unknown."""
-    if action in ("store_true", "store_false"):
-        return action == "store_true"
+    if argument.action in _STORED_FLAGS:
+        return argument.action == "store_true"
+    if argument.action == "BooleanOptionalAction":
+        return not is_negated
+    kind = argument.keywords.get("type")
     if kind is None:
         return value
     name = ast.unparse(kind)

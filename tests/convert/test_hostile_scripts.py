@@ -49,6 +49,13 @@ PYTHON = {
     "configs": repeat('ai = TrainingArguments("o")\nbi = LoraConfig(r=1)', 3_500),
     "parsers": repeat('ai = p.parse_args()\np.add_argument("--bi", default=1)', 2_500),
     "instances": "class A:\n" + repeat("  ai = 1", 5_000) + repeat("bi = A()", 9_000),
+    "parameters of argparse": repeat("def fi(pi): 0\nfi(a)", 3_000)
+    + repeat('p.add_argument("-bi", default=1)', 3_000)
+    + "a = p.parse_args()\n",
+    "parameters of dataclasses": repeat("def fi(pi): 0\nfi(a)", 3_000)
+    + "class A:\n"
+    + repeat("  bi: int = 1", 6_000)
+    + "a, = HfArgumentParser(A).parse_args_into_dataclasses()\n",
     "size": "x60 = 1\n" * 400_000,
     "commands": "import os\nos.system(\"touch ran\")\nx60 = eval(\"open('ran', 'w')\")\n",
 }

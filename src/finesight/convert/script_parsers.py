@@ -25,7 +25,10 @@ _FALSE_WORDS = ("false", "no", "f", "n", "0")
 
 _CONTAINERS = ("Optional", "list", "List")
 _MAX_RESULTS = 20
-"""Number of variables with parsed arguments; each has all of them as its attributes."""
+"""Number of variables with parsed arguments, and of the parameters that receive one of them."""
+
+_MAX_HOLDERS = 40
+"""Number of these variables and parameters together; each has all arguments as its attributes."""
 
 Evaluate = Callable[[ast.expr], object]
 """Evaluates an expression of the module. Raises ValueError if it is no constant."""
@@ -150,12 +153,13 @@ def _find_holders(
     own: list[str] = []
     for names, call in islice(_iter_results(nodes), _MAX_RESULTS):
         if _get_callee(call) in _ARGPARSE_METHODS:
-            own += [names[0], *passed.get(names[0], ())]
+            own += [names[0], *sorted(passed.get(names[0], ()))[:_MAX_RESULTS]]
             continue
         for name, class_name in zip(names, class_names, strict=False):
-            for holder in (name, *passed.get(name, ())):
-                parsed.classes[holder] = class_name
-    return own
+            for holder in (name, *sorted(passed.get(name, ()))[:_MAX_RESULTS]):
+                if len(parsed.classes) < _MAX_HOLDERS:
+                    parsed.classes[holder] = class_name
+    return own[:_MAX_HOLDERS]
 
 
 def _replace_negations(fields: Mapping[str, _Field], options: dict[str, object]) -> None:

@@ -21,6 +21,9 @@ _ARRAY_START = re.compile(r"([A-Za-z_]\w*)(\+?)=")
 _ARRAY_ITEMS = re.compile(r"[$\x01](?:\{(\w+)\[[@*]\]\}|\{?([@*])\}?)")
 _ARITHMETIC = re.compile(r"\$\(\(((?:[^()]|\([^()]*\))*)\)\)")
 _SUBSTITUTION = re.compile(r"\$\((?:[^()]|\([^()]*\))*\)")
+_MARKERS = dict.fromkeys(map(ord, "\0\1\2\3\4"))
+"""Control characters with a meaning here, which are removed from a script."""
+
 _PROTECTED = str.maketrans("() \t\n", "\2\3\4\4\4")
 _UNPROTECTED = str.maketrans("\2\3\4", "() ")
 """Characters of an arithmetic expression that must not end its word."""
@@ -100,9 +103,8 @@ class ShellState:
     def set_arguments(self, arguments: list[str]) -> None:
         """Set the arguments `$1`, `$2`, ... and `$@`."""
         self.count_expanded(len(arguments))
-        for name in list(self.variables):
-            if name.isdecimal():
-                del self.variables[name]
+        for number in range(1, len(self.arguments or ()) + 1):
+            self.variables.pop(str(number), None)
         for number, word in enumerate(arguments, start=1):
             self.variables[str(number)] = word
         self.arrays["@"] = arguments
@@ -162,7 +164,7 @@ def split_commands(text: str, state: ShellState) -> Iterator[list[str]]:
 
 def _split_words(text: str) -> list[str]:
     """Return the words and separators of a script, with a line break at its end."""
-    text = _drop_here_documents(text)
+    text = _drop_here_documents(text.translate(_MARKERS))
     text = _ARITHMETIC.sub(lambda match: match[0].translate(_PROTECTED), text)
     text = _SUBSTITUTION.sub("$...", text.replace("\\$", LITERAL_DOLLAR))
     text = _QUOTED_OR_SKIPPED.sub(_mark_dollars, text).replace("\\\n", " ")

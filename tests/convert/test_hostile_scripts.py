@@ -1,5 +1,7 @@
 """Scripts that try to take time or memory without limit, or to run something, when converted."""
 
+import json
+import re
 import resource
 import subprocess
 import sys
@@ -22,8 +24,12 @@ SWIFT = "swift sft --model Qwen/Qwen2-VL-2B-Instruct --dataset a.jsonl --output_
 
 
 def repeat(line: str, count: int = NUM_TURNS) -> str:
-    """Return lines with the numbers `i` and `j`, the following one."""
-    return "".join(line.replace("j", str(i + 1)).replace("i", str(i)) + "\n" for i in range(count))
+    """Return lines in which names end with numbers instead of `i` and `j`, the following one."""
+    lines: list[str] = []
+    for number in range(count):
+        numbered = re.sub(r"i\b", str(number), line)
+        lines.append(re.sub(r"j\b", str(number + 1), numbered) + "\n")
+    return "".join(lines)
 
 
 PYTHON = {
@@ -69,22 +75,36 @@ SHELL = {
     "substitutions": "$(" * 40_000 + SWIFT,
     "exports": repeat("export Ai=", 7_000) + "swift sft\n" * 7_000,
     "shells": "sh -\n" * 30_000 + SWIFT,
+    "arithmetic marks": 'A="' + "$\2\2" * 60_000 + f'"\n{SWIFT}',
+    "shifts": "bash ./shifted.sh a\n" * 8,
+    "shifted": repeat("Ai=", 13_000) + "shift\n" * 16_000 + SWIFT,
     "itself": "bash itself.sh\nsource itself.sh\n",
     "run": f"$(touch ran)\n`touch ran`\necho > ran\ntouch ran\n{SWIFT}",
 }
 CONVERT = """
-import sys
+import json
+import time
 from pathlib import Path
 from finesight.convert.recipe_converter import convert_config
 from finesight.errors import UserError
+seconds = {}
 for path in sorted(Path().glob("*.*")):
+    start = time.process_time()
     try:
         convert_config(path, Path("out") / path.name)
     except UserError as error:
         print(path.name, "refused", error.what)
     else:
         print(path.name, "converted")
+    seconds[path.name] = time.process_time() - start
+# The maximum of `resource.getrusage` includes the memory of the process that starts this one.
+status = Path("/proc/self/status").read_text()
+memory = int(status.partition("VmHWM:")[2].split()[0]) << 10
+Path("used.json").write_text(json.dumps({"seconds": seconds, "memory": memory}))
 """
+MAX_SECONDS = 15
+MAX_MEMORY = 512 << 20
+"""Bounds of each script and of all, more than twice of what they use."""
 
 
 def limit_resources() -> None:
@@ -105,6 +125,10 @@ def test_scripts_take_limited_time_and_memory(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert len(done.stdout.splitlines()) == len(PYTHON) + len(SHELL)
+    used = json.loads((tmp_path / "used.json").read_text())
+    slow = {name: time for name, time in used["seconds"].items() if time > MAX_SECONDS}
+    assert not slow
+    assert used["memory"] < MAX_MEMORY
     assert "text.py converted" in done.stdout
     assert "characters of code" in done.stdout
     assert not (tmp_path / "ran").exists()

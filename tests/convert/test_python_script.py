@@ -305,7 +305,10 @@ Trainer(model=model, args=TrainingArguments("o", num_train_epochs=2)).train()
         ["%%time\n" + CELL],
         ["files = !ls *.json\n%pip install peft\n" + CELL],
         ["first, rest = !ls \\\n  data\nseconds = %timeit -o f()\n" + CELL],
-        [CELL, "?model\n"[1:]],
+        ["%%prun -l 9\n" + CELL],
+        [CELL, "?model\n"],
+        [CELL, "model?\nTrainer.train?? \n"],
+        ["if True:\n  Trainer?\n", CELL],
     ],
 )
 def test_commands_in_a_notebook_are_no_code(cells, tmp_path):

@@ -45,10 +45,12 @@ _EVAL_DATA_SETTINGS = {
 
 _DATA_TYPES = (str, list, dict)
 _CELL_MAGIC = re.compile(r"\s*%%(\w*)")
-_PYTHON_MAGICS = ("capture", "time", "timeit")
+_PYTHON_MAGICS = ("capture", "time", "timeit", "prun")
 """Magic commands of IPython whose cell is Python code."""
 
-_COMMAND = re.compile(r"(?m)^([ \t]*)[%!](?:.*\\\n)*.*")
+_COMMAND = re.compile(r"(?m)^([ \t]*)(?:[%!?](?:.*\\\n)*.*|[A-Za-z_][\w.]*\?{1,2}[ \t]*$)")
+"""Command of IPython or of the shell, or a line that asks for help, `?name` or `name?`."""
+
 _ASSIGNED_COMMAND = re.compile(r"(?m)^([ \t]*[A-Za-z_][\w., ]*=)[ \t]*[%!](?:.*\\\n)*.*")
 """Command whose output a variable receives, `files = !ls`."""
 

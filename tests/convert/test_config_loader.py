@@ -180,7 +180,11 @@ def test_launcher_gives_process_count(launcher, processes, program, tmp_path):
         ("NPROC_PER_NODE=4", (1, 12_845_056)),
         ("declare NPROC_PER_NODE=4", (1, 12_845_056)),
         ("export NPROC_PER_NODE=4\nexport -n NPROC_PER_NODE", (1, 12_845_056)),
+        ("export NPROC_PER_NODE=4\ndeclare +x NPROC_PER_NODE", (1, 12_845_056)),
+        ("export NPROC_PER_NODE=4 MAX_PIXELS=100352\nunset NPROC_PER_NODE", (1, 100_352)),
+        ("export NPROC_PER_NODE=4\nunset -f NPROC_PER_NODE", (4, 12_845_056)),
         ("source variables.sh", (8, 12_845_056)),
+        ("source variables.sh 5", (8, 12_845_056)),
         ("NPROC_PER_NODE=2\nbash variables.sh", (1, 12_845_056)),
     ],
 )
@@ -222,6 +226,13 @@ def test_default_of_a_variable_replaces_an_empty_value(before, text, value, tmp_
         "docker run image /bin/bash -e start.sh",
         "find . -name start.sh\nnohup sh start.sh",
         ". ./start.sh",
+        f"bash -lc '{START} --learning_rate 3e-5'",
+        f"srun bash -xc '{START} --learning_rate 3e-5'",
+        f"bash -o pipefail -c '{START} --learning_rate 3e-5'",
+        f"bash -ceo pipefail -- '{START} --learning_rate $1' name 3e-5",
+        f"bash -c -l '{START} --learning_rate 3e-5'",
+        "bash -euo pipefail start.sh",
+        "bash +x --rcfile other.sh --norc -O extglob start.sh",
     ],
 )
 def test_only_a_shell_that_starts_a_script_is_one(command, tmp_path, monkeypatch):
@@ -229,6 +240,20 @@ def test_only_a_shell_that_starts_a_script_is_one(command, tmp_path, monkeypatch
     (tmp_path / "start.sh").write_text(f"{START} --learning_rate 3e-5\n")
     convert_script(tmp_path, command)
     assert load_converted_recipe(tmp_path).train.learning_rate.default == 3e-5
+
+
+@pytest.mark.parametrize("start", ["bash start.sh 2e-5", "bash -c '. ./start.sh' start 2e-5"])
+@pytest.mark.parametrize("text", ["$1", "$@"])
+def test_sourced_script_has_arguments_of_its_own(start, text, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "setup.sh").write_text("RANK=$1\n")
+    script = f"source setup.sh 4\n{START} --lora_rank $RANK --learning_rate {text}\n"
+    (tmp_path / "start.sh").write_text(script)
+    convert_script(tmp_path, start)
+    made = load_converted_recipe(tmp_path)
+    assert (made.tune.lora.rank, made.train.learning_rate.default) == (4, 2e-5)
+    with pytest.raises(UserError, match="ARGUMENTS"):
+        convert_script(tmp_path, script)
 
 
 def test_hash_inside_a_word_starts_no_comment(tmp_path):

@@ -51,6 +51,7 @@ _COMMAND_PREFIXES = ("env", "nohup", "exec", "time", "sudo")
 _DECLARATIONS = ("export", "declare", "typeset", "readonly")
 _SHELLS = ("bash", "sh", "zsh")
 _SOURCE_BUILTINS = ("source", ".")
+_FILE_OPTIONS = ("--rcfile", "--init-file")
 _MAX_NESTED_SCRIPTS = 8
 _PEER_OPTION = re.compile(r"--(?:node|machine|master|main|rdzv)[_-]\w+[ =]\S*")
 """Option of a launcher for the rank or address of a node."""
@@ -126,6 +127,8 @@ def _search_script(text: str, path: Path, state: ShellState, search: _Search) ->
                 state.variables |= assigned
             elif words[0] == "shift":
                 state.shift(words[1:])
+            elif words[0] == "unset" and "-f" not in words:
+                state.unset(words[1:])
             elif words[0].startswith("--"):
                 remedy = "end the preceding line with a backslash, or remove this line"
                 raise build_source_error(path, f"{words[0]} is not a part of a command", remedy)
@@ -152,17 +155,39 @@ def _split_assignments(command: Sequence[str]) -> tuple[list[str], dict[str, str
     return words, assigned
 
 
-def _find_nested_script(words: Sequence[str]) -> int | None:
-    """Return the index of the script that a command starts, or of `-c`; None if it starts none."""
+class _NestedScript(NamedTuple):
+    """Script that a command starts: its file or, after the option `-c`, its text."""
+
+    source: str
+    arguments: list[str]
+    is_text: bool
+
+
+def _find_nested_script(words: Sequence[str]) -> _NestedScript | None:
+    """Return the script that a command starts, None if it starts none."""
     if words[0].endswith(".sh"):
-        return 0
+        return _NestedScript(words[0], list(words[1:]), is_text=False)
     shell = _find_shell(words)
     if shell is None:
         return None
-    for index in range(shell + 1, len(words)):
-        if words[index] == "-c" or not words[index].startswith("-"):
-            return index
-    return None
+    index = shell + 1
+    is_text = False
+    while index < len(words) and words[index].startswith(("-", "+")):
+        option = words[index]
+        index += 1
+        if option in ("-", "--"):
+            break
+        if option in _FILE_OPTIONS:
+            index += 1
+        elif not option.startswith("--"):
+            is_text |= option.startswith("-") and "c" in option
+            index += option.lower().count("o")  # names of further options, such as pipefail
+    if index >= len(words):
+        return None
+    arguments = list(words[index + 1 :])
+    if is_text:
+        arguments = arguments[1:]  # The first one is `$0`.
+    return _NestedScript(words[index], arguments, is_text)
 
 
 def _find_shell(words: Sequence[str]) -> int | None:
@@ -190,32 +215,46 @@ def _search_nested_script(
     search: _Search,
 ) -> bool:
     """Search the shell script that a command starts. Returns whether it starts one."""
-    start = _find_nested_script(words)
-    if start is None:
+    script = _find_nested_script(words)
+    if script is None:
         return False
     search.num_scripts += 1
     if search.num_scripts > _MAX_NESTED_SCRIPTS:
         raise build_source_error(path, "starts too many scripts", "convert the last of them")
-    if words[start] == "-c":
-        text = "".join(words[start + 1 : start + 2]).replace(LITERAL_DOLLAR, "$")
-        _search_script(text, path, state.start_shell(assigned), search)
+    if script.is_text:
+        nested = state.start_shell(assigned)
+        nested.set_arguments(script.arguments)
+        _search_script(script.source.replace(LITERAL_DOLLAR, "$"), path, nested, search)
         return True
-    file = find_file(words[start], path)
+    file = find_file(script.source, path)
     if file is None:
-        what = f"starts {words[start]}, which does not exist here"
+        what = f"starts {script.source}, which does not exist here"
         remedy = "run the command in the folder in which this script starts, or convert that file"
         search.others.append((what, remedy))
-        return True
-    arguments = list(words[start + 1 :])
-    if words[0] in _SOURCE_BUILTINS:
-        nested = state
-        nested.export(assigned)
+    elif words[0] in _SOURCE_BUILTINS:
+        _search_sourced_file(file, script.arguments, state, assigned, search)
     else:
         nested = state.start_shell(assigned)
-    if arguments or nested is not state:
-        nested.set_arguments(arguments)
-    _search_script(read_source(file), file, nested, search)
+        nested.set_arguments(script.arguments)
+        _search_script(read_source(file), file, nested, search)
     return True
+
+
+def _search_sourced_file(
+    file: Path,
+    arguments: list[str],
+    state: ShellState,
+    assigned: dict[str, str],
+    search: _Search,
+) -> None:
+    """Search a script in the same shell, whose arguments it replaces until its end."""
+    previous = state.arguments
+    state.export(assigned)
+    if arguments:
+        state.set_arguments(arguments)
+    _search_script(read_source(file), file, state, search)
+    if arguments:
+        state.set_arguments(previous)
 
 
 def _add_command(

@@ -80,7 +80,8 @@ class ShellState:
     def declare(self, words: list[str]) -> None:
         """Assign or export variables, as the builtins `export`, `declare` and `readonly` do."""
         options = "".join(word for word in words[1:] if word.startswith("-"))
-        is_removed = words[0] == "export" and "n" in options
+        removed = "".join(word for word in words[1:] if word.startswith("+"))
+        is_removed = "x" in removed or (words[0] == "export" and "n" in options)
         is_exported = words[0] == "export" or "x" in options
         for word in words[1:]:
             name = word
@@ -100,16 +101,27 @@ class ShellState:
         shell.export(assigned)
         return shell
 
-    def set_arguments(self, arguments: list[str]) -> None:
-        """Set the arguments `$1`, `$2`, ... and `$@`."""
-        self.count_expanded(len(arguments))
+    def unset(self, names: list[str]) -> None:
+        """Remove variables and arrays, as the builtin `unset` does."""
+        for name in names:
+            self.variables.pop(name, None)
+            self.arrays.pop(name, None)
+            self.exported.discard(name)
+
+    def set_arguments(self, arguments: list[str] | None) -> None:
+        """Set the arguments `$1`, `$2`, ... and `$@`, None if they are unknown."""
         for number in range(1, len(self.arguments or ()) + 1):
             self.variables.pop(str(number), None)
+        self.arguments = arguments
+        if arguments is None:
+            self.arrays.pop("@", None)
+            self.arrays.pop("*", None)
+            return
+        self.count_expanded(len(arguments))
         for number, word in enumerate(arguments, start=1):
             self.variables[str(number)] = word
         self.arrays["@"] = arguments
         self.arrays["*"] = arguments
-        self.arguments = arguments
 
     def shift(self, words: list[str]) -> None:
         """Drop the first arguments, as the builtin `shift` does."""

@@ -215,6 +215,67 @@ def test_default_of_a_variable_replaces_an_empty_value(before, text, value, tmp_
 
 
 @pytest.mark.parametrize(
+    "before",
+    [
+        'LR=2e-5\n[ -z "$LR" ] && LR=3e-5',
+        'LR=2e-5\n[ -n "$LR" ] || export LR=3e-5',
+        "LR=2e-5\n[[ $A == b ]] && B=1 && LR=3e-5",
+        "LR=2e-5\n! test -n $LR &&\n  LR=3e-5",
+        "LR=2e-5\n[ -z $LR ] && { echo default; LR=3e-5; }",
+        "LR=2e-5\n[ -z $LR ] && unset LR",
+        "LR=2e-5\ncd /data || declare LR=3e-5",
+    ],
+)
+@pytest.mark.parametrize("value", ["$LR", "${LR:-1e-5}", "$COPY"])
+def test_variable_of_a_conditional_assignment_is_unknown(before, value, tmp_path):
+    with pytest.raises(UserError, match=r"depends on '\$LR'"):
+        convert_script(tmp_path, f"{before}\nCOPY=$LR\n{START} --learning_rate {value}\n")
+    convert_script(tmp_path, f"{before}\nLR=4e-5\n{START} --learning_rate $LR\n")
+    assert load_converted_recipe(tmp_path).train.learning_rate.default == 4e-5
+
+
+@pytest.mark.parametrize(
+    "before",
+    [
+        "LR=1\ncd /data && LR=3e-5",
+        "LR=3e-5\n[ -n $LR ] && echo 1; A=1",
+        "[ -d /data ] && cd /data\nLR=3e-5",
+        "cd /data || { echo missing; exit 1; }\nexport LR=3e-5",
+        "[ -d /data ] && ROWS=(a.jsonl)\nLR=3e-5",
+        "[ -d /data ] || A=1 & LR=3e-5",
+        "[ -d /data ]\nROWS=(a.jsonl) && LR=3e-5",
+    ],
+)
+def test_other_assignments_of_a_script_with_conditions_remain(before, tmp_path):
+    convert_script(tmp_path, f"{before}\n{START} --learning_rate $LR\n")
+    assert load_converted_recipe(tmp_path).train.learning_rate.default == 3e-5
+
+
+@pytest.mark.parametrize(
+    ("before", "text"),
+    [
+        ("[ -z $A ] && export MAX_PIXELS=100352", "$MAX_PIXELS"),
+        ("MAX_PIXELS=100352\n[ -z $A ] || declare -x MAX_PIXELS", "$MAX_PIXELS"),
+        ("MORE=(--lora_rank 4)\n[ -z $A ] && MORE+=(--lora_alpha 9)", "${MORE[@]}"),
+    ],
+)
+def test_conditional_export_or_array_is_refused(before, text, tmp_path):
+    start = START
+    if "MORE" in text:
+        start = f'{START} "${{MORE[@]}}"'
+    with pytest.raises(UserError) as caught:
+        convert_script(tmp_path, f"{before}\n{start}\n")
+    assert text in str(caught.value.what)
+
+
+def test_conditional_shift_makes_arguments_unknown(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "start.sh").write_text(f"[ -z $A ] && shift\n{START} --learning_rate $1\n")
+    with pytest.raises(UserError, match=r"depends on '\$1'"):
+        convert_script(tmp_path, "bash start.sh 2e-5 3e-5")
+
+
+@pytest.mark.parametrize(
     "command",
     [
         f"{START} --output_dir . --learning_rate 3e-5",

@@ -49,6 +49,7 @@ _SCRIPTS: dict[str, SourceProgram] = {
 
 _COMMAND_PREFIXES = ("env", "nohup", "exec", "time", "sudo")
 _DECLARATIONS = ("export", "declare", "typeset", "readonly")
+_STATE_BUILTINS = (*_DECLARATIONS, "unset")
 _SHELLS = ("bash", "sh", "zsh")
 _SOURCE_BUILTINS = ("source", ".")
 _FILE_OPTIONS = ("--rcfile", "--init-file")
@@ -118,12 +119,16 @@ def _search_script(text: str, path: Path, state: ShellState, search: _Search) ->
     """Add the training commands of a script, with its variables and exported ones."""
     check_code_length(text, path)
     try:
-        for command in split_commands(text, state):
-            if command[0] in _DECLARATIONS:
-                state.declare(command)
-                continue
+        for command, is_conditional in split_commands(text, state):
             words, assigned = _split_assignments(command)
-            if not words:
+            is_builtin = command[0] in _STATE_BUILTINS
+            if is_conditional and command[0] == "shift":
+                state.set_arguments(None)
+            elif is_conditional and (is_builtin or not words):
+                state.forget(command)
+            elif command[0] in _DECLARATIONS:
+                state.declare(command)
+            elif not words:
                 state.variables |= assigned
             elif words[0] == "shift":
                 state.shift(words[1:])

@@ -8,6 +8,7 @@ import shlex
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from finesight.convert.python_values import evaluate_constant
 
@@ -15,6 +16,8 @@ LITERAL_DOLLAR = "\0"
 """Replaces a dollar sign that starts no variable, in single quotes or after a backslash."""
 
 _PUNCTUATION = "\n;|&()<>"
+_LIST_ENDS = "\n;&"
+_TESTS = ("[", "[[", "test")
 _CONTROL_KEYWORDS = ("if", "for", "while", "until", "case", "function")
 _ASSIGNMENT = re.compile(r"([A-Za-z_]\w*)=(.*)", re.DOTALL)
 _ARRAY_START = re.compile(r"([A-Za-z_]\w*)(\+?)=")
@@ -101,6 +104,20 @@ class ShellState:
         shell.export(assigned)
         return shell
 
+    def forget(self, command: list[str]) -> None:
+        """Make the variables unknown that a command assigns, declares or removes.
+
+        Their values become references to them, which only a shell can replace.
+        """
+        is_exported = command[0] == "export" or "-x" in command
+        for word in command:
+            name, separator, _ = word.partition("=")
+            if not name.isidentifier() or (word == command[0] and not separator):
+                continue
+            self.variables[name] = f"${name}"
+            if is_exported:
+                self.exported.add(name)
+
     def unset(self, names: list[str]) -> None:
         """Remove variables and arrays, as the builtin `unset` does."""
         for name in names:
@@ -138,8 +155,43 @@ class ShellState:
             raise UnresolvedCommandError("very long variables")
 
 
-def split_commands(text: str, state: ShellState) -> Iterator[list[str]]:
-    """Yield the words of each simple command of a shell script.
+class SimpleCommand(NamedTuple):
+    """Words of a command, and whether it runs only if others succeed or fail."""
+
+    words: list[str]
+    is_conditional: bool
+
+
+@dataclass
+class _CommandList:
+    """Whether commands run that `&&` and `||` connect, in groups of braces."""
+
+    is_conditional: bool = False
+    _is_test: bool = False
+    _groups: list[bool] = field(default_factory=list)
+
+    def add_command(self, words: list[str]) -> None:
+        """Add a command, which may be a test of a condition."""
+        names = [word for word in words[:2] if word != "!"]
+        self._is_test = bool(names) and names[0] in _TESTS
+
+    def add_separator(self, separator: str) -> None:
+        """Add the separator after a command. After `&&`, the next one runs if a test succeeds."""
+        if "||" in separator or ("&&" in separator and self._is_test):
+            self.is_conditional = True
+        elif set(separator) & set(_LIST_ENDS) and "&&" not in separator:
+            self.is_conditional = bool(self._groups) and self._groups[-1]
+
+    def add_brace(self, brace: str) -> None:
+        """Start or end a group of commands, all of which are conditional if the group is."""
+        if brace == "{":
+            self._groups.append(self.is_conditional)
+        elif self._groups:
+            self.is_conditional = self._groups.pop()
+
+
+def split_commands(text: str, state: ShellState) -> Iterator[SimpleCommand]:
+    """Yield each simple command of a shell script.
 
     The caller may complete the variables of `state` after each command.
 
@@ -149,6 +201,7 @@ def split_commands(text: str, state: ShellState) -> Iterator[list[str]]:
     """
     command: list[str] = []
     array: list[str] | None = None
+    commands = _CommandList()
     for word in _split_words(text):
         is_separator = word != "" and set(word) <= set(_PUNCTUATION)
         start = None
@@ -156,22 +209,32 @@ def split_commands(text: str, state: ShellState) -> Iterator[list[str]]:
             start = _ARRAY_START.fullmatch(command[-1])
         if start is not None:
             command.pop()
+            commands.add_command(command)
             array = []
             if start[2]:
                 array += state.arrays.get(start[1], [])
             state.arrays[start[1]] = array
+            if commands.is_conditional:
+                del state.arrays[start[1]]
         if is_separator and array is not None:
             if ")" in word:
                 array = None
+                commands.add_separator(word)
         elif not is_separator and array is not None:
             array += _expand_word(word, state)
-        elif not is_separator and word not in ("{", "}"):
+        elif word in ("{", "}"):
+            if not command:
+                commands.add_brace(word)
+        elif not is_separator:
             command += _expand_word(word, state)
-        elif is_separator and command:
-            if command[0] in _CONTROL_KEYWORDS:
-                raise UnresolvedCommandError(f"{command[0]} ...")
-            yield command
-            command = []
+        else:
+            if command:
+                if command[0] in _CONTROL_KEYWORDS:
+                    raise UnresolvedCommandError(f"{command[0]} ...")
+                yield SimpleCommand(command, commands.is_conditional)
+                commands.add_command(command)
+                command = []
+            commands.add_separator(word)
 
 
 def _split_words(text: str) -> list[str]:

@@ -210,12 +210,7 @@ def split_commands(text: str, state: ShellState) -> Iterator[SimpleCommand]:
         if start is not None:
             command.pop()
             commands.add_command(command)
-            array = []
-            if start[2]:
-                array += state.arrays.get(start[1], [])
-            state.arrays[start[1]] = array
-            if commands.is_conditional:
-                del state.arrays[start[1]]
+            array = _start_array(start, state, is_conditional=commands.is_conditional)
         if is_separator and array is not None:
             if ")" in word:
                 array = None
@@ -235,6 +230,18 @@ def split_commands(text: str, state: ShellState) -> Iterator[SimpleCommand]:
                 commands.add_command(command)
                 command = []
             commands.add_separator(word)
+
+
+def _start_array(start: re.Match[str], state: ShellState, *, is_conditional: bool) -> list[str]:
+    """Return the elements of an array before those that follow; a conditional one is unknown."""
+    name = start[1]
+    array: list[str] = []
+    if start[2]:
+        array += state.arrays.get(name, [])
+    state.arrays.pop(name, None)
+    if not is_conditional:
+        state.arrays[name] = array
+    return array
 
 
 def _split_words(text: str) -> list[str]:

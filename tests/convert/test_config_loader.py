@@ -224,6 +224,10 @@ def test_default_of_a_variable_replaces_an_empty_value(before, text, value, tmp_
         "LR=2e-5\n[ -z $LR ] && { echo default; LR=3e-5; }",
         "LR=2e-5\n[ -z $LR ] && unset LR",
         "LR=2e-5\ncd /data || declare LR=3e-5",
+        "LR=2e-5\ncd /data || LR+=5",
+        "LR=2e-5\n[[ $A =~ (a|b) ]] && LR=3e-5",
+        "LR=2e-5\n[[ ( $A == 1 ) ]] && LR=3e-5",
+        "LR=2e-5\nset_rate() { LR=3e-5; }",
     ],
 )
 @pytest.mark.parametrize("value", ["$LR", "${LR:-1e-5}", "$COPY"])
@@ -242,6 +246,9 @@ def test_variable_of_a_conditional_assignment_is_unknown(before, value, tmp_path
         "[ -d /data ] && cd /data\nLR=3e-5",
         "cd /data || { echo missing; exit 1; }\nexport LR=3e-5",
         "[ -d /data ] && ROWS=(a.jsonl)\nLR=3e-5",
+        "declare -a ROWS=(a.jsonl)\nexport LR=3e-5",
+        "readonly ROWS=(a.jsonl)\nLR=3e-5",
+        "LR=3\nLR+=e-5",
         "[ -d /data ] || A=1 & LR=3e-5",
         "[ -d /data ]\nROWS=(a.jsonl) && LR=3e-5",
     ],
@@ -257,6 +264,9 @@ def test_other_assignments_of_a_script_with_conditions_remain(before, tmp_path):
         ("[ -z $A ] && export MAX_PIXELS=100352", "$MAX_PIXELS"),
         ("MAX_PIXELS=100352\n[ -z $A ] || declare -x MAX_PIXELS", "$MAX_PIXELS"),
         ("MORE=(--lora_rank 4)\n[ -z $A ] && MORE+=(--lora_alpha 9)", "${MORE[@]}"),
+        ("[ -z $A ] && MORE+=(--lora_alpha 9)\nMORE+=(--lora_rank 4)", "${MORE[@]}"),
+        ("MORE=(--lora_rank 4)\n[ -z $A ] && unset MORE", "${MORE[@]}"),
+        ("A=1\n((GPUS > 1)) && A=2", "((...))"),
     ],
 )
 def test_conditional_export_or_array_is_refused(before, text, tmp_path):

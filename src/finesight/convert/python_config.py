@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import os
 import re
 import warnings
@@ -258,6 +259,9 @@ def _read_code(text: str, path: Path) -> str:
 
 def _drop_commands(cell: str) -> str:
     """Return the code of a notebook cell without commands of IPython and of the shell."""
+    with contextlib.suppress(SyntaxError, ValueError, RecursionError, MemoryError):
+        _parse_code(cell)
+        return cell
     magic = _CELL_MAGIC.match(cell)
     if magic is not None and magic[1] not in _PYTHON_MAGICS:
         return ""

@@ -17,9 +17,9 @@ LITERAL_DOLLAR = "\0"
 
 _PUNCTUATION = "\n;|&()<>"
 _LIST_ENDS = "\n;&"
-_TESTS = ("[", "[[", "test")
 _CONTROL_KEYWORDS = ("if", "for", "while", "until", "case", "function")
 _ASSIGNMENT = re.compile(r"([A-Za-z_]\w*)=(.*)", re.DOTALL)
+_APPENDED = re.compile(r"([A-Za-z_]\w*)\+=(.+)", re.DOTALL)
 _ARRAY_START = re.compile(r"([A-Za-z_]\w*)(\+?)=")
 _ARRAY_ITEMS = re.compile(r"[$\x01](?:\{(\w+)\[[@*]\]\}|\{?([@*])\}?)")
 _ARITHMETIC = re.compile(r"\$\(\(((?:[^()]|\([^()]*\))*)\)\)")
@@ -52,6 +52,11 @@ _MAX_EXPANDED_CHARS = 1_000_000
 
 class UnresolvedCommandError(Exception):
     """A command that depends on a text that only a shell can determine."""
+
+
+def build_array_reference(name: str) -> str:
+    """Return a reference to the elements of an array, which only a shell can replace."""
+    return f"${{{name}[@]}}"
 
 
 @dataclass
@@ -115,6 +120,8 @@ class ShellState:
             if not name.isidentifier() or (word == command[0] and not separator):
                 continue
             self.variables[name] = f"${name}"
+            if name in self.arrays:
+                self.arrays[name] = [build_array_reference(name)]
             if is_exported:
                 self.exported.add(name)
 
@@ -164,20 +171,59 @@ class SimpleCommand(NamedTuple):
 
 @dataclass
 class _CommandList:
-    """Whether commands run that `&&` and `||` connect, in groups of braces."""
+    """The command that is read, and whether it runs after `&&` and `||`, in groups of braces."""
 
+    words: list[str] = field(default_factory=list)
     is_conditional: bool = False
     _is_test: bool = False
     _groups: list[bool] = field(default_factory=list)
 
-    def add_command(self, words: list[str]) -> None:
-        """Add a command, which may be a test of a condition."""
-        names = [word for word in words[:2] if word != "!"]
-        self._is_test = bool(names) and names[0] in _TESTS
+    def start_array(self, state: ShellState) -> list[str] | None:
+        """Return the elements of an array so far, to which others are added.
+
+        Returns None if the last word starts no array. A conditional array is unknown.
+        """
+        if not self.words:
+            return None
+        start = _ARRAY_START.fullmatch(self.words[-1])
+        if start is None:
+            return None
+        self.words.pop()
+        self._is_test = False
+        name = start[1]
+        array: list[str] = []
+        if start[2]:
+            array += state.arrays.get(name, [])
+        state.arrays[name] = array
+        if self.is_conditional:
+            state.arrays[name] = [build_array_reference(name)]
+        return array
+
+    def end_command(self) -> list[SimpleCommand]:
+        """Return the command that is read, if any.
+
+        Raises:
+            UnresolvedCommandError: It starts a condition or loop.
+        """
+        words = self.words
+        if not words:
+            return []
+        if words[0] in _CONTROL_KEYWORDS:
+            raise UnresolvedCommandError(f"{words[0]} ...")
+        self.words = []
+        # Brackets may contain separators, such as those of a pattern.
+        self._is_test = words[-1] in ("]", "]]") or "test" in words[:2]
+        return [SimpleCommand(words, self.is_conditional)]
 
     def add_separator(self, separator: str) -> None:
-        """Add the separator after a command. After `&&`, the next one runs if a test succeeds."""
-        if "||" in separator or ("&&" in separator and self._is_test):
+        """Add the separator after a command.
+
+        After `&&`, the next one runs if a test succeeds. That of a function may never run.
+        """
+        if "((" in separator:
+            raise UnresolvedCommandError("((...))")
+        is_function = separator.startswith("()")
+        if is_function or "||" in separator or ("&&" in separator and self._is_test):
             self.is_conditional = True
         elif set(separator) & set(_LIST_ENDS) and "&&" not in separator:
             self.is_conditional = bool(self._groups) and self._groups[-1]
@@ -199,49 +245,27 @@ def split_commands(text: str, state: ShellState) -> Iterator[SimpleCommand]:
         UnresolvedCommandError: The script has a condition or loop.
         ValueError: A quotation mark is not closed.
     """
-    command: list[str] = []
     array: list[str] | None = None
     commands = _CommandList()
     for word in _split_words(text):
         is_separator = word != "" and set(word) <= set(_PUNCTUATION)
-        start = None
-        if command and word.startswith("("):
-            start = _ARRAY_START.fullmatch(command[-1])
-        if start is not None:
-            command.pop()
-            commands.add_command(command)
-            array = _start_array(start, state, is_conditional=commands.is_conditional)
-        if is_separator and array is not None:
-            if ")" in word:
-                array = None
-                commands.add_separator(word)
-        elif not is_separator and array is not None:
-            array += _expand_word(word, state)
+        if array is None and word.startswith("("):
+            array = commands.start_array(state)
+        if array is not None:
+            if not is_separator:
+                array += _expand_word(word, state)
+            if not is_separator or ")" not in word:
+                continue
+            array = None
         elif word in ("{", "}"):
-            if not command:
+            if not commands.words:
                 commands.add_brace(word)
+            continue
         elif not is_separator:
-            command += _expand_word(word, state)
-        else:
-            if command:
-                if command[0] in _CONTROL_KEYWORDS:
-                    raise UnresolvedCommandError(f"{command[0]} ...")
-                yield SimpleCommand(command, commands.is_conditional)
-                commands.add_command(command)
-                command = []
-            commands.add_separator(word)
-
-
-def _start_array(start: re.Match[str], state: ShellState, *, is_conditional: bool) -> list[str]:
-    """Return the elements of an array before those that follow; a conditional one is unknown."""
-    name = start[1]
-    array: list[str] = []
-    if start[2]:
-        array += state.arrays.get(name, [])
-    state.arrays.pop(name, None)
-    if not is_conditional:
-        state.arrays[name] = array
-    return array
+            commands.words += _expand_word(word, state)
+            continue
+        yield from commands.end_command()
+        commands.add_separator(word)
 
 
 def _split_words(text: str) -> list[str]:
@@ -299,6 +323,10 @@ def _expand_word(word: str, state: ShellState) -> list[str]:
 
     An unquoted value may be several words.
     """
+    appended = _APPENDED.fullmatch(word)
+    if appended is not None:
+        name, text = appended.groups()
+        word = f"{name}=${{{name}:-}}{text}"
     items = _ARRAY_ITEMS.fullmatch(word)
     if items is not None:
         array = state.arrays.get(items[1] or items[2])

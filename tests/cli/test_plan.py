@@ -149,12 +149,19 @@ def test_unfinished_run_is_continued_with_some_changes_of_the_plan(
     assert ("--resume" in printed.next_steps) == is_continued
 
 
-@each("name", ["recipe.yaml", "metrics.jsonl"])
-def test_run_with_a_damaged_file_is_not_continued(cli, unfinished_run, name):
+@each(
+    ("name", "damaged"),
+    [
+        ("recipe.yaml", "unknown: 1\n"),
+        ("metrics.jsonl", "unknown: 1\n"),
+        ("metrics.jsonl", '{"step": "x"}\n'),
+    ],
+)
+def test_run_with_a_damaged_file_is_not_continued(cli, unfinished_run, name, damaged):
     words = ("plan", "recipe.yaml", "--gpu", "T4")
     content = (unfinished_run / name).read_text()
     assert "--resume" in cli(*words).next_steps
-    (unfinished_run / name).write_text("unknown: 1\n")
+    (unfinished_run / name).write_text(damaged)
     assert "--resume" not in cli(*words).next_steps
     (unfinished_run / name).write_text(content)
 

@@ -256,7 +256,6 @@ def _get_image_type(path: str) -> str:
 WEB_MAX_NUM_SEQS = 8
 """Maximum number of concurrent answers of the chat page; further ones wait."""
 
-
 MAX_STUDIO_UPLOAD_BYTES = 160 << 20
 """Maximum size of a file that the studio imports, such as an archive."""
 

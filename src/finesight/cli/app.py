@@ -102,9 +102,9 @@ class OperationCommand(click.Command):
         arguments = [str(param.name) for param in params if isinstance(param, click.Argument)]
         value = ""
         for word, following in zip_longest(words, words[1:], fillvalue=""):
-            given, _, value = word.partition("=")
+            given, _, attached = word.partition("=")
             if given == option:
-                value = value or following
+                value = attached or following
                 break
             # The value of a short option may be part of its word.
             if len(option) == 2 and word.startswith(option):

@@ -180,11 +180,11 @@ def _can_resume(settings: Recipe, changes: Sequence[str], precision: str) -> boo
         section, _, name = change.partition("=")[0].partition(".")
         if section != "train" or name not in MUTABLE_SETTINGS - {"precision"}:
             return False
-    starts = (line for line in run_dir.iter_metrics() if "precision" in line)
-    start = next(starts, None)
-    if start is None or start["precision"] != precision:
-        return False
     try:
+        starts = (line for line in run_dir.iter_metrics() if "precision" in line)
+        start = next(starts, None)
+        if start is None or start["precision"] != precision:
+            return False
         recorded = load_recipe(run_dir.path / RECIPE_FILE)
     except UserError:
         return False

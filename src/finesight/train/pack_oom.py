@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from finesight.encode.packing import PackedBatch
+from finesight.train.oom import GpuOutOfMemoryError, MemoryBudget, first_error_line, propose_plan
 
 if TYPE_CHECKING:
     from finesight.train.state import TrainState
-from finesight.train.oom import GpuOutOfMemoryError, MemoryBudget, first_error_line, propose_plan
 
 
 @contextmanager

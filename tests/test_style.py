@@ -1,6 +1,7 @@
 """Tests of the code measures: they detect violations. `make measures` measures the project."""
 
 import ast
+from collections import Counter
 from pathlib import Path
 
 import house
@@ -8,7 +9,7 @@ import pytest
 import yaml
 from code_measures import find_circles
 from source_modules import SourceModule
-from statement_measures import compute_density, count_constructs
+from statement_measures import compute_density, count_constructs, is_within
 
 ROOT = Path(__file__).parents[1]
 
@@ -82,6 +83,24 @@ def test_constructs_of_statements_are_counted(code: str, kind: str, count: int) 
     counts = count_constructs(module)
     assert counts[kind] == count
     assert compute_density(counts) >= 0
+
+
+@pytest.mark.parametrize(
+    ("constructs", "statements", "is_accepted"),
+    [
+        (20, 200, True),
+        (20, 150, True),  # code without constructs was removed
+        (30, 400, True),  # code of a lower density was added
+        (21, 200, False),
+        (21, 205, False),
+    ],
+)
+def test_file_may_not_get_denser_by_added_code(
+    constructs: int, statements: int, is_accepted: bool
+) -> None:
+    count = Counter({"comprehensions": constructs, "statements": statements})
+    assert is_within(count, {"constructs": 20, "density": 100.0}) is is_accepted
+    assert not is_within(count, None)
 
 
 def test_circles_are_found() -> None:

@@ -25,7 +25,8 @@ from finesight.train.parallel.distributed import ProcessGroup
 if TYPE_CHECKING:
     from finesight.data.corpus import Corpus
 
-_WITHIN_SOURCE, _ACROSS_SOURCES = 0, 1
+_WITHIN_SOURCE = 0
+_ACROSS_SOURCES = 1
 
 
 class SampleOrder:
@@ -45,7 +46,8 @@ class SampleOrder:
         assert sizes, "an order of no sources"
         assert min(sizes) > 0, f"an empty source among sizes {list(sizes)}"
         assert min(weights) > 0, f"a weight that is not positive among {list(weights)}"
-        self._sizes, self._seed = tuple(sizes), seed
+        self._sizes = tuple(sizes)
+        self._seed = seed
         # Exact fractions: in floating point, 1.1 * 50 is above 55 and would be rounded up to 56.
         self._samples_per_epoch = tuple(
             math.ceil(Fraction(str(weight)) * size)
@@ -60,26 +62,35 @@ class SampleOrder:
         """Return the sample index at a position, counted from the start of epoch 0."""
         epoch, offset = divmod(position, self.epoch_length)
         if epoch != self._epoch:
-            self._epoch, self._indices = epoch, self.epoch_indices(epoch)
+            self._indices = self.epoch_indices(epoch)
+            self._epoch = epoch
         return int(self._indices[offset])
 
     def epoch_indices(self, epoch: int) -> NDArray[np.int64]:
         """Return the sample indices of an epoch in order, int64 of shape [epoch_length]."""
-        starts = enumerate(accumulate(self._sizes[:-1], initial=0))
-        source_indices = [start + self._epoch_slice(source, epoch) for source, start in starts]
+        source_indices = []
+        start = 0
+        for source, size in enumerate(self._sizes):
+            source_indices.append(start + self._epoch_slice(source, epoch))
+            start += size
         order = _random_permutation(self.epoch_length, self._seed, _ACROSS_SOURCES, epoch)
         return np.concatenate(source_indices)[order]
 
     def _epoch_slice(self, source: int, epoch: int) -> NDArray[np.int64]:
-        size, count = self._sizes[source], self._samples_per_epoch[source]
-        start, stop = epoch * count, (epoch + 1) * count
-        passes = range(start // size, -(-stop // size))
-        pass_indices = [
-            _random_permutation(size, self._seed, _WITHIN_SOURCE, source, pass_index)
-            for pass_index in passes
-        ]
-        offset = passes.start * size
-        return np.concatenate(pass_indices)[start - offset : stop - offset]
+        """Return the samples of a source in an epoch, from the passes that the epoch overlaps."""
+        size = self._sizes[source]
+        count = self._samples_per_epoch[source]
+        start = epoch * count
+        stop = start + count
+        first_pass = start // size
+        end_pass = -(-stop // size)
+        permutations = []
+        for pass_index in range(first_pass, end_pass):
+            permutations.append(
+                _random_permutation(size, self._seed, _WITHIN_SOURCE, source, pass_index)
+            )
+        offset = first_pass * size
+        return np.concatenate(permutations)[start - offset : stop - offset]
 
 
 def _random_permutation(size: int, *key: int) -> NDArray[np.int64]:
@@ -110,20 +121,26 @@ class TrainSampler:
     """
 
     def __init__(self, corpus: Corpus, indices: Sequence[int], train: TrainSettings) -> None:
-        ends = [bisect_left(indices, end) for end in accumulate(corpus.source_sizes)]
-        sizes = [end - start for start, end in zip([0, *ends], ends, strict=False)]
-        non_empty = [
-            (size, weight) for size, weight in zip(sizes, corpus.weights, strict=True) if size
-        ]
-        self._indices, self._batch_size = indices, train.batch_size
-        self._order = SampleOrder([s for s, _ in non_empty], [w for _, w in non_empty], train.seed)
+        # Sources without valid samples are left out.
+        sizes: list[int] = []
+        weights: list[float] = []
+        start = 0
+        source_ends = accumulate(corpus.source_sizes)
+        for source_end, weight in zip(source_ends, corpus.weights, strict=True):
+            end = bisect_left(indices, source_end)
+            if end > start:
+                sizes.append(end - start)
+                weights.append(weight)
+            start = end
+        self._indices = indices
+        self._batch_size = train.batch_size
+        self._order = SampleOrder(sizes, weights, train.seed)
         self.epoch_length = self._order.epoch_length
-        epochs = 1.0 if train.epochs is None else train.epochs
-        self.num_samples = (
-            train.steps * train.batch_size
-            if train.steps is not None
-            else max(1, round(epochs * self.epoch_length))
-        )
+        if train.steps is not None:
+            self.num_samples = train.steps * train.batch_size
+        else:
+            epochs = 1.0 if train.epochs is None else train.epochs
+            self.num_samples = max(1, round(epochs * self.epoch_length))
 
     def __len__(self) -> int:
         return math.ceil(self.num_samples / self._batch_size)
@@ -145,13 +162,15 @@ class SequentialSampler:
     """Sampler that returns every valid sample once, in order."""
 
     def __init__(self, indices: Sequence[int], batch_size: int) -> None:
-        self._indices, self._batch_size = indices, batch_size
+        self._indices = indices
+        self._batch_size = batch_size
 
     def __len__(self) -> int:
         return math.ceil(len(self._indices) / self._batch_size)
 
     def batch_indices(self, step: int) -> Sequence[int]:
-        return self._indices[step * self._batch_size : (step + 1) * self._batch_size]
+        start = step * self._batch_size
+        return self._indices[start : start + self._batch_size]
 
 
 def assign_to_ranks(costs: Sequence[float], num_ranks: int) -> list[list[int]]:
@@ -160,11 +179,12 @@ def assign_to_ranks(costs: Sequence[float], num_ranks: int) -> list[list[int]]:
     Items are assigned in order of decreasing cost to the rank with the lowest load. Returns the
     ascending positions of each rank, without the last ranks if there are more ranks than items.
     """
-    loads = [(0.0, 0, rank) for rank in range(min(num_ranks, len(costs)))]
-    heapify(loads)
+    loads: list[tuple[float, int, int]] = []
     positions: list[list[int]] = []
-    for _ in loads:
+    for rank in range(min(num_ranks, len(costs))):
+        loads.append((0.0, 0, rank))
         positions.append([])
+    heapify(loads)
     for position in sorted(range(len(costs)), key=lambda position: -costs[position]):
         load, num_items, rank = loads[0]
         heapreplace(loads, (load + costs[position], num_items + 1, rank))
@@ -219,5 +239,7 @@ class DistributedSampler:
         return max_unsplit_packs(self.process_group.world_size) * max(2, self.pack_tokens)
 
     def _is_split(self, index: int) -> bool:
-        max_tokens, num_tokens_fn = self.max_unsplit_tokens, self.num_tokens_fn
-        return bool(num_tokens_fn and max_tokens and num_tokens_fn(index) > max_tokens)
+        max_tokens = self.max_unsplit_tokens
+        if self.num_tokens_fn is None or max_tokens is None:
+            return False
+        return self.num_tokens_fn(index) > max_tokens

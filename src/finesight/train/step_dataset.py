@@ -9,7 +9,6 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Se
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
-from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from zlib import crc32
 
@@ -93,8 +92,12 @@ class StepBatch:
     @property
     def split_checksum(self) -> int:
         """CRC-32 of the IDs of the split samples, to compare ranks; 0 without split samples."""
-        names = [name for batch in self.packs[: self.num_split_packs] for name in batch.sample_ids]
-        return crc32(json.dumps(names).encode()) if names else 0
+        names: list[str] = []
+        for batch in self.packs[: self.num_split_packs]:
+            names += batch.sample_ids
+        if not names:
+            return 0
+        return crc32(json.dumps(names).encode())
 
 
 class GlobalStepStats(NamedTuple):
@@ -117,8 +120,14 @@ class GlobalStepStats(NamedTuple):
     @classmethod
     def from_step(cls, step_batch: StepBatch, signal: int = 0) -> GlobalStepStats:
         """Compute the statistics of a step on this rank alone."""
-        counts = step_batch.num_supervised_tokens, step_batch.num_samples, step_batch.num_tokens
-        return cls(*counts, len(step_batch.packs), step_batch.skipped, signal)
+        return cls(
+            num_supervised_tokens=step_batch.num_supervised_tokens,
+            num_samples=step_batch.num_samples,
+            num_tokens=step_batch.num_tokens,
+            max_packs=len(step_batch.packs),
+            skipped=step_batch.skipped,
+            signal=signal,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,7 +214,8 @@ class TensorBlock:
 
 
 def _aligned_size(dtype: torch.dtype, shape: tuple[int, ...]) -> int:
-    return -(-dtype.itemsize * math.prod(shape) // _ALIGNMENT) * _ALIGNMENT
+    size = dtype.itemsize * math.prod(shape)
+    return -(-size // _ALIGNMENT) * _ALIGNMENT
 
 
 class StepTransfer(NamedTuple):
@@ -223,27 +233,34 @@ class StepTransfer(NamedTuple):
     @classmethod
     def from_step(cls, step_batch: StepBatch, image_block: TensorBlock) -> StepTransfer:
         """Copy all tensors of a step to a new block, except those already in `image_block`."""
-        tensors, empty_tensor = list[Tensor](), torch.empty(0)
+        tensors: list[Tensor] = []
+        empty_tensor = torch.empty(0)
 
         def take(tensor: Tensor) -> Tensor:
             tensors.append(tensor)
             return empty_tensor
 
-        packs = [_map_tensors(batch, take) for batch in step_batch.packs]
-        empty_packs = tuple(replace(batch, patches_ND=empty_tensor) for batch in packs)
-        block = TensorBlock.allocate(*((tensor.dtype, tuple(tensor.shape)) for tensor in tensors))
+        empty_packs = []
+        for batch in step_batch.packs:
+            empty_pack = _map_tensors(batch, take)
+            empty_packs.append(replace(empty_pack, patches_ND=empty_tensor))
+        specs = [(tensor.dtype, tuple(tensor.shape)) for tensor in tensors]
+        block = TensorBlock.allocate(*specs)
         for buffer, tensor in zip(block.tensors(), tensors, strict=True):
             buffer.copy_(tensor)
-        return cls(replace(step_batch, packs=empty_packs, cache_inputs=()), image_block, block)
+        empty_step = replace(step_batch, packs=tuple(empty_packs), cache_inputs=())
+        return cls(empty_step, image_block, block)
 
     def unpack(self) -> StepBatch:
         """Restore the step data, whose tensors are views of the two blocks."""
-        tensors, image_tensors = self.tensor_block.tensors(), self.image_block.tensors()
-        packs = tuple(
-            replace(_map_tensors(batch, lambda _: next(tensors)), patches_ND=next(image_tensors))
-            for batch in self.step_batch.packs
-        )
-        return replace(self.step_batch, packs=packs, cache_inputs=tuple(image_tensors))
+        tensors = self.tensor_block.tensors()
+        # The patches of all packs, then their cache inputs.
+        image_tensors = self.image_block.tensors()
+        packs = []
+        for batch in self.step_batch.packs:
+            restored = _map_tensors(batch, lambda _: next(tensors))
+            packs.append(replace(restored, patches_ND=next(image_tensors)))
+        return replace(self.step_batch, packs=tuple(packs), cache_inputs=tuple(image_tensors))
 
 
 def _map_tensors(batch: PackedBatch, fn: Callable[[Tensor], Tensor]) -> PackedBatch:
@@ -256,7 +273,9 @@ def _map_tensors(batch: PackedBatch, fn: Callable[[Tensor], Tensor]) -> PackedBa
         "logit_indices_L",
         "labels_L",
     )
-    changes: dict[str, Any] = dict(zip(names, map(fn, attrgetter(*names)(batch)), strict=True))
+    changes: dict[str, Any] = {}
+    for name in names:
+        changes[name] = fn(getattr(batch, name))
     changes["hf_inputs"] = {name: fn(tensor) for name, tensor in batch.hf_inputs.items()}
     return replace(batch, **changes)
 
@@ -329,45 +348,53 @@ class StepDataset:
         shards: Sequence[ContextShard] = (),
     ) -> tuple[StepBatch, TensorBlock]:
         """Pack the encoded samples of a step; see `build_step`."""
-        # Inputs of a Hugging Face processor cannot be packed, and a pair is one pack.
-        is_single = any(
-            encoded.hf_inputs or encoded.tokenized.response_starts for _, encoded in own_samples
-        )
-        budget = 1 if is_single else self.pack_tokens
-        prefix_length = 0
-        if self.use_shared_prefix:
-            tokenized = [encoded.tokenized for _, encoded in own_samples]
-            prefix_length = find_shared_prefix_length(tokenized)
-        plan = plan_packs(
-            [encoded.tokenized.num_packed_tokens for _, encoded in own_samples],
-            budget,
-            prefix_length,
-        )
-        groups = [[encoded] for encoded in split_samples] + [
-            [own_samples[i] for i in group] for group in plan
-        ]
-        sample_indices = tuple(tuple(index for index, _ in group) for group in groups)
-        specs: list[TensorSpec] = [
-            (torch.uint8, concat_shape([encoded.patches_ND for _, encoded in group]))
-            for group in groups
-        ]
+        own_groups, prefix_length = self._group_samples(own_samples)
+        groups = [[sample] for sample in split_samples] + own_groups
+        sample_indices: list[tuple[int, ...]] = []
+        specs: list[TensorSpec] = []
+        for group in groups:
+            sample_indices.append(tuple(index for index, _ in group))
+            patches_shape = concat_shape([encoded.patches_ND for _, encoded in group])
+            specs.append((torch.uint8, patches_shape))
         if self.cache_reader is not None:
             specs += map(self.cache_reader.tensor_spec, sample_indices)
         block = TensorBlock.allocate(*specs)
         image_tensors = block.tensors()
-        packs = [
-            pack([encoded for _, encoded in group], next(image_tensors).numpy(), prefix_length)
-            for group in groups
-        ]
+        packs = []
+        for group in groups:
+            samples = [encoded for _, encoded in group]
+            packs.append(pack(samples, next(image_tensors).numpy(), prefix_length))
         packs[: len(shards)] = map(ContextShard.shard_batch, shards, packs)
         cache_inputs = tuple(image_tensors)
         if self.cache_reader is not None:
             packs = [replace(batch, grid_thw=()) for batch in packs]
             for indices, buffer in zip(sample_indices, cache_inputs, strict=True):
                 self.cache_reader.write_to(indices, buffer)
-        return StepBatch(
-            step_index, tuple(packs), tuple(skipped), sample_indices, cache_inputs
-        ), block
+        step_batch = StepBatch(
+            step_index, tuple(packs), tuple(skipped), tuple(sample_indices), cache_inputs
+        )
+        return step_batch, block
+
+    def _group_samples(
+        self, samples: Sequence[IndexedSample]
+    ) -> tuple[list[list[IndexedSample]], int]:
+        """Return the samples of each pack, and the length of the prefix that all samples share."""
+        tokenized = [encoded.tokenized for _, encoded in samples]
+        # Inputs of a Hugging Face processor cannot be packed, and a pair is one pack.
+        is_single = any(
+            encoded.hf_inputs or encoded.tokenized.response_starts for _, encoded in samples
+        )
+        budget = self.pack_tokens
+        if is_single:
+            budget = 1
+        prefix_length = 0
+        if self.use_shared_prefix:
+            prefix_length = find_shared_prefix_length(tokenized)
+        lengths = [one.num_packed_tokens for one in tokenized]
+        groups = []
+        for positions in plan_packs(lengths, budget, prefix_length):
+            groups.append([samples[position] for position in positions])
+        return groups, prefix_length
 
     def _read_split_samples(
         self, step_index: int
@@ -383,15 +410,19 @@ class StepDataset:
             return [], [], []
         indices = sampler.split_indices(step_index)
         samples, skipped = self.read_samples(indices, step_index=step_index)
-        rank, world_size = sampler.process_group.rank, sampler.process_group.world_size
-        shards = [
-            ContextShard.from_sample(encoded.tokenized, rank, world_size) for _, encoded in samples
-        ]
-        sharded_samples = [
-            (index, replace(encoded, patches_ND=encoded.patches_ND[slice(*shard.patch_range)]))
-            for (index, encoded), shard in zip(samples, shards, strict=True)
-        ]
-        return sharded_samples, shards, skipped if sampler.process_group.is_main else []
+        process_group = sampler.process_group
+        shards: list[ContextShard] = []
+        sharded_samples: list[IndexedSample] = []
+        for index, encoded in samples:
+            shard = ContextShard.from_sample(
+                encoded.tokenized, process_group.rank, process_group.world_size
+            )
+            own_patches_ND = encoded.patches_ND[slice(*shard.patch_range)]
+            shards.append(shard)
+            sharded_samples.append((index, replace(encoded, patches_ND=own_patches_ND)))
+        if not process_group.is_main:
+            skipped = []
+        return sharded_samples, shards, skipped
 
     def read_samples(
         self,
@@ -407,9 +438,14 @@ class StepDataset:
             map_: Replacement of `map`, such as that of a thread pool.
             step_index: Step that selects the variants of augmented images.
         """
-        results = [*map_(partial(self._read_sample, encode, step_index), indices)]
-        samples = [one for one in results if not isinstance(one, SkippedSample)]
-        return samples, [one for one in results if isinstance(one, SkippedSample)]
+        samples: list[IndexedSample] = []
+        skipped: list[SkippedSample] = []
+        for result in map_(partial(self._read_sample, encode, step_index), indices):
+            if isinstance(result, SkippedSample):
+                skipped.append(result)
+            else:
+                samples.append(result)
+        return samples, skipped
 
     def _read_sample(
         self, encode: Callable[[LocatedSample], EncodedSample] | None, step_index: int, index: int
@@ -418,13 +454,16 @@ class StepDataset:
         try:
             sample = self.corpus.read_validated(index)
             name = sample.sample.id
-            if self.augmenter is not None and encode is None:
+            if encode is not None:
+                return index, encode(sample)
+            if self.augmenter is not None:
                 variant = self.augmenter.augment(sample, step_index, index)
                 tokenized = self.renderer.tokenize(variant)
+                max_length = self.renderer.max_length
                 # Moved boxes may have longer numbers; the sample itself has a valid length.
-                if tokenized.num_tokens <= (self.renderer.max_length or tokenized.num_tokens):
+                if not max_length or tokenized.num_tokens <= max_length:
                     return index, self.renderer.load_patches(tokenized)
-            return index, encode(sample) if encode else self._encode_sample(index, sample)
+            return index, self._encode_sample(index, sample)
         except UnreadableFileError:
             raise
         except UserError as error:
@@ -435,15 +474,14 @@ class StepDataset:
     def _encode_sample(self, index: int, sample: LocatedSample) -> EncodedSample:
         if self.cache_reader is None:
             encoded = self.renderer.encode(sample)
-            max_length = self.max_length
-            error = None if max_length is None else find_sample_error(encoded.tokenized, max_length)
-            if error is not None:
-                raise error
+            if self.max_length is not None:
+                error = find_sample_error(encoded.tokenized, self.max_length)
+                if error is not None:
+                    raise error
             return encoded
         text_sample = self.renderer.encode_without_patches(sample)
-        self.cache_reader.check(
-            index, sum(span.stop - span.start for span in text_sample.tokenized.spans)
-        )
+        num_visual_tokens = sum(span.stop - span.start for span in text_sample.tokenized.spans)
+        self.cache_reader.check(index, num_visual_tokens)
         return text_sample
 
 
@@ -474,7 +512,8 @@ def time_data_waits(
 ) -> Iterator[tuple[StepBatch, DataWait]]:
     """Yield each step of a data loader with the timing of its data wait."""
     while True:
-        request_event, start = record_event(device, enable_timing=True), time.perf_counter()
+        request_event = record_event(device, enable_timing=True)
+        start = time.perf_counter()
         step_batch = next(steps, None)
         if step_batch is None:
             return
@@ -487,8 +526,11 @@ def compute_idle_seconds(
     blocked_s: float, request: torch.cuda.Event | None, ready: torch.cuda.Event | None
 ) -> float:
     """Return the seconds in which the device was idle while the host waited for `blocked_s`."""
+    if request is None or ready is None:
+        return blocked_s
+    idle_s: float = request.elapsed_time(ready) / 1000
     # A GPU with an empty queue is idle for other reasons as well.
-    return min(blocked_s, request.elapsed_time(ready) / 1000) if request and ready else blocked_s
+    return min(blocked_s, idle_s)
 
 
 def record_event(device: torch.device, *, enable_timing: bool = False) -> torch.cuda.Event | None:

@@ -56,13 +56,16 @@ class SplitBf16Master:
         if self.residual_E is None:
             return params_N
         residual_N = self.residual_E[flat_slice]
-        return merge_fp32(params_N, residual_N) if residual_N.dtype == torch.int16 else residual_N
+        if residual_N.dtype == torch.int16:
+            return merge_fp32(params_N, residual_N)
+        return residual_N
 
     def write(self, master_N: Tensor, flat_slice: slice) -> None:
         """Store a slice of fp32 values that `read` returned and the caller changed."""
         if self.residual_E is None:
             return
-        params_N, residual_N = self.params_E[flat_slice], self.residual_E[flat_slice]
+        params_N = self.params_E[flat_slice]
+        residual_N = self.residual_E[flat_slice]
         if residual_N.dtype == torch.int16:
             split_fp32(master_N, params_N, residual_N)
         else:
@@ -197,10 +200,14 @@ def create_dynamic_map(signed: bool) -> Tensor:
     """
     levels: list[Tensor] = [torch.zeros(1), torch.ones(1)]
     for decade in range(NUM_DECADES):
-        num_levels = 2 ** (decade if signed else decade + 1)
+        num_levels = 2**decade
+        if not signed:
+            num_levels *= 2
         edges = torch.linspace(0.1, 1.0, num_levels + 1)
         midpoints = (edges[1:] + edges[:-1]) / 2 * 10.0 ** (decade + 1 - NUM_DECADES)
-        levels += [midpoints, -midpoints] if signed else [midpoints]
+        levels.append(midpoints)
+        if signed:
+            levels.append(-midpoints)
     return torch.cat(levels).sort().values
 
 
@@ -252,9 +259,11 @@ class Muon:
         read_gradient: Callable[[], Tensor],
         matrices: Iterable[Tensor],
     ) -> None:
-        grad_E, self._read_gradient = read_gradient(), read_gradient
+        grad_E = read_gradient()
+        self._read_gradient = read_gradient
         self.momentum_E = torch.zeros_like(grad_E)
-        self._master_weights, self._grad_E = master_weights, grad_E
+        self._master_weights = master_weights
+        self._grad_E = grad_E
         views_by_shape: dict[torch.Size, list[Tensor]] = {}
         for view in matrices:
             views_by_shape.setdefault(view.shape, []).append(view)
@@ -262,11 +271,13 @@ class Muon:
         self.stacks: list[list[Tensor]] = []
         for shape, views in views_by_shape.items():
             stack_size = max(1, MAX_STACK_ELEMENTS // shape.numel())
-            self.stacks += [views[n : n + stack_size] for n in range(0, len(views), stack_size)]
+            for start in range(0, len(views), stack_size):
+                self.stacks.append(views[start : start + stack_size])
         # Static input of the CUDA graph.
         self._lerp_weight = torch.zeros((), device=grad_E.device)
-        use_graph = grad_E.is_cuda and grad_E.numel() <= MAX_GRAPH_ELEMENTS
-        self.graphs = CudaGraphCache(grad_E.device) if use_graph else None
+        self.graphs: CudaGraphCache | None = None
+        if grad_E.is_cuda and grad_E.numel() <= MAX_GRAPH_ELEMENTS:
+            self.graphs = CudaGraphCache(grad_E.device)
 
     @torch.no_grad()
     def step(self, grad_factor: Tensor, lr: float, weight_decay: float) -> None:
@@ -291,9 +302,8 @@ class Muon:
         for start in range(0, len(self._master_weights), MAX_MUON_CHUNK_ELEMENTS):
             flat_slice = slice(start, start + MAX_MUON_CHUNK_ELEMENTS)
             master_N = self._master_weights.read(flat_slice).mul_(decay_factor)
-            self._master_weights.write(
-                master_N.addcmul_(self._grad_E[flat_slice], step_size), flat_slice
-            )
+            master_N.addcmul_(self._grad_E[flat_slice], step_size)
+            self._master_weights.write(master_N, flat_slice)
 
     def state_tensors(self, flat_slice: slice, shape: torch.Size) -> dict[str, Tensor]:
         """Return a view of the momentum of one parameter."""
@@ -330,8 +340,11 @@ def newton_schulz(x_NRC: Tensor) -> Tensor:
     is_wide = x_NRC.shape[1] <= x_NRC.shape[2]
     y = x_NRC if is_wide else x_NRC.mT
     y = y / (torch.linalg.matrix_norm(y, keepdim=True) + 1e-12)
-    y = y.bfloat16() if has_tensor_cores(torch.bfloat16, y.device) else y
+    if has_tensor_cores(torch.bfloat16, y.device):
+        y = y.bfloat16()
     for _ in range(NUM_NS_STEPS):
         gram = y @ y.mT
         y = torch.baddbmm(y, torch.baddbmm(gram, gram, gram, beta=_B, alpha=_C), y, beta=_A)
-    return (y if is_wide else y.mT).float()
+    if not is_wide:
+        y = y.mT
+    return y.float()

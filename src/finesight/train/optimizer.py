@@ -82,24 +82,29 @@ class GradientAccumulator:
     """
 
     def __init__(self, param_slices: Sequence[ParamSlice], length: int) -> None:
-        self.param_slices, self.device = param_slices, param_slices[0].parameter.device
+        self.param_slices = param_slices
+        self.device = param_slices[0].parameter.device
         self._length = length
         self._flat_E: Tensor | None = None
         self.sums: list[Tensor | None] = [None] * len(param_slices)
         # Whether the sum contains a gradient of this step.
         self._has_sum = [False] * len(param_slices)
-        self._small_indices = [
-            n for n, p in enumerate(param_slices) if p.parameter.numel() < LARGE_PARAM_ELEMENTS
-        ]
-        use_kernels = HAS_TRITON and self.device.type == "cuda"
-        flat_slices = [param_slice.flat_slice for param_slice in param_slices]
-        self.tiles = adamw.ParamTiles(flat_slices, self.device) if use_kernels else None
-        small_slices = [flat_slices[n] for n in self._small_indices]
-        self._small_tiles = (
-            adamw.ParamTiles(small_slices, self.device) if use_kernels and small_slices else None
-        )
-        for index in {*range(len(param_slices))}.difference(self._small_indices):
-            self._register_hook(index)
+        self._small_indices: list[int] = []
+        flat_slices: list[slice] = []
+        small_slices: list[slice] = []
+        for index, param_slice in enumerate(param_slices):
+            flat_slices.append(param_slice.flat_slice)
+            if param_slice.parameter.numel() < LARGE_PARAM_ELEMENTS:
+                self._small_indices.append(index)
+                small_slices.append(param_slice.flat_slice)
+            else:
+                self._register_hook(index)
+        self.tiles: adamw.ParamTiles | None = None
+        self._small_tiles: adamw.ParamTiles | None = None
+        if HAS_TRITON and self.device.type == "cuda":
+            self.tiles = adamw.ParamTiles(flat_slices, self.device)
+            if small_slices:
+                self._small_tiles = adamw.ParamTiles(small_slices, self.device)
 
     def _register_hook(self, index: int) -> None:
         parameter = self.param_slices[index].parameter
@@ -115,13 +120,15 @@ class GradientAccumulator:
         register(accumulate_hook)
 
     def _accumulate_one(self, index: int) -> None:
-        parameter, sum_ = self.param_slices[index].parameter, self._get_sum(index)
+        parameter = self.param_slices[index].parameter
+        sum_ = self._get_sum(index)
         assert parameter.grad is not None, f"no gradient for {self.param_slices[index].name}"
         if self._has_sum[index]:
             sum_.add_(parameter.grad)
         else:
             sum_.copy_(parameter.grad)
-        self._has_sum[index], parameter.grad = True, None
+        self._has_sum[index] = True
+        parameter.grad = None
 
     def _get_sum(self, index: int) -> Tensor:
         sum_ = self.sums[index]
@@ -193,12 +200,13 @@ class GradientAccumulator:
 
     def per_parameter(self) -> Sequence[Tensor | None]:
         """Return the gradient of each parameter; None for a parameter without a gradient."""
-        if self._flat_E is not None or any(self._has_sum):
-            self.accumulate()
-            return [
-                s if has_sum else None for s, has_sum in zip(self.sums, self._has_sum, strict=True)
-            ]
-        return [param_slice.parameter.grad for param_slice in self.param_slices]
+        if self._flat_E is None and not any(self._has_sum):
+            return [param_slice.parameter.grad for param_slice in self.param_slices]
+        self.accumulate()
+        gradients: list[Tensor | None] = []
+        for sum_, has_sum in zip(self.sums, self._has_sum, strict=True):
+            gradients.append(sum_ if has_sum else None)
+        return gradients
 
     def squared_norm(self) -> Tensor:
         """Return the sum of squares of all gradients.
@@ -211,9 +219,8 @@ class GradientAccumulator:
             return torch.zeros((), device=self.device)
         if self.tiles is not None:
             return adamw.squared_norm(self.tiles, all_gradients)
-        norms = torch._foreach_norm(
-            present, 2, torch.promote_types(present[0].dtype, torch.float32)
-        )
+        norm_dtype = torch.promote_types(present[0].dtype, torch.float32)
+        norms = torch._foreach_norm(present, 2, norm_dtype)
         return torch.stack(norms).square_().sum()
 
     def read_slice(self, flat_slice: slice) -> Tensor:
@@ -221,15 +228,17 @@ class GradientAccumulator:
 
         Parameters without a gradient contribute zeros. Returns a tensor of shape [N].
         """
-        first, end = flat_slice.start, flat_slice.stop
+        first = flat_slice.start
+        end = flat_slice.stop
         flat_N = torch.zeros(end - first, dtype=torch.float32, device=self.device)
         for param_slice, gradient in zip(self.param_slices, self.per_parameter(), strict=True):
             param_range = param_slice.flat_slice
-            start, stop = max(param_range.start, first), min(param_range.stop, end)
+            # The part of the parameter within the slice.
+            start = max(param_range.start, first)
+            stop = min(param_range.stop, end)
             if start < stop and gradient is not None:
-                flat_N[start - first : stop - first] = gradient.view(-1)[
-                    start - param_range.start : stop - param_range.start
-                ]
+                own_slice = slice(start - param_range.start, stop - param_range.start)
+                flat_N[start - first : stop - first] = gradient.view(-1)[own_slice]
         return flat_N
 
     def zero_grad(self) -> None:
@@ -279,8 +288,11 @@ class Optimizer(Protocol):
         ...
 
 
-MAX_CHUNK_ELEMENTS, STEP_BYTES_PER_ELEMENT = 1 << 20, 20
-"""Elements per chunk of the AdamW step without Triton, and temporary bytes per element."""
+MAX_CHUNK_ELEMENTS = 1 << 20
+"""Elements per chunk of the AdamW step without Triton."""
+
+STEP_BYTES_PER_ELEMENT = 20
+"""Temporary bytes per element of a chunk."""
 
 ADAMW_TRAFFIC_BYTES = {False: {False: 60, True: 28}, True: {False: 270, True: 29}}
 """Bytes of memory traffic per element of an AdamW step, by use of 8-bit moments and of the kernel.
@@ -303,15 +315,20 @@ class AdamW:
         betas: tuple[float, float],
         use_8bit: bool = False,
     ) -> None:
-        self._master_weights, self._gradients, self._betas = master_weights, gradients, betas
+        self._master_weights = master_weights
+        self._gradients = gradients
+        self._betas = betas
         self._use_8bit = use_8bit
-        num_elements, device = len(master_weights), master_weights.params_E.device
-        self.exp_avg, self.exp_avg_sq = (
-            OptimState8bit(num_elements, device, signed)
-            if use_8bit
-            else OptimState(num_elements, device)
-            for signed in (True, False)
-        )
+        num_elements = len(master_weights)
+        device = master_weights.params_E.device
+        self.exp_avg: OptimState
+        self.exp_avg_sq: OptimState
+        if use_8bit:
+            self.exp_avg = OptimState8bit(num_elements, device, signed=True)
+            self.exp_avg_sq = OptimState8bit(num_elements, device, signed=False)
+        else:
+            self.exp_avg = OptimState(num_elements, device)
+            self.exp_avg_sq = OptimState(num_elements, device)
         self._num_steps = torch.zeros((), dtype=torch.float64, device=device)
         self._next_num_steps = self._num_steps.clone()
 
@@ -335,14 +352,26 @@ class AdamW:
         the device.
         """
         decay_factor = 1 - lr * weight_decay
-        tiles, master = self._gradients.tiles, self._master_weights
+        tiles = self._gradients.tiles
+        master = self._master_weights
         gradients = self._gradients.per_parameter()
         if tiles is not None:
-            step_counts = self._num_steps, self._next_num_steps
-            moments = [(one.values_E, one.scale_B) for one in (self.exp_avg, self.exp_avg_sq)]
-            group = tiles, gradients, (master.params_E, master.residual_E), moments
-            adamw.adamw_step(*group, grad_factor, step_counts, lr, decay_factor, self._betas)
-            self._next_num_steps, self._num_steps = step_counts
+            adamw.adamw_step(
+                tiles,
+                gradients,
+                (master.params_E, master.residual_E),
+                [
+                    (self.exp_avg.values_E, self.exp_avg.scale_B),
+                    (self.exp_avg_sq.values_E, self.exp_avg_sq.scale_B),
+                ],
+                grad_factor,
+                (self._num_steps, self._next_num_steps),
+                lr,
+                decay_factor,
+                self._betas,
+            )
+            # The kernel has written the new count to the second tensor.
+            self._num_steps, self._next_num_steps = self._next_num_steps, self._num_steps
             return
         if not grad_factor.isfinite():
             return
@@ -365,16 +394,17 @@ class AdamW:
 
     def state_tensors(self, flat_slice: slice, shape: torch.Size) -> dict[str, Tensor]:
         """Return views of the moments; the second moment is last, because squares cannot cancel."""
-        return {
-            f"{name}{suffix}": tensor
-            for name, state in (("exp_avg", self.exp_avg), ("exp_avg_sq", self.exp_avg_sq))
-            for suffix, tensor in state.state_tensors(flat_slice, shape).items()
-        }
+        tensors: dict[str, Tensor] = {}
+        for name, moment in (("exp_avg", self.exp_avg), ("exp_avg_sq", self.exp_avg_sq)):
+            for suffix, tensor in moment.state_tensors(flat_slice, shape).items():
+                tensors[f"{name}{suffix}"] = tensor
+        return tensors
 
     def workspace_bytes(self, is_cuda: bool) -> int:
         """Return the temporary bytes of a step; 0 for the kernel."""
-        num_elements = min(len(self._master_weights), MAX_CHUNK_ELEMENTS)
-        return 0 if is_cuda else STEP_BYTES_PER_ELEMENT * num_elements
+        if is_cuda:
+            return 0
+        return STEP_BYTES_PER_ELEMENT * min(len(self._master_weights), MAX_CHUNK_ELEMENTS)
 
     def traffic_bytes(self, is_cuda: bool) -> int:
         """Return the bytes of memory traffic of a step."""
@@ -402,13 +432,14 @@ class ParamGroup:
         named_params: Mapping[str, nn.Parameter],
         alignment: int = _ALIGNMENT,
     ) -> None:
-        self.part, self.weight_decay, self.lr = part, weight_decay, lr
+        self.part = part
+        self.weight_decay = weight_decay
+        self.lr = lr
         self.param_slices: list[ParamSlice] = []
         end = 0
         for name, parameter in named_params.items():
-            self.param_slices.append(
-                ParamSlice(name, parameter, slice(end, end + parameter.numel()))
-            )
+            flat_slice = slice(end, end + parameter.numel())
+            self.param_slices.append(ParamSlice(name, parameter, flat_slice))
             end += -(-parameter.numel() // alignment) * alignment
         first = self.param_slices[0].parameter
         dtypes_and_devices = {(p.dtype, p.device) for p in named_params.values()}
@@ -436,7 +467,8 @@ class ParamGroup:
         is_matmul = all(_is_matmul_weight(one.name, one.parameter) for one in self.param_slices)
         if train.optimizer == "muon" and is_matmul:
             self.gradients.use_flat_buffer()
-            grad_E, matrices = self.gradients.flat_gradient(), list[Tensor]()
+            grad_E = self.gradients.flat_gradient()
+            matrices: list[Tensor] = []
             for param_slice in self.param_slices:
                 gradient = param_slice.view(grad_E)
                 # Stacked MoE experts are several matrices.
@@ -544,14 +576,12 @@ class MasterWeightOptimizer:
             grad_norm: Result of `grad_norm`, before unscaling.
             loss_scale: Loss scale in fp16; the gradients are divided by it before clipping.
         """
-        grad_factor = torch.full_like(grad_norm, 1 / loss_scale).masked_fill_(
-            ~grad_norm.isfinite(), math.nan
-        )
+        grad_factor = torch.full_like(grad_norm, 1 / loss_scale)
+        grad_factor.masked_fill_(~grad_norm.isfinite(), math.nan)
         if self.max_grad_norm is not None:
             # The epsilon avoids division by zero.
-            grad_factor = grad_factor * (
-                self.max_grad_norm / (grad_norm / loss_scale + 1e-6)
-            ).clamp(max=1.0)
+            norm_ratio = self.max_grad_norm / (grad_norm / loss_scale + 1e-6)
+            grad_factor = grad_factor * norm_ratio.clamp(max=1.0)
         for group in self.param_groups:
             factor = grad_factor.to(group.gradients.device)
             group.optimizer.step(factor, group.lr * lr_factor, group.weight_decay)
@@ -581,13 +611,11 @@ class MasterWeightOptimizer:
                 weight_E = break_bf16_ties(weight_E)
             return weight_E.view(param_slice.parameter.shape)
 
-        return LazyTensors(
-            {
-                param_slice.name: partial(read, group, param_slice)
-                for group in self.param_groups
-                for param_slice in group.param_slices
-            }
-        )
+        read_fns: dict[str, Callable[[], Tensor]] = {}
+        for group in self.param_groups:
+            for param_slice in group.param_slices:
+                read_fns[param_slice.name] = partial(read, group, param_slice)
+        return LazyTensors(read_fns)
 
     def optimizer_state(self) -> dict[str, Tensor]:
         """Return the optimizer state as tensors, for a checkpoint.
@@ -600,12 +628,12 @@ class MasterWeightOptimizer:
         - `momentum.NAME`: Muon momentum.
         """
         num_steps = max(group.optimizer.num_steps for group in self.param_groups)
-        return {"num_steps": torch.tensor(float(num_steps))} | {
-            f"{state_name}.{param_slice.name}": tensor
-            for group in self.param_groups
-            for param_slice in group.param_slices
-            for state_name, tensor in group.state_tensors(param_slice).items()
-        }
+        tensors = {"num_steps": torch.tensor(float(num_steps))}
+        for group in self.param_groups:
+            for param_slice in group.param_slices:
+                for state_name, tensor in group.state_tensors(param_slice).items():
+                    tensors[f"{state_name}.{param_slice.name}"] = tensor
+        return tensors
 
     def params_with_grad(self) -> set[str]:
         """Return the names of the parameters that have ever received a non-zero gradient."""
@@ -632,6 +660,7 @@ class MasterWeightOptimizer:
         for group in self.param_groups:
             group.optimizer.num_steps = int(optimizer_state["num_steps"])
             for param_slice in group.param_slices:
+                # The weights may be read on access, so they have no name that keeps them.
                 group.master_weights.load(
                     weights[param_slice.name].flatten(), param_slice.flat_slice
                 )
@@ -650,17 +679,33 @@ def _build_param_groups(
     learning_rates = train.learning_rate.model_dump(exclude_none=True)
     for part in MODEL_PARTS:
         lr = learning_rates.get(part, train.learning_rate.default)
-        part_params = {name: p for name, p in trainable_params.items() if get_part(name) == part}
-        matrices = {name: p for name, p in part_params.items() if _is_matmul_weight(name, p)}
-        vectors = {name: p for name, p in part_params.items() if p.dim() <= 1}
-        embeddings = {name: p for name, p in part_params.items() if name not in matrices | vectors}
-        weight_decays = train.weight_decay, train.weight_decay, 0.0
-        for named_params, weight_decay in zip(
-            (matrices, embeddings, vectors), weight_decays, strict=True
+        matrices: dict[str, nn.Parameter] = {}
+        embeddings: dict[str, nn.Parameter] = {}
+        vectors: dict[str, nn.Parameter] = {}
+        for name, parameter in trainable_params.items():
+            if get_part(name) != part:
+                continue
+            if _is_matmul_weight(name, parameter):
+                matrices[name] = parameter
+            elif parameter.dim() <= 1:
+                vectors[name] = parameter
+            else:
+                embeddings[name] = parameter
+        for named_params, weight_decay in (
+            (matrices, train.weight_decay),
+            (embeddings, train.weight_decay),
+            (vectors, 0.0),
         ):
-            for dtype in dict.fromkeys(p.dtype for p in named_params.values()):
-                same_dtype = {name: p for name, p in named_params.items() if p.dtype == dtype}
+            for same_dtype in _group_by_dtype(named_params):
                 yield ParamGroup(part, weight_decay, lr, same_dtype, alignment)
+
+
+def _group_by_dtype(named_params: Mapping[str, nn.Parameter]) -> list[dict[str, nn.Parameter]]:
+    """Return the parameters of each dtype, in the order of the first one of each."""
+    groups: dict[torch.dtype, dict[str, nn.Parameter]] = {}
+    for name, parameter in named_params.items():
+        groups.setdefault(parameter.dtype, {})[name] = parameter
+    return list(groups.values())
 
 
 def _is_matmul_weight(name: str, parameter: nn.Parameter) -> bool:
@@ -676,11 +721,15 @@ class LossScaler:
     is 1 in other precisions.
     """
 
-    INIT_SCALE, MIN_SCALE, GROWTH_INTERVAL = 2.0**15, 1.0, 1000
+    INIT_SCALE = 2.0**15
+    MIN_SCALE = 1.0
+    GROWTH_INTERVAL = 1000
 
     def __init__(self, is_enabled: bool) -> None:
-        self.is_enabled, self.scale = is_enabled, self.INIT_SCALE if is_enabled else 1.0
-        self.growth_tracker = self.num_skipped = 0
+        self.is_enabled = is_enabled
+        self.scale = self.INIT_SCALE if is_enabled else 1.0
+        self.growth_tracker = 0
+        self.num_skipped = 0
 
     def update(self, grad_norm: float) -> bool:
         """Update the loss scale after the backward pass of a step.
@@ -694,11 +743,14 @@ class LossScaler:
         if math.isfinite(grad_norm):
             self.growth_tracker += 1
             if self.is_enabled and self.growth_tracker >= self.GROWTH_INTERVAL:
-                self.scale, self.growth_tracker = self.scale * 2, 0
+                self.scale *= 2
+                self.growth_tracker = 0
             return True
         if not self.is_enabled or self.scale <= self.MIN_SCALE:
             return True
-        self.scale, self.growth_tracker, self.num_skipped = self.scale / 2, 0, self.num_skipped + 1
+        self.scale /= 2
+        self.growth_tracker = 0
+        self.num_skipped += 1
         return False
 
     def state_dict(self) -> dict[str, float]:
@@ -718,7 +770,9 @@ class LossScaler:
 
 def resolve_steps(value: StepsOrFraction, total_steps: int) -> int:
     """Convert a number of steps or a fraction of the run to steps, rounded up."""
-    return value if isinstance(value, int) else math.ceil(value * total_steps)
+    if isinstance(value, int):
+        return value
+    return math.ceil(value * total_steps)
 
 
 class LRSchedule:
@@ -731,7 +785,8 @@ class LRSchedule:
     """
 
     def __init__(self, train: TrainSettings, total_steps: int) -> None:
-        self.kind, self.total_steps = train.lr_schedule, total_steps
+        self.kind = train.lr_schedule
+        self.total_steps = total_steps
         self.warmup_steps = resolve_steps(train.warmup, total_steps)
         if self.warmup_steps >= total_steps and self.warmup_steps > 1:
             few = "no warmup (0)"
@@ -751,4 +806,6 @@ class LRSchedule:
         progress = (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps)
         if self.kind == "cosine":
             return 0.5 * (1 + math.cos(math.pi * progress))
-        return 1 - progress if self.kind == "linear" else 1.0
+        if self.kind == "linear":
+            return 1 - progress
+        return 1.0

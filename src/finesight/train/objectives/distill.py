@@ -50,11 +50,16 @@ class DistillObjective(SftObjective):
     def compute_loss(self, h_LD: Tensor, head_VD: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
         """Return the weighted sum of the divergence, [1]."""
         labels_L = inputs["labels_L"]
-        own, other = (h_LD[: len(labels_L)], head_VD), (h_LD[: len(labels_L)].detach(), head_VD)
+        h_LD = h_LD[: len(labels_L)]
+        # Estimates compare the model with itself.
+        teacher_h_LE = h_LD.detach()
+        head_VE = head_VD
         if self.teacher is not None:
-            other = inputs["teacher_h_LE"][: len(labels_L)], self.teacher.lm_head_weight
-        losses_L = compute_divergence(self.settings, *own, *other)
-        return (losses_L.where(labels_L >= 0, 0).sum() * inputs["loss_weight"])[None]
+            teacher_h_LE = inputs["teacher_h_LE"][: len(labels_L)]
+            head_VE = self.teacher.lm_head_weight
+        losses_L = compute_divergence(self.settings, h_LD, head_VD, teacher_h_LE, head_VE)
+        loss = losses_L.where(labels_L >= 0, 0).sum()
+        return (loss * inputs["loss_weight"])[None]
 
 
 def compute_divergence(
@@ -82,7 +87,8 @@ def generalized_jsd(settings: DistillSettings, logits_CV: Tensor, teacher_CV: Te
     if settings.top_k is not None and settings.top_k < teacher_CV.shape[1]:
         teacher_CV, indices = teacher_CV.topk(settings.top_k)
         logits_CV = logits_CV.gather(1, indices)
-    beta, temperature = settings.beta, settings.temperature
+    beta = settings.beta
+    temperature = settings.temperature
     own_CV = (logits_CV.to(dtype) / temperature).log_softmax(1)
     other_CV = (teacher_CV.to(dtype) / temperature).log_softmax(1)
     if beta == 0:
@@ -125,8 +131,9 @@ def load_teacher(train: TrainSettings) -> VisionLanguageModel:
     """Load the teacher, which `check_teacher` has accepted."""
     settings = train.distill
     assert settings.teacher is not None, "distillation without a teacher"
-    formats = train.device, train.precision, settings.weight_format
-    model = load_inference_model(settings.teacher, *formats).model
+    model = load_inference_model(
+        settings.teacher, train.device, train.precision, settings.weight_format
+    ).model
     assert isinstance(model, VisionLanguageModel), f"{settings.teacher} has no native family"
     return model.requires_grad_(False)
 
@@ -140,7 +147,8 @@ def _find_difference(renderer: Renderer, other: Renderer) -> str:
     if renderer.patch_config != other.patch_config:
         return "another image processing"
     for n in range(MAX_TOKEN_IDS):
-        own, found = (one.tokenizer.id_to_token(n) for one in (renderer, other))
+        own = renderer.tokenizer.id_to_token(n)
+        found = other.tokenizer.id_to_token(n)
         if own != found:
             return f"another vocabulary: token {n} is {found!r} instead of {own!r}"
     return ""

@@ -39,7 +39,8 @@ class GrpoObjective(SftObjective):
     )
 
     def __init__(self, settings: GrpoSettings, banned_ids: tuple[int, ...]) -> None:
-        self.settings, self.banned_ids = settings, banned_ids
+        self.settings = settings
+        self.banned_ids = banned_ids
         self.num_updates = settings.num_iterations
 
     def loss_inputs(
@@ -97,11 +98,13 @@ def compute_token_losses(
     old_logps_L = logps_L.detach() if is_on_policy else sampled_logps_L
     log_ratio_L = logps_L - old_logps_L
     if settings.importance_sampling_level == "sequence":
-        tokens = response_L, settings.num_generations
-        counts_L = sum_of_responses(torch.ones_like(log_ratio_L), *tokens)
-        log_ratio_L = sum_of_responses(log_ratio_L, *tokens) / counts_L.clamp(min=1)
+        num_responses = settings.num_generations
+        counts_L = sum_of_responses(torch.ones_like(log_ratio_L), response_L, num_responses)
+        sums_L = sum_of_responses(log_ratio_L, response_L, num_responses)
+        log_ratio_L = sums_L / counts_L.clamp(min=1)
     ratio_L = log_ratio_L.exp()
-    low, high = 1 - settings.epsilon, 1 + settings.effective_epsilon_high
+    low = 1 - settings.epsilon
+    high = 1 + settings.effective_epsilon_high
     if settings.loss_type == "cispo":
         weights_L = ratio_L.clamp(max=settings.effective_epsilon_high).detach()
         losses_L = -weights_L * advantages_L * logps_L
@@ -137,7 +140,8 @@ def compute_token_losses(
 
 def compute_correction(settings: GrpoSettings, log_ratio_L: Tensor, response_L: Tensor) -> Tensor:
     """Return the importance sampling ratio of trainer and sampler, [L], truncated or masked."""
-    mode, max_ratio = settings.importance_sampling_mode, settings.importance_sampling_clip_max
+    mode = settings.importance_sampling_mode
+    max_ratio = settings.importance_sampling_clip_max
     if mode == "none":
         return torch.ones_like(log_ratio_L)
     if mode.startswith("sequence"):

@@ -96,14 +96,18 @@ class PairObjective(SftObjective):
     ) -> dict[str, Tensor]:
         """Return labels, response of each label (0 is chosen, 1 rejected) and reference values."""
         reference = self.find_reference(key)
-        loss_weight = torch.zeros_like(loss_weight) if reference is None else loss_weight
-        values = zip(REFERENCE_NAMES, reference or (0.0,) * self.num_responses, strict=False)
-        return {
+        if reference is None:
+            # Without a reference, the sample has no loss.
+            reference = (0.0,) * self.num_responses
+            loss_weight = torch.zeros_like(loss_weight)
+        inputs = {
             "labels_L": batch.labels_L,
             "response_L": find_responses(batch),
             "loss_weight": loss_weight,
-            **{name: torch.full_like(loss_weight, value) for name, value in values},
         }
+        for name, value in zip(REFERENCE_NAMES, reference, strict=False):
+            inputs[name] = torch.full_like(loss_weight, value)
+        return inputs
 
     def compute_loss(self, h_LD: Tensor, head_VD: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
         """Return the weighted loss and metrics of the pair."""
@@ -120,9 +124,8 @@ class PairObjective(SftObjective):
             (loss,) = compute_mean_losses(settings, means_2[:, None])
             rewards_2 = settings.beta * means_2
         chosen, rejected = rewards_2.detach().unbind()
-        metrics = torch.stack(
-            [chosen, rejected, (chosen > rejected).to(chosen.dtype), chosen - rejected]
-        )
+        is_correct = (chosen > rejected).to(chosen.dtype)
+        metrics = torch.stack([chosen, rejected, is_correct, chosen - rejected])
         values = torch.cat([loss[None], metrics, logps_2.detach()])
         return values * inputs["loss_weight"]
 
@@ -133,7 +136,9 @@ class PairObjective(SftObjective):
         logps_L = compute_token_logps(h_LD, head_VD, inputs["labels_L"])
         is_response_RL = torch.stack([inputs["response_L"] == n for n in range(self.num_responses)])
         reference_R = torch.stack([inputs[name] for name in REFERENCE_NAMES[: self.num_responses]])
-        return (logps_L * is_response_RL).sum(1), is_response_RL.sum(1), reference_R
+        logps_R = (logps_L * is_response_RL).sum(1)
+        lengths_R = is_response_RL.sum(1)
+        return logps_R, lengths_R, reference_R
 
 
 class KtoObjective(PairObjective):
@@ -169,11 +174,14 @@ class KtoObjective(PairObjective):
     def describe_metrics(self, means: Sequence[float]) -> dict[str, float]:
         """Return the means over the desirable and over the undesirable answers."""
         values = super().describe_metrics(means)
-        metrics = {"kl": max(0.0, values["kl"])} if self.has_baseline else {}
+        metrics: dict[str, float] = {}
+        if self.has_baseline:
+            metrics["kl"] = max(0.0, values["kl"])
         for name in ("chosen", "rejected"):
-            if share := values[f"share/{name}"]:
-                kinds = f"rewards/{name}", f"logps/{name}"
-                metrics |= {kind: values[kind] / share for kind in kinds}
+            share = values[f"share/{name}"]
+            if share:
+                for metric in (f"rewards/{name}", f"logps/{name}"):
+                    metrics[metric] = values[metric] / share
         if {"rewards/chosen", "rewards/rejected"} <= metrics.keys():
             metrics["rewards/margins"] = metrics["rewards/chosen"] - metrics["rewards/rejected"]
         return metrics
@@ -201,18 +209,25 @@ class KtoObjective(PairObjective):
         inputs = super().loss_inputs(batch, loss_weight, key)
         reference = self.find_reference(key) or (0.0,)
         slots = [slot for slot, logp in enumerate(reference) if not math.isnan(logp)]
-        stride = slots[1] - slots[0] if len(slots) > 1 else 1
+        # The answers of the pack are numbered from 0, and get the numbers of their slots.
+        stride = 1
+        if len(slots) > 1:
+            stride = slots[1] - slots[0]
+        inputs["response_L"] = inputs["response_L"] * stride + slots[0]
         is_training = key is not None and key[0] == "train"
-        baseline = self.baseline if is_training else None
-        inputs["baseline"] = torch.zeros_like(loss_weight) if baseline is None else baseline
-        return inputs | {"response_L": inputs["response_L"] * stride + slots[0]}
+        if is_training and self.baseline is not None:
+            inputs["baseline"] = self.baseline
+        else:
+            inputs["baseline"] = torch.zeros_like(loss_weight)
+        return inputs
 
     def compute_loss(self, h_LD: Tensor, head_VD: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
         """Return the weighted loss and metrics of the answers of a sample."""
         logps_3, _, reference_3 = self.sum_logps(h_LD, head_VD, inputs)
         is_given_3 = ~reference_3.isnan()
         ratios_3 = (logps_3 - reference_3.nan_to_num()) * is_given_3
-        settings, is_given_2 = self.settings, is_given_3[:2]
+        is_given_2 = is_given_3[:2]
+        settings = self.settings
         assert isinstance(settings, KtoSettings), f"{settings} in KTO"
         losses_2 = compute_kto_losses(settings, ratios_3[:2], inputs["baseline"]) * is_given_2
         loss = losses_2.sum() / is_given_2.sum()
@@ -233,9 +248,8 @@ def compute_kto_losses(settings: KtoSettings, ratios_2N: Tensor, baseline: Tenso
     """
     chosen_N, rejected_N = settings.beta * (ratios_2N - baseline)
     desirable_N = settings.desirable_weight * (1 - torch.sigmoid(chosen_N))
-    return torch.stack(
-        [desirable_N, settings.undesirable_weight * (1 - torch.sigmoid(-rejected_N))]
-    )
+    undesirable_N = settings.undesirable_weight * (1 - torch.sigmoid(-rejected_N))
+    return torch.stack([desirable_N, undesirable_N])
 
 
 def find_responses(batch: PackedBatch) -> Tensor:
@@ -265,8 +279,10 @@ def compute_token_logps(
     labels_L = labels_L.long().clamp(min=0)
 
     def compute_chunk(h_CD: Tensor, labels_C: Tensor) -> Tensor:
-        # Libraries sum in another order for few rows.
-        rows_CD = pad_rows(h_CD, MAX_PADDING) if h_CD.is_cuda else h_CD
+        rows_CD = h_CD
+        if h_CD.is_cuda:
+            # Libraries sum in another order for few rows.
+            rows_CD = pad_rows(h_CD, MAX_PADDING)
         logits_CV = (rows_CD @ head_VD.T)[: len(h_CD)]
         logits_CV = logits_CV.to(torch.promote_types(logits_CV.dtype, torch.float32))
         if temperature != 1.0:
@@ -284,13 +300,13 @@ def map_chunks(compute_chunk: Callable[..., Tensor], num_logits: int, *rows: Ten
     The backward pass computes the logits again.
     """
     chunk_size = max(1, MAX_LOGITS_BYTES // (4 * num_logits))
-    chunks = zip(*(torch.split(x, chunk_size) for x in rows), strict=True)
-    return torch.cat(
-        [
+    chunks_by_input = [torch.split(x, chunk_size) for x in rows]
+    results = []
+    for chunk in zip(*chunks_by_input, strict=True):
+        results.append(
             checkpoint(compute_chunk, *chunk, use_reentrant=False, preserve_rng_state=False)
-            for chunk in chunks
-        ]
-    )
+        )
+    return torch.cat(results)
 
 
 def compute_pair_losses(
@@ -308,14 +324,13 @@ def compute_pair_losses(
         reference_2N: The same of the reference model.
         lengths_2N: Number of tokens of the responses.
     """
-    beta, smoothing = settings.beta, settings.label_smoothing
+    beta = settings.beta
+    smoothing = settings.label_smoothing
     lengths_2N = lengths_2N.clamp(min=1)
     ratios_2N = logps_2N - reference_2N
     chosen_N, rejected_N = ratios_2N
-    scaled_N, (mean_chosen_N, mean_rejected_N) = (
-        beta * (chosen_N - rejected_N),
-        ratios_2N / lengths_2N,
-    )
+    scaled_N = beta * (chosen_N - rejected_N)
+    mean_chosen_N, mean_rejected_N = ratios_2N / lengths_2N
     loss_fns: Mapping[str, Callable[[], Tensor]] = {
         "sigmoid": lambda: -F.logsigmoid(scaled_N),
         "hinge": lambda: torch.relu(1 - scaled_N),
@@ -362,7 +377,8 @@ def prepare_references(state: TrainState) -> None:
         UserError: The file of a resumed run is missing or corrupt.
         TrainingInterrupted: A stop was requested.
     """
-    objective, hardware = state.engine.objective, state.run.hardware
+    objective = state.engine.objective
+    process_group = state.run.hardware.process_group
     assert isinstance(objective, PairObjective), f"{objective} has no reference model"
     path = state.run.run_dir.path / REFERENCE_FILE
     if state.progress.step:
@@ -370,21 +386,22 @@ def prepare_references(state: TrainState) -> None:
         content = "the log-probabilities of the reference model"
         objective.reference_logps = _index_references(load_tensors(path, content, remedy))
         return
-    sampler, validation = state.data.sampler, state.data.validation
+    sampler = state.data.sampler
+    validation = state.data.validation
     steps = map(sampler.batch_indices, range(len(sampler)))
-    indices: dict[Split, Sequence[int]] = {
-        "train": sorted({index for step in steps for index in step})
-    }
+    indices: dict[Split, Sequence[int]] = {"train": sorted(set(chain.from_iterable(steps)))}
     if validation is not None:
         indices["eval"] = sorted(validation.stats.sample_indices)
-    found = {split: _compute_references(state, split, chosen) for split, chosen in indices.items()}
-    tables = hardware.process_group.all_gather_object(found)
-    references: dict[str, NDArray[np.float64]] = {
-        split: np.array([row for table in tables for row in table[split]], dtype=np.float64)
-        for split in indices
-    }
+    found: dict[Split, list[tuple[float, ...]]] = {}
+    for split, split_indices in indices.items():
+        found[split] = _compute_references(state, split, split_indices)
+    tables = process_group.all_gather_object(found)
+    references: dict[str, NDArray[np.float64]] = {}
+    for split in indices:
+        rows = chain.from_iterable(table[split] for table in tables)
+        references[split] = np.array(list(rows), dtype=np.float64)
     objective.reference_logps = _index_references(references)
-    if hardware.process_group.is_main:
+    if process_group.is_main:
         save_tensors(path, references)
 
 
@@ -392,9 +409,12 @@ def _compute_references(
     state: TrainState, split: Split, indices: Sequence[int]
 ) -> list[tuple[float, ...]]:
     """Return the corpus index and the log-probabilities of the samples of this rank."""
-    objective, console, hardware = state.engine.objective, state.run.console, state.run.hardware
+    objective = state.engine.objective
+    console = state.run.console
+    hardware = state.run.hardware
     assert isinstance(objective, PairObjective), f"{objective} has no reference model"
-    own_indices, corpus = hardware.process_group.shard(indices), state.data.splits[split].corpus
+    own_indices = hardware.process_group.shard(indices)
+    corpus = state.data.splits[split].corpus
     found: list[tuple[float, ...]] = []
 
     def add_missing(budget: MemoryBudget) -> None:
@@ -420,7 +440,8 @@ def _compute_references(
 def _index_references(
     tables: Mapping[str, NDArray[np.float64]],
 ) -> dict[str, dict[int, ResponseLogps]]:
-    return {
-        split: {int(index): tuple(logps) for index, *logps in table.tolist()}
-        for split, table in tables.items()
-    }
+    references: dict[str, dict[int, ResponseLogps]] = {}
+    for split, table in tables.items():
+        logps_by_index = {int(index): tuple(logps) for index, *logps in table.tolist()}
+        references[split] = logps_by_index
+    return references

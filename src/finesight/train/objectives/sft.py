@@ -81,8 +81,8 @@ class SftObjective:
             head_VD: Weights of the language model head.
             inputs: Result of `loss_inputs`, possibly with padding.
         """
-        labels_L, loss_weight = inputs["labels_L"], inputs["loss_weight"]
-        return fused_linear_cross_entropy(h_LD, head_VD, labels_L, loss_weight)[None]
+        loss = fused_linear_cross_entropy(h_LD, head_VD, inputs["labels_L"], inputs["loss_weight"])
+        return loss[None]
 
 
 def fused_linear_cross_entropy(
@@ -108,8 +108,9 @@ def fused_linear_cross_entropy(
     if not torch.is_grad_enabled():
         total = scale.new_zeros(())
         for start in range(0, len(h_LD), chunk_size):
-            chunk = h_LD[start : start + chunk_size], head_VD, labels_L[start : start + chunk_size]
-            total += _chunk_loss(*chunk, scale, needs_grad=False)[0]
+            rows = slice(start, start + chunk_size)
+            # The logits have no name here, so that they are freed before the next chunk.
+            total += _chunk_loss(h_LD[rows], head_VD, labels_L[rows], scale, needs_grad=False)[0]
         return total * scale
     apply: Callable[..., Tensor] = _FusedLinearCrossEntropy.apply
     return apply(h_LD, head_VD, labels_L, scale, chunk_size)
@@ -155,16 +156,20 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
         # The logits of a single chunk are saved; the backward pass computes the head's gradient.
         is_single_chunk = needs_head and 0 < len(h_LD) <= chunk_size
         total = scale.new_zeros(())
-        grad_LD = torch.empty_like(h_LD) if needs_h else None
-        grad_VD, saved_grad_LV = None, None
+        grad_LD = None
+        if needs_h:
+            grad_LD = torch.empty_like(h_LD)
+        grad_VD = None
+        saved_grad_LV = None
         if needs_head and not is_single_chunk:
             grad_VD = torch.zeros_like(head_VD, dtype=torch.float32)
         for start in range(0, len(h_LD), chunk_size):
-            h_CD, labels_T = h_LD[start : start + chunk_size], labels_L[start : start + chunk_size]
-            loss, grad_CV = _chunk_loss(h_CD, head_VD, labels_T, scale, needs_h or needs_head)
+            rows = slice(start, start + chunk_size)
+            h_CD = h_LD[rows]
+            loss, grad_CV = _chunk_loss(h_CD, head_VD, labels_L[rows], scale, needs_h or needs_head)
             total += loss
             if grad_LD is not None:
-                torch.mm(grad_CV, head_VD, out=grad_LD[start : start + chunk_size])
+                torch.mm(grad_CV, head_VD, out=grad_LD[rows])
             if grad_VD is not None:
                 grad_VD += grad_CV.T @ h_CD
             if is_single_chunk:
@@ -172,7 +177,8 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
             # Free it before the next chunk.
             del grad_CV
         grad_head_VD = None if grad_VD is None else grad_VD.to(head_VD.dtype)
-        saved_tensors = grad_LD, grad_head_VD, saved_grad_LV, h_LD if is_single_chunk else None
+        saved_h_LD = h_LD if is_single_chunk else None
+        saved_tensors = grad_LD, grad_head_VD, saved_grad_LV, saved_h_LD
         ctx.save_for_backward(*saved_tensors)  # type: ignore[arg-type]
         return total * scale
 
@@ -187,4 +193,6 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
             grad_VD = saved_grad_LV.mul_(factor).T @ h_LD
         elif grad_VD is not None:
             grad_VD.mul_(factor)
-        return None if grad_LD is None else grad_LD.mul_(factor), grad_VD, None, None, None
+        if grad_LD is not None:
+            grad_LD.mul_(factor)
+        return grad_LD, grad_VD, None, None, None

@@ -10,10 +10,11 @@ import hashlib
 import json
 import math
 import sys
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack, closing
+from dataclasses import replace
 from functools import partial
-from itertools import chain
+from itertools import chain, starmap
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -41,8 +42,11 @@ if TYPE_CHECKING:
     from finesight.infer.prediction import Prediction
 
 
-DEFAULT_EVAL_INTERVAL, MIN_DEFAULT_EVAL_STEPS = 0.2, 10
-"""Default interval between two evaluations: fraction of the run, and minimum number of steps."""
+DEFAULT_EVAL_INTERVAL = 0.2
+"""Default interval between two evaluations, as a fraction of the run."""
+
+MIN_DEFAULT_EVAL_STEPS = 10
+"""Minimum number of steps of the default interval."""
 
 DEFAULT_INTERIM_SAMPLES = 64
 """Size of the subset on which evaluations at the default interval are compared."""
@@ -87,40 +91,60 @@ def run_evaluation(state: TrainState, name: str, is_complete: bool = True) -> Ev
         GpuOutOfMemoryError: A single sample exceeds the GPU memory.
     """
     assert state.data.validation is not None, "no validation data"
-    indices, settings = state.data.validation.stats.sample_indices, state.run.recipe.eval
-    process_group, console = state.run.hardware.process_group, state.run.console
+    indices = state.data.validation.stats.sample_indices
+    settings = state.run.recipe.eval
+    process_group = state.run.hardware.process_group
+    console = state.run.console
     subset = select_eval_samples(indices, resolve_interim_limit(settings))
     common = frozenset(subset)
     evaluated = indices if is_complete else subset
     rest = [index for index in evaluated if index not in common]
-    parts = [subset, rest] if rest else [subset]
+    # The common subset has a loss of its own, and all parts together have that of all samples.
+    parts = [subset]
+    if rest:
+        parts.append(rest)
 
     def compute_loss(budget: MemoryBudget) -> list[LossSum]:
         num_own = sum(len(process_group.shard(part)) for part in parts)
         with console.progress_stage(f"validation loss {name}", num_own) as on_progress:
             return [compute_validation_loss(state, budget, on_progress, part) for part in parts]
 
-    budget, device = state.progress.budget, state.run.hardware.device
+    budget = state.progress.budget
+    device = state.run.hardware.device
     with state.engine.parallel.summon_full_params():
         with process_group.sync_errors():
             loss_sums = retry_on_oom(budget, device, console.log, compute_loss)
         losses, skipped = _mean_losses(state, loss_sums)
-        scored = select_eval_samples(evaluated, settings.limit if settings else None)
+        limit = None if settings is None else settings.limit
+        scored = select_eval_samples(evaluated, limit)
         generation = _evaluate_generation(state, name, scored, common)
-    reasons = dict(generation.corrupt_samples if generation else ()) | dict(skipped)
+    reasons: dict[str, str] = {}
+    if generation is not None:
+        reasons.update(generation.corrupt_samples)
+    reasons.update(skipped)
     if reasons:
-        sample_id, reason = next(iter(reasons.items()))
-        console.log(
-            f"{format_count(len(reasons), 'validation sample')} skipped, {sample_id}: {reason};"
-            " evaluations of other samples are not compared with this one"
-        )
-        if process_group.is_main:
-            state.run.run_dir.append_skipped_samples(reasons.items(), state.progress.step, "eval")
+        _report_skipped_samples(state, reasons)
     full = None
     if rest:
         full = _build_eval_result(state, losses[1], generation, scored)
-        generation = generation and (generation.subset or generation)
+        if generation is not None and generation.subset is not None:
+            generation = generation.subset
     return _build_eval_result(state, losses[0], generation, scored, full)
+
+
+def _report_skipped_samples(state: TrainState, reasons: Mapping[str, str]) -> None:
+    """Log the first skipped validation sample, and write all of them to the run folder.
+
+    Args:
+        reasons: Reason for each skipped sample, by its ID.
+    """
+    sample_id, reason = next(iter(reasons.items()))
+    state.run.console.log(
+        f"{format_count(len(reasons), 'validation sample')} skipped, {sample_id}: {reason};"
+        " evaluations of other samples are not compared with this one"
+    )
+    if state.run.hardware.process_group.is_main:
+        state.run.run_dir.append_skipped_samples(reasons.items(), state.progress.step, "eval")
 
 
 def _build_eval_result(
@@ -136,27 +160,38 @@ def _build_eval_result(
         scored: Corpus indices of the samples for which an answer was requested.
     """
     assert state.data.validation is not None, "no validation data"
-    fingerprint, ((loss, *metrics), read) = state.data.validation.corpus.fingerprint, mean_loss
+    fingerprint = state.data.validation.corpus.fingerprint
+    (loss, *metrics), read = mean_loss
 
     def compute_digest(indices: Sequence[int]) -> str:
         samples = json.dumps([fingerprint, *indices])
         return hashlib.sha256(samples.encode()).hexdigest()[:16]
 
-    answered = [scored[position] for position in generation.positions] if generation else read
-    return EvalResult(
+    read_digest = compute_digest(read)
+    result = EvalResult(
         step=state.progress.step,
         validation_loss=loss,
         loss_metrics=state.engine.objective.describe_metrics(metrics),
-        scores=generation.scores if generation else {},
-        primary_metric=generation.primary_metric if generation else None,
-        intervals=generation.intervals if generation else {},
-        details=generation.details if generation else {},
-        notes=generation.notes if generation else {},
-        num_samples=len(answered),
+        scores={},
+        primary_metric=None,
+        num_samples=len(read),
         num_loss_samples=len(read),
-        sample_set=compute_digest(read),
-        score_set=compute_digest(answered),
+        sample_set=read_digest,
+        score_set=read_digest,
         full=full,
+    )
+    if generation is None:
+        return result
+    answered = [scored[position] for position in generation.positions]
+    return replace(
+        result,
+        scores=generation.scores,
+        primary_metric=generation.primary_metric,
+        intervals=generation.intervals,
+        details=generation.details,
+        notes=generation.notes,
+        num_samples=len(answered),
+        score_set=compute_digest(answered),
     )
 
 
@@ -169,14 +204,16 @@ def _evaluate_generation(
         scored: Corpus indices of the samples.
         common: Corpus indices of the samples that are also scored separately.
     """
-    settings, data = state.run.recipe.eval, state.data.validation
+    settings = state.run.recipe.eval
+    data = state.data.validation
     if settings is None or data is None:
         return None
     # A run without `eval.metric` needs no inference engine.
     from finesight.evaluate.generation_eval import evaluate
 
     metric = custom_metric.resolve_metric_path(settings.metric, state.run.run_dir.path)
-    process_group, console = state.run.hardware.process_group, state.run.console
+    process_group = state.run.hardware.process_group
+    console = state.run.console
 
     def on_batch_reduced(batch: int) -> None:
         state.engine.graph_runner.release_graphs()
@@ -184,6 +221,10 @@ def _evaluate_generation(
 
     num_own = len(process_group.shard(scored))
     path = state.run.run_dir.predictions_dir / f"{name}.jsonl"
+    write_predictions = None
+    if process_group.is_main:
+        write_predictions = partial(write_file, path)
+    common_positions = [n for n, index in enumerate(scored) if index in common]
     with console.progress_stage(f"generation {name}", num_own) as on_progress:
 
         def on_generated(count: int) -> None:
@@ -195,11 +236,11 @@ def _evaluate_generation(
             state.data.renderer,
             [data.corpus[index] for index in scored],
             settings.model_copy(update={"metric": metric}),
-            write_predictions=partial(write_file, path) if process_group.is_main else None,
+            write_predictions=write_predictions,
             on_progress=on_generated,
             on_batch_reduced=on_batch_reduced,
             distribute=partial(_distribute_generation, process_group),
-            subset=[n for n, index in enumerate(scored) if index in common],
+            subset=common_positions,
         )
 
 
@@ -214,9 +255,11 @@ def _distribute_generation(process_group: ProcessGroup, generate: PredictFn) -> 
 
     def generate_on_all_ranks(samples: Sequence[LocatedSample]) -> PredictOutput:
         own_samples = process_group.shard(samples)
+        generations: PredictOutput = ([], {})
         with process_group.sync_errors():
             try:
-                generations = generate(own_samples) if own_samples else ([], {})
+                if own_samples:
+                    generations = generate(own_samples)
             except torch.OutOfMemoryError as error:
                 raise GpuOutOfMemoryError(
                     f"the GPU memory is full: {first_error_line(error)}",
@@ -230,12 +273,12 @@ def _distribute_generation(process_group: ProcessGroup, generate: PredictFn) -> 
         predictions: dict[int, Prediction] = {}
         unreadable: dict[int, str] = {}
         payloads = process_group.all_gather_object(adapter.dump_json(generations).decode())
-        for rank, (rank_predictions, missing) in enumerate(map(adapter.validate_json, payloads)):
+        for rank, payload in enumerate(payloads):
+            rank_predictions, missing = adapter.validate_json(payload)
             positions = range(rank, len(samples), process_group.world_size)
-            unreadable |= {positions[index]: reason for index, reason in missing.items()}
-            readable = (
-                position for index, position in enumerate(positions) if index not in missing
-            )
+            for index, reason in missing.items():
+                unreadable[positions[index]] = reason
+            readable = [position for n, position in enumerate(positions) if n not in missing]
             predictions |= zip(readable, rank_predictions, strict=True)
         return [predictions[position] for position in sorted(predictions)], unreadable
 
@@ -276,20 +319,30 @@ def _mean_losses(
         UserError: All samples of the first part have corrupt images, or a loss is not finite.
     """
     sums_by_rank = state.run.hardware.process_group.all_gather_object(loss_sums)
-    losses, skipped = list[MeanLoss](), list[SkippedSample]()
+    losses: list[MeanLoss] = []
+    skipped: list[SkippedSample] = []
     for num_parts in range(1, len(loss_sums) + 1):
-        sums = [one for rank_sums in sums_by_rank for one in rank_sums[:num_parts]]
-        parts, term_counts, skipped_by_part, indices_by_part = zip(*sums, strict=True)
-        skipped = [SkippedSample(*sample) for part in skipped_by_part for sample in part]
-        if not sum(term_counts):
+        # Other ranks send records as lists.
+        sums: list[LossSum] = []
+        for rank_sums in sums_by_rank:
+            sums += starmap(LossSum, rank_sums[:num_parts])
+        skipped = []
+        indices: list[int] = []
+        for part in sums:
+            skipped += starmap(SkippedSample, part.skipped)
+            indices += part.indices
+        num_terms = sum(part.num_terms for part in sums)
+        if not num_terms:
             raise UserError(
                 f"none of {len(skipped)} samples has decodable images",
                 where="data.eval",
                 expected="valid images",
                 remedy=f"fix the images; the first error is: {skipped[0].reason}",
             )
-        means = [math.fsum(values) / sum(term_counts) for values in zip(*parts, strict=True)]
-        if not math.isfinite(loss := means[0]):
+        values_by_name = zip(*(part.sums for part in sums), strict=True)
+        means = [math.fsum(values) / num_terms for values in values_by_name]
+        loss = means[0]
+        if not math.isfinite(loss):
             raise UserError(
                 f"the validation loss of step {state.progress.step} is {loss}",
                 where="training",
@@ -297,7 +350,7 @@ def _mean_losses(
                 remedy="lower train.learning_rate, lengthen train.warmup, or use"
                 " train.precision=bf16",
             )
-        losses.append((means, sorted(chain.from_iterable(indices_by_part))))
+        losses.append((means, sorted(indices)))
     return losses, skipped
 
 
@@ -318,10 +371,12 @@ def compute_validation_loss(
         GpuOutOfMemoryError: A pack exceeds the GPU memory.
     """
     own_indices = state.run.hardware.process_group.shard(indices)
-    objective, device = state.engine.objective, state.run.hardware.device
+    objective = state.engine.objective
+    device = state.run.hardware.device
     total = torch.zeros(1 + len(objective.metric_names), device=device, dtype=torch.float64)
     num_terms = 0
-    skipped, read = list[SkippedSample](), list[int]()
+    skipped: list[SkippedSample] = []
+    read: list[int] = []
     for step_batch, values in iter_step_losses(state, "eval", own_indices, budget, on_progress):
         for loss in values:
             total += loss
@@ -343,12 +398,15 @@ def iter_step_losses(
 
     The model is in the mode in which the run processes the split.
     """
-    hardware, recipe, model = state.run.hardware, state.run.recipe, state.engine.model
+    hardware = state.run.hardware
+    recipe = state.run.recipe
+    model = state.engine.model
     sampler = SequentialSampler(indices, recipe.train.batch_size)
     # Without shared prefixes: in evaluation mode, some families compute a token depending on the
     # length of its sample (`model.families.qwen_vl`).
-    source = state.data.renderer, sampler, budget.pack_tokens, recipe.data
-    data = state.data.splits[split].build_step_dataset(*source)
+    data = state.data.splits[split].build_step_dataset(
+        state.data.renderer, sampler, budget.pack_tokens, recipe.data
+    )
     unit_weight = torch.ones((), device=hardware.device)
     step_batches = read_steps(data, 0, hardware.num_workers, hardware.device.type == "cuda")
     model.train(split == "train")
@@ -383,5 +441,6 @@ def peak_memory_gb(device: torch.device) -> float:
     # Imported here, because Windows does not have this module.
     import resource
 
+    # Bytes on macOS, kilobytes on Linux.
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9

@@ -15,7 +15,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
-from itertools import chain
+from itertools import chain, starmap
 from random import Random
 from typing import Any, NamedTuple
 
@@ -130,9 +130,13 @@ class RewardCheck:
     def __init__(
         self, renderer: Renderer, log: Callable[[str], None], length_remedy: str = ""
     ) -> None:
-        self._renderer, self._log = renderer, log
+        self._renderer = renderer
+        self._log = log
         self._length_remedy = length_remedy
-        self._num_responses = self._num_rewarded = self._num_checks = self._num_truncated = 0
+        self._num_responses = 0
+        self._num_rewarded = 0
+        self._num_truncated = 0
+        self._num_checks = 0
         self._matches: dict[str, list[list[tuple[float, bool]]]] = {}
         """Overlap of each box, and if it is within the image, in all frames, by sample."""
 
@@ -150,15 +154,20 @@ class RewardCheck:
             self._compare_boxes(self._renderer, cases, images)
         if self._num_responses >= NUM_CHECKED_RESPONSES << self._num_checks:
             self._num_checks += 1
-            frame = self._describe_frame()
-            if text := "; ".join(filter(None, (self._describe_rewards(), frame))):
+            frame_warning = self._describe_frame()
+            warnings = [self._describe_rewards(), frame_warning]
+            text = "; ".join(filter(None, warnings))
+            if text:
                 self._log(text)
-            self._num_checks = MAX_FRAME_CHECKS if frame else self._num_checks
+            if frame_warning:
+                self._num_checks = MAX_FRAME_CHECKS
 
     def finish(self) -> None:
         """Warn about missing rewards of a run that ended before the check."""
-        if 0 < self._num_responses < NUM_CHECKED_RESPONSES and (text := self._describe_rewards()):
-            self._log(text)
+        if 0 < self._num_responses < NUM_CHECKED_RESPONSES:
+            text = self._describe_rewards()
+            if text:
+                self._log(text)
 
     def _compare_boxes(
         self, renderer: NativeRenderer, cases: Sequence[EvalCase], images: Sequence[VisualSpan]
@@ -170,12 +179,22 @@ class RewardCheck:
         for case in cases:
             for box, reference in zip(case.boxes, case.reference_boxes, strict=False):
                 image = images[box.image]
-                own = renderer.family.box_frame(image.resized_size)
-                raw = scale_box(box.xyxy, image.original_size, own)
-                frames = own, FRAME_1000, image.original_size, image.resized_size, (1, 1)
+                usual_frame = renderer.family.box_frame(image.resized_size)
+                # The numbers of the answer, before they were read in the usual frame.
+                written = scale_box(box.xyxy, image.original_size, usual_frame)
+                frames = (
+                    usual_frame,
+                    FRAME_1000,
+                    image.original_size,
+                    image.resized_size,
+                    (1, 1),
+                )
                 expected = scale_box(reference.xyxy, image.original_size, (1, 1))
-                found = [sort_corners(scale_box(raw, frame, (1, 1))) for frame in frames]
-                matches = [(measure_overlap(b, expected), max(b) <= MAX_CORNER) for b in found]
+                matches = []
+                for frame in frames:
+                    found = sort_corners(scale_box(written, frame, (1, 1)))
+                    is_inside = max(found) <= MAX_CORNER
+                    matches.append((measure_overlap(found, expected), is_inside))
                 self._matches.setdefault(case.id, []).append(matches)
 
     def _describe_rewards(self) -> str:
@@ -201,13 +220,16 @@ class RewardCheck:
         if not self._matches:
             return ""
         # Responses to one sample are alike, so samples are compared.
-        samples = np.array([np.mean(one, axis=0) for one in self._matches.values()])
-        overlaps_NC, inside_NC = samples[..., 0], samples[..., 1]
+        samples = np.array([np.mean(matches, axis=0) for matches in self._matches.values()])
+        overlaps_NC = samples[..., 0]
+        inside_NC = samples[..., 1]
         usual, *others = overlaps_NC.mean(axis=0)
         # Most boxes of the frame are within their images.
-        best = int(np.argmax(others * (inside_NC.mean(axis=0)[1:] > 0.5)))
+        is_plausible = inside_NC.mean(axis=0)[1:] > 0.5
+        best = int(np.argmax(others * is_plausible))
         gains_N = overlaps_NC[:, 1 + best] - overlaps_NC[:, 0]
-        num_better, num_worse = int((gains_N > 0).sum()), int((gains_N < 0).sum())
+        num_better = int((gains_N > 0).sum())
+        num_worse = int((gains_N < 0).sum())
         total = num_better + num_worse
         # One-sided sign test: as many successes or more by chance.
         outcomes = (math.comb(total, n) for n in range(num_better, total + 1))
@@ -226,7 +248,8 @@ class Rollout:
     def __init__(self, state: TrainState) -> None:
         recipe = state.run.recipe
         self.state = state
-        self.settings, self.seed = recipe.train.grpo, recipe.train.seed
+        self.settings = recipe.train.grpo
+        self.seed = recipe.train.seed
         self.sampling = recipe.train.sampling or recipe.train.grpo
         self.banned_ids = state.data.renderer.visual_token_ids
         self.scorer = RewardScorer(recipe.rewards, state.run.run_dir.path)
@@ -234,7 +257,8 @@ class Rollout:
         self.log = state.run.console.log
         length_remedy = suggest_completion_length(recipe, state.data.train)
         self.check = RewardCheck(state.data.renderer, self.log, length_remedy)
-        self.reward_s, self.first_step = 0.0, 0
+        self.reward_s = 0.0
+        self.first_step = 0
         engine = state.engine
         assert isinstance(engine.model, VisionLanguageModel), "a model of the transformers backend"
         self.sampler = ResponseSampler(
@@ -261,43 +285,46 @@ class Rollout:
         """
         process_group = self.state.run.hardware.process_group
         skipped: list[SkippedSample] = []
-        start_time, self.reward_s = time.perf_counter(), 0.0
+        start_time = time.perf_counter()
+        self.reward_s = 0.0
         with self.state.engine.parallel.summon_full_params(), process_group.sync_errors():
             sampled, useful = self.sample_useful(step, skipped)
-        own = RolloutRecord(
-            rewards=[group.rewards_GF.tolist() for group in sampled],
-            lengths=[len(tokens) for group in sampled for tokens in group.responses],
-            is_truncated=[not one.ended_with_eos for group in sampled for one in group.cases],
-            num_useful=len(useful),
-            num_tokens=sum(map(self.count_tokens, useful)),
-        )
-        records = [RolloutRecord(*one) for one in process_group.all_gather_object(own)]
-        rewards_QGF = np.array([group for one in records for group in one.rewards], np.float64)
+        own_record = self.build_record(sampled, useful)
+        records = list(starmap(RolloutRecord, process_group.all_gather_object(own_record)))
+        rewards = chain.from_iterable(record.rewards for record in records)
+        rewards_QGF = np.array(list(rewards), np.float64)
         if step == self.first_step:
             for text in describe_unscored(self.scorer.names, rewards_QGF):
                 self.log(text)
-        times = {
-            "rollout_s": time.perf_counter() - start_time - self.reward_s,
+        rollout_s = time.perf_counter() - start_time - self.reward_s
+        record_interval = -(-len(self.state.data.sampler) // MAX_RECORDED_GROUPS)
+        if step % record_interval == 0 and useful and process_group.is_main:
+            self.record_group(step, useful[0], rewards_QGF)
+        packs: list[PackedBatch] = []
+        sample_indices: list[tuple[int, ...]] = []
+        for group in useful:
+            for packed_batch in self.pack_group(group, records, rewards_QGF):
+                packs.append(packed_batch)
+                sample_indices.append((group.sample_index,))
+        metrics = {
+            **describe_rewards(self.scorer.names, self.weights_F, rewards_QGF, records),
+            "rollout_s": rollout_s,
             "reward_s": self.reward_s,
         }
-        interval = -(-len(self.state.data.sampler) // MAX_RECORDED_GROUPS)
-        if step % interval == 0 and useful and process_group.is_main:
-            self.record_group(step, useful[0], rewards_QGF)
-        packs = [
-            (group.sample_index, packed_batch)
-            for group in useful
-            for packed_batch in self.pack_group(group, records, rewards_QGF)
-        ]
-        return StepBatch(
-            step,
-            tuple(packed_batch for _, packed_batch in packs),
-            tuple(skipped),
-            tuple((index,) for index, _ in packs),
-            metrics={
-                **describe_rewards(self.scorer.names, self.weights_F, rewards_QGF, records),
-                **times,
-            },
-        )
+        return StepBatch(step, tuple(packs), tuple(skipped), tuple(sample_indices), metrics=metrics)
+
+    def build_record(self, sampled: Sequence[Group], useful: Sequence[Group]) -> RolloutRecord:
+        """Build the record of all groups of this rank and those of the update."""
+        rewards = []
+        lengths: list[int] = []
+        is_truncated = []
+        for group in sampled:
+            rewards.append(group.rewards_GF.tolist())
+            lengths += map(len, group.responses)
+            for case in group.cases:
+                is_truncated.append(not case.ended_with_eos)
+        num_tokens = sum(map(self.count_tokens, useful))
+        return RolloutRecord(rewards, lengths, is_truncated, len(useful), num_tokens)
 
     def sample_useful(
         self, step: int, skipped: list[SkippedSample]
@@ -307,10 +334,12 @@ class Rollout:
         Groups with equal rewards have no gradient. Groups of later samples replace them, up to
         `train.grpo.max_refills` times.
         """
-        state, max_refills = self.state, self.settings.max_refills
+        state = self.state
+        max_refills = self.settings.max_refills
         indices = state.engine.step_dataset.sampler.batch_indices(step)
         num_wanted = len(indices)
-        sampled, useful = list[Group](), list[Group]()
+        sampled: list[Group] = []
+        useful: list[Group] = []
         for attempt in range(max_refills + 1):
             if attempt:
                 others = state.data.sampler.replacement_indices(step * max_refills + attempt - 1)
@@ -318,11 +347,15 @@ class Rollout:
                 indices = own[: num_wanted - len(useful)]
             groups = self.sample_groups(step, indices, skipped)
             sampled += groups
-            totals = [_drop_nan(_weigh(one.rewards_GF, self.weights_F)) for one in groups]
-            useful += [one for one, x in zip(groups, totals, strict=True) if len({*x.tolist()}) > 1]
+            useful += filter(self.has_different_rewards, groups)
             if len(useful) >= num_wanted:
                 break
         return sampled, useful
+
+    def has_different_rewards(self, group: Group) -> bool:
+        """Return whether the responses of a group have at least two different rewards."""
+        totals_G = _drop_nan(_weigh(group.rewards_GF, self.weights_F))
+        return len(set(totals_G.tolist())) > 1
 
     def sample_groups(
         self, step: int, indices: Sequence[int], skipped: list[SkippedSample]
@@ -330,24 +363,30 @@ class Rollout:
         """Generate and score the responses of samples; unreadable ones are skipped."""
         renderer = self.state.data.renderer
         prompts = self.read_samples(indices, renderer.encode_prompt, skipped)
-        groups, corpus = list[Group](), self.state.data.train.corpus
-        for (index, prompt), tokens in zip(prompts, self.generate(step, prompts), strict=True):
-            sample = corpus[index]
-            predictions = [
-                build_prediction(renderer, sample, prompt.tokenized, [one.id for one in ids])
-                for ids in tokens
-            ]
-            references = get_reference_answer(
-                sample.sample, has_reasoning=renderer.renders_reasoning
-            )
-            cases = [create_case(one, references) for one in predictions]
-            start_time = time.perf_counter()
-            rewards_FG = np.array(self.scorer.score(cases), dtype=np.float64)
-            self.reward_s += time.perf_counter() - start_time
-            groups.append(Group(index, prompt, tokens, rewards_FG.T, predictions, cases))
-            totals_G = _weigh(rewards_FG.T, self.weights_F)
-            self.check.add(cases, totals_G, prompt.tokenized.spans)
+        groups = []
+        for (index, prompt), responses in zip(prompts, self.generate(step, prompts), strict=True):
+            group = self.score_responses(index, prompt, responses)
+            groups.append(group)
+            totals_G = _weigh(group.rewards_GF, self.weights_F)
+            self.check.add(group.cases, totals_G, prompt.tokenized.spans)
         return groups
+
+    def score_responses(
+        self, index: int, prompt: EncodedSample, responses: list[list[GeneratedToken]]
+    ) -> Group:
+        """Return the responses to the prompt of a sample as a group with its rewards."""
+        renderer = self.state.data.renderer
+        sample = self.state.data.train.corpus[index]
+        predictions = []
+        for tokens in responses:
+            ids = _list_ids(tokens)
+            predictions.append(build_prediction(renderer, sample, prompt.tokenized, ids))
+        references = get_reference_answer(sample.sample, has_reasoning=renderer.renders_reasoning)
+        cases = [create_case(prediction, references) for prediction in predictions]
+        start_time = time.perf_counter()
+        rewards_FG = np.array(self.scorer.score(cases), dtype=np.float64)
+        self.reward_s += time.perf_counter() - start_time
+        return Group(index, prompt, responses, rewards_FG.T, predictions, cases)
 
     def read_samples(
         self,
@@ -366,15 +405,17 @@ class Rollout:
         self, step: int, prompts: Sequence[IndexedSample]
     ) -> list[list[list[GeneratedToken]]]:
         """Sample the responses of each prompt; prompts share their keys and values."""
-        state, count = self.state, len(prompts)
+        state = self.state
+        count = len(prompts)
         image_hashes = [hash_images(prompt) for _, prompt in prompts]
 
         def build_request(number: int, position: int) -> GenerationRequest:
             index, prompt = prompts[position]
             name = f"{self.seed}/{step}/{index}/{number}"
+            digest = hashlib.sha256(name.encode()).digest()
             params = SamplingParams(
                 temperature=self.sampling.temperature,
-                seed=int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "little"),
+                seed=int.from_bytes(digest[:7], "little"),
                 banned_ids=self.banned_ids,
             )
             return GenerationRequest(
@@ -391,8 +432,10 @@ class Rollout:
                 state.run.stop.raise_if_requested()
 
         # The first responses of all prompts precede the others, which reuse their prompts.
-        numbers = range(self.sampling.num_generations)
-        requests = [build_request(n, position) for n in numbers for position in range(count)]
+        requests = []
+        for number in range(self.sampling.num_generations):
+            for position in range(count):
+                requests.append(build_request(number, position))
         state.engine.model.eval()
         try:
             responses = self.sampler.sample(
@@ -400,22 +443,32 @@ class Rollout:
             )
         finally:
             state.engine.model.train()
-            # The graphs of an engine refer to the weights, which sharded modes gather elsewhere.
-            device = state.run.hardware.device
-            free = 0 if self.sampler.is_sharded else free_gpu_memory(device)
-            # Graphs need half of the GPU memory; a CPU has none.
-            if not free or 2 * free <= torch.cuda.get_device_properties(device).total_memory:
+            if not self.can_keep_engine():
                 self.sampler.engine = None
         return [responses[position::count] for position in range(count)]
 
+    def can_keep_engine(self) -> bool:
+        """Return whether the inference engine with its CUDA graphs can stay for the next step."""
+        # The graphs of an engine refer to the weights, which sharded modes gather elsewhere.
+        if self.sampler.is_sharded:
+            return False
+        device = self.state.run.hardware.device
+        free = free_gpu_memory(device)
+        if not free:  # on a CPU
+            return False
+        # Graphs need half of the GPU memory.
+        return 2 * free > torch.cuda.get_device_properties(device).total_memory
+
     def record_group(self, step: int, group: Group, rewards_QGF: FloatArray) -> None:
         """Append responses with rewards and advantages as lines to `responses.jsonl`."""
-        names, text = self.scorer.names, ""
+        text = ""
         advantages = self.compute_advantages(group, rewards_QGF).tolist()
-        for n, one in enumerate(zip(group.predictions, group.cases, strict=True)):
-            scores = dict(zip(names, group.rewards_GF[n].tolist(), strict=True))
-            further = {"step": step + 1, "response": n, "advantage": advantages[n]}
-            text += format_prediction_line(*one, scores, **further)
+        for n, (prediction, case) in enumerate(zip(group.predictions, group.cases, strict=True)):
+            rewards = group.rewards_GF[n].tolist()
+            scores = dict(zip(self.scorer.names, rewards, strict=True))
+            text += format_prediction_line(
+                prediction, case, scores, step=step + 1, response=n, advantage=advantages[n]
+            )
         append_line(self.state.run.run_dir.responses_path, text.rstrip())
 
     def compute_advantages(self, group: Group, rewards_QGF: FloatArray) -> FloatArray:
@@ -423,8 +476,9 @@ class Rollout:
         totals_G = _weigh(group.rewards_GF, self.weights_F)
         scale = 1.0
         if self.settings.scale_rewards != "none":
-            is_group = self.settings.scale_rewards == "group"
-            totals = totals_G if is_group else _weigh(rewards_QGF, self.weights_F)
+            totals = totals_G
+            if self.settings.scale_rewards != "group":
+                totals = _weigh(rewards_QGF, self.weights_F)
             scale = float(np.nanstd(totals, ddof=1)) + STD_EPSILON
         return np.nan_to_num((totals_G - np.nanmean(totals_G)) / scale)
 
@@ -449,33 +503,42 @@ class Rollout:
         advantages_G = self.compute_advantages(group, rewards_QGF)
         num_responses = sum(one.num_useful for one in records) * self.settings.num_generations
         mean_length = sum(one.num_tokens for one in records) / num_responses
-        budget = self.state.progress.budget.pack_tokens - group.prompt.tokenized.num_tokens
-        chunks: list[list[int]] = [[]]
-        for n in self.list_used(group):
-            length = sum(len(group.responses[other]) + 1 for other in chunks[-1])
-            if chunks[-1] and length + len(group.responses[n]) + 1 > budget:
-                chunks.append([])
-            chunks[-1].append(n)
-        for chunk in filter(None, chunks):
+        for chunk in self.split_group(group):
             responses = [group.responses[n] for n in chunk]
             encoded = join_responses(group.prompt, responses)
-            lengths = np.array([len(tokens) for tokens in responses])
+            lengths_G = np.array(list(map(len, responses)))
             # The loss is divided by the number of tokens of the step.
-            weights_G = {
-                "grpo": mean_length / lengths,
-                "sapo": mean_length / lengths,
-                "dr_grpo": np.full(len(chunk), mean_length / self.settings.max_completion_length),
-            }.get(self.settings.loss_type, np.ones(len(chunk)))
-            inputs = {
-                "advantages_L": np.repeat(advantages_G[chunk], lengths),
-                "token_weights_L": np.repeat(weights_G, lengths),
-                "sampled_logps_L": np.array([one.logprob for ids in responses for one in ids]),
+            if self.settings.loss_type in ("grpo", "sapo"):
+                weights_G = mean_length / lengths_G
+            elif self.settings.loss_type == "dr_grpo":
+                weights_G = np.full(len(chunk), mean_length / self.settings.max_completion_length)
+            else:
+                weights_G = np.ones(len(chunk))
+            logps = [token.logprob for token in chain.from_iterable(responses)]
+            tensors = {
+                "advantages_L": _repeat(advantages_G[chunk], lengths_G),
+                "token_weights_L": _repeat(weights_G, lengths_G),
+                "sampled_logps_L": torch.from_numpy(np.array(logps)).float(),
             }
-            tensors = {name: torch.from_numpy(x).float() for name, x in inputs.items()}
             packed_batch = pack([encoded])
             if self.settings.beta:
                 tensors["reference_logps_L"] = self.compute_reference(packed_batch)
             yield replace(packed_batch, loss_inputs=tensors)
+
+    def split_group(self, group: Group) -> list[list[int]]:
+        """Split the responses of a group that contribute to the loss by the token budget."""
+        budget = self.state.progress.budget.pack_tokens - group.prompt.tokenized.num_tokens
+        chunks: list[list[int]] = []
+        chunk_length = 0
+        for n in self.list_used(group):
+            # With the last token of the prompt, which predicts the first token of the response.
+            length = len(group.responses[n]) + 1
+            if not chunks or chunk_length + length > budget:
+                chunks.append([])
+                chunk_length = 0
+            chunks[-1].append(n)
+            chunk_length += length
+        return chunks
 
     @torch.no_grad()
     def compute_reference(self, packed_batch: PackedBatch) -> Tensor:
@@ -506,48 +569,63 @@ class StudentRollout(Rollout):
         Raises:
             TrainingInterrupted: A stop was requested.
         """
-        state, process_group = self.state, self.state.run.hardware.process_group
+        state = self.state
+        process_group = state.run.hardware.process_group
         skipped: list[SkippedSample] = []
-        start_time, renderer = time.perf_counter(), state.data.renderer
+        start_time = time.perf_counter()
+        renderer = state.data.renderer
         indices = state.engine.step_dataset.sampler.batch_indices(step)
         share = state.run.recipe.train.distill.lmbda
-        draws = {index: Random(f"{self.seed}/{step}/{index}").random() for index in indices}
-        sampled = [index for index in indices if draws[index] < share]
-        others = [index for index in indices if draws[index] >= share]
+        sampled = []
+        others = []
+        for index in indices:
+            draw = Random(f"{self.seed}/{step}/{index}").random()
+            if draw < share:
+                sampled.append(index)
+            else:
+                others.append(index)
         with state.engine.parallel.summon_full_params(), process_group.sync_errors():
             prompts = self.read_samples(sampled, renderer.encode_prompt, skipped)
             responses = self.generate(step, prompts)
             encoded = dict(self.read_samples(others, None, skipped))
+        own_lengths = []
         for (index, prompt), (tokens,) in zip(prompts, responses, strict=True):
-            ids = [token.id for token in tokens]
-            tokenized = append_tokens(prompt.tokenized, ids, is_supervised=True)
+            own_lengths.append(len(tokens))
+            tokenized = append_tokens(prompt.tokenized, _list_ids(tokens), is_supervised=True)
             encoded[index] = replace(prompt, tokenized=tokenized)
-        counts_by_rank = process_group.all_gather_object([len(one) for (one,) in responses])
-        counts = [*chain.from_iterable(counts_by_rank)]
+        lengths = list(chain.from_iterable(process_group.all_gather_object(own_lengths)))
         metrics = {"rollout_s": time.perf_counter() - start_time}
-        if counts:
-            metrics["completions/mean_length"] = float(np.mean(counts))
+        if lengths:
+            metrics["completions/mean_length"] = float(np.mean(lengths))
         samples = [(index, encoded[index]) for index in indices if index in encoded]
         dataset = state.engine.step_dataset.with_pack_tokens(state.progress.budget.pack_tokens)
-        return replace(dataset.pack_step(step, samples, skipped)[0], metrics=metrics)
+        step_batch, _ = dataset.pack_step(step, samples, skipped)
+        return replace(step_batch, metrics=metrics)
 
 
 def join_responses(
     prompt: EncodedSample, responses: Sequence[Sequence[GeneratedToken]]
 ) -> EncodedSample:
     """Return the sample with the responses of a prompt, of which all tokens are supervised."""
-    first, *others = (
-        append_tokens(prompt.tokenized, [one.id for one in tokens], is_supervised=True)
-        for tokens in responses
-    )
+    sequences = []
+    for tokens in responses:
+        ids = _list_ids(tokens)
+        sequences.append(append_tokens(prompt.tokenized, ids, is_supervised=True))
+    first, *others = sequences
     return replace(prompt, tokenized=first.join_responses(others))
+
+
+def _list_ids(tokens: Sequence[GeneratedToken]) -> list[int]:
+    return [token.id for token in tokens]
 
 
 @contextmanager
 def disable_adapters(model: AnyModel) -> Iterator[None]:
     """Set the up-projections of all LoRA adapters to zero within the context."""
-    layers = [module for module in model.modules() if isinstance(module, LoraLinear)]
-    parameters = [parameter for layer in layers for parameter in layer.lora_B.values()]
+    parameters: list[Tensor] = []
+    for module in model.modules():
+        if isinstance(module, LoraLinear):
+            parameters += module.lora_B.values()
     saved = [parameter.detach().clone() for parameter in parameters]
     torch._foreach_zero_(parameters)
     try:
@@ -563,25 +641,34 @@ def describe_rewards(
     records: Sequence[RolloutRecord],
 ) -> Mapping[str, float]:
     """Return the metrics of the responses of a step, with the names of TRL."""
-    lengths = np.array([length for one in records for length in one.lengths])
-    if not len(lengths):
+    lengths: list[int] = []
+    is_truncated: list[bool] = []
+    for record in records:
+        lengths += record.lengths
+        is_truncated += record.is_truncated
+    if not lengths:
         return {}
     totals_QG = _weigh(rewards_QGF, weights_F)
-    scored = [x for totals_G in totals_QG if len(x := _drop_nan(totals_G)) > 1]
-    spread_Q = np.array([np.std(x, ddof=1) for x in scored])
-    metrics = {
+    deviations = []
+    for totals_G in totals_QG:
+        scored_G = _drop_nan(totals_G)
+        if len(scored_G) > 1:
+            deviations.append(np.std(scored_G, ddof=1))
+    spread_Q = np.array(deviations)
+    metrics: dict[str, Any] = {
         "reward": _mean(_drop_nan(totals_QG)),
         "reward_std": _mean(spread_Q),
         "frac_reward_zero_std": _mean(spread_Q == 0),
-        "completions/mean_length": lengths.mean(),
-        "completions/min_length": lengths.min(),
-        "completions/max_length": lengths.max(),
-        "completions/clipped_ratio": np.mean([f for one in records for f in one.is_truncated]),
+        "completions/mean_length": np.mean(lengths),
+        "completions/min_length": min(lengths),
+        "completions/max_length": max(lengths),
+        "completions/clipped_ratio": np.mean(is_truncated),
     }
     for name, rewards_QG in zip(names, np.moveaxis(rewards_QGF, 2, 0), strict=True):
         values = _drop_nan(rewards_QG)
         metrics[f"rewards/{name}/mean"] = _mean(values)
-        metrics[f"rewards/{name}/std"] = np.std(values, ddof=1) if len(values) > 1 else np.nan
+        if len(values) > 1:
+            metrics[f"rewards/{name}/std"] = np.std(values, ddof=1)
     return {name: float(value) for name, value in metrics.items() if np.isfinite(value)}
 
 
@@ -615,4 +702,11 @@ def _drop_nan(values: FloatArray) -> FloatArray:
 
 
 def _mean(values: NDArray[Any]) -> float:
-    return float(values.mean()) if len(values) else np.nan
+    if not len(values):
+        return np.nan
+    return float(values.mean())
+
+
+def _repeat(values_G: FloatArray, lengths_G: NDArray[np.int64]) -> Tensor:
+    """Repeat the value of each response for its tokens, in fp32."""
+    return torch.from_numpy(np.repeat(values_G, lengths_G)).float()

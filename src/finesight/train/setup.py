@@ -33,6 +33,7 @@ from finesight.track.backends import TRACKERS
 from finesight.train.checkpoint import (
     Checkpoint,
     CheckpointManager,
+    CheckpointState,
     TrainProgress,
     check_resume_config,
 )
@@ -94,12 +95,23 @@ def library_versions() -> dict[str, str]:
 
 def build_manifest(state: TrainState) -> Manifest:
     """Build the manifest of a run, which evaluation, prediction and merging read."""
-    base_model, recipe = state.run.base_model, state.run.recipe
-    family, renderer, settings = base_model.folder.family, state.data.renderer, recipe.eval
+    base_model = state.run.base_model
+    recipe = state.run.recipe
+    family = base_model.folder.family
+    renderer = state.data.renderer
+    settings = recipe.eval
     plugins = [FAMILIES.find_plugin(family), ARCHITECTURES.find_plugin(family)]
     plugins += [TRACKERS.find_plugin(tracker.kind) for tracker in recipe.track]
+    metric = None
+    max_new_tokens = None
     if settings is not None:
         plugins.append(TASK_METRICS.find_plugin(settings.metric))
+        max_new_tokens = settings.max_new_tokens
+        if settings.metric in TASK_METRICS:
+            metric = settings.metric
+    enable_thinking = None
+    if renderer.renders_reasoning:
+        enable_thinking = renderer.has_reasoning
     prompt_format = state.data.train.find_prompt_format()
     return Manifest(
         family=family,
@@ -107,12 +119,12 @@ def build_manifest(state: TrainState) -> Manifest:
         base_fingerprint=base_model.folder.fingerprint(),
         image_rule=renderer.image_rule,
         system_prompt=renderer.system_prompt,
-        enable_thinking=renderer.has_reasoning if renderer.renders_reasoning else None,
+        enable_thinking=enable_thinking,
         eos_token=renderer.tokenizer.id_to_token(renderer.end_ids[0]),
         tune=recipe.tune,
         versions=library_versions(),
-        metric=settings.metric if settings and settings.metric in TASK_METRICS else None,
-        max_new_tokens=None if settings is None else settings.max_new_tokens,
+        metric=metric,
+        max_new_tokens=max_new_tokens,
         prompts=prompt_format.prompts,
         prompt_templates=prompt_format.templates,
         plugins=tuple(filter(None, plugins)),
@@ -147,23 +159,15 @@ def build_train_state(
     Raises:
         UserError: Settings, data, model or checkpoint are invalid.
     """
-    device = process_group.select_device(resolve_device(recipe.train.device))
-    dtype = resolve_precision(recipe.train.precision, device)
-    check_machine(recipe, device)
-    num_workers = recipe.train.num_workers
-    if num_workers is None:
-        num_workers = default_num_workers(device, process_group.local_world_size)
-    peak_flops = measure_peak_flops(device, dtype)
-    hardware = Hardware(device, dtype, num_workers, peak_flops, process_group)
+    hardware = _select_hardware(recipe, process_group)
     checked = check_recipe(recipe)
     base_model = checked.base_model
     objective = build_objective(
         recipe.train, base_model.folder.family, checked.renderer.visual_token_ids
     )
-    data = load_run_data(checked, num_workers, console)
+    data = load_run_data(checked, hardware.num_workers, console)
     for warning in filter(None, describe_limits(recipe, data)):
         console.log(warning)
-    renderer = data.renderer
     train_data = data.train
     sampler = data.sampler
     lr_schedule = LRSchedule(recipe.train, len(sampler))
@@ -174,24 +178,17 @@ def build_train_state(
     )
     checkpoint = _load_latest_checkpoint(run, resume)
     if checkpoint is not None:
-        folder = checkpoint_manager.step_dir(checkpoint[0].step)
-        suggest = partial(run_dir.suggest_restart, recipe, folder)
-        # Older checkpoints have no digest of weights. Changed images may explain other samples.
-        recorded = {"model weights": resume_config["model weights"], **checkpoint[0].resume_config}
-        samples = {name: value for name, value in recorded.items() if name.startswith("samples of")}
-        check_resume_config(recorded, resume_config | samples, folder, suggest)
-        with process_group.sync_errors():
-            if process_group.is_main:
-                check_image_record(run_dir, data.splits, console.log)
-        check_resume_config(recorded, resume_config, folder, suggest)
-    if checkpoint is None and check_inputs is not None:
+        _check_resumed_run(run, data, checkpoint[0])
+    elif check_inputs is not None:
         with process_group.sync_errors():
             if process_group.is_main:
                 check_inputs(run, data)
     model = _load_model(run)
     if isinstance(objective, DistillObjective):
         objective.teacher = load_teacher(recipe.train)
-    flop_counter = None if isinstance(model, HfModel) else FlopCounter(model)
+    flop_counter = None
+    if not isinstance(model, HfModel):
+        flop_counter = FlopCounter(model)
     rank_sampler = build_rank_sampler(
         sampler,
         process_group,
@@ -210,48 +207,35 @@ def build_train_state(
         pack_tokens=recipe.train.pack_tokens,
         activation_checkpointing=recipe.train.activation_checkpointing,
     )
-    state = TrainState(
-        run,
-        data,
-        TrainEngine(
-            model=model.train(),
-            objective=objective,
-            parallel=parallel,
-            step_dataset=replace(
-                train_data.build_step_dataset(
-                    renderer,
-                    rank_sampler,
-                    recipe.train.pack_tokens,
-                    recipe.data,
-                    use_shared_prefix=not isinstance(model, HfModel),
-                ),
-                augmenter=Augmenter.from_recipe(recipe),
-            ),
-            device_loader=DeviceLoader(
-                parallel,
-                hardware.device,
-                pads_shapes=not isinstance(model, HfModel)
-                and hardware.device.type == "cpu"
-                and hardware.dtype != torch.float32,
-                padding_merge_size=None
-                if isinstance(model, HfModel) or not model.visual.supports_padding
-                else model.config.vision.merge_size,
-            ),
-            optimizer=optimizer,
-            graph_runner=CudaGraphRunner(
-                model,
-                objective,
-                list(parallel.trainable_params.values()),
-                is_local=not parallel.is_sharded,
-            ),
-            loss_scaler=LossScaler(is_enabled=hardware.dtype == torch.float16),
-            lr_schedule=lr_schedule,
-            flop_counter=flop_counter,
-        ),
-        TrainProgress(budget=budget, step=0, last_eval_step=-1, best=None)
-        if checkpoint is None
-        else checkpoint[0].restore_progress(budget),
+    model.train()
+    step_dataset = train_data.build_step_dataset(
+        data.renderer,
+        rank_sampler,
+        recipe.train.pack_tokens,
+        recipe.data,
+        use_shared_prefix=not isinstance(model, HfModel),
     )
+    engine = TrainEngine(
+        model=model,
+        objective=objective,
+        parallel=parallel,
+        step_dataset=replace(step_dataset, augmenter=Augmenter.from_recipe(recipe)),
+        device_loader=_build_device_loader(model, parallel, hardware),
+        optimizer=optimizer,
+        graph_runner=CudaGraphRunner(
+            model,
+            objective,
+            list(parallel.trainable_params.values()),
+            is_local=not parallel.is_sharded,
+        ),
+        loss_scaler=LossScaler(is_enabled=hardware.dtype == torch.float16),
+        lr_schedule=lr_schedule,
+        flop_counter=flop_counter,
+    )
+    progress = TrainProgress(budget=budget, step=0, last_eval_step=-1, best=None)
+    if checkpoint is not None:
+        progress = checkpoint[0].restore_progress(budget)
+    state = TrainState(run, data, engine, progress)
     param_audit = ParamAudit(model, optimizer.master_weights())
     if checkpoint is not None:
         stored, weights, optimizer_state = checkpoint
@@ -260,6 +244,56 @@ def build_train_state(
     state.apply_budget(state.progress.budget)
     _log_overrides(state, budget)
     return state, param_audit
+
+
+def _select_hardware(recipe: Recipe, process_group: ProcessGroup) -> Hardware:
+    """Select the device and precision of this rank, and measure the speed of the device.
+
+    Raises:
+        UserError: The machine does not support the recipe.
+    """
+    device = process_group.select_device(resolve_device(recipe.train.device))
+    dtype = resolve_precision(recipe.train.precision, device)
+    check_machine(recipe, device)
+    num_workers = recipe.train.num_workers
+    if num_workers is None:
+        num_workers = default_num_workers(device, process_group.local_world_size)
+    peak_flops = measure_peak_flops(device, dtype)
+    return Hardware(device, dtype, num_workers, peak_flops, process_group)
+
+
+def _check_resumed_run(run: RunContext, data: RunData, stored: CheckpointState) -> None:
+    """Verify that a run has the settings, samples and images of its checkpoint.
+
+    Raises:
+        UserError: They differ.
+    """
+    process_group = run.hardware.process_group
+    current = run.resume_config
+    folder = run.checkpoint_manager.step_dir(stored.step)
+    suggest = partial(run.run_dir.suggest_restart, run.recipe, folder)
+    # Older checkpoints have no digest of weights.
+    recorded = {"model weights": current["model weights"], **stored.resume_config}
+    # Changed images may explain other samples, so the samples are compared after the images.
+    samples = {name: value for name, value in recorded.items() if name.startswith("samples of")}
+    check_resume_config(recorded, current | samples, folder, suggest)
+    with process_group.sync_errors():
+        if process_group.is_main:
+            check_image_record(run.run_dir, data.splits, run.console.log)
+    check_resume_config(recorded, current, folder, suggest)
+
+
+def _build_device_loader(
+    model: AnyModel, parallel: ParallelStrategy, hardware: Hardware
+) -> DeviceLoader:
+    """Build the loader of packs, which pads those of a native model in 16 bits on a CPU."""
+    pads_shapes = False
+    padding_merge_size = None
+    if not isinstance(model, HfModel):
+        pads_shapes = hardware.device.type == "cpu" and hardware.dtype != torch.float32
+        if model.visual.supports_padding:
+            padding_merge_size = model.config.vision.merge_size
+    return DeviceLoader(parallel, hardware.device, pads_shapes, padding_merge_size)
 
 
 def build_rank_sampler(
@@ -326,19 +360,26 @@ def _log_overrides(state: TrainState, requested: MemoryBudget) -> None:
         change = state.progress.budget.describe_change(requested)
         console.log(f"continuing with {change}: a resumed run keeps its reduced memory budget")
     max_tokens = state.max_unsplit_tokens
-    if max_tokens is not None and any(
-        sample.num_packed_tokens > max_tokens for sample in state.data.train.stats.sample_stats
-    ):
+    if max_tokens is None:
+        return
+    samples = state.data.train.stats.sample_stats
+    if any(sample.num_packed_tokens > max_tokens for sample in samples):
         console.log(f"samples of more than {max_tokens:,} tokens are split over all ranks")
 
 
 def _load_model(run: RunContext) -> AnyModel:
     """Load the base model, and set up its trainable and frozen parts."""
-    recipe, hardware, base_model, console = run.recipe, run.hardware, run.base_model, run.console
-    nf4, fp8 = recipe.tune.quantize.nf4 or (), recipe.tune.quantize.fp8 or ()
+    recipe = run.recipe
+    hardware = run.hardware
+    base_model = run.base_model
+    console = run.console
     with console.activity(f"loading the weights of {recipe.model}"):
         model = load_auto_model(
-            base_model.folder, hardware.dtype, hardware.device, nf4, fp8_parts=fp8
+            base_model.folder,
+            hardware.dtype,
+            hardware.device,
+            recipe.tune.quantize.nf4 or (),
+            fp8_parts=recipe.tune.quantize.fp8 or (),
         )
     configure_tuning(model, resolve_tune(recipe), recipe.train.seed)
     if base_model.adapter is not None:
@@ -358,7 +399,10 @@ def _load_latest_checkpoint(run: RunContext, resume: bool) -> Checkpoint | None:
     with process_group.sync_errors():
         if process_group.is_main and resume:
             checkpoint = run.checkpoint_manager.load_latest(run.console.log)
-    step_text = process_group.broadcast_str("" if checkpoint is None else str(checkpoint[0].step))
+    step_text = ""
+    if checkpoint is not None:
+        step_text = str(checkpoint[0].step)
+    step_text = process_group.broadcast_str(step_text)
     if step_text and not process_group.is_main:
         remedy = "start again with --resume"
         checkpoint = run.checkpoint_manager.load(int(step_text), remedy, is_verified=True)
@@ -369,8 +413,9 @@ def _build_resume_config(
     recipe: Recipe, hardware: Hardware, base_model: BaseModelRef, data: RunData
 ) -> dict[str, Any]:
     """Collect the settings and fingerprints that must be the same when the run is resumed."""
-    adapter, renderer = base_model.adapter, data.renderer
-    settings = {
+    adapter = base_model.adapter
+    renderer = data.renderer
+    settings: dict[str, Any] = {
         "model": base_model.folder.fingerprint(),
         "model weights": base_model.folder.fingerprint(num_blocks=64),
         "adapter": sha256_file(adapter / ADAPTER_WEIGHTS) if adapter else None,
@@ -378,17 +423,22 @@ def _build_resume_config(
         "data.system_prompt": renderer.system_prompt,
         "data.max_length": recipe.data.max_length,
         "data.on_invalid_sample": recipe.data.on_invalid_sample,
-        **({} if renderer.supervise == "all" else {"data.supervise": renderer.supervise}),
-        **recipe.data.model_dump(include={"augment"}, exclude_none=True),
-        "train.precision": hardware.precision,
     }
+    if renderer.supervise != "all":
+        settings["data.supervise"] = renderer.supervise
+    settings |= recipe.data.model_dump(include={"augment"}, exclude_none=True)
+    settings["train.precision"] = hardware.precision
     for name, split in (("train", data.train), ("eval", data.validation)):
+        fingerprint = None
         signature = ""
         if split is not None:
+            fingerprint = split.corpus.fingerprint
             indices = split.stats.sample_indices
-            # A list of millions of indices would be too long.
-            signature = json.dumps(indices) if split.stats.is_complete else f"all of {len(indices)}"
-        settings[f"data.{name}"] = split.corpus.fingerprint if split else None
+            # After a partial scan, a list of millions of indices would be too long.
+            signature = f"all of {len(indices)}"
+            if split.stats.is_complete:
+                signature = json.dumps(indices)
+        settings[f"data.{name}"] = fingerprint
         settings[f"samples of data.{name}"] = hashlib.sha256(signature.encode()).hexdigest()
     tune = recipe.tune.model_dump(mode="json")
     settings |= {f"tune.{name}": value for name, value in tune.items()}

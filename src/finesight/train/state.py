@@ -165,13 +165,16 @@ class BaseModelRef:
         Image settings and the system prompt that the recipe does not set are read from the manifest
         of the run that produced the model.
         """
-        image_rule, system_prompt = recipe.image, recipe.data.system_prompt
+        image_rule = recipe.image
+        system_prompt = recipe.data.system_prompt
         if self.manifest is not None:
             run_rule = self.manifest.image_rule
             if isinstance(image_rule, PixelLimits) and isinstance(run_rule, PixelRange):
                 image_rule = image_rule.complete(run_rule)
-            image_rule = run_rule if image_rule is None else image_rule
-            system_prompt = self.manifest.system_prompt if system_prompt is None else system_prompt
+            if image_rule is None:
+                image_rule = run_rule
+            if system_prompt is None:
+                system_prompt = self.manifest.system_prompt
         renderer = build_renderer(self.folder, image_rule, system_prompt)
         if recipe.data.augment is not None and not isinstance(renderer, NativeRenderer):
             raise UserError(
@@ -183,7 +186,8 @@ class BaseModelRef:
         renderer.responses = RESPONSES.get(recipe.train.objective, "pairs")
         excluded = EXCLUDED_KINDS[recipe.train.objective]
         renderer.excluded_kinds = {kind: _REMEDIES[kind] for kind in excluded}
-        renderer.supervise, renderer.max_length = recipe.data.supervise, recipe.data.max_length
+        renderer.supervise = recipe.data.supervise
+        renderer.max_length = recipe.data.max_length
         return renderer
 
 
@@ -278,11 +282,10 @@ class TrainState:
         """
         names = {"parallel", "pack_tokens", "activation_checkpointing"}
         shared_settings = self.run.recipe.train.model_dump(mode="json", include=names)
-        images = {
+        images: dict[str, str] = {}
+        for split, states in self.data.images().items():
             # Without the modification times.
-            split: hashlib.sha256(states[:, :2].tobytes()).hexdigest()
-            for split, states in self.data.images().items()
-        }
+            images[split] = hashlib.sha256(states[:, :2].tobytes()).hexdigest()
         self.run.hardware.process_group.check_identical(
             self.run.resume_config | shared_settings | {"images": images}
         )
@@ -290,8 +293,9 @@ class TrainState:
     @property
     def shard_group(self) -> ProcessGroup:
         """Process group over which the model is sharded; a single process without sharding."""
-        is_sharded = self.engine.parallel.is_sharded
-        return self.run.hardware.process_group if is_sharded else SINGLE_PROCESS
+        if self.engine.parallel.is_sharded:
+            return self.run.hardware.process_group
+        return SINGLE_PROCESS
 
     @property
     def max_unsplit_tokens(self) -> int | None:
@@ -301,7 +305,9 @@ class TrainState:
         """
         pack_tokens = self.progress.budget.pack_tokens
         sampler = self.engine.step_dataset.with_pack_tokens(pack_tokens).sampler
-        return sampler.max_unsplit_tokens if isinstance(sampler, DistributedSampler) else None
+        if not isinstance(sampler, DistributedSampler):
+            return None
+        return sampler.max_unsplit_tokens
 
     def apply_budget(self, budget: MemoryBudget) -> None:
         """Use a memory budget from the next step on."""
@@ -310,9 +316,10 @@ class TrainState:
 
     def state_dict(self) -> CheckpointState:
         """Return the state that a checkpoint stores in addition to tensors."""
-        batch_size, sampler = self.run.recipe.train.batch_size, self.data.sampler
+        consumed_samples = self.progress.step * self.run.recipe.train.batch_size
         return CheckpointState(
-            consumed_samples=min(self.progress.step * batch_size, sampler.num_samples),
+            # The last step may be smaller.
+            consumed_samples=min(consumed_samples, self.data.sampler.num_samples),
             loss_scale=self.engine.loss_scaler.state_dict(),
             resume_config=self.run.resume_config,
             **dict(self.progress),
@@ -321,9 +328,9 @@ class TrainState:
     def estimate_checkpoint_bytes(self) -> int:
         """Return the bytes of a checkpoint: fp32 weights and optimizer state of all ranks."""
         optimizer = self.engine.optimizer
-        moments = optimizer.optimizer_state().values()
-        rank_bytes = 4 * optimizer.num_params + sum(moment.nbytes for moment in moments)
-        return rank_bytes * self.shard_group.world_size
+        weight_bytes = 4 * optimizer.num_params
+        state_bytes = sum(tensor.nbytes for tensor in optimizer.optimizer_state().values())
+        return (weight_bytes + state_bytes) * self.shard_group.world_size
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import replace
 from functools import partial
-from itertools import chain
+from itertools import chain, starmap
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
@@ -81,7 +81,7 @@ def sync_step(
     own_values = step_batch.split_checksum, *local_stats
     values = process_group.start_step(step_batch.step_index, own_values)
     checksums, supervised, samples, tokens, packs, skipped, signals = zip(*values, strict=True)
-    if len({*checksums}) > 1:
+    if len(set(checksums)) > 1:
         raise PeerFailedError(
             "a sample that is split over the ranks differs between them",
             where="training",
@@ -89,9 +89,15 @@ def sync_step(
             remedy="verify that every machine can read the images of the sample, then start"
             " again with --resume",
         )
-    totals = sum(supervised), sum(samples), sum(tokens), max(packs)
-    all_skipped = tuple(SkippedSample(*sample) for sample in chain.from_iterable(skipped))
-    return GlobalStepStats(*totals, all_skipped, max(signals))
+    all_skipped = starmap(SkippedSample, chain.from_iterable(skipped))
+    return GlobalStepStats(
+        num_supervised_tokens=sum(supervised),
+        num_samples=sum(samples),
+        num_tokens=sum(tokens),
+        max_packs=max(packs),
+        skipped=tuple(all_skipped),
+        signal=max(signals),
+    )
 
 
 def micro_batch_seed(seed: int, step: int, micro_index: int) -> int:
@@ -129,64 +135,32 @@ def train_step(
         GpuOutOfMemoryError: A pack exceeds the GPU memory; no parameter is updated.
         RankDesyncError: This rank failed while the other ranks wait in a collective.
     """
-    engine, hardware, seed = state.engine, state.run.hardware, state.run.recipe.train.seed
-    optimizer, parallel, loss_scaler = engine.optimizer, engine.parallel, engine.loss_scaler
+    engine = state.engine
     objective = engine.objective
-    device, process_group = hardware.device, hardware.process_group
-    loss_scale, step_index = loss_scaler.scale, step_batch.step_index
+    loss_scaler = engine.loss_scaler
+    loss_scale = loss_scaler.scale
     global_stats = global_stats or GlobalStepStats.from_step(step_batch)
+    max_packs = global_stats.max_packs
     num_terms = objective.count_terms(global_stats)
-    loss_weight = torch.full((), loss_scale / max(1, num_terms), device=device)
-
-    def run_packs() -> Tensor:
-        """Return the weighted sums of loss and metrics over the packs of all ranks."""
-        total = torch.zeros(1 + len(objective.metric_names), device=device)
-        for sync_context, packs in _group_packs(state, step_batch, global_stats.max_packs):
-            group_loss = torch.zeros_like(total)
-            with sync_context:
-                for micro_index, packed_batch in packs:
-                    # In a distributed run, the other ranks would wait for this one.
-                    if state.run.stop.signal is not None and process_group.is_single_process:
-                        raise TrainingInterrupted(
-                            f"in step {step_index + 1}, which is repeated on resume"
-                        )
-                    global_index = micro_index * process_group.world_size + process_group.rank
-                    torch.manual_seed(micro_batch_seed(seed, step_index, global_index))
-                    is_dummy = not packed_batch.sample_ids
-                    pack_weight = torch.zeros_like(loss_weight) if is_dummy else loss_weight
-                    with translate_pack_oom(state, packed_batch, state.progress.budget):
-                        if micro_index and torch.is_grad_enabled():
-                            parallel.accumulate_gradients(optimizer)
-                        # The tensors of the pack have no name here, so that they are freed.
-                        group_loss += engine.graph_runner.run_pack(
-                            engine.device_loader.load(packed_batch),
-                            None
-                            if vision_cache is None
-                            else vision_cache.load_features(
-                                step_batch.cache_inputs[micro_index], packed_batch.context_shard
-                            ),
-                            pack_weight,
-                            None if is_dummy else ("train", step_batch.sample_indices[micro_index]),
-                        )
-            total += group_loss
-        return process_group.all_reduce(total)
-
+    loss_weight = torch.full((), loss_scale / max(1, num_terms), device=state.run.hardware.device)
     try:
         if objective.has_baseline:
             with torch.no_grad():
-                objective.set_baseline(run_packs() / loss_scale)
-        total = run_packs()
+                sums = _run_packs(state, step_batch, vision_cache, max_packs, loss_weight)
+                objective.set_baseline(sums / loss_scale)
+        total = _run_packs(state, step_batch, vision_cache, max_packs, loss_weight)
     except Exception:
         engine.zero_grad()
         raise
-    grad_norm = parallel.reduce_gradients(optimizer)
+    grad_norm = engine.parallel.reduce_gradients(engine.optimizer)
+    results = torch.cat([grad_norm[None], total]) / loss_scale
     step_output = StepOutput(
         step_batch=step_batch,
         global_stats=global_stats,
         budget=state.progress.budget,
-        lr_factor=engine.lr_schedule.lr_factor(step_index),
+        lr_factor=engine.lr_schedule.lr_factor(step_batch.step_index),
         is_applied=num_terms > 0,
-        results=(torch.cat([grad_norm[None], total]) / loss_scale).to("cpu", non_blocking=True),
+        results=results.to("cpu", non_blocking=True),
         event=record_event(total.device, enable_timing=True),
     )
     if not step_output.is_applied:
@@ -197,11 +171,80 @@ def train_step(
         if math.isfinite(loss) and not loss_scaler.update(grad_norm_value):
             engine.zero_grad()
             return replace(step_output, is_applied=False)
-    optimizer.step(
-        step_output.lr_factor, grad_norm.masked_fill(~total[0].isfinite(), math.nan), loss_scale
-    )
-    parallel.sync_params()
+    # A loss that is not finite also skips the update.
+    grad_norm = grad_norm.masked_fill(~total[0].isfinite(), math.nan)
+    engine.optimizer.step(step_output.lr_factor, grad_norm, loss_scale)
+    engine.parallel.sync_params()
     return step_output
+
+
+def _run_packs(
+    state: TrainState,
+    step_batch: StepBatch,
+    vision_cache: VisionCache | None,
+    max_packs: int,
+    loss_weight: Tensor,
+) -> Tensor:
+    """Run all packs of a step, and return the weighted sums of loss and metrics over all ranks.
+
+    Args:
+        max_packs: Largest number of packs on one rank.
+        loss_weight: Scalar on the device that multiplies the loss.
+    """
+    hardware = state.run.hardware
+    total = torch.zeros(1 + len(state.engine.objective.metric_names), device=hardware.device)
+    for sync_context, packs in _group_packs(state, step_batch, max_packs):
+        group_loss = torch.zeros_like(total)
+        with sync_context:
+            for micro_index, packed_batch in packs:
+                # In a distributed run, the other ranks would wait for this one.
+                if state.run.stop.signal is not None and hardware.process_group.is_single_process:
+                    raise TrainingInterrupted(
+                        f"in step {step_batch.step_index + 1}, which is repeated on resume"
+                    )
+                group_loss += _run_pack(
+                    state, step_batch, vision_cache, micro_index, packed_batch, loss_weight
+                )
+        total += group_loss
+    return hardware.process_group.all_reduce(total)
+
+
+def _run_pack(
+    state: TrainState,
+    step_batch: StepBatch,
+    vision_cache: VisionCache | None,
+    micro_index: int,
+    packed_batch: PackedBatch,
+    loss_weight: Tensor,
+) -> Tensor:
+    """Run the forward and backward pass of a pack, and return its weighted loss and metrics.
+
+    A dummy pack, whose samples have no IDs, has no weight.
+    """
+    engine = state.engine
+    process_group = state.run.hardware.process_group
+    global_index = micro_index * process_group.world_size + process_group.rank
+    seed = state.run.recipe.train.seed
+    torch.manual_seed(micro_batch_seed(seed, step_batch.step_index, global_index))
+    key = None
+    if packed_batch.sample_ids:
+        key = ("train", step_batch.sample_indices[micro_index])
+    else:
+        loss_weight = torch.zeros_like(loss_weight)
+    with translate_pack_oom(state, packed_batch, state.progress.budget):
+        if micro_index and torch.is_grad_enabled():
+            engine.parallel.accumulate_gradients(engine.optimizer)
+        # The tensors of the pack have no name here, so that they are freed.
+        return engine.graph_runner.run_pack(
+            engine.device_loader.load(packed_batch),
+            None
+            if vision_cache is None
+            else vision_cache.load_features(
+                step_batch.cache_inputs[micro_index], packed_batch.context_shard
+            ),
+            loss_weight,
+            key,
+        )
 
 
 def _group_packs(
@@ -215,16 +258,21 @@ def _group_packs(
     Args:
         max_packs: Largest number of packs on one rank.
     """
-    process_group, is_sharded = state.run.hardware.process_group, state.engine.parallel.is_sharded
-    # All ranks of a sharded model must run the same number of packs.
-    num_dummies = max_packs - len(step_batch.packs) if is_sharded else 0
-    packs = [*enumerate([*step_batch.packs, *[dummy_batch()] * num_dummies])]
-    num_synced = len(packs) if is_sharded else step_batch.num_split_packs
-    if num_synced:
-        yield _raise_desync(process_group), packs[:num_synced]
-    if not is_sharded:
-        # Agree on success before the all-reduce, so that a failed rank cannot block the others.
-        yield process_group.sync_errors(), packs[num_synced:]
+    process_group = state.run.hardware.process_group
+    if state.engine.parallel.is_sharded:
+        # All ranks of a sharded model must run the same number of packs.
+        num_dummies = max_packs - len(step_batch.packs)
+        dummies = [dummy_batch()] * num_dummies
+        packs = list(enumerate([*step_batch.packs, *dummies]))
+        if packs:
+            yield _raise_desync(process_group), packs
+        return
+    packs = list(enumerate(step_batch.packs))
+    num_split = step_batch.num_split_packs
+    if num_split:
+        yield _raise_desync(process_group), packs[:num_split]
+    # Agree on success before the all-reduce, so that a failed rank cannot block the others.
+    yield process_group.sync_errors(), packs[num_split:]
 
 
 @contextmanager
@@ -271,24 +319,33 @@ class Trainer:
     def __init__(
         self, state: TrainState, metrics_logger: MetricsLogger, vision_features: VisionFeatures
     ) -> None:
-        self.state, self.console, self.stop = state, state.run.console, state.run.stop
-        self.metrics_logger, self.vision_features = metrics_logger, vision_features
+        self.state = state
+        self.console = state.run.console
+        self.stop = state.run.stop
+        self.metrics_logger = metrics_logger
+        self.vision_features = vision_features
         self.total_steps = len(state.data.sampler)
-        settings, eval_settings = state.run.recipe.train, state.run.recipe.eval
+        settings = state.run.recipe.train
+        eval_settings = state.run.recipe.eval
         self.save_interval = resolve_save_interval(settings, self.total_steps)
         # Without a metric, compute the cheap validation loss with every checkpoint.
-        eval_interval = self.save_interval
+        self.eval_interval = self.save_interval
+        self.early_stopping_patience: int | None = None
         if eval_settings is not None:
-            eval_interval = resolve_eval_interval(eval_settings, self.total_steps)
-        self.eval_interval = eval_interval if state.data.validation else 0
+            self.eval_interval = resolve_eval_interval(eval_settings, self.total_steps)
+            self.early_stopping_patience = eval_settings.patience
+        if state.data.validation is None:
+            self.eval_interval = 0
         self.stop_step = resolve_steps(self.stop.after or 0, self.total_steps)
-        self.early_stopping_patience = eval_settings.patience if eval_settings else None
         on_gpu = state.run.hardware.device.type == "cuda"
+        min_save_interval_s = 0.0
+        if on_gpu and settings.save_every is None:
+            min_save_interval_s = MIN_SAVE_INTERVAL_S
         self.checkpointer = AsyncCheckpointer(
             state.run.checkpoint_manager,
             is_async=on_gpu and state.engine.optimizer.num_params <= MAX_ASYNC_PARAMS,
             process_group=state.shard_group.new_group(),
-            min_interval_s=MIN_SAVE_INTERVAL_S if on_gpu and settings.save_every is None else 0.0,
+            min_interval_s=min_save_interval_s,
         )
         self.process_group = state.run.hardware.process_group
         self.is_main = self.process_group.is_main
@@ -311,9 +368,10 @@ class Trainer:
             self.run_steps()
             self.save_checkpoint()
             if self.state.data.validation is not None and progress.last_eval_step < progress.step:
-                self.evaluate(
-                    "after" if self.early_stopping_patience is None else f"step-{progress.step}"
-                )
+                name = "after"
+                if self.early_stopping_patience is not None:
+                    name = f"step-{progress.step}"
+                self.evaluate(name)
             result = finalize(self.checkpointer.wait)
             # The other ranks wait for the main process.
             self.process_group.all_gather_object(None)
@@ -345,12 +403,11 @@ class Trainer:
         if not isinstance(error, RankDesyncError):
             own_state = self.state.progress.step, is_recoverable, int(self.stop.signal or 0)
             try:
-                steps, recoverable, signals = zip(
-                    *self.process_group.sync_failure(own_state), strict=True
-                )
+                states = self.process_group.sync_failure(own_state)
+                steps, recoverable, signals = zip(*states, strict=True)
                 self.stop.request(max(signals))
                 if is_sharded:
-                    can_save = all(recoverable) and len({*steps}) == 1
+                    can_save = all(recoverable) and len(set(steps)) == 1
             except RankTimeoutError:
                 # Otherwise, the rank that does not respond has been reported before.
                 if is_sharded and isinstance(error, TrainingInterrupted):
@@ -360,21 +417,28 @@ class Trainer:
             self.save_checkpoint()
             self.checkpointer.wait()
             if isinstance(error, ScoringError):
-                step = self.state.progress.step
-                stage = f"in the evaluation of step {step}"
-                if isinstance(error, RewardError):
-                    stage = f"in step {step + 1}"
-                written = f"checkpoint of step {step} written" if step else "no checkpoint yet"
-                error.what += f"; {stage}, {written}"
+                error.what += f"; {self.describe_scoring_failure(error)}"
         # A job scheduler may send the signal to the data loader workers as well.
         if can_save and self.stop.signal is not None:
             raise self.build_interruption() from error
+
+    def describe_scoring_failure(self, error: ScoringError) -> str:
+        """Return where a score function failed, and what the run can continue from."""
+        step = self.state.progress.step
+        stage = f"in the evaluation of step {step}"
+        if isinstance(error, RewardError):
+            stage = f"in step {step + 1}"
+        written = "no checkpoint yet"
+        if step:
+            written = f"checkpoint of step {step} written"
+        return f"{stage}, {written}"
 
     def run_steps(self) -> None:
         """Run the remaining steps with evaluations and checkpoints, until early stopping."""
         if not self.on_step_end() or self.state.progress.step == self.total_steps:
             return
-        budget, device = self.state.progress.budget, self.state.run.hardware.device
+        budget = self.state.progress.budget
+        device = self.state.run.hardware.device
         with (
             self.vision_features.open(self.metrics_logger.log_vision_cache) as vision_cache,
             self.metrics_logger.show_progress(self.total_steps),
@@ -385,13 +449,17 @@ class Trainer:
 
     def run_steps_in_budget(self, vision_cache: VisionCache | None, budget: MemoryBudget) -> None:
         """Run the remaining steps within a memory budget."""
-        state, progress = self.state, self.state.progress
+        state = self.state
+        progress = state.progress
         state.apply_budget(budget)
-        device, num_workers = state.run.hardware.device, state.run.hardware.num_workers
+        hardware = state.run.hardware
+        device = hardware.device
         dataset = state.engine.step_dataset.with_pack_tokens(budget.pack_tokens)
         if vision_cache is not None:
             dataset = replace(dataset, cache_reader=vision_cache.reader)
-        step_batches = read_steps(dataset, progress.step, num_workers, device.type == "cuda")
+        step_batches = read_steps(
+            dataset, progress.step, hardware.num_workers, pin_memory=device.type == "cuda"
+        )
         if state.run.recipe.train.sampling is not None:
             # Other objectives need no inference engine.
             from finesight.train.rollout import Rollout, StudentRollout
@@ -503,9 +571,11 @@ class Trainer:
     def save_checkpoint(self) -> None:
         """Save a checkpoint of the last finished step, unless it exists."""
         state = self.state
-        if not state.progress.step or not (self.is_main or state.engine.parallel.is_sharded):
+        step = state.progress.step
+        is_writer = self.is_main or state.engine.parallel.is_sharded
+        if not step or not is_writer:
             return
-        step, manager = state.progress.step, state.run.checkpoint_manager
+        manager = state.run.checkpoint_manager
         with state.shard_group.sync_errors():
             if self.is_main:
                 if step not in manager.steps():
@@ -528,9 +598,12 @@ class Trainer:
     def build_interruption(self) -> TrainingInterrupted:
         """Build the exception that names the checkpoint of a stopped run and how to resume."""
         step = self.state.progress.step
-        message = f"checkpoint of step {step} written" if step else "no step was finished"
+        message = "no step was finished"
+        if step:
+            message = f"checkpoint of step {step} written"
         assert self.stop.signal is not None, "an interruption without a signal"
-        run_dir, hint = self.state.run.run_dir, ""
+        run_dir = self.state.run.run_dir
+        hint = ""
         if step and not self.state.run.recipe.tune.has_mode("full"):
             hint = f", or use {run_dir.checkpoint_dir / f'step-{step}'} as a model"
         return TrainingInterrupted(

@@ -53,9 +53,10 @@ DEFAULT_SAVE_INTERVAL = 0.25
 
 def resolve_save_interval(train: TrainSettings, total_steps: int) -> int:
     """Return the number of steps between two checkpoints; 0 saves only the last step."""
-    return resolve_steps(
-        DEFAULT_SAVE_INTERVAL if train.save_every is None else train.save_every, total_steps
-    )
+    save_every = train.save_every
+    if save_every is None:
+        save_every = DEFAULT_SAVE_INTERVAL
+    return resolve_steps(save_every, total_steps)
 
 
 class TrainProgress(BaseModel):
@@ -118,13 +119,17 @@ class CheckpointManager:
     """
 
     def __init__(self, checkpoint_dir: Path, max_to_keep: int) -> None:
-        self.checkpoint_dir, self.max_to_keep = checkpoint_dir, max_to_keep
+        self.checkpoint_dir = checkpoint_dir
+        self.max_to_keep = max_to_keep
 
     def steps(self) -> list[int]:
         """Return the steps that have a checkpoint, in ascending order."""
-        names = [path.name for path in self.checkpoint_dir.glob("step-*")]
-        suffixes = [name.removeprefix("step-") for name in names]
-        return sorted(int(step) for step in suffixes if step.isdecimal())
+        steps = []
+        for path in self.checkpoint_dir.glob("step-*"):
+            suffix = path.name.removeprefix("step-")
+            if suffix.isdecimal():
+                steps.append(int(suffix))
+        return sorted(steps)
 
     def step_dir(self, step: int) -> Path:
         """Return the folder of the checkpoint of a step."""
@@ -150,12 +155,14 @@ class CheckpointManager:
         """
         with ExitStack() as stack:
             folder = None
+            own_name = ""
             try:
                 if process_group.is_main and state.step not in self.steps():
                     folder = stack.enter_context(write_folder(self.step_dir(state.step)))
+                    own_name = folder.name
             finally:
                 # The other ranks need an answer even after an error.
-                folder_name = process_group.broadcast_str(folder.name if folder else "")
+                folder_name = process_group.broadcast_str(own_name)
             if folder_name:
                 with process_group.sync_errors():
                     tensors = {WEIGHTS_FILE: weights, OPTIMIZER_FILE: optimizer_state}
@@ -167,10 +174,17 @@ class CheckpointManager:
                         _open_tensors(folder, name)
                 (folder / STATE_FILE).write_text(state.model_dump_json(indent=1) + "\n")
         if process_group.is_main:
-            steps, best_step = self.steps(), state.best.step if state.best else state.step
-            for step in steps[: -self.max_to_keep]:
-                if step != best_step:
-                    remove_folder(self.step_dir(step))
+            self._remove_old_checkpoints(state)
+
+    def _remove_old_checkpoints(self, state: CheckpointState) -> None:
+        """Delete all checkpoints but the newest ones and the one of the best evaluation."""
+        old_steps = self.steps()[: -self.max_to_keep]
+        best_step = state.step
+        if state.best is not None:
+            best_step = state.best.step
+        for step in old_steps:
+            if step != best_step:
+                remove_folder(self.step_dir(step))
 
     def load_latest(self, log: Callable[[str], None]) -> Checkpoint | None:
         """Load the newest valid checkpoint after verifying the digests of its files.
@@ -261,16 +275,7 @@ def _open_tensors(folder: Path, name: str) -> LazyTensors:
     """
     paths = [folder / name]
     if not paths[0].is_file():
-        stem, _, extension = name.rpartition(".")
-        paths = sorted(folder.glob(f"{stem}-*-of-*.{extension}"))
-        expected = [_shard_name(name, rank, len(paths)) for rank in range(len(paths))]
-        if not paths or [path.name for path in paths] != expected:
-            raise CorruptCheckpointError(
-                f"contains {', '.join(path.name for path in paths) or 'no shard'} of {name}",
-                where=str(folder),
-                expected=f"{name}, or all of its shards",
-                remedy=f"delete {folder}, and start again with --resume",
-            )
+        paths = _list_shards(folder, name)
     files: dict[str, list[Any]] = {}
     for path in paths:
         try:
@@ -286,10 +291,32 @@ def _open_tensors(folder: Path, name: str) -> LazyTensors:
             ) from error
 
     def read(key: str) -> Tensor:
-        rows: list[Tensor] = [file.get_tensor(key) for file in files[key]]
-        return torch.cat(rows) if rows[0].dim() and len(rows) > 1 else rows[0]
+        shards: list[Tensor] = [file.get_tensor(key) for file in files[key]]
+        if len(shards) == 1 or shards[0].dim() == 0:
+            return shards[0]
+        return torch.cat(shards)
 
     return LazyTensors({key: partial(read, key) for key in files})
+
+
+def _list_shards(folder: Path, name: str) -> list[Path]:
+    """Return the files of a sharded run for a file name, in rank order.
+
+    Raises:
+        CorruptCheckpointError: A shard is missing.
+    """
+    stem, _, extension = name.rpartition(".")
+    paths = sorted(folder.glob(f"{stem}-*-of-*.{extension}"))
+    names = [path.name for path in paths]
+    expected_names = [_shard_name(name, rank, len(names)) for rank in range(len(names))]
+    if not names or names != expected_names:
+        raise CorruptCheckpointError(
+            f"contains {', '.join(names) or 'no shard'} of {name}",
+            where=str(folder),
+            expected=f"{name}, or all of its shards",
+            remedy=f"delete {folder}, and start again with --resume",
+        )
+    return paths
 
 
 def _read_state(path: Path, remedy: str) -> CheckpointState:
@@ -298,8 +325,14 @@ def _read_state(path: Path, remedy: str) -> CheckpointState:
     try:
         return CheckpointState.model_validate_json(content)
     except ValidationError as error:
-        problems = {".".join(map(str, one["loc"])): one["msg"] for one in error.errors()}
-        name = "format_version" if "format_version" in problems else next(iter(problems))
+        problems = {}
+        for problem in error.errors():
+            location = ".".join(map(str, problem["loc"]))
+            problems[location] = problem["msg"]
+        name = next(iter(problems))
+        if "format_version" in problems:
+            # Another version explains all other problems.
+            name = "format_version"
         raise UserError(
             f"{name or 'the file'}: {problems[name]}",
             where=str(path),
@@ -327,17 +360,24 @@ def check_resume_config(
         UserError: Settings or fingerprints differ; the error lists them.
     """
     current = json.loads(json.dumps(current))
-    different = [name for name in {**stored, **current} if stored.get(name) != current.get(name)]
-    if different:
-        remedy: Remedy = "resume with the same recipe, data and model, or set another output_dir"
-        if all(name.startswith("train.") for name in different):
-            remedy = suggest({name: current.get(name) for name in different})
-        raise UserError(
-            "; ".join(f"{name} is {current.get(name)!r} now" for name in different),
-            where=str(where),
-            expected="; ".join(f"{name}={stored.get(name)!r}" for name in different),
-            remedy=remedy,
-        )
+    problems = []
+    expected = []
+    changes = {}
+    for name in {**stored, **current}:
+        stored_value = stored.get(name)
+        value = current.get(name)
+        if stored_value != value:
+            problems.append(f"{name} is {value!r} now")
+            expected.append(f"{name}={stored_value!r}")
+            changes[name] = value
+    if not changes:
+        return
+    remedy: Remedy = "resume with the same recipe, data and model, or set another output_dir"
+    if all(name.startswith("train.") for name in changes):
+        remedy = suggest(changes)
+    raise UserError(
+        "; ".join(problems), where=str(where), expected="; ".join(expected), remedy=remedy
+    )
 
 
 MIN_SAVE_INTERVAL_S = 10.0
@@ -409,21 +449,33 @@ class AsyncCheckpointer:
         """
         if self._staging_block is None:
             # Only in the first call, because some tensors are computed on access.
-            tensors = (tensor for one in tensor_sets for tensor in one.values())
-            self._staging_block = TensorBlock.allocate(
-                *((tensor.dtype, tuple(tensor.shape)) for tensor in tensors), pin_memory=True
-            )
+            specs = _list_specs(tensor_sets)
+            self._staging_block = TensorBlock.allocate(*specs, pin_memory=True)
         buffers = self._staging_block.tensors()
-        copies = [
-            {name: next(buffers).copy_(tensor, non_blocking=True) for name, tensor in one.items()}
-            for one in tensor_sets
-        ]
+        copies = []
+        for tensors in tensor_sets:
+            copied: dict[str, Tensor] = {}
+            for name, tensor in tensors.items():
+                copied[name] = next(buffers).copy_(tensor, non_blocking=True)
+            copies.append(copied)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         return copies
 
     def wait(self) -> None:
         """Wait until the pending checkpoint is written; raise its error if writing failed."""
-        write, self._write = self._write, None
+        write = self._write
+        self._write = None
         if write is not None:
             write.result()
+
+
+def _list_specs(
+    tensor_sets: Sequence[Mapping[str, Tensor]],
+) -> list[tuple[torch.dtype, tuple[int, ...]]]:
+    """Return dtypes and shapes of the tensors of several mappings, in order."""
+    specs = []
+    for tensors in tensor_sets:
+        for tensor in tensors.values():
+            specs.append((tensor.dtype, tuple(tensor.shape)))
+    return specs

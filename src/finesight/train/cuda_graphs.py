@@ -14,8 +14,8 @@ import logging
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 
 import torch
@@ -70,7 +70,8 @@ class GraphTimer:
             yield
             return
         create: Callable[[], torch.cuda.Event] = partial(torch.cuda.Event, enable_timing=True)
-        start, end = create(), create()
+        start = create()
+        end = create()
         start.record()
         yield
         end.record()
@@ -92,8 +93,9 @@ class GraphTimer:
         The result is None until both have been measured.
         """
         self._poll()
-        is_measured = math.isfinite(self.replay_s_per_token) and math.isfinite(self.launch_s)
-        return num_tokens * self.replay_s_per_token < self.launch_s if is_measured else None
+        if not (math.isfinite(self.replay_s_per_token) and math.isfinite(self.launch_s)):
+            return None
+        return num_tokens * self.replay_s_per_token < self.launch_s
 
 
 MAX_GRAPH_TOKENS_STARVED = 16384
@@ -127,8 +129,11 @@ MAX_TRAINABLE_PARAMS = 4_000_000_000
 
 def has_few_trainable_params(model: nn.Module) -> bool:
     """Return whether the gradient buffers of all trainable parameters may stay allocated."""
-    trainable_params = (parameter for parameter in model.parameters() if parameter.requires_grad)
-    return sum(parameter.numel() for parameter in trainable_params) <= MAX_TRAINABLE_PARAMS
+    num_trainable = 0
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            num_trainable += parameter.numel()
+    return num_trainable <= MAX_TRAINABLE_PARAMS
 
 
 def should_capture(
@@ -139,11 +144,11 @@ def should_capture(
     max_tokens: int = MAX_GRAPH_TOKENS,
 ) -> bool:
     """Return whether a pack of this size is faster as a CUDA graph."""
-    if activation_checkpointing and not all(
-        isinstance(layer, FusibleLayer) and layer.fusible_linears for layer in model.model.layers
-    ):
-        # A graph cannot restore the random state for activation checkpointing of torch.
-        return False
+    if activation_checkpointing:
+        for layer in model.model.layers:
+            # A graph cannot restore the random state for activation checkpointing of torch.
+            if not isinstance(layer, FusibleLayer) or not layer.fusible_linears:
+                return False
     return num_tokens <= max_tokens and num_labels > 0
 
 
@@ -160,7 +165,8 @@ def is_capturable(model: AnyModel, device: torch.device) -> bool:
         or not model.supports_cuda_graphs
     ):
         return False
-    head_dim, dtype = model.config.decoder.head_dim, model.model.embed_tokens.weight.dtype
+    head_dim = model.config.decoder.head_dim
+    dtype = model.model.embed_tokens.weight.dtype
     return supports_varlen_attention(torch.empty(1, 1, head_dim, dtype=dtype, device=device))
 
 
@@ -168,6 +174,19 @@ def has_half_free(device: torch.device) -> bool:
     """Return whether more than half of the GPU memory is free."""
     free, total = torch.cuda.mem_get_info(device)
     return 2 * free > total
+
+
+def _find_vision_params(
+    model: nn.Module, trainable_params: Sequence[nn.Parameter]
+) -> frozenset[int]:
+    """Return the indices of the trainable parameters that belong to the vision encoder."""
+    vision_ids = set()
+    for name, parameter in model.named_parameters():
+        if name.startswith("visual."):
+            vision_ids.add(id(parameter))
+    return frozenset(
+        index for index, parameter in enumerate(trainable_params) if id(parameter) in vision_ids
+    )
 
 
 class CudaGraphRunner:
@@ -190,7 +209,8 @@ class CudaGraphRunner:
             is_local: Whether a pass needs no communication with other ranks. Otherwise, all passes
                 are eager.
         """
-        self.model, self.objective = model, objective
+        self.model = model
+        self.objective = objective
         self._trainable_params = list(trainable_params)
         self.shape_counts: Counter[GraphShape] = Counter()
         self.static_inputs: dict[GraphShape, GraphInputs] = {}
@@ -198,10 +218,7 @@ class CudaGraphRunner:
         self._launch_event: torch.cuda.Event | None = None
         self._num_starved = 0
         self.timer = GraphTimer()
-        vision_param_ids = {id(p) for n, p in model.named_parameters() if n.startswith("visual.")}
-        self._vision_param_indices = frozenset(
-            n for n, p in enumerate(self._trainable_params) if id(p) in vision_param_ids
-        )
+        self._vision_param_indices = _find_vision_params(model, self._trainable_params)
         device = self._trainable_params[0].device
         self._captures_vision = isinstance(model, VisionLanguageModel) and can_capture_vision(model)
         use_graphs = is_local and is_capturable(model, device) and has_few_trainable_params(model)
@@ -252,30 +269,19 @@ class CudaGraphRunner:
         """
         if batch.context_shard is not None:
             return None, features_MKD
-        if self._launch_event is not None:
-            # The pack is starved if the device had finished the previous pack already.
-            is_finished = self._launch_event.query()  # type: ignore[no-untyped-call]
-            self._num_starved = self._num_starved + 1 if is_finished else 0
-            self._launch_event = None
-        max_tokens = MAX_GRAPH_TOKENS if features_MKD is None else MAX_GRAPH_TOKENS_CACHED
-        if self._is_starved:
-            max_tokens = MAX_GRAPH_TOKENS_STARVED
-        inputs, cached_MKD = None, features_MKD
-        for shape, features_MKD in self._iter_shapes(batch, cached_MKD):
-            inputs = self._get_or_allocate_inputs(
-                shape, batch, features_MKD, loss_inputs, max_tokens
-            )
-            if inputs is not None:
-                break
+        self._count_starved_packs()
+        inputs, features_MKD = self._select_inputs(batch, features_MKD, loss_inputs)
         if inputs is None:
             return None, features_MKD
         inputs.copy_from(batch, features_MKD, loss_inputs, self.native_model.visual)
         assert self.graphs is not None, "CUDA graphs are disabled"
         graph_index = [*self.static_inputs].index(inputs.shape)
-        is_timed = inputs.layout is None and self.graphs.contains(graph_index)
+        timing: AbstractContextManager[None] = nullcontext()
+        if inputs.layout is None and self.graphs.contains(graph_index):
+            timing = self.timer.time_replay(inputs.shape.num_tokens)
         loss = None
         try:
-            with self.timer.time_replay(inputs.shape.num_tokens) if is_timed else nullcontext():
+            with timing:
                 loss = self.graphs.run(graph_index, partial(self.run_static, inputs)).clone()
         except RuntimeError as error:
             # Usually for lack of memory. An eager pass raises the errors of the pack itself.
@@ -284,9 +290,47 @@ class CudaGraphRunner:
             # Outside the except block, because the traceback keeps tensors alive.
             self.release_graphs()
             return None, features_MKD
-        self._gradients.assign_grads(self._vision_param_indices if inputs.layout is None else ())
+        # A vision encoder outside the graph gets its gradients from `backward_features`.
+        unused_params: Collection[int] = ()
+        if inputs.layout is None:
+            unused_params = self._vision_param_indices
+        self._gradients.assign_grads(unused_params)
         inputs.backward_features(features_MKD)
         return loss, features_MKD
+
+    def _count_starved_packs(self) -> None:
+        """Count the consecutive packs before which the device was idle."""
+        if self._launch_event is None:
+            return
+        # The pack is starved if the device had finished the previous pack already.
+        is_finished = self._launch_event.query()  # type: ignore[no-untyped-call]
+        if is_finished:
+            self._num_starved += 1
+        else:
+            self._num_starved = 0
+        self._launch_event = None
+
+    def _select_inputs(
+        self, batch: PackedBatch, cached_MKD: Tensor | None, loss_inputs: Mapping[str, Tensor]
+    ) -> tuple[GraphInputs | None, Tensor | None]:
+        """Return the static buffers of the CUDA graph for a pack; None if it should run eagerly.
+
+        The second value is the image features, if they are cached or were encoded.
+        """
+        if self._is_starved:
+            max_tokens = MAX_GRAPH_TOKENS_STARVED
+        elif cached_MKD is None:
+            max_tokens = MAX_GRAPH_TOKENS
+        else:
+            max_tokens = MAX_GRAPH_TOKENS_CACHED
+        features_MKD = cached_MKD
+        for shape, features_MKD in self._iter_shapes(batch, cached_MKD):
+            inputs = self._get_or_allocate_inputs(
+                shape, batch, features_MKD, loss_inputs, max_tokens
+            )
+            if inputs is not None:
+                return inputs, features_MKD
+        return None, features_MKD
 
     def _run_eager(
         self, batch: PackedBatch, features_MKD: Tensor | None, loss_inputs: Mapping[str, Tensor]
@@ -379,16 +423,10 @@ class CudaGraphRunner:
         self.shape_counts[shape] += 1
         if len(self.static_inputs) == MAX_GRAPHS:
             return None
-        device, is_frequent = batch.ids_T.device, self.shape_counts[shape] > NUM_WARMUP_PACKS
+        device = batch.ids_T.device
+        is_frequent = self.shape_counts[shape] > NUM_WARMUP_PACKS
         if self._should_share_graph(shape, is_frequent) and has_half_free(device):
-            known = self.static_inputs
-            shape = shape.widen(
-                [
-                    frequent
-                    for frequent, _ in self.shape_counts.most_common()
-                    if frequent not in known and not any(wide.fits(frequent) for wide in known)
-                ]
-            )
+            shape = shape.widen(self._list_shapes_without_graph())
         elif not is_frequent:
             return None
         elif len(batch.ids_T) > MAX_GRAPH_TOKENS and not has_half_free(device):
@@ -398,6 +436,15 @@ class CudaGraphRunner:
             shape, batch, features_MKD, loss_inputs, self.native_model.visual
         )
         return self.static_inputs[shape]
+
+    def _list_shapes_without_graph(self) -> list[GraphShape]:
+        """Return the shapes of packs that no existing graph fits, the most frequent first."""
+        known = self.static_inputs
+        shapes = []
+        for shape, _ in self.shape_counts.most_common():
+            if shape not in known and not any(wider.fits(shape) for wider in known):
+                shapes.append(shape)
+        return shapes
 
     def find_wider_inputs(self, shape: GraphShape) -> GraphInputs | None:
         """Return the buffers of the smallest existing graph that fits packs of this shape.

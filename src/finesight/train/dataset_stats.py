@@ -47,8 +47,11 @@ from finesight.vision.image_processing import GridTHW
 EDGE_BYTES = 8 * 1024
 """Number of bytes read at the start and at the end of an image file."""
 
-MAX_LISTED_IMAGES, MAX_MISMATCHED_TRIES = 5, 32
-"""Maximum number of changed images in a message, and of samples to search for another question."""
+MAX_LISTED_IMAGES = 5
+"""Maximum number of changed images in a message."""
+
+MAX_MISMATCHED_TRIES = 32
+"""Maximum number of samples to search for another question."""
 
 _CHECKSUM_KEY = "sha256"
 
@@ -63,11 +66,13 @@ def read_image_state(sample: LocatedSample) -> ImageState:
     Raises:
         CorruptImageError: An image cannot be read.
     """
-    contents, times = (hashlib.blake2b(digest_size=8) for _ in range(2))
-    # The fingerprint of the data covers the images in rows of a Parquet file.
-    folder = sample.folder
-    covered = folder.suffix.lower() == ".parquet" and folder.is_file()
-    for path in () if covered else list_sample_images(sample):
+    contents = hashlib.blake2b(digest_size=8)
+    times = hashlib.blake2b(digest_size=8)
+    paths: list[Path] = []
+    if not _is_parquet_file(sample.folder):
+        # The fingerprint of the data covers the images in rows of a Parquet file.
+        paths = list_sample_images(sample)
+    for path in paths:
         try:
             size, ends, time = _read_edges(path)
         except OSError as error:
@@ -79,24 +84,30 @@ def read_image_state(sample: LocatedSample) -> ImageState:
             ) from error
         contents.update(size.to_bytes(8) + ends)
         times.update(time.to_bytes(8, signed=True))
-    content, time = (int.from_bytes(h.digest(), signed=True) for h in (contents, times))
-    return content, time
+    content_hash = int.from_bytes(contents.digest(), signed=True)
+    time_hash = int.from_bytes(times.digest(), signed=True)
+    return content_hash, time_hash
+
+
+def _is_parquet_file(path: Path) -> bool:
+    return path.suffix.lower() == ".parquet" and path.is_file()
 
 
 def list_sample_images(sample: LocatedSample) -> list[Path]:
     """Return the paths of the images and video frames of a sample, in order."""
-    return [
-        sample.resolve_path(name)
-        for part in sample.sample.iter_parts()
-        for name in list_media_paths(part)
-    ]
+    paths = []
+    for part in sample.sample.iter_parts():
+        for name in list_media_paths(part):
+            paths.append(sample.resolve_path(name))
+    return paths
 
 
 def _read_edges(path: Path) -> tuple[int, bytes, int]:
     """Return size, first and last bytes, and modification time of an image file."""
-    inside = resolve_content(path)
-    with inside.open("rb") if isinstance(inside, Path) else inside as file:
-        ends, size = file.read(EDGE_BYTES), file.seek(0, os.SEEK_END)
+    content = resolve_content(path)
+    with content.open("rb") if isinstance(content, Path) else content as file:
+        ends = file.read(EDGE_BYTES)
+        size = file.seek(0, os.SEEK_END)
         file.seek(max(EDGE_BYTES, size - EDGE_BYTES))
         ends += file.read()
     return size, ends, get_file(path).stat().st_mtime_ns
@@ -173,11 +184,13 @@ def check_image_record(
     remedy = f"delete {path} to resume without comparing images"
     recorded = load_tensors(path, "the fingerprints of the images", remedy, required="train")
     # The user may have repaired the images that the run reported as corrupt.
-    rows = run_dir.read_skipped_samples()
-    messages = [text for row in rows for text in (json.dumps(row.id), row.reason)]
+    messages = []
+    for row in run_dir.read_skipped_samples():
+        messages += [json.dumps(row.id), row.reason]
+    reported_errors = "\n".join(messages)
     for split, data in splits.items():
         if split in recorded:
-            _check_images(split, data, recorded[split], path, "\n".join(messages), log)
+            _check_images(split, data, recorded[split], path, reported_errors, log)
 
 
 def _check_images(
@@ -188,27 +201,28 @@ def _check_images(
     reported_errors: str,
     log: Callable[[str], None],
 ) -> None:
-    corpus, current, num_repaired = data.corpus, data.stats.images, 0
-    changed: list[str] = []
+    current = data.stats.images
     _, rows, recorded_rows = np.intersect1d(
         current[:, 0], recorded[:, 0], assume_unique=True, return_indices=True
     )
     differs = current[rows] != recorded[recorded_rows]
+    changed: list[str] = []
+    num_repaired = 0
     for index in current[rows[differs[:, 1]], 0].tolist():
-        sample = corpus[index]
+        sample = data.corpus[index]
         first, *others = map(str, list_sample_images(sample))
         names = json.dumps(sample.sample.id), first, *others
         if any(name in reported_errors for name in names):
             num_repaired += 1
+        elif others:
+            changed.append(f"{first} (or one of {len(others)} others of its sample)")
         else:
-            note = f" (or one of {len(others)} others of its sample)" if others else ""
-            changed.append(first + note)
-    extra = np.setxor1d(current[:, 0], recorded[:, 0]).tolist()
-    if split == "train":  # a scan of more samples than at the start is no change of images
-        known, errors = {*recorded[:, 0].tolist()}, reported_errors
-        extra = [n for n in extra if n in known or json.dumps(corpus[n].sample.id) in errors]
+            changed.append(first)
+    extra = _find_changed_samples(split, data, recorded, reported_errors)
     if extra and data.stats.is_complete:
-        files = {str(path) for index in extra for path in list_sample_images(corpus[index])}
+        files: set[str] = set()
+        for index in extra:
+            files.update(map(str, list_sample_images(data.corpus[index])))
         raise UserError(
             f"data.{split}: {len(extra)} samples were skipped at the start of the run and are"
             f" readable now, or the reverse: {join_names(sorted(files))}",
@@ -234,11 +248,29 @@ def _check_images(
         )
 
 
+def _find_changed_samples(
+    split: str, data: TrainingData, recorded: ImageStates, reported_errors: str
+) -> list[int]:
+    """Return the samples that were skipped at the start and are readable now, or the reverse."""
+    indices: list[int] = np.setxor1d(data.stats.images[:, 0], recorded[:, 0]).tolist()
+    if split != "train":
+        return indices
+    # A scan of more samples than at the start is no change of images.
+    known = {*recorded[:, 0].tolist()}
+    changed = []
+    for index in indices:
+        if index in known or json.dumps(data.corpus[index].sample.id) in reported_errors:
+            changed.append(index)
+    return changed
+
+
 def join_names(names: Iterable[str], max_names: int = MAX_LISTED_IMAGES) -> str:
     """List different names in a message, up to a maximum number."""
     unique = list(dict.fromkeys(names))
-    more = f" and {len(unique) - max_names} more" if len(unique) > max_names else ""
-    return f"{', '.join(unique[:max_names])}{more}"
+    listed = ", ".join(unique[:max_names])
+    if len(unique) <= max_names:
+        return listed
+    return f"{listed} and {len(unique) - max_names} more"
 
 
 MAX_FULL_SCAN_SAMPLES = 500_000
@@ -335,15 +367,18 @@ def _scan_sample(
         num_packed_tokens=tokenized.num_packed_tokens,
         num_supervised_tokens=tokenized.num_supervised_tokens,
         grid_thw=tuple(span.grid_thw for span in tokenized.spans),
-        image_hashes=tuple(
-            hashlib.blake2b(os.fsencode(path), digest_size=8).digest() for path in paths
-        ),
+        image_hashes=tuple(map(_hash_path, paths)),
         is_thinking=tokenized.is_thinking,
         num_answer_tokens=tokenized.num_answer_tokens,
         response_starts=tokenized.response_starts,
     )
-    prefix, images = SharedPrefix.from_sample(tokenized), read_image_state(sample)
+    prefix = SharedPrefix.from_sample(tokenized)
+    images = read_image_state(sample)
     return stats, prefix, images, paths & watched_images
+
+
+def _hash_path(path: str) -> bytes:
+    return hashlib.blake2b(os.fsencode(path), digest_size=8).digest()
 
 
 class SampleStatsMap(dict[int, SampleStats]):
@@ -398,7 +433,9 @@ def compute_dataset_stats(
     indices = range(len(corpus)) if subset is None else subset
     scan_sample = partial(_scan_sample, corpus, renderer, watched_images)
     valid: list[tuple[int, SampleStats, ImageState]] = []
-    skipped, too_long, unsupervised = (list[SkippedSample]() for _ in range(3))
+    skipped: list[SkippedSample] = []
+    too_long: list[SkippedSample] = []
+    unsupervised: list[SkippedSample] = []
     leaked_images: set[str] = set()
     shared_prefix: SharedPrefix | None = None
     max_tokens = 0
@@ -415,7 +452,9 @@ def compute_dataset_stats(
         max_tokens = max(max_tokens, stats.num_tokens)
         error = find_sample_error(stats, data.max_length)
         if error is None:
-            shared_prefix = shared_prefix.intersect(prefix) if shared_prefix else prefix
+            if shared_prefix is not None:
+                prefix = shared_prefix.intersect(prefix)
+            shared_prefix = prefix
             valid.append((index, stats, images))
         elif data.on_invalid_sample == "fail":
             raise error
@@ -442,14 +481,20 @@ def compute_dataset_stats(
         )
     valid_indices, sample_stats, image_states = zip(*valid, strict=True)
     skipped += too_long + unsupervised
-    image_hashes = [image_hash for stats in sample_stats for image_hash in stats.image_hashes]
+    image_hashes: list[bytes] = []
+    num_tokens = 0
+    num_patches = 0
+    for stats in sample_stats:
+        image_hashes += stats.image_hashes
+        num_tokens += stats.num_tokens
+        num_patches += stats.num_patches
     # A partial scan is extrapolated to the complete dataset.
     scale = len(corpus) / len(indices)
     return DatasetStats(
         sample_indices=valid_indices if subset is None else range(len(corpus)),
         skipped=tuple(skipped) if subset is None else (),
-        num_tokens=round(scale * sum(stats.num_tokens for stats in sample_stats)),
-        num_patches=round(scale * sum(stats.num_patches for stats in sample_stats)),
+        num_tokens=round(scale * num_tokens),
+        num_patches=round(scale * num_patches),
         num_images=len(image_hashes),
         num_unique_images=len({*image_hashes}),
         leaked_images=frozenset(leaked_images),
@@ -537,26 +582,16 @@ def load_training_data(
     Raises:
         UserError: The data are invalid, or a metric is set without validation data.
     """
-    if recipe.eval is not None:
-        if not recipe.data.eval:
-            arguments = {"source": "SOURCE", "out": "OUT", "train_fraction": 0.9}
-            raise UserError(
-                f"eval.metric is {recipe.eval.metric}, but there is no validation data",
-                where="data.eval",
-                expected="a JSONL file of validation samples",
-                remedy=Step("import", arguments, "set data.eval, for example by an import"),
-            )
-        metric = custom_metric.resolve_metric_path(recipe.eval.metric, recipe.output_dir)
-        if (location := custom_metric.parse_metric_path(metric)) is not None:
-            # The file is not executed here: a plan does not need it.
-            custom_metric.require_metric_file(location[0])
+    _check_metric(recipe)
     scan_split = partial(_scan_split, recipe, renderer, num_workers, console)
-    is_kto = (recipe.train.objective, recipe.train.kto.loss_type) == ("kto", "kto")
+    is_kto = recipe.train.objective == "kto" and recipe.train.kto.loss_type == "kto"
 
     def load(files: Sequence[DataFileSettings]) -> Corpus:
         corpus = load_corpus(files)
         fields = corpus.sources, corpus.weights, corpus.fingerprint
-        return MismatchedCorpus(*fields) if is_kto else corpus
+        if is_kto:
+            return MismatchedCorpus(*fields)
+        return corpus
 
     with console.activity("reading data.train"):
         corpus = load(recipe.data.train)
@@ -564,8 +599,9 @@ def load_training_data(
         return scan_split("train", corpus), None
     with console.activity("reading data.eval"):
         validation_corpus = load(recipe.data.eval)
-        samples = validation_corpus.read_samples()
-        watched_images = {path for sample in samples for path in list_image_paths(sample)}
+        watched_images: set[str] = set()
+        for sample in validation_corpus.read_samples():
+            watched_images |= list_image_paths(sample)
     train_data = scan_split("train", corpus, watched_images)
     if train_data.stats.leaked_images:
         console.log(
@@ -573,6 +609,28 @@ def load_training_data(
             " data.train: metrics on them do not measure generalization"
         )
     return train_data, scan_split("eval", validation_corpus)
+
+
+def _check_metric(recipe: Recipe) -> None:
+    """Check that a metric of `eval` has validation data, and its file if it is a custom one.
+
+    Raises:
+        UserError: There is no validation data, or no file of the metric.
+    """
+    if recipe.eval is None:
+        return
+    if not recipe.data.eval:
+        arguments = {"source": "SOURCE", "out": "OUT", "train_fraction": 0.9}
+        raise UserError(
+            f"eval.metric is {recipe.eval.metric}, but there is no validation data",
+            where="data.eval",
+            expected="a JSONL file of validation samples",
+            remedy=Step("import", arguments, "set data.eval, for example by an import"),
+        )
+    metric = custom_metric.resolve_metric_path(recipe.eval.metric, recipe.output_dir)
+    if (location := custom_metric.parse_metric_path(metric)) is not None:
+        # The file is not executed here: a plan does not need it.
+        custom_metric.require_metric_file(location[0])
 
 
 def _scan_split(
@@ -584,15 +642,23 @@ def _scan_split(
     corpus: Corpus,
     watched_images: Set[str] = frozenset(),
 ) -> TrainingData:
+    subset = None
+    num_samples = len(corpus)
     # Validation data are always read completely.
-    is_partial = split == "train" and len(corpus) > MAX_FULL_SCAN_SAMPLES
-    subset = draw_subset(len(corpus), PARTIAL_SCAN_SAMPLES) if is_partial else None
-    num_samples = len(corpus) if subset is None else len(subset)
+    if split == "train" and len(corpus) > MAX_FULL_SCAN_SAMPLES:
+        subset = draw_subset(len(corpus), PARTIAL_SCAN_SAMPLES)
+        num_samples = len(subset)
     with console.progress_stage(f"reading headers of data.{split}", num_samples) as on_progress:
         stats = compute_dataset_stats(
             corpus, renderer, recipe.data, num_workers, on_progress, watched_images, subset
         )
-    log, longest = console.log, max(sample.num_tokens for sample in stats.sample_stats)
+    _log_scan(split, stats, console.log)
+    return TrainingData(corpus, stats)
+
+
+def _log_scan(split: str, stats: DatasetStats, log: Callable[[str], None]) -> None:
+    """Log the sizes of a split, and the first skipped samples."""
+    longest = max(sample.num_tokens for sample in stats.sample_stats)
     totals = f"{stats.num_tokens} tokens (longest {longest}), {stats.num_patches} patches"
     if not stats.is_complete:
         log(
@@ -605,7 +671,7 @@ def _scan_split(
             "  other samples are checked when they are read, and skipped if they are invalid; only"
             " the scanned samples are compared with the images of data.eval"
         )
-        return TrainingData(corpus, stats)
+        return
     log(
         f"data.{split}: {format_count(len(stats.sample_indices), 'sample')}, {totals},"
         f" {format_count(len(stats.skipped), 'sample')} skipped"
@@ -614,4 +680,3 @@ def _scan_split(
         log(f"  skipped {skipped.id}: {skipped.reason}")
     if len(stats.skipped) > 5:
         log(f"  and {len(stats.skipped) - 5} more, listed in skipped_samples.jsonl")
-    return TrainingData(corpus, stats)

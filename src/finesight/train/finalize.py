@@ -96,12 +96,12 @@ class ParamAudit:
     def __init__(self, model: nn.Module, master_weights: Mapping[str, Tensor]) -> None:
         # Parameters, not tensors: the data of a weight may be reallocated.
         is_sharded = any(hasattr(parameter, "to_local") for parameter in model.parameters())
-        self._frozen = {
-            name: parameter
-            for name, parameter in model.named_parameters()
+        self._frozen: dict[str, nn.Parameter] = {}
+        for name, parameter in model.named_parameters():
             # Trainable parameters of a sharded model may have no master weights on this rank.
-            if name not in master_weights and not (is_sharded and parameter.requires_grad)
-        }
+            is_of_other_rank = is_sharded and parameter.requires_grad
+            if name not in master_weights and not is_of_other_rank:
+                self._frozen[name] = parameter
         self._quantized = find_quantized_weights(model)
         self._master_weights = master_weights
         self._start = {name: values for name, _, *values in self._iter_records()}
@@ -134,39 +134,71 @@ class ParamAudit:
         Returns:
             Changes by model part, separately for trainable and frozen parameters.
         """
-        own_sums: dict[str, list[float]] = {}
-        for name, num_params, checksum, sample in self._iter_records():
-            start_checksum, start_sample = self._start[name]
-            squares = [0.0, 0.0]
-            if sample is not None and start_sample is not None:
-                squares = [float(x.square().sum()) for x in (sample - start_sample, start_sample)]
-            # Quantized weights are replicated on every rank.
-            is_counted = name not in self._quantized or process_group.is_main
-            flags = bool(checksum != start_checksum), name in params_with_grad, sample is not None
-            own_sums[name] = [is_counted * num_params, *flags, *squares]
+        own_sums = self._sum_own_changes(params_with_grad, process_group)
         sums_by_group: dict[tuple[ModelPart, bool], dict[str, list[float]]] = {}
         for rank_sums in process_group.all_gather_object(own_sums):
             for name, shard in rank_sums.items():
-                sums = sums_by_group.setdefault((get_part(name), shard[3] > 0), {})
+                is_trained = shard[3] > 0
+                sums = sums_by_group.setdefault((get_part(name), is_trained), {})
                 # The values of all shards of a parameter are added.
                 sums[name] = [a + b for a, b in zip(sums.get(name, [0] * 6), shard, strict=True)]
         param_changes = []
         for part, is_trained in product(MODEL_PARTS, (True, False)):
             if sums := sums_by_group.get((part, is_trained), {}):
-                counts, changed, with_grad, _, *norms = [*zip(*sums.values(), strict=True)]
-                change_norm, start_norm = (fsum(squares) ** 0.5 for squares in norms)
-                ratio = float("inf") if change_norm else 0.0
-                change = ParamChange(
-                    part=part,
-                    is_trained=is_trained,
-                    num_tensors=len(sums),
-                    num_params=int(sum(counts)),
-                    num_changed=sum(map(bool, changed)),
-                    num_with_grad=sum(map(bool, with_grad)),
-                    relative_change=change_norm / start_norm if start_norm else ratio,
-                )
-                param_changes.append(change)
+                param_changes.append(_summarize_changes(part, is_trained, sums.values()))
         return param_changes
+
+    def _sum_own_changes(
+        self, params_with_grad: Collection[str], process_group: ProcessGroup
+    ) -> dict[str, list[float]]:
+        """Return sums over the local shard of each parameter, which can be added over the ranks.
+
+        These are the number of elements, whether it changed, whether it received a gradient,
+        whether it is trained, and the squared norms of the change and of the initial values.
+        """
+        own_sums: dict[str, list[float]] = {}
+        for name, num_params, checksum, sample in self._iter_records():
+            start_checksum, start_sample = self._start[name]
+            squared_change = 0.0
+            squared_start = 0.0
+            if sample is not None and start_sample is not None:
+                squared_change = float((sample - start_sample).square().sum())
+                squared_start = float(start_sample.square().sum())
+            # Quantized weights are replicated on every rank.
+            is_counted = name not in self._quantized or process_group.is_main
+            own_sums[name] = [
+                is_counted * num_params,
+                bool(checksum != start_checksum),
+                name in params_with_grad,
+                sample is not None,
+                squared_change,
+                squared_start,
+            ]
+        return own_sums
+
+
+def _summarize_changes(
+    part: ModelPart, is_trained: bool, sums: Collection[list[float]]
+) -> ParamChange:
+    """Combine the sums of all parameters of a group, in the order of `_sum_own_changes`."""
+    counts, changed, with_grad, _, squared_changes, squared_starts = zip(*sums, strict=True)
+    change_norm = fsum(squared_changes) ** 0.5
+    start_norm = fsum(squared_starts) ** 0.5
+    if start_norm:
+        relative_change = change_norm / start_norm
+    elif change_norm:
+        relative_change = float("inf")
+    else:
+        relative_change = 0.0
+    return ParamChange(
+        part=part,
+        is_trained=is_trained,
+        num_tensors=len(sums),
+        num_params=int(sum(counts)),
+        num_changed=sum(map(bool, changed)),
+        num_with_grad=sum(map(bool, with_grad)),
+        relative_change=relative_change,
+    )
 
 
 def compute_checksum(tensor: Tensor) -> Tensor:
@@ -230,9 +262,12 @@ def check_param_changes(
                 " changed"
             )
         if change.is_trained and not (change.num_changed and change.num_with_grad):
-            problem = "no gradient reached" if change.num_changed else "training did not change"
+            problem = "training did not change"
+            if change.num_changed:
+                problem = "no gradient reached"
             problem += f" the {change.num_tensors} trainable tensors of {change.part}"
-            where, expected = f"tune.{change.part}", "updates of all trainable parts"
+            where = f"tune.{change.part}"
+            expected = "updates of all trainable parts"
             remedy = "add samples that use it (images, for vision and merger), increase"
             remedy += f" train.learning_rate.{change.part}, or set tune.{change.part}=frozen"
             if unused is not None:
@@ -287,7 +322,8 @@ class RunResult(BaseModel):
         lines = []
         if self.metric_differences:
             lines.append(format_differences(self.metric_differences, self.after.primary_metric))
-        old, new = self.before.as_best_eval(), self.after.as_best_eval()
+        old = self.before.as_best_eval()
+        new = self.after.as_best_eval()
         text = "{}: not compared: the samples before ({}) and after training ({}) differ"
         if not old.has_scores_of(new):
             lines.append(text.format("scores", old.num_samples, new.num_samples))
@@ -336,23 +372,16 @@ def finalize_run(
         RuntimeError: A frozen part changed, which is a bug.
         UserError: A trainable part did not change.
     """
-    run_dir, console = state.run.run_dir, state.run.console
-    process_group, settings = state.run.hardware.process_group, state.run.recipe.eval
+    run_dir = state.run.run_dir
+    console = state.run.console
+    process_group = state.run.hardware.process_group
     eval_history = load_eval_history(run_dir) if process_group.is_main else []
     best_eval, _ = find_best_eval(eval_history)
     before: EvalResult | None = None
     after: EvalResult | None = None
     step = state.progress.step
     if len(eval_history) > 1:
-        after = eval_history[-1]
-        if best_eval is not None and settings is not None and settings.patience:
-            after = best_eval
-            if best_eval.step != step:
-                step = best_eval.step
-                console.log(f"restoring the weights of step {step}, which have the best evaluation")
-            predictions = run_dir.predictions_dir / f"step-{best_eval.step}.jsonl"
-            if predictions.is_file():
-                write_file(run_dir.predictions_dir / "after.jsonl", predictions.read_bytes())
+        after, step = _choose_weights(state, eval_history[-1], best_eval)
         before, after = pair_results(eval_history[0], after)
     step = int(process_group.broadcast_str(str(step)))
     if state.engine.parallel.is_sharded:
@@ -363,28 +392,14 @@ def finalize_run(
         remedy = "set eval.patience=null and resume to use the weights of the last step"
         _, weights, optimizer_state = state.run.checkpoint_manager.load(step, remedy)
         state.engine.load_state_dict(weights, optimizer_state)
-    param_changes = param_audit.compute_changes(
-        state.engine.optimizer.params_with_grad(), state.shard_group
-    )
-    with state.engine.parallel.summon_full_params():
-        if process_group.is_main:
-            run_dir.write(PARAM_AUDIT_FILE, [*map(asdict, param_changes)])
-            console.log(format_param_changes(param_changes))
-        check_param_changes(param_changes, _find_unused_responses(state))
-        if process_group.is_main:
-            with console.activity("saving the trained weights"):
-                _save_weights(state, step, wait_for_checkpoint)
+    param_changes = _audit_and_save(state, param_audit, step, wait_for_checkpoint)
     wait_for_checkpoint()
     if not process_group.is_main:
         return None
-    loss, num_late_skipped = None, 0
-    for line in run_dir.iter_metrics():
-        line_loss = line.get("loss")
-        # The loss of a skipped step is NaN.
-        if line_loss is not None and isfinite(line_loss):
-            loss = line_loss
-        num_late_skipped += len(line.get("skipped_samples", ()))
-    differences = _compute_differences(state, before, after) if before and after else []
+    loss, num_late_skipped = _read_last_loss(run_dir)
+    differences: list[MetricDifference] = []
+    if before is not None and after is not None:
+        differences = _compute_differences(state, before, after)
     run_result = RunResult(
         run_dir=str(run_dir.path),
         steps=state.progress.step,
@@ -406,6 +421,63 @@ def finalize_run(
     return run_result
 
 
+def _choose_weights(
+    state: TrainState, last_eval: EvalResult, best_eval: EvalResult | None
+) -> tuple[EvalResult, int]:
+    """Return the evaluation of the weights to export, and their step.
+
+    With early stopping, these are the weights of the best evaluation, whose predictions become
+    those after training. Otherwise, they are those of the last step.
+    """
+    run_dir = state.run.run_dir
+    settings = state.run.recipe.eval
+    last_step = state.progress.step
+    if best_eval is None or settings is None or not settings.patience:
+        return last_eval, last_step
+    step = best_eval.step
+    if step != last_step:
+        text = f"restoring the weights of step {step}, which have the best evaluation"
+        state.run.console.log(text)
+    predictions = run_dir.predictions_dir / f"step-{step}.jsonl"
+    if predictions.is_file():
+        write_file(run_dir.predictions_dir / "after.jsonl", predictions.read_bytes())
+    return best_eval, step
+
+
+def _audit_and_save(
+    state: TrainState,
+    param_audit: ParamAudit,
+    step: int,
+    wait_for_checkpoint: Callable[[], None],
+) -> list[ParamChange]:
+    """Check and record the parameter changes, and export the weights; all ranks call this."""
+    is_main = state.run.hardware.process_group.is_main
+    params_with_grad = state.engine.optimizer.params_with_grad()
+    param_changes = param_audit.compute_changes(params_with_grad, state.shard_group)
+    with state.engine.parallel.summon_full_params():
+        if is_main:
+            state.run.run_dir.write(PARAM_AUDIT_FILE, [*map(asdict, param_changes)])
+            state.run.console.log(format_param_changes(param_changes))
+        check_param_changes(param_changes, _find_unused_responses(state))
+        if is_main:
+            with state.run.console.activity("saving the trained weights"):
+                _save_weights(state, step, wait_for_checkpoint)
+    return param_changes
+
+
+def _read_last_loss(run_dir: RunDir) -> tuple[float | None, int]:
+    """Return the last finite loss, and the number of samples that were skipped in a step."""
+    loss = None
+    num_skipped = 0
+    for line in run_dir.iter_metrics():
+        line_loss = line.get("loss")
+        # The loss of a skipped step is NaN.
+        if line_loss is not None and isfinite(line_loss):
+            loss = line_loss
+        num_skipped += len(line.get("skipped_samples", ()))
+    return loss, num_skipped
+
+
 def _compute_differences(
     state: TrainState, before: EvalResult, after: EvalResult
 ) -> list[MetricDifference]:
@@ -413,32 +485,41 @@ def _compute_differences(
 
     Metrics of different samples are omitted.
     """
-    old, new = before.as_best_eval(), after.as_best_eval()
+    old = before.as_best_eval()
+    new = after.as_best_eval()
     losses = before.validation_loss, after.validation_loss
     differences = []
     if old.has_loss_of(new):
         differences.append(build_unsampled_difference("validation_loss", *losses))
-    settings, run_dir = state.run.recipe.eval, state.run.run_dir
+    settings = state.run.recipe.eval
     if settings is None or not old.has_scores_of(new):
         return differences
+    run_dir = state.run.run_dir
     metric = custom_metric.resolve_metric_path(settings.metric, run_dir.path)
-    first, last = (run_dir.predictions_dir / f"{name}.jsonl" for name in ("before", "after"))
+    old_file = run_dir.predictions_dir / "before.jsonl"
+    new_file = run_dir.predictions_dir / "after.jsonl"
     sampled: list[MetricDifference] = []
-    if first.is_file() and last.is_file():
-        answers = ([one.case for one in read_predictions(file)] for file in (first, last))
-        sampled = compare_cases(metric, *answers, num_samples=new.num_samples)
-    if not sampled:  # Scores are known, but not the intervals.
-        sampled = [
-            build_unsampled_difference(name, score, after.scores[name], REASON_NO_PREDICTIONS)
-            for name, score in before.scores.items()
-            if name in after.scores
-        ]
-    return differences + sampled
+    if old_file.is_file() and new_file.is_file():
+        old_cases = [prediction.case for prediction in read_predictions(old_file)]
+        new_cases = [prediction.case for prediction in read_predictions(new_file)]
+        sampled = compare_cases(metric, old_cases, new_cases, num_samples=new.num_samples)
+    if sampled:
+        return differences + sampled
+    # Scores are known, but not the intervals.
+    for name, score in before.scores.items():
+        if name in after.scores:
+            new_score = after.scores[name]
+            differences.append(
+                build_unsampled_difference(name, score, new_score, REASON_NO_PREDICTIONS)
+            )
+    return differences
 
 
 def get_ranking_score(result: EvalResult | BestEval) -> float:
     """Return the primary score of an evaluation; without a metric, the validation loss."""
-    return result.validation_loss if result.primary_score is None else result.primary_score
+    if result.primary_score is None:
+        return result.validation_loss
+    return result.primary_score
 
 
 def _log_summary(
@@ -448,7 +529,9 @@ def _log_summary(
 
     The checkpoints are compared by the last evaluation, on the common subset of the run.
     """
-    before, after, best = result.before, result.after, result.best_eval
+    before = result.before
+    after = result.after
+    best = result.best_eval
     # Only the main process needs the report.
     from finesight.report.run_reader import read_run
     from finesight.report.summary import describe_rewards
@@ -461,19 +544,25 @@ def _log_summary(
         console.log(table)
     if best is None or best.step == after.step:
         return
-    value, final = get_ranking_score(best), get_ranking_score(last)
-    if f"{value:.4f}" != f"{final:.4f}":
-        subset = f"Common subset of {last.num_loss_samples} samples: " if last.full else ""
-        console.log(
-            f"{subset}The {best.primary_metric or 'validation loss'} was better after step"
-            f" {best.step} ({value:.4f}); its checkpoint is"
-            f" {run_dir.checkpoint_dir / f'step-{best.step}'}"
-        )
+    best_score = f"{get_ranking_score(best):.4f}"
+    last_score = f"{get_ranking_score(last):.4f}"
+    if best_score == last_score:
+        return
+    subset = ""
+    if last.full is not None:
+        subset = f"Common subset of {last.num_loss_samples} samples: "
+    console.log(
+        f"{subset}The {best.primary_metric or 'validation loss'} was better after step"
+        f" {best.step} ({best_score}); its checkpoint is"
+        f" {run_dir.checkpoint_dir / f'step-{best.step}'}"
+    )
 
 
 def _save_weights(state: TrainState, step: int, wait_for_checkpoint: Callable[[], None]) -> None:
     """Export fully fine-tuned parts to `model/`, and adapters to `adapter/`."""
-    run_dir, base, model = state.run.run_dir, state.run.base_model, state.engine.model
+    run_dir = state.run.run_dir
+    base = state.run.base_model
+    model = state.engine.model
     has_full_parts = state.run.recipe.tune.has_mode("full")
     lora_layers = [(layer, adapter) for _, layer, adapter in iter_adapters(model)]
     if has_full_parts and not run_dir.model_dir.exists():
@@ -490,9 +579,12 @@ def _save_weights(state: TrainState, step: int, wait_for_checkpoint: Callable[[]
             wait_for_checkpoint()
     if not lora_layers or run_dir.adapter_dir.exists():
         return
-    # The base of the adapter is the trained model, if there is one.
-    adapter_base = ModelFolder(run_dir.model_dir) if has_full_parts else base.folder
-    base_name = str(run_dir.model_dir.resolve()) if has_full_parts else base.name
+    adapter_base = base.folder
+    base_name = base.name
+    if has_full_parts:
+        # The base of the adapter is the trained model.
+        adapter_base = ModelFolder(run_dir.model_dir)
+        base_name = str(run_dir.model_dir.resolve())
     weights: Mapping[str, Tensor]
     if state.engine.parallel.is_sharded:
         _, weights, _ = state.run.checkpoint_manager.load(step, "start again with --resume")
@@ -517,7 +609,8 @@ def load_result(run_dir: RunDir) -> RunResult | None:
     """
     if not run_dir.is_finished:
         return None
-    path, expected = run_dir.path / RESULT_FILE, "the file as training wrote it"
+    path = run_dir.path / RESULT_FILE
+    expected = "the file as training wrote it"
     remedy = "delete it; --resume then writes it again"
     try:
         return RunResult.model_validate_json(read_bytes(path, expected=expected, remedy=remedy))
@@ -530,9 +623,11 @@ def format_param_changes(changes: list[ParamChange]) -> str:
     """Format parameter changes as a table with one row per model part."""
     cells = [("part", "", "tensors", "parameters", "changed", "relative change")]
     for change in changes:
-        ratio, kind = f"{change.relative_change:.2e}", "trained"
-        if not change.is_trained:
-            ratio, kind = "-", "frozen"
+        kind = "frozen"
+        ratio = "-"
+        if change.is_trained:
+            kind = "trained"
+            ratio = f"{change.relative_change:.2e}"
         counts = (str(change.num_tensors), f"{change.num_params:,}", str(change.num_changed))
         cells.append((change.part, kind, *counts, ratio))
     return align_columns(cells, 2)
@@ -554,7 +649,9 @@ class RunReport:
     def __init__(
         self, run_dir: RunDir, console: ProgressConsole, interval_s: float = REPORT_INTERVAL_S
     ) -> None:
-        self._run_dir, self._console, self._min_interval_s = run_dir, console, interval_s
+        self._run_dir = run_dir
+        self._console = console
+        self._min_interval_s = interval_s
         self._due_s = time.perf_counter() + interval_s
 
     @cached_property
@@ -572,7 +669,8 @@ class RunReport:
         # Only the main process needs the report.
         from finesight.report.run_page import MAX_EXAMPLES, MAX_LIVE_EXAMPLES, write_report
 
-        run_dir, live_state = self._run_dir, self._live if is_live else None
+        run_dir = self._run_dir
+        live_state = self._live if is_live else None
         max_examples = MAX_EXAMPLES if run_dir.is_finished else MAX_LIVE_EXAMPLES
         try:
             page = write_report(run_dir.path, max_examples=max_examples, live_state=live_state)
@@ -605,18 +703,26 @@ def record_failure(
     try:
         yield
     except Exception as error:
-        status, reason = "failed", f"{type(error).__name__}: {error}"
+        status = "failed"
         if isinstance(error, TrainingInterrupted):
-            status, reason = "interrupted", str(error)
-        elif isinstance(error, UserError):
-            reason = f"{error.where}: {error.what}" if error.where else error.what
+            status = "interrupted"
         ended_at = datetime.now(UTC).isoformat(timespec="seconds")
-        end = {"ended_at": ended_at, "status": status, "reason": reason}
+        end = {"ended_at": ended_at, "status": status, "reason": _describe_error(error)}
         # A full disk must not hide the original error.
         with suppress(UserError, OSError):
             run_dir.append_metrics({"step": progress.step, **end})
         RunReport(run_dir, console).write()
         raise
+
+
+def _describe_error(error: Exception) -> str:
+    if isinstance(error, TrainingInterrupted):
+        return str(error)
+    if not isinstance(error, UserError):
+        return f"{type(error).__name__}: {error}"
+    if error.where:
+        return f"{error.where}: {error.what}"
+    return error.what
 
 
 def pair_results(before: EvalResult, after: EvalResult) -> tuple[EvalResult, EvalResult]:
@@ -626,7 +732,8 @@ def pair_results(before: EvalResult, after: EvalResult) -> tuple[EvalResult, Eva
     """
 
     def count_equal_sets(pair: tuple[EvalResult, EvalResult]) -> int:
-        old, new = (one.as_best_eval() for one in pair)
+        old = pair[0].as_best_eval()
+        new = pair[1].as_best_eval()
         return 2 * old.has_scores_of(new) + old.has_loss_of(new)
 
     pairs = (before.on_all_samples, after.on_all_samples), (before, after)
@@ -639,13 +746,18 @@ def format_differences(
     """Format one line per score; the primary metric is marked."""
     rows = [("score", "before", "after", "difference", "95 % interval", "")]
     for one in differences:
-        name = f"{one.name}*" if one.name == primary_metric else one.name
+        name = one.name
+        if name == primary_metric:
+            name += "*"
         values = f"{one.before:.4f}", f"{one.after:.4f}", f"{one.after - one.before:+.4f}"
-        interval_text = "" if one.low is None else f"{one.low:+.4f} to {one.high:+.4f}"
+        interval_text = ""
+        if one.low is not None:
+            interval_text = f"{one.low:+.4f} to {one.high:+.4f}"
         rows.append((name, *values, interval_text, one.verdict))
     notes = note_lines((one.name, one.note) for one in differences)
     for one in differences:
-        old, new = (count_correct(one.name, x, one.num_samples) for x in (one.before, one.after))
+        old = count_correct(one.name, one.before, one.num_samples)
+        new = count_correct(one.name, one.after, one.num_samples)
         if old is not None and new is not None:
             text = f"{old} of {one.num_samples} answers correct before, {new} after"
             notes.append(f"{one.name}: {text}")

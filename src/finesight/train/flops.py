@@ -86,15 +86,7 @@ class FlopCounter:
         trainable_parts: set[ModelPart] = set()
         needs_input_grad = False
         # In forward order: all layers after the first trainable one need input gradients.
-        for _, layer_weights in groupby(
-            # Adapters belong to the adapted layer.
-            _iter_weights(model),
-            lambda weight: (
-                weight[0].partition(".adapter.")
-                if ".adapter." in weight[0]
-                else weight[0].rpartition(".")
-            )[0],
-        ):
+        for _, layer_weights in groupby(_iter_weights(model), _get_layer_name):
             has_trainable = False
             for name, num_params, is_matmul, is_trainable in layer_weights:
                 part = get_part(name)
@@ -131,30 +123,27 @@ class FlopCounter:
 
     def count_by_part(self, batch: PackShape) -> FlopBreakdown:
         """Count the FLOPs of a forward and backward pass by model part and operation."""
-        num_patches = sum(t * h * w for t, h, w in batch.grid_thw)
+        num_patches = _count_patches(batch.grid_thw)
         num_rows: dict[ModelPart, int] = {
             "vision": num_patches,
             "merger": num_patches // self._config.vision.merge_size**2,
             "language": sum(batch.lengths),
             "embeddings": 0,
         }
-        matmul_by_part = {
-            part: 2
-            * (
-                num_rows[part] * self._params_per_row[part]
-                + batch.num_supervised_tokens * self._params_per_label[part]
-            )
-            for part in MODEL_PARTS
-        }
-        return FlopBreakdown(
-            matmul_by_part,
-            *self.count_attention(batch.lengths, batch.grid_thw, batch.prefix_length),
+        matmul_by_part: dict[ModelPart, int] = {}
+        for part in MODEL_PARTS:
+            row_products = num_rows[part] * self._params_per_row[part]
+            label_products = batch.num_supervised_tokens * self._params_per_label[part]
+            matmul_by_part[part] = 2 * (row_products + label_products)
+        decoder_attention, vision_attention = self.count_attention(
+            batch.lengths, batch.grid_thw, batch.prefix_length
         )
+        return FlopBreakdown(matmul_by_part, decoder_attention, vision_attention)
 
     def count_checkpointing(self, batch: PackShape, fraction: float) -> float:
         """Count the additional FLOPs of activation checkpointing."""
         flops = self.count_by_part(batch)
-        num_patches = sum(t * h * w for t, h, w in batch.grid_thw)
+        num_patches = _count_patches(batch.grid_thw)
         language_flops = (
             2 * sum(batch.lengths) * self._layer_params["language"] + flops.decoder_attention / 3
         )
@@ -171,7 +160,8 @@ class FlopCounter:
         The forward pass takes 4 x queries x keys x width FLOPs, or half of them with a causal mask.
         The backward pass takes two times as many.
         """
-        decoder_config, vision_config = self._config.decoder, self._config.vision
+        decoder_config = self._config.decoder
+        vision_config = self._config.vision
         num_windowed, window = self._window_config
         width = decoder_config.num_heads * decoder_config.head_dim
         # Only the first sequence has queries in the shared prefix.
@@ -181,9 +171,12 @@ class FlopCounter:
         causal = squared_lengths * 2 * width * decoder_config.num_full_attention_layers
         causal += self._count_linear_attention(lengths)
         num_full = vision_config.num_layers - num_windowed
-        # Summed over the layers.
-        num_keys = (num_full * h * w + num_windowed * min(window, h * w) for _, h, w in grid_thw)
-        scores = sum(t * h * w * keys for (t, h, w), keys in zip(grid_thw, num_keys, strict=True))
+        scores = 0
+        for frames, height, width_patches in grid_thw:
+            num_queries = height * width_patches
+            # Summed over the layers.
+            num_keys = num_full * num_queries + num_windowed * min(window, num_queries)
+            scores += frames * num_queries * num_keys
         vision = 4 * vision_config.hidden_size * scores
         return causal * self._decoder_passes, vision * self._vision_passes
 
@@ -200,6 +193,19 @@ class FlopCounter:
         return 6 * sum(lengths) * num_layers * linear.key_head_dim * linear.value_size
 
 
+def _get_layer_name(weight: tuple[str, int, bool, bool]) -> str:
+    """Return the name of the layer of a weight from `_iter_weights`."""
+    name, *_ = weight
+    if ".adapter." in name:
+        # Adapters belong to the adapted layer.
+        return name.partition(".adapter.")[0]
+    return name.rpartition(".")[0]
+
+
+def _count_patches(grid_thw: Sequence[GridTHW]) -> int:
+    return sum(t * h * w for t, h, w in grid_thw)
+
+
 def _patch_fraction(name: str) -> float:
     """Return the fraction of a merger parameter that is multiplied with patches.
 
@@ -208,7 +214,9 @@ def _patch_fraction(name: str) -> float:
     """
     if name.startswith("visual.merger.attn_pool.kv_proj."):
         return 1.0
-    return 2 / 3 if name == "visual.merger.attn_pool.attn.in_proj_weight" else 0.0
+    if name == "visual.merger.attn_pool.attn.in_proj_weight":
+        return 2 / 3
+    return 0.0
 
 
 def _iter_weights(model: VisionLanguageModel) -> Iterator[tuple[str, int, bool, bool]]:
@@ -241,7 +249,11 @@ def _count_passes(is_trainable: bool, has_input_grad: bool) -> int:
 
 def measure_peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     """Measure the FLOP/s of a large matrix product, the peak for MFU."""
-    side, rounds = (8192, 8) if device.type == "cuda" else (512, 10)
+    side = 512
+    rounds = 10
+    if device.type == "cuda":
+        side = 8192
+        rounds = 8
     a = torch.randn(side, side, device=device, dtype=dtype)
     best = float("inf")
     for _ in range(rounds):

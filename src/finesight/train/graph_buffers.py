@@ -90,36 +90,36 @@ class GraphVisionShape(NamedTuple):
         patch_bytes: int,
     ) -> GraphVisionShape:
         """Return the sizes for images with the given patch grids, rounded up."""
-        multiple, segment_shapes = PAD_MULTIPLE * vision_encoder.config.merge_size**2, []
+        multiple = PAD_MULTIPLE * vision_encoder.config.merge_size**2
+        segment_shapes = []
         for lengths in unique_objects(vision_encoder.segment_lengths(grid_thw)):
             max_seqlen = round_up(max(lengths), PAD_MULTIPLE)
             max_segments = len(lengths) + -(-multiple // max_seqlen)
-            segment_shapes.append(
-                (round_up(max_segments, max(8, (1 << max_segments.bit_length()) // 16)), max_seqlen)
-            )
+            # Coarse rounding, to an eighth of a power of two.
+            segment_multiple = max(8, (1 << max_segments.bit_length()) // 16)
+            segment_shapes.append((round_up(max_segments, segment_multiple), max_seqlen))
         return cls(round_up(num_patches, multiple), patch_bytes, tuple(segment_shapes))
 
 
 def _allocate_layout(shape: GraphVisionShape, layout: PatchLayout, merge_size: int) -> PatchLayout:
     """Allocate static buffers for patch layouts like `layout`."""
-    num_patches, positions_N2 = shape.num_patches, layout.position_ids_N2
-    segments = {
-        id(own): Segments(
+    num_patches = shape.num_patches
+    # Layers with equal segmentation share one object, and so do their buffers.
+    buffers_by_id: dict[int, Segments] = {}
+    distinct_segments = unique_objects(layout.segments)
+    for segments, (count, max_seqlen) in zip(distinct_segments, shape.segment_shapes, strict=True):
+        buffers_by_id[id(segments)] = Segments(
             (max_seqlen,) * count,
-            own.cu_seqlens_S1.new_zeros(count + 1),
+            segments.cu_seqlens_S1.new_zeros(count + 1),
             max_seqlen,
             num_patches,
         )
-        for own, (count, max_seqlen) in zip(
-            unique_objects(layout.segments), shape.segment_shapes, strict=True
-        )
-    }
     window_index_M = layout.window_index_M
     if window_index_M is not None:
         window_index_M = window_index_M.new_zeros(num_patches // merge_size**2)
     return PatchLayout(
-        positions_N2.new_zeros(num_patches, 2),
-        tuple(segments[id(own)] for own in layout.segments),
+        layout.position_ids_N2.new_zeros(num_patches, 2),
+        tuple(buffers_by_id[id(segments)] for segments in layout.segments),
         window_index_M,
         None if window_index_M is None else torch.zeros_like(window_index_M),
     )
@@ -127,10 +127,11 @@ def _allocate_layout(shape: GraphVisionShape, layout: PatchLayout, merge_size: i
 
 def _copy_layout(buffers: PatchLayout, layout: PatchLayout) -> None:
     """Copy the layout of a pack to static buffers. Padding patches have dummy segments."""
-    num_patches, max_patches = len(layout.position_ids_N2), len(buffers.position_ids_N2)
+    num_patches = len(layout.position_ids_N2)
+    max_patches = len(buffers.position_ids_N2)
     _copy_padded(buffers.position_ids_N2, layout.position_ids_N2, 0)
-    segment_pairs = unique_objects(buffers.segments), unique_objects(layout.segments)
-    for own, segments in zip(*segment_pairs, strict=True):
+    own_segments = unique_objects(buffers.segments)
+    for own, segments in zip(own_segments, unique_objects(layout.segments), strict=True):
         _copy_cu_seqlens(
             own.cu_seqlens_S1, segments.cu_seqlens_S1, own.max_seqlen, num_patches, max_patches
         )
@@ -173,11 +174,10 @@ class GraphGradients:
 
     def __init__(self, trainable_params: Sequence[nn.Parameter]) -> None:
         self._trainable_params = trainable_params
-        self._large_indices = {
-            id(one): n
-            for n, one in enumerate(trainable_params)
-            if one.numel() >= LARGE_PARAM_ELEMENTS
-        }
+        self._large_indices: dict[int, int] = {}
+        for index, parameter in enumerate(trainable_params):
+            if parameter.numel() >= LARGE_PARAM_ELEMENTS:
+                self._large_indices[id(parameter)] = index
         self._buffers: dict[int, Tensor] = {}
 
     def backward(self, loss: Tensor, features_MKD: Tensor | None) -> None:
@@ -193,7 +193,9 @@ class GraphGradients:
 
         def find_buffer(weight: Tensor) -> Tensor | None:
             index = self._large_indices.get(id(weight))
-            return None if index is None else self._get_buffer(index)
+            if index is None:
+                return None
+            return self._get_buffer(index)
 
         try:
             with write_gradients_to(find_buffer):
@@ -203,13 +205,14 @@ class GraphGradients:
                 handle.remove()
         if features_MKD is not None and features_MKD.grad is not None:
             features_MKD.grad.copy_(gradients[-1])
-        small = {
-            n: gradient
-            for n, gradient in enumerate(gradients[: len(self._trainable_params)])
-            if gradient is not None and n not in self._large_indices.values()
-        }
-        if small:
-            torch._foreach_copy_([self._get_buffer(n) for n in small], [*small.values()])
+        buffers = []
+        small_gradients = []
+        for index, gradient in enumerate(gradients[: len(self._trainable_params)]):
+            if gradient is not None and index not in self._large_indices.values():
+                buffers.append(self._get_buffer(index))
+                small_gradients.append(gradient)
+        if buffers:
+            torch._foreach_copy_(buffers, small_gradients)
 
     def assign_grads(self, excluded: Collection[int] = ()) -> None:
         """Set `parameter.grad` to the static buffers after a replay.
@@ -227,7 +230,9 @@ class GraphGradients:
     def _register_hook(self, index: int) -> RemovableHandle:
         def copy_to_buffer(gradient: Tensor) -> Tensor:
             buffer = self._get_buffer(index)
-            return buffer if buffer.data_ptr() == gradient.data_ptr() else buffer.copy_(gradient)
+            if buffer.data_ptr() == gradient.data_ptr():
+                return buffer
+            return buffer.copy_(gradient)
 
         register: Callable[..., RemovableHandle] = self._trainable_params[index].register_hook
         return register(copy_to_buffer)
@@ -279,7 +284,8 @@ class GraphShape(NamedTuple):
         cls, batch: PackedBatch, vision_shape: GraphVisionShape | None = None
     ) -> GraphShape:
         """Return the graph shape for a packed batch: its sizes, rounded up."""
-        num_features, num_labels = len(batch.visual_indices_M), len(batch.logit_indices_L)
+        num_features = len(batch.visual_indices_M)
+        num_labels = len(batch.logit_indices_L)
         return cls.from_lengths(
             batch.lengths, batch.prefix_length, num_features, num_labels, vision_shape
         )
@@ -303,17 +309,19 @@ class GraphShape(NamedTuple):
         """
         num_tokens = sum(lengths) + 1
         multiple = PAD_MULTIPLE if num_tokens <= MAX_GRAPH_TOKENS_CACHED + 1 else 4 * PAD_MULTIPLE
-        max_seqlen = round_up(
-            max(compute_context_lengths(lengths, prefix_length)), 4 * PAD_MULTIPLE
-        )
+        max_length = max(compute_context_lengths(lengths, prefix_length))
+        max_seqlen = round_up(max_length, 4 * PAD_MULTIPLE)
+        num_padding_sequences = -(-multiple // (max_seqlen - prefix_length))
+        feature_multiple = PAD_MULTIPLE if vision_shape else 4 * PAD_MULTIPLE
+        # Coarse rounding, to a quarter of a power of two: labels cost little.
+        label_multiple = max(PAD_MULTIPLE, (1 << num_labels.bit_length()) // 8)
         return cls(
             num_tokens=round_up(num_tokens, multiple),
-            num_sequences=round_up(len(lengths) + -(-multiple // (max_seqlen - prefix_length)), 8),
+            num_sequences=round_up(len(lengths) + num_padding_sequences, 8),
             prefix_length=prefix_length,
             max_seqlen=max_seqlen,
-            num_features=round_up(num_features, PAD_MULTIPLE if vision_shape else 4 * PAD_MULTIPLE),
-            # Coarse rounding, to a quarter of a power of two: labels cost little.
-            num_labels=round_up(num_labels, max(PAD_MULTIPLE, (1 << num_labels.bit_length()) // 8)),
+            num_features=round_up(num_features, feature_multiple),
+            num_labels=round_up(num_labels, label_multiple),
             vision_shape=vision_shape,
         )
 
@@ -343,21 +351,26 @@ class GraphShape(NamedTuple):
     def widen(self, candidates: Iterable[GraphShape]) -> GraphShape:
         """Return a shape that also fits packs of as many candidates as possible."""
         shapes = [self]
-        for other in candidates:
-            wider = self._union([*shapes, other])
-            if all(wider.fits(shape) for shape in (*shapes, other)):
-                shapes.append(other)
+        for candidate in candidates:
+            extended = [*shapes, candidate]
+            wider = self._union(extended)
+            if all(wider.fits(shape) for shape in extended):
+                shapes = extended
         return self._union(shapes)
 
     def _union(self, shapes: Sequence[GraphShape]) -> GraphShape:
+        """Return the smallest shape with space for packs of all given shapes."""
         num_tokens = max(shape.num_tokens for shape in shapes)
         max_seqlen = max(shape.max_seqlen for shape in shapes)
         max_suffix = max_seqlen - self.prefix_length
+        num_sequences = 0
+        for shape in shapes:
+            # The other tokens become padding sequences.
+            num_padding_sequences = -(-(num_tokens - shape.num_tokens) // max_suffix)
+            num_sequences = max(num_sequences, shape.num_sequences + num_padding_sequences)
         return self._replace(
             num_tokens=num_tokens,
-            num_sequences=max(
-                k.num_sequences + -(-(num_tokens - k.num_tokens) // max_suffix) for k in shapes
-            ),
+            num_sequences=num_sequences,
             max_seqlen=max_seqlen,
             num_features=max(shape.num_features for shape in shapes),
             num_labels=max(shape.num_labels for shape in shapes),
@@ -414,7 +427,10 @@ class GraphInputs:
             features_MKD: Image features of this pack, if they are an input of the graph.
             loss_inputs: Inputs of the loss of this pack, for dtypes and dimensions.
         """
-        device, vision_shape, layout, num_patches = batch.ids_T.device, shape.vision_shape, None, 0
+        device = batch.ids_T.device
+        layout = None
+        num_patches = 0
+        vision_shape = shape.vision_shape
         if vision_shape is not None:
             num_patches = vision_shape.num_patches
             layout = vision_encoder.compute_patch_layout(batch.grid_thw, device)
@@ -432,10 +448,10 @@ class GraphInputs:
             logit_indices_L=batch.logit_indices_L.new_zeros(shape.num_labels),
             labels_L=batch.labels_L.new_zeros(0),
         )
-        loss_buffers = {
-            name: value.new_zeros((shape.num_labels, *value.shape[1:])[: value.dim()])
-            for name, value in loss_inputs.items()
-        }
+        loss_buffers: dict[str, Tensor] = {}
+        for name, value in loss_inputs.items():
+            buffer_shape = (shape.num_labels, *value.shape[1:]) if value.dim() else ()
+            loss_buffers[name] = value.new_zeros(buffer_shape)
         features = None
         if features_MKD is not None:
             features = features_MKD.new_zeros(shape.num_features, *features_MKD.shape[1:])
@@ -454,7 +470,9 @@ class GraphInputs:
         vision_encoder: VisionEncoder,
     ) -> None:
         """Copy a pack to the buffers with padding, without synchronizing with the device."""
-        buffers, num_tokens, max_tokens = self.batch, len(batch.ids_T), self.shape.num_tokens
+        buffers = self.batch
+        num_tokens = len(batch.ids_T)
+        max_tokens = self.shape.num_tokens
         padding_positions = torch.arange(max_tokens - num_tokens, device=batch.ids_T.device)
         _copy_padded(buffers.ids_T, batch.ids_T, 0)
         _copy_padded(buffers.position_ids_3T.T, batch.position_ids_3T.T, padding_positions[:, None])
@@ -472,10 +490,12 @@ class GraphInputs:
             _copy_layout(self.layout, layout)
         for name, value in loss_inputs.items():
             buffer = self.loss_inputs[name]
-            if value.dim():
-                _copy_padded(buffer, value, 0 if value.is_floating_point() else -1)
-            else:
+            if not value.dim():
                 buffer.copy_(value)
+            elif value.is_floating_point():
+                _copy_padded(buffer, value, 0)
+            else:
+                _copy_padded(buffer, value, -1)
         self.seed_1.random_(2**31 - 1)
 
     def load_features(self, vision_encoder: VisionEncoder) -> Tensor | None:

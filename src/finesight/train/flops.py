@@ -172,11 +172,11 @@ class FlopCounter:
         causal += self._count_linear_attention(lengths)
         num_full = vision_config.num_layers - num_windowed
         scores = 0
-        for frames, height, width_patches in grid_thw:
-            num_queries = height * width_patches
+        for t, h, w in grid_thw:
+            num_queries = h * w
             # Summed over the layers.
             num_keys = num_full * num_queries + num_windowed * min(window, num_queries)
-            scores += frames * num_queries * num_keys
+            scores += t * num_queries * num_keys
         vision = 4 * vision_config.hidden_size * scores
         return causal * self._decoder_passes, vision * self._vision_passes
 

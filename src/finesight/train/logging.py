@@ -10,7 +10,7 @@ import math
 import platform
 import time
 from collections import deque
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from functools import cached_property
@@ -49,13 +49,15 @@ class TrackingEvents:
     """Sender of training events to the experiment trackers of a run, if it has any."""
 
     def __init__(self, run_dir: RunDir, tracking: TrackerManager) -> None:
-        self._run_dir, self._tracking = run_dir, tracking
+        self._run_dir = run_dir
+        self._tracking = tracking
 
     def log_step(self, metrics: Mapping[str, Any]) -> None:
         """Send the metrics of a step, and an alert for an anomaly."""
         scalars = {name: value for name, value in metrics.items() if isinstance(value, float)}
-        learning_rates = {f"learning_rate/{part}": lr for part, lr in metrics["lr"].items()}
-        self._tracking.log_metrics(metrics["step"], scalars | learning_rates)
+        for part, learning_rate in metrics["lr"].items():
+            scalars[f"learning_rate/{part}"] = learning_rate
+        self._tracking.log_metrics(metrics["step"], scalars)
         if metrics["nonfinite_samples"]:
             text = (
                 f"step {metrics['step']} had a non-finite loss or gradient; its update was skipped"
@@ -76,12 +78,10 @@ class TrackingEvents:
         """
         if not self._tracking.is_active:
             return
-        for result, prefix in ((eval_result, ""), (eval_result.full, FULL_PREFIX)):
-            if result is not None:
-                scores = {f"{prefix}scores/{name}": x for name, x in result.scores.items()}
-                loss = {f"{prefix}validation_loss": result.validation_loss}
-                loss |= {f"{prefix}eval_{name}": x for name, x in result.loss_metrics.items()}
-                self._tracking.log_metrics(eval_result.step, loss | scores)
+        self._tracking.log_metrics(eval_result.step, _list_eval_metrics(eval_result, ""))
+        if eval_result.full is not None:
+            full_metrics = _list_eval_metrics(eval_result.full, FULL_PREFIX)
+            self._tracking.log_metrics(eval_result.step, full_metrics)
         # Only needed with a tracker.
         from finesight.track.tracked_images import render_example_images
 
@@ -92,7 +92,10 @@ class TrackingEvents:
         self._tracking.log_images(eval_result.step, images)
         baseline = load_eval_history(self._run_dir)[0]
         name, old, new, is_comparable = _compare_scores(baseline, eval_result)
-        if is_comparable and (new > old if name in LOWER_IS_BETTER else new < old):
+        is_worse = new < old
+        if name in LOWER_IS_BETTER:
+            is_worse = new > old
+        if is_comparable and is_worse:
             steps = format_count(eval_result.step, "step")
             text = f"{name} {new:.4f} after {steps}, {old:.4f} before"
             self._tracking.send_alert("warning", "worse than before training", text)
@@ -109,6 +112,16 @@ class TrackingEvents:
         self._tracking.send_alert("info", "run finished", text)
 
 
+def _list_eval_metrics(result: EvalResult, prefix: str) -> dict[str, float]:
+    """Return the losses and scores of an evaluation under their names in a tracker."""
+    metrics = {f"{prefix}validation_loss": result.validation_loss}
+    for name, value in result.loss_metrics.items():
+        metrics[f"{prefix}eval_{name}"] = value
+    for name, value in result.scores.items():
+        metrics[f"{prefix}scores/{name}"] = value
+    return metrics
+
+
 def _compare_scores(before: EvalResult, after: EvalResult) -> tuple[str, float, float, bool]:
     """Return name and values of the primary metric, and whether the values are comparable."""
     is_comparable = after.as_best_eval().is_comparable_to(before.as_best_eval())
@@ -122,14 +135,20 @@ MAX_CONSECUTIVE_NONFINITE = 5
 A single non-finite step may be caused by its samples.
 """
 
-MAX_CORRUPT_FRACTION, MIN_CORRUPT_LIMIT = 0.1, 8
-"""Limits for samples with corrupt images: fraction of the training samples, and minimum count.
+MAX_CORRUPT_FRACTION = 0.1
+"""Maximum fraction of training samples with corrupt images.
 
-A run ends when the number of these samples exceeds both limits.
+A run ends when the number of these samples exceeds this limit and `MIN_CORRUPT_LIMIT`.
 """
 
-LOSS_WINDOW, MIN_LOSS_WINDOW = 64, 16
-"""Maximum and minimum number of recent losses that a new loss is compared with."""
+MIN_CORRUPT_LIMIT = 8
+"""Number of samples with corrupt images that every run may have."""
+
+LOSS_WINDOW = 64
+"""Maximum number of recent losses that a new loss is compared with."""
+
+MIN_LOSS_WINDOW = 16
+"""Minimum number of recent losses that a new loss is compared with."""
 
 SPIKE_DEVIATIONS = 8.0
 """Distance from the median loss, in standard deviations, above which a loss is a spike."""
@@ -147,7 +166,8 @@ class AnomalyDetector:
     """
 
     def __init__(self, state: TrainState) -> None:
-        self._state, self._log = state, state.run.console.log
+        self._state = state
+        self._log = state.run.console.log
         self._losses: deque[float] = deque(maxlen=LOSS_WINDOW)
         self._corrupt_samples: dict[str, str] = {}
         self._nonfinite_samples: list[str] = []
@@ -170,15 +190,21 @@ class AnomalyDetector:
         """
         self._corrupt_samples |= step_output.global_stats.skipped
         loss, grad_norm = step_output.wait()
-        progress, step_index = self._state.progress, step_output.step_batch.step_index
-        checked: dict[str, Any] = {"loss": None, "grad_norm": None}
-        checked |= {"nonfinite_samples": (), "loss_spike_samples": ()}
+        progress = self._state.progress
+        step_index = step_output.step_batch.step_index
+        checked: dict[str, Any] = {
+            "loss": None,
+            "grad_norm": None,
+            "nonfinite_samples": (),
+            "loss_spike_samples": (),
+        }
         if not step_output.is_applied:
             return checked
-        for name, value in (("loss", loss), ("grad_norm", grad_norm)):
-            checked[name] = value if math.isfinite(value) else math.nan
+        checked["loss"] = _finite_or_nan(loss)
+        checked["grad_norm"] = _finite_or_nan(grad_norm)
         if math.isfinite(loss) and math.isfinite(grad_norm):
-            progress.consecutive_nonfinite_steps, self._nonfinite_samples = 0, []
+            progress.consecutive_nonfinite_steps = 0
+            self._nonfinite_samples = []
             if is_loss_spike(loss, self._losses):
                 self._log(
                     f"loss spike in step {step_index + 1}: {loss:.4g}, the median of the previous"
@@ -205,7 +231,7 @@ class AnomalyDetector:
         Raises:
             UserError: A limit is exceeded; the error lists the samples.
         """
-        progress, dataset_stats = self._state.progress, self._state.data.train.stats
+        progress = self._state.progress
         if progress.consecutive_nonfinite_steps >= MAX_CONSECUTIVE_NONFINITE:
             names = join_names(self._nonfinite_samples, MAX_LISTED_SAMPLES)
             raise UserError(
@@ -216,7 +242,7 @@ class AnomalyDetector:
                 remedy="check these samples, lower train.learning_rate,"
                 " lengthen train.warmup, or use train.precision=bf16",
             )
-        num_samples = len(dataset_stats.sample_indices)
+        num_samples = len(self._state.data.train.stats.sample_indices)
         max_corrupt = max(MIN_CORRUPT_LIMIT, MAX_CORRUPT_FRACTION * num_samples)
         if len(self._corrupt_samples) > max_corrupt:
             name, reason = next(reversed(self._corrupt_samples.items()))
@@ -234,6 +260,13 @@ class AnomalyDetector:
         """Return the file locations of all samples of a step, including those of other ranks."""
         data = self._state.data
         return tuple(map(data.train.corpus.location, data.sampler.batch_indices(step_index)))
+
+
+def _finite_or_nan(value: float) -> float:
+    """Return a value, or NaN if it is not finite."""
+    if math.isfinite(value):
+        return value
+    return math.nan
 
 
 def is_loss_spike(loss: float, recent_losses: Collection[float]) -> bool:
@@ -264,17 +297,22 @@ class MetricsLogger:
     def __init__(
         self, state: TrainState, tracking: TrackerManager, report: RunReport | None
     ) -> None:
-        self._state, self._console, self._report = state, state.run.console, report
-        self._tracking, self.tracking_events = tracking, TrackingEvents(state.run.run_dir, tracking)
+        self._state = state
+        self._console = state.run.console
+        self._report = report
+        self._tracking = tracking
+        self.tracking_events = TrackingEvents(state.run.run_dir, tracking)
         self._anomaly_detector = AnomalyDetector(state)
         self._pending: tuple[StepOutput, DataWait] | None = None
         self._step_progress: StepProgress | None = None
-        self._has_warned, self._is_peak_valid = False, True
+        self._has_warned = False
+        self._is_peak_valid = True
         self.restart_timer()
 
     def log_start(self, seconds: float) -> None:
         """Log the start or resume of a run, with hardware, data and library versions."""
-        state, hardware = self._state, self._state.run.hardware
+        state = self._state
+        hardware = state.run.hardware
         samples = state.data.train.stats.sample_stats
         sizes = (h * w for sample in samples for _, h, w in sample.grid_thw)
         entry = {
@@ -287,6 +325,13 @@ class MetricsLogger:
                 "patches": count_half_octaves(sizes),
             },
         }
+        data_facts = {}
+        for name, data in state.data.splits.items():
+            data_facts[name] = {
+                "num_samples": len(data.stats.sample_indices),
+                "num_tokens": data.stats.num_tokens,
+                "fingerprint": data.corpus.fingerprint,
+            }
         facts = {
             "total_steps": len(state.data.sampler),
             "device": get_device_name(hardware.device),
@@ -295,14 +340,7 @@ class MetricsLogger:
             "world_size": hardware.process_group.world_size,
             "peak_tflops": hardware.peak_flops / 1e12,
             "versions": library_versions(),
-            "data": {
-                name: {
-                    "num_samples": len(data.stats.sample_indices),
-                    "num_tokens": data.stats.num_tokens,
-                    "fingerprint": data.corpus.fingerprint,
-                }
-                for name, data in state.data.splits.items()
-            },
+            "data": data_facts,
         }
         self._append_metrics(entry | facts)
         num_trainable = state.engine.parallel.num_trainable_params
@@ -320,9 +358,10 @@ class MetricsLogger:
             result: Vision cache of the run.
         """
         self._console.log(result.reason)
-        timing = {"vision_cache_s": seconds} if result.cache is not None else {}
-        step = self._state.progress.step
-        self._append_metrics({"step": step, **timing, **result.as_json()})
+        metrics: dict[str, Any] = {"step": self._state.progress.step}
+        if result.cache is not None:
+            metrics["vision_cache_s"] = seconds
+        self._append_metrics(metrics | result.as_json())
 
     @contextmanager
     def show_progress(self, total: int) -> Iterator[None]:
@@ -350,7 +389,8 @@ class MetricsLogger:
         seconds = now - self._start_s
         if event is not None and self._start_event is not None:
             seconds = self._start_event.elapsed_time(event) / 1000
-        self._start_s, self._start_event = now, event
+        self._start_s = now
+        self._start_event = event
         return max(seconds, 1e-9)
 
     def log_step(self, step_output: StepOutput, data_wait: DataWait) -> None:
@@ -369,7 +409,8 @@ class MetricsLogger:
         Raises:
             UserError: The run has too many non-finite steps or corrupt images.
         """
-        pending, self._pending = self._pending, None
+        pending = self._pending
+        self._pending = None
         if pending is None:
             return
         metrics = self._build_metrics(*pending)
@@ -387,14 +428,17 @@ class MetricsLogger:
     def _build_metrics(self, step_output: StepOutput, data_wait: DataWait) -> dict[str, Any]:
         checked = self._anomaly_detector.check_step(step_output)
         seconds = self._measure_step(step_output.event)
-        state, step_batch = self._state, step_output.step_batch
+        state = self._state
+        step_batch = step_output.step_batch
         global_stats = step_output.global_stats
         position = min(
             (step_batch.step_index + 1) * state.run.recipe.train.batch_size,
             state.data.sampler.num_samples,
         )
         flops = sum(count_flops(state, batch) for batch in step_batch.packs)
-        sampling_s = sum(step_batch.metrics.get(key, 0.0) for key in ("rollout_s", "reward_s"))
+        # The wait for the data of an online objective includes its rollouts.
+        rollout_s = step_batch.metrics.get("rollout_s", 0.0)
+        reward_s = step_batch.metrics.get("reward_s", 0.0)
         mfu = flops / seconds / state.run.hardware.peak_flops
         self._is_peak_valid &= mfu <= 1
         return {
@@ -412,7 +456,7 @@ class MetricsLogger:
             "skipped_samples": [skipped.id for skipped in global_stats.skipped],
             "skipped_steps": state.engine.loss_scaler.num_skipped + state.progress.nonfinite_steps,
             "step_s": seconds,
-            "data_wait_s": max(0.0, data_wait() - sampling_s),
+            "data_wait_s": max(0.0, data_wait() - (rollout_s + reward_s)),
             "samples_per_s": global_stats.num_samples / seconds,
             "tokens_per_s": global_stats.num_tokens / seconds,
             # None for unknown FLOPs (transformers backend) and a peak measured on a busy device.
@@ -432,15 +476,14 @@ class MetricsLogger:
         assert self._state.data.validation is not None, "no validation data"
         num_all = len(self._state.data.validation.stats.sample_indices)
         num_common = min(resolve_interim_limit(self._state.run.recipe.eval) or num_all, num_all)
-        for result in filter(None, (eval_result, eval_result.full)):
-            num_samples = num_all if result is eval_result.full else num_common
-            labels = [f"common subset: {num_samples} of {num_all} samples"]
-            if num_samples == num_all:
-                labels = [f"all {num_all} samples"] if result is eval_result.full else []
-            for kind, count in (("loss", result.num_loss_samples), ("scores", result.num_samples)):
-                if count not in (None, num_samples) and (result.scores or kind == "loss"):
-                    labels.append(f"{kind} of {format_count(count, 'sample')}")
-            self._log_scores(result, f"  ({', '.join(labels)})" if labels else "")
+        labels = []
+        if num_common < num_all:
+            labels.append(f"common subset: {num_common} of {num_all} samples")
+        labels += _describe_missing(eval_result, num_common)
+        self._log_scores(eval_result, labels)
+        if eval_result.full is not None:
+            missing = _describe_missing(eval_result.full, num_all)
+            self._log_scores(eval_result.full, [f"all {num_all} samples", *missing])
         if self._state.run.hardware.process_group.is_main and not self._has_warned:
             self._warn_overfitting()
         if not eval_result.step:
@@ -459,13 +502,19 @@ class MetricsLogger:
         indices = select_eval_samples(data.stats.sample_indices, limit)
         return frozenset(data.corpus[index].sample.id for index in indices)
 
-    def _log_scores(self, result: EvalResult, label: str) -> None:
-        metrics = result.loss_metrics.items()
-        scores = {name: x for name, x in metrics if name == "rewards/accuracies"} | result.scores
+    def _log_scores(self, result: EvalResult, labels: Sequence[str]) -> None:
+        """Log loss and scores of an evaluation, followed by the labels in parentheses."""
+        scores = result.scores
+        if "rewards/accuracies" in result.loss_metrics:
+            accuracy = result.loss_metrics["rewards/accuracies"]
+            scores = {"rewards/accuracies": accuracy} | scores
         summary = "  ".join(f"{score} {value:.4f}" for score, value in scores.items())
         if interval := result.intervals.get(result.primary_metric or ""):
             ends = f"{interval.low:.4f} to {interval.high:.4f}"
             summary += f"  ({result.primary_metric}: 95 % interval {ends})"
+        label = ""
+        if labels:
+            label = f"  ({', '.join(labels)})"
         self._console.log(
             f"after {format_count(result.step, 'step')}: validation loss"
             f" {result.validation_loss:.4f}"
@@ -484,12 +533,25 @@ class MetricsLogger:
             self._has_warned = True
 
 
+def _describe_missing(result: EvalResult, num_expected: int) -> list[str]:
+    """Describe losses and scores of other numbers of samples than expected."""
+    notes = []
+    num_losses = result.num_loss_samples
+    if num_losses is not None and num_losses != num_expected:
+        notes.append(f"loss of {format_count(num_losses, 'sample')}")
+    num_scores = result.num_samples if result.scores else None
+    if num_scores is not None and num_scores != num_expected:
+        notes.append(f"scores of {format_count(num_scores, 'sample')}")
+    return notes
+
+
 def count_flops(state: TrainState, batch: PackedBatch) -> float:
     """Count the FLOPs of a pack on this rank; 0 if they are unknown.
 
     The shards of a split sample count equally.
     """
-    flop_counter, context_shard = state.engine.flop_counter, batch.context_shard
+    flop_counter = state.engine.flop_counter
+    context_shard = batch.context_shard
     if flop_counter is None:
         return 0.0
     if context_shard is None:
@@ -506,16 +568,19 @@ def get_device_name(device: torch.device) -> str:
 
 def describe_run(state: TrainState) -> str:
     """Describe trainable parameters, number of steps, precision and device in one line."""
-    recipe, hardware = state.run.recipe, state.run.hardware
-    modes = ((part, mode) for part, mode in recipe.tune if part in MODEL_PARTS)
-    trained = ", ".join(f"{part} {mode}" for part, mode in modes if mode != "frozen")
+    recipe = state.run.recipe
+    hardware = state.run.hardware
+    trained = []
+    for part, mode in recipe.tune:
+        if part in MODEL_PARTS and mode != "frozen":
+            trained.append(f"{part} {mode}")
     num_trainable = state.engine.parallel.num_trainable_params
     num_params = sum(parameter.numel() for parameter in state.engine.model.parameters())
     quantized = find_quantized_weights(state.engine.model)
     num_params += sum(weight.num_elements for weight in quantized.values())
     epochs = state.data.sampler.num_samples / state.data.sampler.epoch_length
     return (
-        f"training {trained}: {num_trainable:,} of {num_params:,} parameters"
+        f"training {', '.join(trained)}: {num_trainable:,} of {num_params:,} parameters"
         f"{_describe_frozen_weights(state, quantized)};"
         f" {format_count(len(state.data.sampler), 'step')} of"
         f" {format_count(recipe.train.batch_size, 'sample')} ({epochs:.2f} epochs)"
@@ -525,17 +590,19 @@ def describe_run(state: TrainState) -> str:
 
 def _describe_frozen_weights(state: TrainState, quantized: Collection[str]) -> str:
     """Describe the quantized and FP8 weights of the model; empty if there are none."""
-    tune, notes = state.run.recipe.tune, []
+    tune = state.run.recipe.tune
+    notes = []
     if tune.quantize.nf4:
         notes.append(f"frozen weights of {' and '.join(tune.quantize.nf4)} in NF4")
     if tune.quantize.fp8:
         count = count_unquantized_layers(state.engine.model, tune.quantize.fp8)
-        exception = f", except {count} layers with unsupported sizes" if count else ""
-        notes.append(f"frozen weights of {' and '.join(tune.quantize.fp8)} in FP8{exception}")
-    requested = (*(tune.quantize.nf4 or ()), *(tune.quantize.fp8 or ()))
-    prequantized = dict.fromkeys(
-        get_part(name) for name in quantized if get_part(name) not in requested
-    )
+        note = f"frozen weights of {' and '.join(tune.quantize.fp8)} in FP8"
+        if count:
+            note += f", except {count} layers with unsupported sizes"
+        notes.append(note)
+    requested = {*(tune.quantize.nf4 or ()), *(tune.quantize.fp8 or ())}
+    parts = dict.fromkeys(map(get_part, quantized))
+    prequantized = [part for part in parts if part not in requested]
     if prequantized:
         notes.append(f"weights of {' and '.join(prequantized)} in 4 bits, as published")
     has_experts = any(isinstance(module, MoeExperts) for module in state.engine.model.modules())

@@ -81,7 +81,10 @@ class RankMonitor:
         Args:
             store: Store of torch.distributed, which has no precise public type.
         """
-        self._store, self._rank, self._world_size, self._name = store, rank, world_size, name
+        self._store = store
+        self._rank = rank
+        self._world_size = world_size
+        self._name = name
         self._round = 0
         self.step: int | None = None
         """Index of the last step that all ranks have started; None before the first one."""
@@ -105,7 +108,7 @@ class RankMonitor:
         if self._missing_ranks:
             raise self._build_timeout_error(timeout)
         self._round += 1
-        keys = [f"{self._name}/{self._round}/{rank}" for rank in range(self._world_size)]
+        keys = self._list_keys(str(self._round))
         try:
             self._store.set(keys[self._rank], value)
             # All ranks have left the barrier before the previous one.
@@ -139,12 +142,16 @@ class RankMonitor:
         Without a launcher that hosts the store, the store ends with the process of rank 0, while
         the other ranks still read the values of the last collective.
         """
-        keys = [f"{self._name}/exit/{rank}" for rank in range(self._world_size)]
+        keys = self._list_keys("exit")
         # Ranks that have failed may not leave, or may have ended the store.
         with suppress(RuntimeError):
             self._store.set(keys[self._rank], "")
             if self._rank == 0 and not self._missing_ranks:
                 self._store.wait(keys, EXIT_TIMEOUT)
+
+    def _list_keys(self, event: str) -> list[str]:
+        """Return the keys under which the ranks report an event, in rank order."""
+        return [f"{self._name}/{event}/{rank}" for rank in range(self._world_size)]
 
     def _build_timeout_error(self, timeout: timedelta) -> RankTimeoutError:
         missing_ranks = ", ".join(map(str, self._missing_ranks))
@@ -156,12 +163,15 @@ class RankMonitor:
         )
 
     def _find_missing_ranks(self, keys: Sequence[str]) -> list[int]:
+        missing_ranks = []
         try:
-            has_arrived = [self._store.check([key]) for key in keys]
+            for rank, key in enumerate(keys):
+                if not self._store.check([key]):
+                    missing_ranks.append(rank)
         except RuntimeError:
             # Rank 0, which hosts the store, has exited.
             return [0]
-        return [rank for rank, arrived in enumerate(has_arrived) if not arrived]
+        return missing_ranks
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,7 +223,9 @@ class ProcessGroup:
 
     def new_group(self) -> ProcessGroup:
         """Create a process group of the same ranks for use in another thread."""
-        return self if self.monitor is None else replace(self, monitor=self.monitor.new_channel())
+        if self.monitor is None:
+            return self
+        return replace(self, monitor=self.monitor.new_channel())
 
     def shard(self, items: Sequence[T]) -> Sequence[T]:
         """Return every `world_size`-th item, starting at the rank of this process."""
@@ -282,7 +294,9 @@ class ProcessGroup:
 
     def all_gather_object(self, value: object) -> list[Any]:
         """Return the JSON values of all ranks in rank order."""
-        return [value] if self.is_single_process else self._exchange("data", value)
+        if self.is_single_process:
+            return [value]
+        return self._exchange("data", value)
 
     def broadcast_str(self, value: str) -> str:
         """Return the string of the main process on all ranks."""
@@ -317,11 +331,13 @@ class ProcessGroup:
     ) -> list[tuple[str, int | None, Any]]:
         """Return kind and step of the collective of each rank, and its JSON value."""
         assert self.monitor is not None, f"rank {self.rank} of {self.world_size} has no monitor"
-        current_step = self.monitor.step if step is None else step
+        if step is None:
+            step = self.monitor.step
+        timeout = MAIN_RANK_TIMEOUT
         # Before the first step, other ranks may encode all images.
-        has_stepped = self.monitor.step is not None
-        timeout = COLLECTIVE_TIMEOUT if self.is_main and has_stepped else MAIN_RANK_TIMEOUT
-        payloads = self.monitor.all_gather(json.dumps([kind, current_step, value]), timeout)
+        if self.is_main and self.monitor.step is not None:
+            timeout = COLLECTIVE_TIMEOUT
+        payloads = self.monitor.all_gather(json.dumps([kind, step, value]), timeout)
         return [json.loads(payload) for payload in payloads]
 
     @contextmanager
@@ -342,12 +358,18 @@ class ProcessGroup:
         except GpuOutOfMemoryError as error:
             if error.next_budget is None:
                 raise
-            oom_error, status = error, error.next_budget.model_dump()
+            oom_error = error
+            status = error.next_budget.model_dump()
         finally:
-            is_alone = self.is_single_process
-            statuses = [status] if is_alone else self._exchange("status", status)
-        self._raise_peer_failure(not one for one in statuses)
-        budgets = {n: MemoryBudget(**one) for n, one in enumerate(statuses) if one is not True}
+            # The other ranks need an answer even after an error.
+            statuses: list[Any] = [status]
+            if not self.is_single_process:
+                statuses = self._exchange("status", status)
+        self._raise_peer_failure(not status for status in statuses)
+        budgets: dict[int, MemoryBudget] = {}
+        for rank, next_budget in enumerate(statuses):
+            if next_budget is not True:
+                budgets[rank] = MemoryBudget(**next_budget)
         if budgets:
             oom_error = oom_error or GpuOutOfMemoryError(
                 f"the GPU memory of rank {', '.join(map(str, budgets))} is full"
@@ -385,28 +407,16 @@ def init_distributed() -> Iterator[ProcessGroup]:
     Raises:
         UserError: Environment variables of the launcher are missing or malformed.
     """
-    variables = {name: os.environ[name] for name in REQUIRED_ENV_VARS if name in os.environ}
-    if variables.get("WORLD_SIZE", "1") == "1":
+    if os.environ.get("WORLD_SIZE", "1") == "1":
         yield SINGLE_PROCESS
         return
-    missing = [name for name in REQUIRED_ENV_VARS if name not in variables]
-    integer_vars = ("WORLD_SIZE", "RANK", "LOCAL_RANK")
-    malformed = [name for name in integer_vars if not variables.get(name, "0").isdecimal()]
-    if missing or malformed:
-        problem = f"{', '.join(malformed)} is not a number"
-        if missing:
-            problem = f"{', '.join(missing)} is not set"
-        raise UserError(
-            f"WORLD_SIZE is {variables['WORLD_SIZE']}, and {problem}",
-            where="the environment",
-            expected=f"the variables that torchrun sets: {', '.join(REQUIRED_ENV_VARS)}",
-            remedy="start the training with torchrun --nproc-per-node N -m finesight ...",
-        )
-    local_rank = int(variables["LOCAL_RANK"])
+    _check_launch_variables()
+    rank = int(os.environ["RANK"])
+    world_size = int(os.environ["WORLD_SIZE"])
+    local_rank = int(os.environ["LOCAL_RANK"])
     local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", local_rank + 1))
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
-    rank, world_size = int(variables["RANK"]), int(variables["WORLD_SIZE"])
     # The key-value store of the rendezvous.
     monitor = RankMonitor(dist.distributed_c10d._get_default_store(), rank, world_size)
     try:
@@ -415,6 +425,31 @@ def init_distributed() -> Iterator[ProcessGroup]:
         monitor.leave()
     # Skipped after an exception, because the other ranks may never reach this call.
     dist.destroy_process_group()
+
+
+def _check_launch_variables() -> None:
+    """Verify the environment variables of a launcher that started several processes.
+
+    Raises:
+        UserError: A variable is missing or malformed.
+    """
+    missing = [name for name in REQUIRED_ENV_VARS if name not in os.environ]
+    malformed = []
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):
+        if not os.environ.get(name, "0").isdecimal():
+            malformed.append(name)
+    if missing:
+        problem = f"{', '.join(missing)} is not set"
+    elif malformed:
+        problem = f"{', '.join(malformed)} is not a number"
+    else:
+        return
+    raise UserError(
+        f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, and {problem}",
+        where="the environment",
+        expected=f"the variables that torchrun sets: {', '.join(REQUIRED_ENV_VARS)}",
+        remedy="start the training with torchrun --nproc-per-node N -m finesight ...",
+    )
 
 
 class ParallelStrategy:

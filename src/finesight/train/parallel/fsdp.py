@@ -6,11 +6,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from itertools import chain, pairwise
+from itertools import pairwise
 
 import torch
 import torch.distributed as dist
@@ -59,7 +59,8 @@ class FSDPStrategy(ParallelStrategy):
         Args:
             mode: Value of `train.parallel`: `zero2`, `fsdp` or `fsdp_offload`.
         """
-        self._is_zero2, self._vision_encoder = mode == "zero2", model.visual
+        self._is_zero2 = mode == "zero2"
+        self._vision_encoder = model.visual
         self._device = model.model.embed_tokens.weight.device
         mesh = init_device_mesh(self._device.type, (dist.get_world_size(),))
         policy = MixedPrecisionPolicy(
@@ -71,15 +72,7 @@ class FSDPStrategy(ParallelStrategy):
         lora_params = list_lora_params(model)
         replicated_params = find_replicated_params(model, dtype)
         for index, unit in enumerate(units):
-            for parameter in chain.from_iterable(module.parameters() for module in unit):
-                is_stored = isinstance(parameter, DTensor) or parameter in lora_params
-                if parameter.requires_grad and not is_stored:
-                    parameter.data = parameter.data.float()
-            fp32_params = {
-                parameter
-                for parameter in chain.from_iterable(module.parameters() for module in unit)
-                if is_frozen_fp32(parameter, dtype)
-            }
+            fp32_params = _convert_unit(unit, lora_params, dtype)
             fully_shard(
                 unit,
                 mesh=mesh,
@@ -88,9 +81,10 @@ class FSDPStrategy(ParallelStrategy):
                 reshard_after_forward=is_resharded(index, len(units), is_zero2=self._is_zero2),
                 ignored_params=fp32_params | {*replicated_params.values()},
             )
-        roots = [unit[0] for unit in units]
-        self._fsdp_modules = [module for module in roots if isinstance(module, FSDPModule)]
-        assert len(self._fsdp_modules) == len(roots), f"not all of {len(roots)} units are sharded"
+        self._fsdp_modules: list[FSDPModule] = []
+        for root, *_ in units:
+            assert isinstance(root, FSDPModule), f"not all of {len(units)} units are sharded"
+            self._fsdp_modules.append(root)
         for fsdp_module in self._fsdp_modules:
             fsdp_module.set_gradient_divide_factor(1.0)
             fsdp_module.set_force_sum_reduction_for_comms(True)
@@ -102,14 +96,15 @@ class FSDPStrategy(ParallelStrategy):
         self._replicated_params = replicated_params
         self._replicated_grad_E: Tensor | None = None
         self._row_ranges: dict[str, slice] = {}
-        self.trainable_params = trainable_params = dict[str, nn.Parameter]()
+        local_params: dict[str, nn.Parameter] = {}
         for name, parameter in trainable_parameters(model).items():
             # The same split as in `torch.chunk`.
             start = mesh.get_local_rank() * -(-len(parameter) // mesh.size())
             if name in replicated_params:
                 stop = start - (-len(parameter) // mesh.size())
                 local_shard = parameter.detach()[start:stop].to(torch.float32, copy=True)
-                local_shard = local_shard.cpu() if mode == "fsdp_offload" else local_shard
+                if mode == "fsdp_offload":
+                    local_shard = local_shard.cpu()
             else:
                 assert isinstance(parameter, DTensor), f"{name} is not sharded"
                 local_shard = parameter.to_local().detach()
@@ -118,7 +113,8 @@ class FSDPStrategy(ParallelStrategy):
                 if isinstance(parameter, DTensor):
                     self._sharded_params[name] = parameter
                 self._row_ranges[name] = slice(start, start + len(local_shard))
-                trainable_params[name] = nn.Parameter(local_shard)
+                local_params[name] = nn.Parameter(local_shard)
+        self.trainable_params = local_params
 
     def prepare_batch(self, packed_batch: PackedBatch) -> PackedBatch:
         """Append a dummy image to a batch without images.
@@ -127,7 +123,8 @@ class FSDPStrategy(ParallelStrategy):
         """
         if packed_batch.grid_thw:
             return packed_batch
-        grid, patch_size = self._vision_encoder.min_grid, self._vision_encoder.config.patch_dim
+        grid = self._vision_encoder.min_grid
+        patch_size = self._vision_encoder.config.patch_dim
         if packed_batch.context_shard is not None:
             # No token refers to the features of the dummy image.
             patches_ND = packed_batch.patches_ND.new_zeros(math.prod(grid), patch_size)
@@ -142,12 +139,19 @@ class FSDPStrategy(ParallelStrategy):
         FSDP itself sums the reduce-scattered gradients of the sharded parameters in fp32.
         """
         params = self._replicated_params.values()
-        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
+        grads: list[Tensor] = []
+        for parameter in params:
+            grad = parameter.grad
+            if grad is None:
+                grad = torch.zeros_like(parameter)
+            grads.append(grad.flatten())
         if grads:
             # All in the widest dtype, before the conversion to fp32.
-            grad_E = torch.cat([grad.flatten() for grad in grads]).float()
-            sum_E = self._replicated_grad_E
-            self._replicated_grad_E = grad_E if sum_E is None else sum_E.add_(grad_E)
+            grad_E = torch.cat(grads).float()
+            if self._replicated_grad_E is None:
+                self._replicated_grad_E = grad_E
+            else:
+                self._replicated_grad_E.add_(grad_E)
         for parameter in params:
             parameter.grad = None
 
@@ -172,28 +176,36 @@ class FSDPStrategy(ParallelStrategy):
     @torch.no_grad()
     def sync_params(self) -> None:
         """Copy the master weights to the model's parameters."""
-        local_shards = [local_shards.to_local() for local_shards in self._sharded_params.values()]
+        local_shards: list[Tensor] = []
+        master_weights: list[Tensor] = []
+        for name, parameter in self._sharded_params.items():
+            local_shards.append(parameter.to_local())
+            master_weights.append(self.trainable_params[name])
         if local_shards:
-            torch._foreach_copy_(
-                local_shards, [self.trainable_params[name] for name in self._sharded_params]
-            )
-        params = self._replicated_params
-        if not params:
-            return
-        # Each row is zero on all ranks but one.
-        dtypes = {parameter.dtype for parameter in params.values()}
+            torch._foreach_copy_(local_shards, master_weights)
+        if self._replicated_params:
+            self._sync_replicated_params()
+
+    def _sync_replicated_params(self) -> None:
+        """Gather the rows of the replicated parameters that each rank has updated."""
+        params = list(self._replicated_params.values())
+        dtypes = {parameter.dtype for parameter in params}
         dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
-        size = sum(parameter.numel() for parameter in params.values())
+        size = sum(parameter.numel() for parameter in params)
+        # Each row is zero on all ranks but one, so that the sum is its value.
         values_E = torch.zeros(size, dtype=dtype, device=self._device)
-        values = dict(self._split(values_E))
-        local_names = [name for name in params if name in self._row_ranges]
-        if local_names:
-            torch._foreach_copy_(
-                [values[name][self._row_ranges[name]] for name in local_names],
-                [self.trainable_params[name] for name in local_names],
-            )
+        values: list[Tensor] = []
+        own_rows: list[Tensor] = []
+        master_weights: list[Tensor] = []
+        for name, value in self._split(values_E):
+            values.append(value)
+            if name in self._row_ranges:
+                own_rows.append(value[self._row_ranges[name]])
+                master_weights.append(self.trainable_params[name])
+        if own_rows:
+            torch._foreach_copy_(own_rows, master_weights)
         dist.all_reduce(values_E)
-        torch._foreach_copy_([p.data for p in params.values()], list(values.values()))
+        torch._foreach_copy_([parameter.data for parameter in params], values)
 
     def zero_grad(self) -> None:
         """Discard the gradients of the model's parameters."""
@@ -234,6 +246,22 @@ class FSDPStrategy(ParallelStrategy):
                 reshard = is_resharded(index, num_units, is_zero2=self._is_zero2)
                 fsdp_module.set_reshard_after_forward(reshard, recurse=False)
                 fsdp_module.reshard()
+
+
+def _convert_unit(
+    unit: Iterable[nn.Module], lora_params: Set[nn.Parameter], dtype: torch.dtype
+) -> set[nn.Parameter]:
+    """Convert the trainable weights of a unit to fp32, and return its frozen fp32 weights."""
+    frozen_params = set()
+    for module in unit:
+        for parameter in module.parameters():
+            # A sharded weight was converted in its own unit; adapters are replicated.
+            is_stored = isinstance(parameter, DTensor) or parameter in lora_params
+            if parameter.requires_grad and not is_stored:
+                parameter.data = parameter.data.float()
+            if is_frozen_fp32(parameter, dtype):
+                frozen_params.add(parameter)
+    return frozen_params
 
 
 def _read_rows(tensors: Mapping[str, Tensor], name: str, rows: slice) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
@@ -50,6 +49,8 @@ Split = Literal["train", "eval"]
 OBJECTIVE_SECTIONS = frozenset(get_args(ObjectiveName)) - {"sft"}
 """Names of the sections of `train` that only the objective of the same name uses."""
 
+_ABSENT_PATH = "a path that does not exist"
+
 
 class RunDir:
     """Directory of a training run; other commands read the same paths."""
@@ -84,8 +85,10 @@ class RunDir:
         stem, _, number = str(self.path).rpartition("-")
         is_counter = number.isdecimal() and RunDir(Path(stem)).is_started
         base = stem if is_counter else str(self.path)
-        paths = (Path(f"{base}-{n}") for n in itertools.count(2))
-        return next(path for path in paths if not os.path.lexists(path))
+        index = 2
+        while os.path.lexists(f"{base}-{index}"):
+            index += 1
+        return Path(f"{base}-{index}")
 
     def check_available(self, resume: bool) -> None:
         """Verify that the directory is empty or absent, or contains the run to resume.
@@ -94,10 +97,9 @@ class RunDir:
             UserError: The directory contains other files or another run.
         """
         is_started = self.is_started
-        entries = [] if is_started or not self.path.is_dir() else list(self.path.iterdir())
-        visible = sorted(path.name for path in entries if not path.name.startswith("."))
-        absent, remedy = "a path that does not exist", "set another output_dir"
-        problem = None
+        visible = [] if is_started else self._list_visible_files()
+        remedy = "set another output_dir"
+        problem: tuple[str, str] | None
         if is_started and not resume:
             problem = "contains a finished run", "a new folder"
             remedy = f"set another folder: output_dir={self.next_path}"
@@ -105,29 +107,29 @@ class RunDir:
                 problem = "contains another run", "a new folder, or a run that is resumed"
                 remedy = f"add --resume (in Python, resume=True) to continue it, or {remedy}"
         elif self.path.is_symlink() and not self.path.exists():
-            problem = "is a broken link", f"a folder, or {absent}"
+            problem = "is a broken link", f"a folder, or {_ABSENT_PATH}"
             remedy = f"remove the link, or {remedy}"
         elif self.path.exists() and not self.path.is_dir():
-            problem = "is a file", f"a folder, or {absent}"
+            problem = "is a file", f"a folder, or {_ABSENT_PATH}"
         elif visible:
             found = ", ".join(visible[:5])
-            problem = f"contains {found}, but no run", f"an empty folder, or {absent}"
+            problem = f"contains {found}, but no run", f"an empty folder, or {_ABSENT_PATH}"
         else:
-            nearest = self.path.absolute()
-            while not os.path.lexists(nearest):
-                nearest = nearest.parent
-            if not nearest.is_dir():
-                problem = f"cannot be created: {nearest} is a file", "a path in a folder"
-            elif not os.access(nearest, os.W_OK):
-                what = f"cannot be written: no permission for {nearest}"
-                problem = what, "a path in a folder that you may write to"
+            problem = _find_write_problem(self.path)
         if problem is not None:
             what, expected = problem
             raise UserError(what, where=str(self.path), expected=expected, remedy=remedy)
 
+    def _list_visible_files(self) -> list[str]:
+        """Return the sorted names of the files in the directory, without hidden ones."""
+        if not self.path.is_dir():
+            return []
+        return sorted(path.name for path in self.path.iterdir() if not path.name.startswith("."))
+
     def suggest_restart(self, recipe: Recipe, checkpoint: Path, changes: Mapping[str, Any]) -> Step:
         """Return the steps that resume without changes of settings, or start with them."""
-        purpose, source = "to start from the checkpoint with the new ones", checkpoint
+        purpose = "to start from the checkpoint with the new ones"
+        source = checkpoint
         if recipe.tune.has_mode("full"):
             purpose = "after the run has finished, to train its final weights with the new ones"
             source = self.path
@@ -145,8 +147,9 @@ class RunDir:
             changes: Changed settings by name.
         """
         model = find_run_dir(Path(os.path.expanduser(recipe.model)))
-        files = (model / name for name in (MANIFEST_FILE, "adapter_config.json"))
-        has_adapter = recipe.adapter is None and any(map(os.path.isfile, files))
+        has_manifest = os.path.isfile(model / MANIFEST_FILE)
+        has_config = os.path.isfile(model / "adapter_config.json")
+        has_adapter = recipe.adapter is None and (has_manifest or has_config)
         is_model = recipe.tune.has_mode("full") or has_adapter
         changes = dict(changes or {})
         if "train.objective" in changes:
@@ -154,13 +157,16 @@ class RunDir:
             changes["train.objective"] = recipe.train.objective
             sections = {f"train.{name}" for name in OBJECTIVE_SECTIONS}
             changes = {k: v for k, v in changes.items() if v is not None or k not in sections}
-        words = [
-            *(f"{name}={_format_setting(value)}" for name, value in changes.items()),
-            f"{'model' if is_model else 'adapter'}={source}",
-            *(["adapter=null"] if is_model and recipe.adapter is not None else []),
-            f"output_dir={self.next_path}",
-        ]
-        return Step("train", {"recipe": str(self.path / RECIPE_FILE), "overrides": words}, purpose)
+        overrides = [f"{name}={_format_setting(value)}" for name, value in changes.items()]
+        if not is_model:
+            overrides.append(f"adapter={source}")
+        else:
+            overrides.append(f"model={source}")
+            if recipe.adapter is not None:
+                overrides.append("adapter=null")
+        overrides.append(f"output_dir={self.next_path}")
+        arguments = {"recipe": str(self.path / RECIPE_FILE), "overrides": overrides}
+        return Step("train", arguments, purpose)
 
     @contextmanager
     def lock(self) -> Iterator[None]:
@@ -242,8 +248,11 @@ class RunDir:
         for row in self.read_skipped_samples():
             if row.step is not None and row.step <= step and (row.id, row.reason) not in first:
                 rows.append(row)
-        self._recorded_skips = {(row.id, row.reason) for row in rows}
-        lines = [row.model_dump_json(exclude_defaults=True) + "\n" for row in rows]
+        self._recorded_skips = set()
+        lines = []
+        for row in rows:
+            self._recorded_skips.add((row.id, row.reason))
+            lines.append(row.model_dump_json(exclude_defaults=True) + "\n")
         write_file(self.skipped_path, "".join(lines).encode())
 
     def read_skipped_samples(self) -> list[SkippedRow]:
@@ -280,7 +289,10 @@ class RunDir:
         for path in filter(Path.exists, (self.metrics_path, self.responses_path)):
             num_bytes = 0
             for size, metrics in _read_lines(path):
-                if metrics["step"] > (last_eval_step if "validation_loss" in metrics else step):
+                last_step = step
+                if "validation_loss" in metrics:
+                    last_step = last_eval_step
+                if metrics["step"] > last_step:
                     break
                 num_bytes += size
             truncate_file(path, num_bytes)
@@ -288,7 +300,21 @@ class RunDir:
     def iter_metrics(self) -> Iterator[dict[str, Any]]:
         """Iterate over the lines of `metrics.jsonl`, without loading the complete file."""
         if self.metrics_path.exists():
-            yield from (metrics for _, metrics in _read_lines(self.metrics_path))
+            for _, metrics in _read_lines(self.metrics_path):
+                yield metrics
+
+
+def _find_write_problem(path: Path) -> tuple[str, str] | None:
+    """Return why a folder cannot be created or written, and what is expected; None if it can."""
+    nearest = path.absolute()
+    while not os.path.lexists(nearest):
+        nearest = nearest.parent
+    if not nearest.is_dir():
+        return f"cannot be created: {nearest} is a file", "a path in a folder"
+    if not os.access(nearest, os.W_OK):
+        what = f"cannot be written: no permission for {nearest}"
+        return what, "a path in a folder that you may write to"
+    return None
 
 
 def _read_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -381,5 +407,6 @@ def _format_setting(value: Any) -> str:
     """Format the value of a setting in its short form, such as one learning rate of all parts."""
     if isinstance(value, dict):
         value = {key: item for key, item in value.items() if item is not None}
-        value = value["default"] if value.keys() == {"default"} else value
+        if value.keys() == {"default"}:
+            value = value["default"]
     return json.dumps(value)

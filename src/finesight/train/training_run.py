@@ -7,19 +7,27 @@ import logging
 import platform
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 
 import torch
 from rich.console import Console
 
 from finesight.config import Recipe, StepsOrFraction
+from finesight.encode.packing import PackedBatch
 from finesight.model.kernels.runtime import HAS_TRITON, compile_in_parallel, is_compile_cache_empty
 from finesight.model.vlm import VisionLanguageModel
 from finesight.progress import ProgressConsole
 from finesight.track.tracker_manager import start_trackers
 from finesight.train.dataset_stats import save_tensors
-from finesight.train.finalize import RunReport, RunResult, finalize_run, load_result, record_failure
+from finesight.train.finalize import (
+    ParamAudit,
+    RunReport,
+    RunResult,
+    finalize_run,
+    load_result,
+    record_failure,
+)
 from finesight.train.logging import MetricsLogger, describe_run
 from finesight.train.objectives.preferences import prepare_references
 from finesight.train.oom import translate_oom_errors
@@ -31,8 +39,11 @@ from finesight.train.state import TrainState
 from finesight.train.trainer import Trainer
 from finesight.train.vision_cache_builder import VisionFeatures
 
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
-"""Parameters of `mallopt` in glibc's malloc.h."""
+_M_TRIM_THRESHOLD = -1
+"""Parameter of `mallopt` in glibc's malloc.h: free bytes from which the heap shrinks."""
+
+_M_MMAP_THRESHOLD = -3
+"""Parameter of `mallopt` in glibc's malloc.h: size from which freed blocks are returned."""
 
 _DEFAULT_THRESHOLD = 128 << 10
 """Default value of both `mallopt` thresholds, in bytes."""
@@ -81,10 +92,12 @@ def warm_up_kernels(state: TrainState) -> None:
     if not is_compile_cache_empty() or state.progress.step == len(state.data.sampler):
         return
     try:
-        packs = state.engine.step_dataset.get_step(state.progress.step).packs
-        # Split packs need all ranks. Packs with and without shared prefix use other kernels.
-        unsplit = [packed_batch for packed_batch in packs if packed_batch.context_shard is None]
-        variants = {packed_batch.prefix_length > 0: packed_batch for packed_batch in unsplit}
+        # Packs with and without shared prefix use other kernels.
+        variants: dict[bool, PackedBatch] = {}
+        for packed_batch in state.engine.step_dataset.get_step(state.progress.step).packs:
+            # Split packs need all ranks.
+            if packed_batch.context_shard is None:
+                variants[packed_batch.prefix_length > 0] = packed_batch
         for packed_batch in variants.values():
             with torch.random.fork_rng([device]), compile_in_parallel(device):
                 state.engine.graph_runner.warm_up(state.engine.device_loader.load(packed_batch))
@@ -120,7 +133,8 @@ def train(
             the last finished step is written first.
     """
     with init_distributed() as process_group, translate_oom_errors(), ExitStack() as stack:
-        start, is_main = time.perf_counter(), process_group.is_main
+        start = time.perf_counter()
+        is_main = process_group.is_main
         run_dir = RunDir(recipe.output_dir)
         progress_console = ProgressConsole(console if is_main else Console(quiet=True))
         if not is_main:
@@ -135,13 +149,7 @@ def train(
         if resume and not is_resumed:
             log(f"{run_dir.path}: no run to resume; a new run starts")
         if resume and (result := load_result(run_dir)) is not None:
-            steps = recipe.train.steps
-            changed = f" after {result.steps} steps; train.steps={steps} has no effect"
-            log(
-                f"{run_dir.path}: the run is already complete"
-                f"{changed if steps not in (None, result.steps) else ''}, so nothing was trained."
-                f" {run_dir.suggest_further_run(recipe, run_dir.path, 'To train further')}"
-            )
+            log(_describe_finished_run(recipe, run_dir, result))
             if is_main and not run_dir.report_path.exists():
                 RunReport(run_dir, progress_console).write()
             return result if is_main else None
@@ -175,23 +183,43 @@ def train(
             warm_up_kernels(state)
         metrics_logger.log_start(time.perf_counter() - start)
         log(describe_run(state))
-        trainer = Trainer(state, metrics_logger, VisionFeatures(state))
-        with (
-            state.run.stop.install_handlers(),
-            configure_host(state.run.hardware.device),
-            record_failure(run_dir, progress_console, state.progress) if is_main else nullcontext(),
-        ):
-            if recipe.train.objective in ("dpo", "kto"):
-                prepare_references(state)
-            result = trainer.run(partial(finalize_run, state, param_audit))
+        result = _run_training(state, metrics_logger, param_audit)
         if result is not None:
             metrics_logger.tracking_events.log_result(result)
         return result
 
 
+def _run_training(
+    state: TrainState, metrics_logger: MetricsLogger, param_audit: ParamAudit
+) -> RunResult | None:
+    """Run all steps and write the result; the main process also records a failure."""
+    trainer = Trainer(state, metrics_logger, VisionFeatures(state))
+    recorder: AbstractContextManager[None] = nullcontext()
+    if state.run.hardware.process_group.is_main:
+        recorder = record_failure(state.run.run_dir, state.run.console, state.progress)
+    with (
+        state.run.stop.install_handlers(),
+        configure_host(state.run.hardware.device),
+        recorder,
+    ):
+        if state.run.recipe.train.objective in ("dpo", "kto"):
+            prepare_references(state)
+        return trainer.run(partial(finalize_run, state, param_audit))
+
+
+def _describe_finished_run(recipe: Recipe, run_dir: RunDir, result: RunResult) -> str:
+    """Describe why a finished run is not continued, and how to train further."""
+    text = f"{run_dir.path}: the run is already complete"
+    if recipe.train.steps not in (None, result.steps):
+        text += f" after {result.steps} steps; train.steps={recipe.train.steps} has no effect"
+    further = run_dir.suggest_further_run(recipe, run_dir.path, "To train further")
+    return f"{text}, so nothing was trained. {further}"
+
+
 def _prepare_run_dir(state: TrainState) -> None:
     """Write the files of a new run, or remove what a resumed run writes again."""
-    run_dir, progress = state.run.run_dir, state.progress
+    run_dir = state.run.run_dir
+    progress = state.progress
     if not progress.step:
         run_dir.initialize(state.run.recipe, build_manifest(state))
     save_tensors(run_dir.images_path, state.data.images())

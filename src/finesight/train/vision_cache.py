@@ -101,8 +101,11 @@ class ImageIndex:
     def feature_rows(self, images: Sequence[int]) -> NDArray[np.int64]:
         """Return the indices of the features of several images in the concatenated features."""
         offsets = self.feature_offsets_P1
-        ranges = [np.arange(offsets[n], offsets[n + 1]) for n in images]
-        return np.concatenate([offsets[:0], *ranges])
+        # An empty array, so that the result has its dtype without images as well.
+        ranges = [offsets[:0]]
+        for image in images:
+            ranges.append(np.arange(offsets[image], offsets[image + 1]))
+        return np.concatenate(ranges)
 
     def count_images(self, chunks: Sequence[ImageChunk]) -> int:
         """Count the images in several chunks."""
@@ -115,18 +118,20 @@ class ImageIndex:
         An added or removed image changes only its own chunk. The last bits of the features of an
         image may depend on the other images in the batch, so chunks make features reproducible.
         """
-        chunk_ends, num_patches = [0], 0
+        chunk_ends = [0]
+        num_patches = 0
         for position, image_ref in enumerate(self.image_refs, 1):
             num_patches += image_ref.num_patches
             last = position == len(self.image_refs)
             if last or image_ref.key[-1] == "0" or num_patches >= CHUNK_PATCHES:
                 chunk_ends.append(position)
                 num_patches = 0
-        keys = [image_ref.key for image_ref in self.image_refs]
-        return [
-            ImageChunk(hashlib.sha256("".join(keys[start:stop]).encode()).hexdigest(), start, stop)
-            for start, stop in pairwise(chunk_ends)
-        ]
+        chunks = []
+        for start, stop in pairwise(chunk_ends):
+            keys = "".join(image_ref.key for image_ref in self.image_refs[start:stop])
+            name = hashlib.sha256(keys.encode()).hexdigest()
+            chunks.append(ImageChunk(name, start, stop))
+        return chunks
 
 
 MIN_IMAGE_USES = 1.25
@@ -179,7 +184,9 @@ def choose_cache_tier(
             return "gpu"
         if needed_bytes <= MAX_RAM_FRACTION * free.memory:
             return "memory"
-    return "disk" if setting in ("auto", "disk") and missing_bytes <= free.disk else None
+    if setting in ("auto", "disk") and missing_bytes <= free.disk:
+        return "disk"
+    return None
 
 
 MAX_STORE_BYTES = 64 << 30
@@ -188,7 +195,8 @@ MAX_STORE_BYTES = 64 << 30
 MAX_FREE_FRACTION = 0.5
 """Maximum fraction of the free disk space for new feature files."""
 
-_TENSOR_KEY, _SHA256_KEY = "features", "sha256"
+_TENSOR_KEY = "features"
+_SHA256_KEY = "sha256"
 
 
 def vision_cache_root() -> Path:
@@ -216,7 +224,8 @@ class VisionFileStore:
         Raises:
             UserError: The folder cannot be created.
         """
-        self.root, self.folder = root, root / encoder_hash
+        self.root = root
+        self.folder = root / encoder_hash
         make_folder(self.folder)
         with translate_os_errors(root):
             self._lock_fd = FileLock(root)
@@ -278,7 +287,8 @@ class VisionFileStore:
                     break
                 if path not in protected_paths:
                     path.unlink(missing_ok=True)
-                    used, free = used - size, free + size
+                    used -= size
+                    free += size
         with suppress(OSError):
             self._lock_fd.acquire(shared=True)
         return available_bytes()
@@ -328,12 +338,19 @@ class VisionFileStore:
         except FileNotFoundError:
             return False
         except (SafetensorError, OSError):
-            stored_MKD, digest = torch.empty(0), None
-        specs = [(tensor.dtype, tensor.shape) for tensor in (stored_MKD, features_MKD)]
-        is_valid = specs[0] == specs[1] and digest == compute_sha256(stored_MKD)
+            stored_MKD = torch.empty(0)
+            digest = None
+        is_valid = (
+            stored_MKD.dtype == features_MKD.dtype
+            and stored_MKD.shape == features_MKD.shape
+            and digest == compute_sha256(stored_MKD)
+        )
         # Files of other users may be read-only.
         with suppress(OSError):
-            os.utime(path) if is_valid else path.unlink()
+            if is_valid:
+                os.utime(path)
+            else:
+                path.unlink()
         if is_valid:
             features_MKD.copy_(stored_MKD)
         return is_valid
@@ -382,13 +399,17 @@ class VisionCacheReader:
 
     def image_indices(self, sample_indices: Sequence[int]) -> list[int]:
         """Return the indices of the images of several samples, in order."""
-        images_by_sample = self.image_index.images_by_sample
-        return [image for sample in sample_indices for image in images_by_sample[sample]]
+        images: list[int] = []
+        for sample in sample_indices:
+            images += self.image_index.images_by_sample[sample]
+        return images
 
     def count_features(self, sample_indices: Sequence[int]) -> int:
         """Return the number of image tokens of several samples."""
-        image_refs = self.image_index.image_refs
-        return sum(image_refs[n].num_features for n in self.image_indices(sample_indices))
+        num_features = 0
+        for image in self.image_indices(sample_indices):
+            num_features += self.image_index.image_refs[image].num_features
+        return num_features
 
     def tensor_spec(self, sample_indices: Sequence[int]) -> tuple[torch.dtype, tuple[int, ...]]:
         """Return the dtype and shape of the inputs of a pack, [M, ...]."""
@@ -422,7 +443,8 @@ class VisionDiskReader(VisionCacheReader):
 
     def write_to(self, sample_indices: Sequence[int], buffer: Tensor) -> None:
         """Read the features of a pack from disk into a buffer, without verifying them."""
-        offsets, start = self.image_index.feature_offsets_P1, 0
+        offsets = self.image_index.feature_offsets_P1
+        start = 0
         for image in self.image_indices(sample_indices):
             chunk = int(np.searchsorted(self.first_images, image, "right")) - 1
             first_row = offsets[self.first_images[chunk]]
@@ -436,9 +458,9 @@ class VisionDiskReader(VisionCacheReader):
             with open_tensors(path) as file:
                 features_MKD: Tensor = file.get_slice(_TENSOR_KEY)[rows]
         except (SafetensorError, OSError) as error:
-            reason = (
-                os.strerror(error.errno) if isinstance(error, OSError) and error.errno else error
-            )
+            reason = str(error)
+            if isinstance(error, OSError) and error.errno:
+                reason = os.strerror(error.errno)
             raise UnreadableFileError(
                 f"cached image features cannot be read: {reason}",
                 where=str(path),
@@ -474,6 +496,6 @@ class VisionCache:
             ranges = context_shard.feature_ranges
             cache_inputs = torch.cat([cache_inputs[start:stop] for start, stop in ranges])
         on_device = cache_inputs.to(self.device, non_blocking=True)
-        return (
-            on_device if self.features_AKD is None else self.features_AKD.index_select(0, on_device)
-        )
+        if self.features_AKD is None:
+            return on_device
+        return self.features_AKD.index_select(0, on_device)

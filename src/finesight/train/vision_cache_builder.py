@@ -73,7 +73,14 @@ ENCODER_VERSION = 5
 MAX_PENDING_CHUNKS = 8
 """Maximum number of chunks that wait to be written to disk; limits memory."""
 
-NUM_HASH_THREADS, NUM_READER_THREADS, NUM_WRITER_THREADS = 8, 4, 2
+NUM_HASH_THREADS = 8
+"""Number of threads that compute digests of the encoder weights."""
+
+NUM_READER_THREADS = 4
+"""Number of threads that read feature files."""
+
+NUM_WRITER_THREADS = 2
+"""Number of threads that write feature files."""
 
 REASON_FEW_USES = f"images have fewer than {MIN_IMAGE_USES} uses, and not all are on disk"
 
@@ -138,16 +145,16 @@ def index_images(
                 raise result
             else:
                 refs_by_sample[index] = result
-    refs_by_key = {ref.key: ref for refs in refs_by_sample.values() for ref in refs}
+    refs_by_key: dict[str, ImageRef] = {}
+    for refs in refs_by_sample.values():
+        for ref in refs:
+            refs_by_key[ref.key] = ref
     index_by_key = {key: n for n, key in enumerate(sorted(refs_by_key))}
-    return ImageIndex(
-        image_refs=tuple(refs_by_key[key] for key in index_by_key),
-        images_by_sample={
-            index: tuple(index_by_key[ref.key] for ref in refs)
-            for index, refs in refs_by_sample.items()
-        },
-        corrupt_samples=corrupt_samples,
-    )
+    image_refs = tuple(refs_by_key[key] for key in index_by_key)
+    images_by_sample: dict[int, tuple[int, ...]] = {}
+    for index, refs in refs_by_sample.items():
+        images_by_sample[index] = tuple(index_by_key[ref.key] for ref in refs)
+    return ImageIndex(image_refs, images_by_sample, corrupt_samples)
 
 
 def fingerprint_encoder(
@@ -170,20 +177,20 @@ def fingerprint_encoder(
     tensors = {**dict(vision_encoder.named_parameters()), **dict(vision_encoder.named_buffers())}
     with ThreadPoolExecutor(NUM_HASH_THREADS) as pool:
         digests = list(pool.map(compute_digest, tensors.values()))
+    device_name = f"{torch.backends.cpu.get_cpu_capability()} {torch.get_num_threads()} threads"
+    if device.type == "cuda":
+        device_name = torch.cuda.get_device_name(device)
     environment = {
         "version": ENCODER_VERSION,
         "torch": torch.__version__,
         "pillow": PIL.__version__,
-        "device": torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else f"{torch.backends.cpu.get_cpu_capability()} {torch.get_num_threads()} threads",
+        "device": device_name,
         "tiles": device.type != "cuda" and has_amx_bf16(),
         "products": torch.get_float32_matmul_precision(),
     }
-    weights = [
-        (name, str(tensor.dtype), list(tensor.shape), digest)
-        for (name, tensor), digest in zip(tensors.items(), digests, strict=True)
-    ]
+    weights = []
+    for (name, tensor), digest in zip(tensors.items(), digests, strict=True):
+        weights.append((name, str(tensor.dtype), list(tensor.shape), digest))
     payload = json.dumps([environment, settings, weights], sort_keys=True, default=str)
     return hashlib.sha256(payload.encode()).hexdigest()
 
@@ -222,17 +229,25 @@ class EncoderOffloader:
     def _move(self, is_offloaded: bool) -> None:
         if is_offloaded == self.is_offloaded:
             return
-        storages = self._list_storages() if is_offloaded else []
-        # The identity of a storage does not change when it is resized.
-        copied = {storage._cdata for storage, _ in self._cpu_copies}
-        if is_offloaded and copied != {storage._cdata for storage in storages}:
-            # Otherwise reuse the copy: frozen weights do not change.
-            self._cpu_copies = [(one, _view_bytes(one).to("cpu", copy=True)) for one in storages]
+        if is_offloaded:
+            self._copy_to_cpu()
         for storage, cpu_copy in self._cpu_copies:
-            storage.resize_(0 if is_offloaded else len(cpu_copy))
-            if not is_offloaded:
+            if is_offloaded:
+                storage.resize_(0)
+            else:
+                storage.resize_(len(cpu_copy))
                 _view_bytes(storage).copy_(cpu_copy)
         self.is_offloaded = is_offloaded
+
+    def _copy_to_cpu(self) -> None:
+        """Copy the storages of the encoder, or keep the copies of an earlier call."""
+        storages = self._list_storages()
+        # The identity of a storage does not change when it is resized.
+        copied = {storage._cdata for storage, _ in self._cpu_copies}
+        if copied == {storage._cdata for storage in storages}:
+            # Frozen weights do not change.
+            return
+        self._cpu_copies = [(one, _view_bytes(one).to("cpu", copy=True)) for one in storages]
 
     def _list_storages(self) -> list[torch.UntypedStorage]:
         """Return the storages that only tensors of the vision encoder use."""
@@ -241,13 +256,16 @@ class EncoderOffloader:
             return []
         own = [*model.visual.parameters(), *model.visual.buffers()]
         own_ids = {id(tensor) for tensor in own}
-        shared = {
-            tensor.untyped_storage().data_ptr()
-            for tensor in chain(model.parameters(), model.buffers())
-            if id(tensor) not in own_ids
-        }
-        storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in own}
-        return [storage for address, storage in storages.items() if address not in shared]
+        shared_addresses = set()
+        for tensor in chain(model.parameters(), model.buffers()):
+            if id(tensor) not in own_ids:
+                shared_addresses.add(tensor.untyped_storage().data_ptr())
+        storages: dict[int, torch.UntypedStorage] = {}
+        for tensor in own:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in shared_addresses:
+                storages[storage.data_ptr()] = storage
+        return list(storages.values())
 
 
 def _view_bytes(storage: torch.UntypedStorage) -> Tensor:
@@ -319,7 +337,8 @@ class VisionFeatures:
         Yields:
             Vision cache; None to encode images in every step.
         """
-        start, state = time.perf_counter(), self._state
+        start = time.perf_counter()
+        state = self._state
         with closing(VisionCacheBuilder(state)) as builder:
             try:
                 result = builder.build()
@@ -371,8 +390,11 @@ def _find_cache_blocker(state: TrainState) -> str | None:
 
 def _was_started_with_cache(state: TrainState) -> bool:
     """Return whether the previous steps of a resumed run used cached features."""
-    lines = [line for line in state.run.run_dir.iter_metrics() if "images" in line]
-    return bool(lines) and bool(lines[-1]["images"])
+    num_images = 0
+    for line in state.run.run_dir.iter_metrics():
+        # The last line counts: a resume may have started without the cache.
+        num_images = line.get("images", num_images)
+    return bool(num_images)
 
 
 class DecodedChunk(NamedTuple):
@@ -395,9 +417,11 @@ def _decode_chunk(
     Raises:
         UserError: An image is corrupt and `on_invalid_sample` is `fail`.
     """
-    chunk, patches = chunks[index], []
+    chunk = chunks[index]
+    patches = []
     corrupt_images: CorruptImages = {}
-    empty_ids_T, position_ids = np.empty(0, dtype=np.int32), np.empty((3, 0), dtype=np.int32)
+    empty_ids_T = np.empty(0, dtype=np.int32)
+    position_ids = np.empty((3, 0), dtype=np.int32)
     image = chunk.start
     refs = image_index.image_refs[chunk.start : chunk.stop]
     for spans in iter_video_runs(ref.span for ref in refs):
@@ -423,7 +447,9 @@ class VisionCacheBuilder:
     """Builder of the vision cache on all ranks; every rank stores the features of all images."""
 
     def __init__(self, state: TrainState) -> None:
-        self._state, self._console, self._stop = state, state.run.console, state.run.stop
+        self._state = state
+        self._console = state.run.console
+        self._stop = state.run.stop
         self._process_group = state.run.hardware.process_group
         self._setting = state.run.recipe.train.vision_cache
         self._store: VisionFileStore | None = None
@@ -449,7 +475,6 @@ class VisionCacheBuilder:
         Raises:
             _CacheUnavailable: The cache cannot be used.
         """
-        hardware = self._state.run.hardware
         # The ranks exchange features, so each phase starts only if all ranks finished the previous
         # one: a rank that falls back alone would block the others.
         has_few_uses, *_ = self._run_on_all_ranks(self._open_store_if_useful)
@@ -468,22 +493,8 @@ class VisionCacheBuilder:
         def start_build() -> list[int]:
             if not chunks or (has_few_uses and len(on_disk) < len(chunks)):
                 raise _CacheUnavailable(REASON_FEW_USES)
-            tier = choose_cache_tier(self._setting, num_bytes, missing_bytes, free)
-            if tier is None:
-                gpu = f", {_format_bytes(free.gpu)} on the GPU" if free.gpu else ""
-                raise _CacheUnavailable(
-                    f"the features need {_format_bytes(num_bytes)}, but only"
-                    f" {_format_bytes(free.memory)} in memory{gpu} and {_format_bytes(free.disk)}"
-                    f" on disk are free (train.vision_cache={self._setting})"
-                )
-            self._tier = tier
-            # Features on disk are not loaded.
-            num_rows = 0 if tier == "disk" else int(self._image_index.feature_offsets_P1[-1])
-            self._features_AKD = torch.empty(
-                (num_rows, *self._feature_shape),
-                dtype=hardware.dtype,
-                device=hardware.device if tier == "gpu" else "cpu",
-            )
+            self._tier = self._choose_tier(num_bytes, missing_bytes, free)
+            self._features_AKD = self._allocate_features()
             loaded_chunks.extend(self._load_chunks(on_disk))
             return [chunk.start for chunk in {*chunks}.difference(loaded_chunks)]
 
@@ -502,6 +513,34 @@ class VisionCacheBuilder:
             reason += f"; {num_from_disk} of them loaded from {self._store.root}"
         return VisionCacheResult(
             self._build_cache(), reason, self._tier, num_images, num_from_disk, num_bytes
+        )
+
+    def _choose_tier(self, num_bytes: int, missing_bytes: int, free: FreeBytes) -> CacheTier:
+        """Choose the storage tier of the features.
+
+        Raises:
+            _CacheUnavailable: No tier has enough free space.
+        """
+        tier = choose_cache_tier(self._setting, num_bytes, missing_bytes, free)
+        if tier is not None:
+            return tier
+        text = f"the features need {_format_bytes(num_bytes)}, but only"
+        text += f" {_format_bytes(free.memory)} in memory"
+        if free.gpu:
+            text += f", {_format_bytes(free.gpu)} on the GPU"
+        text += f" and {_format_bytes(free.disk)} on disk are free"
+        raise _CacheUnavailable(f"{text} (train.vision_cache={self._setting})")
+
+    def _allocate_features(self) -> Tensor:
+        """Allocate the features of all images in the chosen tier; features on disk need none."""
+        hardware = self._state.run.hardware
+        num_rows = 0
+        if self._tier != "disk":
+            num_rows = int(self._image_index.feature_offsets_P1[-1])
+        return torch.empty(
+            (num_rows, *self._feature_shape),
+            dtype=hardware.dtype,
+            device=hardware.device if self._tier == "gpu" else "cpu",
         )
 
     def _run_on_all_ranks(self, fn: Callable[[], object]) -> list[Any]:
@@ -543,15 +582,17 @@ class VisionCacheBuilder:
         blocker = _find_cache_blocker(state)
         if blocker is not None:
             raise _CacheUnavailable(blocker)
-        stats, root = state.data.train.stats, vision_cache_root()
-        num_uses = stats.count_image_uses(state.data.sampler.num_samples)
+        root = vision_cache_root()
+        num_uses = state.data.train.stats.count_image_uses(state.data.sampler.num_samples)
         has_few_uses = not state.progress.step and num_uses < MIN_IMAGE_USES
         if has_few_uses and not root.is_dir():
             raise _CacheUnavailable(REASON_FEW_USES)
         if self._setting != "memory":
-            folder, device = state.run.base_model.folder, state.run.hardware.device
+            folder = state.run.base_model.folder
             settings = {"config": folder.config, "preprocessor": folder.preprocessor_config}
-            encoder_hash = fingerprint_encoder(self._model.visual, settings, device)
+            encoder_hash = fingerprint_encoder(
+                self._model.visual, settings, state.run.hardware.device
+            )
             is_local_main = self._process_group.local_rank == 0
             try:
                 self._store = VisionFileStore(root, encoder_hash, use_lock=is_local_main)
@@ -568,7 +609,8 @@ class VisionCacheBuilder:
         self._console.log(f"the vision cache does not use the disk: {error.where}: {error.what}")
 
     def _index_images(self) -> None:
-        state, indices = self._state, self._state.data.train.stats.sample_indices
+        state = self._state
+        indices = state.data.train.stats.sample_indices
         with self._console.progress_stage("hashing images", len(indices)) as on_progress:
 
             def on_count(count: int) -> None:
@@ -579,12 +621,15 @@ class VisionCacheBuilder:
             num_workers = state.run.hardware.num_workers
             self._image_index = index_images(*source, num_workers, on_count)
 
-    def _count_bytes(self, chunks: Sequence[ImageChunk]) -> int:
+    def _count_features(self, chunk: ImageChunk) -> int:
+        """Count the image tokens of a chunk."""
         offsets_P1 = self._image_index.feature_offsets_P1
-        num_features = sum(int(offsets_P1[c.stop] - offsets_P1[c.start]) for c in chunks)
-        return (
-            num_features * math.prod(self._feature_shape) * self._state.run.hardware.dtype.itemsize
-        )
+        return int(offsets_P1[chunk.stop] - offsets_P1[chunk.start])
+
+    def _count_bytes(self, chunks: Sequence[ImageChunk]) -> int:
+        num_features = sum(map(self._count_features, chunks))
+        num_elements = num_features * math.prod(self._feature_shape)
+        return num_elements * self._state.run.hardware.dtype.itemsize
 
     @property
     def _feature_shape(self) -> tuple[int, int]:
@@ -608,8 +653,7 @@ class VisionCacheBuilder:
 
     def _new_features(self, chunk: ImageChunk, device: torch.device | str) -> Tensor:
         """Allocate uninitialized features [M, K, D] of a chunk."""
-        offsets_P1 = self._image_index.feature_offsets_P1
-        shape = int(offsets_P1[chunk.stop] - offsets_P1[chunk.start]), *self._feature_shape
+        shape = self._count_features(chunk), *self._feature_shape
         return torch.empty(shape, dtype=self._features_AKD.dtype, device=device)
 
     def _chunk_view(self, chunk: ImageChunk) -> Tensor:
@@ -624,8 +668,9 @@ class VisionCacheBuilder:
 
         def load_chunk(chunk: ImageChunk) -> bool:
             self._stop.raise_if_requested()
-            is_direct = self._tier == "memory"
-            features = self._chunk_view(chunk) if is_direct else self._new_features(chunk, "cpu")
+            if self._tier == "memory":
+                return store.read(chunk.name, self._chunk_view(chunk))
+            features = self._new_features(chunk, "cpu")
             is_valid = store.read(chunk.name, features)
             if is_valid and self._tier == "gpu":
                 self._chunk_view(chunk).copy_(features)
@@ -655,8 +700,9 @@ class VisionCacheBuilder:
 
         Each rank encodes every `world_size`-th chunk. One rank per machine writes the files.
         """
-        state, process_group = self._state, self._process_group
-        own_chunks, num_workers = process_group.shard(chunks), state.run.hardware.num_workers
+        state = self._state
+        process_group = self._process_group
+        own_chunks = process_group.shard(chunks)
         decode_chunk = partial(
             _decode_chunk,
             self._image_index,
@@ -670,7 +716,7 @@ class VisionCacheBuilder:
             decoded_chunks = prefetch_items(
                 decode_chunk,
                 range(len(own_chunks)),
-                min(num_workers, len(own_chunks)),
+                min(state.run.hardware.num_workers, len(own_chunks)),
                 state.run.hardware.device.type == "cuda",
             )
             # The workers end when the generator is closed.
@@ -706,7 +752,8 @@ class VisionCacheBuilder:
         self, decoded_chunks: Iterator[DecodedChunk], chunks: Sequence[ImageChunk]
     ) -> Sequence[Tensor]:
         """Encode one chunk on each rank, and broadcast the features of all these chunks."""
-        rank, device = self._process_group.rank, self._state.run.hardware.device
+        rank = self._process_group.rank
+        device = self._state.run.hardware.device
         all_features: list[Tensor] = []
 
         def encode_own_chunk() -> list[tuple[object, ...]]:
@@ -719,7 +766,10 @@ class VisionCacheBuilder:
                     all_features.append(self._encode_chunk(decoded_chunk))
                 else:
                     all_features.append(self._new_features(chunk, device))
-            return [(n, e.what, e.where, e.expected, e.remedy) for n, e in corrupt_images.items()]
+            errors: list[tuple[object, ...]] = []
+            for n, error in corrupt_images.items():
+                errors.append((n, error.what, error.where, error.expected, error.remedy))
+            return errors
 
         for errors in self._run_on_all_ranks(encode_own_chunk):
             for n, what, where, expected, remedy in errors:
@@ -733,16 +783,17 @@ class VisionCacheBuilder:
     @torch.no_grad()
     def _encode_chunk(self, decoded_chunk: DecodedChunk) -> Tensor:
         """Return the features of a chunk [M, K, D]; those of corrupt images are zero."""
-        state, index, device = self._state, self._image_index, self._state.run.hardware.device
+        index = self._image_index
+        device = self._state.run.hardware.device
+        loader = self._state.engine.device_loader
         chunk, block, corrupt_images = decoded_chunk
         valid = [n for n in range(chunk.start, chunk.stop) if n not in corrupt_images]
         if not valid:
             return self._new_features(chunk, device).zero_()
         (patches_ND,) = block.tensors()
         grids = tuple(index.image_refs[n].span.grid_thw for n in valid)
-        merge_size = state.engine.device_loader.padding_merge_size
-        if state.engine.device_loader.pads_shapes and merge_size is not None:
-            patches_ND, grids = pad_patches(patches_ND, grids, merge_size)
+        if loader.pads_shapes and loader.padding_merge_size is not None:
+            patches_ND, grids = pad_patches(patches_ND, grids, loader.padding_merge_size)
         encoded_MKD = self._model.encode_images(patches_ND.to(device, non_blocking=True), grids)
         rows_M = index.feature_rows(valid) - index.feature_offsets_P1[chunk.start]
         # Without the features of padding patches.
@@ -770,7 +821,8 @@ class VisionCacheBuilder:
     def _finish_pending(self, max_writes: int = MAX_PENDING_CHUNKS) -> None:
         """Finish storing the last chunk, and wait for all but `max_writes` files."""
         if self._pending is not None:
-            (chunk, features_MKD, event), self._pending = self._pending, None
+            chunk, features_MKD, event = self._pending
+            self._pending = None
             if event is not None:
                 event.synchronize()
             if self._tier == "memory":
@@ -781,23 +833,21 @@ class VisionCacheBuilder:
         self._wait_for_writes(max_writes)
 
     def _get_file_name(self, chunk: ImageChunk) -> str:
+        if self._corrupt_images.keys().isdisjoint(range(chunk.start, chunk.stop)):
+            return chunk.name
         # Incomplete chunks are private to this run; other runs must detect corrupt images.
-        is_corrupt = not self._corrupt_images.keys().isdisjoint(range(chunk.start, chunk.stop))
-        return f"{chunk.name}-corrupt" if is_corrupt else chunk.name
+        return f"{chunk.name}-corrupt"
 
     def _build_cache(self) -> VisionCache:
         """Create the vision cache after all chunks are stored."""
-        corrupt_samples = {
-            sample: self._corrupt_images[image]
-            for sample, images in self._image_index.images_by_sample.items()
-            for image in images
-            if image in self._corrupt_images
-        }
-        index = replace(
-            self._image_index,
-            corrupt_samples={**self._image_index.corrupt_samples, **corrupt_samples},
-        )
-        device, dtype = self._state.run.hardware.device, self._features_AKD.dtype
+        corrupt_samples = dict(self._image_index.corrupt_samples)
+        for sample, images in self._image_index.images_by_sample.items():
+            for image in images:
+                if image in self._corrupt_images:
+                    corrupt_samples[sample] = self._corrupt_images[image]
+        index = replace(self._image_index, corrupt_samples=corrupt_samples)
+        device = self._state.run.hardware.device
+        dtype = self._features_AKD.dtype
         if self._tier == "gpu":
             reader = VisionCacheReader(index, torch.int64, ())
             return VisionCache(reader, device, self._features_AKD)
@@ -812,4 +862,6 @@ class VisionCacheBuilder:
 
 
 def _format_bytes(num_bytes: int) -> str:
-    return f"{num_bytes / 1e9:,.2f} GB" if num_bytes >= 1e8 else f"{num_bytes / 1e6:,.2f} MB"
+    if num_bytes >= 1e8:
+        return f"{num_bytes / 1e9:,.2f} GB"
+    return f"{num_bytes / 1e6:,.2f} MB"

@@ -80,7 +80,7 @@ class FlopCounter:
         self._params_per_row = dict.fromkeys(MODEL_PARTS, 0)
         # The head and the last MLP process only the tokens that predict supervised ones.
         self._params_per_label = dict.fromkeys(MODEL_PARTS, 0)
-        last_mlp = f"model.layers.{model.config.decoder.num_layers - 1}.mlp."
+        self._last_mlp = f"model.layers.{model.config.decoder.num_layers - 1}.mlp."
         # Forward passes of layers with activation checkpointing.
         self._layer_params = dict.fromkeys(MODEL_PARTS, 0)
         trainable_parts: set[ModelPart] = set()
@@ -96,15 +96,8 @@ class FlopCounter:
                 # The embedding is a lookup; the head is counted below.
                 if is_matmul and part != "embeddings":
                     has_input_grad = needs_input_grad or ".adapter.lora_B." in name
-                    flops = _count_passes(is_trainable, has_input_grad) * num_params
-                    if name.startswith(LAYER_PREFIXES):
-                        self._layer_params[part] += num_params
-                    if name.startswith(last_mlp):
-                        self._params_per_label[part] += flops
-                    else:
-                        patch_flops = int(flops * _patch_fraction(name))
-                        self._params_per_row["vision"] += patch_flops
-                        self._params_per_row[part] += flops - patch_flops
+                    num_passes = _count_passes(is_trainable, has_input_grad)
+                    self._add_weight(name, part, num_params, num_passes)
             needs_input_grad = needs_input_grad or has_trainable
         decoder_config = model.config.decoder
         head = model.model.embed_tokens if model.lm_head is None else model.lm_head
@@ -116,6 +109,18 @@ class FlopCounter:
         )
         self._vision_passes = 3 if "vision" in trainable_parts else 1
         self._decoder_passes = 3 if trainable_parts else 1
+
+    def _add_weight(self, name: str, part: ModelPart, num_params: int, num_passes: int) -> None:
+        """Add the matrix products of a weight to the sums of its part."""
+        if name.startswith(LAYER_PREFIXES):
+            self._layer_params[part] += num_params
+        flops = num_passes * num_params
+        if name.startswith(self._last_mlp):
+            self._params_per_label[part] += flops
+            return
+        patch_flops = int(flops * _patch_fraction(name))
+        self._params_per_row["vision"] += patch_flops
+        self._params_per_row[part] += flops - patch_flops
 
     def count(self, batch: PackShape) -> float:
         """Count the FLOPs of a forward and backward pass."""

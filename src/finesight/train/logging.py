@@ -479,11 +479,11 @@ class MetricsLogger:
         labels = []
         if num_common < num_all:
             labels.append(f"common subset: {num_common} of {num_all} samples")
-        labels += _describe_missing(eval_result, num_common)
+        labels += _describe_counts(eval_result, num_common)
         self._log_scores(eval_result, labels)
         if eval_result.full is not None:
-            missing = _describe_missing(eval_result.full, num_all)
-            self._log_scores(eval_result.full, [f"all {num_all} samples", *missing])
+            labels = [f"all {num_all} samples", *_describe_counts(eval_result.full, num_all)]
+            self._log_scores(eval_result.full, labels)
         if self._state.run.hardware.process_group.is_main and not self._has_warned:
             self._warn_overfitting()
         if not eval_result.step:
@@ -533,8 +533,8 @@ class MetricsLogger:
             self._has_warned = True
 
 
-def _describe_missing(result: EvalResult, num_expected: int) -> list[str]:
-    """Describe losses and scores of other numbers of samples than expected."""
+def _describe_counts(result: EvalResult, num_expected: int) -> list[str]:
+    """Describe the numbers of losses and scores that are not as expected."""
     notes = []
     num_losses = result.num_loss_samples
     if num_losses is not None and num_losses != num_expected:

@@ -40,8 +40,11 @@ from finesight.errors import UserError
 FRAME_1000: ImageSize = (1000, 1000)
 """Coordinate frame (height, width) of boxes in thousandths of the image size."""
 
-MIN_SAMPLED_FRAMES, MAX_SAMPLED_FRAMES = 4, 768
-"""Minimum and maximum number of frames of a video file, as in the published video processors."""
+MIN_SAMPLED_FRAMES = 4
+"""Minimum number of frames of a video file, as in the published video processors."""
+
+MAX_SAMPLED_FRAMES = 768
+"""Maximum number of frames of a video file, as in the published video processors."""
 
 _TOOLS_PREFIX = (
     "# Tools\n\nYou may call one or more functions to assist with the user query.\n\n"
@@ -172,16 +175,22 @@ class ModelFamily(ABC):
         Raises:
             UserError: The template does not define this mode or reasoning effort.
         """
-        has_reasoning, effort = options.enable_thinking, options.reasoning_effort
+        has_reasoning = options.enable_thinking
+        effort = options.reasoning_effort
         if effort == "none" and not has_reasoning:
-            has_reasoning, effort = False, None
+            has_reasoning = False
+            effort = None
         if effort is not None and effort not in self.reasoning_efforts:
+            expected = "no value: the chat template of the model has no reasoning effort"
+            remedy = "omit it"
+            if self.reasoning_efforts:
+                expected = ", ".join(self.reasoning_efforts)
+                remedy = "choose one of these"
             raise UserError(
                 f"reasoning effort {effort!r:.80} for a model of the family {self.name}",
                 where="reasoning_effort",
-                expected=", ".join(self.reasoning_efforts)
-                or "no value: the chat template of the model has no reasoning effort",
-                remedy="choose one of these" if self.reasoning_efforts else "omit it",
+                expected=expected,
+                remedy=remedy,
             )
         if effort is not None and has_reasoning is False:
             raise UserError(
@@ -257,17 +266,12 @@ class ModelFamily(ABC):
         Consecutive results become one user turn.
         """
         if tools:
-            has_system = messages[0].role == "system"
-            content = self.write_tools(tools, messages[0].content if has_system else ())
-            system = Message.model_construct(role="system", content=tuple(content))
-            messages = (system, *messages[has_system:])
+            messages = self._add_tool_definitions(messages, tools)
         formatted: list[Message] = []
         for index, message in enumerate(messages):
             content = message.content
             if message.role == "tool":
-                content = strip_content(content) if self.strips_content else content
-                tags = TextPart(text="<tool_response>\n"), TextPart(text="\n</tool_response>")
-                content = tags[0], *content, tags[1]
+                content = self._format_tool_result(content)
                 if messages[index - 1].role == "tool":
                     content = *formatted.pop().content, TextPart(text="\n"), *content
                 message = Message.model_construct(role="user", content=content)
@@ -276,19 +280,47 @@ class ModelFamily(ABC):
             formatted.append(message)
         return formatted
 
+    def _add_tool_definitions(
+        self, messages: Sequence[Message], tools: Sequence[dict[str, Any]]
+    ) -> Sequence[Message]:
+        """Return the turns with definitions of tools in the system turn."""
+        system_content: Sequence[ContentPart] = ()
+        others = messages
+        if messages[0].role == "system":
+            system_content = messages[0].content
+            others = messages[1:]
+        content = tuple(self.write_tools(tools, system_content))
+        return Message.model_construct(role="system", content=content), *others
+
+    def _format_tool_result(self, content: Sequence[ContentPart]) -> tuple[ContentPart, ...]:
+        """Return the content of a turn with the result of a tool, between its tags."""
+        if self.strips_content:
+            content = strip_content(content)
+        start = TextPart(text="<tool_response>\n")
+        end = TextPart(text="\n</tool_response>")
+        return start, *content, end
+
     def _format_calls(self, content: Sequence[ContentPart]) -> tuple[ContentPart, ...]:
         """Return the content of an assistant turn, followed by the text of its tool calls."""
-        calls = [self.write_tool_call(part) for part in content if isinstance(part, ToolCallPart)]
-        others: Sequence[ContentPart] = [p for p in content if not isinstance(p, ToolCallPart)]
-        others = strip_content(others) if self.strips_content else others
-        text = "".join(part.text if isinstance(part, TextPart) else part.type for part in others)
-        answer = text.rpartition("</think>")[2].strip("\n") if self.renders_reasoning else text
-        before = self.call_separator if answer else ""
-        return *others, TextPart(text=before + "\n".join(calls))
+        calls: list[str] = []
+        others: list[ContentPart] = []
+        for part in content:
+            if isinstance(part, ToolCallPart):
+                calls.append(self.write_tool_call(part))
+            else:
+                others.append(part)
+        if self.strips_content:
+            others = list(strip_content(others))
+        answer = "".join(part.text if isinstance(part, TextPart) else part.type for part in others)
+        if self.renders_reasoning:
+            answer = answer.rpartition("</think>")[2].strip("\n")
+        separator = self.call_separator if answer else ""
+        return *others, TextPart(text=separator + "\n".join(calls))
 
     def visual_markers(self, kind: Literal["image", "video"], visual_number: int) -> VisualMarkers:
         """Return the tokens around an image or video with its 1-based number in the sample."""
-        start, end = SpecialToken("<|vision_start|>"), SpecialToken("<|vision_end|>")
+        start = SpecialToken("<|vision_start|>")
+        end = SpecialToken("<|vision_end|>")
         return VisualMarkers((start,), f"<|{kind}_pad|>", (end,))
 
     def sample_frames(
@@ -326,10 +358,14 @@ class ModelFamily(ABC):
         """
         items: list[dict[str, Any]] = []
         for box in boxes:
-            label = {} if box.label is None else {"label": box.label}
             key = POINT_KEY if box.is_point else BOX_KEY
-            items.append({key: self._round_corners(box)} | label)
-        return [json.dumps(items[0] if len(items) == 1 else items, ensure_ascii=False)]
+            item: dict[str, Any] = {key: self._round_corners(box)}
+            if box.label is not None:
+                item["label"] = box.label
+            items.append(item)
+        if len(items) == 1:
+            return [json.dumps(items[0], ensure_ascii=False)]
+        return [json.dumps(items, ensure_ascii=False)]
 
     def write_coordinates(self, box: ImageBox) -> list[PromptPiece]:
         """Format a box as a JSON value: a list of numbers, or a string with special tokens."""
@@ -358,15 +394,15 @@ class ModelFamily(ABC):
             else:
                 pieces.append(self.write_boxes(segment))
         for index in _find_boxes_in_json_strings(segments, slots):
-            before, after = str(pieces[index - 1][0]), str(pieces[index + 1][0])
-            is_value = before[-1:] == after[:1] == '"' and before[-2:-1] != "\\"
-            if is_value and not self.box_tokens and after[1:].lstrip()[:1] != ":":
-                pieces[index - 1], pieces[index + 1] = [before[:-1]], [after[1:]]
+            before = str(pieces[index - 1][0])
+            after = str(pieces[index + 1][0])
+            is_whole_string = before[-1:] == after[:1] == '"' and before[-2:-1] != "\\"
+            is_key = after[1:].lstrip()[:1] == ":"
+            if is_whole_string and not is_key and not self.box_tokens:
+                pieces[index - 1] = [before[:-1]]
+                pieces[index + 1] = [after[1:]]
             else:
-                pieces[index] = [
-                    json.dumps(one, ensure_ascii=False)[1:-1] if isinstance(one, str) else one
-                    for one in pieces[index]
-                ]
+                pieces[index] = [_escape_in_json(piece) for piece in pieces[index]]
         return list(itertools.chain.from_iterable(pieces))
 
     def read_boxes(
@@ -388,6 +424,13 @@ class ModelFamily(ABC):
             grid_t: Number of frame groups (patches along time).
             seconds_per_grid: Time between consecutive frame groups.
         """
+
+
+def _escape_in_json(piece: PromptPiece) -> PromptPiece:
+    """Escape a text for use within a string of JSON."""
+    if isinstance(piece, SpecialToken):
+        return piece
+    return json.dumps(piece, ensure_ascii=False)[1:-1]
 
 
 def format_definitions(tools: Sequence[dict[str, Any]]) -> str:
@@ -432,34 +475,50 @@ def is_question(message: Message) -> bool:
 
 def scale_box(xyxy: Box, source_frame: ImageSize, target_frame: ImageSize) -> Box:
     """Scale box corners from one coordinate frame (height, width) to another."""
-    scale_x, scale_y = target_frame[1] / source_frame[1], target_frame[0] / source_frame[0]
+    source_height, source_width = source_frame
+    target_height, target_width = target_frame
+    scale_x = target_width / source_width
+    scale_y = target_height / source_height
     x1, y1, x2, y2 = xyxy
     return x1 * scale_x, y1 * scale_y, x2 * scale_x, y2 * scale_y
 
 
 def round_to_frame(xyxy: Box, frame: ImageSize) -> tuple[int, int, int, int]:
     """Round box corners to integers (halves up) and clamp them to a frame (height, width)."""
-    limits = frame[::-1] * 2
-    rounded = (math.floor(value + 0.5) for value in xyxy)
-    x1, y1, x2, y2 = (min(max(one, 0), limit) for one, limit in zip(rounded, limits, strict=True))
-    return x1, y1, x2, y2
+    height, width = frame
+    x1, y1, x2, y2 = (math.floor(value + 0.5) for value in xyxy)
+    return _clamp(x1, width), _clamp(y1, height), _clamp(x2, width), _clamp(y2, height)
+
+
+def _clamp(value: int, limit: int) -> int:
+    return min(max(value, 0), limit)
 
 
 def _find_boxes_in_json_strings(
     segments: Sequence[str | list[ImageBox]], slots: Collection[int]
 ) -> list[int]:
     """Return the indices of the boxes within strings of JSON: a mark elsewhere is invalid JSON."""
-    marks = ("0" if index in slots else "?" for index in range(len(segments)))
-    texts = [one if isinstance(one, str) else m for one, m in zip(segments, marks, strict=True)]
-    regions = list(iter_json_values("".join(texts))) if "?" in texts and len(texts) > 2 else []
-    ends = itertools.accumulate(map(len, texts))
-    return [
-        index
-        for index, (one, end) in enumerate(zip(segments, ends, strict=True))
-        if isinstance(one, list)
-        and index not in slots
-        and any(found.start < end < found.stop for found in regions)
-    ]
+    texts: list[str] = []
+    box_ends: dict[int, int] = {}
+    end = 0
+    for index, segment in enumerate(segments):
+        if isinstance(segment, str):
+            texts.append(segment)
+        elif index in slots:
+            texts.append("0")
+        else:
+            texts.append("?")
+            box_ends[index] = end + 1
+        end += len(texts[-1])
+    # A box within a string is between two texts.
+    if not box_ends or len(segments) <= 2:
+        return []
+    regions = list(iter_json_values("".join(texts)))
+    found = []
+    for index, box_end in box_ends.items():
+        if any(region.start < box_end < region.stop for region in regions):
+            found.append(index)
+    return found
 
 
 _NUMBER = r"\s*(-?\d+(?:\.\d+)?)\s*"
@@ -479,13 +538,14 @@ def read_json_boxes(text: str, frame: ImageSize, original_size: ImageSize) -> li
     parsed = [(box.label, box.coordinates) for box in iter_json_boxes(objects)]
     if not parsed and ("bbox" in text or _ONLY_VALUES.fullmatch(text)):
         parsed = [(None, match.groups()) for match in _FOUR_VALUES.finditer(text)]
-    return [
-        create_region(
-            scale_box(corners, frame, original_size), label, is_point=len(coordinates) == 2
-        )
-        for label, coordinates in parsed
-        if (corners := parse_corners(coordinates)) is not None
-    ]
+    regions = []
+    for label, coordinates in parsed:
+        corners = parse_corners(coordinates)
+        if corners is None:
+            continue
+        scaled = scale_box(corners, frame, original_size)
+        regions.append(create_region(scaled, label, is_point=len(coordinates) == 2))
+    return regions
 
 
 def parse_corners(values: Any) -> Box | None:
@@ -493,7 +553,10 @@ def parse_corners(values: Any) -> Box | None:
     if not isinstance(values, list | tuple) or len(values) not in (2, 4):
         return None
     try:
-        x1, y1, x2, y2 = (float(value) for value in (*values, *values)[:4])
+        # Both corners of a point are equal.
+        x1, y1, x2, y2 = map(float, (*values, *values)[:4])
     except (TypeError, ValueError, OverflowError):
         return None
-    return (x1, y1, x2, y2) if all(map(math.isfinite, (x1, y1, x2, y2))) else None
+    if not all(map(math.isfinite, (x1, y1, x2, y2))):
+        return None
+    return x1, y1, x2, y2

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -57,7 +57,8 @@ class Qwen2VL(ModelFamily):
         ref, ref_end, start, end = map(SpecialToken, self.box_tokens or ())
         pieces: list[PromptPiece] = []
         for box in boxes:
-            pieces += [] if box.label is None else [ref, box.label, ref_end]
+            if box.label is not None:
+                pieces += [ref, box.label, ref_end]
             corners = round_to_frame(scale_box(box.xyxy, box.original_size, FRAME_1000), FRAME_1000)
             x1, y1, x2, y2 = (min(corner, self.max_box_coordinate) for corner in corners)
             second = "" if box.is_point else f",({x2},{y2})"
@@ -74,10 +75,10 @@ class Qwen2VL(ModelFamily):
         in a string of JSON gets the label in the JSON.
         """
         boxes: list[BoxPart] = []
-        found = (one for value in iter_json_values(text, "{") for one in iter_json_boxes(value[2]))
-        json_labels = (one.label for one in found if one.is_tagged)
+        json_labels = _iter_json_labels(text)
         offsets = {one for one in find_offsets(text) if text[one : one + 1] == '"'}
-        label, end = None, 0
+        label = None
+        end = 0
         for match in _BOX.finditer(text):
             is_json = match.start() - 1 in offsets
             if offsets and not is_json and "<|box_start|>" not in match[0]:
@@ -101,6 +102,14 @@ class Qwen2VL(ModelFamily):
     def temporal_position_ids(self, grid_t: int, seconds_per_grid: float) -> NDArray[np.int64]:
         """Return the index of each frame group, independent of the frame rate."""
         return np.arange(grid_t, dtype=np.int64)
+
+
+def _iter_json_labels(text: str) -> Iterator[str | None]:
+    """Yield the labels of boxes with special tokens within JSON."""
+    for found in iter_json_values(text, "{"):
+        for box in iter_json_boxes(found.value):
+            if box.is_tagged:
+                yield box.label
 
 
 def from_folder(folder: ModelFolder) -> Qwen2VL:

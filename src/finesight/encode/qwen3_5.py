@@ -94,7 +94,9 @@ class Qwen35(Qwen3VL):
 
     @property
     def reasoning_efforts(self) -> tuple[str, ...]:
-        return () if self.reasoning_effort is None else tuple(EFFORT_INSTRUCTIONS)
+        if self.reasoning_effort is None:
+            return ()
+        return tuple(EFFORT_INSTRUCTIONS)
 
     @property
     def renders_reasoning(self) -> bool:
@@ -120,18 +122,22 @@ class Qwen35(Qwen3VL):
         """Return the definitions of tools, followed by the content of the system turn."""
         text = f"{_TOOLS_PREFIX}{format_definitions(tools)}{_TOOLS_SUFFIX}"
         content = strip_content(system)
-        return TextPart(text=text), *([TextPart(text="\n\n"), *content] if content else [])
+        if not content:
+            return (TextPart(text=text),)
+        return TextPart(text=text), TextPart(text="\n\n"), *content
 
     def write_tool_call(self, call: ToolCallPart) -> str:
         """Return the text of a tool call in XML, with its tags."""
         lines = [TOOL_CALL_START, f"<function={call.name}>"]
         for name, value in call.arguments.items():
-            is_text = isinstance(value, str) or not (
-                self.writes_json_scalars or isinstance(value, list | dict)
-            )
-            text = str(value) if is_text else json.dumps(value, ensure_ascii=False)
-            lines += [f"<parameter={name}>", text, "</parameter>"]
+            lines += [f"<parameter={name}>", self._write_argument(value), "</parameter>"]
         return "\n".join((*lines, "</function>", TOOL_CALL_END))
+
+    def _write_argument(self, value: Any) -> str:
+        is_container = isinstance(value, list | dict)
+        if not isinstance(value, str) and (self.writes_json_scalars or is_container):
+            return json.dumps(value, ensure_ascii=False)
+        return str(value)
 
     def format_messages(self, messages: Sequence[Message]) -> Sequence[Message]:
         """Strip whitespace around contents, and add the reasoning effort to the system prompt."""
@@ -141,10 +147,14 @@ class Qwen35(Qwen3VL):
         ]
         if self.reasoning_effort is None:
             return stripped
-        instructions = EFFORT_INSTRUCTIONS[self.reasoning_effort] if self.has_reasoning else ""
-        has_system = stripped[0].role == "system"
-        system_content = stripped[0].content if has_system else ()
-        others = stripped[1:] if has_system else stripped
+        instructions = ""
+        if self.has_reasoning:
+            instructions = EFFORT_INSTRUCTIONS[self.reasoning_effort]
+        system_content: tuple[ContentPart, ...] = ()
+        others = stripped
+        if stripped[0].role == "system":
+            system_content = stripped[0].content
+            others = stripped[1:]
         if instructions:
             separator = "\n\n" if system_content else ""
             system_content = (TextPart(text=instructions + separator), *system_content)

@@ -50,7 +50,9 @@ Attention copies the keys of the shared prefix for each sequence.
 def copy_to_device(array: NDArray[np.generic], device: torch.device) -> Tensor:
     """Copy a NumPy array to `device`, asynchronously on a GPU."""
     tensor = torch.from_numpy(array)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+    if device.type != "cuda":
+        return tensor
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,8 +139,10 @@ class SharedPrefix(NamedTuple):
         token. Position ids of its tokens are independent of the rest of the sample.
         """
         first_supervised = int(np.append(tokenized.loss_mask_T, True).argmax())
-        first_image = tokenized.spans[0].start if tokenized.spans else tokenized.num_tokens
-        ids_P = tokenized.ids_T[: max(0, min(first_supervised - 1, first_image))]
+        length = first_supervised - 1
+        if tokenized.spans:
+            length = min(length, tokenized.spans[0].start)
+        ids_P = tokenized.ids_T[: max(0, length)]
         return cls(ids_P, len(ids_P))
 
     def intersect(self, other: SharedPrefix) -> SharedPrefix:
@@ -146,7 +150,9 @@ class SharedPrefix(NamedTuple):
         min_length = min(self.min_length, other.min_length)
         end = min(len(self.ids_P), len(other.ids_P))
         mismatches = np.flatnonzero(self.ids_P[:end] != other.ids_P[:end])
-        return SharedPrefix(self.ids_P[: mismatches[0] if len(mismatches) else end], min_length)
+        if len(mismatches):
+            end = int(mismatches[0])
+        return SharedPrefix(self.ids_P[:end], min_length)
 
     @property
     def length(self) -> int:
@@ -155,14 +161,17 @@ class SharedPrefix(NamedTuple):
         A multiple of PREFIX_MULTIPLE if the samples diverge after it.
         """
         common_length = len(self.ids_P)
-        is_complete = common_length == self.min_length
-        return common_length - (0 if is_complete else common_length % PREFIX_MULTIPLE)
+        if common_length == self.min_length:
+            return common_length
+        return common_length - common_length % PREFIX_MULTIPLE
 
 
 def effective_prefix_length(prefix_length: int, lengths: Sequence[int]) -> int:
     """Return the shared prefix length, or 0 if sharing saves too few tokens."""
     num_saved = prefix_length * (len(lengths) - 1)
-    return prefix_length if num_saved * MIN_PREFIX_SAVING >= sum(lengths) else 0
+    if num_saved * MIN_PREFIX_SAVING < sum(lengths):
+        return 0
+    return prefix_length
 
 
 def find_shared_prefix_length(tokenized_samples: Sequence[TokenizedSample]) -> int:
@@ -188,6 +197,14 @@ def compute_cu_seqlens(lengths: Sequence[int]) -> NDArray[np.int32]:
     return np.cumsum([0, *lengths], dtype=np.int32)
 
 
+class _TokenRange(NamedTuple):
+    """Tokens [start, stop) of a sample, which are one sequence of a packed batch."""
+
+    tokenized: TokenizedSample
+    start: int
+    stop: int
+
+
 def pack(
     samples: Sequence[EncodedSample],
     patch_buffer: NDArray[np.uint8] | None = None,
@@ -208,63 +225,86 @@ def pack(
     assert len(samples) == 1 or not first_sample.hf_inputs, (
         f"{first_sample.tokenized.id} must be packed alone"
     )
-    tokenized_samples = [item.tokenized for item in samples]
-    prefix_length = prefix_length if len(tokenized_samples) > 1 else 0
-    # Inputs of an HF processor require all tokens of the sample.
-    ends = [
-        tokenized.num_tokens if first_sample.hf_inputs else tokenized.num_packed_tokens
-        for tokenized in tokenized_samples
-    ]
-    ranges = zip(tokenized_samples, ends, strict=True)
-    token_ranges = [(one, prefix_length, end) for one, end in ranges]
     if first_sample.tokenized.response_starts:
         assert len(samples) == 1, f"{first_sample.tokenized.id} must be packed alone"
+        ranges = _split_responses(first_sample)
         # The prompt with its images is the shared prefix of the responses.
-        limits = 0, *first_sample.tokenized.response_starts, *ends
-        prefix_length = limits[1]
-        token_ranges = [(tokenized_samples[0], *limit) for limit in pairwise(limits)]
-    elif prefix_length:
-        prefixes = map(SharedPrefix.from_sample, tokenized_samples)
-        common_length = len(reduce(SharedPrefix.intersect, prefixes).ids_P)
-        assert prefix_length <= common_length, (
-            f"the samples share {common_length} tokens, not {prefix_length}"
-        )
-        token_ranges.insert(0, (tokenized_samples[0], 0, prefix_length))
-    lengths = [end - start for _, start, end in token_ranges]
+        prefix_length = ranges[0].stop
+    else:
+        if len(samples) == 1:
+            prefix_length = 0
+        ranges = _select_ranges(samples, prefix_length)
+    lengths = [one.stop - one.start for one in ranges]
     cu_seqlens = compute_cu_seqlens(lengths)
-    # Index of each sample's first token if the prefix directly preceded its other tokens.
-    sample_offsets = cu_seqlens[-len(tokenized_samples) - 1 : -1] - prefix_length
+
+    ids = []
+    position_ids = []
+    logit_indices = []
+    labels = []
+    for (tokenized, start, stop), offset in zip(ranges, cu_seqlens[:-1], strict=True):
+        ids.append(tokenized.ids_T[start:stop])
+        position_ids.append(tokenized.position_ids_3T[:, start:stop])
+        supervised = np.flatnonzero(tokenized.loss_mask_T[start + 1 : stop + 1])
+        logit_indices.append(offset + supervised)
+        labels.append(tokenized.ids_T[start + 1 + supervised])
+
     if first_sample.tokenized.response_starts:
         sample_offsets = cu_seqlens[:1]
-    ids_T = np.concatenate([one.ids_T[a:b] for one, a, b in token_ranges])
-    logit_indices, labels = [], []
-    for (one, start, end), offset in zip(token_ranges, cu_seqlens[:-1], strict=True):
-        supervised = np.flatnonzero(one.loss_mask_T[start + 1 : end + 1])
-        logit_indices.append(offset + supervised)
-        labels.append(one.ids_T[start + 1 + supervised])
-    visual_indices = [
-        np.arange(start + span.start, start + span.stop)
-        for start, tokenized in zip(sample_offsets, tokenized_samples, strict=True)
-        for span in tokenized.spans
-    ]
-    empty = np.empty(0, dtype=np.int64)
-    position_ids_3T = np.concatenate([one.position_ids_3T[:, a:b] for one, a, b in token_ranges], 1)
+    else:
+        # Index of each sample's first token if the prefix directly preceded its other tokens.
+        sample_offsets = cu_seqlens[-len(samples) - 1 : -1] - prefix_length
+    grids: list[GridTHW] = []
+    visual_indices = [np.empty(0, dtype=np.int64)]
+    for sample, offset in zip(samples, sample_offsets, strict=True):
+        for span in sample.tokenized.spans:
+            grids.append(span.grid_thw)
+            visual_indices.append(np.arange(offset + span.start, offset + span.stop))
+
+    patches_ND = concat_patches([one.patches_ND for one in samples], patch_buffer)
     return PackedBatch(
-        sample_ids=tuple(tokenized.id for tokenized in tokenized_samples),
+        sample_ids=tuple(one.tokenized.id for one in samples),
         lengths=tuple(lengths),
-        grid_thw=tuple(span.grid_thw for one in tokenized_samples for span in one.spans),
-        ids_T=torch.from_numpy(ids_T.astype(np.int64)),
-        position_ids_3T=torch.from_numpy(position_ids_3T.astype(np.int64)),
+        grid_thw=tuple(grids),
+        ids_T=torch.from_numpy(np.concatenate(ids).astype(np.int64)),
+        position_ids_3T=torch.from_numpy(np.concatenate(position_ids, 1).astype(np.int64)),
         cu_seqlens_S1=torch.from_numpy(cu_seqlens),
-        patches_ND=torch.from_numpy(
-            concat_patches([one.patches_ND for one in samples], patch_buffer)
-        ),
-        visual_indices_M=torch.from_numpy(np.concatenate([empty, *visual_indices])),
+        patches_ND=torch.from_numpy(patches_ND),
+        visual_indices_M=torch.from_numpy(np.concatenate(visual_indices)),
         logit_indices_L=torch.from_numpy(np.concatenate(logit_indices)),
         labels_L=torch.from_numpy(np.concatenate(labels).astype(np.int64)),
         hf_inputs=first_sample.hf_inputs,
         prefix_length=prefix_length,
     )
+
+
+def _split_responses(sample: EncodedSample) -> list[_TokenRange]:
+    """Return the prompt of a sample, then each of its responses."""
+    tokenized = sample.tokenized
+    limits = (0, *tokenized.response_starts, _count_required_tokens(sample))
+    return [_TokenRange(tokenized, start, stop) for start, stop in pairwise(limits)]
+
+
+def _select_ranges(samples: Sequence[EncodedSample], prefix_length: int) -> list[_TokenRange]:
+    """Return the shared prefix, if any, then the other tokens of each sample."""
+    ranges: list[_TokenRange] = []
+    if prefix_length:
+        prefixes = [SharedPrefix.from_sample(one.tokenized) for one in samples]
+        common_length = len(reduce(SharedPrefix.intersect, prefixes).ids_P)
+        assert prefix_length <= common_length, (
+            f"the samples share {common_length} tokens, not {prefix_length}"
+        )
+        ranges.append(_TokenRange(samples[0].tokenized, 0, prefix_length))
+    for sample in samples:
+        stop = _count_required_tokens(sample)
+        ranges.append(_TokenRange(sample.tokenized, prefix_length, stop))
+    return ranges
+
+
+def _count_required_tokens(sample: EncodedSample) -> int:
+    # Inputs of an HF processor require all tokens of the sample.
+    if sample.hf_inputs:
+        return sample.tokenized.num_tokens
+    return sample.tokenized.num_packed_tokens
 
 
 def pad_batch(batch: PackedBatch, merge_size: int | None) -> PackedBatch:
@@ -277,19 +317,17 @@ def pad_batch(batch: PackedBatch, merge_size: int | None) -> PackedBatch:
         merge_size: Number of patches per side of a merged token; None for a vision encoder with a
             fixed image size, whose patches are not padded.
     """
-    patches_ND, grid_thw = batch.patches_ND, batch.grid_thw
+    patches_ND = batch.patches_ND
+    grid_thw = batch.grid_thw
+    num_features = 0
     if merge_size is not None:
         patches_ND, grid_thw = pad_patches(patches_ND, grid_thw, merge_size)
-    num_features = (len(patches_ND) - len(batch.patches_ND)) // (merge_size or 1) ** 2
+        num_features = (len(patches_ND) - len(batch.patches_ND)) // merge_size**2
     num_tokens = num_features + 1
     num_tokens += -(len(batch.ids_T) + num_tokens) % PAD_MULTIPLE
     padded = _append_dummy_sequence(batch, num_tokens, num_features, patches_ND, grid_thw)
-    return replace(
-        padded,
-        logit_indices_L=F.pad(
-            batch.logit_indices_L, (0, -len(batch.logit_indices_L) % PAD_MULTIPLE)
-        ),
-    )
+    num_padding_logits = -len(batch.logit_indices_L) % PAD_MULTIPLE
+    return replace(padded, logit_indices_L=F.pad(batch.logit_indices_L, (0, num_padding_logits)))
 
 
 def append_dummy_image(
@@ -332,7 +370,8 @@ def _append_dummy_sequence(
     grid_thw: tuple[GridTHW, ...],
 ) -> PackedBatch:
     """Append a dummy sequence whose first `num_features` tokens are image placeholders."""
-    end, dummy_ids = len(batch.ids_T), batch.ids_T.new_zeros(num_tokens)
+    end = len(batch.ids_T)
+    dummy_ids = batch.ids_T.new_zeros(num_tokens)
     offsets = torch.arange(num_tokens, device=dummy_ids.device)
     return replace(
         batch,
@@ -351,8 +390,9 @@ def pad_patches(
 ) -> tuple[Tensor, tuple[GridTHW, ...]]:
     """Append a dummy image that pads the number of patches to a multiple of PAD_MULTIPLE."""
     num_merged = -len(patches_ND) % math.lcm(PAD_MULTIPLE, merge_size**2) // merge_size**2
-    dummy_grids = ((1, merge_size, num_merged * merge_size),) if num_merged else ()
-    return F.pad(patches_ND, (0, 0, 0, num_merged * merge_size**2)), grid_thw + dummy_grids
+    if num_merged:
+        grid_thw = (*grid_thw, (1, merge_size, num_merged * merge_size))
+    return F.pad(patches_ND, (0, 0, 0, num_merged * merge_size**2)), grid_thw
 
 
 def plan_packs(
@@ -368,13 +408,14 @@ def plan_packs(
     free_tokens: list[int] = []
     for index, sample_length in enumerate(lengths):
         length = _compute_budget_length(sample_length, prefix_length)
-        fitting = (pack for pack, free in enumerate(free_tokens) if free >= length)
-        pack_index = next(fitting, len(packs))
-        if pack_index == len(packs):
-            packs.append([])
-            free_tokens.append(token_budget - prefix_length)
-        packs[pack_index].append(index)
-        free_tokens[pack_index] -= length
+        for pack_index, free in enumerate(free_tokens):
+            if free >= length:
+                packs[pack_index].append(index)
+                free_tokens[pack_index] -= length
+                break
+        else:
+            packs.append([index])
+            free_tokens.append(token_budget - prefix_length - length)
     return packs
 
 
@@ -384,7 +425,9 @@ def compute_min_budget(lengths: Sequence[int], prefix_length: int = 0) -> int:
 
 
 def _compute_budget_length(length: int, prefix_length: int) -> int:
-    return max(length - prefix_length, length // MAX_CONTEXT_RATIO) if prefix_length else length
+    if not prefix_length:
+        return length
+    return max(length - prefix_length, length // MAX_CONTEXT_RATIO)
 
 
 IndexRange = tuple[int, int]
@@ -424,39 +467,46 @@ class ContextShard:
     @classmethod
     def from_sample(cls, tokenized: TokenizedSample, rank: int, world_size: int) -> ContextShard:
         """Create the shard of a tokenized sample for one rank."""
-        grid_thw = tuple(span.grid_thw for span in tokenized.spans)
         # The vision encoder encodes the temporal steps of a video separately.
-        frames = [n for n, (t, _, _) in enumerate(grid_thw) for _ in range(t)]
-        frame_patches = [math.prod(grid_thw[n][1:]) for n in frames]
-        num_features = [span.stop - span.start for span in tokenized.spans]
+        span_of_frame: list[int] = []
+        frame_patches: list[int] = []
+        frame_features: list[int] = []
+        placeholder_positions: list[int] = []
+        for index, span in enumerate(tokenized.spans):
+            grid_t, grid_h, grid_w = span.grid_thw
+            span_of_frame += [index] * grid_t
+            frame_patches += [grid_h * grid_w] * grid_t
+            frame_features += [(span.stop - span.start) // grid_t] * grid_t
+            placeholder_positions += range(span.start, span.stop)
+
         frame_ranges = _balance_ranges(frame_patches, world_size)
-        patch_offsets = [0, *accumulate(frame_patches)]
         first_frame, end_frame = frame_ranges[rank]
-        token_ranges = _split_tokens(tokenized.num_packed_tokens, rank, world_size)
-        placeholder_positions = [
-            position for span in tokenized.spans for position in range(span.start, span.stop)
-        ]
-        front, back = (
-            (bisect_left(placeholder_positions, a), bisect_left(placeholder_positions, b))
-            for a, b in token_ranges
-        )
+        patch_offsets = [0, *accumulate(frame_patches)]
+        # One grid per image or video of consecutive frames.
+        local_grids: list[GridTHW] = []
+        for index, count in Counter(span_of_frame[first_frame:end_frame]).items():
+            _, grid_h, grid_w = tokenized.spans[index].grid_thw
+            local_grids.append((count, grid_h, grid_w))
+
+        def find_features(token_range: IndexRange) -> IndexRange:
+            start = bisect_left(placeholder_positions, token_range[0])
+            stop = bisect_left(placeholder_positions, token_range[1])
+            return start, stop
+
+        front, back = _split_tokens(tokenized.num_packed_tokens, rank, world_size)
         return cls(
             rank=rank,
             world_size=world_size,
             sample_shape=SampleShape(
-                (tokenized.num_packed_tokens,), grid_thw, tokenized.num_supervised_tokens
+                (tokenized.num_packed_tokens,),
+                tuple(span.grid_thw for span in tokenized.spans),
+                tokenized.num_supervised_tokens,
             ),
-            token_ranges=token_ranges,
+            token_ranges=(front, back),
             patch_range=(patch_offsets[first_frame], patch_offsets[end_frame]),
-            # One grid per image or video of consecutive frames.
-            grid_thw=tuple(
-                (count, *grid_thw[n][1:])
-                for n, count in Counter(frames[first_frame:end_frame]).items()
-            ),
-            features_per_rank=tuple(
-                sum(num_features[n] // grid_thw[n][0] for n in frames[a:b]) for a, b in frame_ranges
-            ),
-            feature_ranges=(front, back),
+            grid_thw=tuple(local_grids),
+            features_per_rank=tuple(sum(frame_features[a:b]) for a, b in frame_ranges),
+            feature_ranges=(find_features(front), find_features(back)),
         )
 
     @property
@@ -484,12 +534,11 @@ class ContextShard:
         )
         local_index_T = torch.full((self.num_tokens,), -1)
         local_index_T[token_indices_T] = torch.arange(len(token_indices_T))
-        logit_indices_L, visual_indices_M = (
-            local_index_T[batch.logit_indices_L],
-            local_index_T[batch.visual_indices_M],
-        )
+        visual_indices_M = local_index_T[batch.visual_indices_M]
+        logit_indices_L = local_index_T[batch.logit_indices_L]
         is_local_L = logit_indices_L >= 0
-        logit_indices_L, labels_L = logit_indices_L[is_local_L], batch.labels_L[is_local_L]
+        labels_L = batch.labels_L[is_local_L]
+        logit_indices_L = logit_indices_L[is_local_L]
         if not len(logit_indices_L):
             # Add a token without a label, so that the backward pass runs on this rank, too.
             logit_indices_L = F.pad(logit_indices_L, (0, 1))
@@ -508,17 +557,22 @@ class ContextShard:
 
 
 def _split_tokens(num_tokens: int, rank: int, world_size: int) -> tuple[IndexRange, IndexRange]:
-    size = -(-num_tokens // (2 * world_size))
-    first, second = (
-        (min(num_tokens, chunk_index * size), min(num_tokens, (chunk_index + 1) * size))
-        for chunk_index in (rank, 2 * world_size - 1 - rank)
-    )
-    return first, second
+    """Return the chunk `rank` from the front and the one at the same distance from the end."""
+    num_chunks = 2 * world_size
+    size = -(-num_tokens // num_chunks)
+
+    def get_chunk(index: int) -> IndexRange:
+        return min(num_tokens, index * size), min(num_tokens, (index + 1) * size)
+
+    return get_chunk(rank), get_chunk(num_chunks - 1 - rank)
 
 
 def _balance_ranges(costs: list[int], world_size: int) -> list[IndexRange]:
     """Split items with costs into one consecutive range per rank, with balanced costs."""
-    middles = [end - cost / 2 for end, cost in zip(accumulate(costs), costs, strict=True)]
-    total_cost = sum(costs)
+    middles: list[float] = []
+    total_cost = 0
+    for cost in costs:
+        total_cost += cost
+        middles.append(total_cost - cost / 2)
     starts = [bisect_left(middles, total_cost * rank / world_size) for rank in range(world_size)]
     return list(zip(starts, [*starts[1:], len(costs)], strict=True))

@@ -69,17 +69,16 @@ def load_hf_config(folder: ModelFolder) -> Any:
         f" transformers {package.__version__}"
     )
     if folder.family not in package.CONFIG_MAPPING:
+        what = f"the family {folder.family} is unknown to transformers {package.__version__}"
+        remedy = "choose another model, or install a transformers version with this family"
         remote_code = folder.config.get("auto_map")
-        raise UserError(
-            f"the family {folder.family} is unknown to transformers {package.__version__}"
-            + (f": it needs remote code, auto_map is {remote_code}" if remote_code else ""),
-            where=config_file,
-            expected=expected,
-            remedy="remote code is never executed: use a version of the model in transformers'"
-            " native format, if available"
-            if remote_code
-            else "choose another model, or install a transformers version with this family",
-        )
+        if remote_code:
+            what += f": it needs remote code, auto_map is {remote_code}"
+            remedy = (
+                "remote code is never executed: use a version of the model in transformers'"
+                " native format, if available"
+            )
+        raise UserError(what, where=config_file, expected=expected, remedy=remedy)
     if "quantization_config" in folder.config:
         quantization = folder.config["quantization_config"]
         raise UserError(
@@ -98,13 +97,12 @@ def load_hf_config(folder: ModelFolder) -> Any:
             expected=expected,
             remedy="use the config.json of the published model",
         ) from error
-    is_image_text_to_text = type(config) in package.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-    if not is_image_text_to_text or config.is_encoder_decoder:
-        reason = (
-            "is an encoder-decoder model"
-            if is_image_text_to_text
-            else "has no image-text-to-text class"
-        )
+    reason = ""
+    if type(config) not in package.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        reason = "has no image-text-to-text class"
+    elif config.is_encoder_decoder:
+        reason = "is an encoder-decoder model"
+    if reason:
         raise UserError(
             f"the family {folder.family} {reason}",
             where=config_file,
@@ -258,7 +256,10 @@ class HfRenderer(Renderer):
         self._check_images_rendered(messages, sample_id)
         output = self._run_processor(messages, folder, add_generation_prompt, sample_id)
         loss_mask_T = np.zeros(len(output.ids_T), dtype=np.bool_)
-        for index in () if add_generation_prompt else self.list_supervised_turns(messages):
+        supervised_turns: Sequence[int] = ()
+        if not add_generation_prompt:
+            supervised_turns = self.list_supervised_turns(messages)
+        for index in supervised_turns:
             start = self._find_answer_start(output.ids_T, messages, index, folder, sample_id)
             loss_mask_T[self._find_answer_span(output.ids_T, start, sample_id)] = True
         # The transformers model computes its own position ids.
@@ -337,19 +338,11 @@ class HfRenderer(Renderer):
         self, messages: Sequence[Message], add_generation_prompt: bool, sample_id: str
     ) -> str:
         """Render messages with the chat template, without image data."""
-        conversation = _build_conversation(
-            messages,
-            lambda part: (
-                {"type": "text", "text": part.text}
-                if isinstance(part, TextPart)
-                else {"type": "image"}
-            ),
+        conversation = _build_conversation(messages, _describe_part)
+        texts = self._apply_chat_template(
+            conversation, add_generation_prompt, sample_id, tokenize=False
         )
-        return str(
-            self._apply_chat_template(
-                conversation, add_generation_prompt, sample_id, tokenize=False
-            )[0]
-        )
+        return str(texts[0])
 
     def _apply_chat_template(
         self,
@@ -442,17 +435,22 @@ def _build_conversation(
     return [{"role": one.role, "content": [*map(to_part, one.content)]} for one in messages]
 
 
+def _describe_part(part: ContentPart) -> dict[str, Any]:
+    """Convert a content part to that of a chat template, without the data of an image."""
+    if isinstance(part, TextPart):
+        return {"type": "text", "text": part.text}
+    return {"type": "image"}
+
+
 def _drop_last_image(messages: Sequence[Message]) -> list[Message] | None:
     """Return the messages without their last image, or None if they have no image."""
     for index in reversed(range(len(messages))):
         parts = messages[index].content
-        image_positions = [
-            position for position, part in enumerate(parts) if isinstance(part, ImagePart)
-        ]
-        if image_positions:
-            remaining = (*parts[: image_positions[-1]], *parts[image_positions[-1] + 1 :])
-            reduced = Message(role=messages[index].role, content=remaining)
-            return [*messages[:index], reduced, *messages[index + 1 :]]
+        for position in reversed(range(len(parts))):
+            if isinstance(parts[position], ImagePart):
+                remaining = (*parts[:position], *parts[position + 1 :])
+                reduced = Message(role=messages[index].role, content=remaining)
+                return [*messages[:index], reduced, *messages[index + 1 :]]
     return None
 
 
@@ -487,10 +485,11 @@ def _load_processor(folder: ModelFolder) -> Any:
 def _read_end_ids(folder: ModelFolder, tokenizer: Any) -> tuple[int, ...]:
     """Return the ids of the end tokens from the tokenizer and generation_config.json."""
     eos_token_id = folder.generation_config.get("eos_token_id")
-    ids = [
-        tokenizer.eos_token_id,
-        *(eos_token_id if isinstance(eos_token_id, list) else [eos_token_id]),
-    ]
+    ids = [tokenizer.eos_token_id]
+    if isinstance(eos_token_id, list):
+        ids += eos_token_id
+    else:
+        ids.append(eos_token_id)
     end_ids = tuple(dict.fromkeys(token for token in ids if isinstance(token, int)))
     if not end_ids:
         raise UserError(

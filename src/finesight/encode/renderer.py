@@ -35,6 +35,7 @@ from finesight.data.sample import (
     ImagePart,
     LocatedSample,
     Message,
+    Sample,
     TextPart,
     VideoPart,
     list_media_paths,
@@ -76,7 +77,8 @@ from finesight.vision.image_processing import (
     resolve_image_rule,
 )
 
-_THINK_TAG, _THINK_END_TAG = "<think>", "</think>"
+_THINK_TAG = "<think>"
+_THINK_END_TAG = "</think>"
 
 VISUAL_TOKENS = frozenset(
     ["<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>"]
@@ -104,23 +106,25 @@ def split_reasoning(content: Sequence[ContentPart]) -> ReasoningAndAnswer:
     A leading `<think>` and newlines around both parts are removed.
     """
     content = merge_text_parts(content)
-    texts = [part.text if isinstance(part, TextPart) else "" for part in content]
-    end_indices = [index for index, text in enumerate(texts) if _THINK_END_TAG in text]
-    if not end_indices:
+    end_index = None
+    for index, part in enumerate(content):
+        if isinstance(part, TextPart) and _THINK_END_TAG in part.text:
+            end_index = index
+    if end_index is None:
         return ReasoningAndAnswer(None, tuple(content))
-    end_index = end_indices[-1]
-    part = content[end_index]
-    assert isinstance(part, TextPart), f"reasoning that ends in a {part.type} part"
-    before, _, after = part.text.rpartition(_THINK_END_TAG)
+    end_part = content[end_index]
+    assert isinstance(end_part, TextPart), f"reasoning that ends in a {end_part.type} part"
+    before, _, after = end_part.text.rpartition(_THINK_END_TAG)
     reasoning = [*content[:end_index], TextPart(text=before.rstrip("\n"))]
     first = reasoning[0]
     if isinstance(first, TextPart):
-        start, tag, rest = first.text.partition(_THINK_TAG)
-        reasoning_text = rest if tag and not start.strip() else first.text
+        reasoning_text = first.text
+        start, tag, rest = reasoning_text.partition(_THINK_TAG)
+        if tag and not start.strip():
+            reasoning_text = rest
         reasoning[0] = TextPart(text=reasoning_text.lstrip("\n"))
-    return ReasoningAndAnswer(
-        tuple(reasoning), (TextPart(text=after.lstrip("\n")), *content[end_index + 1 :])
-    )
+    answer = (TextPart(text=after.lstrip("\n")), *content[end_index + 1 :])
+    return ReasoningAndAnswer(tuple(reasoning), answer)
 
 
 def parse_reasoning(text: str) -> tuple[str, str]:
@@ -213,9 +217,12 @@ def compute_position_ids(
         temporal_ids: Temporal position ids of the frame groups of each span, starting at 0.
     """
     position_ids_3T = np.empty((3, num_tokens), dtype=np.int32)
-    num_filled, next_position = 0, 0
+    num_filled = 0
+    next_position = 0
     for span, frame_ids in zip(spans, temporal_ids, strict=True):
-        t, h, w = span.grid_thw[0], span.grid_thw[1] // merge_size, span.grid_thw[2] // merge_size
+        t, num_patch_rows, num_patch_columns = span.grid_thw
+        h = num_patch_rows // merge_size
+        w = num_patch_columns // merge_size
         assert len(frame_ids) == t, f"{len(frame_ids)} temporal ids for {t} frame groups"
         assert span.stop - span.start == t * h * w, f"{span} has not {t * h * w} placeholders"
         next_position += span.start - num_filled
@@ -225,7 +232,8 @@ def compute_position_ids(
         span_ids_3M = position_ids_3T[:, span.start : span.stop]
         span_ids_3M[0] = np.repeat(frame_ids, h * w) + next_position
         np.add(_grid_rows_columns(t, h, w), next_position, out=span_ids_3M[1:])
-        num_filled, next_position = span.stop, next_position + max(int(frame_ids[-1]) + 1, h, w)
+        num_filled = span.stop
+        next_position += max(int(frame_ids[-1]) + 1, h, w)
     position_ids_3T[:, num_filled:] = np.arange(
         next_position, next_position + num_tokens - num_filled
     )
@@ -238,7 +246,8 @@ def _grid_rows_columns(t: int, h: int, w: int) -> NDArray[np.int32]:
     return np.indices((t, h, w), dtype=np.int32)[1:].reshape(2, -1)
 
 
-IM_START, IM_END = "<|im_start|>", "<|im_end|>"
+IM_START = "<|im_start|>"
+IM_END = "<|im_end|>"
 END_OF_TEXT = "<|endoftext|>"
 
 
@@ -297,9 +306,12 @@ FAMILIES = Registry("families", Callable, _BUILT_IN)
 def load_family(folder: ModelFolder) -> ModelFamily:
     """Create the `ModelFamily` of the model in a folder."""
     if folder.family not in FAMILIES:
-        what, remedy = f"unsupported model family {folder.family}", "choose a model of another one"
-        where, expected = str(folder.path / "config.json"), f"one of {', '.join(FAMILIES)}"
-        raise UserError(what, where=where, expected=expected, remedy=remedy)
+        raise UserError(
+            f"unsupported model family {folder.family}",
+            where=str(folder.path / "config.json"),
+            expected=f"one of {', '.join(FAMILIES)}",
+            remedy="choose a model of another one",
+        )
     return FAMILIES[folder.family](folder)
 
 
@@ -392,36 +404,60 @@ class Renderer(ABC):
                 `excluded_kinds` contains the kind of the sample.
         """
         sample = located_sample.sample
-        kind = "pair" if sample.rejected else f"label {sample.label}".lower()
-        if remedy := self.excluded_kinds.get(kind):
-            raise UserError(
-                "a rejected answer" if sample.rejected else f"no rejected answer, {kind}",
-                where=f"sample {sample.id}",
-                expected="pairs for dpo, orpo and simpo, pairs or labels for kto, else neither",
-                remedy=remedy,
-            )
+        self._check_kind(sample)
         tokenize = partial(self._tokenize_messages, add_generation_prompt=False)
-        tokenized, others = tokenize(located_sample, sample.messages), list[TokenizedSample]()
+        tokenized = tokenize(located_sample, sample.messages)
+        others: list[TokenizedSample] = []
         if sample.rejected and self.responses != "none":
             others.append(tokenize(located_sample, sample.rejected_messages))
-        is_joined = others or self.responses == "all"
-        joined = tokenized.join_responses(others) if is_joined else tokenized
-        turns = self.list_supervised_turns(sample.messages)
-        if turns and (answer := located_sample.mismatched) is not None:
-            content = tuple(_fit_box(part, tokenized.spans) for part in answer.content)
-            messages = *sample.messages[: turns[-1]], answer.model_copy(update={"content": content})
-            other = replace(located_sample, sample=sample.model_copy(update={"messages": messages}))
+        joined = tokenized
+        if others or self.responses == "all":
+            joined = tokenized.join_responses(others)
+        mismatched = self._replace_answer(located_sample, tokenized.spans)
+        if mismatched is not None:
             with suppress(UserError):  # A bad answer to another sample does not exclude this one.
-                others.append(tokenize(other, messages))
+                others.append(tokenize(mismatched, mismatched.sample.messages))
                 extended = tokenized.join_responses(others, self.max_length)
                 if extended.loss_mask_T[extended.response_starts[-1] :].any():
                     return extended
         return joined
 
+    def _check_kind(self, sample: Sample) -> None:
+        """Raise UserError for a sample of an excluded kind."""
+        if sample.rejected:
+            kind = "pair"
+            what = "a rejected answer"
+        else:
+            kind = f"label {sample.label}".lower()
+            what = f"no rejected answer, {kind}"
+        if remedy := self.excluded_kinds.get(kind):
+            raise UserError(
+                what,
+                where=f"sample {sample.id}",
+                expected="pairs for dpo, orpo and simpo, pairs or labels for kto, else neither",
+                remedy=remedy,
+            )
+
+    def _replace_answer(
+        self, located_sample: LocatedSample, images: Sequence[VisualSpan]
+    ) -> LocatedSample | None:
+        """Return a sample with its mismatched answer as the last turn; None without one."""
+        sample = located_sample.sample
+        turns = self.list_supervised_turns(sample.messages)
+        if not turns or located_sample.mismatched is None:
+            return None
+        answer = located_sample.mismatched
+        content = tuple(_fit_box(part, images) for part in answer.content)
+        last_turn = answer.model_copy(update={"content": content})
+        messages = (*sample.messages[: turns[-1]], last_turn)
+        return replace(located_sample, sample=sample.model_copy(update={"messages": messages}))
+
     def list_supervised_turns(self, messages: Sequence[Message]) -> list[int]:
         """Return the indices of the turns whose tokens contribute to the loss."""
         turns = [i for i, one in enumerate(messages) if one.role == "assistant" and one.loss]
-        return turns[-1:] if self.supervise == "last" else turns
+        if self.supervise == "last":
+            return turns[-1:]
+        return turns
 
     @property
     def visual_token_ids(self) -> tuple[int, ...]:
@@ -462,12 +498,16 @@ class Renderer(ABC):
             is_thinking: Whether the completion starts within the reasoning
                 (`TokenizedSample.is_thinking`); None for the mode of the renderer.
         """
-        stop_positions = (position for position, token in enumerate(ids) if token in self.end_ids)
-        text = self.tokenizer.decode(
-            ids[: next(stop_positions, len(ids))], skip_special_tokens=True
-        )
+        end = len(ids)
+        for position, token in enumerate(ids):
+            if token in self.end_ids:
+                end = position
+                break
+        text = self.tokenizer.decode(ids[:end], skip_special_tokens=True)
         raw_text = self.tokenizer.decode(ids, skip_special_tokens=False)
-        if not (self.has_reasoning if is_thinking is None else is_thinking):
+        if is_thinking is None:
+            is_thinking = self.has_reasoning
+        if not is_thinking:
             return DecodedCompletion(text, raw_text, None)
         reasoning, answer = parse_reasoning(text)
         return DecodedCompletion(answer, parse_reasoning(raw_text)[1], reasoning)
@@ -514,7 +554,9 @@ class NativeRenderer(Renderer):
         self.patch_config = load_patch_config(folder)
         self.image_rule: ImageRule = resolve_image_rule(folder.preprocessor_config, image_rule)
         self._video_limits = load_video_limits(folder) if self.family.limits_video_pixels else None
-        self.system_prompt = self.family.system_prompt if system_prompt is None else system_prompt
+        self.system_prompt = system_prompt
+        if system_prompt is None:
+            self.system_prompt = self.family.system_prompt
         self.tokenizer = load_tokenizer(folder)
         self.end_ids = (self.tokenizer.token_to_id(IM_END), self.tokenizer.token_to_id(END_OF_TEXT))
         for token, key in self.family.token_id_keys.items():
@@ -555,20 +597,8 @@ class NativeRenderer(Renderer):
         *,
         add_generation_prompt: bool,
     ) -> TokenizedSample:
-        inputs_by_part = [
-            self._build_visuals(part, located_sample)
-            for part in located_sample.sample.iter_parts()
-            if isinstance(part, ImagePart | VideoPart)
-        ]
-        images = [span for span, _ in chain(*inputs_by_part) if span.kind == "image"]
-        token_builder = TokenBuilder(self.tokenizer)
-        variants: Iterator[ImageVariant] = iter(())
-        if isinstance(located_sample, AugmentedSample):
-            variants = iter(located_sample.variants)
-        visuals = iter(inputs_by_part)
-        state = _RenderState(
-            located_sample.sample.id, token_builder, visuals, images, [], [], variants
-        )
+        state = self._create_state(located_sample)
+        token_builder = state.token_builder
         family = self.family
         if family.has_thinking_modes and not add_generation_prompt:
             family = replace(family, has_reasoning=_has_reasoning(messages))
@@ -595,11 +625,15 @@ class NativeRenderer(Renderer):
             self._add_role(token_builder, "assistant")
             token_builder.add_text(family.generation_prompt, is_supervised=False)
         ids_T, loss_mask_T = token_builder.to_arrays()
-        for turn in [slice(None)] if add_generation_prompt else unsupervised:
+        if add_generation_prompt:
+            unsupervised = [slice(None)]
+        for turn in unsupervised:
             loss_mask_T[turn] = False
-        spans, temporal_ids = (
-            ([], []) if family.uses_1d_positions else (state.spans, state.temporal_ids)
-        )
+        spans = state.spans
+        temporal_ids = state.temporal_ids
+        if family.uses_1d_positions:
+            spans = []
+            temporal_ids = []
         position_ids_3T = compute_position_ids(
             len(ids_T), spans, temporal_ids, self.patch_config.merge_size
         )
@@ -612,11 +646,35 @@ class NativeRenderer(Renderer):
             is_thinking=family.has_reasoning,
         )
 
+    def _create_state(self, located_sample: LocatedSample) -> _RenderState:
+        """Return the state before the first turn; reads the headers of images and videos."""
+        visuals_by_part: list[list[_Visual]] = []
+        images: list[VisualSpan] = []
+        for part in located_sample.sample.iter_parts():
+            if isinstance(part, ImagePart | VideoPart):
+                visuals = self._build_visuals(part, located_sample)
+                visuals_by_part.append(visuals)
+                images += [span for span, _ in visuals if span.kind == "image"]
+        variants: Iterator[ImageVariant] = iter(())
+        if isinstance(located_sample, AugmentedSample):
+            variants = iter(located_sample.variants)
+        return _RenderState(
+            sample_id=located_sample.sample.id,
+            token_builder=TokenBuilder(self.tokenizer),
+            pending_visuals=iter(visuals_by_part),
+            images=images,
+            spans=[],
+            temporal_ids=[],
+            variants=variants,
+        )
+
     def _add_role(self, token_builder: TokenBuilder, role: str) -> None:
-        for piece in (role, "\n") if self.family.splits_role_tokens else (f"{role}\n",):
+        if not self.family.splits_role_tokens:
+            token_builder.add_text(f"{role}\n", is_supervised=False)
+            return
+        for piece in (role, "\n"):
             token_builder.add_text(piece, is_supervised=False)
-            if self.family.splits_role_tokens:
-                token_builder.flush()
+            token_builder.flush()
 
     def _add_reasoning(
         self, state: _RenderState, family: ModelFamily, messages: Sequence[Message], index: int
@@ -626,7 +684,8 @@ class NativeRenderer(Renderer):
         An answer without reasoning is rendered with an empty reasoning section.
         """
         parts = split_reasoning(messages[index].content)
-        reasoning, answer = parts.reasoning or (), parts.answer
+        reasoning = parts.reasoning or ()
+        answer = parts.answer
         if family.strips_content:
             reasoning = strip_content(reasoning)
         if family.strips_answer:
@@ -647,23 +706,28 @@ class NativeRenderer(Renderer):
     ) -> None:
         """Append the content parts of a turn; adjacent boxes are formatted together."""
         segments: list[str | list[ImageBox]] = []
-        for part in (*content, None):
+        for part in content:
             if isinstance(part, TextPart):
                 segments.append(part.text)
-                continue
-            if isinstance(part, BoxPart):
+            elif isinstance(part, BoxPart):
                 box = _to_image_box(part, state.images, state.sample_id)
-                last = segments[-1] if segments else ""
-                if isinstance(last, str):
-                    segments.append(last := [])
-                last.append(box)
-                continue
-            pieces = self.family.write_segments(segments)
-            state.token_builder.add_pieces(pieces, is_supervised=is_supervised)
-            segments = []
-            if part is not None:
+                last = segments[-1] if segments else None
+                if isinstance(last, list):
+                    last.append(box)
+                else:
+                    segments.append([box])
+            else:
+                self._add_segments(state, segments, is_supervised=is_supervised)
+                segments = []
                 for span, segment in next(state.pending_visuals):
                     self._add_visual(state, span, segment)
+        self._add_segments(state, segments, is_supervised=is_supervised)
+
+    def _add_segments(
+        self, state: _RenderState, segments: Sequence[str | list[ImageBox]], *, is_supervised: bool
+    ) -> None:
+        pieces = self.family.write_segments(segments)
+        state.token_builder.add_pieces(pieces, is_supervised=is_supervised)
 
     def _add_visual(self, state: _RenderState, span: VisualSpan, segment: VideoSegment) -> None:
         token_builder = state.token_builder
@@ -685,14 +749,12 @@ class NativeRenderer(Renderer):
     ) -> list[_Visual]:
         if isinstance(part, ImagePart):
             path = located_sample.resolve_path(part.image)
-            return [
-                self._build_visual(
-                    "image", (path,), read_image_size(path), VideoSegment("", slice(1), 0.0)
-                )
-            ]
+            segment = VideoSegment("", slice(1), 0.0)
+            return [self._build_visual("image", (path,), read_image_size(path), segment)]
         files = tuple(map(located_sample.resolve_path, list_media_paths(part)))
         frame_indices: Sequence[int] = ()
-        fps, temporal_size = part.fps, self.patch_config.temporal_patch_size
+        fps = part.fps
+        temporal_size = self.patch_config.temporal_patch_size
         if part.video is None:
             original_size = get_frame_size(files)
             times = [index / fps for index in range(len(files))]
@@ -742,21 +804,23 @@ class NativeRenderer(Renderer):
 
     def _load_run(self, run: Sequence[VisualSpan]) -> list[NDArray[np.uint8]]:
         """Decode an image, a list of frames, or consecutive spans of a video file."""
-        span, config = run[0], self.patch_config
-        if not span.frame_indices:
-            images = [load_image(file) for file in span.files]
-            if span.variant is not None:
-                images = [span.variant.apply(image, span.resized_size) for image in images]
-            return [patchify(images, span.resized_size, config)]
-        frame_indices = [index for span in run for index in span.frame_indices]
+        first = run[0]
+        size = first.resized_size
+        if not first.frame_indices:
+            images = [load_image(file) for file in first.files]
+            if first.variant is not None:
+                images = [first.variant.apply(image, size) for image in images]
+            return [patchify(images, size, self.patch_config)]
+        frame_indices = [*chain.from_iterable(span.frame_indices for span in run)]
         # Frames are resized while they are decoded, which limits memory.
         frames = (
-            resize_frame(frame, span.resized_size)
-            for frame in iter_video_frames(span.files[0], frame_indices)
+            resize_frame(frame, size) for frame in iter_video_frames(first.files[0], frame_indices)
         )
-        return [
-            patchify([*islice(frames, one.num_frames)], one.resized_size, config) for one in run
-        ]
+        patches = []
+        for span in run:
+            span_frames = list(islice(frames, span.num_frames))
+            patches.append(patchify(span_frames, span.resized_size, self.patch_config))
+        return patches
 
     def _check_token_id(self, folder: ModelFolder, key: str, token: str) -> None:
         found = self.tokenizer.token_to_id(token)
@@ -783,7 +847,8 @@ def _fit_box(part: ContentPart, images: Sequence[VisualSpan]) -> ContentPart:
     """Scale a box of an answer to another sample so that it fits in the first image."""
     if not isinstance(part, BoxPart) or not images:
         return part
-    (height, width), (_, _, x2, y2) = images[0].original_size, part.xyxy
+    height, width = images[0].original_size
+    _, _, x2, y2 = part.xyxy
     scale = min(1.0, width / max(x2, 1), height / max(y2, 1))
     return part.model_copy(update={"image": 0, "xyxy": tuple(scale * one for one in part.xyxy)})
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import math
 import sys
 import threading
 import unicodedata
@@ -19,7 +20,6 @@ from collections import Counter, OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from itertools import accumulate
 from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Literal, Protocol, Self, TypeVar
@@ -257,12 +257,15 @@ def _iter_largest_ids(content: dict[str, Any]) -> Iterator[tuple[object, int]]:
 
     The last vocabulary token is that with the largest id.
     """
-    model, added = content.get("model"), content.get("added_tokens")
+    model = content.get("model")
+    added = content.get("added_tokens")
     words = model.get("vocab") if isinstance(model, dict) else None
     if isinstance(words, dict) and words:
         ids = {word: number for word, number in words.items() if isinstance(number, int)}
         yield max(ids.items(), key=itemgetter(1), default=("", 0))
-    for token in added if isinstance(added, list) else []:
+    if not isinstance(added, list):
+        return
+    for token in added:
         if isinstance(token, dict) and isinstance(token.get("id"), int):
             yield token.get("content"), token["id"]
 
@@ -346,9 +349,9 @@ class TiktokenTokenizer(TextTokenizer):
     def __init__(self, path: Path) -> None:
         super().__init__(path)
         ranks = _read_ranks(path)
-        self._special_ids = {t: len(ranks) + n for n, t in enumerate(SPECIAL_TOKENS)}
-        self._special_tokens_by_id = {
-            token_id: token for token, token_id in self._special_ids.items()
+        self._special_tokens_by_id = dict(enumerate(SPECIAL_TOKENS, start=len(ranks)))
+        self._special_ids = {
+            token: token_id for token_id, token in self._special_tokens_by_id.items()
         }
         self._bytes_by_id = {number: token_bytes for token_bytes, number in ranks.items()}
         self.encoding = _build_encoding(ranks, self._special_ids, path)
@@ -368,28 +371,25 @@ class TiktokenTokenizer(TextTokenizer):
         return SPECIAL_TOKENS
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool) -> str:
-        special_tokens = {} if skip_special_tokens else self._special_tokens_by_id
-        pieces = (
-            self._bytes_by_id.get(token_id) or special_tokens.get(token_id, "").encode()
-            for token_id in ids
-        )
+        pieces: list[bytes] = []
+        for token_id in ids:
+            if token_id in self._bytes_by_id:
+                pieces.append(self._bytes_by_id[token_id])
+            elif not skip_special_tokens:
+                pieces.append(self._special_tokens_by_id.get(token_id, "").encode())
         return b"".join(pieces).decode(errors="replace")
 
     def id_to_token(self, token_id: int) -> str:
         token_bytes = self._bytes_by_id.get(token_id)
-        return (
-            self._special_tokens_by_id.get(token_id, "")
-            if token_bytes is None
-            else repr(token_bytes)[2:-1]
-        )
+        if token_bytes is None:
+            return self._special_tokens_by_id.get(token_id, "")
+        return repr(token_bytes)[2:-1]
 
     def id_to_bytes(self, token_id: int) -> bytes:
         token_bytes = self._bytes_by_id.get(token_id)
-        return (
-            self._special_tokens_by_id.get(token_id, "").encode()
-            if token_bytes is None
-            else token_bytes
-        )
+        if token_bytes is None:
+            return self._special_tokens_by_id.get(token_id, "").encode()
+        return token_bytes
 
     def _tokenize(self, text: str) -> tuple[int, ...]:
         return tuple(self.encoding.encode_ordinary(unicodedata.normalize("NFC", text)))
@@ -400,22 +400,23 @@ def load_tokenizer(folder: ModelFolder) -> TextTokenizer:
     path = folder.tokenizer_file
     if path.suffix == ".tiktoken":
         return TiktokenTokenizer(path)
-    text = folder.config.get("text_config", folder.config)
-    size = text.get("vocab_size") if isinstance(text, dict) else None
-    check_tokenizer_file(
-        path, is_native_family=True, vocabulary=size if isinstance(size, int) else LARGEST_ID
-    )
+    text_config = folder.config.get("text_config", folder.config)
+    vocabulary = text_config.get("vocab_size") if isinstance(text_config, dict) else None
+    if not isinstance(vocabulary, int):
+        vocabulary = LARGEST_ID
+    check_tokenizer_file(path, is_native_family=True, vocabulary=vocabulary)
     return Tokenizer(path)
 
 
 def _read_ranks(path: Path) -> dict[bytes, int]:
     """Read a tiktoken rank file: a base64 byte string and its rank per line."""
+    ranks: dict[bytes, int] = {}
     try:
         content = read_bytes(path, expected="the qwen.tiktoken of a Qwen-VL model")
-        lines = (line.split() for line in content.splitlines() if line)
-        ranks = {
-            base64.b64decode(token_bytes, validate=True): int(rank) for token_bytes, rank in lines
-        }
+        for line in content.splitlines():
+            if line:
+                token_bytes, rank = line.split()
+                ranks[base64.b64decode(token_bytes, validate=True)] = int(rank)
     except (ValueError, binascii.Error) as error:
         raise _build_invalid_file_error(path, str(error)) from error
     if sorted(ranks.values()) != list(range(len(ranks))):
@@ -549,7 +550,9 @@ class TokenizedSample:
     def _last_answer_start(self) -> int:
         """Index of the first supervised token of the last answer."""
         starts = np.flatnonzero(self.loss_mask_T[1:] & ~self.loss_mask_T[:-1])
-        return int(starts[-1]) + 1 if len(starts) else self.num_tokens
+        if not len(starts):
+            return self.num_tokens
+        return int(starts[-1]) + 1
 
     @property
     def num_packed_tokens(self) -> int:
@@ -561,11 +564,14 @@ class TokenizedSample:
         predicting = np.flatnonzero(self.loss_mask_T[1:])
         if not len(predicting):
             return self.num_tokens
-        return max(int(predicting[-1]) + 1, self.spans[-1].stop if self.spans else 0)
+        end = int(predicting[-1]) + 1
+        if self.spans:
+            end = max(end, self.spans[-1].stop)
+        return end
 
     @property
     def num_patches(self) -> int:
-        return sum(t * h * w for t, h, w in (span.grid_thw for span in self.spans))
+        return sum(math.prod(span.grid_thw) for span in self.spans)
 
     def join_responses(self, others: Sequence[TokenizedSample], end: int | None = None) -> Self:
         """Return the last answers of this sample and of the same sample with others, up to `end`.
@@ -574,24 +580,36 @@ class TokenizedSample:
         prompt, which predicts its first token, and ends with its last supervised token.
         """
         responses: tuple[TokenizedSample, ...] = (self, *others)
-        starts = [one._last_answer_start for one in responses]
+        answer_starts = [one._last_answer_start for one in responses]
         stops = [int(np.flatnonzero(one.loss_mask_T)[-1]) + 1 for one in responses]
-        length = min(starts) - 1
+        prompt_length = min(answer_starts) - 1
         for other in others:
             # Prompts differ if only one answer contains reasoning.
-            mismatches = np.flatnonzero(self.ids_T[:length] != other.ids_T[:length])
-            length = int(mismatches[0]) if len(mismatches) else length
-        assert not self.spans or self.spans[-1].stop <= length, f"images of {self.id} differ"
-        masks = [np.arange(stop) >= start for start, stop in zip(starts, stops, strict=True)]
-        slices = [slice(stops[0]), *(slice(length, stop) for stop in stops[1:])]
-        parts = [*zip(responses, masks, slices, strict=True)]
-        sizes = [length, *(stop - length for stop in stops)]
+            is_different = self.ids_T[:prompt_length] != other.ids_T[:prompt_length]
+            mismatches = np.flatnonzero(is_different)
+            if len(mismatches):
+                prompt_length = int(mismatches[0])
+        assert not self.spans or self.spans[-1].stop <= prompt_length, f"images of {self.id} differ"
+
+        ids = []
+        loss_masks = []
+        position_ids = []
+        response_starts: list[int] = []
+        next_start = prompt_length
+        for response, answer_start, stop in zip(responses, answer_starts, stops, strict=True):
+            # Only the first response follows its prompt.
+            tokens = slice(prompt_length if response_starts else 0, stop)
+            ids.append(response.ids_T[tokens])
+            loss_masks.append(np.arange(stop)[tokens] >= answer_start)
+            position_ids.append(response.position_ids_3T[:, tokens])
+            response_starts.append(next_start)
+            next_start += stop - prompt_length
         return replace(
             self,
-            ids_T=np.concatenate([one.ids_T[s] for one, _, s in parts])[:end],
-            loss_mask_T=np.concatenate([mask[s] for _, mask, s in parts])[:end],
-            position_ids_3T=np.hstack([one.position_ids_3T[:, s] for one, _, s in parts])[:, :end],
-            response_starts=tuple(accumulate(sizes[:-1])),
+            ids_T=np.concatenate(ids)[:end],
+            loss_mask_T=np.concatenate(loss_masks)[:end],
+            position_ids_3T=np.hstack(position_ids)[:, :end],
+            response_starts=tuple(response_starts),
         )
 
 
@@ -626,9 +644,10 @@ def unpack_tokenized(reply: JobOutput, sample_id: str) -> TokenizedSample:
     """Restore a tokenized prompt from the output of a job."""
     ids_T, positions_3T = reply.arrays[:2]
     spans = []
-    for values in reply.value["spans"]:
-        values = {key: tuple(one) if isinstance(one, list) else one for key, one in values.items()}
-        spans.append(VisualSpan(**values | {"files": tuple(map(Path, values["files"]))}))
+    for packed_span in reply.value["spans"]:
+        values = {key: _restore_tuple(value) for key, value in packed_span.items()}
+        values["files"] = tuple(map(Path, values["files"]))
+        spans.append(VisualSpan(**values))
     return TokenizedSample(
         id=sample_id,
         ids_T=ids_T.view(np.int32),
@@ -637,6 +656,13 @@ def unpack_tokenized(reply: JobOutput, sample_id: str) -> TokenizedSample:
         spans=tuple(spans),
         is_thinking=reply.value["is_thinking"],
     )
+
+
+def _restore_tuple(value: Any) -> Any:
+    """Return a list of JSON as a tuple, and any other value unchanged."""
+    if isinstance(value, list):
+        return tuple(value)
+    return value
 
 
 class CountedSample(Protocol):
@@ -700,15 +726,19 @@ def iter_token_rows(tokenized: TokenizedSample, tokenizer: TextTokenizer) -> Ite
     index = 0
     while index < tokenized.num_tokens:
         span = spans.get(index)
-        stop = index + 1 if span is None else span.stop
+        stop = index + 1
+        if span is not None:
+            stop = span.stop
         token_id = int(tokenized.ids_T[index])
         text = tokenizer.decode([token_id], skip_special_tokens=False)
+        if "\ufffd" in text:
+            # A token with a part of a character has no text: show its vocabulary entry.
+            text = tokenizer.id_to_token(token_id)
         yield TokenRow(
             start=index,
             stop=stop,
             id=token_id,
-            # A token with a part of a character has no text: show its vocabulary entry.
-            text=tokenizer.id_to_token(token_id) if "\ufffd" in text else text,
+            text=text,
             is_supervised=bool(tokenized.loss_mask_T[index]),
             first_position=_get_position(tokenized, index),
             last_position=_get_position(tokenized, stop - 1),
@@ -734,7 +764,8 @@ def format_token_table(tokenized: TokenizedSample, tokenizer: TextTokenizer) -> 
     )
     yield f"{'token':>11} {'id':>7} {'loss':<7} {'time, height, width':<27} text"
     for row in iter_token_rows(tokenized, tokenizer):
-        tokens, text = str(row.start), repr(row.text)
+        tokens = str(row.start)
+        text = repr(row.text)
         positions = ", ".join(map(str, row.first_position))
         if row.span is not None:
             tokens = f"{row.start}-{row.stop - 1}"
@@ -745,11 +776,17 @@ def format_token_table(tokenized: TokenizedSample, tokenizer: TextTokenizer) -> 
 
 
 def _format_span(span: VisualSpan) -> str:
-    size, resized = (
-        f"{width}x{height}" for height, width in (span.original_size, span.resized_size)
-    )
-    frames = f" and {len(span.files) - 1} more frames" if len(span.files) > 1 else ""
+    size = _format_size(span.original_size)
+    resized = _format_size(span.resized_size)
+    frames = ""
     if span.frame_indices:
         frames = f", frames {', '.join(map(str, span.frame_indices))}"
+    elif len(span.files) > 1:
+        frames = f" and {len(span.files) - 1} more frames"
     grid = " x ".join(map(str, span.grid_thw))
     return f"({span.files[0]}{frames}, {size} as {resized}, grid {grid})"
+
+
+def _format_size(size: ImageSize) -> str:
+    height, width = size
+    return f"{width}x{height}"

@@ -34,7 +34,12 @@ from finesight.infer.scheduler import (
     Scheduler,
     SequenceState,
 )
-from finesight.infer.token_sampler import AsyncTokens, SampledLogprobs, sample_tokens
+from finesight.infer.token_sampler import (
+    AsyncTokens,
+    SampledLogprobs,
+    TokenSampler,
+    sample_tokens,
+)
 from finesight.model.hf_backend import AnyModel, HfModel
 from finesight.model.vlm import VisionLanguageModel
 
@@ -79,7 +84,12 @@ class Engine:
         self.model = model
         self._end_ids = frozenset(end_ids)
         weight = model.model.embed_tokens.weight
-        self.block_size = GPU_BLOCK_SIZE if weight.is_cuda else CPU_BLOCK_SIZE
+        self.block_size = CPU_BLOCK_SIZE
+        self._max_pending = 0
+        """Maximum number of launched steps whose tokens the host has not read."""
+        if weight.is_cuda:
+            self.block_size = GPU_BLOCK_SIZE
+            self._max_pending = 1
         num_blocks = -(-num_cache_tokens // self.block_size) + 1
         cache = KVCache(
             model.config.decoder,
@@ -99,8 +109,6 @@ class Engine:
             num_snapshots=num_snapshots,
         )
         self._runner = ModelRunner(model, cache, use_cuda_graphs)
-        self._max_pending = 1 if weight.is_cuda else 0
-        """Maximum number of launched steps whose tokens the host has not read."""
         self._pending: deque[tuple[list[SequenceState | None], AsyncTokens]] = deque()
         """Tokens of launched steps that the host has not read, with the sequence of each batch row;
         None for a paused sequence."""
@@ -162,7 +170,8 @@ class Engine:
 
     def add_request(self, request: GenerationRequest) -> int:
         """Queue a request of at most `get_max_new_tokens` tokens and return its id."""
-        tokenized, requested = request.prompt.tokenized, request.max_new_tokens
+        tokenized = request.prompt.tokenized
+        requested = request.max_new_tokens
         available = self.num_blocks * self.block_size - tokenized.num_tokens
         assert 1 <= requested <= available, f"max_new_tokens is {requested}, not 1 to {available}"
         prefix_key = self.model.config.decoder.prefix_cache_key(tokenized.num_tokens)
@@ -194,19 +203,25 @@ class Engine:
                 if sequence.request.constraint is not None:
                     self._run_isolated(sequence, sequence.request.constraint.start)
             if chunks := self._scheduler.schedule_prefill():
-                prompts = [sequence.prompt for sequence, _ in chunks]
-                logits_RV = self._runner.prefill(prompts, [stop for _, stop in chunks])
-                self._runner.copy_states(self._scheduler.allocate_snapshots(chunks))
-                completed = self._scheduler.complete_prefill(chunks)
-                if logits_RV is not None:
-                    self._start_decoding(completed, logits_RV)
+                self._prefill(chunks)
             if self._scheduler.decoding:
                 self._decode()
             max_pending = self._max_pending if self._scheduler.decoding else 0
             while len(self._pending) > max_pending:
                 self._collect_tokens()
-        events, self._events = self._events, []
+        events = self._events
+        self._events = []
         return events
+
+    def _prefill(self, chunks: Sequence[tuple[SequenceState, int]]) -> None:
+        """Process chunks of prompts, and start to decode the prompts that are then complete."""
+        prompts = [sequence.prompt for sequence, _ in chunks]
+        stops = [stop for _, stop in chunks]
+        logits_RV = self._runner.prefill(prompts, stops)
+        self._runner.copy_states(self._scheduler.allocate_snapshots(chunks))
+        completed = self._scheduler.complete_prefill(chunks)
+        if logits_RV is not None:
+            self._start_decoding(completed, logits_RV)
 
     def _start_decoding(self, sequences: list[SequenceState], logits_RV: Tensor) -> None:
         """Sample the first or next token of sequences and add them to the decoding batch."""
@@ -226,21 +241,22 @@ class Engine:
         If all sequences are paused, wait up to `MAX_MASK_WAIT_S` for a bitmask.
         """
         scheduler = self._scheduler
-        is_idle = not (scheduler.waiting or scheduler.prefilling or scheduler.decoding)
-        deadline = time.monotonic() + (MAX_MASK_WAIT_S if is_idle else 0.0)
-        sequences = [
-            sequence
-            for sequence in list(scheduler.paused)
-            if self._wait_for_bitmask(sequence, deadline - time.monotonic())
-        ]
-        sequences = [sequence for sequence in sequences if not sequence.is_finished]
-        if not sequences:
+        deadline = time.monotonic()
+        if not (scheduler.waiting or scheduler.prefilling or scheduler.decoding):
+            deadline += MAX_MASK_WAIT_S
+        ready: list[SequenceState] = []
+        # A failed computation removes its sequence from the paused ones.
+        for sequence in list(scheduler.paused):
+            is_ready = self._wait_for_bitmask(sequence, deadline - time.monotonic())
+            if is_ready and not sequence.is_finished:
+                ready.append(sequence)
+        if not ready:
             return
-        scheduler.paused = [item for item in scheduler.paused if item not in sequences]
-        logits = [item.logits_V for item in sequences if item.logits_V is not None]
-        for sequence in sequences:
+        scheduler.paused = [item for item in scheduler.paused if item not in ready]
+        logits = [item.logits_V for item in ready if item.logits_V is not None]
+        for sequence in ready:
             sequence.logits_V = None
-        self._start_decoding(sequences, torch.stack(logits))
+        self._start_decoding(ready, torch.stack(logits))
 
     def _wait_for_bitmask(self, sequence: SequenceState, timeout_s: float) -> bool:
         """Wait until the token bitmask of a constrained sequence is available.
@@ -296,14 +312,14 @@ class Engine:
             else:
                 sequence.logits_V = logits_RV[index].clone()
                 self._scheduler.pause(sequence)
-        row_indices = [
-            n
-            for n, a in enumerate(sequences)
-            if not (a.sampler.is_argmax_only or a.is_finished or a.is_paused)
-        ]
+        row_indices: list[int] = []
+        samplers: list[TokenSampler] = []
+        for index, sequence in enumerate(sequences):
+            if not (sequence.sampler.is_argmax_only or sequence.is_finished or sequence.is_paused):
+                row_indices.append(index)
+                samplers.append(sequence.sampler)
         if not row_indices:
             return None, []
-        samplers = [sequences[n].sampler for n in row_indices]
         rows_S = copy_to_device(np.array(row_indices), logits_RV.device)
         ids_S, logprobs = sample_tokens(logits_RV.index_select(0, rows_S), samplers)
         ids_R.index_copy_(0, rows_S, ids_S)
@@ -321,9 +337,8 @@ class Engine:
     def _collect_tokens(self) -> None:
         """Wait for the tokens of the oldest launched step and emit their events."""
         sequences, async_tokens = self._pending.popleft()
-        tokens = async_tokens.wait_tokens(
-            [None if a is None else a.request.logprobs for a in sequences]
-        )
+        num_logprobs = [None if one is None else one.request.logprobs for one in sequences]
+        tokens = async_tokens.wait_tokens(num_logprobs)
         for sequence, token in zip(sequences, tokens, strict=True):
             if sequence is None or sequence.is_finished:
                 continue
@@ -362,8 +377,11 @@ class Engine:
 
         A finished sequence releases its KV-cache blocks.
         """
-        request_id, num_cached_tokens = sequence.request_id, sequence.num_cached_tokens
-        self._events.append(EngineEvent(request_id, token, finish_reason, error, num_cached_tokens))
+        self._events.append(
+            EngineEvent(
+                sequence.request_id, token, finish_reason, error, sequence.num_cached_tokens
+            )
+        )
         if finish_reason is not None or error is not None:
             self._scheduler.finish(sequence)
 
@@ -394,7 +412,8 @@ class HfEngine:
         on_progress: Callable[[int], None] | None = None,
     ) -> None:
         self.model = model
-        self._end_ids, self._on_progress = end_ids, on_progress
+        self._end_ids = end_ids
+        self._on_progress = on_progress
         self._request_ids = itertools.count()
         self._waiting: deque[tuple[int, GenerationRequest]] = deque()
         self._events: list[EngineEvent] = []
@@ -446,11 +465,12 @@ class HfEngine:
             request_id, request = self._waiting.popleft()
             ids = self._generate(request)
             self._events += [EngineEvent(request_id, GeneratedToken(id_)) for id_ in ids]
-            has_stopped = bool(ids) and ids[-1] in self._end_ids
-            self._events.append(
-                EngineEvent(request_id, finish_reason="stop" if has_stopped else "length")
-            )
-        events, self._events = self._events, []
+            finish_reason: FinishReason = "length"
+            if ids and ids[-1] in self._end_ids:
+                finish_reason = "stop"
+            self._events.append(EngineEvent(request_id, finish_reason=finish_reason))
+        events = self._events
+        self._events = []
         return events
 
     @torch.no_grad()
@@ -494,8 +514,10 @@ def compute_required_tokens(
     # One block more per sequence for its partially filled last block.
     lengths = [length + max_completion + GPU_BLOCK_SIZE for length in prompt_lengths]
     weight = model.model.embed_tokens.weight
-    memory = torch.cuda.mem_get_info(weight.device)[1] if weight.is_cuda else 0
-    max_bytes = max(KV_CACHE_BYTES, int(memory_share * memory))
+    max_bytes = KV_CACHE_BYTES
+    if weight.is_cuda:
+        _, total_memory = torch.cuda.mem_get_info(weight.device)
+        max_bytes = max(max_bytes, int(memory_share * total_memory))
     capacity = max_bytes // get_kv_bytes_per_token(model.config.decoder, weight.dtype)
     return max(min(sum(lengths), capacity), *lengths)
 
@@ -510,12 +532,14 @@ def generate(
 ) -> list[list[int]]:
     """Generate a greedy completion of each prompt, all in one batch. See `iter_completions`."""
     assert max_new_tokens >= 1, f"max_new_tokens is {max_new_tokens}, less than 1"
-    lengths, batch_size = [prompt.tokenized.num_tokens for prompt in prompts], len(prompts)
+    lengths = [prompt.tokenized.num_tokens for prompt in prompts]
+    batch_size = len(prompts)
     engine = build_engine(model, end_ids, lengths, max_new_tokens, batch_size, on_progress)
     requests = [GenerationRequest(prompt=one, max_new_tokens=max_new_tokens) for one in prompts]
-    completions = iter_completions(engine, enumerate(requests), batch_size, on_progress)
-    output_ids = {index: [token.id for token in tokens] for index, _, tokens in completions}
-    return [output_ids[index] for index in range(len(prompts))]
+    output_ids: list[list[int]] = [[] for _ in prompts]
+    for index, _, tokens in iter_completions(engine, enumerate(requests), batch_size, on_progress):
+        output_ids[index] = [token.id for token in tokens]
+    return output_ids
 
 
 def build_engine(

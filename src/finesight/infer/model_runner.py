@@ -13,15 +13,16 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
 from finesight.encode.packing import PackedBatch, copy_to_device, pack, plan_packs
-from finesight.encode.tokenization import EncodedSample, LruCache
+from finesight.encode.tokenization import EncodedSample, LruCache, VisualSpan
 from finesight.infer.block_manager import get_span_patches
 from finesight.infer.kv_cache import KVCache
 from finesight.infer.paged_attention import (
@@ -73,19 +74,22 @@ class ModelRunner:
     def __init__(
         self, model: VisionLanguageModel, cache: KVCache, use_cuda_graphs: bool = True
     ) -> None:
-        self.model, self.cache, self.device = model, cache, cache.device
+        self.model = model
+        self.cache = cache
+        self.device = cache.device
         self.max_num_seqs = max_num_seqs = len(cache.seq_lens_R)
         self.ids_R = torch.zeros(max_num_seqs, dtype=torch.int64, device=self.device)
         self.is_finite_R = torch.ones(max_num_seqs, dtype=torch.bool, device=self.device)
         self._position_ids_R = torch.zeros(max_num_seqs, dtype=torch.int64, device=self.device)
-        can_capture = model.supports_cuda_graphs and has_paged_kernels(self.cache)
-        can_capture = can_capture and use_cuda_graphs
-        self._cuda_graphs = CudaGraphCache(self.device) if can_capture else None
+        self._cuda_graphs: CudaGraphCache | None = None
+        if model.supports_cuda_graphs and has_paged_kernels(self.cache) and use_cuda_graphs:
+            self._cuda_graphs = CudaGraphCache(self.device)
         # The fused layers of training are another fused decoding step.
         self._use_fused_decode = supports_fused_decode(model) and not cache.matches_training
-        self.feature_cache = ImageFeatureCache(
-            GPU_FEATURE_CACHE_BYTES if self.device.type == "cuda" else CPU_FEATURE_CACHE_BYTES
-        )
+        feature_bytes = CPU_FEATURE_CACHE_BYTES
+        if self.device.type == "cuda":
+            feature_bytes = GPU_FEATURE_CACHE_BYTES
+        self.feature_cache = ImageFeatureCache(feature_bytes)
         lora_routing = model.lora_routing
         if lora_routing is not None:
             self._lora_masks_RN = torch.zeros_like(lora_routing.build_mask(None)).repeat(
@@ -104,12 +108,12 @@ class ModelRunner:
         """
         if (routing := self.model.lora_routing) is not None:
             routing.set_mask(routing.build_mask(prompts[0].adapter_index))
-        groups, max_patches = [prompts], MAX_ENCODER_PATCHES
         if self.cache.matches_training:
             # Training encodes the images of one prompt together, and results depend on the batch.
-            groups, max_patches = [[prompt] for prompt in prompts], sys.maxsize
-        for group in groups:
-            load_image_features(self.model, group, self.feature_cache, max_patches)
+            for prompt in prompts:
+                load_image_features(self.model, [prompt], self.feature_cache, sys.maxsize)
+        else:
+            load_image_features(self.model, prompts, self.feature_cache, MAX_ENCODER_PATCHES)
         chunks = [
             PrefillChunk(p.block_ids, p.num_computed_tokens, stop, p.num_tokens, p.state_slot)
             for p, stop in zip(prompts, stops, strict=True)
@@ -117,10 +121,12 @@ class ModelRunner:
         batch, features_MKD = _pack_chunks(prompts, chunks)
         attention = PrefillAttention(self.cache, chunks)
         end_indices = np.cumsum([chunk.stop - chunk.start for chunk in chunks]) - 1
-        is_last = np.array([c.stop == c.prompt_length for c in chunks])
-        logit_indices_L = copy_to_device(
-            end_indices[is_last] if is_last.any() else end_indices[:1], self.device
-        )
+        is_complete = np.array([chunk.stop == chunk.prompt_length for chunk in chunks])
+        logit_indices = end_indices[is_complete]
+        if not is_complete.any():
+            # The forward pass returns one row at least, which is not used.
+            logit_indices = end_indices[:1]
+        logit_indices_L = copy_to_device(logit_indices, self.device)
         h_LW = self.model.forward_hidden(
             batch.to(self.device), attention, logit_indices_L, features_MKD
         )
@@ -128,9 +134,9 @@ class ModelRunner:
             prompt.num_computed_tokens = chunk.stop
             if chunk.stop == chunk.prompt_length:
                 prompt.features = []
-        return (
-            self.model.compute_logits(self.model.apply_final_norm(h_LW)) if is_last.any() else None
-        )
+        if not is_complete.any():
+            return None
+        return self.model.compute_logits(self.model.apply_final_norm(h_LW))
 
     def copy_states(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copy linear attention states from the first to the second slot of each pair."""
@@ -164,10 +170,11 @@ class ModelRunner:
     def remove_sequence(self, batch_index: int, last_index: int) -> None:
         """Remove a sequence from the decoding batch; the last sequence takes its row."""
         cache = self.cache
-        reset = cache.seq_lens_R, cache.active_R, cache.state_slots_R, cache.block_table_RB
+        reset = [cache.seq_lens_R, cache.active_R, cache.state_slots_R, cache.block_table_RB]
         if batch_index != last_index:
-            masks = () if self.model.lora_routing is None else (self._lora_masks_RN,)
-            moved = *reset, cache.prompt_lens_R, self._position_ids_R, self.ids_R, *masks
+            moved = [*reset, cache.prompt_lens_R, self._position_ids_R, self.ids_R]
+            if self.model.lora_routing is not None:
+                moved.append(self._lora_masks_RN)
             for buffer in moved:
                 buffer[batch_index] = buffer[last_index]
         for buffer in reset:
@@ -198,7 +205,8 @@ class ModelRunner:
         if self.model.lora_routing is not None:
             self.model.lora_routing.set_mask(self._lora_masks_RN[:num_seqs])
         attention = DecodeAttention(self.cache, num_seqs, max_seq_len)
-        ids_R, position_ids_3R = self.ids_R[:num_seqs], position_ids_R.expand(3, -1)
+        ids_R = self.ids_R[:num_seqs]
+        position_ids_3R = position_ids_R.expand(3, -1)
         if self._use_fused_decode:
             logits_RV = fused_decode_step(self.model, ids_R, position_ids_3R, attention)
         else:
@@ -216,6 +224,14 @@ ImageFeatureCache = LruCache[tuple[int | None, bytes], Tensor]
 """Cache of vision features [M, K, W] by adapter and pixel hash."""
 
 
+class _MissingFeatures(NamedTuple):
+    """An image or video of a prompt whose vision features are not cached."""
+
+    prompt: PromptState
+    span_index: int
+    image_hash: bytes
+
+
 def load_image_features(
     model: VisionLanguageModel,
     prompts: Sequence[PromptState],
@@ -226,40 +242,60 @@ def load_image_features(
 
     Missing features are encoded in batches of images with at most `max_patches` patches.
     """
-    missing: list[tuple[PromptState, int, bytes]] = []
+    missing: list[_MissingFeatures] = []
     for prompt in prompts:
-        if prompt.features or not prompt.encoded.tokenized.spans:
-            continue
-        spans = prompt.encoded.tokenized.spans
-        prompt.features = [None] * len(spans)
-        for span_index, (span, image_hash) in enumerate(
-            zip(spans, prompt.image_hashes, strict=True)
-        ):
-            if span.stop > prompt.num_computed_tokens:
-                prompt.features[span_index] = feature_cache.get((prompt.adapter_index, image_hash))
-                if prompt.features[span_index] is None:
-                    missing.append((prompt, span_index, image_hash))
+        if prompt.encoded.tokenized.spans and not prompt.features:
+            missing += _read_cached_features(prompt, feature_cache)
     if not missing:
         return
-    to_encode = {
-        image_hash: (get_span_patches(prompt.encoded, index), prompt.encoded.tokenized.spans[index])
-        for prompt, index, image_hash in missing
-    }
-    encoded_features: dict[bytes, Tensor] = {}
-    for pack_indices in plan_packs([len(item) for item, _ in to_encode.values()], max_patches):
-        image_hashes = [list(to_encode)[index] for index in pack_indices]
-        patches, spans = zip(*(to_encode[image_hash] for image_hash in image_hashes), strict=True)
-        features_MKW = model.encode_images(
-            copy_to_device(concat_patches(patches), model.model.embed_tokens.weight.device),
-            [span.grid_thw for span in spans],
-        )
-        lengths = [span.stop - span.start for span in spans]
-        encoded_features |= zip(image_hashes, torch.split(features_MKW, lengths), strict=True)
+    encoded_features = _encode_missing(model, missing, max_patches)
     for prompt, span_index, image_hash in missing:
         prompt.features[span_index] = features_MKW = encoded_features[image_hash]
         # Copy: a view would keep the features of the full encoder batch alive.
         key = prompt.adapter_index, image_hash
         feature_cache.put(key, features_MKW.clone(), features_MKW.nbytes)
+
+
+def _read_cached_features(
+    prompt: PromptState, feature_cache: ImageFeatureCache
+) -> list[_MissingFeatures]:
+    """Set the cached vision features that a prompt still needs, and return those missing."""
+    spans = prompt.encoded.tokenized.spans
+    prompt.features = [None] * len(spans)
+    missing = []
+    for index, (span, image_hash) in enumerate(zip(spans, prompt.image_hashes, strict=True)):
+        if span.stop > prompt.num_computed_tokens:
+            prompt.features[index] = feature_cache.get((prompt.adapter_index, image_hash))
+            if prompt.features[index] is None:
+                missing.append(_MissingFeatures(prompt, index, image_hash))
+    return missing
+
+
+def _encode_missing(
+    model: VisionLanguageModel, missing: Sequence[_MissingFeatures], max_patches: int
+) -> dict[bytes, Tensor]:
+    """Encode images and videos, and return their features by hash; equal ones are encoded once."""
+    to_encode: dict[bytes, tuple[NDArray[np.uint8], VisualSpan]] = {}
+    for prompt, index, image_hash in missing:
+        patches = get_span_patches(prompt.encoded, index)
+        to_encode[image_hash] = patches, prompt.encoded.tokenized.spans[index]
+    image_hashes = list(to_encode)
+    device = model.model.embed_tokens.weight.device
+    encoded_features: dict[bytes, Tensor] = {}
+    for pack_indices in plan_packs([len(item) for item, _ in to_encode.values()], max_patches):
+        packed_hashes = [image_hashes[index] for index in pack_indices]
+        packed_patches = []
+        grids = []
+        lengths = []
+        for image_hash in packed_hashes:
+            patches, span = to_encode[image_hash]
+            packed_patches.append(patches)
+            grids.append(span.grid_thw)
+            lengths.append(span.stop - span.start)
+        patches_ND = copy_to_device(concat_patches(packed_patches), device)
+        features_MKW = model.encode_images(patches_ND, grids)
+        encoded_features |= zip(packed_hashes, torch.split(features_MKW, lengths), strict=True)
+    return encoded_features
 
 
 def _pack_chunks(
@@ -269,9 +305,11 @@ def _pack_chunks(
     samples: list[EncodedSample] = []
     features: list[Tensor] = []
     for prompt, chunk in zip(prompts, chunks, strict=True):
-        tokenized, spans = prompt.encoded.tokenized, []
+        tokenized = prompt.encoded.tokenized
+        spans = []
         for span, image_features in zip(tokenized.spans, prompt.features, strict=True):
-            start, stop = max(span.start, chunk.start), min(span.stop, chunk.stop)
+            start = max(span.start, chunk.start)
+            stop = min(span.stop, chunk.stop)
             if start < stop:
                 assert image_features is not None, f"an image of {tokenized.id} has no features"
                 features.append(image_features[start - span.start : stop - span.start])
@@ -297,8 +335,8 @@ def supports_fused_decode(model: VisionLanguageModel) -> bool:
     """
     weight = model.model.embed_tokens.weight
     is_16_bit = weight.dtype in (torch.bfloat16, torch.float16)
-    layer_types, linear_attention = _LAYER_TYPES, model.config.decoder.linear_attention
-    has_known_layers = all(isinstance(layer, layer_types) for layer in model.model.layers)
+    linear_attention = model.config.decoder.linear_attention
+    has_known_layers = all(isinstance(layer, _LAYER_TYPES) for layer in model.model.layers)
     if linear_attention is not None and not supports_kernels(linear_attention, weight):
         return False
     return HAS_TRITON and weight.is_cuda and is_16_bit and has_known_layers
@@ -314,25 +352,26 @@ def fused_decode_step(
     assert isinstance(rotary, RotaryCosSin), f"unsupported rotary embedding {type(rotary).__name__}"
     for layer in decoder.layers:
         assert isinstance(layer, _LAYER_TYPES), f"unsupported layer {type(layer).__name__}"
-        norm, attn = layer.input_layernorm, layer.self_attn
-        if attn is not None:
-            x_RD = _attention_block(norm, attn, x_RD, rotary, attention)
+        norm = layer.input_layernorm
+        if layer.self_attn is not None:
+            x_RD = _attention_block(norm, layer.self_attn, x_RD, rotary, attention)
         else:
             assert isinstance(layer.attn, GatedDeltaNet), "a layer without attention"
             x_RD = _linear_attention_block(norm, layer.attn, x_RD, attention)
-        mlp, norm = layer.mlp, layer.post_attention_layernorm
+        mlp = layer.mlp
+        mlp_norm = layer.post_attention_layernorm
         if isinstance(mlp, SparseMoeBlock):
-            x_RD = x_RD + mlp(norm(x_RD))
+            x_RD = x_RD + mlp(mlp_norm(x_RD))
         else:
-            x_RD = _linear_add(mlp.down_proj, _swiglu_mlp(norm, mlp, x_RD), x_RD)
-    lm_head, norm = model.lm_head, decoder.norm
+            x_RD = _linear_add(mlp.down_proj, _swiglu_mlp(mlp_norm, mlp, x_RD), x_RD)
+    lm_head = model.lm_head
     if lm_head is None and len(x_RD) == 1:
         weight = decoder.embed_tokens.weight
-        logits_1V: Tensor = decoding.fused_gemv(x_RD, weight, **_get_norm_args(norm))
+        logits_1V: Tensor = decoding.fused_gemv(x_RD, weight, **_get_norm_args(decoder.norm))
         return logits_1V
     if lm_head is None or not _supports_gemv(lm_head):
         return model.compute_logits(model.apply_final_norm(x_RD))
-    return _norm_linear(lm_head, x_RD, norm)
+    return _norm_linear(lm_head, x_RD, decoder.norm)
 
 
 def _attention_block(
@@ -342,20 +381,25 @@ def _attention_block(
     rotary: RotaryCosSin,
     attention: DecodeAttention,
 ) -> Tensor:
-    head_dim, cache = self_attn.head_dim, attention.cache
+    head_dim = self_attn.head_dim
+    cache = attention.cache
     q_RE, k_RE, v_RE = _project(self_attn.qkv_proj, norm, x_RD)
-    k_RKD, v_RKD = (torch.unflatten(y_RE, 1, (-1, head_dim)) for y_RE in (k_RE, v_RE))
+    k_RKD = torch.unflatten(k_RE, 1, (-1, head_dim))
+    v_RKD = torch.unflatten(v_RE, 1, (-1, head_dim))
     gate_RHD = None
+    norm_offset = 0.0
     if isinstance(self_attn, GatedAttention):
         layer_index = self_attn.attention_index
         q_RHD, gate_RHD = torch.unflatten(q_RE, 1, (-1, 2 * head_dim)).chunk(2, dim=-1)
+        norm_offset = 1.0  # its norms are zero-centered
     else:
         layer_index = self_attn.layer_index
         q_RHD = torch.unflatten(q_RE, 1, (-1, head_dim))
     qk_norms = None
     if self_attn.q_norm is not None and self_attn.k_norm is not None:
-        eps, offset = self_attn.q_norm.eps, 0.0 if gate_RHD is None else 1.0
-        qk_norms = decoding.QKNorms(self_attn.q_norm.weight, self_attn.k_norm.weight, eps, offset)
+        qk_norms = decoding.QKNorms(
+            self_attn.q_norm.weight, self_attn.k_norm.weight, self_attn.q_norm.eps, norm_offset
+        )
     q_RHD = decoding.rope_and_cache(
         q_RHD, k_RKD, v_RKD, qk_norms, rotary.cos_T1D, rotary.sin_T1D, attention.slot_mapping_R,
         cache.keys_LPSKD[layer_index], cache.values_LPSKD[layer_index],
@@ -370,7 +414,8 @@ def _linear_attention_block(
     norm: RmsNorm, attn: GatedDeltaNet, x_RD: Tensor, attention: DecodeAttention
 ) -> Tensor:
     qkv_RN, z_RE, b_RH, a_RH = _project(attn.in_proj, norm, x_RD)
-    states, config = attention.cache.linear_states, attn.config
+    states = attention.cache.linear_states
+    config = attn.config
     assert states is not None, "a cache without linear attention states"
     conv_SWN, delta_SHDV = states.get_layer(attn.attention_index)
     slots_R = attention.state_slots_R
@@ -413,10 +458,9 @@ def _norm_linear(linear: FusedLinear, x_RD: Tensor, norm: RmsNorm) -> Tensor:
     if isinstance(linear.weight, QuantizedWeight):
         return torch.cat(linear(normed_RD), 1)
     y_RO = F.linear(normed_RD, linear.weight, linear.bias)
-    multi_lora = linear.adapter
-    return (
-        multi_lora.add_delta(y_RO, normed_RD) if isinstance(multi_lora, MultiLoraLinear) else y_RO
-    )
+    if isinstance(linear.adapter, MultiLoraLinear):
+        return linear.adapter.add_delta(y_RO, normed_RD)
+    return y_RO
 
 
 def _linear_add(linear: FusedLinear, x_RI: Tensor, residual_RD: Tensor) -> Tensor:
@@ -427,8 +471,10 @@ def _linear_add(linear: FusedLinear, x_RI: Tensor, residual_RD: Tensor) -> Tenso
         return _linear_single_row(linear, x_RI, residual=residual_RD)
     if isinstance(linear.weight, QuantizedWeight):
         return residual_RD + single_output(linear(x_RI))
-    y_RD, multi_lora = torch.addmm(residual_RD, x_RI, linear.weight.T), linear.adapter
-    return multi_lora.add_delta(y_RD, x_RI) if isinstance(multi_lora, MultiLoraLinear) else y_RD
+    y_RD = torch.addmm(residual_RD, x_RI, linear.weight.T)
+    if isinstance(linear.adapter, MultiLoraLinear):
+        return linear.adapter.add_delta(y_RD, x_RI)
+    return y_RD
 
 
 def _linear_single_row(
@@ -441,7 +487,8 @@ def _linear_single_row(
 ) -> Tensor:
     """Apply a fused linear layer and its multi-LoRA delta to a single row."""
     norm_kwargs = {} if norm is None else _get_norm_args(norm)
-    lora_delta, multi_lora = None, linear.adapter
+    lora_delta = None
+    multi_lora = linear.adapter
     if isinstance(multi_lora, MultiLoraLinear):
         low_1S = decoding.fused_gemv(
             x_1I, multi_lora.lora_A_SI, output_scale_1O=multi_lora.rank_scales_TS, **norm_kwargs
@@ -484,16 +531,21 @@ def _linear_4bit(
     matrices = [matrix for matrix in weight.matrices if isinstance(matrix, Packed4BitMatrix)]
     output_sizes = [matrix.out_features for matrix in matrices]
     y_1O = x_1I.new_empty(1, sum(output_sizes))
-    biases, residuals = (
-        [None] * len(output_sizes) if x is None else torch.split(x.view(-1), output_sizes)
-        for x in (bias_O, residual)
-    )
+    biases = _split_optional(bias_O, output_sizes)
+    residuals = _split_optional(residual, output_sizes)
     packed_inputs = pack_inputs(matrices, x_1I, rms_norm)
     for matrix, x, y_O, bias, layer_residual in zip(
         matrices, packed_inputs, torch.split(y_1O[0], output_sizes), biases, residuals, strict=True
     ):
         matrix.gemv_packed(x, y_O, bias, layer_residual)
     return y_1O
+
+
+def _split_optional(x: Tensor | None, sizes: Sequence[int]) -> Sequence[Tensor | None]:
+    """Split a row at the outputs of several matrices; None for each without a row."""
+    if x is None:
+        return [None] * len(sizes)
+    return torch.split(x.view(-1), list(sizes))
 
 
 def _get_norm_args(norm: RmsNorm) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
 from finesight.encode.packing import copy_to_device
@@ -41,10 +42,8 @@ class PrefillChunk:
     ) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
         """Return the KV-cache slots of tokens [start, self.stop)."""
         positions = np.arange(start, self.stop)
-        return (
-            np.asarray(self.block_ids, dtype=np.int64)[positions // block_size] * block_size
-            + positions % block_size
-        )
+        block_ids = np.asarray(self.block_ids, dtype=np.int64)[positions // block_size]
+        return block_ids * block_size + positions % block_size
 
 
 class PrefillAttention:
@@ -56,36 +55,54 @@ class PrefillAttention:
     dropout_seed_1 = None
 
     def __init__(self, cache: KVCache, chunks: Sequence[PrefillChunk]) -> None:
-        self._cache, self._chunks = cache, chunks
-        device, block_size = cache.device, cache.block_size
-        self._slot_mapping_T = copy_to_device(
-            np.concatenate([c.compute_slot_mapping(block_size, c.start) for c in chunks]), device
-        )
-        self._query_segments = Segments.from_lengths((c.stop - c.start for c in chunks), device)
-        self._kv_segments = Segments.from_lengths((c.stop for c in chunks), device)
-        self._is_first_chunk = all(chunk.start == 0 for chunk in chunks)
+        self._cache = cache
+        self._chunks = chunks
+        device = cache.device
+        starts = [chunk.start for chunk in chunks]
+        stops = [chunk.stop for chunk in chunks]
+        lengths = [chunk.stop - chunk.start for chunk in chunks]
+        self._slot_mapping_T = self._map_slots(starts)
+        self._query_segments = Segments.from_lengths(lengths, device)
+        self._kv_segments = Segments.from_lengths(stops, device)
+        self._is_first_chunk = not any(starts)
         if not self._is_first_chunk:
-            slot_mapping = np.concatenate([c.compute_slot_mapping(block_size, 0) for c in chunks])
-            self._context_slots_M = copy_to_device(slot_mapping, device)
+            self._context_slots_M = self._map_slots([0] * len(chunks))
         if cache.linear_states is not None:
-            slots = np.array([chunk.state_slot for chunk in chunks], dtype=np.int64)
-            self._state_slots_S = copy_to_device(slots, device)
+            slots_S = np.array([chunk.state_slot for chunk in chunks], dtype=np.int64)
+            self._state_slots_S = copy_to_device(slots_S, device)
             # Fused layers update the state of a prompt of one token.
             if self.fuses_layers or not self._is_first_chunk:
-                is_new_S = np.array([chunk.start == 0 for chunk in chunks])
-                cache.linear_states.reset(copy_to_device(slots[is_new_S], device))
+                is_new_S = np.array(starts) == 0
+                cache.linear_states.reset(copy_to_device(slots_S[is_new_S], device))
             if self.fuses_layers:
-                # A response of training begins with the last token of the prompt.
-                is_end_S = np.array([chunk.stop == chunk.prompt_length for chunk in chunks])
-                lengths_S = np.array(self._query_segments.lengths)
-                ends = lengths_S.cumsum()[is_end_S] - 1
-                others = np.delete(np.arange(lengths_S.sum()), ends)
-                inverse = np.argsort(np.concatenate([others, ends]))
-                self._others_X, self._ends_E, self._end_slots_E, self._inverse_T = (
-                    copy_to_device(x, device) for x in (others, ends, slots[is_end_S], inverse)
-                )
-                other_lengths = (lengths_S - is_end_S).tolist()
-                self._other_segments = Segments.from_lengths(other_lengths, device)
+                self._separate_prompt_ends(slots_S)
+
+    def _map_slots(self, starts: Sequence[int]) -> Tensor:
+        """Return the KV-cache slots of the tokens of each chunk from a given one to its end."""
+        block_size = self._cache.block_size
+        slots = [
+            chunk.compute_slot_mapping(block_size, start)
+            for chunk, start in zip(self._chunks, starts, strict=True)
+        ]
+        return copy_to_device(np.concatenate(slots), self._cache.device)
+
+    def _separate_prompt_ends(self, slots_S: NDArray[np.int64]) -> None:
+        """Divide the tokens into the last ones of prompts and all others.
+
+        A response of training begins with the last token of the prompt.
+        """
+        device = self._cache.device
+        is_end_S = np.array([chunk.stop == chunk.prompt_length for chunk in self._chunks])
+        lengths_S = np.array(self._query_segments.lengths)
+        ends = lengths_S.cumsum()[is_end_S] - 1
+        others = np.delete(np.arange(lengths_S.sum()), ends)
+        inverse = np.argsort(np.concatenate([others, ends]))
+        self._others_X = copy_to_device(others, device)
+        self._ends_E = copy_to_device(ends, device)
+        self._end_slots_E = copy_to_device(slots_S[is_end_S], device)
+        self._inverse_T = copy_to_device(inverse, device)
+        other_lengths = (lengths_S - is_end_S).tolist()
+        self._other_segments = Segments.from_lengths(other_lengths, device)
 
     @property
     def fuses_layers(self) -> bool:
@@ -94,7 +111,9 @@ class PrefillAttention:
     @property
     def context_lengths_T(self) -> Tensor:
         """Full prompt length for each token, independent of chunking."""
-        lengths = [c.prompt_length for c in self._chunks for _ in range(c.stop - c.start)]
+        lengths: list[int] = []
+        for chunk in self._chunks:
+            lengths += [chunk.prompt_length] * (chunk.stop - chunk.start)
         return torch.tensor(lengths, device=self._cache.device)
 
     def __call__(self, layer_index: int, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor) -> Tensor:
@@ -102,8 +121,9 @@ class PrefillAttention:
         cache = self._cache
         cache.write(layer_index, self._slot_mapping_T, k_TKD, v_TKD)
         if not self._is_first_chunk:
-            flat = cache.flatten_layer(layer_index)
-            k_TKD, v_TKD = (x.index_select(0, self._context_slots_M) for x in flat)
+            cached_keys_SKD, cached_values_SKD = cache.flatten_layer(layer_index)
+            k_TKD = cached_keys_SKD.index_select(0, self._context_slots_M)
+            v_TKD = cached_values_SKD.index_select(0, self._context_slots_M)
         is_packed = self._is_first_chunk and not self.fuses_layers
         key_segments = None if is_packed else self._kv_segments
         return varlen_attention(
@@ -119,7 +139,8 @@ class PrefillAttention:
             o_THV, state = forward_with_states(inputs, self._query_segments, state)
             states.write(layer_index, self._state_slots_S, state)
             return o_THV
-        outputs, layer = [], states.get_layer(layer_index)
+        outputs = []
+        layer = states.get_layer(layer_index)
         if self._other_segments.num_tokens:
             others = inputs.select(self._others_X)
             o_XHV, state = forward_with_states(others, self._other_segments, state)
@@ -140,7 +161,8 @@ class DecodeAttention:
     dropout_seed_1 = None
 
     def __init__(self, cache: KVCache, num_seqs: int, max_seq_len: int) -> None:
-        self.cache, self.num_seqs = cache, num_seqs
+        self.cache = cache
+        self.num_seqs = num_seqs
         self.seq_lens_R = cache.seq_lens_R[:num_seqs]
         self.block_table_RB = cache.block_table_RB[:num_seqs]
         self.state_slots_R = cache.state_slots_R[:num_seqs]
@@ -185,8 +207,8 @@ class DecodeAttention:
 
     def attend(self, layer_index: int, q_RHD: Tensor) -> Tensor:
         """Compute attention [R, H, D] after the new keys and values have been cached."""
-        cache = self.cache
-        keys_PSKD, values_PSKD = cache.keys_LPSKD[layer_index], cache.values_LPSKD[layer_index]
+        keys_PSKD = self.cache.keys_LPSKD[layer_index]
+        values_PSKD = self.cache.values_LPSKD[layer_index]
         if self._use_kernels:
             attend = decoding.flash_decode if self.fuses_layers else decoding.paged_attention
             block_args = self.block_table_RB, self.seq_lens_R
@@ -194,7 +216,8 @@ class DecodeAttention:
             return o_RHD
         # Grouped-query attention: the G query heads of a key head are computed as G queries.
         q_RKGD = q_RHD.view(self.num_seqs, keys_PSKD.shape[2], -1, q_RHD.shape[-1])
-        k_RKMD, v_RKMD = (self._select_blocks(x) for x in (keys_PSKD, values_PSKD))
+        k_RKMD = self._select_blocks(keys_PSKD)
+        v_RKMD = self._select_blocks(values_PSKD)
         mask = self._mask_R11M.expand(-1, *q_RKGD.shape[1:3], -1)
         o_RKGD = F.scaled_dot_product_attention(q_RKGD, k_RKMD, v_RKMD, attn_mask=mask)
         return o_RKGD.flatten(1, 2)

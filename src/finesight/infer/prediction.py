@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -24,6 +24,7 @@ from finesight.data.prompt_format import DEFAULT_PROMPT_FORMAT, PromptFormat
 from finesight.data.question_forms import find_question
 from finesight.data.sample import (
     BoxPart,
+    ContentPart,
     ImagePart,
     LocatedSample,
     Sample,
@@ -107,36 +108,34 @@ class Prediction:
             image = None
         elif len(paths) == 1:
             image = paths[0]
-        reasoning = {} if self.reasoning is None else {"reasoning": self.reasoning}
-        return {
-            "id": self.id,
-            "image": image,
-            "prompt": self.prompt,
-            **reasoning,
-            "answer": self.answer,
-            "raw_text": self.raw_text,
-            "boxes": [box_to_dict(box) for box in self.boxes],
-        }
+        record: dict[str, Any] = {"id": self.id, "image": image, "prompt": self.prompt}
+        if self.reasoning is not None:
+            record["reasoning"] = self.reasoning
+        record["answer"] = self.answer
+        record["raw_text"] = self.raw_text
+        record["boxes"] = [box_to_dict(box) for box in self.boxes]
+        return record
 
     def as_text(self) -> str:
         """Format the prediction for the console, with one line per box."""
         paths = [*self.images]
         if len(paths) > 1:
             paths = [*dict.fromkeys(map(get_file, self.images))]
-        head = ""
+        text = self.answer
         if paths:
-            head = f"{', '.join(map(str, paths))}: "
+            text = f"{', '.join(map(str, paths))}: {text}"
         elif is_video_path(self.id):
-            head = f"{self.id}: "
-        is_truncated = self.finish_reason == "length"
-        truncation_note = f" [truncated after {self.num_tokens} tokens]" if is_truncated else ""
-        boxes = [
-            f"\n  {box.type} {', '.join(f'{number:.1f}' for number in list_coordinates(box))}"
-            + (f"  {box.label}" if box.label else "")
-            for box in self.boxes
-        ]
-        reasoning = f"\n  reasoning  {self.reasoning}" if self.reasoning else ""
-        return head + self.answer + truncation_note + "".join(boxes) + reasoning
+            text = f"{self.id}: {text}"
+        if self.finish_reason == "length":
+            text += f" [truncated after {self.num_tokens} tokens]"
+        for box in self.boxes:
+            coordinates = ", ".join(f"{number:.1f}" for number in list_coordinates(box))
+            text += f"\n  {box.type} {coordinates}"
+            if box.label:
+                text += f"  {box.label}"
+        if self.reasoning:
+            text += f"\n  reasoning  {self.reasoning}"
+        return text
 
 
 def box_to_dict(box: BoxPart) -> dict[str, Any]:
@@ -200,20 +199,26 @@ def predict(
     was_training = model.training
     model.eval()
     predictions: dict[int, Prediction] = {}
-    build_request = partial(
-        GenerationRequest, max_new_tokens=max_new_tokens, logprobs=0 if logprobs else None
-    )
+
+    def iter_requests(prompt_reader: _PromptReader) -> Iterator[tuple[int, GenerationRequest]]:
+        for i, prompt in prompt_reader.iter_prompts(batch_size):
+            yield (
+                i,
+                GenerationRequest(
+                    prompt=prompt,
+                    max_new_tokens=max_new_tokens,
+                    logprobs=0 if logprobs else None,
+                    sampling_params=get_sampling(i),
+                ),
+            )
+
     try:
         with _PromptReader(renderer, samples, on_corrupt_image) as prompt_reader:
             while prompt_reader.remaining:
                 try:
                     lengths = [prompt.num_tokens for prompt in prompt_reader.remaining.values()]
                     source = model, renderer.end_ids, lengths, max_new_tokens, batch_size
-                    prompts = prompt_reader.iter_prompts(batch_size)
-                    requests = (
-                        (i, build_request(prompt=prompt, sampling_params=get_sampling(i)))
-                        for i, prompt in prompts
-                    )
+                    requests = iter_requests(prompt_reader)
                     for i, prompt, tokens in iter_completions(
                         build_engine(*source, on_progress), requests, batch_size, on_progress
                     ):
@@ -266,11 +271,15 @@ class ResponseSampler:
         engine: Engine | None
         while waiting := {n: one for n, one in enumerate(requests) if n not in responses}:
             try:
-                engine, size = self._prepare_engine([*waiting.values()]), self.batch_size
-                for n, _, tokens in iter_completions(engine, waiting.items(), size, on_progress):
+                engine = self._prepare_engine([*waiting.values()])
+                for n, _, tokens in iter_completions(
+                    engine, waiting.items(), self.batch_size, on_progress
+                ):
                     responses[n] = tokens
             except torch.OutOfMemoryError:
-                engine, self.engine, self.capacity = None, None, (0, 0, 0)
+                engine = None
+                self.engine = None
+                self.capacity = (0, 0, 0)
                 self.batch_size = min(self.batch_size, len(waiting)) // 2
                 if not self.batch_size:
                     raise
@@ -320,15 +329,16 @@ class _PromptReader:
         samples: Sequence[LocatedSample],
         on_corrupt_image: Callable[[int, CorruptImageError], None] | None,
     ) -> None:
-        self._renderer, self._on_corrupt_image = renderer, on_corrupt_image
+        self._renderer = renderer
+        self._on_corrupt_image = on_corrupt_image
         self.remaining: dict[int, TokenizedSample] = {}
         """Tokenized prompts that are not finished, by sample index."""
         tokenized_by_index = self._collect_results(
             (i, partial(renderer.tokenize_prompt, sample)) for i, sample in enumerate(samples)
         )
         # Longest prompt first, so that an out-of-memory error occurs at the start.
-        order = sorted(tokenized_by_index, key=lambda i: (-tokenized_by_index[i].num_tokens, i))
-        self.remaining |= {i: tokenized_by_index[i] for i in order}
+        for i in sorted(tokenized_by_index, key=lambda i: (-tokenized_by_index[i].num_tokens, i)):
+            self.remaining[i] = tokenized_by_index[i]
         self._pool = ThreadPoolExecutor(NUM_READER_THREADS)
 
     def __enter__(self) -> _PromptReader:
@@ -378,24 +388,32 @@ def build_prediction(
     """
     completion = renderer.decode_completion(output_ids, is_thinking=prompt.is_thinking)
     sample = located_sample.sample
-    user_turns = [message.content for message in sample.messages if message.role == "user"]
-    image_index = _get_target_image(sample) if image_index is None else image_index
+    last_question: Sequence[ContentPart] = ()
+    for message in sample.messages:
+        if message.role == "user":
+            last_question = message.content
+    if image_index is None:
+        image_index = _get_target_image(sample)
     sizes = [span.original_size for span in prompt.spans if span.kind == "image"]
+    image_size = DEFAULT_SIZE
+    if sizes:
+        image_size = sizes[image_index]
+    has_ended = bool(output_ids) and output_ids[-1] in renderer.end_ids
+    images = []
+    for part in sample.iter_parts():
+        if isinstance(part, ImagePart):
+            images.append(located_sample.resolve_path(part.image))
     return Prediction(
         id=sample.id,
-        images=tuple(
-            located_sample.resolve_path(p.image)
-            for p in sample.iter_parts()
-            if isinstance(p, ImagePart)
-        ),
-        prompt=join_text(chain(*user_turns[-1:])),
+        images=tuple(images),
+        prompt=join_text(last_question),
         answer=completion.text,
         raw_text=completion.raw_text,
         boxes=tuple(renderer.parse_boxes(completion.raw_text, prompt.spans, image_index)),
         num_tokens=len(output_ids),
-        finish_reason="stop" if output_ids and output_ids[-1] in renderer.end_ids else "length",
+        finish_reason="stop" if has_ended else "length",
         reasoning=completion.reasoning,
-        image_size=sizes[image_index] if sizes else DEFAULT_SIZE,
+        image_size=image_size,
         question=write_marked_prompt(find_question(sample) or ()),
     )
 
@@ -406,10 +424,13 @@ def _get_target_image(sample: Sample) -> int:
     Box formats do not name an image. If all boxes of the reference answer refer to the same image,
     that image is used, else the first.
     """
-    last = sample.messages[-1]
-    boxes = [part for part in last.content if isinstance(part, BoxPart)]
-    image_indices = {box.image for box in boxes if last.role == "assistant"}
-    return image_indices.pop() if len(image_indices) == 1 else 0
+    answer = sample.messages[-1]
+    if answer.role != "assistant":
+        return 0
+    image_indices = {part.image for part in answer.content if isinstance(part, BoxPart)}
+    if len(image_indices) != 1:
+        return 0
+    return image_indices.pop()
 
 
 def save_annotated_images(
@@ -470,8 +491,9 @@ def draw_boxes(image: Image.Image, boxes: Sequence[BoxPart]) -> Image.Image:
         if box.label:
             # Above the box, or inside the box at the upper image border.
             _, _, width, height = draw.textbbox((0, 0), box.label, font=font)
-            x, y = corners[0], corners[1]
-            top = y - height if y >= height else y
-            draw.rectangle((x, top, x + width, top + height), fill=color)
-            draw.text((x, top), box.label, fill="white", font=font)
+            left, top, _, _ = corners
+            if top >= height:
+                top -= height
+            draw.rectangle((left, top, left + width, top + height), fill=color)
+            draw.text((left, top), box.label, fill="white", font=font)
     return annotated

@@ -58,8 +58,11 @@ EXPECTED_PROMPT_TOKENS = 1024
 _REPLACEMENT_CHAR = "�"
 """Decoder output for bytes of an incomplete character."""
 
-_MIN_REDECODED, _MAX_REDECODED = 8, 64
-"""Bounds of the number of tokens with invalid bytes that are decoded again."""
+_MIN_REDECODED = 8
+"""Minimum number of tokens with invalid bytes that are decoded again."""
+
+_MAX_REDECODED = 64
+"""Maximum number of tokens with invalid bytes that are decoded again."""
 
 _REASONING_END = THINK_END.strip("\n")
 
@@ -100,12 +103,17 @@ class IncrementalDetokenizer:
         is_thinking: bool,
         skip_special_tokens: bool = True,
     ) -> None:
-        self._tokenizer, self._end_ids, self._stop_strings = tokenizer, end_ids, tuple(stop_strings)
+        self._tokenizer = tokenizer
+        self._end_ids = end_ids
+        self._stop_strings = tuple(stop_strings)
         self._skip_special_tokens = skip_special_tokens
-        self._in_reasoning, self._strips_newlines = is_thinking, is_thinking
+        self._in_reasoning = is_thinking
+        self._strips_newlines = is_thinking
         self._new_reasoning = ""
         self._token_ids: list[int] = []
-        self._read_offset, self._prefix_offset, self._num_emitted_chars = 0, 0, 0
+        self._prefix_offset = 0
+        self._read_offset = 0
+        self._num_emitted_chars = 0
         self._pending = ""
         self.text = ""
         """All emitted text."""
@@ -125,7 +133,8 @@ class IncrementalDetokenizer:
 
     def take_reasoning(self) -> str:
         """Return the new text of the reasoning since the last call."""
-        reasoning, self._new_reasoning = self._new_reasoning, ""
+        reasoning = self._new_reasoning
+        self._new_reasoning = ""
         return reasoning
 
     def _decode_new_text(self, *, is_last: bool) -> str:
@@ -134,7 +143,8 @@ class IncrementalDetokenizer:
         complete = decoded if is_last else decoded.removesuffix(_REPLACEMENT_CHAR)
         new_text = complete[self._num_emitted_chars :]
         if complete == decoded:
-            self._prefix_offset, self._read_offset = self._read_offset, len(self._token_ids)
+            self._prefix_offset = self._read_offset
+            self._read_offset = len(self._token_ids)
             self._num_emitted_chars = len(self._decode(self._token_ids[self._prefix_offset :]))
         else:
             self._num_emitted_chars = len(complete)
@@ -164,16 +174,17 @@ class IncrementalDetokenizer:
         self._split_reasoning(is_last=is_last)
         if self._in_reasoning:
             return ""
-        stop_positions = [
-            position for text in self._stop_strings if (position := self._pending.find(text)) >= 0
-        ]
-        if stop_positions:
-            self.has_stopped = True
-            emitted, self._pending = self._pending[: min(stop_positions)], ""
-        else:
-            num_held = 0 if is_last else _count_partial(self._pending, self._stop_strings)
-            emitted = self._pending[: len(self._pending) - num_held]
-            self._pending = self._pending[len(emitted) :]
+        end = len(self._pending)
+        for text in self._stop_strings:
+            position = self._pending.find(text)
+            if position >= 0:
+                self.has_stopped = True
+                end = min(end, position)
+        if not is_last and not self.has_stopped:
+            end -= _count_partial(self._pending, self._stop_strings)
+        emitted = self._pending[:end]
+        # Text after a stop string is dropped.
+        self._pending = "" if self.has_stopped else self._pending[end:]
         self.text += emitted
         return emitted
 
@@ -188,13 +199,15 @@ class IncrementalDetokenizer:
         text, end_marker, after = self._pending.partition(_REASONING_END)
         if end_marker or is_last:
             self._new_reasoning += text.rstrip("\n")
-            self._in_reasoning, self._pending = not end_marker, after
+            self._in_reasoning = not end_marker
+            self._pending = after
             self._strips_newlines = True
             self._strip_first_newlines()
             return
-        length = _count_partial(text, [_REASONING_END])
-        end = len(text[: len(text) - length].rstrip("\n"))
-        self._new_reasoning, self._pending = self._new_reasoning + text[:end], text[end:]
+        num_held = _count_partial(text, [_REASONING_END])
+        end = len(text[: len(text) - num_held].rstrip("\n"))
+        self._new_reasoning += text[:end]
+        self._pending = text[end:]
 
     def _strip_first_newlines(self) -> None:
         if self._strips_newlines:
@@ -204,13 +217,12 @@ class IncrementalDetokenizer:
 
 def _count_partial(text: str, markers: Sequence[str]) -> int:
     """Return the length of the longest suffix of a text that may start one of the markers."""
-    lengths = (
-        length
-        for marker in markers
-        for length in range(min(len(marker), len(text) + 1))
-        if text.endswith(marker[:length])
-    )
-    return max(lengths, default=0)
+    longest = 0
+    for marker in markers:
+        for length in range(min(len(marker), len(text) + 1)):
+            if text.endswith(marker[:length]):
+                longest = max(longest, length)
+    return longest
 
 
 class GenerationStream:
@@ -229,7 +241,9 @@ class GenerationStream:
         image_index: int | None = None,
     ) -> None:
         renderer = service.renderer
-        self._service, self._located_sample, self._tokenized = service, located_sample, tokenized
+        self._service = service
+        self._located_sample = located_sample
+        self._tokenized = tokenized
         self._image_index = image_index
         self._detokenizer = IncrementalDetokenizer(
             renderer.tokenizer,
@@ -253,7 +267,8 @@ class GenerationStream:
 
     async def __aiter__(self) -> AsyncIterator[CompletionDelta]:
         """Yield deltas. Those that have arrived together are merged."""
-        loop, changed = asyncio.get_running_loop(), asyncio.Event()
+        loop = asyncio.get_running_loop()
+        changed = asyncio.Event()
 
         def wake() -> None:
             # A closed event loop has no waiting consumer.
@@ -266,13 +281,17 @@ class GenerationStream:
             changed.clear()
             # Read before the deltas, so that no delta before the end is missed.
             is_finished = self._is_finished
-            arrived = [self._deltas.popleft() for _ in range(len(self._deltas))]
-            if arrived:
-                yield CompletionDelta(
-                    "".join(delta.text for delta in arrived),
-                    tuple(token for delta in arrived for token in delta.tokens),
-                    "".join(delta.reasoning for delta in arrived),
-                )
+            text = ""
+            tokens: list[GeneratedToken] = []
+            reasoning = ""
+            num_arrived = len(self._deltas)
+            for _ in range(num_arrived):
+                delta = self._deltas.popleft()
+                text += delta.text
+                tokens += delta.tokens
+                reasoning += delta.reasoning
+            if num_arrived:
+                yield CompletionDelta(text, tuple(tokens), reasoning)
             if is_finished:
                 self._wait_for_delta()
                 return
@@ -324,19 +343,22 @@ class GenerationStream:
             True if a stop string was found before the engine ended the request. The caller then
             cancels the request, because the engine does not detect stop strings.
         """
+        text = ""
+        tokens: tuple[GeneratedToken, ...] = ()
         if event.token is not None:
             self.output_ids.append(event.token.id)
-        text = "" if event.token is None else self._detokenizer.add_token(event.token.id)
+            text = self._detokenizer.add_token(event.token.id)
+            tokens = (event.token,)
         finish_reason = "stop" if self._detokenizer.has_stopped else event.finish_reason
         if finish_reason is not None:
             text += self._detokenizer.flush()
             self._num_cached_tokens = event.num_cached_tokens
-        tokens: tuple[GeneratedToken, ...] = () if event.token is None else (event.token,)
         reasoning = self._detokenizer.take_reasoning()
         with self._changed:
             if text or tokens or reasoning:
                 self._deltas.append(CompletionDelta(text, tokens, reasoning))
-            self.finish_reason, self._error = finish_reason, event.error
+            self.finish_reason = finish_reason
+            self._error = event.error
             self._changed.notify_all()
             wake = self._wake
         if wake is not None:
@@ -389,14 +411,17 @@ class InferenceService:
         self._encode_prompt = encode_prompt or (
             lambda sample, thinking: self.renderer.with_thinking(thinking).encode_prompt(sample)
         )
-        self._model, self._adapters = model, inference_model.adapters
+        self._model = model
+        self._adapters = inference_model.adapters
         self._thinking_modes = inference_model.thinking_modes
         self.manifest = inference_model.manifest
         self._inference_model = inference_model
-        self._max_waiting, self._max_num_seqs = max_waiting, max_num_seqs
+        self._max_waiting = max_waiting
+        self._max_num_seqs = max_num_seqs
         self._num_cache_tokens = 0
         if isinstance(model, VisionLanguageModel):
-            config, weight = model.config.decoder, model.model.embed_tokens.weight
+            config = model.config.decoder
+            weight = model.model.embed_tokens.weight
             if kv_cache_bytes is None and weight.is_cuda:
                 free_bytes = torch.cuda.mem_get_info(weight.device)[0]
                 kv_cache_bytes = compute_kv_cache_bytes(
@@ -412,7 +437,8 @@ class InferenceService:
         self._new_requests: list[tuple[GenerationStream, GenerationRequest]] = []
         self._cancelled: list[GenerationStream] = []
         self._streams: dict[int, GenerationStream] = {}
-        self._is_closing, self._cancels_all = False, False
+        self._is_closing = False
+        self._cancels_all = False
         self._counts = Counter[str]()
         self._thread = threading.Thread(target=self._run, name="finesight-inference", daemon=True)
         self._thread.start()
@@ -502,7 +528,8 @@ class InferenceService:
     def get_stats(self) -> ServiceStats:
         """Return the current request, KV-cache and token statistics."""
         with self._lock:
-            engine, counts = self._engine, self._counts
+            engine = self._engine
+            counts = self._counts
             return ServiceStats(
                 num_running=engine.num_running,
                 num_waiting=engine.num_waiting + len(self._new_requests),
@@ -557,13 +584,15 @@ class InferenceService:
         with self._lock:
             num_open = len(self._new_requests) + len(self._streams)
         limit = self._max_num_seqs + self._max_waiting
+        what = expected = ""
         if not self.is_alive:
-            what, expected = "the service accepts no more requests", "a running service"
+            what = "the service accepts no more requests"
+            expected = "a running service"
         elif num_open >= limit:
-            what, expected = f"{num_open} requests are running or waiting", f"fewer than {limit}"
-        else:
-            return
-        raise ServiceBusyError(what, where="queue", expected=expected, remedy="retry later")
+            what = f"{num_open} requests are running or waiting"
+            expected = f"fewer than {limit}"
+        if what:
+            raise ServiceBusyError(what, where="queue", expected=expected, remedy="retry later")
 
     def _create_engine(self, max_num_seqs: int, num_cache_tokens: int) -> Engine | HfEngine:
         if isinstance(self._model, HfModel):
@@ -585,7 +614,8 @@ class InferenceService:
                     or self._engine.has_work
                 ):
                     self._lock.wait()
-                cancelled, self._cancelled = self._cancelled, []
+                cancelled = self._cancelled
+                self._cancelled = []
                 is_idle = not (self._new_requests or cancelled or self._engine.has_work)
                 if self._is_closing and is_idle:
                     return

@@ -202,15 +202,13 @@ def predict(
 
     def iter_requests(prompt_reader: _PromptReader) -> Iterator[tuple[int, GenerationRequest]]:
         for i, prompt in prompt_reader.iter_prompts(batch_size):
-            yield (
-                i,
-                GenerationRequest(
-                    prompt=prompt,
-                    max_new_tokens=max_new_tokens,
-                    logprobs=0 if logprobs else None,
-                    sampling_params=get_sampling(i),
-                ),
+            request = GenerationRequest(
+                prompt=prompt,
+                max_new_tokens=max_new_tokens,
+                logprobs=0 if logprobs else None,
+                sampling_params=get_sampling(i),
             )
+            yield i, request
 
     try:
         with _PromptReader(renderer, samples, on_corrupt_image) as prompt_reader:

@@ -148,7 +148,8 @@ class Scheduler:
         self.paused: list[SequenceState] = []
         self._leaving: list[SequenceState] = []
         """Sequences that `remove_finished` will remove from the decoding batch."""
-        self.max_num_seqs, self.block_size = max_num_seqs, block_size
+        self.max_num_seqs = max_num_seqs
+        self.block_size = block_size
         self._request_ids = itertools.count()
         self._has_linear_states = has_linear_states
         self._free_state_slots = list(range(max_num_seqs, 0, -1))
@@ -168,18 +169,21 @@ class Scheduler:
 
         Blocks are shared only between requests with the same `cache_salt`.
         """
-        tokenized, image_hashes = request.prompt.tokenized, request.image_hashes
+        image_hashes = request.image_hashes
         if image_hashes is None:
             image_hashes = hash_images(request.prompt)
+        block_hashes: list[BlockHash] = []
+        if self.block_manager.snapshot_slots or not self._has_linear_states:
+            block_hashes = compute_block_hashes(
+                request.prompt.tokenized, image_hashes, self.block_size, cache_salt
+            )
         sequence = SequenceState(
             request_id=next(self._request_ids),
             request=request,
             prompt=PromptState(request.prompt, [], request.adapter_index, image_hashes),
             sampler=TokenSampler(request),
             cache_salt=cache_salt,
-            block_hashes=[]
-            if self._has_linear_states and not self.block_manager.snapshot_slots
-            else compute_block_hashes(tokenized, image_hashes, self.block_size, cache_salt),
+            block_hashes=block_hashes,
         )
         self.waiting.append(sequence)
         return sequence.request_id
@@ -187,8 +191,10 @@ class Scheduler:
     def find_unfinished(self, request_id: int) -> SequenceState | None:
         """Return the sequence with a request id; None if it is finished or unknown."""
         queues = self.waiting, self.prefilling, self.decoding, self.paused
-        found = (one for one in itertools.chain(*queues) if one.request_id == request_id)
-        return next((sequence for sequence in found if not sequence.is_finished), None)
+        for sequence in itertools.chain(*queues):
+            if sequence.request_id == request_id and not sequence.is_finished:
+                return sequence
+        return None
 
     def admit_next(self) -> SequenceState | None:
         """Admit the next request and allocate KV-cache blocks for its maximum length.
@@ -205,7 +211,8 @@ class Scheduler:
         has_capacity = has_row and has_slot and num_unread < self.token_budget
         if not (self.waiting and has_capacity):
             return None
-        sequence, prompt = self.waiting[0], self.waiting[0].prompt
+        sequence = self.waiting[0]
+        prompt = sequence.prompt
         # An equal prompt in progress is computed once, and its blocks are reused afterwards.
         hashes = sequence.block_hashes
         if hashes and any(other.block_hashes == hashes for other in self.prefilling):
@@ -241,7 +248,8 @@ class Scheduler:
         token_budget = self.token_budget
         chunks: list[tuple[SequenceState, int]] = []
         for sequence in self.prefilling:
-            prompt, start = sequence.prompt, sequence.prompt.num_computed_tokens
+            prompt = sequence.prompt
+            start = prompt.num_computed_tokens
             # Each step computes a block at least.
             num_blocks = max(token_budget // self.block_size, 0 if chunks else 1)
             if num_blocks and prompt.adapter_index == self.prefilling[0].prompt.adapter_index:
@@ -255,8 +263,10 @@ class Scheduler:
 
     def _is_repeated(self, sequence: SequenceState) -> bool:
         """Return whether a waiting prompt needs a snapshot of this one."""
-        hashes = sequence.block_hashes if self._has_linear_states else []
-        return bool(hashes) and any(other.block_hashes == hashes for other in self.waiting)
+        hashes = sequence.block_hashes
+        if not self._has_linear_states or not hashes:
+            return False
+        return any(other.block_hashes == hashes for other in self.waiting)
 
     def allocate_snapshots(
         self, chunks: Sequence[tuple[SequenceState, int]]

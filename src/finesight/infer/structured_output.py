@@ -51,7 +51,8 @@ class GrammarCompiler:
     """Compiles grammars to decoding constraints for one model."""
 
     def __init__(self, renderer: NativeRenderer, vocab_size: int) -> None:
-        self._renderer, self._vocab_size = renderer, vocab_size
+        self._renderer = renderer
+        self._vocab_size = vocab_size
         self._lock = threading.Lock()
         self._ll_tokenizer: LLTokenizer | None = None
 
@@ -71,9 +72,10 @@ class GrammarCompiler:
 
     def compile_boxes(self, key: str = BOX_KEY) -> GrammarConstraint:
         """Compile a constraint for boxes, or points, in the format of the family."""
-        tokens, limit = self._renderer.family.box_tokens, self._renderer.family.max_box_coordinate
-        if tokens is not None:
-            return self._compile(self._build_token_grammar(tokens, limit, key))
+        family = self._renderer.family
+        limit = family.max_box_coordinate
+        if family.box_tokens is not None:
+            return self._compile(self._build_token_grammar(family.box_tokens, limit, key))
         return self.compile_json_schema(_build_box_schema(limit, key))
 
     def compile_tool_calls(
@@ -84,7 +86,8 @@ class GrammarCompiler:
         Args:
             functions: Name and JSON schema of the arguments of each function; None for any object.
         """
-        open_tag, close_tag = self._token_symbol("<tool_call>"), self._token_symbol("</tool_call>")
+        open_tag = self._token_symbol("<tool_call>")
+        close_tag = self._token_symbol("</tool_call>")
         alternatives = " | ".join(f"call_{number}" for number in range(len(functions)))
         rules = [f'answer: {open_tag} "\\n" ({alternatives}) "\\n" {close_tag}']
         rules.append('value[suffix="\\n</parameter>\\n"]: /(?s:.*)/')
@@ -95,24 +98,17 @@ class GrammarCompiler:
                     f'call_{call_index}: "<function={name}>\\n" key_{call_index}* "</function>"',
                     f'key_{call_index}: "<parameter=" ({keys or "/[^>]+/"}) ">\\n" value',
                 ]
-                continue
-            properties = {"name": {"const": name}, "arguments": parameters or _ANY_OBJECT_SCHEMA}
-            schema = {
-                "type": "object",
-                "properties": properties,
-                "required": ["name", "arguments"],
-                "additionalProperties": False,
-            }
-            rules.append(
-                f"call_{call_index}: %json {json.dumps({**schema, **_JSON_DUMPS_OPTIONS})}"
-            )
+            else:
+                schema = json.dumps(_build_call_schema(name, parameters) | _JSON_DUMPS_OPTIONS)
+                rules.append(f"call_{call_index}: %json {schema}")
         return self._compile("\n".join(rules) + "\n")
 
     def _build_token_grammar(self, box_tokens: Sequence[str], limit: int, key: str) -> str:
         """Build the grammar of boxes in special tokens, with coordinates in thousandths."""
         ref, ref_end, box, box_end = (self._token_symbol(token) for token in box_tokens)
         max_value = ' | "1000"' if limit >= 1000 else ""
-        corners = ' "," '.join(['"(" N "," N ")"'] * (2 if key == BOX_KEY else 1))
+        corner = '"(" N "," N ")"'
+        corners = f'{corner} "," {corner}' if key == BOX_KEY else corner
         return (
             "answer: box*\n"
             f"box: ({ref} LABEL {ref_end})? {box} {corners} {box_end}\n"
@@ -121,14 +117,11 @@ class GrammarCompiler:
         )
 
     def _compile(self, rules: str) -> GrammarConstraint:
-        start_rule = "start: answer\n"
+        start_rules = "start: answer\n"
         if self._renderer.has_reasoning:
-            end_symbol = self._token_symbol("</think>")
-            is_literal = end_symbol.startswith('"')
-            start_rule = f"start: thought {'' if is_literal else end_symbol} /\\n{{0,2}}/ answer\n"
-            start_rule += f"thought{f'[suffix={end_symbol}]' if is_literal else ''}: /(?s:.*)/\n"
+            start_rules = self._build_reasoning_rules()
         package = import_llguidance()
-        grammar = package.LLMatcher.grammar_from_lark(start_rule + rules)
+        grammar = package.LLMatcher.grammar_from_lark(start_rules + rules)
         limits = package.LLParserLimits(max_lexer_states=MAX_LEXER_STATES)
         matcher = package.LLMatcher(self.load_tokenizer(), grammar, log_level=0, limits=limits)
         if matcher.is_error():
@@ -139,6 +132,15 @@ class GrammarCompiler:
                 remedy="simplify the schema",
             )
         return GrammarConstraint(matcher, self._vocab_size, self._renderer.end_ids)
+
+    def _build_reasoning_rules(self) -> str:
+        """Build the rules of an answer after reasoning that ends at the first `</think>`."""
+        end_symbol = self._token_symbol("</think>")
+        if end_symbol.startswith('"'):
+            # Without a token of its own, the tag is text, whose first occurrence ends the rule.
+            start = "start: thought  /\\n{0,2}/ answer\n"
+            return f"{start}thought[suffix={end_symbol}]: /(?s:.*)/\n"
+        return f"start: thought {end_symbol} /\\n{{0,2}}/ answer\nthought: /(?s:.*)/\n"
 
     def _token_symbol(self, text: str) -> str:
         """Return the grammar symbol of a special token; for other text, a string literal."""
@@ -163,7 +165,8 @@ class GrammarConstraint(DecodingConstraint):
     """
 
     def __init__(self, matcher: LLMatcher, vocab_size: int, end_ids: Sequence[int]) -> None:
-        self._matcher, self._end_ids = matcher, end_ids
+        self._matcher = matcher
+        self._end_ids = end_ids
         self._num_words = -(-vocab_size // BITMASK_WORD_BITS)
 
     def compute_bitmask(self) -> NDArray[np.int32]:
@@ -214,7 +217,8 @@ def _build_ll_tokenizer(renderer: NativeRenderer, vocab_size: int) -> LLTokenize
     package = import_llguidance()
     from llguidance.tiktoken import lltokenizer_from_encoding
 
-    tokenizer, eos_ids = renderer.tokenizer, list(renderer.end_ids)
+    tokenizer = renderer.tokenizer
+    eos_ids = list(renderer.end_ids)
     if isinstance(tokenizer, TiktokenTokenizer):
         return lltokenizer_from_encoding(tokenizer.encoding, n_vocab=vocab_size, eos_token=eos_ids)
     assert isinstance(tokenizer, Tokenizer), f"unsupported tokenizer {type(tokenizer)}"
@@ -222,6 +226,17 @@ def _build_ll_tokenizer(renderer: NativeRenderer, vocab_size: int) -> LLTokenize
     content = tokenizer.path.read_text(encoding="utf-8")
     ll_tokenizer: LLTokenizer = package.LLTokenizer(content, n_vocab=vocab_size, eos_token=eos_ids)
     return ll_tokenizer
+
+
+def _build_call_schema(name: str, parameters: JsonSchema | None) -> dict[str, Any]:
+    """Build the schema of a tool call in JSON; any object is allowed without parameters."""
+    properties = {"name": {"const": name}, "arguments": parameters or _ANY_OBJECT_SCHEMA}
+    return {
+        "type": "object",
+        "properties": properties,
+        "required": ["name", "arguments"],
+        "additionalProperties": False,
+    }
 
 
 def _build_box_schema(max_coordinate: int, key: str) -> JsonSchema:

@@ -26,13 +26,14 @@ class TokenSampler:
     """Sampling parameters and sampling state of one sequence."""
 
     def __init__(self, request: GenerationRequest) -> None:
-        self.request, self.sampling_params = request, request.sampling_params
+        self.request = request
+        self.sampling_params = request.sampling_params
         self._bitmask: NDArray[np.int32] | None = None
         self._prompt_ids = np.unique(request.prompt.tokenized.ids_T).astype(np.int64)
         self.seen_V: Tensor | None = None
         seed = request.sampling_params.seed
-        bit_generator = np.random.Philox() if seed is None else np.random.Philox(key=seed % 2**64)
-        self.rng = np.random.Generator(bit_generator)
+        key = None if seed is None else seed % 2**64
+        self.rng = np.random.Generator(np.random.Philox(key=key))
 
     @property
     def is_argmax_only(self) -> bool:
@@ -51,7 +52,8 @@ class TokenSampler:
         """Return and reset the bitmask of the next token; compute it if necessary."""
         if self._bitmask is None:
             self.prepare_bitmask()
-        bitmask, self._bitmask = self._bitmask, None
+        bitmask = self._bitmask
+        self._bitmask = None
         assert bitmask is not None, "a sampler without a constraint"
         return bitmask
 
@@ -91,57 +93,85 @@ def sample_tokens(
     processed_SV = _apply_penalties(raw_SV, samplers)
     processed_SV = _ban_ids(_apply_constraints(processed_SV, samplers), samplers)
     ids_S = processed_SV.argmax(-1)
-    indices_by_filter: dict[bool, list[int]] = {True: [], False: []}
+    filtered_indices: list[int] = []
+    unfiltered_indices: list[int] = []
     for index, sampler in enumerate(samplers):
         params = sampler.sampling_params
-        if not params.is_greedy:
-            indices_by_filter[params.top_k > 0 or params.top_p < 1.0].append(index)
+        if params.is_greedy:
+            continue
+        if params.top_k > 0 or params.top_p < 1.0:
+            filtered_indices.append(index)
+        else:
+            unfiltered_indices.append(index)
     scaled_SV = raw_SV
-    if any(indices_by_filter.values()):
+    if filtered_indices or unfiltered_indices:
         scaled_SV = _scale(processed_SV, samplers)
-    for is_filtered, indices in indices_by_filter.items():
+    for indices, draw_ids in (
+        (filtered_indices, _sample_filtered),
+        (unfiltered_indices, _sample_inverse_cdf),
+    ):
         if indices:
             indices_N = copy_to_device(np.array(indices), logits_SV.device)
-            selected = [samplers[index] for index in indices]
             selected_NV = scaled_SV
-            if len(selected) < len(samplers):
+            if len(indices) < len(samplers):
                 selected_NV = scaled_SV.index_select(0, indices_N)
-            draw_ids = _sample_filtered if is_filtered else _sample_inverse_cdf
-            drawn_N = draw_ids(selected_NV.softmax(-1), selected)
+            drawn_N = draw_ids(selected_NV.softmax(-1), [samplers[index] for index in indices])
             ids_S = ids_S.index_copy(0, indices_N, drawn_N)
     for index, sampler in enumerate(samplers):
         # For the repetition penalty; the id remains on the device.
         if sampler.seen_V is not None:
             sampler.seen_V.index_fill_(0, ids_S[index : index + 1], True)
+    return ids_S, _compute_logprobs(raw_SV, scaled_SV, ids_S, samplers)
+
+
+def _compute_logprobs(
+    raw_SV: Tensor, scaled_SV: Tensor, ids_S: Tensor, samplers: Sequence[TokenSampler]
+) -> SampledLogprobs | None:
+    """Return the log probabilities of sampled tokens; None if no row requested them.
+
+    A request for processed log probabilities gets those of its scaled logits.
+    """
+    counts: list[int] = []
+    for sampler in samplers:
+        if sampler.request.logprobs is not None:
+            counts.append(sampler.request.logprobs)
+    if not counts:
+        return None
     is_processed = [sampler.request.processed_logprobs for sampler in samplers]
-    if any(is_processed):
-        is_processed_S1 = copy_to_device(np.array(is_processed), logits_SV.device)[:, None]
-        raw_SV = scaled_SV if all(is_processed) else raw_SV.where(~is_processed_S1, scaled_SV)
-    requested = [sampler.request.logprobs for sampler in samplers]
-    num_logprobs = [count for count in requested if count is not None]
-    if not num_logprobs:
-        return ids_S, None
-    logprobs_SV = raw_SV.log_softmax(-1)
+    logits_SV = raw_SV
+    if all(is_processed):
+        logits_SV = scaled_SV
+    elif any(is_processed):
+        is_processed_S1 = copy_to_device(np.array(is_processed), raw_SV.device)[:, None]
+        logits_SV = raw_SV.where(~is_processed_S1, scaled_SV)
+    logprobs_SV = logits_SV.log_softmax(-1)
     sampled_logprobs_S = logprobs_SV.gather(1, ids_S.unsqueeze(1)).squeeze(1)
-    top_logprobs_SN, top_ids_SN = logprobs_SV[:, :0], ids_S[:, None][:, :0]
-    if count := min(max(num_logprobs), logprobs_SV.shape[1]):
-        top_logprobs_SN, top_ids_SN = logprobs_SV.topk(count, dim=-1)
-    return ids_S, SampledLogprobs(sampled_logprobs_S, top_ids_SN, top_logprobs_SN)
+    top_logprobs_SN = logprobs_SV[:, :0]
+    top_ids_SN = ids_S[:, None][:, :0]
+    num_tops = min(max(counts), logprobs_SV.shape[1])
+    if num_tops:
+        top_logprobs_SN, top_ids_SN = logprobs_SV.topk(num_tops, dim=-1)
+    return SampledLogprobs(sampled_logprobs_S, top_ids_SN, top_logprobs_SN)
 
 
 def _apply_penalties(logits_SV: Tensor, samplers: Sequence[TokenSampler]) -> Tensor:
     if all(sampler.sampling_params.repetition_penalty == 1.0 for sampler in samplers):
         return logits_SV
-    return torch.stack(
-        [c.apply_repetition_penalty(row) for c, row in zip(samplers, logits_SV, strict=True)]
-    )
+    penalized = []
+    for sampler, logits_V in zip(samplers, logits_SV, strict=True):
+        penalized.append(sampler.apply_repetition_penalty(logits_V))
+    return torch.stack(penalized)
 
 
 def _apply_constraints(logits_SV: Tensor, samplers: Sequence[TokenSampler]) -> Tensor:
-    constrained_rows = [row for row, c in enumerate(samplers) if c.request.constraint is not None]
+    constrained_rows: list[int] = []
+    bitmasks: list[NDArray[np.int32]] = []
+    for row, sampler in enumerate(samplers):
+        if sampler.request.constraint is not None:
+            constrained_rows.append(row)
+            bitmasks.append(sampler.pop_bitmask())
     if not constrained_rows:
         return logits_SV
-    bitmasks = [c.pop_bitmask() for c in samplers if c.request.constraint is not None]
     bits_SW = copy_to_device(np.stack(bitmasks), logits_SV.device)
     rows_S = copy_to_device(np.array(constrained_rows), logits_SV.device)
     bit_positions_32 = torch.arange(32, device=logits_SV.device, dtype=torch.int32)
@@ -157,11 +187,13 @@ def _apply_constraints(logits_SV: Tensor, samplers: Sequence[TokenSampler]) -> T
 
 
 def _ban_ids(logits_SV: Tensor, samplers: Sequence[TokenSampler]) -> Tensor:
-    pairs = [(n, id_) for n, c in enumerate(samplers) for id_ in c.sampling_params.banned_ids]
+    pairs: list[tuple[int, int]] = []
+    for row, sampler in enumerate(samplers):
+        pairs += [(row, token) for token in sampler.sampling_params.banned_ids]
     if not pairs:
         return logits_SV
-    indices_S, ids_S = copy_to_device(np.array(pairs).T.copy(), logits_SV.device)
-    return logits_SV.index_put((indices_S, ids_S), logits_SV.new_full((), -torch.inf))
+    rows_S, ids_S = copy_to_device(np.array(pairs).T.copy(), logits_SV.device)
+    return logits_SV.index_put((rows_S, ids_S), logits_SV.new_full((), -torch.inf))
 
 
 def _to_column(values: Sequence[float], reference: Tensor) -> Tensor:
@@ -234,7 +266,8 @@ class AsyncTokens:
             return cls(ids_R.clone(), is_finite_R.clone(), logprobs, sampled_rows, None)
         if logprobs is not None:
             logprobs = SampledLogprobs(*map(_copy_to_pinned, logprobs))
-        ids_R, is_finite_R = _copy_to_pinned(ids_R), _copy_to_pinned(is_finite_R)
+        ids_R = _copy_to_pinned(ids_R)
+        is_finite_R = _copy_to_pinned(is_finite_R)
         ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
         ready.record()
         return cls(ids_R, is_finite_R, logprobs, sampled_rows, ready)
@@ -254,7 +287,9 @@ class AsyncTokens:
         if self.logprobs is None:
             return tokens
         # One conversion of each tensor takes less time than one of each row.
-        values, top_ids, top_logprobs = (tensor.tolist() for tensor in self.logprobs)
+        values = self.logprobs.logprobs_S.tolist()
+        top_ids = self.logprobs.top_ids_SN.tolist()
+        top_logprobs = self.logprobs.top_logprobs_SN.tolist()
         for index, row in enumerate(self.sampled_rows):
             count = num_logprobs[row]
             if is_finite[row] and count is not None:

@@ -92,7 +92,9 @@ class ChatReply:
     @property
     def boxes(self) -> tuple[BoxPart, ...]:
         """Boxes of the finished reply in pixels of its image; empty until the stream ends."""
-        return () if self.prediction is None else self.prediction.boxes
+        if self.prediction is None:
+            return ()
+        return self.prediction.boxes
 
     def _finalize(self) -> None:
         assert self.stream is not None, f"the reply of {self.model} has ended"
@@ -112,7 +114,10 @@ class ChatTurn:
 
     def reply_from(self, model: str) -> ChatReply:
         """Return the reply of `model`, or the first reply if the model gave none."""
-        return next((reply for reply in self.replies if reply.model == model), self.replies[0])
+        for reply in self.replies:
+            if reply.model == model:
+                return reply
+        return self.replies[0]
 
 
 @dataclass(slots=True)
@@ -140,9 +145,12 @@ class ChatSession:
         """
         assert options, f"no models requested: options are {options!r}"
         if not text.strip() and not image_paths:
-            what, expected = f"text is {text!r} and no image is attached", "text, an image, or both"
-            remedy = "enter a question or attach an image"
-            raise UserError(what, where="message", expected=expected, remedy=remedy)
+            raise UserError(
+                f"text is {text!r} and no image is attached",
+                where="message",
+                expected="text, an image, or both",
+                remedy="enter a question or attach an image",
+            )
         for image_path in image_paths:
             self.read_size(image_path)
         replies: list[ChatReply] = []
@@ -195,9 +203,12 @@ class ChatSession:
             if not turns:
                 continue
             meta: dict[str, Any] = {"model": model}
-            reasons = [turn.reply_from(model).finish_reason for turn in turns]
-            if any(reason != "stop" for reason in reasons):
-                meta["truncated_turns"] = [i for i, why in enumerate(reasons) if why != "stop"]
+            truncated: list[int] = []
+            for index, turn in enumerate(turns):
+                if turn.reply_from(model).finish_reason != "stop":
+                    truncated.append(index)
+            if truncated:
+                meta["truncated_turns"] = truncated
             messages = self._build_messages(turns, model)
             sample = Sample(id=f"chat-{model_number}", messages=messages, meta=meta)
             samples.append(sample.map_paths(lambda path: name_image(Path(path))))
@@ -241,7 +252,9 @@ class ChatSession:
             messages.append(prompt_format.build_message(turn.text, turn.image_paths))
             seen_images += filterfalse(is_video_path, turn.image_paths)
             reply = turn.reply_from(model)
-            image_index = 0 if reply.image_path is None else seen_images.index(reply.image_path)
+            image_index = 0
+            if reply.image_path is not None:
+                image_index = seen_images.index(reply.image_path)
             content: list[ContentPart] = []
             for part in reply.content:
                 if isinstance(part, BoxPart):
@@ -258,18 +271,25 @@ class ChatSession:
     def _start_reply(
         self, text: str, image_paths: Sequence[Path], options: GenerationOptions
     ) -> ChatReply:
-        model = self.service.model_names[0] if options.model is None else options.model
+        model = options.model
+        if model is None:
+            model = self.service.model_names[0]
         turns = _select_answered_turns(self.turns, model)
-        paths_by_turn = *(turn.image_paths for turn in turns), image_paths
-        images_by_turn = [[*filterfalse(is_video_path, paths)] for paths in paths_by_turn]
-        target_image = next((images[0] for images in reversed(images_by_turn) if images), None)
+        images: list[Path] = []
+        # Boxes refer to the first image of the last turn with images.
+        target_image: Path | None = None
+        for paths in (*(turn.image_paths for turn in turns), image_paths):
+            new_images = [*filterfalse(is_video_path, paths)]
+            if new_images:
+                target_image = new_images[0]
+            images += new_images
         question = self.service.get_prompt_format(model).build_message(text, image_paths)
         messages = self._build_messages(turns, model, question)
-        images = [*chain.from_iterable(images_by_turn)]
-        image_index = None if target_image is None else images.index(target_image)
         sample = Sample(id=f"turn {len(turns) + 1}", messages=messages)
         stream = self.service.submit(
-            LocatedSample(sample, Path()), replace(options, model=model), image_index=image_index
+            LocatedSample(sample, Path()),
+            replace(options, model=model),
+            image_index=None if target_image is None else images.index(target_image),
         )
         image_size = None if target_image is None else self.read_size(target_image)
         return ChatReply(model, target_image, image_size, stream)
@@ -303,18 +323,29 @@ def build_answer_parts(
     if not prediction.answer.strip():
         return ()
     parts: list[ContentPart] = [TextPart(text=prediction.answer)]
-    pieces, boxes = [*split_answer(prediction.raw_text, prediction.answer)], prediction.boxes
+    pieces = [*split_answer(prediction.raw_text, prediction.answer)]
+    boxes = prediction.boxes
     if (
         image_size is not None
         and pieces.count(None) == len(boxes) > 0
         and all(is_inside_image(box.xyxy, image_size, is_point=box.is_point) for box in boxes)
     ):
-        own = (box.model_copy(update={"image": 0}) for box in boxes)
-        pieces = [text for text in pieces if text != ""]
-        parts = [next(own) if text is None else TextPart(text=text) for text in pieces]
+        parts = _insert_boxes(pieces, boxes)
     if prediction.reasoning is not None:
         parts = [TextPart(text=f"{THINK_START}{prediction.reasoning}{THINK_END}"), *parts]
     return tuple(parts)
+
+
+def _insert_boxes(pieces: Iterable[str | None], boxes: Iterable[BoxPart]) -> list[ContentPart]:
+    """Return the texts of an answer as parts, with a box of image 0 for each None."""
+    parts: list[ContentPart] = []
+    remaining = iter(boxes)
+    for text in pieces:
+        if text is None:
+            parts.append(next(remaining).model_copy(update={"image": 0}))
+        elif text:
+            parts.append(TextPart(text=text))
+    return parts
 
 
 def split_answer(raw_text: str, answer: str) -> Iterator[str | None]:
@@ -325,7 +356,11 @@ def split_answer(raw_text: str, answer: str) -> Iterator[str | None]:
     else:
         pieces = split_at_text_boxes(raw_text, None, is_tagged=True)
     for piece in pieces:
-        for one in piece if isinstance(piece, list) else [piece]:
+        parts = piece if isinstance(piece, list) else [piece]
+        for part in parts:
             # A tag without coordinates stays text.
-            text = one if isinstance(one, str) else one.coordinates
-            yield _SPECIAL_TOKENS.sub("", text) if isinstance(text, str) else None
+            text = part if isinstance(part, str) else part.coordinates
+            if isinstance(text, str):
+                yield _SPECIAL_TOKENS.sub("", text)
+            else:
+                yield None

@@ -65,7 +65,9 @@ class InferenceModel:
         The base model of a run is asked as the run is.
         """
         first = PromptFormat.from_manifest(self.manifest)
-        return first if name is None else self.prompt_formats.get(name, first)
+        if name is None:
+            return first
+        return self.prompt_formats.get(name, first)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,10 +97,12 @@ class ModelSource:
     @property
     def quantization_summary(self) -> str:
         """Description of the quantized parts; empty without quantization."""
-        formats = ((self.nf4_parts, "NF4"), (self.fp8_parts, "FP8"))
-        return " and ".join(
-            f"{' and '.join(parts)} in {format_name}" for parts, format_name in formats if parts
-        )
+        summaries = []
+        if self.nf4_parts:
+            summaries.append(f"{' and '.join(self.nf4_parts)} in NF4")
+        if self.fp8_parts:
+            summaries.append(f"{' and '.join(self.fp8_parts)} in FP8")
+        return " and ".join(summaries)
 
 
 def load_inference_model(
@@ -177,16 +181,17 @@ def load_multi_adapter_model(
     for run_or_adapter in (run_or_model, *extra_adapters):
         source = resolve_model_source(run_or_adapter)
         _check_same_base(run_or_adapter, source, base_source, adapter_indices)
-        mode = None if source.manifest is None else source.manifest.enable_thinking
-        if mode is not None and thinking == DEFAULT_THINKING:
-            thinking_modes[get_model_name(run_or_adapter)] = mode
-        prompt_format = PromptFormat.from_manifest(source.manifest)
-        prompt_formats[get_model_name(run_or_adapter)] = prompt_format
+        name = get_model_name(run_or_adapter)
+        if source.manifest is not None and thinking == DEFAULT_THINKING:
+            mode = source.manifest.enable_thinking
+            if mode is not None:
+                thinking_modes[name] = mode
+        prompt_formats[name] = PromptFormat.from_manifest(source.manifest)
         if source.adapter is None:
-            adapter_indices[get_model_name(run_or_adapter)] = None
+            adapter_indices[name] = None
             continue
         load_adapter(model, source.adapter, base_folder=base_source.folder)
-        adapter_indices[get_model_name(run_or_adapter)] = len(adapters)
+        adapter_indices[name] = len(adapters)
         adapters.append(detach_adapter(model))
     assert isinstance(model, VisionLanguageModel), (
         f"adapters are not supported by {type(model).__name__}"
@@ -214,7 +219,8 @@ def _check_same_base(
             f"{run_or_adapter} {what}", where="adapters", expected=expected, remedy=remedy
         )
 
-    name, base_path = get_model_name(run_or_adapter), base_source.folder.path
+    name = get_model_name(run_or_adapter)
+    base_path = base_source.folder.path
     if source.folder.path.resolve() != base_path.resolve():
         expected = f"adapters of {base_path}, the base of the first adapter"
         reject(f"has the base model {source.folder.path}", expected, "start another server for it")
@@ -227,10 +233,11 @@ def _check_same_base(
     if name in existing_names:
         reject(f"has the duplicate name {name}", "unique folder names", "rename the folder")
     if source.manifest is not None and base_source.manifest is not None:
+        settings = source.manifest.model_dump()
+        first_settings = base_source.manifest.model_dump()
         for key in ("image_rule", "system_prompt"):
-            value, first = (
-                str(m.model_dump()[key]) for m in (source.manifest, base_source.manifest)
-            )
+            value = str(settings[key])
+            first = str(first_settings[key])
             if value != first:
                 expected = f"{first}, the value of the first adapter"
                 reject(f"was trained with {key} {value}", expected, "start another server for it")
@@ -247,7 +254,9 @@ def get_model_name(run_or_model: str) -> str:
     if run_dir != path:
         return f"{get_model_name(str(run_dir))}-{path.name}"
     name = path.name or path.resolve().name
-    return path.resolve().parent.name if name == "run" else name
+    if name == "run":
+        return path.resolve().parent.name
+    return name
 
 
 def select_cpu_precision() -> Literal["bf16", "fp32"]:
@@ -282,7 +291,9 @@ def resolve_precision(precision: Precision, device: torch.device) -> torch.dtype
         return DTYPES[precision]
     if device.type == "cpu":
         return torch.float32
-    return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+    if torch.cuda.get_device_capability(device) >= (8, 0):
+        return torch.bfloat16
+    return torch.float16
 
 
 def resolve_model_source(run_or_model: str, base: str | None = None) -> ModelSource:
@@ -294,12 +305,15 @@ def resolve_model_source(run_or_model: str, base: str | None = None) -> ModelSou
     # os.path.isfile returns False for invalid paths (unknown home, name too long).
     path = resolve_model_path(run_or_model)
     run_dir = find_run_dir(path)
-    file = run_dir / MANIFEST_FILE
-    manifest = load_manifest(file) if os.path.isdir(path) and os.path.isfile(file) else None
+    manifest_file = run_dir / MANIFEST_FILE
+    manifest = None
+    if os.path.isdir(path) and os.path.isfile(manifest_file):
+        manifest = load_manifest(manifest_file)
     is_adapter = os.path.isfile(path / ADAPTER_CONFIG_FILE)
     # An uploaded adapter has the manifest of its run.
     if manifest is not None and not is_adapter and not (path / "config.json").is_file():
-        return _resolve_run(run_dir, manifest, base, None if path == run_dir else path)
+        checkpoint = None if path == run_dir else path
+        return _resolve_run(run_dir, manifest, base, checkpoint)
     if is_adapter:
         # Reject unsupported adapter settings before reading weights.
         settings = read_peft_config(path / ADAPTER_CONFIG_FILE)
@@ -323,7 +337,9 @@ def _load_adapter_manifest(adapter: Path, base: ModelFolder) -> Manifest | None:
     if file is None:
         return None
     manifest = load_manifest(file)
-    return manifest if manifest.family == base.family else None
+    if manifest.family != base.family:
+        return None
+    return manifest
 
 
 def _reject_base(base: str | None, source: str, reason: str) -> None:
@@ -343,22 +359,9 @@ def _resolve_run(
     adapter_dir = run_dir / "adapter" if manifest.tune.has_mode("lora") else None
     if checkpoint is not None and model_dir is None:
         adapter_dir = run_dir / f"adapter-{checkpoint.name}"
-        checkpoint = None if adapter_dir.is_dir() else checkpoint
-    missing = [f"{part.name}/" for part in (model_dir, adapter_dir) if part and not part.is_dir()]
-    what, where = "", "model"
-    resume = {"recipe": str(run_dir / RECIPE_FILE), "resume": True}
-    remedy: Remedy = Step("train", resume, "resume it")
-    if model_dir is not None and checkpoint is not None:
-        what = f"{checkpoint} is a checkpoint of full fine-tuning, which is no model"
-        remedy = remedy if missing else f"give the run, {run_dir}"
-    elif missing and checkpoint is None:
-        what = f"{run_dir.name} has no {' and no '.join(missing)}: the run is not finished"
-        where, newest = str(run_dir), find_newest_checkpoint(run_dir)
-        if newest is not None and model_dir is None:
-            remedy = Step("train", resume, f"give its newest checkpoint, {newest}, or resume it")
-    if what:
-        expected = "a finished run, or a checkpoint of LoRA training"
-        raise UserError(what, where=where, expected=expected, remedy=remedy)
+        if adapter_dir.is_dir():
+            checkpoint = None
+    _check_finished(run_dir, model_dir, adapter_dir, checkpoint)
     if model_dir is not None:
         _reject_base(base, str(run_dir), "contains a complete model in model/")
         folder = ModelFolder(model_dir)
@@ -385,6 +388,33 @@ def _resolve_run(
     return ModelSource(folder, adapter_dir, manifest, quantize.nf4 or (), quantize.fp8 or ())
 
 
+def _check_finished(
+    run_dir: Path, model_dir: Path | None, adapter_dir: Path | None, checkpoint: Path | None
+) -> None:
+    """Raise UserError for an unfinished run, or a checkpoint that contains no model.
+
+    `checkpoint` is None if its adapter has been written.
+    """
+    missing = [f"{part.name}/" for part in (model_dir, adapter_dir) if part and not part.is_dir()]
+    what = ""
+    where = "model"
+    resume = {"recipe": str(run_dir / RECIPE_FILE), "resume": True}
+    remedy: Remedy = Step("train", resume, "resume it")
+    if model_dir is not None and checkpoint is not None:
+        what = f"{checkpoint} is a checkpoint of full fine-tuning, which is no model"
+        if not missing:
+            remedy = f"give the run, {run_dir}"
+    elif missing and checkpoint is None:
+        what = f"{run_dir.name} has no {' and no '.join(missing)}: the run is not finished"
+        where = str(run_dir)
+        newest = find_newest_checkpoint(run_dir)
+        if newest is not None and model_dir is None:
+            remedy = Step("train", resume, f"give its newest checkpoint, {newest}, or resume it")
+    if what:
+        expected = "a finished run, or a checkpoint of LoRA training"
+        raise UserError(what, where=where, expected=expected, remedy=remedy)
+
+
 def _write_checkpoint_adapter(
     checkpoint: Path, target: Path, manifest: Manifest, base: ModelFolder
 ) -> None:
@@ -408,11 +438,14 @@ def _write_checkpoint_adapter(
             expected="the weights of all layers with LoRA in the manifest of the run",
             remedy="use another checkpoint, with the finesight version that wrote it",
         )
-    name, fingerprint = manifest.base_model, manifest.base_fingerprint
 
     def write(out: Path) -> None:
         save_adapter(
-            out, model, base_model=name, base_fingerprint=fingerprint, master_values=values
+            out,
+            model,
+            base_model=manifest.base_model,
+            base_fingerprint=manifest.base_fingerprint,
+            master_values=values,
         )
 
     # Another process may use the checkpoint for the first time as well.

@@ -292,8 +292,9 @@ def _encode_missing(
             packed_patches.append(patches)
             grids.append(span.grid_thw)
             lengths.append(span.stop - span.start)
-        patches_ND = copy_to_device(concat_patches(packed_patches), device)
-        features_MKW = model.encode_images(patches_ND, grids)
+        features_MKW = model.encode_images(
+            copy_to_device(concat_patches(packed_patches), device), grids
+        )
         encoded_features |= zip(packed_hashes, torch.split(features_MKW, lengths), strict=True)
     return encoded_features
 

@@ -42,7 +42,8 @@ def clopper_pearson_interval(successes: float, trials: float) -> ConfidenceInter
 
     Its coverage is at least 95 % for every proportion and number of trials.
     """
-    low, complement = (_exact_lower_bound(n, trials) for n in (successes, trials - successes))
+    low = _exact_lower_bound(successes, trials)
+    complement = _exact_lower_bound(trials - successes, trials)
     return ConfidenceInterval(low, 1.0 - complement)
 
 
@@ -50,7 +51,8 @@ def _exact_lower_bound(successes: float, trials: float) -> float:
     """Return the proportion for which at least `successes` have a probability of 2.5 %."""
     if not successes:
         return 0.0
-    failures, counts = trials - successes, np.arange(successes, trials)
+    failures = trials - successes
+    counts = np.arange(successes, trials)
     factors = (trials - counts) / (counts + 1)
     log_ways = math.lgamma(trials + 1) - math.lgamma(successes + 1) - math.lgamma(failures + 1)
 
@@ -174,7 +176,9 @@ class ScoreEstimator:
     @property
     def score(self) -> float:
         """Reported score of the set of samples."""
-        return self.plug_in_score if self.reported_score is None else self.reported_score
+        if self.reported_score is not None:
+            return self.reported_score
+        return self.plug_in_score
 
     @property
     def plug_in_score(self) -> float:
@@ -195,7 +199,10 @@ class ScoreEstimator:
             return self.undefined_reason
         if len(self.sample_rates) < MIN_SAMPLES_UNBOUNDED:
             return REASON_FEW_SAMPLES_UNBOUNDED
-        return REASON_CONSTANT_SCORE if self.pseudo_rates[0] == self.pseudo_rates[1] else ""
+        low, high = self.pseudo_rates
+        if low == high:
+            return REASON_CONSTANT_SCORE
+        return ""
 
 
 def estimate_ratio(
@@ -217,9 +224,15 @@ def estimate_ratio(
     is_trial = np.isin(denominator, (0, 1)) & ((numerator == 0) | (numerator == denominator))
     total = float(denominator.sum())
     size = math.sqrt(float((denominator**2).mean()))
-    score = float(numerator.sum()) / total if total else 0.0
-    rates = score + (numerator - score * denominator) / size if size else np.zeros_like(numerator)
-    top = bounds[1] if math.isfinite(bounds[1]) else max(1.0, float(rates.max()))
+    score = 0.0
+    if total:
+        score = float(numerator.sum()) / total
+    rates = np.zeros_like(numerator)
+    if size:
+        rates = score + (numerator - score * denominator) / size
+    top = bounds[1]
+    if not math.isfinite(top):
+        top = max(1.0, float(rates.max()))
     return ScoreEstimator(
         weighted_sums=lambda weights: weights @ columns,
         score_from_sums=lambda sums: safe_divide(sums[:, 0], sums[:, 1]),
@@ -241,16 +254,23 @@ def estimate_mean(values: FloatArray, bounds: ScoreBounds = BOUNDED) -> ScoreEst
     Args:
         values: Value of each sample, shape (N,).
     """
-    least, most = float(values.min()), float(values.max())
-    beyond = (most - least) / 2
-    bounded = all(map(math.isfinite, bounds))
-    one = estimate_ratio(values, np.ones_like(values))
+    is_bounded = all(map(math.isfinite, bounds))
+    pseudo_rates = bounds
+    if not is_bounded:
+        least = float(values.min())
+        most = float(values.max())
+        beyond = (most - least) / 2
+        pseudo_rates = (max(bounds[0], least - beyond), most + beyond)
+    ratio = estimate_ratio(values, np.ones_like(values))
+    successes_and_trials = ratio.successes_and_trials
+    if bounds == NON_NEGATIVE:
+        successes_and_trials = None
     return replace(
-        one,
+        ratio,
         sample_rates=values,
-        pseudo_rates=bounds if bounded else (max(bounds[0], least - beyond), most + beyond),
-        is_bounded=bounded,
-        successes_and_trials=None if bounds == NON_NEGATIVE else one.successes_and_trials,
+        pseudo_rates=pseudo_rates,
+        is_bounded=is_bounded,
+        successes_and_trials=successes_and_trials,
     )
 
 
@@ -276,10 +296,12 @@ def count_by_class(pairs: Sequence[tuple[ClassCounts, ClassCounts]]) -> dict[str
         for column, counts in enumerate((predicted & reference, predicted, reference)):
             for (name, _), count in counts.items():
                 rows[name].setdefault(i, [0.0, 0.0, 0.0])[column] += count
-    return {
-        name: SampleGroup(np.array(list(counts)), np.array(list(counts.values())))
-        for name, counts in sorted(rows.items())
-    }
+    groups = {}
+    for name, counts_by_sample in sorted(rows.items()):
+        sample_indices = np.array(list(counts_by_sample))
+        values = np.array(list(counts_by_sample.values()))
+        groups[name] = SampleGroup(sample_indices, values)
+    return groups
 
 
 def estimate_macro_f1(groups: Sequence[SampleGroup], sample_rates: FloatArray) -> ScoreEstimator:
@@ -334,7 +356,10 @@ def compute_typical_sizes(
         parts = np.eye(len(counts))[rarest]
     totals = np.array([(group.values[:, column] ** power).sum() for group in groups])
     sizes = (totals / np.maximum(1, counts)) ** (1 / power)
-    return parts * sizes, REASON_RARE_CLASS if counts[rarest] < MIN_SAMPLES_PER_CLASS else ""
+    reason = ""
+    if counts[rarest] < MIN_SAMPLES_PER_CLASS:
+        reason = REASON_RARE_CLASS
+    return parts * sizes, reason
 
 
 def build_grouped_sums(groups: Sequence[SampleGroup], num_samples: int) -> WeightedSumsFn:
@@ -350,13 +375,15 @@ def build_grouped_sums(groups: Sequence[SampleGroup], num_samples: int) -> Weigh
             dense[index][group.sample_indices] = group.values
 
     def sums(weights: ResampleWeights) -> FloatArray:
-        found = [
-            weights @ dense[index]
-            if index in dense
-            else weights.T[group.sample_indices].T @ group.values
-            for index, group in enumerate(groups)
-        ]
-        return np.concatenate(found, axis=1) if found else np.zeros((len(weights), 0))
+        if not groups:
+            return np.zeros((len(weights), 0))
+        found = []
+        for index, group in enumerate(groups):
+            if index in dense:
+                found.append(weights @ dense[index])
+            else:
+                found.append(weights.T[group.sample_indices].T @ group.values)
+        return np.concatenate(found, axis=1)
 
     return sums
 
@@ -412,7 +439,8 @@ def compute_difference_intervals(
         else:
             ends = UNBOUNDED
             if old.is_bounded and new.is_bounded:
-                (old_low, old_high), (new_low, new_high) = old.pseudo_rates, new.pseudo_rates
+                old_low, old_high = old.pseudo_rates
+                new_low, new_high = new.pseudo_rates
                 ends = new_low - old_high, new_high - old_low
             old_rates, new_rates = _choose_change_rates(old, new)
             statistics[name] = [(1, new, new_rates), (-1, old, old_rates)], ends
@@ -424,11 +452,14 @@ def get_missing_difference_reason(before: ScoreEstimator, after: ScoreEstimator)
     undefined = before.undefined_reason or after.undefined_reason
     if undefined or _count_discordant_pairs(before, after) is not None:
         return undefined
-    is_bounded = before.is_bounded and after.is_bounded
-    if len(before.sample_rates) < (MIN_SAMPLES if is_bounded else MIN_SAMPLES_UNBOUNDED):
-        return REASON_FEW_SAMPLES if is_bounded else REASON_FEW_SAMPLES_UNBOUNDED
-    changed = bool((before.sample_rates != after.sample_rates).any())
-    return "" if changed or is_bounded else REASON_NO_CHANGE
+    num_samples = len(before.sample_rates)
+    if before.is_bounded and after.is_bounded:
+        return REASON_FEW_SAMPLES if num_samples < MIN_SAMPLES else ""
+    if num_samples < MIN_SAMPLES_UNBOUNDED:
+        return REASON_FEW_SAMPLES_UNBOUNDED
+    if (before.sample_rates == after.sample_rates).all():
+        return REASON_NO_CHANGE
+    return ""
 
 
 def _count_discordant_pairs(
@@ -441,10 +472,11 @@ def _count_discordant_pairs(
     """
     if before.successes_and_trials is None or after.successes_and_trials is None:
         return None
-    (old, trials), (new, others) = before.successes_and_trials, after.successes_and_trials
-    if (trials != others).any():
+    old, old_trials = before.successes_and_trials
+    new, new_trials = after.successes_and_trials
+    if (old_trials != new_trials).any():
         return None
-    return float((new > old).sum()), float((old > new).sum()), float(trials.sum())
+    return float((new > old).sum()), float((old > new).sum()), float(old_trials.sum())
 
 
 def _choose_change_rates(
@@ -471,18 +503,25 @@ def _bootstrap(
     statistics: Mapping[str, tuple[BootstrapTerms, ScoreBounds]],
 ) -> dict[str, ConfidenceInterval]:
     """Compute the interval of each score or difference from the same resamples, within bounds."""
-    estimators = [one for terms, _ in statistics.values() for _, one, _ in terms]
-    num_samples = max((len(one.sample_rates) for one in estimators), default=0)
-    chunks: dict[str, list[FloatArray]] = {name: [] for name in statistics}
-    for weights, pseudo_weights in iter_resample_weights(num_samples) if statistics else ():
-        # Several scores may have the same sums.
-        sums = {function: function(weights) for function in {e.weighted_sums for e in estimators}}
+    if not statistics:
+        return {}
+    # Several scores may have the same sums.
+    sum_functions: set[WeightedSumsFn] = set()
+    num_samples = 0
+    for terms, _ in statistics.values():
+        for _, one, _ in terms:
+            sum_functions.add(one.weighted_sums)
+            num_samples = max(num_samples, len(one.sample_rates))
+    chunks: dict[str, list[FloatArray]] = defaultdict(list)
+    for weights, pseudo_weights in iter_resample_weights(num_samples):
+        sums = {function: function(weights) for function in sum_functions}
         for name, (terms, _) in statistics.items():
             chunks[name].append(_compute_bound_values(terms, sums, pseudo_weights))
-    return {
-        name: _build_interval(terms, np.concatenate(chunks[name], axis=1), ends)
-        for name, (terms, ends) in statistics.items()
-    }
+    intervals = {}
+    for name, (terms, ends) in statistics.items():
+        values = np.concatenate(chunks[name], axis=1)
+        intervals[name] = _build_interval(terms, values, ends)
+    return intervals
 
 
 def _compute_bound_values(
@@ -520,9 +559,12 @@ def _build_interval(
     score = sum(sign * one.score for sign, one, _ in terms)
     plug_in = sum(sign * one.plug_in_score for sign, one, _ in terms)
     lows, highs, *unshifted = values
-    shift = 2 * (float(unshifted[0].mean()) - plug_in) if unshifted else 0.0
+    shift = 0.0
+    if unshifted:
+        shift = 2 * (float(unshifted[0].mean()) - plug_in)
     tail = (1 - CONFIDENCE_LEVEL) / 2
-    low, high = float(np.quantile(lows, tail)) - shift, float(np.quantile(highs, 1 - tail)) - shift
+    low = float(np.quantile(lows, tail)) - shift
+    high = float(np.quantile(highs, 1 - tail)) - shift
     return ConfidenceInterval(min(max(low, ends[0]), score), max(min(high, ends[1]), score))
 
 

@@ -11,7 +11,6 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import product
 from statistics import fmean
 
 import numpy as np
@@ -52,26 +51,43 @@ def score_pointing(cases: Sequence[EvalCase]) -> MetricResult:
     per_sample: list[MetricValues] = []
     counts = np.zeros((len(cases), 3))
     for i, case in enumerate(cases):
-        found, wanted, size = case.boxes, case.reference_boxes, case.image_size
-        num_correct = len(match_boxes(found, wanted, size, _measure_closeness))
-        counts[i] = num_correct, len(found), len(wanted)
-        distances = [
-            min([1.0, *(measure_distance(f.xyxy, t.xyxy, size) for f in found)]) for t in wanted
-        ]
-        total = len(found) + len(wanted)
-        scores = {
-            "f1": 2 * num_correct / total if total else 1.0,
-            "distance": fmean(distances or [bool(found)]),
-        }
-        per_sample.append(scores | {"parse_rate": float(bool(found) or not wanted)})
+        num_found = len(case.boxes)
+        num_wanted = len(case.reference_boxes)
+        pairs = match_boxes(case.boxes, case.reference_boxes, case.image_size, _measure_closeness)
+        num_correct = len(pairs)
+        counts[i] = num_correct, num_found, num_wanted
+        f1 = 1.0
+        if num_found + num_wanted:
+            f1 = 2 * num_correct / (num_found + num_wanted)
+        per_sample.append(
+            {
+                "f1": f1,
+                "distance": _compute_mean_distance(case),
+                "parse_rate": float(num_found > 0 or num_wanted == 0),
+            }
+        )
     num_correct_N, num_found_N, num_wanted_N = counts.T
     estimators = {
         "f1": estimate_ratio(2 * num_correct_N, num_found_N + num_wanted_N),
         "precision": estimate_ratio(num_correct_N, num_found_N),
         "recall": estimate_ratio(num_correct_N, num_wanted_N),
-        **mean_metrics(per_sample, {name: name for name in ("distance", "parse_rate")}),
+        **mean_metrics(per_sample, {"distance": "distance", "parse_rate": "parse_rate"}),
     }
     return MetricResult(per_sample, estimators)
+
+
+def _compute_mean_distance(case: EvalCase) -> float:
+    """Return the mean distance between the references and the nearest boxes, at most 1."""
+    if not case.reference_boxes:
+        return float(len(case.boxes) > 0)
+    distances = []
+    for reference in case.reference_boxes:
+        nearest = 1.0
+        for found in case.boxes:
+            distance = measure_distance(found.xyxy, reference.xyxy, case.image_size)
+            nearest = min(nearest, distance)
+        distances.append(nearest)
+    return fmean(distances)
 
 
 def _measure_closeness(box: Box, reference: Box, image_size: ImageSize) -> float:
@@ -97,15 +113,23 @@ def match_boxes(
     Returns:
         (predicted index, reference index, overlap) of each pair.
     """
-    own = labels or [[*map(normalize_label, boxes)] for boxes in (predicted, references)]
-    must_match_labels = labels or len({*own[1]}) > 1
-    pairs = [
-        (overlap_fn(f.xyxy, t.xyxy, image_size), i, j)
-        for i, f in enumerate(predicted)
-        for j, t in enumerate(references)
-        if f.image == t.image and (not must_match_labels or own[0][i] == own[1][j])
-    ]
-    free_predicted, free_references = set(range(len(predicted))), set(range(len(references)))
+    if labels:
+        predicted_labels, reference_labels = labels
+        must_match_labels = True
+    else:
+        predicted_labels = [*map(normalize_label, predicted)]
+        reference_labels = [*map(normalize_label, references)]
+        must_match_labels = len(set(reference_labels)) > 1
+    pairs = []
+    for i, found in enumerate(predicted):
+        for j, reference in enumerate(references):
+            if found.image != reference.image:
+                continue
+            if must_match_labels and predicted_labels[i] != reference_labels[j]:
+                continue
+            pairs.append((overlap_fn(found.xyxy, reference.xyxy, image_size), i, j))
+    free_predicted = set(range(len(predicted)))
+    free_references = set(range(len(references)))
     matches = []
     for overlap, i, j in sorted(pairs, key=lambda pair: (-pair[0], pair[1], pair[2])):
         if overlap > 0 and i in free_predicted and j in free_references:
@@ -146,11 +170,15 @@ def compute_box_reward(case: EvalCase) -> float:
     and the IoU large ones (Zhou et al. 2025, GUI-G1). Missing and additional boxes cost the same.
     A reference point is hit within `MAX_DISTANCE`, and its overlap replaces the ratio, too.
     """
-    predicted, references = case.boxes, case.reference_boxes
+    predicted = case.boxes
+    references = case.reference_boxes
     max_boxes = max(len(predicted), len(references))
+    if max_boxes == 0:
+        return 1.0
     total = 0.0
     for i, j, overlap in match_boxes(predicted, references, case.image_size):
-        box, reference = predicted[i].xyxy, references[j].xyxy
+        box = predicted[i].xyxy
+        reference = references[j].xyxy
         smaller, larger = sorted(map(box_area, (box, reference)))
         is_point = not box_area(reference)
         if is_point:
@@ -159,18 +187,20 @@ def compute_box_reward(case: EvalCase) -> float:
             size = smaller / larger
         else:
             size = 0.0
-        total += (overlap + (is_point or contains_center(reference, box)) + size) / 3
-    return total / max_boxes if max_boxes else 1.0
+        is_hit = is_point or contains_center(reference, box)
+        total += (overlap + is_hit + size) / 3
+    return total / max_boxes
 
 
 def compute_click_reward(case: EvalCase) -> float:
     """Return 1 if the first box or point is at a reference."""
-    hits = (
-        _measure_closeness(found.xyxy, reference.xyxy, case.image_size) > 0
-        for found, reference in product(case.boxes[:1], case.reference_boxes)
-        if found.image == reference.image
-    )
-    return float(any(hits))
+    for found in case.boxes[:1]:
+        for reference in case.reference_boxes:
+            if found.image != reference.image:
+                continue
+            if _measure_closeness(found.xyxy, reference.xyxy, case.image_size) > 0:
+                return 1.0
+    return 0.0
 
 
 def normalize_label(box: BoxPart) -> str:
@@ -212,11 +242,10 @@ def score_detection(cases: Sequence[EvalCase]) -> MetricResult:
     classes = match_detections(cases)
     counts, f1 = _sum_counts([_count_boxes(one) for one in classes], len(cases))
     num_predicted, num_references, num_correct = counts.T[:3]
-    per_sample: list[MetricValues] = [
-        {"f1": float(f1[i, 0])}
-        | compute_box_scores(case.boxes, case.reference_boxes, case.image_size)
-        for i, case in enumerate(cases)
-    ]
+    per_sample: list[MetricValues] = []
+    for i, case in enumerate(cases):
+        box_scores = compute_box_scores(case.boxes, case.reference_boxes, case.image_size)
+        per_sample.append({"f1": float(f1[i, 0])} | box_scores)
     estimators = {
         "f1_at_0.5": estimate_ratio(2 * num_correct, num_predicted + num_references),
         "precision_at_0.5": estimate_ratio(num_correct, num_predicted),
@@ -235,7 +264,8 @@ def match_detections(cases: Sequence[EvalCase]) -> list[ClassDetections]:
     """
     rows: dict[str, list[tuple[int, NDArray[np.bool_], int]]] = defaultdict(list)
     for i, case in enumerate(cases):
-        predicted, references = map(_group_by_class, (case.boxes, case.reference_boxes))
+        predicted = _group_by_class(case.boxes)
+        references = _group_by_class(case.reference_boxes)
         for key in sorted({*predicted, *references}):
             boxes = predicted[key][:MAX_DETECTIONS]
             is_correct = _match_at_thresholds(boxes, references[key], case.image_size)
@@ -262,10 +292,10 @@ def _match_at_thresholds(
     predicted: Sequence[BoxPart], references: Sequence[BoxPart], image_size: ImageSize
 ) -> NDArray[np.bool_]:
     """Return whether each predicted box matches a reference box at each IoU threshold, (D, 10)."""
-    overlaps = [
-        [measure_overlap(box.xyxy, reference.xyxy, image_size) for reference in references]
-        for box in predicted
-    ]
+    overlaps = []
+    for box in predicted:
+        row = [measure_overlap(box.xyxy, reference.xyxy, image_size) for reference in references]
+        overlaps.append(row)
     is_correct = np.zeros((len(predicted), len(IOU_THRESHOLDS)), np.bool_)
     for t, threshold in enumerate(IOU_THRESHOLDS):
         free_references = set(range(len(references)))
@@ -291,8 +321,10 @@ def build_average_precision_fn(
     """
     wanted_classes = [one for one in classes if one.num_references.any()]
     groups = [_count_boxes(one) for one in wanted_classes]
-    by_threshold = [_compute_class_average_precision(one) for one in wanted_classes]
-    reported = np.mean(by_threshold, axis=0) if by_threshold else np.zeros(len(IOU_THRESHOLDS))
+    reported = np.zeros(len(IOU_THRESHOLDS))
+    if wanted_classes:
+        by_threshold = [_compute_class_average_precision(one) for one in wanted_classes]
+        reported = np.mean(by_threshold, axis=0)
     sizes, undefined_reason = compute_typical_sizes(groups, 1, num_samples, power=2)
     _, sample_f1 = _sum_counts(groups, num_samples)
     # The typical sample has as many predicted as reference boxes.
@@ -300,8 +332,9 @@ def build_average_precision_fn(
     sums = build_grouped_sums(groups, num_samples)
     # Thresholds 0.5 and 0.75 are the first and the sixth.
     chosen = {"ap": slice(None), "ap_50": slice(0, 1), "ap_75": slice(5, 6)}
-    return {
-        name: ScoreEstimator(
+    estimators = {}
+    for name, thresholds in chosen.items():
+        estimators[name] = ScoreEstimator(
             weighted_sums=sums,
             score_from_sums=partial(_asymptotic_precision, thresholds=thresholds),
             sample_rates=sample_f1[:, thresholds].mean(axis=1),
@@ -312,8 +345,7 @@ def build_average_precision_fn(
             undefined_reason=undefined_reason,
             note=NOTE_BIASED,
         )
-        for name, thresholds in chosen.items()
-    }
+    return estimators
 
 
 def _count_boxes(one: ClassDetections) -> SampleGroup:
@@ -341,13 +373,16 @@ def _sum_counts(groups: Sequence[SampleGroup], num_samples: int) -> tuple[FloatA
 def _asymptotic_precision(sums: FloatArray, thresholds: slice) -> FloatArray:
     """Return the large-sample limit of average precision: (R, classes * 12) -> (R,)."""
     counts = sums.reshape(len(sums), -1, NUM_COUNTS)
-    found, wanted, right = counts[..., :1], counts[..., 1:2], counts[..., 2:][..., thresholds]
-    precision = safe_divide(right, np.broadcast_to(found, right.shape))
-    recall = safe_divide(right, np.broadcast_to(wanted, right.shape))
+    num_predicted = counts[..., :1]
+    num_references = counts[..., 1:2]
+    num_correct = counts[..., 2:][..., thresholds]
+    precision = safe_divide(num_correct, np.broadcast_to(num_predicted, num_correct.shape))
+    recall = safe_divide(num_correct, np.broadcast_to(num_references, num_correct.shape))
     # Number of the 101 recall levels reached; 0 without correct boxes.
-    reached = (np.floor(100 * recall + ROUNDING) + 1) * (right > 0)
+    reached = (np.floor(100 * recall + ROUNDING) + 1) * (num_correct > 0)
     by_class = (precision * reached / len(RECALL_LEVELS)).mean(axis=2)
-    return safe_divide(by_class.sum(axis=1), (counts[..., 1] > 0).sum(axis=1) * 1.0)
+    num_classes = (counts[..., 1] > 0).sum(axis=1) * 1.0
+    return safe_divide(by_class.sum(axis=1), num_classes)
 
 
 def _compute_class_average_precision(detections: ClassDetections) -> FloatArray:

@@ -147,25 +147,40 @@ def tokenize_caption(caption: str) -> list[str]:
 def _tokenize_text(text: str) -> Iterator[str]:
     for entity, character in _ENTITIES.items():
         text = text.replace(entity, character)
-    runs, size = text.replace("\u200b", " ").split(), MAX_RUN_LENGTH
-    pieces = [run[start : start + size] for run in runs for start in range(0, len(run), size)]
+    pieces = []
+    for run in text.replace("\u200b", " ").split():
+        for start in range(0, len(run), MAX_RUN_LENGTH):
+            pieces.append(run[start : start + MAX_RUN_LENGTH])
     for piece, next_piece in zip(pieces, [*pieces[1:], ""], strict=False):
         # Period rules depend on the next text: a number ("No. 5"), other text, or the end.
-        yield from _tokenize_run(piece, " 1" if next_piece[:1].isdigit() else next_piece and " a")
+        lookahead = ""
+        if next_piece[:1].isdigit():
+            lookahead = " 1"
+        elif next_piece:
+            lookahead = " a"
+        yield from _tokenize_run(piece, lookahead)
 
 
 @lru_cache(maxsize=100_000)
 def _tokenize_run(piece: str, lookahead: str) -> tuple[str, ...]:
     """Tokenize text without whitespace; some rules depend on the `lookahead` after it."""
-    text, end = piece + lookahead, len(piece)
-    tokens, position = [], 0
-    while position < end:
-        matches = (match for rule in _TOKEN_PATTERNS if (match := rule.match(text, position)))
-        best = max(matches, key=lambda match: match.end())
-        token = next(group for group in best.groups() if group is not None)
+    text = piece + lookahead
+    words = []
+    position = 0
+    while position < len(piece):
+        token = _match_token(text, position)
         position += len(token)
-        tokens.append(_normalize_token(token))
-    return tuple(word for word in tokens if word and word not in _DROPPED_TOKENS)
+        word = _normalize_token(token)
+        if word and word not in _DROPPED_TOKENS:
+            words.append(word)
+    return tuple(words)
+
+
+def _match_token(text: str, position: int) -> str:
+    """Return the token of the longest match at a position, of the first rule among equals."""
+    matches = (match for rule in _TOKEN_PATTERNS if (match := rule.match(text, position)))
+    longest = max(matches, key=lambda match: match.end())
+    return next(group for group in longest.groups() if group is not None)
 
 
 def _normalize_token(token: str) -> str:
@@ -199,21 +214,24 @@ CIDER_SIGMA = 6.0
 CIDER_SCALE = 10.0
 
 # Smoothing of the COCO evaluation: without matches of an order BLEU is small but not 0.
-_BLEU_TINY, _BLEU_SMALL = 1e-15, 1e-9
+_BLEU_TINY = 1e-15
+_BLEU_SMALL = 1e-9
 
 
 def score_captions(cases: Sequence[EvalCase]) -> MetricResult:
     """Compute CIDEr-D, ROUGE-L and BLEU-1 to BLEU-4; CIDEr-D and ROUGE-L also per sample."""
     candidates = [tokenize_caption(case.answer) for case in cases]
     references = [[tokenize_caption(reference) for reference in case.references] for case in cases]
-    rouge = map(compute_rouge_l, candidates, references)
-    cider = compute_cider_d(candidates, references)
-    per_sample = [{"cider_d": c, "rouge_l": r} for r, c in zip(rouge, cider, strict=True)]
-    counts = count_bleu_statistics(candidates, references)
-    bleu_fns = {f"bleu_{n}": estimate_bleu(counts, n) for n in range(1, MAX_NGRAM_ORDER + 1)}
+    cider_scores = compute_cider_d(candidates, references)
+    per_sample = []
+    for candidate, truths, cider_d in zip(candidates, references, cider_scores, strict=True):
+        per_sample.append({"cider_d": cider_d, "rouge_l": compute_rouge_l(candidate, truths)})
     # CIDEr-D is bounded by 10, but no set approaches this bound, so it is not informative.
-    means = mean_metrics(per_sample, bounds={"cider_d": NON_NEGATIVE})
-    return MetricResult(per_sample, means | bleu_fns)
+    estimators = mean_metrics(per_sample, bounds={"cider_d": NON_NEGATIVE})
+    counts = count_bleu_statistics(candidates, references)
+    for order in range(1, MAX_NGRAM_ORDER + 1):
+        estimators[f"bleu_{order}"] = estimate_bleu(counts, order)
+    return MetricResult(per_sample, estimators)
 
 
 def count_bleu_statistics(
@@ -226,7 +244,8 @@ def count_bleu_statistics(
     """
     rows = []
     for candidate, candidate_references in zip(candidates, references, strict=True):
-        num_matches, num_candidate_ngrams = [], []
+        num_matches = []
+        num_candidate_ngrams = []
         for order in range(1, MAX_NGRAM_ORDER + 1):
             candidate_ngrams = _count_ngrams(candidate, order)
             max_reference_counts: NGramCounts = Counter()
@@ -234,7 +253,7 @@ def count_bleu_statistics(
                 max_reference_counts |= _count_ngrams(reference, order)
             num_matches.append((candidate_ngrams & max_reference_counts).total())
             num_candidate_ngrams.append(candidate_ngrams.total())
-        lengths = [len(reference) for reference in candidate_references]
+        lengths = map(len, candidate_references)
         closest_length = min(lengths, key=lambda n: (abs(n - len(candidate)), n))
         rows.append([*num_matches, *num_candidate_ngrams, len(candidate), closest_length])
     return np.array(rows, np.float64)
@@ -246,7 +265,8 @@ def estimate_bleu(counts: FloatArray, order: int) -> ScoreEstimator:
     `counts` are the rows of `count_bleu_statistics`.
     """
     matched, offered, _ = np.split(counts, _BLEU_COLUMNS, axis=1)
-    is_match, means = np.arange(counts.shape[1]) < MAX_NGRAM_ORDER, counts.mean(axis=0)
+    is_match = np.arange(counts.shape[1]) < MAX_NGRAM_ORDER
+    means = counts.mean(axis=0)
     return ScoreEstimator(
         weighted_sums=lambda weights: weights @ counts,
         score_from_sums=lambda totals: _compute_bleu(totals, order),
@@ -272,10 +292,16 @@ def compute_rouge_l(candidate: WordSequence, references: Sequence[WordSequence])
     Uses the best precision and the best recall over the references, with recall weighted by beta
     1.2 squared. A text without words counts as one empty word, as in the COCO evaluation.
     """
-    candidate, *truths = (text or [""] for text in (candidate, *references))
-    lengths = [_lcs_length(candidate, truth) for truth in truths]
+    candidate = candidate or [""]
+    lengths = []
+    recalls = []
+    for reference in references:
+        truth = reference or [""]
+        length = _lcs_length(candidate, truth)
+        lengths.append(length)
+        recalls.append(length / len(truth))
     precision = max(lengths) / len(candidate)
-    recall = max(n / len(truth) for n, truth in zip(lengths, truths, strict=True))
+    recall = max(recalls)
     if precision == 0.0 or recall == 0.0:
         return 0.0
     weight = ROUGE_BETA**2
@@ -291,21 +317,29 @@ def compute_cider_d(
     score of an image depends on the other images and is 0 for a set of one image.
     """
     orders = range(1, MAX_NGRAM_ORDER + 1)
-    document_frequency = Counter(
-        ngram
-        for truths in references
-        for ngram in {n for text in truths for order in orders for n in _count_ngrams(text, order)}
-    )
+    document_frequency: NGramCounts = Counter()
+    for truths in references:
+        image_ngrams: set[NGram] = set()
+        for text in truths:
+            for order in orders:
+                image_ngrams.update(_count_ngrams(text, order))
+        document_frequency.update(image_ngrams)
     log_num_images = math.log(max(1, len(candidates)))
     idf = {ngram: log_num_images - math.log(n) for ngram, n in document_frequency.items()}
 
     def weigh(text: WordSequence) -> list[TfIdf]:
-        counts = (_count_ngrams(text, order) for order in orders)
-        return [{n: k * idf.get(n, log_num_images) for n, k in one.items()} for one in counts]
+        weights_by_order = []
+        for order in orders:
+            weights: TfIdf = {}
+            for ngram, count in _count_ngrams(text, order).items():
+                weights[ngram] = count * idf.get(ngram, log_num_images)
+            weights_by_order.append(weights)
+        return weights_by_order
 
     scores = []
     for candidate, truths in zip(candidates, references, strict=True):
-        weights, total = weigh(candidate), 0.0
+        weights = weigh(candidate)
+        total = 0.0
         for truth in truths:
             # The COCO evaluation compares the numbers of bigrams.
             difference = max(1, len(candidate)) - max(1, len(truth))
@@ -320,10 +354,13 @@ def _cider_similarity(candidate: list[TfIdf], reference: list[TfIdf]) -> float:
     total = 0.0
     for weights, others in zip(candidate, reference, strict=True):
         # Candidate weights are clipped to the reference: repeated words do not raise the score.
-        common = ((w, others[ngram]) for ngram, w in weights.items() if ngram in others)
-        dot = sum(min(w, other) * other for w, other in common)
+        products = []
+        for ngram, weight in weights.items():
+            if ngram in others:
+                products.append(min(weight, others[ngram]) * others[ngram])
         norms = math.hypot(*weights.values()) * math.hypot(*others.values())
-        total += dot / norms if norms else 0.0
+        if norms:
+            total += sum(products) / norms
     return total / MAX_NGRAM_ORDER
 
 
@@ -338,6 +375,9 @@ def _lcs_length(a: WordSequence, b: WordSequence) -> int:
         diagonal = 0
         for j, other in enumerate(b, start=1):
             above = row[j]
-            row[j] = diagonal + 1 if word == other else max(above, row[j - 1])
+            if word == other:
+                row[j] = diagonal + 1
+            else:
+                row[j] = max(above, row[j - 1])
             diagonal = above
     return row[-1]

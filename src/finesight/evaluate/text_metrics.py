@@ -16,12 +16,14 @@ import string
 import unicodedata
 from collections import Counter
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 import numpy as np
 
 from finesight.evaluate.bootstrap import (
     NON_NEGATIVE,
+    ClassCounts,
     FloatArray,
     ScoreEstimator,
     count_by_class,
@@ -43,14 +45,14 @@ def score_ocr(cases: Sequence[EvalCase]) -> MetricResult:
     for case in cases:
         prediction, *references = map(normalize_text, (case.answer, *case.references))
         edits, max_length, length = find_nearest_reference(prediction, references)
-        words, *reference_words = (text.split() for text in (prediction, *references))
-        word_edits, _, word_count = find_nearest_reference(words, reference_words)
-        folded = {fold_text(reference) for reference in case.references}
+        reference_words = [reference.split() for reference in references]
+        word_edits, _, word_count = find_nearest_reference(prediction.split(), reference_words)
+        is_equal_folded = fold_text(case.answer) in map(fold_text, case.references)
         per_sample.append(
             {
                 "similarity": 1.0 - edits / max(1, max_length),
                 "exact": float(edits == 0),
-                "exact_folded": float(fold_text(case.answer) in folded),
+                "exact_folded": float(is_equal_folded),
                 "cer": edits / max(1, length),
                 "wer": word_edits / max(1, word_count),
             }
@@ -84,9 +86,11 @@ def find_nearest_reference(
     Returns:
         Edit distance, length of the longer text, and length of the reference.
     """
-    lengths = [(max(len(candidate), len(one)), len(one)) for one in references]
-    distances = [compute_edit_distance(candidate, reference) for reference in references]
-    rows = zip(distances, *zip(*lengths, strict=True), strict=True)
+    rows = []
+    for reference in references:
+        distance = compute_edit_distance(candidate, reference)
+        max_length = max(len(candidate), len(reference))
+        rows.append((distance, max_length, len(reference)))
     return min(rows, key=lambda row: row[0] / max(1, row[1]))
 
 
@@ -102,22 +106,29 @@ def compute_edit_distance(a: Sequence[str], b: Sequence[str]) -> int:
     position_masks: dict[str, int] = {}
     for i, token in enumerate(a):
         position_masks[token] = position_masks.get(token, 0) | 1 << i
-    full_mask, last_bit = (1 << len(a)) - 1, 1 << (len(a) - 1)
-    vp, vn, distance = full_mask, 0, len(a)
+    full_mask = (1 << len(a)) - 1
+    last_bit = 1 << (len(a) - 1)
+    vp = full_mask
+    vn = 0
+    distance = len(a)
     for token in b:
         equal = position_masks.get(token, 0)
         d0 = (((equal & vp) + vp) ^ vp) | equal | vn
-        hp, hn = vn | (~(d0 | vp) & full_mask), vp & d0
+        hp = vn | (~(d0 | vp) & full_mask)
+        hn = vp & d0
         distance += bool(hp & last_bit) - bool(hn & last_bit)
         # The first row of the table increases by 1 per column, so a 1 is shifted in.
-        hp, hn = (hp << 1 | 1) & full_mask, hn << 1 & full_mask
-        vp, vn = hn | (~(d0 | hp) & full_mask), hp & d0
+        hp = (hp << 1 | 1) & full_mask
+        hn = hn << 1 & full_mask
+        vp = hn | (~(d0 | hp) & full_mask)
+        vn = hp & d0
     return distance
 
 
 def _estimate_error_rate(edits: FloatArray, lengths: FloatArray) -> ScoreEstimator:
     """Return the estimator of an error rate: summed edits over summed reference lengths."""
-    lengths = lengths if lengths.any() else np.full_like(lengths, 1 / len(lengths))
+    if not lengths.any():
+        lengths = np.full_like(lengths, 1 / len(lengths))
     return estimate_ratio(edits, lengths, NON_NEGATIVE)
 
 
@@ -129,14 +140,16 @@ _WITHOUT_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 def score_qa(cases: Sequence[EvalCase]) -> MetricResult:
     """Compute ANLS, exact match and word F1 with the best reference, also per sample."""
-    per_sample: list[MetricValues] = [
-        {
-            "anls": max(compute_anls(case.answer, reference) for reference in case.references),
-            "exact": float(normalize_answer(case.answer) in map(normalize_answer, case.references)),
-            "f1": max(compute_word_f1(case.answer, truth) for truth in case.references),
-        }
-        for case in cases
-    ]
+    per_sample: list[MetricValues] = []
+    for case in cases:
+        is_exact = normalize_answer(case.answer) in map(normalize_answer, case.references)
+        per_sample.append(
+            {
+                "anls": max(compute_anls(case.answer, reference) for reference in case.references),
+                "exact": float(is_exact),
+                "f1": max(compute_word_f1(case.answer, reference) for reference in case.references),
+            }
+        )
     return MetricResult(per_sample, mean_metrics(per_sample))
 
 
@@ -147,13 +160,17 @@ def normalize_answer(text: str) -> str:
 
 def compute_word_f1(answer: str, reference: str) -> float:
     """Compute the word F1 of two texts after normalization; 1 if both are empty."""
-    return compute_f1(*(Counter(normalize_answer(text).split()) for text in (answer, reference)))
+    answer_words = Counter(normalize_answer(answer).split())
+    reference_words = Counter(normalize_answer(reference).split())
+    return compute_f1(answer_words, reference_words)
 
 
 def compute_f1(predicted: Counter[Any], reference: Counter[Any]) -> float:
     """Compute the F1 of counted values; 1 if both are empty."""
     num_total = predicted.total() + reference.total()
-    return 2 * (predicted & reference).total() / num_total if num_total else 1.0
+    if not num_total:
+        return 1.0
+    return 2 * (predicted & reference).total() / num_total
 
 
 def compute_anls(answer: str, reference: str) -> float:
@@ -161,10 +178,13 @@ def compute_anls(answer: str, reference: str) -> float:
 
     The result is 0 or in [0.5, 1], and 1 if both texts are empty.
     """
-    answer_text, reference_text = (" ".join(text.lower().split()) for text in (answer, reference))
+    answer_text = " ".join(answer.lower().split())
+    reference_text = " ".join(reference.lower().split())
     max_length = max(1, len(answer_text), len(reference_text))
     similarity = 1.0 - compute_edit_distance(answer_text, reference_text) / max_length
-    return similarity if similarity >= ANLS_THRESHOLD else 0.0
+    if similarity < ANLS_THRESHOLD:
+        return 0.0
+    return similarity
 
 
 OTHER_CLASS = "(something else)"
@@ -177,23 +197,27 @@ def score_classification(cases: Sequence[EvalCase]) -> MetricResult:
 
     `details["confusion"]` lists [reference class, predicted class, count].
     """
-    references = [[fold_text(reference) for reference in case.references] for case in cases]
-    classes = {truth for several in references for truth in several}
-    predicted, expected = [], []
+    references = [[*map(fold_text, case.references)] for case in cases]
+    classes = set(chain.from_iterable(references))
+    per_sample: list[MetricValues] = []
+    labels: list[tuple[ClassCounts, ClassCounts]] = []
+    pair_counts: Counter[tuple[str, str]] = Counter()
     for case, case_references in zip(cases, references, strict=True):
         answer = fold_text(case.answer)
-        predicted.append(answer if answer in classes else OTHER_CLASS)
-        expected.append(answer if answer in case_references else case_references[0])
-    per_sample: list[MetricValues] = [
-        {"accuracy": float(s == r)} for s, r in zip(predicted, expected, strict=True)
-    ]
+        predicted = OTHER_CLASS
+        if answer in classes:
+            predicted = answer
+        expected = case_references[0]
+        if answer in case_references:
+            expected = answer
+        per_sample.append({"accuracy": float(predicted == expected)})
+        labels.append((Counter([(predicted, "")]), Counter([(expected, "")])))
+        pair_counts[expected, predicted] += 1
     estimators = mean_metrics(per_sample)
-    labels = [[Counter([(name, "")]) for name in names] for names in (predicted, expected)]
-    groups = count_by_class(list(zip(*labels, strict=True)))
+    groups = count_by_class(labels)
     groups.pop(OTHER_CLASS, None)
     sample_rates = estimators["accuracy"].sample_rates
     estimators["f1_macro"] = estimate_macro_f1([*groups.values()], sample_rates)
-    counts = Counter(zip(expected, predicted, strict=True))
-    pairs = sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:MAX_CONFUSION_PAIRS]
-    confusion = [[*pair, count] for pair, count in pairs]
+    most_frequent = sorted(pair_counts.items(), key=lambda item: (-item[1], item[0]))
+    confusion = [[*pair, count] for pair, count in most_frequent[:MAX_CONFUSION_PAIRS]]
     return MetricResult(per_sample, estimators, {"confusion": confusion})

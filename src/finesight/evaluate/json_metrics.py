@@ -21,7 +21,7 @@ import numpy as np
 
 from finesight.bounded_files import parse_json
 from finesight.data.boxes import iter_json_values, split_at_coordinates
-from finesight.data.sample import TOOL_CALL_END, TOOL_CALL_TEXT, parse_tool_call
+from finesight.data.sample import TOOL_CALL_END, TOOL_CALL_TEXT, BoxPart, parse_tool_call
 from finesight.evaluate.bootstrap import (
     ClassCounts,
     SampleGroup,
@@ -55,11 +55,14 @@ def parse_form(text: str) -> JsonForm | None:
     text = text.strip()
     if text.startswith(_CODE_FENCE) and text.endswith(_CODE_FENCE):
         text = text[len(_CODE_FENCE) : -len(_CODE_FENCE)].removeprefix("json")
+    form: JsonForm | None = None
     try:
         value = parse_json(text)
-        return _normalize_value(value, 0) if isinstance(value, dict | list) else None
+        if isinstance(value, dict | list):
+            form = _normalize_value(value, 0)
     except ValueError:
         return None
+    return form
 
 
 def score_json(
@@ -72,14 +75,22 @@ def score_json(
     """
     per_sample: list[MetricValues] = []
     pairs: list[tuple[ClassCounts, ClassCounts]] = []
+    totals: list[tuple[int, int]] = []
     overlaps: list[tuple[float, int]] = []
     for case in cases:
         answer, reference, overlap = name_boxes(case)
-        overlaps.append((overlap, max(len(case.boxes), len(case.reference_boxes))))
-        predicted_form, texts = parse_form(answer), (reference, *case.references[1:])
-        forms = [form for text in texts if (form := parse_form(text)) is not None]
+        num_boxes = max(len(case.boxes), len(case.reference_boxes))
+        overlaps.append((overlap, num_boxes))
+        predicted_form = parse_form(answer)
+        forms = []
+        for text in (reference, *case.references[1:]):
+            form = parse_form(text)
+            if form is not None:
+                forms.append(form)
         assert forms, f"the reference {case.references[0]!r} is not JSON"
-        predicted_fields = Counter() if predicted_form is None else count_fields(predicted_form)
+        predicted_fields: ClassCounts = Counter()
+        if predicted_form is not None:
+            predicted_fields = count_fields(predicted_form)
         reference_fields = max(map(count_fields, forms), key=partial(compute_f1, predicted_fields))
         per_sample.append(
             {
@@ -89,19 +100,24 @@ def score_json(
             }
         )
         pairs.append((predicted_fields, reference_fields))
-    totals = [((one & other).total(), one.total() + other.total()) for one, other in pairs]
-    num_correct, num_total = np.array(totals, np.float64).T
-    by_field = {n: one for n, one in count_by_class(pairs).items() if one.values[:, 2].any()}
+        num_correct = (predicted_fields & reference_fields).total()
+        totals.append((num_correct, predicted_fields.total() + reference_fields.total()))
+    num_correct_N, num_total_N = np.array(totals, np.float64).T
+    by_field = {}
+    for name, group in count_by_class(pairs).items():
+        num_references_M = group.values[:, 2]
+        if num_references_M.any():
+            by_field[name] = group
     f1_values = np.array([scores["f1"] for scores in per_sample])
     estimators = {
-        "f1": estimate_ratio(2 * num_correct, num_total),
+        "f1": estimate_ratio(2 * num_correct_N, num_total_N),
         "f1_macro": estimate_macro_f1([*by_field.values()], f1_values),
         **mean_metrics(per_sample, {"exact": "exact", "parse_rate": "parse_rate"}),
     }
     overlap_N, num_boxes_N = np.array(overlaps, np.float64).T
     if any(case.reference_boxes for case in cases):
         estimators["mean_iou"] = estimate_ratio(overlap_N, num_boxes_N)
-    fields = [(name, _compute_field_scores(one)) for name, one in by_field.items()]
+    fields = [(name, _compute_field_scores(group)) for name, group in by_field.items()]
     fields.sort(key=lambda field: -field[1]["num_references"])
     return MetricResult(per_sample, estimators, {"fields": dict(fields[:MAX_LISTED_FIELDS])})
 
@@ -114,19 +130,40 @@ def name_boxes(case: EvalCase) -> tuple[str, str, float]:
     """
     if not case.reference_boxes:
         return case.answer, case.references[0], 0.0
-    texts = [[*split_at_coordinates(text)] for text in (case.answer, case.references[0])]
-    boxes = case.boxes, case.reference_boxes
-    names = [[f'"{[round(number, 1) for number in box.xyxy]}"' for box in own] for own in boxes]
-    total, fields = 0.0, [*map(_list_fields, texts)]
-    labels = fields if [*map(len, fields)] == [*map(len, boxes)] else ()
-    for i, j, overlap in match_boxes(*boxes, case.image_size, labels=labels):
+    answer_pieces = [*split_at_coordinates(case.answer)]
+    reference_pieces = [*split_at_coordinates(case.references[0])]
+    answer_names = [*map(_name_box, case.boxes)]
+    reference_names = [*map(_name_box, case.reference_boxes)]
+    answer_fields = _list_fields(answer_pieces)
+    reference_fields = _list_fields(reference_pieces)
+    num_fields = len(answer_fields), len(reference_fields)
+    labels: Sequence[Sequence[str]] = ()
+    if num_fields == (len(case.boxes), len(case.reference_boxes)):
+        labels = answer_fields, reference_fields
+    pairs = match_boxes(case.boxes, case.reference_boxes, case.image_size, labels=labels)
+    total = 0.0
+    for i, j, overlap in pairs:
         total += overlap
-        names[0][i] = names[1][j] if overlap >= MIN_OVERLAP else names[0][i]
-    for pieces, own in zip(texts, names, strict=True):
-        # Without a box per coordinates, such as invalid ones, their order is unknown.
-        if len(own) == len(pieces) // 2:
-            pieces[1::2] = own
-    return "".join(texts[0]), "".join(texts[1]), total
+        if overlap >= MIN_OVERLAP:
+            answer_names[i] = reference_names[j]
+    answer = _insert_names(answer_pieces, answer_names)
+    reference = _insert_names(reference_pieces, reference_names)
+    return answer, reference, total
+
+
+def _name_box(box: BoxPart) -> str:
+    """Return the coordinates of a box as a JSON text."""
+    coordinates = [round(number, 1) for number in box.xyxy]
+    return f'"{coordinates}"'
+
+
+def _insert_names(pieces: Sequence[str], names: Sequence[str]) -> str:
+    """Join the pieces of a text, with the names of its boxes in place of the coordinates."""
+    pieces = [*pieces]
+    # Without a box per coordinates, such as invalid ones, their order is unknown.
+    if len(names) == len(pieces) // 2:
+        pieces[1::2] = names
+    return "".join(pieces)
 
 
 def _list_fields(pieces: Sequence[str]) -> list[str]:
@@ -146,12 +183,16 @@ def score_tool_calls(cases: Sequence[EvalCase]) -> MetricResult:
 
 def _parse_calls(text: str) -> JsonForm | None:
     """Return the canonical form of the tool calls in a text; None if one of them is invalid."""
-    forms, end = [], text.rfind(TOOL_CALL_END) + len(TOOL_CALL_END)
+    forms = []
+    end = text.rfind(TOOL_CALL_END) + len(TOOL_CALL_END)
     for match in TOOL_CALL_TEXT.finditer(text, 0, end):
         call = parse_tool_call(match["call"])
         if call is None:
             return None
-        values = {k: json.dumps(v) if isinstance(v, list) else v for k, v in call.arguments.items()}
+        values = {}
+        for name, value in call.arguments.items():
+            # As a text, a list is compared as a whole.
+            values[name] = json.dumps(value) if isinstance(value, list) else value
         forms.append({"function": call.name, call.name: values})
     try:
         return _normalize_value(forms, 0)  # type: ignore[no-any-return]  # a list
@@ -169,12 +210,18 @@ def _normalize_value(value: Any, depth: int) -> Any:
     if depth > MAX_DEPTH:
         raise ValueError(f"deeper than {MAX_DEPTH} levels")
     if isinstance(value, dict):
-        normalized = {name: _normalize_value(value[name], depth + 1) for name in sorted(value)}
-        return {name: child for name, child in normalized.items() if child}
+        normalized = {}
+        for name in sorted(value):
+            child = _normalize_value(value[name], depth + 1)
+            if child:
+                normalized[name] = child
+        return normalized
     if isinstance(value, list):
         children = (_normalize_value(inner, depth + 1) for inner in value)
         return sorted(filter(None, children), key=repr)
-    return "" if value is None else _format_scalar(value)
+    if value is None:
+        return ""
+    return _format_scalar(value)
 
 
 def _format_scalar(value: str | float | bool) -> str:
@@ -190,7 +237,8 @@ def _iter_leaves(form: Any, path: str) -> Iterator[tuple[str, str]]:
         yield path, form
     elif isinstance(form, dict):
         for name, child in form.items():
-            yield from _iter_leaves(child, f"{path}.{name}" if path else name)
+            child_path = f"{path}.{name}" if path else name
+            yield from _iter_leaves(child, child_path)
     elif isinstance(form, list):
         for child in form:
             yield from _iter_leaves(child, path)
@@ -198,9 +246,12 @@ def _iter_leaves(form: Any, path: str) -> Iterator[tuple[str, str]]:
 
 def _compute_field_scores(counts: SampleGroup) -> dict[str, float]:
     num_correct, num_predicted, num_references = counts.values.sum(axis=0).tolist()
+    precision = 0.0
+    if num_predicted:
+        precision = num_correct / num_predicted
     return {
         "f1": 2 * num_correct / (num_predicted + num_references),
-        "precision": num_correct / num_predicted if num_predicted else 0.0,
+        "precision": precision,
         "recall": num_correct / num_references,
         "num_references": num_references,
     }

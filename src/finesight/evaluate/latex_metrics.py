@@ -83,16 +83,21 @@ def compare_renderings(
     None means that no reference can be rendered. An answer that cannot be rendered counts as 0. An
     answer with the same tokens as a reference is not rendered.
     """
-    formulas = [list(map(strip_math_delimiters, (c.answer, *c.references))) for c in cases]
-    for texts, tokens, case_references in zip(formulas, predictions, references, strict=True):
+    formulas: list[list[str]] = []
+    for case, tokens, case_references in zip(cases, predictions, references, strict=True):
+        answer, *truths = map(strip_math_delimiters, (case.answer, *case.references))
         if tokens in case_references:
-            texts[0] = texts[1 + case_references.index(tokens)]
+            answer = truths[case_references.index(tokens)]
+        formulas.append([answer, *truths])
     digests = render_digests(chain.from_iterable(formulas))
     render_matches: list[float | None] = []
-    for answer, *several in formulas:
-        reference_digests = {digests[text] for text in several} - {None}
-        is_match = answer in several or digests[answer] in reference_digests
-        render_matches.append(float(is_match) if reference_digests else None)
+    for answer, *truths in formulas:
+        reference_digests = {digests[text] for text in truths} - {None}
+        if not reference_digests:
+            render_matches.append(None)
+            continue
+        is_match = answer in truths or digests[answer] in reference_digests
+        render_matches.append(float(is_match))
     return render_matches
 
 
@@ -121,13 +126,16 @@ def strip_math_delimiters(formula: str) -> str:
 def _parse_groups(pieces: Sequence[str]) -> LatexGroup:
     """Parse brace groups, without whitespace outside text and braces around a single token."""
     groups: list[LatexGroup] = [[]]
-    is_text, previous = [False], ""
+    is_text = [False]
+    previous = ""
     for piece in pieces:
         if piece.isspace():
             if is_text[-1] and previous not in (" ", "{"):
                 groups[-1].append(previous := " ")
             continue
-        token = re.sub(r"\s", "", piece) if len(piece) > 2 else piece
+        token = piece
+        if len(piece) > 2:
+            token = re.sub(r"\s", "", piece)
         if token == "{":
             groups.append(["{"])
             is_text.append(is_text[-1] or _TEXT_ARGUMENT.fullmatch(previous) is not None)
@@ -135,8 +143,10 @@ def _parse_groups(pieces: Sequence[str]) -> LatexGroup:
             group = groups.pop()
             if is_text.pop() and previous == " ":
                 group.pop()
-            is_token = len(group) == 2 and isinstance(group[1], str)
-            groups[-1].append(group[1] if is_token else [*group, "}"])
+            if len(group) == 2 and isinstance(group[1], str):
+                groups[-1].append(group[1])
+            else:
+                groups[-1].append([*group, "}"])
         else:
             groups[-1].append(token)
         previous = token

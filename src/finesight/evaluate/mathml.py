@@ -80,12 +80,15 @@ def render_mathml(tree: MathMLTree) -> Markup:
     name, attributes, *children = tree
     assert isinstance(attributes, dict), f"attributes of <{name}> are {attributes!r}"
     pairs = (Markup(' {}="{}"').format(*pair) for pair in attributes.items())
-    content = Markup("").join(
-        child if isinstance(child, str) else render_mathml(child)
-        for child in children
-        if not isinstance(child, dict)
+    content: list[str] = []
+    for child in children:
+        if isinstance(child, str):
+            content.append(child)
+        elif not isinstance(child, dict):
+            content.append(render_mathml(child))
+    return Markup("<{}{}>{}</{}>").format(
+        name, Markup("").join(pairs), Markup("").join(content), name
     )
-    return Markup("<{}{}>{}</{}>").format(name, Markup("").join(pairs), content, name)
 
 
 def _sanitize(element: Element, max_depth: int) -> MathMLTree:
@@ -99,11 +102,11 @@ def _sanitize(element: Element, max_depth: int) -> MathMLTree:
     if not max_depth:
         raise ValueError(f"<{element.tag}> is nested deeper than {MAX_TREE_DEPTH} elements")
     name = element.tag if element.tag in ALLOWED_ELEMENTS else "mrow"
-    attributes = {
-        key: value
-        for key, value in element.attrib.items()
-        if key in ALLOWED_ATTRIBUTES and ALLOWED_ATTRIBUTES[key].fullmatch(value)
-    }
+    attributes: dict[str, str] = {}
+    for key, value in element.attrib.items():
+        pattern = ALLOWED_ATTRIBUTES.get(key)
+        if pattern is not None and pattern.fullmatch(value):
+            attributes[key] = value
     tree: MathMLTree = [name, attributes]
     if element.text:
         # The converter writes symbols as character references.

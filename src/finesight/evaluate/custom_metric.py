@@ -48,14 +48,19 @@ METRIC_COPY_FILE = "metric.py"
 def parse_metric_path(metric: str) -> tuple[Path, str] | None:
     """Split `path/to/metric.py:function` into file and function; None for a task name."""
     file, colon, function = metric.rpartition(":")
-    return (Path(os.path.expanduser(file)), function) if colon else None
+    if not colon:
+        return None
+    return Path(os.path.expanduser(file)), function
 
 
 def list_functions(recipe: Recipe) -> list[tuple[str, str, str]]:
     """Return the section, `FILE.py:FUNCTION` and name of the copy of each function of a recipe."""
-    names = [("rewards", one.name, f"reward_{n}.py") for n, one in enumerate(recipe.rewards, 1)]
-    names += [("eval", recipe.eval.metric, METRIC_COPY_FILE)] if recipe.eval else []
-    return [one for one in names if parse_metric_path(one[1]) is not None]
+    scored = []
+    for number, reward in enumerate(recipe.rewards, 1):
+        scored.append(("rewards", reward.name, f"reward_{number}.py"))
+    if recipe.eval:
+        scored.append(("eval", recipe.eval.metric, METRIC_COPY_FILE))
+    return [one for one in scored if parse_metric_path(one[1]) is not None]
 
 
 def resolve_metric_path(
@@ -65,11 +70,14 @@ def resolve_metric_path(
 
     By default, the copy is used only if the file is missing. Other names are returned unchanged.
     """
-    path_and_function, copy = parse_metric_path(metric), run_dir / copy_name
-    if path_and_function is None or not copy.is_file():
+    location = parse_metric_path(metric)
+    copy = run_dir / copy_name
+    if location is None or not copy.is_file():
         return metric
-    is_kept = os.path.isfile(path_and_function[0]) and not prefer_copy
-    return metric if is_kept else f"{copy}:{path_and_function[1]}"
+    file, function = location
+    if os.path.isfile(file) and not prefer_copy:
+        return metric
+    return f"{copy}:{function}"
 
 
 def load_custom_metric(file: Path, function: str) -> MetricFn:
@@ -125,12 +133,16 @@ def load_function(file: Path, function: str) -> tuple[Callable[[EvalCase], Any],
         raise build_function_error(error, str(file), "during execution of the file") from error
     found = namespace.get(function)
     if not callable(found):
-        names = sorted(n for n, v in namespace.items() if callable(v) and not n.startswith("_"))
+        functions = [name for name, value in namespace.items() if callable(value)]
+        names = sorted(name for name in functions if not name.startswith("_"))
+        remedy = f"define {function}(case)"
+        if names:
+            remedy = f"use one of {', '.join(names)}"
         raise UserError(
             f"no function {function!r}",
             where=str(file),
             expected=EXPECTED_FUNCTION,
-            remedy=f"use one of {', '.join(names)}" if names else f"define {function}(case)",
+            remedy=remedy,
         )
     return found, namespace
 
@@ -209,7 +221,11 @@ def check_recipe_metric(
     for section, spec, copy_name in list_functions(recipe):
         resolved = resolve_metric_path(spec, recipe.output_dir, copy_name=copy_name)
         location = parse_metric_path(resolved)
-        files = [file for file in (path, location and location[0]) if file is not None]
+        files = []
+        if path is not None:
+            files.append(path)
+        if location is not None:
+            files.append(location[0])
         is_from_run = any(os.path.isfile(file) and in_run_folder(file) for file in files)
         is_overridden = not overridden.isdisjoint((section, f"{section}.metric"))
         named = spec == resolved and (is_overridden or not is_from_run)

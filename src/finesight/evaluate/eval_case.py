@@ -69,8 +69,12 @@ class MetricResult:
 
     def notes(self) -> dict[str, str]:
         """Return warnings and reasons for missing intervals, by the name of the score."""
-        reasons = {n: one.get_missing_reason() or one.note for n, one in self.estimators.items()}
-        return {name: note for name, note in reasons.items() if note}
+        notes = {}
+        for name, one in self.estimators.items():
+            note = one.get_missing_reason() or one.note
+            if note:
+                notes[name] = note
+        return notes
 
 
 def group_notes(notes: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
@@ -84,7 +88,10 @@ def group_notes(notes: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
 
 def note_lines(notes: Iterable[tuple[str, str]]) -> list[str]:
     """Format one line per distinct note, preceded by the names of its scores."""
-    return [f"{', '.join(names)}: {note}" for note, names in group_notes(notes).items()]
+    lines = []
+    for note, names in group_notes(notes).items():
+        lines.append(f"{', '.join(names)}: {note}")
+    return lines
 
 
 MetricFn = Callable[[Sequence[EvalCase]], MetricResult]
@@ -103,13 +110,12 @@ def mean_metrics(
         bounds: Bounds of all scores, or of some by name; others are in [0, 1].
     """
     source_by_metric = names or {name: name for name in per_sample[0]}
-    return {
-        metric: estimate_mean(
-            np.array([scores[name] for scores in per_sample], np.float64),
-            bounds.get(metric, BOUNDED) if isinstance(bounds, Mapping) else bounds,
-        )
-        for metric, name in source_by_metric.items()
-    }
+    estimators = {}
+    for metric, name in source_by_metric.items():
+        values = np.array([scores[name] for scores in per_sample], np.float64)
+        own_bounds = bounds.get(metric, BOUNDED) if isinstance(bounds, Mapping) else bounds
+        estimators[metric] = estimate_mean(values, own_bounds)
+    return estimators
 
 
 def get_reference_answer(sample: Sample, *, has_reasoning: bool = False) -> ReferenceAnswer:
@@ -121,11 +127,14 @@ def get_reference_answer(sample: Sample, *, has_reasoning: bool = False) -> Refe
     Raises:
         UserError: The last turn is not an assistant turn, or its answer is undesirable.
     """
-    last, is_wrong = sample.messages[-1], sample.label is False
+    last = sample.messages[-1]
+    is_wrong = sample.label is False
     if is_wrong and sample.references:
         return sample.references, ()
     if is_wrong or last.role != "assistant":
-        state = "has the label false" if is_wrong else f"ends with a {last.role} turn"
+        state = f"ends with a {last.role} turn"
+        if is_wrong:
+            state = "has the label false"
         raise UserError(
             f"sample {sample.id!r} {state}",
             expected="an assistant turn with the reference answer at the end",
@@ -134,6 +143,8 @@ def get_reference_answer(sample: Sample, *, has_reasoning: bool = False) -> Refe
     # Slow to import, and reports need the results of evaluations only.
     from finesight.encode.renderer import split_reasoning
 
-    content = split_reasoning(last.content).answer if has_reasoning else last.content
+    content = last.content
+    if has_reasoning:
+        content = split_reasoning(content).answer
     boxes = tuple(part for part in content if isinstance(part, BoxPart))
     return (join_text(content), *sample.references), boxes

@@ -51,13 +51,14 @@ class BestEval(BaseModel):
     def has_scores_of(self, other: BestEval) -> bool:
         """Return whether the scores of both evaluations are of the same samples."""
         # Results of earlier versions have one digest.
-        own, others = ((one.num_samples, one.score_set or one.sample_set) for one in (self, other))
-        return own == others
+        own_set = self.score_set or self.sample_set
+        other_set = other.score_set or other.sample_set
+        return self.num_samples == other.num_samples and own_set == other_set
 
     def has_loss_of(self, other: BestEval) -> bool:
         """Return whether the losses of both evaluations are means over the same samples."""
-        own, others = ((one.num_loss_samples, one.sample_set) for one in (self, other))
-        return own == others
+        has_same_count = self.num_loss_samples == other.num_loss_samples
+        return has_same_count and self.sample_set == other.sample_set
 
     def is_better_than(self, other: BestEval | None) -> bool:
         """Return whether this evaluation is better than another one.
@@ -67,12 +68,11 @@ class BestEval(BaseModel):
         """
         if other is None or not self.is_comparable_to(other):
             return True
-        own_score, other_score = self.primary_score or 0.0, other.primary_score or 0.0
-        return own_score > other_score or (
-            own_score == other_score
-            and self.has_loss_of(other)
-            and self.validation_loss < other.validation_loss
-        )
+        own_score = self.primary_score or 0.0
+        other_score = other.primary_score or 0.0
+        if own_score != other_score:
+            return own_score > other_score
+        return self.has_loss_of(other) and self.validation_loss < other.validation_loss
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +118,9 @@ class EvalResult:
     @property
     def primary_score(self) -> float | None:
         """Score of the primary metric; None without a metric."""
-        return None if self.primary_metric is None else self.scores[self.primary_metric]
+        if self.primary_metric is None:
+            return None
+        return self.scores[self.primary_metric]
 
     def as_json(self) -> dict[str, Any]:
         """Return the content of the `metrics.jsonl` line of this evaluation."""
@@ -133,12 +135,10 @@ class EvalResult:
         """Parse the evaluation in a line of `metrics.jsonl`; return None for other lines."""
         if "validation_loss" not in line:
             return None
-        intervals = {
-            name: ConfidenceInterval(*ends) if ends else None
-            for name, ends in line.get("intervals", {}).items()
-        }
-        names = (field.name for field in fields(cls))
-        values = {name: line[name] for name in names if name in line}
+        intervals = {}
+        for name, ends in line.get("intervals", {}).items():
+            intervals[name] = ConfidenceInterval(*ends) if ends else None
+        values = {one.name: line[one.name] for one in fields(cls) if one.name in line}
         # Results of earlier versions have one count and one digest.
         values.setdefault("num_loss_samples", line.get("num_samples"))
         values.setdefault("score_set", line.get("sample_set"))
@@ -159,9 +159,17 @@ def find_best_eval(results: Sequence[EvalResult]) -> tuple[EvalResult | None, in
         The first of the best evaluations, and the number of comparable ones after it.
     """
     ranked = [(result, result.as_best_eval()) for result in results]
-    comparable = [(r, e) for r, e in ranked if r.step and e.is_comparable_to(ranked[-1][1])]
+    comparable = []
+    for result, rank in ranked:
+        _, last_rank = ranked[-1]
+        if result.step and rank.is_comparable_to(last_rank):
+            comparable.append((result, rank))
+    if not comparable:
+        return None, 0
     best = 0
-    for i, (_, current) in enumerate(comparable):
-        if current.is_better_than(comparable[best][1]):
+    for i, (_, rank) in enumerate(comparable):
+        _, best_rank = comparable[best]
+        if rank.is_better_than(best_rank):
             best = i
-    return (comparable[best][0], len(comparable) - 1 - best) if comparable else (None, 0)
+    best_result, _ = comparable[best]
+    return best_result, len(comparable) - 1 - best

@@ -51,16 +51,18 @@ def load_eval_inputs(
         UserError: Data or metric is missing, or the metric does not exist.
     """
     path = find_run_dir(Path(run_or_model)) / RECIPE_FILE
-    recipe = load_recipe(path) if path.is_file() else None
-    overrides: dict[str, Any] = {"metric": metric, "limit": limit}
-    overrides["max_new_tokens"] = max_new_tokens
-    settings = {name: value for name, value in overrides.items() if value is not None}
+    recipe = None
+    if path.is_file():
+        recipe = load_recipe(path)
+    else:
+        check_model_path(run_or_model)
+    settings: dict[str, Any] = {}
     if recipe is not None and recipe.eval is not None:
         own = recipe.eval.metric
         copied = custom_metric.resolve_metric_path(own, path.parent, prefer_copy=True)
-        settings = recipe.eval.model_dump() | {"metric": copied} | settings
-    if recipe is None:
-        check_model_path(run_or_model)
+        settings = recipe.eval.model_dump() | {"metric": copied}
+    overrides = {"metric": metric, "limit": limit, "max_new_tokens": max_new_tokens}
+    settings |= {name: value for name, value in overrides.items() if value is not None}
     if "metric" not in settings:
         expected = f"{', '.join(TASK_METRICS)}, or FILE.py:FUNCTION"
         raise _build_missing_error("metric", expected, run_or_model)
@@ -73,27 +75,38 @@ def load_eval_inputs(
     try:
         return samples, EvalSettings.model_validate(settings)
     except ValidationError as error:
-        messages = {str(one["loc"][0]): one["msg"] for one in error.errors(include_url=False)}
-        name = "metric" if "metric" in messages else next(iter(messages))
-        problem = f"{name} is {settings[name]}"
-        expected = messages[name]
-        remedy = "correct the value, or omit it"
-        if name == "metric":
-            value, expected = str(settings[name]), expected.removeprefix("not ")
-            problem = f"unknown metric {value!r}"
-            remedy = suggest_name(value, TASK_METRICS, "choose one of these")
-        raise UserError(problem, where=name, expected=expected, remedy=remedy) from error
+        raise _build_settings_error(error, settings) from error
+
+
+def _build_settings_error(error: ValidationError, settings: dict[str, Any]) -> UserError:
+    """Create the UserError for the first invalid setting, or for an unknown metric."""
+    messages = {str(one["loc"][0]): one["msg"] for one in error.errors(include_url=False)}
+    if "metric" in messages:
+        value = str(settings["metric"])
+        return UserError(
+            f"unknown metric {value!r}",
+            where="metric",
+            expected=messages["metric"].removeprefix("not "),
+            remedy=suggest_name(value, TASK_METRICS, "choose one of these"),
+        )
+    name = next(iter(messages))
+    return UserError(
+        f"{name} is {settings[name]}",
+        where=name,
+        expected=messages[name],
+        remedy="correct the value, or omit it",
+    )
 
 
 def _build_missing_error(setting: str, expected: str, run_or_model: str) -> UserError:
     """Create the UserError for an evaluation without a metric or data."""
-    is_run = (Path(run_or_model) / RECIPE_FILE).is_file()
-    reason = "has a recipe without it" if is_run else "is not a run folder with a recipe"
+    reason = "is not a run folder with a recipe"
+    remedy = f"set {setting}, or correct the run folder"
+    if (Path(run_or_model) / RECIPE_FILE).is_file():
+        reason = "has a recipe without it"
+        remedy = f"set {setting}"
     return UserError(
-        f"not set, and {run_or_model} {reason}",
-        where=setting,
-        expected=expected,
-        remedy=f"set {setting}" if is_run else f"set {setting}, or correct the run folder",
+        f"not set, and {run_or_model} {reason}", where=setting, expected=expected, remedy=remedy
     )
 
 
@@ -145,36 +158,58 @@ class GenerationEvalResult:
 
     def as_table(self) -> str:
         """Format the scores as a text table; the primary score is marked."""
-        skipped_note = f", {len(self.corrupt_samples)} skipped" if self.corrupt_samples else ""
-        lines = [
-            f"{self.metric}: {format_count(len(self.predictions), 'sample')}{skipped_note},"
-            " with 95 % intervals"
-        ]
-        for name, value in self.scores.items():
-            title = f"{name}*" if name == self.primary_metric else name
-            interval = self.intervals[name]
-            bounds = "-" if interval is None else f"{interval.low:.4f} to {interval.high:.4f}"
-            # Custom scores of a sample may be other values than 0 and 1.
-            is_count = custom_metric.parse_metric_path(self.metric) is None
-            count = count_correct(name, value, len(self.predictions)) if is_count else None
-            correct = "" if count is None else f"   {count} of {len(self.predictions)} correct"
-            lines.append(f"{title:<18}  {value:8.4f}   {bounds}{correct}")
+        num_samples = len(self.predictions)
+        heading = f"{self.metric}: {format_count(num_samples, 'sample')}"
+        if self.corrupt_samples:
+            heading += f", {len(self.corrupt_samples)} skipped"
+        lines = [f"{heading}, with 95 % intervals"]
+        for name in self.scores:
+            lines.append(self._format_score(name))
         lines += note_lines(self.notes.items())
-        # The most frequent confusions, and the fields with the lowest F1.
+        lines += self._list_worst_details()
+        num_truncated = sum(map(_ended_within_reasoning, self.predictions))
+        if num_truncated:
+            end = "ended within the reasoning: raise eval.max_new_tokens (--max-new-tokens)"
+            lines.append(f"{num_truncated} of {num_samples} completions {end}")
+        return "\n".join(lines)
+
+    def _format_score(self, name: str) -> str:
+        """Format a score with its interval and, if known, the number of correct answers."""
+        value = self.scores[name]
+        title = name
+        if name == self.primary_metric:
+            title = f"{name}*"
+        bounds = "-"
+        interval = self.intervals[name]
+        if interval is not None:
+            bounds = f"{interval.low:.4f} to {interval.high:.4f}"
+        line = f"{title:<18}  {value:8.4f}   {bounds}"
+        # Custom scores of a sample may be other values than 0 and 1.
+        if custom_metric.parse_metric_path(self.metric) is not None:
+            return line
+        count = count_correct(name, value, len(self.predictions))
+        if count is None:
+            return line
+        return f"{line}   {count} of {len(self.predictions)} correct"
+
+    def _list_worst_details(self) -> list[str]:
+        """Return lines with the most frequent confusions, and the fields with the lowest F1."""
+        lines = []
         confusions = [row for row in self.details.get("confusion", []) if row[0] != row[1]]
         for expected, predicted, count in confusions[:MAX_LISTED_DETAILS]:
             lines.append(f"{expected!r} predicted as {predicted!r}: {count}")
-        f1_by_field = {n: float(row["f1"]) for n, row in self.details.get("fields", {}).items()}
+        f1_by_field = {}
+        for name, row in self.details.get("fields", {}).items():
+            f1_by_field[name] = float(row["f1"])
         for name in sorted(f1_by_field, key=f1_by_field.__getitem__)[:MAX_LISTED_DETAILS]:
             lines.append(f"field {name}: f1 {f1_by_field[name]:.4f}")
-        num_truncated = sum(
-            bool(one.reasoning) and not one.answer and one.finish_reason == "length"
-            for one in self.predictions
-        )
-        if num_truncated:
-            end = "ended within the reasoning: raise eval.max_new_tokens (--max-new-tokens)"
-            lines.append(f"{num_truncated} of {len(self.predictions)} completions {end}")
-        return "\n".join(lines)
+        return lines
+
+
+def _ended_within_reasoning(prediction: Prediction) -> bool:
+    """Return whether a completion reached the token limit before its answer."""
+    has_only_reasoning = bool(prediction.reasoning) and not prediction.answer
+    return has_only_reasoning and prediction.finish_reason == "length"
 
 
 def evaluate(
@@ -219,9 +254,13 @@ def evaluate(
             expected="at least one sample with an answer",
             remedy=Step("import", arguments, "set validation samples, for example by an import"),
         )
-    with_reasoning = renderer.renders_reasoning
-    references = [get_reference_answer(s.sample, has_reasoning=with_reasoning) for s in selected]
-    check_references(settings.metric, references, [one.sample.id for one in selected])
+    references = []
+    ids = []
+    for located in selected:
+        reference = get_reference_answer(located.sample, has_reasoning=renderer.renders_reasoning)
+        references.append(reference)
+        ids.append(located.sample.id)
+    check_references(settings.metric, references, ids)
 
     def generate(part: Sequence[LocatedSample]) -> PredictOutput:
         errors: dict[int, CorruptImageError] = {}
@@ -237,18 +276,30 @@ def evaluate(
         )
         return predictions, {i: str(error).splitlines()[0] for i, error in errors.items()}
 
-    predictions, corrupt_reasons = (distribute(generate) if distribute else generate)(selected)
+    generate_all: PredictFn = generate
+    if distribute:
+        generate_all = distribute(generate)
+    predictions, corrupt_reasons = generate_all(selected)
     readable = [i for i in range(len(selected)) if i not in corrupt_reasons]
-    positions = readable if subset is None else [i for i in readable if i in subset]
+    positions = readable
+    num_requested = len(selected)
+    if subset is not None:
+        positions = [i for i in readable if i in subset]
+        num_requested = len(subset)
     if not positions:
         raise UserError(
-            f"none of {len(selected if subset is None else subset)} samples has a readable image",
+            f"none of {num_requested} samples has a readable image",
             where="evaluation data",
             expected="complete image files",
             remedy=f"correct the first error: {next(iter(corrupt_reasons.values()))}",
         )
     by_position = dict(zip(readable, predictions, strict=True))
-    cases = {i: create_case(one, references[i]) for i, one in by_position.items()}
+    cases = {}
+    for i, prediction in by_position.items():
+        cases[i] = create_case(prediction, references[i])
+    corrupt_samples = []
+    for i, reason in sorted(corrupt_reasons.items()):
+        corrupt_samples.append((selected[i].sample.id, reason))
 
     def score(scored: Sequence[int]) -> tuple[GenerationEvalResult, list[MetricValues]]:
         metric_result = compute_metrics(settings.metric, [cases[i] for i in scored])
@@ -257,7 +308,7 @@ def evaluate(
             primary_metric=get_primary_metric(settings.metric, metric_result.scores),
             scores=metric_result.scores,
             predictions=tuple(by_position[i] for i in scored),
-            corrupt_samples=tuple(corrupt),
+            corrupt_samples=tuple(corrupt_samples),
             intervals=metric_result.intervals(),
             details=metric_result.details,
             notes=metric_result.notes(),
@@ -265,11 +316,11 @@ def evaluate(
         )
         return result, metric_result.per_sample
 
-    corrupt = [(selected[i].sample.id, reason) for i, reason in sorted(corrupt_reasons.items())]
     result, per_sample = score(readable)
     if write_predictions is not None:
         lines = map(format_prediction_line, predictions, cases.values(), per_sample)
         write_predictions("".join(lines).encode())
     if subset is None or positions == readable:
         return result
-    return replace(result, subset=score(positions)[0])
+    subset_result, _ = score(positions)
+    return replace(result, subset=subset_result)

@@ -57,8 +57,9 @@ class MetricDifference:
 
     def describe(self) -> str:
         """Describe both scores, the interval of the difference and the verdict in words."""
-        interval = "" if self.low is None else f" ({self.low:+.4f} to {self.high:+.4f})"
-        change = f"{self.before:.4f} and {self.after:.4f}{interval}"
+        change = f"{self.before:.4f} and {self.after:.4f}"
+        if self.low is not None:
+            change += f" ({self.low:+.4f} to {self.high:+.4f})"
         return f"{self.name} {change}, {self.verdict}"
 
 
@@ -67,7 +68,9 @@ def count_correct(metric: str, score: float, num_samples: int) -> int | None:
     if metric not in ("accuracy", "exact") or not math.isfinite(score):
         return None
     count = round(score * num_samples)
-    return count if num_samples > 0 and abs(score * num_samples - count) < 0.01 else None
+    if num_samples > 0 and abs(score * num_samples - count) < 0.01:
+        return count
+    return None
 
 
 def compare_cases(
@@ -82,12 +85,14 @@ def compare_cases(
     Predictions are paired by sample id, and in order for repeated ids. Unpaired predictions are
     ignored. The result is empty without pairs, and if their number is not `num_samples`.
     """
-    old, new = (index_by_sample(cases, lambda case: case.id) for cases in (before, after))
+    old = index_by_sample(before, lambda case: case.id)
+    new = index_by_sample(after, lambda case: case.id)
     keys = [key for key in old if key in new]
     if not keys or len(keys) != (num_samples or len(keys)):
         return []
-    results = (compute_metrics(metric, [cases[key] for key in keys]) for cases in (old, new))
-    return compare_estimators(*(result.estimators for result in results))
+    old_result = compute_metrics(metric, [old[key] for key in keys])
+    new_result = compute_metrics(metric, [new[key] for key in keys])
+    return compare_estimators(old_result.estimators, new_result.estimators)
 
 
 def compare_estimators(
@@ -96,15 +101,20 @@ def compare_estimators(
     """Compare score estimators of the same samples in the same order."""
     differences = []
     for name, interval in compute_difference_intervals(before, after).items():
-        old, new = before[name], after[name]
+        old = before[name]
+        new = after[name]
         low, high = interval or (None, None)
         verdict: Verdict = "no clear change"
         if old.num_samples >= MIN_SAMPLES:
             verdict = _classify_change(name, interval)
         note = get_missing_difference_reason(old, new) or old.note
-        is_proportion = all(one.successes_and_trials is not None for one in (old, new))
-        bounds = low, high, verdict, note, old.num_samples if is_proportion else 0
-        differences.append(MetricDifference(name, old.score, new.score, *bounds))
+        num_samples = 0
+        if old.successes_and_trials is not None and new.successes_and_trials is not None:
+            num_samples = old.num_samples
+        difference = MetricDifference(
+            name, old.score, new.score, low, high, verdict, note, num_samples
+        )
+        differences.append(difference)
     return differences
 
 
@@ -135,13 +145,17 @@ def align_columns(rows: Sequence[Sequence[str]], num_left: int) -> str:
     The first `num_left` columns are left-aligned, the others right-aligned. The last column is not
     padded.
     """
-    *widths, _ = (max(map(len, column)) for column in zip(*rows, strict=True))
-    formats = [f"{'<' if index < num_left else '>'}{width}" for index, width in enumerate(widths)]
-    lines = (
-        [*(format(text, spec) for text, spec in zip(row[:-1], formats, strict=True)), row[-1]]
-        for row in rows
-    )
-    return "\n".join("  ".join(line).rstrip() for line in lines)
+    *columns, _ = zip(*rows, strict=True)
+    formats = []
+    for index, column in enumerate(columns):
+        alignment = "<" if index < num_left else ">"
+        width = max(map(len, column))
+        formats.append(f"{alignment}{width}")
+    lines = []
+    for *texts, last in rows:
+        padded = [*map(format, texts, formats), last]
+        lines.append("  ".join(padded).rstrip())
+    return "\n".join(lines)
 
 
 def index_by_sample(
@@ -149,4 +163,8 @@ def index_by_sample(
 ) -> dict[tuple[str, int], T]:
     """Index items by (sample id, occurrence); occurrences of an id are counted from 0."""
     numbers: defaultdict[str, Iterator[int]] = defaultdict(itertools.count)
-    return {(name := get_sample_id(item), next(numbers[name])): item for item in items}
+    indexed = {}
+    for item in items:
+        sample_id = get_sample_id(item)
+        indexed[sample_id, next(numbers[sample_id])] = item
+    return indexed

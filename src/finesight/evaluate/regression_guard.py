@@ -22,7 +22,7 @@ from finesight.data.sample import (
     validate_sample,
 )
 from finesight.errors import UserError, suggest_name
-from finesight.evaluate.eval_case import ReferenceAnswer, get_reference_answer
+from finesight.evaluate.eval_case import MetricResult, ReferenceAnswer, get_reference_answer
 from finesight.evaluate.metric_difference import MetricDifference, compare_estimators
 from finesight.evaluate.prediction_file import create_case
 from finesight.evaluate.task_metrics import check_references, compute_metrics, get_primary_metric
@@ -38,7 +38,8 @@ BUILT_IN_SUITE = Path(__file__).resolve().parents[1] / "assets" / "guard" / "sui
 MAX_LOST_ANSWERS = 5
 """Maximum number of lost answers in a result."""
 
-DROPPED, BELOW_MINIMUM = "dropped by more than allowed_drop, beyond chance", "below min_score"
+DROPPED = "dropped by more than allowed_drop, beyond chance"
+BELOW_MINIMUM = "below min_score"
 
 
 class GuardQuestion(SettingsSection):
@@ -97,27 +98,16 @@ def load_suite(path: Path) -> list[LoadedGroup]:
     content, lines = parse_recipe(read_recipe_text(path), path)
 
     def locate(*key: str | int) -> str:
-        line = next((lines[key[:n]] for n in range(len(key), 0, -1) if key[:n] in lines), None)
-        return f"{path}:{line}" if line else str(path)
+        # A key without a line is reported at the section that contains it.
+        for length in range(len(key), 0, -1):
+            if key[:length] in lines:
+                return f"{path}:{lines[key[:length]]}"
+        return str(path)
 
     try:
         suite = GuardSuite.model_validate(content)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        key: SettingKey = first["loc"]
-        problem, remedy = f"{first['input']!r:.80}", "correct the suite"
-        expected = first["msg"].removeprefix("Input should be ")
-        if first["type"] == "extra_forbidden":
-            section = {1: GuardSuite, 3: GuardGroup, 5: GuardQuestion}[len(key)]
-            names: list[str] = [*section.__annotations__]
-            problem, expected = "unknown key", f"one of {', '.join(names)}"
-            remedy = suggest_name(str(key[-1]), names, "remove it")
-        raise UserError(
-            f"{format_key(key) or 'suite'}: {problem}",
-            where=locate(*key),
-            expected=expected,
-            remedy=remedy,
-        ) from error
+        raise _build_suite_error(error, locate) from error
     groups = []
     for name, settings in suite.groups.items():
         samples = _read_samples(name, settings, path.parent, locate)
@@ -128,6 +118,27 @@ def load_suite(path: Path) -> list[LoadedGroup]:
             error.where = f"{locate('groups', name)}: {error.where}"
             raise
     return groups
+
+
+def _build_suite_error(error: ValidationError, locate: Callable[..., str]) -> UserError:
+    """Create the UserError for the first invalid setting of a suite."""
+    first = error.errors(include_url=False)[0]
+    key: SettingKey = first["loc"]
+    problem = f"{first['input']!r:.80}"
+    expected = first["msg"].removeprefix("Input should be ")
+    remedy = "correct the suite"
+    if first["type"] == "extra_forbidden":
+        section = {1: GuardSuite, 3: GuardGroup, 5: GuardQuestion}[len(key)]
+        names: list[str] = [*section.__annotations__]
+        problem = "unknown key"
+        expected = f"one of {', '.join(names)}"
+        remedy = suggest_name(str(key[-1]), names, "remove it")
+    return UserError(
+        f"{format_key(key) or 'suite'}: {problem}",
+        where=locate(*key),
+        expected=expected,
+        remedy=remedy,
+    )
 
 
 def check_images(groups: Sequence[LoadedGroup]) -> None:
@@ -187,33 +198,53 @@ def compare_answers(
     group: LoadedGroup, before: Sequence[Prediction], after: Sequence[Prediction]
 ) -> GroupResult:
     """Compare the base and tuned model's answers to a group of questions."""
-    settings, references = group.settings, group.list_references()
-    old, new = (
-        compute_metrics(settings.metric, [*map(create_case, answers, references)])
-        for answers in (before, after)
-    )
+    settings = group.settings
+    references = group.list_references()
+    old = compute_metrics(settings.metric, [*map(create_case, before, references)])
+    new = compute_metrics(settings.metric, [*map(create_case, after, references)])
     primary = get_primary_metric(settings.metric, old.scores)
     differences = {one.name: one for one in compare_estimators(old.estimators, new.estimators)}
-    found, problems = differences[primary], []
+    found = differences[primary]
     if not found.before:
         found = replace(found, note=found.note or "the base model scores 0")
+    problems = []
     if found.verdict == "worse" and found.high is not None and found.high < -settings.allowed_drop:
         problems.append(DROPPED)
     if settings.min_score is not None and found.after < settings.min_score:
         problems.append(BELOW_MINIMUM)
-    # The first score of a sample follows the primary metric.
-    scores = [[next(iter(one.values())) for one in result.per_sample] for result in (old, new)]
-    drops = [a - b for a, b in zip(*scores, strict=True)]
-    lost = sorted((i for i, drop in enumerate(drops) if drop > 0), key=lambda i: -drops[i])
     lost_answers = []
-    for index in lost[:MAX_LOST_ANSWERS]:
-        texts, boxes = references[index]
-        corners = [f"{box.label or 'box'} {[*map(round, box.xyxy)]}" for box in boxes]
-        answers = {"before": before[index].answer, "after": after[index].answer}
-        question = {"id": before[index].id, "prompt": before[index].prompt}
-        reference = {"reference": " ".join(filter(None, [texts[0], *corners]))}
-        lost_answers.append(question | reference | answers)
+    for index in _find_lost_samples(old, new)[:MAX_LOST_ANSWERS]:
+        lost_answers.append(
+            {
+                "id": before[index].id,
+                "prompt": before[index].prompt,
+                "reference": _format_reference(references[index]),
+                "before": before[index].answer,
+                "after": after[index].answer,
+            }
+        )
     return GroupResult(group.name, len(group.samples), found, problems, lost_answers)
+
+
+def _find_lost_samples(before: MetricResult, after: MetricResult) -> list[int]:
+    """Return the indices of samples that score lower after, the largest drop first."""
+    drops: dict[int, float] = {}
+    for index, (old, new) in enumerate(zip(before.per_sample, after.per_sample, strict=True)):
+        # The first score of a sample follows the primary metric.
+        drop = next(iter(old.values())) - next(iter(new.values()))
+        if drop > 0:
+            drops[index] = drop
+    return sorted(drops, key=lambda index: -drops[index])
+
+
+def _format_reference(reference: ReferenceAnswer) -> str:
+    """Format a reference as its first text and the rounded corners of its boxes."""
+    texts, boxes = reference
+    words = [texts[0]]
+    for box in boxes:
+        corners = [*map(round, box.xyxy)]
+        words.append(f"{box.label or 'box'} {corners}")
+    return " ".join(filter(None, words))
 
 
 def update_suite(
@@ -238,12 +269,16 @@ def update_suite(
         bound = min(bounds[name] for name, other in node_by_group.items() if other is node)
         number = f"{math.floor(1e4 * bound) / 1e4:g}"
         mark = node.value[0][0].start_mark
-        end = ", " if node.flow_style else f"\n{' ' * mark.column}"
-        edit = (mark.index, mark.index), f"min_score: {number}{end}"
+        end = f"\n{' ' * mark.column}"
+        if node.flow_style:
+            end = ", "
+        place = (mark.index, mark.index)
+        replacement = f"min_score: {number}{end}"
         for name, value in node.value:
             if name.value == "min_score":
-                edit = (value.start_mark.index, value.end_mark.index), number
-        edits |= dict([edit])
+                place = (value.start_mark.index, value.end_mark.index)
+                replacement = number
+        edits[place] = replacement
     for (start, stop), replacement in sorted(edits.items(), reverse=True):
         text = text[:start] + replacement + text[stop:]
     # The suite may be a link, which would be replaced.

@@ -62,7 +62,9 @@ def score_repetition(case: EvalCase) -> float:
     """Return the share of distinct n-grams of words; 1 for answers without repetition."""
     words = case.answer.split()
     ngrams = [tuple(words[i : i + REPEATED_NGRAM]) for i in range(len(words) - REPEATED_NGRAM + 1)]
-    return len(set(ngrams)) / len(ngrams) if ngrams else 1.0
+    if not ngrams:
+        return 1.0
+    return len(set(ngrams)) / len(ngrams)
 
 
 def score_length(max_length: int, case: EvalCase) -> float:
@@ -96,7 +98,8 @@ class RewardScorer(contextlib.ExitStack):
 
     def __init__(self, rewards: Sequence[RewardSettings], run_dir: Path | None = None) -> None:
         super().__init__()
-        self.names, self._run_dir = _name_rewards(rewards), run_dir
+        self.names = _name_rewards(rewards)
+        self._run_dir = run_dir
         self.weights = [reward.weight for reward in rewards]
         self._matcher = self.enter_context(PatternMatcher("rewards, pattern", ""))
         self._functions = [self._build_function(*one) for one in enumerate(rewards, 1)]
@@ -113,9 +116,10 @@ class RewardScorer(contextlib.ExitStack):
         return [function(cases) for function in self._functions]
 
     def _build_function(self, number: int, reward: RewardSettings) -> RewardFn:
-        name, run_dir, copy_name = reward.name, self._run_dir, f"reward_{number}.py"
-        if run_dir is not None:
-            name = custom_metric.resolve_metric_path(name, run_dir, copy_name=copy_name)
+        name = reward.name
+        if self._run_dir is not None:
+            copy_name = f"reward_{number}.py"
+            name = custom_metric.resolve_metric_path(name, self._run_dir, copy_name=copy_name)
         if (location := custom_metric.parse_metric_path(name)) is not None:
             custom_metric.require_metric_file(location[0])
             return self._build_custom(
@@ -175,10 +179,14 @@ def _require_package(package: str, reward: str, extra: str) -> None:
 def _name_rewards(rewards: Sequence[RewardSettings]) -> list[str]:
     """Return short names for metrics, which number repeated ones."""
     names = [reward.name.rpartition(":")[2] for reward in rewards]
-    return [
-        name if names.count(name) == 1 else f"{name}_{names[: i + 1].count(name)}"
-        for i, name in enumerate(names)
-    ]
+    different = []
+    for i, name in enumerate(names):
+        if names.count(name) == 1:
+            different.append(name)
+        else:
+            number = names[: i + 1].count(name)
+            different.append(f"{name}_{number}")
+    return different
 
 
 def _find_score(name: str) -> tuple[task_metrics.TaskMetric, str]:

@@ -189,23 +189,31 @@ def check_references(
     if any(has_reference) and (reference_kind != "json" or all(has_reference)):
         if metric not in _BUILT_IN:
             first = has_reference.index(True)
-            sample_id = ids[first] if ids else ""
+            sample_id = ""
+            if ids:
+                sample_id = ids[first]
             _dry_run_metric(metric, task.score_fn, references[first], sample_id)
         return
-    kinds = {name: other.reference_kind for name, other in _BUILT_IN.items()}
-    fitting = [n for n in kinds if all(has_reference_kind(kinds[n], r) for r in references)]
+    fitting = []
+    for name, other in _BUILT_IN.items():
+        if all(has_reference_kind(other.reference_kind, one) for one in references):
+            fitting.append(name)
     problem = f"none of {len(references)} references has {reference_kind} content"
     expected = f"samples whose last turn has a {reference_kind} part"
     if reference_kind == "json":
         expected = "samples whose last turn is a JSON object or list"
         first = has_reference.index(False)
-        name = f"sample {ids[first]!r}" if ids else f"reference {first + 1}"
+        source = f"reference {first + 1}"
+        if ids:
+            source = f"sample {ids[first]!r}"
         (text, *_), boxes = references[first]
         if boxes and not text.strip():
-            problem = f"the answer of {name} is a plain list of boxes"
-            fitting = ["detection" if has_reference_kind("box", references[first]) else "pointing"]
+            problem = f"the answer of {source} is a plain list of boxes"
+            fitting = ["pointing"]
+            if has_reference_kind("box", references[first]):
+                fitting = ["detection"]
         elif any(has_reference):
-            problem = f"the answer {text[:80]!r} of {name} is not JSON"
+            problem = f"the answer {text[:80]!r} of {source} is not JSON"
     remedy = f"choose a metric that fits the answers: {', '.join(fitting) or 'none fits'}"
     if "box" in reference_kind:
         remedy += "; or import the boxes of a table: --map box=COLUMN --map label=COLUMN"
@@ -229,9 +237,10 @@ def _dry_run_metric(
 ) -> None:
     """Score a reference and an empty answer, so that errors of a metric precede generation."""
     texts, reference_boxes = reference
-    answers = (texts[0], reference_boxes), ("", ())
-    cases = [EvalCase(*answer, texts, reference_boxes, sample_id) for answer in answers]
-    reserved_names = metric_fn(cases).scores.keys() & (LOWER_IS_BETTER | {"ended_with_eos"})
+    correct = EvalCase(texts[0], reference_boxes, texts, reference_boxes, sample_id)
+    empty = EvalCase("", (), texts, reference_boxes, sample_id)
+    scores = metric_fn([correct, empty]).scores
+    reserved_names = scores.keys() & (LOWER_IS_BETTER | {"ended_with_eos"})
     for name in sorted(reserved_names):
         raise UserError(
             f"the score name {name} is reserved",
@@ -252,4 +261,6 @@ def compute_metrics(metric: MetricSpec, cases: Sequence[EvalCase]) -> MetricResu
 def get_primary_metric(metric: MetricSpec, scores: MetricValues) -> str:
     """Return the name of the primary score; for a custom metric, the first score."""
     task = TASK_METRICS.get(metric)
-    return (task.primary_metric if task else None) or next(iter(scores))
+    if task and task.primary_metric:
+        return task.primary_metric
+    return next(iter(scores))

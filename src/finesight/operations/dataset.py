@@ -6,7 +6,7 @@ import os
 import random
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Unpack
 
@@ -26,11 +26,16 @@ from finesight.progress import ProgressConsole
 if TYPE_CHECKING:
     from finesight.check.check_issues import CheckIssue
     from finesight.check.check_result import CheckResult
+    from finesight.check.data_checker import CheckInput
+    from finesight.config import Recipe
+    from finesight.data.augmentation import Augmenter
     from finesight.data.exporter import ExportSummary
+    from finesight.data.image_file import CorruptImageError
     from finesight.data.import_source import ImportOptions
     from finesight.data.importer import ImportSummary
+    from finesight.data.sample import LocatedSample
     from finesight.encode.renderer import Renderer
-    from finesight.encode.tokenization import TokenizedSample
+    from finesight.encode.tokenization import TextTokenizer, TokenizedSample
     from finesight.model_folder import ModelFolder
     from finesight.train.recipe_check import CheckedRecipe
 
@@ -111,15 +116,18 @@ def import_data(
     console = ProgressConsole()
     out = Path(out)
     with fetch_source(str(source), out, options, allow_host) as fetched:
-        path, options = fetched.path, fetched.options
+        path = fetched.path
+        options = fetched.options
         if is_detected and not options.row_files:
             path, options = detect_columns(path, options)
         summary = import_dataset(path, out, options, console.progress_stage)
     for note in fetched.notes:
         console.log(f"{source}: {note}")
     train, *validation = (str(file.file) for file in summary.output_files)
-    first, *details = format_import(source, summary, options, is_detected=is_detected)
-    lines = [first, *(f"  {line}" for line in details)]
+    heading, *details = format_import(source, summary, options, is_detected=is_detected)
+    lines = [heading]
+    for detail in details:
+        lines.append(f"  {detail}")
     step = Step("check", {"sources": [train], "against": validation})
     return Outcome(summary, lines, asdict(summary), [step])
 
@@ -145,16 +153,16 @@ def format_import(
 
     detected_by = summary.detected_by
     details = [summary.text_format]
-    details += [
-        f"{file.file}: {format_count(file.num_samples, 'sample')}"
-        f" from {format_count(file.num_rows, 'row')}"
-        for file in summary.output_files
-    ]
+    for file in summary.output_files:
+        num_samples = format_count(file.num_samples, "sample")
+        num_rows = format_count(file.num_rows, "row")
+        details.append(f"{file.file}: {num_samples} from {num_rows}")
     if is_detected:
         detected_by = detected_by.replace("--map", "columns")
         details += [f"{role}: {column}" for role, column in options.columns.items()]
         details.append(_describe_box_format(options))
-        details.append(f"box units: {options.box_units}" if options.box_units else "")
+        if options.box_units:
+            details.append(f"box units: {options.box_units}")
     details += [*summary.list_skipped(), format_count(summary.num_images, "image")]
     if summary.skipped_rows_file is not None:
         details.append(f"{summary.skipped_rows_file}: invalid rows with reasons")
@@ -215,19 +223,22 @@ def export_data(
     summary = export_dataset(located_samples, Path(out), target_format, copy_images=copy_images)
     # Formats of one data file are read from it, and others from the folder.
     first_file = Path(summary.files[0])
-    is_one_file = first_file.suffix in (".json", ".jsonl") and summary.format != "labelme"
-    source = first_file if is_one_file else out
+    source: StrPath = out
+    if first_file.suffix in (".json", ".jsonl") and summary.format != "labelme":
+        source = first_file
     step = Step("check", {"sources": [source], "format": summary.format})
-    files = [str(file) for file in summary.files[:MAX_PRINTED_FILES]]
+    files = [*map(str, summary.files[:MAX_PRINTED_FILES])]
     if len(summary.files) > MAX_PRINTED_FILES:
         files.append(f"and {len(summary.files) - MAX_PRINTED_FILES} more")
     lines = [
         f"{out}: {format_count(summary.num_samples, 'sample')} in the format {summary.format}",
         f"  {', '.join(files)}",
         f"  {format_count(summary.num_images, 'image')}",
-        *(f"  not supported: {count} {feature}" for feature, count in summary.lost_counts.items()),
-        *(f"  note: {note}" for note in summary.notes),
     ]
+    for feature, count in summary.lost_counts.items():
+        lines.append(f"  not supported: {count} {feature}")
+    for note in summary.notes:
+        lines.append(f"  note: {note}")
     return Outcome(summary, lines, asdict(summary), [step])
 
 
@@ -280,56 +291,23 @@ def check_data(
         seed: Random seed of the samples on the HTML page.
     """
     from finesight.check import check_result, data_checker
-    from finesight.data.import_source import ImportOptions
-    from finesight.infer.model_loader import resolve_model_source
-    from finesight.recipe import load_recipe
     from finesight.report.data_pages import render_check_page
     from finesight.report.html import PageFile
     from finesight.report.i18n import detect_language, use_language
-    from finesight.storage import (
-        check_new_path,
-        check_separate,
-        find_free_path,
-        temporary_folder,
-        write_folder,
-    )
-    from finesight.train.recipe_check import check_recipe
+    from finesight.storage import check_new_path, check_separate, temporary_folder, write_folder
 
     options = build_import_options(reading)
     paths = [*map(Path, sources)]
-    model_folder: ModelFolder | None = None
-    max_tokens = max_length
-    renderer: Renderer | None = None
-    has_defaults = options == ImportOptions()
-    recipe = next(filter(data_checker.is_recipe, paths), None) if options.format is None else None
-    checked: CheckedRecipe | None = None
-    if recipe is not None:
-        if len(paths) > 1 or not has_defaults or against or model or max_length:
-            raise UserError(
-                "other options or sources are given with a recipe",
-                where=str(recipe),
-                expected="one recipe with --fix, --html, --seed and --json only",
-                remedy="remove the other arguments, or check the data files directly",
-            )
-        settings = load_recipe(recipe)
-        checked = check_recipe(settings, runs_functions=False, needs_weights=False)
-        inputs = data_checker.inputs_from_recipe(settings)
-        model_folder = checked.base_model.folder
-        renderer = checked.renderer
-        max_tokens = settings.data.max_length
-    else:
-        inputs = data_checker.inputs_from_files(paths, [*map(Path, against)], options)
-        if model is not None:
-            # The renderer of the transformers backend is slow to load.
-            source = resolve_model_source(model)
-            model_folder = source.folder
-            renderer = None if max_length is None else source.build_renderer()
-    requirements = data_checker.load_model_requirements(model_folder, renderer, max_tokens)
+    source = _find_check_source(paths, [*map(Path, against)], options, model, max_length)
+    requirements = data_checker.load_model_requirements(
+        source.model_folder, source.renderer, source.max_length
+    )
     fix = to_path(fix)
     html = to_path(html)
     console = ProgressConsole()
-    page = PageFile(html, "check", paths) if html else None
-    if page:
+    page = None
+    if html:
+        page = PageFile(html, "check", paths)
         page.check()
     if fix:
         check_new_path(fix)
@@ -341,7 +319,7 @@ def check_data(
             on_record(issue.as_json())
 
     with write_folder(fix) if fix else temporary_folder("check") as folder:
-        checker = data_checker.DataChecker(inputs, folder, requirements, MAX_ISSUES, seed)
+        checker = data_checker.DataChecker(source.inputs, folder, requirements, MAX_ISSUES, seed)
         with console.progress_stage("rows", checker.num_rows) as on_progress:
             # Worker processes import the main module, which starts them again without a guard.
             result, images = checker.run(
@@ -356,26 +334,113 @@ def check_data(
             if fix:
                 fixed = checker.fixer.write(Path(folder), fix, images, checker.sources)
                 lines += ["", *fixed.as_lines()]
-            if checked is not None and result.severity != "error":
-                _check_validation_samples(checked)
+            if source.checked is not None and result.severity != "error":
+                _check_validation_samples(source.checked)
         except UserError:
             console.log("\n".join(lines))  # the issues, which may prevent the correction
             raise
     data = check_result.summary_to_dict(result, fixed)
-    # Other operations would need the other options and files, too.
-    is_plain = len(paths) == 1 and has_defaults and not (against or model or max_length)
     steps: list[Step] = []
     if result.severity != "error":
-        if recipe is not None:
-            steps = [propose_plan(recipe, renderer)]
-        elif is_plain:
-            steps = [build_init_step(fix or paths[0])]
-    elif recipe is None and is_plain and checker.fixer.can_write and fix is None:
-        named = paths[0] if paths[0].name else paths[0].resolve()
+        steps = source.propose_use(fix)
+    elif checker.fixer.can_write and fix is None:
+        steps = source.propose_fix()
+    return Outcome(result, lines, data, steps, result.exit_code)
+
+
+@dataclass(frozen=True, slots=True)
+class _CheckSource:
+    """Data of a check, and the model whose requirements they are compared with.
+
+    Attributes:
+        data: The file or folder, if there is only one, without options. Proposed steps would need
+            the options and other files, too.
+        max_length: Maximum number of tokens of a sample, None for any.
+        recipe: The recipe whose data are checked; None, like `checked`, for other data.
+    """
+
+    inputs: list[CheckInput]
+    data: Path | None = None
+    model_folder: ModelFolder | None = None
+    renderer: Renderer | None = None
+    max_length: int | None = None
+    recipe: Path | None = None
+    checked: CheckedRecipe | None = None
+
+    def propose_use(self, fixed: Path | None) -> list[Step]:
+        """Return the step that plans the recipe, or that writes one for the data or their copy."""
+        if self.recipe is not None:
+            return [propose_plan(self.recipe, self.renderer)]
+        if self.data is not None:
+            return [build_init_step(fixed or self.data)]
+        return []
+
+    def propose_fix(self) -> list[Step]:
+        """Return the step that writes a corrected copy of the data into a free folder."""
+        from finesight.storage import find_free_path
+
+        if self.data is None:
+            return []
+        named = self.data
+        if not named.name:
+            named = named.resolve()
         name = f"{named.stem or 'data'}-fixed"
         fixed_folder = find_free_path(named.with_name(name))
-        steps = [Step("check", {"sources": paths, "fix": fixed_folder})]
-    return Outcome(result, lines, data, steps, result.exit_code)
+        return [Step("check", {"sources": [self.data], "fix": fixed_folder})]
+
+
+def _find_check_source(
+    paths: Sequence[Path],
+    against: Sequence[Path],
+    options: ImportOptions,
+    model: str | None,
+    max_length: int | None,
+) -> _CheckSource:
+    """Return the data of a check: those of a recipe, or files with the model of an option."""
+    from finesight.check.data_checker import inputs_from_files, is_recipe
+    from finesight.data.import_source import ImportOptions
+    from finesight.infer.model_loader import resolve_model_source
+
+    has_defaults = options == ImportOptions()
+    is_alone = len(paths) == 1 and has_defaults and not (against or model or max_length)
+    if options.format is None:
+        for recipe in filter(is_recipe, paths):
+            return _read_check_recipe(recipe, is_alone=is_alone)
+    inputs = inputs_from_files(paths, against, options)
+    data = paths[0] if is_alone else None
+    if model is None:
+        return _CheckSource(inputs, data, max_length=max_length)
+    source = resolve_model_source(model)
+    renderer = None
+    # The renderer of the transformers backend is slow to load.
+    if max_length is not None:
+        renderer = source.build_renderer()
+    return _CheckSource(inputs, data, source.folder, renderer, max_length)
+
+
+def _read_check_recipe(recipe: Path, *, is_alone: bool) -> _CheckSource:
+    """Return the data of a recipe with its model. Raises UserError unless it is given alone."""
+    from finesight.check.data_checker import inputs_from_recipe
+    from finesight.recipe import load_recipe
+    from finesight.train.recipe_check import check_recipe
+
+    if not is_alone:
+        raise UserError(
+            "other options or sources are given with a recipe",
+            where=str(recipe),
+            expected="one recipe with --fix, --html, --seed and --json only",
+            remedy="remove the other arguments, or check the data files directly",
+        )
+    settings = load_recipe(recipe)
+    checked = check_recipe(settings, runs_functions=False, needs_weights=False)
+    return _CheckSource(
+        inputs_from_recipe(settings),
+        model_folder=checked.base_model.folder,
+        renderer=checked.renderer,
+        max_length=settings.data.max_length,
+        recipe=recipe,
+        checked=checked,
+    )
 
 
 def _check_validation_samples(checked: CheckedRecipe) -> None:
@@ -411,7 +476,9 @@ def get_init_folder(source: str) -> Path:
     """Return the folder of the recipe that `init` writes by default for a dataset."""
     from finesight.hub.address import is_hub_address
 
-    name = re.split("[:@]", source)[1] if is_hub_address(source) else source
+    name = source
+    if is_hub_address(source):
+        name = re.split("[:@]", source)[1]
     return Path(f"{Path(name).resolve().stem}-finetune")
 
 
@@ -421,7 +488,9 @@ def propose_plan(
     """Return the step that plans a run, or trains it without a plan."""
     from finesight.encode.renderer import NativeRenderer
 
-    operation = "plan" if isinstance(renderer, NativeRenderer) else "train"
+    operation = "train"
+    if isinstance(renderer, NativeRenderer):
+        operation = "plan"
     return Step(operation, {"recipe": recipe, "overrides": overrides})
 
 
@@ -452,11 +521,8 @@ def show(
         html: Write an HTML page with the resized images, boxes and tokens instead of the table. An
             existing page is replaced, but no other file.
     """
-    from finesight.data.augmentation import Augmenter
     from finesight.data.corpus import load_corpus
-    from finesight.data.image_file import CorruptImageError
     from finesight.encode.renderer import NativeRenderer
-    from finesight.encode.tokenization import format_token_table
     from finesight.operations.model import token_table_to_dict
     from finesight.recipe import load_recipe
     from finesight.report.data_pages import render_sample_page
@@ -465,8 +531,9 @@ def show(
     from finesight.train.recipe_check import check_recipe
 
     recipe = Path(recipe)
-    page_file = PageFile(Path(html), "show", [recipe]) if html is not None else None
-    if page_file is not None:
+    page_file = None
+    if html is not None:
+        page_file = PageFile(Path(html), "show", [recipe])
         page_file.check()
     settings = load_recipe(recipe, overrides or ())
     files = settings.data.eval if use_eval_split else settings.data.train
@@ -480,43 +547,27 @@ def show(
     renderer = check_recipe(settings, runs_functions=False, needs_weights=False).renderer
     renderer.excluded_kinds = {}  # samples that the objective rejects are shown, too
     corpus = load_corpus(files)
-    text, indices = "The first {} of {}", [*range(len(corpus))]
-    if seed is not None:
-        text = "{} random samples of {}"
-        indices = sorted(random.Random(seed).sample(indices, min(num_samples, len(corpus))))
-    selected = [corpus.read_validated(index) for index in indices[:num_samples]]
-    augmenter = Augmenter.from_recipe(settings) if augmented else None
-    has_variants = augmenter and not use_eval_split and isinstance(renderer, NativeRenderer)
-    if augmented and not has_variants:
-        raise UserError(
-            f"data.{'eval' if use_eval_split else 'train'} of {recipe.name} has no variants",
-            where=f"--augmented {augmented}",
-            expected="training data with data.augment, and a native model family",
-            remedy="remove --augmented" if augmenter else "add data.augment=light",
-        )
-    console, valid, tokenized = ProgressConsole(), [], []
+    indices = _select_indices(len(corpus), num_samples, seed)
+    selected = {index: corpus.read_validated(index) for index in indices}
+    augmenter = None
+    if augmented:
+        can_augment = not use_eval_split and isinstance(renderer, NativeRenderer)
+        split = "eval" if use_eval_split else "train"
+        name = f"data.{split} of {recipe.name}"
+        augmenter = _build_augmenter(settings, name, augmented, can_augment=can_augment)
+    console = ProgressConsole()
 
     def report_skipped(sample_id: str, error: CorruptImageError) -> None:
         if len(selected) == 1:
             raise error
         console.log(f"skipped: {sample_id}: {error.where}: {error.what}")
 
-    for index, located_sample in zip(indices, selected, strict=False):
-        try:
-            for number in range(augmented or 1):
-                sample = located_sample
-                if augmenter is not None:
-                    sample = augmenter.augment(located_sample, number, index)
-                tokenized.append(renderer.tokenize(sample))
-                valid.append(sample)
-        except CorruptImageError as error:
-            report_skipped(located_sample.sample.id, error)
+    valid, tokenized = _tokenize_variants(
+        renderer, selected, augmenter, augmented or 1, report_skipped
+    )
     data = [token_table_to_dict(one, renderer.tokenizer) for one in tokenized]
     if page_file is None:
-        lines = list[str]()
-        for one, label in zip(tokenized, (one.sample.label for one in valid), strict=True):
-            verdict = [] if label is None else [f"label: {label}".lower()]
-            lines += [*format_token_table(one, renderer.tokenizer), *verdict, ""]
+        lines = _format_token_tables(renderer.tokenizer, valid, tokenized)
         return Outcome(tokenized, lines, data, [propose_plan(recipe, renderer, overrides)])
     if not isinstance(renderer, NativeRenderer):
         raise UserError(
@@ -526,6 +577,9 @@ def show(
             remedy="remove --html to print tokens and loss mask",
         )
     names = ", ".join(str(file.path) for file in files)
+    text = "The first {} of {}"
+    if seed is not None:
+        text = "{} random samples of {}"
     with (
         console.progress_stage("samples", len(valid)) as on_progress,
         use_language(language or detect_language()),
@@ -534,3 +588,72 @@ def show(
         page = render_sample_page(renderer, valid, title, on_progress, report_skipped)
     page_file.write(page)
     return Outcome(tokenized, [f"page: {html}"], data)
+
+
+def _select_indices(num_all: int, num_samples: int, seed: int | None) -> list[int]:
+    """Return the indices of the first samples, or of random ones with a seed."""
+    indices = [*range(num_all)]
+    if seed is None:
+        return indices[:num_samples]
+    return sorted(random.Random(seed).sample(indices, min(num_samples, num_all)))
+
+
+def _build_augmenter(
+    settings: Recipe, name: str, num_variants: int, *, can_augment: bool
+) -> Augmenter:
+    """Return the augmenter of a recipe. Raises UserError for data without variants."""
+    from finesight.data.augmentation import Augmenter
+
+    augmenter = Augmenter.from_recipe(settings)
+    if augmenter is not None and can_augment:
+        return augmenter
+    raise UserError(
+        f"{name} has no variants",
+        where=f"--augmented {num_variants}",
+        expected="training data with data.augment, and a native model family",
+        remedy="remove --augmented" if augmenter else "add data.augment=light",
+    )
+
+
+def _tokenize_variants(
+    renderer: Renderer,
+    samples: Mapping[int, LocatedSample],
+    augmenter: Augmenter | None,
+    num_variants: int,
+    on_corrupt_image: Callable[[str, CorruptImageError], None],
+) -> tuple[list[LocatedSample], list[TokenizedSample]]:
+    """Return the variants of samples by index that training draws, with their tokens.
+
+    Without an augmenter, these are the samples themselves.
+    """
+    from finesight.data.image_file import CorruptImageError
+
+    variants: list[LocatedSample] = []
+    tokenized: list[TokenizedSample] = []
+    for index, located in samples.items():
+        try:
+            for number in range(num_variants):
+                variant = located
+                if augmenter is not None:
+                    variant = augmenter.augment(located, number, index)
+                tokenized.append(renderer.tokenize(variant))
+                variants.append(variant)
+        except CorruptImageError as error:
+            on_corrupt_image(located.sample.id, error)
+    return variants, tokenized
+
+
+def _format_token_tables(
+    tokenizer: TextTokenizer, samples: Sequence[LocatedSample], tokenized: Sequence[TokenizedSample]
+) -> list[str]:
+    """Return the lines of the token tables of samples, each with the label of its answer."""
+    from finesight.encode.tokenization import format_token_table
+
+    lines: list[str] = []
+    for located, one in zip(samples, tokenized, strict=True):
+        lines += format_token_table(one, tokenizer)
+        label = located.sample.label
+        if label is not None:
+            lines.append(f"label: {label}".lower())
+        lines.append("")
+    return lines

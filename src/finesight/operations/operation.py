@@ -97,14 +97,20 @@ class Parameter:
         if value is None or value == self.default:
             return []
         if self.kind == "flag":
-            return [self.option.split("/")[0 if value else 1]]
+            options = self.option.split("/")
+            return [options[0]] if value else [options[1]]
         if isinstance(value, Mapping):
             texts = [f"{key}={item}" for key, item in value.items()]
+        elif isinstance(value, list | tuple):
+            texts = [*map(str, value)]
         else:
-            texts = [*map(str, value)] if isinstance(value, list | tuple) else [str(value)]
+            texts = [str(value)]
         if self.is_positional:
             return texts
-        return [word for text in texts for word in (self.option, text)]
+        words = []
+        for text in texts:
+            words += [self.option, text]
+        return words
 
     def convert(self, value: Any) -> Any:
         """Convert an argument of Python code to the type of the parameter.
@@ -116,39 +122,59 @@ class Parameter:
         is_other = names & self.other_types or (value is None and self.is_optional)
         if self.kind == "flag" or is_other or isinstance(value, Mapping):
             return value
-        if self.is_multiple:
-            is_sequence = isinstance(value, Sequence) and not isinstance(value, str | bytes)
-            words = [self._convert_item(item) for item in (value if is_sequence else [value])]
-        else:
+        words: Any
+        if not self.is_multiple:
             words = self._convert_item(value)
-        return words if self.parse is None else self.parse(words)
+        elif isinstance(value, Sequence) and not isinstance(value, str | bytes):
+            words = [self._convert_item(item) for item in value]
+        else:
+            words = [self._convert_item(value)]
+        if self.parse is None:
+            return words
+        return self.parse(words)
 
     def _convert_item(self, value: Any) -> Any:
-        expected = ""
-        if self.kind in ("path", "text"):
-            name = to_name(value, self.name)
-            return Path(os.path.expanduser(name)) if self.kind == "path" else name
-        remedy = "correct or remove it"
+        if self.kind == "path":
+            return Path(os.path.expanduser(to_name(value, self.name)))
+        if self.kind == "text":
+            return to_name(value, self.name)
         if self.choices:
-            if value not in self.choices:
-                expected = f"one of {', '.join(self.choices)}"
-                similar = suggest_value(self.name, value, self.choices)
-                if similar:
-                    remedy = f"use {similar!r}"
-        elif not isinstance(value, int if self.kind == "integer" else int | float):
-            expected = "an integer" if self.kind == "integer" else "a number"
-        elif self.minimum is not None and value < self.minimum:
-            expected = f"a number of at least {self.minimum:.10g}"
-        elif self.maximum is not None and value > self.maximum:
-            expected = f"a number of at most {self.maximum:.10g}"
+            self._require_choice(value)
+            return value
+        expected = self._find_expected_number(value)
         if expected:
-            raise _build_value_error(self.name, value, expected, remedy)
+            raise _build_value_error(self.name, value, expected)
         return value
+
+    def _require_choice(self, value: Any) -> None:
+        """Raise UserError for an unknown choice."""
+        if value in self.choices:
+            return
+        expected = f"one of {', '.join(self.choices)}"
+        similar = suggest_value(self.name, value, self.choices)
+        if similar:
+            raise _build_value_error(self.name, value, expected, f"use {similar!r}")
+        raise _build_value_error(self.name, value, expected)
+
+    def _find_expected_number(self, value: Any) -> str:
+        """Return what a number should be; empty for a valid number."""
+        if self.kind == "integer":
+            if not isinstance(value, int):
+                return "an integer"
+        elif not isinstance(value, int | float):
+            return "a number"
+        if self.minimum is not None and value < self.minimum:
+            return f"a number of at least {self.minimum:.10g}"
+        if self.maximum is not None and value > self.maximum:
+            return f"a number of at most {self.maximum:.10g}"
+        return ""
 
 
 def to_path(value: StrPath | None) -> Path | None:
     """Convert a name to a path; None stays None."""
-    return None if value is None else Path(value)
+    if value is None:
+        return None
+    return Path(value)
 
 
 def to_name(value: object, where: str = "") -> str:
@@ -188,8 +214,10 @@ def list_words(step: Step) -> list[str]:
     assert len(known) == len(step.arguments), f"{step.operation} lacks {step.arguments}"
     # Options follow the positional arguments.
     known.sort(key=lambda one: not one.is_positional)
-    words = [word for one in known for word in one.format_words(step.arguments[one.name])]
-    return [*step.operation.split(), *words]
+    words = step.operation.split()
+    for one in known:
+        words += one.format_words(step.arguments[one.name])
+    return words
 
 
 def format_step(step: Step, program: str = "finesight") -> str:
@@ -209,7 +237,9 @@ def format_command(step: Step) -> str:
     started = os.path.abspath(sys.argv[0])
     if os.path.basename(started) == program and shutil.which(program) != started:
         relative = os.path.relpath(started)
-        program = started if relative.startswith(os.pardir) else os.path.join(".", relative)
+        program = os.path.join(".", relative)
+        if relative.startswith(os.pardir):
+            program = started
     return format_step(step, program)
 
 
@@ -253,7 +283,9 @@ class SkippedInputs:
     @property
     def exit_code(self) -> int:
         """Exit code of the command."""
-        return EXIT_SKIPPED if self._errors else 0
+        if self._errors:
+            return EXIT_SKIPPED
+        return 0
 
     def describe(self) -> list[str]:
         """Return a line for each skipped input, and their number."""
@@ -303,7 +335,8 @@ def list_parameters(operation: Callable[..., object]) -> Sequence[Parameter]:
     bare = types.SimpleNamespace(__annotations__=annotations)
     names = inspect.unwrap(operation).__globals__
     hints = typing.get_type_hints(bare, globalns=names, include_extras=True)
-    descriptions, parameters = read_descriptions(operation), []
+    descriptions = read_descriptions(operation)
+    parameters = []
     for name, parameter in signature.items():
         if parameter.kind is inspect.Parameter.VAR_KEYWORD:
             (group,) = typing.get_args(hints[name])
@@ -340,18 +373,23 @@ def _read_parameter(name: str, text: str, hint: Any, default: Any) -> Parameter:
     if info.plugins and (names := Registry(info.plugins, object, {}).plugin_names):
         text += f" Plug-ins: {', '.join(names)}."
     # `Annotated` has its type as the origin, as has no other hint of a parameter.
-    kinds = _list_alternatives(hint.__origin__ if hasattr(hint, "__metadata__") else hint)
-    is_optional = type(None) in kinds
-    # A value that may also be a path or text is one value. Mappings are written as KEY=VALUE.
-    containers = [one for one in kinds if typing.get_origin(one) in (list, Sequence, Mapping)]
-    containers = [] if kinds & {*KINDS} else containers
-    if containers:
-        kinds = _list_alternatives(typing.get_args(containers[0])[0])
-    choices = next((typing.get_args(o) for o in kinds if typing.get_origin(o) is Literal), ())
+    if hasattr(hint, "__metadata__"):
+        hint = hint.__origin__
+    types_of_value = _list_alternatives(hint)
+    is_optional = type(None) in types_of_value
+    container = _find_container(types_of_value)
+    if container is not None:
+        types_of_value = _list_alternatives(typing.get_args(container)[0])
     if info.path == "name":
-        kinds.discard(Path)
-    found = [kind for type_, kind in KINDS.items() if type_ in kinds]
-    others = {typing.get_origin(one) or one for one in kinds} - {*KINDS, type(None), Literal}
+        types_of_value.discard(Path)
+    choices: tuple[str, ...] = ()
+    others: set[type] = set()
+    for one in types_of_value:
+        origin = typing.get_origin(one)
+        if origin is Literal:
+            choices = typing.get_args(one)
+        elif one not in KINDS and one is not type(None):
+            others.add(origin or one)
     is_required = default is inspect.Parameter.empty
     return replace(
         info,
@@ -359,9 +397,9 @@ def _read_parameter(name: str, text: str, hint: Any, default: Any) -> Parameter:
         help=text,
         option=info.option or f"--{name.replace('_', '-')}",
         is_positional=info.is_positional or (is_required and not info.option),
-        kind="choice" if choices else [*found, "text"][0],
+        kind="choice" if choices else _find_kind(types_of_value),
         choices=choices,
-        is_multiple=bool(containers),
+        is_multiple=container is not None,
         is_optional=is_optional,
         default=default,
         other_types=frozenset(one.__name__ for one in others),
@@ -369,8 +407,28 @@ def _read_parameter(name: str, text: str, hint: Any, default: Any) -> Parameter:
 
 
 def _list_alternatives(hint: Any) -> set[Any]:
-    is_union = typing.get_origin(hint) in (typing.Union, types.UnionType)
-    return {*(typing.get_args(hint) if is_union else (hint,))}
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return set(typing.get_args(hint))
+    return {hint}
+
+
+def _find_container(alternatives: set[Any]) -> Any:
+    """Return the type of several values; None if the parameter has one value."""
+    # A value that may also be a path or text is one value.
+    if alternatives & KINDS.keys():
+        return None
+    for one in alternatives:
+        # Mappings are written as KEY=VALUE.
+        if typing.get_origin(one) in (list, Sequence, Mapping):
+            return one
+    return None
+
+
+def _find_kind(alternatives: set[Any]) -> Kind:
+    for type_, kind in KINDS.items():
+        if type_ in alternatives:
+            return kind
+    return "text"
 
 
 def _reject_unknown_arguments(
@@ -396,7 +454,6 @@ def _suggest_argument(
     operation: Callable[..., object], name: str, value: object, parameters: Sequence[Parameter]
 ) -> str:
     """Return the proposal for an unknown argument: the right one, or the list of all."""
-    from finesight.operations import OPERATIONS
     from finesight.recipe import suggest_override
 
     known = {one.name: one for one in parameters}
@@ -407,15 +464,9 @@ def _suggest_argument(
             arguments.add(one.name)
         else:
             options |= dict.fromkeys(one.option.split("/"), one.name)
-    target = f"{operation.__module__.removeprefix('finesight.')}:{operation.__name__}"
-    command = ""
-    for group in OPERATIONS.values():
-        for name_of_command, one_target in group.items():
-            if one_target == target:
-                command = name_of_command
     text = str(value)
     option = f"--{name.replace('_', '-')}"
-    guess = find_option(command, option, text, options, arguments)
+    guess = find_option(_find_command(operation), option, text, options, arguments)
     if "overrides" in arguments and (guess is None or guess.kind == "option"):
         setting = suggest_override(name, shlex.quote(text)) or ""
         if setting.startswith("use "):
@@ -436,6 +487,19 @@ def _suggest_argument(
     return f"it has {', '.join(one.name for one in parameters)}"
 
 
+def _find_command(operation: Callable[..., object]) -> str:
+    """Return the name of the command of an operation; empty if it has none."""
+    from finesight.operations import OPERATIONS
+
+    target = f"{operation.__module__.removeprefix('finesight.')}:{operation.__name__}"
+    command = ""
+    for group in OPERATIONS.values():
+        for name, one_target in group.items():
+            if one_target == target:
+                command = name
+    return command
+
+
 def as_function(operation: Callable[Arguments, Outcome[Result]]) -> Callable[Arguments, Result]:
     """Return the Python function of an operation, which checks its arguments.
 
@@ -447,10 +511,12 @@ def as_function(operation: Callable[Arguments, Outcome[Result]]) -> Callable[Arg
     def call(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
         _reject_unknown_arguments(operation, kwargs)
         bound = inspect.signature(operation).bind(*args, **kwargs)
-        groups = [one for one in bound.signature.parameters.values() if one.kind is one.VAR_KEYWORD]
-        options = [bound.arguments[one.name] for one in groups if one.name in bound.arguments]
+        groups = [bound.arguments]
+        for one in bound.signature.parameters.values():
+            if one.kind is one.VAR_KEYWORD and one.name in bound.arguments:
+                groups.append(bound.arguments[one.name])
         for parameter in list_parameters(operation):
-            for values in (bound.arguments, *options):
+            for values in groups:
                 if parameter.name in values:
                     values[parameter.name] = parameter.convert(values[parameter.name])
         try:

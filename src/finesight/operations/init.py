@@ -13,12 +13,13 @@ import json
 import os
 import textwrap
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from math import ceil
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, Unpack
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Unpack
 
 from finesight.errors import (
     Step,
@@ -42,21 +43,27 @@ from finesight.operations.training import GpusOption, build_train_step, plan, tr
 from finesight.progress import ProgressConsole
 
 if TYPE_CHECKING:
+    from finesight.check.check_result import CheckResult
     from finesight.data.import_source import ImportOptions, ImportSource
+    from finesight.data.importer import ImportSummary
     from finesight.data.row_reader import SourceRow
     from finesight.data.sample import Sample
     from finesight.evaluate.prediction_file import ScoredPrediction
     from finesight.plan.run_plan import RunPlan
-    from finesight.recipe_template import DetectedTask
+    from finesight.recipe_template import DetectedTask, StartModel
     from finesight.train.finalize import RunResult
 
 Ask = Callable[[str, str], str]
 """Function that asks a question, and returns the answer. The second argument is the default."""
 
-MIN_SPLIT_ROWS, MAX_EVAL_FRACTION, MAX_MISSING_FRACTION = 20, 0.2, 0.01
-"""Smallest dataset with a validation split, and the maximum fractions of its rows and of rows
-without a readable image; more are a warning.
-"""
+MIN_SPLIT_ROWS = 20
+"""Number of rows of the smallest dataset with a validation split."""
+
+MAX_EVAL_FRACTION = 0.2
+"""Maximum fraction of the rows for validation."""
+
+MAX_MISSING_FRACTION = 0.01
+"""Maximum fraction of rows without a readable image; more are a warning."""
 
 MODELS = (
     (44e9, "Qwen/Qwen3.5-9B"),
@@ -119,22 +126,14 @@ def init(
         objective: grpo trains by rewards, on sampled responses instead of the answers. It needs a
             model that is sometimes right, such as a merged run. Default: by the data.
     """
-    from finesight.config import METRIC_NAMES
-    from finesight.data.image_file import CorruptImageError
-    from finesight.data.importer import REASON_BY_ERROR, SplitError, import_dataset
     from finesight.data.source_fetch import fetch_source
-    from finesight.encode.renderer import is_native
     from finesight.evaluate.task_metrics import get_task_metric
-    from finesight.infer.model_loader import resolve_model_source
     from finesight.plan.plan_format import format_short_plan
     from finesight.plan.run_plan import refuse_gpus
-    from finesight.recipe_template import NUM_EVAL_ROWS, StartModel, format_recipe
-    from finesight.storage import check_new_path, write_file
-    from finesight.train.recipe_check import describe_start
+    from finesight.recipe_template import format_recipe
+    from finesight.storage import check_new_path
 
-    if metric is not None and metric not in (tasks := [*TASKS, *METRIC_NAMES.plugin_names]):
-        names, remedy = ", ".join(tasks), suggest_name(metric, tasks, "choose one of these")
-        raise UserError(f"unknown task {metric!r}", where="--task", expected=names, remedy=remedy)
+    _require_task(metric)
     source = str(data or _ask("Dataset (file, folder or hf:OWNER/NAME)", ".", ask))
     folder = Path(out or get_init_folder(source))
     check_new_path(folder)
@@ -150,86 +149,47 @@ def init(
         suggested = choose_model(memory_bytes)
         model = model or _ask("Model", suggested, ask)
         # Errors of a model precede what is written, but data need no connection to a hub.
-        unavailable: UserError | None = None
-        try:
-            start = describe_start(model)
-        except UserError as error:
-            if model != suggested and not isinstance(error, UnavailableError):
-                raise
-            if Path(model).expanduser().exists():
-                raise  # the settings of a run or adapter require its base model
-            start = StartModel(model)
-            unavailable = error
-        num_rows = opened.rows.num_rows
-        if num_rows >= MIN_SPLIT_ROWS and opened.rows.eval_start in (None, num_rows):
-            num_eval_rows = min(MAX_EVAL_FRACTION, NUM_EVAL_ROWS / num_rows)
-            options = replace(options, train_fraction=1 - num_eval_rows)
-        with console.activity("importing the data"):
-            try:
-                summary = import_dataset(path, folder / "data", options)
-            except SplitError as error:
-                console.log(f"no validation samples: {error.what}")
-                options = replace(options, train_fraction=None)
-                summary = import_dataset(path, folder / "data", options)
-    num_without_image = summary.skipped_rows.get(REASON_BY_ERROR[CorruptImageError], 0)
-    if num_without_image > MAX_MISSING_FRACTION * num_rows:
-        text = "have no readable image and were skipped; table and images may be in other folders"
-        console.log(f"warning: {num_without_image} of {num_rows} rows {text}")
+        start, unavailable = _describe_model(model, is_suggested=model == suggested)
+        options = _split_rows(options, opened)
+        summary, options = _import_split(path, folder / "data", options, console)
+    _warn_of_missing_images(summary, opened.rows.num_rows, console)
     recipe = folder / "recipe.yaml"
-    files = {file.file: format_count(file.num_samples, "sample") for file in summary.output_files}
-    num_samples = summary.output_files[0].num_samples
+    run = folder / "run"
     task = replace(task, has_images=summary.num_images > 0)
-    inputs = (recipe, folder / "run", start, f"`finesight init` for {device}", task, files)
-    write_file(recipe, format_recipe(*inputs, num_samples).encode())
-    run_plan: RunPlan | None = None
-    problem = unavailable
-    if unavailable is None:
-        try:
-            run_plan = plan(recipe, gpus=gpus).value
-        except UserError as error:
-            console.log(f"the run was not planned: {error}")
-            # Other families have no plan, but can be trained.
-            problem = _find_problem(recipe, console)
-            if problem is not None and str(problem) != str(error):
-                console.log(f"training would refuse the recipe: {problem}")
-    if run_plan is not None:
-        overrides = [item for item in run_plan.overrides if "num_workers" not in item]
-        write_file(recipe, format_recipe(*inputs, num_samples, overrides).encode())
-    map_hint = f"--map image={options.columns.get('image')} --map answer=COLUMN"
-    is_detected = not reading.get("columns")
-    first, *details = format_import(source, summary, options, is_detected=is_detected)
-    train_file, *eval_files = [file.file for file in summary.output_files]
-    outcome = check_data([train_file], eval_files)
-    # The files are those of the import.
-    first_check, *check_lines = outcome.lines[len(outcome.value.sources) :]
-    if not outcome.value.issue_counts:
-        first_check, check_lines = "; ".join([first_check, *check_lines]), []
+    files = _describe_files(summary)
+    format_with = partial(
+        format_recipe,
+        recipe,
+        run,
+        start,
+        f"`finesight init` for {device}",
+        task,
+        files,
+        summary.output_files[0].num_samples,
+    )
+    run_plan, problem = _write_planned_recipe(recipe, format_with, gpus, unavailable, console)
+    train_file, *eval_files = files
+    checked = check_data([train_file], eval_files)
+    device_size = f", {memory_bytes / 1e9:.0f} GB" if memory_bytes else ""
     lines = [
-        f"data    {first}",
-        *(f"        {line}" for line in details),
-        *(["        no images: a task of text only"] if not summary.num_images else []),
-        *([f"        for one column only: {map_hint}"] if "fields" in options.columns else []),
+        *_format_data(source, summary, options, is_detected=not reading.get("columns")),
         f"task    {task.metric} ({get_task_metric(task.metric).primary_metric})",
-        f"example {_format_example(summary.output_files[0].file)}",
-        f"device  {device}, {memory_bytes / 1e9:.0f} GB" if memory_bytes else f"device  {device}",
+        f"example {_format_example(train_file)}",
+        f"device  {device}{device_size}",
         f"model   {model}",
-        f"check   {first_check}",
-        *check_lines,
-        *([] if run_plan is None else format_short_plan(run_plan)),
-        "",
-        f"recipe: {recipe}",
+        *_format_check(checked),
     ]
+    if run_plan is not None:
+        lines += format_short_plan(run_plan)
+    lines += ["", f"recipe: {recipe}"]
     fits = None if run_plan is None else run_plan.chosen_estimate.fits
-    steps = [Step("plan", {"recipe": recipe, "gpus": gpus})]
-    chat = Step("chat", {"run_or_model": folder / "run"})
     if unavailable is not None:
         console.log(f"the run was not planned: {unavailable}")
         steps = _list_model_steps(recipe, model, task)
-    elif run_plan is not None and fits:
-        steps = [build_train_step(recipe, (), run_plan.target.num_gpus), chat]
-    elif problem is None and not is_native(resolve_model_source(model).folder):
-        steps = [Step("train", {"recipe": recipe}), chat]
-    if has_errors := outcome.value.severity == "error":
+    else:
+        steps = _list_run_steps(recipe, run, model, gpus, run_plan, problem)
+    has_errors = checked.value.severity == "error"
+    if has_errors:
         steps.insert(0, Step("check", {"sources": [recipe], "html": folder / "check.html"}))
     result = {
         "recipe": str(recipe),
@@ -248,6 +208,152 @@ def init(
     return Outcome(recipe, lines, result, steps, EXIT_REJECTED if is_rejected else 0)
 
 
+def _require_task(metric: str | None) -> None:
+    """Raise UserError for an unknown task; None stands for the detected one."""
+    from finesight.config import METRIC_NAMES
+
+    if metric is None:
+        return
+    tasks = [*TASKS, *METRIC_NAMES.plugin_names]
+    if metric not in tasks:
+        raise UserError(
+            f"unknown task {metric!r}",
+            where="--task",
+            expected=", ".join(tasks),
+            remedy=suggest_name(metric, tasks, "choose one of these"),
+        )
+
+
+def _describe_model(model: str, *, is_suggested: bool) -> tuple[StartModel, UserError | None]:
+    """Return the model that a run starts from, and the error if it cannot be loaded for now."""
+    from finesight.recipe_template import StartModel
+    from finesight.train.recipe_check import describe_start
+
+    try:
+        return describe_start(model), None
+    except UserError as error:
+        if not is_suggested and not isinstance(error, UnavailableError):
+            raise
+        if Path(model).expanduser().exists():
+            raise  # the settings of a run or adapter require its base model
+        return StartModel(model), error
+
+
+def _warn_of_missing_images(
+    summary: ImportSummary, num_rows: int, console: ProgressConsole
+) -> None:
+    """Print a warning if many rows have no readable image."""
+    from finesight.data.image_file import CorruptImageError
+    from finesight.data.importer import REASON_BY_ERROR
+
+    num_without_image = summary.skipped_rows.get(REASON_BY_ERROR[CorruptImageError], 0)
+    if num_without_image > MAX_MISSING_FRACTION * num_rows:
+        text = "have no readable image and were skipped; table and images may be in other folders"
+        console.log(f"warning: {num_without_image} of {num_rows} rows {text}")
+
+
+def _split_rows(options: ImportOptions, opened: ImportSource) -> ImportOptions:
+    """Return the options with a share of the rows for validation, unless there are few rows."""
+    from finesight.recipe_template import NUM_EVAL_ROWS
+
+    num_rows = opened.rows.num_rows
+    if num_rows < MIN_SPLIT_ROWS or opened.rows.eval_start not in (None, num_rows):
+        return options
+    eval_fraction = min(MAX_EVAL_FRACTION, NUM_EVAL_ROWS / num_rows)
+    return replace(options, train_fraction=1 - eval_fraction)
+
+
+def _import_split(
+    path: Path, out: Path, options: ImportOptions, console: ProgressConsole
+) -> tuple[ImportSummary, ImportOptions]:
+    """Import a dataset, without a validation split if its rows cannot be split."""
+    from finesight.data.importer import SplitError, import_dataset
+
+    with console.activity("importing the data"):
+        try:
+            return import_dataset(path, out, options), options
+        except SplitError as error:
+            console.log(f"no validation samples: {error.what}")
+            options = replace(options, train_fraction=None)
+            return import_dataset(path, out, options), options
+
+
+def _describe_files(summary: ImportSummary) -> dict[Path, str]:
+    """Return the numbers of samples of the imported files as comments of a recipe."""
+    comments = {}
+    for file in summary.output_files:
+        comments[file.file] = format_count(file.num_samples, "sample")
+    return comments
+
+
+def _write_planned_recipe(
+    recipe: Path,
+    format_with: Callable[..., str],
+    gpus: GpusOption,
+    unavailable: UserError | None,
+    console: ProgressConsole,
+) -> tuple[RunPlan | None, UserError | None]:
+    """Write a recipe, plan its run, and add the settings of the plan to the recipe.
+
+    Args:
+        format_with: Formats the recipe with overrides, none by default.
+        unavailable: Error of the model, without which there is no plan.
+
+    Returns:
+        The plan, or the error with which training refuses the recipe. Both may be missing.
+    """
+    from finesight.storage import write_file
+
+    write_file(recipe, format_with().encode())
+    if unavailable is not None:
+        return None, unavailable
+    run_plan, problem = _plan_recipe(recipe, gpus, console)
+    if run_plan is not None:
+        overrides = [item for item in run_plan.overrides if "num_workers" not in item]
+        write_file(recipe, format_with(overrides).encode())
+    return run_plan, problem
+
+
+def _plan_recipe(
+    recipe: Path, gpus: GpusOption, console: ProgressConsole
+) -> tuple[RunPlan | None, UserError | None]:
+    """Return the plan of a recipe, or without a plan the error with which training refuses it."""
+    try:
+        return plan(recipe, gpus=gpus).value, None
+    except UserError as error:
+        console.log(f"the run was not planned: {error}")
+        # Other families have no plan, but can be trained.
+        problem = _find_problem(recipe, console)
+        if problem is not None and str(problem) != str(error):
+            console.log(f"training would refuse the recipe: {problem}")
+        return None, problem
+
+
+def _format_data(
+    source: str, summary: ImportSummary, options: ImportOptions, *, is_detected: bool
+) -> list[str]:
+    """Return the lines about the imported data."""
+    heading, *details = format_import(source, summary, options, is_detected=is_detected)
+    if not summary.num_images:
+        details.append("no images: a task of text only")
+    if "fields" in options.columns:
+        map_hint = f"--map image={options.columns.get('image')} --map answer=COLUMN"
+        details.append(f"for one column only: {map_hint}")
+    lines = [f"data    {heading}"]
+    for detail in details:
+        lines.append(f"        {detail}")
+    return lines
+
+
+def _format_check(checked: Outcome[CheckResult]) -> list[str]:
+    """Return the lines about the issues of the data; one line without issues."""
+    # The files are those of the import.
+    first, *others = checked.lines[len(checked.value.sources) :]
+    if not checked.value.issue_counts:
+        return [f"check   {'; '.join([first, *others])}"]
+    return [f"check   {first}", *others]
+
+
 def _find_problem(recipe: Path, console: ProgressConsole) -> UserError | None:
     """Return the error with which training would refuse a recipe; None if it accepts it."""
     from finesight.recipe import load_recipe
@@ -258,6 +364,27 @@ def _find_problem(recipe: Path, console: ProgressConsole) -> UserError | None:
     except UserError as error:
         return error
     return None
+
+
+def _list_run_steps(
+    recipe: Path,
+    run: Path,
+    model: str,
+    gpus: GpusOption,
+    run_plan: RunPlan | None,
+    problem: UserError | None,
+) -> list[Step]:
+    """Propose training and a chat, or a plan for a run that does not fit or is refused."""
+    from finesight.encode.renderer import is_native
+    from finesight.infer.model_loader import resolve_model_source
+
+    chat = Step("chat", {"run_or_model": run})
+    if run_plan is not None and run_plan.chosen_estimate.fits:
+        return [build_train_step(recipe, (), run_plan.target.num_gpus), chat]
+    # Models of other families have no plan.
+    if problem is None and not is_native(resolve_model_source(model).folder):
+        return [Step("train", {"recipe": recipe}), chat]
+    return [Step("plan", {"recipe": recipe, "gpus": gpus})]
 
 
 def _list_model_steps(recipe: Path, model: str, task: DetectedTask) -> list[Step]:
@@ -285,11 +412,15 @@ def _format_example(file: Path) -> str:
     def format_part(part: ContentPart) -> str:
         if isinstance(part, BoxPart):
             return f"{part.label or part.type} {[*map(round, list_coordinates(part))]}"
-        return part.text if isinstance(part, TextPart) else f"<{part.type}>"
+        if isinstance(part, TextPart):
+            return part.text
+        return f"<{part.type}>"
 
-    messages = open_sample_source(file).read_sample(0).sample.messages[-2:]
-    texts = (" ".join(map(format_part, message.content)) for message in messages)
-    return " -> ".join(textwrap.shorten(text, 120, placeholder=" ...") for text in texts)
+    texts = []
+    for message in open_sample_source(file).read_sample(0).sample.messages[-2:]:
+        text = " ".join(map(format_part, message.content))
+        texts.append(textwrap.shorten(text, 120, placeholder=" ..."))
+    return " -> ".join(texts)
 
 
 @contextmanager
@@ -304,7 +435,9 @@ def _removed_if_empty(folder: Path) -> Iterator[None]:
 
 def _ask(question: str, default: str, ask: Ask | None) -> str:
     """Ask a question; without questions, return the default."""
-    return default if ask is None else ask(question, default)
+    if ask is None:
+        return default
+    return ask(question, default)
 
 
 def _ask_metric(default: str, ask: Ask | None) -> str:
@@ -334,7 +467,8 @@ def _select_source(
     if "box" not in columns:
         default = columns.pop("answer", None) or columns.pop("fields")
         answer = _ask("Answer column, or several for a JSON answer", default, ask)
-        columns["fields" if "," in answer else "answer"] = answer
+        role = "fields" if "," in answer else "answer"
+        columns[role] = answer
     return path, replace(detected, columns=columns)
 
 
@@ -369,11 +503,12 @@ def _detect_task(
         preview_options = replace(options, prompt=preview_prompt)
         with temporary_folder("init") as images:
             rows = list(UnvalidatedSource(spaced, preview_options, images))
-        samples = [sample for row in rows for sample in row.samples]
+        for row in rows:
+            samples += row.samples
         if samples:
             break
     error = next((row.error for row in rows if row.error is not None), None)
-    has_images = any(part.type in ("image", "video") for s in samples for part in s.iter_parts())
+    has_images = any(map(_has_images, samples))
     if not has_images and (samples or isinstance(error, UnsupportedKeyError)):
         _reject_unrecognized_images(opened)
     if not samples and error is not None:
@@ -382,17 +517,15 @@ def _detect_task(
     task = detect_task(samples, fields)
     metric = metric or _ask_metric(task.metric, ask)
     if metric != task.metric:
-        judged = [s for s in samples if s.label is not False]
-        check_references(metric, [*map(get_reference_answer, judged)], [s.id for s in judged])
+        judged = [sample for sample in samples if sample.label is not False]
+        ids = [sample.id for sample in judged]
+        check_references(metric, [*map(get_reference_answer, judged)], ids)
         task = detect_task(samples, fields, metric)
     if spacing > 1 and task.metric == "classification" and task.prompt is not None:
         # The preview may lack classes.
-        answers = (
-            row.record.get(opened.column_map.get("answer", "")) for row in opened.iter_rows()
-        )
-        classes = {str(answer).strip() for answer in answers if answer not in (None, "")}
-        task = replace(task, prompt=format_class_prompt(classes))
-    label, question = map(opened.column_map.get, ("label", "question"))
+        task = replace(task, prompt=format_class_prompt(_read_classes(opened)))
+    label = opened.column_map.get("label")
+    question = opened.column_map.get("question")
     if label is not None and question == label:
         task = replace(task, prompt=PROMPTS["grounding"])
     elif label is not None and task.prompt is not None:
@@ -403,40 +536,69 @@ def _detect_task(
     return task, options, opened
 
 
+def _has_images(sample: Sample) -> bool:
+    return any(part.type in ("image", "video") for part in sample.iter_parts())
+
+
+def _read_classes(opened: ImportSource) -> set[str]:
+    """Return the different answers of all rows."""
+    column = opened.column_map.get("answer", "")
+    classes = set()
+    for row in opened.iter_rows():
+        answer = row.record.get(column)
+        if answer not in (None, ""):
+            classes.add(str(answer).strip())
+    return classes
+
+
 def _reject_unrecognized_images(opened: ImportSource) -> None:
     """Raise UserError if a dataset that was read as text only contains columns with images."""
-    from finesight.data.formats.row_keys import iter_nested
     from finesight.data.formats.table import suggest_mapping
     from finesight.data.image_file import is_image_value
     from finesight.data.import_source import NUM_PREVIEW_ROWS
 
     def has_image(value: object) -> bool:
-        inner = list(value.values()) if isinstance(value, dict) else value
-        return is_image_value(value) or (isinstance(inner, list) and any(map(has_image, inner)))
+        if is_image_value(value):
+            return True
+        if isinstance(value, dict):
+            return any(map(has_image, value.values()))
+        return isinstance(value, list) and any(map(has_image, value))
 
     start, stop = opened.row_bounds
     rows = opened.rows.iter_range(start, min(stop, start + NUM_PREVIEW_ROWS))
     records = [row.record for row in rows]
-    names = sorted({key for one in records for key, value in one.items() if has_image(value)})
-    nested = (
-        path
-        for one in records
-        for path, _, value in iter_nested(one)
-        if "." in path and is_image_value(value)
+    keys: set[str] = set()
+    for record in records:
+        keys.update(key for key, value in record.items() if has_image(value))
+    if not keys:
+        return
+    names = sorted(keys)
+    mapping = suggest_mapping(records[0])
+    remedy = f"give {mapping}"
+    if "COLUMN" in mapping:
+        remedy = f"rename the key {names[0]} to images in all rows"
+        inner = _find_nested_image(records)
+        if inner.partition(".")[0] == names[0]:
+            remedy = f"move {inner} to the key images of the row itself, in all rows"
+    raise UserError(
+        f"no image is recognized, but {', '.join(names)} contains images",
+        where=str(opened.path),
+        expected=f"images where {opened.data_format.name} has them, in rows such as "
+        f"{opened.data_format.description}",
+        remedy=remedy,
     )
-    inner = next(nested, "")
-    rename = f"rename the key {names[0]} to images in all rows" if names else ""
-    if inner and inner.partition(".")[0] == names[0]:
-        rename = f"move {inner} to the key images of the row itself, in all rows"
-    if names:
-        mapping = suggest_mapping(records[0])
-        raise UserError(
-            f"no image is recognized, but {', '.join(names)} contains images",
-            where=str(opened.path),
-            expected=f"images where {opened.data_format.name} has them, in rows such as "
-            f"{opened.data_format.description}",
-            remedy=rename if "COLUMN" in mapping else f"give {mapping}",
-        )
+
+
+def _find_nested_image(records: Sequence[Mapping[str, Any]]) -> str:
+    """Return the path of the first image inside another value; empty without one."""
+    from finesight.data.formats.row_keys import iter_nested
+    from finesight.data.image_file import is_image_value
+
+    for record in records:
+        for path, _, value in iter_nested(record):
+            if "." in path and is_image_value(value):
+                return path
+    return ""
 
 
 def _format_box_prompt(opened: ImportSource, label: str) -> str | None:
@@ -445,11 +607,14 @@ def _format_box_prompt(opened: ImportSource, label: str) -> str | None:
     from finesight.data.formats.image_annotations import DETECTION_PROMPT, MAX_PROMPT_CLASSES
     from finesight.data.formats.table import get_cell, parse_list
 
-    records = (one for row in opened.iter_rows() for one in (row.record, *row.more_records))
-    cells = (as_list(parse_list(get_cell(record, label))) for record in records)
-    names = sorted({str(name) for cell in cells for name in cell} - {"", "None"})
-    is_listed = 0 < len(names) <= MAX_PROMPT_CLASSES
-    return DETECTION_PROMPT.format(labels=", ".join(names)) if is_listed else None
+    names: set[str] = set()
+    for row in opened.iter_rows():
+        for record in (row.record, *row.more_records):
+            names.update(map(str, as_list(parse_list(get_cell(record, label)))))
+    names -= {"", "None"}
+    if not 0 < len(names) <= MAX_PROMPT_CLASSES:
+        return None
+    return DETECTION_PROMPT.format(labels=", ".join(sorted(names)))
 
 
 def find_device() -> tuple[str, int]:
@@ -460,15 +625,21 @@ def find_device() -> tuple[str, int]:
     from finesight.train.logging import get_device_name
 
     device = resolve_device("auto")
-    is_cuda = device.type == "cuda"
-    return get_device_name(device), torch.cuda.mem_get_info(device)[1] if is_cuda else 0
+    name = get_device_name(device)
+    if device.type != "cuda":
+        return name, 0
+    _, memory_bytes = torch.cuda.mem_get_info(device)
+    return name, memory_bytes
 
 
 def choose_model(memory_bytes: int) -> str:
     """Return the suggested model for a GPU with this memory, or for a CPU (0)."""
     from finesight.model_folder import TINY_MODEL
 
-    return next((name for minimum, name in MODELS if memory_bytes >= minimum), TINY_MODEL)
+    for minimum_bytes, name in MODELS:
+        if memory_bytes >= minimum_bytes:
+            return name
+    return TINY_MODEL
 
 
 PROMPT = "Read the ticket."
@@ -504,9 +675,13 @@ def quickstart(
     from finesight.manifest import PREDICTIONS_FOLDER
     from finesight.synth.tickets import TABLE_FILE, TICKET_FIELDS, write_tickets
 
-    out, settings, start_time = Path(out), settings or QuickstartSettings(), time.monotonic()
-    recipe, log = write_recipe(out, settings), ProgressConsole().log
-    table, data = out / "tickets" / TABLE_FILE, out / "data"
+    out = Path(out)
+    settings = settings or QuickstartSettings()
+    start_time = time.monotonic()
+    recipe = write_recipe(out, settings)
+    log = ProgressConsole().log
+    table = out / "tickets" / TABLE_FILE
+    data = out / "data"
     log(f"1. Generate {settings.num_images} images of train tickets and their label file {table}")
     if not table.parent.exists():
         write_tickets(table.parent, settings.num_images, settings.seed)
@@ -529,10 +704,9 @@ def quickstart(
     except TrainingInterrupted as interruption:
         raise TrainingInterrupted(f"{interruption}, or repeat the quickstart") from interruption
     run = out / "run"
-    before, after = (
-        read_predictions(run / PREDICTIONS_FOLDER / f"{name}.jsonl")[:NUM_SHOWN_PREDICTIONS]
-        for name in ("before", "after")
-    )
+    predictions = run / PREDICTIONS_FOLDER
+    before = read_predictions(predictions / "before.jsonl")[:NUM_SHOWN_PREDICTIONS]
+    after = read_predictions(predictions / "after.jsonl")[:NUM_SHOWN_PREDICTIONS]
     question = {"images": [os.path.normpath(after[0].record["image"])], "prompt": PROMPT}
     next_steps = [
         Step("show", {"recipe": recipe}),
@@ -561,9 +735,12 @@ def write_recipe(out: Path, plan: QuickstartSettings) -> Path:
     from finesight.recipe_template import DetectedTask, StartModel, format_recipe
     from finesight.storage import has_content, write_file
 
-    recipe, num_samples = out / "recipe.yaml", plan.num_images - plan.num_eval_rows
-    counts = {"train": num_samples, "eval": plan.num_eval_rows}
-    files = {out / "data" / f"{name}.jsonl": f"{n} train tickets" for name, n in counts.items()}
+    recipe = out / "recipe.yaml"
+    num_samples = plan.num_images - plan.num_eval_rows
+    files = {
+        out / "data" / "train.jsonl": f"{num_samples} train tickets",
+        out / "data" / "eval.jsonl": f"{plan.num_eval_rows} train tickets",
+    }
     task = DetectedTask("json", PROMPT, max_new_tokens=112)
     overrides = [
         # A JSON string is a YAML string, whatever is in it.
@@ -609,7 +786,8 @@ def _format_result(
         yield f"   {name}  label   {new.case.references[0]}"
         yield f"   {indent}  before  {shorten(' '.join(old.case.answer.split()), 120)}"
         yield f"   {indent}  after   {shorten(' '.join(new.case.answer.split()), 120)}"
-    before, after = result.before, result.after
+    before = result.before
+    after = result.after
     assert before is not None, f"{run_dir} has no evaluation before its first step"
     assert after is not None, f"{run_dir} has no evaluation after its last step"
     for name, title in (("f1", "F1 of the ticket fields"), ("exact", "All fields correct")):

@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from finesight.config import DataFileSettings, RewardSettings
     from finesight.data.sample import ContentPart, LocatedSample
     from finesight.evaluate.prediction_file import ScoredPrediction
+    from finesight.evaluate.rewards import RewardScorer
     from finesight.infer.model_loader import InferenceModel
-    from finesight.infer.request import SamplingParams
 
     Answer = tuple[ContentPart, ...]
     Responses = dict[str, list[tuple[float, Answer | None]]]
@@ -80,103 +80,70 @@ def sample(
     """
     import numpy as np
 
-    from finesight.data.formats.json_annotations import count_ids
-    from finesight.data.sample import LocatedSample, read_samples
-    from finesight.encode.answer_lengths import (
-        describe_cut_answers,
-        describe_truncation,
-        measure_answers,
-    )
-    from finesight.evaluate.eval_case import get_reference_answer
-    from finesight.evaluate.prediction_file import read_predictions
+    from finesight.encode.answer_lengths import describe_truncation
     from finesight.evaluate.rewards import RewardScorer
-    from finesight.evaluate.score_function import ScoringError
-    from finesight.infer.request import SamplingParams
     from finesight.manifest import RESPONSES_FILE, SAMPLING_FILE, find_run_dir
-    from finesight.storage import (
-        check_new_path,
-        find_free_path,
-        temporary_folder,
-        write_file,
-        write_folder,
-    )
+    from finesight.storage import check_new_path, find_free_path, write_file, write_folder
     from finesight.train.recipe_check import check_rewards
     from finesight.train.rollout import describe_unscored
 
-    name, data, out = get_model_name(run_or_model), Path(data), Path(out)
+    name = get_model_name(run_or_model)
+    data = Path(data)
+    out = Path(out)
     run = find_run_dir(Path(name))
-    rewards, run_dir = _select_rewards(run, reward, trust=trust_metric), None if reward else run
+    rewards = _select_rewards(run, reward, trust=trust_metric)
+    run_dir = None if reward else run
     check_new_path(out)
-    samples = [LocatedSample(one, data.parent) for one in read_samples(data)[:limit]]
-    count_ids("samples", (one.sample.id for one in samples), data)
-    for located in samples:
-        get_reference_answer(located.sample)  # reports a sample without a reference first
+    samples = _read_questions(data, limit)
     check_rewards(rewards, run_dir, samples[0].sample)
-    weights = sorted((str(p), p.stat().st_mtime_ns) for p in Path(name).rglob("*.safetensors"))
-    options = name, weights, best_of, temperature, seed, limit, max_new_tokens
+    # Equal inputs have equal responses, which a repeated command uses.
+    options = name, _list_weights(name), best_of, temperature, seed, limit, max_new_tokens
     inputs = f"{options, sorted(loading.items())}"
     digest = hashlib.sha256(inputs.encode() + data.read_bytes()).hexdigest()
     generated = Path(f"{out}-{digest[:8]}.jsonl")
-    console, skipped = ProgressConsole(), SkippedInputs("sample")
+    console = ProgressConsole()
+    skipped = SkippedInputs("sample")
     if generated.is_file():
         console.log(f"using the responses of {generated}, whose scores are missing")
     else:
-        model = load_model(run_or_model, **loading).value.inference_model
-        lengths = measure_answers(model.renderer, samples)
-        name_of_limit = "--max-new-tokens"
-        if text := describe_cut_answers(lengths, max_new_tokens, name_of_limit, "answer"):
-            console.log(text)
-        repeated = [one for one in samples for _ in range(best_of)]
-        params = SamplingParams(temperature=temperature, banned_ids=model.renderer.visual_token_ids)
-        limits = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
-        text = _generate_responses(model, repeated, params, seed, console, skipped, **limits)
+        text = _generate_responses(
+            load_model(run_or_model, **loading).value.inference_model,
+            samples,
+            console,
+            skipped,
+            best_of=best_of,
+            temperature=temperature,
+            seed=seed,
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+        )
         write_file(generated, text.encode())
-    scored, text = list[list[float]](), ""
     with RewardScorer(rewards, run_dir) as scorer, write_folder(out) as folder:
-        for _, group in groupby(read_predictions(generated), lambda one: one.case.id):
-            found = [*group]
-            try:
-                rows = np.array(scorer.score([one.case for one in found]), np.float64).T.tolist()
-            except ScoringError as error:
-                error.remedy = f"correct it, then repeat the command, which reads {generated}"
-                raise
-            for n, (one, row) in enumerate(zip(found, rows, strict=True)):
-                scores = dict(zip(scorer.names, row, strict=True))
-                score = {"scores": scores, "response": n, "score": _weigh(row, scorer.weights)}
-                text += f"{json.dumps(one.record | score, ensure_ascii=False)}\n"
-            scored += rows
+        text, scored = _score_responses(scorer, generated)
         write_file(folder / RESPONSES_FILE, text.encode())
         write_file(folder / SAMPLING_FILE, json.dumps({"run_or_model": name}).encode())
         responses = read_responses(folder / RESPONSES_FILE)
-        num_truncated = sum(content is None for group in responses.values() for _, content in group)
         verdicts = grade_responses(responses, min_score)
-        correct = [(one, verdicts.get(one.sample.id, ((), ()))[0]) for one in samples]
-        best: list[Row] = [(one, good[0], {}) for one, good in correct if good]
-        num_kept = write_answers(folder / "data.jsonl", best, out)
+        num_kept = write_answers(folder / "data.jsonl", _list_best(samples, verdicts), out)
     generated.unlink()
     for warning in describe_unscored(scorer.names, np.array(scored)):
         console.log(warning)
+    num_truncated = _list_contents(responses).count(None)
     if warning := describe_truncation(
         num_truncated, best_of * len(responses), max_new_tokens, "--max-new-tokens"
     ):
         console.log(warning)
-    groups = [[score for score, _ in group] for group in responses.values()]
     summary = {
         "num_samples": len(samples),
         "num_skipped": len(samples) - len(responses),
         "num_kept": num_kept,
-        "mean_score": _mean(score for group in groups for score in group),
-        "mean_best_score": _mean(map(max, groups)),
-        "share_equal_scores": _mean(len({*group}) == 1 for group in groups),
+        **_summarize_scores(responses),
     }
     lines = [f"{name}: {value:.4g}" for name, value in summary.items()]
     steps = []
     if num_kept:
         steps.append(build_init_step(out / "data.jsonl", name))
-    with temporary_folder("pairs") as folder:
-        rows = [row for one in samples for row in build_pair(one, verdicts.get(one.sample.id))]
-        num_pairs = write_answers(folder / "pairs.jsonl", rows, folder)
-    if num_pairs:
+    if _has_pairs(samples, verdicts):
         file = find_free_path(Path(f"{out}-pairs.jsonl"))
         arguments = {"source": out, "out": file, "data": data, "min_score": min_score}
         steps.append(Step("pairs", arguments))
@@ -184,35 +151,141 @@ def sample(
     return Outcome(summary, lines, summary, steps, exit_code, skipped.describe())
 
 
+def _read_questions(data: Path, limit: int | None) -> list[LocatedSample]:
+    """Read samples. Raises UserError for an equal ID of two samples, or one without a reference."""
+    from finesight.data.formats.json_annotations import count_ids
+    from finesight.data.sample import LocatedSample, read_samples
+    from finesight.evaluate.eval_case import get_reference_answer
+
+    samples = [LocatedSample(one, data.parent) for one in read_samples(data)[:limit]]
+    count_ids("samples", (one.sample.id for one in samples), data)
+    for located in samples:
+        get_reference_answer(located.sample)
+    return samples
+
+
+def _list_weights(name: str) -> list[tuple[str, int]]:
+    """Return the weight files of a model folder, with their times of modification."""
+    return sorted(
+        (str(file), file.stat().st_mtime_ns) for file in Path(name).rglob("*.safetensors")
+    )
+
+
+def _score_responses(scorer: RewardScorer, generated: Path) -> tuple[str, list[list[float]]]:
+    """Score generated responses, those of a sample together.
+
+    Returns:
+        The responses with scores as lines of a prediction file, and the scores of each response.
+    """
+    import numpy as np
+
+    from finesight.evaluate.prediction_file import read_predictions
+    from finesight.evaluate.score_function import ScoringError
+
+    text = ""
+    scored: list[list[float]] = []
+    for _, group in groupby(read_predictions(generated), lambda one: one.case.id):
+        found = [*group]
+        try:
+            scores_by_reward = scorer.score([one.case for one in found])
+        except ScoringError as error:
+            error.remedy = f"correct it, then repeat the command, which reads {generated}"
+            raise
+        # A missing score becomes NaN.
+        rows = np.array(scores_by_reward, np.float64).T.tolist()
+        for n, (one, row) in enumerate(zip(found, rows, strict=True)):
+            scores = dict(zip(scorer.names, row, strict=True))
+            score = {"scores": scores, "response": n, "score": _weigh(row, scorer.weights)}
+            text += f"{json.dumps(one.record | score, ensure_ascii=False)}\n"
+        scored += rows
+    return text, scored
+
+
+def _list_best(samples: Sequence[LocatedSample], verdicts: Verdicts) -> list[Row]:
+    """Return the best correct response to each sample that has one."""
+    best: list[Row] = []
+    for located in samples:
+        good, _ = verdicts.get(located.sample.id, ((), ()))
+        if good:
+            best.append((located, good[0], {}))
+    return best
+
+
+def _list_contents(responses: Responses) -> list[Answer | None]:
+    """Return the contents of all responses; None for truncated ones."""
+    contents: list[Answer | None] = []
+    for group in responses.values():
+        contents += [content for _, content in group]
+    return contents
+
+
+def _summarize_scores(responses: Responses) -> dict[str, float]:
+    """Return the mean scores of all and of the best responses, and the share of equal scores."""
+    all_scores: list[float] = []
+    best_scores: list[float] = []
+    has_equal_scores: list[bool] = []
+    for group in responses.values():
+        scores = [score for score, _ in group]
+        all_scores += scores
+        best_scores.append(max(scores))
+        has_equal_scores.append(len(set(scores)) == 1)
+    return {
+        "mean_score": _mean(all_scores),
+        "mean_best_score": _mean(best_scores),
+        "share_equal_scores": _mean(has_equal_scores),
+    }
+
+
+def _has_pairs(samples: Sequence[LocatedSample], verdicts: Verdicts) -> bool:
+    """Return whether `pairs` would write a pair."""
+    from finesight.storage import temporary_folder
+
+    rows: list[Row] = []
+    for located in samples:
+        rows += build_pair(located, verdicts.get(located.sample.id))
+    with temporary_folder("pairs") as folder:
+        return write_answers(folder / "pairs.jsonl", rows, folder) > 0
+
+
 def _generate_responses(
     inference_model: InferenceModel,
     samples: Sequence[LocatedSample],
-    sampling_params: SamplingParams,
-    seed: int,
     console: ProgressConsole,
     skipped: SkippedInputs,
     *,
+    best_of: int,
+    temperature: float,
+    seed: int,
     max_new_tokens: int,
     batch_size: int,
 ) -> str:
-    """Return a response to each sample as a line of a prediction file, without scores."""
+    """Return the responses to each sample as lines of a prediction file, without scores."""
     from finesight.data.image_file import CorruptImageError
+    from finesight.encode.answer_lengths import describe_cut_answers, measure_answers
     from finesight.evaluate.eval_case import get_reference_answer
     from finesight.evaluate.prediction_file import create_case, format_prediction_line
     from finesight.infer.prediction import predict
+    from finesight.infer.request import SamplingParams
 
     renderer = inference_model.renderer
-    # A sample is repeated.
+    lengths = measure_answers(renderer, samples)
+    if text := describe_cut_answers(lengths, max_new_tokens, "--max-new-tokens", "answer"):
+        console.log(text)
+    repeated: list[LocatedSample] = []
+    for located in samples:
+        repeated += [located] * best_of
+    sampling_params = SamplingParams(temperature=temperature, banned_ids=renderer.visual_token_ids)
+    # One error per sample, which is repeated.
     errors: dict[str, CorruptImageError] = {}
-    with console.progress_stage("responses", len(samples)) as on_progress:
+    with console.progress_stage("responses", len(repeated)) as on_progress:
         predictions = predict(
             inference_model.model,
             renderer,
-            samples,
+            repeated,
             max_new_tokens=max_new_tokens,
             batch_size=batch_size,
             on_progress=on_progress,
-            on_corrupt_image=lambda index, error: errors.update({samples[index].sample.id: error}),
+            on_corrupt_image=lambda index, error: errors.update({repeated[index].sample.id: error}),
             get_sampling=lambda index: replace(sampling_params, seed=(seed << 32) + index),
         )
     for error in errors.values():
@@ -243,9 +316,12 @@ def _select_rewards(run: Path, names: Sequence[str], *, trust: bool) -> Sequence
     with suppress(ValueError):  # of an unknown name
         rewards = [RewardSettings(name=name) for name in names] or rewards
     if not rewards:
+        problem = "no reward is given"
+        if names:
+            problem = f"unknown reward: {', '.join(names)}"
         known = f"{', '.join((*METRIC_NAMES, *REWARD_NAMES))} (format and length only in recipes)"
         raise UserError(
-            f"unknown reward: {', '.join(names)}" if names else "no reward is given",
+            problem,
             where="--reward",
             expected=f"{known}, rewards.py:FUNCTION, or the run of a recipe with rewards",
             remedy="for example --reward json",
@@ -282,12 +358,14 @@ def pairs(
     from finesight.label.label_store import JOURNAL_FILE, read_labels, read_verdicts
     from finesight.storage import check_new_path
 
-    source, out = Path(source), Path(out)
+    source = Path(source)
+    out = Path(out)
     check_new_path(out)
     verdicts: Verdicts
     responses: Responses = {}
     if (source / JOURNAL_FILE).is_file():
-        samples, verdicts = read_labels(source), {**read_verdicts(source)}
+        samples = read_labels(source)
+        verdicts = {**read_verdicts(source)}
     else:
         file, files, weights = _find_responses(source, data)
         responses = read_responses(file, weights)
@@ -301,16 +379,15 @@ def pairs(
         good, bad = verdicts.pop(name, ((), ()))
         num_rows = len(rows)
         if labels:
-            graded = [*((one, True) for one in good), *((one, False) for one in bad)]
-            for n, (one, label) in enumerate(graded):
-                rows.append((located, one, {"label": label, "id": f"{name}-{n}"}))
+            for n, answer in enumerate([*good, *bad]):
+                rows.append((located, answer, {"label": n < len(good), "id": f"{name}-{n}"}))
         else:
             rows += build_pair(located, (good, bad))
         num_unused += bool(good or bad) and len(rows) == num_rows
     num_written = write_answers(out, rows, out.parent)
     num_unused += len(verdicts) + len(rows) - num_written
     if not num_written:
-        contents = [content for group in responses.values() for _, content in group]
+        contents = _list_contents(responses)
         remedy = "sample more responses, or change --min-score"
         problem = f"{num_unused} samples have no better and worse answer"
         if 2 * contents.count(None) > len(contents):
@@ -324,8 +401,8 @@ def pairs(
             remedy=remedy,
         )
     counts = {"num_written": num_written, "num_unused": num_unused}
-    noun = "label" if labels else "pair"
-    lines = [f"{out}: {format_count(num_written, noun)}, {num_unused} not used"]
+    written = format_count(num_written, "label" if labels else "pair")
+    lines = [f"{out}: {written}, {num_unused} not used"]
     return Outcome(counts, lines, counts, [build_init_step(out, _find_model(source))])
 
 
@@ -346,15 +423,16 @@ def _find_model(source: Path) -> str | None:
     from finesight.manifest import MANIFEST_FILE, SAMPLING_FILE, find_weights
     from finesight.model_folder import check_model_path
 
-    names: Sequence[str] = ()
+    names: list[str] = []
     if (source / SAMPLING_FILE).is_file():
         record = read_json_object(source / SAMPLING_FILE, remedy="sample the responses again")
-        names = [str(record.get("run_or_model"))]
+        names.append(str(record.get("run_or_model")))
     elif (source / JOURNAL_FILE).is_file():
-        names = read_suggesters(source)
+        names += read_suggesters(source)
     else:
-        runs = [one for one in (source, *source.parents) if (one / MANIFEST_FILE).is_file()]
-        names = [str(weights) for weights in map(find_weights, runs) if weights is not None]
+        for folder in (source, *source.parents):
+            if (folder / MANIFEST_FILE).is_file() and (weights := find_weights(folder)) is not None:
+                names.append(str(weights))
     for name in names:
         # A model may have been moved, and suggestions may be from a server.
         with suppress(UserError):
@@ -405,7 +483,9 @@ def _find_responses(
             expected="a folder of `finesight sample`, a run, or a file of `finesight eval --out`",
             remedy="add --data FILE.jsonl",
         )
-    files: Sequence[DataFileSettings] = [DataFileSettings(path=str(data))] if data else ()
+    files: Sequence[DataFileSettings] = ()
+    if data:
+        files = [DataFileSettings(path=str(data))]
     if not has_recipe:
         return file, files, [1.0]
     recipe = load_recipe(source / RECIPE_FILE)
@@ -427,8 +507,8 @@ def read_responses(file: Path, weights: Sequence[float] = ()) -> Responses:
     responses: Responses = {}
     for one in read_predictions(file):
         score = float(one.record.get("score", _weigh(one.scores.values(), weights)))
-        row = (score, _build_content(one) if one.case.ended_with_eos else None)
-        responses.setdefault(one.case.id, []).append(row)
+        content = _build_content(one) if one.case.ended_with_eos else None
+        responses.setdefault(one.case.id, []).append((score, content))
     for group in responses.values():
         group.sort(key=lambda row: -math.inf if math.isnan(row[0]) else row[0], reverse=True)
     return responses
@@ -439,14 +519,18 @@ def _build_content(response: ScoredPrediction) -> Answer:
     from finesight.data.sample import TextPart
     from finesight.infer.chat_session import split_answer
 
-    case, record = response.case, response.record
+    case = response.case
+    record = response.record
     content: Answer = (TextPart(text=case.answer),)
     if case.boxes and case.reference_boxes:
         pieces = [one for one in split_answer(record.get("raw_text", ""), case.answer) if one != ""]
-        boxes = iter(case.boxes)
         content = case.boxes  # alone if the text does not show all of them
         if pieces.count(None) == len(case.boxes):
-            content = tuple(next(boxes) if one is None else TextPart(text=one) for one in pieces)
+            boxes = iter(case.boxes)
+            parts: list[ContentPart] = []
+            for piece in pieces:
+                parts.append(next(boxes) if piece is None else TextPart(text=piece))
+            content = tuple(parts)
     if reasoning := record.get("reasoning"):
         content = (TextPart(text=f"<think>\n{reasoning}\n</think>\n\n"), *content)
     return content
@@ -459,11 +543,16 @@ def grade_responses(responses: Responses, min_score: float) -> Verdicts:
     """
     verdicts: Verdicts = {}
     for name, group in responses.items():
-        good, bad = verdicts[name] = ([], [])
+        good: list[Answer] = []
+        bad: list[Answer] = []
         for score, content in group:
-            graded = good if score >= min_score - ROUNDING else bad
-            if content is not None and not math.isnan(score) and content not in (*good, *bad):
-                graded.append(content)
+            if content is None or math.isnan(score) or content in (*good, *bad):
+                continue
+            if score >= min_score - ROUNDING:
+                good.append(content)
+            else:
+                bad.append(content)
+        verdicts[name] = (good, bad)
     return verdicts
 
 
@@ -481,7 +570,9 @@ def write_answers(file: Path, rows: Iterable[Row], folder: Path) -> int:
     written = []
     for located, content, update in rows:
         sample = relocate_sample(located, folder)
-        turns = sample.messages[: -1 if sample.messages[-1].role == "assistant" else None]
+        turns = sample.messages
+        if turns[-1].role == "assistant":
+            turns = turns[:-1]
         messages = (*turns, Message(role="assistant", content=content))
         fields = {"rejected": (), "label": None, "references": (), "messages": messages}
         sample = sample.model_copy(update=fields | {**update})
@@ -495,9 +586,16 @@ def write_answers(file: Path, rows: Iterable[Row], folder: Path) -> int:
 
 def _weigh(scores: Iterable[float], weights: Iterable[float]) -> float:
     """Return the weighted mean of scores without NaN; NaN without any score."""
-    terms = [(score, w) for score, w in zip(scores, weights, strict=False) if score == score]
-    total = sum(w for _, w in terms)
-    return sum(score * w for score, w in terms) / total if total else math.nan
+    terms = []
+    used_weights = []
+    for score, weight in zip(scores, weights, strict=False):
+        if not math.isnan(score):
+            terms.append(score * weight)
+            used_weights.append(weight)
+    total = sum(used_weights)
+    if not total:
+        return math.nan
+    return sum(terms) / total
 
 
 def _mean(values: Iterable[float]) -> float:

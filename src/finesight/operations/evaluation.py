@@ -35,14 +35,17 @@ if TYPE_CHECKING:
     from finesight.data.sample import LocatedSample
     from finesight.doctor.diagnosis import DiagnosisSections
     from finesight.evaluate.generation_eval import GenerationEvalResult
-    from finesight.evaluate.regression_guard import GroupResult
+    from finesight.evaluate.regression_guard import GroupResult, LoadedGroup
     from finesight.infer.model_loader import InferenceModel
     from finesight.infer.prediction import Prediction
     from finesight.report.compare_page import RunComparison
 
 _FORMULA_START = re.compile(r"[=+\-@\t\r](?![\d.,]*$)")
-ANSWER_FILES, CSV_COLUMNS = ("answers.csv", "answers.jsonl"), ("id", "image", "prompt", "answer")
-"""Files in the folder of answers that `predict` writes, and columns of the CSV file."""
+ANSWER_FILES = ("answers.csv", "answers.jsonl")
+"""Files in the folder of answers that `predict` writes."""
+
+CSV_COLUMNS = ("id", "image", "prompt", "answer")
+"""First columns of the CSV file."""
 
 EXIT_ERROR_FOUND = 2
 EXIT_REGRESSION = 3
@@ -95,7 +98,8 @@ def evaluate(
     from finesight.storage import check_new_path, write_new_file
     from finesight.train.run_dir import describe_changed_data
 
-    console, name = ProgressConsole(), get_model_name(run_or_model)
+    console = ProgressConsole()
+    name = get_model_name(run_or_model)
     write_predictions = None
     if out is not None:
         check_new_path(Path(out))
@@ -120,8 +124,16 @@ def evaluate(
     if warning:
         console.log(warning)
     with console.progress_stage("answers", len(selected)) as on_progress:
-        source = model.model, model.renderer, samples, settings, write_predictions, on_progress
-        result = run_evaluation(*source, on_progress, batch_size=batch_size)
+        result = run_evaluation(
+            model.model,
+            model.renderer,
+            samples,
+            settings,
+            write_predictions,
+            on_progress=on_progress,
+            on_batch_reduced=on_progress,
+            batch_size=batch_size,
+        )
     skipped = SkippedInputs("sample")
     for sample, reason in result.corrupt_samples:
         skipped.add(UserError(reason, where=f"sample {sample}"))
@@ -194,7 +206,8 @@ def predict(
         check_new_path(Path(out))
     if draw is not None:
         check_writable_folder(Path(draw))
-    console, skipped = ProgressConsole(), SkippedInputs("question")
+    console = ProgressConsole()
+    skipped = SkippedInputs("question")
     samples = _load_samples(
         run_or_model,
         [*map(Path, images)],
@@ -222,9 +235,9 @@ def predict(
     lines = [prediction.as_text() for prediction in predictions]
     records = [prediction.as_json() for prediction in predictions]
     if out is not None:
-        rows = "".join(f"{json.dumps(one, ensure_ascii=False)}\n" for one in records)
+        json_lines = "".join(f"{json.dumps(one, ensure_ascii=False)}\n" for one in records)
         with write_folder(Path(out)) as folder:
-            for name, text in zip(ANSWER_FILES, (_format_csv(records), rows), strict=True):
+            for name, text in zip(ANSWER_FILES, (_format_csv(records), json_lines), strict=True):
                 write_file(folder / name, text.encode(errors="surrogateescape"))
     if draw is not None:
         for path in save_annotated_images(predictions, Path(draw), skipped.add):
@@ -243,22 +256,35 @@ def _format_csv(records: Sequence[Mapping[str, Any]]) -> str:
 
     stream = io.StringIO(newline="")
     table = csv.writer(stream)
-    values = [[one.value for one in iter_json_values(record["answer"])] for record in records]
-    fields = [one[0] if len(one) == 1 and isinstance(one[0], dict) else {} for one in values]
+    fields: list[dict[str, Any]] = []
+    for record in records:
+        values = [found.value for found in iter_json_values(record["answer"])]
+        if len(values) == 1 and isinstance(values[0], dict):
+            fields.append(values[0])
+        else:
+            fields.append({})
     names = [name for name, _ in Counter(chain(*fields)).most_common(100)]
-    columns = (f"answer.{name}" if name in CSV_COLUMNS else name for name in names)
-    table.writerow(map(_format_cell, [*CSV_COLUMNS, *columns]))
+    header = [*CSV_COLUMNS]
+    for name in names:
+        header.append(f"answer.{name}" if name in CSV_COLUMNS else name)
+    table.writerow(map(_format_cell, header))
     for record, own in zip(records, fields, strict=True):
-        cells = map(record.get, CSV_COLUMNS)
-        texts = [", ".join(one) if isinstance(one, list) else one for one in cells]
-        table.writerow(map(_format_cell, (*texts, *map(own.get, names))))
+        cells: list[object] = []
+        for column in CSV_COLUMNS:
+            value = record.get(column)
+            cells.append(", ".join(value) if isinstance(value, list) else value)
+        table.writerow(map(_format_cell, (*cells, *map(own.get, names))))
     return escape_surrogates(f"\ufeff{stream.getvalue()}")
 
 
 def _format_cell(value: object) -> str:
-    if isinstance(value, str):
-        return f"'{value}" if _FORMULA_START.match(value) else value
-    return "" if value is None else json.dumps(value, ensure_ascii=False)
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        return json.dumps(value, ensure_ascii=False)
+    if _FORMULA_START.match(value):
+        return f"'{value}"
+    return value
 
 
 def _load_samples(
@@ -281,8 +307,12 @@ def _load_samples(
         return [LocatedSample(sample, data.parent) for sample in found]
     files = _find_images(images)
     if prompt is None or data is not None:
-        name = get_model_name(run_or_model)
-        example = {"run_or_model": name, "images": [images[0] if images else "IMAGE"]}
+        example_image = images[0] if images else "IMAGE"
+        arguments = {
+            "run_or_model": get_model_name(run_or_model),
+            "images": [example_image],
+            "prompt": "What is this?",
+        }
         given = [format_count(len(images), "image")]
         if images_per_question is not None:
             given.append("--images-per-question")
@@ -292,7 +322,7 @@ def _load_samples(
             f"{', '.join(given)} and {given_data}",
             where="predict",
             expected="images with --prompt TEXT, or --data FILE.jsonl alone",
-            remedy=Step("predict", example | {"prompt": "What is this?"}, "for example"),
+            remedy=Step("predict", arguments, "for example"),
         )
     prompt_format = get_prompt_format(run_or_model)
     groups = _group_images(files, pages, images_per_question, prompt_format)
@@ -383,7 +413,9 @@ def _find_images(paths: Sequence[Path]) -> list[Path]:
 
     files: list[Path] = []
     for path in paths:
-        own = list_images(path) if path.is_dir() else [path]
+        own = [path]
+        if path.is_dir():
+            own = list_images(path)
         if not own:
             raise UserError(
                 "a folder without images",
@@ -429,11 +461,15 @@ def report(
     page_file.check()
     if incorrect is not None:
         check_separate("--incorrect", Path(incorrect), "--out", page_file.file)
-    count = write_incorrect_predictions(Path(run), Path(incorrect)) if incorrect else None
+    lines = []
+    counts = {}
+    if incorrect:
+        count = write_incorrect_predictions(Path(run), Path(incorrect))
+        lines.append(f"{count} incorrect answers: {incorrect}")
+        counts["num_incorrect"] = count
     page = write_report(Path(run), to_path(out), language=language)
-    counts = {} if count is None else {"num_incorrect": count}
-    lines = [] if count is None else [f"{count} incorrect answers: {incorrect}"]
-    return Outcome(page, [*lines, f"page: {page}"], {"report": str(page), **counts})
+    lines.append(f"page: {page}")
+    return Outcome(page, lines, {"report": str(page), **counts})
 
 
 def compare(
@@ -494,13 +530,13 @@ def guard(
         batch_size: Answers generated at the same time; halved when GPU memory is exhausted.
     """
     from finesight.evaluate import regression_guard
-    from finesight.infer.prediction import predict as run_prediction
     from finesight.manifest import GUARD_FILE, RECIPE_FILE, find_run_dir
     from finesight.report.run_page import get_report_file, write_report
     from finesight.storage import write_file
     from finesight.train.finalize import format_differences
 
-    run_dir, file = find_run_dir(Path(run)), Path(suite or regression_guard.BUILT_IN_SUITE)
+    run_dir = find_run_dir(Path(run))
+    file = Path(suite or regression_guard.BUILT_IN_SUITE)
     if not (run_dir / RECIPE_FILE).is_file():
         raise UserError(
             f"{run_dir} is not a run",
@@ -516,16 +552,13 @@ def guard(
             remedy="copy the folder of the suite, and give --suite",
         )
     get_report_file(run_dir).check()
-    groups, console = regression_guard.load_suite(file), ProgressConsole()
+    groups = regression_guard.load_suite(file)
+    console = ProgressConsole()
     regression_guard.check_images(groups)
     answers: list[list[list[Prediction]]] = []
     for name, model in _iter_tuned_and_base(str(run), loading):
-        ask = partial(run_prediction, model.model, model.renderer, batch_size=batch_size)
-        with console.progress_stage(name, sum(len(one.samples) for one in groups)) as on_progress:
-            ask = partial(ask, on_progress=on_progress)
-            lengths = {one.name: one.settings.max_new_tokens for one in groups}
-            answers.append([ask(x.samples, max_new_tokens=lengths[x.name]) for x in groups])
-        del model, ask  # The base model may need the memory.
+        answers.append(_answer_groups(model, groups, name, batch_size, console))
+        del model  # The base model may need the memory.
     tuned, base = answers
     results = [*map(regression_guard.compare_answers, groups, base, tuned)]
     if update:
@@ -535,15 +568,47 @@ def guard(
     data = {"suite": str(file), "groups": [asdict(one) for one in results]}
     write_file(run_dir / GUARD_FILE, json.dumps(data, ensure_ascii=False, indent=1).encode())
     page = write_report(run_dir, language=language)
-    named = [(f"{one.group} {one.difference.name}", one.difference) for one in results]
-    lines = format_differences([replace(one, name=name) for name, one in named]).splitlines()
+    differences = []
+    for one in results:
+        name = f"{one.group} {one.difference.name}"
+        differences.append(replace(one.difference, name=name))
+    lines = format_differences(differences).splitlines()
     failed = [one for one in results if one.problems]
     for one in failed:
         lines.append(f"FAILED: {one.group}: {', '.join(one.problems)}")
-        lines += [f"  lost: {json.dumps(lost, ensure_ascii=False)}" for lost in one.lost_answers]
-    lines += [*([] if failed else ["no regression"]), f"page: {page}"]
-    next_steps = [_propose_replay(run_dir / RECIPE_FILE)] if failed else []
-    return Outcome(results, lines, data, next_steps, EXIT_REGRESSION if failed else 0)
+        for lost in one.lost_answers:
+            lines.append(f"  lost: {json.dumps(lost, ensure_ascii=False)}")
+    if not failed:
+        return Outcome(results, [*lines, "no regression", f"page: {page}"], data)
+    lines.append(f"page: {page}")
+    step = _propose_replay(run_dir / RECIPE_FILE)
+    return Outcome(results, lines, data, [step], EXIT_REGRESSION)
+
+
+def _answer_groups(
+    model: InferenceModel,
+    groups: Sequence[LoadedGroup],
+    title: str,
+    batch_size: int,
+    console: ProgressConsole,
+) -> list[list[Prediction]]:
+    """Return the answers of a model to the questions of each group."""
+    from finesight.infer.prediction import predict as run_prediction
+
+    answers: list[list[Prediction]] = []
+    num_samples = sum(len(group.samples) for group in groups)
+    with console.progress_stage(title, num_samples) as on_progress:
+        for group in groups:
+            predictions = run_prediction(
+                model.model,
+                model.renderer,
+                group.samples,
+                max_new_tokens=group.settings.max_new_tokens,
+                batch_size=batch_size,
+                on_progress=on_progress,
+            )
+            answers.append(predictions)
+    return answers
 
 
 def _iter_tuned_and_base(run: str, loading: LoadingOptions) -> Iterator[tuple[str, InferenceModel]]:
@@ -612,5 +677,6 @@ def doctor(
 
     diagnosis = diagnose_machine(os.environ) if subject is None else diagnose(str(subject))
     exit_code = EXIT_ERROR_FOUND if count_severity(diagnosis, "error") else 0
-    data, lines = diagnoses_to_dict(diagnosis), [*format_diagnoses(diagnosis)]
+    data = diagnoses_to_dict(diagnosis)
+    lines = [*format_diagnoses(diagnosis)]
     return Outcome(diagnosis, lines, data, exit_code=exit_code)

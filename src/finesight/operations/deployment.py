@@ -180,8 +180,10 @@ def _format_merge(merge_result: VerifiedMerge) -> Iterator[str]:
     from finesight.vision.image_processing import load_patch_config
     from finesight.vision.processor_limits import has_fixed_image_size
 
-    num_layers, model_source = merge_result.merged_layers, merge_result.model_source
-    action = f"{num_layers} layers merged into" if num_layers else "written to"
+    model_source = merge_result.model_source
+    action = "written to"
+    if merge_result.merged_layers:
+        action = f"{merge_result.merged_layers} layers merged into"
     yield f"{action} {merge_result.folder}, {merge_result.precision}"
     yield from merge_result.parity.format_lines()
     if merge_result.dequantized_layers:
@@ -257,7 +259,8 @@ def export(
         quantize: w4a16: 4-bit weights of the language model in GPTQ format, calibrated by
             auto-round on training samples of the run. Requires finesight[quantize].
     """
-    name, target = str(source), None if out is None else str(out)
+    name = str(source)
+    target = None if out is None else str(out)
     given = {
         **{"--yes": confirm, "--public": public, "--converter": converter, "--python": python},
         **{"--outtype": outtype != "auto", "--quantize": quantize, "--device": device != "auto"},
@@ -268,8 +271,9 @@ def export(
         upload = _upload(name, target, public=public, confirm=confirm)
         arguments = {"source": name, "out": target, "public": public, "confirm": True}
         steps = [] if confirm else [Step("export", arguments)]
-        lines = [f"{size:>16,}  {name}" for name, size in upload.files.items()]
-        total, visibility = sum(upload.files.values()), "public" if public else "private"
+        lines = [f"{size:>16,}  {file}" for file, size in upload.files.items()]
+        total = sum(upload.files.values())
+        visibility = "public" if public else "private"
         num_files = format_count(len(lines), "file")
         lines.append(f"{total:>16,}  bytes in {num_files} to {upload.to}, {visibility}")
         lines.append(upload.page or "nothing was uploaded")
@@ -280,7 +284,10 @@ def export(
 
         commands = build_serving_commands(model_source, name)
         named = {"vLLM": commands.vllm, "SGLang": commands.sglang}
-        lines = [line for name, text in named.items() if text for line in (f"{name}:", f"  {text}")]
+        lines = []
+        for engine, text in named.items():
+            if text:
+                lines += [f"{engine}:", f"  {text}"]
         for note in commands.notes:
             lines.append(f"- {note}")
         lines += commands.resize_code.splitlines()
@@ -317,7 +324,9 @@ def export(
         files = write_gguf(
             model_source, Path(target), program, outtype, to_path(python), source=name
         )
-    lines = [f"{path}  {path.stat().st_size:,} bytes" for path in (files.model, files.mmproj)]
+    lines = []
+    for path in (files.model, files.mmproj):
+        lines.append(f"{path}  {path.stat().st_size:,} bytes")
     server = build_llama_server_command(model_source, files)
     lines.append(server.command)
     for note in (server.note, *describe_questions(model_source.manifest)):
@@ -345,7 +354,8 @@ def _upload(source: str, out: str, *, public: bool, confirm: bool) -> HubUpload:
     from finesight.hub.repository import publish_model
     from finesight.infer.model_loader import get_model_name
 
-    address, page = parse_address(out), None
+    address = parse_address(out)
+    page = None
     with collect_uploads(_resolve_source(source), source) as files:
         sizes = {name: path.stat().st_size for name, path in files.items()}
         if confirm:
@@ -384,8 +394,12 @@ def _check_options(out: str | None, options: list[str]) -> None:
     """Raise UserError for an option that does not apply to the kind of OUT."""
     purpose = "serving commands (OUT is missing)"
     if out is not None:
-        folder_option = "--quantize" if "--quantize" in options else "--converter"
-        purpose = _PURPOSES["--yes" if is_hub_address(out) else folder_option]
+        typical_option = "--converter"
+        if is_hub_address(out):
+            typical_option = "--yes"
+        elif "--quantize" in options:
+            typical_option = "--quantize"
+        purpose = _PURPOSES[typical_option]
     for option in options:
         if _PURPOSES[option] != purpose:
             raise UserError(

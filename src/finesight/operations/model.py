@@ -41,7 +41,9 @@ def list_gpus(device: str) -> list[str]:
     """Return the value of CUDA_VISIBLE_DEVICES for each GPU of this process; none for `cpu`."""
     import torch
 
-    count = torch.cuda.device_count() if device != "cpu" else 0
+    count = 0
+    if device != "cpu":
+        count = torch.cuda.device_count()
     numbers = ",".join(map(str, range(count)))
     return os.environ.get("CUDA_VISIBLE_DEVICES", numbers).split(",")[:count]
 
@@ -170,9 +172,12 @@ class Model:
         from finesight.infer.prediction import predict
 
         check_counts(max_new_tokens=max_new_tokens, batch_size=batch_size)
-        model, renderer = self.inference_model.model, self.inference_model.renderer
         return predict(
-            model, renderer, samples, max_new_tokens=max_new_tokens, batch_size=batch_size
+            self.inference_model.model,
+            self.inference_model.renderer,
+            samples,
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
         )
 
     def stream(
@@ -228,7 +233,9 @@ ModelArgument = Annotated[StrPath | Model, *RunOrModelArgument.__metadata__]
 
 def get_model_name(run_or_model: StrPath | Model) -> str:
     """Return the name of a loaded model, or of one that is to be loaded."""
-    return run_or_model.name if isinstance(run_or_model, Model) else str(run_or_model)
+    if isinstance(run_or_model, Model):
+        return run_or_model.name
+    return str(run_or_model)
 
 
 def get_prompt_format(run_or_model: StrPath | Model) -> PromptFormat:
@@ -301,8 +308,12 @@ def _build_question(
     is_many = isinstance(images, Sequence) and not isinstance(images, str | bytes)
     names: Sequence[object] = images if is_many else [images]  # type: ignore[assignment]
     files = [Path(os.path.expanduser(to_name(name))) for name in names]
-    pages = [page for file in files for page in list_pages(file)]
-    sample_id = str(files[0]) if len(files) == 1 else prompt
+    pages: list[Path] = []
+    for file in files:
+        pages += list_pages(file)
+    sample_id = prompt
+    if len(files) == 1:
+        sample_id = str(files[0])
     return build_sample(pages, prompt, sample_id, prompt_format)
 
 
@@ -310,12 +321,19 @@ def token_table_to_dict(tokenized: TokenizedSample, tokenizer: TextTokenizer) ->
     """Convert the token table of a sample to JSON data: token counts, images and rows."""
     from finesight.encode.tokenization import iter_token_rows
 
-    spans = [{**asdict(span), "files": [*map(str, span.files)]} for span in tokenized.spans]
-    rows = [asdict(replace(row, span=None)) for row in iter_token_rows(tokenized, tokenizer)]
+    spans = []
+    for span in tokenized.spans:
+        spans.append(asdict(span) | {"files": [*map(str, span.files)]})
+    rows = []
+    for row in iter_token_rows(tokenized, tokenizer):
+        # Spans are listed once, not in each of their rows.
+        values = asdict(replace(row, span=None))
+        del values["span"]
+        rows.append(values)
     return {
         "id": tokenized.id,
         "num_tokens": tokenized.num_tokens,
         "num_supervised_tokens": tokenized.num_supervised_tokens,
         "images": spans,
-        "rows": [{key: value for key, value in row.items() if key != "span"} for row in rows],
+        "rows": rows,
     }

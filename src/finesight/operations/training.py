@@ -110,7 +110,8 @@ def plan(
     from finesight.recipe import load_recipe
     from finesight.train.run_dir import RunDir
 
-    settings, given = load_recipe(Path(recipe), overrides or ()), _list_overrides(overrides)
+    settings = load_recipe(Path(recipe), overrides or ())
+    given = _list_overrides(overrides)
     check_recipe_metric(settings, Path(recipe), given, trust=trust_metric)
     run_plan = plan_run(settings, gpu, ProgressConsole(), gpus)
     lines = format_plan(run_plan)
@@ -256,14 +257,27 @@ def _format_notes(notes: Sequence[ConversionNote]) -> list[str]:
     lines = [f"  {note.key} {note.value}: {note.text}" for note in notes if note.kind == "note"]
     titles = {"different in finesight:": ("differs", "unknown"), "not needed:": ("ignored",)}
     for title, kinds in titles.items():
-        settings: dict[str, list[str]] = {}
-        for note in (note for kind in kinds for note in notes if note.kind == kind):
-            name = note.key if note.kind == "ignored" else f"{note.key} {note.value}"
-            settings.setdefault(note.text, []).append(name)
-        reasons = sorted(settings) if "ignored" in kinds else settings
-        lines += [title] if settings else []
-        lines += [f"  {', '.join(settings[reason])}: {reason}" for reason in reasons]
+        names_by_reason = _group_by_reason(notes, kinds)
+        if not names_by_reason:
+            continue
+        lines.append(title)
+        reasons = sorted(names_by_reason) if "ignored" in kinds else names_by_reason
+        for reason in reasons:
+            lines.append(f"  {', '.join(names_by_reason[reason])}: {reason}")
     return lines
+
+
+def _group_by_reason(notes: Sequence[ConversionNote], kinds: Sequence[str]) -> dict[str, list[str]]:
+    """Return the settings of notes by their text, those of the first kind first."""
+    names_by_reason: dict[str, list[str]] = {}
+    for kind in kinds:
+        for note in notes:
+            if note.kind != kind:
+                continue
+            # The value of a setting without effect does not matter.
+            name = note.key if kind == "ignored" else f"{note.key} {note.value}"
+            names_by_reason.setdefault(note.text, []).append(name)
+    return names_by_reason
 
 
 def train(
@@ -315,7 +329,8 @@ def train(
             expected="a number of steps, or a fraction below 1",
             remedy="for example --stop-after 0.3",
         )
-    overrides, console = overrides or (), ProgressConsole()
+    overrides = overrides or ()
+    console = ProgressConsole()
     is_main = os.environ.get("RANK", "0") == "0"
     if push is not None:
         from finesight.hub.repository import check_publish, check_publish_address
@@ -340,13 +355,14 @@ def train(
     from finesight.train.run_dir import RunDir
     from finesight.train.training_run import train as run_training
 
-    check_inputs, exit_code = partial(check_fit, force=force), 0
+    if stop_after is not None and stop_after >= 1:
+        stop_after = int(stop_after)
     main_result = run_training(
         settings,
         resume=resume,
         console=console.rich_console,
-        check_inputs=check_inputs,
-        stop_after=int(stop_after) if stop_after and stop_after >= 1 else stop_after,
+        check_inputs=partial(check_fit, force=force),
+        stop_after=stop_after,
     )
     result = main_result or load_result(RunDir(settings.output_dir))
     if result is None:
@@ -358,6 +374,7 @@ def train(
         )
     if main_result is None:
         return Outcome(result, data=[])  # The main process prints the result.
+    exit_code = 0
     if push is not None:
         from finesight.operations.deployment import upload_run
 
@@ -374,7 +391,8 @@ def train(
     if is_native_run(run_record):
         next_steps.append(Step("serve", {"run_or_model": run}, purposes.get("serve", "")))
         label_step = find_label_step(settings, purposes.get("label", ""))
-        next_steps += [label_step] if label_step else []
+        if label_step is not None:
+            next_steps.append(label_step)
     else:
         next_steps.append(Step("web", {"run_or_model": run}))
     return Outcome(result, (), result.as_json(), next_steps, exit_code)
@@ -396,10 +414,16 @@ def advise_run(run_record: RunRecord, run: Path) -> list[Step]:
 
     if run_record.result is None:
         return []
-    after, steps = as_object(run_record.result.get("after")), []
-    total = after["num_samples"] if isinstance(after.get("num_samples"), int) else 0
-    counts = (count_correct(name, score, total) for name, score in read_metrics(after).items())
-    count = next((one for one in counts if one is not None), None)
+    steps = []
+    after = as_object(run_record.result.get("after"))
+    total = 0
+    if isinstance(after.get("num_samples"), int):
+        total = after["num_samples"]
+    count = None
+    for name, score in read_metrics(after).items():
+        count = count_correct(name, score, total)
+        if count is not None:
+            break
     losses = [line["loss"] for line in run_record.steps if is_finite(line.get("loss"))]
     edge = len(losses) // 5
     is_falling = edge >= 4 and median(losses[-edge:]) < 0.9 * median(losses[-2 * edge : -edge])
@@ -414,7 +438,9 @@ def advise_run(run_record: RunRecord, run: Path) -> list[Step]:
         reason = f"{count} of {total} answers are correct: label about {num_labels} more images"
         steps.append(Step("label", {"run_or_model": str(run)}, reason))
     elif not steps:
-        reason = "" if count is None else f"{count} of {total} answers are correct"
+        reason = ""
+        if count is not None:
+            reason = f"{count} of {total} answers are correct"
         steps.append(Step("serve", {"run_or_model": str(run)}, reason))
     return steps
 
@@ -534,8 +560,11 @@ def search(
     from finesight.recipe import SEARCH_SECTION, load_recipe, parse_recipe, read_recipe_text
     from finesight.train.recipe_check import check_recipe
 
-    file, budget_s, log = Path(recipe), parse_duration(budget), ProgressConsole().log
-    text, given = read_recipe_text(file), _list_overrides(overrides)
+    file = Path(recipe)
+    budget_s = parse_duration(budget)
+    log = ProgressConsole().log
+    text = read_recipe_text(file)
+    given = _list_overrides(overrides)
     settings = load_recipe(file, overrides or ())
     check_recipe_metric(settings, file, given, trust=trust_metric)
     check_recipe(settings)
@@ -544,13 +573,15 @@ def search(
     devices = _select_gpus(gpus, settings)
     running = trial_search.TrialSearch(settings, section, folder, budget_s, trials, log)
     record = running.run(devices)
-    page, best = folder / trial_search.PAGE_FILE, folder / trial_search.BEST_FILE
+    page = folder / trial_search.PAGE_FILE
+    best = folder / trial_search.BEST_FILE
     trial_search.write_search_page(record, page, language)
     table = align_columns(record.list_rows(), 2)
     lines = [*table.splitlines(), *record.reasons, f"page: {page}"]
     steps = [Step("train", {"recipe": str(best)})]
     if record.choice:
-        runs = [str(folder / "trials" / f"{number:03}") for number in (0, record.choice)]
+        trials_folder = folder / "trials"
+        runs = [str(trials_folder / "000"), str(trials_folder / f"{record.choice:03}")]
         steps.append(Step("compare", {"runs": runs}))
     data = {"page": str(page), "best": str(best), **record.model_dump(mode="json")}
     return Outcome(record, lines, data, steps)
@@ -559,15 +590,17 @@ def search(
 def _select_gpus(gpus: str, recipe: Recipe) -> list[str | None]:
     """Return the value of CUDA_VISIBLE_DEVICES of each concurrent trial; None without a GPU."""
     visible = list_gpus(recipe.train.device)
-    count = len(visible)
-    numbers = [*map(str, range(count))] if gpus == "all" else gpus.split(",")
-    if not {*numbers} <= {*map(str, range(count))} or len({*numbers}) < len(numbers):
-        expected, remedy = "all: this machine has no GPU", "remove it to use the CPU"
-        if count:
-            expected = f"all, or different numbers of {', '.join(map(str, range(count)))}"
+    known = [*map(str, range(len(visible)))]
+    numbers = known if gpus == "all" else gpus.split(",")
+    is_repeated = len(set(numbers)) < len(numbers)
+    if is_repeated or not set(numbers) <= set(known):
+        expected = "all: this machine has no GPU"
+        remedy = "remove it to use the CPU"
+        if known:
+            expected = f"all, or different numbers of {', '.join(known)}"
             remedy = "remove it to use all GPUs"
         raise UserError(
-            f"{gpus!r} with {format_count(count, 'GPU')}",
+            f"{gpus!r} with {format_count(len(known), 'GPU')}",
             where="--gpus",
             expected=expected,
             remedy=remedy,
@@ -662,7 +695,9 @@ def launch(
     )
     file = Path(out or f"{job.name}{launch_job.FILE_SUFFIXES[engine]}")
     launch_job.write_job_file(file, _build_job_text(engine, job, options))
-    output = launch_job.submit_job(engine, file) if submit else None
+    output = None
+    if submit:
+        output = launch_job.submit_job(engine, file)
     command = shlex.join(launch_job.build_submit_command(engine, file))
     lines = [str(file), f"start with: {command}" if output is None else output]
     job_file = JobFile(file, command, output)

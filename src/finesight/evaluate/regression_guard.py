@@ -272,13 +272,13 @@ def update_suite(
         end = f"\n{' ' * mark.column}"
         if node.flow_style:
             end = ", "
-        place = (mark.index, mark.index)
+        text_range = (mark.index, mark.index)
         replacement = f"min_score: {number}{end}"
         for name, value in node.value:
             if name.value == "min_score":
-                place = (value.start_mark.index, value.end_mark.index)
+                text_range = (value.start_mark.index, value.end_mark.index)
                 replacement = number
-        edits[place] = replacement
+        edits[text_range] = replacement
     for (start, stop), replacement in sorted(edits.items(), reverse=True):
         text = text[:start] + replacement + text[stop:]
     # The suite may be a link, which would be replaced.

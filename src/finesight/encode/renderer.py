@@ -818,8 +818,12 @@ class NativeRenderer(Renderer):
         )
         patches = []
         for span in run:
-            span_frames = list(islice(frames, span.num_frames))
-            patches.append(patchify(span_frames, span.resized_size, self.patch_config))
+            # The frames have no name here, so that they are freed before the next ones.
+            patches.append(
+                patchify(
+                    list(islice(frames, span.num_frames)), span.resized_size, self.patch_config
+                )
+            )
         return patches
 
     def _check_token_id(self, folder: ModelFolder, key: str, token: str) -> None:

@@ -416,7 +416,8 @@ def _read_ranks(path: Path) -> dict[bytes, int]:
         for line in content.splitlines():
             if line:
                 token_bytes, rank = line.split()
-                ranks[base64.b64decode(token_bytes, validate=True)] = int(rank)
+                key = base64.b64decode(token_bytes, validate=True)
+                ranks[key] = int(rank)
     except (ValueError, binascii.Error) as error:
         raise _build_invalid_file_error(path, str(error)) from error
     if sorted(ranks.values()) != list(range(len(ranks))):

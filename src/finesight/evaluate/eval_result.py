@@ -158,18 +158,18 @@ def find_best_eval(results: Sequence[EvalResult]) -> tuple[EvalResult | None, in
     Returns:
         The first of the best evaluations, and the number of comparable ones after it.
     """
-    ranked = [(result, result.as_best_eval()) for result in results]
+    evaluations = [(result, result.as_best_eval()) for result in results]
     comparable = []
-    for result, rank in ranked:
-        _, last_rank = ranked[-1]
-        if result.step and rank.is_comparable_to(last_rank):
-            comparable.append((result, rank))
+    for result, evaluation in evaluations:
+        _, last = evaluations[-1]
+        if result.step and evaluation.is_comparable_to(last):
+            comparable.append((result, evaluation))
     if not comparable:
         return None, 0
     best = 0
-    for i, (_, rank) in enumerate(comparable):
-        _, best_rank = comparable[best]
-        if rank.is_better_than(best_rank):
+    for i, (_, evaluation) in enumerate(comparable):
+        _, best_evaluation = comparable[best]
+        if evaluation.is_better_than(best_evaluation):
             best = i
     best_result, _ = comparable[best]
     return best_result, len(comparable) - 1 - best

@@ -55,14 +55,14 @@ def parse_form(text: str) -> JsonForm | None:
     text = text.strip()
     if text.startswith(_CODE_FENCE) and text.endswith(_CODE_FENCE):
         text = text[len(_CODE_FENCE) : -len(_CODE_FENCE)].removeprefix("json")
-    form: JsonForm | None = None
     try:
         value = parse_json(text)
         if isinstance(value, dict | list):
-            form = _normalize_value(value, 0)
+            form: JsonForm = _normalize_value(value, 0)
+            return form
     except ValueError:
-        return None
-    return form
+        pass
+    return None
 
 
 def score_json(

@@ -536,10 +536,10 @@ def generate(
     batch_size = len(prompts)
     engine = build_engine(model, end_ids, lengths, max_new_tokens, batch_size, on_progress)
     requests = [GenerationRequest(prompt=one, max_new_tokens=max_new_tokens) for one in prompts]
-    output_ids: list[list[int]] = [[] for _ in prompts]
+    output_ids: dict[int, list[int]] = {}
     for index, _, tokens in iter_completions(engine, enumerate(requests), batch_size, on_progress):
         output_ids[index] = [token.id for token in tokens]
-    return output_ids
+    return [output_ids[index] for index in range(batch_size)]
 
 
 def build_engine(

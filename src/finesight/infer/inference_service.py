@@ -9,6 +9,7 @@ import traceback
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 
 import torch
 
@@ -281,17 +282,12 @@ class GenerationStream:
             changed.clear()
             # Read before the deltas, so that no delta before the end is missed.
             is_finished = self._is_finished
-            text = ""
-            tokens: list[GeneratedToken] = []
-            reasoning = ""
-            num_arrived = len(self._deltas)
-            for _ in range(num_arrived):
-                delta = self._deltas.popleft()
-                text += delta.text
-                tokens += delta.tokens
-                reasoning += delta.reasoning
-            if num_arrived:
-                yield CompletionDelta(text, tuple(tokens), reasoning)
+            arrived = [self._deltas.popleft() for _ in range(len(self._deltas))]
+            if arrived:
+                text = "".join(delta.text for delta in arrived)
+                tokens = tuple(chain.from_iterable(delta.tokens for delta in arrived))
+                reasoning = "".join(delta.reasoning for delta in arrived)
+                yield CompletionDelta(text, tokens, reasoning)
             if is_finished:
                 self._wait_for_delta()
                 return
@@ -584,15 +580,15 @@ class InferenceService:
         with self._lock:
             num_open = len(self._new_requests) + len(self._streams)
         limit = self._max_num_seqs + self._max_waiting
-        what = expected = ""
         if not self.is_alive:
             what = "the service accepts no more requests"
             expected = "a running service"
         elif num_open >= limit:
             what = f"{num_open} requests are running or waiting"
             expected = f"fewer than {limit}"
-        if what:
-            raise ServiceBusyError(what, where="queue", expected=expected, remedy="retry later")
+        else:
+            return
+        raise ServiceBusyError(what, where="queue", expected=expected, remedy="retry later")
 
     def _create_engine(self, max_num_seqs: int, num_cache_tokens: int) -> Engine | HfEngine:
         if isinstance(self._model, HfModel):

@@ -391,9 +391,9 @@ def _resolve_run(
 def _check_finished(
     run_dir: Path, model_dir: Path | None, adapter_dir: Path | None, checkpoint: Path | None
 ) -> None:
-    """Raise UserError for an unfinished run, or a checkpoint that contains no model.
+    """Raise UserError for an unfinished run, or a checkpoint of full fine-tuning.
 
-    `checkpoint` is None if its adapter has been written.
+    `checkpoint` is None for the run itself, and for a checkpoint whose adapter has been written.
     """
     missing = [f"{part.name}/" for part in (model_dir, adapter_dir) if part and not part.is_dir()]
     what = ""

@@ -245,7 +245,7 @@ def load_image_features(
     missing: list[_MissingFeatures] = []
     for prompt in prompts:
         if prompt.encoded.tokenized.spans and not prompt.features:
-            missing += _read_cached_features(prompt, feature_cache)
+            missing += _set_cached_features(prompt, feature_cache)
     if not missing:
         return
     encoded_features = _encode_missing(model, missing, max_patches)
@@ -256,7 +256,7 @@ def load_image_features(
         feature_cache.put(key, features_MKW.clone(), features_MKW.nbytes)
 
 
-def _read_cached_features(
+def _set_cached_features(
     prompt: PromptState, feature_cache: ImageFeatureCache
 ) -> list[_MissingFeatures]:
     """Set the cached vision features that a prompt still needs, and return those missing."""
@@ -542,11 +542,11 @@ def _linear_4bit(
     return y_1O
 
 
-def _split_optional(x: Tensor | None, sizes: Sequence[int]) -> Sequence[Tensor | None]:
+def _split_optional(x: Tensor | None, sizes: list[int]) -> Sequence[Tensor | None]:
     """Split a row at the outputs of several matrices; None for each without a row."""
     if x is None:
         return [None] * len(sizes)
-    return torch.split(x.view(-1), list(sizes))
+    return torch.split(x.view(-1), sizes)
 
 
 def _get_norm_args(norm: RmsNorm) -> dict[str, Any]:

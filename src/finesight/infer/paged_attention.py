@@ -64,7 +64,7 @@ class PrefillAttention:
         self._slot_mapping_T = self._map_slots(starts)
         self._query_segments = Segments.from_lengths(lengths, device)
         self._kv_segments = Segments.from_lengths(stops, device)
-        self._is_first_chunk = not any(starts)
+        self._is_first_chunk = all(start == 0 for start in starts)
         if not self._is_first_chunk:
             self._context_slots_M = self._map_slots([0] * len(chunks))
         if cache.linear_states is not None:
@@ -78,7 +78,7 @@ class PrefillAttention:
                 self._separate_prompt_ends(slots_S)
 
     def _map_slots(self, starts: Sequence[int]) -> Tensor:
-        """Return the KV-cache slots of the tokens of each chunk from a given one to its end."""
+        """Return the KV-cache slots of the tokens of each chunk from `starts` to its end."""
         block_size = self._cache.block_size
         slots = [
             chunk.compute_slot_mapping(block_size, start)
@@ -121,9 +121,9 @@ class PrefillAttention:
         cache = self._cache
         cache.write(layer_index, self._slot_mapping_T, k_TKD, v_TKD)
         if not self._is_first_chunk:
-            cached_keys_SKD, cached_values_SKD = cache.flatten_layer(layer_index)
-            k_TKD = cached_keys_SKD.index_select(0, self._context_slots_M)
-            v_TKD = cached_values_SKD.index_select(0, self._context_slots_M)
+            keys, values = cache.flatten_layer(layer_index)
+            k_TKD = keys.index_select(0, self._context_slots_M)
+            v_TKD = values.index_select(0, self._context_slots_M)
         is_packed = self._is_first_chunk and not self.fuses_layers
         key_segments = None if is_packed else self._kv_segments
         return varlen_attention(

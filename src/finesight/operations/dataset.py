@@ -404,7 +404,8 @@ def _find_check_source(
     has_defaults = options == ImportOptions()
     is_alone = len(paths) == 1 and has_defaults and not (against or model or max_length)
     if options.format is None:
-        for recipe in filter(is_recipe, paths):
+        recipe = next(filter(is_recipe, paths), None)
+        if recipe is not None:
             return _read_check_recipe(recipe, is_alone=is_alone)
     inputs = inputs_from_files(paths, against, options)
     data = paths[0] if is_alone else None

@@ -156,19 +156,21 @@ def init(
     recipe = folder / "recipe.yaml"
     run = folder / "run"
     task = replace(task, has_images=summary.num_images > 0)
-    files = _describe_files(summary)
-    format_with = partial(
+    comments = {
+        file.file: format_count(file.num_samples, "sample") for file in summary.output_files
+    }
+    format_file = partial(
         format_recipe,
         recipe,
         run,
         start,
         f"`finesight init` for {device}",
         task,
-        files,
+        comments,
         summary.output_files[0].num_samples,
     )
-    run_plan, problem = _write_planned_recipe(recipe, format_with, gpus, unavailable, console)
-    train_file, *eval_files = files
+    run_plan, problem = _write_planned_recipe(recipe, format_file, gpus, unavailable, console)
+    train_file, *eval_files = [file.file for file in summary.output_files]
     checked = check_data([train_file], eval_files)
     device_size = f", {memory_bytes / 1e9:.0f} GB" if memory_bytes else ""
     lines = [
@@ -278,17 +280,9 @@ def _import_split(
             return import_dataset(path, out, options), options
 
 
-def _describe_files(summary: ImportSummary) -> dict[Path, str]:
-    """Return the numbers of samples of the imported files as comments of a recipe."""
-    comments = {}
-    for file in summary.output_files:
-        comments[file.file] = format_count(file.num_samples, "sample")
-    return comments
-
-
 def _write_planned_recipe(
     recipe: Path,
-    format_with: Callable[..., str],
+    format_file: Callable[[Sequence[str]], str],
     gpus: GpusOption,
     unavailable: UserError | None,
     console: ProgressConsole,
@@ -296,7 +290,7 @@ def _write_planned_recipe(
     """Write a recipe, plan its run, and add the settings of the plan to the recipe.
 
     Args:
-        format_with: Formats the recipe with overrides, none by default.
+        format_file: Formats the recipe with overrides.
         unavailable: Error of the model, without which there is no plan.
 
     Returns:
@@ -304,13 +298,13 @@ def _write_planned_recipe(
     """
     from finesight.storage import write_file
 
-    write_file(recipe, format_with().encode())
+    write_file(recipe, format_file(()).encode())
     if unavailable is not None:
         return None, unavailable
     run_plan, problem = _plan_recipe(recipe, gpus, console)
     if run_plan is not None:
         overrides = [item for item in run_plan.overrides if "num_workers" not in item]
-        write_file(recipe, format_with(overrides).encode())
+        write_file(recipe, format_file(overrides).encode())
     return run_plan, problem
 
 
@@ -578,7 +572,7 @@ def _reject_unrecognized_images(opened: ImportSource) -> None:
     if "COLUMN" in mapping:
         remedy = f"rename the key {names[0]} to images in all rows"
         inner = _find_nested_image(records)
-        if inner.partition(".")[0] == names[0]:
+        if inner and inner.partition(".")[0] == names[0]:
             remedy = f"move {inner} to the key images of the row itself, in all rows"
     raise UserError(
         f"no image is recognized, but {', '.join(names)} contains images",

@@ -375,19 +375,19 @@ def _read_parameter(name: str, text: str, hint: Any, default: Any) -> Parameter:
     # `Annotated` has its type as the origin, as has no other hint of a parameter.
     if hasattr(hint, "__metadata__"):
         hint = hint.__origin__
-    types_of_value = _list_alternatives(hint)
-    is_optional = type(None) in types_of_value
-    container = _find_container(types_of_value)
+    alternatives = _list_alternatives(hint)
+    is_optional = type(None) in alternatives
+    container = _find_container(alternatives)
     if container is not None:
-        types_of_value = _list_alternatives(typing.get_args(container)[0])
+        alternatives = _list_alternatives(typing.get_args(container)[0])
     if info.path == "name":
-        types_of_value.discard(Path)
+        alternatives.discard(Path)
     choices: tuple[str, ...] = ()
     others: set[type] = set()
-    for one in types_of_value:
+    for one in alternatives:
         origin = typing.get_origin(one)
         if origin is Literal:
-            choices = typing.get_args(one)
+            choices = choices or typing.get_args(one)
         elif one not in KINDS and one is not type(None):
             others.add(origin or one)
     is_required = default is inspect.Parameter.empty
@@ -397,7 +397,7 @@ def _read_parameter(name: str, text: str, hint: Any, default: Any) -> Parameter:
         help=text,
         option=info.option or f"--{name.replace('_', '-')}",
         is_positional=info.is_positional or (is_required and not info.option),
-        kind="choice" if choices else _find_kind(types_of_value),
+        kind="choice" if choices else _find_kind(alternatives),
         choices=choices,
         is_multiple=container is not None,
         is_optional=is_optional,

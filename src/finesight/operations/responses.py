@@ -379,8 +379,9 @@ def pairs(
         good, bad = verdicts.pop(name, ((), ()))
         num_rows = len(rows)
         if labels:
-            for n, answer in enumerate([*good, *bad]):
-                rows.append((located, answer, {"label": n < len(good), "id": f"{name}-{n}"}))
+            graded = [(answer, True) for answer in good] + [(answer, False) for answer in bad]
+            for n, (answer, label) in enumerate(graded):
+                rows.append((located, answer, {"label": label, "id": f"{name}-{n}"}))
         else:
             rows += build_pair(located, (good, bad))
         num_unused += bool(good or bad) and len(rows) == num_rows

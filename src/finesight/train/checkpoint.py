@@ -155,14 +155,12 @@ class CheckpointManager:
         """
         with ExitStack() as stack:
             folder = None
-            own_name = ""
             try:
                 if process_group.is_main and state.step not in self.steps():
                     folder = stack.enter_context(write_folder(self.step_dir(state.step)))
-                    own_name = folder.name
             finally:
                 # The other ranks need an answer even after an error.
-                folder_name = process_group.broadcast_str(own_name)
+                folder_name = process_group.broadcast_str("" if folder is None else folder.name)
             if folder_name:
                 with process_group.sync_errors():
                     tensors = {WEIGHTS_FILE: weights, OPTIMIZER_FILE: optimizer_state}

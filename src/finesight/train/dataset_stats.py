@@ -218,7 +218,7 @@ def _check_images(
             changed.append(f"{first} (or one of {len(others)} others of its sample)")
         else:
             changed.append(first)
-    extra = _find_changed_samples(split, data, recorded, reported_errors)
+    extra = _find_extra_samples(split, data, recorded, reported_errors)
     if extra and data.stats.is_complete:
         files: set[str] = set()
         for index in extra:
@@ -248,7 +248,7 @@ def _check_images(
         )
 
 
-def _find_changed_samples(
+def _find_extra_samples(
     split: str, data: TrainingData, recorded: ImageStates, reported_errors: str
 ) -> list[int]:
     """Return the samples that were skipped at the start and are readable now, or the reverse."""
@@ -257,11 +257,11 @@ def _find_changed_samples(
         return indices
     # A scan of more samples than at the start is no change of images.
     known = {*recorded[:, 0].tolist()}
-    changed = []
+    extra = []
     for index in indices:
         if index in known or json.dumps(data.corpus[index].sample.id) in reported_errors:
-            changed.append(index)
-    return changed
+            extra.append(index)
+    return extra
 
 
 def join_names(names: Iterable[str], max_names: int = MAX_LISTED_IMAGES) -> str:

@@ -322,7 +322,7 @@ def _mean_losses(
     losses: list[MeanLoss] = []
     skipped: list[SkippedSample] = []
     for num_parts in range(1, len(loss_sums) + 1):
-        # Other ranks send records as lists.
+        # With several ranks, records arrive as lists.
         sums: list[LossSum] = []
         for rank_sums in sums_by_rank:
             sums += starmap(LossSum, rank_sums[:num_parts])

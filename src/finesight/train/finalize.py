@@ -99,8 +99,8 @@ class ParamAudit:
         self._frozen: dict[str, nn.Parameter] = {}
         for name, parameter in model.named_parameters():
             # Trainable parameters of a sharded model may have no master weights on this rank.
-            is_of_other_rank = is_sharded and parameter.requires_grad
-            if name not in master_weights and not is_of_other_rank:
+            may_be_of_other_rank = is_sharded and parameter.requires_grad
+            if name not in master_weights and not may_be_of_other_rank:
                 self._frozen[name] = parameter
         self._quantized = find_quantized_weights(model)
         self._master_weights = master_weights
@@ -381,7 +381,7 @@ def finalize_run(
     after: EvalResult | None = None
     step = state.progress.step
     if len(eval_history) > 1:
-        after, step = _choose_weights(state, eval_history[-1], best_eval)
+        after, step = _choose_final_eval(state, eval_history[-1], best_eval)
         before, after = pair_results(eval_history[0], after)
     step = int(process_group.broadcast_str(str(step)))
     if state.engine.parallel.is_sharded:
@@ -396,7 +396,7 @@ def finalize_run(
     wait_for_checkpoint()
     if not process_group.is_main:
         return None
-    loss, num_late_skipped = _read_last_loss(run_dir)
+    loss, num_late_skipped = _summarize_steps(run_dir)
     differences: list[MetricDifference] = []
     if before is not None and after is not None:
         differences = _compute_differences(state, before, after)
@@ -421,10 +421,10 @@ def finalize_run(
     return run_result
 
 
-def _choose_weights(
+def _choose_final_eval(
     state: TrainState, last_eval: EvalResult, best_eval: EvalResult | None
 ) -> tuple[EvalResult, int]:
-    """Return the evaluation of the weights to export, and their step.
+    """Choose the evaluation of the weights to export; return it and its step.
 
     With early stopping, these are the weights of the best evaluation, whose predictions become
     those after training. Otherwise, they are those of the last step.
@@ -465,7 +465,7 @@ def _audit_and_save(
     return param_changes
 
 
-def _read_last_loss(run_dir: RunDir) -> tuple[float | None, int]:
+def _summarize_steps(run_dir: RunDir) -> tuple[float | None, int]:
     """Return the last finite loss, and the number of samples that were skipped in a step."""
     loss = None
     num_skipped = 0

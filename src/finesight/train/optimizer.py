@@ -701,7 +701,7 @@ def _build_param_groups(
 
 
 def _group_by_dtype(named_params: Mapping[str, nn.Parameter]) -> list[dict[str, nn.Parameter]]:
-    """Return the parameters of each dtype, in the order of the first one of each."""
+    """Group parameters by dtype, in the order of first occurrence."""
     groups: dict[torch.dtype, dict[str, nn.Parameter]] = {}
     for name, parameter in named_params.items():
         groups.setdefault(parameter.dtype, {})[name] = parameter

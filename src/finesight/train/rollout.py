@@ -324,7 +324,9 @@ class Rollout:
             for case in group.cases:
                 is_truncated.append(not case.ended_with_eos)
         num_tokens = sum(map(self.count_tokens, useful))
-        return RolloutRecord(rewards, lengths, is_truncated, len(useful), num_tokens)
+        return RolloutRecord(
+            rewards, lengths, is_truncated, num_useful=len(useful), num_tokens=num_tokens
+        )
 
     def sample_useful(
         self, step: int, skipped: list[SkippedSample]
@@ -506,7 +508,7 @@ class Rollout:
         for chunk in self.split_group(group):
             responses = [group.responses[n] for n in chunk]
             encoded = join_responses(group.prompt, responses)
-            lengths_G = np.array(list(map(len, responses)))
+            lengths_G = np.array([len(tokens) for tokens in responses])
             # The loss is divided by the number of tokens of the step.
             if self.settings.loss_type in ("grpo", "sapo"):
                 weights_G = mean_length / lengths_G

@@ -147,9 +147,8 @@ class RunDir:
             changes: Changed settings by name.
         """
         model = find_run_dir(Path(os.path.expanduser(recipe.model)))
-        has_manifest = os.path.isfile(model / MANIFEST_FILE)
-        has_config = os.path.isfile(model / "adapter_config.json")
-        has_adapter = recipe.adapter is None and (has_manifest or has_config)
+        files = model / MANIFEST_FILE, model / "adapter_config.json"
+        has_adapter = recipe.adapter is None and any(map(os.path.isfile, files))
         is_model = recipe.tune.has_mode("full") or has_adapter
         changes = dict(changes or {})
         if "train.objective" in changes:
@@ -158,12 +157,12 @@ class RunDir:
             sections = {f"train.{name}" for name in OBJECTIVE_SECTIONS}
             changes = {k: v for k, v in changes.items() if v is not None or k not in sections}
         overrides = [f"{name}={_format_setting(value)}" for name, value in changes.items()]
-        if not is_model:
-            overrides.append(f"adapter={source}")
-        else:
+        if is_model:
             overrides.append(f"model={source}")
             if recipe.adapter is not None:
                 overrides.append("adapter=null")
+        else:
+            overrides.append(f"adapter={source}")
         overrides.append(f"output_dir={self.next_path}")
         arguments = {"recipe": str(self.path / RECIPE_FILE), "overrides": overrides}
         return Step("train", arguments, purpose)

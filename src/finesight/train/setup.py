@@ -293,7 +293,9 @@ def _build_device_loader(
         pads_shapes = hardware.device.type == "cpu" and hardware.dtype != torch.float32
         if model.visual.supports_padding:
             padding_merge_size = model.config.vision.merge_size
-    return DeviceLoader(parallel, hardware.device, pads_shapes, padding_merge_size)
+    return DeviceLoader(
+        parallel, hardware.device, pads_shapes=pads_shapes, padding_merge_size=padding_merge_size
+    )
 
 
 def build_rank_sampler(

@@ -219,7 +219,7 @@ def _run_pack(
 ) -> Tensor:
     """Run the forward and backward pass of a pack, and return its weighted loss and metrics.
 
-    A dummy pack, whose samples have no IDs, has no weight.
+    A dummy pack, which has no sample IDs, is computed with weight 0.
     """
     engine = state.engine
     process_group = state.run.hardware.process_group
@@ -227,10 +227,11 @@ def _run_pack(
     seed = state.run.recipe.train.seed
     torch.manual_seed(micro_batch_seed(seed, step_batch.step_index, global_index))
     key = None
-    if packed_batch.sample_ids:
-        key = ("train", step_batch.sample_indices[micro_index])
-    else:
+    is_dummy = not packed_batch.sample_ids
+    if is_dummy:
         loss_weight = torch.zeros_like(loss_weight)
+    else:
+        key = ("train", step_batch.sample_indices[micro_index])
     with translate_pack_oom(state, packed_batch, state.progress.budget):
         if micro_index and torch.is_grad_enabled():
             engine.parallel.accumulate_gradients(engine.optimizer)

@@ -213,12 +213,12 @@ class KtoObjective(PairObjective):
         stride = 1
         if len(slots) > 1:
             stride = slots[1] - slots[0]
-        inputs["response_L"] = inputs["response_L"] * stride + slots[0]
         is_training = key is not None and key[0] == "train"
         if is_training and self.baseline is not None:
             inputs["baseline"] = self.baseline
         else:
             inputs["baseline"] = torch.zeros_like(loss_weight)
+        inputs["response_L"] = inputs["response_L"] * stride + slots[0]
         return inputs
 
     def compute_loss(self, h_LD: Tensor, head_VD: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:

@@ -1,9 +1,11 @@
 import json
 import re
 import shutil
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import torch
 from each_value import each
 from engine_fixtures import make_sample, write_noise_image
 from tiny_model import create_tiny_model
@@ -11,7 +13,9 @@ from tiny_task import TinyTask
 
 from finesight.data.sample import read_samples, write_samples
 from finesight.evaluate.bootstrap import REASON_FEW_SAMPLES_UNBOUNDED
+from finesight.infer.model_runner import ModelRunner
 from finesight.operations import evaluation
+from finesight.progress import ProgressConsole
 from finesight.train.run_dir import describe_changed_data
 
 
@@ -55,6 +59,30 @@ def test_json_scores_and_predictions_file(evaluate, tmp_path):
     table = evaluate("--metric", "captions").out
     assert f"cider_d: {REASON_FEW_SAMPLES_UNBOUNDED}" in table
     assert re.search(r"cider_d\* +0\.0000 +-\n", table)
+
+
+def test_full_memory_is_reported_once_and_does_not_move_the_progress(evaluate, monkeypatch):
+    """An evaluation continues with half the answers at once, and says so."""
+    decode = ModelRunner.decode
+
+    def limited_decode(self, num_seqs, longest):
+        if num_seqs > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return decode(self, num_seqs, longest)
+
+    monkeypatch.setattr(ModelRunner, "decode", limited_decode)
+    counts = []
+    show = ProgressConsole.progress_stage
+
+    @contextmanager
+    def progress_stage(self, *arguments):
+        with show(self, *arguments) as on_progress:
+            yield lambda count: (counts.append(count), on_progress(count))
+
+    monkeypatch.setattr(ProgressConsole, "progress_stage", progress_stage)
+    printed = evaluate("--metric", "captions", "--batch-size", 2)
+    assert "the GPU memory is full: continuing with a batch of 1 answers" in printed.err
+    assert sum(counts) == 2
 
 
 @pytest.fixture(scope="module")

@@ -222,7 +222,7 @@ def pack(
     """
     assert samples, "cannot pack 0 samples"
     first_sample = samples[0]
-    assert len(samples) == 1 or not first_sample.hf_inputs, (
+    assert len(samples) == 1 or not any(sample.hf_inputs for sample in samples), (
         f"{first_sample.tokenized.id} must be packed alone"
     )
     if first_sample.tokenized.response_starts:

@@ -597,14 +597,16 @@ class TokenizedSample:
         position_ids = []
         response_starts: list[int] = []
         next_start = prompt_length
+        start = 0
         for response, answer_start, stop in zip(responses, answer_starts, stops, strict=True):
-            # Only the first response follows its prompt.
-            tokens = slice(prompt_length if response_starts else 0, stop)
+            tokens = slice(start, stop)
             ids.append(response.ids_T[tokens])
             loss_masks.append(np.arange(stop)[tokens] >= answer_start)
             position_ids.append(response.position_ids_3T[:, tokens])
             response_starts.append(next_start)
             next_start += stop - prompt_length
+            # Only the first response follows its prompt.
+            start = prompt_length
         return replace(
             self,
             ids_T=np.concatenate(ids)[:end],

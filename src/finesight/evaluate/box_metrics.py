@@ -77,7 +77,10 @@ def score_pointing(cases: Sequence[EvalCase]) -> MetricResult:
 
 
 def _compute_mean_distance(case: EvalCase) -> float:
-    """Return the mean distance between the references and the nearest boxes, at most 1."""
+    """Return the mean distance between the references and the nearest boxes, at most 1.
+
+    Without references, it is 1 with boxes and 0 without.
+    """
     if not case.reference_boxes:
         return float(len(case.boxes) > 0)
     distances = []

@@ -55,12 +55,12 @@ def parse_metric_path(metric: str) -> tuple[Path, str] | None:
 
 def list_functions(recipe: Recipe) -> list[tuple[str, str, str]]:
     """Return the section, `FILE.py:FUNCTION` and name of the copy of each function of a recipe."""
-    scored = []
+    entries = []
     for number, reward in enumerate(recipe.rewards, 1):
-        scored.append(("rewards", reward.name, f"reward_{number}.py"))
+        entries.append(("rewards", reward.name, f"reward_{number}.py"))
     if recipe.eval:
-        scored.append(("eval", recipe.eval.metric, METRIC_COPY_FILE))
-    return [one for one in scored if parse_metric_path(one[1]) is not None]
+        entries.append(("eval", recipe.eval.metric, METRIC_COPY_FILE))
+    return [one for one in entries if parse_metric_path(one[1]) is not None]
 
 
 def resolve_metric_path(

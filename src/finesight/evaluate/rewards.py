@@ -179,14 +179,14 @@ def _require_package(package: str, reward: str, extra: str) -> None:
 def _name_rewards(rewards: Sequence[RewardSettings]) -> list[str]:
     """Return short names for metrics, which number repeated ones."""
     names = [reward.name.rpartition(":")[2] for reward in rewards]
-    different = []
+    unique_names = []
     for i, name in enumerate(names):
         if names.count(name) == 1:
-            different.append(name)
+            unique_names.append(name)
         else:
             number = names[: i + 1].count(name)
-            different.append(f"{name}_{number}")
-    return different
+            unique_names.append(f"{name}_{number}")
+    return unique_names
 
 
 def _find_score(name: str) -> tuple[task_metrics.TaskMetric, str]:

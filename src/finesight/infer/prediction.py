@@ -200,8 +200,10 @@ def predict(
     model.eval()
     predictions: dict[int, Prediction] = {}
 
-    def iter_requests(prompt_reader: _PromptReader) -> Iterator[tuple[int, GenerationRequest]]:
-        for i, prompt in prompt_reader.iter_prompts(batch_size):
+    def iter_requests(
+        prompts: Iterable[tuple[int, EncodedSample]],
+    ) -> Iterator[tuple[int, GenerationRequest]]:
+        for i, prompt in prompts:
             request = GenerationRequest(
                 prompt=prompt,
                 max_new_tokens=max_new_tokens,
@@ -216,7 +218,7 @@ def predict(
                 try:
                     lengths = [prompt.num_tokens for prompt in prompt_reader.remaining.values()]
                     source = model, renderer.end_ids, lengths, max_new_tokens, batch_size
-                    requests = iter_requests(prompt_reader)
+                    requests = iter_requests(prompt_reader.iter_prompts(batch_size))
                     for i, prompt, tokens in iter_completions(
                         build_engine(*source, on_progress), requests, batch_size, on_progress
                     ):

@@ -99,8 +99,8 @@ class GrammarCompiler:
                     f'key_{call_index}: "<parameter=" ({keys or "/[^>]+/"}) ">\\n" value',
                 ]
             else:
-                schema = json.dumps(_build_call_schema(name, parameters) | _JSON_DUMPS_OPTIONS)
-                rules.append(f"call_{call_index}: %json {schema}")
+                schema_json = json.dumps(_build_call_schema(name, parameters) | _JSON_DUMPS_OPTIONS)
+                rules.append(f"call_{call_index}: %json {schema_json}")
         return self._compile("\n".join(rules) + "\n")
 
     def _build_token_grammar(self, box_tokens: Sequence[str], limit: int, key: str) -> str:
@@ -138,7 +138,7 @@ class GrammarCompiler:
         end_symbol = self._token_symbol("</think>")
         if end_symbol.startswith('"'):
             # Without a token of its own, the tag is text, whose first occurrence ends the rule.
-            start = "start: thought  /\\n{0,2}/ answer\n"
+            start = "start: thought /\\n{0,2}/ answer\n"
             return f"{start}thought[suffix={end_symbol}]: /(?s:.*)/\n"
         return f"start: thought {end_symbol} /\\n{{0,2}}/ answer\nthought: /(?s:.*)/\n"
 

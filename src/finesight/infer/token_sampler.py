@@ -121,34 +121,33 @@ def sample_tokens(
         # For the repetition penalty; the id remains on the device.
         if sampler.seen_V is not None:
             sampler.seen_V.index_fill_(0, ids_S[index : index + 1], True)
-    return ids_S, _compute_logprobs(raw_SV, scaled_SV, ids_S, samplers)
-
-
-def _compute_logprobs(
-    raw_SV: Tensor, scaled_SV: Tensor, ids_S: Tensor, samplers: Sequence[TokenSampler]
-) -> SampledLogprobs | None:
-    """Return the log probabilities of sampled tokens; None if no row requested them.
-
-    A request for processed log probabilities gets those of its scaled logits.
-    """
-    counts: list[int] = []
-    for sampler in samplers:
-        if sampler.request.logprobs is not None:
-            counts.append(sampler.request.logprobs)
+    requested = [sampler.request.logprobs for sampler in samplers]
+    counts = [count for count in requested if count is not None]
     if not counts:
-        return None
+        return ids_S, None
+    # The name is reused, which frees the raw logits before the log-softmax.
+    raw_SV = _select_logits(raw_SV, scaled_SV, samplers)
+    return ids_S, _compute_logprobs(raw_SV, ids_S, max(counts))
+
+
+def _select_logits(raw_SV: Tensor, scaled_SV: Tensor, samplers: Sequence[TokenSampler]) -> Tensor:
+    """Return the scaled logits of rows with processed log probabilities, and others unchanged."""
     is_processed = [sampler.request.processed_logprobs for sampler in samplers]
-    logits_SV = raw_SV
     if all(is_processed):
-        logits_SV = scaled_SV
-    elif any(is_processed):
-        is_processed_S1 = copy_to_device(np.array(is_processed), raw_SV.device)[:, None]
-        logits_SV = raw_SV.where(~is_processed_S1, scaled_SV)
+        return scaled_SV
+    if not any(is_processed):
+        return raw_SV
+    is_processed_S1 = copy_to_device(np.array(is_processed), raw_SV.device)[:, None]
+    return raw_SV.where(~is_processed_S1, scaled_SV)
+
+
+def _compute_logprobs(logits_SV: Tensor, ids_S: Tensor, max_tops: int) -> SampledLogprobs:
+    """Return the log probabilities of sampled tokens and of the most probable ones."""
     logprobs_SV = logits_SV.log_softmax(-1)
     sampled_logprobs_S = logprobs_SV.gather(1, ids_S.unsqueeze(1)).squeeze(1)
     top_logprobs_SN = logprobs_SV[:, :0]
     top_ids_SN = ids_S[:, None][:, :0]
-    num_tops = min(max(counts), logprobs_SV.shape[1])
+    num_tops = min(max_tops, logprobs_SV.shape[1])
     if num_tops:
         top_logprobs_SN, top_ids_SN = logprobs_SV.topk(num_tops, dim=-1)
     return SampledLogprobs(sampled_logprobs_S, top_ids_SN, top_logprobs_SN)

@@ -554,8 +554,8 @@ def show(
     if augmented:
         can_augment = not use_eval_split and isinstance(renderer, NativeRenderer)
         split = "eval" if use_eval_split else "train"
-        name = f"data.{split} of {recipe.name}"
-        augmenter = _build_augmenter(settings, name, augmented, can_augment=can_augment)
+        data_name = f"data.{split} of {recipe.name}"
+        augmenter = _build_augmenter(settings, data_name, augmented, can_augment=can_augment)
     console = ProgressConsole()
 
     def report_skipped(sample_id: str, error: CorruptImageError) -> None:
@@ -600,7 +600,7 @@ def _select_indices(num_all: int, num_samples: int, seed: int | None) -> list[in
 
 
 def _build_augmenter(
-    settings: Recipe, name: str, num_variants: int, *, can_augment: bool
+    settings: Recipe, data_name: str, num_variants: int, *, can_augment: bool
 ) -> Augmenter:
     """Return the augmenter of a recipe. Raises UserError for data without variants."""
     from finesight.data.augmentation import Augmenter
@@ -609,7 +609,7 @@ def _build_augmenter(
     if augmenter is not None and can_augment:
         return augmenter
     raise UserError(
-        f"{name} has no variants",
+        f"{data_name} has no variants",
         where=f"--augmented {num_variants}",
         expected="training data with data.augment, and a native model family",
         remedy="remove --augmented" if augmenter else "add data.augment=light",

@@ -123,6 +123,10 @@ def evaluate(
     warning = describe_cut_answers(lengths, settings.max_new_tokens, limit_name, "reference answer")
     if warning:
         console.log(warning)
+
+    def report_reduced_batch(batch_size: int) -> None:
+        console.log(f"the GPU memory is full: continuing with a batch of {batch_size} answers")
+
     with console.progress_stage("answers", len(selected)) as on_progress:
         result = run_evaluation(
             model.model,
@@ -131,7 +135,7 @@ def evaluate(
             settings,
             write_predictions,
             on_progress=on_progress,
-            on_batch_reduced=on_progress,
+            on_batch_reduced=report_reduced_batch,
             batch_size=batch_size,
         )
     skipped = SkippedInputs("sample")

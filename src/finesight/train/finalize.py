@@ -704,25 +704,21 @@ def record_failure(
         yield
     except Exception as error:
         status = "failed"
+        reason = f"{type(error).__name__}: {error}"
         if isinstance(error, TrainingInterrupted):
             status = "interrupted"
+            reason = str(error)
+        elif isinstance(error, UserError):
+            reason = error.what
+            if error.where:
+                reason = f"{error.where}: {error.what}"
         ended_at = datetime.now(UTC).isoformat(timespec="seconds")
-        end = {"ended_at": ended_at, "status": status, "reason": _describe_error(error)}
+        end = {"ended_at": ended_at, "status": status, "reason": reason}
         # A full disk must not hide the original error.
         with suppress(UserError, OSError):
             run_dir.append_metrics({"step": progress.step, **end})
         RunReport(run_dir, console).write()
         raise
-
-
-def _describe_error(error: Exception) -> str:
-    if isinstance(error, TrainingInterrupted):
-        return str(error)
-    if not isinstance(error, UserError):
-        return f"{type(error).__name__}: {error}"
-    if error.where:
-        return f"{error.where}: {error.what}"
-    return error.what
 
 
 def pair_results(before: EvalResult, after: EvalResult) -> tuple[EvalResult, EvalResult]:

@@ -557,7 +557,7 @@ class ContextShard:
 
 
 def _split_tokens(num_tokens: int, rank: int, world_size: int) -> tuple[IndexRange, IndexRange]:
-    """Return the chunk `rank` from the front and the one at the same distance from the end."""
+    """Return the chunk `rank` from the front, and its counterpart from the end."""
     num_chunks = 2 * world_size
     size = -(-num_tokens // num_chunks)
 

@@ -158,7 +158,7 @@ def _name_box(box: BoxPart) -> str:
 
 
 def _insert_names(pieces: Sequence[str], names: Sequence[str]) -> str:
-    """Join the pieces of a text, with the names of its boxes in place of the coordinates."""
+    """Join the pieces of a text, with names in place of box coordinates."""
     pieces = [*pieces]
     # Without a box per coordinates, such as invalid ones, their order is unknown.
     if len(names) == len(pieces) // 2:

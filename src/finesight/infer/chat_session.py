@@ -337,7 +337,7 @@ def build_answer_parts(
 
 
 def _insert_boxes(pieces: Iterable[str | None], boxes: Iterable[BoxPart]) -> list[ContentPart]:
-    """Return the texts of an answer as parts, with a box of image 0 for each None."""
+    """Return the parts of an answer, with a box for each None."""
     parts: list[ContentPart] = []
     remaining = iter(boxes)
     for text in pieces:

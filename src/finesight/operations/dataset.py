@@ -396,7 +396,7 @@ def _find_check_source(
     model: str | None,
     max_length: int | None,
 ) -> _CheckSource:
-    """Return the data of a check: those of a recipe, or files with the model of an option."""
+    """Return the data of a check: of a recipe, or of files."""
     from finesight.check.data_checker import inputs_from_files, is_recipe
     from finesight.data.import_source import ImportOptions
     from finesight.infer.model_loader import resolve_model_source

@@ -227,7 +227,7 @@ def _require_task(metric: str | None) -> None:
 
 
 def _describe_model(model: str, *, is_suggested: bool) -> tuple[StartModel, UserError | None]:
-    """Return the model that a run starts from, and the error if it cannot be loaded for now."""
+    """Return the start model of a run, and the error of loading it."""
     from finesight.recipe_template import StartModel
     from finesight.train.recipe_check import describe_start
 
@@ -311,7 +311,7 @@ def _write_planned_recipe(
 def _plan_recipe(
     recipe: Path, gpus: GpusOption, console: ProgressConsole
 ) -> tuple[RunPlan | None, UserError | None]:
-    """Return the plan of a recipe, or without a plan the error with which training refuses it."""
+    """Return the plan of a recipe, or the error of a refused one."""
     try:
         return plan(recipe, gpus=gpus).value, None
     except UserError as error:
@@ -368,7 +368,7 @@ def _list_run_steps(
     run_plan: RunPlan | None,
     problem: UserError | None,
 ) -> list[Step]:
-    """Propose training and a chat, or a plan for a run that does not fit or is refused."""
+    """Propose training and a chat, or a plan for an unsuitable run."""
     from finesight.encode.renderer import is_native
     from finesight.infer.model_loader import resolve_model_source
 

@@ -220,7 +220,7 @@ def _list_contents(responses: Responses) -> list[Answer | None]:
 
 
 def _summarize_scores(responses: Responses) -> dict[str, float]:
-    """Return the mean scores of all and of the best responses, and the share of equal scores."""
+    """Return mean scores of all and of the best responses, and the equal share."""
     all_scores: list[float] = []
     best_scores: list[float] = []
     has_equal_scores: list[bool] = []

@@ -612,7 +612,7 @@ def load_training_data(
 
 
 def _check_metric(recipe: Recipe) -> None:
-    """Check that a metric of `eval` has validation data, and its file if it is a custom one.
+    """Check that `eval` has validation data and an existing metric.
 
     Raises:
         UserError: There is no validation data, or no file of the metric.

@@ -304,7 +304,7 @@ class RunDir:
 
 
 def _find_write_problem(path: Path) -> tuple[str, str] | None:
-    """Return why a folder cannot be created or written, and what is expected; None if it can."""
+    """Return why a folder cannot be written, and what is expected; None if it can."""
     nearest = path.absolute()
     while not os.path.lexists(nearest):
         nearest = nearest.parent

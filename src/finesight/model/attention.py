@@ -118,9 +118,9 @@ class LengthBuckets:
         duplicate_X = self._repeat_flags(self.duplicate_P, num_heads)
         unused_X = padding_X | duplicate_X
         real_Y = (~unused_X).nonzero().squeeze(1)
+        unused_Y = unused_X.nonzero().squeeze(1)
         inverse_Y = torch.empty_like(real_Y)
         inverse_Y[order_X[real_Y]] = real_Y
-        unused_Y = unused_X.nonzero().squeeze(1)
         padding_Y = unused_Y if len(unused_Y) else None
         copies_RC = None
         if self.duplicate_P is not None:
@@ -134,13 +134,13 @@ class LengthBuckets:
         return HeadRowIndices(order_X, inverse_Y, padding_Y, copies_RC)
 
     def _repeat_flags(self, flags_P: Tensor | None, num_heads: int) -> Tensor:
-        """Return the flags of all rows; None means no flags."""
+        """Return the flags of all rows. None means that no flag is set."""
         if flags_P is None:
             flags_P = torch.zeros(self.num_positions, dtype=torch.bool)
         return self._repeat_per_head(flags_P, torch.zeros(num_heads, dtype=torch.bool))
 
     def _repeat_per_head(self, values_P: Tensor, offsets_H: Tensor) -> Tensor:
-        """Repeat the values of each segment once per head and add the offset of the head."""
+        """Repeat the values of each segment once per head, plus its offset."""
         parts = torch.split(values_P, self.bucket_sizes)
         repeated = []
         for part, (length, _) in zip(parts, self.shapes, strict=True):
@@ -212,11 +212,9 @@ def bucket_shared_prefix(lengths: Sequence[int]) -> LengthBuckets:
     duplicate_P = torch.from_numpy(duplicate_M)[order_P]
     if buckets.padding_P is not None:
         duplicate_P &= ~buckets.padding_P
+    duplicates = duplicate_P if bool(duplicate_P.any()) else None
     return replace(
-        buckets,
-        order_T=torch.from_numpy(source_M)[order_P],
-        inverse_T=None,
-        duplicate_P=duplicate_P if bool(duplicate_P.any()) else None,
+        buckets, order_T=torch.from_numpy(source_M)[order_P], inverse_T=None, duplicate_P=duplicates
     )
 
 

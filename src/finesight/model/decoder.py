@@ -47,9 +47,10 @@ class DeepstackFeatures:
 
 
 class LayerAttention(LinearBlock):
-    """Attention of a decoder layer, which maps outputs of the first to inputs of the second linear.
+    """Attention of a decoder layer, between its two linears.
 
-    With `fused_head_dim`, `fused_decoder` rotates heads and then passes no rotary embedding.
+    It maps the outputs of the first linear to the inputs of the second one. With
+    `fused_head_dim`, `fused_decoder` rotates heads and then passes no rotary embedding.
     """
 
     fused_head_dim: int | None = None

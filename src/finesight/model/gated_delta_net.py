@@ -407,9 +407,10 @@ def forward_step(inputs: DeltaNetInputs, state: DeltaNetState) -> tuple[Tensor, 
 
 
 def update_states(inputs: DeltaNetInputs, states: DeltaNetState, slots_S: Tensor) -> Tensor:
-    """Compute one token of each sequence with the kernels, and update the states in these rows.
+    """Compute one token of each sequence with the kernels and update its state.
 
-    The bits of the outputs do not depend on the other sequences.
+    The state of a sequence is in the row of `states` that `slots_S` gives. The bits of the outputs
+    do not depend on the other sequences.
     """
     x_SN = inputs.qkv_TN
     weight_NW = inputs.conv_weight_NW.contiguous()
@@ -463,7 +464,7 @@ def _is_kernel_size(size: int) -> bool:
 
 
 def supports_kernels(config: LinearAttentionConfig, x: Tensor) -> bool:
-    """Return True if the kernels support the heads of a layer and the device and dtype of `x`.
+    """Return True if the kernels support a layer and the device and dtype of `x`.
 
     They need the shared memory of an NVIDIA GPU of compute capability 8.0 or higher.
     """

@@ -280,7 +280,7 @@ def _must_copy(linear: FusedLinear) -> bool:
 
 @dataclass(frozen=True)
 class FusedGelu:
-    """GELU approximation of the form x sigmoid(linear x + cubic x^3), or with linear 0 exact."""
+    """GELU as x sigmoid(linear x + cubic x^3), or exact with `linear` 0."""
 
     linear: float
     cubic: float
@@ -513,8 +513,8 @@ class SparseMoeBlock(nn.Module):
     def forward(self, x_TD: Tensor) -> Tensor:
         router_probs_TE = self.gate(x_TD).softmax(-1, dtype=torch.float32)
         expert_weights_TK, expert_ids_TK = router_probs_TE.topk(self.top_k, dim=-1)
-        sum_T1 = expert_weights_TK.sum(-1, keepdim=True)
-        expert_weights_TK = (expert_weights_TK / sum_T1).to(x_TD.dtype)
+        expert_weights_TK = expert_weights_TK / expert_weights_TK.sum(-1, keepdim=True)
+        expert_weights_TK = expert_weights_TK.to(x_TD.dtype)
         # Sort the pairs by expert without synchronizing with the device.
         sorted_P, order_P = expert_ids_TK.flatten().sort(stable=True)
         experts_E = torch.arange(router_probs_TE.shape[1], device=x_TD.device)

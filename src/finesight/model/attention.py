@@ -45,8 +45,11 @@ from finesight.model.gated_delta_net import (
 from finesight.model.kernels import varlen_attention as varlen_kernels
 from finesight.model.kernels.runtime import HAS_TRITON
 
-MAX_LENGTH_RATIO, LENGTH_MULTIPLE = 2, 64
-"""Maximum length ratio of the segments in a padded bucket, and divisor of its padded length.
+MAX_LENGTH_RATIO = 2
+"""Maximum length ratio of the segments in a padded bucket."""
+
+LENGTH_MULTIPLE = 64
+"""Divisor of the padded length of a bucket.
 
 Few distinct lengths remain, which recur between packed batches. A CPU rebuilds its kernels for each
 new size, which costs more than the padding.
@@ -92,8 +95,13 @@ class LengthBuckets:
     )
 
     @property
+    def bucket_sizes(self) -> list[int]:
+        """Number of positions of each bucket, including padding."""
+        return [length * count for length, count in self.shapes]
+
+    @property
     def num_positions(self) -> int:
-        return sum(length * count for length, count in self.shapes)
+        return sum(self.bucket_sizes)
 
     def head_rows(self, num_heads: int) -> HeadRowIndices:
         """Return the row indices for `num_heads` heads, cached for all layers."""
@@ -102,33 +110,43 @@ class LengthBuckets:
         return self._head_rows_cache[num_heads]
 
     def _build_head_rows(self, num_heads: int) -> HeadRowIndices:
-        order_P = torch.arange(self.num_positions) if self.order_T is None else self.order_T
+        order_P = self.order_T
+        if order_P is None:
+            order_P = torch.arange(self.num_positions)
         order_X = self._repeat_per_head(order_P * num_heads, torch.arange(num_heads))
-        padding_X, duplicate_X = (
-            self._repeat_per_head(
-                torch.zeros(self.num_positions, dtype=torch.bool) if flags_P is None else flags_P,
-                torch.zeros(num_heads, dtype=torch.bool),
-            )
-            for flags_P in (self.padding_P, self.duplicate_P)
-        )
-        unused_X, copies_RC = padding_X | duplicate_X, None
-        real_Y, unused_Y = (~unused_X).nonzero().squeeze(1), unused_X.nonzero().squeeze(1)
+        padding_X = self._repeat_flags(self.padding_P, num_heads)
+        duplicate_X = self._repeat_flags(self.duplicate_P, num_heads)
+        unused_X = padding_X | duplicate_X
+        real_Y = (~unused_X).nonzero().squeeze(1)
+        unused_Y = unused_X.nonzero().squeeze(1)
         inverse_Y = torch.empty_like(real_Y)
         inverse_Y[order_X[real_Y]] = real_Y
+        padding_Y = unused_Y if len(unused_Y) else None
+        copies_RC = None
         if self.duplicate_P is not None:
             duplicate_Y = duplicate_X.nonzero().squeeze(1)
-            sorted_rows = order_X[duplicate_Y].argsort(stable=True)
-            copies_RC = duplicate_Y[sorted_rows].view(int(order_X[duplicate_Y].max()) + 1, -1)
-        return HeadRowIndices(order_X, inverse_Y, unused_Y if len(unused_Y) else None, copies_RC)
+            rows_Y = order_X[duplicate_Y]
+            # All copies of a row follow each other. Only the first rows, the prefix, have copies,
+            # and each of them has the same number.
+            sorted_Y = duplicate_Y[rows_Y.argsort(stable=True)]
+            num_prefix_rows = int(rows_Y.max()) + 1
+            copies_RC = sorted_Y.view(num_prefix_rows, -1)
+        return HeadRowIndices(order_X, inverse_Y, padding_Y, copies_RC)
+
+    def _repeat_flags(self, flags_P: Tensor | None, num_heads: int) -> Tensor:
+        """Return the flags of all rows. None means that no flag is set."""
+        if flags_P is None:
+            flags_P = torch.zeros(self.num_positions, dtype=torch.bool)
+        return self._repeat_per_head(flags_P, torch.zeros(num_heads, dtype=torch.bool))
 
     def _repeat_per_head(self, values_P: Tensor, offsets_H: Tensor) -> Tensor:
-        parts = torch.split(values_P, [length * count for length, count in self.shapes])
-        lengths = (length for length, _ in self.shapes)
-        repeated = (
-            (part.view(-1, 1, length) + offsets_H[:, None]).flatten()
-            for part, length in zip(parts, lengths, strict=True)
-        )
-        return torch.cat([*repeated])
+        """Repeat the values of each segment once per head, plus its offset."""
+        parts = torch.split(values_P, self.bucket_sizes)
+        repeated = []
+        for part, (length, _) in zip(parts, self.shapes, strict=True):
+            values_SHL = part.view(-1, 1, length) + offsets_H[:, None]
+            repeated.append(values_SHL.flatten())
+        return torch.cat(repeated)
 
 
 def bucket_by_length(lengths: Sequence[int], device: torch.device) -> LengthBuckets:
@@ -166,9 +184,12 @@ def _sort_segments(
     order[padding] = 0
     real = np.flatnonzero(~padding)
     inverse = real[np.argsort(order[real])]
-    arrays = (order, inverse, padding) if padding.any() else (order, inverse)
-    tensors = (copy_to_device(array, device) for array in arrays)
-    return LengthBuckets(_run_lengths(padded_S.tolist()), *tensors)
+    return LengthBuckets(
+        _run_lengths(padded_S.tolist()),
+        copy_to_device(order, device),
+        copy_to_device(inverse, device),
+        copy_to_device(padding, device) if padding.any() else None,
+    )
 
 
 def bucket_shared_prefix(lengths: Sequence[int]) -> LengthBuckets:
@@ -176,15 +197,18 @@ def bucket_shared_prefix(lengths: Sequence[int]) -> LengthBuckets:
     prefix_length, *suffix_lengths = lengths
     full_lengths = [prefix_length + length for length in suffix_lengths]
     starts = np.cumsum([prefix_length, *suffix_lengths[:-1]])
-    source_M = np.concatenate(
-        [
-            np.concatenate([np.arange(prefix_length), np.arange(start, start + length)])
-            for start, length in zip(starts, suffix_lengths, strict=True)
-        ]
-    )
-    duplicate_M = (source_M < prefix_length) & (np.arange(len(source_M)) >= full_lengths[0])
+    sources = []
+    for start, length in zip(starts, suffix_lengths, strict=True):
+        sources.append(np.arange(prefix_length))
+        sources.append(np.arange(start, start + length))
+    source_M = np.concatenate(sources)
+    # The first sequence has the prefix itself, and the others have copies of it.
+    is_copy_M = np.arange(len(source_M)) >= full_lengths[0]
+    duplicate_M = (source_M < prefix_length) & is_copy_M
     buckets = bucket_with_padding(full_lengths, torch.device("cpu"))
-    order_P = torch.arange(len(source_M)) if buckets.order_T is None else buckets.order_T
+    order_P = buckets.order_T
+    if order_P is None:
+        order_P = torch.arange(len(source_M))
     duplicate_P = torch.from_numpy(duplicate_M)[order_P]
     if buckets.padding_P is not None:
         duplicate_P &= ~buckets.padding_P
@@ -312,12 +336,14 @@ class _ExpandSharedPrefix(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy_MX: Tensor) -> tuple[Tensor, None]:
         _, position_indices_T, prefix_indices_SP = ctx.indices
-        shape = *prefix_indices_SP.shape, *dy_MX.shape[1:]
         dx_TX = dy_MX.index_select(0, position_indices_T)
         # Sum the prefix gradients of all sequences in fp32 and round once.
-        prefix_grads_SPX = dy_MX.index_select(0, prefix_indices_SP.flatten()).view(shape)
+        num_sequences, prefix_length = prefix_indices_SP.shape
+        prefix_grads_SPX = dy_MX.index_select(0, prefix_indices_SP.flatten()).view(
+            num_sequences, prefix_length, *dy_MX.shape[1:]
+        )
         wide_dtype = torch.promote_types(dy_MX.dtype, torch.float32)
-        dx_TX[: shape[1]] = prefix_grads_SPX.sum(0, dtype=wide_dtype)
+        dx_TX[:prefix_length] = prefix_grads_SPX.sum(0, dtype=wide_dtype)
         return dx_TX, None
 
 
@@ -329,7 +355,8 @@ class SharedPrefixAttention(PackedAttention):
         raise AssertionError(f"{self.prefix_length} prefix tokens have several context lengths")
 
     def __call__(self, layer_index: int, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor) -> Tensor:
-        segments, full_segments = self.segments, self.full_segments
+        segments = self.segments
+        full_segments = self.full_segments
         if _use_triton_attention(q_THD, full_segments) and not self.matches_decoding:
             cu_seqlens = varlen_kernels.CuSeqlens(
                 segments.cu_seqlens_S1, full_segments.max_seqlen, self.prefix_length
@@ -337,7 +364,8 @@ class SharedPrefixAttention(PackedAttention):
             return apply(_TritonAttention, q_THD, k_TKD, v_TKD, cu_seqlens)
         if _use_cpu_attention(q_THD, full_segments):
             return cpu_attention(q_THD, k_TKD, v_TKD, self.length_buckets, causal=True)
-        k_MKD, v_MKD = self._expand(k_TKD), self._expand(v_TKD)
+        k_MKD = self._expand(k_TKD)
+        v_MKD = self._expand(v_TKD)
         if supports_varlen_attention(q_THD):
             return _flash_attention(q_THD, k_MKD, v_MKD, segments, full_segments, causal=True)
         o_MHD = varlen_attention(self._expand(q_THD), k_MKD, v_MKD, full_segments, causal=True)
@@ -350,7 +378,8 @@ class SharedPrefixAttention(PackedAttention):
         prefix = inputs.select(slice(self.prefix_length))
         prefix_THV, state = forward_with_states(prefix, prefix_layout)
         num_suffixes = len(suffix_layout.lengths)
-        conv_SWN, delta_SHDV = (x.expand(num_suffixes, *x.shape[1:]) for x in state)
+        conv_SWN = state.conv_SWN.expand(num_suffixes, -1, -1)
+        delta_SHDV = state.delta_SHDV.expand(num_suffixes, -1, -1, -1)
         suffix_THV, _ = forward_packed(
             suffixes, suffix_layout, conv_SWN, delta_SHDV, self.matches_decoding
         )
@@ -366,20 +395,34 @@ class SharedPrefixAttention(PackedAttention):
     @cached_property
     def chunk_layouts(self) -> tuple[ChunkLayout, ChunkLayout]:
         """Chunks of the prefix and of the other sequences for linear attention."""
-        (prefix, *others), cu_seqlens_S1 = self.segments.lengths, self.segments.cu_seqlens_S1
-        num_suffix_tokens = self.segments.num_tokens - prefix
-        return (
-            ChunkLayout((prefix,), cu_seqlens_S1[:2], prefix, prefix),
-            ChunkLayout((*others,), cu_seqlens_S1[1:] - prefix, max(others), num_suffix_tokens),
+        prefix_length, *suffix_lengths = self.segments.lengths
+        cu_seqlens_S1 = self.segments.cu_seqlens_S1
+        prefix = ChunkLayout((prefix_length,), cu_seqlens_S1[:2], prefix_length, prefix_length)
+        suffixes = ChunkLayout(
+            tuple(suffix_lengths),
+            cu_seqlens_S1[1:] - prefix_length,
+            max(suffix_lengths),
+            self.segments.num_tokens - prefix_length,
         )
+        return prefix, suffixes
 
     @cached_property
     def full_segments(self) -> Segments:
-        cu_seqlens_S1, (first, *others) = self.segments.cu_seqlens_S1, self.segments.lengths
-        lengths = first, *(first + length for length in others)
-        num_prefixes_S1 = torch.arange(-1, len(others) + 1, device=cu_seqlens_S1.device).clamp(0)
-        full_cu_seqlens_S1 = (cu_seqlens_S1 + num_prefixes_S1 * first).to(cu_seqlens_S1.dtype)
-        return Segments(lengths, full_cu_seqlens_S1, max(lengths), self._num_expanded_tokens)
+        prefix_length, *suffix_lengths = self.segments.lengths
+        cu_seqlens_S1 = self.segments.cu_seqlens_S1
+        full_lengths = [prefix_length + length for length in suffix_lengths]
+        lengths = (prefix_length, *full_lengths)
+        # Number of copies of the prefix before each boundary: 0, 0, 1, 2, ...
+        num_copies_S1 = torch.arange(
+            -1, len(suffix_lengths) + 1, device=cu_seqlens_S1.device
+        ).clamp(0)
+        full_cu_seqlens_S1 = cu_seqlens_S1 + num_copies_S1 * prefix_length
+        return Segments(
+            lengths,
+            full_cu_seqlens_S1.to(cu_seqlens_S1.dtype),
+            max(lengths),
+            self._num_expanded_tokens,
+        )
 
     @property
     def _num_expanded_tokens(self) -> int:
@@ -392,7 +435,8 @@ class SharedPrefixAttention(PackedAttention):
     @cached_property
     def indices(self) -> SharedPrefixIndices:
         """Row indices of the expanded batch, computed on the device."""
-        cu_seqlens_S1, prefix_length = self.segments.cu_seqlens_S1, self.prefix_length
+        prefix_length = self.prefix_length
+        cu_seqlens_S1 = self.segments.cu_seqlens_S1
         full_cu_seqlens_S1 = self.full_segments.cu_seqlens_S1
         position_M = torch.arange(
             self._num_expanded_tokens, device=cu_seqlens_S1.device, dtype=cu_seqlens_S1.dtype
@@ -476,8 +520,10 @@ class _TritonAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, do_THD: Tensor) -> tuple[Tensor | None, ...]:
         q_THD, k_TKD, v_TKD, o_THD, lse_HT = ctx.saved_tensors
-        inputs = q_THD, k_TKD, v_TKD, o_THD, do_THD, lse_HT
-        return *varlen_kernels.attention_backward(*inputs, ctx.cu_seqlens), None
+        dq_THD, dk_TKD, dv_TKD = varlen_kernels.attention_backward(
+            q_THD, k_TKD, v_TKD, o_THD, do_THD, lse_HT, ctx.cu_seqlens
+        )
+        return dq_THD, dk_TKD, dv_TKD, None
 
 
 def _flash_attention(
@@ -491,9 +537,12 @@ def _flash_attention(
     # Imported lazily: this loads torch's compiler, which takes as long as importing torch.
     from torch.nn.attention.varlen import varlen_attn
 
-    # If a segment has fewer queries than keys, the causal mask is aligned to its last key. Releases
-    # before 2.12 support grouped-query attention without a flag.
-    options: dict[str, Any] = {"enable_gqa": True} if _TORCH_VERSION >= (2, 12) else {}
+    # If a segment has fewer queries than keys, the causal mask is aligned to its last key.
+    window_size = (-1, 0) if causal else (-1, -1)
+    # Releases before 2.12 support grouped-query attention without a flag.
+    options: dict[str, Any] = {}
+    if _TORCH_VERSION >= (2, 12):
+        options["enable_gqa"] = True
     o_THD = varlen_attn(
         q_THD,
         k_TKD,
@@ -502,7 +551,7 @@ def _flash_attention(
         key_segments.cu_seqlens_S1,
         query_segments.max_seqlen,
         key_segments.max_seqlen,
-        window_size=(-1, 0) if causal else (-1, -1),
+        window_size=window_size,
         **options,
     )
     assert isinstance(o_THD, Tensor), f"varlen_attn returned {type(o_THD)}"
@@ -522,7 +571,9 @@ def _suffix_attention(
     ):
         q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q_LHD, k_LKD, v_LKD))
         all_true = torch.ones(len(q_LHD), len(k_LKD), dtype=torch.bool, device=q.device)
-        mask, enable_gqa = all_true.tril(len(k_LKD) - len(q_LHD)), q.shape[1] > k.shape[1]
+        # The last query attends to all keys.
+        mask = all_true.tril(len(k_LKD) - len(q_LHD))
+        enable_gqa = q.shape[1] > k.shape[1]
         o_1HLD = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=enable_gqa)
         outputs.append(o_1HLD.squeeze(0).transpose(0, 1))
     return torch.cat(outputs)
@@ -542,19 +593,26 @@ def bucketed_attention(
     if repeats > 1:
         k_TKD = k_TKD.repeat_interleave(repeats, dim=1)
         v_TKD = v_TKD.repeat_interleave(repeats, dim=1)
-    packed = [q_THD, k_TKD, v_TKD]
     if buckets.order_T is not None:
-        packed = [x_THD.index_select(0, buckets.order_T) for x_THD in packed]
-    sizes = [length * count for length, count in buckets.shapes]
+        q_THD = q_THD.index_select(0, buckets.order_T)
+        k_TKD = k_TKD.index_select(0, buckets.order_T)
+        v_TKD = v_TKD.index_select(0, buckets.order_T)
+    sizes = buckets.bucket_sizes
     outputs = []
     for (length, count), *bucket in zip(
-        buckets.shapes, *(torch.split(x, sizes) for x in packed), strict=True
+        buckets.shapes,
+        torch.split(q_THD, sizes),
+        torch.split(k_TKD, sizes),
+        torch.split(v_TKD, sizes),
+        strict=True,
     ):
         q, k, v = (torch.unflatten(x, 0, (count, length)).transpose(1, 2) for x in bucket)
         o_NHLD = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
         outputs.append(o_NHLD.transpose(1, 2).flatten(0, 1))
     o_THD = torch.cat(outputs)
-    return o_THD if buckets.inverse_T is None else o_THD.index_select(0, buckets.inverse_T)
+    if buckets.inverse_T is None:
+        return o_THD
+    return o_THD.index_select(0, buckets.inverse_T)
 
 
 # Names since torch 2.13 and in earlier releases.
@@ -599,8 +657,13 @@ class ContextParallelAttention(PackedAttention):
         """Compute the attention output of this rank's tokens."""
         k_WKD, v_WKD = self._all_gather_kv(torch.stack([k_TKD, v_TKD], dim=1)).unbind(1)
         queries = torch.split(q_THD, self.context_shard.lengths)
-        outputs = [
-            varlen_attention(
+        outputs = []
+        for q_SHD, (_, stop), (query_segments, key_segments) in zip(
+            queries, self.context_shard.token_ranges, self._chunk_segments, strict=True
+        ):
+            if len(q_SHD) == 0:
+                continue
+            o_SHD = varlen_attention(
                 q_SHD,
                 k_WKD[:stop],
                 v_WKD[:stop],
@@ -608,11 +671,7 @@ class ContextParallelAttention(PackedAttention):
                 causal=True,
                 key_segments=key_segments,
             )
-            for q_SHD, (_, stop), (query_segments, key_segments) in zip(
-                queries, self.context_shard.token_ranges, self._chunk_segments, strict=True
-            )
-            if len(q_SHD)
-        ]
+            outputs.append(o_SHD)
         return torch.cat(outputs)
 
     def linear_attention(self, layer_index: int, inputs: DeltaNetInputs) -> Tensor:
@@ -622,10 +681,12 @@ class ContextParallelAttention(PackedAttention):
     def _chunk_segments(self) -> tuple[tuple[Segments, Segments], ...]:
         """Query and key segments of each chunk of this rank."""
         device = self.segments.cu_seqlens_S1.device
-        return tuple(
-            (Segments.from_lengths([stop - start], device), Segments.from_lengths([stop], device))
-            for start, stop in self.context_shard.token_ranges
-        )
+        chunk_segments = []
+        for start, stop in self.context_shard.token_ranges:
+            queries = Segments.from_lengths([stop - start], device)
+            keys = Segments.from_lengths([stop], device)
+            chunk_segments.append((queries, keys))
+        return tuple(chunk_segments)
 
     def _all_gather_kv(self, kv_T2KD: Tensor) -> Tensor:
         """Gather keys and values of all ranks in sequence order, [W, 2, K, D]."""
@@ -652,15 +713,17 @@ def exchange_features(features_MFD: Tensor, shard: ContextShard) -> Tensor:
         [np.arange(*feature_range) for feature_range in shard.feature_ranges]
     )
     source_ranks = np.searchsorted(starts, feature_ids, "right") - 1
-    source_indices_M = copy_to_device(
-        source_ranks * max_features + feature_ids - starts[source_ranks], features_MFD.device
-    )
+    source_rows = source_ranks * max_features + feature_ids - starts[source_ranks]
+    source_indices_M = copy_to_device(source_rows, features_MFD.device)
     return all_PMFD.flatten(0, 1).index_select(0, source_indices_M)
 
 
 def pad_rows(x: Tensor, num_rows: int) -> Tensor:
     """Pad a tensor with zero rows to `num_rows` rows."""
-    return F.pad(x, (0, 0) * (x.ndim - 1) + (0, num_rows - len(x))) if len(x) < num_rows else x
+    if len(x) >= num_rows:
+        return x
+    # F.pad counts dimensions from the last one; only the first one is padded.
+    return F.pad(x, (0, 0) * (x.ndim - 1) + (0, num_rows - len(x)))
 
 
 MAX_CPU_SEQLEN = 512
@@ -688,30 +751,38 @@ class _CpuAttention(torch.autograd.Function):
         ctx: Any, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, buckets: LengthBuckets, causal: bool
     ) -> Tensor:
         scale = q_THD.shape[-1] ** -0.5
-        query_rows, key_rows = (buckets.head_rows(x.shape[1]) for x in (q_THD, k_TKD))
+        num_kv_heads = k_TKD.shape[1]
+        query_rows = buckets.head_rows(q_THD.shape[1])
+        key_rows = buckets.head_rows(num_kv_heads)
         q_XD = _select_rows(q_THD, query_rows)
-        k_XD, v_XD = (_select_rows(x, key_rows) for x in (k_TKD, v_TKD))
+        k_XD = _select_rows(k_TKD, key_rows)
+        v_XD = _select_rows(v_TKD, key_rows)
         o_XD = torch.empty_like(q_XD)
         weights: list[Tensor] = []
-        batches = (_split_batches(x, buckets, k_TKD.shape[1]) for x in (q_XD, k_XD, v_XD, o_XD))
+        batches = (_split_batches(x, buckets, num_kv_heads) for x in (q_XD, k_XD, v_XD, o_XD))
         for q_BQD, k_BLD, v_BLD, o_BQD in zip(*batches, strict=True):
             weights.append(_attention_weights(q_BQD, k_BLD, scale, causal))
             torch.bmm(weights[-1], v_BLD, out=o_BQD)
         ctx.save_for_backward(*query_rows, *key_rows, q_XD, k_XD, v_XD, *weights)
-        ctx.buckets, ctx.num_kv_heads, ctx.scale = buckets, k_TKD.shape[1], scale
+        ctx.buckets = buckets
+        ctx.num_kv_heads = num_kv_heads
+        ctx.scale = scale
         return o_XD.index_select(0, query_rows.inverse_Y).view(q_THD.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, do_THD: Tensor) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors
-        query_rows, key_rows = HeadRowIndices(*saved[:4]), HeadRowIndices(*saved[4:8])
-        (q_XD, k_XD, v_XD), weights = saved[8:11], saved[11:]
-        scale, num_kv_heads = ctx.scale, ctx.num_kv_heads
+        query_rows = HeadRowIndices(*saved[:4])
+        key_rows = HeadRowIndices(*saved[4:8])
+        q_XD, k_XD, v_XD, *weights = saved[8:]
+        num_kv_heads = ctx.num_kv_heads
         do_XD = _select_rows(do_THD, query_rows)
         if query_rows.padding_Y is not None:
             do_XD.index_fill_(0, query_rows.padding_Y, 0)
-        dq_XD, dk_XD, dv_XD = (torch.empty_like(x) for x in (q_XD, k_XD, v_XD))
+        dq_XD = torch.empty_like(q_XD)
+        dk_XD = torch.empty_like(k_XD)
+        dv_XD = torch.empty_like(v_XD)
         tensors = (q_XD, k_XD, v_XD, do_XD, dq_XD, dk_XD, dv_XD)
         batches = (_split_batches(x, ctx.buckets, num_kv_heads) for x in tensors)
         for weights_BQL, q_BQD, k_BLD, v_BLD, do_BQD, dq_BQD, dk_BLD, dv_BLD in zip(
@@ -721,14 +792,14 @@ class _CpuAttention(torch.autograd.Function):
             torch.ops.aten._softmax_backward_data.out(
                 dscores_BQL, weights_BQL, -1, weights_BQL.dtype, grad_input=dscores_BQL
             )
-            dq_BQD.baddbmm_(dscores_BQL, k_BLD, beta=0, alpha=scale)
-            dk_BLD.baddbmm_(dscores_BQL.mT, q_BQD, beta=0, alpha=scale)
+            dq_BQD.baddbmm_(dscores_BQL, k_BLD, beta=0, alpha=ctx.scale)
+            dk_BLD.baddbmm_(dscores_BQL.mT, q_BQD, beta=0, alpha=ctx.scale)
             torch.bmm(weights_BQL.mT, do_BQD, out=dv_BLD)
             # Free the memory before the next iteration.
             del dscores_BQL
-        dk_TKD, dv_TKD = (
-            _sum_duplicates(x, key_rows).view(-1, num_kv_heads, x.shape[1]) for x in (dk_XD, dv_XD)
-        )
+        head_dim = q_XD.shape[1]
+        dk_TKD = _sum_duplicates(dk_XD, key_rows).view(-1, num_kv_heads, head_dim)
+        dv_TKD = _sum_duplicates(dv_XD, key_rows).view(-1, num_kv_heads, head_dim)
         dq_THD = dq_XD.index_select(0, query_rows.inverse_Y).view(do_THD.shape)
         return dq_THD, dk_TKD, dv_TKD, None, None
 
@@ -786,6 +857,6 @@ def _sum_duplicates(dx_XD: Tensor, rows: HeadRowIndices) -> Tensor:
 def _split_batches(x_XD: Tensor, buckets: LengthBuckets, num_kv_heads: int) -> Iterator[Tensor]:
     """Yield one batch of matrices [B, Q, D] per bucket."""
     num_heads = len(x_XD) // buckets.num_positions
-    parts = torch.split(x_XD, [num_heads * length * count for length, count in buckets.shapes])
+    parts = torch.split(x_XD, [num_heads * size for size in buckets.bucket_sizes])
     for (_, count), x in zip(buckets.shapes, parts, strict=True):
         yield x.view(count * num_kv_heads, -1, x.shape[1])

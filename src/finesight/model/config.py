@@ -37,13 +37,16 @@ class ConfigReader:
     def __init__(
         self, values: Mapping[str, object], file: str = "config.json", key_prefix: str = ""
     ):
-        self._values, self.file, self._key_prefix = values, file, key_prefix
+        self._values = values
+        self.file = file
+        self._key_prefix = key_prefix
 
     def raise_invalid(self, key: str, expected: str) -> NoReturn:
         """Raise a UserError with the current and the expected value of `key`."""
         value = self._values.get(key)
+        current = "missing" if value is None else f"{value!r:.80}"
         raise UserError(
-            f"{self._key_prefix}{key} is {'missing' if value is None else f'{value!r:.80}'}",
+            f"{self._key_prefix}{key} is {current}",
             where=self.file,
             expected=expected,
             remedy="take the file from the model's own folder",
@@ -53,7 +56,9 @@ class ConfigReader:
         return self._values.get(key) is not None
 
     def _get(self, key: str, default: object) -> object:
-        return self._values[key] if self.has(key) else default
+        if not self.has(key):
+            return default
+        return self._values[key]
 
     def section(self, key: str) -> ConfigReader:
         """Return a reader of the JSON object stored under `key`."""
@@ -99,7 +104,11 @@ class ConfigReader:
     def get_floats(self, key: str, length: int) -> tuple[float, ...]:
         """Return the list of `length` finite floats stored under `key`."""
         value = self._values.get(key)
-        if not isinstance(value, list | tuple) or [*map(_is_number, value)] != [True] * length:
+        if (
+            not isinstance(value, list | tuple)
+            or len(value) != length
+            or not all(map(_is_number, value))
+        ):
             self.raise_invalid(key, f"a list of {length} values")
         return tuple(map(float, value))
 
@@ -255,7 +264,10 @@ class ModelConfig:
 
 def sequential_mrope_axes(sections: tuple[int, ...]) -> tuple[int, ...]:
     """Assign rotary frequencies to the axes time, height and width in consecutive sections."""
-    return tuple(row for row, size in enumerate(sections) for _ in range(size))
+    axes: list[int] = []
+    for axis, size in enumerate(sections):
+        axes += [axis] * size
+    return tuple(axes)
 
 
 def parse_decoder_config(
@@ -279,7 +291,8 @@ def parse_decoder_config(
     # Published files have `type: mrope`; transformers 5 adds `rope_type: default`.
     rope.require_supported("type", "mrope", ("mrope", "default"))
     rope.require_supported("rope_type", "default", ("mrope", "default"))
-    hidden_size, num_heads = text.get_int("hidden_size"), text.get_int("num_attention_heads")
+    hidden_size = text.get_int("hidden_size")
+    num_heads = text.get_int("num_attention_heads")
     num_kv_heads = text.get_int("num_key_value_heads", num_heads)
     sections = rope.get_ints("mrope_section")
     if head_dim is None:
@@ -296,6 +309,7 @@ def parse_decoder_config(
         )
     # The top-level value takes precedence: the config class of the text part has another default.
     tied = text.get_bool("tie_word_embeddings", False)
+    rope_theta_section = rope if rope.has("rope_theta") else text
     return DecoderConfig(
         vocab_size=text.get_int("vocab_size"),
         hidden_size=hidden_size,
@@ -306,7 +320,7 @@ def parse_decoder_config(
         head_dim=head_dim,
         use_qk_norm=use_qk_norm,
         rms_norm_eps=text.get_float("rms_norm_eps"),
-        rope_theta=(rope if rope.has("rope_theta") else text).get_float("rope_theta"),
+        rope_theta=rope_theta_section.get_float("rope_theta"),
         mrope_axes=mrope_axes(sections),
         max_position_embeddings=text.get_int("max_position_embeddings", 32768),
         tie_word_embeddings=hf_config.get_bool("tie_word_embeddings", tied),
@@ -323,7 +337,9 @@ def get_even_head_dim(text: ConfigReader, hidden_size: int, num_heads: int) -> i
 
 def get_text_config(hf_config: ConfigReader) -> ConfigReader:
     """Return the section of config.json with the language model's keys."""
-    return hf_config.section("text_config") if hf_config.has("text_config") else hf_config
+    if hf_config.has("text_config"):
+        return hf_config.section("text_config")
+    return hf_config
 
 
 def get_rope_config(text: ConfigReader) -> ConfigReader:

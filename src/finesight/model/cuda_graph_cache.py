@@ -47,7 +47,8 @@ class CudaGraphCache:
 
     def _capture(self, function: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
         # torch.cuda.graph would empty the allocator cache first, which is slower than the capture.
-        graph, stream = torch.cuda.CUDAGraph(), _capture_stream(self._device)
+        graph = torch.cuda.CUDAGraph()
+        stream = _capture_stream(self._device)
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
@@ -79,7 +80,8 @@ def _reset_failed_capture(device: torch.device, pool: tuple[int, int]) -> None:
     """
     with torch.cuda.device(device):
         device_index = torch.cuda.current_device()
-    generator, replacement = torch.cuda.default_generators[device_index], torch.Generator(device)
+    generator = torch.cuda.default_generators[device_index]
+    replacement = torch.Generator(device)
     replacement.set_state(generator.get_state())
     generator.graphsafe_set_state(replacement.graphsafe_get_state())
     # The pool may have been released already.

@@ -47,9 +47,10 @@ class DeepstackFeatures:
 
 
 class LayerAttention(LinearBlock):
-    """Attention of a decoder layer, which maps outputs of the first to inputs of the second linear.
+    """Attention of a decoder layer, between its two linears.
 
-    With `fused_head_dim`, `fused_decoder` rotates heads and then passes no rotary embedding.
+    It maps the outputs of the first linear to the inputs of the second one. With
+    `fused_head_dim`, `fused_decoder` rotates heads and then passes no rotary embedding.
     """
 
     fused_head_dim: int | None = None
@@ -61,15 +62,18 @@ class DecoderAttention(LayerAttention):
 
     def __init__(self, config: DecoderConfig, layer_index: int) -> None:
         super().__init__()
-        self.layer_index, self.is_fusible = layer_index, not config.use_qk_norm
+        self.layer_index = layer_index
+        self.is_fusible = not config.use_qk_norm
         self.head_dim = self.fused_head_dim = config.head_dim
-        q_size, kv_size = (n * config.head_dim for n in (config.num_heads, config.num_kv_heads))
+        q_size = config.num_heads * config.head_dim
+        kv_size = config.num_kv_heads * config.head_dim
         output_sizes = {"q_proj": q_size, "k_proj": kv_size, "v_proj": kv_size}
         self.qkv_proj = FusedLinear(config.hidden_size, output_sizes, bias=not config.use_qk_norm)
-        self.q_norm, self.k_norm = (
-            RmsNorm(self.head_dim, eps=config.rms_norm_eps) if config.use_qk_norm else None
-            for _ in range(2)
-        )
+        self.q_norm: RmsNorm | None = None
+        self.k_norm: RmsNorm | None = None
+        if config.use_qk_norm:
+            self.q_norm = RmsNorm(self.head_dim, eps=config.rms_norm_eps)
+            self.k_norm = RmsNorm(self.head_dim, eps=config.rms_norm_eps)
         self.o_proj = FusedLinear(q_size, {"o_proj": config.hidden_size}, bias=False)
 
     def forward(
@@ -80,9 +84,11 @@ class DecoderAttention(LayerAttention):
     ) -> Tensor:
         q_THD, k_TKD, v_TKD = (y.view(len(y), -1, self.head_dim) for y in projected)
         if self.q_norm is not None and self.k_norm is not None:
-            q_THD, k_TKD = self.q_norm(q_THD), self.k_norm(k_TKD)
+            q_THD = self.q_norm(q_THD)
+            k_TKD = self.k_norm(k_TKD)
         if rotary is not None:
-            q_THD, k_TKD = (apply_rotary_pos_emb(x, rotary) for x in (q_THD, k_TKD))
+            q_THD = apply_rotary_pos_emb(q_THD, rotary)
+            k_TKD = apply_rotary_pos_emb(k_TKD, rotary)
         return attention(self.layer_index, q_THD, k_TKD, v_TKD).flatten(1)
 
 
@@ -98,7 +104,8 @@ class FusibleLayer(nn.Module):
         attn: LayerAttention,
     ) -> None:
         super().__init__()
-        self.layer_index, self.eps = layer_index, config.rms_norm_eps
+        self.layer_index = layer_index
+        self.eps = config.rms_norm_eps
         self.input_layernorm = norm(config.hidden_size, eps=self.eps)
         self.add_module(attn_name, attn)
         self.post_attention_layernorm = norm(config.hidden_size, eps=self.eps)
@@ -113,8 +120,10 @@ class FusibleLayer(nn.Module):
         """Linear layers that `fused_decoder` computes; empty if it does not support this layer."""
         if not (isinstance(self.mlp, GatedMlp) and self.attn.is_fusible):
             return ()
-        linears = *self.attn.linears, *self.mlp.linears
-        return linears if all(map(fused_decoder.is_fusible, linears)) else ()
+        linears = (*self.attn.linears, *self.mlp.linears)
+        if not all(map(fused_decoder.is_fusible, linears)):
+            return ()
+        return linears
 
     def can_fuse(self, x_TD: Tensor) -> bool:
         """Return True if `fused_decoder` can compute this layer for these hidden states."""
@@ -130,15 +139,27 @@ class FusibleLayer(nn.Module):
         logit_indices_L: Tensor | None = None,
     ) -> Tensor:
         """Map hidden states [T, D] to [T, D]."""
-        attn, norm = self.attn, self.post_attention_layernorm
+        if attention.fuses_layers and self.can_fuse(x_TD):
+            return self._forward_fused(x_TD, rotary, attention, logit_indices_L)
+        attn = self.attn
         in_proj, out_proj = attn.linears
-        if not (attention.fuses_layers and self.can_fuse(x_TD)):
-            projected = in_proj(self.input_layernorm(x_TD))
-            x_TD = x_TD + single_output(out_proj(attn(projected, rotary, attention)))
-            if logit_indices_L is not None:
-                x_TD = x_TD.index_select(0, logit_indices_L)
-            y_TD: Tensor = x_TD + self.mlp(norm(x_TD))
-            return y_TD
+        projected = in_proj(self.input_layernorm(x_TD))
+        x_TD = x_TD + single_output(out_proj(attn(projected, rotary, attention)))
+        if logit_indices_L is not None:
+            x_TD = x_TD.index_select(0, logit_indices_L)
+        y_TD: Tensor = x_TD + self.mlp(self.post_attention_layernorm(x_TD))
+        return y_TD
+
+    def _forward_fused(
+        self,
+        x_TD: Tensor,
+        rotary: RotaryCosSin,
+        attention: AttentionBackend,
+        logit_indices_L: Tensor | None,
+    ) -> Tensor:
+        """Compute `forward` with the kernels of `fused_decoder`."""
+        attn = self.attn
+        in_proj, out_proj = attn.linears
         layer_dropout = fused_decoder.LayerDropout(self.layer_index, attention.dropout_seed_1)
         x_TD, projected = fused_decoder.norm_linear(
             x_TD,
@@ -151,8 +172,10 @@ class FusibleLayer(nn.Module):
         )
         o_TI = attn(projected, None if attn.fused_head_dim else rotary, attention)
         if logit_indices_L is not None:
-            x_TD, o_TI = (y.index_select(0, logit_indices_L) for y in (x_TD, o_TI))
-        mlp, scale_D = self.mlp, norm.scale(x_TD.dtype)
+            x_TD = x_TD.index_select(0, logit_indices_L)
+            o_TI = o_TI.index_select(0, logit_indices_L)
+        scale_D = self.post_attention_layernorm.scale(x_TD.dtype)
+        mlp = self.mlp
         assert isinstance(mlp, GatedMlp), f"a fused layer with {type(mlp).__name__}"
         return fused_decoder.out_proj_mlp(
             x_TD, o_TI, out_proj, scale_D, self.eps, mlp.gate_up_proj, mlp.down_proj, layer_dropout
@@ -206,12 +229,16 @@ class Decoder(nn.Module):
         num_checkpointed = num_checkpointed_layers(activation_checkpointing, len(self.layers))
         for layer_index, layer in enumerate(self.layers):
             is_last = layer_index == len(self.layers) - 1
+            # Recomputing a fused layer does not use torch's RNG.
+            is_fused = isinstance(layer, FusibleLayer) and layer.can_fuse(x_TD)
             x_TD = run_layer(
                 layer,
                 layer_index < num_checkpointed,
-                *(x_TD, rotary, attention, logit_indices_L if is_last else None),
-                # Recomputing a fused layer does not use torch's RNG.
-                preserve_rng_state=not (isinstance(layer, FusibleLayer) and layer.can_fuse(x_TD)),
+                x_TD,
+                rotary,
+                attention,
+                logit_indices_L if is_last else None,
+                preserve_rng_state=not is_fused,
             )
             if deepstack is not None:
                 x_TD = deepstack.add_after_layer(layer_index, x_TD)

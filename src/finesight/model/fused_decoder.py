@@ -87,12 +87,17 @@ def norm_linear(
         The layer input, for the residual addition, and the outputs of the linear. With `head_dim`
         they are queries, keys and values of heads, after the rotary embedding.
     """
-    matmul, sizes = layer_dropout.prepare_matmul(linear, 0), list(linear.output_sizes.values())
-    layout = QkvLayout(sizes[0] // head_dim, sizes[1] // head_dim, head_dim) if head_dim else None
+    matmul = layer_dropout.prepare_matmul(linear, 0)
+    sizes = list(linear.output_sizes.values())
+    layout = None
+    if head_dim:
+        layout = QkvLayout(sizes[0] // head_dim, sizes[1] // head_dim, head_dim)
     x_TD, *outputs = _NormLinear.apply(  # type: ignore[no-untyped-call]
         x_TD, w_D, eps, matmul, layout, rotary, *matmul.parameters
     )
-    return x_TD, tuple(outputs) if layout else torch.split(outputs[0], sizes, dim=1)
+    if layout is None:
+        return x_TD, torch.split(outputs[0], sizes, dim=1)
+    return x_TD, tuple(outputs)
 
 
 class _NormLinear(torch.autograd.Function):
@@ -111,27 +116,30 @@ class _NormLinear(torch.autograd.Function):
         y_TE = linear.forward(n_TJ, low_TS)
         saved_TD = n_TJ if linear.is_trainable else None
         ctx.save_for_backward(x_TD, w_D, rstd_T, saved_TD, low_TS)
-        ctx.linear, ctx.layout, ctx.rotary = linear, layout, rotary
+        ctx.linear = linear
+        ctx.layout = layout
+        ctx.rotary = rotary
         if layout is None:
             return x_TD, y_TE
         rotary_kernels.rotate_qk(y_TE, layout, rotary.cos_T1D, rotary.sin_T1D)
         heads_TND = y_TE.view(len(x_TD), -1, layout.head_dim)
-        return x_TD, *torch.split(
-            heads_TND, [layout.num_heads, layout.num_kv_heads, layout.num_kv_heads], 1
-        )
+        num_heads_qkv = [layout.num_heads, layout.num_kv_heads, layout.num_kv_heads]
+        return x_TD, *torch.split(heads_TND, num_heads_qkv, 1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, residual_grad_TD: Tensor, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x_TD, w_D, rstd_T, n_TD, low_TS = ctx.saved_tensors
-        linear, layout, rotary = ctx.linear, ctx.layout, ctx.rotary
-        if layout is None:
+        linear = ctx.linear
+        if ctx.layout is None:
             dy_TE = grads[0].contiguous()
         else:
+            dq_THD, dk_TKD, dv_TKD = grads
             dy_TE = rotary_kernels.rotate_qk_backward(
-                (grads[0], grads[1], grads[2]), layout, rotary.cos_T1D, rotary.sin_T1D
+                (dq_THD, dk_TKD, dv_TKD), ctx.layout, ctx.rotary.cos_T1D, ctx.rotary.sin_T1D
             )
-        norm_stats, dx_TD, dw_D, da_SD = RmsNormStats(w_D, rstd_T), None, None, None
+        norm_stats = RmsNormStats(w_D, rstd_T)
+        dx_TD = dw_D = da_SD = None
         if any(ctx.needs_input_grad[:2]):
             dn_TD, da_SD = _lora_down_backward(x_TD, norm_stats, linear.backward(dy_TE), linear)
             dx_TD, dw_D = norm_kernels.rms_norm_backward(
@@ -147,7 +155,8 @@ class _NormLinear(torch.autograd.Function):
                 da_SD = lora_gemm_kernels.lora_A_grad(
                     x_TD, norm_stats, dlow_TS, linear.lora_A_SI, linear.dropout
                 )
-        base_grads, dbs_OR = linear.base_grads(dy_TE, n_TD), linear.lora_B_grads(dy_TE, low_TS)
+        base_grads = linear.base_grads(dy_TE, n_TD)
+        dbs_OR = linear.lora_B_grads(dy_TE, low_TS)
         return dx_TD, dw_D, None, None, None, None, *base_grads, da_SD, *dbs_OR
 
 
@@ -204,10 +213,22 @@ def out_proj_mlp(
 
     The MLP's RMS norm has weight `w_D`.
     """
-    linears = enumerate((out, gate_up, down), 1)
-    matmuls = [layer_dropout.prepare_matmul(linear, index) for index, linear in linears]
-    parameters = (parameter for matmul in matmuls for parameter in matmul.parameters)
-    return apply(_OutProjMlp, x_TD, o_TI, w_D, eps, *matmuls, *parameters)
+    out_matmul = layer_dropout.prepare_matmul(out, 1)
+    gate_up_matmul = layer_dropout.prepare_matmul(gate_up, 2)
+    down_matmul = layer_dropout.prepare_matmul(down, 3)
+    return apply(
+        _OutProjMlp,
+        x_TD,
+        o_TI,
+        w_D,
+        eps,
+        out_matmul,
+        gate_up_matmul,
+        down_matmul,
+        *out_matmul.parameters,
+        *gate_up_matmul.parameters,
+        *down_matmul.parameters,
+    )
 
 
 class _OutProjMlp(torch.autograd.Function):
@@ -223,7 +244,8 @@ class _OutProjMlp(torch.autograd.Function):
         down: LoraMatmul,
         *_parameters: Tensor | None,
     ) -> Tensor:
-        o_TJ, low_out = o_TI, None
+        o_TJ = o_TI
+        low_out = None
         if out.lora_A_SI is not None:
             o_TJ, low_out = lora_gemm_kernels.lora_down(
                 o_TI, out.lora_A_SI, out.dropout, out.padding
@@ -237,17 +259,22 @@ class _OutProjMlp(torch.autograd.Function):
         y_TD = down.forward_add(x_TD, h_TJ, low_down)
         saved_TD = n_TJ if gate_up.is_trainable else None
         ctx.save_for_backward(
-            *(x_TD, o_TI, w_D, rstd_T, saved_TD, gate_up_TF2), *(low_out, low_gate_up, low_down)
+            x_TD, o_TI, w_D, rstd_T, saved_TD, gate_up_TF2, low_out, low_gate_up, low_down
         )
-        ctx.out, ctx.gate_up, ctx.down, ctx.is_consumed = out, gate_up, down, False
+        ctx.out = out
+        ctx.gate_up = gate_up
+        ctx.down = down
+        ctx.is_consumed = False
         return y_TD
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy_TD: Tensor) -> tuple[Tensor | None, ...]:
-        x_TD, o_TI, w_D, rstd_T, n_TD, gate_up_TF2, *lows = ctx.saved_tensors
-        low_out, low_gate_up, low_down = lows
-        out, gate_up, down = ctx.out, ctx.gate_up, ctx.down
+        x_TD, o_TI, w_D, rstd_T, n_TD, gate_up_TF2, *low = ctx.saved_tensors
+        low_out, low_gate_up, low_down = low
+        out = ctx.out
+        gate_up = ctx.gate_up
+        down = ctx.down
         # The backward pass overwrites saved tensors.
         assert not ctx.is_consumed, "backward can run only once"
         ctx.is_consumed = True

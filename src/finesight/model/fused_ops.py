@@ -129,7 +129,9 @@ def _zero_indices(x: Tensor, indices: Tensor) -> Tensor:
 
 def split_outputs(x: Tensor | None, sizes: Sequence[int]) -> Sequence[Tensor | None]:
     """Split the rows of a fused parameter by layer; None values for a missing parameter."""
-    return [None] * len(sizes) if x is None else torch.split(x, list(sizes))
+    if x is None:
+        return [None] * len(sizes)
+    return torch.split(x, list(sizes))
 
 
 def has_kernels(x: Tensor) -> bool:
@@ -163,8 +165,9 @@ def _rotate(x_THD: Tensor, cos_T1D: Tensor, sin_T1D: Tensor, sign: float) -> Ten
     # Convert once: with mixed dtypes every operation would convert.
     wide_THD = x_THD.to(torch.promote_types(x_THD.dtype, cos_T1D.dtype))
     y_THD = wide_THD * cos_T1D
-    halves = (x.chunk(2, dim=-1) for x in (wide_THD, sin_T1D, y_THD))
-    (wide_1, wide_2), (sin_1, sin_2), (y_1, y_2) = halves
+    wide_1, wide_2 = wide_THD.chunk(2, dim=-1)
+    sin_1, sin_2 = sin_T1D.chunk(2, dim=-1)
+    y_1, y_2 = y_THD.chunk(2, dim=-1)
     y_1.addcmul_(wide_2, sin_1, value=sign)
     y_2.addcmul_(wide_1, sin_2, value=sign)
     return y_THD.to(x_THD.dtype)
@@ -174,10 +177,10 @@ class _QuickGelu(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor) -> Tensor:
         ctx.save_for_backward(x_TD)
+        if has_kernels(x_TD):
+            return elementwise.quick_gelu(x_TD)
         # silu(a x) / a needs less memory traffic, but rounds a x to 16 bits.
-        return (
-            elementwise.quick_gelu(x_TD) if has_kernels(x_TD) else _quick_gelu_gate(x_TD).mul_(x_TD)
-        )
+        return _quick_gelu_gate(x_TD).mul_(x_TD)
 
     @staticmethod
     @once_differentiable
@@ -236,10 +239,16 @@ class _NormRotary(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy_THD: Tensor) -> tuple[Tensor | None, ...]:
-        x_THD, weight_D, *rotation = ctx.saved_tensors
-        inputs = x_THD, weight_D, ctx.weight_offset, *rotation, dy_THD.contiguous()
+        x_THD, weight_D, cos_T1R, sin_T1R, rstd_N = ctx.saved_tensors
         dx_THD, dweight_D = rotary.norm_rotary_backward(
-            *inputs, needs_weight_grad=ctx.needs_input_grad[1]
+            x_THD,
+            weight_D,
+            ctx.weight_offset,
+            cos_T1R,
+            sin_T1R,
+            rstd_N,
+            dy_THD.contiguous(),
+            needs_weight_grad=ctx.needs_input_grad[1],
         )
         return dx_THD, dweight_D, None, None, None, None
 
@@ -259,9 +268,8 @@ class _SwigluConcat(torch.autograd.Function):
         assert not ctx.is_consumed, "backward can run only once"
         ctx.is_consumed = True
         dy_TF = dy_TJ[:, : gate_up_TF2.shape[1] // 2]
-        return swiglu_kernels.swiglu_lora_backward(
-            gate_up_TF2, None, dy_TF, None, NO_DROPOUT
-        ).gate_up_TF2, None
+        grads = swiglu_kernels.swiglu_lora_backward(gate_up_TF2, None, dy_TF, None, NO_DROPOUT)
+        return grads.gate_up_TF2, None
 
 
 class RmsNormFunction(torch.autograd.Function):
@@ -278,7 +286,8 @@ class RmsNormFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy_TD: Tensor) -> tuple[Tensor | None, ...]:
         x_TD, weight_D, rstd_T1 = ctx.saved_tensors
-        wide_TD, dwide_TD = x_TD.to(rstd_T1.dtype), dy_TD.to(rstd_T1.dtype)
+        wide_TD = x_TD.to(rstd_T1.dtype)
+        dwide_TD = dy_TD.to(rstd_T1.dtype)
         dweight_D = None
         if ctx.needs_input_grad[1]:
             dweight_D = (wide_TD * rstd_T1 * dwide_TD).flatten(0, -2).sum(0).to(weight_D.dtype)

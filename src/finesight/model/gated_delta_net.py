@@ -65,8 +65,13 @@ class DeltaNetInputs:
 
     def select(self, tokens: slice | Tensor) -> DeltaNetInputs:
         """Return the inputs of a range of tokens, or of tokens with these indices."""
-        qkv_TN, *gates = (x[tokens] for x in (self.qkv_TN, self.log_decay_TH, self.beta_TH))
-        return DeltaNetInputs(self.config, qkv_TN, self.conv_weight_NW, *gates)
+        return DeltaNetInputs(
+            self.config,
+            self.qkv_TN[tokens],
+            self.conv_weight_NW,
+            self.log_decay_TH[tokens],
+            self.beta_TH[tokens],
+        )
 
 
 @dataclass(frozen=True)
@@ -104,14 +109,15 @@ class ChunkLayout:
     @cached_property
     def sequence_chunks(self) -> SequenceChunks:
         """Chunks in the order of the tokens, for the kernels. Unused chunks are empty."""
-        cu_seqlens_S1, num_sequences = self.cu_seqlens_S1, len(self.lengths)
+        cu_seqlens_S1 = self.cu_seqlens_S1
         num_chunks_S = (self.lengths_S + (CHUNK_LENGTH - 1)) // CHUNK_LENGTH
         first_chunk_S1 = F.pad(num_chunks_S.cumsum(0, dtype=torch.int32), (1, 0))
-        max_chunks = min(
-            sum(-(-length // CHUNK_LENGTH) for length in self.lengths),
-            (self.num_tokens + (CHUNK_LENGTH - 1) * num_sequences) // CHUNK_LENGTH,
-        )
-        chunks_C = self._arange(max_chunks)
+        # The number must be known without reading the device. Each sequence adds less than one
+        # chunk of padding. The lengths of a CUDA graph are upper bounds, whose sum may be larger.
+        chunks_of_lengths = sum(-(-length // CHUNK_LENGTH) for length in self.lengths)
+        max_padding = (CHUNK_LENGTH - 1) * len(self.lengths)
+        chunks_of_tokens = (self.num_tokens + max_padding) // CHUNK_LENGTH
+        chunks_C = self._arange(min(chunks_of_lengths, chunks_of_tokens))
         sequence_C = torch.searchsorted(first_chunk_S1[1:-1], chunks_C, right=True, out_int32=True)
         index_C = chunks_C - first_chunk_S1[sequence_C]
         start_C = cu_seqlens_S1[sequence_C] + index_C * CHUNK_LENGTH
@@ -182,7 +188,8 @@ class PaddedChunks:
         starts_S = np.cumsum(lengths_S) - lengths_S
         num_chunks_S = -(-lengths_S // CHUNK_LENGTH)
         order_S = np.argsort(-num_chunks_S, kind="stable")
-        num_tokens, num_steps = int(lengths_S.sum()), int(num_chunks_S.max())
+        num_tokens = int(lengths_S.sum())
+        num_steps = int(num_chunks_S.max())
         counts = tuple(int((num_chunks_S > step).sum()) for step in range(num_steps))
         sequence_C = np.concatenate([order_S[:count] for count in counts])
         step_C = np.repeat(np.arange(num_steps), counts)
@@ -191,9 +198,12 @@ class PaddedChunks:
         indices_CL = np.where(is_token_CL, starts_S[sequence_C, None] + offsets_CL, num_tokens)
         slots_T = np.empty(num_tokens, dtype=np.int64)
         slots_T[indices_CL[is_token_CL]] = np.flatnonzero(is_token_CL)
-        arrays = indices_CL, slots_T, order_S
-        indices, slots, order = (torch.from_numpy(x).to(device) for x in arrays)
-        return cls(indices, slots, order, counts)
+        return cls(
+            torch.from_numpy(indices_CL).to(device),
+            torch.from_numpy(slots_T).to(device),
+            torch.from_numpy(order_S).to(device),
+            counts,
+        )
 
     @cached_property
     def inverse_order_S(self) -> Tensor:
@@ -237,7 +247,8 @@ def chunk_gated_delta_rule(
     dtype = torch.promote_types(v_THV.dtype, torch.float32)
     padded_chunks = layout.padded_chunks
     q, k, v = (padded_chunks.split(x.to(dtype)) for x in (q_THD, k_THD, v_THV))
-    g, beta = (padded_chunks.split(x.to(dtype)) for x in (log_decay_TH, beta_TH))
+    g = padded_chunks.split(log_decay_TH.to(dtype))
+    beta = padded_chunks.split(beta_TH.to(dtype))
     decay_CHL = g.cumsum(-1)
     # Decay from token j to token i >= j of a chunk. The mask comes first: exp would overflow.
     difference = decay_CHL[..., :, None] - decay_CHL[..., None, :]
@@ -262,15 +273,18 @@ def chunk_gated_delta_rule(
     chunk_decay = decay_CHL[..., -1].exp()[..., None, None]
 
     if initial_state_SHDV is None:
-        num_sequences, (num_heads, head_dim) = len(layout.lengths), q_THD.shape[1:]
-        state = v.new_zeros(num_sequences, num_heads, head_dim, v.shape[-1])
+        num_heads, head_dim = q_THD.shape[1:]
+        state = v.new_zeros(len(layout.lengths), num_heads, head_dim, v.shape[-1])
     else:
         state = initial_state_SHDV.to(dtype)[padded_chunks.order_S]
-    outputs, finished, begin = [], [], 0
+    outputs = []
+    finished = []
+    begin = 0
     for count in padded_chunks.chunks_per_step:
         # Sequences that end before this chunk are the last ones of the state.
         finished.append(state[count:])
-        state, chunks = state[:count], slice(begin, begin + count)
+        state = state[:count]
+        chunks = slice(begin, begin + count)
         update = value_updates[chunks] - key_updates[chunks] @ state
         outputs.append(q_decayed[chunks] @ state + inner[chunks] @ update)
         state = state * chunk_decay[chunks] + k_to_end[chunks].mT @ update
@@ -311,7 +325,8 @@ def causal_conv1d(x_TN: Tensor, weight_NW: Tensor, position_T: Tensor) -> Tensor
         position_T: Index of each token in its sequence.
     """
     dtype = torch.promote_types(x_TN.dtype, torch.float32)
-    x_TN, weight_NW = x_TN.to(dtype), weight_NW.to(dtype)
+    x_TN = x_TN.to(dtype)
+    weight_NW = weight_NW.to(dtype)
     y_TN = x_TN * weight_NW[:, -1]
     for distance in range(1, weight_NW.shape[1]):
         earlier_TN = F.pad(x_TN[:-distance], (0, 0, min(distance, len(x_TN)), 0))
@@ -331,7 +346,9 @@ def forward_with_states(
     Returns:
         Outputs [T, H, V], and the state after the last token of each sequence.
     """
-    conv_SWN, delta_SHDV = (None, None) if state is None else state
+    conv_SWN = delta_SHDV = None
+    if state is not None:
+        conv_SWN, delta_SHDV = state
     o_THV, final_SHDV = forward_packed(inputs, layout, conv_SWN, delta_SHDV)
     state_length = inputs.conv_weight_NW.shape[1] - 1
     last_SWN = layout.last_rows(inputs.qkv_TN, state_length, conv_SWN)
@@ -350,10 +367,13 @@ def forward_packed(
     With `matches_decoding`, kernels compute each bit of `update_states`; it requires states.
     """
     gates = inputs.log_decay_TH, inputs.beta_TH
-    x_TN, position_T, rows_T = inputs.qkv_TN, layout.position_T, None
+    weight_NW = inputs.conv_weight_NW
+    x_TN = inputs.qkv_TN
+    position_T = layout.position_T
+    rows_T = None
     if conv_SWN is not None:
         x_TN, position_T, rows_T = layout.prepend_states(x_TN, conv_SWN)
-    uses_kernels, weight_NW = supports_kernels(inputs.config, x_TN), inputs.conv_weight_NW
+    uses_kernels = supports_kernels(inputs.config, x_TN)
     if uses_kernels:
         outputs = _get_conv_outputs(inputs.config)
         qkv = _CausalConvSilu.apply(  # type: ignore[no-untyped-call]
@@ -362,7 +382,9 @@ def forward_packed(
     else:
         y_TN = F.silu(causal_conv1d(x_TN, weight_NW, position_T))
         qkv = _split_heads(y_TN.to(x_TN.dtype), inputs.config)
-    q, k, v = qkv if rows_T is None else (x[rows_T] for x in qkv)
+    q, k, v = qkv
+    if rows_T is not None:  # drop the outputs of the state rows
+        q, k, v = (x[rows_T] for x in qkv)
     if not uses_kernels:
         return chunk_gated_delta_rule(q, k, v, *gates, layout, delta_SHDV)
     cu_seqlens_S1 = layout.cu_seqlens_S1 if matches_decoding else None
@@ -385,11 +407,13 @@ def forward_step(inputs: DeltaNetInputs, state: DeltaNetState) -> tuple[Tensor, 
 
 
 def update_states(inputs: DeltaNetInputs, states: DeltaNetState, slots_S: Tensor) -> Tensor:
-    """Compute one token of each sequence with the kernels, and update the states in these rows.
+    """Compute one token of each sequence with the kernels and update its state.
 
-    The bits of the outputs do not depend on the other sequences.
+    The state of a sequence is in the row of `states` that `slots_S` gives. The bits of the outputs
+    do not depend on the other sequences.
     """
-    x_SN, weight_NW = inputs.qkv_TN, inputs.conv_weight_NW.contiguous()
+    x_SN = inputs.qkv_TN
+    weight_NW = inputs.conv_weight_NW.contiguous()
     outputs = _get_conv_outputs(inputs.config)
     q, k, v = kernels.causal_conv_silu(
         x_SN, weight_NW, slots_S, outputs, L2_NORM_EPS, states.conv_SWN
@@ -406,14 +430,14 @@ def _split_heads(qkv_TN: Tensor, config: LinearAttentionConfig) -> tuple[Tensor,
     """Split the convolution output into normalized queries and keys, and values, per value head."""
     sizes = [config.key_size, config.key_size, config.value_size]
     q_TE, k_TE, v_TE = torch.split(qkv_TN, sizes, dim=-1)
-    q_TKD, k_TKD = (
-        _l2_normalize(torch.unflatten(x_TE, -1, (config.num_key_heads, -1)))
-        for x_TE in (q_TE, k_TE)
-    )
+    q_TKD = _l2_normalize(torch.unflatten(q_TE, -1, (config.num_key_heads, -1)))
+    k_TKD = _l2_normalize(torch.unflatten(k_TE, -1, (config.num_key_heads, -1)))
     q_TKD = q_TKD * config.key_head_dim**-0.5
     repeats = config.num_value_heads // config.num_key_heads
-    q_THD, k_THD = (x.repeat_interleave(repeats, dim=1) for x in (q_TKD, k_TKD))
-    return q_THD, k_THD, torch.unflatten(v_TE, -1, (config.num_value_heads, -1))
+    q_THD = q_TKD.repeat_interleave(repeats, dim=1)
+    k_THD = k_TKD.repeat_interleave(repeats, dim=1)
+    v_THV = torch.unflatten(v_TE, -1, (config.num_value_heads, -1))
+    return q_THD, k_THD, v_THV
 
 
 def _l2_normalize(x_THD: Tensor) -> Tensor:
@@ -440,7 +464,7 @@ def _is_kernel_size(size: int) -> bool:
 
 
 def supports_kernels(config: LinearAttentionConfig, x: Tensor) -> bool:
-    """Return True if the kernels support the heads of a layer and the device and dtype of `x`.
+    """Return True if the kernels support a layer and the device and dtype of `x`.
 
     They need the shared memory of an NVIDIA GPU of compute capability 8.0 or higher.
     """
@@ -450,11 +474,12 @@ def supports_kernels(config: LinearAttentionConfig, x: Tensor) -> bool:
 
 def _get_conv_outputs(config: LinearAttentionConfig) -> list[ConvOutput]:
     """Return queries, keys and values as heads of the convolution."""
-    keys, key_heads = config.key_size, (config.num_key_heads, config.key_head_dim)
+    first_key = config.key_size
+    first_value = 2 * config.key_size
     return [
-        (0, *key_heads, config.key_head_dim**-0.5),
-        (keys, *key_heads, 1.0),
-        (2 * keys, config.num_value_heads, config.value_head_dim, None),
+        (0, config.num_key_heads, config.key_head_dim, config.key_head_dim**-0.5),
+        (first_key, config.num_key_heads, config.key_head_dim, 1.0),
+        (first_value, config.num_value_heads, config.value_head_dim, None),
     ]
 
 
@@ -471,9 +496,15 @@ class _CausalConvSilu(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        inputs = *ctx.saved_tensors, ctx.outputs, L2_NORM_EPS, list(grads)
+        x_TN, weight_NW, position_T = ctx.saved_tensors
         dx_TN, dweight_NW = kernels.causal_conv_silu_backward(
-            *inputs, needs_weight_grad=ctx.needs_input_grad[1]
+            x_TN,
+            weight_NW,
+            position_T,
+            ctx.outputs,
+            L2_NORM_EPS,
+            list(grads),
+            needs_weight_grad=ctx.needs_input_grad[1],
         )
         return dx_TN, dweight_NW, None, None
 
@@ -505,12 +536,24 @@ class _GatedDeltaRule(torch.autograd.Function):
     def backward(
         ctx: Any, dout_THV: Tensor | None, dfinal_SHDV: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        *inputs, inverse, product = ctx.saved_tensors
-        dout_THV = torch.zeros_like(inputs[2]) if dout_THV is None else dout_THV.contiguous()
+        q_TKD, k_TKD, v_THV, log_decay_TH, beta_TH, initial_SHDV, *matrices = ctx.saved_tensors
+        inverse, product = matrices
+        dout_THV = torch.zeros_like(v_THV) if dout_THV is None else dout_THV.contiguous()
         if dfinal_SHDV is not None:
             dfinal_SHDV = dfinal_SHDV.contiguous()
-        inputs += [ctx.chunks, (inverse, product), dout_THV, dfinal_SHDV]
-        return *kernels.gated_delta_rule_backward(*inputs), None, None
+        grads = kernels.gated_delta_rule_backward(
+            q_TKD,
+            k_TKD,
+            v_THV,
+            log_decay_TH,
+            beta_TH,
+            initial_SHDV,
+            ctx.chunks,
+            (inverse, product),
+            dout_THV,
+            dfinal_SHDV,
+        )
+        return *grads, None, None
 
 
 class _GatedRmsNorm(torch.autograd.Function):
@@ -523,8 +566,13 @@ class _GatedRmsNorm(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy_THV: Tensor) -> tuple[Tensor | None, ...]:
-        inputs = *ctx.saved_tensors, ctx.eps, dy_THV.contiguous()
+        x_THV, z_THV, weight_V = ctx.saved_tensors
         grads = norm_kernels.gated_rms_norm_backward(
-            *inputs, needs_weight_grad=ctx.needs_input_grad[2]
+            x_THV,
+            z_THV,
+            weight_V,
+            ctx.eps,
+            dy_THV.contiguous(),
+            needs_weight_grad=ctx.needs_input_grad[2],
         )
         return *grads, None

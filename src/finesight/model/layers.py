@@ -52,7 +52,8 @@ class RotaryCosSin:
 
     @classmethod
     def from_angles(cls, angles_TF: Tensor, dtype: torch.dtype) -> RotaryCosSin:
-        cos_TF, sin_TF = angles_TF.cos(), angles_TF.sin()
+        cos_TF = angles_TF.cos()
+        sin_TF = angles_TF.sin()
         cos_TD = torch.cat([cos_TF, cos_TF], -1)
         sin_TD = torch.cat([-sin_TF, sin_TF], -1)
         return cls(cos_TD.unsqueeze(1).to(dtype), sin_TD.unsqueeze(1).to(dtype))
@@ -82,9 +83,8 @@ def compute_mrope(
     device = position_ids_3T.device
     axes_F = _axis_tensor(config.mrope_axes, device)
     position_ids_TF = position_ids_3T.index_select(0, axes_F).T.float()
-    return RotaryCosSin.from_angles(
-        position_ids_TF * inverse_frequencies(config.rotary_dim, config.rope_theta, device), dtype
-    )
+    inv_freq_F = inverse_frequencies(config.rotary_dim, config.rope_theta, device)
+    return RotaryCosSin.from_angles(position_ids_TF * inv_freq_F, dtype)
 
 
 @torch.no_grad()
@@ -174,8 +174,8 @@ class ZeroCenteredRmsNorm(RmsNorm):
         if has_kernels(x):
             x_TD = x.reshape(-1, x.shape[-1]).contiguous()
             return apply(_ZeroCenteredNorm, x_TD, self.weight, self.eps).view(x.shape)
-        wide, scale = torch.promote_types(x.dtype, torch.float32), self.scale(x.dtype)
-        if x.dtype == wide:
+        scale = self.scale(x.dtype)
+        if x.dtype == torch.promote_types(x.dtype, torch.float32):
             return rms_norm(x, scale, self.eps)
         return apply(RmsNormFunction, x, scale, self.eps)
 
@@ -197,15 +197,24 @@ def add_norm(
 
     Without gradients one kernel computes both.
     """
-    to_fp8, uses_kernel = next_linear.accepts_fp8_input, not torch.is_grad_enabled()
+    to_fp8 = next_linear.accepts_fp8_input
     if y_ND is not None:
-        if uses_kernel and has_kernels(x_ND) and isinstance(norm, nn.LayerNorm | RmsNorm):
-            bias_D = norm.bias if isinstance(norm, nn.LayerNorm) else None
-            flags = {"is_layer_norm": isinstance(norm, nn.LayerNorm), "to_fp8": to_fp8}
-            return norm_kernels.add_norm(x_ND, y_ND, norm.weight, bias_D, norm.eps, **flags)
+        uses_kernel = not torch.is_grad_enabled() and has_kernels(x_ND)
+        if uses_kernel and isinstance(norm, nn.LayerNorm | RmsNorm):
+            return norm_kernels.add_norm(
+                x_ND,
+                y_ND,
+                norm.weight,
+                norm.bias if isinstance(norm, nn.LayerNorm) else None,
+                norm.eps,
+                is_layer_norm=isinstance(norm, nn.LayerNorm),
+                to_fp8=to_fp8,
+            )
         x_ND = x_ND + y_ND
     n_ND = norm(x_ND)
-    return x_ND, quantize_fp8(n_ND) if to_fp8 else n_ND
+    if to_fp8:
+        return x_ND, quantize_fp8(n_ND)
+    return x_ND, n_ND
 
 
 class LinearBlock(nn.Module):
@@ -235,28 +244,31 @@ class GatedMlp(LinearBlock):
     def padding_columns(self) -> int:
         """Number of padding columns that align the rows of `down_proj` for tensor cores."""
         down = self.down_proj
-        all_dense = all(
-            isinstance(linear.weight, nn.Parameter) and linear.adapter is None
-            for linear in (self.gate_up_proj, down)
-        )
         missing = -down.in_features % ALIGNMENT
-        if not missing or not all_dense:
+        if not missing or not (_is_dense(self.gate_up_proj) and _is_dense(down)):
             return 0
-        return missing if _must_copy(down) else padding_columns(down.in_features, 0)
+        if _must_copy(down):
+            return missing
+        return padding_columns(down.in_features, 0)
 
     def _forward_padded(self, x_TD: Tensor) -> Tensor:
         """Compute the MLP with zero-padded rows of the `down_proj` weight."""
-        gate_up, down = self.gate_up_proj, self.down_proj
+        gate_up = self.gate_up_proj
+        down = self.down_proj
         assert isinstance(gate_up.weight, nn.Parameter), "the gate and up weights must be dense"
         assert isinstance(down.weight, nn.Parameter), "the down weight must be dense"
         gate_up_TF2 = F.linear(x_TD, gate_up.weight, gate_up.bias)
         padding = self.padding_columns
-        down_DJ = (
-            F.pad(down.weight, (0, padding))
-            if _must_copy(down)
-            else fuse_lora_weight(down).weight_OJ
-        )
+        if _must_copy(down):
+            down_DJ = F.pad(down.weight, (0, padding))
+        else:
+            down_DJ = fuse_lora_weight(down).weight_OJ
         return F.linear(swiglu_concat(gate_up_TF2, padding), down_DJ, down.bias)
+
+
+def _is_dense(linear: FusedLinear) -> bool:
+    """Return True for a linear with a dense weight and without an adapter."""
+    return isinstance(linear.weight, nn.Parameter) and linear.adapter is None
 
 
 def _must_copy(linear: FusedLinear) -> bool:
@@ -268,7 +280,7 @@ def _must_copy(linear: FusedLinear) -> bool:
 
 @dataclass(frozen=True)
 class FusedGelu:
-    """GELU approximation of the form x sigmoid(linear x + cubic x^3), or with linear 0 exact."""
+    """GELU as x sigmoid(linear x + cubic x^3), or exact with `linear` 0."""
 
     linear: float
     cubic: float
@@ -323,16 +335,18 @@ class PatchEmbed(nn.Module):
 
     def forward(self, patches_ND: Tensor) -> Tensor:
         """Normalize uint8 patches and project them to [N, width]."""
-        norm, dtype = self.normalization, self.proj.weight.dtype
+        norm = self.normalization
+        dtype = self.proj.weight.dtype
+        num_frames = self.proj.in_features // patches_ND.shape[1]
         channels = patches_ND.chunk(len(norm.mean), dim=1)
-        # With Python scalars torch converts the bytes to fp32 without copying constants to the
-        # device.
-        normalized = [
-            (x * (norm.rescale_factor / std)).sub_(mean / std).to(dtype)
-            for x, mean, std in zip(channels, norm.mean, norm.std, strict=True)
-        ]
-        frames = self.proj.in_features // patches_ND.shape[1]
-        y_ND: Tensor = self.proj(torch.cat([x for x in normalized for _ in range(frames)], 1))
+        columns: list[Tensor] = []
+        for channel_NP, mean, std in zip(channels, norm.mean, norm.std, strict=True):
+            # With Python scalars torch converts the bytes to fp32 without copying constants to the
+            # device.
+            normalized_NP = (channel_NP * (norm.rescale_factor / std)).sub_(mean / std).to(dtype)
+            # The weight has columns for several frames per channel; an image repeats its own.
+            columns += [normalized_NP] * num_frames
+        y_ND: Tensor = self.proj(torch.cat(columns, 1))
         return y_ND
 
 
@@ -415,8 +429,9 @@ def gemm_gelu_operands(linear: FusedLinear, x_ND: Tensor | Fp8Rows) -> tuple[Ten
     is_aligned = _is_tma_aligned(x_ND) and _is_tma_aligned(w_FD) and len(w_FD) % ALIGNMENT == 0
     if not (is_aligned and is_hopper(x_ND.device)):
         return None
-    is_large = gemm_gelu_kernels.saturates_device(len(x_ND), len(w_FD), x_ND.device)
-    return (x_ND, w_FD) if is_large else None
+    if not gemm_gelu_kernels.saturates_device(len(x_ND), len(w_FD), x_ND.device):
+        return None
+    return x_ND, w_FD
 
 
 def _is_tma_aligned(x: Tensor) -> bool:
@@ -447,27 +462,33 @@ class MoeExperts(nn.Module):
     ) -> None:
         super().__init__()
         self.outputs_first = outputs_first
-        num_experts, intermediate_size = moe_config.num_experts, moe_config.intermediate_size
-        gate_up_shape = (hidden_size, 2 * intermediate_size)
-        down_shape = (intermediate_size, hidden_size)
-        step = -1 if outputs_first else 1
-        self.gate_up_proj = nn.Parameter(torch.empty(num_experts, *gate_up_shape[::step]))
-        self.down_proj = nn.Parameter(torch.empty(num_experts, *down_shape[::step]))
+        num_experts = moe_config.num_experts
+        intermediate_size = moe_config.intermediate_size
+        if outputs_first:
+            gate_up_shape = (2 * intermediate_size, hidden_size)
+            down_shape = (hidden_size, intermediate_size)
+        else:
+            gate_up_shape = (hidden_size, 2 * intermediate_size)
+            down_shape = (intermediate_size, hidden_size)
+        self.gate_up_proj = nn.Parameter(torch.empty(num_experts, *gate_up_shape))
+        self.down_proj = nn.Parameter(torch.empty(num_experts, *down_shape))
 
     def split_experts(self) -> Iterator[dict[str, Tensor]]:
         """Yield views of the weights of each expert, outputs before inputs."""
         for gate_up, down in zip(self.gate_up_proj.detach(), self.down_proj.detach(), strict=True):
             if not self.outputs_first:
-                gate_up, down = gate_up.mT, down.mT
+                gate_up = gate_up.mT
+                down = down.mT
             gate, up = gate_up.chunk(2)
             yield {"gate_proj": gate, "up_proj": up, "down_proj": down}
 
     def forward(self, x_PD: Tensor, expert_offsets_E: Tensor) -> Tensor:
         """Apply the experts to rows [P, D] that are sorted by expert."""
-        gate_up, down = (
-            weight.mT if self.outputs_first else weight
-            for weight in (self.gate_up_proj, self.down_proj)
-        )
+        gate_up: Tensor = self.gate_up_proj
+        down: Tensor = self.down_proj
+        if self.outputs_first:
+            gate_up = gate_up.mT
+            down = down.mT
         gate_up_PE = F.grouped_mm(x_PD, gate_up, offs=expert_offsets_E)
         gate_PI, up_PI = (half.contiguous() for half in gate_up_PE.chunk(2, dim=-1))
         y_PD: Tensor = F.grouped_mm(swiglu(gate_PI, up_PI), down, offs=expert_offsets_E)
@@ -492,9 +513,8 @@ class SparseMoeBlock(nn.Module):
     def forward(self, x_TD: Tensor) -> Tensor:
         router_probs_TE = self.gate(x_TD).softmax(-1, dtype=torch.float32)
         expert_weights_TK, expert_ids_TK = router_probs_TE.topk(self.top_k, dim=-1)
-        expert_weights_TK = (expert_weights_TK / expert_weights_TK.sum(-1, keepdim=True)).to(
-            x_TD.dtype
-        )
+        expert_weights_TK = expert_weights_TK / expert_weights_TK.sum(-1, keepdim=True)
+        expert_weights_TK = expert_weights_TK.to(x_TD.dtype)
         # Sort the pairs by expert without synchronizing with the device.
         sorted_P, order_P = expert_ids_TK.flatten().sort(stable=True)
         experts_E = torch.arange(router_probs_TE.shape[1], device=x_TD.device)

@@ -17,7 +17,7 @@ layers of a fused linear.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -84,7 +84,8 @@ class FusedLinear(nn.Module):
 
     def __init__(self, in_features: int, output_sizes: Mapping[str, int], *, bias: bool) -> None:
         super().__init__()
-        self.in_features, self.output_sizes = in_features, dict(output_sizes)
+        self.in_features = in_features
+        self.output_sizes = dict(output_sizes)
         out_features = sum(self.output_sizes.values())
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
@@ -175,15 +176,14 @@ def linear_with_deltas(
             wide_TO[layer_index].addmm_(low_TR.float(), lora_B_OR.float().T, alpha=scale)
         return tuple(y_TO.to(x_TI.dtype) for y_TO in wide_TO)
     delta_by_layer = {delta.layer_index: delta for delta in deltas}
-    weights = (
-        torch.split(weight, list(output_sizes))
-        if isinstance(weight, Tensor)
-        else weight.dequantize_layers()
-    )
+    weights: Iterable[Tensor]
+    if isinstance(weight, Tensor):
+        weights = torch.split(weight, list(output_sizes))
+    else:
+        weights = weight.dequantize_layers()
+    biases = split_outputs(bias, output_sizes)
     outputs = []
-    for layer, (w_OI, bias_O) in enumerate(
-        zip(weights, split_outputs(bias, output_sizes), strict=True)
-    ):
+    for layer, (w_OI, bias_O) in enumerate(zip(weights, biases, strict=True)):
         if layer not in delta_by_layer:
             outputs.append(F.linear(x_TI, w_OI, bias_O))
             continue
@@ -191,7 +191,9 @@ def linear_with_deltas(
         y_TO = x_TI.new_empty(len(x_TI), len(w_OI))
         # With beta 0 the content of the buffer is not read.
         y_TO.addmm_(low_TR, lora_B_OR.T, beta=0, alpha=scale).addmm_(x_TI, w_OI.T)
-        outputs.append(y_TO if bias_O is None else y_TO.add_(bias_O))
+        if bias_O is not None:
+            y_TO.add_(bias_O)
+        outputs.append(y_TO)
     return tuple(outputs)
 
 
@@ -218,7 +220,9 @@ def linear_concat(
 
 def linear_concat_backward(dy: Tensor, weight: Tensor | QuantizedWeight) -> Tensor:
     """Compute the input gradient of `linear_concat`, dy W."""
-    return dy @ weight if isinstance(weight, Tensor) else weight.linear_concat_backward(dy)
+    if isinstance(weight, QuantizedWeight):
+        return weight.linear_concat_backward(dy)
+    return dy @ weight
 
 
 @dataclass(frozen=True)
@@ -273,8 +277,9 @@ class LoraLinear(nn.Module):
         self.configs = {name: configs[name] for name in linear.output_sizes if name in configs}
         self.dropout = dropout
         self.output_sizes = tuple(linear.output_sizes.values())
-        factor_dtype, device = dtype or linear.weight.dtype, linear.weight.device
-        rank_sum = sum(low.rank for low in self.configs.values())
+        device = linear.weight.device
+        factor_dtype = dtype or linear.weight.dtype
+        rank_sum = sum(config.rank for config in self.configs.values())
         self.lora_A = nn.Parameter(
             torch.zeros(rank_sum, linear.in_features, dtype=factor_dtype, device=device)
         )
@@ -284,12 +289,13 @@ class LoraLinear(nn.Module):
         column = row = 0
         for index, (name, size) in enumerate(linear.output_sizes.items()):
             if name in self.configs:
-                rank, columns = self.configs[name].rank, slice(column, column + size)
-                lora_B_OR = torch.zeros(size, rank, dtype=factor_dtype, device=device)
+                config = self.configs[name]
+                lora_B_OR = torch.zeros(size, config.rank, dtype=factor_dtype, device=device)
                 self.lora_B[name] = nn.Parameter(lora_B_OR)
-                ranks, scale = slice(row, row + rank), self.configs[name].scale
-                self.slices[name] = LoraSlice(index, columns, ranks, scale)
-                row += rank
+                output_slice = slice(column, column + size)
+                rank_slice = slice(row, row + config.rank)
+                self.slices[name] = LoraSlice(index, output_slice, rank_slice, config.scale)
+                row += config.rank
             column += size
 
     def forward(
@@ -327,7 +333,8 @@ class LoraLinear(nn.Module):
         for name, (lora_A_RI, lora_B_OR) in self.factors().items():
             digest = hashlib.sha256(f"{seed}:{hub_name(path, name)}".encode()).digest()
             layer_seed = int.from_bytes(digest[:8], "little") >> 1
-            bound, generator = lora_A_RI.shape[1] ** -0.5, torch.Generator().manual_seed(layer_seed)
+            generator = torch.Generator().manual_seed(layer_seed)
+            bound = lora_A_RI.shape[1] ** -0.5
             lora_A_RI.copy_(
                 torch.empty(lora_A_RI.shape).uniform_(-bound, bound, generator=generator)
             )
@@ -356,7 +363,8 @@ class _LoraLinearFunction(torch.autograd.Function):
         lora_A_SI: Tensor,
         *lora_Bs_OR: Tensor,
     ) -> tuple[Tensor, ...]:
-        full_TI, dropout_mask = x_TI, None
+        full_TI = x_TI
+        dropout_mask = None
         if p > 0.0:
             x_TI, dropout_mask = dropout(x_TI.contiguous(), p)
         low_TS = F.linear(x_TI, lora_A_SI)
@@ -368,7 +376,9 @@ class _LoraLinearFunction(torch.autograd.Function):
         ys_TO = linear_with_deltas(full_TI, weight, bias_O, adapter.output_sizes, deltas)
         ctx.save_for_backward(x_TI, dropout_mask, low_TS, lora_A_SI, *lora_Bs_OR)
         # The weight is frozen and unchanged until the backward pass.
-        ctx.weight, ctx.slices, ctx.dropout = weight, slices, p
+        ctx.weight = weight
+        ctx.slices = slices
+        ctx.dropout = p
         return ys_TO
 
     @staticmethod
@@ -379,20 +389,21 @@ class _LoraLinearFunction(torch.autograd.Function):
         dlow_TS = torch.empty_like(low_TS)
         dbs_OR: list[Tensor | None] = []
         for s, lora_B_OR, needs_grad in zip(ctx.slices, lora_Bs_OR, needs_b, strict=True):
-            dy_TO, low_TR, db_OR = dys_TO[s.layer_index], low_TS[:, s.rank_slice], None
+            dy_TO = dys_TO[s.layer_index]
             # With beta 0 the first operand is only a buffer; its content is not read.
             dlow_TS[:, s.rank_slice].addmm_(dy_TO, lora_B_OR, beta=0, alpha=s.scale)
+            db_OR = None
             if needs_grad:
+                low_TR = low_TS[:, s.rank_slice]
                 db_OR = torch.addmm(lora_B_OR, dy_TO.T, low_TR, beta=0, alpha=s.scale)
             dbs_OR.append(db_OR)
         da_SI = dlow_TS.T @ x_TI if needs_a else None
         dx_TI: Tensor | None = None
         if needs_x:
-            dx_TI = (
-                dlow_TS @ lora_A_SI
-                if dropout_mask is None
-                else dropout_matmul(dlow_TS, lora_A_SI, dropout_mask, ctx.dropout)
-            )
+            if dropout_mask is None:
+                dx_TI = dlow_TS @ lora_A_SI
+            else:
+                dx_TI = dropout_matmul(dlow_TS, lora_A_SI, dropout_mask, ctx.dropout)
             add_input_gradient(dx_TI, dys_TO, ctx.weight)
         return dx_TI, None, None, None, None, da_SI, *dbs_OR
 
@@ -412,8 +423,8 @@ def stacked_row_counts(model: nn.Module) -> dict[str, tuple[int, ...]]:
         if isinstance(module, FusedLinear):
             row_counts[f"{path}.weight"] = tuple(module.output_sizes.values())
             if isinstance(module.adapter, LoraLinear):
-                ranks = (config.rank for config in module.adapter.configs.values())
-                row_counts[f"{path}.adapter.lora_A"] = tuple(ranks)
+                configs = module.adapter.configs.values()
+                row_counts[f"{path}.adapter.lora_A"] = tuple(config.rank for config in configs)
     return row_counts
 
 

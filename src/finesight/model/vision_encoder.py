@@ -5,9 +5,11 @@ Shapes: N patches, D hidden size, M merged patch squares, K features of each.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import chain
 from typing import TypeVar
 
 import numpy as np
@@ -94,10 +96,10 @@ class VisionEncoder(nn.Module):
         self, grid_thw: Sequence[GridTHW], device: torch.device
     ) -> tuple[Segments, ...]:
         lengths_by_block = self.segment_lengths(grid_thw)
-        segments_by_id = {
-            id(block_lengths): Segments.from_lengths(block_lengths, device)
-            for block_lengths in unique_objects(lengths_by_block)
-        }
+        # Blocks that share a tuple of lengths share their segments.
+        segments_by_id: dict[int, Segments] = {}
+        for block_lengths in unique_objects(lengths_by_block):
+            segments_by_id[id(block_lengths)] = Segments.from_lengths(block_lengths, device)
         return tuple(segments_by_id[id(lengths)] for lengths in lengths_by_block)
 
     def add_position_embeddings(self, x_ND: Tensor, grid_thw: Sequence[GridTHW]) -> Tensor:
@@ -115,9 +117,9 @@ class VisionEncoder(nn.Module):
     @property
     def is_encoder_trainable(self) -> bool:
         """True if any parameter before the mergers is trainable, including adapters."""
-        mergers = {id(p) for p in self.merger.parameters()}
-        mergers |= {id(p) for p in self.deepstack_merger_list.parameters()}
-        return any(p.requires_grad for p in self.parameters() if id(p) not in mergers)
+        mergers = chain(self.merger.parameters(), self.deepstack_merger_list.parameters())
+        merger_ids = {id(p) for p in mergers}
+        return any(p.requires_grad for p in self.parameters() if id(p) not in merger_ids)
 
     def forward(
         self,
@@ -132,7 +134,7 @@ class VisionEncoder(nn.Module):
             Features [M, K, out_width]: those of the last block, then those of the DeepStack blocks.
         """
         if layout is None:
-            expected = sum(t * h * w for t, h, w in grid_thw)
+            expected = sum(map(math.prod, grid_thw))
             assert len(patches_ND) == expected, f"{len(patches_ND)} patches for grids of {expected}"
             layout = self.compute_patch_layout(grid_thw, patches_ND.device)
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.is_encoder_trainable):
@@ -140,7 +142,8 @@ class VisionEncoder(nn.Module):
             x_ND = self.patch_embed(self._reorder_patches(patches_ND, layout.window_index_M))
             x_ND = self.add_position_embeddings(x_ND, grid_thw)
             rotary = compute_vision_rope(layout.position_ids_N2, self.config)
-            deepstack_hidden, y_ND = [], None
+            deepstack_hidden = []
+            y_ND = None
             num_checkpointed = num_checkpointed_layers(activation_checkpointing, len(self.blocks))
             for block_index, segments in enumerate(layout.segments):
                 block = self.blocks[block_index]
@@ -148,11 +151,14 @@ class VisionEncoder(nn.Module):
                     block, block_index < num_checkpointed, x_ND, y_ND, rotary, segments
                 )
                 if block_index in self.deepstack_indexes:
-                    x_ND, y_ND = x_ND + y_ND, None
+                    x_ND = x_ND + y_ND
+                    y_ND = None
                     deepstack_hidden.append(x_ND)
-            x_ND = x_ND if y_ND is None else x_ND + y_ND
-        mergers = zip(self.deepstack_merger_list, deepstack_hidden, strict=True)
-        merged = [self.merger(x_ND), *(merger(h_ND) for merger, h_ND in mergers)]
+            if y_ND is not None:
+                x_ND = x_ND + y_ND
+        merged = [self.merger(x_ND)]
+        for merger, h_ND in zip(self.deepstack_merger_list, deepstack_hidden, strict=True):
+            merged.append(merger(h_ND))
         features_MKD = torch.stack(merged, 1)
         if layout.reverse_index_M is None:
             return features_MKD
@@ -166,12 +172,16 @@ class VisionEncoder(nn.Module):
 
 
 def frame_lengths(grid_thw: Sequence[GridTHW]) -> tuple[int, ...]:
-    return tuple(h * w for t, h, w in grid_thw for _ in range(t))
+    """Return the number of patches of each frame."""
+    lengths: list[int] = []
+    for num_frames, height, width in grid_thw:
+        lengths += [height * width] * num_frames
+    return tuple(lengths)
 
 
 def unique_objects(objects: Iterable[ItemT]) -> list[ItemT]:
     """Return the distinct objects by identity, in order."""
-    return [*{id(item): item for item in objects}.values()]
+    return list({id(item): item for item in objects}.values())
 
 
 @lru_cache(maxsize=MAX_CACHED_GRIDS)

@@ -83,9 +83,10 @@ class VisionLanguageModel(nn.Module):
         self._matches_decoding = False
         self.visual = visual
         self.model = architecture.decoder_class(config.decoder)
-        width, vocab_size = config.decoder.hidden_size, config.decoder.vocab_size
-        is_tied = config.decoder.tie_word_embeddings
-        self.lm_head = None if is_tied else FusedLinear(width, {"lm_head": vocab_size}, bias=False)
+        self.lm_head: FusedLinear | None = None
+        if not config.decoder.tie_word_embeddings:
+            output_sizes = {"lm_head": config.decoder.vocab_size}
+            self.lm_head = FusedLinear(config.decoder.hidden_size, output_sizes, bias=False)
 
     @property
     def lm_head_weight(self) -> Tensor:
@@ -96,19 +97,21 @@ class VisionLanguageModel(nn.Module):
         if self.lm_head is None:
             return self.model.embed_tokens.weight
         weight = self.lm_head.weight
-        return weight.dequantize() if isinstance(weight, QuantizedWeight) else weight
+        if isinstance(weight, QuantizedWeight):
+            return weight.dequantize()
+        return weight
 
     @property
     def supports_cuda_graphs(self) -> bool:
         """True if forward passes can be captured as CUDA graphs."""
         weight = self.model.embed_tokens.weight
-        has_experts = self.config.decoder.moe is not None
         linear_attention = self.config.decoder.linear_attention
         if linear_attention is not None and not supports_kernels(linear_attention, weight):
             return False
-        return weight.is_cuda and not (
-            has_experts and requires_host_sync(weight.dtype, weight.device)
-        )
+        if not weight.is_cuda:
+            return False
+        has_experts = self.config.decoder.moe is not None
+        return not (has_experts and requires_host_sync(weight.dtype, weight.device))
 
     @property
     def adapter_key_mapping(self) -> KeyMapping:
@@ -126,9 +129,9 @@ class VisionLanguageModel(nn.Module):
         shard = batch.context_shard
         if cached_features_MKD is not None:
             return cached_features_MKD
-        features_MKD = (
-            self.encode_images(batch.patches_ND, batch.grid_thw) if batch.grid_thw else None
-        )
+        features_MKD = None
+        if batch.grid_thw:
+            features_MKD = self.encode_images(batch.patches_ND, batch.grid_thw)
         if shard is None:
             return features_MKD
         if features_MKD is None and any(shard.features_per_rank):
@@ -139,7 +142,9 @@ class VisionLanguageModel(nn.Module):
                 0, self.visual.features_per_token, self.config.decoder.hidden_size
             )
             features_MKD.requires_grad_(any(p.requires_grad for p in self.visual.parameters()))
-        return None if features_MKD is None else exchange_features(features_MKD, shard)
+        if features_MKD is None:
+            return None
+        return exchange_features(features_MKD, shard)
 
     def forward_hidden(
         self,
@@ -158,7 +163,8 @@ class VisionLanguageModel(nn.Module):
         deepstack = None
         if features_MKD is not None:
             visual_indices_M = batch.visual_indices_M
-            num_placeholders, num_features = len(visual_indices_M), len(features_MKD)
+            num_placeholders = len(visual_indices_M)
+            num_features = len(features_MKD)
             assert num_placeholders == num_features, (
                 f"{num_placeholders} placeholder tokens for {num_features} image features"
             )
@@ -191,9 +197,12 @@ class VisionLanguageModel(nn.Module):
         Supported are models on a GPU whose decoder layers are all fused, with dense weights. A
         result for a token is then independent of the tokens of other sequences.
         """
-        embedding, layers = self.model.embed_tokens.weight, self.model.layers
-        is_fused = all(isinstance(x, FusibleLayer) and x.can_fuse(embedding) for x in layers)
-        linears = [one for x in layers if isinstance(x, FusibleLayer) for one in x.fusible_linears]
+        embedding = self.model.embed_tokens.weight
+        is_fused = all(
+            isinstance(layer, FusibleLayer) and layer.can_fuse(embedding)
+            for layer in self.model.layers
+        )
+        linears = list(self._iter_fusible_linears())
         is_quantized = any(isinstance(linear.weight, QuantizedWeight) for linear in linears)
         is_supported = is_fused and not is_quantized and self.supports_cuda_graphs
         if is_supported and not self._matches_decoding:
@@ -204,10 +213,15 @@ class VisionLanguageModel(nn.Module):
 
     def sync_fused_weights(self) -> None:
         """Copy the LoRA up-projections to the fused weights, which the first call allocates."""
-        embedding, sync = self.model.embed_tokens.weight, self._fused_weight_sync
+        embedding = self.model.embed_tokens.weight
         if embedding.is_cuda and fused_decoder.supports_fused_layers(embedding):
-            layers = (layer for layer in self.model.layers if isinstance(layer, FusibleLayer))
-            sync.copy_up_projections(linear for x in layers for linear in x.fusible_linears)
+            self._fused_weight_sync.copy_up_projections(self._iter_fusible_linears())
+
+    def _iter_fusible_linears(self) -> Iterator[FusedLinear]:
+        """Yield the linears of all decoder layers that `fused_decoder` supports, in order."""
+        for layer in self.model.layers:
+            if isinstance(layer, FusibleLayer):
+                yield from layer.fusible_linears
 
     def forward(
         self,

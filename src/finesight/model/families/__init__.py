@@ -38,8 +38,9 @@ def replace_prefix(name: str, prefixes: Iterable[tuple[str, str]]) -> str:
 
 
 def to_module_name(layer: str, key_mapping: KeyMapping = TRANSFORMERS_V5_MAPPING) -> str:
-    """Map a native layer name to a PEFT module name; an empty mapping changes no name."""
-    is_known = not key_mapping or layer.startswith(tuple(native for native, _ in key_mapping))
+    """Map a native layer name to a PEFT module name. An empty mapping changes no name."""
+    native_prefixes = tuple(native for native, _ in key_mapping)
+    is_known = not key_mapping or layer.startswith(native_prefixes)
     assert is_known, f"no adapter is published for a layer named {layer}"
     return replace_prefix(layer, key_mapping)
 

@@ -53,12 +53,16 @@ class WindowVisionEncoder(VisionEncoder):
         self.window_size = window_size
         self.full_attention_blocks = full_attention_blocks
         num_windowed = config.num_layers - len(full_attention_blocks)
-        self.window_attention = num_windowed, (window_size * config.merge_size) ** 2
+        patches_per_window = (window_size * config.merge_size) ** 2
+        self.window_attention = (num_windowed, patches_per_window)
 
     def compute_patch_layout(
         self, grid_thw: Sequence[GridTHW], device: torch.device
     ) -> PatchLayout:
-        merge_size, orders, positions, num_squares = self.config.merge_size, [], [], 0
+        merge_size = self.config.merge_size
+        orders = []
+        positions = []
+        num_squares = 0
         for grid in grid_thw:
             order, _ = window_order(grid, merge_size, self.window_size)
             positions.append(patch_coordinates(grid, merge_size)[order])
@@ -74,17 +78,16 @@ class WindowVisionEncoder(VisionEncoder):
 
     def segment_lengths(self, grid_thw: Sequence[GridTHW]) -> tuple[tuple[int, ...], ...]:
         merge_size = self.config.merge_size
-        window_squares = [window_order(grid, merge_size, self.window_size)[1] for grid in grid_thw]
-        window_lengths = (
-            tuple((np.concatenate(window_squares) * merge_size**2).tolist())
-            if window_squares
-            else ()
-        )
+        window_patches: list[int] = []
+        for grid in grid_thw:
+            _, window_squares = window_order(grid, merge_size, self.window_size)
+            window_patches += (window_squares * merge_size**2).tolist()
+        # Blocks of one kind share their tuple, and with it their segments.
+        window_lengths = tuple(window_patches)
         full_lengths = frame_lengths(grid_thw)
-        block_indices = range(self.config.num_layers)
         return tuple(
-            full_lengths if block in self.full_attention_blocks else window_lengths
-            for block in block_indices
+            full_lengths if block_index in self.full_attention_blocks else window_lengths
+            for block_index in range(self.config.num_layers)
         )
 
 
@@ -93,10 +96,14 @@ def window_order(
     grid: GridTHW, merge_size: int, window_size: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Return the order of merged patch squares by window, and the window sizes."""
-    frames, height, width = grid[0], grid[1] // merge_size, grid[2] // merge_size
-    frame, row, column = np.indices((frames, height, width)).reshape(3, -1)
-    num_columns, num_rows = -(-width // window_size), -(-height // window_size)
-    window_ids = (frame * num_rows + row // window_size) * num_columns + column // window_size
+    num_frames, patch_rows, patch_columns = grid
+    height = patch_rows // merge_size
+    width = patch_columns // merge_size
+    frame, row, column = np.indices((num_frames, height, width)).reshape(3, -1)
+    window_rows = -(-height // window_size)
+    window_columns = -(-width // window_size)
+    window_row = frame * window_rows + row // window_size
+    window_ids = window_row * window_columns + column // window_size
     return np.argsort(window_ids, kind="stable"), np.bincount(window_ids)
 
 

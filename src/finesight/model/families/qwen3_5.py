@@ -51,13 +51,13 @@ class GatedAttention(LayerAttention):
         super().__init__()
         self.attention_index = attention_index
         self.head_dim = config.head_dim
-        q_size, kv_size = (n * config.head_dim for n in (config.num_heads, config.num_kv_heads))
+        q_size = config.num_heads * config.head_dim
+        kv_size = config.num_kv_heads * config.head_dim
         # Each head of q_proj has its query first and its gate last.
         output_sizes = {"q_proj": 2 * q_size, "k_proj": kv_size, "v_proj": kv_size}
         self.qkv_proj = FusedLinear(config.hidden_size, output_sizes, bias=False)
-        self.q_norm, self.k_norm = (
-            ZeroCenteredRmsNorm(self.head_dim, eps=config.rms_norm_eps) for _ in range(2)
-        )
+        self.q_norm = ZeroCenteredRmsNorm(self.head_dim, eps=config.rms_norm_eps)
+        self.k_norm = ZeroCenteredRmsNorm(self.head_dim, eps=config.rms_norm_eps)
         self.o_proj = FusedLinear(q_size, {"o_proj": config.hidden_size}, bias=False)
 
     def forward(
@@ -65,11 +65,10 @@ class GatedAttention(LayerAttention):
     ) -> Tensor:
         q_gate_TE, k_TE, v_TE = projected
         q_THD, gate_THD = torch.unflatten(q_gate_TE, 1, (-1, 2 * self.head_dim)).chunk(2, dim=-1)
-        k_TKD, v_TKD = (torch.unflatten(y_TE, 1, (-1, self.head_dim)) for y_TE in (k_TE, v_TE))
-        q_THD, k_TKD = (
-            _norm_rotary(norm, x_THD, rotary)
-            for norm, x_THD in ((self.q_norm, q_THD), (self.k_norm, k_TKD))
-        )
+        k_TKD = torch.unflatten(k_TE, 1, (-1, self.head_dim))
+        v_TKD = torch.unflatten(v_TE, 1, (-1, self.head_dim))
+        q_THD = _norm_rotary(self.q_norm, q_THD, rotary)
+        k_TKD = _norm_rotary(self.k_norm, k_TKD, rotary)
         o_THD = attention(self.attention_index, q_THD, k_TKD, v_TKD)
         return sigmoid_gate(o_THD, gate_THD).flatten(1)
 
@@ -96,7 +95,8 @@ class GatedDeltaNet(LayerAttention):
 
     def __init__(self, config: LinearAttentionConfig, decoder: DecoderConfig, index: int) -> None:
         super().__init__()
-        self.config, self.attention_index = config, index
+        self.config = config
+        self.attention_index = index
         output_sizes = {
             "in_proj_qkv": config.conv_size,
             "in_proj_z": config.value_size,
@@ -137,7 +137,8 @@ class HybridDecoderLayer(FusibleLayer):
     self_attn: GatedAttention | None
 
     def __init__(self, config: DecoderConfig, layer_index: int) -> None:
-        linear_attention, norm = config.linear_attention, ZeroCenteredRmsNorm
+        norm = ZeroCenteredRmsNorm
+        linear_attention = config.linear_attention
         assert linear_attention is not None, "a config without linear attention"
         full_layers = linear_attention.full_attention_layers
         num_full = sum(n < layer_index for n in full_layers)
@@ -161,7 +162,8 @@ class HybridDecoder(Decoder):
 def parse_hybrid_decoder_config(
     hf_config: ConfigReader, intermediate_size: int | None = None
 ) -> DecoderConfig:
-    text, rope = get_text_config(hf_config), get_rope_config(get_text_config(hf_config))
+    text = get_text_config(hf_config)
+    rope = get_rope_config(text)
     text.require_supported("attention_bias", False, (False,))
     text.require_supported("attn_output_gate", True, (True,))
     # Gate of the linear attention layers; full attention always has a sigmoid gate.

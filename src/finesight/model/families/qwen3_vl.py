@@ -108,8 +108,9 @@ def interpolate_positions(
     high_N2 = np.minimum(low_N2 + 1, grid_size - 1)
     fraction_N2 = coordinates_N2 - low_N2
     rows = np.stack([low_N2[:, 0], low_N2[:, 0], high_N2[:, 0], high_N2[:, 0]], 1)
-    columns = np.stack([low_N2[:, 1], high_N2[:, 1]] * 2, 1)
-    row_fraction, column_fraction = fraction_N2[:, :1], fraction_N2[:, 1:]
+    columns = np.stack([low_N2[:, 1], high_N2[:, 1], low_N2[:, 1], high_N2[:, 1]], 1)
+    row_fraction = fraction_N2[:, :1]
+    column_fraction = fraction_N2[:, 1:]
     weights = np.concatenate(
         [
             (1 - row_fraction) * (1 - column_fraction),
@@ -124,7 +125,12 @@ def interpolate_positions(
 
 def interleaved_mrope_axes(sections: tuple[int, ...]) -> tuple[int, ...]:
     """Assign rotary frequencies to the axes time, height and width in turn (interleaved M-RoPE)."""
-    return tuple(n % 3 if n < 3 * sections[n % 3] else 0 for n in range(sum(sections)))
+    axes = []
+    for index in range(sum(sections)):
+        axis = index % 3
+        # Frequencies after the end of a shorter section belong to time.
+        axes.append(axis if index < 3 * sections[axis] else 0)
+    return tuple(axes)
 
 
 def parse_qwen3_decoder_config(hf_config: ConfigReader) -> DecoderConfig:
@@ -150,11 +156,11 @@ def build_vision_encoder(
     if grid_size**2 != num_positions:
         vision.raise_invalid("num_position_embeddings", "a square number")
     # The config class of Qwen3.5 in transformers has no DeepStack.
-    has_deepstack = vision.has("deepstack_visual_indexes")
-    deepstack_indexes = vision.get_ints("deepstack_visual_indexes") if has_deepstack else ()
-    if sorted(set(deepstack_indexes)) != list(deepstack_indexes) or any(
-        n >= config.num_layers for n in deepstack_indexes
-    ):
+    deepstack_indexes: tuple[int, ...] = ()
+    if vision.has("deepstack_visual_indexes"):
+        deepstack_indexes = vision.get_ints("deepstack_visual_indexes")
+    is_ascending = sorted(set(deepstack_indexes)) == list(deepstack_indexes)
+    if not is_ascending or max(deepstack_indexes, default=-1) >= config.num_layers:
         vision.raise_invalid(
             "deepstack_visual_indexes", f"ascending indices below {config.num_layers}"
         )
@@ -174,9 +180,10 @@ ARCHITECTURE = Architecture(
 def parse_moe_config(text: ConfigReader) -> MoeConfig:
     """Parse and validate the settings of the experts, without a shared one."""
     text.require_supported("mlp_only_layers", (), ((), []))
+    # transformers 5 uses the second name.
+    num_experts_key = "num_experts" if text.has("num_experts") else "num_local_experts"
     moe_config = MoeConfig(
-        # transformers 5 uses the second name.
-        num_experts=text.get_int("num_experts" if text.has("num_experts") else "num_local_experts"),
+        num_experts=text.get_int(num_experts_key),
         num_experts_per_tok=text.get_int("num_experts_per_tok"),
         intermediate_size=text.get_int("moe_intermediate_size"),
     )

@@ -157,16 +157,16 @@ class QwenDecoder(Decoder):
             return QueryKeyRotary(keys, keys)
         lengths_T11 = (position_ids_T1.unsqueeze(1) + 1).double()
         scale_T11 = (lengths_T11.log() / math.log(self.config.train_length)).clamp_min(1.0).float()
-        return QueryKeyRotary(
-            RotaryCosSin(keys.cos_T1D * scale_T11, keys.sin_T1D * scale_T11), keys
-        )
+        queries = RotaryCosSin(keys.cos_T1D * scale_T11, keys.sin_T1D * scale_T11)
+        return QueryKeyRotary(queries, keys)
 
     def _inverse_frequencies(self, attention: AttentionBackend, device: torch.device) -> Tensor:
         """Return inverse frequencies [F], or [T, F] if sequences have different rotary bases.
 
         No host-to-device copy is made, so that a decode step can be captured as a CUDA graph.
         """
-        head_dim, rope_theta = self.config.head_dim, self.config.rope_theta
+        head_dim = self.config.head_dim
+        rope_theta = self.config.rope_theta
         if self.training or not self.config.use_dynamic_ntk:
             return inverse_frequencies(head_dim, rope_theta, device)
         doublings_T = count_ntk_doublings(attention.context_lengths_T, self.config.train_length)
@@ -185,10 +185,13 @@ def _inverse_frequencies_by_doubling(
     head_dim: int, rope_theta: float, device: torch.device
 ) -> Tensor:
     """Return the frequencies of NTK-aware interpolation for each number of context doublings."""
-    exponent, counts = head_dim / (head_dim - 2), range(MAX_NTK_DOUBLINGS + 1)
+    exponent = head_dim / (head_dim - 2)
+    frequencies = []
     with torch.inference_mode(False):
-        bases = (rope_theta * math.pow(2 ** (count + 1) - 1, exponent) for count in counts)
-        return torch.stack([inverse_frequencies(head_dim, base, device) for base in bases])
+        for num_doublings in range(MAX_NTK_DOUBLINGS + 1):
+            base = rope_theta * math.pow(2 ** (num_doublings + 1) - 1, exponent)
+            frequencies.append(inverse_frequencies(head_dim, base, device))
+        return torch.stack(frequencies)
 
 
 def parse_qwen_decoder_config(hf_config: ConfigReader) -> QwenDecoderConfig:
@@ -290,7 +293,8 @@ class ResamplerAttention(nn.Module):
 
     def forward(self, q_QD: Tensor, k_PGD: Tensor, v_PGD: Tensor) -> Tensor:
         """Compute the attention of the same queries to every image, [P, Q, D]."""
-        weights, biases = self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3)
+        weights = self.in_proj_weight.chunk(3)
+        biases = self.in_proj_bias.chunk(3)
         inputs = (q_QD.expand(len(k_PGD), -1, -1), k_PGD, v_PGD)
         q, k, v = (
             torch.unflatten(F.linear(x, weight, bias), -1, (self.num_heads, -1)).transpose(1, 2)
@@ -335,7 +339,8 @@ class VisionResampler(nn.Module):
 
     def __init__(self, config: VisionConfig, grid_size: int, num_queries: int) -> None:
         super().__init__()
-        self.grid_size, self.merge_size = grid_size, config.merge_size
+        self.grid_size = grid_size
+        self.merge_size = config.merge_size
         self.attn_pool = AttentionPool(num_queries, config.out_hidden_size, config.hidden_size)
         self.ln_post = _norm(config.out_hidden_size)
         self.proj = nn.Parameter(torch.empty(config.out_hidden_size, config.out_hidden_size))
@@ -386,8 +391,9 @@ def _interpolate_table(table_SD: Tensor, num_positions: int) -> Tensor:
     """Resize a square table of position embeddings with bicubic interpolation in fp32."""
     if len(table_SD) == num_positions:
         return table_SD
-    sides = math.isqrt(len(table_SD)), math.isqrt(num_positions)
-    weights_PS = _bicubic_weights(*sides, table_SD.device)
+    source_side = math.isqrt(len(table_SD))
+    target_side = math.isqrt(num_positions)
+    weights_PS = _bicubic_weights(source_side, target_side, table_SD.device)
     return (weights_PS @ table_SD.float()).to(table_SD.dtype)
 
 
@@ -415,15 +421,16 @@ def build_vision_encoder(
     hf_config: ConfigReader, normalization: PixelNormalization
 ) -> QwenVisionEncoder:
     visual = hf_config.section("visual")
-    patch_size, out_hidden_size = visual.get_int("patch_size"), visual.get_int("output_dim")
+    patch_size = visual.get_int("patch_size")
+    out_hidden_size = visual.get_int("output_dim")
     grid_size, pixel_rest = divmod(visual.get_int("image_size"), patch_size)
     num_queries = visual.get_int("n_queries", DEFAULT_NUM_QUERIES)
-    merge_size, rest = divmod(grid_size, math.isqrt(num_queries))
-    if pixel_rest or rest or not merge_size or math.isqrt(num_queries) ** 2 != num_queries:
-        visual.raise_invalid(
-            "image_size", f"a multiple of {patch_size} x {math.isqrt(num_queries)}"
-        )
-    hidden_size, num_heads = visual.get_int("width"), visual.get_int("heads")
+    query_side = math.isqrt(num_queries)
+    merge_size, rest = divmod(grid_size, query_side)
+    if pixel_rest or rest or not merge_size or query_side**2 != num_queries:
+        visual.raise_invalid("image_size", f"a multiple of {patch_size} x {query_side}")
+    hidden_size = visual.get_int("width")
+    num_heads = visual.get_int("heads")
     if hidden_size % num_heads:
         visual.raise_invalid("heads", f"a divisor of width {hidden_size}")
     if out_hidden_size % RESAMPLER_HEAD_DIM:

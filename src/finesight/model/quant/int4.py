@@ -68,7 +68,7 @@ class Int4Matrix(Packed4BitMatrix):
         inputs = self.in_features
         outputs = self.out_features
         groups = self._num_groups
-        tensors: dict[str, tuple[tuple[int, ...], str]] = {
+        file_tensors: dict[str, tuple[tuple[int, ...], str]] = {
             "qweight": ((inputs // PACK_FACTOR, outputs), "I32"),
             "qzeros": ((groups, outputs // PACK_FACTOR), "I32"),
             "scales": ((groups, outputs), "F16"),
@@ -76,7 +76,7 @@ class Int4Matrix(Packed4BitMatrix):
         }
         return tuple(
             WeightTensorSpec(name, shape, (dtype,), partial(self.load_tensor, name))
-            for name, (shape, dtype) in tensors.items()
+            for name, (shape, dtype) in file_tensors.items()
         )
 
     @torch.no_grad()

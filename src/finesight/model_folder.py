@@ -71,8 +71,8 @@ def _convert(files: Sequence[Path], target: Path) -> None:
         for shard_index, file in enumerate(files, 1):
             # Pickled tensors may share memory and have any strides; safetensors must be contiguous.
             tensors = {
-                file_name: tensor.detach().clone(memory_format=torch.contiguous_format)
-                for file_name, tensor in _load_tensors(file).items()
+                name: tensor.detach().clone(memory_format=torch.contiguous_format)
+                for name, tensor in _load_tensors(file).items()
             }
             file_name = f"model-{shard_index:05}-of-{len(files):05}.safetensors"
             save_file(tensors, folder / file_name, metadata={"format": "pt"})
@@ -93,9 +93,10 @@ def _load_tensors(file: Path) -> dict[str, Tensor]:
             warnings.simplefilter("ignore")
             state_dict = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        match = re.search(r"GLOBAL (\S+)", str(error))
-        code = f"a pickle that would execute {match[1]} when it is read" if match else ""
-        raise _build_error(file, code or "not a pickle of tensors") from error
+        reason = "not a pickle of tensors"
+        if match := re.search(r"GLOBAL (\S+)", str(error)):
+            reason = f"a pickle that would execute {match[1]} when it is read"
+        raise _build_error(file, reason) from error
     except OSError as error:
         raise _build_error(file, f"cannot be read: {error.strerror}") from error
     except Exception as error:  # a damaged file can raise nearly anything inside torch
@@ -237,14 +238,16 @@ class ModelFolder:
         settings.
         """
         name, settings = self._read_image_settings()
+        merged = dict(PREPROCESSOR_DEFAULTS)
         size = settings.get("size")
         size_limits = size if isinstance(size, dict) else {}
         size_keys = {"min_pixels": "shortest_edge", "max_pixels": "longest_edge"}
-        size_settings = {
-            ours: size_limits[theirs] for ours, theirs in size_keys.items() if theirs in size_limits
-        }
-        set_values = {key: value for key, value in settings.items() if value is not None}
-        merged = {**PREPROCESSOR_DEFAULTS, **size_settings, **set_values}
+        for key, size_key in size_keys.items():
+            if size_key in size_limits:
+                merged[key] = size_limits[size_key]
+        for key, value in settings.items():
+            if value is not None:
+                merged[key] = value
         for key in ("patch_size", "merge_size", "temporal_patch_size", *size_keys):
             self._check_count(key, merged[key], name, PREPROCESSOR_FILE)
         if merged["min_pixels"] > merged["max_pixels"]:
@@ -305,7 +308,9 @@ class ModelFolder:
         if self.find_file(VIDEO_PREPROCESSOR_FILE) is not None:
             return self._read_json_file(VIDEO_PREPROCESSOR_FILE)
         nested = self._read_optional(PROCESSOR_FILE).get("video_processor")
-        return nested if isinstance(nested, dict) else {}
+        if isinstance(nested, dict):
+            return nested
+        return {}
 
     @cached_property
     def tokenizer_file(self) -> Path:
@@ -313,8 +318,9 @@ class ModelFolder:
 
         Raises UserError if the file is missing.
         """
-        is_first = self.family == _QWEN_VL_FAMILY
-        return self._require_file("qwen.tiktoken" if is_first else "tokenizer.json")
+        if self.family == _QWEN_VL_FAMILY:
+            return self._require_file("qwen.tiktoken")
+        return self._require_file("tokenizer.json")
 
     def find_file(self, name: str) -> Path | None:
         """Return the path with the content of a file, or None if it is missing.
@@ -330,7 +336,9 @@ class ModelFolder:
             return path
         text = path.read_text(encoding="utf-8", errors="replace")
         is_link = Path(text).name == name and "/" in text and "\n" not in text
-        return path.parent / text if is_link and (path.parent / text).is_file() else path
+        if is_link and (path.parent / text).is_file():
+            return path.parent / text
+        return path
 
     @property
     def is_local(self) -> bool:
@@ -385,14 +393,15 @@ class ModelFolder:
 
     def _list_weights(self, single_name: str, index_name: str) -> list[Path]:
         """List the files of an index, or else a single file; empty without both."""
-        index, single = self.find_file(index_name), self.find_file(single_name)
+        index = self.find_file(index_name)
+        single = self.find_file(single_name)
         if index is not None:
             return [self._require_file(name) for name in self._read_shard_names(index)]
         return [] if single is None else [single]
 
     def _read_shard_names(self, index: Path) -> list[str]:
         weight_map = read_json_object(index, remedy=_DOWNLOAD_AGAIN).get("weight_map")
-        files = [*weight_map.values()] if isinstance(weight_map, dict) else []
+        files = list(weight_map.values()) if isinstance(weight_map, dict) else []
         if not files or not all(isinstance(one, str) and Path(one).name == one for one in files):
             raise UserError(
                 f"weight_map is {shorten(repr(weight_map), 60)}, not a mapping from names to files",
@@ -417,7 +426,9 @@ class ModelFolder:
         return read_json_object(self._require_file(name), remedy=_DOWNLOAD_AGAIN)
 
     def _read_optional(self, name: str) -> dict[str, Any]:
-        return {} if self.find_file(name) is None else self._read_json_file(name)
+        if self.find_file(name) is None:
+            return {}
+        return self._read_json_file(name)
 
     def _require_file(self, name: str) -> Path:
         path = self.find_file(name)
@@ -449,7 +460,9 @@ def locate_model(name_or_path: str) -> ModelFolder:
             " (pip install -e .)",
         )
     address = check_model_path(name_or_path)
-    return ModelFolder(path) if address is None else _open_hub_model(name_or_path, address)
+    if address is None:
+        return ModelFolder(path)
+    return _open_hub_model(name_or_path, address)
 
 
 def check_model_path(name: str) -> HubAddress | None:
@@ -470,7 +483,8 @@ def check_model_path(name: str) -> HubAddress | None:
         if not any((path / file).exists() for file in ("config.json", MANIFEST_FILE)):
             runs = sorted(file.parent for file in path.glob(f"*/{MANIFEST_FILE}"))
             if runs:
-                what = f"{name} is no model, but contains {', '.join(r.name for r in runs)}"
+                listed = ", ".join(run.name for run in runs)
+                what = f"{name} is no model, but contains {listed}"
                 raise reject(what, f"did you mean {runs[0]}?")
         return None
     if os.path.isfile(path):
@@ -483,11 +497,14 @@ def check_model_path(name: str) -> HubAddress | None:
         names = sorted(entry.name for entry in os.scandir(path.parent) if entry.is_dir())
     known = [*names, TINY_MODEL] if path.parent == Path() else names
     similar = difflib.get_close_matches(path.name, known, n=1, cutoff=0.5)
-    what, recipe = f"no folder {name}", path.parent / RECIPE_FILE
+    what = f"no folder {name}"
+    recipe = path.parent / RECIPE_FILE
     if path.name == "run" and recipe.is_file():
         # The folder of a new recipe.
         raise reject(what, Step("train", {"recipe": str(recipe)}, "train it first"))
-    remedy = f"use {path.parent / similar[0]}" if similar else "correct the path"
+    remedy = "correct the path"
+    if similar:
+        remedy = f"use {path.parent / similar[0]}"
     if address is None:
         raise reject(what, remedy)
     expected = f"a folder in {path.parent}/: {', '.join(names[:8]) or 'it has none'}"
@@ -499,14 +516,17 @@ def resolve_model_path(name_or_path: str) -> Path:
 
     The bare name `finesight-tiny` is the bundled folder; `~` is the home folder.
     """
-    path = Path(os.path.expanduser(name_or_path))
-    return TINY_MODEL_FOLDER if name_or_path == TINY_MODEL else path
+    if name_or_path == TINY_MODEL:
+        return TINY_MODEL_FOLDER
+    return Path(os.path.expanduser(name_or_path))
 
 
 def get_portable_name(folder: ModelFolder) -> str:
     """Return the absolute path, or `finesight-tiny` for the bundled model of any installation."""
     path = folder.path.resolve()
-    return TINY_MODEL if path == TINY_MODEL_FOLDER.resolve() else str(path)
+    if path == TINY_MODEL_FOLDER.resolve():
+        return TINY_MODEL
+    return str(path)
 
 
 def _open_hub_model(name: str, address: HubAddress) -> ModelFolder:
@@ -558,7 +578,9 @@ def _iter_layer_counts(content: object, at: str = "") -> Iterator[tuple[str, flo
     for key, value in content.items():
         values = value if isinstance(value, list) else [value]
         if _LAYERS.fullmatch(key):
-            yield from ((at + key, one) for one in values if isinstance(one, int | float))
+            for one in values:
+                if isinstance(one, int | float):
+                    yield at + key, one
         for one in values:
             yield from _iter_layer_counts(one, f"{at}{key}.")
 
@@ -567,7 +589,9 @@ def _read_header(path: Path) -> bytes:
     """Read the JSON header of a safetensors file, which follows its length in 8 bytes."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        header = file.read(length) if length <= MAX_HEADER_BYTES else b""
+        header = b""
+        if length <= MAX_HEADER_BYTES:
+            header = file.read(length)
     if not header or len(header) < length:
         raise UserError(
             f"{path.stat().st_size} bytes that do not start with a safetensors header",

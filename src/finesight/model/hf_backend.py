@@ -46,7 +46,8 @@ class HfLinear(FusedLinear):
             super().__init__(
                 layer.in_features, {name: layer.out_features}, bias=layer.bias is not None
             )
-        self.in_features, self.out_features = layer.in_features, layer.out_features
+        self.in_features = layer.in_features
+        self.out_features = layer.out_features
         for key, parameter in layer.named_parameters(recurse=False):
             self.register_parameter(key, parameter)
 
@@ -106,11 +107,10 @@ class HfModel(nn.Module):
     def prepare_inputs(self, batch: PackedBatch) -> dict[str, Tensor]:
         """Build the keyword arguments of the transformers model for a packed batch."""
         dtype = self.inner.dtype
-        extra_inputs = {
-            name: value.to(dtype) if value.is_floating_point() else value
-            for name, value in batch.hf_inputs.items()
-        }
-        return {"input_ids": batch.ids_T[None], **extra_inputs}
+        inputs = {"input_ids": batch.ids_T[None]}
+        for name, value in batch.hf_inputs.items():
+            inputs[name] = value.to(dtype) if value.is_floating_point() else value
+        return inputs
 
     def forward(self, batch: PackedBatch, features_MKD: Tensor | None = None) -> Tensor:
         """Compute the normalized hidden states [L, D] of the tokens that need logits."""
@@ -144,7 +144,10 @@ class HfModel(nn.Module):
         skips_logits = "logits_to_keep" in signature(self.inner.forward).parameters
         options = {"logits_to_keep": indices} if skips_logits else {}
         out = self.inner(**self.prepare_inputs(batch), use_cache=False, **options)
-        model_logits_CV = (out.logits[0] if skips_logits else out.logits[0][indices]).float()
+        model_logits_CV = out.logits[0]
+        if not skips_logits:
+            model_logits_CV = model_logits_CV[indices]
+        model_logits_CV = model_logits_CV.float()
         h_CD = self._forward_hidden(batch)[indices]
         head_logits_CV = F.linear(h_CD, self.lm_head_weight).float()
         self.train(was_training)
@@ -168,6 +171,15 @@ def _unsupported_head(problem: str, expected: str) -> UserError:
     )
 
 
+def _unsupported_quantization(requested: str, where: str, folder: ModelFolder) -> UserError:
+    return UserError(
+        f"{requested} for a model of the family {folder.family}",
+        where=where,
+        expected="a native family; transformers uses the published weights",
+        remedy=f"leave {where} out",
+    )
+
+
 def load_hf_model(
     folder: ModelFolder,
     dtype: torch.dtype,
@@ -176,17 +188,15 @@ def load_hf_model(
     weight_format: WeightFormat = "auto",
     fp8_parts: Collection[str] = (),
 ) -> HfModel:
-    if nf4_parts or fp8_parts or weight_format != "auto":
-        where, requested = "--weight-format", f"weights in {weight_format}"
-        if weight_format == "auto":
-            where = "tune.quantize.nf4" if nf4_parts else "tune.quantize.fp8"
-            requested = f"{' and '.join(nf4_parts or fp8_parts)} in {'NF4' if nf4_parts else 'FP8'}"
-        raise UserError(
-            f"{requested} for a model of the family {folder.family}",
-            where=where,
-            expected="a native family; transformers uses the published weights",
-            remedy=f"leave {where} out",
-        )
+    if weight_format != "auto":
+        requested = f"weights in {weight_format}"
+        raise _unsupported_quantization(requested, "--weight-format", folder)
+    if nf4_parts:
+        requested = f"{' and '.join(nf4_parts)} in NF4"
+        raise _unsupported_quantization(requested, "tune.quantize.nf4", folder)
+    if fp8_parts:
+        requested = f"{' and '.join(fp8_parts)} in FP8"
+        raise _unsupported_quantization(requested, "tune.quantize.fp8", folder)
     # Native families do not need this backend.
     from finesight.encode.hf_renderer import (
         FROM_PRETRAINED_OPTIONS,

@@ -12,7 +12,13 @@ from torch import nn
 
 from finesight.config import LoraSettings, TuneMode, TuneSettings
 from finesight.errors import UserError
-from finesight.model.linear import LoraConfig, LoraLinear, find_adaptable_layers, iter_adapters
+from finesight.model.linear import (
+    FusedLinear,
+    LoraConfig,
+    LoraLinear,
+    find_adaptable_layers,
+    iter_adapters,
+)
 from finesight.model.quant.base import find_quantized_weights
 
 ModelPart = Literal["vision", "merger", "language", "embeddings"]
@@ -72,7 +78,8 @@ def get_part(name: str) -> ModelPart:
     of transformers models raise UserError.
     """
     is_native = not name.startswith(HF_PREFIX)
-    for part, pattern in _NATIVE_PATTERNS if is_native else _HF_PATTERNS:
+    patterns = _NATIVE_PATTERNS if is_native else _HF_PATTERNS
+    for part, pattern in patterns:
         if re.match(pattern, name):
             return part
     assert not is_native, f"the parameter {name} belongs to no part: {_NATIVE_PATTERNS}"
@@ -108,14 +115,16 @@ def configure_tuning(model: nn.Module, tune: TuneSettings, seed: int) -> None:
     layers = find_adaptable_layers(model)
     names = _filter_parts(layers, adapted)
     lora_config = LoraConfig(tune.lora.rank, tune.lora.alpha)
+    linears: dict[str, FusedLinear] = {}
     configs: dict[str, dict[str, LoraConfig]] = {}
     for name in _select_targets(names, adapted, tune.lora.target_modules):
-        configs.setdefault(layers[name].path, {})[layers[name].output_name] = lora_config
-    linears = {layer.path: layer.linear for layer in layers.values()}
-    for path, layer_configs in configs.items():
-        adapter = LoraLinear(linears[path], layer_configs, tune.lora.dropout)
+        linear, path, output_name = layers[name]
+        linears[path] = linear
+        configs.setdefault(path, {})[output_name] = lora_config
+    for path, linear in linears.items():
+        adapter = LoraLinear(linear, configs[path], tune.lora.dropout)
         adapter.reset_parameters(seed, path)
-        linears[path].adapter = adapter.train(linears[path].training)
+        linear.adapter = adapter.train(linear.training)
 
 
 def _select_targets(
@@ -124,28 +133,30 @@ def _select_targets(
     if targets is None:
         return names
     for target in targets:
-        if not any(name.endswith(f".{target}") for name in names):
-            similar = sorted(
-                _name_suffixes(names),
-                key=lambda suffix: difflib.SequenceMatcher(None, target, suffix).ratio(),
-                reverse=True,
-            )
-            raise UserError(
-                f"{target!r} matches no linear layer of {' or '.join(parts)}",
-                where="tune.lora.target_modules",
-                expected=f"some of {', '.join(similar)}",
-                remedy="correct the name, or remove target_modules to adapt every linear layer",
-            )
+        if _filter_targets(names, [target]):
+            continue
+        similar = sorted(
+            _name_suffixes(names),
+            key=lambda suffix: difflib.SequenceMatcher(None, target, suffix).ratio(),
+            reverse=True,
+        )
+        raise UserError(
+            f"{target!r} matches no linear layer of {' or '.join(parts)}",
+            where="tune.lora.target_modules",
+            expected=f"some of {', '.join(similar)}",
+            remedy="correct the name, or remove target_modules to adapt every linear layer",
+        )
     selected = _filter_targets(names, targets)
     for part in parts:
-        if not any(get_part(name) == part for name in selected):
-            part_names = _filter_parts(names, [part])
-            raise UserError(
-                f"tune.{part} is lora, but it has no layer named {' or '.join(targets)}",
-                where="tune.lora.target_modules",
-                expected=f"also some of {', '.join(_name_suffixes(part_names))}",
-                remedy=f"add a target module, or set tune.{part}=frozen",
-            )
+        if _filter_parts(selected, [part]):
+            continue
+        part_names = _filter_parts(names, [part])
+        raise UserError(
+            f"tune.{part} is lora, but it has no layer named {' or '.join(targets)}",
+            where="tune.lora.target_modules",
+            expected=f"also some of {', '.join(_name_suffixes(part_names))}",
+            remedy=f"add a target module, or set tune.{part}=frozen",
+        )
     return selected
 
 
@@ -189,11 +200,17 @@ def _filter_targets(names: Iterable[str], targets: Iterable[str]) -> list[str]:
 
 
 def _name_suffixes(names: Iterable[str]) -> list[str]:
-    """Return the distinct last components of layer names, or the last two if one is a number."""
+    """Return the distinct last components of layer names.
+
+    The last two are returned for a name that ends with a number.
+    """
     suffixes: dict[str, None] = {}
     for name in names:
         pieces = name.split(".")
-        suffixes[".".join(pieces[-2:]) if pieces[-1].isdigit() else pieces[-1]] = None
+        suffix = pieces[-1]
+        if suffix.isdigit():
+            suffix = ".".join(pieces[-2:])
+        suffixes[suffix] = None
     return list(suffixes)
 
 

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -85,10 +85,14 @@ def _damaged_file(
 
 
 def _reject_tensors(wrong: Sequence[tuple[str, Path]], problem: str, expected: str) -> None:
-    """Raise a UserError that lists up to five tensors and the file of the first, if any."""
-    if wrong:
-        listed = ", ".join(name for name, _ in wrong[:5]) + (", ..." if len(wrong) > 5 else "")
-        raise _damaged_file(f"{len(wrong)} tensors are {problem}: {listed}", wrong[0][1], expected)
+    """Raise a UserError with up to five tensors, if there are any."""
+    if not wrong:
+        return
+    listed = ", ".join(name for name, _ in wrong[:5])
+    if len(wrong) > 5:
+        listed += ", ..."
+    _, first_file = wrong[0]
+    raise _damaged_file(f"{len(wrong)} tensors are {problem}: {listed}", first_file, expected)
 
 
 @contextmanager
@@ -110,6 +114,15 @@ MATRIX_TYPES: Mapping[str, Callable[[int, int], QuantizedMatrix]] = {
 }
 
 
+class _QuantizationRequest(NamedTuple):
+    """Model parts to quantize, and the setting that requests it."""
+
+    parts: Collection[ModelPart]
+    bit_format: str
+    where: str
+    weight_type: type[QuantizedWeight]
+
+
 def quantize_model_parts(
     model: VisionLanguageModel,
     nf4_parts: Collection[ModelPart],
@@ -125,30 +138,32 @@ def quantize_model_parts(
     once, with more rows than quantized kernels accelerate, and their errors affect all later
     tokens. A tied head remains as well, because it is the embedding table.
     """
-    requests: list[tuple[Collection[ModelPart], str, str]] = [
-        (nf4_parts, "nf4", "tune.quantize.nf4"),
-        (fp8_parts, "fp8", "tune.quantize.fp8"),
+    requests = [
+        _QuantizationRequest(nf4_parts, "nf4", "tune.quantize.nf4", QuantizedWeight),
+        _QuantizationRequest(fp8_parts, "fp8", "tune.quantize.fp8", Fp8Weight),
     ]
     if weight_format != "auto":
-        decoder: tuple[ModelPart, ...] = ("language", "embeddings")
-        requests = [(decoder[: 1 + (model.lm_head is not None)], weight_format, "--weight-format")]
-    for parts, bit_format, where in requests:
-        _check_quantizable(model, parts, bit_format, where, folder)
-        uses_fp8_matmul = where == "tune.quantize.fp8"
-        weight_type = Fp8Weight if uses_fp8_matmul else QuantizedWeight
-        for linear in _select_linears(model, parts):
-            if supports_fp8_matmul(linear) or not uses_fp8_matmul:
-                with torch.device("meta"):
-                    linear.set_quantized_weight(MATRIX_TYPES[bit_format], weight_type)
+        parts: list[ModelPart] = ["language"]
+        if model.lm_head is not None:
+            parts.append("embeddings")
+        requests = [
+            _QuantizationRequest(parts, weight_format, "--weight-format", QuantizedWeight),
+        ]
+    for request in requests:
+        _check_quantizable(model, request, folder)
+        matrix_type = MATRIX_TYPES[request.bit_format]
+        uses_fp8_matmul = request.weight_type is Fp8Weight
+        for linear in _select_linears(model, request.parts):
+            if uses_fp8_matmul and not supports_fp8_matmul(linear):
+                continue
+            with torch.device("meta"):
+                linear.set_quantized_weight(matrix_type, request.weight_type)
 
 
 def _check_quantizable(
-    model: VisionLanguageModel,
-    parts: Collection[ModelPart],
-    bit_format: str,
-    where: str,
-    folder: Path,
+    model: VisionLanguageModel, request: _QuantizationRequest, folder: Path
 ) -> None:
+    parts, bit_format, where, _ = request
     if parts and bit_format == "nf4":
         import_bitsandbytes(where)
     if "embeddings" in parts and model.lm_head is None:
@@ -161,8 +176,9 @@ def _check_quantizable(
             remedy=f"leave embeddings out of nf4 for {folder.name}",
         )
     if "language" in parts and model.config.decoder.moe is not None:
-        is_option = where == "--weight-format"
-        excluded = f"{where} {bit_format} out" if is_option else f"language out of {bit_format}"
+        excluded = f"language out of {bit_format}"
+        if where == "--weight-format":
+            excluded = f"{where} {bit_format} out"
         raise UserError(
             f"language is in {bit_format}, but this model has experts, which remain in 16 bits "
             "and hold nearly all of its parameters",
@@ -173,24 +189,26 @@ def _check_quantizable(
 
 
 def _select_linears(model: nn.Module, parts: Collection[ModelPart]) -> list[FusedLinear]:
-    return [
-        module
-        for path, module in model.named_modules()
-        if isinstance(module, FusedLinear) and get_part(f"{path}.weight") in parts
-    ]
+    linears = []
+    for path, module in model.named_modules():
+        if isinstance(module, FusedLinear) and get_part(f"{path}.weight") in parts:
+            linears.append(module)
+    return linears
 
 
 def supports_fp8_matmul(linear: FusedLinear) -> bool:
     """Return True if the sizes of all layers of a fused linear support FP8 matmuls."""
-    return not any(
-        size % FP8_ALIGNMENT for size in (linear.in_features, *linear.output_sizes.values())
-    )
+    sizes = (linear.in_features, *linear.output_sizes.values())
+    return not any(size % FP8_ALIGNMENT for size in sizes)
 
 
 def count_unquantized_layers(model: nn.Module, fp8_parts: Collection[ModelPart]) -> int:
     """Count the linear layers of `fp8_parts` whose sizes do not support FP8 matmuls."""
-    linears = _select_linears(model, fp8_parts)
-    return sum(len(linear.output_sizes) for linear in linears if not supports_fp8_matmul(linear))
+    num_layers = 0
+    for linear in _select_linears(model, fp8_parts):
+        if not supports_fp8_matmul(linear):
+            num_layers += len(linear.output_sizes)
+    return num_layers
 
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -244,7 +262,9 @@ class HubTensor:
 
     @property
     def dtypes(self) -> Collection[str]:
-        return self.data.dtypes if isinstance(self.data, WeightTensorSpec) else SAFETENSORS_DTYPES
+        if isinstance(self.data, WeightTensorSpec):
+            return self.data.dtypes
+        return SAFETENSORS_DTYPES
 
     @property
     def is_dense(self) -> bool:
@@ -258,8 +278,12 @@ class HubTensor:
 
         Weights of experts may be transposed: transformers 5 writes them with outputs first.
         """
-        first, *others = header.shape or (0,)
-        return self.shape in (header.shape, (first, *others[::-1]) if len(others) == 2 else None)
+        if header.shape == self.shape:
+            return True
+        if len(header.shape) != 3:
+            return False
+        num_experts, num_outputs, num_inputs = header.shape
+        return self.shape == (num_experts, num_inputs, num_outputs)
 
     def load(self, values: Tensor) -> None:
         assert self.data is not None, f"{self.name} is not loaded"
@@ -286,20 +310,21 @@ def hub_tensors(model: VisionLanguageModel) -> Iterator[HubTensor]:
         for key, parameter in chain(
             module.named_parameters(recurse=False), module.named_buffers(recurse=False)
         ):
-            name, data = f"{path}.{key}", parameter.detach()
-            is_patch_embed = name == _PATCH_EMBED_KEY
-            patch_shape = (len(data), *model.config.vision.patch_shape) if is_patch_embed else None
-            yield HubTensor(name, data, patch_shape or tuple(data.shape))
+            name = f"{path}.{key}"
+            data = parameter.detach()
+            shape = tuple(data.shape)
+            if name == _PATCH_EMBED_KEY:
+                shape = (len(data), *model.config.vision.patch_shape)
+            yield HubTensor(name, data, shape)
 
 
 def _linear_tensors(path: str, linear: FusedLinear) -> Iterator[HubTensor]:
-    sizes, weight, bias = list(linear.output_sizes.values()), linear.weight, linear.bias
-    weights: Sequence[Tensor | QuantizedMatrix] = (
-        weight.matrices
-        if isinstance(weight, QuantizedWeight)
-        else torch.split(weight.detach(), sizes)
-    )
-    biases = split_outputs(None if bias is None else bias.detach(), sizes)
+    sizes = list(linear.output_sizes.values())
+    weights = _split_weight(linear.weight, sizes)
+    bias: Tensor | None = linear.bias
+    if bias is not None:
+        bias = bias.detach()
+    biases = split_outputs(bias, sizes)
     for output, layer_weight, layer_bias in zip(linear.output_sizes, weights, biases, strict=True):
         layer = hub_name(path, output)
         if isinstance(layer_weight, QuantizedMatrix):
@@ -311,6 +336,15 @@ def _linear_tensors(path: str, linear: FusedLinear) -> Iterator[HubTensor]:
             yield HubTensor(f"{layer}.bias", layer_bias, tuple(layer_bias.shape))
 
 
+def _split_weight(
+    weight: Tensor | QuantizedWeight, sizes: list[int]
+) -> Sequence[Tensor | QuantizedMatrix]:
+    """Return the weight of each layer of a fused linear."""
+    if isinstance(weight, QuantizedWeight):
+        return weight.matrices
+    return torch.split(weight.detach(), sizes)
+
+
 def build_empty_model(
     folder: ModelFolder,
     dtype: torch.dtype,
@@ -318,7 +352,10 @@ def build_empty_model(
     weight_format: WeightFormat = "auto",
     fp8_parts: Collection[ModelPart] = (),
 ) -> VisionLanguageModel:
-    """Build the model of a hub folder on the meta device, without layers published with GPTQ."""
+    """Build the model of a hub folder on the meta device.
+
+    Layers published with GPTQ are not quantized yet.
+    """
     hf_config = ConfigReader(folder.config, str(folder.path / "config.json"))
     preprocessor_path = str(folder.path / "preprocessor_config.json")
     preprocessor = ConfigReader(folder.preprocessor_config, preprocessor_path)
@@ -360,13 +397,17 @@ def build_checked_model(
     group_size = gptq_group_size(folder)
     files = folder.weight_files()
     model = build_empty_model(folder, dtype, nf4_parts, weight_format, fp8_parts)
-    headers = read_headers(files, model.architecture.to_native_name)
-    prefixes = model.architecture.copied_prefixes
+    headers = []
+    copied_headers = []
+    for header in read_headers(files, model.architecture.to_native_name):
+        if header.native_name.startswith(model.architecture.copied_prefixes):
+            copied_headers.append((header, _FILE_DTYPES))
+        else:
+            headers.append(header)
     # Reject unsupported dtypes now instead of when the trained model is saved.
-    _check_dtypes([(t, _FILE_DTYPES) for t in headers if t.native_name.startswith(prefixes)])
-    headers = [t for t in headers if not t.native_name.startswith(prefixes)]
+    _check_dtypes(copied_headers)
     if group_size is not None:
-        layers = {t.layer_name for t in headers if t.native_name.endswith(_QWEIGHT_SUFFIX)}
+        layers = _find_gptq_layers(headers)
         quantize_gptq_layers(model, layers, group_size, str(folder.path))
     expected = _list_expected(model, headers)
     if model.config.decoder.tie_word_embeddings:
@@ -375,6 +416,11 @@ def build_checked_model(
     headers = _drop_zero_biases(headers, expected)
     _check_tensors(headers, expected, folder.path)
     return model, headers
+
+
+def _find_gptq_layers(headers: Sequence[TensorHeader]) -> set[str]:
+    """Return the names of the layers that are stored in the format of GPTQ."""
+    return {t.layer_name for t in headers if t.native_name.endswith(_QWEIGHT_SUFFIX)}
 
 
 def load_model(
@@ -395,7 +441,8 @@ def load_model(
     gptq_group_size(folder)
     files = folder.weight_files()
     # Verify digests, also of files converted from pickles.
-    for written_folder in dict.fromkeys((folder.path, *(file.parent for file in files))):
+    weight_folders = [file.parent for file in files]
+    for written_folder in dict.fromkeys([folder.path, *weight_folders]):
         if (written_folder / DIGESTS_FILE).is_file():
             verify_folder(written_folder)
     model, headers = build_checked_model(folder, dtype, nf4_parts, weight_format, fp8_parts)
@@ -406,11 +453,13 @@ def load_model(
     transposed = _find_transposed_experts(headers, expected)
     for file in files:
         with open_safetensors(file) as weights:
-            for tensor in (header for header in headers if header.file == file):
-                values = weights.get_tensor(tensor.name)
-                expected[tensor.native_name].load(
-                    values.mT if tensor.native_name in transposed else values
-                )
+            for header in headers:
+                if header.file != file:
+                    continue
+                values = weights.get_tensor(header.name)
+                if header.native_name in transposed:
+                    values = values.mT
+                expected[header.native_name].load(values)
     return model
 
 
@@ -422,9 +471,13 @@ def _list_expected(
     transformers writes each expert of Qwen3.5 separately. Published files have stacked weights.
     """
     expected = {tensor.name: tensor for tensor in hub_tensors(model)}
-    matches = (_EXPERT_PATTERN.fullmatch(header.native_name) for header in headers)
-    for path in {match[1] for match in matches if match is not None}:
-        module = model.get_submodule(path) if f"{path}.gate_up_proj" in expected else None
+    paths = set()
+    for header in headers:
+        match = _EXPERT_PATTERN.fullmatch(header.native_name)
+        if match is not None and f"{match[1]}.gate_up_proj" in expected:
+            paths.add(match[1])
+    for path in paths:
+        module = model.get_submodule(path)
         if not isinstance(module, MoeExperts):
             continue
         for name in ("gate_up_proj", "down_proj"):
@@ -452,19 +505,18 @@ def _drop_zero_biases(
     headers: Sequence[TensorHeader], expected: Mapping[str, HubTensor]
 ) -> list[TensorHeader]:
     """Remove the zero biases that AutoGPTQ adds to layers without a bias."""
-    zero_biases = [
-        t
-        for t in headers
-        if t.native_name.endswith(".bias")
-        and t.native_name not in expected
-        and t.layer_name + _QWEIGHT_SUFFIX in expected
-    ]
-    for tensor in zero_biases:
-        with open_safetensors(tensor.file) as weights:
-            if weights.get_tensor(tensor.name).any():
-                wrong = [(tensor.name, tensor.file)]
+    kept = []
+    for header in headers:
+        is_bias = header.native_name.endswith(".bias")
+        is_quantized = header.layer_name + _QWEIGHT_SUFFIX in expected
+        if not (is_bias and is_quantized) or header.native_name in expected:
+            kept.append(header)
+            continue
+        with open_safetensors(header.file) as weights:
+            if weights.get_tensor(header.name).any():
+                wrong = [(header.name, header.file)]
                 _reject_tensors(wrong, "of layers without a bias", "zeros")
-    return [tensor for tensor in headers if tensor not in zero_biases]
+    return kept
 
 
 def stored_precision(folder: ModelFolder) -> str:
@@ -474,20 +526,20 @@ def stored_precision(folder: ModelFolder) -> str:
     are ignored. Raises UserError for unsupported dtypes.
     """
     architecture = ARCHITECTURES.get(folder.family)
-    fp32_suffixes = architecture.fp32_suffixes if architecture is not None else ()
-    copied_prefixes = architecture.copied_prefixes if architecture is not None else ()
+    fp32_suffixes: tuple[str, ...] = ()
+    copied_prefixes: tuple[str, ...] = ()
+    if architecture is not None:
+        fp32_suffixes = architecture.fp32_suffixes
+        copied_prefixes = architecture.copied_prefixes
     is_quantized = gptq_group_size(folder) is not None
-    tensors = read_headers(folder.weight_files())
-    packed_layers = {
-        t.layer_name for t in tensors if is_quantized and t.native_name.endswith(_QWEIGHT_SUFFIX)
-    }
-    dtypes = {
-        tensor.dtype
-        for tensor in tensors
-        if tensor.layer_name not in packed_layers
-        and not tensor.name.endswith(fp32_suffixes)
-        and not tensor.name.startswith(copied_prefixes)
-    }
+    headers = read_headers(folder.weight_files())
+    packed_layers = _find_gptq_layers(headers) if is_quantized else set()
+    dtypes = set()
+    for header in headers:
+        is_fp32 = header.name.endswith(fp32_suffixes)
+        is_copied = header.name.startswith(copied_prefixes)
+        if not (is_fp32 or is_copied or header.layer_name in packed_layers):
+            dtypes.add(header.dtype)
     unsupported = sorted(dtypes.difference(SAFETENSORS_DTYPES)) if dtypes else ["none"]
     if unsupported:
         raise _damaged_file(
@@ -495,7 +547,9 @@ def stored_precision(folder: ModelFolder) -> str:
             folder.path,
             f"one of {', '.join(SAFETENSORS_DTYPES)}",
         )
-    return SAFETENSORS_DTYPES[dtypes.pop()] if len(dtypes) == 1 else "fp32"
+    if len(dtypes) > 1:
+        return "fp32"
+    return SAFETENSORS_DTYPES[dtypes.pop()]
 
 
 def _check_tensors(
@@ -507,14 +561,14 @@ def _check_tensors(
     counts = Counter(t.native_name for t in headers)
     repeated = [t for t in headers if counts[t.native_name] > 1]
     _reject_tensors([(t.name, repeated[-1].file) for t in repeated], "duplicates", "each once")
-    pairs = [(t, expected[t.native_name]) for t in headers]
-    wrong = [
-        (f"{t.name} {t.shape} not {target.shape}", t.file)
-        for t, target in pairs
-        if not target.matches_shape(t)
-    ]
-    _reject_tensors(wrong, "of another shape", "the shapes of config.json")
-    _check_dtypes([(t, target.dtypes) for t, target in pairs])
+    misshapen = []
+    for header in headers:
+        target = expected[header.native_name]
+        if not target.matches_shape(header):
+            problem = f"{header.name} {header.shape} not {target.shape}"
+            misshapen.append((problem, header.file))
+    _reject_tensors(misshapen, "of another shape", "the shapes of config.json")
+    _check_dtypes([(t, expected[t.native_name].dtypes) for t in headers])
     missing = [(name, folder) for name in expected if name not in counts]
     _reject_tensors(missing, "missing", "all tensors of config.json")
 
@@ -522,10 +576,11 @@ def _check_tensors(
 def _check_dtypes(tensors: Sequence[tuple[TensorHeader, Collection[str]]]) -> None:
     """Check that each tensor has one of the given dtypes."""
     wrong = [(t, dtypes) for t, dtypes in tensors if t.dtype not in dtypes]
-    expected = f"one of {', '.join(wrong[0][1])}" if wrong else ""
-    _reject_tensors(
-        [(f"{t.name} {t.dtype}", t.file) for t, _ in wrong], "of another type", expected
-    )
+    if not wrong:
+        return
+    _, first_dtypes = wrong[0]
+    listed = [(f"{t.name} {t.dtype}", t.file) for t, _ in wrong]
+    _reject_tensors(listed, "of another type", f"one of {', '.join(first_dtypes)}")
 
 
 def save_model(
@@ -542,42 +597,40 @@ def save_model(
     `dtype` and their stored dtype. Tensors that the model does not load are copied, as are the
     config and tokenizer files. Use `storage.write_folder` for an atomic write.
     """
-    linears = (module for module in model.modules() if isinstance(module, FusedLinear))
-    num_adapters = sum(linear.adapter is not None for linear in linears)
+    num_adapters = 0
+    for module in model.modules():
+        if isinstance(module, FusedLinear) and module.adapter is not None:
+            num_adapters += 1
     assert num_adapters == 0, f"{num_adapters} linear layers still have an adapter"
     tensors = list(hub_tensors(model))
     has_packed = any(tensor.name.endswith(_QWEIGHT_SUFFIX) for tensor in tensors)
-    source_headers: dict[str, TensorHeader] = {}
     architecture = model.architecture
-    if find_quantized_weights(model) or architecture.fp32_suffixes or architecture.copied_prefixes:
-        # A new model has no source files yet.
-        source_files = () if folder.path == target else folder.weight_files()
-        headers = read_headers(source_files, architecture.to_native_name)
-        source_headers = {header.native_name: header for header in headers}
-    tensors += [
-        HubTensor(name, None, header.shape)
-        for name, header in source_headers.items()
-        if name.startswith(architecture.copied_prefixes)
-    ]
-    fp32_suffixes = architecture.fp32_suffixes
-    dtypes = {t.name: _stored_dtype(t, dtype, source_headers, fp32_suffixes) for t in tensors}
+    source_headers = _read_source_headers(model, folder, target)
+    for name, header in source_headers.items():
+        if name.startswith(architecture.copied_prefixes):
+            tensors.append(HubTensor(name, None, header.shape))
+    dtypes: dict[str, torch.dtype] = {}
+    dense_dtypes = set()
+    for tensor in tensors:
+        is_fp32 = tensor.name.endswith(architecture.fp32_suffixes)
+        stored_dtype = _stored_dtype(tensor, dtype, source_headers.get(tensor.name), is_fp32)
+        dtypes[tensor.name] = stored_dtype
+        if tensor.is_dense and not is_fp32:
+            dense_dtypes.add(stored_dtype)
     shards = _split_shards(tensors, dtypes, max_shard_bytes)
-    dense_dtypes = {
-        dtypes[t.name]
-        for t in tensors
-        if t.is_dense and not t.name.endswith(architecture.fp32_suffixes)
-    }
     # config.json names one dtype for all tensors: fp32 if they differ.
     file_dtype = dtype if dense_dtypes == {dtype} else torch.float32
-    copy_model_files(folder, target, file_dtype, () if has_packed else ("quantization_config",))
-    to_hub_name = architecture.to_hub_name
+    dropped_keys = () if has_packed else ("quantization_config",)
+    copy_model_files(folder, target, file_dtype, dropped_keys)
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
-        suffix = f"-{number:05}-of-{len(shards):05}" if len(shards) > 1 else ""
-        file = f"model{suffix}.safetensors"
+        file = "model.safetensors"
+        if len(shards) > 1:
+            file = f"model-{number:05}-of-{len(shards):05}.safetensors"
         # Always copy: safetensors rejects views of a shared parameter.
         content = {
-            to_hub_name(t.name): _to_file_tensor(t, dtypes[t.name], source_headers) for t in shard
+            architecture.to_hub_name(t.name): _to_file_tensor(t, dtypes[t.name], source_headers)
+            for t in shard
         }
         save_file(content, target / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(content, file)
@@ -585,6 +638,24 @@ def save_model(
         size = sum(t.num_elements * dtypes[t.name].itemsize for t in tensors)
         index = {"metadata": {"total_size": size}, "weight_map": weight_map}
         (target / _INDEX_FILE).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+
+def _read_source_headers(
+    model: VisionLanguageModel, folder: ModelFolder, target: Path
+) -> dict[str, TensorHeader]:
+    """Read the weight headers of the source folder, by native name.
+
+    The result is empty if the model takes neither dtypes nor tensors from that folder.
+    """
+    architecture = model.architecture
+    # A new model has no source files yet.
+    if folder.path == target:
+        return {}
+    has_own_dtypes = architecture.fp32_suffixes or find_quantized_weights(model)
+    if not (has_own_dtypes or architecture.copied_prefixes):
+        return {}
+    headers = read_headers(folder.weight_files(), architecture.to_native_name)
+    return {header.native_name: header for header in headers}
 
 
 def _split_shards(
@@ -603,14 +674,11 @@ def _split_shards(
 
 
 def _stored_dtype(
-    tensor: HubTensor,
-    dtype: torch.dtype,
-    source_headers: Mapping[str, TensorHeader],
-    fp32_suffixes: tuple[str, ...],
+    tensor: HubTensor, dtype: torch.dtype, header: TensorHeader | None, is_fp32: bool
 ) -> torch.dtype:
-    header = source_headers.get(tensor.name)
+    """Return the dtype of a tensor in files, where `header` describes its source, if any."""
     if isinstance(tensor.data, Tensor):
-        if header is None or not tensor.name.endswith(fp32_suffixes):
+        if header is None or not is_fp32:
             return dtype
         return torch.promote_types(dtype, _FILE_DTYPES[header.dtype])
     assert header is not None, f"{tensor.name} has no source"
@@ -634,16 +702,25 @@ def copy_model_files(
     """Copy config.json and other small files of a model folder to `target`."""
     for path in sorted(folder.path.iterdir()):
         is_copied = path.suffix in _COPIED_SUFFIXES or path.name.startswith(("LICENSE", "NOTICE"))
-        source = folder.find_file(path.name) if is_copied else None
+        if not is_copied:
+            continue
+        source = folder.find_file(path.name)
         if source is not None and path.name not in _OWN_FILES:
             (target / path.name).write_bytes(source.read_bytes())
-    dtype_name = str(dtype).removeprefix("torch.")
-
-    def set_dtype(section: Mapping[str, Any]) -> dict[str, Any]:
-        values = {key: set_dtype(x) if isinstance(x, dict) else x for key, x in section.items()}
-        return values | {key: dtype_name for key in ("dtype", "torch_dtype") if key in section}
-
     kept = {key: value for key, value in folder.config.items() if key not in dropped_keys}
-    config = set_dtype(kept)
+    config = _set_dtype(kept, str(dtype).removeprefix("torch."))
     text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
     (target / "config.json").write_text(text, encoding="utf-8")
+
+
+def _set_dtype(section: Mapping[str, Any], dtype_name: str) -> dict[str, Any]:
+    """Return a section of a config with another dtype, also in sections inside it."""
+    values: dict[str, Any] = {}
+    for key, value in section.items():
+        if key in ("dtype", "torch_dtype"):
+            values[key] = dtype_name
+        elif isinstance(value, dict):
+            values[key] = _set_dtype(value, dtype_name)
+        else:
+            values[key] = value
+    return values

@@ -83,13 +83,23 @@ def load_image(
 
 def _convert_to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "F" or image.mode.startswith("I"):
-        bands = (_to_finite_array(band) for _, band in _iter_bands(image))
-        lows, highs = zip(*((float(band.min()), float(band.max())) for band in bands), strict=True)
-        limits = min(lows), max(highs)
-        return _convert_in_bands(image, partial(_gray_to_rgb, limits))
+        return _convert_in_bands(image, partial(_gray_to_rgb, _compute_limits(image)))
     if image.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in image.info:
         return _convert_in_bands(image, _blend_on_white)
-    return image if image.mode == "RGB" else image.convert("RGB")
+    if image.mode == "RGB":
+        return image
+    return image.convert("RGB")
+
+
+def _compute_limits(image: Image.Image) -> tuple[float, float]:
+    """Return the minimum and maximum of the finite gray values of an image."""
+    lows: list[float] = []
+    highs: list[float] = []
+    for _, band in _iter_bands(image):
+        values_HW = _to_finite_array(band)
+        lows.append(float(values_HW.min()))
+        highs.append(float(values_HW.max()))
+    return min(lows), max(highs)
 
 
 def _convert_in_bands(
@@ -128,7 +138,8 @@ def _gray_to_rgb(limits: tuple[float, float], image: Image.Image) -> Image.Image
     Integers within 16 bits and fractions within 0..1 use that range. Other images are normalized
     by their minimum and maximum.
     """
-    values_HW, (low, high) = _to_finite_array(image), limits
+    values_HW = _to_finite_array(image)
+    low, high = limits
     is_integer = np.issubdtype(values_HW.dtype, np.integer)
     if is_integer and low >= 0 and high <= 65535:
         # Round to nearest: 65535 = 255 x 257.
@@ -136,7 +147,8 @@ def _gray_to_rgb(limits: tuple[float, float], image: Image.Image) -> Image.Image
     else:
         if not is_integer and low >= 0 and high <= 1:
             low, high = 0.0, 1.0
-        scaled = np.rint((values_HW.astype(np.float64) - low) * (255 / max(high - low, 1e-12)))
+        scale = 255 / max(high - low, 1e-12)
+        scaled = np.rint((values_HW.astype(np.float64) - low) * scale)
     return Image.fromarray(scaled.astype(np.uint8)).convert("RGB")
 
 
@@ -158,7 +170,9 @@ def resolve_image_rule(
         if isinstance(requested, ImageRule):
             return requested
         default = get_default_image_rule(preprocessor)
-        return default if requested is None else requested.complete(default)
+        if requested is None:
+            return default
+        return requested.complete(default)
     fixed_rule = ExactSize(height=fixed_side, width=fixed_side)
     if requested not in (None, fixed_rule):
         raise UserError(
@@ -217,15 +231,18 @@ def compute_video_size(
     The image rule applies to each frame. Limits of the video processor apply to the pixels of all
     frames, unless the rule is a size. The smaller of both sizes is returned.
     """
-    factor, temporal_size = config.resize_factor, config.temporal_patch_size
+    factor = config.resize_factor
     size = compute_resized_size(original_size, rule, factor, where)
     if limits is None or not isinstance(rule, PixelRange):
         return size
     height, width = original_size
     scale = max(1, factor / height, factor / width)
-    upscaled = (int(height * scale), int(width * scale)) if scale > 1 else original_size
+    if scale > 1:
+        height = int(height * scale)
+        width = int(width * scale)
+    temporal_size = config.temporal_patch_size
     num_frames = max(num_frames, temporal_size)
-    video_size = smart_resize(upscaled, limits, factor, num_frames, temporal_size)
+    video_size = smart_resize((height, width), limits, factor, num_frames, temporal_size)
     return min(size, video_size, key=math.prod)
 
 
@@ -281,11 +298,13 @@ def load_patch_config(folder: ModelFolder) -> PatchConfig:
     raw_config = folder.config.get("vision_config")
     # A missing or invalid vision_config is rejected when the model is built.
     vision_config = raw_config if isinstance(raw_config, dict) else {}
-    names = ("patch_size", "merge_size", "temporal_patch_size")
-    for name in names:
+    sizes: dict[str, int] = {}
+    for name in ("patch_size", "merge_size", "temporal_patch_size"):
         config_name = "spatial_merge_size" if name == "merge_size" else name
         value = preprocessor[name]
-        if (other := vision_config.get(config_name, value)) != value:
+        sizes[name] = value
+        other = vision_config.get(config_name, value)
+        if other != value:
             raise UserError(
                 f"{name} {value} in preprocessor_config.json, but {config_name} {other} under"
                 " vision_config in config.json",
@@ -293,7 +312,7 @@ def load_patch_config(folder: ModelFolder) -> PatchConfig:
                 expected="the same value in both files",
                 remedy="use both files of the same model",
             )
-    return PatchConfig(**{name: preprocessor[name] for name in names})
+    return PatchConfig(**sizes)
 
 
 def load_video_limits(folder: ModelFolder) -> PixelRange | None:
@@ -301,16 +320,16 @@ def load_video_limits(folder: ModelFolder) -> PixelRange | None:
     size = folder.video_preprocessor_config.get("size")
     if not isinstance(size, dict):
         return None
-    limits = [size.get(key) for key in ("shortest_edge", "longest_edge")]
-    smallest, largest = (value if isinstance(value, int) else 0 for value in limits)
-    if not 0 < smallest <= largest:
-        raise UserError(
-            f"size {size} of the video preprocessor",
-            where=str(folder.path),
-            expected="shortest_edge and longest_edge, a range of pixels",
-            remedy="use the files of the published model",
-        )
-    return PixelRange(min_pixels=smallest, max_pixels=largest)
+    smallest = size.get("shortest_edge")
+    largest = size.get("longest_edge")
+    if isinstance(smallest, int) and isinstance(largest, int) and 0 < smallest <= largest:
+        return PixelRange(min_pixels=smallest, max_pixels=largest)
+    raise UserError(
+        f"size {size} of the video preprocessor",
+        where=str(folder.path),
+        expected="shortest_edge and longest_edge, a range of pixels",
+        remedy="use the files of the published model",
+    )
 
 
 def patchify(
@@ -327,7 +346,8 @@ def patchify(
         Patches, uint8 [N, D]. A single image has only one frame (see `repeat_still_frames`).
     """
     t, h, w = config.compute_grid(size, len(frames))
-    p, m = config.patch_size, config.merge_size
+    p = config.patch_size
+    m = config.merge_size
     temporal_size = 1 if len(frames) == 1 else config.temporal_patch_size
     shape = (t, h // m, w // m, m, m, NUM_CHANNELS, temporal_size, p, p)
     patches = np.empty(shape, dtype=np.uint8)
@@ -374,8 +394,9 @@ def concat_shape(patches: Sequence[NDArray[np.uint8]]) -> tuple[int, int]:
 
     Patches store a single frame if those of all images and videos do.
     """
+    num_patches = sum(map(len, patches))
     patch_dims = (array.shape[1] for array in patches if len(array))
-    return sum(map(len, patches)), max(patch_dims, default=patches[0].shape[1])
+    return num_patches, max(patch_dims, default=patches[0].shape[1])
 
 
 def concat_patches(
@@ -403,7 +424,8 @@ def unpatchify(
     Frames that were repeated to complete a group are included.
     """
     t, h, w = grid_thw
-    p, m = config.patch_size, config.merge_size
+    p = config.patch_size
+    m = config.merge_size
     temporal_size = patches_ND.shape[1] // (NUM_CHANNELS * p * p)
     blocks = patches_ND.reshape(t, h // m, w // m, m, m, NUM_CHANNELS, temporal_size, p, p)
     ordered = blocks.transpose(0, 6, 1, 3, 7, 2, 4, 8, 5)
@@ -436,4 +458,7 @@ def get_frame_size(files: Sequence[Path]) -> ImageSize:
 
 def resize_frame(frame: Image.Image, size: ImageSize) -> Image.Image:
     """Resize an RGB frame to height and width, as `patchify` does."""
-    return frame.resize(size[::-1], Image.Resampling.BICUBIC) if frame.size != size[::-1] else frame
+    height, width = size
+    if frame.size == (width, height):
+        return frame
+    return frame.resize((width, height), Image.Resampling.BICUBIC)

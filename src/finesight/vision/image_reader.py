@@ -32,14 +32,18 @@ from finesight.vision.image_processing import load_image
 from finesight.worker_pool import JobOutput, WorkerLostError, WorkerPool
 
 MAX_IMAGE_CPU_S = 4.0
-LIMITED_PIXELS, MAX_LIMIT_FACTOR = 8_000_000, 5.0
+LIMITED_PIXELS = 8_000_000
+MAX_LIMIT_FACTOR = 5.0
 """CPU seconds to decode an image of up to `LIMITED_PIXELS` and to encode a copy of it.
 
 The limit of a larger image is proportional to its pixels, up to `MAX_LIMIT_FACTOR` times as much.
 """
 
-MAX_VIDEO_CPU_S, MAX_VIDEO_START_CPU_S = 120.0, 20.0
-"""CPU seconds to decode a video file, and to read its header and first frame."""
+MAX_VIDEO_CPU_S = 120.0
+"""CPU seconds to decode a video file."""
+
+MAX_VIDEO_START_CPU_S = 20.0
+"""CPU seconds to read the header and first frame of a video file."""
 
 MAX_WORKER_MEMORY_BYTES = 1 << 30
 NUM_IMAGE_WORKERS = 2
@@ -82,7 +86,11 @@ class ImageReader:
     def encode(
         self, path: Path, max_side: int, image_format: str = "WEBP"
     ) -> tuple[ImageSize, bytes, ImageSize]:
-        """Return the size of an image or start of a video, a copy without metadata, its size."""
+        """Encode a copy of an image or first video frame, without metadata.
+
+        Returns:
+            Size of the original, content of the copy, and size of the copy.
+        """
         reply = self.call(_encode_copy, path, max_side, image_format)
         height, width, copy_height, copy_width = map(int, reply.value)
         return (height, width), reply.arrays[0].tobytes(), (copy_height, copy_width)
@@ -102,9 +110,11 @@ class ImageReader:
         except WorkerLostError as error:
             raise CorruptImageError("not read: the server stops", where=str(path)) from error
         except UserError as error:
-            where, what, expected, remedy = error.where, error.what, error.expected, error.remedy
             raise CorruptImageError(
-                what, where=where or str(path), expected=expected, remedy=remedy
+                error.what,
+                where=error.where or str(path),
+                expected=error.expected,
+                remedy=error.remedy,
             ) from error
 
 
@@ -125,7 +135,7 @@ def create_image_pool(state: Any = None, module: str = "") -> WorkerPool:
 
 
 def load_state(state: Any, module: str) -> Any:
-    """Load the decoders of Pillow in the template process, and return the state of the jobs."""
+    """Load the decoders of Pillow in the template process; return the jobs' state."""
     Image.init()
     if module:
         import_module(module)
@@ -142,7 +152,7 @@ def _list_pages(state: Any, path: Path) -> JobOutput:
 
 
 def decode_pixels(state: Any, path: Path) -> JobOutput:
-    """Decode an image or video file in a worker process, and return the key of its content."""
+    """Decode an image or video file in a worker process; return its content key."""
     if is_video_path(path):
         deque(iter_video_frames(path, [read_video_header(path).num_frames - 1]), maxlen=0)
         return JobOutput(sha256_content(path))
@@ -155,11 +165,11 @@ def load_pixels(state: Any, path: Path, min_side: int | None) -> JobOutput:
 
 
 def _encode_copy(state: Any, path: Path, max_side: int, image_format: str) -> JobOutput:
-    size, buffer = read_visual_size(path), io.BytesIO()
+    size = read_visual_size(path)
     frames = iter_video_frames(path, [0]) if is_video_path(path) else iter(())
     image = next(frames, None) or load_image(path, min_side=max_side)
     image.thumbnail((max_side, max_side))
+    buffer = io.BytesIO()
     image.save(buffer, format=image_format, quality=90)
-    return JobOutput(
-        (*size, image.height, image.width), [np.frombuffer(buffer.getvalue(), np.uint8)]
-    )
+    content = np.frombuffer(buffer.getvalue(), np.uint8)
+    return JobOutput((*size, image.height, image.width), [content])

@@ -39,7 +39,8 @@ _COLUMN_ALIGNMENT = 64
 
 def padding_columns(in_features: int, num_ranks: int) -> int:
     """Return the number of columns added to a weight for LoRA ranks and alignment."""
-    return -(-(in_features + num_ranks) // _COLUMN_ALIGNMENT) * _COLUMN_ALIGNMENT - in_features
+    num_blocks = -(-(in_features + num_ranks) // _COLUMN_ALIGNMENT)
+    return num_blocks * _COLUMN_ALIGNMENT - in_features
 
 
 class FusedLoraWeight:
@@ -55,9 +56,8 @@ class FusedLoraWeight:
     def __init__(self, weight: nn.Parameter, adapter: LoraLinear | None) -> None:
         out_features, in_features = weight.shape
         num_ranks = 0 if adapter is None else len(adapter.lora_A)
-        self.weight_OJ = weight.new_zeros(
-            out_features, in_features + padding_columns(in_features, num_ranks)
-        )
+        num_columns = in_features + padding_columns(in_features, num_ranks)
+        self.weight_OJ = weight.new_zeros(out_features, num_columns)
         self.weight_OJ[:, :in_features] = weight
         weight.data = self.weight_OJ[:, :in_features]
         self.copies: list[tuple[Tensor, Tensor]] = []
@@ -74,20 +74,23 @@ class FusedLoraWeight:
 
     def matches(self, weight: Tensor, adapter: LoraLinear | None) -> bool:
         copied = [id(lora_B_OR) for lora_B_OR, _ in self.copies]
-        current = (
-            [] if adapter is None else [id(lora_B_OR) for lora_B_OR in adapter.lora_B.values()]
-        )
+        current: list[int] = []
+        if adapter is not None:
+            current += map(id, adapter.lora_B.values())
         return copied == current and self.weight_OJ.data_ptr() == weight.data_ptr()
 
 
 def fuse_lora_weight(linear: FusedLinear) -> FusedLoraWeight:
     """Fuse the frozen weight of a linear with its up-projections, on the first call."""
-    weight, fused = linear.weight, linear.fused_lora_weight
+    weight = linear.weight
     assert isinstance(weight, nn.Parameter), f"cannot fuse a {type(weight).__name__}"
     adapter = linear.adapter if isinstance(linear.adapter, LoraLinear) else None
-    if not (isinstance(fused, FusedLoraWeight) and fused.matches(weight, adapter)):
-        fused = linear.fused_lora_weight = FusedLoraWeight(weight, adapter)
-    return fused
+    fused = linear.fused_lora_weight
+    if isinstance(fused, FusedLoraWeight) and fused.matches(weight, adapter):
+        return fused
+    new_fused = FusedLoraWeight(weight, adapter)
+    linear.fused_lora_weight = new_fused
+    return new_fused
 
 
 def is_lora_fusible(linear: FusedLinear) -> bool:
@@ -107,21 +110,31 @@ class FusedWeightSync:
     @torch.no_grad()
     def copy_up_projections(self, linears: Iterable[FusedLinear]) -> None:
         """Copy the current up-projections of these linears into their fused weights."""
-        fusible = filter(is_lora_fusible, linears)
-        copies = [pair for linear in fusible for pair in fuse_lora_weight(linear).copies]
+        copies: list[tuple[Tensor, Tensor]] = []
+        for linear in filter(is_lora_fusible, linears):
+            copies += fuse_lora_weight(linear).copies
         if not copies:
             return
-        key = [tensor.data_ptr() for pair in copies for tensor in pair]
+        key: list[int] = []
+        for source, target in copies:
+            key += [source.data_ptr(), target.data_ptr()]
         if key != self._key:
             self._key = key
-            shapes = [lora_B_OR.shape for lora_B_OR, _ in copies]
-            self._max_shape = max(rows for rows, _ in shapes), max(ranks for _, ranks in shapes)
-            table = [
-                (source.data_ptr(), target.data_ptr(), *source.shape, target.stride(0))
-                for source, target in copies
-            ]
-            self._table_P5 = copy_to_device(np.array(table, dtype=np.int64), copies[0][0].device)
+            self._build_table(copies)
         lora_gemm_kernels.copy_matrices(self._table_P5, *self._max_shape, copies[0][0])
+
+    def _build_table(self, copies: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """Build the operands of `copy_matrices` for pairs of a source and a target."""
+        table: list[tuple[int, ...]] = []
+        max_rows = max_ranks = 0
+        for source, target in copies:
+            num_rows, num_ranks = source.shape
+            max_rows = max(max_rows, num_rows)
+            max_ranks = max(max_ranks, num_ranks)
+            addresses = source.data_ptr(), target.data_ptr()
+            table.append((*addresses, num_rows, num_ranks, target.stride(0)))
+        self._max_shape = max_rows, max_ranks
+        self._table_P5 = copy_to_device(np.array(table, dtype=np.int64), copies[0][0].device)
 
 
 _GRADIENT_BUFFERS: list[Callable[[Tensor], Tensor | None]] = []
@@ -166,21 +179,30 @@ class LoraMatmul:
         cls, linear: FusedLinear, dropout_seed_1: Tensor | None = None, salt: int = 0
     ) -> LoraMatmul:
         """Collect the operands of a fused linear for one forward pass."""
-        common = linear.in_features, len(linear.output_sizes), linear.weight, linear.bias
         adapter = linear.adapter
-        if not isinstance(adapter, LoraLinear):
-            no_dropout = SeededDropout(None, salt, 0.0, 1.0)
-            return cls(*common, None, None, (), no_dropout, linear.row_range)
-        p = adapter.dropout if adapter.training else 0.0
-        assert p == 0.0 or dropout_seed_1 is not None, "dropout without a seed"
-        scale = next(iter(adapter.slices.values())).scale
+        fused_weight_OJ: Tensor | None = None
+        lora_A_SI: Tensor | None = None
+        lora_Bs_OR: tuple[Tensor, ...] = ()
+        dropout = SeededDropout(None, salt, p=0.0, scale=1.0)
+        if isinstance(adapter, LoraLinear):
+            p = adapter.dropout if adapter.training else 0.0
+            assert p == 0.0 or dropout_seed_1 is not None, "dropout without a seed"
+            scale = next(iter(adapter.slices.values())).scale
+            if is_lora_fusible(linear):
+                fused_weight_OJ = fuse_lora_weight(linear).weight_OJ
+            lora_A_SI = adapter.lora_A
+            lora_Bs_OR = tuple(adapter.lora_B.values())
+            dropout = SeededDropout(dropout_seed_1, salt, p, scale / (1.0 - p))
         return cls(
-            *common,
-            fuse_lora_weight(linear).weight_OJ if is_lora_fusible(linear) else None,
-            adapter.lora_A,
-            tuple(adapter.lora_B.values()),
-            SeededDropout(dropout_seed_1, salt, p, scale / (1.0 - p)),
-            linear.row_range,
+            in_features=linear.in_features,
+            num_layers=len(linear.output_sizes),
+            weight=linear.weight,
+            bias=linear.bias,
+            fused_weight_OJ=fused_weight_OJ,
+            lora_A_SI=lora_A_SI,
+            lora_Bs_OR=lora_Bs_OR,
+            dropout=dropout,
+            row_range=linear.row_range,
         )
 
     @property
@@ -189,15 +211,19 @@ class LoraMatmul:
 
     @property
     def padding(self) -> int:
-        return (
-            0 if self.fused_weight_OJ is None else self.fused_weight_OJ.shape[1] - self.in_features
-        )
+        if self.fused_weight_OJ is None:
+            return 0
+        return self.fused_weight_OJ.shape[1] - self.in_features
 
     @property
     def parameters(self) -> tuple[Tensor | None, ...]:
         """Inputs of the autograd function: weight, bias, lora_A and lora_B of each layer."""
-        weight = self.weight if isinstance(self.weight, Tensor) and self.is_trainable else None
-        bias = self.bias if self.bias is not None and self.bias.requires_grad else None
+        weight: Tensor | None = None
+        if isinstance(self.weight, Tensor) and self.weight.requires_grad:
+            weight = self.weight
+        bias: Tensor | None = None
+        if self.bias is not None and self.bias.requires_grad:
+            bias = self.bias
         lora_Bs_OR = self.lora_Bs_OR or (None,) * self.num_layers
         return weight, bias, self.lora_A_SI, *lora_Bs_OR
 
@@ -209,7 +235,9 @@ class LoraMatmul:
             # Libraries change the order of sums for few columns, too.
             scale_only = NO_DROPOUT._replace(scale=self.dropout.scale)
             return lora_gemm_kernels.lora_down(x_TI, self.lora_A_SI, scale_only, 0)[1]
-        low_TS, scale = x_TI.new_empty(len(x_TI), len(self.lora_A_SI)), self.dropout.scale
+        low_TS = x_TI.new_empty(len(x_TI), len(self.lora_A_SI))
+        scale = self.dropout.scale
+        # With beta 0 the content of the buffer is not read.
         return torch.addmm(low_TS, x_TI, self.lora_A_SI.T, beta=0, alpha=scale, out=low_TS)
 
     @property
@@ -241,14 +269,15 @@ class LoraMatmul:
         if self.fused_weight_OJ is None:
             return linear_concat_backward(dy_TO, self.weight), self.lora_backward(dy_TO)
         num_ranks = sum(lora_B_OR.shape[1] for lora_B_OR in self.lora_Bs_OR)
+        stop = self.in_features + num_ranks
         dx_TJ = dy_TO @ self.fused_weight_OJ
-        return dx_TJ[:, : self.in_features], dx_TJ[
-            :, self.in_features : self.in_features + num_ranks
-        ]
+        return dx_TJ[:, : self.in_features], dx_TJ[:, self.in_features : stop]
 
     def lora_backward(self, dy_TO: Tensor) -> Tensor | None:
         grads = [dy @ lora_B_OR for dy, _, lora_B_OR in self._split_layers(dy_TO, None)]
-        return torch.cat(grads, 1) if grads else None
+        if not grads:
+            return None
+        return torch.cat(grads, 1)
 
     def _split_layers(
         self, y_TO: Tensor, low_TS: Tensor | None
@@ -256,21 +285,25 @@ class LoraMatmul:
         """Yield output columns, LoRA activations and up-projection of each layer with LoRA."""
         if not self.lora_Bs_OR:
             return
-        ys = torch.split(y_TO, [len(lora_B_OR) for lora_B_OR in self.lora_Bs_OR], 1)
+        output_sizes = list(map(len, self.lora_Bs_OR))
+        ys = torch.split(y_TO, output_sizes, 1)
         lows = ys if low_TS is None else low_TS.chunk(len(self.lora_Bs_OR), 1)
         yield from zip(ys, lows, self.lora_Bs_OR, strict=True)
 
     def base_grads(self, dy_TO: Tensor, x_TI: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         """Compute the gradients of weight, dy^T x, and bias, the sum of dy."""
         weight, bias, *_ = self.parameters
-        dw_OI = None
+        dw_OI: Tensor | None = None
         if weight is not None:
             assert x_TI is not None, "a trainable weight requires its saved input"
             # Write to the preallocated buffer if there is one.
             buffer_OI = _GRADIENT_BUFFERS[-1](weight) if _GRADIENT_BUFFERS else None
             dw_OI = torch.mm(dy_TO.T, x_TI, out=buffer_OI)
+        if bias is None:
+            return dw_OI, None
         # Use a matmul: torch's sum over many rows needs more memory than the rows.
-        return dw_OI, None if bias is None else (dy_TO.new_ones(1, len(dy_TO)) @ dy_TO)[0]
+        ones_1T = dy_TO.new_ones(1, len(dy_TO))
+        return dw_OI, (ones_1T @ dy_TO)[0]
 
     def lora_B_grads(self, dy_TO: Tensor, low_TS: Tensor | None) -> list[Tensor] | list[None]:
         """Compute the gradients of the up-projections; return None values without an adapter."""
@@ -297,7 +330,9 @@ def multiply(
     y_TO = x_TJ.new_empty(len(x_TJ), len(weight_OJ))
     for start in range(0, len(x_TJ), row_range.stop):
         block = slice(start, start + row_range.stop)
-        x, y, added = pad_rows(x_TJ[block], row_range.start), y_TO[block], bias
+        x = pad_rows(x_TJ[block], row_range.start)
+        y = y_TO[block]
+        added = bias
         if residual_TO is not None:
             added = pad_rows(residual_TO[block], row_range.start)
         out = y if len(y) == len(x) else y.new_empty(len(x), y.shape[1])
@@ -331,7 +366,8 @@ def set_row_ranges(linears: Sequence[FusedLinear]) -> None:
     """
     known: dict[tuple[object, ...], RowRange] = {}
     for index, linear in enumerate(linears):
-        matmul, is_added = LoraMatmul.from_linear(linear), index % 2 == 1
+        matmul = LoraMatmul.from_linear(linear)
+        is_added = index % 2 == 1
         weight_OJ = matmul._single_weight
         assert weight_OJ is not None, "cannot test quantized weights"
         key = weight_OJ.shape, matmul.bias is None, is_added
@@ -342,12 +378,19 @@ def set_row_ranges(linears: Sequence[FusedLinear]) -> None:
 
 def _find_row_range(weight_OJ: Tensor, bias: Tensor | None, is_added: bool) -> RowRange:
     step, max_rows = TESTED_ROWS
-    x_TO, x_TJ = (weight_OJ.new_empty(max_rows, size).normal_() for size in weight_OJ.shape)
+    num_outputs, num_columns = weight_OJ.shape
+    x_TO = weight_OJ.new_empty(max_rows, num_outputs).normal_()
+    x_TJ = weight_OJ.new_empty(max_rows, num_columns).normal_()
 
     def compute(count: int) -> Tensor:
         residual_TO = x_TO[:count] if is_added else None
         return multiply(x_TJ[:count], weight_OJ, bias, residual_TO, TESTED_ROWS)[:step]
 
-    expected, counts = compute(max_rows), range(step, max_rows, step)
-    min_rows = step + max((n for n in counts if not torch.equal(compute(n), expected)), default=0)
-    return FIXED_ROWS if min_rows > MAX_PADDING else RowRange(min_rows, max_rows)
+    expected = compute(max_rows)
+    min_rows = step
+    for count in range(step, max_rows, step):
+        if not torch.equal(compute(count), expected):
+            min_rows = count + step
+    if min_rows > MAX_PADDING:
+        return FIXED_ROWS
+    return RowRange(min_rows, max_rows)

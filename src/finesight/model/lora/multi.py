@@ -11,6 +11,7 @@ linear, layer after layer.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import chain
 
 import torch
 import torch.nn.functional as F
@@ -36,14 +37,15 @@ class LoraRouting:
     """
 
     def __init__(self, num_adapters: int, device: torch.device) -> None:
-        self.num_adapters, self._device = num_adapters, device
+        self.num_adapters = num_adapters
+        self._device = device
         self._scales: list[Tensor] = []
         self._scales_NX = torch.empty(num_adapters, 0, dtype=torch.float32, device=device)
         self.rank_scales_TX = self._scales_NX[:1]
 
     def register_ranks(self, scales_NS: Tensor) -> slice:
         """Register the ranks of a linear and return their slice of all ranks."""
-        start = sum(scales.shape[1] for scales in self._scales)
+        start = self._scales_NX.shape[1]
         self._scales.append(scales_NS)
         self._scales_NX = torch.cat(self._scales, 1)
         self.rank_scales_TX = torch.zeros_like(self._scales_NX[:1])
@@ -119,13 +121,12 @@ class MultiLoraLinear(nn.Module):
         x_TI = x.reshape(-1, x.shape[-1])
         low_TS = self._compute_low(x_TI)
         lora_Bs_OS = torch.split(self.lora_B_OS, list(self._output_sizes))
-        deltas = [
-            LoraDelta(layer_index, low_TS[:, ranks], lora_B_OS[:, ranks], 1.0)
-            for layer_index, (lora_B_OS, ranks) in enumerate(
-                zip(lora_Bs_OS, self._rank_slices, strict=True)
-            )
-            if ranks is not None
-        ]
+        layers = zip(lora_Bs_OS, self._rank_slices, strict=True)
+        deltas = []
+        for layer_index, (lora_B_OS, ranks) in enumerate(layers):
+            if ranks is not None:
+                lora_B_OR = lora_B_OS[:, ranks]
+                deltas.append(LoraDelta(layer_index, low_TS[:, ranks], lora_B_OR, scale=1.0))
         ys_TO = linear_with_deltas(x_TI, weight, bias, self._output_sizes, deltas)
         return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in ys_TO)
 
@@ -143,7 +144,8 @@ def install_lora_routing(
     model: nn.Module, adapters: Sequence[Mapping[str, LoraLinear]]
 ) -> LoraRouting | None:
     """Install detached adapters in the model; return None without any."""
-    any_adapter = next((layer for layers in adapters for layer in layers.values()), None)
+    all_layers = chain.from_iterable(layers.values() for layers in adapters)
+    any_adapter = next(all_layers, None)
     if any_adapter is None:
         return None
     routing = LoraRouting(len(adapters), any_adapter.lora_A.device)

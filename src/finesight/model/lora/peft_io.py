@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, NoReturn, TypeVar
+from typing import Annotated, NamedTuple, NoReturn, TypeVar
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -116,7 +116,7 @@ class PeftConfig(BaseModel):
 
     def select_targets(self, modules: Sequence[str], matcher: PatternMatcher) -> list[str]:
         """Return the linear layers that peft would adapt, by module name."""
-        excluded = {*_find_matches(self.exclude_modules, modules, matcher)}
+        excluded = set(_find_matches(self.exclude_modules, modules, matcher))
         included = [module for module in modules if module not in excluded]
         targets = self.target_modules
         if targets == "all-linear":
@@ -173,7 +173,9 @@ class PeftConfig(BaseModel):
 
 
 def _as_list(rule: str | list[str] | None) -> list[str]:
-    return [rule] if isinstance(rule, str) else rule or []
+    if isinstance(rule, str):
+        return [rule]
+    return rule or []
 
 
 def _find_matches(
@@ -200,7 +202,7 @@ def _find_first_matches(
     patterns: Mapping[str, Value], modules: Sequence[str], matcher: PatternMatcher
 ) -> dict[str, Value]:
     """Return the value of the first pattern that matches the end of each module name."""
-    values = [*patterns.values()]
+    values = list(patterns.values())
     endings = [rf"(.*\.)?({pattern})$" for pattern in patterns]
     found: dict[str, Value] = {}
     for module, match in zip(modules, matcher.match_first(endings, modules), strict=True):
@@ -238,8 +240,9 @@ class AdapterSpec:
 
     def select_targets(self, layers: Sequence[str], matcher: PatternMatcher) -> list[str]:
         """Return the layers that the config targets, by native name."""
-        modules = {to_module_name(layer, self.key_mapping): layer for layer in layers}
-        return [modules[one] for one in self.peft_config.select_targets([*modules], matcher)]
+        layers_by_module = {to_module_name(layer, self.key_mapping): layer for layer in layers}
+        targets = self.peft_config.select_targets(list(layers_by_module), matcher)
+        return [layers_by_module[module] for module in targets]
 
 
 def read_peft_config(path: Path) -> PeftConfig:
@@ -253,20 +256,20 @@ def read_peft_config(path: Path) -> PeftConfig:
     except ValidationError as error:
         first = error.errors()[0]
         setting = ".".join(map(str, first["loc"])) or "the file"
-        value = "" if first["type"] == "json_invalid" else f" (found {first['input']!r:.200})"
-        raise UserError(
-            f"{setting}: {first['msg']}{value}", where=str(path), remedy=remedy
-        ) from error
+        what = f"{setting}: {first['msg']}"
+        if first["type"] != "json_invalid":
+            what += f" (found {first['input']!r:.200})"
+        raise UserError(what, where=str(path), remedy=remedy) from error
     _check_supported(peft_config, path)
     return peft_config
 
 
 def _check_supported(peft_config: PeftConfig, path: Path) -> None:
-    settings = {
-        name: value
-        for name, value in (peft_config.model_extra or {}).items()
-        if value and name not in _IGNORED_SETTINGS
-    }
+    unsupported: dict[str, object] = {}
+    extra_settings = peft_config.model_extra or {}
+    for name, value in extra_settings.items():
+        if value and name not in _IGNORED_SETTINGS:
+            unsupported[name] = value
     supported_values = {
         "peft_type": peft_config.peft_type == "LORA",
         "bias": peft_config.bias == "none",
@@ -274,16 +277,19 @@ def _check_supported(peft_config: PeftConfig, path: Path) -> None:
         "r": peft_config.r > 0,
     }
     values = peft_config.model_dump()
-    settings |= {name: values[name] for name, is_ok in supported_values.items() if not is_ok}
-    if settings:
-        listed = ", ".join(f"{name}={json.dumps(value):.80}" for name, value in settings.items())
-        raise UserError(
-            f"the adapter was made with {listed}, which finesight does not support",
-            where=str(path),
-            expected="standard LoRA of linear layers (rank-stabilized scale, rank_pattern and "
-            "alpha_pattern included)",
-            remedy=_remedy(settings),
-        )
+    for name, is_supported in supported_values.items():
+        if not is_supported:
+            unsupported[name] = values[name]
+    if not unsupported:
+        return
+    listed = ", ".join(f"{name}={json.dumps(value):.80}" for name, value in unsupported.items())
+    raise UserError(
+        f"the adapter was made with {listed}, which finesight does not support",
+        where=str(path),
+        expected="standard LoRA of linear layers (rank-stabilized scale, rank_pattern and "
+        "alpha_pattern included)",
+        remedy=_remedy(unsupported),
+    )
 
 
 def _remedy(unsupported: Mapping[str, object]) -> str:
@@ -337,7 +343,8 @@ def save_adapter(
         for output, lora_slice in adapter.slices.items():
             name = hub_name(path, output)
             layers[name] = adapter.configs[output]
-            lora_B_OR = master_values.get(f"{path}.adapter.lora_B.{output}", adapter.lora_B[output])
+            lora_B_OR = adapter.lora_B[output]
+            lora_B_OR = master_values.get(f"{path}.adapter.lora_B.{output}", lora_B_OR)
             key = f"{_PEFT_PREFIX}{to_module_name(name, model.adapter_key_mapping)}"
             tensors[f"{key}.lora_A.weight"] = _to_file_tensor(lora_A_SI[lora_slice.rank_slice])
             tensors[f"{key}.lora_B.weight"] = _to_file_tensor(lora_B_OR)
@@ -376,13 +383,14 @@ def _build_peft_config(
     model: AnyModel, configs: dict[str, LoraConfig], base_model: str, dropout: float
 ) -> dict[str, object]:
     key_mapping = model.adapter_key_mapping
-    most_common = Counter(configs.values()).most_common(1)[0][0]
-    exceptions = {
-        re.escape(to_module_name(name, key_mapping)): lora_config
-        for name, lora_config in configs.items()
-        if lora_config != most_common
-    }
-    alphas = {module: _as_int_if_integral(low.alpha) for module, low in exceptions.items()}
+    most_common, _ = Counter(configs.values()).most_common(1)[0]
+    ranks: dict[str, int] = {}
+    alphas: dict[str, int | float] = {}
+    for name, lora_config in configs.items():
+        if lora_config != most_common:
+            pattern = re.escape(to_module_name(name, key_mapping))
+            ranks[pattern] = lora_config.rank
+            alphas[pattern] = _as_int_if_integral(lora_config.alpha)
     available = list(find_adaptable_layers(model))
     return {
         "alpha_pattern": alphas,
@@ -396,7 +404,7 @@ def _build_peft_config(
         "modules_to_save": None,
         "peft_type": "LORA",
         "r": most_common.rank,
-        "rank_pattern": {module: low.rank for module, low in exceptions.items()},
+        "rank_pattern": ranks,
         "target_modules": build_target_pattern(list(configs), available, key_mapping),
         "task_type": "CAUSAL_LM",
         "use_dora": False,
@@ -420,12 +428,14 @@ def build_target_pattern(
         tails_by_stem.setdefault((stem, tuple(indices)), []).append(re.escape(tail))
     patterns = []
     for (stem, selected_indices), tails in tails_by_stem.items():
-        is_every_layer = set(selected_indices) == all_indices.get(stem, set())
-        index_pattern = r"\d+" if is_every_layer else f"({'|'.join(map(str, selected_indices))})"
+        index_pattern = r"\d+"
+        if set(selected_indices) != all_indices.get(stem, set()):
+            index_pattern = f"({'|'.join(map(str, selected_indices))})"
         prefix = re.escape(to_module_name(f"{stem}.", key_mapping))
         patterns.append(rf"{prefix}{index_pattern}\.({'|'.join(tails)})")
-    unnumbered = (name for name in selected if not _NUMBERED_LAYER.fullmatch(name))
-    patterns += [re.escape(to_module_name(name, key_mapping)) for name in unnumbered]
+    for name in selected:
+        if not _NUMBERED_LAYER.fullmatch(name):
+            patterns.append(re.escape(to_module_name(name, key_mapping)))
     return "|".join(f"({pattern})" for pattern in patterns)
 
 
@@ -457,32 +467,16 @@ def _read_files(
     if (folder / DIGESTS_FILE).exists():
         verify_folder(folder)
     tensors, metadata = _read_tensors(folder)
-    sides: dict[str, dict[str, tuple[str, Tensor]]] = {}
-    invalid, duplicates = [], []
-    for key, tensor in tensors.items():
-        match = _KEY_PATTERN.fullmatch(key)
-        if match is None or tensor.dim() != 2 or not tensor.is_floating_point():
-            invalid.append(key)
-            continue
-        pair = sides.setdefault(to_layer_name(match["module"], key_mappings), {})
-        if match["side"] in pair:
-            duplicates.append(key)
-        pair[match["side"]] = match["module"], tensor
-    where = str(folder / ADAPTER_WEIGHTS_FILE)
-    # Complete tensors, such as embeddings, can only be merged.
-    is_complete = all(
-        k.startswith(_PEFT_PREFIX) and k.endswith((".weight", ".bias")) for k in invalid
-    )
-    remedy = _MERGE_WITH_PEFT if is_complete else ""
-    _raise_for_keys(invalid, "are not factors of linear layers", where, remedy)
-    _raise_for_keys(duplicates, "duplicate the layers of other keys", where)
-    unpaired = [f"{pair[s][0]}.lora_{s}" for pair in sides.values() if len(pair) == 1 for s in pair]
-    _raise_for_keys(unpaired, "lack the other factor of their layer (A or B)", where)
-    factors = {name: LoraFactors(pair["A"][1], pair["B"][1]) for name, pair in sides.items()}
+    pairs = _pair_factors(tensors, key_mappings, str(folder / ADAPTER_WEIGHTS_FILE))
+    factors: dict[str, LoraFactors] = {}
+    modules: list[str] = []
+    for name, pair in pairs.items():
+        factors[name] = LoraFactors(pair["A"].tensor, pair["B"].tensor)
+        modules.append(pair["A"].module)
     settings.check_patterns(matcher)
-    found = settings.find_lora_configs([pair["A"][0] for pair in sides.values()], matcher)
+    found = settings.find_lora_configs(modules, matcher)
     configs: dict[str, LoraConfig] = {}
-    for name, pair in sides.items():
+    for name, pair in pairs.items():
         module, lora_A_RI = pair["A"]
         lora_config = found[module]
         if lora_config.rank != len(lora_A_RI):
@@ -494,8 +488,50 @@ def _read_files(
                 remedy="take both files from the same training",
             )
         configs[name] = lora_config
-    key_mapping = _detect_key_mapping([pair["A"][0] for pair in sides.values()], key_mappings)
+    key_mapping = _detect_key_mapping(modules, key_mappings)
     return AdapterSpec(settings, metadata.get(_FINGERPRINT_KEY), configs, key_mapping), factors
+
+
+class _StoredFactor(NamedTuple):
+    """LoRA factor in a file, with the PEFT module name of its key."""
+
+    module: str
+    tensor: Tensor
+
+
+def _pair_factors(
+    tensors: Mapping[str, Tensor], key_mappings: Sequence[KeyMapping], where: str
+) -> dict[str, dict[str, _StoredFactor]]:
+    """Return the factors A and B of each layer, by native layer name.
+
+    Raises UserError if a key is no factor of a layer, a duplicate, or lacks the other factor.
+    """
+    pairs: dict[str, dict[str, _StoredFactor]] = {}
+    invalid: list[str] = []
+    duplicates: list[str] = []
+    for key, tensor in tensors.items():
+        match = _KEY_PATTERN.fullmatch(key)
+        if match is None or tensor.dim() != 2 or not tensor.is_floating_point():
+            invalid.append(key)
+            continue
+        pair = pairs.setdefault(to_layer_name(match["module"], key_mappings), {})
+        if match["side"] in pair:
+            duplicates.append(key)
+        pair[match["side"]] = _StoredFactor(match["module"], tensor)
+    # Complete tensors, such as embeddings, can only be merged.
+    is_complete = all(
+        key.startswith(_PEFT_PREFIX) and key.endswith((".weight", ".bias")) for key in invalid
+    )
+    remedy = _MERGE_WITH_PEFT if is_complete else ""
+    _raise_for_keys(invalid, "are not factors of linear layers", where, remedy)
+    _raise_for_keys(duplicates, "duplicate the layers of other keys", where)
+    unpaired: list[str] = []
+    for pair in pairs.values():
+        if len(pair) == 1:
+            ((side, factor),) = pair.items()
+            unpaired.append(f"{factor.module}.lora_{side}")
+    _raise_for_keys(unpaired, "lack the other factor of their layer (A or B)", where)
+    return pairs
 
 
 def _match_patterns(folder: Path) -> PatternMatcher:
@@ -507,13 +543,13 @@ def _match_patterns(folder: Path) -> PatternMatcher:
 def _read_tensors(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     path = folder / ADAPTER_WEIGHTS_FILE
     if not path.is_file():
-        has_pickle = (folder / "adapter_model.bin").is_file()
-        suffix, remedy = "", "give the folder that holds the adapter itself"
-        if has_pickle:
-            suffix = ", and adapter_model.bin is a pickle"
+        problem = f"{ADAPTER_WEIGHTS_FILE} is missing"
+        remedy = "give the folder that holds the adapter itself"
+        if (folder / "adapter_model.bin").is_file():
+            problem += ", and adapter_model.bin is a pickle"
             remedy = "save the adapter again with safe_serialization=True"
         raise UserError(
-            f"{ADAPTER_WEIGHTS_FILE} is missing{suffix}",
+            problem,
             where=str(folder),
             expected=f"a PEFT adapter: {ADAPTER_CONFIG_FILE} and {ADAPTER_WEIGHTS_FILE}",
             remedy=remedy,
@@ -543,8 +579,10 @@ def _raise_for_keys(names: list[str], reason: str, where: str, remedy: str = "")
 
 def _join_names(names: Sequence[str]) -> str:
     """List up to five names, and count the others."""
-    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-    return f"{', '.join(names[:5])}{more}"
+    listed = ", ".join(names[:5])
+    if len(names) > 5:
+        listed += f" and {len(names) - 5} more"
+    return listed
 
 
 def load_adapter(
@@ -569,7 +607,8 @@ def load_adapter(
     layers = find_adaptable_layers(model)
     configs: dict[FusedLinear, dict[str, LoraConfig]] = {}
     for name, lora_config in spec.configs.items():
-        configs.setdefault(layers[name].linear, {})[layers[name].output_name] = lora_config
+        linear, _, output = layers[name]
+        configs.setdefault(linear, {})[output] = lora_config
     for linear, layer_configs in configs.items():
         adapter = LoraLinear(linear, layer_configs, spec.dropout, dtype)
         linear.adapter = adapter.train(linear.training)
@@ -586,11 +625,10 @@ def load_trainable_adapter(
     Raises UserError as `load_adapter`, and if layers, ranks or scales differ from the model's.
     """
     spec, factors = _read_matching_adapter(model, folder, base_folder)
-    expected = {
-        hub_name(path, output): low
-        for path, _, adapter in iter_adapters(model)
-        for output, low in adapter.configs.items()
-    }
+    expected: dict[str, LoraConfig] = {}
+    for path, _, adapter in iter_adapters(model):
+        for output, lora_config in adapter.configs.items():
+            expected[hub_name(path, output)] = lora_config
 
     def reject(problem: str, wanted: str) -> NoReturn:
         raise AdapterMismatchError(
@@ -645,7 +683,8 @@ def _read_matching_adapter(
     )
     for name, (lora_A_RI, lora_B_OR) in factors.items():
         linear, _, output = layers[name]
-        rank, found = len(lora_A_RI), [tuple(lora_A_RI.shape), tuple(lora_B_OR.shape)]
+        found = [tuple(lora_A_RI.shape), tuple(lora_B_OR.shape)]
+        rank = len(lora_A_RI)
         expected = [(rank, linear.in_features), (linear.output_sizes[output], rank)]
         if found != expected:
             raise UserError(

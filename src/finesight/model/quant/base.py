@@ -22,9 +22,12 @@ from finesight.model.kernels.runtime import HAS_TRITON
 SAFETENSORS_DTYPES = {"BF16": "bf16", "F16": "fp16", "F32": "fp32"}
 """Names of dense dtypes in settings, by their names in safetensors files."""
 
-MAX_GEMV_ROWS, MAX_GEMM_ROWS = 8, 64
-"""Maximum number of input rows for GEMV kernels, and for tensor-core (GEMM) kernels on quantized
-weights. With more rows the weight is dequantized."""
+MAX_GEMV_ROWS = 8
+"""Maximum number of input rows for GEMV kernels on quantized weights."""
+
+MAX_GEMM_ROWS = 64
+"""Maximum number of input rows for tensor-core (GEMM) kernels on quantized weights. With more rows
+the weight is dequantized."""
 
 CHUNK_ELEMENTS = 1 << 22
 """Maximum number of elements held in fp32 during quantization, and during dequantization without a
@@ -50,7 +53,8 @@ class QuantizedMatrix(nn.Module, ABC):
 
     def __init__(self, out_features: int, in_features: int) -> None:
         super().__init__()
-        self.out_features, self.in_features = out_features, in_features
+        self.out_features = out_features
+        self.in_features = in_features
 
     @property
     def num_elements(self) -> int:
@@ -86,7 +90,8 @@ class QuantizedMatrix(nn.Module, ABC):
 
     def _row_chunks(self) -> Iterator[slice]:
         step = max(1, CHUNK_ELEMENTS // self.in_features)
-        return (slice(start, start + step) for start in range(0, self.out_features, step))
+        for start in range(0, self.out_features, step):
+            yield slice(start, start + step)
 
     @property
     def has_kernels(self) -> bool:
@@ -163,8 +168,10 @@ class QuantizedWeight(nn.Module):
         return sum(matrix.num_elements for matrix in self.matrices)
 
     def dequantize(self) -> Tensor:
-        matrices = [*self.dequantize_layers()]
-        return matrices[0] if len(matrices) == 1 else torch.cat(matrices)
+        matrices = list(self.dequantize_layers())
+        if len(matrices) == 1:
+            return matrices[0]
+        return torch.cat(matrices)
 
     def dequantize_layers(self) -> Iterator[Tensor]:
         """Yield the dequantized matrix [O, I] of each layer, one at a time."""
@@ -173,8 +180,9 @@ class QuantizedWeight(nn.Module):
 
     def linear_per_layer(self, x: Tensor | Fp8Rows, bias: Tensor | None) -> tuple[Tensor, ...]:
         """Compute x W_i^T + bias_i of each layer, with autograd unless `x` is FP8."""
-        pairs = zip(self.matrices, split_outputs(bias, self.output_sizes), strict=True)
-        return tuple(matrix(require_dense(x), layer_bias) for matrix, layer_bias in pairs)
+        biases = split_outputs(bias, self.output_sizes)
+        layers = zip(self.matrices, biases, strict=True)
+        return tuple(matrix(require_dense(x), layer_bias) for matrix, layer_bias in layers)
 
     def add_input_gradient(self, dx_TI: Tensor, dys_TO: Sequence[Tensor]) -> None:
         """Add the input gradient of a fused linear, the sum of dy_i W_i, to `dx_TI`."""
@@ -249,4 +257,7 @@ def pack_inputs(
     all_unpermuted = all(matrix.is_unpermuted for matrix in matrices)
     yield shared
     for matrix in matrices[1:]:
-        yield shared if all_unpermuted else matrix.pack_input(x_1I, norm)
+        if all_unpermuted:
+            yield shared
+        else:
+            yield matrix.pack_input(x_1I, norm)

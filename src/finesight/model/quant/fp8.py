@@ -49,8 +49,11 @@ class Fp8Matrix(RowwiseMatrix):
 FP8_ALIGNMENT = 16
 """Divisor that FP8 tensor cores require of the inputs and of each layer's outputs."""
 
-FP8_DTYPE, FP8_MAX = Fp8Matrix.code_dtype, Fp8Matrix.max_code
-"""Dtype of FP8 codes, and the largest FP8 value."""
+FP8_DTYPE = Fp8Matrix.code_dtype
+"""Dtype of FP8 codes."""
+
+FP8_MAX = Fp8Matrix.max_code
+"""Largest FP8 value."""
 
 MIN_AMAX = 1e-30
 """Lower bound of the largest magnitude of a row, so that the quantization factor is finite."""
@@ -73,24 +76,29 @@ def require_fp8_support(device: torch.device, setting: str) -> None:
 
 def empty_fp8_rows(x_TI: Tensor) -> Fp8Rows:
     scales_T1 = x_TI.new_empty(len(x_TI), 1, dtype=torch.float32)
-    return Fp8Rows(x_TI.new_empty(x_TI.shape, dtype=FP8_DTYPE), scales_T1)
+    codes_TI = x_TI.new_empty(x_TI.shape, dtype=FP8_DTYPE)
+    return Fp8Rows(codes_TI, scales_T1)
 
 
 def quantize_fp8(
     x_TI: Tensor, column_scales_I: Tensor | None = None, *, gelu: bool = False
 ) -> Fp8Rows:
-    """Quantize the rows of a tensor to FP8, optionally after scaling its columns or quick GELU."""
-    if has_kernels(x_TI) if gelu else HAS_TRITON and x_TI.is_cuda:
-        return Fp8Rows(
-            *fp8_kernels.quantize_fp8_rows(
-                x_TI, column_scales_I, FP8_DTYPE, FP8_MAX, MIN_AMAX, gelu=gelu
-            )
+    """Quantize the rows of a tensor to FP8.
+
+    Its columns are scaled before, or quick GELU is applied, if requested.
+    """
+    uses_kernel = has_kernels(x_TI) if gelu else HAS_TRITON and x_TI.is_cuda
+    if uses_kernel:
+        codes_TI, scales_T1 = fp8_kernels.quantize_fp8_rows(
+            x_TI, column_scales_I, FP8_DTYPE, FP8_MAX, MIN_AMAX, gelu=gelu
         )
+        return Fp8Rows(codes_TI, scales_T1)
     if gelu:
         return quantize_fp8(quick_gelu(x_TI), column_scales_I)
     wide_TI = x_TI.float() if column_scales_I is None else x_TI * column_scales_I
     amax_T1 = wide_TI.abs().amax(1, keepdim=True).clamp_min(MIN_AMAX)
-    return Fp8Rows((wide_TI * (FP8_MAX / amax_T1)).to(FP8_DTYPE), amax_T1 / FP8_MAX)
+    codes_TI = (wide_TI * (FP8_MAX / amax_T1)).to(FP8_DTYPE)
+    return Fp8Rows(codes_TI, amax_T1 / FP8_MAX)
 
 
 def fp8_linear(
@@ -100,13 +108,17 @@ def fp8_linear(
     if not len(x.codes_TI):
         return w_OI.new_empty(0, len(w_OI), dtype=dtype)
     # With row scales, some GPUs support no output dtype wider than bf16.
-    out_dtype = torch.bfloat16 if w_OI.is_cuda or dtype == torch.bfloat16 else torch.float32
+    out_dtype = torch.float32
+    if w_OI.is_cuda or dtype == torch.bfloat16:
+        out_dtype = torch.bfloat16
+    if bias_O is not None:
+        bias_O = bias_O.to(out_dtype)
     y_TO = torch._scaled_mm(
         x.codes_TI,
         w_OI.t(),
         scale_a=x.scales_T1,
         scale_b=scales_O.unsqueeze(0),
-        bias=None if bias_O is None else bias_O.to(out_dtype),
+        bias=bias_O,
         out_dtype=out_dtype,
         use_fast_accum=w_OI.is_cuda,
     )
@@ -142,9 +154,11 @@ class Fp8Weight(QuantizedWeight):
             layers = self._fp8_matrices
             codes_OI = _concat([layer.codes_OI for layer in layers], 0)
             scales_O = _concat([layer.scales_O for layer in layers], 0)
-            views = (torch.split(x, self.output_sizes) for x in (codes_OI, scales_O))
-            for layer, codes, scales in zip(layers, *views, strict=True):
-                layer.codes_OI, layer.scales_O = codes, scales
+            code_views = torch.split(codes_OI, self.output_sizes)
+            scale_views = torch.split(scales_O, self.output_sizes)
+            for layer, codes, scales in zip(layers, code_views, scale_views, strict=True):
+                layer.codes_OI = codes
+                layer.scales_O = scales
             self._forward_codes = codes_OI, scales_O
         return self._forward_codes
 
@@ -170,11 +184,12 @@ class Fp8Weight(QuantizedWeight):
     ) -> tuple[Tensor, ...]:
         """Compute x W_i^T + bias_i for each layer in FP8, without autograd."""
         rows, input_dtype = self._to_fp8_rows(x_TI)
+        out_dtype = dtype or input_dtype
+        biases = split_outputs(bias, self.output_sizes)
+        layers = zip(self._fp8_matrices, biases, strict=True)
         return tuple(
-            fp8_linear(rows, layer.codes_OI, layer.scales_O, layer_bias, dtype or input_dtype)
-            for layer, layer_bias in zip(
-                self._fp8_matrices, split_outputs(bias, self.output_sizes), strict=True
-            )
+            fp8_linear(rows, layer.codes_OI, layer.scales_O, layer_bias, out_dtype)
+            for layer, layer_bias in layers
         )
 
     def linear_concat(self, x_TI: Tensor | Fp8Rows, bias: Tensor | None) -> Tensor:
@@ -191,8 +206,10 @@ class Fp8Weight(QuantizedWeight):
     def linear_concat_backward(self, dy_TO: Tensor) -> Tensor:
         if not self.training:
             return super().linear_concat_backward(dy_TO)
-        rows = quantize_fp8(dy_TO, self._concatenate()[1])
-        return fp8_linear(rows, *self._transpose(), None, dy_TO.dtype)
+        _, scales_O = self._concatenate()
+        rows = quantize_fp8(dy_TO, scales_O)
+        codes_IO, unit_scales_I = self._transpose()
+        return fp8_linear(rows, codes_IO, unit_scales_I, None, dy_TO.dtype)
 
     def add_input_gradient(self, dx_TI: Tensor, dys_TO: Sequence[Tensor]) -> None:
         if not self.training:

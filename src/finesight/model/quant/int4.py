@@ -51,7 +51,8 @@ class Int4Matrix(Packed4BitMatrix):
 
     def __init__(self, out_features: int, in_features: int, *, group_size: int, where: str) -> None:
         super().__init__(out_features, in_features)
-        self.group_size, self.where = group_size, where
+        self.group_size = group_size
+        self.where = where
         self._num_groups = -(-in_features // group_size)
         self._loaded: dict[str, Tensor] = {}
         group_shape = out_features, self._num_groups
@@ -64,8 +65,10 @@ class Int4Matrix(Packed4BitMatrix):
             self.register_buffer(name, torch.empty(shape, dtype=dtype))
 
     def tensor_specs(self) -> tuple[WeightTensorSpec, ...]:
-        inputs, outputs, groups = self.in_features, self.out_features, self._num_groups
-        specs: dict[str, tuple[tuple[int, ...], str]] = {
+        inputs = self.in_features
+        outputs = self.out_features
+        groups = self._num_groups
+        file_tensors: dict[str, tuple[tuple[int, ...], str]] = {
             "qweight": ((inputs // PACK_FACTOR, outputs), "I32"),
             "qzeros": ((groups, outputs // PACK_FACTOR), "I32"),
             "scales": ((groups, outputs), "F16"),
@@ -73,7 +76,7 @@ class Int4Matrix(Packed4BitMatrix):
         }
         return tuple(
             WeightTensorSpec(name, shape, (dtype,), partial(self.load_tensor, name))
-            for name, (shape, dtype) in specs.items()
+            for name, (shape, dtype) in file_tensors.items()
         )
 
     @torch.no_grad()
@@ -83,17 +86,19 @@ class Int4Matrix(Packed4BitMatrix):
         The matrix is assembled when all four tensors are loaded.
         """
         self._loaded[name] = values.to(self.device)
-        if len(self._loaded) == len(self.tensor_specs()):
-            loaded, self._loaded = self._loaded, {}
-            self._set_permutation(loaded["g_idx"])
-            self.scales_OG.copy_(loaded["scales"].T)
-            # AutoGPTQ stores zero points minus 1, and zero as 15.
-            self.zeros_OG.copy_(_unpack_codes(loaded["qzeros"].T).add_(1).bitwise_and_(15))
-            codes_IO = _unpack_codes(loaded["qweight"])
-            if not self.is_unpermuted:
-                codes_IO = codes_IO.index_select(0, self.permutation_I)
-            low, high = codes_IO.chunk(2)
-            self.codes.copy_(high.bitwise_left_shift_(4).bitwise_or_(low).T)
+        if len(self._loaded) != len(self.tensor_specs()):
+            return
+        loaded = self._loaded
+        self._loaded = {}
+        self._set_permutation(loaded["g_idx"])
+        self.scales_OG.copy_(loaded["scales"].T)
+        # AutoGPTQ stores zero points minus 1, and zero as 15.
+        self.zeros_OG.copy_(_unpack_codes(loaded["qzeros"].T).add_(1).bitwise_and_(15))
+        codes_IO = _unpack_codes(loaded["qweight"])
+        if not self.is_unpermuted:
+            codes_IO = codes_IO.index_select(0, self.permutation_I)
+        low, high = codes_IO.chunk(2)
+        self.codes.copy_(high.bitwise_left_shift_(4).bitwise_or_(low).T)
 
     def _set_permutation(self, group_I: Tensor) -> None:
         sorted_I, permutation_I = torch.sort(group_I, stable=True)
@@ -130,7 +135,8 @@ class Int4Matrix(Packed4BitMatrix):
 
     def pack_input(self, x_1I: Tensor, norm: RmsNormParams | None) -> PackedInput:
         if not self.is_unpermuted and norm is not None:
-            x_1I, norm = F.rms_norm(x_1I, norm.weight_I.shape, *norm), None
+            x_1I = F.rms_norm(x_1I, norm.weight_I.shape, norm.weight_I, norm.eps)
+            norm = None
         return quant_gemv_kernels.pack_input(self._permute_input(x_1I), norm, self.group_size)
 
     def gemv_packed(
@@ -140,10 +146,13 @@ class Int4Matrix(Packed4BitMatrix):
         quant_gemv_kernels.int4_gemv(x, *quant_params, y_O, bias_O, residual_O)
 
     def gemm(self, x_RI: Tensor, bias: Tensor | None) -> Tensor:
-        kernel, x_RI = quant_gemm_kernels.int4_gemm_kernel, self._permute_input(x_RI)
-        weights = self.codes, self.scales_OG, self.zeros_OG
         return quant_gemm_kernels.gemm(
-            kernel, x_RI, weights, bias, self.out_features, group_size=self.group_size
+            quant_gemm_kernels.int4_gemm_kernel,
+            self._permute_input(x_RI),
+            (self.codes, self.scales_OG, self.zeros_OG),
+            bias,
+            self.out_features,
+            group_size=self.group_size,
         )
 
     def _permute_input(self, x_RI: Tensor) -> Tensor:
@@ -165,17 +174,18 @@ class RtnInt4Matrix(Int4Matrix):
         super().quantize(values_OI)
 
     def quantize_rows(self, rows: slice, values_RI: Tensor) -> None:
-        w_RGE = F.pad(values_RI, (0, -self.in_features % self.group_size)).view(
-            len(values_RI), -1, self.group_size
-        )
-        minimum, maximum = w_RGE.amin(2).clamp(max=0), w_RGE.amax(2).clamp(min=0)
+        num_padded = -self.in_features % self.group_size
+        w_RGE = F.pad(values_RI, (0, num_padded)).view(len(values_RI), -1, self.group_size)
+        minimum = w_RGE.amin(2).clamp(max=0)
+        maximum = w_RGE.amax(2).clamp(min=0)
         # Use at least the smallest positive fp16 value, to avoid division by zero.
         scales = ((maximum - minimum) / 15).half().clamp(min=2**-24)
         zeros = (-minimum / scales.float()).round().clamp(0, 15)
         codes = (w_RGE / scales.float()[..., None]).round() + zeros[..., None]
         low, high = codes.clamp(0, 15).byte().flatten(1)[:, : self.in_features].chunk(2, 1)
         self.codes[rows] = low | (high << 4)
-        self.scales_OG[rows], self.zeros_OG[rows] = scales, zeros.byte()
+        self.zeros_OG[rows] = zeros.byte()
+        self.scales_OG[rows] = scales
 
 
 def _unpack_codes(packed: Tensor) -> Tensor:

@@ -67,7 +67,8 @@ class RowwiseMatrix(QuantizedMatrix):
         return quant_gemv_kernels.rowwise_gemv(x_RI, self.codes_OI, self.scales_O, bias, tiling)
 
     def gemm(self, x_RI: Tensor, bias: Tensor | None) -> Tensor:
-        kernel, weights = quant_gemm_kernels.rowwise_gemm_kernel, (self.codes_OI, self.scales_O)
+        kernel = quant_gemm_kernels.rowwise_gemm_kernel
+        weights = self.codes_OI, self.scales_O
         return quant_gemm_kernels.gemm(kernel, x_RI, weights, bias, self.out_features)
 
 

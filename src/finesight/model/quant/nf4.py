@@ -20,8 +20,11 @@ from finesight.model.kernels import quant_gemm as quant_gemm_kernels
 from finesight.model.kernels import quant_gemv as quant_gemv_kernels
 from finesight.model.quant.base import Packed4BitMatrix, PackedInput, RmsNormParams
 
-BLOCK_SIZE, SCALE_BLOCK_SIZE = 64, 256
-"""Number of elements that share a scale, and number of scales that share a nested scale."""
+BLOCK_SIZE = 64
+"""Number of elements that share a scale."""
+
+SCALE_BLOCK_SIZE = 256
+"""Number of scales that share a nested scale."""
 
 CHUNK_ELEMENTS = 1 << 20
 """Number of elements quantized at once; a CPU needs 64 bytes of memory for each."""
@@ -59,9 +62,9 @@ def _import_bitsandbytes() -> Any:
 
 @lru_cache
 def _codebooks(device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return the 256 values of the 8-bit codes for block scales, and the 16 values of NF4.
+    """Return the 256 values of 8-bit codes for block scales, and those of NF4.
 
-    The values of NF4 are normalized to a largest magnitude of 1.
+    The 16 values of NF4 are normalized to a largest magnitude of 1.
     """
     functional = _import_bitsandbytes().functional
     return functional.create_dynamic_map().to(device), functional.get_4bit_type("nf4", device)
@@ -148,12 +151,16 @@ class Nf4Matrix(Packed4BitMatrix):
         quant_gemv_kernels.nf4_gemv(x, *self._kernel_args(), y_O, bias_O, residual_O)
 
     def gemm(self, x_RI: Tensor, bias: Tensor | None) -> Tensor:
-        kernel, (*scales, codebooks) = quant_gemm_kernels.nf4_gemm_kernel, self._kernel_args()
-        weights = *scales, *codebooks
+        *weights, codebooks = self._kernel_args()
         return quant_gemm_kernels.gemm(
-            kernel, x_RI, weights, bias, self.out_features, shuffled=x_RI.is_cuda
+            quant_gemm_kernels.nf4_gemm_kernel,
+            x_RI,
+            (*weights, *codebooks),
+            bias,
+            self.out_features,
+            shuffled=x_RI.is_cuda,
         )
 
     def _kernel_args(self) -> tuple[Tensor, Tensor, Tensor, Tensor, tuple[Tensor, Tensor]]:
-        scales = self.absmax_B, self.nested_absmax, self.absmax_mean
-        return self.codes, *scales, _codebooks(self.codes.device)
+        codebooks = _codebooks(self.codes.device)
+        return self.codes, self.absmax_B, self.nested_absmax, self.absmax_mean, codebooks

@@ -272,7 +272,7 @@ def filter_finite(points: Iterable[tuple[object, object]]) -> list[Point]:
 
 
 def read_points(lines: Iterable[JsonObject], key: str) -> list[Point]:
-    """Return the steps and the finite values of a key in the lines of a run."""
+    """Return steps and finite values of a key in the lines of a run."""
     return filter_finite((line.get("step"), line.get(key)) for line in lines)
 
 

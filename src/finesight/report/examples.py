@@ -297,9 +297,10 @@ def read_scores(line: JsonObject) -> dict[str, float]:
 
 
 def is_correct(line: JsonObject, metric: str) -> bool:
-    """Return whether an answer has the maximum score, or equals a reference in text and boxes.
+    """Return whether an answer has the maximum score or equals a reference.
 
-    The CIDEr-D of a caption that equals its reference is below the maximum if its words are common.
+    Equal answers have the same text and boxes. The CIDEr-D of a caption that equals its reference
+    is below the maximum if its words are common.
     """
     if read_scores(line).get(metric, 0.0) >= MAX_SCORES.get(metric, 1.0) - MIN_SCORE_CHANGE:
         return True
@@ -338,7 +339,10 @@ def read_image_paths(line: JsonObject) -> list[str]:
 
 
 def find_image(name: str, folders: Sequence[Path]) -> Path:
-    """Return the path of an image in the first folder with it, or else the given path."""
+    """Return the path of an image in the first folder with it.
+
+    Without such a folder, this is the given path.
+    """
     for folder in folders:
         path = folder / name
         if get_file(path).exists():
@@ -650,7 +654,7 @@ def diff_texts(text: str, reference: str) -> list[tuple[int, int, int, int]] | N
 
 
 def _get_span(words: Sequence[re.Match[str]], start: int, end: int) -> tuple[int, int]:
-    """Return the characters of the words `start` to `end`; an empty span if there is none."""
+    """Return the characters of the words `start` to `end`, possibly none."""
     if start < end:
         return words[start].start(), words[end - 1].end()
     position = words[start - 1].end() if start else 0

@@ -432,8 +432,8 @@ def compare_samples(runs: Sequence[ComparedRun], max_samples: int = MAX_SAMPLES)
     # For each other run, the samples that the baseline answered as well.
     common_keys: list[set[SampleKey]] = []
     for run in other_runs:
-        keys, _ = find_common_samples(reference_run, run)
-        common_keys.append(set(keys))
+        same_keys, _ = find_common_samples(reference_run, run)
+        common_keys.append(set(same_keys))
     lines_by_sample: list[list[JsonObject | None]] = []
     for key, prediction in reference_run.predictions.items():
         if not any(key in keys for keys in common_keys):

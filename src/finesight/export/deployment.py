@@ -52,10 +52,18 @@ from finesight.vision.processor_limits import get_processor_limits
 GgufType = Literal["auto", "f32", "f16", "bf16", "q8_0"]
 
 CONVERTER_SCRIPT = "convert_hf_to_gguf.py"
-GGUF_MODEL_FILE, MMPROJ_FILE = "model.gguf", "mmproj.gguf"
+GGUF_MODEL_FILE = "model.gguf"
+MMPROJ_FILE = "mmproj.gguf"
 
 _PASSED_VARIABLES = {
-    *("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "TEMP", "SYSTEMROOT", "LD_LIBRARY_PATH")
+    "PATH",
+    "HOME",
+    "LANG",
+    "LC_ALL",
+    "TMPDIR",
+    "TEMP",
+    "SYSTEMROOT",
+    "LD_LIBRARY_PATH",
 }
 _NUM_ERROR_LINES = 5
 
@@ -75,8 +83,11 @@ def find_converter(path: Path | None) -> Path:
     """
     converter = path if path is not None else shutil.which(CONVERTER_SCRIPT)
     if converter is None or not Path(converter).is_file():
+        what = f"{CONVERTER_SCRIPT} is not in PATH"
+        if converter:
+            what = f"{converter} does not exist"
         raise UserError(
-            f"{converter} does not exist" if converter else f"{CONVERTER_SCRIPT} is not in PATH",
+            what,
             where="--converter",
             expected=f"{CONVERTER_SCRIPT} of llama.cpp, which creates GGUF files",
             remedy="for an upload, give hf:OWNER/NAME as OUT; for GGUF,"
@@ -112,19 +123,22 @@ def write_gguf(
     require_merged_model(model_source, source, "export")
     check_new_path(out)
     weight_files = folder.weight_files()
-    size_factor = 2 if outtype == "f32" and stored_precision(folder) != "fp32" else 1
+    size_factor = 1
+    if outtype == "f32" and stored_precision(folder) != "fp32":
+        size_factor = 2
     require_free_space(
         out,
         size_factor * sum(file.stat().st_size for file in weight_files),
         "the GGUF files",
         "free some space, or choose another output folder",
     )
-    mmproj_outtype: GgufType = "f16" if outtype == "q8_0" else outtype
+    mmproj_outtype = outtype
+    if outtype == "q8_0":
+        mmproj_outtype = "f16"
     command = [str(python or sys.executable), str(converter), str(folder.path.resolve())]
     with write_folder(out) as partial:
-        _run_converter(
-            [*command, "--outfile", str(partial / GGUF_MODEL_FILE), "--outtype", outtype], converter
-        )
+        options = ["--outfile", str(partial / GGUF_MODEL_FILE), "--outtype", outtype]
+        _run_converter([*command, *options], converter)
         options = ["--outfile", str(partial / MMPROJ_FILE), "--outtype", mmproj_outtype, "--mmproj"]
         _run_converter([*command, *options], converter)
         # The converter adds a prefix to the file name.
@@ -216,12 +230,15 @@ def build_serving_commands(model_source: ModelSource, source: str) -> ServingCom
     Raises UserError for an adapter that vLLM would not apply completely, for quantized weights
     without an adapter, and for a family that vLLM and SGLang do not support.
     """
-    folder, adapter = model_source.folder, model_source.adapter
+    folder = model_source.folder
+    adapter = model_source.adapter
     require_export_family(folder, "serving", source)
     if adapter is None:
         require_merged_model(model_source, source, "serving")
     name = get_model_name(source)
-    lora = None if adapter is None else _build_lora_options(folder.family, adapter, name, source)
+    lora = None
+    if adapter is not None:
+        lora = _build_lora_options(folder.family, adapter, name, source)
     folder.fetch_weights()  # file names that these engines expect
     commands = format_serving_commands(folder, str(folder.path), name, model_source.manifest, lora)
     if not model_source.quantization_summary:
@@ -294,8 +311,7 @@ def format_serving_commands(
         common_options = f"--served-model-name {base_name} {lora}"
         # Those of Qwen2.5-VL penalize repetitions.
         greedy_config["repetition_penalty"] = 1.0
-    enable_thinking = None if manifest is None else manifest.enable_thinking
-    arguments = get_template_arguments(folder, enable_thinking)
+    arguments = _get_trained_template_arguments(folder, manifest)
     template_options = ""
     if arguments:
         template_options = f" --default-chat-template-kwargs {_quote_json(arguments)}"
@@ -318,13 +334,14 @@ def format_serving_commands(
         notes.append(note)
         resize_code = format_resize_code(rule, factor)
     if lora is not None:
+        sglang = ""
         notes.append(
             f'"model": {json.dumps(name)} in a request selects the adapter, "{base_name}" none'
         )
         notes.append("for SGLang and others, merge the adapter")
     return ServingCommands(
         vllm=vllm,
-        sglang=sglang if lora is None else "",
+        sglang=sglang,
         request=json.dumps(REQUEST_PARAMETERS),
         notes=tuple(notes),
         resize_code=resize_code,
@@ -348,7 +365,18 @@ def get_template_arguments(
     family = load_family(folder)
     if not family.renders_reasoning or "enable_thinking" not in folder.chat_template:
         return {}
-    return {"enable_thinking": family.has_reasoning if enable_thinking is None else enable_thinking}
+    if enable_thinking is None:
+        enable_thinking = family.has_reasoning
+    return {"enable_thinking": enable_thinking}
+
+
+def _get_trained_template_arguments(
+    folder: ModelFolder, manifest: Manifest | None
+) -> dict[str, bool]:
+    """Return the arguments of the chat template for a model, with the mode of its training."""
+    if manifest is None:
+        return get_template_arguments(folder)
+    return get_template_arguments(folder, manifest.enable_thinking)
 
 
 @dataclass(frozen=True, slots=True)
@@ -369,13 +397,14 @@ def build_llama_server_command(
     some versions, with bars, but does not change images whose sizes are within the limits and
     multiples of `factor`.
     """
-    folder, manifest = model_source.folder, model_source.manifest
+    folder = model_source.folder
+    manifest = model_source.manifest
     rule = _get_image_rule(folder, manifest)
     factor = load_patch_config(folder).resize_factor
     limits = get_processor_limits(rule, factor)
-    enable_thinking = None if manifest is None else manifest.enable_thinking
-    arguments = get_template_arguments(folder, enable_thinking)
-    model, mmproj = (shlex.quote(str(path)) for path in (gguf_files.model, gguf_files.mmproj))
+    arguments = _get_trained_template_arguments(folder, manifest)
+    model = shlex.quote(str(gguf_files.model))
+    mmproj = shlex.quote(str(gguf_files.mmproj))
     min_tokens = math.ceil(limits.min_pixels / factor**2)
     max_tokens = max(min_tokens, limits.max_pixels // factor**2)
     command = (
@@ -451,14 +480,14 @@ def _compute_context_length(folder: ModelFolder, max_pixels: int) -> int:
     """
     preprocessor_config = folder.preprocessor_config
     token_size: int = preprocessor_config["patch_size"] * preprocessor_config["merge_size"]
-    required = max(
-        MIN_CONTEXT_LENGTH,
-        1 << (max_pixels // token_size**2 + RESERVED_TEXT_TOKENS - 1).bit_length(),
-    )
+    num_tokens = max_pixels // token_size**2 + RESERVED_TEXT_TOKENS
+    required = max(MIN_CONTEXT_LENGTH, 1 << (num_tokens - 1).bit_length())
     text_config = folder.config.get("text_config")
     config = text_config if isinstance(text_config, dict) else folder.config
     max_positions = config.get("max_position_embeddings")
-    return min(required, max_positions) if isinstance(max_positions, int) else required
+    if not isinstance(max_positions, int):
+        return required
+    return min(required, max_positions)
 
 
 def _quote_json(content: object) -> str:

@@ -112,7 +112,9 @@ def complete_hf_folder(folder: Path, family: str, end_ids: Sequence[int]) -> Non
     original = _read_json(folder / GENERATION_CONFIG_FILE)
     generation_config = {key: value for key, value in original.items() if key not in _SAMPLING_KEYS}
     previous = generation_config.get("eos_token_id")
-    eos_ids = dict.fromkeys([*end_ids, *(previous if isinstance(previous, list) else [previous])])
+    if not isinstance(previous, list):
+        previous = [previous]
+    eos_ids = dict.fromkeys([*end_ids, *previous])
     eos_ids.pop(None, None)
     _write_json(
         folder / GENERATION_CONFIG_FILE,
@@ -133,26 +135,25 @@ def find_dropped_sampling(base_folder: ModelFolder) -> dict[str, Any]:
 def find_missing_files(folder: ModelFolder) -> list[str]:
     """Return the names of files that other programs need but the folder lacks."""
     is_qwen_vl = folder.family == "qwen"
-    required: list[tuple[str, ...]] = [
-        ("config.json",),
-        (GENERATION_CONFIG_FILE,),
-        ("qwen.tiktoken" if is_qwen_vl else "tokenizer.json",),
-        ("tokenizer_config.json",),
-        *([] if is_qwen_vl else [(PREPROCESSOR_FILE, PROCESSOR_FILE)]),
-        ("model.safetensors", "model.safetensors.index.json"),
-    ]
-    missing = [
-        " or ".join(names)
-        for names in required
-        if not any(folder.find_file(name) is not None for name in names)
-    ]
+    required: list[tuple[str, ...]] = [("config.json",), (GENERATION_CONFIG_FILE,)]
+    required.append(("qwen.tiktoken",) if is_qwen_vl else ("tokenizer.json",))
+    required.append(("tokenizer_config.json",))
+    if not is_qwen_vl:
+        required.append((PREPROCESSOR_FILE, PROCESSOR_FILE))
+    required.append(("model.safetensors", "model.safetensors.index.json"))
+    missing = []
+    for names in required:
+        if all(folder.find_file(name) is None for name in names):
+            missing.append(" or ".join(names))
     if not is_qwen_vl and not folder.chat_template:
         missing.append(f"a chat template ({', '.join(_CHAT_TEMPLATE_FILES)})")
     return missing
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    return read_json_object(path) if path.is_file() else {}
+    if not path.is_file():
+        return {}
+    return read_json_object(path)
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -214,10 +215,14 @@ def list_uploads(model_source: ModelSource, source: str) -> dict[str, Path]:
     weight_files = folder.weight_files()
     if (folder.path / DIGESTS_FILE).is_file():
         verify_folder(folder.path)
-    return {
-        path.name: folder.find_file(path.name) or path
-        for path in sorted(folder.path.iterdir())
-        if path.is_file() and any(fnmatchcase(path.name, pattern) for pattern in DOWNLOAD_PATTERNS)
+    uploads = {}
+    for path in sorted(folder.path.iterdir()):
+        if not path.is_file():
+            continue
+        if not any(fnmatchcase(path.name, pattern) for pattern in DOWNLOAD_PATTERNS):
+            continue
+        file = folder.find_file(path.name)
         # Weights that are not in the index belong to another model.
-        if path.suffix != ".safetensors" or folder.find_file(path.name) in weight_files
-    }
+        if path.suffix != ".safetensors" or file in weight_files:
+            uploads[path.name] = file or path
+    return uploads

@@ -55,15 +55,17 @@ def load_validation_samples(source: str, max_samples: int) -> list[LocatedSample
         return []
     try:
         recipe = load_recipe(path)
-        corpus = load_corpus(recipe.data.eval) if recipe.data.eval else ()
+        if not recipe.data.eval:
+            return []
+        corpus = load_corpus(recipe.data.eval)
         candidates = [corpus[i] for i in range(min(len(corpus), MAX_SCANNED_SAMPLES))]
     except UserError:
         return []
-    return [
-        candidate
-        for candidate in candidates
-        if any(isinstance(part, ImagePart) for part in candidate.sample.iter_parts())
-    ][:max_samples]
+    samples = []
+    for candidate in candidates:
+        if any(isinstance(part, ImagePart) for part in candidate.sample.iter_parts()):
+            samples.append(candidate)
+    return samples[:max_samples]
 
 
 def draw_questions(folder: Path, num_questions: int) -> list[LocatedSample]:
@@ -174,13 +176,11 @@ class MergeParity:
 
     def as_json(self) -> dict[str, Any]:
         """Return the results as JSON data."""
-        comparison = self.quantized_comparison
-        comparison_dict = (
-            None
-            if comparison is None
-            else {"logits": comparison[0], "equal_answers": comparison[1]}
-        )
-        return asdict(self) | {"quantized_comparison": comparison_dict}
+        comparison = None
+        if self.quantized_comparison is not None:
+            logits, equal_fraction = self.quantized_comparison
+            comparison = {"logits": logits, "equal_answers": equal_fraction}
+        return asdict(self) | {"quantized_comparison": comparison}
 
     def format_lines(self) -> list[str]:
         """Return the results as console lines."""
@@ -196,18 +196,16 @@ class MergeParity:
             f"rounded to {self.weight_precision}": self.rounding_change,
             "saved and loaded": self.reload_difference,
         }
-        lines += [
-            f"  {step:30}{difference:.1e}"
-            for step, difference in steps.items()
-            if difference is not None
-        ]
+        for step, difference in steps.items():
+            if difference is not None:
+                lines.append(f"  {step:30}{difference:.1e}")
         lines.append(f"{self.num_equal} of {self.num_prompts} completions have equal tokens")
-        lines += [
-            f"  {divergence.sample_id} differs after {divergence.token_index} tokens:"
-            f" logit gap {divergence.logit_gap:.1e} of the two tokens, rounding there"
-            f" {divergence.max_difference:.1e}"
-            for divergence in self.divergences
-        ]
+        for divergence in self.divergences:
+            lines.append(
+                f"  {divergence.sample_id} differs after {divergence.token_index} tokens:"
+                f" logit gap {divergence.logit_gap:.1e} of the two tokens, rounding there"
+                f" {divergence.max_difference:.1e}"
+            )
         if self.quantized_comparison is not None:
             logits, equal_fraction = self.quantized_comparison
             lines.append(
@@ -220,7 +218,8 @@ class MergeParity:
 def check_same_prompts(actual: Sequence[EncodedSample], expected: Sequence[EncodedSample]) -> None:
     """Raise UserError if the merged folder encodes prompts to other tokens or patches."""
     for actual_prompt, expected_prompt in zip(actual, expected, strict=True):
-        actual_tokens, expected_tokens = actual_prompt.tokenized, expected_prompt.tokenized
+        actual_tokens = actual_prompt.tokenized
+        expected_tokens = expected_prompt.tokenized
         if not (
             np.array_equal(actual_tokens.ids_T, expected_tokens.ids_T)
             and np.array_equal(actual_tokens.position_ids_3T, expected_tokens.position_ids_3T)
@@ -293,7 +292,8 @@ def find_divergences(
     Args:
         other: Completions of the merged model, and its logits for the tokens of `reference`.
     """
-    num_equal, divergences = 0, []
+    num_equal = 0
+    divergences = []
     for sample_id, reference_ids, other_ids, reference_logits, other_logits in zip(
         sample_ids,
         reference.completions,
@@ -309,11 +309,11 @@ def find_divergences(
         index = next((i for i, (a, b) in pairs if a != b), None)
         if index is None:  # one continues after the other's end token
             index = min(len(reference_ids), len(other_ids)) - 1
-        row, other_row = reference_logits[index], other_logits[index]
+        row = reference_logits[index]
+        other_row = other_logits[index]
         logit_gap = float(row[reference_ids[index]] - row[other_ids[index]])
-        divergences.append(
-            Divergence(sample_id, index, logit_gap, float((row - other_row).abs().max()))
-        )
+        max_difference = float((row - other_row).abs().max())
+        divergences.append(Divergence(sample_id, index, logit_gap, max_difference))
     return num_equal, tuple(divergences)
 
 

@@ -80,20 +80,21 @@ def write_model_card(folder: Path, info: VerifiedMerge, quantized: Sequence[str]
     `quantized` describes the quantization of the merged weights in this folder.
     """
     name = info.folder.name
-    steps = [_build_predict_step(info.model_source.manifest, name)]
-    steps += [Step(operation, {"run_or_model": name}) for operation in ("chat", "web", "serve")]
+    manifest = info.model_source.manifest
+    commands = [str(_build_predict_step(manifest, name))]
+    for operation in ("chat", "web", "serve"):
+        commands.append(str(Step(operation, {"run_or_model": name})))
     merged = ModelFolder(folder)
     serving = None
     if merged.family in EXPORT_FAMILIES["serving"]:
-        title, manifest = info.folder.name, info.model_source.manifest
         code = "the code of the section Image size"
-        serving = format_serving_commands(merged, title, title, manifest, code=code)
+        serving = format_serving_commands(merged, name, name, manifest, code=code)
     card = _render_card(
         info.model_source,
         info.source,
         folder,
-        title=info.folder.name,
-        commands=[*map(str, steps)],
+        title=name,
+        commands=commands,
         serving=serving,
         merge=info,
         quantized=quantized,
@@ -119,16 +120,18 @@ def collect_uploads(model_source: ModelSource, source: str) -> Iterator[dict[str
     For an adapter, these are its weights, its configuration with the public name of the base model,
     and a model card. `source` is the run or folder as the user named it.
     """
-    manifest, adapter = model_source.manifest, model_source.adapter
+    manifest = model_source.manifest
+    adapter = model_source.adapter
     if adapter is None or (manifest is not None and manifest.tune.has_mode("full")):
         yield list_uploads(model_source, source)
         return
     with temporary_folder("export") as folder:
         config = read_json_object(adapter / ADAPTER_CONFIG_FILE, expected="a PEFT configuration")
-        config["base_model_name_or_path"] = _get_base_name(model_source)
-        address = parse_model_address(_get_base_name(model_source))
+        base_name = _get_base_name(model_source)
+        address = parse_model_address(base_name)
         if address is not None:
-            config["base_model_name_or_path"] = address.repo_id
+            base_name = address.repo_id
+        config["base_model_name_or_path"] = base_name
         text = json.dumps(config, indent=2, sort_keys=True) + "\n"
         (folder / ADAPTER_CONFIG_FILE).write_text(text, encoding="utf-8")
         card = _render_adapter_card(model_source, Path(source))
@@ -136,7 +139,7 @@ def collect_uploads(model_source: ModelSource, source: str) -> Iterator[dict[str
         generated = {file: folder / file for file in (MODEL_CARD_FILE, ADAPTER_CONFIG_FILE)}
         if manifest is not None:
             # The form of the questions and the image size, without local paths.
-            named = manifest.model_copy(update={"base_model": config["base_model_name_or_path"]})
+            named = manifest.model_copy(update={"base_model": base_name})
             generated[MANIFEST_FILE] = folder / MANIFEST_FILE
             content = named.model_dump_json(indent=1) + "\n"
             generated[MANIFEST_FILE].write_text(content, encoding="utf-8")
@@ -144,14 +147,15 @@ def collect_uploads(model_source: ModelSource, source: str) -> Iterator[dict[str
 
 
 def _render_adapter_card(model_source: ModelSource, source: Path) -> str:
-    title, base = get_model_name(str(source.resolve())), _get_base_name(model_source)
+    title = get_model_name(str(source.resolve()))
+    base = _get_base_name(model_source)
     steps = [
         Step("download", {"source": "OWNER/NAME", "to": title}),
         _build_predict_step(model_source.manifest, title),
     ]
     if is_native(model_source.folder):
         steps.append(Step("merge", {"source": title, "out": "merged", "base": base}))
-    commands = [*map(str, steps)]
+    commands = list(map(str, steps))
     return _render_card(model_source, source, source, title=title, commands=commands, merge=None)
 
 
@@ -170,11 +174,17 @@ def _render_card(
         source: Run, adapter or model of the weights.
         license_folder: Folder with the license files.
     """
-    run_record, manifest = _read_run_record(source), model_source.manifest
-    result = (run_record.result if run_record else None) or {}
-    starts = run_record.starts if run_record else []
-    data = (starts[-1].get("data") if starts else None) or {}
-    names = (path.name for path in license_folder.iterdir())
+    run_record = _read_run_record(source)
+    manifest = model_source.manifest
+    result: Mapping[str, Any] = {}
+    data: Mapping[str, Any] = {}
+    if run_record is not None:
+        result = run_record.result or {}
+        if run_record.starts:
+            data = run_record.starts[-1].get("data") or {}
+    trained_parts = []
+    if manifest is not None:
+        trained_parts = [f"{k} ({v})" for k, v in manifest.tune if v in ("lora", "full")]
     environment = Environment(
         trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, undefined=StrictUndefined
     )
@@ -185,9 +195,7 @@ def _render_card(
         family=model_source.folder.family,
         version=__version__,
         manifest=manifest,
-        trained_parts=[f"{k} ({v})" for k, v in manifest.tune if v in ("lora", "full")]
-        if manifest
-        else [],
+        trained_parts=trained_parts,
         num_train=(data.get("train") or {}).get("num_samples"),
         num_eval=(data.get("eval") or {}).get("num_samples"),
         steps=result.get("steps"),
@@ -201,9 +209,17 @@ def _render_card(
         notes=_list_notes(result),
         recipe=_format_recipe(run_record),
         license=_read_license(model_source.folder.path),
-        license_files=sorted(name for name in names if name.startswith(("LICENSE", "NOTICE"))),
+        license_files=_list_license_files(license_folder),
         **values,
     )
+
+
+def _list_license_files(folder: Path) -> list[str]:
+    names = []
+    for path in folder.iterdir():
+        if path.name.startswith(("LICENSE", "NOTICE")):
+            names.append(path.name)
+    return sorted(names)
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,7 +232,8 @@ class _ImageSize:
 
 def _describe_image_size(model_source: ModelSource, *, is_merged: bool) -> _ImageSize | None:
     """Describe the image size for other programs; None for the size of the published model."""
-    manifest, folder = model_source.manifest, model_source.folder
+    manifest = model_source.manifest
+    folder = model_source.folder
     if manifest is None or manifest.image_rule == NO_RESIZE_RULE:
         return None
     rule = manifest.image_rule
@@ -271,9 +288,9 @@ def _read_run_record(source: Path) -> RunRecord | None:
 def _get_base_name(model_source: ModelSource) -> str:
     if model_source.folder.path.resolve() == TINY_MODEL_FOLDER.resolve():
         return TINY_MODEL
-    return public_model_name(
-        model_source.manifest.base_model if model_source.manifest else str(model_source.folder.path)
-    )
+    if model_source.manifest is None:
+        return public_model_name(str(model_source.folder.path))
+    return public_model_name(model_source.manifest.base_model)
 
 
 def _format_metadata(model_source: ModelSource, library: str) -> str:
@@ -292,18 +309,26 @@ def _format_metadata(model_source: ModelSource, library: str) -> str:
 
 def _list_prompts(run_record: RunRecord | None) -> list[str]:
     """Return the prompts of the validation samples, with which users should ask; frequent first."""
-    files = run_record.predictions_files[-1:] if run_record else []
-    prompts = [line.get("prompt") for path in files for line in read_json_lines(path)]
-    texts = [prompt for prompt in prompts if isinstance(prompt, str) and prompt.strip()]
-    return [prompt for prompt, _ in Counter(texts).most_common()]
+    if run_record is None:
+        return []
+    counts: Counter[str] = Counter()
+    for path in run_record.predictions_files[-1:]:
+        for line in read_json_lines(path):
+            prompt = line.get("prompt")
+            if isinstance(prompt, str) and prompt.strip():
+                counts[prompt] += 1
+    return [prompt for prompt, _ in counts.most_common()]
 
 
 def _list_scores(result: Mapping[str, Any]) -> list[tuple[Any, ...]]:
     """Return the name, value before and after training, and interval of each score."""
-    before, after = result.get("before") or {}, result.get("after") or {}
-    scores, intervals = before.get("scores") or {}, after.get("intervals") or {}
-    values = (after.get("scores") or {}).items()
-    rows = [(name, scores.get(name), value, intervals.get(name)) for name, value in values]
+    before = result.get("before") or {}
+    after = result.get("after") or {}
+    scores_before = before.get("scores") or {}
+    intervals = after.get("intervals") or {}
+    rows = []
+    for name, value in (after.get("scores") or {}).items():
+        rows.append((name, scores_before.get(name), value, intervals.get(name)))
     if after.get("validation_loss") is not None:
         name = "validation_loss"
         rows.append((name, before.get(name), after[name], None))
@@ -316,11 +341,15 @@ def _list_notes(result: Mapping[str, Any]) -> list[str]:
 
 
 def _format_recipe(run_record: RunRecord | None) -> str:
-    recipe = run_record.recipe if run_record else {}
-    public = {
-        k: _strip_paths(value, k) for k, value in recipe.items() if k not in _PRIVATE_SECTIONS
-    }
-    return yaml.safe_dump(public, sort_keys=False, allow_unicode=True).strip() if public else ""
+    if run_record is None:
+        return ""
+    public = {}
+    for name, value in run_record.recipe.items():
+        if name not in _PRIVATE_SECTIONS:
+            public[name] = _strip_paths(value, name)
+    if not public:
+        return ""
+    return yaml.safe_dump(public, sort_keys=False, allow_unicode=True).strip()
 
 
 def _strip_paths(value: Any, key: str = "") -> Any:
@@ -335,8 +364,9 @@ def _strip_paths(value: Any, key: str = "") -> Any:
         return [_strip_paths(item, key) for item in value]
     if not isinstance(value, str) or (key == "model" and parse_model_address(value) is not None):
         return value
-    is_path = key in _PATH_SETTINGS or re.match(r"[/~.\\]|[A-Za-z]:[/\\]", value)
-    return re.split(r"[/\\]", value.rstrip("/\\"))[-1] if is_path else value
+    if key in _PATH_SETTINGS or re.match(r"[/~.\\]|[A-Za-z]:[/\\]", value):
+        return re.split(r"[/\\]", value.rstrip("/\\"))[-1]
+    return value
 
 
 def _read_license(folder: Path) -> str | None:
@@ -347,9 +377,13 @@ def _read_license(folder: Path) -> str | None:
     except UserError:
         return None
     header, separator, _ = text.removeprefix("---\n").partition("\n---")
+    if not text.startswith("---\n") or not separator:
+        return None
     try:
-        content = load_yaml(header) if text.startswith("---\n") and separator else None
+        content = load_yaml(header)
     except yaml.YAMLError:
         return None
-    license_name = content.get("license") if isinstance(content, dict) else None
+    if not isinstance(content, dict):
+        return None
+    license_name = content.get("license")
     return license_name if isinstance(license_name, str) else None

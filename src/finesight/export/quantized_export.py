@@ -11,7 +11,7 @@ import json
 import logging
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -23,9 +23,10 @@ import torch
 from huggingface_hub import save_torch_state_dict
 from torch import Tensor
 
-from finesight.config import Device, Recipe
+from finesight.config import Device, EvalSettings, Recipe
 from finesight.data.corpus import load_corpus
 from finesight.data.image_file import CorruptImageError
+from finesight.data.sample import LocatedSample
 from finesight.encode.hf_renderer import FROM_PRETRAINED_OPTIONS, import_transformers
 from finesight.encode.tokenization import EncodedSample
 from finesight.errors import Remedy, Step, UserError
@@ -98,11 +99,12 @@ class QuantizedExport:
 
     def format_lines(self) -> list[str]:
         """Return the result as console lines."""
-        before, after = (f"{size / 1e6:,.1f} MB" for size in self.num_bytes)
+        bytes_before, bytes_after = self.num_bytes
         lines = [
             f"{self.num_layers} layers in 4 bits (GPTQ format, groups of {self.group_size} inputs),"
             f" calibrated on {self.num_calibration_samples} training samples by auto-round"
-            f" {self.auto_round}; {before} before, {after} after"
+            f" {self.auto_round}; {bytes_before / 1e6:,.1f} MB before,"
+            f" {bytes_after / 1e6:,.1f} MB after"
         ]
         if self.differences:
             table = format_differences(self.differences, self.primary_metric)
@@ -152,7 +154,8 @@ def export_quantized(
     check_new_path(out)
     group_size = select_group_size(model_source.folder, source, out)
     auto_round = import_auto_round()
-    recipe, target = load_recipe(recipe_file), resolve_device(device)
+    recipe = load_recipe(recipe_file)
+    target = resolve_device(device)
     eval_inputs = None
     if recipe.eval is not None and recipe.data.eval:
         eval_inputs = load_eval_inputs(source)
@@ -178,22 +181,13 @@ def export_quantized(
                 auto_round, merged.folder, inputs, folder / "work", group_size, target, iterations
             )
         num_layers = _write_quantized(merged.folder, packed, folder, group_size)
-        differences, primary_metric = list[MetricDifference](), None
+        differences: list[MetricDifference] = []
+        primary_metric = None
         if eval_inputs is not None:
-            samples, settings = eval_inputs
-            num_evaluated, answers = min(len(samples), settings.limit or len(samples)), []
-            for name, path in (("merged", merged_folder), ("quantized", folder)):
-                file = folder / "work" / f"{name}.jsonl"
-                model = load_inference_model(str(path), device)
-                with console.progress_stage(f"{name} model", num_evaluated) as on_progress:
-                    write = partial(write_file, file)
-                    evaluation = evaluate(
-                        model.model, model.renderer, samples, settings, write, on_progress
-                    )
-                answers.append([one.case for one in read_predictions(file)])
-                del model  # The next one may need the memory.
-            differences = compare_cases(evaluation.metric, *answers)
-            primary_metric = evaluation.primary_metric
+            models = {"merged": merged_folder, "quantized": folder}
+            differences, primary_metric = _compare_models(
+                models, eval_inputs, folder / "work", device, console
+            )
         result = QuantizedExport(
             out,
             group_size,
@@ -209,6 +203,35 @@ def export_quantized(
         (folder / QUANTIZATION_FILE).write_text(text + "\n", encoding="utf-8")
         write_model_card(folder, replace(merge, folder=out), result.format_lines())
     return result
+
+
+def _compare_models(
+    models: Mapping[str, Path],
+    eval_inputs: tuple[Sequence[LocatedSample], EvalSettings],
+    work: Path,
+    device: Device,
+    console: ProgressConsole,
+) -> tuple[list[MetricDifference], str | None]:
+    """Evaluate two models, and return the score differences and the primary metric.
+
+    Args:
+        models: Model folders by display name, first the one before the change.
+        work: Folder for prediction files.
+    """
+    samples, settings = eval_inputs
+    num_evaluated = min(len(samples), settings.limit or len(samples))
+    answers = []
+    for name, path in models.items():
+        file = work / f"{name}.jsonl"
+        model = load_inference_model(str(path), device)
+        with console.progress_stage(f"{name} model", num_evaluated) as on_progress:
+            write = partial(write_file, file)
+            evaluation = evaluate(
+                model.model, model.renderer, samples, settings, write, on_progress
+            )
+        answers.append([one.case for one in read_predictions(file)])
+        del model  # The next one may need the memory.
+    return compare_cases(evaluation.metric, *answers), evaluation.primary_metric
 
 
 def import_auto_round() -> Any:
@@ -235,7 +258,10 @@ def select_group_size(folder: ModelFolder, source: str, out: Path) -> int:
 
     Raises UserError if there is none.
     """
-    shapes = {t.shape for t in read_headers(folder.weight_files()) if _is_quantized(t.name)}
+    shapes = set()
+    for tensor in read_headers(folder.weight_files()):
+        if _is_quantized(tensor.name):
+            shapes.add(tensor.shape)
     for size in GROUP_SIZES:
         if all(inputs % size == 0 and outputs % 32 == 0 for outputs, inputs in shapes):
             return size
@@ -265,8 +291,10 @@ def _iter_calibration_inputs(
     for index in order:
         try:
             sample = corpus[index]
-            has_answer = sample.sample.messages[-1].role == "assistant"
-            encoded = renderer.encode(sample) if has_answer else renderer.encode_prompt(sample)
+            if sample.sample.messages[-1].role == "assistant":
+                encoded = renderer.encode(sample)
+            else:
+                encoded = renderer.encode_prompt(sample)
         except (CorruptImageError, UserError):
             continue
         is_short = encoded.tokenized.num_tokens <= recipe.data.max_length
@@ -279,7 +307,8 @@ def _iter_calibration_inputs(
 
 def to_hf_inputs(encoded: EncodedSample, preprocessor_config: dict[str, Any]) -> dict[str, Tensor]:
     """Convert an encoded sample to the inputs of a model of transformers."""
-    tokenized, config = encoded.tokenized, preprocessor_config
+    tokenized = encoded.tokenized
+    config = preprocessor_config
     ids_1T = torch.from_numpy(tokenized.ids_T).long()[None]
     positions_31T = torch.from_numpy(tokenized.position_ids_3T).long()[:, None]
     inputs = {
@@ -290,7 +319,8 @@ def to_hf_inputs(encoded: EncodedSample, preprocessor_config: dict[str, Any]) ->
     if tokenized.spans:
         size = NUM_CHANNELS * config["temporal_patch_size"] * config["patch_size"] ** 2
         patches_ND = torch.from_numpy(repeat_still_frames(encoded.patches_ND, size))
-        mean, std = (torch.tensor(config[key])[:, None] for key in ("image_mean", "image_std"))
+        mean = torch.tensor(config["image_mean"])[:, None]
+        std = torch.tensor(config["image_std"])[:, None]
         values_NCP = (patches_ND.view(len(patches_ND), NUM_CHANNELS, -1) / 255 - mean) / std
         inputs["pixel_values"] = values_NCP.flatten(1)
         inputs["image_grid_thw"] = torch.tensor([span.grid_thw for span in tokenized.spans])
@@ -307,7 +337,8 @@ def _run_auto_round(
     iterations: int | None,
 ) -> ModelFolder:
     """Quantize a merged model, and return the folder that auto-round writes."""
-    transformers, path = import_transformers(), str(merged.path)
+    transformers = import_transformers()
+    path = str(merged.path)
     load = transformers.AutoModelForImageTextToText.from_pretrained
     tokenizer = transformers.AutoTokenizer.from_pretrained(path, **FROM_PRETRAINED_OPTIONS)
     quantizer = auto_round.AutoRound(
@@ -345,11 +376,10 @@ def _write_quantized(
     All other tensors and files are those of the merged model.
     """
     files = merged.weight_files()
-    layers = {
-        tensor.name.removesuffix(".weight")
-        for tensor in read_headers(files)
-        if _is_quantized(tensor.name)
-    }
+    layers = set()
+    for tensor in read_headers(files):
+        if _is_quantized(tensor.name):
+            layers.add(tensor.name.removesuffix(".weight"))
     tensors: dict[str, Tensor] = {}
     for file in (*files, *packed.weight_files()):
         with open_safetensors(file) as weights:

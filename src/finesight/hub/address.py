@@ -174,19 +174,29 @@ class HubAccess:
 
     def require_visibility(self, address: HubAddress, is_private: bool, public: bool) -> None:
         """Raise UserError if an existing repository has another visibility than expected."""
-        if is_private == public:
-            raise UserError(
-                f"the repository {address} exists and is {'private' if public else 'public'}",
-                where=self.get_page(address),
-                expected=f"a {'public' if public else 'private'} repository, or a new name",
-                remedy="remove --public" if public else "give another name, or add --public",
-            )
+        if is_private != public:
+            return
+        if public:
+            found = "private"
+            expected = "public"
+            remedy = "remove --public"
+        else:
+            found = "public"
+            expected = "private"
+            remedy = "give another name, or add --public"
+        raise UserError(
+            f"the repository {address} exists and is {found}",
+            where=self.get_page(address),
+            expected=f"a {expected} repository, or a new name",
+            remedy=remedy,
+        )
 
     def build_refusal_error(
         self, address: HubAddress, reason: Refusal, status: int, message: str
     ) -> UserError:
         """Build the UserError for a rejected request to read a repository."""
-        page, read_token = self.get_page(address), f"a token ({self.token_variable}) to read it"
+        page = self.get_page(address)
+        read_token = f"a token ({self.token_variable}) to read it"
         what, expected, remedy = {
             "gated": (
                 "is gated or private: its owner requires each user to accept a license",

@@ -100,7 +100,8 @@ def is_allowed_url(original: str, target: str, allowed_hosts: frozenset[str] | N
     Args:
         allowed_hosts: Hosts that the user allows; None for a hub (see `HttpSite`).
     """
-    original_parts, target_parts = urlsplit(original), urlsplit(target)
+    original_parts = urlsplit(original)
+    target_parts = urlsplit(target)
     host = (target_parts.hostname or "").lower()
     # Accessing an invalid port or host name raises ValueError.
     if (
@@ -306,7 +307,9 @@ class RemoteFile:
             digest = hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
         stream.seek(0)
         actual = hashlib.file_digest(stream, lambda: digest).hexdigest()
-        return "" if actual == expected.lower() else f"its {name} is {actual}, expected {expected}"
+        if actual == expected.lower():
+            return ""
+        return f"its {name} is {actual}, expected {expected}"
 
 
 class Downloader:
@@ -430,7 +433,8 @@ class Downloader:
         Returns:
             False if the server confirms that the target is unchanged.
         """
-        num_failures, max_received = 0, 0
+        num_failures = 0
+        max_received = 0
         while True:
             num_received = stream.seek(0, os.SEEK_END)
             if file.size is not None and num_received == file.size:
@@ -474,7 +478,8 @@ class Downloader:
         self, response: httpx2.Response, file: RemoteFile, target: Path, stream: BufferedRandom
     ) -> bool:
         """Append the body of a response to the partial file; return whether it is complete."""
-        headers, num_received = response.headers, stream.tell()
+        headers = response.headers
+        num_received = stream.tell()
         content_range = headers.get("content-range", "").removeprefix("bytes ")
         is_partial = response.status_code == 206
         is_wrong_range = is_partial and parse_int(content_range.partition("-")[0]) != num_received
@@ -482,9 +487,10 @@ class Downloader:
             self._truncate(stream)
         if response.status_code == 416 or is_wrong_range:
             return False
-        total_bytes = parse_int(
-            content_range.rpartition("/")[2] if is_partial else headers.get("content-length", "")
-        )
+        if is_partial:
+            total_bytes = parse_int(content_range.rpartition("/")[2])
+        else:
+            total_bytes = parse_int(headers.get("content-length", ""))
         if not file.has_digest:
             target.unlink(missing_ok=True)  # its ETag is replaced
             etag = headers.get("etag", "") or headers.get("last-modified", "")
@@ -539,11 +545,11 @@ class Downloader:
         except httpx2.TransportError as error:
             raise _RetryableError(f"{type(error).__name__}: {error}") from error
         except (httpx2.InvalidURL, httpx2.TooManyRedirects) as error:
-            is_redirect = isinstance(error, httpx2.TooManyRedirects)
+            what = f"invalid address: {error}"
+            if isinstance(error, httpx2.TooManyRedirects):
+                what = f"more than {MAX_REDIRECTS} redirects"
             raise UserError(
-                f"more than {MAX_REDIRECTS} redirects"
-                if is_redirect
-                else f"invalid address: {error}",
+                what,
                 where=strip_query(url)[:200],
                 expected="https://HOST/PATH of the file",
                 remedy="correct the address, or download the file with another program",
@@ -560,11 +566,14 @@ class Downloader:
         with contextlib.suppress(ValueError):  # invalid port, address or name
             if is_allowed_url(original, target, hosts):
                 return
-        is_redirect = original != target
-        origin = f", the redirect target of {urlsplit(original).netloc}" if is_redirect else ""
-        expected, remedy = "from the hub, or from a public host", "check the hub address"
+        origin = ""
+        if original != target:
+            origin = f", the redirect target of {urlsplit(original).netloc}"
+        expected = "from the hub, or from a public host"
+        remedy = "check the hub address"
         if hosts is not None:
-            expected, remedy = f"from {', '.join(sorted(hosts))}", "if you trust it, add the host"
+            expected = f"from {', '.join(sorted(hosts))}"
+            remedy = "if you trust it, add the host"
         raise UserError(
             f"{strip_query(target)[:200]} is not an allowed address{origin}",
             where=strip_query(original)[:200],

@@ -71,7 +71,9 @@ def list_files(address: HubAddress) -> tuple[str, list[RemoteFile]]:
 def build_site(address: HubAddress) -> HttpSite:
     """Build the `HttpSite` of a repository, with the token of the user."""
     token = None if constants.HF_HUB_DISABLE_IMPLICIT_TOKEN else get_token()
-    headers = {"Authorization": f"Bearer {token}"} if token else {}
+    headers = {}
+    if token:
+        headers["Authorization"] = f"Bearer {token}"
     return HttpSite(lambda response, message: _build_refusal_error(address, response), headers)
 
 
@@ -136,7 +138,8 @@ def _has_repository(api: HfApi, address: HubAddress, public: bool) -> bool:
 @contextmanager
 def _open_api(address: HubAddress) -> Iterator[HfApi]:
     """Yield a client with the token of the user, and convert its exceptions to UserError."""
-    access, token = get_access(), get_token()
+    access = get_access()
+    token = get_token()
     access.require_token(address, token)
     # Its progress bars would overwrite console output and fill logs.
     disable_progress_bars()
@@ -150,14 +153,11 @@ def _open_api(address: HubAddress) -> Iterator[HfApi]:
 
 
 def _to_remote_file(address: HubAddress, commit: str, entry: RepoFile) -> RemoteFile:
+    url = hf_hub_url(address.repo_id, entry.path, repo_type=address.repo_type, revision=commit)
     # Files stored in git are listed with their SHA-1, files in LFS with their SHA-256.
-    return RemoteFile(
-        entry.path,
-        hf_hub_url(address.repo_id, entry.path, repo_type=address.repo_type, revision=commit),
-        entry.lfs.size if entry.lfs else entry.size,
-        sha256=entry.lfs.sha256 if entry.lfs else None,
-        git_sha1=None if entry.lfs else entry.blob_id,
-    )
+    if entry.lfs:
+        return RemoteFile(entry.path, url, entry.lfs.size, sha256=entry.lfs.sha256)
+    return RemoteFile(entry.path, url, entry.size, git_sha1=entry.blob_id)
 
 
 def _build_refusal_error(
@@ -167,7 +167,8 @@ def _build_refusal_error(
 
     The hub sends the reason in a response header; huggingface_hub raises an exception for it.
     """
-    code, status = response.headers.get("x-error-code", ""), response.status_code
+    code = response.headers.get("x-error-code", "")
+    status = response.status_code
     message = response.headers.get("x-error-message", "")
     reason: Refusal = "other"
     if code == "GatedRepo" or isinstance(error, GatedRepoError):

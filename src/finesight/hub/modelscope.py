@@ -60,11 +60,13 @@ def get_access() -> HubAccess:
 def build_site(address: HubAddress) -> HttpSite:
     """Build the `HttpSite` of a repository, with the token of the user."""
     token = _read_token()
-    # Older services of the hub read the cookie, newer ones the header.
-    headers = {"Authorization": f"Bearer {token}", "Cookie": f"m_session_id={token}"}
+    headers = {}
+    if token:
+        # Older services of the hub read the cookie, newer ones the header.
+        headers = {"Authorization": f"Bearer {token}", "Cookie": f"m_session_id={token}"}
     return HttpSite(
         lambda response, message: _build_refusal_error(address, response.status_code, message),
-        headers if token else {},
+        headers,
     )
 
 
@@ -104,25 +106,24 @@ def publish_files(
     address: HubAddress, files: Mapping[str, Path], *, public: bool, commit_message: str
 ) -> str:
     """Publish files in a model repository on ModelScope in one commit."""
-    digests = {
-        path: sha256_file(path)
-        for name, path in files.items()
-        if path.stat().st_size > MIN_LFS_BYTES or name.endswith(LFS_SUFFIXES)
-    }
+    digests = {}
+    for name, path in files.items():
+        if path.stat().st_size > MIN_LFS_BYTES or name.endswith(LFS_SUFFIXES):
+            digests[path] = sha256_file(path)
     with _open_api(address, writes=True) as api:
         if not _has_repository(api, address, public):
             api.create_repo(address.repo_id, "model", visibility=_get_visibility(public))
         objects = [{"oid": oid, "size": path.stat().st_size} for path, oid in digests.items()]
-        upload_urls = (
-            api.legacy.validate_blobs(address.repo_id, "model", objects) if objects else {}
-        )
+        upload_urls = {}
+        if objects:
+            upload_urls = api.legacy.validate_blobs(address.repo_id, "model", objects)
         for path, sha256 in digests.items():
             url = upload_urls.get(sha256)
             if url is not None:  # the hub does not have this object
                 _upload_object(address, url, path)
-        actions = [
-            _build_commit_action(name, path, digests.get(path)) for name, path in files.items()
-        ]
+        actions = []
+        for name, path in files.items():
+            actions.append(_build_commit_action(name, path, digests.get(path)))
         api.legacy.create_commit(address.repo_id, "model", actions, commit_message)
     return get_access().get_page(address)
 
@@ -132,8 +133,10 @@ def is_same_domain(url: str, hub_url: str) -> bool:
 
     The token is sent only to this domain.
     """
-    target, hub_parts = urlsplit(url), urlsplit(hub_url)
-    host, domain = target.hostname or "", (hub_parts.hostname or "").removeprefix("www.")
+    target = urlsplit(url)
+    hub_parts = urlsplit(hub_url)
+    host = target.hostname or ""
+    domain = (hub_parts.hostname or "").removeprefix("www.")
     is_subdomain = not domain.replace(".", "").isdigit() and host.endswith(f".{domain}")
     return target.scheme == hub_parts.scheme and (target.netloc == hub_parts.netloc or is_subdomain)
 
@@ -162,7 +165,8 @@ def _open_api(address: HubAddress, *, writes: bool = False) -> Iterator[HubApi]:
             where=str(address),
             remedy="pip install 'finesight[modelscope]'",
         ) from error
-    access, token = get_access(), _read_token()
+    access = get_access()
+    token = _read_token()
     if writes:
         access.require_token(address, token)
     # An empty folder, because the package reads tokens of other programs and stores an identifier.
@@ -207,7 +211,8 @@ def _upload_object(address: HubAddress, url: str, path: Path) -> None:
             with path.open("rb") as file:
                 status, message = _put(url, headers, file)
         except httpx2.TransportError as error:
-            status, message = 0, f"{type(error).__name__}: {error}"
+            status = 0
+            message = f"{type(error).__name__}: {error}"
         if 200 <= status < 300:
             return
         delay_s = get_retry_delay(num_failures)

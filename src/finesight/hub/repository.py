@@ -162,16 +162,14 @@ def open_repository(address: HubAddress) -> HubRepository:
 def _check_path_conflicts(files: Sequence[RemoteFile], source: str) -> None:
     paths = {file.path for file in files}
     for path in sorted(paths):
-        conflicting = next(
-            (str(parent) for parent in PurePosixPath(path).parents if str(parent) in paths), None
-        )
-        if conflicting is not None:
-            raise UserError(
-                f"{conflicting} is listed as a file and as the folder of {path}",
-                where=source,
-                expected="a listing without conflicting paths",
-                remedy="check the hub address (HF_ENDPOINT, MODELSCOPE_ENDPOINT)",
-            )
+        for parent in map(str, PurePosixPath(path).parents):
+            if parent in paths:
+                raise UserError(
+                    f"{parent} is listed as a file and as the folder of {path}",
+                    where=source,
+                    expected="a listing without conflicting paths",
+                    remedy="check the hub address (HF_ENDPOINT, MODELSCOPE_ENDPOINT)",
+                )
 
 
 def open_model_repository(address: HubAddress, patterns: Sequence[str]) -> HubRepository:
@@ -203,12 +201,18 @@ def select_model_files(repository: HubRepository, patterns: Sequence[str]) -> li
 
     If no safetensors file matches, pickled weights that can be converted are added.
     """
-    paths = repository.paths
-    selected = [path for path in paths if any(fnmatch(path, pattern) for pattern in patterns)]
+    selected = []
+    loadable = []
+    pickled = []
+    for path in repository.paths:
+        if any(fnmatch(path, pattern) for pattern in patterns):
+            selected.append(path)
+        if fnmatch(path, PICKLED_WEIGHTS_PATTERN):
+            loadable.append(path)
+        if path.endswith(PICKLE_SUFFIXES):
+            pickled.append(path)
     if any(path.endswith(".safetensors") for path in selected):
         return selected
-    loadable = [path for path in paths if fnmatch(path, PICKLED_WEIGHTS_PATTERN)]
-    pickled = [path for path in paths if path.endswith(PICKLE_SUFFIXES)]
     if pickled and not loadable:
         raise UserError(
             f"{repository.address} has only pickled weights: {pickled[0]}",

@@ -160,9 +160,11 @@ def fetch_objects(url: str) -> list[Path]:
 def _build_fetch_error(url: str, error: Exception) -> UserError:
     description = f"{type(error).__name__}: {str(error)[:200]}".removesuffix(": ")
     if isinstance(error, FileNotFoundError):
-        expected, remedy = "an existing file", "check the address"
+        expected = "an existing file"
+        remedy = "check the address"
     elif isinstance(error, PermissionError):
-        expected, remedy = "a file with read access", "check the credentials"
+        expected = "a file with read access"
+        remedy = "check the credentials"
     else:
         expected = "a storage that responds and allows read access"
         remedy = (

@@ -6,9 +6,8 @@ A page draws axis ticks and downsampled lines. Its script shows values under the
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from operator import itemgetter
 from statistics import mean
 from typing import Any, Literal
@@ -49,9 +48,13 @@ NUM_REWARD_ESTIMATES = 20
 MAX_POINTS = 1000
 """Maximum number of points of a line. A screen cannot show more."""
 
-WIDTH, HEIGHT = 400.0, 220.0
-MARGIN_LEFT, MARGIN_RIGHT, MARGIN_TOP, MARGIN_BOTTOM = 46.0, 10.0, 10.0, 24.0
-"""Size and margins of a chart in SVG units, which are about one phone pixel."""
+# Size and margins of a chart in SVG units, which are about one phone pixel.
+WIDTH = 400.0
+HEIGHT = 220.0
+MARGIN_LEFT = 46.0
+MARGIN_RIGHT = 10.0
+MARGIN_TOP = 10.0
+MARGIN_BOTTOM = 24.0
 
 
 @dataclass(frozen=True)
@@ -121,19 +124,28 @@ class _AxisScale:
         return round(HEIGHT - MARGIN_BOTTOM - fraction * (HEIGHT - MARGIN_TOP - MARGIN_BOTTOM), 1)
 
     def build_line(self, series: ChartSeries) -> ChartLine:
-        coordinates = [(self.to_x(x), self.to_y(y)) for x, y in series.points]
-        path = "M" + "L".join(f"{x:g} {y:g}" for x, y in coordinates)
-        # A line with one point is invisible without a marker.
-        has_markers = series.style == "marks" or len(coordinates) == 1
+        error_bars = []
+        for x, low, high in series.error_bars:
+            error_bars.append((self.to_x(x), self.to_y(high), self.to_y(low)))
         if series.style == "steps":
-            segments = [f"V{self.to_y(y):g}H{self.to_x(x + 0.5):g}" for x, y in series.points]
-            bottom, has_markers = f"{self.to_y(0):g}", False
-            path = f"M{self.to_x(-0.5):g} {bottom}{''.join(segments)}V{bottom}"
-        error_bars = (
-            (self.to_x(x), self.to_y(high), self.to_y(low)) for x, low, high in series.error_bars
-        )
-        markers = tuple(coordinates) if has_markers else ()
+            path = self._build_histogram_path(series.points)
+            return ChartLine(series.name, series.style, path, error_bars=tuple(error_bars))
+        coordinates = tuple((self.to_x(x), self.to_y(y)) for x, y in series.points)
+        path = "M" + "L".join(f"{x:g} {y:g}" for x, y in coordinates)
+        markers: tuple[Point, ...] = ()
+        # A line with one point is invisible without a marker.
+        if series.style == "marks" or len(coordinates) == 1:
+            markers = coordinates
         return ChartLine(series.name, series.style, path, markers, tuple(error_bars))
+
+    def _build_histogram_path(self, points: Sequence[Point]) -> str:
+        """Return the path of a histogram whose bins are centered at the points."""
+        bottom = f"{self.to_y(0):g}"
+        segments = [f"M{self.to_x(-0.5):g} {bottom}"]
+        for x, y in points:
+            segments.append(f"V{self.to_y(y):g}H{self.to_x(x + 0.5):g}")
+        segments.append(f"V{bottom}")
+        return "".join(segments)
 
     def draw(
         self,
@@ -145,22 +157,21 @@ class _AxisScale:
         **data: object,
     ) -> Chart:
         """Return the chart of series, with title and caption, and ticks of both axes."""
+        title, caption = titles
         x_ticks, y_ticks = ticks
-        lines = [
-            {
-                "name": one.name,
-                "points": [(x, y, f"{format_exact(y)}{unit}") for x, y in one.points],
-            }
-            for one in series
-        ]
+        shown = []
+        for one in series:
+            points = [(x, y, f"{format_exact(y)}{unit}") for x, y in one.points]
+            shown.append({"name": one.name, "points": points})
         axes = {"x": [self.x_low, self.x_high], "y": [self.y_low, self.y_high]}
         return Chart(
-            *titles,
-            translate("{}: {}", titles[0], translate("; ").join(descriptions)),
-            [self.build_line(one) for one in series],
-            [(self.to_x(x), label) for x, label in x_ticks],
-            [(self.to_y(y), label) for y, label in y_ticks],
-            axes | {"series": lines} | data,
+            title=title,
+            caption=caption,
+            summary=translate("{}: {}", title, translate("; ").join(descriptions)),
+            lines=list(map(self.build_line, series)),
+            x_ticks=[(self.to_x(x), label) for x, label in x_ticks],
+            y_ticks=[(self.to_y(y), label) for y, label in y_ticks],
+            data=axes | {"series": shown} | data,
         )
 
 
@@ -172,26 +183,47 @@ def build_chart(title: str, series: Sequence[ChartSeries], caption: str = "") ->
     visible = [item for item in series if item.points]
     if not visible:
         return None
-    drawn = [replace(item, points=downsample(item.points)) for item in visible]
-    steps = [step for item in visible for step, _ in item.points]
-    values = [value for item in drawn for _, value in item.points]
-    values += [bound for item in drawn for _, *bounds in item.error_bars for bound in bounds]
-    x_low, x_high = min(steps), max(steps)
-    x_ticks = [steps[0]]
+    drawn = []
+    descriptions = []
+    steps: list[float] = []
+    values: list[float] = []
+    bounds: list[float] = []
+    for item in visible:
+        points = downsample(item.points)
+        drawn.append(replace(item, points=points))
+        if item.style != "faint":
+            descriptions.append(_describe_ends(item))
+        steps += map(itemgetter(0), item.points)
+        values += map(itemgetter(1), points)
+        for _, low, high in item.error_bars:
+            bounds += [low, high]
+    values += bounds
+    x_low = min(steps)
+    x_high = max(steps)
     if x_low == x_high:
-        x_low, x_high = x_low - 1, x_high + 1
+        x_ticks = [steps[0]]
+        x_low -= 1
+        x_high += 1
     else:
         x_ticks = compute_ticks(x_low, x_high, 6, integer_only=True)
     y_ticks = compute_ticks(min(values), max(values), 5, include_ends=True)
-    descriptions = []
-    for item in visible:
-        if item.style != "faint":
-            (x1, y1), (x2, y2) = item.points[0], item.points[-1]
-            texts = item.name, format_exact(y1), f"{x1:g}", format_exact(y2), f"{x2:g}"
-            descriptions.append(translate("{} {} at step {}, {} at step {}", *texts))
-    ticks = [(tick, format_compact(tick)) for tick in x_ticks], _format_ticks(y_ticks)
+    ticks = _label_ticks(x_ticks, format_compact), _format_ticks(y_ticks)
     scale = _AxisScale(x_low, x_high, y_ticks[0], y_ticks[-1])
     return scale.draw((title, caption), drawn, descriptions, ticks)
+
+
+def _describe_ends(series: ChartSeries) -> str:
+    """Describe the first and the last point of a series."""
+    first_step, first = series.points[0]
+    last_step, last = series.points[-1]
+    return translate(
+        "{} {} at step {}, {} at step {}",
+        series.name,
+        format_exact(first),
+        f"{first_step:g}",
+        format_exact(last),
+        f"{last_step:g}",
+    )
 
 
 def build_parallel_plot(
@@ -204,23 +236,30 @@ def build_parallel_plot(
             values, or of their order if they are no numbers.
         names: Names of the trials.
     """
-    lines: list[list[Point]] = [[] for _ in names]
+    trials: list[list[tuple[float, float, str]]] = [[] for _ in names]
     for x, values in enumerate(axes.values()):
-        is_numeric = all(isinstance(value, int | float) for value in values)
-        order = sorted(set(values)) if is_numeric else [*dict.fromkeys(values)]
-        for points, value in zip(lines, values, strict=True):
-            points.append((x, order.index(value) / max(1, len(order) - 1)))
-    series = [ChartSeries(*one, "marks") for one in zip(names, lines, strict=True)]
+        order = list(dict.fromkeys(values))
+        if all(isinstance(value, int | float) for value in values):
+            order = sorted(set(values))
+        for trial, value in zip(trials, values, strict=True):
+            y = order.index(value) / max(1, len(order) - 1)
+            trial.append((x, y, str(value)))
+    series = []
+    for name, trial in zip(names, trials, strict=True):
+        points = [(x, y) for x, y, _ in trial]
+        series.append(ChartSeries(name, points, "marks"))
     chart = build_chart(title, series, caption)
     assert chart is not None, "a plot without trials"
-    texts = [[str(values[i]) for values in axes.values()] for i in range(len(names))]
-    for one, shown in zip(chart.data["series"], texts, strict=True):
-        one["points"] = [(x, y, text) for (x, y, _), text in zip(one["points"], shown, strict=True)]
-    labels = [name.removesuffix(".default").rpartition(".")[2] for name in axes]
+    for one, trial in zip(chart.data["series"], trials, strict=True):
+        # The script shows the value of a setting instead of its position on the axis.
+        one["points"] = trial
     low, high = chart.data["x"]
     scale = _AxisScale(low, high, 0.0, 1.0)
-    ticks = [(scale.to_x(x), label) for x, label in enumerate(labels)]
-    data = chart.data | {"labels": [*axes]}
+    ticks = []
+    for x, name in enumerate(axes):
+        label = name.removesuffix(".default").rpartition(".")[2]
+        ticks.append((scale.to_x(x), label))
+    data = chart.data | {"labels": list(axes)}
     return replace(chart, x_ticks=ticks, y_ticks=[], data=data)
 
 
@@ -230,6 +269,16 @@ def filter_finite(points: Iterable[tuple[object, object]]) -> list[Point]:
     Steps with a non-finite loss record no value, and files of a run may contain invalid values.
     """
     return [(float(x), float(y)) for x, y in points if is_finite(x) and is_finite(y)]
+
+
+def read_points(lines: Iterable[JsonObject], key: str) -> list[Point]:
+    """Return steps and finite values of a key in the lines of a run."""
+    return filter_finite((line.get("step"), line.get(key)) for line in lines)
+
+
+def read_metric_points(evaluations: Iterable[JsonObject], name: str) -> list[Point]:
+    """Return the steps and the finite values of a metric in evaluations."""
+    return filter_finite((line.get("step"), read_metrics(line).get(name)) for line in evaluations)
 
 
 def downsample(points: Sequence[Point], max_points: int = MAX_POINTS) -> list[Point]:
@@ -258,12 +307,14 @@ def smooth_points(points: Sequence[Point]) -> list[Point]:
     if len(points) < 20:
         return []
     decay = 1 - 1 / max(5.0, len(points) / 40)
-    total, weight, mean = 0.0, 0.0, []
+    total = 0.0
+    weight = 0.0
+    smoothed = []
     for step, value in points:
         total = decay * total + (1 - decay) * value
         weight = decay * weight + (1 - decay)
-        mean.append((step, total / weight))
-    return mean
+        smoothed.append((step, total / weight))
+    return smoothed
 
 
 def compute_ticks(
@@ -280,7 +331,13 @@ def compute_ticks(
         include_ends: Add the next round values below `low` and above `high`.
     """
     if high - low <= 1e-6 * max(abs(low), abs(high)):
-        low, high = (low - abs(low) / 2, low + abs(low) / 2) if low else (-1.0, 1.0)
+        if low:
+            margin = abs(low) / 2
+            high = low + margin
+            low -= margin
+        else:
+            low = -1.0
+            high = 1.0
     min_step = (high - low) / num_ticks
     power = 10.0 ** math.floor(math.log10(min_step))
     step = next(
@@ -288,20 +345,31 @@ def compute_ticks(
     )
     if integer_only:
         step = max(1.0, round(step))
-    first = math.floor(low / step) if include_ends else math.ceil(low / step)
-    last = math.ceil(high / step) if include_ends else math.floor(high / step)
+    if include_ends:
+        first = math.floor(low / step)
+        last = math.ceil(high / step)
+    else:
+        first = math.ceil(low / step)
+        last = math.floor(high / step)
     return [multiple * step for multiple in range(first, last + 1)]
+
+
+def _label_ticks(
+    ticks: Sequence[float], format_tick: Callable[[float], str]
+) -> list[tuple[float, str]]:
+    return [(tick, format_tick(tick)) for tick in ticks]
 
 
 def _format_ticks(ticks: Sequence[float]) -> list[tuple[float, str]]:
     """Format the ticks of an axis with equal decimals, such as 0.10 and 0.05."""
-    step, max_abs = ticks[1] - ticks[0], max(abs(tick) for tick in ticks)
+    step = ticks[1] - ticks[0]
+    max_abs = max(map(abs, ticks))
     if max_abs < 0.01 or max_abs >= 1e6:
-        return [(tick, format_compact(tick)) for tick in ticks]
+        return _label_ticks(ticks, format_compact)
     digits = max(0, -math.floor(math.log10(step) + 1e-9))
     if digits and abs(step * 10**digits - round(step * 10**digits)) > 1e-6:
         digits += 1
-    return [(tick, f"{tick:,.{digits}f}") for tick in ticks]
+    return _label_ticks(ticks, f"{{:,.{digits}f}}".format)
 
 
 def format_compact(value: float) -> str:
@@ -310,9 +378,13 @@ def format_compact(value: float) -> str:
     if magnitude and (magnitude < 0.01 or magnitude >= 1e9):
         mantissa, exponent = f"{value:.1e}".split("e")
         return f"{mantissa.removesuffix('.0')}e{int(exponent)}"
+    if magnitude >= 1e6:
+        return f"{value / 1e6:.3g}M"
     if magnitude >= 1e4:
-        return f"{value / 1e6:.3g}M" if magnitude >= 1e6 else f"{value / 1e3:.3g}k"
-    return f"{value:,.4g}" if magnitude < 1000 else f"{value:,.0f}"
+        return f"{value / 1e3:.3g}k"
+    if magnitude < 1000:
+        return f"{value:,.4g}"
+    return f"{value:,.0f}"
 
 
 def format_exact(value: float) -> str:
@@ -320,17 +392,21 @@ def format_exact(value: float) -> str:
     magnitude = abs(value)
     if magnitude and (magnitude < 1e-3 or magnitude >= 1e7):
         return f"{value:.3e}"
-    return f"{value:,.1f}" if magnitude >= 1000 else f"{value:.4g}"
+    if magnitude >= 1000:
+        return f"{value:,.1f}"
+    return f"{value:.4g}"
 
 
 def parse_counts(content: object) -> HistogramCounts:
     """Return the valid bins of a histogram that a run has recorded."""
-    bins = {str(index) for index in range(120)}
-    return {
-        name: count
-        for name, count in (content.items() if isinstance(content, dict) else ())
-        if name in bins and isinstance(count, int) and count > 0
-    }
+    if not isinstance(content, dict):
+        return {}
+    bins = set(map(str, range(120)))
+    counts = {}
+    for name, count in content.items():
+        if name in bins and isinstance(count, int) and count > 0:
+            counts[name] = count
+    return counts
 
 
 def build_histogram(
@@ -340,32 +416,41 @@ def build_histogram(
 
     Runs without values are omitted. Returns None if no run has values.
     """
-    bins = [int(name) for _, counts in counts_by_run for name in counts]
+    bins: list[int] = []
+    for _, counts in counts_by_run:
+        bins += map(int, counts)
     if not bins:
         return None
     # The bin from 2 ** 0.5 to 2 contains no integer.
     bin_range = [index for index in range(min(bins), max(bins) + 1) if index != 1]
     edges = [math.ceil(2 ** (index / 2) - 1e-9) for index in (*bin_range, bin_range[-1] + 1)]
-    labels = [
-        translate("{:,} to {:,}", lower, upper - 1) if upper - 1 > lower else f"{lower:,}"
-        for lower, upper in pairwise(edges)
-    ]
-    series, descriptions = [], []
+    labels = list(map(_label_bin, edges, edges[1:]))
+    series = []
+    descriptions = []
+    highest = 0.0
     for name, counts in counts_by_run:
-        if counts:
-            total = sum(counts.values())
-            values = [100 * counts.get(str(index), 0) / total for index in bin_range]
-            series.append(ChartSeries(name, list(enumerate(values)), "steps"))
-            descriptions.append(translate("{} mostly {}", name, labels[values.index(max(values))]))
-    highest = max(value for one in series for _, value in one.points)
+        if not counts:
+            continue
+        total = sum(counts.values())
+        values = [100 * counts.get(str(index), 0) / total for index in bin_range]
+        mode = max(values)
+        highest = max(highest, mode)
+        series.append(ChartSeries(name, list(enumerate(values)), "steps"))
+        descriptions.append(translate("{} mostly {}", name, labels[values.index(mode)]))
+    x_ticks = []
+    for index in range(0, len(edges), max(1, math.ceil(len(edges) / 7))):
+        x_ticks.append((index - 0.5, f"{edges[index]:,}"))
     y_ticks = compute_ticks(0.0, highest, 4, include_ends=True)
-    x_ticks = range(0, len(edges), max(1, math.ceil(len(edges) / 7)))
-    ticks = (
-        [(index - 0.5, f"{edges[index]:,}") for index in x_ticks],
-        [(tick, f"{tick:g} %") for tick in y_ticks],
-    )
+    ticks = x_ticks, _label_ticks(y_ticks, "{:g} %".format)
     scale = _AxisScale(-0.5, len(edges) - 1.5, 0.0, y_ticks[-1])
     return scale.draw((title, caption), series, descriptions, ticks, " %", labels=labels)
+
+
+def _label_bin(lower: int, end: int) -> str:
+    """Return the translated label of a bin of the integers from `lower` to below `end`."""
+    if end - 1 > lower:
+        return translate("{:,} to {:,}", lower, end - 1)
+    return f"{lower:,}"
 
 
 def build_histograms(
@@ -378,12 +463,13 @@ def build_histograms(
         titles: Title and caption of each histogram, not translated.
         counts_by_run: Display name of each run, and its histograms.
     """
-    counts = {name: [(run, one.get(name, {})) for run, one in counts_by_run] for name in titles}
-    charts = [
-        build_histogram(translate(title), translate(caption), counts[name])
-        for name, (title, caption) in titles.items()
-    ]
-    return [chart for chart in charts if chart is not None]
+    charts = []
+    for name, (title, caption) in titles.items():
+        counts = [(run, one.get(name, {})) for run, one in counts_by_run]
+        chart = build_histogram(translate(title), translate(caption), counts)
+        if chart is not None:
+            charts.append(chart)
+    return charts
 
 
 def build_run_charts(run_record: RunRecord) -> list[Chart]:
@@ -392,60 +478,53 @@ def build_run_charts(run_record: RunRecord) -> list[Chart]:
     They show rewards, loss, primary metric, accuracy and margin of preference pairs, learning rate,
     gradient norm, throughput and MFU.
     """
+    evaluations = list_comparable_evaluations(run_record.evaluations)
+    subset_text = _describe_subset(run_record.evaluations, evaluations, "num_loss_samples")
 
     def read_series(title: str, key: str, factor: float = 1.0) -> list[ChartSeries]:
         """Return a value of all steps and, if there are many, a smoothed series."""
-        lines = run_record.steps
-        points = [
-            (step, factor * value)
-            for step, value in filter_finite((line.get("step"), line.get(key)) for line in lines)
-        ]
-        if not (smoothed := smooth_points(points)):
+        points = [(step, factor * value) for step, value in read_points(run_record.steps, key)]
+        smoothed = smooth_points(points)
+        if not smoothed:
             return [ChartSeries(title, points)]
         return [ChartSeries(title, points, "faint"), ChartSeries(translate("smoothed"), smoothed)]
 
-    evaluations = list_comparable_evaluations(run_record.evaluations)
-
     def build_split_chart(title: str, key: str, eval_key: str, note: str = "") -> Chart | None:
         """Build a chart of a value of all steps and of all evaluations."""
-        points = filter_finite(
-            (line.get("step"), read_metrics(line).get(eval_key)) for line in evaluations
-        )
+        points = read_metric_points(evaluations, eval_key)
         series = read_series(translate("training"), key)
         validation = ChartSeries(translate("validation"), points, "marks")
         return build_chart(title, [*series, validation], note + subset_text)
 
-    subset_text = _describe_subset(run_record.evaluations, evaluations, "num_loss_samples")
-    is_sft = not any(key in line for line in run_record.steps[:1] for key in PAIR_METRICS)
-    loss_text = translate("nats per supervised token" if is_sft else "mean over pairs")
-    samples_text, mfu_text = translate("samples/s"), translate("% of the measured peak FLOPS")
-    loss_charts = [build_split_chart(translate("Loss"), "loss", "validation_loss", loss_text)]
-    if names := list_reward_names(run_record.steps):
+    loss_text = translate("nats per supervised token")
+    if run_record.steps and not run_record.steps[0].keys().isdisjoint(PAIR_METRICS):
+        loss_text = translate("mean over pairs")
+    charts: list[Chart | None] = []
+    names = list_reward_names(run_record.steps)
+    for name in names:
+        charts.append(_build_reward_chart(run_record, name))
+    if names:
+        for title, text, key in REWARD_CURVES:
+            series = read_series(translate("steps"), key)
+            charts.append(build_chart(translate(title), series, translate(text)))
         # A policy is not trained on the cross entropy of the reference answers.
-        loss_charts = [
-            *(_build_reward_chart(run_record, name) for name in names),
-            *(
-                build_chart(translate(title), read_series(translate("steps"), key), translate(text))
-                for title, text, key in REWARD_CURVES
-            ),
-            build_split_chart(translate("Loss"), "loss", "", translate("of the policy")),
-            build_split_chart(translate("Validation loss"), "", "validation_loss", loss_text),
-        ]
-    charts = [
-        *loss_charts,
-        *(build_split_chart(format_metric_name(key), key, key) for key in PAIR_METRICS),
-        _build_primary_metric_chart(run_record),
-        build_chart(translate("Learning rate"), _build_lr_series(run_record)),
-        build_chart(
-            translate("Gradient norm"),
-            read_series(translate("norm"), "grad_norm"),
-            translate("before clipping"),
-        ),
-        build_chart(
-            translate("Throughput"), read_series(samples_text, "samples_per_s"), samples_text
-        ),
-        build_chart(translate("MFU"), read_series(translate("MFU"), "mfu", 100), mfu_text),
-    ]
+        policy_text = translate("of the policy")
+        charts.append(build_split_chart(translate("Loss"), "loss", "", policy_text))
+        title = translate("Validation loss")
+        charts.append(build_split_chart(title, "", "validation_loss", loss_text))
+    else:
+        charts.append(build_split_chart(translate("Loss"), "loss", "validation_loss", loss_text))
+    for key in PAIR_METRICS:
+        charts.append(build_split_chart(format_metric_name(key), key, key))
+    charts.append(_build_primary_metric_chart(run_record))
+    charts.append(build_chart(translate("Learning rate"), _build_lr_series(run_record)))
+    norm = read_series(translate("norm"), "grad_norm")
+    charts.append(build_chart(translate("Gradient norm"), norm, translate("before clipping")))
+    samples_text = translate("samples/s")
+    throughput = read_series(samples_text, "samples_per_s")
+    charts.append(build_chart(translate("Throughput"), throughput, samples_text))
+    mfu = read_series(translate("MFU"), "mfu", 100)
+    charts.append(build_chart(translate("MFU"), mfu, translate("% of the measured peak FLOPS")))
     return [chart for chart in charts if chart is not None]
 
 
@@ -456,10 +535,10 @@ def _build_reward_chart(run_record: RunRecord, name: str) -> Chart | None:
     rows = []
     for start in range(0, len(steps), size):
         lines = steps[start : start + size]
+        center = mean(float(line["step"]) for line in lines)
         estimate, margin = estimate_reward(run_record, lines, name)
-        interval = estimate - margin, estimate + margin
-        rows.append((mean(float(line["step"]) for line in lines), estimate, interval))
-    points = filter_finite((x.get("step"), x.get(f"rewards/{name}/mean")) for x in steps)
+        rows.append((center, estimate, (estimate - margin, estimate + margin)))
+    points = read_points(steps, f"rewards/{name}/mean")
     every_step = ChartSeries(translate("steps"), points, "faint")
     estimates = _build_estimates(translate("mean of {:,} steps", size), rows)
     title = translate("Reward: {}", format_metric_name(name))
@@ -471,7 +550,10 @@ def _build_primary_metric_chart(run_record: RunRecord) -> Chart | None:
     if name is None:
         return None
     evaluations = list_comparable_evaluations(run_record.evaluations, "num_samples")
-    rows = [(x.get("step"), read_metrics(x).get(name), read_interval(x, name)) for x in evaluations]
+    rows = []
+    for line in evaluations:
+        value = read_metrics(line).get(name)
+        rows.append((line.get("step"), value, read_interval(line, name)))
     title = format_metric_name(name)
     series = _build_estimates(title, rows)
     note = translate("validation, bars: 95 % intervals" if series.error_bars else "validation")
@@ -483,18 +565,23 @@ def _build_estimates(
     name: str, rows: Sequence[tuple[Any, float | None, IntervalBounds | None]]
 ) -> ChartSeries:
     """Build a series of values with error bars from rows of step, value and interval."""
-    points = filter_finite((step, value) for step, value, _ in rows)
-    bars = [
-        (float(step), *interval) for step, value, interval in rows if interval and is_finite(value)
-    ]
-    return ChartSeries(name, points, "marks", bars)
+    points = []
+    bars = []
+    for step, value, interval in rows:
+        points.append((step, value))
+        if interval and is_finite(value):
+            low, high = interval
+            bars.append((float(step), low, high))
+    return ChartSeries(name, filter_finite(points), "marks", bars)
 
 
 def _describe_subset(
     all_lines: Sequence[JsonObject], evaluations: Sequence[JsonObject], count: str
 ) -> str:
     """Describe the validation samples of a curve, if they are not all samples; otherwise empty."""
-    _, num_samples = get_sample_set(evaluations[-1], count) if evaluations else (None, None)
+    num_samples: object = None
+    if evaluations:
+        _, num_samples = get_sample_set(evaluations[-1], count)
     has_others = len(evaluations) < len(all_lines) or any(line.get("full") for line in all_lines)
     if not has_others or not isinstance(num_samples, int):
         return ""
@@ -503,13 +590,18 @@ def _describe_subset(
 
 def _build_lr_series(run_record: RunRecord) -> list[ChartSeries]:
     """Return the learning rate of each part of the model. Parts with equal values share a line."""
-    values = [
-        (line.get("step"), line["lr"])
-        for line in run_record.steps
-        if isinstance(line.get("lr"), dict)
-    ]
+    lr_by_step: list[tuple[object, JsonObject]] = []
+    parts: dict[str, None] = {}
+    for line in run_record.steps:
+        lr_by_part = line.get("lr")
+        if isinstance(lr_by_part, dict):
+            lr_by_step.append((line.get("step"), lr_by_part))
+            parts.update(dict.fromkeys(lr_by_part))
     parts_by_line: dict[tuple[Point, ...], list[str]] = {}
-    for part in dict.fromkeys(part for _, lr_by_part in values for part in lr_by_part):
-        points = filter_finite((step, lr_by_part.get(part)) for step, lr_by_part in values)
+    for part in parts:
+        points = filter_finite((step, lr_by_part.get(part)) for step, lr_by_part in lr_by_step)
         parts_by_line.setdefault(tuple(points), []).append(part)
-    return [ChartSeries(", ".join(parts), points) for points, parts in parts_by_line.items()]
+    series = []
+    for line_points, names in parts_by_line.items():
+        series.append(ChartSeries(", ".join(names), line_points))
+    return series

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,9 @@ from finesight.report.charts import (
     ChartSeries,
     build_chart,
     build_histograms,
-    filter_finite,
     parse_counts,
+    read_metric_points,
+    read_points,
     smooth_points,
 )
 from finesight.report.comparison import (
@@ -42,7 +43,6 @@ from finesight.report.metric_rows import (
     format_metric_name,
     format_notes,
     iter_notes,
-    read_metrics,
 )
 from finesight.report.run_page import render_run_page
 from finesight.report.run_reader import (
@@ -83,7 +83,7 @@ def diff_configs(runs: Sequence[ComparedRun]) -> list[tuple[str, list[str]]]:
     Prediction files have no recorded values.
     """
     rows = []
-    for collect in (lambda record: _flatten_settings(record.recipe), _collect_run_facts):
+    for collect in (_collect_settings, _collect_run_facts):
         for name, values in _build_rows(runs, collect):
             recorded = {value for value, run in zip(values, runs, strict=True) if run.run_record}
             if len(recorded) > 1 and name not in IGNORED_SETTINGS:
@@ -95,9 +95,17 @@ def _build_rows(
     runs: Sequence[ComparedRun], collect: Callable[[RunRecord], dict[str, str]]
 ) -> list[tuple[str, list[str]]]:
     """Return one row per name that `collect` returns for any run."""
-    values_by_run = [collect(run.run_record) if run.run_record else {} for run in runs]
-    names = dict.fromkeys(name for run_values in values_by_run for name in run_values)
-    return [(name, [run_values.get(name, "–") for run_values in values_by_run]) for name in names]
+    values_by_run: list[dict[str, str]] = []
+    for run in runs:
+        values_by_run.append(collect(run.run_record) if run.run_record else {})
+    rows = []
+    for name in dict.fromkeys(chain.from_iterable(values_by_run)):
+        rows.append((name, [run_values.get(name, "–") for run_values in values_by_run]))
+    return rows
+
+
+def _collect_settings(run_record: RunRecord) -> dict[str, str]:
+    return _flatten_settings(run_record.recipe)
 
 
 def _flatten_settings(content: object, prefix: str = "") -> dict[str, str]:
@@ -112,7 +120,9 @@ def _flatten_settings(content: object, prefix: str = "") -> dict[str, str]:
         return flattened
     if isinstance(content, str):
         return {prefix: content}
-    return {prefix: json.dumps(content, ensure_ascii=False, default=str)} if prefix else {}
+    if not prefix:
+        return {}
+    return {prefix: json.dumps(content, ensure_ascii=False, default=str)}
 
 
 def _collect_run_facts(run_record: RunRecord) -> dict[str, str]:
@@ -124,9 +134,10 @@ def _collect_run_facts(run_record: RunRecord) -> dict[str, str]:
         value = recorded.get(name, "")
         if name.endswith("fingerprint"):
             value = value[:DIGEST_CHARS]
+        if value.isdecimal() and name.startswith("data"):
+            value = f"{int(value):,}"
         if value:
-            is_count = value.isdecimal() and name.startswith("data")
-            facts_by_title[translate(title)] = f"{int(value):,}" if is_count else value
+            facts_by_title[translate(title)] = value
     for name, value in as_object(start.get("versions")).items():
         facts_by_title[translate("version of {}", name)] = str(value)
     return facts_by_title
@@ -136,13 +147,16 @@ def _collect_costs(run_record: RunRecord) -> dict[str, str]:
     phases = summary.compute_phases(run_record)
     total_s = sum(seconds for _, seconds in phases)
     num_devices = summary.get_last_start(run_record).get("world_size")
-    num_devices = num_devices if isinstance(num_devices, int) else 1
-    return {
+    if not isinstance(num_devices, int):
+        num_devices = 1
+    costs = {
         translate("total time"): summary.format_duration(total_s),
         translate("device hours"): f"{total_s * num_devices / 3600:,.3g}",
-        **{name: summary.format_duration(seconds) for name, seconds in phases},
-        **dict(summary.summarize_cost(run_record)),
     }
+    for name, seconds in phases:
+        costs[name] = summary.format_duration(seconds)
+    costs.update(summary.summarize_cost(run_record))
+    return costs
 
 
 @dataclass(frozen=True)
@@ -156,28 +170,35 @@ class RunComparison:
     @property
     def conclusions(self) -> list[str]:
         """Comparison of each run with the baseline in a sentence, in the current language."""
-        labels, (baseline, *others) = [run.label for run in self.runs], self.runs
-        counts = [len(find_common_samples(baseline, other)[0]) for other in others]
-        found = (conclude(self.metric_rows, labels, n, i) for i, n in enumerate(counts, 1))
-        return [*filter(None, found)]
+        baseline, *others = self.runs
+        labels = [run.label for run in self.runs]
+        texts = []
+        for index, other in enumerate(others, 1):
+            keys, _ = find_common_samples(baseline, other)
+            text = conclude(self.metric_rows, labels, len(keys), index)
+            if text:
+                texts.append(text)
+        return texts
 
     def as_json(self) -> dict[str, Any]:
         """Return the comparison as JSON data."""
+        entries = []
+        for run_index, run in enumerate(self.runs):
+            metrics = {}
+            for row in self.metric_rows:
+                cell = row.cells[run_index]
+                if cell.value is not None:
+                    metrics[row.name] = _cell_to_dict(cell)
+            entry = {
+                "path": str(run.path),
+                "metric": run.metric,
+                "step": run.evaluation.get("step"),
+                "status": run.status.kind if run.status else None,
+                "metrics": metrics,
+            }
+            entries.append(entry)
         return {
-            "runs": [
-                {
-                    "path": str(run.path),
-                    "metric": run.metric,
-                    "step": run.evaluation.get("step"),
-                    "status": run.status.kind if run.status else None,
-                    "metrics": {
-                        row.name: _cell_to_dict(row.cells[run_index])
-                        for row in self.metric_rows
-                        if row.cells[run_index].value is not None
-                    },
-                }
-                for run_index, run in enumerate(self.runs)
-            ],
+            "runs": entries,
             "conclusions": self.conclusions,
             "warnings": self.warnings,
         }
@@ -190,12 +211,9 @@ class RunComparison:
         file cannot have, such as the validation loss, is omitted.
         """
         lines = [("run", "metric", "value", "difference", "95 % interval", "")]
-        has_primary = any(row.is_primary for row in self.metric_rows)
-        rows = [
-            row
-            for row in self.metric_rows
-            if row.is_primary or row.name == VALIDATION_LOSS or not has_primary
-        ]
+        rows = self.metric_rows
+        if any(row.is_primary for row in rows):
+            rows = [row for row in rows if row.is_primary or row.name == VALIDATION_LOSS]
         for row in rows:
             for run, cell in zip(self.runs, row.cells, strict=True):
                 if cell.value is not None or run.run_record is not None:
@@ -215,9 +233,9 @@ def compare_runs(paths: Sequence[Path], max_bytes: int | None = None) -> RunComp
     """
     runs = read_compared_runs(paths, max_bytes)
     reference_run, *other_runs = runs
-    warnings = [
-        text for other_run in other_runs for text in list_warnings(reference_run, other_run)
-    ]
+    warnings: list[str] = []
+    for other_run in other_runs:
+        warnings += list_warnings(reference_run, other_run)
     return RunComparison(runs, compare_metrics(runs), list(dict.fromkeys(warnings)))
 
 
@@ -243,7 +261,7 @@ def write_compare_page(
 def render_report(
     state: Any, folders: Sequence[Path], max_examples: int, language: Language
 ) -> JobOutput:
-    """Render the report of a run, or the comparison of several, as job of a worker process."""
+    """Render a report or a comparison of runs as job of a worker process."""
     with use_language(language):
         if len(folders) == 1:
             page = render_run_page(folders[0], max_examples, max_bytes=MAX_JOB_BYTES)
@@ -255,23 +273,30 @@ def render_compare_page(comparison: RunComparison, max_samples: int = MAX_SAMPLE
     """Render the comparison of runs as an HTML page in the current language."""
     runs = comparison.runs
     samples = compare_samples(runs, max_samples)
-    records = [run.run_record for run in runs if run.run_record is not None]
-    file_folders = [run.path.parent for run in runs if run.run_record is None]
+    labels = []
+    sizes = []
+    records = []
+    file_folders = []
+    for run in runs:
+        labels.append(run.label)
+        sizes.append((run.label, _count_sizes(run)))
+        if run.run_record is None:
+            file_folders.append(run.path.parent)
+        else:
+            records.append(run.run_record)
     folders = [*list_image_folders(records), *file_folders]
     has_latex = any(run.metric == "latex" for run in runs)
     data_builder = ExampleDataBuilder(folders, has_latex)
-    charts = [chart for chart in _build_charts(runs) if chart is not None]
-    histograms = build_histograms(
-        HISTOGRAM_TITLES, [(run.label, _count_sizes(run)) for run in runs]
-    )
-    labels = [run.label for run in runs]
+    charts = _build_charts(runs)
+    histograms = build_histograms(HISTOGRAM_TITLES, sizes)
+    metric_name = format_metric_name(samples.metric)
     return render_page(
         "compare",
         data={
             **data_builder.build(samples.displayed),
             "charts": [chart.data for chart in (*charts, *histograms)],
             "runs": labels,
-            "metric": format_metric_name(samples.metric),
+            "metric": metric_name,
         },
         assets=["charts", "results"],
         title=translate("Comparison of {} runs", len(runs)),
@@ -282,14 +307,14 @@ def render_compare_page(comparison: RunComparison, max_samples: int = MAX_SAMPLE
         conclusions=comparison.conclusions,
         warnings=comparison.warnings,
         config_diff=diff_configs(runs),
-        has_unknown_config=any(run.run_record is None for run in runs),
+        has_unknown_config=bool(file_folders),
         costs=_build_rows(runs, _collect_costs),
         charts=charts,
         histograms=histograms,
         samples=samples,
         max_score=MAX_SCORES.get(samples.metric, 1.0),
         note=_describe_selection(samples),
-        metric_name=format_metric_name(samples.metric) or translate("score"),
+        metric_name=metric_name or translate("score"),
         notes=format_notes(iter_notes(comparison.metric_rows)),
         metrics=metric_rows,
     )
@@ -299,41 +324,60 @@ def _describe_selection(samples: ExampleSet) -> str:
     text = "{:,} validation samples, sorted by the difference in {} between the runs."
     note = translate(text, samples.total, format_metric_name(samples.metric))
     num_hidden = samples.total - len(samples.displayed)
-    return note + (translate(" {:,} more are not on this page.", num_hidden) if num_hidden else "")
+    if num_hidden:
+        note += translate(" {:,} more are not on this page.", num_hidden)
+    return note
 
 
-def _build_charts(runs: Sequence[ComparedRun]) -> list[Chart | None]:
-    """Return charts of training loss, validation loss and primary metric, one line per run."""
-    recorded = [(run, run.run_record) for run in runs if run.run_record is not None]
-    training: list[ChartSeries] = []
-    validation: list[ChartSeries] = []
-    scores: list[ChartSeries] = []
-    sample_sets: defaultdict[str, list[object]] = defaultdict(list)
-    primary_metrics = {str(run.evaluation.get("primary_metric")) for run, _ in recorded}
-    for run, run_record in recorded:
-        losses = filter_finite((line.get("step"), line.get("loss")) for line in run_record.steps)
-        training.append(ChartSeries(run.label, smooth_points(losses) or losses))
-        curves = (VALIDATION_LOSS, validation), (min(primary_metrics), scores)
-        for (name, series), count in zip(curves, ("num_loss_samples", "num_samples"), strict=True):
-            lines = list_comparable_evaluations(run_record.evaluations, count)
-            points = filter_finite(
-                (line.get("step"), read_metrics(line).get(name)) for line in lines
-            )
-            # The evaluations of each line, and of all lines of a chart, have the same samples.
-            sample_sets[count].append(get_sample_set(lines[-1], count) if lines else None)
-            if sample_sets[count][-1] == sample_sets[count][0]:
-                series.append(ChartSeries(run.label, points, "marks"))
-    is_partial = len(validation) < len(recorded)
-    others_text = translate("; without runs evaluated on other samples") if is_partial else ""
+def _build_charts(runs: Sequence[ComparedRun]) -> list[Chart]:
+    """Return charts of training loss, validation loss and primary metric, one line per run.
+
+    Charts without values are omitted.
+    """
+    recorded = []
+    training = []
+    primary_metrics = set()
+    for run in runs:
+        if run.run_record is not None:
+            recorded.append((run.label, run.run_record))
+            losses = read_points(run.run_record.steps, "loss")
+            training.append(ChartSeries(run.label, smooth_points(losses) or losses))
+            primary_metrics.add(str(run.evaluation.get("primary_metric")))
+    validation = _build_evaluation_series(recorded, VALIDATION_LOSS, "num_loss_samples")
+    others_text = ""
+    if len(validation) < len(recorded):
+        others_text = translate("; without runs evaluated on other samples")
     loss_caption = translate("nats per supervised token") + others_text
     charts = [
         build_chart(translate("Loss"), training, translate("training, smoothed")),
         build_chart(translate("Validation loss"), validation, loss_caption),
     ]
     if len(primary_metrics) == 1:
-        title = format_metric_name(min(primary_metrics))
-        charts.append(build_chart(title, scores, translate("validation") + others_text))
-    return charts
+        [primary_metric] = primary_metrics
+        scores = _build_evaluation_series(recorded, primary_metric, "num_samples")
+        caption = translate("validation") + others_text
+        charts.append(build_chart(format_metric_name(primary_metric), scores, caption))
+    return [chart for chart in charts if chart is not None]
+
+
+def _build_evaluation_series(
+    recorded: Sequence[tuple[str, RunRecord]], name: str, count: str
+) -> list[ChartSeries]:
+    """Return a metric of all runs with the validation samples of the first run.
+
+    Args:
+        recorded: Label and content of each run.
+        count: Number of samples: `num_loss_samples`, or `num_samples` for scores.
+    """
+    series = []
+    sample_sets: list[object] = []
+    for label, run_record in recorded:
+        # The evaluations of each line, and of all lines of a chart, have the same samples.
+        lines = list_comparable_evaluations(run_record.evaluations, count)
+        sample_sets.append(get_sample_set(lines[-1], count) if lines else None)
+        if sample_sets[-1] == sample_sets[0]:
+            series.append(ChartSeries(label, read_metric_points(lines, name), "marks"))
+    return series
 
 
 HISTOGRAM_TITLES = {
@@ -346,16 +390,23 @@ HISTOGRAM_TITLES = {
 
 def _count_sizes(run: ComparedRun) -> dict[str, HistogramCounts]:
     """Return the histograms of tokens per sample, patches per image and tokens per answer."""
-    start = summary.get_last_start(run.run_record) if run.run_record else {}
-    lengths = [prediction.record.get("num_tokens") for prediction in run.predictions.values()]
-    answers = count_half_octaves([length for length in lengths if isinstance(length, int)])
-    recorded = as_object(start.get("size_histograms")) | {"answers": answers}
+    recorded: dict[str, Any] = {}
+    if run.run_record is not None:
+        recorded |= as_object(summary.get_last_start(run.run_record).get("size_histograms"))
+    lengths = []
+    for prediction in run.predictions.values():
+        num_tokens = prediction.record.get("num_tokens")
+        if isinstance(num_tokens, int):
+            lengths.append(num_tokens)
+    recorded["answers"] = count_half_octaves(lengths)
     return {name: parse_counts(recorded.get(name)) for name in HISTOGRAM_TITLES}
 
 
 def _cell_to_dict(cell: MetricCell) -> dict[str, Any]:
     values: dict[str, Any] = {"value": cell.value, "interval": cell.interval}
-    note = cell.note or (cell.difference.note if cell.difference else "")
+    note = cell.note
+    if not note and cell.difference is not None:
+        note = cell.difference.note
     if note:
         values["note"] = note
     if cell.difference is not None:
@@ -375,7 +426,11 @@ def _format_cell(cell: MetricCell) -> tuple[str, str, str, str]:
     if cell.difference is None or cell.change is None:
         return value, "", "", ""
     difference = cell.difference
-    interval = "" if difference.low is None else f"{difference.low:+.4f} to {difference.high:+.4f}"
-    scores = f"{difference.before:.4f} and {difference.after:.4f}"
-    note = f" ({scores} on {cell.num_common} common samples)" if cell.num_common else ""
-    return value, f"{cell.change:+.4f}", interval, f"{difference.verdict}{note}"
+    interval = ""
+    if difference.low is not None:
+        interval = f"{difference.low:+.4f} to {difference.high:+.4f}"
+    verdict: str = difference.verdict
+    if cell.num_common:
+        scores = f"{difference.before:.4f} and {difference.after:.4f}"
+        verdict += f" ({scores} on {cell.num_common} common samples)"
+    return value, f"{cell.change:+.4f}", interval, verdict

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import chain
 from pathlib import Path
 
 from finesight.errors import Step, UserError, suggest_similar_path
@@ -82,12 +83,16 @@ class ComparedRun:
     @property
     def score_names(self) -> set[str]:
         """Names of the per-sample scores."""
-        return {name for prediction in self.predictions.values() for name in prediction.scores}
+        names: set[str] = set()
+        for prediction in self.predictions.values():
+            names.update(prediction.scores)
+        return names
 
     def get_setting(self, group: str, name: str) -> object:
         """Return a recipe setting of the run, or None if it is not recorded."""
-        recipe = self.run_record.recipe if self.run_record else {}
-        return as_object(recipe.get(group)).get(name)
+        if self.run_record is None:
+            return None
+        return as_object(self.run_record.recipe.get(group)).get(name)
 
 
 def read_compared_runs(paths: Sequence[Path], max_bytes: int | None = None) -> list[ComparedRun]:
@@ -107,21 +112,34 @@ def read_compared_runs(paths: Sequence[Path], max_bytes: int | None = None) -> l
             expected=f"2 to {MAX_RUNS} runs",
             remedy="Give the directories of the runs.",
         )
-    for path, count in Counter(path.resolve() for path in paths).items():
+    for path, count in Counter(map(Path.resolve, paths)).items():
         if count > 1:
-            what, remedy = f"{path} is given {count} times", "Give each run only once."
-            raise UserError(what, where="compare", expected="different runs", remedy=remedy)
-    # The shortest path suffixes that are unique.
+            raise UserError(
+                f"{path} is given {count} times",
+                where="compare",
+                expected="different runs",
+                remedy="Give each run only once.",
+            )
+    names = _find_unique_names(paths)
+    runs = []
+    for letter, name, path in zip(string.ascii_uppercase, names, paths, strict=False):
+        runs.append(_read_compared_run(letter, name, path, max_bytes))
+    compared_runs = []
+    for run in runs:
+        if run.run_record is None:
+            run = _infer_metric(run, runs)
+        compared_runs.append(run)
+    return compared_runs
+
+
+def _find_unique_names(paths: Sequence[Path]) -> list[str]:
+    """Return the shortest path suffixes that are unique, or else the paths."""
     parts = [path.resolve().parts for path in paths]
-    names = [str(path) for path in paths]
     for count in range(1, max(map(len, parts))):
         suffixes = ["/".join(path_parts[-count:]) for path_parts in parts]
         if len(set(suffixes)) == len(suffixes):
-            names = suffixes
-            break
-    inputs = zip(string.ascii_uppercase, names, paths, strict=False)
-    runs = [_read_compared_run(*arguments, max_bytes) for arguments in inputs]
-    return [run if run.run_record else _infer_metric(run, runs) for run in runs]
+            return suffixes
+    return list(map(str, paths))
 
 
 def _read_compared_run(letter: str, name: str, path: Path, max_bytes: int | None) -> ComparedRun:
@@ -149,9 +167,12 @@ def _read_compared_run(letter: str, name: str, path: Path, max_bytes: int | None
     last = run_record.evaluations[-1]
     evaluation = as_object((run_record.result or {}).get("after") or last.get("full")) or last
     files = run_record.predictions_files
-    has_predictions = bool(files) and bool(read_metrics(evaluation))
-    predictions = _read_predictions(files[-1], max_bytes) if has_predictions else {}
+    predictions = {}
+    if files and read_metrics(evaluation):
+        predictions = _read_predictions(files[-1], max_bytes)
     metric = as_object(run_record.recipe.get("eval")).get("metric")
+    if not isinstance(metric, str):
+        metric = None
     return ComparedRun(
         letter,
         name,
@@ -159,7 +180,7 @@ def _read_compared_run(letter: str, name: str, path: Path, max_bytes: int | None
         run_record,
         get_run_status(run_record),
         evaluation,
-        metric if isinstance(metric, str) else None,
+        metric,
         predictions,
     )
 
@@ -189,10 +210,10 @@ def _infer_metric(run: ComparedRun, runs: Sequence[ComparedRun]) -> ComparedRun:
     except UserError:
         return run
     per_sample = compute_metrics(task_metric, cases).per_sample
-    predictions = {
-        key: replace(prediction, scores=scores, record=prediction.record | {"scores": scores})
-        for (key, prediction), scores in zip(run.predictions.items(), per_sample, strict=True)
-    }
+    predictions = {}
+    for (key, prediction), scores in zip(run.predictions.items(), per_sample, strict=True):
+        record = prediction.record | {"scores": scores}
+        predictions[key] = replace(prediction, scores=scores, record=record)
     return replace(run, metric=task_metric, predictions=predictions)
 
 
@@ -203,14 +224,17 @@ def find_common_samples(
 
     Mismatched samples have equal IDs, but different questions or references.
     """
-    common_keys = [key for key in reference_run.predictions if key in other_run.predictions]
-    same_keys = [
-        key
-        for key in common_keys
-        if _get_question(reference_run.predictions[key])
-        == _get_question(other_run.predictions[key])
-    ]
-    return same_keys, len(common_keys) - len(same_keys)
+    same_keys = []
+    num_mismatched = 0
+    for key, prediction in reference_run.predictions.items():
+        other_prediction = other_run.predictions.get(key)
+        if other_prediction is None:
+            continue
+        if _get_question(prediction) == _get_question(other_prediction):
+            same_keys.append(key)
+        else:
+            num_mismatched += 1
+    return same_keys, num_mismatched
 
 
 def _get_question(prediction: ScoredPrediction) -> tuple[object, ...]:
@@ -227,8 +251,9 @@ def list_warnings(reference_run: ComparedRun, other_run: ComparedRun) -> list[st
     texts: list[tuple[str, tuple[object, ...]]] = []
     if metrics[0] != metrics[1]:
         text = "{} uses the metric {}, {} uses {}: their scores are not compared."
-        shown = [metric or translate("unknown") for metric in metrics]
-        texts.append((text, (names[0], shown[0], names[1], shown[1])))
+        metric = metrics[0] or translate("unknown")
+        other_metric = metrics[1] or translate("unknown")
+        texts.append((text, (names[0], metric, names[1], other_metric)))
     elif not common_keys:
         text = "{} and {} have no validation samples in common and are not compared."
         texts.append((text, names))
@@ -248,13 +273,14 @@ def list_warnings(reference_run: ComparedRun, other_run: ComparedRun) -> list[st
             " excluded."
         )
         texts.append((text, (*names, num_mismatched)))
-    limits = [run.get_setting("eval", "max_new_tokens") for run in (reference_run, other_run)]
-    if None not in limits and limits[0] != limits[1]:
+    limit = reference_run.get_setting("eval", "max_new_tokens")
+    other_limit = other_run.get_setting("eval", "max_new_tokens")
+    if None not in (limit, other_limit) and limit != other_limit:
         text = (
             "{} generated at most {} tokens per answer, {} at most {}. Truncated answers count as"
             " incorrect."
         )
-        texts.append((text, (names[0], limits[0], names[1], limits[1])))
+        texts.append((text, (names[0], limit, names[1], other_limit)))
     if reason := explain_loss_mismatch(reference_run, other_run):
         text = "The validation losses of {} and {} are not compared: {}."
         texts.append((text, (*names, translate(reason))))
@@ -266,28 +292,32 @@ def explain_loss_mismatch(reference_run: ComparedRun, other_run: ComparedRun) ->
 
     Returns an empty string if they are comparable.
     """
-    reference_record, other_record = reference_run.run_record, other_run.run_record
-    if reference_record is None or other_record is None:
+    record = reference_run.run_record
+    other_record = other_run.run_record
+    if record is None or other_record is None:
         return ""
-    fingerprints = [
-        get_data_stats(record, "eval").get("fingerprint")
-        or record.checkpoint_identity.get("data.eval")
-        for record in (reference_record, other_record)
-    ]
-    if fingerprints[0] != fingerprints[1]:
+    if _get_data_fingerprint(record) != _get_data_fingerprint(other_record):
         return "the validation data differ"
-    objectives = [run.get_setting("train", "objective") for run in (reference_run, other_run)]
-    if len({one or "sft" for one in objectives}) > 1:
+    objective = reference_run.get_setting("train", "objective") or "sft"
+    if objective != (other_run.get_setting("train", "objective") or "sft"):
         return "the objectives differ"
-    if reference_record.manifest.get("family") != other_record.manifest.get("family"):
+    if record.manifest.get("family") != other_record.manifest.get("family"):
         return "the model families use different tokenizers"
-    if reference_record.manifest.get("system_prompt") != other_record.manifest.get("system_prompt"):
+    if record.manifest.get("system_prompt") != other_record.manifest.get("system_prompt"):
         return "the system prompts differ"
-    sample_sets = [get_sample_set(run.evaluation) for run in (reference_run, other_run)]
-    digests, counts = map(set, zip(*sample_sets, strict=True))
-    if len(digests - {None}) > 1 or len(counts) > 1:
+    digest, num_samples = get_sample_set(reference_run.evaluation)
+    other_digest, other_num_samples = get_sample_set(other_run.evaluation)
+    # Runs of earlier versions have no digest.
+    has_other_digest = None not in (digest, other_digest) and digest != other_digest
+    if has_other_digest or num_samples != other_num_samples:
         return "they are means over different validation samples"
     return ""
+
+
+def _get_data_fingerprint(run_record: RunRecord) -> object:
+    """Return the fingerprint of the validation data of a run, or None if unknown."""
+    fingerprint = get_data_stats(run_record, "eval").get("fingerprint")
+    return fingerprint or run_record.checkpoint_identity.get("data.eval")
 
 
 MISSING_CELL = MetricCell(None, None)
@@ -304,15 +334,16 @@ def _compute_result(run: ComparedRun, keys: tuple[SampleKey, ...]) -> MetricResu
     predictions = [run.predictions[key] for key in keys]
     if run.metric is not None and run.metric in TASK_METRICS and predictions:
         return compute_metrics(run.metric, [prediction.case for prediction in predictions])
-    if len({frozenset(prediction.scores) for prediction in predictions}) != 1:
-        return None
     per_sample = [prediction.scores for prediction in predictions]
-    known = {*METRIC_TEXTS} - {*LOWER_IS_BETTER, *MAX_SCORES} if run.metric is None else set()
-    bounds = {
-        name: UNBOUNDED
-        for name in per_sample[0]
-        if name not in known or max(s[name] for s in per_sample) > 1
-    }
+    if len(set(map(frozenset, per_sample))) != 1:
+        return None
+    bounded: set[str] = set()
+    if run.metric is None:
+        bounded = {*METRIC_TEXTS} - {*LOWER_IS_BETTER, *MAX_SCORES}
+    bounds = {}
+    for name in per_sample[0]:
+        if name not in bounded or max(scores[name] for scores in per_sample) > 1:
+            bounds[name] = UNBOUNDED
     return MetricResult(per_sample, mean_metrics(per_sample, bounds=bounds))
 
 
@@ -321,57 +352,63 @@ def compare_metrics(runs: Sequence[ComparedRun]) -> list[MetricRow]:
     # The baseline is compared with several runs on the same samples.
     compute_result = cache(_compute_result)
     cells_by_run = [_collect_cells(run, compute_result) for run in runs]
-    names = {name for cells in cells_by_run for name in cells}
     primary_metrics = [str(run.evaluation.get("primary_metric") or "") for run in runs]
     primary_metric = next(filter(None, primary_metrics), "")
-    order = dict.fromkeys([primary_metric, *(name for cells in cells_by_run for name in cells)])
+    recorded = dict.fromkeys(chain.from_iterable(cells_by_run))
+    names = sorted(recorded, key=lambda name: (name == VALIDATION_LOSS, name != primary_metric))
     for run, cells in zip(runs[1:], cells_by_run[1:], strict=True):
         keys, _ = find_common_samples(runs[0], run)
-        num_common = len(keys) * any(len(one.predictions) != len(keys) for one in (runs[0], run))
+        num_common = 0
+        if any(len(one.predictions) != len(keys) for one in (runs[0], run)):
+            num_common = len(keys)
         for name, difference in _compute_differences(runs[0], run, compute_result).items():
             cell = replace(cells.get(name, MISSING_CELL), difference=difference)
-            cells[name] = cell if name == VALIDATION_LOSS else replace(cell, num_common=num_common)
-    return [
-        MetricRow(
-            name, name == primary_metric, [cells.get(name, MISSING_CELL) for cells in cells_by_run]
-        )
-        for name in (*(name for name in order if name != VALIDATION_LOSS), VALIDATION_LOSS)
-        if name in names
-    ]
+            if name != VALIDATION_LOSS:
+                cell = replace(cell, num_common=num_common)
+            cells[name] = cell
+    rows = []
+    for name in names:
+        row_cells = [cells.get(name, MISSING_CELL) for cells in cells_by_run]
+        rows.append(MetricRow(name, name == primary_metric, row_cells))
+    return rows
 
 
 def _collect_cells(run: ComparedRun, compute_result: ComputeResultFn) -> dict[str, MetricCell]:
     """Return the recorded metrics of a run, or compute those of a prediction file."""
+    cells: dict[str, MetricCell] = {}
     if run.run_record is not None:
         line = run.evaluation
-        return {
-            name: MetricCell(value, read_interval(line, name), note=get_note(line, name))
-            for name, value in read_metrics(line).items()
-        }
+        for name, value in read_metrics(line).items():
+            note = get_note(line, name)
+            cells[name] = MetricCell(value, read_interval(line, name), note=note)
+        return cells
     metric_result = compute_result(run, tuple(run.predictions))
     if metric_result is None:
         return {}
-    intervals, notes = metric_result.intervals(), metric_result.notes()
-    return {
-        name: MetricCell(value, parse_interval(intervals[name]), note=notes.get(name, ""))
-        for name, value in metric_result.scores.items()
-    }
+    intervals = metric_result.intervals()
+    notes = metric_result.notes()
+    for name, value in metric_result.scores.items():
+        interval = parse_interval(intervals[name])
+        cells[name] = MetricCell(value, interval, note=notes.get(name, ""))
+    return cells
 
 
 def _compute_differences(
     reference_run: ComparedRun, other_run: ComparedRun, compute_result: ComputeResultFn
 ) -> dict[str, MetricDifference]:
     differences: dict[str, MetricDifference] = {}
-    pair = reference_run, other_run
-    keys, _ = find_common_samples(*pair)
+    keys, _ = find_common_samples(reference_run, other_run)
     if reference_run.metric == other_run.metric and keys:
-        before, after = (compute_result(run, tuple(keys)) for run in pair)
+        before = compute_result(reference_run, tuple(keys))
+        after = compute_result(other_run, tuple(keys))
         if before is not None and after is not None:
-            differences = {
-                one.name: one for one in compare_estimators(before.estimators, after.estimators)
-            }
-    before_loss, after_loss = (read_metrics(run.evaluation).get(VALIDATION_LOSS) for run in pair)
-    if before_loss is not None and after_loss is not None and not explain_loss_mismatch(*pair):
+            for one in compare_estimators(before.estimators, after.estimators):
+                differences[one.name] = one
+    before_loss = read_metrics(reference_run.evaluation).get(VALIDATION_LOSS)
+    after_loss = read_metrics(other_run.evaluation).get(VALIDATION_LOSS)
+    if before_loss is None or after_loss is None:
+        return differences
+    if not explain_loss_mismatch(reference_run, other_run):
         differences[VALIDATION_LOSS] = build_unsampled_difference(
             VALIDATION_LOSS, before_loss, after_loss
         )
@@ -391,23 +428,26 @@ def compare_samples(runs: Sequence[ComparedRun], max_samples: int = MAX_SAMPLES)
     Samples with different scores are selected first. If all scores are equal, samples are `right`
     (the maximum) or `wrong`.
     """
-    reference_run = runs[0]
-    common_keys = [
-        set(reference_run.predictions),
-        *(set(find_common_samples(reference_run, other_run)[0]) for other_run in runs[1:]),
-    ]
-    lines_by_sample = [
-        [
-            run.predictions[key].record if key in run_keys else None
-            for run, run_keys in zip(runs, common_keys, strict=True)
-        ]
-        for key in reference_run.predictions
-        if any(key in run_keys for run_keys in common_keys[1:])
-    ]
+    reference_run, *other_runs = runs
+    # For each other run, the samples that the baseline answered as well.
+    common_keys: list[set[SampleKey]] = []
+    for run in other_runs:
+        same_keys, _ = find_common_samples(reference_run, run)
+        common_keys.append(set(same_keys))
+    lines_by_sample: list[list[JsonObject | None]] = []
+    for key, prediction in reference_run.predictions.items():
+        if not any(key in keys for keys in common_keys):
+            continue
+        lines: list[JsonObject | None] = [prediction.record]
+        for run, keys in zip(other_runs, common_keys, strict=True):
+            lines.append(run.predictions[key].record if key in keys else None)
+        lines_by_sample.append(lines)
     primary_metric = reference_run.evaluation.get("primary_metric")
+    if not isinstance(primary_metric, str):
+        primary_metric = None
     return build_example_set(
         lines_by_sample,
-        primary_metric if isinstance(primary_metric, str) else None,
+        primary_metric,
         {"differ": max_samples // 2, "wrong": max_samples // 4, "right": max_samples // 4},
         max_samples,
     )

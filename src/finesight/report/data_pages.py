@@ -73,7 +73,13 @@ def render_sample_page(
         "num_supervised_tokens": translate("total supervised tokens"),
         "num_patches": translate("total patches"),
     }
-    charts = _build_sample_charts(records) if len(records) > 1 else []
+    totals = {}
+    for key, label in count_labels.items():
+        totals[label] = sum(record[key] for record in records)
+    charts = []
+    if len(records) > 1:
+        charts = _build_sample_charts(records)
+    image_rule = renderer.image_rule.model_dump()
     return render_page(
         "sample",
         {"samples": records, "charts": [chart.data for chart in charts]},
@@ -82,38 +88,47 @@ def render_sample_page(
         charts=charts,
         source=source,
         family=renderer.family.name,
-        image_rule=", ".join(
-            f"{key} {value}" for key, value in renderer.image_rule.model_dump().items()
-        ),
+        image_rule=", ".join(f"{key} {value}" for key, value in image_rule.items()),
         num_samples=len(records),
-        totals={
-            label: sum(record[key] for record in records) for key, label in count_labels.items()
-        },
+        totals=totals,
     )
 
 
 def _build_sample_charts(records: Sequence[dict[str, Any]]) -> list[Chart]:
     """Build histograms of the samples on the page."""
-    sizes = [max(image["original_size"]) for record in records for image in record["images"]]
-    values = {
-        "num_tokens": [one["num_tokens"] for one in records],
-        "num_supervised_tokens": [one["num_supervised_tokens"] for one in records],
-        "image_side": sizes,
-        "num_boxes": [one["num_sample_boxes"] for one in records],
-    }
+    values: defaultdict[str, list[int]] = defaultdict(list)
+    for record in records:
+        values["num_tokens"].append(record["num_tokens"])
+        values["num_supervised_tokens"].append(record["num_supervised_tokens"])
+        values["num_boxes"].append(record["num_sample_boxes"])
+        for image in record["images"]:
+            values["image_side"].append(max(image["original_size"]))
     counts = {name: count_half_octaves(numbers) for name, numbers in values.items()}
     return build_histograms(HISTOGRAM_TITLES, [(translate("samples"), counts)])
 
 
 def _build_sample_record(renderer: NativeRenderer, located_sample: LocatedSample) -> dict[str, Any]:
-    sample, encoded = located_sample.sample, renderer.encode(located_sample)
+    sample = located_sample.sample
+    encoded = renderer.encode(located_sample)
     tokenized = encoded.tokenized
     turns = list(_iter_turns(renderer, tokenized))
     sample_boxes = [part for part in sample.iter_parts() if isinstance(part, BoxPart)]
     if turns and sample.label is False:
         turns[-1]["role"] = "rejected"
     images = [span for span in tokenized.spans if span.kind == "image"]
-    parsed_boxes = _parse_boxes(renderer, [turn["raw"] for turn in turns], images, sample_boxes)
+    raw_texts = []
+    for turn in turns:  # The page does not show raw texts.
+        raw_texts.append(turn.pop("raw"))
+    boxes = []
+    for span, box in _parse_boxes(renderer, raw_texts, images, sample_boxes):
+        boxes.append(
+            {
+                "xyxy": box.xyxy,
+                "label": box.label,
+                "image_index": tokenized.spans.index(span),
+                "original_box": scale_box(box.xyxy, span.resized_size, span.original_size),
+            }
+        )
     return {
         "id": tokenized.id,
         "num_tokens": tokenized.num_tokens,
@@ -121,12 +136,8 @@ def _build_sample_record(renderer: NativeRenderer, located_sample: LocatedSample
         "num_patches": tokenized.num_patches,
         "images": list(_iter_visuals(renderer, encoded)),
         "num_sample_boxes": len(sample_boxes),
-        "boxes": [
-            {"xyxy": box.xyxy, "label": box.label, "image_index": tokenized.spans.index(span)}
-            | {"original_box": scale_box(box.xyxy, span.resized_size, span.original_size)}
-            for span, box in parsed_boxes
-        ],
-        "turns": [{"role": turn["role"], "rows": turn["rows"]} for turn in turns],
+        "boxes": boxes,
+        "turns": turns,
     }
 
 
@@ -140,11 +151,16 @@ def _iter_turns(renderer: NativeRenderer, tokenized: TokenizedSample) -> Iterato
     turn: list[TokenRow] = []
     for row in (*iter_token_rows(tokenized, renderer.tokenizer), None):
         if turn and (row is None or row.id == start_id or row.start in rejected_starts):
-            ids = [token.id for token in turn if token.span is None]
-            raw_text = renderer.tokenizer.decode(ids, skip_special_tokens=False)
+            text_ids = []
+            token_records = []
+            for token in turn:
+                token_records.append(_build_token_record(renderer, tokenized, token))
+                if token.span is None:
+                    text_ids.append(token.id)
+            raw_text = renderer.tokenizer.decode(text_ids, skip_special_tokens=False)
             role = raw_text.removeprefix(IM_START).partition("\n")[0]
-            role = "rejected" if turn[0].start in rejected_starts else role
-            token_records = [_build_token_record(renderer, tokenized, token) for token in turn]
+            if turn[0].start in rejected_starts:
+                role = "rejected"
             yield {"role": role, "raw": raw_text, "rows": token_records}
             turn = []
         if row is not None:
@@ -155,8 +171,10 @@ def _build_token_record(
     renderer: NativeRenderer, tokenized: TokenizedSample, row: TokenRow
 ) -> dict[str, Any]:
     decode = renderer.tokenizer.decode
-    kind = "text" if decode([row.id], skip_special_tokens=True) else "special"
-    if kind == "text" and "\ufffd" in decode([row.id], skip_special_tokens=False):
+    kind = "text"
+    if not decode([row.id], skip_special_tokens=True):
+        kind = "special"
+    elif "\ufffd" in decode([row.id], skip_special_tokens=False):
         kind = "bytes"
     token_record = {
         "start": row.start,
@@ -188,12 +206,13 @@ def _iter_visuals(renderer: NativeRenderer, encoded: EncodedSample) -> Iterator[
             encoded.patches_ND[patch_offset:stop], span.grid_thw, renderer.patch_config
         )
         patch_offset = stop
+        inline_frames = []
+        for frame in frames[: span.num_frames]:
+            inline_frames.append(build_inline_image(frame, MAX_IMAGE_SIDE))
         yield {
             "kind": span.kind,
             "name": span.files[0].name,
-            "frames": [
-                build_inline_image(frame, MAX_IMAGE_SIDE) for frame in frames[: span.num_frames]
-            ],
+            "frames": inline_frames,
             "original_size": span.original_size,
             "resized_size": span.resized_size,
             "grid_thw": span.grid_thw,
@@ -214,22 +233,20 @@ def _parse_boxes(
     """
     if not images:
         return []
-    by_image = [
-        [
-            box
-            for text in texts
-            for box in renderer.family.read_boxes(text, image.resized_size, image.resized_size)
-        ]
-        for image in images
-    ]
-    num_boxes = len(by_image[0])
-    image_indices = (
-        [part.image for part in sample_boxes] if len(sample_boxes) == num_boxes else [0] * num_boxes
-    )
-    return [
-        (images[image_index], by_image[image_index][box_index])
-        for box_index, image_index in enumerate(image_indices)
-    ]
+    boxes_by_image: list[list[BoxPart]] = []
+    for image in images:
+        boxes: list[BoxPart] = []
+        for text in texts:
+            boxes += renderer.family.read_boxes(text, image.resized_size, image.resized_size)
+        boxes_by_image.append(boxes)
+    num_boxes = len(boxes_by_image[0])
+    image_indices = [0] * num_boxes
+    if len(sample_boxes) == num_boxes:
+        image_indices = [part.image for part in sample_boxes]
+    located_boxes = []
+    for box_index, image_index in enumerate(image_indices):
+        located_boxes.append((images[image_index], boxes_by_image[image_index][box_index]))
+    return located_boxes
 
 
 MAX_IMAGES = 300
@@ -240,23 +257,63 @@ MAX_IMAGES_PER_ISSUE = 4
 MAX_ISSUE_IMAGE_SIDE = 360
 
 CHECKS: dict[str, list[str]] = {
-    name: codes.split()
-    for name, codes in {
-        "Rows, roles, reasoning and empty texts": "invalid-row invalid-role-order image-in-answer"
-        " empty-answer empty-question unpaired-reasoning misplaced-reasoning",
-        "Image and video files, completely decoded": "image-missing image-truncated image-corrupt"
-        " image-too-large video-frame-sizes-differ",
-        "Placeholders, special tokens and boxes in texts": "placeholder-count-mismatch"
-        " placeholder-in-text special-token-in-text box-in-text coordinates-in-text",
-        "Boxes within their images": "box-outside box-inverted box-empty box-without-image"
-        " box-at-edge box-tiny box-covers-image",
-        "Convention of box coordinates": "boxes-xywh boxes-cxcywh boxes-xyxy boxes-pixels"
-        " boxes-thousandths boxes-normalized boxes-resized boxes-before-exif-rotation boxes-mixed",
-        "Number of tokens": "too-long",
-        "Validation images in the training data": "leaked-image leaked-image-reencoded",
-        "Duplicates, contradictions and dominant answers": "contradictory-answers duplicate-sample"
-        " dominant-answer answer-not-json rare-similar-answer",
-    }.items()
+    "Rows, roles, reasoning and empty texts": [
+        "invalid-row",
+        "invalid-role-order",
+        "image-in-answer",
+        "empty-answer",
+        "empty-question",
+        "unpaired-reasoning",
+        "misplaced-reasoning",
+    ],
+    "Image and video files, completely decoded": [
+        "image-missing",
+        "image-truncated",
+        "image-corrupt",
+        "image-too-large",
+        "video-frame-sizes-differ",
+    ],
+    "Placeholders, special tokens and boxes in texts": [
+        "placeholder-count-mismatch",
+        "placeholder-in-text",
+        "special-token-in-text",
+        "box-in-text",
+        "coordinates-in-text",
+    ],
+    "Boxes within their images": [
+        "box-outside",
+        "box-inverted",
+        "box-empty",
+        "box-without-image",
+        "box-at-edge",
+        "box-tiny",
+        "box-covers-image",
+    ],
+    "Convention of box coordinates": [
+        "boxes-xywh",
+        "boxes-cxcywh",
+        "boxes-xyxy",
+        "boxes-pixels",
+        "boxes-thousandths",
+        "boxes-normalized",
+        "boxes-resized",
+        "boxes-before-exif-rotation",
+        "boxes-mixed",
+    ],
+    "Number of tokens": [
+        "too-long",
+    ],
+    "Validation images in the training data": [
+        "leaked-image",
+        "leaked-image-reencoded",
+    ],
+    "Duplicates, contradictions and dominant answers": [
+        "contradictory-answers",
+        "duplicate-sample",
+        "dominant-answer",
+        "answer-not-json",
+        "rare-similar-answer",
+    ],
 }
 """Issue codes by check, in the order of the page."""
 
@@ -288,42 +345,24 @@ def render_check_page(
     images: dict[Path, InlineImage | str] = {}
     records = []
     for issue_index, issue in enumerate(check_result.issues):
-        shown = issue.images if issue_index in selected else ()
+        shown: Sequence[IssueImage] = ()
+        if issue_index in selected:
+            shown = issue.images
         severity, description = ISSUE_TYPES[issue.code]
-        records.append(
-            asdict(issue)
-            | {"severity": severity, "description": translate(description)}
-            | _build_image_records(shown, images)
-        )
+        record = asdict(issue)
+        record |= {"severity": severity, "description": translate(description)}
+        record |= _build_image_records(shown, images)
+        records.append(record)
         on_progress(1)
-    previews = [
-        asdict(preview)
-        | {"split": translate(SPLIT_NAMES[preview.is_validation])}
-        | _build_image_records(preview.images, images)
-        for preview in check_result.previews
-    ]
-    num_unique, num_frames = check_result.num_unique_images, check_result.num_video_frames
-    files_text = translate("{:,} images ({:,} unique)", check_result.num_images, num_unique)
-    if num_frames:
-        text = "{:,} images and {:,} video frames ({:,} unique)"
-        files_text = translate(text, check_result.num_images, num_frames, num_unique)
-    if check_result.num_video_files:
-        files_text += translate(", {:,} video files", check_result.num_video_files)
-    listed_counts = Counter(issue.code for issue in check_result.issues)
-    issue_types = [
-        {
-            "code": code,
-            "severity": severity,
-            "description": description,
-            "count": check_result.issue_counts[code],
-            "num_listed": listed_counts[code],
-            "num_samples": check_result.affected_samples.get(code, 0),
-        }
-        for code, (severity, description) in ISSUE_TYPES.items()
-        if check_result.issue_counts.get(code)
-    ]
-    profiles = sorted(check_result.profiles.items())
-    histograms = [(translate(SPLIT_NAMES[split]), one.histograms) for split, one in profiles]
+    previews = []
+    for preview in check_result.previews:
+        record = asdict(preview)
+        record["split"] = translate(SPLIT_NAMES[preview.is_validation])
+        record |= _build_image_records(preview.images, images)
+        previews.append(record)
+    histograms = []
+    for split, profile in sorted(check_result.profiles.items()):
+        histograms.append((translate(SPLIT_NAMES[split]), profile.histograms))
     charts = build_histograms(HISTOGRAM_TITLES, histograms)
     return render_page(
         "check",
@@ -342,25 +381,58 @@ def render_check_page(
         num_boxes=sum(profile.num_boxes for profile in check_result.profiles.values()),
         num_previews=len(previews),
         check_result=check_result,
-        files_text=files_text,
-        issue_types=issue_types,
+        files_text=_describe_files(check_result),
+        issue_types=_list_issue_types(check_result),
         severities=EXIT_CODES,
         num_images=sum(not isinstance(image, str) for image in images.values()),
         num_without_images=sum(bool(one.images) for one in check_result.issues) - len(selected),
     )
 
 
+def _describe_files(check_result: CheckResult) -> str:
+    """Describe the number of images, video frames and video files."""
+    num_images = check_result.num_images
+    num_unique = check_result.num_unique_images
+    num_frames = check_result.num_video_frames
+    if num_frames:
+        text = "{:,} images and {:,} video frames ({:,} unique)"
+        files_text = translate(text, num_images, num_frames, num_unique)
+    else:
+        files_text = translate("{:,} images ({:,} unique)", num_images, num_unique)
+    if check_result.num_video_files:
+        files_text += translate(", {:,} video files", check_result.num_video_files)
+    return files_text
+
+
+def _list_issue_types(check_result: CheckResult) -> list[dict[str, Any]]:
+    """Return severity, description and counts of the issue types that were found."""
+    listed_counts = Counter(issue.code for issue in check_result.issues)
+    issue_types = []
+    for code, (severity, description) in ISSUE_TYPES.items():
+        if check_result.issue_counts.get(code):
+            issue_type = {
+                "code": code,
+                "severity": severity,
+                "description": description,
+                "count": check_result.issue_counts[code],
+                "num_listed": listed_counts[code],
+                "num_samples": check_result.affected_samples.get(code, 0),
+            }
+            issue_types.append(issue_type)
+    return issue_types
+
+
 def _describe_checks(check_result: CheckResult) -> list[tuple[str, int, str]]:
     """Return the name, the number of issues, and the reason if skipped, of each check."""
     skipped = check_result.skipped_checks
-    return [
-        (
-            translate(name),
-            sum(check_result.issue_counts.get(code, 0) for code in codes),
-            translate(skipped[codes[0]]) if all(code in skipped for code in codes) else "",
-        )
-        for name, codes in CHECKS.items()
-    ]
+    rows = []
+    for name, codes in CHECKS.items():
+        num_issues = sum(check_result.issue_counts.get(code, 0) for code in codes)
+        reason = ""
+        if skipped.keys() >= set(codes):
+            reason = translate(skipped[codes[0]])
+        rows.append((translate(name), num_issues, reason))
+    return rows
 
 
 def _list_frequent_values(
@@ -381,8 +453,13 @@ def _list_frequent_values(
         for title, values, num_different, total in kinds:
             # A list of answers that all differ is not informative. Rare classes are.
             has_rare = len(values) == num_different and any(count > 1 for _, count in values)
-            min_count = 1 if has_rare else 2
-            rows = [(v, count, 100 * count / total) for v, count in values if count >= min_count]
+            min_count = 2
+            if has_rare:
+                min_count = 1
+            rows = []
+            for value, count in values:
+                if count >= min_count:
+                    rows.append((value, count, 100 * count / total))
             note = translate("{:,} different values", num_different)
             if rows:
                 tables.append((translate(title, translate(SPLIT_NAMES[split])), note, rows))
@@ -424,12 +501,11 @@ def _build_image_records(
                 images[path] = build_inline_image(load_image(path), MAX_ISSUE_IMAGE_SIDE)
             except CorruptImageError as error:
                 images[path] = error.what
-        labelled_boxes = zip(issue_image.boxes, chain(issue_image.labels, repeat("")), strict=False)
-        boxes = [
-            {"xyxy": list(box), "label": label}
-            for box, label in labelled_boxes
-            if all(map(math.isfinite, box))
-        ]
+        labels = chain(issue_image.labels, repeat(""))
+        boxes = []
+        for box, label in zip(issue_image.boxes, labels, strict=False):
+            if all(map(math.isfinite, box)):
+                boxes.append({"xyxy": list(box), "label": label})
         image_index = list(images).index(path)
         records.append({"name": str(path), "image_index": image_index, "boxes": boxes})
     return {"images": records, "num_more": len(issue_images) - len(records)}

@@ -14,6 +14,8 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from difflib import SequenceMatcher
 from functools import partial
+from itertools import chain
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -116,11 +118,11 @@ class ExampleSet:
     def count_hidden(self) -> dict[str, int]:
         """Return the number of examples by class that are not displayed."""
         displayed_counts = Counter(example.kind for example in self.displayed)
-        return {
-            kind: count - displayed_counts[kind]
-            for kind, count in self.counts.items()
-            if count > displayed_counts[kind]
-        }
+        hidden = {}
+        for kind, count in self.counts.items():
+            if count > displayed_counts[kind]:
+                hidden[kind] = count - displayed_counts[kind]
+        return hidden
 
 
 def build_example_set(
@@ -137,41 +139,67 @@ def build_example_set(
         quotas: Classes with the number of examples that are selected first. With the class
             `differ`, examples of unequal scores belong to it instead of `better` or `worse`.
     """
-    metric = select_sample_metric(
-        primary_metric, [line for lines in line_groups for line in lines if line is not None]
-    )
+    all_lines = chain.from_iterable(line_groups)
+    metric = select_sample_metric(primary_metric, [line for line in all_lines if line is not None])
     groups: dict[str, list[Example]] = {kind: [] for kind in quotas}
     for row_index, lines in enumerate(line_groups):
-        scores = [read_scores(line).get(metric) if line else None for line in lines]
-        known_scores = [score for score in scores if score is not None]
-        change = max(known_scores, default=0.0) - min(known_scores, default=0.0)
-        if "differ" not in quotas:
-            change = known_scores[-1] - known_scores[0] if known_scores else 0.0
-        kind = "wrong"
-        if abs(change) > MIN_SCORE_CHANGE:
-            kind = "better" if change > 0 else "worse"
-            if "differ" in quotas:
-                kind = "differ"
-        correct = [
-            is_correct(line, metric) for line in lines if line and metric in read_scores(line)
-        ]
-        if kind == "wrong" and correct and all(correct):
-            kind = "right"
-        is_incorrect = bool(correct) and not correct[-1]
-        groups[kind].append(Example(lines, scores, kind, change, row_index, is_incorrect))
-    for group in groups.values():
-        group.sort(key=lambda example: -abs(example.change))
-    # Classes with more examples use the rest of the quotas of smaller ones.
-    counts = {kind: min(len(group), quotas[kind]) for kind, group in groups.items()}
+        example = _classify_sample(lines, metric, row_index, is_unordered="differ" in quotas)
+        groups[example.kind].append(example)
+    counts: dict[str, int] = {}
+    num_displayed: dict[str, int] = {}
     for kind, group in groups.items():
-        counts[kind] += min(len(group) - counts[kind], max_examples - sum(counts.values()))
+        group.sort(key=lambda example: -abs(example.change))
+        counts[kind] = len(group)
+        num_displayed[kind] = min(len(group), quotas[kind])
+    # Classes with more examples use the rest of the quotas of smaller ones.
+    for kind, count in counts.items():
+        num_free = max_examples - sum(num_displayed.values())
+        num_displayed[kind] += min(count - num_displayed[kind], num_free)
+    displayed: list[Example] = []
+    for kind, group in groups.items():
+        displayed += group[: num_displayed[kind]]
     return ExampleSet(
-        displayed=[one for kind, group in groups.items() for one in group[: counts[kind]]],
-        counts={kind: len(group) for kind, group in groups.items()},
+        displayed=displayed,
+        counts=counts,
         metric=metric,
         is_paired=any(len(lines) > 1 for lines in line_groups),
-        num_incorrect=count_incorrect(one for group in groups.values() for one in group),
+        num_incorrect=count_incorrect(chain.from_iterable(groups.values())),
     )
+
+
+def _classify_sample(
+    lines: Sequence[JsonObject | None], metric: str, row_index: int, *, is_unordered: bool
+) -> Example:
+    """Classify the predictions of a sample by their scores.
+
+    Args:
+        is_unordered: Whether the predictions are those of several runs: unequal scores `differ`.
+    """
+    scores: list[float | None] = []
+    known_scores: list[float] = []
+    correct: list[bool] = []
+    for prediction in lines:
+        line = prediction or {}
+        score = read_scores(line).get(metric)
+        scores.append(score)
+        if score is not None:
+            known_scores.append(score)
+            correct.append(is_correct(line, metric))
+    change = 0.0
+    if known_scores and is_unordered:
+        change = max(known_scores) - min(known_scores)
+    elif known_scores:
+        change = known_scores[-1] - known_scores[0]
+    kind = "wrong"
+    has_changed = abs(change) > MIN_SCORE_CHANGE
+    if has_changed and is_unordered:
+        kind = "differ"
+    elif has_changed:
+        kind = "better" if change > 0 else "worse"
+    elif correct and all(correct):
+        kind = "right"
+    is_incorrect = bool(correct) and not correct[-1]
+    return Example(lines, scores, kind, change, row_index, is_incorrect)
 
 
 def count_incorrect(examples: Iterable[Example]) -> int:
@@ -204,17 +232,21 @@ def read_examples(
 def read_groups(path: Path, max_groups: int, max_bytes: int | None = None) -> list[Example]:
     """Read groups of responses, those of the latest step first; `row_index` is the step."""
     groups: defaultdict[int, dict[int, JsonObject]] = defaultdict(dict)
+    if not path.exists():
+        return []
     with suppress(UserError):
-        for line in read_json_lines(path, max_bytes=max_bytes) if path.exists() else ():
-            step, number = line.get("step"), line.get("response")
+        for line in read_json_lines(path, max_bytes=max_bytes):
+            step = line.get("step")
+            number = line.get("response")
             if isinstance(step, int) and isinstance(number, int):
                 # A step that was repeated after running out of memory replaces its responses.
                 scores = read_scores(line) | {"advantage": line.get("advantage")}
                 groups[step][number] = line | {"scores": scores}
-    return [
-        Example([lines[number] for number in sorted(lines)], [], "", 0.0, step)
-        for step, lines in sorted(groups.items(), reverse=True)[:max_groups]
-    ]
+    examples = []
+    for step, lines in sorted(groups.items(), reverse=True)[:max_groups]:
+        responses = [lines[number] for number in sorted(lines)]
+        examples.append(Example(responses, [], "", 0.0, step))
+    return examples
 
 
 def pair_predictions(
@@ -225,17 +257,23 @@ def pair_predictions(
     The missing prediction of a pair is None. Samples with duplicate IDs are paired in order. Only
     samples of the second file are used, if there is one: others have no answer to classify.
     """
-    before_lines, after_lines = (
-        index_by_sample(
-            list(read_json_lines(path, max_bytes=max_bytes)) if path else [],
-            lambda line: str(line.get("id")),
-        )
-        for path in (before, after)
-    )
+    before_lines = _index_predictions(before, max_bytes)
+    after_lines = _index_predictions(after, max_bytes)
     for key, line in after_lines.items():
         yield before_lines.pop(key, None), line
-    for line in before_lines.values() if after is None else ():
-        yield line, None
+    if after is None:
+        for line in before_lines.values():
+            yield line, None
+
+
+def _index_predictions(
+    path: Path | None, max_bytes: int | None
+) -> dict[tuple[str, int], JsonObject]:
+    """Index the predictions of a file by sample; empty without a file."""
+    if path is None:
+        return {}
+    lines = list(read_json_lines(path, max_bytes=max_bytes))
+    return index_by_sample(lines, lambda line: str(line.get("id")))
 
 
 def select_sample_metric(primary_metric: str | None, lines: Sequence[JsonObject]) -> str:
@@ -243,9 +281,13 @@ def select_sample_metric(primary_metric: str | None, lines: Sequence[JsonObject]
 
     Returns an empty string if the predictions have no suitable score.
     """
-    available = {name for line in lines for name in read_scores(line)}
-    candidates = [PER_SAMPLE_METRICS.get(primary_metric, primary_metric)] if primary_metric else []
-    return next((name for name in (*candidates, *FALLBACK_METRICS) if name in available), "")
+    available: set[str] = set()
+    for line in lines:
+        available.update(read_scores(line))
+    candidates = list(FALLBACK_METRICS)
+    if primary_metric:
+        candidates.insert(0, PER_SAMPLE_METRICS.get(primary_metric, primary_metric))
+    return next((name for name in candidates if name in available), "")
 
 
 def read_scores(line: JsonObject) -> dict[str, float]:
@@ -255,9 +297,10 @@ def read_scores(line: JsonObject) -> dict[str, float]:
 
 
 def is_correct(line: JsonObject, metric: str) -> bool:
-    """Return whether an answer has the maximum score, or equals a reference in text and boxes.
+    """Return whether an answer has the maximum score or equals a reference.
 
-    The CIDEr-D of a caption that equals its reference is below the maximum if its words are common.
+    Equal answers have the same text and boxes. The CIDEr-D of a caption that equals its reference
+    is below the maximum if its words are common.
     """
     if read_scores(line).get(metric, 0.0) >= MAX_SCORES.get(metric, 1.0) - MIN_SCORE_CHANGE:
         return True
@@ -280,20 +323,31 @@ def read_incorrect_lines(predictions: Path, primary_metric: str | None) -> list[
             expected="scores of samples, as training and evaluation write",
             remedy="set eval.metric in the recipe, and evaluate again",
         )
-    return [line for line in lines if metric in read_scores(line) and not is_correct(line, metric)]
+    incorrect_lines = []
+    for line in lines:
+        if metric in read_scores(line) and not is_correct(line, metric):
+            incorrect_lines.append(line)
+    return incorrect_lines
 
 
 def read_image_paths(line: JsonObject) -> list[str]:
     """Return the image paths of a prediction's sample."""
-    value = line.get("image")
-    paths: list[Any] = value if isinstance(value, list) else [value]
+    paths = line.get("image")
+    if not isinstance(paths, list):
+        paths = [paths]
     return [path for path in paths if isinstance(path, str)]
 
 
 def find_image(name: str, folders: Sequence[Path]) -> Path:
-    """Return the path of an image in the first folder with it, or else the given path."""
-    candidates = (folder / name for folder in folders)
-    return next((path for path in candidates if get_file(path).exists()), Path(name))
+    """Return the path of an image in the first folder with it.
+
+    Without such a folder, this is the given path.
+    """
+    for folder in folders:
+        path = folder / name
+        if get_file(path).exists():
+            return path
+    return Path(name)
 
 
 MAX_MEAN_ERROR = 1e-6
@@ -315,15 +369,24 @@ def estimate_differences(
         Difference with confidence interval by metric name. Other metrics are omitted.
     """
     pairs = [pair for pair in pair_predictions(before, after) if None not in pair]
-    estimators: tuple[dict[str, ScoreEstimator], dict[str, ScoreEstimator]] = ({}, {})
-    for name in before_metrics.keys() & after_metrics.keys() if pairs else ():
-        scores_N2 = np.array([[_read_score(name, line) for line in pair] for pair in pairs])
+    if not pairs:
+        return {}
+    before_estimators: dict[str, ScoreEstimator] = {}
+    after_estimators: dict[str, ScoreEstimator] = {}
+    for name in before_metrics.keys() & after_metrics.keys():
+        scores = []
+        for before_line, after_line in pairs:
+            scores.append((_read_score(name, before_line), _read_score(name, after_line)))
+        scores_N2 = np.array(scores)
         errors = scores_N2.mean(axis=0) - (before_metrics[name], after_metrics[name])
         if (abs(errors) < MAX_MEAN_ERROR).all():  # False for NaN
-            bounds = BOUNDED if ((scores_N2 >= 0) & (scores_N2 <= 1)).all() else UNBOUNDED
-            for column_N, target in zip(scores_N2.T, estimators, strict=True):
-                target[name] = estimate_mean(column_N, bounds)
-    return {difference.name: difference for difference in compare_estimators(*estimators)}
+            bounds = UNBOUNDED
+            if ((scores_N2 >= 0) & (scores_N2 <= 1)).all():
+                bounds = BOUNDED
+            before_estimators[name] = estimate_mean(scores_N2[:, 0], bounds)
+            after_estimators[name] = estimate_mean(scores_N2[:, 1], bounds)
+    differences = compare_estimators(before_estimators, after_estimators)
+    return {difference.name: difference for difference in differences}
 
 
 def _read_score(metric: str, line: Any) -> float:
@@ -333,11 +396,11 @@ def _read_score(metric: str, line: Any) -> float:
     return read_scores(line).get(PER_SAMPLE_METRICS.get(metric, metric), math.nan)
 
 
-MIN_THUMBNAIL_PIXELS, MAX_THUMBNAIL_PIXELS, MAX_TOTAL_PIXELS = 200 * 260, 480 * 640, 40_000_000
-"""Minimum and maximum pixels of a thumbnail, and maximum pixels of all thumbnails.
-
-Thumbnails are limited by area, which keeps wide formulas and tall pages readable.
-"""
+# Thumbnails are limited by area, which keeps wide formulas and tall pages readable.
+MIN_THUMBNAIL_PIXELS = 200 * 260
+MAX_THUMBNAIL_PIXELS = 480 * 640
+MAX_TOTAL_PIXELS = 40_000_000
+"""Maximum number of pixels of all thumbnails of a page."""
 
 THUMBNAIL_QUALITY = 70
 
@@ -377,67 +440,66 @@ class ExampleDataBuilder:
         has_formulas: bool,
         thumbnails: ThumbnailCache | None = None,
     ) -> None:
-        self._folders, self._has_formulas = folders, has_formulas
+        self._folders = folders
+        self._has_formulas = has_formulas
         self._thumbnails: ThumbnailCache = {} if thumbnails is None else thumbnails
 
     def build(self, examples: Sequence[Example]) -> JsonObject:
         """Return page data with `examples`, and `images` to which the examples refer by index."""
-        thumbnails, image_indices = self._build_thumbnails([example.latest for example in examples])
-        score_names = {
-            name
-            for example in examples
-            for line in example.predictions
-            if line
-            for name in read_scores(line)
-        }
+        paths: dict[str, None] = {}
+        score_names: set[str] = set()
+        for example in examples:
+            paths.update(dict.fromkeys(read_image_paths(example.latest)))
+            for line in example.predictions:
+                if line:
+                    score_names.update(read_scores(line))
+        thumbnails = self._build_thumbnails(list(paths))
+        image_indices = {path: index for index, path in enumerate(paths)}
         return {
             "images": thumbnails,
             # Names in prediction files, for the export.
             "score_names": {format_metric_name(name): name for name in sorted(score_names)},
-            "examples": [
-                {
-                    **self._build_question(example.latest, image_indices),
-                    "kind": example.kind,
-                    "change": round(example.change, 4),
-                    "row_index": example.row_index,
-                    "is_incorrect": example.is_incorrect,
-                    "is_truncated": _is_truncated(example.latest),
-                    "predictions": [self._build_answer(line) for line in example.predictions],
-                    "scores": [
-                        None if score is None else round(score, 4) for score in example.scores
-                    ],
-                }
-                for example in examples
-            ],
+            "examples": [self._build_example(example, image_indices) for example in examples],
         }
 
-    def _build_thumbnails(
-        self, lines: Iterable[JsonObject]
-    ) -> tuple[list[JsonObject | None], dict[str, int]]:
-        """Return the thumbnails of all images of the given samples, and their indices by path.
+    def _build_example(self, example: Example, image_indices: dict[str, int]) -> JsonObject:
+        """Return the page data of an example: question, answers and scores."""
+        scores: list[float | None] = []
+        for score in example.scores:
+            if score is not None:
+                score = round(score, 4)
+            scores.append(score)
+        return {
+            **self._build_question(example.latest, image_indices),
+            "kind": example.kind,
+            "change": round(example.change, 4),
+            "row_index": example.row_index,
+            "is_incorrect": example.is_incorrect,
+            "is_truncated": _is_truncated(example.latest),
+            "predictions": list(map(self._build_answer, example.predictions)),
+            "scores": scores,
+        }
+
+    def _build_thumbnails(self, paths: Sequence[str]) -> list[JsonObject | None]:
+        """Return the thumbnails of the images at the given paths.
 
         A thumbnail that cannot be created has an error message.
         """
-        paths = dict.fromkeys(path for line in lines for path in read_image_paths(line))
-        image_indices = {path: index for index, path in enumerate(paths)}
-        max_pixels = min(
-            MAX_THUMBNAIL_PIXELS, max(MIN_THUMBNAIL_PIXELS, MAX_TOTAL_PIXELS // max(1, len(paths)))
-        )
+        max_pixels = max(MIN_THUMBNAIL_PIXELS, MAX_TOTAL_PIXELS // max(1, len(paths)))
+        max_pixels = min(MAX_THUMBNAIL_PIXELS, max_pixels)
+        make_small = partial(self._make_thumbnail, max_pixels, MAX_PARALLEL_PIXELS)
         with ThreadPoolExecutor(NUM_DECODE_THREADS) as pool:
-            small_thumbnails = list(
-                pool.map(partial(self._make_thumbnail, max_pixels, MAX_PARALLEL_PIXELS), paths)
-            )
-        thumbnails = [
-            thumbnail or self._make_thumbnail(max_pixels, MAX_IMAGE_PIXELS, path)
-            for path, thumbnail in zip(paths, small_thumbnails, strict=True)
-        ]
+            small_thumbnails = list(pool.map(make_small, paths))
+        thumbnails = []
+        for path, thumbnail in zip(paths, small_thumbnails, strict=True):
+            if not thumbnail:
+                thumbnail = self._make_thumbnail(max_pixels, MAX_IMAGE_PIXELS, path)
+            thumbnails.append(thumbnail)
         self._thumbnails.clear()
-        self._thumbnails |= {
-            (thumbnail["path"], max_pixels): thumbnail
-            for thumbnail in thumbnails
-            if thumbnail and "src" in thumbnail
-        }
-        return thumbnails, image_indices
+        for thumbnail in thumbnails:
+            if thumbnail and "src" in thumbnail:
+                self._thumbnails[thumbnail["path"], max_pixels] = thumbnail
+        return thumbnails
 
     def _make_thumbnail(
         self, max_pixels: int, max_source_pixels: int, name: str
@@ -466,12 +528,15 @@ class ExampleDataBuilder:
     def _build_question(self, line: JsonObject, image_indices: dict[str, int]) -> JsonObject:
         """Return the page data of a sample without answers: question, images and references."""
         reference_texts = _read_references(line)
+        formula: object = None
+        if reference_texts:
+            formula = self._convert_formula(reference_texts[0])
         return {
             "id": _truncate(str(line.get("id")), MAX_ID_CHARS),
             "images": [image_indices[path] for path in read_image_paths(line)],
             "question": _truncate(str(line.get("prompt", ""))),
-            "references": [_truncate(text) for text in reference_texts],
-            "formula": self._convert_formula(reference_texts[0]) if reference_texts else None,
+            "references": list(map(_truncate, reference_texts)),
+            "formula": formula,
             "boxes": read_boxes(line.get("gold_boxes")),
         }
 
@@ -479,37 +544,49 @@ class ExampleDataBuilder:
         """Return the page data of an answer and its scores, or None without a prediction."""
         if line is None:
             return None
-        text, is_complete = str(line.get("answer", "")), line.get("finish_reason") != "length"
-        num_tokens = line.get("num_tokens")
+        text = str(line.get("answer", ""))
         references = _read_references(line)
-        is_compared = len(references) == 1 and len(text) <= MAX_ANSWER_CHARS >= len(references[0])
-        fields = diff_fields(*_name_boxes(line, references)) if is_compared else None
+        fields = None
+        diff = None
+        if len(references) == 1 and len(text) <= MAX_ANSWER_CHARS >= len(references[0]):
+            fields = diff_fields(*_name_boxes(line, references))
+            if fields is None:
+                diff = diff_texts(text, references[0])
+        is_complete = line.get("finish_reason") != "length"
+        formula: object = None
+        if is_complete:  # A truncated answer is not a valid formula.
+            formula = self._convert_formula(text)
+        scores = {}
+        for name, value in read_scores(line).items():
+            scores[format_metric_name(name)] = round(value, 4)
+        num_tokens = line.get("num_tokens")
+        if not isinstance(num_tokens, int):
+            num_tokens = None
         return {
             "text": _truncate(text),
             "fields": fields,
-            "diff": diff_texts(text, references[0]) if is_compared and fields is None else None,
-            # A truncated answer is not a valid formula.
-            "formula": self._convert_formula(text) if is_complete else None,
+            "diff": diff,
+            "formula": formula,
             "boxes": read_boxes(line.get("boxes")),
-            "scores": {
-                format_metric_name(name): round(value, 4)
-                for name, value in read_scores(line).items()
-            },
+            "scores": scores,
             "is_complete": is_complete,
-            "num_tokens": num_tokens if isinstance(num_tokens, int) else None,
+            "num_tokens": num_tokens,
         }
 
     def _convert_formula(self, text: str) -> object:
-        return convert_formula(text) if self._has_formulas else None
+        if not self._has_formulas:
+            return None
+        return convert_formula(text)
 
 
 def _name_boxes(line: JsonObject, references: Sequence[str]) -> tuple[str, str]:
     """Return answer and reference with equal texts for boxes that the metric `json` equates."""
-    boxes, gold_boxes = (
-        tuple(BoxPart.model_construct(**box) for box in read_boxes(line.get(key)))
-        for key in ("boxes", "gold_boxes")
+    case = EvalCase(
+        str(line.get("answer", "")),
+        _build_box_parts(line.get("boxes")),
+        tuple(references),
+        _build_box_parts(line.get("gold_boxes")),
     )
-    case = EvalCase(str(line.get("answer", "")), boxes, tuple(references), gold_boxes)
     match line.get("image_size"):
         case [int(height), int(width)]:
             case = replace(case, image_size=(height, width))
@@ -517,10 +594,17 @@ def _name_boxes(line: JsonObject, references: Sequence[str]) -> tuple[str, str]:
     return answer, reference
 
 
+def _build_box_parts(content: object) -> tuple[BoxPart, ...]:
+    """Return the valid boxes of a prediction as parts of a sample, without validation."""
+    return tuple(BoxPart.model_construct(**box) for box in read_boxes(content))
+
+
 def _read_references(line: JsonObject) -> list[str]:
     """Return the reference texts of a prediction that are not empty."""
+    texts = [line.get("gold")]
     references = line.get("references")
-    texts = [line.get("gold"), *(references if isinstance(references, list) else [])]
+    if isinstance(references, list):
+        texts += references
     return [text for text in texts if isinstance(text, str) and text]
 
 
@@ -545,25 +629,32 @@ def diff_texts(text: str, reference: str) -> list[tuple[int, int, int, int]] | N
         Start and end in the answer, then in the reference, of each difference, in Unicode
         characters. None if the texts are long or differ in most words.
     """
-    pattern = re.compile(r"\S") if len(reference.split()) == 1 else _DIFF_TOKEN
-    words, reference_words = (list(pattern.finditer(one)) for one in (text, reference))
-    sequence, reference_sequence = ([word[0] for word in one] for one in (words, reference_words))
-    counts, reference_counts = Counter(sequence), Counter(reference_sequence)
+    pattern = _DIFF_TOKEN
+    if len(reference.split()) == 1:
+        pattern = re.compile(r"\S")
+    words = list(pattern.finditer(text))
+    reference_words = list(pattern.finditer(reference))
+    sequence = list(map(itemgetter(0), words))
+    reference_sequence = list(map(itemgetter(0), reference_words))
+    counts = Counter(sequence)
+    reference_counts = Counter(reference_sequence)
     if sum(count * reference_counts[word] for word, count in counts.items()) > MAX_DIFF_PAIRS:
         return None
     matcher = SequenceMatcher(None, sequence, reference_sequence, autojunk=False)
     num_equal = sum(block.size for block in matcher.get_matching_blocks())
     if num_equal < MIN_COMMON_FRACTION * max(len(words), len(reference_words)):
         return None
-    return [
-        (*_get_span(words, start, end), *_get_span(reference_words, reference_start, reference_end))
-        for kind, start, end, reference_start, reference_end in matcher.get_opcodes()
-        if kind != "equal"
-    ]
+    differences = []
+    for kind, start, end, reference_start, reference_end in matcher.get_opcodes():
+        if kind != "equal":
+            span = _get_span(words, start, end)
+            reference_span = _get_span(reference_words, reference_start, reference_end)
+            differences.append((*span, *reference_span))
+    return differences
 
 
 def _get_span(words: Sequence[re.Match[str]], start: int, end: int) -> tuple[int, int]:
-    """Return the characters of the words `start` to `end`; an empty span if there is none."""
+    """Return the characters of the words `start` to `end`, possibly none."""
     if start < end:
         return words[start].start(), words[end - 1].end()
     position = words[start - 1].end() if start else 0
@@ -577,15 +668,19 @@ def diff_fields(text: str, reference: str) -> JsonObject | None:
         `differences`, rows of field, values of the reference and values of the answer, and
         `num_equal`, the number of equal values. None if a text is not a JSON object or list.
     """
-    reference_form, form = parse_form(reference), parse_form(text)
+    reference_form = parse_form(reference)
+    form = parse_form(text)
     if reference_form is None or form is None:
         return None
-    expected, predicted = count_fields(reference_form), count_fields(form)
-    missing, extra = expected - predicted, predicted - expected
-    rows: dict[str, tuple[list[str], list[str]]] = defaultdict(lambda: ([], []))
-    for column, values in enumerate((missing, extra)):
-        for name, value in values.elements():
-            rows[name][column].append(value)
+    expected = count_fields(reference_form)
+    predicted = count_fields(form)
+    missing = expected - predicted
+    extra = predicted - expected
+    rows: defaultdict[str, tuple[list[str], list[str]]] = defaultdict(lambda: ([], []))
+    for name, value in missing.elements():
+        rows[name][0].append(value)
+    for name, value in extra.elements():
+        rows[name][1].append(value)
     return {
         "differences": [[name, *columns] for name, columns in rows.items()],
         "num_equal": (expected & predicted).total(),
@@ -597,13 +692,16 @@ def read_boxes(content: object) -> list[JsonObject]:
 
     Each box has `image` (index), `label` and `xyxy` (corners in pixels).
     """
-    boxes = content if isinstance(content, list) else []
+    if not isinstance(content, list):
+        return []
     valid_boxes = []
-    for box in boxes[:MAX_BOXES]:
-        corners = box.get("xyxy") if isinstance(box, dict) else None
+    for box in content[:MAX_BOXES]:
+        if not isinstance(box, dict):
+            continue
+        corners = box.get("xyxy")
         if isinstance(corners, list) and len(corners) == 4 and all(map(is_finite, corners)):
             label = str(box["label"])[:80] if box.get("label") else ""
-            xyxy = [float(corner) for corner in corners]
+            xyxy = list(map(float, corners))
             valid_boxes.append({"image": box.get("image", 0), "label": label, "xyxy": xyxy})
     return valid_boxes
 

@@ -78,8 +78,11 @@ NO_DIGEST = "0" * 64
 
 _GENERATOR_TAG = re.compile(rb'<meta name="generator" content="finesight [^";]*; ([0-9a-f]{64})">')
 
-MAX_TAG_OFFSET, MAX_REPLACED_BYTES = 1024, 1 << 30
-"""Maximum position of the generator tag in a page, and maximum size of a page to replace."""
+MAX_TAG_OFFSET = 1024
+"""Maximum position of the generator tag in a page."""
+
+MAX_REPLACED_BYTES = 1 << 30
+"""Maximum size of a page to replace."""
 
 _TEMPLATES_FOLDER = importlib.resources.files("finesight.report") / "templates"
 

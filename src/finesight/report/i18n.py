@@ -54,8 +54,10 @@ def detect_language() -> Language:
 
     Reads LC_ALL, LC_MESSAGES and LANG in the order of POSIX.
     """
-    locales = (os.environ.get(name) for name in ("LC_ALL", "LC_MESSAGES", "LANG"))
-    return "zh" if next(filter(None, locales), "").lower().startswith("zh") else "en"
+    locale = os.environ.get("LC_ALL") or os.environ.get("LC_MESSAGES") or os.environ.get("LANG", "")
+    if locale.lower().startswith("zh"):
+        return "zh"
+    return "en"
 
 
 def translate(text: str, *values: object) -> str:
@@ -64,14 +66,17 @@ def translate(text: str, *values: object) -> str:
     Texts without a translation, such as names and error messages, remain in English. English nouns
     after a value of 1 are singular.
     """
+    translated = get_translations().get(text, text)
+    if not values:
+        return translated
     following = iter(values)
 
     def write_field(match: re.Match[str]) -> str:
-        is_one = next(following, None) == 1
-        return f"{match[1]}{match[2] or ''}" if is_one else match[0]
+        if next(following, None) != 1:
+            return match[0]
+        return f"{match[1]}{match[2] or ''}"
 
-    translated = get_translations().get(text, text)
-    return _COUNTED_NOUN.sub(write_field, translated).format(*values) if values else translated
+    return _COUNTED_NOUN.sub(write_field, translated).format(*values)
 
 
 def translate_markup(text: str, *values: object) -> Markup:
@@ -85,7 +90,8 @@ def translate_markup(text: str, *values: object) -> Markup:
 
 def get_translations() -> Mapping[str, str]:
     """Return the translations to the current language by English text; empty for English."""
-    return {} if get_language() == "en" else _load_translations(get_language())
+    language = get_language()
+    return {} if language == "en" else _load_translations(language)
 
 
 @cache

@@ -58,13 +58,16 @@ class MetricCell:
     @property
     def change(self) -> float | None:
         """Value minus the first one, on common samples. None if unknown."""
-        return None if self.difference is None else self.difference.after - self.difference.before
+        if self.difference is None:
+            return None
+        return self.difference.after - self.difference.before
 
     @property
     def change_interval(self) -> IntervalBounds | None:
         """95 % confidence interval of the difference. None if unknown."""
-        low, high = (self.difference.low, self.difference.high) if self.difference else (None, None)
-        return None if low is None or high is None else (low, high)
+        if self.difference is None or self.difference.low is None or self.difference.high is None:
+            return None
+        return self.difference.low, self.difference.high
 
     @property
     def verdict(self) -> Verdict:
@@ -117,19 +120,22 @@ def build_metric_rows(
         return []
     columns = [read_metrics(line) for line in evaluations]
     primary_metric = (evaluations[-1] or evaluations[0]).get("primary_metric")
-    order = [*([primary_metric] if primary_metric else []), *chain(*columns)]
+    names = dict.fromkeys((*chain(*columns), VALIDATION_LOSS))
+    if primary_metric:
+        names = {primary_metric: None} | names
     metric_rows = []
-    for name in sorted(dict.fromkeys((*order, VALIDATION_LOSS)), key=VALIDATION_LOSS.__eq__):
-        cells = [
-            MetricCell(
+    for name in sorted(names, key=VALIDATION_LOSS.__eq__):
+        cells = []
+        for line, column in zip(evaluations, columns, strict=True):
+            cell = MetricCell(
                 column.get(name),
                 read_interval(line, name),
                 note=get_note(line, name),
                 correct=_format_correct(line, name),
             )
-            for line, column in zip(evaluations, columns, strict=True)
-        ]
-        before, after = cells[0].value, cells[-1].value
+            cells.append(cell)
+        before = cells[0].value
+        after = cells[-1].value
         if len(cells) > 1 and before is not None and after is not None:
             note = REASON_UNSAMPLED if name == VALIDATION_LOSS else ""
             difference = build_unsampled_difference(name, before, after, note)
@@ -142,13 +148,16 @@ def build_metric_rows(
 
 def _format_correct(line: JsonObject, name: str) -> str:
     """Return the translated number of correct answers of an evaluation; empty if unknown."""
-    score, num_samples = read_metrics(line).get(name), line.get("num_samples")
+    score = read_metrics(line).get(name)
+    num_samples = line.get("num_samples")
     # Custom scores of a sample may be other values than 0 and 1.
     is_custom = parse_metric_path(str(line.get("metric"))) is not None
     if score is None or not isinstance(num_samples, int) or is_custom:
         return ""
     count = count_correct(name, score, num_samples)
-    return "" if count is None else translate("{:,} of {:,} correct", count, num_samples)
+    if count is None:
+        return ""
+    return translate("{:,} of {:,} correct", count, num_samples)
 
 
 def format_metric_name(metric: str) -> str:
@@ -168,7 +177,9 @@ def describe_metric(metric: str) -> str:
 def read_metrics(line: JsonObject) -> dict[str, float]:
     """Return all metrics of an evaluation that are finite, including the validation loss."""
     values = as_object(line.get("scores")) | {VALIDATION_LOSS: line.get(VALIDATION_LOSS)}
-    values |= {name: as_object(line.get("loss_metrics")).get(name) for name in PAIR_METRICS}
+    loss_metrics = as_object(line.get("loss_metrics"))
+    for name in PAIR_METRICS:
+        values[name] = loss_metrics.get(name)
     return {str(name): float(value) for name, value in values.items() if is_finite(value)}
 
 
@@ -191,10 +202,15 @@ def format_notes(notes: Iterable[tuple[str, str]]) -> list[str]:
     Args:
         notes: Pairs of metric name and note. Empty notes are omitted.
     """
-    return [
-        translate("{}: {}", translate(", ").join(map(format_metric_name, names)), translate(note))
-        for note, names in group_notes(notes).items()
-    ]
+    texts = []
+    for note, names in group_notes(notes).items():
+        texts.append(translate("{}: {}", _join_metric_names(names), translate(note)))
+    return texts
+
+
+def _join_metric_names(names: Iterable[str]) -> str:
+    """Join the translated display names of metrics with commas."""
+    return translate(", ").join(map(format_metric_name, names))
 
 
 def parse_interval(content: object) -> IntervalBounds | None:
@@ -202,12 +218,15 @@ def parse_interval(content: object) -> IntervalBounds | None:
     if not isinstance(content, Sequence) or isinstance(content, str) or len(content) != 2:
         return None
     low, high = content
-    return (float(low), float(high)) if is_finite(low) and is_finite(high) else None
+    if not is_finite(low) or not is_finite(high):
+        return None
+    return float(low), float(high)
 
 
 def describe_change(row: MetricRow) -> str:
     """Describe in a sentence the change of a metric and its confidence interval."""
-    name, cell = format_metric_name(row.name), row.cells[-1]
+    name = format_metric_name(row.name)
+    cell = row.cells[-1]
     if all(one.value is None for one in row.cells):
         return translate("The {} could not be computed from these answers.", name)
     if any(one.note == OTHER_SAMPLES for one in row.cells):
@@ -235,7 +254,7 @@ CONCLUSIONS: dict[Verdict, str] = {
 def conclude(
     rows: Sequence[MetricRow], names: Sequence[str], num_samples: object, index: int = -1
 ) -> str:
-    """Describe in a sentence which metrics of an evaluation or run differ from the first one.
+    """Describe in a sentence which metrics differ from the first evaluation or run.
 
     Metrics whose difference has no interval, such as the validation loss, have no verdict.
 
@@ -245,12 +264,15 @@ def conclude(
     """
     if len(names) < 2 or not num_samples:
         return ""
-    parts, judged = [], [row for row in rows if row.cells[index].verdict]
+    judged = [row for row in rows if row.cells[index].verdict]
+    parts = []
     for verdict, text in CONCLUSIONS.items():
-        shown = judged[:1] if verdict == "unsure" else judged  # The first metric is the main one.
+        shown = judged
+        if verdict == "unsure":
+            shown = judged[:1]  # The first metric is the main one.
         found = [row.name for row in shown if row.cells[index].verdict == verdict]
         if found:
-            parts.append(translate(text, translate(", ").join(map(format_metric_name, found))))
+            parts.append(translate(text, _join_metric_names(found)))
     result = translate("; ").join(parts) or translate("no verdict without confidence intervals")
     text = "{} compared with {} on {:,} validation samples: {}."
     return translate(text, names[index], names[0], num_samples, result)
@@ -268,20 +290,33 @@ def format_value(value: float) -> str:
 
 def format_change(value: float) -> str:
     """Format the difference of a metric with its sign."""
-    return f"{'−' if value < 0 else '+'}{format_value(abs(value))}"
+    return _get_sign(value) + format_value(abs(value))
 
 
 def format_change_interval(interval: IntervalBounds) -> str:
     """Format the confidence interval of a difference, with signs."""
-    low, high = (f"{'−' if bound < 0 else '+'}{format_bound(abs(bound))}" for bound in interval)
-    return translate("{} to {}", low, high)
+    low, high = interval
+    return translate(
+        "{} to {}",
+        _get_sign(low) + format_bound(abs(low)),
+        _get_sign(high) + format_bound(abs(high)),
+    )
+
+
+def _get_sign(value: float) -> str:
+    return "−" if value < 0 else "+"
 
 
 def format_interval(interval: IntervalBounds | None) -> str:
     """Format the confidence interval of a metric; empty if unknown."""
-    return translate("{} to {}", *map(format_bound, interval)) if interval else ""
+    if not interval:
+        return ""
+    low, high = interval
+    return translate("{} to {}", format_bound(low), format_bound(high))
 
 
 def format_bound(value: float) -> str:
     """Format one bound of a confidence interval."""
-    return f"{value:.3f}" if abs(value) < 10 else f"{value:,.1f}"
+    if abs(value) < 10:
+        return f"{value:.3f}"
+    return f"{value:,.1f}"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections import Counter
 from collections.abc import Hashable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -101,9 +100,12 @@ class LiveReportState:
     def get_examples(
         self, run_record: RunRecord, max_examples: int
     ) -> tuple[ExampleSet, JsonObject]:
-        """Return the examples of a run and their HTML data; reuse them if no file changed."""
+        """Return the examples of a run and their HTML data, reused without changes."""
         paths = *run_record.predictions_files, run_record.folder / RESPONSES_FILE
-        file_versions = [(str(path), path.stat().st_mtime_ns) for path in paths if path.exists()]
+        file_versions = []
+        for path in paths:
+            if path.exists():
+                file_versions.append((str(path), path.stat().st_mtime_ns))
         cache_key = max_examples, run_record.primary_metric, tuple(file_versions)
         if cache_key != self._cache_key:
             self._cached_examples = _build_examples(run_record, max_examples, self._thumbnails)
@@ -167,15 +169,19 @@ def write_incorrect_predictions(run_dir: Path, out: Path) -> int:
     check_new_path(out)
     folders = list_image_folders([run_record])[::-1]
     for line in lines:
-        if paths := read_image_paths(line):
-            files = [find_image(path, folders) for path in paths]
-            found = [
-                os.path.abspath(file) if get_file(file).exists() else path
-                for path, file in zip(paths, files, strict=True)
-            ]
+        found = [_make_absolute(path, folders) for path in read_image_paths(line)]
+        if found:
             line["image"] = found if isinstance(line["image"], list) else found[0]
     write_new_file(out, "".join(json.dumps(line) + "\n" for line in lines).encode())
     return len(lines)
+
+
+def _make_absolute(path: str, folders: Sequence[Path]) -> str:
+    """Return the absolute path of an image, or the given path without one."""
+    file = find_image(path, folders)
+    if get_file(file).exists():
+        return os.path.abspath(file)
+    return path
 
 
 def render_run_page(
@@ -201,11 +207,18 @@ def render_run_page(
     evaluation_names = _name_evaluations(run_record, evaluations)
     live_data = None
     if run_status.kind == "running":
-        interval_s = live_state.interval_s if live_state else 0.0
-        live_data = {"written_at": now.timestamp(), "interval_s": interval_s}
+        live_data = {"written_at": now.timestamp(), "interval_s": 0.0}
+        if live_state:
+            live_data["interval_s"] = live_state.interval_s
     examples_context = _build_examples_context(run_record, examples)
-    questions = [example["question"] for example in example_data["examples"]]
+    displayed = example_data["examples"]
+    example_question = ""
+    if displayed:
+        example_question = displayed[0]["question"]
     folder = run_record.folder.resolve()
+    title = folder.name
+    if folder.name in GENERIC_NAMES:
+        title = "/".join(folder.parts[-2:])
     return render_page(
         "run",
         data={
@@ -220,19 +233,15 @@ def render_run_page(
         run_status=run_status,
         written_at=f"{now:%Y-%m-%d %H:%M:%S} UTC",
         live_state=live_state,
-        title="/".join(folder.parts[-2:]) if folder.name in GENERIC_NAMES else folder.name,
+        title=title,
         run_record=run_record,
         evaluation_names=evaluation_names,
         reward_text=summary.describe_rewards(run_record),
         reward_signs=summary.list_reward_signs(run_record, example_data["groups"]),
         num_groups=len(example_data["groups"]),
         charts=charts,
-        has_boxes=any(example["boxes"] for example in example_data["examples"]),
-        has_diff=any(
-            answer and answer["diff"]
-            for example in example_data["examples"]
-            for answer in example["predictions"]
-        ),
+        has_boxes=any(example["boxes"] for example in displayed),
+        has_diff=any(map(_has_diff, displayed)),
         formulas_unavailable=_get_metric(run_record) == "latex" and not is_converter_installed(),
         report_command=Step("report", {"run": run_record.folder}),
         **_build_result_context(run_record, evaluations),
@@ -240,8 +249,13 @@ def render_run_page(
         **examples_context,
         metrics=metric_rows,
         summary=summary,
-        example_question=questions[0] if questions else "",
+        example_question=example_question,
     )
+
+
+def _has_diff(example: JsonObject) -> bool:
+    """Return whether an example has an answer that is compared with its reference as text."""
+    return any(answer and answer["diff"] for answer in example["predictions"])
 
 
 def _build_result_context(
@@ -249,14 +263,26 @@ def _build_result_context(
 ) -> dict[str, Any]:
     """Return the template values of the result section."""
     rows = build_metric_rows(evaluations, _read_differences(run_record, evaluations))
-    row = next((row for row in rows if row.is_primary), rows[-1] if rows else None)
-    has_intervals = any(cell.interval or cell.change_interval for row in rows for cell in row.cells)
-    names, last = _name_evaluations(run_record, evaluations), [{}, *evaluations][-1]
+    primary_row = next((row for row in rows if row.is_primary), None)
+    if primary_row is None and rows:
+        primary_row = rows[-1]
+    change_text = ""
+    if primary_row is not None:
+        change_text = describe_change(primary_row)
+    has_intervals = False
+    for row in rows:
+        for cell in row.cells:
+            if cell.interval or cell.change_interval:
+                has_intervals = True
+    last: JsonObject = {}
+    if evaluations:
+        last = evaluations[-1]
     num_samples = last.get("num_samples") or last.get("num_loss_samples")
+    names = _name_evaluations(run_record, evaluations)
     return {
         "metric_rows": rows,
-        "primary_row": row,
-        "change_text": describe_change(row) if row else "",
+        "primary_row": primary_row,
+        "change_text": change_text,
         "conclusion": conclude(rows, names, num_samples),
         "has_intervals": has_intervals,
         "notes": format_notes(iter_notes(rows)),
@@ -271,9 +297,11 @@ def _build_guard_context(run_record: RunRecord) -> dict[str, Any]:
         results = GROUP_RESULTS.validate_python(run_record.guard.get("groups", []))
     rows = []
     for one in results:
-        found, name = one.difference, f"{one.group}: {format_metric_name(one.difference.name)}"
-        cells = [MetricCell(found.before, None), MetricCell(found.after, None, found)]
-        rows.append(MetricRow(name, bool(one.problems), cells))
+        difference = one.difference
+        name = f"{one.group}: {format_metric_name(difference.name)}"
+        before = MetricCell(difference.before, None)
+        after = MetricCell(difference.after, None, difference)
+        rows.append(MetricRow(name, bool(one.problems), [before, after]))
     names = translate("base model"), translate("tuned model")
     return {"guard_results": results, "guard_rows": rows, "guard_names": names}
 
@@ -307,7 +335,6 @@ def _build_examples_context(run_record: RunRecord, examples: ExampleSet) -> dict
     """Return the template values of the examples section."""
     kind_labels = KIND_LABELS if examples.is_paired else UNPAIRED_KIND_LABELS
     labels = {kind: translate(label) for kind, label in kind_labels.items()}
-    displayed_counts = Counter(example.kind for example in examples.displayed)
     text = "{:,} validation samples."
     if examples.metric and examples.is_paired:
         text = (
@@ -317,18 +344,20 @@ def _build_examples_context(run_record: RunRecord, examples: ExampleSet) -> dict
     elif examples.metric:
         text = "{:,} validation samples, classified by {}: the maximum is correct."
     note = translate(text, examples.total, format_metric_name(examples.metric))
-    hidden = examples.count_hidden()
-    if hidden:
-        hidden_texts = [translate("{:,} {}", count, labels[kind]) for kind, count in hidden.items()]
+    hidden_texts = []
+    for kind, count in examples.count_hidden().items():
+        hidden_texts.append(translate("{:,} {}", count, labels[kind]))
+    if hidden_texts:
         text = " Not on this page: {}. The run folder contains all of them."
         note += translate(text, summary.join_words(hidden_texts))
+    displayed_counts = dict.fromkeys(EXAMPLE_KINDS, 0)
+    for example in examples.displayed:
+        displayed_counts[example.kind] += 1
+    displayed_counts["wrong"] = count_incorrect(examples.displayed)
     return {
         "examples": examples,
         "kind_labels": list(labels.items()),
-        "displayed_counts": {
-            **{kind: displayed_counts[kind] for kind in EXAMPLE_KINDS},
-            "wrong": count_incorrect(examples.displayed),
-        },
+        "displayed_counts": displayed_counts,
         "examples_note": note,
     }
 
@@ -342,8 +371,12 @@ def _build_examples(
 ) -> tuple[ExampleSet, JsonObject]:
     """Read examples from the predictions before training and the latest ones."""
     files = run_record.predictions_files
-    first = files[0] if files and files[0].stem == "before" else None
-    last = files[-1] if files and files[-1] != first else None
+    first = None
+    last = None
+    if files and files[0].stem == "before":
+        first = files[0]
+    if files and files[-1] != first:
+        last = files[-1]
     max_bytes = run_record.max_bytes
     examples = read_examples(first, last, run_record.primary_metric, max_examples, max_bytes)
     groups = read_groups(run_record.folder / RESPONSES_FILE, max_examples, max_bytes)
@@ -364,7 +397,8 @@ def select_evaluations(run_record: RunRecord) -> list[JsonObject]:
     values of other samples are removed.
     """
     if run_record.result is not None:
-        before, after = run_record.result.get("before"), run_record.result.get("after")
+        before = run_record.result.get("before")
+        after = run_record.result.get("after")
         if isinstance(before, dict) and isinstance(after, dict):
             return pair_evaluations(before, after)
     evaluations = [x for x in run_record.evaluations if is_finite(x.get("validation_loss"))]
@@ -379,9 +413,11 @@ def _name_evaluations(run_record: RunRecord, evaluations: Sequence[JsonObject]) 
     names = []
     for line in evaluations:
         step = line.get("step") or 0
-        name = translate("after step {:,}", step) if step else translate("before")
+        name = translate("before")
         if run_record.result is not None and step == summary.get_last_step(run_record):
             name = translate("after")
+        elif step:
+            name = translate("after step {:,}", step)
         names.append(name)
     return names
 
@@ -395,10 +431,11 @@ def _read_differences(
     """
     recorded = (run_record.result or {}).get("metric_differences")
     with suppress(ValidationError):
-        if differences := _DIFFERENCES.validate_python(recorded or []):
+        differences = _DIFFERENCES.validate_python(recorded or [])
+        if differences:
             return {difference.name: difference for difference in differences}
     files = run_record.predictions_files
     if len(files) < 2 or len(evaluations) < 2:
         return {}
-    before_metrics, after_metrics = (read_metrics(line) for line in evaluations)
-    return estimate_differences(files[0], files[-1], before_metrics, after_metrics)
+    before, after = evaluations
+    return estimate_differences(files[0], files[-1], read_metrics(before), read_metrics(after))

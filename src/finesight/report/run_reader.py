@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -69,8 +69,9 @@ MAX_PAGE_FILE_BYTES = 8 << 20
 MAX_PAGE_RECIPE_BYTES = 1 << 20
 """Maximum size of a JSON file, and of the recipe, of a run on a page with many runs."""
 
-MAX_ABS_VALUE, MAX_MFU = 1e15, 1.0
-"""Maximum absolute value of a number, and of the MFU. Larger numbers are treated as missing."""
+# Larger numbers are treated as missing.
+MAX_ABS_VALUE = 1e15
+MAX_MFU = 1.0
 
 
 @dataclass(frozen=True)
@@ -114,8 +115,10 @@ class RunRecord:
     @property
     def primary_metric(self) -> str | None:
         """Primary metric of the last evaluation that has one."""
-        names = [line.get("primary_metric") for line in self.evaluations]
-        return next((str(name) for name in reversed(names) if name), None)
+        for line in reversed(self.evaluations):
+            if line.get("primary_metric"):
+                return str(line["primary_metric"])
+        return None
 
     @property
     def predictions_files(self) -> list[Path]:
@@ -156,20 +159,20 @@ def read_run(
     if with_plugins:
         require_run_plugins(folder)
     reader = _RunFolderReader(folder, max_bytes)
-    lines = [_drop_invalid_values(line) for line in reader.read_lines(METRICS_FILE)]
+    lines = list(map(_drop_invalid_values, reader.read_lines(METRICS_FILE)))
     lines = [line for line in lines if line.get("step") is not None]
-    steps = [line for line in lines if "loss" in line and line.get("step_s") is not None]
-    if any(line.get("mfu") is None and line.get("num_packs") != 0 for line in steps):
-        # A step above the measured peak shows that the peak is too low for all steps.
-        steps = [line | {"mfu": None} for line in steps]
-    events = [line for line in lines if line.get("started_at") or line.get("ended_at")]
     reader.record_irregular_files(PREDICTIONS_FOLDER)
-    param_changes = reader.read_json(PARAM_AUDIT_FILE)
+    param_changes = None
+    audit = reader.read_json(PARAM_AUDIT_FILE)
+    if isinstance(audit, list):
+        param_changes = [_drop_invalid_values(as_object(row)) for row in audit]
     text = reader.read_text(RECIPE_FILE) or ""
     result = _drop_invalid_values(as_object(reader.read_json(RESULT_FILE)))
-    for line, name in [(result, "before"), (result, "after"), *((line, "full") for line in lines)]:
-        if line.get(name) is not None:
-            line[name] = _drop_invalid_values(line[name])
+    _clean_section(result, "before")
+    _clean_section(result, "after")
+    steps = _select_steps(lines)
+    for line in lines:
+        _clean_section(line, "full")
     return RunRecord(
         folder=folder,
         recipe=reader.parse_recipe(text),
@@ -180,17 +183,41 @@ def read_run(
         starts=[line for line in lines if line.get("started_at")],
         vision_cache_builds=[line for line in lines if "vision_cache_s" in line],
         skipped_samples=list(reader.read_lines(SKIPPED_SAMPLES_FILE)),
-        param_changes=[_drop_invalid_values(as_object(row)) for row in param_changes]
-        if isinstance(param_changes, list)
-        else None,
+        param_changes=param_changes,
         result=result or None,
         weight_digests=reader.read_weight_digests(),
         checkpoint_identity=reader.read_checkpoint_identity(),
-        end_event=events[-1] if events and events[-1].get("ended_at") else None,
+        end_event=_find_end_event(lines),
         unreadable_files=reader.unreadable_files,
         guard=as_object(reader.read_json(GUARD_FILE)),
         max_bytes=max_bytes,
     )
+
+
+def _clean_section(line: JsonObject, name: str) -> None:
+    """Drop the invalid values of a JSON object inside a line."""
+    if line.get(name) is not None:
+        line[name] = _drop_invalid_values(line[name])
+
+
+def _select_steps(lines: Sequence[JsonObject]) -> list[JsonObject]:
+    """Return the lines of training steps, without an MFU that is too high."""
+    steps = [line for line in lines if "loss" in line and line.get("step_s") is not None]
+    for line in steps:
+        # A step above the measured peak shows that the peak is too low for all steps.
+        if line.get("mfu") is None and line.get("num_packs") != 0:
+            return [step | {"mfu": None} for step in steps]
+    return steps
+
+
+def _find_end_event(lines: Sequence[JsonObject]) -> JsonObject | None:
+    """Return the end of the last training process, or None if none was recorded."""
+    for line in reversed(lines):
+        if line.get("ended_at"):
+            return line
+        if line.get("started_at"):
+            return None
+    return None
 
 
 def get_sample_set(line: JsonObject, count: str = "num_loss_samples") -> tuple[object, object]:
@@ -229,8 +256,11 @@ def pair_evaluations(before: JsonObject, after: JsonObject) -> list[JsonObject]:
     """
     if not before or not after:
         return [{}, as_object(after.get("full")) or after]
-    pairs = [(as_object(before.get("full")) or before, as_object(after.get("full")) or after)]
-    before, after = max([*pairs, (before, after)], key=lambda pair: rank_equal_sets(*pair))
+    full_before = as_object(before.get("full")) or before
+    full_after = as_object(after.get("full")) or after
+    if rank_equal_sets(full_before, full_after) >= rank_equal_sets(before, after):
+        before = full_before
+        after = full_after
     removed: JsonObject = {}
     if not has_equal_sets(before, after, "num_samples"):
         removed |= {"scores": {}, "intervals": {}}
@@ -255,10 +285,12 @@ def has_equal_sets(before: JsonObject, after: JsonObject, count: str) -> bool:
 
 
 def rank_equal_sets(before: JsonObject, after: JsonObject) -> int:
-    """Return 0 if two evaluations have no samples in common; equal samples of scores weigh more."""
-    equal_scores, equal_losses = (
-        has_equal_sets(before, after, count) for count in ("num_samples", "num_loss_samples")
-    )
+    """Return a rank of evaluations with equal samples, above all of scores.
+
+    It is 0 if the evaluations have no samples in common.
+    """
+    equal_scores = has_equal_sets(before, after, "num_samples")
+    equal_losses = has_equal_sets(before, after, "num_loss_samples")
     return 2 * equal_scores + equal_losses
 
 
@@ -267,9 +299,13 @@ def list_image_folders(run_records: Iterable[RunRecord]) -> list[Path]:
 
     These are the current folder and the working directories in which the runs were started.
     """
-    starts = [line for run_record in run_records for line in run_record.starts]
-    folders: list[Any] = [line.get("working_dir") for line in starts]
-    return [Path(), *(Path(folder) for folder in folders if isinstance(folder, str))]
+    folders = [Path()]
+    for run_record in run_records:
+        for line in run_record.starts:
+            folder = line.get("working_dir")
+            if isinstance(folder, str):
+                folders.append(Path(folder))
+    return folders
 
 
 def read_json_lines(
@@ -308,19 +344,28 @@ def is_finite(value: object) -> TypeGuard[int | float]:
 
 def as_object(content: object) -> JsonObject:
     """Return a JSON object, or an empty one for another value."""
-    return content if isinstance(content, dict) else {}
+    if not isinstance(content, dict):
+        return {}
+    return content
 
 
 def _drop_invalid_values(line: JsonObject) -> JsonObject:
     """Replace the values of a line that have an unexpected type by None."""
+    valid: JsonObject = {}
+    for key, value in line.items():
+        valid[key] = value if _is_valid(key, value) else None
+    return valid
 
-    def is_valid(key: str, value: object) -> bool:
-        if FIELD_TYPES.get(key) is float:
-            maximum = MAX_MFU if key == "mfu" else MAX_ABS_VALUE
-            return isinstance(value, int | float) and abs(value) <= maximum
-        return key not in FIELD_TYPES or isinstance(value, FIELD_TYPES[key])
 
-    return {key: value if is_valid(key, value) else None for key, value in line.items()}
+def _is_valid(key: str, value: object) -> bool:
+    """Return whether a value has the expected type, and a number a valid size."""
+    expected_type = FIELD_TYPES.get(key)
+    if expected_type is None:
+        return True
+    if expected_type is not float:
+        return isinstance(value, expected_type)
+    maximum = MAX_MFU if key == "mfu" else MAX_ABS_VALUE
+    return isinstance(value, int | float) and abs(value) <= maximum
 
 
 class _RunFolderReader:
@@ -346,8 +391,10 @@ class _RunFolderReader:
 
     def read_json(self, name: str) -> object:
         text = self.read_text(name)
+        if text is None:
+            return None
         try:
-            return None if text is None else parse_json(text)
+            return parse_json(text)
         except ValueError:
             self.unreadable_files.append(name)
             return None
@@ -373,25 +420,29 @@ class _RunFolderReader:
         if is_large:
             # The numbers of the lines are unknown.
             self.unreadable_files.append(f"the middle of {name}")
+        elif len(damaged_lines) == 1:
+            self.unreadable_files.append(f"line {damaged_lines[0]:,} of {name}")
         elif damaged_lines:
-            lines = "line" if len(damaged_lines) == 1 else f"{len(damaged_lines):,} lines from line"
-            self.unreadable_files.append(f"{lines} {damaged_lines[0]:,} of {name}")
+            count = len(damaged_lines)
+            self.unreadable_files.append(
+                f"{count:,} lines from line {damaged_lines[0]:,} of {name}"
+            )
 
     def record_irregular_files(self, name: str) -> None:
         """Mark JSON Lines files of a folder as unreadable unless they are regular files."""
-        candidates = sorted((self._folder / name).glob("*.jsonl"))
-        self.unreadable_files += [
-            f"{name}/{path.name}" for path in candidates if not path.is_file()
-        ]
+        for path in sorted((self._folder / name).glob("*.jsonl")):
+            if not path.is_file():
+                self.unreadable_files.append(f"{name}/{path.name}")
 
     def read_weight_digests(self) -> dict[str, str]:
         """Return the SHA-256 digests of the trained weights by path in the run directory."""
-        return {
-            f"{part}/{name}": str(value)
-            for part in (ADAPTER_FOLDER, MODEL_FOLDER)
-            for name, value in as_object(self.read_json(f"{part}/{DIGESTS_FILE}")).items()
-            if name.endswith(".safetensors")
-        }
+        digests = {}
+        for part in (ADAPTER_FOLDER, MODEL_FOLDER):
+            content = as_object(self.read_json(f"{part}/{DIGESTS_FILE}"))
+            for name, value in content.items():
+                if name.endswith(".safetensors"):
+                    digests[f"{part}/{name}"] = str(value)
+        return digests
 
     def read_checkpoint_identity(self) -> JsonObject:
         """Return the fingerprints of data and base model in the newest checkpoint."""

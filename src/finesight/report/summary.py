@@ -37,13 +37,25 @@ from finesight.report.run_reader import (
 
 NOT_RECORDED = "not recorded"
 
+MODEL_PARTS = ("vision", "merger", "language", "embeddings")
+
+TRAINED_PART_TEXTS = {
+    "lora": "{} with LoRA of rank {}",
+    "full": "{} with full fine-tuning",
+    "nf4": "frozen weights of {} in NF4",
+    "fp8": "frozen weights of {} in FP8",
+}
+"""Descriptions of parts of the model by training mode or quantization."""
+
 
 def get_last_start(run_record: RunRecord) -> JsonObject:
     """Return the start event of the last training process.
 
     Returns an empty object for a run without readable start events.
     """
-    return run_record.starts[-1] if run_record.starts else {}
+    if not run_record.starts:
+        return {}
+    return run_record.starts[-1]
 
 
 def get_data_stats(run_record: RunRecord, name: str) -> JsonObject:
@@ -59,13 +71,15 @@ def get_last_step(run_record: RunRecord) -> int:
 
 def get_total_steps(run_record: RunRecord) -> int | None:
     """Return the total number of training steps of a run, or None if unknown."""
-    recorded = (run_record.result or {}).get("steps"), get_last_start(run_record).get("total_steps")
+    result = run_record.result or {}
+    recorded = result.get("steps"), get_last_start(run_record).get("total_steps")
     return next((total for total in recorded if isinstance(total, int)), None)
 
 
 def describe_progress(run_record: RunRecord) -> str:
     """Describe the progress of a run: finished, stopped early, or steps so far."""
-    total, current_step = get_total_steps(run_record), get_last_step(run_record)
+    total = get_total_steps(run_record)
+    current_step = get_last_step(run_record)
     if run_record.result is None:
         if total:
             return translate("not finished: {:,} of {:,} steps so far", current_step, total)
@@ -84,9 +98,11 @@ def get_model_name(run_record: RunRecord) -> str:
 
     A local path is reduced to its last folder.
     """
-    names = run_record.manifest.get("base_model"), run_record.recipe.get("model")
-    base = str(next(filter(None, names), translate(NOT_RECORDED)))
-    return base if not Path(base).is_absolute() else Path(base).name
+    name = run_record.manifest.get("base_model") or run_record.recipe.get("model")
+    base = str(name or translate(NOT_RECORDED))
+    if Path(base).is_absolute():
+        return Path(base).name
+    return base
 
 
 def count_training_samples(run_record: RunRecord) -> int | None:
@@ -99,37 +115,35 @@ def describe_trained_parts(run_record: RunRecord) -> str:
     """Describe the trained parts of the model and its quantized weights."""
     tune = as_object(run_record.manifest.get("tune"))
     quantize = as_object(tune.get("quantize"))
-    parts = ("vision", "merger", "language", "embeddings")
-    parts_by_mode = {
-        mode: [part for part in parts if tune.get(part) == mode] for mode in ("lora", "full")
-    }
+    parts_by_mode: dict[str, list[str]] = {}
+    for mode in ("lora", "full"):
+        parts_by_mode[mode] = [part for part in MODEL_PARTS if tune.get(part) == mode]
     for key in ("nf4", "fp8"):
-        parts_by_mode[key] = quantize[key] if isinstance(quantize.get(key), list) else []
+        parts_by_mode[key] = []
+        if isinstance(quantize.get(key), list):
+            parts_by_mode[key] = quantize[key]
     rank = as_object(tune.get("lora")).get("rank", "unknown")
-    texts = {
-        "lora": "{} with LoRA of rank {}",
-        "full": "{} with full fine-tuning",
-        "nf4": "frozen weights of {} in NF4",
-        "fp8": "frozen weights of {} in FP8",
-    }
-    phrases = [
-        translate(text, join_words(parts_by_mode[mode]), rank)
-        for mode, text in texts.items()
-        if parts_by_mode[mode]
-    ]
+    phrases = []
+    for mode, text in TRAINED_PART_TEXTS.items():
+        if parts_by_mode[mode]:
+            phrases.append(translate(text, join_words(parts_by_mode[mode]), rank))
     return translate("; ").join(phrases) or translate(NOT_RECORDED)
 
 
 def summarize_run(run_record: RunRecord) -> str:
     """Summarize a run in two sentences: model, data, trained parts and progress."""
     num_samples = count_training_samples(run_record)
-    epoch = run_record.steps[-1].get("epoch") if run_record.steps else 0
-    samples_text = translate(" on {:,} samples", num_samples) if num_samples else ""
+    samples_text = ""
+    if num_samples:
+        samples_text = translate(" on {:,} samples", num_samples)
+    epochs_text = ""
+    if run_record.steps and run_record.steps[-1].get("epoch"):
+        epochs_text = translate(", {:.4g} epochs", run_record.steps[-1]["epoch"])
     return translate(
         "{} fine-tuned{}{}: {}. The run is {}.",
         get_model_name(run_record),
         samples_text,
-        translate(", {:.4g} epochs", epoch) if epoch else "",
+        epochs_text,
         describe_trained_parts(run_record),
         describe_progress(run_record),
     )
@@ -155,35 +169,56 @@ def summarize_cost(run_record: RunRecord) -> list[tuple[str, str]]:
     seconds = _sum_field(steps, "step_s")
     if not seconds:
         return [(translate("training steps"), translate("none yet"))]
-    mfu_sum = sum(float(line.get("mfu") or 0) * float(line["step_s"]) for line in steps)
-    peak_gb = max(float(line.get("peak_memory_gb") or 0) for line in steps)
-    num_samples, num_tokens = _sum_field(steps, "num_samples"), _sum_field(steps, "num_tokens")
+    durations = []
+    mfu_seconds = []
+    peaks_gb = []
+    num_skipped = []
+    for line in steps:
+        step_s = float(line["step_s"])
+        durations.append(step_s)
+        mfu_seconds.append(float(line.get("mfu") or 0) * step_s)
+        peaks_gb.append(float(line.get("peak_memory_gb") or 0))
+        num_skipped.append(int(line.get("skipped_steps") or 0))
+    mfu_sum = sum(mfu_seconds)
+    peak_gb = max(peaks_gb)
+    num_samples = _sum_field(steps, "num_samples")
+    num_tokens = _sum_field(steps, "num_tokens")
     total_seconds = seconds + _sum_field(run_record.vision_cache_builds, "vision_cache_s")
-    shares = (_compute_share(run_record, name) for name in ("data_wait_s", "rollout_s"))
-    data_wait, sampling = ("" if x is None else f"{100 * x:.2g} %" for x in shares)
     missing = translate(NOT_RECORDED)
     texts = {
         "samples/s": f"{num_samples / total_seconds:,.4g}",
         "tokens/s": f"{num_tokens / total_seconds:,.0f}",
-        "median step": format_duration(median(float(line["step_s"]) for line in steps)),
+        "median step": format_duration(median(durations)),
         "MFU": f"{100 * mfu_sum / seconds:.3g} %" if mfu_sum else missing,
-        "data wait": data_wait or missing,
-        **({"sampling": sampling} if sampling else {}),
+        "data wait": _format_share(run_record, "data_wait_s") or missing,
+        "sampling": _format_share(run_record, "rollout_s"),
         "peak memory": f"{peak_gb:.3g} GB" if peak_gb else missing,
         "processed samples": f"{num_samples:,.0f}",
         "processed tokens": f"{num_tokens:,.0f}",
         "supervised tokens": f"{_sum_field(steps, 'num_supervised_tokens'):,.0f}",
-        "skipped steps": f"{max(int(line.get('skipped_steps') or 0) for line in steps):,}",
-        "starts": str(len(run_record.starts)) if run_record.starts else missing,
+        "skipped steps": f"{max(num_skipped):,}",
+        "starts": str(len(run_record.starts) or missing),
     }
+    if not texts["sampling"]:  # only objectives that generate responses
+        del texts["sampling"]
     return [(translate(name), text) for name, text in texts.items()]
+
+
+def _format_share(run_record: RunRecord, name: str) -> str:
+    """Format the share of a duration in the step time; empty if unknown."""
+    share = _compute_share(run_record, name)
+    if share is None:
+        return ""
+    return f"{100 * share:.2g} %"
 
 
 def _compute_share(run_record: RunRecord, name: str) -> float | None:
     """Return the share of a duration in the step time, or None if unknown."""
     timed_steps = [line for line in run_record.steps if line.get(name) is not None]
     seconds = _sum_field(timed_steps, "step_s")
-    return _sum_field(timed_steps, name) / seconds if seconds else None
+    if not seconds:
+        return None
+    return _sum_field(timed_steps, name) / seconds
 
 
 def list_remarks(run_record: RunRecord) -> list[str]:
@@ -192,7 +227,9 @@ def list_remarks(run_record: RunRecord) -> list[str]:
     fraction = _compute_share(run_record, "data_wait_s")
     if fraction is not None and fraction > MAX_DATA_WAIT_FRACTION:
         num_workers = get_last_start(run_record).get("num_workers")
-        workers_text = translate(" (now {})", num_workers) if isinstance(num_workers, int) else ""
+        workers_text = ""
+        if isinstance(num_workers, int):
+            workers_text = translate(" (now {})", num_workers)
         text = (
             "Data wait is {:.2g} % of the step time. To reduce it, increase train.num_workers{},"
             " use smaller image files, or reduce the image size of the model (image.max_pixels)."
@@ -202,7 +239,10 @@ def list_remarks(run_record: RunRecord) -> list[str]:
     end = (run_record.result or {}).get("weights_step") or math.inf
     lines = [line for line in (*run_record.steps, *run_record.evaluations) if line["step"] <= end]
     overfitting = describe_overfitting(run_record.folder, lines)
-    return [*remarks, *([overfitting] if overfitting else []), *list_memory_remarks(run_record)]
+    if overfitting:
+        remarks.append(overfitting)
+    remarks += list_memory_remarks(run_record)
+    return remarks
 
 
 MIN_LOSS_INCREASE = 1.01
@@ -236,7 +276,9 @@ def describe_overfitting(folder: Path, lines: Sequence[JsonObject]) -> str | Non
         " weights (eval.every=0.1 eval.patience=2), lower train.learning_rate, or add samples."
     )
     checkpoint = folder / CHECKPOINTS_FOLDER / f"step-{best_step}"
-    location = translate(" (checkpoint {})", checkpoint) if checkpoint.is_dir() else ""
+    location = ""
+    if checkpoint.is_dir():
+        location = translate(" (checkpoint {})", checkpoint)
     return translate(text, sign, *change, best_step, location, best_step)
 
 
@@ -256,32 +298,38 @@ def _find_rising_loss(lines: Sequence[JsonObject]) -> OverfittingSign | None:
     # The loss of a policy is no measure of its fit.
     if len(points) < 3 or any("reward" in line for line in lines):
         return None
-
-    def mean_loss(start: int, end: int) -> float:
-        steps = (x for x in lines if start < x["step"] <= end)
-        losses = [float(x["loss"]) for x in steps if is_finite(x.get("loss"))]
-        return mean(losses) if losses else 0.0
-
     (start, first), (middle, second), (end, last) = points[-3:]
     best_loss, best_step = min((loss, step) for step, loss in points)
     is_rising = first < second < last > MIN_LOSS_INCREASE * best_loss
-    if not is_rising or mean_loss(middle, end) >= mean_loss(start, middle):
+    if not is_rising or _mean_loss(lines, middle, end) >= _mean_loss(lines, start, middle):
         return None
     _, scores = _list_primary_scores(lines)
-    if any(step == best_step and scores[-1][1] > score for step, score in scores):
-        return None
+    for step, score in scores:
+        if step == best_step and scores[-1][1] > score:
+            return None
     sign = translate("the validation loss rose while the training loss fell")
     return sign, translate("validation loss"), points[-3:], best_step
+
+
+def _mean_loss(lines: Sequence[JsonObject], start: int, end: int) -> float:
+    """Return the mean training loss of the steps after `start` up to `end`."""
+    losses = _list_values([line for line in lines if start < line["step"] <= end], "loss")
+    return mean(losses or [0.0])
 
 
 def _list_primary_scores(lines: Sequence[JsonObject]) -> tuple[str, list[tuple[int, float]]]:
     """Return the primary metric, and step and score of the comparable evaluations."""
     evaluations = list_comparable_evaluations(lines, "num_samples")
-    metric = str(evaluations[-1].get("primary_metric")) if evaluations else ""
-    scores = [
-        (int(line["step"]), as_object(line.get("scores")).get(metric)) for line in evaluations
-    ]
-    return metric, [(step, float(score)) for step, score in scores if is_finite(score)]
+    if not evaluations:
+        return "", []
+    metric = str(evaluations[-1].get("primary_metric"))
+    scores = []
+    for line in evaluations:
+        step = int(line["step"])
+        score = as_object(line.get("scores")).get(metric)
+        if is_finite(score):
+            scores.append((step, float(score)))
+    return metric, scores
 
 
 def _find_falling_score(lines: Sequence[JsonObject]) -> OverfittingSign | None:
@@ -307,26 +355,32 @@ FORM_REWARD = re.compile("format|length|repetition")
 MIN_REWARD_STEPS = 8
 """Number of steps with rewards from which their first and last quarter are compared."""
 
-MAX_RATIO, MAX_TRUNCATION_GAIN = 1.5, 0.1
-"""Bounds of lengths over time and of boxes to references; of additional truncated responses."""
+MAX_RATIO = 1.5
+"""Maximum ratio of lengths over time, and of boxes to references."""
+
+MAX_TRUNCATION_GAIN = 0.1
+"""Maximum share of additional truncated responses."""
 
 
 def list_reward_names(lines: Sequence[JsonObject]) -> list[str]:
     """Return the names of the rewards in the metrics of the first and last steps."""
-    keys = dict.fromkeys(key for line in (*lines[:100], *lines[-100:]) for key in line)
-    return [match[1] for key in keys if (match := REWARD_KEY.fullmatch(key))]
+    keys: dict[str, None] = {}
+    for line in (*lines[:100], *lines[-100:]):
+        keys.update(dict.fromkeys(line))
+    return [match[1] for match in map(REWARD_KEY.fullmatch, keys) if match]
 
 
 def estimate_reward(
     run_record: RunRecord, lines: Sequence[JsonObject], name: str
 ) -> tuple[float, float]:
-    """Return the mean of a reward over steps, and half of its 95 % interval; NaN if unknown.
+    """Return the mean of a reward over steps, and half of its 95 % interval.
 
-    Responses to the same prompt are not independent. The number of prompts determines the interval,
-    which is then rather too wide than too narrow.
+    Both are NaN if unknown. Responses to the same prompt are not independent. The number of prompts
+    determines the interval, which is then rather too wide than too narrow.
     """
     num_prompts = as_object(run_record.recipe.get("train")).get("batch_size")
-    means, stds = (_list_values(lines, f"rewards/{name}/{key}") for key in ("mean", "std"))
+    means = _list_values(lines, f"rewards/{name}/mean")
+    stds = _list_values(lines, f"rewards/{name}/std")
     if not means or not isinstance(num_prompts, int) or num_prompts < 1:
         return math.nan, math.nan
     return mean(means), 1.96 * math.hypot(*stds) / math.sqrt(num_prompts) / len(means)
@@ -339,16 +393,20 @@ def _list_values(lines: Sequence[JsonObject], key: str) -> list[float]:
 def compare_rewards(
     run_record: RunRecord,
 ) -> tuple[tuple[list[JsonObject], list[JsonObject]], dict[str, IntervalBounds]]:
-    """Return the first and last quarter of the steps, and 95 % intervals of the increases."""
+    """Return the first and last quarter of steps, and 95 % intervals of gains."""
     steps = [line for line in run_record.steps if is_finite(line.get("reward"))]
     size = max(1, len(steps) // 4)
-    parts, gains = (steps[:size], steps[-size:]), {}
+    first = steps[:size]
+    last = steps[-size:]
+    gains = {}
     for name in list_reward_names(steps):
-        (before, error), (after, other) = (estimate_reward(run_record, x, name) for x in parts)
-        change, margin = after - before, math.hypot(error, other)
+        before, before_margin = estimate_reward(run_record, first, name)
+        after, after_margin = estimate_reward(run_record, last, name)
+        change = after - before
+        margin = math.hypot(before_margin, after_margin)
         if not math.isnan(change):
             gains[name] = change - margin, change + margin
-    return parts, gains
+    return (first, last), gains
 
 
 def describe_rewards(run_record: RunRecord) -> str:
@@ -356,8 +414,10 @@ def describe_rewards(run_record: RunRecord) -> str:
     (first, last), gains = compare_rewards(run_record)
     if not first or first == last:
         return ""
-    values = [format_value(mean(_list_values(lines, "reward"))) for lines in (first, last)]
-    texts = [translate("Reward of the first and last {:,} steps: {} → {}", len(first), *values)]
+    before = format_value(mean(_list_values(first, "reward")))
+    after = format_value(mean(_list_values(last, "reward")))
+    text = "Reward of the first and last {:,} steps: {} → {}"
+    texts = [translate(text, len(first), before, after)]
     for name, (low, high) in gains.items():
         verdict = "no clear change"
         if low > 0:
@@ -392,35 +452,42 @@ def list_reward_signs(
 def _find_length_drift(
     first: Sequence[JsonObject], last: Sequence[JsonObject]
 ) -> tuple[str, bool, str]:
-    (before, after), (cut_before, cut_after) = (
-        [mean(_list_values(lines, key) or [0.0]) for lines in (first, last)]
-        for key in ("completions/mean_length", "completions/clipped_ratio")
-    )
+    before, after = _compare_means("completions/mean_length", first, last)
+    truncated_before, truncated_after = _compare_means("completions/clipped_ratio", first, last)
     low, high = sorted((before, after))
-    is_found = 0 < MAX_RATIO * low < high or cut_after - cut_before > MAX_TRUNCATION_GAIN
+    is_longer_or_shorter = 0 < MAX_RATIO * low < high
+    is_found = is_longer_or_shorter or truncated_after - truncated_before > MAX_TRUNCATION_GAIN
     text = (
         "{:.1f} tokens per response in the first {:,} steps and {:.1f} in the last;"
         " {:.0f} % and {:.0f} % of the responses are truncated"
     )
-    figures = before, len(first), after, 100 * cut_before, 100 * cut_after
+    figures = before, len(first), after, 100 * truncated_before, 100 * truncated_after
     return translate("Length drift"), is_found, translate(text, *figures)
+
+
+def _compare_means(
+    key: str, first: Sequence[JsonObject], last: Sequence[JsonObject]
+) -> tuple[float, float]:
+    """Return the means of a value over the first and the last steps."""
+    return mean(_list_values(first, key) or [0.0]), mean(_list_values(last, key) or [0.0])
 
 
 def _find_box_spam(groups: Sequence[JsonObject]) -> Iterator[tuple[str, bool, str]]:
     """Compare the boxes of the first and last groups with the references."""
-    counts = [
-        (mean(len(one["boxes"]) for one in group["predictions"]), len(group["boxes"]))
-        for group in groups
-    ]
-    if any(map(any, counts)):
-        size = math.ceil(len(counts) / 4)
-        before, after = (mean(x for x, _ in rows) for rows in (counts[-size:], counts[:size]))
-        reference = mean(x for _, x in counts[:size])
-        text = (
-            "{:.1f} boxes per response in the first groups, {:.1f} in the last; reference: {:.1f}"
-        )
-        is_found = after > MAX_RATIO * max(1, reference)
-        yield translate("Box spam"), is_found, translate(text, before, after, reference)
+    num_boxes = []
+    num_references = []
+    for group in groups:
+        num_boxes.append(mean(len(one["boxes"]) for one in group["predictions"]))
+        num_references.append(len(group["boxes"]))
+    if not any(num_boxes) and not any(num_references):
+        return
+    size = math.ceil(len(groups) / 4)
+    before = mean(num_boxes[-size:])
+    after = mean(num_boxes[:size])
+    reference = mean(num_references[:size])
+    text = "{:.1f} boxes per response in the first groups, {:.1f} in the last; reference: {:.1f}"
+    is_found = after > MAX_RATIO * max(1, reference)
+    yield translate("Box spam"), is_found, translate(text, before, after, reference)
 
 
 def list_memory_remarks(run_record: RunRecord) -> list[str]:
@@ -430,7 +497,8 @@ def list_memory_remarks(run_record: RunRecord) -> list[str]:
     is_checkpointing = float(settings.get("activation_checkpointing") or 0) > 0
     changes = []
     for line in run_record.steps:
-        step, new_tokens = line["step"], line.get("pack_tokens")
+        step = line["step"]
+        new_tokens = line.get("pack_tokens")
         if None not in (new_tokens, pack_tokens) and new_tokens != pack_tokens:
             text = "packs of at most {:,} tokens from step {:,}"
             changes.append(translate(text, new_tokens, step))
@@ -438,8 +506,10 @@ def list_memory_remarks(run_record: RunRecord) -> list[str]:
         if line.get("activation_checkpointing") and not is_checkpointing:
             changes.append(translate("activation checkpointing from step {:,}", step))
             is_checkpointing = True
+    if not changes:
+        return []
     text = "The run ran out of GPU memory and continued with less: {}."
-    return [translate(text, join_words(changes))] if changes else []
+    return [translate(text, join_words(changes))]
 
 
 def _sum_field(lines: Iterable[JsonObject], name: str) -> float:
@@ -453,24 +523,31 @@ def list_skipped_samples(run_record: RunRecord) -> list[tuple[str, str, str]]:
         reason = str(line.get("reason"))
         # Without the image path at the start, so that equal reasons match.
         ids_by_reason[reason.partition(": ")[2] or reason].append(str(line.get("id")))
-    return [
-        (f"{len(ids):,}", reason, ", ".join(ids[:5]) + (", …" if len(ids) > 5 else ""))
-        for reason, ids in sorted(ids_by_reason.items(), key=lambda item: -len(item[1]))
-    ]
+    rows = []
+    for reason, ids in sorted(ids_by_reason.items(), key=lambda item: -len(item[1])):
+        shown_ids = ", ".join(ids[:5])
+        if len(ids) > 5:
+            shown_ids += ", …"
+        rows.append((f"{len(ids):,}", reason, shown_ids))
+    return rows
 
 
 def list_versions(run_record: RunRecord) -> list[tuple[str, str]]:
     """Return the versions of packages, the device, the model family and the start time."""
-    start, missing = get_last_start(run_record), translate(NOT_RECORDED)
+    missing = translate(NOT_RECORDED)
+    start = get_last_start(run_record)
     versions = as_object(start.get("versions") or run_record.manifest.get("versions"))
-    device = f"{start['device']}, {start.get('precision')}" if start.get("device") else missing
-    started_at = str(run_record.starts[0]["started_at"]) if run_record.starts else missing
-    return [
-        *((name, str(value)) for name, value in versions.items()),
-        (translate("device"), device),
-        (translate("model family"), str(run_record.manifest.get("family", missing))),
-        (translate("started"), started_at),
-    ]
+    rows = [(name, str(value)) for name, value in versions.items()]
+    device = missing
+    if start.get("device"):
+        device = f"{start['device']}, {start.get('precision')}"
+    started_at = missing
+    if run_record.starts:
+        started_at = str(run_record.starts[0]["started_at"])
+    rows.append((translate("device"), device))
+    rows.append((translate("model family"), str(run_record.manifest.get("family", missing))))
+    rows.append((translate("started"), started_at))
+    return rows
 
 
 def list_checksums(run_record: RunRecord) -> list[tuple[str, str]]:
@@ -483,8 +560,10 @@ def list_checksums(run_record: RunRecord) -> list[tuple[str, str]]:
         digest = digest or run_record.checkpoint_identity.get(f"data.{name}")
         if digest or name == "train":
             items.append((translate(title), str(digest or missing)))
-    empty_items = [(translate("trained weights"), translate("not written yet"))]
-    return [*items, *(run_record.weight_digests.items() or empty_items)]
+    items += run_record.weight_digests.items()
+    if not run_record.weight_digests:
+        items.append((translate("trained weights"), translate("not written yet")))
+    return items
 
 
 MAX_EXAMPLE_CHARS = 200
@@ -535,9 +614,9 @@ def format_duration(seconds: float) -> str:
 
 def join_words(words: Sequence[str]) -> str:
     """Join words as a translated enumeration with commas and "and"."""
-    return translate(" and ").join(
-        [translate(", ").join(words[:-1]), words[-1]] if len(words) > 1 else words
-    )
+    if len(words) > 1:
+        words = [translate(", ").join(words[:-1]), words[-1]]
+    return translate(" and ").join(words)
 
 
 StatusKind = Literal["finished", "running", "resuming", "interrupted", "failed", "killed"]
@@ -604,17 +683,19 @@ def get_run_status(run_record: RunRecord, is_training: bool = False) -> RunStatu
     """
     end_event = run_record.end_event or {}
     kind: StatusKind = "killed"
+    remaining_s = None
     if run_record.result is not None:
         kind = "finished"
     elif end_event:
         kind = "interrupted" if end_event.get("status") == "interrupted" else "failed"
     elif is_training or _is_training_in(run_record.folder):
         kind = "running"
+        remaining_s = _estimate_remaining_s(run_record)
     return RunStatus(
         kind=kind,
         step=get_last_step(run_record),
         total_steps=get_total_steps(run_record),
-        remaining_s=_estimate_remaining_s(run_record) if kind == "running" else None,
+        remaining_s=remaining_s,
         reason=str(end_event["reason"]) if end_event.get("reason") else None,
     )
 
@@ -639,15 +720,18 @@ def _is_training_in(folder: Path) -> bool:
 
 def _estimate_remaining_s(run_record: RunRecord) -> float | None:
     """Estimate the seconds of the remaining steps and evaluations; None if unknown."""
-    total_steps, current_step = get_total_steps(run_record), get_last_step(run_record)
+    total_steps = get_total_steps(run_record)
+    current_step = get_last_step(run_record)
     recent = run_record.steps[-NUM_RECENT_STEPS:]
     if not total_steps or not current_step or not recent:
         return None
     steps_left = total_steps - current_step
     interim_evaluations = [line for line in run_record.evaluations if line.get("step")]
-    evaluations = interim_evaluations or run_record.evaluations
-    durations = [float(line["eval_s"]) for line in evaluations if line.get("eval_s") is not None]
+    durations = []
+    for line in interim_evaluations or run_record.evaluations:
+        if line.get("eval_s") is not None:
+            durations.append(float(line["eval_s"]))
     # At the same frequency as before, and once at the end.
     num_evaluations_left = len(interim_evaluations) * steps_left / current_step + 1
     step_s = mean(float(line["step_s"]) for line in recent)
-    return steps_left * step_s + num_evaluations_left * (mean(durations) if durations else 0.0)
+    return steps_left * step_s + num_evaluations_left * mean(durations or [0.0])

@@ -173,7 +173,8 @@ class SwanLabTracker(_LoggingTracker):
     as texts, and sent to the webhook in the environment variable `SWANLAB_WEBHOOK`, if it is set.
     """
 
-    extra, package = "track", "swanlab"
+    extra = "track"
+    package = "swanlab"
 
     def start_run(self, record: StartRecord) -> str:
         import swanlab
@@ -181,7 +182,9 @@ class SwanLabTracker(_LoggingTracker):
         tracker = record.tracker
         record.folder.mkdir(parents=True, exist_ok=True)
         is_self_hosted = tracker.uri not in (None, *TRACKER_MODES["swanlab"])
-        extra_settings = {"api_host": tracker.uri} if is_self_hosted else {}
+        extra_settings: dict[str, Any] = {}
+        if is_self_hosted:
+            extra_settings["api_host"] = tracker.uri
         probes = ("hardware", "runtime", "requirements", "git", "swanlab", "monitor")
         self._settings = settings = swanlab.Settings(
             interactive=False,
@@ -203,9 +206,11 @@ class SwanLabTracker(_LoggingTracker):
         }
         os.chdir(record.folder)
         # Without a URI, SWANLAB_MODE applies.
-        mode, reason = tracker.uri or settings.mode, ""
+        mode = tracker.uri or settings.mode
+        reason = ""
         if mode not in ("local", "offline", "disabled"):
-            mode, reason = "offline", " (no key)"
+            mode = "offline"
+            reason = " (no key)"
             if settings.api_key:
                 try:
                     self._run = swanlab.init(mode="online", **init_options)
@@ -256,15 +261,19 @@ class WandbTracker(_LoggingTracker):
     The x axis is the training step. Machine, user, command, code and packages are not recorded.
     """
 
-    extra, package = "wandb", "wandb"
+    extra = "wandb"
+    package = "wandb"
     telemetry_off_env: ClassVar = {"WANDB_ERROR_REPORTING": "false"}
 
     def start_run(self, record: StartRecord) -> str:
         import wandb
 
-        uri, folder = record.tracker.uri, record.folder
+        uri = record.tracker.uri
+        folder = record.folder
         folder.mkdir(parents=True, exist_ok=True)
-        extra_settings = {"base_url": uri} if uri not in (None, "cloud", "offline") else {}
+        extra_settings: dict[str, Any] = {}
+        if uri not in (None, "cloud", "offline"):
+            extra_settings["base_url"] = uri
         settings = wandb.Settings(
             # Seconds to reach the server; afterwards, the run is logged offline.
             init_timeout=30,
@@ -353,7 +362,8 @@ class MLflowTracker(Tracker):
     def start_run(self, record: StartRecord) -> str:
         import mlflow
 
-        uri, project = record.tracker.uri, record.tracker.project
+        uri = record.tracker.uri
+        project = record.tracker.project
         self._client = client = mlflow.MlflowClient(tracking_uri=uri or mlflow.get_tracking_uri())
         existing = client.get_experiment_by_name(project)
         experiment = existing.experiment_id if existing else client.create_experiment(project)
@@ -388,11 +398,11 @@ class MLflowTracker(Tracker):
         import mlflow
 
         timestamp_ms = int(time.time() * 1000)
-        metrics = [
-            mlflow.entities.Metric(name, value, timestamp_ms, step_metrics.step)
-            for step_metrics in record.steps
-            for name, value in step_metrics.values.items()
-        ]
+        metrics = []
+        for step_metrics in record.steps:
+            for name, value in step_metrics.values.items():
+                metric = mlflow.entities.Metric(name, value, timestamp_ms, step_metrics.step)
+                metrics.append(metric)
         self._log_batches("metrics", metrics)
 
     def log_images(self, record: ImagesRecord) -> None:
@@ -436,7 +446,9 @@ def require_packages(trackers: Sequence[TrackerSettings]) -> None:
     """Raise UserError if the package of a tracker is not installed. Imports no package."""
     for tracker in trackers:
         extra = TRACKERS[tracker.kind].extra
-        packages = {tracker.kind: f"'finesight[{extra}]'"} if extra else {}
+        packages = {}
+        if extra:
+            packages[tracker.kind] = f"'finesight[{extra}]'"
         if tracker.kind == "swanlab" and tracker.uri == "local":
             packages["swanboard"] = "'swanlab[dashboard]'"
         for package, install in packages.items():

@@ -6,6 +6,7 @@ Trackers show them. The samples are the same at every evaluation of a run.
 from __future__ import annotations
 
 from collections.abc import Collection
+from itertools import chain
 from pathlib import Path
 
 from PIL import Image
@@ -43,19 +44,21 @@ def render_example_images(
     Returns:
         One captioned image per sample. Samples without a readable image are skipped.
     """
+    if not after.is_file():
+        return []
     baseline = before if before.is_file() and before != after else None
-    line_pairs = [
-        (old, new)
-        for old, new in (pair_predictions(baseline, after) if after.is_file() else ())
-        if new is not None and (sample_ids is None or new.get("id") in sample_ids)
-    ]
+    line_pairs = []
+    for old, new in pair_predictions(baseline, after):
+        if new is not None and (sample_ids is None or new.get("id") in sample_ids):
+            line_pairs.append((old, new))
     num_samples = min(len(line_pairs), MAX_SAMPLES)
     images = []
     for n in range(num_samples):
         index = round(n * (len(line_pairs) - 1) / max(1, num_samples - 1))
         before_line, after_line = line_pairs[index]
         image = _render_example(before_line, after_line)
-        images += [] if image is None else [image]
+        if image is not None:
+            images.append(image)
     return images
 
 
@@ -67,7 +70,8 @@ def _render_example(before: JsonObject | None, after: JsonObject) -> TrackedImag
     }
     paths = read_image_paths(after)
     # Of several images, use the one with boxes.
-    image_index = next((one["image"] for boxes in boxes_by_name.values() for one in boxes), 0)
+    all_boxes = list(chain.from_iterable(boxes_by_name.values()))
+    image_index = all_boxes[0]["image"] if all_boxes else 0
     if not 0 <= image_index < len(paths):
         return None
     try:
@@ -109,6 +113,8 @@ def _format_caption(before: JsonObject | None, after: JsonObject, panel_names: s
         "after": after.get("answer"),
         "boxes, left to right": panel_names or None,
     }
-    return "\n".join(
-        f"{name}: {str(text)[:MAX_CAPTION_CHARS]}" for name, text in lines.items() if text
-    )
+    texts = []
+    for name, text in lines.items():
+        if text:
+            texts.append(f"{name}: {str(text)[:MAX_CAPTION_CHARS]}")
+    return "\n".join(texts)

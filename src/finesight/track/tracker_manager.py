@@ -83,7 +83,8 @@ def run_tracker(kind: TrackerKind, fd: int) -> None:
             signal.alarm(0)
             record: TrackerRecord = connection.recv()
             signal.alarm(ORPHAN_TIMEOUT_S)
-            error, message = "", None
+            error = ""
+            message = None
             try:
                 tracker = tracker or TRACKERS[kind]()
                 message = tracker.handle(record)
@@ -133,8 +134,10 @@ class TrackerClient:
     """
 
     def __init__(self, kind: TrackerKind, log_file: Path) -> None:
-        self.kind, self._log_file = kind, log_file
-        self.num_submitted, self.num_delivered = 0, 0
+        self.kind = kind
+        self._log_file = log_file
+        self.num_submitted = 0
+        self.num_delivered = 0
         self._records: deque[TrackerRecord] = deque()
         self._has_records = threading.Condition()
         self._messages: queue.SimpleQueue[str] = queue.SimpleQueue()
@@ -243,7 +246,10 @@ class TrackerManager:
     """
 
     def __init__(self, recipe: Recipe, run_dir: Path, step: int, log: LogFn) -> None:
-        self._recipe, self._run_dir, self._step, self._log = recipe, run_dir, step, log
+        self._recipe = recipe
+        self._run_dir = run_dir
+        self._step = step
+        self._log = log
         self._clients: list[TrackerClient] = []
 
     @property
@@ -299,7 +305,8 @@ class TrackerManager:
         """
         for client in self._clients:
             client.submit(record)
-        start_time, timeout_s = time.monotonic(), FINISH_TIMEOUTS_S[record.state]
+        start_time = time.monotonic()
+        timeout_s = FINISH_TIMEOUTS_S[record.state]
         self._wait_until(start_time + min(WAIT_NOTICE_DELAY_S, timeout_s))
         if unfinished := [client.kind for client in self._clients if not client.wait(0)]:
             self._log(f"waiting for {', '.join(unfinished)} (at most {timeout_s:g} s)")

@@ -382,7 +382,7 @@ def format_recipe(
     if task.objective == "grpo":
         reward = REWARDS.get(task.metric, task.metric)
         train_settings += f"rewards: [{reward}]  # at most 1 for a response\n"
-    train_lines = []
+    train_lines: list[str] = []
     eval_lines = []
     for file, comment in files.items():
         line = f"{_quote(file)}  # {comment}"

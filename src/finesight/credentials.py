@@ -94,7 +94,7 @@ def _digest(secret: str) -> bytes:
 
 
 def _find_network(address: str) -> str:
-    """Return an IPv4 address, or the /64 network of an IPv6 address, which one host may own."""
+    """Return an IPv4 address, or the /64 network of an IPv6 address, of one host."""
     with suppress(ValueError):
         ip = ipaddress.ip_address(address.partition("%")[0])
         if isinstance(ip, ipaddress.IPv4Address):

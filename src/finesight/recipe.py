@@ -464,7 +464,7 @@ def _parse_key(name: str) -> SettingKey:
 
 
 def _find_field(sections: Sequence[type[SettingsSection]], name: str) -> FieldInfo | None:
-    """Return the field of a setting in the first section that has it; None if none has."""
+    """Return the field of a setting in the first section that has it, if any."""
     for section in sections:
         if name in section.model_fields:
             return section.model_fields[name]
@@ -499,7 +499,7 @@ def _expand_short_form(value: object, field: FieldInfo | None, inner: str | int)
 
 
 def _expand_field_value(value: object, field: FieldInfo, inner: str | int) -> object:
-    """Convert the short form of a field's value to a list or a group, as its validators do."""
+    """Convert the short form of a value to a list or group, like its validators."""
     is_list = get_origin(field.annotation) is tuple
     if value is None and is_list:
         value = () if field.is_required() else field.default
@@ -573,7 +573,7 @@ def _wrong_settings(
 
 
 def _count_errors(group: Sequence[tuple[SettingKey, ErrorDetails]]) -> tuple[int, int]:
-    """Return the number of unknown settings, and that of all errors, for a member of a union."""
+    """Count the unknown settings and all errors of a union member."""
     num_unknown = sum(error["type"] == "extra_forbidden" for _, error in group)
     return num_unknown, len(group)
 
@@ -646,7 +646,7 @@ def _format_expected(key: SettingKey, error: ErrorDetails) -> str:
 
 
 def _list_group_names(group: SettingKey) -> list[str]:
-    """List the settings and sections of a section; list indices in its key are left out."""
+    """List the names in a section; list indices in its key are left out."""
     prefix = "".join(f"{segment}." for segment in group if isinstance(segment, str))
     names = []
     for setting in list_setting_names():
@@ -706,7 +706,7 @@ def _find_wildcard(wanted: str, names: Iterable[str]) -> str:
 
 
 def _find_similar_setting(wanted: str, group: SettingKey) -> str | None:
-    """Return the dotted name of a similar setting, first of the same section; None without one."""
+    """Return the dotted name of a similar setting, preferably of the same section, if any."""
     spellings: dict[str, list[str]] = {}
     for name in _list_group_names(group):
         long_words = [word for word in name.split("_") if len(word) >= MIN_WORD_CHARS]
@@ -750,7 +750,7 @@ def _list_paths() -> list[tuple[str, ...]]:
 
 
 def _closest_name(wanted: str, spellings: Mapping[str, Iterable[str]]) -> str | None:
-    """Return the name with the spelling closest to `wanted`, or None if no spelling is similar.
+    """Return the name with the spelling closest to `wanted`; None without a similar one.
 
     An abbreviation, the first half of a spelling, is similar.
     """

@@ -272,7 +272,7 @@ def detect_metric(
 
 
 def _applies_to_most(test: Callable[[T], object], items: Iterable[T]) -> bool:
-    """Return whether the result of a test is true for more than half of the items."""
+    """Return whether a test is true for more than half of the items."""
     return fmean(bool(test(item)) for item in items) > 0.5
 
 
@@ -324,7 +324,7 @@ def is_closed_set(answers: Sequence[str]) -> bool:
 
 
 def choose_duration(num_samples: int, batch_size: int, is_short: bool) -> dict[str, str]:
-    """Choose the duration of a LoRA run, as a setting and its value with a comment.
+    """Choose the duration of a LoRA run: a setting and its commented value.
 
     LoRA fine-tuning usually takes 3 to 5 epochs, and 1 of large datasets. A few dozen samples need
     more epochs, because the adapters start at zero and learn in the first steps.
@@ -368,7 +368,7 @@ def format_recipe(
     settings: Mapping[str, str] | None = None,
     num_train_files: int = 1,
 ) -> str:
-    """Format a recipe with the values that fit a task, a model and a number of samples.
+    """Format a recipe for a task, a model and a number of samples.
 
     Args:
         start: Model of the run. The settings of its adapter and its image rule are kept.

@@ -182,7 +182,7 @@ MEMORY_ERRORS = ("GPU memory is full", "CUDA out of memory")
 
 
 def _check_unfinished(run_record: RunRecord) -> Iterator[Diagnosis]:
-    """Report the last step of an unfinished run, its newest checkpoint, and how to resume it."""
+    """Report the end of an unfinished run, its newest checkpoint and how to resume."""
     folder = run_record.folder / manifest.CHECKPOINTS_FOLDER
     names = [path.name.removeprefix("step-") for path in folder.glob("step-*")]
     steps = [0, *sorted(int(name) for name in names if name.isdecimal())]
@@ -242,7 +242,7 @@ def _check_files(run_record: RunRecord) -> Iterator[Diagnosis]:
 
 
 def _check_base_model(run_record: RunRecord) -> Iterator[Diagnosis]:
-    """Check that the files of a local base model are those that the run has trained."""
+    """Check that the files of a local base model have not changed."""
     base_model = run_record.manifest.get("base_model")
     expected = run_record.manifest.get("base_fingerprint")
     path = resolve_model_path(str(base_model))
@@ -324,7 +324,7 @@ class _LossCurve(NamedTuple):
 
     @property
     def is_flat(self) -> bool:
-        """Whether the loss has not decreased by more than the noise."""
+        """True if the loss has not decreased by more than the noise."""
         return self.initial - self.final < max(FLAT_FRACTION * self.initial, self.noise)
 
     @classmethod
@@ -351,7 +351,7 @@ class _LossCurve(NamedTuple):
 
 
 def _check_loss_curve(run_record: RunRecord) -> Iterator[Diagnosis]:
-    """Compare the loss over the run, and the norms of the gradients at its start and end."""
+    """Compare loss and gradient norms at the start and end of a run."""
     losses = _finite_values(run_record.steps, "loss")
     norms = _finite_values(run_record.steps, "grad_norm")
     if min(len(losses), len(norms)) < MIN_STEPS:

@@ -248,7 +248,7 @@ def build_search_space(recipe: Recipe, section: object) -> dict[str, BaseDistrib
 
 
 def _list_default_values(recipe: Recipe) -> dict[str, Any]:
-    """Return a list of values or a range for each setting that is searched by default."""
+    """Return the values or the range of each setting that is searched by default."""
     train = recipe.train
     space: dict[str, Any] = {}
     base_lr = train.learning_rate.default
@@ -270,7 +270,7 @@ def _list_default_values(recipe: Recipe) -> dict[str, Any]:
 
 
 def _widen_range(low: Any, high: Any, default: Any) -> dict[str, int] | dict[str, float]:
-    """Return the limits of a range that contains the default, as integers if both ends are."""
+    """Return the limits of a range with the default, as integers if both ends are."""
     if isinstance(low, int) and isinstance(high, int):
         integers = (int(low), int(high), int(default))
         return {"low": min(integers), "high": max(integers)}
@@ -618,7 +618,7 @@ class TrialSearch:
         return start_s, train_s
 
     def _list_rungs(self, record: TrialRecord) -> tuple[int, ...]:
-        """Return the rungs of a trial; the first one of the recipe measures whether it fits."""
+        """Return the rungs of a trial; the first one of the recipe measures its fit."""
         if not record.number:
             return RUNGS[::2]
         if not self.record.trials[0].rungs:  # on another GPU
@@ -681,7 +681,7 @@ class TrialSearch:
                     return
 
     def _train(self, gpu: str | None, record: TrialRecord, rung: int) -> str | None:
-        """Train a trial to a rung, and return its error; empty without one, None if stopped."""
+        """Train a trial to a rung, and return its error like `_run_command`."""
         options = ["--resume"]
         if rung < RUNGS[-1]:
             options.append(f"--stop-after={rung / RUNGS[-1]}")

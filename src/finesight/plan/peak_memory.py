@@ -152,7 +152,7 @@ def compute_persistent_memory(
     teacher: VisionLanguageModel | None = None,
     layout: RankLayout = SINGLE_RANK,
 ) -> PersistentMemory:
-    """Compute the persistent memory of a tuned model on the meta device, and of its teacher.
+    """Compute the persistent memory of a tuned model and its teacher, on the meta device.
 
     As in a run, the parameters of the model become views of the parameter groups of the optimizer,
     unless the model is sharded.
@@ -565,7 +565,7 @@ def _trace_graph(
     activation_checkpointing: float,
     accumulated_ids: frozenset[int],
 ) -> Iterator[tuple[StepMemory, int]]:
-    """Yield the memory at possible peaks of capturing a pack, with the size of the memory pool.
+    """Yield memory and memory pool at possible peaks of capturing a pack.
 
     Tensors outside of graphs cannot use the pool, and allocator metrics do not contain it. Without
     the vision encoder in the graph, its saved activations exist during the graph.

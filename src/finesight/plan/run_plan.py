@@ -300,7 +300,7 @@ def refuse_gpus(num_gpus: int | None, reason: str, advice: str = "") -> None:
 
 
 def _prefer_bf16(recipe: Recipe, gpu: str | None, recipe_target: TargetDevice) -> TargetDevice:
-    """Return a bf16 target if a CPU supports it and the recipe leaves it open, else its own."""
+    """Return a bf16 target if CPU and recipe allow it, else that of the recipe."""
     if (
         recipe_target.compute.is_cuda
         or recipe.train.precision != "auto"
@@ -447,7 +447,7 @@ def check_fit(run: RunContext, data: RunData, *, force: bool) -> None:
 
 
 def _estimate_fit(run: RunContext, data: RunData) -> UserError | None:
-    """Estimate memory and time of a run; return the error of one that does not fit."""
+    """Estimate memory and time of a run; return an error if it does not fit."""
     recipe = run.recipe
     hardware = run.hardware
     is_cuda = hardware.device.type == "cuda"

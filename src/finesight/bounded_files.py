@@ -244,7 +244,8 @@ def translate_os_errors(
         elif isinstance(error, UnicodeDecodeError):
             what = f"byte {error.start} is not UTF-8 text"
         elif error.errno in (errno.ENOENT, errno.ENOTDIR):
-            what, remedy = "no such file", suggest_similar_path(path)
+            what = "no such file"
+            remedy = suggest_similar_path(path)
         else:
             what = f"cannot be read: {error.strerror or error}"
         raise error_class(what, where=str(path), expected=expected, remedy=remedy) from error
@@ -256,6 +257,8 @@ CHINESE_ENCODING = "gb18030"
 ZIP_ENCODING = "cp437"
 """Encoding of file names in a zip archive without the UTF-8 flag."""
 
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 MAX_SPELLINGS = 64
 """Maximum number of tried combinations of composed and decomposed names in a path."""
@@ -279,7 +282,7 @@ def _readable(name: str) -> str:
         return name
     with suppress(UnicodeError):
         return decode_name(name.encode("utf-8", "surrogateescape"))
-    return "".join(f"%{ord(c) & 0xFF:02X}" if "\ud800" <= c <= "\udfff" else c for c in name)
+    return _SURROGATE.sub(lambda match: f"%{ord(match[0]) & 0xFF:02X}", name)
 
 
 def decode_name(content: bytes) -> str:
@@ -308,10 +311,7 @@ def iter_spellings(name: str) -> Iterator[str]:
     for path in names:
         if path.isascii() or not is_utf8(path):
             continue
-        forms = [
-            dict.fromkeys((part, *(unicodedata.normalize(form, part) for form in ("NFC", "NFD"))))
-            for part in path.split("/")
-        ]
+        forms = [_list_normal_forms(part) for part in path.split("/")]
         for parts in itertools.islice(itertools.product(*forms), 1, MAX_SPELLINGS):
             yield "/".join(parts)
         content = path.encode(CHINESE_ENCODING)
@@ -319,10 +319,20 @@ def iter_spellings(name: str) -> Iterator[str]:
         yield content.decode(ZIP_ENCODING)
 
 
+def _list_normal_forms(name: str) -> list[str]:
+    """List a name and its different forms with composed and decomposed characters."""
+    composed = unicodedata.normalize("NFC", name)
+    decomposed = unicodedata.normalize("NFD", name)
+    return list(dict.fromkeys((name, composed, decomposed)))
+
+
 def find_existing(folder: Path, name: str) -> Path | None:
     """Return the first spelling of a path that exists below `folder`, or None."""
-    candidates = (os.path.join(folder, spelling) for spelling in iter_spellings(name))
-    return next((Path(path) for path in candidates if os.path.exists(path)), None)
+    for spelling in iter_spellings(name):
+        path = os.path.join(folder, spelling)
+        if os.path.exists(path):
+            return Path(path)
+    return None
 
 
 MAX_DEPTH = 64
@@ -393,7 +403,8 @@ class _BoundedLoader(yaml.composer.Composer, yaml.CSafeLoader):
     def compose_node(self, parent: yaml.Node | None, index: object) -> yaml.Node | None:
         """Parse the next node. Raises YAMLError above the limits on depth, values and aliases."""
         event: Any = self.peek_event()
-        num_before, is_alias = self._num_values, isinstance(event, yaml.AliasEvent)
+        num_before = self._num_values
+        is_alias = isinstance(event, yaml.AliasEvent)
         if self._depth >= MAX_DEPTH:
             raise _build_error(f"more than {MAX_DEPTH} nested groups or lists", event)
         self.num_nodes += 1
@@ -423,7 +434,8 @@ class _BoundedLoader(yaml.composer.Composer, yaml.CSafeLoader):
         try:
             value = super().construct_object(node, deep)
         except (ValueError, LookupError, AttributeError, TypeError, ArithmeticError) as error:
-            shown, kind = shorten(repr(node.value), 60), node.tag.rpartition(":")[2]
+            shown = shorten(repr(node.value), 60)
+            _, _, kind = node.tag.rpartition(":")
             raise _build_error(f"{shown} cannot be read as {kind}", node) from error
         if isinstance(value, int) and value.bit_length() > MAX_INT_BITS:
             raise _build_error(f"a number of {value.bit_length()} bits", node)

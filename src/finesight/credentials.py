@@ -19,8 +19,11 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-MAX_WRONG_GUESSES, MAX_WRONG_GUESSES_PER_ADDRESS = 30, 10
-"""Wrong credentials within `GUESS_WINDOW_S`, of all clients and of one address."""
+MAX_WRONG_GUESSES = 30
+"""Maximum number of wrong credentials of all clients within `GUESS_WINDOW_S`."""
+
+MAX_WRONG_GUESSES_PER_ADDRESS = 10
+"""Maximum number of wrong credentials of one address within `GUESS_WINDOW_S`."""
 
 GUESS_WINDOW_S = 60.0
 
@@ -69,17 +72,21 @@ class Credentials:
             0 within the budgets of all addresses and of the network of this one, else the seconds
             until the oldest wrong secret of an exceeded budget is no longer counted.
         """
-        now, network = time.monotonic(), _find_network(address)
+        now = time.monotonic()
+        network = _find_network(address)
         while self._wrong and self._wrong[0][0] <= now - GUESS_WINDOW_S:
             self._wrong.popleft()
         times = [time_s for time_s, _ in self._wrong]
         own_times = [time_s for time_s, known in self._wrong if known == network]
-        budgets = ((times, MAX_WRONG_GUESSES), (own_times, MAX_WRONG_GUESSES_PER_ADDRESS))
-        exceeded = [known[0] for known, max_wrong in budgets if len(known) >= max_wrong]
-        if not exceeded:
+        oldest = []
+        if len(times) >= MAX_WRONG_GUESSES:
+            oldest.append(times[0])
+        if len(own_times) >= MAX_WRONG_GUESSES_PER_ADDRESS:
+            oldest.append(own_times[0])
+        if not oldest:
             self._wrong.append((now, network))
             return 0
-        return math.ceil(max(exceeded) + GUESS_WINDOW_S - now)
+        return math.ceil(max(oldest) + GUESS_WINDOW_S - now)
 
 
 def _digest(secret: str) -> bytes:
@@ -87,11 +94,12 @@ def _digest(secret: str) -> bytes:
 
 
 def _find_network(address: str) -> str:
-    """Return an IPv4 address, or the /64 network of an IPv6 address, which one host may own."""
+    """Return an IPv4 address, or the /64 network of an IPv6 address, of one host."""
     with suppress(ValueError):
         ip = ipaddress.ip_address(address.partition("%")[0])
-        mapped = ip.ipv4_mapped if isinstance(ip, ipaddress.IPv6Address) else None
-        if isinstance(ip, ipaddress.IPv6Address) and mapped is None:
+        if isinstance(ip, ipaddress.IPv4Address):
+            return str(ip)
+        if ip.ipv4_mapped is None:
             return str(ipaddress.ip_network((ip, 64), strict=False))
-        return str(mapped or ip)
+        return str(ip.ipv4_mapped)
     return address

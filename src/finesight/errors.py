@@ -41,7 +41,9 @@ def escape_unprintable_json(text: str) -> str:
 
 def shorten(text: str, max_chars: int) -> str:
     """Truncate a text to a number of characters, with an ellipsis."""
-    return text if len(text) <= max_chars else f"{text[: max_chars - 3]}..."
+    if len(text) <= max_chars:
+        return text
+    return f"{text[: max_chars - 3]}..."
 
 
 def escape_surrogates(text: str) -> str:
@@ -73,9 +75,14 @@ class Step:
 
     def format(self, format_step: Callable[[Step], str]) -> str:
         """Return purpose and text of the step and its alternative."""
-        steps = [self, self.alternative] if self.alternative else [self]
-        parts = (filter(None, [step.purpose, format_step(step)]) for step in steps)
-        return "; ".join(map(": ".join, parts))
+        steps = [self]
+        if self.alternative is not None:
+            steps.append(self.alternative)
+        texts = []
+        for step in steps:
+            parts = filter(None, [step.purpose, format_step(step)])
+            texts.append(": ".join(parts))
+        return "; ".join(texts)
 
 
 Remedy = str | Step
@@ -105,7 +112,9 @@ class UserError(Exception):
         super().__init__(self.what)
 
     def __str__(self) -> str:
-        lines = [f"{self.where}: {self.what}" if self.where else self.what]
+        lines = [self.what]
+        if self.where:
+            lines = [f"{self.where}: {self.what}"]
         if self.expected:
             lines.append(f"  expected: {self.expected}")
         if self.remedy:
@@ -152,7 +161,9 @@ def suggest_name(name: str, names: Iterable[str], otherwise: str, prefix: str = 
     import difflib
 
     similar = difflib.get_close_matches(name, [n for n in names if n != name], n=1)
-    return f"did you mean {prefix}{similar[0]}?" if similar else otherwise
+    if not similar:
+        return otherwise
+    return f"did you mean {prefix}{similar[0]}?"
 
 
 def suggest_similar_path(path: Path, otherwise: Remedy = "check the path") -> Remedy:
@@ -165,11 +176,22 @@ def suggest_similar_path(path: Path, otherwise: Remedy = "check the path") -> Re
     if path.name in {"labels.jsonl", "labels_eval.jsonl"}:
         # Existing labels are all for training: there is no fraction, or only one label.
         is_new = not (path.parent / "labels.jsonl").exists()
-        purpose = "label images first" if is_new else "label at least 2 images, some for validation"
-        arguments: dict[str, object] = {"run_or_model": "MODEL", "sources": ["IMAGES"]}
-        arguments |= {"out": str(path.parent), "train_fraction": LABEL_TRAIN_FRACTION}
-        return Step("label", arguments | {"prompt": "TEXT" if is_new else None}, purpose)
-    siblings = [p.name for p in path.parent.iterdir() if p != path] if path.parent.is_dir() else []
+        purpose = "label at least 2 images, some for validation"
+        prompt = None
+        if is_new:
+            purpose = "label images first"
+            prompt = "TEXT"
+        arguments: dict[str, object] = {
+            "run_or_model": "MODEL",
+            "sources": ["IMAGES"],
+            "out": str(path.parent),
+            "train_fraction": LABEL_TRAIN_FRACTION,
+            "prompt": prompt,
+        }
+        return Step("label", arguments, purpose)
+    if not path.parent.is_dir():
+        return otherwise
+    siblings = [sibling.name for sibling in path.parent.iterdir() if sibling != path]
     return suggest_name(path.name, siblings, "", f"{path.parent}/") or otherwise
 
 
@@ -177,9 +199,10 @@ def build_bind_error(host: str, port: int, error: Exception) -> UserError:
     """Build the error for an address on which a server cannot listen."""
     reason: object = error
     if isinstance(error, OSError):
-        # Python appends the address to the text of system errors.
-        is_system_error = error.errno and not isinstance(error, socket.gaierror)
-        reason = os.strerror(error.errno or 0) if is_system_error else error.strerror or error
+        reason = error.strerror or error
+        if error.errno and not isinstance(error, socket.gaierror):
+            # Python appends the address to the text of system errors.
+            reason = os.strerror(error.errno)
     return UserError(
         f"cannot listen on {host}:{port} ({reason})",
         expected="a local address and a free port",

@@ -65,7 +65,9 @@ class Registry(Generic[T]):
     """
 
     def __init__(self, kind: PluginKind, interface: Any, built_in: Mapping[Any, T]) -> None:
-        self._kind, self._interface, self._built_in = kind, interface, built_in
+        self._kind = kind
+        self._interface = interface
+        self._built_in = built_in
 
     def __iter__(self) -> Iterator[str]:
         yield from self._built_in
@@ -100,13 +102,16 @@ class Registry(Generic[T]):
 
     def get(self, name: str) -> T | None:
         """Return an object, or None for an unknown name."""
-        return self[name] if name in self else None  # noqa: SIM401 (it is no dict)
+        if name not in self:
+            return None
+        return self[name]
 
     def __getitem__(self, name: str) -> T:
-        plugin, problem = self.find_plugin(name), ""
+        plugin = self.find_plugin(name)
         if plugin is None:
             return self._built_in[name]
         (entry,) = _scan(self._kind, (*sys.path,)).select(name=name)
+        problem = None
         try:
             item = entry.load()
             fits = issubclass if isinstance(item, type) else isinstance
@@ -116,7 +121,7 @@ class Registry(Generic[T]):
                 problem = f"the format is named {item.name!r:.60}, its entry point {name!r}"
         except (Exception, SystemExit) as error:
             problem = f"{type(error).__name__}: {error}"
-        if problem:
+        if problem is not None:
             raise UserError(
                 problem,
                 where=f"plug-in {name} of {plugin.package} {plugin.version}"

@@ -60,10 +60,15 @@ class ProgressConsole:
                 bar.advance(task, count)
                 now = time.perf_counter()
                 if not num_first:
-                    num_first, first_s = done, now  # the first samples include the warm-up
-                is_due = num_lines if done == total else now - logged_s >= LOG_INTERVAL_S
+                    # The first samples include the warm-up.
+                    num_first = done
+                    first_s = now
+                is_due = now - logged_s >= LOG_INTERVAL_S
+                if done == total:
+                    is_due = num_lines > 0
                 if bar.disable and count and done <= total and is_due:
-                    logged_s, num_lines = now, num_lines + 1
+                    logged_s = now
+                    num_lines += 1
                     text = f"{title}: {done:.0f}/{total:.0f}"
                     if num_first < done < total:
                         remaining_s = (now - first_s) / (done - num_first) * (total - done)
@@ -108,13 +113,20 @@ class ProgressConsole:
         """Create a bar of steps or samples, or of the elapsed time."""
         from rich import progress
 
-        names = ["{task.completed:.0f}/{task.total:.0f}", "{task.fields[figures]}"]
-        texts = [progress.TextColumn(name, markup=False) for name in names if has_count]
-        return progress.Progress(
+        columns: list[progress.ProgressColumn] = [
             progress.TextColumn("{task.description}", markup=False),
             progress.BarColumn(bar_width=20),
-            *texts,
-            progress.TimeRemainingColumn() if has_count else progress.TimeElapsedColumn(),
+        ]
+        if has_count:
+            columns += [
+                progress.TextColumn("{task.completed:.0f}/{task.total:.0f}", markup=False),
+                progress.TextColumn("{task.fields[figures]}", markup=False),
+                progress.TimeRemainingColumn(),
+            ]
+        else:
+            columns.append(progress.TimeElapsedColumn())
+        return progress.Progress(
+            *columns,
             console=self.rich_console,
             transient=True,
             disable=not self.rich_console.is_terminal,
@@ -132,8 +144,12 @@ class StepProgress:
     """Progress bar that shows the metrics of the last optimizer step."""
 
     def __init__(self, console: ProgressConsole, bar: Progress, task: TaskID, total: int) -> None:
-        self._console, self._bar, self._task, self._total_steps = console, bar, task, total
-        self._start_s, self._start_step = time.perf_counter(), -1
+        self._console = console
+        self._bar = bar
+        self._task = task
+        self._total_steps = total
+        self._start_s = time.perf_counter()
+        self._start_step: int | None = None
         self._seconds: defaultdict[str, float] = defaultdict(float)
 
     def update(self, metrics: Mapping[str, Any]) -> None:
@@ -143,11 +159,12 @@ class StepProgress:
         `MAX_LOG_LINES` steps of the run.
         """
         step = int(metrics["step"])
-        # The first step includes the start of the workers.
-        if self._start_step >= 0:
+        if self._start_step is None:
+            # Waits of the first step are left out: they include the start of the workers.
+            self._start_step = step - 1
+        else:
             for key in ("step_s", *WAITS):
                 self._seconds[key] += metrics.get(key, 0.0)
-        self._start_step = step - 1 if self._start_step < 0 else self._start_step
         text = format_metrics(metrics)
         for key, title in WAITS.items():
             if self._seconds[key] > MAX_DATA_WAIT_FRACTION * self._seconds["step_s"]:
@@ -163,18 +180,26 @@ class StepProgress:
 def format_metrics(metrics: Mapping[str, Any]) -> str:
     """Format loss or rewards, throughput, MFU and peak memory of a step as one line."""
     loss = metrics["loss"]
-    scores = ["no loss" if loss is None else f"loss {loss:.4f}"]
-    if (truncated := metrics.get("completions/clipped_ratio")) is not None:
+    fields = ["no loss" if loss is None else f"loss {loss:.4f}"]
+    if metrics.get("completions/clipped_ratio") is not None:
         # The loss of a policy does not measure its quality.
-        reward, std = metrics.get("reward"), metrics.get("reward_std", 0.0)
-        equal = metrics.get("frac_reward_zero_std", 1.0)
-        scores = ["no reward" if reward is None else f"reward {reward:.4g} ± {std:.2g}"]
-        scores += [f"equal groups {100 * equal:.0f} %", f"truncated {100 * truncated:.0f} %"]
-    fields = [
-        *scores,
-        f"{metrics['samples_per_s']:.1f} samples/s",
-        f"{metrics['tokens_per_s']:.0f} tokens/s",
-        *([f"{100 * metrics['mfu']:.0f} % MFU"] if metrics["mfu"] else []),
-        f"peak {metrics['peak_memory_gb']:.1f} GB",
-    ]
+        fields = _format_rewards(metrics)
+    fields.append(f"{metrics['samples_per_s']:.1f} samples/s")
+    fields.append(f"{metrics['tokens_per_s']:.0f} tokens/s")
+    if metrics["mfu"]:
+        fields.append(f"{100 * metrics['mfu']:.0f} % MFU")
+    fields.append(f"peak {metrics['peak_memory_gb']:.1f} GB")
     return "  ".join(fields)
+
+
+def _format_rewards(metrics: Mapping[str, Any]) -> list[str]:
+    """Format mean and deviation of the rewards, and fractions of responses without a signal."""
+    reward = metrics.get("reward")
+    std = metrics.get("reward_std", 0.0)
+    equal = metrics.get("frac_reward_zero_std", 1.0)
+    truncated = metrics["completions/clipped_ratio"]
+    return [
+        "no reward" if reward is None else f"reward {reward:.4g} ± {std:.2g}",
+        f"equal groups {100 * equal:.0f} %",
+        f"truncated {100 * truncated:.0f} %",
+    ]

@@ -13,7 +13,7 @@ from copy import deepcopy
 from functools import cache
 from itertools import islice
 from pathlib import Path
-from typing import Any, cast, get_args, get_origin
+from typing import Any, NamedTuple, cast, get_args, get_origin
 
 import yaml
 from pydantic import BeforeValidator, ValidationError
@@ -65,8 +65,9 @@ def read_recipe_text(path: Path) -> str:
 
     if os.path.isdir(path):
         recipe = path / RECIPE_FILE
-        remedy = f"give the recipe of this run: {recipe}" if recipe.is_file() else "give a file"
-        raise reject("is a folder", remedy)
+        if recipe.is_file():
+            raise reject("is a folder", f"give the recipe of this run: {recipe}")
+        raise reject("is a folder", "give a file")
     if path.suffix.lower() in _DATA_SUFFIXES and path.is_file():
         step = Step("init", {"data": str(path)}, "write one for these data")
         raise reject("is a data file", step)
@@ -94,27 +95,42 @@ def parse_recipe(text: str, path: Path) -> tuple[Any, dict[SettingKey, int]]:
             _collect_lines(document.root, (), path, lines)
         return document.data(), lines
     except yaml.YAMLError as error:
-        what, where = f"broken YAML: {error}", str(path)
-        remedy = "remove content that YAML does not support"
-        if isinstance(error, yaml.MarkedYAMLError):
-            mark = error.problem_mark or error.context_mark
-            what, remedy = f"{error.problem or error.context}", _TOO_LARGE_REMEDY
-            where += f":{mark.line + 1}" if mark else ""
-            if isinstance(error, RecursiveAliasError):
-                remedy = "write the value without the alias"
-            elif not isinstance(error, TooManyValuesError):
-                what, remedy = f"broken YAML: {what}", _suggest_yaml_fix(text, mark)
-        expected = "settings as `name: value`, groups indented by spaces"
-        raise UserError(what, where=where, expected=expected, remedy=remedy) from error
+        raise _build_yaml_error(error, text, path) from error
+
+
+def _build_yaml_error(error: yaml.YAMLError, text: str, path: Path) -> UserError:
+    """Build the error for the text of a recipe that is no valid YAML."""
+    what = f"broken YAML: {error}"
+    where = str(path)
+    remedy = "remove content that YAML does not support"
+    if isinstance(error, yaml.MarkedYAMLError):
+        what = f"{error.problem or error.context}"
+        mark = error.problem_mark or error.context_mark
+        if mark is not None:
+            where += f":{mark.line + 1}"
+        if isinstance(error, RecursiveAliasError):
+            remedy = "write the value without the alias"
+        elif isinstance(error, TooManyValuesError):
+            remedy = _TOO_LARGE_REMEDY
+        else:
+            what = f"broken YAML: {what}"
+            remedy = _suggest_yaml_fix(text, mark)
+    expected = "settings as `name: value`, groups indented by spaces"
+    return UserError(what, where=where, expected=expected, remedy=remedy)
 
 
 def _suggest_yaml_fix(text: str, mark: yaml.Mark | None) -> str:
     """Return the remedy for broken YAML at a mark: a tab, a missing colon, or missing quotes."""
-    lines = text.splitlines()[: mark.line + 1] if mark else []
+    lines: list[str] = []
+    if mark is not None:
+        lines = text.splitlines()[: mark.line + 1]
     if lines and "\t" in lines[-1]:
         return "replace the tab by spaces"
-    if len(lines) > 1 and (words := lines[-2].split()) and not re.search(":|^ *#", lines[-2]):
-        return f"add a colon on line {len(lines) - 1}: {words[0]}: {' '.join(words[1:])}".rstrip()
+    if len(lines) > 1:
+        words = lines[-2].split()
+        if words and not re.search(":|^ *#", lines[-2]):
+            value = " ".join(words[1:])
+            return f"add a colon on line {len(lines) - 1}: {words[0]}: {value}".rstrip()
     if lines and lines[-1].count(": ") > 1:
         return "put quotes around the value with a colon"
     return "correct this line or the one above it; the settings of a group have the same indent"
@@ -130,7 +146,8 @@ def _collect_lines(
             _collect_lines(item, (*key, index), path, lines)
     elif isinstance(node, yaml.MappingNode):
         for name, value in node.value:
-            line, child_key = name.start_mark.line + 1, (*key, str(name.value))
+            line = name.start_mark.line + 1
+            child_key = (*key, str(name.value))
             if child_key in lines:
                 raise UserError(
                     f"{format_key(child_key)} is duplicated, first on line {lines[child_key]}",
@@ -244,17 +261,24 @@ def _resolve_paths(content: dict[str, Any], folder: Path) -> None:
         if isinstance(value, dict):
             inner = value.keys() & {"path", "name"}
             return value | {key: resolve(value[key], is_path) for key in inner}
-        if isinstance(value, str) and (is_path or ".py:" in value):
-            name = value if is_path else value.rpartition(":")[0]
-            return str(folder / value) if exists_beside(name) else value
-        return value
+        if not isinstance(value, str):
+            return value
+        if is_path:
+            name = value
+        elif ".py:" in value:
+            name = value.rpartition(":")[0]
+        else:
+            return value
+        return str(folder / value) if exists_beside(name) else value
 
     for section, names in {
         "": ("model", "adapter", "rewards"),
         "data": ("train", "eval"),
         "eval": ("metric",),
     }.items():
-        settings = content.get(section) if section else content
+        settings: Any = content
+        if section:
+            settings = content.get(section)
         if isinstance(settings, dict):
             for name in settings.keys() & {*names}:
                 settings[name] = resolve(settings[name], name not in ("metric", "rewards"))
@@ -272,43 +296,58 @@ def _validate_recipe(
     content: dict[str, Any], where: str, lines: dict[SettingKey, int], overrides: Overrides
 ) -> Recipe:
     """Apply overrides to `content`, and validate it. Raises UserError with all invalid settings."""
-    # Recipes of earlier versions have two more settings: a second seed, and one without effect.
-    evaluation, train = content.get("eval"), content.get("train")
-    if isinstance(evaluation, dict):
-        evaluation.pop("batch_size", None)
-    if isinstance(train, dict) and train.get("data_seed") == train.get("seed", 0):
-        train.pop("data_seed", None)
+    _remove_former_settings(content)
     overridden: dict[SettingKey, str] = {}
-    if isinstance(overrides, Mapping):
-        assignments = [(f"{name}={value}", name, value) for name, value in overrides.items()]
-    else:
-        assignments = [(override, *_parse_override(override)) for override in overrides]
-    for override, name, value in assignments:
-        key = _apply_override(content, name, deepcopy(value), override, overridden)
-        overridden[key] = override
+    for override in _parse_overrides(overrides):
+        value = deepcopy(override.value)
+        key = _apply_override(content, override.name, value, override.text, overridden)
+        overridden[key] = override.text
     content.pop(SEARCH_SECTION, None)
     try:
         return Recipe.model_validate(content)
     except ValidationError as error:
         wrong = _wrong_settings(error.errors(include_url=False), content)
-        setting_errors = []
-        for key, group in islice(wrong.items(), MAX_REPORTED_ERRORS):
-            what, expected, remedy = _explain_error(key, group)
-            name = f"{shorten(format_key(key), MAX_SHOWN_CHARS)}: " if key else ""
-            location = _format_location(where, key, lines, overridden)
-            setting_errors.append(
-                UserError(name + what, where=location, expected=expected, remedy=remedy)
-            )
-        num_foreign = sum(len(key) == 1 and key[0] in _load_advice() for key in wrong)
-        is_foreign = num_foreign >= MIN_FOREIGN_SETTINGS
+        raise _build_settings_error(wrong, where, lines, overridden) from error
+
+
+def _remove_former_settings(content: dict[str, Any]) -> None:
+    """Remove two settings of earlier versions: a second seed, and one without effect."""
+    evaluation = content.get("eval")
+    if isinstance(evaluation, dict):
+        evaluation.pop("batch_size", None)
+    train = content.get("train")
+    if isinstance(train, dict) and train.get("data_seed") == train.get("seed", 0):
+        train.pop("data_seed", None)
+
+
+def _build_settings_error(
+    wrong: Mapping[SettingKey, Sequence[ErrorDetails]],
+    where: str,
+    lines: dict[SettingKey, int],
+    overridden: dict[SettingKey, str],
+) -> UserError:
+    """Build the error for invalid settings, from the errors of pydantic by setting."""
+    setting_errors = []
+    for key, group in islice(wrong.items(), MAX_REPORTED_ERRORS):
+        what, expected, remedy = _explain_error(key, group)
+        if key:
+            what = f"{shorten(format_key(key), MAX_SHOWN_CHARS)}: {what}"
+        location = _format_location(where, key, lines, overridden)
+        setting_errors.append(UserError(what, where=location, expected=expected, remedy=remedy))
+    if len(wrong) == 1:
+        return setting_errors[0]
+
+    problems = [f"{len(wrong):,} settings are wrong"]
+    problems += map(str, setting_errors)
+    num_others = len(wrong) - len(setting_errors)
+    if num_others:
+        problems.append(f"and {num_others:,} more")
+    step: Remedy = ""
+    num_foreign = sum(len(key) == 1 and key[0] in _load_advice() for key in wrong)
+    if num_foreign >= MIN_FOREIGN_SETTINGS:
         purpose = "to convert the configuration of another trainer"
         step = Step("convert", {"source": "FILE", "recipe": "RECIPE"}, purpose)
-        if len(wrong) == 1:
-            raise setting_errors[0] from error
-        count = len(wrong) - len(setting_errors)
-        messages = [*map(str, setting_errors), *([f"and {count:,} more"] if count else [])]
-        problem = "\n".join([f"{len(wrong):,} settings are wrong", *messages])
-        raise UserError(problem, where=where, remedy=step if is_foreign else "") from error
+    return UserError("\n".join(problems), where=where, remedy=step)
 
 
 def dump_recipe(recipe: Recipe) -> str:
@@ -321,8 +360,9 @@ def list_setting_names(section: type[SettingsSection] = Recipe) -> list[str]:
     """List the dotted names of all settings in a section, such as `data.train.path`."""
     names = []
     for name, field in section.model_fields.items():
-        groups = list(_iter_sections(field.annotation))
-        leaf_names = [f"{name}.{leaf}" for group in groups for leaf in list_setting_names(group)]
+        leaf_names: list[str] = []
+        for group in _iter_sections(field.annotation):
+            leaf_names += [f"{name}.{leaf}" for leaf in list_setting_names(group)]
         names += leaf_names or [name]
     return names
 
@@ -334,17 +374,38 @@ def _iter_sections(annotation: object) -> Iterator[type[SettingsSection]]:
         yield from _iter_sections(argument)
 
 
-def _parse_override(override: str) -> tuple[str, object]:
-    """Parse an override `group.setting=value` into dotted name and value."""
+class _Override(NamedTuple):
+    """Override of a recipe setting.
+
+    Attributes:
+        text: Override as typed in a command.
+        name: Dotted name of the setting.
+    """
+
+    text: str
+    name: str
+    value: object
+
+
+def _parse_overrides(overrides: Overrides) -> list[_Override]:
+    """Parse all overrides, before the first one is applied."""
+    if isinstance(overrides, Mapping):
+        return [_Override(f"{name}={value}", name, value) for name, value in overrides.items()]
+    return [_parse_override(override) for override in overrides]
+
+
+def _parse_override(override: str) -> _Override:
+    """Parse an override `group.setting=value`, with a value in YAML."""
     name, separator, text = override.partition("=")
     if not separator or not name.strip():
+        remedy = "for example train.batch_size=8"
+        if tuple(override.split(".")) in _list_paths():
+            remedy = f"write {override}=VALUE"
         raise UserError(
             f"{override!r} is not an override",
             where="command line",
             expected="group.setting=value",
-            remedy=f"write {override}=VALUE"
-            if tuple(override.split(".")) in _list_paths()
-            else "for example train.batch_size=8",
+            remedy=remedy,
         )
     try:
         value: object = load_yaml(text)
@@ -355,7 +416,7 @@ def _parse_override(override: str) -> tuple[str, object]:
             expected="a value such as 8, 1e-4, lora, [a, b] or {height: 112, width: 504}",
             remedy="put quotes around text with special characters",
         ) from error
-    return name, value
+    return _Override(override, name, value)
 
 
 def _apply_override(
@@ -370,9 +431,7 @@ def _apply_override(
     Short forms on the way are expanded, and settings that exclude the new one are removed unless
     they are `overridden` too.
     """
-    key: SettingKey = tuple(
-        int(p) if _LIST_INDEX.fullmatch(p) else p for p in name.strip().split(".")
-    )
+    key = _parse_key(name)
     node: Any = content
     sections: list[type[SettingsSection]] = [Recipe]
     field: FieldInfo | None = None
@@ -380,29 +439,53 @@ def _apply_override(
         if not _can_contain(node, segment):
             raise _build_override_error(key, depth, node, override)
         if isinstance(segment, str):
-            fields = (group.model_fields.get(segment) for group in sections)
-            field = next((one for one in fields if one is not None), None)
-            rivals = _list_excluded(key[:depth], segment, sections)
-            for rival in rivals if value is not None else ():
-                if (*key[:depth], rival) not in overridden:
-                    node.pop(rival, None)
+            field = _find_field(sections, segment)
+            if value is not None:
+                for rival in _list_excluded(key[:depth], segment, sections):
+                    if (*key[:depth], rival) not in overridden:
+                        node.pop(rival, None)
         if depth == len(key) - 1:
             node[segment] = value
-        else:
-            inner = node[segment] if isinstance(segment, int) else node.get(segment)
-            node[segment] = node = _expand_short_form(inner, field, key[depth + 1])
-            sections = [] if field is None else list(_iter_sections(field.annotation))
+            break
+        short_form = node[segment] if isinstance(segment, int) else node.get(segment)
+        inner = _expand_short_form(short_form, field, key[depth + 1])
+        node[segment] = inner
+        node = inner
+        sections = []
+        if field is not None:
+            sections = list(_iter_sections(field.annotation))
     return key
+
+
+def _parse_key(name: str) -> SettingKey:
+    """Parse a dotted name of an override, in which numbers are indices of a list."""
+    segments = name.strip().split(".")
+    return tuple(int(one) if _LIST_INDEX.fullmatch(one) else one for one in segments)
+
+
+def _find_field(sections: Sequence[type[SettingsSection]], name: str) -> FieldInfo | None:
+    """Return the field of a setting in the first section that has it, if any."""
+    for section in sections:
+        if name in section.model_fields:
+            return section.model_fields[name]
+    return None
 
 
 def _list_excluded(
     group: SettingKey, name: str, sections: Sequence[type[SettingsSection]]
 ) -> set[str]:
     """List the settings that a setting excludes, such as those of other image rules."""
-    forms = [set(section.model_fields) for section in sections]
-    compatible = set[str]().union(*(form for form in forms if name in form))
-    others = set[str]().union(*forms) - compatible if compatible else set[str]()
-    return others | _EXCLUDED_SETTINGS.get(format_key((*group, name)), set())
+    compatible: set[str] = set()
+    others: set[str] = set()
+    for section in sections:
+        if name in section.model_fields:
+            compatible.update(section.model_fields)
+        else:
+            others.update(section.model_fields)
+    excluded = set(_EXCLUDED_SETTINGS.get(format_key((*group, name)), ()))
+    if compatible:  # an unknown setting excludes no others
+        excluded |= others - compatible
+    return excluded
 
 
 def _expand_short_form(value: object, field: FieldInfo | None, inner: str | int) -> Any:
@@ -410,36 +493,52 @@ def _expand_short_form(value: object, field: FieldInfo | None, inner: str | int)
 
     This is a list for an index. For a name, it is a group: that of the only entry of a list.
     """
-    if field is None:
-        return {} if value is None else value
+    if field is not None:
+        value = _expand_field_value(value, field, inner)
+    return {} if value is None else value
+
+
+def _expand_field_value(value: object, field: FieldInfo, inner: str | int) -> object:
+    """Convert the short form of a value to a list or group, like its validators."""
     is_list = get_origin(field.annotation) is tuple
     if value is None and is_list:
         value = () if field.is_required() else field.default
-    of_members = (step for one in get_args(field.annotation) for step in get_args(one))
-    for step in (*field.metadata, *of_members):
+    steps: list[object] = [*field.metadata]
+    for member in get_args(field.annotation):
+        steps += get_args(member)
+    for step in steps:
         if isinstance(step, BeforeValidator) and value is not None:
             value = cast(Callable[[object], object], step.func)(value)
     if isinstance(value, tuple):
         value = list(value)
     if isinstance(value, list) and isinstance(inner, str) and any(_iter_sections(field.annotation)):
-        value = value[0] if len(value) == 1 else value or {}
+        if len(value) == 1:
+            value = value[0]
+        elif not value:
+            value = {}
     if isinstance(value, SettingsSection):
         value = value.model_dump()
-    return {} if value is None else value
+    return value
 
 
 def _build_override_error(key: SettingKey, depth: int, node: object, override: str) -> UserError:
     """Build the error for an override of a setting inside `node`, which cannot contain it."""
-    parent, segment = format_key(key[:depth]), key[depth]
-    what = f"{parent} is {_truncate_repr(node)}, which has no {segment!r} inside"
-    container = "list with the index" if isinstance(segment, int) else "section with the setting"
-    expected, remedy = f"a {container} {segment!r}", "change the recipe"
+    parent = format_key(key[:depth])
+    segment = key[depth]
     if isinstance(node, list) and node:
         what = f"{parent} has {len(node)} entries" if len(node) > 1 else f"{parent} has 1 entry"
-        inner = key[depth + 1 :] if isinstance(segment, int) else key[depth:]
         expected = f"an index from 0 to {len(node) - 1}"
-        example = f"{format_key((*key[:depth], 0, *inner))}={override.partition('=')[2]}"
-        remedy = f"use {example} for the first"
+        inner = key[depth + 1 :] if isinstance(segment, int) else key[depth:]
+        setting = format_key((*key[:depth], 0, *inner))
+        value = override.partition("=")[2]
+        remedy = f"use {setting}={value} for the first"
+    else:
+        what = f"{parent} is {_truncate_repr(node)}, which has no {segment!r} inside"
+        container = "section with the setting"
+        if isinstance(segment, int):
+            container = "list with the index"
+        expected = f"a {container} {segment!r}"
+        remedy = "change the recipe"
     remedy += f", or override {parent} completely"
     return UserError(what, where=f"override {override}", expected=expected, remedy=remedy)
 
@@ -465,14 +564,18 @@ def _wrong_settings(
         forms.setdefault(key[:choice], {}).setdefault(form, []).append((key, error))
     found: dict[SettingKey, list[ErrorDetails]] = {}
     for by_form in forms.values():
-        costs = [
-            (sum(error["type"] == "extra_forbidden" for _, error in group), len(group))
-            for group in by_form.values()
-        ]
-        for cost, group in zip(costs, by_form.values(), strict=True):
-            for key, error in group if cost == min(costs) else ():
-                found.setdefault(key, []).append(error)
+        min_cost = min(map(_count_errors, by_form.values()))
+        for group in by_form.values():
+            if _count_errors(group) == min_cost:
+                for key, error in group:
+                    found.setdefault(key, []).append(error)
     return found
+
+
+def _count_errors(group: Sequence[tuple[SettingKey, ErrorDetails]]) -> tuple[int, int]:
+    """Count the unknown settings and all errors of a union member."""
+    num_unknown = sum(error["type"] == "extra_forbidden" for _, error in group)
+    return num_unknown, len(group)
 
 
 def _locate_error(
@@ -495,8 +598,11 @@ def _locate_error(
         elif is_last and error["type"] == "missing" and isinstance(node, dict):
             key.append(segment)
         elif union_depth is None:
-            union_depth, member = len(key), segment
-    return tuple(key), len(key) if union_depth is None else union_depth, member
+            union_depth = len(key)
+            member = segment
+    if union_depth is None:
+        union_depth = len(key)
+    return tuple(key), union_depth, member
 
 
 def _explain_error(key: SettingKey, errors: Sequence[ErrorDetails]) -> tuple[str, str, str]:
@@ -512,14 +618,18 @@ def _explain_error(key: SettingKey, errors: Sequence[ErrorDetails]) -> tuple[str
         return f"unknown setting, given {value}", f"one of {', '.join(siblings)}", remedy
     if first["type"] == "missing" and first["loc"][-1] == key[-1]:
         example = _EXAMPLES[str(key[-1])]
-        group = f"under {format_key(key[:-1])}" if key[:-1] else "at the top level"
-        return "this setting is missing", f"for example {example}", f"add {key[-1]} {group}"
+        location = "at the top level"
+        if key[:-1]:
+            location = f"under {format_key(key[:-1])}"
+        return "this setting is missing", f"for example {example}", f"add {key[-1]} {location}"
     if first["type"] == "value_error":
         what, _, remedy = first["msg"].removeprefix("Value error, ").partition(": ")
         return what, "consistent settings", remedy or "change one of them"
     expected = " or ".join(dict.fromkeys(_format_expected(key, error) for error in errors))
     remedy = f"change {format_key(key)}" if key else "correct the name"
-    choices = re.findall("'([^']*)'", expected) if first["type"] == "literal_error" else []
+    choices: list[str] = []
+    if first["type"] == "literal_error":
+        choices = re.findall("'([^']*)'", expected)
     remedy = suggest_name(str(first["input"]), choices, remedy, f"{format_key(key)}: ")
     return f"has the invalid value {value}", expected, remedy
 
@@ -530,13 +640,20 @@ def _format_expected(key: SettingKey, error: ErrorDetails) -> str:
     if error["type"] == "missing":  # in a list of fixed length
         return f"a list with an item {error['loc'][-1]} (0-based)"
     template = _EXPECTED_BY_TYPE.get(error["type"])
-    return template.format(**error.get("ctx", {})) if template else error["msg"]
+    if template is None:
+        return error["msg"]
+    return template.format(**error.get("ctx", {}))
 
 
 def _list_group_names(group: SettingKey) -> list[str]:
+    """List the names in a section; list indices in its key are left out."""
     prefix = "".join(f"{segment}." for segment in group if isinstance(segment, str))
-    suffixes = (n.removeprefix(prefix) for n in list_setting_names() if n.startswith(prefix))
-    return list(dict.fromkeys(name.split(".")[0] for name in suffixes))
+    names = []
+    for setting in list_setting_names():
+        if setting.startswith(prefix):
+            name, _, _ = setting.removeprefix(prefix).partition(".")
+            names.append(name)
+    return list(dict.fromkeys(names))
 
 
 def _suggest_remedy(key: SettingKey, value: object) -> str:
@@ -548,33 +665,62 @@ def _suggest_remedy(key: SettingKey, value: object) -> str:
     wanted = str(key[-1]).replace("-", "_")
     if len(wanted) > MAX_SHOWN_CHARS:
         return "remove it or correct its name"
-    if isinstance(value, dict) and len(key) == 1:
-        sections = [n for n in _list_group_names(()) if {*value} <= {*_list_group_names((n,))}]
-        if value and len(sections) == 1:
-            return f"rename it to {sections[0]}"
+    if isinstance(value, dict) and len(key) == 1 and (section := _find_section(value)):
+        return f"rename it to {section}"
     advice = _load_advice()
     for name in (format_key(key), wanted):
         if name in advice and "use" in advice[name]:
             return _format_replacement(advice[name], value)
-    paths = _list_paths()
-    if same_name := [path for path in paths if path[-1] == wanted]:
-        settings = [format_key(path) for path in same_name]
+    settings = [format_key(path) for path in _list_paths() if path[-1] == wanted]
+    if settings:
         if not isinstance(value, dict | list):
             settings = [f"{setting}={_format_value(value)}" for setting in settings]
         choices = " or ".join(settings)
         return f"use {choices}" if len(key) == 1 else f"did you mean {choices}?"
-    prefixes = (name for name in advice if name[-1] == "*" and wanted.startswith(name[:-1]))
-    if known := advice.get(wanted) or advice.get(next(prefixes, "")):
+    known = advice.get(wanted) or advice.get(_find_wildcard(wanted, advice))
+    if known is not None:
         return f"remove it: {known['reason']}"
-    names = _list_group_names(key[:-1])
-    spellings = {n: (n, *(w for w in n.split("_") if len(w) >= MIN_WORD_CHARS)) for n in names}
-    if sibling := _closest_name(wanted, spellings):
-        return f"did you mean {format_key((*key[:-1], sibling))}?"
+    similar = _find_similar_setting(wanted, key[:-1])
+    if similar is None:
+        return "remove it or correct its name"
+    return f"did you mean {similar}?"
+
+
+def _find_section(settings: Mapping[str, object]) -> str | None:
+    """Return the only section that may contain all given settings; None without such a section."""
+    found = []
+    for name in _list_group_names(()):
+        if settings.keys() <= {*_list_group_names((name,))}:
+            found.append(name)
+    if not settings or len(found) != 1:
+        return None
+    return found[0]
+
+
+def _find_wildcard(wanted: str, names: Iterable[str]) -> str:
+    """Return the first name with a final asterisk that includes `wanted`, or an empty text."""
+    for name in names:
+        if name[-1] == "*" and wanted.startswith(name[:-1]):
+            return name
+    return ""
+
+
+def _find_similar_setting(wanted: str, group: SettingKey) -> str | None:
+    """Return the dotted name of a similar setting, preferably of the same section, if any."""
+    spellings: dict[str, list[str]] = {}
+    for name in _list_group_names(group):
+        long_words = [word for word in name.split("_") if len(word) >= MIN_WORD_CHARS]
+        spellings[name] = [name, *long_words]
+    sibling = _closest_name(wanted, spellings)
+    if sibling is not None:
+        return format_key((*group, sibling))
+
+    paths = _list_paths()
+    words = {*wanted.split("_")}
     for path in paths:  # train_batch_size for train.batch_size
-        if {*path[-1].split("_")} <= {*wanted.split("_")} <= {*"_".join(path).split("_")}:
-            return f"did you mean {format_key(path)}?"
-    closest = _closest_name(wanted, {format_key(path): (path[-1],) for path in paths})
-    return f"did you mean {closest}?" if closest else "remove it or correct its name"
+        if {*path[-1].split("_")} <= words <= {*"_".join(path).split("_")}:
+            return format_key(path)
+    return _closest_name(wanted, {format_key(path): [path[-1]] for path in paths})
 
 
 def suggest_override(name: str, text: str) -> str | None:
@@ -582,28 +728,35 @@ def suggest_override(name: str, text: str) -> str | None:
 
     Returns None for an unknown name.
     """
-    key, paths = tuple(name.split(".")), _list_paths()
+    key = tuple(name.split("."))
+    paths = _list_paths()
     if key in paths:
         return f"use {name}={shlex.quote(text)}"
     known = {path[-1] for path in paths} | _load_advice().keys()
     wanted = key[-1].replace("-", "_")
-    is_known = bool({name, wanted} & known)
-    is_known |= any(one[-1] == "*" and wanted.startswith(one[:-1]) for one in known)
-    return _suggest_remedy(key, _parse_override(f"{name}={text}")[1]) if is_known else None
+    if name in known or wanted in known or _find_wildcard(wanted, known):
+        return _suggest_remedy(key, _parse_override(f"{name}={text}").value)
+    return None
 
 
 def _list_paths() -> list[tuple[str, ...]]:
     """List the keys of all sections and settings, sections first."""
-    keys = [tuple(name.split(".")) for name in list_setting_names()]
-    return sorted(dict.fromkeys(k[:n] for k in keys for n in range(1, len(k) + 1)), key=len)
+    paths: dict[tuple[str, ...], None] = {}
+    for name in list_setting_names():
+        key = tuple(name.split("."))
+        for depth in range(1, len(key) + 1):
+            paths[key[:depth]] = None
+    return sorted(paths, key=len)
 
 
 def _closest_name(wanted: str, spellings: Mapping[str, Iterable[str]]) -> str | None:
-    """Return the name with the spelling closest to `wanted`, or None if no spelling is similar.
+    """Return the name with the spelling closest to `wanted`; None without a similar one.
 
     An abbreviation, the first half of a spelling, is similar.
     """
-    names = {one: name for name, several in reversed([*spellings.items()]) for one in several}
+    names: dict[str, str] = {}
+    for name, several in reversed([*spellings.items()]):  # the first name keeps its spellings
+        names.update(dict.fromkeys(several, name))
     closest = difflib.get_close_matches(wanted, names, n=1, cutoff=MIN_SIMILARITY)
     closest += [n for n in names if n.startswith(wanted) and 2 * len(wanted) >= len(n)]
     return names[closest[0]] if closest else None
@@ -619,8 +772,12 @@ def load_trainer_settings() -> dict[str, Any]:
 
 def invert_groups(groups: Mapping[str, str]) -> dict[str, str]:
     """Map each name of `trainer_settings.yaml` to the text of its group."""
-    items = ((item, text) for text, names in groups.items() for item in names.split())
-    return {item.partition("=")[0]: text for item, text in items}
+    texts = {}
+    for text, names in groups.items():
+        for item in names.split():
+            name, _, _ = item.partition("=")
+            texts[name] = text
+    return texts
 
 
 @cache
@@ -628,13 +785,18 @@ def _load_advice() -> dict[str, dict[str, Any]]:
     """Load the replacements of other trainers' settings, or why they have none."""
     content = load_trainer_settings()
     trainers = [content[name] for name in content["advice_order"]]
-    reasons = [one.get(kind, {}) for kind in ("ignored", "unsupported") for one in trainers]
+    reasons = []
+    for kind in ("ignored", "unsupported"):
+        reasons += [trainer.get(kind, {}) for trainer in trainers]
+    reasons.append(content["obsolete"])
     advice: dict[str, dict[str, Any]] = {}
-    for groups in (*reasons, content["obsolete"]):
-        advice |= {key: {"reason": text} for key, text in invert_groups(groups).items()}
+    for groups in reasons:
+        for name, text in invert_groups(groups).items():
+            advice[name] = {"reason": text}
     for group in ({"settings": content["renamed"]}, *content["replacements"]):
-        for name, keys in group["settings"].items():
-            advice |= dict.fromkeys(keys.split(), group | {"use": f"{name}={{}}" if name else "{}"})
+        for setting, names in group["settings"].items():
+            template = f"{setting}={{}}" if setting else "{}"
+            advice |= dict.fromkeys(names.split(), group | {"use": template})
     for trainer in trainers:
         for old, new in invert_groups(trainer.get("aliases", {})).items():
             if new in advice:
@@ -649,23 +811,34 @@ def _format_replacement(group: Mapping[str, Any], value: object) -> str:
     text = _format_value(value)
     values = invert_groups(group.get("values", {}))
     replacement = group["use"].format(values.get(text.lower(), group.get("other", text)))
-    return f"use {replacement}" + (f": {group['note']}" if "note" in group else "")
+    if "note" in group:
+        return f"use {replacement}: {group['note']}"
+    return f"use {replacement}"
 
 
 def _format_value(value: object) -> str:
     """Format a value for an override in a shell."""
     if isinstance(value, list | tuple):
-        return shlex.quote(shorten(f"[{','.join(map(_format_scalar, value))}]", MAX_SHOWN_CHARS))
-    return shlex.quote(shorten(_format_scalar(value), MAX_SHOWN_CHARS))
+        items = ",".join(map(_format_scalar, value))
+        text = f"[{items}]"
+    else:
+        text = _format_scalar(value)
+    return shlex.quote(shorten(text, MAX_SHOWN_CHARS))
 
 
 def _format_scalar(value: object) -> str:
-    text = "null" if value is None else str(value)
-    return text.lower() if isinstance(value, bool) else text
+    """Format a value as in YAML."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    return str(value)
 
 
 def _truncate_repr(value: object) -> str:
-    text = _format_scalar(value) if value is None or isinstance(value, bool) else repr(value)
+    text = repr(value)
+    if value is None or isinstance(value, bool):
+        text = _format_scalar(value)
     return shorten(re.sub(r"\s+", " ", text), MAX_SHOWN_CHARS)
 
 

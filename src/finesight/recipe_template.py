@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence, Set
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
@@ -22,11 +22,19 @@ from finesight.errors import Step
 from finesight.manifest import MANIFEST_FILE, find_run_dir, load_manifest
 from finesight.model_folder import TINY_MODEL
 
-MAX_NUMERIC_CLASSES, MAX_NUMERIC_FRACTION = 10, 0.1
-"""Number of classes with digits, and their fraction of the answers; more are readings."""
+T = TypeVar("T")
 
-MAX_CLASS_CHARS, MIN_CAPTION_WORDS = 60, 8
-"""Maximum length of a class, and mean words of answers to several questions that are captions."""
+MAX_NUMERIC_CLASSES = 10
+"""Maximum number of classes with digits; more are readings."""
+
+MAX_NUMERIC_FRACTION = 0.1
+"""Maximum number of classes with digits as a fraction of the answers, if that is more."""
+
+MAX_CLASS_CHARS = 60
+"""Maximum length of a class."""
+
+MIN_CAPTION_WORDS = 8
+"""Minimum mean number of words of answers to several questions that are captions."""
 
 PROMPTS = {
     "captions": "Describe the image.",
@@ -83,8 +91,11 @@ LINE_BREAK = re.compile("[\n\r\x85\u2028\u2029]")
 TUNE_COMMENT = "trained parts of the model: frozen, lora (adapters) or full"
 
 
-MIN_STEPS, MAX_SHORT_STEPS = 100, 200
-"""Minimum steps of a run, and the maximum of a model that trains on a CPU."""
+MIN_STEPS = 100
+"""Minimum steps of a run."""
+
+MAX_SHORT_STEPS = 200
+"""Maximum steps of a run that trains on a CPU."""
 
 
 OBJECTIVES = {
@@ -176,30 +187,56 @@ def detect_task(
         metric: Task chosen by the user, None to detect it.
     """
     contents = [sample.messages[-1].content for sample in samples]
-    answers = [join_text(content).strip() for content in contents]
-    questions = {join_text(sample.messages[-2].content).strip() for sample in samples}
+    answers = list(map(_get_text, contents))
+    questions = {_get_text(sample.messages[-2].content) for sample in samples}
     metric = metric or detect_metric(contents, questions)
     prompt = PROMPTS.get(metric)
     if metric == "json" and fields:
         prompt = f"Return {fields.replace(',', ', ')} as JSON."
     elif metric == "classification":
         prompt = format_class_prompt(set(answers))
-    num_boxes = (sum(isinstance(part, BoxPart) for part in content) for content in contents)
-    longest = max(map(len, answers)) + 32 * max(num_boxes)
+    if questions != {""}:
+        prompt = None
+    longest = max(map(len, answers)) + 32 * max(map(_count_boxes, contents))
     max_new_tokens = 1 << max(5, min(10, (longest + 16).bit_length()))
-    prompt, is_pair = prompt if questions == {""} else None, [bool(one.rejected) for one in samples]
-    is_rated = [bool(one.rejected) or one.label is not None for one in samples]
-    objective = ""
-    if all(is_pair):
-        objective = "dpo"
-    elif all(is_rated):
-        objective = "kto"
-    elif any(is_rated):
-        objective = "sft"
-    has_images = any(
-        part.type in ("image", "video") for sample in samples for part in sample.iter_parts()
-    )
+    objective = _detect_objective(samples)
+    has_images = any(map(_has_images, samples))
     return DetectedTask(metric, prompt, max_new_tokens, objective, has_images)
+
+
+def _get_text(content: Sequence[ContentPart]) -> str:
+    return join_text(content).strip()
+
+
+def _get_boxes(content: Sequence[ContentPart]) -> list[BoxPart]:
+    return [part for part in content if isinstance(part, BoxPart)]
+
+
+def _count_boxes(content: Sequence[ContentPart]) -> int:
+    return len(_get_boxes(content))
+
+
+def _has_images(sample: Sample) -> bool:
+    """Return whether a sample has an image or a video."""
+    return any(part.type in ("image", "video") for part in sample.iter_parts())
+
+
+def _detect_objective(samples: Sequence[Sample]) -> str:
+    """Detect the objective from rejected answers and labels; empty without them."""
+    num_pairs = 0
+    num_rated = 0
+    for sample in samples:
+        if sample.rejected:
+            num_pairs += 1
+        if sample.rejected or sample.label is not None:
+            num_rated += 1
+    if num_pairs == len(samples):
+        return "dpo"
+    if num_rated == len(samples):
+        return "kto"
+    if num_rated > 0:
+        return "sft"
+    return ""
 
 
 def detect_metric(
@@ -209,25 +246,19 @@ def detect_metric(
 
     Few imperative questions are paraphrases of one prompt.
     """
-    answers = [join_text(one).strip() for one in contents]
-    regions = [[part for part in one if isinstance(part, BoxPart)] for one in contents]
-    is_point = [part.is_point for row in regions for part in row]
-    boxes = [[part.label for part in row] for row in regions]
-    num_words = fmean(len(answer.split()) for answer in answers)
-    box_counts = list(map(len, boxes))
+    answers = list(map(_get_text, contents))
+    box_counts = list(map(_count_boxes, contents))
+    num_words = fmean(map(_count_words, answers))
     num_paraphrases = max(1, min(max(10, len(answers) ** 0.5), len(answers) / 2))
-    if fmean(bool(_QUESTION.search(question)) for question in questions) > 0.5:
+    if _applies_to_most(_QUESTION.search, questions):
         num_paraphrases = 1
-    if fmean(map(is_object_text, answers)) > 0.5:
+    if _applies_to_most(is_object_text, answers):
         return "json"
-    if fmean(map(bool, box_counts)) > 0.5:
-        if 2 * sum(is_point) > len(is_point):
-            return "pointing"
-        has_classes = len(questions) == 1 and len({label for row in boxes for label in row}) > 1
-        return "detection" if max(box_counts) > 1 or has_classes else "grounding"
-    if fmean(TOOL_CALL_START in answer for answer in answers) > 0.5:
+    if _applies_to_most(bool, box_counts):
+        return _detect_box_metric(contents, len(questions))
+    if _applies_to_most(lambda answer: TOOL_CALL_START in answer, answers):
         return "tool_calls"
-    if fmean(bool(_LATEX.search(answer)) for answer in answers) > 0.5:
+    if _applies_to_most(_LATEX.search, answers):
         return "latex"
     is_short = max(map(len, answers)) <= MAX_CLASS_CHARS and max(box_counts) <= 1
     if is_short and is_closed_set(answers):
@@ -235,7 +266,40 @@ def detect_metric(
         return "classification"
     if len(questions) > num_paraphrases and num_words < MIN_CAPTION_WORDS:
         return "qa"
-    return "captions" if num_words >= 4 else "ocr"
+    if num_words < 4:
+        return "ocr"
+    return "captions"
+
+
+def _applies_to_most(test: Callable[[T], object], items: Iterable[T]) -> bool:
+    """Return whether a test is true for more than half of the items."""
+    return fmean(bool(test(item)) for item in items) > 0.5
+
+
+def _count_words(text: str) -> int:
+    return len(text.split())
+
+
+def _detect_box_metric(contents: Sequence[Sequence[ContentPart]], num_questions: int) -> str:
+    """Detect the task metric from answers with boxes or points."""
+    num_boxes = 0
+    max_boxes = 0
+    num_points = 0
+    labels = set()
+    for content in contents:
+        boxes = _get_boxes(content)
+        num_boxes += len(boxes)
+        max_boxes = max(max_boxes, len(boxes))
+        for box in boxes:
+            num_points += box.is_point
+            labels.add(box.label)
+    if 2 * num_points > num_boxes:
+        return "pointing"
+    # Different labels after one question are classes, after several they repeat the questions.
+    has_classes = num_questions == 1 and len(labels) > 1
+    if max_boxes > 1 or has_classes:
+        return "detection"
+    return "grounding"
 
 
 def is_closed_set(answers: Sequence[str]) -> bool:
@@ -243,19 +307,24 @@ def is_closed_set(answers: Sequence[str]) -> bool:
 
     Sentences must repeat more often than short answers, because captions may have a template.
     """
-    counts = Counter(answer.casefold() for answer in answers)
-    num_repeated = sum(count for count in counts.values() if count > 1)
-    num_numeric = sum(any(map(str.isdigit, answer)) for answer in counts)
+    counts = Counter(map(str.casefold, answers))
+    num_repeated = 0
+    num_numeric = 0
+    for answer, count in counts.items():
+        if count > 1:
+            num_repeated += count
+        if any(map(str.isdigit, answer)):
+            num_numeric += 1
     if num_numeric > max(MAX_NUMERIC_CLASSES, MAX_NUMERIC_FRACTION * len(answers)):
         # Readings, not classes.
         return False
-    is_short = fmean(len(answer.split()) for answer in answers) < 4
+    is_short = fmean(map(_count_words, answers)) < 4
     max_classes = len(answers) / 3 if is_short else len(answers) ** 0.5
     return num_repeated >= 0.8 * len(answers) and len(counts) <= max(2, max_classes)
 
 
 def choose_duration(num_samples: int, batch_size: int, is_short: bool) -> dict[str, str]:
-    """Choose the duration of a LoRA run, as a setting and its value with a comment.
+    """Choose the duration of a LoRA run: a setting and its commented value.
 
     LoRA fine-tuning usually takes 3 to 5 epochs, and 1 of large datasets. A few dozen samples need
     more epochs, because the adapters start at zero and learn in the first steps.
@@ -269,12 +338,16 @@ def choose_duration(num_samples: int, batch_size: int, is_short: bool) -> dict[s
     elif num_samples < 3000:
         epochs = 3
     steps = epochs * -(-num_samples // batch_size)
-    bounded = min(max(steps, MIN_STEPS), MAX_SHORT_STEPS if is_short else steps + MIN_STEPS)
+    bounded = max(steps, MIN_STEPS)
+    if is_short:
+        bounded = min(bounded, MAX_SHORT_STEPS)
     if bounded == steps:
         reason = f"{steps} steps; 3 to 5 epochs are usual, 1 for 3,000 samples or more"
         return {"train.epochs": f"{epochs}  # {reason}"}
     num_epochs = f"{bounded * batch_size / num_samples:.1f}".removesuffix(".0")
-    reason = f"at least {MIN_STEPS} steps" if bounded > steps else "short for training on a CPU"
+    reason = "short for training on a CPU"
+    if bounded > steps:
+        reason = f"at least {MIN_STEPS} steps"
     return {"train.steps": f"{bounded}  # {num_epochs} epochs; {reason}"}
 
 
@@ -295,7 +368,7 @@ def format_recipe(
     settings: Mapping[str, str] | None = None,
     num_train_files: int = 1,
 ) -> str:
-    """Format a recipe with the values that fit a task, a model and a number of samples.
+    """Format a recipe for a task, a model and a number of samples.
 
     Args:
         start: Model of the run. The settings of its adapter and its image rule are kept.
@@ -305,35 +378,21 @@ def format_recipe(
         settings: Values of `train.steps`, `train.epochs`, `train.batch_size` and
             `train.learning_rate` that the user has chosen. Empty ones keep the values of the task.
     """
-    usual, high = get_learning_rates(task)
-    learning_rate = usual
-    if start.is_tiny:
-        learning_rate = f"{high}  # small models need more than the usual {usual}"
-    chosen = {key: text.strip() for key, text in (settings or {}).items() if text.strip()}
-    learning_rate = _format_yaml(chosen.pop("train.learning_rate", learning_rate))
-    batch_size = int(chosen.pop("train.batch_size", 16 if num_samples >= 200 else 8))
-    durations = {
-        key: _format_yaml(text)
-        for key, text in chosen.items()
-        if key in ("train.steps", "train.epochs")
-    } or choose_duration(num_samples, batch_size, is_short=start.is_tiny)
-    given = f"objective: {_format_yaml(task.objective)}"
-    train = [OBJECTIVES.get(task.objective, given)] if task.objective else []
-    train += [f"{key.removeprefix('train.')}: {text}" for key, text in durations.items()]
-    train += [f"batch_size: {batch_size}", f"learning_rate: {learning_rate}"]
-    rewards = ""
+    train_settings = _format_train(start, task, num_samples, settings or {})
     if task.objective == "grpo":
-        train.append(f"grpo: {{max_completion_length: {task.max_new_tokens}}}")
         reward = REWARDS.get(task.metric, task.metric)
-        rewards = f"rewards: [{reward}]  # at most 1 for a response\n"
-    lines = [f"{_quote(file)}  # {comment}" for file, comment in files.items()]
-    eval_lines = [f"{line}, not used for training" for line in lines[num_train_files:]]
-    eval_settings = (
-        f"eval: {{metric: {task.metric}, limit: {NUM_EVAL_ROWS},"
-        f" max_new_tokens: {task.max_new_tokens}}}\n"
-        if task.objective != "kto"
-        else "# no eval.metric: answers with `label: false` are not references\n"
-    )
+        train_settings += f"rewards: [{reward}]  # at most 1 for a response\n"
+    train_lines: list[str] = []
+    eval_lines = []
+    for file, comment in files.items():
+        line = f"{_quote(file)}  # {comment}"
+        if len(train_lines) < num_train_files:
+            train_lines.append(line)
+        else:
+            eval_lines.append(f"{line}, not used for training")
+    eval_settings = ""
+    if eval_lines:
+        eval_settings = _format_eval(task)
     arguments = {"recipe": recipe, "overrides": ["train.learning_rate=5.0e-5"]}
     override = Step("train", arguments, "Override settings on the command line")
     tune_comment = TUNE_COMMENT
@@ -343,15 +402,64 @@ def format_recipe(
         author=author,
         override=_escape_line_breaks(str(override)),
         model=_quote(start.name),
-        data=_format_files("train", lines[:num_train_files]) + _format_files("eval", eval_lines),
+        data=_format_files("train", train_lines) + _format_files("eval", eval_lines),
         image=_format_image(start, task),
         tune_comment=tune_comment,
         tune=_format_tune(start, task),
-        train_settings="".join(f"  {line}\n" for line in train) + rewards,
-        eval_settings=eval_settings if eval_lines else "",
+        train_settings=train_settings,
+        eval_settings=eval_settings,
         run=_quote(run),
     )
     return override_settings(text, overrides)
+
+
+def _format_train(
+    start: StartModel, task: DetectedTask, num_samples: int, settings: Mapping[str, str]
+) -> str:
+    """Return the settings of the section `train`, indented.
+
+    Args:
+        settings: See `format_recipe`.
+    """
+    usual, high = get_learning_rates(task)
+    learning_rate = usual
+    if start.is_tiny:
+        learning_rate = f"{high}  # small models need more than the usual {usual}"
+    batch_size = 16 if num_samples >= 200 else 8
+    durations: dict[str, str] = {}
+    for key, value in settings.items():
+        text = value.strip()
+        if not text:
+            continue
+        if key == "train.learning_rate":
+            learning_rate = text
+        elif key == "train.batch_size":
+            batch_size = int(text)
+        elif key in ("train.steps", "train.epochs"):
+            durations[key] = _format_yaml(text)
+    if not durations:
+        durations = choose_duration(num_samples, batch_size, is_short=start.is_tiny)
+
+    lines = []
+    if task.objective:
+        objective = f"objective: {_format_yaml(task.objective)}"
+        lines.append(OBJECTIVES.get(task.objective, objective))
+    for key, text in durations.items():
+        name = key.removeprefix("train.")
+        lines.append(f"{name}: {text}")
+    lines.append(f"batch_size: {batch_size}")
+    lines.append(f"learning_rate: {_format_yaml(learning_rate)}")
+    if task.objective == "grpo":
+        lines.append(f"grpo: {{max_completion_length: {task.max_new_tokens}}}")
+    return _indent(lines)
+
+
+def _format_eval(task: DetectedTask) -> str:
+    """Return the section `eval`, or the reason why there is none."""
+    if task.objective == "kto":
+        return "# no eval.metric: answers with `label: false` are not references\n"
+    settings = f"metric: {task.metric}, limit: {NUM_EVAL_ROWS}"
+    return f"eval: {{{settings}, max_new_tokens: {task.max_new_tokens}}}\n"
 
 
 def _format_image(start: StartModel, task: DetectedTask) -> str:
@@ -370,10 +478,14 @@ def _format_tune(start: StartModel, task: DetectedTask) -> str:
         settings = start.tune.model_dump(mode="json", exclude_none=True)
         settings = {name: value for name, value in settings.items() if value != {}}
         text = yaml.safe_dump(settings, sort_keys=False, default_flow_style=None, width=100)
-        return "".join(f"  {line}\n" for line in text.splitlines())
+        return _indent(text.splitlines())
     if not start.is_tiny:
         return _TUNE_LARGE
     return _TUNE_TINY if task.has_images else _TUNE_TINY_TEXT
+
+
+def _indent(lines: Sequence[str]) -> str:
+    return "".join(f"  {line}\n" for line in lines)
 
 
 def override_settings(text: str, overrides: Sequence[str]) -> str:
@@ -382,46 +494,62 @@ def override_settings(text: str, overrides: Sequence[str]) -> str:
     Args:
         overrides: Settings as KEY=VALUE. A missing one becomes the first of its section.
     """
-    node: Any
-    for key, _, value in (override.partition("=") for override in overrides):
-        node, keys, start = yaml.compose(text, yaml.SafeLoader), key.split("."), 0
-        while keys and isinstance(node, yaml.MappingNode):
-            found = [pair for pair in node.value if pair[0].value == keys[0]]
-            if not found:
-                break
-            start = text.index(":", found[0][0].end_mark.index) + 1
-            node, keys = found[0][1], keys[1:]
-        stop = node.end_mark.index
-        if keys and isinstance(node, yaml.MappingNode):
-            first, is_flow = keys.pop(0), bool(node.flow_style)
-            value = f"{first}: {_nest(keys, value)}"
-            value += ", " if is_flow else f"\n{' ' * node.start_mark.column}"
-            start = stop = node.start_mark.index + is_flow
-        else:
-            # A block value follows its key in the next lines.
-            value = f" {_nest(keys, value)}"
-            stop = max(start, start + len(text[start:stop].rstrip()))
-        text = text[:start] + value + re.sub(r"^[ \t]+#[^\n]*", "", text[stop:])
+    for override in overrides:
+        key, _, value = override.partition("=")
+        text = _override_setting(text, key.split("."), value)
     return text
 
 
+def _override_setting(text: str, keys: Sequence[str], value: str) -> str:
+    """Return the text of a recipe with another value of one setting."""
+    node: Any = yaml.compose(text, yaml.SafeLoader)
+    start = 0
+    while keys and isinstance(node, yaml.MappingNode):
+        pair = next((pair for pair in node.value if pair[0].value == keys[0]), None)
+        if pair is None:
+            break
+        name, node = pair
+        start = text.index(":", name.end_mark.index) + 1
+        keys = keys[1:]
+    if keys and isinstance(node, yaml.MappingNode):
+        # The setting is missing: it becomes the first of this section.
+        is_flow = bool(node.flow_style)
+        separator = ", " if is_flow else f"\n{' ' * node.start_mark.column}"
+        new_text = f"{keys[0]}: {_nest(keys[1:], value)}{separator}"
+        start = node.start_mark.index + is_flow
+        stop = start
+    else:
+        # A block value follows its key in the next lines.
+        new_text = f" {_nest(keys, value)}"
+        old_text = text[start : node.end_mark.index]
+        stop = start + len(old_text.rstrip())
+    return text[:start] + new_text + re.sub(r"^[ \t]+#[^\n]*", "", text[stop:])
+
+
 def _nest(keys: Sequence[str], value: str) -> str:
-    return "".join(f"{{{key}: " for key in keys) + value + "}" * len(keys)
+    """Return a value inside groups with one key each."""
+    for key in reversed(keys):
+        value = f"{{{key}: {value}}}"
+    return value
 
 
 def _format_yaml(text: str) -> str:
     """Return YAML unchanged, and invalid YAML as text, which the recipe's validation reports."""
     try:
-        return text if load_yaml(text) is not None else _quote(text)
+        is_empty = load_yaml(text) is None
     except yaml.YAMLError:
         return _quote(text)
+    return _quote(text) if is_empty else text
 
 
 def _format_files(key: str, lines: Sequence[str]) -> str:
     """Format the paths of a key with their comments: a single one, or a list."""
-    if len(lines) > 1:
-        return f"  {key}:\n" + "".join(f"    - {line}\n" for line in lines)
-    return "".join(f"  {key}: {line}\n" for line in lines)
+    if not lines:
+        return ""
+    if len(lines) == 1:
+        return f"  {key}: {lines[0]}\n"
+    items = "".join(f"    - {line}\n" for line in lines)
+    return f"  {key}:\n{items}"
 
 
 def _quote(value: str | Path) -> str:

@@ -188,9 +188,13 @@ class ExternalConfig:
         value = self.get_value(key)
         if isinstance(value, str) and value.startswith("[") and value.endswith("]"):
             value = [item.strip(" '\"") for item in value[1:-1].split(",")]
-        items = value if isinstance(value, list | tuple) else [] if is_empty(value) else [value]
-        if self.program == "LLaMA-Factory" and isinstance(value, str):
+        items: Sequence[object] = [value]
+        if isinstance(value, list | tuple):
+            items = value
+        elif self.program == "LLaMA-Factory" and isinstance(value, str):
             items = value.split(",")
+        elif is_empty(value):
+            items = []
         return tuple(filter(None, (format_value(item).strip() for item in items)))
 
     def default_comment(self, *keys: str) -> str:

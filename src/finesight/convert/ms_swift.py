@@ -45,7 +45,12 @@ class MsSwiftConverter(TrainerConverter):
         is_half = dtype_name in ("float16", "float32")
         bf16 = config.get_bool("bf16") if config.has("bf16") else not is_half
         fp16 = config.get_bool("fp16") if config.has("fp16") else is_half
-        draft.set("train.precision", "bf16" if bf16 else "fp16" if fp16 else "fp32")
+        precision = "fp32"
+        if bf16:
+            precision = "bf16"
+        elif fp16:
+            precision = "fp16"
+        draft.set("train.precision", precision)
         self.set_output_dir(f"output/{model.rstrip('/').rpartition('/')[2]}")
 
     def _set_data(self, family: FamilySettings) -> None:
@@ -109,7 +114,9 @@ class MsSwiftConverter(TrainerConverter):
             self.draft.note("MAX_PIXELS", "not recorded", text)
         max_pixels = min(max_pixels, config.get_int("max_pixels") or max_pixels)
         self.draft.set("image.min_pixels", min_pixels)
-        comment = "ms-swift's default" * (is_default and not config.has("max_pixels"))
+        comment = ""
+        if is_default and not config.has("max_pixels"):
+            comment = "ms-swift's default"
         self.draft.set("image.max_pixels", max(max_pixels, min_pixels), comment)
 
     def _set_tune(self, family: FamilySettings, method: str) -> None:

@@ -168,7 +168,11 @@ class TrlConverter(TrainerConverter):
             return DatasetSource(name, limit)
         if name.startswith(("hf:", "modelscope:")):
             return DatasetSource(name, limit)
-        address = f":{subset}/{split}" if subset else f":{split}" if split != "train" else ""
+        address = ""
+        if subset:
+            address = f":{subset}/{split}"
+        elif split != "train":
+            address = f":{split}"
         return DatasetSource(f"hf:{name}{address}", limit)
 
     def _set_tune(self, family: FamilySettings) -> None:

@@ -7,11 +7,12 @@ import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
+from itertools import chain
 from typing import Any, Literal
 
 import yaml
 
-from finesight.errors import Step, UserError, escape_unprintable
+from finesight.errors import Step, UserError, escape_unprintable, format_count
 
 DiagnosisSeverity = Literal["error", "warning", "ok"]
 """`error`: something fails or gives wrong results. `warning`: something can be improved."""
@@ -54,15 +55,26 @@ def make_diagnosis(code: str, is_error: bool | None = None, /, **values: Any) ->
     entry = load_catalog()[code]
     if "step" in entry:
         operation, templates = entry["step"]
-        step: dict[str, object] = {n: str(text).format(**values) for n, text in templates.items()}
-        if "overrides" in step:
-            step["overrides"] = [*templates["overrides"], *values["overrides"]]
-        values["command"], entry = Step(operation, step), {"remedy": "{command}", **entry}
-    texts = (entry.get(name, "").format(**values) for name in ("what", "why", "remedy"))
-    severity: DiagnosisSeverity = entry.get("severity", "error" if "why" in entry else "ok")
+        arguments: dict[str, object] = {}
+        for argument, template in templates.items():
+            arguments[argument] = str(template).format(**values)
+        if "overrides" in arguments:
+            arguments["overrides"] = [*templates["overrides"], *values["overrides"]]
+        values["command"] = Step(operation, arguments)
+        entry = {"remedy": "{command}", **entry}
+    name, _, _ = code.partition(".")
+    texts = [entry.get(part, "").format(**values) for part in ("what", "why", "remedy")]
+    severity = _select_severity(entry, is_error)
+    return Diagnosis(name, severity, *map(escape_unprintable, texts))
+
+
+def _select_severity(entry: Mapping[str, Any], is_error: bool | None) -> DiagnosisSeverity:
+    """Return the given severity, else that of an entry of the catalog."""
     if is_error is not None:
-        severity = "error" if is_error else "warning"
-    return Diagnosis(code.partition(".")[0], severity, *map(escape_unprintable, texts))
+        return "error" if is_error else "warning"
+    default = "error" if "why" in entry else "ok"
+    severity: DiagnosisSeverity = entry.get("severity", default)
+    return severity
 
 
 def user_error_to_diagnosis(code: str, error: UserError, remedy: str) -> Diagnosis:
@@ -75,7 +87,9 @@ def user_error_to_diagnosis(code: str, error: UserError, remedy: str) -> Diagnos
 
 def describe_error(error: UserError) -> str:
     """Return the place and the problem of a UserError."""
-    return f"{error.where}: {error.what}" if error.where else error.what
+    if not error.where:
+        return error.what
+    return f"{error.where}: {error.what}"
 
 
 def join_command(*words: object) -> str:
@@ -85,7 +99,8 @@ def join_command(*words: object) -> str:
 
 def count_severity(sections: DiagnosisSections, severity: DiagnosisSeverity) -> int:
     """Count the diagnoses of a severity in all sections."""
-    return sum(one.severity == severity for found in sections.values() for one in found)
+    diagnoses = chain.from_iterable(sections.values())
+    return sum(one.severity == severity for one in diagnoses)
 
 
 def format_diagnoses(sections: DiagnosisSections) -> Iterator[str]:
@@ -93,15 +108,28 @@ def format_diagnoses(sections: DiagnosisSections) -> Iterator[str]:
     for title, diagnoses in sections.items():
         yield title
         for one in diagnoses:
-            label = "ERROR" if one.severity == "error" else one.severity
+            label: str = one.severity
+            if one.severity == "error":
+                label = "ERROR"
             yield f"  {label:<7}  {one.what}"
-            yield from [f"           why: {one.why}"] if one.why else []
-            yield from (f"           $ {line}" for line in one.remedy.splitlines())
-    counts = ((name, count_severity(sections, name)) for name in ("error", "warning"))
-    yield ", ".join(f"{count or 'no'} {name}{'' if count == 1 else 's'}" for name, count in counts)
+            if one.why:
+                yield f"           why: {one.why}"
+            for line in one.remedy.splitlines():
+                yield f"           $ {line}"
+    errors = _format_number(count_severity(sections, "error"), "error")
+    warnings = _format_number(count_severity(sections, "warning"), "warning")
+    yield f"{errors}, {warnings}"
+
+
+def _format_number(count: int, noun: str) -> str:
+    if count == 0:
+        return f"no {noun}s"
+    return format_count(count, noun)
 
 
 def diagnoses_to_dict(sections: DiagnosisSections) -> dict[str, Any]:
     """Convert diagnoses to a JSON object."""
-    lines = [{"section": title} | asdict(one) for title, found in sections.items() for one in found]
+    lines = []
+    for title, found in sections.items():
+        lines += [{"section": title} | asdict(one) for one in found]
     return {"num_errors": count_severity(sections, "error"), "diagnoses": lines}

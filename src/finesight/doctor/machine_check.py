@@ -61,7 +61,7 @@ def check_machine(environment: Mapping[str, str], working_dir: Path) -> Iterator
 
     Environment variables may set the folders for models and temporary files.
     """
-    memory, shm_path = available_memory(), Path("/dev/shm")
+    memory = available_memory()
     yield make_diagnosis(
         "machine",
         python=platform.python_version(),
@@ -77,7 +77,10 @@ def check_machine(environment: Mapping[str, str], working_dir: Path) -> Iterator
     yield _check_location("models", Path(hub_cache).expanduser(), 10 * GB)
     yield _check_location("temporary files", Path(temp_dir), GB)
     yield _check_location("current folder", working_dir, 2 * GB)
-    shm = shutil.disk_usage(shm_path).free if shm_path.is_dir() else GB
+    shm_path = Path("/dev/shm")
+    shm = GB
+    if shm_path.is_dir():
+        shm = shutil.disk_usage(shm_path).free
     max_files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     for code, value, minimum, recommended in (
         ("low-memory", memory, GB, 6 * GB),
@@ -166,29 +169,52 @@ class TorchInfo(NamedTuple):
 
 def inspect_gpu_system(environment: Mapping[str, str], root: Path = Path("/")) -> GpuSystem:
     """Inspect the PCI bus, the driver and its library without using a GPU."""
-    driver_file = root / "proc" / "driver" / "nvidia" / "version"
-    driver_words = driver_file.read_text().splitlines()[0].split() if driver_file.is_file() else []
-    versions = (word for word in driver_words if word[0].isdigit() and "." in word)
-    # 0x10de: NVIDIA. 0x03: display controller, because GPUs also have audio devices.
-    vendor_files = (root / "sys" / "bus" / "pci" / "devices").glob("*/vendor")
-    nvidia_files = [file for file in vendor_files if file.read_text().strip() == "0x10de"]
-    classes = [file.with_name("class").read_text() for file in nvidia_files]
-    # Triton searches for these compilers if CC is not set.
-    compilers = (shutil.which(name, path=environment.get("PATH")) for name in ("gcc", "clang"))
-    header = Path(sysconfig.get_path("include")) / "Python.h"
-    tools = {"C compiler": environment.get("CC") or any(compilers), "Python.h": header.is_file()}
     return GpuSystem(
-        num_pci_gpus=sum(device_class.startswith("0x03") for device_class in classes),
-        driver_version=next(versions, "unknown") if driver_words else None,
+        driver_version=_read_driver_version(root / "proc" / "driver" / "nvidia" / "version"),
+        num_pci_gpus=_count_pci_gpus(root / "sys" / "bus" / "pci" / "devices"),
+        missing_build_tools=_list_missing_build_tools(environment),
         driver_cuda_version=_read_driver_cuda_version(),
         is_container=(root / ".dockerenv").exists() or (root / "run" / ".containerenv").exists(),
-        missing_build_tools=tuple(name for name, is_installed in tools.items() if not is_installed),
     )
+
+
+def _read_driver_version(file: Path) -> str | None:
+    """Return the version of the loaded kernel module; None without one."""
+    if not file.is_file():
+        return None
+    words = file.read_text().splitlines()[0].split()
+    if not words:
+        return None
+    return next((word for word in words if word[0].isdigit() and "." in word), "unknown")
+
+
+def _count_pci_gpus(devices: Path) -> int:
+    # 0x10de: NVIDIA. 0x03: display controller, because GPUs also have audio devices.
+    count = 0
+    for file in devices.glob("*/vendor"):
+        if file.read_text().strip() == "0x10de":
+            device_class = file.with_name("class").read_text()
+            count += device_class.startswith("0x03")
+    return count
+
+
+def _list_missing_build_tools(environment: Mapping[str, str]) -> tuple[str, ...]:
+    """List the tools that Triton needs and that are not installed."""
+    missing = []
+    # Triton searches for these compilers if CC is not set.
+    compilers = (shutil.which(name, path=environment.get("PATH")) for name in ("gcc", "clang"))
+    if not (environment.get("CC") or any(compilers)):
+        missing.append("C compiler")
+    header = Path(sysconfig.get_path("include")) / "Python.h"
+    if not header.is_file():
+        missing.append("Python.h")
+    return tuple(missing)
 
 
 def _read_driver_cuda_version() -> tuple[int, int] | None:
     with suppress(OSError):
-        library, version = ctypes.CDLL("libcuda.so.1"), ctypes.c_int(0)
+        library = ctypes.CDLL("libcuda.so.1")
+        version = ctypes.c_int(0)
         if library.cuDriverGetVersion(ctypes.byref(version)) == 0 and version.value:
             return version.value // 1000, version.value % 1000 // 10
     return None
@@ -223,13 +249,20 @@ def _query_torch() -> TorchInfo:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         available = torch.cuda.is_available()
-    num_gpus = torch.cuda.device_count() if available else 0
+    num_gpus = 0
+    arch_list: tuple[str, ...] = ()
+    cuda_warnings: tuple[str, ...] = ()
+    if available:
+        num_gpus = torch.cuda.device_count()
+        arch_list = tuple(torch.cuda.get_arch_list())
+    else:
+        cuda_warnings = tuple(str(warning.message) for warning in caught)
     return TorchInfo(
         str(torch.__version__),
         torch.__file__ or "",
         torch.version.cuda,
-        arch_list=tuple(torch.cuda.get_arch_list()) if available else (),
-        cuda_warnings=() if available else tuple(str(warning.message) for warning in caught),
+        arch_list=arch_list,
+        cuda_warnings=cuda_warnings,
         gpus=tuple(map(_probe_gpu, range(num_gpus))),
         broken_packages=_find_broken_packages(),
     )
@@ -239,7 +272,8 @@ def _probe_gpu(index: int) -> GpuInfo:
     import torch
 
     properties = torch.cuda.get_device_properties(index)
-    free_bytes, error = 0, ""
+    free_bytes = 0
+    error = ""
     try:
         free_bytes = torch.cuda.mem_get_info(index)[0]
         ones = torch.ones(16, 16, device=f"cuda:{index}")
@@ -279,9 +313,14 @@ def check_gpus(
         variables = [name for name in ("PYTHONPATH", "LD_LIBRARY_PATH") if environment.get(name)]
         install = install_command("--force-reinstall", "torch")
         values = {"error": torch_info.error, "variables": " ".join(variables), "install": install}
-        yield make_diagnosis("torch-broken.path" if variables else "torch-broken", **values)
+        code = "torch-broken"
+        if variables:
+            code = "torch-broken.path"
+        yield make_diagnosis(code, **values)
         return
-    target = f"CUDA {torch_info.cuda_version}" if torch_info.cuda_version else "a CPU"
+    target = "a CPU"
+    if torch_info.cuda_version:
+        target = f"CUDA {torch_info.cuda_version}"
     yield make_diagnosis("torch", version=torch_info.version, target=target)
     module_file = Path(torch_info.module_file).resolve()
     for package in packages.get("torch", ())[:1]:
@@ -320,7 +359,8 @@ def _check_gpu(index: int, torch_info: TorchInfo) -> Iterator[Diagnosis]:
     }
     if gpu.error:
         is_wrong_build = "no kernel image" in gpu.error
-        yield make_diagnosis("torch-wrong-build" if is_wrong_build else "gpu-fails", **values)
+        code = "torch-wrong-build" if is_wrong_build else "gpu-fails"
+        yield make_diagnosis(code, **values)
         return
     yield make_diagnosis("gpu", **values)
     if used_fraction > 0.1:
@@ -328,7 +368,7 @@ def _check_gpu(index: int, torch_info: TorchInfo) -> Iterator[Diagnosis]:
 
 
 def _install_torch_command() -> str:
-    """Return the shell command that installs the build of torch for the driver, selected by uv."""
+    """Return the shell command that installs the build of torch for the driver."""
     uv_install = (sys.executable, "-m", "uv", "pip", "install", "--python", sys.executable)
     options = ("--reinstall-package", "torch", "--torch-backend=auto", "torch>=2.11")
     return f"{install_command('uv')} && {join_command(*uv_install, *options)}"
@@ -338,7 +378,8 @@ def _diagnose_no_gpu(
     gpu_system: GpuSystem, torch_info: TorchInfo, environment: Mapping[str, str]
 ) -> Diagnosis:
     """Report the reason for which torch finds no GPU."""
-    cuda_version, driver_version = gpu_system.driver_cuda_version, gpu_system.driver_version
+    cuda_version = gpu_system.driver_cuda_version
+    driver_version = gpu_system.driver_version
     visible = environment.get("CUDA_VISIBLE_DEVICES")
     if not (gpu_system.num_pci_gpus or driver_version or cuda_version):
         code = "no-gpu"

@@ -23,11 +23,12 @@ from finesight.storage import DIGESTS_FILE, verify_folder
 LFS_POINTER_PREFIX = b"version https://git-lfs.github.com/spec/"
 """First bytes of a Git LFS pointer, a small text file instead of the weights."""
 
-ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
-"""File names of PEFT adapters.
+# Repeated here, because importing `finesight.model` would fail with a broken torch.
+ADAPTER_CONFIG_FILE = "adapter_config.json"
+"""Name of the configuration of a PEFT adapter."""
 
-They are repeated here because importing `finesight.model` would fail with a broken torch.
-"""
+ADAPTER_WEIGHTS_FILE = "adapter_model.safetensors"
+"""Name of the weights of a PEFT adapter."""
 
 
 def check_model(path: Path, packages: InstalledPackages) -> list[Diagnosis]:
@@ -36,9 +37,13 @@ def check_model(path: Path, packages: InstalledPackages) -> list[Diagnosis]:
     values = {"path": path, "redownload": redownload, "pull": join_command("git", "-C", path)}
     names = [file.name for file in sorted(path.iterdir()) if file.is_file() and _is_pointer(file)]
     if names:
-        code = "model-lfs-pointers" + ".clone" * (path / ".git").exists()
+        code = "model-lfs-pointers"
+        if (path / ".git").exists():
+            code = "model-lfs-pointers.clone"
         return [make_diagnosis(code, **values, names=", ".join(names[:3]))]
-    folder, check, diagnoses = ModelFolder(path), "model-config", list[Diagnosis]()
+    folder = ModelFolder(path)
+    diagnoses: list[Diagnosis] = []
+    check = "model-config"
     try:
         family = folder.family
         extra = ""
@@ -87,10 +92,13 @@ def redownload_command(path: Path) -> str:
     """
     hf_cache = re.search(r"models--([^/]+?)--([^/]+)", str(path))
     cache = re.search(r"finesight/(hf|modelscope)/(?:[^/]+/)?models/([^/]+/[^/]+)", str(path))
-    if match := hf_cache or cache:
-        source = (f"{match[1]}/" if hf_cache else f"{match[1]}:") + match[2]
-        return f"{join_command('rm', '-r', path)} && {Step('download', {'source': source})}"
-    return str(Step("download", {"source": "OWNER/NAME", "to": f"{path}-again"}))
+    if hf_cache:
+        source = f"{hf_cache[1]}/{hf_cache[2]}"
+    elif cache:
+        source = f"{cache[1]}:{cache[2]}"
+    else:
+        return str(Step("download", {"source": "OWNER/NAME", "to": f"{path}-again"}))
+    return f"{join_command('rm', '-r', path)} && {Step('download', {'source': source})}"
 
 
 def _is_pointer(file: Path) -> bool:
@@ -100,13 +108,17 @@ def _is_pointer(file: Path) -> bool:
 
 def _check_weights(folder: ModelFolder) -> None:
     """Raise UserError for weight files that are missing, truncated or differ from the index."""
-    names = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.safetensors")
     index = folder.path / "model.safetensors.index.json"
-    *pickles, weights = (folder.find_file(name) for name in names)
-    if any(pickles) and not (weights or index.is_file()):
+    pickle = folder.find_file("pytorch_model.bin")
+    pickle_index = folder.find_file("pytorch_model.bin.index.json")
+    weights = folder.find_file("model.safetensors")
+    has_pickles = bool(pickle or pickle_index)
+    if has_pickles and not (weights or index.is_file()):
         return  # Pickles are converted on first use. This check writes no files.
     tensors_by_file = {file.name: _read_tensor_names(file) for file in folder.weight_files()}
-    for name, file in (read_json_object(index)["weight_map"] if index.is_file() else {}).items():
+    if not index.is_file():
+        return
+    for name, file in read_json_object(index)["weight_map"].items():
         if name not in tensors_by_file.get(file, ()):
             raise UserError(
                 f"{file} does not contain {name}",

@@ -36,7 +36,8 @@ def list_packages(path: Sequence[str] | None = None) -> InstalledPackages:
     packages: dict[str, list[Distribution]] = {}
     seen = set()  # A folder may be in `sys.path` twice.
     for package in distributions(path=list(sys.path if path is None else path)):
-        name, location = package.metadata["Name"], str(package.locate_file(""))
+        name = package.metadata["Name"]
+        location = str(package.locate_file(""))
         if name and (name, package.version, location) not in seen:
             seen.add((name, package.version, location))
             packages.setdefault(canonicalize_name(name), []).append(package)
@@ -51,32 +52,55 @@ def check_packages(packages: InstalledPackages) -> list[Diagnosis]:
     """
     if PACKAGE_NAME not in packages:
         return [make_diagnosis("not-installed", install=install_command("-e", "."))]
-    required, used = (_group_requirements(packages, with_extras=one) for one in (False, True))
+    required = _group_requirements(packages, with_extras=False)
+    used = _group_requirements(packages, with_extras=True)
     diagnoses = []
     for name, requirements in sorted(used.items()):
-        bounds = {str(spec) for _, one in requirements for spec in one.specifier}
-        install = install_command(f"{name}{','.join(sorted(bounds))}")
-        installed = packages.get(name, ())
-        folders = [str(package.locate_file("")) for package in installed]
-        version = installed[0].version if installed else None
-        unmet = [
-            f"{source} requires {name}{one.specifier}"
-            for source, one in requirements
-            if version is None or not one.specifier.contains(version, prereleases=True)
-        ]
-        if (count := folders.count(folders[0]) if folders else 0) > 1:
-            code = "duplicate-package"
-            uninstall = join_command(*PIP_COMMAND, "uninstall", "-y", name)
-            install = " && ".join([*[uninstall] * count, install])
-        elif unmet:
-            code = "package-missing" if version is None else "version-conflict"
-        else:
-            continue
-        values = {"name": name, "version": version, "required": "; ".join(unmet)}
-        diagnoses.append(make_diagnosis(code, name in required, **values, install=install))
+        diagnosis = _check_package(name, requirements, packages.get(name, ()), name in required)
+        if diagnosis is not None:
+            diagnoses.append(diagnosis)
     if not count_severity({"packages": diagnoses}, "error"):
         diagnoses.insert(0, make_diagnosis("versions", count=len(used)))
     return diagnoses
+
+
+def _check_package(
+    name: str,
+    requirements: Sequence[tuple[str, Requirement]],
+    installed: Sequence[Distribution],
+    is_required: bool,
+) -> Diagnosis | None:
+    """Report a duplicate, missing or conflicting package; None without a problem.
+
+    Args:
+        requirements: Requirements of the package, with their sources.
+        installed: Distributions of the package.
+    """
+    version = None
+    num_copies = 0  # in the folder of the imported one
+    if installed:
+        version = installed[0].version
+        folders = [str(package.locate_file("")) for package in installed]
+        num_copies = folders.count(folders[0])
+    bounds: set[str] = set()
+    unmet = []
+    for source, requirement in requirements:
+        bounds.update(map(str, requirement.specifier))
+        if version is None or not requirement.specifier.contains(version, prereleases=True):
+            unmet.append(f"{source} requires {name}{requirement.specifier}")
+    install = install_command(f"{name}{','.join(sorted(bounds))}")
+    if num_copies > 1:
+        code = "duplicate-package"
+        uninstall = join_command(*PIP_COMMAND, "uninstall", "-y", name)
+        install = " && ".join([uninstall] * num_copies + [install])
+    elif not unmet:
+        return None
+    elif version is None:
+        code = "package-missing"
+    else:
+        code = "version-conflict"
+    values = {"name": name, "version": version, "required": "; ".join(unmet)}
+    return make_diagnosis(code, is_required, **values, install=install)
 
 
 def _group_requirements(
@@ -87,21 +111,30 @@ def _group_requirements(
     sources = [PACKAGE_NAME]
     for source in sources:  # The loop extends the list.
         package = next(iter(packages.get(source, ())), None)
-        declared = package.metadata.get_all("Provides-Extra") or () if package else ()
-        use_extras = with_extras and source == PACKAGE_NAME
-        extras = [name for name in declared if use_extras and name != "dev"]
+        if package is None:
+            continue
+        extras: list[str] = []
+        if with_extras and source == PACKAGE_NAME:
+            extras = _list_extras(package)
         for requirement in _parse_requirements(package):
             name = canonicalize_name(requirement.name)
             is_used = _is_applicable(requirement, extras if name in packages else ())
             if is_used and name != PACKAGE_NAME:
                 grouped.setdefault(name, []).append((source, requirement))
-                sources += [] if name in sources else [name]
+                if name not in sources:
+                    sources.append(name)
     return grouped
 
 
-def _parse_requirements(package: Distribution | None) -> Iterator[Requirement]:
+def _list_extras(package: Distribution) -> list[str]:
+    """List the extras of a package for users."""
+    names = package.metadata.get_all("Provides-Extra") or ()
+    return [name for name in names if name != "dev"]
+
+
+def _parse_requirements(package: Distribution) -> Iterator[Requirement]:
     """Parse the requirements of a package. Invalid ones are omitted."""
-    for text in (package.requires if package else None) or ():
+    for text in package.requires or ():
         with contextlib.suppress(InvalidRequirement):
             yield Requirement(text)
 
@@ -115,19 +148,22 @@ def _is_applicable(requirement: Requirement, extras: Iterable[str]) -> bool:
 def check_extras(packages: InstalledPackages) -> Iterator[Diagnosis]:
     """Check that the extras of finesight are complete, and list the plug-ins of other packages."""
     for plugin, *_ in packages.values():
-        own = [one for one in plugin.entry_points if one.group.startswith(f"{PACKAGE_NAME}.")]
-        yield from (make_diagnosis("plugin", entry=one, package=plugin) for one in own)
+        for entry in plugin.entry_points:
+            if entry.group.startswith(f"{PACKAGE_NAME}."):
+                yield make_diagnosis("plugin", entry=entry, package=plugin)
     package = next(iter(packages.get(PACKAGE_NAME, ())), None)
-    for name in (package.metadata.get_all("Provides-Extra") or ()) if package else ():
-        missing = [
-            requirement.name
-            for requirement in _parse_requirements(package)
-            if _is_applicable(requirement, [name]) and not _is_applicable(requirement, ())
-            if canonicalize_name(requirement.name) not in packages
-        ]
-        if name != "dev" and missing:
+    if package is None:
+        return
+    for name in _list_extras(package):
+        missing = []
+        for requirement in _parse_requirements(package):
+            is_missing = canonicalize_name(requirement.name) not in packages
+            is_of_extra = _is_applicable(requirement, [name])
+            if is_missing and is_of_extra and not _is_applicable(requirement, ()):
+                missing.append(requirement.name)
+        if missing:
             values = {"missing": ", ".join(missing), **load_catalog()[f"extra.{name}"]}
             install = install_command(f"{PACKAGE_NAME}[{name}]")
             yield make_diagnosis("extra-missing", **values, install=install)
-        elif name != "dev":
+        else:
             yield make_diagnosis(f"extra.{name}")

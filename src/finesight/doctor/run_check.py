@@ -6,10 +6,11 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from itertools import pairwise, takewhile
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from statistics import mean, median
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from pydantic import BaseModel, ValidationError
@@ -62,12 +63,17 @@ from finesight.storage import verify_folder
 MAX_NONFINITE_STEPS = 5
 """Number of consecutive steps with a non-finite loss after which a run stops."""
 
-MIN_STEPS, NUM_WINDOWS = 12, 10
-"""Minimum number of steps for the checks of the loss curve, and its maximum number of windows."""
+MIN_STEPS = 12
+"""Minimum number of steps for the checks of the loss curve."""
 
-FLAT_FRACTION, CONVERGED_LOSS_RATIO = 0.02, 0.5
-"""Relative decrease below which a loss is flat, and ratio of the final to the initial loss of a
-converged run."""
+NUM_WINDOWS = 10
+"""Maximum number of windows of the loss curve."""
+
+FLAT_FRACTION = 0.02
+"""Relative decrease below which a loss is flat."""
+
+CONVERGED_LOSS_RATIO = 0.5
+"""Maximum ratio of the final to the initial loss of a converged run."""
 
 MAX_TRUNCATED_SHARE = 0.5
 """Share of truncated responses from which truncation explains missing rewards."""
@@ -86,7 +92,8 @@ def diagnose_run(
 
     The list `overrides` contains settings of the next run.
     """
-    folder, suffix = run_record.folder, 2
+    folder = run_record.folder
+    suffix = 2
     while (output := folder.with_name(f"{folder.name}-{suffix}")).exists():
         suffix += 1
     values["overrides"] = [*values.get("overrides", ()), f"output_dir={output}"]
@@ -124,32 +131,50 @@ def _scale_learning_rates(run_record: RunRecord, factor: float | None = None) ->
     """
     values = _get_learning_rates(run_record)
     factor = factor or min(0.1, 1e-3 / max(values.values()))
-    scaled = {part: float(f"{value * factor:.0e}") for part, value in values.items()}
-    return [f"train.learning_rate.{part}={value:g}" for part, value in scaled.items()]
+    overrides = []
+    for part, value in values.items():
+        scaled = float(f"{value * factor:.0e}")
+        overrides.append(f"train.learning_rate.{part}={scaled:g}")
+    return overrides
 
 
 def check_run_end(run_record: RunRecord) -> list[Diagnosis]:
     """Check that a run has finished and that its files are complete."""
-    status, diagnoses = summary.get_run_status(run_record), list[Diagnosis]()
-    is_nonfinite = [bool(line.get("nonfinite_samples")) for line in run_record.steps]
-    num_trailing = len(list(takewhile(bool, reversed(is_nonfinite))))
-    if any(is_nonfinite):
-        last = max(index for index, flag in enumerate(is_nonfinite) if flag)
-        samples = ", ".join(map(str, run_record.steps[last]["nonfinite_samples"][:4]))
-        has_stopped = num_trailing >= MAX_NONFINITE_STEPS
-        code, count = "not-finite" if has_stopped else "not-finite.single", sum(is_nonfinite)
-        values = {"count": num_trailing if has_stopped else count, "total": len(is_nonfinite)}
-        overrides = [*_scale_learning_rates(run_record), "train.precision=bf16"]
-        diagnoses.append(
-            diagnose_run(run_record, code, samples=samples, **values, overrides=overrides)
-        )
+    status = summary.get_run_status(run_record)
+    num_trailing = 0
+    for line in reversed(run_record.steps):
+        if not line.get("nonfinite_samples"):
+            break
+        num_trailing += 1
+    diagnoses = [*_check_nonfinite_steps(run_record, num_trailing)]
     if status.kind in ("finished", "running"):
-        is_running, progress = status.kind == "running", summary.describe_progress(run_record)
-        text = "running" if is_running else progress
+        text = summary.describe_progress(run_record)
+        if status.kind == "running":
+            text = "running"
         diagnoses.insert(0, make_diagnosis("run-end", status=text))
     elif num_trailing < MAX_NONFINITE_STEPS:
         diagnoses = [*_check_unfinished(run_record), *diagnoses]
     return [*diagnoses, *_check_files(run_record), *_check_skipped_samples(run_record)]
+
+
+def _check_nonfinite_steps(run_record: RunRecord, num_trailing: int) -> Iterator[Diagnosis]:
+    """Report steps with a non-finite loss, of which `num_trailing` are the last of the run."""
+    lines = [line for line in run_record.steps if line.get("nonfinite_samples")]
+    if not lines:
+        return
+    code = "not-finite.single"
+    count = len(lines)
+    if num_trailing >= MAX_NONFINITE_STEPS:
+        code = "not-finite"
+        count = num_trailing
+    yield diagnose_run(
+        run_record,
+        code,
+        samples=", ".join(map(str, lines[-1]["nonfinite_samples"][:4])),
+        count=count,
+        total=len(run_record.steps),
+        overrides=[*_scale_learning_rates(run_record), "train.precision=bf16"],
+    )
 
 
 MEMORY_ERRORS = ("GPU memory is full", "CUDA out of memory")
@@ -157,7 +182,7 @@ MEMORY_ERRORS = ("GPU memory is full", "CUDA out of memory")
 
 
 def _check_unfinished(run_record: RunRecord) -> Iterator[Diagnosis]:
-    """Report the last step of an unfinished run, its newest checkpoint, and how to resume it."""
+    """Report the end of an unfinished run, its newest checkpoint and how to resume."""
     folder = run_record.folder / manifest.CHECKPOINTS_FOLDER
     names = [path.name.removeprefix("step-") for path in folder.glob("step-*")]
     steps = [0, *sorted(int(name) for name in names if name.isdecimal())]
@@ -169,36 +194,33 @@ def _check_unfinished(run_record: RunRecord) -> Iterator[Diagnosis]:
     reason = status.reason or ""
     if any(text in reason for text in MEMORY_ERRORS):
         code = "unfinished.memory"
+    checkpoint = "newest checkpoint: none"
+    if steps[-1]:
+        checkpoint = f"newest checkpoint: step {steps[-1]}"
+    repeated = ""
+    if num_lost_steps > 0:
+        repeated = f"; {num_lost_steps} steps will be repeated"
     yield diagnose_run(
         run_record,
         code,
         progress=summary.describe_progress(run_record),
-        checkpoint=f"newest checkpoint: {f'step {steps[-1]}' if steps[-1] else 'none'}",
+        checkpoint=checkpoint,
         kind="it was interrupted" if status.kind == "interrupted" else "it failed",
         reason=status.reason or "no recorded reason",
-        repeated=f"; {num_lost_steps} steps will be repeated" if num_lost_steps > 0 else "",
+        repeated=repeated,
     )
     try:
         if steps[-1]:
             verify_folder(folder / f"step-{steps[-1]}")
     except UserError as error:
-        problem, previous = describe_error(error), steps[-2] or "none"
+        problem = describe_error(error)
+        previous = steps[-2] or "none"
         yield diagnose_run(run_record, "checkpoint-damaged", problem=problem, previous=previous)
 
 
 def _check_files(run_record: RunRecord) -> Iterator[Diagnosis]:
     """Check base model, trained weights, records and recipe."""
-    base_model, expected = map(run_record.manifest.get, ("base_model", "base_fingerprint"))
-    path = resolve_model_path(str(base_model))
-    if isinstance(base_model, str) and (path.is_absolute() or path.is_dir()):
-        try:
-            fingerprint = ModelFolder(path).fingerprint() if path.is_dir() else ""
-        except UserError as error:
-            fingerprint = error.what
-        if fingerprint != expected:
-            values = {"path": path, "fingerprint": fingerprint, "expected": str(expected)}
-            code = "base-changed" if path.is_dir() else "base-missing"
-            yield diagnose_run(run_record, code, **values, name=join_command(path.name))
+    yield from _check_base_model(run_record)
     for name in (manifest.ADAPTER_FOLDER, manifest.MODEL_FOLDER):
         folder = run_record.folder / name
         try:
@@ -219,21 +241,45 @@ def _check_files(run_record: RunRecord) -> Iterator[Diagnosis]:
         yield diagnose_run(run_record, "recipe.run", run_record.result is None, **texts)
 
 
+def _check_base_model(run_record: RunRecord) -> Iterator[Diagnosis]:
+    """Check that the files of a local base model have not changed."""
+    base_model = run_record.manifest.get("base_model")
+    expected = run_record.manifest.get("base_fingerprint")
+    path = resolve_model_path(str(base_model))
+    if not isinstance(base_model, str) or not (path.is_absolute() or path.is_dir()):
+        return
+    code = "base-missing"
+    fingerprint = ""
+    if path.is_dir():
+        code = "base-changed"
+        try:
+            fingerprint = ModelFolder(path).fingerprint()
+        except UserError as error:
+            fingerprint = error.what
+    if fingerprint != expected:
+        values = {"path": path, "fingerprint": fingerprint, "expected": str(expected)}
+        yield diagnose_run(run_record, code, **values, name=join_command(path.name))
+
+
 def _check_skipped_samples(run_record: RunRecord) -> Iterator[Diagnosis]:
     for split, title in (("train", "training"), ("eval", "validation")):
         rows = [row for row in run_record.skipped_samples if row.get("split", "train") == split]
-        steps = run_record.steps if split == "train" else []
-        record = replace(run_record, skipped_samples=rows, steps=steps)
         if not rows:
             continue
+        record = replace(run_record, skipped_samples=rows)
         (largest, reason, ids), *_ = summary.list_skipped_samples(record)
         # Samples skipped at the start are not in the statistics.
-        num_samples = summary.get_data_stats(run_record, split).get("num_samples")
         total = sum(row.get("step") is None for row in rows)
-        total = max(len(rows), total + (num_samples if isinstance(num_samples, int) else 0))
-        code, overrides = "samples-skipped", list[str]()
-        if match := re.fullmatch(r"over (\d+) tokens", reason):
-            code, overrides = "samples-skipped.long", [f"data.max_length={2 * int(match[1])}"]
+        num_samples = summary.get_data_stats(run_record, split).get("num_samples")
+        if isinstance(num_samples, int):
+            total += num_samples
+        total = max(len(rows), total)
+        code = "samples-skipped"
+        overrides: list[str] = []
+        match = re.fullmatch(r"over (\d+) tokens", reason)
+        if match is not None:
+            code = "samples-skipped.long"
+            overrides = [f"data.max_length={2 * int(match[1])}"]
         texts = {"reason": reason, "samples": ids, "overrides": overrides}
         values = {"split": title, "count": len(rows), "total": total, "largest": largest}
         yield diagnose_run(run_record, code, len(rows) > 0.05 * total, **values, **texts)
@@ -245,16 +291,67 @@ def _finite_values(lines: Iterable[JsonObject], name: str) -> list[float]:
 
 def check_training(run_record: RunRecord) -> list[Diagnosis]:
     """Check the recorded metrics, for GRPO rewards instead of the loss of the policy."""
-    is_policy = load_run_recipe(run_record).train.objective == "grpo"
-    checks = (_check_rewards,) if is_policy else (_check_loss_curve, _check_loss_spikes)
-    return [one for check in (*checks, _check_overfitting) for one in check(run_record)]
+    diagnoses: list[Diagnosis] = []
+    if load_run_recipe(run_record).train.objective == "grpo":
+        diagnoses += _check_rewards(run_record)
+    else:
+        diagnoses += _check_loss_curve(run_record)
+        diagnoses += _check_loss_spikes(run_record)
+    diagnoses += _check_overfitting(run_record)
+    return diagnoses
+
+
+class _LossCurve(NamedTuple):
+    """Loss over a run by windows of steps, in nats per token.
+
+    Attributes:
+        first: Loss of the first step.
+        initial: Median loss of the first window.
+        middle: Median loss of the window in the middle.
+        final: Median loss of the last window.
+        low: Lowest median loss of a window.
+        high: Highest median loss of a window.
+        noise: Standard deviation within windows, estimated from the median deviation.
+    """
+
+    first: float
+    initial: float
+    middle: float
+    final: float
+    low: float
+    high: float
+    noise: float
+
+    @property
+    def is_flat(self) -> bool:
+        """True if the loss has not decreased by more than the noise."""
+        return self.initial - self.final < max(FLAT_FRACTION * self.initial, self.noise)
+
+    @classmethod
+    def from_losses(cls, losses: Sequence[float]) -> _LossCurve:
+        """Summarize the losses of at least three steps."""
+        num_windows = min(NUM_WINDOWS, len(losses) // 3)
+        ends = [round(len(losses) * index / num_windows) for index in range(num_windows + 1)]
+        medians = []
+        deviations = []
+        for start, end in pairwise(ends):
+            window = losses[start:end]
+            center = median(window)
+            medians.append(center)
+            deviations += [abs(loss - center) for loss in window]
+        return cls(
+            first=losses[0],
+            initial=medians[0],
+            middle=medians[num_windows // 2],
+            final=medians[-1],
+            low=min(medians),
+            high=max(medians),
+            noise=1.4826 * median(deviations),
+        )
 
 
 def _check_loss_curve(run_record: RunRecord) -> Iterator[Diagnosis]:
-    """Compare the loss over the run: medians of windows of steps, and the noise within them.
-
-    The noise is the standard deviation within windows, estimated from the median deviation.
-    """
+    """Compare loss and gradient norms at the start and end of a run."""
     losses = _finite_values(run_record.steps, "loss")
     norms = _finite_values(run_record.steps, "grad_norm")
     if min(len(losses), len(norms)) < MIN_STEPS:
@@ -262,51 +359,67 @@ def _check_loss_curve(run_record: RunRecord) -> Iterator[Diagnosis]:
         overrides = scale_duration(run_record, MIN_STEPS / max(1, len(run_record.steps)))
         yield diagnose_run(run_record, "too-short", **counts, overrides=overrides)
         return
-    num_windows = min(NUM_WINDOWS, len(losses) // 3)
-    ends = [round(len(losses) * index / num_windows) for index in range(num_windows + 1)]
-    windows = [losses[start:end] for start, end in pairwise(ends)]
-    medians = [median(window) for window in windows]
-    pairs = zip(windows, medians, strict=True)
-    noise = 1.4826 * median(abs(loss - center) for window, center in pairs for loss in window)
+    curve = _LossCurve.from_losses(losses)
     edge = max(2, len(norms) // NUM_WINDOWS)
-    first, final_norm, initial_norm = losses[0], median(norms[-edge:]), median(norms[:edge])
-    initial, final, low, high = medians[0], medians[-1], min(medians), max(medians)
-    is_constant = abs(medians[num_windows // 2] - final) < FLAT_FRACTION * initial
-    is_flat = initial - final < max(FLAT_FRACTION * initial, noise)
-    is_low = initial < 0.05  # nats per token: training has little effect
-    has_vanished = is_constant and final_norm < 0.1 * initial_norm
+    initial_norm = median(norms[:edge])
+    final_norm = median(norms[-edge:])
     learning_rates = _get_learning_rates(run_record).values()
     values = {
-        **{"first": first, "initial": initial, "last": final, "low": low, "high": high},
-        **{"initial_norm": initial_norm, "final_norm": final_norm},
+        "first": curve.first,
+        "initial": curve.initial,
+        "last": curve.final,
+        "low": curve.low,
+        "high": curve.high,
+        "initial_norm": initial_norm,
+        "final_norm": final_norm,
         "rates": ", ".join(f"{value:g}" for value in learning_rates),
     }
-    symptom, is_error = "", True
-    if final > 1.25 * low and final - low > 4 * noise:
-        symptom = "rising"
-    elif high > 1.5 * first and high - first > 6 * noise:
-        symptom, is_error = "spike", final >= CONVERGED_LOSS_RATIO * first
-    elif has_vanished and final > CONVERGED_LOSS_RATIO * initial:
-        symptom = "vanished"
-    if symptom:
-        overrides, code = _scale_learning_rates(run_record), f"learning-rate-too-high.{symptom}"
-        yield diagnose_run(run_record, code, is_error, **values, overrides=overrides)
-    elif is_flat and not is_low:
-        rows = [row for row in run_record.param_changes or () if row.get("is_trained")]
-        change = max(_finite_values(rows, "relative_change"), default=math.inf)
-        # A low learning rate, or weights that changed by less than 5 %, indicate small updates.
-        code = "loss-flat.rate" if max(learning_rates) < 5e-5 or change < 0.05 else "loss-flat"
-        factor = 1e-4 / max(learning_rates) if max(learning_rates) < 5e-5 else 10.0
-        overrides = _scale_learning_rates(run_record, factor)
-        yield diagnose_run(run_record, code, **values, overrides=overrides)
-    else:
-        yield diagnose_run(run_record, "low-initial-loss" if is_flat else "loss", **values)
+    symptom = _find_symptom(curve, final_norm < 0.1 * initial_norm)
+    if symptom is not None:
+        has_recovered = symptom == "spike" and curve.final < CONVERGED_LOSS_RATIO * curve.first
+        code = f"learning-rate-too-high.{symptom}"
+        overrides = _scale_learning_rates(run_record)
+        yield diagnose_run(run_record, code, not has_recovered, **values, overrides=overrides)
+        return
+    if not curve.is_flat:
+        yield diagnose_run(run_record, "loss", **values)
+        return
+    if curve.initial < 0.05:  # nats per token: training has little effect
+        yield diagnose_run(run_record, "low-initial-loss", **values)
+        return
+    # A low learning rate, or weights that changed by less than 5 %, indicate small updates.
+    rows = [row for row in run_record.param_changes or () if row.get("is_trained")]
+    change = max(_finite_values(rows, "relative_change"), default=math.inf)
+    has_low_rate = max(learning_rates) < 5e-5
+    code = "loss-flat.rate" if has_low_rate or change < 0.05 else "loss-flat"
+    factor = 1e-4 / max(learning_rates) if has_low_rate else 10.0
+    overrides = _scale_learning_rates(run_record, factor)
+    yield diagnose_run(run_record, code, **values, overrides=overrides)
+
+
+def _find_symptom(curve: _LossCurve, has_small_gradients: bool) -> str | None:
+    """Return the symptom of a high learning rate in a loss curve; None without one.
+
+    Args:
+        has_small_gradients: Whether the final gradients are much smaller than the initial ones.
+    """
+    if curve.final > 1.25 * curve.low and curve.final - curve.low > 4 * curve.noise:
+        return "rising"
+    if curve.high > 1.5 * curve.first and curve.high - curve.first > 6 * curve.noise:
+        return "spike"
+    is_constant = abs(curve.middle - curve.final) < FLAT_FRACTION * curve.initial
+    has_vanished = is_constant and has_small_gradients
+    if has_vanished and curve.final > CONVERGED_LOSS_RATIO * curve.initial:
+        return "vanished"
+    return None
 
 
 def _check_loss_spikes(run_record: RunRecord) -> Iterator[Diagnosis]:
     spikes = [line for line in run_record.steps if line.get("loss_spike_samples")]
     if len(spikes) >= 3:
-        sample_ids = [str(sample) for line in spikes for sample in line["loss_spike_samples"]]
+        sample_ids: list[str] = []
+        for line in spikes:
+            sample_ids += map(str, line["loss_spike_samples"])
         yield diagnose_run(
             run_record,
             "loss-spikes",
@@ -325,7 +438,8 @@ def _check_overfitting(run_record: RunRecord) -> Iterator[Diagnosis]:
     found = summary.find_overfitting([line for line in lines if line["step"] <= end])
     if found is None:
         return
-    overrides, best = _scale_learning_rates(run_record, 0.3), found[-1]
+    best = found[-1]
+    overrides = _scale_learning_rates(run_record, 0.3)
     if run_record.recipe.get("eval"):
         overrides = ["eval.every=0.1", "eval.patience=2"]
     elif best:
@@ -336,14 +450,15 @@ def _check_overfitting(run_record: RunRecord) -> Iterator[Diagnosis]:
 def _check_rewards(run_record: RunRecord) -> Iterator[Diagnosis]:
     """Report the change of rewards, groups without gradient, and truncated responses."""
     (_, last), gains = summary.compare_rewards(run_record)
-    keys = "frac_reward_zero_std", "completions/clipped_ratio"
-    equal, truncated = (mean(_finite_values(last, key) or [1.0]) for key in keys)
+    equal = mean(_finite_values(last, "frac_reward_zero_std") or [1.0])
+    truncated_shares = _finite_values(last, "completions/clipped_ratio")
+    truncated = mean(truncated_shares or [1.0])
     is_good = any(low > 0 for low, _ in gains.values()) and max(equal, truncated) <= 0.5
     change = summary.describe_rewards(run_record) or "no step with rewards"
     code = "rewards" if is_good else "rewards-flat"
     overrides: list[str] = []
     limit = load_run_recipe(run_record).train.grpo.max_completion_length
-    if _finite_values(last, keys[1]) and truncated > MAX_TRUNCATED_SHARE:
+    if truncated_shares and truncated > MAX_TRUNCATED_SHARE:
         code = "rewards-truncated"
         longer = max(MIN_COMPLETION_LENGTH, 4 * limit)
         overrides = [f"train.grpo.max_completion_length={longer}"]
@@ -378,8 +493,9 @@ def check_questions(run_record: RunRecord) -> list[Diagnosis]:
         if training.templates and training.templates[0].template != DEFAULT_TEMPLATE:
             form = repr(training.templates[0].template)
             return [diagnose_run(run_record, "questions-unrecorded", form=form)]
-    notes = [str(note) for note in training.describe_forms()]
-    diagnoses = [diagnose_run(run_record, "questions-several", note=note) for note in notes]
+    diagnoses = []
+    for note in training.describe_forms():
+        diagnoses.append(diagnose_run(run_record, "questions-several", note=str(note)))
     diagnoses += _check_validation_questions(run_record, training, data.eval)
     if diagnoses or not training.templates:
         return diagnoses
@@ -446,31 +562,55 @@ def check_predictions(run_record: RunRecord) -> list[Diagnosis]:
 
 def _check_primary_metric(run_record: RunRecord) -> Iterator[Diagnosis]:
     """Report the change of the primary metric between the start and the end of training."""
-    primary, settings = run_record.primary_metric, load_run_recipe(run_record).eval
+    primary = run_record.primary_metric
+    settings = load_run_recipe(run_record).eval
+    limit = None
+    if settings is not None:
+        limit = settings.limit
     differences = (run_record.result or {}).get("metric_differences")
-    for change in map(as_object, differences if isinstance(differences, list) else ()):
-        before, after = change.get("before"), change.get("after")
+    if not isinstance(differences, list):
+        return
+    for change in map(as_object, differences):
+        before = change.get("before")
+        after = change.get("after")
         if change.get("name") != primary or not (is_finite(before) and is_finite(after)):
             continue
-        lines = list_comparable_evaluations(run_record.evaluations, "num_samples")
-        scores = [(as_object(line.get("scores")).get(str(primary)), line["step"]) for line in lines]
-        known = [(v, s) for v, s in scores if s and is_finite(v)]
-        best, step = max(known, default=(-math.inf, 0))
-        final = known[-1][0] if known else after
-        limit = settings.limit if settings else None
-        code = "metric-unclear" if limit is None else "metric-unclear.limit"
-        if change.get("verdict") in ("better", "worse"):
-            code = "metric" if change["verdict"] == "better" else "metric-worse"
-            code += ".peak" * (code == "metric-worse" and best > final)
-        bounds = [change[name] for name in ("low", "high") if is_finite(change.get(name))]
-        values = {
-            "change": f"{primary} {before:.4f} before, {after:.4f} after training",
-            "interval": f" ({bounds[0]:+.4f} to {bounds[1]:+.4f})" if len(bounds) == 2 else "",
+        scores = _list_primary_scores(run_record)
+        best, step = max(scores, default=(-math.inf, 0))
+        final = scores[-1][0] if scores else after
+        verdict = change.get("verdict")
+        if verdict == "better":
+            code = "metric"
+        elif verdict == "worse":
+            code = "metric-worse.peak" if best > final else "metric-worse"
+        else:
+            code = "metric-unclear" if limit is None else "metric-unclear.limit"
+        low = change.get("low")
+        high = change.get("high")
+        interval = ""
+        if is_finite(low) and is_finite(high):
+            interval = f" ({low:+.4f} to {high:+.4f})"
+        yield diagnose_run(
+            run_record,
+            code,
+            change=f"{primary} {before:.4f} before, {after:.4f} after training",
+            interval=interval,
             # The interval width is proportional to 1 / sqrt(number of samples).
-            "limit": 4 * (limit or 1),
-            "overrides": scale_duration(run_record, 2.0),
-        }
-        yield diagnose_run(run_record, code, **values, best=best, step=step)
+            limit=4 * (limit or 1),
+            overrides=scale_duration(run_record, 2.0),
+            best=best,
+            step=step,
+        )
+
+
+def _list_primary_scores(run_record: RunRecord) -> list[tuple[float, int]]:
+    """List the finite scores of the primary metric during training, each with its step."""
+    scores = []
+    for line in list_comparable_evaluations(run_record.evaluations, "num_samples"):
+        score = as_object(line.get("scores")).get(str(run_record.primary_metric))
+        if line["step"] and is_finite(score):
+            scores.append((score, line["step"]))
+    return scores
 
 
 def _check_end_tokens(
@@ -481,16 +621,26 @@ def _check_end_tokens(
     if len(unfinished) <= 0.05 * len(predictions):
         return
     settings = load_run_recipe(run_record).eval
-    limit = settings.max_new_tokens if settings else 512
-    answers = [prediction.answer for prediction in unfinished]
-    num_repeating = sum(bool(REPETITION_PATTERN.search(answer[-400:])) for answer in answers)
-    longest, shortest = max(len(one.gold) for one in unfinished), min(map(len, answers))
+    limit = 512
+    if settings is not None:
+        limit = settings.max_new_tokens
+    num_repeating = 0
+    for prediction in unfinished:
+        if REPETITION_PATTERN.search(prediction.answer[-400:]):
+            num_repeating += 1
+    longest = max(len(prediction.gold) for prediction in unfinished)
+    shortest = min(len(prediction.answer) for prediction in unfinished)
     is_truncated = num_repeating * 2 < len(unfinished) and longest > 0.9 * shortest
     yield diagnose_run(
         run_record,
         "answers-truncated" if is_truncated else "answers-unfinished",
-        **{"count": len(unfinished), "total": len(predictions), "repetitive": num_repeating},
-        **{"limit": limit, "higher": 4 * limit, "longest": longest, "shortest": shortest},
+        count=len(unfinished),
+        total=len(predictions),
+        repetitive=num_repeating,
+        limit=limit,
+        higher=4 * limit,
+        longest=longest,
+        shortest=shortest,
         overrides=scale_duration(run_record, 2.0),
     )
 
@@ -504,7 +654,8 @@ def _check_box_conventions(
     convention that makes them overlap is reported. Only predictions with the expected number of
     boxes and an existing image are used.
     """
-    claims = []
+    predicted_claims: list[BoxClaim] = []
+    label_claims: list[BoxClaim] = []
     folder = Path(str(summary.get_last_start(run_record).get("working_dir") or "."))
     for one in predictions:
         if one.boxes and one.image and len(one.boxes) == len(one.gold_boxes):
@@ -513,26 +664,30 @@ def _check_box_conventions(
                 size = read_image_size(path)
             except UserError:
                 continue
-            for pair in zip(one.boxes, one.gold_boxes, strict=True):
-                claims.append([BoxClaim("", one.id, path, size, 1, box.xyxy) for box in pair])
-    if len(claims) < 8:
+            build_claim = partial(BoxClaim, "", one.id, path, size, 1)
+            predicted_claims += [build_claim(box.xyxy) for box in one.boxes]
+            label_claims += [build_claim(box.xyxy) for box in one.gold_boxes]
+    if len(predicted_claims) < 8:
         return
-    predicted, labels = (BoxClaimTable(list(side)) for side in zip(*claims, strict=True))
+    predicted = BoxClaimTable(predicted_claims)
+    labels = BoxClaimTable(label_claims)
     current = hypothesis_from_convention(DEFAULT_CONVENTION)
 
     def mean_iou(claims: BoxClaimTable, others: BoxClaimTable, meaning: BoxHypothesis) -> float:
         # Conventions that do not apply to some coordinates give invalid boxes with IoU 0.
         with np.errstate(all="ignore"):
-            boxes = meaning.normalize_boxes(claims), current.normalize_boxes(others)
-            return float(np.nan_to_num(pairwise_overlap(*boxes)).mean())
+            boxes = meaning.normalize_boxes(claims)
+            other_boxes = current.normalize_boxes(others)
+            return float(np.nan_to_num(pairwise_overlap(boxes, other_boxes)).mean())
 
     current_iou = mean_iou(predicted, labels, current)
+    candidates = []
     sides = (("predictions", predicted, labels), ("labels", labels, predicted))
-    best, subject, convention, options = max(
-        (mean_iou(claims, others, one), subject, convention, options)
-        for subject, claims, others in sides
-        for one, convention, options in _list_hypotheses(run_record, claims, others)
-    )
+    for subject, claims, others in sides:
+        for meaning, convention, options in _list_hypotheses(run_record, claims, others):
+            iou = mean_iou(claims, others, meaning)
+            candidates.append((iou, subject, convention, options))
+    best, subject, convention, options = max(candidates)
     if current_iou < 0.5 and best >= max(0.5, current_iou + 0.2):
         values = {"subject": subject, "convention": convention, "options": options, "best": best}
         yield diagnose_run(run_record, "box-convention-mismatch", **values, current=current_iou)
@@ -551,8 +706,11 @@ def _list_hypotheses(
     with np.errstate(divide="ignore", invalid="ignore"):
         ratios = claims.coordinates / reference.coordinates
     valid_ratios = ratios[np.isfinite(ratios) & (ratios > 0)]
-    scale = float(np.median(valid_ratios)) if len(valid_ratios) else 1.0
-    copy, pixels = "in pixels of a copy", "pixels of the original image"
+    scale = 1.0
+    if len(valid_ratios):
+        scale = float(np.median(valid_ratios))
+    copy = "in pixels of a copy"
+    pixels = "pixels of the original image"
     frames = [
         (BoxFrame("fixed", 1000.0, 1000.0), "in thousandths of the image", "--box-units 1000"),
         (BoxFrame("fixed", 1.0, 1.0), "in fractions of the image", "--box-units 1"),

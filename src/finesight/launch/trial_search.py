@@ -17,9 +17,9 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor, wait
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from signal import SIGTERM
 from statistics import fmean
@@ -33,7 +33,7 @@ from finesight.config import Recipe
 from finesight.data.corpus import Corpus, load_corpus
 from finesight.data.image_file import get_file, split_page
 from finesight.data.importer import group_rows, split_by_image
-from finesight.data.sample import write_samples
+from finesight.data.sample import LocatedSample, Sample, write_samples
 from finesight.errors import TrainingInterrupted, UserError, format_count
 from finesight.evaluate.eval_case import EvalCase
 from finesight.evaluate.metric_difference import MetricDifference, compare_cases
@@ -59,15 +59,27 @@ from finesight.train.state import StopRequest
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
 
-RECORD_FILE, BEST_FILE, PAGE_FILE = "search.json", "best.yaml", "report.html"
+RECORD_FILE = "search.json"
+BEST_FILE = "best.yaml"
+PAGE_FILE = "report.html"
 
-REDUCTION_FACTOR, RUNGS = 3, (1, 3, 9)
-"""Inverse share of trials that pass a rung, and ends of the rungs in ninths of the steps."""
+REDUCTION_FACTOR = 3
+"""Inverse share of trials that pass a rung."""
 
-NUM_FOLDS, MIN_SPLIT_SAMPLES = 3, 300
-"""Folds of cross-validation, and the number of samples from which one split replaces it."""
+RUNGS = (1, 3, 9)
+"""Ends of the rungs in ninths of the steps."""
 
-VALIDATION_FRACTION, MAX_VALIDATION_SAMPLES = 0.2, 400
+NUM_FOLDS = 3
+"""Folds of cross-validation."""
+
+MIN_SPLIT_SAMPLES = 300
+"""Number of samples from which one split replaces cross-validation."""
+
+VALIDATION_FRACTION = 0.2
+"""Fraction of the samples in the validation split, without cross-validation."""
+
+MAX_VALIDATION_SAMPLES = 400
+"""Maximum number of samples in the validation split, without cross-validation."""
 
 PATIENCE = 8
 """Trials after the best one after which the search ends if the best two do not differ clearly."""
@@ -152,16 +164,27 @@ class SearchRecord(BaseModel):
         rows: list[tuple[str, ...]] = [
             ("trial", "state", "progress", "seconds", "score", "95 % interval", "settings")
         ]
-        for one in [*self.rank_trials(), *(one for one in self.trials if not one.rungs)]:
-            score, interval, progress = "", "", "0"
+        unscored = [one for one in self.trials if not one.rungs]
+        for one in [*self.rank_trials(), *unscored]:
+            progress = "0"
+            score = ""
+            interval = ""
             if one.rungs:
                 last = one.rungs[-1]
-                score, progress = f"{last.score:.4f}", f"{last.rung}/{RUNGS[-1]}"
-                interval = "{:.4f} to {:.4f}".format(*last.interval) if last.interval else ""
-            texts = progress, f"{sum(rung.seconds for rung in one.rungs):.0f}", score, interval
+                progress = f"{last.rung}/{RUNGS[-1]}"
+                score = f"{last.score:.4f}"
+                if last.interval:
+                    interval = _format_interval(last.interval)
+            seconds = sum(rung.seconds for rung in one.rungs)
             settings = "; ".join(filter(None, (format_settings(one.settings), one.error)))
-            rows.append((str(one.number), one.state, *texts, settings))
+            number = str(one.number)
+            rows.append((number, one.state, progress, f"{seconds:.0f}", score, interval, settings))
         return rows
+
+
+def _format_interval(interval: tuple[float, float]) -> str:
+    low, high = interval
+    return f"{low:.4f} to {high:.4f}"
 
 
 def import_optuna() -> ModuleType:
@@ -189,26 +212,14 @@ def build_search_space(recipe: Recipe, section: object) -> dict[str, BaseDistrib
     Raises:
         UserError: The section names an unknown setting or an invalid value.
     """
-    kinds, train = import_optuna().distributions, recipe.train
-    content, space = recipe.model_dump(mode="json"), dict[str, Any]()
-    base_lr, pixels = train.learning_rate.default, dict(recipe.image or ()).get("max_pixels")
-    space["train.learning_rate.default"] = {"low": base_lr / 5, "high": base_lr * 5, "log": True}
-    if recipe.tune.has_mode("lora"):
-        space["tune.lora.rank"] = [8, 16, 32, 64, 128]
-    if train.steps is None:
-        epochs = train.epochs or 1.0
-        space["train.epochs"] = [epochs / 2, epochs, 2 * epochs]
-    else:
-        space["train.steps"] = [math.ceil(train.steps / 2), train.steps, 2 * train.steps]
-    if pixels:
-        space["image.max_pixels"] = [pixels // 2, pixels, 2 * pixels]
-    for index, file in enumerate(recipe.data.train[1:], start=1):
-        bounds = {"low": file.weight / 4, "high": file.weight * 4, "log": True}
-        space[f"data.train.{index}.weight"] = bounds
+    kinds = import_optuna().distributions
+    content = recipe.model_dump(mode="json")
+    space = _list_default_values(recipe)
     if not isinstance(section, Mapping | None):
         raise _build_space_error("search", section)
     aliases = {"train.learning_rate": "train.learning_rate.default"}
-    space |= {aliases.get(str(name), str(name)): value for name, value in (section or {}).items()}
+    for name, values in (section or {}).items():
+        space[aliases.get(str(name), str(name))] = values
     distributions: dict[str, BaseDistribution] = {}
     for name, values in space.items():
         if values is None:
@@ -216,11 +227,10 @@ def build_search_space(recipe: Recipe, section: object) -> dict[str, BaseDistrib
         default = find_setting(content, name)
         try:
             if isinstance(values, Mapping):
-                ends = values["low"], values["high"]
-                is_integer = all(isinstance(end, int) for end in ends)
-                kind = kinds.IntDistribution if is_integer else kinds.FloatDistribution
-                numbers = [*map(int if is_integer else float, (*ends, default))]
-                limits = {"low": min(numbers), "high": max(numbers)}
+                limits = _widen_range(values["low"], values["high"], default)
+                kind = kinds.FloatDistribution
+                if isinstance(limits["low"], int):
+                    kind = kinds.IntDistribution
                 distributions[name] = kind(**{**values} | limits)
                 values = [*limits.values()]
             elif isinstance(values, list):
@@ -237,6 +247,37 @@ def build_search_space(recipe: Recipe, section: object) -> dict[str, BaseDistrib
     return distributions
 
 
+def _list_default_values(recipe: Recipe) -> dict[str, Any]:
+    """Return the values or the range of each setting that is searched by default."""
+    train = recipe.train
+    space: dict[str, Any] = {}
+    base_lr = train.learning_rate.default
+    space["train.learning_rate.default"] = {"low": base_lr / 5, "high": base_lr * 5, "log": True}
+    if recipe.tune.has_mode("lora"):
+        space["tune.lora.rank"] = [8, 16, 32, 64, 128]
+    if train.steps is None:
+        epochs = train.epochs or 1.0
+        space["train.epochs"] = [epochs / 2, epochs, 2 * epochs]
+    else:
+        space["train.steps"] = [math.ceil(train.steps / 2), train.steps, 2 * train.steps]
+    pixels = dict(recipe.image or ()).get("max_pixels")
+    if pixels:
+        space["image.max_pixels"] = [pixels // 2, pixels, 2 * pixels]
+    for index, file in enumerate(recipe.data.train[1:], start=1):
+        bounds = {"low": file.weight / 4, "high": file.weight * 4, "log": True}
+        space[f"data.train.{index}.weight"] = bounds
+    return space
+
+
+def _widen_range(low: Any, high: Any, default: Any) -> dict[str, int] | dict[str, float]:
+    """Return the limits of a range with the default, as integers if both ends are."""
+    if isinstance(low, int) and isinstance(high, int):
+        integers = (int(low), int(high), int(default))
+        return {"low": min(integers), "high": max(integers)}
+    numbers = (float(low), float(high), float(default))
+    return {"low": min(numbers), "high": max(numbers)}
+
+
 def _build_space_error(where: str, value: object) -> UserError:
     return UserError(
         f"not a search space: {value!r:.80}",
@@ -251,9 +292,12 @@ def find_setting(content: Any, name: str) -> Any:
     """Return the value of a dotted setting in the content of a recipe, if any."""
     for key in name.split("."):
         if isinstance(content, list):
-            content = dict(enumerate(map(dict, content))).get(int(key) if key.isdecimal() else -1)
+            index = int(key) if key.isdecimal() else -1
+            content = dict(enumerate(map(dict, content))).get(index)
+        elif isinstance(content, Mapping):
+            content = content.get(key)
         else:
-            content = content.get(key) if isinstance(content, Mapping) else None
+            content = None
     return content
 
 
@@ -270,44 +314,70 @@ def write_splits(recipe: Recipe, corpus: Corpus, folder: Path) -> int:
     if folder.exists():
         return num_splits
     samples = corpus.read_samples()
-    paths = [*map(list_sample_images, samples)]
-    # Images in tar and Parquet files are compared by name.
-    hashes = {
-        path: sha256_file(get_file(path)) + split_page(path.name)[1]
-        for path in {path for several in paths for path in several}
-        if get_file(path).is_file()
-    }
-    keys = [frozenset(hashes.get(path, str(path)) for path in several) for several in paths]
-    validation: list[list[int]] = [[] for _ in range(num_splits)]
+    keys = _list_image_keys(samples)
     if num_splits == 1:
         size = min(MAX_VALIDATION_SAMPLES, VALIDATION_FRACTION * len(samples))
-        validation = [split_by_image(keys, 1 - size / len(samples), recipe.train.seed)[1]]
+        _, validation_rows = split_by_image(keys, 1 - size / len(samples), recipe.train.seed)
+        splits = [validation_rows]
     else:
+        splits = [[] for _ in range(num_splits)]
         for group in sorted(group_rows(keys), key=len, reverse=True):
-            min(validation, key=len).extend(group)
+            min(splits, key=len).extend(group)
     with write_folder(folder) as staging:
-        for fold, validation_rows in enumerate(map(frozenset, validation), start=1):
-            target, start = f"fold-{fold}", 0
-            (staging / target).mkdir()
-            rows = [relocate_sample(one, folder / target) for one in samples]
-            write_samples(
-                staging / target / "validation.jsonl", (rows[i] for i in sorted(validation_rows))
-            )
-            for index, size in enumerate(corpus.source_sizes):
-                kept = [rows[i] for i in range(start, start + size) if i not in validation_rows]
-                if not kept or not validation_rows:
-                    raise UserError(
-                        f"{format_count(size, 'sample')}, too few for a validation split",
-                        where=f"data.train.{index}",
-                        expected=f"at least {NUM_FOLDS} samples with different images",
-                        remedy="add samples, or remove the file",
-                    )
-                write_samples(staging / target / f"train-{index}.jsonl", kept)
-                start += size
+        for number, rows in enumerate(splits, start=1):
+            name = f"fold-{number}"
+            (staging / name).mkdir()
+            moved = [relocate_sample(one, folder / name) for one in samples]
+            _write_fold(staging / name, moved, corpus.source_sizes, frozenset(rows))
         if recipe.data.eval:
             test = load_corpus(recipe.data.eval).read_samples()
             write_samples(staging / "test.jsonl", (relocate_sample(one, folder) for one in test))
     return num_splits
+
+
+def _list_image_keys(samples: Sequence[LocatedSample]) -> list[frozenset[str]]:
+    """Return the hashes of the images of each sample. Equal files have equal hashes.
+
+    Images in tar and Parquet files are compared by name.
+    """
+    paths = [*map(list_sample_images, samples)]
+    hashes: dict[Path, str] = {}
+    for path in set(chain.from_iterable(paths)):
+        if get_file(path).is_file():
+            _, page = split_page(path.name)
+            hashes[path] = sha256_file(get_file(path)) + page
+    keys = []
+    for own_paths in paths:
+        keys.append(frozenset(hashes.get(path, str(path)) for path in own_paths))
+    return keys
+
+
+def _write_fold(
+    folder: Path, samples: Sequence[Sample], sizes: Sequence[int], validation_rows: Set[int]
+) -> None:
+    """Write the validation samples of a fold, and the training samples of each source.
+
+    Args:
+        samples: Samples of all sources.
+        sizes: Number of samples of each source.
+
+    Raises:
+        UserError: No sample of a source remains for training, or none for validation.
+    """
+    write_samples(folder / "validation.jsonl", (samples[row] for row in sorted(validation_rows)))
+    start = 0
+    for index, size in enumerate(sizes):
+        rows = range(start, start + size)
+        kept = [samples[row] for row in rows if row not in validation_rows]
+        if not kept or not validation_rows:
+            raise UserError(
+                f"{format_count(size, 'sample')}, too few for a validation split",
+                where=f"data.train.{index}",
+                expected=f"at least {NUM_FOLDS} samples with different images",
+                remedy="add samples, or remove the file",
+            )
+        write_samples(folder / f"train-{index}.jsonl", kept)
+        start += size
 
 
 class TrialSearch:
@@ -332,7 +402,7 @@ class TrialSearch:
         max_trials: int | None,
         log: Callable[[str], None],
     ) -> None:
-        if recipe.train.steps is recipe.train.epochs is None:
+        if recipe.train.steps is None and recipe.train.epochs is None:
             recipe = recipe_from_dict(recipe.model_dump(mode="json"), {"train.epochs": 1.0})
         if recipe.eval is None:
             raise UserError(
@@ -341,8 +411,12 @@ class TrialSearch:
                 expected="a metric of generated answers, such as captions or json",
                 remedy="add eval.metric=NAME",
             )
-        self._out, self._budget_s, self._max_trials, self._log = out, budget_s, max_trials, log
-        self._metric, self._eval_limit = recipe.eval.metric, recipe.eval.limit
+        self._out = out
+        self._budget_s = budget_s
+        self._max_trials = max_trials
+        self._log = log
+        self._metric = recipe.eval.metric
+        self._eval_limit = recipe.eval.limit
         self._space = build_search_space(recipe, space)
         corpus = load_corpus(recipe.data.train)
         self.record = self._load_record(
@@ -353,7 +427,8 @@ class TrialSearch:
                 metric=self._metric,
             )
         )
-        self._lock, self._stop = threading.RLock(), StopRequest()
+        self._lock = threading.RLock()
+        self._stop = StopRequest()
         self._processes: list[subprocess.Popen[bytes]] = []
         self._is_stopped = False
         self._start_s = time.monotonic() - self.record.seconds
@@ -374,21 +449,28 @@ class TrialSearch:
             if self._out.is_dir() and any(self._out.glob("[!.]*")):
                 check_new_path(self._out)
             return new
-        expected, remedy = "the search of this recipe", "choose another folder with --out"
+        expected = "the search of this recipe"
         try:
             record = SearchRecord.model_validate_json(read_bytes(file, expected=expected))
-            problem = "a search with other settings, ranges or data"
         except ValidationError as error:
-            record, problem = None, f"not a record of a search: {error.errors()[0]['msg']}"
-        names = ("recipe", "data", "space")
-        if record and record.model_dump(include={*names}) == new.model_dump(include={*names}):
-            return record
-        raise UserError(f"contains {problem}", where=str(file), expected=expected, remedy=remedy)
+            problem = f"not a record of a search: {error.errors()[0]['msg']}"
+        else:
+            names = {"recipe", "data", "space"}
+            if record.model_dump(include=names) == new.model_dump(include=names):
+                return record
+            problem = "a search with other settings, ranges or data"
+        raise UserError(
+            f"contains {problem}",
+            where=str(file),
+            expected=expected,
+            remedy="choose another folder with --out",
+        )
 
     def _propose(self) -> Iterator[dict[str, Any]]:
         """Yield changed settings that a sampler proposes from the scores of ended trials."""
         optuna = import_optuna()
-        recipe, trials = self.record.recipe, self.record.trials
+        recipe = self.record.recipe
+        trials = self.record.trials
         defaults = {name: find_setting(recipe, name) for name in self._space}
         # With the same seed, all trials would have the same random settings.
         sampler = optuna.samplers.TPESampler(
@@ -408,7 +490,8 @@ class TrialSearch:
         name = "train.learning_rate.default"
         learning_rates = self._space.get(name)
         if isinstance(learning_rates, optuna.distributions.FloatDistribution):
-            for value in (defaults[name] * factor for factor in LEARNING_RATE_FACTORS):
+            for factor in LEARNING_RATE_FACTORS:
+                value = defaults[name] * factor
                 if learning_rates.low <= value <= learning_rates.high:
                     yield {name: value}
         while True:
@@ -457,7 +540,8 @@ class TrialSearch:
         """Run a command of finesight, and return its error; empty without one, None if stopped."""
         report = log.with_suffix(".error")
         environment = {**os.environ, "FINESIGHT_OUTCOME": str(report)}
-        environment |= {} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu}
+        if gpu is not None:
+            environment["CUDA_VISIBLE_DEVICES"] = gpu
         with log.open("ab") as file, self._lock:
             if self._is_stopped:
                 return None
@@ -470,15 +554,17 @@ class TrialSearch:
                 start_new_session=True,
             )
             self._processes.append(process)
-        code, error = process.wait(), dict[str, Any]()
+        code = process.wait()
+        error: dict[str, Any] = {}
         if report.is_file():
             error = json.loads(report.read_bytes()).get("error") or {}
             report.unlink()
         if self._is_stopped:
             return None
+        if code in (0, 75):
+            return ""
         reported = ": ".join(error[part] for part in ("where", "what") if error.get(part))
-        unknown = f"exit code {code}, often for lack of memory; its messages are in {log}"
-        return "" if code in (0, 75) else reported or unknown
+        return reported or f"exit code {code}, often for lack of memory; its messages are in {log}"
 
     def _run_trials(self, gpu: str | None) -> None:
         while not self._is_stopped and (record := self._next_trial()) is not None:
@@ -489,14 +575,20 @@ class TrialSearch:
         with self._lock:
             if self._waiting:
                 return self._waiting.pop(0)
-            trials, reason = self.record.trials, self._find_end()
+            reason = self._find_end()
+            if reason:
+                self.record.reasons = [reason]
+                return None
+            trials = self.record.trials
             known = [one.settings for one in trials]
-            proposals = islice(self._propose(), MAX_PROPOSALS) if trials else [{}]
-            for settings in () if reason else proposals:
+            proposals: Iterable[dict[str, Any]] = [{}]  # the recipe itself
+            if trials:
+                proposals = islice(self._propose(), MAX_PROPOSALS)
+            for settings in proposals:
                 if settings not in known:
                     trials.append(TrialRecord(number=len(trials), settings=settings))
                     return trials[-1]
-            self.record.reasons = [reason or "all proposed settings have been tried"]
+            self.record.reasons = ["all proposed settings have been tried"]
             return None
 
     def _find_end(self) -> str:
@@ -508,9 +600,12 @@ class TrialSearch:
         if trials and not self._can_afford(new, self._list_rungs(new)[0]):
             return f"the budget of {self._budget_s:.0f} s has ended"
         ranked = self._rank_complete()
-        later = [one for one in trials[ranked[0].number + 1 :] if one.rungs] if ranked else []
-        if len(ranked) > 1 and len(later) >= PATIENCE:
-            difference = self._compare(*map(self._read_cases, (ranked[1], ranked[0])))
+        if len(ranked) < 2:
+            return ""
+        best, second, *_ = ranked
+        later = [one for one in trials[best.number + 1 :] if one.rungs]
+        if len(later) >= PATIENCE:
+            difference = self._compare(self._read_cases(second), self._read_cases(best))
             if difference.verdict != "better":
                 return f"no clear difference of the best two trials: {difference.describe()}"
         return ""
@@ -518,11 +613,12 @@ class TrialSearch:
     def measure_recipe(self) -> tuple[float, float]:
         """Return the seconds to start and evaluate the recipe itself, and those of its steps."""
         rungs = self.record.trials[0].rungs
-        first, last = rungs[0], rungs[-1]
-        return max(0.0, first.seconds - first.train_s), last.train_s * RUNGS[-1] / last.rung
+        start_s = max(0.0, rungs[0].seconds - rungs[0].train_s)
+        train_s = rungs[-1].train_s * RUNGS[-1] / rungs[-1].rung
+        return start_s, train_s
 
     def _list_rungs(self, record: TrialRecord) -> tuple[int, ...]:
-        """Return the rungs of a trial; the first one of the recipe measures whether it fits."""
+        """Return the rungs of a trial; the first one of the recipe measures its fit."""
         if not record.number:
             return RUNGS[::2]
         if not self.record.trials[0].rungs:  # on another GPU
@@ -531,7 +627,9 @@ class TrialSearch:
         # If a third passes each rung, a trial starts 1 + 1/3 + 1/9 times, and trains
         # 1/9 + 2/9 * 1/3 + 6/9 * 1/9 of its steps.
         is_faster = 13 / 9 * start_s + 7 / 27 * train_s < start_s + train_s
-        return RUNGS if is_faster or record.rungs else RUNGS[-1:]
+        if is_faster or record.rungs:
+            return RUNGS
+        return RUNGS[-1:]
 
     def _can_afford(self, record: TrialRecord, rung: int) -> bool:
         """Return whether the budget suffices for a trial up to the end of a rung.
@@ -553,8 +651,12 @@ class TrialSearch:
 
     def _run_trial(self, gpu: str | None, record: TrialRecord) -> None:
         """Train a trial from rung to rung until it is complete, pruned, failed or stopped."""
-        last = record.rungs[-1].rung if record.rungs else 0
-        for rung in [one for one in self._list_rungs(record) if one > last]:
+        last = 0
+        if record.rungs:
+            last = record.rungs[-1].rung
+        for rung in self._list_rungs(record):
+            if rung <= last:
+                continue
             if not self._can_afford(record, rung):
                 if record.number == 0:
                     minutes = math.ceil(sum(self.measure_recipe()) / 60)
@@ -565,17 +667,10 @@ class TrialSearch:
                         remedy="repeat the command with a larger --budget to continue",
                     )
                 return
-            start_s, error = time.monotonic(), ""
-            stop = [f"--stop-after={rung / RUNGS[-1]}"] if rung < RUNGS[-1] else []
-            for run in self._list_runs(record):
-                recipe, log = run.with_suffix(".yaml"), run.with_suffix(".log")
-                recipe.parent.mkdir(parents=True, exist_ok=True)
-                write_file(recipe, dump_recipe(self._build_recipe(record, run)).encode())
-                outcome = self._run_command(gpu, log, "train", recipe, "--resume", *stop)
-                if outcome is None:
-                    return
-                if error := outcome:
-                    break
+            start_s = time.monotonic()
+            error = self._train(gpu, record, rung)
+            if error is None:
+                return
             with self._lock:
                 if error:
                     self._fail(record, error)
@@ -585,18 +680,37 @@ class TrialSearch:
                 if record.state != "running":
                     return
 
+    def _train(self, gpu: str | None, record: TrialRecord, rung: int) -> str | None:
+        """Train a trial to a rung, and return its error like `_run_command`."""
+        options = ["--resume"]
+        if rung < RUNGS[-1]:
+            options.append(f"--stop-after={rung / RUNGS[-1]}")
+        for run in self._list_runs(record):
+            recipe = run.with_suffix(".yaml")
+            recipe.parent.mkdir(parents=True, exist_ok=True)
+            write_file(recipe, dump_recipe(self._build_recipe(record, run)).encode())
+            error = self._run_command(gpu, run.with_suffix(".log"), "train", recipe, *options)
+            if error is None or error:
+                return error
+        return ""
+
     def _list_runs(self, record: TrialRecord) -> list[Path]:
         """Return the run of a trial, or those of all folds."""
-        folder, num_folds = self._out / "trials" / f"{record.number:03}", self.record.num_folds
-        return [folder / f"fold-{n + 1}" for n in range(num_folds)] if num_folds > 1 else [folder]
+        folder = self._out / "trials" / f"{record.number:03}"
+        num_folds = self.record.num_folds
+        if num_folds > 1:
+            return [folder / f"fold-{n + 1}" for n in range(num_folds)]
+        return [folder]
 
     def _build_recipe(self, record: TrialRecord, run: Path) -> Recipe:
         """Build the recipe of a trial, with the training and validation split of its fold."""
-        folder = self._out / "data" / (run.name if self.record.num_folds > 1 else "fold-1")
-        files = self.record.recipe["data"]["train"]
-        changes = record.settings | {
-            **{f"data.train.{i}.path": str(folder / f"train-{i}.jsonl") for i in range(len(files))},
-            **{f"data.train.{i}.limit": None for i in range(len(files))},
+        fold = run.name if self.record.num_folds > 1 else "fold-1"
+        folder = self._out / "data" / fold
+        changes = {**record.settings}
+        for index in range(len(self.record.recipe["data"]["train"])):
+            changes[f"data.train.{index}.path"] = str(folder / f"train-{index}.jsonl")
+            changes[f"data.train.{index}.limit"] = None
+        changes |= {
             "data.eval": [{"path": str(folder / "validation.jsonl")}],
             "eval.every": 0,
             "eval.patience": None,
@@ -611,23 +725,28 @@ class TrialSearch:
         """Record the score of a trial at a rung, and whether it continues."""
         name, score, interval = self._summarize(self._read_cases(record))
         runs = [*map(RunDir, self._list_runs(record))]
+        lines = chain.from_iterable(map(RunDir.iter_metrics, runs))
         reached = RungScore(
             rung=rung,
             seconds=seconds,
-            train_s=sum(one.get("step_s", 0.0) for run in runs for one in run.iter_metrics()),
+            train_s=sum(line.get("step_s", 0.0) for line in lines),
             score=score,
             loss=fmean(load_eval_history(run)[-1].validation_loss for run in runs),
             interval=interval,
         )
         record.rungs.append(reached)
-        rungs = (each for one in self.record.trials for each in one.rungs if each.rung == rung)
-        ranks = sorted((each.rank for each in rungs), reverse=True)
+        ranks = []
+        for one in self.record.trials:
+            ranks += [each.rank for each in one.rungs if each.rung == rung]
+        ranks.sort(reverse=True)
         if rung == RUNGS[-1]:
             record.state = "complete"
         elif record.number and reached.rank < ranks[max(1, len(ranks) // REDUCTION_FACTOR) - 1]:
             record.state = "pruned"
-        text = " ({:.4f} to {:.4f})".format(*interval) if interval else ""
-        text = f"{name} {score:.4f}{text}, {record.state} at {rung}/{RUNGS[-1]} of its steps"
+        text = f"{name} {score:.4f}"
+        if interval:
+            text += f" ({_format_interval(interval)})"
+        text += f", {record.state} at {rung}/{RUNGS[-1]} of its steps"
         self._log(f"trial {record.number}: {text}; {format_settings(record.settings)}")
 
     def _summarize(self, cases: list[EvalCase]) -> tuple[str, float, tuple[float, float] | None]:
@@ -641,7 +760,9 @@ class TrialSearch:
         cases = []
         for run in map(RunDir, self._list_runs(record)):
             step = load_eval_history(run)[-1].step
-            name = "after" if run.is_finished else f"step-{step}"
+            name = f"step-{step}"
+            if run.is_finished:
+                name = "after"
             cases += [one.case for one in read_predictions(run.predictions_dir / f"{name}.jsonl")]
         return cases
 
@@ -653,8 +774,9 @@ class TrialSearch:
             record.state = "fail"
         ended = [one.state for one in self.record.trials if one.state != "running"]
         if not record.number or ended[-MAX_FAILURES:] == ["fail"] * MAX_FAILURES:
+            subject = "all trials" if record.number else "the recipe itself"
             raise UserError(
-                f"{'the recipe itself' if not record.number else 'all trials'} failed: {error}",
+                f"{subject} failed: {error}",
                 where=str(self._list_runs(record)[0]),
                 expected="a recipe and ranges of settings that can be trained",
                 remedy="correct the recipe or its section search, and choose another --out",
@@ -662,8 +784,11 @@ class TrialSearch:
 
     def _compare(self, before: list[EvalCase], after: list[EvalCase]) -> MetricDifference:
         """Compare the primary metric of two sets of answers to the same samples."""
-        differences = {one.name: one for one in compare_cases(self._metric, before, after)}
-        scores = {name: one.after for name, one in differences.items()}
+        differences = {}
+        scores = {}
+        for one in compare_cases(self._metric, before, after):
+            differences[one.name] = one
+            scores[one.name] = one.after
         return differences[get_primary_metric(self._metric, scores)]
 
     def _choose(self, gpu: str | None) -> None:
@@ -671,43 +796,72 @@ class TrialSearch:
 
         The split `data.eval` of the recipe has no part in the choice.
         """
-        record, default, best = self.record, self.record.trials[0], self._rank_complete()[0]
-        choice, reasons = default, [*record.reasons, "no trial has a higher score than the recipe"]
-        if best is not default:
-            difference = self._compare(*map(self._read_cases, (default, best)))
-            choice = best if difference.verdict == "better" else default
-            reasons[-1] = f"the recipe and trial {best.number}: {difference.describe()}"
+        record = self.record
+        default = record.trials[0]
+        best = self._rank_complete()[0]
+        choice = default
+        reasons = [*record.reasons]
+        if best is default:
+            reasons.append("no trial has a higher score than the recipe")
+        else:
+            difference = self._compare(self._read_cases(default), self._read_cases(best))
+            if difference.verdict == "better":
+                choice = best
+            reasons.append(f"the recipe and trial {best.number}: {difference.describe()}")
         reasons.append(f"chosen: trial {choice.number}, {format_settings(choice.settings)}")
-        test, cases = self._out / "data" / "test.jsonl", []
-        limit = [] if self._eval_limit is None else [f"--limit={self._eval_limit}"]
-        for one in {0: default, choice.number: choice}.values() if test.is_file() else ():
-            run, out = self._list_runs(one)[0], self._out / f"test-{one.number:03}.jsonl"
-            words = ("eval", run, f"--data={test}", f"--out={out}", "--device", "auto", *limit)
-            # An interrupted search may have the answers already.
-            error = "" if out.exists() else self._run_command(gpu, out.with_suffix(".log"), *words)
-            if error is None:
+        test = self._out / "data" / "test.jsonl"
+        if test.is_file():
+            trials = [default]
+            if choice is not default:
+                trials.append(choice)
+            results = self._test_trials(gpu, test, trials)
+            if results is None:
                 return
-            if error:
-                remedy = "correct the data, and repeat the command"
-                raise UserError(error, where="data.eval", remedy=remedy)
-            cases.append([each.case for each in read_predictions(out)])
-            name, record.test[one.number], _ = self._summarize(cases[-1])
-            reasons.append(f"trial {one.number} on data.eval: {name} {record.test[one.number]:.4f}")
-        if len(cases) == 2:
-            reasons.append(f"both on data.eval: {self._compare(*cases).describe()}")
+            reasons += results
         content = record.recipe | {"output_dir": str(self._out / "best")}
         best_recipe = dump_recipe(recipe_from_dict(content, choice.settings))
         write_file(self._out / BEST_FILE, best_recipe.encode())
-        record.choice, record.reasons = choice.number, reasons
+        record.choice = choice.number
+        record.reasons = reasons
+
+    def _test_trials(
+        self, gpu: str | None, test: Path, trials: Sequence[TrialRecord]
+    ) -> list[str] | None:
+        """Evaluate one or two trials on `data.eval`, and describe the scores; None if stopped."""
+        results = []
+        cases = []
+        limit = []
+        if self._eval_limit is not None:
+            limit = [f"--limit={self._eval_limit}"]
+        for one in trials:
+            out = self._out / f"test-{one.number:03}.jsonl"
+            if not out.exists():  # an interrupted search may have the answers already
+                run = self._list_runs(one)[0]
+                words = ("eval", run, f"--data={test}", f"--out={out}", "--device", "auto", *limit)
+                error = self._run_command(gpu, out.with_suffix(".log"), *words)
+                if error is None:
+                    return None
+                if error:
+                    remedy = "correct the data, and repeat the command"
+                    raise UserError(error, where="data.eval", remedy=remedy)
+            cases.append([each.case for each in read_predictions(out)])
+            name, score, _ = self._summarize(cases[-1])
+            self.record.test[one.number] = score
+            results.append(f"trial {one.number} on data.eval: {name} {score:.4f}")
+        if len(cases) == 2:
+            results.append(f"both on data.eval: {self._compare(*cases).describe()}")
+        return results
 
 
 def format_settings(settings: Mapping[str, Any]) -> str:
     """Format the changed settings of a trial as overrides."""
-    texts = (
-        f"{name}={value:.3g}" if isinstance(value, float) else f"{name}={value}"
-        for name, value in settings.items()
-    )
-    return " ".join(texts) or "the recipe itself"
+    if not settings:
+        return "the recipe itself"
+    texts = []
+    for name, value in settings.items():
+        text = f"{value:.3g}" if isinstance(value, float) else f"{value}"
+        texts.append(f"{name}={text}")
+    return " ".join(texts)
 
 
 def write_search_page(record: SearchRecord, file: Path, language: Language | None) -> None:
@@ -717,10 +871,11 @@ def write_search_page(record: SearchRecord, file: Path, language: Language | Non
     """
     header, *rows = record.list_rows()
     shown = record.rank_trials()[:MAX_PLOTTED_TRIALS]
-    axes = {
-        name: [one.settings.get(name, find_setting(record.recipe, name)) for one in shown]
-        for name in record.space
-    } | {record.metric: [round(one.rungs[-1].score, 4) for one in shown]}
+    axes: dict[str, list[Any]] = {}
+    for name in record.space:
+        default = find_setting(record.recipe, name)
+        axes[name] = [one.settings.get(name, default) for one in shown]
+    axes[record.metric] = [round(one.rungs[-1].score, 4) for one in shown]
     with use_language(language or detect_language()):
         caption = translate("settings in their order, and the score, of the best trials")
         names = [translate("trial {}", one.number) for one in shown]

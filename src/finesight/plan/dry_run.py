@@ -44,8 +44,11 @@ META = torch.device("meta")
 BLOCK_BYTES = 512
 """Allocations of the CUDA allocator are rounded up to a multiple of this size."""
 
-FLASH_BACKWARD_TILE, FLASH_HEAD_DIM_MULTIPLE = 128, 32
-"""Padding of torch's varlen attention backward pass: rows per sequence, and head size multiple."""
+FLASH_BACKWARD_TILE = 128
+"""Rows that torch's varlen attention backward pass adds per sequence as padding."""
+
+FLASH_HEAD_DIM_MULTIPLE = 32
+"""Multiple to which torch's varlen attention backward pass pads the head size."""
 
 MAX_REORDERED_ELEMENTS = 1 << 18
 """Maximum number of elements, approximately, that oneDNN copies to transpose a large matrix."""
@@ -146,7 +149,9 @@ def emulate_device(target: ComputeTarget) -> Iterator[None]:
 
     Triton kernels are not launched, so that all outputs remain undefined.
     """
-    capability = target.capability if target.is_cuda else (0, 0)
+    capability = (0, 0)
+    if target.is_cuda:
+        capability = target.capability
     with override_launches(_skip_launch, capability), _EmulatedTensors(target.is_cuda):
         yield
 
@@ -172,11 +177,16 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, known_tensors: Iterable[Tensor], gathered_bytes: int = 0) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.gathered_bytes = gathered_bytes
-        storages = [tensor.untyped_storage() for tensor in known_tensors]
-        self._storages: dict[int, Any] = {id(storage): storage for storage in storages}
-        self._grad_bytes, self._forward_bytes, self._is_backward = 0, 0, False
-        self.live_bytes = self.peak_bytes = self.saved_bytes = 0
-        self.grads_at_peak = self.forward_at_peak = self.gathered_at_peak = 0
+        self._storages: dict[int, Any] = _map_storages(known_tensors)
+        self._grad_bytes = 0
+        self._forward_bytes = 0
+        self._is_backward = False
+        self.live_bytes = 0
+        self.peak_bytes = 0
+        self.saved_bytes = 0
+        self.grads_at_peak = 0
+        self.forward_at_peak = 0
+        self.gathered_at_peak = 0
 
     def __torch_dispatch__(
         self,
@@ -195,7 +205,8 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
             outputs = func(*operands, *args[2:], **(kwargs or {})).to(args[0].dtype)
         else:
             outputs = func(*_move_indices(args), **(kwargs or {}))
-        for output in (outputs,) if isinstance(outputs, Tensor) else tree_leaves(outputs):
+        leaves = [outputs] if isinstance(outputs, Tensor) else tree_leaves(outputs)
+        for output in leaves:
             if isinstance(output, Tensor):
                 self._count(output.untyped_storage())
         self._record_peak(self.live_bytes + _kernel_workspace(func, args))
@@ -205,7 +216,8 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         total = num_bytes + self.gathered_bytes
         if total > self.peak_bytes:
             self.peak_bytes = total
-            self.grads_at_peak, self.forward_at_peak = self._grad_bytes, self._forward_bytes
+            self.grads_at_peak = self._grad_bytes
+            self.forward_at_peak = self._forward_bytes
             self.gathered_at_peak = self.gathered_bytes
 
     def _count(self, storage: torch.UntypedStorage) -> None:
@@ -226,7 +238,8 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def start_backward(self) -> None:
         """Start the backward pass: live storages are saved activations."""
-        self._is_backward, self.saved_bytes = True, self.live_bytes
+        self._is_backward = True
+        self.saved_bytes = self.live_bytes
 
     def add_gradient(self, parameter: Tensor) -> None:
         """Count the gradient of a parameter; a hook of autograd."""
@@ -265,14 +278,17 @@ class GradientReducer:
             sharded: Shards of the model; None if no parameter is sharded.
             accumulates: Whether the gradients of the own rows exist from an earlier pack.
         """
-        self._tracker, self._unit_by_param = tracker, dict[int, UnitMemory]()
-        self._has_shards, self._frees_weights = accumulates, False
+        self._tracker = tracker
+        self._unit_by_param: dict[int, UnitMemory] = {}
+        self._has_shards = accumulates
+        self._frees_weights = False
         if sharded is not None:
             self._unit_by_param |= sharded.unit_by_param
             self._has_shards |= sharded.layout.is_offloaded
             self._frees_weights = sharded.layout.mode == "zero2"
         self._waiting: dict[int, list[Tensor]] = {}
-        self._input_bytes = self._shard_bytes = 0
+        self._input_bytes = 0
+        self._shard_bytes = 0
 
     def __contains__(self, parameter: Tensor) -> bool:
         return id(parameter) in self._unit_by_param
@@ -308,10 +324,12 @@ def _move_indices(args: tuple[Any, ...]) -> tuple[Any, ...]:
     devices = {value.device.type for value in args if isinstance(value, Tensor)}
     if devices != {"cpu", "meta"}:
         return args
-    return tuple(
-        value.to(META) if isinstance(value, Tensor) and value.device.type == "cpu" else value
-        for value in args
-    )
+    moved_args = []
+    for value in args:
+        if isinstance(value, Tensor) and value.device.type == "cpu":
+            value = value.to(META)
+        moved_args.append(value)
+    return tuple(moved_args)
 
 
 def _onednn_workspace(x_MK: Tensor, y_KN: Tensor, is_batch: bool) -> int:
@@ -320,14 +338,17 @@ def _onednn_workspace(x_MK: Tensor, y_KN: Tensor, is_batch: bool) -> int:
     Each thread copies a transposed left operand of a batch. Processors with AMX copy the weights.
     Those with AVX-512 but without 16-bit products accumulate products of a batch in fp32.
     """
-    (num_rows, num_inner), num_columns = x_MK.shape[-2:], y_KN.shape[-1]
+    num_rows, num_inner = x_MK.shape[-2:]
+    num_columns = y_KN.shape[-1]
     num_threads = torch.get_num_threads() if is_batch else 1
     if x_MK.element_size() != 2 or not (is_batch or torch.cpu._is_amx_tile_supported()):
         return 0
     if torch.cpu._is_avx512_supported() and not torch.cpu._is_avx512_bf16_supported():
         return 4 * num_threads * num_rows * num_columns
-    left_rows = num_rows * (x_MK.stride(-2) == 1)
-    num_copied = num_inner * (num_columns + left_rows) if left_rows or not is_batch else 0
+    left_rows = num_rows if x_MK.stride(-2) == 1 else 0  # of a transposed operand
+    num_copied = 0
+    if left_rows or not is_batch:
+        num_copied = num_inner * (num_columns + left_rows)
     return 2 * num_threads * min(MAX_REORDERED_ELEMENTS, num_copied)
 
 
@@ -406,30 +427,36 @@ class PlannedPack:
 
         This is a single frame if all inputs are images, whose frames are equal.
         """
-        is_still = all(frames == 1 for frames, _, _ in self.grid_thw)
-        return config.in_channels * config.patch_size**2 if is_still else config.patch_dim
+        if all(frames == 1 for frames, _, _ in self.grid_thw):
+            return config.in_channels * config.patch_size**2
+        return config.patch_dim
 
 
 def build_planned_pack(samples: Sequence[SampleStats], prefix_length: int = 0) -> PlannedPack:
     """Build the pack of the given samples. A shared prefix counts once."""
     lengths = [sample.num_packed_tokens for sample in samples]
-    prefix_length = prefix_length if len(samples) > 1 else 0
-    if starts := samples[0].response_starts:
-        lengths = [stop - start for start, stop in pairwise([0, *starts, *lengths])]
+    starts = samples[0].response_starts
+    if starts:
+        bounds = [0, *starts, *lengths]
+        lengths = [stop - start for start, stop in pairwise(bounds)]
         prefix_length = starts[0]
-    elif prefix_length:
+    elif prefix_length and len(samples) > 1:
         lengths = [prefix_length, *(length - prefix_length for length in lengths)]
-    return PlannedPack(
-        tuple(lengths),
-        tuple(grid for sample in samples for grid in sample.grid_thw),
-        sum(sample.num_supervised_tokens for sample in samples),
-        prefix_length,
-    )
+    else:
+        prefix_length = 0
+    grid_thw: list[GridTHW] = []
+    num_supervised = 0
+    for sample in samples:
+        grid_thw += sample.grid_thw
+        num_supervised += sample.num_supervised_tokens
+    return PlannedPack(tuple(lengths), tuple(grid_thw), num_supervised, prefix_length)
 
 
 def build_split_pack(sample: SampleStats, num_ranks: int) -> PlannedPack:
     """Build the pack of one rank for a sample that is split over all ranks."""
-    frames = [(height, width) for count, height, width in sample.grid_thw for _ in range(count)]
+    frames: list[tuple[int, int]] = []
+    for count, height, width in sample.grid_thw:
+        frames += [(height, width)] * count
     own_frames = frames[: -(-len(frames) // num_ranks)]
     return PlannedPack(
         lengths=(-(-sample.num_packed_tokens // num_ranks),),
@@ -445,11 +472,13 @@ def plan_step_packs(
     """Split the samples of a training step into packs."""
     lengths = [sample.num_packed_tokens for sample in samples]
     prefix_length = effective_prefix_length(prefix_length, lengths)
-    has_pairs = any(sample.response_starts for sample in samples)
-    groups = plan_packs(lengths, 1 if has_pairs else token_budget, prefix_length)
-    return [
-        build_planned_pack([samples[index] for index in group], prefix_length) for group in groups
-    ]
+    if any(sample.response_starts for sample in samples):
+        token_budget = 1  # a pair is a pack
+    packs = []
+    for group in plan_packs(lengths, token_budget, prefix_length):
+        group_samples = [samples[index] for index in group]
+        packs.append(build_planned_pack(group_samples, prefix_length))
+    return packs
 
 
 def iter_planned_steps(
@@ -462,7 +491,7 @@ def iter_planned_steps(
     num_steps = min(max_steps, len(sampler))
     for i in range(num_steps):
         step = round(i * last_step / max(1, num_steps - 1))
-        step_stats = (sample_stats[index] for index in sampler.batch_indices(step))
+        step_stats = [sample_stats[index] for index in sampler.batch_indices(step)]
         yield [stats for stats in step_stats if stats.num_tokens]
 
 
@@ -511,12 +540,16 @@ class StepTracer:
         Args:
             sharded: Shards of the model; None if the ranks do not shard it.
         """
-        self.model, self.objective, self.compute, self.teacher = model, objective, compute, teacher
+        self.model = model
+        self.objective = objective
+        self.compute = compute
+        self.teacher = teacher
         self._sharded = sharded
         self._traces: dict[tuple[object, ...], StepMemory] = {}
         self._token_bytes: float | None = None
         self._patch_bytes: float | None = None
-        self.persistent_bytes, self._is_warm = 0, False
+        self.persistent_bytes = 0
+        self._is_warm = False
 
     def _warm_up(
         self, batch: PackedBatch, features_MKD: Tensor | None, accumulated_ids: Collection[int]
@@ -525,11 +558,12 @@ class StepTracer:
 
         Examples are padding columns for LoRA and transposed copies of FP8 weights.
         """
-        weights = {id(s): s for s in (t.untyped_storage() for t in self._own_tensors())}
+        weights = _map_storages(self._own_tensors())
         tracker = self._run(batch, features_MKD, accumulated_ids)
         still_used = {id(tensor.untyped_storage()) for tensor in self._own_tensors()}
         replaced = sum(s.nbytes() for key, s in weights.items() if key not in still_used)
-        self.persistent_bytes, self._is_warm = tracker.live_bytes - replaced, True
+        self.persistent_bytes = tracker.live_bytes - replaced
+        self._is_warm = True
         return tracker
 
     def _own_tensors(self) -> list[Tensor]:
@@ -553,7 +587,8 @@ class StepTracer:
         key = pack, activation_checkpointing, bool(accumulated_ids), num_features
         if key not in self._traces:
             self.model.activation_checkpointing = activation_checkpointing
-            batch, features_MKD = self._build_batch(pack, num_features), None
+            batch = self._build_batch(pack, num_features)
+            features_MKD = None
             if num_features is not None:
                 features_MKD = self._build_features(num_features)
             tracker = None
@@ -609,8 +644,11 @@ class StepTracer:
         self, batch: PackedBatch, features_MKD: Tensor | None, accumulated_ids: Collection[int]
     ) -> MemoryTracker:
         known = [*self._own_tensors(), *_list_tensors(batch)]
-        known = known if features_MKD is None else [*known, features_MKD]
-        gathered_bytes = 0 if self._sharded is None else self._sharded.gathered_bytes
+        if features_MKD is not None:
+            known.append(features_MKD)
+        gathered_bytes = 0
+        if self._sharded is not None:
+            gathered_bytes = self._sharded.gathered_bytes
         tracker = MemoryTracker(known, gathered_bytes)
 
         def free_gradient(parameter: Tensor) -> None:
@@ -621,16 +659,19 @@ class StepTracer:
         def select_hook(parameter: Tensor) -> Callable[[Tensor], None]:
             if parameter in reducer:
                 return reducer.add_gradient
-            return free_gradient if id(parameter) in accumulated_ids else tracker.add_gradient
+            if id(parameter) in accumulated_ids:
+                return free_gradient
+            return tracker.add_gradient
 
-        parameters = [p for p in self.model.parameters() if p.requires_grad]
-        hooks = [
-            parameter.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
-                select_hook(parameter)
-            )
-            for parameter in parameters
-        ]
-        seed_1, scale = self._empty(1, dtype=torch.int32), self._empty(dtype=torch.float32)
+        hooks = []
+        for parameter in self.model.parameters():
+            if parameter.requires_grad:
+                handle = parameter.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
+                    select_hook(parameter)
+                )
+                hooks.append(handle)
+        seed_1 = self._empty(1, dtype=torch.int32)
+        scale = self._empty(dtype=torch.float32)
         with emulate_device(self.compute), tracker:
             h_LD = self.model(batch, features_MKD, dropout_seed_1=seed_1)
             inputs = self.objective.loss_inputs(batch, scale)
@@ -649,10 +690,11 @@ class StepTracer:
         return tracker
 
     def _build_batch(self, pack: PlannedPack, num_features: int | None) -> PackedBatch:
-        vision_config, num_tokens = self.model.config.vision, pack.num_tokens
+        vision_config = self.model.config.vision
+        num_tokens = pack.num_tokens
         if num_features is None:
             num_features = pack.num_patches // vision_config.merge_size**2
-        patch_shape = pack.num_patches, pack.stored_patch_dim(vision_config)
+        patch_shape = (pack.num_patches, pack.stored_patch_dim(vision_config))
         return PackedBatch(
             ("",) * pack.num_samples,
             pack.lengths,
@@ -678,13 +720,27 @@ class StepTracer:
 
 
 def _list_tensors(batch: PackedBatch) -> list[Tensor]:
-    values = (getattr(batch, field.name) for field in fields(batch))
-    return [value for value in values if isinstance(value, Tensor)]
+    tensors = []
+    for field in fields(batch):
+        value = getattr(batch, field.name)
+        if isinstance(value, Tensor):
+            tensors.append(value)
+    return tensors
+
+
+def _map_storages(tensors: Iterable[Tensor]) -> dict[int, torch.UntypedStorage]:
+    """Return the storages of tensors by id, which identifies them as long as they exist."""
+    storages = {}
+    for tensor in tensors:
+        storage = tensor.untyped_storage()
+        storages[id(storage)] = storage
+    return storages
 
 
 def _summarize(tracker: MemoryTracker) -> StepMemory:
     """Split the peak of a trace into saved activations, gradients and other tensors."""
-    gradients, gathered = tracker.grads_at_peak, tracker.gathered_at_peak
+    gradients = tracker.grads_at_peak
+    gathered = tracker.gathered_at_peak
     activations = min(tracker.forward_at_peak, tracker.saved_bytes)
     workspace = tracker.peak_bytes - gradients - activations - gathered
     return StepMemory(activations, workspace, gradients, tracker.saved_bytes, gathered)

@@ -29,8 +29,11 @@ from finesight.train.graph_buffers import (
 from finesight.train.optimizer import LARGE_PARAM_ELEMENTS, MasterWeightOptimizer, ParamGroup
 from finesight.vision.image_processing import GridTHW
 
-INDEX_BYTES, CU_SEQLEN_BYTES = 8, 4
-"""Bytes of an int64 index, and of an element of `cu_seqlens` (int32)."""
+INDEX_BYTES = 8
+"""Bytes of an int64 index."""
+
+CU_SEQLEN_BYTES = 4
+"""Bytes of an element of `cu_seqlens` (int32)."""
 
 CUBLAS_WORKSPACE_BYTES = 70 << 20
 """Bytes of the cuBLAS workspace that torch allocates on compute capability 9.0.
@@ -149,41 +152,63 @@ def compute_persistent_memory(
     teacher: VisionLanguageModel | None = None,
     layout: RankLayout = SINGLE_RANK,
 ) -> PersistentMemory:
-    """Compute the persistent memory of a tuned model on the meta device, and of its teacher.
+    """Compute the persistent memory of a tuned model and its teacher, on the meta device.
 
     As in a run, the parameters of the model become views of the parameter groups of the optimizer,
     unless the model is sharded.
     """
-    sharded = shard_model(model, compute.dtype, layout) if layout.is_sharded else None
-    params = trainable_parameters(model) if sharded is None else sharded.local_params
+    sharded: ShardedModel | None = None
+    if layout.is_sharded:
+        sharded = shard_model(model, compute.dtype, layout)
+        params = sharded.local_params
+    else:
+        params = trainable_parameters(model)
     optimizer = MasterWeightOptimizer(params, train, stacked_row_counts(model))
     if layout.num_ranks > 1 and sharded is None:
         optimizer.use_flat_gradients()
-    param_groups = optimizer.param_groups
-    optimizers = [group.optimizer for group in param_groups]
-    models = filter(None, (model, teacher))
-    tensors = [tensor for one in models for tensor in (*one.parameters(), *one.buffers())]
-    num_trainable = sum(len(group.master_weights) for group in param_groups)
-    # Muon and several ranks accumulate gradients even with one pack per step.
-    always_summed = [group for group in param_groups if group.gradients.sums[0] is not None]
-    num_summed = sum(len(group.master_weights) for group in always_summed)
-    residuals = [group.master_weights.residual_E for group in param_groups]
+    tensors = [*model.parameters(), *model.buffers()]
+    if teacher is not None:
+        tensors += [*teacher.parameters(), *teacher.buffers()]
+
     is_cuda = compute.is_cuda and not layout.is_offloaded
+    num_trainable = 0
+    num_summed = 0
+    residual_bytes = 0
+    state_bytes = 0
+    traffic_bytes = 0
+    always_summed: list[ParamGroup] = []
+    for group in optimizer.param_groups:
+        num_trainable += len(group.master_weights)
+        # Muon and several ranks accumulate gradients even with one pack per step.
+        if group.gradients.sums[0] is not None:
+            num_summed += len(group.master_weights)
+            always_summed.append(group)
+        residual_E = group.master_weights.residual_E
+        if residual_E is not None:
+            residual_bytes += residual_E.nbytes
+        state_bytes += group.state_bytes
+        traffic_bytes += group.optimizer.traffic_bytes(is_cuda)
     memory = PersistentMemory(
         num_trainable=num_trainable,
-        weight_bytes=sum(tensor.nbytes for tensor in tensors),
-        master_weight_bytes=sum(
-            residual_E.nbytes for residual_E in residuals if residual_E is not None
-        ),
+        weight_bytes=_count_bytes(tensors),
+        master_weight_bytes=residual_bytes,
         grad_sum_bytes=FP32_BYTES * num_summed,
         multi_pack_grad_sum_bytes=FP32_BYTES * (num_trainable - num_summed),
-        optimizer_state_bytes=sum(group.state_bytes for group in param_groups),
-        optimizer_step_bytes=max(one.workspace_bytes(is_cuda) for one in optimizers),
-        optimizer_traffic_bytes=sum(one.traffic_bytes(is_cuda) for one in optimizers),
-        accumulated_ids=(_accumulated_ids(always_summed), _accumulated_ids(param_groups)),
+        optimizer_state_bytes=state_bytes,
+        optimizer_step_bytes=max(
+            group.optimizer.workspace_bytes(is_cuda) for group in optimizer.param_groups
+        ),
+        optimizer_traffic_bytes=traffic_bytes,
+        accumulated_ids=(_accumulated_ids(always_summed), _accumulated_ids(optimizer.param_groups)),
         layout=layout,
     )
-    return memory if sharded is None else _shard_memory(memory, sharded, tensors)
+    if sharded is None:
+        return memory
+    return _shard_memory(memory, sharded, tensors)
+
+
+def _count_bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors)
 
 
 def _shard_memory(
@@ -197,8 +222,10 @@ def _shard_memory(
         memory: Memory of the optimizer of the own rows.
         tensors: All weights and buffers of the complete model.
     """
-    complete = [tensor for tensor in tensors if id(tensor) not in sharded.sharded_ids]
-    complete_bytes = sum(tensor.nbytes for tensor in complete)
+    complete_bytes = 0
+    for tensor in tensors:
+        if id(tensor) not in sharded.sharded_ids:
+            complete_bytes += tensor.nbytes
     master_bytes = FP32_BYTES * memory.num_trainable
     # The gradients of replicated parameters are summed completely, and all-reduced.
     replicated_grad_bytes = FP32_BYTES * sharded.num_replicated
@@ -227,10 +254,13 @@ def _shard_memory(
 
 
 def _accumulated_ids(groups: Iterable[ParamGroup]) -> frozenset[int]:
-    param_slices = (param_slice for group in groups for param_slice in group.param_slices)
-    return frozenset(
-        id(p.parameter) for p in param_slices if p.parameter.numel() >= LARGE_PARAM_ELEMENTS
-    )
+    """Return the ids of parameters whose gradients are accumulated as soon as they are computed."""
+    ids = set()
+    for group in groups:
+        for param_slice in group.param_slices:
+            if param_slice.parameter.numel() >= LARGE_PARAM_ELEMENTS:
+                ids.add(id(param_slice.parameter))
+    return frozenset(ids)
 
 
 @dataclass(frozen=True, slots=True)
@@ -300,15 +330,17 @@ def plan_graph(
             * encoder.config.out_hidden_size
             * compute.dtype.itemsize
         )
-        is_trainable = any(parameter.requires_grad for parameter in encoder.parameters())
-        buffer_bytes += feature_bytes * (2 if is_trainable else 1)
+        buffer_bytes += feature_bytes
+        if any(parameter.requires_grad for parameter in encoder.parameters()):
+            # The gradients of the features.
+            buffer_bytes += feature_bytes
     else:
         # Patch bytes, row and column of each patch; permutation of merge windows and its inverse.
         buffer_bytes += vision_shape.num_patches * (vision_shape.patch_bytes + 2 * CU_SEQLEN_BYTES)
-        buffer_bytes += 2 * INDEX_BYTES * shape.num_features * bool(encoder.window_attention[1])
-        buffer_bytes += sum(
-            CU_SEQLEN_BYTES * (count + 1) for count, _ in vision_shape.segment_shapes
-        )
+        if encoder.window_attention[1]:
+            buffer_bytes += 2 * INDEX_BYTES * shape.num_features
+        for count, _ in vision_shape.segment_shapes:
+            buffer_bytes += CU_SEQLEN_BYTES * (count + 1)
         num_padding = vision_shape.num_patches - pack.num_patches
         grid_thw = pack.grid_thw
         if num_padding:
@@ -328,21 +360,21 @@ def compute_peak_memory(
     use_graphs: bool = True,
 ) -> PeakMemory:
     """Compute the peak memory over packs and the optimizer step."""
-    model, compute = tracer.model, tracer.compute
+    model = tracer.model
+    compute = tracer.compute
     graphs: dict[GraphShape, GraphPlan] = {}
-    graph_packs, eager_packs = [], []
-    for pack in packs:
-        graph = plan_graph(model, compute, activation_checkpointing, pack) if use_graphs else None
-        if graph is None or (graph.shape not in graphs and len(graphs) == MAX_GRAPHS):
-            eager_packs.append(pack)
-        else:
-            graphs[graph.shape] = graph
-            graph_packs.append(pack)
+    graph_packs: list[PlannedPack] = []
+    eager_packs = [*packs]
+    if use_graphs:
+        graphs, graph_packs, eager_packs = _plan_graphs(
+            model, compute, activation_checkpointing, packs
+        )
     parameters = trainable_parameters(model).values()
     accumulated_ids = persistent.accumulated_ids[has_multiple_packs]
     candidates = [_Peak(_trace_optimizer_step(persistent, parameters, has_multiple_packs))]
-    for pack in bound_packs(packs, compute) if tracer.teacher is not None else ():
-        candidates.append(_Peak(tracer.trace_teacher(pack), count_input_bytes(model, pack)))
+    if tracer.teacher is not None:
+        for pack in bound_packs(packs, compute):
+            candidates.append(_Peak(tracer.trace_teacher(pack), count_input_bytes(model, pack)))
     for pack in bound_packs(eager_packs, compute):
         memory = tracer.trace(pack, activation_checkpointing, accumulated_ids)
         memory = _add_gathered_keys(memory, tracer, pack, activation_checkpointing)
@@ -354,28 +386,57 @@ def compute_peak_memory(
             tracer, pack, graph, activation_checkpointing, persistent.accumulated_ids[True]
         )
         inputs = count_input_bytes(model, pack)
-        candidates += [_Peak(memory, inputs, pool_bytes) for memory, pool_bytes in peaks]
+        for memory, pool_bytes in peaks:
+            candidates.append(_Peak(memory, inputs, pool_bytes))
     highest = max(candidates, key=lambda candidate: candidate.total)
     peak = highest.memory
-    is_distributed = compute.is_cuda and persistent.layout.num_ranks > 1
+
+    gradient_bytes = peak.gradients + persistent.grad_sum_bytes
+    if graphs:
+        gradient_bytes += _count_bytes(parameters)
+    if has_multiple_packs:
+        gradient_bytes += persistent.multi_pack_grad_sum_bytes
+    idle = _build_idle_memory(tracer)
+    libraries = idle.libraries
+    if graphs:
+        libraries *= 2
+    nccl = idle.nccl
+    if persistent.layout.num_ranks == 1:
+        nccl = 0
     return PeakMemory(
         weights=persistent.weight_bytes + tracer.persistent_bytes,
         master_weights=persistent.master_weight_bytes,
-        gradients=peak.gradients
-        + (sum(p.nbytes for p in parameters) if graphs else 0)
-        + persistent.grad_sum_bytes
-        + (persistent.multi_pack_grad_sum_bytes if has_multiple_packs else 0),
+        gradients=gradient_bytes,
         optimizer_states=persistent.optimizer_state_bytes,
         activations=peak.activations,
         workspace=peak.workspace,
         inputs=highest.input_bytes + sum(graph.buffer_bytes for graph in graphs.values()),
-        libraries=(CUBLAS_WORKSPACE_BYTES if compute.is_cuda else CPU_PROCESS_BYTES)
-        * (2 if graphs else 1),
+        libraries=libraries,
         cuda_graphs=max(candidate.pool_bytes for candidate in candidates),
-        cuda_context=CUDA_CONTEXT_BYTES if compute.is_cuda else 0,
+        cuda_context=idle.cuda_context,
         gathered_weights=peak.gathered,
-        nccl=NCCL_BYTES if is_distributed else 0,
+        nccl=nccl,
     )
+
+
+def _plan_graphs(
+    model: VisionLanguageModel,
+    compute: ComputeTarget,
+    activation_checkpointing: float,
+    packs: Sequence[PlannedPack],
+) -> tuple[dict[GraphShape, GraphPlan], list[PlannedPack], list[PlannedPack]]:
+    """Return at most `MAX_GRAPHS` graphs, the packs with a graph, and the other packs."""
+    graphs: dict[GraphShape, GraphPlan] = {}
+    graph_packs = []
+    eager_packs = []
+    for pack in packs:
+        graph = plan_graph(model, compute, activation_checkpointing, pack)
+        if graph is None or (graph.shape not in graphs and len(graphs) == MAX_GRAPHS):
+            eager_packs.append(pack)
+        else:
+            graphs[graph.shape] = graph
+            graph_packs.append(pack)
+    return graphs, graph_packs, eager_packs
 
 
 @dataclass(frozen=True, slots=True)
@@ -461,14 +522,15 @@ def compute_loading_memory(persistent: PersistentMemory, tracer: StepTracer) -> 
 
 
 def _build_idle_memory(tracer: StepTracer) -> PeakMemory:
-    """Return the memory of a rank of a sharded run without a model."""
-    is_cuda = tracer.compute.is_cuda
-    empty = dict.fromkeys((field.name for field in fields(PeakMemory)), 0)
+    """Return the memory of one of several ranks without a model."""
+    empty = PeakMemory(**dict.fromkeys((field.name for field in fields(PeakMemory)), 0))
+    if not tracer.compute.is_cuda:
+        return replace(empty, libraries=CPU_PROCESS_BYTES)
     return replace(
-        PeakMemory(**empty),
-        libraries=CUBLAS_WORKSPACE_BYTES if is_cuda else CPU_PROCESS_BYTES,
-        cuda_context=CUDA_CONTEXT_BYTES if is_cuda else 0,
-        nccl=NCCL_BYTES if is_cuda else 0,
+        empty,
+        libraries=CUBLAS_WORKSPACE_BYTES,
+        cuda_context=CUDA_CONTEXT_BYTES,
+        nccl=NCCL_BYTES,
     )
 
 
@@ -492,7 +554,7 @@ def bound_packs(packs: Sequence[PlannedPack], compute: ComputeTarget) -> list[Pl
         longest.append(max(packs, key=lambda pack: pack.num_attention_scores))
     grid_thw = max(packs, key=lambda pack: pack.num_patches).grid_thw
     num_supervised = max(pack.num_supervised_tokens for pack in packs)
-    bounds = (replace(p, grid_thw=grid_thw, num_supervised_tokens=num_supervised) for p in longest)
+    bounds = [replace(p, grid_thw=grid_thw, num_supervised_tokens=num_supervised) for p in longest]
     return list(dict.fromkeys(bounds))
 
 
@@ -503,14 +565,17 @@ def _trace_graph(
     activation_checkpointing: float,
     accumulated_ids: frozenset[int],
 ) -> Iterator[tuple[StepMemory, int]]:
-    """Yield the memory at possible peaks of capturing a pack, with the size of the memory pool.
+    """Yield memory and memory pool at possible peaks of capturing a pack.
 
     Tensors outside of graphs cannot use the pool, and allocator metrics do not contain it. Without
     the vision encoder in the graph, its saved activations exist during the graph.
     """
-    padded_pack, shape = graph.padded_pack, graph.shape
-    num_features = shape.num_features if shape.vision_shape is None else None
-    memory = tracer.trace(padded_pack, activation_checkpointing, accumulated_ids, num_features)
+    num_features = None
+    if graph.shape.vision_shape is None:
+        num_features = graph.shape.num_features
+    memory = tracer.trace(
+        graph.padded_pack, activation_checkpointing, accumulated_ids, num_features
+    )
     if num_features is None or not pack.num_patches:
         yield memory, memory.total
         return

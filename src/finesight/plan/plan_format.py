@@ -63,11 +63,14 @@ def format_short_plan(plan: RunPlan) -> list[str]:
     if plan.token_stats.num_skipped:
         lines.append(f"warning: {format_count(plan.token_stats.num_skipped, 'sample')} skipped")
     lines += [line for line in _format_overheads(plan) if line.startswith("warning")]
-    return lines if estimate.fits else [*lines, *_format_verdict(plan)]
+    if not estimate.fits:
+        lines += _format_verdict(plan)
+    return lines
 
 
 def _format_summary(plan: RunPlan) -> Iterator[str]:
-    stats, target = plan.token_stats, plan.target
+    stats = plan.token_stats
+    target = plan.target
     origin = "measured" if target.is_measured else "data sheet"
     yield (
         f"model   {plan.family}, {plan.num_trainable:,} of {plan.num_params:,} parameters are"
@@ -125,11 +128,14 @@ def _format_flops(plan: RunPlan) -> Iterator[str]:
 
 def _format_estimates(plan: RunPlan) -> Iterator[str]:
     """Yield a table of memory and time: the recipe next to the chosen settings."""
-    changes_precision = any(one.startswith("train.precision=") for one in plan.overrides)
-    precisions = ("auto (fp32)", plan.target.precision) if changes_precision else ("", "")
-    columns = {"recipe": _describe_estimate(plan, plan.recipe_estimate, precisions[0])}
+    recipe_precision = ""
+    chosen_precision = ""
+    if any(one.startswith("train.precision=") for one in plan.overrides):
+        recipe_precision = "auto (fp32)"
+        chosen_precision = plan.target.precision
+    columns = {"recipe": _describe_estimate(plan, plan.recipe_estimate, recipe_precision)}
     if plan.recipe_estimate.settings != plan.chosen_estimate.settings or plan.overrides:
-        columns["chosen"] = _describe_estimate(plan, plan.chosen_estimate, precisions[1])
+        columns["chosen"] = _describe_estimate(plan, plan.chosen_estimate, chosen_precision)
     yield ""
     yield _format_row("", list(columns))
     for title in columns["recipe"]:
@@ -183,8 +189,9 @@ def _format_gb(num_bytes: int) -> str:
 def _format_steps(plan: RunPlan) -> str:
     steps = format_count(plan.total_steps, "step")
     text = f"{steps} of {format_count(plan.batch_size, 'sample')}"
-    sampled = f" with {plan.num_generations:g} responses each, times without their sampling"
-    return text + sampled * (plan.num_generations > 0)
+    if plan.num_generations > 0:
+        text += f" with {plan.num_generations:g} responses each, times without their sampling"
+    return text
 
 
 def _format_row(name: str, cells: list[str]) -> str:
@@ -226,21 +233,23 @@ def _format_overheads(plan: RunPlan) -> Iterator[str]:
     if plan.feature_bytes is not None:
         cached_step_s = plan.chosen_estimate.cached_step_s
         assert cached_step_s is not None, "missing step time with cached features"
-        size = f"has {plan.feature_bytes / 1e9:.3g} GB"
-        unused = "is not used, because data.augment changes the images of every step"
+        state = f"has {plan.feature_bytes / 1e9:.3g} GB"
+        verb = "takes"
+        if plan.is_augmented:
+            state = "is not used, because data.augment changes the images of every step"
+            verb = "would take"
         yield (
-            "frozen vision encoder: the vision cache of all images"
-            f" {unused if plan.is_augmented else size}; with cached features, a step"
-            f" {'would take' if plan.is_augmented else 'takes'}"
-            f" {format_duration(cached_step_s)}, {plan.batch_size / cached_step_s:.4g}"
-            " samples/s"
+            f"frozen vision encoder: the vision cache of all images {state}; with cached features,"
+            f" a step {verb} {format_duration(cached_step_s)},"
+            f" {plan.batch_size / cached_step_s:.4g} samples/s"
         )
     yield f"precision {plan.target.precision}, data loader workers: {plan.num_workers}"
 
 
 def _format_gpus(plan: RunPlan) -> Iterator[str]:
     """Yield the effect of several GPUs, and warnings about GPUs or settings without effect."""
-    num_gpus, mode = plan.target.num_gpus, plan.recipe_estimate.settings.parallel
+    num_gpus = plan.target.num_gpus
+    mode = plan.recipe_estimate.settings.parallel
     if num_gpus == 1:
         if mode != "ddp":
             yield f"train.parallel={mode} has no effect on a single GPU"
@@ -260,7 +269,8 @@ def _format_gpus(plan: RunPlan) -> Iterator[str]:
 
 
 def _format_verdict(plan: RunPlan) -> Iterator[str]:
-    estimate, target = plan.chosen_estimate, plan.target
+    estimate = plan.chosen_estimate
+    target = plan.target
     yield ""
     if not estimate.fits:
         required_gb = estimate.peak.total / USABLE_MEMORY_FRACTION / 1e9
@@ -288,7 +298,8 @@ def _format_verdict(plan: RunPlan) -> Iterator[str]:
 
 def plan_to_dict(plan: RunPlan) -> dict[str, Any]:
     """Convert the plan of a run to JSON data, in bytes, FLOPs and seconds."""
-    target, data = plan.target, asdict(plan)
+    target = plan.target
+    data = asdict(plan)
     for name in ("recipe_estimate", "chosen_estimate", "num_samples", "memory_hints", "advice"):
         del data[name]
     advice = None

@@ -8,12 +8,14 @@ from __future__ import annotations
 import logging
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
+from itertools import chain
 from statistics import median
 
 import torch
+from torch import nn
 
 from finesight.config import Precision, Recipe
 from finesight.encode.renderer import is_native
@@ -55,7 +57,7 @@ from finesight.plan.step_time import (
 )
 from finesight.progress import ProgressConsole
 from finesight.report.summary import format_duration
-from finesight.train.dataset_stats import DatasetStats
+from finesight.train.dataset_stats import DatasetStats, SampleStats
 from finesight.train.flops import FlopCounter
 from finesight.train.parallel.distributed import count_launched_ranks
 from finesight.train.prefetch import MAX_WORKERS, default_num_workers
@@ -68,7 +70,7 @@ from finesight.train.recipe_check import (
 )
 from finesight.train.sampler import TrainSampler
 from finesight.train.setup import check_sharding
-from finesight.train.state import RunContext, RunData
+from finesight.train.state import Hardware, RunContext, RunData
 from finesight.train.vision_cache import MIN_IMAGE_USES
 
 WORKER_MARGIN = 1.3
@@ -177,12 +179,10 @@ def plan_run(
     device_type = "cuda" if recipe_target.compute.is_cuda else "cpu"
     num_scan_workers = default_num_workers(torch.device(device_type))
     data = load_run_data(checked, num_scan_workers, console)
-    train_data = data.train
+    train_stats = data.train.stats
     sampler = data.sampler
-    validation_stats = () if data.validation is None else data.validation.stats.sample_stats
-    sample_stats = train_data.build_sample_stats(data.renderer, recipe.data)
-    steps = [*iter_planned_steps(sampler, sample_stats)]
-    planner = RunPlanner(recipe, base_model, PlannedData(steps, train_data.stats, validation_stats))
+    planned_data = _plan_data(recipe, data)
+    planner = RunPlanner(recipe, base_model, planned_data)
     recipe_settings = PlannedSettings.from_recipe(recipe)
     choices = list_quantization_choices(recipe)
     recipe_search = planner.create_search(recipe_target, recipe_settings.parallel, choices)
@@ -191,7 +191,8 @@ def plan_run(
     target, chosen_estimate = planner.find_best(targets)
     # The recipe changes only for a reason.
     if not is_better(chosen_estimate, recipe_estimate):
-        target, chosen_estimate = recipe_target, recipe_estimate
+        target = recipe_target
+        chosen_estimate = recipe_estimate
     chosen_settings = chosen_estimate.settings
     model = planner.build_model(target, chosen_settings.parallel, chosen_settings.nf4_parts)
     single_target = replace(target, num_gpus=1)
@@ -202,41 +203,34 @@ def plan_run(
         checkpoint_bytes = FP32_BYTES * num_trainable + complete.persistent.optimizer_state_bytes
         check_disk_space(recipe, complete.model, num_trainable, checkpoint_bytes, len(sampler))
     evaluation = EvaluationEstimate(0, 0, 0.0, 0)
+    validation_stats = planned_data.validation_stats
     if validation_stats:
         evaluation = estimate_evaluation(recipe, model, target, validation_stats, len(sampler))
-    startup_s = estimate_startup_seconds(model.persistent, target)
-    batch_size = recipe.train.batch_size
-    if recipe.train.objective in ("dpo", "kto"):  # log-probabilities of the reference model
-        num_steps = min(len(sampler), math.ceil(len(train_data.stats.sample_indices) / batch_size))
-        startup_s += num_steps * chosen_estimate.step_time.total / model.step_timer.num_passes
-        validation_s = estimate_forward_s(model, validation_stats, batch_size)
-        startup_s += validation_s / target.num_gpus
+    startup_s = _estimate_startup_s(
+        recipe, planned_data, model, chosen_estimate, target, len(sampler)
+    )
     num_workers = _choose_num_workers(recipe, chosen_estimate, target)
-    num_generations = recipe.train.grpo.num_generations * float(bool(recipe.rewards))
-    if recipe.train.objective == "distill":
-        num_generations = recipe.train.distill.lmbda
     single_step_s = None
     if target.num_gpus > 1:
         single_search = planner.create_search(single_target, "ddp", [chosen_settings.nf4_parts])
         single_step_s = single_search.estimate_step_time(chosen_settings).total
     advice = None if chosen_estimate.fits else planner.advise_gpus(target)
+    timed_steps = planner.plan_steps(single_target).timed_steps(chosen_settings.pack_tokens)
     return RunPlan(
         family=base_model.folder.family,
         num_params=model.num_params,
         num_trainable=sum(p.numel() for p in trainable_parameters(model.model).values()),
         target=target,
-        token_stats=_compute_token_stats(train_data.stats),
-        flops_per_sample=_compute_flops(
-            model, planner.plan_steps(single_target).timed_steps(chosen_settings.pack_tokens)
-        ),
+        token_stats=_compute_token_stats(train_stats),
+        flops_per_sample=_compute_flops(model, timed_steps),
         total_steps=len(sampler),
-        batch_size=batch_size,
+        batch_size=recipe.train.batch_size,
         num_samples=sampler.num_samples,
-        num_generations=num_generations,
+        num_generations=_count_generations(recipe),
         recipe_estimate=recipe_estimate,
         chosen_estimate=chosen_estimate,
         evaluation=evaluation,
-        feature_bytes=_compute_feature_bytes(model, train_data.stats, sampler.num_samples, target),
+        feature_bytes=_compute_feature_bytes(model, train_stats, sampler.num_samples, target),
         is_augmented=recipe.data.augment is not None,
         num_workers=num_workers,
         startup_s=startup_s,
@@ -246,6 +240,25 @@ def plan_run(
         memory_hints=tuple(_list_memory_hints(recipe, target, model)),
         warnings=tuple(filter(None, describe_limits(recipe, data))),
     )
+
+
+def _plan_data(recipe: Recipe, data: RunData) -> PlannedData:
+    """Return the samples of evenly spaced steps, and the statistics of the data."""
+    sample_stats = data.train.build_sample_stats(data.renderer, recipe.data)
+    steps = [*iter_planned_steps(data.sampler, sample_stats)]
+    validation_stats: Sequence[SampleStats] = ()
+    if data.validation is not None:
+        validation_stats = data.validation.stats.sample_stats
+    return PlannedData(steps, data.train.stats, validation_stats)
+
+
+def _count_generations(recipe: Recipe) -> float:
+    """Return the mean number of sampled responses to each sample; 0 without sampling."""
+    if recipe.train.objective == "distill":
+        return recipe.train.distill.lmbda
+    if recipe.rewards:
+        return float(recipe.train.grpo.num_generations)
+    return 0.0
 
 
 def _select_target(
@@ -287,7 +300,7 @@ def refuse_gpus(num_gpus: int | None, reason: str, advice: str = "") -> None:
 
 
 def _prefer_bf16(recipe: Recipe, gpu: str | None, recipe_target: TargetDevice) -> TargetDevice:
-    """Return a bf16 target if a CPU supports it and the recipe leaves it open, else its own."""
+    """Return a bf16 target if CPU and recipe allow it, else that of the recipe."""
     if (
         recipe_target.compute.is_cuda
         or recipe.train.precision != "auto"
@@ -295,6 +308,26 @@ def _prefer_bf16(recipe: Recipe, gpu: str | None, recipe_target: TargetDevice) -
     ):
         return recipe_target
     return _select_target(recipe, gpu, None, "bf16")
+
+
+def _estimate_startup_s(
+    recipe: Recipe,
+    data: PlannedData,
+    model: PlannedModel,
+    estimate: SettingsEstimate,
+    target: TargetDevice,
+    num_steps: int,
+) -> float:
+    """Estimate the seconds before the first step, with those of a reference model."""
+    seconds = estimate_startup_seconds(model.persistent, target)
+    if recipe.train.objective not in ("dpo", "kto"):
+        return seconds
+    # The reference model computes log-probabilities of all samples.
+    batch_size = recipe.train.batch_size
+    num_forward_steps = min(num_steps, math.ceil(len(data.stats.sample_indices) / batch_size))
+    seconds += num_forward_steps * estimate.step_time.total / model.step_timer.num_passes
+    seconds += estimate_forward_s(model, data.validation_stats, batch_size) / target.num_gpus
+    return seconds
 
 
 def _choose_num_workers(recipe: Recipe, estimate: SettingsEstimate, target: TargetDevice) -> int:
@@ -317,7 +350,7 @@ def _compute_token_stats(stats: DatasetStats) -> TokenStats:
     power: int = 10 ** max(0, math.floor(math.log10(max(width, 1))))
     bin_width = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= width)
     bins = Counter(length // bin_width * bin_width for length in lengths)
-    first, last = min(bins), max(bins)
+    bin_starts = range(min(bins), max(bins) + 1, bin_width)
     longest = max(sample_stats, key=lambda sample: sample.num_tokens)
     return TokenStats(
         num_samples=len(stats.sample_indices),
@@ -329,7 +362,7 @@ def _compute_token_stats(stats: DatasetStats) -> TokenStats:
         max_tokens=lengths[-1],
         longest_sample_id=longest.id,
         bin_width=bin_width,
-        bins=tuple((bin_start, bins[bin_start]) for bin_start in range(first, last + 1, bin_width)),
+        bins=tuple((bin_start, bins[bin_start]) for bin_start in bin_starts),
     )
 
 
@@ -337,10 +370,14 @@ def _compute_flops(
     model: PlannedModel, packed_steps: Sequence[Sequence[PlannedPack]]
 ) -> dict[str, float]:
     """Compute the FLOPs of an average sample by part of the model."""
-    packs = [pack for packed_step in packed_steps for pack in packed_step]
-    num_samples, flops = sum(pack.num_samples for pack in packs), Counter[str]()
-    for breakdown in map(FlopCounter(model.model).count_by_part, packs):
-        flops.update({part: breakdown.matmul_by_part[part] for part in MODEL_PARTS})
+    counter = FlopCounter(model.model)
+    num_samples = 0
+    flops = Counter[str]()
+    for pack in chain.from_iterable(packed_steps):
+        num_samples += pack.num_samples
+        breakdown = counter.count_by_part(pack)
+        for part in MODEL_PARTS:
+            flops[part] += breakdown.matmul_by_part[part]
         flops["decoder attention"] += breakdown.decoder_attention
         flops["vision attention"] += breakdown.vision_attention
     return {part: count / num_samples for part, count in flops.items()}
@@ -352,7 +389,8 @@ def _compute_feature_bytes(
     """Return the vision cache size of all training images; None if it is not used."""
     if not model.allows_vision_cache or stats.count_image_uses(num_samples) < MIN_IMAGE_USES:
         return None
-    encoder, config = model.model.visual, model.model.config.vision
+    encoder = model.model.visual
+    config = model.model.config.vision
     num_features = stats.num_patches // config.merge_size**2 * encoder.features_per_token
     return num_features * config.out_hidden_size * target.dtype.itemsize
 
@@ -409,38 +447,30 @@ def check_fit(run: RunContext, data: RunData, *, force: bool) -> None:
 
 
 def _estimate_fit(run: RunContext, data: RunData) -> UserError | None:
-    """Estimate memory and time of a run; return the error of one that does not fit."""
-    recipe, hardware = run.recipe, run.hardware
+    """Estimate memory and time of a run; return an error if it does not fit."""
+    recipe = run.recipe
+    hardware = run.hardware
     is_cuda = hardware.device.type == "cuda"
     num_ranks = hardware.process_group.world_size
     if num_ranks > 1 and not is_cuda:
         return None
     folder = run.base_model.folder
     parameters = [*build_meta_model(folder, hardware.dtype, (), ()).parameters()]
-    num_params = num_trainable = sum(parameter.numel() for parameter in parameters)
+    num_params = sum(parameter.numel() for parameter in parameters)
     if num_params < MIN_CHECKED_PARAMS:
         return None
-    # Only the time of a CPU run is estimated, which depends on the bandwidth.
-    speeds = hardware.peak_flops, 1.0 if is_cuda else None
-    target = build_local_target(hardware.device, hardware.dtype, *speeds)
-    if num_ranks > 1:
-        memory_bytes = find_min_memory(target, hardware.process_group.local_world_size)
-        target = replace(extend_to_gpus(target, num_ranks), memory_bytes=memory_bytes)
-    # At most 16 bytes per trained parameter, and three adapters (query, key, value) per matrix.
+    target = _build_rank_target(hardware)
+    # At most 16 bytes per trained parameter: gradient, fp32 copy and optimizer states.
+    num_trainable = num_params
     if not recipe.tune.has_mode("full"):
-        sides = (sum(one.shape[-2:]) * one.shape[:-2].numel() for one in parameters if one.ndim > 1)
-        num_trainable = 3 * recipe.tune.lora.rank * sum(sides)
+        num_trainable = _count_max_adapter_params(parameters, recipe.tune.lora.rank)
     persistent_bytes = num_params * hardware.dtype.itemsize + 16 * num_trainable
     # The teacher is not counted, and a sharded run cannot reduce its packs.
     is_sharded = RankLayout(num_ranks, recipe.train.parallel).is_sharded
     is_checked = not is_cuda or recipe.train.objective == "distill" or is_sharded
     if not is_checked and persistent_bytes < MAX_UNCHECKED_FRACTION * target.memory_bytes:
         return None
-    sample_stats = data.train.build_sample_stats(data.renderer, recipe.data)
-    steps = [*iter_planned_steps(data.sampler, sample_stats)]
-    validation_stats = data.validation.stats.sample_stats if data.validation is not None else ()
-    planned_data = PlannedData(steps, data.train.stats, validation_stats)
-    planner = RunPlanner(recipe, run.base_model, planned_data)
+    planner = RunPlanner(recipe, run.base_model, _plan_data(recipe, data))
     settings = PlannedSettings.from_recipe(recipe)
     search = planner.create_search(target, settings.parallel, list_quantization_choices(recipe))
     if search.has_split_samples(settings):
@@ -453,21 +483,50 @@ def _estimate_fit(run: RunContext, data: RunData) -> UserError | None:
         elif is_sharded:
             _warn_of_sharded_run(run, search, target)
         return None
-    best_target, best = planner.find_best([target])
-    best_model = planner.build_model(target, best.settings.parallel, best.settings.nf4_parts)
-    remedy = f"try {', '.join(_list_memory_hints(recipe, target, best_model))}"
-    if best.peak.total <= target.memory_bytes and not best.exceeds_host_memory:
-        overrides = list_overrides(recipe, best.settings, best_target, target)
-        remedy = f"add {' '.join(overrides)} ({best.peak.total / 1e9:.1f} GB), or {remedy}"
-    elif (advice := planner.advise_gpus(target)) is not None:
-        remedy = f"{advice.describe()}, or {remedy}"
     return UserError(
         f"the predicted peak memory is {peak_bytes / 1e9:.1f} GB, and {target.name} has"
         f" {target.memory_bytes / 1e9:.1f} GB",
         where=f"model {recipe.model}",
         expected="a run that fits; its plan shows the memory by part, for any number of GPUs",
-        remedy=f"{remedy}; start anyway with --force",
+        remedy=f"{_suggest_smaller_run(recipe, planner, target)}; start anyway with --force",
     )
+
+
+def _build_rank_target(hardware: Hardware) -> TargetDevice:
+    """Return the target of a run on the devices of its ranks."""
+    # Only the time of a CPU run is estimated, which depends on the bandwidth.
+    bandwidth = None
+    if hardware.device.type == "cuda":
+        bandwidth = 1.0
+    target = build_local_target(hardware.device, hardware.dtype, hardware.peak_flops, bandwidth)
+    num_ranks = hardware.process_group.world_size
+    if num_ranks == 1:
+        return target
+    memory_bytes = find_min_memory(target, hardware.process_group.local_world_size)
+    return replace(extend_to_gpus(target, num_ranks), memory_bytes=memory_bytes)
+
+
+def _count_max_adapter_params(parameters: Iterable[nn.Parameter], rank: int) -> int:
+    """Return the number of parameters of three adapters (query, key, value) per matrix."""
+    num_sides = 0
+    for parameter in parameters:
+        if parameter.ndim > 1:
+            num_sides += sum(parameter.shape[-2:]) * parameter.shape[:-2].numel()
+    return 3 * rank * num_sides
+
+
+def _suggest_smaller_run(recipe: Recipe, planner: RunPlanner, target: TargetDevice) -> str:
+    """Return the remedy for a run that does not fit: other settings, or more GPUs."""
+    best_target, best = planner.find_best([target])
+    best_model = planner.build_model(target, best.settings.parallel, best.settings.nf4_parts)
+    hints = f"try {', '.join(_list_memory_hints(recipe, target, best_model))}"
+    if best.peak.total <= target.memory_bytes and not best.exceeds_host_memory:
+        overrides = list_overrides(recipe, best.settings, best_target, target)
+        return f"add {' '.join(overrides)} ({best.peak.total / 1e9:.1f} GB), or {hints}"
+    advice = planner.advise_gpus(target)
+    if advice is not None:
+        return f"{advice.describe()}, or {hints}"
+    return hints
 
 
 def _warn_of_sharded_run(run: RunContext, search: SettingsSearch, target: TargetDevice) -> None:
@@ -495,7 +554,8 @@ def _warn_of_sharded_run(run: RunContext, search: SettingsSearch, target: Target
 
 def _warn_long_run(run: RunContext, sampler: TrainSampler, estimate: SettingsEstimate) -> None:
     """Log the estimated time of a run on a CPU if it is long."""
-    num_steps, step_s = len(sampler), estimate.step_time.total
+    num_steps = len(sampler)
+    step_s = estimate.step_time.total
     num_uncached = min(num_steps, math.ceil(sampler.epoch_length / run.recipe.train.batch_size))
     cached_step_s = estimate.cached_step_s or step_s
     seconds = num_uncached * step_s + (num_steps - num_uncached) * cached_step_s

@@ -11,6 +11,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from itertools import chain
 from operator import attrgetter
 from statistics import fmean
 from typing import Literal
@@ -77,9 +78,8 @@ class PlannedModel:
     @property
     def num_params(self) -> int:
         """Number of parameters, including adapters and quantized weights."""
-        num_quantized = sum(
-            weight.num_elements for weight in find_quantized_weights(self.model).values()
-        )
+        quantized = find_quantized_weights(self.model).values()
+        num_quantized = sum(weight.num_elements for weight in quantized)
         return num_quantized + sum(parameter.numel() for parameter in self.model.parameters())
 
     @property
@@ -113,9 +113,12 @@ def build_planned_model(
     remedy = "train without a plan, and with smaller images if memory runs out"
     require_native(folder, recipe.model, remedy)
     fp8_parts = [part for part in recipe.tune.quantize.fp8 or () if part not in nf4_parts]
-    model, train = build_meta_model(folder, target.dtype, nf4_parts, fp8_parts), recipe.train
+    model = build_meta_model(folder, target.dtype, nf4_parts, fp8_parts)
+    train = recipe.train
     configure_tuning(model.train(), resolve_tune(recipe), train.seed)
-    teacher = _build_teacher(train.distill, target.dtype) if train.objective == "distill" else None
+    teacher = None
+    if train.objective == "distill":
+        teacher = _build_teacher(train.distill, target.dtype)
     layout = RankLayout(target.num_gpus, mode)
     if layout.is_sharded:
         mark_as_sharded(model)
@@ -123,19 +126,23 @@ def build_planned_model(
     objective = build_objective(train, folder.family)
     tracer = StepTracer(model, objective, target.compute, teacher, persistent.sharded)
     num_workers = target.num_workers if train.num_workers is None else train.num_workers
-    return PlannedModel(
-        model, tracer, persistent, StepTimeEstimator(tracer, target, persistent, num_workers)
-    )
+    step_timer = StepTimeEstimator(tracer, target, persistent, num_workers)
+    return PlannedModel(model, tracer, persistent, step_timer)
 
 
 def _build_teacher(settings: DistillSettings, dtype: torch.dtype) -> VisionLanguageModel:
     """Build the teacher of a distillation on the meta device."""
     source = resolve_model_source(settings.teacher or "")
-    parts: tuple[Collection[ModelPart], Collection[ModelPart]] = source.nf4_parts, source.fp8_parts
-    if settings.weight_format != "auto":
-        has_4_bits = settings.weight_format in ("nf4", "int4")
-        parts = (["language"], []) if has_4_bits else ([], ["language"])
-    return build_meta_model(source.folder, dtype, *parts).requires_grad_(False).eval()
+    nf4_parts: Collection[ModelPart] = source.nf4_parts
+    fp8_parts: Collection[ModelPart] = source.fp8_parts
+    if settings.weight_format in ("nf4", "int4"):
+        nf4_parts = ["language"]
+        fp8_parts = []
+    elif settings.weight_format != "auto":
+        nf4_parts = []
+        fp8_parts = ["language"]
+    teacher = build_meta_model(source.folder, dtype, nf4_parts, fp8_parts)
+    return teacher.requires_grad_(False).eval()
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +164,8 @@ class PlannedSettings:
     @classmethod
     def from_recipe(cls, recipe: Recipe) -> PlannedSettings:
         """Return the settings of a recipe."""
-        train, nf4_parts = recipe.train, recipe.tune.quantize.nf4 or ()
+        train = recipe.train
+        nf4_parts = recipe.tune.quantize.nf4 or ()
         fraction = float(train.activation_checkpointing)
         return cls(train.pack_tokens, fraction, nf4_parts, train.parallel)
 
@@ -202,7 +210,9 @@ class SettingsEstimate:
     @property
     def rank(self) -> tuple[bool, float]:
         """Sorting key: settings that fit first, by time; others by memory."""
-        return (not self.fits, self.step_time.total if self.fits else self.peak.total)
+        if self.fits:
+            return (False, self.step_time.total)
+        return (True, self.peak.total)
 
 
 @dataclass(frozen=True)
@@ -236,7 +246,10 @@ class StepShares:
         costs = [self.cost_fn(sample) for sample in samples]
         shares = assign_to_ranks(costs, self.num_ranks)
         shares.sort(key=lambda share: -sum(costs[position] for position in share))
-        return [[samples[position] for position in share] for share in shares]
+        ranks = []
+        for share in shares:
+            ranks.append([samples[position] for position in share])
+        return ranks
 
 
 class PlannedSteps:
@@ -278,14 +291,14 @@ class PlannedSteps:
 
     def has_split_samples(self, token_budget: int) -> bool:
         """Return whether the ranks share a sample."""
-        return any(
-            self._shares.is_split(sample, token_budget) for step in self._steps for sample in step
-        )
+        samples = chain.from_iterable(self._steps)
+        return any(self._shares.is_split(sample, token_budget) for sample in samples)
 
     @property
     def max_sample_tokens(self) -> int:
         """Number of tokens of the longest sample, including a shared prefix."""
-        return max(sample.num_packed_tokens for step in self._steps for sample in step)
+        samples = chain.from_iterable(self._steps)
+        return max(sample.num_packed_tokens for sample in samples)
 
     @cached_property
     def single_pack_budget(self) -> int:
@@ -301,7 +314,7 @@ class PlannedSteps:
     def largest_packs(
         self, token_budget: int, model: VisionLanguageModel, activation_checkpointing: float
     ) -> tuple[list[PlannedPack], bool]:
-        """Return the packs that may need the most memory, and whether a step has several packs.
+        """Return the packs with the most memory, and whether a step has several packs.
 
         The packs are the first one of each CUDA graph shape, and those with the most tokens,
         patches, supervised tokens and attention scores.
@@ -314,22 +327,23 @@ class PlannedSteps:
         key = token_budget, activation_checkpointing > 0
         if key in self._bounds:
             return self._bounds[key]
-        ranks = [packs for step in self._steps for packs in self._plan_ranks(step, token_budget)]
-        packs = [pack for own_packs in ranks for pack in own_packs]
+        ranks: list[list[PlannedPack]] = []
+        for step in self._steps:
+            ranks += self._plan_ranks(step, token_budget)
+        packs = [*chain.from_iterable(ranks)]
         first_by_shape: dict[GraphShape, PlannedPack] = {}
         can_capture = can_capture_vision(model)
         for pack in packs:
             captures_vision = can_capture and should_capture_vision(
                 pack.num_patches, activation_checkpointing
             )
-            first_by_shape.setdefault(
-                compute_graph_shape(model.visual, pack, captures_vision), pack
-            )
+            shape = compute_graph_shape(model.visual, pack, captures_vision)
+            first_by_shape.setdefault(shape, pack)
             if len(first_by_shape) == MAX_GRAPHS:
                 break
         largest = dict.fromkeys(max(packs, key=attrgetter(name)) for name in PACK_SIZES)
         has_multiple_packs = any(len(own_packs) > 1 for own_packs in ranks)
-        self._bounds[key] = [*first_by_shape.values(), *largest], has_multiple_packs
+        self._bounds[key] = ([*first_by_shape.values(), *largest], has_multiple_packs)
         return self._bounds[key]
 
     def timed_steps(self, token_budget: int) -> list[list[PlannedPack]]:
@@ -362,7 +376,8 @@ class SettingsSearch:
             generation_bytes: Memory of generation in an evaluation, beside the complete weights.
             host_memory_bytes: Memory of the machine, for offloaded shards; None if it is unknown.
         """
-        self._build_model, self._steps = build_model, steps
+        self._build_model = build_model
+        self._steps = steps
         self._quantization_choices = quantization_choices
         self._prefer_large_packs = prefer_large_packs
         self.memory_limit = round(memory_bytes * USABLE_MEMORY_FRACTION)
@@ -447,12 +462,16 @@ class SettingsSearch:
 
     def _compute_other_phases(self, planned: PlannedModel) -> list[tuple[Phase, PeakMemory]]:
         """Return the memory of a sharded run outside of its steps."""
-        persistent, tracer = planned.persistent, planned.tracer
-        peaks: list[tuple[Phase, PeakMemory | None]] = [
-            ("evaluation", compute_evaluation_memory(persistent, tracer, self._generation_bytes)),
-            ("loading", compute_loading_memory(persistent, tracer)),
-        ]
-        return [(phase, peak) for phase, peak in peaks if peak is not None]
+        persistent = planned.persistent
+        tracer = planned.tracer
+        phases: list[tuple[Phase, PeakMemory]] = []
+        evaluation = compute_evaluation_memory(persistent, tracer, self._generation_bytes)
+        if evaluation is not None:
+            phases.append(("evaluation", evaluation))
+        loading = compute_loading_memory(persistent, tracer)
+        if loading is not None:
+            phases.append(("loading", loading))
+        return phases
 
     def _fits_memory(self, settings: PlannedSettings) -> bool:
         planned = self._build_model(settings.nf4_parts)
@@ -506,13 +525,15 @@ class SettingsSearch:
             and recipe_settings.activation_checkpointing <= best.activation_checkpointing
             and min(recipe_settings.pack_tokens, max_budget) >= min(best.pack_tokens, max_budget)
         )
-        return recipe_settings if is_as_good and self._fits_memory(recipe_settings) else best
+        if is_as_good and self._fits_memory(recipe_settings):
+            return recipe_settings
+        return best
 
     def _search(self, recipe_settings: PlannedSettings) -> PlannedSettings:
         min_budget = self._steps.max_sample_tokens
-        wanted = (
-            MIN_EFFICIENT_PACK_TOKENS if self._prefer_large_packs else recipe_settings.pack_tokens
-        )
+        wanted = recipe_settings.pack_tokens
+        if self._prefer_large_packs:
+            wanted = MIN_EFFICIENT_PACK_TOKENS
         target_budget = max(min_budget, min(wanted, self._steps.single_pack_budget))
         for nf4_parts in self._quantization_choices:
             try:
@@ -573,7 +594,9 @@ class SettingsSearch:
             return not self._fits_memory(replace(settings, pack_tokens=pack_tokens))
 
         num_fitting = bisect_left(budgets, True, key=exceeds_memory)
-        return replace(settings, pack_tokens=budgets[num_fitting - 1]) if num_fitting else settings
+        if num_fitting == 0:
+            return settings
+        return replace(settings, pack_tokens=budgets[num_fitting - 1])
 
 
 def _count_host_bytes(planned: PlannedModel) -> int:

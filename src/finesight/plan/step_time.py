@@ -54,10 +54,13 @@ LINK_BYTES_PER_S: Mapping[Link, float] = {
 }
 """Bytes/s of the connection of a GPU in one direction, by its data sheet (16 lanes of PCIe)."""
 
-NVLINK_FRACTION, PCIE_FRACTION = 0.8, 0.4
-"""Fraction of these bytes/s that collectives of NCCL reach; assumed, not measured yet.
+NVLINK_FRACTION = 0.8
+"""Assumed fraction of these bytes/s that collectives of NCCL reach; not measured yet."""
 
-Over PCIe, GPUs without peer-to-peer access exchange data through the memory of the host.
+PCIE_FRACTION = 0.4
+"""Assumed fraction of these bytes/s that collectives reach over PCIe; not measured yet.
+
+GPUs without peer-to-peer access exchange data through the memory of the host.
 """
 
 NETWORK_BYTES_PER_S = 12.5e9
@@ -137,11 +140,12 @@ def find_gpu_spec(name: str) -> GpuSpec:
         return by_key[key]
     similar = [one for one in by_key if key and (one in key or one.startswith(key))]
     similar += difflib.get_close_matches(key, by_key, n=4, cutoff=0.5)
-    names = [*dict.fromkeys(similar)][:4] or [*by_key]
+    keys = [*dict.fromkeys(similar)][:4] or [*by_key]
+    names = [by_key[one].name for one in keys]
     raise UserError(
         f"unknown GPU {name!r}",
         where="--gpu",
-        expected=f"one of {', '.join(by_key[candidate].name for candidate in names)}",
+        expected=f"one of {', '.join(names)}",
         remedy="choose the most similar GPU (several: add --gpus N), or run without --gpu on the"
         " target machine to measure its GPU",
     )
@@ -210,11 +214,16 @@ def build_named_target(name: str, precision: Precision) -> TargetDevice:
         UserError: The GPU is unknown.
     """
     spec = find_gpu_spec(name)
-    # Older GPUs have no bf16 matrix products.
-    automatic = torch.bfloat16 if spec.capability >= (8, 0) else torch.float16
-    dtype = automatic if precision == "auto" else DTYPES[precision]
-    # torch computes fp32 products at an eighth or less of the 16-bit speed.
-    datasheet_flops = spec.tflops * 1e12 / (1 if dtype.itemsize == 2 else 8)
+    if precision != "auto":
+        dtype = DTYPES[precision]
+    elif spec.capability >= (8, 0):
+        dtype = torch.bfloat16
+    else:  # older GPUs have no bf16 matrix products
+        dtype = torch.float16
+    datasheet_flops = spec.tflops * 1e12
+    if dtype.itemsize != 2:
+        # torch computes fp32 products at an eighth or less of the 16-bit speed.
+        datasheet_flops /= 8
     return TargetDevice(
         name=spec.name,
         memory_bytes=round(spec.memory_gb * 1e9),
@@ -230,8 +239,9 @@ def build_named_target(name: str, precision: Precision) -> TargetDevice:
 
 def estimate_link_bandwidth(link: Link) -> float:
     """Return the bytes/s that collectives reach between the GPUs of a machine."""
-    fraction = NVLINK_FRACTION if link.startswith("NVLink") else PCIE_FRACTION
-    return LINK_BYTES_PER_S[link] * fraction
+    if link.startswith("NVLink"):
+        return LINK_BYTES_PER_S[link] * NVLINK_FRACTION
+    return LINK_BYTES_PER_S[link] * PCIE_FRACTION
 
 
 def extend_to_gpus(target: TargetDevice, num_gpus: int) -> TargetDevice:
@@ -259,9 +269,10 @@ def extend_to_local_gpus(target: TargetDevice, num_gpus: int) -> TargetDevice:
         target: First GPU of this machine.
     """
     num_visible = min(num_gpus, torch.cuda.device_count())
-    devices = [torch.device("cuda", index) for index in range(num_visible)]
-    slowest, names = target, {target.name}
-    for device in devices:
+    slowest = target
+    names = {target.name}
+    for index in range(num_visible):
+        device = torch.device("cuda", index)
         name = get_device_name(device)
         if name not in names:
             names.add(name)
@@ -332,10 +343,14 @@ def build_local_target(
     The memory bandwidth is measured unless it is given.
     """
     is_cuda = device.type == "cuda"
+    host_memory_bytes = total_memory()
+    memory_bytes = host_memory_bytes
+    if is_cuda:
+        _, memory_bytes = torch.cuda.mem_get_info(device)
     return TargetDevice(
         name=get_device_name(device),
-        memory_bytes=torch.cuda.mem_get_info(device)[1] if is_cuda else total_memory(),
-        host_memory_bytes=total_memory(),
+        memory_bytes=memory_bytes,
+        host_memory_bytes=host_memory_bytes,
         peak_flops=peak_flops,
         memory_bandwidth=memory_bandwidth or _measure_bandwidth(device),
         dtype=dtype,
@@ -347,7 +362,12 @@ def build_local_target(
 
 def _measure_bandwidth(device: torch.device) -> float:
     """Measure the memory bandwidth, reads and writes in bytes/s, with copies above all caches."""
-    num_elements, num_rounds = (1 << 28, 5) if device.type == "cuda" else (1 << 25, 3)
+    if device.type == "cuda":
+        num_elements = 1 << 28
+        num_rounds = 5
+    else:
+        num_elements = 1 << 25
+        num_rounds = 3
     source = torch.ones(num_elements, device=device)
     target = torch.empty_like(source)
     best_s = float("inf")
@@ -489,23 +509,26 @@ class StepTimeEstimator:
         num_workers: int,
     ) -> None:
         model = tracer.model
-        self._model, self._target, self._num_workers = model, target, num_workers
+        self._model = model
+        self._target = target
+        self._num_workers = num_workers
         self._tracer = tracer
-        on_cpu = CPU_EFFICIENCY if target.dtype == torch.float32 else CPU_16BIT_EFFICIENCY
-        self._efficiency = GPU_EFFICIENCY if target.compute.is_cuda else on_cpu
+        self._efficiency = _select_efficiency(target)
         self._flop_counter = FlopCounter(model)
         self._persistent = persistent
         optimizer_bandwidth = target.memory_bandwidth
         if persistent.layout.is_offloaded:
             optimizer_bandwidth = HOST_COPY_BYTES_PER_S
         self._optimizer_s = persistent.optimizer_traffic_bytes / optimizer_bandwidth
-        quantized = find_quantized_weights(model)
-        dequantized = (w.num_elements for w in quantized.values() if not isinstance(w, Fp8Weight))
-        self._dequantize_bytes = DEQUANTIZE_BYTES_PER_ELEMENT * sum(dequantized)
+        num_dequantized = 0
+        for weight in find_quantized_weights(model).values():
+            if not isinstance(weight, Fp8Weight):
+                num_dequantized += weight.num_elements
+        self._dequantize_bytes = DEQUANTIZE_BYTES_PER_ELEMENT * num_dequantized
         self._fp8_fractions = _compute_fp8_fractions(model)
-        teacher = tracer.teacher
         # In forward passes; a backward pass takes as long as two, and KTO has a further one.
         self.num_passes = 3 * tracer.objective.num_updates + tracer.objective.has_baseline
+        teacher = tracer.teacher
         self._count_teacher_flops = FlopCounter(model if teacher is None else teacher).count
 
     def estimate_step(
@@ -515,13 +538,17 @@ class StepTimeEstimator:
         has_cached_features: bool = False,
         use_graphs: bool = True,
     ) -> StepTime:
-        """Estimate the time of a training step, with the forward passes of KTO and of a teacher.
+        """Estimate the time of a training step, including KTO and teacher forward passes.
 
         Args:
             has_cached_features: Whether image features are read from the vision cache.
         """
-        target, efficiency = self._target, self._efficiency
-        flops, memory_bytes, host_s, read_s = 0.0, 0.0, 0.0, 0.0
+        target = self._target
+        efficiency = self._efficiency
+        flops = 0.0
+        memory_bytes = 0.0
+        host_s = 0.0
+        read_s = 0.0
         for pack in packs:
             breakdown = self._flop_counter.count_by_part(pack)
             # Each token of a split sample attends to those of all ranks.
@@ -534,16 +561,20 @@ class StepTimeEstimator:
                 * self._tracer.saved_bytes(pack)
                 * (1 + FORWARD_TRAFFIC_FRACTION * activation_checkpointing)
             )
-            memory_bytes += 0 if has_cached_features else 2 * self._frozen_encoder_bytes(pack)
+            if not has_cached_features:
+                memory_bytes += 2 * self._frozen_encoder_bytes(pack)
+                read_s += READ_S_PER_PATCH * pack.num_patches
             memory_bytes += self._dequantize_bytes * (2 + activation_checkpointing)
             host_s += self._estimate_host_seconds(
                 pack, activation_checkpointing, has_cached_features, use_graphs
             )
-            read_s += 0 if has_cached_features else READ_S_PER_PATCH * pack.num_patches
         # The sums above are of one forward and one backward pass.
         scale = self.num_passes / 3
-        flops, memory_bytes, host_s = (scale * one for one in (flops, memory_bytes, host_s))
-        if (teacher := self._tracer.teacher) is not None:
+        flops *= scale
+        memory_bytes *= scale
+        host_s *= scale
+        teacher = self._tracer.teacher
+        if teacher is not None:
             flops += sum(map(self._count_teacher_flops, packs))
             memory_bytes += len(packs) * sum(one.nbytes for one in teacher.parameters())
             host_s += len(packs) * len(teacher.model.layers) * efficiency.host_forward_s
@@ -562,7 +593,8 @@ class StepTimeEstimator:
 
         An all-reduce transfers its data twice: a reduce-scatter, then an all-gather.
         """
-        persistent, layout = self._persistent, self._persistent.layout
+        persistent = self._persistent
+        layout = persistent.layout
         if layout.num_ranks == 1:
             return 0.0
         other_ranks_fraction = 1 - 1 / layout.num_ranks
@@ -583,11 +615,9 @@ class StepTimeEstimator:
 
     def _effective_flops(self, breakdown: FlopBreakdown, has_cached_features: bool) -> float:
         """Return the FLOPs of a pack, with FP8 products divided by their speedup."""
-        by_part = breakdown.matmul_by_part.items()
-        effective = {
-            part: count * (1 - self._fp8_fractions[part] * (1 - 1 / FP8_SPEEDUP))
-            for part, count in by_part
-        }
+        effective = {}
+        for part, count in breakdown.matmul_by_part.items():
+            effective[part] = count * (1 - self._fp8_fractions[part] * (1 - 1 / FP8_SPEEDUP))
         flops = sum(effective.values()) + breakdown.decoder_attention
         if has_cached_features:
             return flops - effective["vision"] - effective["merger"]
@@ -604,7 +634,7 @@ class StepTimeEstimator:
             return 0
         num_elements = 0
         for block in encoder.blocks:
-            linears = (m for m in block.modules() if isinstance(m, FusedLinear))
+            linears = [module for module in block.modules() if isinstance(module, FusedLinear)]
             up_features = max(sum(linear.output_sizes.values()) for linear in linears)
             num_elements += encoder.config.hidden_size + up_features
         return pack.num_patches * 2 * num_elements * self._target.dtype.itemsize
@@ -616,7 +646,9 @@ class StepTimeEstimator:
         has_cached_features: bool,
         use_graphs: bool,
     ) -> float:
-        efficiency, model, compute = self._efficiency, self._model, self._target.compute
+        efficiency = self._efficiency
+        model = self._model
+        compute = self._target.compute
         adapted_paths = {path for path, _, _ in iter_adapters(model)}
         relaunched = FORWARD_TRAFFIC_FRACTION * activation_checkpointing
         train_s = efficiency.host_train_s, efficiency.host_lora_s
@@ -625,30 +657,44 @@ class StepTimeEstimator:
             train_s = fused_s = efficiency.host_sharded_s
         seconds = 0.0
         # A CUDA graph launches all layers at once.
-        graph = plan_graph(model, compute, activation_checkpointing, pack) if use_graphs else None
+        graph = None
+        if use_graphs:
+            graph = plan_graph(model, compute, activation_checkpointing, pack)
         if graph is None:
             has_lora = any(path.startswith("model.") for path in adapted_paths)
             for layer in model.model.layers:
                 is_fused = compute.has_varlen_attention and isinstance(layer, FusibleLayer)
                 is_fused = is_fused and bool(layer.fusible_linears)
-                seconds += (fused_s if is_fused else train_s)[has_lora]
+                layer_s = fused_s if is_fused else train_s
+                seconds += layer_s[has_lora]
             seconds *= 1 + relaunched
         runs_encoder = pack.num_patches > 0 and not has_cached_features
         if runs_encoder and (graph is None or graph.shape.vision_shape is None):
-            encoder, layer_s = model.visual, efficiency.host_forward_s
+            encoder = model.visual
+            block_s = efficiency.host_forward_s
             if encoder.is_encoder_trainable:
                 has_lora = any(path.startswith("visual.b") for path in adapted_paths)
-                layer_s = train_s[has_lora] * (1 + relaunched)
-            seconds += len(encoder.blocks) * layer_s
+                block_s = train_s[has_lora] * (1 + relaunched)
+            seconds += len(encoder.blocks) * block_s
         return seconds
+
+
+def _select_efficiency(target: TargetDevice) -> DeviceEfficiency:
+    if target.compute.is_cuda:
+        return GPU_EFFICIENCY
+    if target.dtype == torch.float32:
+        return CPU_EFFICIENCY
+    return CPU_16BIT_EFFICIENCY
 
 
 def _compute_fp8_fractions(model: VisionLanguageModel) -> dict[ModelPart, float]:
     """Return the fraction of weights in FP8 for each part of the model."""
-    num_fp8, num_total = dict.fromkeys(MODEL_PARTS, 0), dict.fromkeys(MODEL_PARTS, 0)
+    num_fp8 = dict.fromkeys(MODEL_PARTS, 0)
+    num_total = dict.fromkeys(MODEL_PARTS, 0)
     for name, weight in find_quantized_weights(model).items():
         num_total[get_part(name)] += weight.num_elements
-        num_fp8[get_part(name)] += weight.num_elements * isinstance(weight, Fp8Weight)
+        if isinstance(weight, Fp8Weight):
+            num_fp8[get_part(name)] += weight.num_elements
     for name, parameter in model.named_parameters():
         num_total[get_part(name)] += parameter.numel()
     return {part: num_fp8[part] / max(1, num_total[part]) for part in MODEL_PARTS}
@@ -656,7 +702,9 @@ def _compute_fp8_fractions(model: VisionLanguageModel) -> dict[ModelPart, float]
 
 def estimate_startup_seconds(persistent: PersistentMemory, target: TargetDevice) -> float:
     """Estimate the seconds from the start of the command to the first step."""
-    seconds = STARTUP_S if target.compute.is_cuda else STARTUP_S / 3
+    seconds = STARTUP_S
+    if not target.compute.is_cuda:
+        seconds /= 3
     # Every rank reads the complete model.
     weight_bytes = persistent.loading_bytes or persistent.weight_bytes
     return seconds + weight_bytes / DISK_BYTES_PER_S

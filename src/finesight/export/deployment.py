@@ -55,7 +55,14 @@ CONVERTER_SCRIPT = "convert_hf_to_gguf.py"
 GGUF_MODEL_FILE, MMPROJ_FILE = "model.gguf", "mmproj.gguf"
 
 _PASSED_VARIABLES = {
-    *("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "TEMP", "SYSTEMROOT", "LD_LIBRARY_PATH")
+    "PATH",
+    "HOME",
+    "LANG",
+    "LC_ALL",
+    "TMPDIR",
+    "TEMP",
+    "SYSTEMROOT",
+    "LD_LIBRARY_PATH",
 }
 _NUM_ERROR_LINES = 5
 

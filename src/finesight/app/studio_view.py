@@ -209,10 +209,15 @@ def build_form(form: str, runs: Sequence[str] = ()) -> list[FormField]:
 def _describe_parameter(parameter: Parameter, field: FormField, runs: Sequence[str]) -> FormField:
     """Complete a field by the type of its parameter, and without a label by its description."""
     default, is_flag = parameter.default, parameter.kind == "flag"
-    # The empty choice keeps the default.
-    choices: Sequence[str] = [one for one in parameter.choices if one != default]
     is_run = parameter.metavar == "RUN"
-    choices = YES_NO if is_flag else runs if is_run else choices
+    choices: Sequence[str]
+    if is_flag:
+        choices = YES_NO
+    elif is_run:
+        choices = runs
+    else:
+        # The empty choice keeps the default.
+        choices = [one for one in parameter.choices if one != default]
     if field.label:
         is_advanced = field.is_advanced or (is_run and not runs)
         return replace(field, choices=choices, parameter=parameter, is_advanced=is_advanced)
@@ -393,7 +398,9 @@ class StudioView:
     def describe(self, state: StudioState) -> dict[str, Any]:
         """Return the values of the parts of the page above and below its forms."""
         selection, job = state.selection, state.job
-        status = "stopping" if job and job.is_stopping else job.status if job else ""
+        status = ""
+        if job is not None:
+            status = "stopping" if job.is_stopping else job.status
         weights = self.workspace.find_weights(state.run) if state.run else None
         is_running_server = job is not None and job.is_server and status == "running"
         outcome = job.read_outcome() if job else None

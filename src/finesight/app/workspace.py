@@ -377,7 +377,12 @@ class Workspace:
                 self.move_to_trash(folder)
             partial.rename(self.folder / folder)
         is_single = len(tables) != 1 and len(names) == 1 and is_archive(names[0])
-        sources = {*names} if is_single else tables if len(tables) == 1 else {*earlier, *names}
+        if is_single:
+            sources = {*names}
+        elif len(tables) == 1:
+            sources = tables
+        else:
+            sources = {*earlier, *names}
         return folder / sources.pop() if len(sources) == 1 else folder
 
     def run_job(self, function: Callable[..., JobOutput], *args: Any) -> Any:

@@ -19,7 +19,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from io import TextIOWrapper
-from itertools import zip_longest
+from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +53,8 @@ EXIT_INTERRUPTED = 130
 TORCHRUN_VARIABLE = "TORCHELASTIC_RUN_ID"
 """Environment variable of processes that torchrun has started."""
 
-LONG_SPIN_COUNT, SHORT_SPIN_COUNT = 20_000, 2_000
+LONG_SPIN_COUNT = 20_000
+SHORT_SPIN_COUNT = 2_000
 """Spin counts (GOMP_SPINCOUNT). On two cores of a Xeon, LONG_SPIN_COUNT shortens a LoRA step by 20
 %. Two concurrent runs on the same cores take twice as long with LONG_SPIN_COUNT as with
 SHORT_SPIN_COUNT, and many times as long with the default of 300,000."""
@@ -73,9 +74,9 @@ class OperationCommand(click.Command):
         Raises UserError with a proposal for an unknown option, and for a value that is no choice.
         """
         params = self.get_params(ctx)
-        known = {option for param in params for option in (*param.opts, *param.secondary_opts)}
+        known = set(_list_words(params))
         command = ctx.command_path.partition(" ")[2]
-        has_overrides = "overrides" in {param.name for param in params}
+        has_overrides = any(param.name == "overrides" for param in params)
         for word, following in zip_longest(args, args[1:], fillvalue=""):
             if has_overrides:
                 _reject_option(command, word, following, known)
@@ -97,8 +98,7 @@ class OperationCommand(click.Command):
     ) -> UserError:
         """Build the error for an unknown option among words, with the right ones."""
         params = self.get_params(ctx)
-        options = [one for param in params for one in (*param.opts, *param.secondary_opts)]
-        options = [one for one in options if one.startswith("-")]
+        options = [word for word in _list_words(params) if word.startswith("-")]
         arguments = [str(param.name) for param in params if isinstance(param, click.Argument)]
         value = ""
         for word, following in zip_longest(words, words[1:], fillvalue=""):
@@ -128,6 +128,15 @@ class OperationCommand(click.Command):
         )
 
 
+def _list_words(params: Sequence[click.Parameter]) -> list[str]:
+    """Return the options of a command with their opposites, and the names of its arguments."""
+    words: list[str] = []
+    for param in params:
+        words += param.opts
+        words += param.secondary_opts
+    return words
+
+
 def _build_choice_error(error: click.BadParameter) -> UserError | None:
     """Build the error for a value that is no choice; None without a similar choice."""
     param = error.param
@@ -154,19 +163,21 @@ def _reject_option(command: str, word: str, following: str, known: Collection[st
     from finesight.recipe import suggest_override
 
     value = value or following
-    is_flag = not value or value.startswith("--")
-    guess = find_option(command, option, "" if is_flag else value, (), ["overrides", "recipe"])
+    if value.startswith("--"):  # the next option: this one is a flag
+        value = ""
+    guess = find_option(command, option, value, (), ["overrides", "recipe"])
     remedy: str | None
     if guess is None:
-        remedy = suggest_override(option.removeprefix("--"), "true" if is_flag else value)
+        remedy = suggest_override(option.removeprefix("--"), value or "true")
     else:
         remedy = guess.format(option)
     if remedy is not None:
-        what, expected = (
+        raise UserError(
             f"no such option: {option}",
-            "settings of the recipe as KEY=VALUE, without --",
+            where="command line",
+            expected="settings of the recipe as KEY=VALUE, without --",
+            remedy=remedy,
         )
-        raise UserError(what, where="command line", expected=expected, remedy=remedy)
 
 
 def _reject_override(word: str, known: Collection[str]) -> None:
@@ -174,14 +185,18 @@ def _reject_override(word: str, known: Collection[str]) -> None:
     name, _, value = word.partition("=")
     option = f"--{name.rpartition('.')[2].replace('_', '-')}"
     if "." in name and value and option in known:
-        what, remedy = f"{name} is a setting of a recipe", f"use {option} {value}"
-        raise UserError(what, where="command line", expected="options", remedy=remedy)
+        raise UserError(
+            f"{name} is a setting of a recipe",
+            where="command line",
+            expected="options",
+            remedy=f"use {option} {value}",
+        )
 
 
 def build_command(name: str, function: Callable[..., Any]) -> click.Command:
     """Build the command of an operation. Its help is the docstring of the operation."""
     parameters = list_parameters(function)
-    params: list[click.Parameter] = [_build_param(parameter) for parameter in parameters]
+    params = list(map(_build_param, parameters))
     if "ask" in inspect.signature(function).parameters:
         text = "Ask no questions: use the detected settings."
         params.append(click.Option(["use_defaults", "--yes"], is_flag=True, help=text))
@@ -227,8 +242,16 @@ def _run(
     outcome: Outcome[object] | None = function(**arguments)
     if outcome is None:
         return  # a server that was stopped
+    _print_outcome(outcome, as_json=as_json)
+    if outcome.exit_code:
+        raise click.exceptions.Exit(outcome.exit_code)
+
+
+def _print_outcome(outcome: Outcome[object], *, as_json: bool) -> None:
+    """Print an outcome, and record its next steps in the report of `run_command`."""
     if as_json:
-        for record in outcome.data if isinstance(outcome.data, list) else [outcome.data]:
+        records = outcome.data if isinstance(outcome.data, list) else [outcome.data]
+        for record in records:
             _print_json(record)
     elif outcome.lines:
         click.echo("\n".join(map(escape_unprintable, outcome.lines)))
@@ -236,15 +259,17 @@ def _run(
         click.echo(escape_unprintable(note), err=True)
     if (report := click.get_current_context().obj) is not None:
         report["next_steps"] = outcome.next_steps
-    commands = [
-        format_command(step) + (f"  # {step.purpose}" if step.purpose else "")
-        for step in outcome.next_steps
-    ]
+    commands = list(map(_format_next_step, outcome.next_steps))
     if commands and not as_json and report is None:
-        text = "\n  ".join(["next:", *commands]) if commands[1:] else f"next: {commands[0]}"
-        click.echo(text, err=True)
-    if outcome.exit_code:
-        raise click.exceptions.Exit(outcome.exit_code)
+        separator = " " if len(commands) == 1 else "\n  "
+        click.echo(separator.join(["next:", *commands]), err=True)
+
+
+def _format_next_step(step: Step) -> str:
+    command = format_command(step)
+    if step.purpose:
+        return f"{command}  # {step.purpose}"
+    return command
 
 
 def is_interactive() -> bool:
@@ -253,43 +278,65 @@ def is_interactive() -> bool:
 
 
 def _print_json(data: object) -> None:
-    """Print data as one line of JSON, with non-UTF-8 bytes of file names escaped, and no NaN."""
+    """Print data as one line of JSON, without NaN and with escaped non-UTF-8 bytes."""
     from finesight.data.sample import to_json_data
 
     click.echo(escape_surrogates(json.dumps(to_json_data(data), ensure_ascii=False)))
 
 
 def _build_param(parameter: Parameter) -> click.Parameter:
-    type_, metavar = _build_type(parameter), parameter.metavar or None
     common: dict[str, Any] = {"required": parameter.is_required, "help": parameter.help}
     if not parameter.is_required:
         common["default"] = parameter.default
     if parameter.is_positional:
-        word = metavar or parameter.name.upper()
-        word = word if parameter.is_required else f"[{word}]"
-        common["metavar"] = f"{word}..." if parameter.is_multiple else word
-        common["help"] += "  [required]" if parameter.is_required else ""
-        nargs = -1 if parameter.is_multiple else 1
-        return click.Argument([parameter.name], type=type_, nargs=nargs, **common)
+        return _build_argument(parameter, common)
     names = [parameter.name, parameter.option]
     if parameter.kind == "flag":
         # The default of a flag without a name for its opposite is clear.
         return click.Option(names, is_flag=True, show_default="/" in parameter.option, **common)
-    kind = parameter.path.split()[-1] if parameter.kind == "path" else parameter.kind
-    if kind != "choice":
-        metavar = metavar or ("PATH" if kind == "any" else kind.upper())
-    multiple = parameter.is_multiple
     return click.Option(
-        names, type=type_, metavar=metavar, multiple=multiple, show_default=True, **common
+        names,
+        type=_build_type(parameter),
+        metavar=_get_metavar(parameter),
+        multiple=parameter.is_multiple,
+        show_default=True,
+        **common,
     )
+
+
+def _build_argument(parameter: Parameter, common: dict[str, Any]) -> click.Argument:
+    metavar = parameter.metavar or parameter.name.upper()
+    if parameter.is_required:
+        common["help"] += "  [required]"
+    else:
+        metavar = f"[{metavar}]"
+    nargs = 1
+    if parameter.is_multiple:
+        metavar = f"{metavar}..."
+        nargs = -1
+    param_type = _build_type(parameter)
+    return click.Argument([parameter.name], type=param_type, nargs=nargs, metavar=metavar, **common)
+
+
+def _get_metavar(parameter: Parameter) -> str | None:
+    """Return the name of the value of an option in the help, None for that of its choices."""
+    if parameter.metavar:
+        return parameter.metavar
+    kind: str = parameter.kind
+    if kind == "path":
+        kind = parameter.path.split()[-1]
+    if kind == "choice":
+        return None
+    return "PATH" if kind == "any" else kind.upper()
 
 
 def _build_type(parameter: Parameter) -> click.ParamType[Any]:
     if parameter.choices:
         return click.Choice(parameter.choices)
     if parameter.kind == "integer":
-        low, high = (None if b is None else int(b) for b in (parameter.minimum, parameter.maximum))
-        return click.IntRange(low, high)
+        minimum = None if parameter.minimum is None else int(parameter.minimum)
+        maximum = None if parameter.maximum is None else int(parameter.maximum)
+        return click.IntRange(minimum, maximum)
     if parameter.kind == "number":
         return click.FloatRange(parameter.minimum, parameter.maximum)
     if parameter.kind == "path":
@@ -305,7 +352,9 @@ def _build_type(parameter: Parameter) -> click.ParamType[Any]:
 def _as_json(value: object) -> object:
     if isinstance(value, UserError):
         return {part: vars(value)[part] for part in ("what", "where", "expected", "remedy")}
-    return asdict(value) if isinstance(value, Step) else str(value)
+    if isinstance(value, Step):
+        return asdict(value)
+    return str(value)
 
 
 class CommandGroup(click.Group):
@@ -323,9 +372,9 @@ class CommandGroup(click.Group):
     ) -> None:
         super().__init__(*args, **kwargs)
         self._sections = sections
-        self._entries = {
-            name: one for section in sections.values() for name, one in section.items()
-        }
+        self._entries: dict[str, str | CommandGroup] = {}
+        for section in sections.values():
+            self._entries.update(section)
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Parse the words before a command. Raises UserError for an unknown option."""
@@ -337,7 +386,9 @@ class CommandGroup(click.Group):
                 click.echo(ctx.get_help())
                 ctx.exit()
             program = ctx.command_path
-            options = [option for param in self.get_params(ctx) for option in param.opts]
+            options: list[str] = []
+            for param in self.get_params(ctx):
+                options += param.opts
             remedy = suggest_command(error.option_name, options) or f"see {program} --help"
             if any(word in self._entries for word in words):
                 remedy = "write the options after the command"
@@ -356,14 +407,15 @@ class CommandGroup(click.Group):
         if name in self._entries or ctx.resilient_parsing:
             return super().resolve_command(ctx, args)
         prefix = ctx.command_path.partition(" ")[2]
-        commands = {one for group in OPERATIONS.values() for one in group}
+        commands = set(chain.from_iterable(OPERATIONS.values()))
         remedy = ""
         if prefix:
             # Such as `data import`, which is `import`.
             full_names = [one for one in (f"{prefix} {name}", name) if one in commands]
             near = difflib.get_close_matches(f"{prefix} {name}", commands, n=1)
             found = [*full_names, *near]
-            remedy = f"did you mean finesight {found[0]}?" if found else ""
+            if found:
+                remedy = f"did you mean finesight {found[0]}?"
         remedy = remedy or suggest_command(name, commands)
         raise UserError(
             f"no such command: {name}",
@@ -379,14 +431,20 @@ class CommandGroup(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """Return the command with a name, which imports its operation; None for an unknown one."""
         entry = self._entries.get(cmd_name)
-        return build_command(cmd_name, find_operation(entry)) if isinstance(entry, str) else entry
+        if isinstance(entry, str):
+            return build_command(cmd_name, find_operation(entry))
+        return entry
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the sections with the summaries of their commands."""
         for title, section in self._sections.items():
-            commands = [(name, self.get_command(ctx, name)) for name in section]
+            rows: list[tuple[str, str]] = []
+            for name in section:
+                command = self.get_command(ctx, name)
+                if command is not None:
+                    rows.append((name, command.get_short_help_str(100)))
             with formatter.section(title):
-                formatter.write_dl([(n, one.get_short_help_str(100)) for n, one in commands if one])
+                formatter.write_dl(rows)
 
 
 _SECTIONS: dict[str, dict[str, str | CommandGroup]] = {
@@ -516,7 +574,9 @@ def configure_openmp_spin() -> None:
     is_idle = False
     with contextlib.suppress(OSError, ValueError, IndexError):
         # The fourth field of proc_loadavg(5) includes this thread.
-        num_running = int(LOADAVG_PATH.read_text().split()[3].partition("/")[0]) - 1
+        running, _, _ = LOADAVG_PATH.read_text().split()[3].partition("/")
+        num_running = int(running) - 1
         is_single_process = os.environ.get("WORLD_SIZE", "1") == "1"
         is_idle = is_single_process and 2 * num_running < num_allowed_cpus()
-    os.environ.setdefault("GOMP_SPINCOUNT", str(LONG_SPIN_COUNT if is_idle else SHORT_SPIN_COUNT))
+    spin_count = LONG_SPIN_COUNT if is_idle else SHORT_SPIN_COUNT
+    os.environ.setdefault("GOMP_SPINCOUNT", str(spin_count))

@@ -82,7 +82,8 @@ class ChatTerminal:
     def __init__(
         self, session: ChatSession, generation_options: GenerationOptions, is_interactive: bool
     ) -> None:
-        self._session, self._is_interactive = session, is_interactive
+        self._session = session
+        self._is_interactive = is_interactive
         self._generation_options = generation_options
         self._pending_images: list[Path] = []
         self._num_regenerations = 0
@@ -92,12 +93,14 @@ class ChatTerminal:
         if self._is_interactive:
             _enable_line_editing()
             manifest = self._session.service.manifest
-            has_images = manifest is not None and manifest.has_images
-            hint = "Attach an image with /image PATH. " if has_images else ""
+            hint = ""
+            if manifest is not None and manifest.has_images:
+                hint = "Attach an image with /image PATH. "
             model_name = self._session.service.model_names[0]
             click.echo(f"{model_name}. {hint}Enter a question or /help.")
-            for prompt in manifest.prompts[:1] if manifest is not None else ():
-                click.echo(escape_unprintable(f"Training prompt: {prompt}"))
+            if manifest is not None:
+                for prompt in manifest.prompts[:1]:
+                    click.echo(escape_unprintable(f"Training prompt: {prompt}"))
             for note in self._session.service.get_prompt_format().describe_forms():
                 click.echo(escape_unprintable(str(note)))
         while (line := self._read_line()) is not None:
@@ -165,7 +168,8 @@ class ChatTerminal:
         with _cancel_on_sigint(reply):
             num_chars = 0
             for delta in reply:
-                reasoning, num_chars = reply.reasoning[num_chars:], len(reply.reasoning)
+                reasoning = reply.reasoning[num_chars:]
+                num_chars = len(reply.reasoning)
                 if reasoning:
                     click.secho(escape_unprintable(reasoning), nl=False, dim=True)
                 if delta and delta == reply.text and reply.reasoning:
@@ -201,12 +205,15 @@ class ChatTerminal:
     def _start_session(self) -> None:
         from finesight.infer.chat_session import ChatSession
 
-        self._session, self._pending_images = ChatSession(self._session.service), []
+        self._session = ChatSession(self._session.service)
+        self._pending_images = []
 
     def _save_annotated_image(self, argument: str) -> None:
         file = Path(argument).expanduser() if argument else None
         saved_path = self._session.save_annotated_image(file)
-        note = "" if self._session.turns[-1].replies[0].boxes else " (the answer has no boxes)"
+        note = ""
+        if not self._session.turns[-1].replies[0].boxes:
+            note = " (the answer has no boxes)"
         click.echo(escape_unprintable(f"saved: {saved_path}{note}"))
 
     def _save_session(self, argument: str) -> None:
@@ -229,10 +236,12 @@ def _parse_paths(argument: str) -> list[Path]:
     with contextlib.suppress(OSError, ValueError):
         if Path(argument).expanduser().is_file():
             return [Path(argument).expanduser()]
+    words: list[str] = []
+    problem = "a path is missing"
     try:
-        words, problem = shlex.split(argument), "a path is missing"
+        words = shlex.split(argument)
     except ValueError as error:
-        words, problem = [], f"cannot be parsed: {error}"
+        problem = f"cannot be parsed: {error}"
     if not words:
         raise UserError(
             f"{argument!r}: {problem}",

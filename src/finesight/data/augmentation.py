@@ -8,6 +8,7 @@ images whose text the model reads, or whose objects it counts, are not cropped.
 from __future__ import annotations
 
 import io
+import itertools
 import math
 import re
 from collections.abc import Sequence
@@ -37,8 +38,11 @@ SCENE_METRICS = ("captions", "classification", "detection", "grounding", "pointi
 MAX_BOX_GROWTH = 1.25
 """Maximum growth of the area of a box that encloses a rotated box; the angle is halved above."""
 
-BLUR_RADII, JPEG_QUALITIES = (0.3, 1.0), (40, 90)
-"""Ranges of the radius of a Gaussian blur in pixels, and of the quality of a JPEG copy."""
+BLUR_RADII = (0.3, 1.0)
+"""Range of the radius of a Gaussian blur in pixels."""
+
+JPEG_QUALITIES = (40, 90)
+"""Range of the quality of a JPEG copy."""
 
 _SIDES_AND_TEXT = re.compile(
     r"\b(left\w*|right\w*|((north|south)[- ]?)?(east|west)\w*"
@@ -100,18 +104,20 @@ class ImageVariant:
         return image
 
     def _warp(self, image: Image.Image, size: ImageSize) -> Image.Image:
-        matrix, (width, height) = _square(self.matrix), image.size
+        matrix = _square(self.matrix)
+        width, height = image.size
         left, top, right, bottom = _map_box(np.linalg.inv(matrix), (0.0, 0.0, width, height))
         is_axis_aligned = matrix[0, 1] == 0
         if is_axis_aligned and min(left, top) >= 0 and right <= width and bottom <= height:
             window = left, top, right, bottom
             image = image.resize(size[::-1], Image.Resampling.BICUBIC, window)
-            is_flipped = matrix[0, 0] < 0
-            return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if is_flipped else image
+            if matrix[0, 0] < 0:
+                return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+            return image
         # Resizing to the resolution of the result first avoids aliasing.
         zoom = math.sqrt(abs(np.linalg.det(matrix)))
         resolution = np.minimum(image.size, np.rint(zoom * np.array(size[::-1])).clip(1))
-        corners = [(x, y) for x in (0, width - 1) for y in (0, height - 1)]
+        corners = itertools.product((0, width - 1), (0, height - 1))
         fill = np.median([image.getpixel(corner) for corner in corners], axis=0)
         to_original = np.diag([*(image.size / resolution), 1.0])
         to_result = np.diag([size[1] / width, size[0] / height, 1.0])
@@ -127,10 +133,14 @@ class ImageVariant:
 
     def map_box(self, box: Box, size: ImageSize) -> Box:
         """Return the box around a mapped box, or the mapped point, clipped to the image."""
-        mapped = _map_box(_square(self.matrix), box)
-        sides = [size[1], size[0]] * 2
-        x1, y1, x2, y2 = (min(max(n, 0.0), side) for n, side in zip(mapped, sides, strict=True))
-        return x1, y1, x2, y2
+        height, width = size
+        x1, y1, x2, y2 = _map_box(_square(self.matrix), box)
+        return (
+            min(max(x1, 0.0), width),
+            min(max(y1, 0.0), height),
+            min(max(x2, 0.0), width),
+            min(max(y2, 0.0), height),
+        )
 
 
 _LUMA = (0.299, 0.587, 0.114)
@@ -147,8 +157,9 @@ def _map_box(matrix: NDArray[Any], box: Box) -> Box:
     """Return the bounds of the mapped corners of a box."""
     x1, y1, x2, y2 = box
     mapped = matrix[:2] @ np.array([[x1, x2, x1, x2], [y1, y1, y2, y2], [1.0] * 4])
-    low, high = mapped.min(1).tolist(), mapped.max(1).tolist()
-    return low[0], low[1], high[0], high[1]
+    left, top = mapped.min(1).tolist()
+    right, bottom = mapped.max(1).tolist()
+    return left, top, right, bottom
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,10 +184,10 @@ class Augmenter:
     @classmethod
     def from_recipe(cls, recipe: Recipe) -> Augmenter | None:
         """Create the augmenter of a recipe, or return None without `data.augment`."""
-        metric = None if recipe.eval is None else recipe.eval.metric
         if recipe.data.augment is None:
             return None
-        return cls(recipe.data.augment, recipe.train.seed, metric in SCENE_METRICS)
+        describes_scenes = recipe.eval is not None and recipe.eval.metric in SCENE_METRICS
+        return cls(recipe.data.augment, recipe.train.seed, describes_scenes)
 
     def augment(self, located: LocatedSample, *key: int) -> LocatedSample:
         """Return a sample with random variants of its images; videos stay unchanged.
@@ -190,23 +201,28 @@ class Augmenter:
         # Raw output of the generator is stable across NumPy releases.
         draws = np.random.Philox(seeds).random_raw(11) / 2.0**64
         sample = located.sample
-        names = (part.image for part in sample.iter_parts() if isinstance(part, ImagePart))
-        sizes = [read_image_size(located.resolve_path(name)) for name in names]
-        boxes, texts = [list[Box]() for _ in sizes], ""
+        sizes: list[ImageSize] = []
+        for part in sample.iter_parts():
+            if isinstance(part, ImagePart):
+                sizes.append(read_image_size(located.resolve_path(part.image)))
+        boxes: list[list[Box]] = [[] for _ in sizes]
+        lines: list[str] = []
         for part in sample.iter_parts():
             if isinstance(part, TextPart):
-                texts += f"{part.text}\n"
+                lines.append(f"{part.text}\n")
             elif isinstance(part, BoxPart) and part.image < len(boxes):
-                texts += f"{part.label}\n"
+                lines.append(f"{part.label}\n")
                 boxes[part.image].append(part.xyxy)
+        texts = "".join(lines)
         # The numbers of a text and the arguments of a tool call cannot be moved.
         has_call = any(isinstance(part, ToolCallPart) for part in sample.iter_parts())
         can_move = not (has_call or _COORDINATES.search(texts))
-        matrices = [
-            self._draw_matrix(draws[:6], size, inside, texts) if can_move else _IDENTITY
-            for size, inside in zip(sizes, boxes, strict=True)
-        ]
-        variants = [self._draw_variant(draws, matrix) for matrix in matrices]
+        variants: list[ImageVariant] = []
+        for size, image_boxes in zip(sizes, boxes, strict=True):
+            matrix = _IDENTITY
+            if can_move:
+                matrix = self._draw_matrix(draws[:6], size, image_boxes, texts)
+            variants.append(self._draw_variant(draws, matrix))
 
         def move(part: ContentPart) -> ContentPart:
             if not isinstance(part, BoxPart) or part.image >= len(variants):
@@ -214,33 +230,40 @@ class Augmenter:
             box = variants[part.image].map_box(part.xyxy, sizes[part.image])
             return create_region(box, part.label, is_point=part.is_point, image=part.image)
 
-        fields = sample.with_parts(move), located.folder, located.mismatched, tuple(variants)
-        return AugmentedSample(*fields)
+        return AugmentedSample(
+            sample.with_parts(move), located.folder, located.mismatched, tuple(variants)
+        )
 
     def _draw_variant(self, draws: NDArray[np.float64], matrix: AffineRows) -> ImageVariant:
         settings = self.settings
         brightness, contrast, saturation = 1 + settings.color * (2 * draws[6:9] - 1)
-        (low, high), (worst, best) = BLUR_RADII, JPEG_QUALITIES
         # A chosen draw is uniform below its probability, so it selects the strength, too.
-        blurred, copied = draws[9] < settings.blur, draws[10] < settings.jpeg
-        return ImageVariant(
-            matrix,
-            (float(brightness), float(contrast), float(saturation)),
-            low + (high - low) * float(draws[9]) / settings.blur if blurred else 0.0,
-            round(worst + (best - worst) * float(draws[10]) / settings.jpeg) if copied else 0,
-        )
+        blur_radius = 0.0
+        if draws[9] < settings.blur:
+            low, high = BLUR_RADII
+            blur_radius = low + (high - low) * float(draws[9]) / settings.blur
+        jpeg_quality = 0
+        if draws[10] < settings.jpeg:
+            worst, best = JPEG_QUALITIES
+            jpeg_quality = round(worst + (best - worst) * float(draws[10]) / settings.jpeg)
+        color = (float(brightness), float(contrast), float(saturation))
+        return ImageVariant(matrix, color, blur_radius, jpeg_quality)
 
     def _draw_matrix(
         self, draws: NDArray[np.float64], size: ImageSize, boxes: Sequence[Box], texts: str
     ) -> AffineRows:
         """Draw a window of the image that contains all boxes, its rotation and its flip."""
-        settings, (height, width) = self.settings, size
+        settings = self.settings
+        height, width = size
         can_crop = self.describes_scenes and not _COUNTS.search(texts)
         window = (1 - can_crop * settings.crop * draws[0]) * (1 + settings.scale * draws[1])
-        kept = boxes if can_crop and window < 1 else [(0.0, 0.0, float(width), float(height))]
+        kept: Sequence[Box] = [(0.0, 0.0, float(width), float(height))]
+        if can_crop and window < 1:
+            kept = boxes
         # Without boxes, bounds beyond the image leave the window free.
         x1s, y1s, x2s, y2s = zip(*kept or [(width, height, 0.0, 0.0)], strict=True)
-        low, high = (min(x1s), min(y1s)), (max(x2s), max(y2s))
+        low = (min(x1s), min(y1s))
+        high = (max(x2s), max(y2s))
         window = max(window, (high[0] - low[0]) / width, (high[1] - low[1]) / height)
         center = []
         for axis, side in enumerate((width, height)):
@@ -249,10 +272,13 @@ class Augmenter:
             last = min(low[axis], max(0.0, rest))
             center.append(first + draws[2 + axis] * (last - first) + window * side / 2)
         can_flip = self.describes_scenes and not _SIDES_AND_TEXT.search(texts)
-        flip = -1.0 if settings.flip == "auto" and can_flip and draws[5] < 0.5 else 1.0
+        flip = 1.0
+        if settings.flip == "auto" and can_flip and draws[5] < 0.5:
+            flip = -1.0
         angle = math.radians(settings.rotate) * (2 * draws[4] - 1)
         for share in (1.0, 0.5, 0.25, 0.0):
-            cosine, sine = math.cos(share * angle) / window, math.sin(share * angle) / window
+            cosine = math.cos(share * angle) / window
+            sine = math.sin(share * angle) / window
             linear = np.array([[flip * cosine, -sine], [flip * sine, cosine]])
             matrix = np.column_stack([linear, np.array([width, height]) / 2 - linear @ center])
             if all(_stays_visible(matrix, box, size, window) for box in kept):

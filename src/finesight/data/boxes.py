@@ -55,7 +55,7 @@ class BoxConvention:
 
     def to_pixels(self, coordinates: Sequence[float], image_size: tuple[int, int]) -> Box:
         """Convert four coordinates of this convention to two corners in pixels."""
-        a, b, c, d = (float(value) for value in coordinates)
+        a, b, c, d = map(float, coordinates)
         if self.format == "xywh":
             corners = (a, b, a + c, b + d)
         elif self.format == "cxcywh":
@@ -64,21 +64,30 @@ class BoxConvention:
             corners = (a, b, c, d)
         if self == BoxConvention():
             return corners
-        scales = [1.0, 1.0]
-        if self.units != "pixel":
-            pairs = zip(reversed(image_size), self.get_sides(image_size), strict=True)
-            scales = [side / unit_side for side, unit_side in pairs]
+        if self.units == "pixel":
+            x_scale = y_scale = 1.0
+        else:
+            height, width = image_size
+            unit_width, unit_height = self.get_sides(image_size)
+            x_scale = width / unit_width
+            y_scale = height / unit_height
+        x1, y1, x2, y2 = corners
         # Remove floating-point noise, so that a box survives conversion in both directions.
-        scaled = zip(corners, scales * 2, strict=True)
-        x1, y1, x2, y2 = (round(corner * scale, BOX_DECIMALS) for corner, scale in scaled)
-        return x1, y1, x2, y2
+        return (
+            round(x1 * x_scale, BOX_DECIMALS),
+            round(y1 * y_scale, BOX_DECIMALS),
+            round(x2 * x_scale, BOX_DECIMALS),
+            round(y2 * y_scale, BOX_DECIMALS),
+        )
 
     def get_sides(self, image_size: tuple[int, int]) -> tuple[float, float]:
         """Return the width and height of an image in these units."""
-        if self.units not in ("pixel", "resized"):
+        if self.units == "pixel":
+            height, width = image_size
+        elif self.units == "resized":
+            height, width = smart_resize(image_size, RESIZE_LIMITS, 28)
+        else:
             return float(self.units), float(self.units)
-        is_resized = self.units == "resized"
-        height, width = smart_resize(image_size, RESIZE_LIMITS, 28) if is_resized else image_size
         return width, height
 
 
@@ -123,10 +132,10 @@ def parse_coordinates(value: object) -> list[float]:
     Raises:
         InvalidBoxError: The value is not a list of four or two numbers.
     """
-    try:
-        coordinates = [float(item) for item in value] if isinstance(value, list | tuple) else []
-    except (TypeError, ValueError, OverflowError):
-        coordinates = []
+    coordinates: list[float] = []
+    if isinstance(value, list | tuple):
+        with contextlib.suppress(TypeError, ValueError, OverflowError):
+            coordinates = list(map(float, value))
     if len(coordinates) not in (2, 4):
         raise InvalidBoxError(
             f"the box {str(value)[:80]!r}",
@@ -144,8 +153,11 @@ def translate_shape_errors(
     try:
         yield
     except (TypeError, ValueError, LookupError, ArithmeticError, OSError) as error:
-        what, remedy = f"the {kind} {str(shape)[:80]}", "correct the shape, or remove it"
-        raise InvalidBoxError(what, expected=expected, remedy=remedy) from error
+        raise InvalidBoxError(
+            f"the {kind} {str(shape)[:80]}",
+            expected=expected,
+            remedy="correct the shape, or remove it",
+        ) from error
 
 
 def find_bounds(points: Iterable[Sequence[Any]], shape: object) -> list[float]:
@@ -155,7 +167,11 @@ def find_bounds(points: Iterable[Sequence[Any]], shape: object) -> list[float]:
         InvalidBoxError: The points are not two or more pairs of numbers.
     """
     with translate_shape_errors(shape, "points of two numbers"):
-        xs, ys = zip(*((float(x), float(y)) for x, y in points), strict=True)
+        xs = []
+        ys = []
+        for x, y in points:
+            xs.append(float(x))
+            ys.append(float(y))
         return [min(xs), min(ys), max(xs), max(ys)]
 
 
@@ -164,21 +180,29 @@ def rotate_rectangle(
 ) -> list[tuple[float, float]]:
     """Return the corners of a rectangle after a clockwise rotation around a pivot, in order."""
     x1, y1, x2, y2 = box
-    turn, center = cmath.rect(1, math.radians(degrees)), complex(*pivot)
-    corners = (complex(*one) for one in ((x1, y1), (x2, y1), (x2, y2), (x1, y2)))
-    rotated = [(one - center) * turn + center for one in corners]
-    return [(one.real, one.imag) for one in rotated]
+    # A rotation is a multiplication of complex numbers.
+    turn = cmath.rect(1, math.radians(degrees))
+    center = complex(*pivot)
+    corners = []
+    for x, y in ((x1, y1), (x2, y1), (x2, y2), (x1, y2)):
+        rotated = (complex(x, y) - center) * turn + center
+        corners.append((rotated.real, rotated.imag))
+    return corners
 
 
 def clip_box(box: Box, image_size: tuple[int, int], *, is_point: bool = False) -> Box | None:
     """Clip a box to its image; return None if no area remains, or for a point outside of it."""
     height, width = map(float, image_size)
-    (x1, x2), (y1, y2) = (
-        [min(max(value, 0.0), side) for value in box[axis::2]]
-        for axis, side in enumerate((width, height))
-    )
-    is_inside = is_inside_image(box, image_size, is_point=True) if is_point else x1 < x2 and y1 < y2
-    return (x1, y1, x2, y2) if is_inside and all(map(math.isfinite, box)) else None
+    x1 = min(max(box[0], 0.0), width)
+    y1 = min(max(box[1], 0.0), height)
+    x2 = min(max(box[2], 0.0), width)
+    y2 = min(max(box[3], 0.0), height)
+    is_inside = x1 < x2 and y1 < y2
+    if is_point:
+        is_inside = is_inside_image(box, image_size, is_point=True)
+    if is_inside and all(map(math.isfinite, box)):
+        return x1, y1, x2, y2
+    return None
 
 
 def is_inside_image(
@@ -189,9 +213,12 @@ def is_inside_image(
     is_point: bool = False,
 ) -> bool:
     """Return whether a box with area, or a point, is in its image up to `overhang`."""
-    (height, width), (x1, y1, x2, y2) = image_size, box
-    is_inside = -overhang <= x1 <= x2 <= width + overhang and -overhang <= y1 <= y2
-    return is_inside and y2 <= height + overhang and (is_point or (x1 < x2 and y1 < y2))
+    height, width = image_size
+    x1, y1, x2, y2 = box
+    is_in_width = -overhang <= x1 <= x2 <= width + overhang
+    is_in_height = -overhang <= y1 <= y2 <= height + overhang
+    has_area = x1 < x2 and y1 < y2
+    return is_in_width and is_in_height and (is_point or has_area)
 
 
 def clip_to_image(
@@ -213,28 +240,34 @@ def clip_to_image(
     """
     height, width = image_size
     x1, y1, x2, y2 = box
-    is_valid = all(map(math.isfinite, box)) and (is_point or (x1 < x2 and y1 < y2))
+    is_finite = all(map(math.isfinite, box))
+    is_valid = is_finite and (is_point or (x1 < x2 and y1 < y2))
     # In pixels, such a box is smaller than one and not on the pixel grid.
-    is_fraction = max(box) <= 1 and any(n % 1 for n in box)
+    is_fraction = max(box) <= 1 and any(value % 1 for value in box)
     is_fraction = is_fraction and convention.units == "pixel" and not is_corner
     clipped = clip_box(box, image_size, is_point=is_point)
     is_inside = is_inside_image(box, image_size, is_point=is_point)
     if clipped is not None and is_inside and not is_fraction:
         return clipped
-    coordinates = ", ".join(f"{value:g}" for value in box[: 2 if is_point else 4])
-    problem = "is outside its image" if is_valid else "has inverted corners or no area"
-    other = "xywh" if convention.format == "xyxy" else "xyxy"
-    remedy = (
-        f"if the boxes are {other}, give --box-format {other}; if they are not in units of "
-        f"{convention.units}, give --box-units pixel, 1, 1000 or resized"
-    )
     if is_valid and is_fraction:
         problem = "is smaller than a pixel"
         remedy = "if the boxes are fractions of the image size, give --box-units 1"
-    is_stray = all(map(math.isfinite, box)) and clip_box(sort_corners(box), image_size) is None
-    kind = "point" if is_point else "box"
-    raise (StrayBoxError if is_stray and not is_point else InvalidBoxError)(
-        f"the {kind} [{coordinates}] in pixels (read as {convention.format} in units of"
+    else:
+        problem = "is outside its image" if is_valid else "has inverted corners or no area"
+        other = "xywh" if convention.format == "xyxy" else "xyxy"
+        remedy = (
+            f"if the boxes are {other}, give --box-format {other}; if they are not in units of "
+            f"{convention.units}, give --box-units pixel, 1, 1000 or resized"
+        )
+    error_class: type[InvalidBoxError] = InvalidBoxError
+    if is_point:
+        shape = f"point [{x1:g}, {y1:g}]"
+    else:
+        shape = f"box [{x1:g}, {y1:g}, {x2:g}, {y2:g}]"
+        if is_finite and clip_box(sort_corners(box), image_size) is None:
+            error_class = StrayBoxError
+    raise error_class(
+        f"the {shape} in pixels (read as {convention.format} in units of"
         f" {convention.units}) {problem}",
         expected=f"x1 < x2 up to {width} and y1 < y2 up to {height}, after EXIF rotation",
         remedy=remedy,
@@ -265,15 +298,19 @@ MAX_DISTANCE = 0.05
 
 def contains_center(outer: Box, box: Box) -> bool:
     """Return whether the center of a box, or a point, lies in another box."""
-    x, y = (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
+    x = (box[0] + box[2]) / 2
+    y = (box[1] + box[3]) / 2
     return outer[0] <= x <= outer[2] and outer[1] <= y <= outer[3]
 
 
 def measure_distance(box: Box, reference: Box, image_size: tuple[float, float]) -> float:
     """Return the distance of two centers in diagonals; 0 inside a reference."""
-    (x, y), (u, v) = ((b[0] + b[2], b[1] + b[3]) for b in (box, reference))
-    distance = math.dist((x, y), (u, v)) / 2 / math.hypot(*image_size)
-    return 0.0 if contains_center(reference, box) else distance
+    corner_sum = (box[0] + box[2], box[1] + box[3])  # twice the center
+    reference_sum = (reference[0] + reference[2], reference[1] + reference[3])
+    distance = math.dist(corner_sum, reference_sum) / 2 / math.hypot(*image_size)
+    if contains_center(reference, box):
+        return 0.0
+    return distance
 
 
 def measure_overlap(
@@ -290,7 +327,9 @@ def box_area(box: Box) -> float:
     return max(0.0, box[2] - box[0]) * max(0.0, box[3] - box[1])
 
 
-BOX_KEY, POINT_KEY, POLYGON_KEY = "bbox_2d", "point_2d", "polygon_2d"
+BOX_KEY = "bbox_2d"
+POINT_KEY = "point_2d"
+POLYGON_KEY = "polygon_2d"
 COORDINATE_KEYS = (BOX_KEY, POINT_KEY, POLYGON_KEY)
 LABEL_KEYS = ("label", "text_content")
 _BOX_KEYS = re.compile(rf'"(?:{"|".join((BOX_KEY, POINT_KEY, *LABEL_KEYS))})"\s*:')
@@ -323,7 +362,8 @@ def iter_json_values(text: str, openings: str = "[{") -> Iterator[JsonMatch]:
     if a text contains too much invalid JSON (`MAX_SCAN_RATIO`).
     """
     opening = re.compile(f"[{re.escape(openings)}]")
-    offset, left = 0, MAX_SCAN_RATIO * len(text) + 100_000
+    offset = 0
+    left = MAX_SCAN_RATIO * len(text) + 100_000
     while left > 0 and (match := opening.search(text, offset)):
         try:
             value, offset = _DECODER.raw_decode(text, match.start())
@@ -344,8 +384,9 @@ def _is_too_deep(value: object) -> bool:
         containers = [one for one in level if isinstance(one, list | dict)]
         if not containers:
             return False
-        inner = (one.values() if isinstance(one, dict) else one for one in containers)
-        level = [*itertools.chain.from_iterable(inner)]
+        level = []
+        for container in containers:
+            level.extend(container.values() if isinstance(container, dict) else container)
     return True
 
 
@@ -353,13 +394,21 @@ def strip_code_fences(text: str) -> str:
     """Remove Markdown code fences around JSON that contains boxes."""
     if "```" not in text:
         return text
-    return _CODE_FENCE.sub(lambda found: found[1] if has_json_boxes(found[1]) else found[0], text)
+    return _CODE_FENCE.sub(_strip_fence, text)
+
+
+def _strip_fence(match: re.Match[str]) -> str:
+    if has_json_boxes(match[1]):
+        return match[1]
+    return match[0]
 
 
 def has_json_boxes(text: str) -> bool:
     """Return whether a text has a box key, or a JSON value with points."""
-    if BOX_KEY in text or not any(key in text for key in COORDINATE_KEYS):
-        return BOX_KEY in text
+    if BOX_KEY in text:
+        return True
+    if not any(key in text for key in COORDINATE_KEYS):
+        return False
     return any(isinstance(piece, list) for piece in split_at_boxes(text))
 
 
@@ -385,26 +434,42 @@ def split_at_boxes(text: str, *, keeps_json: bool = False) -> Iterator[str | lis
     """
     end = 0
     for match in iter_json_values(text):
-        items = match.value if isinstance(match.value, list) else [match.value]
         part = text[match.start : match.stop]
-        if any(key in part for key in COORDINATE_KEYS):
-            simple = [parse_json_box(item) for item in items]
-            boxes = [box for box in simple if box is not None]
-            is_list = len(boxes) == len(simple) and not keeps_json
-            # A key that occurs twice would be lost, but a structure keeps its text.
-            is_list = is_list and len(_BOX_KEYS.findall(part)) == sum(map(len, items))
-            pieces = boxes if is_list else _split_structure(part, match.value)
-            if pieces:
-                yield text[end : match.start]
-                yield list(pieces)
-                end = match.stop
+        if not any(key in part for key in COORDINATE_KEYS):
+            continue
+        pieces: Sequence[str | TextBox] | None = None
+        if not keeps_json:
+            pieces = _parse_box_list(part, match.value)
+        if pieces is None:
+            pieces = _split_structure(part, match.value)
+        if pieces:
+            yield text[end : match.start]
+            yield list(pieces)
+            end = match.stop
     yield text[end:]
+
+
+def _parse_box_list(text: str, value: object) -> Sequence[TextBox] | None:
+    """Return the boxes of a JSON value that contains nothing else, or None."""
+    items = value if isinstance(value, list) else [value]
+    boxes: list[TextBox] = []
+    for item in items:
+        box = parse_json_box(item)
+        if box is None:
+            return None
+        boxes.append(box)
+    # A key that occurs twice would be lost, but a structure keeps its text.
+    if len(_BOX_KEYS.findall(text)) != sum(map(len, items)):
+        return None
+    return boxes
 
 
 def parse_json_box(value: object) -> TextBox | None:
     """Return a JSON object of `bbox_2d` or `point_2d` and an optional label, else None."""
-    keys = value.keys() - set(LABEL_KEYS) if isinstance(value, dict) else ()
-    if not isinstance(value, dict) or len(keys) != 1 or not keys <= {BOX_KEY, POINT_KEY}:
+    if not isinstance(value, dict):
+        return None
+    keys = value.keys() - set(LABEL_KEYS)
+    if len(keys) != 1 or not keys <= {BOX_KEY, POINT_KEY}:
         return None
     labels = [str(value[key]) for key in LABEL_KEYS if value.get(key) is not None]
     coordinates = value[next(iter(keys))]
@@ -447,7 +512,7 @@ def iter_json_boxes(value: object, name: str | None = None) -> Iterator[TextBox]
         for item in value:
             yield from iter_json_boxes(item, name)
     elif isinstance(value, dict):
-        labels = (value.get(key) for key in LABEL_KEYS)
+        labels = map(value.get, LABEL_KEYS)
         label = next((str(one) for one in labels if isinstance(one, str | int | float)), name)
         # JSON may contain an unpaired surrogate, which UTF-8 cannot encode.
         label = label and label.encode("utf-8", "replace").decode()
@@ -464,8 +529,7 @@ def _iter_coordinates(value: object, label: str | None) -> Iterator[TextBox]:
         for item in value:
             yield from _iter_coordinates(item, label)
     elif _is_tagged(value):
-        numbers = [float(number) for number in re.findall(_NUMBER, str(value))]
-        yield TextBox(numbers, label, is_tagged=True)
+        yield TextBox(_find_numbers(str(value)), label, is_tagged=True)
     elif value:
         yield TextBox(value, label)
 
@@ -477,10 +541,14 @@ def _is_tagged(value: object) -> bool:
 def find_coordinates(pieces: Sequence[object]) -> set[int]:
     """Return the indices of boxes that are the value of a coordinate key in JSON."""
     texts = [piece if isinstance(piece, str) else "[0]" for piece in pieces]
-    starts = itertools.accumulate(map(len, texts), initial=0)
-    found = find_offsets("".join(texts))
-    numbered = zip(itertools.count(), starts, pieces, strict=False)
-    return {n for n, start, one in numbered if start in found and not isinstance(one, str)}
+    offsets = find_offsets("".join(texts))
+    indices: set[int] = set()
+    start = 0
+    for index, (piece, text) in enumerate(zip(pieces, texts, strict=True)):
+        if start in offsets and not isinstance(piece, str):
+            indices.add(index)
+        start += len(text)
+    return indices
 
 
 _DIGIT = re.compile("[0-9]")
@@ -591,50 +659,66 @@ def split_at_text_boxes(
             None leaves lists in the text.
         is_tagged: All tags are boxes in thousandths, as in Qwen-VL.
     """
-    matches = [
-        match
-        for match in (_TEXT_BOX.finditer(text) if re.search("[<0-9]", text) else ())
-        if _has_units(match, is_tagged=is_tagged)
-        or (list_limits is not None and _is_box(match, list_limits))
-    ]
+    matches = []
+    if re.search("[<0-9]", text):
+        for match in _TEXT_BOX.finditer(text):
+            has_units = _has_units(match, is_tagged=is_tagged)
+            if has_units or (list_limits is not None and _is_box(match, list_limits)):
+                matches.append(match)
+    if not matches:
+        if text:
+            yield text
+        return
     json_values = _find_json_values(text, matches)
-    offsets = find_offsets(text) if matches else ()
-    end, quote, label = 0, "", None
+    offsets = find_offsets(text)
+    end = 0
+    quote = ""
+    label = None
     for match in matches:
         # A tag in quotes after the key of a box is a value.
         is_string = match.start() - 1 in offsets
         before = quote + text[end : match.start() - is_string]
         quote = '"' if match.start() in json_values else ""
-        yield from filter(None, [before + quote])
-        label = match["label"] if match["label"] is not None or before else label
+        if before or quote:
+            yield before + quote
+        if match["label"] is not None or before:
+            label = match["label"]
         has_units = _has_units(match, is_tagged=is_tagged)
         found: list[Any] = _list_boxes(match) or [match["tagged"] or match[0]]
-        yield from (TextBox(coordinates, label, has_units) for coordinates in found)
+        for coordinates in found:
+            yield TextBox(coordinates, label, has_units)
         end = match.end() + is_string
-    yield from filter(None, [quote + text[end:]])
+    rest = quote + text[end:]
+    if rest:
+        yield rest
 
 
 def _list_boxes(match: re.Match[str]) -> list[list[float]]:
     """Return the coordinates of a box or point, or of several in brackets each, else nothing."""
     text = match[0] if match["tagged"] is None else match["tagged"]
-    lists = [text, *_INNER_LIST.findall(text)]
-    numbers, *inner = ([float(number) for number in re.findall(_NUMBER, one)] for one in lists)
+    numbers = _find_numbers(text)
     if match["location"] and "_" not in text:  # y first, on a grid of 1024
         return [[numbers[n] * 1000 / 1024 for n in (1, 0, 3, 2)]]
-    boxes = [numbers] if len(numbers) in (2, 4) else inner
+    if len(numbers) in (2, 4):
+        boxes = [numbers]
+    else:
+        boxes = [_find_numbers(inner) for inner in _INNER_LIST.findall(text)]
     is_valid = match["tagged"] is None or _TAGGED.fullmatch(text)
-    return boxes if is_valid and boxes and set(map(len, boxes)) <= {2, 4} else []
+    if is_valid and set(map(len, boxes)) <= {2, 4}:
+        return boxes
+    return []
 
 
 def _is_box(match: re.Match[str], limits: tuple[float, float]) -> bool:
     """Return whether a list of four numbers may be a box, rather than points or other values."""
     if match["tagged"] is not None:
         return bool(_list_boxes(match))
-    before, after = match.string[: match.start()][-80:], match.string[match.end() :][:80]
+    before = match.string[: match.start()][-80:]
+    after = match.string[match.end() :][:80]
     is_longer = match[0].count("(") == 2 and (
         re.search(rf"{_PAIR}[\s,;]*$", before) or re.match(rf"[\s,;]*{_PAIR}", after)
     )
-    numbers = [float(number) for number in re.findall(_NUMBER, match[0])]
+    numbers = _find_numbers(match[0])
     is_outside = min(numbers[::2]) > limits[0] + 1 and min(numbers[1::2]) > limits[1] + 1
     word = _WORD_BEFORE.search(before)
     is_small = max(numbers) < MIN_EXTENT * min(limits)
@@ -654,23 +738,33 @@ def _find_json_values(text: str, matches: Sequence[re.Match[str]]) -> set[int]:
     """Return the offsets of the matches that are a value inside of JSON, not within a string."""
     offsets: set[int] = set()
     match_starts = [match.start() for match in matches]
-    for region in iter_json_values(text) if matches else ():
+    for region in iter_json_values(text):
         first = bisect.bisect_right(match_starts, region.start)
-        inner = matches[first : bisect.bisect_left(match_starts, region.stop)]
-        starts = [region.start, *(match.end() for match in inner)]
-        stops = [*(match.start() for match in inner), region.stop]
+        stop = bisect.bisect_left(match_starts, region.stop)
+        pieces = []
+        end = region.start
+        for match in matches[first:stop]:
+            pieces.append(text[end : match.start()])
+            end = match.end()
+        pieces.append(text[end : region.stop])
+        # An empty text instead of a value is valid JSON, but its quotes would end a string.
         try:
-            json.loads('""'.join(text[a:b] for a, b in zip(starts, stops, strict=True)))
+            json.loads('""'.join(pieces))
         except ValueError:
             continue
-        offsets.update(match.start() for match in inner)
+        offsets.update(match_starts[first:stop])
     return offsets
+
+
+def _find_numbers(text: str, pattern: str = _NUMBER) -> list[float]:
+    return list(map(float, re.findall(pattern, text)))
 
 
 def find_number_lists(text: str, kind: str = "boxes") -> list[list[float]]:
     """Return the coordinates of all lists in a text that may be boxes, or points."""
-    found = _LISTS[kind].finditer(text) if _DIGIT.search(text) else ()
-    return [[float(number) for number in re.findall(_NUMBER, match[0])] for match in found]
+    if not _DIGIT.search(text):
+        return []
+    return [_find_numbers(match[0]) for match in _LISTS[kind].finditer(text)]
 
 
 def _find_runs(text: str, kind: str, *, has_word: bool) -> Iterator[tuple[str, list[float]]]:
@@ -679,17 +773,20 @@ def _find_runs(text: str, kind: str, *, has_word: bool) -> Iterator[tuple[str, l
     for line in _CLOSING_OR_KEY.sub(" ", text).splitlines():
         for match in _RUN.finditer(line):
             plain = re.sub(rf"(?i){_AXIS}", " ", match[0])
-            numbers = [float(number) for number in re.findall(_RUN_NUMBER, plain)]
+            numbers = _find_numbers(plain, _RUN_NUMBER)
             if len(numbers) == 5 and max(numbers[1:]) <= 1:  # a class and its box
                 numbers = numbers[1:]
             before = line[: match.start()]
             is_named = _BEFORE_RUN.search(before[-40:]) is not None
             is_in_brackets = before.rstrip().endswith(("[", "(", "<", "{", ">", "【", "（"))
             is_most = len(match[0]) > len(line.strip()) / 2
-            is_box = len(numbers) % 2 == 0 and len(numbers) > 2
-            is_pair = len(numbers) == 2 and has_word and not _SIZE.search(line[: match.end()])
+            if kind == "boxes":
+                is_of_kind = len(numbers) % 2 == 0 and len(numbers) > 2
+            else:
+                is_size = _SIZE.search(line[: match.end()]) is not None
+                is_of_kind = len(numbers) == 2 and has_word and not is_size
             is_unnamed = has_word and (is_in_brackets or is_most) and _is_ordered(numbers)
-            if (is_named or is_unnamed) and (is_box if kind == "boxes" else is_pair):
+            if (is_named or is_unnamed) and is_of_kind:
                 yield line[max(0, match.start() - 10) :][:40], numbers
 
 
@@ -735,13 +832,18 @@ class TextCoordinates:
                 return
         has_word = _LOCATION_WORD.search(text) is not None
         for kind, pattern in _LISTS.items():
-            numbers = find_number_lists(text, kind) if has_word or kind == "boxes" else []
-            runs = [] if numbers else [*_find_runs(text, kind, has_word=has_word)]
-            numbers = numbers or [one for _, one in runs]
-            if not numbers:
-                continue
-            example = runs[0][0] if runs else pattern.findall(text)[0][:40]
-            has_word = has_word or bool(runs)
+            numbers: list[list[float]] = []
+            if has_word or kind == "boxes":
+                numbers = find_number_lists(text, kind)
+            if numbers:
+                example = pattern.findall(text)[0][:40]
+            else:
+                runs = list(_find_runs(text, kind, has_word=has_word))
+                if not runs:
+                    continue
+                numbers = [run for _, run in runs]
+                example = runs[0][0]
+                has_word = True
             self.lists[kind] += bool(image_paths)
             sizes = map(get_size, image_paths)
             if any(all(_fits(one, size, has_word) for one in numbers) for size in sizes):
@@ -754,9 +856,11 @@ class TextCoordinates:
     def describe(self) -> Iterator[tuple[str, int, str, str]]:
         """Yield kind, number of samples, location and text of the first, of each kind found."""
         for kind in _NAMED_COORDINATES:
+            count = self.named[kind]
             num_lists = self.fitting_lists[kind]
             is_found = num_lists >= MIN_FITTING_FRACTION * self.lists[kind]
-            count = self.named[kind] + num_lists * (is_found and kind in self.certain_kinds)
+            if is_found and kind in self.certain_kinds:
+                count += num_lists
             if count:
                 yield (kind, count, *self.examples[kind])
 

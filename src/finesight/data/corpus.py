@@ -86,9 +86,11 @@ class ShardedSamples:
         """Return a view of the first `limit` samples over all shards; None means all."""
         if limit is None:
             return self
-        starts = (end - len(source) for end, source in zip(self._ends, self.sources, strict=True))
-        limits = [max(0, limit - start) for start in starts]
-        taken = (one.take(limit) for one, limit in zip(self.sources, limits, strict=True))
+        taken: list[SampleSource] = []
+        num_before = 0
+        for source in self.sources:
+            taken.append(source.take(max(0, limit - num_before)))
+            num_before += len(source)
         return ShardedSamples(tuple(taken))
 
     @cached_property
@@ -131,7 +133,8 @@ class TarSamples(IndexedFile):
     def build_index(file: BinaryIO, path: Path) -> SampleIndex:
         """Find the members of each sample."""
         sha256 = hashlib.sha256()
-        starts, stop = [], 0
+        starts = []
+        stop = 0
         with open_tar(path) as tar:
             for members in iter_member_groups(tar):
                 starts.append(members[0].offset)
@@ -151,11 +154,12 @@ class TarSamples(IndexedFile):
         folder = to_readable_name(folder)
         sample = parse_sample(content, self.location(index))
         # Non-UTF-8 names are also found by their decoded form.
-        paths_by_name = {
-            name: f"@{member.offset_data}+{member.size}/{posixpath.basename(member.name)}"
-            for member in members
-            for name in (member.name, to_readable_name(member.name))
-        }
+        paths_by_name: dict[str, str] = {}
+        for member in members:
+            file_name = posixpath.basename(member.name)
+            path_in_tar = f"@{member.offset_data}+{member.size}/{file_name}"
+            paths_by_name[member.name] = path_in_tar
+            paths_by_name[to_readable_name(member.name)] = path_in_tar
 
         def map_path(name: str) -> str:
             document, page = split_page(name)
@@ -205,7 +209,8 @@ class ParquetSamples(IndexedFile):
 
     def read_sample(self, index: int) -> LocatedSample:
         """Read a sample by index and check its types."""
-        group, where = int(self.index.offsets_N1[index]), self.location(index)
+        group = int(self.index.offsets_N1[index])
+        where = self.location(index)
         group_start = int(self.index.extra_B[group])
         with open_unchanged(self.path, self.file_state), translate_parquet_errors(self.path):
             row = read_text_columns(self.path, group).slice(index - group_start, 1)
@@ -234,7 +239,9 @@ def read_first_record(path: Path) -> dict[str, Any] | None:
         return None
     with suppress(UserError), translate_parquet_errors(path):
         row = _decode_record(read_first_row(path), str(path))
-        return row | ({IMAGES_COLUMN: []} if has_images(path) else {})
+        if has_images(path):
+            row[IMAGES_COLUMN] = []
+        return row
     return None
 
 
@@ -242,10 +249,12 @@ def _decode_record(record: dict[str, Any], location: str) -> dict[str, Any]:
     """Decode the JSON columns of a Parquet row and remove keys whose value is null."""
     expected = f"JSON, or lists and structs, in {', '.join(JSON_COLUMNS)}"
     with translate_errors("broken JSON", expected, "write the file again", location):
-        decoded = {
-            name: parse_json(value) if name in JSON_COLUMNS and isinstance(value, str) else value
-            for name, value in record.items()
-        }
+        decoded = {}
+        for name, value in record.items():
+            if name in JSON_COLUMNS and isinstance(value, str):
+                decoded[name] = parse_json(value)
+            else:
+                decoded[name] = value
     cleaned: dict[str, Any] = remove_nulls(decoded, JSON_DATA_KEYS)
     return cleaned
 
@@ -296,7 +305,8 @@ class Corpus(ShardedSamples):
 
     def read_validated(self, index: int) -> LocatedSample:
         """Read and fully validate a sample."""
-        found, where = self[index], self.location(index)
+        found = self[index]
+        where = self.location(index)
         validate_sample(found.sample, where, require_answer=self.require_answer)
         return found
 
@@ -311,11 +321,11 @@ def load_corpus(files: Sequence[DataFileSettings], *, require_answer: bool = Tru
     sha256 = hashlib.sha256()
     sources: list[SampleSource] = []
     for file in files:
-        sources.append(open_sample_source(file.path))
-        sha256.update(f"{sources[-1].digest} {file.limit} {_file_weight(file)!r}\n".encode())
-    limited = (source.take(file.limit) for source, file in zip(sources, files, strict=True))
+        source = open_sample_source(file.path)
+        sha256.update(f"{source.digest} {file.limit} {_file_weight(file)!r}\n".encode())
+        sources.append(source.take(file.limit))
     weights = tuple(map(_file_weight, files))
-    return Corpus(tuple(limited), weights, sha256.hexdigest(), require_answer)
+    return Corpus(tuple(sources), weights, sha256.hexdigest(), require_answer)
 
 
 def open_sample_source(path_or_url: Path | str) -> SampleSource:
@@ -345,8 +355,9 @@ def _open_files(files: list[Path]) -> list[SampleSource]:
     num_cpus = os.cpu_count() or 1
     if len(files) < MIN_PARALLEL_FILES or num_cpus == 1 or sys.platform != "linux":
         return [_open_file(file) for file in files]
-    processes, context = min(num_cpus, len(files)), get_context("fork")
-    with ProcessPoolExecutor(processes, context, initializer=exit_with_parent) as pool:
+    num_processes = min(num_cpus, len(files))
+    context = get_context("fork")
+    with ProcessPoolExecutor(num_processes, context, initializer=exit_with_parent) as pool:
         return list(pool.map(_open_file, files))
 
 

@@ -75,12 +75,16 @@ def export_dataset(
         writing = ExportContext(names, cache(read_image_size))
         files = _write_files(data_format.write_files(samples, writing), staging)
         notes = (*_note_exif_orientations(samples, data_format), *writing.notes)
+    lost_counts: dict[str, int] = {}
+    for what, count in sorted(writing.lost_counts.items()):
+        if count:
+            lost_counts[what] = count
     return ExportSummary(
         format=data_format.name,
         num_samples=len(samples),
-        files=tuple(out / file for file in files),
+        files=tuple(map(out.joinpath, files)),
         num_images=len(image_names),
-        lost_counts={what: count for what, count in sorted(writing.lost_counts.items()) if count},
+        lost_counts=lost_counts,
         notes=notes,
     )
 
@@ -109,11 +113,11 @@ def _resolve_image_paths(samples: Sequence[LocatedSample]) -> dict[Path, Path]:
 def _render_pages(resolved_paths: Mapping[Path, Path], folder: Path) -> dict[Path, Path]:
     """Save the pages of documents as PNG, and return their new paths by image path."""
     pages = dict.fromkeys(resolved_paths.values())
-    targets = {
-        page: folder / f"{Path(split_page(page.name)[0]).stem}-{number}.png"
-        for number, page in enumerate(pages, 1)
-        if is_page(page)
-    }
+    targets: dict[Path, Path] = {}
+    for number, page in enumerate(pages, 1):
+        if is_page(page):
+            document, _ = split_page(page.name)
+            targets[page] = folder / f"{Path(document).stem}-{number}.png"
     if targets:
         folder.mkdir()
     for page, target in targets.items():
@@ -131,7 +135,7 @@ def _write_files(chunks: Iterator[tuple[str, bytes]], staging: Path) -> list[str
             path = staging / name
             path.parent.mkdir(parents=True, exist_ok=True)
             with path.open("ab") as file:
-                file.writelines(content for _, content in group)
+                file.writelines(map(itemgetter(1), group))
     return list(names)
 
 
@@ -144,12 +148,13 @@ def _note_exif_orientations(
     """
     if data_format.name == "samples":
         return
-    paths, num_rotated = set[Path](), 0
+    paths: set[Path] = set()
     for located_sample in samples:
-        parts = [*located_sample.sample.iter_parts()]
+        parts = list(located_sample.sample.iter_parts())
         images = [part.image for part in parts if isinstance(part, ImagePart)]
         boxed = {images[part.image] for part in parts if isinstance(part, BoxPart)}
         paths.update(map(located_sample.resolve_path, boxed))
+    num_rotated = 0
     for path in paths:
         read_image_size(path)  # rejects an image with invalid EXIF data
         with open_image_header(path) as image:

@@ -49,12 +49,14 @@ class FolderListing:
         for suffix in ROW_SUFFIXES:
             if files := self.files_with_suffix(suffix):
                 by_stem = {path.stem: path for path in files}
-                train, evaluation = by_stem.get("train"), by_stem.get("eval")
+                train = by_stem.get("train")
+                evaluation = by_stem.get("eval")
                 advice = f"give the file itself, such as {train or files[0]}"
                 if train is not None and evaluation is not None:
                     advice += f"; a check also takes --against {evaluation}"
                 return advice
-        images, texts = self.image_files(), self.files_with_suffix(".txt")
+        images = self.image_files()
+        texts = self.files_with_suffix(".txt")
         for first in self.files_with_suffix(".xml"):
             return f"the closest is voc: its XML files contain <annotation>, in contrast to {first}"
         if images and texts:
@@ -112,8 +114,11 @@ def open_annotation_files(
     if source.is_dir():
         files = list_folder(source).files_with_suffix(suffix)
     else:
-        is_annotation = source.suffix.lower() == suffix and source.is_file()
-        files = [source] if is_annotation and (suffix != ".json" or is_json_file(source)) else []
+        if source.suffix.lower() != suffix or not source.is_file():
+            return None
+        if suffix == ".json" and not is_json_file(source):
+            return None
+        files = [source]
 
     def scan(file: Path) -> tuple[bool, set[str], set[str]]:
         try:
@@ -124,8 +129,14 @@ def open_annotation_files(
 
     if not any(scan(file)[0] for file in files[:NUM_DETECTION_FILES]):
         return None
-    scans = zip(*(scan(file)[1:] for file in files), strict=True)
-    classes, points = (sorted(set[str]().union(*names)) for names in scans)
+    class_names: set[str] = set()
+    point_names: set[str] = set()
+    for file in files:
+        _, file_classes, file_points = scan(file)
+        class_names |= file_classes
+        point_names |= file_points
+    classes = sorted(class_names)
+    points = sorted(point_names)
 
     def make_row(row_number: int, file: Path) -> SourceRow:
         record = {"id": file.stem, "file": str(file), "classes": classes, "points": points}
@@ -156,7 +167,8 @@ def _iter_files(root: Path) -> Iterator[Path]:
         for entry in _list_entries(folder):
             is_folder = is_file = False
             with contextlib.suppress(OSError):  # a link into an unreadable folder
-                is_folder, is_file = entry.is_dir(), entry.is_file()
+                is_folder = entry.is_dir()
+                is_file = entry.is_file()
             if is_folder:
                 waiting.append(entry.path)
                 continue

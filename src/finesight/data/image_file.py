@@ -50,14 +50,18 @@ def split_container_path(path: str) -> tuple[str, str]:
 
     The second part is empty for a path that is not inside a container.
     """
-    match = _MEMBER.fullmatch(path) or _PAGE.fullmatch(path)
-    return (path, "") if match is None else (match["container"], path[match.end("container") :])
+    return _split_at_container(path, _MEMBER.fullmatch(path) or _PAGE.fullmatch(path))
 
 
 def split_page(path: str) -> tuple[str, str]:
     """Split a path into its document and the fragment of its page, "" without one."""
-    match = _PAGE.fullmatch(path)
-    return (path, "") if match is None else (match["container"], path[match.end("container") :])
+    return _split_at_container(path, _PAGE.fullmatch(path))
+
+
+def _split_at_container(path: str, match: re.Match[str] | None) -> tuple[str, str]:
+    if match is None:
+        return path, ""
+    return match["container"], path[match.end("container") :]
 
 
 def is_container_path(path: Path) -> bool:
@@ -67,7 +71,10 @@ def is_container_path(path: Path) -> bool:
 
 def get_file(path: Path) -> Path:
     """Return the file on disk of an image: its own, or the tar, Parquet or document file."""
-    return Path(split_container_path(str(path))[0]) if is_container_path(path) else path
+    if not is_container_path(path):
+        return path
+    container, _ = split_container_path(str(path))
+    return Path(container)
 
 
 def is_page(path: Path) -> bool:
@@ -84,11 +91,13 @@ def resolve_content(path: Path) -> Path | io.BytesIO:
         OSError: The container cannot be read, or ends before the end of the member.
     """
     document, page = split_page(str(path))
-    path = Path(document) if page and not path.exists() else path
+    if page and not path.exists():
+        path = Path(document)
     match = _MEMBER.fullmatch(str(path))
     if match is None or path.exists():
         return path
-    container, start = Path(match["container"]), int(match["start"])
+    container = Path(match["container"])
+    start = int(match["start"])
     if match["size"] is None:
         return io.BytesIO(read_parquet_image(container, start, match["name"]))
     return io.BytesIO(_read_range(container, start, int(match["size"])))
@@ -192,11 +201,15 @@ IMAGE_MAGICS = {
 _HEIF_HEADER = re.compile(rb".{4}ftyp.{4,60}(?:hei[cxms]|hev[cxms]|mif1|msf1)", re.DOTALL)
 """Pattern of the first bytes of a HEIF file: its box `ftyp` with a HEIF brand."""
 
-_PDF_MARK, MAX_PDF_MARK_END = b"%PDF-", 1024
-"""Mark of PDF files, and the bytes within which it ends (ISO 32000, annex H)."""
+_PDF_MARK = b"%PDF-"
 
-DOCUMENT_SUFFIXES, _DOCUMENT_FORMATS = (".pdf", ".tif", ".tiff"), ("PDF", "TIFF")
-"""Suffixes and formats of files whose pages are images."""
+MAX_PDF_MARK_END = 1024
+"""Number of first bytes of a PDF file that contain its mark (ISO 32000, annex H)."""
+
+DOCUMENT_SUFFIXES = (".pdf", ".tif", ".tiff")
+"""Suffixes of files whose pages are images."""
+
+_DOCUMENT_FORMATS = ("PDF", "TIFF")
 
 MAX_PAGES = 100
 """Maximum number of pages of a document in a sample."""
@@ -211,13 +224,16 @@ _BASE64 = re.compile(r"[A-Za-z0-9+/_\s-]++={0,2}\s*")
 
 # Markers of segments with a length, and of the end. Compressed data contain FF 00 and restarts.
 _JPEG_MARKER = re.compile(rb"\xff([^\x00\x01\xd0-\xd8\xff])")
-_START_OF_SCAN, _END_OF_IMAGE = b"\xda", b"\xd9"
+_START_OF_SCAN = b"\xda"
+_END_OF_IMAGE = b"\xd9"
 _MAX_JPEG_BYTES = 256 << 20
 
 EXIF_ORIENTATION_TAG = 0x0112
 TRANSPOSED_ORIENTATIONS = frozenset({5, 6, 7, 8})
-_SUBFILE_TYPE, _REDUCED_OR_MASK = 254, 0b101
-_TILE_WIDTH, _TILE_LENGTH = 322, 323
+_SUBFILE_TYPE = 254
+_REDUCED_OR_MASK = 0b101
+_TILE_WIDTH = 322
+_TILE_LENGTH = 323
 """TIFF tags of the tile size.
 
 Pillow decodes a tile completely even if the image covers only a small part of it.
@@ -263,8 +279,11 @@ def is_image_value(value: object, suffixes: Collection[str] = IMAGE_SUFFIXES) ->
         return suffixes is not IMAGE_SUFFIXES or find_image_suffix(value) != ""
     if not isinstance(value, str):
         return False
-    path = re.split("[?#]", value, maxsplit=1)[0] if "://" in value else value
-    return PurePath(split_page(path)[0]).suffix.lower() in suffixes or is_embedded_media(value)
+    path = value
+    if "://" in value:
+        path = re.split("[?#]", value, maxsplit=1)[0]
+    document, _ = split_page(path)
+    return PurePath(document).suffix.lower() in suffixes or is_embedded_media(value)
 
 
 def is_embedded_media(text: str) -> bool:
@@ -311,11 +330,15 @@ def open_image_header(
         raise build_file_error(path, what, "an image file", "correct the path")
     try:
         source = resolve_content(path)
-        num_bytes = source.stat().st_size if isinstance(source, Path) else len(source.getbuffer())
-        if isinstance(source, Path) and num_bytes > MAX_IMAGE_BYTES:
-            what, expected = f"a file of {num_bytes} bytes", f"at most {MAX_IMAGE_BYTES} bytes"
-            remedy = "compress or downscale the image"
-            raise build_file_error(path, what, expected, remedy, ImageTooLargeError)
+        if isinstance(source, Path):
+            num_bytes = source.stat().st_size
+            if num_bytes > MAX_IMAGE_BYTES:
+                what = f"a file of {num_bytes} bytes"
+                expected = f"at most {MAX_IMAGE_BYTES} bytes"
+                remedy = "compress or downscale the image"
+                raise build_file_error(path, what, expected, remedy, ImageTooLargeError)
+        else:
+            num_bytes = len(source.getbuffer())
         image = _open_image(path, source, formats)
         if with_page:
             _select_page(path, image)
@@ -324,8 +347,11 @@ def open_image_header(
     except Image.DecompressionBombError as error:
         raise _build_too_large_error(path, "more than 178 million", max_pixels) from error
     except UnidentifiedImageError as error:
-        what = "not an image" if num_bytes else "an empty file"
-        remedy = "correct the path, or download the image again" if num_bytes else ""
+        what = "an empty file"
+        remedy = ""
+        if num_bytes:
+            what = "not an image"
+            remedy = "correct the path, or download the image again"
         raise build_file_error(path, what, f"one of {', '.join(formats)}", remedy) from error
     except CorruptImageError:
         raise
@@ -347,8 +373,11 @@ def _open_image(path: Path, source: Path | io.BytesIO, formats: Sequence[str]) -
         Image.init()
         return Image.open(source, formats=[name for name in formats if name in Image.OPEN])
     except UnidentifiedImageError:
-        with source.open("rb") if isinstance(source, Path) else io.BytesIO(source.getvalue()) as f:
-            head = f.read(MAX_PDF_MARK_END)
+        if isinstance(source, Path):
+            with source.open("rb") as file:
+                head = file.read(MAX_PDF_MARK_END)
+        else:
+            head = source.getvalue()[:MAX_PDF_MARK_END]
         is_pdf = "PDF" in formats and _PDF_MARK in head
         is_heif = "HEIF" in formats and _HEIF_HEADER.match(head) and "HEIF" not in Image.OPEN
         if not (is_pdf or is_heif):
@@ -360,12 +389,20 @@ def _open_image(path: Path, source: Path | io.BytesIO, formats: Sequence[str]) -
             return PdfImageFile(source)
         from pillow_heif import register_heif_opener
     except ImportError as error:
-        kind, package, extra = "a HEIC image", "pillow-heif", "heif"
         if is_pdf:
-            kind, package, extra = "a PDF file", "pypdfium2", "pdf"
-        what, expected = f"{kind}, but {error}", f"the package {package}, which decodes it"
-        remedy = f"install it: pip install 'finesight[{extra}]'; or convert the images to JPEG"
-        raise build_file_error(path, what, expected, remedy) from error
+            kind = "a PDF file"
+            package = "pypdfium2"
+            extra = "pdf"
+        else:
+            kind = "a HEIC image"
+            package = "pillow-heif"
+            extra = "heif"
+        raise build_file_error(
+            path,
+            f"{kind}, but {error}",
+            f"the package {package}, which decodes it",
+            f"install it: pip install 'finesight[{extra}]'; or convert the images to JPEG",
+        ) from error
     register_heif_opener()
     return Image.open(source, formats=("HEIF",))
 
@@ -386,7 +423,8 @@ os.register_at_fork(
 class PdfImageFile(ImageFile.ImageFile):
     """PDF file whose pages, with annotations and forms, are the frames of an image."""
 
-    format, format_description = "PDF", "pages of a PDF file"
+    format = "PDF"
+    format_description = "pages of a PDF file"
 
     def _open(self) -> None:
         import pypdfium2
@@ -447,8 +485,9 @@ class PdfImageFile(ImageFile.ImageFile):
 def _select_page(path: Path, image: Image.Image) -> None:
     """Select the page of a path. A PDF file with several pages requires one."""
     match = None if path.exists() else _PAGE.fullmatch(str(path))
-    has_pages = image.format == "PDF" or (match and image.format in _DOCUMENT_FORMATS)
-    num_pages = image.n_frames if has_pages else 1  # type: ignore[attr-defined]
+    num_pages = 1
+    if image.format == "PDF" or (match and image.format in _DOCUMENT_FORMATS):
+        num_pages = image.n_frames  # type: ignore[attr-defined]
     page = 1 if match is None else int(match["page"])
     if page > num_pages or (match is None and num_pages > 1):
         image.close()
@@ -479,12 +518,15 @@ def list_pages(
     if is_image or is_video_path(path) or split_page(str(path))[1]:
         return [path]
     with open_image_header(path, formats=formats, with_page=False) as image:
-        has_pages = image.format in _DOCUMENT_FORMATS
-        num_pages = image.n_frames if has_pages else 1  # type: ignore[attr-defined]
+        num_pages = 1
+        if image.format in _DOCUMENT_FORMATS:
+            num_pages = image.n_frames  # type: ignore[attr-defined]
         numbers = list(range(1, num_pages + 1))
         if isinstance(image, TiffImageFile) and num_pages > 1:
             numbers = [n for n in numbers if not _is_reduced_copy(image, n)] or [1]
-    selected = [n for n in numbers if not ranges or any(a <= n <= (b or n) for a, b in ranges)]
+    selected = numbers
+    if ranges:
+        selected = [n for n in numbers if any(first <= n <= (last or n) for first, last in ranges)]
     if not 0 < len(selected) <= MAX_PAGES:
         raise build_file_error(
             path,
@@ -492,15 +534,19 @@ def list_pages(
             f"1 to {MAX_PAGES} pages in a sample",
             "select others with --pages, such as --pages 1-10",
         )
-    return [Path(f"{path}#page={n}") for n in selected] if numbers != [1] else [path]
+    if numbers == [1]:
+        return [path]
+    return [Path(f"{path}#page={n}") for n in selected]
 
 
 def save_page(path: Path, target: Path | io.BytesIO) -> None:
     """Write a page of a document as PNG, with unchanged pixels if possible."""
     with open_image_header(path) as image:
         try:
-            is_supported = image.mode in ("1", "L", "LA", "P", "I;16", "RGB", "RGBA")
-            (image if is_supported else image.convert("RGB")).save(target, format="PNG")
+            if image.mode in ("1", "L", "LA", "P", "I;16", "RGB", "RGBA"):
+                image.save(target, format="PNG")
+            else:
+                image.convert("RGB").save(target, format="PNG")
         except Exception as error:  # decoders raise various exceptions on corrupt data
             raise build_corrupt_error(path, error) from error
 
@@ -537,7 +583,9 @@ def decode_image(
         check_scans(path, image)
         try:
             image.load()
-            key = _hash_pixels(image, max_key_side) if with_key else None
+            key = None
+            if with_key:
+                key = _hash_pixels(image, max_key_side)
         except Exception as error:  # decoders raise various exceptions on corrupt data
             raise build_corrupt_error(path, error) from error
         # The further images of an MPO file are previews and depth maps.
@@ -550,7 +598,9 @@ def decode_image(
 
 def check_scans(path: Path, image: Image.Image) -> None:
     """Raise CorruptImageError for a JPEG with too many scans, before its pixels are decoded."""
-    file = image.fp if image.format in ("JPEG", "MPO") else None  # type: ignore[attr-defined]
+    if image.format not in ("JPEG", "MPO"):
+        return
+    file = image.fp  # type: ignore[attr-defined]
     if file is None:
         return
     try:
@@ -561,8 +611,12 @@ def check_scans(path: Path, image: Image.Image) -> None:
     except OSError as error:
         raise build_corrupt_error(path, error) from error
     if num_scans > MAX_JPEG_SCANS:
-        what, expected = f"a JPEG with {num_scans} scans", f"at most {MAX_JPEG_SCANS} scans"
-        raise build_file_error(path, what, expected, "save the image again as JPEG or PNG")
+        raise build_file_error(
+            path,
+            f"a JPEG with {num_scans} scans",
+            f"at most {MAX_JPEG_SCANS} scans",
+            "save the image again as JPEG or PNG",
+        )
 
 
 def _count_scans(data: bytes) -> int:
@@ -587,7 +641,8 @@ def _hash_pixels(image: Image.Image, max_side: int | None) -> PixelKey:
     """Hash the pixels of a decoded image, in bands to limit the memory of conversions."""
     if read_exif_orientation(image) != 1:
         image = ImageOps.exif_transpose(image)
-    size, digest = (image.height, image.width), hashlib.sha256()
+    size = (image.height, image.width)
+    digest = hashlib.sha256()
     if max_side is not None:
         grid = min(image.width, max_side), min(image.height, max_side)
         image = image.resize(grid, Image.Resampling.NEAREST)
@@ -619,7 +674,12 @@ def build_file_error(
     error_class: type[CorruptImageError] = CorruptImageError,
 ) -> CorruptImageError:
     """Build the error of an image or video file, without arguments that of a missing one."""
-    verb, kind = ("encode", "video") if is_video_path(path) else ("export", "image")
+    if is_video_path(path):
+        verb = "encode"
+        kind = "video"
+    else:
+        verb = "export"
+        kind = "image"
     if not what:
         what = f"no such {kind}"
         remedy = "correct the path; relative paths in data files start at their folder"
@@ -628,15 +688,22 @@ def build_file_error(
 
 
 def _build_too_large_error(path: Path, pixels: str, max_pixels: int) -> CorruptImageError:
-    expected, remedy = f"at most {max_pixels} pixels", "downscale the image"
-    return build_file_error(path, f"{pixels} pixels", expected, remedy, ImageTooLargeError)
+    return build_file_error(
+        path,
+        f"{pixels} pixels",
+        f"at most {max_pixels} pixels",
+        "downscale the image",
+        ImageTooLargeError,
+    )
 
 
 def _count_tile_pixels(image: TiffImageFile) -> int:
     """Return the number of pixels per tile of a TIFF image, 0 without tiles."""
-    sides = (image.tag_v2.get(_TILE_WIDTH, 0), image.tag_v2.get(_TILE_LENGTH, 0))
-    width, length = (side if isinstance(side, int) else 0 for side in sides)
-    return width * length
+    width = image.tag_v2.get(_TILE_WIDTH, 0)
+    length = image.tag_v2.get(_TILE_LENGTH, 0)
+    if isinstance(width, int) and isinstance(length, int):
+        return width * length
+    return 0
 
 
 def read_exif_orientation(image: Image.Image) -> int:
@@ -666,7 +733,12 @@ def read_image_size(
         try:
             is_transposed = read_exif_orientation(image) in TRANSPOSED_ORIENTATIONS
         except Exception as error:  # invalid EXIF raises many types
-            what, expected = f"its EXIF data cannot be read ({error})", "valid EXIF data, or none"
-            remedy = "save the image again without metadata"
-            raise build_file_error(path, what, expected, remedy) from error
-    return (width, height) if is_transposed else (height, width)
+            raise build_file_error(
+                path,
+                f"its EXIF data cannot be read ({error})",
+                "valid EXIF data, or none",
+                "save the image again without metadata",
+            ) from error
+    if is_transposed:
+        return width, height
+    return height, width

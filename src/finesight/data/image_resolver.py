@@ -73,9 +73,13 @@ class ImageResolver:
         allowed_root: Path | None = None,
         pages: PageRanges = (),
     ) -> None:
-        self._ranges, self.pages = pages, dict[Path, list[Path]]()
-        self._folder, self._images_folder = folder, output_folder / IMAGES_FOLDER
-        self._validate, self._exact_paths, self._web_images = validate, exact_paths, web_images
+        self._ranges = pages
+        self.pages: dict[Path, list[Path]] = {}
+        self._folder = folder
+        self._images_folder = output_folder / IMAGES_FOLDER
+        self._validate = validate
+        self._exact_paths = exact_paths
+        self._web_images = web_images
         self._allowed_root = allowed_root.resolve() if allowed_root else None
         self.saved_names: set[str] = set()
         self._sizes: dict[Path, tuple[int, int]] = {}
@@ -159,9 +163,10 @@ class ImageResolver:
         frames = value
         if isinstance(value, str) and value.strip():
             folder = self._find(value.strip())[0] or ""
-            names = filter(is_image_value, os.listdir(folder)) if os.path.isdir(folder) else ()
-            ordered = sorted(names, key=lambda name: _DIGITS.sub(lambda n: n[0].zfill(18), name))
-            frames = [os.path.join(folder, name) for name in ordered]
+            names: Iterable[str] = ()
+            if os.path.isdir(folder):
+                names = filter(is_image_value, os.listdir(folder))
+            frames = [os.path.join(folder, name) for name in sorted(names, key=_pad_numbers)]
         if isinstance(frames, list | tuple) and frames:
             check_limit(len(frames), MAX_PARTS, "frames")
             return list(map(self.resolve, frames))
@@ -215,7 +220,8 @@ class ImageResolver:
             candidates = [os.path.join(self._folder, name)]
         else:
             names = iter_spellings(name.removeprefix("file://"))
-            candidates = [os.path.join(folder, one) for one in names for folder in folders]
+            pairs = itertools.product(names, folders)
+            candidates = [os.path.join(folder, spelling) for spelling, folder in pairs]
         # os.path accepts invalid names: too long or with a null byte.
         return next(filter(self._is_available, candidates), None), candidates[0]
 
@@ -261,10 +267,16 @@ class ImageResolver:
                     self._check_image(path)
             except CorruptImageError as error:
                 # Omit the path from the error: the staging folder is deleted when the import fails.
-                error.what, error.where = f"the image of {len(data)} bytes: {error.what}", ""
+                error.what = f"the image of {len(data)} bytes: {error.what}"
+                error.where = ""
                 raise
             self._saved_paths[key] = path
         return self._saved_paths[key]
+
+
+def _pad_numbers(name: str) -> str:
+    """Return a name whose alphabetical order is that of the values of its numbers."""
+    return _DIGITS.sub(lambda match: match[0].zfill(18), name)
 
 
 def encode_data_url(path: Path) -> str:
@@ -312,7 +324,9 @@ class ImageNames:
     def __init__(
         self, staging: Path, out: Path, taken: set[str] | None = None, *, copy: bool
     ) -> None:
-        self._staging, self._home, self._copy = staging, out.resolve(), copy
+        self._staging = staging
+        self._home = out.resolve()
+        self._copy = copy
         self._taken = set[str]() if taken is None else taken
         self._names: dict[str, str] = {}
         self._copies: dict[str, Path] = {}

@@ -79,7 +79,7 @@ def iter_records(batch: Any, where: str) -> Iterator[dict[str, Any]]:
         rows = batch.slice(start, step)
         if step == 1:
             check_limit(rows.nbytes, MAX_ROW_BYTES, "bytes", where)
-        columns = [_convert_column(column) for column in rows.columns]
+        columns = list(map(_convert_column, rows.columns))
         for row in zip(*columns, strict=True):
             yield dict(zip(names, row, strict=True))
 
@@ -92,7 +92,7 @@ def _convert_column(column: Any) -> list[Any]:
     try:
         values: list[Any] = column.to_pylist()
     except _UNREPRESENTABLE:
-        return [_convert_value(scalar) for scalar in column]
+        return list(map(_convert_value, column))
     return values
 
 
@@ -124,10 +124,13 @@ def _convert_time(scalar: Any) -> Any:
     candidate_types: list[Any] = []
     if pyarrow.types.is_timestamp(kind):
         unit = "us" if is_fine else kind.unit
-        candidate_types = [pyarrow.timestamp(unit, zone) for zone in (kind.tz, kind.tz and "UTC")]
+        candidate_types.append(pyarrow.timestamp(unit, kind.tz))
+        candidate_types.append(pyarrow.timestamp(unit, kind.tz and "UTC"))
     elif is_fine:
-        is_duration = pyarrow.types.is_duration(kind)
-        candidate_types = [pyarrow.duration("us") if is_duration else pyarrow.time64("us")]
+        if pyarrow.types.is_duration(kind):
+            candidate_types.append(pyarrow.duration("us"))
+        else:
+            candidate_types.append(pyarrow.time64("us"))
     for other in candidate_types:
         try:
             return scalar.cast(other, safe=False).as_py()
@@ -261,7 +264,8 @@ def read_parquet_image(path: Path, row: int, name: str) -> bytes:
 
 
 def _find_image(small_file: Path, row: int, name: str) -> bytes:
-    version, row_offset = _file_version(small_file), 0
+    version = _file_version(small_file)
+    row_offset = 0
     for group, size in enumerate(_list_group_sizes(small_file, version)):
         if row_offset < row <= row_offset + size:
             table = _read_columns(small_file, version, group, with_images=True)

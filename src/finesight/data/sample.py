@@ -160,7 +160,9 @@ class VideoPart(FrozenModel):
 
 def format_number(value: float) -> int | float:
     """Convert a number without a fractional part to an integer, for compact JSON."""
-    return int(value) if value.is_integer() else value
+    if value.is_integer():
+        return int(value)
+    return value
 
 
 PixelCoordinate = Annotated[float, PlainSerializer(format_number, when_used="json")]
@@ -227,10 +229,13 @@ Regions = tuple[Annotated[BoxPart, AfterValidator(_restore_point)], ...]
 
 def list_coordinates(part: BoxPart) -> list[int | float]:
     """Return the corners of a box, or the two coordinates of a point, as JSON data."""
-    return list(map(format_number, part.xyxy[: 2 if part.is_point else 4]))
+    if part.is_point:
+        return list(map(format_number, part.xyxy[:2]))
+    return list(map(format_number, part.xyxy))
 
 
-TOOL_CALL_START, TOOL_CALL_END = "<tool_call>", "</tool_call>"
+TOOL_CALL_START = "<tool_call>"
+TOOL_CALL_END = "</tool_call>"
 
 
 class ToolCallPart(FrozenModel):
@@ -252,12 +257,15 @@ class ToolCallPart(FrozenModel):
 
         The data may be under `function`, and the arguments may be JSON text, as in the OpenAI API.
         """
-        call = value.get("function", value) if isinstance(value, dict) else None
+        if not isinstance(value, dict):
+            return None
+        call = value.get("function", value)
         if not isinstance(call, dict):
             return None
         arguments = call.get("arguments") or {}
         try:
-            arguments = parse_unique_json(arguments) if isinstance(arguments, str) else arguments
+            if isinstance(arguments, str):
+                arguments = parse_unique_json(arguments)
             json.dumps(arguments, allow_nan=False)
             return cls.model_validate({"name": call.get("name"), "arguments": arguments})
         except (ValueError, TypeError):
@@ -273,7 +281,9 @@ Role = Literal["system", "user", "assistant", "tool"]
 
 
 def _as_parts(value: object) -> object:
-    return [{"type": "text", "text": value}] if isinstance(value, str) else value
+    if isinstance(value, str):
+        return [{"type": "text", "text": value}]
+    return value
 
 
 class Message(FrozenModel):
@@ -307,17 +317,25 @@ def parse_tool_call(text: str, tools: Sequence[dict[str, Any]] = ()) -> ToolCall
         except ValueError:
             return None
     functions = {tool["function"]["name"]: tool["function"] for tool in tools}
-    schema = (functions.get(match["name"], {}).get("parameters") or {}).get("properties") or {}
+    function = functions.get(match["name"], {})
+    parameters = function.get("parameters") or {}
+    properties = parameters.get("properties") or {}
     arguments: dict[str, Any] = {}
     for name, value in _XML_ARGUMENT.findall(match["arguments"]):
-        arguments[name] = value
-        if not isinstance(schema.get(name), dict) or schema[name].get("type") != "string":
-            try:
-                arguments[name] = _XML_CONSTANTS.get(value, value)
-                arguments[name] = parse_json(value)
-            except ValueError:
-                pass
+        definition = properties.get(name)
+        if isinstance(definition, dict) and definition.get("type") == "string":
+            arguments[name] = value
+        else:
+            arguments[name] = _parse_xml_value(value)
     return ToolCallPart.from_json({"name": match["name"], "arguments": arguments})
+
+
+def _parse_xml_value(text: str) -> Any:
+    """Parse an argument as JSON or a constant of Python, or return the text."""
+    try:
+        return parse_json(text)
+    except ValueError:
+        return _XML_CONSTANTS.get(text, text)
 
 
 def check_tool(tool: Any) -> dict[str, Any]:
@@ -364,7 +382,8 @@ class Sample(FrozenModel):
 
     def iter_parts(self) -> Iterator[ContentPart]:
         """Yield the content parts of all messages in order, without the rejected answer."""
-        return (part for message in self.messages for part in message.content)
+        for message in self.messages:
+            yield from message.content
 
     def map_paths(self, rename: Callable[[str], str]) -> Sample:
         """Return a copy with each image, frame and video path replaced by `rename(path)`."""
@@ -375,8 +394,10 @@ class Sample(FrozenModel):
         messages = []
         for message in self.messages:
             parts = tuple(map(changed, message.content))
-            same = all(map(operator.is_, parts, message.content))
-            messages.append(message if same else message.model_copy(update={"content": parts}))
+            if all(map(operator.is_, parts, message.content)):
+                messages.append(message)
+            else:
+                messages.append(message.model_copy(update={"content": parts}))
         rejected = tuple(map(changed, self.rejected))
         return self.model_copy(update={"messages": tuple(messages), "rejected": rejected})
 
@@ -397,9 +418,12 @@ def join_text(content: Iterable[ContentPart], separator: str = "") -> str:
     pieces = []
     for index, part in enumerate(parts):
         if isinstance(part, BoxPart):
-            pieces += [json.dumps(list_coordinates(part))] if index in slots else []
-        elif isinstance(part, TextPart | ToolCallPart):
-            pieces.append(part.text if part.type == "text" else part.to_text())
+            if index in slots:
+                pieces.append(json.dumps(list_coordinates(part)))
+        elif isinstance(part, TextPart):
+            pieces.append(part.text)
+        elif isinstance(part, ToolCallPart):
+            pieces.append(part.to_text())
     return separator.join(pieces)
 
 
@@ -408,7 +432,9 @@ def list_media_paths(part: ContentPart) -> tuple[str, ...]:
     if isinstance(part, ImagePart):
         return (part.image,)
     if isinstance(part, VideoPart):
-        return part.frames if part.video is None else (part.video,)
+        if part.video is None:
+            return part.frames
+        return (part.video,)
     return ()
 
 
@@ -429,7 +455,9 @@ def _map_part_paths(part: ContentPart, rename: Callable[[str], str]) -> ContentP
     if isinstance(part, ImagePart):
         return ImagePart(image=rename(part.image))
     if isinstance(part, VideoPart):
-        video = None if part.video is None else rename(part.video)
+        video = part.video
+        if video is not None:
+            video = rename(video)
         return VideoPart(frames=tuple(map(rename, part.frames)), video=video, fps=part.fps)
     return part
 
@@ -466,7 +494,7 @@ def validate_rejected(sample: Sample, where: str) -> None:
     if not sample.rejected and sample.label is None:
         return
     validate_roles(sample.messages, where)
-    what, remedy = "", "correct the rejected answer, or remove the sample"
+    remedy = "correct the rejected answer, or remove the sample"
     if sample.rejected and sample.label is not None:
         what = f"a rejected answer and the label {str(sample.label).lower()}"
         remedy = "remove one of the two"
@@ -474,9 +502,10 @@ def validate_rejected(sample: Sample, where: str) -> None:
         what = f"`loss` is false in the chosen answer of {len(sample.messages)} turns"
     elif sample.rejected == sample.messages[-1].content:
         what = "a rejected answer equal to the chosen one"
-    if what:
-        expected = "two different answers, or one with a label, with loss for the chosen one"
-        raise InvalidRowError(what, expected, remedy, where=where)
+    else:
+        return
+    expected = "two different answers, or one with a label, with loss for the chosen one"
+    raise InvalidRowError(what, expected, remedy, where=where)
 
 
 def check_messages(
@@ -485,7 +514,8 @@ def check_messages(
     """Validate the messages and references of a sample; see `validate_sample`."""
     check_limits(messages, references, where)
     validate_roles(messages, where, require_answer=answered)
-    num_images, boxes = 0, list[BoxPart]()
+    num_images = 0
+    boxes: list[BoxPart] = []
     for number, message in enumerate(messages):
         kinds = {part.type for part in message.content if part.type != "text" or part.text.strip()}
         images = [part.image for part in message.content if part.type == "image"]
@@ -494,15 +524,18 @@ def check_messages(
         num_images += len(images)
         boxes += (part for part in message.content if isinstance(part, BoxPart))
         if kinds & {"image", "video"} and message.role not in ("user", "tool"):
-            what, expected = "an image in a turn", "images in user turns and tool results only"
+            what = "an image in a turn"
+            expected = "images in user turns and tool results only"
             remedy = "move the image to a user turn"
         elif "tool_call" in kinds and message.role != "assistant":
-            what, expected = "a tool call in a turn", "tool calls in assistant turns"
+            what = "a tool call in a turn"
+            expected = "tool calls in assistant turns"
             remedy = "move the call to an assistant turn"
         elif kinds or message.role == "tool":
             continue
         else:
-            what, expected = "an empty turn", "text, an image or a box"
+            what = "an empty turn"
+            expected = "text, an image or a box"
             remedy = "add it, or remove the sample"
         raise InvalidTurnsError(
             f"{what} of the {message.role}",
@@ -540,11 +573,13 @@ def check_limits(messages: Sequence[Message], references: Sequence[str], where: 
     """
     check_limit(len(messages), MAX_MESSAGES, "messages", where)
     check_limit(len(references), MAX_ANSWERS, "references", where)
-    parts = sum(len(message.content) for message in messages)
-    if parts > MAX_BOXES:
-        boxes = sum(p.type in ("box", "point") for message in messages for p in message.content)
-        check_limit(boxes, MAX_BOXES, "boxes", where)
-        check_limit(parts, MAX_PARTS, "parts", where)
+    num_parts = sum(len(message.content) for message in messages)
+    if num_parts > MAX_BOXES:
+        num_boxes = 0
+        for message in messages:
+            num_boxes += sum(part.type in ("box", "point") for part in message.content)
+        check_limit(num_boxes, MAX_BOXES, "boxes", where)
+        check_limit(num_parts, MAX_PARTS, "parts", where)
 
 
 _TURN_ORDER = re.compile("s?u(?:a(?:u|t+u?))*a?")
@@ -572,8 +607,11 @@ def validate_roles(messages: Sequence[Message], where: str, *, require_answer: b
 
 
 def _format_roles(roles: Sequence[str]) -> str:
-    more = len(roles) - MAX_LISTED_ROLES
-    return ", ".join(roles[:MAX_LISTED_ROLES]) + (f" and {more} more" if more > 0 else "")
+    listed = ", ".join(roles[:MAX_LISTED_ROLES])
+    num_more = len(roles) - MAX_LISTED_ROLES
+    if num_more > 0:
+        return f"{listed} and {num_more} more"
+    return listed
 
 
 def _validate_box(box: BoxPart, num_images: int, where: str) -> None:
@@ -585,11 +623,14 @@ def _validate_box(box: BoxPart, num_images: int, where: str) -> None:
             remedy="correct the box's `image`, or add the image",
         )
     if not is_inside_image(box.xyxy, (math.inf, math.inf), is_point=box.is_point):
-        coordinates = "[x1, y1, x2, y2] in pixels with 0 <= x1 < x2 and 0 <= y1 < y2"
+        if box.is_point:
+            expected = "[x, y] in pixels, at least 0"
+        else:
+            expected = "[x1, y1, x2, y2] in pixels with 0 <= x1 < x2 and 0 <= y1 < y2"
         raise InvalidBoxError(
             f"the {box.type} {list(box.xyxy)}",
             where=where,
-            expected="[x, y] in pixels, at least 0" if box.is_point else coordinates,
+            expected=expected,
             remedy=f"correct or remove the {box.type}; an import converts those of other formats",
         )
 
@@ -710,15 +751,10 @@ def sample_to_dict(sample: Sample, renamed: Callable[[str], str] | None = None) 
 
 def sample_fields(sample: Sample, renamed: Callable[[str], str]) -> dict[str, Any]:
     """Build the JSON data of a sample without its ID; see `sample_to_dict`."""
-    record: dict[str, Any] = {"tools": list(sample.tools)} if sample.tools else {}
-    record["messages"] = [
-        {
-            "role": message.role,
-            "content": [_part_record(part, renamed) for part in message.content],
-            **({} if message.loss else {"loss": False}),
-        }
-        for message in sample.messages
-    ]
+    record: dict[str, Any] = {}
+    if sample.tools:
+        record["tools"] = list(sample.tools)
+    record["messages"] = [_message_record(message, renamed) for message in sample.messages]
     if sample.rejected:
         record["rejected"] = [_part_record(part, renamed) for part in sample.rejected]
     if sample.label is not None:
@@ -727,6 +763,14 @@ def sample_fields(sample: Sample, renamed: Callable[[str], str]) -> dict[str, An
         record["references"] = list(sample.references)
     if sample.meta:
         record["meta"] = to_json_data(sample.meta)
+    return record
+
+
+def _message_record(message: Message, renamed: Callable[[str], str]) -> dict[str, Any]:
+    parts = [_part_record(part, renamed) for part in message.content]
+    record: dict[str, Any] = {"role": message.role, "content": parts}
+    if not message.loss:
+        record["loss"] = False
     return record
 
 
@@ -739,12 +783,15 @@ def _part_record(part: ContentPart, renamed: Callable[[str], str]) -> dict[str, 
     if part.type == "video":
         if part.video is not None:
             return {"type": "video", "video": renamed(part.video), "fps": part.fps}
-        return {"type": "video", "frames": [renamed(f) for f in part.frames], "fps": part.fps}
+        return {"type": "video", "frames": list(map(renamed, part.frames)), "fps": part.fps}
     if part.type == "tool_call":
         return {"type": "tool_call", "name": part.name, "arguments": part.arguments}
-    label = {} if part.label is None else {"label": part.label}
+    record: dict[str, Any] = {"type": part.type, "image": part.image}
+    if part.label is not None:
+        record["label"] = part.label
     key = "xy" if part.is_point else "xyxy"
-    return {"type": part.type, "image": part.image, **label, key: list_coordinates(part)}
+    record[key] = list_coordinates(part)
+    return record
 
 
 def to_json_data(value: Any) -> Any:
@@ -755,7 +802,9 @@ def to_json_data(value: Any) -> Any:
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
         return {str(key): to_json_data(inner) for key, inner in value.items()}
-    return [to_json_data(one) for one in value] if isinstance(value, list | tuple) else str(value)
+    if isinstance(value, list | tuple):
+        return [to_json_data(one) for one in value]
+    return str(value)
 
 
 def remove_nulls(value: Any, kept: Collection[str] = ()) -> Any:
@@ -764,12 +813,15 @@ def remove_nulls(value: Any, kept: Collection[str] = ()) -> Any:
     Values under the keys `kept` are unchanged.
     """
     if isinstance(value, dict):
-        return {
-            key: item if key in kept else remove_nulls(item, kept)
-            for key, item in value.items()
-            if item is not None
-        }
-    return [remove_nulls(item, kept) for item in value] if isinstance(value, list) else value
+        cleaned = {}
+        for key, item in value.items():
+            if item is None:
+                continue
+            cleaned[key] = item if key in kept else remove_nulls(item, kept)
+        return cleaned
+    if isinstance(value, list):
+        return [remove_nulls(item, kept) for item in value]
+    return value
 
 
 JSON_DATA_KEYS = ("arguments", "tools")
@@ -821,27 +873,37 @@ def _to_user_error(error: ValidationError, where: str) -> UserError:
     """
     errors = error.errors(include_url=False)
     first = min(errors, key=lambda details: details["type"] != "extra_forbidden")
-    error_type, value, error_location = first["type"], first["input"], first["loc"]
+    error_type = first["type"]
+    value = first["input"]
+    error_location = first["loc"]
     # The location in pydantic includes the union member after messages.0.content.1; omit it.
     key = ".".join(map(str, (*error_location[:4], *error_location[5:])))
-    value_repr = repr(value) if len(repr(value)) <= 60 else f"{repr(value)[:57]}..."
+    value_repr = repr(value)
+    if len(value_repr) > 60:
+        value_repr = f"{value_repr[:57]}..."
     remedy: Remedy = replace(_IMPORT, purpose="correct the line, or create the file again")
     what = f"{key or 'the line'} is {value_repr}"
     expected = first["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
     if error_type == "json_invalid":
-        what = f"broken JSON: {str(first['ctx']['error']).replace('line 1 ', '')}"
+        problem = str(first["ctx"]["error"]).replace("line 1 ", "")
+        what = f"broken JSON: {problem}"
         expected = "one complete JSON object per line"
     elif error_type == "extra_forbidden":
         kinds = {kind.model_fields["type"].default: kind for kind in PART_TYPES}
         levels: dict[int, type[FrozenModel]] = {1: Sample, 3: Message}
         level = levels.get(len(error_location)) or kinds[str(error_location[4])]
-        name, names = str(error_location[-1]), _list_keys(level)
+        name = str(error_location[-1])
+        names = _list_keys(level)
         what = f"unknown key {key} with the value {value_repr}"
         expected = f"the keys {', '.join(names)}"
         otherwise = "move it into `meta` of the sample, which accepts any key, or remove it"
-        remedy = otherwise if name.endswith(names) else suggest_name(name, names, otherwise)
         if level is Sample and name in FOREIGN_KEYS:
-            what, remedy = f"the key {key}: a row of another dataset format, not a sample", _IMPORT
+            what = f"the key {key}: a row of another dataset format, not a sample"
+            remedy = _IMPORT
+        elif name.endswith(names):
+            remedy = otherwise
+        else:
+            remedy = suggest_name(name, names, otherwise)
     elif error_type == "union_tag_invalid":
         expected = f"a part with a type of {first['ctx']['expected_tags']}"
     elif error_type == "missing":

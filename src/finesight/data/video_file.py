@@ -44,8 +44,12 @@ MAX_VIDEO_FRAMES = 1_000_000
 MAX_FPS_ERROR = 0.25
 """Maximum relative difference between the frame rate in a header and that of the packets."""
 
-MAX_MISSING_SECONDS, MAX_MISSING_FRACTION = 0.5, 0.05
-"""Maximum difference between the duration in the header of a Matroska file and its packets."""
+MAX_MISSING_SECONDS = 0.5
+MAX_MISSING_FRACTION = 0.05
+"""Maximum difference between the duration in the header of a Matroska file and its packets.
+
+The larger of the two limits counts: the seconds, or the fraction of the duration.
+"""
 
 _EBML_MAGIC = b"\x1a\x45\xdf\xa3"
 """First bytes of Matroska and WebM files (RFC 8794)."""
@@ -85,7 +89,9 @@ def read_video_header(path: Path) -> VideoHeader:
 
 def read_visual_size(path: Path) -> ImageSize:
     """Read height and width of an image, or of the frames of a video file."""
-    return read_video_header(path).size if is_video_path(path) else read_image_size(path)
+    if is_video_path(path):
+        return read_video_header(path).size
+    return read_image_size(path)
 
 
 def iter_video_frames(path: Path, frame_indices: Sequence[int]) -> Iterator[Image.Image]:
@@ -103,7 +109,10 @@ def iter_video_frames(path: Path, frame_indices: Sequence[int]) -> Iterator[Imag
                 # Threads that convert would outlive the frame, and hang processes forked later.
                 image = Image.fromarray(frame.reformat(format="rgb24", threads=1).to_ndarray())
                 # Multiples of a right angle are rotated without resampling.
-                yield image if frame.rotation % 90 else image.rotate(frame.rotation, expand=True)
+                if frame.rotation % 90:
+                    yield image
+                else:
+                    yield image.rotate(frame.rotation, expand=True)
                 target = next(remaining, None)
             if target is None:
                 return
@@ -113,7 +122,8 @@ def iter_video_frames(path: Path, frame_indices: Sequence[int]) -> Iterator[Imag
 @lru_cache(maxsize=4096)
 def _read_header(path: Path, version: tuple[int, ...]) -> VideoHeader:
     with _open_video(path) as (container, stream):
-        entries, fps = stream.index_entries, float(stream.average_rate or 0)
+        entries = stream.index_entries
+        fps = float(stream.average_rate or 0)
         if stream.frames and entries:
             file_size = container.size
             if any(entry.pos + entry.size > file_size for entry in entries):
@@ -128,15 +138,20 @@ def _read_header(path: Path, version: tuple[int, ...]) -> VideoHeader:
         if not num_frames or frame is None or not fps:
             raise build_file_error(path, f"{num_frames} frames at {fps} frames/s", "a video")
         _check_limit(path, frame.width * frame.height, MAX_IMAGE_PIXELS, "pixels")
-        size = frame.height, frame.width
-        is_transposed = abs(frame.rotation) == 90
-        return VideoHeader(num_frames, fps, size[::-1] if is_transposed else size)
+        if abs(frame.rotation) == 90:
+            size = (frame.width, frame.height)
+        else:
+            size = (frame.height, frame.width)
+        return VideoHeader(num_frames, fps, size)
 
 
 def _scan_packets(path: Path, container: Any, stream: Any) -> tuple[int, Any, float]:
     """Count the packets with a frame, decode the first frame, and measure the frame rate."""
-    num_frames, first_frame, end_s = 0, None, 0.0
-    first_pts, last_pts = math.inf, -math.inf
+    num_frames = 0
+    first_frame = None
+    end_s = 0.0
+    first_pts = math.inf
+    last_pts = -math.inf
     is_vp8 = stream.codec_context.codec.canonical_name == "vp8"
     for packet in container.demux():
         if packet.pts is not None and packet.time_base:
@@ -148,13 +163,18 @@ def _scan_packets(path: Path, container: Any, stream: Any) -> tuple[int, Any, fl
         is_hidden = is_vp8 and packet.size and not memoryview(packet)[0] & _VP8_SHOW_FRAME
         num_frames += bool(packet.size) and not packet.is_discard and not is_hidden
         if packet.pts is not None:
-            first_pts, last_pts = min(first_pts, packet.pts), max(last_pts, packet.pts)
+            first_pts = min(first_pts, packet.pts)
+            last_pts = max(last_pts, packet.pts)
         _check_limit(path, num_frames, MAX_VIDEO_FRAMES, "frames")
     duration_s = (container.duration or 0) / 1_000_000
     if duration_s - end_s > max(MAX_MISSING_SECONDS, MAX_MISSING_FRACTION * duration_s):
         raise _build_truncated_error(path, f"{end_s:.1f} of {duration_s:.1f} seconds")
-    span_s = float(last_pts - first_pts) * float(stream.time_base) if num_frames > 1 else 0
-    return num_frames, first_frame, (num_frames - 1) / span_s if span_s > 0 else 0
+    fps = 0.0
+    if num_frames > 1:
+        span_s = float(last_pts - first_pts) * float(stream.time_base)
+        if span_s > 0:
+            fps = (num_frames - 1) / span_s
+    return num_frames, first_frame, fps
 
 
 @contextmanager
@@ -201,8 +221,13 @@ def _reject_reference(url: str, flags: int, options: dict[str, str]) -> None:
 
 def _check_limit(path: Path, count: int, limit: int, what: str) -> None:
     if count > limit:
-        expected, remedy = f"at most {limit} {what}", "split or downscale the video"
-        raise build_file_error(path, f"{count} {what}", expected, remedy, ImageTooLargeError)
+        raise build_file_error(
+            path,
+            f"{count} {what}",
+            f"at most {limit} {what}",
+            "split or downscale the video",
+            ImageTooLargeError,
+        )
 
 
 def _build_truncated_error(path: Path, what: str) -> CorruptImageError:

@@ -6,8 +6,9 @@ value, and unsupported fields that would influence it, are rejected.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 from pydantic import (
     BaseModel,
@@ -30,7 +31,8 @@ MAX_NAME_CHARS = 1000
 """Maximum length of model names, function names and file IDs in characters."""
 
 MAX_URL_CHARS = 8192
-MIN_FPS, MAX_FPS = 1e-3, 1000.0
+MIN_FPS = 1e-3
+MAX_FPS = 1000.0
 """Bounds of the frame rate of a video file. The maximum selects all frames, up to their limit."""
 
 MAX_FRAMES = 100_000
@@ -201,10 +203,14 @@ class ClientDisconnectedError(Exception):
 
 def from_user_error(error: UserError, param: str | None = None, hidden_path: str = "") -> ApiError:
     """Convert a `UserError` about a request, without the name of the server's `hidden_path`."""
-    where = f"{error.where}: " if error.where and not error.where.startswith("/") else ""
-    expected = f"; expected {error.expected}" if error.expected else ""
-    text = f"{where}{error.what}{expected}"
-    return ApiError(400, text.replace(hidden_path, "") if hidden_path else text, param)
+    text = error.what
+    if error.where and not error.where.startswith("/"):
+        text = f"{error.where}: {text}"
+    if error.expected:
+        text = f"{text}; expected {error.expected}"
+    if hidden_path:
+        text = text.replace(hidden_path, "")
+    return ApiError(400, text, param)
 
 
 def internal_error() -> ApiError:
@@ -484,13 +490,16 @@ class ChatCompletionParameters(NeutralParameters):
     def stop_strings(self) -> list[str]:
         """Stop strings of the request as a list."""
         stop = self.stop or []
-        return [stop] if isinstance(stop, str) else stop
+        if isinstance(stop, str):
+            return [stop]
+        return stop
 
     @property
     def max_new_tokens(self) -> int | None:
         """Maximum number of generated tokens. None if the request does not set it."""
-        max_completion_tokens = self.max_completion_tokens
-        return self.max_tokens if max_completion_tokens is None else max_completion_tokens
+        if self.max_completion_tokens is None:
+            return self.max_tokens
+        return self.max_completion_tokens
 
     @property
     def thinking(self) -> ThinkingOptions:
@@ -550,6 +559,46 @@ def parse_chat_request(body: bytes | bytearray) -> ChatCompletionRequest:
         raise ApiError(400, f"the body ({len(body)} bytes) is nested too deeply") from error
 
 
+class _ContentSize(NamedTuple):
+    """Size of the messages of a request.
+
+    Attributes:
+        num_images: Number of images and videos, and of video frames outside of the request.
+        num_frames: Number of video frames given as images.
+        num_chars: Number of characters of texts, reasoning, and arguments of tool calls.
+    """
+
+    num_images: int
+    num_frames: int
+    num_chars: int
+
+
+def _measure_content(messages: Sequence[ChatMessage]) -> _ContentSize:
+    num_images = 0
+    num_frames = 0
+    num_chars = 0
+    for message in messages:
+        content = message.content or ""
+        for part in [content] if isinstance(content, str) else content:
+            if isinstance(part, str):
+                num_chars += len(part)
+                continue
+            if isinstance(part, TextContent):
+                num_chars += len(part.text)
+                continue
+            num_images += 1
+            if isinstance(part, VideoURLContent | VideoContent):
+                video = part.video
+                if isinstance(video, list):
+                    num_frames += len(video)
+                    num_images += sum(frame[:5].lower() != "data:" for frame in video)
+        if isinstance(message, AssistantMessage):
+            num_chars += len(message.reasoning_content or "")
+            for call in message.tool_calls or []:
+                num_chars += len(call.function.arguments)
+    return _ContentSize(num_images, num_frames, num_chars)
+
+
 def check_limits(
     chat_request: ChatCompletionRequest, limits: ServerLimits, max_text_chars: int
 ) -> None:
@@ -557,25 +606,15 @@ def check_limits(
 
     `max_text_chars` limits the length of all texts. It depends on the context length of the model.
     """
-    contents = [message.content or "" for message in chat_request.messages]
-    parts = [part for content in contents if not isinstance(content, str) for part in content]
-    answers = [one for one in chat_request.messages if isinstance(one, AssistantMessage)]
-    calls = [call.function.arguments for one in answers for call in one.tool_calls or []]
-    texts = [content for content in contents if isinstance(content, str)]
-    texts += [answer.reasoning_content or "" for answer in answers]
-    texts += [part.text for part in parts if isinstance(part, TextContent)]
-    videos = [part.video for part in parts if isinstance(part, VideoURLContent | VideoContent)]
-    frames = [frame for video in videos if isinstance(video, list) for frame in video]
-    num_images = sum(not isinstance(part, TextContent) for part in parts)
-    num_images += sum(frame[:5].lower() != "data:" for frame in frames)
+    size = _measure_content(chat_request.messages)
     tool_chars = sum(len(tool.model_dump_json()) for tool in chat_request.tools or [])
     schema_chars = 0
     if isinstance(chat_request.response_format, StructuredFormat):
         schema_chars = len(chat_request.response_format.json_schema.model_dump_json())
     for param, unit, value, max_value in (
-        ("messages", "images", num_images, limits.max_images),
-        ("messages", "video frames", len(frames), limits.max_video_frames),
-        ("messages", "characters of text", sum(map(len, texts + calls)), max_text_chars),
+        ("messages", "images", size.num_images, limits.max_images),
+        ("messages", "video frames", size.num_frames, limits.max_video_frames),
+        ("messages", "characters of text", size.num_chars, max_text_chars),
         ("max_tokens", "tokens", chat_request.max_new_tokens or 1, limits.max_completion_tokens),
         ("tools", "characters", tool_chars, limits.max_schema_chars),
         ("response_format", "characters", schema_chars, limits.max_schema_chars),

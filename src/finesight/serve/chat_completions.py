@@ -90,13 +90,14 @@ class ToolCallParser:
     def add_text(self, delta: str) -> tuple[str, list[ToolCallPart]]:
         """Add generated text. Returns text that can be sent, and complete tool calls."""
         self._set_pending(self.pending + delta)
-        text, calls = "", list[ToolCallPart]()
+        text = ""
+        calls: list[ToolCallPart] = []
         while TOOL_CALL_START in self.pending:
             before, _, rest = self.pending.partition(TOOL_CALL_START)
             call_text, end_tag, after = rest.partition(TOOL_CALL_END)
             if not end_tag:
-                text, self.pending = text + before.rstrip("\n"), self.pending[len(before) :]
-                return text, calls
+                self.pending = self.pending[len(before) :]
+                return text + before.rstrip("\n"), calls
             call = parse_tool_call(call_text, self.tools)
             if call is None:  # the text remains in the answer
                 text += f"{before}{TOOL_CALL_START}{call_text}{TOOL_CALL_END}"
@@ -106,7 +107,8 @@ class ToolCallParser:
             self.after_call = call is not None
             self._set_pending(after)
         end = len(self.pending) - _count_partial_tag(self.pending)
-        text, self.pending = text + self.pending[:end], self.pending[end:]
+        text += self.pending[:end]
+        self.pending = self.pending[end:]
         return text, calls
 
     def flush(self) -> tuple[str, list[ToolCallPart]]:
@@ -114,7 +116,8 @@ class ToolCallParser:
 
         The last tool call may lack its end tag.
         """
-        rest, self.pending = self.pending, ""
+        rest = self.pending
+        self.pending = ""
         if rest.startswith(TOOL_CALL_START):
             call = parse_tool_call(rest.removeprefix(TOOL_CALL_START), self.tools)
             if call is not None:
@@ -162,19 +165,26 @@ class ChoiceBuilder:
 
     def add_delta(self, delta: CompletionDelta) -> dict[str, Any] | None:
         """Append a text delta and return a stream chunk, or None if all text is held back."""
-        text, calls = delta.text, list[ToolCallPart]()
+        text = delta.text
+        calls: list[ToolCallPart] = []
         if self.tool_call_parser is not None:
             text, calls = self.tool_call_parser.add_text(delta.text)
         return self._append(text, calls, delta.tokens, delta.reasoning)
 
     def finish(self, finish_reason: FinishReason, prediction: Prediction) -> list[dict[str, Any]]:
         """Return the last stream chunks: text that was held back, if any, and finish reason."""
-        remaining = self.tool_call_parser.flush() if self.tool_call_parser else ("", [])
-        remaining_chunk = self._append(*remaining, ())
-        self.finish_reason, self.prediction = finish_reason, prediction
+        text = ""
+        calls: list[ToolCallPart] = []
+        if self.tool_call_parser is not None:
+            text, calls = self.tool_call_parser.flush()
+        remaining_chunk = self._append(text, calls, ())
+        self.finish_reason = finish_reason
+        self.prediction = prediction
         last_chunk = self._build_chunk(self._get_extra_fields())
         last_chunk["finish_reason"] = self.openai_finish_reason
-        return [last_chunk] if remaining_chunk is None else [remaining_chunk, last_chunk]
+        if remaining_chunk is None:
+            return [last_chunk]
+        return [remaining_chunk, last_chunk]
 
     @property
     def openai_finish_reason(self) -> str:
@@ -217,14 +227,18 @@ class ChoiceBuilder:
         tokens: Sequence[GeneratedToken],
         reasoning: str = "",
     ) -> dict[str, Any] | None:
-        logprobs = [self._format_logprob(token) for token in tokens] if self.with_logprobs else []
+        logprobs: list[dict[str, Any]] = []
+        if self.with_logprobs:
+            logprobs = list(map(self._format_logprob, tokens))
         if not text and not calls and not logprobs and not reasoning:
             return None
-        delta: dict[str, Any] = {"reasoning_content": reasoning} if reasoning else {}
+        delta: dict[str, Any] = {}
+        if reasoning:
+            delta["reasoning_content"] = reasoning
         if text:
             delta["content"] = text
         if calls:
-            formatted = [_format_tool_call(call) for call in calls]
+            formatted = list(map(_format_tool_call, calls))
             first = len(self.tool_calls)
             delta["tool_calls"] = [{"index": n, **c} for n, c in enumerate(formatted, first)]
             self.tool_calls += formatted
@@ -250,8 +264,11 @@ class ChoiceBuilder:
         return {**entries[0], "top_logprobs": entries[1:]}
 
 
-LARGE_BODY_BYTES, MAX_LARGE_BODIES = 4 << 20, 2
-"""Size from which a body is large, and maximum number of them that workers parse at once.
+LARGE_BODY_BYTES = 4 << 20
+"""Size from which a body is large."""
+
+MAX_LARGE_BODIES = 2
+"""Maximum number of large bodies that workers parse at once.
 
 A worker has a copy of the body, and of the texts and images in it.
 """
@@ -268,7 +285,8 @@ SSE_HEADERS = {
     # Disable buffering in proxies.
     "x-accel-buffering": "no",
 }
-SSE_EVENT_END, SSE_END = b"\n\n", b"data: [DONE]\n\n"
+SSE_EVENT_END = b"\n\n"
+SSE_END = b"data: [DONE]\n\n"
 
 
 @dataclass(frozen=True)
@@ -468,7 +486,8 @@ class ActiveCompletion:
             ClientDisconnectedError: The client disconnected.
         """
         handler = self.handler
-        folder, max_model_len = self.preprocessor.folder, handler.service.max_model_len
+        folder = self.preprocessor.folder
+        max_model_len = handler.service.max_model_len
         async with self._limit_time():
             body, prompt = await handler.parse_in_thread(self._parse_and_encode, data)
             reservation.release()
@@ -576,7 +595,8 @@ class ActiveCompletion:
         }
 
     async def _iter_chunks(self) -> AsyncGenerator[dict[str, Any]]:
-        object_type, choices = "chat.completion.chunk", self._build_choices()
+        object_type = "chat.completion.chunk"
+        choices = self._build_choices()
         for choice in choices:
             yield self._build_object(object_type, [choice.build_first_chunk()])
         async with contextlib.aclosing(self._iter_choice_chunks(choices)) as choice_chunks:
@@ -590,10 +610,12 @@ class ActiveCompletion:
         self, choices: list[ChoiceBuilder]
     ) -> AsyncGenerator[dict[str, Any]]:
         """Yield stream chunks of all choices as tokens arrive, and append them to `choices`."""
-        metrics, is_first = self.handler.metrics, True
+        metrics = self.handler.metrics
+        is_first = True
         async with contextlib.aclosing(self._iter_deltas()) as deltas:
             async for choice_index, delta in deltas:
-                choice, stream = choices[choice_index], self.streams[choice_index]
+                choice = choices[choice_index]
+                stream = self.streams[choice_index]
                 if is_first:
                     seconds = asyncio.get_running_loop().time() - self.start_time
                     metrics.time_to_first_token.observe(seconds)
@@ -603,7 +625,8 @@ class ActiveCompletion:
                     if chunk is not None:
                         yield chunk
                     continue
-                constraint, reason = self.constraints[choice_index], stream.finish_reason
+                constraint = self.constraints[choice_index]
+                reason = stream.finish_reason
                 assert reason is not None, f"choice {choice_index} continues after its end"
                 if constraint is not None and constraint.has_failed:
                     raise ApiError(
@@ -655,11 +678,13 @@ class ActiveCompletion:
         service = self.handler.service
         body = self.preprocessor.parse_body(data, service.max_model_len)
         data.clear()
-        names, name = service.model_names, body.chat_request.model
+        names = service.model_names
+        name = body.chat_request.model
         if name not in names:
             message = f"unknown model {name[:80]!r}; expected {' or '.join(names)}"
             raise ApiError(404, message, "model", "model_not_found")
-        self.chat_request, self.thinking = body.chat_request, body.chat_request.thinking
+        self.chat_request = body.chat_request
+        self.thinking = body.chat_request.thinking
         try:
             renderer = service.select_renderer(name, self.thinking)
         except UserError as error:
@@ -698,14 +723,15 @@ class ActiveCompletion:
             ApiError: The inference service is busy, or the request is invalid.
             ClientDisconnectedError: `close` was called, which cannot interrupt this thread.
         """
-        factory, grammar = self.handler.constraint_factory, self._get_grammar_spec()
+        factory = self.handler.constraint_factory
+        grammar = self._get_grammar_spec()
         if grammar is not None:
             check = functools.partial(self.preprocessor.check_grammar, *grammar, self.thinking)
             factory.check_once(grammar[0], check)
         for choice_index in range(self.chat_request.n or 1):
-            constraint = (
-                None if grammar is None else WorkerConstraint(factory, grammar[0], self.thinking)
-            )
+            constraint = None
+            if grammar is not None:
+                constraint = WorkerConstraint(factory, grammar[0], self.thinking)
             self.constraints.append(constraint)
             if self._is_closed:
                 raise ClientDisconnectedError
@@ -756,7 +782,8 @@ class ActiveCompletion:
         Raises:
             ApiError: `response_format`, `tools` and `tool_choice` are inconsistent.
         """
-        response_format, choice = self.chat_request.response_format, self.chat_request.tool_choice
+        response_format = self.chat_request.response_format
+        choice = self.chat_request.tool_choice
         is_structured = not isinstance(response_format, UnstructuredFormat | None)
         functions = [tool.function for tool in self.chat_request.tools or []]
         if isinstance(choice, NamedToolChoice):
@@ -793,7 +820,8 @@ class ChatCompletionStreamResponse(Response):
 
     def __init__(self, completion: ActiveCompletion, stack: contextlib.ExitStack) -> None:
         super().__init__()
-        self._completion, self._stack = completion, stack
+        self._completion = completion
+        self._stack = stack
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the headers and the stream (ASGI)."""

@@ -12,8 +12,9 @@ import stat
 import sys
 import time
 from collections.abc import AsyncIterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import h11
 import uvicorn
@@ -51,8 +52,11 @@ NUM_UNCHECKED_CHUNKS = 1000
 MIN_MEAN_CHUNK_BYTES = 256
 """Minimum mean chunk size of a body, checked after `NUM_UNCHECKED_CHUNKS` chunks."""
 
-ABORT_STATE_KEY, SIGNED_IN_KEY = "finesight_abort", "finesight_signed_in"
-"""Keys of the request state for functions that close the connection, and make its client known."""
+ABORT_STATE_KEY = "finesight_abort"
+"""Key of the request state for the function that closes the connection."""
+
+SIGNED_IN_KEY = "finesight_signed_in"
+"""Key of the request state for the function that makes the client of the connection known."""
 
 
 def is_loopback(host: str) -> bool:
@@ -140,7 +144,9 @@ class ChunkCountingConnection(h11.Connection):
     They would block the event loop: parsing a one-byte chunk takes as long as a thousand bytes.
     """
 
-    is_flooded, _num_chunks, _num_bytes = False, 0, 0
+    is_flooded = False
+    _num_chunks = 0
+    _num_bytes = 0
 
     def next_event(self) -> h11.Event | type[h11.NEED_DATA] | type[h11.PAUSED]:
         """Parse the next event, or return NEED_DATA if the connection is flooded."""
@@ -211,6 +217,114 @@ class AcceptErrors:
             print(f"warning: connections wait: {error}; raise ulimit -n", file=sys.stderr)
 
 
+@dataclass(slots=True, eq=False)
+class _ConnectionLimits:
+    """Limits on the connections of a server, and the connections that they concern.
+
+    Attributes:
+        refusal: HTTP response to a new client if all connections are open.
+        refused: Connections that are open only until their client has read the refusal.
+        unknown: Connections of unknown clients, oldest first.
+    """
+
+    header_timeout_s: float
+    send_timeout_s: float
+    max_connections: int
+    refusal: bytes
+    refused: set[H11Protocol] = field(default_factory=set)
+    unknown: dict[H11Protocol, None] = field(default_factory=dict)
+
+    @property
+    def max_refused(self) -> int:
+        return min(MAX_REFUSED_CONNECTIONS, self.max_connections)
+
+
+class _LimitedH11Protocol(H11Protocol):
+    """Protocol of a connection with limits, which a subclass for each server sets."""
+
+    limits: ClassVar[_ConnectionLimits]
+
+    def __init__(
+        self,
+        config: uvicorn.Config,
+        server_state: ServerState,
+        app_state: dict[str, Any],
+        _loop: asyncio.AbstractEventLoop | None = None,
+    ) -> None:
+        functions = {ABORT_STATE_KEY: self._abort, SIGNED_IN_KEY: self._admit}
+        super().__init__(config, server_state, {**app_state, **functions}, _loop)
+        self._timeout: asyncio.TimerHandle | None = None
+        self.conn = self._counter = ChunkCountingConnection(h11.SERVER, MAX_HEAD_BYTES)
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        limits = self.limits
+        if len(self.connections) > limits.max_connections and limits.unknown:
+            oldest = next(iter(limits.unknown))
+            # At once, because several connections may be accepted before it is lost.
+            del limits.unknown[oldest]
+            self.connections.discard(oldest)
+            oldest.transport.abort()
+        if len(self.connections) <= limits.max_connections:
+            self._start_timeout()
+            limits.unknown[self] = None
+        elif len(limits.refused) < limits.max_refused:
+            self.connections.discard(self)
+            limits.refused.add(self)
+            transport.write(limits.refusal)
+            # Until then, what the client sends is discarded, so that it reads the response.
+            self.loop.call_later(REFUSED_SECONDS, self._abort)
+        else:
+            self._abort()
+
+    def data_received(self, data: bytes) -> None:
+        if self in self.limits.refused:
+            return
+        # In slices, because h11 limits a header only if it arrives in several reads.
+        for start in range(0, len(data), MAX_HEAD_BYTES):
+            if not self.transport.is_closing():
+                super().data_received(data[start : start + MAX_HEAD_BYTES])
+        if self._counter.is_flooded:
+            self._abort()
+        if self.cycle is None or self.cycle.response_complete:
+            self._start_timeout()
+        elif self not in self.limits.unknown:
+            self._cancel_timeout()
+
+    def on_response_complete(self) -> None:
+        if self in self.limits.unknown:
+            self._cancel_timeout()
+            self._start_timeout()
+        super().on_response_complete()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._admit()
+        self.limits.refused.discard(self)
+        super().connection_lost(exc)
+
+    def timeout_keep_alive_handler(self) -> None:
+        super().timeout_keep_alive_handler()
+        # A closing connection waits until the client has read the rest.
+        self.loop.call_later(self.limits.send_timeout_s, self._abort)
+
+    def _start_timeout(self) -> None:
+        if self._timeout is None:
+            self._timeout = self.loop.call_later(self.limits.header_timeout_s, self._abort)
+
+    def _cancel_timeout(self) -> None:
+        if self._timeout is not None:
+            self._timeout.cancel()
+            self._timeout = None
+
+    def _admit(self) -> None:
+        """Treat the client, whose request header is complete, as a known one."""
+        self.limits.unknown.pop(self, None)
+        self._cancel_timeout()
+
+    def _abort(self) -> None:
+        self.transport.abort()
+
+
 def build_protocol_class(
     header_timeout_s: float,
     send_timeout_s: float,
@@ -229,87 +343,8 @@ def build_protocol_class(
     connections are open, the oldest one of an unknown client gives way to a new one. If all clients
     are known, a new connection gets the HTTP response `refusal`.
     """
-    refused, unknown = set[H11Protocol](), dict[H11Protocol, None]()
-    max_refused = min(MAX_REFUSED_CONNECTIONS, max_connections)
 
-    class LimitedH11Protocol(H11Protocol):
-        def __init__(
-            self,
-            config: uvicorn.Config,
-            server_state: ServerState,
-            app_state: dict[str, Any],
-            _loop: asyncio.AbstractEventLoop | None = None,
-        ) -> None:
-            functions = {ABORT_STATE_KEY: self._abort, SIGNED_IN_KEY: self._admit}
-            super().__init__(config, server_state, {**app_state, **functions}, _loop)
-            self._timeout: asyncio.TimerHandle | None = None
-            self.conn = self._counter = ChunkCountingConnection(h11.SERVER, MAX_HEAD_BYTES)
-
-        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-            super().connection_made(transport)
-            if len(self.connections) > max_connections and unknown:
-                oldest = next(iter(unknown))
-                # At once, because several connections may be accepted before it is lost.
-                del unknown[oldest]
-                self.connections.discard(oldest)
-                oldest.transport.abort()
-            if len(self.connections) <= max_connections:
-                self._start_timeout()
-                unknown[self] = None
-            elif len(refused) < max_refused:
-                self.connections.discard(self)
-                refused.add(self)
-                transport.write(refusal)
-                # Until then, what the client sends is discarded, so that it reads the response.
-                self.loop.call_later(REFUSED_SECONDS, self._abort)
-            else:
-                self._abort()
-
-        def data_received(self, data: bytes) -> None:
-            if self in refused:
-                return
-            # In slices, because h11 limits a header only if it arrives in several reads.
-            for start in range(0, len(data), MAX_HEAD_BYTES):
-                if not self.transport.is_closing():
-                    super().data_received(data[start : start + MAX_HEAD_BYTES])
-            if self._counter.is_flooded:
-                self._abort()
-            if self.cycle is None or self.cycle.response_complete:
-                self._start_timeout()
-            elif self not in unknown:
-                self._cancel_timeout()
-
-        def on_response_complete(self) -> None:
-            if self in unknown:
-                self._cancel_timeout()
-                self._start_timeout()
-            super().on_response_complete()
-
-        def connection_lost(self, exc: Exception | None) -> None:
-            self._admit()
-            refused.discard(self)
-            super().connection_lost(exc)
-
-        def timeout_keep_alive_handler(self) -> None:
-            super().timeout_keep_alive_handler()
-            # A closing connection waits until the client has read the rest.
-            self.loop.call_later(send_timeout_s, self._abort)
-
-        def _start_timeout(self) -> None:
-            if self._timeout is None:
-                self._timeout = self.loop.call_later(header_timeout_s, self._abort)
-
-        def _cancel_timeout(self) -> None:
-            if self._timeout is not None:
-                self._timeout.cancel()
-                self._timeout = None
-
-        def _admit(self) -> None:
-            """Treat the client, whose request header is complete, as a known one."""
-            unknown.pop(self, None)
-            self._cancel_timeout()
-
-        def _abort(self) -> None:
-            self.transport.abort()
+    class LimitedH11Protocol(_LimitedH11Protocol):
+        limits = _ConnectionLimits(header_timeout_s, send_timeout_s, max_connections, refusal)
 
     return LimitedH11Protocol

@@ -22,7 +22,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from finesight.data.boxes import clip_box
+from finesight.data.boxes import Box, clip_box
 from finesight.data.formats.image_annotations import (
     CAPTION_PROMPT,
     DETECTION_PROMPT,
@@ -111,9 +111,13 @@ class LabelStudioHandler:
 
     async def get_health(self, request: Request) -> Response:
         """Return the state of the model."""
-        is_alive = self.completions.service.is_alive
-        status = {"status": "UP" if is_alive else "DOWN", "model_class": self.model_name}
-        return JSONResponse(status, 200 if is_alive else 503)
+        if self.completions.service.is_alive:
+            status = "UP"
+            status_code = 200
+        else:
+            status = "DOWN"
+            status_code = 503
+        return JSONResponse({"status": status, "model_class": self.model_name}, status_code)
 
     async def set_up(self, request: Request) -> Response:
         """Return the model version."""
@@ -219,7 +223,10 @@ class LabelStudioHandler:
                 reservation.release()
             results += build_results(control, choice, completion.image_sizes[0])
             logprobs = [entry["logprob"] for entry in choice.logprobs]
-            scores.append(math.exp(fmean(logprobs)) if logprobs else 0.0)
+            score = 0.0
+            if logprobs:
+                score = math.exp(fmean(logprobs))
+            scores.append(score)
         return {"result": results, "score": fmean(scores), "model_version": self.model_name}
 
     def _build_request(self, control: LabelControl, url: str) -> Record:
@@ -256,9 +263,13 @@ def build_results(
             label = names.get(_normalize(box.label or ""))
             if control.labels and (control.text_name or len(control.labels) == 1):
                 label = label or control.labels[0]
-            x1, y1, x2, y2 = box.xyxy
-            center = (x1 + x2) / 2, (y1 + y2) / 2
-            corners = clip_box(center * 2 if is_point else box.xyxy, image_size, is_point=is_point)
+            xyxy: Box = box.xyxy
+            if is_point:
+                x1, y1, x2, y2 = box.xyxy
+                x = (x1 + x2) / 2
+                y = (y1 + y2) / 2
+                xyxy = (x, y, x, y)
+            corners = clip_box(xyxy, image_size, is_point=is_point)
             if label is not None and corners is not None:
                 results += build_region_results(
                     f"{control.name}-{number}",
@@ -272,11 +283,15 @@ def build_results(
     answer = choice.prediction.answer.strip()
     answers = [answer]
     if control.kind == "choices":
-        parts = [answer, *(answer.split(",") if control.is_multiple else ())]
+        parts = [answer]
+        if control.is_multiple:
+            parts += answer.split(",")
         found = [names[name] for name in map(_normalize, parts) if name in names]
         answers = list(dict.fromkeys(found))
-    is_choice, target = control.kind == "choices", (control.name, control.image_name)
-    return [build_answer_result(answers, is_choice=is_choice, controls=target)] if answers else []
+    if not answers:
+        return []
+    target = (control.name, control.image_name)
+    return [build_answer_result(answers, is_choice=control.kind == "choices", controls=target)]
 
 
 def _normalize(label: str) -> str:

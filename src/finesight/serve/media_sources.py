@@ -107,7 +107,8 @@ class FileStore:
     """
 
     def __init__(self, folder: Path, limits: ServerLimits) -> None:
-        self._folder, self._limits = folder, limits
+        self._folder = folder
+        self._limits = limits
         folder.mkdir(mode=0o700, exist_ok=True)
 
     def add(self, owner: str, filename: str, source: BinaryIO) -> UploadedFile:
@@ -125,7 +126,8 @@ class FileStore:
                 lock.acquire()
                 uploads = self._read_records()
                 total_bytes = sum(other.num_bytes for other in uploads)
-                max_files, max_bytes = self._limits.max_files, self._limits.max_total_file_bytes
+                max_files = self._limits.max_files
+                max_bytes = self._limits.max_total_file_bytes
                 if len(uploads) >= max_files or total_bytes + num_bytes > max_bytes:
                     raise ApiError(
                         413,
@@ -200,8 +202,10 @@ class MediaFetcher:
         is_allowed_address: Callable[[IpAddress], bool] = is_public_address,
     ) -> None:
         self._hosts = frozenset(host.lower() for host in hosts)
-        self._timeout_s, self._max_bytes = limits.fetch_timeout_s, limits.max_image_bytes
-        self._resolve, self._is_allowed_address = resolve, is_allowed_address
+        self._timeout_s = limits.fetch_timeout_s
+        self._max_bytes = limits.max_image_bytes
+        self._resolve = resolve
+        self._is_allowed_address = is_allowed_address
         self._ssl_context = ssl.create_default_context() if hosts else None
 
     async def fetch(self, url: str, file: BinaryIO) -> None:
@@ -237,12 +241,13 @@ class MediaFetcher:
             is_allowed = False
         parts = urlsplit(target_url) if is_allowed else urlsplit("")
         if is_offline() or not is_allowed or parts.hostname is None:
-            raise _url_error(
-                "URLs are disabled because HF_HUB_OFFLINE is set"
-                if is_allowed
-                else "URL or its redirect is not allowed",
-                "a data URL, or https:// and a host that the server allows (--allow-media-host)",
+            what = "URL or its redirect is not allowed"
+            if is_allowed:
+                what = "URLs are disabled because HF_HUB_OFFLINE is set"
+            expected = (
+                "a data URL, or https:// and a host that the server allows (--allow-media-host)"
             )
+            raise _url_error(what, expected)
         return parts.hostname, parts.port or 443
 
     async def _resolve_address(self, host: str, port: int) -> str:
@@ -316,7 +321,9 @@ class LabelStudioImages:
                 remedy="correct the address",
             )
         self._folder = Path(os.path.realpath(folder)) if folder else None
-        self._url, self._token, self._limits = (url or "").rstrip("/"), token, limits
+        self._url = (url or "").rstrip("/")
+        self._token = token
+        self._limits = limits
 
     async def fetch(self, reference: str, file: BinaryIO, *, web: MediaFetcher) -> None:
         """Write an image of a task to a file; `web` fetches other web URLs.
@@ -326,7 +333,9 @@ class LabelStudioImages:
             UserError: `web` does not allow the URL.
         """
         is_own = bool(self._url) and reference.startswith(f"{self._url}/")
-        path = reference.removeprefix(self._url) if is_own else reference
+        path = reference
+        if is_own:
+            path = reference.removeprefix(self._url)
         if "://" in path:
             await web.fetch(reference, file)
             return

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from finesight.bounded_files import parse_json
 from finesight.data.boxes import POINT_KEY
-from finesight.data.formats.label_studio import parse_label_config
+from finesight.data.formats.label_studio import LabelControl, parse_label_config
 from finesight.data.image_file import list_pages, read_image_size
 from finesight.data.prompt_format import DEFAULT_PROMPT_FORMAT, PromptFormat
 from finesight.data.sample import (
@@ -131,7 +131,8 @@ class MediaFolder:
                 message = "expected a data URL, such as data:application/pdf;base64,..."
                 raise ApiError(400, message, param)
             return ImagePart(image=self._add_url(part.file.file_data, param))
-        video, (fps, max_frames) = part.video, chat_request.get_sampling(part)
+        video = part.video
+        fps, max_frames = chat_request.get_sampling(part)
         if isinstance(video, str):
             name = self._add_url(video, param, VIDEO_SUFFIXES[0])
             if max_frames is not None:
@@ -212,26 +213,37 @@ def parse_label_studio_request(state: WorkerState, body: bytearray, max_answers:
         raise UserError(f"the body is not JSON: {error}", expected="JSON") from error
     fields = request if isinstance(request, dict) else {}
     config = fields.get("label_config")
-    controls = parse_label_config(config) if isinstance(config, str) and config else []
-    tasks = fields["tasks"] if isinstance(fields.get("tasks"), list) else []
+    controls: Sequence[LabelControl] = ()
+    if isinstance(config, str) and config:
+        controls = parse_label_config(config)
+    tasks = fields.get("tasks")
+    if not isinstance(tasks, list):
+        tasks = []
     if len(tasks) * len(controls) > max_answers:
         raise UserError(
             f"{len(tasks)} tasks with {len(controls)} controls each",
             expected=f"at most {max_answers} answers per request",
             remedy="Request predictions for fewer tasks.",
         )
-    data = [task.get("data") if isinstance(task, dict) else None for task in tasks]
-    references = [
-        [one.get(control.data_key) if isinstance(one, dict) else None for control in controls]
-        for one in data
-    ]
     return JobOutput(
         {
             "action": str(fields.get("action", ""))[:40],
-            "controls": [asdict(control) for control in controls],
-            "tasks": [[one if isinstance(one, str) else None for one in row] for row in references],
+            "controls": list(map(asdict, controls)),
+            "tasks": [_list_references(task, controls) for task in tasks],
         }
     )
+
+
+def _list_references(task: object, controls: Sequence[LabelControl]) -> list[str | None]:
+    """Return the image reference of a task for each control, None for a missing one."""
+    data = task.get("data") if isinstance(task, dict) else None
+    if not isinstance(data, dict):
+        return [None] * len(controls)
+    references: list[str | None] = []
+    for control in controls:
+        reference = data.get(control.data_key)
+        references.append(reference if isinstance(reference, str) else None)
+    return references
 
 
 def inspect_file(
@@ -248,8 +260,11 @@ def inspect_file(
         (header.num_frames / header.fps, limits.max_video_s, "seconds"),
     ):
         if value > limit:
-            expected, remedy = f"at most {limit:g}", "Send a shorter or smaller video."
-            raise UserError(f"a video of {value:g} {unit}", expected=expected, remedy=remedy)
+            raise UserError(
+                f"a video of {value:g} {unit}",
+                expected=f"at most {limit:g}",
+                remedy="Send a shorter or smaller video.",
+            )
     return JobOutput()
 
 
@@ -341,7 +356,9 @@ def compile_grammar(
         "calls": compiler.compile_tool_calls,
     }
     state.constraint = compilers[name](*args)
-    return _compute_bitmask(state.constraint) if with_bitmask else JobOutput()
+    if not with_bitmask:
+        return JobOutput()
+    return _compute_bitmask(state.constraint)
 
 
 def compute_next_bitmask(state: WorkerState, token_id: int) -> JobOutput:
@@ -370,8 +387,10 @@ def build_sample(
         content = message.content or ""
         parts: list[ContentPart] = []
         for number, part in enumerate([content] if isinstance(content, str) else content):
-            if isinstance(part, str | TextContent):
-                parts.append(TextPart(text=part if isinstance(part, str) else part.text))
+            if isinstance(part, str):
+                parts.append(TextPart(text=part))
+            elif isinstance(part, TextContent):
+                parts.append(TextPart(text=part.text))
             else:
                 param = f"messages.{index}.content.{number}"
                 parts.append(media.add_part(part, param, chat_request))

@@ -102,8 +102,11 @@ BLOCKED_FRAGMENTS = split_words(
 
 _BAND_HEIGHT = 26
 _MARGIN = 8
-_LABEL_SIZE, FONT_SIZES = 14, (16, 17)
-"""Font sizes of printed labels, and of the field values, in pixels per em."""
+_LABEL_SIZE = 14
+"""Font size of printed labels, in pixels per em."""
+
+FONT_SIZES = (16, 17)
+"""Font sizes of the field values, in pixels per em."""
 
 _FIRST_DAY = datetime.date(2024, 1, 1)
 _NUM_DAYS = 1500
@@ -139,7 +142,8 @@ def write_tickets(target: Path, num_tickets: int, seed: int) -> Path:
         writer.writeheader()
         for index in range(num_tickets):
             # A text seed is hashed: adjacent indices give independent samples.
-            rng, name = random.Random(f"ticket {seed} {index}"), f"images/{index:04}.png"
+            rng = random.Random(f"ticket {seed} {index}")
+            name = f"images/{index:04}.png"
             fields = sample_ticket(rng)
             draw_ticket(fields, rng).save(folder / name)
             writer.writerow({"image": name, **fields})
@@ -181,7 +185,8 @@ def sample_pseudoword(rng: random.Random) -> str:
     while True:
         syllables = rng.choice((1, 2, 2, 2, 3, 3))
         text = "".join(rng.choice(_ONSETS) + rng.choice(_NUCLEI) for _ in range(syllables))
-        text += rng.choice(_CODAS) if rng.random() < 0.6 else ""
+        if rng.random() < 0.6:
+            text += rng.choice(_CODAS)
         if not any(fragment in text for fragment in BLOCKED_FRAGMENTS):
             return text
 
@@ -192,8 +197,11 @@ def draw_ticket(fields: TicketFields, rng: random.Random) -> Image.Image:
     The image is IMAGE_WIDTH pixels wide.
     """
     labels = dict(zip(TICKET_FIELDS, rng.choice(_LABEL_SETS), strict=True))
-    company, size = rng.choice(_COMPANIES), rng.choice(FONT_SIZES)
-    style = _TicketStyle(company, labels, rng.choice(BAND_COLORS), rng.choice(PAPER_COLORS), size)
+    company = rng.choice(_COMPANIES)
+    font_size = rng.choice(FONT_SIZES)
+    style = _TicketStyle(
+        company, labels, rng.choice(BAND_COLORS), rng.choice(PAPER_COLORS), font_size
+    )
     layout, height = rng.choice(LAYOUTS)
     image = Image.new("RGB", (IMAGE_WIDTH, height), style.background)
     draw = ImageDraw.Draw(image)
@@ -225,8 +233,9 @@ def _draw_two_rows(
 
     Each field has a label.
     """
-    first = rng.random() < 0.5
-    rest = (("seat", 114), ("price", 160)) if first else (("price", 114), ("seat", 176))
+    rest = (("price", 114), ("seat", 176))
+    if rng.random() < 0.5:
+        rest = (("seat", 114), ("price", 160))
     _draw_labeled_fields(
         draw, fields, style, (("from", _MARGIN), ("to", IMAGE_WIDTH // 2 + 4)), _BAND_HEIGHT
     )

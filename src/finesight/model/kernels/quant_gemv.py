@@ -34,7 +34,12 @@ class MatmulTiling(NamedTuple):
 def choose_gemv_tiling(out_features: int, row_bytes: int) -> MatmulTiling:
     """Choose the tiling of a GEMV by output count and bytes per output."""
     # With few outputs SMs are idle unless several warps share a row.
-    warps = 4 if out_features <= 6144 and row_bytes >= 2048 else 2 if out_features <= 6144 else 1
+    if out_features > 6144:
+        warps = 1
+    elif row_bytes >= 2048:
+        warps = 4
+    else:
+        warps = 2
     return MatmulTiling(block_outputs=4, block_chunks=32 * warps, num_warps=warps)
 
 

@@ -1,4 +1,4 @@
-"""Rows of conversation formats: samples, errors and detection, as listed in row_formats.yaml.
+"""Rows of conversation formats: samples, errors and detection, as in cases/row_formats.
 
 The rows follow the documentation of each format: ms-swift's "Custom Dataset", the README of
 LLaMA-Factory's folder `data`, LLaVA's "Finetune LLaVA on Custom Datasets", OpenAI's guide "Vision
@@ -21,15 +21,11 @@ from finesight.data.sample import join_text, sample_to_dict, validate_sample
 from finesight.errors import UserError
 
 CASES = load_cases("row_formats")
+TOOL_ROWS = load_cases("tools_in_rows")
 
 
 def list_cases(kind: str) -> list[tuple[str, dict[str, Any]]]:
-    return [
-        (name, case)
-        for name, group in CASES.items()
-        if name != "tools"
-        for case in group.get(kind, ())
-    ]
+    return [(name, case) for name, group in CASES.items() for case in group.get(kind, ())]
 
 
 def parse(folder: Path, name: str, case: dict[str, Any]) -> Any:
@@ -127,10 +123,10 @@ def test_texts_with_tags_are_no_samples(tag: str) -> None:
     assert detect_format([{"messages": turns}], "")[0].name == "ms-swift"
 
 
-@each("name", CASES["tools"])
+@each("name", TOOL_ROWS)
 def test_tool_calls_of_all_formats_are_equal(folder: Path, name: str) -> None:
     """Calls, results and definitions are structured data, from text in tags as well."""
-    record = CASES["tools"][name]
+    record = TOOL_ROWS[name]
     data_format, _ = detect_format([record], "here")
     assert data_format.name == name.split()[0]
     sample = parse_record(data_format, record, folder).to_train_samples()[0]

@@ -13,7 +13,7 @@ REPEATED = re.compile(r"<(.) \* (\d+)>")
 
 
 class CaseLoader(yaml.CSafeLoader):
-    """Loader of safe YAML, and of long strings that files describe with the tag `!repeat`."""
+    """Loader of safe YAML with the tag `!repeat` for long strings."""
 
 
 def _repeat(loader: CaseLoader, node: yaml.ScalarNode) -> str:
@@ -24,7 +24,7 @@ CaseLoader.add_constructor("!repeat", _repeat)
 
 
 def load_cases(name: str) -> Any:
-    """Load `tests/cases/NAME.yaml`, or the files of the folder NAME as a mapping by file name."""
+    """Load the file NAME.yaml, or the files of the folder NAME by their names."""
     folder = CASES_FOLDER / name
     if folder.is_dir():
         return {path.stem: load_cases(f"{name}/{path.stem}") for path in sorted(folder.iterdir())}

@@ -36,7 +36,7 @@ from finesight.data.formats.image_annotations import (
 from finesight.data.sample import LocatedSample, join_text
 from finesight.errors import UserError
 
-CASES = load_cases("box_scenes")
+CASES = load_cases("box_shapes")
 WHITE = SCENE
 DOGS = [("dog", WHITE), ("dog", (4, 5, 12, 13))]
 LAWN = [("lawn", (0, 0, 40, 20))]

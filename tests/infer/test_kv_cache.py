@@ -4,7 +4,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from each_value import each
 from torch import Tensor
 
 from finesight.encode.tokenization import EncodedSample, TokenizedSample, VisualSpan
@@ -133,9 +132,9 @@ def test_bytes_of_the_cache():
 
 
 @pytest.mark.gpu
-@each("stale", [0.0, float("nan")])
-@each("block_size", [16, 64])
-@each(
+@pytest.mark.parametrize("stale", [0.0, float("nan")])
+@pytest.mark.parametrize("block_size", [16, 64])
+@pytest.mark.parametrize(
     ("heads", "key_heads", "width"),
     [(12, 2, 128), (4, 4, 64), (5, 1, 40), (28, 4, 128), (7, 1, 80)],
 )

@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 from box_fixtures import list_turns, parse_record
 from case_files import load_cases
-from each_value import each
 
 from finesight.data.formats import detect_format, get_format
 from finesight.data.formats.dataset_format import split_preference
@@ -47,7 +46,7 @@ def summarize(content: list[Any], folder: Path) -> list[object]:
     ]
 
 
-@each(("name", "case"), list_cases("samples"))
+@pytest.mark.parametrize(("name", "case"), list_cases("samples"))
 def test_rows_become_samples(folder: Path, name: str, case: dict[str, Any]) -> None:
     example = parse(folder, name, case)
     turns = [[role, summarize(content, folder)] for role, content in list_turns(example)]
@@ -56,7 +55,7 @@ def test_rows_become_samples(folder: Path, name: str, case: dict[str, Any]) -> N
     assert list(example.to_eval_sample().references) == case.get("references", [])
 
 
-@each(("name", "case"), list_cases("errors"))
+@pytest.mark.parametrize(("name", "case"), list_cases("errors"))
 def test_invalid_rows_are_rejected(folder: Path, name: str, case: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=case["error"]) as caught:
         parse(folder, name, case)
@@ -65,7 +64,7 @@ def test_invalid_rows_are_rejected(folder: Path, name: str, case: dict[str, Any]
     assert case.get("remedy", "") in caught.value.remedy
 
 
-@each(("name", "case"), list_cases("detected"))
+@pytest.mark.parametrize(("name", "case"), list_cases("detected"))
 def test_format_of_rows_is_detected(name: str, case: dict[str, Any]) -> None:
     data_format, reason = detect_format(case["records"], "here")
     assert data_format.name == name
@@ -91,7 +90,7 @@ def test_turns_in_a_row_and_results_out_of_order(folder: Path) -> None:
         validate_sample(sample, "")
 
 
-@each(("key", "solution"), [
+@pytest.mark.parametrize(("key", "solution"), [
     ("prompt", {"solution": "4"}),
     ("messages", {"solution": 4}),
     ("prompt", {"reward_model": {"style": "rule", "ground_truth": "4"}}),
@@ -123,7 +122,7 @@ def test_texts_with_tags_are_no_samples(tag: str) -> None:
     assert detect_format([{"messages": turns}], "")[0].name == "ms-swift"
 
 
-@each("name", TOOL_ROWS)
+@pytest.mark.parametrize("name", TOOL_ROWS)
 def test_tool_calls_of_all_formats_are_equal(folder: Path, name: str) -> None:
     """Calls, results and definitions are structured data, from text in tags as well."""
     record = TOOL_ROWS[name]

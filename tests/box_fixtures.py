@@ -32,7 +32,9 @@ LABEL_FILES = {"coco": "annotations.json"}
 LABEL_FILES |= dict.fromkeys(("label-studio", "label-studio-predictions"), "tasks.json")
 """Names of the exported files that an import needs, for formats without a folder."""
 
-SCENES: dict[str, dict[str, Any]] = load_cases("box_scenes")["scenes"]
+SCENES: dict[str, dict[str, Any]] = load_cases("box_scenes")
+"""One scene in every format of files: a dog on the white pixels, a small dog and a lawn in an image
+of 40 x 20 pixels. `lawn`, `dog`: the part of the first file that is replaced."""
 SCENE = (12, 3, 32, 17)
 """White pixels of the scene."""
 

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 from case_files import load_cases
 from docs_code_blocks import DOCS, list_code_blocks
-from each_value import each
 from PIL import Image
 from tiny_task import make_task
 from video_fixtures import write_video
@@ -194,7 +193,7 @@ def call_api(name, arguments, options):
     return getattr(api, name)(*arguments, **options)
 
 
-@each(("call", "where"), INVALID_CALLS)
+@pytest.mark.parametrize(("call", "where"), INVALID_CALLS)
 def test_invalid_calls_are_reported(model, tmp_path, monkeypatch, call, where):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError) as caught:
@@ -208,7 +207,9 @@ def test_invalid_calls_are_reported(model, tmp_path, monkeypatch, call, where):
 IN_MEMORY_IMAGE = Image.new("RGB", (40, 40))
 
 
-@each("image", [IN_MEMORY_IMAGE, [IN_MEMORY_IMAGE], np.array(IN_MEMORY_IMAGE), b"\x89PNG", None, 3])
+@pytest.mark.parametrize(
+    "image", [IN_MEMORY_IMAGE, [IN_MEMORY_IMAGE], np.array(IN_MEMORY_IMAGE), b"\x89PNG", None, 3]
+)
 def test_in_memory_images_are_rejected(model, image):
     with pytest.raises(UserError, match="instead of a file name") as caught:
         model.generate(image, "Hi")

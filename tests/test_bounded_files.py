@@ -11,7 +11,6 @@ from unicodedata import normalize
 import pytest
 import yaml
 from case_files import load_cases
-from each_value import each
 
 from finesight import bounded_files as files
 from finesight.errors import UserError
@@ -28,7 +27,7 @@ READERS: list[Callable[[Path], object]] = [
 
 
 @pytest.mark.parametrize("read", READERS)
-@each("location", ["folder", "pipe", "/dev/zero", "link", "missing", "null\0"])
+@pytest.mark.parametrize("location", ["folder", "pipe", "/dev/zero", "link", "missing", "null\0"])
 def test_only_regular_files_are_read(read, location, tmp_path):
     """A named pipe does not block, a device does not fill the memory."""
     (tmp_path / "folder").mkdir()
@@ -118,7 +117,9 @@ def test_aliases_and_merge_keys() -> None:
     assert files.load_yaml(text) == {"a": both, "b": {"x": 1, "y": 3}, "c": [both, both]}
 
 
-@each(("opening", "closing"), [("[", "]"), ("{a: ", "}"), ("- ", ""), ("? ", "")])
+@pytest.mark.parametrize(
+    ("opening", "closing"), [("[", "]"), ("{a: ", "}"), ("- ", ""), ("? ", "")]
+)
 def test_nesting_depth_is_limited(opening, closing):
     # The limit of PyYAML 6.0.4 is reached first.
     with pytest.raises(yaml.YAMLError, match=f"more than {files.MAX_DEPTH}|maximum nesting depth"):
@@ -136,7 +137,7 @@ def test_too_many_values_are_refused_with_location() -> None:
     assert files.ComposedYaml("[1, 2, 3, 4, 5, 6]", 7).data() == [1, 2, 3, 4, 5, 6]
 
 
-@each("value", CASES["test_invalid_values_are_rejected"])
+@pytest.mark.parametrize("value", CASES["test_invalid_values_are_rejected"])
 def test_invalid_values_are_rejected(value: str) -> None:
     with pytest.raises(yaml.MarkedYAMLError) as caught:
         files.load_yaml(f"first: 1\nsecond: {value}\n")

@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from case_files import load_cases
-from each_value import each
 from safetensors.numpy import save_file
 
 from finesight.errors import UserError
@@ -54,7 +53,7 @@ def test_local_folder_needs_no_network(folder: Path) -> None:
     assert found.preprocessor_config == dict(PREPROCESSOR_DEFAULTS)
 
 
-@each(
+@pytest.mark.parametrize(
     "name",
     ["./none", "/none", "a/b/c", "none", "../a/b", "a b/c", "", "~nobody-at-all/a", "a" * 5000],
 )
@@ -152,7 +151,7 @@ def test_qwen_vl_image_settings_are_read_from_config(folder: Path) -> None:
         _ = ModelFolder(folder).preprocessor_config
 
 
-@each(("content", "message"), CASES["test_invalid_config"])
+@pytest.mark.parametrize(("content", "message"), CASES["test_invalid_config"])
 def test_invalid_config(folder: Path, content: str, message: str) -> None:
     (folder / "config.json").write_text(content, encoding="latin-1")
     with pytest.raises(UserError, match=message) as raised:
@@ -187,7 +186,7 @@ def test_weights_by_index_or_single_file(folder: Path) -> None:
     assert ModelFolder(folder).weight_files() == expected
 
 
-@each(
+@pytest.mark.parametrize(
     "content",
     ["{}", '{"weight_map": {}}', '{"weight_map": {"a": "../b"}}', '{"weight_map": {"a": 1}}'],
 )
@@ -212,7 +211,7 @@ def test_fingerprint_covers_headers_and_index(folder: Path) -> None:
     assert ModelFolder(folder).fingerprint() != first
 
 
-@each("content", [b"", b"version https://git-lfs", b"\xff" * 9, bytes(8)])
+@pytest.mark.parametrize("content", [b"", b"version https://git-lfs", b"\xff" * 9, bytes(8)])
 def test_damaged_weight_file(folder: Path, content: bytes) -> None:
     (folder / "model.safetensors").write_bytes(content)
     with pytest.raises(UserError, match="do not start with a safetensors header") as raised:

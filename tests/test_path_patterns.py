@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 from case_files import load_cases
-from each_value import each
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -55,8 +54,8 @@ def test_any_pattern_finds_the_files_of_glob(tree, parts):
     assert resolve(files) == resolve(expected_files)
 
 
-@each("is_reversed", [False, True])
-@each(
+@pytest.mark.parametrize("is_reversed", [False, True])
+@pytest.mark.parametrize(
     ("pattern", "found"),
     [
         ("*/train.jsonl", ["latest/train.jsonl"]),
@@ -87,7 +86,9 @@ def make_folders(folder: Path, count: int = 60) -> None:
         (folder / f"d/{number}").mkdir(parents=True)
 
 
-@each("pattern", ["d/*/../*/../*/../*", "d/*/../*/../*/../*/../*/../*", "d/*/./../*/./../../d/*"])
+@pytest.mark.parametrize(
+    "pattern", ["d/*/../*/../*/../*", "d/*/../*/../*/../*/../*/../*", "d/*/./../*/./../../d/*"]
+)
 def test_folder_is_read_once_however_many_paths_lead_to_it(tmp_path, monkeypatch, pattern):
     """60 folders have 13 million paths of the first pattern."""
     make_folders(tmp_path)
@@ -125,7 +126,7 @@ def test_search_of_a_recipe_for_its_files_is_bounded(tmp_path, monkeypatch):
     assert str(load_recipe(recipe).data.train[1].path) == "d/*/a.jsonl"
 
 
-@each("name", ["", "missing", "a" * 5000, "*" * 300, "[", "a\x7f*", "~*"])
+@pytest.mark.parametrize("name", ["", "missing", "a" * 5000, "*" * 300, "[", "a\x7f*", "~*"])
 def test_unusual_patterns_match_nothing(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     assert not has_match(name, SearchBudget())

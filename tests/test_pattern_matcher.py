@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from functools import partial
 
 import pytest
-from each_value import each
 
 from finesight import pattern_matcher
 from finesight.errors import UserError
@@ -18,7 +17,7 @@ def matcher() -> Iterator[PatternMatcher]:
         yield made
 
 
-@each(
+@pytest.mark.parametrize(
     ("pattern", "text"),
     [
         (r"(.*\.)?(q_proj)$", "layers.0.q_proj"),
@@ -42,14 +41,16 @@ def test_flags_apply_to_the_pattern(matcher):
     assert matcher.match("a.b", ["a\nb"], is_full=True, flags=re.DOTALL) == [[]]
 
 
-@each("pattern", ["(", "a{99999999999999999999}", "(" * 5000 + ")" * 5000, "[z-a]", "(?P<a>b)(?i)"])
+@pytest.mark.parametrize(
+    "pattern", ["(", "a{99999999999999999999}", "(" * 5000 + ")" * 5000, "[z-a]", "(?P<a>b)(?i)"]
+)
 def test_invalid_patterns_are_errors_of_the_user(matcher, pattern):
     with pytest.raises(UserError, match="is not a regular expression") as caught:
         matcher.match(pattern)
     assert (caught.value.where, caught.value.remedy) == ("file.json", "correct it")
 
 
-@each(
+@pytest.mark.parametrize(
     ("pattern", "text"),
     [
         (r"(\w+\s?)+\.", "a" * 61),

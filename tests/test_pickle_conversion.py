@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from each_value import each
 from safetensors.torch import load_file
 from tiny_model import create_tiny_model
 
@@ -128,7 +127,7 @@ UNSUPPORTED = [
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-@each(("make", "message"), UNSUPPORTED)
+@pytest.mark.parametrize(("make", "message"), UNSUPPORTED)
 def test_unsupported_contents_are_rejected(make, message, tmp_path):
     path = tmp_path / "pytorch_model.bin"
     torch.save(make(), path)

@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 import yaml
 from case_files import load_cases
-from each_value import each
 from hub_fixtures import make_parquet
 from PIL import Image
 from test_bounded_files import LAUGHS
@@ -65,7 +64,7 @@ def test_minimal_recipe_uses_defaults(tmp_path, monkeypatch):
     assert "weight_decay: 0.0" in recipes.dump_recipe(recipe), "defaults in force are written out"
 
 
-@each(("override", "name", "expected"), CASES["test_setting_values"])
+@pytest.mark.parametrize(("override", "name", "expected"), CASES["test_setting_values"])
 def test_setting_values(tmp_path, override, name, expected):
     text = SHORTEST + "eval: {metric: ocr}\n"
     recipe = recipes.load_recipe(_write_recipe(tmp_path, text), [override])
@@ -73,7 +72,7 @@ def test_setting_values(tmp_path, override, name, expected):
     assert recipes.load_recipe(_write_recipe(tmp_path, recipes.dump_recipe(recipe))) == recipe
 
 
-@each("row", CASES["test_invalid_settings"])
+@pytest.mark.parametrize("row", CASES["test_invalid_settings"])
 def test_invalid_settings(tmp_path, row):
     addition, *words = row
     error = _load_error(tmp_path, f"{SHORTEST}{addition}\n")
@@ -83,7 +82,7 @@ def test_invalid_settings(tmp_path, row):
     assert "planted" not in str(error)
 
 
-@each("row", CASES["test_invalid_overrides"])
+@pytest.mark.parametrize("row", CASES["test_invalid_overrides"])
 def test_invalid_overrides(tmp_path, row):
     override, *words = row
     error = _load_error(tmp_path, SHORTEST, override)
@@ -93,14 +92,18 @@ def test_invalid_overrides(tmp_path, row):
 
 
 @pytest.mark.parametrize("base", CASES["bases"].values())
-@each(("override", "name", "expected"), CASES["test_overrides_of_short_and_long_forms"])
+@pytest.mark.parametrize(
+    ("override", "name", "expected"), CASES["test_overrides_of_short_and_long_forms"]
+)
 def test_overrides_of_short_and_long_forms(tmp_path, base, override, name, expected):
     text = f"model: some/model\noutput_dir: runs/one\n{base}"
     recipe = recipes.load_recipe(_write_recipe(tmp_path, text), [override])
     assert _get_setting(recipe, name) == expected
 
 
-@each(("override", "indexed"), CASES["test_override_of_one_of_several_entries_needs_an_index"])
+@pytest.mark.parametrize(
+    ("override", "indexed"), CASES["test_override_of_one_of_several_entries_needs_an_index"]
+)
 def test_override_of_one_of_several_entries_needs_an_index(tmp_path, override, indexed):
     text = (
         "model: some/model\noutput_dir: runs/one\ntrack: [wandb, tensorboard]\n"
@@ -126,7 +129,7 @@ def test_override_replaces_settings_that_it_excludes(tmp_path):
     assert "did you mean" not in error.what
 
 
-@each("conflict", ["train.vision_cache=disk", "train.objective=dpo"])
+@pytest.mark.parametrize("conflict", ["train.vision_cache=disk", "train.objective=dpo"])
 def test_augmentation_excludes_stored_features_and_other_objectives(tmp_path, conflict):
     error = _load_error(tmp_path, SHORTEST, "data.augment=light", conflict)
     assert _missing_words(error, ["data.augment", conflict]) == []
@@ -139,7 +142,7 @@ def test_recipes_of_earlier_versions_load(tmp_path):
     assert "use train.seed=4" in _load_error(tmp_path, SHORTEST + former % 4).remedy
 
 
-@each(("override", "remedy"), REPLACEMENTS.items())
+@pytest.mark.parametrize(("override", "remedy"), REPLACEMENTS.items())
 def test_settings_of_other_trainers_are_replaced(tmp_path, override, remedy):
     text = SHORTEST + "eval: {metric: ocr}\ntune: {vision: lora}\n"
     error = _load_error(tmp_path, text, override)
@@ -185,7 +188,7 @@ def test_configuration_of_another_trainer_is_recognized(tmp_path):
     assert not _load_error(tmp_path, "modl: m\ndta: d\nlora_rank: 8\n").remedy
 
 
-@each(("text", "line", "words"), CASES["test_unreadable_recipe"])
+@pytest.mark.parametrize(("text", "line", "words"), CASES["test_unreadable_recipe"])
 def test_unreadable_recipe(tmp_path, text, line, words):
     error = _load_error(tmp_path, text)
     path = tmp_path / "recipe.yaml"
@@ -240,7 +243,7 @@ def test_large_recipes_are_rejected(tmp_path):
     assert _load_error(tmp_path, SHORTEST, long_index).where.startswith("override")
 
 
-@each(
+@pytest.mark.parametrize(
     ("num_samples", "is_short", "key", "value"),
     CASES["test_duration_follows_the_number_of_samples"],
 )
@@ -322,8 +325,8 @@ def _list_documented_values(name: str) -> list[str]:
     return re.findall("`([^`]+)`", " ".join(texts))
 
 
-@each("text", CASES["forms"].values())
-@each("name", SETTINGS)
+@pytest.mark.parametrize("text", CASES["forms"].values())
+@pytest.mark.parametrize("name", SETTINGS)
 def test_documented_values_can_be_overridden(tmp_path, text, name):
     values = _list_documented_values(name)
     assert values, "the page has neither a default nor an example"
@@ -345,7 +348,9 @@ def test_documented_values_can_be_overridden(tmp_path, text, name):
             assert node == expected or float(node) == float(expected)
 
 
-@each(("text", "override", "expected"), CASES["test_text_of_a_recipe_is_overridden"])
+@pytest.mark.parametrize(
+    ("text", "override", "expected"), CASES["test_text_of_a_recipe_is_overridden"]
+)
 def test_text_of_a_recipe_is_overridden(text, override, expected):
     assert override_settings(text, [override]) == expected
 
@@ -406,7 +411,7 @@ def _converse(row: dict[str, str], question: str) -> dict[str, object]:
     return {"id": row["image_path"], "conversations": turns}
 
 
-@each("recipe", SHIPPED)
+@pytest.mark.parametrize("recipe", SHIPPED)
 def test_recipe_is_valid(recipe):
     loaded = recipes.load_recipe(recipe)
     assert loaded.data.eval, f"{recipe} has no validation data"

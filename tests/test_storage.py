@@ -16,7 +16,6 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 from crash_disk import run_in_crashing_child
-from each_value import each
 from safetensors.numpy import load_file, save_file
 
 from finesight import storage
@@ -147,8 +146,8 @@ def test_stale_temporary_files_are_removed(tmp_path: Path) -> None:
     assert visible(tmp_path) == {"x": {"a": b"1"}, "x.y": {"a": b"1"}}
 
 
-@each("operation", ["write", "rename", "sync", "make_folder"])
-@each("number", [errno.ENOSPC, errno.EROFS, errno.EACCES])
+@pytest.mark.parametrize("operation", ["write", "rename", "sync", "make_folder"])
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EACCES])
 def test_failed_operation_is_explained_and_cleaned_up(tmp_path, operation, number):
     with (
         patch.object(storage, "file_system", make_failing_disk(operation, number)),
@@ -213,7 +212,7 @@ def test_every_bit_flip_is_reported_with_digests(tmp_path: Path) -> None:
     assert load_file(file)["w"].tolist() == list(range(6))
 
 
-@each(
+@pytest.mark.parametrize(
     ("damage", "message"),
     [
         (lambda folder: (folder / "a").unlink(), "the file a is missing"),
@@ -251,7 +250,7 @@ def test_folders_of_killed_processes_are_removed_and_others_stay(tmp_path, monke
     assert not running.exists()
 
 
-@each("number", [errno.EACCES, errno.EPERM, errno.ENOTEMPTY, errno.EIO])
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EPERM, errno.ENOTEMPTY, errno.EIO])
 def test_leftover_that_cannot_be_removed_is_skipped(tmp_path: Path, number: int) -> None:
     class Strict(storage.FileSystem):
         def remove(self, path: Path) -> None:
@@ -286,7 +285,7 @@ def test_new_file_replaces_none_that_appears_meanwhile(tmp_path: Path) -> None:
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"file": b"other"}
 
 
-@each("make", [os.symlink, os.link, shutil.copy])
+@pytest.mark.parametrize("make", [os.symlink, os.link, shutil.copy])
 def test_file_with_a_temporary_name_is_not_opened(tmp_path, monkeypatch, make):
     """The content is neither written to another file, nor readable by the owner of this one."""
     monkeypatch.chdir(tmp_path)
@@ -305,7 +304,7 @@ def test_pipe_with_a_temporary_name_does_not_block(tmp_path: Path) -> None:
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"file": b"new"}
 
 
-@each("replace", [True, False])
+@pytest.mark.parametrize("replace", [True, False])
 def test_two_processes_that_write_one_file_do_not_mix_it(tmp_path, replace):
     file = tmp_path / "file"
 
@@ -319,7 +318,7 @@ def test_two_processes_that_write_one_file_do_not_mix_it(tmp_path, replace):
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"file": b"second"}
 
 
-@each(
+@pytest.mark.parametrize(
     ("names", "target", "remedy"),
     [
         (["a.jsonl"], "a.jsonl", "a-2.jsonl"),
@@ -340,7 +339,7 @@ def test_proposed_name_is_free(tmp_path, monkeypatch, names, target, remedy):
     storage.check_new_path(Path(proposed))
 
 
-@each(
+@pytest.mark.parametrize(
     ("target", "word"),
     [
         ("file/new", "not a directory"),

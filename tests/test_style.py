@@ -7,11 +7,14 @@ from pathlib import Path
 import house
 import pytest
 import yaml
+from case_files import CASES_FOLDER
 from code_measures import find_circles
 from source_modules import SourceModule
 from statement_measures import compute_density, count_constructs, is_within
 
 ROOT = Path(__file__).parents[1]
+
+MAX_COLUMNS = 100
 
 BAD = f"""
 import os
@@ -107,6 +110,16 @@ def test_circles_are_found() -> None:
     edges = {"a": {"b"}, "b": {"c", "d"}, "c": {"a"}, "d": {"e"}, "e": {"d"}, "f": {"a"}}
     found = [group for group in find_circles(edges) if len(group) > 1]
     assert sorted(map(sorted, found)) == [["a", "b", "c"], ["d", "e"]]
+
+
+def test_lines_of_case_files_have_at_most_100_columns() -> None:
+    long_lines = [
+        f"{path.relative_to(CASES_FOLDER)}:{number}"
+        for path in sorted(CASES_FOLDER.rglob("*.yaml"))
+        for number, line in enumerate(path.read_text("utf-8").splitlines(), 1)
+        if len(line) > MAX_COLUMNS
+    ]
+    assert long_lines == []
 
 
 def test_glossary_page_lists_the_avoided_terms() -> None:

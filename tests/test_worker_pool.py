@@ -13,7 +13,6 @@ import numpy as np
 import pool_jobs as jobs
 import pytest
 from attack_client import list_process_tree, list_running
-from each_value import each
 
 from finesight import worker_pool as area
 from finesight.errors import UserError
@@ -170,7 +169,7 @@ time.sleep(600)
 """
 
 
-@each(("job", "num_processes"), [("spin", 3), ("resist", 4)])
+@pytest.mark.parametrize(("job", "num_processes"), [("spin", 3), ("resist", 4)])
 def test_no_process_survives_its_parent(job, num_processes):
     command = [sys.executable, "-c", PARENT, job]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}

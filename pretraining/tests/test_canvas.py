@@ -1,7 +1,7 @@
 """Tests of rotated texts and their bounding boxes."""
 
 import numpy as np
-from each_value import each
+import pytest
 from PIL import Image
 from synthetic_tasks import canvas
 
@@ -25,8 +25,8 @@ def _ink_bounds(image):
     return columns[0], rows[0], columns[-1] + 1, rows[-1] + 1
 
 
-@each("angle", [0.0, 3.5, -6.0, 20.0])
-@each("text", ["Word", "jump", "...", "12:30"])
+@pytest.mark.parametrize("angle", [0.0, 3.5, -6.0, 20.0])
+@pytest.mark.parametrize("text", ["Word", "jump", "...", "12:30"])
 def test_box_is_the_ink_bounds(angle, text):
     page = make_page(angle)
     word = draw(page, text, 60, 70, 28)

@@ -1,11 +1,11 @@
 """Tests of the HTML of the chat page: formulas, JSON and escaping."""
 
+from itertools import count
 from pathlib import Path
 
 import pytest
 from browser import XSS_PAYLOADS
 from case_files import load_cases
-from each_value import each
 from html_text import ParsedPage
 from web_server_fixture import ScriptedService, get_image_pool
 
@@ -101,13 +101,14 @@ def test_bare_latex_is_rendered_for_runs_with_the_latex_metric():
 @pytest.mark.parametrize(
     ("source", "expected"),
     [*CASES["test_json_is_indented"], *((text, None) for text in JSON_BOMBS)],
+    ids=count(),
 )
 def test_json_is_indented(source, expected):
     rendered = render_answer(source, is_formula=False)
     assert (None if rendered is None else ParsedPage(rendered).text) == expected
 
 
-@each("source", HOSTILE)
+@pytest.mark.parametrize("source", HOSTILE)
 def test_rendered_answers_have_only_known_elements(source):
     classes = {("class", one) for one in ("formula", "json", "message-body")}
     for is_formula in (False, True):
@@ -118,7 +119,7 @@ def test_rendered_answers_have_only_known_elements(source):
                 assert is_own or ALLOWED_ATTRIBUTES[name].fullmatch(value or ""), (name, value)
 
 
-@each("payload", XSS_PAYLOADS)
+@pytest.mark.parametrize("payload", XSS_PAYLOADS)
 def test_texts_names_and_prompts_are_escaped(payload, tmp_path):
     def list_tags(text: str) -> list[tuple[str, dict[str, str | None]]]:
         prompts = Manifest.model_construct(metric="latex", prompts=(text,), has_images=False)

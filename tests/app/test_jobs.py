@@ -10,7 +10,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from each_value import each
 from studio_fixtures import read_live, write_job, write_outcome
 
 from finesight import storage
@@ -158,7 +157,7 @@ class FullDisk(FileSystem):
         return super().create(path)
 
 
-@each("name", [JOB_FILE, LOCK_FILE, "log.txt"])
+@pytest.mark.parametrize("name", [JOB_FILE, LOCK_FILE, "log.txt"])
 def test_no_command_starts_on_a_full_disk(tmp_path, monkeypatch, name):
     commands = []
     monkeypatch.setattr(subprocess, "Popen", lambda command, **options: commands.append(command))

@@ -4,13 +4,12 @@ import os
 from pathlib import Path
 
 import pytest
-from each_value import each
 
 from finesight.app.key_file import load_key_file
 from finesight.errors import UserError
 
 
-@each(
+@pytest.mark.parametrize(
     "damage",
     [
         lambda file: file.chmod(0o644),
@@ -35,7 +34,7 @@ def test_key_that_others_may_know_is_refused(tmp_path, monkeypatch, damage):
     assert load_key_file().read_text()
 
 
-@each("state", ["", "state", "./state", "~nobody-at-all/state"])
+@pytest.mark.parametrize("state", ["", "state", "./state", "~nobody-at-all/state"])
 def test_key_is_never_below_the_working_directory(tmp_path, monkeypatch, state):
     """Without a home folder, `~` is a name in the workspace, which may have been received."""
     monkeypatch.chdir(tmp_path)

@@ -3,7 +3,6 @@
 import os
 
 import pytest
-from each_value import each
 
 from finesight.app import line_counter
 from finesight.app.line_counter import LineCounter
@@ -20,7 +19,7 @@ def counter(monkeypatch):
     return counter
 
 
-@each(
+@pytest.mark.parametrize(
     ("content", "expected"),
     [
         (b"", (0, False)),

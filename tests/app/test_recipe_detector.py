@@ -4,7 +4,6 @@ import os
 
 import pytest
 import yaml
-from each_value import each
 
 from finesight.app import recipe_detector
 from finesight.app.recipe_detector import RecipeDetector, YamlBudget
@@ -19,7 +18,7 @@ def detector():
     return detector
 
 
-@each(
+@pytest.mark.parametrize(
     ("text", "is_recipe"),
     [
         (RECIPE, True),
@@ -69,7 +68,7 @@ def test_broken_files_count_as_well(tmp_path, detector, monkeypatch):
     assert detector.is_recipe(tmp_path / "a.yaml")
 
 
-@each(("text", "num_parsed"), [(RECIPE, 2), ("[a, ", 0)])
+@pytest.mark.parametrize(("text", "num_parsed"), [(RECIPE, 2), ("[a, ", 0)])
 def test_budget_ends_after_the_values_of_several_texts(text, num_parsed):
     budget = YamlBudget(8)
     for _ in range(num_parsed):

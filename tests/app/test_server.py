@@ -23,7 +23,6 @@ from urllib.parse import quote
 import pytest
 import uvicorn
 from case_files import load_cases
-from each_value import each
 from label_fixtures import open_fields_session
 from PIL import Image
 from service_fixture import run_service
@@ -308,7 +307,9 @@ def test_other_hosts_and_origins_are_rejected(open_page):
     assert b"evil.example" not in ask(open_page, "GET", "/", **forged).body
 
 
-@each(("host", "origin", "status"), CASES["test_origin_must_have_the_host_and_port_of_the_request"])
+@pytest.mark.parametrize(
+    ("host", "origin", "status"), CASES["test_origin_must_have_the_host_and_port_of_the_request"]
+)
 def test_origin_must_have_the_host_and_port_of_the_request(locked_page, host, origin, status):
     for forwarded in ({}, {"x_forwarded_host": "evil.example", "x_forwarded_proto": "https"}):
         headers = {"host": host, "origin": origin} | forwarded

@@ -4,7 +4,6 @@ import os
 from pathlib import Path
 
 import pytest
-from each_value import each
 
 from finesight.app import use_finder
 from finesight.app.use_finder import UseFinder
@@ -19,7 +18,7 @@ def workspace(tmp_path: Path) -> Path:
     return tmp_path
 
 
-@each(
+@pytest.mark.parametrize(
     ("text", "is_used"),
     [
         ("data: {train: data/a/data.jsonl}", True),
@@ -55,7 +54,7 @@ def test_recipes_beyond_the_bound_are_searched_as_text(workspace, monkeypatch):
     assert finder.is_used_by_recipe(Path("named.yaml"))
 
 
-@each("end", ["", "\n", " " * 100])
+@pytest.mark.parametrize("end", ["", "\n", " " * 100])
 def test_use_by_data_is_found_across_chunks(workspace, monkeypatch, end):
     """Lines may have any length."""
     monkeypatch.setattr(use_finder, "CHUNK_BYTES", 16)

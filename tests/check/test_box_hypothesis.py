@@ -5,7 +5,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from each_value import each
 from PIL import Image, ImageOps
 
 from finesight.check.box_hypothesis import (
@@ -38,7 +37,7 @@ def table(*values: Coordinates, size: tuple[int, int] = (100, 200), turn: int = 
     )
 
 
-@each("turn", range(1, 9))
+@pytest.mark.parametrize("turn", range(1, 9))
 def test_exif_orientation_maps_box_like_pillow(turn: int) -> None:
     stored = np.zeros((60, 90), np.uint8)
     stored[10:25, 50:80] = 255
@@ -56,7 +55,7 @@ def test_exif_orientation_maps_box_like_pillow(turn: int) -> None:
 PATCHES = BoxFrame("pixels", 448, 448, is_capped=True, side_multiple=28)
 
 
-@each(
+@pytest.mark.parametrize(
     ("frame", "size", "sides"),
     [
         (BoxFrame("factor", 0.5, 0.5), (200, 100), (100, 50)),

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 from case_files import load_cases
 from check_fixtures import count_codes, issues_by_line, make_record, run_check, write_records
-from each_value import each
 from PIL import Image
 from shape_images import write_shape_images
 
@@ -30,7 +29,7 @@ def check_records(folder: Path, *records):
     return run_check(write_records(folder / "data.jsonl", records))
 
 
-@each(("one", "other", "contradict"), CASES["test_contradicting_answers"])
+@pytest.mark.parametrize(("one", "other", "contradict"), CASES["test_contradicting_answers"])
 def test_contradicting_answers(folder, one, other, contradict):
     result = check_records(
         folder, *(make_record(image_name(0), "How?", answer) for answer in (one, other))
@@ -106,8 +105,8 @@ def test_dominant_answer_is_reported(folder):
     assert "15 of 25 answers are 'yes'" in result.issues[0].what
 
 
-@each(("rare", "is_similar"), CASES["test_rare_similar_answers"])
-@each("num_rare", [1, 3])
+@pytest.mark.parametrize(("rare", "is_similar"), CASES["test_rare_similar_answers"])
+@pytest.mark.parametrize("num_rare", [1, 3])
 def test_rare_similar_answers(folder, rare, is_similar, num_rare):
     answers = ["square"] * 60 + ["disc 1"] * 60 + ["cat"] * 60 + [rare] * num_rare
     records = [
@@ -126,7 +125,7 @@ def test_rare_similar_answers(folder, rare, is_similar, num_rare):
         assert "if it is misspelled" in one.remedy
 
 
-@each(("rare", "frequent", "similar"), CASES["test_classes_are_no_misspellings"])
+@pytest.mark.parametrize(("rare", "frequent", "similar"), CASES["test_classes_are_no_misspellings"])
 def test_classes_are_no_misspellings(rare, frequent, similar):
     counts = Counter({frequent: 60, rare: 3})
     assert [*dataset_issues.find_similar(counts)] == ([(rare, frequent)] if similar else [])

@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import pytest
-from each_value import each
 from fault_injection import (
     CAPTION_PROMPT,
     FAULT_TYPES,
@@ -68,7 +67,9 @@ def injected(work, model):
     return check_samples(train_file, eval_file, model, work), injected_faults, train_file, clean
 
 
-@each("fault_type", [*(one.name for one in FAULT_TYPES), "contradicting answers"])
+@pytest.mark.parametrize(
+    "fault_type", [*(one.name for one in FAULT_TYPES), "contradicting answers"]
+)
 def test_every_injected_fault_is_reported_at_its_line(injected, fault_type):
     found, injected_faults, train, _ = injected
     mine = [one for one in injected_faults if one.fault_type == fault_type]

@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 from case_files import load_cases
 from check_fixtures import count_codes, issues_by_line, make_record, run_check, write_records
-from each_value import each
 from image_fixtures import write_gray_image, write_jsonl
 from PIL import Image
 from video_fixtures import write_audio, write_video
@@ -97,7 +96,7 @@ def test_video_file_issues(folder):
     assert count_codes(run_check(*sides)) == {"leaked-image": 1}
 
 
-@each(("question", "answer", "code"), CASES["test_reasoning_tags"])
+@pytest.mark.parametrize(("question", "answer", "code"), CASES["test_reasoning_tags"])
 def test_reasoning_tags(folder, question, answer, code):
     split, whole = make_record("0.png", question), make_record("1.png", question, answer)
     split["messages"][1]["content"] = [{"type": "text", "text": letter} for letter in answer]
@@ -106,7 +105,7 @@ def test_reasoning_tags(folder, question, answer, code):
     assert count_codes(check_records(folder, split, whole)) == ({code: 2} if code else {})
 
 
-@each(("given", "code"), CASES["test_issue_of_a_sample"])
+@pytest.mark.parametrize(("given", "code"), CASES["test_issue_of_a_sample"])
 def test_issue_of_a_sample(folder, given, code):
     record = make_record(*given) if isinstance(given, list) else given
     assert count_codes(check_records(folder, record)) == ({code: 1} if code else {})
@@ -115,7 +114,9 @@ def test_issue_of_a_sample(folder, given, code):
 TEXTS = CASES["texts"] | {"": CASES["test_allowed_text"]}
 
 
-@each(("code", "text"), [(c, text) for c, texts in TEXTS.items() for text in texts])
+@pytest.mark.parametrize(
+    ("code", "text"), [(c, text) for c, texts in TEXTS.items() for text in texts]
+)
 def test_texts_are_allowed_or_an_issue(folder, code, text):
     found = count_codes(check_records(folder, make_record("0.png", text)))
     assert found == ({code: 1} if code else {})
@@ -124,7 +125,7 @@ def test_texts_are_allowed_or_an_issue(folder, code, text):
 BOXES = CASES["boxes"]
 
 
-@each(("code", "box"), [(c, box) for c, boxes in BOXES.items() for box in boxes])
+@pytest.mark.parametrize(("code", "box"), [(c, box) for c, boxes in BOXES.items() for box in boxes])
 def test_invalid_box(folder, code, box):
     result = check_records(folder, make_record("0.png", "Where?", None, box, [1, 2, 50, 40]))
     assert count_codes(result) == {code: 1}
@@ -133,7 +134,9 @@ def test_invalid_box(folder, code, box):
     assert shown.boxes == (tuple(map(float, box)),)
 
 
-@each(("xy", "code"), [((1, 2), None), ((-9, 2), "box-outside"), ((-0.5, 2), "box-at-edge")])
+@pytest.mark.parametrize(
+    ("xy", "code"), [((1, 2), None), ((-9, 2), "box-outside"), ((-0.5, 2), "box-at-edge")]
+)
 def test_points(folder, xy, code):
     record = make_record("0.png", "Where?")
     record["messages"][1]["content"] = [{"type": "point", "xy": list(xy)}]
@@ -146,7 +149,7 @@ def test_when_reversed_corners_can_be_fixed(folder, box, certain):
     assert issues_by_line(result, "box-inverted")[1].fix == ("reordered" if certain else None)
 
 
-@each(
+@pytest.mark.parametrize(
     ("text", "certain"),
     [("<image>\nWhat?", True), ("What?<image>", True), ("What does <image> mean in SVG?", False)],
 )
@@ -157,7 +160,9 @@ def test_when_typed_placeholder_can_be_fixed(folder, text, certain):
     assert issues[1].fix == ("placeholders removed" if certain else None)
 
 
-@each(("rejected", "codes"), CASES["test_issues_of_a_rejected_answer_are_reported_once"])
+@pytest.mark.parametrize(
+    ("rejected", "codes"), CASES["test_issues_of_a_rejected_answer_are_reported_once"]
+)
 def test_issues_of_a_rejected_answer_are_reported_once(folder, rejected, codes):
     pair = {**make_record("0.png", "What?", "A cat."), "rejected": rejected}
     others = [{**pair, "id": f"p{n}", "rejected": f"Number {n}."} for n in range(2)]

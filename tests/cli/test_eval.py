@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from each_value import each
 from engine_fixtures import make_sample, write_noise_image
 from tiny_model import create_tiny_model
 from tiny_task import TinyTask
@@ -291,7 +290,7 @@ def test_guard_checks_images_before_it_loads_the_models(tmp_path, cli, monkeypat
     assert f"{truncated}: truncated" in error
 
 
-@each("tune", [{"language": "lora", "lora": {"rank": 4}}, {"language": "full"}])
+@pytest.mark.parametrize("tune", [{"language": "lora", "lora": {"rank": 4}}, {"language": "full"}])
 def test_guard_compares_a_run_with_its_base_model(tmp_path, cli, tune):
     """Train two steps; the answers of both models are those of `eval`."""
     task = TinyTask(tmp_path / "task")
@@ -317,7 +316,7 @@ def test_guard_compares_a_run_with_its_base_model(tmp_path, cli, tune):
     assert "--suite" in cli("guard", run, "--update", code=2).err
 
 
-@each(
+@pytest.mark.parametrize(
     ("words", "has_references"),
     [
         (("eval", "--data", "{data}", "--metric", "captions"), True),

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from each_value import each
 from tiny_task import TinyTask
 
 from finesight.operations import OPERATIONS, find_operation
@@ -101,7 +100,7 @@ def complete(words: str, out: str) -> list[str]:
     return f"{words}{out}".split() if words.endswith("=") else [*words.split(), out]
 
 
-@each("taken", TAKEN)
+@pytest.mark.parametrize("taken", TAKEN)
 def test_existing_file_or_folder_is_refused_and_unchanged(task, tmp_path, monkeypatch, cli, taken):
     shutil.copytree(task, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
@@ -123,7 +122,7 @@ def test_all_outputs_of_commands_are_tested():
     assert found - COMMANDS.keys() == set()
 
 
-@each(
+@pytest.mark.parametrize(
     "words",
     [
         "check train.jsonl --fix new --html new/page.html",

@@ -11,7 +11,6 @@ from typing import Any, get_args
 import click
 import pytest
 from click.testing import CliRunner
-from each_value import each
 from image_fixtures import write_jsonl
 from tiny_task import TinyTask, edit_samples, write_recipe
 
@@ -248,7 +247,7 @@ def test_commands_that_options_propose_succeed(folder, hint):
     run_hint(" ".join(words))
 
 
-@each(
+@pytest.mark.parametrize(
     ("words", "remedy"),
     [
         ("export run --gguf", "use finesight export MODEL OUT --converter FILE"),
@@ -321,7 +320,7 @@ def test_python_names_and_arguments_have_a_proposal():
     assert not hasattr(api, "finetune")
 
 
-@each(
+@pytest.mark.parametrize(
     ("call", "hint"),
     [
         (lambda: api.train("r.yaml", lr=1e-4), r"overrides=\['train.learning_rate=0.0001'\]"),
@@ -360,7 +359,7 @@ def test_missing_choices_and_indices_are_described():
 EMPTY_RANGE = r"one of ?(\n|$|\(\)|,)|at most 0\b|below 0\b|to -1\b|numbers below|fewer than [01] "
 
 
-@each(
+@pytest.mark.parametrize(
     "words",
     [
         "import empty.jsonl out",

@@ -13,7 +13,6 @@ import pytest
 import yaml
 from case_files import load_cases
 from click.testing import CliRunner
-from each_value import each
 from image_fixtures import write_jsonl
 from label_fixtures import draw_dots
 from PIL import Image
@@ -147,7 +146,7 @@ def test_unlabeled_images_are_labeled_before_the_training(cli):
 
 
 @pytest.mark.usefixtures("no_plan")
-@each(("columns", "metric", "prompt"), CASES["test_task_of_a_table_is_detected"])
+@pytest.mark.parametrize(("columns", "metric", "prompt"), CASES["test_task_of_a_table_is_detected"])
 def test_task_of_a_table_is_detected(tmp_path, columns, metric, prompt, run_init):
     found = run_init(write_table(f"{tmp_path}", 24, **columns), "--out", tmp_path / "out")
     assert (found["metric"], found["prompt"]) == (metric, prompt)
@@ -195,8 +194,8 @@ IMAGE_ROWS, OBJECT_ROWS = CASES["box_layouts"]["images"], CASES["box_layouts"]["
 
 
 @pytest.mark.usefixtures("no_plan")
-@each("metadata", ["rows.jsonl", "metadata.jsonl"])
-@each("layout", [*range(len(IMAGE_ROWS)), *OBJECT_ROWS])
+@pytest.mark.parametrize("metadata", ["rows.jsonl", "metadata.jsonl"])
+@pytest.mark.parametrize("layout", [*range(len(IMAGE_ROWS)), *OBJECT_ROWS])
 def test_boxes_of_an_image_are_one_sample(tmp_path, layout, metadata, run_init):
     source, out = tmp_path / "set", tmp_path / "out"
     rows = []
@@ -380,8 +379,8 @@ def test_rows_without_images_are_mentioned(cli):
     assert "warning: 5 of 24 rows have no readable image and were skipped" in printed.err
 
 
-@each("line_break", ["\n", "\r", "\x85", "\u2028", "\u2029"])
-@each("tune", [TuneSettings(language="lora"), None])
+@pytest.mark.parametrize("line_break", ["\n", "\r", "\x85", "\u2028", "\u2029"])
+@pytest.mark.parametrize("tune", [TuneSettings(language="lora"), None])
 def test_names_with_line_breaks_are_no_settings(line_break, tune):
     """The names of folders are in values and comments of the recipe."""
     name = f"a{line_break}rewards: [exact]{line_break}#"

@@ -6,7 +6,6 @@ from pathlib import Path
 import fake_slurm
 import pytest
 from case_files import load_cases
-from each_value import each
 
 from finesight import api
 
@@ -33,7 +32,7 @@ def test_job_file_and_start_command(options, file, command, cli):
     assert result == {"file": file, "command": command, "submitted": False, "output": None}
 
 
-@each(
+@pytest.mark.parametrize(
     ("options", "gpus"),
     [("", 8), ("--gpus-per-node 2", 2), ("--nodes 3 --on slurm", 24), ("--nodes 2:4", 16)],
 )

@@ -6,7 +6,6 @@ import shutil
 from pathlib import Path
 
 import pytest
-from each_value import each
 from tiny_task import TinyTask, make_task, read_losses, write_recipe
 
 from finesight.plan import run_plan
@@ -71,7 +70,7 @@ def test_settings_of_the_plan_replace_those_of_the_command(cli):
     assert "train.parallel=fsdp" not in settings
 
 
-@each(
+@pytest.mark.parametrize(
     ("gpus", "sizes"),
     [(8, ""), (16, "--nodes 2"), (12, "--gpus-per-node 6 --nodes 2"), (1000, "--nodes 125")],
 )
@@ -122,7 +121,9 @@ def unfinished_run() -> Path:
     return run
 
 
-@each("setting", ["train.batch_size=3", "train.precision=fp32", "tune.quantize.nf4=[vision]"])
+@pytest.mark.parametrize(
+    "setting", ["train.batch_size=3", "train.precision=fp32", "tune.quantize.nf4=[vision]"]
+)
 def test_unfinished_run_is_not_continued_with_other_results(cli, unfinished_run, setting):
     words = ("run/recipe.yaml", "--gpu", "T4")
     assert "--resume" in cli("plan", *words).next_steps
@@ -131,7 +132,7 @@ def test_unfinished_run_is_not_continued_with_other_results(cli, unfinished_run,
     assert "--resume" not in printed.next_steps
 
 
-@each(
+@pytest.mark.parametrize(
     ("change", "is_continued"),
     [
         ("train.parallel=fsdp", True),
@@ -149,7 +150,7 @@ def test_unfinished_run_is_continued_with_some_changes_of_the_plan(
     assert ("--resume" in printed.next_steps) == is_continued
 
 
-@each(
+@pytest.mark.parametrize(
     ("name", "damaged"),
     [
         ("recipe.yaml", "unknown: 1\n"),
@@ -166,7 +167,7 @@ def test_run_with_a_damaged_file_is_not_continued(cli, unfinished_run, name, dam
     (unfinished_run / name).write_text(content)
 
 
-@each("gpus", ["0", "-1", "10001", "two", "1.5", ""])
+@pytest.mark.parametrize("gpus", ["0", "-1", "10001", "two", "1.5", ""])
 def test_invalid_numbers_of_gpus_are_refused(cli, gpus):
     assert "--gpus" in cli("plan", "recipe.yaml", "--gpu", "T4", f"--gpus={gpus}", code=2).err
 

@@ -14,7 +14,6 @@ from convert_fixtures import (
     load_converted_recipe,
     notes_by_setting,
 )
-from each_value import each
 
 from finesight.convert.external_config import load_rules
 from finesight.convert.recipe_converter import convert_config
@@ -27,7 +26,7 @@ DEEP = ("a.json", "[" * 100_000, "cannot be read")
 START = "swift sft --model Qwen/Qwen2-VL-2B-Instruct --dataset a.jsonl"
 
 
-@each(("name", "text", "words"), [*CASES["files"], DEEP])
+@pytest.mark.parametrize(("name", "text", "words"), [*CASES["files"], DEEP])
 def test_files_without_settings_are_rejected(name, text, words, tmp_path):
     (tmp_path / name).write_text(text)
     with pytest.raises(UserError, match=words):
@@ -85,7 +84,7 @@ def test_unresolved_command_is_rejected(script, text, tmp_path):
     assert not (tmp_path / "recipe.yaml").exists()
 
 
-@each(
+@pytest.mark.parametrize(
     ("script", "kind", "keys"),
     [
         (START.replace("--model", "stray --model"), "unknown", {"arguments without an option"}),
@@ -150,8 +149,8 @@ def test_random_scripts_raise_no_traceback(tmp_path):
         load_converted_recipe(tmp_path)
 
 
-@each(("launcher", "processes"), CASES["launchers"])
-@each("program", ["swift/cli/sft.py --model", "src/train.py --stage sft"])
+@pytest.mark.parametrize(("launcher", "processes"), CASES["launchers"])
+@pytest.mark.parametrize("program", ["swift/cli/sft.py --model", "src/train.py --stage sft"])
 def test_launcher_gives_process_count(launcher, processes, program, tmp_path):
     factory = "src" in program
     model = "--do_train --model_name_or_path" if factory else ""

@@ -17,7 +17,6 @@ from convert_fixtures import (
     load_converted_recipe,
     notes_by_setting,
 )
-from each_value import each
 
 from finesight.convert.external_config import load_rules
 from finesight.errors import UserError
@@ -50,12 +49,14 @@ def test_every_convertible_setting_has_an_example():
         assert load_rules(program).converted <= tested
 
 
-@each(("program", "key"), [(p, key) for p in PROGRAMS for key in EXAMPLES[p]])
+@pytest.mark.parametrize(("program", "key"), [(p, key) for p in PROGRAMS for key in EXAMPLES[p]])
 def test_setting_is_converted(program: str, key: str, tmp_path: Path) -> None:
     check_conversion(PROGRAMS[program], tmp_path, *EXAMPLES[program][key])
 
 
-@each(("program", "settings", "words"), [(p, *case) for p in PROGRAMS for case in CASES[p]])
+@pytest.mark.parametrize(
+    ("program", "settings", "words"), [(p, *case) for p in PROGRAMS for case in CASES[p]]
+)
 def test_unsupported_training_is_rejected(program, settings, words, tmp_path):
     with pytest.raises(UserError, match=words):
         convert_settings(tmp_path, PROGRAMS[program] | settings)

@@ -4,7 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from each_value import each
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw
@@ -81,7 +81,7 @@ def test_boxes_follow_their_pixels(tmp_path_factory, corners, key):
 WHOLE = [(0.0, 0.0), (WIDTH, 0.0), (0.0, HEIGHT), (WIDTH, HEIGHT)]
 
 
-@each(
+@pytest.mark.parametrize(
     ("question", "describes_scenes", "is_whole", "can_flip"),
     [
         ("What is it?", True, False, True),
@@ -107,7 +107,7 @@ def test_answers_stay_true(tmp_path, question, describes_scenes, is_whole, can_f
     assert is_inside == is_whole
 
 
-@each(
+@pytest.mark.parametrize(
     "text",
     [
         "Is there a cup at (12, 30)?",

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 from case_files import load_cases
-from each_value import each
 from image_fixtures import write_gray_image
 from PIL import Image
 
@@ -84,8 +83,8 @@ def with_image_contents(samples: list[Sample], folder: Path) -> list[Sample]:
     ]
 
 
-@each("name", CASES)
-@each("kind", ["in place", "copied", "structure"])
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("kind", ["in place", "copied", "structure"])
 def test_roundtrip(tmp_path: Path, name: str, kind: str) -> None:
     """Next to structures, an import would keep JSON of boxes as JSON, too."""
     copy, structure = kind == "copied", CONVERSATIONS["structure"]
@@ -105,7 +104,7 @@ def test_roundtrip(tmp_path: Path, name: str, kind: str) -> None:
     )
 
 
-@each(
+@pytest.mark.parametrize(
     "name", ["samples", "ms-swift", "llama-factory", "openai", "conversations", "llava", "folder"]
 )
 def test_tools_and_loss_of_turns_are_kept_or_refused(tmp_path: Path, name: str) -> None:
@@ -132,8 +131,8 @@ def test_tools_and_loss_of_turns_are_kept_or_refused(tmp_path: Path, name: str) 
 PAIR_FORMATS = ("samples", "ms-swift", "llama-factory", "openai", "llava")
 
 
-@each("verdict", [{"rejected": "A barn."}, {"label": False}])
-@each("name", [*PAIR_FORMATS, "conversations", "table", "folder"])
+@pytest.mark.parametrize("verdict", [{"rejected": "A barn."}, {"label": False}])
+@pytest.mark.parametrize("name", [*PAIR_FORMATS, "conversations", "table", "folder"])
 def test_preferences_are_kept_or_counted(tmp_path, name, verdict):
     samples = make_located_samples(tmp_path, ONE_IMAGE[0], **verdict)
     done = export_dataset(samples, tmp_path / "out", name, copy_images=True)
@@ -163,7 +162,7 @@ WRITTEN = {
 }
 
 
-@each("name", WRITTEN)
+@pytest.mark.parametrize("name", WRITTEN)
 def test_rows_are_written_as_the_programs_read_them(tmp_path: Path, name: str) -> None:
     samples = make_located_samples(tmp_path, *WRITTEN[name])
     export_dataset(samples, tmp_path / "out", name, copy_images=False)
@@ -212,7 +211,7 @@ VIDEO = {"type": "video", "frames": ["in/a.png", "in/b.png"]}
 BOX = [IMAGE_PART, text("?")], [box(1, 2, 3, 4)]
 
 
-@each(
+@pytest.mark.parametrize(
     ("name", "conversation", "what"),
     [
         ("ms-swift", turns([VIDEO, text("?")], "x"), "a video in a question"),
@@ -243,7 +242,7 @@ def test_unsupported_content_error_has_reason(tmp_path, name, conversation, what
     assert not (tmp_path / "out").exists()
 
 
-@each(
+@pytest.mark.parametrize(
     ("name", "conversation", "what"),
     [
         ("yolo", turns([IMAGE_PART], "A dog."), "the answer contains type='text'"),

@@ -13,8 +13,8 @@ import zipfile
 from pathlib import Path
 from unicodedata import normalize
 
+import pytest
 import yaml
-from each_value import each
 from fuzzed_sources import SOURCES, encode_files
 from image_fixtures import encode_image, write_gray_image, write_jsonl
 from PIL import Image
@@ -103,7 +103,7 @@ def web_dataset(folder: Path) -> Path:
 ROWS_AND_ARCHIVES = [folder_in_gbk, rows, rows_in_gbk, zipped, tarred, web_dataset]
 
 
-@each("make", ROWS_AND_ARCHIVES)
+@pytest.mark.parametrize("make", ROWS_AND_ARCHIVES)
 def test_rows_and_archives_in_gbk_are_imported(tmp_path, make):
     request: dict[str, object] = {}
     if make in (folder_in_gbk, zipped, tarred):
@@ -132,8 +132,8 @@ def import_and_check(source: Path, out: Path, **request: object) -> list[Sample]
 KINDS = ["folder", "yolo", "yolo with description", "voc", "labelme", "cvat", "fiftyone", "coco"]
 
 
-@each("kind", KINDS)
-@each(("stored", "named"), [("gbk", "utf-8"), ("NFC", "NFD"), ("NFD", "NFC")])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("stored", "named"), [("gbk", "utf-8"), ("NFC", "NFD"), ("NFD", "NFC")])
 def test_images_are_found_by_names_of_other_encodings(tmp_path, kind, stored, named):
     """Annotations are in UTF-8; lists of images are in GBK, too."""
     case, is_gbk = SOURCES[kind], stored == "gbk"
@@ -157,7 +157,7 @@ def test_images_are_found_by_names_of_other_encodings(tmp_path, kind, stored, na
         assert (CAT if is_gbk else normalize(stored, "Käse")) in sample.messages[0].content[0].image
 
 
-@each("stored", ["NFC", "NFD"])
+@pytest.mark.parametrize("stored", ["NFC", "NFD"])
 def test_class_folders_and_rows_match_in_both_normal_forms(tmp_path, stored):
     name, label = (normalize(f, "Käse") for f in (stored, "NFD" if stored == "NFC" else "NFC"))
     write_gray_image(tmp_path / "rows" / name / f"{name}.jpg")

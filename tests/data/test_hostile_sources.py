@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 from box_fixtures import SCENES, write_scene
-from each_value import each
 from image_fixtures import write_gray_image, write_jsonl
 
 from finesight.data import importer, line_index
@@ -60,7 +59,7 @@ def refusal(source: Path, **request: object) -> UserError:
 SUFFIXES = ["jsonl", "json", "csv", "tsv", "parquet", "tar", "zip", "tgz"]
 
 
-@each("suffix", SUFFIXES)
+@pytest.mark.parametrize("suffix", SUFFIXES)
 def test_pipes_and_devices_as_source(tmp_path: Path, suffix: str) -> None:
     os.mkfifo(tmp_path / f"a.{suffix}")
     assert "a named pipe, not a regular file" in refusal(tmp_path / f"a.{suffix}").what
@@ -68,8 +67,10 @@ def test_pipes_and_devices_as_source(tmp_path: Path, suffix: str) -> None:
     assert "a device, not a regular file" in refusal(tmp_path / f"b.{suffix}").what
 
 
-@each("name", ["b.txt", "b.xml", "b.json", "b.parquet", "b.jpg", "data.yaml", "in/classes.txt"])
-@each("is_link", [False, True])
+@pytest.mark.parametrize(
+    "name", ["b.txt", "b.xml", "b.json", "b.parquet", "b.jpg", "data.yaml", "in/classes.txt"]
+)
+@pytest.mark.parametrize("is_link", [False, True])
 def test_named_pipe_in_a_folder(tmp_path: Path, name: str, is_link: bool) -> None:
     write_gray_image(tmp_path / "set" / "a.jpg")
     (tmp_path / "set" / "a.txt").write_text("a house")
@@ -176,7 +177,7 @@ def test_too_many_boxes_in_a_row(tmp_path: Path, name: str) -> None:
             read_samples(source)
 
 
-@each("name", ["yolo", "voc", "labelme", "coco"])
+@pytest.mark.parametrize("name", ["yolo", "voc", "labelme", "coco"])
 def test_too_many_boxes_of_an_image(tmp_path, name):
     first = next(iter(SCENES[name]["files"].values()))
     start, end = {
@@ -191,8 +192,8 @@ def test_too_many_boxes_of_an_image(tmp_path, name):
     assert re.search("10,00[1-3] (boxes|shapes)", refusal(source).what)
 
 
-@each("number", [LONG, LONG[:400], "1e999", "NaN"])
-@each("name", ["yolo", "voc", "labelme", "coco"])
+@pytest.mark.parametrize("number", [LONG, LONG[:400], "1e999", "NaN"])
+@pytest.mark.parametrize("name", ["yolo", "voc", "labelme", "coco"])
 def test_invalid_coordinates_are_refused(tmp_path, name, number):
     old = {"yolo": "0.45 0.2", "voc": "<xmax>12", "labelme": "[12, 5", "coco": "[4, 5, 8"}[name]
     refusal(write_scene(name, tmp_path / "set", old, re.sub(r"\d+$|0\.2$", number, old)))

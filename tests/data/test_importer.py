@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 from case_files import load_cases
-from each_value import each
 from image_fixtures import write_gray_image, write_jsonl
 from PIL import Image
 
@@ -188,7 +187,7 @@ def test_made_ids_differ_from_ids_of_other_rows(tmp_path: Path) -> None:
     assert ids == ["a-row1-copy", "a-row2", "a-row3", "a-row1"]
 
 
-@each(
+@pytest.mark.parametrize(
     ("row", "what", "remedy"),
     [
         (
@@ -231,7 +230,9 @@ def test_format_option_overrides_detection(tmp_path: Path) -> None:
     assert "--format conversations without --map" in caught.value.remedy
 
 
-@each(("options", "where"), load_cases("importer")["test_inapplicable_options_are_rejected"])
+@pytest.mark.parametrize(
+    ("options", "where"), load_cases("importer")["test_inapplicable_options_are_rejected"]
+)
 def test_inapplicable_options_are_rejected(tmp_path, options, where):
     with pytest.raises(UserError) as caught:
         import_dataset(table(tmp_path, *"ab"), tmp_path / "out", ImportOptions(**options))
@@ -251,7 +252,7 @@ def test_too_many_eval_rows() -> None:
         split_last_rows(keys("a", "a"), 1)
 
 
-@each("seed", range(20))
+@pytest.mark.parametrize("seed", range(20))
 def test_split_keeps_rows_of_an_image_together(seed: int) -> None:
     draw = random.Random(seed)
     letters = "abcdefghijklmnopqrstuvwxyz0123456789"

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 from case_files import load_cases
-from each_value import each
 
 from finesight.data.sample import (
     BoxPart,
@@ -78,7 +77,7 @@ def test_roundtrip(tmp_path):
     assert '"xyxy": [1, 2.5, 3, 4]' in path.read_text(encoding="utf-8")
 
 
-@each(("line", "what"), CASES["test_invalid_line_error_has_line_number"])
+@pytest.mark.parametrize(("line", "what"), CASES["test_invalid_line_error_has_line_number"])
 def test_invalid_line_error_has_line_number(tmp_path, line, what):
     text = line if isinstance(line, str) else json.dumps(line)
     with pytest.raises(UserError, match=what):
@@ -121,7 +120,7 @@ def test_foreign_row_error_suggests_import(key: str, tmp_path: Path) -> None:
     assert "finesight import" in str(caught.value)
 
 
-@each(("changes", "what"), CASES["test_invalid_tools_and_loss"])
+@pytest.mark.parametrize(("changes", "what"), CASES["test_invalid_tools_and_loss"])
 def test_invalid_tools_and_loss(tmp_path: Path, changes: dict[str, Any], what: str) -> None:
     messages = [
         {"role": "user", "content": "Which?"},

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from each_value import each
 
 from finesight.data import line_index
 from finesight.data.line_index import IndexedLines, UnreadableFileError, read_lines
@@ -36,7 +35,7 @@ def test_blank_lines_are_skipped_but_counted(tmp_path: Path, content: bytes) -> 
     assert list(read_lines(lines.path)) == [(lines[i], lines.location(i)) for i in range(3)]
 
 
-@each("content", [b"", b"\n", b"\xef\xbb\xbf", b"\xef\xbb\xbf\n \n"])
+@pytest.mark.parametrize("content", [b"", b"\n", b"\xef\xbb\xbf", b"\xef\xbb\xbf\n \n"])
 def test_empty_file_and_limited_lines(tmp_path, content):
     assert len(write_and_index(tmp_path / "a.jsonl", content)) == 0
     assert list(read_lines(tmp_path / "a.jsonl")) == []

@@ -6,7 +6,6 @@ from typing import Any
 
 import pyarrow
 import pytest
-from each_value import each
 from pyarrow import parquet
 
 from finesight.data import parquet_reader
@@ -53,7 +52,7 @@ TIMES = [
 ]
 
 
-@each(("column", "text"), TIMES)
+@pytest.mark.parametrize(("column", "text"), TIMES)
 def test_times_are_read_or_null(tmp_path: Path, column: Any, text: str | None) -> None:
     columns = {"query": ["?", "!"], "response": ["x", "y"]}
     times = pyarrow.concat_arrays([column, pyarrow.nulls(1, column.type)])

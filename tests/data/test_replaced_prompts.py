@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from each_value import each
 from image_fixtures import write_jsonl
 from PIL import Image
 
@@ -190,7 +189,7 @@ def test_conversations_and_boxes_in_questions_are_invalid_rows(folder: Path) -> 
     assert "skipped: 1 row" in printed
 
 
-@each(
+@pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"prompt": "And why?"}, "--prompt is given, too"),

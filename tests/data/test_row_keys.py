@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 from case_files import load_cases
-from each_value import each
 from fuzzed_sources import JPEG, MAPPED, PNG, ROWS, SOURCES
 
 from finesight.data.formats import detect_format, get_format
@@ -130,7 +129,7 @@ def check_mutations(kind: str, count: int, folder: Path) -> None:
     assert num_parsed > count / 20
 
 
-@each("kind", KINDS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_some_mutated_rows(tmp_path: Path, kind: str) -> None:
     check_mutations(kind, 100, tmp_path)
 
@@ -179,7 +178,7 @@ SHAPE_KEYS = {
 }
 
 
-@each("kind", DOCUMENTS)
+@pytest.mark.parametrize("kind", DOCUMENTS)
 def test_further_keys_of_annotations(tmp_path: Path, kind: str) -> None:
     check_documents(kind, 12, tmp_path)
 
@@ -201,7 +200,7 @@ WORSE = {"role": "assistant", "content": "Here."}
 TURNS = [{"from": "human", "value": "<image>Where?"}]
 
 
-@each("name", CASES["pairs"])
+@pytest.mark.parametrize("name", CASES["pairs"])
 def test_preference_rows_become_pairs(tmp_path: Path, name: str) -> None:
     (sample,) = parse(CASES["pairs"][name], tmp_path)[0].to_train_samples()
     assert [part.type for part in sample.messages[0].content] == ["image", "text"]
@@ -222,8 +221,8 @@ def test_prompt_beside_turns_is_a_copy_or_part_of_the_question(tmp_path: Path) -
         assert join_text(sample.messages[0].content) == expected
 
 
-@each("label", CASES["test_labels_of_rows_are_verdicts"])
-@each(
+@pytest.mark.parametrize("label", CASES["test_labels_of_rows_are_verdicts"])
+@pytest.mark.parametrize(
     "row",
     [
         {"prompt": "<image>Where?", "completion": "There.", "images": ["a.png"]},
@@ -257,7 +256,7 @@ REFUSED.append([[{**ANSWER, "tool_calls": [CALL]}], {}, "the tool call"])
 REFUSED.append([[ANSWER], {"tools": [{"name": "a", "parameters": {"b": b""}}]}, "the tool "])
 
 
-@each(("turns", "row", "what"), REFUSED)
+@pytest.mark.parametrize(("turns", "row", "what"), REFUSED)
 def test_content_of_further_keys_is_refused(tmp_path, turns, row, what):
     with pytest.raises(UserError, match=what):
         parse(chat(*turns, **row), tmp_path)
@@ -281,7 +280,7 @@ def test_keys_of_rows_that_change_no_training_are_metadata(tmp_path: Path) -> No
     assert other_keys == {f"{key} in meta": 1 for key in metadata}
 
 
-@each("key", ["screenshot", "doc", "scan", "page", "figure", "b64", "data"])
+@pytest.mark.parametrize("key", ["screenshot", "doc", "scan", "page", "figure", "b64", "data"])
 def test_images_under_other_keys_are_refused(tmp_path: Path, key: str) -> None:
     value = {"screenshot": "s3://b/0", "page": "x/0.pdf"}.get(key, base64.b64encode(PNG).decode())
     messages = [{"role": "user", "content": "Where?"}, ANSWER]
@@ -290,7 +289,9 @@ def test_images_under_other_keys_are_refused(tmp_path: Path, key: str) -> None:
     assert "move it to `images`" in str(caught.value.remedy)
 
 
-@each("name", ["image_b", "depth", "sam_mask", "cropped_image", "next_image", "sound"])
+@pytest.mark.parametrize(
+    "name", ["image_b", "depth", "sam_mask", "cropped_image", "next_image", "sound"]
+)
 def test_further_images_are_refused(tmp_path: Path, name: str) -> None:
     value = "a.mp3" if name == "sound" else "b.jpg"
     with pytest.raises(UserError, match="an image, a video or audio"):
@@ -336,7 +337,7 @@ def test_parts_of_parquet_and_qwen_vl_utils(tmp_path: Path) -> None:
     assert other_keys == {"min_pixels of content parts, not imported": 1}
 
 
-@each("key", REASONING_KEYS)
+@pytest.mark.parametrize("key", REASONING_KEYS)
 def test_reasoning_becomes_part_of_the_answer(tmp_path: Path, key: str) -> None:
     example, _ = parse(chat({**ANSWER, key: "It is there.\n"}), tmp_path)
     assert example.answers[0][0].text == "<think>\nIt is there.\n</think>\n\nThere."
@@ -370,7 +371,7 @@ def test_duplicate_json_keys_are_refused(tmp_path: Path, text: str) -> None:
         import_dataset(tmp_path / "rows.jsonl", tmp_path / "out", ImportOptions())
 
 
-@each(
+@pytest.mark.parametrize(
     "notation",
     [
         *("[200,250,600,700]", "[[200, 250], [600, 700]]", "(200,250,600,700)", "200 250 600 700"),

@@ -7,6 +7,7 @@ import tarfile
 import tracemalloc
 import zipfile
 from datetime import datetime
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,6 @@ import openpyxl
 import pyarrow
 import pytest
 from container_fixtures import write_tar
-from each_value import each
 from hub_fixtures import make_png
 from image_fixtures import write_jsonl
 from pyarrow import parquet
@@ -74,7 +74,7 @@ def test_json_array_with_any_suffix(tmp_path: Path, suffix: str) -> None:
     assert rows[1].location == "row 2"
 
 
-@each(("start", "stop"), [(0, 5), (1, 4), (3, 4), (4, 5), (2, 2)])
+@pytest.mark.parametrize(("start", "stop"), [(0, 5), (1, 4), (3, 4), (4, 5), (2, 2)])
 def test_parquet_row_groups(tmp_path: Path, start: int, stop: int) -> None:
     path = tmp_path / "a.parquet"
     parquet.write_table(pyarrow.Table.from_pylist(RECORDS), path, row_group_size=2)
@@ -93,7 +93,7 @@ def test_parquet_without_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert caught.value.remedy == "pip install 'finesight[hub]'"
 
 
-@each(
+@pytest.mark.parametrize(
     ("name", "content", "where", "what"),
     [
         ("a.jsonl", b'{"a": 1}\n{"a": \n', "a.jsonl:2", "broken JSON"),
@@ -119,6 +119,7 @@ def test_parquet_without_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         ("a.xls", b"", "a.xls", "a file of type .xls"),
         ("a", b"", "a", "a file of type (no suffix)"),
     ],
+    ids=count(),
 )
 def test_invalid_files_are_rejected(tmp_path, name, content, where, what):
     (tmp_path / name).write_bytes(content)
@@ -155,9 +156,9 @@ SENTENCES = {
 }
 
 
-@each("encoding", SENTENCES)
-@each("delimiter", [",", ";", "\t", "|"])
-@each("suffix", ["csv", "tsv"])
+@pytest.mark.parametrize("encoding", SENTENCES)
+@pytest.mark.parametrize("delimiter", [",", ";", "\t", "|"])
+@pytest.mark.parametrize("suffix", ["csv", "tsv"])
 def test_delimiter_and_encoding(tmp_path: Path, encoding: str, delimiter: str, suffix: str) -> None:
     records = [{"n": str(n), "text": SENTENCES[encoding], "x": "1,5"} for n in range(4)]
     path = as_csv(tmp_path / "utf8.csv", records, delimiter)

@@ -24,7 +24,6 @@ from docs_terminal import (
     run_fake_hubs,
     write_tutorial_files,
 )
-from each_value import each
 
 from finesight.cli.app import app
 from finesight.recipe import recipe_from_dict
@@ -44,7 +43,7 @@ def test_both_languages_have_the_same_pages() -> None:
     assert list(ENGLISH) == list(CHINESE)
 
 
-@each("name", CHINESE)
+@pytest.mark.parametrize("name", CHINESE)
 def test_page_has_the_same_content_in_both_languages(name: str) -> None:
     english, chinese = ENGLISH[name], CHINESE[name]
     assert list_heading_levels(chinese) == list_heading_levels(english)
@@ -58,7 +57,7 @@ def normalize_block(block: CodeBlock) -> tuple[str, str | None, str | None, str]
     return block.language, caption, block.needs, block.code
 
 
-@each("block", [b for b in BLOCKS if b.language == "sh"])
+@pytest.mark.parametrize("block", [b for b in BLOCKS if b.language == "sh"])
 def test_commands_in_code_blocks_exist(block: CodeBlock) -> None:
     """Check commands, options, and extras of `pip install` without running the commands."""
     for words in _commands(block.text):
@@ -94,13 +93,13 @@ def _is_of_a_recipe(block: CodeBlock) -> bool:
     return block.language == "yaml" and not any(one in block.text for one in others)
 
 
-@each("block", filter(_is_of_a_recipe, BLOCKS))
+@pytest.mark.parametrize("block", filter(_is_of_a_recipe, BLOCKS))
 def test_settings_in_code_blocks_are_valid(block: CodeBlock) -> None:
     least = {"model": "tiny", "data": {"train": "train.jsonl"}, "output_dir": "runs/a"}
     recipe_from_dict(least | yaml.safe_load(block.text))
 
 
-@each("block", [b for b in BLOCKS if b.language == "json"])
+@pytest.mark.parametrize("block", [b for b in BLOCKS if b.language == "json"])
 def test_json_code_blocks_are_valid(block: CodeBlock) -> None:
     json.loads(block.text)
 

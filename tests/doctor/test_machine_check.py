@@ -10,7 +10,6 @@ from types import SimpleNamespace
 import pytest
 from case_files import load_cases
 from doctor_fixtures import find_diagnosis, list_codes, run_remedy
-from each_value import each
 
 from finesight.doctor import machine_check
 from finesight.doctor.machine_check import GB, GpuInfo, GpuSystem, TorchInfo
@@ -66,7 +65,7 @@ def test_scarce_resources_are_reported(name, value, code, severity, tmp_path, mo
         assert int(done.stdout) >= 256
 
 
-@each(("name", "value", "kind"), CASES["malformed_variables"])
+@pytest.mark.parametrize(("name", "value", "kind"), CASES["malformed_variables"])
 def test_bad_variable_is_found_and_remedy_fixes_it(name: str, value: str, kind: str) -> None:
     around = {**PATH, name: value}
     (found,) = machine_check.check_environment(around)

@@ -13,7 +13,6 @@ import yaml
 from case_files import load_cases
 from docs_code_blocks import ROOT
 from doctor_fixtures import find_diagnosis, list_codes
-from each_value import each
 from mutations import mutated_value
 from PIL import Image
 from run_dir_fixtures import (
@@ -371,7 +370,7 @@ def write_run(folder: Path, rng: random.Random) -> FakeRunDir:
     return made
 
 
-@each("seed", range(16))
+@pytest.mark.parametrize("seed", range(16))
 def test_corrupt_records_still_give_remedies(tmp_path: Path, seed: int) -> None:
     Image.new("1", (200, 100)).save(tmp_path / "image.png")
     made = write_run(tmp_path / "run", random.Random(seed))
@@ -454,7 +453,7 @@ def test_questions_of_lost_data_are_not_judged(tmp_path: Path) -> None:
         assert run_check.check_questions(read_run(made.folder)) == []
 
 
-@each("language", ["en", "zh"])
+@pytest.mark.parametrize("language", ["en", "zh"])
 def test_codes_of_questions_are_documented(language: str) -> None:
     codes = {code.partition(".")[0] for code in load_catalog() if code.startswith("questions-")}
     rows = (ROOT / "docs" / language / "doctor.md").read_text("utf-8").splitlines()

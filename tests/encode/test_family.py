@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 from box_fixtures import image_boxes
-from each_value import each
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -49,7 +48,7 @@ def test_family_is_detected_from_config(tmp_path):
     assert list(FAMILIES) == list(vlm.ARCHITECTURES), "a family without a model"
 
 
-@each("value", ["2", 0, True, None])
+@pytest.mark.parametrize("value", ["2", 0, True, None])
 def test_invalid_tokens_per_second_is_rejected(value, tmp_path):
     vision = {"tokens_per_second": value}
     with pytest.raises(UserError, match=f"tokens_per_second is {value!r}"):
@@ -59,7 +58,7 @@ def test_invalid_tokens_per_second_is_rejected(value, tmp_path):
     assert load_family(none) == Qwen25VL()
 
 
-@each(
+@pytest.mark.parametrize(
     ("name", "content"),
     [
         ("chat_template.jinja", "{{ '<think>' }}"),
@@ -73,7 +72,7 @@ def test_thinking_edition_is_detected_from_template(tmp_path, name, content):
     assert load_family(folder) == Qwen3VL(has_reasoning=True)
 
 
-@each("has_reasoning", [False, True])
+@pytest.mark.parametrize("has_reasoning", [False, True])
 def test_single_mode_cannot_be_changed(has_reasoning):
     family = Qwen3VL(has_reasoning=has_reasoning)
     assert family.with_thinking(ThinkingOptions(enable_thinking=has_reasoning)) == family
@@ -83,7 +82,7 @@ def test_single_mode_cannot_be_changed(has_reasoning):
         family.with_thinking(ThinkingOptions(reasoning_effort="low"))
 
 
-@each("name", ["qwen3_next", "llama", ""])
+@pytest.mark.parametrize("name", ["qwen3_next", "llama", ""])
 def test_unknown_family_is_rejected(tmp_path, name):
     # The name of the folder does not matter.
     folder = write_config(tmp_path / "Qwen2-VL-2B-Instruct", name)
@@ -106,7 +105,7 @@ def test_json_boxes_are_in_resized_pixels_or_thousandths():
         assert family.write_boxes([box, other]) == [f'[{alone}, {{"bbox_2d": {bare}}}]']
 
 
-@each("family", [Qwen2VL(), QwenVL()])
+@pytest.mark.parametrize("family", [Qwen2VL(), QwenVL()])
 def test_boxes_between_special_tokens(family):
     start, end, box_start, box_end = map(SpecialToken, family.box_tokens or ())
     most = family.max_box_coordinate
@@ -122,7 +121,7 @@ LABELS = (None, "cat", 'a "b" {"bbox_2d": [1, 2, 3, 4]}', "猫\\n", "a (1,2),(3,
 
 
 @pytest.mark.parametrize("family", [QwenVL(), Qwen2VL(), Qwen25VL(), Qwen3VL()])
-@each("is_point", [False, True])
+@pytest.mark.parametrize("is_point", [False, True])
 @settings(max_examples=500)
 @given(box=image_boxes(28, LABELS), count=st.integers(1, 3))
 def test_roundtrip_error_is_below_half_a_unit(family, is_point, box, count):
@@ -248,8 +247,8 @@ def test_lenient_parsing_of_boxes_between_tokens():
         assert QwenVL().read_boxes(text, (50, 200), (448, 448)) == boxes
 
 
-@each("family", [QwenVL(), Qwen2VL(), Qwen25VL(), Qwen3VL()])
-@each(
+@pytest.mark.parametrize("family", [QwenVL(), Qwen2VL(), Qwen25VL(), Qwen3VL()])
+@pytest.mark.parametrize(
     "texts",
     [
         ('{"place": "', '", "colour": "grey"}'),

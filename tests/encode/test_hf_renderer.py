@@ -9,7 +9,6 @@ from pathlib import Path
 import hf_models
 import pytest
 from case_files import load_cases
-from each_value import each
 
 from finesight.config import ExactSize, PixelLimits
 from finesight.data.sample import LocatedSample, Sample
@@ -97,7 +96,7 @@ def test_system_prompt_of_recipe(folder, tmp_path):
     assert mark_supervised(renderer, sample).startswith(start)
 
 
-@each(
+@pytest.mark.parametrize(
     ("rule", "size"),
     [
         (None, (40, 30)),
@@ -127,7 +126,7 @@ END_OF_USER_ONLY = (
 WITHOUT_END = "{{ messages[0]['content'][0]['text'] }} A:{{ ' b' if messages[1:] else '' }}"
 
 
-@each(
+@pytest.mark.parametrize(
     ("template", "turns", "message"),
     [
         (hf_models.QWEN3_5_CHAT_TEMPLATE, [("A?", "red"), ("B?", "blue")], "renders the prompt"),
@@ -155,7 +154,7 @@ def test_template_that_omits_images_is_rejected(folder, tmp_path):
         renderer.tokenize(hf_models.make_sample(tmp_path, ("A?", "b"), num_images=2))
 
 
-@each(
+@pytest.mark.parametrize(
     ("part", "message"),
     [
         ({"type": "box", "xyxy": [0, 0, 9, 9]}, "box content for"),
@@ -195,7 +194,7 @@ def test_missing_transformers_names_the_extra(monkeypatch, tmp_path):
         build_renderer(ModelFolder(tmp_path))
 
 
-@each(("config", "words"), CASES["test_unsupported_families_are_rejected"])
+@pytest.mark.parametrize(("config", "words"), CASES["test_unsupported_families_are_rejected"])
 def test_unsupported_families_are_rejected(tmp_path, config, words):
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "modeling_chatty.py").write_text("raise SystemExit('code was run')")

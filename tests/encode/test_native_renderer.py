@@ -12,7 +12,6 @@ from conversation_fixtures import (
     make_images,
     make_text_sample,
 )
-from each_value import each
 
 from finesight.config import ExactSize, LongestSide
 from finesight.data.sample import (
@@ -99,7 +98,9 @@ def test_system_prompt_precedence(folder):
         assert start == f"<|im_start|>{turn}"
 
 
-@each("answer", ["\n\nthree", " \n x", "b", "...\n", "\u0301accent", "<|im_end|>"])
+@pytest.mark.parametrize(
+    "answer", ["\n\nthree", " \n x", "b", "...\n", "\u0301accent", "<|im_end|>"]
+)
 def test_prompt_is_prefix_of_sample(renderer, answer):
     located_sample = make_text_sample("Where?", "There.", "And then?\n", answer)
     full, prompt = renderer.tokenize(located_sample), renderer.tokenize_prompt(located_sample)
@@ -171,7 +172,9 @@ def test_box_needs_an_image_of_any_turn(renderer, image_set):
     assert raised.value.where == "sample one"
 
 
-@each("corners", [(0, 0, 500, 3), (0, 0, 3, 500), (-5, 0, 3, 3), (3, 0, 3, 3), (0, 3, 3, 1)])
+@pytest.mark.parametrize(
+    "corners", [(0, 0, 500, 3), (0, 0, 3, 500), (-5, 0, 3, 3), (3, 0, 3, 3), (0, 3, 3, 1)]
+)
 def test_box_outside_its_image_is_rejected(renderer, image_set, corners):
     turns = (ImagePart(image="0.jpg"),), (BoxPart(xyxy=corners),)
     with pytest.raises(UserError, match="in an image of") as raised:

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 from case_files import load_cases
 from conversation_fixtures import decode_supervised, make_text_sample
-from each_value import each
 from PIL import Image
 from tokenizer_strings import random_text_without_specials
 
@@ -311,7 +310,7 @@ def test_answers_and_their_reasoning_are_supervised(renderers):
 
 
 @pytest.mark.parametrize("name", ["Qwen3.5-4B", "Qwen3.8-27B"])
-@each("answer", ["red", "<think>\nIt glows.\n</think>\n\nred"])
+@pytest.mark.parametrize("answer", ["red", "<think>\nIt glows.\n</think>\n\nred"])
 def test_prompt_in_mode_of_sample_is_its_prefix(name, answer, renderers):
     renderer = renderers(name)
     located_sample = make_text_sample("Which?", answer)

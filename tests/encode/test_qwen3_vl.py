@@ -3,7 +3,6 @@
 import pytest
 from case_files import load_cases
 from conversation_fixtures import decode_supervised, make_folder, make_text_sample
-from each_value import each
 from image_fixtures import make_sample
 from PIL import Image
 
@@ -38,7 +37,7 @@ def thinking_renderer(tmp_path_factory: pytest.TempPathFactory) -> NativeRendere
     return NativeRenderer(ModelFolder(folder))
 
 
-@each(("frames", "fps", "captions"), CASES["test_frame_pairs_have_timestamps"])
+@pytest.mark.parametrize(("frames", "fps", "captions"), CASES["test_frame_pairs_have_timestamps"])
 def test_frame_pairs_have_timestamps(frames, fps, captions):
     shots = Qwen3VL().split_video([number / fps for number in range(frames)], fps, 2)
     assert [shot.timestamp_text for shot in shots] == captions
@@ -64,7 +63,7 @@ def test_each_frame_pair_is_a_visual_span(instruct_renderer, tmp_path):
     assert all(len(set(start.tolist())) == 1 for start in starts)
 
 
-@each(("text", "thought", "answer"), CASES["test_reasoning_and_answer_of_data"])
+@pytest.mark.parametrize(("text", "thought", "answer"), CASES["test_reasoning_and_answer_of_data"])
 def test_reasoning_and_answer_of_data(text, thought, answer):
     parts = split_reasoning([TextPart(text=text)])
     assert parts.reasoning == (None if thought is None else (TextPart(text=thought),))

@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from case_files import load_cases
-from each_value import each
 from numpy.typing import NDArray
 from PIL import Image
 from tokenizer_strings import TextPiece, make_strings, random_text_without_specials
@@ -202,7 +201,9 @@ def test_tokens_of_a_small_vocabulary(small):
     assert tokenizer.id_to_bytes(10**6) == b""
 
 
-@each(("content", "output"), load_cases("tiktoken_tokenizer")["test_invalid_file_is_rejected"])
+@pytest.mark.parametrize(
+    ("content", "output"), load_cases("tiktoken_tokenizer")["test_invalid_file_is_rejected"]
+)
 def test_invalid_file_is_rejected(tmp_path, content, output):
     path = tmp_path / "qwen.tiktoken"
     path.write_text(content, encoding="utf-8")

@@ -17,7 +17,6 @@ import pytest
 import torch
 from chat_reference import build_rope_model
 from conversation_fixtures import make_folder
-from each_value import each
 from image_fixtures import make_sample
 from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
 from video_fixtures import find_index, save_frames, write_video
@@ -180,7 +179,7 @@ def test_several_videos_in_a_sample(tmp_path, renderer):
     np.testing.assert_array_equal(np.concatenate(alone), encoded.patches_ND)
 
 
-@each(
+@pytest.mark.parametrize(
     ("num_frames", "video_fps", "fps"),
     [(61, 10, 0.7), (61, 10, 3.0), (90, 24, 2.0), (90, 24, 7.0), (50, 30, 0.7), (50, 30, 7.0)],
 )

@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-from each_value import each
 
 from finesight.evaluate.bootstrap import (
     MIN_SAMPLES,
@@ -31,7 +30,7 @@ from finesight.evaluate.bootstrap import (
 )
 
 
-@each(
+@pytest.mark.parametrize(
     ("successes", "trials", "expected"),
     [
         # By statsmodels 0.15, proportion_confint(method="beta").
@@ -49,7 +48,7 @@ def test_exact_interval_is_that_of_other_programs(successes, trials, expected):
     assert clopper_pearson_interval(successes, trials) == pytest.approx(expected, abs=1e-10)
 
 
-@each(
+@pytest.mark.parametrize(
     ("gained", "lost", "trials", "expected"),
     [
         # Fagerland, Lydersen and Laake 2014, tables 2 and 7: (-0.517, -0.026), (-0.124, -0.0054).
@@ -81,7 +80,7 @@ def values(*value_list: float) -> FloatArray:
     return np.array(value_list, np.float64)
 
 
-@each("samples", [1, 50, 30_000])
+@pytest.mark.parametrize("samples", [1, 50, 30_000])
 def test_resamples_are_always_the_same(samples: int) -> None:
     pieces = list(iter_resample_weights(samples))
     assert sum(len(weights) for weights, _ in pieces) == NUM_RESAMPLES
@@ -118,8 +117,8 @@ def test_zeros_and_ones_have_the_exact_interval() -> None:
     assert tuple(near) == pytest.approx(tuple(clopper_pearson_interval(19, 20)), abs=0.05)
 
 
-@each("value", [0.0, 1.0, 0.25])
-@each("samples", [1, 2, 6, 100])
+@pytest.mark.parametrize("value", [0.0, 1.0, 0.25])
+@pytest.mark.parametrize("samples", [1, 2, 6, 100])
 def test_samples_of_equal_value_have_an_interval_with_a_width(value: float, samples: int) -> None:
     low, high = interval(estimate_mean(np.full(samples, value)))
     assert 0 <= low <= value <= high <= 1
@@ -137,7 +136,7 @@ def test_error_rates_count_samples_by_their_size() -> None:
     assert 1 < low < one.score < high < 3.01
 
 
-@each(
+@pytest.mark.parametrize(
     ("one", "reason"),
     [
         (estimate_mean(np.arange(19.0), NON_NEGATIVE), REASON_FEW_SAMPLES_UNBOUNDED),
@@ -156,7 +155,7 @@ MANY = estimate_mean(np.arange(20.0), UNBOUNDED)
 EMPTY = estimate_ratio(np.zeros(MIN_SAMPLES), np.zeros(MIN_SAMPLES))
 
 
-@each(
+@pytest.mark.parametrize(
     ("was", "now", "reason"),
     [
         (estimate_mean(FEW), estimate_mean(FEW**2), REASON_FEW_SAMPLES),
@@ -185,7 +184,7 @@ def test_intervals_of_no_change_and_of_a_small_gain() -> None:
     assert 0 < low < 0.01 <= high < 0.02
 
 
-@each("samples", [6, 8, 12])
+@pytest.mark.parametrize("samples", [6, 8, 12])
 def test_small_samples_rarely_give_false_positives(samples: int) -> None:
     """Of equal scores, some 5 % seem to differ; with the plain percentile interval 15 %."""
     chance = np.random.default_rng(5)
@@ -200,7 +199,7 @@ def test_small_samples_rarely_give_false_positives(samples: int) -> None:
         assert clear / 600 < 0.065
 
 
-@each("share", [0.1, 0.9])
+@pytest.mark.parametrize("share", [0.1, 0.9])
 def test_sums_of_groups_are_those_of_a_dense_matrix(share: float) -> None:
     chance = np.random.default_rng(6)
     dense = np.where(chance.random((30, 4, 3)) < share, chance.random((30, 4, 3)), 0.0)

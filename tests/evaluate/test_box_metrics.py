@@ -9,7 +9,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from case_files import load_cases
-from each_value import each
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from finesight.data.sample import BoxPart
 from finesight.evaluate.bootstrap import REASON_RARE_CLASS
@@ -40,7 +41,7 @@ DOG, CAT = box("dog", 0, 0, 10, 10), box("cat", 20, 0, 30, 10)
 SWAPPED = [box("cat", 0, 0, 10, 10), box("dog", 20, 0, 30, 10)]
 
 
-@each(
+@pytest.mark.parametrize(
     ("found", "truth", "scores"),
     [
         ([SQUARE], [box(None, 0, 0, 10, 20)], (1, 0.5, 1, 0)),
@@ -75,7 +76,7 @@ def test_grounding_is_the_mean_over_answers() -> None:
     )
 
 
-@each(("found", "truth", "scores"), CASES["test_scores_of_points"])
+@pytest.mark.parametrize(("found", "truth", "scores"), CASES["test_scores_of_points"])
 def test_scores_of_points(found, truth, scores):
     parts = [[box(None, *(2 * one)[:4]) for one in several] for several in (found, truth)]
     scored = score_pointing([replace(case(*parts), image_size=(300, 400))])
@@ -142,7 +143,8 @@ def make_case(chance: random.Random, most: int, extra: int, labels: str) -> Eval
     return case(found, truth)
 
 
-@each("seed", range(150))
+@settings(max_examples=150)
+@given(seed=st.integers(0, 2**32 - 1))
 def test_average_precision_matches_pycocotools(seed: int) -> None:
     """Compare sets of up to eight images and three classes, with correct and wrong boxes."""
     chance = random.Random(seed)

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 from case_files import load_cases
-from each_value import each
 from tiny_task import TinyTask
 
 from finesight import api
@@ -58,7 +57,9 @@ def test_single_and_several_scores_with_headline(tmp_path: Path) -> None:
     assert scored.per_sample[0] == {"same": 0.0, "length": 3.0}
 
 
-@each(("text", "where", "what"), TABLES["test_metric_error_is_reported_with_its_line"])
+@pytest.mark.parametrize(
+    ("text", "where", "what"), TABLES["test_metric_error_is_reported_with_its_line"]
+)
 def test_metric_error_is_reported_with_its_line(tmp_path, text, where, what):
     with pytest.raises(UserError, match=what) as caught:
         compute_metrics(write_metric(tmp_path, text), CASES)
@@ -76,7 +77,7 @@ def test_metric_process_does_not_affect_the_caller(tmp_path: Path, capfd) -> Non
     assert (capfd.readouterr().out, os.getpid()) == ("", pid)
 
 
-@each(("text", "message"), TABLES["test_broken_metric_fails_before_generation"])
+@pytest.mark.parametrize(("text", "message"), TABLES["test_broken_metric_fails_before_generation"])
 def test_broken_metric_fails_before_generation(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         check_references(write_metric(tmp_path, text), [(("a",), ())])
@@ -188,7 +189,7 @@ def test_resuming_into_a_copy_that_others_wrote_asks_first(made: Run, tmp_path: 
     assert made.executed_by("train", tmp_path / "recipe.yaml", "--resume") == (2, False)
 
 
-@each("command", TABLES["test_other_commands_execute_no_metric"])
+@pytest.mark.parametrize("command", TABLES["test_other_commands_execute_no_metric"])
 def test_other_commands_execute_no_metric(made: Run, command: str, tmp_path: Path) -> None:
     """Even a trusted metric."""
     trust_metric(made.metric)
@@ -258,7 +259,9 @@ def test_read_only_home_does_not_fail(tmp_path: Path, monkeypatch: pytest.Monkey
     assert_untrusted(tmp_path / "metric.py")
 
 
-@each("name", ["loop.py", "a\0b.py", "x" * 300 + ".py", "~nobody-of-this-name/a.py"])
+@pytest.mark.parametrize(
+    "name", ["loop.py", "a\0b.py", "x" * 300 + ".py", "~nobody-of-this-name/a.py"]
+)
 def test_impossible_metric_file_is_missing(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("loop.py").symlink_to("loop.py")

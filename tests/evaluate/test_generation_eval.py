@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from each_value import each
 from engine_fixtures import make_sample, write_noise_image
 from tiny_model import create_tiny_model
 
@@ -50,7 +49,7 @@ def make_settings(**changes: object) -> EvalSettings:
     return EvalSettings.model_validate({"metric": "ocr", "max_new_tokens": 4} | changes)
 
 
-@each("metric", ["captions", "latex", "ocr"])
+@pytest.mark.parametrize("metric", ["captions", "latex", "ocr"])
 def test_scores_match_the_predictions(loaded_model, samples, tmp_path, metric):
     model, renderer = loaded_model
     result = evaluate(
@@ -150,7 +149,7 @@ def test_run_provides_eval_data_and_settings(run):
     assert options.items() <= settings.model_dump().items()
 
 
-@each(
+@pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"data": "train.jsonl"}, r"metric: .* is not a run folder with a recipe"),

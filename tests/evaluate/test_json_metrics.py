@@ -1,9 +1,9 @@
 """Scores of JSON answers by field."""
 
 import json
+from itertools import count
 
 import pytest
-from each_value import each
 
 from finesight.data.boxes import iter_json_boxes
 from finesight.data.sample import BoxPart, ToolCallPart
@@ -26,7 +26,7 @@ def make_case(answer: object, *truths: object) -> EvalCase:
 FORM = {"shop": "A  B", "items": [{"price": 2.0, "n": 1}, {"price": 2}], "tip": None, "x": ""}
 
 
-@each(
+@pytest.mark.parametrize(
     ("text", "fields"),
     [
         (json.dumps(FORM), {("shop", "A B"): 1, ("items.price", "2"): 2, ("items.n", "1"): 1}),
@@ -41,7 +41,7 @@ def test_json_fields_are_paths_and_values(text: str, fields: dict[tuple[str, str
     assert count_fields(form) == fields
 
 
-@each(
+@pytest.mark.parametrize(
     "text",
     [
         *("", "no", "3", '"a"', "{", '{"a": NaN}', '{"a": 1} and more', "```json\n{\n```"),
@@ -80,7 +80,7 @@ TOTAL = {"total": {"text": "12.50", "bbox_2d": [10, 10, 50, 30]}, "dots": {"poin
 BOXES = [(10, 10, 50, 30), (5, 5, 5, 5)]
 
 
-@each(
+@pytest.mark.parametrize(
     ("answer", "boxes", "scores"),
     [
         # The numbers are those of a family with thousandths; the boxes are in pixels.
@@ -103,7 +103,7 @@ def test_boxes_in_json_are_correct_by_their_overlap(answer, boxes, scores):
 NEAR = [(10, 10, 50, 30), (11, 10, 51, 30)]
 
 
-@each(
+@pytest.mark.parametrize(
     ("answer", "boxes", "scores"),
     [
         # A wrong text beside a box, and similar boxes of different fields.
@@ -135,7 +135,7 @@ ITEMS = [{"name": "tea", "price": 2}, {"name": "milk", "price": 1}]
 SWAPPED = [{"name": "tea", "price": 1}, {"name": "milk", "price": 2}]
 
 
-@each(
+@pytest.mark.parametrize(
     ("case", "f1", "exact"),
     [
         # Order, whitespace and empty values are ignored.
@@ -170,7 +170,7 @@ def write_call(name: str, **arguments: object) -> str:
 ZOOM = write_call("zoom", box=[1, 2], s="5")
 
 
-@each(
+@pytest.mark.parametrize(
     ("answer", "reference", "scores"),
     [
         (ZOOM + write_call("x"), write_call("x") + ZOOM, (1, 1, 1)),
@@ -188,6 +188,7 @@ ZOOM = write_call("zoom", box=[1, 2], s="5")
         (f"{ZOOM}{'<tool_call>' * 200_000}", ZOOM, (1, 1, 1)),
         (" " * 400_000 + ZOOM, ZOOM, (1, 1, 1)),
     ],
+    ids=count(),
 )
 def test_tool_calls(answer: str, reference: str, scores: tuple[float, ...]) -> None:
     found = score_tool_calls([make_case(answer, reference)]).per_sample[0]

@@ -2,7 +2,6 @@
 
 import pytest
 from case_files import load_cases
-from each_value import each
 
 from finesight.evaluate.eval_case import EvalCase
 from finesight.evaluate.latex_metrics import (
@@ -17,17 +16,19 @@ CASES = load_cases("latex_metrics")
 needs_ziamath = pytest.mark.skipif(not is_ziamath_installed(), reason="ziamath is not installed")
 
 
-@each(("one", "other"), CASES["test_equivalent_latex_has_equal_tokens"])
+@pytest.mark.parametrize(("one", "other"), CASES["test_equivalent_latex_has_equal_tokens"])
 def test_equivalent_latex_has_equal_tokens(one: str, other: str) -> None:
     assert tokenize_latex(one) == tokenize_latex(other)
 
 
-@each(("one", "other"), CASES["test_different_typesetting_has_different_tokens"])
+@pytest.mark.parametrize(("one", "other"), CASES["test_different_typesetting_has_different_tokens"])
 def test_different_typesetting_has_different_tokens(one: str, other: str) -> None:
     assert tokenize_latex(one) != tokenize_latex(other)
 
 
-@each("broken", ["", "x^", "^_", "}}{", r"\text{a", "x^{a_", "\\", "_{}^{}", "$"])
+@pytest.mark.parametrize(
+    "broken", ["", "x^", "^_", "}}{", r"\text{a", "x^{a_", "\\", "_{}^{}", "$"]
+)
 def test_broken_latex_keeps_all_characters(broken: str) -> None:
     assert "".join(tokenize_latex(broken)) == broken
 

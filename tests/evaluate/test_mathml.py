@@ -6,7 +6,6 @@ from collections.abc import Iterator
 
 import pytest
 from browser import XSS_PAYLOADS
-from each_value import each
 
 from finesight.evaluate.mathml import (
     ALLOWED_ATTRIBUTES,
@@ -37,7 +36,9 @@ def convert(source: str) -> MathMLTree:
     return tree
 
 
-@each("source", [r"\frac{a}{b}", r"$\frac{a}{b}$", r"$$\frac ab$$", r"\[\frac{a}{b}\]"])
+@pytest.mark.parametrize(
+    "source", [r"\frac{a}{b}", r"$\frac{a}{b}$", r"$$\frac ab$$", r"\[\frac{a}{b}\]"]
+)
 def test_latex_becomes_mathml(source: str) -> None:
     tree = convert(source)
     assert tree[:2] == ["math", {"displaystyle": "true"}]
@@ -46,7 +47,7 @@ def test_latex_becomes_mathml(source: str) -> None:
     assert texts(convert(r"\alpha \leq \infty")) == "α≤∞"
 
 
-@each(
+@pytest.mark.parametrize(
     "source",
     [
         *("", "   ", r"\frac{", r"\left( x", "x^2^2", r"\begin{array}{c} 1", "{" * 500),
@@ -61,7 +62,7 @@ def test_invalid_latex_returns_none(source: str) -> None:
     assert convert_formula(source) is None
 
 
-@each(
+@pytest.mark.parametrize(
     "source",
     [
         r"\href{javascript:alert(1)}{x}",

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from each_value import each
 
 from finesight.data.sample import BoxPart
 from finesight.errors import UserError
@@ -88,7 +87,7 @@ def test_answers_are_paired_by_sample_id_and_in_order() -> None:
     assert not compare_cases("ocr", before, [EvalCase("a", (), ("a",), (), "other")])
 
 
-@each("name", ["validation_loss", "exact"])
+@pytest.mark.parametrize("name", ["validation_loss", "exact"])
 def test_difference_without_interval_has_no_verdict(name: str) -> None:
     assert build_unsampled_difference(name, 2.0, 1.0).verdict == ""
 
@@ -126,7 +125,7 @@ def test_predictions_roundtrip_exactly(tmp_path: Path) -> None:
     assert (first.record["raw_text"], first.record["num_tokens"]) == ("dog<end>", 4)
 
 
-@each("line", ["{}", "no", "[]", json.dumps({"answer": "a", "boxes": 3})])
+@pytest.mark.parametrize("line", ["{}", "no", "[]", json.dumps({"answer": "a", "boxes": 3})])
 def test_invalid_line_is_reported(tmp_path: Path, line: str) -> None:
     path = tmp_path / "answers.jsonl"
     path.write_text(line + "\n")

@@ -5,7 +5,6 @@ import os
 
 import pytest
 from case_files import load_cases
-from each_value import each
 
 from finesight.config import RewardSettings
 from finesight.data.sample import create_region
@@ -39,7 +38,7 @@ BOX = (10, 10, 30, 30)
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
 
 
-@each(("reward", "case", "expected"), CASES["test_built_in_rewards"])
+@pytest.mark.parametrize(("reward", "case", "expected"), CASES["test_built_in_rewards"])
 def test_built_in_rewards(reward, case, expected):
     assert score(reward, make_case(**case)) == [pytest.approx(expected)]
 
@@ -118,7 +117,7 @@ def test_functions_score_responses(file):
     assert os.getpid() == pid
 
 
-@each(("function", "text"), CASES["test_failures_name_the_function"])
+@pytest.mark.parametrize(("function", "text"), CASES["test_failures_name_the_function"])
 def test_failures_name_the_function(file, function, text, monkeypatch):
     if text == "took more than":
         monkeypatch.setattr(score_function, "CALL_SECONDS", 0.1)
@@ -131,7 +130,7 @@ def test_failures_name_the_function(file, function, text, monkeypatch):
     assert "--resume" in caught.value.remedy
 
 
-@each("reward", ["json.g1", "captions", "ocr.cer", "latex.edit_distance"])
+@pytest.mark.parametrize("reward", ["json.g1", "captions", "ocr.cer", "latex.edit_distance"])
 def test_score_that_rewards_no_correct_response_is_an_error(reward):
     with pytest.raises(UserError, match="no score") as caught:
         RewardScorer([RewardSettings(name=reward)])
@@ -160,7 +159,9 @@ def test_missing_packages_are_errors(monkeypatch):
         assert "pip install 'finesight[" in caught.value.remedy
 
 
-@each(("answer", "expected"), [('{"b": [], "a": 1}', 1), ('{"a": "1"}', 0), ("a: 1", 0)])
+@pytest.mark.parametrize(
+    ("answer", "expected"), [('{"b": [], "a": 1}', 1), ('{"a": "1"}', 0), ("a: 1", 0)]
+)
 def test_format_is_checked_by_a_json_schema(answer, expected):
     pytest.importorskip("jsonschema")
     assert score({"name": "format", "json_schema": SCHEMA}, make_case(answer)) == [expected]
@@ -169,7 +170,7 @@ def test_format_is_checked_by_a_json_schema(answer, expected):
 EXPONENTIAL = r"^\W?(\w+\s?)+\.$"
 
 
-@each(
+@pytest.mark.parametrize(
     ("option", "value"),
     [
         ("pattern", EXPONENTIAL),
@@ -192,13 +193,13 @@ def test_format_without_an_end_names_the_sample(option, value, monkeypatch):
     assert "--resume" in str(caught.value.remedy)
 
 
-@each("pattern", ["(", "a{99999999999999999999}", "[z-a]", "a" * 1001])
+@pytest.mark.parametrize("pattern", ["(", "a{99999999999999999999}", "[z-a]", "a" * 1001])
 def test_invalid_patterns_are_errors_of_the_recipe(pattern):
     with pytest.raises(ValueError, match=r"not a regular expression|longer than"):
         RewardSettings(name="format", pattern=pattern)
 
 
-@each(
+@pytest.mark.parametrize(
     "schema",
     [
         {"pattern": "("},

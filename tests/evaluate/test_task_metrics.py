@@ -3,7 +3,6 @@
 from typing import get_args
 
 import pytest
-from each_value import each
 
 from finesight.config import TaskName
 from finesight.data.sample import BoxPart, Message, Sample, TextPart, ToolCallPart
@@ -17,7 +16,7 @@ from finesight.evaluate.task_metrics import (
 )
 
 
-@each("metric", get_args(TaskName))
+@pytest.mark.parametrize("metric", get_args(TaskName))
 def test_every_score_of_a_task_has_an_interval(metric: TaskName) -> None:
     target, near = BoxPart(xyxy=(0, 0, 10, 10)), BoxPart(xyxy=(0, 0, 10, 8))
     texts = {"json": '{"a": 1}', "tool_calls": ToolCallPart(name="a").to_text()}

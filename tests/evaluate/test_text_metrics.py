@@ -2,7 +2,6 @@
 
 import pytest
 from case_files import load_cases
-from each_value import each
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -59,17 +58,17 @@ def test_normalization_and_case_folding() -> None:
     assert len({fold_text(sign) for sign in ("*", "#", "-", "")}) == 4
 
 
-@each(("text", "expected"), CASES["test_squad_normalization"])
+@pytest.mark.parametrize(("text", "expected"), CASES["test_squad_normalization"])
 def test_squad_normalization(text: str, expected: str) -> None:
     assert normalize_answer(text) == expected
 
 
-@each(("answer", "truth", "expected"), CASES["test_word_f1"])
+@pytest.mark.parametrize(("answer", "truth", "expected"), CASES["test_word_f1"])
 def test_word_f1(answer: str, truth: str, expected: float) -> None:
     assert compute_word_f1(answer, truth) == pytest.approx(expected)
 
 
-@each(("answer", "truth", "expected"), CASES["test_anls_threshold"])
+@pytest.mark.parametrize(("answer", "truth", "expected"), CASES["test_anls_threshold"])
 def test_anls_threshold(answer: str, truth: str, expected: float) -> None:
     assert compute_anls(answer, truth) == pytest.approx(expected)
 

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from each_value import each
 from hf_reference import CONFIGS, make_config, make_native_model, make_reference_model
 from safetensors.torch import load_file, save_file
 
@@ -21,7 +20,7 @@ def list_names(folder: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("family", [name for name in CONFIGS if name.startswith("qwen")])
-@each("tied", [True, False])
+@pytest.mark.parametrize("tied", [True, False])
 def test_tensor_names_are_loadable_by_engines(family: str, tied: bool, tmp_path: Path) -> None:
     settings = make_config(family, tie_word_embeddings=tied)
     reference = make_reference_model(settings)

@@ -8,7 +8,6 @@ from typing import Any, get_args
 
 import numpy as np
 import pytest
-from each_value import each
 from image_fixtures import make_noise_image
 from lora_fixtures import save_random_adapter
 from PIL import Image
@@ -122,8 +121,8 @@ def test_processor_of_merged_folder_sees_the_images_of_the_training(
             assert commands.lines[-len(code.splitlines()) :] == code.splitlines()
 
 
-@each("factor", [28, 32])
-@each("rule", RULES)
+@pytest.mark.parametrize("factor", [28, 32])
+@pytest.mark.parametrize("rule", RULES)
 def test_resized_images_equal_those_of_the_training(
     rule: ImageRule, factor: int, tmp_path: Path
 ) -> None:
@@ -157,8 +156,8 @@ def test_resized_images_equal_those_of_the_training(
     )
 
 
-@each("rule", [PixelRange(min_pixels=3136, max_pixels=204800), *RULES[1:]])
-@each("family", ["qwen2_vl", "qwen3_vl"])
+@pytest.mark.parametrize("rule", [PixelRange(min_pixels=3136, max_pixels=204800), *RULES[1:]])
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen3_vl"])
 def test_llama_server_has_the_limits_in_tokens(
     rule: ImageRule, family: TinyFamily, tmp_path: Path
 ) -> None:
@@ -187,7 +186,7 @@ def test_llama_server_has_the_limits_in_tokens(
         assert smallest <= config.count_tokens(config.compute_grid(resized)) <= largest
 
 
-@each("rule", RULES)
+@pytest.mark.parametrize("rule", RULES)
 def test_card_of_an_uploaded_adapter_states_the_image_size(rule, tmp_path) -> None:
     """The processor of the base has other limits than the run."""
     base = ModelFolder(create_tiny_model(tmp_path / "base", "qwen2_vl"))

@@ -7,7 +7,6 @@ from typing import NamedTuple
 
 import pytest
 from case_files import load_cases
-from each_value import each
 from fake_hub_servers import (
     TOKEN,
     FakeHubServer,
@@ -148,7 +147,7 @@ def test_changed_folder_is_rejected(tmp_path: Path) -> None:
         list_uploads(resolve_model_source(str(folder)), str(folder))
 
 
-@each(("url", "shown"), CASES["test_modelscope_token_is_sent_only_to_its_hosts"])
+@pytest.mark.parametrize(("url", "shown"), CASES["test_modelscope_token_is_sent_only_to_its_hosts"])
 def test_modelscope_token_is_sent_only_to_its_hosts(url: str, shown: bool) -> None:
     assert modelscope.is_same_domain(url, "https://www.modelscope.cn") is shown
     assert not modelscope.is_same_domain("https://a.127.0.0.1/x", "https://127.0.0.1")

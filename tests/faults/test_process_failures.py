@@ -14,7 +14,6 @@ from pathlib import Path
 import psutil
 import pytest
 from attack_client import is_running, list_process_tree, list_running
-from each_value import each
 from launch_fixtures import TUNE, make_job, run_job_script, wait_for_steps
 from multi_process_run import fork_ranks
 from nonfinite_step import SHORT_TIMEOUT, before_steps, train_with_short_timeout
@@ -74,7 +73,7 @@ def test_lost_rank_is_named(task: TinyTask, lost: signal.Signals, world_size: in
     verify_folder(task.folder / "run" / "checkpoints" / f"step-{last}")
 
 
-@each("name", ["SIGUSR1", "SIGUSR2", "SIGTERM"])
+@pytest.mark.parametrize("name", ["SIGUSR1", "SIGUSR2", "SIGTERM"])
 def test_stop_signal_saves_a_checkpoint(task, capsys, name):
     """Breaks: a job's time is over. Survive: a checkpoint of the last step, and exit code 75."""
     run = task.folder / name

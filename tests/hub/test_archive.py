@@ -10,7 +10,6 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from each_value import each
 
 from finesight.data.row_reader import is_webdataset, open_webdataset
 from finesight.errors import UserError
@@ -72,7 +71,7 @@ def assert_rejected(file: Path, message: str) -> None:
     assert all((raised.value.where, raised.value.expected, raised.value.remedy))
 
 
-@each("suffix", ["zip", "tar", "tar.gz", "tar.bz2", "tar.xz"])
+@pytest.mark.parametrize("suffix", ["zip", "tar", "tar.gz", "tar.bz2", "tar.xz"])
 def test_files_are_extracted_without_system_files(tmp_path: Path, suffix: str) -> None:
     files = FILES | SYSTEM_FILES
     data = zipped(files) if suffix == "zip" else tarred(files, suffix[4:])
@@ -106,7 +105,7 @@ BAD_ARCHIVES: dict[str, tuple[str, bytes, str]] = {
 }
 
 
-@each("case", BAD_ARCHIVES)
+@pytest.mark.parametrize("case", BAD_ARCHIVES)
 def test_malicious_and_damaged_archives_are_rejected(tmp_path: Path, case: str) -> None:
     suffix, data, message = BAD_ARCHIVES[case]
     (tmp_path / f"a.{suffix}").write_bytes(data)
@@ -130,7 +129,7 @@ BAD_TARS = {
 }
 
 
-@each("case", BAD_TARS)
+@pytest.mark.parametrize("case", BAD_TARS)
 def test_invalid_tar_headers(tmp_path: Path, case: str) -> None:
     for name, pack in (("a.tar", bytes), ("a.tar.gz", gzip.compress)):
         (tmp_path / name).write_bytes(pack(BAD_TARS[case]))
@@ -140,7 +139,7 @@ def test_invalid_tar_headers(tmp_path: Path, case: str) -> None:
             read(tmp_path / "a.tar")
 
 
-@each("suffix", ["zip", "tar.gz", "tar.xz"])
+@pytest.mark.parametrize("suffix", ["zip", "tar.gz", "tar.xz"])
 def test_decompression_bombs_are_rejected(tmp_path, suffix, monkeypatch):
     monkeypatch.setattr(archive, "UNCHECKED_BYTES", archive.UNCHECKED_BYTES // 10)
     file, files = tmp_path / f"a.{suffix}", {"bomb.txt": bytes(15_000_000)}

@@ -12,7 +12,6 @@ from typing import NamedTuple
 import fake_hub_servers
 import pytest
 from case_files import load_cases
-from each_value import each
 from fake_hub_servers import (
     COMMIT,
     TOKEN,
@@ -207,7 +206,7 @@ def test_path_traversal_is_rejected(model: RemoteModel, path: str) -> None:
         open_repository(model.address).fetch_files([path])
 
 
-@each("target", CASES["test_redirects_to_internal_hosts_are_rejected"])
+@pytest.mark.parametrize("target", CASES["test_redirects_to_internal_hosts_are_rejected"])
 def test_redirects_to_internal_hosts_are_rejected(model: RemoteModel, target: str) -> None:
     model.server.faults.redirect_url = target
     with pytest.raises(UserError, match="not an allowed address, the redirect target of") as raised:

@@ -3,7 +3,6 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from each_value import each
 
 from finesight.model.attention import Segments, varlen_attention
 from finesight.model.layers import RotaryCosSin, apply_rotary_pos_emb
@@ -25,8 +24,8 @@ def random_tensor(*shape: int, dtype: torch.dtype) -> torch.Tensor:
 
 
 @NARROW
-@each("inputs", [96, 1536, 5000])
-@each("outputs", [40, 3100, 70000])
+@pytest.mark.parametrize("inputs", [96, 1536, 5000])
+@pytest.mark.parametrize("outputs", [40, 3100, 70000])
 def test_fused_gemv_with_norm_bias_and_residual(dtype, inputs, outputs):
     from finesight.model.kernels import decoding
 
@@ -91,7 +90,7 @@ def test_rotary_and_cache_write_are_fused(dtype, num_seqs, normed):
         assert int(values.flatten(0, 1).any(-1).any(-1).sum()) == num_seqs
 
 
-@each("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
 def test_flash_decode_equals_flash_attention(head_dim):
     """A decoding step has each bit of the last rows of a forward pass over whole sequences."""
     from finesight.model.kernels import decoding

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from each_value import each
 from engine_fixtures import (
     ForcedTokens,
     RequestEvents,
@@ -110,7 +109,7 @@ def answers(loaded_model: Loaded, prompts: list[EncodedSample]) -> list[Sequence
 
 
 @pytest.mark.parametrize("late", [0, 1])
-@each("seed", range(6))
+@pytest.mark.parametrize("seed", range(6))
 def test_random_requests_leak_no_blocks(loaded_model, prompts, answers, seed, late, monkeypatch):
     """Random requests and cancellations, in a cache too small for all, are answered as alone."""
     model, rng = loaded_model[0], random.Random(seed)
@@ -183,7 +182,7 @@ def test_equal_prompts_share_linear_attention_states(tmp_path):
     assert engine.num_free_blocks == engine.num_blocks
 
 
-@each("tokens", range(33, 33 + CPU_BLOCK_SIZE))
+@pytest.mark.parametrize("tokens", range(33, 33 + CPU_BLOCK_SIZE))
 def test_answer_is_cached_for_next_turn(loaded_model, prompts, tokens):
     """All but the last token of the answer, whose keys and values are not computed."""
     model, prompt = loaded_model[0], prompts[0]

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from each_value import each
 from engine_fixtures import encode_mixed_questions, generate_cached, install_request_adapters
 from gptq_fixtures import GptqConfig, with_untied_head, write_quantized_model
 from hf_reference import CPU, max_relative_error
@@ -72,8 +71,8 @@ def force_decode(
 @pytest.mark.gpu
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("num_seqs", [1, MAX_GEMV_ROWS, MAX_GEMM_ROWS])
-@each("config", [GptqConfig(), GptqConfig(64, act_order=True, symmetric=False)])
-@each("change", [None, install_request_adapters])
+@pytest.mark.parametrize("config", [GptqConfig(), GptqConfig(64, act_order=True, symmetric=False)])
+@pytest.mark.parametrize("change", [None, install_request_adapters])
 def test_cuda_graph_steps_match_the_dequantized_model(family, num_seqs, config, change, tmp_path):
     folders = write_quantized_and_dense(tmp_path, family, config)
     prompts = [make_prompts(tmp_path)[0]] * num_seqs

@@ -4,11 +4,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from each_value import each
 from torch import Tensor
 
 from finesight.encode.tokenization import EncodedSample, TokenizedSample, VisualSpan
 from finesight.infer import block_manager, kv_cache, paged_attention
+from finesight.infer.paged_attention import PrefillChunk
 from finesight.model.config import LinearAttentionConfig
 
 LAYERS, HEADS, KEY_HEADS, WIDTH = 2, 4, 2, 8
@@ -91,7 +91,7 @@ def test_decode_attends_only_to_its_sequence(stale):
     _start(cache, blocks, lengths)
     k, v = ([_random(n + 2, KEY_HEADS, WIDTH, seed=s) for n in lengths] for s in (1, 2))
     for own, length, k_TKD, v_TKD in zip(blocks, lengths, k, v, strict=True):
-        chunk = paged_attention.PrefillChunk(own, 0, length, length)
+        chunk = PrefillChunk(own, 0, length, length)
         slots = torch.from_numpy(chunk.compute_slot_mapping(block_size, 0))
         cache.write(0, slots, k_TKD[:length], v_TKD[:length])
     for step in (1, 2):
@@ -133,9 +133,9 @@ def test_bytes_of_the_cache():
 
 
 @pytest.mark.gpu
-@each("stale", [0.0, float("nan")])
-@each("block_size", [16, 64])
-@each(
+@pytest.mark.parametrize("stale", [0.0, float("nan")])
+@pytest.mark.parametrize("block_size", [16, 64])
+@pytest.mark.parametrize(
     ("heads", "key_heads", "width"),
     [(12, 2, 128), (4, 4, 64), (5, 1, 40), (28, 4, 128), (7, 1, 80)],
 )
@@ -162,9 +162,7 @@ def test_paged_kernel_matches_reference(stale, block_size, heads, key_heads, wid
         for row, (mine, length) in enumerate(zip(blocks, lengths, strict=True)):
             table[row, : len(mine)] = torch.tensor(mine, dtype=torch.int32)
             at = torch.from_numpy(
-                paged_attention.PrefillChunk(mine, 0, length, length).compute_slot_mapping(
-                    block_size, 0
-                )
+                PrefillChunk(mine, 0, length, length).compute_slot_mapping(block_size, 0)
             ).to(card)
             for store, x in zip((keys, values), own[row], strict=True):
                 store.flatten(0, 1).index_copy_(0, at, x.to(card, dtype))

@@ -5,7 +5,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from each_value import each
 from torch import Tensor
 
 from finesight.errors import UserError
@@ -220,8 +219,8 @@ class FixedConstraint(DecodingConstraint):
         """Nothing changes."""
 
 
-@each("vocabulary", [1, 31, 32, 33, 63, 64, 65, 300])
-@each("wider", [0, 1, 40])
+@pytest.mark.parametrize("vocabulary", [1, 31, 32, 33, 63, 64, 65, 300])
+@pytest.mark.parametrize("wider", [0, 1, 40])
 def test_only_allowed_tokens_are_sampled(vocabulary, wider):
     """Each token has its own bit; a head may have rows for no token. Other rows are unaffected."""
     logits_2V = _logits(2, vocabulary + wider)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from errno import ENOSPC
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +107,9 @@ RECEIPT = '{"shop":"Olp", "price": 12.50, "id": 9007199254740993, "paid": null, 
 
 
 @pytest.mark.parametrize(
-    ("text", "edits", "expected"), CASES["test_edited_fields_leave_the_rest_of_the_answer"]
+    ("text", "edits", "expected"),
+    CASES["test_edited_fields_leave_the_rest_of_the_answer"],
+    ids=count(),
 )
 def test_edited_fields_leave_the_rest_of_the_answer(tmp_path, text, edits, expected):
     session = open_fields_session(tmp_path)

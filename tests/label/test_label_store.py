@@ -10,7 +10,6 @@ from unittest.mock import patch
 
 import pytest
 from case_files import load_cases
-from each_value import each
 from hostile_requests import make_jpeg2000
 from image_fixtures import make_sample
 from label_fixtures import CORNERS, MODEL, draw_images, make_suggestion, open_fields_session
@@ -454,8 +453,8 @@ def read_folder(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-@each("name", FILES_OF_A_DECISION)
-@each("change", ["save", "skip", "reopen", "save again"])
+@pytest.mark.parametrize("name", FILES_OF_A_DECISION)
+@pytest.mark.parametrize("change", ["save", "skip", "reopen", "save again"])
 def test_decision_that_cannot_be_written_is_not_kept(tmp_path, name, change):
     """A page that reports an error shows the open sample, and no file has the decision."""
     out = tmp_path / "labels"
@@ -486,7 +485,7 @@ def test_decision_that_cannot_be_written_is_not_kept(tmp_path, name, change):
         assert store.find(sample_id).history[:-1] == state[0]
 
 
-@each("name", FILES_OF_A_DECISION)
+@pytest.mark.parametrize("name", FILES_OF_A_DECISION)
 def test_decisions_of_one_action_are_kept_together_or_not_at_all(tmp_path, name):
     out = tmp_path / "labels"
     values = {"kind": "text", "prompt": "Color?", "train_fraction": 0.5}
@@ -559,8 +558,12 @@ def test_moved_folder_is_reported(tmp_path):
     assert list_texts(out) == ["red", "blue"]
 
 
-@each("name", [JOURNAL_FILE, LABELS_FILE, EVAL_FILE, "train_fraction.txt", "sources.json"])
-@each("content", ["my notes without an end", "my notes\n", '{"id": "a"}\n{"time"', ""])
+@pytest.mark.parametrize(
+    "name", [JOURNAL_FILE, LABELS_FILE, EVAL_FILE, "train_fraction.txt", "sources.json"]
+)
+@pytest.mark.parametrize(
+    "content", ["my notes without an end", "my notes\n", '{"id": "a"}\n{"time"', ""]
+)
 def test_files_of_others_are_refused_and_unchanged(tmp_path, name, content):
     photos, folder = draw_images(tmp_path, 1), tmp_path / "notes"
     folder.mkdir()

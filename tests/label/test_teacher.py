@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from each_value import each
 from label_fixtures import draw_images
 from PIL import Image
 from starlette.applications import Starlette
@@ -274,7 +273,9 @@ def flood() -> StreamingResponse:
     return StreamingResponse(iterate())
 
 
-@each(("make_reply", "words"), [(trickle, "no complete response"), (flood, "over 16777216 bytes")])
+@pytest.mark.parametrize(
+    ("make_reply", "words"), [(trickle, "no complete response"), (flood, "over 16777216 bytes")]
+)
 def test_endless_responses_are_ended(tmp_path, monkeypatch, make_reply, words):
     monkeypatch.setattr(teacher_module, "MAX_REQUEST_SECONDS", 1.0)
     if make_reply is flood:
@@ -286,7 +287,9 @@ def test_endless_responses_are_ended(tmp_path, monkeypatch, make_reply, words):
     assert "--max-new-tokens" in str(caught.value.remedy)
 
 
-@each("make_reply", [trickle, flood, lambda: JSONResponse({"data": [{"id": f"owl {KEY}"}]})])
+@pytest.mark.parametrize(
+    "make_reply", [trickle, flood, lambda: JSONResponse({"data": [{"id": f"owl {KEY}"}]})]
+)
 def test_list_of_models_is_limited_and_without_the_key(tmp_path, monkeypatch, make_reply):
     monkeypatch.setenv("TEACHER_KEY", KEY)
     monkeypatch.setattr(teacher_module, "MAX_LISTING_SECONDS", 1.0)
@@ -308,8 +311,8 @@ LONG_ANSWERS = {
 }
 
 
-@each("name", LONG_ANSWERS)
-@each("kind", ["fields", "boxes", "text"])
+@pytest.mark.parametrize("name", LONG_ANSWERS)
+@pytest.mark.parametrize("kind", ["fields", "boxes", "text"])
 def test_long_answers_are_cut_off(tmp_path, name, kind):
     shutil.rmtree(tmp_path / "labels", ignore_errors=True)
     options = {"fields": {"field_names": ["a"]}, "boxes": {"choices": ["sign"]}}.get(kind, {})

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import yaml
-from each_value import each
 
 from finesight.errors import UserError
 from finesight.launch.launch_job import (
@@ -123,7 +122,7 @@ def test_unsupported_jobs_are_rejected() -> None:
         build_kubeflow(make_job("1:4"))
 
 
-@each(
+@pytest.mark.parametrize(
     ("image", "store", "where"),
     [
         *((None, "x", "--image"), ("a b", "x", "--image"), ("x", None, "--store")),

@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from each_value import each
 from launch_fixtures import (
     TUNE,
     add_gates,
@@ -101,7 +100,7 @@ def test_slurm_directives(tmp_path: Path) -> None:
     ]
 
 
-@each("value", ["a b", "a\n#SBATCH --uid=0", "", "$(id)", "-x", "a'"])
+@pytest.mark.parametrize("value", ["a b", "a\n#SBATCH --uid=0", "", "$(id)", "-x", "a'"])
 def test_invalid_directive_values_are_rejected(value: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="invalid name") as caught:
         build_slurm_script(make_job(TinyTask(tmp_path), "run", 1, 1), {"partition": value})

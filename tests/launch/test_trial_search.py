@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from each_value import each
 from tiny_task import make_task, write_recipe
 
 from finesight import api
@@ -265,7 +264,7 @@ SPACES = {
 }
 
 
-@each(("words", "space"), SPACES.items())
+@pytest.mark.parametrize(("words", "space"), SPACES.items())
 def test_invalid_spaces(words, space, tmp_path):
     recipe = load_recipe(_write_minimal_recipe(tmp_path))
     with pytest.raises(UserError, match=words.replace("[", r"\[")):

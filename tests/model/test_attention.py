@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from each_value import each
 from hf_reference import CPU, max_relative_error
 from torch import Tensor
 
@@ -54,9 +53,9 @@ def with_gradients(found: Tensor, inputs: list[Tensor]) -> list[Tensor]:
     return [found, *torch.autograd.grad((found * weights.to(found.dtype)).sum(), inputs)]
 
 
-@each("causal", [True, False])
-@each("kv_heads", [4, 2, 1])
-@each("lengths", [[7], [4, 4, 4], [1, 5, 2], [3, 1, 3, 1, 1, 3], MIXED_LENGTHS])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+@pytest.mark.parametrize("lengths", [[7], [4, 4, 4], [1, 5, 2], [3, 1, 3, 1, 1, 3], MIXED_LENGTHS])
 def test_segments_attend_only_to_themselves(lengths, kv_heads, causal):
     inputs = random_qkv(sum(lengths), 4, kv_heads, torch.float64)
     buckets = bucket_by_length(lengths, CPU)

@@ -3,7 +3,6 @@ from typing import Any
 import pytest
 import torch
 from case_files import load_cases
-from each_value import each
 from hf_reference import CPU, make_config
 
 from finesight.errors import UserError
@@ -42,7 +41,7 @@ def assert_reported(family: str, change: dict[str, Any], key: str) -> None:
 
 
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl"])
-@each(("change", "key"), load_cases("model_config_errors"))
+@pytest.mark.parametrize(("change", "key"), load_cases("model_config_errors"))
 def test_invalid_config_values_are_reported(family, change, key):
     assert_reported(family, change, key)
 

@@ -7,7 +7,6 @@ from typing import Any
 import hf_reference
 import pytest
 import torch
-from each_value import each
 from torch import Tensor
 
 from finesight.encode.packing import PackedBatch
@@ -66,10 +65,10 @@ def heads(kv_heads: int, width: int, dtype: torch.dtype) -> list[Tensor]:
     return [torch.randn(total, n, width, generator=generator).to(CUDA, dtype) for n in sizes]
 
 
-@each("causal", [True, False])
+@pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize(("kv_heads", "width"), [(4, 80), (2, 128), (1, 16)])
 @pytest.mark.parametrize("dtype", HALF, ids=str)
-@each("by_segment", [False, True])
+@pytest.mark.parametrize("by_segment", [False, True])
 def test_half_precision_attention_matches_fp32_cpu(causal, kv_heads, width, dtype, by_segment):
     inputs = [x.requires_grad_() for x in heads(kv_heads, width, dtype)]
     assert attention.supports_varlen_attention(inputs[0])
@@ -136,8 +135,8 @@ def test_forward_and_step_do_not_synchronize(family, work):
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)
-@each("width", [8, 16, 40, 72, 80, 104, 128])
-@each("lengths", [[64, 64, 64], [400, 400], [300, 7, 1, 80, 128]])
+@pytest.mark.parametrize("width", [8, 16, 40, 72, 80, 104, 128])
+@pytest.mark.parametrize("lengths", [[64, 64, 64], [400, 400], [300, 7, 1, 80, 128]])
 def test_frozen_encoder_attention_matches_fp32_cpu(lengths, width, dtype):
     # Adjacent as in a fused projection, inside of memory that must not be read.
     fused = torch.full((sum(lengths) + 128, 12, width), torch.nan, dtype=dtype, device=CUDA)

@@ -7,7 +7,6 @@ from typing import Any, TypeVar
 import pytest
 import torch
 from decoder_fixtures import SMALL_DECODER
-from each_value import each
 from torch import Tensor
 
 from finesight.model import fused_decoder
@@ -131,10 +130,10 @@ def compare_with_unfused(
     return fused
 
 
-@each("only", [None, ONLY])
+@pytest.mark.parametrize("only", [None, ONLY])
 @pytest.mark.parametrize("rank", ["all trainable", None, 4, 64, 128])
-@each("dtype", [torch.bfloat16, torch.float16])
-@each("apart", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("apart", [False, True])
 def test_fused_layer_error_is_bounded(rank, dtype, only, apart, monkeypatch):
     made = layer(None, trainable=True) if rank == "all trainable" else layer(rank)
     for group in groups(made):
@@ -143,7 +142,7 @@ def test_fused_layer_error_is_bounded(rank, dtype, only, apart, monkeypatch):
     assert len(fused.grads) == {"all trainable": 8, None: 1}.get(rank, 12)
 
 
-@each("only", [None, ONLY])
+@pytest.mark.parametrize("only", [None, ONLY])
 @pytest.mark.parametrize("rank", ["all trainable", None, 4, 64])
 @pytest.mark.parametrize("index", [0, 1], ids=["linear attention", "full attention"])
 def test_fused_hybrid_layer_error_is_bounded(index, rank, only, monkeypatch):
@@ -247,7 +246,7 @@ def test_second_backward_raises():
         y.sum().backward()
 
 
-@each("other", [LoraConfig(4, 8.0), LoraConfig(8, 4.0), None])
+@pytest.mark.parametrize("other", [LoraConfig(4, 8.0), LoraConfig(8, 4.0), None])
 def test_unsupported_layers_fall_back(other):
     """One layer of a group has another rank or scale than the others, or the only adapter."""
     made = layer(16)
@@ -279,9 +278,9 @@ def rounding(dtype: torch.dtype) -> float:
 
 # Cases, since compiling the kernels of a rank takes 10 seconds.
 @pytest.mark.parametrize("ranks", [rank for rank in RANKS if rank <= 128])
-@each("dtype", [torch.bfloat16, torch.float16])
-@each("share", [0.0, 0.3])
-@each(("rows", "width"), [(1, 64), (77, 176), (90, 99), (300, 1536)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("share", [0.0, 0.3])
+@pytest.mark.parametrize(("rows", "width"), [(1, 64), (77, 176), (90, 99), (300, 1536)])
 def test_forward_matches_fp64(ranks, rows, width, share, dtype):
     from finesight.model.kernels import lora_gemm as lora_gemm_kernels
     from finesight.model.kernels.runtime import SeededDropout
@@ -301,10 +300,10 @@ def test_forward_matches_fp64(ranks, rows, width, share, dtype):
 
 
 @pytest.mark.parametrize("ranks", RANKS)
-@each("dtype", [torch.bfloat16, torch.float16])
-@each("share", [0.0, 0.3])
-@each("normed", [False, True])
-@each(("rows", "width"), [(1, 64), (77, 176), (90, 99), (3000, 1536)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("share", [0.0, 0.3])
+@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize(("rows", "width"), [(1, 64), (77, 176), (90, 99), (3000, 1536)])
 def test_backward_matches_fp64(ranks, rows, width, normed, share, dtype):
     """Gradients are slices of wider rows, as in fused matmuls."""
     from finesight.model.kernels import lora_gemm as lora_gemm_kernels

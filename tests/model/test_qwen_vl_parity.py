@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from each_value import each
 from qwen_vl_reference import (
     ARRAYS,
     CASES,
@@ -46,7 +45,7 @@ def _logits(model: VisionLanguageModel, batch: PackedBatch) -> torch.Tensor:
     return model.compute_logits(model(batch))
 
 
-@each(("number", "mode"), MODES)
+@pytest.mark.parametrize(("number", "mode"), MODES)
 def test_logits_loss_and_gradients_match_published_code(number, mode):
     case = CASES[number]
     config = CONFIGS[case["config"]]

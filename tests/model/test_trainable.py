@@ -6,7 +6,6 @@ import lora_fixtures
 import peft
 import pytest
 import torch
-from each_value import each
 from hf_reference import (
     CPU,
     make_config,
@@ -138,7 +137,7 @@ MIXES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("family", lora_fixtures.FAMILIES)
-@each(
+@pytest.mark.parametrize(
     ("how", "tied"),
     [(how, tied) for how in MIXES for tied in (True, False) if tied or "embeddings" in MIXES[how]],
 )

@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-from each_value import each
 from hf_reference import (
     CPU,
     make_config,
@@ -48,8 +47,8 @@ def settings(request: pytest.FixtureRequest) -> dict[str, Any]:
     return make_config(request.param)
 
 
-@each("tied", [True, False])
-@each("most", [5e9, 200_000])
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("most", [5e9, 200_000])
 def test_saved_model_loads_in_transformers(tmp_path, settings, tied, most):
     settings = settings | {"tie_word_embeddings": tied}
     theirs = make_reference_model(settings)
@@ -178,7 +177,7 @@ MISMATCHES = {
 }
 
 
-@each(("what", "changes"), MISMATCHES.items())
+@pytest.mark.parametrize(("what", "changes"), MISMATCHES.items())
 def test_mismatched_weight_file_is_rejected(tmp_path, what, changes):
     source = published(tmp_path / "source", make_config("qwen2_vl"))
     change(source, changes)

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from case_files import load_cases
-from each_value import each
 from plan_fixtures import edit_config, make_plan
 from tiny_task import TinyTask, write_recipe
 
@@ -113,7 +112,7 @@ def test_sharded_recipe_on_one_gpu_is_planned_as_it_is_trained(task: TinyTask) -
     assert "has no effect" not in "\n".join(format_plan(plain))
 
 
-@each(
+@pytest.mark.parametrize(
     ("mode", "optimizer", "is_refused"),
     [
         ("fsdp", "muon", True),
@@ -194,7 +193,7 @@ def test_run_that_does_not_fit_is_advised_to_use_more_gpus(task, monkeypatch):
         assert not fewer.chosen_estimate.fits or fewer.chosen_estimate.host_bytes
 
 
-@each("optimizer", ["adamw_8bit", "muon"])
+@pytest.mark.parametrize("optimizer", ["adamw_8bit", "muon"])
 def test_advice_names_the_optimizer_that_sharding_needs(task, monkeypatch, optimizer):
     widen(task)
     limit_below_need(task, monkeypatch, f"train.optimizer={optimizer}")
@@ -247,7 +246,9 @@ def test_lack_of_host_memory_is_named(task, monkeypatch):
     assert "fsdp_offload" not in line
 
 
-@each(("gpus", "batch_size", "num_idle"), [(1000, 16, 984), (8, 4, 4), (2, 2, 0), (3, 11, 0)])
+@pytest.mark.parametrize(
+    ("gpus", "batch_size", "num_idle"), [(1000, 16, 984), (8, 4, 4), (2, 2, 0), (3, 11, 0)]
+)
 def test_gpus_without_samples_are_named(task, gpus, batch_size, num_idle):
     plan = make_plan(task, f"train.batch_size={batch_size}", gpus=gpus)
     warnings = [line for line in format_plan(plan) if line.startswith("warning: a step has")]
@@ -320,7 +321,7 @@ def test_smallest_and_slowest_gpu_counts(task, local_gpus):
     assert plan_here(task, gpus=2).memory_bytes == 20 * 10**9
 
 
-@each(
+@pytest.mark.parametrize(
     ("world_size", "gpu", "expected"),
     [("4", None, 4), ("4", "A10", 4), ("1", "A10", 1), ("1", None, 2), ("x", "A10", 1)],
 )
@@ -331,7 +332,9 @@ def test_launcher_sets_the_number_of_gpus(task, local_gpus, monkeypatch, world_s
         assert plan.target.num_gpus == count
 
 
-@each(("device", "reason"), [("auto", "this machine has no GPU"), ("cpu", "train.device=cpu")])
+@pytest.mark.parametrize(
+    ("device", "reason"), [("auto", "this machine has no GPU"), ("cpu", "train.device=cpu")]
+)
 def test_gpus_without_a_gpu_are_refused(task, device, reason, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(step_time, "measure_peak_flops", lambda device, dtype: 1e11)
@@ -346,7 +349,7 @@ def test_gpus_without_a_gpu_are_refused(task, device, reason, monkeypatch):
     assert make_plan(task, *overrides, gpu=None).target.num_gpus == 1
 
 
-@each("gpus", [0, -2, 10_001, 1.5, "two"])
+@pytest.mark.parametrize("gpus", [0, -2, 10_001, 1.5, "two"])
 def test_python_checks_the_number_of_gpus(task, gpus):
     path = write_recipe(task.folder / "recipe.yaml", task.recipe | {"output_dir": "run"})
     with pytest.raises(UserError) as error:
@@ -359,7 +362,7 @@ def test_python_plans_several_gpus(task):
     assert api.plan(path, gpu="T4", gpus=2).target.num_gpus == 2
 
 
-@each(
+@pytest.mark.parametrize(
     ("name", "link"),
     [
         ("NVIDIA H100 80GB HBM3", "NVLink 4"),

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from each_value import each
 from plan_fixtures import edit_config, make_plan
 from rich.console import Console
 from tiny_task import TinyTask, write_recipe
@@ -60,7 +59,7 @@ def test_plan_of_rewards_checks_them_and_names_the_responses(task: TinyTask) -> 
         make_plan(task, *settings, "rewards=[json.nothing]")
 
 
-@each("part", ["vision", "merger"])
+@pytest.mark.parametrize("part", ["vision", "merger"])
 def test_plan_of_a_frozen_language_model(tmp_path: Path, part: str) -> None:
     """Packs of texts alone, which estimate the memory per token, have no gradient."""
     task = TinyTask(tmp_path)
@@ -182,7 +181,7 @@ def test_invalid_recipe_is_rejected(task: TinyTask) -> None:
         make_plan(task, gpu="H20000")
 
 
-@each(
+@pytest.mark.parametrize(
     ("override", "gpu", "package", "is_hint"),
     [
         ("tune.language=lora", "T4", None, True),

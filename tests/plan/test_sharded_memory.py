@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from each_value import each
 from multi_process_run import fork_ranks
 from plan_fixtures import Tune, compute_loss, make_batch, make_model, make_planned_pack
 from rank_memory import TINY, measure_rank
@@ -169,7 +168,7 @@ def test_gradient_shards_exist_between_packs():
     assert several["gradients"] > one["gradients"]
 
 
-@each("num_ranks", [2, 3, 8, 1000])
+@pytest.mark.parametrize("num_ranks", [2, 3, 8, 1000])
 def test_evaluation_and_loading_need_the_complete_model(num_ranks):
     """Uneven shards are padded, and no number of GPUs goes below the complete weights."""
     persistent, tracer = plan_rank("fsdp", ALL, torch.bfloat16, num_ranks, is_cuda=True)

@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 import torch
 from case_files import load_cases
-from each_value import each
 from plan_fixtures import plan_tiny_model
 
 from finesight.errors import UserError
@@ -133,7 +132,7 @@ def test_own_machine_is_measured() -> None:
 CASES = load_cases("target_device")
 
 
-@each(("spelling", "name"), CASES["test_gpu_name_spellings"])
+@pytest.mark.parametrize(("spelling", "name"), CASES["test_gpu_name_spellings"])
 def test_gpu_name_spellings(spelling: str, name: str) -> None:
     assert find_gpu_spec(spelling).name == name
 
@@ -147,7 +146,7 @@ def test_unknown_gpu_suggests_similar_names() -> None:
         find_gpu_spec("abacus")
 
 
-@each(
+@pytest.mark.parametrize(
     ("name", "precision", "expected"),
     [("T4", "auto", "fp16"), ("A10", "auto", "bf16"), ("A10", "fp32", "fp32")],
 )

@@ -7,7 +7,6 @@ import re
 
 import pytest
 from case_files import load_cases
-from each_value import each
 
 from finesight.check.check_issues import count_half_octaves
 from finesight.report.charts import (
@@ -30,7 +29,9 @@ from finesight.report.charts import (
 CASES = load_cases("charts")
 
 
-@each(("low", "high", "ticks"), CASES["test_ticks_are_round_and_cover_the_values"])
+@pytest.mark.parametrize(
+    ("low", "high", "ticks"), CASES["test_ticks_are_round_and_cover_the_values"]
+)
 def test_ticks_are_round_and_cover_the_values(low: float, high: float, ticks: list[float]) -> None:
     assert compute_ticks(low, high, 5, include_ends=True) == pytest.approx(ticks)
 
@@ -41,7 +42,7 @@ def test_step_ticks_are_integers() -> None:
     assert compute_ticks(1, 1200, 6, integer_only=True) == [200, 400, 600, 800, 1000, 1200]
 
 
-@each(
+@pytest.mark.parametrize(
     ("value", "text"),
     [
         *((0, "0"), (0.05, "0.05"), (2e-4, "2e-4"), (2.5e-5, "2.5e-5"), (1200, "1,200")),

@@ -17,7 +17,6 @@ from browser import (
     read_texts,
 )
 from check_fixtures import make_record, run_check, write_records
-from each_value import each
 from html_text import read_script_data, read_visible_text
 from image_fixtures import write_gray_image
 
@@ -131,7 +130,7 @@ def file(tmp_path: Path, mixed_result: CheckResult) -> Path:
     return tmp_path / "check.html"
 
 
-@each("width", [PHONE_WIDTH, DESKTOP_WIDTH])
+@pytest.mark.parametrize("width", [PHONE_WIDTH, DESKTOP_WIDTH])
 def test_page_in_browser(browser: Browser, file: Path, width: int) -> None:
     open_page(browser, file, width)
     assert count(browser, ".feed > li") == 30

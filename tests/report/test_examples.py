@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 from case_files import load_cases
-from each_value import each
 from PIL import Image
 from run_dir_fixtures import JsonLine, make_prediction_line
 
@@ -68,7 +67,7 @@ def test_example_kind_follows_its_score(tmp_path: Path) -> None:
     assert none.count_hidden() == {"worse": 1, "better": 1}
 
 
-@each(
+@pytest.mark.parametrize(
     ("headline", "score"),
     [
         *(("accuracy_at_0.5", "hit"), ("f1_at_0.5", "f1"), ("similarity", "similarity")),
@@ -272,7 +271,7 @@ def test_relative_paths_use_the_start_folder(image_path: str, tmp_path: Path) ->
     assert missing == {"path": "p.png", "error": "no such image"}
 
 
-@each("name", ["broken.png", "folder.png", "null\0.png", "x" * 5000])
+@pytest.mark.parametrize("name", ["broken.png", "folder.png", "null\0.png", "x" * 5000])
 def test_unreadable_image_has_a_reason(tmp_path: Path, name: str) -> None:
     (tmp_path / "broken.png").write_bytes(b"no picture")
     (tmp_path / "folder.png").mkdir()
@@ -282,7 +281,7 @@ def test_unreadable_image_has_a_reason(tmp_path: Path, name: str) -> None:
     assert "src" not in found
 
 
-@each(
+@pytest.mark.parametrize(
     "box",
     [
         {"xyxy": [1, 2, 3]},
@@ -312,14 +311,18 @@ def test_long_answers_are_truncated() -> None:
 TOO_LONG = ("word " * 300, "word other " * 300, None)
 
 
-@each(("answer", "reference", "pairs"), [*CASES["test_differences_of_texts"], TOO_LONG])
+@pytest.mark.parametrize(
+    ("answer", "reference", "pairs"), [*CASES["test_differences_of_texts"], TOO_LONG]
+)
 def test_differences_of_texts(answer: str, reference: str, pairs: list[list[str]] | None) -> None:
     spans = diff_texts(answer, reference)
     found = spans and [[answer[a:b], reference[c:d]] for a, b, c, d in spans]
     assert found == pairs
 
 
-@each(("answer", "reference", "fields"), CASES["test_differences_of_json_fields"])
+@pytest.mark.parametrize(
+    ("answer", "reference", "fields"), CASES["test_differences_of_json_fields"]
+)
 def test_differences_of_json_fields(answer: str, reference: str, fields: object) -> None:
     found = diff_fields(answer, reference)
     if found:

@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from browser import XSS_PAYLOADS, Browser
-from each_value import each
 from html_text import ParsedPage
 from image_fixtures import make_noise_image
 from jinja2 import UndefinedError
@@ -101,7 +100,7 @@ def test_page_replaces_its_own_earlier_page(tmp_path: Path) -> None:
     PageFile(tmp_path / "moved/page.html", "report", [tmp_path / "moved"]).check()
 
 
-@each(
+@pytest.mark.parametrize(
     ("command", "name", "edit"),
     [
         ("report", "a", lambda file: file.write_text(file.read_text() + "<!-- a note -->")),
@@ -134,7 +133,7 @@ def test_content_security_policy_blocks_injected_scripts(browser: Browser, tmp_p
     assert any("Content Security Policy" in message for message in browser.messages())
 
 
-@each(
+@pytest.mark.parametrize(
     ("image", "size", "kind"),
     [
         (Image.new("RGB", (64, 32), (10, 200, 30)), (64, 32), "png"),

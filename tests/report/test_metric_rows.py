@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from each_value import each
+import pytest
 from run_dir_fixtures import make_evaluation_line
 
 from finesight.evaluate.metric_difference import MetricDifference
@@ -34,7 +34,7 @@ def test_number_of_correct_answers_is_shown() -> None:
     assert not any(one.cells[0].correct for one in build_metric_rows(custom, {}))
 
 
-@each(
+@pytest.mark.parametrize(
     ("low", "high", "verdict", "words", "output"),
     [
         (0.6, 0.8, "better", "better", "increased by 0.7000: the 95 % interval of"),
@@ -51,7 +51,7 @@ def test_verdict_of_comparison_is_used(low, high, verdict, words, output):
     assert "decreased by 0.7000" in describe_change(build_rows(0.9, 0.2, similarity=fallen)[0])
 
 
-@each("ends", [None, "ab", [1], [1, 2, 3], [None, 1], [1, float("nan")], 7])
+@pytest.mark.parametrize("ends", [None, "ab", [1], [1, 2, 3], [None, 1], [1, float("nan")], 7])
 def test_invalid_interval_is_hidden(ends: object) -> None:
     assert read_interval({"intervals": {"similarity": ends}}, "similarity") is None
     assert read_interval({}, "similarity") is None

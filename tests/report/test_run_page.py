@@ -19,7 +19,6 @@ from browser import (
     read_texts,
 )
 from case_files import load_cases
-from each_value import each
 from html_text import read_script_data, read_visible_text
 from PIL import Image
 from run_dir_fixtures import (
@@ -111,8 +110,8 @@ def test_running_run_compares_available_evaluations(tmp_path: Path) -> None:
     assert "Computed at the end of the run" in read_visible_text(page)
 
 
-@each("is_old", [False, True])
-@each("losses", [(2.0, 1.18, 1.175), (2.0, 1.1, 1.175)])
+@pytest.mark.parametrize("is_old", [False, True])
+@pytest.mark.parametrize("losses", [(2.0, 1.18, 1.175), (2.0, 1.1, 1.175)])
 def test_evaluations_of_different_samples_are_not_compared(run, losses, is_old):
     """The figures of all samples are higher, as those of other samples may be."""
     lines = []
@@ -137,7 +136,7 @@ def test_evaluations_of_different_samples_are_not_compared(run, losses, is_old):
     assert "Overfitting" not in text
 
 
-@each(
+@pytest.mark.parametrize(
     ("sets", "before"),
     [
         ("AA AA BB", {}),
@@ -147,7 +146,7 @@ def test_evaluations_of_different_samples_are_not_compared(run, losses, is_old):
         ("AA BB AA", {"validation_loss": 2.0, "similarity": 0.0}),
     ],
 )
-@each("is_finished", [False, True])
+@pytest.mark.parametrize("is_finished", [False, True])
 def test_latest_evaluation_is_paired_with_equal_samples(tmp_path, sets, before, is_finished):
     run = FakeRunDir(tmp_path / "run")
     counts = {"num_samples": 5, "num_loss_samples": 7}
@@ -188,7 +187,7 @@ def test_confusion_and_field_tables(run: FakeRunDir) -> None:
     assert "total 0.2500 0.5000 0.1250" in text
 
 
-@each("width", [PHONE_WIDTH, DESKTOP_WIDTH])
+@pytest.mark.parametrize("width", [PHONE_WIDTH, DESKTOP_WIDTH])
 def test_examples_are_sorted_filtered_and_enlarged(browser, run, width):
     open_page(browser, write_report(run.folder), width)
     assert count(browser, ".feed math mfrac") == 12

@@ -1,8 +1,9 @@
 """Tests of the run directory reader."""
 
+from itertools import count
 from pathlib import Path
 
-from each_value import each
+import pytest
 from run_dir_fixtures import FakeRunDir, make_step_line
 
 from finesight.report.run_page import render_run_page
@@ -47,7 +48,7 @@ def test_damaged_line_is_skipped_and_listed(tmp_path: Path) -> None:
         assert record.unreadable_files == [f"{named} metrics.jsonl"]
 
 
-@each("value", ["x", [1, 2], {"a": 1}, 10**400, float("inf")])
+@pytest.mark.parametrize("value", ["x", [1, 2], {"a": 1}, 10**400, float("inf")], ids=count())
 def test_invalid_values_count_as_missing(tmp_path: Path, value: object) -> None:
     run = FakeRunDir(tmp_path / "run")
     lines = [make_step_line(step) for step in range(1, 5)]
@@ -61,7 +62,7 @@ def test_invalid_values_count_as_missing(tmp_path: Path, value: object) -> None:
     render_run_page(run.folder)
 
 
-@each("max_bytes", [5000, 20_000, None])
+@pytest.mark.parametrize("max_bytes", [5000, 20_000, None])
 def test_middle_of_a_large_file_is_left_out(tmp_path: Path, max_bytes: int | None) -> None:
     run = FakeRunDir(tmp_path / "run")
     run.write_metrics(steps=100)

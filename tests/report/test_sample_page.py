@@ -17,7 +17,6 @@ from browser import (
     read_texts,
 )
 from conversation_fixtures import make_conversation, make_folder, make_images
-from each_value import each
 from html_text import read_script_data
 from image_fixtures import make_sample
 from PIL import Image, ImageDraw
@@ -128,7 +127,7 @@ def page(renderer: NativeRenderer, tmp_path: Path) -> Path:
 
 
 @ONE_FAMILY
-@each("width", [PHONE_WIDTH, DESKTOP_WIDTH])
+@pytest.mark.parametrize("width", [PHONE_WIDTH, DESKTOP_WIDTH])
 def test_page_in_browser(browser: Browser, page: Path, width: int) -> None:
     open_page(browser, page, width)
     assert read_texts(browser, "h2")[0] == "Sample first"

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 from browser import Browser
 from case_files import load_cases
-from each_value import each
 from run_dir_fixtures import (
     START_RECORD,
     FakeRunDir,
@@ -108,7 +107,7 @@ def make_evaluations(losses: tuple[float, ...], scores: tuple[float, ...]) -> li
     ]
 
 
-@each(
+@pytest.mark.parametrize(
     ("losses", "scores", "train_losses", "words"),
     CASES["test_overfitting_is_reported_with_best_checkpoint"],
 )
@@ -137,7 +136,7 @@ def test_overfitting_is_reported_with_best_checkpoint(
         assert text not in summary.list_remarks(read_run(run.folder))
 
 
-@each(
+@pytest.mark.parametrize(
     ("losses", "scores", "best"),
     [
         ((0.5, 0.6, 0.7, 0.8), (9, 8, 7, 6), "validation loss"),
@@ -186,7 +185,7 @@ def test_out_of_memory_recovery_is_reported(run: FakeRunDir) -> None:
     assert summary.list_remarks(read_run(run.folder)) == []
 
 
-@each(("first", "last", "found"), CASES["test_signs_of_reward_hacking"])
+@pytest.mark.parametrize(("first", "last", "found"), CASES["test_signs_of_reward_hacking"])
 def test_signs_of_reward_hacking(run, first, last, found):
     usual = {"completions/mean_length": 20.0, "rewards/exact/mean": 0.2, "rewards/exact/std": 0.4}
     usual |= {"rewards/format/mean": 0.2, "rewards/format/std": 0.4}

@@ -4,7 +4,6 @@ import json
 from typing import Any
 
 import pytest
-from each_value import each
 from openai.types.chat.completion_create_params import CompletionCreateParamsStreaming
 from pydantic import TypeAdapter
 
@@ -113,7 +112,7 @@ def test_schema_is_a_subset_of_the_openai_types():
     assert problems == EXTENSIONS
 
 
-@each(
+@pytest.mark.parametrize(
     ("content", "message"),
     [
         ([{"type": "image_url", "image_url": "data:,"}], "0.image_url.image_url: Input should be"),
@@ -135,7 +134,7 @@ def test_every_openai_field_is_supported_or_known():
     assert set(IGNORED_FIELDS[:-4]) <= theirs
 
 
-@each("value", [None, "", [], {}])
+@pytest.mark.parametrize("value", [None, "", [], {}])
 def test_unknown_fields_without_a_value_are_ignored(value):
     text = {"type": "text", "text": "a", "cache_control": value}
     tool = {"type": "function", "function": {"name": "f", "deferred": value}}
@@ -145,7 +144,7 @@ def test_unknown_fields_without_a_value_are_ignored(value):
     assert found.parameters.keys() == {"model", "tools", "stream_options"}
 
 
-@each("value", [False, 0, "a", [None], {"a": None}])
+@pytest.mark.parametrize("value", [False, 0, "a", [None], {"a": None}])
 def test_unknown_fields_with_a_value_are_rejected(value):
     body = {"model": "m", "messages": [{"role": "user", "content": "a"}], "enable_thinking": value}
     with pytest.raises(ApiError, match="enable_thinking: unknown field"):
@@ -189,8 +188,8 @@ def test_tools_of_a_request_are_those_of_a_sample(tmp_path):
         build_sample(ChatCompletionRequest.model_validate(request), media)
 
 
-@each("step", [1, 2, 3, 7, 1000])
-@each(
+@pytest.mark.parametrize("step", [1, 2, 3, 7, 1000])
+@pytest.mark.parametrize(
     ("text", "shown", "names"),
     [
         ("No call.", "No call.", []),

@@ -21,7 +21,6 @@ from api_server_fixtures import (
     wait_until_idle,
 )
 from case_files import load_cases
-from each_value import each
 from hostile_requests import make_schema_format
 from lora_fixtures import TUNE_SETTINGS, randomize_parameters
 from openai import BadRequestError, NotFoundError
@@ -157,7 +156,7 @@ def test_stop_strings(ask_about_scene, client):
     assert found.finish_reason == "stop"
 
 
-@each("stream", [False, True])
+@pytest.mark.parametrize("stream", [False, True])
 def test_json_schema_response(ask_about_scene, client, stream):
     row = {"type": "integer", "minimum": 1, "maximum": 9}
     schema = make_object_schema(row=row, kind={"enum": ["a", "b"]})
@@ -216,7 +215,7 @@ TOOLS = [
 ]
 
 
-@each("choice", ["required", {"type": "function", "function": {"name": "book"}}])
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "book"}}])
 def test_tool_call_and_result(ask_about_scene, client, choice):
     given = {"tools": TOOLS, "tool_choice": choice, "max_tokens": 80}
     found = ask_about_scene(client, **given).choices[0]
@@ -287,7 +286,7 @@ INVALID_MESSAGES: tuple[list[Any], ...] = (
 )
 
 
-@each(
+@pytest.mark.parametrize(
     ("given", "param"),
     [*load_cases("chat_requests"), *(({"messages": one}, "messages") for one in INVALID_MESSAGES)],
 )

@@ -8,7 +8,6 @@ from functools import partial
 import numpy as np
 import pytest
 from api_server_fixtures import LIMITS, get_worker_pool
-from each_value import each
 from engine_fixtures import list_allowed
 from hostile_requests import SCHEMAS
 
@@ -36,7 +35,7 @@ def factory(inference_model, vocab_size) -> ConstraintFactory:
     return ConstraintFactory(pool, limits, vocab_size, inference_model.renderer.end_ids)
 
 
-@each(
+@pytest.mark.parametrize(
     ("compile_grammar", "spec"),
     [
         (GrammarCompiler.compile_json_schema, ("json_schema", (TICKET,))),
@@ -79,7 +78,7 @@ def test_exceeded_limits_allow_only_the_end_token(inference_model, factory):
         constraint.close()
 
 
-@each("when", ["before", "while it computes", "between"])
+@pytest.mark.parametrize("when", ["before", "while it computes", "between"])
 def test_constraint_can_be_closed_at_any_time(factory, when):
     schema = SCHEMAS["stars"] if when == "while it computes" else TICKET
     factory.limits = replace(factory.limits, max_schema_cpu_s=60.0)

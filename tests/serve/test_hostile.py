@@ -24,7 +24,6 @@ from api_server_fixtures import (
     wait_until_idle,
 )
 from attack_client import MIB, MODEL, run_attack, start_server_process
-from each_value import each
 from hostile_requests import (
     CHAT,
     FILES,
@@ -91,7 +90,9 @@ def ordinary_client(server: RunningServer) -> Iterator[list[int]]:
         thread.join(60)
 
 
-@each("schema", ["intersection", "multiple of", "stars", "options", "letters", "negations"])
+@pytest.mark.parametrize(
+    "schema", ["intersection", "multiple of", "stars", "options", "letters", "negations"]
+)
 def test_slow_schemas_are_rejected(strict_server, schema):
     response_format = make_schema_format(SCHEMAS[schema])
     with ordinary_client(strict_server) as statuses:
@@ -133,7 +134,7 @@ def send_and_disconnect(server: RunningServer, *parts: Any, wait_s: float = 0.0,
         time.sleep(wait_s)
 
 
-@each("kind", ["JPEG", "GIF", "PNG"])
+@pytest.mark.parametrize("kind", ["JPEG", "GIF", "PNG"])
 def test_slow_image_headers_are_rejected(strict_server, kind):
     data = make_header_flood(kind, 12 << 20)
     content = [{"type": "text", "text": "What?"}, make_image_content(data)]
@@ -169,7 +170,7 @@ def hold_bodies(server: RunningServer, body: bytes, number: int) -> Iterator[Non
         yield
 
 
-@each("kind", ["images", "large bodies"])
+@pytest.mark.parametrize("kind", ["images", "large bodies"])
 def test_texts_do_not_wait_for_images_and_large_bodies(
     inference_model, tmp_path, monkeypatch, kind
 ):
@@ -267,8 +268,8 @@ def test_pages_of_a_pdf_are_images(inference_model, tmp_path):
         assert post_chat(server, both)[0] == 400
 
 
-@each("kind", ["digits", "jamo", "marks"])
-@each("length", [990_000, 2_000_000])
+@pytest.mark.parametrize("kind", ["digits", "jamo", "marks"])
+@pytest.mark.parametrize("length", [990_000, 2_000_000])
 def test_long_texts_are_rejected(strict_server, kind, length):
     status, error = post_chat(strict_server, make_long_text(kind, length, 1))
     assert status == 400

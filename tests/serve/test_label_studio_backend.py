@@ -27,7 +27,6 @@ from api_server_fixtures import (
     wait_until_idle,
 )
 from case_files import load_cases
-from each_value import each
 from fake_hub_servers import FakeHubServer, HubHandler, run_in_thread
 
 from finesight.data.formats.label_studio import LabelControl
@@ -111,7 +110,7 @@ def test_tasks_without_image_have_no_result(backend: RunningServer, scenes: list
     assert "--allow-media-host" in others[4]["error"]
 
 
-@each(
+@pytest.mark.parametrize(
     ("body", "message"),
     [
         ({"tasks": [], "label_config": "<View/>"}, "no control for images"),
@@ -166,7 +165,7 @@ def test_points_are_in_percent_of_the_image() -> None:
     assert (second["value"]["x"], second["value"]["keypointlabels"]) == (25, ["cat"])
 
 
-@each(
+@pytest.mark.parametrize(
     ("control", "answer", "value"),
     [
         (LabelControl("text", "a", "i", "d"), " A dog. ", {"text": ["A dog."]}),
@@ -315,7 +314,7 @@ def test_predictions_are_limited(
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
 
-@each(
+@pytest.mark.parametrize(
     "build",
     [
         lambda: LabelStudioImages(None, "localhost:8080", None, LIMITS),

@@ -19,7 +19,6 @@ from api_server_fixtures import (
     wait_until_idle,
 )
 from attack_client import list_process_tree, list_running
-from each_value import each
 from hostile_requests import (
     CHAT,
     HostileRequest,
@@ -68,7 +67,7 @@ def test_full_queue_returns_retry_after(ask_about_scene, inference_model, tmp_pa
         wait_until_idle(server)
 
 
-@each("stream", [False, True])
+@pytest.mark.parametrize("stream", [False, True])
 def test_request_timeout(ask_about_scene, inference_model, tmp_path, stream):
     with run_server(inference_model, tmp_path, limits=replace(LIMITS, timeout=0.05)) as server:
         with pytest.raises(Exception, match="no complete answer within") as raised:

@@ -19,7 +19,6 @@ from api_server_fixtures import (
     run_server,
 )
 from case_files import load_cases
-from each_value import each
 from fake_hub_servers import FakeHubServer, HubHandler, run_in_thread
 from hub_fixtures import certificate
 
@@ -148,7 +147,7 @@ def test_dns_rebinding_is_blocked(public_and_local_servers, url):
     assert not inside.requests
 
 
-@each("location", CASES["forbidden_urls"].split())
+@pytest.mark.parametrize("location", CASES["forbidden_urls"].split())
 def test_forbidden_urls(public_and_local_servers, url, location):
     outside, inside = public_and_local_servers
     outside.requests.clear()
@@ -166,7 +165,7 @@ def test_redirect_loop(public_and_local_servers, url):
     assert len(public_and_local_servers[0].requests) == 6
 
 
-@each(("path", "output"), CASES["test_invalid_responses"])
+@pytest.mark.parametrize(("path", "output"), CASES["test_invalid_responses"])
 def test_invalid_responses(url, path, output):
     patience = 0.3 if path == "slow" else 60.0
     with pytest.raises(UserError, match=output):
@@ -188,7 +187,9 @@ def test_no_request_with_a_wrong_certificate_or_offline(public_and_local_servers
     assert not public_and_local_servers[0].requests
 
 
-@each(("kind", "is_public"), [("local_addresses", False), ("public_addresses", True)])
+@pytest.mark.parametrize(
+    ("kind", "is_public"), [("local_addresses", False), ("public_addresses", True)]
+)
 def test_public_address_detection(kind, is_public):
     for address in CASES[kind].split():
         assert is_public_address(ipaddress.ip_address(address)) is is_public, address
@@ -203,7 +204,9 @@ def open_server(inference_model, tmp_path_factory):
         yield server
 
 
-@each("location", [*CASES["local_urls"].split(), "", "data:image/png;base64," + "A" * 40])
+@pytest.mark.parametrize(
+    "location", [*CASES["local_urls"].split(), "", "data:image/png;base64," + "A" * 40]
+)
 def test_local_urls_are_rejected(open_server, public_and_local_servers, location):
     url = location.format(port=public_and_local_servers[0].server_address[1])
     for part, field in (

@@ -15,7 +15,6 @@ from pathlib import Path
 import pytest
 import replica_load
 from api_server_fixtures import CHAT, KEY, LIMITS, make_auth_header, make_messages
-from each_value import each
 from starlette.testclient import TestClient
 
 from finesight.errors import UserError
@@ -144,7 +143,7 @@ def test_model_names_come_from_a_replica_that_answers(replicas):
     assert asyncio.run(get_names()) == ["tiny"]
 
 
-@each("cut", [b"", b"data: 2, "])
+@pytest.mark.parametrize("cut", [b"", b"data: 2, "])
 def test_killed_replica_ends_a_stream_with_an_error_event(client, replicas, cut):
     chunk = b"data: 1\n\n" + cut
     for replica in replicas:

@@ -30,7 +30,6 @@ from api_server_fixtures import (
     send_request,
     wait_until_idle,
 )
-from each_value import each
 from PIL import Image
 from starlette.responses import PlainTextResponse
 from starlette.testclient import TestClient
@@ -97,7 +96,7 @@ def test_wrong_keys_have_a_budget_and_right_keys_are_accepted(server_with_keys, 
         assert send_request(server_with_keys, "GET", "/v1/models", headers=headers)[0] == status
 
 
-@each(
+@pytest.mark.parametrize(
     ("addresses", "num_allowed"),
     [
         ([f"127.7.0.{i}" for i in range(60)], 30),
@@ -150,7 +149,7 @@ def test_files_belong_to_their_key(server_with_keys):
         assert post_chat(server_with_keys, part, "What?", headers=headers)[0] == status
 
 
-@each(
+@pytest.mark.parametrize(
     ("host", "proxies"),
     [
         *((host, []) for host in ("0.0.0.0", "::", "192.168.0.1", "example.com", "localhost.a.de")),
@@ -198,7 +197,7 @@ def test_key_files(tmp_path, monkeypatch):
             read_api_keys(tmp_path / name)
 
 
-@each(
+@pytest.mark.parametrize(
     "headers",
     [{"Host": host} for host in ("evil.example", "127.0.0.1.evil.example:80", "[")]
     + [{"Origin": origin} for origin in ("https://evil.example", "null", "http://[")],
@@ -209,7 +208,7 @@ def test_cross_origin_requests_are_rejected_without_key(server, headers):
     assert send_request(server, "GET", "/v1/models", headers=local)[0] == 200
 
 
-@each(("is_replica", "owner"), [(True, "other"), (False, "everyone")])
+@pytest.mark.parametrize(("is_replica", "owner"), [(True, "other"), (False, "everyone")])
 def test_only_a_replica_accepts_the_owner_of_a_header(is_replica, owner):
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         await PlainTextResponse(scope["state"]["owner"])(scope, receive, send)
@@ -248,7 +247,7 @@ def test_total_body_size_limit(inference_model, tmp_path):
         assert b" 503 " in second.recv(100)
 
 
-@each("value", ["1", "[]", '{"a":1}', '"a"'])
+@pytest.mark.parametrize("value", ["1", "[]", '{"a":1}', '"a"'])
 def test_body_with_many_small_values_is_rejected(server, value):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     many = ",".join([value] * 1_000_000)
@@ -276,7 +275,7 @@ def test_decompression_bomb_is_rejected(server):
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 30_000
 
 
-@each("body", ["", "{", "[]", "null", '{"a": 1}', "[" * 100_000, "\xff\xfe"])
+@pytest.mark.parametrize("body", ["", "{", "[]", "null", '{"a": 1}', "[" * 100_000, "\xff\xfe"])
 def test_invalid_bodies(server, body):
     status, output, _ = send_request(server, "POST", CHAT, body.encode("latin-1"))
     assert (status, output["error"]["type"]) == (400, "invalid_request_error")
@@ -371,7 +370,9 @@ def test_all_connections_may_wait_for_their_first_request(inference_model, tmp_p
             assert b" 200 " in link.recv(1000)
 
 
-@each("start", [b"", b"GET /hea", b"GET /health HTTP/1.1\r\nHost: x\r\n", POST_CHAT])
+@pytest.mark.parametrize(
+    "start", [b"", b"GET /hea", b"GET /health HTTP/1.1\r\nHost: x\r\n", POST_CHAT]
+)
 def test_half_sent_requests_keep_no_client_out(inference_model, tmp_path, start):
     limits = replace(LIMITS, max_connections=8)
     with (
@@ -384,7 +385,9 @@ def test_half_sent_requests_keep_no_client_out(inference_model, tmp_path, start)
                 assert send_request(server, "GET", "/health")[0] == 200
 
 
-@each(("path", "expected"), [(CHAT, (b" 503 ", b"retry-after: 2")), ("/v1/none", (b" 404 ", b""))])
+@pytest.mark.parametrize(
+    ("path", "expected"), [(CHAT, (b" 503 ", b"retry-after: 2")), ("/v1/none", (b" 404 ", b""))]
+)
 def test_refused_client_that_sends_slowly_receives_the_response(
     inference_model, tmp_path, path, expected
 ):

@@ -17,7 +17,6 @@ from api_server_fixtures import (
     make_video_part,
 )
 from conversation_fixtures import make_folder
-from each_value import each
 from pool_jobs import load_state_without_av
 from video_fixtures import write_audio, write_video
 
@@ -106,7 +105,7 @@ def clip(tmp_path_factory) -> bytes:
     return write_video(tmp_path_factory.mktemp("clip") / "a.mp4", 40).read_bytes()
 
 
-@each(
+@pytest.mark.parametrize(
     ("part", "request_fields", "num_frames"),
     [
         ({}, {}, 10),

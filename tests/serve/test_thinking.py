@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 from api_server_fixtures import RunningServer, run_server
-from each_value import each
 from openai import BadRequestError, OpenAI
 from tiny_task import ANSWER, THOUGHT
 
@@ -44,7 +43,7 @@ def enable(value: bool, **more: str) -> dict[str, Any]:
     return {"chat_template_kwargs": {"enable_thinking": value, **more}}
 
 
-@each(
+@pytest.mark.parametrize(
     ("given", "thinks"),
     [
         ({}, True),
@@ -75,7 +74,7 @@ def slow_model(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(IncrementalDetokenizer, "add_token", wait_and_add_token)
 
 
-@each("thinks", [True, False])
+@pytest.mark.parametrize("thinks", [True, False])
 @pytest.mark.usefixtures("slow_model")
 def test_stream_contains_reasoning_before_answer(thinking_client: OpenAI, thinks: bool) -> None:
     deltas = [
@@ -92,8 +91,8 @@ def test_stream_contains_reasoning_before_answer(thinking_client: OpenAI, thinks
         assert not any(contents[:last])
 
 
-@each("stream", [False, True])
-@each("thinks", [True, False])
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("thinks", [True, False])
 def test_schema_applies_to_answer_after_reasoning(
     thinking_client: OpenAI, stream: bool, thinks: bool
 ) -> None:
@@ -115,7 +114,7 @@ def test_effort_changes_prompt(thinking_client: OpenAI) -> None:
     assert ask(thinking_client, **given).usage.prompt_tokens == counts["low"]
 
 
-@each(
+@pytest.mark.parametrize(
     ("given", "expected"),
     [
         ({"reasoning_effort": "high"}, "xhigh, medium, low"),

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from typing import Any, get_args
 
 import pytest
-from each_value import each
 from fake_hub_servers import FakeHubServer, HubHandler, run_in_thread
 from tracking_fixtures import READERS, TrackedRun
 
@@ -88,7 +87,7 @@ def test_swanlab_sends_alerts_to_webhook(tmp_path, monkeypatch, webhook):
     assert str(tmp_path) not in json.dumps(bodies)
 
 
-@each("kind", get_args(TrackerName))
+@pytest.mark.parametrize("kind", get_args(TrackerName))
 def test_missing_package_error_names_the_extra(kind, monkeypatch):
     monkeypatch.setitem(sys.modules, kind, None)
     install = rf"{kind} is not[\s\S]*pip install 'finesight\[{TRACKERS[kind].extra}\]'"

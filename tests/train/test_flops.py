@@ -9,7 +9,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cuda_graph_fixtures import CPU, encode_samples, make_model
-from each_value import each
 from tiny_model import TinyFamily, create_tiny_model
 from tiny_task import make_task
 from torch import Tensor
@@ -52,7 +51,7 @@ def delta_rule_without_matmul(
 
 
 @pytest.mark.parametrize("family", get_args(TinyFamily))
-@each(
+@pytest.mark.parametrize(
     "tune",
     [
         {"language": "lora", "lora": {"rank": 8}},

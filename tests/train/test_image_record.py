@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 from container_fixtures import write_tar_shards
-from each_value import each
 from PIL import Image
 from tiny_task import TinyTask, read_final_files
 
@@ -95,7 +94,9 @@ def make_sample(folder: Path, data: bytes) -> Sample:
     return open_sample_source(folder / "a.jsonl").read_sample(0)
 
 
-@each("size", [0, 1, *(EDGE_BYTES + n for n in (-1, 0, 1)), 2 * EDGE_BYTES, 3 * EDGE_BYTES])
+@pytest.mark.parametrize(
+    "size", [0, 1, *(EDGE_BYTES + n for n in (-1, 0, 1)), 2 * EDGE_BYTES, 3 * EDGE_BYTES]
+)
 def test_fingerprint_covers_size_start_and_end(tmp_path, size):
     """Of larger files, it covers the edges."""
     data = random.Random(0).randbytes(size)

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from each_value import each
 from torch import Tensor, nn
 
 from finesight.config import TrainSettings
@@ -115,9 +114,11 @@ def test_fp32_matches_torch_adamw_with_groups_and_clipping():
 
 
 @DEVICES
-@each("dtype", DTYPES[:2])
-@each("num_steps", [0, 1, 4])
-@each(("kind", "names"), [*((kind, SHAPES) for kind in OPTIMIZERS), ("muon", (MATRIX,))])
+@pytest.mark.parametrize("dtype", DTYPES[:2])
+@pytest.mark.parametrize("num_steps", [0, 1, 4])
+@pytest.mark.parametrize(
+    ("kind", "names"), [*((kind, SHAPES) for kind in OPTIMIZERS), ("muon", (MATRIX,))]
+)
 def test_state_resumes_bit_exactly(kind, names, dtype, num_steps, device):
     """This includes a parameter that ends within a block, and Muon without AdamW parameters.
 
@@ -141,9 +142,9 @@ def test_state_resumes_bit_exactly(kind, names, dtype, num_steps, device):
 
 
 @DEVICES
-@each("kind", OPTIMIZERS)
-@each("dtype", DTYPES[:2])
-@each("wrong", [math.nan, math.inf])
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+@pytest.mark.parametrize("dtype", DTYPES[:2])
+@pytest.mark.parametrize("wrong", [math.nan, math.inf])
 def test_nonfinite_step_leaves_state_unchanged(kind, dtype, wrong, device):
     named, again = (make_parameters(dtype, device=device) for _ in range(2))
     masters, without = make_optimizer(named, kind), make_optimizer(again, kind)
@@ -175,8 +176,8 @@ def test_loss_scale_halves_on_overflow_and_recovers():
     assert LossScaler(is_enabled=False).update(math.inf)
 
 
-@each("micro", [1, 3])
-@each("dtype", DTYPES)
+@pytest.mark.parametrize("micro", [1, 3])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_master_weights_match_fp32_adamw(dtype, micro):
     """Over many steps of sizes from far below to far above what the model's type can hold."""
     generator, shapes = torch.Generator().manual_seed(0), {MATRIX: (40, 32), BIAS: (64,)}
@@ -333,8 +334,8 @@ def test_large_states_are_not_in_data_loader_workers():
 
 
 @DEVICES
-@each("large", [1, 100, 1 << 20])
-@each("dtype", DTYPES)
+@pytest.mark.parametrize("large", [1, 100, 1 << 20])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_gradients_are_accumulated_in_fp32(dtype, large, device):
     """Some parameters get no gradient in some micro-batches."""
     with pytest.MonkeyPatch.context() as patch:
@@ -373,8 +374,8 @@ def test_large_gradients_are_accumulated_during_backward(monkeypatch):
         masters.step(1.0, masters.grad_norm())
 
 
-@each("kind", OPTIMIZERS)
-@each("dtype", DTYPES)
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_accumulated_single_gradient_gives_equal_step(dtype, kind):
     """Dropped gradients of an aborted step leave no state."""
     named, again = make_parameters(dtype), make_parameters(dtype)

@@ -12,7 +12,6 @@ import torch
 import yaml
 from case_files import load_cases
 from click.testing import CliRunner
-from each_value import each
 from tiny_model import create_tiny_model
 from tiny_task import TinyTask
 
@@ -103,7 +102,7 @@ REFUSING = {
 }
 
 
-@each(
+@pytest.mark.parametrize(
     ("kind", "name"),
     [(kind, name) for kind, found in CASES.items() for name in found],
 )
@@ -219,7 +218,7 @@ TUNES: dict[str, dict[str, Any]] = {
 }
 
 
-@each("name", TUNES)
+@pytest.mark.parametrize("name", TUNES)
 def test_adapter_of_peft_starts_a_run_with_its_settings(tmp_path, name):
     """The adapter has no manifest: the settings follow from its layers and ranks."""
     model = create_tiny_model(tmp_path / "model")

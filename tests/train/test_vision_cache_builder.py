@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from each_value import each
 from huggingface_hub import constants
 from PIL import Image
 from safetensors.torch import load_file
@@ -67,8 +66,8 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "task"
 
 
-@each("part", ["merger", "vision"])
-@each("mode", ["lora", "full"])
+@pytest.mark.parametrize("part", ["merger", "vision"])
+@pytest.mark.parametrize("mode", ["lora", "full"])
 def test_trainable_encoder_disables_the_vision_cache(tmp_path, part, mode):
     outcome = decide_vision_cache(make_train_state(tmp_path / "task", LORA | {part: mode}))
     assert outcome.cache is None

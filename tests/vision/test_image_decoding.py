@@ -4,7 +4,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from each_value import each
 from image_fixtures import encode_image, make_noise_image, write_noise_image
 from PIL import Image
 from transformers.image_transforms import convert_to_rgb
@@ -21,7 +20,7 @@ def pixels(path: Path) -> np.ndarray:
     return np.asarray(image)
 
 
-@each("kind", ["jpg", "png", "webp", "tif"])
+@pytest.mark.parametrize("kind", ["jpg", "png", "webp", "tif"])
 def test_exif_orientation(tmp_path: Path, kind: str) -> None:
     # A bright top left corner of the upright image, 40 wide and 24 high.
     upright = np.zeros((24, 40, 3), dtype=np.uint8)
@@ -41,7 +40,7 @@ def test_exif_orientation(tmp_path: Path, kind: str) -> None:
         assert np.abs(found.astype(int) - upright).mean() < 4, turn
 
 
-@each("kind", ["png", "tif", "pgm"])
+@pytest.mark.parametrize("kind", ["png", "tif", "pgm"])
 def test_sixteen_bit_images_are_scaled(tmp_path: Path, kind: str) -> None:
     ramp = np.linspace(0, 65535, 300).round().astype(np.uint16)[None]
     path = tmp_path / f"ramp.{kind}"
@@ -54,7 +53,7 @@ def test_sixteen_bit_images_are_scaled(tmp_path: Path, kind: str) -> None:
     assert (np.ptp(pixels(path), axis=2) == 0).all()
 
 
-@each(
+@pytest.mark.parametrize(
     ("values", "kind", "expected"),
     [
         ([0.0, 0.5, 1.0], np.float32, [0, 128, 255]),
@@ -110,7 +109,7 @@ CONVERSIONS = {
 }
 
 
-@each("kind", CONVERSIONS)
+@pytest.mark.parametrize("kind", CONVERSIONS)
 def test_conversions_match_reference_tools(tmp_path: Path, kind: str) -> None:
     image, transparency, same = CONVERSIONS[kind]
     path = tmp_path / "image.png"
@@ -141,7 +140,7 @@ def test_one_bit_and_palette_images(tmp_path: Path) -> None:
     assert pixels(tmp_path / "palette.png").tolist() == [[[10, 20, 30], [200, 100, 50]]]
 
 
-@each("kind", ["gif", "png", "webp"])
+@pytest.mark.parametrize("kind", ["gif", "png", "webp"])
 def test_animation_gives_its_first_frame(tmp_path: Path, kind: str) -> None:
     frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "lime", "blue")]
     path = tmp_path / f"moving.{kind}"
@@ -149,7 +148,7 @@ def test_animation_gives_its_first_frame(tmp_path: Path, kind: str) -> None:
     np.testing.assert_allclose(pixels(path)[4, 4], [255, 0, 0], atol=3)
 
 
-@each("kind", ["jpeg", "png", "webp", "gif", "bmp"])
+@pytest.mark.parametrize("kind", ["jpeg", "png", "webp", "gif", "bmp"])
 def test_truncated_file_is_distinguished_from_damage(tmp_path: Path, kind: str) -> None:
     full, path = encode_image(make_noise_image(64, 64), kind), tmp_path / f"cut.{kind}"
     path.write_bytes(full[: len(full) // 2])

@@ -5,7 +5,6 @@ import random
 
 import pytest
 from case_files import load_cases
-from each_value import each
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
@@ -77,7 +76,9 @@ def test_fixed_size_model_rejects_other_rules() -> None:
     assert resolve_image_rule(NATIVE, only) == only
 
 
-@each(("given", "expected"), CASES["test_missing_pixel_limits_are_those_of_the_model"])
+@pytest.mark.parametrize(
+    ("given", "expected"), CASES["test_missing_pixel_limits_are_those_of_the_model"]
+)
 def test_missing_pixel_limits_are_those_of_the_model(given, expected):
     limits = None if given is None else PixelLimits.model_validate(given)
     rule = resolve_image_rule(NATIVE, limits)

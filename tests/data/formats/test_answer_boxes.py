@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 from box_fixtures import summarize_content
 from case_files import load_cases
-from each_value import each
 from image_fixtures import write_gray_image
 
 from finesight.config import PixelRange
@@ -31,13 +30,13 @@ def answer(folder: Path, text: str, *images: str) -> list[Any]:
     return summarize_content(tuple(parse_answer(text, scene)))
 
 
-@each(("text", "parts"), CASES["test_answer_is_parsed"])
+@pytest.mark.parametrize(("text", "parts"), CASES["test_answer_is_parsed"])
 def test_answer_is_parsed(folder: Path, text: str, parts: list[Any]) -> None:
     found = [one if isinstance(one, str) else [one[1], *one[2]] for one in answer(folder, text)]
     assert found == [one if isinstance(one, str) else pytest.approx(one) for one in parts]
 
 
-@each("size", [(500, 1000), (41, 30), (3001, 6007)])
+@pytest.mark.parametrize("size", [(500, 1000), (41, 30), (3001, 6007)])
 def test_answers_of_qwen25_vl_are_in_resized_pixels(tmp_path: Path, size: tuple[int, int]) -> None:
     write_gray_image(tmp_path / f"{size[0]}.png", size[1], size[0])
     frame = compute_resized_size(size, PixelRange(min_pixels=3136, max_pixels=12845056), 28)
@@ -88,7 +87,7 @@ def test_ambiguous_text_is_not_written(content: tuple[ContentPart, ...], images:
     assert caught.value.remedy
 
 
-@each(("text", "what"), CASES["test_invalid_boxes_are_rejected"])
+@pytest.mark.parametrize(("text", "what"), CASES["test_invalid_boxes_are_rejected"])
 def test_invalid_boxes_are_rejected(folder, text, what):
     with pytest.raises(UserError, match=what):
         answer(folder, text)

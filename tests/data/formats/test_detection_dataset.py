@@ -19,7 +19,6 @@ from box_fixtures import (
     write_scene,
 )
 from case_files import load_cases
-from each_value import each
 from fuzzed_sources import SOURCES, encode_files
 
 from finesight.data.exporter import export_dataset
@@ -36,7 +35,7 @@ from finesight.data.formats.image_annotations import (
 from finesight.data.sample import LocatedSample, join_text
 from finesight.errors import UserError
 
-CASES = load_cases("box_scenes")
+CASES = load_cases("box_shapes")
 WHITE = SCENE
 DOGS = [("dog", WHITE), ("dog", (4, 5, 12, 13))]
 LAWN = [("lawn", (0, 0, 40, 20))]
@@ -60,8 +59,8 @@ def test_detection_and_grounding(source: Path, tmp_path: Path) -> None:
     assert [sample.id for sample in samples] == ["a-dog", "a-lawn"]
 
 
-@each("to", ["coco", "yolo", "cvat", *list(LABEL_FILES)[1:]])
-@each("ask", ["detection", "grounding"])
+@pytest.mark.parametrize("to", ["coco", "yolo", "cvat", *list(LABEL_FILES)[1:]])
+@pytest.mark.parametrize("ask", ["detection", "grounding"])
 def test_conversion_between_all_box_formats(source, tmp_path, to, ask):
     samples, _ = import_samples(source, tmp_path / "out", box_task=ask)
     located_sample = [LocatedSample(sample, tmp_path / "out") for sample in samples]
@@ -80,7 +79,9 @@ def test_conversion_between_all_box_formats(source, tmp_path, to, ask):
 IMPORT_ONLY = {"voc", "labelme", "fiftyone", "qwen-vl", "query-response"}
 
 
-@each("kind", SOURCES.keys() - IMPORT_ONLY - {"yolo", "label-studio, short", "web-dataset"})
+@pytest.mark.parametrize(
+    "kind", sorted(SOURCES.keys() - IMPORT_ONLY - {"yolo", "label-studio, short", "web-dataset"})
+)
 def test_metadata_and_images_roundtrip(tmp_path: Path, kind: str) -> None:
     case = SOURCES[kind]
     requests = case.get("requests", [{}])[: 1 if kind == "coco captions" else 2]
@@ -93,7 +94,7 @@ def test_metadata_and_images_roundtrip(tmp_path: Path, kind: str) -> None:
         check_export_roundtrip(root / "set" / case.get("path", "."), root, **options)
 
 
-@each(("name", "lawn", "box"), CASES["test_other_shapes"])
+@pytest.mark.parametrize(("name", "lawn", "box"), CASES["test_other_shapes"])
 def test_other_shapes(tmp_path: Path, name: str, lawn: str, box: list[int] | None) -> None:
     source = write_scene(name, tmp_path / "set", SCENES[name]["lawn"], lawn)
     samples, summary = import_samples(source, tmp_path / "out")
@@ -109,7 +110,7 @@ def test_other_shapes(tmp_path: Path, name: str, lawn: str, box: list[int] | Non
             assert list_answers(samples) == [DOGS]
 
 
-@each(("name", "lawn", "points"), CASES["test_points"])
+@pytest.mark.parametrize(("name", "lawn", "points"), CASES["test_points"])
 def test_points(tmp_path: Path, name: str, lawn: str, points: list[Any]) -> None:
     source = write_scene(name, tmp_path / "set", SCENES[name]["lawn"], lawn)
     if name == "coco":
@@ -127,7 +128,7 @@ def test_points(tmp_path: Path, name: str, lawn: str, points: list[Any]) -> None
     assert not any("skipped" in note or "ignored" in note for note in summary.source_notes)
 
 
-@each(("name", "lawn", "kind", "num_parts", "num_holes"), CASES["test_polygons"])
+@pytest.mark.parametrize(("name", "lawn", "kind", "num_parts", "num_holes"), CASES["test_polygons"])
 def test_polygons(
     tmp_path: Path, name: str, lawn: str, kind: str, num_parts: int, num_holes: int
 ) -> None:
@@ -149,7 +150,7 @@ def test_polygons(
     }
 
 
-@each(("name", "lawn", "problem"), CASES["test_invalid_polygons"])
+@pytest.mark.parametrize(("name", "lawn", "problem"), CASES["test_invalid_polygons"])
 def test_invalid_polygons(tmp_path: Path, name: str, lawn: str, problem: str) -> None:
     source = write_scene(name, tmp_path / "set", SCENES[name]["lawn"], lawn)
     with pytest.raises(UserError, match=f"(?s){problem}"):
@@ -217,7 +218,9 @@ def test_points_are_required_and_inside_their_image(tmp_path: Path) -> None:
         import_samples(source, tmp_path / "out", box_task="points")
 
 
-@each(("description", "message"), CASES["test_keypoints_agree_with_their_declaration"])
+@pytest.mark.parametrize(
+    ("description", "message"), CASES["test_keypoints_agree_with_their_declaration"]
+)
 def test_keypoints_agree_with_their_declaration(tmp_path: Path, description, message) -> None:
     lawn = "1 0.5 0.5 1 1 0.75 0.2 2 0 0 0 0.2 0.45 1"
     source = write_scene("yolo", tmp_path / "set", SCENES["yolo"]["lawn"], lawn)
@@ -226,7 +229,7 @@ def test_keypoints_agree_with_their_declaration(tmp_path: Path, description, mes
         import_samples(source, tmp_path / "out", box_task="points")
 
 
-@each("key", ["iscrowd", "ignore"])
+@pytest.mark.parametrize("key", ["iscrowd", "ignore"])
 def test_boxes_of_a_class_with_a_crowd_are_left_out(tmp_path: Path, key: str) -> None:
     dog = SCENES["coco"]["dog"]
     source = write_scene("coco", tmp_path / "set", dog, f'{dog}, "{key}": 1')
@@ -237,7 +240,7 @@ def test_boxes_of_a_class_with_a_crowd_are_left_out(tmp_path: Path, key: str) ->
     assert summary.source_notes[NOTE_OMITTED_BOXES] == 1
 
 
-@each("name", SCENES)
+@pytest.mark.parametrize("name", SCENES)
 def test_stray_boxes_keep_their_class_in_the_question(tmp_path: Path, name: str) -> None:
     scene = SCENES[name]
     source = write_scene(name, tmp_path / "set", scene["dog"], scene["empty_dog"])

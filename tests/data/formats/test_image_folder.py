@@ -8,7 +8,6 @@ import pyarrow.parquet
 import pytest
 from box_fixtures import import_samples, list_answers, list_questions, write_box_image
 from case_files import load_cases
-from each_value import each
 from image_fixtures import write_gray_image, write_jsonl
 
 from finesight.data.exporter import export_dataset
@@ -113,8 +112,8 @@ def test_class_folders(tmp_path: Path) -> None:
         export_dataset([], tmp_path / "three", "classes", copy_images=False)
 
 
-@each("metadata", ["csv", "jsonl", "parquet", None])
-@each("validation", ["val", "test", None])
+@pytest.mark.parametrize("metadata", ["csv", "jsonl", "parquet", None])
+@pytest.mark.parametrize("validation", ["val", "test", None])
 def test_split_folders(tmp_path: Path, metadata: str | None, validation: str | None) -> None:
     folders = ["train", *filter(None, [validation])]
     root = tmp_path / "set"

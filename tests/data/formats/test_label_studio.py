@@ -13,7 +13,6 @@ from box_fixtures import (
     write_box_image,
 )
 from case_files import load_cases
-from each_value import each
 
 from finesight.data.exporter import export_dataset
 from finesight.data.formats.image_annotations import REASON_OBJECT_WITHOUT_BOX
@@ -170,11 +169,11 @@ def test_answers_about_the_image(root, tmp_path, results, question, answers):
     assert set(list_questions(samples)) == {question}
 
 
-@each(
+@pytest.mark.parametrize(
     "reference",
     ["/data/local-files/?d=server%20files/images/a.png", "/data/upload/3/0a1b2c3d-a.png", "a.png"],
 )
-@each("location", ["a.png", "images/a.png", "photos/a.png"])
+@pytest.mark.parametrize("location", ["a.png", "images/a.png", "photos/a.png"])
 def test_image_references(tmp_path: Path, reference: str, location: str) -> None:
     is_name = reference == "a.png"
     write_box_image(tmp_path / "set" / ("a.png" if is_name else location), WHITE)

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 from box_fixtures import find_box, import_samples, list_answers, write_box_image
-from each_value import each
 from PIL import Image
 
 from finesight.errors import UserError
@@ -129,8 +128,8 @@ def test_invalid_files(root: Path, tmp_path: Path, content: object, what: str) -
     assert caught.value.remedy
 
 
-@each("stem", ["a", os.fsdecode("猫".encode("gbk"))])
-@each("suffix", [".png", ".JPG"])
+@pytest.mark.parametrize("stem", ["a", os.fsdecode("猫".encode("gbk"))])
+@pytest.mark.parametrize("suffix", [".png", ".JPG"])
 def test_empty_image_path(tmp_path: Path, stem: str, suffix: str) -> None:
     for name in (f"{stem}{suffix}", os.fsdecode("狗.png".encode("gbk"))):
         write_box_image(tmp_path / "set" / name, WHITE)

@@ -1,4 +1,4 @@
-"""Rows of conversation formats: samples, errors and detection, as listed in row_formats.yaml.
+"""Rows of conversation formats: samples, errors and detection, as in cases/row_formats.
 
 The rows follow the documentation of each format: ms-swift's "Custom Dataset", the README of
 LLaMA-Factory's folder `data`, LLaVA's "Finetune LLaVA on Custom Datasets", OpenAI's guide "Vision
@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 from box_fixtures import list_turns, parse_record
 from case_files import load_cases
-from each_value import each
 
 from finesight.data.formats import detect_format, get_format
 from finesight.data.formats.dataset_format import split_preference
@@ -21,15 +20,11 @@ from finesight.data.sample import join_text, sample_to_dict, validate_sample
 from finesight.errors import UserError
 
 CASES = load_cases("row_formats")
+TOOL_ROWS = load_cases("tools_in_rows")
 
 
 def list_cases(kind: str) -> list[tuple[str, dict[str, Any]]]:
-    return [
-        (name, case)
-        for name, group in CASES.items()
-        if name != "tools"
-        for case in group.get(kind, ())
-    ]
+    return [(name, case) for name, group in CASES.items() for case in group.get(kind, ())]
 
 
 def parse(folder: Path, name: str, case: dict[str, Any]) -> Any:
@@ -51,7 +46,7 @@ def summarize(content: list[Any], folder: Path) -> list[object]:
     ]
 
 
-@each(("name", "case"), list_cases("samples"))
+@pytest.mark.parametrize(("name", "case"), list_cases("samples"))
 def test_rows_become_samples(folder: Path, name: str, case: dict[str, Any]) -> None:
     example = parse(folder, name, case)
     turns = [[role, summarize(content, folder)] for role, content in list_turns(example)]
@@ -60,7 +55,7 @@ def test_rows_become_samples(folder: Path, name: str, case: dict[str, Any]) -> N
     assert list(example.to_eval_sample().references) == case.get("references", [])
 
 
-@each(("name", "case"), list_cases("errors"))
+@pytest.mark.parametrize(("name", "case"), list_cases("errors"))
 def test_invalid_rows_are_rejected(folder: Path, name: str, case: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=case["error"]) as caught:
         parse(folder, name, case)
@@ -69,7 +64,7 @@ def test_invalid_rows_are_rejected(folder: Path, name: str, case: dict[str, Any]
     assert case.get("remedy", "") in caught.value.remedy
 
 
-@each(("name", "case"), list_cases("detected"))
+@pytest.mark.parametrize(("name", "case"), list_cases("detected"))
 def test_format_of_rows_is_detected(name: str, case: dict[str, Any]) -> None:
     data_format, reason = detect_format(case["records"], "here")
     assert data_format.name == name
@@ -95,7 +90,7 @@ def test_turns_in_a_row_and_results_out_of_order(folder: Path) -> None:
         validate_sample(sample, "")
 
 
-@each(("key", "solution"), [
+@pytest.mark.parametrize(("key", "solution"), [
     ("prompt", {"solution": "4"}),
     ("messages", {"solution": 4}),
     ("prompt", {"reward_model": {"style": "rule", "ground_truth": "4"}}),
@@ -127,10 +122,10 @@ def test_texts_with_tags_are_no_samples(tag: str) -> None:
     assert detect_format([{"messages": turns}], "")[0].name == "ms-swift"
 
 
-@each("name", CASES["tools"])
+@pytest.mark.parametrize("name", TOOL_ROWS)
 def test_tool_calls_of_all_formats_are_equal(folder: Path, name: str) -> None:
     """Calls, results and definitions are structured data, from text in tags as well."""
-    record = CASES["tools"][name]
+    record = TOOL_ROWS[name]
     data_format, _ = detect_format([record], "here")
     assert data_format.name == name.split()[0]
     sample = parse_record(data_format, record, folder).to_train_samples()[0]

@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 from box_fixtures import list_turns, parse_record, summarize_content
 from case_files import load_cases
-from each_value import each
 
 from finesight.data.boxes import InvalidBoxError
 from finesight.data.formats.dataset_format import ImportExample
@@ -41,7 +40,7 @@ def summarize(content: list[Any]) -> list[object]:
     return [[part[1], *part[2]] if isinstance(part, tuple) else part for part in names]
 
 
-@each("row", CASES["test_rows_become_samples"])
+@pytest.mark.parametrize("row", CASES["test_rows_become_samples"])
 def test_rows_become_samples(folder: Path, row: dict[str, Any]) -> None:
     found = case(folder, row["record"], row["map"], **{"prompt": "?", **row.get("options", {})})
     assert summarize(list_turns(found)[0][1]) == row.get("user", ["b.png", "?"])
@@ -49,7 +48,9 @@ def test_rows_become_samples(folder: Path, row: dict[str, Any]) -> None:
     assert answers == row["answers"]
 
 
-@each(("record", "columns", "what"), [*CASES["test_invalid_rows"], *LONG_NUMBERS])
+@pytest.mark.parametrize(
+    ("record", "columns", "what"), [*CASES["test_invalid_rows"], *LONG_NUMBERS]
+)
 def test_invalid_rows_are_rejected(folder, record, columns, what):
     with pytest.raises(UserError, match=what) as caught:
         case(folder, record, columns, prompt="?")

@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 from box_fixtures import parse_record
 from case_files import load_cases
-from each_value import each
 from image_fixtures import make_sample, write_gray_image
 from video_fixtures import write_video
 
@@ -57,7 +56,7 @@ def parse(form: DatasetFormat, row: dict[str, Any], folder: Path) -> list[str]:
     return found
 
 
-@each("name", ROWS)
+@pytest.mark.parametrize("name", ROWS)
 def test_video_files_become_video_parts(media: Path, name: str) -> None:
     format_name, row, expected = ROWS[name]
     form, _ = detect_format([row], "here")

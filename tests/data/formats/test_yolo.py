@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 from box_fixtures import import_samples, list_answers, list_questions, write_box_image
 from case_files import load_cases
-from each_value import each
 
 from finesight.data.exporter import export_dataset
 from finesight.data.formats.image_annotations import NOTE_UNLABELED
@@ -116,7 +115,9 @@ def test_polygons_and_keypoints(root: Path, tmp_path: Path) -> None:
     assert summary.detected_by.endswith("; 1 .txt files of no listed image, not read")
 
 
-@each(("kind", "lines"), [(kind, one) for kind, many in CASES["shapes"].items() for one in many])
+@pytest.mark.parametrize(
+    ("kind", "lines"), [(kind, one) for kind, many in CASES["shapes"].items() for one in many]
+)
 def test_keypoints_without_declared_shape(root: Path, tmp_path: Path, kind, lines) -> None:
     (root / "labels" / "val" / "c.txt").write_text("", encoding="utf-8")
     (root / "labels" / "train" / "a.txt").write_text(lines, encoding="utf-8")

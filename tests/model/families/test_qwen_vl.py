@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 from case_files import load_cases
-from each_value import each
 from qwen_vl_reference import CONFIGS
 from random_model import init_random_model, sincos_positions
 
@@ -53,7 +52,7 @@ def test_resampler_positions_match_published(side, width, products):
     assert torch.equal(table, torch.from_numpy(sincos_positions(4, 256)))
 
 
-@each(
+@pytest.mark.parametrize(
     ("changes", "message"),
     [*CASES["test_unsupported_configs_are_rejected"], ({"visual": None}, "visual is missing")],
 )

@@ -4,7 +4,6 @@ from typing import Any
 
 import pytest
 import torch
-from each_value import each
 from lora_fixtures import make_group, quantize_linear
 from torch import Tensor, nn
 
@@ -64,10 +63,10 @@ def preserved_fraction(group: FusedLinear, x_TI: Tensor, found: list[Tensor]) ->
 
 
 @torch.no_grad()
-@each("names", [["gate_proj", "up_proj"], ["up_proj"]])
-@each("bias", [False, True])
+@pytest.mark.parametrize("names", [["gate_proj", "up_proj"], ["up_proj"]])
+@pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("kind", [None, INT8, FP8])
-@each("dtype", NARROW)
+@pytest.mark.parametrize("dtype", NARROW)
 @pytest.mark.parametrize("device", DEVICES)
 def test_small_lora_delta_is_not_lost_to_rounding(names, bias, kind, dtype, device):
     group, x_TI = make_adapted_layer(names, bias, kind, device, dtype)
@@ -137,8 +136,8 @@ def test_stochastic_rounding_depends_on_value_and_column(dtype, device):
     assert torch.equal(add_lora_delta(y_TO[1:, 1:].clone(), empty_TR, b_OR[1:]), y_TO[1:, 1:])
 
 
-@each("rows", [3, 8, 16, 40])
-@each("added", ["nothing", "bias", "residual"])
+@pytest.mark.parametrize("rows", [3, 8, 16, 40])
+@pytest.mark.parametrize("added", ["nothing", "bias", "residual"])
 def test_products_in_blocks_of_rows_equal_whole_products(rows, added):
     x_TJ, weight_OJ = torch.randn(rows, 24), torch.randn(12, 24)
     bias = torch.randn(12) if added == "bias" else None

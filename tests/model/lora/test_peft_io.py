@@ -10,7 +10,6 @@ import peft
 import pytest
 import torch
 from case_files import load_cases
-from each_value import each
 from hf_reference import (
     make_config,
     make_conversation,
@@ -92,7 +91,7 @@ PEFT_CONFIGS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@each("how", PEFT_CONFIGS)
+@pytest.mark.parametrize("how", PEFT_CONFIGS)
 def test_peft_adapter_gives_the_same_logits(family, how, tmp_path):
     theirs = make_reference_model(make_config(family))
     ours = make_native_model(make_config(family), theirs)
@@ -162,7 +161,7 @@ def test_saved_adapter_is_fp32_with_base_fingerprint(tmp_path):
             assert torch.equal(found.lora_B, b_OR.float() + 1e-4)
 
 
-@each(
+@pytest.mark.parametrize(
     ("how", "change", "message"),
     [
         ("all parts", {}, "10 keys are not in the adapter"),
@@ -220,7 +219,7 @@ def test_inconsistent_keys_are_rejected(rename, more, message, tmp_path):
         assert "model.layers.1.mlp.up_proj" in load_error(tmp_path)
 
 
-@each(
+@pytest.mark.parametrize(
     ("name", "value"),
     [
         ("use_dora", True),
@@ -279,7 +278,7 @@ def read_error(folder: Path) -> str:
     return str(caught.value)
 
 
-@each(
+@pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"init_lora_weights": "pissa"}, "merge_and_unload"),
@@ -297,7 +296,7 @@ def test_unsupported_and_inconsistent_settings_are_rejected(settings, message, t
     assert message in read_error(edit_adapter_config(write_random_adapter(tmp_path), **settings))
 
 
-@each(
+@pytest.mark.parametrize(
     "settings",
     [
         {"rank_pattern": {r"([\w.]+)+!": 4}},
@@ -317,7 +316,7 @@ def test_exponential_patterns_are_rejected(settings, tmp_path, monkeypatch):
     assert caught.value.where == str(tmp_path / peft_io.ADAPTER_CONFIG_FILE)
 
 
-@each("alpha", ["1e308", "1" + "0" * 400, "NaN", "-Infinity"])
+@pytest.mark.parametrize("alpha", ["1e308", "1" + "0" * 400, "NaN", "-Infinity"])
 def test_alpha_beyond_fp32_is_rejected(alpha, tmp_path):
     path = write_random_adapter(tmp_path) / peft_io.ADAPTER_CONFIG_FILE
     text = path.read_text()
@@ -342,7 +341,7 @@ def test_neutral_settings_are_accepted(tmp_path):
     assert {(low.rank, low.scale) for low in spec.configs.values()} == {(4, 1.5)}
 
 
-@each(("settings", "expected"), load_cases("peft_config_errors"))
+@pytest.mark.parametrize(("settings", "expected"), load_cases("peft_config_errors"))
 def test_target_modules_match_peft(settings, expected):
     from peft import LoraConfig
     from peft.tuners.tuners_utils import check_target_module_exists

@@ -5,7 +5,6 @@ import dataclasses
 
 import pytest
 import torch
-from each_value import each
 from gptq_fixtures import with_untied_head
 from hf_reference import CPU, max_relative_error
 from lora_fixtures import quantize_linear
@@ -205,8 +204,8 @@ def test_unsupported_gpu_is_rejected(able, is_supported, monkeypatch):
 
 
 @pytest.mark.gpu
-@each("dtype", TYPES)
-@each("inputs", [16, 1536, 8960, 16384, 17920])
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("inputs", [16, 1536, 8960, 16384, 17920])
 def test_quantize_kernel_matches_eager(dtype, inputs):
     """Includes strided rows and rows longer than a program's registers."""
     x_TI = random_rows((37, inputs + 8)).clamp(-6e4, 6e4).to(dtype)[:, :inputs]
@@ -275,8 +274,8 @@ def test_layer_accepts_codes_only_as_sole_reader():
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@each("dtype", HALF)
-@each("width", [16, 48, 5120, 16384, 17920])
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("width", [16, 48, 5120, 16384, 17920])
 def test_fused_fp8_gelu_matches_two_steps(width, dtype, device):
     """Bit-exact: values are rounded to 16 bits before quantization."""
     x_TI = random_mixed_rows((37, width + 8), 5).to(device, dtype)[:, :width]

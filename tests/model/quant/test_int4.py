@@ -6,7 +6,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from each_value import each
 from engine_fixtures import compute_logits, pack_mixed_questions
 from gptq_fixtures import (
     GPTQ_CONFIGS,
@@ -52,9 +51,9 @@ def make_matrix(tensors: dict[str, Tensor], shape: tuple[int, int], way: GptqCon
     return matrix
 
 
-@each("way", GPTQ_CONFIGS)
-@each("shape", SHAPES)
-@each("at_once", [base.CHUNK_ELEMENTS, 300])
+@pytest.mark.parametrize("way", GPTQ_CONFIGS)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("at_once", [base.CHUNK_ELEMENTS, 300])
 def test_dequantize_matches_reference(shape, way, at_once, monkeypatch):
     """Includes a smaller last group."""
     monkeypatch.setattr(base, "CHUNK_ELEMENTS", at_once)
@@ -70,10 +69,10 @@ def quantize(values: Tensor) -> RtnInt4Matrix:
     return matrix
 
 
-@each("shape", RTN_SHAPES)
-@each("shift", [-3.0, 0.0, 0.4, 3.0])
-@each("size", [1e-2, 1.0, 1e3])
-@each("at_once", [base.CHUNK_ELEMENTS, 300])
+@pytest.mark.parametrize("shape", RTN_SHAPES)
+@pytest.mark.parametrize("shift", [-3.0, 0.0, 0.4, 3.0])
+@pytest.mark.parametrize("size", [1e-2, 1.0, 1e3])
+@pytest.mark.parametrize("at_once", [base.CHUNK_ELEMENTS, 300])
 def test_quantization_error_is_at_most_half_a_scale(shape, shift, size, at_once, monkeypatch):
     """Includes groups with one sign, a smaller last group, and zeros, which stay zero."""
     monkeypatch.setattr(base, "CHUNK_ELEMENTS", at_once)
@@ -87,7 +86,7 @@ def test_quantization_error_is_at_most_half_a_scale(shape, shift, size, at_once,
     assert not found[:, ::3].any()
 
 
-@each("size", [0.0, 1e-9, 1e-6])
+@pytest.mark.parametrize("size", [0.0, 1e-9, 1e-6])
 def test_tiny_values_have_small_error(size):
     values = random_values((4, 128)) * size
     found = quantize(values).dequantize(torch.float32)
@@ -103,7 +102,7 @@ def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return ModelFolder(create_tiny_model(folder / "tiny", request.param))
 
 
-@each("config", GPTQ_CONFIGS)
+@pytest.mark.parametrize("config", GPTQ_CONFIGS)
 def test_model_matches_dequantized_bit_exactly(source, config, tmp_path):
     """Every linear layer of the decoder is quantized, and no other. Other parts can use NF4."""
     four, dense = write_quantized_model(source, tmp_path, config)
@@ -214,12 +213,12 @@ def test_dequantized_export_is_the_dense_model(source, precision, tmp_path):
 
 
 @pytest.mark.gpu
-@each("dtype", TYPES)
-@each("rows", [1, 3, 8, 9, 200])
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("rows", [1, 3, 8, 9, 200])
 @pytest.mark.parametrize(
     "way", [GptqConfig(), GptqConfig(64, True, False), GptqConfig(128)], ids=str
 )
-@each("shape", [(512, 1024), (40, 768), (96, 320)])
+@pytest.mark.parametrize("shape", [(512, 1024), (40, 768), (96, 320)])
 def test_gpu_products_match_dequantized(dtype, rows, way, shape):
     tensors, dense = pack_weight(random_values(shape), way)
     matrix = make_matrix(tensors, shape, way).cuda()
@@ -238,8 +237,10 @@ def test_gpu_products_match_dequantized(dtype, rows, way, shape):
         assert max_relative_error(x.grad.double(), back) < bound
 
 
-@each("order", [None, *([(n + 1) % 8 for n in range(8)], [7, 6, 5, 4, 3, 2, 1, 0])])
-@each("count", [1, 3])
+@pytest.mark.parametrize(
+    "order", [None, *([(n + 1) % 8 for n in range(8)], [7, 6, 5, 4, 3, 2, 1, 0])]
+)
+@pytest.mark.parametrize("count", [1, 3])
 def test_each_matrix_uses_its_input_permutation(order, count):
     """Only matrices without permuted columns share their input."""
     x_1I, packed = torch.arange(8.0).unsqueeze(0), []

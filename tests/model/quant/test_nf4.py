@@ -6,7 +6,6 @@ import sys
 
 import pytest
 import torch
-from each_value import each
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
@@ -46,8 +45,8 @@ def dequantize_reference(matrix: Nf4Matrix) -> Tensor:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@each("dtype", TYPES)
-@each("shape", SHAPES)
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("shape", SHAPES)
 def test_codes_match_bitsandbytes_linear4bit(shape, dtype, device):
     values = random_values(shape, dtype)
     kind = import_bitsandbytes("test").nn.Linear4bit
@@ -72,7 +71,7 @@ def test_chunked_quantization_matches(monkeypatch):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@each("shape", SHAPES)
+@pytest.mark.parametrize("shape", SHAPES)
 def test_dequantize_matches_reference(shape, device):
     """Includes rows that are no multiple of a block, where bitsandbytes fails on a CPU."""
     matrix = quantize(random_values(shape).to(device))

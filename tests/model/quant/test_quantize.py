@@ -13,7 +13,6 @@ from typing import Any, get_args
 
 import pytest
 import torch
-from each_value import each
 from engine_fixtures import compute_logits, pack_mixed_questions
 from gptq_fixtures import GptqConfig, with_untied_head, write_quantized_model
 from hf_reference import max_relative_error
@@ -96,8 +95,8 @@ def test_error_and_memory_of_a_format(kind):
 
 
 @pytest.mark.parametrize("kind", ["int8", "fp8"])
-@each("shape", [(40, 64), (7, 3), (33, 80), (1, 1), (300, 17), (4096, 16)])
-@each("size", [1e-30, 1e-3, 1.0, 1e30])
+@pytest.mark.parametrize("shape", [(40, 64), (7, 3), (33, 80), (1, 1), (300, 17), (4096, 16)])
+@pytest.mark.parametrize("size", [1e-30, 1e-3, 1.0, 1e30])
 def test_rowwise_quantization_error_is_bounded(kind, shape, size):
     """The largest value of a row is exact: beyond the largest FP8 code there is only NaN."""
     values = random_values(*shape) * size
@@ -125,9 +124,9 @@ def test_rowwise_values_are_rounded_once(kind, at_once, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-@each("dtype", TYPES)
-@each("shape", [(7, 64), (2, 3, 64), (1, 64)])
-@each("is_adapted", [False, True])
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("shape", [(7, 64), (2, 3, 64), (1, 64)])
+@pytest.mark.parametrize("is_adapted", [False, True])
 def test_output_and_gradients_match_dequantized(kind, dtype, shape, is_adapted):
     widths, results = {"q_proj": 40, "k_proj": 16, "v_proj": 16}, []
     for is_dense in (False, True):
@@ -151,8 +150,10 @@ def test_output_and_gradients_match_dequantized(kind, dtype, shape, is_adapted):
         assert torch.equal(found, expected)
 
 
-@each("kind", FORMATS)
-@each(("family", "head"), [*((family, False) for family in FAMILIES), ("qwen2_5_vl", True)])
+@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize(
+    ("family", "head"), [*((family, False) for family in FAMILIES), ("qwen2_5_vl", True)]
+)
 def test_only_the_decoder_is_quantized(kind, family, head, tmp_path):
     """Includes an untied head; the format overrides the NF4 parts of a run."""
     run_parts = ("vision", "merger", "language") if family == "qwen2_5_vl" else ()
@@ -278,9 +279,11 @@ def test_quantized_model_accuracy_is_preserved(kind, compute_accuracy):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", FORMATS)
-@each("dtype", TYPES)
-@each("rows", [1, 2, MAX_GEMV_ROWS, MAX_GEMV_ROWS + 1, 40, MAX_GEMM_ROWS, MAX_GEMM_ROWS + 1])
-@each("shape", [(512, 1024), (40, 768), (97, 384), (24, 200)])
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize(
+    "rows", [1, 2, MAX_GEMV_ROWS, MAX_GEMV_ROWS + 1, 40, MAX_GEMM_ROWS, MAX_GEMM_ROWS + 1]
+)
+@pytest.mark.parametrize("shape", [(512, 1024), (40, 768), (97, 384), (24, 200)])
 def test_gpu_products_match_dequantized_weights(kind, dtype, rows, shape):
     """Includes partially filled blocks, and sizes without a kernel."""
     matrix = make_matrix(kind, random_values(*shape).bfloat16(), "cuda")

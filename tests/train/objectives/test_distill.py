@@ -5,7 +5,6 @@ import math
 import numpy as np
 import pytest
 import torch
-from each_value import each
 from rich.console import Console
 from tiny_model import create_tiny_model
 from tiny_task import TinyTask, assert_same_run
@@ -19,8 +18,8 @@ from finesight.recipe import recipe_from_dict
 from finesight.train.objectives.distill import compute_divergence, generalized_jsd
 
 
-@each("beta", [0, 0.1, 0.5, 1])
-@each("temperature", [1, 0.7])
+@pytest.mark.parametrize("beta", [0, 0.1, 0.5, 1])
+@pytest.mark.parametrize("temperature", [1, 0.7])
 def test_divergence_and_gradients_match_trl(beta, temperature, assert_matches_trl):
     rng = np.random.RandomState(0)
     logits_CV, teacher_CV = (torch.from_numpy(rng.standard_normal((5, 11))) for _ in range(2))
@@ -36,7 +35,7 @@ def test_divergence_of_the_most_probable_tokens():
     assert found == pytest.approx(0.6 * math.log(0.6 / 0.2) + 0.4 * math.log(0.4 / 0.8))
 
 
-@each("max_bytes", [1, 4 * 11 * 3, 1 << 28])
+@pytest.mark.parametrize("max_bytes", [1, 4 * 11 * 3, 1 << 28])
 def test_chunks_and_rows_beyond_the_vocabulary_do_not_change_the_divergence(monkeypatch, max_bytes):
     monkeypatch.setattr("finesight.train.objectives.preferences.MAX_LOGITS_BYTES", max_bytes)
     torch.manual_seed(0)

@@ -8,7 +8,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from each_value import each
 from PIL import Image
 from tiny_model import create_tiny_model
 from tiny_task import TinyTask, assert_same_run, edit_samples
@@ -81,7 +80,7 @@ def compute_loss(settings: GrpoSettings, group: dict[str, Tensor], logps: Tensor
     return (losses * weights[:, None].expand(mask.shape)[mask]).sum() / total
 
 
-@each("variant", VARIANTS)
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_losses_and_gradients_match_trl(variant, assert_matches_trl):
     settings, group = make_settings(**variant), draw_group()
     logps = group["logps"].clone().requires_grad_()
@@ -150,8 +149,8 @@ def test_run_raises_the_reward(reward_task):
 
 
 @pytest.mark.gpu
-@each("tuned", ["lora", "full"])
-@each("family", ["qwen2_vl", "qwen3_5"])
+@pytest.mark.parametrize("tuned", ["lora", "full"])
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen3_5"])
 def test_sampler_and_trainer_compute_the_same_bits(reward_task, family, tuned):
     """Log-probabilities in bf16 are equal while the weights change."""
     name = f"{family}-{tuned}"
@@ -259,8 +258,8 @@ def test_unreadable_images_are_skipped(reward_task, monkeypatch):
 FRAMES = {"thousandths of the image": (1000, 1000), "pixels of the image": (800, 400)}
 
 
-@each("kind", ["exact", "weak", "point"])
-@each("frame", [*FRAMES, ""])
+@pytest.mark.parametrize("kind", ["exact", "weak", "point"])
+@pytest.mark.parametrize("frame", [*FRAMES, ""])
 def test_useless_rewards_name_the_coordinate_frame(tmp_path, frame, kind):
     """The model is of a family with boxes in pixels of the resized image.
 
@@ -302,7 +301,7 @@ def test_useless_rewards_name_the_coordinate_frame(tmp_path, frame, kind):
     assert "4 of the first 4 responses have no reward" in report(cases[:1], [0, 0, 0, 0])
 
 
-@each(
+@pytest.mark.parametrize(
     ("objective", "lengths", "remedy"),
     [
         ("grpo", [65] * 20, "set train.grpo.max_completion_length to 65 or more"),
@@ -358,7 +357,7 @@ def test_truncated_responses_are_named_before_rewards(tmp_path, is_masked):
     assert "is too small" not in task.console_output
 
 
-@each(
+@pytest.mark.parametrize(
     ("recipe", "text"),
     [
         ({"rewards": []}, "requires rewards"),

@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from each_value import each
 from PIL import Image
 from rich.console import Console
 from safetensors.numpy import load_file
@@ -48,7 +47,9 @@ from finesight.train.objectives.preferences import (
 LOSS_TYPES = "sigmoid", "hinge", "ipo", "robust", "apo_zero", "apo_down", "sft"
 
 
-@each("loss_type", [*LOSS_TYPES, ["sigmoid", "sft"], ["robust", "ipo", "apo_zero"]])
+@pytest.mark.parametrize(
+    "loss_type", [*LOSS_TYPES, ["sigmoid", "sft"], ["robust", "ipo", "apo_zero"]]
+)
 def test_losses_and_gradients_match_trl(loss_type, assert_matches_trl):
     """The `sft` loss of TRL is a mean over the tokens of a batch: here, all are of equal length."""
     rng = np.random.RandomState(0)
@@ -76,7 +77,7 @@ def test_mean_losses_and_gradients_match_trl(assert_matches_trl):
         assert_matches_trl(name, compute_mean_losses(settings, means_2N).sum(), means_2N, tolerance)
 
 
-@each("max_bytes", [1, 4 * 101 * 5, 1 << 28])
+@pytest.mark.parametrize("max_bytes", [1, 4 * 101 * 5, 1 << 28])
 def test_token_logps_and_gradients_match_log_softmax(monkeypatch, max_bytes):
     monkeypatch.setattr("finesight.train.objectives.preferences.MAX_LOGITS_BYTES", max_bytes)
     torch.manual_seed(0)
@@ -96,7 +97,7 @@ def test_token_logps_and_gradients_match_log_softmax(monkeypatch, max_bytes):
         torch.testing.assert_close(*grads)
 
 
-@each("loss_type", ["kto", "apo_zero_unpaired"])
+@pytest.mark.parametrize("loss_type", ["kto", "apo_zero_unpaired"])
 def test_kto_losses_and_gradients_match_trl(loss_type, assert_matches_trl):
     rng = np.random.RandomState(0)
     logps_RT = torch.from_numpy(-rng.rand(4, 9)).requires_grad_()
@@ -171,7 +172,7 @@ def test_run_raises_reward_accuracy_of_validation_pairs(pair_task):
     assert "mean over pairs" in page
 
 
-@each("loss_type", ["kto", "apo_zero_unpaired"])
+@pytest.mark.parametrize("loss_type", ["kto", "apo_zero_unpaired"])
 def test_kto_separates_desirable_and_undesirable_answers(kto_task, loss_type):
     """Labels and pairs count; the reference equals the model before the first step."""
     options = f"train.kto.loss_type={loss_type}", "train.learning_rate=0.003"
@@ -244,7 +245,7 @@ def test_kto_baseline_is_the_divergence_of_mismatched_answers(kto_task, monkeypa
     assert_same_run(run, kto_task.folder / "whole")
 
 
-@each(("objective", "learning_rate"), [("orpo", 0.003), ("simpo", 0.002)])
+@pytest.mark.parametrize(("objective", "learning_rate"), [("orpo", 0.003), ("simpo", 0.002)])
 def test_runs_without_reference_model_raise_reward_accuracy(pair_task, objective, learning_rate):
     options = f"train.objective={objective}", f"train.learning_rate={learning_rate}"
     result = pair_task.run(*options, *LONG_RUN, name=objective)

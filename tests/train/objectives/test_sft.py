@@ -3,7 +3,6 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from each_value import each
 from torch import Tensor
 
 from finesight.train.objectives.sft import fused_linear_cross_entropy
@@ -21,8 +20,8 @@ def sum_cross_entropy(h_LD: Tensor, head_VD: Tensor, target_L: Tensor, scale: fl
     return F.cross_entropy(h_LD @ head_VD.T, target_L, reduction="sum") * scale
 
 
-@each("num_labels", [L, 20])
-@each("rows", [1, 5, 20, L, 1000, None])
+@pytest.mark.parametrize("num_labels", [L, 20])
+@pytest.mark.parametrize("rows", [1, 5, 20, L, 1000, None])
 def test_value_and_gradients_match_cross_entropy(rows, num_labels):
     """Rows after the labels are padding; the gradient of the loss is applied."""
     h_LD, head_VD, target_L = make_inputs(torch.float64)

@@ -17,7 +17,6 @@ from unittest import mock
 
 import pytest
 import torch.distributed as dist
-from each_value import each
 from multi_process_run import rewind_to_checkpoint, run_in_ranks, run_to_completion, start_run
 from safetensors.torch import load_file
 from tiny_task import TinyTask, edit_samples, read_losses, write_recipe
@@ -385,7 +384,7 @@ def test_context_shards_cover_every_sample():
             assert max(loads) <= sum(loads) / count + 97
 
 
-@each(
+@pytest.mark.parametrize(
     ("name", "value", "output"),
     [
         ("RANK", None, "RANK is not set"),

@@ -31,6 +31,8 @@ test: $(VENV)/.installed-dev
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/oxfmt --check 'src/**/*.{css,js,yaml}'
+	$(BIN)/djangofmt --check src
 	$(BIN)/python tools/house.py
 
 types: $(VENV)/.installed-dev

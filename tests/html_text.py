@@ -17,6 +17,11 @@ def read_visible_text(page: str) -> str:
     return " ".join(re.sub(r"<[^>]+>", " ", body).split())
 
 
+def compact(page: str) -> str:
+    """Return a page without white space around tags, and with single spaces elsewhere."""
+    return re.sub(r" ?(<[^<>]*?) ?> ?", r"\1>", " ".join(page.split()))
+
+
 class ParsedPage(HTMLParser):
     """Elements of a page with their attributes, and its texts inside and outside of scripts."""
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
 
+from html_text import compact
 from pydantic import ValidationError
 from starlette.testclient import TestClient
 from web_server_fixture import get_image_pool
@@ -45,8 +46,8 @@ def make_page(folder: Path, **options: Any) -> StudioPage:
 def read_live(folder: Path, query: str) -> dict[str, str]:
     """Return the URL and the shown HTML (`top`, `bottom`) of a step."""
     with open_client(folder) as client:
-        page = client.get(f"/?{query}").text
-    parts = re.split('<div id="(?:top" data-url="(.*?)".*|message".*|bottom")>\n', page)
+        page = compact(client.get(f"/?{query}").text)
+    parts = re.split('<div id="(?:top" data-url="(.*?)"[^>]*|message"[^>]*|bottom")>', page)
     return {"url": html.unescape(parts[1]), "top": parts[2], "bottom": parts[-1]}
 
 

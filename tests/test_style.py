@@ -44,6 +44,7 @@ def test_violations_are_detected(tmp_path: Path) -> None:
     for number in range(12):
         files[f"src/finesight/utils{number}/e.py"] = f"from finesight.e{number + 1} import a\n"
         files[f"src/finesight/e{number}.py"] = f"from finesight.e{(number + 1) % 12} import a\n"
+    files["src/finesight/page.css"] = f"/* {'长' * 50} */"
     files["README.md"] = f"Nobody keeps {'very ' * 30} pictures."
     for name, content in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -52,6 +53,7 @@ def test_violations_are_detected(tmp_path: Path) -> None:
     expected = {
         "files with denser statements",
         "files in circles of imports",
+        "lines of pages and YAML files over 100 columns",
         "reflection on settings",
         "writes on imported names",
         "private names of the package used in tests",

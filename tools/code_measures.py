@@ -1,12 +1,14 @@
 """Measures of code that no linter has: circles of files, names of components, habits.
 
-ruff checks complexity and line lengths, mypy annotations, import-linter the order of packages.
+ruff checks complexity and line lengths of Python, mypy annotations, import-linter the order of
+packages. oxfmt and djangofmt format pages and YAML files, but keep long comments and texts.
 """
 
 from __future__ import annotations
 
 import ast
 import re
+import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -31,6 +33,10 @@ as often touches as many files. The target is the component's own file, and two 
 
 TRANSLATIONS = "zh.yaml"
 
+MAX_COLUMNS = 100
+FORMATTED_SUFFIXES = {".css", ".html", ".js", ".yaml"}
+"""Suffixes of pages and settings, whose lines are as short as those of Python files."""
+
 
 def measure_code(
     root: Path,
@@ -41,6 +47,7 @@ def measure_code(
     """Compute the measures of the package, its tests and all Python files."""
     yield _measure_circles(source)
     yield from _measure_components(root)
+    yield _measure_columns(root)
     yield from _measure_reflection(source)
     yield from _measure_messages(source)
     writes = tuple(location for module in source for location in _find_imported_writes(module))
@@ -119,6 +126,20 @@ def _measure_components(root: Path) -> Iterator[CodeMeasure]:
         word = re.compile(rf"\b{name}\b", re.IGNORECASE)
         files = tuple(path for path, text in texts.items() if word.search(text))
         yield CodeMeasure(f"source files that name {name}", len(files), bound, violations=files)
+
+
+def _measure_columns(root: Path) -> CodeMeasure:
+    """Count the long lines of pages and YAML files. A Chinese character has two columns."""
+    found = []
+    for path in sorted((root / "src").rglob("*")):
+        if path.suffix not in FORMATTED_SUFFIXES:
+            continue
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            columns = sum(1 + (unicodedata.east_asian_width(char) in "WF") for char in line)
+            if columns > MAX_COLUMNS:
+                found.append(f"{path.relative_to(root)}:{number} {columns} columns")
+    name = f"lines of pages and YAML files over {MAX_COLUMNS} columns"
+    return CodeMeasure(name, len(found), 0, violations=tuple(found))
 
 
 def _measure_reflection(source: Sequence[SourceModule]) -> Iterator[CodeMeasure]:

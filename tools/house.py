@@ -1,9 +1,9 @@
 """Check language, statements, imports and habits of the project against bounds.
 
 `python tools/house.py` prints all measures and exits with 1 if one is out of bounds. It measures
-what no tool measures: ruff checks complexity and line lengths, mypy types, import-linter the order
-of packages. The size of packages is reported and has no bound. tests/test_style.py tests the
-measures themselves. Modules are parsed, not imported.
+what no tool measures: ruff checks complexity and line lengths of Python, mypy types, import-linter
+the order of packages. The size of packages is reported and has no bound. tests/test_style.py tests
+the measures themselves. Modules are parsed, not imported.
 """
 
 from __future__ import annotations

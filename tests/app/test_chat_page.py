@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from browser import PHONE_WIDTH, WAIT_PAINT_SCRIPT, XSS_PAYLOADS, Browser
 from engine_fixtures import write_noise_image
-from html_text import ParsedPage
+from html_text import ParsedPage, compact
 from PIL import Image
 from service_fixture import run_service, write_shape_image
 from starlette.testclient import TestClient
@@ -87,7 +87,7 @@ def test_images_are_stored_original_and_shown_without_metadata(client, tmp_path)
     exif[0x010E] = "a secret place"
     image.save(file, exif=exif)
     [shown] = upload(client, file.read_bytes(), "a.jpg")
-    page = client.get(f"/turns/{send(client, 'What?', [shown])}").text
+    page = compact(client.get(f"/turns/{send(client, 'What?', [shown])}").text)
     assert f'width="40" height="{2 * chat_page.MAX_DISPLAY_SIDE}"' in page
     assert [one.read_bytes() for one in list_files(tmp_path)] == [file.read_bytes()]
     copy = client.get(f"/images/{shown}")
@@ -247,7 +247,7 @@ def test_question_alone_has_the_images_of_the_last_question_with_any(client, ser
 def test_single_questions_are_alone_by_default(service, tmp_path, is_single):
     arguments = service, tmp_path, get_image_pool(), Access()
     with TestClient(make_chat_app(*arguments, ask_alone=is_single), "http://127.0.0.1") as client:
-        page = client.get("/").text
+        page = compact(client.get("/").text)
     is_checked = 'form="settings" checked>Ask each' in page
     assert [is_checked, "single questions" in page] == [is_single, is_single]
 

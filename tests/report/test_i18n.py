@@ -46,6 +46,11 @@ COMPOSED_TEXTS = {
 """Texts that are composed at run time."""
 
 
+def read_source(file: Path) -> str:
+    """Read a file in which strings that are broken over lines are one."""
+    return re.sub(r'"\s*\n\s*"', "", file.read_text(encoding="utf-8"))
+
+
 def list_placeholders(text: str) -> list[str]:
     return re.findall(r"\{[^}]*\}", text)
 
@@ -56,18 +61,14 @@ def test_every_page_text_is_translated() -> None:
     found = {
         text.replace('\\"', '"')
         for file in SOURCES
-        for text in TRANSLATE_CALL.findall(file.read_text(encoding="utf-8"))
+        for text in TRANSLATE_CALL.findall(read_source(file))
     }
     assert len(found) > 150
     assert (found | HINTS) - SAME - set(known) == set()
 
 
 def test_translation_table_has_no_unused_text() -> None:
-    joined = "".join(
-        # Strings that are broken over lines are one.
-        re.sub(r'"\s*\n\s*"', "", file.read_text(encoding="utf-8"))
-        for file in SOURCES
-    )
+    joined = "".join(map(read_source, SOURCES))
     with use_language("zh"):
         for text, output in get_translations().items():
             assert text in joined or text in COMPOSED_TEXTS | HINTS, text

@@ -21,7 +21,11 @@ const check = async (response) => {
   if (response.status === 401) location.reload();
   if (response.ok) return response;
   let content = {};
-  try { content = await response.clone().json(); } catch { /* The text is no JSON. */ }
+  try {
+    content = await response.clone().json();
+  } catch {
+    /* The text is no JSON. */
+  }
   const error = new Error(content.error ?? (await response.text()));
   throw Object.assign(error, { status: response.status, field: content.field ?? "" });
 };
@@ -40,10 +44,14 @@ export const request = async (...values) => (await send(...values)).json();
 /** The page of this server at a URL. */
 export const fetchPage = async (...values) => parse(await (await send(...values)).text());
 
-/** Uploads a file, and returns its ID and name, or its images. Files of a batch are kept together. */
+/**
+ * Uploads a file, and returns its ID and name, or its images. Files of a batch are kept together.
+ */
 export const upload = async (file, batch = "") => {
   const url = `uploads?${new URLSearchParams({ name: file.name, batch })}`;
-  return (await check(await fetch(url, { method: "POST", headers: language(), body: file }))).json();
+  return (
+    await check(await fetch(url, { method: "POST", headers: language(), body: file }))
+  ).json();
 };
 
 export const describe = (error) =>
@@ -63,23 +71,28 @@ const copyText = async (text) => {
 addEventListener("click", async ({ target }) => {
   const button = target.closest?.("button[data-copy]");
   if (!button) return;
-  const { copy: text, copied } = button.dataset, label = button.textContent;
+  const { copy: text, copied } = button.dataset;
+  const label = button.textContent;
   await copyText(text);
   button.focus();
   if (label === copied) return;
   button.textContent = copied;
-  setTimeout(() => { button.textContent = label; }, 1500);
+  setTimeout(() => {
+    button.textContent = label;
+  }, 1500);
 });
 
 /** Changes only what differs, so that the focus, open parts and forms of the user stay. */
 export const update = (target, source) => {
   updateAttributes(target, source);
-  const known = [...target.childNodes], nodes = [...source.childNodes];
+  const known = [...target.childNodes];
+  const nodes = [...source.childNodes];
   nodes.forEach((node, index) => {
     const old = known[index];
     if (!old) target.append(node);
     // A mark belongs to its value, not to its position.
-    else if (old.nodeName !== node.nodeName || old.defaultValue !== node.defaultValue) old.replaceWith(node);
+    else if (old.nodeName !== node.nodeName || old.defaultValue !== node.defaultValue)
+      old.replaceWith(node);
     else if (old.nodeType !== Node.ELEMENT_NODE) {
       if (old.data !== node.data) old.data = node.data;
     } else update(old, node);

@@ -1,7 +1,24 @@
-import { byId, create, describe, fetchPage, parse, request, send as post, settings, translate, update, upload } from "./app.js";
+import {
+  byId,
+  create,
+  describe,
+  fetchPage,
+  parse,
+  request,
+  send as post,
+  settings,
+  translate,
+  update,
+  upload,
+} from "./app.js";
 
-const UPDATE_INTERVAL_MS = 80, RETRY_INTERVAL_MS = 2000;
-let attachments = [], isSending = false, timer = 0, numOpened = 0, shown = null;
+const UPDATE_INTERVAL_MS = 80;
+const RETRY_INTERVAL_MS = 2000;
+let attachments = [];
+let isSending = false;
+let timer = 0;
+let numOpened = 0;
+let shown = null;
 const getChat = () => byId("turns").dataset.chat;
 
 // Messages
@@ -19,7 +36,8 @@ const attempt = async (action) => {
     return true;
   } catch (error) {
     report(error);
-    follow(getChat(), RETRY_INTERVAL_MS); // It may have stopped for a conversation that is not shown.
+    // It may have stopped for a conversation that is not shown.
+    follow(getChat(), RETRY_INTERVAL_MS);
     return false;
   }
 };
@@ -40,7 +58,8 @@ const showImageHint = () => {
 };
 
 const showButtons = () => {
-  const isBusy = isSending || "busy" in byId("turns").dataset, numTurns = byId("turns").children.length;
+  const isBusy = isSending || "busy" in byId("turns").dataset;
+  const numTurns = byId("turns").children.length;
   const hasFocus = document.activeElement;
   for (const name of ["regenerate", "undo"]) byId(name).disabled = isBusy || !numTurns;
   byId("new-chat").disabled = !numTurns;
@@ -51,20 +70,32 @@ const showButtons = () => {
   byId("send").disabled = isSending;
   byId("stop").hidden = !isBusy || isSending;
   showImageHint();
-  if (hasFocus?.matches("#send, #stop, #regenerate, #undo, #new-chat")
-    && (hasFocus.hidden || hasFocus.disabled)) byId("question").focus();
+  if (
+    hasFocus?.matches("#send, #stop, #regenerate, #undo, #new-chat") &&
+    (hasFocus.hidden || hasFocus.disabled)
+  )
+    byId("question").focus();
 };
 
-/** Shows a conversation as the server has it, or none, and announces its last answer if it is awaited. */
+/**
+ * Shows a conversation as the server has it, or none, and announces its last answer if it is
+ * awaited.
+ */
 const open = async (chat, isAwaited = false) => {
-  const url = new URL(location), number = ++numOpened;
+  const url = new URL(location);
+  const number = ++numOpened;
   url.searchParams.set("chat", chat || "new");
-  byId("turns").dataset.chat = chat; // The next question belongs to it also before the server answers.
-  const page = await fetchPage(url), turns = page.querySelector("#turns");
+  // The next question belongs to it also before the server answers.
+  byId("turns").dataset.chat = chat;
+  const page = await fetchPage(url);
+  const turns = page.querySelector("#turns");
   if (number !== numOpened) return; // The answer to an earlier request may come later.
   history.replaceState(null, "", url);
-  for (const id of ["num-chats", "chat-list", "language"]) byId(id).replaceWith(page.querySelector(`#${id}`));
-  followEnd(() => shown === turns.dataset.chat ? update(byId("turns"), turns) : byId("turns").replaceWith(turns));
+  for (const id of ["num-chats", "chat-list", "language"])
+    byId(id).replaceWith(page.querySelector(`#${id}`));
+  followEnd(() =>
+    shown === turns.dataset.chat ? update(byId("turns"), turns) : byId("turns").replaceWith(turns),
+  );
   show();
   if (!isAwaited || "busy" in byId("turns").dataset) return;
   const replies = document.querySelectorAll("#turns > :last-child .reply .message-text");
@@ -87,7 +118,8 @@ const follow = (chat, delay = UPDATE_INTERVAL_MS) => {
 const refresh = async (chat) => {
   const number = numOpened;
   try {
-    const [section] = (await fetchPage(`turns/${chat}`)).children, form = section.querySelector("form");
+    const [section] = (await fetchPage(`turns/${chat}`)).children;
+    const form = section.querySelector("form");
     if (number !== numOpened) return;
     // Another tab may have changed the turns.
     const isShown = chat === shown && Number(form.dataset.index) === getLast();
@@ -115,7 +147,8 @@ const setSettings = (values) => {
 /** Settings of the next answer; null if a number is invalid, which the browser reports. */
 const readSettings = () => {
   const form = byId("settings");
-  if (form.checkValidity()) return { ...Object.fromEntries(new FormData(form)), seed: byId("seed").value || -1 };
+  if (form.checkValidity())
+    return { ...Object.fromEntries(new FormData(form)), seed: byId("seed").value || -1 };
   byId("settings-panel").open = true;
   form.reportValidity();
   return null;
@@ -124,16 +157,30 @@ const readSettings = () => {
 // Images of the next question
 
 const showAttachments = () => {
-  byId("attachments").replaceChildren(...attachments.map((one) => create("li", {},
-    one.file.type.startsWith("video/")
-      ? create("video", { src: one.url, "aria-label": one.file.name, muted: true })
-      : create("img", { src: one.url, alt: one.file.name }),
-    create("button", { type: "button", "aria-label": `${translate("Delete")}: ${one.file.name}`,
-      onclick: () => {
-        detach([one]);
-        one.uploaded.then((images) => request("forget", { images })).catch(() => {});
-        byId("question").focus();
-      } }, "×"))));
+  byId("attachments").replaceChildren(
+    ...attachments.map((one) =>
+      create(
+        "li",
+        {},
+        one.file.type.startsWith("video/")
+          ? create("video", { src: one.url, "aria-label": one.file.name, muted: true })
+          : create("img", { src: one.url, alt: one.file.name }),
+        create(
+          "button",
+          {
+            type: "button",
+            "aria-label": `${translate("Delete")}: ${one.file.name}`,
+            onclick: () => {
+              detach([one]);
+              one.uploaded.then((images) => request("forget", { images })).catch(() => {});
+              byId("question").focus();
+            },
+          },
+          "×",
+        ),
+      ),
+    ),
+  );
   showImageHint();
 };
 
@@ -173,16 +220,27 @@ addEventListener("drop", (event) => {
 
 // Actions
 
-/** Asks a question after some turns, by default all of them. Returns whether the answer has started. */
+/**
+ * Asks a question after some turns, by default all of them. Returns whether the answer has started.
+ */
 const ask = async (text, images, index) => {
   const chosen = readSettings();
   if (!chosen || isSending) return false;
   isSending = true;
   showButtons();
   const hasStarted = await attempt(async () => {
-    const asked = getChat(), numShown = index === undefined ? null : getLast() + 1;
-    const body = { chat: asked, text, index, num_turns: numShown, images: await images, settings: chosen };
-    const { chat } = await request("answers", body), isAwaited = asked === getChat();
+    const asked = getChat();
+    const numShown = index === undefined ? null : getLast() + 1;
+    const body = {
+      chat: asked,
+      text,
+      index,
+      num_turns: numShown,
+      images: await images,
+      settings: chosen,
+    };
+    const { chat } = await request("answers", body);
+    const isAwaited = asked === getChat();
     // The user may have opened another conversation meanwhile.
     await open(isAwaited ? chat : getChat(), isAwaited);
   });
@@ -192,10 +250,18 @@ const ask = async (text, images, index) => {
 };
 
 const send = async () => {
-  const field = byId("question"), text = field.value, sent = attachments;
+  const field = byId("question");
+  const text = field.value;
+  const sent = attachments;
   if ((!text.trim() && !sent.length) || byId("send").hidden || isSending) return;
   scrollTo(0, document.documentElement.scrollHeight);
-  if (!await ask(text, Promise.all(sent.map(({ uploaded }) => uploaded)).then((found) => found.flat()))) return;
+  if (
+    !(await ask(
+      text,
+      Promise.all(sent.map(({ uploaded }) => uploaded)).then((found) => found.flat()),
+    ))
+  )
+    return;
   if (field.value === text) field.value = "";
   detach(sent);
 };
@@ -206,9 +272,11 @@ const isPlainEnter = (event) =>
 const getLast = () => byId("turns").children.length - 1;
 const actions = {
   stop: () => request("stop", { chat: getChat() }),
-  regenerate: () => ask(document.querySelector("#turns > :last-child form textarea").defaultValue, null, getLast()),
+  regenerate: () =>
+    ask(document.querySelector("#turns > :last-child form textarea").defaultValue, null, getLast()),
   undo: async () => {
-    const index = getLast(), isLast = !index;
+    const index = getLast();
+    const isLast = !index;
     const { text } = await request("delete", { chat: getChat(), index, num_turns: index + 1 });
     await open(isLast ? "" : getChat());
     byId("question").value ||= text;
@@ -219,7 +287,8 @@ const actions = {
     byId("question").focus();
   },
   export: async () => {
-    const response = await post("chat.zip", { chat: getChat() }), url = URL.createObjectURL(await response.blob());
+    const response = await post("chat.zip", { chat: getChat() });
+    const url = URL.createObjectURL(await response.blob());
     create("a", { href: url, download: "chat.zip" }).click();
     setTimeout(() => URL.revokeObjectURL(url), 60_000);
   },
@@ -254,7 +323,8 @@ const enlarge = (button) => {
   const image = figure.matches("img") ? figure : figure.querySelector("img");
   const [width, height] = ["width", "height"].map((name) => Number(image.getAttribute(name)));
   const fit = width * Math.min((innerWidth - 32) / width, (innerHeight - 32) / height);
-  const dialog = byId("zoomed"), inner = dialog.querySelector(".view");
+  const dialog = byId("zoomed");
+  const inner = dialog.querySelector(".view");
   for (const one of [dialog, inner]) one.ariaLabel = button.ariaLabel;
   inner.replaceChildren(figure);
   inner.onclick = () => {
@@ -284,27 +354,40 @@ addEventListener("click", (event) => {
   }
 });
 addEventListener("submit", (event) => {
-  const form = event.target, { action } = form.dataset;
+  const form = event.target;
+  const { action } = form.dataset;
   event.preventDefault();
   if (form.id === "composer") send();
   if (!action) return;
   // After an error, the text stays.
-  attempt(async () => await actions[action](form.dataset, form.querySelector("textarea, input").value)
-    && showForm(form, false));
+  attempt(
+    async () =>
+      (await actions[action](form.dataset, form.querySelector("textarea, input").value)) &&
+      showForm(form, false),
+  );
 });
 addEventListener("keydown", (event) => {
   const form = event.target.closest?.("form[data-action]");
   if (event.key === "Escape" && form) showForm(form, false);
   else if (event.key === "Escape") byId("chats").open = false;
-  else if (event.target.matches?.("#composer textarea, form[data-action] textarea") && isPlainEnter(event)) {
+  else if (
+    event.target.matches?.("#composer textarea, form[data-action] textarea") &&
+    isPlainEnter(event)
+  ) {
     event.preventDefault();
     event.target.form.requestSubmit();
   }
 });
-addEventListener("error", ({ target }) => {
-  if (!target.dataset?.missing) return;
-  const text = `${target.alt} – ${target.dataset.missing}`;
-  target.closest(".zoom, .zoomed button")?.replaceWith(create("span", { class: "missing-image" }, text));
-}, true);
+addEventListener(
+  "error",
+  ({ target }) => {
+    if (!target.dataset?.missing) return;
+    const text = `${target.alt} – ${target.dataset.missing}`;
+    target
+      .closest(".zoom, .zoomed button")
+      ?.replaceWith(create("span", { class: "missing-image" }, text));
+  },
+  true,
+);
 
 show();

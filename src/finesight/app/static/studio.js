@@ -2,7 +2,10 @@ import { byId, create, describe, fetchPage, request, translate, update, upload }
 
 // Buttons that would start the running command again.
 const starters = ["check", "plan", "train", "web", "serve", "label", "review"];
-let isEdited = false, isActing = false, status = "", timer = 0;
+let isEdited = false;
+let isActing = false;
+let status = "";
+let timer = 0;
 const uploaded = new Map(); // Uploads by file, for another attempt after an error.
 
 // Lists and jobs, which the server renders
@@ -10,14 +13,16 @@ const uploaded = new Map(); // Uploads by file, for another attempt after an err
 const findLog = () => document.querySelector(".log");
 
 const show = (page) => {
-  const log = findLog(), isAtEnd = !log || log.scrollTop + log.clientHeight > log.scrollHeight - 40;
+  const log = findLog();
+  const isAtEnd = !log || log.scrollTop + log.clientHeight > log.scrollHeight - 40;
   for (const id of page ? ["top", "bottom"] : []) update(byId(id), page.querySelector(`#${id}`));
   if (findLog() && (isAtEnd || !page)) findLog().scrollTop = findLog().scrollHeight;
   // Actions apply to the items in the URL, which are those that the page shows.
   const shown = byId("top").dataset;
   history.replaceState(null, "", shown.url);
   // The chip of the command is replaced with its part of the page, and so is not announced.
-  if (status && status !== shown.status) byId("announcement").textContent = byId("job-h")?.textContent ?? "";
+  if (status && status !== shown.status)
+    byId("announcement").textContent = byId("job-h")?.textContent ?? "";
   ({ status } = shown);
   enableButtons();
   wait(["running", "stopping"].includes(status) ? 1500 : 8000);
@@ -27,14 +32,17 @@ const enableButtons = () => {
   const isRunning = ["running", "stopping"].includes(status);
   for (const button of document.querySelectorAll("button[data-action]")) {
     const needsData = button.dataset.action === "review" && !byId("top").dataset.hasData;
-    button.disabled = isActing || needsData || (isRunning && starters.includes(button.dataset.action));
+    button.disabled =
+      isActing || needsData || (isRunning && starters.includes(button.dataset.action));
   }
 };
 
 const refresh = async () => {
   try {
     show(await fetchPage(location.href));
-  } catch { wait(8000); /* The studio was stopped; another attempt follows. */ }
+  } catch {
+    wait(8000); /* The studio was stopped; another attempt follows. */
+  }
 };
 
 const wait = (delay) => {
@@ -45,7 +53,8 @@ const wait = (delay) => {
 // Actions
 
 const findField = (name) =>
-  document.querySelector(`form [name="${CSS.escape(name)}"]`) ?? (name === "files" ? byId("upload") : null);
+  document.querySelector(`form [name="${CSS.escape(name)}"]`) ??
+  (name === "files" ? byId("upload") : null);
 
 const report = (title, error) => {
   const text = create("span");
@@ -55,13 +64,15 @@ const report = (title, error) => {
   byId("message").scrollIntoView({ block: "nearest" });
   const field = error.field ? findField(error.field) : null;
   if (!field) return;
-  for (let at = field.closest("details"); at; at = at.parentElement.closest("details")) at.open = true;
+  for (let at = field.closest("details"); at; at = at.parentElement.closest("details"))
+    at.open = true;
   field.setAttribute("aria-invalid", "true");
   field.focus();
 };
 
 const sendUploads = async () => {
-  const files = [...(byId("upload")?.files ?? [])], bar = byId("uploading");
+  const files = [...(byId("upload")?.files ?? [])];
+  const bar = byId("uploading");
   const batch = Math.random().toString(36);
   for (const [index, file] of files.entries()) {
     Object.assign(bar, { hidden: false, max: files.length, value: index });
@@ -72,7 +83,8 @@ const sendUploads = async () => {
 };
 
 const readForm = (form) => {
-  const texts = {}, others = [];
+  const texts = {};
+  const others = [];
   for (const [name, value] of form ? new FormData(form) : []) {
     if (name === "others") others.push(value);
     else texts[name] = value;
@@ -117,7 +129,9 @@ document.addEventListener("input", (event) => {
   event.target.removeAttribute("aria-invalid");
   showKinds();
 });
-addEventListener("beforeunload", (event) => { if (isEdited) event.preventDefault(); });
+addEventListener("beforeunload", (event) => {
+  if (isEdited) event.preventDefault();
+});
 document.addEventListener("submit", (event) => {
   if (event.target.method === "get" && event.target.action.includes("/view/report")) {
     const box = event.target.querySelector("input[type=checkbox]");

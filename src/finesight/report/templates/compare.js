@@ -1,18 +1,29 @@
+/* ---- samples with the answers of several runs ------------------------------------------------ */
 
-/* ---- samples with the answers of several runs ------------------------------------------------- */
-
-const RUNS = DATA.runs.map((label) => ({letter: label.slice(0, 1), name: label.slice(2)}));
+const RUNS = DATA.runs.map((label) => ({ letter: label.slice(0, 1), name: label.slice(2) }));
 
 function runBadge(index) {
-  return createElement("b", {class: `run r${index}`, title: RUNS[index].name}, RUNS[index].letter);
+  return createElement(
+    "b",
+    { class: `run r${index}`, title: RUNS[index].name },
+    RUNS[index].letter,
+  );
 }
 
 function drawSample(sample) {
   const scores = sample.scores.map((score, run) =>
-    createElement("span", {}, runBadge(run), ` ${score === null ? "\u2013" : score}`));
-  return drawCard(sample, [createElement("span", {class: "scores small"}, ...scores)],
-    sample.predictions.map((prediction, run) => ({kind: `r${run}`, mark: RUNS[run].letter, prediction,
-      title: createElement("span", {}, runBadge(run), ` ${RUNS[run].name}`)})));
+    createElement("span", {}, runBadge(run), ` ${score === null ? "\u2013" : score}`),
+  );
+  return drawCard(
+    sample,
+    [createElement("span", { class: "scores small" }, ...scores)],
+    sample.predictions.map((prediction, run) => ({
+      kind: `r${run}`,
+      mark: RUNS[run].letter,
+      prediction,
+      title: createElement("span", {}, runBadge(run), ` ${RUNS[run].name}`),
+    })),
+  );
 }
 
 /* Apply a filter: `better 2` or `worse 2` for a run index, or a kind of sample. */
@@ -37,9 +48,12 @@ function startSamples() {
   let moveFocus = () => {};
   const refresh = () => {
     const query = search.value.trim().toLowerCase();
-    const matches = DATA.examples.filter((sample) => matchesFilter(sample, kind.value)
-      && isInRange(sample.scores[Number(run.value)], minScore.value, maxScore.value)
-      && (!query || searchText(sample).includes(query)));
+    const matches = DATA.examples.filter(
+      (sample) =>
+        matchesFilter(sample, kind.value) &&
+        isInRange(sample.scores[Number(run.value)], minScore.value, maxScore.value) &&
+        (!query || searchText(sample).includes(query)),
+    );
     byId("found").textContent = translate("{} found", matches.length);
     moveFocus = createFeed(byId("feed"), matches, drawSample, 20);
   };

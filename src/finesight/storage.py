@@ -399,7 +399,8 @@ def _write_digests(folder: Path) -> None:
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     assert files, f"no files were written to {folder}"
     names = [file.relative_to(folder).as_posix() for file in files]
-    # Read again while they are flushed.
+    # The functions that wrote the files did not hash them, so threads read them again while this
+    # one waits for the disk.
     with ThreadPoolExecutor() as pool:
         digests = pool.map(sha256_file, files)
         for file in files:

@@ -362,7 +362,7 @@ class ChatPage:
         self._reader = ImageReader(pool)
         self._uploads = UploadStore(folder, MAX_FILE_BYTES, math.inf)
         self._images: dict[Path, ChatImage] = {}
-        # Conversations by ID, the last changed one at the end.
+        # By ID. The last changed one is at the end, because the oldest ones are deleted first.
         self._chats: dict[str, Chat] = {}
         self._tasks = set[asyncio.Task[None]]()
         # Slow images wait for each other. Questions without images do not wait for them.

@@ -226,9 +226,10 @@ class JobStore:
 
     def __init__(self, workspace: Path) -> None:
         self._workspace, self._folder = workspace, workspace / JOBS_FOLDER
-        # Ended jobs with the time of their file, by folder name.
+        # By folder name. Ended jobs do not change, so each is read once. The time of its file shows
+        # whether it was replaced.
         self._ended: dict[str, tuple[int, Job]] = {}
-        # Ended processes of this studio are reaped when jobs are listed.
+        # Children of this studio. `list_jobs` polls them, so that ended ones do not stay zombies.
         self._processes: list[subprocess.Popen[bytes]] = []
 
     def protect(self) -> None:

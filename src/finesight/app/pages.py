@@ -257,7 +257,7 @@ class UploadStore:
         self._max_bytes = max_bytes
         self._ttl_s = ttl_s
         self._used_ttl_s = used_ttl_s
-        # By ID. A file without a batch is one of its own.
+        # Files of a batch are deleted together. A file without a batch has its own ID as the name.
         self._batch_names = dict[str, str]()
         self._receiving = set[str]()
         self._used = set[str]()

@@ -414,7 +414,7 @@ def make_proxy_route(find_socket: Callable[[str], Path]) -> Route:
         target = path.encode() + (b"?" + query if query else b"")
         headers = [pair for pair in request.headers.raw if _is_end_to_end(pair[0])]
         if request.method != "POST" or "transfer-encoding" in request.headers:
-            # It would contradict the body that is sent.
+            # A length would contradict the body that is sent on: none, or one in chunks.
             headers = [pair for pair in headers if pair[0] != b"content-length"]
         headers.append((PREFIX_HEADER.encode(), f"/pages/{job_id}".encode()))
         body_read = asyncio.Event()

@@ -383,7 +383,8 @@ class StudioView:
         # An import and labelling create a data set, so they belong to no item.
         target = None if selection.step in ("data", "label") else state.target
         jobs = self.jobs.list_jobs(selection.step, target)
-        # A running command precedes newer ones that have ended.
+        # The page shows one command. A running one can still be stopped, so it precedes newer ones
+        # that have ended.
         order = sorted(jobs, key=lambda job: job.status != "running")
         job = _select(order, selection.job, lambda job: job.id, use_newest)
         selection = replace(
@@ -496,7 +497,7 @@ class StudioView:
         if operation in ("plan", "train", "search"):
             if recipe is None:
                 raise build_missing_error("recipe")
-            # Training resumes the run of the recipe, or starts it.
+            # `resume` also starts a run that does not exist yet.
             resume = {"resume": True} if operation == "train" else {}
             return {"recipe": as_argument(recipe), **resume}
         if state.run is None:

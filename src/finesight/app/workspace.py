@@ -218,7 +218,8 @@ class Workspace:
         """Yield folders with their file names, without those inside of runs and models."""
         for num_folders, (name, subfolders, files) in enumerate(os.walk(self.folder)):
             folder = Path(name)
-            # Without dangling links, links out of the workspace, and names that are not UTF-8.
+            # Links may dangle or lead out of the workspace, and a page cannot contain names that
+            # are not UTF-8.
             listed = (n for n in files if n.endswith(LISTED_SUFFIXES) and is_utf8(n))
             paths = (folder / n for n in listed)
             names = frozenset(p.name for p in paths if os.path.isfile(p) and self.contains(p))
@@ -412,7 +413,7 @@ class Workspace:
                 source.rename(target)
                 moved.append((source, target))
         except OSError as error:
-            # Files that cannot be moved back remain in the trash.
+            # If a file cannot be moved back, the trash is not removed, so that no file is lost.
             with contextlib.suppress(OSError):
                 for source, target in moved:
                     target.rename(source)

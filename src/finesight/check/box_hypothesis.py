@@ -328,7 +328,7 @@ class EdgeContrast:
         self._grad_x_mean = float(grad_x.mean()) + 0.3
         self._grad_y_mean = float(grad_y.mean()) + 0.3
         self._gray, self._gradient = gray_HW, gradient.astype(np.uint8)
-        # Edges along vertical lines [W, H] and horizontal lines [H, W].
+        # The gradient in x is transposed to [W, H]: a side of a box is a range of one row in both.
         self._edges_x = _max_with_neighbors(grad_x.T).astype(np.uint8)
         self._edges_y = _max_with_neighbors(grad_y).astype(np.uint8)
 
@@ -342,14 +342,14 @@ class EdgeContrast:
             Scores [N, 2] of the left and upper sides and of the right and lower sides. Sides on the
                 image border are excluded; the score is 0 if both are excluded.
         """
-        # Pixel corners of at least 2 x 2 pixels.
+        # Boxes get at least 2 x 2 pixels, so that no strip inside of them is empty.
         width, height = self._width, self._height
         x1, y1, x2, y2 = np.rint(boxes * [width, height, width, height]).astype(np.int64).T
         x1, y1 = x1.clip(0, max(width - 2, 0)), y1.clip(0, max(height - 2, 0))
         x2 = np.minimum(np.maximum(x2, x1 + 2), width)
         y2 = np.minimum(np.maximum(y2, y1 + 2), height)
         strip = np.maximum(2, np.minimum(x2 - x1, y2 - y1) // STRIP_DIVISOR)
-        # Strips inside and outside of the left, upper, right and lower side.
+        # Left, upper, right and lower side: the strips inside and outside of an object differ.
         sides: tuple[tuple[PixelBox, PixelBox], ...] = (
             ((x1, y1, (x1 + strip).clip(max=x2), y2), (np.maximum(x1 - strip, 0), y1, x1, y2)),
             ((x1, y1, x2, (y1 + strip).clip(max=y2)), (x1, np.maximum(y1 - strip, 0), x2, y1)),

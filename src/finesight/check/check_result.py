@@ -214,10 +214,9 @@ def _format_table(result: CheckResult, issues_by_code: dict[str, list[CheckIssue
         percentage_text = ""
         if num_affected:
             percentage = 100 * num_affected / total_samples
-            # Two significant digits.
+            # `.2g` alone would write 100 as 1e+02.
             percentage_text = f"{percentage:.0f} %" if percentage >= 10 else f"{percentage:.2g} %"
         locations = [
-            # Without the path of the data file.
             issue.where.removeprefix(issue.source).lstrip(":, ").removeprefix("row ")
             or "full source"
             for issue in issues_by_code[code][:MAX_LISTED_LOCATIONS]

@@ -561,7 +561,8 @@ class ConventionDetector:
         """
         if self._evidence is None:
             return None
-        # Only the declared format, if few of its boxes are inverted in any frame.
+        # Corners that are inverted in one frame are inverted in any, so the search needs no format
+        # with many of them. The declared format needs no alternative unless it has many.
         box_formats = [
             box_format
             for box_format in (self.declared.box_format, *BOX_FORMATS)

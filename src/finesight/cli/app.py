@@ -209,7 +209,7 @@ def build_command(name: str, function: Callable[..., Any]) -> click.Command:
         name,
         callback=partial(_run, function, parameters),
         params=params,
-        # The docstring without its sections for Python code.
+        # Each option shows its own line of `Args`. Results and errors concern callers in Python.
         help="\n\n".join(text for text in paragraphs if not text.startswith(sections)),
     )
 

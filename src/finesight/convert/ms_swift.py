@@ -31,7 +31,7 @@ class MsSwiftConverter(TrainerConverter):
         self._set_data(family)
         self._set_image(family)
         self._set_tune(family, method)
-        # Accumulate up to 16 samples per step of all GPUs, but not in GRPO.
+        # As ms-swift by default: at least 16 samples per step of all GPUs, but not in GRPO.
         samples = (config.get_int("per_device_train_batch_size") or 0) * self.count_gpus(0)[0]
         accumulation = 1 if self.config.method == "grpo" else -(-16 // max(1, samples))
         self.set_trainer_settings(default_accumulation=accumulation)

@@ -239,7 +239,8 @@ _TILE_LENGTH = 323
 Pillow decodes a tile completely even if the image covers only a small part of it.
 """
 
-# The limit above is enforced for every image; the limit of Pillow only warns above 89 megapixels.
+# Pillow warns above 89 megapixels. `MAX_IMAGE_PIXELS` is lower, and is compared with the size in
+# the header before any pixels are decoded, so that the warning would only precede an error.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 

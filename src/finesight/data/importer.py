@@ -769,7 +769,7 @@ def _split_rows(
     paths = dict.fromkeys(path for examples in rows for path in _images(examples))
     sizes = {path: os.path.getsize(path) for path in paths if path not in pixel_keys}
     counts = Counter(sizes.values())
-    # Only videos of equal size are read.
+    # Videos of different sizes differ, so that most of these large files need not be read.
     keys: dict[str, Hashable] = {
         path: sha256_content(Path(path)) if counts[size] > 1 else path
         for path, size in sizes.items()

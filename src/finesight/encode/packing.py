@@ -482,7 +482,7 @@ class ContextShard:
         frame_ranges = _balance_ranges(frame_patches, world_size)
         first_frame, end_frame = frame_ranges[rank]
         patch_offsets = [0, *accumulate(frame_patches)]
-        # One grid per image or video of consecutive frames.
+        # Frames of an image or video are consecutive, so those of this rank are a single grid.
         local_grids: list[GridTHW] = []
         for index, count in Counter(span_of_frame[first_frame:end_frame]).items():
             _, grid_h, grid_w = tokenized.spans[index].grid_thw

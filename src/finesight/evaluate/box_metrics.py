@@ -381,7 +381,7 @@ def _asymptotic_precision(sums: FloatArray, thresholds: slice) -> FloatArray:
     num_correct = counts[..., 2:][..., thresholds]
     precision = safe_divide(num_correct, np.broadcast_to(num_predicted, num_correct.shape))
     recall = safe_divide(num_correct, np.broadcast_to(num_references, num_correct.shape))
-    # Number of the 101 recall levels reached; 0 without correct boxes.
+    # The added level is recall 0, which only a correct box reaches.
     reached = (np.floor(100 * recall + ROUNDING) + 1) * (num_correct > 0)
     by_class = (precision * reached / len(RECALL_LEVELS)).mean(axis=2)
     num_classes = (counts[..., 1] > 0).sum(axis=1) * 1.0
@@ -398,7 +398,7 @@ def _compute_class_average_precision(detections: ClassDetections) -> FloatArray:
         hits = np.arange(1.0, len(correct_positions) + 1)
         precision = hits / (correct_positions + 1 + np.spacing(1))
         best = np.maximum.accumulate(precision[::-1])[::-1]
-        # Number of the 101 recall levels reached.
+        # On the right side, so that a level that is reached exactly counts.
         num_recall_levels = np.searchsorted(RECALL_LEVELS, hits / num_references, side="right")
         result[t] = (np.diff(num_recall_levels, prepend=0) * best).sum() / len(RECALL_LEVELS)
     return result

@@ -138,7 +138,8 @@ def collect_uploads(model_source: ModelSource, source: str) -> Iterator[dict[str
         (folder / MODEL_CARD_FILE).write_text(card, encoding="utf-8")
         generated = {file: folder / file for file in (MODEL_CARD_FILE, ADAPTER_CONFIG_FILE)}
         if manifest is not None:
-            # The form of the questions and the image size, without local paths.
+            # Inference needs the form of the questions and the image size. The base model may be a
+            # local path, which is replaced.
             named = manifest.model_copy(update={"base_model": base_name})
             generated[MANIFEST_FILE] = folder / MANIFEST_FILE
             content = named.model_dump_json(indent=1) + "\n"

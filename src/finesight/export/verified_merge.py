@@ -237,7 +237,7 @@ def _write_merged(
     base_logits = compute()
     dequantized_layers = dequantize_model(model)
     if model_source.adapter is not None:
-        # Merge in fp32, independent of the compute precision.
+        # The compute dtype would round the stored fp32 factors before the merge.
         load_adapter(
             model, model_source.adapter, base_folder=model_source.folder, dtype=torch.float32
         )

@@ -246,9 +246,11 @@ class LabelStore(AbstractContextManager["LabelStore"]):
         with translate_os_errors(self._journal):
             self._lock = FileLock(self._journal, os.O_RDWR | os.O_CREAT)
         self.images = ImageReader(create_image_pool())
-        # Key of the pixels and, for an unreadable file, the reason.
+        # Each file is decoded once, because this takes long: key of the pixels, and the reason
+        # if it is unreadable.
         self._decoded: dict[str, tuple[str, str]] = {}
-        # Items of the decisions that are being saved together, each as often as it has new entries.
+        # Items of the decisions that are being saved together. An error withdraws one decision per
+        # element, so an item may occur several times.
         self._changed: list[LabelItem] | None = None
         try:
             self._lock.acquire(wait=False)

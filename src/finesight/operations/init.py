@@ -148,7 +148,8 @@ def init(
             refuse_gpus(gpus, "this machine has no GPU")
         suggested = choose_model(memory_bytes)
         model = model or _ask("Model", suggested, ask)
-        # Errors of a model precede what is written, but data need no connection to a hub.
+        # The model is checked before the import, so that a wrong name leaves no files. Without a
+        # connection to a hub, its error is only returned, because the data can be imported.
         start, unavailable = _describe_model(model, is_suggested=model == suggested)
         options = _split_rows(options, opened)
         summary, options = _import_split(path, folder / "data", options, console)

@@ -212,7 +212,6 @@ def list_words(step: Step) -> list[str]:
     parameters = list_parameters(find_operation(step.operation))
     known = [one for one in parameters if one.name in step.arguments]
     assert len(known) == len(step.arguments), f"{step.operation} lacks {step.arguments}"
-    # Options follow the positional arguments.
     known.sort(key=lambda one: not one.is_positional)
     words = step.operation.split()
     for one in known:
@@ -291,7 +290,7 @@ class SkippedInputs:
         """Return a line for each skipped input, and their number."""
         if not self._errors:
             return []
-        # Without the expected value and the remedy.
+        # The other lines, expected value and remedy, would make a list of many inputs too long.
         lines = [f"skipped: {str(error).splitlines()[0]}" for error in self._errors]
         return [*lines, f"{format_count(len(lines), self._noun)} skipped"]
 

@@ -191,7 +191,7 @@ def _score_responses(scorer: RewardScorer, generated: Path) -> tuple[str, list[l
         except ScoringError as error:
             error.remedy = f"correct it, then repeat the command, which reads {generated}"
             raise
-        # A missing score becomes NaN.
+        # numpy converts None, a missing score, to NaN.
         rows = np.array(scores_by_reward, np.float64).T.tolist()
         for n, (one, row) in enumerate(zip(found, rows, strict=True)):
             scores = dict(zip(scorer.names, row, strict=True))

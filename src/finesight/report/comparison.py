@@ -163,7 +163,7 @@ def _read_compared_run(letter: str, name: str, path: Path, max_bytes: int | None
             expected="runs with validation samples (data.eval) and at least one evaluation",
             remedy=Step("eval", arguments, "omit it, or evaluate it and give predictions.jsonl"),
         )
-    # The figures of the last prediction file.
+    # Samples are compared by the last prediction file, so figures of the same evaluation.
     last = run_record.evaluations[-1]
     evaluation = as_object((run_record.result or {}).get("after") or last.get("full")) or last
     files = run_record.predictions_files
@@ -429,7 +429,7 @@ def compare_samples(runs: Sequence[ComparedRun], max_samples: int = MAX_SAMPLES)
     (the maximum) or `wrong`.
     """
     reference_run, *other_runs = runs
-    # For each other run, the samples that the baseline answered as well.
+    # Runs may have answered different samples, or different questions with the same ID.
     common_keys: list[set[SampleKey]] = []
     for run in other_runs:
         same_keys, _ = find_common_samples(reference_run, run)

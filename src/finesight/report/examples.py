@@ -151,7 +151,7 @@ def build_example_set(
         group.sort(key=lambda example: -abs(example.change))
         counts[kind] = len(group)
         num_displayed[kind] = min(len(group), quotas[kind])
-    # Classes with more examples use the rest of the quotas of smaller ones.
+    # The quotas of small classes are not used up, and would leave space on the page.
     for kind, count in counts.items():
         num_free = max_examples - sum(num_displayed.values())
         num_displayed[kind] += min(count - num_displayed[kind], num_free)

@@ -69,7 +69,7 @@ MAX_PAGE_FILE_BYTES = 8 << 20
 MAX_PAGE_RECIPE_BYTES = 1 << 20
 """Maximum size of a JSON file, and of the recipe, of a run on a page with many runs."""
 
-# Larger numbers are treated as missing.
+# Lines of a run may be damaged: larger numbers are treated as missing.
 MAX_ABS_VALUE = 1e15
 MAX_MFU = 1.0
 

@@ -69,7 +69,7 @@ def _render_example(before: JsonObject | None, after: JsonObject) -> TrackedImag
         "after": read_boxes(after.get("boxes")),
     }
     paths = read_image_paths(after)
-    # Of several images, use the one with boxes.
+    # A tracker gets one image per sample, so one with boxes is chosen.
     all_boxes = list(chain.from_iterable(boxes_by_name.values()))
     image_index = all_boxes[0]["image"] if all_boxes else 0
     if not 0 <= image_index < len(paths):

@@ -104,7 +104,8 @@ def detect_format(records: Sequence[Record], where: str) -> tuple[DatasetFormat,
     first_turn = turns[0] if isinstance(turns, list) and turns else None
     turn_keys = first_turn if isinstance(first_turn, dict) else {}
     record_keys = {*records[0], *turn_keys}.difference(IMAGE_KEYS)
-    # If several formats are equally close, choose the most general one.
+    # `max` returns the first of equally close formats. General ones, which accept more rows, are
+    # the last of FORMATS.
     closest = max(
         reversed(FORMATS),
         key=lambda one: len(record_keys.intersection(re.findall(r'"(\w+)":', one.description))),

@@ -156,7 +156,8 @@ def parse_answer(answer: str, images: RowImages) -> Iterator[ContentPart]:
                 images.require_single_image()
                 pieces = split_at_text_boxes(piece, images.list_limits)
         elif len(images.paths) != 1 and isinstance(piece[0], str) and BOX_KEY not in str(piece):
-            # Actions of several images stay text.
+            # Boxes need a single image. Without the key of a box, coordinates may be those of an
+            # action, which is a valid answer about several images.
             texts = (one if isinstance(one, str) else json.dumps(one.coordinates) for one in piece)
             pieces = ["".join(texts)]
         else:

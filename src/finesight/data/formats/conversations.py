@@ -526,7 +526,7 @@ def _parse_openai(row: SourceRow, context: ImportContext) -> ImportExample:
 
     merged: list[Turn] = []
     for role, group in groupby(turns, key=attrgetter("role")):
-        # Each tool result is a turn of its own.
+        # Tool results are not merged: chat templates write the tags around each of them.
         for members in ([one] for one in group) if role == "tool" else [list(group)]:
             calls = tuple(chain.from_iterable(one.calls for one in members))
             loss = merge_loss(members)

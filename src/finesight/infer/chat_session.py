@@ -276,7 +276,7 @@ class ChatSession:
             model = self.service.model_names[0]
         turns = _select_answered_turns(self.turns, model)
         images: list[Path] = []
-        # Boxes refer to the first image of the last turn with images.
+        # Answers do not name the image of their boxes: assume the first one of the newest images.
         target_image: Path | None = None
         for paths in (*(turn.image_paths for turn in turns), image_paths):
             new_images = [*filterfalse(is_video_path, paths)]
@@ -358,7 +358,7 @@ def split_answer(raw_text: str, answer: str) -> Iterator[str | None]:
     for piece in pieces:
         parts = piece if isinstance(piece, list) else [piece]
         for part in parts:
-            # A tag without coordinates stays text.
+            # Models may write other text than coordinates between the tags of a box.
             text = part if isinstance(part, str) else part.coordinates
             if isinstance(text, str):
                 yield _SPECIAL_TOKENS.sub("", text)

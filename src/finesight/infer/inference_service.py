@@ -184,7 +184,7 @@ class IncrementalDetokenizer:
         if not is_last and not self.has_stopped:
             end -= _count_partial(self._pending, self._stop_strings)
         emitted = self._pending[:end]
-        # Text after a stop string is dropped.
+        # As in the API of OpenAI, an answer ends before the stop string.
         self._pending = "" if self.has_stopped else self._pending[end:]
         self.text += emitted
         return emitted

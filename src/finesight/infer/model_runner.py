@@ -191,7 +191,7 @@ class ModelRunner:
         """
         if self._cuda_graphs is None:
             return self._decode_step(num_seqs, max_seq_len)
-        # A size with a CUDA graph: 1, 2, 4 and multiples of 8.
+        # Each size needs a CUDA graph of its own, so only few sizes are used.
         sizes = 1, 2, 4, -(-num_seqs // 8) * 8
         padded_num_seqs = min(next(n for n in sizes if num_seqs <= n), self.max_num_seqs)
         return self._cuda_graphs.run(

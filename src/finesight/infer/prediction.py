@@ -489,7 +489,7 @@ def draw_boxes(image: Image.Image, boxes: Sequence[BoxPart]) -> Image.Image:
             draw.circle(corners[:2], 2 * line_width, fill=color, outline="white")
         draw.rectangle(corners, outline=color, width=line_width)
         if box.label:
-            # Above the box, or inside the box at the upper image border.
+            # At the upper image border, there is no space for the label above the box.
             _, _, width, height = draw.textbbox((0, 0), box.label, font=font)
             left, top, _, _ = corners
             if top >= height:

@@ -412,7 +412,8 @@ class SharedPrefixAttention(PackedAttention):
         cu_seqlens_S1 = self.segments.cu_seqlens_S1
         full_lengths = [prefix_length + length for length in suffix_lengths]
         lengths = (prefix_length, *full_lengths)
-        # Number of copies of the prefix before each boundary: 0, 0, 1, 2, ...
+        # Each sequence starts with a copy of the prefix: 0, 0, 1, 2, ... copies precede the
+        # boundaries of the prefix and the sequences.
         num_copies_S1 = torch.arange(
             -1, len(suffix_lengths) + 1, device=cu_seqlens_S1.device
         ).clamp(0)

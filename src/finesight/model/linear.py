@@ -170,7 +170,7 @@ def linear_with_deltas(
             add_lora_delta(ys_TO[layer_index], low_TR, lora_B_OR, scale)
         return ys_TO
     if isinstance(weight, Fp8Weight) and weight.training:
-        # Accumulate the sum in fp32.
+        # In fp32, because the product would otherwise be rounded before the delta is added.
         wide_TO = weight.linear_fp8(x_TI, bias, torch.float32)
         for layer_index, low_TR, lora_B_OR, scale in deltas:
             wide_TO[layer_index].addmm_(low_TR.float(), lora_B_OR.float().T, alpha=scale)
@@ -273,7 +273,7 @@ class LoraLinear(nn.Module):
         assert configs, "an adapter without layers"
         unknown = [name for name in configs if name not in linear.output_sizes]
         assert not unknown, f"unknown layers {unknown} of {list(linear.output_sizes)}"
-        # Keep the order of the fused layers.
+        # Listings of adapted layers follow this order: of the fused layers, not of the caller.
         self.configs = {name: configs[name] for name in linear.output_sizes if name in configs}
         self.dropout = dropout
         self.output_sizes = tuple(linear.output_sizes.values())

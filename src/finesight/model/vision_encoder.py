@@ -96,7 +96,8 @@ class VisionEncoder(nn.Module):
         self, grid_thw: Sequence[GridTHW], device: torch.device
     ) -> tuple[Segments, ...]:
         lengths_by_block = self.segment_lengths(grid_thw)
-        # Blocks that share a tuple of lengths share their segments.
+        # A CUDA graph has one buffer per distinct tuple of lengths, so blocks with the same tuple
+        # must have the same segments.
         segments_by_id: dict[int, Segments] = {}
         for block_lengths in unique_objects(lengths_by_block):
             segments_by_id[id(block_lengths)] = Segments.from_lengths(block_lengths, device)

@@ -440,7 +440,7 @@ def load_model(
     # Another quantization is reported before a changed file.
     gptq_group_size(folder)
     files = folder.weight_files()
-    # Verify digests, also of files converted from pickles.
+    # Files converted from pickles are in a folder of their own, with their own digests.
     weight_folders = [file.parent for file in files]
     for written_folder in dict.fromkeys([folder.path, *weight_folders]):
         if (written_folder / DIGESTS_FILE).is_file():
@@ -448,7 +448,7 @@ def load_model(
     model, headers = build_checked_model(folder, dtype, nf4_parts, weight_format, fp8_parts)
     with raise_on_failed_allocation(str(folder.path / "config.json")):
         materialize_parameters(model, device)
-    # List the tensors again, with allocated parameters.
+    # The tensors in an earlier list would be those on the meta device, which were replaced.
     expected = _list_expected(model, headers)
     transposed = _find_transposed_experts(headers, expected)
     for file in files:

@@ -332,7 +332,7 @@ def plan_graph(
         )
         buffer_bytes += feature_bytes
         if any(parameter.requires_grad for parameter in encoder.parameters()):
-            # The gradients of the features.
+            # An encoder outside the graph gets the gradients of the features from a second buffer.
             buffer_bytes += feature_bytes
     else:
         # Patch bytes, row and column of each patch; permutation of merge windows and its inverse.

@@ -603,7 +603,7 @@ class StepTimeEstimator:
             reduced_bytes = FP32_BYTES * persistent.num_trainable
             num_bytes = 2 * reduced_bytes * other_ranks_fraction
             return num_bytes / self._target.link_bandwidth
-        # Replicated parameters: fp32 gradients, then the updated values.
+        # Two all-reduces of the replicated parameters: of fp32 gradients and of updated values.
         replicated_bytes = sharded.num_replicated * (FP32_BYTES + self._target.dtype.itemsize)
         num_bytes = 2 * replicated_bytes * other_ranks_fraction
         num_passes = num_packs * self.num_passes / 3

@@ -140,7 +140,7 @@ class ParamAudit:
             for name, shard in rank_sums.items():
                 is_trained = shard[3] > 0
                 sums = sums_by_group.setdefault((get_part(name), is_trained), {})
-                # The values of all shards of a parameter are added.
+                # Each rank has the sums over its shard of the parameter.
                 sums[name] = [a + b for a, b in zip(sums.get(name, [0] * 6), shard, strict=True)]
         param_changes = []
         for part, is_trained in product(MODEL_PARTS, (True, False)):

@@ -81,7 +81,7 @@ class FlopCounter:
         # The head and the last MLP process only the tokens that predict supervised ones.
         self._params_per_label = dict.fromkeys(MODEL_PARTS, 0)
         self._last_mlp = f"model.layers.{model.config.decoder.num_layers - 1}.mlp."
-        # Forward passes of layers with activation checkpointing.
+        # Activation checkpointing repeats the forward pass of layers only.
         self._layer_params = dict.fromkeys(MODEL_PARTS, 0)
         trainable_parts: set[ModelPart] = set()
         needs_input_grad = False

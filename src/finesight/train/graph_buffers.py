@@ -95,7 +95,7 @@ class GraphVisionShape(NamedTuple):
         for lengths in unique_objects(vision_encoder.segment_lengths(grid_thw)):
             max_seqlen = round_up(max(lengths), PAD_MULTIPLE)
             max_segments = len(lengths) + -(-multiple // max_seqlen)
-            # Coarse rounding, to an eighth of a power of two.
+            # Rounded to an eighth of a power of two, so that more packs fit the same graph.
             segment_multiple = max(8, (1 << max_segments.bit_length()) // 16)
             segment_shapes.append((round_up(max_segments, segment_multiple), max_seqlen))
         return cls(round_up(num_patches, multiple), patch_bytes, tuple(segment_shapes))

@@ -87,7 +87,7 @@ class GradientAccumulator:
         self._length = length
         self._flat_E: Tensor | None = None
         self.sums: list[Tensor | None] = [None] * len(param_slices)
-        # Whether the sum contains a gradient of this step.
+        # Sums stay allocated. While this is False, they have gradients of an earlier step.
         self._has_sum = [False] * len(param_slices)
         self._small_indices: list[int] = []
         flat_slices: list[slice] = []
@@ -233,7 +233,6 @@ class GradientAccumulator:
         flat_N = torch.zeros(end - first, dtype=torch.float32, device=self.device)
         for param_slice, gradient in zip(self.param_slices, self.per_parameter(), strict=True):
             param_range = param_slice.flat_slice
-            # The part of the parameter within the slice.
             start = max(param_range.start, first)
             stop = min(param_range.stop, end)
             if start < stop and gradient is not None:
@@ -542,7 +541,7 @@ class MasterWeightOptimizer:
         """Keep weights and states in CPU memory out of data loader workers, which are forks."""
         for group in self.param_groups:
             first = group.param_slices[0]
-            # Views of the tensors of the whole group.
+            # States of one parameter are views, so their storage is that of the whole group.
             states = group.optimizer.state_tensors(first.flat_slice, first.parameter.shape)
             master_weights = group.master_weights
             tensors = [

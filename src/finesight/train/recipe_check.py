@@ -199,7 +199,8 @@ def resolve_base_model(recipe: Recipe) -> BaseModelRef:
         UserError: The model or adapter does not exist, or the recipe specifies two adapters.
     """
     parts = resolve_model_source(recipe.model)
-    # Store absolute paths of folders, and names of hub models and packaged models.
+    # Manifests store this name and are read in other working directories, and the path of the
+    # packaged model differs between installations.
     is_path = Path(recipe.model).expanduser().exists()
     name = get_portable_name(parts.folder) if is_path else recipe.model
     adapter = recipe.adapter

@@ -284,7 +284,7 @@ class TrainState:
         shared_settings = self.run.recipe.train.model_dump(mode="json", include=names)
         images: dict[str, str] = {}
         for split, states in self.data.images().items():
-            # Without the modification times.
+            # Copies of the images on other machines may have other modification times.
             images[split] = hashlib.sha256(states[:, :2].tobytes()).hexdigest()
         self.run.hardware.process_group.check_identical(
             self.run.resume_config | shared_settings | {"images": images}

@@ -254,7 +254,7 @@ class StepTransfer(NamedTuple):
     def unpack(self) -> StepBatch:
         """Restore the step data, whose tensors are views of the two blocks."""
         tensors = self.tensor_block.tensors()
-        # The patches of all packs, then their cache inputs.
+        # The block has the patches of all packs before their cache inputs, so it is read in order.
         image_tensors = self.image_block.tensors()
         packs = []
         for batch in self.step_batch.packs:

@@ -303,7 +303,7 @@ class VisionFileStore:
             UserError: The disk is not writable.
         """
         path = self.chunk_path(name)
-        # A unique name per process and thread.
+        # Runs that share the folder may write the same chunk at the same time.
         temp_path = path.with_name(f".{name}.{os.getpid()}.{threading.get_ident()}.tmp")
         try:
             with translate_os_errors(path):

@@ -425,7 +425,7 @@ def _decode_chunk(
     image = chunk.start
     refs = image_index.image_refs[chunk.start : chunk.stop]
     for spans in iter_video_runs(ref.span for ref in refs):
-        # A sample with this image and no text.
+        # Patches are loaded for samples, so this one has the image and no text.
         name = spans[0].files[0].name
         tokenized = TokenizedSample(name, empty_ids_T, empty_ids_T > 0, position_ids, tuple(spans))
         try:
@@ -498,7 +498,7 @@ class VisionCacheBuilder:
             loaded_chunks.extend(self._load_chunks(on_disk))
             return [chunk.start for chunk in {*chunks}.difference(loaded_chunks)]
 
-        # Chunks that at least one rank could not load.
+        # All ranks encode each chunk, so it is missing if one of them could not load it.
         starts = {*chain.from_iterable(self._run_on_all_ranks(start_build))}
         missing_chunks = [chunk for chunk in chunks if chunk.start in starts]
         self._encode_chunks(missing_chunks, missing_bytes <= free.disk)
@@ -796,7 +796,7 @@ class VisionCacheBuilder:
             patches_ND, grids = pad_patches(patches_ND, grids, loader.padding_merge_size)
         encoded_MKD = self._model.encode_images(patches_ND.to(device, non_blocking=True), grids)
         rows_M = index.feature_rows(valid) - index.feature_offsets_P1[chunk.start]
-        # Without the features of padding patches.
+        # `pad_patches` appended a dummy image, whose features belong to no image of the chunk.
         encoded_MKD = encoded_MKD[: len(rows_M)]
         if not corrupt_images:
             return encoded_MKD

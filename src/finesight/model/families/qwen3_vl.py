@@ -102,7 +102,8 @@ def interpolate_positions(
     """Return the four table entries around each patch and their bilinear weights."""
     row_column = patch_coordinates(grid, merge_size).reshape(-1, 2)
     last_indices = np.array([grid[1] - 1, grid[2] - 1])
-    # An image with a single row or column of patches uses the first one of the table.
+    # A single row or column would be at 0 * inf = NaN. It is at 0, as by `torch.linspace` in
+    # transformers.
     coordinates_N2 = row_column * ((grid_size - 1) / np.maximum(last_indices, 1))
     low_N2 = np.minimum(coordinates_N2.astype(np.int64), grid_size - 1)
     high_N2 = np.minimum(low_N2 + 1, grid_size - 1)

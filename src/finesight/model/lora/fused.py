@@ -296,7 +296,7 @@ class LoraMatmul:
         dw_OI: Tensor | None = None
         if weight is not None:
             assert x_TI is not None, "a trainable weight requires its saved input"
-            # Write to the preallocated buffer if there is one.
+            # With a buffer, no second tensor of the size of the weight is allocated.
             buffer_OI = _GRADIENT_BUFFERS[-1](weight) if _GRADIENT_BUFFERS else None
             dw_OI = torch.mm(dy_TO.T, x_TI, out=buffer_OI)
         if bias is None:

@@ -139,7 +139,7 @@ class Fp8Weight(QuantizedWeight):
         self.backward_codes: tuple[Tensor, Tensor] | None = None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Fp8Weight:
-        # Drop the derived copies when the codes change device or dtype.
+        # `nn.Module` would not move these copies with the codes: they are no buffers.
         self._forward_codes = self.backward_codes = None
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self

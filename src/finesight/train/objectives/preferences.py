@@ -209,7 +209,8 @@ class KtoObjective(PairObjective):
         inputs = super().loss_inputs(batch, loss_weight, key)
         reference = self.find_reference(key) or (0.0,)
         slots = [slot for slot, logp in enumerate(reference) if not math.isnan(logp)]
-        # The answers of the pack are numbered from 0, and get the numbers of their slots.
+        # The loss has slots for chosen, rejected and mismatched answer, but a pack numbers those
+        # that it has from 0. Their slots are equally spaced, so that one stride is enough.
         stride = 1
         if len(slots) > 1:
             stride = slots[1] - slots[0]

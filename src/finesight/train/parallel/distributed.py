@@ -350,7 +350,7 @@ class ProcessGroup:
                 raised on all ranks with the same budget.
         """
         oom_error: GpuOutOfMemoryError | None = None
-        # Whether the context succeeded, or the next budget.
+        # True after success, or the next budget. It stays False after any other error.
         status: object = False
         try:
             yield
@@ -417,7 +417,7 @@ def init_distributed() -> Iterator[ProcessGroup]:
     local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", local_rank + 1))
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
-    # The key-value store of the rendezvous.
+    # The store of the rendezvous needs no further port, and has no public name.
     monitor = RankMonitor(dist.distributed_c10d._get_default_store(), rank, world_size)
     try:
         yield ProcessGroup(rank, world_size, local_rank, local_world_size, monitor)

@@ -512,7 +512,7 @@ def _override_setting(text: str, keys: Sequence[str], value: str) -> str:
         start = text.index(":", name.end_mark.index) + 1
         keys = keys[1:]
     if keys and isinstance(node, yaml.MappingNode):
-        # The setting is missing: it becomes the first of this section.
+        # The missing setting becomes the first one, whose indentation is that of the section.
         is_flow = bool(node.flow_style)
         separator = ", " if is_flow else f"\n{' ' * node.start_mark.column}"
         new_text = f"{keys[0]}: {_nest(keys[1:], value)}{separator}"

@@ -397,7 +397,7 @@ def _build_content(
                 expected=describe_indices(len(sizes), "image"),
                 remedy="reload the page",
             )
-        # A box without area is refused where no points are expected.
+        # Equal corners are a point only where points are expected, and else a box without area.
         size, is_point = sizes[box.image], box.is_point and has_points
         try:
             corners = clip_to_image(box.xyxy, size, BoxConvention(), is_point=is_point)

@@ -191,7 +191,7 @@ class StudioPage:
             values |= {"label:prompt": prompt, "predict:prompt": prompt}
             paths = ("answers/{}", "uploads/{}")
             values["predict:out"] = self.view.workspace.find_free_name("answers", *paths)
-        # Commands apply to the model that was merged last.
+        # The field names the model of later commands, too: by default, that of the last merge.
         merges = [one.arguments for one in state.jobs if one.arguments[0] == "merge"]
         merged = [name for words in merges for name in words[2:3]]
         merged += [str(path) for path in state.content.models if path.parent == Path("models")]

@@ -256,7 +256,7 @@ class Workspace:
         path, problem = Path(os.path.normpath(self.folder / name)), ""
         if not name or name.startswith("-") or "\0" in name:
             problem = f"{name!r} is not a valid path"
-        # A path outside is reported as such, whether it exists or not.
+        # Before the check of existence, so that the error does not reveal files elsewhere.
         elif not path.is_relative_to(self.folder) or not self.contains(path):
             problem = f"{name} is outside of the workspace {self.folder}"
             remedy = "move or copy it into the workspace, or start the studio in its folder"
@@ -361,7 +361,7 @@ class Workspace:
             earlier = {file.name: file for file in partial.rglob("[!.]*") if file.is_file()}
             for file in files:
                 target = earlier.get(file.name, partial / file.name)
-                # Not through a link.
+                # Writing through a link would change another file.
                 target.unlink(missing_ok=True)
                 shutil.copyfile(file, target)
             old, new = (

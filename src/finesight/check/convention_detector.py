@@ -602,8 +602,6 @@ class ConventionDetector:
             for one, other in zip(*sizes, strict=True)
         )
 
-    # Evidence from the bounds of boxes
-
     def _find_invalid(self, hypothesis: BoxHypothesis) -> Bools:
         return find_invalid_boxes(hypothesis.normalize_boxes(self.claims), self.claims)
 
@@ -638,8 +636,6 @@ class ConventionDetector:
         boxes = alternative.normalize_boxes(claims)
         far_ends = np.where(claims.width >= claims.height, boxes[:, 3], boxes[:, 2])
         return alternative.frame.units != "1000" or float(far_ends.max()) > 0.9
-
-    # Evidence from images
 
     def _ensure_scores(self, hypotheses: Sequence[BoxHypothesis]) -> None:
         """Compute the image scores of the hypotheses that have none, in one batch.
@@ -712,8 +708,6 @@ class ConventionDetector:
             for gain, rows in zip(gains.T, is_shifted.T, strict=True)
             if np.isfinite(gain[rows]).sum() >= MIN_SAMPLES
         )
-
-    # Construction of issues
 
     def _compare(self, alternative: BoxHypothesis, num_tries: int) -> HypothesisComparison:
         evidence = None

@@ -553,7 +553,7 @@ class PreviewSampler:
         """Select a sample with probability `MAX_PREVIEWS / number of samples so far`."""
         self._num_samples += 1
         if len(self.previews) < MAX_PREVIEWS:
-            # The order is random as well.
+            # Appended samples would stay in the order of the file.
             index = self._random.randint(0, len(self.previews))
             self.previews.insert(index, _build_preview(sample, location, is_validation))
         elif (index := self._random.randrange(self._num_samples)) < MAX_PREVIEWS:

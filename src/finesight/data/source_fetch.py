@@ -140,7 +140,7 @@ def select_files(
         return SelectedFiles((), tuple(data))
     split = (selector or "").rpartition("/")[2]
     if split not in splits:
-        # A selector that names only a subset, like no selector, selects its default split.
+        # The selector may be the name of a subset, which has a default split.
         subset_names = (subset["config_name"] for subset in _iter_subsets(card))
         default = DEFAULT_SPLIT if selector in (None, *subset_names) else split
         split = SPLIT_ALIASES.get(split, default)

@@ -93,7 +93,7 @@ def complete_hf_folder(folder: Path, family: str, end_ids: Sequence[int]) -> Non
     generation_config.json with the end tokens `end_ids`.
     """
     config = _read_json(folder / "config.json")
-    # Local path from which transformers loaded the base.
+    # transformers writes the local path of the base, which is of no use elsewhere.
     config.pop("_name_or_path", None)
     if family in HF_ARCHITECTURES:
         config["architectures"] = [HF_ARCHITECTURES[family]]

@@ -250,7 +250,7 @@ class Scheduler:
         for sequence in self.prefilling:
             prompt = sequence.prompt
             start = prompt.num_computed_tokens
-            # Each step computes a block at least.
+            # With a budget below one block, a prompt would otherwise never be computed.
             num_blocks = max(token_budget // self.block_size, 0 if chunks else 1)
             if num_blocks and prompt.adapter_index == self.prefilling[0].prompt.adapter_index:
                 stop = min(prompt.num_tokens, start + num_blocks * self.block_size)

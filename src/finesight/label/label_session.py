@@ -216,7 +216,7 @@ class LabelSession:
         source, leaves = self._find_fields(text)
         fields = []
         for leaf in leaves:
-            # Numbers are shown with all their digits.
+            # A parsed number would lose digits, as of 12.50.
             shown = leaf.value if isinstance(leaf.value, str) else source[leaf.start : leaf.stop]
             is_empty = source != text or leaf.value is None
             shown = "" if is_empty else shown.encode(errors="replace").decode()

@@ -417,7 +417,7 @@ def _find_container(alternatives: set[Any]) -> Any:
     if alternatives & KINDS.keys():
         return None
     for one in alternatives:
-        # Mappings are written as KEY=VALUE.
+        # A mapping has several values KEY=VALUE on the command line.
         if typing.get_origin(one) in (list, Sequence, Mapping):
             return one
     return None

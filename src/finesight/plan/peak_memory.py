@@ -318,7 +318,8 @@ def plan_graph(
     )
     shape = compute_graph_shape(encoder, pack, captures_vision)
     vision_shape = shape.vision_shape
-    # Token ids, three position ids and indices of tokens; logit indices and labels.
+    # Per token an ID and three position IDs, per feature the index of its token, and per label
+    # its value and the index of its logits.
     buffer_bytes = INDEX_BYTES * (
         4 * shape.num_tokens + shape.num_features + 2 * shape.num_labels
     ) + CU_SEQLEN_BYTES * (shape.num_sequences + 1)
@@ -335,7 +336,7 @@ def plan_graph(
             # An encoder outside the graph gets the gradients of the features from a second buffer.
             buffer_bytes += feature_bytes
     else:
-        # Patch bytes, row and column of each patch; permutation of merge windows and its inverse.
+        # Per patch its bytes, row and column; with windows, their order and its inverse.
         buffer_bytes += vision_shape.num_patches * (vision_shape.patch_bytes + 2 * CU_SEQLEN_BYTES)
         if encoder.window_attention[1]:
             buffer_bytes += 2 * INDEX_BYTES * shape.num_features

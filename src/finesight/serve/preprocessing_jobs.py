@@ -303,7 +303,7 @@ def tokenize_sample(
     try:
         tokenized = state.renderer.with_thinking(thinking).tokenize_prompt(located_sample)
     finally:
-        # Remove texts of clients from the tokenizer cache.
+        # The cache must not retain texts of clients after their request.
         state.renderer.tokenizer.token_cache.clear()
     if tokenized.num_tokens >= max_model_len:
         raise UserError(

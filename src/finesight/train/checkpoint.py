@@ -432,11 +432,11 @@ class AsyncCheckpointer:
         if is_written or not self.is_async:
             self.checkpoint_manager.save(state, weights, optimizer_state, self.process_group)
             return
-        # The thread ends with this checkpoint.
         weights, optimizer_state = self._copy_to_cpu((weights, optimizer_state))
         arguments = state, weights, optimizer_state, self.process_group
         pool = ThreadPoolExecutor(1)
         self._write = pool.submit(self.checkpoint_manager.save, *arguments)
+        # The thread still writes this checkpoint, and ends afterwards.
         pool.shutdown(wait=False)
 
     def _copy_to_cpu(self, tensor_sets: Sequence[Mapping[str, Tensor]]) -> list[dict[str, Tensor]]:

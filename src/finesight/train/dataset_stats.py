@@ -488,7 +488,7 @@ def compute_dataset_stats(
         image_hashes += stats.image_hashes
         num_tokens += stats.num_tokens
         num_patches += stats.num_patches
-    # A partial scan is extrapolated to the complete dataset.
+    # Totals are of the complete dataset, of which a partial scan has read a part.
     scale = len(corpus) / len(indices)
     return DatasetStats(
         sample_indices=valid_indices if subset is None else range(len(corpus)),

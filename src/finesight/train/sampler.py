@@ -121,7 +121,7 @@ class TrainSampler:
     """
 
     def __init__(self, corpus: Corpus, indices: Sequence[int], train: TrainSettings) -> None:
-        # Sources without valid samples are left out.
+        # Nothing can be drawn from sources without valid samples.
         sizes: list[int] = []
         weights: list[float] = []
         start = 0

@@ -146,7 +146,7 @@ class FSDPStrategy(ParallelStrategy):
                 grad = torch.zeros_like(parameter)
             grads.append(grad.flatten())
         if grads:
-            # All in the widest dtype, before the conversion to fp32.
+            # `torch.cat` converts to the widest dtype, so that no gradient is rounded.
             grad_E = torch.cat(grads).float()
             if self._replicated_grad_E is None:
                 self._replicated_grad_E = grad_E

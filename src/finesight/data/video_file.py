@@ -45,11 +45,10 @@ MAX_FPS_ERROR = 0.25
 """Maximum relative difference between the frame rate in a header and that of the packets."""
 
 MAX_MISSING_SECONDS = 0.5
-MAX_MISSING_FRACTION = 0.05
-"""Maximum difference between the duration in the header of a Matroska file and its packets.
+"""Maximum difference between the duration in the header of a Matroska file and its packets."""
 
-The larger of the two limits counts: the seconds, or the fraction of the duration.
-"""
+MAX_MISSING_FRACTION = 0.05
+"""The same as a fraction of the duration; the larger of the two limits counts."""
 
 _EBML_MAGIC = b"\x1a\x45\xdf\xa3"
 """First bytes of Matroska and WebM files (RFC 8794)."""

@@ -203,8 +203,8 @@ def bucket_shared_prefix(lengths: Sequence[int]) -> LengthBuckets:
         sources.append(np.arange(start, start + length))
     source_M = np.concatenate(sources)
     # The first sequence has the prefix itself, and the others have copies of it.
-    is_copy_M = np.arange(len(source_M)) >= full_lengths[0]
-    duplicate_M = (source_M < prefix_length) & is_copy_M
+    is_in_other_M = np.arange(len(source_M)) >= full_lengths[0]
+    duplicate_M = (source_M < prefix_length) & is_in_other_M
     buckets = bucket_with_padding(full_lengths, torch.device("cpu"))
     order_P = buckets.order_T
     if order_P is None:

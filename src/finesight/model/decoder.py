@@ -229,8 +229,7 @@ class Decoder(nn.Module):
         num_checkpointed = num_checkpointed_layers(activation_checkpointing, len(self.layers))
         for layer_index, layer in enumerate(self.layers):
             is_last = layer_index == len(self.layers) - 1
-            # Recomputing a fused layer does not use torch's RNG.
-            is_fused = isinstance(layer, FusibleLayer) and layer.can_fuse(x_TD)
+            can_fuse = isinstance(layer, FusibleLayer) and layer.can_fuse(x_TD)
             x_TD = run_layer(
                 layer,
                 layer_index < num_checkpointed,
@@ -238,7 +237,8 @@ class Decoder(nn.Module):
                 rotary,
                 attention,
                 logit_indices_L if is_last else None,
-                preserve_rng_state=not is_fused,
+                # Recomputing a fused layer does not use torch's RNG.
+                preserve_rng_state=not can_fuse,
             )
             if deepstack is not None:
                 x_TD = deepstack.add_after_layer(layer_index, x_TD)

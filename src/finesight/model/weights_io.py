@@ -85,7 +85,7 @@ def _damaged_file(
 
 
 def _reject_tensors(wrong: Sequence[tuple[str, Path]], problem: str, expected: str) -> None:
-    """Raise a UserError with up to five tensors, if there are any."""
+    """Raise a UserError with up to five tensors and the file of the first, if any."""
     if not wrong:
         return
     listed = ", ".join(name for name, _ in wrong[:5])
@@ -509,7 +509,9 @@ def _drop_zero_biases(
     for header in headers:
         is_bias = header.native_name.endswith(".bias")
         is_quantized = header.layer_name + _QWEIGHT_SUFFIX in expected
-        if not (is_bias and is_quantized) or header.native_name in expected:
+        is_unexpected = header.native_name not in expected
+        is_added = is_bias and is_quantized and is_unexpected
+        if not is_added:
             kept.append(header)
             continue
         with open_safetensors(header.file) as weights:

@@ -397,13 +397,10 @@ def compute_peak_memory(
         gradient_bytes += _count_bytes(parameters)
     if has_multiple_packs:
         gradient_bytes += persistent.multi_pack_grad_sum_bytes
-    idle = _build_idle_memory(tracer)
+    idle = _build_idle_memory(tracer, persistent.layout.num_ranks)
     libraries = idle.libraries
     if graphs:
         libraries *= 2
-    nccl = idle.nccl
-    if persistent.layout.num_ranks == 1:
-        nccl = 0
     return PeakMemory(
         weights=persistent.weight_bytes + tracer.persistent_bytes,
         master_weights=persistent.master_weight_bytes,
@@ -416,7 +413,7 @@ def compute_peak_memory(
         cuda_graphs=max(candidate.pool_bytes for candidate in candidates),
         cuda_context=idle.cuda_context,
         gathered_weights=peak.gathered,
-        nccl=nccl,
+        nccl=idle.nccl,
     )
 
 
@@ -502,7 +499,7 @@ def compute_evaluation_memory(
     if sharded is None:
         return None
     return replace(
-        _build_idle_memory(tracer),
+        _build_idle_memory(tracer, persistent.layout.num_ranks),
         weights=persistent.weight_bytes + tracer.persistent_bytes,
         master_weights=persistent.master_weight_bytes,
         optimizer_states=persistent.optimizer_state_bytes,
@@ -519,11 +516,12 @@ def compute_loading_memory(persistent: PersistentMemory, tracer: StepTracer) -> 
     """
     if persistent.sharded is None:
         return None
-    return replace(_build_idle_memory(tracer), weights=persistent.loading_bytes)
+    idle = _build_idle_memory(tracer, persistent.layout.num_ranks)
+    return replace(idle, weights=persistent.loading_bytes)
 
 
-def _build_idle_memory(tracer: StepTracer) -> PeakMemory:
-    """Return the memory of one of several ranks without a model."""
+def _build_idle_memory(tracer: StepTracer, num_ranks: int) -> PeakMemory:
+    """Return the memory of a rank without a model."""
     empty = PeakMemory(**dict.fromkeys((field.name for field in fields(PeakMemory)), 0))
     if not tracer.compute.is_cuda:
         return replace(empty, libraries=CPU_PROCESS_BYTES)
@@ -531,7 +529,7 @@ def _build_idle_memory(tracer: StepTracer) -> PeakMemory:
         empty,
         libraries=CUBLAS_WORKSPACE_BYTES,
         cuda_context=CUDA_CONTEXT_BYTES,
-        nccl=NCCL_BYTES,
+        nccl=NCCL_BYTES if num_ranks > 1 else 0,
     )
 
 

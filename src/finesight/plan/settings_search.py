@@ -314,7 +314,7 @@ class PlannedSteps:
     def largest_packs(
         self, token_budget: int, model: VisionLanguageModel, activation_checkpointing: float
     ) -> tuple[list[PlannedPack], bool]:
-        """Return the packs with the most memory, and whether a step has several packs.
+        """Return the packs that may need most memory, and whether a step has several packs.
 
         The packs are the first one of each CUDA graph shape, and those with the most tokens,
         patches, supervised tokens and attention scores.

@@ -32,12 +32,13 @@ from finesight.vision.image_processing import load_image
 from finesight.worker_pool import JobOutput, WorkerLostError, WorkerPool
 
 MAX_IMAGE_CPU_S = 4.0
-LIMITED_PIXELS = 8_000_000
-MAX_LIMIT_FACTOR = 5.0
-"""CPU seconds to decode an image of up to `LIMITED_PIXELS` and to encode a copy of it.
+"""CPU seconds to decode an image of up to `LIMITED_PIXELS` and to encode a copy of it."""
 
-The limit of a larger image is proportional to its pixels, up to `MAX_LIMIT_FACTOR` times as much.
-"""
+LIMITED_PIXELS = 8_000_000
+"""Pixels above which the limit of an image is proportional to its pixels."""
+
+MAX_LIMIT_FACTOR = 5.0
+"""Maximum ratio of the limit of a large image to `MAX_IMAGE_CPU_S`."""
 
 MAX_VIDEO_CPU_S = 120.0
 """CPU seconds to decode a video file."""

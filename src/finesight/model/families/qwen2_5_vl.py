@@ -100,10 +100,10 @@ def window_order(
     height = patch_rows // merge_size
     width = patch_columns // merge_size
     frame, row, column = np.indices((num_frames, height, width)).reshape(3, -1)
-    window_rows = -(-height // window_size)
-    window_columns = -(-width // window_size)
-    window_row = frame * window_rows + row // window_size
-    window_ids = window_row * window_columns + column // window_size
+    num_window_rows = -(-height // window_size)
+    num_window_columns = -(-width // window_size)
+    window_row = frame * num_window_rows + row // window_size
+    window_ids = window_row * num_window_columns + column // window_size
     return np.argsort(window_ids, kind="stable"), np.bincount(window_ids)
 
 

@@ -174,8 +174,8 @@ class RtnInt4Matrix(Int4Matrix):
         super().quantize(values_OI)
 
     def quantize_rows(self, rows: slice, values_RI: Tensor) -> None:
-        num_padded = -self.in_features % self.group_size
-        w_RGE = F.pad(values_RI, (0, num_padded)).view(len(values_RI), -1, self.group_size)
+        num_padding = -self.in_features % self.group_size
+        w_RGE = F.pad(values_RI, (0, num_padding)).view(len(values_RI), -1, self.group_size)
         minimum = w_RGE.amin(2).clamp(max=0)
         maximum = w_RGE.amax(2).clamp(min=0)
         # Use at least the smallest positive fp16 value, to avoid division by zero.
@@ -184,8 +184,8 @@ class RtnInt4Matrix(Int4Matrix):
         codes = (w_RGE / scales.float()[..., None]).round() + zeros[..., None]
         low, high = codes.clamp(0, 15).byte().flatten(1)[:, : self.in_features].chunk(2, 1)
         self.codes[rows] = low | (high << 4)
-        self.zeros_OG[rows] = zeros.byte()
         self.scales_OG[rows] = scales
+        self.zeros_OG[rows] = zeros.byte()
 
 
 def _unpack_codes(packed: Tensor) -> Tensor:

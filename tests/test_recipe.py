@@ -8,6 +8,7 @@ import re
 import shlex
 import shutil
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import yaml
@@ -18,7 +19,7 @@ from test_bounded_files import LAUGHS
 
 from finesight import recipe as recipes
 from finesight.cli.app import run_command
-from finesight.config import ExactSize, LongestSide, Recipe
+from finesight.config import ExactSize, LongestSide, Recipe, SettingsSection
 from finesight.data.sample import BoxPart, read_samples
 from finesight.errors import UserError
 from finesight.recipe_template import choose_duration, override_settings
@@ -89,6 +90,69 @@ def test_invalid_overrides(tmp_path, row):
     location = f"override {override.partition('=')[0]}"
     assert location in str(error) or error.where == "command line"
     assert _missing_words(error, words) == []
+
+
+def _replace_line(setting: str, line: str) -> str:
+    """Return the shortest recipe with a first line instead of that of a setting's section."""
+    section, _, _ = setting.partition(".")
+    others = [one for one in SHORTEST.splitlines() if not one.startswith(f"{section}:")]
+    return "\n".join([line, *others, ""])
+
+
+@pytest.mark.parametrize(
+    ("line", "setting"), CASES["test_missing_setting_has_an_example_that_can_be_added"]
+)
+def test_missing_setting_has_an_example_that_can_be_added(tmp_path, line, setting):
+    text = _replace_line(setting, line)
+    if line.startswith("rewards"):
+        text += "train: {objective: grpo}\n"
+    error = _load_error(tmp_path, text)
+    path = tmp_path / "recipe.yaml"
+    assert error.where == (f"{path}:1" if line else str(path))
+    assert error.what == f"{setting}: this setting is missing"
+    _, _, name = setting.rpartition(".")
+    assert error.remedy.startswith(f"add {name} ")
+    example = error.expected.removeprefix("for example ")
+    recipes.load_recipe(path, [f"{setting}={example}"])
+
+
+def _list_required(annotation: object, prefix: str = "") -> set[str]:
+    """The required settings of all sections in a type."""
+    names = set()
+    for member in get_args(annotation):
+        names |= _list_required(member, prefix)
+    if isinstance(annotation, type) and issubclass(annotation, SettingsSection):
+        for name, field in annotation.model_fields.items():
+            if field.is_required():
+                names.add(f"{prefix}{name}")
+            names |= _list_required(field.annotation, f"{prefix}{name}.")
+    return names
+
+
+def test_every_required_setting_can_be_missing():
+    cases = CASES["test_missing_setting_has_an_example_that_can_be_added"]
+    settings = {re.sub(r"\.\d", "", setting) for _, setting in cases}
+    # The only setting of its rule: without it, an image section is one of another rule.
+    assert settings == _list_required(Recipe) - {"image.longest_side"}
+
+
+def test_several_mistakes_of_a_reward_are_listed(tmp_path):
+    error = _load_error(tmp_path, SHORTEST + "rewards: {pattern: -1}\n")
+    assert _missing_words(error, ["2 settings", "for example format", "value -1", ":4"]) == []
+
+
+@pytest.mark.parametrize("row", CASES["test_overrides_inside_invalid_values"])
+def test_overrides_inside_invalid_values(tmp_path, row):
+    line, override, *words = row
+    error = _load_error(tmp_path, _replace_line(override, line), override)
+    assert _missing_words(error, words) == []
+    assert error.remedy
+
+
+def test_override_corrects_an_invalid_value(tmp_path):
+    path = _write_recipe(tmp_path, SHORTEST + "track: {kind: wandb, config: {rate: .nan}}\n")
+    recipe = recipes.load_recipe(path, ["track.config.rate=1"])
+    assert recipe.track[0].config == {"rate": 1}
 
 
 @pytest.mark.parametrize("base", CASES["bases"].values())

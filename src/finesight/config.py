@@ -610,7 +610,7 @@ class RewardSettings(SettingsSection):
 
     @model_validator(mode="after")
     def _check_options(self) -> Self:
-        for reward, options in _REWARD_OPTIONS.items():
+        for reward, options in REWARD_OPTIONS.items():
             given = [option for option in options if dict(self)[option] is not None]
             if len(given) != (self.name == reward):
                 problem = "requires" if self.name == reward else "does not use"
@@ -619,7 +619,7 @@ class RewardSettings(SettingsSection):
         return self
 
 
-_REWARD_OPTIONS = {"format": ("pattern", "json_schema"), "length": ("max_length",)}
+REWARD_OPTIONS = {"format": ("pattern", "json_schema"), "length": ("max_length",)}
 """Options of rewards, of which each requires exactly one."""
 
 

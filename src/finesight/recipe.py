@@ -27,7 +27,7 @@ from finesight.bounded_files import (
     load_yaml,
     translate_os_errors,
 )
-from finesight.config import Recipe, SettingsSection
+from finesight.config import REWARD_OPTIONS, Recipe, SettingsSection
 from finesight.errors import Remedy, Step, UserError, shorten, suggest_name
 from finesight.manifest import RECIPE_FILE, require_run_plugins
 from finesight.path_patterns import SearchBudget, has_match
@@ -199,14 +199,17 @@ _EXPECTED_BY_TYPE = {
 _EXAMPLES = {
     "model": "Qwen/Qwen2-VL-2B-Instruct",
     "data": "{train: my/train.jsonl, eval: my/eval.jsonl}",
-    "train": "my/train.jsonl",
-    "path": "my/train.jsonl",
+    "data.train": "my/train.jsonl",
+    "data.train.path": "my/train.jsonl",
+    "data.eval.path": "my/eval.jsonl",
+    **dict.fromkeys(("image.height", "image.width"), "280"),
+    "image.longest_side": "512",
+    "rewards.name": "exact",
+    "eval.metric": "captions",
+    "track.kind": "tensorboard",
     "output_dir": "runs/first",
-    "metric": "captions",
-    "kind": "tensorboard",
-    **dict.fromkeys(("height", "width"), "280"),
-    "longest_side": "512",
 }
+"""Example of each required setting."""
 
 
 Overrides = Sequence[str] | Mapping[str, object]
@@ -508,7 +511,9 @@ def _expand_field_value(value: object, field: FieldInfo, inner: str | int) -> ob
         steps += get_args(member)
     for step in steps:
         if isinstance(step, BeforeValidator) and value is not None:
-            value = cast(Callable[[object], object], step.func)(value)
+            # An invalid value stays as it is: it contains no setting, or the override corrects it.
+            with suppress(ValueError):
+                value = cast(Callable[[object], object], step.func)(value)
     if isinstance(value, tuple):
         value = list(value)
     if isinstance(value, list) and isinstance(inner, str) and any(_iter_sections(field.annotation)):
@@ -617,11 +622,11 @@ def _explain_error(key: SettingKey, errors: Sequence[ErrorDetails]) -> tuple[str
         remedy = _suggest_remedy(key, first["input"])
         return f"unknown setting, given {value}", f"one of {', '.join(siblings)}", remedy
     if first["type"] == "missing" and first["loc"][-1] == key[-1]:
-        example = _EXAMPLES[str(key[-1])]
+        expected = f"for example {_find_example(key, first['input'])}"
         location = "at the top level"
         if key[:-1]:
             location = f"under {format_key(key[:-1])}"
-        return "this setting is missing", f"for example {example}", f"add {key[-1]} {location}"
+        return "this setting is missing", expected, f"add {key[-1]} {location}"
     if first["type"] == "value_error":
         what, _, remedy = first["msg"].removeprefix("Value error, ").partition(": ")
         return what, "consistent settings", remedy or "change one of them"
@@ -632,6 +637,17 @@ def _explain_error(key: SettingKey, errors: Sequence[ErrorDetails]) -> tuple[str
         choices = re.findall("'([^']*)'", expected)
     remedy = suggest_name(str(first["input"]), choices, remedy, f"{format_key(key)}: ")
     return f"has the invalid value {value}", expected, remedy
+
+
+def _find_example(key: SettingKey, section: object) -> str:
+    """Return an example of a missing setting that fits the others of its section."""
+    name = _format_setting_name(key)
+    example = _EXAMPLES[name]
+    if name == "rewards.name" and isinstance(section, Mapping):
+        for reward, options in REWARD_OPTIONS.items():
+            if not section.keys().isdisjoint(options):
+                example = reward
+    return example
 
 
 def _format_expected(key: SettingKey, error: ErrorDetails) -> str:
@@ -645,9 +661,14 @@ def _format_expected(key: SettingKey, error: ErrorDetails) -> str:
     return template.format(**error.get("ctx", {}))
 
 
+def _format_setting_name(key: SettingKey) -> str:
+    """Format the key of a setting with dots; list indices are left out."""
+    return ".".join(segment for segment in key if isinstance(segment, str))
+
+
 def _list_group_names(group: SettingKey) -> list[str]:
     """List the names in a section; list indices in its key are left out."""
-    prefix = "".join(f"{segment}." for segment in group if isinstance(segment, str))
+    prefix = _format_setting_name((*group, ""))
     names = []
     for setting in list_setting_names():
         if setting.startswith(prefix):

@@ -152,6 +152,17 @@ def test_gpu_system_is_inspected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert machine_check.inspect_gpu_system({"CC": "tcc", "PATH": ""}).missing_build_tools == ()
 
 
+@pytest.mark.parametrize(
+    ("content", "version"),
+    [("", None), ("\n", None), (" \nNVRM version: 580.65.06\n", None), ("NVRM\n", "unknown")],
+)
+def test_driver_file_without_version(tmp_path: Path, content: str, version: str | None) -> None:
+    driver = tmp_path / "proc" / "driver" / "nvidia" / "version"
+    driver.parent.mkdir(parents=True)
+    driver.write_text(content)
+    assert machine_check.inspect_gpu_system({}, tmp_path).driver_version == version
+
+
 def probe(folder: Path, torch_source: str) -> TorchInfo:
     """Probe a module that replaces torch."""
     (folder / "torch.py").write_text(torch_source)

@@ -1,4 +1,5 @@
 import json
+import weakref
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,19 @@ from hf_reference import (
 )
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from finesight.errors import UserError
-from finesight.model.weights_io import hub_tensors, load_model, save_model, stored_precision
+from finesight.model import weights_io
+from finesight.model.weights_io import (
+    build_meta_model,
+    hub_tensors,
+    load_model,
+    save_model,
+    stored_precision,
+)
 from finesight.model_folder import ModelFolder
-from finesight.storage import write_folder
+from finesight.storage import open_tensors, write_folder
 
 FAMILIES = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe"]
 SAMPLES = [make_conversation(1, 3, ("image", (1, 10, 12)), 4), make_conversation(2, 9)]
@@ -221,3 +230,111 @@ def test_stored_precision(tmp_path):
         assert store(other, torch.bfloat16) == "fp32"
     with pytest.raises(UserError, match="weights of type I8"):
         store(torch.int8)
+
+
+class TensorTracker(TorchDispatchMode):
+    """Counts the tracked tensors that are alive in later operations of torch or reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.references: list[weakref.ref[Tensor]] = []
+        self.max_alive = 0
+
+    def track(self, *tensors: Tensor) -> None:
+        self.references += map(weakref.ref, tensors)
+
+    def measure(self) -> None:
+        alive = [reference for reference in self.references if reference() is not None]
+        self.max_alive = max(self.max_alive, len(alive))
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        self.measure()
+        return func(*args, **(kwargs or {}))
+
+
+def test_only_one_shard_is_in_memory(tmp_path, monkeypatch):
+    source = published(tmp_path / "source", make_config("qwen2_vl"))
+    model = load_model(source, torch.float32, CPU)
+    tracker = TensorTracker()
+
+    def save_and_track(content: dict[str, Tensor], *args: Any, **kwargs: Any) -> None:
+        save_file(content, *args, **kwargs)
+        tracker.track(*content.values())
+
+    monkeypatch.setattr(weights_io, "save_file", save_and_track)
+    target = tmp_path / "target"
+    target.mkdir()
+    with tracker:
+        save_model(model, source, target, torch.float32, 60_000)
+    assert len(ModelFolder(target).weight_files()) > 2
+    assert len(tracker.references) == len(list(hub_tensors(model)))
+    assert tracker.max_alive == 0
+
+
+class TrackedFile:
+    """An open safetensors file that tracks the tensors that are read."""
+
+    def __init__(self, path: Path, tracker: TensorTracker) -> None:
+        self._file = open_tensors(path)
+        self._tracker = tracker
+
+    def __enter__(self) -> "TrackedFile":
+        self._file.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._file.__exit__(*error)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+    def get_tensor(self, name: str) -> Tensor:
+        self._tracker.measure()
+        tensor = self._file.get_tensor(name)
+        self._tracker.track(tensor)
+        return tensor
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen3_vl_moe"])
+def test_only_one_read_tensor_is_in_memory(tmp_path, monkeypatch, family):
+    settings = make_config(family)
+    theirs = make_reference_model(settings)
+    source = published(tmp_path / "source", settings, theirs)
+    for file in source.weight_files():
+        # Experts with outputs first are transposed while loading.
+        turned = {n: t.mT.contiguous() if t.dim() == 3 else t for n, t in load_file(file).items()}
+        save_file(turned, file)
+    tracker = TensorTracker()
+    monkeypatch.setattr(weights_io, "open_tensors", lambda path: TrackedFile(path, tracker))
+    model = load_model(source, torch.float32, CPU)
+    assert len(tracker.references) == len(list(hub_tensors(model)))
+    assert tracker.max_alive == 0
+    assert max_relative_error(native_logits(model, theirs, SAMPLES), expected_logits(theirs)) < 1e-5
+
+
+def test_missing_experts_are_listed_in_the_order_of_the_file(tmp_path):
+    settings = make_config("qwen3_5_moe", num_hidden_layers=8, layer_types=["full_attention"] * 8)
+    theirs = make_reference_model(settings)
+    theirs.save_pretrained(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text("{}")
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    missing = [name for name in tensors if name.endswith("experts.3.up_proj.weight")]
+    save_file({name: tensors[name] for name in tensors.keys() - missing}, file)
+    with pytest.raises(UserError, match="8 tensors are missing") as refused:
+        load_model(ModelFolder(tmp_path), torch.float32, CPU)
+    layers = [f"model.layers.{layer}.mlp.experts.3.up_proj.weight" for layer in range(5)]
+    assert ", ".join(layers) in refused.value.what
+
+
+@pytest.mark.parametrize("bit_format", ["nf4", "fp8"])
+def test_error_of_a_tied_head_names_the_format(tmp_path, bit_format):
+    source = published(tmp_path / "source", make_config("qwen2_vl"))
+    parts = {"nf4_parts": [], "fp8_parts": []} | {f"{bit_format}_parts": ["embeddings"]}
+    with pytest.raises(UserError) as refused:
+        build_meta_model(source, torch.bfloat16, **parts)
+    assert refused.value.where == f"tune.quantize.{bit_format}"
+    assert f"embeddings are in {bit_format}" in refused.value.what
+    assert f"out of {bit_format}" in refused.value.remedy

@@ -127,3 +127,30 @@ def test_histograms_of_runs_share_bins() -> None:
     assert percentages == {"A": [25.0, 0.0, 75.0], "C": [0.0, 100.0, 0.0]}
     assert "A mostly 64 to 90" in drawing.summary
     assert build_histogram("Tokens", "", [("A", {})]) is None
+
+
+def test_bin_without_integers_is_not_drawn() -> None:
+    """Only damaged metrics have values in the bin from 2 ** 0.5 to 2."""
+    assert build_histogram("Tokens", "", [("A", {"1": 3})]) is None
+    drawing = build_histogram("Tokens", "", [("A", {"1": 3}), ("B", {"0": 1, "1": 6, "2": 3})])
+    assert drawing is not None
+    assert drawing.data["labels"] == ["1", "2"]
+    (series,) = drawing.data["series"]
+    assert [value for _, value, _ in series["points"]] == [25.0, 75.0]
+
+
+EXTREMES = [0.0, 5e-324, 1e-310, 1.0, 1e16, 1e300, 1.7e308, -1.7e308]
+
+
+@pytest.mark.parametrize("first", EXTREMES)
+@pytest.mark.parametrize("last", EXTREMES)
+def test_extreme_values_of_damaged_metrics_are_drawn_or_omitted(first: float, last: float) -> None:
+    for ends in ([(0.0, first), (9.0, last)], [(first, 0.5), (last, 0.75)], [(first, last)]):
+        bars = [(step, value, value) for step, value in ends]
+        series = [ChartSeries("a", [(1.0, 1.0), (2.0, 3.0), *ends], error_bars=bars)]
+        drawing = build_chart("Loss", series)
+        assert drawing is not None
+        for x, y in re.findall("(-?[0-9.]+) (-?[0-9.]+)", drawing.lines[0].path):
+            assert MARGIN_LEFT <= float(x) <= WIDTH - MARGIN_RIGHT
+            assert MARGIN_TOP <= float(y) <= HEIGHT - MARGIN_BOTTOM
+        build_chart("Loss", [ChartSeries("a", ends, error_bars=bars)])

@@ -178,3 +178,37 @@ def test_scores_of_a_custom_metric_are_compared_without_its_execution(tmp_path: 
     assert rows["mine"].cells[1].change == pytest.approx((sum(BETTER) - sum(MIXED)) / 8)
     assert rows["mine"].cells[1].verdict == "better"
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("gold", ["sign", "", '<tool_call>{"name": "f"}</tool_call>'])
+@pytest.mark.parametrize("is_run", [False, True])
+def test_references_that_are_not_json_are_rejected(tmp_path: Path, gold: str, is_run: bool) -> None:
+    recipe = RECIPE | {"eval": {"metric": "json"}}
+    lines = make_sign_answers(tmp_path, MIXED)
+    fitting = [line | {"gold": '{"number": 1}'} for line in lines]
+    first = make_run(tmp_path / "first", fitting, recipe=recipe, metric="similarity").folder
+    fitting[2]["gold"] = gold
+    other = make_run(tmp_path / "other", fitting, recipe=recipe, metric="similarity").folder
+    file = other / "predictions" / "after.jsonl"
+    for paths in ([first, other if is_run else file], [other if is_run else file, first]):
+        with pytest.raises(UserError, match="of sample 's2' is") as error:
+            compare(*paths)
+        assert error.value.where == str(file)
+        assert error.value.remedy
+
+
+METRICS = ["captions", "latex", "ocr", "qa", "classification", "tool_calls"]
+METRICS += ["grounding", "detection", "pointing"]
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_unfit_references_are_scored_by_other_metrics(tmp_path: Path, metric: str) -> None:
+    recipe = RECIPE | {"eval": {"metric": metric}}
+    lines = make_sign_answers(tmp_path, MIXED)
+    first = make_run(tmp_path / "first", lines, recipe=recipe, metric="similarity").folder
+    unfit = [line | {"gold": "", "gold_boxes": []} for line in lines]
+    other = make_run(tmp_path / "other", unfit, recipe=recipe, metric="similarity").folder
+    for path in (other, other / "predictions" / "after.jsonl"):
+        comparison = compare_runs([first, path])
+        assert comparison.format_table()
+        assert any("differ in question or reference" in one for one in comparison.warnings)

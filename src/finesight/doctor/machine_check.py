@@ -182,9 +182,10 @@ def _read_driver_version(file: Path) -> str | None:
     """Return the version of the loaded kernel module; None without one."""
     if not file.is_file():
         return None
-    words = file.read_text().splitlines()[0].split()
-    if not words:
+    lines = file.read_text().splitlines()
+    if not lines or not lines[0].strip():
         return None
+    words = lines[0].split()
     return next((word for word in words if word[0].isdigit() and "." in word), "unknown")
 
 

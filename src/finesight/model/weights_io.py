@@ -168,12 +168,12 @@ def _check_quantizable(
         import_bitsandbytes(where)
     if "embeddings" in parts and model.lm_head is None:
         raise UserError(
-            "embeddings are in nf4, but the head of this model is tied to the embedding table, "
-            "which is not quantized",
-            where="tune.quantize.nf4",
+            f"embeddings are in {bit_format}, but the head of this model is tied to the embedding "
+            "table, which is not quantized",
+            where=where,
             expected="embeddings only for a model with a head of its own (tie_word_embeddings "
             "false)",
-            remedy=f"leave embeddings out of nf4 for {folder.name}",
+            remedy=f"leave embeddings out of {bit_format} for {folder.name}",
         )
     if "language" in parts and model.config.decoder.moe is not None:
         excluded = f"language out of {bit_format}"
@@ -456,11 +456,19 @@ def load_model(
             for header in headers:
                 if header.file != file:
                     continue
-                values = weights.get_tensor(header.name)
-                if header.native_name in transposed:
-                    values = values.mT
-                expected[header.native_name].load(values)
+                is_transposed = header.native_name in transposed
+                # A name would keep the values until those of the next tensor are read.
+                target = expected[header.native_name]
+                target.load(_read_values(weights, header.name, is_transposed))
     return model
+
+
+def _read_values(weights: Any, name: str, is_transposed: bool) -> Tensor:
+    """Read a tensor of an open safetensors file, transposed if `is_transposed`."""
+    values: Tensor = weights.get_tensor(name)
+    if is_transposed:
+        values = values.mT
+    return values
 
 
 def _list_expected(
@@ -471,11 +479,11 @@ def _list_expected(
     transformers writes each expert of Qwen3.5 separately. Published files have stacked weights.
     """
     expected = {tensor.name: tensor for tensor in hub_tensors(model)}
-    paths = set()
+    paths: dict[str, None] = {}  # without duplicates, in the order of the files
     for header in headers:
         match = _EXPERT_PATTERN.fullmatch(header.native_name)
         if match is not None and f"{match[1]}.gate_up_proj" in expected:
-            paths.add(match[1])
+            paths[match[1]] = None
     for path in paths:
         module = model.get_submodule(path)
         if not isinstance(module, MoeExperts):
@@ -629,17 +637,32 @@ def save_model(
         file = "model.safetensors"
         if len(shards) > 1:
             file = f"model-{number:05}-of-{len(shards):05}.safetensors"
-        # Always copy: safetensors rejects views of a shared parameter.
-        content = {
-            architecture.to_hub_name(t.name): _to_file_tensor(t, dtypes[t.name], source_headers)
-            for t in shard
-        }
-        save_file(content, target / file, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(content, file)
+        names = _save_shard(model, shard, dtypes, source_headers, target / file)
+        weight_map |= dict.fromkeys(names, file)
     if len(shards) > 1:
         size = sum(t.num_elements * dtypes[t.name].itemsize for t in tensors)
         index = {"metadata": {"total_size": size}, "weight_map": weight_map}
         (target / _INDEX_FILE).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+
+def _save_shard(
+    model: VisionLanguageModel,
+    shard: Sequence[HubTensor],
+    dtypes: Mapping[str, torch.dtype],
+    source_headers: Mapping[str, TensorHeader],
+    file: Path,
+) -> list[str]:
+    """Write tensors to a file, and return their published names.
+
+    Their copies are freed at the end, before those of the next shard are made.
+    """
+    content = {}
+    for tensor in shard:
+        # Always copy: safetensors rejects views of a shared parameter.
+        copied = _to_file_tensor(tensor, dtypes[tensor.name], source_headers)
+        content[model.architecture.to_hub_name(tensor.name)] = copied
+    save_file(content, file, metadata={"format": "pt"})
+    return list(content)
 
 
 def _read_source_headers(

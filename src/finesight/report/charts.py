@@ -48,6 +48,15 @@ NUM_REWARD_ESTIMATES = 20
 MAX_POINTS = 1000
 """Maximum number of points of a line. A screen cannot show more."""
 
+MAX_STEP = 1e15
+"""Maximum of a drawn step. Only a damaged file has larger ones, whose neighbors are not floats."""
+
+MAX_MAGNITUDE = 1e100
+"""Maximum magnitude of a drawn value. Only a damaged file has larger ones, whose range overflows.
+
+Values below its reciprocal are drawn as 0.
+"""
+
 # Size and margins of a chart in SVG units, which are about one phone pixel.
 WIDTH = 400.0
 HEIGHT = 220.0
@@ -176,11 +185,11 @@ class _AxisScale:
 
 
 def build_chart(title: str, series: Sequence[ChartSeries], caption: str = "") -> Chart | None:
-    """Build a chart from all series that have points.
+    """Build a chart from all series that have points within the limits of a chart.
 
     Returns None if no series has points.
     """
-    visible = [item for item in series if item.points]
+    visible = [item for item in map(_drop_extreme_values, series) if item.points]
     if not visible:
         return None
     drawn = []
@@ -200,7 +209,7 @@ def build_chart(title: str, series: Sequence[ChartSeries], caption: str = "") ->
     values += bounds
     x_low = min(steps)
     x_high = max(steps)
-    if x_low == x_high:
+    if x_high - x_low < 1e-6:
         x_ticks = [steps[0]]
         x_low -= 1
         x_high += 1
@@ -210,6 +219,19 @@ def build_chart(title: str, series: Sequence[ChartSeries], caption: str = "") ->
     ticks = _label_ticks(x_ticks, format_compact), _format_ticks(y_ticks)
     scale = _AxisScale(x_low, x_high, y_ticks[0], y_ticks[-1])
     return scale.draw((title, caption), drawn, descriptions, ticks)
+
+
+def _drop_extreme_values(series: ChartSeries) -> ChartSeries:
+    """Remove the points and error bars that exceed the limits of a chart."""
+    points = []
+    for step, value in series.points:
+        if abs(step) <= MAX_STEP and abs(value) <= MAX_MAGNITUDE:
+            points.append((step, value))
+    error_bars = []
+    for step, low, high in series.error_bars:
+        if abs(step) <= MAX_STEP and max(abs(low), abs(high)) <= MAX_MAGNITUDE:
+            error_bars.append((step, low, high))
+    return replace(series, points=points, error_bars=error_bars)
 
 
 def _describe_ends(series: ChartSeries) -> str:
@@ -330,14 +352,14 @@ def compute_ticks(
     Args:
         include_ends: Add the next round values below `low` and above `high`.
     """
-    if high - low <= 1e-6 * max(abs(low), abs(high)):
-        if low:
-            margin = abs(low) / 2
-            high = low + margin
-            low -= margin
-        else:
-            low = -1.0
-            high = 1.0
+    max_abs = max(abs(low), abs(high))
+    if max_abs < 1 / MAX_MAGNITUDE:
+        low = -1.0
+        high = 1.0
+    elif high - low <= 1e-6 * max_abs:
+        margin = abs(low) / 2
+        high = low + margin
+        low -= margin
     min_step = (high - low) / num_ticks
     power = 10.0 ** math.floor(math.log10(min_step))
     step = next(
@@ -409,6 +431,10 @@ def parse_counts(content: object) -> HistogramCounts:
     return counts
 
 
+_EMPTY_BIN = "1"
+"""Bin from 2 ** 0.5 to 2, which contains no integer. Only a damaged file has values in it."""
+
+
 def build_histogram(
     title: str, caption: str, counts_by_run: Sequence[tuple[str, HistogramCounts]]
 ) -> Chart | None:
@@ -417,20 +443,21 @@ def build_histogram(
     Runs without values are omitted. Returns None if no run has values.
     """
     bins: list[int] = []
-    for _, counts in counts_by_run:
-        bins += map(int, counts)
+    drawn: list[tuple[str, HistogramCounts]] = []
+    for name, recorded in counts_by_run:
+        visible = {index: count for index, count in recorded.items() if index != _EMPTY_BIN}
+        if visible:
+            drawn.append((name, visible))
+            bins += map(int, visible)
     if not bins:
         return None
-    # The bin from 2 ** 0.5 to 2 contains no integer.
-    bin_range = [index for index in range(min(bins), max(bins) + 1) if index != 1]
+    bin_range = [index for index in range(min(bins), max(bins) + 1) if str(index) != _EMPTY_BIN]
     edges = [math.ceil(2 ** (index / 2) - 1e-9) for index in (*bin_range, bin_range[-1] + 1)]
     labels = list(map(_label_bin, edges, edges[1:]))
     series = []
     descriptions = []
     highest = 0.0
-    for name, counts in counts_by_run:
-        if not counts:
-            continue
+    for name, counts in drawn:
         total = sum(counts.values())
         values = [100 * counts.get(str(index), 0) / total for index in bin_range]
         mode = max(values)

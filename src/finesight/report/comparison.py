@@ -103,7 +103,7 @@ def read_compared_runs(paths: Sequence[Path], max_bytes: int | None = None) -> l
 
     Raises:
         UserError: There are fewer than two or more than `MAX_RUNS` inputs, an input is duplicated
-            or invalid, or a run has no evaluation.
+            or invalid, a run has no evaluation, or references do not fit the metric.
     """
     if not 2 <= len(paths) <= MAX_RUNS:
         raise UserError(
@@ -128,8 +128,35 @@ def read_compared_runs(paths: Sequence[Path], max_bytes: int | None = None) -> l
     for run in runs:
         if run.run_record is None:
             run = _infer_metric(run, runs)
+        _check_json_references(run)
         compared_runs.append(run)
     return compared_runs
+
+
+def _check_json_references(run: ComparedRun) -> None:
+    """Raise UserError if the metric of a run is `json`, and a reference is not JSON.
+
+    Other metrics score any reference.
+    """
+    if run.metric != "json" or not run.predictions:
+        return
+    path = run.path
+    if run.run_record is not None:
+        path = run.run_record.predictions_files[-1]
+    references = []
+    ids = []
+    for prediction in run.predictions.values():
+        references.append((prediction.case.references, prediction.case.reference_boxes))
+        ids.append(prediction.case.id)
+    try:
+        check_references(run.metric, references, ids)
+    except UserError as error:
+        raise UserError(
+            error.what,
+            where=str(path),
+            expected="references that are JSON objects or lists, for the metric json",
+            remedy="Omit it, or give predictions for samples with JSON answers.",
+        ) from error
 
 
 def _find_unique_names(paths: Sequence[Path]) -> list[str]:

@@ -94,7 +94,10 @@ def _digest(secret: str) -> bytes:
 
 
 def _find_network(address: str) -> str:
-    """Return an IPv4 address, or the /64 network of an IPv6 address, of one host."""
+    """Return an IPv4 address, or the /64 network of an IPv6 address.
+
+    One host may own the whole network.
+    """
     with suppress(ValueError):
         ip = ipaddress.ip_address(address.partition("%")[0])
         if isinstance(ip, ipaddress.IPv4Address):

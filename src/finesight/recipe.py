@@ -709,13 +709,13 @@ def _suggest_remedy(key: SettingKey, value: object) -> str:
 
 def _find_section(settings: Mapping[str, object]) -> str | None:
     """Return the only section that may contain all given settings; None without such a section."""
+    if not settings:
+        return None
     found = []
     for name in _list_group_names(()):
         if settings.keys() <= {*_list_group_names((name,))}:
             found.append(name)
-    if not settings or len(found) != 1:
-        return None
-    return found[0]
+    return found[0] if len(found) == 1 else None
 
 
 def _find_wildcard(wanted: str, names: Iterable[str]) -> str:

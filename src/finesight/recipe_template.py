@@ -324,7 +324,7 @@ def is_closed_set(answers: Sequence[str]) -> bool:
 
 
 def choose_duration(num_samples: int, batch_size: int, is_short: bool) -> dict[str, str]:
-    """Choose the duration of a LoRA run: a setting and its commented value.
+    """Choose the duration of a LoRA run: a setting, and its value with a comment.
 
     LoRA fine-tuning usually takes 3 to 5 epochs, and 1 of large datasets. A few dozen samples need
     more epochs, because the adapters start at zero and learn in the first steps.

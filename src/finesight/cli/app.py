@@ -53,11 +53,11 @@ EXIT_INTERRUPTED = 130
 TORCHRUN_VARIABLE = "TORCHELASTIC_RUN_ID"
 """Environment variable of processes that torchrun has started."""
 
+# Spin counts (GOMP_SPINCOUNT). On two cores of a Xeon, LONG_SPIN_COUNT shortens a LoRA step by
+# 20 %. Two concurrent runs on the same cores take twice as long with LONG_SPIN_COUNT as with
+# SHORT_SPIN_COUNT, and many times as long with the default of 300,000.
 LONG_SPIN_COUNT = 20_000
 SHORT_SPIN_COUNT = 2_000
-"""Spin counts (GOMP_SPINCOUNT). On two cores of a Xeon, LONG_SPIN_COUNT shortens a LoRA step by 20
-%. Two concurrent runs on the same cores take twice as long with LONG_SPIN_COUNT as with
-SHORT_SPIN_COUNT, and many times as long with the default of 300,000."""
 
 GARBAGE_THRESHOLD = 150_000
 """New objects between searches for garbage. The imports of torch create 200,000 objects to keep."""

@@ -236,11 +236,11 @@ def _parse_paths(argument: str) -> list[Path]:
     with contextlib.suppress(OSError, ValueError):
         if Path(argument).expanduser().is_file():
             return [Path(argument).expanduser()]
-    words: list[str] = []
-    problem = "a path is missing"
     try:
         words = shlex.split(argument)
+        problem = "a path is missing"
     except ValueError as error:
+        words = []
         problem = f"cannot be parsed: {error}"
     if not words:
         raise UserError(

@@ -369,7 +369,7 @@ def _check_gpu(index: int, torch_info: TorchInfo) -> Iterator[Diagnosis]:
 
 
 def _install_torch_command() -> str:
-    """Return the shell command that installs the build of torch for the driver."""
+    """Return the shell command that installs the torch build that uv selects for the driver."""
     uv_install = (sys.executable, "-m", "uv", "pip", "install", "--python", sys.executable)
     options = ("--reinstall-package", "torch", "--torch-backend=auto", "torch>=2.11")
     return f"{install_command('uv')} && {join_command(*uv_install, *options)}"

@@ -202,17 +202,18 @@ def select_model_files(repository: HubRepository, patterns: Sequence[str]) -> li
     If no safetensors file matches, pickled weights that can be converted are added.
     """
     selected = []
-    loadable = []
-    pickled = []
     for path in repository.paths:
         if any(fnmatch(path, pattern) for pattern in patterns):
             selected.append(path)
+    if any(path.endswith(".safetensors") for path in selected):
+        return selected
+    loadable = []
+    pickled = []
+    for path in repository.paths:
         if fnmatch(path, PICKLED_WEIGHTS_PATTERN):
             loadable.append(path)
         if path.endswith(PICKLE_SUFFIXES):
             pickled.append(path)
-    if any(path.endswith(".safetensors") for path in selected):
-        return selected
     if pickled and not loadable:
         raise UserError(
             f"{repository.address} has only pickled weights: {pickled[0]}",

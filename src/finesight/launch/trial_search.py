@@ -618,7 +618,10 @@ class TrialSearch:
         return start_s, train_s
 
     def _list_rungs(self, record: TrialRecord) -> tuple[int, ...]:
-        """Return the rungs of a trial; the first one of the recipe measures its fit."""
+        """Return the rungs of a trial.
+
+        The first rung of the recipe itself shows whether it fits the budget.
+        """
         if not record.number:
             return RUNGS[::2]
         if not self.record.trials[0].rungs:  # on another GPU

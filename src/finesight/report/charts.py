@@ -196,7 +196,6 @@ def build_chart(title: str, series: Sequence[ChartSeries], caption: str = "") ->
     descriptions = []
     steps: list[float] = []
     values: list[float] = []
-    bounds: list[float] = []
     for item in visible:
         points = downsample(item.points)
         drawn.append(replace(item, points=points))
@@ -205,8 +204,7 @@ def build_chart(title: str, series: Sequence[ChartSeries], caption: str = "") ->
         steps += map(itemgetter(0), item.points)
         values += map(itemgetter(1), points)
         for _, low, high in item.error_bars:
-            bounds += [low, high]
-    values += bounds
+            values += [low, high]
     x_low = min(steps)
     x_high = max(steps)
     if x_high - x_low < 1e-6:

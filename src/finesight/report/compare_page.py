@@ -363,11 +363,11 @@ def _build_charts(runs: Sequence[ComparedRun]) -> list[Chart]:
 def _build_evaluation_series(
     recorded: Sequence[tuple[str, RunRecord]], name: str, count: str
 ) -> list[ChartSeries]:
-    """Return a metric of all runs with the validation samples of the first run.
+    """Return the curves of a metric, without runs evaluated on other samples.
 
     Args:
         recorded: Label and content of each run.
-        count: Number of samples: `num_loss_samples`, or `num_samples` for scores.
+        count: Key of the number of samples: `num_loss_samples`, or `num_samples` for scores.
     """
     series = []
     sample_sets: list[object] = []

@@ -117,8 +117,10 @@ def _build_sample_record(renderer: NativeRenderer, located_sample: LocatedSample
         turns[-1]["role"] = "rejected"
     images = [span for span in tokenized.spans if span.kind == "image"]
     raw_texts = []
-    for turn in turns:  # The page does not show raw texts.
-        raw_texts.append(turn.pop("raw"))
+    turn_records = []
+    for turn in turns:
+        raw_texts.append(turn["raw"])
+        turn_records.append({"role": turn["role"], "rows": turn["rows"]})
     boxes = []
     for span, box in _parse_boxes(renderer, raw_texts, images, sample_boxes):
         boxes.append(
@@ -137,7 +139,7 @@ def _build_sample_record(renderer: NativeRenderer, located_sample: LocatedSample
         "images": list(_iter_visuals(renderer, encoded)),
         "num_sample_boxes": len(sample_boxes),
         "boxes": boxes,
-        "turns": turns,
+        "turns": turn_records,
     }
 
 

@@ -231,9 +231,9 @@ def read_examples(
 
 def read_groups(path: Path, max_groups: int, max_bytes: int | None = None) -> list[Example]:
     """Read groups of responses, those of the latest step first; `row_index` is the step."""
-    groups: defaultdict[int, dict[int, JsonObject]] = defaultdict(dict)
     if not path.exists():
         return []
+    groups: defaultdict[int, dict[int, JsonObject]] = defaultdict(dict)
     with suppress(UserError):
         for line in read_json_lines(path, max_bytes=max_bytes):
             step = line.get("step")
@@ -396,9 +396,10 @@ def _read_score(metric: str, line: Any) -> float:
     return read_scores(line).get(PER_SAMPLE_METRICS.get(metric, metric), math.nan)
 
 
-# Thumbnails are limited by area, which keeps wide formulas and tall pages readable.
+# Bounds of the area of a thumbnail, which keep wide formulas and tall pages readable.
 MIN_THUMBNAIL_PIXELS = 200 * 260
 MAX_THUMBNAIL_PIXELS = 480 * 640
+
 MAX_TOTAL_PIXELS = 40_000_000
 """Maximum number of pixels of all thumbnails of a page."""
 
@@ -595,7 +596,8 @@ def _name_boxes(line: JsonObject, references: Sequence[str]) -> tuple[str, str]:
 
 
 def _build_box_parts(content: object) -> tuple[BoxPart, ...]:
-    """Return the valid boxes of a prediction as parts of a sample, without validation."""
+    """Return the valid boxes of a prediction as parts of a sample."""
+    # read_boxes has validated them.
     return tuple(BoxPart.model_construct(**box) for box in read_boxes(content))
 
 
@@ -654,7 +656,7 @@ def diff_texts(text: str, reference: str) -> list[tuple[int, int, int, int]] | N
 
 
 def _get_span(words: Sequence[re.Match[str]], start: int, end: int) -> tuple[int, int]:
-    """Return the characters of the words `start` to `end`, possibly none."""
+    """Return the span of the words `start` to `end`; an empty one without words."""
     if start < end:
         return words[start].start(), words[end - 1].end()
     position = words[start - 1].end() if start else 0

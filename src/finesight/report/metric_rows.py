@@ -120,11 +120,13 @@ def build_metric_rows(
         return []
     columns = [read_metrics(line) for line in evaluations]
     primary_metric = (evaluations[-1] or evaluations[0]).get("primary_metric")
-    names = dict.fromkeys((*chain(*columns), VALIDATION_LOSS))
+    order = []
     if primary_metric:
-        names = {primary_metric: None} | names
+        order.append(primary_metric)
+    order += chain(*columns)
+    order.append(VALIDATION_LOSS)
     metric_rows = []
-    for name in sorted(names, key=VALIDATION_LOSS.__eq__):
+    for name in sorted(dict.fromkeys(order), key=VALIDATION_LOSS.__eq__):
         cells = []
         for line, column in zip(evaluations, columns, strict=True):
             cell = MetricCell(
@@ -254,7 +256,9 @@ CONCLUSIONS: dict[Verdict, str] = {
 def conclude(
     rows: Sequence[MetricRow], names: Sequence[str], num_samples: object, index: int = -1
 ) -> str:
-    """Describe in a sentence which metrics differ from the first evaluation or run.
+    """Describe in a sentence which metrics differ from those of the first one.
+
+    The first one is the first evaluation or run in `names`.
 
     Metrics whose difference has no interval, such as the validation loss, have no verdict.
 

@@ -100,7 +100,10 @@ class LiveReportState:
     def get_examples(
         self, run_record: RunRecord, max_examples: int
     ) -> tuple[ExampleSet, JsonObject]:
-        """Return the examples of a run and their HTML data, reused without changes."""
+        """Return the examples of a run and their HTML data.
+
+        They are reused if no file has changed.
+        """
         paths = *run_record.predictions_files, run_record.folder / RESPONSES_FILE
         file_versions = []
         for path in paths:
@@ -177,7 +180,7 @@ def write_incorrect_predictions(run_dir: Path, out: Path) -> int:
 
 
 def _make_absolute(path: str, folders: Sequence[Path]) -> str:
-    """Return the absolute path of an image, or the given path without one."""
+    """Return the absolute path of an image, or the given path if there is none."""
     file = find_image(path, folders)
     if get_file(file).exists():
         return os.path.abspath(file)
@@ -258,6 +261,11 @@ def _has_diff(example: JsonObject) -> bool:
     return any(answer and answer["diff"] for answer in example["predictions"])
 
 
+def _has_interval(row: MetricRow) -> bool:
+    """Return whether a value of a metric, or its change, has a confidence interval."""
+    return any(cell.interval or cell.change_interval for cell in row.cells)
+
+
 def _build_result_context(
     run_record: RunRecord, evaluations: Sequence[JsonObject]
 ) -> dict[str, Any]:
@@ -269,11 +277,6 @@ def _build_result_context(
     change_text = ""
     if primary_row is not None:
         change_text = describe_change(primary_row)
-    has_intervals = False
-    for row in rows:
-        for cell in row.cells:
-            if cell.interval or cell.change_interval:
-                has_intervals = True
     last: JsonObject = {}
     if evaluations:
         last = evaluations[-1]
@@ -284,7 +287,7 @@ def _build_result_context(
         "primary_row": primary_row,
         "change_text": change_text,
         "conclusion": conclude(rows, names, num_samples),
-        "has_intervals": has_intervals,
+        "has_intervals": any(map(_has_interval, rows)),
         "notes": format_notes(iter_notes(rows)),
         **_build_details(last),
     }

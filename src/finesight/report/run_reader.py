@@ -285,9 +285,9 @@ def has_equal_sets(before: JsonObject, after: JsonObject, count: str) -> bool:
 
 
 def rank_equal_sets(before: JsonObject, after: JsonObject) -> int:
-    """Return a rank of evaluations with equal samples, above all of scores.
+    """Rank two evaluations by their equal samples.
 
-    It is 0 if the evaluations have no samples in common.
+    Those of scores count 2, those of losses 1. The rank is 0 without equal samples.
     """
     equal_scores = has_equal_sets(before, after, "num_samples")
     equal_losses = has_equal_sets(before, after, "num_loss_samples")

@@ -172,13 +172,13 @@ def summarize_cost(run_record: RunRecord) -> list[tuple[str, str]]:
     durations = []
     mfu_seconds = []
     peaks_gb = []
-    num_skipped = []
+    skipped_counts = []
     for line in steps:
         step_s = float(line["step_s"])
         durations.append(step_s)
         mfu_seconds.append(float(line.get("mfu") or 0) * step_s)
         peaks_gb.append(float(line.get("peak_memory_gb") or 0))
-        num_skipped.append(int(line.get("skipped_steps") or 0))
+        skipped_counts.append(int(line.get("skipped_steps") or 0))
     mfu_sum = sum(mfu_seconds)
     peak_gb = max(peaks_gb)
     num_samples = _sum_field(steps, "num_samples")
@@ -196,8 +196,8 @@ def summarize_cost(run_record: RunRecord) -> list[tuple[str, str]]:
         "processed samples": f"{num_samples:,.0f}",
         "processed tokens": f"{num_tokens:,.0f}",
         "supervised tokens": f"{_sum_field(steps, 'num_supervised_tokens'):,.0f}",
-        "skipped steps": f"{max(num_skipped):,}",
-        "starts": str(len(run_record.starts) or missing),
+        "skipped steps": f"{max(skipped_counts):,}",
+        "starts": str(len(run_record.starts)) if run_record.starts else missing,
     }
     if not texts["sampling"]:  # only objectives that generate responses
         del texts["sampling"]
@@ -452,8 +452,10 @@ def list_reward_signs(
 def _find_length_drift(
     first: Sequence[JsonObject], last: Sequence[JsonObject]
 ) -> tuple[str, bool, str]:
-    before, after = _compare_means("completions/mean_length", first, last)
-    truncated_before, truncated_after = _compare_means("completions/clipped_ratio", first, last)
+    before, after = _average_first_and_last(first, last, "completions/mean_length")
+    truncated_before, truncated_after = _average_first_and_last(
+        first, last, "completions/clipped_ratio"
+    )
     low, high = sorted((before, after))
     is_longer_or_shorter = 0 < MAX_RATIO * low < high
     is_found = is_longer_or_shorter or truncated_after - truncated_before > MAX_TRUNCATION_GAIN
@@ -465,8 +467,8 @@ def _find_length_drift(
     return translate("Length drift"), is_found, translate(text, *figures)
 
 
-def _compare_means(
-    key: str, first: Sequence[JsonObject], last: Sequence[JsonObject]
+def _average_first_and_last(
+    first: Sequence[JsonObject], last: Sequence[JsonObject], key: str
 ) -> tuple[float, float]:
     """Return the means of a value over the first and the last steps."""
     return mean(_list_values(first, key) or [0.0]), mean(_list_values(last, key) or [0.0])
@@ -474,17 +476,17 @@ def _compare_means(
 
 def _find_box_spam(groups: Sequence[JsonObject]) -> Iterator[tuple[str, bool, str]]:
     """Compare the boxes of the first and last groups with the references."""
-    num_boxes = []
-    num_references = []
+    box_means = []
+    reference_counts = []
     for group in groups:
-        num_boxes.append(mean(len(one["boxes"]) for one in group["predictions"]))
-        num_references.append(len(group["boxes"]))
-    if not any(num_boxes) and not any(num_references):
+        box_means.append(mean(len(one["boxes"]) for one in group["predictions"]))
+        reference_counts.append(len(group["boxes"]))
+    if not any(box_means) and not any(reference_counts):
         return
     size = math.ceil(len(groups) / 4)
-    before = mean(num_boxes[-size:])
-    after = mean(num_boxes[:size])
-    reference = mean(num_references[:size])
+    before = mean(box_means[-size:])
+    after = mean(box_means[:size])
+    reference = mean(reference_counts[:size])
     text = "{:.1f} boxes per response in the first groups, {:.1f} in the last; reference: {:.1f}"
     is_found = after > MAX_RATIO * max(1, reference)
     yield translate("Box spam"), is_found, translate(text, before, after, reference)

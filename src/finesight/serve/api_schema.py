@@ -31,9 +31,10 @@ MAX_NAME_CHARS = 1000
 """Maximum length of model names, function names and file IDs in characters."""
 
 MAX_URL_CHARS = 8192
+
+# Bounds of the frame rate of a video file. The maximum selects all frames, up to their limit.
 MIN_FPS = 1e-3
 MAX_FPS = 1000.0
-"""Bounds of the frame rate of a video file. The maximum selects all frames, up to their limit."""
 
 MAX_FRAMES = 100_000
 
@@ -578,11 +579,11 @@ def _measure_content(messages: Sequence[ChatMessage]) -> _ContentSize:
     num_frames = 0
     num_chars = 0
     for message in messages:
-        content = message.content or ""
-        for part in [content] if isinstance(content, str) else content:
-            if isinstance(part, str):
-                num_chars += len(part)
-                continue
+        content: str | Sequence[UserContentPart] = message.content or ""
+        if isinstance(content, str):
+            num_chars += len(content)
+            content = []
+        for part in content:
             if isinstance(part, TextContent):
                 num_chars += len(part.text)
                 continue

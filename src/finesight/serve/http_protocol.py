@@ -218,7 +218,7 @@ class AcceptErrors:
 
 
 @dataclass(slots=True, eq=False)
-class _ConnectionLimits:
+class _LimitedConnections:
     """Limits on the connections of a server, and the connections that they concern.
 
     Attributes:
@@ -242,7 +242,8 @@ class _ConnectionLimits:
 class _LimitedH11Protocol(H11Protocol):
     """Protocol of a connection with limits, which a subclass for each server sets."""
 
-    limits: ClassVar[_ConnectionLimits]
+    shared: ClassVar[_LimitedConnections]
+    """Limits and connections of a server, shared by its protocols."""
 
     def __init__(
         self,
@@ -258,27 +259,27 @@ class _LimitedH11Protocol(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        limits = self.limits
-        if len(self.connections) > limits.max_connections and limits.unknown:
-            oldest = next(iter(limits.unknown))
+        shared = self.shared
+        if len(self.connections) > shared.max_connections and shared.unknown:
+            oldest = next(iter(shared.unknown))
             # At once, because several connections may be accepted before it is lost.
-            del limits.unknown[oldest]
+            del shared.unknown[oldest]
             self.connections.discard(oldest)
             oldest.transport.abort()
-        if len(self.connections) <= limits.max_connections:
+        if len(self.connections) <= shared.max_connections:
             self._start_timeout()
-            limits.unknown[self] = None
-        elif len(limits.refused) < limits.max_refused:
+            shared.unknown[self] = None
+        elif len(shared.refused) < shared.max_refused:
             self.connections.discard(self)
-            limits.refused.add(self)
-            transport.write(limits.refusal)
+            shared.refused.add(self)
+            transport.write(shared.refusal)
             # Until then, what the client sends is discarded, so that it reads the response.
             self.loop.call_later(REFUSED_SECONDS, self._abort)
         else:
             self._abort()
 
     def data_received(self, data: bytes) -> None:
-        if self in self.limits.refused:
+        if self in self.shared.refused:
             return
         # In slices, because h11 limits a header only if it arrives in several reads.
         for start in range(0, len(data), MAX_HEAD_BYTES):
@@ -288,28 +289,28 @@ class _LimitedH11Protocol(H11Protocol):
             self._abort()
         if self.cycle is None or self.cycle.response_complete:
             self._start_timeout()
-        elif self not in self.limits.unknown:
+        elif self not in self.shared.unknown:
             self._cancel_timeout()
 
     def on_response_complete(self) -> None:
-        if self in self.limits.unknown:
+        if self in self.shared.unknown:
             self._cancel_timeout()
             self._start_timeout()
         super().on_response_complete()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._admit()
-        self.limits.refused.discard(self)
+        self.shared.refused.discard(self)
         super().connection_lost(exc)
 
     def timeout_keep_alive_handler(self) -> None:
         super().timeout_keep_alive_handler()
         # A closing connection waits until the client has read the rest.
-        self.loop.call_later(self.limits.send_timeout_s, self._abort)
+        self.loop.call_later(self.shared.send_timeout_s, self._abort)
 
     def _start_timeout(self) -> None:
         if self._timeout is None:
-            self._timeout = self.loop.call_later(self.limits.header_timeout_s, self._abort)
+            self._timeout = self.loop.call_later(self.shared.header_timeout_s, self._abort)
 
     def _cancel_timeout(self) -> None:
         if self._timeout is not None:
@@ -318,7 +319,7 @@ class _LimitedH11Protocol(H11Protocol):
 
     def _admit(self) -> None:
         """Treat the client, whose request header is complete, as a known one."""
-        self.limits.unknown.pop(self, None)
+        self.shared.unknown.pop(self, None)
         self._cancel_timeout()
 
     def _abort(self) -> None:
@@ -345,6 +346,11 @@ def build_protocol_class(
     """
 
     class LimitedH11Protocol(_LimitedH11Protocol):
-        limits = _ConnectionLimits(header_timeout_s, send_timeout_s, max_connections, refusal)
+        shared = _LimitedConnections(
+            header_timeout_s=header_timeout_s,
+            send_timeout_s=send_timeout_s,
+            max_connections=max_connections,
+            refusal=refusal,
+        )
 
     return LimitedH11Protocol

@@ -70,8 +70,8 @@ def _render_example(before: JsonObject | None, after: JsonObject) -> TrackedImag
     }
     paths = read_image_paths(after)
     # A tracker gets one image per sample, so one with boxes is chosen.
-    all_boxes = list(chain.from_iterable(boxes_by_name.values()))
-    image_index = all_boxes[0]["image"] if all_boxes else 0
+    first = next(chain.from_iterable(boxes_by_name.values()), None)
+    image_index = 0 if first is None else first["image"]
     if not 0 <= image_index < len(paths):
         return None
     try:

@@ -35,7 +35,7 @@ def available_memory(proc: Path = Path("/proc"), cgroup: Path = _CGROUP) -> int:
     free = _physical_memory() // 2 if free_kib is None else 1024 * free_kib
     limit, used = _read_number(cgroup / "memory.max"), _read_number(cgroup / "memory.current")
     if limit is not None and used is not None:
-        # Its inactive page cache is reclaimable.
+        # The kernel can reclaim the inactive page cache of the container.
         cached = _read_number(cgroup / "memory.stat", "inactive_file") or 0
         free = min(free, limit - used + cached)
     return max(0, free)

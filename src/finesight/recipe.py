@@ -73,7 +73,7 @@ def read_recipe_text(path: Path) -> str:
         raise reject("is a data file", step)
     remedy = "check the path, its permissions and its encoding"
     with translate_os_errors(path, "a YAML file in UTF-8", remedy):
-        if path.is_char_device():  # such as /dev/zero, without an end
+        if path.is_char_device():  # a terminal would wait for input
             raise reject("is a device", "check the path")
         with path.open("rb") as file:  # a pipe, too: <(envsubst < recipe.yaml)
             content = file.read(MAX_RECIPE_BYTES + 1)

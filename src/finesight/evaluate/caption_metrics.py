@@ -62,7 +62,7 @@ _TOKEN_PATTERNS = [
         rf"({_LETTER}(?>{_LETTER}|\d)*){_CLITIC}(?![A-Za-z])",
         rf"([nN]{_APOSTROPHE}[tT])(?![A-Za-z])",
         rf"({_CLITIC})(?![A-Za-z])",
-        # Contracted words.
+        # Contracted words are split: the group is the first token, the rest is the next one.
         r"([cC][aA][nN])[nN][oO][tT]\b|([gG][oO][nN])[nN][aA]\b|([gG][oO][tT])[tT][aA]\b",
         r"([lL][eE][mM])[mM][eE]\b|([gG][iI][mM])[mM][eE]\b|([wW][aA][nN])[nN][aA]\b",
         rf"({_APOSTROPHE}[tT])(?:[iI][sS]|[wW][aA][sS])\b",

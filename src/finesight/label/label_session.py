@@ -316,7 +316,7 @@ def open_session(
     default = LabelQuestion(prompt or build_task(examples).prompt)
     last_question = next(reversed(known.values()), None)
     if last_question is not None and (prompt is None or last_question.has_text(prompt)):
-        # Images without a label are asked like those with one.
+        # Also with an equal --prompt: existing labels have image marks and system messages, too.
         default = last_question
 
     def select_question(path: Path) -> LabelQuestion:

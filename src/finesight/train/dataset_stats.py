@@ -629,7 +629,7 @@ def _check_metric(recipe: Recipe) -> None:
         )
     metric = custom_metric.resolve_metric_path(recipe.eval.metric, recipe.output_dir)
     if (location := custom_metric.parse_metric_path(metric)) is not None:
-        # The file is not executed here: a plan does not need it.
+        # A plan computes no scores, so it is enough that the file exists.
         custom_metric.require_metric_file(location[0])
 
 

@@ -529,7 +529,7 @@ def split_preference(record: Record) -> list[Record]:
             others["prompt"] = others.pop("question")
         prompt = others.get("prompt")
         if isinstance(prompt, str) and all(_has_question(record[k], prompt) for k in pair):
-            del others["prompt"]  # a copy of the question in the turns
+            del others["prompt"]  # the turns contain the question: it would be asked twice
         for question, key in (("instruction", "output"), ("prompt", "completion")):
             if question in others:
                 return [{**others, key: record[name]} for name in pair]

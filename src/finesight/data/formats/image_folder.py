@@ -336,7 +336,7 @@ def open_yolo(source: Path) -> tuple[RowReader, str] | None:
     for file in files:
         try:
             description = load_yaml(read_data_file(file, MAX_DESCRIPTION_BYTES))
-        except yaml.YAMLError:  # of another program
+        except yaml.YAMLError:  # may belong to another program
             continue
         if isinstance(description, dict) and "names" in description:
             names = _parse_class_names(description["names"], file)

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import re
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -21,6 +22,7 @@ from finesight.encode.renderer import NativeRenderer
 from finesight.errors import UserError
 from finesight.evaluate.eval_case import EvalCase
 from finesight.evaluate.score_function import RewardError
+from finesight.infer.prediction import ResponseSampler
 from finesight.model_folder import ModelFolder
 from finesight.train.objectives.grpo import compute_token_losses
 from finesight.train.recipe_check import suggest_completion_length
@@ -124,8 +126,21 @@ def read_steps(task: TinyTask, name: str = "run") -> list[dict[str, float]]:
     return [line for line in task.read_metrics(name) if "loss" in line]
 
 
-def test_run_raises_the_reward(reward_task):
+def test_run_raises_the_reward(reward_task, monkeypatch):
     """Sampler and trainer agree, and the prompt is packed once for a group."""
+    # Each sampling takes so long that the load of the machine does not count.
+    sampling_s = 1000.0
+    perf_counter = time.perf_counter
+    sample = ResponseSampler.sample
+    num_samplings = 0
+
+    def slow_sample(*arguments):
+        nonlocal num_samplings
+        num_samplings += 1
+        return sample(*arguments)
+
+    monkeypatch.setattr(ResponseSampler, "sample", slow_sample)
+    monkeypatch.setattr(time, "perf_counter", lambda: perf_counter() + sampling_s * num_samplings)
     # At a low temperature, the nearly equal logits of a random model can concentrate.
     reward_task.recipe["rewards"].append({"name": "json", "weight": 0.1})
     sharp = "train.grpo.temperature=0.1", "train.grpo.max_completion_length=4"
@@ -137,7 +152,7 @@ def test_run_raises_the_reward(reward_task):
     change = r"Reward of the first and last 5 steps: \S+ → \S+; early \S+ to \S+: better"
     assert re.search(change, printed)
     # Sampling is not the wait for data.
-    assert all(line["data_wait_s"] < line["rollout_s"] / 2 for line in steps)
+    assert all(line["data_wait_s"] < sampling_s / 2 < line["rollout_s"] for line in steps)
     rewards = [line["reward"] for line in steps]
     assert np.mean(rewards[-4:]) > np.mean(rewards[:4]) + 0.15
     assert steps[0]["rewards/early/mean"] == pytest.approx(rewards[0], abs=1e-6)

@@ -80,7 +80,7 @@ def test_full_memory_is_reported_once_and_does_not_move_the_progress(evaluate, m
 
     monkeypatch.setattr(ProgressConsole, "progress_stage", progress_stage)
     printed = evaluate("--metric", "captions", "--batch-size", 2)
-    assert "the GPU memory is full: continuing with a batch of 1 answers" in printed.err
+    assert "the GPU memory is full: continuing with a batch of 1 answer\n" in printed.err
     assert sum(counts) == 2
 
 

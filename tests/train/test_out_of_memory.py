@@ -312,7 +312,7 @@ def test_generation_that_never_fits_ends_with_checkpoint(task, monkeypatch):
     monkeypatch.setattr(ModelRunner, "decode", decode)
     with pytest.raises(UserError, match=r"evaluation: the GPU memory[\s\S]*max_new_tokens"):
         task.run()
-    reduction = "memory is full: continuing with a batch of 1 answers"
+    reduction = "memory is full: continuing with a batch of 1 answer\n"
     assert task.console_output.count(reduction) == 1
     assert sorted(path.name for path in checkpoints.iterdir()) == ["step-4", "step-6"]
 

@@ -35,6 +35,7 @@ from finesight.data.sample import (
 from finesight.data.video_file import read_visual_size
 from finesight.encode.renderer import Renderer
 from finesight.encode.tokenization import EncodedSample, TokenizedSample
+from finesight.errors import format_count
 from finesight.infer.engine import (
     GPU_BLOCK_SIZE,
     Engine,
@@ -240,6 +241,12 @@ def predict(
     finally:
         model.train(was_training)
     return [predictions[index] for index in sorted(predictions)]
+
+
+def describe_reduced_batch(batch_size: int) -> str:
+    """Return the message for a batch that was reduced after the GPU ran out of memory."""
+    answers = format_count(batch_size, "answer")
+    return f"the GPU memory is full: continuing with a batch of {answers}"
 
 
 MAX_CACHE_SHARE = 1 / 6

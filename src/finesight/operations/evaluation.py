@@ -95,6 +95,7 @@ def evaluate(
     from finesight.evaluate.eval_result import select_eval_samples
     from finesight.evaluate.generation_eval import evaluate as run_evaluation
     from finesight.evaluate.generation_eval import load_eval_inputs
+    from finesight.infer.prediction import describe_reduced_batch
     from finesight.storage import check_new_path, write_new_file
     from finesight.train.run_dir import describe_changed_data
 
@@ -123,10 +124,6 @@ def evaluate(
     warning = describe_cut_answers(lengths, settings.max_new_tokens, limit_name, "reference answer")
     if warning:
         console.log(warning)
-
-    def report_reduced_batch(batch_size: int) -> None:
-        console.log(f"the GPU memory is full: continuing with a batch of {batch_size} answers")
-
     with console.progress_stage("answers", len(selected)) as on_progress:
         result = run_evaluation(
             model.model,
@@ -135,7 +132,7 @@ def evaluate(
             settings,
             write_predictions,
             on_progress=on_progress,
-            on_batch_reduced=report_reduced_batch,
+            on_batch_reduced=lambda size: console.log(describe_reduced_batch(size)),
             batch_size=batch_size,
         )
     skipped = SkippedInputs("sample")
@@ -202,8 +199,8 @@ def predict(
         images_per_question: Number of image files in a question, which follow one another. Default:
             that of the training samples of a run, else 1.
     """
+    from finesight.infer.prediction import describe_reduced_batch, save_annotated_images
     from finesight.infer.prediction import predict as run_prediction
-    from finesight.infer.prediction import save_annotated_images
     from finesight.storage import check_new_path, check_writable_folder, write_file, write_folder
 
     if out is not None:
@@ -233,6 +230,7 @@ def predict(
             batch_size=batch_size,
             on_progress=on_progress,
             on_corrupt_image=lambda _, error: skipped.add(error),
+            on_batch_reduced=lambda size: console.log(describe_reduced_batch(size)),
         )
     skipped.require_others(len(predictions))
     _warn_truncated(predictions, max_new_tokens, console)
@@ -597,6 +595,7 @@ def _answer_groups(
     console: ProgressConsole,
 ) -> list[list[Prediction]]:
     """Return the answers of a model to the questions of each group."""
+    from finesight.infer.prediction import describe_reduced_batch
     from finesight.infer.prediction import predict as run_prediction
 
     answers: list[list[Prediction]] = []
@@ -610,6 +609,7 @@ def _answer_groups(
                 max_new_tokens=group.settings.max_new_tokens,
                 batch_size=batch_size,
                 on_progress=on_progress,
+                on_batch_reduced=lambda size: console.log(describe_reduced_batch(size)),
             )
             answers.append(predictions)
     return answers

@@ -264,7 +264,7 @@ def _generate_responses(
     from finesight.encode.answer_lengths import describe_cut_answers, measure_answers
     from finesight.evaluate.eval_case import get_reference_answer
     from finesight.evaluate.prediction_file import create_case, format_prediction_line
-    from finesight.infer.prediction import predict
+    from finesight.infer.prediction import describe_reduced_batch, predict
     from finesight.infer.request import SamplingParams
 
     renderer = inference_model.renderer
@@ -286,6 +286,7 @@ def _generate_responses(
             batch_size=batch_size,
             on_progress=on_progress,
             on_corrupt_image=lambda index, error: errors.update({repeated[index].sample.id: error}),
+            on_batch_reduced=lambda size: console.log(describe_reduced_batch(size)),
             get_sampling=lambda index: replace(sampling_params, seed=(seed << 32) + index),
         )
     for error in errors.values():

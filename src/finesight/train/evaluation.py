@@ -210,6 +210,7 @@ def _evaluate_generation(
         return None
     # A run without `eval.metric` needs no inference engine.
     from finesight.evaluate.generation_eval import evaluate
+    from finesight.infer.prediction import describe_reduced_batch
 
     metric = custom_metric.resolve_metric_path(settings.metric, state.run.run_dir.path)
     process_group = state.run.hardware.process_group
@@ -217,7 +218,7 @@ def _evaluate_generation(
 
     def on_batch_reduced(batch: int) -> None:
         state.engine.graph_runner.release_graphs()
-        console.log(f"the GPU memory is full: continuing with a batch of {batch} answers")
+        console.log(describe_reduced_batch(batch))
 
     num_own = len(process_group.shard(scored))
     path = state.run.run_dir.predictions_dir / f"{name}.jsonl"

@@ -17,7 +17,10 @@ class CaseLoader(yaml.CSafeLoader):
 
 
 def _repeat(loader: CaseLoader, node: yaml.ScalarNode) -> str:
-    return REPEATED.sub(lambda part: part[1] * int(part[2]), loader.construct_scalar(node))
+    text = loader.construct_scalar(node)
+    repeated, count = REPEATED.subn(lambda part: part[1] * int(part[2]), text)
+    assert count, f"no repetition in {text!r}"
+    return repeated
 
 
 CaseLoader.add_constructor("!repeat", _repeat)

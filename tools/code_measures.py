@@ -129,17 +129,22 @@ def _measure_components(root: Path) -> Iterator[CodeMeasure]:
 
 
 def _measure_columns(root: Path) -> CodeMeasure:
-    """Count the long lines of pages and YAML files. A Chinese character has two columns."""
+    """Count the long lines of pages and YAML files."""
     found = []
     for path in sorted((root / "src").rglob("*")):
         if path.suffix not in FORMATTED_SUFFIXES:
             continue
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-            columns = sum(1 + (unicodedata.east_asian_width(char) in "WF") for char in line)
+            columns = count_columns(line)
             if columns > MAX_COLUMNS:
                 found.append(f"{path.relative_to(root)}:{number} {columns} columns")
     name = f"lines of pages and YAML files over {MAX_COLUMNS} columns"
     return CodeMeasure(name, len(found), 0, violations=tuple(found))
+
+
+def count_columns(line: str) -> int:
+    """Return the columns of a line in a terminal; a wide character has two."""
+    return sum(1 + (unicodedata.east_asian_width(char) in "WF") for char in line)
 
 
 def _measure_reflection(source: Sequence[SourceModule]) -> Iterator[CodeMeasure]:

@@ -93,7 +93,7 @@ def _is_of_a_recipe(block: CodeBlock) -> bool:
     return block.language == "yaml" and not any(one in block.text for one in others)
 
 
-@pytest.mark.parametrize("block", filter(_is_of_a_recipe, BLOCKS))
+@pytest.mark.parametrize("block", [block for block in BLOCKS if _is_of_a_recipe(block)])
 def test_settings_in_code_blocks_are_valid(block: CodeBlock) -> None:
     least = {"model": "tiny", "data": {"train": "train.jsonl"}, "output_dir": "runs/a"}
     recipe_from_dict(least | yaml.safe_load(block.text))

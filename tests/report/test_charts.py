@@ -153,4 +153,12 @@ def test_extreme_values_of_damaged_metrics_are_drawn_or_omitted(first: float, la
         for x, y in re.findall("(-?[0-9.]+) (-?[0-9.]+)", drawing.lines[0].path):
             assert MARGIN_LEFT <= float(x) <= WIDTH - MARGIN_RIGHT
             assert MARGIN_TOP <= float(y) <= HEIGHT - MARGIN_BOTTOM
+        assert all(MARGIN_LEFT <= x <= WIDTH - MARGIN_RIGHT for x, _ in drawing.x_ticks)
         build_chart("Loss", [ChartSeries("a", ends, error_bars=bars)])
+
+
+@pytest.mark.parametrize("step", [10.0**6, 10.0**15 - 1])
+def test_ticks_of_close_large_steps_are_in_the_chart(step: float) -> None:
+    drawing = build_chart("Loss", [ChartSeries("a", [(step, 1.0), (step + 1, 2.0)])])
+    assert drawing is not None
+    assert all(MARGIN_LEFT <= x <= WIDTH - MARGIN_RIGHT for x, _ in drawing.x_ticks)

@@ -207,7 +207,8 @@ def build_chart(title: str, series: Sequence[ChartSeries], caption: str = "") ->
             values += [low, high]
     x_low = min(steps)
     x_high = max(steps)
-    if x_high - x_low < 1e-6:
+    # `compute_ticks` would widen so small a range beyond the chart.
+    if x_high - x_low <= 1e-6 * max(1.0, abs(x_low), abs(x_high)):
         x_ticks = [steps[0]]
         x_low -= 1
         x_high += 1

@@ -3,72 +3,30 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, get_args
+from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from finesight.plugins import Registry
-
-
-class SettingsSection(BaseModel):
-    """Base class of the sections of a recipe: immutable, strict types, no unknown keys."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
-
-
-def _as_tuple(value: object) -> object:
-    value = [value] if isinstance(value, str) else value
-    return tuple(value) if isinstance(value, list) else value
-
-
-Name = TypeVar("Name", bound=str)
-Names = Annotated[tuple[Name, ...], BeforeValidator(_as_tuple), Field(min_length=1)]
-"""One or more names; a single one needs no list."""
-
-
-def _as_path(value: object) -> object:
-    is_path = isinstance(value, str) and not is_url(value)
-    return Path(os.path.expanduser(str(value))) if is_path else value
-
-
-def _as_float(value: object) -> object:
-    # YAML parses 1 as an integer and, without a dot, 1e-4 as text: accept both as floats.
-    if isinstance(value, int | str) and not isinstance(value, bool):
-        with suppress(ValueError, OverflowError):
-            return float(value)
-    return value
-
-
-ExpandedPath = Annotated[Path, BeforeValidator(_as_path)]
-CoercedFloat = Annotated[float, BeforeValidator(_as_float)]
-
-MAX_COUNT = 1_000_000_000
-"""Maximum of settings that are counts; larger ones are typing errors that exhaust the memory."""
-
-PositiveInt = Annotated[int, Field(gt=0, le=MAX_COUNT)]
-StepCount = Annotated[int, Field(ge=0, le=MAX_COUNT)]
-Seed = Annotated[int, Field(ge=0)]
-SideLength = Annotated[int, Field(gt=0, le=65_535)]
-"""Side length of an image in pixels, up to the maximum of JPEG."""
-
-Fraction = Annotated[CoercedFloat, Field(gt=0.0, lt=1.0)]
-StepsOrFraction = StepCount | Fraction
-"""Number of optimizer steps (an integer), or a fraction of all steps of the run (below 1)."""
-
-
-def is_url(value: object) -> bool:
-    """Return whether a value is a URL in object storage, such as `s3://BUCKET/NAME`."""
-    return isinstance(value, str) and re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", value) is not None
-
-
-PathOrUrl = Annotated[Path | str, BeforeValidator(_as_path)]
-"""A local path, or the URL of a file in object storage."""
+from finesight.setting_types import (
+    CoercedFloat,
+    ExpandedPath,
+    Fraction,
+    Names,
+    PathOrUrl,
+    PositiveInt,
+    Seed,
+    SettingsSection,
+    SideLength,
+    StepsOrFraction,
+    WeightFormat,
+    as_tuple,
+    is_url,
+)
 
 
 class DataFileSettings(SettingsSection):
@@ -93,7 +51,7 @@ class TrainFileSettings(DataFileSettings):
 
 
 def _as_sections(key: str, value: object) -> object:
-    """Convert a list of sections or of values of their setting `key`, a single one or none."""
+    """Convert sections or values of their setting `key` to a list: several, one or none."""
     if value is None:
         return ()
     items = value if isinstance(value, list | tuple) else [value]
@@ -193,14 +151,14 @@ class PixelRange(PixelLimits):
 
 
 class ExactSize(SettingsSection):
-    """Image rule that resizes every image to one size, rounded to multiples of the patch size."""
+    """Image rule that resizes every image to one size, in multiples of the patch size."""
 
     height: SideLength
     width: SideLength
 
 
 class LongestSide(SettingsSection):
-    """Image rule that scales the longer side to a number of pixels; the aspect ratio is kept."""
+    """Image rule that scales the longer side, and keeps the aspect ratio."""
 
     longest_side: SideLength
 
@@ -217,12 +175,6 @@ Device = Literal["auto", "cpu", "cuda"]
 ParallelMode = Literal["ddp", "zero2", "fsdp", "fsdp_offload"]
 Precision = Literal["auto", "bf16", "fp16", "fp32"]
 VisionCacheMode = Literal["auto", "never", "memory", "disk"]
-WeightFormat = Literal["auto", "nf4", "fp8", "int8", "int4"]
-"""Format of the language model weights for inference.
-
-`auto` is the stored format, or the format of the training of a run. Other formats quantize the
-weights while loading.
-"""
 
 
 class LoraSettings(SettingsSection):
@@ -328,7 +280,7 @@ class DpoSettings(SettingsSection):
 
     beta: Annotated[CoercedFloat, Field(gt=0.0)] = 0.1
     loss_type: Names[DpoLossType] = ("sigmoid",)
-    loss_weights: Annotated[tuple[CoercedFloat, ...], BeforeValidator(_as_tuple)] | None = None
+    loss_weights: Annotated[tuple[CoercedFloat, ...], BeforeValidator(as_tuple)] | None = None
     label_smoothing: Annotated[CoercedFloat, Field(ge=0.0, lt=0.5)] = 0.0
 
     @model_validator(mode="after")
@@ -477,7 +429,7 @@ class TrainSettings(SettingsSection):
     lr_schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup: StepsOrFraction = 0.03
     weight_decay: Annotated[CoercedFloat, Field(ge=0.0)] = 0.0
-    betas: Annotated[tuple[Beta, Beta], BeforeValidator(_as_tuple)] = (0.9, 0.999)
+    betas: Annotated[tuple[Beta, Beta], BeforeValidator(as_tuple)] = (0.9, 0.999)
     max_grad_norm: Annotated[CoercedFloat, Field(gt=0.0)] | None = 1.0
     activation_checkpointing: bool | Fraction = False
     precision: Precision = "auto"
@@ -512,7 +464,7 @@ METRIC_NAMES = Registry("metrics", object, dict.fromkeys(get_args(TaskName)))
 
 
 def _check_name(names: Registry[None], value: object, or_: str = "") -> str:
-    """Return the name of a built-in object or of a plug-in, which is not imported yet.
+    """Return the name of a built-in object, or of a plug-in without import.
 
     With `or_`, a function in a Python file is valid, too.
     """
@@ -710,7 +662,7 @@ TrackerList = Annotated[
 
 
 class Recipe(SettingsSection):
-    """All settings of one run, as in the YAML file of a recipe."""
+    """Settings of one run, as in the YAML file of a recipe."""
 
     model: str
     adapter: ExpandedPath | None = None

@@ -17,8 +17,13 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-PluginKind = Literal["formats", "metrics", "rewards", "trackers", "families", "architectures"]
+PluginKind = Literal[
+    "formats", "metrics", "rewards", "trackers", "objectives", "families", "architectures"
+]
 """Kind of a plug-in. Its entry points are in the group `finesight.KIND`."""
+
+_NAMED_KINDS: tuple[PluginKind, ...] = ("formats", "objectives")
+"""Kinds of objects that have a name, which is that of their entry point."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,16 +122,28 @@ class Registry(Generic[T]):
             fits = issubclass if isinstance(item, type) else isinstance
             if not fits(item, self._interface) or isabstract(item):
                 problem = f"{item!r:.80} does not implement {self._interface.__name__}"
-            elif self._kind == "formats" and item.name != name:
-                problem = f"the format is named {item.name!r:.60}, its entry point {name!r}"
+            elif self._kind in _NAMED_KINDS and item.name != name:
+                kind = self._kind.removesuffix("s")
+                problem = f"the {kind} is named {item.name!r:.60}, its entry point {name!r}"
         except (Exception, SystemExit) as error:
             problem = f"{type(error).__name__}: {error}"
         if problem is not None:
-            raise UserError(
-                problem,
-                where=f"plug-in {name} of {plugin.package} {plugin.version}"
-                f" (finesight.{self._kind}: {entry.value})",
-                expected=f"an importable object that implements {self._interface.__name__}",
-                remedy=f"update the package, or remove it: pip uninstall {quote(plugin.package)}",
-            )
+            raise self.build_error(name, entry.value, problem, self._interface)
         return cast(T, item)
+
+    def build_error(self, name: str, target: str, problem: str, interface: Any) -> UserError:
+        """Build the error for an object of a plug-in that is not usable.
+
+        Args:
+            target: Dotted path of the object.
+            interface: Class that the object should implement.
+        """
+        plugin = self.find_plugin(name)
+        assert plugin is not None, f"{name} is no plug-in"
+        return UserError(
+            problem,
+            where=f"plug-in {name} of {plugin.package} {plugin.version}"
+            f" (finesight.{self._kind}: {target})",
+            expected=f"an importable object that implements {interface.__name__}",
+            remedy=f"update the package, or remove it: pip uninstall {quote(plugin.package)}",
+        )

@@ -27,10 +27,11 @@ from finesight.bounded_files import (
     load_yaml,
     translate_os_errors,
 )
-from finesight.config import REWARD_OPTIONS, Recipe, SettingsSection
+from finesight.config import REWARD_OPTIONS, Recipe
 from finesight.errors import Remedy, Step, UserError, shorten, suggest_name
 from finesight.manifest import RECIPE_FILE, require_run_plugins
 from finesight.path_patterns import SearchBudget, has_match
+from finesight.setting_types import SettingsSection
 
 MAX_RECIPE_BYTES = 2**20
 """Maximum size of a recipe file in bytes; typical recipes have a few thousand."""

@@ -22,7 +22,7 @@ from finesight.app.line_counter import MAX_COUNTED_BYTES, LineCount, LineCounter
 from finesight.app.recipe_detector import RecipeDetector, read_recipe_text
 from finesight.app.use_finder import UseFinder
 from finesight.bounded_files import is_utf8, open_regular_file, read_edge_lines
-from finesight.config import TRACKER_MODES, Recipe, is_url
+from finesight.config import TRACKER_MODES, Recipe
 from finesight.data.sample import (
     Sample,
     build_no_samples_error,
@@ -42,6 +42,7 @@ from finesight.manifest import MANIFEST_FILE, RECIPE_FILE, find_weights
 from finesight.model_folder import TINY_MODEL
 from finesight.path_patterns import SearchBudget, iter_matches
 from finesight.recipe import load_recipe, recipe_from_text
+from finesight.setting_types import is_url
 from finesight.storage import (
     FileLock,
     make_folder,

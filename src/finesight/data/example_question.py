@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from finesight.bounded_files import read_lines
-from finesight.config import is_url
 from finesight.data.corpus import load_corpus
 from finesight.data.image_file import resolve_content
 from finesight.data.marked_prompt import (
@@ -26,6 +25,7 @@ from finesight.data.sample import ImagePart, list_media_paths
 from finesight.errors import Step, UserError
 from finesight.manifest import PREDICTIONS_FOLDER, RECIPE_FILE
 from finesight.recipe import load_recipe
+from finesight.setting_types import is_url
 
 MAX_EXAMPLE_IMAGES = 8
 """Maximum number of images of an example question."""

@@ -32,7 +32,6 @@ from finesight.config import (
     LongestSide,
     Recipe,
     TrainFileSettings,
-    is_url,
 )
 from finesight.data.corpus import Corpus, load_corpus
 from finesight.data.image_file import read_image_size
@@ -58,6 +57,7 @@ from finesight.report.run_reader import (
     list_comparable_evaluations,
     read_json_lines,
 )
+from finesight.setting_types import is_url
 from finesight.storage import verify_folder
 
 MAX_NONFINITE_STEPS = 5

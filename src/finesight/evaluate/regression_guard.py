@@ -12,7 +12,7 @@ import yaml
 from pydantic import Field, TypeAdapter, ValidationError, model_validator
 
 from finesight.bounded_files import ComposedYaml
-from finesight.config import CoercedFloat, MetricName, Names, SettingsSection
+from finesight.config import MetricName
 from finesight.data.sample import (
     LocatedSample,
     Message,
@@ -27,6 +27,7 @@ from finesight.evaluate.metric_difference import MetricDifference, compare_estim
 from finesight.evaluate.prediction_file import create_case
 from finesight.evaluate.task_metrics import check_references, compute_metrics, get_primary_metric
 from finesight.recipe import SettingKey, format_key, parse_recipe, read_recipe_text
+from finesight.setting_types import CoercedFloat, Names, SettingsSection
 from finesight.storage import write_file
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from typing import Literal, NoReturn
 import torch
 from safetensors.torch import load_file
 
-from finesight.config import Device, Precision, WeightFormat
+from finesight.config import Device, Precision
 from finesight.data.prompt_format import PromptFormat
 from finesight.encode.family import DEFAULT_THINKING, ThinkingOptions
 from finesight.encode.renderer import Renderer, build_renderer, is_native, require_native
@@ -38,6 +38,7 @@ from finesight.model.trainable import ModelPart, configure_tuning
 from finesight.model.vlm import VisionLanguageModel
 from finesight.model.weights_io import DTYPES
 from finesight.model_folder import ModelFolder, locate_model, resolve_model_path
+from finesight.setting_types import WeightFormat
 from finesight.storage import verify_folder, write_folder_once
 
 

@@ -13,7 +13,6 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from finesight.config import is_url
 from finesight.data.corpus import load_corpus
 from finesight.data.formats.image_annotations import NO_OBJECTS_ANSWER
 from finesight.data.image_file import IMAGE_SUFFIXES, CorruptImageError, list_pages
@@ -50,6 +49,7 @@ from finesight.manifest import RECIPE_FILE, find_run_dir
 from finesight.model_folder import resolve_model_path
 from finesight.recipe import load_recipe
 from finesight.recipe_template import detect_metric, is_closed_set
+from finesight.setting_types import is_url
 from finesight.train.run_dir import RunDir
 
 MAX_EXAMPLES = 500

@@ -24,7 +24,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Discriminator, ValidationError
 
 from finesight.bounded_files import MAX_FILE_BYTES, is_utf8, read_json
-from finesight.config import Recipe, is_url
+from finesight.config import Recipe
 from finesight.data.image_file import CorruptImageError, get_file
 from finesight.data.sample import (
     BoxPart,
@@ -40,6 +40,7 @@ from finesight.data.sample import (
     validate_sample,
 )
 from finesight.errors import LABEL_TRAIN_FRACTION, UserError
+from finesight.setting_types import is_url
 from finesight.storage import (
     FileLock,
     append_line,

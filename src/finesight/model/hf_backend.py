@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from finesight.config import WeightFormat
 from finesight.encode.packing import PackedBatch
 from finesight.encode.renderer import is_native
 from finesight.errors import UserError
@@ -24,6 +23,7 @@ from finesight.model.trainable import HF_PREFIX, ModelPart
 from finesight.model.vlm import VisionLanguageModel
 from finesight.model.weights_io import copy_model_files, load_model, save_model
 from finesight.model_folder import ModelFolder
+from finesight.setting_types import WeightFormat
 from finesight.storage import DIGESTS_FILE, verify_folder
 
 LIMITATIONS = (

@@ -18,7 +18,6 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from finesight.config import WeightFormat
 from finesight.errors import UserError
 from finesight.manifest import MANIFEST_FILE
 from finesight.model.config import ConfigReader
@@ -45,6 +44,7 @@ from finesight.model.vlm import (
     raise_on_failed_allocation,
 )
 from finesight.model_folder import PICKLE_INDEX_FILE, ModelFolder
+from finesight.setting_types import WeightFormat
 from finesight.storage import DIGESTS_FILE, open_tensors, verify_folder
 
 

@@ -27,7 +27,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from finesight.config import StepsOrFraction, TrainSettings
+from finesight.config import TrainSettings
 from finesight.errors import UserError, format_count
 from finesight.host_memory import keep_out_of_forks
 from finesight.model.kernels import adamw
@@ -40,6 +40,7 @@ from finesight.model.trainable import (
     ModelPart,
     get_part,
 )
+from finesight.setting_types import StepsOrFraction
 from finesight.train.optim_states import (
     Muon,
     OptimState,

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from pydantic_core import PydanticSerializationError
 
 from finesight.bounded_files import parse_json, read_lines
-from finesight.config import MAX_COUNT, ObjectiveName, Recipe
+from finesight.config import ObjectiveName, Recipe
 from finesight.errors import Step, UserError, format_count
 from finesight.evaluate import custom_metric
 from finesight.manifest import (
@@ -33,6 +33,7 @@ from finesight.manifest import (
     find_run_dir,
 )
 from finesight.recipe import dump_recipe
+from finesight.setting_types import MAX_COUNT
 from finesight.storage import (
     FileLock,
     append_line,

@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from finesight.config import PixelLimits, PixelRange, Recipe, StepsOrFraction
+from finesight.config import PixelLimits, PixelRange, Recipe
 from finesight.encode.renderer import NativeRenderer, Renderer, Responses, build_renderer
 from finesight.errors import TrainingInterrupted, UserError
 from finesight.manifest import Manifest
 from finesight.model_folder import ModelFolder
 from finesight.progress import ProgressConsole
+from finesight.setting_types import StepsOrFraction
 from finesight.train.checkpoint import CheckpointManager, CheckpointState, TrainProgress
 from finesight.train.dataset_stats import ImageStates, TrainingData
 from finesight.train.flops import FlopCounter

@@ -13,11 +13,12 @@ from functools import partial
 import torch
 from rich.console import Console
 
-from finesight.config import Recipe, StepsOrFraction
+from finesight.config import Recipe
 from finesight.encode.packing import PackedBatch
 from finesight.model.kernels.runtime import HAS_TRITON, compile_in_parallel, is_compile_cache_empty
 from finesight.model.vlm import VisionLanguageModel
 from finesight.progress import ProgressConsole
+from finesight.setting_types import StepsOrFraction
 from finesight.track.tracker_manager import start_trackers
 from finesight.train.dataset_stats import save_tensors
 from finesight.train.finalize import (

@@ -23,7 +23,7 @@ from tiny_model import TINY_PRESETS, TinyFamily, create_tiny_model
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from finesight.config import EvalSettings, WeightFormat
+from finesight.config import EvalSettings
 from finesight.data.sample import LocatedSample, read_samples
 from finesight.errors import UserError
 from finesight.evaluate.generation_eval import evaluate
@@ -41,6 +41,7 @@ from finesight.model.quant.base import (
 from finesight.model.trainable import get_part
 from finesight.model.weights_io import MATRIX_TYPES, hub_tensors, load_model
 from finesight.model_folder import TINY_MODEL, ModelFolder
+from finesight.setting_types import WeightFormat
 
 CPU = torch.device("cpu")
 FORMATS: list[WeightFormat] = [kind for kind in get_args(WeightFormat) if kind != "auto"]

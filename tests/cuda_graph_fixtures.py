@@ -17,7 +17,7 @@ from finesight.model.vlm import VisionLanguageModel
 from finesight.model.weights_io import load_model
 from finesight.model_folder import ModelFolder, locate_model
 from finesight.train.cuda_graphs import CudaGraphRunner
-from finesight.train.objectives.sft import SftObjective
+from finesight.train.objectives.cross_entropy import SftObjective
 
 CPU = torch.device("cpu")
 PARTS = "vision", "merger", "language"

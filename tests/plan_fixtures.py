@@ -27,7 +27,7 @@ from finesight.plan.settings_search import PlannedModel, build_planned_model
 from finesight.plan.step_time import TargetDevice
 from finesight.progress import ProgressConsole
 from finesight.recipe import load_recipe
-from finesight.train.objectives.sft import SftObjective, fused_linear_cross_entropy
+from finesight.train.objectives.cross_entropy import SftObjective, fused_linear_cross_entropy
 
 GPU = ComputeTarget(is_cuda=True, dtype=torch.bfloat16, capability=(9, 0))
 Tune = dict[str, Any]

@@ -22,13 +22,13 @@ from finesight.infer.request import GenerationRequest, SamplingParams
 from finesight.model.trainable import trainable_parameters
 from finesight.model.vlm import VisionLanguageModel
 from finesight.model_folder import ModelFolder
-from finesight.train.objectives.preferences import (
+from finesight.train.objectives.cross_entropy import fused_linear_cross_entropy
+from finesight.train.objectives.pair_loss import (
     KtoObjective,
     PairObjective,
     compute_pair_losses,
     compute_token_logps,
 )
-from finesight.train.objectives.sft import fused_linear_cross_entropy
 from finesight.train.rollout import join_responses
 
 ALL = TuneSettings.model_validate(

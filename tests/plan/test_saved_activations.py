@@ -22,7 +22,7 @@ from tiny_task import make_task
 from finesight.encode.packing import PackedBatch
 from finesight.model_folder import ModelFolder, locate_model
 from finesight.plan.dry_run import ComputeTarget, PlannedPack, StepTracer
-from finesight.train.objectives.sft import SftObjective
+from finesight.train.objectives.cross_entropy import SftObjective
 
 LORA = {"rank": 8, "dropout": 0.05}
 TUNES: dict[str, Tune] = {

@@ -27,7 +27,7 @@ from finesight.plan.peak_memory import (
 )
 from finesight.plan.settings_search import build_meta_model
 from finesight.plan.sharded_memory import RankLayout
-from finesight.train.objectives.sft import SftObjective
+from finesight.train.objectives.cross_entropy import SftObjective
 from finesight.train.optimizer import MasterWeightOptimizer
 from finesight.train.parallel.fsdp_units import mark_as_sharded
 

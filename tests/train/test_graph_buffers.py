@@ -44,8 +44,8 @@ from finesight.train.graph_buffers import (
     should_capture_vision,
 )
 from finesight.train.objectives import sft
-from finesight.train.objectives.preferences import PairObjective
-from finesight.train.objectives.sft import fused_linear_cross_entropy
+from finesight.train.objectives.cross_entropy import fused_linear_cross_entropy
+from finesight.train.objectives.pair_loss import PairObjective
 from finesight.train.optimizer import LARGE_PARAM_ELEMENTS
 
 PARTS = "vision", "merger", "language", "embeddings"

@@ -35,7 +35,7 @@ from finesight.model.kernels.runtime import override_launches
 from finesight.model.vlm import VisionLanguageModel
 from finesight.plan.sharded_memory import ShardedModel, UnitMemory
 from finesight.train.dataset_stats import SampleStats
-from finesight.train.objectives.sft import SftObjective
+from finesight.train.objectives.cross_entropy import SftObjective
 from finesight.train.sampler import StepSampler
 from finesight.vision.image_processing import GridTHW
 

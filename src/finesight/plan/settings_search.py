@@ -44,8 +44,8 @@ from finesight.plan.step_time import StepTime, StepTimeEstimator, TargetDevice, 
 from finesight.train.cuda_graphs import MAX_GRAPHS
 from finesight.train.dataset_stats import SampleStats
 from finesight.train.graph_buffers import GraphShape, can_capture_vision, should_capture_vision
-from finesight.train.objectives.distill import DistillObjective
-from finesight.train.objectives.grpo import GrpoObjective
+from finesight.train.objectives.distill.loss import DistillObjective
+from finesight.train.objectives.grpo.loss import GrpoObjective
 from finesight.train.oom import max_unsplit_packs
 from finesight.train.parallel.fsdp_units import mark_as_sharded
 from finesight.train.recipe_check import build_objective, resolve_tune

@@ -38,7 +38,7 @@ from finesight.train.graph_buffers import (
     can_capture_vision,
     should_capture_vision,
 )
-from finesight.train.objectives.sft import PackKey, SftObjective
+from finesight.train.objectives.cross_entropy import PackKey, SftObjective
 from finesight.train.step_dataset import record_event
 
 

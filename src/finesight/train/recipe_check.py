@@ -43,10 +43,10 @@ from finesight.storage import require_free_space
 from finesight.track.backends import require_packages
 from finesight.train.checkpoint import resolve_save_interval
 from finesight.train.dataset_stats import TrainingData, list_image_paths, load_training_data
-from finesight.train.objectives.distill import DistillObjective, check_teacher
-from finesight.train.objectives.grpo import GrpoObjective
-from finesight.train.objectives.preferences import KtoObjective, PairObjective
-from finesight.train.objectives.sft import SftObjective
+from finesight.train.objectives.cross_entropy import SftObjective
+from finesight.train.objectives.distill.loss import DistillObjective, check_teacher
+from finesight.train.objectives.grpo.loss import GrpoObjective
+from finesight.train.objectives.pair_loss import KtoObjective, PairObjective
 from finesight.train.optimizer import LRSchedule
 from finesight.train.prefetch import default_num_workers
 from finesight.train.run_dir import RunDir

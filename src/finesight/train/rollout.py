@@ -45,7 +45,7 @@ from finesight.model.hf_backend import AnyModel
 from finesight.model.linear import LoraLinear
 from finesight.model.vlm import VisionLanguageModel
 from finesight.storage import append_line
-from finesight.train.objectives.preferences import compute_token_logps
+from finesight.train.objectives.pair_loss import compute_token_logps
 from finesight.train.recipe_check import MAX_TRUNCATED_SHARE, suggest_completion_length
 from finesight.train.state import TrainState
 from finesight.train.step_dataset import IndexedSample, SkippedSample, StepBatch

@@ -41,7 +41,7 @@ from finesight.train.cuda_graphs import CudaGraphRunner
 from finesight.train.dataset_stats import DatasetStats, SampleStats, check_image_record
 from finesight.train.finalize import ParamAudit
 from finesight.train.flops import FlopCounter, measure_peak_flops
-from finesight.train.objectives.distill import DistillObjective, load_teacher
+from finesight.train.objectives.distill.loss import DistillObjective, load_teacher
 from finesight.train.oom import MemoryBudget
 from finesight.train.optimizer import LossScaler, LRSchedule, MasterWeightOptimizer
 from finesight.train.parallel.distributed import SINGLE_PROCESS, ParallelStrategy, ProcessGroup

@@ -26,7 +26,7 @@ from finesight.setting_types import StepsOrFraction
 from finesight.train.checkpoint import CheckpointManager, CheckpointState, TrainProgress
 from finesight.train.dataset_stats import ImageStates, TrainingData
 from finesight.train.flops import FlopCounter
-from finesight.train.objectives.sft import SftObjective
+from finesight.train.objectives.cross_entropy import SftObjective
 from finesight.train.oom import MemoryBudget
 from finesight.train.optimizer import LossScaler, LRSchedule, MasterWeightOptimizer
 from finesight.train.parallel.distributed import SINGLE_PROCESS, ParallelStrategy, ProcessGroup

@@ -30,7 +30,7 @@ from finesight.train.finalize import (
     record_failure,
 )
 from finesight.train.logging import MetricsLogger, describe_run
-from finesight.train.objectives.preferences import prepare_references
+from finesight.train.objectives.pair_loss import prepare_references
 from finesight.train.oom import translate_oom_errors
 from finesight.train.parallel.distributed import init_distributed
 from finesight.train.recipe_check import check_disk_space

@@ -24,7 +24,7 @@ from finesight.evaluate.eval_case import EvalCase
 from finesight.evaluate.score_function import RewardError
 from finesight.infer.prediction import ResponseSampler
 from finesight.model_folder import ModelFolder
-from finesight.train.objectives.grpo import compute_token_losses
+from finesight.train.objectives.grpo.loss import compute_token_losses
 from finesight.train.recipe_check import suggest_completion_length
 from finesight.train.rollout import RewardCheck, Rollout
 

@@ -34,7 +34,7 @@ from finesight.report.data_pages import render_sample_page
 from finesight.report.run_page import render_run_page
 from finesight.train.cuda_graphs import CudaGraphRunner
 from finesight.train.dataset_stats import MismatchedCorpus
-from finesight.train.objectives.preferences import (
+from finesight.train.objectives.pair_loss import (
     REFERENCE_FILE,
     KtoObjective,
     PairObjective,
@@ -79,7 +79,7 @@ def test_mean_losses_and_gradients_match_trl(assert_matches_trl):
 
 @pytest.mark.parametrize("max_bytes", [1, 4 * 101 * 5, 1 << 28])
 def test_token_logps_and_gradients_match_log_softmax(monkeypatch, max_bytes):
-    monkeypatch.setattr("finesight.train.objectives.preferences.MAX_LOGITS_BYTES", max_bytes)
+    monkeypatch.setattr("finesight.train.objectives.pair_loss.MAX_LOGITS_BYTES", max_bytes)
     torch.manual_seed(0)
     h_LD, head_VD = (
         torch.randn(rows, 16, dtype=torch.float64).requires_grad_() for rows in (9, 101)

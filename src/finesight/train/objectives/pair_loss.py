@@ -27,7 +27,7 @@ from finesight.model.attention import pad_rows
 from finesight.model.lora.fused import MAX_PADDING
 from finesight.train.dataset_stats import load_tensors, save_tensors
 from finesight.train.evaluation import iter_step_losses
-from finesight.train.objectives.sft import MAX_LOGITS_BYTES, PackKey, SftObjective
+from finesight.train.objectives.cross_entropy import MAX_LOGITS_BYTES, PackKey, SftObjective
 from finesight.train.oom import MemoryBudget, retry_on_oom
 from finesight.train.run_dir import Split
 from finesight.train.state import TrainState

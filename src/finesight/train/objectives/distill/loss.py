@@ -19,8 +19,8 @@ from finesight.encode.renderer import NativeRenderer, Renderer
 from finesight.errors import UserError
 from finesight.infer.model_loader import load_inference_model, resolve_model_source
 from finesight.model.vlm import VisionLanguageModel
-from finesight.train.objectives.preferences import map_chunks
-from finesight.train.objectives.sft import PackKey, SftObjective
+from finesight.train.objectives.cross_entropy import PackKey, SftObjective
+from finesight.train.objectives.pair_loss import map_chunks
 
 MAX_TOKEN_IDS = 1 << 18
 """Number of token ids of which the vocabularies are compared."""

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from finesight.config import GrpoSettings
 from finesight.encode.packing import PackedBatch
-from finesight.train.objectives.preferences import compute_token_logps, find_responses
-from finesight.train.objectives.sft import PackKey, SftObjective
+from finesight.train.objectives.cross_entropy import PackKey, SftObjective
+from finesight.train.objectives.pair_loss import compute_token_logps, find_responses
 
 SAPO_TEMPERATURES = 1.0, 1.05
 """Temperatures of SAPO for positive and other advantages (Gao et al. 2025)."""

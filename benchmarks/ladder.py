@@ -44,7 +44,8 @@ from finesight.model.weights_io import supports_fp8_matmul
 from finesight.model_folder import locate_model
 from finesight.train import cuda_graphs
 from finesight.train.cuda_graphs import CudaGraphRunner
-from finesight.train.objectives.cross_entropy import SftObjective
+from finesight.train.objectives.sft import Settings
+from finesight.train.objectives.sft.loss import SftObjective
 from finesight.train.optimizer import MasterWeightOptimizer
 from finesight.vision.image_processing import GridTHW
 
@@ -115,14 +116,14 @@ class TrainedModel:
             self.trainable_params, TrainSettings(), stacked_row_counts(self.model)
         )
         self.graph_runner = CudaGraphRunner(
-            self.model.train(), SftObjective(), list(self.trainable_params.values())
+            self.model.train(), SftObjective(Settings()), list(self.trainable_params.values())
         )
 
     def reset_graphs(self) -> None:
         """Discard the CUDA graphs of earlier measurements."""
         self.graph_runner.release_graphs()
         self.graph_runner = CudaGraphRunner(
-            self.model, SftObjective(), list(self.trainable_params.values())
+            self.model, SftObjective(Settings()), list(self.trainable_params.values())
         )
 
     @torch.no_grad()

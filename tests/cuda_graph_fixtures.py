@@ -17,7 +17,8 @@ from finesight.model.vlm import VisionLanguageModel
 from finesight.model.weights_io import load_model
 from finesight.model_folder import ModelFolder, locate_model
 from finesight.train.cuda_graphs import CudaGraphRunner
-from finesight.train.objectives.cross_entropy import SftObjective
+from finesight.train.objectives.sft import Settings
+from finesight.train.objectives.sft.loss import SftObjective
 
 CPU = torch.device("cpu")
 PARTS = "vision", "merger", "language"
@@ -68,11 +69,15 @@ def make_model(
 
 
 def make_loss_inputs(batch: PackedBatch, weight: float = 1.0) -> dict[str, Tensor]:
-    return SftObjective().loss_inputs(batch, torch.tensor(weight, device=batch.ids_T.device))
+    return SftObjective(Settings()).loss_inputs(
+        batch, torch.tensor(weight, device=batch.ids_T.device)
+    )
 
 
 def make_runner(model: VisionLanguageModel) -> CudaGraphRunner:
-    return CudaGraphRunner(model, SftObjective(), list(trainable_parameters(model).values()))
+    return CudaGraphRunner(
+        model, SftObjective(Settings()), list(trainable_parameters(model).values())
+    )
 
 
 def encode_images(model: VisionLanguageModel, batch: PackedBatch) -> Tensor | None:

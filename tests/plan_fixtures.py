@@ -27,7 +27,9 @@ from finesight.plan.settings_search import PlannedModel, build_planned_model
 from finesight.plan.step_time import TargetDevice
 from finesight.progress import ProgressConsole
 from finesight.recipe import load_recipe
-from finesight.train.objectives.cross_entropy import SftObjective, fused_linear_cross_entropy
+from finesight.train.objectives.objective import fused_linear_cross_entropy
+from finesight.train.objectives.sft import Settings
+from finesight.train.objectives.sft.loss import SftObjective
 
 GPU = ComputeTarget(is_cuda=True, dtype=torch.bfloat16, capability=(9, 0))
 Tune = dict[str, Any]
@@ -77,7 +79,7 @@ def plan_tiny_model(
 def make_tracer(folder: ModelFolder, compute: ComputeTarget, tune: Tune) -> StepTracer:
     model = build_meta_model(folder, compute.dtype, (), ()).train()
     configure_tuning(model, config.TuneSettings.model_validate(tune), 0)
-    return StepTracer(model, SftObjective(), compute)
+    return StepTracer(model, SftObjective(Settings()), compute)
 
 
 def compute_loss(model: VisionLanguageModel, batch: PackedBatch) -> Tensor:

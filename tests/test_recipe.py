@@ -22,8 +22,8 @@ from finesight.cli.app import run_command
 from finesight.config import ExactSize, LongestSide, Recipe, SettingsSection
 from finesight.data.sample import BoxPart, read_samples
 from finesight.errors import UserError
+from finesight.objective_components import OBJECTIVES
 from finesight.recipe_template import choose_duration, override_settings
-from finesight.train.run_dir import OBJECTIVE_SECTIONS
 
 CASES = load_cases("recipe")
 REPLACEMENTS = load_cases("setting_replacements")
@@ -371,7 +371,7 @@ def test_settings_are_listed_and_documented():
     assert sorted(recipes.list_setting_names()) == sorted(SETTINGS) == sorted(ROWS)
     # The sections of objectives, rewards and trackers do not count; the operations of data.augment
     # are one setting.
-    sections = (f"train.{name}." for name in OBJECTIVE_SECTIONS)
+    sections = (f"train.{name}." for name in OBJECTIVES)
     components = ("train.objective", "rewards.", "track.", *sections)
     counted = [name for name in SETTINGS if not name.startswith(components)]
     assert len({name.partition("augment.")[0] for name in counted}) <= 57

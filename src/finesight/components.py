@@ -1,26 +1,38 @@
 """Components: objectives and other parts that own their settings, texts, rules and needs.
 
-A component is a module in the folder of its kind, with the constant `COMPONENT`. This is its light
-half, which imports pydantic but no torch: recipes, help and estimates read it. Its heavy half does
-the work, and is imported by its dotted path. Other packages add components by entry points.
+A component is a module or package in the folder of its kind, with the constant `COMPONENT`. This is
+its light half, which imports pydantic but no torch: recipes, help and estimates read it. Its heavy
+half does the work, and is imported by its dotted path. Other packages add components by entry
+points.
 """
 
 from __future__ import annotations
 
 import pkgutil
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any, Generic, TypeVar, cast
 
+from finesight.errors import UserError
 from finesight.plugins import PluginKind, Registry
 from finesight.setting_types import SettingsSection
 
 SettingsT = TypeVar("SettingsT", bound=SettingsSection)
-NeedsT = TypeVar("NeedsT")
 T = TypeVar("T")
+
+_NAME_PATTERN = re.compile("[a-z][a-z0-9_-]*")
+"""Names of components, which are keys of recipes and parts of overrides."""
+
+
+class NoSettings(SettingsSection):
+    """Settings of a component without any."""
+
+
+_NO_SETTINGS: Any = NoSettings  # a default has no type parameter
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,16 +52,16 @@ def find_no_problem(settings: SettingsSection, recipe: Any) -> Iterator[SettingP
 
 
 @dataclass(frozen=True, kw_only=True)
-class Component(Generic[SettingsT, NeedsT]):
+class Component(Generic[SettingsT]):
     """Light half of a component. Functions receive its settings and the complete `Recipe`.
 
     Attributes:
         kind: Folder of the component, and group `finesight.KIND` of the entry points of plug-ins.
         name: Name in recipes: that of the module, or of the entry point of a plug-in.
         title: Name for users.
-        settings: Class of its section of a recipe; one without fields for no section.
-        implementation: Heavy half, as `package.module:Class`.
-        needs: What the component needs from other modules.
+        settings: Class of its section of a recipe; one without fields for no section. All settings
+            have a default.
+        implementation: Heavy half, as `package.module:Class`; empty for none.
         check: Rules over the settings of a recipe that uses the component.
         position: Place among the components of its kind in lists and files. Components with the
             same position are sorted by name.
@@ -58,9 +70,8 @@ class Component(Generic[SettingsT, NeedsT]):
     kind: PluginKind
     name: str
     title: str
-    settings: type[SettingsT]
-    implementation: str
-    needs: Callable[[SettingsT, Any], NeedsT]
+    settings: type[SettingsT] = _NO_SETTINGS
+    implementation: str = ""
     check: Callable[[SettingsT, Any], Iterator[SettingProblem]] = field(default=find_no_problem)
     position: int = 1000
 
@@ -69,19 +80,34 @@ class Component(Generic[SettingsT, NeedsT]):
         """Return whether a recipe has a section of the component."""
         return bool(self.settings.model_fields)
 
+    def find_problem(self) -> str | None:
+        """Return why other modules cannot use the component; None if they can."""
+        if not isinstance(self.settings, type) or not issubclass(self.settings, SettingsSection):
+            return f"settings is {self.settings!r:.80}, no subclass of SettingsSection"
+        try:
+            self.settings()
+        except ValueError as error:  # pydantic's, too
+            reason = " ".join(str(error).split())
+            return f"its settings need defaults: {reason:.300}"
+        return None
 
-ComponentT = TypeVar("ComponentT", bound=Component[Any, Any])
+
+ComponentT = TypeVar("ComponentT", bound=Component[Any])
 
 
 class _BuiltInComponents(Mapping[str, ComponentT]):
     """Built-in components of a kind by name, read from the modules of a package.
 
     Args:
-        package: Package of the kind. Its modules are not components, its subpackages are.
+        kind: Kind of the components.
+        package: Package of the kind, whose modules and subpackages are the components.
+        helpers: Names of modules that are no components.
     """
 
-    def __init__(self, package: str) -> None:
+    def __init__(self, kind: PluginKind, package: str, helpers: Collection[str]) -> None:
+        self._kind = kind
         self._package = package
+        self._helpers = helpers
 
     @cached_property
     def _components(self) -> dict[str, ComponentT]:
@@ -89,10 +115,12 @@ class _BuiltInComponents(Mapping[str, ComponentT]):
         assert spec is not None, f"no package {self._package}"
         found: list[ComponentT] = []
         for module in pkgutil.iter_modules(spec.submodule_search_locations):
-            if module.ispkg:
-                component = import_module(f"{self._package}.{module.name}").COMPONENT
-                assert component.name == module.name, f"{component.name} in {module.name}"
-                found.append(component)
+            if module.name in self._helpers:
+                continue
+            component = import_module(f"{self._package}.{module.name}").COMPONENT
+            assert component.name == module.name, f"{component.name} in {module.name}"
+            assert component.kind == self._kind, f"{module.name} is of {component.kind}"
+            found.append(component)
         found.sort(key=lambda component: (component.position, component.name))
         return {component.name: component for component in found}
 
@@ -109,17 +137,104 @@ class _BuiltInComponents(Mapping[str, ComponentT]):
 class ComponentRegistry(Registry[ComponentT]):
     """Components of a kind by name: the built-in ones, then those of plug-ins.
 
+    A look-up of a built-in name scans no packages. `find_plugin` reports those that define it, too.
+
     Args:
         interface: Class of the light halves.
-        package: Package whose subpackages are the built-in components.
+        package: Package whose modules and subpackages are the built-in components.
+        helpers: Names of modules of the package that are no components.
     """
 
-    def __init__(self, kind: PluginKind, interface: type[ComponentT], package: str) -> None:
-        super().__init__(kind, interface, _BuiltInComponents(package))
+    def __init__(
+        self,
+        kind: PluginKind,
+        interface: type[ComponentT],
+        package: str,
+        helpers: Collection[str] = (),
+    ) -> None:
+        built_in = _BuiltInComponents[ComponentT](kind, package, helpers)
+        super().__init__(kind, interface, built_in, has_names=True)
 
-    def built_in(self) -> tuple[ComponentT, ...]:
-        """Return the built-in components in their order."""
+    def __getitem__(self, name: str) -> ComponentT:
+        if name in self._built_in:
+            return self._built_in[name]
+        if name not in self:
+            raise self.build_missing_error(name)
+        return super().__getitem__(name)
+
+    def list_built_in(self) -> tuple[ComponentT, ...]:
+        """List the built-in components in their order."""
         return tuple(self._built_in.values())
+
+    def is_built_in(self, name: str) -> bool:
+        """Return whether a name is that of a built-in component."""
+        return name in self._built_in
+
+    def find_problem(self, name: str, item: Any) -> str | None:
+        """Return why an object is no component of the registry; None if it is one."""
+        problem = super().find_problem(name, item)
+        if problem is not None:
+            return problem
+        if item.kind != self._kind:
+            return f"its kind is {item.kind!r:.60} instead of {self._kind!r}"
+        found: str | None = item.find_problem()
+        return found
+
+    def check_name(self, name: str, reserved: Collection[str], section: str) -> None:
+        """Verify that a name is usable as section of a recipe, and defined only once.
+
+        Args:
+            reserved: Names of other settings in the section.
+            section: Section of the recipe that contains those of the components.
+
+        Raises:
+            UserError: The name of a plug-in is invalid, or several packages define it.
+        """
+        plugin = self.find_plugin(name)
+        if plugin is None:
+            return
+        problem = ""
+        if name in reserved:
+            problem = f"the name {name} is a setting of {section}"
+        elif not is_component_name(name):
+            problem = f"the name {name!r:.80} is invalid"
+        if problem:
+            raise UserError(
+                problem,
+                where=plugin.describe(),
+                expected="an entry point named by lower-case letters, digits, - and _, unlike the"
+                f" settings of {section}",
+                remedy="rename it in the package, or remove the package",
+            )
+
+    def call(
+        self,
+        name: str,
+        function: Callable[..., T],
+        *arguments: Any,
+        passes: tuple[type[Exception], ...] = (),
+    ) -> T:
+        """Call a function of a component.
+
+        Args:
+            passes: Other exceptions that the caller handles.
+
+        Raises:
+            UserError: A function of a plug-in raises another exception than `UserError`.
+        """
+        try:
+            return function(*arguments)
+        except (Exception, SystemExit) as error:
+            if self.is_built_in(name) or isinstance(error, (UserError, *passes)):
+                raise
+            problem = f"{type(error).__name__}: {error}"
+            raise self.build_call_error(name, function, problem) from error
+
+    def build_call_error(self, name: str, function: Callable[..., Any], problem: str) -> UserError:
+        """Build the error for a function of a plug-in that does not work."""
+        module = getattr(function, "__module__", "")
+        target = f"{module}:{getattr(function, '__qualname__', function)}"
+        return self.build_error(name, target, problem, self._interface)
 
     def load_implementation(self, name: str, interface: type[T]) -> type[T]:
         """Import the heavy half of a component, a subclass of `interface`.
@@ -135,9 +250,14 @@ class ComponentRegistry(Registry[ComponentT]):
             if not (isinstance(item, type) and issubclass(item, interface)):
                 problem = f"{item!r:.80} is no subclass of {interface.__name__}"
         except (Exception, SystemExit) as error:
-            if self.find_plugin(name) is None:
+            if self.is_built_in(name):
                 raise
             problem = f"{type(error).__name__}: {error}"
         if problem is not None:
             raise self.build_error(name, target, problem, interface)
         return cast(type[T], item)
+
+
+def is_component_name(name: str) -> bool:
+    """Return whether a name can be a section of a recipe: no dots, which separate settings."""
+    return _NAME_PATTERN.fullmatch(name) is not None

@@ -4,13 +4,38 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self, get_args
+from types import MappingProxyType
+from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import AfterValidator, BeforeValidator, Field, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ModelWrapValidatorHandler,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
+from pydantic.fields import FieldInfo
+from pydantic_core import InitErrorDetails, PydanticCustomError
 
+from finesight.components import is_component_name
+from finesight.errors import UserError
+from finesight.objective_components import (
+    DEFAULT_OBJECTIVE,
+    OBJECTIVES,
+    Needs,
+    ObjectiveComponent,
+    get_needs,
+    list_problems,
+    list_reward_objectives,
+)
 from finesight.plugins import Registry
 from finesight.setting_types import (
     CoercedFloat,
@@ -23,7 +48,6 @@ from finesight.setting_types import (
     SettingsSection,
     SideLength,
     StepsOrFraction,
-    WeightFormat,
     as_tuple,
     is_url,
 )
@@ -269,129 +293,35 @@ def _as_learning_rates(value: object) -> object:
     return value if isinstance(value, dict | LearningRates) else {"default": value}
 
 
-DpoLossType = Literal["sigmoid", "ipo", "hinge", "robust", "apo_zero", "apo_down", "sft"]
+COMPONENT_ERROR = "component_error"
+"""Type of the pydantic errors of plug-ins, whose context has the parts of a `UserError`."""
 
 
-class DpoSettings(SettingsSection):
-    """Section `train.dpo` of a recipe: a weighted sum of losses of pairs, with the names of TRL.
-
-    `label_smoothing` is the share of swapped pairs that the loss `robust` assumes.
-    """
-
-    beta: Annotated[CoercedFloat, Field(gt=0.0)] = 0.1
-    loss_type: Names[DpoLossType] = ("sigmoid",)
-    loss_weights: Annotated[tuple[CoercedFloat, ...], BeforeValidator(as_tuple)] | None = None
-    label_smoothing: Annotated[CoercedFloat, Field(ge=0.0, lt=0.5)] = 0.0
-
-    @model_validator(mode="after")
-    def _check_losses(self) -> Self:
-        if self.loss_weights is not None and len(self.loss_weights) != len(self.loss_type):
-            raise ValueError(
-                f"{len(self.loss_weights)} loss_weights for {len(self.loss_type)} losses of"
-                " loss_type: give one weight per loss"
-            )
-        if self.label_smoothing and "robust" not in self.loss_type:
-            raise ValueError(f"label_smoothing={self.label_smoothing} needs loss_type=robust")
-        return self
+@contextmanager
+def _report_component_errors() -> Iterator[None]:
+    """Convert errors of plug-ins to those of pydantic, which have the line of the setting."""
+    try:
+        yield
+    except UserError as error:
+        raise _build_component_error(error) from error
 
 
-class GrpoSettings(SettingsSection):
-    """Section `train.grpo` of a recipe: policy optimization by rewards, with the names of TRL.
-
-    `loss_type` is GRPO (Shao et al. 2024), DAPO (Yu et al. 2025), Dr. GRPO (Liu et al. 2025), BNPO,
-    CISPO (MiniMax 2025) or SAPO (Gao et al. 2025). GSPO (Zheng et al. 2025) is
-    `importance_sampling_level=sequence` with `loss_type=grpo`.
-
-    Attributes:
-        num_generations: Responses of each sample, the group in which rewards are compared.
-        max_completion_length: Maximum number of tokens of a response.
-        epsilon_high: Upper clipping of the probability ratio; by default 0.28 for DAPO, `epsilon`
-            for others. For CISPO, the largest ratio itself, by default 5.
-        beta: Weight of the KL divergence from the model without adapter.
-        scale_rewards: Whether advantages are divided by the standard deviation of the group, of all
-            groups of a step, or not at all.
-        num_iterations: Updates with the same responses.
-        importance_sampling_mode: Correction of the difference between sampler and trainer.
-        max_refills: Number of times that groups with equal rewards are replaced in a step.
-        batch_size: Largest number of responses that are generated at once.
-    """
-
-    num_generations: Annotated[int, Field(ge=2, le=1024)] = 8
-    max_completion_length: Annotated[int, Field(gt=0, le=1_048_576)] = 512
-    temperature: Annotated[CoercedFloat, Field(gt=0.0, le=100.0)] = 1.0
-    loss_type: Literal["dapo", "grpo", "dr_grpo", "bnpo", "cispo", "sapo"] = "dapo"
-    importance_sampling_level: Literal["token", "sequence"] = "token"
-    epsilon: Annotated[CoercedFloat, Field(gt=0.0, lt=1.0)] = 0.2
-    epsilon_high: Annotated[CoercedFloat, Field(gt=0.0)] | None = None
-    beta: Annotated[CoercedFloat, Field(ge=0.0)] = 0.0
-    use_bias_correction_kl: bool = True
-    scale_rewards: Literal["group", "batch", "none"] = "group"
-    num_iterations: Annotated[int, Field(ge=1, le=16)] = 1
-    mask_truncated_completions: bool = False
-    importance_sampling_mode: Literal[
-        "sequence_mask", "sequence_truncate", "token_mask", "token_truncate", "none"
-    ] = "sequence_mask"
-    importance_sampling_clip_max: Annotated[CoercedFloat, Field(gt=1.0)] = 3.0
-    max_refills: Annotated[int, Field(ge=0, le=16)] = 1
-    batch_size: PositiveInt = 256
-
-    @property
-    def effective_epsilon_high(self) -> float:
-        """Upper clipping of the probability ratio, with the default of the loss."""
-        defaults = {"cispo": 5.0, "dapo": 0.28}
-        return self.epsilon_high or defaults.get(self.loss_type, self.epsilon)
+def _build_component_error(error: UserError) -> PydanticCustomError:
+    parts = {"expected": error.expected, "remedy": str(error.remedy)}
+    what = f"{error.where}: {error.what}" if error.where else error.what
+    return PydanticCustomError(COMPONENT_ERROR, "{what}", {"what": what, **parts})
 
 
-class OrpoSettings(SettingsSection):
-    """Section `train.orpo` of a recipe: weight of the odds ratio loss (Hong et al. 2024)."""
-
-    beta: Annotated[CoercedFloat, Field(gt=0.0)] = 0.1
-
-
-class SimpoSettings(SettingsSection):
-    """Section `train.simpo` of a recipe: scale and target margin of rewards (Meng et al. 2024)."""
-
-    beta: Annotated[CoercedFloat, Field(gt=0.0)] = 2.0
-    simpo_gamma: Annotated[CoercedFloat, Field(ge=0.0)] = 1.0
-
-
-class KtoSettings(SettingsSection):
-    """Section `train.kto` of a recipe: loss of answers with a label, with the names of TRL.
-
-    `desirable_weight` and `undesirable_weight` balance different numbers of both labels.
-    """
-
-    beta: Annotated[CoercedFloat, Field(gt=0.0)] = 0.1
-    loss_type: Literal["kto", "apo_zero_unpaired"] = "kto"
-    desirable_weight: Annotated[CoercedFloat, Field(gt=0.0)] = 1.0
-    undesirable_weight: Annotated[CoercedFloat, Field(gt=0.0)] = 1.0
-
-
-class DistillSettings(SettingsSection):
-    """Section `train.distill` of a recipe: imitation of a larger model (Agarwal et al. 2024, GKD).
-
-    Attributes:
-        teacher: Model with the same tokenizer: a folder, a run or a hub name.
-        weight_format: Format of the teacher's weights.
-        beta: Divergence from 0 (forward KL) to 1 (reverse KL); between, generalized JSD.
-        lmbda: Share of samples with a response of the trained model instead of the answer.
-        temperature: Divisor of the logits in the loss and in sampling.
-        top_k: Number of the teacher's most probable tokens that the loss compares; None for all.
-        batch_size: Largest number of responses that are generated at once, as for GRPO.
-    """
-
-    num_generations: ClassVar[int] = 1
-    teacher: str | None = None
-    weight_format: WeightFormat = "auto"
-    beta: Annotated[CoercedFloat, Field(ge=0.0, le=1.0)] = 0.5
-    lmbda: Annotated[CoercedFloat, Field(ge=0.0, le=1.0)] = 0.5
-    temperature: Annotated[CoercedFloat, Field(gt=0.0, le=100.0)] = 1.0
-    top_k: PositiveInt | None = None
-    max_completion_length: Annotated[int, Field(gt=0, le=1_048_576)] = 512
-    batch_size: PositiveInt = 256
-
-
-ObjectiveName = Literal["sft", "dpo", "orpo", "simpo", "kto", "grpo", "distill"]
+def _parse_objective(value: object) -> str:
+    """Return the name of an objective, which may be that of a plug-in."""
+    if isinstance(value, str) and value in OBJECTIVES:
+        with _report_component_errors():
+            OBJECTIVES.check_name(value, TrainSettings.model_fields, "train")
+            OBJECTIVES[value]  # a plug-in that cannot be imported
+        return value
+    *names, last = map(repr, OBJECTIVES)
+    expected = f"{', '.join(names)} or {last}"
+    raise PydanticCustomError("literal_error", "Input should be {expected}", {"expected": expected})
 
 
 class TrainSettings(SettingsSection):
@@ -413,13 +343,10 @@ class TrainSettings(SettingsSection):
             (ZeRO-2), or also weights (FSDP2), optionally with CPU offloading.
     """
 
-    objective: ObjectiveName | None = None
-    dpo: DpoSettings = DpoSettings()
-    orpo: OrpoSettings = OrpoSettings()
-    simpo: SimpoSettings = SimpoSettings()
-    kto: KtoSettings = KtoSettings()
-    grpo: GrpoSettings = GrpoSettings()
-    distill: DistillSettings = DistillSettings()
+    # Sections of objectives are extra settings, which `_validate_sections` checks.
+    model_config = ConfigDict(extra="allow")
+
+    objective: Annotated[str, BeforeValidator(_parse_objective)] | None = None
     epochs: Annotated[CoercedFloat, Field(gt=0.0, le=1e6)] | None = None
     steps: PositiveInt | None = None
     batch_size: PositiveInt = 16
@@ -441,21 +368,164 @@ class TrainSettings(SettingsSection):
     save_every: StepsOrFraction | None = None
     keep_checkpoints: PositiveInt = 2
 
+    # The first validator, so that the others see a train section with valid objective sections.
+    @model_validator(mode="wrap")
+    @classmethod
+    def _validate_sections(cls, value: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        """Validate the section of each objective by its component, the others by pydantic."""
+        if not isinstance(value, dict):
+            return handler(value)
+        fixed: dict[Any, Any] = {}
+        sections: dict[str, SettingsSection] = {}
+        errors: list[InitErrorDetails] = []
+        for key, content in value.items():
+            if key in cls.model_fields or not isinstance(key, str):
+                fixed[key] = content
+                continue
+            try:
+                component = _find_objective(key)
+                if component is None:
+                    errors.append({"type": "extra_forbidden", "loc": (key,), "input": content})
+                else:
+                    sections[key] = _validate_section(component, content)
+            except ValidationError as error:
+                errors += _list_errors(error, key)
+            except UserError as error:
+                kind = _build_component_error(error)
+                errors.append({"type": kind, "loc": (key,), "input": content})
+        try:
+            train = handler(fixed)
+        except ValidationError as error:
+            errors += _list_errors(error)
+        if errors:
+            keys = [*cls.list_fields(), *value]
+            # Errors of the section itself have no location.
+            errors.sort(key=lambda error: _find_key(error["loc"][:1], keys))
+            raise ValidationError.from_exception_data(cls.__name__, errors)
+        with _report_component_errors():
+            train._set_sections(sections)
+        return train
+
+    def _set_sections(self, given: Mapping[str, SettingsSection]) -> None:
+        """Store the sections of the built-in objectives, and those given or chosen of plug-ins."""
+        sections = self.__pydantic_extra__
+        assert sections is not None, "no sections"
+        chosen = (*given, self.component.name)
+        sections.clear()
+        names = [component.name for component in OBJECTIVES.list_built_in()]
+        names += sorted({*chosen} - {*names})
+        for name in names:
+            component = OBJECTIVES[name]
+            if component.has_section:
+                sections[name] = given.get(name) or component.settings()
+
+    @model_serializer(mode="wrap")
+    def _serialize(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Return the settings as dictionary, with the sections behind `objective`."""
+        content = handler(self)
+        names = ("objective", *self.sections, *content)
+        return {name: content[name] for name in names if name in content}
+
+    @classmethod
+    def list_fields(cls) -> dict[str, FieldInfo]:
+        """Return the fields by name, with the sections of built-in objectives."""
+        fields: dict[str, FieldInfo] = {}
+        for name, field in cls.model_fields.items():
+            fields[name] = field
+            if name == "objective":
+                for component in OBJECTIVES.list_built_in():
+                    if component.has_section:
+                        fields[component.name] = _build_field(component)
+        return fields
+
+    @classmethod
+    def find_field(cls, name: str) -> FieldInfo | None:
+        """Return the field of a setting or of the section of an objective, also of a plug-in."""
+        field = cls.model_fields.get(name)
+        if field is not None:
+            return field
+        try:
+            component = _find_objective(name)
+        except UserError:  # The validation of the recipe reports it.
+            return None
+        return None if component is None else _build_field(component)
+
     @model_validator(mode="after")
-    def _check_single_duration(self) -> TrainSettings:
+    def _check_duration(self) -> TrainSettings:
         if self.epochs is not None and self.steps is not None:
             raise ValueError(
                 f"epochs={self.epochs} and steps={self.steps} are both set: set one of them to null"
             )
-        if self.objective == "distill" and self.distill.teacher is None:
-            raise ValueError(f"objective={self.objective} needs a model: set train.distill.teacher")
+        with _report_component_errors():
+            component = self.component
+            settings = component.settings_of(self)
+            problems = list_problems(component, component.check_settings, settings)
+        for problem in problems:
+            raise ValueError(str(problem))
         return self
 
+    def list_models(self) -> list[str]:
+        """List the models and paths that the sections of objectives name."""
+        models = []
+        for name, settings in self.sections.items():
+            models += OBJECTIVES[name].list_models(settings)
+        return models
+
     @property
-    def sampling(self) -> GrpoSettings | DistillSettings | None:
-        """Settings of the responses that a step samples; None if it samples none."""
-        distill = self.distill if self.objective == "distill" and self.distill.lmbda else None
-        return self.grpo if self.objective == "grpo" else distill
+    def component(self) -> ObjectiveComponent[Any]:
+        """Component of the objective."""
+        return OBJECTIVES[self.objective or DEFAULT_OBJECTIVE]
+
+    @property
+    def sections(self) -> Mapping[str, SettingsSection]:
+        """Sections of objectives by name."""
+        return MappingProxyType(self.__pydantic_extra__ or {})
+
+
+def _find_objective(name: object) -> ObjectiveComponent[Any] | None:
+    """Return the objective of a section; None for other names.
+
+    Raises:
+        UserError: A plug-in of this name cannot be imported, or several packages define it.
+    """
+    if not isinstance(name, str) or not is_component_name(name) or name not in OBJECTIVES:
+        return None
+    component = OBJECTIVES[name]
+    if not component.has_section:
+        return None
+    return component
+
+
+def _validate_section(component: ObjectiveComponent[Any], content: object) -> SettingsSection:
+    """Return the validated section of an objective.
+
+    Raises:
+        ValidationError: Settings are invalid.
+        UserError: A validator of a plug-in does not work.
+    """
+    name, validate = component.name, component.settings.model_validate
+    section: SettingsSection = OBJECTIVES.call(name, validate, content, passes=(ValidationError,))
+    return section
+
+
+def _build_field(component: ObjectiveComponent[Any]) -> FieldInfo:
+    return FieldInfo.from_annotated_attribute(component.settings, component.settings())
+
+
+def _find_key(location: tuple[str | int, ...], keys: Sequence[object]) -> int:
+    """Return the index of a key, which is text or a number in the location of its error."""
+    for index, key in enumerate(keys):
+        if location in ((key,), (str(key),)):
+            return index
+    return len(keys)
+
+
+def _list_errors(error: ValidationError, *section: str) -> Iterator[InitErrorDetails]:
+    """Yield the errors of a validation again, at locations in a section."""
+    for one in error.errors(include_url=False):
+        # The message is formatted, and its type may be an own one.
+        kind = PydanticCustomError(one["type"], one["msg"], one.get("ctx"))
+        yield {"type": kind, "loc": (*section, *one["loc"]), "input": one["input"]}
 
 
 TextTask = Literal["captions", "latex", "ocr", "qa", "classification", "json", "tool_calls"]
@@ -679,7 +749,7 @@ class Recipe(SettingsSection):
     def _check_augmentation(self) -> Self:
         if self.data.augment is None:
             return self
-        if self.train.objective not in (None, "sft"):
+        if not self._parse_needs().supports_augmentation:
             problem = f"data.augment does not support train.objective={self.train.objective}"
             raise ValueError(f"{problem}: set it to null, or train.objective to sft")
         if (mode := self.train.vision_cache) in ("memory", "disk"):
@@ -689,17 +759,28 @@ class Recipe(SettingsSection):
         return self
 
     @model_validator(mode="after")
-    def _check_rewards(self) -> Self:
-        if self.rewards and self.train.objective != "grpo":
-            raise ValueError("rewards require train.objective=grpo: add it, or remove rewards")
-        if self.train.objective == "grpo" and not self.rewards:
-            raise ValueError("train.objective=grpo requires rewards: add rewards=[exact] or others")
-        if self.train.objective == "grpo" and self.train.grpo.beta:
-            problem = "train.grpo.beta refers to the model without adapter"
-            if self.tune.has_mode("full"):
-                remedy = "set it to 0, or set all parts of tune to lora or frozen"
-                raise ValueError(f"{problem}, which full tuning changes: {remedy}")
-            if self.adapter is not None:
-                remedy = "set it to 0, or merge the adapter and start from the merged model"
-                raise ValueError(f"{problem}, but adapter is set: {remedy}")
+    def _check_needs(self) -> Self:
+        needs_rewards = self._parse_needs().rewards
+        if self.rewards and not needs_rewards:
+            choices = " or ".join(f"train.objective={name}" for name in list_reward_objectives())
+            raise ValueError(f"rewards require {choices}: add it, or remove rewards")
+        if needs_rewards and not self.rewards:
+            problem = f"train.objective={self.train.objective} requires rewards"
+            raise ValueError(f"{problem}: add rewards=[exact] or others")
+        with _report_component_errors():
+            component = self.train.component
+            settings = component.settings_of(self.train)
+            contradictions = list_problems(component, component.check, settings, self)
+        for contradiction in contradictions:
+            raise ValueError(str(contradiction))
         return self
+
+    def _parse_needs(self) -> Needs:
+        """Return the needs while the recipe is validated."""
+        with _report_component_errors():
+            return self.needs
+
+    @property
+    def needs(self) -> Needs:
+        """Needs of the objective."""
+        return get_needs(self)

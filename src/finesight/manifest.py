@@ -172,11 +172,18 @@ def load_manifest(path: Path) -> Manifest:
     return manifest
 
 
-def require_run_plugins(run_dir: Path) -> None:
-    """Raise UserError if a plug-in of a run is missing. An invalid manifest is not reported."""
+def require_run_plugins(run_dir: Path, objective: str = "") -> None:
+    """Raise UserError if a plug-in of a run is missing. An invalid manifest is not reported.
+
+    Args:
+        objective: Objective of the run: others, of which its recipe has a section, may be missing.
+            Without it, they are required, too.
+    """
     plugins: Sequence[PluginRecord] = ()
     with suppress(UserError):
         plugins = _read_manifest(run_dir / MANIFEST_FILE).plugins
+    if objective:
+        plugins = [one for one in plugins if one.kind != "objectives" or one.name == objective]
     require_plugins(plugins, str(run_dir))
 
 

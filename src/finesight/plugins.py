@@ -22,9 +22,6 @@ PluginKind = Literal[
 ]
 """Kind of a plug-in. Its entry points are in the group `finesight.KIND`."""
 
-_NAMED_KINDS: tuple[PluginKind, ...] = ("formats", "objectives")
-"""Kinds of objects that have a name, which is that of their entry point."""
-
 
 @dataclass(frozen=True, slots=True)
 class PluginRecord:
@@ -48,8 +45,33 @@ def require_plugins(plugins: Iterable[PluginRecord], where: str) -> None:
                 f"the plug-in {one.name} (finesight.{one.kind}) is not installed",
                 where=where,
                 expected=f"the package {one.package} {one.version}, with which the run was trained",
-                remedy=f"pip install {quote(f'{one.package}=={one.version}')}",
+                remedy=_suggest_install(one),
             )
+
+
+def _suggest_install(plugin: PluginRecord) -> str:
+    """Return the command that installs the package of a plug-in.
+
+    The manifest may be a foreign one, and pip reads other texts as options, files or URLs.
+    """
+    from packaging.utils import InvalidName, canonicalize_name
+    from packaging.version import InvalidVersion, Version
+
+    try:
+        name = canonicalize_name(plugin.package, validate=True)
+        return f"pip install {quote(f'{name}=={Version(plugin.version)}')}"
+    except (InvalidName, InvalidVersion):
+        return "install the plug-in: the manifest names no valid package and version"
+
+
+def _suggest_uninstall(package: str) -> str:
+    """Return the command that removes a package, whose metadata may have any name."""
+    from packaging.utils import InvalidName, canonicalize_name
+
+    try:
+        return f"pip uninstall {canonicalize_name(package, validate=True)}"
+    except InvalidName:
+        return "remove its folder: the name of the package is invalid"
 
 
 @cache
@@ -67,12 +89,21 @@ class Registry(Generic[T]):
 
     Args:
         interface: Class of the objects, or base class if the objects are classes.
+        has_names: Whether the objects have a name, which is that of their entry point.
     """
 
-    def __init__(self, kind: PluginKind, interface: Any, built_in: Mapping[Any, T]) -> None:
+    def __init__(
+        self,
+        kind: PluginKind,
+        interface: Any,
+        built_in: Mapping[Any, T],
+        *,
+        has_names: bool = False,
+    ) -> None:
         self._kind = kind
         self._interface = interface
         self._built_in = built_in
+        self._has_names = has_names
 
     def __iter__(self) -> Iterator[str]:
         yield from self._built_in
@@ -101,7 +132,7 @@ class Registry(Generic[T]):
                 f"several packages define it: {', '.join(owners)}",
                 where=f"plug-in {name} (finesight.{self._kind})",
                 expected="one package that defines the name",
-                remedy=f"pip uninstall {quote(packages[-1][0])}",
+                remedy=_suggest_uninstall(packages[-1][0]),
             )
         return PluginRecord(self._kind, name, *packages[0]) if packages else None
 
@@ -119,17 +150,22 @@ class Registry(Generic[T]):
         problem = None
         try:
             item = entry.load()
-            fits = issubclass if isinstance(item, type) else isinstance
-            if not fits(item, self._interface) or isabstract(item):
-                problem = f"{item!r:.80} does not implement {self._interface.__name__}"
-            elif self._kind in _NAMED_KINDS and item.name != name:
-                kind = self._kind.removesuffix("s")
-                problem = f"the {kind} is named {item.name!r:.60}, its entry point {name!r}"
+            problem = self.find_problem(name, item)
         except (Exception, SystemExit) as error:
             problem = f"{type(error).__name__}: {error}"
         if problem is not None:
             raise self.build_error(name, entry.value, problem, self._interface)
         return cast(T, item)
+
+    def find_problem(self, name: str, item: Any) -> str | None:
+        """Return why an object does not fit the registry; None if it does."""
+        fits = issubclass if isinstance(item, type) else isinstance
+        if not fits(item, self._interface) or isabstract(item):
+            return f"{item!r:.80} does not implement {self._interface.__name__}"
+        if self._has_names and item.name != name:
+            kind = self._kind.removesuffix("s")
+            return f"the {kind} is named {item.name!r:.60}, its entry point {name!r}"
+        return None
 
     def build_error(self, name: str, target: str, problem: str, interface: Any) -> UserError:
         """Build the error for an object of a plug-in that is not usable.
@@ -139,11 +175,21 @@ class Registry(Generic[T]):
             interface: Class that the object should implement.
         """
         plugin = self.find_plugin(name)
-        assert plugin is not None, f"{name} is no plug-in"
+        if plugin is None:  # its folder is no longer on the path of Python
+            return self.build_missing_error(name)
         return UserError(
             problem,
             where=f"plug-in {name} of {plugin.package} {plugin.version}"
             f" (finesight.{self._kind}: {target})",
             expected=f"an importable object that implements {interface.__name__}",
-            remedy=f"update the package, or remove it: pip uninstall {quote(plugin.package)}",
+            remedy=f"update the package, or remove it: {_suggest_uninstall(plugin.package)}",
+        )
+
+    def build_missing_error(self, name: str) -> UserError:
+        """Build the error for a plug-in that is no longer installed."""
+        return UserError(
+            f"the plug-in {name} (finesight.{self._kind}) is not installed",
+            where=f"plug-in {name}",
+            expected="the package that defines it on the path of Python",
+            remedy="install the package again",
         )

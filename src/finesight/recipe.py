@@ -27,9 +27,10 @@ from finesight.bounded_files import (
     load_yaml,
     translate_os_errors,
 )
-from finesight.config import REWARD_OPTIONS, Recipe
+from finesight.config import COMPONENT_ERROR, REWARD_OPTIONS, Recipe, TrainSettings
 from finesight.errors import Remedy, Step, UserError, shorten, suggest_name
-from finesight.manifest import RECIPE_FILE, require_run_plugins
+from finesight.manifest import MANIFEST_FILE, RECIPE_FILE, require_run_plugins
+from finesight.objective_components import DEFAULT_OBJECTIVE, OBJECTIVES
 from finesight.path_patterns import SearchBudget, has_match
 from finesight.setting_types import SettingsSection
 
@@ -242,6 +243,8 @@ def recipe_from_text(text: str, path: Path, overrides: Overrides = ()) -> Recipe
         )
     _resolve_paths(content, path.parent)
     try:
+        if path.name == RECIPE_FILE and (path.parent / MANIFEST_FILE).is_file():
+            _remove_unused_sections(content)
         return _validate_recipe(content, str(path), lines, overrides)
     except UserError:
         # The names of missing plug-ins are invalid. The manifest of the run has their packages.
@@ -314,6 +317,39 @@ def _validate_recipe(
         raise _build_settings_error(wrong, where, lines, overridden) from error
 
 
+def recipe_from_run(content: Mapping[str, Any]) -> Recipe:
+    """Build a recipe from the settings of a run folder, whose paths are those of the run.
+
+    Raises:
+        ValidationError: Settings are invalid.
+        UserError: The plug-in of the objective does not work.
+    """
+    settings = deepcopy(dict(content))
+    _remove_former_settings(settings)
+    _remove_unused_sections(settings)
+    return Recipe.model_validate(settings)
+
+
+def _remove_unused_sections(content: dict[str, Any]) -> None:
+    """Remove the sections of objectives that a run did not use and that are not installed.
+
+    The recipe of a run has a section of each objective that was installed. Sections stay if that of
+    its own objective is missing: one of them may be misspelled.
+    """
+    train = content.get("train")
+    if not isinstance(train, dict):
+        return
+    chosen = train.get("objective") or DEFAULT_OBJECTIVE
+    if not isinstance(chosen, str) or chosen not in OBJECTIVES:
+        return
+    if chosen not in train and OBJECTIVES[chosen].has_section:
+        return
+    for name, value in list(train.items()):
+        is_known = name in TrainSettings.model_fields or name in OBJECTIVES
+        if isinstance(value, dict) and not is_known:
+            del train[name]
+
+
 def _remove_former_settings(content: dict[str, Any]) -> None:
     """Remove two settings of earlier versions: a second seed, and one without effect."""
     evaluation = content.get("eval")
@@ -363,7 +399,7 @@ def dump_recipe(recipe: Recipe) -> str:
 def list_setting_names(section: type[SettingsSection] = Recipe) -> list[str]:
     """List the dotted names of all settings in a section, such as `data.train.path`."""
     names = []
-    for name, field in section.model_fields.items():
+    for name, field in section.list_fields().items():
         leaf_names: list[str] = []
         for group in _iter_sections(field.annotation):
             leaf_names += [f"{name}.{leaf}" for leaf in list_setting_names(group)]
@@ -470,8 +506,9 @@ def _parse_key(name: str) -> SettingKey:
 def _find_field(sections: Sequence[type[SettingsSection]], name: str) -> FieldInfo | None:
     """Return the field of a setting in the first section that has it, if any."""
     for section in sections:
-        if name in section.model_fields:
-            return section.model_fields[name]
+        field = section.find_field(name)
+        if field is not None:
+            return field
     return None
 
 
@@ -482,10 +519,11 @@ def _list_excluded(
     compatible: set[str] = set()
     others: set[str] = set()
     for section in sections:
-        if name in section.model_fields:
-            compatible.update(section.model_fields)
+        fields = section.list_fields()
+        if name in fields:
+            compatible.update(fields)
         else:
-            others.update(section.model_fields)
+            others.update(fields)
     excluded = set(_EXCLUDED_SETTINGS.get(format_key((*group, name)), ()))
     if compatible:  # an unknown setting excludes no others
         excluded |= others - compatible
@@ -614,6 +652,9 @@ def _locate_error(
 def _explain_error(key: SettingKey, errors: Sequence[ErrorDetails]) -> tuple[str, str, str]:
     """Return the problem of a setting, the expected value and the remedy."""
     first = errors[0]
+    if first["type"] == COMPONENT_ERROR:
+        parts = first["ctx"]
+        return first["msg"], parts["expected"], parts["remedy"]
     value = _truncate_repr(first["input"])
     if first["type"] == "extra_forbidden":
         siblings = _list_group_names(key[:-1])
@@ -623,7 +664,8 @@ def _explain_error(key: SettingKey, errors: Sequence[ErrorDetails]) -> tuple[str
         remedy = _suggest_remedy(key, first["input"])
         return f"unknown setting, given {value}", f"one of {', '.join(siblings)}", remedy
     if first["type"] == "missing" and first["loc"][-1] == key[-1]:
-        expected = f"for example {_find_example(key, first['input'])}"
+        example = _find_example(key, first["input"])
+        expected = f"for example {example}" if example else "a value"
         location = "at the top level"
         if key[:-1]:
             location = f"under {format_key(key[:-1])}"
@@ -641,9 +683,12 @@ def _explain_error(key: SettingKey, errors: Sequence[ErrorDetails]) -> tuple[str
 
 
 def _find_example(key: SettingKey, section: object) -> str:
-    """Return an example of a missing setting that fits the others of its section."""
+    """Return an example of a missing setting that fits the others of its section.
+
+    That of a plug-in has none.
+    """
     name = _format_setting_name(key)
-    example = _EXAMPLES[name]
+    example = _EXAMPLES.get(name, "")
     if name == "rewards.name" and isinstance(section, Mapping):
         for reward, options in REWARD_OPTIONS.items():
             if not section.keys().isdisjoint(options):
@@ -675,7 +720,23 @@ def _list_group_names(group: SettingKey) -> list[str]:
         if setting.startswith(prefix):
             name, _, _ = setting.removeprefix(prefix).partition(".")
             names.append(name)
+    if not names:
+        names = _list_plugin_names(group)
     return list(dict.fromkeys(names))
+
+
+def _list_plugin_names(group: SettingKey) -> list[str]:
+    """List the settings of a section that a plug-in defines; empty for other sections."""
+    sections: list[type[SettingsSection]] = [Recipe]
+    for segment in group:
+        field = _find_field(sections, str(segment))
+        if field is None:
+            return []
+        sections = list(_iter_sections(field.annotation))
+    names: list[str] = []
+    for section in sections:
+        names += section.list_fields()
+    return names
 
 
 def _suggest_remedy(key: SettingKey, value: object) -> str:

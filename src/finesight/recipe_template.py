@@ -21,6 +21,7 @@ from finesight.data.sample import TOOL_CALL_START, BoxPart, ContentPart, Sample,
 from finesight.errors import Step
 from finesight.manifest import MANIFEST_FILE, find_run_dir, load_manifest
 from finesight.model_folder import TINY_MODEL
+from finesight.objective_components import OBJECTIVES, FirstRecipe
 
 T = TypeVar("T")
 
@@ -98,20 +99,6 @@ MAX_SHORT_STEPS = 200
 """Maximum steps of a run that trains on a CPU."""
 
 
-OBJECTIVES = {
-    "dpo": "objective: dpo  # on pairs of answers; sft: on the chosen ones",
-    "kto": "objective: kto  # on answers with a label",
-    "grpo": "objective: grpo  # on sampled responses; fine-tune on answers first",
-    "sft": "objective: sft  # on the chosen answers: some samples have no rejected one",
-}
-"""Settings of objectives that the data or the user selects."""
-
-LEARNING_RATES = {
-    **dict.fromkeys(("dpo", "kto"), ("5.0e-6", "5.0e-4")),
-    "grpo": ("1.0e-5", "5.0e-4"),
-}
-"""Usual learning rate of an objective with LoRA, and that of finesight-tiny."""
-
 REWARDS = {"captions": "captions.rouge_l", "grounding": "boxes", "detection": "boxes"}
 """Reward by task, if it is not the metric."""
 
@@ -161,7 +148,7 @@ class DetectedTask:
         metric: Name of the task metric.
         prompt: Suggested question about every image; None if the samples contain questions.
         max_new_tokens: Upper bound of the answer length in tokens.
-        objective: `dpo` if all samples are preference pairs, `sft` if some are, else empty.
+        objective: Objective that rejected answers and labels suggest; empty without these.
         has_images: Whether some samples have an image or a video.
     """
 
@@ -231,12 +218,27 @@ def _detect_objective(samples: Sequence[Sample]) -> str:
         if sample.rejected or sample.label is not None:
             num_rated += 1
     if num_pairs == len(samples):
-        return "dpo"
+        return _get_suggested("pairs")
     if num_rated == len(samples):
-        return "kto"
+        return _get_suggested("rated")
     if num_rated > 0:
-        return "sft"
+        return _get_suggested("partly rated")
     return ""
+
+
+def _get_suggested(data: str) -> str:
+    """Return the objective that data suggest (`FirstRecipe.detected_for`); empty for none."""
+    for component in OBJECTIVES.list_built_in():
+        if component.first_recipe.detected_for == data:
+            return component.name
+    return ""
+
+
+def get_first_recipe(objective: str) -> FirstRecipe:
+    """Return the lines of a new recipe with an objective, which may be empty or unknown."""
+    if objective not in OBJECTIVES:
+        return FirstRecipe()
+    return OBJECTIVES[objective].first_recipe
 
 
 def detect_metric(
@@ -353,7 +355,8 @@ def choose_duration(num_samples: int, batch_size: int, is_short: bool) -> dict[s
 
 def get_learning_rates(task: DetectedTask) -> tuple[str, str]:
     """Return the usual learning rate of a task with LoRA, and that of finesight-tiny."""
-    return LEARNING_RATES.get(task.objective, ("1.0e-4", "2.0e-3"))
+    first_recipe = get_first_recipe(task.objective)
+    return first_recipe.learning_rate, first_recipe.tiny_learning_rate
 
 
 def format_recipe(
@@ -379,11 +382,11 @@ def format_recipe(
             `train.learning_rate` that the user has chosen. Empty ones keep the values of the task.
     """
     train_settings = _format_train(start, task, num_samples, settings or {})
-    if task.objective == "grpo":
+    if get_first_recipe(task.objective).has_rewards:
         reward = REWARDS.get(task.metric, task.metric)
         train_settings += f"rewards: [{reward}]  # at most 1 for a response\n"
     train_lines: list[str] = []
-    eval_lines = []
+    eval_lines: list[str] = []
     for file, comment in files.items():
         line = f"{_quote(file)}  # {comment}"
         if len(train_lines) < num_train_files:
@@ -441,22 +444,25 @@ def _format_train(
         durations = choose_duration(num_samples, batch_size, is_short=start.is_tiny)
 
     lines = []
+    first_recipe = get_first_recipe(task.objective)
     if task.objective:
-        objective = f"objective: {_format_yaml(task.objective)}"
-        lines.append(OBJECTIVES.get(task.objective, objective))
+        line = f"objective: {_format_yaml(task.objective)}"
+        if first_recipe.comment:
+            line += f"  # {first_recipe.comment}"
+        lines.append(line)
     for key, text in durations.items():
         name = key.removeprefix("train.")
         lines.append(f"{name}: {text}")
     lines.append(f"batch_size: {batch_size}")
     lines.append(f"learning_rate: {_format_yaml(learning_rate)}")
-    if task.objective == "grpo":
-        lines.append(f"grpo: {{max_completion_length: {task.max_new_tokens}}}")
+    if first_recipe.has_rewards:
+        lines.append(f"{task.objective}: {{max_completion_length: {task.max_new_tokens}}}")
     return _indent(lines)
 
 
 def _format_eval(task: DetectedTask) -> str:
     """Return the section `eval`, or the reason why there is none."""
-    if task.objective == "kto":
+    if not get_first_recipe(task.objective).has_eval:
         return "# no eval.metric: answers with `label: false` are not references\n"
     settings = f"metric: {task.metric}, limit: {NUM_EVAL_ROWS}"
     return f"eval: {{{settings}, max_new_tokens: {task.max_new_tokens}}}\n"

@@ -9,12 +9,23 @@ from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic.fields import FieldInfo
 
 
 class SettingsSection(BaseModel):
     """Base class of the sections of a recipe: immutable, strict types, no unknown keys."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+    @classmethod
+    def list_fields(cls) -> dict[str, FieldInfo]:
+        """Return the fields by name."""
+        return dict(cls.model_fields)
+
+    @classmethod
+    def find_field(cls, name: str) -> FieldInfo | None:
+        """Return the field of a setting; None for an unknown name."""
+        return cls.model_fields.get(name)
 
 
 def as_tuple(value: object) -> object:

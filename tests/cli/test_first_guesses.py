@@ -6,7 +6,7 @@ import shutil
 import types
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import click
 import pytest
@@ -16,17 +16,25 @@ from tiny_task import TinyTask, edit_samples, write_recipe
 
 from finesight import api
 from finesight.cli.app import app, build_command, run_command
-from finesight.config import ObjectiveName
 from finesight.errors import UserError, describe_choices, describe_indices
+from finesight.objective_components import OBJECTIVES
 from finesight.operations import OPERATIONS, find_operation, first_guesses
 from finesight.operations.first_guesses import find_option
 from finesight.operations.operation import list_parameters
 from finesight.recipe import load_recipe, suggest_override
 
 COMMANDS = [name for group in OPERATIONS.values() for name in group]
-OBJECTIVES = {one: f"train RECIPE train.objective={one}" for one in get_args(ObjectiveName)}
+METHODS = {
+    guess: hint
+    for one in OBJECTIVES.list_built_in()
+    for hint, guesses in (
+        (f"train RECIPE train.objective={one.name}", one.name),
+        (one.command, one.guesses),
+    )
+    for guess in guesses.split()
+}
 GUESSES = {name: hint for hint, names in first_guesses.COMMANDS.items() for name in names.split()}
-GUESSES = OBJECTIVES | GUESSES
+GUESSES = METHODS | GUESSES
 
 VALUES = {
     "RECIPE": "recipe.yaml",

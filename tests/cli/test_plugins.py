@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import pickle
 import shutil
 import subprocess
@@ -11,10 +10,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+import yaml
 from case_files import load_cases
 from docs_code_blocks import list_code_blocks
 from html_text import read_visible_text
 from image_fixtures import write_gray_image, write_jsonl
+from plugin_fixtures import install, write_package
 from tiny_model import create_tiny_model
 
 from finesight.cli.app import run_command
@@ -25,26 +27,10 @@ from finesight.evaluate.rewards import RewardScorer
 from finesight.evaluate.score_function import RewardError, ScoringError
 from finesight.evaluate.task_metrics import TASK_METRICS, compute_metrics
 from finesight.plugins import PluginRecord
+from finesight.recipe import load_recipe
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "plugin"
 PACKAGE = "finesight-plugin-example"
-
-
-def install(folder: Path, patch: pytest.MonkeyPatch) -> None:
-    """Add a folder of packages to the path of this process, and of those that it starts."""
-    patch.syspath_prepend(folder)
-    patch.setenv("PYTHONPATH", os.pathsep.join([str(folder), *sys.path]))
-
-
-def write_package(folder: Path, name: str, entries: dict[str, str], code: str = "") -> None:
-    """Write an installed package with entry points by kind and name."""
-    metadata = folder / f"{name}-1.0.dist-info"
-    metadata.mkdir(parents=True)
-    (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
-    groups = [(*key.split(), target) for key, target in entries.items()]
-    lines = [f"[finesight.{kind}]\n{entry} = {target}\n" for kind, entry, target in groups]
-    (metadata / "entry_points.txt").write_text("".join(lines))
-    (folder / f"{name}.py").write_text(code)
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +85,46 @@ def test_package_adds_format_metric_and_tracker(recipe, site, monkeypatch, cli):
     assert found == [PluginRecord(kind, name, PACKAGE, "1.0") for kind, name in names]
 
 
+WRONG_FOCAL = {
+    "train.focal.gama=3": "expected: one of gamma",
+    "train.focal.gamma=-1": "train.focal.gamma: has the invalid value -1",
+    "train.focal.gamma=0": "remedy: set train.objective=sft, or gamma above 0",
+    "data.augment=light": "data.augment does not support train.objective=focal",
+    "train.objective=foca": "remedy: did you mean train.objective: focal?",
+}
+
+
+def test_package_adds_an_objective(recipe, site, tmp_path, monkeypatch, cli):
+    """Its settings and rules are checked; a run records it, and needs the package."""
+    install(site, monkeypatch)
+    changes = ("track=[]", "eval=null", "train.objective=focal")
+    for change, message in WRONG_FOCAL.items():
+        assert message in cli("plan", recipe, *changes, change, code=2).text
+
+    losses = []
+    other = "train.objective=sft train.focal.gamma=3"
+    for change in ("train.focal.gamma=1", "train.focal.gamma=1e-9", other):
+        run = tmp_path / f"run{len(losses)}"
+        cli("train", recipe, *changes, *change.split(), f"output_dir={run}")
+        rows = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+        losses += [row["loss"] for row in rows if "loss" in row]
+    assert losses[0] < losses[1] == pytest.approx(losses[2], rel=1e-4)
+
+    run = tmp_path / "run0"
+    saved = yaml.safe_load((run / "recipe.yaml").read_text())["train"]
+    assert saved["focal"] == {"gamma": 1.0}
+    (plugin,) = json.loads((run / "manifest.json").read_text())["plugins"]
+    assert PluginRecord(**plugin) == PluginRecord("objectives", "focal", PACKAGE, "1.0")
+    monkeypatch.undo()
+    assert f"pip install {PACKAGE}==1.0" in cli("doctor", run, code=2).text
+
+    # The third run only has the section. It survives the removal; its user recipe does not.
+    cli("report", tmp_path / "run2")
+    assert load_recipe(tmp_path / "run2" / "recipe.yaml").train.objective == "sft"
+    words = ("plan", recipe, *changes[:2], *other.split(), f"output_dir={tmp_path / 'run2'}")
+    assert f"pip install {PACKAGE}==1.0" in cli(*words, code=2).text
+
+
 def test_help_and_suggestions_name_plugins(recipe, site, monkeypatch, cli):
     install(site, monkeypatch)
     source, out = recipe.parent / "log.jsonl", recipe.parent / "other"
@@ -114,6 +140,23 @@ def test_help_and_suggestions_name_plugins(recipe, site, monkeypatch, cli):
         words = [sys.executable, "-c", code, command, "--help"]
         printed = subprocess.run(words, capture_output=True, text=True)
         assert f"Plug-ins:{name}." in "".join(printed.stdout.split())
+
+
+def test_focal_loss_of_certain_tokens_is_finite(site, monkeypatch):
+    """Rounding makes probabilities 1 or above. The script on the page passes, too."""
+    install(site, monkeypatch)
+    from finesight_plugin_focal import Settings
+    from finesight_plugin_focal_loss import FocalObjective
+
+    for gamma in (0.0, 0.5, 1.5, 2.0):
+        hidden = torch.tensor([[100.0, 0.0], [0.0, 100.0]], requires_grad=True)
+        inputs = {"labels_L": torch.tensor([0, 1]), "loss_weight": torch.tensor(1.0)}
+        (loss,) = FocalObjective(Settings(gamma=gamma)).compute_loss(hidden, torch.eye(2), inputs)
+        loss.backward()
+        assert loss.isfinite()
+        assert hidden.grad is not None
+        assert hidden.grad.isfinite().all()
+    exec((EXAMPLE / "try_focal.py").read_text("utf-8"), {})
 
 
 def test_page_contains_the_example():
@@ -170,6 +213,14 @@ def test_broken_plugin_is_a_user_error(problem, recipe, tmp_path, monkeypatch, c
             "train",
             recipe,
             "track=meters",
+            "eval=null",
+            f"output_dir={tmp_path / 'run'}",
+        ),
+        "objectives": (
+            "plan",
+            recipe,
+            "train.objective=meters",
+            "track=[]",
             "eval=null",
             f"output_dir={tmp_path / 'run'}",
         ),

@@ -24,7 +24,7 @@ from finesight.encode.tokenization import EncodedSample, TokenizedSample, Visual
 from finesight.model.vlm import VisionLanguageModel
 from finesight.model.weights_io import load_model
 from finesight.model_folder import ModelFolder
-from finesight.train.objectives.cross_entropy import fused_linear_cross_entropy
+from finesight.train.objectives.objective import fused_linear_cross_entropy
 
 
 def make_sample(

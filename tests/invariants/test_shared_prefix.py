@@ -12,7 +12,7 @@ from hf_reference import max_relative_error
 from tiny_model import TinyFamily, create_tiny_model
 from torch import Tensor
 
-from finesight.config import DpoSettings, KtoSettings, TuneSettings
+from finesight.config import TuneSettings
 from finesight.data.sample import LocatedSample, Message, TextPart
 from finesight.encode.packing import PackedBatch, find_shared_prefix_length, pack, pad_batch
 from finesight.encode.renderer import NativeRenderer
@@ -22,11 +22,11 @@ from finesight.infer.request import GenerationRequest, SamplingParams
 from finesight.model.trainable import trainable_parameters
 from finesight.model.vlm import VisionLanguageModel
 from finesight.model_folder import ModelFolder
-from finesight.train.objectives.cross_entropy import fused_linear_cross_entropy
+from finesight.train.objectives import dpo, kto
+from finesight.train.objectives.dpo.loss import DpoObjective, compute_pair_losses
+from finesight.train.objectives.kto.loss import KtoObjective
+from finesight.train.objectives.objective import fused_linear_cross_entropy
 from finesight.train.objectives.pair_loss import (
-    KtoObjective,
-    PairObjective,
-    compute_pair_losses,
     compute_token_logps,
 )
 from finesight.train.rollout import join_responses
@@ -94,7 +94,7 @@ def test_preference_pair_matches_two_samples(tmp_path, family):
     """Only the last answers count; the images before them are encoded once."""
     folder = ModelFolder(create_tiny_model(tmp_path / "model", family))
     model, renderer = make_model(torch.float32, CPU, ALL, folder), NativeRenderer(folder)
-    images, objective = make_images(tmp_path), PairObjective(DpoSettings(beta=0.3))
+    images, objective = make_images(tmp_path), DpoObjective(dpo.Settings(beta=0.3))
     objective.reference_logps["train"] = {7: (-8.0, -9.0)}
     for number in (1, 3):
         chosen = make_conversation(number, images, videos=True).sample
@@ -138,7 +138,7 @@ def test_answer_with_a_label_matches_single_samples(tmp_path, family):
     """The answer of another sample, with which KTO estimates the divergence, follows the prompt."""
     folder = ModelFolder(create_tiny_model(tmp_path / "model", family))
     model, renderer = make_model(torch.float32, CPU, ALL, folder), NativeRenderer(folder)
-    images, objective = make_images(tmp_path), KtoObjective(KtoSettings(beta=0.3))
+    images, objective = make_images(tmp_path), KtoObjective(kto.Settings(beta=0.3))
     renderer.responses = "all"
     sample = make_conversation(3, images, videos=True).sample
     other_answer = Message(role="assistant", content=(TextPart(text="No, it is not."),))

@@ -19,7 +19,7 @@ from finesight.model import attention
 from finesight.model.vlm import VisionLanguageModel
 from finesight.model.weights_io import load_model
 from finesight.model_folder import ModelFolder
-from finesight.train.objectives.cross_entropy import fused_linear_cross_entropy
+from finesight.train.objectives.objective import fused_linear_cross_entropy
 
 FAMILIES = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen"]
 

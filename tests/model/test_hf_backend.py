@@ -15,7 +15,7 @@ from finesight.errors import UserError
 from finesight.model.hf_backend import HfModel, load_auto_model, load_hf_model
 from finesight.model.trainable import configure_tuning, get_part
 from finesight.model_folder import ModelFolder
-from finesight.train.objectives.cross_entropy import fused_linear_cross_entropy
+from finesight.train.objectives.objective import fused_linear_cross_entropy
 
 CASES = load_cases("model_hf_backend")
 

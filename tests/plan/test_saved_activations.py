@@ -22,7 +22,8 @@ from tiny_task import make_task
 from finesight.encode.packing import PackedBatch
 from finesight.model_folder import ModelFolder, locate_model
 from finesight.plan.dry_run import ComputeTarget, PlannedPack, StepTracer
-from finesight.train.objectives.cross_entropy import SftObjective
+from finesight.train.objectives.sft import Settings
+from finesight.train.objectives.sft.loss import SftObjective
 
 LORA = {"rank": 8, "dropout": 0.05}
 TUNES: dict[str, Tune] = {
@@ -76,7 +77,7 @@ def test_fused_layer_saves_required_activations() -> None:
     model = make_tracer(locate_model("finesight-tiny"), GPU, TUNES["lora"]).model
     config, pack, saved = model.config.decoder, PlannedPack((512, 512), (), 256), []
     for _ in range(2):
-        saved.append(StepTracer(model, SftObjective(), GPU).trace(pack, 0.0).saved)
+        saved.append(StepTracer(model, SftObjective(Settings()), GPU).trace(pack, 0.0).saved)
         del model.model.layers[2]
     hidden_size, kv_size = config.hidden_size, config.num_kv_heads * config.head_dim
     attention = 2 * hidden_size + 4 + 2 * 3 * 8  # input, its norm, three LoRA projections

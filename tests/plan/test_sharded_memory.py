@@ -27,7 +27,8 @@ from finesight.plan.peak_memory import (
 )
 from finesight.plan.settings_search import build_meta_model
 from finesight.plan.sharded_memory import RankLayout
-from finesight.train.objectives.cross_entropy import SftObjective
+from finesight.train.objectives.sft import Settings
+from finesight.train.objectives.sft.loss import SftObjective
 from finesight.train.optimizer import MasterWeightOptimizer
 from finesight.train.parallel.fsdp_units import mark_as_sharded
 
@@ -52,7 +53,9 @@ def plan_rank(
     if layout.is_sharded:
         mark_as_sharded(model)
     persistent = compute_persistent_memory(model, TrainSettings(), compute, None, layout)
-    return persistent, StepTracer(model, SftObjective(), compute, None, persistent.sharded)
+    return persistent, StepTracer(
+        model, SftObjective(Settings()), compute, None, persistent.sharded
+    )
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from finesight.encode.packing import pack
 from finesight.model_folder import ModelFolder
 from finesight.plan.dry_run import PlannedPack
 from finesight.train.flops import FlopCounter
-from finesight.train.objectives.cross_entropy import fused_linear_cross_entropy
+from finesight.train.objectives.objective import fused_linear_cross_entropy
 
 
 def count_addmm(

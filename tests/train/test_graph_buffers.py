@@ -24,7 +24,7 @@ from tiny_model import create_tiny_model
 from tiny_task import make_task
 from torch import Tensor, nn
 
-from finesight.config import DpoSettings, TuneSettings
+from finesight.config import TuneSettings
 from finesight.encode.packing import PackedBatch, compute_context_lengths, pack
 from finesight.encode.tokenization import EncodedSample
 from finesight.model import attention, layers
@@ -43,9 +43,9 @@ from finesight.train.graph_buffers import (
     can_capture_vision,
     should_capture_vision,
 )
-from finesight.train.objectives import sft
-from finesight.train.objectives.cross_entropy import fused_linear_cross_entropy
-from finesight.train.objectives.pair_loss import PairObjective
+from finesight.train.objectives import dpo, objective
+from finesight.train.objectives.dpo.loss import DpoObjective
+from finesight.train.objectives.objective import fused_linear_cross_entropy
 from finesight.train.optimizer import LARGE_PARAM_ELEMENTS
 
 PARTS = "vision", "merger", "language", "embeddings"
@@ -265,7 +265,7 @@ def eager_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for module in (attention, layers):
         monkeypatch.setattr(module, "varlen_attention", attend_nonempty)
-    monkeypatch.setattr(sft, "fused_linear_cross_entropy", compute_loss_of_labels)
+    monkeypatch.setattr(objective, "fused_linear_cross_entropy", compute_loss_of_labels)
     monkeypatch.setattr(cuda_graphs, "is_capturable", lambda *_: True)
     monkeypatch.setattr(cuda_graphs, "CudaGraphCache", EagerGraphCache)
     monkeypatch.setattr(cuda_graphs, "NUM_WARMUP_PACKS", 0)
@@ -353,7 +353,7 @@ def test_graph_has_the_inputs_of_the_objective(folder):
     model, weight = make_vision_model(folder, "qwen2_vl"), torch.tensor(0.1)
     runner, eager = (
         CudaGraphRunner(
-            model, PairObjective(DpoSettings()), [*trainable_parameters(model).values()]
+            model, DpoObjective(dpo.Settings()), [*trainable_parameters(model).values()]
         )
         for _ in range(2)
     )

@@ -26,6 +26,7 @@ from finesight.errors import LABEL_TRAIN_FRACTION, Remedy, Step, UserError
 from finesight.evaluate.bootstrap import MIN_SAMPLES_UNBOUNDED
 from finesight.manifest import ADAPTER_FOLDER, GUARD_FILE, METRICS_FILE, RECIPE_FILE, RESULT_FILE
 from finesight.model_folder import TINY_MODEL
+from finesight.objective_components import list_reward_objectives
 from finesight.operations import find_operation
 from finesight.operations.operation import Parameter, format_step, list_parameters
 from finesight.operations.options import SourceOptions
@@ -109,7 +110,10 @@ FORMS: dict[str, Mapping[str, FormField | None]] = {
         "train.steps": FormField("Steps instead of epochs", "from the data", is_advanced=True),
         "train.learning_rate": FormField("Learning rate", "from the model", is_advanced=True),
         "train.objective": FormField(
-            "Train by rewards", choices=("grpo",), default="on the answers", is_advanced=True
+            "Train by rewards",
+            choices=list_reward_objectives(),
+            default="on the answers",
+            is_advanced=True,
         ),
     },
     "editor": {"text": FormField("Selected recipe", lines=12)},

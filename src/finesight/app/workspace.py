@@ -585,7 +585,11 @@ class Workspace:
         """Raise UserError if a recipe would run code or open files outside of the workspace."""
         from finesight.evaluate.custom_metric import list_functions
 
-        for model in filter(None, (recipe.model, recipe.adapter, recipe.train.distill.teacher)):
+        models = [recipe.model, recipe.adapter, *recipe.train.list_models()]
+        teacher = recipe.needs.teacher
+        if teacher is not None:
+            models.append(teacher.model)
+        for model in filter(None, models):
             self.check_model(str(model))
         problem = ""
         budget = SearchBudget()

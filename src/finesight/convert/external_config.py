@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 from functools import cache
 from itertools import chain
 from pathlib import Path
-from typing import Literal, NamedTuple, TypeVar, get_args
+from typing import Literal, NamedTuple, TypeVar
 
 from pydantic import FiniteFloat, TypeAdapter
 
 from finesight.bounded_files import read_json_object
-from finesight.config import ObjectiveName
 from finesight.errors import UserError, shorten
+from finesight.objective_components import OBJECTIVES
 from finesight.recipe import invert_groups, load_trainer_settings
 
 SourceProgram = Literal[
@@ -28,8 +28,9 @@ SourceProgram = Literal[
 ]
 PARTS = ("vision", "merger", "language")
 
-_OBJECTIVE_NAMES = {name: name for name in get_args(ObjectiveName)}
-OBJECTIVES = _OBJECTIVE_NAMES | {"gkd": "distill", "distillation": "distill"}
+OBJECTIVE_METHODS: dict[str, str] = {
+    method: one.name for one in OBJECTIVES.list_built_in() for method in (one.name, *one.methods)
+}
 """Objectives of recipes by the training method of another program."""
 
 UNKNOWN_COUNT = "unknown"
@@ -87,7 +88,7 @@ def load_rules(program: SourceProgram | Literal["accelerate"], method: str = "")
     """
     content = load_trainer_settings()
     rules: dict[str, SettingRule | None] = {}
-    names: tuple[str, ...] = ("transformers", program, OBJECTIVES.get(method, ""))
+    names: tuple[str, ...] = ("transformers", program, OBJECTIVE_METHODS.get(method, ""))
     if program == "accelerate":
         names = (program,)
     for section in [content[name] for name in names if name in content]:

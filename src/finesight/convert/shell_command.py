@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from finesight.convert.external_config import (
     CONVERTED_VARIABLES,
-    OBJECTIVES,
+    OBJECTIVE_METHODS,
     UNKNOWN_COUNT,
     SourceProgram,
     load_rules,
@@ -356,7 +356,7 @@ def _find_program(words: Sequence[str]) -> tuple[SourceProgram | None, str, int]
     """Find the training program in a shell command, its subcommand, and its first argument."""
     settings = load_trainer_settings()
     objectives = invert_groups(settings["objectives"])
-    names = {"train", "rlhf", "reward", *OBJECTIVES, *settings["commands"], *objectives}
+    names = {"train", "rlhf", "reward", *OBJECTIVE_METHODS, *settings["commands"], *objectives}
     for index, word in enumerate(words):
         basename = word.rpartition("/")[2]
         following = words[index + 1 : index + 2]

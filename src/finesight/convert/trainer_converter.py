@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 import yaml
 from pydantic import ValidationError
 
-from finesight.config import METRIC_NAMES, GrpoSettings, TrainSettings
+from finesight.config import METRIC_NAMES
 from finesight.convert.external_config import (
-    OBJECTIVES,
+    OBJECTIVE_METHODS,
     PARTS,
     UNKNOWN_COUNT,
     ConversionNote,
@@ -39,6 +39,7 @@ from finesight.data.import_source import (
 )
 from finesight.data.sample import Sample
 from finesight.errors import UserError, escape_unprintable, format_count
+from finesight.objective_components import DEFAULT_OBJECTIVE, OBJECTIVES, ObjectiveComponent
 from finesight.recipe import invert_groups, load_trainer_settings
 from finesight.recipe_template import detect_task
 from finesight.storage import temporary_folder
@@ -145,14 +146,15 @@ class TrainerConverter:
             name = next(one for one in losses if one in others)
             self.draft.used_keys.add("loss_type")
         self.config = replace(self.config, method=name)
-        objective = OBJECTIVES.get(name, "sft")
-        if objective != "sft":
+        objective = OBJECTIVE_METHODS.get(name, DEFAULT_OBJECTIVE)
+        if objective != DEFAULT_OBJECTIVE:
             self.draft.set("train.objective", objective)
-            if objective == "grpo":
+            component = OBJECTIVES[objective]
+            if component.first_recipe.has_rewards:
                 self._set_rewards()
-            self._set_objective_settings(objective)
-            if objective == "distill":
-                self._set_teacher()
+            self._set_objective_settings(component)
+            if "teacher" in component.model_settings:
+                self._set_teacher(f"train.{objective}.teacher")
             return
         reason = invert_groups(load_trainer_settings()["objectives"]).get(name)
         if reason is None:
@@ -184,10 +186,11 @@ class TrainerConverter:
         comment = "replace it by your own: no reward function has an equal in finesight"
         self.draft.set("rewards", rewards or [{"name": "exact"}], "" if rewards else comment)
 
-    def _set_objective_settings(self, objective: str) -> None:
+    def _set_objective_settings(self, component: ObjectiveComponent[Any]) -> None:
         """Copy the settings of the section of an objective that the program has, too."""
         config, draft, content = self.config, self.draft, load_trainer_settings()
-        section, rules = type(dict(TrainSettings())[objective]), content.get(objective, {})
+        objective, section = component.name, component.settings
+        rules = content.get(objective, {})
         accepted: dict[str, object] = {}
         for name in section.model_fields:
             renamed = content["renamed"].get(f"train.{objective}.{name}", "")
@@ -212,14 +215,15 @@ class TrainerConverter:
             accepted[name] = value
             comment = config.default_comment(key, switch)
             draft.set(f"train.{objective}.{name}", dict(given)[name], comment)
-        if objective == "grpo" and accepted.get("loss_type", "dapo") == "dapo":
+        defaults = dict(section())
+        clips_higher = "epsilon_high" in defaults and defaults["loss_type"] == "dapo"
+        if clips_higher and accepted.get("loss_type", "dapo") == "dapo":
             # TRL and ms-swift clip at `epsilon` on both sides.
-            epsilon = accepted.get("epsilon", GrpoSettings().epsilon)
-            draft.settings.setdefault("train.grpo.epsilon_high", epsilon)
+            epsilon = accepted.get("epsilon", defaults["epsilon"])
+            draft.settings.setdefault(f"train.{objective}.epsilon_high", epsilon)
 
-    def _set_teacher(self) -> None:
+    def _set_teacher(self, name: str) -> None:
         """Set the teacher of a distillation, which a script may load by itself."""
-        name = "train.distill.teacher"
         if teacher := self.draft.settings.get(name):
             self.draft.set(name, self._add_hub(str(teacher), "teacher_model_revision"))
             return
@@ -391,9 +395,11 @@ class TrainerConverter:
         gpus = f"{format_count(num_gpus, 'GPU')}{suffix}"
         steps = format_count(accumulation, "accumulation step")
         description = f"{per_device} per device x {steps} x {gpus}"
-        if self.config.method == "grpo":
-            default = GrpoSettings().num_generations
-            responses = int(str(self.draft.settings.get("train.grpo.num_generations", default)))
+        objective = OBJECTIVE_METHODS.get(self.config.method or "", DEFAULT_OBJECTIVE)
+        defaults = dict(OBJECTIVES[objective].settings())
+        if "num_generations" in defaults:
+            name = f"train.{objective}.num_generations"
+            responses = int(str(self.draft.settings.get(name, defaults["num_generations"])))
             total = max(1, total // responses)
             description += f" / {responses} responses"
         self.draft.set("train.batch_size", total, description)

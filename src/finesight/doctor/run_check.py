@@ -47,7 +47,7 @@ from finesight.data.sample import BoxPart
 from finesight.doctor.diagnosis import Diagnosis, describe_error, join_command, make_diagnosis
 from finesight.errors import UserError, format_count, shorten
 from finesight.model_folder import ModelFolder, resolve_model_path
-from finesight.recipe import load_recipe
+from finesight.recipe import load_recipe, recipe_from_run
 from finesight.report import summary
 from finesight.report.run_reader import (
     JsonObject,
@@ -105,8 +105,8 @@ def diagnose_run(
 def load_run_recipe(run_record: RunRecord) -> Recipe:
     """Load the recipe of a run. Default settings are used if it cannot be read."""
     try:
-        return Recipe.model_validate(run_record.recipe)
-    except ValidationError:
+        return recipe_from_run(run_record.recipe)
+    except (ValidationError, UserError):
         unknown = DataSettings(train=(TrainFileSettings(path=Path("unknown")),))
         return Recipe(model="unknown", data=unknown, output_dir=run_record.folder)
 
@@ -290,9 +290,9 @@ def _finite_values(lines: Iterable[JsonObject], name: str) -> list[float]:
 
 
 def check_training(run_record: RunRecord) -> list[Diagnosis]:
-    """Check the recorded metrics, for GRPO rewards instead of the loss of the policy."""
+    """Check the recorded metrics: rewards, if the run has any, instead of the loss of a policy."""
     diagnoses: list[Diagnosis] = []
-    if load_run_recipe(run_record).train.objective == "grpo":
+    if load_run_recipe(run_record).needs.rewards:
         diagnoses += _check_rewards(run_record)
     else:
         diagnoses += _check_loss_curve(run_record)
@@ -457,11 +457,13 @@ def _check_rewards(run_record: RunRecord) -> Iterator[Diagnosis]:
     change = summary.describe_rewards(run_record) or "no step with rewards"
     code = "rewards" if is_good else "rewards-flat"
     overrides: list[str] = []
-    limit = load_run_recipe(run_record).train.grpo.max_completion_length
+    sampling = load_run_recipe(run_record).needs.sampling
+    assert sampling is not None, "rewards without responses"
+    limit = sampling.max_completion_length
     if truncated_shares and truncated > MAX_TRUNCATED_SHARE:
         code = "rewards-truncated"
         longer = max(MIN_COMPLETION_LENGTH, 4 * limit)
-        overrides = [f"train.grpo.max_completion_length={longer}"]
+        overrides = [f"{sampling.section}.max_completion_length={longer}"]
     values = {"change": change, "equal": equal, "truncated": truncated, "limit": limit}
     yield diagnose_run(run_record, code, **values, overrides=overrides)
 

@@ -17,6 +17,9 @@ from importlib import import_module, util
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from finesight.bounded_files import parse_json
 from finesight.config import RewardSettings
 from finesight.data.sample import BoxPart
@@ -347,3 +350,25 @@ def _build_validator(schema: Mapping[str, Any]) -> Any:
 
 def _build_schema_error(what: str) -> UserError:
     return UserError(what, expected="a valid JSON schema with finite references")
+
+
+UNSCORED_REASONS = {
+    "json": "these references are no JSON",
+    "math": "these references are no formulas",
+    "latex": "these references are no LaTeX that can be rendered",
+}
+"""Reasons why no response has a score of a reward, by its name or metric."""
+
+
+def describe_unscored(names: Sequence[str], rewards_QGF: NDArray[np.float64]) -> list[str]:
+    """Describe the rewards that scored no response of a step.
+
+    Shapes: Q groups, G responses of a group, F rewards.
+    """
+    texts = list[str]()
+    for name, rewards_QG in zip(names, np.moveaxis(rewards_QGF, -1, 0), strict=False):
+        if rewards_QG.size and np.isnan(rewards_QG).all():
+            reason = UNSCORED_REASONS.get(name.partition(".")[0], "it returned no number")
+            count = f"0 of {rewards_QG.size} responses have a score of the reward {name}"
+            texts.append(f"warning: {count}: {reason}")
+    return texts

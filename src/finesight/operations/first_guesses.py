@@ -11,17 +11,15 @@ import shlex
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Literal, get_args
+from typing import Literal
 
 MIN_SIMILARITY = 0.7
 """Minimum similarity (difflib ratio) of a word that is proposed."""
 
 COMMANDS = {
     "train RECIPE": "sft finetune fine-tune ft fit run trainer tune training pt lora qlora",
-    "train RECIPE train.objective=distill train.distill.teacher=MODEL": "distill distil gkd kd",
     "train RUN --resume": "resume continue",
     "init DATA": "new create setup start configure config wizard",
-    "init DATA --objective grpo": "grpo rl rlhf rlvr ppo",
     "quickstart": "example tutorial hello try",
     "import DATA OUT": "prepare preprocess dataset ingest prepare-data import-data load split",
     "check DATA": "validate lint verify check-data data-check",
@@ -194,10 +192,13 @@ def suggest_command(name: str, commands: Collection[str]) -> str:
         commands: Names of all commands.
     """
     # Commands that are correct do not need the settings.
-    from finesight.config import ObjectiveName
+    from finesight.objective_components import OBJECTIVES
 
-    objectives = {one: f"train RECIPE train.objective={one}" for one in get_args(ObjectiveName)}
-    guesses = objectives | _invert("commands")
+    guesses: dict[str, str] = {}
+    for objective in OBJECTIVES.list_built_in():
+        guesses[objective.name] = f"train RECIPE train.objective={objective.name}"
+        guesses |= dict.fromkeys(objective.guesses.split(), objective.command)
+    guesses |= _invert("commands")
     normal = name.lower().replace("_", "-").lstrip("-")
     if normal in guesses:
         return f"use finesight {guesses[normal]}"

@@ -81,11 +81,10 @@ def sample(
     import numpy as np
 
     from finesight.encode.answer_lengths import describe_truncation
-    from finesight.evaluate.rewards import RewardScorer
+    from finesight.evaluate.rewards import RewardScorer, describe_unscored
     from finesight.manifest import RESPONSES_FILE, SAMPLING_FILE, find_run_dir
     from finesight.storage import check_new_path, find_free_path, write_file, write_folder
     from finesight.train.recipe_check import check_rewards
-    from finesight.train.rollout import describe_unscored
 
     name = get_model_name(run_or_model)
     data = Path(data)
@@ -411,12 +410,15 @@ def pairs(
 def _get_length_option(source: Path) -> str:
     """Return the name of the limit of the responses of a source."""
     from finesight.manifest import RECIPE_FILE, RESPONSES_FILE
+    from finesight.recipe import load_recipe
 
     if not (source / RECIPE_FILE).is_file():
         return "--max-new-tokens"
-    if (source / RESPONSES_FILE).is_file():
-        return "train.grpo.max_completion_length"
-    return "eval.max_new_tokens"
+    if not (source / RESPONSES_FILE).is_file():
+        return "eval.max_new_tokens"
+    sampling = load_recipe(source / RECIPE_FILE).needs.sampling
+    section = "train" if sampling is None else sampling.section
+    return f"{section}.max_completion_length"
 
 
 def _find_model(source: Path) -> str | None:

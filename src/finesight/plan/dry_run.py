@@ -35,7 +35,7 @@ from finesight.model.kernels.runtime import override_launches
 from finesight.model.vlm import VisionLanguageModel
 from finesight.plan.sharded_memory import ShardedModel, UnitMemory
 from finesight.train.dataset_stats import SampleStats
-from finesight.train.objectives.cross_entropy import SftObjective
+from finesight.train.objectives.objective import Objective
 from finesight.train.sampler import StepSampler
 from finesight.vision.image_processing import GridTHW
 
@@ -530,7 +530,7 @@ class StepTracer:
     def __init__(
         self,
         model: VisionLanguageModel,
-        objective: SftObjective,
+        objective: Objective[Any],
         compute: ComputeTarget,
         teacher: VisionLanguageModel | None = None,
         sharded: ShardedModel | None = None,

@@ -254,11 +254,10 @@ def _plan_data(recipe: Recipe, data: RunData) -> PlannedData:
 
 def _count_generations(recipe: Recipe) -> float:
     """Return the mean number of sampled responses to each sample; 0 without sampling."""
-    if recipe.train.objective == "distill":
-        return recipe.train.distill.lmbda
-    if recipe.rewards:
-        return float(recipe.train.grpo.num_generations)
-    return 0.0
+    sampling = recipe.needs.sampling
+    if sampling is None:
+        return 0.0
+    return sampling.num_generations * sampling.share
 
 
 def _select_target(
@@ -320,7 +319,7 @@ def _estimate_startup_s(
 ) -> float:
     """Estimate the seconds before the first step, with those of a reference model."""
     seconds = estimate_startup_seconds(model.persistent, target)
-    if recipe.train.objective not in ("dpo", "kto"):
+    if not recipe.needs.reference:
         return seconds
     # The reference model computes log-probabilities of all samples.
     batch_size = recipe.train.batch_size
@@ -405,8 +404,9 @@ def _list_memory_hints(recipe: Recipe, target: TargetDevice, model: PlannedModel
         "a smaller model": True,
         "train.optimizer=adamw_8bit": recipe.train.optimizer == "adamw",
         "lora instead of full": recipe.tune.has_mode("full"),
-        "train.distill.weight_format=int4": recipe.train.objective == "distill",
     }
+    if recipe.needs.teacher is not None:
+        hints[f"{recipe.needs.teacher.section}.weight_format=int4"] = True
     return [hint for hint, is_possible in hints.items() if is_possible]
 
 
@@ -467,7 +467,7 @@ def _estimate_fit(run: RunContext, data: RunData) -> UserError | None:
     persistent_bytes = num_params * hardware.dtype.itemsize + 16 * num_trainable
     # The teacher is not counted, and a sharded run cannot reduce its packs.
     is_sharded = RankLayout(num_ranks, recipe.train.parallel).is_sharded
-    is_checked = not is_cuda or recipe.train.objective == "distill" or is_sharded
+    is_checked = not is_cuda or recipe.needs.teacher is not None or is_sharded
     if not is_checked and persistent_bytes < MAX_UNCHECKED_FRACTION * target.memory_bytes:
         return None
     planner = RunPlanner(recipe, run.base_model, _plan_data(recipe, data))

@@ -251,7 +251,7 @@ class PlannedData:
         return StepShares(
             num_ranks,
             lambda sample: estimate_sample_cost(sample, prefix_length, counter),
-            can_split_samples=can_split_samples(recipe.train, planned.model),
+            can_split_samples=can_split_samples(recipe, planned.model),
         )
 
 

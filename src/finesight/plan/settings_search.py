@@ -18,7 +18,7 @@ from typing import Literal
 
 import torch
 
-from finesight.config import DistillSettings, ParallelMode, QuantizablePart, Recipe
+from finesight.config import ParallelMode, QuantizablePart, Recipe
 from finesight.encode.packing import compute_min_budget, effective_prefix_length
 from finesight.encode.renderer import require_native
 from finesight.errors import UserError
@@ -28,6 +28,7 @@ from finesight.model.trainable import ModelPart, configure_tuning
 from finesight.model.vlm import VisionLanguageModel
 from finesight.model.weights_io import build_meta_model
 from finesight.model_folder import ModelFolder
+from finesight.objective_components import Needs, Teacher
 from finesight.plan.dry_run import PlannedPack, StepTracer, build_split_pack, plan_step_packs
 from finesight.plan.peak_memory import (
     USABLE_MEMORY_FRACTION,
@@ -44,8 +45,6 @@ from finesight.plan.step_time import StepTime, StepTimeEstimator, TargetDevice, 
 from finesight.train.cuda_graphs import MAX_GRAPHS
 from finesight.train.dataset_stats import SampleStats
 from finesight.train.graph_buffers import GraphShape, can_capture_vision, should_capture_vision
-from finesight.train.objectives.distill.loss import DistillObjective
-from finesight.train.objectives.grpo.loss import GrpoObjective
 from finesight.train.oom import max_unsplit_packs
 from finesight.train.parallel.fsdp_units import mark_as_sharded
 from finesight.train.recipe_check import build_objective, resolve_tune
@@ -71,6 +70,7 @@ class PlannedModel:
     """Model on the meta device, with its traces and estimates."""
 
     model: VisionLanguageModel
+    needs: Needs
     tracer: StepTracer
     persistent: PersistentMemory
     step_timer: StepTimeEstimator
@@ -91,7 +91,7 @@ class PlannedModel:
         if self.persistent.sharded is not None:
             return False
         is_frozen = not any(one.requires_grad for one in self.model.visual.parameters())
-        return is_frozen and not isinstance(self.tracer.objective, GrpoObjective | DistillObjective)
+        return is_frozen and not self.needs.steps_contain_images
 
 
 def build_planned_model(
@@ -117,22 +117,22 @@ def build_planned_model(
     train = recipe.train
     configure_tuning(model.train(), resolve_tune(recipe), train.seed)
     teacher = None
-    if train.objective == "distill":
-        teacher = _build_teacher(train.distill, target.dtype)
+    if recipe.needs.teacher is not None:
+        teacher = _build_teacher(recipe.needs.teacher, target.dtype)
     layout = RankLayout(target.num_gpus, mode)
     if layout.is_sharded:
         mark_as_sharded(model)
     persistent = compute_persistent_memory(model, train, target.compute, teacher, layout)
-    objective = build_objective(train, folder.family)
+    objective = build_objective(recipe, folder.family)
     tracer = StepTracer(model, objective, target.compute, teacher, persistent.sharded)
     num_workers = target.num_workers if train.num_workers is None else train.num_workers
     step_timer = StepTimeEstimator(tracer, target, persistent, num_workers)
-    return PlannedModel(model, tracer, persistent, step_timer)
+    return PlannedModel(model, recipe.needs, tracer, persistent, step_timer)
 
 
-def _build_teacher(settings: DistillSettings, dtype: torch.dtype) -> VisionLanguageModel:
+def _build_teacher(settings: Teacher, dtype: torch.dtype) -> VisionLanguageModel:
     """Build the teacher of a distillation on the meta device."""
-    source = resolve_model_source(settings.teacher or "")
+    source = resolve_model_source(settings.model)
     nf4_parts: Collection[ModelPart] = source.nf4_parts
     fp8_parts: Collection[ModelPart] = source.fp8_parts
     if settings.weight_format in ("nf4", "int4"):

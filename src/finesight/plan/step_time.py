@@ -538,7 +538,7 @@ class StepTimeEstimator:
         has_cached_features: bool = False,
         use_graphs: bool = True,
     ) -> StepTime:
-        """Estimate the time of a training step, including KTO and teacher forward passes.
+        """Estimate the time of a step, with the forward passes of a baseline and a teacher.
 
         Args:
             has_cached_features: Whether image features are read from the vision cache.

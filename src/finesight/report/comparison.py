@@ -31,6 +31,7 @@ from finesight.evaluate.task_metrics import (
     check_references,
     compute_metrics,
 )
+from finesight.objective_components import DEFAULT_OBJECTIVE
 from finesight.report.examples import MAX_SCORES, ExampleSet, build_example_set
 from finesight.report.i18n import translate
 from finesight.report.metric_rows import (
@@ -325,8 +326,8 @@ def explain_loss_mismatch(reference_run: ComparedRun, other_run: ComparedRun) ->
         return ""
     if _get_data_fingerprint(record) != _get_data_fingerprint(other_record):
         return "the validation data differ"
-    objective = reference_run.get_setting("train", "objective") or "sft"
-    if objective != (other_run.get_setting("train", "objective") or "sft"):
+    objective = reference_run.get_setting("train", "objective") or DEFAULT_OBJECTIVE
+    if objective != (other_run.get_setting("train", "objective") or DEFAULT_OBJECTIVE):
         return "the objectives differ"
     if record.manifest.get("family") != other_record.manifest.get("family"):
         return "the model families use different tokenizers"

@@ -39,6 +39,7 @@ from finesight.manifest import (
     find_newest_checkpoint,
     require_run_plugins,
 )
+from finesight.objective_components import DEFAULT_OBJECTIVE
 from finesight.storage import DIGESTS_FILE
 
 JsonObject = dict[str, Any]
@@ -156,8 +157,6 @@ def read_run(
             expected=f"a folder with {MANIFEST_FILE} from training",
             remedy=suggest_similar_path(folder, "give the output_dir of a run"),
         )
-    if with_plugins:
-        require_run_plugins(folder)
     reader = _RunFolderReader(folder, max_bytes)
     lines = list(map(_drop_invalid_values, reader.read_lines(METRICS_FILE)))
     lines = [line for line in lines if line.get("step") is not None]
@@ -173,9 +172,13 @@ def read_run(
     steps = _select_steps(lines)
     for line in lines:
         _clean_section(line, "full")
+    recipe = reader.parse_recipe(text)
+    if with_plugins:
+        objective = as_object(recipe.get("train")).get("objective")
+        require_run_plugins(folder, str(objective or DEFAULT_OBJECTIVE))
     return RunRecord(
         folder=folder,
-        recipe=reader.parse_recipe(text),
+        recipe=recipe,
         recipe_text=text,
         manifest=as_object(reader.read_json(MANIFEST_FILE)),
         steps=steps,

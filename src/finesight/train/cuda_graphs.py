@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +39,7 @@ from finesight.train.graph_buffers import (
     can_capture_vision,
     should_capture_vision,
 )
-from finesight.train.objectives.cross_entropy import PackKey, SftObjective
+from finesight.train.objectives.objective import Objective, PackKey
 from finesight.train.step_dataset import record_event
 
 
@@ -198,7 +199,7 @@ class CudaGraphRunner:
     def __init__(
         self,
         model: AnyModel,
-        objective: SftObjective,
+        objective: Objective[Any],
         trainable_params: Sequence[nn.Parameter],
         *,
         is_local: bool = True,

@@ -584,12 +584,12 @@ def load_training_data(
     """
     _check_metric(recipe)
     scan_split = partial(_scan_split, recipe, renderer, num_workers, console)
-    is_kto = recipe.train.objective == "kto" and recipe.train.kto.loss_type == "kto"
+    mismatches_answers = recipe.needs.mismatched_answers
 
     def load(files: Sequence[DataFileSettings]) -> Corpus:
         corpus = load_corpus(files)
         fields = corpus.sources, corpus.weights, corpus.fingerprint
-        if is_kto:
+        if mismatches_answers:
             return MismatchedCorpus(*fields)
         return corpus
 

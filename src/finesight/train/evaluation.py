@@ -291,7 +291,7 @@ class LossSum(NamedTuple):
 
     Attributes:
         sums: Sums of the loss and of the metrics of the objective.
-        num_terms: Number of terms of the sums (`SftObjective.count_terms`).
+        num_terms: Number of terms of the sums (`Objective.count_terms`).
         skipped: Samples that were skipped because of corrupt images.
         indices: Corpus indices of the other samples.
     """

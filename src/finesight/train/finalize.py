@@ -214,18 +214,20 @@ def compute_checksum(tensor: Tensor) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class UnusedResponses:
-    """Responses of a GRPO run of which none contributed to the loss.
+    """Responses of a run of which none contributed to the loss.
 
     Attributes:
         rewards: Names of the rewards.
         truncated_share: Share of truncated responses.
         is_masked: Whether truncated responses are excluded from the loss.
+        section: Section of the recipe with the settings of responses.
         length_remedy: What to do about truncated responses.
     """
 
     rewards: str
     truncated_share: float
     is_masked: bool
+    section: str
     length_remedy: str
 
     def describe(self) -> tuple[str, str, str, str]:
@@ -234,11 +236,13 @@ class UnusedResponses:
         if self.truncated_share > MAX_TRUNCATED_SHARE:
             reason = "so the rewards were equal"
             if self.is_masked:
-                reason = "and train.grpo.mask_truncated_completions excludes them from the loss"
-            setting = "train.grpo.max_completion_length"
+                setting = f"{self.section}.mask_truncated_completions"
+                reason = f"and {setting} excludes them from the loss"
+            setting = f"{self.section}.max_completion_length"
             return f"{truncated}, {reason}", setting, "complete responses", self.length_remedy
         problem = f"the responses had equal rewards or none ({self.rewards})"
-        remedy = "use rewards that score partly correct answers, raise train.grpo.temperature, or"
+        remedy = "use rewards that score partly correct answers, raise"
+        remedy += f" {self.section}.temperature, or"
         remedy += " train with train.objective=sft first"
         return problem, "rewards", "responses of which some have a higher reward", remedy
 
@@ -336,7 +340,8 @@ class RunResult(BaseModel):
 def _find_unused_responses(state: TrainState) -> UnusedResponses | None:
     """Return the responses of a run if no step had tokens of them; None for other runs."""
     recipe = state.run.recipe
-    if not recipe.rewards:
+    sampling = recipe.needs.sampling
+    if not recipe.rewards or sampling is None:
         return None
     shares: list[float] = []
     for line in state.run.run_dir.iter_metrics():
@@ -348,7 +353,8 @@ def _find_unused_responses(state: TrainState) -> UnusedResponses | None:
     return UnusedResponses(
         rewards=", ".join(reward.name for reward in recipe.rewards),
         truncated_share=fsum(shares) / max(1, len(shares)),
-        is_masked=recipe.train.grpo.mask_truncated_completions,
+        is_masked=sampling.masks_truncated,
+        section=sampling.section,
         length_remedy=suggest_completion_length(recipe, state.data.train),
     )
 

@@ -400,7 +400,7 @@ class GraphInputs:
         layout: Layout of the patches; None if the encoder is not in the graph.
         features_MKD: Image features; None for text, or if the graph contains the encoder. The graph
             writes the gradient of trainable features to `features_MKD.grad`.
-        loss_inputs: Inputs of the loss, with padding (`SftObjective.loss_inputs`).
+        loss_inputs: Inputs of the loss, with padding (`Objective.loss_inputs`).
         seed_1: Random seed of dropout.
     """
 

@@ -11,11 +11,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
-from finesight.config import QuantizeSettings, Recipe, RewardSettings, TrainSettings, TuneSettings
+from finesight.config import QuantizeSettings, Recipe, RewardSettings, TuneSettings
 from finesight.data.sample import Sample
 from finesight.encode.answer_lengths import describe_cut_answers
 from finesight.encode.renderer import Renderer, is_native
@@ -37,16 +38,14 @@ from finesight.model.trainable import MODEL_PARTS, configure_tuning, infer_tunin
 from finesight.model.vlm import ARCHITECTURES
 from finesight.model.weights_io import build_checked_model, build_meta_model
 from finesight.model_folder import TINY_MODEL, get_portable_name, resolve_model_path
+from finesight.objective_components import OBJECTIVES, Needs
 from finesight.progress import ProgressConsole
 from finesight.recipe_template import StartModel, describe_run
 from finesight.storage import require_free_space
 from finesight.track.backends import require_packages
 from finesight.train.checkpoint import resolve_save_interval
 from finesight.train.dataset_stats import TrainingData, list_image_paths, load_training_data
-from finesight.train.objectives.cross_entropy import SftObjective
-from finesight.train.objectives.distill.loss import DistillObjective, check_teacher
-from finesight.train.objectives.grpo.loss import GrpoObjective
-from finesight.train.objectives.pair_loss import KtoObjective, PairObjective
+from finesight.train.objectives.objective import Objective
 from finesight.train.optimizer import LRSchedule
 from finesight.train.prefetch import default_num_workers
 from finesight.train.run_dir import RunDir
@@ -59,7 +58,7 @@ MAX_TRUNCATED_SHARE = 0.5
 
 @dataclass(frozen=True, slots=True)
 class CheckedRecipe:
-    """Recipe that `check_recipe` accepts, with its base model and the renderer of its samples.
+    """Recipe that `check_recipe` accepts, with its base model, renderer and objective.
 
     Attributes:
         runs_functions: Whether the Python file of a custom metric may be executed.
@@ -68,6 +67,7 @@ class CheckedRecipe:
     recipe: Recipe
     base_model: BaseModelRef
     renderer: Renderer
+    objective: Objective[Any]
     runs_functions: bool = True
 
 
@@ -86,7 +86,7 @@ def check_recipe(
     """
     base_model = resolve_base_model(recipe)
     renderer = base_model.build_renderer(recipe)
-    build_objective(recipe.train, base_model.folder.family)
+    objective = build_objective(recipe, base_model.folder.family)
     for _, name, copy_name in custom_metric.list_functions(recipe):
         path = custom_metric.resolve_metric_path(name, recipe.output_dir, copy_name=copy_name)
         location = custom_metric.parse_metric_path(path)
@@ -102,9 +102,8 @@ def check_recipe(
     # The layers of the transformers backend are unknown without the weights.
     if is_native(base_model.folder) and (needs_weights or names_layers):
         check_tuning(recipe, base_model, needs_weights=needs_weights)
-    if recipe.train.objective == "distill":
-        check_teacher(recipe.train, renderer)
-    return CheckedRecipe(recipe, base_model, renderer, runs_functions)
+    objective.check_renderer(renderer)
+    return CheckedRecipe(recipe, base_model, renderer, objective, runs_functions)
 
 
 def check_tuning(recipe: Recipe, base_model: BaseModelRef, *, needs_weights: bool) -> None:
@@ -238,37 +237,51 @@ def resolve_base_model(recipe: Recipe) -> BaseModelRef:
     return BaseModelRef(name, parts.folder, adapter, manifest)
 
 
-def build_objective(
-    train: TrainSettings, family: str, banned_ids: tuple[int, ...] = ()
-) -> SftObjective:
-    """Create the objective of a run, whose responses never contain `banned_ids`.
+def build_objective(recipe: Recipe, family: str) -> Objective[Any]:
+    """Create the objective of a run.
 
     Raises:
-        UserError: The model family does not support `train.objective`.
+        UserError: The model family does not support `train.objective`, or its plug-in does not
+            work.
     """
-    if train.objective in (None, "sft"):
-        return SftObjective()
+    train = recipe.train
     # In evaluation mode, Qwen-VL computes a token depending on the length of its sample.
-    if family not in ARCHITECTURES or family == "qwen":
+    is_supported = family in ARCHITECTURES and family != "qwen"
+    if not (is_supported or recipe.needs.supports_all_families):
         raise UserError(
             f"train.objective={train.objective} does not support the family {family}",
             where="train.objective",
             expected="a natively implemented model family since Qwen2-VL",
             remedy="choose another model, or set train.objective=sft",
         )
-    return {
-        "dpo": PairObjective(train.dpo),
-        "orpo": PairObjective(train.orpo),
-        "simpo": PairObjective(train.simpo),
-        "kto": KtoObjective(train.kto),
-        "grpo": GrpoObjective(train.grpo, banned_ids),
-        "distill": DistillObjective(train.distill),
-    }[train.objective]
+    component = train.component
+    objective_class = OBJECTIVES.load_implementation(component.name, Objective)
+    settings = component.settings_of(train)
+    objective: Objective[Any] = OBJECTIVES.call(component.name, objective_class, settings)
+    problem = _find_missing_method(recipe.needs, objective)
+    if problem is not None:
+        raise OBJECTIVES.build_error(component.name, component.implementation, problem, Objective)
+    return objective
+
+
+def _find_missing_method(needs: Needs, objective: Objective[Any]) -> str | None:
+    """Return which method of an objective is missing for its needs; None if it has all."""
+    required = {
+        "sampling": (needs.sampling is not None, "sample_steps"),
+        "teacher": (needs.teacher is not None, "load_models"),
+        "reference": (needs.reference, "prepare"),
+        "has_baseline": (objective.has_baseline, "set_baseline"),
+    }
+    cls = type(objective)
+    for need, (is_given, method) in required.items():
+        if is_given and getattr(cls, method) is getattr(Objective, method):
+            return f"{cls.__name__} has {need}, but no method {method}"
+    return None
 
 
 def resolve_tune(recipe: Recipe) -> TuneSettings:
     """Return the section `tune`, without dropout for objectives that compare likelihoods."""
-    if recipe.train.objective in (None, "sft"):
+    if recipe.needs.supports_dropout:
         return recipe.tune
     lora = recipe.tune.lora.model_copy(update={"dropout": 0.0})
     return recipe.tune.model_copy(update={"lora": lora})
@@ -352,9 +365,9 @@ def load_run_data(checked: CheckedRecipe, num_workers: int, console: ProgressCon
 
 def describe_limits(recipe: Recipe, data: RunData) -> Iterator[str]:
     """Yield warnings about limits of generated tokens below the lengths of the answers."""
-    sampling = recipe.train.sampling
+    sampling = recipe.needs.sampling
     if sampling is not None:
-        setting = f"train.{recipe.train.objective}.max_completion_length"
+        setting = f"{sampling.section}.max_completion_length"
         lengths = list_answer_lengths(data.train)
         yield describe_cut_answers(
             lengths, sampling.max_completion_length, setting, "reference answer"
@@ -372,9 +385,9 @@ def list_answer_lengths(data: TrainingData) -> list[int]:
 
 def suggest_completion_length(recipe: Recipe, data: TrainingData) -> str:
     """Return the remedy for responses that reach `max_completion_length`."""
-    sampling = recipe.train.sampling
+    sampling = recipe.needs.sampling
     assert sampling is not None, "a run without responses"
-    section = f"train.{recipe.train.objective}"
+    section = sampling.section
     setting = f"{section}.max_completion_length"
     lengths = list_answer_lengths(data)
     longest = max(lengths)

@@ -7,13 +7,13 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import PydanticSerializationError
 
 from finesight.bounded_files import parse_json, read_lines
-from finesight.config import ObjectiveName, Recipe
+from finesight.config import Recipe
 from finesight.errors import Step, UserError, format_count
 from finesight.evaluate import custom_metric
 from finesight.manifest import (
@@ -46,9 +46,6 @@ from finesight.storage import (
 )
 
 Split = Literal["train", "eval"]
-
-OBJECTIVE_SECTIONS = frozenset(get_args(ObjectiveName)) - {"sft"}
-"""Names of the sections of `train` that only the objective of the same name uses."""
 
 _ABSENT_PATH = "a path that does not exist"
 
@@ -155,7 +152,7 @@ class RunDir:
         if "train.objective" in changes:
             # Settings of other objectives are not compared.
             changes["train.objective"] = recipe.train.objective
-            sections = {f"train.{name}" for name in OBJECTIVE_SECTIONS}
+            sections = {f"train.{name}" for name in recipe.train.sections}
             changes = {k: v for k, v in changes.items() if v is not None or k not in sections}
         overrides = [f"{name}={_format_setting(value)}" for name, value in changes.items()]
         if is_model:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Any, NoReturn
@@ -27,6 +27,8 @@ from finesight.model.lora.peft_io import ADAPTER_WEIGHTS_FILE as ADAPTER_WEIGHTS
 from finesight.model.lora.peft_io import load_trainable_adapter
 from finesight.model.trainable import configure_tuning
 from finesight.model.vlm import ARCHITECTURES, VisionLanguageModel
+from finesight.objective_components import DEFAULT_OBJECTIVE, OBJECTIVES
+from finesight.plugins import PluginRecord
 from finesight.progress import ProgressConsole
 from finesight.storage import sha256_file
 from finesight.track.backends import TRACKERS
@@ -41,20 +43,18 @@ from finesight.train.cuda_graphs import CudaGraphRunner
 from finesight.train.dataset_stats import DatasetStats, SampleStats, check_image_record
 from finesight.train.finalize import ParamAudit
 from finesight.train.flops import FlopCounter, measure_peak_flops
-from finesight.train.objectives.distill.loss import DistillObjective, load_teacher
 from finesight.train.oom import MemoryBudget
 from finesight.train.optimizer import LossScaler, LRSchedule, MasterWeightOptimizer
 from finesight.train.parallel.distributed import SINGLE_PROCESS, ParallelStrategy, ProcessGroup
 from finesight.train.prefetch import default_num_workers
 from finesight.train.recipe_check import (
-    build_objective,
     check_machine,
     check_recipe,
     describe_limits,
     load_run_data,
     resolve_tune,
 )
-from finesight.train.run_dir import OBJECTIVE_SECTIONS, RunDir
+from finesight.train.run_dir import RunDir
 from finesight.train.sampler import DistributedSampler, StepSampler
 from finesight.train.state import (
     BaseModelRef,
@@ -93,6 +93,14 @@ def library_versions() -> dict[str, str]:
     }
 
 
+def _list_objective_plugins(recipe: Recipe) -> Iterator[PluginRecord]:
+    """Yield the plug-in of the objective, then those whose sections are in the recipe."""
+    for name in dict.fromkeys((recipe.train.component.name, *recipe.train.sections)):
+        plugin = None if OBJECTIVES.is_built_in(name) else OBJECTIVES.find_plugin(name)
+        if plugin is not None:
+            yield plugin
+
+
 def build_manifest(state: TrainState) -> Manifest:
     """Build the manifest of a run, which evaluation, prediction and merging read."""
     base_model = state.run.base_model
@@ -101,6 +109,7 @@ def build_manifest(state: TrainState) -> Manifest:
     renderer = state.data.renderer
     settings = recipe.eval
     plugins = [FAMILIES.find_plugin(family), ARCHITECTURES.find_plugin(family)]
+    plugins += _list_objective_plugins(recipe)
     plugins += [TRACKERS.find_plugin(tracker.kind) for tracker in recipe.track]
     metric = None
     max_new_tokens = None
@@ -162,9 +171,7 @@ def build_train_state(
     hardware = _select_hardware(recipe, process_group)
     checked = check_recipe(recipe)
     base_model = checked.base_model
-    objective = build_objective(
-        recipe.train, base_model.folder.family, checked.renderer.visual_token_ids
-    )
+    objective = checked.objective
     data = load_run_data(checked, hardware.num_workers, console)
     for warning in filter(None, describe_limits(recipe, data)):
         console.log(warning)
@@ -184,8 +191,7 @@ def build_train_state(
             if process_group.is_main:
                 check_inputs(run, data)
     model = _load_model(run)
-    if isinstance(objective, DistillObjective):
-        objective.teacher = load_teacher(recipe.train)
+    objective.load_models(recipe.train)
     flop_counter = None
     if not isinstance(model, HfModel):
         flop_counter = FlopCounter(model)
@@ -195,7 +201,7 @@ def build_train_state(
         train_data.stats,
         flop_counter,
         recipe.train.pack_tokens,
-        can_split_samples=can_split_samples(recipe.train, model),
+        can_split_samples=can_split_samples(recipe, model),
     )
     stacked_rows = stacked_row_counts(model)
     parallel = parallelize_model(recipe, model, hardware.dtype, process_group)
@@ -336,12 +342,12 @@ def build_rank_sampler(
     return DistributedSampler(sampler, process_group, estimate_cost, count_fn, pack_tokens)
 
 
-def can_split_samples(train: TrainSettings, model: AnyModel) -> bool:
+def can_split_samples(recipe: Recipe, model: AnyModel) -> bool:
     """Return whether several ranks can share a long sample (context parallelism).
 
     Models of the transformers backend and linear attention layers need whole samples.
     """
-    if train.objective not in (None, "sft") or isinstance(model, HfModel):
+    if not recipe.needs.supports_splitting or isinstance(model, HfModel):
         return False
     return model.config.decoder.linear_attention is None
 
@@ -444,9 +450,9 @@ def _build_resume_config(
         settings[f"samples of data.{name}"] = hashlib.sha256(signature.encode()).hexdigest()
     tune = recipe.tune.model_dump(mode="json")
     settings |= {f"tune.{name}": value for name, value in tune.items()}
-    other_objectives = OBJECTIVE_SECTIONS - {recipe.train.objective}
+    other_objectives = recipe.train.sections.keys() - {recipe.train.objective}
     train = recipe.train.model_dump(mode="json", exclude=MUTABLE_SETTINGS | other_objectives)
-    if recipe.train.objective in (None, "sft"):
+    if recipe.train.component.name == DEFAULT_OBJECTIVE:
         # Checkpoints of earlier versions have no objective.
         del train["objective"]
     settings |= {f"train.{name}": value for name, value in train.items()}

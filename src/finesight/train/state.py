@@ -6,7 +6,7 @@ import hashlib
 import os
 import signal
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from finesight.config import PixelLimits, PixelRange, Recipe
-from finesight.encode.renderer import NativeRenderer, Renderer, Responses, build_renderer
+from finesight.encode.renderer import NativeRenderer, Renderer, build_renderer
 from finesight.errors import TrainingInterrupted, UserError
 from finesight.manifest import Manifest
 from finesight.model_folder import ModelFolder
@@ -26,7 +26,7 @@ from finesight.setting_types import StepsOrFraction
 from finesight.train.checkpoint import CheckpointManager, CheckpointState, TrainProgress
 from finesight.train.dataset_stats import ImageStates, TrainingData
 from finesight.train.flops import FlopCounter
-from finesight.train.objectives.cross_entropy import SftObjective
+from finesight.train.objectives.objective import Objective
 from finesight.train.oom import MemoryBudget
 from finesight.train.optimizer import LossScaler, LRSchedule, MasterWeightOptimizer
 from finesight.train.parallel.distributed import SINGLE_PROCESS, ParallelStrategy, ProcessGroup
@@ -43,27 +43,6 @@ PREEMPTION_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2)
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, *PREEMPTION_SIGNALS)
 """Signals that stop a run with a checkpoint. `nohup` ignores SIGHUP, which stays so."""
-
-
-_LABELS = "label true", "label false"
-_REMEDIES = {
-    "pair": "set train.objective=dpo to train on pairs, or sft for the chosen answers only",
-    "label none": "add the rejected answer or, for kto, `label`, or set train.objective=sft",
-    **dict.fromkeys(_LABELS, "set train.objective=kto, or sft without those of the label false"),
-}
-EXCLUDED_KINDS: Mapping[str | None, Sequence[str]] = {
-    None: ("pair", *_LABELS),
-    "kto": ("label none",),
-    **dict.fromkeys(("dpo", "orpo", "simpo"), ("label none", *_LABELS)),
-    **dict.fromkeys(("sft", "grpo", "distill"), ("label false",)),
-}
-"""Kinds of samples that an objective excludes (`Renderer.excluded_kinds`)."""
-
-RESPONSES: Mapping[str | None, Responses] = {
-    "kto": "all",
-    **dict.fromkeys(("sft", "grpo", "distill"), "none"),
-}
-"""Samples whose answers are responses to a prompt, by `train.objective`."""
 
 
 class StopRequest:
@@ -184,9 +163,9 @@ class BaseModelRef:
                 expected="a natively implemented model family",
                 remedy="remove data.augment, or choose another model",
             )
-        renderer.responses = RESPONSES.get(recipe.train.objective, "pairs")
-        excluded = EXCLUDED_KINDS[recipe.train.objective]
-        renderer.excluded_kinds = {kind: _REMEDIES[kind] for kind in excluded}
+        needs = recipe.needs
+        renderer.responses = needs.responses
+        renderer.excluded_kinds = needs.excluded_samples
         renderer.supervise = recipe.data.supervise
         renderer.max_length = recipe.data.max_length
         return renderer
@@ -237,7 +216,7 @@ class TrainEngine:
     """Model and optimizer of a run, with the components and data of a training step."""
 
     model: AnyModel
-    objective: SftObjective
+    objective: Objective[Any]
     parallel: ParallelStrategy
     step_dataset: StepDataset
     device_loader: DeviceLoader

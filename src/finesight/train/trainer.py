@@ -461,12 +461,9 @@ class Trainer:
         step_batches = read_steps(
             dataset, progress.step, hardware.num_workers, pin_memory=device.type == "cuda"
         )
-        if state.run.recipe.train.sampling is not None:
-            # Other objectives need no inference engine.
-            from finesight.train.rollout import Rollout, StudentRollout
-
-            rollout_type = Rollout if state.run.recipe.rewards else StudentRollout
-            step_batches = rollout_type(state).read_steps(progress.step)
+        sampled = state.engine.objective.sample_steps(state, progress.step)
+        if sampled is not None:
+            step_batches = sampled
         with closing(step_batches):
             for step_batch, data_wait in time_data_waits(step_batches, device):
                 step_output = self.run_step(step_batch, vision_cache)

@@ -30,7 +30,6 @@ from finesight.train.finalize import (
     record_failure,
 )
 from finesight.train.logging import MetricsLogger, describe_run
-from finesight.train.objectives.pair_loss import prepare_references
 from finesight.train.oom import translate_oom_errors
 from finesight.train.parallel.distributed import init_distributed
 from finesight.train.recipe_check import check_disk_space
@@ -203,8 +202,7 @@ def _run_training(
         configure_host(state.run.hardware.device),
         recorder,
     ):
-        if state.run.recipe.train.objective in ("dpo", "kto"):
-            prepare_references(state)
+        state.engine.objective.prepare(state)
         return trainer.run(partial(finalize_run, state, param_audit))
 
 

@@ -377,8 +377,9 @@ def _find_cache_blocker(state: TrainState) -> str | None:
         return f"the vision encoder is sharded (train.parallel={state.run.recipe.train.parallel})"
     if not state.data.train.stats.is_complete:
         return "the dataset is too large for a full scan"
-    if (objective := state.run.recipe.train.objective) in ("grpo", "distill"):
-        return f"the steps of train.objective={objective} contain their images"
+    if state.run.recipe.needs.steps_contain_images:
+        name = state.run.recipe.train.component.name
+        return f"the steps of train.objective={name} contain their images"
     if state.run.recipe.data.augment is not None:
         return "data.augment changes the images of every step"
     if state.run.recipe.train.vision_cache == "never":

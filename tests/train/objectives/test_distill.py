@@ -9,12 +9,12 @@ from rich.console import Console
 from tiny_model import create_tiny_model
 from tiny_task import TinyTask, assert_same_run
 
-from finesight.config import DistillSettings
 from finesight.errors import UserError
 from finesight.plan.plan_format import format_plan
 from finesight.plan.run_plan import plan_run
 from finesight.progress import ProgressConsole
 from finesight.recipe import recipe_from_dict
+from finesight.train.objectives.distill import Settings
 from finesight.train.objectives.distill.loss import compute_divergence, generalized_jsd
 
 
@@ -23,7 +23,7 @@ from finesight.train.objectives.distill.loss import compute_divergence, generali
 def test_divergence_and_gradients_match_trl(beta, temperature, assert_matches_trl):
     rng = np.random.RandomState(0)
     logits_CV, teacher_CV = (torch.from_numpy(rng.standard_normal((5, 11))) for _ in range(2))
-    settings = DistillSettings(beta=beta, temperature=temperature)
+    settings = Settings(beta=beta, temperature=temperature)
     loss = generalized_jsd(settings, logits_CV.requires_grad_(), teacher_CV).mean()
     assert_matches_trl(f"distill {beta} {temperature}", loss, logits_CV)
 
@@ -31,7 +31,7 @@ def test_divergence_and_gradients_match_trl(beta, temperature, assert_matches_tr
 def test_divergence_of_the_most_probable_tokens():
     """The third token is not among the teacher's two most probable ones."""
     own, other = (torch.tensor([[p, 1 - p, 1e-4]]).log() for p in (0.2, 0.6))
-    found = generalized_jsd(DistillSettings(beta=0, top_k=2), own, other).item()
+    found = generalized_jsd(Settings(beta=0, top_k=2), own, other).item()
     assert found == pytest.approx(0.6 * math.log(0.6 / 0.2) + 0.4 * math.log(0.4 / 0.8))
 
 
@@ -41,7 +41,7 @@ def test_chunks_and_rows_beyond_the_vocabulary_do_not_change_the_divergence(monk
     torch.manual_seed(0)
     h_LD, head_VD = torch.randn(7, 8).double().requires_grad_(), torch.randn(11, 8).double()
     other_LE, head_VE = torch.randn(7, 5).double(), torch.randn(13, 5).double()
-    settings = DistillSettings()
+    settings = Settings()
     found = compute_divergence(settings, h_LD, head_VD, other_LE, head_VE)
     expected = generalized_jsd(settings, h_LD @ head_VD.T, other_LE @ head_VE[:11].T)
     torch.testing.assert_close(found, expected)

@@ -15,7 +15,7 @@ from tiny_task import TinyTask, assert_same_run, edit_samples
 from torch import Tensor
 
 from finesight import api
-from finesight.config import GrpoSettings, TrainSettings
+from finesight.config import Recipe
 from finesight.data.sample import BoxPart, ImagePart, LocatedSample, Message, Sample
 from finesight.encode.family import scale_box
 from finesight.encode.renderer import NativeRenderer
@@ -24,9 +24,10 @@ from finesight.evaluate.eval_case import EvalCase
 from finesight.evaluate.score_function import RewardError
 from finesight.infer.prediction import ResponseSampler
 from finesight.model_folder import ModelFolder
+from finesight.train.objectives.grpo import Settings
 from finesight.train.objectives.grpo.loss import compute_token_losses
+from finesight.train.objectives.grpo.rollout import GrpoRollout, RewardCheck
 from finesight.train.recipe_check import suggest_completion_length
-from finesight.train.rollout import RewardCheck, Rollout
 
 LOSS_TYPES = "dapo", "grpo", "dr_grpo", "bnpo", "cispo", "sapo"
 MODES = "sequence_mask", "sequence_truncate", "token_mask", "token_truncate"
@@ -42,9 +43,9 @@ VARIANTS = [
 ]
 
 
-def make_settings(is_first: bool, **settings: object) -> GrpoSettings:
+def make_settings(is_first: bool, **settings: object) -> Settings:
     number = {"num_generations": NUM_RESPONSES, "num_iterations": 1 if is_first else 2}
-    return GrpoSettings.model_validate(settings | number)
+    return Settings.model_validate(settings | number)
 
 
 def draw_group() -> dict[str, Tensor]:
@@ -62,7 +63,7 @@ def draw_group() -> dict[str, Tensor]:
     return {name: torch.from_numpy(values) for name, values in group.items()}
 
 
-def compute_loss(settings: GrpoSettings, group: dict[str, Tensor], logps: Tensor) -> Tensor:
+def compute_loss(settings: Settings, group: dict[str, Tensor], logps: Tensor) -> Tensor:
     """Return the loss of one group as a training step normalizes it."""
     mask = group["mask"]
     lengths, total = mask.sum(1).double(), mask.sum().double()
@@ -255,7 +256,7 @@ def test_settings_change_training(reward_task):
 
 
 def test_unreadable_images_are_skipped(reward_task, monkeypatch):
-    image, sample_groups = reward_task.folder / "train0.png", Rollout.sample_groups
+    image, sample_groups = reward_task.folder / "train0.png", GrpoRollout.sample_groups
     with edit_samples(reward_task.folder / "train.jsonl") as samples:
         del samples[4:]
 
@@ -263,7 +264,7 @@ def test_unreadable_images_are_skipped(reward_task, monkeypatch):
         image.write_bytes(image.read_bytes()[:50])
         return sample_groups(*args)
 
-    monkeypatch.setattr(Rollout, "sample_groups", damage)
+    monkeypatch.setattr(GrpoRollout, "sample_groups", damage)
     reward_task.recipe["rewards"] = LETTERS
     reward_task.run("train.steps=1", "train.epochs=null", "data.on_invalid_sample=skip")
     (step,) = read_steps(reward_task)
@@ -333,8 +334,10 @@ def test_remedy_of_truncated_responses_follows_from_the_references(objective, le
     section = {"max_completion_length": 64}
     if objective == "distill":
         section["teacher"] = "finesight-tiny"
-    train = TrainSettings(objective=objective, **{objective: section})
-    found = suggest_completion_length(SimpleNamespace(train=train), data)
+    recipe = {"model": "m", "data": {"train": "train.jsonl"}, "output_dir": "run"}
+    recipe["train"] = {"objective": objective, objective: section}
+    recipe["rewards"] = ["exact"] if objective == "grpo" else []
+    found = suggest_completion_length(Recipe.model_validate(recipe), data)
     assert found.startswith(remedy)
 
 

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from finesight.train.objectives.cross_entropy import fused_linear_cross_entropy
+from finesight.train.objectives.objective import fused_linear_cross_entropy
 
 L, D, V = 37, 16, 101
 

@@ -59,7 +59,7 @@ Specific formats come before general ones: `conversations` matches any turns, an
 any columns.
 """
 
-REGISTRY = Registry("formats", DatasetFormat, {one.name: one for one in FORMATS})
+REGISTRY = Registry("formats", DatasetFormat, {one.name: one for one in FORMATS}, has_names=True)
 
 
 def iter_formats(with_plugins: bool = True) -> Iterator[DatasetFormat]:

@@ -1,1 +1,1 @@
-"""Training objectives: the loss of a packed batch, with one file per objective."""
+"""Training objectives: the loss of a packed batch, with one folder per objective."""

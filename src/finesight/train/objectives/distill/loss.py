@@ -8,34 +8,63 @@ Shapes: L supervised tokens, D and E model widths, V vocabulary size, C rows of 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from finesight.config import DistillSettings, TrainSettings
+from finesight.config import TrainSettings
 from finesight.encode.packing import PackedBatch
 from finesight.encode.renderer import NativeRenderer, Renderer
 from finesight.errors import UserError
 from finesight.infer.model_loader import load_inference_model, resolve_model_source
 from finesight.model.vlm import VisionLanguageModel
-from finesight.train.objectives.cross_entropy import PackKey, SftObjective
+from finesight.train.objectives.distill import Settings
+from finesight.train.objectives.objective import Objective, PackKey
 from finesight.train.objectives.pair_loss import map_chunks
+
+if TYPE_CHECKING:
+    from finesight.train.state import TrainState
+    from finesight.train.step_dataset import StepBatch
 
 MAX_TOKEN_IDS = 1 << 18
 """Number of token ids of which the vocabularies are compared."""
 
 
-class DistillObjective(SftObjective):
+class DistillObjective(Objective[Settings]):
     """Generalized Jensen-Shannon divergence from the teacher, as a mean over tokens.
 
     Attributes:
         teacher: Frozen model; None for estimates of memory and time.
     """
 
-    def __init__(self, settings: DistillSettings) -> None:
-        self.settings = settings
+    def __init__(self, settings: Settings) -> None:
+        super().__init__(settings)
         self.teacher: VisionLanguageModel | None = None
+
+    def check_renderer(self, renderer: Renderer) -> None:
+        """Verify that the teacher has the tokenizer and image processing of the trained model.
+
+        Raises:
+            UserError: The teacher cannot process the tokens and patches of the trained model.
+        """
+        check_teacher(self.settings, renderer)
+
+    def load_models(self, train: TrainSettings) -> None:
+        """Load the teacher, which `check_renderer` has accepted."""
+        self.teacher = load_teacher(self.settings, train)
+
+    def sample_steps(
+        self, state: TrainState, start: int
+    ) -> Generator[StepBatch, None, None] | None:
+        """Return the steps from `start` on with responses to a share of the samples."""
+        if not self.settings.lmbda:
+            return None
+        # Other objectives need no inference engine.
+        from finesight.train.objectives.distill.rollout import StudentRollout
+
+        return StudentRollout(state).read_steps(start)
 
     @torch.no_grad()
     def loss_inputs(
@@ -63,7 +92,7 @@ class DistillObjective(SftObjective):
 
 
 def compute_divergence(
-    settings: DistillSettings, h_LD: Tensor, head_VD: Tensor, teacher_h_LE: Tensor, head_VE: Tensor
+    settings: Settings, h_LD: Tensor, head_VD: Tensor, teacher_h_LE: Tensor, head_VE: Tensor
 ) -> Tensor:
     """Return the divergence of each token, [L], in fp32 or higher.
 
@@ -78,7 +107,7 @@ def compute_divergence(
     return map_chunks(compute_chunk, num_rows, h_LD, teacher_h_LE)
 
 
-def generalized_jsd(settings: DistillSettings, logits_CV: Tensor, teacher_CV: Tensor) -> Tensor:
+def generalized_jsd(settings: Settings, logits_CV: Tensor, teacher_CV: Tensor) -> Tensor:
     """Return the generalized Jensen-Shannon divergence of each row, [C], as in TRL (`GKDTrainer`).
 
     With `top_k`, both distributions are restricted to the teacher's most probable tokens.
@@ -105,7 +134,7 @@ def _kl_divergence(log_p_CV: Tensor, log_q_CV: Tensor) -> Tensor:
     return (log_p_CV.exp() * (log_p_CV - log_q_CV)).sum(1)
 
 
-def check_teacher(train: TrainSettings, renderer: Renderer) -> None:
+def check_teacher(settings: Settings, renderer: Renderer) -> None:
     """Verify that the teacher has the tokenizer and image processing of the trained model.
 
     Its weights are not read.
@@ -113,7 +142,6 @@ def check_teacher(train: TrainSettings, renderer: Renderer) -> None:
     Raises:
         UserError: The teacher cannot process the tokens and patches of the trained model.
     """
-    settings = train.distill
     assert settings.teacher is not None, "distillation without a teacher"
     other = resolve_model_source(settings.teacher).build_renderer()
     difference = _find_difference(renderer, other)
@@ -127,9 +155,8 @@ def check_teacher(train: TrainSettings, renderer: Renderer) -> None:
         )
 
 
-def load_teacher(train: TrainSettings) -> VisionLanguageModel:
+def load_teacher(settings: Settings, train: TrainSettings) -> VisionLanguageModel:
     """Load the teacher, which `check_teacher` has accepted."""
-    settings = train.distill
     assert settings.teacher is not None, "distillation without a teacher"
     model = load_inference_model(
         settings.teacher, train.device, train.precision, settings.weight_format

@@ -1,1 +1,118 @@
-"""Group relative policy optimization."""
+"""Group relative policy optimization (Shao et al. 2024) and its variants."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pydantic import Field
+
+from finesight.components import SettingProblem
+from finesight.objective_components import FirstRecipe, Needs, ObjectiveComponent, Sampling
+from finesight.setting_types import CoercedFloat, PositiveInt, SettingsSection
+from finesight.train.objectives.sample_remedies import UNDESIRABLE
+
+if TYPE_CHECKING:
+    from finesight.config import Recipe
+
+
+class Settings(SettingsSection):
+    """Section `train.grpo` of a recipe: policy optimization by rewards, with the names of TRL.
+
+    `loss_type` is GRPO (Shao et al. 2024), DAPO (Yu et al. 2025), Dr. GRPO (Liu et al. 2025), BNPO,
+    CISPO (MiniMax 2025) or SAPO (Gao et al. 2025). GSPO (Zheng et al. 2025) is
+    `importance_sampling_level=sequence` with `loss_type=grpo`.
+
+    Attributes:
+        num_generations: Responses of each sample, the group in which rewards are compared.
+        max_completion_length: Maximum number of tokens of a response.
+        epsilon_high: Upper clipping of the probability ratio; by default 0.28 for DAPO, `epsilon`
+            for others. For CISPO, the largest ratio itself, by default 5.
+        beta: Weight of the KL divergence from the model without adapter.
+        scale_rewards: Whether advantages are divided by the standard deviation of the group, of all
+            groups of a step, or not at all.
+        num_iterations: Updates with the same responses.
+        importance_sampling_mode: Correction of the difference between sampler and trainer.
+        max_refills: Number of times that groups with equal rewards are replaced in a step.
+        batch_size: Largest number of responses that are generated at once.
+    """
+
+    num_generations: Annotated[int, Field(ge=2, le=1024)] = 8
+    max_completion_length: Annotated[int, Field(gt=0, le=1_048_576)] = 512
+    temperature: Annotated[CoercedFloat, Field(gt=0.0, le=100.0)] = 1.0
+    loss_type: Literal["dapo", "grpo", "dr_grpo", "bnpo", "cispo", "sapo"] = "dapo"
+    importance_sampling_level: Literal["token", "sequence"] = "token"
+    epsilon: Annotated[CoercedFloat, Field(gt=0.0, lt=1.0)] = 0.2
+    epsilon_high: Annotated[CoercedFloat, Field(gt=0.0)] | None = None
+    beta: Annotated[CoercedFloat, Field(ge=0.0)] = 0.0
+    use_bias_correction_kl: bool = True
+    scale_rewards: Literal["group", "batch", "none"] = "group"
+    num_iterations: Annotated[int, Field(ge=1, le=16)] = 1
+    mask_truncated_completions: bool = False
+    importance_sampling_mode: Literal[
+        "sequence_mask", "sequence_truncate", "token_mask", "token_truncate", "none"
+    ] = "sequence_mask"
+    importance_sampling_clip_max: Annotated[CoercedFloat, Field(gt=1.0)] = 3.0
+    max_refills: Annotated[int, Field(ge=0, le=16)] = 1
+    batch_size: PositiveInt = 256
+
+    @property
+    def effective_epsilon_high(self) -> float:
+        """Upper clipping of the probability ratio, with the default of the loss."""
+        defaults = {"cispo": 5.0, "dapo": 0.28}
+        return self.epsilon_high or defaults.get(self.loss_type, self.epsilon)
+
+
+def needs(settings: Settings, recipe: Recipe) -> Needs:
+    """Return the needs: rewards, and groups of sampled responses."""
+    return Needs(
+        accepted_samples=frozenset({"pair", "label none", "label true"}),
+        remedies=UNDESIRABLE,
+        rewards=True,
+        sampling=Sampling(
+            section="train.grpo",
+            num_generations=settings.num_generations,
+            max_completion_length=settings.max_completion_length,
+            temperature=settings.temperature,
+            batch_size=settings.batch_size,
+            masks_truncated=settings.mask_truncated_completions,
+        ),
+        supports_dropout=False,
+    )
+
+
+def check(settings: Settings, recipe: Recipe) -> Iterator[SettingProblem]:
+    """Yield the problem of a KL divergence from a model that changes."""
+    if not settings.beta:
+        return
+    problem = "train.grpo.beta refers to the model without adapter"
+    if recipe.tune.has_mode("full"):
+        yield SettingProblem(
+            f"{problem}, which full tuning changes",
+            "set it to 0, or set all parts of tune to lora or frozen",
+        )
+    if recipe.adapter is not None:
+        yield SettingProblem(
+            f"{problem}, but adapter is set",
+            "set it to 0, or merge the adapter and start from the merged model",
+        )
+
+
+COMPONENT = ObjectiveComponent(
+    kind="objectives",
+    name="grpo",
+    title="GRPO",
+    settings=Settings,
+    implementation="finesight.train.objectives.grpo.loss:GrpoObjective",
+    needs=needs,
+    check=check,
+    position=6,
+    first_recipe=FirstRecipe(
+        comment="on sampled responses; fine-tune on answers first",
+        learning_rate="1.0e-5",
+        tiny_learning_rate="5.0e-4",
+        has_rewards=True,
+    ),
+    command="init DATA --objective grpo",
+    guesses="grpo rl rlhf rlvr ppo",
+)

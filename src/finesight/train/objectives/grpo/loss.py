@@ -8,25 +8,31 @@ Shapes: L supervised tokens, D model width, V vocabulary size, N responses.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from finesight.config import GrpoSettings
 from finesight.encode.packing import PackedBatch
-from finesight.train.objectives.cross_entropy import PackKey, SftObjective
+from finesight.train.objectives.grpo import Settings
+from finesight.train.objectives.objective import Objective, PackKey
 from finesight.train.objectives.pair_loss import compute_token_logps, find_responses
+
+if TYPE_CHECKING:
+    from finesight.encode.renderer import Renderer
+    from finesight.train.state import TrainState
+    from finesight.train.step_dataset import StepBatch
 
 SAPO_TEMPERATURES = 1.0, 1.05
 """Temperatures of SAPO for positive and other advantages (Gao et al. 2025)."""
 
 
-class GrpoObjective(SftObjective):
+class GrpoObjective(Objective[Settings]):
     """Policy loss of sampled responses; for batches without rewards, the cross entropy.
 
-    Args:
-        banned_ids: Tokens that the responses never contain.
+    Attributes:
+        banned_ids: Tokens that sampled responses never contain.
     """
 
     metric_names: tuple[str, ...] = (
@@ -38,10 +44,21 @@ class GrpoObjective(SftObjective):
         "sampling/importance_sampling_ratio/mean",
     )
 
-    def __init__(self, settings: GrpoSettings, banned_ids: tuple[int, ...]) -> None:
-        self.settings = settings
-        self.banned_ids = banned_ids
+    def __init__(self, settings: Settings) -> None:
+        super().__init__(settings)
         self.num_updates = settings.num_iterations
+        self.banned_ids: tuple[int, ...] = ()
+
+    def check_renderer(self, renderer: Renderer) -> None:
+        """Store the tokens that responses never contain."""
+        self.banned_ids = renderer.visual_token_ids
+
+    def sample_steps(self, state: TrainState, start: int) -> Generator[StepBatch, None, None]:
+        """Return the steps from `start` on with groups of scored responses."""
+        # Other objectives need no inference engine.
+        from finesight.train.objectives.grpo.rollout import GrpoRollout
+
+        return GrpoRollout(state).read_steps(start)
 
     def loss_inputs(
         self, batch: PackedBatch, loss_weight: Tensor, key: PackKey | None = None
@@ -76,7 +93,7 @@ class GrpoObjective(SftObjective):
 
 
 def compute_token_losses(
-    settings: GrpoSettings,
+    settings: Settings,
     logps_L: Tensor,
     sampled_logps_L: Tensor,
     reference_logps_L: Tensor | None,
@@ -138,7 +155,7 @@ def compute_token_losses(
     return losses_L, tuple(metric_L.detach().to(losses_L.dtype) for metric_L in metrics)
 
 
-def compute_correction(settings: GrpoSettings, log_ratio_L: Tensor, response_L: Tensor) -> Tensor:
+def compute_correction(settings: Settings, log_ratio_L: Tensor, response_L: Tensor) -> Tensor:
     """Return the importance sampling ratio of trainer and sampler, [L], truncated or masked."""
     mode = settings.importance_sampling_mode
     max_ratio = settings.importance_sampling_clip_max

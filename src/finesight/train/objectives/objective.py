@@ -1,7 +1,8 @@
-"""Supervised fine-tuning: fused language model head and cross entropy, in chunks of logits.
+"""Objectives: their interface, and the cross entropy, which is the default loss.
 
-Only hidden states that predict supervised tokens are multiplied with the head, so the logits of a
-complete pack are never stored.
+Language model head and cross entropy are fused, in chunks of logits. Only hidden states that
+predict supervised tokens are multiplied with the head, so the logits of a complete pack are never
+stored.
 
 Shapes: L supervised tokens, D model width, V vocabulary size, C rows of a chunk, T rows with a
 label.
@@ -9,16 +10,22 @@ label.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Generic
 
 import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from finesight.components import SettingsT
 from finesight.encode.packing import PackedBatch
 from finesight.model.fused_ops import has_kernels
 from finesight.model.kernels.cross_entropy import cross_entropy
-from finesight.train.step_dataset import GlobalStepStats
+from finesight.train.step_dataset import GlobalStepStats, StepBatch
+
+if TYPE_CHECKING:
+    from finesight.config import TrainSettings
+    from finesight.encode.renderer import Renderer
 
 MAX_LOGITS_BYTES = 1 << 28
 """Maximum size of the fp32 logits of a chunk, in bytes."""
@@ -28,12 +35,12 @@ PackKey = tuple[str, tuple[int, ...]]
 """Split (`train` or `eval`) and corpus indices of the samples of a pack."""
 
 
-class SftObjective:
+class Objective(Generic[SettingsT]):
     """Loss of a packed batch, computed from the hidden states of its supervised tokens.
 
-    This is supervised fine-tuning: the mean cross entropy of the supervised tokens, without
-    metrics. The other objectives are subclasses. Training step, CUDA graphs, evaluation and memory
-    estimates use it. Shapes: L supervised tokens, D model width, V vocabulary size, M metrics.
+    The default is the mean cross entropy of the supervised tokens, without metrics. Training step,
+    CUDA graphs, evaluation and memory estimates use it. Shapes: L supervised tokens, D model width,
+    V vocabulary size, M metrics.
 
     Attributes:
         metric_names: Names of the metrics that are computed with the loss.
@@ -45,6 +52,34 @@ class SftObjective:
     metric_names: tuple[str, ...] = ()
     num_updates: int = 1
     has_baseline: bool = False
+
+    def __init__(self, settings: SettingsT) -> None:
+        self.settings = settings
+
+    def check_renderer(self, renderer: Renderer) -> None:
+        """Verify before the weights are loaded that other models fit the trained model.
+
+        Estimates of memory and time have no renderer.
+
+        Raises:
+            UserError: They do not.
+        """
+
+    def load_models(self, train: TrainSettings) -> None:
+        """Load the models that the loss compares with, after the trained model."""
+
+    # `state` is the `TrainState`, whose module imports this one.
+    def prepare(self, state: Any) -> None:
+        """Compute what the loss needs before the first step, or load that of a resumed run.
+
+        Raises:
+            UserError: A file of a resumed run is missing or corrupt.
+            TrainingInterrupted: A stop was requested.
+        """
+
+    def sample_steps(self, state: Any, start: int) -> Generator[StepBatch, None, None] | None:
+        """Return the steps from `start` on with sampled responses; None for those of the data."""
+        return None
 
     def set_baseline(self, means: Tensor) -> None:
         """Store what the loss needs of the mean loss and metrics of a step, [1 + M]."""

@@ -1,0 +1,249 @@
+"""Training objectives as components: their needs, the first recipe with them, their registry."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import wraps
+from pathlib import Path
+from typing import Any, Generic, Literal, get_args
+
+from finesight.components import Component, ComponentRegistry, SettingProblem, SettingsT
+from finesight.setting_types import WeightFormat
+
+DEFAULT_OBJECTIVE = "sft"
+"""Objective of a recipe that names none."""
+
+SampleKind = Literal["pair", "label none", "label true", "label false"]
+"""Kind of a sample: with a rejected answer, or without one by its label."""
+
+_OTHER_REMEDY = "remove these samples, or choose another train.objective"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampling:
+    """Responses of the trained model that a training step samples.
+
+    Attributes:
+        section: Section of the recipe with these settings, such as `train.NAME`. They are called
+            `max_completion_length`, `temperature` and `mask_truncated_completions`.
+        num_generations: Responses to a prompt.
+        share: Share of the samples with responses.
+        max_completion_length: Maximum number of tokens of a response.
+        temperature: Divisor of the logits.
+        batch_size: Largest number of responses that are generated at once.
+        masks_truncated: Whether truncated responses have no loss.
+    """
+
+    section: str
+    num_generations: int
+    share: float = 1.0
+    max_completion_length: int
+    temperature: float
+    batch_size: int
+    masks_truncated: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Teacher:
+    """Frozen model that processes the packs of the trained model.
+
+    Attributes:
+        model: Folder, run or hub name.
+        section: Section of the recipe with the settings `teacher` and `weight_format`.
+    """
+
+    model: str
+    weight_format: WeightFormat
+    section: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Needs:
+    """Data, models and properties of a run that its objective needs.
+
+    Defaults need the least and, apart from dropout, permit the least.
+
+    Attributes:
+        responses: Samples whose answers are responses to a prompt, in sequences of their own.
+        accepted_samples: Kinds of samples that the objective can train on.
+        remedies: Remedy by kind of samples that it cannot train on, instead of a general one.
+        rewards: Whether the recipe needs `rewards`, which score the sampled responses; other
+            recipes have none.
+        sampling: Responses of the trained model in each step.
+        reference: Whether the loss compares with the model before the first step, whose
+            log-probabilities are computed once.
+        mismatched_answers: Whether a sample includes the answer of another sample, from which the
+            baseline of a step is estimated.
+        teacher: Model whose hidden states the loss compares.
+        supports_all_families: Whether the objective supports the transformers backend and Qwen-VL.
+        supports_splitting: Whether ranks may share a long sample (context parallelism).
+        supports_augmentation: Whether images may change in every step.
+        supports_dropout: Whether LoRA dropout applies, which changes likelihoods: False if the loss
+            compares those of several models.
+    """
+
+    responses: Literal["none", "pairs", "all"] = "none"
+    accepted_samples: frozenset[SampleKind] = frozenset({"label none"})
+    remedies: Mapping[SampleKind, str] = field(default_factory=dict)
+    rewards: bool = False
+    sampling: Sampling | None = None
+    reference: bool = False
+    mismatched_answers: bool = False
+    teacher: Teacher | None = None
+    supports_all_families: bool = False
+    supports_splitting: bool = False
+    supports_augmentation: bool = False
+    supports_dropout: bool = True
+
+    def __post_init__(self) -> None:
+        kinds = get_args(SampleKind)
+        unknown = {*self.accepted_samples, *self.remedies} - {*kinds}
+        if unknown:
+            raise ValueError(f"unknown kind of samples {min(unknown)!r}: one of {', '.join(kinds)}")
+        if self.responses not in ("none", "pairs", "all"):
+            raise ValueError(f"responses is {self.responses!r}: one of none, pairs, all")
+        if self.rewards and self.sampling is None:
+            raise ValueError("rewards score sampled responses: set sampling, too")
+
+    @property
+    def excluded_samples(self) -> dict[str, str]:
+        """Remedy by kind of sample that the objective cannot train on."""
+        excluded: dict[str, str] = {}
+        for kind in get_args(SampleKind):
+            if kind not in self.accepted_samples:
+                excluded[kind] = self.remedies.get(kind, _OTHER_REMEDY)
+        return excluded
+
+    @property
+    def steps_contain_images(self) -> bool:
+        """Whether steps need the pixels of their images: to sample, or for the teacher."""
+        return self.sampling is not None or self.teacher is not None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FirstRecipe:
+    """Lines of a new recipe with an objective, as `init` writes them.
+
+    Attributes:
+        detected_for: Data that suggest the objective: all samples are pairs, all are pairs or have
+            a label, or only some.
+        comment: Explanation of the line `objective`; empty for none.
+        learning_rate: Usual learning rate with LoRA.
+        tiny_learning_rate: That of finesight-tiny.
+        has_rewards: Whether the recipe has rewards, and a maximum length of responses.
+        has_eval: Whether all answers are references of a metric.
+    """
+
+    detected_for: Literal["pairs", "rated", "partly rated"] | None = None
+    comment: str = ""
+    learning_rate: str = "1.0e-4"
+    tiny_learning_rate: str = "2.0e-3"
+    has_rewards: bool = False
+    has_eval: bool = True
+
+
+def check_nothing(settings: Any) -> Iterator[SettingProblem]:
+    """Return no problem: settings that are complete by default."""
+    yield from ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveComponent(Component[SettingsT], Generic[SettingsT]):
+    """Light half of a training objective. The heavy half is a subclass of `Objective`.
+
+    Attributes:
+        needs: What the objective needs from other modules, by its settings and the `Recipe`.
+        check_settings: Rules over the own settings that hold if the objective is chosen.
+        first_recipe: Lines of a new recipe.
+        model_settings: Own settings that name models.
+        methods: Names of the objective in other trainers, beside its own.
+        command: Words of a command that chooses the objective.
+        guesses: Words that users type for the command.
+    """
+
+    needs: Callable[[SettingsT, Any], Needs]
+    check_settings: Callable[[SettingsT], Iterator[SettingProblem]] = field(default=check_nothing)
+    first_recipe: FirstRecipe = FirstRecipe()
+    model_settings: tuple[str, ...] = ()
+    methods: tuple[str, ...] = ()
+    command: str = ""
+    guesses: str = ""
+
+    def find_problem(self) -> str | None:
+        """Return why other modules cannot use the objective; None if they can."""
+        problem = Component.find_problem(self)
+        if problem is not None:
+            return problem
+        if not self.implementation:
+            return "it has no implementation"
+        for name in self.model_settings:
+            if name not in self.settings.model_fields:
+                return f"model_settings has {name!r:.60}, which is no setting"
+        return None
+
+    def settings_of(self, train: Any) -> SettingsT:
+        """Return the settings of this objective in the section `train` of a recipe."""
+        settings = train.sections.get(self.name)
+        if settings is None:
+            return self.settings()
+        assert isinstance(settings, self.settings), f"{settings!r} for {self.name}"
+        return settings
+
+    def list_models(self, settings: SettingsT) -> list[str]:
+        """List the models and paths that settings of this objective name."""
+        models = []
+        for name, value in dict(settings).items():
+            if value is not None and (name in self.model_settings or isinstance(value, Path)):
+                models.append(str(value))
+        return models
+
+
+OBJECTIVES = ComponentRegistry[ObjectiveComponent[Any]](
+    "objectives",
+    ObjectiveComponent,
+    "finesight.train.objectives",
+    helpers=("objective", "pair_loss", "sample_remedies"),
+)
+"""Objectives by name: the values of `train.objective`."""
+
+
+def get_needs(recipe: Any) -> Needs:
+    """Return the needs of the objective of a `Recipe`.
+
+    Raises:
+        UserError: The function of a plug-in does not work.
+    """
+    component = recipe.train.component
+    settings = component.settings_of(recipe.train)
+    needs = OBJECTIVES.call(component.name, component.needs, settings, recipe)
+    if not isinstance(needs, Needs):
+        problem = f"returns {needs!r:.80} instead of Needs"
+        raise OBJECTIVES.build_call_error(component.name, component.needs, problem)
+    return needs
+
+
+def list_problems(
+    component: ObjectiveComponent[Any], rule: Callable[..., Iterator[SettingProblem]], *values: Any
+) -> Sequence[SettingProblem]:
+    """List the problems that a rule of an objective finds.
+
+    Raises:
+        UserError: The rule of a plug-in does not work.
+    """
+
+    @wraps(rule)  # for the name in an error
+    def collect() -> list[SettingProblem]:
+        return list(rule(*values))
+
+    problems = OBJECTIVES.call(component.name, collect)
+    for problem in problems:
+        if not isinstance(problem, SettingProblem):
+            text = f"yields {problem!r:.80} instead of SettingProblem"
+            raise OBJECTIVES.build_call_error(component.name, rule, text)
+    return problems
+
+
+def list_reward_objectives() -> list[str]:
+    """List the built-in objectives that train by rewards."""
+    return [one.name for one in OBJECTIVES.list_built_in() if one.first_recipe.has_rewards]

@@ -1,0 +1,42 @@
+"""Simple preference optimization (Meng et al. 2024)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+from pydantic import Field
+
+from finesight.objective_components import Needs, ObjectiveComponent
+from finesight.setting_types import CoercedFloat, SettingsSection
+from finesight.train.objectives.sample_remedies import LABELED, UNPAIRED
+
+if TYPE_CHECKING:
+    from finesight.config import Recipe
+
+
+class Settings(SettingsSection):
+    """Section `train.simpo` of a recipe: scale and target margin of rewards (Meng et al. 2024)."""
+
+    beta: Annotated[CoercedFloat, Field(gt=0.0)] = 2.0
+    simpo_gamma: Annotated[CoercedFloat, Field(ge=0.0)] = 1.0
+
+
+def needs(settings: Settings, recipe: Recipe) -> Needs:
+    """Return the needs: pairs."""
+    return Needs(
+        responses="pairs",
+        accepted_samples=frozenset({"pair"}),
+        remedies={**UNPAIRED, **LABELED},
+        supports_dropout=False,
+    )
+
+
+COMPONENT = ObjectiveComponent(
+    kind="objectives",
+    name="simpo",
+    title="SimPO",
+    settings=Settings,
+    implementation="finesight.train.objectives.simpo.loss:SimpoObjective",
+    needs=needs,
+    position=4,
+)

@@ -14,7 +14,7 @@ class Settings(SettingsSection):
 
 
 def needs(settings, recipe):
-    return Needs(accepted_samples=frozenset({"label none", "label true"}), supports_dropout=True)
+    return Needs(supports_dropout=True)
 
 
 def check(settings, recipe):
@@ -30,5 +30,6 @@ COMPONENT = ObjectiveComponent(
     settings=Settings,
     implementation="finesight_plugin_focal_loss:FocalObjective",
     needs=needs,
+    accepted_samples=frozenset({"label none", "label true"}),
     check=check,
 )

@@ -11,6 +11,7 @@ from __future__ import annotations
 import pkgutil
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib import import_module
@@ -165,6 +166,14 @@ class ComponentRegistry(Registry[ComponentT]):
     def list_built_in(self) -> tuple[ComponentT, ...]:
         """List the built-in components in their order."""
         return tuple(self._built_in.values())
+
+    def list_available(self) -> tuple[ComponentT, ...]:
+        """List the built-in components, then those of plug-ins that work. Imports the plug-ins."""
+        found = [*self.list_built_in()]
+        for name in self.plugin_names:
+            with suppress(UserError):  # An error names the plug-in where a recipe chooses it.
+                found.append(self[name])
+        return tuple(found)
 
     def is_built_in(self, name: str) -> bool:
         """Return whether a name is that of a built-in component."""

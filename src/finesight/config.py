@@ -332,9 +332,8 @@ class TrainSettings(SettingsSection):
     matrices in 8 bits (Dettmers et al. 2022).
 
     Attributes:
-        objective: Supervised fine-tuning; DPO, ORPO or SimPO on pairs of answers; KTO on pairs or
-            labels; GRPO by rewards; distillation from a larger model. The default is supervised
-            fine-tuning on other data.
+        objective: Name of an objective (`train/objectives/`). The default is supervised fine-tuning
+            on data without pairs and labels.
         batch_size: Samples per optimizer step over all GPUs.
         pack_tokens: Token budget of one packed micro-batch. A longer sample has its own
             micro-batch, a much longer one is split over all ranks (context parallelism).

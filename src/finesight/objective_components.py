@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import wraps
 from pathlib import Path
@@ -17,7 +17,16 @@ DEFAULT_OBJECTIVE = "sft"
 SampleKind = Literal["pair", "label none", "label true", "label false"]
 """Kind of a sample: with a rejected answer, or without one by its label."""
 
-_OTHER_REMEDY = "remove these samples, or choose another train.objective"
+PLAIN_SAMPLES: frozenset[SampleKind] = frozenset({"label none"})
+"""Kinds of samples without a rejected answer and without a label."""
+
+_SAMPLE_WORDS: dict[SampleKind, str] = {
+    "pair": "a rejected answer",
+    "label none": "no label",
+    "label true": "the label true",
+    "label false": "the label false",
+}
+"""What a sample of a kind has, for messages."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,8 +75,6 @@ class Needs:
 
     Attributes:
         responses: Samples whose answers are responses to a prompt, in sequences of their own.
-        accepted_samples: Kinds of samples that the objective can train on.
-        remedies: Remedy by kind of samples that it cannot train on, instead of a general one.
         rewards: Whether the recipe needs `rewards`, which score the sampled responses; other
             recipes have none.
         sampling: Responses of the trained model in each step.
@@ -84,8 +91,6 @@ class Needs:
     """
 
     responses: Literal["none", "pairs", "all"] = "none"
-    accepted_samples: frozenset[SampleKind] = frozenset({"label none"})
-    remedies: Mapping[SampleKind, str] = field(default_factory=dict)
     rewards: bool = False
     sampling: Sampling | None = None
     reference: bool = False
@@ -97,23 +102,10 @@ class Needs:
     supports_dropout: bool = True
 
     def __post_init__(self) -> None:
-        kinds = get_args(SampleKind)
-        unknown = {*self.accepted_samples, *self.remedies} - {*kinds}
-        if unknown:
-            raise ValueError(f"unknown kind of samples {min(unknown)!r}: one of {', '.join(kinds)}")
         if self.responses not in ("none", "pairs", "all"):
             raise ValueError(f"responses is {self.responses!r}: one of none, pairs, all")
         if self.rewards and self.sampling is None:
             raise ValueError("rewards score sampled responses: set sampling, too")
-
-    @property
-    def excluded_samples(self) -> dict[str, str]:
-        """Remedy by kind of sample that the objective cannot train on."""
-        excluded: dict[str, str] = {}
-        for kind in get_args(SampleKind):
-            if kind not in self.accepted_samples:
-                excluded[kind] = self.remedies.get(kind, _OTHER_REMEDY)
-        return excluded
 
     @property
     def steps_contain_images(self) -> bool:
@@ -148,25 +140,37 @@ def check_nothing(settings: Any) -> Iterator[SettingProblem]:
     yield from ()
 
 
+def add_nothing(settings: Any) -> Mapping[str, object]:
+    """Return no settings: those of other trainers have the same defaults."""
+    return {}
+
+
 @dataclass(frozen=True, kw_only=True)
 class ObjectiveComponent(Component[SettingsT], Generic[SettingsT]):
     """Light half of a training objective. The heavy half is a subclass of `Objective`.
 
     Attributes:
         needs: What the objective needs from other modules, by its settings and the `Recipe`.
+        accepted_samples: Kinds of samples that the objective can train on.
         check_settings: Rules over the own settings that hold if the objective is chosen.
         first_recipe: Lines of a new recipe.
         model_settings: Own settings that name models.
         methods: Names of the objective in other trainers, beside its own.
+        trainers: File with the names and values of its settings in other trainers, as
+            `package:file`; empty for none.
+        complete_converted: Settings to add to those of another trainer, with the same meaning.
         command: Words of a command that chooses the objective.
         guesses: Words that users type for the command.
     """
 
     needs: Callable[[SettingsT, Any], Needs]
+    accepted_samples: frozenset[SampleKind] = PLAIN_SAMPLES
     check_settings: Callable[[SettingsT], Iterator[SettingProblem]] = field(default=check_nothing)
     first_recipe: FirstRecipe = FirstRecipe()
     model_settings: tuple[str, ...] = ()
     methods: tuple[str, ...] = ()
+    trainers: str = ""
+    complete_converted: Callable[[SettingsT], Mapping[str, object]] = field(default=add_nothing)
     command: str = ""
     guesses: str = ""
 
@@ -177,6 +181,10 @@ class ObjectiveComponent(Component[SettingsT], Generic[SettingsT]):
             return problem
         if not self.implementation:
             return "it has no implementation"
+        kinds = get_args(SampleKind)
+        unknown = self.accepted_samples - {*kinds}
+        if unknown:
+            return f"unknown kind of samples {min(unknown)!r}: one of {', '.join(kinds)}"
         for name in self.model_settings:
             if name not in self.settings.model_fields:
                 return f"model_settings has {name!r:.60}, which is no setting"
@@ -203,7 +211,7 @@ OBJECTIVES = ComponentRegistry[ObjectiveComponent[Any]](
     "objectives",
     ObjectiveComponent,
     "finesight.train.objectives",
-    helpers=("objective", "pair_loss", "sample_remedies"),
+    helpers=("objective", "pair_loss"),
 )
 """Objectives by name: the values of `train.objective`."""
 
@@ -244,6 +252,40 @@ def list_problems(
     return problems
 
 
+def get_accepted_samples(objective: str | None) -> frozenset[SampleKind]:
+    """Return the kinds of samples that `train.objective` can train on; None for the default.
+
+    Without a chosen objective, pairs and labels are no data of the default: they suggest another.
+    """
+    if objective is None:
+        return PLAIN_SAMPLES
+    return OBJECTIVES[objective].accepted_samples
+
+
+def describe_samples(kinds: Collection[SampleKind]) -> str:
+    """Describe what samples of several kinds have."""
+    return " or ".join(words for kind, words in _SAMPLE_WORDS.items() if kind in kinds)
+
+
+def suggest_objectives(objective: str | None, kind: SampleKind) -> str:
+    """Return the remedy for samples of a kind that `train.objective` cannot train on."""
+    remedies = []
+    if kind == "label none" and "pair" in get_accepted_samples(objective):
+        remedies.append("add rejected answers")
+    accepting = [one for one in OBJECTIVES.list_available() if kind in one.accepted_samples]
+    # First the one that `init` chooses for such data.
+    detected = {"pair": "pairs", "label true": "rated", "label false": "rated"}.get(kind)
+    accepting.sort(key=lambda one: detected is None or one.first_recipe.detected_for != detected)
+    if accepting:
+        first, *others = [one.name for one in accepting]
+        choice = f"set train.objective={first}"
+        if others:
+            choice += f" (or {', '.join(others)})"
+        remedies.append(choice)
+    remedies.append("remove these samples")
+    return ", or ".join(remedies)
+
+
 def list_reward_objectives() -> list[str]:
-    """List the built-in objectives that train by rewards."""
-    return [one.name for one in OBJECTIVES.list_built_in() if one.first_recipe.has_rewards]
+    """List the objectives that train by rewards."""
+    return [one.name for one in OBJECTIVES.list_available() if one.first_recipe.has_rewards]

@@ -847,8 +847,41 @@ def _closest_name(wanted: str, spellings: Mapping[str, Iterable[str]]) -> str | 
 
 @cache
 def load_trainer_settings() -> dict[str, Any]:
-    """Load `trainer_settings.yaml`: the settings of other trainers, and their replacements."""
-    file = importlib.resources.files("finesight") / "trainer_settings.yaml"
+    """Load the settings of other trainers, and their replacements.
+
+    Those in `trainer_settings.yaml` come first, then those of the objectives by their names:
+    `objective_rules` has their rules, and `method_defaults` the defaults of methods by trainer.
+    """
+    content = _load_resource("finesight:trainer_settings.yaml")
+    rules: dict[str, Any] = {}
+    defaults: dict[str, dict[str, Any]] = {}
+    method_keys: dict[str, str] = {}
+    losses: dict[str, str] = {}
+    # Keys that identify a method: the last objectives have those that no other one has.
+    for component in reversed(OBJECTIVES.list_available()):
+        if not component.trainers:
+            continue
+        own = _load_resource(component.trainers)
+        rules[component.name] = own.get("rules", {})
+        for trainer, values in own.get("defaults", {}).items():
+            defaults.setdefault(trainer, {}).update(values)
+        method_keys |= own.get("method_keys", {})
+        losses |= own.get("losses", {})
+        content["renamed"] |= own.get("renamed", {})
+        content["transformers"]["unsupported"] |= own.get("unsupported", {})
+        for table in ("method_classes", "scripts"):
+            content[table] += f" {own.get(table, '')}"
+    content["objective_rules"] = rules
+    content["method_defaults"] = defaults
+    content["method_keys"] = method_keys
+    content["losses"] = losses
+    return content
+
+
+def _load_resource(path: str) -> dict[str, Any]:
+    """Load a YAML file of a package from `package:file`."""
+    package, _, name = path.partition(":")
+    file = importlib.resources.files(package) / name
     content: dict[str, Any] = load_yaml(file.read_text(encoding="utf-8"))
     return content
 
@@ -867,7 +900,8 @@ def invert_groups(groups: Mapping[str, str]) -> dict[str, str]:
 def _load_advice() -> dict[str, dict[str, Any]]:
     """Load the replacements of other trainers' settings, or why they have none."""
     content = load_trainer_settings()
-    trainers = [content[name] for name in content["advice_order"]]
+    trainers = [*reversed(content["objective_rules"].values())]
+    trainers += [content[name] for name in content["advice_order"]]
     reasons = []
     for kind in ("ignored", "unsupported"):
         reasons += [trainer.get(kind, {}) for trainer in trainers]

@@ -228,7 +228,7 @@ def _detect_objective(samples: Sequence[Sample]) -> str:
 
 def _get_suggested(data: str) -> str:
     """Return the objective that data suggest (`FirstRecipe.detected_for`); empty for none."""
-    for component in OBJECTIVES.list_built_in():
+    for component in OBJECTIVES.list_available():
         if component.first_recipe.detected_for == data:
             return component.name
     return ""

@@ -28,11 +28,6 @@ SourceProgram = Literal[
 ]
 PARTS = ("vision", "merger", "language")
 
-OBJECTIVE_METHODS: dict[str, str] = {
-    method: one.name for one in OBJECTIVES.list_built_in() for method in (one.name, *one.methods)
-}
-"""Objectives of recipes by the training method of another program."""
-
 UNKNOWN_COUNT = "unknown"
 """Value of NPROC_PER_NODE if a launcher determines the number of processes at run time."""
 
@@ -81,6 +76,15 @@ class ProgramRules(NamedTuple):
 
 
 @cache
+def map_objective_methods() -> dict[str, str]:
+    """Map the training methods of other programs to objectives of recipes."""
+    objectives: dict[str, str] = {}
+    for component in OBJECTIVES.list_available():
+        objectives |= dict.fromkeys((component.name, *component.methods), component.name)
+    return objectives
+
+
+@cache
 def load_rules(program: SourceProgram | Literal["accelerate"], method: str = "") -> ProgramRules:
     """Load the rules of a program, with those of the transformers Trainer and of a method.
 
@@ -88,22 +92,23 @@ def load_rules(program: SourceProgram | Literal["accelerate"], method: str = "")
     """
     content = load_trainer_settings()
     rules: dict[str, SettingRule | None] = {}
-    names: tuple[str, ...] = ("transformers", program, OBJECTIVE_METHODS.get(method, ""))
-    if program == "accelerate":
-        names = (program,)
-    for section in [content[name] for name in names if name in content]:
+    own = content[program]
+    sections = [own]
+    if program != "accelerate":
+        objective = map_objective_methods().get(method, "")
+        sections = [content["transformers"], own, content["objective_rules"].get(objective, {})]
+    for section in sections:
         for kind in ("ignored", "unsupported"):
             for reason, items in section.get(kind, {}).items():
                 for key, _, values in (item.partition("=") for item in items.split()):
                     equivalent = tuple(filter(None, values.split("|")))
                     rules[key] = SettingRule(reason, kind == "ignored", equivalent)
         read_keys = section.get("defaults", ()), section.get("aliases", ())
-        rules |= dict.fromkeys([*section["converted"].split(), *chain(*read_keys)])
+        rules |= dict.fromkeys([*section.get("converted", "").split(), *chain(*read_keys)])
     converted = frozenset(key for key, rule in rules.items() if rule is None)
     other = {key: rule for key, rule in rules.items() if rule is not None}
-    own = content[program]
     defaults = content["transformers"]["defaults"] | own["defaults"]
-    defaults |= own.get("methods", {}).get(method, {})
+    defaults |= content["method_defaults"].get(own.get("trainer"), {}).get(method, {})
     return ProgramRules(defaults, invert_groups(own["aliases"]), converted, other)
 
 

@@ -31,9 +31,11 @@ class MsSwiftConverter(TrainerConverter):
         self._set_data(family)
         self._set_image(family)
         self._set_tune(family, method)
-        # As ms-swift by default: at least 16 samples per step of all GPUs, but not in GRPO.
+        # As ms-swift by default: at least 16 samples per step of all GPUs, or a batch of responses.
         samples = (config.get_int("per_device_train_batch_size") or 0) * self.count_gpus(0)[0]
-        accumulation = 1 if self.config.method == "grpo" else -(-16 // max(1, samples))
+        accumulation = -(-16 // max(1, samples))
+        if "responses" in self.objective_rules:
+            accumulation = 1
         self.set_trainer_settings(default_accumulation=accumulation)
         learning_rate = config.get_float("learning_rate") or (1e-5 if method == "full" else 1e-4)
         comment = config.default_comment("learning_rate")

@@ -232,12 +232,13 @@ def _read_eval_data(script: Script) -> dict[str, object]:
 
 def _list_calls() -> dict[str, dict[str, object]]:
     """Return the calls whose arguments are settings, with defaults of their own."""
-    known = load_trainer_settings()["TRL"]
+    settings = load_trainer_settings()
+    known = settings["TRL"]
     calls: dict[str, dict[str, object]] = {}
     for name in known["calls_without_defaults"].split():
         calls[name] = {}
     calls |= known["calls"]
-    for name in known["method_classes"].split():
+    for name in settings["method_classes"].split():
         calls |= {f"{name}Config": {"stage": name.lower()}, f"{name}Trainer": {}}
     return calls
 
@@ -352,6 +353,6 @@ def _name_program(text: str, used: set[str]) -> SourceProgram:
     """Return the library whose trainer a script uses."""
     if re.search(r"(?m)^[ \t]*(?:from|import) unsloth\b", text):
         return "Unsloth"
-    methods = load_trainer_settings()["TRL"]["method_classes"].split()
+    methods = load_trainer_settings()["method_classes"].split()
     classes = {f"{method}{end}" for method in methods for end in ("Config", "Trainer")}
     return "TRL" if used & classes else "Transformers"

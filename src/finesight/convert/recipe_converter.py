@@ -63,9 +63,8 @@ def convert_config(source: Path, target: Path) -> ConvertedRecipe:
     converter.fill_recipe()
     draft = converter.draft
     is_changed = "adapter" in draft.settings or "full" in draft.settings.values()
-    if is_changed and (beta := draft.settings.pop("train.grpo.beta", None)):
-        text = "0 here: the reference is the base model, to which a run may only add an adapter"
-        draft.note("beta", beta, text, differs=True)
+    if is_changed:
+        converter.reset_changed_references()
     text = draft.to_yaml(f"Converted from {config.program}, {source.name}.")
     try:
         recipe_from_dict(load_yaml(text))

@@ -11,10 +11,10 @@ from typing import NamedTuple
 
 from finesight.convert.external_config import (
     CONVERTED_VARIABLES,
-    OBJECTIVE_METHODS,
     UNKNOWN_COUNT,
     SourceProgram,
     load_rules,
+    map_objective_methods,
 )
 from finesight.convert.launcher_config import flatten_accelerate_config, name_accelerate_settings
 from finesight.convert.shell_script import (
@@ -43,9 +43,11 @@ _SCRIPTS: dict[str, SourceProgram] = {
     r"(?:.*/)?(?:src/train(?:_bash)?|llamafactory/launcher)\.py()": "LLaMA-Factory",
     r"(?:.*/)?src/train(?:ing)?/train_?(\w*)\.py": "Qwen-VL-Series-Finetune",
     r"(?:.*/)?finetune\.py()": "Qwen-VL",
-    r"(?:.*/)?(sft|dpo|grpo|kto|gkd|distillation|orpo|reward)(?:_vlm\w*)?\.py": "TRL",
 }
-"""Programs that start as a Python script, by a pattern with the training method."""
+"""Programs that start as a Python script, by a pattern with the training method.
+
+Those of TRL are in `_get_trl_pattern`.
+"""
 
 _COMMAND_PREFIXES = ("env", "nohup", "exec", "time", "sudo")
 _DECLARATIONS = ("export", "declare", "typeset", "readonly")
@@ -352,11 +354,24 @@ def _build_unresolved_error(path: Path, text: str) -> UserError:
     return build_source_error(path, what, remedy)
 
 
+def _get_trl_pattern() -> str:
+    """Return the pattern of the scripts of TRL, which are named after the training method."""
+    methods = "|".join(load_trainer_settings()["scripts"].split())
+    return rf"(?:.*/)?({methods})(?:_vlm\w*)?\.py"
+
+
 def _find_program(words: Sequence[str]) -> tuple[SourceProgram | None, str, int]:
     """Find the training program in a shell command, its subcommand, and its first argument."""
     settings = load_trainer_settings()
     objectives = invert_groups(settings["objectives"])
-    names = {"train", "rlhf", "reward", *OBJECTIVE_METHODS, *settings["commands"], *objectives}
+    names = {
+        "train",
+        "rlhf",
+        "reward",
+        *map_objective_methods(),
+        *settings["commands"],
+        *objectives,
+    }
     for index, word in enumerate(words):
         basename = word.rpartition("/")[2]
         following = words[index + 1 : index + 2]
@@ -365,7 +380,7 @@ def _find_program(words: Sequence[str]) -> tuple[SourceProgram | None, str, int]
             name = f"megatron {name}"
         if basename in _PROGRAMS and name in names:
             return _PROGRAMS[basename], name, index + 2
-        for pattern, program in _SCRIPTS.items():
+        for pattern, program in (*_SCRIPTS.items(), (_get_trl_pattern(), "TRL")):
             if match := re.fullmatch(pattern, word):
                 return program, match[1], index + 1
     return None, "", len(words)

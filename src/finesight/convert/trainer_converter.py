@@ -17,7 +17,6 @@ from pydantic import ValidationError
 
 from finesight.config import METRIC_NAMES
 from finesight.convert.external_config import (
-    OBJECTIVE_METHODS,
     PARTS,
     UNKNOWN_COUNT,
     ConversionNote,
@@ -25,6 +24,7 @@ from finesight.convert.external_config import (
     FamilySettings,
     detect_family,
     is_empty,
+    map_objective_methods,
 )
 from finesight.convert.launcher_config import (
     load_config_value,
@@ -118,6 +118,13 @@ class TrainerConverter:
         """Fill the recipe draft from the configuration."""
         raise NotImplementedError
 
+    @property
+    def objective_rules(self) -> Mapping[str, Any]:
+        """Rules for settings of the training method (`trainers.yaml` of its objective)."""
+        objective = map_objective_methods().get(self.config.method or "", DEFAULT_OBJECTIVE)
+        rules: Mapping[str, Any] = load_trainer_settings()["objective_rules"].get(objective, {})
+        return rules
+
     def copy_setting(self, name: str, key: str) -> None:
         """Copy a numeric setting into the recipe, and comment on a default value."""
         self.draft.set(name, self.config.get_float(key), self.config.default_comment(key))
@@ -140,21 +147,22 @@ class TrainerConverter:
 
     def set_objective(self, key: str, name: str) -> None:
         """Set the objective, or keep what it shares with SFT. Raises UserError without any."""
-        losses = (self.config.get_str("pref_loss"), *self.config.get_list("loss_type"))
-        if name in ("dpo", "cpo") and (others := {"orpo", "simpo"} & {*losses}):
-            # LLaMA-Factory, and recorded runs of ms-swift
-            name = next(one for one in losses if one in others)
-            self.draft.used_keys.add("loss_type")
+        methods_of_losses = load_trainer_settings()["losses"]
+        losses = (self.config.get_str("pref_loss") or "", *self.config.get_list("loss_type"))
+        for loss in losses:
+            if name in methods_of_losses.get(loss, "").split():
+                name = loss
+                self.draft.used_keys.add("loss_type")
         self.config = replace(self.config, method=name)
-        objective = OBJECTIVE_METHODS.get(name, DEFAULT_OBJECTIVE)
+        objective = map_objective_methods().get(name, DEFAULT_OBJECTIVE)
         if objective != DEFAULT_OBJECTIVE:
             self.draft.set("train.objective", objective)
             component = OBJECTIVES[objective]
             if component.first_recipe.has_rewards:
                 self._set_rewards()
             self._set_objective_settings(component)
-            if "teacher" in component.model_settings:
-                self._set_teacher(f"train.{objective}.teacher")
+            for setting in component.model_settings:
+                self._set_teacher(f"train.{objective}.{setting}")
             return
         reason = invert_groups(load_trainer_settings()["objectives"]).get(name)
         if reason is None:
@@ -190,20 +198,22 @@ class TrainerConverter:
         """Copy the settings of the section of an objective that the program has, too."""
         config, draft, content = self.config, self.draft, load_trainer_settings()
         objective, section = component.name, component.settings
-        rules = content.get(objective, {})
+        rules = self.objective_rules
         accepted: dict[str, object] = {}
         for name in section.model_fields:
             renamed = content["renamed"].get(f"train.{objective}.{name}", "")
             keys = rules.get("names", {}).get(name, f"{renamed} {name}").split()
+            if not keys:
+                continue
             key = next(filter(config.has, keys), keys[-1])
             switch, disabled = rules.get("switches", {}).get(name, ("", None))
             is_disabled = (config.get_str(switch) or "").lower() == "false"
             value = disabled if is_disabled else config.get_value(key)
             if name == "loss_type" and isinstance(value, list) and len(value) == 1:
                 value = value[0]
-            if name == "scale_rewards":
-                value = {"true": "group", "false": "none"}.get(str(value).lower(), value)
-            if is_empty(value) or name == "batch_size":
+            values = rules.get("values", {}).get(name, {})
+            value = values.get(str(value).lower(), value)
+            if is_empty(value):
                 continue
             draft.used_keys |= {*keys}
             try:
@@ -215,12 +225,17 @@ class TrainerConverter:
             accepted[name] = value
             comment = config.default_comment(key, switch)
             draft.set(f"train.{objective}.{name}", dict(given)[name], comment)
-        defaults = dict(section())
-        clips_higher = "epsilon_high" in defaults and defaults["loss_type"] == "dapo"
-        if clips_higher and accepted.get("loss_type", "dapo") == "dapo":
-            # TRL and ms-swift clip at `epsilon` on both sides.
-            epsilon = accepted.get("epsilon", defaults["epsilon"])
-            draft.settings.setdefault(f"train.{objective}.epsilon_high", epsilon)
+        added = component.complete_converted(section.model_validate(accepted, strict=False))
+        for name, value in added.items():
+            draft.settings.setdefault(f"train.{objective}.{name}", value)
+
+    def reset_changed_references(self) -> None:
+        """Remove settings that compare with the base model, for a run that changes it."""
+        objective = self.draft.settings.get("train.objective")
+        for name, text in self.objective_rules.get("reset", {}).items():
+            value = self.draft.settings.pop(f"train.{objective}.{name}", None)
+            if value:
+                self.draft.note(name, value, text, differs=True)
 
     def _set_teacher(self, name: str) -> None:
         """Set the teacher of a distillation, which a script may load by itself."""
@@ -395,11 +410,12 @@ class TrainerConverter:
         gpus = f"{format_count(num_gpus, 'GPU')}{suffix}"
         steps = format_count(accumulation, "accumulation step")
         description = f"{per_device} per device x {steps} x {gpus}"
-        objective = OBJECTIVE_METHODS.get(self.config.method or "", DEFAULT_OBJECTIVE)
-        defaults = dict(OBJECTIVES[objective].settings())
-        if "num_generations" in defaults:
-            name = f"train.{objective}.num_generations"
-            responses = int(str(self.draft.settings.get(name, defaults["num_generations"])))
+        setting = self.objective_rules.get("responses")
+        if setting is not None:
+            objective = str(self.draft.settings["train.objective"])
+            name = f"train.{objective}.{setting}"
+            default = getattr(OBJECTIVES[objective].settings(), setting)
+            responses = int(str(self.draft.settings.get(name, default)))
             total = max(1, total // responses)
             description += f" / {responses} responses"
         self.draft.set("train.batch_size", total, description)

@@ -41,7 +41,7 @@ class TrlConverter(TrainerConverter):
         """Fill the recipe draft from the configuration."""
         config, draft = self.config, self.draft
         # A YAML file names no method: settings of one identify it.
-        methods = load_trainer_settings()["TRL"]["method_keys"].items()
+        methods = load_trainer_settings()["method_keys"].items()
         used = [method for method, names in methods if config.has(*names.split())]
         self.set_objective("stage", config.get_str("stage") or [*used, "sft"][0])
         config = self.config
@@ -102,8 +102,8 @@ class TrlConverter(TrainerConverter):
             if self.objective is None:
                 draft.note("dataset", config.unresolved.get("dataset_name", ""), text, differs=True)
         self.set_data_files(sources, eval_sources, {})
-        # Without a limit, which null and GRPO mean, samples have the maximum length of the model.
-        key = "max_prompt_length" if config.method == "grpo" else "max_length"
+        # Without a limit, which null means, samples have the maximum length of the model.
+        key = self.objective_rules.get("max_length", "max_length")
         is_unlimited = key in config.values and not config.has(key)
         if limit := None if is_unlimited else config.get_int(key):
             draft.set("data.max_length", limit, config.default_comment(key))

@@ -660,7 +660,7 @@ FOREIGN_KEYS = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class LocatedSample:
-    """A sample with the folder of its image paths, and for KTO the answer to another one."""
+    """A sample with the folder of its image paths, and for a baseline the answer to another one."""
 
     sample: Sample
     folder: Path

@@ -465,6 +465,7 @@ def _check_rewards(run_record: RunRecord) -> Iterator[Diagnosis]:
         longer = max(MIN_COMPLETION_LENGTH, 4 * limit)
         overrides = [f"{sampling.section}.max_completion_length={longer}"]
     values = {"change": change, "equal": equal, "truncated": truncated, "limit": limit}
+    values["section"] = sampling.section
     yield diagnose_run(run_record, code, **values, overrides=overrides)
 
 

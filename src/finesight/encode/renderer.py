@@ -64,6 +64,7 @@ from finesight.encode.tokenization import (
 )
 from finesight.errors import Remedy, UserError, describe_indices
 from finesight.model_folder import ModelFolder
+from finesight.objective_components import SampleKind, describe_samples, suggest_objectives
 from finesight.plugins import Registry
 from finesight.vision.image_processing import (
     compute_video_size,
@@ -331,14 +332,22 @@ def require_native(folder: ModelFolder, operation: str, remedy: Remedy) -> None:
         )
 
 
+_LABEL_KINDS: dict[bool | None, SampleKind] = {
+    None: "label none",
+    True: "label true",
+    False: "label false",
+}
+"""Kind of a sample without a rejected answer, by its label."""
+
+
 class Renderer(ABC):
     """Converts samples to tokens and image inputs, and completions to answers.
 
     Attributes:
         system_prompt: System prompt of samples without one; None for the default of the model.
         responses: Samples whose answers are rendered as responses; preference pairs by default.
-        excluded_kinds: Remedies by kind of excluded samples: `pair`, `label true`, `label false`,
-            `label none`.
+        objective: Value of `train.objective`, for errors.
+        accepted_samples: Kinds of samples that the objective can train on; None for all.
         supervise: Answers that training uses, unless their `loss` is false.
         max_length: Length to which a mismatched answer is truncated.
         has_thinking_modes: Whether the chat template has a thinking and a non-thinking mode.
@@ -346,7 +355,8 @@ class Renderer(ABC):
     """
 
     responses: Responses = "pairs"
-    excluded_kinds: Mapping[str, str] = {}
+    objective: str | None = None
+    accepted_samples: frozenset[SampleKind] | None = None
     supervise: Literal["all", "last"] = "all"
     max_length: int | None = None
     has_thinking_modes: bool = False
@@ -401,7 +411,7 @@ class Renderer(ABC):
         Raises:
             CorruptImageError: An image cannot be used, or its aspect ratio exceeds 200.
             UserError: The model does not support a part of the sample, a box exceeds its image, or
-                `excluded_kinds` contains the kind of the sample.
+                `accepted_samples` lacks the kind of the sample.
         """
         sample = located_sample.sample
         self._check_kind(sample)
@@ -425,17 +435,17 @@ class Renderer(ABC):
     def _check_kind(self, sample: Sample) -> None:
         """Raise UserError for a sample of an excluded kind."""
         if sample.rejected:
-            kind = "pair"
+            kind: SampleKind = "pair"
             what = "a rejected answer"
         else:
-            kind = f"label {sample.label}".lower()
+            kind = _LABEL_KINDS[sample.label]
             what = f"no rejected answer, {kind}"
-        if remedy := self.excluded_kinds.get(kind):
+        if self.accepted_samples is not None and kind not in self.accepted_samples:
             raise UserError(
                 what,
                 where=f"sample {sample.id}",
-                expected="pairs for dpo, orpo and simpo, pairs or labels for kto, else neither",
-                remedy=remedy,
+                expected=describe_samples(self.accepted_samples),
+                remedy=suggest_objectives(self.objective, kind),
             )
 
     def _replace_answer(

@@ -1,4 +1,4 @@
-"""Rewards of responses for `train.objective=grpo`.
+"""Rewards of sampled responses, for training by rewards.
 
 A reward is a number for each response, usually from 0 to 1. Metrics of `eval.metric` are rewards,
 too. A function in a Python file receives an `EvalCase`, and returns a number, or None for no score.

@@ -546,7 +546,7 @@ def show(
             remedy="set data.eval, or remove --eval to show data.train",
         )
     renderer = check_recipe(settings, runs_functions=False, needs_weights=False).renderer
-    renderer.excluded_kinds = {}  # samples that the objective rejects are shown, too
+    renderer.accepted_samples = None  # samples that the objective rejects are shown, too
     corpus = load_corpus(files)
     indices = _select_indices(len(corpus), num_samples, seed)
     selected = {index: corpus.read_validated(index) for index in indices}

@@ -195,7 +195,7 @@ def suggest_command(name: str, commands: Collection[str]) -> str:
     from finesight.objective_components import OBJECTIVES
 
     guesses: dict[str, str] = {}
-    for objective in OBJECTIVES.list_built_in():
+    for objective in OBJECTIVES.list_available():
         guesses[objective.name] = f"train RECIPE train.objective={objective.name}"
         guesses |= dict.fromkeys(objective.guesses.split(), objective.command)
     guesses |= _invert("commands")

@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from math import ceil
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Unpack
+from typing import TYPE_CHECKING, Annotated, Any, Unpack
 
 from finesight.errors import (
     Step,
@@ -91,6 +91,12 @@ TASKS = {
 """Tasks with the answer that a model gives."""
 
 
+def _list_reward_objectives() -> list[str]:
+    from finesight.objective_components import list_reward_objectives
+
+    return list_reward_objectives()
+
+
 def init(
     data: Annotated[StrPath | None, Parameter(is_positional=True, path="name")] = None,
     out: Annotated[StrPath | None, Parameter(metavar="FOLDER")] = None,
@@ -104,7 +110,7 @@ def init(
         ),
     ] = None,
     model: str | None = None,
-    objective: Literal["grpo"] | None = None,
+    objective: Annotated[str | None, Parameter(list_choices=_list_reward_objectives)] = None,
     gpus: GpusOption = None,
     ask: Ask | None = None,
     **reading: Unpack[TableOptions],
@@ -123,7 +129,7 @@ def init(
         out: Folder to create. Default: DATA with -finetune, in the current directory.
         model: Model folder or hub name, or a run or adapter to continue with its settings. Default:
             by GPU memory.
-        objective: grpo trains by rewards, on sampled responses instead of the answers. It needs a
+        objective: Training by rewards, on sampled responses instead of the answers. It needs a
             model that is sometimes right, such as a merged run. Default: by the data.
     """
     from finesight.data.source_fetch import fetch_source

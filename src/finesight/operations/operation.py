@@ -65,6 +65,7 @@ class Parameter:
         default: Default value, or `inspect.Parameter.empty` for a required parameter. It is given
             here in a group of options, a `TypedDict` that `**` unpacks.
         plugins: Kind of the plug-ins that the help lists.
+        list_choices: Function that lists the accepted values, such as components.
         kind: Kind of a value, or of each of several.
         is_multiple: Whether several values are accepted.
         is_optional: Whether None is accepted.
@@ -81,6 +82,7 @@ class Parameter:
     maximum: float | None = None
     default: Any = None
     plugins: PluginKind | None = None
+    list_choices: Callable[[], Sequence[str]] | None = None
     name: str = ""
     kind: Kind = "text"
     choices: tuple[str, ...] = ()
@@ -382,6 +384,8 @@ def _read_parameter(name: str, text: str, hint: Any, default: Any) -> Parameter:
     if info.path == "name":
         alternatives.discard(Path)
     choices: tuple[str, ...] = ()
+    if info.list_choices is not None:
+        choices = tuple(info.list_choices())
     others: set[type] = set()
     for one in alternatives:
         origin = typing.get_origin(one)

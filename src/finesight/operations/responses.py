@@ -338,8 +338,8 @@ def pairs(
 ) -> Outcome[Mapping[str, int]]:
     """Write preference pairs from responses with scores, or from corrections of suggestions.
 
-    SOURCE is a folder of `finesight sample`, a run (the responses of a GRPO run, else its
-    validation answers), a file of `finesight eval --out`, or a folder of `finesight label`.
+    SOURCE is a folder of `finesight sample`, a run (its sampled responses if it trained on these,
+    else its validation answers), a file of `finesight eval --out` or a folder of `finesight label`.
 
     The chosen answer is the best response with at least --min-score, else the answer of the sample,
     and the rejected one the worst response below it. A correction is chosen over its suggestion.
@@ -350,7 +350,7 @@ def pairs(
         source: Folder or file of responses or labels.
         out: File to create.
         data: Samples of the responses. Default: those of the recipe of a run, or of the labels.
-        labels: Write one sample per response, with the label true or false, for KTO.
+        labels: Write one sample per response, with the label true or false instead of pairs.
         min_score: Lowest score of a correct response.
     """
     from finesight.data.corpus import load_corpus

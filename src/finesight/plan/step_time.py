@@ -526,7 +526,7 @@ class StepTimeEstimator:
                 num_dequantized += weight.num_elements
         self._dequantize_bytes = DEQUANTIZE_BYTES_PER_ELEMENT * num_dequantized
         self._fp8_fractions = _compute_fp8_fractions(model)
-        # In forward passes; a backward pass takes as long as two, and KTO has a further one.
+        # In forward passes; a backward pass takes as long as two, a baseline as one.
         self.num_passes = 3 * tracer.objective.num_updates + tracer.objective.has_baseline
         teacher = tracer.teacher
         self._count_teacher_flops = FlopCounter(model if teacher is None else teacher).count

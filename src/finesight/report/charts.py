@@ -40,7 +40,7 @@ REWARD_CURVES = (
     ("Sampler and trainer", "log-probability difference", "sampling/sampling_logp_difference/mean"),
     ("Entropy", "nats per token", "entropy"),
 )
-"""Title, caption and metric of the charts of a GRPO run."""
+"""Title, caption and metric of the charts of a run with rewards."""
 
 NUM_REWARD_ESTIMATES = 20
 """Maximum number of estimates with intervals of a reward chart."""

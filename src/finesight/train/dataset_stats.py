@@ -551,7 +551,7 @@ class TrainingData:
 
 
 class MismatchedCorpus(Corpus):
-    """Corpus whose samples have the answer to another question, for the divergence of KTO."""
+    """Corpus whose samples have the answer to another question, for the baseline of a step."""
 
     def read_validated(self, index: int) -> LocatedSample:
         """Read and fully validate a sample, with the answer to one half a corpus away.

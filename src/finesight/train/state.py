@@ -21,6 +21,7 @@ from finesight.encode.renderer import NativeRenderer, Renderer, build_renderer
 from finesight.errors import TrainingInterrupted, UserError
 from finesight.manifest import Manifest
 from finesight.model_folder import ModelFolder
+from finesight.objective_components import get_accepted_samples
 from finesight.progress import ProgressConsole
 from finesight.setting_types import StepsOrFraction
 from finesight.train.checkpoint import CheckpointManager, CheckpointState, TrainProgress
@@ -165,7 +166,8 @@ class BaseModelRef:
             )
         needs = recipe.needs
         renderer.responses = needs.responses
-        renderer.excluded_kinds = needs.excluded_samples
+        renderer.objective = recipe.train.objective
+        renderer.accepted_samples = get_accepted_samples(recipe.train.objective)
         renderer.supervise = recipe.data.supervise
         renderer.max_length = recipe.data.max_length
         return renderer

@@ -1,15 +1,23 @@
 """Tests of objectives as components: light halves, and no other module knows their names."""
 
 import ast
+import re
 import subprocess
 import sys
+from importlib.resources import files
 from pathlib import Path
 
 import pytest
 
 import finesight
+from finesight.bounded_files import load_yaml
 from finesight.errors import UserError
-from finesight.objective_components import OBJECTIVES
+from finesight.objective_components import (
+    DEFAULT_OBJECTIVE,
+    OBJECTIVES,
+    get_accepted_samples,
+    suggest_objectives,
+)
 from finesight.recipe import recipe_from_dict
 
 SOURCE = Path(finesight.__file__).parent
@@ -57,28 +65,20 @@ def test_errors_of_both_stages_have_the_order_of_the_settings():
     ]
 
 
-COMPARED_NAMES = {
-    "convert/config_loader.py": "names of subcommands of other trainers",
-    "convert/ms_swift.py": "methods of ms-swift",
-    "convert/trainer_converter.py": "methods and losses of other trainers",
-    "convert/trl.py": "methods of TRL",
+TRAINER_TABLES = {
+    *("renamed", "rules", "defaults", "method_keys", "method_classes", "scripts", "losses"),
+    "unsupported",
 }
-"""Files that compare texts equal to the name of an objective, and what these are."""
+"""Tables of `trainers.yaml`."""
 
-
-def list_compared_names(tree: ast.AST) -> list[str]:
-    """List the names of objectives that code compares with a value, also in a container."""
-    found = []
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Compare):
-            sides = [node.left, *node.comparators]
-        elif isinstance(node, ast.MatchValue):
-            sides = [node.value]
-        else:
-            continue
-        texts = [one for side in sides for one in ast.walk(side) if isinstance(one, ast.Constant)]
-        found += [one.value for one in texts if one.value in {*OBJECTIVES}]
-    return found
+FOREIGN_NAMES = {
+    "convert/config_loader.py": "the default method of ms-swift",
+    "data/formats/row_keys.py": "keys of rows of other trainers",
+    "train/objectives/orpo/trainers.yaml": "the method of LLaMA-Factory that has this loss",
+    "train/objectives/simpo/trainers.yaml": "the method of LLaMA-Factory that has this loss",
+    "trainer_settings.yaml": "values of settings of other trainers",
+}
+"""Files in which the name of an objective has another meaning, and which."""
 
 
 def list_checked_types(tree: ast.AST) -> list[str]:
@@ -91,12 +91,60 @@ def list_checked_types(tree: ast.AST) -> list[str]:
     return found
 
 
-def test_no_other_module_compares_the_name_or_type_of_an_objective():
-    compared = {}
-    for path in sorted(SOURCE.rglob("*.py")):
+def test_no_other_file_names_an_objective():
+    """Apart from the default, and translations, which are keyed by English texts."""
+    names = [name for name in OBJECTIVES if name != DEFAULT_OBJECTIVE]
+    pattern = re.compile(rf"(?i)\b({'|'.join(names)})\b")
+    found = {}
+    for path in sorted(SOURCE.rglob("*")):
         name = path.relative_to(SOURCE).as_posix()
-        tree = ast.parse(path.read_text("utf-8"))
-        assert not list_checked_types(tree), name
-        if not name.startswith("train/objectives/"):
-            compared[name] = list_compared_names(tree)
-    assert {name for name, found in compared.items() if found} == {*COMPARED_NAMES}
+        if path.suffix not in {".py", ".yaml", ".html", ".js", ".sh", ".j2"} or path.stem == "zh":
+            continue
+        text = path.read_text("utf-8")
+        own = name.removeprefix("train/objectives/").partition("/")[0]
+        others = {match.lower() for match in pattern.findall(text)} - {own}
+        if others:
+            found[name] = others
+    assert {*found} == {*FOREIGN_NAMES}, found
+
+
+def test_no_module_checks_the_type_of_an_objective():
+    for path in sorted(SOURCE.rglob("*.py")):
+        assert not list_checked_types(ast.parse(path.read_text("utf-8"))), path
+
+
+def test_names_of_objectives_in_other_trainers_are_theirs():
+    """Each row of `trainers.yaml` belongs to its objective."""
+    for component in OBJECTIVES.list_built_in():
+        if not component.trainers:
+            continue
+        package, _, file = component.trainers.partition(":")
+        content = load_yaml((files(package) / file).read_text("utf-8"))
+        assert {*content} <= TRAINER_TABLES, component.name
+        section = f"train.{component.name}."
+        for setting in content.get("renamed", {}):
+            assert setting.removeprefix(section) in component.settings.model_fields, setting
+        rules = content.get("rules", {})
+        for table in ("names", "values", "switches", "reset"):
+            assert {*rules.get(table, {})} <= {*component.settings.model_fields}, table
+        methods = {component.name, *component.methods}
+        for defaults in content.get("defaults", {}).values():
+            assert {*defaults} <= methods
+
+
+@pytest.mark.parametrize(
+    ("objective", "kind", "remedy"),
+    [
+        (None, "pair", "set train.objective=dpo (or sft, orpo, simpo, kto, grpo, distill)"),
+        (None, "label false", "set train.objective=kto"),
+        ("sft", "label false", "set train.objective=kto"),
+        ("dpo", "label none", "add rejected answers, or set train.objective=sft"),
+        ("dpo", "label true", "set train.objective=kto (or sft, grpo, distill)"),
+        ("kto", "label none", "add rejected answers, or set train.objective=sft"),
+    ],
+)
+def test_remedies_for_samples_name_objectives_that_accept_them(objective, kind, remedy):
+    assert kind not in get_accepted_samples(objective)
+    text = suggest_objectives(objective, kind)
+    assert text.startswith(remedy)
+    assert text.endswith(", or remove these samples")

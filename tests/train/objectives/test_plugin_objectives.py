@@ -104,7 +104,7 @@ MISTAKES = {
     "needs=fail": "KeyError: 'absent'",
     "needs=lambda settings, recipe: None": "returns None instead of Needs",
     "needs=None": "TypeError",
-    "needs=lambda *_: Needs(accepted_samples={'labels'})": "unknown kind of samples 'labels'",
+    "accepted_samples={'labels'}": "unknown kind of samples 'labels'",
     "needs=lambda *_: Needs(rewards=True)": "set sampling, too",
     "check=lambda settings, recipe: None": "TypeError: 'NoneType' object is not iterable",
     "check=lambda settings, recipe: ['a']": "yields 'a' instead of SettingProblem",
@@ -167,7 +167,6 @@ def test_recipe_without_its_package_is_a_user_error(add, monkeypatch):
 
 def test_needs_are_strict_by_default():
     needs = Needs()
-    assert {*needs.excluded_samples} == {"pair", "label true", "label false"}
     assert not needs.steps_contain_images
     sampling = Sampling(
         section="train.a",

@@ -37,7 +37,7 @@ REFERENCE_FILE = "reference_logps.safetensors"
 """File of the run folder with the log-probabilities of the reference model."""
 
 ResponseLogps = tuple[float, ...]
-"""Log-probabilities of the chosen and of the rejected response, and for KTO of a mismatched one.
+"""Log-probabilities of the chosen and of the rejected response, or also of a mismatched one.
 
 NaN stands for a response that the sample does not have.
 """

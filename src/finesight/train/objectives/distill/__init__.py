@@ -10,7 +10,6 @@ from pydantic import Field
 from finesight.components import SettingProblem
 from finesight.objective_components import Needs, ObjectiveComponent, Sampling, Teacher
 from finesight.setting_types import CoercedFloat, PositiveInt, SettingsSection, WeightFormat
-from finesight.train.objectives.sample_remedies import UNDESIRABLE
 
 if TYPE_CHECKING:
     from finesight.config import Recipe
@@ -26,7 +25,7 @@ class Settings(SettingsSection):
         lmbda: Share of samples with a response of the trained model instead of the answer.
         temperature: Divisor of the logits in the loss and in sampling.
         top_k: Number of the teacher's most probable tokens that the loss compares; None for all.
-        batch_size: Largest number of responses that are generated at once, as for GRPO.
+        batch_size: Largest number of responses that are generated at once.
     """
 
     teacher: str | None = None
@@ -52,8 +51,6 @@ def needs(settings: Settings, recipe: Recipe) -> Needs:
             batch_size=settings.batch_size,
         )
     return Needs(
-        accepted_samples=frozenset({"pair", "label none", "label true"}),
-        remedies=UNDESIRABLE,
         sampling=sampling,
         teacher=Teacher(settings.teacher or "", settings.weight_format, "train.distill"),
         supports_dropout=False,
@@ -73,6 +70,8 @@ COMPONENT = ObjectiveComponent(
     settings=Settings,
     implementation="finesight.train.objectives.distill.loss:DistillObjective",
     needs=needs,
+    accepted_samples=frozenset({"pair", "label none", "label true"}),
+    trainers="finesight.train.objectives.distill:trainers.yaml",
     check_settings=check_settings,
     position=7,
     model_settings=("teacher",),

@@ -8,7 +8,6 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from finesight.objective_components import FirstRecipe, Needs, ObjectiveComponent
 from finesight.setting_types import CoercedFloat, Names, SettingsSection, as_tuple
-from finesight.train.objectives.sample_remedies import LABELED, UNPAIRED
 
 if TYPE_CHECKING:
     from finesight.config import Recipe
@@ -44,8 +43,6 @@ def needs(settings: Settings, recipe: Recipe) -> Needs:
     """Return the needs: pairs, and the log-probabilities of the reference model."""
     return Needs(
         responses="pairs",
-        accepted_samples=frozenset({"pair"}),
-        remedies={**UNPAIRED, **LABELED},
         reference=True,
         supports_dropout=False,
     )
@@ -58,6 +55,8 @@ COMPONENT = ObjectiveComponent(
     settings=Settings,
     implementation="finesight.train.objectives.dpo.loss:DpoObjective",
     needs=needs,
+    accepted_samples=frozenset({"pair"}),
+    trainers="finesight.train.objectives.dpo:trainers.yaml",
     position=2,
     first_recipe=FirstRecipe(
         detected_for="pairs",

@@ -10,7 +10,6 @@ from pydantic import Field
 from finesight.components import SettingProblem
 from finesight.objective_components import FirstRecipe, Needs, ObjectiveComponent, Sampling
 from finesight.setting_types import CoercedFloat, PositiveInt, SettingsSection
-from finesight.train.objectives.sample_remedies import UNDESIRABLE
 
 if TYPE_CHECKING:
     from finesight.config import Recipe
@@ -66,8 +65,6 @@ class Settings(SettingsSection):
 def needs(settings: Settings, recipe: Recipe) -> Needs:
     """Return the needs: rewards, and groups of sampled responses."""
     return Needs(
-        accepted_samples=frozenset({"pair", "label none", "label true"}),
-        remedies=UNDESIRABLE,
         rewards=True,
         sampling=Sampling(
             section="train.grpo",
@@ -98,6 +95,13 @@ def check(settings: Settings, recipe: Recipe) -> Iterator[SettingProblem]:
         )
 
 
+def complete_converted(settings: Settings) -> dict[str, object]:
+    """Return the upper clipping of other trainers, which is `epsilon` for each loss."""
+    if settings.loss_type == "dapo" and settings.epsilon_high is None:
+        return {"epsilon_high": settings.epsilon}
+    return {}
+
+
 COMPONENT = ObjectiveComponent(
     kind="objectives",
     name="grpo",
@@ -105,6 +109,9 @@ COMPONENT = ObjectiveComponent(
     settings=Settings,
     implementation="finesight.train.objectives.grpo.loss:GrpoObjective",
     needs=needs,
+    accepted_samples=frozenset({"pair", "label none", "label true"}),
+    trainers="finesight.train.objectives.grpo:trainers.yaml",
+    complete_converted=complete_converted,
     check=check,
     position=6,
     first_recipe=FirstRecipe(

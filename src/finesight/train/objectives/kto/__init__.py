@@ -8,7 +8,6 @@ from pydantic import Field
 
 from finesight.objective_components import FirstRecipe, Needs, ObjectiveComponent
 from finesight.setting_types import CoercedFloat, SettingsSection
-from finesight.train.objectives.sample_remedies import UNPAIRED
 
 if TYPE_CHECKING:
     from finesight.config import Recipe
@@ -35,8 +34,6 @@ def needs(settings: Settings, recipe: Recipe) -> Needs:
     """Return the needs: pairs or labels, and the log-probabilities of the reference model."""
     return Needs(
         responses="all",
-        accepted_samples=frozenset({"pair", "label true", "label false"}),
-        remedies=UNPAIRED,
         reference=True,
         mismatched_answers=settings.has_baseline,
         supports_dropout=False,
@@ -50,6 +47,8 @@ COMPONENT = ObjectiveComponent(
     settings=Settings,
     implementation="finesight.train.objectives.kto.loss:KtoObjective",
     needs=needs,
+    accepted_samples=frozenset({"pair", "label true", "label false"}),
+    trainers="finesight.train.objectives.kto:trainers.yaml",
     position=5,
     first_recipe=FirstRecipe(
         detected_for="rated",

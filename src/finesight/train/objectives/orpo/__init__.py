@@ -8,7 +8,6 @@ from pydantic import Field
 
 from finesight.objective_components import Needs, ObjectiveComponent
 from finesight.setting_types import CoercedFloat, SettingsSection
-from finesight.train.objectives.sample_remedies import LABELED, UNPAIRED
 
 if TYPE_CHECKING:
     from finesight.config import Recipe
@@ -24,8 +23,6 @@ def needs(settings: Settings, recipe: Recipe) -> Needs:
     """Return the needs: pairs."""
     return Needs(
         responses="pairs",
-        accepted_samples=frozenset({"pair"}),
-        remedies={**UNPAIRED, **LABELED},
         supports_dropout=False,
     )
 
@@ -37,5 +34,7 @@ COMPONENT = ObjectiveComponent(
     settings=Settings,
     implementation="finesight.train.objectives.orpo.loss:OrpoObjective",
     needs=needs,
+    accepted_samples=frozenset({"pair"}),
+    trainers="finesight.train.objectives.orpo:trainers.yaml",
     position=3,
 )

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from finesight.objective_components import FirstRecipe, Needs, ObjectiveComponent, SampleKind
+from finesight.objective_components import FirstRecipe, Needs, ObjectiveComponent
 from finesight.setting_types import SettingsSection
-from finesight.train.objectives.sample_remedies import LABELED, PAIRS, UNDESIRABLE
 
 if TYPE_CHECKING:
     from finesight.config import Recipe
@@ -19,13 +18,8 @@ class Settings(SettingsSection):
 def needs(settings: Settings, recipe: Recipe) -> Needs:
     """Return the needs: without `train.objective`, the data have neither pairs nor labels."""
     is_chosen = recipe.train.objective is not None
-    accepted: set[SampleKind] = {"label none"}
-    if is_chosen:
-        accepted |= {"pair", "label true"}
     return Needs(
         responses="none" if is_chosen else "pairs",
-        accepted_samples=frozenset(accepted),
-        remedies=UNDESIRABLE if is_chosen else {**PAIRS, **LABELED},
         supports_all_families=True,
         supports_splitting=True,
         supports_augmentation=True,
@@ -39,6 +33,7 @@ COMPONENT = ObjectiveComponent(
     settings=Settings,
     implementation="finesight.train.objectives.sft.loss:SftObjective",
     needs=needs,
+    accepted_samples=frozenset({"pair", "label none", "label true"}),
     position=1,
     first_recipe=FirstRecipe(
         detected_for="partly rated",

@@ -3,7 +3,7 @@
 from finesight_plugin_focal import Settings
 
 from finesight.train.objectives.objective import Objective
-from finesight.train.objectives.pair_loss import compute_token_logps
+from finesight.train.token_logps import compute_token_logps
 
 
 class FocalObjective(Objective[Settings]):

@@ -211,7 +211,7 @@ OBJECTIVES = ComponentRegistry[ObjectiveComponent[Any]](
     "objectives",
     ObjectiveComponent,
     "finesight.train.objectives",
-    helpers=("objective", "pair_loss"),
+    helpers=("objective", "response_objective"),
 )
 """Objectives by name: the values of `train.objective`."""
 

@@ -26,10 +26,8 @@ from finesight.train.objectives import dpo, kto
 from finesight.train.objectives.dpo.loss import DpoObjective, compute_pair_losses
 from finesight.train.objectives.kto.loss import KtoObjective
 from finesight.train.objectives.objective import fused_linear_cross_entropy
-from finesight.train.objectives.pair_loss import (
-    compute_token_logps,
-)
 from finesight.train.rollout import join_responses
+from finesight.train.token_logps import compute_token_logps
 
 ALL = TuneSettings.model_validate(
     dict.fromkeys(("vision", "merger", "language", "embeddings"), "full")

@@ -414,7 +414,7 @@ class TrainerConverter:
         if setting is not None:
             objective = str(self.draft.settings["train.objective"])
             name = f"train.{objective}.{setting}"
-            default = getattr(OBJECTIVES[objective].settings(), setting)
+            default = dict(OBJECTIVES[objective].settings())[setting]
             responses = int(str(self.draft.settings.get(name, default)))
             total = max(1, total // responses)
             description += f" / {responses} responses"

@@ -37,7 +37,7 @@ def test_divergence_of_the_most_probable_tokens():
 
 @pytest.mark.parametrize("max_bytes", [1, 4 * 11 * 3, 1 << 28])
 def test_chunks_and_rows_beyond_the_vocabulary_do_not_change_the_divergence(monkeypatch, max_bytes):
-    monkeypatch.setattr("finesight.train.objectives.pair_loss.MAX_LOGITS_BYTES", max_bytes)
+    monkeypatch.setattr("finesight.train.token_logps.MAX_LOGITS_BYTES", max_bytes)
     torch.manual_seed(0)
     h_LD, head_VD = torch.randn(7, 8).double().requires_grad_(), torch.randn(11, 8).double()
     other_LE, head_VE = torch.randn(7, 5).double(), torch.randn(13, 5).double()

@@ -38,12 +38,9 @@ from finesight.train.objectives import dpo, kto, orpo, simpo
 from finesight.train.objectives.dpo.loss import compute_pair_losses
 from finesight.train.objectives.kto.loss import KtoObjective, compute_kto_losses
 from finesight.train.objectives.orpo.loss import compute_odds_losses
-from finesight.train.objectives.pair_loss import (
-    REFERENCE_FILE,
-    PairObjective,
-    compute_token_logps,
-)
+from finesight.train.objectives.response_objective import REFERENCE_FILE, PairObjective
 from finesight.train.objectives.simpo.loss import compute_margin_losses
+from finesight.train.token_logps import compute_token_logps
 
 LOSS_TYPES = "sigmoid", "hinge", "ipo", "robust", "apo_zero", "apo_down", "sft"
 
@@ -79,7 +76,7 @@ def test_mean_losses_and_gradients_match_trl(assert_matches_trl):
 
 @pytest.mark.parametrize("max_bytes", [1, 4 * 101 * 5, 1 << 28])
 def test_token_logps_and_gradients_match_log_softmax(monkeypatch, max_bytes):
-    monkeypatch.setattr("finesight.train.objectives.pair_loss.MAX_LOGITS_BYTES", max_bytes)
+    monkeypatch.setattr("finesight.train.token_logps.MAX_LOGITS_BYTES", max_bytes)
     torch.manual_seed(0)
     h_LD, head_VD = (
         torch.randn(rows, 16, dtype=torch.float64).requires_grad_() for rows in (9, 101)

@@ -22,7 +22,7 @@ from finesight.infer.model_loader import load_inference_model, resolve_model_sou
 from finesight.model.vlm import VisionLanguageModel
 from finesight.train.objectives.distill import Settings
 from finesight.train.objectives.objective import Objective, PackKey
-from finesight.train.objectives.pair_loss import map_chunks
+from finesight.train.token_logps import map_chunks
 
 if TYPE_CHECKING:
     from finesight.train.state import TrainState

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from finesight.train.objectives.dpo import Settings
-from finesight.train.objectives.pair_loss import PairObjective
+from finesight.train.objectives.response_objective import PairObjective
 
 
 class DpoObjective(PairObjective[Settings]):

@@ -17,7 +17,8 @@ from torch import Tensor
 from finesight.encode.packing import PackedBatch
 from finesight.train.objectives.grpo import Settings
 from finesight.train.objectives.objective import Objective, PackKey
-from finesight.train.objectives.pair_loss import compute_token_logps, find_responses
+from finesight.train.objectives.response_objective import find_responses
+from finesight.train.token_logps import compute_token_logps
 
 if TYPE_CHECKING:
     from finesight.encode.renderer import Renderer

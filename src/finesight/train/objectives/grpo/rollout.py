@@ -35,11 +35,11 @@ from finesight.model.hf_backend import AnyModel
 from finesight.model.linear import LoraLinear
 from finesight.storage import append_line
 from finesight.train.objectives.grpo import COMPONENT
-from finesight.train.objectives.pair_loss import compute_token_logps
 from finesight.train.recipe_check import MAX_TRUNCATED_SHARE, suggest_completion_length
 from finesight.train.rollout import Rollout, join_responses, list_ids
 from finesight.train.state import TrainState
 from finesight.train.step_dataset import SkippedSample, StepBatch
+from finesight.train.token_logps import compute_token_logps
 
 FloatArray = NDArray[np.float64]
 

@@ -15,7 +15,7 @@ from finesight.data.sample import Sample
 from finesight.encode.packing import PackedBatch
 from finesight.train.objectives.kto import Settings
 from finesight.train.objectives.objective import PackKey
-from finesight.train.objectives.pair_loss import ResponseLogps, ResponseObjective
+from finesight.train.objectives.response_objective import ResponseLogps, ResponseObjective
 
 
 class KtoObjective(ResponseObjective[Settings]):

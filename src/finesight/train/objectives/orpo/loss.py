@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from finesight.train.objectives.orpo import Settings
-from finesight.train.objectives.pair_loss import PairObjective
+from finesight.train.objectives.response_objective import PairObjective
 
 
 class OrpoObjective(PairObjective[Settings]):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from finesight.train.objectives.pair_loss import PairObjective
+from finesight.train.objectives.response_objective import PairObjective
 from finesight.train.objectives.simpo import Settings
 
 

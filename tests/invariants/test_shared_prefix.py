@@ -1,6 +1,5 @@
 """Shared prefixes of a pack: computed once, with the same loss and gradients."""
 
-import math
 from pathlib import Path
 from typing import get_args
 
@@ -22,9 +21,8 @@ from finesight.infer.request import GenerationRequest, SamplingParams
 from finesight.model.trainable import trainable_parameters
 from finesight.model.vlm import VisionLanguageModel
 from finesight.model_folder import ModelFolder
-from finesight.train.objectives import dpo, kto
+from finesight.train.objectives import dpo
 from finesight.train.objectives.dpo.loss import DpoObjective, compute_pair_losses
-from finesight.train.objectives.kto.loss import KtoObjective
 from finesight.train.objectives.objective import fused_linear_cross_entropy
 from finesight.train.rollout import join_responses
 from finesight.train.token_logps import compute_token_logps
@@ -129,40 +127,6 @@ def test_preference_pair_matches_two_samples(tmp_path, family):
         for name, gradient in found.items():
             expected = trainable_parameters(model)[name].grad
             assert max_relative_error(gradient, expected) <= 1e-4, name
-
-
-@pytest.mark.parametrize("family", [family for family in get_args(TinyFamily) if family != "qwen"])
-def test_answer_with_a_label_matches_single_samples(tmp_path, family):
-    """The answer of another sample, with which KTO estimates the divergence, follows the prompt."""
-    folder = ModelFolder(create_tiny_model(tmp_path / "model", family))
-    model, renderer = make_model(torch.float32, CPU, ALL, folder), NativeRenderer(folder)
-    images, objective = make_images(tmp_path), KtoObjective(kto.Settings(beta=0.3))
-    renderer.responses = "all"
-    sample = make_conversation(3, images, videos=True).sample
-    other_answer = Message(role="assistant", content=(TextPart(text="No, it is not."),))
-    for label in (True, False):
-        labeled = sample.model_copy(update={"label": label})
-        batch = pack([renderer.encode(LocatedSample(labeled, tmp_path, other_answer))])
-        expected = []
-        for answer in (sample.messages[-1], other_answer):
-            messages = *sample.messages[:-1], answer
-            one = sample.model_copy(update={"messages": messages})
-            encoded = renderer.encode(LocatedSample(one, tmp_path))
-            alone = pack([encoded])
-            logps = compute_token_logps(model(alone), model.lm_head_weight, alone.labels_L)
-            expected.append(logps[-encoded.tokenized.num_answer_tokens :].sum().item())
-        assert len(batch.patches_ND) == len(alone.patches_ND)
-        reference = objective.arrange_logps(labeled, (-8.0, -9.0))
-        objective.reference_logps["train"] = {7: reference}
-        objective.set_baseline(torch.tensor([0.0, 2.0]))
-        inputs = objective.loss_inputs(batch, torch.tensor(1.0), ("train", (7,)))
-        loss, *metrics = objective.compute_loss(model(batch), model.lm_head_weight, inputs)
-        sign, ratio = (1 if label else -1), expected[0] + 8
-        assert loss.item() == pytest.approx(1 / (1 + math.exp(0.3 * sign * (ratio - 2))), abs=1e-5)
-        assert metrics[-1].item() == pytest.approx(expected[1] + 9, abs=1e-3)
-        found = objective.describe_metrics([metric.item() for metric in metrics])
-        name = "chosen" if label else "rejected"
-        assert found[f"logps/{name}"] == pytest.approx(expected[0], abs=1e-3)
 
 
 @pytest.mark.parametrize("family", [family for family in get_args(TinyFamily) if family != "qwen"])

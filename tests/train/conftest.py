@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 import torch
 from case_files import load_cases
+from preference_task import labeled_task as labeled_task
+from preference_task import pair_task as pair_task
 from tiny_task import assets as assets
 from tiny_task import task as task
 from torch import Tensor

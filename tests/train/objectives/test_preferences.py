@@ -1,6 +1,5 @@
 """Preference tuning: losses compared with TRL, and runs on preference pairs."""
 
-import itertools
 import math
 import re
 from pathlib import Path
@@ -8,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from preference_task import LONG_RUN, load_train_data
 from rich.console import Console
 from safetensors.numpy import load_file
 from tiny_task import (
@@ -21,22 +20,17 @@ from tiny_task import (
 )
 
 from finesight.cli.app import run_command
-from finesight.config import DataSettings
-from finesight.data.corpus import Corpus, load_corpus
-from finesight.encode.renderer import NativeRenderer
 from finesight.encode.tokenization import format_token_table
 from finesight.errors import UserError
-from finesight.model_folder import ModelFolder
+from finesight.objective_components import SampleKind, suggest_objectives
 from finesight.plan.run_plan import plan_run
 from finesight.progress import ProgressConsole
 from finesight.recipe import recipe_from_dict
 from finesight.report.data_pages import render_sample_page
 from finesight.report.run_page import render_run_page
 from finesight.train.cuda_graphs import CudaGraphRunner
-from finesight.train.dataset_stats import MismatchedCorpus
-from finesight.train.objectives import dpo, kto, orpo, simpo
+from finesight.train.objectives import dpo, orpo, simpo
 from finesight.train.objectives.dpo.loss import compute_pair_losses
-from finesight.train.objectives.kto.loss import KtoObjective, compute_kto_losses
 from finesight.train.objectives.orpo.loss import compute_odds_losses
 from finesight.train.objectives.response_objective import REFERENCE_FILE, PairObjective
 from finesight.train.objectives.simpo.loss import compute_margin_losses
@@ -94,60 +88,7 @@ def test_token_logps_and_gradients_match_log_softmax(monkeypatch, max_bytes):
         torch.testing.assert_close(*grads)
 
 
-@pytest.mark.parametrize("loss_type", ["kto", "apo_zero_unpaired"])
-def test_kto_losses_and_gradients_match_trl(loss_type, assert_matches_trl):
-    rng = np.random.RandomState(0)
-    logps_RT = torch.from_numpy(-rng.rand(4, 9)).requires_grad_()
-    reference_R, mismatched_2R = (torch.from_numpy(-9 * rng.rand(*s)) for s in ((4,), (2, 4)))
-    baseline = (mismatched_2R[0] - mismatched_2R[1]).mean().clamp(min=0)
-    assert baseline > 0
-    baseline = baseline if loss_type == "kto" else torch.zeros(())
-    settings = kto.Settings(
-        loss_type=loss_type, beta=0.2, desirable_weight=1.5, undesirable_weight=0.7
-    )
-    ratios_R = logps_RT.sum(1) - reference_R
-    losses_2R = compute_kto_losses(settings, ratios_R.expand(2, -1), baseline)
-    desirable_R = torch.tensor([True, False, True, True])
-    loss = losses_2R[0].where(desirable_R, losses_2R[1]).mean()
-    assert_matches_trl(loss_type, loss, logps_RT)
-
-
-def add_preferences(task: TinyTask, labels: tuple[bool | None, ...] = (None,)) -> None:
-    """Add a rejected answer to each sample, another color, or a label and the answer it has.
-
-    Args:
-        labels: Labels of successive samples; None for a pair.
-    """
-    colors = ["red", "green", "light blue", "white", "red"]
-    for split in ("train", "eval"):
-        with edit_samples(task.folder / f"{split}.jsonl") as samples:
-            for sample, label in zip(samples, itertools.cycle(labels), strict=False):
-                chosen = sample["messages"][-1]["content"]
-                rejected = colors[colors.index(chosen) + 1]
-                if label is None:
-                    sample["rejected"] = rejected
-                    continue
-                sample["label"] = label
-                sample["messages"][-1]["content"] = chosen if label else rejected
-
-
-@pytest.fixture
-def pair_task(tmp_path) -> TinyTask:
-    task = TinyTask(tmp_path)
-    add_preferences(task)
-    return task
-
-
-@pytest.fixture
-def kto_task(tmp_path) -> TinyTask:
-    task = TinyTask(tmp_path)
-    add_preferences(task, (True, False, None))
-    return task
-
-
-KTO = "train.objective=kto", "train.kto.beta=0.5"
 DPO = "train.objective=dpo", "train.dpo.beta=0.5"
-LONG_RUN = "train.epochs=8", "train.save_every=null"
 
 
 def test_run_raises_reward_accuracy_of_validation_pairs(pair_task):
@@ -169,79 +110,6 @@ def test_run_raises_reward_accuracy_of_validation_pairs(pair_task):
     assert "mean over pairs" in page
 
 
-@pytest.mark.parametrize("loss_type", ["kto", "apo_zero_unpaired"])
-def test_kto_separates_desirable_and_undesirable_answers(kto_task, loss_type):
-    """Labels and pairs count; the reference equals the model before the first step."""
-    options = f"train.kto.loss_type={loss_type}", "train.learning_rate=0.003"
-    result = kto_task.run(*KTO, *LONG_RUN, *options, name=loss_type)
-    first, *_, last = (line for line in kto_task.read_metrics(loss_type) if "loss" in line)
-    assert first["loss"] == pytest.approx(0.5, abs=1e-5)
-    assert first["rewards/margins"] == pytest.approx(0, abs=1e-5)
-    assert ("kl" in last) == (loss_type == "kto")
-    assert last.get("kl", 0) >= 0
-    assert result.after.loss_metrics["rewards/margins"] > 0.5
-    assert result.after.validation_loss < 0.4 < result.before.validation_loss
-    tensors = load_file(kto_task.folder / loss_type / REFERENCE_FILE)
-    has_mismatched = loss_type == "kto"
-    given = {int(row[0]): (~np.isnan(row[1:])).tolist() for row in tensors["train"]}
-    assert [given[index] for index in range(3)] == [
-        [True, False, has_mismatched],
-        [False, True, has_mismatched],
-        [True, True, has_mismatched],
-    ]
-
-
-def test_mismatched_answers_are_to_another_question(kto_task):
-    """A bad sample neither removes nor breaks the valid one that gets its answer."""
-    path = kto_task.folder / "train.jsonl"
-    answers = [*"abcd", "e", "f", "g " * 200, [{"type": "box", "xyxy": [5, 5, 800, 500]}]]
-    with edit_samples(path) as samples:
-        asked = [samples[n // 4]["messages"][0] for n in range(8)]
-        samples[:] = [
-            {"id": f"{n}", "label": True, "messages": [asked[n], {"role": "assistant"} | turn]}
-            for n, turn in enumerate({"content": answer} for answer in answers)
-        ]
-        for n, name in ((4, "missing.png"), (7, "large.png")):
-            image = {"type": "image", "image": name}
-            samples[n]["messages"][0] = {"role": "user", "content": [image]}
-    Image.new("RGB", (840, 560)).save(kto_task.folder / "large.png")
-    options = "train.epochs=null", "train.steps=1", "train.batch_size=6", "data.max_length=100"
-    kto_task.run(*KTO, *options)
-    table = load_file(kto_task.folder / "run" / REFERENCE_FILE)["train"]
-    assert table[:, 0].tolist() == [0, 1, 2, 3, 5, 7]
-    assert not np.isnan(table[:, 3]).any()
-    with edit_samples(path) as samples:
-        del samples[5]["label"]
-        samples[5]["messages"] *= 2
-        samples[5]["messages"][-1] = samples[5]["messages"][-1] | {"loss": False}
-    corpus, _ = load_train_data(kto_task)
-    corpus = MismatchedCorpus(corpus.sources, corpus.weights, corpus.fingerprint)
-    found = [corpus.read_validated(index).mismatched for index in range(6)]
-    expected = [4, 6, 6, 7, 0, 1]  # the loss of answer 5 is false
-    assert found == [corpus[index].sample.messages[-1] for index in expected]
-
-
-def test_kto_baseline_is_the_divergence_of_mismatched_answers(kto_task, monkeypatch):
-    """All packs of a step use the mean of the forward pass before, also in a resumed run."""
-    baselines, compute = [], KtoObjective.compute_loss
-
-    def compute_loss(self, h_LD, head_VD, inputs):
-        values = compute(self, h_LD, head_VD, inputs)
-        baselines.append((torch.is_grad_enabled(), inputs["baseline"].item(), values[-1].item()))
-        return values
-
-    options = *KTO, "train.batch_size=3", "train.steps=6", "train.epochs=null"
-    monkeypatch.setattr(KtoObjective, "compute_loss", compute_loss)
-    run = kto_task.rewind_to_checkpoint(*options)
-    train = [(x, y) for has_grad, x, y in baselines if has_grad]
-    measured = max(sum(y for _, y in train[-3:]), 0)
-    assert measured > 0
-    assert train[-1][0] == pytest.approx(measured, abs=1e-6)
-    assert len({x for x, _ in train[-3:]}) == 1
-    kto_task.run(*options, resume=True)
-    assert_same_run(run, kto_task.folder / "whole")
-
-
 @pytest.mark.parametrize(("objective", "learning_rate"), [("orpo", 0.003), ("simpo", 0.002)])
 def test_runs_without_reference_model_raise_reward_accuracy(pair_task, objective, learning_rate):
     options = f"train.objective={objective}", f"train.learning_rate={learning_rate}"
@@ -249,11 +117,6 @@ def test_runs_without_reference_model_raise_reward_accuracy(pair_task, objective
     assert result.after.loss_metrics["rewards/accuracies"] == 1
     assert result.after.validation_loss < result.before.validation_loss
     assert not (pair_task.folder / objective / REFERENCE_FILE).exists()
-
-
-def load_train_data(task: TinyTask) -> tuple[Corpus, NativeRenderer]:
-    corpus = load_corpus(DataSettings.model_validate(task.recipe["data"]).train)
-    return corpus, NativeRenderer(ModelFolder(task.folder / "tiny"))
 
 
 def test_shown_pair_separates_both_answers(pair_task):
@@ -270,24 +133,13 @@ def list_shown_roles(task: TinyTask, index: int) -> list[str]:
     return re.findall(r'"role":"(\w+)"', page)
 
 
-def test_shown_sample_names_its_label(kto_task, monkeypatch, capsys):
-    monkeypatch.chdir(kto_task.folder)
-    write_recipe(kto_task.folder / "recipe.yaml", {**kto_task.recipe, "output_dir": "r"})
+def test_shown_sample_names_its_label(labeled_task, monkeypatch, capsys):
+    monkeypatch.chdir(labeled_task.folder)
+    write_recipe(labeled_task.folder / "recipe.yaml", {**labeled_task.recipe, "output_dir": "r"})
     assert run_command(["show", "recipe.yaml", "--num-samples", "3"]) == 0
     assert re.findall(r"^label: (\w+)$", capsys.readouterr().out, re.MULTILINE) == ["true", "false"]
-    roles = [list_shown_roles(kto_task, index)[-1] for index in range(2)]
+    roles = [list_shown_roles(labeled_task, index)[-1] for index in range(2)]
     assert roles == ["assistant", "rejected"]
-
-
-def test_planned_step_of_kto_includes_the_baseline(kto_task):
-    """The step runs one more forward pass than without a baseline, over the same packs."""
-    steps = []
-    for loss_type in ("kto", "apo_zero_unpaired"):
-        recipe = kto_task.recipe | {"output_dir": str(kto_task.folder / "run")}
-        recipe = recipe_from_dict(recipe, [*KTO, f"train.kto.loss_type={loss_type}"])
-        plan = plan_run(recipe, "A10", ProgressConsole(Console(quiet=True)))
-        steps.append(plan.recipe_estimate.step_time.host_s)
-    assert steps[0] == pytest.approx(4 / 3 * steps[1])
 
 
 def test_planned_start_includes_the_reference_model(pair_task):
@@ -366,15 +218,14 @@ def test_rejected_answers_need_an_objective(pair_task):
         pair_task.run(*DPO, name="dpo")
 
 
-def test_labels_need_an_objective(kto_task):
-    for options, what in (
-        ((), "label true"),
-        (("train.objective=sft",), "label false"),
-        (DPO, "label true"),
-    ):
-        with pytest.raises(UserError, match=what) as caught:
-            kto_task.run(*options, name="refused")
-        assert "objective=kto" in caught.value.remedy
+def test_labels_need_an_objective(labeled_task):
+    objective: str | None
+    kind: SampleKind
+    for objective, kind in ((None, "label true"), ("sft", "label false"), ("dpo", "label true")):
+        options = [] if objective is None else [f"train.objective={objective}"]
+        with pytest.raises(UserError, match=kind) as caught:
+            labeled_task.run(*options, name="refused")
+        assert caught.value.remedy == suggest_objectives(objective, kind)
 
 
 def test_settings_are_checked():

@@ -869,6 +869,9 @@ def load_trainer_settings() -> dict[str, Any]:
         losses |= own.get("losses", {})
         content["renamed"] |= own.get("renamed", {})
         content["transformers"]["unsupported"] |= own.get("unsupported", {})
+        for program in [content[name] for name in content["programs"].split()]:
+            names = own.get("converted", {}).get(program["trainer"], "")
+            program["converted"] += f" {names}"
         for table in ("method_classes", "scripts"):
             content[table] += f" {own.get(table, '')}"
     content["objective_rules"] = rules

@@ -64,7 +64,7 @@ def webhook() -> Iterator[tuple[str, list[dict[str, Any]]]]:
 def test_swanlab_sends_alerts_to_webhook(tmp_path, monkeypatch, webhook):
     """A failing webhook does not stop the tracker."""
     pytest.importorskip("swanlab", reason="swanlab is not installed (extra `track`)")
-    from finesight.track.backends import SwanLabTracker
+    from finesight.track.trackers.swanlab import SwanLabTracker
 
     url, bodies = webhook
     monkeypatch.chdir(tmp_path)

@@ -30,7 +30,8 @@ from finesight.config import Recipe, TrackerKind
 from finesight.errors import TrainingInterrupted, UserError
 from finesight.manifest import TRACKING_FOLDER
 from finesight.storage import write_file
-from finesight.track.backends import TRACKERS, Tracker
+from finesight.track.backends import TRACKERS
+from finesight.track.tracker import Tracker
 from finesight.track.tracker_records import (
     AlertLevel,
     AlertRecord,

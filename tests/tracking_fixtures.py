@@ -15,7 +15,7 @@ import yaml
 from tiny_task import TinyTask, rewind_to_checkpoint
 
 from finesight.config import TrackerKind
-from finesight.track.backends import TRACKERS
+from finesight.tracker_components import TRACKERS
 
 METRIC = {"metric": "ocr", "every": 2, "max_new_tokens": 4}
 PLANTED_SECRETS = {name: f"planted-{name}" for name in ("variable", "password", "query")}

@@ -10,7 +10,6 @@ import pytest
 from PIL import Image
 
 from finesight.config import TrackerSettings
-from finesight.track.backends import TRACKERS
 from finesight.track.tracker_manager import TrackerClient
 from finesight.track.tracker_records import (
     AlertRecord,
@@ -21,6 +20,7 @@ from finesight.track.tracker_records import (
     StepMetrics,
     TrackedImage,
 )
+from finesight.tracker_components import TRACKERS
 
 OFFLINE = {"wandb": "offline", "swanlab": "offline", "mlflow": "mlruns"}
 """URIs of offline modes."""

@@ -14,8 +14,8 @@ from tracking_fixtures import flatten, read_wandb_records
 from finesight.config import MAX_RUN_DESCRIPTION_CHARS, MAX_RUN_NAME_CHARS
 from finesight.errors import UserError
 from finesight.recipe import recipe_from_dict
-from finesight.track.backends import TRACKERS
 from finesight.track.tracker_manager import start_trackers
+from finesight.tracker_components import TRACKERS
 
 NAME, DESCRIPTION = "7B-1kdata / ü", "First try\nwith 500 samples"
 CONFIG: dict[str, Any] = {

@@ -1,32 +1,36 @@
-"""Interface of trackers, and what several of them need."""
+"""Interface of trackers, and what several of them need.
+
+Light halves of trackers import this module, so it does not import that of records with images.
+"""
 
 from __future__ import annotations
 
 import json
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from importlib import import_module
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from finesight.track.tracker_records import (
-    AlertLevel,
-    AlertRecord,
-    FinishRecord,
-    ImagesRecord,
-    MetricsRecord,
-    RunState,
-    StartRecord,
-    TrackerRecord,
-)
-
-RUN_STATE_NAMES: dict[RunState, tuple[str, str]] = {
-    "finished": ("success", "FINISHED"),
-    "failed": ("crashed", "FAILED"),
-    "interrupted": ("aborted", "KILLED"),
-}
-"""State of an ended run in SwanLab and in MLflow."""
+if TYPE_CHECKING:
+    from finesight.track.tracker_records import (
+        AlertLevel,
+        AlertRecord,
+        FinishRecord,
+        ImagesRecord,
+        MetricsRecord,
+        StartRecord,
+        TrackerRecord,
+    )
 
 ALERT_LEVEL_NAMES: dict[AlertLevel, str] = {"info": "INFO", "warning": "WARN", "error": "ERROR"}
+"""Names of the members of `AlertLevel` in packages that have this class."""
+
+_NO_FILE_NAME = re.compile(r"^\.+|[^\w.-]")
+"""Characters of a run name that its folder does not have."""
+
+MAX_FILE_NAME_BYTES = 255
+"""Maximum length of a file name in UTF-8 on Linux; 86 Chinese characters are longer."""
 
 
 class Tracker(ABC):
@@ -36,8 +40,8 @@ class Tracker(ABC):
     `tracker_manager.RESPONSE_TIMEOUT_S`.
 
     Attributes:
-        telemetry_off_env: Environment variables that disable error and usage reports of the
-            package. Variables that the user sets take precedence.
+        extra: `TrackerComponent.extra` of a plug-in without a component.
+        telemetry_off_env: `TrackerComponent.telemetry_off_env` of a plug-in without a component.
     """
 
     extra: ClassVar[str] = ""
@@ -45,6 +49,14 @@ class Tracker(ABC):
 
     def handle(self, record: TrackerRecord) -> str | None:
         """Call the method for a record; return a message for the user, if any."""
+        from finesight.track.tracker_records import (
+            AlertRecord,
+            FinishRecord,
+            ImagesRecord,
+            MetricsRecord,
+            StartRecord,
+        )
+
         methods: dict[type[TrackerRecord], Callable[[Any], str | None]] = {
             StartRecord: self.start_run,
             MetricsRecord: self.log_metrics,
@@ -84,9 +96,11 @@ class LoggingTracker(Tracker):
 
     Attributes:
         package: Name of the package, which has a class `Image`.
+        image_options: Arguments of this class, besides image and caption.
     """
 
     package: ClassVar[str]
+    image_options: ClassVar[Mapping[str, Any]] = {"file_type": "jpg"}
     _run: Any
 
     def log_values(self, step: int, values: dict[str, Any]) -> None:
@@ -98,13 +112,19 @@ class LoggingTracker(Tracker):
             self.log_values(step_metrics.step, dict(step_metrics.values))
 
     def log_images(self, record: ImagesRecord) -> None:
-        # Separate names, since W&B would resize the images of a list to one size.
+        # Separate names, since a package may resize the images of a list to one size.
         create_image = import_module(self.package).Image
         images = {
-            name: create_image(example.image, caption=example.caption, file_type="jpg")
+            name: create_image(example.image, caption=example.caption, **self.image_options)
             for name, example in record.iter_named()
         }
         self.log_values(record.step, images)
+
+
+def make_folder_name(name: str, suffix: str = "") -> str:
+    """Return a run name as the name of a folder, shortened before the suffix."""
+    num_bytes = MAX_FILE_NAME_BYTES - len(suffix.encode())
+    return _NO_FILE_NAME.sub("_", name).encode()[:num_bytes].decode(errors="ignore") + suffix
 
 
 def flatten_settings(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:

@@ -4,17 +4,27 @@ from __future__ import annotations
 
 import re
 import time
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from finesight.track.tracker import RUN_STATE_NAMES, Tracker, flatten_settings
-from finesight.track.tracker_records import (
-    EXAMPLES_KEY,
-    AlertRecord,
-    FinishRecord,
-    ImagesRecord,
-    MetricsRecord,
-    StartRecord,
-)
+from finesight.track.tracker import Tracker, flatten_settings
+from finesight.tracker_components import TrackerComponent
+
+if TYPE_CHECKING:
+    from finesight.track.tracker_records import (
+        AlertRecord,
+        FinishRecord,
+        ImagesRecord,
+        MetricsRecord,
+        RunState,
+        StartRecord,
+    )
+
+RUN_STATES: dict[RunState, str] = {
+    "finished": "FINISHED",
+    "failed": "FAILED",
+    "interrupted": "KILLED",
+}
+"""States of ended runs in MLflow."""
 
 
 class MLflowTracker(Tracker):
@@ -23,9 +33,6 @@ class MLflowTracker(Tracker):
     The server is `track.uri`, the environment variable `MLFLOW_TRACKING_URI`, or the MLflow
     default. The experiment has the name of the project. Alerts are logged as tags.
     """
-
-    extra = "mlflow"
-    telemetry_off_env: ClassVar = {"MLFLOW_DISABLE_TELEMETRY": "true"}
 
     ID_TAG = "finesight_run"
     """Tag with the ID of the run, since MLflow chooses an ID of its own."""
@@ -91,6 +98,8 @@ class MLflowTracker(Tracker):
         self._log_batches("metrics", metrics)
 
     def log_images(self, record: ImagesRecord) -> None:
+        from finesight.track.tracker_records import EXAMPLES_KEY
+
         captions = []
         for key, example in record.iter_named():
             self._client.log_image(self._run_id, example.image, key=key, step=record.step)
@@ -106,4 +115,15 @@ class MLflowTracker(Tracker):
         self._client.log_batch(self._run_id, tags=[tag])
 
     def finish_run(self, record: FinishRecord) -> None:
-        self._client.set_terminated(self._run_id, RUN_STATE_NAMES[record.state][1])
+        self._client.set_terminated(self._run_id, RUN_STATES[record.state])
+
+
+COMPONENT = TrackerComponent(
+    kind="trackers",
+    name="mlflow",
+    title="MLflow",
+    implementation="finesight.track.trackers.mlflow:MLflowTracker",
+    extra="mlflow",
+    telemetry_off_env={"MLFLOW_DISABLE_TELEMETRY": "true"},
+    position=4,
+)

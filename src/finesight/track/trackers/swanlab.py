@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from finesight.config import TRACKER_MODES
-from finesight.track.tracker import RUN_STATE_NAMES, LoggingTracker
-from finesight.track.tracker_records import AlertRecord, FinishRecord, StartRecord
+from finesight.track.tracker import LoggingTracker
+from finesight.tracker_components import TrackerComponent
+
+if TYPE_CHECKING:
+    from finesight.track.tracker_records import AlertRecord, FinishRecord, RunState, StartRecord
+
+MODES = ("cloud", "local", "offline")
+
+RUN_STATES: dict[RunState, str] = {
+    "finished": "success",
+    "failed": "crashed",
+    "interrupted": "aborted",
+}
+"""States of ended runs in SwanLab."""
 
 
 class SwanLabTracker(LoggingTracker):
@@ -17,7 +28,6 @@ class SwanLabTracker(LoggingTracker):
     as texts, and sent to the webhook in the environment variable `SWANLAB_WEBHOOK`, if it is set.
     """
 
-    extra = "track"
     package = "swanlab"
 
     def start_run(self, record: StartRecord) -> str:
@@ -25,7 +35,7 @@ class SwanLabTracker(LoggingTracker):
 
         tracker = record.tracker
         record.folder.mkdir(parents=True, exist_ok=True)
-        is_self_hosted = tracker.uri not in (None, *TRACKER_MODES["swanlab"])
+        is_self_hosted = tracker.uri not in (None, *MODES)
         extra_settings: dict[str, Any] = {}
         if is_self_hosted:
             extra_settings["api_host"] = tracker.uri
@@ -96,4 +106,16 @@ class SwanLabTracker(LoggingTracker):
 
     def finish_run(self, record: FinishRecord) -> None:
         error = record.reason if record.state == "failed" else None
-        self._run.finish(state=RUN_STATE_NAMES[record.state][0], error=error)
+        self._run.finish(state=RUN_STATES[record.state], error=error)
+
+
+COMPONENT = TrackerComponent(
+    kind="trackers",
+    name="swanlab",
+    title="SwanLab",
+    implementation="finesight.track.trackers.swanlab:SwanLabTracker",
+    extra="track",
+    modes=MODES,
+    mode_packages={"local": {"swanboard": "swanlab[dashboard]"}},
+    position=1,
+)

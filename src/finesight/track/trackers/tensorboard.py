@@ -2,31 +2,24 @@
 
 from __future__ import annotations
 
-import re
 from textwrap import indent
+from typing import TYPE_CHECKING
 
-import numpy as np
+from finesight.track.tracker import Tracker, flatten_settings, make_folder_name
+from finesight.tracker_components import TrackerComponent
 
-from finesight.track.tracker import Tracker, flatten_settings
-from finesight.track.tracker_records import (
-    AlertRecord,
-    FinishRecord,
-    ImagesRecord,
-    MetricsRecord,
-    StartRecord,
-)
-
-_NO_FILE_NAME = re.compile(r"^\.+|[^\w.-]")
-"""Characters of a run name that its folder does not have."""
-
-MAX_FILE_NAME_BYTES = 255
-"""Maximum length of a file name in UTF-8 on Linux; 86 Chinese characters are longer."""
+if TYPE_CHECKING:
+    from finesight.track.tracker_records import (
+        AlertRecord,
+        FinishRecord,
+        ImagesRecord,
+        MetricsRecord,
+        StartRecord,
+    )
 
 
 class TensorBoardTracker(Tracker):
     """Tracker that writes TensorBoard event files in the run folder; alerts are texts."""
-
-    extra = "track"
 
     def start_run(self, record: StartRecord) -> str:
         from torch.utils.tensorboard import SummaryWriter
@@ -36,8 +29,7 @@ class TensorBoardTracker(Tracker):
         folder = record.folder
         if record.tracker.run_name is not None:
             # TensorBoard names runs after their folders.
-            name = _NO_FILE_NAME.sub("_", record.name)
-            folder /= name.encode()[:MAX_FILE_NAME_BYTES].decode(errors="ignore")
+            folder /= make_folder_name(record.name)
         self._writer = SummaryWriter(str(folder), purge_step=purge_step, flush_secs=10)
         if record.description:
             self._writer.add_text("description", record.description, record.step)
@@ -53,6 +45,8 @@ class TensorBoardTracker(Tracker):
                 self._writer.add_scalar(name, value, step_metrics.step)
 
     def log_images(self, record: ImagesRecord) -> None:
+        import numpy as np
+
         for name, example in record.iter_named():
             pixels_HWC = np.asarray(example.image)
             self._writer.add_image(name, pixels_HWC, record.step, dataformats="HWC")
@@ -65,3 +59,15 @@ class TensorBoardTracker(Tracker):
 
     def finish_run(self, record: FinishRecord) -> None:
         self._writer.close()
+
+
+COMPONENT = TrackerComponent(
+    kind="trackers",
+    name="tensorboard",
+    title="TensorBoard",
+    implementation="finesight.track.trackers.tensorboard:TensorBoardTracker",
+    extra="track",
+    writes_run_folder=True,
+    guesses="tensorboard",
+    position=2,
+)

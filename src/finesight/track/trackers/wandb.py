@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from finesight.track.tracker import ALERT_LEVEL_NAMES, LoggingTracker
-from finesight.track.tracker_records import AlertRecord, FinishRecord, StartRecord
+from finesight.tracker_components import TrackerComponent
+
+if TYPE_CHECKING:
+    from finesight.track.tracker_records import AlertRecord, FinishRecord, StartRecord
+
+MODES = ("cloud", "offline")
 
 
 class WandbTracker(LoggingTracker):
@@ -15,9 +20,7 @@ class WandbTracker(LoggingTracker):
     The x axis is the training step. Machine, user, command, code and packages are not recorded.
     """
 
-    extra = "wandb"
     package = "wandb"
-    telemetry_off_env: ClassVar = {"WANDB_ERROR_REPORTING": "false"}
 
     def start_run(self, record: StartRecord) -> str:
         import wandb
@@ -26,7 +29,7 @@ class WandbTracker(LoggingTracker):
         folder = record.folder
         folder.mkdir(parents=True, exist_ok=True)
         extra_settings: dict[str, Any] = {}
-        if uri not in (None, "cloud", "offline"):
+        if uri not in (None, *MODES):
             extra_settings["base_url"] = uri
         settings = wandb.Settings(
             # Seconds to reach the server; afterwards, the run is logged offline.
@@ -84,3 +87,15 @@ class WandbTracker(LoggingTracker):
 
     def finish_run(self, record: FinishRecord) -> None:
         self._run.finish(exit_code=0 if record.state == "finished" else 1)
+
+
+COMPONENT = TrackerComponent(
+    kind="trackers",
+    name="wandb",
+    title="Weights & Biases",
+    implementation="finesight.track.trackers.wandb:WandbTracker",
+    extra="wandb",
+    modes=MODES,
+    telemetry_off_env={"WANDB_ERROR_REPORTING": "false"},
+    position=3,
+)

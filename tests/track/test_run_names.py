@@ -47,6 +47,7 @@ def start_all_trackers(folder: Path, own: dict[str, Any]) -> list[str]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HOME", str(folder))
         patch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+        patch.setenv("TRACKIO_DIR", str(folder / "trackio"))
         with start_trackers(recipe_from_dict(recipe), folder / "run", 0, messages.append) as runs:
             runs.start_run({"device": "cpu"})
     return messages

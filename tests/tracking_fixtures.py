@@ -4,6 +4,8 @@ import json
 import os
 import re
 import struct
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -15,7 +17,7 @@ import yaml
 from tiny_task import TinyTask, rewind_to_checkpoint
 
 from finesight.config import TrackerKind
-from finesight.track.backends import TRACKERS
+from finesight.tracker_components import TRACKERS
 
 METRIC = {"metric": "ocr", "every": 2, "max_new_tokens": 4}
 PLANTED_SECRETS = {name: f"planted-{name}" for name in ("variable", "password", "query")}
@@ -26,7 +28,7 @@ PROMPT = (
     f"Answer. {PLANTED_SECRETS['variable']} {PLANTED_SECRETS['token']}"
     f" s3://me:{PLANTED_SECRETS['password']}@store/x?token={PLANTED_SECRETS['query']}"
 )
-LOGS_OF_PACKAGES = ("WANDB_", "SWANLAB_", "MLFLOW_")
+LOGS_OF_PACKAGES = ("WANDB_", "SWANLAB_", "MLFLOW_", "TRACKIO_")
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,7 @@ class TrackedRun:
     run: Path
     losses: dict[int, float]
     mlflow: str
+    trackio: Path
 
     def folder(self, kind: TrackerKind) -> Path:
         return self.run / "track" / kind
@@ -45,8 +48,9 @@ def train_tracked_run(folder: Path) -> Iterator[TrackedRun]:
     home = folder / "alice"
     home.mkdir()
     mlflow = str(folder / "mlruns")
+    trackio = folder / "trackio"
     settings = {"HOME": str(home), "SOME_SERVICE_API_KEY": PLANTED_SECRETS["variable"]}
-    settings |= {"MLFLOW_ALLOW_FILE_STORE": "true"}
+    settings |= {"MLFLOW_ALLOW_FILE_STORE": "true", "TRACKIO_DIR": str(trackio)}
     with pytest.MonkeyPatch.context() as patch:
         for name in [name for name in os.environ if name.startswith(LOGS_OF_PACKAGES)]:
             patch.delenv(name)
@@ -61,7 +65,7 @@ def train_tracked_run(folder: Path) -> Iterator[TrackedRun]:
         run = rewind_to_checkpoint(task.folder / "run")
         task.run(resume=True, eval=METRIC, track=track)
         losses = {line["step"]: line["loss"] for line in task.read_metrics() if "loss" in line}
-        yield TrackedRun(run, losses, mlflow)
+        yield TrackedRun(run, losses, mlflow, trackio)
 
 
 Values = dict[int, Any]
@@ -233,9 +237,41 @@ def read_mlflow(run: TrackedRun) -> LoggedRun:
     )
 
 
+READ_TRACKIO = """
+import json
+from trackio.sqlite_storage import SQLiteStorage as Store
+runs = Store.get_runs("finesight")
+print(json.dumps([runs, Store.get_run_config("finesight", runs[0]),
+    Store.get_logs("finesight", runs[0]), Store.get_alerts("finesight")]))
+"""
+
+
+def read_trackio(run: TrackedRun) -> LoggedRun:
+    # The package reads the name of its folder from the environment when it is imported.
+    environment = os.environ | {"TRACKIO_DIR": str(run.trackio)}
+    command = [sys.executable, "-c", READ_TRACKIO]
+    output = subprocess.run(command, env=environment, capture_output=True, check=True).stdout
+    names, settings, logs, alerts = json.loads(output)
+    metrics: dict[str, Values] = {}
+    for log in logs:
+        for name, value in log.items():
+            metrics.setdefault(name, {})[log["step"]] = value
+    images = metrics["examples/1"]
+    assert settings["_Username"] is None
+    return LoggedRun(
+        names={("finesight", name) for name in names},
+        metrics=metrics,
+        parts=[],
+        settings=flatten(settings),
+        captions={step: image["caption"] for step, image in images.items()},
+        image=(run.trackio / "media" / images[6]["file_path"]).read_bytes(),
+        alerts={alert["title"] for alert in alerts},
+    )
+
+
 READERS = {
     one.__name__.removeprefix("read_"): one
-    for one in (read_tensorboard, read_swanlab, read_wandb, read_mlflow)
+    for one in (read_tensorboard, read_swanlab, read_wandb, read_mlflow, read_trackio)
 }
 
 

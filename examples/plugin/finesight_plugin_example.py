@@ -5,7 +5,8 @@ from finesight.data.sample import Message, TextPart
 from finesight.errors import UserError
 from finesight.evaluate.eval_case import MetricResult, mean_metrics
 from finesight.evaluate.task_metrics import TaskMetric
-from finesight.track.backends import Tracker
+from finesight.track.tracker import Tracker
+from finesight.tracker_components import TrackerComponent
 
 
 def parse_row(row, context):
@@ -43,3 +44,10 @@ class CsvTracker(Tracker):
 
 FORMAT = DatasetFormat("meter-log", '{"photo": "path", "kwh": "..."}', parse_row)
 METRIC = TaskMetric("correct", score)
+TRACKER = TrackerComponent(
+    kind="trackers",
+    name="csv",
+    title="CSV files",
+    implementation="finesight_plugin_example:CsvTracker",
+    writes_run_folder=True,
+)

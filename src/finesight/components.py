@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from importlib import import_module
 from importlib.util import find_spec
+from inspect import isabstract
+from operator import attrgetter
 from typing import Any, Generic, TypeVar, cast
 
 from finesight.errors import UserError
@@ -255,9 +257,11 @@ class ComponentRegistry(Registry[ComponentT]):
         problem = None
         try:
             module, _, attribute = target.partition(":")
-            item = getattr(import_module(module), attribute)
+            item = attrgetter(attribute)(import_module(module))
             if not (isinstance(item, type) and issubclass(item, interface)):
                 problem = f"{item!r:.80} is no subclass of {interface.__name__}"
+            elif isabstract(item):
+                problem = f"{item!r:.80} lacks methods of {interface.__name__}"
         except (Exception, SystemExit) as error:
             if self.is_built_in(name):
                 raise

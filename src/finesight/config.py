@@ -49,8 +49,8 @@ from finesight.setting_types import (
     SideLength,
     StepsOrFraction,
     as_tuple,
-    is_url,
 )
+from finesight.tracker_components import TRACKERS
 
 
 class DataFileSettings(SettingsSection):
@@ -532,7 +532,7 @@ TaskName = Literal[TextTask, "grounding", "detection", "pointing"]
 METRIC_NAMES = Registry("metrics", object, dict.fromkeys(get_args(TaskName)))
 
 
-def _check_name(names: Registry[None], value: object, or_: str = "") -> str:
+def _check_name(names: Registry[Any], value: object, or_: str = "") -> str:
     """Return the name of a built-in object, or of a plug-in without import.
 
     With `or_`, a function in a Python file is valid, too.
@@ -647,21 +647,13 @@ REWARD_OPTIONS = {"format": ("pattern", "json_schema"), "length": ("max_length",
 RewardList = Annotated[tuple[RewardSettings, ...], BeforeValidator(partial(_as_sections, "name"))]
 
 
-TrackerName = Literal["swanlab", "tensorboard", "wandb", "mlflow"]
-_TRACKER_NAMES = Registry("trackers", object, dict.fromkeys(get_args(TrackerName)))
-TrackerKind = Annotated[TrackerName | str, BeforeValidator(partial(_check_name, _TRACKER_NAMES))]
+TrackerKind = Annotated[str, BeforeValidator(partial(_check_name, TRACKERS))]
 
 MAX_RUN_NAME_CHARS = 100
 """Maximum number of characters of a run name, which all trackers accept."""
 
 MAX_RUN_DESCRIPTION_CHARS = 1024
-"""Maximum number of characters of the description of a run (SwanLab)."""
-
-TRACKER_MODES: dict[str, tuple[str, ...]] = {
-    "swanlab": ("cloud", "local", "offline"),
-    "wandb": ("cloud", "offline"),
-}
-"""Values of the setting `uri` that are no URLs: the cloud service of a tracker, or local files."""
+"""Maximum number of characters of the description of a run, which all trackers accept."""
 
 
 def _as_json(value: object) -> object:
@@ -696,15 +688,13 @@ class TrackerSettings(SettingsSection):
 
     @model_validator(mode="after")
     def _check_uri(self) -> TrackerSettings:
-        uri, modes = self.uri, TRACKER_MODES.get(self.kind, ())
-        if uri is None or uri in modes:
+        if self.uri is None:
             return self
-        if self.kind == "tensorboard":
-            raise ValueError("tensorboard writes to the run folder and does not support uri")
-        if modes and not is_url(uri):
-            known = ", ".join((*modes, "https://HOST"))
-            raise ValueError(f"{self.kind} does not support uri {uri!r}: use {known}")
-        if _SECRET_PATTERN.search(uri):
+        with _report_component_errors():
+            problem = TRACKERS.call(self.kind, TRACKERS[self.kind].find_uri_problem, self.uri)
+        if problem is not None:
+            raise ValueError(problem)
+        if _SECRET_PATTERN.search(self.uri):
             raise ValueError(
                 f"uri of {self.kind} contains a password or token, which would be saved"
                 " in the run: remove it and set it in the environment of the package"

@@ -33,6 +33,7 @@ from finesight.manifest import MANIFEST_FILE, RECIPE_FILE, require_run_plugins
 from finesight.objective_components import DEFAULT_OBJECTIVE, OBJECTIVES
 from finesight.path_patterns import SearchBudget, has_match
 from finesight.setting_types import SettingsSection
+from finesight.tracker_components import get_example_tracker
 
 MAX_RECIPE_BYTES = 2**20
 """Maximum size of a recipe file in bytes; typical recipes have a few thousand."""
@@ -208,7 +209,6 @@ _EXAMPLES = {
     "image.longest_side": "512",
     "rewards.name": "exact",
     "eval.metric": "captions",
-    "track.kind": "tensorboard",
     "output_dir": "runs/first",
 }
 """Example of each required setting."""
@@ -689,6 +689,8 @@ def _find_example(key: SettingKey, section: object) -> str:
     """
     name = _format_setting_name(key)
     example = _EXAMPLES.get(name, "")
+    if name == "track.kind":
+        example = get_example_tracker()
     if name == "rewards.name" and isinstance(section, Mapping):
         for reward, options in REWARD_OPTIONS.items():
             if not section.keys().isdisjoint(options):

@@ -17,6 +17,7 @@ from doctor_fixtures import (
 
 from finesight.doctor import package_check
 from finesight.doctor.diagnosis import load_catalog
+from finesight.tracker_components import TRACKERS
 
 REQUIRES = (
     "safetensors>=0.7",
@@ -101,6 +102,7 @@ def test_requirement_of_extra_is_a_hint(tmp_path: Path) -> None:
 def test_every_user_extra_has_a_description() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     described = {code[6:] for code in load_catalog() if code.startswith("extra.")}
+    described |= {one.extra for one in TRACKERS.list_built_in()}
     assert {*described, "dev"} == {*project["optional-dependencies"]}
 
 

@@ -10,7 +10,6 @@ import pytest
 from PIL import Image
 
 from finesight.config import TrackerSettings
-from finesight.track.backends import TRACKERS
 from finesight.track.tracker_manager import TrackerClient
 from finesight.track.tracker_records import (
     AlertRecord,
@@ -21,6 +20,7 @@ from finesight.track.tracker_records import (
     StepMetrics,
     TrackedImage,
 )
+from finesight.tracker_components import TRACKERS
 
 OFFLINE = {"wandb": "offline", "swanlab": "offline", "mlflow": "mlruns"}
 """URIs of offline modes."""
@@ -89,6 +89,11 @@ def test_offline_tracker_opens_no_connection(kind, tmp_path, monkeypatch, proxy)
         monkeypatch.setenv(name, f"http://127.0.0.1:{port}")
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    # With these variables, Trackio asks Hugging Face for the user, and sends data.
+    monkeypatch.setenv("HF_TOKEN", "hf_planted")
+    monkeypatch.setenv("TRACKIO_SPACE_ID", "planted/space")
+    monkeypatch.setenv("TRACKIO_WEBHOOK_URL", "http://planted.example")
     monkeypatch.chdir(tmp_path)
     image = TrackedImage(image=Image.new("RGB", (8, 8)), caption="c")
     tracker = TrackerSettings(kind=kind, uri=OFFLINE.get(kind))

@@ -78,7 +78,7 @@ transaction log is read by `swanlab sync`, which sends what is in those files.""
 
 
 def test_tracker_files_contain_no_secrets(tracked_run: TrackedRun) -> None:
-    locations = [tracked_run.run / "track", Path(tracked_run.mlflow)]
+    locations = [tracked_run.run / "track", Path(tracked_run.mlflow), tracked_run.trackio]
     files = [file for folder in locations for file in folder.rglob("*") if file.is_file()]
     assert len(files) > 10
     marked = 0

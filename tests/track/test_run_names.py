@@ -14,8 +14,8 @@ from tracking_fixtures import flatten, read_wandb_records
 from finesight.config import MAX_RUN_DESCRIPTION_CHARS, MAX_RUN_NAME_CHARS
 from finesight.errors import UserError
 from finesight.recipe import recipe_from_dict
-from finesight.track.backends import TRACKERS
 from finesight.track.tracker_manager import start_trackers
+from finesight.tracker_components import TRACKERS
 
 NAME, DESCRIPTION = "7B-1kdata / ü", "First try\nwith 500 samples"
 CONFIG: dict[str, Any] = {
@@ -47,6 +47,7 @@ def start_all_trackers(folder: Path, own: dict[str, Any]) -> list[str]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HOME", str(folder))
         patch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+        patch.setenv("TRACKIO_DIR", str(folder / "trackio"))
         with start_trackers(recipe_from_dict(recipe), folder / "run", 0, messages.append) as runs:
             runs.start_run({"device": "cpu"})
     return messages

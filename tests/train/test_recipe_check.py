@@ -138,7 +138,7 @@ def test_missing_packages_are_reported_for_this_machine_only(folder, monkeypatch
     def import_nothing(setting: str) -> None:
         raise UserError("bitsandbytes cannot be imported", where=setting)
 
-    monkeypatch.setattr("finesight.track.backends.find_spec", find_no_package)
+    monkeypatch.setattr("finesight.tracker_components.find_spec", find_no_package)
     monkeypatch.setattr(recipe_check, "import_bitsandbytes", import_nothing)
     tracked = write_recipe(folder, {"track": ["mlflow"]})
     for command in ("train", "plan", "check", "show"):

@@ -22,7 +22,7 @@ from finesight.app.line_counter import MAX_COUNTED_BYTES, LineCount, LineCounter
 from finesight.app.recipe_detector import RecipeDetector, read_recipe_text
 from finesight.app.use_finder import UseFinder
 from finesight.bounded_files import is_utf8, open_regular_file, read_edge_lines
-from finesight.config import TRACKER_MODES, Recipe
+from finesight.config import Recipe
 from finesight.data.sample import (
     Sample,
     build_no_samples_error,
@@ -51,6 +51,7 @@ from finesight.storage import (
     working_folder,
     write_file,
 )
+from finesight.tracker_components import TRACKERS
 from finesight.vision.image_reader import create_image_pool
 from finesight.worker_pool import JobOutput, WorkerJobError, WorkerLimitError, WorkerPool
 
@@ -605,7 +606,7 @@ class Workspace:
         for section, name, _ in list_functions(recipe):
             problem = f"{section} {name} is a Python file, which the studio never runs"
         for tracker in recipe.track:
-            if tracker.uri is not None and tracker.uri not in TRACKER_MODES.get(tracker.kind, ()):
+            if tracker.uri is not None and tracker.uri not in TRACKERS[tracker.kind].modes:
                 problem = f"track.uri {tracker.uri} is not a local mode of {tracker.kind}"
         if problem:
             raise UserError(

@@ -7,13 +7,12 @@ import os
 import re
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import get_args
 
-from finesight.config import TrackerName
 from finesight.convert.external_config import ConversionNote, load_rules
 from finesight.convert.python_script import Script
 from finesight.convert.python_values import merge_items
 from finesight.errors import shorten
+from finesight.tracker_components import TRACKERS
 
 _IMAGE_KEYS = ("resized_height", "resized_width", "min_pixels", "max_pixels")
 """Keys of an image in a chat message, which qwen_vl_utils reads."""
@@ -34,7 +33,6 @@ _FILE_LOADERS = (
 )
 _DATA_SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".xlsx")
 _TRACKER_TEXT = "set `track` in the recipe: [{{kind: {kind}, project: {project}}}]"
-_TRACKERS = get_args(TrackerName)
 _EARLY_STOPPING_TEXT = "set eval.patience together with eval.metric and eval.every"
 _CALLBACK_TEXT = "code of the script, which is not executed; finesight has no callbacks"
 
@@ -313,7 +311,7 @@ def _report_trackers(script: Script, code: ScriptCode) -> None:
         code.note("callbacks", ast.unparse(node), _describe_callback(script, node, name))
     for call in script.calls:
         module, _, function = ast.unparse(call.func).rpartition(".")
-        if function == "init" and module in _TRACKERS:
+        if function == "init" and TRACKERS.is_built_in(module):
             code.note(f"{module}.init", "", _describe_callback(script, call, module))
 
 
@@ -324,9 +322,9 @@ def _describe_callback(script: Script, node: ast.expr, name: str) -> str:
     project = values.get("project")
     if not isinstance(project, str):
         project = "NAME"
-    for kind in _TRACKERS:
-        if kind in lower:
-            return _TRACKER_TEXT.format(kind=kind, project=project)
+    for tracker in TRACKERS.list_built_in():
+        if tracker.name in lower:
+            return _TRACKER_TEXT.format(kind=tracker.name, project=project)
     if "earlystopping" in lower:
         return _EARLY_STOPPING_TEXT
     return _CALLBACK_TEXT

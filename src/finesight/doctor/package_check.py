@@ -17,6 +17,7 @@ from finesight.doctor.diagnosis import (
     load_catalog,
     make_diagnosis,
 )
+from finesight.tracker_components import TRACKERS
 
 PACKAGE_NAME = "finesight"
 
@@ -162,8 +163,17 @@ def check_extras(packages: InstalledPackages) -> Iterator[Diagnosis]:
             if is_missing and is_of_extra and not _is_applicable(requirement, ()):
                 missing.append(requirement.name)
         if missing:
-            values = {"missing": ", ".join(missing), **load_catalog()[f"extra.{name}"]}
+            values = {"missing": ", ".join(missing), "what": describe_extra(name)}
             install = install_command(f"{PACKAGE_NAME}[{name}]")
             yield make_diagnosis("extra-missing", **values, install=install)
         else:
-            yield make_diagnosis(f"extra.{name}")
+            yield make_diagnosis("extra", what=describe_extra(name))
+
+
+def describe_extra(name: str) -> str:
+    """Return the description of an extra of finesight: of its trackers, or of the catalog."""
+    trackers = [one.title for one in TRACKERS.list_built_in() if one.extra == name]
+    if trackers:
+        return f"[{name}] experiment tracking with {' and '.join(trackers)}"
+    description: str = load_catalog()[f"extra.{name}"]["what"]
+    return description

@@ -34,7 +34,7 @@ COMMANDS = {
     "predict RUN IMAGE --prompt TEXT": "infer inference generate answer ask caption ocr describe"
     " vqa run-inference batch-predict",
     "eval RUN": "evaluate eval-model evaluation test benchmark score metrics metric",
-    "report RUN": "log logs status plot curves visualize results summary monitor tensorboard",
+    "report RUN": "log logs status plot curves visualize results summary monitor",
     "compare RUN RUN2": "diff comparison",
     "doctor": "env info diagnose debug check-env system health",
     "studio": "ui gui webui web-ui app board dashboard llamaboard gradio",
@@ -193,11 +193,14 @@ def suggest_command(name: str, commands: Collection[str]) -> str:
     """
     # Commands that are correct do not need the settings.
     from finesight.objective_components import OBJECTIVES
+    from finesight.tracker_components import TRACKERS
 
     guesses: dict[str, str] = {}
     for objective in OBJECTIVES.list_available():
         guesses[objective.name] = f"train RECIPE train.objective={objective.name}"
         guesses |= dict.fromkeys(objective.guesses.split(), objective.command)
+    for tracker in TRACKERS.list_built_in():
+        guesses |= dict.fromkeys(tracker.guesses.split(), "report RUN")
     guesses |= _invert("commands")
     normal = name.lower().replace("_", "-").lstrip("-")
     if normal in guesses:

@@ -30,7 +30,7 @@ from finesight.config import Recipe, TrackerKind
 from finesight.errors import TrainingInterrupted, UserError
 from finesight.manifest import TRACKING_FOLDER
 from finesight.storage import write_file
-from finesight.track.backends import TRACKERS, Tracker
+from finesight.track.tracker import Tracker
 from finesight.track.tracker_records import (
     AlertLevel,
     AlertRecord,
@@ -44,6 +44,7 @@ from finesight.track.tracker_records import (
     TrackerRecord,
     redact,
 )
+from finesight.tracker_components import TRACKERS
 
 RESPONSE_TIMEOUT_S = 120.0
 """Maximum seconds until the tracker replies to a record.
@@ -86,7 +87,7 @@ def run_tracker(kind: TrackerKind, fd: int) -> None:
             error = ""
             message = None
             try:
-                tracker = tracker or TRACKERS[kind]()
+                tracker = tracker or TRACKERS.load_tracker(kind)()
                 message = tracker.handle(record)
             except Exception as problem:  # any error of the package
                 traceback.print_exc()
@@ -111,7 +112,7 @@ def start_process(kind: TrackerKind, fd: int, log_file: Path) -> subprocess.Pope
     log_file.parent.mkdir(parents=True, exist_ok=True)
     with log_file.open("ab") as output:
         return subprocess.Popen(
-            # -P: do not import packages from the working directory, such as a folder `wandb`.
+            # -P: do not import packages from the working directory, such as a folder of runs.
             [sys.executable, "-P", "-c", PROGRAM, kind, str(fd)],
             stdin=subprocess.DEVNULL,
             stdout=output,

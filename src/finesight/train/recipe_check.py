@@ -42,7 +42,7 @@ from finesight.objective_components import OBJECTIVES, Needs
 from finesight.progress import ProgressConsole
 from finesight.recipe_template import StartModel, describe_run
 from finesight.storage import require_free_space
-from finesight.track.backends import require_packages
+from finesight.tracker_components import require_trackers
 from finesight.train.checkpoint import resolve_save_interval
 from finesight.train.dataset_stats import TrainingData, list_image_paths, load_training_data
 from finesight.train.objectives.objective import Objective
@@ -340,7 +340,7 @@ def check_machine(recipe: Recipe, device: torch.device) -> None:
         import_bitsandbytes("tune.quantize.nf4")
     if recipe.tune.quantize.fp8:
         require_fp8_support(device, "tune.quantize.fp8")
-    require_packages(recipe.track)
+    require_trackers(recipe.track)
 
 
 def load_run_data(checked: CheckedRecipe, num_workers: int, console: ProgressConsole) -> RunData:

@@ -31,7 +31,7 @@ from finesight.objective_components import DEFAULT_OBJECTIVE, OBJECTIVES
 from finesight.plugins import PluginRecord
 from finesight.progress import ProgressConsole
 from finesight.storage import sha256_file
-from finesight.track.backends import TRACKERS
+from finesight.tracker_components import TRACKERS
 from finesight.train.checkpoint import (
     Checkpoint,
     CheckpointManager,

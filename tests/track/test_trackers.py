@@ -3,16 +3,16 @@
 import json
 import sys
 from collections.abc import Iterator
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 from fake_hub_servers import FakeHubServer, HubHandler, run_in_thread
 from tracking_fixtures import READERS, TrackedRun
 
-from finesight.config import TrackerKind, TrackerName, TrackerSettings
+from finesight.config import TrackerKind, TrackerSettings
 from finesight.errors import UserError
-from finesight.track.backends import TRACKERS, require_packages
 from finesight.track.tracker_records import AlertRecord, FinishRecord, StartRecord
+from finesight.tracker_components import TRACKERS, require_trackers
 
 EVALUATED = [0, 2, 4, 6]
 TRAINED = [1, 2, 3, 4, 5, 6]
@@ -64,7 +64,7 @@ def webhook() -> Iterator[tuple[str, list[dict[str, Any]]]]:
 def test_swanlab_sends_alerts_to_webhook(tmp_path, monkeypatch, webhook):
     """A failing webhook does not stop the tracker."""
     pytest.importorskip("swanlab", reason="swanlab is not installed (extra `track`)")
-    from finesight.track.backends import SwanLabTracker
+    from finesight.track.trackers.swanlab import SwanLabTracker
 
     url, bodies = webhook
     monkeypatch.chdir(tmp_path)
@@ -87,9 +87,9 @@ def test_swanlab_sends_alerts_to_webhook(tmp_path, monkeypatch, webhook):
     assert str(tmp_path) not in json.dumps(bodies)
 
 
-@pytest.mark.parametrize("kind", get_args(TrackerName))
+@pytest.mark.parametrize("kind", [one.name for one in TRACKERS.list_built_in()])
 def test_missing_package_error_names_the_extra(kind, monkeypatch):
     monkeypatch.setitem(sys.modules, kind, None)
     install = rf"{kind} is not[\s\S]*pip install 'finesight\[{TRACKERS[kind].extra}\]'"
     with pytest.raises(UserError, match=install):
-        require_packages([TrackerSettings(kind=kind)])
+        require_trackers([TrackerSettings(kind=kind)])

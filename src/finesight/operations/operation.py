@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, wraps
 from pathlib import Path
-from typing import Any, Generic, Literal, ParamSpec, TypeVar
+from typing import Any, Generic, Literal, ParamSpec, TypeVar, cast
 
 from finesight.errors import (
     Step,
@@ -335,15 +335,25 @@ def list_parameters(operation: Callable[..., object]) -> Sequence[Parameter]:
     names = inspect.unwrap(operation).__globals__
     hints = typing.get_type_hints(bare, globalns=names, include_extras=True)
     descriptions = read_descriptions(operation)
-    parameters = []
+    parameters: list[Parameter] = []
     for name, parameter in signature.items():
         if parameter.kind is inspect.Parameter.VAR_KEYWORD:
-            (group,) = typing.get_args(hints[name])
-            for option, hint in typing.get_type_hints(group, include_extras=True).items():
-                info = _find_info(hint)
-                parameters.append(_read_parameter(option, info.help, hint, info.default))
+            parameters += _list_group(hints[name])
         elif text := descriptions.get(name, "") or _find_info(hints[name]).help:
             parameters.append(_read_parameter(name, text, hints[name], parameter.default))
+    return parameters
+
+
+def _list_group(hint: Any) -> Sequence[Parameter]:
+    """Return the parameters of a group of options: a `TypedDict`, or `Annotated` by them."""
+    if hasattr(hint, "__metadata__"):
+        (group,) = hint.__metadata__
+        return cast(Sequence[Parameter], group)
+    (group,) = typing.get_args(hint)
+    parameters: list[Parameter] = []
+    for option, one in typing.get_type_hints(group, include_extras=True).items():
+        info = _find_info(one)
+        parameters.append(_read_parameter(option, info.help, one, info.default))
     return parameters
 
 
@@ -381,7 +391,7 @@ def _read_parameter(name: str, text: str, hint: Any, default: Any) -> Parameter:
         alternatives = _list_alternatives(typing.get_args(container)[0])
     if info.path == "name":
         alternatives.discard(Path)
-    choices: tuple[str, ...] = ()
+    choices = info.choices
     others: set[type] = set()
     for one in alternatives:
         origin = typing.get_origin(one)

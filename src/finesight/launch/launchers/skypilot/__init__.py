@@ -38,7 +38,7 @@ STORE = NameFormat(
 )
 
 ACCELERATOR = NameFormat(
-    "[A-Za-z0-9][A-Za-z0-9_.-]*", "a GPU name of `sky show-gpus`, without a count"
+    "[A-Za-z0-9][A-Za-z0-9_.-]*", "a GPU name of `sky gpus list`, without a count"
 )
 
 

@@ -13,10 +13,17 @@ import fake_slurm
 from nonfinite_step import before_steps
 from tiny_task import TinyTask, read_losses, write_recipe
 
+from finesight.launch.job_file import build_job_text
 from finesight.launch.launch_job import LaunchJob, NodeSpec
+from finesight.launch.launcher_component import LAUNCHERS
 
 # Drop-outs are a function of the process, too.
 TUNE = {"merger": "full", "language": "lora", "lora": {"rank": 4, "alpha": 8, "dropout": 0.0}}
+
+
+def build_file(launcher: str, job: LaunchJob, **options: str) -> str:
+    """Build the job file of a launcher."""
+    return build_job_text(LAUNCHERS[launcher], job, options)
 
 
 def run_job_script(folder: Path, text: str, tasks: int) -> subprocess.Popen[str]:
@@ -32,6 +39,34 @@ def run_job_script(folder: Path, text: str, tasks: int) -> subprocess.Popen[str]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     command = ["bash", str(folder / "job.sh")]
     return subprocess.Popen(command, env=os.environ | environment, start_new_session=True, **pipes)
+
+
+NASTY = 'it\'s $(touch stolen) `id` "x"'
+
+TRAIN = ["-m", "finesight", "train", f"{NASTY}.yaml", f"data.system_prompt={NASTY}", "--resume"]
+"""Words after torchrun for the job of `make_nasty_job`."""
+
+
+def make_nasty_job(
+    nodes: str = "2", recipe: str = f"{NASTY}.yaml", output: str = "runs/first"
+) -> LaunchJob:
+    """Make a job with names that a shell would execute."""
+    overrides = (f"data.system_prompt={NASTY}",)
+    node_spec = NodeSpec.parse(nodes, 8)
+    return LaunchJob("first", Path(recipe), overrides, Path(output), Path(), node_spec)
+
+
+def run_container_script(shell: str, folder: Path, **environment: str) -> list[str]:
+    """Run shell code of a container with a fake torchrun, and return the arguments of that."""
+    torchrun = folder / "torchrun"
+    torchrun.write_text('#!/bin/sh\nprintf "%s\\0" "$@" > "$SEEN"\n')
+    torchrun.chmod(0o755)
+    environment |= {"PATH": f"{folder}:/usr/bin:/bin", "SEEN": str(folder / "seen")}
+    command = ["bash", "-c", shell.replace("/finesight", str(folder))]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert not [*folder.rglob("stolen")]
+    return (folder / "seen").read_text().split("\0")[:-1]
 
 
 def make_job(

@@ -18,7 +18,14 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 PluginKind = Literal[
-    "formats", "metrics", "rewards", "trackers", "objectives", "families", "architectures"
+    "formats",
+    "metrics",
+    "rewards",
+    "trackers",
+    "objectives",
+    "families",
+    "architectures",
+    "launchers",
 ]
 """Kind of a plug-in. Its entry points are in the group `finesight.KIND`."""
 

@@ -17,6 +17,7 @@ from tiny_task import TinyTask, edit_samples, write_recipe
 from finesight import api
 from finesight.cli.app import app, build_command, run_command
 from finesight.errors import UserError, describe_choices, describe_indices
+from finesight.launch.launcher_component import LAUNCHERS
 from finesight.objective_components import OBJECTIVES
 from finesight.operations import OPERATIONS, find_operation, first_guesses
 from finesight.operations.first_guesses import find_option
@@ -34,7 +35,11 @@ METHODS = {
     for guess in guesses.split()
 }
 GUESSES = {name: hint for hint, names in first_guesses.COMMANDS.items() for name in names.split()}
-GUESSES = METHODS | GUESSES
+GUESSES = (
+    METHODS
+    | dict.fromkeys((one.name for one in LAUNCHERS.list_built_in()), "launch RECIPE")
+    | GUESSES
+)
 
 VALUES = {
     "RECIPE": "recipe.yaml",

@@ -14,13 +14,12 @@ from pathlib import Path
 import psutil
 import pytest
 from attack_client import is_running, list_process_tree, list_running
-from launch_fixtures import TUNE, make_job, run_job_script, wait_for_steps
+from launch_fixtures import TUNE, build_file, make_job, run_job_script, wait_for_steps
 from multi_process_run import fork_ranks
 from nonfinite_step import SHORT_TIMEOUT, before_steps, train_with_short_timeout
 from tiny_task import TinyTask, assert_same_run, read_losses, write_recipe
 
 from finesight.cli.app import run_command
-from finesight.launch.launch_job import build_torchrun_script
 from finesight.storage import verify_folder
 from finesight.train.run_dir import RunDir
 
@@ -152,7 +151,7 @@ def test_torchrun_scales_up_and_restarts_dead_rank(tmp_path: Path, every_point: 
     if not every_point:
         pytest.skip("half a minute of starting processes: --every-fault")
     task = TinyTask(tmp_path / "task")
-    text = build_torchrun_script(make_job(task, "run", 1, epochs=40, save_every=10))
+    text = build_file("torchrun", make_job(task, "run", 1, epochs=40, save_every=10))
     # Half a minute for more machines to come, else.
     text = text.replace("=c10d", "=c10d --rdzv-conf=last_call_timeout=1")
     text = text.replace("29400", str(free_port()))

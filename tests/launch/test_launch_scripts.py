@@ -11,6 +11,7 @@ import pytest
 from launch_fixtures import (
     TUNE,
     add_gates,
+    build_file,
     make_job,
     open_gate,
     run_job_script,
@@ -20,12 +21,7 @@ from launch_fixtures import (
 from tiny_task import TinyTask, read_losses
 
 from finesight.errors import UserError
-from finesight.launch.launch_job import (
-    LaunchJob,
-    NodeSpec,
-    build_slurm_script,
-    build_torchrun_script,
-)
+from finesight.launch.launch_job import LaunchJob, NodeSpec
 
 NASTY = 'it\'s; $(touch stolen) `id` "x" \n *'
 
@@ -38,9 +34,9 @@ def build_script(name: str, folder: Path, python: str = sys.executable) -> str:
     machines = NodeSpec(2, 4, 8) if name.endswith("of many") else NodeSpec(1, 1, 2)
     job = LaunchJob("run", recipe, overrides, folder / "run", folder, machines, python)
     if name.startswith("torchrun"):
-        return build_torchrun_script(job)
+        return build_file("torchrun", job)
     full = {"partition": "gpu,long", "account": "me", "time": "1-12:00:00"}
-    return build_slurm_script(job, full if name.endswith("of many") else {})
+    return build_file("slurm", job, **(full if name.endswith("of many") else {}))
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
@@ -103,7 +99,7 @@ def test_slurm_directives(tmp_path: Path) -> None:
 @pytest.mark.parametrize("value", ["a b", "a\n#SBATCH --uid=0", "", "$(id)", "-x", "a'"])
 def test_invalid_directive_values_are_rejected(value: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="invalid name") as caught:
-        build_slurm_script(make_job(TinyTask(tmp_path), "run", 1, 1), {"partition": value})
+        build_file("slurm", make_job(TinyTask(tmp_path), "run", 1, 1), partition=value)
     assert caught.value.where == "--partition"
 
 
@@ -114,7 +110,7 @@ def test_slurm_warning_requeues_and_run_completes(tmp_path: Path) -> None:
     Takes long: each of the two jobs starts torchrun, and ranks that import torch.
     """
     task = TinyTask(tmp_path / "task")
-    text = build_slurm_script(make_job(task, "run", 2, epochs=20), {})
+    text = build_file("slurm", make_job(task, "run", 2, epochs=20))
     # Otherwise, the run could end before the warning.
     text = add_gates(text, gates := tmp_path / "gates", 7)
     folder, result = task.folder / "run", tmp_path / "slurm" / "told"

@@ -10,11 +10,9 @@ from shutil import which
 
 import psutil
 import pytest
-from launch_fixtures import add_gates, make_job, open_gate, wait_for_steps
+from launch_fixtures import add_gates, build_file, make_job, open_gate, wait_for_steps
 from nonfinite_step import SHORT_TIMEOUT
 from tiny_task import TinyTask, assert_same_run
-
-from finesight.launch.launch_job import build_torchrun_script
 
 NAMESPACES = ("unshare", "--net", "--uts", "--mount", "--pid", "--fork")
 HAS_NAMESPACES = all(map(which, ("unshare", "nsenter", "ip"))) and not subprocess.call(
@@ -90,7 +88,7 @@ def two_hosts(folder: Path) -> Iterator[tuple[Host, Host]]:
 
 def write_script(task: TinyTask, name: str, nodes: str, processes: int, *gates: int) -> Path:
     job = make_job(task, name, processes, epochs=16, save_every=10, nodes=nodes)
-    text, script = build_torchrun_script(job), task.folder / f"{name}.sh"
+    text, script = build_file("torchrun", job), task.folder / f"{name}.sh"
     folder = task.folder / f"{name}-gates"
     script.write_text(add_gates(text, folder, *gates, command=SHORT_TIMEOUT_COMMAND))
     return script

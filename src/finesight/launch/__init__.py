@@ -1,1 +1,4 @@
-"""Build and submit training jobs for torchrun, Slurm and Kubeflow."""
+"""Build and submit training jobs with launchers such as torchrun."""
+
+DEFAULT_LAUNCHER = "torchrun"
+"""Launcher of a job that names none."""

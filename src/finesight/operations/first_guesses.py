@@ -29,7 +29,7 @@ COMMANDS = {
     "show RECIPE": "view inspect preview tokenize tokens encode",
     "plan RECIPE": "estimate memory vram dry-run dryrun profile",
     "search RECIPE": "sweep hpo hyperopt optuna grid-search optimize autotune",
-    "launch RECIPE": "slurm torchrun submit cluster distributed accelerate deepspeed",
+    "launch RECIPE": "submit cluster distributed accelerate deepspeed",
     "convert FILE NEW": "migrate translate",
     "predict RUN IMAGE --prompt TEXT": "infer inference generate answer ask caption ocr describe"
     " vqa run-inference batch-predict",
@@ -192,10 +192,11 @@ def suggest_command(name: str, commands: Collection[str]) -> str:
         commands: Names of all commands.
     """
     # Commands that are correct do not need the settings.
+    from finesight.launch.launcher_component import LAUNCHERS
     from finesight.objective_components import OBJECTIVES
     from finesight.tracker_components import TRACKERS
 
-    guesses: dict[str, str] = {}
+    guesses = dict.fromkeys((one.name for one in LAUNCHERS.list_built_in()), "launch RECIPE")
     for objective in OBJECTIVES.list_available():
         guesses[objective.name] = f"train RECIPE train.objective={objective.name}"
         guesses |= dict.fromkeys(objective.guesses.split(), objective.command)

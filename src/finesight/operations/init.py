@@ -91,10 +91,10 @@ TASKS = {
 """Tasks with the answer that a model gives."""
 
 
-def _list_reward_objectives() -> list[str]:
+def _list_reward_objectives() -> tuple[str, ...]:
     from finesight.objective_components import list_reward_objectives
 
-    return list_reward_objectives()
+    return tuple(list_reward_objectives())
 
 
 def init(
@@ -110,7 +110,7 @@ def init(
         ),
     ] = None,
     model: str | None = None,
-    objective: Annotated[str | None, Parameter(list_choices=_list_reward_objectives)] = None,
+    objective: Annotated[str | None, Parameter(choices=_list_reward_objectives())] = None,
     gpus: GpusOption = None,
     ask: Ask | None = None,
     **reading: Unpack[TableOptions],

@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, wraps
 from pathlib import Path
-from typing import Any, Generic, Literal, ParamSpec, TypeVar
+from typing import Any, Generic, Literal, ParamSpec, TypeVar, cast
 
 from finesight.errors import (
     Step,
@@ -65,7 +65,6 @@ class Parameter:
         default: Default value, or `inspect.Parameter.empty` for a required parameter. It is given
             here in a group of options, a `TypedDict` that `**` unpacks.
         plugins: Kind of the plug-ins that the help lists.
-        list_choices: Function that lists the accepted values, such as components.
         kind: Kind of a value, or of each of several.
         is_multiple: Whether several values are accepted.
         is_optional: Whether None is accepted.
@@ -82,7 +81,6 @@ class Parameter:
     maximum: float | None = None
     default: Any = None
     plugins: PluginKind | None = None
-    list_choices: Callable[[], Sequence[str]] | None = None
     name: str = ""
     kind: Kind = "text"
     choices: tuple[str, ...] = ()
@@ -337,15 +335,25 @@ def list_parameters(operation: Callable[..., object]) -> Sequence[Parameter]:
     names = inspect.unwrap(operation).__globals__
     hints = typing.get_type_hints(bare, globalns=names, include_extras=True)
     descriptions = read_descriptions(operation)
-    parameters = []
+    parameters: list[Parameter] = []
     for name, parameter in signature.items():
         if parameter.kind is inspect.Parameter.VAR_KEYWORD:
-            (group,) = typing.get_args(hints[name])
-            for option, hint in typing.get_type_hints(group, include_extras=True).items():
-                info = _find_info(hint)
-                parameters.append(_read_parameter(option, info.help, hint, info.default))
+            parameters += _list_group(hints[name])
         elif text := descriptions.get(name, "") or _find_info(hints[name]).help:
             parameters.append(_read_parameter(name, text, hints[name], parameter.default))
+    return parameters
+
+
+def _list_group(hint: Any) -> Sequence[Parameter]:
+    """Return the parameters of a group of options: a `TypedDict`, or `Annotated` by them."""
+    if hasattr(hint, "__metadata__"):
+        (group,) = hint.__metadata__
+        return cast(Sequence[Parameter], group)
+    (group,) = typing.get_args(hint)
+    parameters: list[Parameter] = []
+    for option, one in typing.get_type_hints(group, include_extras=True).items():
+        info = _find_info(one)
+        parameters.append(_read_parameter(option, info.help, one, info.default))
     return parameters
 
 
@@ -383,9 +391,7 @@ def _read_parameter(name: str, text: str, hint: Any, default: Any) -> Parameter:
         alternatives = _list_alternatives(typing.get_args(container)[0])
     if info.path == "name":
         alternatives.discard(Path)
-    choices: tuple[str, ...] = ()
-    if info.list_choices is not None:
-        choices = tuple(info.list_choices())
+    choices = info.choices
     others: set[type] = set()
     for one in alternatives:
         origin = typing.get_origin(one)

@@ -12,10 +12,12 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypedDict, Unpack
+from typing import TYPE_CHECKING, Annotated, Any
 
 from finesight.errors import Step, UserError, format_count
 from finesight.hub.address import parse_address
+from finesight.launch import DEFAULT_LAUNCHER
+from finesight.operations import launch_options
 from finesight.operations.model import list_gpus
 from finesight.operations.operation import Outcome, Parameter, StrPath
 from finesight.operations.options import (
@@ -30,7 +32,6 @@ if TYPE_CHECKING:
     from finesight.config import Recipe
     from finesight.convert.external_config import ConversionNote
     from finesight.convert.recipe_converter import ConvertedRecipe
-    from finesight.launch.launch_job import LaunchJob
     from finesight.launch.trial_search import SearchRecord
     from finesight.plan.run_plan import RunPlan
     from finesight.recipe import Overrides
@@ -608,38 +609,6 @@ def _select_gpus(gpus: str, recipe: Recipe) -> list[str | None]:
     return [visible[int(number)] for number in numbers] or [None]
 
 
-LaunchEngine = Literal["torchrun", "slurm", "kubeflow"]
-
-_ENGINE_OPTIONS: Mapping[LaunchEngine, Sequence[str]] = {
-    "torchrun": (),
-    "slurm": ("partition", "account", "time"),
-    "kubeflow": ("image", "store"),
-}
-"""Options that each engine supports; it rejects the others."""
-
-
-class EngineOptions(TypedDict, total=False):
-    """Options of single engines."""
-
-    partition: Annotated[str | None, Parameter("slurm: partition. Default: of the cluster.")]
-    account: Annotated[str | None, Parameter("slurm: account to charge. Default: of the cluster.")]
-    time: Annotated[
-        str | None,
-        Parameter(
-            "slurm: time limit as MINUTES or DAYS-HOURS:MINUTES:SECONDS, such as 1-12:00:00. "
-            "Default: of the partition."
-        ),
-    ]
-    image: Annotated[str | None, Parameter("kubeflow: container image with finesight. Required.")]
-    store: Annotated[
-        str | None,
-        Parameter(
-            "kubeflow: PersistentVolumeClaim with recipe, data and output, mounted at /finesight. "
-            "Required."
-        ),
-    ]
-
-
 @dataclass(frozen=True, slots=True)
 class JobFile:
     """Job file, the command that starts its job, and the output of that command if it was run."""
@@ -652,55 +621,61 @@ class JobFile:
 def launch(
     recipe: RecipeArgument,
     overrides: OverridesArgument = None,
-    engine: Annotated[LaunchEngine, Parameter(option="--on")] = "torchrun",
+    engine: Annotated[
+        str, Parameter(option="--on", choices=launch_options.list_names())
+    ] = DEFAULT_LAUNCHER,
     gpus_per_node: Annotated[int, Parameter(minimum=1, maximum=64)] = 8,
-    nodes: Annotated[str, Parameter(metavar="N|MIN:MAX")] = "1",
+    nodes: Annotated[str, Parameter(launch_options.describe_nodes(), metavar="N|MIN:MAX")] = "1",
     name: str | None = None,
-    out: Annotated[StrPath | None, Parameter(metavar="FILE", path="file")] = None,
-    submit: bool = False,
+    out: Annotated[
+        StrPath | None,
+        Parameter(launch_options.describe_files(), metavar="FILE", path="file"),
+    ] = None,
+    submit: Annotated[bool, Parameter(launch_options.describe_submission())] = False,
     push: PushOption = None,
     force: ForceOption = False,
-    **options: Unpack[EngineOptions],
+    **options: Annotated[str | bool | None, launch_options.list_options()],
 ) -> Outcome[JobFile]:
     """Write a job file that trains a recipe on several GPUs or nodes.
 
     The job starts only with --submit, or with the printed command. It trains with --resume: after a
     stop or a failure, it continues from the newest checkpoint, also on another number of GPUs, with
-    the same samples in each step. Slurm signals the job before its time limit, and the job writes a
-    checkpoint.
+    the same samples in each step. A scheduler may signal the job before its time limit, and the job
+    writes a checkpoint.
 
     One machine needs no job file: torchrun --nproc-per-node 4 -m finesight train RECIPE.
 
-    Example: finesight launch recipe.yaml --on slurm --nodes 1:4 --partition gpu --submit
+    Example: finesight launch recipe.yaml --nodes 1:4 --gpus-per-node 4
 
     Args:
         engine: Launcher or scheduler that runs the job.
         gpus_per_node: GPUs of each node; each runs one process.
-        nodes: Number of nodes. MIN:MAX (torchrun, slurm) is elastic: training continues with the
-            nodes that are available.
         name: Name of the job and of its file. Default: from the last folder of output_dir.
-        out: Job file. Default: NAME.sh (torchrun), NAME.sbatch or NAME.trainjob.yaml.
-        submit: Start the job now, with sbatch (slurm) or kubectl (kubeflow).
-            torchrun has no queue: run the script instead.
     """
-    from finesight.launch import launch_job
+    from finesight.launch import job_file
+    from finesight.launch.launch_job import LaunchJob, NodeSpec
+    from finesight.launch.launcher_component import LAUNCHERS
 
     if push is not None:
         from finesight.hub.repository import check_publish_address
 
         check_publish_address(parse_address(push))
-    node_spec = launch_job.NodeSpec.parse(nodes, gpus_per_node)
-    job = launch_job.LaunchJob.from_recipe(
+    LAUNCHERS.find_plugin(engine)  # raises UserError if several packages define it
+    launcher = LAUNCHERS[engine]
+    node_spec = NodeSpec.parse(nodes, gpus_per_node)
+    job = LaunchJob.from_recipe(
         Path(recipe), _list_overrides(overrides), name, node_spec, {"push": push, "force": force}
     )
-    file = Path(out or f"{job.name}{launch_job.FILE_SUFFIXES[engine]}")
-    launch_job.write_job_file(file, _build_job_text(engine, job, options))
+    file = Path(out or f"{job.name}{launcher.file_suffix}")
+    # None and False are options that are not given.
+    given = {option: str(value) for option, value in options.items() if value not in (None, False)}
+    job_file.write_job_file(file, job_file.build_job_text(launcher, job, given))
     output = None
     if submit:
-        output = launch_job.submit_job(engine, file)
-    command = shlex.join(launch_job.build_submit_command(engine, file))
+        output = job_file.submit_job(launcher, file)
+    command = shlex.join(job_file.build_submit_command(launcher, file))
     lines = [str(file), f"start with: {command}" if output is None else output]
-    job_file = JobFile(file, command, output)
+    written = JobFile(file, command, output)
     # An elastic job must fit its minimum of GPUs.
     num_gpus = gpus_per_node * node_spec.min_nodes
     arguments = {"recipe": recipe, "overrides": _list_overrides(overrides), "gpus": num_gpus}
@@ -708,26 +683,5 @@ def launch(
     next_steps = [step]
     if submit:
         next_steps = []
-    data = asdict(job_file) | {"submitted": submit}
-    return Outcome(job_file, lines, data, next_steps)
-
-
-def _build_job_text(engine: LaunchEngine, job: LaunchJob, options: EngineOptions) -> str:
-    from finesight.launch import launch_job
-
-    given = {name: str(value) for name, value in options.items() if value is not None}
-    for option in given:
-        engines = [name for name, known in _ENGINE_OPTIONS.items() if option in known]
-        if engine not in engines:
-            raise UserError(
-                f"--{option} is given with --on {engine}",
-                where="command line",
-                expected=f"--on {' or '.join(engines)}",
-                remedy=f"remove --{option}, or choose another engine",
-            )
-    if engine == "torchrun":
-        return launch_job.build_torchrun_script(job)
-    if engine == "slurm":
-        return launch_job.build_slurm_script(job, given)
-    image = launch_job.ContainerImage.from_options(given.get("image"), given.get("store"))
-    return launch_job.build_kubeflow_job(job, image)
+    data = asdict(written) | {"submitted": submit}
+    return Outcome(written, lines, data, next_steps)

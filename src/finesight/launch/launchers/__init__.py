@@ -1,0 +1,1 @@
+"""Launchers: each module or package has the constant `COMPONENT`."""

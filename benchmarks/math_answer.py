@@ -6,7 +6,7 @@ reference. It requires the extra `latex`.
 
 from finesight.config import RewardSettings
 from finesight.evaluate.eval_case import EvalCase
-from finesight.evaluate.rewards import RewardScorer
+from finesight.evaluate.reward_scorer import RewardScorer
 
 scorer = RewardScorer([RewardSettings(name="math")])
 

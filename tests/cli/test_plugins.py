@@ -23,7 +23,7 @@ from finesight.cli.app import run_command
 from finesight.config import RewardSettings
 from finesight.data.formats import get_format
 from finesight.evaluate.eval_case import EvalCase
-from finesight.evaluate.rewards import RewardScorer
+from finesight.evaluate.reward_scorer import RewardScorer
 from finesight.evaluate.score_function import RewardError, ScoringError
 from finesight.evaluate.task_metrics import TASK_METRICS, compute_metrics
 from finesight.plugins import PluginRecord

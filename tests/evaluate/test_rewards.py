@@ -9,9 +9,9 @@ from case_files import load_cases
 from finesight.config import RewardSettings
 from finesight.data.sample import create_region
 from finesight.errors import UserError
-from finesight.evaluate import latex_metrics, rewards, score_function
+from finesight.evaluate import latex_metrics, reward_scorer, score_function
 from finesight.evaluate.eval_case import EvalCase
-from finesight.evaluate.rewards import RewardScorer
+from finesight.evaluate.reward_scorer import RewardScorer
 from finesight.evaluate.score_function import RewardError
 from finesight.recipe import recipe_from_dict
 from finesight.train.run_dir import RunDir
@@ -145,13 +145,13 @@ def test_score_that_rewards_no_correct_response_is_an_error(reward):
 def test_formulas_are_compared_by_value(monkeypatch):
     """In one worker: it imports SymPy for a second."""
     pytest.importorskip("math_verify")
-    monkeypatch.setattr(rewards, "MATH_CPU_S", 2.0)
+    monkeypatch.setattr(reward_scorer, "MATH_CPU_S", 2.0)
     answers, references, expected = zip(*CASES["test_formulas_are_compared_by_value"], strict=True)
     assert score("math", *map(make_case, answers, references)) == [*expected]
 
 
 def test_missing_packages_are_errors(monkeypatch):
-    monkeypatch.setattr(rewards.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(reward_scorer.util, "find_spec", lambda name: None)
     schema = {"name": "format", "json_schema": SCHEMA}
     for settings, name in (({"name": "math"}, "math-verify"), (schema, "jsonschema")):
         with pytest.raises(UserError, match=name) as caught:
@@ -183,8 +183,8 @@ EXPONENTIAL = r"^\W?(\w+\s?)+\.$"
 )
 def test_format_without_an_end_names_the_sample(option, value, monkeypatch):
     pytest.importorskip("jsonschema")
-    monkeypatch.setattr(rewards, "MAX_PATTERN_CPU_S", 0.2)
-    monkeypatch.setattr(rewards, "SCHEMA_CPU_S", 2.0)
+    monkeypatch.setattr(reward_scorer, "MAX_PATTERN_CPU_S", 0.2)
+    monkeypatch.setattr(reward_scorer, "SCHEMA_CPU_S", 2.0)
     answer = json.dumps({"a" * 61: 1} if "ropert" in str(value) else "a" * 61)
     with pytest.raises(RewardError, match=r"took more than|RecursionError") as caught:
         score({"name": "format", option: value}, make_case(answer))

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from finesight.config import DataFileSettings, RewardSettings
     from finesight.data.sample import ContentPart, LocatedSample
     from finesight.evaluate.prediction_file import ScoredPrediction
-    from finesight.evaluate.rewards import RewardScorer
+    from finesight.evaluate.reward_scorer import RewardScorer
     from finesight.infer.model_loader import InferenceModel
 
     Answer = tuple[ContentPart, ...]
@@ -81,7 +81,7 @@ def sample(
     import numpy as np
 
     from finesight.encode.answer_lengths import describe_truncation
-    from finesight.evaluate.rewards import RewardScorer, describe_unscored
+    from finesight.evaluate.reward_scorer import RewardScorer, describe_unscored
     from finesight.manifest import RESPONSES_FILE, SAMPLING_FILE, find_run_dir
     from finesight.storage import check_new_path, find_free_path, write_file, write_folder
     from finesight.train.recipe_check import check_rewards

@@ -24,7 +24,7 @@ from finesight.errors import Step, UserError
 from finesight.evaluate import custom_metric
 from finesight.evaluate.eval_case import EvalCase, get_reference_answer
 from finesight.evaluate.eval_result import select_eval_samples
-from finesight.evaluate.rewards import RewardScorer
+from finesight.evaluate.reward_scorer import RewardScorer
 from finesight.evaluate.score_function import RewardError
 from finesight.evaluate.task_metrics import check_references, check_task_metric
 from finesight.hub.address import is_offline

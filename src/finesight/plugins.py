@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, cast
 from finesight.errors import UserError
 
 if TYPE_CHECKING:
-    from importlib.metadata import EntryPoints
+    from importlib.metadata import EntryPoint, EntryPoints
 
 T = TypeVar("T")
 
@@ -149,13 +149,17 @@ class Registry(Generic[T]):
         (entry,) = _scan(self._kind, (*sys.path,)).select(name=name)
         problem = None
         try:
-            item = entry.load()
+            item = self.adapt(entry, entry.load())
             problem = self.find_problem(name, item)
         except (Exception, SystemExit) as error:
             problem = f"{type(error).__name__}: {error}"
         if problem is not None:
             raise self.build_error(name, entry.value, problem, self._interface)
         return cast(T, item)
+
+    def adapt(self, entry: EntryPoint, item: Any) -> Any:
+        """Convert an object of a plug-in for an earlier version."""
+        return item
 
     def find_problem(self, name: str, item: Any) -> str | None:
         """Return why an object does not fit the registry; None if it does."""

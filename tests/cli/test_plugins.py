@@ -20,7 +20,7 @@ from plugin_fixtures import install, write_package
 from tiny_model import create_tiny_model
 
 from finesight.cli.app import run_command
-from finesight.config import RewardSettings
+from finesight.config import parse_reward
 from finesight.data.formats import get_format
 from finesight.evaluate.eval_case import EvalCase
 from finesight.evaluate.reward_scorer import RewardScorer
@@ -251,7 +251,7 @@ def test_misbehaving_metric_of_a_plugin_is_a_user_error(body, tmp_path, monkeypa
         compute_metrics("strange", cases)
     assert "plug-in strange of strange 1.0" in caught.value.where
     with (
-        RewardScorer([RewardSettings(name="strange")]) as scorer,
+        RewardScorer([parse_reward({"name": "strange"})]) as scorer,
         pytest.raises(RewardError, match=f"reward strange: .*{MISBEHAVING[body]}") as caught,
     ):
         scorer.score(cases)

@@ -1,4 +1,4 @@
-"""Rewards of responses for `train.objective=grpo`.
+"""Scores of responses by the rewards of a recipe.
 
 A reward is a number for each response, usually from 0 to 1. Metrics of `eval.metric` are rewards,
 too. A function in a Python file receives an `EvalCase`, and returns a number, or None for no score.
@@ -9,84 +9,36 @@ and memory.
 from __future__ import annotations
 
 import contextlib
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from importlib import import_module, util
+from importlib import util
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from finesight.bounded_files import parse_json
-from finesight.config import RewardSettings
 from finesight.data.sample import BoxPart
 from finesight.errors import UserError, describe_choices
 from finesight.evaluate import custom_metric, task_metrics
-from finesight.evaluate.box_metrics import compute_box_reward, compute_click_reward
 from finesight.evaluate.eval_case import EvalCase
-from finesight.evaluate.latex_metrics import score_latex, strip_math_delimiters
+from finesight.evaluate.latex_metrics import score_latex
+from finesight.evaluate.reward import Reward
+from finesight.evaluate.reward_workers import MAX_MEMORY_BYTES, RewardWorkers
 from finesight.evaluate.score_function import (
     RewardError,
     ScoreFunction,
     ScoringError,
-    describe_case,
 )
-from finesight.evaluate.text_metrics import normalize_text
-from finesight.pattern_matcher import MAX_PATTERN_CPU_S, PatternMatcher
-from finesight.plugins import Registry
-from finesight.worker_pool import JobOutput, WorkerJobError, WorkerLimitError, WorkerPool
-
-MAX_MEMORY_BYTES = 2 << 30
-"""Memory of a function in addition to its loaded file, and of a schema."""
-
-REPEATED_NGRAM = 4
-"""Number of words of the n-grams that the reward `repetition` counts."""
-
-MATH_CPU_S = 5.0
-"""Maximum seconds of CPU time of the reward `math` for a response."""
-
-SCHEMA_CPU_S = 5.0
-"""Maximum seconds of CPU time of the reward `format` with a schema, for a response."""
+from finesight.reward_components import REWARDS, ExtraPackage, RewardSettings
 
 _BOXES = (BoxPart(xyxy=(0, 0, 1, 1)),)
 CORRECT_CASE = EvalCase("[1]", _BOXES, ("[1]",), _BOXES)
 """A correct answer in each task."""
 
 
-def score_exact(case: EvalCase) -> float:
-    """Return 1 if the answer equals a reference up to whitespace."""
-    return float(normalize_text(case.answer) in map(normalize_text, case.references))
-
-
-def score_repetition(case: EvalCase) -> float:
-    """Return the share of distinct n-grams of words; 1 for answers without repetition."""
-    words = case.answer.split()
-    ngrams = [tuple(words[i : i + REPEATED_NGRAM]) for i in range(len(words) - REPEATED_NGRAM + 1)]
-    if not ngrams:
-        return 1.0
-    return len(set(ngrams)) / len(ngrams)
-
-
-def score_length(max_length: int, case: EvalCase) -> float:
-    """Return 1 up to `max_length` characters, then linearly less, and 0 from twice as many."""
-    excess = len(case.answer) - max_length
-    return min(1.0, max(0.0, 1.0 - excess / max_length))
-
-
 RewardFn = Callable[[Sequence[EvalCase]], list[float | None]]
-
-CaseRewardFn = Callable[[EvalCase], float]
-
-_BUILT_IN: dict[str, CaseRewardFn] = {
-    "exact": score_exact,
-    "boxes": compute_box_reward,
-    "click": compute_click_reward,
-    "repetition": score_repetition,
-}
-REWARDS = Registry("rewards", object, _BUILT_IN)
 
 
 class RewardScorer(contextlib.ExitStack):
@@ -104,7 +56,7 @@ class RewardScorer(contextlib.ExitStack):
         self.names = _name_rewards(rewards)
         self._run_dir = run_dir
         self.weights = [reward.weight for reward in rewards]
-        self._matcher = self.enter_context(PatternMatcher("rewards, pattern", ""))
+        self._workers = self.enter_context(RewardWorkers())
         self._functions = [self._build_function(*one) for one in enumerate(rewards, 1)]
 
     def score(self, cases: Sequence[EvalCase]) -> list[list[float | None]]:
@@ -128,24 +80,17 @@ class RewardScorer(contextlib.ExitStack):
             return self._build_custom(
                 custom_metric.open_function(*location, "reward", MAX_MEMORY_BYTES)
             )
-        if reward.pattern is not None:
-            return partial(_score_format, self._matcher, reward.pattern)
-        if reward.json_schema is not None:
-            _require_package("jsonschema", "format", "schema")
-            return partial(_score_schema, self._open_pool(dict), reward.json_schema)
-        if name == "math":
-            _require_package("math-verify", name, "latex")
-            return partial(_score_math, self._open_pool(import_module, "math_verify"))
-        if (plugin := REWARDS.find_plugin(name)) is not None:
-            load = partial(_load_plugin, name)
-            return self._build_custom(ScoreFunction(load, plugin.describe(), name, "reward"))
-        score_case: CaseRewardFn
-        if reward.max_length is not None:
-            score_case = partial(score_length, reward.max_length)
-        elif name in _BUILT_IN:
-            score_case = _BUILT_IN[name]
-        else:
+        component = REWARDS.get(name)
+        if component is None:
             return partial(_score_by_metric, name, *_find_score(name))
+        for package in REWARDS.call(name, component.packages, reward):
+            _require_package(package, name)
+        plugin = REWARDS.find_plugin(name)
+        if plugin is not None:
+            load = partial(_load_plugin, reward)
+            return self._build_custom(ScoreFunction(load, plugin.describe(), name, "reward"))
+        implementation = REWARDS.load_implementation(name, Reward)
+        score_case = implementation(reward, self._workers).score
         return lambda cases: [score_case(case) for case in cases]
 
     def _build_custom(self, function: ScoreFunction) -> RewardFn:
@@ -164,18 +109,14 @@ class RewardScorer(contextlib.ExitStack):
 
         return score_cases
 
-    def _open_pool(self, setup: Callable[..., Any], *args: object) -> WorkerPool:
-        pool = WorkerPool(setup, *args, num_idle=1, memory_bytes=MAX_MEMORY_BYTES)
-        return self.enter_context(contextlib.closing(pool))
 
-
-def _require_package(package: str, reward: str, extra: str) -> None:
-    if util.find_spec(package.replace("-", "_")) is None:
+def _require_package(package: ExtraPackage, reward: str) -> None:
+    if util.find_spec(package.name.replace("-", "_")) is None:
         raise UserError(
-            f"the reward {reward} requires the package {package}, which is not installed",
+            f"the reward {reward} requires the package {package.name}, which is not installed",
             where="rewards",
-            expected=f"the extra {extra}",
-            remedy=f"pip install 'finesight[{extra}]'",
+            expected=f"the extra {package.extra}",
+            remedy=f"pip install 'finesight[{package.extra}]'",
         )
 
 
@@ -246,118 +187,21 @@ def _score_by_metric(
     return [scores.get(score or next(iter(scores))) for scores in per_sample]
 
 
-def _score_math(pool: WorkerPool, cases: Sequence[EvalCase]) -> list[float | None]:
-    """Return 1 for answers that equal a reference as formulas; None without such a reference."""
-    scores: list[float | None] = []
-    for case in cases:
-        try:
-            with pool.borrow_worker() as worker:
-                scores.append(worker.call(_verify_math, case, max_cpu_s=MATH_CPU_S).value)
-        except (WorkerLimitError, WorkerJobError):  # such as nested powers
-            scores.append(0.0)
-    return scores
-
-
-def _verify_math(math_verify: Any, case: EvalCase) -> JobOutput:
-    """Compare formulas in a worker process, whose limits replace the time-outs of the package."""
-    parse = partial(math_verify.parse, parsing_timeout=None)
-    expected = [parse(f"${strip_math_delimiters(text)}$") for text in case.references]
-    if not any(expected):
-        return JobOutput()
-    answers = [parse(case.answer), parse(f"${strip_math_delimiters(case.answer)}$")]
-    verify = partial(math_verify.verify, timeout_seconds=None)
-    return JobOutput(float(any(verify(one, found) for one in expected for found in answers)))
-
-
-def _load_plugin(name: str) -> tuple[CaseRewardFn, Mapping[str, Any]]:
+def _load_plugin(settings: RewardSettings) -> tuple[Callable[[EvalCase], Any], Mapping[str, Any]]:
     """Return the function of a plug-in in a worker process."""
-    return REWARDS[name], {}
-
-
-def _score_format(
-    matcher: PatternMatcher, pattern: str, cases: Sequence[EvalCase]
-) -> list[float | None]:
-    """Return 1 if the pattern matches the complete answer."""
-    scores: list[float | None] = []
-    for case in cases:
-        matcher.budget_s = MAX_PATTERN_CPU_S
-        with _name_case("pattern", case):
-            answer = [case.answer.strip()]
-            (groups,) = matcher.match(pattern, answer, is_full=True, flags=re.DOTALL)
-        scores.append(float(groups is not None))
-    return scores
-
-
-def _score_schema(
-    pool: WorkerPool, schema: Mapping[str, Any], cases: Sequence[EvalCase]
-) -> list[float | None]:
-    """Return 1 if the complete answer is JSON that a schema describes."""
-    scores: list[float | None] = []
-    for case in cases:
-        with _name_case("json_schema", case), pool.borrow_worker() as worker:
-            reply = worker.call(_validate, schema, case.answer, max_cpu_s=SCHEMA_CPU_S)
-        scores.append(float(reply.value))
-    return scores
-
-
-@contextlib.contextmanager
-def _name_case(option: str, case: EvalCase) -> Iterator[None]:
-    """Add the option of the reward `format` and the sample to an error."""
-    try:
-        yield
-    except UserError as error:
-        raise RewardError(
-            f"reward format: {error.what} ({describe_case(case)})",
-            where=f"rewards, {option}",
-            expected=error.expected,
-            remedy=f"correct {option}, then start again with --resume",
-        ) from error
-
-
-def _validate(state: dict[str, Any], schema: Mapping[str, Any], answer: str) -> JobOutput:
-    """Compare an answer with a JSON schema in a worker process.
-
-    Patterns of a schema may take exponential time, and its references may be endless.
-    """
-    if "validator" not in state:
-        state["validator"] = _build_validator(schema)
-    try:
-        value = parse_json(answer)
-    except ValueError:
-        return JobOutput(False)
-    try:
-        return JobOutput(bool(state["validator"].is_valid(value)))
-    except import_module("referencing.exceptions").Unresolvable as error:
-        expected = "references that are defined in the schema"
-        raise UserError(str(error), expected=expected) from error
-    except (re.error, OverflowError, RecursionError) as error:
-        raise _build_schema_error(f"{type(error).__name__}: {error}") from error
-
-
-def _build_validator(schema: Mapping[str, Any]) -> Any:
-    """Return the validator of a JSON schema. References to other documents are an error."""
-    package = import_module("jsonschema")
-    try:
-        validator = package.validators.validator_for(schema, package.Draft202012Validator)
-        validator.check_schema(schema)
-        # Without a registry, the package would download the documents.
-        return validator(schema, registry=import_module("referencing").Registry())
-    except package.SchemaError as error:
-        raise _build_schema_error(f"{error.message:.500} at {error.json_path}") from error
-    except (re.error, OverflowError, RecursionError) as error:
-        raise _build_schema_error(f"{type(error).__name__}: {error}") from error
-
-
-def _build_schema_error(what: str) -> UserError:
-    return UserError(what, expected="a valid JSON schema with finite references")
+    name = settings.name
+    function = REWARDS[name].function
+    if function is None:
+        implementation = REWARDS.load_implementation(name, Reward)
+        function = REWARDS.call(name, implementation, settings, RewardWorkers()).score
+    return function, {}
 
 
 UNSCORED_REASONS = {
     "json": "these references are no JSON",
-    "math": "these references are no formulas",
     "latex": "these references are no LaTeX that can be rendered",
 }
-"""Reasons why no response has a score of a reward, by its name or metric."""
+"""Reasons why no response has a score, by metric."""
 
 
 def describe_unscored(names: Sequence[str], rewards_QGF: NDArray[np.float64]) -> list[str]:
@@ -368,7 +212,14 @@ def describe_unscored(names: Sequence[str], rewards_QGF: NDArray[np.float64]) ->
     texts = list[str]()
     for name, rewards_QG in zip(names, np.moveaxis(rewards_QGF, -1, 0), strict=False):
         if rewards_QG.size and np.isnan(rewards_QG).all():
-            reason = UNSCORED_REASONS.get(name.partition(".")[0], "it returned no number")
             count = f"0 of {rewards_QG.size} responses have a score of the reward {name}"
-            texts.append(f"warning: {count}: {reason}")
+            texts.append(f"warning: {count}: {_explain_unscored(name)}")
     return texts
+
+
+def _explain_unscored(name: str) -> str:
+    """Return why no response has a score of a reward or metric, or of a function."""
+    component = REWARDS.get(name)
+    if component is not None:
+        return component.unscored_reason
+    return UNSCORED_REASONS.get(name.partition(".")[0], "it returned no number")

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from finesight.config import QuantizeSettings, Recipe, RewardSettings, TuneSettings
+from finesight.config import QuantizeSettings, Recipe, TuneSettings
 from finesight.data.sample import Sample
 from finesight.encode.answer_lengths import describe_cut_answers
 from finesight.encode.renderer import Renderer, is_native
@@ -41,6 +41,7 @@ from finesight.model_folder import TINY_MODEL, get_portable_name, resolve_model_
 from finesight.objective_components import OBJECTIVES, Needs
 from finesight.progress import ProgressConsole
 from finesight.recipe_template import StartModel, describe_run
+from finesight.reward_components import RewardSettings
 from finesight.storage import require_free_space
 from finesight.track.backends import require_packages
 from finesight.train.checkpoint import resolve_save_interval

@@ -4,11 +4,11 @@ It equals the reward `math`: an answer such as \\boxed{4} counts if math-verify 
 reference. It requires the extra `latex`.
 """
 
-from finesight.config import RewardSettings
+from finesight.config import parse_reward
 from finesight.evaluate.eval_case import EvalCase
-from finesight.evaluate.rewards import RewardScorer
+from finesight.evaluate.reward_scorer import RewardScorer
 
-scorer = RewardScorer([RewardSettings(name="math")])
+scorer = RewardScorer([parse_reward({"name": "math"})])
 
 
 def correct(case: EvalCase) -> float:

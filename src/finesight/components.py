@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import pkgutil
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, wraps
 from importlib import import_module
 from importlib.util import find_spec
 from inspect import isabstract
@@ -240,6 +240,26 @@ class ComponentRegistry(Registry[ComponentT]):
                 raise
             problem = f"{type(error).__name__}: {error}"
             raise self.build_call_error(name, function, problem) from error
+
+    def list_problems(
+        self, name: str, rule: Callable[..., Iterator[SettingProblem]], *values: Any
+    ) -> Sequence[SettingProblem]:
+        """List the problems that a rule of a component finds.
+
+        Raises:
+            UserError: The rule of a plug-in does not work.
+        """
+
+        @wraps(rule)  # for the name in an error
+        def collect() -> list[SettingProblem]:
+            return list(rule(*values))
+
+        problems = self.call(name, collect)
+        for problem in problems:
+            if not isinstance(problem, SettingProblem):
+                text = f"yields {problem!r:.80} instead of SettingProblem"
+                raise self.build_call_error(name, rule, text)
+        return problems
 
     def build_call_error(self, name: str, function: Callable[..., Any], problem: str) -> UserError:
         """Build the error for a function of a plug-in that does not work."""

@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any, Literal, Self, get_args
@@ -17,16 +17,19 @@ from pydantic import (
     ConfigDict,
     Field,
     ModelWrapValidatorHandler,
+    PlainValidator,
+    SerializeAsAny,
     SerializerFunctionWrapHandler,
     ValidationError,
+    create_model,
     model_serializer,
     model_validator,
 )
 from pydantic.fields import FieldInfo
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
-from finesight.components import is_component_name
-from finesight.errors import UserError
+from finesight.components import SettingProblem, is_component_name
+from finesight.errors import UserError, suggest_name
 from finesight.objective_components import (
     DEFAULT_OBJECTIVE,
     OBJECTIVES,
@@ -37,6 +40,7 @@ from finesight.objective_components import (
     list_reward_objectives,
 )
 from finesight.plugins import Registry
+from finesight.reward_components import REWARDS, RewardComponent, RewardSettings
 from finesight.setting_types import (
     CoercedFloat,
     ExpandedPath,
@@ -585,66 +589,118 @@ class EvalSettings(SettingsSection):
         return self
 
 
-RewardName = Literal["exact", "boxes", "click", "format", "length", "math", "repetition"]
-REWARD_NAMES = Registry("rewards", object, dict.fromkeys(get_args(RewardName)))
-
-
 def _check_reward(value: object) -> str:
     name = value.partition(".")[0] if isinstance(value, str) else value
     if isinstance(name, str) and name in METRIC_NAMES and not str(value).endswith("."):
         _check_name(METRIC_NAMES, name)
         return str(value)
     or_ = f", {', '.join(map(repr, METRIC_NAMES))}, a score of these, such as grounding.iou,"
-    return _check_name(REWARD_NAMES, value, f"{or_} or a function such as rewards.py:score")
+    return _check_name(REWARDS, value, f"{or_} or a function such as rewards.py:score")
 
 
-MAX_PATTERN_CHARS = 1000
-"""Maximum length of a regular expression, which limits the time of its compilation."""
+def _find_reward(value: object) -> RewardComponent[Any] | None:
+    """Return the component of an item of `rewards`; None for metrics and functions.
 
-
-def _check_pattern(pattern: str) -> str:
-    if len(pattern) > MAX_PATTERN_CHARS:
-        raise ValueError(f"longer than {MAX_PATTERN_CHARS} characters: shorten it")
-    try:
-        re.compile(pattern)
-    except (re.error, OverflowError, RecursionError) as error:
-        raise ValueError(f"not a regular expression ({error}): correct it") from error
-    return pattern
-
-
-class RewardSettings(SettingsSection):
-    """An item of `rewards` in a recipe: the function that scores a response, and its weight.
-
-    Attributes:
-        name: Built-in reward, metric of `eval.metric` with an optional score, as in
-            `latex.similarity`, or `path/to/rewards.py:function`.
-        pattern: Regular expression that the complete answer matches, for the reward `format`.
-        json_schema: JSON schema that the complete answer matches, instead of `pattern`.
-        max_length: Number of characters up to which the reward `length` is 1.
+    Raises:
+        UserError: Several packages define the reward.
     """
-
-    name: Annotated[str, BeforeValidator(_check_reward)]
-    weight: Annotated[CoercedFloat, Field(gt=0.0)] = 1.0
-    pattern: Annotated[str, AfterValidator(_check_pattern)] | None = None
-    json_schema: dict[str, Any] | None = None
-    max_length: PositiveInt | None = None
-
-    @model_validator(mode="after")
-    def _check_options(self) -> Self:
-        for reward, options in REWARD_OPTIONS.items():
-            given = [option for option in options if dict(self)[option] is not None]
-            if len(given) != (self.name == reward):
-                problem = "requires" if self.name == reward else "does not use"
-                names = " or ".join(options if self.name == reward else given)
-                raise ValueError(f"the reward {self.name} {problem} {names}")
-        return self
+    if not isinstance(value, dict):
+        return None
+    name = value.get("name")
+    if not isinstance(name, str) or name not in REWARDS:
+        return None
+    plugin = REWARDS.find_plugin(name)
+    with _report_component_errors():
+        component = REWARDS[name]
+        if plugin is not None:
+            _check_plugin_options(component, value)
+    return component
 
 
-REWARD_OPTIONS = {"format": ("pattern", "json_schema"), "length": ("max_length",)}
-"""Options of rewards, of which each requires exactly one."""
+@cache
+def _build_reward_form(settings: type[RewardSettings]) -> type[RewardSettings]:
+    """Return the settings of a reward with the options of all built-in ones.
+
+    In recipes of runs, options of other rewards are null. They have types in other recipes, too,
+    and their names are suggested for misspelled ones.
+    """
+    fields: dict[str, Any] = {}
+    for name, field in settings.list_fields().items():
+        if name not in RewardSettings.model_fields:
+            fields[name] = field.annotation, field
+    fields["name"] = Annotated[str, BeforeValidator(_check_reward)], ...
+    return create_model("RewardSettings", __base__=RewardSettings, **fields)
 
 
-RewardList = Annotated[tuple[RewardSettings, ...], BeforeValidator(partial(_as_sections, "name"))]
+def _validate_reward(
+    component: RewardComponent[Any] | None, settings: type[RewardSettings], content: object
+) -> RewardSettings:
+    """Return validated settings of a reward, in which validators of a plug-in may not work."""
+    if component is None:
+        return settings.model_validate(content)
+    validate = settings.model_validate
+    with _report_component_errors():
+        return REWARDS.call(component.name, validate, content, passes=(ValidationError,))
+
+
+def _check_plugin_options(component: RewardComponent[Any], content: Mapping[str, object]) -> None:
+    """Verify the settings of a reward of a plug-in, which the list of all settings lacks.
+
+    Raises:
+        UserError: The reward has no such setting.
+    """
+    for name in content:
+        if name not in component.settings.list_fields():
+            known = [*component.settings.model_fields]
+            raise UserError(
+                f"the reward {component.name} has no setting {name!r:.80}",
+                expected=f"one of {', '.join(known)}",
+                remedy=suggest_name(str(name), known, "remove it or correct its name"),
+            )
+
+
+def parse_reward(value: object) -> RewardSettings:
+    """Return an item of `rewards`, with the settings of the reward that it names.
+
+    Raises:
+        ValueError: Settings are invalid, or are options of another reward.
+        UserError: Several packages define the reward.
+    """
+    if isinstance(value, RewardSettings):
+        return value
+    component = _find_reward(value)
+    settings: type[RewardSettings] = RewardSettings
+    if component is not None:
+        settings = component.settings
+    form = _validate_reward(component, _build_reward_form(settings), value)
+    assert isinstance(value, dict), "no section"
+    given = {name: content for name, content in value.items() if name in settings.model_fields}
+    reward = None
+    for one in REWARDS.list_built_in():
+        if one is component:
+            reward = _validate_reward(component, settings, given)
+            continue
+        others = [option for option in one.options if option not in settings.model_fields]
+        unused = [option for option in others if dict(form)[option] is not None]
+        if unused:
+            raise ValueError(f"the reward {form.name} does not use {' or '.join(unused)}")
+    if reward is None:
+        reward = _validate_reward(component, settings, given)
+    return reward
+
+
+def _list_reward_problems(reward: RewardSettings, recipe: Recipe) -> Sequence[SettingProblem]:
+    """List the contradictions between a reward and other settings of a recipe."""
+    component = REWARDS.get(reward.name)
+    if component is None:
+        return ()
+    return REWARDS.list_problems(component.name, component.check, reward, recipe)
+
+
+RewardList = Annotated[
+    tuple[Annotated[RewardSettings, PlainValidator(parse_reward), SerializeAsAny()], ...],
+    BeforeValidator(partial(_as_sections, "name")),
+]
 
 
 TrackerKind = Annotated[str, BeforeValidator(partial(_check_name, TRACKERS))]
@@ -755,11 +811,14 @@ class Recipe(SettingsSection):
             raise ValueError(f"rewards require {choices}: add it, or remove rewards")
         if needs_rewards and not self.rewards:
             problem = f"train.objective={self.train.objective} requires rewards"
-            raise ValueError(f"{problem}: add rewards=[exact] or others")
+            example = REWARDS.list_built_in()[0].name
+            raise ValueError(f"{problem}: add rewards=[{example}] or others")
         with _report_component_errors():
             component = self.train.component
             settings = component.settings_of(self.train)
-            contradictions = list_problems(component, component.check, settings, self)
+            contradictions = [*list_problems(component, component.check, settings, self)]
+            for reward in self.rewards:
+                contradictions += _list_reward_problems(reward, self)
         for contradiction in contradictions:
             raise ValueError(str(contradiction))
         return self

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import wraps
 from pathlib import Path
 from typing import Any, Generic, Literal, get_args
 
@@ -239,17 +238,7 @@ def list_problems(
     Raises:
         UserError: The rule of a plug-in does not work.
     """
-
-    @wraps(rule)  # for the name in an error
-    def collect() -> list[SettingProblem]:
-        return list(rule(*values))
-
-    problems = OBJECTIVES.call(component.name, collect)
-    for problem in problems:
-        if not isinstance(problem, SettingProblem):
-            text = f"yields {problem!r:.80} instead of SettingProblem"
-            raise OBJECTIVES.build_call_error(component.name, rule, text)
-    return problems
+    return OBJECTIVES.list_problems(component.name, rule, *values)
 
 
 def get_accepted_samples(objective: str | None) -> frozenset[SampleKind]:

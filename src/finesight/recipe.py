@@ -27,11 +27,12 @@ from finesight.bounded_files import (
     load_yaml,
     translate_os_errors,
 )
-from finesight.config import COMPONENT_ERROR, REWARD_OPTIONS, Recipe, TrainSettings
+from finesight.config import COMPONENT_ERROR, Recipe, TrainSettings
 from finesight.errors import Remedy, Step, UserError, shorten, suggest_name
 from finesight.manifest import MANIFEST_FILE, RECIPE_FILE, require_run_plugins
 from finesight.objective_components import DEFAULT_OBJECTIVE, OBJECTIVES
 from finesight.path_patterns import SearchBudget, has_match
+from finesight.reward_components import REWARDS, RewardSettings
 from finesight.setting_types import SettingsSection
 from finesight.tracker_components import get_example_tracker
 
@@ -207,11 +208,10 @@ _EXAMPLES = {
     "data.eval.path": "my/eval.jsonl",
     **dict.fromkeys(("image.height", "image.width"), "280"),
     "image.longest_side": "512",
-    "rewards.name": "exact",
     "eval.metric": "captions",
     "output_dir": "runs/first",
 }
-"""Example of each required setting."""
+"""Example of each required setting, apart from `rewards.name`."""
 
 
 Overrides = Sequence[str] | Mapping[str, object]
@@ -245,6 +245,7 @@ def recipe_from_text(text: str, path: Path, overrides: Overrides = ()) -> Recipe
     try:
         if path.name == RECIPE_FILE and (path.parent / MANIFEST_FILE).is_file():
             _remove_unused_sections(content)
+            _remove_unused_options(content)
         return _validate_recipe(content, str(path), lines, overrides)
     except UserError:
         # The names of missing plug-ins are invalid. The manifest of the run has their packages.
@@ -327,6 +328,7 @@ def recipe_from_run(content: Mapping[str, Any]) -> Recipe:
     settings = deepcopy(dict(content))
     _remove_former_settings(settings)
     _remove_unused_sections(settings)
+    _remove_unused_options(settings)
     return Recipe.model_validate(settings)
 
 
@@ -348,6 +350,24 @@ def _remove_unused_sections(content: dict[str, Any]) -> None:
         is_known = name in TrainSettings.model_fields or name in OBJECTIVES
         if isinstance(value, dict) and not is_known:
             del train[name]
+
+
+def _remove_unused_options(content: dict[str, Any]) -> None:
+    """Remove unknown options of rewards that are null, as the recipe of a run may have them.
+
+    They belong to rewards that were built in.
+    """
+    rewards = content.get("rewards")
+    if not isinstance(rewards, list):
+        return
+    for item in rewards:
+        if not isinstance(item, dict):
+            continue
+        component = REWARDS.get(str(item.get("name")))
+        settings = RewardSettings if component is None else component.settings
+        for name, value in list(item.items()):
+            if value is None and name not in settings.list_fields():
+                del item[name]
 
 
 def _remove_former_settings(content: dict[str, Any]) -> None:
@@ -692,9 +712,11 @@ def _find_example(key: SettingKey, section: object) -> str:
     if name == "track.kind":
         example = get_example_tracker()
     if name == "rewards.name" and isinstance(section, Mapping):
-        for reward, options in REWARD_OPTIONS.items():
-            if not section.keys().isdisjoint(options):
-                example = reward
+        rewards = REWARDS.list_built_in()
+        example = rewards[0].name
+        for reward in rewards:
+            if not section.keys().isdisjoint(reward.options):
+                example = reward.name
     return example
 
 

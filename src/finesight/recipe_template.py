@@ -22,6 +22,7 @@ from finesight.errors import Step
 from finesight.manifest import MANIFEST_FILE, find_run_dir, load_manifest
 from finesight.model_folder import TINY_MODEL
 from finesight.objective_components import OBJECTIVES, FirstRecipe
+from finesight.reward_components import REWARDS
 
 T = TypeVar("T")
 
@@ -99,8 +100,8 @@ MAX_SHORT_STEPS = 200
 """Maximum steps of a run that trains on a CPU."""
 
 
-REWARDS = {"captions": "captions.rouge_l", "grounding": "boxes", "detection": "boxes"}
-"""Reward by task, if it is not the metric."""
+REWARD_SCORES = {"captions": "captions.rouge_l"}
+"""Reward by metric, if it is another score of the metric."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -383,7 +384,7 @@ def format_recipe(
     """
     train_settings = _format_train(start, task, num_samples, settings or {})
     if get_first_recipe(task.objective).has_rewards:
-        reward = REWARDS.get(task.metric, task.metric)
+        reward = REWARD_SCORES.get(task.metric) or REWARDS.suggest_for_metric(task.metric)
         train_settings += f"rewards: [{reward}]  # at most 1 for a response\n"
     train_lines: list[str] = []
     eval_lines: list[str] = []

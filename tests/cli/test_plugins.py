@@ -1,8 +1,9 @@
-"""Tests of plug-ins: formats, metrics, trackers and families of other packages."""
+"""Tests of plug-ins: formats, metrics, rewards, trackers and families of other packages."""
 
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import shutil
 import subprocess
@@ -19,15 +20,16 @@ from image_fixtures import write_gray_image, write_jsonl
 from plugin_fixtures import install, write_package
 from tiny_model import create_tiny_model
 
+import finesight
 from finesight.cli.app import run_command
-from finesight.config import RewardSettings
+from finesight.config import parse_reward
 from finesight.data.formats import get_format
 from finesight.evaluate.eval_case import EvalCase
-from finesight.evaluate.rewards import RewardScorer
+from finesight.evaluate.reward_scorer import RewardScorer
 from finesight.evaluate.score_function import RewardError, ScoringError
 from finesight.evaluate.task_metrics import TASK_METRICS, compute_metrics
 from finesight.plugins import PluginRecord
-from finesight.recipe import load_recipe
+from finesight.recipe import load_recipe, recipe_from_dict
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "plugin"
 PACKAGE = "finesight-plugin-example"
@@ -123,6 +125,102 @@ def test_package_adds_an_objective(recipe, site, tmp_path, monkeypatch, cli):
     assert load_recipe(tmp_path / "run2" / "recipe.yaml").train.objective == "sft"
     words = ("plan", recipe, *changes[:2], *other.split(), f"output_dir={tmp_path / 'run2'}")
     assert f"pip install {PACKAGE}==1.0" in cli(*words, code=2).text
+
+
+WRONG_REWARDS = {
+    "{name: close, tolerence: 1}": "remedy: did you mean tolerance?",
+    "{name: close, tolerance: 0}": "rewards.0.tolerance: has the invalid value 0",
+    "{name: close, max_length: 3}": "the reward close does not use max_length",
+    "{name: exact, tolerance: 1}": "expected: one of name, weight, pattern",
+    "closer": "remedy: did you mean rewards.0: close?",
+}
+
+
+def test_package_adds_a_reward(recipe, site, tmp_path, monkeypatch, cli):
+    """Its settings are checked; a run records it, and needs the package."""
+    install(site, monkeypatch)
+    changes = ("track=[]", "eval=null", "train.objective=grpo", "train.grpo.num_generations=2")
+    for reward, message in WRONG_REWARDS.items():
+        assert message in cli("plan", recipe, *changes, f"rewards=[{reward}]", code=2).text
+
+    run = tmp_path / "run"
+    reward = "rewards=[{name: close, tolerance: 1}, {name: length, max_length: 3}]"
+    changes = (*changes, "train.grpo.max_completion_length=4", "train.grpo.max_refills=0")
+    cli("train", recipe, *changes, reward, f"output_dir={run}")
+    first, second = yaml.safe_load((run / "recipe.yaml").read_text())["rewards"]
+    nothing = {"pattern": None, "json_schema": None}
+    assert first == {"name": "close", "weight": 1, **nothing, "max_length": None, "tolerance": 1}
+    assert second == {"name": "length", "weight": 1, **nothing, "max_length": 3}
+    (plugin,) = json.loads((run / "manifest.json").read_text())["plugins"]
+    assert PluginRecord(**plugin) == PluginRecord("rewards", "close", PACKAGE, "1.0")
+    with RewardScorer(load_recipe(run / "recipe.yaml").rewards) as scorer:
+        cases = [EvalCase(answer, (), ("4",), ()) for answer in ("4", "2", "four")]
+        assert scorer.score(cases) == [[1, 0.5, 0], [1, 1, pytest.approx(2 / 3)]]
+    monkeypatch.undo()
+    assert f"pip install {PACKAGE}==1.0" in cli("doctor", run, code=2).text
+
+
+OLD_REWARD = """
+import os
+
+def score(case):
+    return None if case.answer == "none" else 1 / 0 if case.answer == "fail" else os.getpid()
+"""
+
+
+def test_functions_of_plugins_are_rewards(tmp_path, monkeypatch):
+    """As packages for finesight 0.1.0 define them. They run in a process of their own."""
+    write_package(tmp_path, "old_reward", {"rewards old.reward": "old_reward:score"}, OLD_REWARD)
+    install(tmp_path, monkeypatch)
+    reward = parse_reward({"name": "old.reward", "weight": 2})
+    with RewardScorer([reward]) as scorer:
+        first, none, second = scorer.score([EvalCase(a, (), ("",), ()) for a in ("", "none", "")])[
+            0
+        ]
+        assert none is None
+        assert first == second != os.getpid()
+        with pytest.raises(RewardError, match=r"reward old\.reward: ZeroDivisionError") as caught:
+            scorer.score([EvalCase("fail", (), ("",), (), "s1")])
+    assert "plug-in old.reward of old_reward 1.0" in caught.value.where
+    with pytest.raises(ValueError, match="does not use pattern"):
+        parse_reward({"name": "old.reward", "pattern": "a"})
+
+
+WITHOUT_LENGTH = """
+import pkgutil
+import sys
+
+iter_modules = pkgutil.iter_modules
+pkgutil.iter_modules = lambda *path: [one for one in iter_modules(*path) if one.name != "length"]
+from finesight.evaluate.eval_case import EvalCase
+from finesight.evaluate.reward_scorer import RewardScorer
+from finesight.recipe import recipe_from_run
+
+exact, length = recipe_from_run(RECIPE).rewards
+assert exact.model_dump() == RECIPE["rewards"][0] and length.model_dump() == RECIPE["rewards"][1]
+with RewardScorer([length]) as scorer:
+    print(scorer.score([EvalCase("four", (), ("",), ())]))
+"""
+
+
+def test_built_in_reward_works_as_plugin(tmp_path, monkeypatch):
+    """A run with a reward that was built in needs the plug-in."""
+    settings = {"model": "m", "data": {"train": "a"}, "output_dir": "run"}
+    settings |= {"train": {"objective": "grpo"}, "rewards": ["exact"]}
+    recipe = recipe_from_dict(settings).model_dump(mode="json")
+    (exact,) = recipe["rewards"]
+    del exact["max_length"]  # no longer an option of a built-in reward
+    recipe["rewards"].append({**exact, "name": "length", "max_length": 3})
+    command = [sys.executable, "-c", WITHOUT_LENGTH.replace("RECIPE", repr(recipe))]
+
+    failed = subprocess.run(command, capture_output=True, text=True)
+    assert "not one of 'exact', 'boxes', 'click', 'format', 'math'" in failed.stderr
+    source = Path(finesight.__file__).parent / "evaluate" / "rewards" / "length.py"
+    code = source.read_text("utf-8").replace("finesight.evaluate.rewards.length", "long_answers")
+    write_package(tmp_path, "long_answers", {"rewards length": "long_answers:COMPONENT"}, code)
+    install(tmp_path, monkeypatch)
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.stdout == "[[0.6666666666666667]]\n", done.stderr
 
 
 def test_help_and_suggestions_name_plugins(recipe, site, monkeypatch, cli):
@@ -224,6 +322,15 @@ def test_broken_plugin_is_a_user_error(problem, recipe, tmp_path, monkeypatch, c
             "eval=null",
             f"output_dir={tmp_path / 'run'}",
         ),
+        "rewards": (
+            "plan",
+            recipe,
+            "train.objective=grpo",
+            "rewards=[meters]",
+            "track=[]",
+            "eval=null",
+            f"output_dir={tmp_path / 'run'}",
+        ),
     }
     text = cli(*commands[kind], code=2).text
     assert all(part in text for part in (problem, "broken 1.0", f"finesight.{kind}", target))
@@ -251,7 +358,7 @@ def test_misbehaving_metric_of_a_plugin_is_a_user_error(body, tmp_path, monkeypa
         compute_metrics("strange", cases)
     assert "plug-in strange of strange 1.0" in caught.value.where
     with (
-        RewardScorer([RewardSettings(name="strange")]) as scorer,
+        RewardScorer([parse_reward({"name": "strange"})]) as scorer,
         pytest.raises(RewardError, match=f"reward strange: .*{MISBEHAVING[body]}") as caught,
     ):
         scorer.score(cases)

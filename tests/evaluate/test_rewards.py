@@ -6,12 +6,14 @@ import os
 import pytest
 from case_files import load_cases
 
-from finesight.config import RewardSettings
+from finesight.config import parse_reward
 from finesight.data.sample import create_region
 from finesight.errors import UserError
-from finesight.evaluate import latex_metrics, rewards, score_function
+from finesight.evaluate import latex_metrics, reward_scorer, score_function
 from finesight.evaluate.eval_case import EvalCase
-from finesight.evaluate.rewards import RewardScorer
+from finesight.evaluate.reward_scorer import RewardScorer
+from finesight.evaluate.rewards.format import score as format_score
+from finesight.evaluate.rewards.math import score as math_score
 from finesight.evaluate.score_function import RewardError
 from finesight.recipe import recipe_from_dict
 from finesight.train.run_dir import RunDir
@@ -29,7 +31,7 @@ def make_case(answer: str = "", reference: str = "", boxes=(), reference_boxes=(
 
 def score(reward: object, *cases: EvalCase) -> list[float | None]:
     settings = {"name": reward} if isinstance(reward, str) else reward
-    with RewardScorer([RewardSettings.model_validate(settings)]) as scorer:
+    with RewardScorer([parse_reward(settings)]) as scorer:
         (scores,) = scorer.score(cases)
     return scores
 
@@ -133,29 +135,30 @@ def test_failures_name_the_function(file, function, text, monkeypatch):
 @pytest.mark.parametrize("reward", ["json.g1", "captions", "ocr.cer", "latex.edit_distance"])
 def test_score_that_rewards_no_correct_response_is_an_error(reward):
     with pytest.raises(UserError, match="no score") as caught:
-        RewardScorer([RewardSettings(name=reward)])
+        RewardScorer([parse_reward({"name": reward})])
     assert caught.value.where == f"rewards, {reward}"
     metric = reward.partition(".")[0]
-    assert RewardScorer([RewardSettings(name=caught.value.remedy.removeprefix("use "))]).names
+    remedy = {"name": str(caught.value.remedy).removeprefix("use ")}
+    assert RewardScorer([parse_reward(remedy)]).names
     # A score without its metric is unknown; the error lists the metrics.
     with pytest.raises(ValueError, match=f"'{metric}'.*such as grounding.iou"):
-        RewardSettings(name=str(reward).partition(".")[2] or "rouge_l")
+        parse_reward({"name": reward.partition(".")[2] or "rouge_l"})
 
 
 def test_formulas_are_compared_by_value(monkeypatch):
     """In one worker: it imports SymPy for a second."""
     pytest.importorskip("math_verify")
-    monkeypatch.setattr(rewards, "MATH_CPU_S", 2.0)
+    monkeypatch.setattr(math_score, "MAX_CPU_S", 2.0)
     answers, references, expected = zip(*CASES["test_formulas_are_compared_by_value"], strict=True)
     assert score("math", *map(make_case, answers, references)) == [*expected]
 
 
 def test_missing_packages_are_errors(monkeypatch):
-    monkeypatch.setattr(rewards.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(reward_scorer.util, "find_spec", lambda name: None)
     schema = {"name": "format", "json_schema": SCHEMA}
     for settings, name in (({"name": "math"}, "math-verify"), (schema, "jsonschema")):
         with pytest.raises(UserError, match=name) as caught:
-            RewardScorer([RewardSettings.model_validate(settings)])
+            RewardScorer([parse_reward(settings)])
         assert "pip install 'finesight[" in caught.value.remedy
 
 
@@ -183,8 +186,8 @@ EXPONENTIAL = r"^\W?(\w+\s?)+\.$"
 )
 def test_format_without_an_end_names_the_sample(option, value, monkeypatch):
     pytest.importorskip("jsonschema")
-    monkeypatch.setattr(rewards, "MAX_PATTERN_CPU_S", 0.2)
-    monkeypatch.setattr(rewards, "SCHEMA_CPU_S", 2.0)
+    monkeypatch.setattr(format_score, "MAX_PATTERN_CPU_S", 0.2)
+    monkeypatch.setattr(format_score, "SCHEMA_CPU_S", 2.0)
     answer = json.dumps({"a" * 61: 1} if "ropert" in str(value) else "a" * 61)
     with pytest.raises(RewardError, match=r"took more than|RecursionError") as caught:
         score({"name": "format", option: value}, make_case(answer))
@@ -196,7 +199,7 @@ def test_format_without_an_end_names_the_sample(option, value, monkeypatch):
 @pytest.mark.parametrize("pattern", ["(", "a{99999999999999999999}", "[z-a]", "a" * 1001])
 def test_invalid_patterns_are_errors_of_the_recipe(pattern):
     with pytest.raises(ValueError, match=r"not a regular expression|longer than"):
-        RewardSettings(name="format", pattern=pattern)
+        parse_reward({"name": "format", "pattern": pattern})
 
 
 @pytest.mark.parametrize(
@@ -234,5 +237,5 @@ def test_copy_in_the_run_replaces_a_missing_file(file, tmp_path):
     settings |= {"train": {"objective": "grpo"}, "rewards": rewards}
     run.copy_functions(recipe_from_dict(settings, []))
     file.unlink()
-    with RewardScorer([RewardSettings(name=name) for name in rewards], run.path) as scorer:
+    with RewardScorer([parse_reward({"name": name}) for name in rewards], run.path) as scorer:
         assert scorer.score([make_case("abc", "abc")]) == [[1], [3]]

@@ -53,7 +53,7 @@ def score_pointing(cases: Sequence[EvalCase]) -> MetricResult:
     for i, case in enumerate(cases):
         num_found = len(case.boxes)
         num_wanted = len(case.reference_boxes)
-        pairs = match_boxes(case.boxes, case.reference_boxes, case.image_size, _measure_closeness)
+        pairs = match_boxes(case.boxes, case.reference_boxes, case.image_size, measure_closeness)
         num_correct = len(pairs)
         counts[i] = num_correct, num_found, num_wanted
         f1 = 1.0
@@ -93,7 +93,7 @@ def _compute_mean_distance(case: EvalCase) -> float:
     return fmean(distances)
 
 
-def _measure_closeness(box: Box, reference: Box, image_size: ImageSize) -> float:
+def measure_closeness(box: Box, reference: Box, image_size: ImageSize) -> float:
     """Return 1 for a correct place, and 0 at `MAX_DISTANCE` or outside a reference box."""
     if box_area(reference):
         return float(contains_center(reference, box))
@@ -164,46 +164,6 @@ def compute_box_scores(
         "iou": sum(overlaps) / max_boxes,
         "parse_rate": float(len(predicted) > 0),
     }
-
-
-def compute_box_reward(case: EvalCase) -> float:
-    """Return the mean over the boxes of IoU, hit and ratio of the areas, as a reward.
-
-    The hit is 1 if the center of a box lies in its reference. Alone, it would favor small boxes,
-    and the IoU large ones (Zhou et al. 2025, GUI-G1). Missing and additional boxes cost the same.
-    A reference point is hit within `MAX_DISTANCE`, and its overlap replaces the ratio, too.
-    """
-    predicted = case.boxes
-    references = case.reference_boxes
-    max_boxes = max(len(predicted), len(references))
-    if max_boxes == 0:
-        return 1.0
-    total = 0.0
-    for i, j, overlap in match_boxes(predicted, references, case.image_size):
-        box = predicted[i].xyxy
-        reference = references[j].xyxy
-        smaller, larger = sorted(map(box_area, (box, reference)))
-        is_point = not box_area(reference)
-        if is_point:
-            size = overlap
-        elif larger:
-            size = smaller / larger
-        else:
-            size = 0.0
-        is_hit = is_point or contains_center(reference, box)
-        total += (overlap + is_hit + size) / 3
-    return total / max_boxes
-
-
-def compute_click_reward(case: EvalCase) -> float:
-    """Return 1 if the first box or point is at a reference."""
-    for found in case.boxes[:1]:
-        for reference in case.reference_boxes:
-            if found.image != reference.image:
-                continue
-            if _measure_closeness(found.xyxy, reference.xyxy, case.image_size) > 0:
-                return 1.0
-    return 0.0
 
 
 def normalize_label(box: BoxPart) -> str:

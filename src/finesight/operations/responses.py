@@ -28,11 +28,12 @@ from finesight.operations.options import (
 from finesight.progress import ProgressConsole
 
 if TYPE_CHECKING:
-    from finesight.config import DataFileSettings, RewardSettings
+    from finesight.config import DataFileSettings
     from finesight.data.sample import ContentPart, LocatedSample
     from finesight.evaluate.prediction_file import ScoredPrediction
-    from finesight.evaluate.rewards import RewardScorer
+    from finesight.evaluate.reward_scorer import RewardScorer
     from finesight.infer.model_loader import InferenceModel
+    from finesight.reward_components import RewardSettings
 
     Answer = tuple[ContentPart, ...]
     Responses = dict[str, list[tuple[float, Answer | None]]]
@@ -81,7 +82,7 @@ def sample(
     import numpy as np
 
     from finesight.encode.answer_lengths import describe_truncation
-    from finesight.evaluate.rewards import RewardScorer, describe_unscored
+    from finesight.evaluate.reward_scorer import RewardScorer, describe_unscored
     from finesight.manifest import RESPONSES_FILE, SAMPLING_FILE, find_run_dir
     from finesight.storage import check_new_path, find_free_path, write_file, write_folder
     from finesight.train.recipe_check import check_rewards
@@ -299,10 +300,11 @@ def _generate_responses(
 
 def _select_rewards(run: Path, names: Sequence[str], *, trust: bool) -> Sequence[RewardSettings]:
     """Return the rewards that the user has named, or those of a run."""
-    from finesight.config import METRIC_NAMES, REWARD_NAMES, RewardSettings
+    from finesight.config import METRIC_NAMES, parse_reward
     from finesight.evaluate import custom_metric
     from finesight.manifest import RECIPE_FILE
     from finesight.recipe import load_recipe
+    from finesight.reward_components import REWARDS
 
     rewards: Sequence[RewardSettings] = ()
     file = run / RECIPE_FILE
@@ -313,13 +315,19 @@ def _select_rewards(run: Path, names: Sequence[str], *, trust: bool) -> Sequence
         rewards = recipe.rewards
     for name in names:
         custom_metric.check_metric(name, named=True, trust=trust)
+        REWARDS.get(name)  # a plug-in that cannot be imported
     with suppress(ValueError):  # of an unknown name
-        rewards = [RewardSettings(name=name) for name in names] or rewards
+        rewards = [parse_reward({"name": name}) for name in names] or rewards
     if not rewards:
         problem = "no reward is given"
         if names:
             problem = f"unknown reward: {', '.join(names)}"
-        known = f"{', '.join((*METRIC_NAMES, *REWARD_NAMES))} (format and length only in recipes)"
+        incomplete = []
+        for component in REWARDS.list_built_in():
+            if component.needs_options:
+                incomplete.append(component.name)
+        known = ", ".join((*METRIC_NAMES, *REWARDS))
+        known += f" ({' and '.join(incomplete)} only in recipes)"
         raise UserError(
             problem,
             where="--reward",

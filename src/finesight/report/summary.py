@@ -34,6 +34,7 @@ from finesight.report.run_reader import (
     is_finite,
     list_comparable_evaluations,
 )
+from finesight.reward_components import REWARDS
 
 NOT_RECORDED = "not recorded"
 
@@ -349,9 +350,6 @@ def _find_falling_score(lines: Sequence[JsonObject]) -> OverfittingSign | None:
 
 REWARD_KEY = re.compile("rewards/(.+)/mean")
 
-FORM_REWARD = re.compile("format|length|repetition")
-"""Start of the names of rewards that do not depend on the references."""
-
 MIN_REWARD_STEPS = 8
 """Number of steps with rewards from which their first and last quarter are compared."""
 
@@ -443,10 +441,19 @@ def list_reward_signs(
     if 4 * len(parts[0]) < MIN_REWARD_STEPS:
         return []
     increased = {name for name, (low, _) in gains.items() if low > 0}
-    form = {name for name in gains if FORM_REWARD.match(name)}
+    form = set(filter(_is_form_reward, gains))
     is_found = bool(increased) and increased <= form < {*gains}
     form_sign = translate("Gains of the format only"), is_found, describe_rewards(run_record)
     return [_find_length_drift(*parts), form_sign, *_find_box_spam(groups)]
+
+
+def _is_form_reward(name: str) -> bool:
+    """Return whether a reward does not depend on the references, as far as its name shows."""
+    for component in REWARDS.list_built_in():
+        if not component.compares_references and name.startswith(component.name):
+            return True
+    plugin = REWARDS.get(name)
+    return plugin is not None and not plugin.compares_references
 
 
 def _find_length_drift(

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from finesight.config import QuantizeSettings, Recipe, RewardSettings, TuneSettings
+from finesight.config import QuantizeSettings, Recipe, TuneSettings
 from finesight.data.sample import Sample
 from finesight.encode.answer_lengths import describe_cut_answers
 from finesight.encode.renderer import Renderer, is_native
@@ -24,7 +24,7 @@ from finesight.errors import Step, UserError
 from finesight.evaluate import custom_metric
 from finesight.evaluate.eval_case import EvalCase, get_reference_answer
 from finesight.evaluate.eval_result import select_eval_samples
-from finesight.evaluate.rewards import RewardScorer
+from finesight.evaluate.reward_scorer import RewardScorer
 from finesight.evaluate.score_function import RewardError
 from finesight.evaluate.task_metrics import check_references, check_task_metric
 from finesight.hub.address import is_offline
@@ -41,6 +41,7 @@ from finesight.model_folder import TINY_MODEL, get_portable_name, resolve_model_
 from finesight.objective_components import OBJECTIVES, Needs
 from finesight.progress import ProgressConsole
 from finesight.recipe_template import StartModel, describe_run
+from finesight.reward_components import RewardSettings
 from finesight.storage import require_free_space
 from finesight.tracker_components import require_trackers
 from finesight.train.checkpoint import resolve_save_interval

@@ -30,6 +30,7 @@ from finesight.model.vlm import ARCHITECTURES, VisionLanguageModel
 from finesight.objective_components import DEFAULT_OBJECTIVE, OBJECTIVES
 from finesight.plugins import PluginRecord
 from finesight.progress import ProgressConsole
+from finesight.reward_components import REWARDS
 from finesight.storage import sha256_file
 from finesight.tracker_components import TRACKERS
 from finesight.train.checkpoint import (
@@ -110,6 +111,7 @@ def build_manifest(state: TrainState) -> Manifest:
     settings = recipe.eval
     plugins = [FAMILIES.find_plugin(family), ARCHITECTURES.find_plugin(family)]
     plugins += _list_objective_plugins(recipe)
+    plugins += [REWARDS.find_plugin(reward.name) for reward in recipe.rewards]
     plugins += [TRACKERS.find_plugin(tracker.kind) for tracker in recipe.track]
     metric = None
     max_new_tokens = None

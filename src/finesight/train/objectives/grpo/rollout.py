@@ -25,7 +25,7 @@ from finesight.encode.renderer import NativeRenderer, Renderer
 from finesight.encode.tokenization import EncodedSample, VisualSpan
 from finesight.evaluate.eval_case import EvalCase, get_reference_answer
 from finesight.evaluate.prediction_file import create_case, format_prediction_line
-from finesight.evaluate.rewards import RewardScorer, describe_unscored
+from finesight.evaluate.reward_scorer import RewardScorer, describe_unscored
 from finesight.infer.prediction import (
     Prediction,
     build_prediction,

@@ -203,15 +203,18 @@ def build_command(name: str, function: Callable[..., Any]) -> click.Command:
     if inspect.signature(function).return_annotation != "None":
         text = "Print JSON on standard output, one object per line; messages go to standard error."
         params.append(click.Option(["as_json", "--json"], is_flag=True, help=text))
+    callback = partial(_run, function, parameters)
+    return OperationCommand(name, callback=callback, params=params, help=_read_help(function))
+
+
+def _read_help(function: Callable[..., Any]) -> str:
+    """Return the docstring of an operation without the sections for callers in Python.
+
+    Each option shows its own line of `Args`. Results and errors concern callers in Python.
+    """
     paragraphs = (inspect.getdoc(function) or "").split("\n\n")
     sections = ("Args:", "Returns:", "Raises:")
-    return OperationCommand(
-        name,
-        callback=partial(_run, function, parameters),
-        params=params,
-        # Each option shows its own line of `Args`. Results and errors concern callers in Python.
-        help="\n\n".join(text for text in paragraphs if not text.startswith(sections)),
-    )
+    return "\n\n".join(text for text in paragraphs if not text.startswith(sections))
 
 
 def _run(
@@ -439,10 +442,14 @@ class CommandGroup(click.Group):
         """Write the sections with the summaries of their commands."""
         for title, section in self._sections.items():
             rows: list[tuple[str, str]] = []
-            for name in section:
-                command = self.get_command(ctx, name)
-                if command is not None:
-                    rows.append((name, command.get_short_help_str(100)))
+            for name, entry in section.items():
+                command: click.Command
+                if isinstance(entry, str):
+                    # Without parameters, whose choices may import components.
+                    command = click.Command(name, help=_read_help(find_operation(entry)))
+                else:
+                    command = entry
+                rows.append((name, command.get_short_help_str(100)))
             with formatter.section(title):
                 formatter.write_dl(rows)
 

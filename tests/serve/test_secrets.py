@@ -43,7 +43,7 @@ CLIENTS = {
     "serve/http_protocol.py",
     "serve/media_sources.py",
     "serve/replica_router.py",
-    "track/backends.py",
+    "track/trackers/swanlab.py",
 }
 """Modules that send requests: to hubs, URLs and teachers of the user, to allowed media hosts, and
 to servers and replicas that this program has started."""

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import pkgutil
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, Set
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
 from functools import cached_property, wraps
 from importlib import import_module
 from importlib.util import find_spec
@@ -85,6 +85,9 @@ class Component(Generic[SettingsT]):
 
     def find_problem(self) -> str | None:
         """Return why other modules cannot use the component; None if they can."""
+        problem = self._find_wrong_type()
+        if problem is not None:
+            return problem
         if not isinstance(self.settings, type) or not issubclass(self.settings, SettingsSection):
             return f"settings is {self.settings!r:.80}, no subclass of SettingsSection"
         try:
@@ -92,6 +95,31 @@ class Component(Generic[SettingsT]):
         except ValueError as error:  # pydantic's, too
             reason = " ".join(str(error).split())
             return f"its settings need defaults: {reason:.300}"
+        return None
+
+    def _find_wrong_type(self) -> str | None:
+        """Return which attribute has another type than its default; None if there is none."""
+        for attribute in fields(self):
+            default = attribute.default
+            if attribute.default_factory is not MISSING:
+                default = attribute.default_factory()
+            value = self.__dict__[attribute.name]
+            if attribute.name in ("kind", "name", "title"):
+                fits = isinstance(value, str)
+            elif default is None or default is MISSING or attribute.name == "settings":
+                fits = True  # the class checks it
+            elif callable(default):
+                fits = callable(value)
+            elif isinstance(default, Mapping):
+                fits = isinstance(value, Mapping)
+            elif isinstance(default, Set):
+                fits = isinstance(value, Set)
+            else:
+                fits = isinstance(value, type(default))
+            if isinstance(default, tuple) and fits:
+                fits = all(isinstance(item, str) for item in value)
+            if not fits:
+                return f"{attribute.name} is {value!r:.60}, which has another type than its default"
         return None
 
 
@@ -186,6 +214,8 @@ class ComponentRegistry(Registry[ComponentT]):
         problem = super().find_problem(name, item)
         if problem is not None:
             return problem
+        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", name):  # part of file names, too
+            return "its name does not consist of letters, digits, ., - and _"
         if item.kind != self._kind:
             return f"its kind is {item.kind!r:.60} instead of {self._kind!r}"
         found: str | None = item.find_problem()

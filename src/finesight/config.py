@@ -463,8 +463,8 @@ class TrainSettings(SettingsSection):
             component = self.component
             settings = component.settings_of(self)
             problems = list_problems(component, component.check_settings, settings)
-        for problem in problems:
-            raise ValueError(str(problem))
+        if problems:
+            raise ValueError("; ".join(map(str, problems)))
         return self
 
     def list_models(self) -> list[str]:
@@ -819,8 +819,8 @@ class Recipe(SettingsSection):
             contradictions = [*list_problems(component, component.check, settings, self)]
             for reward in self.rewards:
                 contradictions += _list_reward_problems(reward, self)
-        for contradiction in contradictions:
-            raise ValueError(str(contradiction))
+        if contradictions:
+            raise ValueError("; ".join(map(str, contradictions)))
         return self
 
     def _parse_needs(self) -> Needs:

@@ -100,6 +100,7 @@ class Manifest(BaseModel):
         has_images: Whether the training samples have images; `load_manifest` reads it from the
             metrics of a run. None if unknown.
         plugins: Plug-ins that the recipe and the model need.
+        sections: Objectives with a section in the recipe of the run.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -120,6 +121,7 @@ class Manifest(BaseModel):
     prompt_templates: Annotated[tuple[PromptTemplate, ...], Field(max_length=10)] = ()
     has_images: bool | None = None
     plugins: tuple[PluginRecord, ...] = ()
+    sections: tuple[str, ...] = ()
 
 
 def find_run_dir(run_or_checkpoint: Path) -> Path:
@@ -170,6 +172,13 @@ def load_manifest(path: Path) -> Manifest:
             has_images = bool(json.loads(next(lines, b""))["size_histograms"]["patches"])
             return manifest.model_copy(update={"has_images": has_images})
     return manifest
+
+
+def read_recipe_sections(run_dir: Path) -> Sequence[str]:
+    """Return the objectives with a section in the recipe of a run; none if unknown."""
+    with suppress(UserError):
+        return _read_manifest(run_dir / MANIFEST_FILE).sections
+    return ()
 
 
 def require_run_plugins(run_dir: Path, objective: str = "") -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Generic, Literal, get_args
 
+from yaml import YAMLError
+
 from finesight.components import Component, ComponentRegistry, SettingProblem, SettingsT
-from finesight.setting_types import WeightFormat
+from finesight.setting_types import WeightFormat, iter_paths
+from finesight.trainer_tables import load_trainer_tables
 
 DEFAULT_OBJECTIVE = "sft"
 """Objective of a recipe that names none."""
@@ -16,12 +18,15 @@ DEFAULT_OBJECTIVE = "sft"
 SampleKind = Literal["pair", "label none", "label true", "label false"]
 """Kind of a sample: with a rejected answer, or without one by its label."""
 
+_LENGTH_SETTING = "max_completion_length"
+"""Setting of all objectives that train by rewards, which a new recipe has."""
+
 PLAIN_SAMPLES: frozenset[SampleKind] = frozenset({"label none"})
 """Kinds of samples without a rejected answer and without a label."""
 
 _SAMPLE_WORDS: dict[SampleKind, str] = {
     "pair": "a rejected answer",
-    "label none": "no label",
+    "label none": "neither a rejected answer nor a label",
     "label true": "the label true",
     "label false": "the label false",
 }
@@ -122,7 +127,8 @@ class FirstRecipe:
         comment: Explanation of the line `objective`; empty for none.
         learning_rate: Usual learning rate with LoRA.
         tiny_learning_rate: That of finesight-tiny.
-        has_rewards: Whether the recipe has rewards, and a maximum length of responses.
+        has_rewards: Whether the objective trains by rewards, as `Needs.rewards` says, too. A new
+            recipe has rewards, and the setting `max_completion_length` of the objective.
         has_eval: Whether all answers are references of a metric.
     """
 
@@ -180,10 +186,20 @@ class ObjectiveComponent(Component[SettingsT], Generic[SettingsT]):
             return problem
         if not self.implementation:
             return "it has no implementation"
+        if not callable(self.needs):
+            return f"needs is {self.needs!r:.60}, no function"
         kinds = get_args(SampleKind)
         unknown = self.accepted_samples - {*kinds}
         if unknown:
             return f"unknown kind of samples {min(unknown)!r}: one of {', '.join(kinds)}"
+        if self.first_recipe.has_rewards and _LENGTH_SETTING not in self.settings.model_fields:
+            return f"first_recipe.has_rewards needs the setting {_LENGTH_SETTING}"
+        if self.trainers:
+            try:
+                load_trainer_tables(self.trainers)
+            except (OSError, ImportError, TypeError, ValueError, YAMLError) as error:
+                reason = " ".join(str(error).split())
+                return f"trainers {self.trainers!r:.60} cannot be read: {reason:.300}"
         for name in self.model_settings:
             if name not in self.settings.model_fields:
                 return f"model_settings has {name!r:.60}, which is no setting"
@@ -201,9 +217,9 @@ class ObjectiveComponent(Component[SettingsT], Generic[SettingsT]):
         """List the models and paths that settings of this objective name."""
         models = []
         for name, value in dict(settings).items():
-            if value is not None and (name in self.model_settings or isinstance(value, Path)):
+            if value is not None and name in self.model_settings:
                 models.append(str(value))
-        return models
+        return [*models, *map(str, iter_paths(settings))]
 
 
 OBJECTIVES = ComponentRegistry[ObjectiveComponent[Any]](
@@ -226,6 +242,9 @@ def get_needs(recipe: Any) -> Needs:
     needs = OBJECTIVES.call(component.name, component.needs, settings, recipe)
     if not isinstance(needs, Needs):
         problem = f"returns {needs!r:.80} instead of Needs"
+        raise OBJECTIVES.build_call_error(component.name, component.needs, problem)
+    if needs.rewards != component.first_recipe.has_rewards:
+        problem = f"rewards is {needs.rewards}, but first_recipe.has_rewards is not"
         raise OBJECTIVES.build_call_error(component.name, component.needs, problem)
     return needs
 
@@ -253,7 +272,11 @@ def get_accepted_samples(objective: str | None) -> frozenset[SampleKind]:
 
 def describe_samples(kinds: Collection[SampleKind]) -> str:
     """Describe what samples of several kinds have."""
-    return " or ".join(words for kind, words in _SAMPLE_WORDS.items() if kind in kinds)
+    words = [text for kind, text in _SAMPLE_WORDS.items() if kind in kinds]
+    if {"label true", "label false"} <= {*kinds}:
+        words = [text for text in words if not text.startswith("the label")]
+        words.append("a label")
+    return " or ".join(words)
 
 
 def suggest_objectives(objective: str | None, kind: SampleKind) -> str:
@@ -261,15 +284,22 @@ def suggest_objectives(objective: str | None, kind: SampleKind) -> str:
     remedies = []
     if kind == "label none" and "pair" in get_accepted_samples(objective):
         remedies.append("add rejected answers")
-    accepting = [one for one in OBJECTIVES.list_available() if kind in one.accepted_samples]
+    accepting: list[ObjectiveComponent[Any]] = []
+    for one in OBJECTIVES.list_available():
+        # Others need more than data: rewards, or another model.
+        needs_more = one.first_recipe.has_rewards or bool(one.model_settings)
+        if kind in one.accepted_samples and not needs_more:
+            accepting.append(one)
     # First the one that `init` chooses for such data.
     detected = {"pair": "pairs", "label true": "rated", "label false": "rated"}.get(kind)
     accepting.sort(key=lambda one: detected is None or one.first_recipe.detected_for != detected)
     if accepting:
-        first, *others = [one.name for one in accepting]
-        choice = f"set train.objective={first}"
+        first, *others = accepting
+        choice = f"set train.objective={first.name}"
+        if first.first_recipe.detected_for == detected:
+            choice += f" ({first.first_recipe.comment})"
         if others:
-            choice += f" (or {', '.join(others)})"
+            choice += f", or to {' or '.join(one.name for one in others)}"
         remedies.append(choice)
     remedies.append("remove these samples")
     return ", or ".join(remedies)

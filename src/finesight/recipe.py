@@ -29,12 +29,18 @@ from finesight.bounded_files import (
 )
 from finesight.config import COMPONENT_ERROR, Recipe, TrainSettings
 from finesight.errors import Remedy, Step, UserError, shorten, suggest_name
-from finesight.manifest import MANIFEST_FILE, RECIPE_FILE, require_run_plugins
-from finesight.objective_components import DEFAULT_OBJECTIVE, OBJECTIVES
+from finesight.manifest import (
+    MANIFEST_FILE,
+    RECIPE_FILE,
+    read_recipe_sections,
+    require_run_plugins,
+)
+from finesight.objective_components import OBJECTIVES
 from finesight.path_patterns import SearchBudget, has_match
 from finesight.reward_components import REWARDS, RewardSettings
 from finesight.setting_types import SettingsSection
 from finesight.tracker_components import get_example_tracker
+from finesight.trainer_tables import load_trainer_tables
 
 MAX_RECIPE_BYTES = 2**20
 """Maximum size of a recipe file in bytes; typical recipes have a few thousand."""
@@ -244,7 +250,7 @@ def recipe_from_text(text: str, path: Path, overrides: Overrides = ()) -> Recipe
     _resolve_paths(content, path.parent)
     try:
         if path.name == RECIPE_FILE and (path.parent / MANIFEST_FILE).is_file():
-            _remove_unused_sections(content)
+            _remove_unused_sections(content, read_recipe_sections(path.parent))
             _remove_unused_options(content)
         return _validate_recipe(content, str(path), lines, overrides)
     except UserError:
@@ -318,7 +324,7 @@ def _validate_recipe(
         raise _build_settings_error(wrong, where, lines, overridden) from error
 
 
-def recipe_from_run(content: Mapping[str, Any]) -> Recipe:
+def recipe_from_run(content: Mapping[str, Any], folder: Path | None = None) -> Recipe:
     """Build a recipe from the settings of a run folder, whose paths are those of the run.
 
     Raises:
@@ -327,29 +333,28 @@ def recipe_from_run(content: Mapping[str, Any]) -> Recipe:
     """
     settings = deepcopy(dict(content))
     _remove_former_settings(settings)
-    _remove_unused_sections(settings)
+    if folder is not None:
+        _remove_unused_sections(settings, read_recipe_sections(folder))
     _remove_unused_options(settings)
     return Recipe.model_validate(settings)
 
 
-def _remove_unused_sections(content: dict[str, Any]) -> None:
+def _remove_unused_sections(content: dict[str, Any], recorded: Sequence[str]) -> None:
     """Remove the sections of objectives that a run did not use and that are not installed.
 
-    The recipe of a run has a section of each objective that was installed. Sections stay if that of
-    its own objective is missing: one of them may be misspelled.
+    The recipe of a run has a section of each objective that was built in.
+
+    Args:
+        recorded: Objectives whose sections the run has written. Other names may be misspelled.
     """
     train = content.get("train")
     if not isinstance(train, dict):
         return
-    chosen = train.get("objective") or DEFAULT_OBJECTIVE
-    if not isinstance(chosen, str) or chosen not in OBJECTIVES:
-        return
-    if chosen not in train and OBJECTIVES[chosen].has_section:
-        return
-    for name, value in list(train.items()):
+    chosen = train.get("objective")
+    for name in recorded:
         is_known = name in TrainSettings.model_fields or name in OBJECTIVES
-        if isinstance(value, dict) and not is_known:
-            del train[name]
+        if name != chosen and not is_known:
+            train.pop(name, None)
 
 
 def _remove_unused_options(content: dict[str, Any]) -> None:
@@ -659,8 +664,8 @@ def _locate_error(
         if _can_contain(node, segment) and (isinstance(segment, int) or segment in node):
             node = node[segment]
             key.append(segment)
-        elif is_last and error["type"] == "missing" and isinstance(node, dict):
-            key.append(segment)
+        elif is_last and error["type"] == "missing" and isinstance(node, dict | str):
+            key.append(segment)  # of a section, which may be written as its name only
         elif union_depth is None:
             union_depth = len(key)
             member = segment
@@ -876,7 +881,8 @@ def load_trainer_settings() -> dict[str, Any]:
     Those in `trainer_settings.yaml` come first, then those of the objectives by their names:
     `objective_rules` has their rules, and `method_defaults` the defaults of methods by trainer.
     """
-    content = _load_resource("finesight:trainer_settings.yaml")
+    file = importlib.resources.files("finesight") / "trainer_settings.yaml"
+    content: dict[str, Any] = load_yaml(file.read_text(encoding="utf-8"))
     rules: dict[str, Any] = {}
     defaults: dict[str, dict[str, Any]] = {}
     method_keys: dict[str, str] = {}
@@ -885,31 +891,22 @@ def load_trainer_settings() -> dict[str, Any]:
     for component in reversed(OBJECTIVES.list_available()):
         if not component.trainers:
             continue
-        own = _load_resource(component.trainers)
-        rules[component.name] = own.get("rules", {})
-        for trainer, values in own.get("defaults", {}).items():
+        own = load_trainer_tables(component.trainers)
+        rules[component.name] = own.rules.model_dump(exclude_unset=True)
+        for trainer, values in own.defaults.items():
             defaults.setdefault(trainer, {}).update(values)
-        method_keys |= own.get("method_keys", {})
-        losses |= own.get("losses", {})
-        content["renamed"] |= own.get("renamed", {})
-        content["transformers"]["unsupported"] |= own.get("unsupported", {})
+        method_keys |= own.method_keys
+        losses |= own.losses
+        content["renamed"] |= own.renamed
+        content["transformers"]["unsupported"] |= own.unsupported
         for program in [content[name] for name in content["programs"].split()]:
-            names = own.get("converted", {}).get(program["trainer"], "")
-            program["converted"] += f" {names}"
-        for table in ("method_classes", "scripts"):
-            content[table] += f" {own.get(table, '')}"
+            program["converted"] += f" {own.converted.get(program['trainer'], '')}"
+        content["method_classes"] += f" {own.method_classes}"
+        content["scripts"] += f" {own.scripts}"
     content["objective_rules"] = rules
     content["method_defaults"] = defaults
     content["method_keys"] = method_keys
     content["losses"] = losses
-    return content
-
-
-def _load_resource(path: str) -> dict[str, Any]:
-    """Load a YAML file of a package from `package:file`."""
-    package, _, name = path.partition(":")
-    file = importlib.resources.files(package) / name
-    content: dict[str, Any] = load_yaml(file.read_text(encoding="utf-8"))
     return content
 
 

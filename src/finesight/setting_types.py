@@ -4,12 +4,26 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic.fields import FieldInfo
+
+
+def iter_paths(value: object) -> Iterator[Path]:
+    """Yield the paths in settings, also those in nested sections and lists."""
+    if isinstance(value, Path):
+        yield value
+    elif isinstance(value, BaseModel):
+        yield from iter_paths(dict(value))
+    elif isinstance(value, Mapping):
+        yield from iter_paths([*value.values()])
+    elif isinstance(value, list | tuple | set | frozenset):
+        for item in value:
+            yield from iter_paths(item)
 
 
 class SettingsSection(BaseModel):

@@ -60,8 +60,6 @@ class TrackerComponent(Component[Any]):
             return "it has no implementation"
         if self.has_section:
             return "it has settings, but those of trackers are the same: use track.config"
-        if not isinstance(self.modes, tuple):
-            return f"modes is {self.modes!r:.60}, no tuple"
         return None
 
     def find_uri_problem(self, uri: str) -> str | None:

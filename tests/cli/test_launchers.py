@@ -11,6 +11,7 @@ from plugin_fixtures import install, write_package
 
 import finesight
 from finesight import api
+from finesight.errors import UserError
 from finesight.launch.launcher_component import COMMON_OPTIONS, LAUNCHERS
 from finesight.operations.operation import list_parameters
 from finesight.operations.training import launch
@@ -95,6 +96,9 @@ def test_package_adds_a_launcher(folder, monkeypatch, cli):
         "--max-cost is given with --on slurm"
         in cli(*("launch", "recipe.yaml", "--on", "slurm", "--max-cost", "5"), code=2).err
     )
+    options = {"image": "a", "store": "data", "accelerator": "H100", "spot": "no"}
+    with pytest.raises(UserError, match="has the value 'no'"):
+        api.launch("recipe.yaml", engine="skypilot", out="third.yaml", **options)
     assert "a job in Batch is fixed" in cli(*words[:4], "--nodes", "1:2", code=2).err
 
 
@@ -109,6 +113,9 @@ BROKEN = {
     "VALUES['options'] = {'a-b': LauncherOption(help='')}": "the name 'a-b' of an option",
     "VALUES['options'] = {'nodes': LauncherOption(help='')}": "nodes is one of all launchers",
     "VALUES['options'] = {'x': 'text'}": "the option x is 'text', no LauncherOption",
+    "VALUES['options'] = {'spot': LauncherOption(help='')}": "--spot is a flag of skypilot",
+    "VALUES['options'] = {'x': LauncherOption(help='', format=None)}": "or no NameFormat",
+    "VALUES['command'] = (1,)": "command has other items than words",
     "VALUES['build'] = lambda job, options: 1 / 0": "ZeroDivisionError",
     "VALUES['build'] = lambda job, options: None": "returns None instead of a text",
 }

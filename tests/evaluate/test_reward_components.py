@@ -81,6 +81,7 @@ WRONG = {
     "{weight: 3}": "for example exact",
     "lenght": "did you mean rewards.0: length?",
     "{name: exact, max_lenght: 3}": "did you mean rewards.0.max_length?",
+    "length": "the reward length requires max_length",
     "3": "expected: a section with name, weight, pattern, json_schema, max_length",
 }
 

@@ -135,6 +135,7 @@ def test_unsupported_jobs_are_rejected() -> None:
     ("option", "values"),
     [
         ("store", ("Claim", "a_b", "a-", "s3://", "ftp://bucket", "cos://region", "hf://a/b")),
+        ("store", ("s3://k:secret@b/c", "s3://b/../c", "https://a.net/c/f?sig=secret")),
         ("store", ("s3://a b", "s3://${X}", "s3://b/c\nrun: x", "a\nb", "s3://b\n")),
         ("accelerator", ("", "H100\nrun: x", "H100:8", "H100,A100", "-x")),
         ("image", ("", "a b", "a\nb", "$(id)")),

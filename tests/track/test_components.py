@@ -128,7 +128,7 @@ BROKEN = {
     "tracker = component(implementation='planted:Plugin')": "is no subclass of Tracker",
     "tracker = component(implementation='planted:Tracker')": "lacks methods of Tracker",
     "tracker = component(implementation='planted.heavy:Lines')": "ModuleNotFoundError",
-    "tracker = component(modes='cloud')": "modes is 'cloud', no tuple",
+    "tracker = component(modes='cloud')": "modes is 'cloud', which has another type",
     "import dataclasses\ntracker = dataclasses.replace(COMPONENT, kind='metrics')": "'metrics'",
     "import dataclasses\ntracker = dataclasses.replace(COMPONENT, name='line')": "named 'line'",
     "from finesight.config import TrainSettings\n"

@@ -42,7 +42,7 @@ from finesight.manifest import MANIFEST_FILE, RECIPE_FILE, find_weights
 from finesight.model_folder import TINY_MODEL
 from finesight.path_patterns import SearchBudget, iter_matches
 from finesight.recipe import load_recipe, recipe_from_text
-from finesight.setting_types import is_url
+from finesight.setting_types import is_url, iter_paths
 from finesight.storage import (
     FileLock,
     make_folder,
@@ -587,6 +587,7 @@ class Workspace:
         from finesight.evaluate.custom_metric import list_functions
 
         models = [recipe.model, recipe.adapter, *recipe.train.list_models()]
+        models += iter_paths(recipe.rewards)
         teacher = recipe.needs.teacher
         if teacher is not None:
             models.append(teacher.model)

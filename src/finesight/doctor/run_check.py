@@ -105,7 +105,7 @@ def diagnose_run(
 def load_run_recipe(run_record: RunRecord) -> Recipe:
     """Load the recipe of a run. Default settings are used if it cannot be read."""
     try:
-        return recipe_from_run(run_record.recipe)
+        return recipe_from_run(run_record.recipe, run_record.folder)
     except (ValidationError, UserError):
         unknown = DataSettings(train=(TrainFileSettings(path=Path("unknown")),))
         return Recipe(model="unknown", data=unknown, output_dir=run_record.folder)

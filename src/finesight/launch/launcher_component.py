@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from finesight.components import Component, ComponentRegistry, NoSettings
+from finesight.errors import UserError
 from finesight.launch.name_format import PLAIN_NAME, NameFormat
 
 if TYPE_CHECKING:
@@ -93,9 +94,13 @@ class LauncherComponent(Component[NoSettings]):
             return f"file_suffix is {self.file_suffix!r:.60} instead of a suffix such as .yaml"
         if not self.command or not isinstance(self.command, tuple):
             return f"command is {self.command!r:.60} instead of a tuple of words"
+        if not all(isinstance(word, str) for word in self.command) or not callable(self.build):
+            return "command has other items than words, or build is no function"
         for name, option in self.options.items():
             if not isinstance(option, LauncherOption):
                 return f"the option {name} is {option!r:.60}, no LauncherOption"
+            if not isinstance(option.help, str) or not isinstance(option.format, NameFormat):
+                return f"the option {name} has no text as help, or no NameFormat"
             if name in COMMON_OPTIONS:
                 return f"the option {name} is one of all launchers"
             if not re.fullmatch("[a-z][a-z0-9_]*", name):
@@ -106,6 +111,13 @@ class LauncherComponent(Component[NoSettings]):
         """Raise UserError for an own option that is missing or has an invalid value."""
         for name, option in self.options.items():
             value = given.get(name)
+            if option.is_flag and value not in (None, "True"):
+                raise UserError(
+                    f"has the value {value!r:.60}",
+                    where=format_option(name),
+                    expected="no value, or True in Python",
+                    remedy="remove the value, or the option",
+                )
             if option.is_flag or (value is None and not option.is_required):
                 continue
             option.format.check(format_option(name), value, option.example)
@@ -116,9 +128,23 @@ def format_option(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-LAUNCHERS = ComponentRegistry[LauncherComponent](
-    "launchers", LauncherComponent, "finesight.launch.launchers"
-)
+class LauncherRegistry(ComponentRegistry[LauncherComponent]):
+    """Launchers by name, whose options of the same name all are flags, or all have values."""
+
+    def find_problem(self, name: str, item: object) -> str | None:
+        """Return why an object is no launcher, or its options contradict those of others."""
+        problem = super().find_problem(name, item)
+        if problem is not None or not isinstance(item, LauncherComponent):
+            return problem
+        for other in self.list_built_in():
+            for option in other.options.keys() & item.options.keys():
+                if other.options[option].is_flag != item.options[option].is_flag:
+                    kind = "a flag" if other.options[option].is_flag else "an option with a value"
+                    return f"{format_option(option)} is {kind} of {other.name}: rename it"
+        return None
+
+
+LAUNCHERS = LauncherRegistry("launchers", LauncherComponent, "finesight.launch.launchers")
 """Launchers by name: the values of `launch --on`."""
 
 

@@ -322,10 +322,9 @@ def _select_rewards(run: Path, names: Sequence[str], *, trust: bool) -> Sequence
         problem = "no reward is given"
         if names:
             problem = f"unknown reward: {', '.join(names)}"
-        incomplete = []
-        for component in REWARDS.list_built_in():
-            if component.needs_options:
-                incomplete.append(component.name)
+        incomplete = [one.name for one in REWARDS.list_available() if one.needs_options]
+        if not {*names}.isdisjoint(incomplete):
+            problem = f"{', '.join({*names}.intersection(incomplete))} needs options"
         known = ", ".join((*METRIC_NAMES, *REWARDS))
         known += f" ({' and '.join(incomplete)} only in recipes)"
         raise UserError(

@@ -139,6 +139,7 @@ def build_manifest(state: TrainState) -> Manifest:
         prompts=prompt_format.prompts,
         prompt_templates=prompt_format.templates,
         plugins=tuple(filter(None, plugins)),
+        sections=(*recipe.train.sections,),
     )
 
 

@@ -141,11 +141,11 @@ def test_names_of_objectives_in_other_trainers_are_theirs():
 @pytest.mark.parametrize(
     ("objective", "kind", "remedy"),
     [
-        (None, "pair", "set train.objective=dpo (or sft, orpo, simpo, kto, grpo, distill)"),
-        (None, "label false", "set train.objective=kto"),
+        (None, "pair", "set train.objective=dpo (on pairs of answers; sft: on the chosen ones)"),
+        (None, "label false", "set train.objective=kto (on answers with a label)"),
         ("sft", "label false", "set train.objective=kto"),
-        ("dpo", "label none", "add rejected answers, or set train.objective=sft"),
-        ("dpo", "label true", "set train.objective=kto (or sft, grpo, distill)"),
+        ("dpo", "label none", "add rejected answers, or set train.objective=sft, or remove"),
+        ("dpo", "label true", "set train.objective=kto (on answers with a label), or to sft, or"),
         ("kto", "label none", "add rejected answers, or set train.objective=sft"),
     ],
 )
@@ -154,3 +154,6 @@ def test_remedies_for_samples_name_objectives_that_accept_them(objective, kind, 
     text = suggest_objectives(objective, kind)
     assert text.startswith(remedy)
     assert text.endswith(", or remove these samples")
+    # Rewards and a teacher are no property of the samples.
+    assert "grpo" not in text
+    assert "distill" not in text

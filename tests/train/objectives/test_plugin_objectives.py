@@ -13,9 +13,18 @@ import yaml
 from plugin_fixtures import install, write_package
 
 from finesight.components import Component, ComponentRegistry
+from finesight.config import PixelRange, TuneSettings
 from finesight.doctor.run_check import load_run_recipe
 from finesight.errors import UserError
-from finesight.objective_components import Needs, Sampling, get_needs
+from finesight.manifest import Manifest
+from finesight.objective_components import (
+    OBJECTIVES,
+    Needs,
+    Sampling,
+    get_needs,
+    list_reward_objectives,
+)
+from finesight.operations.first_guesses import suggest_command
 from finesight.plugins import PluginRecord, require_plugins
 from finesight.recipe import dump_recipe, load_recipe, recipe_from_dict
 from finesight.report.run_reader import RunRecord
@@ -27,7 +36,7 @@ CODE = """
 from typing import Annotated
 from pydantic import BaseModel, BeforeValidator
 from finesight.components import SettingProblem
-from finesight.objective_components import Needs, ObjectiveComponent, Sampling, Teacher
+from finesight.objective_components import FirstRecipe, Needs, ObjectiveComponent, Sampling, Teacher
 from pathlib import Path
 from finesight.setting_types import ExpandedPath, SettingsSection
 from finesight.train.objectives.objective import Objective
@@ -40,6 +49,9 @@ def needs(settings, recipe):
 
 def fail(*arguments):
     raise KeyError("absent")
+
+class Inner(SettingsSection):
+    files: Annotated[tuple[ExpandedPath, ...], BeforeValidator(tuple)] = ()
 
 class Loss(Objective):
     pass
@@ -103,7 +115,7 @@ def test_names_of_plugins_are_keys_of_overrides(add, name):
 MISTAKES = {
     "needs=fail": "KeyError: 'absent'",
     "needs=lambda settings, recipe: None": "returns None instead of Needs",
-    "needs=None": "TypeError",
+    "needs=None": "needs is None, no function",
     "accepted_samples={'labels'}": "unknown kind of samples 'labels'",
     "needs=lambda *_: Needs(rewards=True)": "set sampling, too",
     "check=lambda settings, recipe: None": "TypeError: 'NoneType' object is not iterable",
@@ -113,6 +125,15 @@ MISTAKES = {
     "settings=BaseModel": "no subclass of SettingsSection",
     "settings=Broken": "KeyError: 'absent'",
     "model_settings=('teacher',)": "model_settings has 'teacher', which is no setting",
+    "first_recipe=None": "first_recipe is None, which has another type than its default",
+    "methods=None": "methods is None",
+    "methods=(1,)": "methods is (1,)",
+    "guesses=None": "guesses is None",
+    "check=None": "check is None",
+    "title=3": "title is 3",
+    "trainers='strange:none.yaml'": "trainers 'strange:none.yaml' cannot be read",
+    "trainers='absent:none.yaml'": "cannot be read: No module named 'absent'",
+    "first_recipe=FirstRecipe(has_rewards=True)": "needs the setting max_completion_length",
     "kind='metrics'": "its kind is 'metrics' instead of 'objectives'",
     "implementation=''": "it has no implementation",
 }
@@ -180,7 +201,8 @@ def test_needs_are_strict_by_default():
 
 MODELS = """model_settings=('teacher',),
     settings=type("S", (Settings,), {
-        "__annotations__": {"teacher": str, "file": ExpandedPath},
+        "__annotations__": {"teacher": str, "file": ExpandedPath, "inner": Inner},
+        "inner": Inner(),
         "teacher": "a",
         "file": Path("b"),
     }),
@@ -190,13 +212,24 @@ MODELS = """model_settings=('teacher',),
 def test_app_knows_all_models_and_paths_of_sections(add):
     """Otherwise, a recipe of the studio could read outside of its workspace."""
     add("focal", MODELS)
-    recipe = load(focal={"teacher": "/x", "file": "/y"})
-    assert {"/x", "/y"} <= {*recipe.train.list_models()}
+    recipe = load(focal={"teacher": "/x", "file": "/y", "inner": {"files": ["/z"]}})
+    assert {"/x", "/y", "/z"} <= {*recipe.train.list_models()}
 
 
 def write_run(folder: Path, **train: object) -> Path:
     folder.mkdir()
-    (folder / "manifest.json").write_text("{}")
+    manifest = Manifest(
+        family="qwen2_vl",
+        base_model="m",
+        base_fingerprint="0",
+        image_rule=PixelRange(min_pixels=3136, max_pixels=12544),
+        system_prompt=None,
+        eos_token="</s>",
+        tune=TuneSettings(),
+        versions={},
+        sections=("dpo", "gone"),
+    )
+    (folder / "manifest.json").write_text(manifest.model_dump_json())
     path = folder / "recipe.yaml"
     content = yaml.safe_load(dump_recipe(load(objective="dpo", batch_size=3)))
     content["train"] |= train
@@ -217,11 +250,24 @@ def test_run_loads_without_an_objective_that_it_did_not_use(tmp_path):
         load_recipe(other)
 
 
-def test_run_with_a_misspelled_own_section_does_not_load(tmp_path):
+@pytest.mark.parametrize("name", ["dpoo", "learning_rates", "absent"])
+def test_run_with_a_misspelled_section_does_not_load(tmp_path, name):
     path = write_run(tmp_path / "run")
-    path.write_text(path.read_text().replace('"dpo": {', '"dpoo": {'))
-    with pytest.raises(UserError, match=r"train\.dpoo: unknown setting"):
+    path.write_text(path.read_text().replace('"dpo": {', f'"{name}": {{'))
+    with pytest.raises(UserError, match=rf"train\.{name}: unknown setting"):
         load_recipe(path)
+
+
+def test_broken_plugin_changes_no_command_without_it(add, tmp_path, monkeypatch):
+    """Lists and errors leave it out."""
+    add("focal", "first_recipe=None, guesses=None, methods=None, trainers='absent:a.yaml'")
+    names = [one.name for one in OBJECTIVES.list_available()]
+    assert "focal" in OBJECTIVES
+    assert "focal" not in names
+    assert list_reward_objectives() == ["grpo"]
+    assert suggest_command("ppo", []).startswith("use finesight init")
+    with pytest.raises(UserError, match="unknown setting"):
+        load(learning_rats=1)
 
 
 @pytest.mark.parametrize(

@@ -22,9 +22,11 @@ if TYPE_CHECKING:
     from finesight.launch.launch_job import LaunchJob
 
 _BUCKET_PATTERN = (
-    r"((?:s3|gs|r2|oci|nebius|cw|vastdata)://[^/\s$]+|(?:cos|https)://[^/\s$]+/[^/\s$]+)(?:/+(.*))?"
+    r"(?!.*/\.\.(?:/|$))"
+    r"((?:s3|gs|r2|oci|nebius|cw|vastdata)://[^/\s$@?#]+|(?:cos|https)://[^/\s$@?#]+/[^/\s$@?#]+)"
+    r"(?:/+([^?\n]*))?"
 )
-"""URL of a bucket, then an optional folder.
+"""URL of a bucket, then an optional folder, without user, password and signature.
 
 https is an Azure container, cos an IBM bucket with its region.
 """

@@ -647,6 +647,11 @@ def _count_errors(group: Sequence[tuple[SettingKey, ErrorDetails]]) -> tuple[int
     return num_unknown, len(group)
 
 
+def _can_lack(node: object, segment: str | int) -> bool:
+    """Return whether a missing setting belongs to a section, which may be written as its name."""
+    return isinstance(node, dict) or (isinstance(node, str) and isinstance(segment, str))
+
+
 def _locate_error(
     error: ErrorDetails, content: dict[str, Any]
 ) -> tuple[SettingKey, int, str | int]:
@@ -664,8 +669,8 @@ def _locate_error(
         if _can_contain(node, segment) and (isinstance(segment, int) or segment in node):
             node = node[segment]
             key.append(segment)
-        elif is_last and error["type"] == "missing" and isinstance(node, dict | str):
-            key.append(segment)  # of a section, which may be written as its name only
+        elif is_last and error["type"] == "missing" and _can_lack(node, segment):
+            key.append(segment)
         elif union_depth is None:
             union_depth = len(key)
             member = segment

@@ -31,6 +31,13 @@ _NAME_PATTERN = re.compile("[a-z][a-z0-9_-]*")
 """Names of components, which are keys of recipes and parts of overrides."""
 
 
+def join_problems(problems: Sequence[SettingProblem]) -> str:
+    """Join problems as one: all of them, then all remedies."""
+    what = "; ".join(one.problem for one in problems)
+    remedies = "; ".join(one.remedy for one in problems)
+    return f"{what}: {remedies}"
+
+
 class NoSettings(SettingsSection):
     """Settings of a component without any."""
 
@@ -85,7 +92,7 @@ class Component(Generic[SettingsT]):
 
     def find_problem(self) -> str | None:
         """Return why other modules cannot use the component; None if they can."""
-        problem = self._find_wrong_type()
+        problem = self.find_wrong_type()
         if problem is not None:
             return problem
         if not isinstance(self.settings, type) or not issubclass(self.settings, SettingsSection):
@@ -97,7 +104,7 @@ class Component(Generic[SettingsT]):
             return f"its settings need defaults: {reason:.300}"
         return None
 
-    def _find_wrong_type(self) -> str | None:
+    def find_wrong_type(self) -> str | None:
         """Return which attribute has another type than its default; None if there is none."""
         for attribute in fields(self):
             default = attribute.default
@@ -116,7 +123,7 @@ class Component(Generic[SettingsT]):
                 fits = isinstance(value, Set)
             else:
                 fits = isinstance(value, type(default))
-            if isinstance(default, tuple) and fits:
+            if isinstance(default, tuple) and fits and all(isinstance(x, str) for x in default):
                 fits = all(isinstance(item, str) for item in value)
             if not fits:
                 return f"{attribute.name} is {value!r:.60}, which has another type than its default"
@@ -214,8 +221,11 @@ class ComponentRegistry(Registry[ComponentT]):
         problem = super().find_problem(name, item)
         if problem is not None:
             return problem
-        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", name):  # part of file names, too
-            return "its name does not consist of letters, digits, ., - and _"
+        # Names are parts of file names.
+        if not re.fullmatch(r"[^./\\\x00-\x20][^/\\\x00-\x1f\x7f]*", name):
+            return (
+                "its name starts with a dot or a space, or contains a slash or a control character"
+            )
         if item.kind != self._kind:
             return f"its kind is {item.kind!r:.60} instead of {self._kind!r}"
         found: str | None = item.find_problem()

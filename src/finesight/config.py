@@ -28,7 +28,7 @@ from pydantic import (
 from pydantic.fields import FieldInfo
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
-from finesight.components import SettingProblem, is_component_name
+from finesight.components import SettingProblem, is_component_name, join_problems
 from finesight.errors import UserError, suggest_name
 from finesight.objective_components import (
     DEFAULT_OBJECTIVE,
@@ -464,7 +464,7 @@ class TrainSettings(SettingsSection):
             settings = component.settings_of(self)
             problems = list_problems(component, component.check_settings, settings)
         if problems:
-            raise ValueError("; ".join(map(str, problems)))
+            raise ValueError(join_problems(problems))
         return self
 
     def list_models(self) -> list[str]:
@@ -820,7 +820,7 @@ class Recipe(SettingsSection):
             for reward in self.rewards:
                 contradictions += _list_reward_problems(reward, self)
         if contradictions:
-            raise ValueError("; ".join(map(str, contradictions)))
+            raise ValueError(join_problems(contradictions))
         return self
 
     def _parse_needs(self) -> Needs:

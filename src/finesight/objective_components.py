@@ -272,7 +272,10 @@ def get_accepted_samples(objective: str | None) -> frozenset[SampleKind]:
 
 def describe_samples(kinds: Collection[SampleKind]) -> str:
     """Describe what samples of several kinds have."""
-    words = [text for kind, text in _SAMPLE_WORDS.items() if kind in kinds]
+    texts = dict(_SAMPLE_WORDS)
+    if "pair" in kinds:
+        texts["label none"] = "no label"
+    words = [text for kind, text in texts.items() if kind in kinds]
     if {"label true", "label false"} <= {*kinds}:
         words = [text for text in words if not text.startswith("the label")]
         words.append("a label")

@@ -105,6 +105,9 @@ class RewardComponent(Component[RewardSettingsT], Generic[RewardSettingsT]):
 
     def find_problem(self) -> str | None:
         """Return why other modules cannot use the reward; None if they can."""
+        problem = self.find_wrong_type()
+        if problem is not None:
+            return problem
         if not isinstance(self.settings, type) or not issubclass(self.settings, RewardSettings):
             return f"settings is {self.settings!r:.80}, no subclass of RewardSettings"
         if not self.implementation and self.function is None:

@@ -97,7 +97,7 @@ class TrackerRegistry(ComponentRegistry[TrackerComponent]):
             name=entry.name,
             title=entry.name,
             implementation=f"{entry.module}:{entry.attr}",
-            extra=tracker.extra,
+            extra=tracker.extra or "",
             telemetry_off_env=tracker.telemetry_off_env,
         )
 

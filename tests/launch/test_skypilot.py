@@ -96,6 +96,7 @@ def test_bucket_subfolder_is_the_working_directory() -> None:
     azure = "https://a.blob.core.windows.net/b"
     for store, bucket, folder in (
         ("s3://b", "s3://b", "/finesight"),
+        ("oci://b@us-sanjose-1/c", "oci://b@us-sanjose-1", "/finesight/c"),
         ("gs://b/", "gs://b", "/finesight"),
         ("s3://b/c/d/", "s3://b", "/finesight/c/d"),
         ("s3://b/c d", "s3://b", "'/finesight/c d'"),

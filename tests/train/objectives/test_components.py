@@ -15,6 +15,7 @@ from finesight.errors import UserError
 from finesight.objective_components import (
     DEFAULT_OBJECTIVE,
     OBJECTIVES,
+    describe_samples,
     get_accepted_samples,
     suggest_objectives,
 )
@@ -136,6 +137,15 @@ def test_names_of_objectives_in_other_trainers_are_theirs():
         methods = {component.name, *component.methods}
         for defaults in content.get("defaults", {}).values():
             assert {*defaults} <= methods
+
+
+def test_accepted_samples_are_described_by_what_they_have():
+    texts = {name: describe_samples(get_accepted_samples(name)) for name in (None, "sft", "kto")}
+    assert texts == {
+        None: "neither a rejected answer nor a label",
+        "sft": "a rejected answer or no label or the label true",
+        "kto": "a rejected answer or a label",
+    }
 
 
 @pytest.mark.parametrize(

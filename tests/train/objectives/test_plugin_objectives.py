@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 import yaml
 from plugin_fixtures import install, write_package
 
-from finesight.components import Component, ComponentRegistry
+from finesight.components import Component, ComponentRegistry, SettingProblem, join_problems
 from finesight.config import PixelRange, TuneSettings
 from finesight.doctor.run_check import load_run_recipe
 from finesight.errors import UserError
@@ -235,6 +236,18 @@ def write_run(folder: Path, **train: object) -> Path:
     content["train"] |= train
     path.write_text(json.dumps(content))
     return path
+
+
+def test_all_problems_come_before_the_remedies():
+    problems = [SettingProblem("a is odd", "set it even"), SettingProblem("b is 0", "raise it")]
+    assert join_problems(problems) == "a is odd; b is 0: set it even; raise it"
+
+
+@pytest.mark.parametrize(("name", "fits"), [("跟踪", True), ("a+b", True), ("../a", False)])
+def test_names_of_components_are_parts_of_file_names(add, name, fits):
+    add(name)
+    problem = OBJECTIVES.find_problem(name, replace(OBJECTIVES["dpo"], name=name))
+    assert (problem is None) == fits
 
 
 def test_run_loads_without_an_objective_that_it_did_not_use(tmp_path):

@@ -23,12 +23,13 @@ if TYPE_CHECKING:
 
 _BUCKET_PATTERN = (
     r"(?!.*/\.\.(?:/|$))"
-    r"((?:s3|gs|r2|oci|nebius|cw|vastdata)://[^/\s$@?#]+|(?:cos|https)://[^/\s$@?#]+/[^/\s$@?#]+)"
+    r"((?:s3|gs|r2|nebius|cw|vastdata)://[^/\s$@?#]+|oci://[^/\s$@?#]+(?:@[a-z0-9-]+)?"
+    r"|(?:cos|https)://[^/\s$@?#]+/[^/\s$@?#]+)"
     r"(?:/+([^?\n]*))?"
 )
 """URL of a bucket, then an optional folder, without user, password and signature.
 
-https is an Azure container, cos an IBM bucket with its region.
+https is an Azure container, cos an IBM bucket with its region, which oci may have, too.
 """
 
 _VOLUME_PATTERN = "[a-z0-9]([-a-z0-9.]{0,61}[a-z0-9])?"

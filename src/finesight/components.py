@@ -56,7 +56,7 @@ class SettingProblem:
         return f"{self.problem}: {self.remedy}"
 
 
-def find_no_problem(settings: SettingsSection, recipe: Any) -> Iterator[SettingProblem]:
+def find_no_problem(*values: Any) -> Iterator[SettingProblem]:
     """Return no problem: the rules of a component without any."""
     yield from ()
 

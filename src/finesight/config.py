@@ -36,7 +36,6 @@ from finesight.objective_components import (
     Needs,
     ObjectiveComponent,
     get_needs,
-    list_problems,
     list_reward_objectives,
 )
 from finesight.plugins import Registry
@@ -462,7 +461,8 @@ class TrainSettings(SettingsSection):
         with _report_component_errors():
             component = self.component
             settings = component.settings_of(self)
-            problems = list_problems(component, component.check_settings, settings)
+            rule = component.check_settings
+            problems = OBJECTIVES.list_problems(component.name, rule, settings)
         if problems:
             raise ValueError(join_problems(problems))
         return self
@@ -816,7 +816,10 @@ class Recipe(SettingsSection):
         with _report_component_errors():
             component = self.train.component
             settings = component.settings_of(self.train)
-            contradictions = [*list_problems(component, component.check, settings, self)]
+            contradictions: list[SettingProblem] = []
+            contradictions += OBJECTIVES.list_problems(
+                component.name, component.check, settings, self
+            )
             for reward in self.rewards:
                 contradictions += _list_reward_problems(reward, self)
         if contradictions:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Generic, Literal, get_args
 
 from yaml import YAMLError
 
-from finesight.components import Component, ComponentRegistry, SettingProblem, SettingsT
+from finesight.components import (
+    Component,
+    ComponentRegistry,
+    SettingProblem,
+    SettingsT,
+    find_no_problem,
+)
 from finesight.setting_types import WeightFormat, iter_paths
 from finesight.trainer_tables import load_trainer_tables
 
@@ -140,12 +146,7 @@ class FirstRecipe:
     has_eval: bool = True
 
 
-def check_nothing(settings: Any) -> Iterator[SettingProblem]:
-    """Return no problem: settings that are complete by default."""
-    yield from ()
-
-
-def add_nothing(settings: Any) -> Mapping[str, object]:
+def add_no_settings(settings: Any) -> Mapping[str, object]:
     """Return no settings: those of other trainers have the same defaults."""
     return {}
 
@@ -170,12 +171,12 @@ class ObjectiveComponent(Component[SettingsT], Generic[SettingsT]):
 
     needs: Callable[[SettingsT, Any], Needs]
     accepted_samples: frozenset[SampleKind] = PLAIN_SAMPLES
-    check_settings: Callable[[SettingsT], Iterator[SettingProblem]] = field(default=check_nothing)
+    check_settings: Callable[[SettingsT], Iterator[SettingProblem]] = field(default=find_no_problem)
     first_recipe: FirstRecipe = FirstRecipe()
     model_settings: tuple[str, ...] = ()
     methods: tuple[str, ...] = ()
     trainers: str = ""
-    complete_converted: Callable[[SettingsT], Mapping[str, object]] = field(default=add_nothing)
+    complete_converted: Callable[[SettingsT], Mapping[str, object]] = field(default=add_no_settings)
     command: str = ""
     guesses: str = ""
 
@@ -247,17 +248,6 @@ def get_needs(recipe: Any) -> Needs:
         problem = f"rewards is {needs.rewards}, but first_recipe.has_rewards is not"
         raise OBJECTIVES.build_call_error(component.name, component.needs, problem)
     return needs
-
-
-def list_problems(
-    component: ObjectiveComponent[Any], rule: Callable[..., Iterator[SettingProblem]], *values: Any
-) -> Sequence[SettingProblem]:
-    """List the problems that a rule of an objective finds.
-
-    Raises:
-        UserError: The rule of a plug-in does not work.
-    """
-    return OBJECTIVES.list_problems(component.name, rule, *values)
 
 
 def get_accepted_samples(objective: str | None) -> frozenset[SampleKind]:

@@ -149,6 +149,7 @@ class TrainerConverter:
         """Set the objective, or keep what it shares with SFT. Raises UserError without any."""
         methods_of_losses = load_trainer_settings()["losses"]
         losses = (self.config.get_str("pref_loss") or "", *self.config.get_list("loss_type"))
+        # LLaMA-Factory, and recorded runs of ms-swift, name some objectives by their loss.
         for loss in losses:
             if name in methods_of_losses.get(loss, "").split():
                 name = loss

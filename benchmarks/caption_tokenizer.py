@@ -20,7 +20,7 @@ from pathlib import Path
 
 from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
-from finesight.evaluate.caption_metrics import tokenize_caption
+from finesight.evaluate.metrics.captions.score import tokenize_caption
 
 SUBJECTS = [
     "A man",

@@ -33,7 +33,7 @@ import numpy as np
 from numpy.random import Generator
 
 from finesight.data.sample import BoxPart
-from finesight.evaluate import box_metrics
+from finesight.evaluate.bleu import MAX_NGRAM_ORDER, estimate_bleu
 from finesight.evaluate.bootstrap import (
     NON_NEGATIVE,
     UNBOUNDED,
@@ -47,8 +47,8 @@ from finesight.evaluate.bootstrap import (
     estimate_mean,
     safe_divide,
 )
-from finesight.evaluate.caption_metrics import MAX_NGRAM_ORDER, estimate_bleu
 from finesight.evaluate.eval_case import EvalCase
+from finesight.evaluate.metrics.detection import score as detection
 from finesight.evaluate.task_metrics import compute_metrics
 
 OUT = Path(__file__).parent / "results" / "interval_coverage.json"
@@ -91,7 +91,7 @@ def of_cases(metric: Any, cases: list[EvalCase]) -> Drawn:
     """A set as the task's measure scores it."""
     resampled: Resampled = {}
     if metric == "detection":
-        ap = weighted_ap(box_metrics.match_detections(cases))
+        ap = weighted_ap(detection.match_detections(cases))
         resampled = {name: ap[name] for name in ("ap", "ap_50", "ap_75")}
     estimators = compute_metrics(metric, cases).estimators
     return Drawn({n: e for n, e in estimators.items() if n != "ended_with_eos"}, resampled)
@@ -386,7 +386,7 @@ def _student(freedom: int) -> float:
 
 
 def weighted_ap(
-    classes: list[box_metrics.ClassDetections],
+    classes: list[detection.ClassDetections],
 ) -> dict[str, Callable[[ResampleWeights], FloatArray]]:
     """COCO's average precision of resamples, as the earlier method had it."""
     memory: dict[int, FloatArray] = {}
@@ -394,7 +394,7 @@ def weighted_ap(
     def by_threshold(weights: ResampleWeights) -> FloatArray:
         if id(weights) not in memory:
             memory.clear()
-            total = np.zeros((len(weights), len(box_metrics.IOU_THRESHOLDS)))
+            total = np.zeros((len(weights), len(detection.IOU_THRESHOLDS)))
             present = np.zeros(len(weights))
             for one in classes:
                 wanted = weights @ one.num_references
@@ -411,11 +411,11 @@ def weighted_ap(
 
 
 def _class_ap(
-    one: box_metrics.ClassDetections, weights: ResampleWeights, wanted: FloatArray
+    one: detection.ClassDetections, weights: ResampleWeights, wanted: FloatArray
 ) -> FloatArray:
     drawn = weights[:, one.sample_indices]
     ranked = np.cumsum(drawn, axis=1)
-    result = np.zeros((len(weights), len(box_metrics.IOU_THRESHOLDS)))
+    result = np.zeros((len(weights), len(detection.IOU_THRESHOLDS)))
     for t, right in enumerate(one.is_correct):
         locations = np.flatnonzero(right)
         if not len(locations):
@@ -424,9 +424,9 @@ def _class_ap(
         precision = hits / (ranked[:, locations] + np.spacing(1))
         best = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]
         recall = safe_divide(hits, np.broadcast_to(wanted[:, None], hits.shape))
-        reached = np.searchsorted(box_metrics.RECALL_LEVELS, recall, side="right") * (hits > 0)
+        reached = np.searchsorted(detection.RECALL_LEVELS, recall, side="right") * (hits > 0)
         steps = np.diff(reached, axis=1, prepend=0)
-        result[:, t] = (steps * best).sum(axis=1) / len(box_metrics.RECALL_LEVELS)
+        result[:, t] = (steps * best).sum(axis=1) / len(detection.RECALL_LEVELS)
     return result
 
 

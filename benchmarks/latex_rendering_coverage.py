@@ -14,7 +14,7 @@ import time
 from importlib import metadata
 from pathlib import Path
 
-from finesight.evaluate.latex_metrics import MAX_RENDER_PROCESSES, render_digests
+from finesight.evaluate.metrics.latex.score import MAX_RENDER_PROCESSES, render_digests
 
 
 def main() -> None:

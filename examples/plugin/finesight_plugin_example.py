@@ -4,7 +4,7 @@ from finesight.data.formats.dataset_format import DatasetFormat, RowImages, buil
 from finesight.data.sample import Message, TextPart
 from finesight.errors import UserError
 from finesight.evaluate.eval_case import MetricResult, mean_metrics
-from finesight.evaluate.task_metrics import TaskMetric
+from finesight.metric_components import MetricComponent, Score
 from finesight.track.tracker import Tracker
 from finesight.tracker_components import TrackerComponent
 
@@ -43,7 +43,14 @@ class CsvTracker(Tracker):
 
 
 FORMAT = DatasetFormat("meter-log", '{"photo": "path", "kwh": "..."}', parse_row)
-METRIC = TaskMetric("correct", score)
+METRIC = MetricComponent(
+    kind="metrics",
+    name="meter-reading",
+    title="Readings of meters",
+    implementation="finesight_plugin_example:score",
+    primary_score="correct",
+    scores={"correct": Score(title="correct readings")},
+)
 TRACKER = TrackerComponent(
     kind="trackers",
     name="csv",

@@ -9,7 +9,7 @@ from collections import Counter
 import pytest
 from synthetic_tasks import formula_grammar
 
-from finesight.evaluate.latex_metrics import tokenize_latex
+from finesight.evaluate.metrics.latex.score import tokenize_latex
 
 
 @pytest.fixture(scope="module")

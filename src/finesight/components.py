@@ -313,22 +313,45 @@ class ComponentRegistry(Registry[ComponentT]):
         Raises:
             UserError: The heavy half of a plug-in cannot be imported, or is another object.
         """
+
+        def find_problem(item: Any) -> str | None:
+            if not (isinstance(item, type) and issubclass(item, interface)):
+                return f"{item!r:.80} is no subclass of {interface.__name__}"
+            if isabstract(item):
+                return f"{item!r:.80} lacks methods of {interface.__name__}"
+            return None
+
+        return cast(type[T], self._import_implementation(name, find_problem, interface))
+
+    def load_function(self, name: str) -> Callable[..., Any]:
+        """Import the heavy half of a component, a function.
+
+        Raises:
+            UserError: The heavy half of a plug-in cannot be imported, or is another object.
+        """
+
+        def find_problem(item: Any) -> str | None:
+            return None if callable(item) else f"{item!r:.80} is no function"
+
+        function = self._import_implementation(name, find_problem, self._interface)
+        return cast(Callable[..., Any], function)
+
+    def _import_implementation(
+        self, name: str, find_problem: Callable[[Any], str | None], interface: Any
+    ) -> Any:
+        """Import the heavy half of a component, in which `find_problem` finds none."""
         target = self[name].implementation
-        problem = None
         try:
             module, _, attribute = target.partition(":")
             item = attrgetter(attribute)(import_module(module))
-            if not (isinstance(item, type) and issubclass(item, interface)):
-                problem = f"{item!r:.80} is no subclass of {interface.__name__}"
-            elif isabstract(item):
-                problem = f"{item!r:.80} lacks methods of {interface.__name__}"
+            problem = find_problem(item)
         except (Exception, SystemExit) as error:
             if self.is_built_in(name):
                 raise
             problem = f"{type(error).__name__}: {error}"
         if problem is not None:
             raise self.build_error(name, target, problem, interface)
-        return cast(type[T], item)
+        return item
 
 
 def is_component_name(name: str) -> bool:

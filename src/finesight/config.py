@@ -30,6 +30,7 @@ from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from finesight.components import SettingProblem, is_component_name, join_problems
 from finesight.errors import UserError, suggest_name
+from finesight.metric_components import METRICS
 from finesight.objective_components import (
     DEFAULT_OBJECTIVE,
     OBJECTIVES,
@@ -531,11 +532,6 @@ def _list_errors(error: ValidationError, *section: str) -> Iterator[InitErrorDet
         yield {"type": kind, "loc": (*section, *one["loc"]), "input": one["input"]}
 
 
-TextTask = Literal["captions", "latex", "ocr", "qa", "classification", "json", "tool_calls"]
-TaskName = Literal[TextTask, "grounding", "detection", "pointing"]
-METRIC_NAMES = Registry("metrics", object, dict.fromkeys(get_args(TaskName)))
-
-
 def _check_name(names: Registry[Any], value: object, or_: str = "") -> str:
     """Return the name of a built-in object, or of a plug-in without import.
 
@@ -551,12 +547,10 @@ def _check_name(names: Registry[Any], value: object, or_: str = "") -> str:
 
 
 _OR_FUNCTION = " or a function in a Python file, such as metric.py:score"
-MetricSpec = Annotated[
-    TaskName | str, BeforeValidator(partial(_check_name, METRIC_NAMES, or_=_OR_FUNCTION))
-]
+MetricSpec = Annotated[str, BeforeValidator(partial(_check_name, METRICS, or_=_OR_FUNCTION))]
 """A task metric, or a function in a Python file, as `path/to/metric.py:function`."""
 
-MetricName = Annotated[TaskName | str, BeforeValidator(partial(_check_name, METRIC_NAMES))]
+MetricName = Annotated[str, BeforeValidator(partial(_check_name, METRICS))]
 
 
 EVAL_BATCH_SIZE = 32
@@ -591,10 +585,10 @@ class EvalSettings(SettingsSection):
 
 def _check_reward(value: object) -> str:
     name = value.partition(".")[0] if isinstance(value, str) else value
-    if isinstance(name, str) and name in METRIC_NAMES and not str(value).endswith("."):
-        _check_name(METRIC_NAMES, name)
+    if isinstance(name, str) and name in METRICS and not str(value).endswith("."):
+        _check_name(METRICS, name)
         return str(value)
-    or_ = f", {', '.join(map(repr, METRIC_NAMES))}, a score of these, such as grounding.iou,"
+    or_ = f", {', '.join(map(repr, METRICS))}, a score of these, such as grounding.iou,"
     return _check_name(REWARDS, value, f"{or_} or a function such as rewards.py:score")
 
 

@@ -35,6 +35,7 @@ from finesight.manifest import (
     read_recipe_sections,
     require_run_plugins,
 )
+from finesight.metric_components import METRICS
 from finesight.objective_components import OBJECTIVES
 from finesight.path_patterns import SearchBudget, has_match
 from finesight.reward_components import REWARDS, RewardSettings
@@ -214,10 +215,9 @@ _EXAMPLES = {
     "data.eval.path": "my/eval.jsonl",
     **dict.fromkeys(("image.height", "image.width"), "280"),
     "image.longest_side": "512",
-    "eval.metric": "captions",
     "output_dir": "runs/first",
 }
-"""Example of each required setting, apart from `rewards.name`."""
+"""Example of each required setting, apart from those that name a component."""
 
 
 Overrides = Sequence[str] | Mapping[str, object]
@@ -721,6 +721,8 @@ def _find_example(key: SettingKey, section: object) -> str:
     example = _EXAMPLES.get(name, "")
     if name == "track.kind":
         example = get_example_tracker()
+    if name == "eval.metric":
+        example = next(iter(METRICS))
     if name == "rewards.name" and isinstance(section, Mapping):
         rewards = REWARDS.list_built_in()
         example = rewards[0].name

@@ -16,10 +16,10 @@ import yaml
 from finesight.bounded_files import load_yaml
 from finesight.config import TuneSettings
 from finesight.data.formats.image_annotations import build_class_prompt
-from finesight.data.row_reader import is_object_text
-from finesight.data.sample import TOOL_CALL_START, BoxPart, ContentPart, Sample, join_text
+from finesight.data.sample import BoxPart, ContentPart, Sample, join_text
 from finesight.errors import Step
 from finesight.manifest import MANIFEST_FILE, find_run_dir, load_manifest
+from finesight.metric_components import METRICS, get_metric
 from finesight.model_folder import TINY_MODEL
 from finesight.objective_components import OBJECTIVES, FirstRecipe
 from finesight.reward_components import REWARDS
@@ -32,35 +32,8 @@ MAX_NUMERIC_CLASSES = 10
 MAX_NUMERIC_FRACTION = 0.1
 """Maximum number of classes with digits as a fraction of the answers, if that is more."""
 
-MAX_CLASS_CHARS = 60
-"""Maximum length of a class."""
-
-MIN_CAPTION_WORDS = 8
-"""Minimum mean number of words of answers to several questions that are captions."""
-
-PROMPTS = {
-    "captions": "Describe the image.",
-    "latex": "Write the formula as LaTeX.",
-    "ocr": "Read the text.",
-    "qa": "Answer the question.",
-    "json": "Return the fields as JSON.",
-    "grounding": "Locate the object.",
-    "detection": "Locate all objects.",
-    "pointing": "Point to all objects.",
-}
-_LATEX = re.compile(r"\\[a-zA-Z]+|[_^]\{")
-_QUESTION = re.compile(
-    "(?i)[?？]$|^(?:what|which|who|whose|whom|where|when|why|how|is|are|was|were|do|does|did|can"
-    "|could|has|have|will|would)\\b|什么|多少|几|哪|谁|吗|怎"
-)
-
 NUM_EVAL_ROWS = 200
 """Target number of validation samples."""
-
-MAX_PIXELS = {"captions": 262_144, "classification": 262_144, "grounding": 602_112}
-"""Maximum number of pixels per image by task; `DEFAULT_MAX_PIXELS` for other tasks."""
-
-DEFAULT_MAX_PIXELS = 802_816
 
 _RECIPE = """\
 # Written by {author}.
@@ -98,10 +71,6 @@ MIN_STEPS = 100
 
 MAX_SHORT_STEPS = 200
 """Maximum steps of a run that trains on a CPU."""
-
-
-REWARD_SCORES = {"captions": "captions.rouge_l"}
-"""Reward by metric, if it is another score of the metric."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,11 +147,7 @@ def detect_task(
     answers = list(map(_get_text, contents))
     questions = {_get_text(sample.messages[-2].content) for sample in samples}
     metric = metric or detect_metric(contents, questions)
-    prompt = PROMPTS.get(metric)
-    if metric == "json" and fields:
-        prompt = f"Return {fields.replace(',', ', ')} as JSON."
-    elif metric == "classification":
-        prompt = format_class_prompt(set(answers))
+    prompt = _format_prompt(metric, answers, fields)
     if questions != {""}:
         prompt = None
     longest = max(map(len, answers)) + 32 * max(map(_count_boxes, contents))
@@ -242,36 +207,86 @@ def get_first_recipe(objective: str) -> FirstRecipe:
     return OBJECTIVES[objective].first_recipe
 
 
+@dataclass(frozen=True)
+class AnswerSummary:
+    """Answers of samples, by which a metric detects its task.
+
+    Attributes:
+        answers: Text of each answer.
+        boxes: Boxes and points of each answer.
+        questions: Different questions.
+    """
+
+    answers: Sequence[str]
+    boxes: Sequence[Sequence[BoxPart]]
+    questions: Set[str]
+
+    def has_mostly(self, test: Callable[[str], object]) -> bool:
+        """Return whether a test is true for more than half of the answers."""
+        return _applies_to_most(test, self.answers)
+
+    def asks_mostly(self, test: Callable[[str], object]) -> bool:
+        """Return whether a test is true for more than half of the different questions."""
+        return _applies_to_most(test, self.questions)
+
+    @property
+    def mean_words(self) -> float:
+        """Mean number of words of an answer."""
+        return fmean(map(_count_words, self.answers))
+
+    @property
+    def has_boxes(self) -> bool:
+        """Whether more than half of the answers have boxes or points."""
+        return _applies_to_most(bool, self.boxes)
+
+    @property
+    def max_boxes(self) -> int:
+        """Largest number of boxes and points of an answer."""
+        return max(map(len, self.boxes))
+
+    @property
+    def num_boxes(self) -> int:
+        """Number of boxes and points of all answers."""
+        return sum(map(len, self.boxes))
+
+    @property
+    def num_points(self) -> int:
+        """Number of points of all answers."""
+        return sum(box.is_point for boxes in self.boxes for box in boxes)
+
+    @property
+    def labels(self) -> set[str | None]:
+        """Different labels of boxes and points."""
+        return {box.label for boxes in self.boxes for box in boxes}
+
+
 def detect_metric(
     contents: Sequence[Sequence[ContentPart]], questions: Set[str] = frozenset([""])
 ) -> str:
-    """Detect the task metric from answers and different questions.
+    """Detect the task metric from answers and different questions."""
+    answers = [_get_text(content) for content in contents]
+    boxes = [_get_boxes(content) for content in contents]
+    summary = AnswerSummary(answers, boxes, questions)
+    built_in = METRICS.list_built_in()
+    ordered = sorted(built_in, key=lambda one: one.suggestion.detect_position)
+    for component in ordered:
+        if component.suggestion.detect(summary):
+            return component.name
+    return ordered[-1].name
 
-    Few imperative questions are paraphrases of one prompt.
+
+def _format_prompt(metric: str, answers: Sequence[str], fields: str) -> str | None:
+    """Return the suggested question about every image; None for none.
+
+    Args:
+        fields: Columns of the answers, separated by commas; empty if they are unknown.
     """
-    answers = list(map(_get_text, contents))
-    box_counts = list(map(_count_boxes, contents))
-    num_words = fmean(map(_count_words, answers))
-    num_paraphrases = max(1, min(max(10, len(answers) ** 0.5), len(answers) / 2))
-    if _applies_to_most(_QUESTION.search, questions):
-        num_paraphrases = 1
-    if _applies_to_most(is_object_text, answers):
-        return "json"
-    if _applies_to_most(bool, box_counts):
-        return _detect_box_metric(contents, len(questions))
-    if _applies_to_most(lambda answer: TOOL_CALL_START in answer, answers):
-        return "tool_calls"
-    if _applies_to_most(_LATEX.search, answers):
-        return "latex"
-    is_short = max(map(len, answers)) <= MAX_CLASS_CHARS and max(box_counts) <= 1
-    if is_short and is_closed_set(answers):
-        # Also answers to several questions, such as yes and no.
-        return "classification"
-    if len(questions) > num_paraphrases and num_words < MIN_CAPTION_WORDS:
-        return "qa"
-    if num_words < 4:
-        return "ocr"
-    return "captions"
+    suggestion = get_metric(metric).suggestion
+    if suggestion.lists_classes:
+        return format_class_prompt(set(answers))
+    if suggestion.fields_prompt and fields:
+        return suggestion.fields_prompt.format(fields=fields.replace(",", ", "))
+    return suggestion.prompt or None
 
 
 def _applies_to_most(test: Callable[[T], object], items: Iterable[T]) -> bool:
@@ -281,28 +296,6 @@ def _applies_to_most(test: Callable[[T], object], items: Iterable[T]) -> bool:
 
 def _count_words(text: str) -> int:
     return len(text.split())
-
-
-def _detect_box_metric(contents: Sequence[Sequence[ContentPart]], num_questions: int) -> str:
-    """Detect the task metric from answers with boxes or points."""
-    num_boxes = 0
-    max_boxes = 0
-    num_points = 0
-    labels = set()
-    for content in contents:
-        boxes = _get_boxes(content)
-        num_boxes += len(boxes)
-        max_boxes = max(max_boxes, len(boxes))
-        for box in boxes:
-            num_points += box.is_point
-            labels.add(box.label)
-    if 2 * num_points > num_boxes:
-        return "pointing"
-    # Different labels after one question are classes, after several they repeat the questions.
-    has_classes = num_questions == 1 and len(labels) > 1
-    if max_boxes > 1 or has_classes:
-        return "detection"
-    return "grounding"
 
 
 def is_closed_set(answers: Sequence[str]) -> bool:
@@ -384,7 +377,8 @@ def format_recipe(
     """
     train_settings = _format_train(start, task, num_samples, settings or {})
     if get_first_recipe(task.objective).has_rewards:
-        reward = REWARD_SCORES.get(task.metric) or REWARDS.suggest_for_metric(task.metric)
+        suggestion = get_metric(task.metric).suggestion
+        reward = suggestion.reward or REWARDS.suggest_for_metric(task.metric)
         train_settings += f"rewards: [{reward}]  # at most 1 for a response\n"
     train_lines: list[str] = []
     eval_lines: list[str] = []
@@ -475,7 +469,7 @@ def _format_image(start: StartModel, task: DetectedTask) -> str:
         return f"# no image and no data.system_prompt: those of {_quote(start.name)} apply\n"
     if start.is_tiny:
         return ""
-    max_pixels = MAX_PIXELS.get(task.metric, DEFAULT_MAX_PIXELS)
+    max_pixels = get_metric(task.metric).suggestion.max_pixels
     return f"image: {{max_pixels: {max_pixels}}}  # larger images are reduced to this size\n"
 
 

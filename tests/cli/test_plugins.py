@@ -27,7 +27,8 @@ from finesight.data.formats import get_format
 from finesight.evaluate.eval_case import EvalCase
 from finesight.evaluate.reward_scorer import RewardScorer
 from finesight.evaluate.score_function import RewardError, ScoringError
-from finesight.evaluate.task_metrics import TASK_METRICS, compute_metrics
+from finesight.evaluate.task_metrics import compute_metrics
+from finesight.metric_components import METRICS
 from finesight.plugins import PluginRecord
 from finesight.recipe import load_recipe, recipe_from_dict
 
@@ -265,7 +266,7 @@ def test_page_contains_the_example():
 
 def test_other_processes_can_unpickle_objects_of_plugins(site, monkeypatch):
     install(site, monkeypatch)
-    items = pickle.dumps([get_format("meter-log"), TASK_METRICS["meter-reading"]])
+    items = pickle.dumps([get_format("meter-log"), METRICS["meter-reading"]])
     code = "import pickle, sys; print(len(pickle.load(sys.stdin.buffer)))"
     command = [sys.executable, "-c", code]
     assert subprocess.run(command, input=items, stdout=subprocess.PIPE).stdout == b"2\n"

@@ -14,14 +14,11 @@ from hypothesis import strategies as st
 
 from finesight.data.sample import BoxPart
 from finesight.evaluate.bootstrap import REASON_RARE_CLASS
-from finesight.evaluate.box_metrics import (
-    compute_box_scores,
-    match_boxes,
-    score_detection,
-    score_grounding,
-    score_pointing,
-)
+from finesight.evaluate.box_metrics import compute_box_scores, match_boxes
 from finesight.evaluate.eval_case import EvalCase
+from finesight.evaluate.metrics.detection.score import score_detection
+from finesight.evaluate.metrics.grounding.score import score_grounding
+from finesight.evaluate.metrics.pointing.score import score_pointing
 
 CASES = load_cases("box_metrics")
 

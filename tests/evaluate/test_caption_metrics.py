@@ -9,15 +9,14 @@ from case_files import load_cases
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from finesight.evaluate.caption_metrics import (
+from finesight.evaluate.bleu import count_bleu_statistics, estimate_bleu
+from finesight.evaluate.eval_case import EvalCase
+from finesight.evaluate.metrics.captions.score import (
     compute_cider_d,
     compute_rouge_l,
-    count_bleu_statistics,
-    estimate_bleu,
     score_captions,
     tokenize_caption,
 )
-from finesight.evaluate.eval_case import EvalCase
 
 Words = list[str]
 

@@ -4,7 +4,7 @@ import pytest
 from case_files import load_cases
 
 from finesight.evaluate.eval_case import EvalCase
-from finesight.evaluate.latex_metrics import (
+from finesight.evaluate.metrics.latex.score import (
     MAX_FORMULA_LENGTH,
     is_ziamath_installed,
     render_digests,

@@ -9,8 +9,9 @@ from case_files import load_cases
 from finesight.config import parse_reward
 from finesight.data.sample import create_region
 from finesight.errors import UserError
-from finesight.evaluate import latex_metrics, reward_scorer, score_function
+from finesight.evaluate import reward_scorer, score_function
 from finesight.evaluate.eval_case import EvalCase
+from finesight.evaluate.metrics.latex import score as latex_score
 from finesight.evaluate.reward_scorer import RewardScorer
 from finesight.evaluate.rewards.format import score as format_score
 from finesight.evaluate.rewards.math import score as math_score
@@ -223,7 +224,7 @@ def test_formulas_are_rendered_for_their_score_only(monkeypatch):
     def fail(formulas):
         raise AssertionError(formulas)
 
-    monkeypatch.setattr(latex_metrics, "render_digests", fail)
+    monkeypatch.setattr(latex_score, "render_digests", fail)
     assert score("latex", make_case("x^2", "x^3")) == [pytest.approx(2 / 3)]
     with pytest.raises(AssertionError):
         score("latex.rendered", make_case("x^2", "x^3"))

@@ -1,23 +1,16 @@
 """The metric of each task: primary score, intervals and required references."""
 
-from typing import get_args
-
 import pytest
 
-from finesight.config import TaskName
 from finesight.data.sample import BoxPart, Message, Sample, TextPart, ToolCallPart
 from finesight.errors import UserError
 from finesight.evaluate.eval_case import EvalCase, get_reference_answer
-from finesight.evaluate.task_metrics import (
-    LOWER_IS_BETTER,
-    TASK_METRICS,
-    check_references,
-    compute_metrics,
-)
+from finesight.evaluate.task_metrics import check_references, compute_metrics
+from finesight.metric_components import METRICS, get_score
 
 
-@pytest.mark.parametrize("metric", get_args(TaskName))
-def test_every_score_of_a_task_has_an_interval(metric: TaskName) -> None:
+@pytest.mark.parametrize("metric", METRICS)
+def test_every_score_of_a_task_has_an_interval(metric: str) -> None:
     target, near = BoxPart(xyxy=(0, 0, 10, 10)), BoxPart(xyxy=(0, 0, 10, 8))
     texts = {"json": '{"a": 1}', "tool_calls": ToolCallPart(name="a").to_text()}
     text = texts.get(metric, "a b c")
@@ -27,8 +20,8 @@ def test_every_score_of_a_task_has_an_interval(metric: TaskName) -> None:
         EvalCase("y", (target, near), (text,), (target,)),
     ]
     scored = compute_metrics(metric, 7 * cases)
-    intervals, headline = scored.intervals(), str(TASK_METRICS[metric].primary_metric)
-    assert headline not in LOWER_IS_BETTER
+    intervals, headline = scored.intervals(), METRICS[metric].primary_score
+    assert not get_score(headline).lower_is_better
     assert intervals.keys() == scored.scores.keys()
     missing = {name for name, interval in intervals.items() if interval is None}
     assert missing <= scored.notes().keys()

@@ -7,17 +7,14 @@ from hypothesis import strategies as st
 
 from finesight.evaluate.bootstrap import REASON_RARE_CLASS
 from finesight.evaluate.eval_case import EvalCase
-from finesight.evaluate.text_metrics import (
-    OTHER_CLASS,
+from finesight.evaluate.metrics.classification.score import OTHER_CLASS, score_classification
+from finesight.evaluate.metrics.qa.score import (
     compute_anls,
-    compute_edit_distance,
     compute_word_f1,
-    fold_text,
     normalize_answer,
-    normalize_text,
-    score_classification,
     score_qa,
 )
+from finesight.evaluate.text_metrics import compute_edit_distance, fold_text, normalize_text
 
 CASES = load_cases("qa_metrics")
 

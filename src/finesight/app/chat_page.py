@@ -58,6 +58,7 @@ from finesight.infer.chat_session import ChatReply, ChatSession, ChatTurn
 from finesight.infer.inference_service import InferenceService
 from finesight.infer.prediction import BOX_COLORS
 from finesight.infer.request import GenerationOptions, SamplingParams
+from finesight.metric_components import get_metric
 from finesight.report.i18n import translate
 from finesight.vision.image_reader import NUM_IMAGE_WORKERS, ImageReader
 from finesight.worker_pool import WorkerPool
@@ -534,7 +535,9 @@ class ChatPage:
 
     async def _render_turns(self, chat: Chat, first_index: int) -> str:
         manifest = self._service.manifest
-        is_formula = manifest is not None and manifest.metric == "latex"
+        is_formula = False
+        if manifest is not None:
+            is_formula = get_metric(manifest.metric).answer_content == "formula"
         arguments = chat.turns[first_index:], self._images, first_index
         render = partial(render_turns, *arguments, error=chat.error, is_formula=is_formula)
         return await to_thread.run_sync(render, limiter=self._render_limiter)

@@ -21,10 +21,10 @@ from finesight.app.jobs import Job, JobStore
 from finesight.app.pages import describe_error
 from finesight.app.workspace import Workspace, WorkspaceContent, WorkspaceDataset, as_argument
 from finesight.bounded_files import read_text
-from finesight.config import METRIC_NAMES
 from finesight.errors import LABEL_TRAIN_FRACTION, Remedy, Step, UserError
 from finesight.evaluate.bootstrap import MIN_SAMPLES_UNBOUNDED
 from finesight.manifest import ADAPTER_FOLDER, GUARD_FILE, METRICS_FILE, RECIPE_FILE, RESULT_FILE
+from finesight.metric_components import METRICS
 from finesight.model_folder import TINY_MODEL
 from finesight.objective_components import list_reward_objectives
 from finesight.operations import find_operation
@@ -104,7 +104,7 @@ FORMS: dict[str, Mapping[str, FormField | None]] = {
         "name": FormField("Name of the recipe and its run", "tickets"),
         "model": FormField("Model: a name on a hub, or a folder", value=TINY_MODEL),
         "eval.metric": FormField(
-            "Metric (empty: chosen from the answers)", choices=[*METRIC_NAMES], is_advanced=True
+            "Metric (empty: chosen from the answers)", choices=[*METRICS], is_advanced=True
         ),
         "train.epochs": FormField("Epochs", "from the data", is_advanced=True),
         "train.steps": FormField("Steps instead of epochs", "from the data", is_advanced=True),

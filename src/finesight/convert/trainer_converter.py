@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 import yaml
 from pydantic import ValidationError
 
-from finesight.config import METRIC_NAMES
 from finesight.convert.external_config import (
     PARTS,
     UNKNOWN_COUNT,
@@ -39,6 +38,7 @@ from finesight.data.import_source import (
 )
 from finesight.data.sample import Sample
 from finesight.errors import UserError, escape_unprintable, format_count
+from finesight.metric_components import METRICS
 from finesight.objective_components import DEFAULT_OBJECTIVE, OBJECTIVES, ObjectiveComponent
 from finesight.recipe import invert_groups, load_trainer_settings
 from finesight.recipe_template import detect_task
@@ -329,7 +329,7 @@ class TrainerConverter:
         samples = _load_preview(source)
         task = detect_task(samples) if samples else None
         if task is None or self.objective is not None:
-            tasks = ", ".join(METRIC_NAMES)
+            tasks = ", ".join(METRICS)
             text = f"set by the answers, which {source} does not show here: one of {tasks}"
             self.draft.note("eval.metric", "none", text)
             return

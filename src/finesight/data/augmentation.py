@@ -31,9 +31,7 @@ from finesight.data.sample import (
     ToolCallPart,
     create_region,
 )
-
-SCENE_METRICS = ("captions", "classification", "detection", "grounding", "pointing", "qa")
-"""Values of `eval.metric` for tasks that describe objects instead of reading a text."""
+from finesight.metric_components import get_metric
 
 MAX_BOX_GROWTH = 1.25
 """Maximum growth of the area of a box that encloses a rotated box; the angle is halved above."""
@@ -186,7 +184,9 @@ class Augmenter:
         """Create the augmenter of a recipe, or return None without `data.augment`."""
         if recipe.data.augment is None:
             return None
-        describes_scenes = recipe.eval is not None and recipe.eval.metric in SCENE_METRICS
+        describes_scenes = False
+        if recipe.eval is not None:
+            describes_scenes = get_metric(recipe.eval.metric).describes_scenes
         return cls(recipe.data.augment, recipe.train.seed, describes_scenes)
 
     def augment(self, located: LocatedSample, *key: int) -> LocatedSample:

@@ -22,13 +22,13 @@ from finesight.evaluate.eval_result import select_eval_samples
 from finesight.evaluate.metric_difference import count_correct
 from finesight.evaluate.prediction_file import create_case, format_prediction_line
 from finesight.evaluate.task_metrics import (
-    TASK_METRICS,
     check_references,
     compute_metrics,
     get_primary_metric,
 )
 from finesight.infer.prediction import Prediction, predict
 from finesight.manifest import RECIPE_FILE, find_run_dir
+from finesight.metric_components import METRICS
 from finesight.model.hf_backend import AnyModel
 from finesight.model_folder import check_model_path
 from finesight.recipe import load_recipe
@@ -64,7 +64,7 @@ def load_eval_inputs(
     overrides = {"metric": metric, "limit": limit, "max_new_tokens": max_new_tokens}
     settings |= {name: value for name, value in overrides.items() if value is not None}
     if "metric" not in settings:
-        expected = f"{', '.join(TASK_METRICS)}, or FILE.py:FUNCTION"
+        expected = f"{', '.join(METRICS)}, or FILE.py:FUNCTION"
         raise _build_missing_error("metric", expected, run_or_model)
     if data is not None:
         samples = [LocatedSample(sample, data.parent) for sample in read_samples(data)]
@@ -87,7 +87,7 @@ def _build_settings_error(error: ValidationError, settings: dict[str, Any]) -> U
             f"unknown metric {value!r}",
             where="metric",
             expected=messages["metric"].removeprefix("not "),
-            remedy=suggest_name(value, TASK_METRICS, "choose one of these"),
+            remedy=suggest_name(value, METRICS, "choose one of these"),
         )
     name = next(iter(messages))
     return UserError(

@@ -21,7 +21,7 @@ import numpy as np
 
 from finesight.bounded_files import parse_json
 from finesight.data.boxes import iter_json_values, split_at_coordinates
-from finesight.data.sample import TOOL_CALL_END, TOOL_CALL_TEXT, BoxPart, parse_tool_call
+from finesight.data.sample import BoxPart
 from finesight.evaluate.bootstrap import (
     ClassCounts,
     SampleGroup,
@@ -58,7 +58,7 @@ def parse_form(text: str) -> JsonForm | None:
     try:
         value = parse_json(text)
         if isinstance(value, dict | list):
-            form: JsonForm = _normalize_value(value, 0)
+            form: JsonForm = normalize_value(value, 0)
             return form
     except ValueError:
         pass
@@ -172,52 +172,24 @@ def _list_fields(pieces: Sequence[str]) -> list[str]:
     return [field for field, text in _iter_leaves(values, "") if text == "\ue000"]
 
 
-def score_tool_calls(cases: Sequence[EvalCase]) -> MetricResult:
-    """Compute the scores of `score_json` for the tool calls of answers.
-
-    The fields are `function`, the names of functions, and `NAME.ARGUMENT`. Calls may have any
-    order, and lists are compared as a whole. An answer without calls equals such a reference.
-    """
-    return score_json(cases, _parse_calls)
-
-
-def _parse_calls(text: str) -> JsonForm | None:
-    """Return the canonical form of the tool calls in a text; None if one of them is invalid."""
-    forms = []
-    end = text.rfind(TOOL_CALL_END) + len(TOOL_CALL_END)
-    for match in TOOL_CALL_TEXT.finditer(text, 0, end):
-        call = parse_tool_call(match["call"])
-        if call is None:
-            return None
-        values = {}
-        for name, value in call.arguments.items():
-            # As a text, a list is compared as a whole.
-            values[name] = json.dumps(value) if isinstance(value, list) else value
-        forms.append({"function": call.name, call.name: values})
-    try:
-        return _normalize_value(forms, 0)  # type: ignore[no-any-return]  # a list
-    except ValueError:
-        return None
-
-
 def count_fields(form: JsonForm) -> ClassCounts:
     """Count the (field, value) pairs of a JSON document in canonical form."""
     return Counter(_iter_leaves(form, ""))
 
 
-def _normalize_value(value: Any, depth: int) -> Any:
+def normalize_value(value: Any, depth: int) -> Any:
     """Return the canonical form of a JSON value; empty for an empty value."""
     if depth > MAX_DEPTH:
         raise ValueError(f"deeper than {MAX_DEPTH} levels")
     if isinstance(value, dict):
         normalized = {}
         for name in sorted(value):
-            child = _normalize_value(value[name], depth + 1)
+            child = normalize_value(value[name], depth + 1)
             if child:
                 normalized[name] = child
         return normalized
     if isinstance(value, list):
-        children = (_normalize_value(inner, depth + 1) for inner in value)
+        children = (normalize_value(inner, depth + 1) for inner in value)
         return sorted(filter(None, children), key=repr)
     if value is None:
         return ""

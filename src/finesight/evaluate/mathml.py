@@ -16,7 +16,7 @@ from xml.etree.ElementTree import Element
 
 from markupsafe import Markup
 
-from finesight.evaluate.latex_metrics import strip_math_delimiters
+from finesight.evaluate.text_metrics import strip_math_delimiters
 
 MathMLTree = list["str | dict[str, str] | MathMLTree"]
 """MathML element as JSON: name, attributes, then texts and child elements."""

@@ -18,7 +18,8 @@ from finesight.evaluate.bootstrap import (
     get_missing_difference_reason,
 )
 from finesight.evaluate.eval_case import EvalCase
-from finesight.evaluate.task_metrics import LOWER_IS_BETTER, compute_metrics
+from finesight.evaluate.task_metrics import compute_metrics
+from finesight.metric_components import get_score
 
 if TYPE_CHECKING:
     pass
@@ -65,7 +66,7 @@ class MetricDifference:
 
 def count_correct(metric: str, score: float, num_samples: int) -> int | None:
     """Return the number of correct answers of a score; None for a score of another kind."""
-    if metric not in ("accuracy", "exact") or not math.isfinite(score):
+    if not math.isfinite(score) or not get_score(metric).counts_answers:
         return None
     count = round(score * num_samples)
     if num_samples > 0 and abs(score * num_samples - count) < 0.01:
@@ -130,7 +131,7 @@ def _classify_change(name: str, interval: ConfidenceInterval | None) -> Verdict:
     if interval is None or max(map(abs, interval)) < MIN_VISIBLE_CHANGE:
         return "no clear change"
     low, high = interval
-    if name in LOWER_IS_BETTER:
+    if get_score(name).lower_is_better:
         low, high = -high, -low
     if low > 0:
         return "better"

@@ -23,7 +23,6 @@ from finesight.data.sample import BoxPart
 from finesight.errors import UserError, describe_choices
 from finesight.evaluate import custom_metric, task_metrics
 from finesight.evaluate.eval_case import EvalCase
-from finesight.evaluate.latex_metrics import score_latex
 from finesight.evaluate.reward import Reward
 from finesight.evaluate.reward_workers import MAX_MEMORY_BYTES, RewardWorkers
 from finesight.evaluate.score_function import (
@@ -31,6 +30,7 @@ from finesight.evaluate.score_function import (
     ScoreFunction,
     ScoringError,
 )
+from finesight.metric_components import METRICS, get_metric
 from finesight.reward_components import REWARDS, ExtraPackage, RewardSettings
 
 _BOXES = (BoxPart(xyxy=(0, 0, 1, 1)),)
@@ -141,18 +141,20 @@ def _find_score(name: str) -> tuple[task_metrics.TaskMetric, str]:
     """
     metric, _, score = name.partition(".")
     task = task_metrics.get_task_metric(metric)
-    if task_metrics.TASK_METRICS.find_plugin(metric) is not None:
+    if METRICS.find_plugin(metric) is not None:
         return task, score  # its references are unknown
-    if metric == "latex" and score != "rendered":
-        task = replace(task, score_fn=partial(score_latex, renders=False))
+    component = METRICS[metric]
+    if component.slow_scores and score not in component.slow_scores:
+        score_fn = METRICS.load_score_fn(metric)
+        task = replace(task, score_fn=partial(score_fn, skips_slow_scores=True))
     (scores,) = task.score_fn([CORRECT_CASE]).per_sample
     score = score or next(iter(scores))
     # Error rates are 0, and CIDEr-D, which is 0 for all responses to one image.
     rewarded = [f"{metric}.{one}" for one, value in scores.items() if value > 0]
     if f"{metric}.{score}" not in rewarded:
         remedy = "choose another metric"
-        if score == "rendered":
-            remedy = "pip install 'finesight[latex]'"
+        if score in component.scores and component.scores[score].extra:
+            remedy = f"pip install 'finesight[{component.scores[score].extra}]'"
         elif rewarded:
             remedy = f"use {rewarded[0]}"
         raise UserError(
@@ -197,13 +199,6 @@ def _load_plugin(settings: RewardSettings) -> tuple[Callable[[EvalCase], Any], M
     return function, {}
 
 
-UNSCORED_REASONS = {
-    "json": "these references are no JSON",
-    "latex": "these references are no LaTeX that can be rendered",
-}
-"""Reasons why no response has a score, by metric."""
-
-
 def describe_unscored(names: Sequence[str], rewards_QGF: NDArray[np.float64]) -> list[str]:
     """Describe the rewards that scored no response of a step.
 
@@ -222,4 +217,4 @@ def _explain_unscored(name: str) -> str:
     component = REWARDS.get(name)
     if component is not None:
         return component.unscored_reason
-    return UNSCORED_REASONS.get(name.partition(".")[0], "it returned no number")
+    return get_metric(name.partition(".")[0]).unscored_reason

@@ -1,8 +1,7 @@
-"""Registry of task metrics with their primary scores.
+"""Scoring by task metrics, and the references that they require.
 
-A new metric is a module with a function `score_NAME(cases) -> MetricResult`, entries in
-TASK_METRICS and METRIC_TEXTS, and its name in config.TaskName. Other packages add metrics as
-plug-ins.
+A new metric is a module or folder in `evaluate/metrics` with a `MetricComponent`. Other packages
+add metrics as plug-ins.
 """
 
 from __future__ import annotations
@@ -10,20 +9,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal
 
-from finesight.config import MetricSpec, TaskName
+from finesight.config import MetricSpec
 from finesight.data.boxes import box_area
 from finesight.data.sample import TOOL_CALL_END, TOOL_CALL_TEXT
 from finesight.errors import UserError, format_count
-from finesight.evaluate import (
-    box_metrics,
-    caption_metrics,
-    custom_metric,
-    json_metrics,
-    latex_metrics,
-    text_metrics,
-)
+from finesight.evaluate import custom_metric, json_metrics
 from finesight.evaluate.eval_case import (
     EvalCase,
     MetricFn,
@@ -37,12 +28,14 @@ from finesight.evaluate.score_function import (
     build_result_error,
     read_score,
 )
-from finesight.plugins import Registry
+from finesight.metric_components import METRICS, ReferenceKind, get_metric, get_score
 
 
 @dataclass(frozen=True, slots=True)
 class TaskMetric:
     """Scoring function of a task, with its primary score and the references it requires.
+
+    It is also the object of a plug-in for version 0.1, instead of a `MetricComponent`.
 
     Attributes:
         primary_metric: Primary score (higher is better); None for the first score.
@@ -50,73 +43,7 @@ class TaskMetric:
 
     primary_metric: str | None
     score_fn: MetricFn
-    reference_kind: Literal["text", "box", "box or point", "json", "tool call", "anything"] = "text"
-
-
-_BUILT_IN: dict[TaskName, TaskMetric] = {
-    "captions": TaskMetric("cider_d", caption_metrics.score_captions),
-    "latex": TaskMetric("similarity", latex_metrics.score_latex),
-    "ocr": TaskMetric("similarity", text_metrics.score_ocr),
-    "qa": TaskMetric("anls", text_metrics.score_qa),
-    "classification": TaskMetric("accuracy", text_metrics.score_classification),
-    "json": TaskMetric("f1", json_metrics.score_json, reference_kind="json"),
-    "tool_calls": TaskMetric("exact", json_metrics.score_tool_calls, reference_kind="tool call"),
-    "grounding": TaskMetric("accuracy_at_0.5", box_metrics.score_grounding, reference_kind="box"),
-    "detection": TaskMetric("f1_at_0.5", box_metrics.score_detection, reference_kind="box"),
-    "pointing": TaskMetric("f1", box_metrics.score_pointing, reference_kind="box or point"),
-}
-TASK_METRICS = Registry("metrics", TaskMetric, _BUILT_IN)
-
-VALIDATION_LOSS = "validation_loss"
-
-METRIC_TEXTS = {
-    VALIDATION_LOSS: (
-        "validation loss",
-        "cross-entropy of the reference answers, in nats per token; for pairs, mean loss of a pair",
-    ),
-    "similarity": ("similarity", "1 minus the normalized edit distance"),
-    "exact": ("exact match", "answers equal to a reference"),
-    "exact_folded": (
-        "exact match, ignoring case and width",
-        "exact match, ignoring case and character width",
-    ),
-    "edit_distance": ("edit distance", "token edits per answer"),
-    "cer": ("CER", "character edits divided by the characters of the references"),
-    "wer": ("WER", "word edits divided by the words of the references"),
-    "rendered": ("equal when rendered", "formulas whose rendered image equals that of a reference"),
-    "rendered_share": ("renderable share", "samples with a reference that can be rendered"),
-    "ended_with_eos": ("ended with EOS", "answers that ended before the token limit"),
-    "accuracy": ("accuracy", "answers with the correct class"),
-    "bleu": ("BLEU", "precision of n-grams of up to four tokens"),
-    "f1": ("F1", "harmonic mean of precision and recall over words, classes, fields or points"),
-    "ap": ("AP", "average precision over ten IoU thresholds, 0.5 to 0.95"),
-    "accuracy_at_0.5": ("accuracy at IoU 0.5", "boxes with an IoU of at least 0.5"),
-    "accuracy_at_0.75": ("accuracy at IoU 0.75", "boxes with an IoU of at least 0.75"),
-    "distance": ("distance", "distance of points as a fraction of the image diagonal"),
-    "mean_iou": ("mean IoU", "overlap with the reference boxes"),
-    "parse_rate": ("parsable answers", "answers that could be parsed"),
-    "anls": ("ANLS", "similarity to a reference, 0 below 0.5"),
-    "cider_d": ("CIDEr-D", "TF-IDF n-gram similarity to the reference captions"),
-    "rouge_l": ("ROUGE-L", "longest common subsequence of words"),
-    "iou": ("IoU", ""),
-    "hit": ("hit at IoU 0.5", ""),
-    "hit_at_0.75": ("hit at IoU 0.75", ""),
-    "f1_macro": ("macro F1", ""),
-    "f1_at_0.5": ("F1 at IoU 0.5", ""),
-    "precision_at_0.5": ("precision at IoU 0.5", ""),
-    "recall_at_0.5": ("recall at IoU 0.5", ""),
-    "ap_50": ("AP at IoU 0.5", ""),
-    "ap_75": ("AP at IoU 0.75", ""),
-    **{f"bleu_{order}": (f"BLEU-{order}", "") for order in range(1, 5)},
-    "rewards/accuracies": ("reward accuracy", "pairs whose chosen answer has the larger reward"),
-    "rewards/margins": ("reward margin", "reward of the chosen minus that of the rejected answer"),
-}
-"""Display names and descriptions of built-in metrics. Others are displayed by their own name."""
-
-PAIR_METRICS = "rewards/accuracies", "rewards/margins"
-"""Metrics of preference pairs in steps and evaluations, computed with the loss."""
-
-LOWER_IS_BETTER = frozenset({"edit_distance", "cer", "wer", "distance", VALIDATION_LOSS})
+    reference_kind: ReferenceKind = "text"
 
 
 def get_task_metric(metric: MetricSpec) -> TaskMetric:
@@ -128,8 +55,10 @@ def get_task_metric(metric: MetricSpec) -> TaskMetric:
     location = custom_metric.parse_metric_path(metric)
     if location is not None:
         return TaskMetric(None, custom_metric.load_custom_metric(*location), "anything")
-    task = TASK_METRICS[metric]
-    plugin = TASK_METRICS.find_plugin(metric)
+    component = METRICS[metric]
+    score_fn = METRICS.load_score_fn(metric)
+    task = TaskMetric(component.primary_score or None, score_fn, component.reference_kind)
+    plugin = METRICS.find_plugin(metric)
     if plugin is None:
         return task
     return replace(task, score_fn=partial(_score_by_plugin, plugin.describe(), task))
@@ -187,7 +116,7 @@ def check_references(
     reference_kind = task.reference_kind
     has_reference = [has_reference_kind(reference_kind, reference) for reference in references]
     if any(has_reference) and (reference_kind != "json" or all(has_reference)):
-        if metric not in _BUILT_IN:
+        if not METRICS.is_built_in(metric):
             first = has_reference.index(True)
             sample_id = ""
             if ids:
@@ -195,9 +124,9 @@ def check_references(
             _dry_run_metric(metric, task.score_fn, references[first], sample_id)
         return
     fitting = []
-    for name, other in _BUILT_IN.items():
-        if all(has_reference_kind(other.reference_kind, one) for one in references):
-            fitting.append(name)
+    for component in METRICS.list_built_in():
+        if all(has_reference_kind(component.reference_kind, one) for one in references):
+            fitting.append(component.name)
     problem = f"none of {len(references)} references has {reference_kind} content"
     expected = f"samples whose last turn has a {reference_kind} part"
     if reference_kind == "json":
@@ -209,15 +138,22 @@ def check_references(
         (text, *_), boxes = references[first]
         if boxes and not text.strip():
             problem = f"the answer of {source} is a plain list of boxes"
-            fitting = ["pointing"]
-            if has_reference_kind("box", references[first]):
-                fitting = ["detection"]
+            fitting = _list_box_metrics(references[first])[:1]
         elif any(has_reference):
             problem = f"the answer {text[:80]!r} of {source} is not JSON"
     remedy = f"choose a metric that fits the answers: {', '.join(fitting) or 'none fits'}"
     if "box" in reference_kind:
         remedy += "; or import the boxes of a table: --map box=COLUMN --map label=COLUMN"
     raise UserError(problem, where=f"metric {metric}", expected=expected, remedy=remedy)
+
+
+def _list_box_metrics(reference: ReferenceAnswer) -> list[str]:
+    """List the metrics of several boxes or points that can compare a reference."""
+    fitting = []
+    for component in METRICS.list_built_in():
+        if component.lists_boxes and has_reference_kind(component.reference_kind, reference):
+            fitting.append(component.name)
+    return fitting
 
 
 def has_reference_kind(reference_kind: str, reference: ReferenceAnswer) -> bool:
@@ -240,8 +176,10 @@ def _dry_run_metric(
     correct = EvalCase(texts[0], reference_boxes, texts, reference_boxes, sample_id)
     empty = EvalCase("", (), texts, reference_boxes, sample_id)
     scores = metric_fn([correct, empty]).scores
-    reserved_names = scores.keys() & (LOWER_IS_BETTER | {"ended_with_eos"})
-    for name in sorted(reserved_names):
+    own_scores = get_metric(metric).scores
+    for name in sorted(scores.keys() - own_scores.keys()):
+        if not (get_score(name).lower_is_better or name == "ended_with_eos"):
+            continue
         raise UserError(
             f"the score name {name} is reserved",
             where=f"metric {metric}",
@@ -260,7 +198,7 @@ def compute_metrics(metric: MetricSpec, cases: Sequence[EvalCase]) -> MetricResu
 
 def get_primary_metric(metric: MetricSpec, scores: MetricValues) -> str:
     """Return the name of the primary score; for a custom metric, the first score."""
-    task = TASK_METRICS.get(metric)
-    if task and task.primary_metric:
-        return task.primary_metric
+    component = METRICS.get(metric)
+    if component is not None and component.primary_score:
+        return component.primary_score
     return next(iter(scores))

@@ -46,6 +46,7 @@ from finesight.label.label_store import (
 )
 from finesight.label.suggestion import JsonLeaf, iter_json_leaves
 from finesight.manifest import RECIPE_FILE, find_run_dir
+from finesight.metric_components import METRICS
 from finesight.model_folder import resolve_model_path
 from finesight.recipe import load_recipe
 from finesight.recipe_template import detect_metric, is_closed_set
@@ -57,13 +58,6 @@ MAX_EXAMPLES = 500
 
 MAX_CLASSES = 30
 """Maximum number of different answers that count as classes."""
-
-KINDS: Mapping[str, AnswerKind] = {
-    "json": "fields",
-    "pointing": "points",
-    **dict.fromkeys(("grounding", "detection"), "boxes"),
-}
-"""Kind of the answers by task metric; text or classes for other metrics."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -508,7 +502,10 @@ def _count_labels(contents: Iterable[Sequence[Any]], kind: AnswerKind) -> Counte
 def _detect_kind(contents: Iterable[Sequence[Any]]) -> AnswerKind:
     """Return the kind of most answers; images without objects are not counted."""
     found = [one for one in contents if list_boxes(one) or get_text(one) != NO_OBJECTS_ANSWER]
-    return KINDS.get(detect_metric(found), "text") if found else "text"
+    if not found:
+        return "text"
+    content = METRICS[detect_metric(found)].answer_content
+    return "text" if content == "formula" else content
 
 
 def _build_template(texts: Iterable[str], field_names: Sequence[str] = ()) -> str:

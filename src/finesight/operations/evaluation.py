@@ -51,15 +51,22 @@ EXIT_ERROR_FOUND = 2
 EXIT_REGRESSION = 3
 
 
+def format_metrics() -> str:
+    """Return the names of the built-in metrics, as in a sentence."""
+    from finesight.metric_components import METRICS
+
+    *first, last = [one.name for one in METRICS.list_built_in()]
+    return f"{', '.join(first)} or {last}"
+
+
 def evaluate(
     run_or_model: ModelArgument,
     data: StrPath | None = None,
     metric: Annotated[
         str | None,
         Parameter(
-            "captions, latex, ocr, qa, classification, json, tool_calls, grounding, detection or "
-            "pointing, or FILE.py:FUNCTION for a custom metric. Default for a run: the metric of "
-            "its recipe; required otherwise.",
+            f"{format_metrics()}, or FILE.py:FUNCTION for a custom metric. Default for a run: the "
+            "metric of its recipe; required otherwise.",
             plugins="metrics",
         ),
     ] = None,

@@ -76,19 +76,15 @@ MODELS = (
 EXIT_REJECTED = 2
 """Exit code if training refuses the written recipe."""
 
-TASKS = {
-    "captions": "describe the image in sentences",
-    "latex": "write a formula as LaTeX",
-    "ocr": "read the text of the image",
-    "qa": "answer a question in a few words",
-    "classification": "choose one of several classes",
-    "json": "read fields, such as shop, date and total, as JSON",
-    "tool_calls": "call tools with arguments",
-    "grounding": "find the object that the question names",
-    "detection": "find all objects of given classes",
-    "pointing": "point to objects or their parts",
-}
-"""Tasks with the answer that a model gives."""
+LABEL_PROMPT = "Locate the object."
+"""Question about every image, to which a column adds the label of the object."""
+
+
+def list_tasks() -> dict[str, str]:
+    """Return the answer that a model gives, by built-in task."""
+    from finesight.metric_components import METRICS
+
+    return {one.name: one.suggestion.answer for one in METRICS.list_built_in()}
 
 
 def _list_reward_objectives() -> tuple[str, ...]:
@@ -103,7 +99,7 @@ def init(
     metric: Annotated[
         str | None,
         Parameter(
-            f"{', '.join(TASKS)}. Default: by the answers.",
+            f"{', '.join(list_tasks())}. Default: by the answers.",
             option="--task",
             metavar="TASK",
             plugins="metrics",
@@ -133,7 +129,7 @@ def init(
             model that is sometimes right, such as a merged run. Default: by the data.
     """
     from finesight.data.source_fetch import fetch_source
-    from finesight.evaluate.task_metrics import get_task_metric
+    from finesight.metric_components import METRICS
     from finesight.plan.plan_format import format_short_plan
     from finesight.plan.run_plan import refuse_gpus
     from finesight.recipe_template import format_recipe
@@ -182,7 +178,7 @@ def init(
     device_size = f", {memory_bytes / 1e9:.0f} GB" if memory_bytes else ""
     lines = [
         *_format_data(source, summary, options, is_detected=not reading.get("columns")),
-        f"task    {task.metric} ({get_task_metric(task.metric).primary_metric})",
+        f"task    {task.metric} ({METRICS[task.metric].primary_score or None})",
         f"example {_format_example(train_file)}",
         f"device  {device}{device_size}",
         f"model   {model}",
@@ -219,11 +215,11 @@ def init(
 
 def _require_task(metric: str | None) -> None:
     """Raise UserError for an unknown task; None stands for the detected one."""
-    from finesight.config import METRIC_NAMES
+    from finesight.metric_components import METRICS
 
     if metric is None:
         return
-    tasks = [*TASKS, *METRIC_NAMES.plugin_names]
+    tasks = [*METRICS]
     if metric not in tasks:
         raise UserError(
             f"unknown task {metric!r}",
@@ -442,9 +438,10 @@ def _ask(question: str, default: str, ask: Ask | None) -> str:
 
 
 def _ask_metric(default: str, ask: Ask | None) -> str:
-    choices = [f"  {task:15} {text}" for task, text in TASKS.items()]
+    tasks = list_tasks()
+    choices = [f"  {task:15} {text}" for task, text in tasks.items()]
     question = "\n".join([*choices, "Task, one of the above"])
-    while (metric := _ask(question, default, ask)) not in TASKS:
+    while (metric := _ask(question, default, ask)) not in tasks:
         question = f"unknown task {metric!r}\nTask, one of the above"
     return metric
 
@@ -488,7 +485,8 @@ def _detect_task(
     from finesight.data.import_source import NUM_PREVIEW_ROWS, UnvalidatedSource, open_source
     from finesight.evaluate.eval_case import get_reference_answer
     from finesight.evaluate.task_metrics import check_references
-    from finesight.recipe_template import PROMPTS, detect_task, format_class_prompt
+    from finesight.metric_components import METRICS
+    from finesight.recipe_template import detect_task, format_class_prompt
     from finesight.storage import temporary_folder
 
     samples: list[Sample] = []
@@ -522,13 +520,14 @@ def _detect_task(
         ids = [sample.id for sample in judged]
         check_references(metric, [*map(get_reference_answer, judged)], ids)
         task = detect_task(samples, fields, metric)
-    if spacing > 1 and task.metric == "classification" and task.prompt is not None:
+    lists_classes = METRICS[task.metric].suggestion.lists_classes
+    if spacing > 1 and lists_classes and task.prompt is not None:
         # The preview may lack classes.
         task = replace(task, prompt=format_class_prompt(_read_classes(opened)))
     label = opened.column_map.get("label")
     question = opened.column_map.get("question")
     if label is not None and question == label:
-        task = replace(task, prompt=PROMPTS["grounding"])
+        task = replace(task, prompt=LABEL_PROMPT)
     elif label is not None and task.prompt is not None:
         task = replace(task, prompt=_format_box_prompt(opened, label) or task.prompt)
     needs_prompt = task.prompt is not None and options.prompt is None

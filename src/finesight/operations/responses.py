@@ -300,9 +300,10 @@ def _generate_responses(
 
 def _select_rewards(run: Path, names: Sequence[str], *, trust: bool) -> Sequence[RewardSettings]:
     """Return the rewards that the user has named, or those of a run."""
-    from finesight.config import METRIC_NAMES, parse_reward
+    from finesight.config import parse_reward
     from finesight.evaluate import custom_metric
     from finesight.manifest import RECIPE_FILE
+    from finesight.metric_components import METRICS
     from finesight.recipe import load_recipe
     from finesight.reward_components import REWARDS
 
@@ -325,7 +326,7 @@ def _select_rewards(run: Path, names: Sequence[str], *, trust: bool) -> Sequence
         incomplete = [one.name for one in REWARDS.list_available() if one.needs_options]
         if not {*names}.isdisjoint(incomplete):
             problem = f"{', '.join({*names}.intersection(incomplete))} needs options"
-        known = ", ".join((*METRIC_NAMES, *REWARDS))
+        known = ", ".join((*METRICS, *REWARDS))
         known += f" ({' and '.join(incomplete)} only in recipes)"
         raise UserError(
             problem,

@@ -13,7 +13,7 @@ from statistics import mean
 from typing import Any, Literal
 
 from finesight.check.check_issues import HistogramCounts
-from finesight.evaluate.task_metrics import PAIR_METRICS
+from finesight.metric_components import PAIR_METRICS
 from finesight.report.i18n import translate
 from finesight.report.metric_rows import (
     IntervalBounds,

@@ -12,7 +12,7 @@ from typing import Any
 from finesight.check.check_issues import HistogramCounts, count_half_octaves
 from finesight.evaluate.eval_case import note_lines
 from finesight.evaluate.metric_difference import align_columns
-from finesight.evaluate.task_metrics import VALIDATION_LOSS
+from finesight.metric_components import VALIDATION_LOSS, get_metric, get_score
 from finesight.report import metric_rows, summary
 from finesight.report.charts import (
     Chart,
@@ -33,7 +33,7 @@ from finesight.report.comparison import (
     list_warnings,
     read_compared_runs,
 )
-from finesight.report.examples import MAX_SCORES, ExampleDataBuilder, ExampleSet
+from finesight.report.examples import ExampleDataBuilder, ExampleSet
 from finesight.report.html import PageFile, render_page
 from finesight.report.i18n import Language, detect_language, translate, use_language
 from finesight.report.metric_rows import (
@@ -285,8 +285,8 @@ def render_compare_page(comparison: RunComparison, max_samples: int = MAX_SAMPLE
         else:
             records.append(run.run_record)
     folders = [*list_image_folders(records), *file_folders]
-    has_latex = any(run.metric == "latex" for run in runs)
-    data_builder = ExampleDataBuilder(folders, has_latex)
+    has_formulas = any(get_metric(run.metric).answer_content == "formula" for run in runs)
+    data_builder = ExampleDataBuilder(folders, has_formulas)
     charts = _build_charts(runs)
     histograms = build_histograms(HISTOGRAM_TITLES, sizes)
     metric_name = format_metric_name(samples.metric)
@@ -312,7 +312,7 @@ def render_compare_page(comparison: RunComparison, max_samples: int = MAX_SAMPLE
         charts=charts,
         histograms=histograms,
         samples=samples,
-        max_score=MAX_SCORES.get(samples.metric, 1.0),
+        max_score=get_score(samples.metric).maximum,
         note=_describe_selection(samples),
         metric_name=metric_name or translate("score"),
         notes=format_notes(iter_notes(comparison.metric_rows)),

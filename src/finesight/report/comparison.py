@@ -23,16 +23,10 @@ from finesight.evaluate.metric_difference import (
     index_by_sample,
 )
 from finesight.evaluate.prediction_file import ScoredPrediction, read_predictions
-from finesight.evaluate.task_metrics import (
-    LOWER_IS_BETTER,
-    METRIC_TEXTS,
-    TASK_METRICS,
-    VALIDATION_LOSS,
-    check_references,
-    compute_metrics,
-)
+from finesight.evaluate.task_metrics import check_references, compute_metrics
+from finesight.metric_components import METRICS, VALIDATION_LOSS, find_score, get_metric
 from finesight.objective_components import DEFAULT_OBJECTIVE
-from finesight.report.examples import MAX_SCORES, ExampleSet, build_example_set
+from finesight.report.examples import ExampleSet, build_example_set
 from finesight.report.i18n import translate
 from finesight.report.metric_rows import (
     MetricCell,
@@ -135,12 +129,13 @@ def read_compared_runs(paths: Sequence[Path], max_bytes: int | None = None) -> l
 
 
 def _check_json_references(run: ComparedRun) -> None:
-    """Raise UserError if the metric of a run is `json`, and a reference is not JSON.
+    """Raise UserError if the metric of a run compares JSON, and a reference is not JSON.
 
     Other metrics score any reference.
     """
-    if run.metric != "json" or not run.predictions:
+    if get_metric(run.metric).reference_kind != "json" or not run.predictions:
         return
+    assert run.metric is not None, f"{run.path} has no metric"
     path = run.path
     if run.run_record is not None:
         path = run.run_record.predictions_files[-1]
@@ -155,7 +150,7 @@ def _check_json_references(run: ComparedRun) -> None:
         raise UserError(
             error.what,
             where=str(path),
-            expected="references that are JSON objects or lists, for the metric json",
+            expected=f"references that are JSON objects or lists, for the metric {run.metric}",
             remedy="Omit it, or give predictions for samples with JSON answers.",
         ) from error
 
@@ -183,7 +178,8 @@ def _read_compared_run(letter: str, name: str, path: Path, max_bytes: int | None
         )
     run_record = read_run(path, "compare", max_bytes=max_bytes)
     if not run_record.evaluations:
-        arguments = {"run_or_model": str(path), "data": "FILE", "metric": "captions"}
+        example = next(iter(METRICS))
+        arguments = {"run_or_model": str(path), "data": "FILE", "metric": example}
         arguments["out"] = "predictions.jsonl"
         raise UserError(
             f"{path} has no evaluation",
@@ -231,7 +227,7 @@ def _infer_metric(run: ComparedRun, runs: Sequence[ComparedRun]) -> ComparedRun:
             return replace(run, metric=metric)
     task_metric = next(iter(metrics), "")
     cases = [prediction.case for prediction in run.predictions.values()]
-    if len(metrics) != 1 or task_metric not in TASK_METRICS or not cases:
+    if len(metrics) != 1 or task_metric not in METRICS or not cases:
         return run
     try:
         check_references(task_metric, [(case.references, case.reference_boxes) for case in cases])
@@ -288,13 +284,9 @@ def list_warnings(reference_run: ComparedRun, other_run: ComparedRun) -> list[st
     elif num_samples != (len(common_keys), len(common_keys)):
         text = "{} and {} are compared on the {:,} samples that both answered, of {:,} and {:,}."
         texts.append((text, (*names, len(common_keys), *num_samples)))
-    if metrics == ("detection", "detection") and num_samples[0] != num_samples[1]:
-        text = (
-            "Average precision decreases with the size of a dataset. {} and {} answered {:,} and"
-            " {:,} samples, so their AP values are not comparable. The differences use the samples"
-            " that both answered."
-        )
-        texts.append((text, (*names, *num_samples)))
+    size_warning = get_metric(metrics[0]).size_warning
+    if size_warning and metrics[0] == metrics[1] and num_samples[0] != num_samples[1]:
+        texts.append((size_warning, (*names, *num_samples)))
     if num_mismatched:
         text = (
             "{} and {}: {:,} samples of the same ID differ in question or reference answers and are"
@@ -360,19 +352,23 @@ def _compute_result(run: ComparedRun, keys: tuple[SampleKey, ...]) -> MetricResu
     recorded scores, or None if the predictions have different score names.
     """
     predictions = [run.predictions[key] for key in keys]
-    if run.metric is not None and run.metric in TASK_METRICS and predictions:
+    if run.metric is not None and run.metric in METRICS and predictions:
         return compute_metrics(run.metric, [prediction.case for prediction in predictions])
     per_sample = [prediction.scores for prediction in predictions]
     if len(set(map(frozenset, per_sample))) != 1:
         return None
-    bounded: set[str] = set()
-    if run.metric is None:
-        bounded = {*METRIC_TEXTS} - {*LOWER_IS_BETTER, *MAX_SCORES}
     bounds = {}
     for name in per_sample[0]:
-        if name not in bounded or max(scores[name] for scores in per_sample) > 1:
+        is_bounded = run.metric is None and _is_bounded(name)
+        if not is_bounded or max(scores[name] for scores in per_sample) > 1:
             bounds[name] = UNBOUNDED
     return MetricResult(per_sample, mean_metrics(per_sample, bounds=bounds))
+
+
+def _is_bounded(name: str) -> bool:
+    """Return whether a score has a known range of 0 to 1."""
+    score = find_score(name)
+    return score is not None and not score.lower_is_better and score.maximum == 1
 
 
 def compare_metrics(runs: Sequence[ComparedRun]) -> list[MetricRow]:

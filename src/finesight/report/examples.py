@@ -33,6 +33,7 @@ from finesight.evaluate.metric_difference import (
     compare_estimators,
     index_by_sample,
 )
+from finesight.metric_components import get_score, list_preferred_scores
 from finesight.report.html import build_inline_image
 from finesight.report.i18n import translate
 from finesight.report.metric_rows import format_metric_name
@@ -47,20 +48,6 @@ EXAMPLE_KINDS = ("worse", "better", "wrong", "right")
 - `wrong`: the score did not change, and an answer is incorrect.
 - `right`: the score did not change, and all answers are correct (see `is_correct`).
 """
-
-PER_SAMPLE_METRICS = {
-    "accuracy_at_0.5": "hit",
-    "accuracy_at_0.75": "hit_at_0.75",
-    "f1_at_0.5": "f1",
-    "mean_iou": "iou",
-}
-"""Names of per-sample scores by metric, if they differ from the name of the metric."""
-
-FALLBACK_METRICS = ("similarity", "exact", "hit", "iou", "f1", "anls", "cider_d", "rouge_l")
-"""Per-sample scores to compare if the primary metric has none, in order of preference."""
-
-MAX_SCORES = {"cider_d": 10.0}
-"""Maximum per-sample score of metrics whose maximum is not 1."""
 
 MIN_SCORE_CHANGE = 1e-6
 """Minimum change of a score. Smaller differences are rounding errors."""
@@ -284,9 +271,9 @@ def select_sample_metric(primary_metric: str | None, lines: Sequence[JsonObject]
     available: set[str] = set()
     for line in lines:
         available.update(read_scores(line))
-    candidates = list(FALLBACK_METRICS)
+    candidates = list_preferred_scores()
     if primary_metric:
-        candidates.insert(0, PER_SAMPLE_METRICS.get(primary_metric, primary_metric))
+        candidates.insert(0, get_score(primary_metric).sample_score or primary_metric)
     return next((name for name in candidates if name in available), "")
 
 
@@ -302,7 +289,7 @@ def is_correct(line: JsonObject, metric: str) -> bool:
     Equal answers have the same text and boxes. The CIDEr-D of a caption that equals its reference
     is below the maximum if its words are common.
     """
-    if read_scores(line).get(metric, 0.0) >= MAX_SCORES.get(metric, 1.0) - MIN_SCORE_CHANGE:
+    if read_scores(line).get(metric, 0.0) >= get_score(metric).maximum - MIN_SCORE_CHANGE:
         return True
     has_equal_text = str(line.get("answer", "")).strip() in map(str.strip, _read_references(line))
     return has_equal_text and read_boxes(line.get("boxes")) == read_boxes(line.get("gold_boxes"))
@@ -393,7 +380,7 @@ def _read_score(metric: str, line: Any) -> float:
     """Return a score of a prediction; NaN if it is missing."""
     if metric == "ended_with_eos":
         return float(line.get("finish_reason") == "stop")
-    return read_scores(line).get(PER_SAMPLE_METRICS.get(metric, metric), math.nan)
+    return read_scores(line).get(get_score(metric).sample_score or metric, math.nan)
 
 
 # Bounds of the area of a thumbnail, which keep wide formulas and tall pages readable.

@@ -15,12 +15,7 @@ from finesight.evaluate.metric_difference import (
     build_unsampled_difference,
     count_correct,
 )
-from finesight.evaluate.task_metrics import (
-    LOWER_IS_BETTER,
-    METRIC_TEXTS,
-    PAIR_METRICS,
-    VALIDATION_LOSS,
-)
+from finesight.metric_components import PAIR_METRICS, VALIDATION_LOSS, get_score
 from finesight.report.i18n import translate
 from finesight.report.run_reader import OTHER_SAMPLES, JsonObject, as_object, is_finite
 
@@ -164,16 +159,16 @@ def _format_correct(line: JsonObject, name: str) -> str:
 
 def format_metric_name(metric: str) -> str:
     """Return the translated display name of a metric."""
-    return translate(METRIC_TEXTS.get(metric, (metric, ""))[0])
+    return translate(get_score(metric).title)
 
 
 def describe_metric(metric: str) -> str:
     """Return the translated description of a metric, and whether lower or higher is better."""
-    direction = "lower is better" if metric in LOWER_IS_BETTER else "higher is better"
-    _, description = METRIC_TEXTS.get(metric, ("", ""))
-    if not description:
+    score = get_score(metric)
+    direction = "lower is better" if score.lower_is_better else "higher is better"
+    if not score.description:
         return translate(direction)
-    return translate("{}; {}", translate(description), translate(direction))
+    return translate("{}; {}", translate(score.description), translate(direction))
 
 
 def read_metrics(line: JsonObject) -> dict[str, float]:

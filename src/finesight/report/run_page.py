@@ -19,6 +19,7 @@ from finesight.evaluate.mathml import is_converter_installed
 from finesight.evaluate.metric_difference import MetricDifference
 from finesight.evaluate.regression_guard import GROUP_RESULTS, GroupResult
 from finesight.manifest import REPORT_FILE, RESPONSES_FILE
+from finesight.metric_components import get_metric
 from finesight.report import metric_rows, summary
 from finesight.report.charts import build_run_charts
 from finesight.report.examples import (
@@ -245,7 +246,7 @@ def render_run_page(
         charts=charts,
         has_boxes=any(example["boxes"] for example in displayed),
         has_diff=any(map(_has_diff, displayed)),
-        formulas_unavailable=_get_metric(run_record) == "latex" and not is_converter_installed(),
+        formulas_unavailable=_has_formulas(run_record) and not is_converter_installed(),
         report_command=Step("report", {"run": run_record.folder}),
         **_build_result_context(run_record, evaluations),
         **_build_guard_context(run_record),
@@ -369,6 +370,11 @@ def _get_metric(run_record: RunRecord) -> str | None:
     return as_object(run_record.recipe.get("eval")).get("metric")
 
 
+def _has_formulas(run_record: RunRecord) -> bool:
+    """Return whether the answers of a run are formulas."""
+    return get_metric(_get_metric(run_record)).answer_content == "formula"
+
+
 def _build_examples(
     run_record: RunRecord, max_examples: int, thumbnails: ThumbnailCache | None = None
 ) -> tuple[ExampleSet, JsonObject]:
@@ -383,7 +389,7 @@ def _build_examples(
     max_bytes = run_record.max_bytes
     examples = read_examples(first, last, run_record.primary_metric, max_examples, max_bytes)
     groups = read_groups(run_record.folder / RESPONSES_FILE, max_examples, max_bytes)
-    has_formulas = _get_metric(run_record) == "latex" and is_converter_installed()
+    has_formulas = _has_formulas(run_record) and is_converter_installed()
     folders = list_image_folders([run_record])
     builder = ExampleDataBuilder(folders, has_formulas, thumbnails)
     data = builder.build([*examples.displayed, *groups])

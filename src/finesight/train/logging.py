@@ -25,7 +25,7 @@ from finesight.encode.packing import PackedBatch
 from finesight.errors import Step, UserError, format_count
 from finesight.evaluate.eval_case import note_lines
 from finesight.evaluate.eval_result import EvalResult, select_eval_samples
-from finesight.evaluate.task_metrics import LOWER_IS_BETTER
+from finesight.metric_components import get_score
 from finesight.model.layers import MoeExperts
 from finesight.model.quant.base import find_quantized_weights
 from finesight.model.trainable import MODEL_PARTS, get_part
@@ -93,7 +93,7 @@ class TrackingEvents:
         baseline = load_eval_history(self._run_dir)[0]
         name, old, new, is_comparable = _compare_scores(baseline, eval_result)
         is_worse = new < old
-        if name in LOWER_IS_BETTER:
+        if get_score(name).lower_is_better:
             is_worse = new > old
         if is_comparable and is_worse:
             steps = format_count(eval_result.step, "step")

@@ -18,9 +18,9 @@ from finesight.data.augmentation import Augmenter
 from finesight.encode.packing import SampleShape
 from finesight.encode.renderer import FAMILIES
 from finesight.errors import UserError
-from finesight.evaluate.task_metrics import TASK_METRICS
 from finesight.infer.model_loader import resolve_device, resolve_precision
 from finesight.manifest import Manifest
+from finesight.metric_components import METRICS
 from finesight.model.hf_backend import LIMITATIONS, AnyModel, HfModel, load_auto_model
 from finesight.model.linear import stacked_row_counts
 from finesight.model.lora.peft_io import ADAPTER_WEIGHTS_FILE as ADAPTER_WEIGHTS
@@ -116,9 +116,9 @@ def build_manifest(state: TrainState) -> Manifest:
     metric = None
     max_new_tokens = None
     if settings is not None:
-        plugins.append(TASK_METRICS.find_plugin(settings.metric))
+        plugins.append(METRICS.find_plugin(settings.metric))
         max_new_tokens = settings.max_new_tokens
-        if settings.metric in TASK_METRICS:
+        if settings.metric in METRICS:
             metric = settings.metric
     enable_thinking = None
     if renderer.renders_reasoning:

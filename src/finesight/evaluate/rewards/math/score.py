@@ -7,9 +7,9 @@ from importlib import import_module
 from typing import Any
 
 from finesight.evaluate.eval_case import EvalCase
-from finesight.evaluate.latex_metrics import strip_math_delimiters
 from finesight.evaluate.reward import Reward
 from finesight.evaluate.reward_workers import RewardWorkers
+from finesight.evaluate.text_metrics import strip_math_delimiters
 from finesight.reward_components import RewardSettings
 from finesight.worker_pool import JobOutput, WorkerJobError, WorkerLimitError
 

@@ -19,10 +19,10 @@ from typing import Any
 
 import numpy as np
 
+from finesight.evaluate.bleu import MAX_NGRAM_ORDER, count_bleu_statistics, estimate_bleu
 from finesight.evaluate.bootstrap import NON_NEGATIVE, estimate_ratio
-from finesight.evaluate.caption_metrics import MAX_NGRAM_ORDER, count_bleu_statistics, estimate_bleu
 from finesight.evaluate.eval_case import EvalCase, MetricResult, MetricValues, mean_metrics
-from finesight.evaluate.text_metrics import find_nearest_reference
+from finesight.evaluate.text_metrics import find_nearest_reference, strip_math_delimiters
 from finesight.worker_pool import JobOutput, WorkerJobError, WorkerLimitError, WorkerPool
 
 LatexTokens = list[str]
@@ -38,13 +38,13 @@ _LATEX_TOKEN = re.compile(
 _TEXT_ARGUMENT = re.compile(r"\\(?:text(?:rm|bf|it|sf|tt)?|mbox|hbox)")
 
 
-def score_latex(cases: Sequence[EvalCase], *, renders: bool = True) -> MetricResult:
+def score_latex(cases: Sequence[EvalCase], *, skips_slow_scores: bool = False) -> MetricResult:
     """Compute similarity, exact match, edit distance and corpus BLEU-4 of canonical tokens.
 
-    Similarity is 1 - edits / length of the longer formula, for the nearest reference. With
-    `renders`, and if ziamath is installed, `rendered` is the share of answers that render like a
-    reference, among formulas that can be rendered, and `rendered_share` is the share of these
-    formulas. Renderings take most of the time.
+    Similarity is 1 - edits / length of the longer formula, for the nearest reference. If ziamath is
+    installed, `rendered` is the share of answers that render like a reference, among formulas that
+    can be rendered, and `rendered_share` is the share of these formulas. Renderings take most of
+    the time, and `skips_slow_scores` omits both.
     """
     predictions = [tokenize_latex(case.answer) for case in cases]
     references = [[tokenize_latex(reference) for reference in case.references] for case in cases]
@@ -61,7 +61,7 @@ def score_latex(cases: Sequence[EvalCase], *, renders: bool = True) -> MetricRes
     estimators = mean_metrics(per_sample, bounds={"edit_distance": NON_NEGATIVE})
     bleu_counts = count_bleu_statistics(predictions, references)
     estimators["bleu"] = estimate_bleu(bleu_counts, MAX_NGRAM_ORDER)
-    if renders and is_ziamath_installed():
+    if not skips_slow_scores and is_ziamath_installed():
         render_matches = compare_renderings(cases, predictions, references)
         for scores, match in zip(per_sample, render_matches, strict=True):
             if match is not None:
@@ -111,16 +111,6 @@ def tokenize_latex(formula: str) -> list[str]:
     tokens may render identically (`\frac12` and `{1\over 2}`), so exact match is a lower bound.
     """
     return _order_scripts(_parse_groups(_LATEX_TOKEN.findall(strip_math_delimiters(formula))))
-
-
-def strip_math_delimiters(formula: str) -> str:
-    """Remove the math delimiters around a formula, such as `$` and `$$`."""
-    formula = formula.strip()
-    for left, right in (("$$", "$$"), ("$", "$"), (r"\[", r"\]"), (r"\(", r"\)")):
-        inner = formula[len(left) : len(formula) - len(right)]
-        if f"{left}{inner}{right}" == formula and left not in inner:
-            return inner.strip()
-    return formula
 
 
 def _parse_groups(pieces: Sequence[str]) -> LatexGroup:

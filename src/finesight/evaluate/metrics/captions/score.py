@@ -21,9 +21,16 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 
-import numpy as np
-
-from finesight.evaluate.bootstrap import NON_NEGATIVE, FloatArray, ScoreEstimator, safe_divide
+from finesight.evaluate.bleu import (
+    MAX_NGRAM_ORDER,
+    NGram,
+    NGramCounts,
+    WordSequence,
+    count_bleu_statistics,
+    count_ngrams,
+    estimate_bleu,
+)
+from finesight.evaluate.bootstrap import NON_NEGATIVE
 from finesight.evaluate.eval_case import EvalCase, MetricResult, mean_metrics
 
 MAX_RUN_LENGTH = 500
@@ -202,20 +209,11 @@ def _normalize_token(token: str) -> str:
     return token.replace("\xad", "").replace("\x92", "'").lower()
 
 
-WordSequence = Sequence[str]
-NGram = tuple[str, ...]
-NGramCounts = Counter[NGram]
 TfIdf = dict[NGram, float]
 
-MAX_NGRAM_ORDER = 4
-_BLEU_COLUMNS = (MAX_NGRAM_ORDER, 2 * MAX_NGRAM_ORDER)
 ROUGE_BETA = 1.2
 CIDER_SIGMA = 6.0
 CIDER_SCALE = 10.0
-
-# Smoothing of the COCO evaluation: without matches of an order BLEU is small but not 0.
-_BLEU_TINY = 1e-15
-_BLEU_SMALL = 1e-9
 
 
 def score_captions(cases: Sequence[EvalCase]) -> MetricResult:
@@ -232,58 +230,6 @@ def score_captions(cases: Sequence[EvalCase]) -> MetricResult:
     for order in range(1, MAX_NGRAM_ORDER + 1):
         estimators[f"bleu_{order}"] = estimate_bleu(counts, order)
     return MetricResult(per_sample, estimators)
-
-
-def count_bleu_statistics(
-    candidates: Sequence[WordSequence], references: Sequence[Sequence[WordSequence]]
-) -> FloatArray:
-    """Count the n-gram statistics of corpus BLEU, one row per candidate.
-
-    Columns: matched n-grams (4 orders), candidate n-grams (4 orders), candidate length, and the
-    length of the closest reference (the shorter one of two).
-    """
-    rows = []
-    for candidate, candidate_references in zip(candidates, references, strict=True):
-        num_matches = []
-        num_candidate_ngrams = []
-        for order in range(1, MAX_NGRAM_ORDER + 1):
-            candidate_ngrams = _count_ngrams(candidate, order)
-            max_reference_counts: NGramCounts = Counter()
-            for reference in candidate_references:
-                max_reference_counts |= _count_ngrams(reference, order)
-            num_matches.append((candidate_ngrams & max_reference_counts).total())
-            num_candidate_ngrams.append(candidate_ngrams.total())
-        lengths = map(len, candidate_references)
-        closest_length = min(lengths, key=lambda n: (abs(n - len(candidate)), n))
-        rows.append([*num_matches, *num_candidate_ngrams, len(candidate), closest_length])
-    return np.array(rows, np.float64)
-
-
-def estimate_bleu(counts: FloatArray, order: int) -> ScoreEstimator:
-    """Return the estimator of corpus BLEU with n-grams up to `order`.
-
-    `counts` are the rows of `count_bleu_statistics`.
-    """
-    matched, offered, _ = np.split(counts, _BLEU_COLUMNS, axis=1)
-    is_match = np.arange(counts.shape[1]) < MAX_NGRAM_ORDER
-    means = counts.mean(axis=0)
-    return ScoreEstimator(
-        weighted_sums=lambda weights: weights @ counts,
-        score_from_sums=lambda totals: _compute_bleu(totals, order),
-        sample_rates=safe_divide(matched, offered)[:, :order].mean(axis=1),
-        pseudo_sums=np.where(is_match, 0.0, means),
-        pseudo_slope=np.where(is_match, np.roll(means, -MAX_NGRAM_ORDER), 0.0),
-    )
-
-
-def _compute_bleu(totals: FloatArray, order: int) -> FloatArray:
-    """Compute BLEU from sums of rows of `count_bleu_statistics`: (R, 10) -> (R,)."""
-    num_matches, num_ngrams, (length, closest_length) = np.split(totals.T, _BLEU_COLUMNS)
-    precision = (num_matches + _BLEU_TINY) / (num_ngrams + _BLEU_SMALL)
-    ratio = (length + _BLEU_TINY) / (closest_length + _BLEU_SMALL)
-    value: FloatArray = np.prod(precision[:order], axis=0) ** (1 / order)
-    value *= np.exp(np.minimum(0.0, 1 - 1 / ratio))
-    return value
 
 
 def compute_rouge_l(candidate: WordSequence, references: Sequence[WordSequence]) -> float:
@@ -322,7 +268,7 @@ def compute_cider_d(
         image_ngrams: set[NGram] = set()
         for text in truths:
             for order in orders:
-                image_ngrams.update(_count_ngrams(text, order))
+                image_ngrams.update(count_ngrams(text, order))
         document_frequency.update(image_ngrams)
     log_num_images = math.log(max(1, len(candidates)))
     idf = {ngram: log_num_images - math.log(n) for ngram, n in document_frequency.items()}
@@ -331,7 +277,7 @@ def compute_cider_d(
         weights_by_order = []
         for order in orders:
             weights: TfIdf = {}
-            for ngram, count in _count_ngrams(text, order).items():
+            for ngram, count in count_ngrams(text, order).items():
                 weights[ngram] = count * idf.get(ngram, log_num_images)
             weights_by_order.append(weights)
         return weights_by_order
@@ -362,10 +308,6 @@ def _cider_similarity(candidate: list[TfIdf], reference: list[TfIdf]) -> float:
         if norms:
             total += sum(products) / norms
     return total / MAX_NGRAM_ORDER
-
-
-def _count_ngrams(sentence: WordSequence, order: int) -> NGramCounts:
-    return Counter(tuple(sentence[i : i + order]) for i in range(len(sentence) - order + 1))
 
 
 def _lcs_length(a: WordSequence, b: WordSequence) -> int:

@@ -1,0 +1,1 @@
+"""Metrics of tasks, one per module or package: how they score answers."""

@@ -1,0 +1,38 @@
+"""Metric of tool calls: F1 of functions and arguments."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+from finesight.data.sample import TOOL_CALL_END, TOOL_CALL_TEXT, parse_tool_call
+from finesight.evaluate.eval_case import EvalCase, MetricResult
+from finesight.evaluate.json_metrics import JsonForm, normalize_value, score_json
+
+
+def score_tool_calls(cases: Sequence[EvalCase]) -> MetricResult:
+    """Compute the scores of `score_json` for the tool calls of answers.
+
+    The fields are `function`, the names of functions, and `NAME.ARGUMENT`. Calls may have any
+    order, and lists are compared as a whole. An answer without calls equals such a reference.
+    """
+    return score_json(cases, _parse_calls)
+
+
+def _parse_calls(text: str) -> JsonForm | None:
+    """Return the canonical form of the tool calls in a text; None if one of them is invalid."""
+    forms = []
+    end = text.rfind(TOOL_CALL_END) + len(TOOL_CALL_END)
+    for match in TOOL_CALL_TEXT.finditer(text, 0, end):
+        call = parse_tool_call(match["call"])
+        if call is None:
+            return None
+        values = {}
+        for name, value in call.arguments.items():
+            # As a text, a list is compared as a whole.
+            values[name] = json.dumps(value) if isinstance(value, list) else value
+        forms.append({"function": call.name, call.name: values})
+    try:
+        return normalize_value(forms, 0)  # type: ignore[no-any-return]  # a list
+    except ValueError:
+        return None

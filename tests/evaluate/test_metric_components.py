@@ -1,0 +1,160 @@
+"""Tests of metrics as components: light halves, names in other modules, and plug-ins."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from plugin_fixtures import install, write_package
+
+import finesight
+from finesight.errors import UserError
+from finesight.evaluate.eval_case import EvalCase
+from finesight.evaluate.task_metrics import check_references, compute_metrics
+from finesight.metric_components import METRICS, Score, find_score, get_metric, get_score
+from finesight.report.metric_rows import describe_metric, format_metric_name
+
+SOURCE = Path(finesight.__file__).parent
+
+WITHOUT_NUMPY = """
+import sys
+for name in ("torch", "numpy", "transformers", "PIL"):
+    sys.modules[name] = None  # an import fails
+import finesight.config
+assert not [name for name in sys.modules if name.startswith("finesight.evaluate")]
+from finesight.metric_components import METRICS, get_score
+assert all(METRICS[name].scores for name in METRICS)
+assert get_score("cer").lower_is_better
+"""
+
+
+def test_light_halves_need_no_numpy():
+    command = [sys.executable, "-c", WITHOUT_NUMPY]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_scores_of_the_same_name_are_equal_in_all_metrics():
+    for component in METRICS.list_built_in():
+        for name, score in component.scores.items():
+            assert score == find_score(name), (component.name, name)
+        assert component.primary_score in component.scores
+
+
+OTHER_MEANINGS = {
+    "data/formats/conversation_rows.py": "key of a turn",
+    "data/formats/conversations.py": "key of a turn",
+    "data/formats/dataset_format.py": "values of --box-task",
+    "data/formats/image_annotations.py": "values of --box-task",
+    "data/formats/json_annotations.py": "values of --box-task, and kinds of data in FiftyOne",
+    "data/import_source.py": "values of --box-task",
+    "operations/options.py": "values of --box-task",
+    "serve/chat_completions.py": "key of a message",
+    "evaluate/rewards/boxes.py": "metrics whose reward it is",
+    "evaluate/rewards/math/__init__.py": "extra latex",
+}
+"""Files with texts that are equal to the name of a metric, and what these are.
+
+`json` is not searched, because it is also a format of files.
+"""
+
+
+def iter_texts(tree: ast.AST) -> Iterator[object]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant):
+            yield node.value
+
+
+def test_no_other_module_names_a_metric():
+    names = {one.name for one in METRICS.list_built_in()} - {"json"}
+    found = set()
+    for path in SOURCE.rglob("*.py"):
+        name = path.relative_to(SOURCE).as_posix()
+        texts = set(iter_texts(ast.parse(path.read_text("utf-8"))))
+        if not name.startswith("evaluate/metrics/") and texts & names:
+            found.add(name)
+    assert found == {*OTHER_MEANINGS}
+
+
+METERS = """
+from finesight.evaluate.eval_case import MetricResult, mean_metrics
+from finesight.evaluate.task_metrics import TaskMetric
+from finesight.metric_components import MetricComponent, Score
+
+
+def score(cases):
+    scores = [{"right": float(one.answer in one.references), "misread": 0.0} for one in cases]
+    return MetricResult(scores, mean_metrics(scores))
+
+
+OLD = TaskMetric("right", score)
+ARGUMENTS = {"kind": "metrics", "name": "meters", "title": "Meters"}
+ARGUMENTS |= {"implementation": "meters:score", "primary_score": "right"}
+NEW = MetricComponent(
+    **ARGUMENTS,
+    scores={
+        "right": Score(title="right readings", description="readings without an error"),
+        "misread": Score(title="wrong digits", lower_is_better=True),
+    },
+)
+"""
+CASES = [EvalCase(answer, (), ("12",), ()) for answer in ("12", "13")]
+
+
+def install_meters(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, target: str, more: str = ""
+) -> None:
+    write_package(folder, "meters", {"metrics meters": f"meters:{target}"}, METERS + more)
+    monkeypatch.delitem(sys.modules, "meters", raising=False)
+    install(folder, monkeypatch)
+
+
+@pytest.mark.parametrize("target", ["OLD", "NEW"])
+def test_metric_of_a_plugin_scores_answers(target, tmp_path, monkeypatch):
+    install_meters(tmp_path, monkeypatch, target)
+    component = METRICS["meters"]
+    assert (component.name, component.primary_score) == ("meters", "right")
+    assert component.reference_kind == "text"
+    assert compute_metrics("meters", CASES).scores["right"] == 0.5
+    check_references("meters", [(("12",), ())])
+
+
+def test_page_shows_the_scores_of_a_plugin(tmp_path, monkeypatch):
+    assert get_score("misread") == Score(title="misread")
+    install_meters(tmp_path, monkeypatch, "NEW")
+    assert format_metric_name("right") == "right readings"
+    assert describe_metric("right") == "readings without an error; higher is better"
+    assert describe_metric("misread") == "lower is better"
+
+
+def test_page_shows_the_scores_of_an_old_plugin_by_name(tmp_path, monkeypatch):
+    install_meters(tmp_path, monkeypatch, "OLD")
+    assert (format_metric_name("right"), describe_metric("right")) == ("right", "higher is better")
+
+
+BROKEN = {
+    "it has no implementation": "MetricComponent(kind='metrics', name='meters', title='M')",
+    "is no function": "MetricComponent(**ARGUMENTS | {'implementation': 'meters:ARGUMENTS'})",
+    "No module named 'absent'": "MetricComponent(**ARGUMENTS | {'implementation': 'absent:f'})",
+    "reference_kind is 'sound'": "MetricComponent(**ARGUMENTS, reference_kind='sound')",
+    "answer_content is 'sound'": "MetricComponent(**ARGUMENTS, answer_content='sound')",
+    "scores has 'r' for 'right'": "MetricComponent(**ARGUMENTS, scores={'right': 'r'})",
+    "lower values of its primary score right are better": (
+        "MetricComponent(**ARGUMENTS, scores={'right': Score(title='r', lower_is_better=True)})"
+    ),
+    "its kind is 'trackers'": "MetricComponent(**ARGUMENTS | {'kind': 'trackers'})",
+    "the metric is named 'gauges'": "MetricComponent(**ARGUMENTS | {'name': 'gauges'})",
+    "does not implement MetricComponent": "TaskMetric",
+}
+
+
+@pytest.mark.parametrize("problem", BROKEN)
+def test_broken_metric_of_a_plugin_is_a_user_error(problem, tmp_path, monkeypatch):
+    install_meters(tmp_path, monkeypatch, "BAD", f"BAD = {BROKEN[problem]}\n")
+    with pytest.raises(UserError, match=problem) as caught:
+        compute_metrics("meters", CASES)
+    assert "plug-in meters of meters 1.0 (finesight.metrics: " in str(caught.value)
+    assert describe_metric("right") == "higher is better"
+    assert get_metric("absent").answer_content == "text"

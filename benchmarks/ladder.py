@@ -44,9 +44,9 @@ from finesight.model.weights_io import supports_fp8_matmul
 from finesight.model_folder import locate_model
 from finesight.train import cuda_graphs
 from finesight.train.cuda_graphs import CudaGraphRunner
+from finesight.train.master_weight_optimizer import MasterWeightOptimizer
 from finesight.train.objectives.sft import Settings
 from finesight.train.objectives.sft.loss import SftObjective
-from finesight.train.optimizer import MasterWeightOptimizer
 from finesight.vision.image_processing import GridTHW
 
 DEVICE = torch.device("cuda")

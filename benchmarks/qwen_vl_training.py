@@ -133,8 +133,8 @@ def measure_full_training(config: Path, data: Path, num_steps: int) -> dict[str,
     from finesight.model.linear import stacked_row_counts
     from finesight.model.trainable import configure_tuning, trainable_parameters
     from finesight.model_folder import ModelFolder
+    from finesight.train.master_weight_optimizer import MasterWeightOptimizer
     from finesight.train.objectives.objective import fused_linear_cross_entropy
-    from finesight.train.optimizer import MasterWeightOptimizer
 
     folder, device = ModelFolder(config), torch.device("cuda")
     renderer = NativeRenderer(folder)

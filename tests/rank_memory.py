@@ -17,7 +17,7 @@ from finesight.encode.packing import PackedBatch
 from finesight.model.linear import stacked_row_counts
 from finesight.model.vlm import VisionLanguageModel
 from finesight.model_folder import locate_model
-from finesight.train.optimizer import MasterWeightOptimizer
+from finesight.train.master_weight_optimizer import MasterWeightOptimizer
 from finesight.train.parallel.fsdp import FSDPStrategy
 
 TINY = locate_model("finesight-tiny")

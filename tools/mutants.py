@@ -10,7 +10,7 @@ to a copy of the sources, and runs the tests that execute the changed function, 
 A mutant is killed if a test fails. Compare the results of two versions of the tests with the same
 `mutants.json`: a mutant is found again by its file and the text around it.
 
-Not measured: `model/kernels`, which only GPUs execute, and tests in processes of their own.
+Not measured: kernels, which only GPUs execute, and tests in processes of their own.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCE = ROOT / "src" / "finesight"
-EXCLUDED = ("model/kernels/",)
+EXCLUDED = ("model/kernels/", "train/optim/adamw/kernels.py")
 MAX_TEST_SECONDS = 90.0
 """Recorded duration of the tests that run for one mutant, at most."""
 TEST_OVERHEAD_S = 0.05

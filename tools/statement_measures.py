@@ -40,7 +40,9 @@ class Bound(TypedDict):
     density: float
 
 
-EXEMPT_FOLDERS = {"kernels"}
+EXEMPT_NAMES = {"kernels"}
+"""Names of folders and modules of Triton kernels, where the formula decides the form."""
+
 COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 
 
@@ -67,7 +69,11 @@ MAX_TRICKS = 0
 
 
 def _select(source: Sequence[SourceModule]) -> Iterator[SourceModule]:
-    return (module for module in source if not EXEMPT_FOLDERS.intersection(module.path.parts))
+    return (
+        module
+        for module in source
+        if not EXEMPT_NAMES.intersection(module.path.with_suffix("").parts)
+    )
 
 
 def is_within(count: Counter[str], bound: Bound | None) -> bool:

@@ -90,6 +90,14 @@ class Component(Generic[SettingsT]):
         """Return whether a recipe has a section of the component."""
         return bool(self.settings.model_fields)
 
+    def settings_of(self, section: Any) -> SettingsT:
+        """Return the settings of this component in a section of a recipe, such as `train`."""
+        settings = section.sections.get(self.name)
+        if settings is None:
+            return self.settings()
+        assert isinstance(settings, self.settings), f"{settings!r} for {self.name}"
+        return settings
+
     def find_problem(self) -> str | None:
         """Return why other modules cannot use the component; None if they can."""
         problem = self.find_wrong_type()

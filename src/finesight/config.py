@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache, partial
+from itertools import chain
 from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any, Literal, Self, get_args
@@ -28,7 +29,13 @@ from pydantic import (
 from pydantic.fields import FieldInfo
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
-from finesight.components import SettingProblem, is_component_name, join_problems
+from finesight.components import (
+    Component,
+    ComponentRegistry,
+    SettingProblem,
+    is_component_name,
+    join_problems,
+)
 from finesight.errors import UserError, suggest_name
 from finesight.metric_components import METRICS
 from finesight.objective_components import (
@@ -39,6 +46,7 @@ from finesight.objective_components import (
     get_needs,
     list_reward_objectives,
 )
+from finesight.optimizer_components import DEFAULT_OPTIMIZER, OPTIMIZERS, OptimizerComponent
 from finesight.plugins import Registry
 from finesight.reward_components import REWARDS, RewardComponent, RewardSettings
 from finesight.setting_types import (
@@ -53,6 +61,7 @@ from finesight.setting_types import (
     SideLength,
     StepsOrFraction,
     as_tuple,
+    iter_paths,
 )
 from finesight.tracker_components import TRACKERS
 
@@ -316,24 +325,33 @@ def _build_component_error(error: UserError) -> PydanticCustomError:
     return PydanticCustomError(COMPONENT_ERROR, "{what}", {"what": what, **parts})
 
 
-def _parse_objective(value: object) -> str:
-    """Return the name of an objective, which may be that of a plug-in."""
-    if isinstance(value, str) and value in OBJECTIVES:
+TRAIN_COMPONENTS: Mapping[str, ComponentRegistry[Any]] = {
+    "objective": OBJECTIVES,
+    "optimizer": OPTIMIZERS,
+}
+"""Registries of the components that may have a section of `train`, by the setting of the choice."""
+
+
+def _parse_component(setting: str, value: object) -> str:
+    """Return the name of a component, which may be that of a plug-in."""
+    registry = TRAIN_COMPONENTS[setting]
+    if isinstance(value, str) and value in registry:
+        reserved = {*TrainSettings.model_fields}
+        if not registry.is_built_in(value):
+            for other in TRAIN_COMPONENTS.values():
+                if other is not registry:
+                    reserved.update(other)
         with _report_component_errors():
-            OBJECTIVES.check_name(value, TrainSettings.model_fields, "train")
-            OBJECTIVES[value]  # a plug-in that cannot be imported
+            registry.check_name(value, reserved, "train")
+            registry[value]  # a plug-in that cannot be imported
         return value
-    *names, last = map(repr, OBJECTIVES)
+    *names, last = map(repr, registry)
     expected = f"{', '.join(names)} or {last}"
     raise PydanticCustomError("literal_error", "Input should be {expected}", {"expected": expected})
 
 
 class TrainSettings(SettingsSection):
     """Section `train` of a recipe: optimizer, schedule, batch sizes and parallelism.
-
-    Optimizers are AdamW (Loshchilov & Hutter 2019) and, for training from scratch, Muon (Jordan et
-    al. 2024) with AdamW for vectors and embeddings. `adamw_8bit` stores the optimizer state of
-    matrices in 8 bits (Dettmers et al. 2022).
 
     Attributes:
         objective: Name of an objective (`train/objectives/`). The default is supervised fine-tuning
@@ -346,15 +364,17 @@ class TrainSettings(SettingsSection):
             (ZeRO-2), or also weights (FSDP2), optionally with CPU offloading.
     """
 
-    # Sections of objectives are extra settings, which `_validate_sections` checks.
+    # Sections of components are extra settings, which `_validate_sections` checks.
     model_config = ConfigDict(extra="allow")
 
-    objective: Annotated[str, BeforeValidator(_parse_objective)] | None = None
+    objective: Annotated[str, BeforeValidator(partial(_parse_component, "objective"))] | None = None
     epochs: Annotated[CoercedFloat, Field(gt=0.0, le=1e6)] | None = None
     steps: PositiveInt | None = None
     batch_size: PositiveInt = 16
     pack_tokens: PositiveInt = 4096
-    optimizer: Literal["adamw", "adamw_8bit", "muon"] = "adamw"
+    optimizer: Annotated[str, BeforeValidator(partial(_parse_component, "optimizer"))] = (
+        DEFAULT_OPTIMIZER
+    )
     learning_rate: Annotated[LearningRates, BeforeValidator(_as_learning_rates)] = LearningRates()
     lr_schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup: StepsOrFraction = 0.03
@@ -371,11 +391,11 @@ class TrainSettings(SettingsSection):
     save_every: StepsOrFraction | None = None
     keep_checkpoints: PositiveInt = 2
 
-    # The first validator, so that the others see a train section with valid objective sections.
+    # The first validator, so that the others see a train section with valid component sections.
     @model_validator(mode="wrap")
     @classmethod
     def _validate_sections(cls, value: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
-        """Validate the section of each objective by its component, the others by pydantic."""
+        """Validate the section of each component by its settings, the others by pydantic."""
         if not isinstance(value, dict):
             return handler(value)
         fixed: dict[Any, Any] = {}
@@ -386,11 +406,11 @@ class TrainSettings(SettingsSection):
                 fixed[key] = content
                 continue
             try:
-                component = _find_objective(key)
-                if component is None:
+                registry = _find_registry(key)
+                if registry is None:
                     errors.append({"type": "extra_forbidden", "loc": (key,), "input": content})
                 else:
-                    sections[key] = _validate_section(component, content)
+                    sections[key] = _validate_section(registry, key, content)
             except ValidationError as error:
                 errors += _list_errors(error, key)
             except UserError as error:
@@ -410,17 +430,20 @@ class TrainSettings(SettingsSection):
         return train
 
     def _set_sections(self, given: Mapping[str, SettingsSection]) -> None:
-        """Store the sections of the built-in objectives, and those given or chosen of plug-ins."""
+        """Store the sections of the built-in components, and those given or chosen of plug-ins."""
         sections = self.__pydantic_extra__
         assert sections is not None, "no sections"
-        chosen = (*given, self.component.name)
-        sections.clear()
-        names = [component.name for component in OBJECTIVES.list_built_in()]
+        names: list[str] = []
+        chosen = [*given]
+        for registry, component in self.components:
+            names += [one.name for one in registry.list_built_in()]
+            chosen.append(component.name)
         names += sorted({*chosen} - {*names})
+        sections.clear()
         for name in names:
-            component = OBJECTIVES[name]
-            if component.has_section:
-                sections[name] = given.get(name) or component.settings()
+            found = _find_registry(name)
+            if found is not None:
+                sections[name] = given.get(name) or found[name].settings()
 
     @model_serializer(mode="wrap")
     def _serialize(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -431,27 +454,27 @@ class TrainSettings(SettingsSection):
 
     @classmethod
     def list_fields(cls) -> dict[str, FieldInfo]:
-        """Return the fields by name, with the sections of built-in objectives."""
+        """Return the fields by name, with the sections of built-in components."""
         fields: dict[str, FieldInfo] = {}
         for name, field in cls.model_fields.items():
             fields[name] = field
-            if name == "objective":
-                for component in OBJECTIVES.list_built_in():
+            if name in TRAIN_COMPONENTS:
+                for component in TRAIN_COMPONENTS[name].list_built_in():
                     if component.has_section:
                         fields[component.name] = _build_field(component)
         return fields
 
     @classmethod
     def find_field(cls, name: str) -> FieldInfo | None:
-        """Return the field of a setting or of the section of an objective, also of a plug-in."""
+        """Return the field of a setting or of the section of a component, also of a plug-in."""
         field = cls.model_fields.get(name)
         if field is not None:
             return field
         try:
-            component = _find_objective(name)
+            registry = _find_registry(name)
         except UserError:  # The validation of the recipe reports it.
             return None
-        return None if component is None else _build_field(component)
+        return None if registry is None else _build_field(registry[name])
 
     @model_validator(mode="after")
     def _check_duration(self) -> TrainSettings:
@@ -469,10 +492,13 @@ class TrainSettings(SettingsSection):
         return self
 
     def list_models(self) -> list[str]:
-        """List the models and paths that the sections of objectives name."""
+        """List the models and paths that the sections of components name."""
         models = []
         for name, settings in self.sections.items():
-            models += OBJECTIVES[name].list_models(settings)
+            if name in OBJECTIVES:
+                models += OBJECTIVES[name].list_models(settings)
+            else:
+                models += [str(path) for path in iter_paths(settings)]
         return models
 
     @property
@@ -481,38 +507,55 @@ class TrainSettings(SettingsSection):
         return OBJECTIVES[self.objective or DEFAULT_OBJECTIVE]
 
     @property
+    def optimizer_component(self) -> OptimizerComponent[Any]:
+        """Component of the optimizer."""
+        return OPTIMIZERS[self.optimizer]
+
+    @property
+    def components(self) -> Sequence[tuple[ComponentRegistry[Any], Component[Any]]]:
+        """Components of the objective and the optimizer, with their registries."""
+        return ((OBJECTIVES, self.component), (OPTIMIZERS, self.optimizer_component))
+
+    @property
     def sections(self) -> Mapping[str, SettingsSection]:
-        """Sections of objectives by name."""
+        """Sections of components by name."""
         return MappingProxyType(self.__pydantic_extra__ or {})
 
 
-def _find_objective(name: object) -> ObjectiveComponent[Any] | None:
-    """Return the objective of a section; None for other names.
+def _find_registry(name: object) -> ComponentRegistry[Any] | None:
+    """Return the registry of the component with a section of this name; None for other names.
+
+    Built-in components have precedence over plug-ins of another kind.
 
     Raises:
         UserError: A plug-in of this name cannot be imported, or several packages define it.
     """
-    if not isinstance(name, str) or not is_component_name(name) or name not in OBJECTIVES:
+    if not isinstance(name, str) or not is_component_name(name):
         return None
-    component = OBJECTIVES[name]
-    if not component.has_section:
+    registries = TRAIN_COMPONENTS.values()
+    built_in = (one for one in registries if one.is_built_in(name))
+    others = (one for one in registries if name in one)
+    owner = next(chain(built_in, others), None)
+    if owner is None or not owner[name].has_section:
         return None
-    return component
+    return owner
 
 
-def _validate_section(component: ObjectiveComponent[Any], content: object) -> SettingsSection:
-    """Return the validated section of an objective.
+def _validate_section(
+    registry: ComponentRegistry[Any], name: str, content: object
+) -> SettingsSection:
+    """Return the validated section of a component.
 
     Raises:
         ValidationError: Settings are invalid.
         UserError: A validator of a plug-in does not work.
     """
-    name, validate = component.name, component.settings.model_validate
-    section: SettingsSection = OBJECTIVES.call(name, validate, content, passes=(ValidationError,))
+    validate = registry[name].settings.model_validate
+    section: SettingsSection = registry.call(name, validate, content, passes=(ValidationError,))
     return section
 
 
-def _build_field(component: ObjectiveComponent[Any]) -> FieldInfo:
+def _build_field(component: Component[Any]) -> FieldInfo:
     return FieldInfo.from_annotated_attribute(component.settings, component.settings())
 
 
@@ -807,13 +850,12 @@ class Recipe(SettingsSection):
             problem = f"train.objective={self.train.objective} requires rewards"
             example = REWARDS.list_built_in()[0].name
             raise ValueError(f"{problem}: add rewards=[{example}] or others")
+        contradictions: list[SettingProblem] = []
         with _report_component_errors():
-            component = self.train.component
-            settings = component.settings_of(self.train)
-            contradictions: list[SettingProblem] = []
-            contradictions += OBJECTIVES.list_problems(
-                component.name, component.check, settings, self
-            )
+            for registry, component in self.train.components:
+                settings = component.settings_of(self.train)
+                name = component.name
+                contradictions += registry.list_problems(name, component.check, settings, self)
             for reward in self.rewards:
                 contradictions += _list_reward_problems(reward, self)
         if contradictions:

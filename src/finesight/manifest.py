@@ -175,24 +175,26 @@ def load_manifest(path: Path) -> Manifest:
 
 
 def read_recipe_sections(run_dir: Path) -> Sequence[str]:
-    """Return the objectives with a section in the recipe of a run; none if unknown."""
+    """Return the components with a section in the recipe of a run; none if unknown."""
     with suppress(UserError):
         return _read_manifest(run_dir / MANIFEST_FILE).sections
     return ()
 
 
-def require_run_plugins(run_dir: Path, objective: str = "") -> None:
+def require_run_plugins(run_dir: Path, objective: str = "", optimizer: str = "") -> None:
     """Raise UserError if a plug-in of a run is missing. An invalid manifest is not reported.
 
     Args:
         objective: Objective of the run: others, of which its recipe has a section, may be missing.
             Without it, they are required, too.
+        optimizer: Optimizer of the run, likewise.
     """
     plugins: Sequence[PluginRecord] = ()
     with suppress(UserError):
         plugins = _read_manifest(run_dir / MANIFEST_FILE).plugins
-    if objective:
-        plugins = [one for one in plugins if one.kind != "objectives" or one.name == objective]
+    for kind, name in (("objectives", objective), ("optimizers", optimizer)):
+        if name:
+            plugins = [one for one in plugins if one.kind != kind or one.name == name]
     require_plugins(plugins, str(run_dir))
 
 

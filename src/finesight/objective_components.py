@@ -206,14 +206,6 @@ class ObjectiveComponent(Component[SettingsT], Generic[SettingsT]):
                 return f"model_settings has {name!r:.60}, which is no setting"
         return None
 
-    def settings_of(self, train: Any) -> SettingsT:
-        """Return the settings of this objective in the section `train` of a recipe."""
-        settings = train.sections.get(self.name)
-        if settings is None:
-            return self.settings()
-        assert isinstance(settings, self.settings), f"{settings!r} for {self.name}"
-        return settings
-
     def list_models(self, settings: SettingsT) -> list[str]:
         """List the models and paths that settings of this objective name."""
         models = []

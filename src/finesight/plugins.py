@@ -23,6 +23,7 @@ PluginKind = Literal[
     "rewards",
     "trackers",
     "objectives",
+    "optimizers",
     "families",
     "architectures",
     "launchers",

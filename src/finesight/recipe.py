@@ -27,7 +27,7 @@ from finesight.bounded_files import (
     load_yaml,
     translate_os_errors,
 )
-from finesight.config import COMPONENT_ERROR, Recipe, TrainSettings
+from finesight.config import COMPONENT_ERROR, TRAIN_COMPONENTS, Recipe, TrainSettings
 from finesight.errors import Remedy, Step, UserError, shorten, suggest_name
 from finesight.manifest import (
     MANIFEST_FILE,
@@ -340,20 +340,21 @@ def recipe_from_run(content: Mapping[str, Any], folder: Path | None = None) -> R
 
 
 def _remove_unused_sections(content: dict[str, Any], recorded: Sequence[str]) -> None:
-    """Remove the sections of objectives that a run did not use and that are not installed.
+    """Remove the sections of components that a run did not use and that are not installed.
 
-    The recipe of a run has a section of each objective that was built in.
+    The recipe of a run has a section of each component that was built in.
 
     Args:
-        recorded: Objectives whose sections the run has written. Other names may be misspelled.
+        recorded: Components whose sections the run has written. Other names may be misspelled.
     """
     train = content.get("train")
     if not isinstance(train, dict):
         return
-    chosen = train.get("objective")
+    chosen = train.get("objective"), train.get("optimizer")
+    registries = TRAIN_COMPONENTS.values()
     for name in recorded:
-        is_known = name in TrainSettings.model_fields or name in OBJECTIVES
-        if name != chosen and not is_known:
+        is_known = name in TrainSettings.model_fields or any(name in one for one in registries)
+        if name not in chosen and not is_known:
             train.pop(name, None)
 
 

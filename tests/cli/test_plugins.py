@@ -18,11 +18,12 @@ from docs_code_blocks import list_code_blocks
 from html_text import read_visible_text
 from image_fixtures import write_gray_image, write_jsonl
 from plugin_fixtures import install, write_package
+from safetensors.torch import load_file
 from tiny_model import create_tiny_model
 
 import finesight
 from finesight.cli.app import run_command
-from finesight.config import parse_reward
+from finesight.config import TrainSettings, parse_reward
 from finesight.data.formats import get_format
 from finesight.evaluate.eval_case import EvalCase
 from finesight.evaluate.reward_scorer import RewardScorer
@@ -31,6 +32,7 @@ from finesight.evaluate.task_metrics import compute_metrics
 from finesight.metric_components import METRICS
 from finesight.plugins import PluginRecord
 from finesight.recipe import load_recipe, recipe_from_dict
+from finesight.train.master_weight_optimizer import MasterWeightOptimizer
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "plugin"
 PACKAGE = "finesight-plugin-example"
@@ -161,6 +163,45 @@ def test_package_adds_a_reward(recipe, site, tmp_path, monkeypatch, cli):
     assert f"pip install {PACKAGE}==1.0" in cli("doctor", run, code=2).text
 
 
+WRONG_LION = {
+    "train.lion.beta_3=0.9": "expected: one of beta_1, beta_2",
+    "train.lion.beta_1=1": "train.lion.beta_1: has the invalid value 1",
+    "train.optimizer=lio": "remedy: did you mean train.optimizer: lion?",
+}
+
+
+def test_package_adds_an_optimizer(recipe, site, tmp_path, monkeypatch, cli):
+    """Its settings are checked, a run resumes with its state, and needs the package."""
+    install(site, monkeypatch)
+    run = tmp_path / "run"
+    changes = ("track=[]", "eval=null", "train.optimizer=lion", "train.steps=2")
+    for change, message in WRONG_LION.items():
+        assert message in cli("plan", recipe, *changes, change, code=2).text
+    plan = cli("plan", recipe, *changes, f"output_dir={run}", "--json").json
+    bytes_per_param = plan["recipe"]["memory"]["optimizer_states"] / plan["num_trainable"]
+    assert bytes_per_param == pytest.approx(4, rel=0.01)
+
+    words = ("train", recipe, *changes, "train.lion.beta_2=0.98", "train.save_every=1")
+    cli(*words, f"output_dir={run}")
+    stopped = tmp_path / "stopped"
+    cli(*words, f"output_dir={stopped}", "--stop-after", 1, code=75)
+    resume = ("train", stopped, "--resume")
+    assert "train.lion" in cli(*resume, "train.lion.beta_2=0.9", code=2).text
+    cli(*resume)
+    states = []
+    for folder in (run, stopped):
+        states.append(load_file(folder / "checkpoints" / "step-2" / "optimizer.safetensors"))
+    assert {name.partition(".")[0] for name in states[0]} == {"num_steps", "momentum"}
+    assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
+
+    saved = yaml.safe_load((run / "recipe.yaml").read_text())["train"]
+    assert saved["lion"] == {"beta_1": 0.9, "beta_2": 0.98}
+    (plugin,) = json.loads((run / "manifest.json").read_text())["plugins"]
+    assert PluginRecord(**plugin) == PluginRecord("optimizers", "lion", PACKAGE, "1.0")
+    monkeypatch.undo()
+    assert f"pip install {PACKAGE}==1.0" in cli("doctor", run, code=2).text
+
+
 OLD_REWARD = """
 import os
 
@@ -222,6 +263,32 @@ def test_built_in_reward_works_as_plugin(tmp_path, monkeypatch):
     install(tmp_path, monkeypatch)
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.stdout == "[[0.6666666666666667]]\n", done.stderr
+
+
+def test_lion_is_that_of_the_paper(site, monkeypatch):
+    install(site, monkeypatch)
+    import finesight_plugin_lion_update
+
+    monkeypatch.setattr(finesight_plugin_lion_update, "CHUNK_ELEMENTS", 7)
+    given = {"optimizer": "lion", "learning_rate": 0.1, "weight_decay": 0.5, "max_grad_norm": None}
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(3, 5, generator=generator)
+    momentum = torch.zeros_like(weight)
+    name = "model.layers.0.mlp.down_proj.weight"
+    parameter = torch.nn.Parameter(weight.clone())
+    masters = MasterWeightOptimizer({name: parameter}, TrainSettings.model_validate(given))
+    for _ in range(4):
+        grad = torch.randn(3, 5, generator=generator)
+        parameter.grad = grad.clone()
+        masters.step(1.0, masters.grad_norm())
+        update = (0.9 * momentum + 0.1 * grad).sign()
+        weight = weight - 0.1 * (update + 0.5 * weight)
+        momentum = 0.99 * momentum + 0.01 * grad
+        torch.testing.assert_close(parameter.detach(), weight)
+    parameter.grad = torch.full_like(weight, torch.nan)
+    masters.step(1.0, masters.grad_norm())
+    torch.testing.assert_close(parameter.detach(), weight)
+    torch.testing.assert_close(masters.optimizer_state()[f"momentum.{name}"], momentum)
 
 
 def test_help_and_suggestions_name_plugins(recipe, site, monkeypatch, cli):
@@ -328,6 +395,14 @@ def test_broken_plugin_is_a_user_error(problem, recipe, tmp_path, monkeypatch, c
             recipe,
             "train.objective=grpo",
             "rewards=[meters]",
+            "track=[]",
+            "eval=null",
+            f"output_dir={tmp_path / 'run'}",
+        ),
+        "optimizers": (
+            "plan",
+            recipe,
+            "train.optimizer=meters",
             "track=[]",
             "eval=null",
             f"output_dir={tmp_path / 'run'}",

@@ -12,7 +12,7 @@ from transformers import get_scheduler
 from finesight.convert.external_config import detect_family
 from finesight.model.trainable import find_adaptable_layers, get_part
 from finesight.model_folder import ModelFolder
-from finesight.train.optimizer import LRSchedule
+from finesight.train.master_weight_optimizer import LRSchedule
 
 STEPS = 40
 

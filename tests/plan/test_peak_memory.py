@@ -21,7 +21,7 @@ from finesight.plan.peak_memory import (
     compute_peak_memory,
     compute_persistent_memory,
 )
-from finesight.train.optimizer import MasterWeightOptimizer
+from finesight.train.master_weight_optimizer import MasterWeightOptimizer
 
 TINY = locate_model("finesight-tiny")
 LORA: Tune = {"language": "lora", "lora": {"rank": 8, "dropout": 0.05}}

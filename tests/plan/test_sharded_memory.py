@@ -27,9 +27,9 @@ from finesight.plan.peak_memory import (
 )
 from finesight.plan.settings_search import build_meta_model
 from finesight.plan.sharded_memory import RankLayout
+from finesight.train.master_weight_optimizer import MasterWeightOptimizer
 from finesight.train.objectives.sft import Settings
 from finesight.train.objectives.sft.loss import SftObjective
-from finesight.train.optimizer import MasterWeightOptimizer
 from finesight.train.parallel.fsdp_units import mark_as_sharded
 
 LORA: Tune = {"language": "lora", "lora": {"rank": 8}}

@@ -43,10 +43,10 @@ from finesight.train.graph_buffers import (
     can_capture_vision,
     should_capture_vision,
 )
+from finesight.train.master_weight_optimizer import LARGE_PARAM_ELEMENTS
 from finesight.train.objectives import dpo, objective
 from finesight.train.objectives.dpo.loss import DpoObjective
 from finesight.train.objectives.objective import fused_linear_cross_entropy
-from finesight.train.optimizer import LARGE_PARAM_ELEMENTS
 
 PARTS = "vision", "merger", "language", "embeddings"
 ALL = dict.fromkeys(PARTS, "full")

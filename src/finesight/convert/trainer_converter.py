@@ -40,6 +40,7 @@ from finesight.data.sample import Sample
 from finesight.errors import UserError, escape_unprintable, format_count
 from finesight.metric_components import METRICS
 from finesight.objective_components import DEFAULT_OBJECTIVE, OBJECTIVES, ObjectiveComponent
+from finesight.optimizer_components import DEFAULT_OPTIMIZER
 from finesight.recipe import invert_groups, load_trainer_settings
 from finesight.recipe_template import detect_task
 from finesight.storage import temporary_folder
@@ -383,7 +384,7 @@ class TrainerConverter:
 
     def _set_optimizer(self) -> None:
         config, draft = self.config, self.draft
-        self._translate("optim", "adamw_torch", "train.optimizer", "adamw")
+        self._translate("optim", "adamw_torch", "train.optimizer", DEFAULT_OPTIMIZER)
         self.copy_setting("train.weight_decay", "weight_decay")
         betas = [config.get_float("adam_beta1"), config.get_float("adam_beta2")]
         draft.set("train.betas", betas, config.default_comment("adam_beta1", "adam_beta2"))

@@ -26,7 +26,11 @@ from finesight.train.graph_buffers import (
     can_capture_vision,
     should_capture_vision,
 )
-from finesight.train.optimizer import LARGE_PARAM_ELEMENTS, MasterWeightOptimizer, ParamGroup
+from finesight.train.master_weight_optimizer import (
+    LARGE_PARAM_ELEMENTS,
+    MasterWeightOptimizer,
+    ParamGroup,
+)
 from finesight.vision.image_processing import GridTHW
 
 INDEX_BYTES = 8
@@ -179,7 +183,7 @@ def compute_persistent_memory(
     always_summed: list[ParamGroup] = []
     for group in optimizer.param_groups:
         num_trainable += len(group.master_weights)
-        # Muon and several ranks accumulate gradients even with one pack per step.
+        # Some optimizers and several ranks accumulate gradients even with one pack per step.
         if group.gradients.sums[0] is not None:
             num_summed += len(group.master_weights)
             always_summed.append(group)

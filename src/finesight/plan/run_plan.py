@@ -23,6 +23,7 @@ from finesight.errors import UserError
 from finesight.infer.model_loader import resolve_device, select_cpu_precision
 from finesight.model.trainable import MODEL_PARTS, trainable_parameters
 from finesight.model.weights_io import build_meta_model
+from finesight.optimizer_components import find_smaller_optimizer
 from finesight.plan.dry_run import PlannedPack, iter_planned_steps
 from finesight.plan.evaluation_estimate import (
     EvaluationEstimate,
@@ -397,12 +398,13 @@ def _compute_feature_bytes(
 def _list_memory_hints(recipe: Recipe, target: TargetDevice, model: PlannedModel) -> list[str]:
     may_quantize = target.compute.is_cuda and model.model.config.decoder.moe is None
     may_quantize = may_quantize and len(list_quantization_choices(recipe)) > 1
+    smaller = find_smaller_optimizer(recipe.train.optimizer)
     hints = {
         "4 bits (pip install 'finesight[quant]')": may_quantize and not find_spec("bitsandbytes"),
         "train.precision=bf16": target.precision == "fp32" and not target.compute.is_cuda,
         "smaller images": True,
         "a smaller model": True,
-        "train.optimizer=adamw_8bit": recipe.train.optimizer == "adamw",
+        f"train.optimizer={smaller}": smaller is not None,
         "lora instead of full": recipe.tune.has_mode("full"),
     }
     if recipe.needs.teacher is not None:

@@ -15,6 +15,7 @@ from typing import get_args
 
 from finesight.config import ParallelMode, QuantizablePart, Recipe
 from finesight.errors import UserError
+from finesight.optimizer_components import DEFAULT_OPTIMIZER
 from finesight.plan.evaluation_estimate import estimate_generation_bytes
 from finesight.plan.settings_search import (
     PlannedModel,
@@ -156,8 +157,8 @@ class RunPlanner:
         if not target.compute.is_cuda:
             return None
         planner = self
-        if self.recipe.train.optimizer != "adamw":
-            train = self.recipe.train.model_copy(update={"optimizer": "adamw"})
+        if not self.recipe.train.optimizer_component.supports_sharding:
+            train = self.recipe.train.model_copy(update={"optimizer": DEFAULT_OPTIMIZER})
             recipe = self.recipe.model_copy(update={"train": train})
             planner = RunPlanner(recipe, self._base_model, self._data)
         return planner._find_gpus(target, self.recipe)

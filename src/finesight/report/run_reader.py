@@ -40,6 +40,7 @@ from finesight.manifest import (
     require_run_plugins,
 )
 from finesight.objective_components import DEFAULT_OBJECTIVE
+from finesight.optimizer_components import DEFAULT_OPTIMIZER
 from finesight.storage import DIGESTS_FILE
 
 JsonObject = dict[str, Any]
@@ -174,8 +175,10 @@ def read_run(
         _clean_section(line, "full")
     recipe = reader.parse_recipe(text)
     if with_plugins:
-        objective = as_object(recipe.get("train")).get("objective")
-        require_run_plugins(folder, str(objective or DEFAULT_OBJECTIVE))
+        train = as_object(recipe.get("train"))
+        objective = str(train.get("objective") or DEFAULT_OBJECTIVE)
+        optimizer = str(train.get("optimizer") or DEFAULT_OPTIMIZER)
+        require_run_plugins(folder, objective, optimizer)
     return RunRecord(
         folder=folder,
         recipe=recipe,

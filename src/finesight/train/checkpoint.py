@@ -36,8 +36,8 @@ from finesight.storage import (
     verify_folder,
     write_folder,
 )
+from finesight.train.master_weight_optimizer import LazyTensors, resolve_steps
 from finesight.train.oom import MemoryBudget
-from finesight.train.optimizer import LazyTensors, resolve_steps
 from finesight.train.parallel.distributed import SINGLE_PROCESS, ProcessGroup
 from finesight.train.step_dataset import TensorBlock
 

@@ -28,8 +28,8 @@ from finesight.evaluate import custom_metric
 from finesight.evaluate.eval_result import EvalResult, select_eval_samples
 from finesight.progress import ProgressCallback
 from finesight.storage import write_file
+from finesight.train.master_weight_optimizer import resolve_steps
 from finesight.train.oom import GpuOutOfMemoryError, MemoryBudget, first_error_line, retry_on_oom
-from finesight.train.optimizer import resolve_steps
 from finesight.train.pack_oom import translate_pack_oom
 from finesight.train.parallel.distributed import ProcessGroup
 from finesight.train.run_dir import RunDir, Split

@@ -25,7 +25,7 @@ from finesight.model.linear import LoraLinear
 from finesight.model.lora.fused import write_gradients_to
 from finesight.model.vision_encoder import PatchLayout, VisionEncoder, unique_objects
 from finesight.model.vlm import VisionLanguageModel
-from finesight.train.optimizer import LARGE_PARAM_ELEMENTS
+from finesight.train.master_weight_optimizer import LARGE_PARAM_ELEMENTS
 from finesight.vision.image_processing import GridTHW
 
 MAX_GRAPH_PATCHES = 4096

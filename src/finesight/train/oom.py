@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict
 
 from finesight.encode.packing import PackedBatch
 from finesight.errors import Step, UserError
+from finesight.optimizer_components import DEFAULT_OPTIMIZER, find_smaller_optimizer
 
 if TYPE_CHECKING:
     pass
@@ -142,8 +143,7 @@ def translate_oom_errors() -> Iterator[None]:
                 "end other programs on this GPU, shard the model over several GPUs"
                 " (train.parallel=fsdp), quantize frozen weights to 4 bits"
                 " (tune.quantize.nf4=[language]), train fewer parameters (LoRA instead of full, a"
-                " lower tune.lora.rank), or use a smaller optimizer state"
-                " (train.optimizer=adamw_8bit)"
+                f" lower tune.lora.rank), or use a smaller optimizer state{_name_smaller_state()}"
             ),
         ) from error
     except (MemoryError, RuntimeError) as error:
@@ -156,6 +156,12 @@ def translate_oom_errors() -> Iterator[None]:
             remedy="end other programs, train fewer parameters (a lower tune.lora.rank), use"
             " smaller packs (train.pack_tokens) or images, or lower eval.max_new_tokens",
         ) from error
+
+
+def _name_smaller_state() -> str:
+    """Name the optimizer with a smaller state than the default one, in parentheses, if any."""
+    smaller = find_smaller_optimizer(DEFAULT_OPTIMIZER)
+    return f" (train.optimizer={smaller})" if smaller else ""
 
 
 def propose_plan(remedy: str) -> Step:

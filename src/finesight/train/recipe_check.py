@@ -46,8 +46,8 @@ from finesight.storage import require_free_space
 from finesight.tracker_components import require_trackers
 from finesight.train.checkpoint import resolve_save_interval
 from finesight.train.dataset_stats import TrainingData, list_image_paths, load_training_data
+from finesight.train.master_weight_optimizer import LRSchedule, load_optimizer_class
 from finesight.train.objectives.objective import Objective
-from finesight.train.optimizer import LRSchedule
 from finesight.train.prefetch import default_num_workers
 from finesight.train.run_dir import RunDir
 from finesight.train.sampler import TrainSampler
@@ -88,6 +88,7 @@ def check_recipe(
     base_model = resolve_base_model(recipe)
     renderer = base_model.build_renderer(recipe)
     objective = build_objective(recipe, base_model.folder.family)
+    load_optimizer_class(recipe.train.optimizer)
     for _, name, copy_name in custom_metric.list_functions(recipe):
         path = custom_metric.resolve_metric_path(name, recipe.output_dir, copy_name=copy_name)
         location = custom_metric.parse_metric_path(path)

@@ -150,8 +150,9 @@ class RunDir:
         is_model = recipe.tune.has_mode("full") or has_adapter
         changes = dict(changes or {})
         if "train.objective" in changes:
-            # Settings of other objectives are not compared.
             changes["train.objective"] = recipe.train.objective
+        if "train.objective" in changes or "train.optimizer" in changes:
+            # Settings of other objectives and optimizers are not compared.
             sections = {f"train.{name}" for name in recipe.train.sections}
             changes = {k: v for k, v in changes.items() if v is not None or k not in sections}
         overrides = [f"{name}={_format_setting(value)}" for name, value in changes.items()]

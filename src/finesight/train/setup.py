@@ -27,7 +27,8 @@ from finesight.model.lora.peft_io import ADAPTER_WEIGHTS_FILE as ADAPTER_WEIGHTS
 from finesight.model.lora.peft_io import load_trainable_adapter
 from finesight.model.trainable import configure_tuning
 from finesight.model.vlm import ARCHITECTURES, VisionLanguageModel
-from finesight.objective_components import DEFAULT_OBJECTIVE, OBJECTIVES
+from finesight.objective_components import DEFAULT_OBJECTIVE
+from finesight.optimizer_components import DEFAULT_OPTIMIZER
 from finesight.plugins import PluginRecord
 from finesight.progress import ProgressConsole
 from finesight.reward_components import REWARDS
@@ -44,8 +45,8 @@ from finesight.train.cuda_graphs import CudaGraphRunner
 from finesight.train.dataset_stats import DatasetStats, SampleStats, check_image_record
 from finesight.train.finalize import ParamAudit
 from finesight.train.flops import FlopCounter, measure_peak_flops
+from finesight.train.master_weight_optimizer import LossScaler, LRSchedule, MasterWeightOptimizer
 from finesight.train.oom import MemoryBudget
-from finesight.train.optimizer import LossScaler, LRSchedule, MasterWeightOptimizer
 from finesight.train.parallel.distributed import SINGLE_PROCESS, ParallelStrategy, ProcessGroup
 from finesight.train.prefetch import default_num_workers
 from finesight.train.recipe_check import (
@@ -94,12 +95,13 @@ def library_versions() -> dict[str, str]:
     }
 
 
-def _list_objective_plugins(recipe: Recipe) -> Iterator[PluginRecord]:
-    """Yield the plug-in of the objective, then those whose sections are in the recipe."""
-    for name in dict.fromkeys((recipe.train.component.name, *recipe.train.sections)):
-        plugin = None if OBJECTIVES.is_built_in(name) else OBJECTIVES.find_plugin(name)
-        if plugin is not None:
-            yield plugin
+def _list_train_plugins(train: TrainSettings) -> Iterator[PluginRecord]:
+    """Yield the plug-ins of objective and optimizer, then those with sections in the recipe."""
+    for registry, component in train.components:
+        for name in dict.fromkeys((component.name, *train.sections)):
+            plugin = None if registry.is_built_in(name) else registry.find_plugin(name)
+            if plugin is not None:
+                yield plugin
 
 
 def build_manifest(state: TrainState) -> Manifest:
@@ -110,7 +112,7 @@ def build_manifest(state: TrainState) -> Manifest:
     renderer = state.data.renderer
     settings = recipe.eval
     plugins = [FAMILIES.find_plugin(family), ARCHITECTURES.find_plugin(family)]
-    plugins += _list_objective_plugins(recipe)
+    plugins += _list_train_plugins(recipe.train)
     plugins += [REWARDS.find_plugin(reward.name) for reward in recipe.rewards]
     plugins += [TRACKERS.find_plugin(tracker.kind) for tracker in recipe.track]
     metric = None
@@ -453,8 +455,8 @@ def _build_resume_config(
         settings[f"samples of data.{name}"] = hashlib.sha256(signature.encode()).hexdigest()
     tune = recipe.tune.model_dump(mode="json")
     settings |= {f"tune.{name}": value for name, value in tune.items()}
-    other_objectives = recipe.train.sections.keys() - {recipe.train.objective}
-    train = recipe.train.model_dump(mode="json", exclude=MUTABLE_SETTINGS | other_objectives)
+    unused = recipe.train.sections.keys() - {recipe.train.objective, recipe.train.optimizer}
+    train = recipe.train.model_dump(mode="json", exclude=MUTABLE_SETTINGS | unused)
     if recipe.train.component.name == DEFAULT_OBJECTIVE:
         # Checkpoints of earlier versions have no objective.
         del train["objective"]
@@ -502,7 +504,7 @@ def check_sharding(train: TrainSettings, device_type: str, *, is_native: bool) -
         _raise_unsupported(mode, "models of the transformers backend")
     if mode == "fsdp_offload" and device_type == "cpu":
         _raise_unsupported(mode, "models on a CPU")
-    if train.optimizer != "adamw":
+    if not train.optimizer_component.supports_sharding:
         _raise_unsupported(mode, f"the state of train.optimizer={train.optimizer}")
 
 
@@ -510,6 +512,6 @@ def _raise_unsupported(mode: str, feature: str) -> NoReturn:
     raise UserError(
         f"train.parallel={mode} does not support {feature}",
         where="train.parallel",
-        expected="a natively implemented model family and train.optimizer=adamw",
+        expected=f"a natively implemented model family and train.optimizer={DEFAULT_OPTIMIZER}",
         remedy="set train.parallel=ddp, which replicates the model on every rank",
     )

@@ -27,9 +27,9 @@ from finesight.setting_types import StepsOrFraction
 from finesight.train.checkpoint import CheckpointManager, CheckpointState, TrainProgress
 from finesight.train.dataset_stats import ImageStates, TrainingData
 from finesight.train.flops import FlopCounter
+from finesight.train.master_weight_optimizer import LossScaler, LRSchedule, MasterWeightOptimizer
 from finesight.train.objectives.objective import Objective
 from finesight.train.oom import MemoryBudget
-from finesight.train.optimizer import LossScaler, LRSchedule, MasterWeightOptimizer
 from finesight.train.parallel.distributed import SINGLE_PROCESS, ParallelStrategy, ProcessGroup
 from finesight.train.run_dir import RunDir, Split
 from finesight.train.sampler import DistributedSampler, TrainSampler

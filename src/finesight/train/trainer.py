@@ -31,8 +31,8 @@ from finesight.train.checkpoint import (
     resolve_save_interval,
 )
 from finesight.train.evaluation import load_eval_history, resolve_eval_interval, run_evaluation
+from finesight.train.master_weight_optimizer import resolve_steps
 from finesight.train.oom import GpuOutOfMemoryError, MemoryBudget, propose_plan, retry_on_oom
-from finesight.train.optimizer import resolve_steps
 from finesight.train.pack_oom import translate_pack_oom
 from finesight.train.parallel.distributed import (
     PeerFailedError,

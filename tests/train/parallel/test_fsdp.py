@@ -27,7 +27,7 @@ from finesight.model_folder import ModelFolder
 from finesight.recipe import load_recipe
 from finesight.storage import verify_folder
 from finesight.train.checkpoint import OPTIMIZER_FILE, WEIGHTS_FILE, CheckpointManager
-from finesight.train.optimizer import MasterWeightOptimizer
+from finesight.train.master_weight_optimizer import MasterWeightOptimizer
 from finesight.train.parallel.distributed import ProcessGroup
 from finesight.train.parallel.fsdp import FSDPStrategy
 from finesight.train.setup import parallelize_model

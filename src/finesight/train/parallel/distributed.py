@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from finesight.encode.packing import PackedBatch
 from finesight.errors import UserError
 from finesight.model.trainable import trainable_parameters
+from finesight.train.master_weight_optimizer import MasterWeightOptimizer
 from finesight.train.oom import GpuOutOfMemoryError, MemoryBudget
-from finesight.train.optimizer import MasterWeightOptimizer
 
 if TYPE_CHECKING:
     from finesight.model.hf_backend import AnyModel

@@ -29,7 +29,7 @@ from finesight.config import ParallelMode
 from finesight.encode.packing import PackedBatch, append_dummy_image
 from finesight.model.trainable import trainable_parameters
 from finesight.model.vlm import VisionLanguageModel
-from finesight.train.optimizer import LazyTensors, MasterWeightOptimizer
+from finesight.train.master_weight_optimizer import LazyTensors, MasterWeightOptimizer
 from finesight.train.parallel.distributed import ParallelStrategy
 from finesight.train.parallel.fsdp_units import (
     find_replicated_params,

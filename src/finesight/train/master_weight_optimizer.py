@@ -1,37 +1,41 @@
-"""Gradient accumulation and mixed-precision optimizers with fp32 master weights.
+"""Optimizer of all trainable parameters, with fp32 master weights and gradient accumulation.
 
-AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) updates a group with a fused kernel on a GPU with
-Triton, and otherwise in chunks. Its bytes per trainable bf16 parameter are:
+Each parameter group has an optimizer of its own (`train.optim`). The bytes per trainable bf16
+parameter are, beside its state:
 
 - 2 for the parameter.
 - 2 for the residual of the fp32 master weight.
 - 2 for the gradient, from the backward pass to the optimizer step; 4 with several micro-batches.
-- 8 for the fp32 moments, or 2.03 for 8-bit moments.
 
-An optimizer step reads and writes 26 bytes per parameter, or 14 bytes with 8-bit moments, plus 2
-bytes for the gradient norm. A single micro-batch uses `parameter.grad` directly; several are
-accumulated in fp32.
+A bf16 parameter is the upper half of the bits of an fp32 value, rounded to nearest. The residual is
+the lower half. Together they restore the fp32 value exactly: the highest bit of the residual
+encodes whether the upper half was rounded up.
 
-Shapes: E flat elements of a parameter group, M or N elements of a slice.
+A single micro-batch uses `parameter.grad` directly; several are accumulated in fp32. The gradient
+norm reads 2 bytes per parameter.
+
+Shapes: E flat elements of a parameter group, N elements of a slice, and those of a matrix: R rows
+and C columns.
 """
 
 from __future__ import annotations
 
 import math
 import weakref
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
+from typing import Any, ClassVar, Generic
 
 import torch
 from torch import Tensor, nn
 
+from finesight.components import SettingsT
 from finesight.config import TrainSettings
 from finesight.errors import UserError, format_count
 from finesight.host_memory import keep_out_of_forks
-from finesight.model.kernels import adamw
-from finesight.model.kernels.adamw import ADAM_EPS, BLOCK_SIZE
+from finesight.model.kernels import param_tiles
 from finesight.model.kernels.runtime import HAS_TRITON
 from finesight.model.trainable import (
     CONV_SUFFIX,
@@ -40,14 +44,8 @@ from finesight.model.trainable import (
     ModelPart,
     get_part,
 )
+from finesight.optimizer_components import DEFAULT_OPTIMIZER, OPTIMIZERS
 from finesight.setting_types import StepsOrFraction
-from finesight.train.optim_states import (
-    Muon,
-    OptimState,
-    OptimState8bit,
-    SplitBf16Master,
-    break_bf16_ties,
-)
 
 LARGE_PARAM_ELEMENTS = 1 << 20
 """Number of elements from which a parameter's gradient is accumulated by an autograd hook.
@@ -58,15 +56,28 @@ CUDA graphs write the gradients of these parameters to static buffers (`train.gr
 
 @dataclass(frozen=True)
 class ParamSlice:
-    """Parameter and its location in the flat buffer of its parameter group."""
+    """Parameter and its location in the flat buffer of its parameter group.
+
+    Attributes:
+        row_counts: Number of rows of each matrix in a stacked parameter; empty for a single one.
+    """
 
     name: str
     parameter: nn.Parameter
     flat_slice: slice
+    row_counts: Sequence[int] = ()
 
     def view(self, flat_E: Tensor) -> Tensor:
         """Return the view of a flat group tensor [E] that belongs to this parameter."""
         return flat_E[self.flat_slice].view(self.parameter.shape)
+
+    def split_matrices(self, flat_E: Tensor) -> Sequence[Tensor]:
+        """Return views of the matrices [R, C] of this parameter in a flat group tensor [E]."""
+        stack = self.view(flat_E)
+        # Stacked MoE experts are several matrices.
+        row_counts = self.row_counts or (stack.shape[-2],)
+        num_copies = stack.numel() // stack.shape[-1] // sum(row_counts)
+        return torch.split(stack.flatten(0, -2), [*row_counts] * num_copies)
 
 
 class GradientAccumulator:
@@ -100,12 +111,12 @@ class GradientAccumulator:
                 small_slices.append(param_slice.flat_slice)
             else:
                 self._register_hook(index)
-        self.tiles: adamw.ParamTiles | None = None
-        self._small_tiles: adamw.ParamTiles | None = None
+        self.tiles: param_tiles.ParamTiles | None = None
+        self._small_tiles: param_tiles.ParamTiles | None = None
         if HAS_TRITON and self.device.type == "cuda":
-            self.tiles = adamw.ParamTiles(flat_slices, self.device)
+            self.tiles = param_tiles.ParamTiles(flat_slices, self.device)
             if small_slices:
-                self._small_tiles = adamw.ParamTiles(small_slices, self.device)
+                self._small_tiles = param_tiles.ParamTiles(small_slices, self.device)
 
     def _register_hook(self, index: int) -> None:
         parameter = self.param_slices[index].parameter
@@ -186,7 +197,7 @@ class GradientAccumulator:
         """
         small_grads = [self.param_slices[n].parameter.grad for n in self._small_indices]
         if self._small_tiles is not None and any(grad is not None for grad in small_grads):
-            adamw.accumulate_gradients(
+            param_tiles.accumulate_gradients(
                 self._small_tiles,
                 small_grads,
                 [self._get_sum(n) for n in self._small_indices],
@@ -219,7 +230,7 @@ class GradientAccumulator:
         if not present:
             return torch.zeros((), device=self.device)
         if self.tiles is not None:
-            return adamw.squared_norm(self.tiles, all_gradients)
+            return param_tiles.squared_norm(self.tiles, all_gradients)
         norm_dtype = torch.promote_types(present[0].dtype, torch.float32)
         norms = torch._foreach_norm(present, 2, norm_dtype)
         return torch.stack(norms).square_().sum()
@@ -257,12 +268,108 @@ class GradientAccumulator:
             self.sums = [None] * len(self.param_slices)
 
 
-class Optimizer(Protocol):
-    """Optimizer of one parameter group. A plan creates it on the meta device."""
+class SplitBf16Master:
+    """fp32 master weights of a parameter group, split into model parameters and a residual.
 
-    num_steps: int
-    """Number of applied steps; 0 if the update does not depend on it."""
+    Halfway values round away from zero, because rounding to even could not be inverted.
 
+    Attributes:
+        params_E: Flat model parameters.
+        residual_E: Lower half of the fp32 bits for bf16 parameters, the full fp32 values for fp16,
+            and None for fp32.
+    """
+
+    def __init__(self, params_E: Tensor) -> None:
+        self.params_E = params_E
+        self.residual_E: Tensor | None = None
+        if params_E.dtype == torch.bfloat16:
+            self.residual_E = torch.zeros_like(params_E, dtype=torch.int16)
+        elif params_E.dtype != torch.float32:
+            self.residual_E = params_E.float()
+
+    def __len__(self) -> int:
+        return len(self.params_E)
+
+    def read(self, flat_slice: slice) -> Tensor:
+        """Return a slice of the fp32 values [N]; pass it to `write` after changing it.
+
+        The slice may be a view or a copy of the storage.
+        """
+        params_N = self.params_E[flat_slice]
+        if self.residual_E is None:
+            return params_N
+        residual_N = self.residual_E[flat_slice]
+        if residual_N.dtype == torch.int16:
+            return merge_fp32(params_N, residual_N)
+        return residual_N
+
+    def write(self, master_N: Tensor, flat_slice: slice) -> None:
+        """Store a slice of fp32 values that `read` returned and the caller changed."""
+        if self.residual_E is None:
+            return
+        params_N = self.params_E[flat_slice]
+        residual_N = self.residual_E[flat_slice]
+        if residual_N.dtype == torch.int16:
+            split_fp32(master_N, params_N, residual_N)
+        else:
+            params_N.copy_(master_N)
+
+    def load(self, master_N: Tensor, flat_slice: slice) -> None:
+        """Overwrite a slice with fp32 values from any tensor, such as those of a checkpoint."""
+        own_N = self.read(flat_slice)
+        own_N.copy_(master_N)
+        self.write(own_N, flat_slice)
+
+
+def merge_fp32(params_N: Tensor, residual_N: Tensor) -> Tensor:
+    """Restore fp32 values from bf16 values and residuals; the inverse of `split_fp32`."""
+    bits_N = params_N.view(torch.int16).int().bitwise_left_shift_(16)
+    return bits_N.add_(residual_N).view(torch.float32)
+
+
+def split_fp32(master_N: Tensor, params_N: Tensor, residual_N: Tensor) -> None:
+    """Split fp32 values into bf16 values, rounded to nearest, and 16-bit residuals.
+
+    Args:
+        master_N: fp32 values.
+        params_N: Output for the bf16 values.
+        residual_N: Output for the lower half of the bits, as int16.
+    """
+    bits_N = master_N.view(torch.int32)
+    residual_N.copy_(bits_N)
+    # Integer addition of the bits carries into the exponent.
+    upper_N = bits_N.add(1 << 15).bitwise_right_shift_(16)
+    params_N.view(torch.int16).copy_(upper_N)
+
+
+def break_bf16_ties(values: Tensor) -> Tensor:
+    """Increase the magnitude of fp32 values halfway between two bf16 values by their last bit.
+
+    Round-half-to-even, the rounding of PyTorch, then gives the same bf16 values as `split_fp32`.
+    """
+    bits = values.view(torch.int32)
+    is_tie = bits.bitwise_and(0xFFFF).eq_(1 << 15)
+    return bits.add(is_tie).view(torch.float32)
+
+
+class Optimizer(ABC, Generic[SettingsT]):
+    """Optimizer of one parameter group: its state and its update. A plan creates it on `meta`.
+
+    Attributes:
+        alignment: Each parameter of a group starts at a multiple of this number of elements, itself
+            a multiple of 64 (128 bytes in bf16).
+        num_steps: Number of applied steps; 0 if the update does not depend on it.
+    """
+
+    alignment: ClassVar[int] = 64
+    num_steps: int = 0
+
+    def __init__(self, group: ParamGroup, settings: SettingsT, train: TrainSettings) -> None:
+        self.master_weights = group.master_weights
+        self.gradients = group.gradients
+        self.settings = settings
+
+    @abstractmethod
     def step(self, grad_factor: Tensor, lr: float, weight_decay: float) -> None:
         """Update the master weights from the accumulated gradients.
 
@@ -270,149 +377,37 @@ class Optimizer(Protocol):
             grad_factor: Scalar on the device that multiplies all gradients, for clipping and
                 unscaling; NaN skips the step.
         """
-        ...
 
+    @abstractmethod
     def state_tensors(self, flat_slice: slice, shape: torch.Size) -> dict[str, Tensor]:
         """Return views of the state of the parameter in a slice of the group, for checkpoints.
 
         The last tensor stays zero until the parameter receives a non-zero gradient.
         """
-        ...
 
+    @abstractmethod
     def workspace_bytes(self, is_cuda: bool) -> int:
         """Return the temporary bytes of a step."""
-        ...
 
+    @abstractmethod
     def traffic_bytes(self, is_cuda: bool) -> int:
         """Return the bytes of memory traffic of a step, with gradient norm and clipping."""
-        ...
 
 
-MAX_CHUNK_ELEMENTS = 1 << 20
-"""Elements per chunk of the AdamW step without Triton."""
+def load_optimizer_class(name: str) -> type[Optimizer[Any]]:
+    """Import the heavy half of an optimizer.
 
-STEP_BYTES_PER_ELEMENT = 20
-"""Temporary bytes per element of a chunk."""
-
-ADAMW_TRAFFIC_BYTES = {False: {False: 60, True: 28}, True: {False: 270, True: 29}}
-"""Bytes of memory traffic per element of an AdamW step, by use of 8-bit moments and of the kernel.
-
-With 8-bit moments, the kernel moves 16 bytes, but takes as long as this value.
-"""
-
-
-class AdamW:
-    """AdamW optimizer for the master weights of one parameter group.
-
-    The step count is a scalar tensor on the device, because only the device knows whether a step
-    with a non-finite gradient was skipped.
+    Raises:
+        UserError: That of a plug-in cannot be imported, is another object, or has an alignment that
+            the kernels do not support.
     """
-
-    def __init__(
-        self,
-        master_weights: SplitBf16Master,
-        gradients: GradientAccumulator,
-        betas: tuple[float, float],
-        use_8bit: bool = False,
-    ) -> None:
-        self._master_weights = master_weights
-        self._gradients = gradients
-        self._betas = betas
-        self._use_8bit = use_8bit
-        num_elements = len(master_weights)
-        device = master_weights.params_E.device
-        self.exp_avg: OptimState
-        self.exp_avg_sq: OptimState
-        if use_8bit:
-            self.exp_avg = OptimState8bit(num_elements, device, signed=True)
-            self.exp_avg_sq = OptimState8bit(num_elements, device, signed=False)
-        else:
-            self.exp_avg = OptimState(num_elements, device)
-            self.exp_avg_sq = OptimState(num_elements, device)
-        self._num_steps = torch.zeros((), dtype=torch.float64, device=device)
-        self._next_num_steps = self._num_steps.clone()
-
-    @property
-    def num_steps(self) -> int:
-        """Number of applied optimizer steps, without skipped ones.
-
-        Reading it synchronizes with the device.
-        """
-        return int(self._num_steps)
-
-    @num_steps.setter
-    def num_steps(self, number: int) -> None:
-        self._num_steps.fill_(number)
-
-    @torch.no_grad()
-    def step(self, grad_factor: Tensor, lr: float, weight_decay: float) -> None:
-        """Update the master weights; see `Optimizer.step`.
-
-        A skipped step is not counted. With the Triton kernel, the host does not synchronize with
-        the device.
-        """
-        decay_factor = 1 - lr * weight_decay
-        tiles = self._gradients.tiles
-        master = self._master_weights
-        gradients = self._gradients.per_parameter()
-        if tiles is not None:
-            adamw.adamw_step(
-                tiles,
-                gradients,
-                (master.params_E, master.residual_E),
-                [
-                    (self.exp_avg.values_E, self.exp_avg.scale_B),
-                    (self.exp_avg_sq.values_E, self.exp_avg_sq.scale_B),
-                ],
-                grad_factor,
-                (self._num_steps, self._next_num_steps),
-                lr,
-                decay_factor,
-                self._betas,
-            )
-            # The kernel has written the new count to the second tensor.
-            self._num_steps, self._next_num_steps = self._next_num_steps, self._num_steps
-            return
-        if not grad_factor.isfinite():
-            return
-        self.num_steps += 1
-        beta_1, beta_2 = self._betas
-        step_size = lr / (1 - beta_1**self.num_steps)
-        bias_correction2_sqrt = float((1 - beta_2**self.num_steps) ** 0.5)
-        for start in range(0, len(master), MAX_CHUNK_ELEMENTS):
-            flat_slice = slice(start, min(start + MAX_CHUNK_ELEMENTS, len(master)))
-            grad_M = self._gradients.read_slice(flat_slice).mul_(grad_factor)
-            exp_avg_M = self.exp_avg.read(flat_slice).lerp_(grad_M, 1 - beta_1)
-            exp_avg_sq_M = self.exp_avg_sq.read(flat_slice).mul_(beta_2)
-            exp_avg_sq_M.addcmul_(grad_M, grad_M, value=1 - beta_2)
-            self.exp_avg.write(exp_avg_M, flat_slice)
-            self.exp_avg_sq.write(exp_avg_sq_M, flat_slice)
-            # The update uses the moments before rounding.
-            denom_M = exp_avg_sq_M.sqrt().div_(bias_correction2_sqrt).add_(ADAM_EPS)
-            master_M = master.read(flat_slice).mul_(decay_factor)
-            master.write(master_M.addcdiv_(exp_avg_M, denom_M, value=-step_size), flat_slice)
-
-    def state_tensors(self, flat_slice: slice, shape: torch.Size) -> dict[str, Tensor]:
-        """Return views of the moments; the second moment is last, because squares cannot cancel."""
-        tensors: dict[str, Tensor] = {}
-        for name, moment in (("exp_avg", self.exp_avg), ("exp_avg_sq", self.exp_avg_sq)):
-            for suffix, tensor in moment.state_tensors(flat_slice, shape).items():
-                tensors[f"{name}{suffix}"] = tensor
-        return tensors
-
-    def workspace_bytes(self, is_cuda: bool) -> int:
-        """Return the temporary bytes of a step; 0 for the kernel."""
-        if is_cuda:
-            return 0
-        return STEP_BYTES_PER_ELEMENT * min(len(self._master_weights), MAX_CHUNK_ELEMENTS)
-
-    def traffic_bytes(self, is_cuda: bool) -> int:
-        """Return the bytes of memory traffic of a step."""
-        return ADAMW_TRAFFIC_BYTES[self._use_8bit][is_cuda] * len(self._master_weights)
-
-
-_ALIGNMENT = 64
-"""Alignment of the parameters in a flat buffer, in elements; 128 bytes in bf16."""
+    optimizer_class = OPTIMIZERS.load_implementation(name, Optimizer)  # type: ignore[type-abstract]
+    alignment = optimizer_class.alignment
+    if alignment <= 0 or alignment % Optimizer.alignment:
+        target = OPTIMIZERS[name].implementation
+        problem = f"alignment is {alignment}, no multiple of {Optimizer.alignment}"
+        raise OPTIMIZERS.build_error(name, target, problem, Optimizer)
+    return optimizer_class
 
 
 class ParamGroup:
@@ -422,7 +417,7 @@ class ParamGroup:
     parameter starts at a multiple of `alignment` elements.
     """
 
-    optimizer: Optimizer
+    optimizer: Optimizer[Any]
 
     def __init__(
         self,
@@ -430,7 +425,8 @@ class ParamGroup:
         weight_decay: float,
         lr: float,
         named_params: Mapping[str, nn.Parameter],
-        alignment: int = _ALIGNMENT,
+        stacked_rows: Mapping[str, Sequence[int]],
+        alignment: int,
     ) -> None:
         self.part = part
         self.weight_decay = weight_decay
@@ -439,7 +435,8 @@ class ParamGroup:
         end = 0
         for name, parameter in named_params.items():
             flat_slice = slice(end, end + parameter.numel())
-            self.param_slices.append(ParamSlice(name, parameter, flat_slice))
+            row_counts = stacked_rows.get(name, ())
+            self.param_slices.append(ParamSlice(name, parameter, flat_slice, row_counts))
             end += -(-parameter.numel() // alignment) * alignment
         first = self.param_slices[0].parameter
         dtypes_and_devices = {(p.dtype, p.device) for p in named_params.values()}
@@ -453,32 +450,30 @@ class ParamGroup:
         self.master_weights = SplitBf16Master(params_E)
         self.gradients = GradientAccumulator(self.param_slices, end)
 
-    def create_optimizer(
-        self, train: TrainSettings, stacked_rows: Mapping[str, Sequence[int]]
-    ) -> None:
-        """Create the optimizer of the group from the training settings.
+    def create_optimizer(self, train: TrainSettings) -> None:
+        """Create the optimizer of the group: the chosen one, or the default one if only that fits.
 
-        Muon and 8-bit moments apply to groups of weight matrices. Other groups use AdamW with fp32
-        moments.
-
-        Args:
-            stacked_rows: Number of rows of each matrix in stacked parameters, by parameter name.
+        Raises:
+            UserError: The optimizer of a plug-in does not work.
         """
-        is_matmul = all(_is_matmul_weight(one.name, one.parameter) for one in self.param_slices)
-        if train.optimizer == "muon" and is_matmul:
-            self.gradients.use_flat_buffer()
-            grad_E = self.gradients.flat_gradient()
-            matrices: list[Tensor] = []
-            for param_slice in self.param_slices:
-                gradient = param_slice.view(grad_E)
-                # Stacked MoE experts are several matrices.
-                row_counts = stacked_rows.get(param_slice.name, (gradient.shape[-2],))
-                num_copies = gradient.numel() // gradient.shape[-1] // sum(row_counts)
-                matrices += torch.split(gradient.flatten(0, -2), [*row_counts] * num_copies)
-            self.optimizer = Muon(self.master_weights, self.gradients.flat_gradient, matrices)
-        else:
-            use_8bit = train.optimizer == "adamw_8bit" and is_matmul
-            self.optimizer = AdamW(self.master_weights, self.gradients, train.betas, use_8bit)
+        component = train.optimizer_component
+        if component.only_matrices and not self.has_matrices:
+            component = OPTIMIZERS[DEFAULT_OPTIMIZER]
+        optimizer_class = load_optimizer_class(component.name)
+        settings = component.settings_of(train)
+        self.optimizer = OPTIMIZERS.call(
+            component.name,
+            optimizer_class,
+            self,
+            settings,
+            train,
+            passes=(MemoryError, torch.OutOfMemoryError),
+        )
+
+    @property
+    def has_matrices(self) -> bool:
+        """Return whether the parameters are weight matrices or stacks of them."""
+        return all(_is_matmul_weight(one.name, one.parameter) for one in self.param_slices)
 
     def state_tensors(self, param_slice: ParamSlice) -> dict[str, Tensor]:
         """Return views of the optimizer state of one parameter, by state name."""
@@ -527,9 +522,9 @@ class MasterWeightOptimizer:
             trainable_params: Trainable parameters by native name.
             stacked_rows: Number of rows of each matrix in stacked parameters, by parameter name.
         """
-        self.param_groups = list(_build_param_groups(trainable_params, train))
+        self.param_groups = list(_build_param_groups(trainable_params, train, stacked_rows or {}))
         for group in self.param_groups:
-            group.create_optimizer(train, stacked_rows or {})
+            group.create_optimizer(train)
         self.max_grad_norm = train.max_grad_norm
         self.num_params = sum(parameter.numel() for parameter in trainable_params.values())
 
@@ -620,12 +615,8 @@ class MasterWeightOptimizer:
     def optimizer_state(self) -> dict[str, Tensor]:
         """Return the optimizer state as tensors, for a checkpoint.
 
-        Keys:
-
-        - `num_steps`: step count of AdamW.
-        - `exp_avg.NAME`, `exp_avg_sq.NAME`: AdamW moments.
-        - `exp_avg_scale.NAME`, `exp_avg_sq_scale.NAME`: scales of 8-bit moments.
-        - `momentum.NAME`: Muon momentum.
+        Keys are `num_steps`, and the names of `Optimizer.state_tensors` with that of the parameter,
+        such as `exp_avg.NAME`.
         """
         num_steps = max(group.optimizer.num_steps for group in self.param_groups)
         tensors = {"num_steps": torch.tensor(float(num_steps))}
@@ -669,13 +660,15 @@ class MasterWeightOptimizer:
 
 
 def _build_param_groups(
-    trainable_params: Mapping[str, nn.Parameter], train: TrainSettings
+    trainable_params: Mapping[str, nn.Parameter],
+    train: TrainSettings,
+    stacked_rows: Mapping[str, Sequence[int]],
 ) -> Iterator[ParamGroup]:
     """Group parameters by model part and dtype, and into matrices, embeddings and vectors.
 
     Vectors, such as biases and norm weights, have no weight decay.
     """
-    alignment = BLOCK_SIZE if train.optimizer == "adamw_8bit" else _ALIGNMENT
+    alignment = load_optimizer_class(train.optimizer).alignment
     learning_rates = train.learning_rate.model_dump(exclude_none=True)
     for part in MODEL_PARTS:
         lr = learning_rates.get(part, train.learning_rate.default)
@@ -697,7 +690,7 @@ def _build_param_groups(
             (vectors, 0.0),
         ):
             for same_dtype in _group_by_dtype(named_params):
-                yield ParamGroup(part, weight_decay, lr, same_dtype, alignment)
+                yield ParamGroup(part, weight_decay, lr, same_dtype, stacked_rows, alignment)
 
 
 def _group_by_dtype(named_params: Mapping[str, nn.Parameter]) -> list[dict[str, nn.Parameter]]:

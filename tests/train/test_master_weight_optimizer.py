@@ -12,21 +12,29 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from finesight.components import NoSettings
 from finesight.config import TrainSettings
 from finesight.errors import UserError
 from finesight.host_memory import MIN_FORK_BLOCK_BYTES
-from finesight.model.kernels.adamw import BLOCK_SIZE
+from finesight.model.kernels.param_tiles import BLOCK_SIZE
 from finesight.model.quant.nf4 import import_bitsandbytes
-from finesight.train import optim_states, optimizer
-from finesight.train.optim_states import OptimState8bit, SplitBf16Master, break_bf16_ties
-from finesight.train.optimizer import (
-    AdamW,
-    GradientAccumulator,
+from finesight.train import master_weight_optimizer
+from finesight.train.master_weight_optimizer import (
     LossScaler,
     LRSchedule,
     MasterWeightOptimizer,
-    ParamSlice,
+    ParamGroup,
+    break_bf16_ties,
+    merge_fp32,
     resolve_steps,
+    split_fp32,
+)
+from finesight.train.optim.adamw import update
+from finesight.train.optim.adamw.update import AdamW
+from finesight.train.optim.adamw_8bit.update import (
+    AdamW8bit,
+    OptimState8bit,
+    create_dynamic_map,
 )
 
 EXPERTS = "model.layers.0.mlp.experts.down_proj"
@@ -221,7 +229,7 @@ def test_master_weights_match_fp32_adamw(dtype, micro):
 
 @pytest.mark.parametrize("signed", [True, False])
 def test_values_round_to_nearest_level_of_bitsandbytes(signed):
-    levels = optim_states.create_dynamic_map(signed)
+    levels = create_dynamic_map(signed)
     published = import_bitsandbytes("test").functional.create_dynamic_map(signed=signed)
     assert torch.equal(levels, published)
     values_E = torch.randn(3 * BLOCK_SIZE, generator=torch.Generator().manual_seed(0)) ** 3
@@ -261,7 +269,7 @@ def test_8bit_steps_are_close_to_adamw(dtype, monkeypatch):
     """Chunks of a step may begin and end within a parameter."""
     changes = []
     for kind, chunk in (("adamw", 1 << 20), ("adamw_8bit", 1 << 20), ("adamw_8bit", 512)):
-        monkeypatch.setattr(optimizer, "MAX_CHUNK_ELEMENTS", chunk)
+        monkeypatch.setattr(update, "MAX_CHUNK_ELEMENTS", chunk)
         named = make_parameters(dtype)
         masters = make_optimizer(named, kind)
         start = read_state(masters)
@@ -282,7 +290,7 @@ def test_8bit_steps_are_close_to_adamw(dtype, monkeypatch):
 
 def test_optimizer_memory_is_released_with_the_run(monkeypatch):
     """A run in a long-lived process, such as a notebook, frees its memory."""
-    monkeypatch.setattr(optimizer, "LARGE_PARAM_ELEMENTS", 1)
+    monkeypatch.setattr(master_weight_optimizer, "LARGE_PARAM_ELEMENTS", 1)
     named = make_parameters(torch.bfloat16)
     masters = make_optimizer(named)
     backward(named, 1)
@@ -339,7 +347,7 @@ def test_large_states_are_not_in_data_loader_workers():
 def test_gradients_are_accumulated_in_fp32(dtype, large, device):
     """Some parameters get no gradient in some micro-batches."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(optimizer, "LARGE_PARAM_ELEMENTS", large)
+        patch.setattr(master_weight_optimizer, "LARGE_PARAM_ELEMENTS", large)
         named = make_parameters(dtype, device=device)
         masters = make_optimizer(named, "adamw")
     for step in range(3):
@@ -360,7 +368,7 @@ def test_gradients_are_accumulated_in_fp32(dtype, large, device):
 
 
 def test_large_gradients_are_accumulated_during_backward(monkeypatch):
-    monkeypatch.setattr(optimizer, "LARGE_PARAM_ELEMENTS", 1000)
+    monkeypatch.setattr(master_weight_optimizer, "LARGE_PARAM_ELEMENTS", 1000)
     named = make_parameters(torch.bfloat16)
     masters = make_optimizer(named)
     backward(named, 1)
@@ -426,20 +434,16 @@ class OptimizerSetup:
         self, sizes: tuple[int, ...], dtype: torch.dtype, eight_bits: bool, device: str
     ) -> None:
         generator = torch.Generator().manual_seed(0)
-        self.pieces, end = [], 0
+        named = {}
         for number, size in enumerate(sizes):
             values = torch.randn(size, generator=generator).to(device, dtype)
-            self.pieces.append(
-                ParamSlice(str(number), nn.Parameter(values), slice(end, end + size))
-            )
-            end += -(-size // BLOCK_SIZE) * BLOCK_SIZE
-        narrow_E = torch.zeros(end, dtype=dtype, device=device)
-        for piece in self.pieces:
-            piece.view(narrow_E).copy_(piece.parameter.detach())
-        self.masters = SplitBf16Master(narrow_E)
-        self.gradients = GradientAccumulator(self.pieces, end)
+            named[str(number)] = nn.Parameter(values)
+        group = ParamGroup("language", 0.1, 1e-2, named, {}, BLOCK_SIZE)
+        self.pieces = group.param_slices
+        self.masters = group.master_weights
+        self.gradients = group.gradients
         self.grad_scale = torch.tensor(0.37, device=device)
-        self.adamw = AdamW(self.masters, self.gradients, (0.9, 0.999), eight_bits)
+        self.adamw = (AdamW8bit if eight_bits else AdamW)(group, NoSettings(), TrainSettings())
 
     def receive(self, number: int, gradient: Tensor) -> None:
         parameter = self.pieces[number].parameter
@@ -500,3 +504,32 @@ def test_unaligned_gradient_is_read():
         side.step()
     for found, expected in zip(*(side.read_state() for side in sides), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+
+
+def split(wide_N: Tensor) -> tuple[Tensor, Tensor]:
+    narrow_N = torch.empty(len(wide_N), dtype=torch.bfloat16)
+    residual_N = torch.empty(len(wide_N), dtype=torch.int16)
+    split_fp32(wide_N, narrow_N, residual_N)
+    return narrow_N, residual_N
+
+
+def test_split_roundtrip_for_any_bits():
+    """Normal values, denormals, infinities and NaN."""
+    generator = torch.Generator().manual_seed(0)
+    bits_N = torch.randint(-(2**31), 2**31, (1 << 18,), generator=generator).to(torch.int32)
+    merged_N = merge_fp32(*split(bits_N.view(torch.float32)))
+    assert torch.equal(merged_N.view(torch.int32), bits_N)
+
+
+def test_upper_half_is_rounded_to_nearest_with_ties_away_from_zero():
+    """The rounding of torch gives the same value for exported weights."""
+    wide_N = torch.randn(1 << 16, generator=torch.Generator().manual_seed(2))
+    ties_N = torch.tensor([0x3F808000 + 0x10000 * n for n in range(1000)], dtype=torch.int32)
+    wide_N[:1000] = ties_N.view(torch.float32)
+    wide_N[500:1000] *= -1
+    narrow_N, exported_N = split(wide_N)[0], break_bf16_ties(wide_N)
+    assert torch.equal(exported_N.bfloat16(), narrow_N)
+    is_tie_N = wide_N.view(torch.int32) & 0xFFFF == 0x8000
+    assert torch.equal(narrow_N[~is_tie_N], wide_N[~is_tie_N].bfloat16())
+    assert (narrow_N[is_tie_N].float().abs() > wide_N[is_tie_N].abs()).all()
+    torch.testing.assert_close(exported_N, wide_N, rtol=2**-23, atol=0)

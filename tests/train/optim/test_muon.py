@@ -1,4 +1,4 @@
-"""Master weights: exact restoration and rounding. Muon: orthogonal steps, matrix by matrix."""
+"""Tests of Muon: orthogonal steps, matrix by matrix."""
 
 import pytest
 import torch
@@ -11,18 +11,11 @@ from finesight.model.linear import stacked_row_counts
 from finesight.model.trainable import configure_tuning
 from finesight.model.weights_io import load_model
 from finesight.model_folder import ModelFolder
-from finesight.train.optim_states import (
-    ADAMW_RMS,
-    Muon,
-    SplitBf16Master,
-    break_bf16_ties,
-    merge_fp32,
-    newton_schulz,
-    split_fp32,
-)
-from finesight.train.optimizer import MasterWeightOptimizer
+from finesight.train.master_weight_optimizer import MasterWeightOptimizer
+from finesight.train.optim.muon import update
+from finesight.train.optim.muon.update import ADAMW_RMS, Muon, newton_schulz
 
-CASES = load_cases("optim_states")
+CASES = load_cases("muon")
 
 QKV, MATRIX = "visual.blocks.0.attn.qkv.weight", "model.layers.0.mlp.down_proj.weight"
 SHAPES = {
@@ -85,44 +78,46 @@ def take_reference_steps(
 @pytest.mark.parametrize("most", [1 << 26, 30, 1])
 def test_stacked_steps_match_single_matrices(monkeypatch, most):
     """The number of matrices in a stack does not matter."""
-    monkeypatch.setattr("finesight.train.optim_states.MAX_STACK_ELEMENTS", most)
+    monkeypatch.setattr(update, "MAX_STACK_ELEMENTS", most)
     generator = torch.Generator().manual_seed(2)
-    shapes, locations = [(4, 6), (4, 6), (9, 2)], [slice(0, 24), slice(24, 48), slice(48, 66)]
+    shapes = [(4, 6), (4, 6), (9, 2)]
     masters, *grads = (
         [torch.randn(shape, generator=generator) for shape in shapes] for _ in range(4)
     )
-    flat_E = torch.cat([master.flatten() for master in masters])
-    grad_E = torch.zeros_like(flat_E)
-    matrices = [grad_E[p].view(shape) for p, shape in zip(locations, shapes, strict=True)]
-    muon = Muon(SplitBf16Master(flat_E), grad_E.detach, matrices)
+    names = [f"model.layers.{number}.mlp.down_proj.weight" for number in range(3)]
+    named = {name: nn.Parameter(one.clone()) for name, one in zip(names, masters, strict=True)}
+    muon = make_muon(named, learning_rate=0.1, weight_decay=0.5, max_grad_norm=None)
     for of_step in grads:
-        grad_E.copy_(torch.cat([4 * grad.flatten() for grad in of_step]))
-        muon.step(torch.tensor(0.25), 0.1, 0.5)
-    for location, master, of_matrix in zip(
-        locations, masters, zip(*grads, strict=True), strict=True
-    ):
+        for name, grad in zip(names, of_step, strict=True):
+            named[name].grad = 4 * grad
+        muon.step(1.0, muon.grad_norm(), loss_scale=4.0)
+    for name, master, of_matrix in zip(names, masters, zip(*grads, strict=True), strict=True):
         expected = take_reference_steps(master, [*of_matrix], 0.1, 0.5)
-        torch.testing.assert_close(flat_E[location].view(master.shape), expected)
+        torch.testing.assert_close(named[name].detach(), expected)
 
 
 @pytest.mark.gpu
 def test_cuda_graph_steps_match_eager_steps():
     generator = torch.Generator("cuda").manual_seed(4)
     shapes = [(64, 96), (64, 96), (128, 64)]
-    locations = [slice(0, 6144), slice(6144, 12288), slice(12288, 20480)]
-    start = torch.randn(20480, device="cuda", generator=generator)
-    grads = [torch.randn(20480, device="cuda", generator=generator) for _ in range(5)]
+    names = [f"model.layers.{number}.mlp.down_proj.weight" for number in range(3)]
+    start, *grads = (
+        [torch.randn(shape, device="cuda", generator=generator) for shape in shapes]
+        for _ in range(6)
+    )
     changed = []
     for recorded in (True, False):
-        master_E, grad_E = start.clone(), torch.zeros_like(start)
-        matrices = [grad_E[p].view(shape) for p, shape in zip(locations, shapes, strict=True)]
-        muon = Muon(SplitBf16Master(master_E), grad_E.detach, matrices)
-        for grad, learning_rate in zip(grads, (0.1, 0.2, 0.3, 0.2, 0.1), strict=True):
-            grad_E.copy_(grad)
+        named = {name: nn.Parameter(one.clone()) for name, one in zip(names, start, strict=True)}
+        masters = make_muon(named, learning_rate=0.1, weight_decay=0.5, max_grad_norm=None)
+        muon = masters.param_groups[0].optimizer
+        assert isinstance(muon, Muon)
+        for of_step, lr_factor in zip(grads, (1, 2, 3, 2, 1), strict=True):
+            for name, grad in zip(names, of_step, strict=True):
+                named[name].grad = grad.clone()
             muon.graphs = muon.graphs if recorded else None
-            muon.step(torch.ones((), device="cuda"), learning_rate, 0.5)
+            masters.step(lr_factor, masters.grad_norm())
         assert len(muon.graphs or ()) == recorded
-        changed.append((master_E, muon.momentum_E))
+        changed.append((muon.master_weights.params_E, muon.momentum_E))
     for one, other in zip(*changed, strict=True):
         assert torch.equal(one, other)
 
@@ -185,32 +180,3 @@ def test_non_matrix_parameters_use_adamw():
     for prefix in ("exp_avg", "exp_avg_sq"):
         assert {name for name in named if f"{prefix}.{name}" in moments} == set(named) - matrices
     assert masters.params_with_grad() == set(named)
-
-
-def split(wide_N: Tensor) -> tuple[Tensor, Tensor]:
-    narrow_N = torch.empty(len(wide_N), dtype=torch.bfloat16)
-    residual_N = torch.empty(len(wide_N), dtype=torch.int16)
-    split_fp32(wide_N, narrow_N, residual_N)
-    return narrow_N, residual_N
-
-
-def test_split_roundtrip_for_any_bits():
-    """Normal values, denormals, infinities and NaN."""
-    generator = torch.Generator().manual_seed(0)
-    bits_N = torch.randint(-(2**31), 2**31, (1 << 18,), generator=generator).to(torch.int32)
-    merged_N = merge_fp32(*split(bits_N.view(torch.float32)))
-    assert torch.equal(merged_N.view(torch.int32), bits_N)
-
-
-def test_upper_half_is_rounded_to_nearest_with_ties_away_from_zero():
-    """The rounding of torch gives the same value for exported weights."""
-    wide_N = torch.randn(1 << 16, generator=torch.Generator().manual_seed(2))
-    ties_N = torch.tensor([0x3F808000 + 0x10000 * n for n in range(1000)], dtype=torch.int32)
-    wide_N[:1000] = ties_N.view(torch.float32)
-    wide_N[500:1000] *= -1
-    narrow_N, exported_N = split(wide_N)[0], break_bf16_ties(wide_N)
-    assert torch.equal(exported_N.bfloat16(), narrow_N)
-    is_tie_N = wide_N.view(torch.int32) & 0xFFFF == 0x8000
-    assert torch.equal(narrow_N[~is_tie_N], wide_N[~is_tie_N].bfloat16())
-    assert (narrow_N[is_tie_N].float().abs() > wide_N[is_tie_N].abs()).all()
-    torch.testing.assert_close(exported_N, wide_N, rtol=2**-23, atol=0)

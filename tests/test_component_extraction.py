@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,14 @@ from tiny_task import edit_samples, make_task
 
 ROOT = Path(__file__).resolve().parents[1]
 
-COMPONENTS = {"objectives": "train/objectives/kto"}
+COMPONENTS = {
+    "objectives": "train/objectives/kto",
+    "optimizers": "train/optim/muon",
+    "metrics": "evaluate/metrics/pointing",
+    "rewards": "evaluate/rewards/repetition",
+    "trackers": "track/trackers/mlflow",
+    "launchers": "launch/launchers/skypilot",
+}
 """Kind, and folder or module of a built-in component below src/finesight."""
 
 NAMES = {kind: Path(path).stem for kind, path in COMPONENTS.items()}
@@ -29,8 +37,11 @@ COPIED = (
 )
 
 RELATED_TESTS = (
-    *("tests/train/objectives", "tests/convert", "tests/test_recipe.py"),
+    *("tests/train/objectives", "tests/train/optim", "tests/evaluate", "tests/track"),
+    *("tests/launch", "tests/plan", "tests/convert", "tests/test_recipe.py"),
+    *("tests/train/test_master_weight_optimizer.py", "tests/train/test_recipe_check.py"),
     *("tests/cli/test_init.py", "tests/cli/test_first_guesses.py", "tests/cli/test_plugins.py"),
+    *("tests/cli/test_launch.py", "tests/cli/test_launchers.py"),
 )
 """Tests of the kinds, and of modules that list components."""
 
@@ -43,6 +54,23 @@ for module in pkgutil.walk_packages(finesight.__path__, "finesight."):
 
 MEASURED = re.compile(r"\d[\d.,:]*(?: ?(?:ms|s|min|h|G|M)\b)?")
 """Numbers of measured times and speeds."""
+
+TIMES = re.compile("_s$|_at$|_dir$|per_s|time|flops|mfu|memory")
+"""Names of metrics that differ between equal runs."""
+
+TRACKER = {"kind": NAMES["trackers"], "uri": "mlruns"}
+
+USE_TRACKER_AND_REWARD = f"""
+from pathlib import Path
+from finesight.evaluate.eval_case import EvalCase
+from finesight.evaluate.reward_scorer import RewardScorer
+from finesight.recipe import load_recipe
+print(load_recipe(Path("recipe.yaml"), {{"track": [{TRACKER}]}}).track)
+with RewardScorer(load_recipe(Path("responses.yaml")).rewards) as scorer:
+    print(scorer.score([EvalCase(4 * "on and ", (), ("on",), ())]))
+"""
+
+LAUNCH_OPTIONS = ["--image", "a/b:1", "--store", "s3://b/c", "--accelerator", "H100", "--spot"]
 
 
 def copy_tree(folder: Path) -> Path:
@@ -65,7 +93,8 @@ def copy_tree(folder: Path) -> Path:
             test.unlink()
         # Rows of the settings and of the page that lists them.
         for file in ("tests/cases/settings.yaml", "docs/en/recipe.md"):
-            text = (folder / file).read_text("utf-8").replace(f"`{name}`, ", "")
+            text = (folder / file).read_text("utf-8")
+            text = re.sub(rf"`{name}`(, | or )?", "", text)
             rows = [row for row in text.splitlines(keepends=True) if f"train.{name}." not in row]
             (folder / file).write_text("".join(rows), "utf-8")
     return sources
@@ -97,6 +126,7 @@ def put_back(site: Path) -> None:
 def run_python(*words: str, folder: Path, path: list[Path]) -> str:
     """Run Python with these folders of packages, and return its output."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, path)), "COLUMNS": "100"}
+    environment["MLFLOW_ALLOW_FILE_STORE"] = "true"
     done = subprocess.run(
         [sys.executable, *words],
         cwd=folder,
@@ -134,37 +164,84 @@ def test_rest_passes(rest):
 
 
 def write_inputs(folder: Path) -> None:
-    """Write data with labels, and a recipe that uses each component."""
+    """Write data with points and labels, and two recipes that use the components.
+
+    Launchers need relative paths.
+    """
     recipe = make_task(folder / "task", 8, 4)
     for split in ("train", "eval"):
         with edit_samples(folder / "task" / f"{split}.jsonl") as samples:
             for index, sample in enumerate(samples):
-                sample["label"] = index % 2 == 0
-    recipe["output_dir"] = str(folder / "run")
-    recipe["train"] |= {"objective": NAMES["objectives"], "steps": 2, "device": "cpu"}
-    recipe["train"].pop("epochs", None)
+                point = {"type": "point", "xy": [9, 9 + index]}
+                sample["messages"][-1]["content"] = [point]
+                sample["label"] = split == "eval" or index % 2 == 0
+    recipe["output_dir"] = "run"
+    recipe["train"] |= {"steps": 2, "epochs": None, "device": "cpu"}
+    grpo = {"num_generations": 2, "max_completion_length": 12, "max_refills": 0}
+    responses = recipe | {
+        "data": {"train": recipe["data"]["eval"]},  # without labels that are false
+        "train": recipe["train"] | {"objective": "grpo", "grpo": grpo},
+        "rewards": [NAMES["rewards"], {"name": "format", "pattern": "[^a-m]*"}],
+        "output_dir": "responses",
+    }
+    recipe["train"] |= {"objective": NAMES["objectives"], "optimizer": NAMES["optimizers"]}
+    recipe["eval"] = {"metric": NAMES["metrics"], "max_new_tokens": 4}
+    if find_spec(NAMES["trackers"]) is not None:
+        recipe["track"] = [TRACKER]
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    (folder / "responses.yaml").write_text(yaml.safe_dump(responses))
+
+
+def list_words(text: str) -> str:
+    """List the words of a text. Its order differs: names of plug-ins are the last ones."""
+    words = {*re.findall(r"\b[A-Za-z]{4,}\b", text)} - {"Plug"}
+    return " ".join(sorted(words))
+
+
+def list_plugin_kinds(run: Path) -> set[str]:
+    """Return the kinds of the plug-ins that a run records."""
+    manifest = json.loads((run / "manifest.json").read_text())
+    return {plugin["kind"] for plugin in manifest["plugins"]}
+
+
+def list_metrics(run: Path) -> str:
+    """List the metrics of a run without those of time."""
+    found = []
+    for line in (run / "metrics.jsonl").read_text().splitlines():
+        metrics = json.loads(line)
+        found.append({name: metrics[name] for name in metrics if not TIMES.search(name)})
+    return str(found)
 
 
 def list_results(folder: Path, path: list[Path]) -> dict[str, str]:
-    """Train with each component, and return what users see, without times and folders."""
+    """Use each component, and return what users see, without times and folders."""
     write_inputs(folder)
 
     def run(*words: str) -> str:
-        return run_python("-m", "finesight", *words, folder=folder, path=path)
+        return run_python(*words, folder=folder, path=path)
 
-    found = {"plan": MEASURED.sub("N", run("plan", "recipe.yaml", "--gpu", "A10"))}
-    for command in ("train", "init"):
-        found[f"{command} --help"] = run(command, "--help")
-    run("train", "recipe.yaml")
-    run("report", "run", "--out", "report.html")
+    command = ("-m", "finesight")
+    found = {"plan": MEASURED.sub("N", run(*command, "plan", "recipe.yaml", "--gpu", "A10"))}
+    for name in ("train", "launch"):
+        found[f"{name} --help"] = run(*command, name, "--help")
+    for name in ("init", "eval"):
+        found[f"{name} --help"] = list_words(run(*command, name, "--help"))
+    # The package of the tracker may be missing, and responses have few words.
+    found["tracker and reward"] = run("-c", USE_TRACKER_AND_REWARD)
+    run(*command, "launch", "recipe.yaml", "--on", NAMES["launchers"], *LAUNCH_OPTIONS)
+    found["launch"] = (folder / "run.sky.yaml").read_text("utf-8")
+    for name in ("recipe", "responses"):
+        run(*command, "train", f"{name}.yaml")
+    run(*command, "report", "run", "--out", "report.html")
     page = (folder / "report.html").read_text("utf-8").replace(str(folder), "")
     # Charts of measured times have different ticks.
-    page = re.sub("data:[^\"']+", "", page)
-    found["page"] = " ".join(sorted({*re.findall(r"\b[A-Za-z]{4,}\b", page)}))
-    lines = (folder / "run" / "metrics.jsonl").read_text().splitlines()
-    losses = [json.loads(line) for line in lines if '"loss"' in line]
-    found["losses"] = str([(one["step"], one["loss"], one["grad_norm"]) for one in losses])
+    found["page"] = list_words(re.sub("data:[^\"']+", "", page))
+    for name in ("run", "responses"):
+        found[f"metrics of {name}"] = list_metrics(folder / name)
+    # The time, value and step of each loss.
+    for file in folder.glob("mlruns/*/*/metrics/loss"):
+        lines = file.read_text().splitlines()
+        found["tracked losses"] = str([line.split()[1:] for line in lines])
     return found
 
 
@@ -174,5 +251,12 @@ def test_components_work_as_packages(rest, tmp_path):
         (tmp_path / name / "work").mkdir(parents=True)
     expected = list_results(tmp_path / "before" / "work", [ROOT / "src"])
     found = list_results(tmp_path / "after" / "work", [rest / "src", tmp_path / "site"])
+    assert found.keys() == expected.keys()
+    work = tmp_path / "after" / "work"
+    kinds = {"objectives", "optimizers", "metrics", "trackers"}
+    if find_spec(NAMES["trackers"]) is None:
+        kinds.remove("trackers")
+    assert list_plugin_kinds(work / "run") == kinds
+    assert list_plugin_kinds(work / "responses") == {"rewards"}
     for name, text in expected.items():
         assert found[name] == text, name

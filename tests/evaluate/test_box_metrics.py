@@ -4,11 +4,9 @@ import contextlib
 import io
 import random
 from collections.abc import Sequence
-from dataclasses import replace
 
 import numpy as np
 import pytest
-from case_files import load_cases
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -18,9 +16,6 @@ from finesight.evaluate.box_metrics import compute_box_scores, match_boxes
 from finesight.evaluate.eval_case import EvalCase
 from finesight.evaluate.metrics.detection.score import score_detection
 from finesight.evaluate.metrics.grounding.score import score_grounding
-from finesight.evaluate.metrics.pointing.score import score_pointing
-
-CASES = load_cases("box_metrics")
 
 
 def box(label: str | None, *xyxy: float, image: int = 0) -> BoxPart:
@@ -71,14 +66,6 @@ def test_grounding_is_the_mean_over_answers() -> None:
     assert score_grounding(cases).scores == pytest.approx(
         {"accuracy_at_0.5": 0.5, "accuracy_at_0.75": 0, "mean_iou": 0.35, "parse_rate": 0.5}
     )
-
-
-@pytest.mark.parametrize(("found", "truth", "scores"), CASES["test_scores_of_points"])
-def test_scores_of_points(found, truth, scores):
-    parts = [[box(None, *(2 * one)[:4]) for one in several] for several in (found, truth)]
-    scored = score_pointing([replace(case(*parts), image_size=(300, 400))])
-    assert scored.per_sample[0]["f1"] == pytest.approx(scores[0])
-    assert scored.per_sample[0]["distance"] == pytest.approx(scores[1])
 
 
 def compute_reference(cases: Sequence[EvalCase]) -> list[float]:

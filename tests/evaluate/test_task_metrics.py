@@ -52,15 +52,6 @@ def test_invalid_json_reference_is_rejected_early() -> None:
         check_references("json", [(("a: 1",), ())])
 
 
-def test_points_are_no_references_of_boxes() -> None:
-    point, box = BoxPart(xyxy=(5, 5, 5, 5)), BoxPart(xyxy=(1, 2, 3, 4))
-    check_references("pointing", [(("",), (point,))])
-    check_references("detection", [(("",), (point, box, box))])
-    for metric in ("grounding", "detection"):
-        with pytest.raises(UserError, match=r"none of 1 references(?s:.*)fits the .*pointing"):
-            check_references(metric, [(("",), (point,))])
-
-
 def test_references_include_answer_boxes_and_references() -> None:
     box = BoxPart(label="dog", xyxy=(1, 2, 3, 4))
     question = Message(role="user", content=(TextPart(text="Where?"),))

@@ -101,7 +101,7 @@ def test_sharded_recipe_on_one_gpu_is_planned_as_it_is_trained(task: TinyTask) -
     plain = make_plan(task, tune=FULL)
     for overrides in (
         ("train.parallel=fsdp",),
-        ("train.parallel=zero2", "train.optimizer=muon"),
+        ("train.parallel=zero2", "train.optimizer=adamw_8bit"),
         ("train.parallel=fsdp_offload",),
     ):
         plan = make_plan(task, *overrides, gpus=1, tune=FULL)

@@ -88,11 +88,11 @@ def make_parameters() -> dict[str, nn.Parameter]:
 
 def test_name_of_an_optimizer_is_no_section_of_an_objective(add, tmp_path):
     """The plug-in is not imported, and does not change the recipes of others."""
-    write_package(tmp_path / "site", "other", {"objectives muon": "absent:COMPONENT"})
+    write_package(tmp_path / "site", "other", {"objectives adamw_8bit": "absent:COMPONENT"})
     add("sgd")
-    assert load(optimizer="muon").train.sections.keys() == load().train.sections.keys()
-    with pytest.raises(UserError, match=r"train.muon: unknown setting"):
-        load(muon={"beta": 0.1})
+    assert load(optimizer="adamw_8bit").train.sections.keys() == load().train.sections.keys()
+    with pytest.raises(UserError, match=r"train.adamw_8bit: unknown setting"):
+        load(adamw_8bit={"beta": 0.1})
 
 
 @pytest.mark.parametrize("name", ["steps", "optimizer", "dpo", "sft"])
@@ -174,6 +174,10 @@ def test_group_has_the_plugin_or_the_default_optimizer(add, only_matrices):
 def test_plugin_says_whether_its_state_may_be_sharded(add):
     add("sgd", "supports_sharding=True")
     check_sharding(load(optimizer="sgd", parallel="fsdp").train, "cuda", is_native=True)
-    muon = load(optimizer="muon", parallel="fsdp").train
-    with pytest.raises(UserError, match=r"train.optimizer=muon(.|\n)*train.optimizer=adamw"):
-        check_sharding(muon, "cuda", is_native=True)
+
+
+def test_state_of_a_plugin_is_not_sharded_by_default(add):
+    add("sgd")
+    whole = load(optimizer="sgd", parallel="fsdp").train
+    with pytest.raises(UserError, match=r"train.optimizer=sgd(.|\n)*train.optimizer=adamw"):
+        check_sharding(whole, "cuda", is_native=True)

@@ -25,8 +25,8 @@ from torch import Tensor, nn
 
 from finesight.encode import tokenization
 from finesight.encode.tokenization import PRETOKENIZE_PATTERN
-from finesight.model.families.qwen3_5 import DepthwiseConv
 from finesight.model.families.qwen_vl import RESAMPLER_HEAD_DIM, ResamplerAttention, VisionResampler
+from finesight.model.hybrid_decoder import DepthwiseConv
 from finesight.model.linear import FusedLinear
 from finesight.model.weights_io import save_model
 from finesight.model_folder import ModelFolder

@@ -329,7 +329,8 @@ class ComponentRegistry(Registry[ComponentT]):
                 return f"{item!r:.80} lacks methods of {interface.__name__}"
             return None
 
-        return cast(type[T], self._import_implementation(name, find_problem, interface))
+        target = self[name].implementation
+        return cast(type[T], self.load_object(name, target, interface, find_problem))
 
     def load_function(self, name: str) -> Callable[..., Any]:
         """Import the heavy half of a component, a function.
@@ -341,14 +342,27 @@ class ComponentRegistry(Registry[ComponentT]):
         def find_problem(item: Any) -> str | None:
             return None if callable(item) else f"{item!r:.80} is no function"
 
-        function = self._import_implementation(name, find_problem, self._interface)
+        target = self[name].implementation
+        function = self.load_object(name, target, self._interface, find_problem)
         return cast(Callable[..., Any], function)
 
-    def _import_implementation(
-        self, name: str, find_problem: Callable[[Any], str | None], interface: Any
+    def load_object(
+        self,
+        name: str,
+        target: str,
+        interface: Any,
+        find_problem: Callable[[Any], str | None],
     ) -> Any:
-        """Import the heavy half of a component, in which `find_problem` finds none."""
-        target = self[name].implementation
+        """Import an object of a component by its dotted path.
+
+        Args:
+            target: Dotted path, as `package.module:object`.
+            interface: Class that the object should implement, for errors.
+            find_problem: Function that returns why the object does not implement it, or None.
+
+        Raises:
+            UserError: The object of a plug-in cannot be imported, or is another one.
+        """
         try:
             module, _, attribute = target.partition(":")
             item = attrgetter(attribute)(import_module(module))

@@ -6,7 +6,6 @@ import contextlib
 import difflib
 import hashlib
 import json
-import math
 import os
 import pickle
 import re
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from finesight.bounded_files import read_bytes, read_json, read_json_object, read_text
 from finesight.errors import Remedy, Step, UnavailableError, UserError, shorten
+from finesight.family_components import FAMILIES, FamilyComponent
 from finesight.hub.address import HubAddress, is_hub_address, parse_model_address
 from finesight.manifest import MANIFEST_FILE, RECIPE_FILE
 from finesight.storage import FileLock, remove_folder, write_folder
@@ -171,9 +171,6 @@ VIDEO_PREPROCESSOR_FILE = "video_preprocessor_config.json"
 PROCESSOR_FILE = "processor_config.json"
 """Processor file of transformers 5, with the preprocessor settings under `image_processor`."""
 
-_QWEN_VL_FAMILY = "qwen"
-_FAMILIES_WITH_DEFAULTS = ("qwen2_vl", "qwen2_5_vl")
-
 TINY_MODEL = "finesight-tiny"
 
 TINY_MODEL_FOLDER = Path(__file__).resolve().parent / "assets" / TINY_MODEL
@@ -224,9 +221,15 @@ class ModelFolder:
         family = self.config.get("model_type")
         if not isinstance(family, str):
             raise self._build_config_error(
-                f"model_type is {family!r}", "the name of the model's family, such as qwen2_vl"
+                f"model_type is {family!r}",
+                f"the name of the model's family, such as {next(iter(FAMILIES))}",
             )
         return family
+
+    @property
+    def family_component(self) -> FamilyComponent:
+        """What other modules need to know of the family; defaults if it has no native code."""
+        return FAMILIES.describe(self.family)
 
     @cached_property
     def preprocessor_config(self) -> dict[str, Any]:
@@ -256,34 +259,27 @@ class ModelFolder:
         return merged
 
     def _read_image_settings(self) -> tuple[str, dict[str, Any]]:
-        if self.family == _QWEN_VL_FAMILY:
-            return "config.json", self._fixed_size_settings()
+        component = self.family_component
+        if component.read_image_settings is not None:
+            return "config.json", component.read_image_settings(self._read_count)
         if self.find_file(PREPROCESSOR_FILE) is not None:
             return PREPROCESSOR_FILE, self._read_json_file(PREPROCESSOR_FILE)
         nested = self._read_optional(PROCESSOR_FILE).get("image_processor")
         if isinstance(nested, dict):
             return PROCESSOR_FILE, nested
-        if self.family not in _FAMILIES_WITH_DEFAULTS:
+        if not component.has_common_preprocessor:
             self._require_file(PREPROCESSOR_FILE)
         return PREPROCESSOR_FILE, {}
 
-    def _fixed_size_settings(self) -> dict[str, Any]:
-        """Return the image settings of the first Qwen-VL: square images of `image_size` pixels."""
-        section = self.config.get("visual")
-        visual = section if isinstance(section, dict) else {}
-        values = {"image_size": 0, "patch_size": 0, "n_queries": 256}
-        for key, default in values.items():
-            values[key] = visual.get(key, default)
-            self._check_count(f"visual.{key}", values[key])
-        image_size, patch_size, num_queries = values.values()
-        return {
-            "image_size": image_size,
-            "patch_size": patch_size,
-            "merge_size": max(1, image_size // patch_size // math.isqrt(num_queries)),
-            "temporal_patch_size": 1,
-            "min_pixels": image_size**2,
-            "max_pixels": image_size**2,
-        }
+    def _read_count(self, key: str, default: int) -> int:
+        """Return an integer of at least 1 in a section of config.json; `key` is SECTION.KEY."""
+        section_name, _, name = key.partition(".")
+        section = self.config.get(section_name)
+        value = default
+        if isinstance(section, dict):
+            value = section.get(name, default)
+        self._check_count(key, value)
+        return value
 
     @cached_property
     def chat_template(self) -> str:
@@ -314,13 +310,11 @@ class ModelFolder:
 
     @cached_property
     def tokenizer_file(self) -> Path:
-        """Path of `tokenizer.json`, or of `qwen.tiktoken` for the first Qwen-VL.
+        """Path of the tokenizer file, for most families `tokenizer.json`.
 
         Raises UserError if the file is missing.
         """
-        if self.family == _QWEN_VL_FAMILY:
-            return self._require_file("qwen.tiktoken")
-        return self._require_file("tokenizer.json")
+        return self._require_file(self.family_component.tokenizer_file)
 
     def find_file(self, name: str) -> Path | None:
         """Return the path with the content of a file, or None if it is missing.

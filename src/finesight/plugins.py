@@ -175,7 +175,7 @@ class Registry(Generic[T]):
         if not fits(item, self._interface) or isabstract(item):
             return f"{item!r:.80} does not implement {self._interface.__name__}"
         if self._has_names and item.name != name:
-            kind = self._kind.removesuffix("s")
+            kind = self._kind.replace("ies", "y").removesuffix("s")
             return f"the {kind} is named {item.name!r:.60}, its entry point {name!r}"
         return None
 

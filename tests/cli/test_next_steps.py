@@ -13,7 +13,7 @@ from tiny_model import TinyFamily, create_tiny_model
 from tiny_task import TinyTask, make_task, write_recipe
 
 from finesight.data.example_question import read_example, read_public_example
-from finesight.export.hf_files import EXPORT_FAMILIES
+from finesight.family_components import FAMILIES
 from finesight.operations.model import load_adapters
 from finesight.operations.training import train
 from finesight.serve import api_server
@@ -110,7 +110,7 @@ def test_transformers_backend(tune, tmp_path, cli, execute):
 def test_families_of_exports_are_those_that_exports_accept(tmp_path, cli):
     for family in get_args(TinyFamily):
         model = create_tiny_model(tmp_path / family, family)
-        is_served = family in EXPORT_FAMILIES["serving"]
+        is_served = "serving" in FAMILIES[family].exports
         cli("export", model, code=0 if is_served else 2)
     assert "finesight serve" in cli("export", tmp_path / "qwen", code=2).err
 

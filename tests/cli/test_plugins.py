@@ -29,7 +29,9 @@ from finesight.evaluate.eval_case import EvalCase
 from finesight.evaluate.reward_scorer import RewardScorer
 from finesight.evaluate.score_function import RewardError, ScoringError
 from finesight.evaluate.task_metrics import compute_metrics
+from finesight.manifest import load_manifest
 from finesight.metric_components import METRICS
+from finesight.model_folder import ModelFolder
 from finesight.plugins import PluginRecord
 from finesight.recipe import load_recipe, recipe_from_dict
 from finesight.train.master_weight_optimizer import MasterWeightOptimizer
@@ -408,6 +410,10 @@ def test_broken_plugin_is_a_user_error(problem, recipe, tmp_path, monkeypatch, c
             f"output_dir={tmp_path / 'run'}",
         ),
     }
+    if kind == "families":
+        model = rename_family(recipe.parent / "tiny", tmp_path / "model", "meters")
+        question = ("--prompt", "Read the meter.", "--max-new-tokens", 2)
+        commands[kind] = ("predict", model, recipe.parent / "3.png", *question)
     text = cli(*commands[kind], code=2).text
     assert all(part in text for part in (problem, "broken 1.0", f"finesight.{kind}", target))
     cli("import", data / "eval.jsonl", tmp_path / "copied")
@@ -457,24 +463,72 @@ def test_name_of_two_packages_is_refused(recipe, tmp_path, monkeypatch, cli):
     cli("import", recipe.parent / "data" / "eval.jsonl", tmp_path / "copied")
 
 
-def test_family_of_a_package_equals_the_native_one(recipe, tmp_path, monkeypatch, cli):
-    entries = {"families acme_vl": "acme:from_folder", "architectures acme_vl": "acme:ARCHITECTURE"}
-    code = (
-        "from finesight.encode.qwen2_vl import from_folder\n"
-        "from finesight.model.families.qwen2_vl import ARCHITECTURE\n"
-    )
-    write_package(tmp_path / "site", "acme", entries, code)
-    renamed = shutil.copytree(recipe.parent / "tiny", tmp_path / "renamed")
-    config = (renamed / "config.json").read_text().replace('"qwen2_vl"', '"acme_vl"')
+FAMILY_HALVES = """
+from finesight.encode.qwen2_vl import from_folder
+from finesight.model.families.qwen2_vl import ARCHITECTURE
+"""
+FAMILY_COMPONENT = """
+from finesight.family_components import FamilyComponent
+COMPONENT = FamilyComponent(
+    kind="families",
+    name="acme_vl",
+    title="Acme",
+    renderer="acme_halves:from_folder",
+    architecture="acme_halves:ARCHITECTURE",
+    hf_class="AcmeModel",
+    exports=("serving",),
+)
+"""
+
+
+def rename_family(model: Path, folder: Path, family: str) -> Path:
+    """Copy a model of Qwen2-VL, with another family."""
+    renamed = shutil.copytree(model, folder)
+    config = (renamed / "config.json").read_text().replace('"qwen2_vl"', f'"{family}"')
     (renamed / "config.json").write_text(config)
     (renamed / "sha256.json").unlink()
+    return renamed
+
+
+@pytest.mark.parametrize("is_component", [True, False])
+def test_family_of_a_package_equals_the_native_one(
+    is_component, recipe, tmp_path, monkeypatch, cli
+):
+    """A component, or a function and an architecture as for version 0.1.0."""
+    entries = {"families acme_vl": "acme:COMPONENT"}
+    architecture = "AcmeModel"
+    if not is_component:
+        entries = {
+            "families acme_vl": "acme_halves:from_folder",
+            "architectures acme_vl": "acme_halves:ARCHITECTURE",
+        }
+        architecture = "Qwen2VLForConditionalGeneration"  # of the base
+    write_package(tmp_path / "site", "acme", entries, FAMILY_COMPONENT)
+    (tmp_path / "site" / "acme_halves.py").write_text(FAMILY_HALVES)
+    renamed = rename_family(recipe.parent / "tiny", tmp_path / "renamed", "acme_vl")
     words = ["--prompt", "Read the meter.", "--max-new-tokens", 8, "--json"]
+    run = tmp_path / "run"
     with monkeypatch.context() as patch:
         install(tmp_path / "site", patch)
         models = recipe.parent / "tiny", renamed
         answers = [cli("predict", model, recipe.parent / "3.png", *words).json for model in models]
-        run = [f"model={renamed}", f"output_dir={tmp_path / 'run'}", "eval=null", "track=[]"]
-        cli("train", recipe, *run)
+        cli("train", recipe, f"model={renamed}", f"output_dir={run}", "eval=null", "track=[]")
+        exported = cli("export", renamed, code=0 if is_component else 2).text
+        cli("merge", run, tmp_path / "merged")
+        plugins = load_manifest(run / "manifest.json").plugins
     assert answers[0]["answer"] == answers[1]["answer"]
-    text = cli("predict", tmp_path / "run", recipe.parent / "3.png", *words, code=2).text
+    assert ("vllm serve" in exported) is is_component
+    found = [f"{one.kind} {one.name}" for one in plugins]
+    assert [one for one in found if one.endswith(" acme_vl")] == [*entries]
+    assert ModelFolder(tmp_path / "merged").config["architectures"] == [architecture]
+    text = cli("predict", run, recipe.parent / "3.png", *words, code=2).text
     assert "pip install acme==1.0" in text
+
+
+@pytest.mark.parametrize("kind", ["families", "architectures"])
+def test_native_family_of_a_package_is_refused(kind, recipe, tmp_path, monkeypatch, cli):
+    write_package(tmp_path / "site", "acme", {f"{kind} qwen2_vl": "acme:FAMILY"}, "FAMILY = print")
+    install(tmp_path / "site", monkeypatch)
+    words = ("--prompt", "Read the meter.", "--max-new-tokens", 2)
+    text = cli("predict", recipe.parent / "tiny", recipe.parent / "3.png", *words, code=2).text
+    assert "several packages define it: finesight, acme 1.0" in text

@@ -17,8 +17,9 @@ from finesight.encode.family import ImageBox, PromptPiece, SpecialToken, Thinkin
 from finesight.encode.qwen2_vl import Qwen2VL, Qwen25VL
 from finesight.encode.qwen3_vl import Qwen3VL
 from finesight.encode.qwen_vl import QwenVL
-from finesight.encode.renderer import FAMILIES, load_family
+from finesight.encode.renderer import load_family
 from finesight.errors import UserError
+from finesight.family_components import FAMILIES
 from finesight.model import vlm
 from finesight.model_folder import ModelFolder
 

@@ -16,9 +16,9 @@ from tiny_model import TinyFamily, create_tiny_model
 from finesight.config import ExactSize, ImageRule, LongestSide, PixelRange, TuneSettings
 from finesight.data.image_file import CorruptImageError
 from finesight.export.deployment import GgufFiles, build_llama_server_command
-from finesight.export.hf_files import HF_ARCHITECTURES
 from finesight.export.model_card import collect_uploads
 from finesight.export.resize_code import format_resize_code
+from finesight.family_components import FAMILIES
 from finesight.infer.model_loader import ModelSource, resolve_model_source
 from finesight.manifest import Manifest
 from finesight.model_folder import ModelFolder
@@ -40,7 +40,7 @@ RULES: list[ImageRule] = [
     LongestSide(longest_side=70),  # half a multiple of 28
 ]
 NUM_IMAGES = 40
-FAMILIES = [family for family in get_args(TinyFamily) if family in HF_ARCHITECTURES]
+SERVED = [family for family in get_args(TinyFamily) if "serving" in FAMILIES[family].exports]
 
 
 def run_code(code: str, image: Path) -> Image.Image:
@@ -97,7 +97,7 @@ def check_processor(folder: Path, rule: ImageRule, code: str, tmp_path: Path) ->
         )
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", SERVED)
 def test_processor_of_merged_folder_sees_the_images_of_the_training(
     family: TinyFamily, tmp_path: Path
 ) -> None:

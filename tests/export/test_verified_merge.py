@@ -19,9 +19,10 @@ from tiny_model import TinyFamily, create_tiny_model
 from finesight.config import Precision, TuneSettings
 from finesight.errors import UserError
 from finesight.export import verified_merge
-from finesight.export.hf_files import HF_ARCHITECTURES, find_missing_files
+from finesight.export.hf_files import find_missing_files
 from finesight.export.model_card import VerifiedMerge
 from finesight.export.verified_merge import merge_and_verify
+from finesight.family_components import FAMILIES
 from finesight.infer.model_loader import load_inference_model, resolve_model_source
 from finesight.infer.prediction import build_question, predict
 from finesight.manifest import Manifest, load_manifest
@@ -320,10 +321,11 @@ def test_every_family_is_merged_and_verified(family, precision, tmp_path):
     proved = merge_adapter(adapter, tmp_path / "out", precision)
     assert (proved.parity.rounding_change is None) is (precision == "auto")
     config = json.loads((proved.folder / "config.json").read_text())
-    if family in HF_ARCHITECTURES:
-        assert config["architectures"] == [HF_ARCHITECTURES[family]]
+    component = FAMILIES[family]
+    if component.hf_class:
+        assert config["architectures"] == [component.hf_class]
     card = (proved.folder / "README.md").read_text()
-    assert ("vllm serve out" in card) is (family in HF_ARCHITECTURES)
+    assert ("vllm serve out" in card) is ("serving" in component.exports)
 
 
 def test_adapter_on_four_bit_model(tmp_path: Path) -> None:

@@ -14,7 +14,8 @@ from tiny_model import create_tiny_model
 
 from finesight.config import Recipe
 from finesight.data.sample import BoxPart, LocatedSample, Sample, write_samples
-from finesight.encode.renderer import FAMILIES, NativeRenderer
+from finesight.encode.renderer import NativeRenderer
+from finesight.family_components import FAMILIES
 from finesight.model_folder import ModelFolder
 from finesight.report.data_pages import render_sample_page
 from finesight.train.training_run import train

@@ -13,7 +13,7 @@ from finesight.model import fused_decoder
 from finesight.model.attention import PackedAttention, Segments
 from finesight.model.config import LinearAttentionConfig
 from finesight.model.decoder import DecoderLayer
-from finesight.model.families.qwen3_5 import HybridDecoderLayer
+from finesight.model.hybrid_decoder import HybridDecoderLayer
 from finesight.model.layers import RotaryCosSin
 from finesight.model.linear import FusedLinear, LoraConfig, LoraLinear
 

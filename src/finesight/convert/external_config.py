@@ -14,6 +14,7 @@ from pydantic import FiniteFloat, TypeAdapter
 
 from finesight.bounded_files import read_json_object
 from finesight.errors import UserError, shorten
+from finesight.family_components import FAMILIES, TrainerModels
 from finesight.objective_components import OBJECTIVES
 from finesight.recipe import invert_groups, load_trainer_settings
 
@@ -249,7 +250,7 @@ def format_value(value: object) -> str:
 
 
 class FamilySettings(NamedTuple):
-    """Properties of a model family that determine recipe settings, from `trainer_settings.yaml`.
+    """Properties of a model family that determine recipe settings.
 
     `token_size` is the side of the image area of one token in pixels, 0 for a fixed image size.
     `layers` are the last name components of the linear layers, by part of the model.
@@ -273,17 +274,17 @@ def detect_family(model: str, hints: tuple[str | None, ...], where: str) -> Fami
     Raises UserError if the model is not known to be a vision-language model.
     """
     what = f"cannot determine whether {model!r} is a vision-language model"
-    families, found = load_trainer_settings()["families"], None
-    by_type = {name: key for key, entry in families.items() for name in entry["names"].split()}
+    families, found = _load_families(), None
+    by_hint = {name: key for key, entry in families.items() for name in entry.names.split()}
+    by_type = by_hint | {key: key for key in families}
     model_type = _read_model_type(Path(model).expanduser(), by_type) if model else None
     if model_type is not None:
         found, what = by_type.get(model_type), f"{model} has the model type {model_type}"
     elif model:
         # The patterns take quadratic time.
         name = re.sub(r"[_ ]", "-", model.rstrip("/").rpartition("/")[2].lower())[:1000]
-        named = [key for key, entry in families.items() if re.search(entry["pattern"], name)]
-        # qwen without vl means a text model in both programs.
-        hinted = [by_type[hint] for hint in hints if hint in by_type and hint != "qwen"]
+        named = [key for key, entry in families.items() if re.search(entry.pattern, name)]
+        hinted = [by_hint[hint] for hint in hints if hint in by_hint]
         found = next(iter([*named, *hinted]), None)
     if found is None:
         raise UserError(
@@ -293,8 +294,22 @@ def detect_family(model: str, hints: tuple[str | None, ...], where: str) -> Fami
             remedy="use the name on its hub, or run this command where the model folder exists",
         )
     entry = families[found]
-    numbers = {key: entry[key] for key in ("token_size", "min_pixels", "max_length")}
-    return FamilySettings(found, **numbers, layers={part: entry[part].split() for part in PARTS})
+    layers = {
+        "vision": entry.vision.split(),
+        "merger": entry.merger.split(),
+        "language": entry.language.split(),
+    }
+    return FamilySettings(found, entry.token_size, entry.min_pixels, entry.max_length, layers)
+
+
+def _load_families() -> dict[str, TrainerModels]:
+    """Load the models of native families by name, then those of the family `other`."""
+    families: dict[str, TrainerModels] = {}
+    for component in FAMILIES.list_available():
+        if component.trainer_models is not None:
+            families[component.name] = component.trainer_models
+    families["other"] = TrainerModels(**load_trainer_settings()["other_models"])
+    return families
 
 
 def _read_model_type(folder: Path, known_types: Container[str]) -> str | None:

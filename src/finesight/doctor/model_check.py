@@ -15,8 +15,8 @@ from finesight.doctor.diagnosis import (
     user_error_to_diagnosis,
 )
 from finesight.doctor.package_check import PACKAGE_NAME, InstalledPackages, install_command
-from finesight.encode.renderer import FAMILIES
 from finesight.errors import Step, UserError
+from finesight.family_components import FAMILIES
 from finesight.model_folder import ModelFolder
 from finesight.storage import DIGESTS_FILE, verify_folder
 
@@ -46,12 +46,12 @@ def check_model(path: Path, packages: InstalledPackages) -> list[Diagnosis]:
     check = "model-config"
     try:
         family = folder.family
-        extra = ""
-        if family not in FAMILIES:
-            extra = "hf"
-        elif family == "qwen":
-            extra = "qwen-vl"
-        if extra and {"hf": "transformers", "qwen-vl": "tiktoken"}[extra] not in packages:
+        extra = "hf"
+        package = "transformers"
+        if family in FAMILIES:
+            extra = folder.family_component.extra
+            package = folder.family_component.package
+        if extra and package not in packages:
             install = install_command(f"{PACKAGE_NAME}[{extra}]")
             needs = {"family": family, "extra": extra, "install": install}
             diagnoses.append(make_diagnosis("model-needs-extra", **values, **needs))

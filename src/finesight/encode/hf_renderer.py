@@ -24,7 +24,7 @@ from finesight.config import ImageRule, ImageSettings, PixelLimits, PixelRange
 from finesight.data.image_file import MAX_IMAGE_PIXELS
 from finesight.data.sample import BoxPart, ContentPart, ImagePart, LocatedSample, Message, TextPart
 from finesight.encode.family import ThinkingOptions
-from finesight.encode.renderer import FAMILIES, Renderer
+from finesight.encode.renderer import Renderer
 from finesight.encode.tokenization import (
     LARGEST_ID,
     EncodedSample,
@@ -35,6 +35,7 @@ from finesight.encode.tokenization import (
     is_rust_panic,
 )
 from finesight.errors import UserError
+from finesight.family_components import FAMILIES
 from finesight.model_folder import ModelFolder
 from finesight.vision.image_processing import compute_resized_size, load_image
 

@@ -13,7 +13,7 @@ it is streamed.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from copy import copy
 from dataclasses import dataclass, replace
@@ -41,7 +41,6 @@ from finesight.data.sample import (
     list_media_paths,
 )
 from finesight.data.video_file import iter_video_frames, read_video_header
-from finesight.encode import qwen2_vl, qwen3_5, qwen3_vl, qwen_vl
 from finesight.encode.family import (
     THINK_END,
     THINK_START,
@@ -63,9 +62,9 @@ from finesight.encode.tokenization import (
     load_tokenizer,
 )
 from finesight.errors import Remedy, UserError, describe_indices
+from finesight.family_components import FAMILIES
 from finesight.model_folder import ModelFolder
 from finesight.objective_components import SampleKind, describe_samples, suggest_objectives
-from finesight.plugins import Registry
 from finesight.vision.image_processing import (
     compute_video_size,
     concat_patches,
@@ -291,19 +290,6 @@ class _RenderState:
     variants: Iterator[ImageVariant]
 
 
-_BUILT_IN: Mapping[str, Callable[[ModelFolder], ModelFamily]] = {
-    "qwen2_vl": qwen2_vl.from_folder,
-    "qwen2_5_vl": qwen2_vl.Qwen25VL.from_folder,
-    "qwen3_vl": qwen3_vl.from_folder,
-    "qwen3_vl_moe": qwen3_vl.from_folder,
-    "qwen3_5": qwen3_5.from_folder,
-    "qwen3_5_moe": qwen3_5.from_folder,
-    "qwen": qwen_vl.from_folder,
-}
-FAMILIES = Registry("families", Callable, _BUILT_IN)
-"""Constructors of native families by `model_type` of config.json."""
-
-
 def load_family(folder: ModelFolder) -> ModelFamily:
     """Create the `ModelFamily` of the model in a folder."""
     if folder.family not in FAMILIES:
@@ -313,7 +299,11 @@ def load_family(folder: ModelFolder) -> ModelFamily:
             expected=f"one of {', '.join(FAMILIES)}",
             remedy="choose a model of another one",
         )
-    return FAMILIES[folder.family](folder)
+    FAMILIES.find_plugin(folder.family)  # raises an error if several packages define the family
+    target = FAMILIES[folder.family].renderer
+    from_folder = FAMILIES.load_half(folder.family, target, Callable)
+    family: ModelFamily = from_folder(folder)
+    return family
 
 
 def is_native(folder: ModelFolder) -> bool:

@@ -29,7 +29,6 @@ from finesight.data.prompt_format import PromptFormat
 from finesight.encode.renderer import load_family
 from finesight.errors import Step, UserError
 from finesight.export.hf_files import (
-    DENSE_FAMILIES,
     find_missing_files,
     require_export_family,
     require_merged_model,
@@ -39,6 +38,7 @@ from finesight.export.resize_code import (
     describe_resizing,
     format_resize_code,
 )
+from finesight.family_components import FamilyComponent
 from finesight.infer.model_loader import ModelSource, get_model_name
 from finesight.manifest import Manifest
 from finesight.model.families import TRANSFORMERS_V5_MAPPING
@@ -238,7 +238,7 @@ def build_serving_commands(model_source: ModelSource, source: str) -> ServingCom
     name = get_model_name(source)
     lora = None
     if adapter is not None:
-        lora = _build_lora_options(folder.family, adapter, name, source)
+        lora = _build_lora_options(folder.family_component, adapter, name, source)
     folder.fetch_weights()  # file names that these engines expect
     commands = format_serving_commands(folder, str(folder.path), name, model_source.manifest, lora)
     if not model_source.quantization_summary:
@@ -247,10 +247,10 @@ def build_serving_commands(model_source: ModelSource, source: str) -> ServingCom
     return replace(commands, notes=(*commands.notes, note))
 
 
-def _build_lora_options(family: str, adapter: Path, name: str, source: str) -> str:
+def _build_lora_options(family: FamilyComponent, adapter: Path, name: str, source: str) -> str:
     """Build the options of vLLM for an adapter. Raises UserError if it must be merged.
 
-    vLLM 0.33 reads the names of transformers 5, and older ones for Qwen2-VL and Qwen2.5-VL
+    vLLM 0.33 reads the names of transformers 5, and older ones for some families
     (`hf_to_vllm_mapper` of each model). The ranks are those of its `LoRAConfig`.
     """
     spec, _ = read_adapter(adapter)
@@ -260,9 +260,9 @@ def _build_lora_options(family: str, adapter: Path, name: str, source: str) -> s
     if visual:
         reason = f"{len(visual)} of {len(spec.configs)} adapted layers are in the vision encoder"
         reason += " or merger, where vLLM applies adapters only with an experimental option"
-    elif family not in DENSE_FAMILIES:
-        reason = f"the family {family} has experts"
-    elif spec.key_mapping != TRANSFORMERS_V5_MAPPING and not family.startswith("qwen2"):
+    elif family.has_experts:
+        reason = f"the family {family.name} has experts"
+    elif spec.key_mapping != TRANSFORMERS_V5_MAPPING and not family.serves_v4_adapters:
         reason = "its tensors have names that vLLM does not read"
     elif len({config.alpha / config.rank for config in spec.configs.values()}) > 1:
         reason = "its layers have different scales alpha / rank, of which vLLM may use one"
@@ -315,9 +315,10 @@ def format_serving_commands(
     template_options = ""
     if arguments:
         template_options = f" --default-chat-template-kwargs {_quote_json(arguments)}"
-    if arguments.get("enable_thinking"):
+    parser = folder.family_component.reasoning_parser
+    if arguments.get("enable_thinking") and parser:
         # Without a parser, the answer of the API would contain the reasoning.
-        template_options += " --reasoning-parser qwen3"
+        template_options += f" --reasoning-parser {parser}"
     vllm = (
         f"vllm serve {quoted} {common_options} --max-model-len {context_length}"
         f" --mm-processor-kwargs {_quote_json(pixel_limits)}"

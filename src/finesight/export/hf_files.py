@@ -6,11 +6,12 @@ import json
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from finesight.bounded_files import read_json_object
 from finesight.encode.renderer import is_native
 from finesight.errors import Remedy, Step, UserError
+from finesight.family_components import FAMILIES, ExportKind
 from finesight.infer.model_loader import ModelSource
 from finesight.model_folder import (
     DOWNLOAD_PATTERNS,
@@ -23,37 +24,8 @@ from finesight.storage import DIGESTS_FILE, verify_folder
 
 GENERATION_CONFIG_FILE = "generation_config.json"
 
-HF_ARCHITECTURES: Mapping[str, str] = {
-    "qwen2_vl": "Qwen2VLForConditionalGeneration",
-    "qwen2_5_vl": "Qwen2_5_VLForConditionalGeneration",
-    "qwen3_vl": "Qwen3VLForConditionalGeneration",
-    "qwen3_vl_moe": "Qwen3VLMoeForConditionalGeneration",
-    "qwen3_5": "Qwen3_5ForConditionalGeneration",
-    "qwen3_5_moe": "Qwen3_5MoeForConditionalGeneration",
-}
-"""Model class of each family in transformers, vLLM and SGLang."""
-
-DENSE_FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5")
-"""Families without experts, whose weights and adapters have other layouts in each engine."""
-
-ExportKind = Literal["serving", "gguf", "quantize"]
-
-EXPORT_FAMILIES: Mapping[ExportKind, Sequence[str]] = {
-    # The converter of llama.cpp supports Qwen3.5 since its pull request 19468. Neither it nor the
-    # engines support the vision encoder of Qwen-VL (2023).
-    "serving": tuple(HF_ARCHITECTURES),
-    "gguf": tuple(HF_ARCHITECTURES),
-    "quantize": DENSE_FAMILIES,
-}
-"""Families of each kind of export: commands of vLLM and SGLang, GGUF files, 4-bit weights."""
-
 PEFT_MERGE = "merge it with peft: PeftModel.from_pretrained(...).merge_and_unload()"
 """How to merge an adapter of a family without native code."""
-
-HF_PROCESSORS: Mapping[str, str] = {
-    "qwen2_vl": "Qwen2VLProcessor",
-    "qwen2_5_vl": "Qwen2_5_VLProcessor",
-}
 
 GREEDY_CONFIG = {"do_sample": True, "temperature": 1e-6, "top_k": 1, "repetition_penalty": 1.0}
 """Greedy decoding without penalties, as in the evaluation.
@@ -92,20 +64,18 @@ def complete_hf_folder(folder: Path, family: str, end_ids: Sequence[int]) -> Non
     Writes the model class into config.json, the image processor settings, and a greedy
     generation_config.json with the end tokens `end_ids`.
     """
+    component = FAMILIES.describe(family)
     config = _read_json(folder / "config.json")
     # transformers writes the local path of the base, which is of no use elsewhere.
     config.pop("_name_or_path", None)
-    if family in HF_ARCHITECTURES:
-        config["architectures"] = [HF_ARCHITECTURES[family]]
+    if component.hf_class:
+        config["architectures"] = [component.hf_class]
     _write_json(folder / "config.json", config)
-    if family in HF_PROCESSORS and "image_processor" not in _read_json(folder / PROCESSOR_FILE):
-        processor_names = {
-            "image_processor_type": "Qwen2VLImageProcessor",
-            "processor_class": HF_PROCESSORS[family],
-        }
+    is_nested = "image_processor" in _read_json(folder / PROCESSOR_FILE)
+    if component.processor_classes and not is_nested:
         settings = {
             **PREPROCESSOR_DEFAULTS,
-            **processor_names,
+            **component.processor_classes,
             **_read_json(folder / PREPROCESSOR_FILE),
         }
         _write_json(folder / PREPROCESSOR_FILE, settings)
@@ -134,18 +104,18 @@ def find_dropped_sampling(base_folder: ModelFolder) -> dict[str, Any]:
 
 def find_missing_files(folder: ModelFolder) -> list[str]:
     """Return the names of files that other programs need but the folder lacks."""
-    is_qwen_vl = folder.family == "qwen"
+    component = folder.family_component
     required: list[tuple[str, ...]] = [("config.json",), (GENERATION_CONFIG_FILE,)]
-    required.append(("qwen.tiktoken",) if is_qwen_vl else ("tokenizer.json",))
+    required.append((component.tokenizer_file,))
     required.append(("tokenizer_config.json",))
-    if not is_qwen_vl:
+    if component.read_image_settings is None:
         required.append((PREPROCESSOR_FILE, PROCESSOR_FILE))
     required.append(("model.safetensors", "model.safetensors.index.json"))
     missing = []
     for names in required:
         if all(folder.find_file(name) is None for name in names):
             missing.append(" or ".join(names))
-    if not is_qwen_vl and not folder.chat_template:
+    if component.has_chat_template and not folder.chat_template:
         missing.append(f"a chat template ({', '.join(_CHAT_TEMPLATE_FILES)})")
     return missing
 
@@ -162,7 +132,7 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 def propose_export(folder: Path) -> Step:
     """Return the next step for a merged model: commands of vLLM and SGLang, or a server."""
-    if ModelFolder(folder).family in EXPORT_FAMILIES["serving"]:
+    if "serving" in ModelFolder(folder).family_component.exports:
         return Step("export", {"source": folder})
     return Step("serve", {"run_or_model": folder})
 
@@ -172,15 +142,14 @@ def require_export_family(folder: ModelFolder, kind: ExportKind, source: str) ->
 
     `source` is the model as the user named it.
     """
-    families = EXPORT_FAMILIES[kind]
-    if folder.family not in families:
+    if kind not in folder.family_component.exports:
         operation = "web"
         if is_native(folder):
             operation = "serve"
         raise UserError(
             f"{source} is of the family {folder.family}",
             where="export",
-            expected=f"one of {', '.join(families)}",
+            expected=f"one of {', '.join(FAMILIES.list_exported(kind))}",
             remedy=Step(operation, {"run_or_model": source}, "serve it with finesight"),
         )
 

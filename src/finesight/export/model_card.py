@@ -24,7 +24,7 @@ from finesight.encode.renderer import is_native
 from finesight.errors import Step, UserError
 from finesight.evaluate.eval_case import note_lines
 from finesight.export.deployment import describe_questions, format_serving_commands
-from finesight.export.hf_files import EXPORT_FAMILIES, list_uploads
+from finesight.export.hf_files import list_uploads
 from finesight.export.merge_parity import MergeParity
 from finesight.export.resize_code import describe_image_size, format_resize_code
 from finesight.hub.address import parse_model_address
@@ -86,7 +86,7 @@ def write_model_card(folder: Path, info: VerifiedMerge, quantized: Sequence[str]
         commands.append(str(Step(operation, {"run_or_model": name})))
     merged = ModelFolder(folder)
     serving = None
-    if merged.family in EXPORT_FAMILIES["serving"]:
+    if "serving" in merged.family_component.exports:
         code = "the code of the section Image size"
         serving = format_serving_commands(merged, name, name, manifest, code=code)
     card = _render_card(

@@ -34,9 +34,10 @@ from finesight.evaluate.custom_metric import check_metric
 from finesight.evaluate.generation_eval import evaluate, load_eval_inputs
 from finesight.evaluate.metric_difference import MetricDifference, compare_cases
 from finesight.evaluate.prediction_file import read_predictions
-from finesight.export.hf_files import EXPORT_FAMILIES, propose_merge
+from finesight.export.hf_files import propose_merge
 from finesight.export.model_card import MODEL_CARD_FILE, write_model_card
 from finesight.export.verified_merge import merge_and_verify
+from finesight.family_components import FAMILIES
 from finesight.infer.model_loader import (
     ModelSource,
     load_inference_model,
@@ -143,12 +144,12 @@ def export_quantized(
     if is_run:
         found = "a run"
         remedy = propose_merge(model_source.folder, source)
-    if not is_run or family not in EXPORT_FAMILIES["quantize"]:
+    if not is_run or "quantize" not in FAMILIES.describe(family).exports:
         raise UserError(
             f"{source} is {found} of the family {family}",
             where="--quantize",
             expected="a run, whose training samples calibrate the rounding, of the families"
-            f" {', '.join(EXPORT_FAMILIES['quantize'])}",
+            f" {', '.join(FAMILIES.list_exported('quantize'))}",
             remedy=remedy,
         )
     check_new_path(out)

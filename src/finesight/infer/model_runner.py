@@ -34,9 +34,9 @@ from finesight.infer.paged_attention import (
 from finesight.infer.scheduler import PromptState
 from finesight.model.cuda_graph_cache import CudaGraphCache
 from finesight.model.decoder import DecoderAttention, DecoderLayer
-from finesight.model.families.qwen3_5 import GatedAttention, GatedDeltaNet, HybridDecoderLayer
 from finesight.model.fused_ops import sigmoid_gate
 from finesight.model.gated_delta_net import L2_NORM_EPS, supports_kernels
+from finesight.model.hybrid_decoder import GatedAttention, GatedDeltaNet, HybridDecoderLayer
 from finesight.model.kernels import decoding
 from finesight.model.kernels import gated_delta_net as delta_net_kernels
 from finesight.model.kernels.runtime import HAS_TRITON

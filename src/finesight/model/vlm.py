@@ -6,7 +6,7 @@ tokens that need logits, V vocabulary, R sequences of a decode step.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from finesight.encode.packing import PackedBatch
 from finesight.errors import UserError
+from finesight.family_components import FAMILIES
 from finesight.model import fused_decoder
 from finesight.model.attention import (
     AttentionBackend,
@@ -27,16 +28,7 @@ from finesight.model.attention import (
 )
 from finesight.model.config import ConfigReader, ModelConfig, parse_pixel_normalization
 from finesight.model.decoder import DeepstackFeatures, FusibleLayer
-from finesight.model.families import (
-    KEY_MAPPINGS,
-    Architecture,
-    KeyMapping,
-    qwen2_5_vl,
-    qwen2_vl,
-    qwen3_5,
-    qwen3_vl,
-    qwen_vl,
-)
+from finesight.model.families import KEY_MAPPINGS, Architecture, KeyMapping
 from finesight.model.gated_delta_net import supports_kernels
 from finesight.model.layers import requires_host_sync
 from finesight.model.linear import FusedLinear, single_output
@@ -47,16 +39,26 @@ from finesight.model.vision_encoder import VisionEncoder
 from finesight.plugins import Registry
 from finesight.vision.image_processing import GridTHW
 
-_BUILT_IN = {
-    "qwen2_vl": qwen2_vl.ARCHITECTURE,
-    "qwen2_5_vl": qwen2_5_vl.ARCHITECTURE,
-    "qwen3_vl": qwen3_vl.ARCHITECTURE,
-    "qwen3_vl_moe": qwen3_vl.MOE_ARCHITECTURE,
-    "qwen3_5": qwen3_5.ARCHITECTURE,
-    "qwen3_5_moe": qwen3_5.MOE_ARCHITECTURE,
-    "qwen": qwen_vl.ARCHITECTURE,
-}
-ARCHITECTURES = Registry("architectures", Architecture, _BUILT_IN)
+
+class _ArchitecturesOfComponents(Mapping[str, Architecture]):
+    """Architectures of the families that name one, imported on access."""
+
+    def __getitem__(self, name: str) -> Architecture:
+        component = FAMILIES.get(name)
+        if component is None or not component.architecture:
+            raise KeyError(name)
+        architecture: Architecture = FAMILIES.load_half(name, component.architecture, Architecture)
+        return architecture
+
+    def __iter__(self) -> Iterator[str]:
+        return (one.name for one in FAMILIES.list_available() if one.architecture)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
+ARCHITECTURES = Registry("architectures", Architecture, _ArchitecturesOfComponents())
+"""Architectures by `model_type`: those of components, then those of plug-ins for version 0.1.0."""
 
 
 class VisionLanguageModel(nn.Module):

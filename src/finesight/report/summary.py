@@ -15,8 +15,8 @@ from statistics import mean, median
 from typing import Literal
 
 from finesight.data.example_question import ExampleQuestion, read_public_example
-from finesight.encode.renderer import FAMILIES
 from finesight.errors import Step
+from finesight.family_components import FAMILIES
 from finesight.manifest import CHECKPOINTS_FOLDER, METRICS_FILE
 from finesight.progress import MAX_DATA_WAIT_FRACTION
 from finesight.report.i18n import translate

@@ -404,7 +404,7 @@ def iter_step_losses(
     model = state.engine.model
     sampler = SequentialSampler(indices, recipe.train.batch_size)
     # Without shared prefixes: in evaluation mode, some families compute a token depending on the
-    # length of its sample (`model.families.qwen_vl`).
+    # length of its sample (`depends_on_length` of `FamilyComponent`).
     data = state.data.splits[split].build_step_dataset(
         state.data.renderer, sampler, budget.pack_tokens, recipe.data
     )

@@ -27,6 +27,7 @@ from finesight.evaluate.eval_result import select_eval_samples
 from finesight.evaluate.reward_scorer import RewardScorer
 from finesight.evaluate.score_function import RewardError
 from finesight.evaluate.task_metrics import check_references, check_task_metric
+from finesight.family_components import FAMILIES
 from finesight.hub.address import is_offline
 from finesight.infer.model_loader import resolve_device, resolve_model_source
 from finesight.manifest import MANIFEST_FILE, find_run_dir, load_manifest
@@ -35,7 +36,6 @@ from finesight.model.lora.peft_io import AdapterMismatchError, load_trainable_ad
 from finesight.model.quant.fp8 import require_fp8_support
 from finesight.model.quant.nf4 import import_bitsandbytes
 from finesight.model.trainable import MODEL_PARTS, configure_tuning, infer_tuning
-from finesight.model.vlm import ARCHITECTURES
 from finesight.model.weights_io import build_checked_model, build_meta_model
 from finesight.model_folder import TINY_MODEL, get_portable_name, resolve_model_path
 from finesight.objective_components import OBJECTIVES, Needs
@@ -247,8 +247,7 @@ def build_objective(recipe: Recipe, family: str) -> Objective[Any]:
             work.
     """
     train = recipe.train
-    # In evaluation mode, Qwen-VL computes a token depending on the length of its sample.
-    is_supported = family in ARCHITECTURES and family != "qwen"
+    is_supported = family in FAMILIES and not FAMILIES.describe(family).depends_on_length
     if not (is_supported or recipe.needs.supports_all_families):
         raise UserError(
             f"train.objective={train.objective} does not support the family {family}",

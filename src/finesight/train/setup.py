@@ -16,8 +16,8 @@ from finesight import __version__
 from finesight.config import Recipe, TrainSettings
 from finesight.data.augmentation import Augmenter
 from finesight.encode.packing import SampleShape
-from finesight.encode.renderer import FAMILIES
 from finesight.errors import UserError
+from finesight.family_components import FAMILIES
 from finesight.infer.model_loader import resolve_device, resolve_precision
 from finesight.manifest import Manifest
 from finesight.metric_components import METRICS

@@ -1,0 +1,1 @@
+"""Light halves of the native model families, one folder each. They import no torch."""

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from finesight.families.qwen.architecture import AttentionPool
 from finesight.model.config import ConfigReader
-from finesight.model.families.qwen_vl import AttentionPool
 from finesight.model.hybrid_decoder import GatedDeltaNet
 from finesight.model.vlm import VisionLanguageModel, build_model
 from finesight.model_folder import PREPROCESSOR_DEFAULTS, ModelFolder

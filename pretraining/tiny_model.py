@@ -25,7 +25,11 @@ from torch import Tensor, nn
 
 from finesight.encode import tokenization
 from finesight.encode.tokenization import PRETOKENIZE_PATTERN
-from finesight.model.families.qwen_vl import RESAMPLER_HEAD_DIM, ResamplerAttention, VisionResampler
+from finesight.families.qwen.architecture import (
+    RESAMPLER_HEAD_DIM,
+    ResamplerAttention,
+    VisionResampler,
+)
 from finesight.model.hybrid_decoder import DepthwiseConv
 from finesight.model.linear import FusedLinear
 from finesight.model.weights_io import save_model

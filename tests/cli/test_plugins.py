@@ -464,8 +464,8 @@ def test_name_of_two_packages_is_refused(recipe, tmp_path, monkeypatch, cli):
 
 
 FAMILY_HALVES = """
-from finesight.encode.qwen2_vl import from_folder
-from finesight.model.families.qwen2_vl import ARCHITECTURE
+from finesight.families.qwen2_vl.renderer import from_folder
+from finesight.families.qwen2_vl.architecture import ARCHITECTURE
 """
 FAMILY_COMPONENT = """
 from finesight.family_components import FamilyComponent

@@ -14,11 +14,12 @@ from hypothesis import strategies as st
 from finesight.data.boxes import split_at_boxes
 from finesight.data.sample import BoxPart, create_region
 from finesight.encode.family import ImageBox, PromptPiece, SpecialToken, ThinkingOptions
-from finesight.encode.qwen2_vl import Qwen2VL, Qwen25VL
-from finesight.encode.qwen3_vl import Qwen3VL
-from finesight.encode.qwen_vl import QwenVL
 from finesight.encode.renderer import load_family
 from finesight.errors import UserError
+from finesight.families.qwen.renderer import QwenVL
+from finesight.families.qwen2_5_vl.renderer import Qwen25VL
+from finesight.families.qwen2_vl.renderer import Qwen2VL
+from finesight.families.qwen3_vl.renderer import Qwen3VL
 from finesight.family_components import FAMILIES
 from finesight.model import vlm
 from finesight.model_folder import ModelFolder

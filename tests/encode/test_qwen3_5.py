@@ -26,10 +26,10 @@ from finesight.data.sample import (
 )
 from finesight.encode import renderer as renderer_area
 from finesight.encode.family import ThinkingOptions
-from finesight.encode.qwen3_5 import Qwen35
 from finesight.encode.renderer import NativeRenderer
 from finesight.encode.tokenization import load_tokenizer
 from finesight.errors import UserError
+from finesight.families.qwen3_5.renderer import Qwen35
 from finesight.model_folder import ModelFolder
 
 CASES = load_cases("encode_qwen3_5")

@@ -15,9 +15,9 @@ from finesight.data.sample import (
     TextPart,
     VideoPart,
 )
-from finesight.encode.qwen3_vl import Qwen3VL
 from finesight.encode.renderer import NativeRenderer, parse_reasoning, split_reasoning
 from finesight.evaluate.eval_case import get_reference_answer
+from finesight.families.qwen3_vl.renderer import Qwen3VL
 from finesight.model_folder import ModelFolder
 
 CASES = load_cases("qwen3_vl")

@@ -28,10 +28,10 @@ from finesight.data.sample import (
     Sample,
     TextPart,
 )
-from finesight.encode.qwen_vl import from_folder
 from finesight.encode.renderer import NativeRenderer
 from finesight.encode.tokenization import SPECIAL_TOKENS, TiktokenTokenizer
 from finesight.errors import UserError
+from finesight.families.qwen.renderer import from_folder
 from finesight.infer.prediction import build_question
 from finesight.model_folder import ModelFolder
 

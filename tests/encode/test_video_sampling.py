@@ -24,12 +24,13 @@ from video_fixtures import find_index, save_frames, write_video
 from finesight.config import ExactSize, LongestSide, PixelRange
 from finesight.data.sample import LocatedSample, VideoPart
 from finesight.data.video_file import iter_video_frames
-from finesight.encode.qwen2_vl import Qwen2VL, Qwen25VL
-from finesight.encode.qwen3_5 import Qwen35
-from finesight.encode.qwen3_vl import Qwen3VL
 from finesight.encode.renderer import NativeRenderer
 from finesight.encode.tokenization import iter_video_runs
 from finesight.errors import UserError
+from finesight.families.qwen2_5_vl.renderer import Qwen25VL
+from finesight.families.qwen2_vl.renderer import Qwen2VL
+from finesight.families.qwen3_5.renderer import Qwen35
+from finesight.families.qwen3_vl.renderer import Qwen3VL
 from finesight.model_folder import ModelFolder
 from finesight.vision.image_processing import (
     PatchConfig,

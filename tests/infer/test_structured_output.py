@@ -7,9 +7,9 @@ import pytest
 from engine_fixtures import list_allowed
 from tiny_model import create_tiny_model
 
-from finesight.encode.qwen3_5 import Qwen35
 from finesight.encode.renderer import NativeRenderer
 from finesight.errors import UserError
+from finesight.families.qwen3_5.renderer import Qwen35
 from finesight.infer.structured_output import GrammarCompiler, GrammarConstraint
 from finesight.model_folder import ModelFolder
 

@@ -13,8 +13,9 @@ from image_fixtures import make_sample
 from label_fixtures import draw_images
 
 from finesight.data.sample import BoxPart, LocatedSample, Message, Sample, TextPart
-from finesight.encode.qwen2_vl import Qwen2VL, Qwen25VL
 from finesight.encode.renderer import NativeRenderer, build_renderer
+from finesight.families.qwen2_5_vl.renderer import Qwen25VL
+from finesight.families.qwen2_vl.renderer import Qwen2VL
 from finesight.infer.model_loader import InferenceModel, load_inference_model
 from finesight.infer.prediction import build_prediction, build_question
 from finesight.infer.request import GeneratedToken

@@ -15,8 +15,8 @@ from finesight.data.formats.dataset_format import ImportContext, RowImages
 from finesight.data.image_resolver import ImageResolver
 from finesight.data.sample import BoxPart, ContentPart, TextPart, create_region
 from finesight.encode.family import ImageBox
-from finesight.encode.qwen2_vl import Qwen25VL
 from finesight.errors import UserError
+from finesight.families.qwen2_5_vl.renderer import Qwen25VL
 from finesight.vision.image_processing import compute_resized_size
 
 CASES = load_cases("answer_boxes")

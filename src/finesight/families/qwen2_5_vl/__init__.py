@@ -8,8 +8,8 @@ COMPONENT = FamilyComponent(
     kind="families",
     name="qwen2_5_vl",
     title="Qwen2.5-VL",
-    renderer="finesight.encode.qwen2_vl:Qwen25VL.from_folder",
-    architecture="finesight.model.families.qwen2_5_vl:ARCHITECTURE",
+    renderer="finesight.families.qwen2_5_vl.renderer:Qwen25VL.from_folder",
+    architecture="finesight.families.qwen2_5_vl.architecture:ARCHITECTURE",
     hf_class="Qwen2_5_VLForConditionalGeneration",
     processor_classes={
         "image_processor_type": "Qwen2VLImageProcessor",

@@ -8,8 +8,8 @@ COMPONENT = FamilyComponent(
     kind="families",
     name="qwen2_vl",
     title="Qwen2-VL",
-    renderer="finesight.encode.qwen2_vl:from_folder",
-    architecture="finesight.model.families.qwen2_vl:ARCHITECTURE",
+    renderer="finesight.families.qwen2_vl.renderer:from_folder",
+    architecture="finesight.families.qwen2_vl.architecture:ARCHITECTURE",
     hf_class="Qwen2VLForConditionalGeneration",
     processor_classes={
         "image_processor_type": "Qwen2VLImageProcessor",

@@ -8,8 +8,8 @@ COMPONENT = FamilyComponent(
     kind="families",
     name="qwen3_5",
     title="Qwen3.5",
-    renderer="finesight.encode.qwen3_5:from_folder",
-    architecture="finesight.model.families.qwen3_5:ARCHITECTURE",
+    renderer="finesight.families.qwen3_5.renderer:from_folder",
+    architecture="finesight.families.qwen3_5.architecture:ARCHITECTURE",
     hf_class="Qwen3_5ForConditionalGeneration",
     # The converter of llama.cpp supports it since its pull request 19468.
     exports=("serving", "gguf", "quantize"),

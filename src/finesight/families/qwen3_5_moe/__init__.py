@@ -8,8 +8,8 @@ COMPONENT = FamilyComponent(
     kind="families",
     name="qwen3_5_moe",
     title="Qwen3.5 MoE",
-    renderer="finesight.encode.qwen3_5:from_folder",
-    architecture="finesight.model.families.qwen3_5:MOE_ARCHITECTURE",
+    renderer="finesight.families.qwen3_5.renderer:from_folder",
+    architecture="finesight.families.qwen3_5.architecture:MOE_ARCHITECTURE",
     hf_class="Qwen3_5MoeForConditionalGeneration",
     # The converter of llama.cpp supports it since its pull request 19468.
     exports=("serving", "gguf"),

@@ -17,8 +17,8 @@ from finesight.encode.family import (
     VideoSegment,
     VisualMarkers,
 )
-from finesight.encode.qwen2_vl import Qwen2VL
 from finesight.errors import UserError
+from finesight.families.qwen2_vl.renderer import Qwen2VL
 from finesight.model_folder import ModelFolder
 
 

@@ -9,6 +9,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from finesight.families.qwen3_vl.architecture import (
+    build_vision_encoder,
+    interleaved_mrope_axes,
+    parse_moe_config,
+)
 from finesight.model.config import (
     ConfigReader,
     DecoderConfig,
@@ -18,11 +23,6 @@ from finesight.model.config import (
     parse_decoder_config,
 )
 from finesight.model.families import TRANSFORMERS_V5_PREFIXES, Architecture
-from finesight.model.families.qwen3_vl import (
-    build_vision_encoder,
-    interleaved_mrope_axes,
-    parse_moe_config,
-)
 from finesight.model.hybrid_decoder import HybridDecoder
 
 _LAYER_TYPES = ("linear_attention", "full_attention")

@@ -1,4 +1,4 @@
-"""Model families, one module per architecture, and their interface for `model.vlm`."""
+"""Architectures of model families: their interface for `model.vlm`, and names of parameters."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ from finesight.encode.family import (
     is_question,
     strip_content,
 )
-from finesight.encode.qwen3_vl import Qwen3VL
+from finesight.families.qwen3_vl.renderer import Qwen3VL
 from finesight.model_folder import ModelFolder
 
 EFFORT_INSTRUCTIONS: dict[str, str] = {

@@ -1,8 +1,6 @@
-"""Model families Qwen2-VL and Qwen2.5-VL, which differ in boxes and temporal positions.
+"""Renderer of Qwen2-VL: boxes of special tokens in thousandths of the image size.
 
-Qwen2-VL has special-token boxes in thousandths of the image size. The temporal position of a video
-token is the index of its frame group. Qwen2.5-VL has JSON boxes in pixels of the resized image.
-Temporal positions of its video tokens are proportional to time.
+The temporal position of a video token is the index of its frame group.
 """
 
 from __future__ import annotations
@@ -27,7 +25,6 @@ from finesight.encode.family import (
     round_to_frame,
     scale_box,
 )
-from finesight.errors import UserError
 from finesight.model_folder import ModelFolder
 
 _NUMBER = r"\s*(\d+(?:\.\d+)?)\s*"
@@ -115,42 +112,3 @@ def _iter_json_labels(text: str) -> Iterator[str | None]:
 def from_folder(folder: ModelFolder) -> Qwen2VL:
     """Create the Qwen2-VL family, which has no model-specific settings."""
     return Qwen2VL()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Qwen25VL(ModelFamily):
-    """Box format and temporal positions of Qwen2.5-VL (Bai et al. 2025, arXiv 2502.13923).
-
-    `tokens_per_second` is the number of temporal positions per second of video.
-    """
-
-    tokens_per_second: float = 2
-    name: str = "qwen2_5_vl"
-    max_box_coordinate = 99_999
-
-    def box_frame(self, resized_size: ImageSize) -> ImageSize:
-        """Return the size of the resized image, because coordinates are its pixels."""
-        return resized_size
-
-    def temporal_position_ids(self, grid_t: int, seconds_per_grid: float) -> NDArray[np.int64]:
-        """Return the temporal position of each frame group, rounded down.
-
-        The computation uses fp32 and the operation order of the published code, so that rounding is
-        identical.
-        """
-        times = np.arange(grid_t, dtype=np.float32) * np.float32(seconds_per_grid)
-        return (times * np.float32(self.tokens_per_second)).astype(np.int64)
-
-    @classmethod
-    def from_folder(cls, folder: ModelFolder) -> Qwen25VL:
-        """Create the family with `tokens_per_second` from config.json."""
-        vision = folder.config.get("vision_config")
-        value = vision.get("tokens_per_second", 2) if isinstance(vision, dict) else 2
-        if not isinstance(value, int | float) or isinstance(value, bool) or value <= 0:
-            raise UserError(
-                f"vision_config.tokens_per_second is {value!r}",
-                where=str(folder.path / "config.json"),
-                expected="a positive number",
-                remedy="use the config.json of the published model",
-            )
-        return cls(tokens_per_second=value)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from tiny_model import create_tiny_model
 from tiny_task import edit_samples, make_task
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -26,6 +27,7 @@ COMPONENTS = {
     "rewards": "evaluate/rewards/repetition",
     "trackers": "track/trackers/mlflow",
     "launchers": "launch/launchers/skypilot",
+    "families": "families/qwen3_5_moe",
 }
 """Kind, and folder or module of a built-in component below src/finesight."""
 
@@ -42,6 +44,7 @@ RELATED_TESTS = (
     *("tests/train/test_master_weight_optimizer.py", "tests/train/test_recipe_check.py"),
     *("tests/cli/test_init.py", "tests/cli/test_first_guesses.py", "tests/cli/test_plugins.py"),
     *("tests/cli/test_launch.py", "tests/cli/test_launchers.py"),
+    *("tests/encode", "tests/export", "tests/model/test_config.py", "tests/model/test_vlm.py"),
 )
 """Tests of the kinds, and of modules that list components."""
 
@@ -179,6 +182,7 @@ def write_inputs(folder: Path) -> None:
     recipe["train"] |= {"steps": 2, "epochs": None, "device": "cpu"}
     grpo = {"num_generations": 2, "max_completion_length": 12, "max_refills": 0}
     responses = recipe | {
+        "model": str(create_tiny_model(folder / "task" / "other", NAMES["families"])),
         "data": {"train": recipe["data"]["eval"]},  # without labels that are false
         "train": recipe["train"] | {"objective": "grpo", "grpo": grpo},
         "rewards": [NAMES["rewards"], {"name": "format", "pattern": "[^a-m]*"}],
@@ -238,6 +242,8 @@ def list_results(folder: Path, path: list[Path]) -> dict[str, str]:
     found["page"] = list_words(re.sub("data:[^\"']+", "", page))
     for name in ("run", "responses"):
         found[f"metrics of {name}"] = list_metrics(folder / name)
+    run(*command, "merge", "responses", "merged", "--num-samples", "1")
+    found["merged model"] = (folder / "merged" / "config.json").read_text("utf-8")
     # The time, value and step of each loss.
     for file in folder.glob("mlruns/*/*/metrics/loss"):
         lines = file.read_text().splitlines()
@@ -257,6 +263,6 @@ def test_components_work_as_packages(rest, tmp_path):
     if find_spec(NAMES["trackers"]) is None:
         kinds.remove("trackers")
     assert list_plugin_kinds(work / "run") == kinds
-    assert list_plugin_kinds(work / "responses") == {"rewards"}
+    assert list_plugin_kinds(work / "responses") == {"rewards", "families"}
     for name, text in expected.items():
         assert found[name] == text, name

@@ -39,7 +39,11 @@ VALUES = dict(
     build=build,
     file_suffix=".batch",
     command=("submit-batch", "--file"),
-    options={"account": LauncherOption(help="project."), "max_cost": LauncherOption(help="limit.")},
+    options={
+        "account": LauncherOption(help="project."),
+        "max_cost": LauncherOption(help="limit."),
+        "hold": LauncherOption(help="wait for a release.", is_flag=True),
+    },
 )
 """
 
@@ -96,9 +100,8 @@ def test_package_adds_a_launcher(folder, monkeypatch, cli):
         "--max-cost is given with --on slurm"
         in cli(*("launch", "recipe.yaml", "--on", "slurm", "--max-cost", "5"), code=2).err
     )
-    options = {"image": "a", "store": "data", "accelerator": "H100", "spot": "no"}
     with pytest.raises(UserError, match="has the value 'no'"):
-        api.launch("recipe.yaml", engine="skypilot", out="third.yaml", **options)
+        api.launch("recipe.yaml", engine="batch", out="third.batch", hold="no")
     assert "a job in Batch is fixed" in cli(*words[:4], "--nodes", "1:2", code=2).err
 
 
@@ -113,7 +116,6 @@ BROKEN = {
     "VALUES['options'] = {'a-b': LauncherOption(help='')}": "the name 'a-b' of an option",
     "VALUES['options'] = {'nodes': LauncherOption(help='')}": "nodes is one of all launchers",
     "VALUES['options'] = {'x': 'text'}": "the option x is 'text', no LauncherOption",
-    "VALUES['options'] = {'spot': LauncherOption(help='')}": "--spot is a flag of skypilot",
     "VALUES['options'] = {'x': LauncherOption(help='', format=None)}": "or no NameFormat",
     "VALUES['command'] = (1,)": "command has other items than words",
     "VALUES['build'] = lambda job, options: 1 / 0": "ZeroDivisionError",

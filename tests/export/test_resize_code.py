@@ -4,7 +4,7 @@ import json
 import random
 import shutil
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import pytest
@@ -40,7 +40,7 @@ RULES: list[ImageRule] = [
     LongestSide(longest_side=70),  # half a multiple of 28
 ]
 NUM_IMAGES = 40
-SERVED = [family for family in get_args(TinyFamily) if "serving" in FAMILIES[family].exports]
+SERVED = FAMILIES.list_exported("serving")
 
 
 def run_code(code: str, image: Path) -> Image.Image:

@@ -9,6 +9,7 @@ from launch_fixtures import NASTY, TRAIN, build_file, make_nasty_job, run_contai
 
 from finesight.errors import UserError
 from finesight.launch.launch_job import LaunchJob
+from finesight.launch.launcher_component import LAUNCHERS, LauncherComponent, LauncherOption
 
 OPTIONS = {"image": "registry.example/finesight:1", "store": "data-1", "accelerator": "H100"}
 
@@ -151,3 +152,18 @@ def test_invalid_options_are_rejected(option: str, values: tuple[str, ...]) -> N
     with pytest.raises(UserError, match="is missing") as caught:
         build_file("skypilot", make_nasty_job("1"), **missing)
     assert caught.value.where == f"--{option}"
+
+
+def test_other_launchers_cannot_change_its_flag() -> None:
+    launcher = LauncherComponent(
+        kind="launchers",
+        name="batch",
+        title="Batch",
+        build=lambda job, options: "",
+        file_suffix=".batch",
+        command=("submit-batch",),
+        options={"spot": LauncherOption(help="")},
+    )
+    problem = LAUNCHERS.find_problem("batch", launcher)
+    assert problem is not None
+    assert "--spot is a flag of skypilot" in problem

@@ -61,10 +61,10 @@ def delta_rule_without_matmul(
 )
 def test_flops_match_torch_counter(tmp_path, family, tune, monkeypatch):
     for name, function in (
-        ("families.qwen_vl._interpolate_table", interpolate_without_matmul),
-        ("gated_delta_net.chunk_gated_delta_rule", delta_rule_without_matmul),
+        ("families.qwen.architecture._interpolate_table", interpolate_without_matmul),
+        ("model.gated_delta_net.chunk_gated_delta_rule", delta_rule_without_matmul),
     ):
-        monkeypatch.setattr(f"finesight.model.{name}", function)
+        monkeypatch.setattr(f"finesight.{name}", function)
     make_task(tmp_path)
     folder = ModelFolder(create_tiny_model(tmp_path / family, family))
     max_pixels = None if family == "qwen" else 7056

@@ -9,11 +9,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from finesight.families.qwen3_vl.architecture import (
-    build_vision_encoder,
-    interleaved_mrope_axes,
-    parse_moe_config,
-)
+from finesight.families.qwen3_vl.architecture import build_vision_encoder, interleaved_mrope_axes
 from finesight.model.config import (
     ConfigReader,
     DecoderConfig,
@@ -84,14 +80,6 @@ def _parse_linear_attention(text: ConfigReader, num_layers: int) -> LinearAttent
     return config
 
 
-def parse_hybrid_moe_decoder_config(hf_config: ConfigReader) -> DecoderConfig:
-    text = get_text_config(hf_config)
-    shared_size = text.get_int("shared_expert_intermediate_size")
-    moe_config = replace(parse_moe_config(text), shared_intermediate_size=shared_size)
-    decoder_config = parse_hybrid_decoder_config(hf_config, moe_config.intermediate_size)
-    return replace(decoder_config, moe=moe_config)
-
-
 ARCHITECTURE = Architecture(
     parse_hybrid_decoder_config,
     build_vision_encoder,
@@ -100,5 +88,3 @@ ARCHITECTURE = Architecture(
     fp32_suffixes=(".linear_attn.A_log", ".linear_attn.norm.weight"),
     copied_prefixes=("mtp.",),
 )
-
-MOE_ARCHITECTURE = replace(ARCHITECTURE, parse_decoder_config=parse_hybrid_moe_decoder_config)

@@ -9,7 +9,7 @@ COMPONENT = FamilyComponent(
     name="qwen3_5_moe",
     title="Qwen3.5 MoE",
     renderer="finesight.families.qwen3_5.renderer:from_folder",
-    architecture="finesight.families.qwen3_5.architecture:MOE_ARCHITECTURE",
+    architecture="finesight.families.qwen3_5_moe.architecture:ARCHITECTURE",
     hf_class="Qwen3_5MoeForConditionalGeneration",
     # The converter of llama.cpp supports it since its pull request 19468.
     exports=("serving", "gguf"),

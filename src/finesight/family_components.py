@@ -16,7 +16,7 @@ ExportKind = Literal["serving", "gguf", "quantize"]
 """Kind of an export: commands of vLLM and SGLang, GGUF files, or 4-bit weights."""
 
 CountReader = Callable[[str, int], int]
-"""Function that reads an integer of at least 1 from config.json, given SECTION.KEY and default."""
+"""Function from keys of config.json, joined by dots, and a default to an integer of at least 1."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,7 +24,7 @@ class TrainerModels:
     """Models of a family in configurations of other trainers, which `convert` reads.
 
     Attributes:
-        names: Model types and chat templates that stand for the family, separated by spaces.
+        names: Model types and chat templates that stand for the family.
         pattern: Regular expression for names of models in lower case, with - for _ and spaces.
         token_size: Side of the image area of one token in pixels; 0 for a fixed image size.
         min_pixels: Smallest image.
@@ -32,16 +32,32 @@ class TrainerModels:
         vision: Last name components of the linear layers of the vision encoder.
         merger: Those of the merger.
         language: Those of the language model.
+        required_key: Key of config.json that a text model of the same type lacks; empty for none.
+
+    Raises:
+        TypeError: Texts are not in a tuple, or a size is no integer.
+        ValueError: The pattern is invalid, or fits every model.
     """
 
-    names: str
+    names: tuple[str, ...]
     pattern: str
     token_size: int
     min_pixels: int
     max_length: int
-    vision: str
-    merger: str
-    language: str
+    vision: tuple[str, ...]
+    merger: tuple[str, ...]
+    language: tuple[str, ...]
+    required_key: str = ""
+
+    def __post_init__(self) -> None:
+        for texts in (self.names, self.vision, self.merger, self.language):
+            if not isinstance(texts, tuple) or not all(isinstance(one, str) for one in texts):
+                raise TypeError(f"{texts!r:.60} is no tuple of texts")
+        for size in (self.token_size, self.min_pixels, self.max_length):
+            if not isinstance(size, int):
+                raise TypeError(f"{size!r:.60} is no integer")
+        if re.search(self.pattern, "") is not None:
+            raise ValueError(f"the pattern {self.pattern!r:.60} fits every model")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,9 +79,8 @@ class FamilyComponent(Component[Any]):
         has_experts: Whether the layers have experts, whose adapters vLLM does not apply.
         serves_v4_adapters: Whether vLLM reads adapters with the names of transformers 4.
         reasoning_parser: Parser of vLLM and SGLang that separates the reasoning from the answer.
-        tokenizer_file: Name of the file that the tokenizer is loaded from.
-        package: Package that the tokenizer imports; empty for none.
-        extra: Extra of finesight that installs the package.
+        tokenizer_file: Name of the file that the tokenizer is loaded from: tokenizer.json, or a
+            file of tiktoken.
         has_chat_template: Whether published models have a chat template.
         has_common_preprocessor: Whether all models have PREPROCESSOR_DEFAULTS, so that the file may
             be missing.
@@ -85,8 +100,6 @@ class FamilyComponent(Component[Any]):
     serves_v4_adapters: bool = False
     reasoning_parser: str = ""
     tokenizer_file: str = "tokenizer.json"
-    package: str = ""
-    extra: str = ""
     has_chat_template: bool = True
     has_common_preprocessor: bool = False
     read_image_settings: Callable[[CountReader], dict[str, Any]] | None = None
@@ -100,14 +113,27 @@ class FamilyComponent(Component[Any]):
             return problem
         if not self.renderer:
             return "it has no renderer"
+        if self.implementation:
+            return "it has an implementation instead of a renderer and an architecture"
         if self.has_section:
             return "it has settings, but recipes have none for families"
         unknown = sorted({*self.exports} - {*get_args(ExportKind)})
         if unknown:
             return f"exports contains {unknown[0]!r:.60}"
-        if self.trainer_models is not None:
-            re.compile(self.trainer_models.pattern)
+        if "serving" in self.exports and not self.hf_class:
+            return "exports contains 'serving', but hf_class is empty"
+        if self.tokenizer_file != "tokenizer.json" and not self.needs_tiktoken:
+            return f"tokenizer_file is {self.tokenizer_file!r:.60}"
+        if self.read_image_settings is not None and not callable(self.read_image_settings):
+            return f"read_image_settings is {self.read_image_settings!r:.60}, no function"
+        if not isinstance(self.trainer_models, TrainerModels | None):
+            return f"trainer_models is {self.trainer_models!r:.60}, no TrainerModels"
         return None
+
+    @property
+    def needs_tiktoken(self) -> bool:
+        """Return whether the tokenizer is one of tiktoken."""
+        return self.tokenizer_file.endswith(".tiktoken")
 
 
 class FamilyRegistry(ComponentRegistry[FamilyComponent]):

@@ -260,8 +260,13 @@ class ModelFolder:
 
     def _read_image_settings(self) -> tuple[str, dict[str, Any]]:
         component = self.family_component
-        if component.read_image_settings is not None:
-            return "config.json", component.read_image_settings(self._read_count)
+        read = component.read_image_settings
+        if read is not None:
+            settings = FAMILIES.call(self.family, read, self._read_count, passes=(UserError,))
+            if not isinstance(settings, dict):
+                problem = f"returns {settings!r:.60} instead of a dictionary"
+                raise FAMILIES.build_call_error(self.family, read, problem)
+            return "config.json", settings
         if self.find_file(PREPROCESSOR_FILE) is not None:
             return PREPROCESSOR_FILE, self._read_json_file(PREPROCESSOR_FILE)
         nested = self._read_optional(PROCESSOR_FILE).get("image_processor")
@@ -272,14 +277,12 @@ class ModelFolder:
         return PREPROCESSOR_FILE, {}
 
     def _read_count(self, key: str, default: int) -> int:
-        """Return an integer of at least 1 in a section of config.json; `key` is SECTION.KEY."""
-        section_name, _, name = key.partition(".")
-        section = self.config.get(section_name)
-        value = default
-        if isinstance(section, dict):
-            value = section.get(name, default)
+        """Return an integer of at least 1 in config.json, at the keys that dots separate."""
+        value: Any = self.config
+        for name in key.split("."):
+            value = value.get(name, default) if isinstance(value, dict) else default
         self._check_count(key, value)
-        return value
+        return int(value)
 
     @cached_property
     def chat_template(self) -> str:

@@ -48,7 +48,10 @@ class PluginRecord:
 def require_plugins(plugins: Iterable[PluginRecord], where: str) -> None:
     """Raise UserError if a plug-in of a run is not installed."""
     for one in plugins:
-        if one.name not in _scan(one.kind, (*sys.path,)).names:
+        names = _scan(one.kind, (*sys.path,)).names
+        if one.kind == "architectures":  # a family that is a component has its own
+            names |= _scan("families", (*sys.path,)).names
+        if one.name not in names:
             raise UserError(
                 f"the plug-in {one.name} (finesight.{one.kind}) is not installed",
                 where=where,

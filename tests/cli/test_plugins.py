@@ -523,6 +523,49 @@ def test_family_of_a_package_equals_the_native_one(
     assert ModelFolder(tmp_path / "merged").config["architectures"] == [architecture]
     text = cli("predict", run, recipe.parent / "3.png", *words, code=2).text
     assert "pip install acme==1.0" in text
+    # The next version of the package may have a component instead of both functions.
+    shutil.rmtree(tmp_path / "site" / "acme-1.0.dist-info")
+    entries = {"families acme_vl": "acme:COMPONENT"}
+    write_package(tmp_path / "site", "acme", entries, FAMILY_COMPONENT)
+    install(tmp_path / "site", monkeypatch)
+    cli("report", run, "--out", tmp_path / "report.html")
+
+
+FAMILY_THAT_FAILS = """
+from finesight.families.qwen2_vl.renderer import from_folder
+from finesight.family_components import FamilyComponent
+
+def answer_nothing(folder):
+    pass
+
+COMPONENT = FamilyComponent(kind="families", name="meters", title="", {arguments})
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        ('renderer="broken:from_folder"', "it has no architecture"),
+        ('renderer="broken:answer_nothing"', "returns None instead of a ModelFamily"),
+        (
+            'renderer="broken:from_folder", read_image_settings=lambda read_count: 3',
+            "returns 3 instead of a dictionary",
+        ),
+        (
+            'renderer="broken:from_folder", read_image_settings=lambda read_count: 1 / 0',
+            "ZeroDivisionError",
+        ),
+    ],
+)
+def test_family_that_fails_is_a_user_error(arguments, problem, recipe, tmp_path, monkeypatch, cli):
+    code = FAMILY_THAT_FAILS.format(arguments=arguments)
+    write_package(tmp_path / "site", "broken", {"families meters": "broken:COMPONENT"}, code)
+    monkeypatch.delitem(sys.modules, "broken", raising=False)
+    install(tmp_path / "site", monkeypatch)
+    model = rename_family(recipe.parent / "tiny", tmp_path / "model", "meters")
+    text = cli("predict", model, recipe.parent / "3.png", "--prompt", "Read it.", code=2).text
+    assert problem in text
+    assert "plug-in meters of broken 1.0 (finesight.families: broken:" in text
 
 
 @pytest.mark.parametrize("kind", ["families", "architectures"])

@@ -47,7 +47,7 @@ def test_family_is_detected_from_config(tmp_path):
     vision = {"tokens_per_second": 25}
     fast = load_family(write_config(tmp_path / "fast", "qwen2_5_vl", vision_config=vision))
     assert fast == Qwen25VL(tokens_per_second=25)
-    assert list(FAMILIES) == list(vlm.ARCHITECTURES), "a family without a model"
+    assert all(map(vlm.load_architecture, FAMILIES)), "a family without a model"
 
 
 @pytest.mark.parametrize("value", ["2", 0, True, None])

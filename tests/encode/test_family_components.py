@@ -6,8 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import finesight
-from finesight.family_components import FAMILIES, FamilyComponent
+from finesight.convert.external_config import detect_family
+from finesight.family_components import FAMILIES, FamilyComponent, FamilyRegistry, TrainerModels
 from finesight.model_folder import TINY_MODEL_FOLDER, ModelFolder
 
 SOURCE = Path(finesight.__file__).parent
@@ -36,8 +39,6 @@ def test_families_have_no_problem_and_an_architecture():
     for component in FAMILIES.list_built_in():
         assert component.find_problem() is None
         assert component.architecture
-        # vLLM and SGLang need the class in config.json.
-        assert not component.exports or component.hf_class
 
 
 def test_family_without_native_code_has_defaults(tmp_path):
@@ -45,6 +46,55 @@ def test_family_without_native_code_has_defaults(tmp_path):
     component = ModelFolder(tmp_path).family_component
     assert component == FamilyComponent(kind="families", name="llava", title="llava")
     assert ModelFolder(TINY_MODEL_FOLDER).family_component.title == "Qwen2-VL"
+
+
+MODELS = {
+    "names": ("acme",),
+    "pattern": "acme",
+    "token_size": 28,
+    "min_pixels": 0,
+    "max_length": 1024,
+    "vision": ("qkv",),
+    "merger": ("fc1",),
+    "language": ("q_proj",),
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"names": "acme"}, "'acme' is no tuple of texts"),
+        ({"vision": ("qkv", 1)}, "is no tuple of texts"),
+        ({"token_size": "28"}, "'28' is no integer"),
+        ({"pattern": ""}, "the pattern '' fits every model"),
+        ({"pattern": "(acme)?"}, "fits every model"),
+        ({"pattern": "("}, "missing"),
+    ],
+)
+def test_wrong_models_of_other_trainers_are_rejected(change, problem):
+    with pytest.raises((TypeError, ValueError, re.error), match=re.escape(problem)):
+        TrainerModels(**MODELS | change)
+
+
+@pytest.mark.parametrize(
+    ("name", "family"),
+    [
+        ("Qwen-VL-Chat-distilled-from-Qwen2.5-VL", "qwen"),
+        ("Qwen2.5-VL-7B-teacher-Qwen3-VL", "qwen2_5_vl"),
+        ("Qwen3-VL-from-qwen-vl", "qwen3_vl"),
+    ],
+)
+def test_first_name_in_a_model_name_counts(name, family):
+    assert detect_family(f"me/{name}", (), "a.yaml").name == family
+
+
+def test_plugin_does_not_take_the_names_of_built_in_families(monkeypatch):
+    trainer_models = TrainerModels(**MODELS | {"names": ("qwen2_vl", "kimi_vl", "acme")})
+    acme = FamilyComponent(kind="families", name="acme", title="", trainer_models=trainer_models)
+    components = (*FAMILIES.list_built_in(), acme)
+    monkeypatch.setattr(FamilyRegistry, "list_available", lambda self: components)
+    found = [detect_family("me/model", (hint,), "a.yaml").name for hint in trainer_models.names]
+    assert found == ["qwen2_vl", "acme", "acme"]
 
 
 FOREIGN_NAMES = {

@@ -275,7 +275,10 @@ def detect_family(model: str, hints: tuple[str | None, ...], where: str) -> Fami
     """
     what = f"cannot determine whether {model!r} is a vision-language model"
     families, found = _load_families(), None
-    by_hint = {name: key for key, entry in families.items() for name in entry.names.split()}
+    by_hint: dict[str, str] = {}
+    for key, entry in families.items():
+        for name in entry.names:
+            by_hint.setdefault(name, key)
     by_type = by_hint | {key: key for key in families}
     model_type = _read_model_type(Path(model).expanduser(), by_type) if model else None
     if model_type is not None:
@@ -283,9 +286,16 @@ def detect_family(model: str, hints: tuple[str | None, ...], where: str) -> Fami
     elif model:
         # The patterns take quadratic time.
         name = re.sub(r"[_ ]", "-", model.rstrip("/").rpartition("/")[2].lower())[:1000]
-        named = [key for key, entry in families.items() if re.search(entry.pattern, name)]
-        hinted = [by_hint[hint] for hint in hints if hint in by_hint]
-        found = next(iter([*named, *hinted]), None)
+        starts: dict[str, int] = {}
+        for key, entry in families.items():
+            match = re.search(entry.pattern, name)
+            if match is not None:
+                starts[key] = match.start()
+        if starts:
+            # The name may contain that of another model, as in x-vl-distilled-from-y-vl.
+            found = min(starts, key=lambda key: starts[key])
+        else:
+            found = next((by_hint[hint] for hint in hints if hint in by_hint), None)
     if found is None:
         raise UserError(
             what if model else "the configuration has no model",
@@ -294,11 +304,7 @@ def detect_family(model: str, hints: tuple[str | None, ...], where: str) -> Fami
             remedy="use the name on its hub, or run this command where the model folder exists",
         )
     entry = families[found]
-    layers = {
-        "vision": entry.vision.split(),
-        "merger": entry.merger.split(),
-        "language": entry.language.split(),
-    }
+    layers = {"vision": entry.vision, "merger": entry.merger, "language": entry.language}
     return FamilySettings(found, entry.token_size, entry.min_pixels, entry.max_length, layers)
 
 
@@ -308,7 +314,10 @@ def _load_families() -> dict[str, TrainerModels]:
     for component in FAMILIES.list_available():
         if component.trainer_models is not None:
             families[component.name] = component.trainer_models
-    families["other"] = TrainerModels(**load_trainer_settings()["other_models"])
+    others = dict(load_trainer_settings()["other_models"])
+    for key in ("names", "vision", "merger", "language"):
+        others[key] = tuple(others[key].split())
+    families["other"] = TrainerModels(**others)
     return families
 
 
@@ -322,8 +331,11 @@ def _read_model_type(folder: Path, known_types: Container[str]) -> str | None:
     except UserError:
         return None
     model_type = content.get("model_type")
-    if model_type == "qwen" and "visual" not in content:
-        return "qwen without a vision encoder"
+    if not isinstance(model_type, str):
+        return "other" if "vision_config" in content else None
+    models = FAMILIES.describe(model_type).trainer_models
+    if models is not None and models.required_key and models.required_key not in content:
+        return f"{model_type} without {models.required_key}"
     if "vision_config" in content and model_type not in known_types:
         return "other"
-    return model_type if isinstance(model_type, str) else None
+    return model_type

@@ -46,11 +46,13 @@ def check_model(path: Path, packages: InstalledPackages) -> list[Diagnosis]:
     check = "model-config"
     try:
         family = folder.family
-        extra = "hf"
-        package = "transformers"
-        if family in FAMILIES:
-            extra = folder.family_component.extra
-            package = folder.family_component.package
+        check = "model-plugin"
+        component = FAMILIES.get(family)
+        extra = package = ""
+        if component is None:
+            extra, package = "hf", "transformers"
+        elif component.needs_tiktoken:
+            extra, package = "qwen-vl", "tiktoken"
         if extra and package not in packages:
             install = install_command(f"{PACKAGE_NAME}[{extra}]")
             needs = {"family": family, "extra": extra, "install": install}
@@ -68,7 +70,10 @@ def check_model(path: Path, packages: InstalledPackages) -> list[Diagnosis]:
         if (path / DIGESTS_FILE).is_file():
             verify_folder(path)
     except UserError as error:
-        return [*diagnoses, user_error_to_diagnosis(check, error, redownload)]
+        remedy = redownload
+        if check == "model-plugin":
+            remedy = str(error.remedy)
+        return [*diagnoses, user_error_to_diagnosis(check, error, remedy)]
     return diagnoses or [make_diagnosis("model", **values, family=family)]
 
 

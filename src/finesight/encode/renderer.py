@@ -302,7 +302,10 @@ def load_family(folder: ModelFolder) -> ModelFamily:
     FAMILIES.find_plugin(folder.family)  # raises an error if several packages define the family
     target = FAMILIES[folder.family].renderer
     from_folder = FAMILIES.load_half(folder.family, target, Callable)
-    family: ModelFamily = from_folder(folder)
+    family = FAMILIES.call(folder.family, from_folder, folder)
+    if not isinstance(family, ModelFamily):
+        problem = f"returns {family!r:.60} instead of a ModelFamily"
+        raise FAMILIES.build_call_error(folder.family, from_folder, problem)
     return family
 
 

@@ -6,8 +6,9 @@ tokens that need logits, V vocabulary, R sequences of a decode step.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from finesight.encode.packing import PackedBatch
 from finesight.errors import UserError
-from finesight.family_components import FAMILIES
+from finesight.family_components import FAMILIES, FamilyComponent
 from finesight.model import fused_decoder
 from finesight.model.attention import (
     AttentionBackend,
@@ -39,26 +40,32 @@ from finesight.model.vision_encoder import VisionEncoder
 from finesight.plugins import Registry
 from finesight.vision.image_processing import GridTHW
 
-
-class _ArchitecturesOfComponents(Mapping[str, Architecture]):
-    """Architectures of the families that name one, imported on access."""
-
-    def __getitem__(self, name: str) -> Architecture:
-        component = FAMILIES.get(name)
-        if component is None or not component.architecture:
-            raise KeyError(name)
-        architecture: Architecture = FAMILIES.load_half(name, component.architecture, Architecture)
-        return architecture
-
-    def __iter__(self) -> Iterator[str]:
-        return (one.name for one in FAMILIES.list_available() if one.architecture)
-
-    def __len__(self) -> int:
-        return sum(1 for _ in self)
+PLUGIN_ARCHITECTURES = Registry[Architecture]("architectures", Architecture, {})
+"""Architectures of the families of plug-ins for version 0.1.0, by `model_type`."""
 
 
-ARCHITECTURES = Registry("architectures", Architecture, _ArchitecturesOfComponents())
-"""Architectures by `model_type`: those of components, then those of plug-ins for version 0.1.0."""
+def load_architecture(family: str) -> Architecture | None:
+    """Import the architecture of a family; None for a family without native code.
+
+    Raises:
+        UserError: A plug-in cannot be imported, has another object or none, or has the name of a
+            built-in family.
+    """
+    component = FAMILIES.get(family)
+    plugin = PLUGIN_ARCHITECTURES.find_plugin(family)
+    if plugin is not None and FAMILIES.is_built_in(family):
+        raise UserError(
+            f"several packages define it: finesight, {plugin.package} {plugin.version}",
+            where=f"plug-in {family} (finesight.architectures)",
+            expected="one package that defines the name",
+            remedy=f"remove the package {plugin.package}, or its entry point",
+        )
+    if component is not None and component.architecture:
+        return cast(Architecture, FAMILIES.load_half(family, component.architecture, Architecture))
+    if component is not None and plugin is None:
+        problem = "it has no architecture"
+        raise FAMILIES.build_error(family, component.renderer, problem, FamilyComponent)
+    return PLUGIN_ARCHITECTURES.get(family)
 
 
 class VisionLanguageModel(nn.Module):
@@ -283,9 +290,9 @@ def build_model(
     hf_config: ConfigReader, preprocessor: ConfigReader, dtype: torch.dtype, device: torch.device
 ) -> VisionLanguageModel:
     """Build a model with uninitialized parameters from its config.json."""
-    architecture = ARCHITECTURES.get(hf_config.get_str("model_type"))
+    architecture = load_architecture(hf_config.get_str("model_type"))
     if architecture is None:
-        hf_config.raise_invalid("model_type", " or ".join(ARCHITECTURES))
+        hf_config.raise_invalid("model_type", " or ".join(FAMILIES))
     decoder_config = architecture.parse_decoder_config(hf_config)
     with raise_on_failed_allocation(hf_config.file), torch.device("meta"):
         visual = architecture.build_vision_encoder(

@@ -37,9 +37,9 @@ from finesight.model.quant.int8 import Int8Matrix
 from finesight.model.quant.nf4 import Nf4Matrix, import_bitsandbytes
 from finesight.model.trainable import ModelPart, get_part
 from finesight.model.vlm import (
-    ARCHITECTURES,
     VisionLanguageModel,
     build_model,
+    load_architecture,
     materialize_parameters,
     raise_on_failed_allocation,
 )
@@ -535,7 +535,7 @@ def stored_precision(folder: ModelFolder) -> str:
     Quantized layers, parameters that are always in fp32 and tensors that the model does not load
     are ignored. Raises UserError for unsupported dtypes.
     """
-    architecture = ARCHITECTURES.get(folder.family)
+    architecture = load_architecture(folder.family)
     fp32_suffixes: tuple[str, ...] = ()
     copied_prefixes: tuple[str, ...] = ()
     if architecture is not None:

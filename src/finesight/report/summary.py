@@ -581,7 +581,7 @@ MAX_EXAMPLE_CHARS = 200
 
 def is_native_run(run_record: RunRecord) -> bool:
     """Return whether the model of a run is of a native family."""
-    return run_record.manifest.get("family") in FAMILIES
+    return str(run_record.manifest.get("family")) in FAMILIES
 
 
 def list_commands(run_record: RunRecord) -> list[tuple[str, str]]:

@@ -249,10 +249,11 @@ def build_objective(recipe: Recipe, family: str) -> Objective[Any]:
     train = recipe.train
     is_supported = family in FAMILIES and not FAMILIES.describe(family).depends_on_length
     if not (is_supported or recipe.needs.supports_all_families):
+        supported = [one.name for one in FAMILIES.list_available() if not one.depends_on_length]
         raise UserError(
             f"train.objective={train.objective} does not support the family {family}",
             where="train.objective",
-            expected="a natively implemented model family since Qwen2-VL",
+            expected=f"one of the families {', '.join(supported)}",
             remedy="choose another model, or set train.objective=sft",
         )
     component = train.component

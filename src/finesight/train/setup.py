@@ -26,7 +26,7 @@ from finesight.model.linear import stacked_row_counts
 from finesight.model.lora.peft_io import ADAPTER_WEIGHTS_FILE as ADAPTER_WEIGHTS
 from finesight.model.lora.peft_io import load_trainable_adapter
 from finesight.model.trainable import configure_tuning
-from finesight.model.vlm import ARCHITECTURES, VisionLanguageModel
+from finesight.model.vlm import PLUGIN_ARCHITECTURES, VisionLanguageModel
 from finesight.objective_components import DEFAULT_OBJECTIVE
 from finesight.optimizer_components import DEFAULT_OPTIMIZER
 from finesight.plugins import PluginRecord
@@ -111,7 +111,7 @@ def build_manifest(state: TrainState) -> Manifest:
     family = base_model.folder.family
     renderer = state.data.renderer
     settings = recipe.eval
-    plugins = [FAMILIES.find_plugin(family), ARCHITECTURES.find_plugin(family)]
+    plugins = [FAMILIES.find_plugin(family), PLUGIN_ARCHITECTURES.find_plugin(family)]
     plugins += _list_train_plugins(recipe.train)
     plugins += [REWARDS.find_plugin(reward.name) for reward in recipe.rewards]
     plugins += [TRACKERS.find_plugin(tracker.kind) for tracker in recipe.track]

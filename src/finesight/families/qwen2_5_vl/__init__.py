@@ -19,14 +19,14 @@ COMPONENT = FamilyComponent(
     serves_v4_adapters=True,
     has_common_preprocessor=True,
     trainer_models=TrainerModels(
-        names="qwen2_5_vl",
+        names=("qwen2_5_vl",),
         pattern="qwen2[.-]5-?vl",
         token_size=28,
         min_pixels=3136,
         max_length=128000,
-        vision="qkv proj gate_proj up_proj down_proj",
-        merger="mlp.0 mlp.2",
-        language="q_proj k_proj v_proj o_proj gate_proj up_proj down_proj",
+        vision=("qkv", "proj", "gate_proj", "up_proj", "down_proj"),
+        merger=("mlp.0", "mlp.2"),
+        language=("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
     ),
     position=20,
 )

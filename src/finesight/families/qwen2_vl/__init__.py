@@ -19,14 +19,14 @@ COMPONENT = FamilyComponent(
     serves_v4_adapters=True,
     has_common_preprocessor=True,
     trainer_models=TrainerModels(
-        names="qwen2_vl qvq",
+        names=("qwen2_vl", "qvq"),
         pattern="qwen2-?vl|qvq-",
         token_size=28,
         min_pixels=3136,
         max_length=32768,
-        vision="qkv proj fc1 fc2",
-        merger="mlp.0 mlp.2",
-        language="q_proj k_proj v_proj o_proj gate_proj up_proj down_proj",
+        vision=("qkv", "proj", "fc1", "fc2"),
+        merger=("mlp.0", "mlp.2"),
+        language=("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
     ),
     position=10,
 )

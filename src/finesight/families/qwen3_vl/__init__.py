@@ -14,14 +14,14 @@ COMPONENT = FamilyComponent(
     exports=("serving", "gguf", "quantize"),
     reasoning_parser="qwen3",
     trainer_models=TrainerModels(
-        names="qwen3_vl qwen3_vl_nothink",
+        names=("qwen3_vl", "qwen3_vl_nothink"),
         pattern=r"qwen3-?vl(?!.*-a\d+b)",
         token_size=32,
         min_pixels=65536,
         max_length=262144,
-        vision="qkv proj linear_fc1 linear_fc2",
-        merger="linear_fc1 linear_fc2",
-        language="q_proj k_proj v_proj o_proj gate_proj up_proj down_proj",
+        vision=("qkv", "proj", "linear_fc1", "linear_fc2"),
+        merger=("linear_fc1", "linear_fc2"),
+        language=("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
     ),
     position=30,
 )

@@ -15,14 +15,14 @@ COMPONENT = FamilyComponent(
     has_experts=True,
     reasoning_parser="qwen3",
     trainer_models=TrainerModels(
-        names="qwen3_vl_moe qwen3_moe_vl",
+        names=("qwen3_vl_moe", "qwen3_moe_vl"),
         pattern=r"qwen3-?vl.*-a\d+b",
         token_size=32,
         min_pixels=65536,
         max_length=262144,
-        vision="qkv proj linear_fc1 linear_fc2",
-        merger="linear_fc1 linear_fc2",
-        language="q_proj k_proj v_proj o_proj",
+        vision=("qkv", "proj", "linear_fc1", "linear_fc2"),
+        merger=("linear_fc1", "linear_fc2"),
+        language=("q_proj", "k_proj", "v_proj", "o_proj"),
     ),
     position=40,
 )

@@ -18,11 +18,14 @@ from importlib import import_module
 from importlib.util import find_spec
 from inspect import isabstract
 from operator import attrgetter
-from typing import Any, Generic, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
 from finesight.errors import UserError
 from finesight.plugins import PluginKind, Registry
 from finesight.setting_types import SettingsSection
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 SettingsT = TypeVar("SettingsT", bound=SettingsSection)
 T = TypeVar("T")
@@ -100,7 +103,7 @@ class Component(Generic[SettingsT]):
 
     def find_problem(self) -> str | None:
         """Return why other modules cannot use the component; None if they can."""
-        problem = self.find_wrong_type()
+        problem = find_wrong_type(self)
         if problem is not None:
             return problem
         if not isinstance(self.settings, type) or not issubclass(self.settings, SettingsSection):
@@ -112,30 +115,36 @@ class Component(Generic[SettingsT]):
             return f"its settings need defaults: {reason:.300}"
         return None
 
-    def find_wrong_type(self) -> str | None:
-        """Return which attribute has another type than its default; None if there is none."""
-        for attribute in fields(self):
-            default = attribute.default
-            if attribute.default_factory is not MISSING:
-                default = attribute.default_factory()
-            value = self.__dict__[attribute.name]
-            if attribute.name in ("kind", "name", "title"):
-                fits = isinstance(value, str)
-            elif default is None or default is MISSING or attribute.name == "settings":
-                fits = True  # the class checks it
-            elif callable(default):
-                fits = callable(value)
-            elif isinstance(default, Mapping):
-                fits = isinstance(value, Mapping)
-            elif isinstance(default, Set):
-                fits = isinstance(value, Set)
-            else:
-                fits = isinstance(value, type(default))
-            if isinstance(default, tuple) and fits and all(isinstance(x, str) for x in default):
-                fits = all(isinstance(item, str) for item in value)
-            if not fits:
-                return f"{attribute.name} is {value!r:.60}, which has another type than its default"
-        return None
+
+def find_wrong_type(values: DataclassInstance) -> str | None:
+    """Return which attribute has another type than its default; None if there is none.
+
+    `kind`, `name` and `title` are texts. Attributes without default or with None are not checked.
+    """
+    for attribute in fields(values):
+        default = attribute.default
+        if attribute.default_factory is not MISSING:
+            default = attribute.default_factory()
+        value = attrgetter(attribute.name)(values)
+        if attribute.name in ("kind", "name", "title"):
+            fits = isinstance(value, str)
+        elif default is None or default is MISSING or attribute.name == "settings":
+            fits = True  # the class checks it
+        elif callable(default):
+            fits = callable(value)
+        elif isinstance(default, Mapping):
+            fits = isinstance(value, Mapping)
+        elif isinstance(default, Set):
+            fits = isinstance(value, Set)
+        elif isinstance(default, float):
+            fits = isinstance(value, int | float)
+        else:
+            fits = isinstance(value, type(default))
+        if isinstance(default, tuple) and fits and all(isinstance(x, str) for x in default):
+            fits = all(isinstance(item, str) for item in value)
+        if not fits:
+            return f"{attribute.name} is {value!r:.60}, which has another type than its default"
+    return None
 
 
 ComponentT = TypeVar("ComponentT", bound=Component[Any])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -10,7 +9,7 @@ from functools import cache
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from finesight.components import Component, ComponentRegistry
+from finesight.components import Component, ComponentRegistry, find_wrong_type
 from finesight.errors import UserError
 
 if TYPE_CHECKING:
@@ -86,7 +85,7 @@ class TaskSuggestion:
     Attributes:
         answer: Answer that a model gives, in the list of tasks.
         prompt: Question about every image; empty for none.
-        fields_prompt: Question with the names of the columns at `{fields}`, if they are known.
+        fields_prompt: Question with the names of the columns for `{fields}`, if they are known.
         lists_classes: Whether the question lists the different answers instead.
         max_pixels: Maximum number of pixels per image.
         reward: Reward of the objectives that need one, as a score of the metric; empty for the
@@ -113,12 +112,13 @@ class MetricComponent(Component[Any]):
         primary_score: Score that the metric optimizes, higher is better; empty for the first one.
         reference_kind: Content that references must have.
         scores: Display of scores by name, also of those of samples. Others have their own name.
+            Those of a plug-in are named METRIC or METRIC_... (_ for -), so that they are unique.
         answer_content: Content of the answers.
         lists_boxes: Whether answers may list several boxes or points.
         describes_scenes: Whether answers describe objects instead of reading a text, so that
             `data.augment` may change images more.
-        size_warning: Warning about two evaluations of data of different sizes, with their names and
-            numbers of samples; empty for none.
+        size_warning: Warning about two evaluations of data of different sizes, with `{}` for the
+            name and the number of samples of both; empty for none.
         unscored_reason: Reason why a response has no score, if the metric is a reward.
         slow_scores: Scores that the function omits with `skips_slow_scores=True`. A built-in metric
             as a reward computes them only if it is one of them.
@@ -153,9 +153,30 @@ class MetricComponent(Component[Any]):
         if self.answer_content not in get_args(AnswerContent):
             contents = ", ".join(get_args(AnswerContent))
             return f"answer_content is {self.answer_content!r:.60}: one of {contents}"
+        problem = self._find_score_problem()
+        if problem is not None:
+            return problem
+        problem = find_wrong_type(self.suggestion)
+        if problem is not None:
+            return f"suggestion: {problem}"
+        try:
+            self.size_warning.format("first", 1, "second", 2)
+        except (IndexError, KeyError, ValueError):
+            return f"size_warning {self.size_warning!r:.60} has other placeholders than four {{}}"
+        return None
+
+    def _find_score_problem(self) -> str | None:
         for name, score in self.scores.items():
             if not isinstance(score, Score):
                 return f"scores has {score!r:.60} for {name!r:.60} instead of a Score"
+            problem = find_wrong_type(score)
+            if problem is None and score.counts_answers and score.maximum != 1:
+                problem = f"counts_answers with a maximum of {score.maximum}"
+            if problem is not None:
+                return f"score {name!r:.60}: {problem}"
+        titles = [score.title for score in self.scores.values()]
+        if len({*titles}) < len(titles):
+            return "two scores have the same title"
         primary = self.scores.get(self.primary_score)
         if primary is not None and primary.lower_is_better:
             return f"lower values of its primary score {self.primary_score} are better"
@@ -180,6 +201,19 @@ class MetricRegistry(ComponentRegistry[MetricComponent]):
             reference_kind=item.reference_kind,
             score_fn=item.score_fn,
         )
+
+    def find_problem(self, name: str, item: Any) -> str | None:
+        """Return why an object is no metric of a plug-in; None if it is one.
+
+        Pages know scores by their names only, so those of plug-ins contain the name of the metric.
+        """
+        problem = super().find_problem(name, item)
+        if problem is None:
+            prefix = name.replace("-", "_")
+            for score in item.scores:
+                if not _has_prefix(score, prefix):
+                    return f"the score {score!r:.60} is not named {prefix} or {prefix}_..."
+        return problem
 
     def load_score_fn(self, name: str) -> Callable[..., Any]:
         """Import the scoring function of a metric.
@@ -212,12 +246,21 @@ def get_metric(metric: object) -> MetricComponent:
 def find_score(name: str) -> Score | None:
     """Return how a score is displayed and compared; None for an unknown one.
 
-    A name that no built-in metric has is searched in plug-ins, which are then imported.
+    A plug-in is imported if the name begins with that of its metric.
     """
     built_in = _list_built_in_scores()
     if name in built_in:
         return built_in[name]
-    return _list_plugin_scores((*sys.path,)).get(name)
+    for metric in METRICS.plugin_names:
+        if _has_prefix(name, metric.replace("-", "_")):
+            scores = get_metric(metric).scores
+            if name in scores:
+                return scores[name]
+    return None
+
+
+def _has_prefix(score: str, prefix: str) -> bool:
+    return score == prefix or score.startswith(f"{prefix}_")
 
 
 def get_score(name: str) -> Score:
@@ -239,13 +282,4 @@ def _list_built_in_scores() -> dict[str, Score]:
     scores = dict(GENERAL_SCORES)
     for component in METRICS.list_built_in():
         scores |= component.scores
-    return scores
-
-
-@cache
-def _list_plugin_scores(path: tuple[str, ...]) -> dict[str, Score]:
-    """Return the scores of the plug-ins on the path of Python. Broken ones have none."""
-    scores: dict[str, Score] = {}
-    for name in METRICS.plugin_names:
-        scores |= get_metric(name).scores
     return scores

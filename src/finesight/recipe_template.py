@@ -285,7 +285,7 @@ def _format_prompt(metric: str, answers: Sequence[str], fields: str) -> str | No
     if suggestion.lists_classes:
         return format_class_prompt(set(answers))
     if suggestion.fields_prompt and fields:
-        return suggestion.fields_prompt.format(fields=fields.replace(",", ", "))
+        return suggestion.fields_prompt.replace("{fields}", fields.replace(",", ", "))
     return suggestion.prompt or None
 
 

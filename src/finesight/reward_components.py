@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Generic, TypeVar
 from pydantic import Field, SerializerFunctionWrapHandler, ValidationError, model_serializer
 from pydantic.fields import FieldInfo
 
-from finesight.components import Component, ComponentRegistry
+from finesight.components import Component, ComponentRegistry, find_wrong_type
 from finesight.setting_types import CoercedFloat, SettingsSection
 
 if TYPE_CHECKING:
@@ -105,7 +105,7 @@ class RewardComponent(Component[RewardSettingsT], Generic[RewardSettingsT]):
 
     def find_problem(self) -> str | None:
         """Return why other modules cannot use the reward; None if they can."""
-        problem = self.find_wrong_type()
+        problem = find_wrong_type(self)
         if problem is not None:
             return problem
         if not isinstance(self.settings, type) or not issubclass(self.settings, RewardSettings):

@@ -81,22 +81,25 @@ def test_no_other_module_names_a_metric():
 METERS = """
 from finesight.evaluate.eval_case import MetricResult, mean_metrics
 from finesight.evaluate.task_metrics import TaskMetric
-from finesight.metric_components import MetricComponent, Score
+from finesight.metric_components import MetricComponent, Score, TaskSuggestion
 
 
 def score(cases):
-    scores = [{"right": float(one.answer in one.references), "misread": 0.0} for one in cases]
+    scores = []
+    for case in cases:
+        is_right = case.answer in case.references
+        scores.append({"meters_right": float(is_right), "meters_wrong": 0.0})
     return MetricResult(scores, mean_metrics(scores))
 
 
-OLD = TaskMetric("right", score)
+OLD = TaskMetric("meters_right", score)
 ARGUMENTS = {"kind": "metrics", "name": "meters", "title": "Meters"}
-ARGUMENTS |= {"implementation": "meters:score", "primary_score": "right"}
+ARGUMENTS |= {"implementation": "meters:score", "primary_score": "meters_right"}
 NEW = MetricComponent(
     **ARGUMENTS,
     scores={
-        "right": Score(title="right readings", description="readings without an error"),
-        "misread": Score(title="wrong digits", lower_is_better=True),
+        "meters_right": Score(title="right readings", description="readings without an error"),
+        "meters_wrong": Score(title="wrong digits", lower_is_better=True),
     },
 )
 """
@@ -115,23 +118,48 @@ def install_meters(
 def test_metric_of_a_plugin_scores_answers(target, tmp_path, monkeypatch):
     install_meters(tmp_path, monkeypatch, target)
     component = METRICS["meters"]
-    assert (component.name, component.primary_score) == ("meters", "right")
+    assert (component.name, component.primary_score) == ("meters", "meters_right")
     assert component.reference_kind == "text"
-    assert compute_metrics("meters", CASES).scores["right"] == 0.5
+    assert compute_metrics("meters", CASES).scores["meters_right"] == 0.5
     check_references("meters", [(("12",), ())])
 
 
 def test_page_shows_the_scores_of_a_plugin(tmp_path, monkeypatch):
-    assert get_score("misread") == Score(title="misread")
+    assert get_score("meters_wrong") == Score(title="meters_wrong")
     install_meters(tmp_path, monkeypatch, "NEW")
-    assert format_metric_name("right") == "right readings"
-    assert describe_metric("right") == "readings without an error; higher is better"
-    assert describe_metric("misread") == "lower is better"
+    assert format_metric_name("meters_right") == "right readings"
+    assert describe_metric("meters_right") == "readings without an error; higher is better"
+    assert describe_metric("meters_wrong") == "lower is better"
 
 
 def test_page_shows_the_scores_of_an_old_plugin_by_name(tmp_path, monkeypatch):
     install_meters(tmp_path, monkeypatch, "OLD")
-    assert (format_metric_name("right"), describe_metric("right")) == ("right", "higher is better")
+    assert (format_metric_name("meters_right"), describe_metric("meters_right")) == (
+        "meters_right",
+        "higher is better",
+    )
+
+
+def test_other_plugins_do_not_change_scores(tmp_path, monkeypatch):
+    """Neither those of built-in metrics, nor those of functions and other plug-ins."""
+    change = "SCORE = Score(title='s', lower_is_better=True)\n"
+    for name in ("precision", "accuracy", "ended_with_eos", "gauge_error", "right"):
+        scores = f"BAD = MetricComponent(**ARGUMENTS, scores={{{name!r}: SCORE}})\n"
+        install_meters(tmp_path / name, monkeypatch, "BAD", change + scores)
+        with pytest.raises(UserError, match=f"the score '{name}' is not named meters or meters_"):
+            compute_metrics("meters", CASES)
+        assert not get_score(name).lower_is_better
+
+
+def test_first_score_of_a_plugin_is_higher_for_better_answers(tmp_path, monkeypatch):
+    change = """
+ARGUMENTS["primary_score"] = ""
+SCORE = Score(title="r", lower_is_better=True)
+BAD = MetricComponent(**ARGUMENTS, scores={"meters_right": SCORE})
+"""
+    install_meters(tmp_path, monkeypatch, "BAD", change)
+    with pytest.raises(UserError, match="lower values of the primary score meters_right"):
+        check_references("meters", [(("12",), ())])
 
 
 BROKEN = {
@@ -140,9 +168,30 @@ BROKEN = {
     "No module named 'absent'": "MetricComponent(**ARGUMENTS | {'implementation': 'absent:f'})",
     "reference_kind is 'sound'": "MetricComponent(**ARGUMENTS, reference_kind='sound')",
     "answer_content is 'sound'": "MetricComponent(**ARGUMENTS, answer_content='sound')",
-    "scores has 'r' for 'right'": "MetricComponent(**ARGUMENTS, scores={'right': 'r'})",
-    "lower values of its primary score right are better": (
-        "MetricComponent(**ARGUMENTS, scores={'right': Score(title='r', lower_is_better=True)})"
+    "scores has 'r' for 'meters'": "MetricComponent(**ARGUMENTS, scores={'meters': 'r'})",
+    "lower values of its primary score meters_right are better": (
+        "MetricComponent(**ARGUMENTS, scores="
+        "{'meters_right': Score(title='r', lower_is_better=True)})"
+    ),
+    "score 'meters': title is None": (
+        "MetricComponent(**ARGUMENTS, scores={'meters': Score(title=None)})"
+    ),
+    "score 'meters': maximum is '10'": (
+        "MetricComponent(**ARGUMENTS, scores={'meters': Score(title='m', maximum='10')})"
+    ),
+    "counts_answers with a maximum of 100": (
+        "MetricComponent(**ARGUMENTS, scores={'meters': Score("
+        "title='m', maximum=100, counts_answers=True)})"
+    ),
+    "two scores have the same title": (
+        "MetricComponent(**ARGUMENTS, scores="
+        "{'meters': Score(title='m'), 'meters_2': Score(title='m')})"
+    ),
+    "suggestion: max_pixels is 'large'": (
+        "MetricComponent(**ARGUMENTS, suggestion=TaskSuggestion(max_pixels='large'))"
+    ),
+    "size_warning '.* has other placeholders": (
+        "MetricComponent(**ARGUMENTS, size_warning='{} has {} samples, 100 {')"
     ),
     "its kind is 'trackers'": "MetricComponent(**ARGUMENTS | {'kind': 'trackers'})",
     "the metric is named 'gauges'": "MetricComponent(**ARGUMENTS | {'name': 'gauges'})",
@@ -156,5 +205,5 @@ def test_broken_metric_of_a_plugin_is_a_user_error(problem, tmp_path, monkeypatc
     with pytest.raises(UserError, match=problem) as caught:
         compute_metrics("meters", CASES)
     assert "plug-in meters of meters 1.0 (finesight.metrics: " in str(caught.value)
-    assert describe_metric("right") == "higher is better"
+    assert describe_metric("meters_right") == "higher is better"
     assert get_metric("absent").answer_content == "text"

@@ -186,6 +186,14 @@ def _dry_run_metric(
             expected="an unreserved name; custom scores must be higher for better answers",
             remedy=f"rename the score; return 1 - {name} for an error rate",
         )
+    primary = get_primary_metric(metric, scores)
+    if get_score(primary).lower_is_better:
+        raise UserError(
+            f"lower values of the primary score {primary} are better",
+            where=f"metric {metric}",
+            expected="a primary score that is higher for better answers",
+            remedy=f"return another score first, such as 1 - {primary}",
+        )
 
 
 def compute_metrics(metric: MetricSpec, cases: Sequence[EvalCase]) -> MetricResult:

@@ -39,6 +39,7 @@ from finesight.manifest import (
     find_newest_checkpoint,
     require_run_plugins,
 )
+from finesight.metric_components import METRICS
 from finesight.objective_components import DEFAULT_OBJECTIVE
 from finesight.optimizer_components import DEFAULT_OPTIMIZER
 from finesight.storage import DIGESTS_FILE
@@ -179,6 +180,8 @@ def read_run(
         objective = str(train.get("objective") or DEFAULT_OBJECTIVE)
         optimizer = str(train.get("optimizer") or DEFAULT_OPTIMIZER)
         require_run_plugins(folder, objective, optimizer)
+        # Pages show scores by the texts and directions of their metric.
+        METRICS.get(str(as_object(recipe.get("eval")).get("metric")))
     return RunRecord(
         folder=folder,
         recipe=recipe,

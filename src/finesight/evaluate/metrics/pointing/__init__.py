@@ -32,6 +32,8 @@ COMPONENT = MetricComponent(
             lower_is_better=True,
         ),
         "parse_rate": PARSE_RATE,
+        "precision": Score(title="precision"),
+        "recall": Score(title="recall"),
     },
     answer_content="points",
     lists_boxes=True,

@@ -54,7 +54,7 @@ def measure_rank(store: str, data: str, mode: ParallelMode, tune: Tune, dtype: s
     measured = {
         "weights": count_storage_bytes([*model.parameters(), *model.buffers()]),
         "master_weights": count_storage_bytes(masters),
-        "optimizer_states": sum(group.state_bytes for group in optimizer.param_groups),
+        "optimizer_states": sum(group.optimizer.state_bytes() for group in optimizer.param_groups),
     }
     compute_loss(model, batch).backward()
     strategy.zero_grad()

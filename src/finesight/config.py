@@ -332,17 +332,30 @@ TRAIN_COMPONENTS: Mapping[str, ComponentRegistry[Any]] = {
 """Registries of the components that may have a section of `train`, by the setting of the choice."""
 
 
+def _check_other_kinds(registry: ComponentRegistry[Any], name: str) -> None:
+    """Raise UserError if a component of another kind has the same section of `train`."""
+    plugin = registry.find_plugin(name)
+    for setting, other in TRAIN_COMPONENTS.items():
+        if other is registry or name not in other:
+            continue
+        owner = other.find_plugin(name)
+        owner_name = "finesight" if owner is None else f"{owner.package} {owner.version}"
+        raise UserError(
+            f"{owner_name} has a component of the same name, for train.{setting}",
+            where="" if plugin is None else plugin.describe(),
+            expected="names that are unique among the components with a section of train",
+            remedy="rename it in the package, or remove one of both packages",
+        )
+
+
 def _parse_component(setting: str, value: object) -> str:
     """Return the name of a component, which may be that of a plug-in."""
     registry = TRAIN_COMPONENTS[setting]
     if isinstance(value, str) and value in registry:
-        reserved = {*TrainSettings.model_fields}
-        if not registry.is_built_in(value):
-            for other in TRAIN_COMPONENTS.values():
-                if other is not registry:
-                    reserved.update(other)
         with _report_component_errors():
-            registry.check_name(value, reserved, "train")
+            registry.check_name(value, {*TrainSettings.model_fields}, "train")
+            if not registry.is_built_in(value):
+                _check_other_kinds(registry, value)
             registry[value]  # a plug-in that cannot be imported
         return value
     *names, last = map(repr, registry)
@@ -406,7 +419,7 @@ class TrainSettings(SettingsSection):
                 fixed[key] = content
                 continue
             try:
-                registry = _find_registry(key)
+                registry = find_section_owner(key)
                 if registry is None:
                     errors.append({"type": "extra_forbidden", "loc": (key,), "input": content})
                 else:
@@ -441,7 +454,7 @@ class TrainSettings(SettingsSection):
         names += sorted({*chosen} - {*names})
         sections.clear()
         for name in names:
-            found = _find_registry(name)
+            found = find_section_owner(name)
             if found is not None:
                 sections[name] = given.get(name) or found[name].settings()
 
@@ -471,7 +484,7 @@ class TrainSettings(SettingsSection):
         if field is not None:
             return field
         try:
-            registry = _find_registry(name)
+            registry = find_section_owner(name)
         except UserError:  # The validation of the recipe reports it.
             return None
         return None if registry is None else _build_field(registry[name])
@@ -522,7 +535,7 @@ class TrainSettings(SettingsSection):
         return MappingProxyType(self.__pydantic_extra__ or {})
 
 
-def _find_registry(name: object) -> ComponentRegistry[Any] | None:
+def find_section_owner(name: object) -> ComponentRegistry[Any] | None:
     """Return the registry of the component with a section of this name; None for other names.
 
     Built-in components have precedence over plug-ins of another kind.

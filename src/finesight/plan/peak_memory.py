@@ -190,7 +190,7 @@ def compute_persistent_memory(
         residual_E = group.master_weights.residual_E
         if residual_E is not None:
             residual_bytes += residual_E.nbytes
-        state_bytes += group.state_bytes
+        state_bytes += group.optimizer.state_bytes()
         traffic_bytes += group.optimizer.traffic_bytes(is_cuda)
     memory = PersistentMemory(
         num_trainable=num_trainable,

@@ -382,8 +382,18 @@ class Optimizer(ABC, Generic[SettingsT]):
     def state_tensors(self, flat_slice: slice, shape: torch.Size) -> dict[str, Tensor]:
         """Return views of the state of the parameter in a slice of the group, for checkpoints.
 
-        The last tensor stays zero until the parameter receives a non-zero gradient.
+        The last tensor stays zero until the parameter receives a non-zero gradient. The dictionary
+        is empty for an optimizer without state.
         """
+
+    def state_bytes(self) -> int:
+        """Return the bytes of the state, with the padding between parameters.
+
+        The default asks `state_tensors` for the whole group as one vector.
+        """
+        length = len(self.master_weights)
+        state = self.state_tensors(slice(0, length), torch.Size([length]))
+        return sum(tensor.nbytes for tensor in state.values())
 
     @abstractmethod
     def workspace_bytes(self, is_cuda: bool) -> int:
@@ -402,10 +412,10 @@ def load_optimizer_class(name: str) -> type[Optimizer[Any]]:
             the kernels do not support.
     """
     optimizer_class = OPTIMIZERS.load_implementation(name, Optimizer)  # type: ignore[type-abstract]
-    alignment = optimizer_class.alignment
-    if alignment <= 0 or alignment % Optimizer.alignment:
+    alignment: object = optimizer_class.alignment
+    if not isinstance(alignment, int) or alignment <= 0 or alignment % Optimizer.alignment:
         target = OPTIMIZERS[name].implementation
-        problem = f"alignment is {alignment}, no multiple of {Optimizer.alignment}"
+        problem = f"alignment is {alignment!r:.60}, no multiple of {Optimizer.alignment}"
         raise OPTIMIZERS.build_error(name, target, problem, Optimizer)
     return optimizer_class
 
@@ -469,6 +479,37 @@ class ParamGroup:
             train,
             passes=(MemoryError, torch.OutOfMemoryError),
         )
+        if not OPTIMIZERS.is_built_in(component.name):
+            self._check_optimizer(component.name)
+
+    def _check_optimizer(self, name: str) -> None:
+        """Call the functions that checkpoints and plans need, before the first step.
+
+        Raises:
+            UserError: A function does not work, or returns another object.
+        """
+        optimizer = self.optimizer
+        is_cuda = self.master_weights.params_E.is_cuda
+        for param_slice in self.param_slices:
+            state: object = OPTIMIZERS.call(name, self.state_tensors, param_slice)
+            tensors = [*state.values()] if isinstance(state, dict) else [state]
+            if not all(isinstance(tensor, Tensor) for tensor in tensors):
+                problem = f"returns {state!r:.60} instead of a dictionary of tensors"
+                raise OPTIMIZERS.build_call_error(name, optimizer.state_tensors, problem)
+        sizes: dict[Callable[..., object], tuple[bool, ...]] = {
+            optimizer.workspace_bytes: (is_cuda,),
+            optimizer.traffic_bytes: (is_cuda,),
+            optimizer.state_bytes: (),
+        }
+        for function, arguments in sizes.items():
+            num_bytes: object = OPTIMIZERS.call(name, function, *arguments)
+            if not isinstance(num_bytes, int):
+                problem = f"returns {num_bytes!r:.60} instead of a number of bytes"
+                raise OPTIMIZERS.build_call_error(name, function, problem)
+        if not isinstance(optimizer.num_steps, int):
+            target = OPTIMIZERS[name].implementation
+            problem = f"num_steps is {optimizer.num_steps!r:.60}, no integer"
+            raise OPTIMIZERS.build_error(name, target, problem, Optimizer)
 
     @property
     def has_matrices(self) -> bool:
@@ -478,13 +519,6 @@ class ParamGroup:
     def state_tensors(self, param_slice: ParamSlice) -> dict[str, Tensor]:
         """Return views of the optimizer state of one parameter, by state name."""
         return self.optimizer.state_tensors(param_slice.flat_slice, param_slice.parameter.shape)
-
-    @property
-    def state_bytes(self) -> int:
-        """Bytes of the optimizer state, with the padding between parameters."""
-        length = len(self.master_weights)
-        state = self.optimizer.state_tensors(slice(0, length), torch.Size([length]))
-        return sum(tensor.nbytes for tensor in state.values())
 
 
 class LazyTensors(Mapping[str, Tensor]):
@@ -631,8 +665,12 @@ class MasterWeightOptimizer:
         nonzero_flags: dict[str, Tensor] = {}
         for group in self.param_groups:
             for param_slice in group.param_slices:
-                *_, last = group.state_tensors(param_slice).values()
-                nonzero_flags[param_slice.name] = last.any()
+                state = [*group.state_tensors(param_slice).values()]
+                # An optimizer without state does not know the gradients of earlier steps.
+                flag = torch.ones((), dtype=torch.bool, device=param_slice.parameter.device)
+                if state:
+                    flag = state[-1].any()
+                nonzero_flags[param_slice.name] = flag
         flags = torch.stack(list(nonzero_flags.values())).tolist()
         return {name for name, flag in zip(nonzero_flags, flags, strict=True) if flag}
 

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 import torch
 
 from finesight import __version__
-from finesight.config import Recipe, TrainSettings
+from finesight.config import Recipe, TrainSettings, find_section_owner
 from finesight.data.augmentation import Augmenter
 from finesight.encode.packing import SampleShape
 from finesight.errors import UserError
@@ -95,13 +95,17 @@ def library_versions() -> dict[str, str]:
     }
 
 
-def _list_train_plugins(train: TrainSettings) -> Iterator[PluginRecord]:
+def list_train_plugins(train: TrainSettings) -> Iterator[PluginRecord]:
     """Yield the plug-ins of objective and optimizer, then those with sections in the recipe."""
-    for registry, component in train.components:
-        for name in dict.fromkeys((component.name, *train.sections)):
-            plugin = None if registry.is_built_in(name) else registry.find_plugin(name)
-            if plugin is not None:
-                yield plugin
+    owners = {component.name: registry for registry, component in train.components}
+    for name in train.sections:
+        registry = find_section_owner(name)
+        if registry is not None:
+            owners.setdefault(name, registry)
+    for name, registry in owners.items():
+        plugin = None if registry.is_built_in(name) else registry.find_plugin(name)
+        if plugin is not None:
+            yield plugin
 
 
 def build_manifest(state: TrainState) -> Manifest:
@@ -112,7 +116,7 @@ def build_manifest(state: TrainState) -> Manifest:
     renderer = state.data.renderer
     settings = recipe.eval
     plugins = [FAMILIES.find_plugin(family), PLUGIN_ARCHITECTURES.find_plugin(family)]
-    plugins += _list_train_plugins(recipe.train)
+    plugins += list_train_plugins(recipe.train)
     plugins += [REWARDS.find_plugin(reward.name) for reward in recipe.rewards]
     plugins += [TRACKERS.find_plugin(tracker.kind) for tracker in recipe.track]
     metric = None

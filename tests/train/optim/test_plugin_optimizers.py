@@ -12,7 +12,7 @@ from finesight.errors import UserError
 from finesight.recipe import recipe_from_dict
 from finesight.train.master_weight_optimizer import MasterWeightOptimizer, load_optimizer_class
 from finesight.train.optim.adamw.update import AdamW
-from finesight.train.setup import check_sharding
+from finesight.train.setup import check_sharding, list_train_plugins
 
 RECIPE: dict[str, Any] = {"model": "m", "data": {"train": "train.jsonl"}, "output_dir": "run"}
 MATRIX, VECTOR = "model.layers.0.mlp.down_proj.weight", "visual.blocks.0.norm1.weight"
@@ -51,8 +51,23 @@ class Incomplete(Optimizer):
 class Unaligned(Sgd):
     alignment = 96
 
+class TextAlignment(Sgd):
+    alignment = "64"
+
 class Failing(Sgd):
     __init__ = fail
+
+class FailingState(Sgd):
+    state_tensors = fail
+
+class NoState(Sgd):
+    def state_tensors(self, flat_slice, shape): return None
+
+class NoSize(Sgd):
+    def traffic_bytes(self, is_cuda): return None
+
+class NoSteps(Sgd):
+    num_steps = None
 
 values = dict(kind="optimizers", name="NAME", title="SGD", implementation="strange:Sgd")
 values |= dict(settings=Settings, check=check) | dict(CHANGE)
@@ -95,13 +110,38 @@ def test_name_of_an_optimizer_is_no_section_of_an_objective(add, tmp_path):
         load(adamw_8bit={"beta": 0.1})
 
 
-@pytest.mark.parametrize("name", ["steps", "optimizer", "dpo", "sft"])
+TAKEN_NAMES = {
+    "steps": "the name steps is a setting of train",
+    "optimizer": "the name optimizer is a setting of train",
+    "dpo": "finesight has a component of the same name, for train.objective",
+    "sft": "finesight has a component of the same name, for train.objective",
+}
+
+
+@pytest.mark.parametrize("name", TAKEN_NAMES)
 def test_plugin_cannot_have_the_name_of_a_setting_or_objective(add, name):
     add(name)
-    with pytest.raises(UserError, match=f"the name {name} is a setting of train") as raised:
+    with pytest.raises(UserError, match=TAKEN_NAMES[name]) as raised:
         load(optimizer=name)
     assert "strange 1.0" in str(raised.value)
     assert load(dpo={"beta": 0.2}).train.sections["dpo"].beta == 0.2
+
+
+def test_two_plugins_of_one_name_are_named(add, tmp_path):
+    write_package(tmp_path / "site", "other", {"objectives sgd": "absent:COMPONENT"})
+    add("sgd")
+    with pytest.raises(UserError, match=r"other 1\.0 has a component of the same name") as raised:
+        load(optimizer="sgd")
+    assert "plug-in sgd of strange 1.0" in str(raised.value)
+
+
+def test_manifest_lists_plugins_of_the_recipe_only(add, tmp_path):
+    """A package with the name of an objective's section is none of them."""
+    write_package(tmp_path / "site", "other", {"optimizers dpo": "absent:COMPONENT"})
+    add("sgd")
+    assert not [*list_train_plugins(load().train)]
+    plugins = [*list_train_plugins(load(optimizer="sgd").train)]
+    assert [(one.kind, one.name) for one in plugins] == [("optimizers", "sgd")]
 
 
 MISTAKES = {
@@ -128,6 +168,11 @@ HEAVY_MISTAKES = {
     "Unaligned": "alignment is 96, no multiple of 64",
     "Incomplete": "Incomplete'> lacks methods of Optimizer",
     "Failing": "KeyError: 'absent'",
+    "TextAlignment": "alignment is '64', no multiple of 64",
+    "FailingState": "KeyError: 'absent'",
+    "NoState": "returns None instead of",
+    "NoSize": "returns None instead of a number of bytes",
+    "NoSteps": "num_steps is None",
 }
 
 
@@ -167,6 +212,8 @@ def test_group_has_the_plugin_or_the_default_optimizer(add, only_matrices):
     assert isinstance(found[MATRIX], sgd_class)
     assert isinstance(found[VECTOR], AdamW if only_matrices else sgd_class)
     torch.testing.assert_close(named[MATRIX].detach(), torch.full((4, 6), 0.95))
+    # Without a state, gradients of earlier steps are unknown.
+    assert masters.params_with_grad() == {MATRIX, VECTOR}
     expected = 0.9 if only_matrices else 0.95
     torch.testing.assert_close(named[VECTOR].detach(), torch.full((6,), expected))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache, partial
 from itertools import chain
 from pathlib import Path
@@ -795,11 +795,17 @@ class TrackerSettings(SettingsSection):
     @model_validator(mode="after")
     def _check_uri(self) -> TrackerSettings:
         if self.uri is None:
+            needs_uri = False
+            with suppress(UserError):  # Training reports a tracker that cannot be imported.
+                needs_uri = TRACKERS[self.kind].needs_uri
+            if needs_uri:
+                raise ValueError(f"{self.kind} needs uri: add it to the item of track")
             return self
         with _report_component_errors():
             problem = TRACKERS.call(self.kind, TRACKERS[self.kind].find_uri_problem, self.uri)
         if problem is not None:
-            raise ValueError(problem)
+            remedy = "" if ": " in problem else ": change uri of the item of track"
+            raise ValueError(f"{problem}{remedy}")
         if _SECRET_PATTERN.search(self.uri):
             raise ValueError(
                 f"uri of {self.kind} contains a password or token, which would be saved"

@@ -56,8 +56,8 @@ class Score:
 GENERAL_SCORES = {
     VALIDATION_LOSS: Score(
         title="validation loss",
-        description="cross-entropy of the reference answers, in nats per token; for pairs, mean"
-        " loss of a pair",
+        description="loss of the objective on the reference answers: cross-entropy in nats per"
+        " token for supervised fine-tuning, mean loss of a pair for preferences",
         lower_is_better=True,
     ),
     "ended_with_eos": Score(

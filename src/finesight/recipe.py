@@ -788,7 +788,7 @@ def _suggest_remedy(key: SettingKey, value: object) -> str:
     if isinstance(value, dict) and len(key) == 1 and (section := _find_section(value)):
         return f"rename it to {section}"
     advice = _load_advice()
-    for name in (format_key(key), wanted):
+    for name in (format_key(key), _format_setting_name(key), wanted):
         if name in advice and "use" in advice[name]:
             return _format_replacement(advice[name], value)
     settings = [format_key(path) for path in _list_paths() if path[-1] == wanted]

@@ -35,7 +35,9 @@ class TrackerComponent(Component[Any]):
             local files. Without modes, `check_uri` decides.
         mode_packages: Other packages that modes need: the argument of `pip install` by package, by
             mode.
-        check_uri: Function that returns the problem of a value of `uri`, or None.
+        check_uri: Function that returns the problem of a given value of `uri`, or None. A remedy
+            may follow a colon.
+        needs_uri: Whether recipes must set `uri`.
         writes_run_folder: Whether the tracker writes to the run folder only, so that it has no
             `uri`.
         telemetry_off_env: Environment variables that disable error and usage reports of the
@@ -47,6 +49,7 @@ class TrackerComponent(Component[Any]):
     modes: tuple[str, ...] = ()
     mode_packages: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     check_uri: Callable[[str], str | None] = field(default=accept_uri)
+    needs_uri: bool = False
     writes_run_folder: bool = False
     telemetry_off_env: Mapping[str, str] = field(default_factory=dict)
     guesses: str = ""

@@ -74,6 +74,8 @@ class Plugin:
 def check_uri(uri):
     if uri == "broken":
         return 1 / 0
+    if uri == "words":
+        return "the uri has no colon"
     if not uri.startswith("lines:"):
         return f"lines does not support uri {uri!r}: use lines:NAME"
 
@@ -112,6 +114,7 @@ def test_class_and_component_of_a_plugin_are_trackers(target, tmp_path, monkeypa
     [
         ("mine", r"lines does not support uri 'mine'\s[\s\S]*use lines:NAME"),
         ("broken", "ZeroDivisionError"),
+        ("words", r"the uri has no colon\s[\s\S]*change uri of the item of track"),
         ("lines:?token=x", "contains a password or token"),
     ],
 )
@@ -119,6 +122,13 @@ def test_plugin_checks_its_uri(uri, message, tmp_path, monkeypatch):
     plant(tmp_path, "planted:COMPONENT", monkeypatch)
     with pytest.raises(UserError, match=message):
         recipe_from_dict(RECIPE | {"track": {"kind": "lines", "uri": f"{uri}"}})
+
+
+def test_plugin_needs_a_uri(tmp_path, monkeypatch):
+    plant(tmp_path, "planted:tracker", monkeypatch, "tracker = component(needs_uri=True)")
+    assert recipe_from_dict(RECIPE | {"track": {"kind": "lines", "uri": "a"}}).track
+    with pytest.raises(UserError, match=r"lines needs uri\s[\s\S]*add it to the item of track"):
+        recipe_from_dict(RECIPE | {"track": "lines"})
 
 
 BROKEN = {

@@ -8,6 +8,7 @@ import platform
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
@@ -31,7 +32,7 @@ from finesight.objective_components import DEFAULT_OBJECTIVE
 from finesight.optimizer_components import DEFAULT_OPTIMIZER
 from finesight.plugins import PluginRecord
 from finesight.progress import ProgressConsole
-from finesight.reward_components import REWARDS
+from finesight.reward_components import REWARDS, RewardSettings
 from finesight.storage import sha256_file
 from finesight.tracker_components import TRACKERS
 from finesight.train.checkpoint import (
@@ -287,8 +288,10 @@ def _check_resumed_run(run: RunContext, data: RunData, stored: CheckpointState) 
     current = run.resume_config
     folder = run.checkpoint_manager.step_dir(stored.step)
     suggest = partial(run.run_dir.suggest_restart, run.recipe, folder)
-    # Older checkpoints have no digest of weights.
-    recorded = {"model weights": current["model weights"], **stored.resume_config}
+    recorded = dict(stored.resume_config)
+    for name in ("model weights", "rewards"):  # which older checkpoints do not have
+        if name in current:
+            recorded.setdefault(name, current[name])
     # Changed images may explain other samples, so the samples are compared after the images.
     samples = {name: value for name, value in recorded.items() if name.startswith("samples of")}
     check_resume_config(recorded, current | samples, folder, suggest)
@@ -465,10 +468,19 @@ def _build_resume_config(
         # Checkpoints of earlier versions have no objective.
         del train["objective"]
     settings |= {f"train.{name}": value for name, value in train.items()}
+    if recipe.needs.rewards:
+        settings["rewards"] = [_describe_reward(reward) for reward in recipe.rewards]
     # Checkpoints of earlier versions have a seed of their own for the order of the samples.
     settings["train.data_seed"] = recipe.train.seed
     resume_config: dict[str, Any] = json.loads(json.dumps(settings))
     return resume_config
+
+
+def _describe_reward(reward: RewardSettings) -> dict[str, Any]:
+    """Return the settings of a reward. The folder of its Python file may change on resume."""
+    settings = reward.model_dump(mode="json", exclude_none=True)
+    settings["name"] = Path(reward.name).name
+    return settings
 
 
 def parallelize_model(

@@ -183,6 +183,26 @@ def test_sampler_and_trainer_compute_the_same_bits(reward_task, family, tuned):
     assert len({one["reward"] for one in steps}) > 1
 
 
+def test_changed_rewards_are_refused_on_resume(reward_task):
+    """The folder of a Python file may change."""
+    run = reward_task.folder / "run"
+    rewards = reward_task.folder / "rewards.py"
+    fails = f"import os\n    1 / (not os.path.exists({str(run / 'checkpoints' / 'step-2')!r}))"
+    rewards.write_text(REWARD.replace("return sum", f"{fails}\n    return sum"))
+    with pytest.raises(RewardError, match="ZeroDivisionError"):
+        reward_task.run()
+    rewards.write_text(REWARD)
+    function, other = reward_task.recipe["rewards"]
+    reward_task.recipe["rewards"] = [{"name": function, "weight": 3.0}, other]
+    with pytest.raises(UserError, match=r"rewards is \[.*'weight': 3.0"):
+        reward_task.run(resume=True)
+    moved = reward_task.folder / "moved" / "rewards.py"
+    moved.parent.mkdir()
+    moved.write_text(REWARD)
+    reward_task.recipe["rewards"] = [f"{moved}:early", other]
+    reward_task.run(resume=True)
+
+
 def test_run_resumed_after_a_failed_reward_equals_uninterrupted_run(reward_task):
     rewards, run = reward_task.folder / "rewards.py", reward_task.folder / "run"
     rewards.write_text(REWARD.replace("max(1, len(case.answer))", "len(case.answer)"))

@@ -18,7 +18,7 @@ def needs(settings, recipe):
 
 
 def check(settings, recipe):
-    if settings.gamma == 0 and recipe.train.objective == "focal":
+    if settings.gamma == 0:
         problem = "train.focal.gamma=0 is the loss of supervised fine-tuning"
         yield SettingProblem(problem, "set train.objective=sft, or gamma above 0")
 

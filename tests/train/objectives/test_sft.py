@@ -37,6 +37,19 @@ def test_value_and_gradients_match_cross_entropy(rows, num_labels):
         assert fused_linear_cross_entropy(h_LD[:0], head_VD, target_L[:0], weight, rows) == 0
 
 
+@pytest.mark.parametrize("rows", [1, 5, None])
+def test_rows_without_label_have_no_loss(rows):
+    h_LD, head_VD, target_L = make_inputs(torch.float64)
+    target_L[::3] = -1
+    has_label_L = target_L >= 0
+    expected = sum_cross_entropy(h_LD[has_label_L], head_VD, target_L[has_label_L], 1.0)
+    expected_grads = torch.autograd.grad(expected, [h_LD, head_VD])
+    loss = fused_linear_cross_entropy(h_LD, head_VD, target_L, torch.tensor(1.0), rows)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    grads = torch.autograd.grad(loss, [h_LD, head_VD])
+    torch.testing.assert_close(grads, expected_grads, rtol=1e-5, atol=1e-6)
+
+
 def test_large_logits_stay_finite_and_frozen_lm_head_gets_no_gradient():
     h_LD, head_VD, target_L = make_inputs(torch.float32)
     head_VD.requires_grad_(False)

@@ -131,7 +131,8 @@ def fused_linear_cross_entropy(
     the device.
 
     Args:
-        h_LD: Hidden states. Rows after the last label are padding without loss and gradient.
+        h_LD: Hidden states. Rows after the last label, and those with the label -1, are padding
+            without loss and gradient.
         scale: fp32 scalar on the device that multiplies the loss.
         chunk_size: Rows per chunk; by default, as many as fit in `MAX_LOGITS_BYTES` of logits.
 
@@ -164,16 +165,20 @@ def _chunk_loss(
         return losses_C.sum(), logits_CV
     fp32_CV = logits_CV.float()
     fp32_TV = fp32_CV[: len(labels_T)]
-    target_logit_T1 = fp32_TV.gather(1, labels_T[:, None])
+    has_label_T1 = labels_T[:, None] >= 0
+    label_T1 = labels_T[:, None].clamp(min=0)
+    target_logit_T1 = fp32_TV.gather(1, label_T1)
     max_logit_T1 = fp32_TV.amax(1, keepdim=True)
     sum_exp_T1 = fp32_TV.sub_(max_logit_T1).exp_().sum(1, keepdim=True)
-    loss = (sum_exp_T1.log() + max_logit_T1 - target_logit_T1).sum()
+    loss_T1 = sum_exp_T1.log() + max_logit_T1 - target_logit_T1
+    loss = loss_T1.where(has_label_T1, 0).sum()
     if not needs_grad:
         return loss, logits_CV
     # d loss / d logits = softmax - one hot.
     fp32_CV[len(labels_T) :] = 0
-    fp32_TV.mul_(scale / sum_exp_T1)
-    fp32_TV.scatter_add_(1, labels_T[:, None], -scale.expand(len(labels_T), 1))
+    scale_T1 = scale * has_label_T1
+    fp32_TV.mul_(scale_T1 / sum_exp_T1)
+    fp32_TV.scatter_add_(1, label_T1, -scale_T1)
     return loss, fp32_CV.to(h_CD.dtype)
 
 

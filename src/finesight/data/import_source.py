@@ -16,12 +16,6 @@ from finesight.data.corpus import PACKED_SUFFIXES, open_sample_source, read_firs
 from finesight.data.folder_listing import ROW_SUFFIXES, FolderListing, list_folder
 from finesight.data.formats import detect_format, get_format, iter_formats
 from finesight.data.formats import table as table_format
-from finesight.data.formats.conversations import (
-    LLAMA_FACTORY,
-    SAMPLES,
-    detect_samples,
-    example_from_sample,
-)
 from finesight.data.formats.dataset_format import (
     BoxTask,
     DatasetFormat,
@@ -31,9 +25,14 @@ from finesight.data.formats.dataset_format import (
     InvalidOptionError,
     RawBox,
     as_list,
+    example_from_sample,
     make_text_part,
 )
-from finesight.data.formats.image_folder import IMAGEFOLDER, open_imagefolder
+from finesight.data.formats.imagefolder import COMPONENT as IMAGEFOLDER
+from finesight.data.formats.imagefolder import open_imagefolder
+from finesight.data.formats.llama_factory import COMPONENT as LLAMA_FACTORY
+from finesight.data.formats.samples import COMPONENT as SAMPLES
+from finesight.data.formats.samples import detect_samples
 from finesight.data.image_file import PageRanges, read_image_size
 from finesight.data.image_resolver import ImageResolver
 from finesight.data.row_reader import Record, RowReader, SourceRow, concat_rows, open_row_file
@@ -255,7 +254,7 @@ def open_source(source: Path, options: ImportOptions) -> ImportSource:
     )
     if {"image", "box"} <= column_map.keys():
         opened = _merge_objects(opened)
-    if data_format is table_format.FORMAT and (folder := _find_image_folder(opened)) is not None:
+    if data_format is table_format.COMPONENT and (folder := _find_image_folder(opened)) is not None:
         detected_by = f"{opened.detected_by}; images found in {folder.name}/"
         opened = replace(opened, image_folder=folder, detected_by=detected_by)
     return opened
@@ -464,11 +463,11 @@ def _detect_format(
     if options.format is not None:
         data_format, detected_by = get_format(options.format), "--format"
     elif options.columns:
-        data_format, detected_by = table_format.FORMAT, "--map"
+        data_format, detected_by = table_format.COMPONENT, "--map"
     else:
         note = f" ({rows.text_format})" if "no header" in rows.text_format else ""
         data_format, detected_by = detect_format(first_records, f"{source}{note}")
-    if data_format is table_format.FORMAT and not options.columns:
+    if data_format is table_format.COMPONENT and not options.columns:
         raise UserError(
             f"a table of {', '.join(map(str, first_records[0]))} without column mapping",
             where="--format table",

@@ -1,6 +1,6 @@
 """Registry of dataset formats that can be imported and exported.
 
-To add a format, write a module with a `FORMAT` (description, detection, parser and writer), add it
+To add a format, write a module with a `COMPONENT` (description, detection, parser, writer), add it
 to `FORMATS` below, and copy a row from its documentation to tests/data/formats/test_documented.py.
 Other packages add formats as plug-ins.
 """
@@ -11,12 +11,27 @@ import re
 from collections.abc import Iterator, Sequence
 
 from finesight.data.formats import (
+    classes,
+    coco,
     conversations,
-    image_folder,
-    json_annotations,
+    cvat,
+    fiftyone,
+    folder,
+    image_path,
+    imagefolder,
     label_studio,
+    label_studio_predictions,
+    labelme,
+    llama_factory,
+    llava,
+    ms_swift,
+    openai,
+    query_response,
+    qwen_vl,
+    samples,
     table,
-    xml_annotations,
+    voc,
+    yolo,
 )
 from finesight.data.formats.dataset_format import (
     IMAGE_KEYS,
@@ -31,27 +46,27 @@ from finesight.errors import UserError, suggest_name
 from finesight.plugins import Registry
 
 FORMATS = (
-    json_annotations.COCO,
-    image_folder.YOLO,
-    xml_annotations.VOC,
-    json_annotations.LABELME,
-    xml_annotations.CVAT,
-    json_annotations.FIFTYONE,
-    label_studio.FORMAT,
-    label_studio.PREDICTIONS,
-    image_folder.IMAGEFOLDER,
-    image_folder.FOLDER,
-    image_folder.CLASSES,
-    conversations.SAMPLES,
-    conversations.OPENAI,
-    conversations.MS_SWIFT,
-    conversations.QWEN_VL,
-    conversations.IMAGE_PATH,
-    conversations.QUERY_RESPONSE,
-    conversations.LLAVA,
-    conversations.LLAMA_FACTORY,
-    conversations.CONVERSATIONS,
-    table.FORMAT,
+    coco.COMPONENT,
+    yolo.COMPONENT,
+    voc.COMPONENT,
+    labelme.COMPONENT,
+    cvat.COMPONENT,
+    fiftyone.COMPONENT,
+    label_studio.COMPONENT,
+    label_studio_predictions.COMPONENT,
+    imagefolder.COMPONENT,
+    folder.COMPONENT,
+    classes.COMPONENT,
+    samples.COMPONENT,
+    openai.COMPONENT,
+    ms_swift.COMPONENT,
+    qwen_vl.COMPONENT,
+    image_path.COMPONENT,
+    query_response.COMPONENT,
+    llava.COMPONENT,
+    llama_factory.COMPONENT,
+    conversations.COMPONENT,
+    table.COMPONENT,
 )
 """Built-in dataset formats, in the order in which detection tries them.
 
@@ -114,7 +129,7 @@ def detect_format(records: Sequence[Record], where: str) -> tuple[DatasetFormat,
     names = list(map(str, records[0]))
     has_names = names != list(map(str, range(1, len(names) + 1)))
     mapping = _suggest_mapping(names if has_names else list(map(str, records[0].values())))
-    if closest is table.FORMAT:
+    if closest is table.COMPONENT:
         columns = table.suggest_mapping(records[0]) if has_names or not mapping else mapping
         suggestion = f"name its columns, perhaps with {columns}"
     if has_names and mapping:

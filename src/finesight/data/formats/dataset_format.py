@@ -50,6 +50,7 @@ from finesight.data.sample import (
     expand_images,
     is_video_path,
     join_text,
+    list_coordinates,
 )
 from finesight.errors import UserError, describe_indices
 
@@ -306,6 +307,25 @@ class ImportContext:
         if parts and isinstance(parts[-1], TextPart):
             return (*parts[:-1], TextPart(text=f"{parts[-1].text}\n{self.prompt}"))
         return (*parts, TextPart(text=self.prompt))
+
+
+def example_from_sample(sample: Sample, context: ImportContext) -> ImportExample:
+    """Build a training example from a native sample with absolute image paths.
+
+    Its boxes are validated and clipped to their images, unless the import is lenient.
+    """
+    images = [Path(part.image) for part in sample.iter_parts() if isinstance(part, ImagePart)]
+
+    def fitted(part: ContentPart) -> ContentPart:
+        if not isinstance(part, BoxPart) or part.image >= len(images):
+            return part
+        xyxy = context.read_box(list_coordinates(part), images[part.image], BoxConvention())
+        return part.model_copy(update={"xyxy": xyxy})
+
+    sample = sample.with_parts(fitted)
+    example = build_example(sample.id, sample.messages, sample.meta, sample.tools)
+    references, rejected, label = sample.references, sample.rejected, sample.label
+    return replace(example, references=references, rejected=rejected, label=label)
 
 
 class RowImages:

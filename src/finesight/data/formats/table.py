@@ -833,7 +833,7 @@ def _build_unsupported_error(what: str) -> UserError:
     )
 
 
-FORMAT = DatasetFormat(
+COMPONENT = DatasetFormat(
     name="table",
     description="any columns, named by --map image=COLUMN --map answer=COLUMN",
     parse_row=parse_row,

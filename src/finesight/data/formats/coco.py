@@ -125,8 +125,11 @@ def _open_coco(source: Path) -> tuple[RowReader, str] | None:
         }
         return SourceRow(row_number, f"image {image.get('id')} ({name})", record, source.stem)
 
-    task = f"instances of {format_count(len(names), 'class')}" if has_boxes else "captions"
-    label_key = "bbox" if has_boxes else "caption"
+    task = "captions"
+    label_key = "caption"
+    if has_boxes:
+        task = f"instances of {format_count(len(names), 'class')}"
+        label_key = "bbox"
     reason = f"images, annotations with {label_key}: COCO {task}, images in {folder}"
     num_unlisted = sum(image_id not in ids for image_id in by_image)
     if num_unlisted == len(by_image):
@@ -223,7 +226,9 @@ def _find_box(
     if annotation.get("iscrowd") or annotation.get("ignore"):
         return enclose_shape("crowd regions", None, context), NO_OUTLINES
     is_used = is_polygons or (use_polygons and not has_box)
-    outlines = _read_outlines(annotation, image_size, context) if is_used else NO_OUTLINES
+    outlines = NO_OUTLINES
+    if is_used:
+        outlines = _read_outlines(annotation, image_size, context)
     if has_box:
         ignored = UNSUPPORTED_KEYS[is_polygons:]
         context.shape_notes.update(f"{key} (ignored)" for key in ignored if annotation.get(key))

@@ -184,8 +184,9 @@ def open_tasks(
         record |= {"classes": project.classes, "points": project.points}
         return SourceRow(row_number, task.location, record, source.stem)
 
-    count = f"regions of {format_count(len(project.classes), 'class')}"
-    found = count if project.has_regions else f"answers of {', '.join(project.controls)}"
+    found = f"answers of {', '.join(project.controls)}"
+    if project.has_regions:
+        found = f"regions of {format_count(len(project.classes), 'class')}"
     return rows_from_items(tasks, make_row), f"tasks with {results_from}: Label Studio, {found}"
 
 

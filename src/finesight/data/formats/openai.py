@@ -77,8 +77,10 @@ def _detect_openai(records: Sequence[Record]) -> str | None:
             content = message.get("content") if isinstance(message, dict) else None
             typed = map(_get_kind, content if isinstance(content, list) else ())
             num_parts += sum(kind is not None for kind in typed)
+    if not num_parts:
+        return None
     reason = f"messages with {num_parts} parts of type image_url, image, video or text in the first"
-    return f"{reason} {len(records)}" if num_parts else None
+    return f"{reason} {len(records)}"
 
 
 def _parse_openai(row: SourceRow, context: ImportContext) -> ImportExample:
@@ -189,7 +191,9 @@ def _make_openai_row(located_sample: LocatedSample, context: ExportContext) -> R
                 for call_id, call in zip(pending, calls, strict=True)
             ]
         messages.append(turn)
-    return ({"tools": [*sample.tools]} if sample.tools else {}) | {"messages": messages}
+    if sample.tools:
+        return {"tools": [*sample.tools], "messages": messages}
+    return {"messages": messages}
 
 
 COMPONENT = DatasetFormat(

@@ -134,7 +134,8 @@ def _build_rows(
     counts = Counter(split for split, _ in images if split)
     parts = ", ".join(f"{split} {count}" for split, count in counts.items())
     reason = f"{detected_by}: {format_count(len(names), 'class')}"
-    reason += f", images: {parts}" if parts else ""
+    if parts:
+        reason += f", images: {parts}"
     stems = {image.stem for _, image in images}
     texts = list_folder(source if source.is_dir() else source.parent).files_with_suffix(".txt")
     others = [("", one) for one in texts if one.stem not in stems]
@@ -395,7 +396,9 @@ def _parse_label_line(
     is_pose, keypoints = len(values) == pose_length > 4, record["keypoints"]
     is_polygon = keypoints is None and len(values) % 2 == 0
     if len(values) < 4 or not (is_pose or is_polygon or len(values) == 4):
-        further = "polygon corners" if keypoints is None else f"{pose_length} values with keypoints"
+        further = "polygon corners"
+        if keypoints is not None:
+            further = f"{pose_length} values with keypoints"
         raise InvalidBoxError(
             f"{name}:{line_number}: {line.strip()[:80]!r}",
             expected=f"a class ID, then center and size, or {further}",
@@ -412,7 +415,9 @@ def _parse_label_line(
     if is_pose or len(values) == 4:
         note = NOTE_ASSUMED_KEYPOINTS if keypoints is None else NOTE_KEYPOINTS
         context.shape_notes[note] += is_pose
-        names = (keypoints or {}).get(class_id, ()) if is_pose else ()
+        names: Sequence[str] = ()
+        if is_pose:
+            names = (keypoints or {}).get(class_id, ())
         size = (len(values) - 4) // max(1, len(names))
         entries = [values[4 + n * size :][:size] for n in range(len(names))]
         # Two values that are 0 without the point, or two values and a visibility.

@@ -93,4 +93,6 @@ COMPONENT = DatasetFormat(
     supported_options=frozenset({"prompt"}),
     open_dataset=open_class_folders,
     open_requested=partial(open_class_folders, is_requested=True),
+    # After the other folders: any folders of images match.
+    position=110,
 )

@@ -343,4 +343,6 @@ COMPONENT = DatasetFormat(
     supported_options=frozenset({"prompt", "boxes", "box_task"}),
     open_dataset=_open_coco,
     write_files=_write_coco,
+    # Formats with a distinctive document precede those of plain rows.
+    position=10,
 )

@@ -46,4 +46,6 @@ COMPONENT = DatasetFormat(
     detect=_detect_conversations,
     parse_row=parse_conversation,
     write_files=partial(write_rows, make_fields=_make_conversation, box_note=""),
+    # After the other turns: any match.
+    position=200,
 )

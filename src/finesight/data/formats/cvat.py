@@ -254,4 +254,5 @@ COMPONENT = DatasetFormat(
     supported_options=frozenset({"prompt", "boxes", "box_task"}),
     open_dataset=_open_cvat,
     write_files=_write_cvat,
+    position=50,
 )

@@ -17,6 +17,7 @@ from typing import Any, Literal
 import numpy as np
 
 from finesight.bounded_files import DuplicateKeyError, parse_unique_json
+from finesight.components import Component
 from finesight.data.boxes import (
     Box,
     BoxConvention,
@@ -53,6 +54,7 @@ from finesight.data.sample import (
     list_coordinates,
 )
 from finesight.errors import UserError, describe_indices
+from finesight.plugins import PluginKind
 
 
 @dataclass(frozen=True, slots=True)
@@ -636,11 +638,13 @@ def describe_value(value: object) -> str:
     return repr(text)
 
 
-@dataclass(frozen=True, slots=True)
-class DatasetFormat:
-    """A dataset format: how to detect, parse and write it.
+@dataclass(frozen=True)
+class DatasetFormat(Component[Any]):
+    """A dataset format: how to detect, parse and write it. Plug-ins give no kind, and no title.
 
     Attributes:
+        position: Place in detection, and in lists of all formats. Specific formats precede general
+            ones, which accept more rows.
         detect: Function that returns the reason why records match this format, or None. By
             default, a format is detected when its source is opened, or selected explicitly.
         supported_options: Supported import options: "map", "prompt", "boxes", "box_task".
@@ -652,9 +656,15 @@ class DatasetFormat:
             from the first records and the columns of `--map`.
         write_files: Function that yields relative file names with content; a repeated name appends.
             It raises UserError for a sample that the format cannot represent.
+        open_encoded: Function that opens a folder whose tables have a given encoding.
+        is_table: Function that returns whether detected records may be a table instead.
+        is_native: Whether the rows are samples, as training reads them.
+        keeps_pages: Whether the format has pages of documents. An export to others saves them.
     """
 
+    kind: PluginKind = field(default="formats", kw_only=True)
     name: str
+    title: str = field(default="", kw_only=True)
     description: str
     parse_row: Callable[[SourceRow, ImportContext], ImportExample | list[ImportExample]]
     detect: Callable[[Sequence[Record]], str | None] | None = None
@@ -663,6 +673,19 @@ class DatasetFormat:
     open_requested: Callable[[Path], tuple[RowReader, str] | None] | None = None
     map_columns: Callable[[Sequence[Record], Mapping[str, str]], Mapping[str, str]] | None = None
     write_files: Callable[[Sequence[LocatedSample], ExportContext], Files] | None = None
+    open_encoded: Callable[[Path, str], tuple[RowReader, str] | None] | None = None
+    is_table: Callable[[Sequence[Record]], bool] | None = None
+    is_native: bool = False
+    keeps_pages: bool = False
+
+    def find_problem(self) -> str | None:
+        """Return why other modules cannot use the format; None if they can."""
+        # Plug-ins for version 0.1.0 may have a list of options.
+        options = frozenset(self.supported_options)
+        problem = Component.find_problem(replace(self, supported_options=options))
+        if problem is None and self.has_section:
+            return "it has settings, which formats do not support"
+        return problem
 
     def parse_examples(self, row: SourceRow, context: ImportContext) -> list[ImportExample]:
         """Parse a row and return its examples as a list, which may be empty.

@@ -134,4 +134,5 @@ COMPONENT = DatasetFormat(
     parse_row=_parse_fiftyone,
     supported_options=frozenset({"prompt", "boxes", "box_task"}),
     open_dataset=_open_fiftyone,
+    position=60,
 )

@@ -105,4 +105,5 @@ COMPONENT = DatasetFormat(
     supported_options=frozenset({"prompt"}),
     open_dataset=open_folder,
     write_files=write_files,
+    position=100,
 )

@@ -49,4 +49,5 @@ COMPONENT = DatasetFormat(
     description='"conversations": [{"role": "user", "value": "path"}, ...], question by --prompt',
     detect=_detect_image_path,
     parse_row=_parse_image_path,
+    position=160,
 )

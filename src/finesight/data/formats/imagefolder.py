@@ -67,4 +67,7 @@ COMPONENT = DatasetFormat(
     supported_options=frozenset({"map", "prompt", "boxes"}),
     open_dataset=open_imagefolder,
     map_columns=map_imagefolder_columns,
+    open_encoded=open_imagefolder,
+    # Before `classes`: the images may be in folders, too.
+    position=90,
 )

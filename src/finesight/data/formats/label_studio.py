@@ -705,4 +705,5 @@ COMPONENT = DatasetFormat(
     supported_options=frozenset({"prompt", "box_task"}),
     open_dataset=open_tasks,
     write_files=write_files,
+    position=70,
 )

@@ -15,4 +15,5 @@ COMPONENT = replace(
     open_dataset=lambda source: None,  # detected as label-studio
     open_requested=partial(open_tasks, results_from="predictions"),
     write_files=partial(write_files, results_to="predictions"),
+    position=80,
 )

@@ -161,4 +161,5 @@ COMPONENT = DatasetFormat(
     parse_row=_parse_labelme,
     supported_options=frozenset({"prompt", "boxes", "box_task"}),
     open_dataset=_open_labelme,
+    position=40,
 )

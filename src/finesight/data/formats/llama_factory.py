@@ -46,6 +46,16 @@ def _detect_llama_factory(records: Sequence[Record]) -> str | None:
     return f"{reason} (sharegpt)" if num_with_images else None
 
 
+def _is_table(records: Sequence[Record]) -> bool:
+    """Return whether rows of instructions have no placeholders, so that columns name images."""
+    if "conversations" in records[0]:
+        return False
+    for record in records:
+        if "<image>" in str(record.get("instruction")) + str(record.get("input")):
+            return False
+    return True
+
+
 def _write_llama_factory(samples: Sequence[LocatedSample], context: ExportContext) -> Files:
     """Write sharegpt rows, and a dataset_info.json that registers them as `finesight`."""
 
@@ -86,4 +96,7 @@ COMPONENT = DatasetFormat(
     detect=_detect_llama_factory,
     parse_row=parse_conversation,
     write_files=_write_llama_factory,
+    is_table=_is_table,
+    # After `llava`: any turns with a list of images match.
+    position=190,
 )

@@ -85,4 +85,6 @@ COMPONENT = DatasetFormat(
     detect=_detect_llava,
     parse_row=_parse_llava,
     write_files=_write_llava,
+    # Before `conversations`: it has an `image`, and its own tag.
+    position=180,
 )

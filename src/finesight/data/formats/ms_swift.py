@@ -132,4 +132,6 @@ COMPONENT = DatasetFormat(
     detect=_detect_ms_swift,
     parse_row=parse_with_objects,
     write_files=_write_ms_swift,
+    # Before `query-response`: it has objects, too.
+    position=140,
 )

@@ -204,4 +204,7 @@ COMPONENT = DatasetFormat(
     write_files=partial(
         write_rows, make_fields=_make_openai_row, keeps=("tools", "loss"), box_note=""
     ),
+    keeps_pages=True,  # as data URLs
+    # Before `ms-swift`: single messages may be only text.
+    position=130,
 )

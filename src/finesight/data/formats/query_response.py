@@ -22,4 +22,5 @@ COMPONENT = DatasetFormat(
     description='"image": ["path"], "query": "...", "response": "..."',
     detect=_detect_query_response,
     parse_row=parse_with_objects,
+    position=170,
 )

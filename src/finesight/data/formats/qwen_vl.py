@@ -70,4 +70,6 @@ COMPONENT = DatasetFormat(
     description='"conversations": [{"from": "user", "value": "Picture 1: <img>path</img>\\n..."}]',
     detect=_detect_qwen_vl,
     parse_row=_parse_qwen_vl,
+    # Its tags distinguish it from other turns.
+    position=150,
 )

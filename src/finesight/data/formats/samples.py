@@ -110,4 +110,8 @@ COMPONENT = DatasetFormat(
     parse_row=_parse_sample,
     supported_options=frozenset(),
     write_files=_write_samples,
+    is_native=True,
+    keeps_pages=True,
+    # Before other messages, which look alike.
+    position=120,
 )

@@ -839,4 +839,6 @@ COMPONENT = DatasetFormat(
     parse_row=parse_row,
     supported_options=frozenset({"map", "prompt", "boxes", "points"}),
     write_files=write_files,
+    # The last one: any columns match.
+    position=210,
 )

@@ -126,4 +126,5 @@ COMPONENT = DatasetFormat(
     parse_row=_parse_voc,
     supported_options=frozenset({"prompt", "boxes", "box_task"}),
     open_dataset=_open_voc,
+    position=30,
 )

@@ -446,4 +446,6 @@ COMPONENT = DatasetFormat(
     supported_options=frozenset({"prompt", "boxes", "box_task"}),
     open_dataset=open_yolo,
     write_files=write_yolo,
+    # Before `folder`: label files are texts of the same name, too.
+    position=20,
 )

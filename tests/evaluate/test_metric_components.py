@@ -76,7 +76,7 @@ def test_no_other_module_names_a_metric():
         texts = set(iter_texts(ast.parse(path.read_text("utf-8"))))
         if not name.startswith("evaluate/metrics/") and texts & names:
             found.add(name)
-    assert found == {*OTHER_MEANINGS}
+    assert found == {name for name in OTHER_MEANINGS if (SOURCE / name).is_file()}
 
 
 METERS = """

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from image_fixtures import write_gray_image
 from tiny_model import create_tiny_model
 from tiny_task import edit_samples, make_task
 
@@ -28,6 +29,7 @@ COMPONENTS = {
     "trackers": "track/trackers/mlflow",
     "launchers": "launch/launchers/skypilot",
     "families": "families/qwen3_5_moe",
+    "formats": "data/formats/fiftyone",
 }
 """Kind, and folder or module of a built-in component below src/finesight."""
 
@@ -45,6 +47,7 @@ RELATED_TESTS = (
     *("tests/cli/test_init.py", "tests/cli/test_first_guesses.py", "tests/cli/test_plugins.py"),
     *("tests/cli/test_launch.py", "tests/cli/test_launchers.py"),
     *("tests/encode", "tests/export", "tests/model/test_config.py", "tests/model/test_vlm.py"),
+    *("tests/data/formats", "tests/data/test_importer.py", "tests/cli/test_import.py"),
 )
 """Tests of the kinds, and of modules that list components."""
 
@@ -167,7 +170,7 @@ def test_rest_passes(rest):
 
 
 def write_inputs(folder: Path) -> None:
-    """Write data with points and labels, and two recipes that use the components.
+    """Write data with points and labels, two recipes that use the components, and a dataset.
 
     Launchers need relative paths.
     """
@@ -194,6 +197,10 @@ def write_inputs(folder: Path) -> None:
         recipe["track"] = [TRACKER]
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     (folder / "responses.yaml").write_text(yaml.safe_dump(responses))
+    (folder / "boxes" / "data").mkdir(parents=True)
+    write_gray_image(folder / "boxes" / "data" / "a.png")
+    labels = {"a": [{"label": "dog", "bounding_box": [0.1, 0.2, 0.3, 0.5]}]}
+    (folder / "boxes" / "labels.json").write_text(json.dumps({"labels": labels}))
 
 
 def list_words(text: str) -> str:
@@ -228,8 +235,11 @@ def list_results(folder: Path, path: list[Path]) -> dict[str, str]:
     found = {"plan": MEASURED.sub("N", run(*command, "plan", "recipe.yaml", "--gpu", "A10"))}
     for name in ("train", "launch"):
         found[f"{name} --help"] = run(*command, name, "--help")
-    for name in ("init", "eval"):
+    for name in ("init", "eval", "import"):
         found[f"{name} --help"] = list_words(run(*command, name, "--help"))
+    found["import"] = run(*command, "import", "boxes", "imported")
+    for file in sorted((folder / "imported").glob("*.jsonl")):
+        found[f"imported {file.name}"] = file.read_text("utf-8")
     # The package of the tracker may be missing, and responses have few words.
     found["tracker and reward"] = run("-c", USE_TRACKER_AND_REWARD)
     run(*command, "launch", "recipe.yaml", "--on", NAMES["launchers"], *LAUNCH_OPTIONS)

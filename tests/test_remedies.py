@@ -111,7 +111,7 @@ def iter_unknown(text: str) -> Iterator[str]:
     text = OTHER_PROGRAMS.sub("", text)
     yield from COMMAND.findall(text)
     yield from set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text)) - list_options()
-    formats = {data_format.name for data_format in FORMATS}
+    formats = {data_format.name for data_format in FORMATS.list_built_in()}
     yield from set(re.findall(r"--format (?!to )([a-z][a-z-]+)", text)) - formats
     for setting in re.findall(r"\b(?:train|tune|data|eval)\.[a-z_.0-9]*[a-z0-9]", text):
         is_file = setting.endswith((".jsonl", ".json", ".yaml", ".html"))

@@ -170,7 +170,10 @@ def load_extra_translations(language: Language) -> dict[str, str]:
 
 def render_formats_table(translate: Translate) -> str:
     """Render the table of data formats in detection order."""
-    rows = [f"| `{form.name}` | {_escape_cell(translate(form.description))} |" for form in FORMATS]
+    rows = [
+        f"| `{form.name}` | {_escape_cell(translate(form.description))} |"
+        for form in FORMATS.list_built_in()
+    ]
     return "\n".join([f"| {translate('format')} | {translate('content')} |", "|---|---|", *rows])
 
 

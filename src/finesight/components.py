@@ -70,7 +70,7 @@ class Component(Generic[SettingsT]):
 
     Attributes:
         kind: Folder of the component, and group `finesight.KIND` of the entry points of plug-ins.
-        name: Name in recipes: that of the module, or of the entry point of a plug-in.
+        name: Name in recipes and options: that of the module, or of the entry point of a plug-in.
         title: Name for users.
         settings: Class of its section of a recipe; one without fields for no section. All settings
             have a default.
@@ -173,7 +173,9 @@ class _BuiltInComponents(Mapping[str, ComponentT]):
             if module.name in self._helpers:
                 continue
             component = import_module(f"{self._package}.{module.name}").COMPONENT
-            assert component.name == module.name, f"{component.name} in {module.name}"
+            # Names have dashes where those of modules have underscores.
+            file = component.name.replace("-", "_")
+            assert file == module.name, f"{component.name} in {module.name}"
             assert component.kind == self._kind, f"{module.name} is of {component.kind}"
             found.append(component)
         found.sort(key=lambda component: (component.position, component.name))

@@ -26,7 +26,7 @@ SECRET = "wehrlos-4711"
 OPENERS = {
     "data/image_file.py": "the one that all others use",
     "data/augmentation.py": "the JPEG copy that it has just encoded",
-    "data/formats/json_annotations.py": "PNG masks in LabelMe files",
+    "data/formats/labelme.py": "PNG masks in LabelMe files",
     "export/resize_code.py": "code that is printed for other programs, and not executed",
 }
 """Modules that open files with Pillow."""

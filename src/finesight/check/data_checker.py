@@ -40,6 +40,7 @@ from finesight.data.boxes import (
     find_number_lists,
 )
 from finesight.data.corpus import PACKED_SUFFIXES
+from finesight.data.formats import get_native_format
 from finesight.data.formats.dataset_format import RawBox
 from finesight.data.import_source import (
     ImportOptions,
@@ -126,7 +127,9 @@ def inputs_from_files(
     seen: set[Path | str] = set()
     for path, is_validation in [*((p, False) for p in train), *((p, True) for p in validation)]:
         match = _OBJECT_STORE_PATH.fullmatch(str(path))
-        is_sample_format = options.format in (None, "samples") and not options.columns
+        is_sample_format = (
+            options.format in (None, get_native_format().name) and not options.columns
+        )
         if match is not None and match["scheme"] not in WEB_SCHEMES:
             url = f"{match['scheme']}://{match['name']}"
             check_input = CheckInput(url, options, is_validation, is_imported=False)
@@ -204,7 +207,7 @@ def inputs_from_recipe(recipe: Recipe) -> list[CheckInput]:
     inputs = []
     for is_validation, files in ((False, recipe.data.train), (True, recipe.data.eval)):
         for file in files:
-            options = ImportOptions(format="samples", limit=file.limit)
+            options = ImportOptions(format=get_native_format().name, limit=file.limit)
             is_imported = isinstance(file.path, Path) and not (
                 file.path.suffix.lower() in PACKED_SUFFIXES or is_glob(file.path)
             )

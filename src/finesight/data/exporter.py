@@ -64,7 +64,7 @@ def export_dataset(
         )
     with write_folder(out) as staging:
         resolved_paths = _resolve_image_paths(samples)
-        if data_format.name not in ("samples", "openai"):
+        if not data_format.keeps_pages:
             resolved_paths |= _render_pages(resolved_paths, staging / IMAGES_FOLDER)
         image_paths = dict.fromkeys(resolved_paths.values())
         taken = {path.name for path in image_paths if path.is_relative_to(staging)}
@@ -146,7 +146,7 @@ def _note_exif_orientations(
 
     Programs that ignore the orientation show these boxes at the wrong position.
     """
-    if data_format.name == "samples":
+    if data_format.is_native:
         return
     paths: set[Path] = set()
     for located_sample in samples:

@@ -14,14 +14,8 @@ from finesight.bounded_files import find_existing
 from finesight.data.boxes import BoxFormat, BoxUnits
 from finesight.data.corpus import PACKED_SUFFIXES, open_sample_source, read_first_record
 from finesight.data.folder_listing import ROW_SUFFIXES, FolderListing, list_folder
-from finesight.data.formats import detect_format, get_format, iter_formats
+from finesight.data.formats import detect_format, get_format, get_native_format, iter_formats
 from finesight.data.formats import table as table_format
-from finesight.data.formats.conversations import (
-    LLAMA_FACTORY,
-    SAMPLES,
-    detect_samples,
-    example_from_sample,
-)
 from finesight.data.formats.dataset_format import (
     BoxTask,
     DatasetFormat,
@@ -31,9 +25,9 @@ from finesight.data.formats.dataset_format import (
     InvalidOptionError,
     RawBox,
     as_list,
+    example_from_sample,
     make_text_part,
 )
-from finesight.data.formats.image_folder import IMAGEFOLDER, open_imagefolder
 from finesight.data.image_file import PageRanges, read_image_size
 from finesight.data.image_resolver import ImageResolver
 from finesight.data.row_reader import Record, RowReader, SourceRow, concat_rows, open_row_file
@@ -145,7 +139,7 @@ class ImportSource:
                 folder,
                 output_folder,
                 validate=not lenient,
-                exact_paths=lenient and self.data_format is SAMPLES,
+                exact_paths=lenient and self.data_format is get_native_format(),
                 web_images=options.web_images,
                 allowed_root=options.allowed_root,
                 pages=options.pages,
@@ -255,7 +249,7 @@ def open_source(source: Path, options: ImportOptions) -> ImportSource:
     )
     if {"image", "box"} <= column_map.keys():
         opened = _merge_objects(opened)
-    if data_format is table_format.FORMAT and (folder := _find_image_folder(opened)) is not None:
+    if data_format is table_format.COMPONENT and (folder := _find_image_folder(opened)) is not None:
         detected_by = f"{opened.detected_by}; images found in {folder.name}/"
         opened = replace(opened, image_folder=folder, detected_by=detected_by)
     return opened
@@ -392,10 +386,10 @@ def _open_rows(source: Path, options: ImportOptions) -> tuple[RowReader, Dataset
     requested = get_format(options.format) if options.format is not None else None
     files = options.row_files or (source,)
     is_folder = os.path.isdir(source) and not options.row_files
-    if options.encoding and is_folder and requested in (None, IMAGEFOLDER):
-        found = open_imagefolder(source, options.encoding)
-        if found is not None:
-            return found[0], IMAGEFOLDER, "--format" if requested else found[1]
+    if options.encoding and is_folder:
+        opened = _open_encoded(source, options.encoding, requested)
+        if opened is not None:
+            return opened
     if options.encoding and any(file.suffix.lower() not in (".csv", ".tsv") for file in files):
         raise UserError(
             "the source is not a .csv or .tsv file",
@@ -448,6 +442,29 @@ def _open_rows(source: Path, options: ImportOptions) -> tuple[RowReader, Dataset
     return readers[0] if len(readers) == 1 else concat_rows(files, readers), None, ""
 
 
+def _open_encoded(
+    source: Path, encoding: str, requested: DatasetFormat | None
+) -> tuple[RowReader, DatasetFormat, str] | None:
+    """Open a folder with a table of a given encoding, or return None.
+
+    Args:
+        requested: Format that the user names; None to detect it.
+    """
+    candidates: Iterable[DatasetFormat] = iter_formats()
+    if requested is not None:
+        candidates = [requested]
+    for data_format in candidates:
+        if data_format.open_encoded is None:
+            continue
+        found = data_format.open_encoded(source, encoding)
+        if found is not None:
+            rows, detected_by = found
+            if requested is not None:
+                detected_by = "--format"
+            return rows, data_format, detected_by
+    return None
+
+
 def _explain_mismatch(listing: FolderListing, data_format: DatasetFormat) -> str:
     """Return why a folder is not of a format without a distinctive file, "" for other formats."""
     try:
@@ -464,11 +481,11 @@ def _detect_format(
     if options.format is not None:
         data_format, detected_by = get_format(options.format), "--format"
     elif options.columns:
-        data_format, detected_by = table_format.FORMAT, "--map"
+        data_format, detected_by = table_format.COMPONENT, "--map"
     else:
         note = f" ({rows.text_format})" if "no header" in rows.text_format else ""
         data_format, detected_by = detect_format(first_records, f"{source}{note}")
-    if data_format is table_format.FORMAT and not options.columns:
+    if data_format is table_format.COMPONENT and not options.columns:
         raise UserError(
             f"a table of {', '.join(map(str, first_records[0]))} without column mapping",
             where="--format table",
@@ -518,7 +535,9 @@ def is_sample_source(path: Path) -> bool:
     with_images = record.pop("images", None) is not None
     messages = as_list(record.get("messages"))
     is_text = all(isinstance(one, dict) and isinstance(one.get("content"), str) for one in messages)
-    return detect_samples([record]) is not None and not (with_images and is_text)
+    detect = get_native_format().detect
+    assert detect is not None
+    return detect([record]) is not None and not (with_images and is_text)
 
 
 def open_unvalidated_samples(
@@ -544,7 +563,7 @@ def open_unvalidated_samples(
         )
         return example_from_sample(sample, context)
 
-    data_format = replace(SAMPLES, parse_row=parse_row)
+    data_format = replace(get_native_format(), parse_row=parse_row)
     check_format_options(data_format, "as in training", options)
     rows = RowReader(len(samples), select)
     source = ImportSource(
@@ -597,12 +616,11 @@ def detect_columns(
 
 def _is_question_table(source: ImportSource, options: ImportOptions) -> bool:
     """Return whether rows of instructions have their images in a column, without placeholders."""
-    if source.data_format is not LLAMA_FACTORY or options.format is not None:
+    is_table = source.data_format.is_table
+    if is_table is None or options.format is not None:
         return False
     records = _read_preview(source.rows)
-    texts = (str(record.get("instruction")) + str(record.get("input")) for record in records)
-    is_marked = "conversations" in records[0] or any("<image>" in text for text in texts)
-    return not is_marked and "image" in table_format.guess_columns(records)
+    return is_table(records) and "image" in table_format.guess_columns(records)
 
 
 def _resolve_ambiguous_columns(

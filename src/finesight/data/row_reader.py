@@ -571,7 +571,7 @@ def is_tar_file(path: Path) -> bool:
 def is_webdataset(path: Path) -> bool:
     """Return whether each sample in a tar has an image and text or JSON.
 
-    Other tar files, including those with LabelMe JSON, are archives to unpack.
+    Other tar files, including those with annotations in JSON, are archives to unpack.
     """
     with open_tar(path) as tar:
         first_record = None

@@ -23,7 +23,7 @@ import yaml
 from finesight.bounded_files import load_yaml, reject_special_file
 from finesight.data.folder_listing import ROW_SUFFIXES, list_folder
 from finesight.data.formats import iter_formats
-from finesight.data.formats.image_folder import SPLIT_ALIASES
+from finesight.data.formats.split_folders import SPLIT_ALIASES
 from finesight.data.image_file import IMAGE_SUFFIXES
 from finesight.data.import_source import ImportOptions
 from finesight.data.line_index import cache_folder

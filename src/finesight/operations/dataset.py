@@ -221,10 +221,10 @@ def export_data(
     folder = Path(samples).parent
     located_samples = [LocatedSample(sample, folder) for sample in read_samples(Path(samples))]
     summary = export_dataset(located_samples, Path(out), target_format, copy_images=copy_images)
-    # Formats with several data files, such as LabelMe, can only be read from the folder.
+    # Formats with several data files can only be read from the folder.
     first_file = Path(summary.files[0])
     source: StrPath = out
-    if first_file.suffix in (".json", ".jsonl") and summary.format != "labelme":
+    if first_file.suffix in (".json", ".jsonl"):
         source = first_file
     step = Step("check", {"sources": [source], "format": summary.format})
     files = [*map(str, summary.files[:MAX_PRINTED_FILES])]

@@ -154,7 +154,6 @@ VALUES = {
         "fp32": "float32 float full torch.float32",
     },
     "weight_format": {"nf4": "4bit 4 bnb qlora", "int8": "8bit 8", "int4": "gptq awq"},
-    "target_format": {"ms-swift": "swift msswift", "llama-factory": "llamafactory sharegpt"},
     "language": {"zh": "cn chinese zh-cn", "en": "english"},
 }
 """Values by parameter."""

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from box_fixtures import import_samples, list_answers, write_box_image
+from box_fixtures import import_samples, list_answers, write_box_image, write_scene
 
 from finesight.data.exporter import export_dataset
 from finesight.data.sample import BoxPart, LocatedSample, Sample
@@ -35,6 +35,12 @@ def test_detection(root: Path, tmp_path: Path) -> None:
     assert samples[0].meta["boxes"] == [{"age": 2}, {}]
     assert summary.skipped_rows == {"images without a label": 1}
     assert import_samples(root / "labels.json", tmp_path / "again")[1].format == "fiftyone"
+
+
+def test_points_are_required(tmp_path: Path) -> None:
+    source = write_scene("fiftyone", tmp_path / "set")
+    with pytest.raises(UserError, match="no points in the annotations"):
+        import_samples(source, tmp_path / "out", box_task="points")
 
 
 def test_classification(root: Path, tmp_path: Path) -> None:

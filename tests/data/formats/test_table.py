@@ -11,7 +11,7 @@ from case_files import load_cases
 from finesight.data.boxes import InvalidBoxError
 from finesight.data.formats.dataset_format import ImportExample
 from finesight.data.formats.table import (
-    FORMAT,
+    COMPONENT,
     check_guessed_columns,
     find_box_format,
     guess_box_options,
@@ -31,7 +31,7 @@ LONG_NUMBERS = [
 def case(folder: Path, record: dict[str, Any], columns: Any, **output: Any) -> ImportExample:
     is_text = isinstance(columns, str)
     mapped = dict(pair.split("=") for pair in columns.split()) if is_text else columns
-    return parse_record(FORMAT, {"image": "b.png", **record}, folder, columns=mapped, **output)
+    return parse_record(COMPONENT, {"image": "b.png", **record}, folder, columns=mapped, **output)
 
 
 def summarize(content: list[Any]) -> list[object]:
@@ -143,13 +143,13 @@ def test_question_does_not_name_a_class_without_its_box(folder, prompt, question
     record |= {"image": "b.png"}
     if question is None:
         with pytest.raises(InvalidBoxError, match="no area"):
-            parse_record(FORMAT, record, folder, prompt=prompt, **options)
+            parse_record(COMPONENT, record, folder, prompt=prompt, **options)
         return
     for other in ({"b": [[1, 1, 9, 9], [5, 5, 2000, 9]], "l": ["cat", "cat"]}, {"l": None}):
         wide = {**record, "b": [[1, 1, 9, 9], [5, 5, 2000, 9]]} | other
         with pytest.raises(InvalidBoxError, match="outside its image; the answer would be"):
-            parse_record(FORMAT, wide, folder, prompt="Locate each cat.", **options)
-    found = parse_record(FORMAT, record, folder, prompt=prompt, **options)
+            parse_record(COMPONENT, wide, folder, prompt="Locate each cat.", **options)
+    found = parse_record(COMPONENT, record, folder, prompt=prompt, **options)
     assert list_turns(found) == [
         ("user", [folder / "b.png", question]),
         ("assistant", [(0, "cat", (1.0, 1.0, 9.0, 9.0))]),
@@ -161,11 +161,11 @@ def test_invalid_box_without_a_label_is_counted(folder: Path, empty: str | None)
     columns = {"image": "image", "box": "b", "label": "l"}
     record = {"image": "b.png", "b": [[1, 1, 9, 9], [5, 5, 5, 5]], "l": ["cat", empty]}
     found = parse_record(
-        FORMAT, record, folder, columns=columns, prompt="Find.", on_invalid_box="drop"
+        COMPONENT, record, folder, columns=columns, prompt="Find.", on_invalid_box="drop"
     )
     assert list_turns(found)[1] == ("assistant", [(0, "cat", (1.0, 1.0, 9.0, 9.0))])
     with pytest.raises(UserError, match="no area"):
-        parse_record(FORMAT, record, folder, columns=columns, prompt="Find.")
+        parse_record(COMPONENT, record, folder, columns=columns, prompt="Find.")
     with pytest.raises(UserError, match="a box without a label"):
         case(folder, {**record, "b": [[1, 1, 9, 9]] * 2}, "image=image box=b label=l", prompt="?")
 

@@ -1,8 +1,7 @@
 """Registry of dataset formats that can be imported and exported.
 
-To add a format, write a module with a `FORMAT` (description, detection, parser and writer), add it
-to `FORMATS` below, and copy a row from its documentation to tests/data/formats/test_documented.py.
-Other packages add formats as plug-ins.
+To add a format, write a module with a `COMPONENT` (description, detection, parser and writer), and
+copy a row from its documentation to tests/data/formats. Other packages add formats as plug-ins.
 """
 
 from __future__ import annotations
@@ -10,14 +9,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 
-from finesight.data.formats import (
-    conversations,
-    image_folder,
-    json_annotations,
-    label_studio,
-    table,
-    xml_annotations,
-)
+from finesight.components import ComponentRegistry
+from finesight.data.formats import table
 from finesight.data.formats.dataset_format import (
     IMAGE_KEYS,
     DatasetFormat,
@@ -28,44 +21,34 @@ from finesight.data.formats.dataset_format import (
 from finesight.data.row_reader import Record
 from finesight.data.sample import InvalidRowError
 from finesight.errors import UserError, suggest_name
-from finesight.plugins import Registry
 
-FORMATS = (
-    json_annotations.COCO,
-    image_folder.YOLO,
-    xml_annotations.VOC,
-    json_annotations.LABELME,
-    xml_annotations.CVAT,
-    json_annotations.FIFTYONE,
-    label_studio.FORMAT,
-    label_studio.PREDICTIONS,
-    image_folder.IMAGEFOLDER,
-    image_folder.FOLDER,
-    image_folder.CLASSES,
-    conversations.SAMPLES,
-    conversations.OPENAI,
-    conversations.MS_SWIFT,
-    conversations.QWEN_VL,
-    conversations.IMAGE_PATH,
-    conversations.QUERY_RESPONSE,
-    conversations.LLAVA,
-    conversations.LLAMA_FACTORY,
-    conversations.CONVERSATIONS,
-    table.FORMAT,
+FORMATS = ComponentRegistry(
+    "formats",
+    DatasetFormat,
+    "finesight.data.formats",
+    helpers=(
+        "conversation_placeholders",
+        "conversation_rows",
+        "dataset_format",
+        "image_annotations",
+        "json_annotations",
+        "row_keys",
+        "split_folders",
+        "xml_annotations",
+    ),
 )
-"""Built-in dataset formats, in the order in which detection tries them.
-
-Specific formats come before general ones: `conversations` matches any turns, and `table` accepts
-any columns.
-"""
-
-REGISTRY = Registry("formats", DatasetFormat, {one.name: one for one in FORMATS}, has_names=True)
+"""Dataset formats by name, in the order in which detection tries them."""
 
 
 def iter_formats(with_plugins: bool = True) -> Iterator[DatasetFormat]:
     """Yield the built-in formats, then those of plug-ins, which are imported at their turn."""
-    yield from FORMATS
-    yield from (REGISTRY[name] for name in REGISTRY.plugin_names if with_plugins)
+    yield from FORMATS.list_built_in()
+    yield from (FORMATS[name] for name in FORMATS.plugin_names if with_plugins)
+
+
+def get_native_format() -> DatasetFormat:
+    """Return the format of samples, as training reads them."""
+    return next(one for one in FORMATS.list_built_in() if one.is_native)
 
 
 def get_format(name: str, option: str = "--format") -> DatasetFormat:
@@ -74,13 +57,14 @@ def get_format(name: str, option: str = "--format") -> DatasetFormat:
     Args:
         name: Name of the format, such as "coco".
     """
-    if name in REGISTRY:
-        return REGISTRY[name]
+    if name in FORMATS:
+        FORMATS.find_plugin(name)  # raises UserError if several packages define it
+        return FORMATS[name]
     raise UserError(
         f"unknown format {name!r}",
         where=option,
-        expected=f"one of {', '.join(REGISTRY)}",
-        remedy=suggest_name(name, REGISTRY, f"name one of these with {option}"),
+        expected=f"one of {', '.join(FORMATS)}",
+        remedy=suggest_name(name, FORMATS, f"name one of these with {option}"),
     )
 
 
@@ -105,16 +89,16 @@ def detect_format(records: Sequence[Record], where: str) -> tuple[DatasetFormat,
     turn_keys = first_turn if isinstance(first_turn, dict) else {}
     record_keys = {*records[0], *turn_keys}.difference(IMAGE_KEYS)
     # `max` returns the first of equally close formats. General ones, which accept more rows, are
-    # the last of FORMATS.
+    # the last ones.
     closest = max(
-        reversed(FORMATS),
+        reversed(FORMATS.list_built_in()),
         key=lambda one: len(record_keys.intersection(re.findall(r'"(\w+)":', one.description))),
     )
     suggestion = f"write the rows in its form, {closest.description}"
     names = list(map(str, records[0]))
     has_names = names != list(map(str, range(1, len(names) + 1)))
     mapping = _suggest_mapping(names if has_names else list(map(str, records[0].values())))
-    if closest is table.FORMAT:
+    if closest is table.COMPONENT:
         columns = table.suggest_mapping(records[0]) if has_names or not mapping else mapping
         suggestion = f"name its columns, perhaps with {columns}"
     if has_names and mapping:
@@ -122,7 +106,7 @@ def detect_format(records: Sequence[Record], where: str) -> tuple[DatasetFormat,
     raise UserError(
         f"the format cannot be detected from rows with the keys {', '.join(map(str, records[0]))}",
         where=where,
-        expected=f"one of {', '.join(REGISTRY)}",
+        expected=f"one of {', '.join(FORMATS)}",
         remedy=f"the closest is {closest.name}: {suggestion}",
     )
 

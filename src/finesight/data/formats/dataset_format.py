@@ -17,6 +17,7 @@ from typing import Any, Literal
 import numpy as np
 
 from finesight.bounded_files import DuplicateKeyError, parse_unique_json
+from finesight.components import Component
 from finesight.data.boxes import (
     Box,
     BoxConvention,
@@ -50,8 +51,10 @@ from finesight.data.sample import (
     expand_images,
     is_video_path,
     join_text,
+    list_coordinates,
 )
 from finesight.errors import UserError, describe_indices
+from finesight.plugins import PluginKind
 
 
 @dataclass(frozen=True, slots=True)
@@ -306,6 +309,25 @@ class ImportContext:
         if parts and isinstance(parts[-1], TextPart):
             return (*parts[:-1], TextPart(text=f"{parts[-1].text}\n{self.prompt}"))
         return (*parts, TextPart(text=self.prompt))
+
+
+def example_from_sample(sample: Sample, context: ImportContext) -> ImportExample:
+    """Build a training example from a native sample with absolute image paths.
+
+    Its boxes are validated and clipped to their images, unless the import is lenient.
+    """
+    images = [Path(part.image) for part in sample.iter_parts() if isinstance(part, ImagePart)]
+
+    def fitted(part: ContentPart) -> ContentPart:
+        if not isinstance(part, BoxPart) or part.image >= len(images):
+            return part
+        xyxy = context.read_box(list_coordinates(part), images[part.image], BoxConvention())
+        return part.model_copy(update={"xyxy": xyxy})
+
+    sample = sample.with_parts(fitted)
+    example = build_example(sample.id, sample.messages, sample.meta, sample.tools)
+    references, rejected, label = sample.references, sample.rejected, sample.label
+    return replace(example, references=references, rejected=rejected, label=label)
 
 
 class RowImages:
@@ -616,11 +638,13 @@ def describe_value(value: object) -> str:
     return repr(text)
 
 
-@dataclass(frozen=True, slots=True)
-class DatasetFormat:
-    """A dataset format: how to detect, parse and write it.
+@dataclass(frozen=True)
+class DatasetFormat(Component[Any]):
+    """A dataset format: how to detect, parse and write it. Plug-ins give no kind, and no title.
 
     Attributes:
+        position: Place in detection, and in lists of all formats. Specific formats precede general
+            ones, which accept more rows.
         detect: Function that returns the reason why records match this format, or None. By
             default, a format is detected when its source is opened, or selected explicitly.
         supported_options: Supported import options: "map", "prompt", "boxes", "box_task".
@@ -632,9 +656,15 @@ class DatasetFormat:
             from the first records and the columns of `--map`.
         write_files: Function that yields relative file names with content; a repeated name appends.
             It raises UserError for a sample that the format cannot represent.
+        open_encoded: Function that opens a folder whose tables have a given encoding.
+        is_table: Function that returns whether detected records may be a table instead.
+        is_native: Whether the rows are samples, as training reads them.
+        keeps_pages: Whether the format has pages of documents. An export to others saves them.
     """
 
+    kind: PluginKind = field(default="formats", kw_only=True)
     name: str
+    title: str = field(default="", kw_only=True)
     description: str
     parse_row: Callable[[SourceRow, ImportContext], ImportExample | list[ImportExample]]
     detect: Callable[[Sequence[Record]], str | None] | None = None
@@ -643,6 +673,19 @@ class DatasetFormat:
     open_requested: Callable[[Path], tuple[RowReader, str] | None] | None = None
     map_columns: Callable[[Sequence[Record], Mapping[str, str]], Mapping[str, str]] | None = None
     write_files: Callable[[Sequence[LocatedSample], ExportContext], Files] | None = None
+    open_encoded: Callable[[Path, str], tuple[RowReader, str] | None] | None = None
+    is_table: Callable[[Sequence[Record]], bool] | None = None
+    is_native: bool = False
+    keeps_pages: bool = False
+
+    def find_problem(self) -> str | None:
+        """Return why other modules cannot use the format; None if they can."""
+        # Plug-ins for version 0.1.0 may have a list of options.
+        options = frozenset(self.supported_options)
+        problem = Component.find_problem(replace(self, supported_options=options))
+        if problem is None and self.has_section:
+            return "it has settings, which formats do not support"
+        return problem
 
     def parse_examples(self, row: SourceRow, context: ImportContext) -> list[ImportExample]:
         """Parse a row and return its examples as a list, which may be empty.

@@ -21,7 +21,6 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 from urllib.parse import parse_qs, quote, unquote, urlsplit
@@ -185,8 +184,9 @@ def open_tasks(
         record |= {"classes": project.classes, "points": project.points}
         return SourceRow(row_number, task.location, record, source.stem)
 
-    count = f"regions of {format_count(len(project.classes), 'class')}"
-    found = count if project.has_regions else f"answers of {', '.join(project.controls)}"
+    found = f"answers of {', '.join(project.controls)}"
+    if project.has_regions:
+        found = f"regions of {format_count(len(project.classes), 'class')}"
     return rows_from_items(tasks, make_row), f"tasks with {results_from}: Label Studio, {found}"
 
 
@@ -698,20 +698,12 @@ def _build_label_config(
     return bytes(ElementTree.tostring(view, "utf-8")) + b"\n"
 
 
-FORMAT = DatasetFormat(
+COMPONENT = DatasetFormat(
     name="label-studio",
     description='a .json file of [{"data": {"image": ...}, "annotations": [{"result": [...]}]}]',
     parse_row=parse_row,
     supported_options=frozenset({"prompt", "box_task"}),
     open_dataset=open_tasks,
     write_files=write_files,
-)
-
-PREDICTIONS = replace(
-    FORMAT,
-    name="label-studio-predictions",
-    description='as label-studio, with "predictions" instead of "annotations"',
-    open_dataset=lambda source: None,  # detected as label-studio
-    open_requested=partial(open_tasks, results_from="predictions"),
-    write_files=partial(write_files, results_to="predictions"),
+    position=70,
 )

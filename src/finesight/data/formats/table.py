@@ -833,10 +833,12 @@ def _build_unsupported_error(what: str) -> UserError:
     )
 
 
-FORMAT = DatasetFormat(
+COMPONENT = DatasetFormat(
     name="table",
     description="any columns, named by --map image=COLUMN --map answer=COLUMN",
     parse_row=parse_row,
     supported_options=frozenset({"map", "prompt", "boxes", "points"}),
     write_files=write_files,
+    # The last one: any columns match.
+    position=210,
 )

@@ -1,0 +1,193 @@
+"""Tests of data formats as components: order, names in other modules, and plug-ins."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from image_fixtures import write_gray_image, write_jsonl
+from plugin_fixtures import install, write_package
+
+import finesight
+from finesight.data.formats import FORMATS, get_format, get_native_format
+from finesight.data.import_source import ImportOptions
+from finesight.data.importer import import_dataset
+from finesight.data.sample import read_samples
+from finesight.errors import UserError
+from finesight.operations import find_operation
+from finesight.operations.operation import list_parameters
+
+SOURCE = Path(finesight.__file__).parent
+
+WITHOUT_TORCH = """
+import sys
+for name in ("torch", "transformers", "pyarrow"):
+    sys.modules[name] = None  # an import fails
+from finesight.data.formats import FORMATS
+assert "finesight.data.formats.coco" not in sys.modules
+assert all(FORMATS[name].description for name in FORMATS)
+"""
+
+
+def test_registry_imports_no_format_and_formats_need_no_torch():
+    command = [sys.executable, "-c", WITHOUT_TORCH]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_general_formats_are_tried_last():
+    formats = FORMATS.list_built_in()
+    assert len({one.position for one in formats}) == len(formats)
+    assert [*FORMATS][-2:] == ["conversations", "table"]
+    assert get_native_format().name == "samples"
+
+
+@pytest.mark.parametrize(("command", "option"), [
+    ("import", "--format"), ("import", "--box-task"), ("data export", "--to")
+])  # fmt: skip
+def test_help_names_the_formats(command, option):
+    """The help is read without NumPy, and so without the formats."""
+    parameters = {one.option: one.help for one in list_parameters(find_operation(command))}
+    words = re.findall(r"[\w-]+", parameters[option])
+    formats = FORMATS.list_built_in()
+    if option == "--to":
+        formats = [one for one in formats if one.write_files is not None]
+    elif option == "--box-task":
+        formats = [one for one in formats if "box_task" in one.supported_options]
+    missing = {one.name for one in formats} - {*words}
+    # Its tasks are detected as those of `label-studio`.
+    assert missing <= {"label-studio-predictions"}
+
+
+SEVERAL_MEANINGS = {"samples", "openai", "conversations", "table", "folder", "classes"}
+"""Names that are words of other meanings, too."""
+
+NAMING_FILES = {
+    "app/start.py": "path of the backend for the program",
+    "cli/app.py": "example of a command",
+    "data/exporter.py": "examples in remedies, and a program",
+    "data/folder_listing.py": "closest format of files that no format opens",
+    "encode/tokenization.py": "extra of a model family",
+    "operations/dataset.py": "help, which is read without NumPy",
+    "operations/options.py": "help, which is read without NumPy",
+    "operations/training.py": "a trainer with configurations",
+    "serve/request_middleware.py": "path of the backend for the program",
+}
+"""Files with names of formats, and why. Those of convert/ and families/ are of other things."""
+
+
+def iter_texts(path: Path):
+    """Yield the texts of a module except docstrings. Those of operations are help."""
+    tree = ast.parse(path.read_text("utf-8"))
+    docstrings = set()
+    if path.parent.name != "operations":
+        docstrings = {node.value for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    for node in ast.walk(tree):
+        is_text = isinstance(node, ast.Constant) and isinstance(node.value, str)
+        if is_text and node not in docstrings:
+            yield node.value
+
+
+def test_no_other_module_names_a_format():
+    names = {one.name for one in FORMATS.list_built_in()} - SEVERAL_MEANINGS
+    pattern = re.compile(rf"(?<![\w-])(?:{'|'.join(sorted(names))})(?![\w-])")
+    found = set()
+    for path in SOURCE.rglob("*.py"):
+        name = path.relative_to(SOURCE).as_posix()
+        if name.startswith(("data/formats/", "convert/", "families/")):
+            continue
+        if any(pattern.search(text) for text in iter_texts(path)):
+            found.add(name)
+    assert found == {*NAMING_FILES}
+
+
+def test_other_modules_import_only_formats_of_listed_uses():
+    """Tables are sources of any columns, and the backend of Label Studio has its tasks."""
+    modules = {one.name.replace("-", "_") for one in FORMATS.list_built_in()}
+    found = set()
+    for path in SOURCE.rglob("*.py"):
+        name = path.relative_to(SOURCE).as_posix()
+        if name.startswith("data/formats/"):
+            continue
+        text = path.read_text("utf-8")
+        imported = re.findall(r"finesight\.data\.formats(?:\.| import )(\w+)", text)
+        found |= {(name, one) for one in imported if one in modules}
+    assert found == {
+        ("data/import_source.py", "table"),
+        ("operations/dataset.py", "table"),
+        ("operations/init.py", "table"),
+        ("serve/label_studio_backend.py", "label_studio"),
+        ("serve/media_sources.py", "label_studio"),
+        ("serve/preprocessing_jobs.py", "label_studio"),
+    }
+
+
+METERS = """
+from finesight.data.formats.dataset_format import DatasetFormat, RowImages, build_example
+from finesight.data.sample import Message, TextPart
+from finesight.setting_types import SettingsSection
+
+
+class Settings(SettingsSection):
+    size: int = 1
+
+
+def parse_row(row, context):
+    question = context.add_prompt([RowImages(context).add_image(row.record["photo"])])
+    answer = (TextPart(text=str(row.record["kwh"])),)
+    turns = [Message(role="user", content=question), Message(role="assistant", content=answer)]
+    return build_example(row.id, turns, {})
+
+
+def detect(records):
+    return "readings" if all("kwh" in record for record in records) else None
+
+
+OLD = DatasetFormat("meters", '{"photo": "path", "kwh": 1}', parse_row)
+OLD_LIST = DatasetFormat("meters", '{"photo": "path"}', parse_row, None, ["prompt"])
+ARGUMENTS = {"name": "meters", "description": '{"photo": "path"}', "parse_row": parse_row}
+NEW = DatasetFormat(kind="formats", title="Meters", detect=detect, **ARGUMENTS)
+"""
+
+
+def install_meters(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, target: str, more: str = ""
+) -> None:
+    write_package(folder, "meters", {"formats meters": f"meters:{target}"}, METERS + more)
+    monkeypatch.delitem(sys.modules, "meters", raising=False)
+    install(folder, monkeypatch)
+
+
+@pytest.mark.parametrize(("target", "name"), [
+    ("OLD", "meters"), ("OLD_LIST", "meters"), ("NEW", "meters"), ("NEW", None)
+])  # fmt: skip
+def test_format_of_a_plugin_reads_rows(target, name, tmp_path, monkeypatch):
+    install_meters(tmp_path / "site", monkeypatch, target)
+    write_gray_image(tmp_path / "a.png")
+    source = write_jsonl(tmp_path / "rows.jsonl", [{"photo": "a.png", "kwh": 4711}])
+    options = ImportOptions(format=name, prompt="Read the meter.")
+    summary = import_dataset(source, tmp_path / "out", options)
+    assert summary.format == "meters"
+    (sample,) = read_samples(tmp_path / "out" / "data.jsonl")
+    assert sample.messages[-1].content[0].text == "4711"
+    assert [*FORMATS][-1] == "meters"
+
+
+BROKEN = {
+    "does not implement DatasetFormat": "3",
+    "the format is named 'gauges'": "DatasetFormat(**ARGUMENTS | {'name': 'gauges'})",
+    "its kind is 'trackers'": "DatasetFormat(kind='trackers', **ARGUMENTS)",
+    "it has settings": "DatasetFormat(settings=Settings, **ARGUMENTS)",
+    "is_native is 'no'": "DatasetFormat(is_native='no', **ARGUMENTS)",
+    "'int' object is not iterable": "DatasetFormat(supported_options=3, **ARGUMENTS)",
+}
+
+
+@pytest.mark.parametrize("problem", BROKEN)
+def test_broken_format_of_a_plugin_is_a_user_error(problem, tmp_path, monkeypatch):
+    install_meters(tmp_path, monkeypatch, "BROKEN", f"\nBROKEN = {BROKEN[problem]}\n")
+    with pytest.raises(UserError, match=re.escape(problem)) as caught:
+        get_format("meters")
+    assert "plug-in meters of meters 1.0" in str(caught.value)

@@ -56,8 +56,8 @@ class Score:
 GENERAL_SCORES = {
     VALIDATION_LOSS: Score(
         title="validation loss",
-        description="loss of the objective on the reference answers: cross-entropy in nats per"
-        " token for supervised fine-tuning, mean loss of a pair for preferences",
+        description="loss of the objective: by default, cross-entropy of the reference answers, in"
+        " nats per token; for pairs, mean loss of a pair",
         lower_is_better=True,
     ),
     "ended_with_eos": Score(

@@ -14,7 +14,13 @@ from finesight.bounded_files import find_existing
 from finesight.data.boxes import BoxFormat, BoxUnits
 from finesight.data.corpus import PACKED_SUFFIXES, open_sample_source, read_first_record
 from finesight.data.folder_listing import ROW_SUFFIXES, FolderListing, list_folder
-from finesight.data.formats import detect_format, get_format, get_native_format, iter_formats
+from finesight.data.formats import (
+    FORMATS,
+    detect_format,
+    get_format,
+    get_native_format,
+    iter_formats,
+)
 from finesight.data.formats import table as table_format
 from finesight.data.formats.dataset_format import (
     BoxTask,
@@ -450,7 +456,7 @@ def _open_encoded(
     Args:
         requested: Format that the user names; None to detect it.
     """
-    candidates: Iterable[DatasetFormat] = iter_formats()
+    candidates: Iterable[DatasetFormat] = FORMATS.list_built_in()
     if requested is not None:
         candidates = [requested]
     for data_format in candidates:
@@ -616,11 +622,11 @@ def detect_columns(
 
 def _is_question_table(source: ImportSource, options: ImportOptions) -> bool:
     """Return whether rows of instructions have their images in a column, without placeholders."""
-    is_table = source.data_format.is_table
-    if is_table is None or options.format is not None:
+    may_be_table = source.data_format.may_be_table
+    if may_be_table is None or options.format is not None:
         return False
     records = _read_preview(source.rows)
-    return is_table(records) and "image" in table_format.guess_columns(records)
+    return may_be_table(records) and "image" in table_format.guess_columns(records)
 
 
 def _resolve_ambiguous_columns(

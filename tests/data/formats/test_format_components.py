@@ -69,6 +69,7 @@ NAMING_FILES = {
     "cli/app.py": "example of a command",
     "data/exporter.py": "examples in remedies, and a program",
     "data/folder_listing.py": "closest format of files that no format opens",
+    "doctor/model_check.py": "extra of a model family",
     "encode/tokenization.py": "extra of a model family",
     "operations/dataset.py": "help, which is read without NumPy",
     "operations/options.py": "help, which is read without NumPy",
@@ -125,6 +126,8 @@ def test_other_modules_import_only_formats_of_listed_uses():
 
 
 METERS = """
+from dataclasses import dataclass
+
 from finesight.data.formats.dataset_format import DatasetFormat, RowImages, build_example
 from finesight.data.sample import Message, TextPart
 from finesight.setting_types import SettingsSection
@@ -149,6 +152,20 @@ OLD = DatasetFormat("meters", '{"photo": "path", "kwh": 1}', parse_row)
 OLD_LIST = DatasetFormat("meters", '{"photo": "path"}', parse_row, None, ["prompt"])
 ARGUMENTS = {"name": "meters", "description": '{"photo": "path"}', "parse_row": parse_row}
 NEW = DatasetFormat(kind="formats", title="Meters", detect=detect, **ARGUMENTS)
+
+
+@dataclass(frozen=True, slots=True)
+class SlotFormat(DatasetFormat):
+    unit: str | None = "kWh"
+
+
+class OwnFormat(DatasetFormat):
+    def __init__(self):
+        super().__init__(**ARGUMENTS)
+
+
+SLOTS = SlotFormat(unit=None, **ARGUMENTS)
+OWN = OwnFormat()
 """
 
 
@@ -161,7 +178,8 @@ def install_meters(
 
 
 @pytest.mark.parametrize(("target", "name"), [
-    ("OLD", "meters"), ("OLD_LIST", "meters"), ("NEW", "meters"), ("NEW", None)
+    ("OLD", "meters"), ("OLD_LIST", "meters"), ("NEW", "meters"), ("NEW", None),
+    ("SLOTS", "meters"), ("OWN", "meters"),
 ])  # fmt: skip
 def test_format_of_a_plugin_reads_rows(target, name, tmp_path, monkeypatch):
     install_meters(tmp_path / "site", monkeypatch, target)
@@ -180,8 +198,11 @@ BROKEN = {
     "the format is named 'gauges'": "DatasetFormat(**ARGUMENTS | {'name': 'gauges'})",
     "its kind is 'trackers'": "DatasetFormat(kind='trackers', **ARGUMENTS)",
     "it has settings": "DatasetFormat(settings=Settings, **ARGUMENTS)",
-    "is_native is 'no'": "DatasetFormat(is_native='no', **ARGUMENTS)",
-    "'int' object is not iterable": "DatasetFormat(supported_options=3, **ARGUMENTS)",
+    "'no' is neither true nor false": "DatasetFormat(is_native='no', **ARGUMENTS)",
+    "supported_options is 3": "DatasetFormat(supported_options=3, **ARGUMENTS)",
+    "parse_row is None": "DatasetFormat(**ARGUMENTS | {'parse_row': None})",
+    "detect is 'always'": "DatasetFormat(detect='always', **ARGUMENTS)",
+    "it has settings or": "DatasetFormat(implementation='a:b', **ARGUMENTS)",
 }
 
 

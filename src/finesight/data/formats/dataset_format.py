@@ -8,7 +8,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from operator import attrgetter
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import Any, Literal
 import numpy as np
 
 from finesight.bounded_files import DuplicateKeyError, parse_unique_json
-from finesight.components import Component
+from finesight.components import Component, NoSettings
 from finesight.data.boxes import (
     Box,
     BoxConvention,
@@ -643,8 +643,8 @@ class DatasetFormat(Component[Any]):
     """A dataset format: how to detect, parse and write it. Plug-ins give no kind, and no title.
 
     Attributes:
-        position: Place in detection, and in lists of all formats. Specific formats precede general
-            ones, which accept more rows.
+        position: Place of a built-in format in detection and in lists. Specific formats precede
+            general ones, which accept more rows.
         detect: Function that returns the reason why records match this format, or None. By
             default, a format is detected when its source is opened, or selected explicitly.
         supported_options: Supported import options: "map", "prompt", "boxes", "box_task".
@@ -657,7 +657,7 @@ class DatasetFormat(Component[Any]):
         write_files: Function that yields relative file names with content; a repeated name appends.
             It raises UserError for a sample that the format cannot represent.
         open_encoded: Function that opens a folder whose tables have a given encoding.
-        is_table: Function that returns whether detected records may be a table instead.
+        may_be_table: Function that returns whether detected records may be a table instead.
         is_native: Whether the rows are samples, as training reads them.
         keeps_pages: Whether the format has pages of documents. An export to others saves them.
     """
@@ -674,18 +674,39 @@ class DatasetFormat(Component[Any]):
     map_columns: Callable[[Sequence[Record], Mapping[str, str]], Mapping[str, str]] | None = None
     write_files: Callable[[Sequence[LocatedSample], ExportContext], Files] | None = None
     open_encoded: Callable[[Path, str], tuple[RowReader, str] | None] | None = None
-    is_table: Callable[[Sequence[Record]], bool] | None = None
+    may_be_table: Callable[[Sequence[Record]], bool] | None = None
     is_native: bool = False
     keeps_pages: bool = False
 
     def find_problem(self) -> str | None:
-        """Return why other modules cannot use the format; None if they can."""
-        # Plug-ins for version 0.1.0 may have a list of options.
-        options = frozenset(self.supported_options)
-        problem = Component.find_problem(replace(self, supported_options=options))
-        if problem is None and self.has_section:
-            return "it has settings, which formats do not support"
-        return problem
+        """Return why other modules cannot use the format; None if they can.
+
+        Plug-ins for version 0.1.0 may have own classes and a list of options.
+        """
+        if self.settings is not NoSettings or self.implementation:
+            return "it has settings or an implementation, which formats do not support"
+        if not isinstance(self.description, str):
+            return f"description is {self.description!r:.60}, no text"
+        if not isinstance(self.supported_options, Collection):
+            return f"supported_options is {self.supported_options!r:.60}, no collection"
+        for flag in (self.is_native, self.keeps_pages):
+            if not isinstance(flag, bool):
+                return f"{flag!r:.60} is neither true nor false"
+        if not callable(self.parse_row):
+            return f"parse_row is {self.parse_row!r:.60}, no function"
+        functions = {
+            "detect": self.detect,
+            "open_dataset": self.open_dataset,
+            "open_requested": self.open_requested,
+            "map_columns": self.map_columns,
+            "write_files": self.write_files,
+            "open_encoded": self.open_encoded,
+            "may_be_table": self.may_be_table,
+        }
+        for name, function in functions.items():
+            if function is not None and not callable(function):
+                return f"{name} is {function!r:.60}, no function"
+        return None
 
     def parse_examples(self, row: SourceRow, context: ImportContext) -> list[ImportExample]:
         """Parse a row and return its examples as a list, which may be empty.

@@ -46,7 +46,7 @@ def _detect_llama_factory(records: Sequence[Record]) -> str | None:
     return f"{reason} (sharegpt)" if num_with_images else None
 
 
-def _is_table(records: Sequence[Record]) -> bool:
+def _may_be_table(records: Sequence[Record]) -> bool:
     """Return whether rows of instructions have no placeholders, so that columns name images."""
     if "conversations" in records[0]:
         return False
@@ -96,7 +96,7 @@ COMPONENT = DatasetFormat(
     detect=_detect_llama_factory,
     parse_row=parse_conversation,
     write_files=_write_llama_factory,
-    is_table=_is_table,
+    may_be_table=_may_be_table,
     # After `llava`: any turns with a list of images match.
     position=190,
 )

@@ -47,6 +47,7 @@ from finesight.train.cuda_graphs import CudaGraphRunner
 from finesight.train.master_weight_optimizer import MasterWeightOptimizer
 from finesight.train.objectives.sft import Settings
 from finesight.train.objectives.sft.loss import SftObjective
+from finesight.train.step import forward_backward
 from finesight.vision.image_processing import GridTHW
 
 DEVICE = torch.device("cuda")
@@ -134,7 +135,8 @@ class TrainedModel:
     def step(self, batch: PackedBatch, features: Tensor | None) -> None:
         """Run forward, backward and optimizer step."""
         share = torch.full((), 1.0 / batch.num_supervised_tokens, device=DEVICE)
-        self.graph_runner.run_pack(batch, features, share)
+        loss_inputs = self.graph_runner.objective.loss_inputs(batch, share)
+        self.graph_runner.run(forward_backward, batch, features, loss_inputs)
         self.optimizer.step(1.0, self.optimizer.grad_norm())
 
 

@@ -19,6 +19,7 @@ from finesight.model_folder import ModelFolder, locate_model
 from finesight.train.cuda_graphs import CudaGraphRunner
 from finesight.train.objectives.sft import Settings
 from finesight.train.objectives.sft.loss import SftObjective
+from finesight.train.step import forward_backward
 
 CPU = torch.device("cpu")
 PARTS = "vision", "merger", "language"
@@ -78,6 +79,14 @@ def make_runner(model: VisionLanguageModel) -> CudaGraphRunner:
     return CudaGraphRunner(
         model, SftObjective(Settings()), list(trainable_parameters(model).values())
     )
+
+
+def run_pack(
+    runner: CudaGraphRunner, batch: PackedBatch, features: Tensor | None, weight: Tensor
+) -> Tensor:
+    """Run a pack of a training step, and return the weighted loss."""
+    loss_inputs = runner.objective.loss_inputs(batch, weight)
+    return runner.run(forward_backward, batch, features, loss_inputs)
 
 
 def encode_images(model: VisionLanguageModel, batch: PackedBatch) -> Tensor | None:

@@ -19,6 +19,7 @@ from cuda_graph_fixtures import (
     make_runner,
     make_text_pack,
     pack_shared_prefix,
+    run_pack,
 )
 from tiny_model import create_tiny_model
 from tiny_task import make_task
@@ -280,7 +281,7 @@ def assert_matches_model(
 ) -> None:
     """Compare with the model itself; an autograd graph that lives on would break a capture."""
     weight = torch.tensor(0.1, device=batch.ids_T.device)
-    loss, found = runner.run_pack(batch, None, weight), collect_grads(model)
+    loss, found = run_pack(runner, batch, None, weight), collect_grads(model)
     head_VD = model.lm_head_weight
     expected = fused_linear_cross_entropy(model(batch), head_VD, batch.labels_L, weight)
     atol = 1e-5 if rtol < 1e-3 else 0
@@ -359,8 +360,8 @@ def test_graph_has_the_inputs_of_the_objective(folder):
     )
     eager.release_graphs()
     for batch in make_pairs(folder, "qwen2_vl"):
-        replayed = runner.run_pack(batch, None, weight), collect_grads(model)
-        expected = eager.run_pack(batch, None, weight), collect_grads(model)
+        replayed = run_pack(runner, batch, None, weight), collect_grads(model)
+        expected = run_pack(eager, batch, None, weight), collect_grads(model)
         torch.testing.assert_close(replayed, expected)
     assert runner.graphs.keys
 

@@ -2,6 +2,8 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +18,7 @@ from finesight.model.trainable import configure_tuning, trainable_parameters
 from finesight.model.vlm import VisionLanguageModel
 from finesight.model.weights_io import load_model
 from finesight.model_folder import ModelFolder, locate_model
+from finesight.train import step
 from finesight.train.cuda_graphs import CudaGraphRunner
 from finesight.train.objectives.sft import Settings
 from finesight.train.objectives.sft.loss import SftObjective
@@ -77,7 +80,10 @@ def make_loss_inputs(batch: PackedBatch, weight: float = 1.0) -> dict[str, Tenso
 
 def make_runner(model: VisionLanguageModel) -> CudaGraphRunner:
     return CudaGraphRunner(
-        model, SftObjective(Settings()), list(trainable_parameters(model).values())
+        forward_backward,
+        model,
+        SftObjective(Settings()),
+        list(trainable_parameters(model).values()),
     )
 
 
@@ -85,8 +91,10 @@ def run_pack(
     runner: CudaGraphRunner, batch: PackedBatch, features: Tensor | None, weight: Tensor
 ) -> Tensor:
     """Run a pack of a training step, and return the weighted loss."""
-    loss_inputs = runner.objective.loss_inputs(batch, weight)
-    return runner.run(forward_backward, batch, features, loss_inputs)
+    engine: Any = SimpleNamespace(
+        model=runner.model, objective=runner.objective, graph_runner=runner
+    )
+    return step.run_pack(engine, batch, features, weight)
 
 
 def encode_images(model: VisionLanguageModel, batch: PackedBatch) -> Tensor | None:

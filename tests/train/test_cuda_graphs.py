@@ -37,7 +37,6 @@ from finesight.model_folder import ModelFolder
 from finesight.train import cuda_graphs, graph_buffers
 from finesight.train.cuda_graphs import MIN_STARVED_PACKS, CudaGraphRunner, GraphTimer
 from finesight.train.graph_buffers import GraphShape
-from finesight.train.step import forward_backward
 
 GraphStep = tuple[Tensor, list[Tensor | None]]
 """Loss and gradients of a pack."""
@@ -232,7 +231,7 @@ def test_launches_and_replays_are_timed(folder, monkeypatch, gpu, timer):
     assert runner.timer.is_replay_faster(100 * tokens) is False
     assert runner.timer.replay_s_per_token == 1 / tokens
     assert 0 < runner.timer.launch_s < 100
-    runner.warm_up(forward_backward, batch)
+    runner.warm_up(batch)
     assert runner.timer.is_replay_faster(tokens) is None
 
 

@@ -48,6 +48,7 @@ from finesight.train.master_weight_optimizer import LARGE_PARAM_ELEMENTS
 from finesight.train.objectives import dpo, objective
 from finesight.train.objectives.dpo.loss import DpoObjective
 from finesight.train.objectives.objective import fused_linear_cross_entropy
+from finesight.train.step import forward_backward
 
 PARTS = "vision", "merger", "language", "embeddings"
 ALL = dict.fromkeys(PARTS, "full")
@@ -354,7 +355,10 @@ def test_graph_has_the_inputs_of_the_objective(folder):
     model, weight = make_vision_model(folder, "qwen2_vl"), torch.tensor(0.1)
     runner, eager = (
         CudaGraphRunner(
-            model, DpoObjective(dpo.Settings()), [*trainable_parameters(model).values()]
+            forward_backward,
+            model,
+            DpoObjective(dpo.Settings()),
+            [*trainable_parameters(model).values()],
         )
         for _ in range(2)
     )

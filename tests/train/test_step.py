@@ -3,16 +3,19 @@
 import math
 import os
 import signal
+import weakref
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from vision_cache_fixtures import LORA, make_train_state
 
 from finesight.errors import TrainingInterrupted
 from finesight.train.state import StepOutput, TrainState
-from finesight.train.step import micro_batch_seed, train_step
+from finesight.train.step import forward_backward, micro_batch_seed, train_step
 from finesight.train.step_dataset import StepBatch
 
 
@@ -30,6 +33,31 @@ def take_step(state: TrainState, number: int = 0) -> StepOutput:
 def has_weights(state: TrainState, expected: dict[str, Any]) -> bool:
     found = state.engine.optimizer.master_weights()
     return all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+def test_features_of_a_graph_are_freed_before_the_backward_pass():
+    """Nothing else holds them, as in a captured graph with the vision encoder."""
+    parameter = torch.ones(1, requires_grad=True)
+    features: list[weakref.ref[Tensor]] = []
+
+    def encode() -> Tensor:
+        features_MKD = torch.zeros(2, 1, 1)
+        features.append(weakref.ref(features_MKD))
+        return features_MKD
+
+    def backward(loss: Tensor) -> None:
+        assert features[0]() is None
+        loss.backward()
+
+    model: Any = lambda *_: parameter * 2  # noqa: E731
+    model.lm_head_weight = parameter
+    objective: Any = SimpleNamespace(compute_loss=lambda h_LD, head_VD, inputs: h_LD * 3)
+    batch: Any = None
+    seed_1 = torch.zeros(1)
+    losses = forward_backward(model, objective, batch, encode(), {}, seed_1, backward)
+    assert losses.tolist() == [6.0]
+    assert parameter.grad is not None
+    assert parameter.grad.tolist() == [6.0]
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])

@@ -213,6 +213,7 @@ class CudaGraphRunner:
 
     def __init__(
         self,
+        forward_backward: ForwardBackward,
         model: AnyModel,
         objective: Objective[Any],
         trainable_params: Sequence[nn.Parameter],
@@ -222,9 +223,12 @@ class CudaGraphRunner:
         """Create the runner without capturing any graph.
 
         Args:
+            forward_backward: Function that the runner calls or captures,
+                `train.step.forward_backward`.
             is_local: Whether a pass needs no communication with other ranks. Otherwise, all passes
                 are eager.
         """
+        self._forward_backward = forward_backward
         self.model = model
         self.objective = objective
         self._trainable_params = list(trainable_params)
@@ -241,43 +245,31 @@ class CudaGraphRunner:
         self.graphs = CudaGraphCache(device) if use_graphs else None
 
     def run(
-        self,
-        forward_backward: ForwardBackward,
-        batch: PackedBatch,
-        features_MKD: Tensor | None,
-        loss_inputs: Mapping[str, Tensor],
+        self, batch: PackedBatch, features_MKD: Tensor | None, loss_inputs: Mapping[str, Tensor]
     ) -> Tensor:
-        """Run a function on a pack: as a CUDA graph if one fits and is faster, otherwise eagerly.
+        """Run `forward_backward` on a pack: as a CUDA graph if one fits and is faster, or eagerly.
+
+        The runner must have graphs, and gradients must be enabled.
 
         Args:
-            forward_backward: `train.step.forward_backward`.
             features_MKD: Cached image features; None to run the vision encoder.
             loss_inputs: Result of `Objective.loss_inputs`.
 
         Returns:
             Weighted sums of loss and metrics.
         """
-        uses_graphs = self.graphs is not None and torch.is_grad_enabled()
-        if uses_graphs:
-            graph_loss, features_MKD = self.replay(
-                forward_backward, batch, features_MKD, loss_inputs
-            )
-            if graph_loss is not None:
-                return graph_loss
+        graph_loss, features_MKD = self.replay(batch, features_MKD, loss_inputs)
+        if graph_loss is not None:
+            return graph_loss
         start = time.perf_counter()
-        loss = forward_backward(self.model, self.objective, batch, features_MKD, loss_inputs)
-        if uses_graphs:
-            if loss.requires_grad:
-                self.timer.record_launch(time.perf_counter() - start)
-            self._launch_event = record_event(loss.device)
+        loss = self._forward_backward(self.model, self.objective, batch, features_MKD, loss_inputs)
+        if loss.requires_grad:
+            self.timer.record_launch(time.perf_counter() - start)
+        self._launch_event = record_event(loss.device)
         return loss.detach()
 
     def replay(
-        self,
-        forward_backward: ForwardBackward,
-        batch: PackedBatch,
-        features_MKD: Tensor | None,
-        loss_inputs: Mapping[str, Tensor],
+        self, batch: PackedBatch, features_MKD: Tensor | None, loss_inputs: Mapping[str, Tensor]
     ) -> tuple[Tensor | None, Tensor | None]:
         """Run the forward and backward pass as a CUDA graph if one fits the pack and is faster.
 
@@ -300,7 +292,7 @@ class CudaGraphRunner:
         timing: AbstractContextManager[None] = nullcontext()
         if inputs.layout is None and self.graphs.contains(graph_index):
             timing = self.timer.time_replay(inputs.shape.num_tokens)
-        run_static = partial(self.run_static, forward_backward, inputs)
+        run_static = partial(self.run_static, inputs)
         loss = None
         try:
             with timing:
@@ -354,10 +346,10 @@ class CudaGraphRunner:
                 return inputs, features_MKD
         return None, features_MKD
 
-    def warm_up(self, forward_backward: ForwardBackward, batch: PackedBatch) -> None:
+    def warm_up(self, batch: PackedBatch) -> None:
         """Run a pack eagerly and from static buffers, so that all its kernels are compiled."""
         loss_inputs = self.objective.loss_inputs(batch, torch.zeros((), device=batch.ids_T.device))
-        loss = forward_backward(self.model, self.objective, batch, None, loss_inputs)
+        loss = self._forward_backward(self.model, self.objective, batch, None, loss_inputs)
         if self.graphs is None:
             return
         self._launch_event = record_event(loss.device)
@@ -369,7 +361,7 @@ class CudaGraphRunner:
             )
             inputs.copy_from(batch, features_MKD, loss_inputs, self.native_model.visual)
             try:
-                self.run_static(forward_backward, inputs)
+                self.run_static(inputs)
             finally:
                 self._gradients.clear()
         # The launch times of the warm-up include kernel compilation.
@@ -511,10 +503,10 @@ class CudaGraphRunner:
             model, len(batch.ids_T), len(batch.labels_L), model.activation_checkpointing, max_tokens
         )
 
-    def run_static(self, forward_backward: ForwardBackward, inputs: GraphInputs) -> Tensor:
+    def run_static(self, inputs: GraphInputs) -> Tensor:
         """Run the forward and backward pass from static buffers to static gradient buffers."""
         model = self.native_model
-        loss = forward_backward(
+        loss = self._forward_backward(
             model,
             self.objective,
             inputs.batch,

@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -54,7 +53,8 @@ def forward_backward(
         h_LD = model(batch, features_MKD)
     else:
         h_LD = model(batch, features_MKD, dropout_seed_1)
-    # A graph encodes the images itself, and frees their features before the backward pass.
+    # Features that a graph has encoded itself are freed here, before the backward pass. Other
+    # callers keep theirs.
     del features_MKD
     # The loss weight is one of the inputs: it is applied before the gradients are rounded.
     losses = objective.compute_loss(h_LD, model.lm_head_weight, loss_inputs)
@@ -72,7 +72,7 @@ def run_pack(
     loss_weight: Tensor,
     key: PackKey | None = None,
 ) -> Tensor:
-    """Run `forward_backward` on a pack, as a CUDA graph if one fits the pack and is faster.
+    """Run `forward_backward` on a pack, or a CUDA graph of it.
 
     Args:
         features_MKD: Cached image features; None to run the vision encoder.
@@ -81,7 +81,8 @@ def run_pack(
     """
     loss_inputs = engine.objective.loss_inputs(batch, loss_weight, key)
     if engine.graph_runner.graphs is not None and torch.is_grad_enabled():
-        return engine.graph_runner.run(forward_backward, batch, features_MKD, loss_inputs)
+        # A graph of `forward_backward`, if one fits the pack and is faster.
+        return engine.graph_runner.run(batch, features_MKD, loss_inputs)
     losses = forward_backward(engine.model, engine.objective, batch, features_MKD, loss_inputs)
     return losses.detach()
 
@@ -172,38 +173,38 @@ def _run_packs(
     hardware = state.run.hardware
     process_group = hardware.process_group
     packs = [*step_batch.packs]
-    num_joint = step_batch.num_split_packs
+    # Packs whose layers communicate with other ranks come first.
+    num_communicating = step_batch.num_split_packs
     if engine.parallel.is_sharded:
         # All ranks of a sharded model must run the same number of packs; the last ones are empty.
         packs += [dummy_batch()] * (max_packs - len(packs))
-        num_joint = len(packs)
+        num_communicating = len(packs)
 
-    # Packs whose layers communicate with other ranks come first.
-    groups: list[tuple[AbstractContextManager[None], range]] = []
-    if num_joint:
-        groups.append((process_group.raise_desync(), range(num_joint)))
-    if not engine.parallel.is_sharded:
-        # Agree on success before the all-reduce, so that a failed rank cannot block the others.
-        groups.append((process_group.sync_errors(), range(num_joint, len(packs))))
+    def sum_packs(micro_indices: range) -> Tensor:
+        total = torch.zeros(1 + len(engine.objective.metric_names), device=hardware.device)
+        for micro_index in micro_indices:
+            # In a distributed run, the other ranks would wait for this one.
+            if state.run.stop.signal is not None and process_group.is_single_process:
+                raise TrainingInterrupted(
+                    f"in step {step_batch.step_index + 1}, which is repeated on resume"
+                )
+            total += _load_and_run_pack(
+                state, step_batch, vision_cache, micro_index, packs[micro_index], loss_weight
+            )
+        return total
 
     total = torch.zeros(1 + len(engine.objective.metric_names), device=hardware.device)
-    for sync_context, micro_indices in groups:
-        group_total = torch.zeros_like(total)
-        with sync_context:
-            for micro_index in micro_indices:
-                # In a distributed run, the other ranks would wait for this one.
-                if state.run.stop.signal is not None and process_group.is_single_process:
-                    raise TrainingInterrupted(
-                        f"in step {step_batch.step_index + 1}, which is repeated on resume"
-                    )
-                group_total += _run_micro_batch(
-                    state, step_batch, vision_cache, micro_index, packs[micro_index], loss_weight
-                )
-        total += group_total
+    if num_communicating:
+        with process_group.raise_desync():
+            total += sum_packs(range(num_communicating))
+    if not engine.parallel.is_sharded:
+        # Agree on success before the all-reduce, so that a failed rank cannot block the others.
+        with process_group.sync_errors():
+            total += sum_packs(range(num_communicating, len(packs)))
     return process_group.all_reduce(total)
 
 
-def _run_micro_batch(
+def _load_and_run_pack(
     state: TrainState,
     step_batch: StepBatch,
     vision_cache: VisionCache | None,
@@ -225,20 +226,31 @@ def _run_micro_batch(
         # An empty pack, which runs all layers and contributes nothing.
         loss_weight = torch.zeros_like(loss_weight)
     with translate_pack_oom(state, packed_batch, state.progress.budget):
+        # Autograd would add the gradients of the packs in 16 bits, and a graph replaces them. The
+        # optimizer reads those of the last pack.
         if micro_index and torch.is_grad_enabled():
             engine.parallel.accumulate_gradients(engine.optimizer)
         # The tensors of the pack have no name here, so that they are freed.
         return run_pack(
             engine,
             engine.device_loader.load(packed_batch),
-            None
-            if vision_cache is None
-            else vision_cache.load_features(
-                step_batch.cache_inputs[micro_index], packed_batch.context_shard
-            ),
+            _load_features(vision_cache, step_batch, micro_index, packed_batch),
             loss_weight,
             key,
         )
+
+
+def _load_features(
+    vision_cache: VisionCache | None,
+    step_batch: StepBatch,
+    micro_index: int,
+    packed_batch: PackedBatch,
+) -> Tensor | None:
+    """Return the cached image features of a pack; None without a cache."""
+    if vision_cache is None:
+        return None
+    cache_inputs = step_batch.cache_inputs[micro_index]
+    return vision_cache.load_features(cache_inputs, packed_batch.context_shard)
 
 
 def micro_batch_seed(seed: int, step: int, micro_index: int) -> int:

@@ -36,7 +36,6 @@ from finesight.train.recipe_check import check_disk_space
 from finesight.train.run_dir import RunDir
 from finesight.train.setup import InputCheck, build_manifest, build_train_state
 from finesight.train.state import TrainState
-from finesight.train.step import forward_backward
 from finesight.train.trainer import Trainer
 from finesight.train.vision_cache_builder import VisionFeatures
 
@@ -101,9 +100,7 @@ def warm_up_kernels(state: TrainState) -> None:
                 variants[packed_batch.prefix_length > 0] = packed_batch
         for packed_batch in variants.values():
             with torch.random.fork_rng([device]), compile_in_parallel(device):
-                state.engine.graph_runner.warm_up(
-                    forward_backward, state.engine.device_loader.load(packed_batch)
-                )
+                state.engine.graph_runner.warm_up(state.engine.device_loader.load(packed_batch))
     except Exception as error:
         logging.getLogger(__name__).debug("kernels were not compiled beforehand: %s", error)
     finally:

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "pretraining"))
@@ -47,6 +48,7 @@ from finesight.train.cuda_graphs import CudaGraphRunner
 from finesight.train.master_weight_optimizer import MasterWeightOptimizer
 from finesight.train.objectives.sft import Settings
 from finesight.train.objectives.sft.loss import SftObjective
+from finesight.train.step import forward_backward, run_pack
 from finesight.vision.image_processing import GridTHW
 
 DEVICE = torch.device("cuda")
@@ -116,14 +118,20 @@ class TrainedModel:
             self.trainable_params, TrainSettings(), stacked_row_counts(self.model)
         )
         self.graph_runner = CudaGraphRunner(
-            self.model.train(), SftObjective(Settings()), list(self.trainable_params.values())
+            forward_backward,
+            self.model.train(),
+            SftObjective(Settings()),
+            list(self.trainable_params.values()),
         )
 
     def reset_graphs(self) -> None:
         """Discard the CUDA graphs of earlier measurements."""
         self.graph_runner.release_graphs()
         self.graph_runner = CudaGraphRunner(
-            self.model, SftObjective(Settings()), list(self.trainable_params.values())
+            forward_backward,
+            self.model,
+            SftObjective(Settings()),
+            list(self.trainable_params.values()),
         )
 
     @torch.no_grad()
@@ -134,7 +142,11 @@ class TrainedModel:
     def step(self, batch: PackedBatch, features: Tensor | None) -> None:
         """Run forward, backward and optimizer step."""
         share = torch.full((), 1.0 / batch.num_supervised_tokens, device=DEVICE)
-        self.graph_runner.run_pack(batch, features, share)
+        runner = self.graph_runner
+        engine: Any = SimpleNamespace(
+            model=self.model, objective=runner.objective, graph_runner=runner
+        )
+        run_pack(engine, batch, features, share)
         self.optimizer.step(1.0, self.optimizer.grad_norm())
 
 

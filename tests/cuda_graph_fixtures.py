@@ -2,6 +2,8 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,9 +18,11 @@ from finesight.model.trainable import configure_tuning, trainable_parameters
 from finesight.model.vlm import VisionLanguageModel
 from finesight.model.weights_io import load_model
 from finesight.model_folder import ModelFolder, locate_model
+from finesight.train import step
 from finesight.train.cuda_graphs import CudaGraphRunner
 from finesight.train.objectives.sft import Settings
 from finesight.train.objectives.sft.loss import SftObjective
+from finesight.train.step import forward_backward
 
 CPU = torch.device("cpu")
 PARTS = "vision", "merger", "language"
@@ -76,8 +80,21 @@ def make_loss_inputs(batch: PackedBatch, weight: float = 1.0) -> dict[str, Tenso
 
 def make_runner(model: VisionLanguageModel) -> CudaGraphRunner:
     return CudaGraphRunner(
-        model, SftObjective(Settings()), list(trainable_parameters(model).values())
+        forward_backward,
+        model,
+        SftObjective(Settings()),
+        list(trainable_parameters(model).values()),
     )
+
+
+def run_pack(
+    runner: CudaGraphRunner, batch: PackedBatch, features: Tensor | None, weight: Tensor
+) -> Tensor:
+    """Run a pack of a training step, and return the weighted loss."""
+    engine: Any = SimpleNamespace(
+        model=runner.model, objective=runner.objective, graph_runner=runner
+    )
+    return step.run_pack(engine, batch, features, weight)
 
 
 def encode_images(model: VisionLanguageModel, batch: PackedBatch) -> Tensor | None:

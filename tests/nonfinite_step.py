@@ -18,8 +18,8 @@ from finesight.recipe import load_recipe
 from finesight.train import trainer
 from finesight.train.parallel import distributed
 from finesight.train.state import StepOutput, TrainState
+from finesight.train.step import train_step
 from finesight.train.step_dataset import StepBatch
-from finesight.train.trainer import train_step
 from finesight.train.training_run import train
 
 SHORT_TIMEOUT = timedelta(seconds=5)

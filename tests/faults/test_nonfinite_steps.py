@@ -16,7 +16,7 @@ from finesight.train import trainer
 from finesight.train.checkpoint import OPTIMIZER_FILE, WEIGHTS_FILE
 from finesight.train.logging import MAX_CONSECUTIVE_NONFINITE
 from finesight.train.state import TrainState
-from finesight.train.trainer import train_step
+from finesight.train.step import train_step
 
 FULL_FINETUNE = dict.fromkeys(("vision", "merger", "language", "embeddings"), "full")
 

@@ -22,6 +22,7 @@ from cuda_graph_fixtures import (
     make_runner,
     make_text_pack,
     pack_shared_prefix,
+    run_pack,
 )
 from tiny_model import create_tiny_model
 from tiny_task import make_task
@@ -81,14 +82,14 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> FakeGpu:
     monkeypatch.setattr(cuda_graphs, "record_event", lambda device: gpu)
     monkeypatch.setattr(cuda_graphs, "has_half_free", lambda device: gpu.half_free)
     # Empty segments of static buffers require a GPU.
-    monkeypatch.setattr(CudaGraphRunner, "run_static", lambda runner, static_inputs: WEIGHT)
+    monkeypatch.setattr(CudaGraphRunner, "run_static", lambda *_: WEIGHT)
     return gpu
 
 
 def run_packs(runner: CudaGraphRunner, packs: Sequence[PackedBatch]) -> int:
     before = len(runner.graphs.keys)
     for batch in packs:
-        runner.run_pack(batch, None, WEIGHT)
+        run_pack(runner, batch, None, WEIGHT)
     return len(runner.graphs.keys) - before
 
 
@@ -141,7 +142,7 @@ def test_capture_out_of_memory_disables_graphs(folder, monkeypatch):
     batch = pack(encode_samples(folder)[:4])
     found = []
     for own in (baseline, *[runner] * (cuda_graphs.NUM_WARMUP_PACKS + 2)):
-        found.append((own.run_pack(batch, None, WEIGHT), collect_grads(model)))
+        found.append((run_pack(own, batch, None, WEIGHT), collect_grads(model)))
     assert len(cache.keys) == 1, "single shapes are not captured, one failure disables graphs"
     assert runner.graphs is None
     for (loss, grads), (other_loss, other_grads) in pairwise(found):
@@ -159,10 +160,10 @@ def test_text_only_packs_give_encoder_no_gradients(folder, monkeypatch):
     patches, indices = batch.patches_ND[:0], batch.visual_indices_M[:0]
     texts = replace(batch, grid_thw=(), patches_ND=patches, visual_indices_M=indices)
     for _ in range(cuda_graphs.NUM_WARMUP_PACKS + 2):
-        assert runner.run_pack(texts, None, WEIGHT) > 0
+        assert run_pack(runner, texts, None, WEIGHT) > 0
     assert all(grad is None for grad in collect_grads(model))
     assert runner.graphs.keys == []
-    runner.run_pack(batch, None, WEIGHT)
+    run_pack(runner, batch, None, WEIGHT)
     assert any(grad is not None for grad in collect_grads(model))
 
 
@@ -259,7 +260,7 @@ def train_packs(
         torch.manual_seed(number)
         features = encode_images(model, batch) if has_cache else None
         weight = torch.tensor(1.0 / batch.num_supervised_tokens, device="cuda")
-        loss = runner.run_pack(batch, features, weight)
+        loss = run_pack(runner, batch, features, weight)
         results.append((loss, collect_grads(model)))
     return results
 

@@ -19,6 +19,7 @@ from cuda_graph_fixtures import (
     make_runner,
     make_text_pack,
     pack_shared_prefix,
+    run_pack,
 )
 from tiny_model import create_tiny_model
 from tiny_task import make_task
@@ -47,6 +48,7 @@ from finesight.train.master_weight_optimizer import LARGE_PARAM_ELEMENTS
 from finesight.train.objectives import dpo, objective
 from finesight.train.objectives.dpo.loss import DpoObjective
 from finesight.train.objectives.objective import fused_linear_cross_entropy
+from finesight.train.step import forward_backward
 
 PARTS = "vision", "merger", "language", "embeddings"
 ALL = dict.fromkeys(PARTS, "full")
@@ -280,7 +282,7 @@ def assert_matches_model(
 ) -> None:
     """Compare with the model itself; an autograd graph that lives on would break a capture."""
     weight = torch.tensor(0.1, device=batch.ids_T.device)
-    loss, found = runner.run_pack(batch, None, weight), collect_grads(model)
+    loss, found = run_pack(runner, batch, None, weight), collect_grads(model)
     head_VD = model.lm_head_weight
     expected = fused_linear_cross_entropy(model(batch), head_VD, batch.labels_L, weight)
     atol = 1e-5 if rtol < 1e-3 else 0
@@ -353,14 +355,17 @@ def test_graph_has_the_inputs_of_the_objective(folder):
     model, weight = make_vision_model(folder, "qwen2_vl"), torch.tensor(0.1)
     runner, eager = (
         CudaGraphRunner(
-            model, DpoObjective(dpo.Settings()), [*trainable_parameters(model).values()]
+            forward_backward,
+            model,
+            DpoObjective(dpo.Settings()),
+            [*trainable_parameters(model).values()],
         )
         for _ in range(2)
     )
     eager.release_graphs()
     for batch in make_pairs(folder, "qwen2_vl"):
-        replayed = runner.run_pack(batch, None, weight), collect_grads(model)
-        expected = eager.run_pack(batch, None, weight), collect_grads(model)
+        replayed = run_pack(runner, batch, None, weight), collect_grads(model)
+        expected = run_pack(eager, batch, None, weight), collect_grads(model)
         torch.testing.assert_close(replayed, expected)
     assert runner.graphs.keys
 

@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +39,7 @@ from finesight.train.graph_buffers import (
     can_capture_vision,
     should_capture_vision,
 )
-from finesight.train.objectives.objective import Objective, PackKey
+from finesight.train.objectives.objective import Objective
 from finesight.train.step_dataset import record_event
 
 
@@ -190,6 +190,21 @@ def _find_vision_params(
     )
 
 
+class ForwardBackward(Protocol):
+    """Type of `train.step.forward_backward`, which the runner captures."""
+
+    def __call__(
+        self,
+        model: AnyModel,
+        objective: Objective[Any],
+        batch: PackedBatch,
+        features_MKD: Tensor | None,
+        loss_inputs: Mapping[str, Tensor],
+        dropout_seed_1: Tensor | None = None,
+        static_backward: Callable[[Tensor], None] | None = None,
+    ) -> Tensor: ...
+
+
 class CudaGraphRunner:
     """Runner of the forward and backward pass of a pack as a CUDA graph, if one fits.
 
@@ -198,6 +213,7 @@ class CudaGraphRunner:
 
     def __init__(
         self,
+        forward_backward: ForwardBackward,
         model: AnyModel,
         objective: Objective[Any],
         trainable_params: Sequence[nn.Parameter],
@@ -207,9 +223,12 @@ class CudaGraphRunner:
         """Create the runner without capturing any graph.
 
         Args:
+            forward_backward: Function that the runner calls or captures,
+                `train.step.forward_backward`.
             is_local: Whether a pass needs no communication with other ranks. Otherwise, all passes
                 are eager.
         """
+        self._forward_backward = forward_backward
         self.model = model
         self.objective = objective
         self._trainable_params = list(trainable_params)
@@ -225,35 +244,28 @@ class CudaGraphRunner:
         use_graphs = is_local and is_capturable(model, device) and has_few_trainable_params(model)
         self.graphs = CudaGraphCache(device) if use_graphs else None
 
-    def run_pack(
-        self,
-        batch: PackedBatch,
-        features_MKD: Tensor | None,
-        loss_weight: Tensor,
-        key: PackKey | None = None,
+    def run(
+        self, batch: PackedBatch, features_MKD: Tensor | None, loss_inputs: Mapping[str, Tensor]
     ) -> Tensor:
-        """Run the forward and backward pass of a pack, and return weighted loss and metrics.
+        """Run `forward_backward` on a pack: as a CUDA graph if one fits and is faster, or eagerly.
 
-        A CUDA graph runs both passes if one fits the pack and is faster. Without gradients, only
-        the forward pass runs.
+        The runner must have graphs, and gradients must be enabled.
 
         Args:
             features_MKD: Cached image features; None to run the vision encoder.
-            loss_weight: Scalar on the device that multiplies the summed loss.
-            key: Samples of the pack, if known.
+            loss_inputs: Result of `Objective.loss_inputs`.
+
+        Returns:
+            Weighted sums of loss and metrics.
         """
-        loss_inputs = self.objective.loss_inputs(batch, loss_weight, key)
-        uses_graphs = self.graphs is not None and torch.is_grad_enabled()
-        if uses_graphs:
-            graph_loss, features_MKD = self.replay(batch, features_MKD, loss_inputs)
-            if graph_loss is not None:
-                return graph_loss
+        graph_loss, features_MKD = self.replay(batch, features_MKD, loss_inputs)
+        if graph_loss is not None:
+            return graph_loss
         start = time.perf_counter()
-        loss = self._run_eager(batch, features_MKD, loss_inputs)
-        if uses_graphs:
-            if loss.requires_grad:
-                self.timer.record_launch(time.perf_counter() - start)
-            self._launch_event = record_event(loss.device)
+        loss = self._forward_backward(self.model, self.objective, batch, features_MKD, loss_inputs)
+        if loss.requires_grad:
+            self.timer.record_launch(time.perf_counter() - start)
+        self._launch_event = record_event(loss.device)
         return loss.detach()
 
     def replay(
@@ -280,10 +292,11 @@ class CudaGraphRunner:
         timing: AbstractContextManager[None] = nullcontext()
         if inputs.layout is None and self.graphs.contains(graph_index):
             timing = self.timer.time_replay(inputs.shape.num_tokens)
+        run_static = partial(self.run_static, inputs)
         loss = None
         try:
             with timing:
-                loss = self.graphs.run(graph_index, partial(self.run_static, inputs)).clone()
+                loss = self.graphs.run(graph_index, run_static).clone()
         except RuntimeError as error:
             # Usually for lack of memory. An eager pass raises the errors of the pack itself.
             logging.getLogger(__name__).debug("CUDA graphs are disabled: %s", error)
@@ -333,19 +346,10 @@ class CudaGraphRunner:
                 return inputs, features_MKD
         return None, features_MKD
 
-    def _run_eager(
-        self, batch: PackedBatch, features_MKD: Tensor | None, loss_inputs: Mapping[str, Tensor]
-    ) -> Tensor:
-        h_LD = self.model(batch, features_MKD)
-        loss = self.objective.compute_loss(h_LD, self.model.lm_head_weight, loss_inputs)
-        if loss.requires_grad:  # False for text only, if only the vision encoder is trainable
-            loss[0].backward()  # type: ignore[no-untyped-call]
-        return loss
-
     def warm_up(self, batch: PackedBatch) -> None:
         """Run a pack eagerly and from static buffers, so that all its kernels are compiled."""
         loss_inputs = self.objective.loss_inputs(batch, torch.zeros((), device=batch.ids_T.device))
-        loss = self._run_eager(batch, None, loss_inputs)
+        loss = self._forward_backward(self.model, self.objective, batch, None, loss_inputs)
         if self.graphs is None:
             return
         self._launch_event = record_event(loss.device)
@@ -502,7 +506,14 @@ class CudaGraphRunner:
     def run_static(self, inputs: GraphInputs) -> Tensor:
         """Run the forward and backward pass from static buffers to static gradient buffers."""
         model = self.native_model
-        h_LD = model(inputs.batch, inputs.load_features(model.visual), inputs.seed_1)
-        loss = self.objective.compute_loss(h_LD, model.lm_head_weight, inputs.loss_inputs)
-        self._gradients.backward(loss[0], inputs.features_MKD)
+        loss = self._forward_backward(
+            model,
+            self.objective,
+            inputs.batch,
+            # The features have no name here, so that they are freed before the backward pass.
+            inputs.load_features(model.visual),
+            inputs.loss_inputs,
+            inputs.seed_1,
+            partial(self._gradients.backward, features_MKD=inputs.features_MKD),
+        )
         return loss.detach()

@@ -35,6 +35,7 @@ from finesight.train.parallel.distributed import ProcessGroup
 from finesight.train.run_dir import RunDir, Split
 from finesight.train.sampler import SequentialSampler
 from finesight.train.state import TrainState
+from finesight.train.step import run_pack
 from finesight.train.step_dataset import GlobalStepStats, SkippedSample, StepBatch, read_steps
 
 if TYPE_CHECKING:
@@ -421,7 +422,8 @@ def iter_step_losses(
                 with translate_pack_oom(state, packed_batch, budget, is_training=False):
                     # The tensors of the pack have no name here, so that they are freed.
                     values.append(
-                        state.engine.graph_runner.run_pack(
+                        run_pack(
+                            state.engine,
                             state.engine.device_loader.load(packed_batch),
                             None,
                             unit_weight,

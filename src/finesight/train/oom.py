@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -13,9 +13,6 @@ from pydantic import BaseModel, ConfigDict
 from finesight.encode.packing import PackedBatch
 from finesight.errors import Step, UserError
 from finesight.optimizer_components import DEFAULT_OPTIMIZER, find_smaller_optimizer
-
-if TYPE_CHECKING:
-    pass
 
 T = TypeVar("T")
 
@@ -99,6 +96,13 @@ class GpuOutOfMemoryError(UserError):
 
     next_budget: MemoryBudget | None = None
 
+    def describe_retry(self, previous: MemoryBudget) -> str:
+        """Describe the error and the change from the previous budget to the next one."""
+        assert self.next_budget is not None, "no budget for a retry"
+        # torch appends memory statistics on the same line.
+        summary = ". ".join(self.what.split(". ")[:2]).removesuffix(".")
+        return f"{summary}; continuing with {self.next_budget.describe_change(previous)}"
+
 
 def retry_on_oom(
     budget: MemoryBudget,
@@ -121,10 +125,8 @@ def retry_on_oom(
         except GpuOutOfMemoryError as oom_error:
             if oom_error.next_budget is None:
                 raise
-            previous, budget, reason = budget, oom_error.next_budget, oom_error.what
-        # torch appends memory statistics on the same line.
-        summary = ". ".join(reason.split(". ")[:2]).removesuffix(".")
-        log(f"{summary}; continuing with {budget.describe_change(previous)}")
+            log(oom_error.describe_retry(budget))
+            budget = oom_error.next_budget
         # Outside the except block, because the traceback keeps tensors alive.
         release_memory(device)
 

@@ -67,6 +67,7 @@ from finesight.train.state import (
     TrainEngine,
     TrainState,
 )
+from finesight.train.step import forward_backward
 from finesight.train.step_dataset import DeviceLoader
 
 MUTABLE_SETTINGS = {
@@ -239,6 +240,7 @@ def build_train_state(
         device_loader=_build_device_loader(model, parallel, hardware),
         optimizer=optimizer,
         graph_runner=CudaGraphRunner(
+            forward_backward,
             model,
             objective,
             list(parallel.trainable_params.values()),

@@ -1,26 +1,19 @@
-"""Training loop of every rank, and the training step: all packs, then one optimizer step.
+"""Training loop of every rank: steps, evaluations, checkpoints and stop requests.
 
 Modules that import models are imported for their types only.
 """
 
 from __future__ import annotations
 
-import hashlib
-import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, closing, contextmanager
+from collections.abc import Callable
+from contextlib import closing
 from dataclasses import replace
-from functools import partial
 from itertools import chain, starmap
 from typing import TYPE_CHECKING, TypeVar
 
-import torch
-from torch import Tensor
-
 from finesight.data.line_index import UnreadableFileError
-from finesight.encode.packing import PackedBatch, dummy_batch
-from finesight.errors import Remedy, TrainingInterrupted, TrainingStopped
+from finesight.errors import TrainingInterrupted, TrainingStopped
 from finesight.evaluate.eval_result import find_best_eval
 from finesight.evaluate.score_function import RewardError, ScoringError
 from finesight.storage import require_free_space
@@ -32,8 +25,7 @@ from finesight.train.checkpoint import (
 )
 from finesight.train.evaluation import load_eval_history, resolve_eval_interval, run_evaluation
 from finesight.train.master_weight_optimizer import resolve_steps
-from finesight.train.oom import GpuOutOfMemoryError, MemoryBudget, propose_plan, retry_on_oom
-from finesight.train.pack_oom import translate_pack_oom
+from finesight.train.oom import GpuOutOfMemoryError, MemoryBudget, release_memory
 from finesight.train.parallel.distributed import (
     PeerFailedError,
     ProcessGroup,
@@ -42,12 +34,12 @@ from finesight.train.parallel.distributed import (
 )
 from finesight.train.prefetch import DataWorkerError
 from finesight.train.state import StepOutput, TrainState
+from finesight.train.step import train_step
 from finesight.train.step_dataset import (
     GlobalStepStats,
     SkippedSample,
     StepBatch,
     read_steps,
-    record_event,
     time_data_waits,
 )
 from finesight.train.vision_cache import VisionCache
@@ -98,203 +90,6 @@ def sync_step(
         skipped=tuple(all_skipped),
         signal=max(signals),
     )
-
-
-def micro_batch_seed(seed: int, step: int, micro_index: int) -> int:
-    """Derive the random seed of a micro-batch from the seed of the run.
-
-    Dropout masks then need no random state in a checkpoint.
-
-    Args:
-        seed: Seed of the run (`train.seed`).
-        micro_index: Index of the micro-batch over all ranks.
-    """
-    digest = hashlib.sha256(f"{seed}/{step}/{micro_index}".encode()).digest()
-    return int.from_bytes(digest[:8], "little") >> 1
-
-
-def train_step(
-    state: TrainState,
-    step_batch: StepBatch,
-    vision_cache: VisionCache | None = None,
-    global_stats: GlobalStepStats | None = None,
-) -> StepOutput:
-    """Run one training step; in a distributed run, the share of this rank.
-
-    The loss is the mean over the supervised tokens of all packs on all ranks, so it does not depend
-    on the packing. The device skips a step with a non-finite loss or gradient, on every rank.
-
-    Args:
-        state: State of the run; its optimizer is updated.
-        step_batch: Step data of this rank.
-        vision_cache: Cached image features, if any.
-        global_stats: Statistics over all ranks; those of this rank by default.
-
-    Raises:
-        TrainingInterrupted: A stop was requested; no parameter is updated.
-        GpuOutOfMemoryError: A pack exceeds the GPU memory; no parameter is updated.
-        RankDesyncError: This rank failed while the other ranks wait in a collective.
-    """
-    engine = state.engine
-    objective = engine.objective
-    loss_scaler = engine.loss_scaler
-    loss_scale = loss_scaler.scale
-    global_stats = global_stats or GlobalStepStats.from_step(step_batch)
-    max_packs = global_stats.max_packs
-    num_terms = objective.count_terms(global_stats)
-    loss_weight = torch.full((), loss_scale / max(1, num_terms), device=state.run.hardware.device)
-    try:
-        if objective.has_baseline:
-            with torch.no_grad():
-                sums = _run_packs(state, step_batch, vision_cache, max_packs, loss_weight)
-                objective.set_baseline(sums / loss_scale)
-        total = _run_packs(state, step_batch, vision_cache, max_packs, loss_weight)
-    except Exception:
-        engine.zero_grad()
-        raise
-    grad_norm = engine.parallel.reduce_gradients(engine.optimizer)
-    results = torch.cat([grad_norm[None], total]) / loss_scale
-    step_output = StepOutput(
-        step_batch=step_batch,
-        global_stats=global_stats,
-        budget=state.progress.budget,
-        lr_factor=engine.lr_schedule.lr_factor(step_batch.step_index),
-        is_applied=num_terms > 0,
-        results=results.to("cpu", non_blocking=True),
-        event=record_event(total.device, enable_timing=True),
-    )
-    if not step_output.is_applied:
-        return step_output
-    if loss_scaler.is_enabled:
-        # The loss scale of the next step depends on the norm.
-        loss, grad_norm_value = step_output.wait()
-        if math.isfinite(loss) and not loss_scaler.update(grad_norm_value):
-            engine.zero_grad()
-            return replace(step_output, is_applied=False)
-    # A loss that is not finite also skips the update.
-    grad_norm = grad_norm.masked_fill(~total[0].isfinite(), math.nan)
-    engine.optimizer.step(step_output.lr_factor, grad_norm, loss_scale)
-    engine.parallel.sync_params()
-    return step_output
-
-
-def _run_packs(
-    state: TrainState,
-    step_batch: StepBatch,
-    vision_cache: VisionCache | None,
-    max_packs: int,
-    loss_weight: Tensor,
-) -> Tensor:
-    """Run all packs of a step, and return the weighted sums of loss and metrics over all ranks.
-
-    Args:
-        max_packs: Largest number of packs on one rank.
-        loss_weight: Scalar on the device that multiplies the loss.
-    """
-    hardware = state.run.hardware
-    total = torch.zeros(1 + len(state.engine.objective.metric_names), device=hardware.device)
-    for sync_context, packs in _group_packs(state, step_batch, max_packs):
-        group_loss = torch.zeros_like(total)
-        with sync_context:
-            for micro_index, packed_batch in packs:
-                # In a distributed run, the other ranks would wait for this one.
-                if state.run.stop.signal is not None and hardware.process_group.is_single_process:
-                    raise TrainingInterrupted(
-                        f"in step {step_batch.step_index + 1}, which is repeated on resume"
-                    )
-                group_loss += _run_pack(
-                    state, step_batch, vision_cache, micro_index, packed_batch, loss_weight
-                )
-        total += group_loss
-    return hardware.process_group.all_reduce(total)
-
-
-def _run_pack(
-    state: TrainState,
-    step_batch: StepBatch,
-    vision_cache: VisionCache | None,
-    micro_index: int,
-    packed_batch: PackedBatch,
-    loss_weight: Tensor,
-) -> Tensor:
-    """Run the forward and backward pass of a pack, and return its weighted loss and metrics.
-
-    A dummy pack, which has no sample IDs, is computed with weight 0.
-    """
-    engine = state.engine
-    process_group = state.run.hardware.process_group
-    global_index = micro_index * process_group.world_size + process_group.rank
-    seed = state.run.recipe.train.seed
-    torch.manual_seed(micro_batch_seed(seed, step_batch.step_index, global_index))
-    key = None
-    is_dummy = not packed_batch.sample_ids
-    if is_dummy:
-        loss_weight = torch.zeros_like(loss_weight)
-    else:
-        key = ("train", step_batch.sample_indices[micro_index])
-    with translate_pack_oom(state, packed_batch, state.progress.budget):
-        if micro_index and torch.is_grad_enabled():
-            engine.parallel.accumulate_gradients(engine.optimizer)
-        # The tensors of the pack have no name here, so that they are freed.
-        return engine.graph_runner.run_pack(
-            engine.device_loader.load(packed_batch),
-            None
-            if vision_cache is None
-            else vision_cache.load_features(
-                step_batch.cache_inputs[micro_index], packed_batch.context_shard
-            ),
-            loss_weight,
-            key,
-        )
-
-
-def _group_packs(
-    state: TrainState, step_batch: StepBatch, max_packs: int
-) -> Iterator[tuple[AbstractContextManager[None], list[tuple[int, PackedBatch]]]]:
-    """Yield the packs of a step in groups, with the context that reports errors to other ranks.
-
-    Packs whose layers communicate with other ranks come first: all packs of a sharded model, or
-    those of split samples.
-
-    Args:
-        max_packs: Largest number of packs on one rank.
-    """
-    process_group = state.run.hardware.process_group
-    if state.engine.parallel.is_sharded:
-        # All ranks of a sharded model must run the same number of packs.
-        num_dummies = max_packs - len(step_batch.packs)
-        dummies = [dummy_batch()] * num_dummies
-        packs = list(enumerate([*step_batch.packs, *dummies]))
-        if packs:
-            yield _raise_desync(process_group), packs
-        return
-    packs = list(enumerate(step_batch.packs))
-    num_split = step_batch.num_split_packs
-    if num_split:
-        yield _raise_desync(process_group), packs[:num_split]
-    # Agree on success before the all-reduce, so that a failed rank cannot block the others.
-    yield process_group.sync_errors(), packs[num_split:]
-
-
-@contextmanager
-def _raise_desync(process_group: ProcessGroup) -> Iterator[None]:
-    """Convert an error in the context, where other ranks wait, to a `RankDesyncError`."""
-    try:
-        yield
-    except Exception as error:
-        remedy: Remedy = "start again with --resume"
-        if isinstance(error, GpuOutOfMemoryError):
-            remedy = propose_plan(
-                "lower train.pack_tokens or set train.activation_checkpointing=true, then start"
-                " again with --resume"
-            )
-        raise RankDesyncError(
-            f"rank {process_group.rank} of {process_group.world_size} failed in the middle of a"
-            f" step: {error}",
-            where="training",
-            expected="all ranks in every layer",
-            remedy=remedy,
-        ) from error
 
 
 RECOVERABLE_ERRORS = (
@@ -444,8 +239,18 @@ class Trainer:
             self.vision_features.open(self.metrics_logger.log_vision_cache) as vision_cache,
             self.metrics_logger.show_progress(self.total_steps),
         ):
-            run_steps = partial(self.run_steps_in_budget, vision_cache)
-            retry_on_oom(budget, device, self.console.log, run_steps)
+            while True:
+                try:
+                    self.run_steps_in_budget(vision_cache, budget)
+                    break
+                except GpuOutOfMemoryError as oom_error:
+                    if oom_error.next_budget is None:
+                        raise
+                    # The failed step, which updated no parameter, is repeated with smaller packs.
+                    self.console.log(oom_error.describe_retry(budget))
+                    budget = oom_error.next_budget
+                # Outside the except block, because the traceback keeps tensors alive.
+                release_memory(device)
             self.metrics_logger.flush()
 
     def run_steps_in_budget(self, vision_cache: VisionCache | None, budget: MemoryBudget) -> None:

@@ -28,6 +28,7 @@ from finesight.train.checkpoint import OPTIMIZER_FILE, WEIGHTS_FILE
 from finesight.train.oom import GpuOutOfMemoryError, MemoryBudget, max_unsplit_packs
 from finesight.train.parallel import distributed
 from finesight.train.parallel.distributed import (
+    SINGLE_PROCESS,
     PeerFailedError,
     ProcessGroup,
     RankDesyncError,
@@ -121,6 +122,21 @@ def test_failure_is_reported_in_next_collective():
             pool.submit(fail_after, ranks[2], partial(ranks[2].broadcast_str, "")),
         )
         assert all(one.result() == [[0, 15], [1, 0], [2, 15]] for one in futures)
+
+
+@pytest.mark.parametrize(
+    ("error", "remedy"),
+    [
+        (ValueError("no"), "start again with --resume"),
+        (GpuOutOfMemoryError("full", where="", expected="", remedy=""), "lower train.pack_tokens"),
+    ],
+)
+def test_error_among_waiting_ranks_ends_the_run(error, remedy):
+    message = "rank 0 of 1 failed in the middle of a step"
+    with pytest.raises(RankDesyncError, match=message) as raised, SINGLE_PROCESS.raise_desync():
+        raise error
+    assert remedy in str(raised.value)
+    assert raised.value.__cause__ is error
 
 
 def test_ranks_at_different_steps_are_detected():

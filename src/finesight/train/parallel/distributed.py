@@ -24,10 +24,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from finesight.encode.packing import PackedBatch
-from finesight.errors import UserError
+from finesight.errors import Remedy, UserError
 from finesight.model.trainable import trainable_parameters
 from finesight.train.master_weight_optimizer import MasterWeightOptimizer
-from finesight.train.oom import GpuOutOfMemoryError, MemoryBudget
+from finesight.train.oom import GpuOutOfMemoryError, MemoryBudget, propose_plan
 
 if TYPE_CHECKING:
     from finesight.model.hf_backend import AnyModel
@@ -376,6 +376,25 @@ class ProcessGroup:
             )
             oom_error.next_budget = reduce(MemoryBudget.min_with, budgets.values())
             raise oom_error
+
+    @contextmanager
+    def raise_desync(self) -> Iterator[None]:
+        """Convert an error in the context, where other ranks wait, to a `RankDesyncError`."""
+        try:
+            yield
+        except Exception as error:
+            remedy: Remedy = "start again with --resume"
+            if isinstance(error, GpuOutOfMemoryError):
+                remedy = propose_plan(
+                    "lower train.pack_tokens or set train.activation_checkpointing=true, then start"
+                    " again with --resume"
+                )
+            raise RankDesyncError(
+                f"rank {self.rank} of {self.world_size} failed in the middle of a step: {error}",
+                where="training",
+                expected="all ranks in every layer",
+                remedy=remedy,
+            ) from error
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
         """Sum a tensor over all ranks in-place.

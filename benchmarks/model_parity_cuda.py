@@ -29,8 +29,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from finesight.encode.packing import PackedBatch
+from finesight.family_components import FAMILIES
 from finesight.model.config import ConfigReader
-from finesight.model.vlm import ARCHITECTURES, VisionLanguageModel, build_model
+from finesight.model.vlm import VisionLanguageModel, build_model
 from finesight.model.weights_io import hub_tensors
 from finesight.model_folder import PREPROCESSOR_DEFAULTS
 from finesight.vision.image_processing import GridTHW
@@ -253,7 +254,7 @@ def load_configs(args: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any]
     for file in sorted(args.folder.glob("*/config.json")):
         config = json.loads(file.read_text())
         chosen = not args.names or file.parent.name in args.names
-        if chosen and config.get("model_type") in ARCHITECTURES:
+        if chosen and config.get("model_type") in FAMILIES:
             yield file.parent.name, config
 
 

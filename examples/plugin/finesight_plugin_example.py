@@ -23,7 +23,7 @@ def score(cases):
     scores = []
     for case in cases:
         is_correct = case.answer.lstrip("0") in case.references
-        scores.append({"meter_reading_correct": float(is_correct)})
+        scores.append({"correct": float(is_correct)})
     return MetricResult(scores, mean_metrics(scores))
 
 
@@ -51,8 +51,8 @@ METRIC = MetricComponent(
     name="meter-reading",
     title="Readings of meters",
     implementation="finesight_plugin_example:score",
-    primary_score="meter_reading_correct",
-    scores={"meter_reading_correct": Score(title="correct readings")},
+    primary_score="correct",
+    scores={"correct": Score(title="correct readings")},
 )
 TRACKER = TrackerComponent(
     kind="trackers",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
@@ -112,7 +112,6 @@ class MetricComponent(Component[Any]):
         primary_score: Score that the metric optimizes, higher is better; empty for the first one.
         reference_kind: Content that references must have.
         scores: Display of scores by name, also of those of samples. Others have their own name.
-            Those of a plug-in are named METRIC or METRIC_... (_ for -), so that they are unique.
         answer_content: Content of the answers.
         lists_boxes: Whether answers may list several boxes or points.
         describes_scenes: Whether answers describe objects instead of reading a text, so that
@@ -186,6 +185,10 @@ class MetricComponent(Component[Any]):
 class MetricRegistry(ComponentRegistry[MetricComponent]):
     """Task metrics by name: the values of `eval.metric`, apart from functions of the user."""
 
+    def __init__(self, package: str, helpers: Collection[str]) -> None:
+        super().__init__("metrics", MetricComponent, package, helpers)
+        self._used_scores: dict[str, Mapping[str, Score]] = {}
+
     def adapt(self, entry: EntryPoint, item: Any) -> Any:
         """Return the component of a `TaskMetric`, the object of plug-ins for version 0.1."""
         if isinstance(item, MetricComponent):
@@ -202,18 +205,40 @@ class MetricRegistry(ComponentRegistry[MetricComponent]):
             score_fn=item.score_fn,
         )
 
+    def __getitem__(self, name: str) -> MetricComponent:
+        self._used_scores.pop(name, None)  # of another version of the plug-in
+        component = super().__getitem__(name)
+        if not self.is_built_in(name):
+            self._used_scores[name] = component.scores
+        return component
+
     def find_problem(self, name: str, item: Any) -> str | None:
         """Return why an object is no metric of a plug-in; None if it is one.
 
-        Pages know scores by their names only, so those of plug-ins contain the name of the metric.
+        Pages know scores by their names only, so a name has one meaning in a process.
         """
         problem = super().find_problem(name, item)
-        if problem is None:
-            prefix = name.replace("-", "_")
-            for score in item.scores:
-                if not _has_prefix(score, prefix):
-                    return f"the score {score!r:.60} is not named {prefix} or {prefix}_..."
-        return problem
+        if problem is not None:
+            return problem
+        others = dict(_list_built_in_scores())
+        for metric, scores in [*self._used_scores.items()]:
+            if metric != name and metric in self.plugin_names:
+                others |= scores
+        for score_name, score in item.scores.items():
+            if score_name in GENERAL_SCORES or others.get(score_name, score) != score:
+                return f"the score {score_name!r:.60} has another meaning in another metric"
+        return None
+
+    def find_used_score(self, name: str) -> Score | None:
+        """Return a score of the metrics of plug-ins that this process has used; None if unknown.
+
+        Other installed plug-ins do not change how scores are displayed and compared.
+        """
+        # A copy, because other threads use metrics, too.
+        for metric, scores in [*self._used_scores.items()]:
+            if name in scores and metric in self.plugin_names:
+                return scores[name]
+        return None
 
     def load_score_fn(self, name: str) -> Callable[..., Any]:
         """Import the scoring function of a metric.
@@ -227,9 +252,7 @@ class MetricRegistry(ComponentRegistry[MetricComponent]):
         return self.load_function(name)
 
 
-METRICS = MetricRegistry(
-    "metrics", MetricComponent, "finesight.evaluate.metrics", helpers=("shared_scores",)
-)
+METRICS = MetricRegistry("finesight.evaluate.metrics", helpers=("shared_scores",))
 """Task metrics by name."""
 
 _OTHER_METRIC = MetricComponent(kind="metrics", name="", title="")
@@ -244,23 +267,9 @@ def get_metric(metric: object) -> MetricComponent:
 
 
 def find_score(name: str) -> Score | None:
-    """Return how a score is displayed and compared; None for an unknown one.
-
-    A plug-in is imported if the name begins with that of its metric.
-    """
+    """Return how a score is displayed and compared; None for an unknown one."""
     built_in = _list_built_in_scores()
-    if name in built_in:
-        return built_in[name]
-    for metric in METRICS.plugin_names:
-        if _has_prefix(name, metric.replace("-", "_")):
-            scores = get_metric(metric).scores
-            if name in scores:
-                return scores[name]
-    return None
-
-
-def _has_prefix(score: str, prefix: str) -> bool:
-    return score == prefix or score.startswith(f"{prefix}_")
+    return built_in.get(name) or METRICS.find_used_score(name)
 
 
 def get_score(name: str) -> Score:

@@ -82,10 +82,10 @@ def test_package_adds_format_metric_and_tracker(recipe, site, monkeypatch, cli):
     run = recipe.parent / "run"
     rows = [line.split(",") for line in (run / "track/csv/metrics.csv").read_text().splitlines()]
     names = {(step, name) for step, name, _ in rows}
-    assert {("0", "scores/meter_reading_correct"), ("1", "loss")} <= names
+    assert {("0", "scores/correct"), ("1", "loss")} <= names
     result = cli("eval", run, "--json").json
-    assert result["primary_metric"] == "meter_reading_correct"
-    assert len(result["intervals"]["meter_reading_correct"]) == 2
+    assert result["primary_metric"] == "correct"
+    assert len(result["intervals"]["correct"]) == 2
     cli("report", run)
     assert "correct" in read_visible_text((run / "report.html").read_text())
     plugins = json.loads((run / "manifest.json").read_text())["plugins"]

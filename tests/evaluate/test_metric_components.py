@@ -128,6 +128,7 @@ def test_metric_of_a_plugin_scores_answers(target, tmp_path, monkeypatch):
 def test_page_shows_the_scores_of_a_plugin(tmp_path, monkeypatch):
     assert get_score("meters_wrong") == Score(title="meters_wrong")
     install_meters(tmp_path, monkeypatch, "NEW")
+    assert METRICS["meters"].name == "meters"
     assert format_metric_name("meters_right") == "right readings"
     assert describe_metric("meters_right") == "readings without an error; higher is better"
     assert describe_metric("meters_wrong") == "lower is better"
@@ -135,21 +136,48 @@ def test_page_shows_the_scores_of_a_plugin(tmp_path, monkeypatch):
 
 def test_page_shows_the_scores_of_an_old_plugin_by_name(tmp_path, monkeypatch):
     install_meters(tmp_path, monkeypatch, "OLD")
+    assert not METRICS["meters"].scores
     assert (format_metric_name("meters_right"), describe_metric("meters_right")) == (
         "meters_right",
         "higher is better",
     )
 
 
-def test_other_plugins_do_not_change_scores(tmp_path, monkeypatch):
-    """Neither those of built-in metrics, nor those of functions and other plug-ins."""
-    change = "SCORE = Score(title='s', lower_is_better=True)\n"
-    for name in ("precision", "accuracy", "ended_with_eos", "gauge_error", "right"):
-        scores = f"BAD = MetricComponent(**ARGUMENTS, scores={{{name!r}: SCORE}})\n"
-        install_meters(tmp_path / name, monkeypatch, "BAD", change + scores)
-        with pytest.raises(UserError, match=f"the score '{name}' is not named meters or meters_"):
-            compute_metrics("meters", CASES)
-        assert not get_score(name).lower_is_better
+@pytest.mark.parametrize("name", ["accuracy", "cer", "precision", "ended_with_eos"])
+def test_plugin_cannot_redefine_a_score(name, tmp_path, monkeypatch):
+    change = f"SCORE = Score(title='s', lower_is_better=True)\nSCORES = {{{name!r}: SCORE}}\n"
+    bad = "BAD = MetricComponent(**ARGUMENTS, scores=SCORES)\n"
+    install_meters(tmp_path, monkeypatch, "BAD", change + bad)
+    with pytest.raises(UserError, match=f"the score '{name}' has another meaning"):
+        compute_metrics("meters", CASES)
+    assert get_score(name).title != "s"
+
+
+def test_plugin_may_share_a_built_in_score(tmp_path, monkeypatch):
+    accuracy = "from finesight.metric_components import METRICS\n"
+    accuracy += "SCORE = METRICS['classification'].scores['accuracy']\n"
+    good = "GOOD = MetricComponent(**ARGUMENTS, scores={'accuracy': SCORE})\n"
+    install_meters(tmp_path, monkeypatch, "GOOD", accuracy + good)
+    assert METRICS["meters"].scores["accuracy"] == get_score("accuracy")
+
+
+def test_installed_plugin_that_is_not_used_changes_no_score(tmp_path, monkeypatch):
+    """Two that are used agree on a score."""
+    code = METERS.replace('"meters"', '"gauges"').replace("meters:", "gauges:")
+    write_package(tmp_path / "b", "gauges", {"metrics gauges": "gauges:NEW"}, code + GAUGES)
+    monkeypatch.delitem(sys.modules, "gauges", raising=False)
+    install(tmp_path / "b", monkeypatch)
+    install_meters(tmp_path / "a", monkeypatch, "NEW")
+    assert METRICS["meters"].scores["meters_wrong"].title == "wrong digits"
+    assert get_score("meters_wrong").title == "wrong digits"
+    with pytest.raises(UserError, match="the score 'meters_wrong' has another meaning"):
+        METRICS["gauges"]
+    assert get_score("meters_wrong").title == "wrong digits"
+
+
+GAUGES = """
+NEW = MetricComponent(**ARGUMENTS, scores={"meters_wrong": Score(title="other")})
+"""
 
 
 def test_first_score_of_a_plugin_is_higher_for_better_answers(tmp_path, monkeypatch):

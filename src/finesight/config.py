@@ -339,12 +339,16 @@ def _check_other_kinds(registry: ComponentRegistry[Any], name: str) -> None:
         if other is registry or name not in other:
             continue
         owner = other.find_plugin(name)
-        owner_name = "finesight" if owner is None else f"{owner.package} {owner.version}"
+        owner_name = "finesight"
+        remedy = "rename it in the package, or remove the package"
+        if owner is not None:
+            owner_name = f"{owner.package} {owner.version}"
+            remedy = "rename it in the package, or remove one of both packages"
         raise UserError(
             f"{owner_name} has a component of the same name, for train.{setting}",
             where="" if plugin is None else plugin.describe(),
             expected="names that are unique among the components with a section of train",
-            remedy="rename it in the package, or remove one of both packages",
+            remedy=remedy,
         )
 
 
@@ -803,6 +807,10 @@ class TrackerSettings(SettingsSection):
             return self
         with _report_component_errors():
             problem = TRACKERS.call(self.kind, TRACKERS[self.kind].find_uri_problem, self.uri)
+            if not isinstance(problem, str | None):
+                text = f"returns {problem!r:.60} instead of a text"
+                rule = TRACKERS[self.kind].check_uri
+                raise TRACKERS.build_call_error(self.kind, rule, text)
         if problem is not None:
             remedy = "" if ": " in problem else ": change uri of the item of track"
             raise ValueError(f"{problem}{remedy}")

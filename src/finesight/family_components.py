@@ -36,7 +36,8 @@ class TrainerModels:
 
     Raises:
         TypeError: Texts are not in a tuple, or a size is no integer.
-        ValueError: The pattern is invalid, or fits every model.
+        ValueError: The pattern fits every model.
+        re.error: The pattern is invalid.
     """
 
     names: tuple[str, ...]

@@ -52,6 +52,11 @@ class Score:
     preference: int | None = None
     extra: str = ""
 
+    def is_comparable(self, other: Score) -> bool:
+        """Return whether values of both scores mean the same."""
+        own = self.lower_is_better, self.counts_answers, self.maximum
+        return own == (other.lower_is_better, other.counts_answers, other.maximum)
+
 
 GENERAL_SCORES = {
     VALIDATION_LOSS: Score(
@@ -206,8 +211,11 @@ class MetricRegistry(ComponentRegistry[MetricComponent]):
         )
 
     def __getitem__(self, name: str) -> MetricComponent:
-        self._used_scores.pop(name, None)  # of another version of the plug-in
-        component = super().__getitem__(name)
+        try:
+            component = super().__getitem__(name)
+        except UserError:
+            self._used_scores.pop(name, None)  # of another version of the plug-in
+            raise
         if not self.is_built_in(name):
             self._used_scores[name] = component.scores
         return component
@@ -220,13 +228,20 @@ class MetricRegistry(ComponentRegistry[MetricComponent]):
         problem = super().find_problem(name, item)
         if problem is not None:
             return problem
-        others = dict(_list_built_in_scores())
+        owners = {one.name: one.scores for one in METRICS.list_built_in()}
         for metric, scores in [*self._used_scores.items()]:
             if metric != name and metric in self.plugin_names:
-                others |= scores
+                owners[metric] = scores
         for score_name, score in item.scores.items():
-            if score_name in GENERAL_SCORES or others.get(score_name, score) != score:
-                return f"the score {score_name!r:.60} has another meaning in another metric"
+            if score_name in GENERAL_SCORES:
+                return f"all metrics have a score {score_name}: give yours another name"
+            for metric, scores in owners.items():
+                other = scores.get(score_name, score)
+                if not other.is_comparable(score):
+                    return (
+                        f"the score {score_name!r:.60} has another direction or maximum in the"
+                        f" metric {metric}: give it another name"
+                    )
         return None
 
     def find_used_score(self, name: str) -> Score | None:

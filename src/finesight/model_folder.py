@@ -262,7 +262,7 @@ class ModelFolder:
         component = self.family_component
         read = component.read_image_settings
         if read is not None:
-            settings = FAMILIES.call(self.family, read, self._read_count, passes=(UserError,))
+            settings = FAMILIES.call(self.family, read, self._read_count)
             if not isinstance(settings, dict):
                 problem = f"returns {settings!r:.60} instead of a dictionary"
                 raise FAMILIES.build_call_error(self.family, read, problem)

@@ -63,6 +63,8 @@ class TrackerComponent(Component[Any]):
             return "it has no implementation"
         if self.has_section:
             return "it has settings, but those of trackers are the same: use track.config"
+        if self.needs_uri and self.writes_run_folder:
+            return "it needs a uri, but writes to the run folder only"
         return None
 
     def find_uri_problem(self, uri: str) -> str | None:

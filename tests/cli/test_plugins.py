@@ -570,6 +570,21 @@ def test_family_that_fails_is_a_user_error(arguments, problem, recipe, tmp_path,
     assert "plug-in meters of broken 1.0 (finesight.families: broken:" in text
 
 
+def test_architecture_of_another_package_is_refused(recipe, tmp_path, monkeypatch, cli):
+    """That of the component would be used without a word."""
+    write_package(
+        tmp_path / "site", "acme", {"families acme_vl": "acme:COMPONENT"}, FAMILY_COMPONENT
+    )
+    (tmp_path / "site" / "acme_halves.py").write_text(FAMILY_HALVES)
+    entries = {"architectures acme_vl": "other:ARCHITECTURE"}
+    write_package(tmp_path / "site", "other", entries, "ARCHITECTURE = 1")
+    install(tmp_path / "site", monkeypatch)
+    renamed = rename_family(recipe.parent / "tiny", tmp_path / "renamed", "acme_vl")
+    words = ("--prompt", "Read the meter.", "--max-new-tokens", 2)
+    text = cli("predict", renamed, recipe.parent / "3.png", *words, code=2).text
+    assert "several packages define it: acme 1.0, other 1.0" in text
+
+
 @pytest.mark.parametrize("kind", ["families", "architectures"])
 def test_native_family_of_a_package_is_refused(kind, recipe, tmp_path, monkeypatch, cli):
     write_package(tmp_path / "site", "acme", {f"{kind} qwen2_vl": "acme:FAMILY"}, "FAMILY = print")

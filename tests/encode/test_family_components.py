@@ -82,6 +82,9 @@ def test_wrong_models_of_other_trainers_are_rejected(change, problem):
         ("Qwen-VL-Chat-distilled-from-Qwen2.5-VL", "qwen"),
         ("Qwen2.5-VL-7B-teacher-Qwen3-VL", "qwen2_5_vl"),
         ("Qwen3-VL-from-qwen-vl", "qwen3_vl"),
+        # Words of other models do not count.
+        ("my-vlm-qwen2.5-vl-7b", "qwen2_5_vl"),
+        ("paddleocr-vl-qwen2.5-vl", "qwen2_5_vl"),
     ],
 )
 def test_first_name_in_a_model_name_counts(name, family):
@@ -89,12 +92,16 @@ def test_first_name_in_a_model_name_counts(name, family):
 
 
 def test_plugin_does_not_take_the_names_of_built_in_families(monkeypatch):
-    trainer_models = TrainerModels(**MODELS | {"names": ("qwen2_vl", "kimi_vl", "acme")})
+    names = {"names": ("qwen2_vl", "kimi_vl", "acme"), "pattern": "my|kimi"}
+    trainer_models = TrainerModels(**MODELS | names)
     acme = FamilyComponent(kind="families", name="acme", title="", trainer_models=trainer_models)
     components = (*FAMILIES.list_built_in(), acme)
     monkeypatch.setattr(FamilyRegistry, "list_available", lambda self: components)
     found = [detect_family("me/model", (hint,), "a.yaml").name for hint in trainer_models.names]
     assert found == ["qwen2_vl", "acme", "acme"]
+    models = ("my-qwen2.5-vl-7b", "my-model", "kimi-vlm")
+    found = [detect_family(model, (), "a.yaml").name for model in models]
+    assert found == ["qwen2_5_vl", "acme", "acme"]
 
 
 FOREIGN_NAMES = {

@@ -286,11 +286,11 @@ def detect_family(model: str, hints: tuple[str | None, ...], where: str) -> Fami
     elif model:
         # The patterns take quadratic time.
         name = re.sub(r"[_ ]", "-", model.rstrip("/").rpartition("/")[2].lower())[:1000]
-        starts: dict[str, int] = {}
+        starts: dict[str, tuple[int, int]] = {}
         for key, entry in families.items():
             match = re.search(entry.pattern, name)
             if match is not None:
-                starts[key] = match.start()
+                starts[key] = _rank_family(key), match.start()
         if starts:
             # The name may contain that of another model, as in x-vl-distilled-from-y-vl.
             found = min(starts, key=lambda key: starts[key])
@@ -306,6 +306,15 @@ def detect_family(model: str, hints: tuple[str | None, ...], where: str) -> Fami
     entry = families[found]
     layers = {"vision": entry.vision, "merger": entry.merger, "language": entry.language}
     return FamilySettings(found, entry.token_size, entry.min_pixels, entry.max_length, layers)
+
+
+def _rank_family(name: str) -> int:
+    """Return the precedence of a family: built-in, of a plug-in, or `other` with general words."""
+    if FAMILIES.is_built_in(name):
+        return 0
+    if name in FAMILIES:
+        return 1
+    return 2
 
 
 def _load_families() -> dict[str, TrainerModels]:
@@ -335,7 +344,7 @@ def _read_model_type(folder: Path, known_types: Container[str]) -> str | None:
         return "other" if "vision_config" in content else None
     models = FAMILIES.describe(model_type).trainer_models
     if models is not None and models.required_key and models.required_key not in content:
-        return f"{model_type} without {models.required_key}"
+        return f"{model_type} without a vision encoder"
     if "vision_config" in content and model_type not in known_types:
         return "other"
     return model_type

@@ -53,9 +53,12 @@ def load_architecture(family: str) -> Architecture | None:
     """
     component = FAMILIES.get(family)
     plugin = PLUGIN_ARCHITECTURES.find_plugin(family)
-    if plugin is not None and FAMILIES.is_built_in(family):
+    owner = FAMILIES.find_plugin(family)
+    owner_name = "finesight" if owner is None else f"{owner.package} {owner.version}"
+    has_own = component is not None and bool(component.architecture)
+    if plugin is not None and has_own and (owner is None or owner.package != plugin.package):
         raise UserError(
-            f"several packages define it: finesight, {plugin.package} {plugin.version}",
+            f"several packages define it: {owner_name}, {plugin.package} {plugin.version}",
             where=f"plug-in {family} (finesight.architectures)",
             expected="one package that defines the name",
             remedy=f"remove the package {plugin.package}, or its entry point",

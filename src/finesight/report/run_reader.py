@@ -39,7 +39,7 @@ from finesight.manifest import (
     find_newest_checkpoint,
     require_run_plugins,
 )
-from finesight.metric_components import METRICS
+from finesight.metric_components import METRICS, get_metric
 from finesight.objective_components import DEFAULT_OBJECTIVE
 from finesight.optimizer_components import DEFAULT_OPTIMIZER
 from finesight.storage import DIGESTS_FILE
@@ -175,13 +175,15 @@ def read_run(
     for line in lines:
         _clean_section(line, "full")
     recipe = reader.parse_recipe(text)
+    metric = str(as_object(recipe.get("eval")).get("metric"))
     if with_plugins:
         train = as_object(recipe.get("train"))
         objective = str(train.get("objective") or DEFAULT_OBJECTIVE)
         optimizer = str(train.get("optimizer") or DEFAULT_OPTIMIZER)
         require_run_plugins(folder, objective, optimizer)
-        # Pages show scores by the texts and directions of their metric.
-        METRICS.get(str(as_object(recipe.get("eval")).get("metric")))
+        METRICS.get(metric)  # Pages show scores by the texts and directions of their metric.
+    else:
+        get_metric(metric)
     return RunRecord(
         folder=folder,
         recipe=recipe,

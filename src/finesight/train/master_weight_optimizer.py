@@ -490,18 +490,20 @@ class ParamGroup:
         """
         optimizer = self.optimizer
         is_cuda = self.master_weights.params_E.is_cuda
+        read_state = optimizer.state_tensors
         for param_slice in self.param_slices:
-            state: object = OPTIMIZERS.call(name, self.state_tensors, param_slice)
+            shape = param_slice.parameter.shape
+            state: object = OPTIMIZERS.call(name, read_state, param_slice.flat_slice, shape)
             tensors = [*state.values()] if isinstance(state, dict) else [state]
             if not all(isinstance(tensor, Tensor) for tensor in tensors):
                 problem = f"returns {state!r:.60} instead of a dictionary of tensors"
-                raise OPTIMIZERS.build_call_error(name, optimizer.state_tensors, problem)
-        sizes: dict[Callable[..., object], tuple[bool, ...]] = {
-            optimizer.workspace_bytes: (is_cuda,),
-            optimizer.traffic_bytes: (is_cuda,),
-            optimizer.state_bytes: (),
-        }
-        for function, arguments in sizes.items():
+                raise OPTIMIZERS.build_call_error(name, read_state, problem)
+        sizes: tuple[tuple[Callable[..., object], tuple[bool, ...]], ...] = (
+            (optimizer.workspace_bytes, (is_cuda,)),
+            (optimizer.traffic_bytes, (is_cuda,)),
+            (optimizer.state_bytes, ()),
+        )
+        for function, arguments in sizes:
             num_bytes: object = OPTIMIZERS.call(name, function, *arguments)
             if not isinstance(num_bytes, int):
                 problem = f"returns {num_bytes!r:.60} instead of a number of bytes"

@@ -117,7 +117,9 @@ def build_manifest(state: TrainState) -> Manifest:
     family = base_model.folder.family
     renderer = state.data.renderer
     settings = recipe.eval
-    plugins = [FAMILIES.find_plugin(family), PLUGIN_ARCHITECTURES.find_plugin(family)]
+    plugins = [FAMILIES.find_plugin(family)]
+    if not FAMILIES.describe(family).architecture:
+        plugins.append(PLUGIN_ARCHITECTURES.find_plugin(family))
     plugins += list_train_plugins(recipe.train)
     plugins += [REWARDS.find_plugin(reward.name) for reward in recipe.rewards]
     plugins += [TRACKERS.find_plugin(tracker.kind) for tracker in recipe.track]
@@ -480,7 +482,11 @@ def _build_resume_config(
 
 def _describe_reward(reward: RewardSettings) -> dict[str, Any]:
     """Return the settings of a reward. The folder of its Python file may change on resume."""
-    settings = reward.model_dump(mode="json", exclude_none=True)
+    # Recipes of runs have the options of all built-in rewards, null for those of others.
+    settings: dict[str, Any] = {}
+    for name, value in reward.model_dump(mode="json").items():
+        if value is not None:
+            settings[name] = value
     settings["name"] = Path(reward.name).name
     return settings
 

@@ -198,7 +198,7 @@ BROKEN = {
     "the format is named 'gauges'": "DatasetFormat(**ARGUMENTS | {'name': 'gauges'})",
     "its kind is 'trackers'": "DatasetFormat(kind='trackers', **ARGUMENTS)",
     "it has settings": "DatasetFormat(settings=Settings, **ARGUMENTS)",
-    "'no' is neither true nor false": "DatasetFormat(is_native='no', **ARGUMENTS)",
+    "is_native is 'no'": "DatasetFormat(is_native='no', **ARGUMENTS)",
     "supported_options is 3": "DatasetFormat(supported_options=3, **ARGUMENTS)",
     "parse_row is None": "DatasetFormat(**ARGUMENTS | {'parse_row': None})",
     "detect is 'always'": "DatasetFormat(detect='always', **ARGUMENTS)",

@@ -193,6 +193,8 @@ def test_changed_rewards_are_refused_on_resume(reward_task):
         reward_task.run()
     rewards.write_text(REWARD)
     function, other = reward_task.recipe["rewards"]
+    (manifest, *_) = (run / "checkpoints").glob("*/*.json")
+    assert '"json_schema"' not in manifest.read_text()
     reward_task.recipe["rewards"] = [{"name": function, "weight": 3.0}, other]
     with pytest.raises(UserError, match=r"rewards is \[.*'weight': 3.0"):
         reward_task.run(resume=True)

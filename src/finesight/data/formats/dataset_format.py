@@ -689,9 +689,9 @@ class DatasetFormat(Component[Any]):
             return f"description is {self.description!r:.60}, no text"
         if not isinstance(self.supported_options, Collection):
             return f"supported_options is {self.supported_options!r:.60}, no collection"
-        for flag in (self.is_native, self.keeps_pages):
+        for name, flag in {"is_native": self.is_native, "keeps_pages": self.keeps_pages}.items():
             if not isinstance(flag, bool):
-                return f"{flag!r:.60} is neither true nor false"
+                return f"{name} is {flag!r:.60}, neither True nor False"
         if not callable(self.parse_row):
             return f"parse_row is {self.parse_row!r:.60}, no function"
         functions = {

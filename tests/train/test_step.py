@@ -49,8 +49,13 @@ def test_features_of_a_graph_are_freed_before_the_backward_pass():
         assert features[0]() is None
         loss.backward()
 
-    model: Any = lambda *_: parameter * 2  # noqa: E731
-    model.lm_head_weight = parameter
+    class Doubling:
+        lm_head_weight = parameter
+
+        def __call__(self, *inputs: Any) -> Tensor:
+            return parameter * 2
+
+    model: Any = Doubling()
     objective: Any = SimpleNamespace(compute_loss=lambda h_LD, head_VD, inputs: h_LD * 3)
     batch: Any = None
     seed_1 = torch.zeros(1)

@@ -145,7 +145,7 @@ def test_page_shows_the_scores_of_an_old_plugin_by_name(tmp_path, monkeypatch):
 
 REDEFINED = {
     "accuracy": "'accuracy' has another direction or maximum in the metric classification",
-    "precision": "'precision' has another direction or maximum in the metric pointing",
+    "anls": "'anls' has another direction or maximum in the metric",
     "ended_with_eos": "all metrics have a score ended_with_eos",
 }
 

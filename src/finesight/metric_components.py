@@ -29,7 +29,7 @@ PAIR_METRICS = "rewards/accuracies", "rewards/margins"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Score:
-    """Display and comparison of a score. Scores of the same name are equal in all metrics.
+    """Display and comparison of a score. Those of one name are equal in all built-in metrics.
 
     Attributes:
         title: Name on pages.
@@ -53,7 +53,7 @@ class Score:
     extra: str = ""
 
     def is_comparable(self, other: Score) -> bool:
-        """Return whether values of both scores mean the same."""
+        """Return whether both scores have the same direction and scale."""
         own = self.lower_is_better, self.counts_answers, self.maximum
         return own == (other.lower_is_better, other.counts_answers, other.maximum)
 

@@ -48,11 +48,14 @@ def check_model(path: Path, packages: InstalledPackages) -> list[Diagnosis]:
         family = folder.family
         check = "model-plugin"
         component = FAMILIES.get(family)
-        extra = package = ""
+        extra = ""
+        package = ""
         if component is None:
-            extra, package = "hf", "transformers"
+            extra = "hf"
+            package = "transformers"
         elif component.needs_tiktoken:
-            extra, package = "qwen-vl", "tiktoken"
+            extra = "qwen-vl"
+            package = "tiktoken"
         if extra and package not in packages:
             install = install_command(f"{PACKAGE_NAME}[{extra}]")
             needs = {"family": family, "extra": extra, "install": install}

@@ -53,22 +53,23 @@ def load_architecture(family: str) -> Architecture | None:
     """
     component = FAMILIES.get(family)
     plugin = PLUGIN_ARCHITECTURES.find_plugin(family)
+    if component is None:
+        return PLUGIN_ARCHITECTURES.get(family)
+    if not component.architecture:
+        if plugin is None:
+            problem = "it has no architecture"
+            raise FAMILIES.build_error(family, component.renderer, problem, FamilyComponent)
+        return PLUGIN_ARCHITECTURES[family]
     owner = FAMILIES.find_plugin(family)
     owner_name = "finesight" if owner is None else f"{owner.package} {owner.version}"
-    has_own = component is not None and bool(component.architecture)
-    if plugin is not None and has_own and (owner is None or owner.package != plugin.package):
+    if plugin is not None and (owner is None or owner.package != plugin.package):
         raise UserError(
             f"several packages define it: {owner_name}, {plugin.package} {plugin.version}",
             where=f"plug-in {family} (finesight.architectures)",
             expected="one package that defines the name",
             remedy=f"remove the package {plugin.package}, or its entry point",
         )
-    if component is not None and component.architecture:
-        return cast(Architecture, FAMILIES.load_half(family, component.architecture, Architecture))
-    if component is not None and plugin is None:
-        problem = "it has no architecture"
-        raise FAMILIES.build_error(family, component.renderer, problem, FamilyComponent)
-    return PLUGIN_ARCHITECTURES.get(family)
+    return cast(Architecture, FAMILIES.load_half(family, component.architecture, Architecture))
 
 
 class VisionLanguageModel(nn.Module):

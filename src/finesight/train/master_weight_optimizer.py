@@ -668,11 +668,13 @@ class MasterWeightOptimizer:
         for group in self.param_groups:
             for param_slice in group.param_slices:
                 state = [*group.state_tensors(param_slice).values()]
-                # An optimizer without state does not know the gradients of earlier steps.
-                flag = torch.ones((), dtype=torch.bool, device=param_slice.parameter.device)
                 if state:
-                    flag = state[-1].any()
-                nonzero_flags[param_slice.name] = flag
+                    has_gradient = state[-1].any()
+                else:
+                    # An optimizer without state does not know the gradients of earlier steps.
+                    device = param_slice.parameter.device
+                    has_gradient = torch.ones((), dtype=torch.bool, device=device)
+                nonzero_flags[param_slice.name] = has_gradient
         flags = torch.stack(list(nonzero_flags.values())).tolist()
         return {name for name, flag in zip(nonzero_flags, flags, strict=True) if flag}
 

@@ -51,6 +51,20 @@ RELATED_TESTS = (
 )
 """Tests of the kinds, and of modules that list components."""
 
+TEXT_SUFFIXES = (".py", ".yaml", ".html", ".js", ".css", ".md")
+
+NAMED_ELSEWHERE = (
+    ("trainer_settings.yaml", "settings of other trainers"),
+    ("app/static/zh.yaml", "translations"),
+    ("assets/finesight-tiny/README.md", "what the practice model was trained on"),
+    ("app/static/chat.html", "the repetition penalty of sampling"),
+    ("infer/token_sampler.py", "the repetition penalty of sampling"),
+    ("convert/ms_swift.py", "random draws with repetition"),
+    ("pattern_matcher.py", "nested repetition of regular expressions"),
+    ("data/formats/row_keys.py", "a column of public datasets"),
+)
+"""Files of the rest with the names of components, and what they mean there."""
+
 IMPORT_ALL = """
 import importlib, pkgutil, finesight
 for module in pkgutil.walk_packages(finesight.__path__, "finesight."):
@@ -155,6 +169,16 @@ def rest(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_rest_imports(rest):
     run_python("-c", IMPORT_ALL, folder=rest, path=[rest / "src"])
+
+
+def test_rest_names_no_component(rest):
+    sources = rest / "src" / "finesight"
+    names = {name.replace("_", "[-_.]?") for name in NAMES.values()}
+    pattern = re.compile(rf"\b(?:{'|'.join(names)})\b", re.IGNORECASE)
+    files = [path for path in sources.rglob("*") if path.suffix in TEXT_SUFFIXES]
+    naming = {path for path in files if pattern.search(path.read_text("utf-8"))}
+    found = {path.relative_to(sources).as_posix() for path in naming}
+    assert found == {file for file, _ in NAMED_ELSEWHERE}
 
 
 def test_rest_has_types(rest):

@@ -12,7 +12,7 @@ from functools import cache
 from operator import itemgetter
 from pathlib import Path
 
-from finesight.data.formats import get_format
+from finesight.data.formats import get_format, list_writable_formats
 from finesight.data.formats.dataset_format import DatasetFormat, ExportContext
 from finesight.data.image_file import (
     CorruptImageError,
@@ -60,7 +60,7 @@ def export_dataset(
             f"{format_name} can be imported only",
             where="--to",
             expected="a format with an exporter",
-            remedy="export boxes to coco, yolo or cvat, and others to openai, ms-swift or table",
+            remedy=f"name one of these with --to: {', '.join(list_writable_formats())}",
         )
     with write_folder(out) as staging:
         resolved_paths = _resolve_image_paths(samples)

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Unpack
 
+from finesight.data.format_names import list_format_names
 from finesight.errors import Step, UserError, format_count
 from finesight.operations.operation import Outcome, Parameter, StrPath, to_path
 from finesight.operations.options import (
@@ -199,7 +200,16 @@ def _describe_box_format(options: ImportOptions) -> str:
 def export_data(
     samples: StrPath,
     out: OutFolderArgument,
-    target_format: Annotated[str, Parameter(option="--to", metavar="FORMAT")],
+    target_format: Annotated[
+        str,
+        Parameter(
+            f"Format to write: {', '.join(list_format_names())}. One that can only be imported is "
+            "refused.",
+            option="--to",
+            metavar="FORMAT",
+            plugins="formats",
+        ),
+    ],
     copy_images: bool = False,
 ) -> Outcome[ExportSummary]:
     """Export samples in the format of another program.
@@ -211,8 +221,6 @@ def export_data(
 
     Args:
         samples: Samples file, as written by `finesight import`.
-        target_format: samples, ms-swift, llama-factory, llava, openai, conversations, table,
-            folder, coco, yolo, cvat, label-studio or label-studio-predictions.
         copy_images: Copy the images into OUT/images. Default: OUT refers to the images in place.
     """
     from finesight.data.exporter import export_dataset

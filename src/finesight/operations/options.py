@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Literal, TypedDict
 
+from finesight.data.format_names import list_format_names
 from finesight.errors import UserError
 from finesight.operations.operation import Parameter, StrPath
 
@@ -189,10 +190,8 @@ class SourceOptions(TableOptions, total=False):
     format: Annotated[
         str | None,
         Parameter(
-            "Format of SOURCE: samples, openai, ms-swift, llava, llama-factory, qwen-vl, "
-            "conversations, query-response, image-path, table (columns named with --map), coco, "
-            "yolo, voc, labelme, cvat, fiftyone, label-studio, label-studio-predictions, "
-            "imagefolder, folder or classes. Default: detected from the content.",
+            f"Format of SOURCE: {', '.join(list_format_names())}. Default: detected from the "
+            "content.",
             metavar="NAME",
             plugins="formats",
         ),
@@ -200,9 +199,9 @@ class SourceOptions(TableOptions, total=False):
     box_task: Annotated[
         Literal["detection", "grounding", "points", "polygons"],
         Parameter(
-            "For datasets of boxes (coco, yolo, voc, labelme, cvat, fiftyone, label-studio): one "
-            "question per image about all boxes (detection), one per image and label (grounding), "
-            "or one per image about its points (points) or outlines (polygons).",
+            "For datasets of boxes: one question per image about all boxes (detection), one per "
+            "image and label (grounding), or one per image about its points (points) or outlines "
+            "(polygons).",
             default="detection",
         ),
     ]
@@ -210,8 +209,8 @@ class SourceOptions(TableOptions, total=False):
         Literal["xyxy", "xywh", "cxcywh"] | None,
         Parameter(
             "Box coordinates in SOURCE: xyxy (left, top, right, bottom), xywh (left, top, width, "
-            "height) or cxcywh (center x, center y, width, height). Default: of the format (coco: "
-            "xywh, yolo: cxcywh) or the column names of a table (x,y,w,h: xywh), else xyxy.",
+            "height) or cxcywh (center x, center y, width, height). Default: of the format "
+            "or the column names of a table (x,y,w,h: xywh), else xyxy.",
         ),
     ]
     box_units: Annotated[
@@ -220,7 +219,7 @@ class SourceOptions(TableOptions, total=False):
             "Unit of box coordinates in SOURCE: pixel (of the original image), 1 (fractions of "
             "width and height), 1000 (thousandths) or resized (pixels of the image as Qwen2.5-VL "
             "resizes it with its published limits; for other limits, scale the boxes first). "
-            "Default: of the format (yolo: 1, qwen-vl: 1000), else pixel."
+            "Default: of the format, else pixel."
         ),
     ]
     pages: PagesOption

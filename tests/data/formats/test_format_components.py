@@ -44,21 +44,12 @@ def test_general_formats_are_tried_last():
     assert get_native_format().name == "samples"
 
 
-@pytest.mark.parametrize(("command", "option"), [
-    ("import", "--format"), ("import", "--box-task"), ("data export", "--to")
-])  # fmt: skip
+@pytest.mark.parametrize(("command", "option"), [("import", "--format"), ("data export", "--to")])
 def test_help_names_the_formats(command, option):
     """The help is read without NumPy, and so without the formats."""
     parameters = {one.option: one.help for one in list_parameters(find_operation(command))}
-    words = re.findall(r"[\w-]+", parameters[option])
-    formats = FORMATS.list_built_in()
-    if option == "--to":
-        formats = [one for one in formats if one.write_files is not None]
-    elif option == "--box-task":
-        formats = [one for one in formats if "box_task" in one.supported_options]
-    missing = {one.name for one in formats} - {*words}
-    # Its tasks are detected as those of `label-studio`.
-    assert missing <= {"label-studio-predictions"}
+    names = [one.name for one in FORMATS.list_built_in()]
+    assert f": {', '.join(sorted(names))}. " in parameters[option]
 
 
 SEVERAL_MEANINGS = {"samples", "openai", "conversations", "table", "folder", "classes"}
@@ -67,12 +58,11 @@ SEVERAL_MEANINGS = {"samples", "openai", "conversations", "table", "folder", "cl
 NAMING_FILES = {
     "app/start.py": "path of the backend for the program",
     "cli/app.py": "example of a command",
-    "data/exporter.py": "examples in remedies, and a program",
+    "data/exporter.py": "a program",
     "data/folder_listing.py": "closest format of files that no format opens",
     "doctor/model_check.py": "extra of a model family",
     "encode/tokenization.py": "extra of a model family",
-    "operations/dataset.py": "help, which is read without NumPy",
-    "operations/options.py": "help, which is read without NumPy",
+    "operations/dataset.py": "example of a command",
     "operations/training.py": "a trainer with configurations",
     "serve/request_middleware.py": "path of the backend for the program",
 }

@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator, Sequence
 
 from finesight.components import ComponentRegistry
+from finesight.data.format_names import FORMAT_HELPERS, FORMAT_PACKAGE
 from finesight.data.formats import table
 from finesight.data.formats.dataset_format import (
     IMAGE_KEYS,
@@ -22,21 +23,7 @@ from finesight.data.row_reader import Record
 from finesight.data.sample import InvalidRowError
 from finesight.errors import UserError, suggest_name
 
-FORMATS = ComponentRegistry(
-    "formats",
-    DatasetFormat,
-    "finesight.data.formats",
-    helpers=(
-        "conversation_placeholders",
-        "conversation_rows",
-        "dataset_format",
-        "image_annotations",
-        "json_annotations",
-        "row_keys",
-        "split_folders",
-        "xml_annotations",
-    ),
-)
+FORMATS = ComponentRegistry("formats", DatasetFormat, FORMAT_PACKAGE, FORMAT_HELPERS)
 """Dataset formats by name, in the order in which detection tries them."""
 
 
@@ -44,6 +31,11 @@ def iter_formats(with_plugins: bool = True) -> Iterator[DatasetFormat]:
     """Yield the built-in formats, then those of plug-ins, which are imported at their turn."""
     yield from FORMATS.list_built_in()
     yield from (FORMATS[name] for name in FORMATS.plugin_names if with_plugins)
+
+
+def list_writable_formats() -> list[str]:
+    """List the names of the formats that can be exported. Imports the plug-ins."""
+    return [one.name for one in FORMATS.list_available() if one.write_files is not None]
 
 
 def get_native_format() -> DatasetFormat:

@@ -18,7 +18,7 @@ from finesight.model.quant.base import find_quantized_weights
 from finesight.model.quant.fp8 import Fp8Weight
 from finesight.model.weights_io import load_model
 from finesight.model_folder import ModelFolder
-from finesight.train.finalize import ParamAudit
+from finesight.train.param_audit import ParamAudit
 
 LORA: dict[str, Any] = {"language": "lora", "lora": {"rank": 4, "alpha": 8, "dropout": 0.0}}
 LANGUAGE = LORA | {"quantize": {"nf4": ["language"]}}

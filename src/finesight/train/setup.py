@@ -44,11 +44,11 @@ from finesight.train.checkpoint import (
 )
 from finesight.train.cuda_graphs import CudaGraphRunner
 from finesight.train.dataset_stats import DatasetStats, SampleStats, check_image_record
-from finesight.train.finalize import ParamAudit
 from finesight.train.flops import FlopCounter, measure_peak_flops
 from finesight.train.master_weight_optimizer import LossScaler, LRSchedule, MasterWeightOptimizer
 from finesight.train.oom import MemoryBudget
 from finesight.train.parallel.distributed import SINGLE_PROCESS, ParallelStrategy, ProcessGroup
+from finesight.train.param_audit import ParamAudit
 from finesight.train.prefetch import default_num_workers
 from finesight.train.recipe_check import (
     check_machine,

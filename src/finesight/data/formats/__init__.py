@@ -35,7 +35,11 @@ def iter_formats(with_plugins: bool = True) -> Iterator[DatasetFormat]:
 
 def list_writable_formats() -> list[str]:
     """List the names of the formats that can be exported. Imports the plug-ins."""
-    return [one.name for one in FORMATS.list_available() if one.write_files is not None]
+    names = []
+    for data_format in FORMATS.list_available():
+        if data_format.write_files is not None:
+            names.append(data_format.name)
+    return names
 
 
 def get_native_format() -> DatasetFormat:

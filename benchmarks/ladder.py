@@ -32,7 +32,8 @@ from random_model import init_random_model
 from torch import Tensor
 
 from finesight.config import TrainSettings, TuneSettings
-from finesight.encode.packing import PackedBatch, find_shared_prefix_length, pack
+from finesight.encode.batch import PackedBatch
+from finesight.encode.packing import find_shared_prefix_length, pack
 from finesight.encode.tokenization import EncodedSample, TokenizedSample, VisualSpan
 from finesight.model import attention, fused_decoder, layers
 from finesight.model.attention import Segments

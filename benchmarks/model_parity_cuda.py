@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from finesight.encode.packing import PackedBatch
+from finesight.encode.batch import PackedBatch
 from finesight.family_components import FAMILIES
 from finesight.model.config import ConfigReader
 from finesight.model.vlm import VisionLanguageModel, build_model

@@ -24,7 +24,8 @@ import torch
 from ladder import DEVICE, TrainedModel, make_batch, time_steps
 from peer_metrics import report_header
 
-from finesight.encode.packing import PackedBatch, pack
+from finesight.encode.batch import PackedBatch
+from finesight.encode.packing import pack
 from finesight.encode.tokenization import EncodedSample, TokenizedSample
 
 MODEL_4B, MODEL_9B, MODEL_27B = "Qwen3.5-4B", "Qwen3.5-9B", "Qwen3.5-27B"

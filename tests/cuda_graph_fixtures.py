@@ -11,7 +11,8 @@ from torch import Tensor
 
 from finesight.config import PixelRange, TrainFileSettings, TuneSettings
 from finesight.data.corpus import load_corpus
-from finesight.encode.packing import PackedBatch, find_shared_prefix_length, pack
+from finesight.encode.batch import PackedBatch
+from finesight.encode.packing import find_shared_prefix_length, pack
 from finesight.encode.renderer import NativeRenderer
 from finesight.encode.tokenization import EncodedSample
 from finesight.model.trainable import configure_tuning, trainable_parameters

@@ -15,7 +15,8 @@ from tiny_model import TinyFamily, create_tiny_model
 from torch import Tensor
 
 from finesight.data.sample import LocatedSample
-from finesight.encode.packing import PackedBatch, pack
+from finesight.encode.batch import PackedBatch
+from finesight.encode.packing import pack
 from finesight.encode.renderer import NativeRenderer
 from finesight.encode.tokenization import EncodedSample
 from finesight.errors import UserError

@@ -13,7 +13,7 @@ import torch
 from case_files import load_cases
 from torch import Tensor, nn
 
-from finesight.encode.packing import PackedBatch
+from finesight.encode.batch import PackedBatch
 from finesight.model.config import ConfigReader
 from finesight.model.vlm import VisionLanguageModel, build_model
 from finesight.model.weights_io import hub_tensors, save_model

@@ -15,7 +15,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from finesight import config
 from finesight.data.corpus import load_corpus
-from finesight.encode.packing import PackedBatch, find_shared_prefix_length, pack
+from finesight.encode.batch import PackedBatch
+from finesight.encode.packing import find_shared_prefix_length, pack
 from finesight.encode.renderer import NativeRenderer
 from finesight.model.trainable import configure_tuning
 from finesight.model.vlm import VisionLanguageModel

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from finesight.config import ParallelMode, TrainSettings
-from finesight.encode.packing import PackedBatch
+from finesight.encode.batch import PackedBatch
 from finesight.model.linear import stacked_row_counts
 from finesight.model.vlm import VisionLanguageModel
 from finesight.model_folder import locate_model

@@ -10,15 +10,8 @@ import torch
 from conversation_fixtures import make_conversation, make_images
 from tiny_model import create_tiny_model
 
-from finesight.encode.packing import (
-    PAD_MULTIPLE,
-    PackedBatch,
-    compute_min_budget,
-    find_shared_prefix_length,
-    pack,
-    pad_batch,
-    plan_packs,
-)
+from finesight.encode.batch import PAD_MULTIPLE, PackedBatch, pad_batch
+from finesight.encode.packing import compute_min_budget, find_shared_prefix_length, pack, plan_packs
 from finesight.encode.renderer import NativeRenderer
 from finesight.encode.tokenization import EncodedSample, TokenizedSample, VisualSpan
 from finesight.model.vlm import VisionLanguageModel
@@ -111,18 +104,6 @@ def test_removed_and_padding_tokens_do_not_change_the_loss(tmp_path, family, vid
         assert even.num_supervised_tokens == batch.num_supervised_tokens
         expected = compute_gradients(model, batch)
         torch.testing.assert_close(compute_gradients(model, even), expected, rtol=1e-4, atol=1e-5)
-
-
-def test_padding_of_even_text_and_odd_patch_counts():
-    batch = pack([make_sample([3] * (PAD_MULTIPLE + 1), [True] * (PAD_MULTIPLE + 1))])
-    even = pad_batch(batch, 2)
-    assert (even.lengths, even.grid_thw) == ((PAD_MULTIPLE, PAD_MULTIPLE), ())
-    assert even.logit_indices_L.tolist() == batch.logit_indices_L.tolist()
-    patches_ND = torch.zeros((63, 12), dtype=torch.uint8)
-    odd = pad_batch(replace(batch, patches_ND=patches_ND, grid_thw=((1, 9, 7),)), 3)
-    assert sum(t * h * w for t, h, w in odd.grid_thw) == len(odd.patches_ND) == 576
-    assert len(odd.visual_indices_M) == (576 - 63) // 9
-    assert len(odd.ids_T) % PAD_MULTIPLE == 0
 
 
 def test_packs_are_planned_first_fit_within_budget():

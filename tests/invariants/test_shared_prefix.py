@@ -13,7 +13,8 @@ from torch import Tensor
 
 from finesight.config import TuneSettings
 from finesight.data.sample import LocatedSample, Message, TextPart
-from finesight.encode.packing import PackedBatch, find_shared_prefix_length, pack, pad_batch
+from finesight.encode.batch import PackedBatch, pad_batch
+from finesight.encode.packing import find_shared_prefix_length, pack
 from finesight.encode.renderer import NativeRenderer
 from finesight.encode.tokenization import EncodedSample
 from finesight.infer.engine import build_engine, iter_completions

@@ -12,7 +12,9 @@ from tiny_model import create_tiny_model
 from torch import Tensor
 
 from finesight.config import PixelRange
-from finesight.encode.packing import ContextShard, PackedBatch, pack
+from finesight.encode.batch import PackedBatch
+from finesight.encode.context_shard import ContextShard
+from finesight.encode.packing import pack
 from finesight.encode.renderer import build_renderer
 from finesight.encode.tokenization import EncodedSample
 from finesight.model import attention
@@ -42,7 +44,7 @@ def long_sample(folder: Path, tiny: Path) -> EncodedSample:
 def make_shards(encoded: EncodedSample, number: int, count: int) -> PackedBatch:
     share = ContextShard.from_sample(encoded.tokenized, number, count)
     own = encoded.patches_ND[slice(*share.patch_range)]
-    return share.shard_batch(pack([replace(encoded, patches_ND=own)]))
+    return pack([replace(encoded, patches_ND=own)]).select_shard(share)
 
 
 def compute_loss_and_gradients(

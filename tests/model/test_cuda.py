@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from finesight.encode.packing import PackedBatch
+from finesight.encode.batch import PackedBatch
 from finesight.model import attention, layers
 from finesight.model.cuda_graph_cache import CudaGraphCache
 from finesight.model.layers import GatedMlp, RmsNorm, add_norm

@@ -9,7 +9,8 @@ from case_files import load_cases
 from safetensors.torch import load_file, save_file
 
 from finesight.config import TuneSettings
-from finesight.encode.packing import PackedBatch, pack
+from finesight.encode.batch import PackedBatch
+from finesight.encode.packing import pack
 from finesight.encode.renderer import build_renderer
 from finesight.errors import UserError
 from finesight.model.hf_backend import HfModel, load_auto_model, load_hf_model

@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from tiny_model import create_tiny_model
 
 from finesight.config import TuneSettings
-from finesight.encode.packing import PackedBatch
+from finesight.encode.batch import PackedBatch
 from finesight.errors import UserError
 from finesight.model.lora.peft_io import ADAPTER_WEIGHTS_FILE, load_adapter, save_adapter
 from finesight.model.trainable import configure_tuning, trainable_parameters

@@ -19,7 +19,8 @@ from qwen_vl_reference import (
     to_published_layout,
 )
 
-from finesight.encode.packing import PackedBatch, pack
+from finesight.encode.batch import PackedBatch
+from finesight.encode.packing import pack
 from finesight.infer.engine import generate
 from finesight.model.vlm import VisionLanguageModel
 

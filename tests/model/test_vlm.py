@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from finesight.encode.packing import PackedBatch
+from finesight.encode.batch import PackedBatch
 from finesight.model.linear import FusedLinear
 from finesight.model.trainable import get_part
 from finesight.model.vlm import VisionLanguageModel

@@ -12,7 +12,7 @@ from tiny_task import make_task
 from torch import Tensor
 
 from finesight.config import TrainSettings
-from finesight.encode.packing import PackedBatch
+from finesight.encode.batch import PackedBatch
 from finesight.model.vlm import VisionLanguageModel
 from finesight.model_folder import ModelFolder, locate_model
 from finesight.plan.dry_run import PlannedPack, build_planned_pack

@@ -19,7 +19,7 @@ from plan_fixtures import (
 from tiny_model import TinyFamily, create_tiny_model
 from tiny_task import make_task
 
-from finesight.encode.packing import PackedBatch
+from finesight.encode.batch import PackedBatch
 from finesight.model_folder import ModelFolder, locate_model
 from finesight.plan.dry_run import ComputeTarget, PlannedPack, StepTracer
 from finesight.train.objectives.sft import Settings

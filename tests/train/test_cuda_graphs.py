@@ -29,7 +29,8 @@ from tiny_task import make_task
 from torch import Tensor
 
 from finesight.config import TuneSettings
-from finesight.encode.packing import PackedBatch, pack
+from finesight.encode.batch import PackedBatch
+from finesight.encode.packing import pack
 from finesight.encode.tokenization import EncodedSample
 from finesight.model import attention
 from finesight.model.vlm import VisionLanguageModel

@@ -26,7 +26,8 @@ from tiny_task import make_task
 from torch import Tensor, nn
 
 from finesight.config import TuneSettings
-from finesight.encode.packing import PackedBatch, compute_context_lengths, pack
+from finesight.encode.batch import PackedBatch, compute_context_lengths
+from finesight.encode.packing import pack
 from finesight.encode.tokenization import EncodedSample
 from finesight.model import attention, layers
 from finesight.model.attention import Segments

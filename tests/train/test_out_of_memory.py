@@ -14,7 +14,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 
 from finesight import storage
 from finesight.cli.app import run_command
-from finesight.encode.packing import PackedBatch
+from finesight.encode.batch import PackedBatch
 from finesight.errors import TrainingInterrupted, UserError
 from finesight.infer.model_runner import ModelRunner
 from finesight.model.layers import GatedMlp

@@ -10,7 +10,7 @@ from tiny_model import create_tiny_model
 from tiny_task import edit_samples
 
 from finesight.config import LongestSide, PixelRange
-from finesight.encode.packing import PackedBatch
+from finesight.encode.batch import PackedBatch
 from finesight.errors import UserError
 from finesight.infer.model_loader import load_inference_model
 from finesight.manifest import Manifest

@@ -1,35 +1,23 @@
 """Sample packing: concatenation of samples to one batch without padding between them.
 
-With context parallelism, one long sample is split across several ranks. Each rank processes two
-token ranges and some frames of the images and videos. One token range is from the front and one is
-at the same distance from the end, so that causal attention is balanced (Llama Team 2024,
-arXiv:2407.21783, section 3.3.2).
-
-Shapes: S sequences, T tokens, N patches, M placeholder tokens, L supervised tokens.
+Shapes: S sequences, T tokens, N patches, M placeholder tokens, P prefix tokens, L supervised
+tokens.
 """
 
 from __future__ import annotations
 
-import math
-from bisect import bisect_left
-from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
 from functools import reduce
-from itertools import accumulate, pairwise
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
-from torch import Tensor
 
+from finesight.encode.batch import PackedBatch, compute_cu_seqlens
 from finesight.encode.tokenization import EncodedSample, TokenizedSample
 from finesight.vision.image_processing import GridTHW, concat_patches
-
-PAD_MULTIPLE = 64
-"""Multiple to which `pad_batch` pads the token, patch and logit dimensions."""
 
 PREFIX_MULTIPLE = 4
 """Length multiple to which a shared prefix is truncated if the samples diverge after it.
@@ -45,84 +33,6 @@ MAX_CONTEXT_RATIO = 4
 
 Attention copies the keys of the shared prefix for each sequence.
 """
-
-
-def copy_to_device(array: NDArray[np.generic], device: torch.device) -> Tensor:
-    """Copy a NumPy array to `device`, asynchronously on a GPU."""
-    tensor = torch.from_numpy(array)
-    if device.type != "cuda":
-        return tensor
-    return tensor.pin_memory().to(device, non_blocking=True)
-
-
-@dataclass(frozen=True, slots=True)
-class PackedBatch:
-    """Packed batch of concatenated sequences, with the patches of all images in token order.
-
-    A sequence is one sample, or one response of a preference pair. With a shared prefix, the first
-    sequence is the prefix of all others, which continue it.
-
-    Attributes:
-        cu_seqlens_S1: Cumulative sequence lengths, starting at 0 (int32).
-        patches_ND: Patches. They store a single frame if all frames of every patch are equal, as
-            for images.
-        logit_indices_L: Indices of tokens whose logits predict a supervised token. Padding added by
-            `pad_batch` has no label.
-        hf_inputs: Other model inputs by name, for a batch of one sample of a non-native family.
-        context_shard: Shard of a sample under context parallelism, else None. All other fields are
-            sharded, too.
-        prefix_length: Length of the shared prefix; 0 without one.
-        loss_inputs: Inputs of the objective by name, each [L], such as advantages of tokens.
-    """
-
-    sample_ids: tuple[str, ...]
-    lengths: tuple[int, ...]
-    grid_thw: tuple[GridTHW, ...]
-    ids_T: Tensor
-    position_ids_3T: Tensor
-    cu_seqlens_S1: Tensor
-    patches_ND: Tensor
-    visual_indices_M: Tensor
-    logit_indices_L: Tensor
-    labels_L: Tensor
-    hf_inputs: Mapping[str, Tensor] = field(default_factory=dict)
-    context_shard: ContextShard | None = None
-    prefix_length: int = 0
-    loss_inputs: Mapping[str, Tensor] = field(default_factory=dict)
-
-    @property
-    def num_samples(self) -> int:
-        """Number of samples; a context-parallel sample counts on rank 0 only."""
-        is_first = self.context_shard is None or self.context_shard.rank == 0
-        return len(self.sample_ids) if is_first else 0
-
-    @property
-    def num_tokens(self) -> int:
-        """Number of tokens of all samples, with the shared prefix counted for each sample."""
-        return sum(self.lengths) + self.prefix_length * max(0, len(self.sample_ids) - 1)
-
-    @property
-    def num_supervised_tokens(self) -> int:
-        return len(self.labels_L)
-
-    def to(self, device: torch.device) -> PackedBatch:
-        """Copy the batch to a device; copies from pinned memory are asynchronous."""
-        return replace(
-            self,
-            ids_T=self.ids_T.to(device, non_blocking=True),
-            position_ids_3T=self.position_ids_3T.to(device, non_blocking=True),
-            cu_seqlens_S1=self.cu_seqlens_S1.to(device, non_blocking=True),
-            patches_ND=self.patches_ND.to(device, non_blocking=True),
-            visual_indices_M=self.visual_indices_M.to(device, non_blocking=True),
-            logit_indices_L=self.logit_indices_L.to(device, non_blocking=True),
-            labels_L=self.labels_L.to(device, non_blocking=True),
-            hf_inputs=_copy_tensors(self.hf_inputs, device),
-            loss_inputs=_copy_tensors(self.loss_inputs, device),
-        )
-
-
-def _copy_tensors(tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    return {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
 
 
 class SharedPrefix(NamedTuple):
@@ -181,20 +91,6 @@ def find_shared_prefix_length(tokenized_samples: Sequence[TokenizedSample]) -> i
     prefixes = map(SharedPrefix.from_sample, tokenized_samples)
     lengths = [tokenized.num_packed_tokens for tokenized in tokenized_samples]
     return effective_prefix_length(reduce(SharedPrefix.intersect, prefixes).length, lengths)
-
-
-def compute_context_lengths(lengths: Sequence[int], prefix_length: int) -> tuple[int, ...]:
-    """Return the number of context tokens of each sequence, including the shared prefix.
-
-    The first of `lengths` is that of the shared prefix itself.
-    """
-    prefix, *others = lengths
-    return prefix, *(prefix_length + length for length in others)
-
-
-def compute_cu_seqlens(lengths: Sequence[int]) -> NDArray[np.int32]:
-    """Return the cumulative lengths of packed sequences, starting at 0."""
-    return np.cumsum([0, *lengths], dtype=np.int32)
 
 
 class _TokenRange(NamedTuple):
@@ -307,94 +203,6 @@ def _count_required_tokens(sample: EncodedSample) -> int:
     return sample.tokenized.num_packed_tokens
 
 
-def pad_batch(batch: PackedBatch, merge_size: int | None) -> PackedBatch:
-    """Append a dummy sequence so that batch dimensions are multiples of PAD_MULTIPLE.
-
-    Pads the tokens, patches and logit indices. The dummy sequence continues the shared prefix and
-    has no labels, so `logit_indices_L` is longer than `labels_L`.
-
-    Args:
-        merge_size: Number of patches per side of a merged token; None for a vision encoder with a
-            fixed image size, whose patches are not padded.
-    """
-    patches_ND = batch.patches_ND
-    grid_thw = batch.grid_thw
-    num_features = 0
-    if merge_size is not None:
-        patches_ND, grid_thw = pad_patches(patches_ND, grid_thw, merge_size)
-        num_features = (len(patches_ND) - len(batch.patches_ND)) // merge_size**2
-    num_tokens = num_features + 1
-    num_tokens += -(len(batch.ids_T) + num_tokens) % PAD_MULTIPLE
-    padded = _append_dummy_sequence(batch, num_tokens, num_features, patches_ND, grid_thw)
-    num_padding_logits = -len(batch.logit_indices_L) % PAD_MULTIPLE
-    return replace(padded, logit_indices_L=F.pad(batch.logit_indices_L, (0, num_padding_logits)))
-
-
-def append_dummy_image(
-    batch: PackedBatch, dummy_grid: GridTHW, num_features: int, patch_dim: int
-) -> PackedBatch:
-    """Append a dummy sequence with a blank image to a batch without images.
-
-    With sharded parameters, all ranks must run the vision encoder in the same steps.
-
-    Args:
-        dummy_grid: Patch grid of the image (time, height, width).
-    """
-    assert not batch.grid_thw, f"the batch already has {len(batch.grid_thw)} images"
-    patches_ND = batch.patches_ND.new_zeros(math.prod(dummy_grid), patch_dim)
-    return _append_dummy_sequence(batch, num_features + 1, num_features, patches_ND, (dummy_grid,))
-
-
-def dummy_batch() -> PackedBatch:
-    """Return a packed batch with one dummy token that predicts itself."""
-    zeros = torch.zeros(1, dtype=torch.int64)
-    return PackedBatch(
-        sample_ids=(),
-        lengths=(1,),
-        grid_thw=(),
-        ids_T=zeros,
-        position_ids_3T=zeros.expand(3, 1),
-        cu_seqlens_S1=torch.tensor([0, 1], dtype=torch.int32),
-        patches_ND=torch.empty(0, 0, dtype=torch.uint8),
-        visual_indices_M=zeros[:0],
-        logit_indices_L=zeros,
-        labels_L=zeros,
-    )
-
-
-def _append_dummy_sequence(
-    batch: PackedBatch,
-    num_tokens: int,
-    num_features: int,
-    patches_ND: Tensor,
-    grid_thw: tuple[GridTHW, ...],
-) -> PackedBatch:
-    """Append a dummy sequence whose first `num_features` tokens are image placeholders."""
-    end = len(batch.ids_T)
-    dummy_ids = batch.ids_T.new_zeros(num_tokens)
-    offsets = torch.arange(num_tokens, device=dummy_ids.device)
-    return replace(
-        batch,
-        lengths=(*batch.lengths, num_tokens),
-        grid_thw=grid_thw,
-        ids_T=torch.cat([batch.ids_T, dummy_ids]),
-        position_ids_3T=torch.cat([batch.position_ids_3T, offsets.expand(3, -1)], dim=1),
-        cu_seqlens_S1=torch.cat([batch.cu_seqlens_S1, batch.cu_seqlens_S1[-1:] + num_tokens]),
-        patches_ND=patches_ND,
-        visual_indices_M=torch.cat([batch.visual_indices_M, end + offsets[:num_features]]),
-    )
-
-
-def pad_patches(
-    patches_ND: Tensor, grid_thw: tuple[GridTHW, ...], merge_size: int
-) -> tuple[Tensor, tuple[GridTHW, ...]]:
-    """Append a dummy image that pads the number of patches to a multiple of PAD_MULTIPLE."""
-    num_merged = -len(patches_ND) % math.lcm(PAD_MULTIPLE, merge_size**2) // merge_size**2
-    if num_merged:
-        grid_thw = (*grid_thw, (1, merge_size, num_merged * merge_size))
-    return F.pad(patches_ND, (0, 0, 0, num_merged * merge_size**2)), grid_thw
-
-
 def plan_packs(
     lengths: Sequence[int], token_budget: int, prefix_length: int = 0
 ) -> list[list[int]]:
@@ -428,151 +236,3 @@ def _compute_budget_length(length: int, prefix_length: int) -> int:
     if not prefix_length:
         return length
     return max(length - prefix_length, length // MAX_CONTEXT_RATIO)
-
-
-IndexRange = tuple[int, int]
-"""Half-open index range [start, stop)."""
-
-
-class SampleShape(NamedTuple):
-    """Sizes of a sample that determine its compute: tokens, patch grids, supervised tokens."""
-
-    lengths: tuple[int, ...]
-    grid_thw: tuple[GridTHW, ...]
-    num_supervised_tokens: int
-
-    @property
-    def prefix_length(self) -> int:
-        """Always 0: a sharded sample has no shared prefix."""
-        return 0
-
-
-@dataclass(frozen=True, slots=True)
-class ContextShard:
-    """Part of a sample that one rank processes under context parallelism.
-
-    Attributes:
-        feature_ranges: Ranges of all vision features that the two token ranges of this rank need.
-    """
-
-    rank: int
-    world_size: int
-    sample_shape: SampleShape
-    token_ranges: tuple[IndexRange, IndexRange]
-    patch_range: IndexRange
-    grid_thw: tuple[GridTHW, ...]
-    features_per_rank: tuple[int, ...]
-    feature_ranges: tuple[IndexRange, IndexRange]
-
-    @classmethod
-    def from_sample(cls, tokenized: TokenizedSample, rank: int, world_size: int) -> ContextShard:
-        """Create the shard of a tokenized sample for one rank."""
-        # The vision encoder encodes the temporal steps of a video separately.
-        span_of_frame: list[int] = []
-        frame_patches: list[int] = []
-        frame_features: list[int] = []
-        placeholder_positions: list[int] = []
-        for index, span in enumerate(tokenized.spans):
-            grid_t, grid_h, grid_w = span.grid_thw
-            span_of_frame += [index] * grid_t
-            frame_patches += [grid_h * grid_w] * grid_t
-            frame_features += [(span.stop - span.start) // grid_t] * grid_t
-            placeholder_positions += range(span.start, span.stop)
-
-        frame_ranges = _balance_ranges(frame_patches, world_size)
-        first_frame, end_frame = frame_ranges[rank]
-        patch_offsets = [0, *accumulate(frame_patches)]
-        # Frames of an image or video are consecutive, so those of this rank are a single grid.
-        local_grids: list[GridTHW] = []
-        for index, count in Counter(span_of_frame[first_frame:end_frame]).items():
-            _, grid_h, grid_w = tokenized.spans[index].grid_thw
-            local_grids.append((count, grid_h, grid_w))
-
-        def find_features(token_range: IndexRange) -> IndexRange:
-            start = bisect_left(placeholder_positions, token_range[0])
-            stop = bisect_left(placeholder_positions, token_range[1])
-            return start, stop
-
-        front, back = _split_tokens(tokenized.num_packed_tokens, rank, world_size)
-        return cls(
-            rank=rank,
-            world_size=world_size,
-            sample_shape=SampleShape(
-                (tokenized.num_packed_tokens,),
-                tuple(span.grid_thw for span in tokenized.spans),
-                tokenized.num_supervised_tokens,
-            ),
-            token_ranges=(front, back),
-            patch_range=(patch_offsets[first_frame], patch_offsets[end_frame]),
-            grid_thw=tuple(local_grids),
-            features_per_rank=tuple(sum(frame_features[a:b]) for a, b in frame_ranges),
-            feature_ranges=(find_features(front), find_features(back)),
-        )
-
-    @property
-    def num_tokens(self) -> int:
-        """Number of packed tokens of the full sample."""
-        return self.sample_shape.lengths[0]
-
-    @property
-    def lengths(self) -> list[int]:
-        """Lengths of the two token ranges of this rank."""
-        return [stop - start for start, stop in self.token_ranges]
-
-    @property
-    def max_range_length(self) -> int:
-        """Length of the longest token range of any rank."""
-        return -(-self.num_tokens // (2 * self.world_size))
-
-    def shard_batch(self, batch: PackedBatch) -> PackedBatch:
-        """Return the part of a packed batch that this rank processes.
-
-        The batch must contain only this sample, with the patches of this rank.
-        """
-        token_indices_T = torch.cat(
-            [torch.arange(*token_range) for token_range in self.token_ranges]
-        )
-        local_index_T = torch.full((self.num_tokens,), -1)
-        local_index_T[token_indices_T] = torch.arange(len(token_indices_T))
-        visual_indices_M = local_index_T[batch.visual_indices_M]
-        logit_indices_L = local_index_T[batch.logit_indices_L]
-        is_local_L = logit_indices_L >= 0
-        labels_L = batch.labels_L[is_local_L]
-        logit_indices_L = logit_indices_L[is_local_L]
-        if not len(logit_indices_L):
-            # Add a token without a label, so that the backward pass runs on this rank, too.
-            logit_indices_L = F.pad(logit_indices_L, (0, 1))
-        return replace(
-            batch,
-            lengths=(len(token_indices_T),),
-            grid_thw=self.grid_thw,
-            ids_T=batch.ids_T[token_indices_T],
-            position_ids_3T=batch.position_ids_3T[:, token_indices_T],
-            cu_seqlens_S1=torch.tensor([0, len(token_indices_T)], dtype=torch.int32),
-            visual_indices_M=visual_indices_M[visual_indices_M >= 0],
-            logit_indices_L=logit_indices_L,
-            labels_L=labels_L,
-            context_shard=self,
-        )
-
-
-def _split_tokens(num_tokens: int, rank: int, world_size: int) -> tuple[IndexRange, IndexRange]:
-    """Return the chunk `rank` from the front, and its counterpart from the end."""
-    num_chunks = 2 * world_size
-    size = -(-num_tokens // num_chunks)
-
-    def get_chunk(index: int) -> IndexRange:
-        return min(num_tokens, index * size), min(num_tokens, (index + 1) * size)
-
-    return get_chunk(rank), get_chunk(num_chunks - 1 - rank)
-
-
-def _balance_ranges(costs: list[int], world_size: int) -> list[IndexRange]:
-    """Split items with costs into one consecutive range per rank, with balanced costs."""
-    middles: list[float] = []
-    total_cost = 0
-    for cost in costs:
-        total_cost += cost
-        middles.append(total_cost - cost / 2)
-    starts = [bisect_left(middles, total_cost * rank / world_size) for rank in range(world_size)]
-    return list(zip(starts, [*starts[1:], len(costs)], strict=True))

@@ -20,8 +20,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from finesight.encode.batch import copy_to_device
 from finesight.encode.hf_renderer import import_transformers
-from finesight.encode.packing import copy_to_device, pack
+from finesight.encode.packing import pack
 from finesight.encode.tokenization import EncodedSample, TokenizedSample
 from finesight.errors import UserError
 from finesight.infer.block_manager import BlockManager

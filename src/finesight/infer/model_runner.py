@@ -21,7 +21,8 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from finesight.encode.packing import PackedBatch, copy_to_device, pack, plan_packs
+from finesight.encode.batch import PackedBatch, copy_to_device
+from finesight.encode.packing import pack, plan_packs
 from finesight.encode.tokenization import EncodedSample, LruCache, VisualSpan
 from finesight.infer.block_manager import get_span_patches
 from finesight.infer.kv_cache import KVCache

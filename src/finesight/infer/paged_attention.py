@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from finesight.encode.packing import copy_to_device
+from finesight.encode.batch import copy_to_device
 from finesight.infer.kv_cache import KVCache
 from finesight.model.attention import Segments, varlen_attention
 from finesight.model.gated_delta_net import (

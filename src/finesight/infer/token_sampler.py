@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from finesight.encode.packing import copy_to_device
+from finesight.encode.batch import copy_to_device
 from finesight.infer.request import GeneratedToken, GenerationRequest
 
 _MIN_TEMPERATURE = 1e-30

@@ -34,7 +34,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from finesight.encode.packing import ContextShard, compute_cu_seqlens, copy_to_device
+from finesight.encode.batch import compute_cu_seqlens, copy_to_device
+from finesight.encode.context_shard import ContextShard
 from finesight.model.fused_ops import apply, has_tensor_cores
 from finesight.model.gated_delta_net import (
     ChunkLayout,

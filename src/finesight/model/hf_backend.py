@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from finesight.encode.packing import PackedBatch
+from finesight.encode.batch import PackedBatch
 from finesight.encode.renderer import is_native
 from finesight.errors import UserError
 from finesight.model.families import KeyMapping

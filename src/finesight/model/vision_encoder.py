@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from finesight.encode.packing import copy_to_device
+from finesight.encode.batch import copy_to_device
 from finesight.model.attention import Segments
 from finesight.model.config import PixelNormalization, VisionConfig
 from finesight.model.layers import (

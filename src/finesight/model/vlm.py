@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from finesight.encode.packing import PackedBatch
+from finesight.encode.batch import PackedBatch
 from finesight.errors import UserError
 from finesight.family_components import FAMILIES, FamilyComponent
 from finesight.model import fused_decoder

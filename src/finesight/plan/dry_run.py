@@ -24,12 +24,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from finesight.encode.packing import (
-    PackedBatch,
-    compute_context_lengths,
-    effective_prefix_length,
-    plan_packs,
-)
+from finesight.encode.batch import PackedBatch, compute_context_lengths
+from finesight.encode.packing import effective_prefix_length, plan_packs
 from finesight.model.config import VisionConfig
 from finesight.model.kernels.runtime import override_launches
 from finesight.model.vlm import VisionLanguageModel
@@ -383,7 +379,7 @@ class PlannedPack:
 
     Attributes:
         lengths: Tokens of each sequence. With a shared prefix, the first sequence is the prefix
-            (`encode.packing`).
+            (`encode.batch`).
         grid_thw: Patch grid (frames, rows, columns) of each image or video.
         num_supervised_tokens: Number of tokens that contribute to the loss.
         prefix_length: Tokens of the shared prefix; 0 without one.

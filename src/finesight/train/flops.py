@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import nn
 
-from finesight.encode.packing import compute_context_lengths
+from finesight.encode.batch import compute_context_lengths
 from finesight.model.quant.base import QuantizedWeight
 from finesight.model.trainable import (
     CONV_SUFFIX,

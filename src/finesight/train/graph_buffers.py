@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from finesight.encode.packing import PAD_MULTIPLE, PackedBatch, compute_context_lengths
+from finesight.encode.batch import PAD_MULTIPLE, PackedBatch, compute_context_lengths
 from finesight.model import attention
 from finesight.model.attention import Segments
 from finesight.model.linear import LoraLinear

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from finesight.check.check_issues import count_half_octaves
-from finesight.encode.packing import PackedBatch
+from finesight.encode.batch import PackedBatch
 from finesight.errors import Step, UserError, format_count
 from finesight.evaluate.eval_case import note_lines
 from finesight.evaluate.eval_result import EvalResult, select_eval_samples

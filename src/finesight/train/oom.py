@@ -10,7 +10,7 @@ from typing import TypeVar
 import torch
 from pydantic import BaseModel, ConfigDict
 
-from finesight.encode.packing import PackedBatch
+from finesight.encode.batch import PackedBatch
 from finesight.errors import Step, UserError
 from finesight.optimizer_components import DEFAULT_OPTIMIZER, find_smaller_optimizer
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from finesight.encode.packing import PackedBatch
+from finesight.encode.batch import PackedBatch
 from finesight.train.oom import GpuOutOfMemoryError, MemoryBudget, first_error_line, propose_plan
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ import torch
 from finesight import __version__
 from finesight.config import Recipe, TrainSettings, find_section_owner
 from finesight.data.augmentation import Augmenter
-from finesight.encode.packing import SampleShape
+from finesight.encode.context_shard import SampleShape
 from finesight.errors import UserError
 from finesight.family_components import FAMILIES
 from finesight.infer.model_loader import resolve_device, resolve_precision

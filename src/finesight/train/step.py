@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from finesight.encode.packing import PackedBatch, dummy_batch
+from finesight.encode.batch import PackedBatch, dummy_batch
 from finesight.errors import TrainingInterrupted
 from finesight.train.objectives.objective import Objective, PackKey
 from finesight.train.pack_oom import translate_pack_oom

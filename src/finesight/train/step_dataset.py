@@ -17,14 +17,9 @@ from torch import Tensor
 from torch.utils.data import get_worker_info
 
 from finesight.data.line_index import UnreadableFileError
-from finesight.encode.packing import (
-    ContextShard,
-    PackedBatch,
-    find_shared_prefix_length,
-    pack,
-    pad_batch,
-    plan_packs,
-)
+from finesight.encode.batch import PackedBatch, pad_batch
+from finesight.encode.context_shard import ContextShard
+from finesight.encode.packing import find_shared_prefix_length, pack, plan_packs
 from finesight.encode.tokenization import EncodedSample, find_sample_error
 from finesight.errors import UserError
 from finesight.train.parallel.distributed import ParallelStrategy
@@ -364,7 +359,7 @@ class StepDataset:
         for group in groups:
             samples = [encoded for _, encoded in group]
             packs.append(pack(samples, next(image_tensors).numpy(), prefix_length))
-        packs[: len(shards)] = map(ContextShard.shard_batch, shards, packs)
+        packs[: len(shards)] = map(PackedBatch.select_shard, packs, shards)
         cache_inputs = tuple(image_tensors)
         if self.cache_reader is not None:
             packs = [replace(batch, grid_thw=()) for batch in packs]

@@ -34,7 +34,7 @@ from torch import Tensor
 from finesight.config import VisionCacheMode
 from finesight.data.image_file import CorruptImageError
 from finesight.data.line_index import UnreadableFileError
-from finesight.encode.packing import ContextShard
+from finesight.encode.context_shard import ContextShard
 from finesight.encode.tokenization import VisualSpan
 from finesight.errors import UserError
 from finesight.storage import FileLock, make_folder, open_tensors, translate_os_errors

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from finesight.data.corpus import Corpus
 from finesight.data.image_file import CorruptImageError, sha256_content
-from finesight.encode.packing import pad_patches
+from finesight.encode.batch import pad_patches
 from finesight.encode.renderer import Renderer
 from finesight.encode.tokenization import TokenizedSample, VisualSpan, iter_video_runs
 from finesight.errors import TrainingInterrupted, UserError

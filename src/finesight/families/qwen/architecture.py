@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from finesight.encode.packing import copy_to_device
+from finesight.encode.batch import copy_to_device
 from finesight.model.attention import AttentionBackend, Segments, varlen_attention
 from finesight.model.config import (
     ConfigReader,

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from finesight.encode.packing import copy_to_device
+from finesight.encode.batch import copy_to_device
 from finesight.model.config import (
     ConfigReader,
     PixelNormalization,

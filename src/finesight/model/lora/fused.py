@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from finesight.encode.packing import copy_to_device
+from finesight.encode.batch import copy_to_device
 from finesight.model.attention import pad_rows
 from finesight.model.kernels import lora_gemm as lora_gemm_kernels
 from finesight.model.kernels.runtime import NO_DROPOUT, SeededDropout

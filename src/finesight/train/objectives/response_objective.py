@@ -21,7 +21,7 @@ from torch import Tensor
 
 from finesight.components import SettingsT
 from finesight.data.sample import Sample
-from finesight.encode.packing import PackedBatch
+from finesight.encode.batch import PackedBatch
 from finesight.train.dataset_stats import load_tensors, save_tensors
 from finesight.train.evaluation import iter_step_losses
 from finesight.train.objectives.objective import Objective, PackKey

@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from finesight.encode.packing import PackedBatch
+from finesight.encode.batch import PackedBatch
 from finesight.errors import Remedy, UserError
 from finesight.model.trainable import trainable_parameters
 from finesight.train.master_weight_optimizer import MasterWeightOptimizer

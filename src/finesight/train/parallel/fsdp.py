@@ -26,7 +26,7 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor
 
 from finesight.config import ParallelMode
-from finesight.encode.packing import PackedBatch, append_dummy_image
+from finesight.encode.batch import PackedBatch, append_dummy_image
 from finesight.model.trainable import trainable_parameters
 from finesight.model.vlm import VisionLanguageModel
 from finesight.train.master_weight_optimizer import LazyTensors, MasterWeightOptimizer

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from finesight.config import TrainSettings
-from finesight.encode.packing import PackedBatch
+from finesight.encode.batch import PackedBatch
 from finesight.encode.renderer import NativeRenderer, Renderer
 from finesight.errors import UserError
 from finesight.infer.model_loader import load_inference_model, resolve_model_source

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from finesight.encode.packing import PackedBatch
+from finesight.encode.batch import PackedBatch
 from finesight.train.objectives.grpo import Settings
 from finesight.train.objectives.objective import Objective, PackKey
 from finesight.train.objectives.response_objective import find_responses

@@ -19,8 +19,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from finesight.data.boxes import measure_overlap, sort_corners
+from finesight.encode.batch import PackedBatch
 from finesight.encode.family import FRAME_1000, scale_box
-from finesight.encode.packing import PackedBatch, pack
+from finesight.encode.packing import pack
 from finesight.encode.renderer import NativeRenderer, Renderer
 from finesight.encode.tokenization import EncodedSample, VisualSpan
 from finesight.evaluate.eval_case import EvalCase, get_reference_answer

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from finesight.data.sample import Sample
-from finesight.encode.packing import PackedBatch
+from finesight.encode.batch import PackedBatch
 from finesight.train.objectives.kto import Settings
 from finesight.train.objectives.objective import PackKey
 from finesight.train.objectives.response_objective import ResponseLogps, ResponseObjective

@@ -59,7 +59,7 @@ from finesight.data.sample import (
     TextPart,
     write_samples,
 )
-from finesight.encode.renderer import build_renderer
+from finesight.encode.renderer_builder import build_renderer
 from finesight.infer.model_loader import select_cpu_precision
 from finesight.model_folder import locate_model
 from finesight.recipe import recipe_from_dict

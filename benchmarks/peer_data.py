@@ -18,7 +18,7 @@ from random_model import init_random_model
 from finesight.config import ExactSize, LoraSettings, TrainFileSettings, TuneSettings
 from finesight.data.corpus import load_corpus
 from finesight.data.sample import write_samples
-from finesight.encode.renderer import build_renderer
+from finesight.encode.renderer_builder import build_renderer
 from finesight.infer.model_loader import resolve_device
 from finesight.model.config import ConfigReader
 from finesight.model.trainable import configure_tuning

@@ -27,7 +27,7 @@ from finesight.data.sample import (
     list_media_paths,
     write_samples,
 )
-from finesight.encode.renderer import build_renderer
+from finesight.encode.renderer_builder import build_renderer
 from finesight.model_folder import TINY_MODEL, locate_model
 
 NUM_EVAL_SAMPLES = 100

@@ -22,7 +22,7 @@ from finesight.check.data_checker import (
     load_model_requirements,
 )
 from finesight.data.import_source import ImportOptions
-from finesight.encode.renderer import build_renderer
+from finesight.encode.renderer_builder import build_renderer
 from finesight.model_folder import ModelFolder
 
 EACH = 4

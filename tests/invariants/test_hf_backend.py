@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from tiny_task import TinyTask, assert_same_run
 
 from finesight.cli.app import run_command as command
-from finesight.encode.renderer import build_renderer
+from finesight.encode.renderer_builder import build_renderer
 from finesight.errors import UserError
 from finesight.infer.model_loader import load_inference_model
 from finesight.infer.prediction import predict

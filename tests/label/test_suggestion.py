@@ -13,7 +13,8 @@ from image_fixtures import make_sample
 from label_fixtures import draw_images
 
 from finesight.data.sample import BoxPart, LocatedSample, Message, Sample, TextPart
-from finesight.encode.renderer import NativeRenderer, build_renderer
+from finesight.encode.renderer import NativeRenderer
+from finesight.encode.renderer_builder import build_renderer
 from finesight.families.qwen2_5_vl.renderer import Qwen25VL
 from finesight.families.qwen2_vl.renderer import Qwen2VL
 from finesight.infer.model_loader import InferenceModel, load_inference_model

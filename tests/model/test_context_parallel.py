@@ -15,7 +15,7 @@ from finesight.config import PixelRange
 from finesight.encode.batch import PackedBatch
 from finesight.encode.context_shard import ContextShard
 from finesight.encode.packing import pack
-from finesight.encode.renderer import build_renderer
+from finesight.encode.renderer_builder import build_renderer
 from finesight.encode.tokenization import EncodedSample
 from finesight.model import attention
 from finesight.model.vlm import VisionLanguageModel

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from finesight.config import TuneSettings
 from finesight.encode.batch import PackedBatch
 from finesight.encode.packing import pack
-from finesight.encode.renderer import build_renderer
+from finesight.encode.renderer_builder import build_renderer
 from finesight.errors import UserError
 from finesight.model.hf_backend import HfModel, load_auto_model, load_hf_model
 from finesight.model.trainable import configure_tuning, get_part

@@ -13,7 +13,7 @@ from service_fixture import write_shape_image
 from finesight.data.sample import LocatedSample
 from finesight.encode import renderer
 from finesight.encode.family import DEFAULT_THINKING
-from finesight.encode.renderer import build_renderer
+from finesight.encode.renderer_builder import build_renderer
 from finesight.errors import UserError
 from finesight.infer.chat_session import ChatSession
 from finesight.infer.inference_service import InferenceService

@@ -879,18 +879,3 @@ def _to_image_box(box: BoxPart, images: Sequence[VisualSpan], sample_id: str) ->
             " an import with --box-format and --box-units converts boxes",
         )
     return ImageBox(box.label, box.xyxy, image.original_size, image.resized_size, box.is_point)
-
-
-def build_renderer(
-    folder: ModelFolder, image_rule: ImageSettings | None = None, system_prompt: str | None = None
-) -> Renderer:
-    """Create the native renderer of a model family, or else the transformers renderer.
-
-    `image_rule` and `system_prompt` are those of the recipe; the model provides missing ones.
-    """
-    if is_native(folder):
-        return NativeRenderer(folder, image_rule, system_prompt)
-    # Lazy import: it imports torch, which native rendering does not need.
-    from finesight.encode.hf_renderer import HfRenderer
-
-    return HfRenderer(folder, image_rule, system_prompt)

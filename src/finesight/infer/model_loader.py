@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 from finesight.config import Device, Precision
 from finesight.data.prompt_format import PromptFormat
 from finesight.encode.family import DEFAULT_THINKING, ThinkingOptions
-from finesight.encode.renderer import Renderer, build_renderer, is_native, require_native
+from finesight.encode.renderer import Renderer, is_native, require_native
+from finesight.encode.renderer_builder import build_renderer
 from finesight.errors import Remedy, Step, UserError
 from finesight.manifest import (
     MANIFEST_FILE,

@@ -51,7 +51,7 @@ def download(
 
 def _propose_use(address: HubAddress, folder: Path) -> list[Step]:
     """Return the next step with a downloaded repository; none for a model that is unsupported."""
-    from finesight.encode.renderer import build_renderer
+    from finesight.encode.renderer_builder import build_renderer
     from finesight.infer.model_loader import resolve_model_source
     from finesight.storage import find_free_path
 

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from finesight.config import PixelLimits, PixelRange, Recipe
-from finesight.encode.renderer import NativeRenderer, Renderer, build_renderer
+from finesight.encode.renderer import NativeRenderer, Renderer
+from finesight.encode.renderer_builder import build_renderer
 from finesight.errors import TrainingInterrupted, UserError
 from finesight.manifest import Manifest
 from finesight.model_folder import ModelFolder

@@ -20,8 +20,9 @@ from rich.console import Console
 
 import finesight
 from finesight.recipe import load_recipe
+from finesight.train.device_loader import DeviceLoader
 from finesight.train.objectives.objective import fused_linear_cross_entropy
-from finesight.train.step_dataset import DeviceLoader, StepDataset
+from finesight.train.step_dataset import StepDataset
 from finesight.train.trainer import Trainer
 from finesight.train.training_run import train
 

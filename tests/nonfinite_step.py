@@ -19,7 +19,7 @@ from finesight.train import trainer
 from finesight.train.parallel import distributed
 from finesight.train.state import StepOutput, TrainState
 from finesight.train.step import train_step
-from finesight.train.step_dataset import StepBatch
+from finesight.train.step_batch import StepBatch
 from finesight.train.training_run import train
 
 SHORT_TIMEOUT = timedelta(seconds=5)

@@ -25,7 +25,7 @@ from finesight.train.checkpoint import CheckpointState
 from finesight.train.finalize import RunResult
 from finesight.train.oom import MemoryBudget
 from finesight.train.state import StepOutput, TrainState
-from finesight.train.step_dataset import StepBatch
+from finesight.train.step_batch import StepBatch
 from finesight.train.training_run import train
 
 COLORS = {"red": "#f00", "green": "#0f0", "light blue": "#5a5aff", "white": "#fff"}

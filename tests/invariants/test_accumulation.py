@@ -16,7 +16,7 @@ from finesight.train.run_dir import RunDir
 from finesight.train.setup import build_train_state
 from finesight.train.state import TrainState
 from finesight.train.step import train_step
-from finesight.train.step_dataset import StepBatch
+from finesight.train.step_batch import StepBatch
 
 FULL_FINETUNE = {"vision": "full", "merger": "full", "language": "full", "embeddings": "full"}
 LORA = {"language": "lora", "lora": {"rank": 4, "dropout": 0.0}}

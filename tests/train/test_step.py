@@ -16,7 +16,7 @@ from vision_cache_fixtures import LORA, make_train_state
 from finesight.errors import TrainingInterrupted
 from finesight.train.state import StepOutput, TrainState
 from finesight.train.step import forward_backward, micro_batch_seed, train_step
-from finesight.train.step_dataset import StepBatch
+from finesight.train.step_batch import StepBatch
 
 
 def make_state(folder: Path, precision: str = "fp32") -> tuple[TrainState, dict[str, torch.Tensor]]:

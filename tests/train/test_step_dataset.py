@@ -1,10 +1,9 @@
-"""Data loading: independence from the number of workers, corrupt images, and waiting for data."""
+"""Data loading: independence from the number of workers, shared prefixes and shared memory."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, Literal
+from typing import Literal
 
 import pytest
 import torch
@@ -18,7 +17,8 @@ from finesight.encode.renderer import NativeRenderer
 from finesight.model_folder import ModelFolder
 from finesight.train.prefetch import DataWorkerError, catch_user_error
 from finesight.train.sampler import SequentialSampler
-from finesight.train.step_dataset import StepBatch, StepDataset, compute_idle_seconds, read_steps
+from finesight.train.step_batch import StepBatch
+from finesight.train.step_dataset import StepDataset, read_steps
 
 
 @pytest.fixture
@@ -97,21 +97,8 @@ def test_full_shared_memory_is_reported(folder, monkeypatch):
     def full(size: int) -> None:
         raise RuntimeError(f"unable to resize file </torch_1> to the right size: {size}\nmore")
 
-    monkeypatch.setattr("finesight.train.step_dataset.get_worker_info", lambda: object())
+    monkeypatch.setattr("finesight.train.step_transfer.get_worker_info", lambda: object())
     monkeypatch.setattr(torch.UntypedStorage, "_new_shared", full)
     found = catch_user_error(make_dataset(folder).load_step, 0)
     assert isinstance(found, DataWorkerError), "the run saves a checkpoint before it ends"
     assert "--shm-size" in str(found)
-
-
-def test_gpu_wait_starts_after_queued_work():
-    """The GPU is busy all along, done on the way, idle from the start, or for another reason."""
-    first: Any = SimpleNamespace(elapsed_time=lambda other: other.at - 1000.0)
-    for blocked_s, arrived_ms, expected in (
-        (0.5, 1000.01, 0.0),
-        (0.5, 1200.0, 0.2),
-        (0.5, 1500.1, 0.5),
-        (0.001, 1050.0, 0.001),
-    ):
-        found = compute_idle_seconds(blocked_s, first, SimpleNamespace(at=arrived_ms))
-        assert found == pytest.approx(expected, abs=1e-4)

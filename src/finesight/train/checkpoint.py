@@ -39,7 +39,7 @@ from finesight.storage import (
 from finesight.train.master_weight_optimizer import LazyTensors, resolve_steps
 from finesight.train.oom import MemoryBudget
 from finesight.train.parallel.distributed import SINGLE_PROCESS, ProcessGroup
-from finesight.train.step_dataset import TensorBlock
+from finesight.train.step_transfer import TensorBlock
 
 WEIGHTS_FILE = "trainable.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"

@@ -29,6 +29,7 @@ from finesight.model.decoder import FusibleLayer
 from finesight.model.hf_backend import AnyModel
 from finesight.model.kernels.runtime import HAS_TRITON
 from finesight.model.vlm import VisionLanguageModel
+from finesight.train.device_timing import record_event
 from finesight.train.graph_buffers import (
     MAX_GRAPH_TOKENS,
     MAX_GRAPH_TOKENS_CACHED,
@@ -40,7 +41,6 @@ from finesight.train.graph_buffers import (
     should_capture_vision,
 )
 from finesight.train.objectives.objective import Objective
-from finesight.train.step_dataset import record_event
 
 
 class GraphTimer:

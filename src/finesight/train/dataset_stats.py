@@ -41,7 +41,8 @@ from finesight.storage import write_file
 from finesight.train.run_dir import RunDir, Split
 from finesight.train.sample_scan import scan_samples
 from finesight.train.sampler import StepSampler
-from finesight.train.step_dataset import SkippedSample, StepDataset
+from finesight.train.step_batch import SkippedSample
+from finesight.train.step_dataset import StepDataset
 from finesight.vision.image_processing import GridTHW
 
 EDGE_BYTES = 8 * 1024

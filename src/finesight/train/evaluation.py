@@ -36,7 +36,8 @@ from finesight.train.run_dir import RunDir, Split
 from finesight.train.sampler import SequentialSampler
 from finesight.train.state import TrainState
 from finesight.train.step import run_pack
-from finesight.train.step_dataset import GlobalStepStats, SkippedSample, StepBatch, read_steps
+from finesight.train.step_batch import GlobalStepStats, SkippedSample, StepBatch
+from finesight.train.step_dataset import read_steps
 
 if TYPE_CHECKING:
     from finesight.evaluate.generation_eval import GenerationEvalResult, PredictFn, PredictOutput

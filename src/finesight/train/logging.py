@@ -33,12 +33,12 @@ from finesight.model.weights_io import count_unquantized_layers
 from finesight.progress import StepProgress
 from finesight.track.tracker_manager import TrackerManager
 from finesight.train.dataset_stats import join_names
+from finesight.train.device_timing import DataWait, record_event
 from finesight.train.evaluation import load_eval_history, peak_memory_gb, resolve_interim_limit
 from finesight.train.finalize import RunReport, RunResult, get_ranking_score
 from finesight.train.run_dir import RunDir
 from finesight.train.setup import library_versions
 from finesight.train.state import StepOutput, TrainState
-from finesight.train.step_dataset import DataWait, record_event
 from finesight.train.vision_cache_builder import VisionCacheResult
 
 FULL_PREFIX = "all_samples/"

@@ -21,7 +21,8 @@ from finesight.infer.prediction import NUM_READER_THREADS, ResponseSampler
 from finesight.infer.request import GeneratedToken, GenerationRequest, SamplingParams
 from finesight.model.vlm import VisionLanguageModel
 from finesight.train.state import TrainState
-from finesight.train.step_dataset import IndexedSample, SkippedSample, StepBatch
+from finesight.train.step_batch import SkippedSample, StepBatch
+from finesight.train.step_dataset import IndexedSample
 from finesight.train.vision_cache_builder import free_gpu_memory
 
 

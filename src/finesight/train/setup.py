@@ -44,6 +44,7 @@ from finesight.train.checkpoint import (
 )
 from finesight.train.cuda_graphs import CudaGraphRunner
 from finesight.train.dataset_stats import DatasetStats, SampleStats, check_image_record
+from finesight.train.device_loader import DeviceLoader
 from finesight.train.flops import FlopCounter, measure_peak_flops
 from finesight.train.master_weight_optimizer import LossScaler, LRSchedule, MasterWeightOptimizer
 from finesight.train.oom import MemoryBudget
@@ -68,7 +69,6 @@ from finesight.train.state import (
     TrainState,
 )
 from finesight.train.step import forward_backward
-from finesight.train.step_dataset import DeviceLoader
 
 MUTABLE_SETTINGS = {
     "num_workers",

@@ -27,6 +27,7 @@ from finesight.progress import ProgressConsole
 from finesight.setting_types import StepsOrFraction
 from finesight.train.checkpoint import CheckpointManager, CheckpointState, TrainProgress
 from finesight.train.dataset_stats import ImageStates, TrainingData
+from finesight.train.device_loader import DeviceLoader
 from finesight.train.flops import FlopCounter
 from finesight.train.master_weight_optimizer import LossScaler, LRSchedule, MasterWeightOptimizer
 from finesight.train.objectives.objective import Objective
@@ -34,7 +35,8 @@ from finesight.train.oom import MemoryBudget
 from finesight.train.parallel.distributed import SINGLE_PROCESS, ParallelStrategy, ProcessGroup
 from finesight.train.run_dir import RunDir, Split
 from finesight.train.sampler import DistributedSampler, TrainSampler
-from finesight.train.step_dataset import DeviceLoader, GlobalStepStats, StepBatch, StepDataset
+from finesight.train.step_batch import GlobalStepStats, StepBatch
+from finesight.train.step_dataset import StepDataset
 
 if TYPE_CHECKING:
     from finesight.model.hf_backend import AnyModel

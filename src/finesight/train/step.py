@@ -19,10 +19,11 @@ from torch import Tensor
 
 from finesight.encode.batch import PackedBatch, dummy_batch
 from finesight.errors import TrainingInterrupted
+from finesight.train.device_timing import record_event
 from finesight.train.objectives.objective import Objective, PackKey
 from finesight.train.pack_oom import translate_pack_oom
 from finesight.train.state import StepOutput, TrainEngine, TrainState
-from finesight.train.step_dataset import GlobalStepStats, StepBatch, record_event
+from finesight.train.step_batch import GlobalStepStats, StepBatch
 
 if TYPE_CHECKING:
     from finesight.model.hf_backend import AnyModel

@@ -2,29 +2,23 @@
 
 from __future__ import annotations
 
-import json
-import math
-import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Generator, Iterable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
-from zlib import crc32
+from typing import TYPE_CHECKING, Literal
 
 import torch
-from torch import Tensor
-from torch.utils.data import get_worker_info
 
 from finesight.data.line_index import UnreadableFileError
-from finesight.encode.batch import PackedBatch, pad_batch
+from finesight.encode.batch import PackedBatch
 from finesight.encode.context_shard import ContextShard
 from finesight.encode.packing import find_shared_prefix_length, pack, plan_packs
 from finesight.encode.tokenization import EncodedSample, find_sample_error
 from finesight.errors import UserError
-from finesight.train.parallel.distributed import ParallelStrategy
-from finesight.train.prefetch import DataWorkerError, prefetch_items
+from finesight.train.prefetch import prefetch_items
 from finesight.train.sampler import DistributedSampler, StepSampler
+from finesight.train.step_batch import SkippedSample, StepBatch
+from finesight.train.step_transfer import StepTransfer, TensorBlock, TensorSpec
 from finesight.train.vision_cache import VisionCacheReader
 from finesight.vision.image_processing import concat_shape
 
@@ -35,244 +29,8 @@ if TYPE_CHECKING:
     from finesight.encode.renderer import Renderer
 
 
-_ALIGNMENT = 64
-"""Alignment of the tensors in a `TensorBlock`, in bytes."""
-
-TensorSpec = tuple[torch.dtype, tuple[int, ...]]
-"""Dtype and shape of a tensor."""
-
-
-class SkippedSample(NamedTuple):
-    """ID of a sample that is excluded from training, and the reason."""
-
-    id: str
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class StepBatch:
-    """Data of one optimizer step on one rank; each pack is a micro-batch.
-
-    Attributes:
-        skipped: Samples that were skipped because reading or encoding failed.
-        sample_indices: Corpus indices of the samples of each pack.
-        cache_inputs: Vision cache inputs of each pack; empty without a vision cache.
-        metrics: Metrics of the data over all ranks by name, such as rewards.
-    """
-
-    step_index: int
-    packs: tuple[PackedBatch, ...]
-    skipped: tuple[SkippedSample, ...]
-    sample_indices: tuple[tuple[int, ...], ...]
-    cache_inputs: tuple[Tensor, ...] = ()
-    metrics: Mapping[str, float] = field(default_factory=dict)
-
-    @property
-    def num_samples(self) -> int:
-        return sum(batch.num_samples for batch in self.packs)
-
-    @property
-    def num_tokens(self) -> int:
-        return sum(batch.num_tokens for batch in self.packs)
-
-    @property
-    def num_supervised_tokens(self) -> int:
-        return sum(batch.num_supervised_tokens for batch in self.packs)
-
-    @property
-    def num_split_packs(self) -> int:
-        """Number of packs that contain a sample split over all ranks; these packs come first."""
-        return sum(batch.context_shard is not None for batch in self.packs)
-
-    @property
-    def split_checksum(self) -> int:
-        """CRC-32 of the IDs of the split samples, to compare ranks; 0 without split samples."""
-        names: list[str] = []
-        for batch in self.packs[: self.num_split_packs]:
-            names += batch.sample_ids
-        if not names:
-            return 0
-        return crc32(json.dumps(names).encode())
-
-
-class GlobalStepStats(NamedTuple):
-    """Statistics of a step over all ranks.
-
-    Attributes:
-        num_supervised_tokens: Number of tokens that contribute to the loss.
-        max_packs: Largest number of packs on one rank.
-        skipped: Samples that were skipped because reading or encoding failed.
-        signal: Number of a stop signal that any rank received, or 0.
-    """
-
-    num_supervised_tokens: int = 0
-    num_samples: int = 0
-    num_tokens: int = 0
-    max_packs: int = 0
-    skipped: tuple[SkippedSample, ...] = ()
-    signal: int = 0
-
-    @classmethod
-    def from_step(cls, step_batch: StepBatch, signal: int = 0) -> GlobalStepStats:
-        """Compute the statistics of a step on this rank alone."""
-        return cls(
-            num_supervised_tokens=step_batch.num_supervised_tokens,
-            num_samples=step_batch.num_samples,
-            num_tokens=step_batch.num_tokens,
-            max_packs=len(step_batch.packs),
-            skipped=step_batch.skipped,
-            signal=signal,
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class DeviceLoader:
-    """Loader of packed batches to the device.
-
-    Attributes:
-        pads_shapes: Whether to pad packs to a few shapes, for 16-bit training on a CPU. oneDNN
-            compiles a kernel for every new shape.
-        padding_merge_size: Merge size for padding patches; None for encoders with a fixed image
-            size.
-    """
-
-    parallel: ParallelStrategy
-    device: torch.device
-    pads_shapes: bool
-    padding_merge_size: int | None
-
-    def load(self, packed_batch: PackedBatch) -> PackedBatch:
-        """Move a packed batch to the device, after padding it if `pads_shapes` is set."""
-        packed_batch = self.parallel.prepare_batch(packed_batch)
-        if self.pads_shapes and packed_batch.context_shard is None:
-            return pad_batch(packed_batch, self.padding_merge_size)
-        return packed_batch.to(self.device)
-
-
 IndexedSample = tuple[int, EncodedSample]
 """Corpus index of a sample, and the encoded sample."""
-
-
-@dataclass(frozen=True, slots=True)
-class TensorBlock:
-    """Tensors of several shapes and dtypes in one contiguous block of memory.
-
-    Transferring a tensor from a worker costs a file descriptor, and pinning it costs a driver call.
-    A shared block pays these costs once.
-    """
-
-    specs: tuple[TensorSpec, ...]
-    bytes_N: Tensor
-
-    @classmethod
-    def allocate(cls, *specs: TensorSpec, pin_memory: bool = False) -> TensorBlock:
-        """Allocate uninitialized tensors; data loader workers allocate them in shared memory.
-
-        Shared memory avoids a copy to the main process, as in the default collate function of
-        PyTorch.
-
-        Args:
-            pin_memory: Whether to pin the memory, if the system allows it and has a GPU.
-
-        Raises:
-            DataWorkerError: There is not enough shared memory.
-        """
-        size = sum(_aligned_size(dtype, shape) for dtype, shape in specs)
-        if pin_memory and torch.cuda.is_available():
-            with suppress(RuntimeError):  # The system limits pinned memory.
-                return cls(specs, torch.empty(size, dtype=torch.uint8, pin_memory=True))
-        if get_worker_info() is None:
-            return cls(specs, torch.empty(size, dtype=torch.uint8))
-        try:
-            shared = torch.UntypedStorage._new_shared(size)  # type: ignore[no-untyped-call]
-        except RuntimeError as error:
-            raise DataWorkerError(
-                f"no shared memory for {size:,} bytes of a step: {str(error).splitlines()[0]}",
-                where="train.num_workers",
-                expected="space for two steps per data loader worker in /dev/shm",
-                remedy="lower train.num_workers, or increase the shared memory of the container"
-                " (docker run --shm-size), then start again with --resume",
-            ) from error
-        return cls(specs, torch.empty(0, dtype=torch.uint8).set_(shared, 0, (size,), (1,)))
-
-    def pin_memory(self) -> TensorBlock:
-        """Return a copy in pinned memory; PyTorch's data loader calls it for items of tuples."""
-        return replace(self, bytes_N=self.bytes_N.pin_memory())
-
-    def tensors(self) -> Iterator[Tensor]:
-        """Iterate over views of the tensors in the block."""
-        offset = 0
-        for dtype, shape in self.specs:
-            size = dtype.itemsize * math.prod(shape)
-            yield self.bytes_N[offset : offset + size].view(dtype).view(shape)
-            offset += _aligned_size(dtype, shape)
-
-
-def _aligned_size(dtype: torch.dtype, shape: tuple[int, ...]) -> int:
-    size = dtype.itemsize * math.prod(shape)
-    return -(-size // _ALIGNMENT) * _ALIGNMENT
-
-
-class StepTransfer(NamedTuple):
-    """Step data that a worker sends to the main process, with tensors in two blocks.
-
-    The first block contains patches and cache inputs. They are the largest tensors, so the worker
-    writes them to the block directly instead of copying them. The second block contains copies of
-    all other tensors.
-    """
-
-    step_batch: StepBatch
-    image_block: TensorBlock
-    tensor_block: TensorBlock
-
-    @classmethod
-    def from_step(cls, step_batch: StepBatch, image_block: TensorBlock) -> StepTransfer:
-        """Copy all tensors of a step to a new block, except those already in `image_block`."""
-        tensors: list[Tensor] = []
-        empty_tensor = torch.empty(0)
-
-        def take(tensor: Tensor) -> Tensor:
-            tensors.append(tensor)
-            return empty_tensor
-
-        empty_packs = []
-        for batch in step_batch.packs:
-            empty_pack = _map_tensors(batch, take)
-            empty_packs.append(replace(empty_pack, patches_ND=empty_tensor))
-        specs = [(tensor.dtype, tuple(tensor.shape)) for tensor in tensors]
-        block = TensorBlock.allocate(*specs)
-        for buffer, tensor in zip(block.tensors(), tensors, strict=True):
-            buffer.copy_(tensor)
-        empty_step = replace(step_batch, packs=tuple(empty_packs), cache_inputs=())
-        return cls(empty_step, image_block, block)
-
-    def unpack(self) -> StepBatch:
-        """Restore the step data, whose tensors are views of the two blocks."""
-        tensors = self.tensor_block.tensors()
-        # The block has the patches of all packs before their cache inputs, so it is read in order.
-        image_tensors = self.image_block.tensors()
-        packs = []
-        for batch in self.step_batch.packs:
-            restored = _map_tensors(batch, lambda _: next(tensors))
-            packs.append(replace(restored, patches_ND=next(image_tensors)))
-        return replace(self.step_batch, packs=tuple(packs), cache_inputs=tuple(image_tensors))
-
-
-def _map_tensors(batch: PackedBatch, fn: Callable[[Tensor], Tensor]) -> PackedBatch:
-    """Replace all tensors of a packed batch except patches, in a fixed order."""
-    names = (
-        "ids_T",
-        "position_ids_3T",
-        "cu_seqlens_S1",
-        "visual_indices_M",
-        "logit_indices_L",
-        "labels_L",
-    )
-    changes: dict[str, Any] = {}
-    for name in names:
-        changes[name] = fn(getattr(batch, name))
-    changes["hf_inputs"] = {name: fn(tensor) for name, tensor in batch.hf_inputs.items()}
-    return replace(batch, **changes)
 
 
 @dataclass(frozen=True)
@@ -374,7 +132,11 @@ class StepDataset:
         self, samples: Sequence[IndexedSample]
     ) -> tuple[list[list[IndexedSample]], int]:
         """Return the samples of each pack, and the length of the prefix that all samples share."""
-        tokenized = [encoded.tokenized for _, encoded in samples]
+        tokenized = []
+        lengths = []
+        for _, encoded in samples:
+            tokenized.append(encoded.tokenized)
+            lengths.append(encoded.tokenized.num_packed_tokens)
         # Inputs of a Hugging Face processor cannot be packed, and a pair is one pack.
         is_single = any(
             encoded.hf_inputs or encoded.tokenized.response_starts for _, encoded in samples
@@ -385,7 +147,6 @@ class StepDataset:
         prefix_length = 0
         if self.use_shared_prefix:
             prefix_length = find_shared_prefix_length(tokenized)
-        lengths = [one.num_packed_tokens for one in tokenized]
         groups = []
         for positions in plan_packs(lengths, budget, prefix_length):
             groups.append([samples[position] for position in positions])
@@ -496,42 +257,3 @@ def read_steps(
         data.sampler.batch_indices(start)
     transfers = prefetch_items(data.load_step, range(start, len(data)), num_workers, pin_memory)
     return (transfer.unpack() for transfer in transfers)
-
-
-DataWait = Callable[[], float]
-"""Seconds in which the device waited for data; on a GPU, call it after the step has finished."""
-
-
-def time_data_waits(
-    steps: Iterator[StepBatch], device: torch.device
-) -> Iterator[tuple[StepBatch, DataWait]]:
-    """Yield each step of a data loader with the timing of its data wait."""
-    while True:
-        request_event = record_event(device, enable_timing=True)
-        start = time.perf_counter()
-        step_batch = next(steps, None)
-        if step_batch is None:
-            return
-        blocked_s = time.perf_counter() - start
-        ready_event = record_event(device, enable_timing=True)
-        yield step_batch, partial(compute_idle_seconds, blocked_s, request_event, ready_event)
-
-
-def compute_idle_seconds(
-    blocked_s: float, request: torch.cuda.Event | None, ready: torch.cuda.Event | None
-) -> float:
-    """Return the seconds in which the device was idle while the host waited for `blocked_s`."""
-    if request is None or ready is None:
-        return blocked_s
-    idle_s: float = request.elapsed_time(ready) / 1000
-    # A GPU with an empty queue is idle for other reasons as well.
-    return min(blocked_s, idle_s)
-
-
-def record_event(device: torch.device, *, enable_timing: bool = False) -> torch.cuda.Event | None:
-    """Record a CUDA event after all queued kernels; return None on a CPU."""
-    if device.type != "cuda":
-        return None
-    event = torch.cuda.Event(enable_timing)  # type: ignore[no-untyped-call]
-    event.record()
-    return event

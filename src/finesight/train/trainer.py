@@ -23,6 +23,7 @@ from finesight.train.checkpoint import (
     AsyncCheckpointer,
     resolve_save_interval,
 )
+from finesight.train.device_timing import time_data_waits
 from finesight.train.evaluation import load_eval_history, resolve_eval_interval, run_evaluation
 from finesight.train.master_weight_optimizer import resolve_steps
 from finesight.train.oom import GpuOutOfMemoryError, MemoryBudget, release_memory
@@ -35,13 +36,8 @@ from finesight.train.parallel.distributed import (
 from finesight.train.prefetch import DataWorkerError
 from finesight.train.state import StepOutput, TrainState
 from finesight.train.step import train_step
-from finesight.train.step_dataset import (
-    GlobalStepStats,
-    SkippedSample,
-    StepBatch,
-    read_steps,
-    time_data_waits,
-)
+from finesight.train.step_batch import GlobalStepStats, SkippedSample, StepBatch
+from finesight.train.step_dataset import read_steps
 from finesight.train.vision_cache import VisionCache
 
 if TYPE_CHECKING:

@@ -42,11 +42,12 @@ from finesight.model.attention import has_amx_bf16
 from finesight.model.hf_backend import AnyModel
 from finesight.model.vlm import VisionLanguageModel
 from finesight.progress import ProgressCallback
+from finesight.train.device_timing import record_event
 from finesight.train.oom import first_error_line, release_memory
 from finesight.train.prefetch import prefetch_items
 from finesight.train.sample_scan import scan_samples
 from finesight.train.state import TrainState
-from finesight.train.step_dataset import TensorBlock, record_event
+from finesight.train.step_transfer import TensorBlock
 from finesight.train.vision_cache import (
     MIN_IMAGE_USES,
     CacheTier,

@@ -36,7 +36,7 @@ from finesight.train.parallel.distributed import (
     RankTimeoutError,
 )
 from finesight.train.sampler import DistributedSampler
-from finesight.train.step_dataset import StepBatch
+from finesight.train.step_batch import StepBatch
 from finesight.train.trainer import Trainer, sync_step
 
 

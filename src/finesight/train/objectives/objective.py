@@ -21,7 +21,7 @@ from finesight.components import SettingsT
 from finesight.encode.batch import PackedBatch
 from finesight.model.fused_ops import has_kernels
 from finesight.model.kernels.cross_entropy import cross_entropy
-from finesight.train.step_dataset import GlobalStepStats, StepBatch
+from finesight.train.step_batch import GlobalStepStats, StepBatch
 
 if TYPE_CHECKING:
     from finesight.config import TrainSettings

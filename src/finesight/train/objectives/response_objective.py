@@ -28,7 +28,7 @@ from finesight.train.objectives.objective import Objective, PackKey
 from finesight.train.oom import MemoryBudget, retry_on_oom
 from finesight.train.run_dir import Split
 from finesight.train.state import TrainState
-from finesight.train.step_dataset import GlobalStepStats
+from finesight.train.step_batch import GlobalStepStats
 from finesight.train.token_logps import compute_token_logps
 
 REFERENCE_FILE = "reference_logps.safetensors"

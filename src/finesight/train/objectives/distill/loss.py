@@ -26,7 +26,7 @@ from finesight.train.token_logps import map_chunks
 
 if TYPE_CHECKING:
     from finesight.train.state import TrainState
-    from finesight.train.step_dataset import StepBatch
+    from finesight.train.step_batch import StepBatch
 
 MAX_TOKEN_IDS = 1 << 18
 """Number of token ids of which the vocabularies are compared."""

@@ -11,7 +11,7 @@ import numpy as np
 
 from finesight.infer.block_manager import append_tokens
 from finesight.train.rollout import Rollout, list_ids
-from finesight.train.step_dataset import SkippedSample, StepBatch
+from finesight.train.step_batch import SkippedSample, StepBatch
 
 
 class StudentRollout(Rollout):

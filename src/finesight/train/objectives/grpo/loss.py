@@ -23,7 +23,7 @@ from finesight.train.token_logps import compute_token_logps
 if TYPE_CHECKING:
     from finesight.encode.renderer import Renderer
     from finesight.train.state import TrainState
-    from finesight.train.step_dataset import StepBatch
+    from finesight.train.step_batch import StepBatch
 
 SAPO_TEMPERATURES = 1.0, 1.05
 """Temperatures of SAPO for positive and other advantages (Gao et al. 2025)."""

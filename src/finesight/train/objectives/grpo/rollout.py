@@ -39,7 +39,7 @@ from finesight.train.objectives.grpo import COMPONENT
 from finesight.train.recipe_check import MAX_TRUNCATED_SHARE, suggest_completion_length
 from finesight.train.rollout import Rollout, join_responses, list_ids
 from finesight.train.state import TrainState
-from finesight.train.step_dataset import SkippedSample, StepBatch
+from finesight.train.step_batch import SkippedSample, StepBatch
 from finesight.train.token_logps import compute_token_logps
 
 FloatArray = NDArray[np.float64]

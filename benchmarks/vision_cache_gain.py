@@ -26,7 +26,7 @@ from finesight.progress import ProgressConsole
 from finesight.recipe import load_recipe
 from finesight.train.logging import get_device_name
 from finesight.train.run_dir import RunDir
-from finesight.train.setup import build_train_state, library_versions
+from finesight.train.setup import build_state, library_versions
 from finesight.train.state import TrainState
 from finesight.train.vision_cache import vision_cache_root
 from finesight.train.vision_cache_builder import VisionCacheBuilder
@@ -75,7 +75,7 @@ def main() -> None:
     os.environ["HF_ASSETS_CACHE"] = str(options.work)
     fixed = ["train.num_workers=0", "train.epochs=4", f"output_dir={options.work / 'run'}"]
     recipe = load_recipe(options.recipe, [*options.overrides, *fixed])
-    state, _ = build_train_state(recipe, RunDir(recipe.output_dir), ProgressConsole(), False)
+    state = build_state(recipe, RunDir(recipe.output_dir), ProgressConsole(), False)
     assert vision_cache_root().is_relative_to(options.work), "another cache would be removed"
     seconds: dict[str, list[float]] = {"encode": [], "tokenize": [], "build": []}
     num_images = encode_images(state)  # also the warm-up

@@ -15,7 +15,7 @@ from torch import Tensor
 from finesight.progress import ProgressConsole
 from finesight.recipe import load_recipe
 from finesight.train.run_dir import RunDir
-from finesight.train.setup import build_train_state
+from finesight.train.setup import build_state
 from finesight.train.state import StopRequest, TrainState
 from finesight.train.vision_cache import VisionCache
 from finesight.train.vision_cache_builder import VisionCacheResult, VisionFeatures
@@ -37,7 +37,7 @@ def make_train_state(
     recipe = json.loads((folder / "task.json").read_text())
     path = write_recipe(folder / "recipe.yaml", recipe, **train)
     console = ProgressConsole(Console(file=io.StringIO()))
-    return build_train_state(load_recipe(path), RunDir(folder / "run"), console, resume=False)[0]
+    return build_state(load_recipe(path), RunDir(folder / "run"), console, resume=False)
 
 
 def mix_images(data: Path) -> None:

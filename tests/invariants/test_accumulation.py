@@ -13,7 +13,7 @@ from torch import Tensor
 from finesight.progress import ProgressConsole
 from finesight.recipe import load_recipe
 from finesight.train.run_dir import RunDir
-from finesight.train.setup import build_train_state
+from finesight.train.setup import build_state
 from finesight.train.state import TrainState
 from finesight.train.step import train_step
 from finesight.train.step_batch import StepBatch
@@ -33,7 +33,7 @@ def make_train_state(
     recipe = task | {"tune": tune, "output_dir": str(folder / "run")}
     path = write_recipe(folder / f"{budget}.yaml", recipe, batch_size=8, pack_tokens=budget)
     screen = ProgressConsole(Console(file=sys.stderr))
-    return build_train_state(load_recipe(path), RunDir(folder / "run"), screen, resume=False)[0]
+    return build_state(load_recipe(path), RunDir(folder / "run"), screen, resume=False)
 
 
 def gradients(session: TrainState, step: StepBatch) -> tuple[float, dict[str, Tensor]]:

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from tiny_model import create_tiny_model
-from tiny_task import edit_samples
+from tiny_task import edit_samples, make_task, write_recipe
 
 from finesight.config import LongestSide, PixelRange
 from finesight.encode.batch import PackedBatch
@@ -15,9 +16,27 @@ from finesight.errors import UserError
 from finesight.infer.model_loader import load_inference_model
 from finesight.manifest import Manifest
 from finesight.model_folder import TINY_MODEL, locate_model
+from finesight.progress import ProgressConsole
 from finesight.recipe import load_recipe, recipe_from_dict
 from finesight.train.oom import MemoryBudget, max_unsplit_packs, translate_oom_errors
+from finesight.train.recipe_check import check_recipe
+from finesight.train.run_dir import RunDir
+from finesight.train.setup import (
+    build_data,
+    build_device_loader,
+    build_engine,
+    build_hardware,
+    build_model,
+    build_optimizer,
+    build_progress,
+    build_run,
+    build_state,
+    build_step_dataset,
+    load_latest_checkpoint,
+    parallelize_model,
+)
 from finesight.train.state import BaseModelRef
+from finesight.train.step import train_step
 from finesight.train.training_run import train
 
 LORA = {"language": "lora", "lora": {"rank": 2, "dropout": 0.0}}
@@ -189,3 +208,55 @@ def test_memory_budget_is_reduced_to_the_minimum():
     assert duplicate.next_smaller(one, is_training=True, world_size=64) == MemoryBudget(
         pack_tokens=14, activation_checkpointing=True
     )
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    settings = make_task(tmp_path / "task") | {"tune": LORA, "output_dir": str(tmp_path / "run")}
+    return load_recipe(write_recipe(tmp_path / "recipe.yaml", settings, batch_size=4))
+
+
+def test_each_builder_works_alone(recipe):
+    console = ProgressConsole(Console(quiet=True))
+    hardware = build_hardware(recipe)
+    assert (hardware.device.type, hardware.precision) == ("cpu", "fp32")
+    checked = check_recipe(recipe)
+    data = build_data(checked, hardware, console)
+    assert [*data.splits] == ["train", "eval"]
+    run = build_run(checked, hardware, data, RunDir(recipe.output_dir), console)
+    assert run.resume_config["train.batch_size"] == 4
+    assert load_latest_checkpoint(run, resume=True) is None
+    model = build_model(run)
+    names = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert all("adapter" in name for name in names)
+    parallel = parallelize_model(recipe, model, hardware.dtype, hardware.process_group)
+    optimizer = build_optimizer(run, parallel, {})
+    assert optimizer.master_weights().keys() == names
+    step_dataset = build_step_dataset(recipe, data, data.sampler, model)
+    assert step_dataset.get_step(0).num_samples == 4
+    batch = step_dataset.get_step(0).packs[0]
+    assert build_device_loader(model, parallel, hardware).load(batch) == batch
+    engine = build_engine(run, data, model, checked.objective)
+    assert engine.optimizer.num_params == optimizer.num_params
+    assert build_progress(recipe).budget.pack_tokens == recipe.train.pack_tokens
+    assert not run.run_dir.path.exists()
+
+
+def test_state_dict_contains_all_that_a_step_depends_on(recipe):
+    """Another process continues with the same loss and the same weights, bit for bit."""
+    run_dir = RunDir(recipe.output_dir)
+    console = ProgressConsole(Console(quiet=True))
+    states = [build_state(recipe, run_dir, console, resume=False) for _ in range(2)]
+    first, second = states
+    train_step(first, first.engine.step_dataset.get_step(0))
+    first.progress.step = 1
+    first.progress.nonfinite_steps = 3
+    second.load_state_dict(first.state_dict())
+    assert second.progress == first.progress
+    losses = []
+    for state in states:
+        losses.append(train_step(state, state.engine.step_dataset.get_step(1)).wait())
+    assert losses[0] == losses[1]
+    (_, weights, moments), (_, others, other_moments) = (state.state_dict() for state in states)
+    assert all(torch.equal(weights[name], others[name]) for name in weights)
+    assert all(torch.equal(moments[name], other_moments[name]) for name in moments)

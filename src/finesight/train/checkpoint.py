@@ -79,6 +79,15 @@ class TrainProgress(BaseModel):
     nonfinite_steps: int = 0
     consecutive_nonfinite_steps: int = 0
 
+    def restore(self, stored: TrainProgress) -> None:
+        """Continue from a checkpoint, with the smaller of both memory budgets."""
+        self.budget = stored.budget.min_with(self.budget)
+        self.step = stored.step
+        self.last_eval_step = stored.last_eval_step
+        self.best = stored.best
+        self.nonfinite_steps = stored.nonfinite_steps
+        self.consecutive_nonfinite_steps = stored.consecutive_nonfinite_steps
+
 
 class CheckpointState(TrainProgress):
     """Content of `state.json` in a checkpoint: the state of a run apart from tensors.
@@ -96,17 +105,12 @@ class CheckpointState(TrainProgress):
     loss_scale: dict[str, float]
     resume_config: dict[str, Any]
 
-    def restore_progress(self, budget: MemoryBudget) -> TrainProgress:
-        """Return the progress of the run, with the smaller of both memory budgets."""
-        fields = {name: value for name, value in self if name in TrainProgress.model_fields}
-        return TrainProgress(**fields | {"budget": self.budget.min_with(budget)})
-
 
 class CorruptCheckpointError(UserError):
     """Raised when a checkpoint file is missing or was changed after it was written."""
 
 
-Checkpoint = tuple[CheckpointState, LazyTensors, LazyTensors]
+Checkpoint = tuple[CheckpointState, Mapping[str, Tensor], Mapping[str, Tensor]]
 """State without tensors, master weights and optimizer state."""
 
 

@@ -39,7 +39,6 @@ from finesight.storage import write_file, write_folder
 from finesight.train.checkpoint import TrainProgress
 from finesight.train.evaluation import load_eval_history
 from finesight.train.param_audit import (
-    ParamAudit,
     ParamChange,
     format_param_changes,
 )
@@ -199,9 +198,7 @@ def _find_unused_responses(state: TrainState) -> UnusedResponses | None:
     )
 
 
-def finalize_run(
-    state: TrainState, param_audit: ParamAudit, wait_for_checkpoint: Callable[[], None]
-) -> RunResult | None:
+def finalize_run(state: TrainState, wait_for_checkpoint: Callable[[], None]) -> RunResult | None:
     """Audit the parameters, export the trained weights, and write the result and the report.
 
     All ranks must call this function. Only the main process writes files and returns a result.
@@ -237,8 +234,8 @@ def finalize_run(
     if step != state.progress.step:
         remedy = "set eval.patience=null and resume to use the weights of the last step"
         _, weights, optimizer_state = state.run.checkpoint_manager.load(step, remedy)
-        state.engine.load_state_dict(weights, optimizer_state)
-    param_changes = _audit_and_save(state, param_audit, step, wait_for_checkpoint)
+        state.engine.load_tensors(weights, optimizer_state)
+    param_changes = _audit_and_save(state, step, wait_for_checkpoint)
     wait_for_checkpoint()
     if not process_group.is_main:
         return None
@@ -249,7 +246,7 @@ def finalize_run(
     run_result = RunResult(
         run_dir=str(run_dir.path),
         steps=state.progress.step,
-        samples=state.state_dict().consumed_samples,
+        samples=state.consumed_samples,
         skipped_samples=len(state.data.train.stats.skipped) + num_late_skipped,
         loss=loss,
         before=before,
@@ -292,14 +289,13 @@ def _choose_final_eval(
 
 def _audit_and_save(
     state: TrainState,
-    param_audit: ParamAudit,
     step: int,
     wait_for_checkpoint: Callable[[], None],
 ) -> list[ParamChange]:
     """Check and record the parameter changes, and export the weights; all ranks call this."""
     is_main = state.run.hardware.process_group.is_main
     params_with_grad = state.engine.optimizer.params_with_grad()
-    param_changes = param_audit.compute_changes(params_with_grad, state.shard_group)
+    param_changes = state.engine.param_audit.compute_changes(params_with_grad, state.shard_group)
     with state.engine.parallel.summon_full_params():
         if is_main:
             state.run.run_dir.write(PARAM_AUDIT_FILE, [*map(asdict, param_changes)])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -47,11 +47,13 @@ from finesight.train.dataset_stats import DatasetStats, SampleStats, check_image
 from finesight.train.device_loader import DeviceLoader
 from finesight.train.flops import FlopCounter, measure_peak_flops
 from finesight.train.master_weight_optimizer import LossScaler, LRSchedule, MasterWeightOptimizer
+from finesight.train.objectives.objective import Objective
 from finesight.train.oom import MemoryBudget
 from finesight.train.parallel.distributed import SINGLE_PROCESS, ParallelStrategy, ProcessGroup
 from finesight.train.param_audit import ParamAudit
 from finesight.train.prefetch import default_num_workers
 from finesight.train.recipe_check import (
+    CheckedRecipe,
     check_machine,
     check_recipe,
     describe_limits,
@@ -69,6 +71,7 @@ from finesight.train.state import (
     TrainState,
 )
 from finesight.train.step import forward_backward
+from finesight.train.step_dataset import StepDataset
 
 MUTABLE_SETTINGS = {
     "num_workers",
@@ -157,14 +160,14 @@ InputCheck = Callable[[RunContext, RunData], None]
 """Check of the inputs of a new run, which raises UserError to reject them."""
 
 
-def build_train_state(
+def build_state(
     recipe: Recipe,
     run_dir: RunDir,
     console: ProgressConsole,
     resume: bool,
     process_group: ProcessGroup = SINGLE_PROCESS,
     check_inputs: InputCheck | None = None,
-) -> tuple[TrainState, ParamAudit]:
+) -> TrainState:
     """Load and check everything that a training run needs.
 
     Small files are read first, so that errors appear before the weights are loaded. With `resume`,
@@ -175,98 +178,31 @@ def build_train_state(
         resume: Whether to restore the newest checkpoint.
         check_inputs: Further check of a new run, before the weights are loaded.
 
-    Returns:
-        State of the run, and the record of its initial parameters.
-
     Raises:
         UserError: Settings, data, model or checkpoint are invalid.
     """
-    hardware = _select_hardware(recipe, process_group)
+    hardware = build_hardware(recipe, process_group)
     checked = check_recipe(recipe)
-    base_model = checked.base_model
-    objective = checked.objective
-    data = load_run_data(checked, hardware.num_workers, console)
-    for warning in filter(None, describe_limits(recipe, data)):
-        console.log(warning)
-    train_data = data.train
-    sampler = data.sampler
-    lr_schedule = LRSchedule(recipe.train, len(sampler))
-    resume_config = _build_resume_config(recipe, hardware, base_model, data)
-    checkpoint_manager = CheckpointManager(run_dir.checkpoint_dir, recipe.train.keep_checkpoints)
-    run = RunContext(
-        recipe, run_dir, checkpoint_manager, hardware, base_model, resume_config, console
-    )
-    checkpoint = _load_latest_checkpoint(run, resume)
+    data = build_data(checked, hardware, console)
+    run = build_run(checked, hardware, data, run_dir, console)
+    checkpoint = load_latest_checkpoint(run, resume)
     if checkpoint is not None:
         _check_resumed_run(run, data, checkpoint[0])
     elif check_inputs is not None:
         with process_group.sync_errors():
             if process_group.is_main:
                 check_inputs(run, data)
-    model = _load_model(run)
-    objective.load_models(recipe.train)
-    flop_counter = None
-    if not isinstance(model, HfModel):
-        flop_counter = FlopCounter(model)
-    rank_sampler = build_rank_sampler(
-        sampler,
-        process_group,
-        train_data.stats,
-        flop_counter,
-        recipe.train.pack_tokens,
-        can_split_samples=can_split_samples(recipe, model),
-    )
-    stacked_rows = stacked_row_counts(model)
-    parallel = parallelize_model(recipe, model, hardware.dtype, process_group)
-    optimizer = MasterWeightOptimizer(parallel.trainable_params, recipe.train, stacked_rows)
-    if not (process_group.is_single_process or parallel.is_sharded):
-        optimizer.use_flat_gradients()
-    optimizer.keep_out_of_forks()
-    budget = MemoryBudget(
-        pack_tokens=recipe.train.pack_tokens,
-        activation_checkpointing=recipe.train.activation_checkpointing,
-    )
-    model.train()
-    step_dataset = train_data.build_step_dataset(
-        data.renderer,
-        rank_sampler,
-        recipe.train.pack_tokens,
-        recipe.data,
-        use_shared_prefix=not isinstance(model, HfModel),
-    )
-    engine = TrainEngine(
-        model=model,
-        objective=objective,
-        parallel=parallel,
-        step_dataset=replace(step_dataset, augmenter=Augmenter.from_recipe(recipe)),
-        device_loader=_build_device_loader(model, parallel, hardware),
-        optimizer=optimizer,
-        graph_runner=CudaGraphRunner(
-            forward_backward,
-            model,
-            objective,
-            list(parallel.trainable_params.values()),
-            is_local=not parallel.is_sharded,
-        ),
-        loss_scaler=LossScaler(is_enabled=hardware.dtype == torch.float16),
-        lr_schedule=lr_schedule,
-        flop_counter=flop_counter,
-    )
-    progress = TrainProgress(budget=budget, step=0, last_eval_step=-1, best=None)
+    model = build_model(run)
+    engine = build_engine(run, data, model, checked.objective)
+    state = TrainState(run, data, engine, build_progress(recipe))
     if checkpoint is not None:
-        progress = checkpoint[0].restore_progress(budget)
-    state = TrainState(run, data, engine, progress)
-    param_audit = ParamAudit(model, optimizer.master_weights())
-    if checkpoint is not None:
-        stored, weights, optimizer_state = checkpoint
-        state.engine.load_state_dict(weights, optimizer_state)
-        state.engine.loss_scaler.load_state_dict(stored.loss_scale)
+        state.load_state_dict(checkpoint)
     state.apply_budget(state.progress.budget)
-    _log_overrides(state, budget)
-    return state, param_audit
+    _log_overrides(state)
+    return state
 
 
-def _select_hardware(recipe: Recipe, process_group: ProcessGroup) -> Hardware:
+def build_hardware(recipe: Recipe, process_group: ProcessGroup = SINGLE_PROCESS) -> Hardware:
     """Select the device and precision of this rank, and measure the speed of the device.
 
     Raises:
@@ -280,6 +216,121 @@ def _select_hardware(recipe: Recipe, process_group: ProcessGroup) -> Hardware:
         num_workers = default_num_workers(device, process_group.local_world_size)
     peak_flops = measure_peak_flops(device, dtype)
     return Hardware(device, dtype, num_workers, peak_flops, process_group)
+
+
+def build_data(checked: CheckedRecipe, hardware: Hardware, console: ProgressConsole) -> RunData:
+    """Load and check the samples, and warn about limits below the lengths of the answers."""
+    data = load_run_data(checked, hardware.num_workers, console)
+    for warning in filter(None, describe_limits(checked.recipe, data)):
+        console.log(warning)
+    return data
+
+
+def build_run(
+    checked: CheckedRecipe,
+    hardware: Hardware,
+    data: RunData,
+    run_dir: RunDir,
+    console: ProgressConsole,
+) -> RunContext:
+    """Build the settings, files and hardware of a run, with what must not change on resume."""
+    recipe = checked.recipe
+    return RunContext(
+        recipe=recipe,
+        run_dir=run_dir,
+        checkpoint_manager=CheckpointManager(run_dir.checkpoint_dir, recipe.train.keep_checkpoints),
+        hardware=hardware,
+        base_model=checked.base_model,
+        resume_config=_build_resume_config(recipe, hardware, checked.base_model, data),
+        console=console,
+    )
+
+
+def build_progress(recipe: Recipe) -> TrainProgress:
+    """Build the progress of a run before its first step."""
+    budget = MemoryBudget(
+        pack_tokens=recipe.train.pack_tokens,
+        activation_checkpointing=recipe.train.activation_checkpointing,
+    )
+    return TrainProgress(budget=budget, step=0, last_eval_step=-1, best=None)
+
+
+def build_engine(
+    run: RunContext, data: RunData, model: AnyModel, objective: Objective[Any]
+) -> TrainEngine:
+    """Distribute the model over the ranks, and build all that a training step uses.
+
+    Raises:
+        UserError: The model or the optimizer does not support `train.parallel`.
+    """
+    recipe = run.recipe
+    hardware = run.hardware
+    objective.load_models(recipe.train)
+    flop_counter = None
+    if not isinstance(model, HfModel):
+        flop_counter = FlopCounter(model)
+    sampler = build_rank_sampler(
+        data.sampler,
+        hardware.process_group,
+        data.train.stats,
+        flop_counter,
+        recipe.train.pack_tokens,
+        can_split_samples=can_split_samples(recipe, model),
+    )
+    # Read before the model is distributed, which replaces its parameters.
+    stacked_rows = stacked_row_counts(model)
+    parallel = parallelize_model(recipe, model, hardware.dtype, hardware.process_group)
+    optimizer = build_optimizer(run, parallel, stacked_rows)
+    model.train()
+    return TrainEngine(
+        model=model,
+        objective=objective,
+        parallel=parallel,
+        step_dataset=build_step_dataset(recipe, data, sampler, model),
+        device_loader=build_device_loader(model, parallel, hardware),
+        optimizer=optimizer,
+        graph_runner=CudaGraphRunner(
+            forward_backward,
+            model,
+            objective,
+            list(parallel.trainable_params.values()),
+            is_local=not parallel.is_sharded,
+        ),
+        loss_scaler=LossScaler(is_enabled=hardware.dtype == torch.float16),
+        lr_schedule=LRSchedule(recipe.train, len(data.sampler)),
+        flop_counter=flop_counter,
+        param_audit=ParamAudit(model, optimizer.master_weights()),
+    )
+
+
+def build_optimizer(
+    run: RunContext, parallel: ParallelStrategy, stacked_rows: Mapping[str, Sequence[int]]
+) -> MasterWeightOptimizer:
+    """Build the optimizer of the trainable parameters of this rank.
+
+    Args:
+        stacked_rows: Result of `stacked_row_counts`.
+    """
+    recipe = run.recipe
+    optimizer = MasterWeightOptimizer(parallel.trainable_params, recipe.train, stacked_rows)
+    if not (run.hardware.process_group.is_single_process or parallel.is_sharded):
+        optimizer.use_flat_gradients()
+    optimizer.keep_out_of_forks()
+    return optimizer
+
+
+def build_step_dataset(
+    recipe: Recipe, data: RunData, sampler: StepSampler, model: AnyModel
+) -> StepDataset:
+    """Build the dataset of the steps of this rank, with augmented images if the recipe has them."""
+    step_dataset = data.train.build_step_dataset(
+        data.renderer,
+        sampler,
+        recipe.train.pack_tokens,
+        recipe.data,
+        use_shared_prefix=not isinstance(model, HfModel),
+    )
+    return replace(step_dataset, augmenter=Augmenter.from_recipe(recipe))
 
 
 def _check_resumed_run(run: RunContext, data: RunData, stored: CheckpointState) -> None:
@@ -305,7 +356,7 @@ def _check_resumed_run(run: RunContext, data: RunData, stored: CheckpointState) 
     check_resume_config(recorded, current, folder, suggest)
 
 
-def _build_device_loader(
+def build_device_loader(
     model: AnyModel, parallel: ParallelStrategy, hardware: Hardware
 ) -> DeviceLoader:
     """Build the loader of packs, which pads those of a native model in 16 bits on a CPU."""
@@ -377,9 +428,10 @@ def estimate_sample_cost(
     return (flop_counter and flop_counter.count(shape)) or sample.num_packed_tokens
 
 
-def _log_overrides(state: TrainState, requested: MemoryBudget) -> None:
+def _log_overrides(state: TrainState) -> None:
     """Log a memory budget of the checkpoint that differs from the recipe, and split samples."""
     console = state.run.console
+    requested = build_progress(state.run.recipe).budget
     if state.progress.budget != requested:
         change = state.progress.budget.describe_change(requested)
         console.log(f"continuing with {change}: a resumed run keeps its reduced memory budget")
@@ -391,7 +443,7 @@ def _log_overrides(state: TrainState, requested: MemoryBudget) -> None:
         console.log(f"samples of more than {max_tokens:,} tokens are split over all ranks")
 
 
-def _load_model(run: RunContext) -> AnyModel:
+def build_model(run: RunContext) -> AnyModel:
     """Load the base model, and set up its trainable and frozen parts."""
     recipe = run.recipe
     hardware = run.hardware
@@ -413,7 +465,7 @@ def _load_model(run: RunContext) -> AnyModel:
     return model
 
 
-def _load_latest_checkpoint(run: RunContext, resume: bool) -> Checkpoint | None:
+def load_latest_checkpoint(run: RunContext, resume: bool) -> Checkpoint | None:
     """Load the checkpoint to resume from; None to start with step 0.
 
     Only the main process verifies the digests; the other ranks load the same step.

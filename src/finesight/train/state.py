@@ -25,7 +25,12 @@ from finesight.model_folder import ModelFolder
 from finesight.objective_components import get_accepted_samples
 from finesight.progress import ProgressConsole
 from finesight.setting_types import StepsOrFraction
-from finesight.train.checkpoint import CheckpointManager, CheckpointState, TrainProgress
+from finesight.train.checkpoint import (
+    Checkpoint,
+    CheckpointManager,
+    CheckpointState,
+    TrainProgress,
+)
 from finesight.train.dataset_stats import ImageStates, TrainingData
 from finesight.train.device_loader import DeviceLoader
 from finesight.train.flops import FlopCounter
@@ -33,6 +38,7 @@ from finesight.train.master_weight_optimizer import LossScaler, LRSchedule, Mast
 from finesight.train.objectives.objective import Objective
 from finesight.train.oom import MemoryBudget
 from finesight.train.parallel.distributed import SINGLE_PROCESS, ParallelStrategy, ProcessGroup
+from finesight.train.param_audit import ParamAudit
 from finesight.train.run_dir import RunDir, Split
 from finesight.train.sampler import DistributedSampler, TrainSampler
 from finesight.train.step_batch import GlobalStepStats, StepBatch
@@ -230,17 +236,14 @@ class TrainEngine:
     loss_scaler: LossScaler
     lr_schedule: LRSchedule
     flop_counter: FlopCounter | None
+    param_audit: ParamAudit
 
     def zero_grad(self) -> None:
         """Discard the gradients of a skipped or aborted step."""
         self.optimizer.zero_grad()
         self.parallel.zero_grad()
 
-    def state_dict(self) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
-        """Return master weights and optimizer state, or the shards of this rank."""
-        return self.optimizer.master_weights(), self.optimizer.optimizer_state()
-
-    def load_state_dict(
+    def load_tensors(
         self, weights: Mapping[str, Tensor], optimizer_state: Mapping[str, Tensor]
     ) -> None:
         """Restore master weights and optimizer state from complete checkpoint tensors."""
@@ -299,16 +302,34 @@ class TrainState:
         self.progress.budget = budget
         self.engine.model.activation_checkpointing = budget.activation_checkpointing
 
-    def state_dict(self) -> CheckpointState:
-        """Return the state that a checkpoint stores in addition to tensors."""
+    @property
+    def consumed_samples(self) -> int:
+        """Number of samples of the finished steps."""
         consumed_samples = self.progress.step * self.run.recipe.train.batch_size
-        return CheckpointState(
-            # The last step may be smaller.
-            consumed_samples=min(consumed_samples, self.data.sampler.num_samples),
+        # The last step may be smaller.
+        return min(consumed_samples, self.data.sampler.num_samples)
+
+    def state_dict(self) -> Checkpoint:
+        """Return all that a resumed run needs: progress, loss scale, weights and optimizer state.
+
+        The tensors are those of this rank, computed on access. There are no random states: the
+        seeds of samples and dropout depend only on the step.
+        """
+        state = CheckpointState(
+            consumed_samples=self.consumed_samples,
             loss_scale=self.engine.loss_scaler.state_dict(),
             resume_config=self.run.resume_config,
             **dict(self.progress),
         )
+        optimizer = self.engine.optimizer
+        return state, optimizer.master_weights(), optimizer.optimizer_state()
+
+    def load_state_dict(self, checkpoint: Checkpoint) -> None:
+        """Continue from a checkpoint, whose tensors are complete."""
+        state, weights, optimizer_state = checkpoint
+        self.progress.restore(state)
+        self.engine.loss_scaler.load_state_dict(state.loss_scale)
+        self.engine.load_tensors(weights, optimizer_state)
 
     def estimate_checkpoint_bytes(self) -> int:
         """Return the bytes of a checkpoint: fp32 weights and optimizer state of all ranks."""

@@ -388,7 +388,7 @@ class Trainer:
                 state.run.run_dir.flush()
             # Raise errors of the previous checkpoint before the other ranks start to wait.
             self.checkpointer.wait()
-        self.checkpointer.save(state.state_dict(), *state.engine.state_dict())
+        self.checkpointer.save(*state.state_dict())
 
     def decide_on_main(self, decision: bool) -> bool:
         """Return the decision of the main process on all ranks."""

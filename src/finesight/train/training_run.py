@@ -22,7 +22,6 @@ from finesight.setting_types import StepsOrFraction
 from finesight.track.tracker_manager import start_trackers
 from finesight.train.dataset_stats import save_tensors
 from finesight.train.finalize import (
-    ParamAudit,
     RunReport,
     RunResult,
     finalize_run,
@@ -34,7 +33,7 @@ from finesight.train.oom import translate_oom_errors
 from finesight.train.parallel.distributed import init_distributed
 from finesight.train.recipe_check import check_disk_space
 from finesight.train.run_dir import RunDir
-from finesight.train.setup import InputCheck, build_manifest, build_train_state
+from finesight.train.setup import InputCheck, build_manifest, build_state
 from finesight.train.state import TrainState
 from finesight.train.trainer import Trainer
 from finesight.train.vision_cache_builder import VisionFeatures
@@ -153,7 +152,7 @@ def train(
             if is_main and not run_dir.report_path.exists():
                 RunReport(run_dir, progress_console).write()
             return result if is_main else None
-        state, param_audit = build_train_state(
+        state = build_state(
             recipe, run_dir, progress_console, is_resumed, process_group, check_inputs
         )
         state.run.stop.after = stop_after
@@ -183,15 +182,13 @@ def train(
             warm_up_kernels(state)
         metrics_logger.log_start(time.perf_counter() - start)
         log(describe_run(state))
-        result = _run_training(state, metrics_logger, param_audit)
+        result = _run_training(state, metrics_logger)
         if result is not None:
             metrics_logger.tracking_events.log_result(result)
         return result
 
 
-def _run_training(
-    state: TrainState, metrics_logger: MetricsLogger, param_audit: ParamAudit
-) -> RunResult | None:
+def _run_training(state: TrainState, metrics_logger: MetricsLogger) -> RunResult | None:
     """Run all steps and write the result; the main process also records a failure."""
     trainer = Trainer(state, metrics_logger, VisionFeatures(state))
     recorder: AbstractContextManager[None] = nullcontext()
@@ -203,7 +200,7 @@ def _run_training(
         recorder,
     ):
         state.engine.objective.prepare(state)
-        return trainer.run(partial(finalize_run, state, param_audit))
+        return trainer.run(partial(finalize_run, state))
 
 
 def _describe_finished_run(recipe: Recipe, run_dir: RunDir, result: RunResult) -> str:

@@ -64,9 +64,9 @@ from finesight.data.sample import (
 from finesight.encode.family import FRAME_1000, scale_box
 from finesight.evaluate.box_metrics import compute_box_scores
 from finesight.evaluate.eval_case import get_reference_answer
-from finesight.infer.engine import build_engine, iter_completions
+from finesight.infer.engine import build_engine
 from finesight.infer.model_loader import load_inference_model, select_cpu_precision
-from finesight.infer.prediction import Prediction, build_prediction
+from finesight.infer.prediction import Prediction, build_prediction, iter_completions
 from finesight.infer.request import GenerationRequest, SamplingParams
 from finesight.recipe import recipe_from_dict
 from finesight.synth import tickets

@@ -13,9 +13,8 @@ from video_fixtures import write_video
 
 from finesight.data.sample import ImagePart, write_samples
 from finesight.infer import prediction
-from finesight.infer.engine import generate
 from finesight.infer.model_loader import load_inference_model
-from finesight.infer.prediction import build_question
+from finesight.infer.prediction import build_question, generate
 from finesight.manifest import MANIFEST_FILE
 from finesight.operations.evaluation import ANSWER_FILES
 

@@ -27,7 +27,8 @@ from finesight.errors import UserError
 from finesight.infer import model_runner as model_runner_module
 from finesight.infer import scheduler as scheduler_area
 from finesight.infer.block_manager import append_tokens
-from finesight.infer.engine import CPU_BLOCK_SIZE, Engine, generate
+from finesight.infer.engine import CPU_BLOCK_SIZE, Engine
+from finesight.infer.prediction import generate
 from finesight.infer.request import DecodingConstraint, GenerationRequest, SamplingParams
 from finesight.model.vlm import VisionLanguageModel
 from finesight.model.weights_io import load_model

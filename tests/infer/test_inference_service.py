@@ -22,12 +22,12 @@ from finesight.encode.family import ThinkingOptions
 from finesight.encode.renderer import NativeRenderer
 from finesight.errors import UserError
 from finesight.infer import inference_service as area
-from finesight.infer.engine import Engine, generate
+from finesight.infer.engine import Engine
 from finesight.infer.inference_service import GenerationStream, InferenceService, ServiceBusyError
 from finesight.infer.kv_cache import KVCache, get_kv_bytes_per_token
 from finesight.infer.model_loader import InferenceModel, load_multi_adapter_model
 from finesight.infer.model_runner import ModelRunner
-from finesight.infer.prediction import build_question
+from finesight.infer.prediction import build_question, generate
 from finesight.infer.request import CompletionDelta, GenerationOptions
 from finesight.model.config import LinearAttentionConfig
 from finesight.model.weights_io import load_model

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from finesight.encode.renderer import NativeRenderer
 from finesight.encode.tokenization import EncodedSample
-from finesight.infer.engine import generate
 from finesight.infer.model_loader import load_inference_model
+from finesight.infer.prediction import generate
 from finesight.model.quant.base import MAX_GEMM_ROWS, MAX_GEMV_ROWS
 from finesight.model.vlm import VisionLanguageModel
 from finesight.model.weights_io import load_model

@@ -15,13 +15,14 @@ from finesight.data.image_file import CorruptImageError
 from finesight.data.sample import BoxPart
 from finesight.encode.renderer import NativeRenderer
 from finesight.infer import engine as engine_module
-from finesight.infer.engine import GPU_BLOCK_SIZE, generate
+from finesight.infer.engine import GPU_BLOCK_SIZE
 from finesight.infer.model_runner import ModelRunner
 from finesight.infer.prediction import (
     Prediction,
     ResponseSampler,
     build_question,
     draw_boxes,
+    generate,
     predict,
     save_annotated_images,
 )

@@ -17,10 +17,11 @@ from finesight.data.sample import LocatedSample
 from finesight.encode.renderer import NativeRenderer
 from finesight.encode.tokenization import EncodedSample
 from finesight.infer import scheduler as scheduler_area
-from finesight.infer.engine import Engine, generate
+from finesight.infer.engine import Engine
 from finesight.infer.inference_service import InferenceService
 from finesight.infer.model_loader import InferenceModel
 from finesight.infer.model_runner import supports_fused_decode
+from finesight.infer.prediction import generate
 from finesight.infer.request import GenerationOptions, GenerationRequest, SamplingParams
 from finesight.model.lora.multi import detach_adapter, install_lora_routing
 from finesight.model.vlm import VisionLanguageModel

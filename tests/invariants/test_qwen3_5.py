@@ -16,8 +16,8 @@ from transformers import AutoModelForImageTextToText
 
 from finesight.cli.app import app
 from finesight.encode.tokenization import EncodedSample
-from finesight.infer.engine import generate
 from finesight.infer.model_loader import load_inference_model
+from finesight.infer.prediction import generate
 from finesight.model_folder import ModelFolder
 
 LORA = {"rank": 4, "alpha": 8, "dropout": 0.1}

@@ -17,7 +17,8 @@ from finesight.encode.batch import PackedBatch, pad_batch
 from finesight.encode.packing import find_shared_prefix_length, pack
 from finesight.encode.renderer import NativeRenderer
 from finesight.encode.tokenization import EncodedSample
-from finesight.infer.engine import build_engine, iter_completions
+from finesight.infer.engine import build_engine
+from finesight.infer.prediction import iter_completions
 from finesight.infer.request import GenerationRequest, SamplingParams
 from finesight.model.trainable import trainable_parameters
 from finesight.model.vlm import VisionLanguageModel

@@ -21,7 +21,7 @@ from qwen_vl_reference import (
 
 from finesight.encode.batch import PackedBatch
 from finesight.encode.packing import pack
-from finesight.infer.engine import generate
+from finesight.infer.prediction import generate
 from finesight.model.vlm import VisionLanguageModel
 
 MODES = [

@@ -33,7 +33,7 @@ from finesight.encode.renderer import Renderer
 from finesight.encode.tokenization import EncodedSample
 from finesight.errors import UserError
 from finesight.infer.block_manager import append_tokens
-from finesight.infer.engine import generate
+from finesight.infer.prediction import generate
 from finesight.manifest import RECIPE_FILE, find_run_dir
 from finesight.model.vlm import VisionLanguageModel
 from finesight.recipe import load_recipe

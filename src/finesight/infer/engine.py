@@ -11,8 +11,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -23,7 +22,7 @@ from torch import Tensor
 from finesight.encode.batch import copy_to_device
 from finesight.encode.hf_renderer import import_transformers
 from finesight.encode.packing import pack
-from finesight.encode.tokenization import EncodedSample, TokenizedSample
+from finesight.encode.tokenization import EncodedSample
 from finesight.errors import UserError
 from finesight.infer.block_manager import BlockManager
 from finesight.infer.kv_cache import KVCache, get_kv_bytes_per_token
@@ -333,7 +332,7 @@ class Engine:
         """
         scheduled = [None if item.is_paused else item for item in sequences]
         self._pending.append((scheduled, async_tokens))
-        self._scheduler.count_scheduled(item for item in scheduled if item is not None)
+        self._scheduler.count_scheduled([item for item in scheduled if item is not None])
 
     def _collect_tokens(self) -> None:
         """Wait for the tokens of the oldest launched step and emit their events."""
@@ -523,26 +522,6 @@ def compute_required_tokens(
     return max(min(sum(lengths), capacity), *lengths)
 
 
-def generate(
-    model: VisionLanguageModel,
-    prompts: Sequence[EncodedSample],
-    *,
-    max_new_tokens: int,
-    end_ids: Sequence[int],
-    on_progress: Callable[[int], None] | None = None,
-) -> list[list[int]]:
-    """Generate a greedy completion of each prompt, all in one batch. See `iter_completions`."""
-    assert max_new_tokens >= 1, f"max_new_tokens is {max_new_tokens}, less than 1"
-    lengths = [prompt.tokenized.num_tokens for prompt in prompts]
-    batch_size = len(prompts)
-    engine = build_engine(model, end_ids, lengths, max_new_tokens, batch_size, on_progress)
-    requests = [GenerationRequest(prompt=one, max_new_tokens=max_new_tokens) for one in prompts]
-    output_ids: dict[int, list[int]] = {}
-    for index, _, tokens in iter_completions(engine, enumerate(requests), batch_size, on_progress):
-        output_ids[index] = [token.id for token in tokens]
-    return [output_ids[index] for index in range(batch_size)]
-
-
 def build_engine(
     model: AnyModel,
     end_ids: Sequence[int],
@@ -562,44 +541,3 @@ def build_engine(
     lengths = sorted(prompt_lengths or [1], reverse=True)[: max(1, batch_size)]
     num_cache_tokens = compute_required_tokens(model, lengths, max_new_tokens)
     return Engine(model, end_ids, max_num_seqs=len(lengths), num_cache_tokens=num_cache_tokens)
-
-
-def iter_completions(
-    engine: Engine | HfEngine,
-    requests: Iterable[tuple[int, GenerationRequest]],
-    batch_size: int,
-    on_progress: Callable[[int], None] | None = None,
-) -> Iterator[tuple[int, TokenizedSample, list[GeneratedToken]]]:
-    """Generate completions with continuous batching, and yield each at its end.
-
-    A completion ends with an end token (included), after `max_new_tokens` tokens, or at the last
-    position of the model. Except for rounding, completions do not depend on the batch.
-
-    Args:
-        requests: Index and request of each sample; read when a sequence can start.
-        on_progress: Called after each step with the number of completions that ended in it; an
-            exception stops generation.
-    """
-    waiting = iter(requests)
-    active: dict[int, tuple[int, TokenizedSample, list[GeneratedToken]]] = {}
-    has_more = True
-    while has_more or engine.has_work:
-        while has_more and engine.num_waiting + engine.num_running < batch_size:
-            next_request = next(waiting, None)
-            has_more = next_request is not None
-            if next_request is not None:
-                index, request = next_request
-                limit = engine.get_max_new_tokens(request.prompt)
-                request = replace(request, max_new_tokens=min(request.max_new_tokens, limit))
-                active[engine.add_request(request)] = (index, request.prompt.tokenized, [])
-        num_finished = 0
-        for event in engine.step():
-            if event.error is not None:
-                raise event.error
-            if event.token is not None:
-                active[event.request_id][2].append(event.token)
-            if event.finish_reason is not None:
-                num_finished += 1
-                yield active.pop(event.request_id)
-        if on_progress is not None:
-            on_progress(num_finished)

@@ -39,9 +39,9 @@ from finesight.errors import format_count
 from finesight.infer.engine import (
     GPU_BLOCK_SIZE,
     Engine,
+    HfEngine,
     build_engine,
     compute_required_tokens,
-    iter_completions,
 )
 from finesight.infer.request import GeneratedToken, GenerationRequest, SamplingParams
 from finesight.model.hf_backend import AnyModel, HfModel
@@ -241,6 +241,70 @@ def predict(
     finally:
         model.train(was_training)
     return [predictions[index] for index in sorted(predictions)]
+
+
+def iter_completions(
+    engine: Engine | HfEngine,
+    requests: Iterable[tuple[int, GenerationRequest]],
+    batch_size: int,
+    on_progress: Callable[[int], None] | None = None,
+) -> Iterator[tuple[int, TokenizedSample, list[GeneratedToken]]]:
+    """Generate completions with continuous batching, and yield each at its end.
+
+    A completion ends with an end token (included), after `max_new_tokens` tokens, or at the last
+    position of the model. Except for rounding, completions do not depend on the batch.
+
+    Args:
+        requests: Index and request of each sample; read when a sequence can start.
+        on_progress: Called after each step with the number of completions that ended in it; an
+            exception stops generation.
+    """
+    waiting = iter(requests)
+    active: dict[int, tuple[int, TokenizedSample, list[GeneratedToken]]] = {}
+    has_more = True
+    while has_more or engine.has_work:
+        while has_more and engine.num_waiting + engine.num_running < batch_size:
+            next_request = next(waiting, None)
+            has_more = next_request is not None
+            if next_request is not None:
+                index, request = next_request
+                limit = engine.get_max_new_tokens(request.prompt)
+                request = replace(request, max_new_tokens=min(request.max_new_tokens, limit))
+                active[engine.add_request(request)] = (index, request.prompt.tokenized, [])
+        num_finished = 0
+        for event in engine.step():
+            if event.error is not None:
+                raise event.error
+            if event.token is not None:
+                active[event.request_id][2].append(event.token)
+            if event.finish_reason is not None:
+                num_finished += 1
+                yield active.pop(event.request_id)
+        if on_progress is not None:
+            on_progress(num_finished)
+
+
+def generate(
+    model: VisionLanguageModel,
+    prompts: Sequence[EncodedSample],
+    *,
+    max_new_tokens: int,
+    end_ids: Sequence[int],
+    on_progress: Callable[[int], None] | None = None,
+) -> list[list[int]]:
+    """Generate a greedy completion of each prompt, all in one batch. See `iter_completions`."""
+    assert max_new_tokens >= 1, f"max_new_tokens is {max_new_tokens}, less than 1"
+    lengths = []
+    requests = []
+    for prompt in prompts:
+        lengths.append(prompt.tokenized.num_tokens)
+        requests.append(GenerationRequest(prompt=prompt, max_new_tokens=max_new_tokens))
+    batch_size = len(prompts)
+    engine = build_engine(model, end_ids, lengths, max_new_tokens, batch_size, on_progress)
+    output_ids: dict[int, list[int]] = {}
+    for index, _, tokens in iter_completions(engine, enumerate(requests), batch_size, on_progress):
+        output_ids[index] = [token.id for token in tokens]
+    return [output_ids[index] for index in range(batch_size)]
 
 
 def describe_reduced_batch(batch_size: int) -> str:

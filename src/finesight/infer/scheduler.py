@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -299,7 +299,7 @@ class Scheduler:
         self.decoding.append(sequence)
         return sequence.batch_index
 
-    def count_scheduled(self, sequences: Iterable[SequenceState]) -> None:
+    def count_scheduled(self, sequences: Sequence[SequenceState]) -> None:
         """Count one launched token per sequence.
 
         Sequences that reach their maximum length leave the batch before the next step.

@@ -17,7 +17,12 @@ from finesight.encode.renderer import Renderer
 from finesight.errors import Step, UserError, format_count, suggest_name
 from finesight.evaluate import custom_metric
 from finesight.evaluate.bootstrap import ConfidenceInterval
-from finesight.evaluate.eval_case import MetricValues, get_reference_answer, note_lines
+from finesight.evaluate.eval_case import (
+    MetricValues,
+    ReferenceAnswer,
+    get_reference_answer,
+    note_lines,
+)
 from finesight.evaluate.eval_result import select_eval_samples
 from finesight.evaluate.metric_difference import count_correct
 from finesight.evaluate.prediction_file import create_case, format_prediction_line
@@ -115,7 +120,18 @@ MAX_LISTED_DETAILS = 10
 PredictOutput = tuple[list[Prediction], dict[int, str]]
 """Predictions in sample order, and the reason for each missing prediction by sample index."""
 
-PredictFn = Callable[[Sequence[LocatedSample]], PredictOutput]
+
+@dataclass(frozen=True, slots=True)
+class EvalQuestions:
+    """Validation samples that an evaluation answers, and their reference answers.
+
+    Attributes:
+        positions: Positions of the samples in those given.
+    """
+
+    positions: tuple[int, ...]
+    samples: tuple[LocatedSample, ...]
+    references: tuple[ReferenceAnswer, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,29 +236,40 @@ def evaluate(
     write_predictions: Callable[[bytes], None] | None = None,
     on_progress: Callable[[int], None] | None = None,
     on_batch_reduced: Callable[[int], None] | None = None,
-    distribute: Callable[[PredictFn], PredictFn] | None = None,
     subset: Collection[int] | None = None,
     batch_size: int = EVAL_BATCH_SIZE,
 ) -> GenerationEvalResult:
     """Generate predictions for validation samples and score them.
 
-    Uses a random subset of `settings.limit` samples (`select_eval_samples`), and restores the
-    model's training mode.
-
     Args:
-        settings: Metric, sample limit and maximum completion length.
-        write_predictions: Writes the predictions with scores, one JSON object per line.
-        on_progress: Called after each step with the number of finished completions; an exception
-            stops the evaluation.
-        on_batch_reduced: Called with the new batch size after the GPU runs out of memory.
-        distribute: Wraps the prediction function so that it distributes the samples over several
-            ranks; None for one process.
-        subset: Positions of selected samples whose predictions are also scored separately.
-        batch_size: Answers generated at the same time; halved when GPU memory is exhausted.
+        samples: Samples of which `select_questions` selects those to answer.
+        write_predictions: See `score_predictions`, also for `subset`.
+        on_progress: See `generate_predictions`, also for `on_batch_reduced` and `batch_size`.
 
     Raises:
         UserError: There are no samples, samples have no reference answer for the metric, or no
             image can be read.
+    """
+    questions = select_questions(renderer, samples, settings)
+    output = generate_predictions(
+        model,
+        renderer,
+        questions.samples,
+        settings,
+        on_progress=on_progress,
+        on_batch_reduced=on_batch_reduced,
+        batch_size=batch_size,
+    )
+    return score_predictions(questions, output, settings, write_predictions, subset)
+
+
+def select_questions(
+    renderer: Renderer, samples: Sequence[LocatedSample], settings: EvalSettings
+) -> EvalQuestions:
+    """Select a random subset of `settings.limit` samples (`select_eval_samples`).
+
+    Raises:
+        UserError: There are no samples, or samples have no reference answer for the metric.
     """
     chosen = select_eval_samples(range(len(samples)), settings.limit)
     selected = [samples[i] for i in chosen]
@@ -261,28 +288,64 @@ def evaluate(
         references.append(reference)
         ids.append(located.sample.id)
     check_references(settings.metric, references, ids)
+    return EvalQuestions(tuple(chosen), tuple(selected), tuple(references))
 
-    def generate(part: Sequence[LocatedSample]) -> PredictOutput:
-        errors: dict[int, CorruptImageError] = {}
-        predictions = predict(
-            model,
-            renderer,
-            part,
-            max_new_tokens=settings.max_new_tokens,
-            batch_size=batch_size,
-            on_progress=on_progress,
-            on_corrupt_image=errors.__setitem__,
-            on_batch_reduced=on_batch_reduced,
-        )
-        return predictions, {i: str(error).splitlines()[0] for i, error in errors.items()}
 
-    generate_all: PredictFn = generate
-    if distribute:
-        generate_all = distribute(generate)
-    predictions, corrupt_reasons = generate_all(selected)
-    readable = [i for i in range(len(selected)) if i not in corrupt_reasons]
+def generate_predictions(
+    model: AnyModel,
+    renderer: Renderer,
+    samples: Sequence[LocatedSample],
+    settings: EvalSettings,
+    *,
+    on_progress: Callable[[int], None] | None = None,
+    on_batch_reduced: Callable[[int], None] | None = None,
+    batch_size: int = EVAL_BATCH_SIZE,
+) -> PredictOutput:
+    """Generate predictions for samples; those with unreadable images are skipped.
+
+    The model's training mode is restored.
+
+    Args:
+        on_progress: Called after each step with the number of finished completions; an exception
+            stops the evaluation.
+        on_batch_reduced: Called with the new batch size after the GPU runs out of memory.
+        batch_size: Answers generated at the same time; halved when GPU memory is exhausted.
+    """
+    errors: dict[int, CorruptImageError] = {}
+    predictions = predict(
+        model,
+        renderer,
+        samples,
+        max_new_tokens=settings.max_new_tokens,
+        batch_size=batch_size,
+        on_progress=on_progress,
+        on_corrupt_image=errors.__setitem__,
+        on_batch_reduced=on_batch_reduced,
+    )
+    return predictions, {i: str(error).splitlines()[0] for i, error in errors.items()}
+
+
+def score_predictions(
+    questions: EvalQuestions,
+    output: PredictOutput,
+    settings: EvalSettings,
+    write_predictions: Callable[[bytes], None] | None = None,
+    subset: Collection[int] | None = None,
+) -> GenerationEvalResult:
+    """Score the predictions for the questions of an evaluation.
+
+    Args:
+        output: Predictions for all questions.
+        write_predictions: Writes the predictions with scores, one JSON object per line.
+        subset: Positions of questions whose predictions are also scored separately.
+
+    Raises:
+        UserError: No image can be read.
+    """
+    predictions, corrupt_reasons = output
+    num_requested = len(questions.samples)
+    readable = [i for i in range(num_requested) if i not in corrupt_reasons]
     positions = readable
-    num_requested = len(selected)
     if subset is not None:
         positions = [i for i in readable if i in subset]
         num_requested = len(subset)
@@ -296,10 +359,10 @@ def evaluate(
     by_position = dict(zip(readable, predictions, strict=True))
     cases = {}
     for i, prediction in by_position.items():
-        cases[i] = create_case(prediction, references[i])
+        cases[i] = create_case(prediction, questions.references[i])
     corrupt_samples = []
     for i, reason in sorted(corrupt_reasons.items()):
-        corrupt_samples.append((selected[i].sample.id, reason))
+        corrupt_samples.append((questions.samples[i].sample.id, reason))
 
     def score(scored: Sequence[int]) -> tuple[GenerationEvalResult, list[MetricValues]]:
         metric_result = compute_metrics(settings.metric, [cases[i] for i in scored])
@@ -312,7 +375,7 @@ def evaluate(
             intervals=metric_result.intervals(),
             details=metric_result.details,
             notes=metric_result.notes(),
-            positions=tuple(chosen[i] for i in scored),
+            positions=tuple(questions.positions[i] for i in scored),
         )
         return result, metric_result.per_sample
 

@@ -11,7 +11,7 @@ import json
 import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence, Set
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from functools import partial
 from itertools import chain, starmap
@@ -22,7 +22,6 @@ from pydantic import TypeAdapter
 from torch import Tensor
 
 from finesight.config import EvalSettings
-from finesight.data.sample import LocatedSample
 from finesight.errors import UserError, format_count
 from finesight.evaluate import custom_metric
 from finesight.evaluate.eval_result import EvalResult, select_eval_samples
@@ -40,7 +39,7 @@ from finesight.train.step_batch import GlobalStepStats, SkippedSample, StepBatch
 from finesight.train.step_dataset import read_steps
 
 if TYPE_CHECKING:
-    from finesight.evaluate.generation_eval import GenerationEvalResult, PredictFn, PredictOutput
+    from finesight.evaluate.generation_eval import GenerationEvalResult, PredictOutput
     from finesight.infer.prediction import Prediction
 
 
@@ -211,10 +210,17 @@ def _evaluate_generation(
     if settings is None or data is None:
         return None
     # A run without `eval.metric` needs no inference engine.
-    from finesight.evaluate.generation_eval import evaluate
+    from finesight.evaluate.generation_eval import (
+        generate_predictions,
+        score_predictions,
+        select_questions,
+    )
     from finesight.infer.prediction import describe_reduced_batch
 
     metric = custom_metric.resolve_metric_path(settings.metric, state.run.run_dir.path)
+    settings = settings.model_copy(update={"metric": metric})
+    model = state.engine.model
+    renderer = state.data.renderer
     process_group = state.run.hardware.process_group
     console = state.run.console
 
@@ -234,58 +240,63 @@ def _evaluate_generation(
             on_progress(count)
             state.run.stop.raise_if_requested()
 
-        return evaluate(
-            state.engine.model,
-            state.data.renderer,
-            [data.corpus[index] for index in scored],
-            settings.model_copy(update={"metric": metric}),
-            write_predictions=write_predictions,
-            on_progress=on_generated,
-            on_batch_reduced=on_batch_reduced,
-            distribute=partial(_distribute_generation, process_group),
-            subset=common_positions,
-        )
+        samples = [data.corpus[index] for index in scored]
+        questions = select_questions(renderer, samples, settings)
+        own_samples = process_group.shard(questions.samples)
+        output: PredictOutput = ([], {})
+        with process_group.sync_errors(), _translate_generation_oom():
+            if own_samples:
+                output = generate_predictions(
+                    model,
+                    renderer,
+                    own_samples,
+                    settings,
+                    on_progress=on_generated,
+                    on_batch_reduced=on_batch_reduced,
+                )
+        if not process_group.is_single_process:
+            output = _gather_predictions(process_group, output, len(questions.samples))
+        return score_predictions(questions, output, settings, write_predictions, common_positions)
 
 
-def _distribute_generation(process_group: ProcessGroup, generate: PredictFn) -> PredictFn:
-    """Wrap a generation function so that each rank generates for its share of the samples.
+@contextmanager
+def _translate_generation_oom() -> Iterator[None]:
+    """Convert an out-of-memory error of the generation to one with advice."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise GpuOutOfMemoryError(
+            f"the GPU memory is full: {first_error_line(error)}",
+            where="evaluation",
+            expected="sufficient memory for one answer at a time",
+            remedy="end other programs on this GPU, or lower eval.max_new_tokens, and start"
+            " again with --resume; or start a new run with smaller images",
+        ) from None
 
-    The wrapped function returns the predictions for all samples on every rank.
+
+def _gather_predictions(
+    process_group: ProcessGroup, own_output: PredictOutput, num_samples: int
+) -> PredictOutput:
+    """Return the predictions of all ranks, in the order of the samples.
+
+    Args:
+        own_output: Predictions for the samples of this rank (`ProcessGroup.shard`).
+        num_samples: Number of samples of all ranks.
     """
     from finesight.evaluate.generation_eval import PredictOutput
 
     adapter: TypeAdapter[PredictOutput] = TypeAdapter(PredictOutput)
-
-    def generate_on_all_ranks(samples: Sequence[LocatedSample]) -> PredictOutput:
-        own_samples = process_group.shard(samples)
-        generations: PredictOutput = ([], {})
-        with process_group.sync_errors():
-            try:
-                if own_samples:
-                    generations = generate(own_samples)
-            except torch.OutOfMemoryError as error:
-                raise GpuOutOfMemoryError(
-                    f"the GPU memory is full: {first_error_line(error)}",
-                    where="evaluation",
-                    expected="sufficient memory for one answer at a time",
-                    remedy="end other programs on this GPU, or lower eval.max_new_tokens, and start"
-                    " again with --resume; or start a new run with smaller images",
-                ) from None
-        if process_group.is_single_process:
-            return generations
-        predictions: dict[int, Prediction] = {}
-        unreadable: dict[int, str] = {}
-        payloads = process_group.all_gather_object(adapter.dump_json(generations).decode())
-        for rank, payload in enumerate(payloads):
-            rank_predictions, missing = adapter.validate_json(payload)
-            positions = range(rank, len(samples), process_group.world_size)
-            for index, reason in missing.items():
-                unreadable[positions[index]] = reason
-            readable = [position for n, position in enumerate(positions) if n not in missing]
-            predictions |= zip(readable, rank_predictions, strict=True)
-        return [predictions[position] for position in sorted(predictions)], unreadable
-
-    return generate_on_all_ranks
+    predictions: dict[int, Prediction] = {}
+    unreadable: dict[int, str] = {}
+    payloads = process_group.all_gather_object(adapter.dump_json(own_output).decode())
+    for rank, payload in enumerate(payloads):
+        rank_predictions, missing = adapter.validate_json(payload)
+        positions = range(rank, num_samples, process_group.world_size)
+        for index, reason in missing.items():
+            unreadable[positions[index]] = reason
+        readable = [position for n, position in enumerate(positions) if n not in missing]
+        predictions |= zip(readable, rank_predictions, strict=True)
+    return [predictions[position] for position in sorted(predictions)], unreadable
 
 
 class LossSum(NamedTuple):

@@ -107,6 +107,28 @@ def test_crash_at_every_operation_leaves_old_or_new_file(tmp_path: Path, crash: 
     assert seen == {b"old", b"new" * 1000}
 
 
+def test_folder_appears_after_what_it_must_follow(tmp_path: Path) -> None:
+    """An error of the other work leaves no folder."""
+    steps = []
+
+    def wait(problem: str = "") -> None:
+        (partial,) = tmp_path.glob(".*")
+        steps.append(((partial / storage.DIGESTS_FILE).exists(), (tmp_path / "x").exists()))
+        if problem:
+            raise ValueError(problem)
+
+    with (
+        pytest.raises(ValueError, match="full disk"),
+        storage.write_folder(tmp_path / "x", lambda: wait("full disk")) as folder,
+    ):
+        (folder / "a").write_bytes(b"1")
+    assert not [*tmp_path.iterdir()]
+    with storage.write_folder(tmp_path / "x", wait) as folder:
+        (folder / "a").write_bytes(b"1")
+    assert steps == [(True, False), (True, False)]
+    assert (tmp_path / "x" / "a").read_bytes() == b"1"
+
+
 def test_existing_folder_is_never_overwritten(tmp_path: Path) -> None:
     """It may also be created during the write, or just before the rename."""
 

@@ -118,9 +118,14 @@ class Needs:
             raise ValueError("rewards score sampled responses: set sampling, too")
 
     @property
+    def has_rollouts(self) -> bool:
+        """Whether the steps contain responses that the objective samples (`sample_steps`)."""
+        return self.sampling is not None
+
+    @property
     def steps_contain_images(self) -> bool:
         """Whether steps need the pixels of their images: to sample, or for the teacher."""
-        return self.sampling is not None or self.teacher is not None
+        return self.has_rollouts or self.teacher is not None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

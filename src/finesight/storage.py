@@ -266,18 +266,24 @@ def state_folder() -> Path:
 
 
 @contextlib.contextmanager
-def write_folder(target: Path) -> Iterator[Path]:
+def write_folder(target: Path, before_rename: Callable[[], None] | None = None) -> Iterator[Path]:
     """Yield a hidden empty folder that becomes `target` when the `with` block ends without error.
 
     All files are flushed to disk and listed in `sha256.json` with their digests; weights get the
     permissions of other files. An error or a crash at any point leaves no `target`. If several
     processes write it concurrently, the first to finish creates it. Raises UserError if `target`
     exists or cannot be written.
+
+    Args:
+        before_rename: Called when the files are on disk, before the folder gets its name; its
+            errors leave no `target`.
     """
     raise_if_exists(target)
     with working_folder(target) as partial:
         yield partial
         _write_digests(partial)
+        if before_rename is not None:
+            before_rename()
         raise_if_exists(target)
         try:
             file_system.rename(partial, target)

@@ -149,3 +149,27 @@ def test_openmp_threads_spin_long_only_on_idle_cores(
     monkeypatch.setattr(os, "environ", variables)
     configure_openmp_spin()
     assert os.environ["GOMP_SPINCOUNT"] == str(expected)
+
+
+GPU_EXIT = """
+import atexit, sys, threading, time
+from finesight.cli import app
+app._has_cuda_context = lambda: True
+atexit.register(print, "exit function")
+if "thread" in sys.argv:
+    threading.Thread(target=lambda: (time.sleep(0.2), print("thread"))).start()
+sys.argv[1:] = ["eval", "--help"] if "thread" in sys.argv else ["eval"]
+app.main()
+"""
+
+
+@pytest.mark.parametrize(("words", "code", "end"), [
+    ((), 2, "exit function\n"), (("thread",), 0, "thread\nexit function\n")
+])  # fmt: skip
+def test_exit_of_a_gpu_process_loses_no_output(words, code, end):
+    """Exit functions run, and other threads end first."""
+    command = [sys.executable, "-c", GPU_EXIT, *words]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == code, done.stderr
+    assert done.stdout.endswith(end)
+    assert bool(done.stderr) == bool(code)

@@ -34,6 +34,8 @@ from finesight.train.setup import (
     build_step_dataset,
     load_latest_checkpoint,
     parallelize_model,
+    select_device,
+    start_device,
 )
 from finesight.train.state import BaseModelRef
 from finesight.train.step import train_step
@@ -218,7 +220,8 @@ def recipe(tmp_path):
 
 def test_each_builder_works_alone(recipe):
     console = ProgressConsole(Console(quiet=True))
-    hardware = build_hardware(recipe)
+    device, dtype = select_device(recipe)
+    hardware = build_hardware(recipe, device, dtype, start_device(device, dtype))
     assert (hardware.device.type, hardware.precision) == ("cpu", "fp32")
     checked = check_recipe(recipe)
     data = build_data(checked, hardware, console)

@@ -81,7 +81,7 @@ def test_single_epoch_disables_the_vision_cache(folder, monkeypatch):
         patched.setattr(vision_cache_builder, "index_images", None)
         outcome = decide_vision_cache(state)
     assert outcome.cache is None
-    assert vision_cache_builder.REASON_FEW_USES in outcome.reason
+    assert "images have fewer than 1.25 uses" in outcome.reason
     build_vision_cache(make_train_state(folder, epochs=2))
     outcome = decide_vision_cache(state)
     assert outcome.num_from_disk == outcome.num_images == 9, "two pairs of files are equal"

@@ -7,6 +7,7 @@ import heavy packages inside their functions, so that `--help` stays fast.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import difflib
 import gc
@@ -15,6 +16,7 @@ import json
 import os
 import re
 import sys
+import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -567,7 +569,26 @@ def main() -> None:
     code = run_command(sys.argv[1:])
     _record_exit_code(str(code))
     gc.freeze()  # The exit of Python would search all objects of torch for garbage.
+    if _has_cuda_context() and _has_only_daemon_threads():
+        # The system releases the memory of a GPU half a second faster than its driver does.
+        atexit._run_exitfuncs()
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
     sys.exit(code)
+
+
+def _has_only_daemon_threads() -> bool:
+    """Return whether the exit of Python would wait for no thread."""
+    main_thread = threading.main_thread()
+    return all(one.daemon or one is main_thread for one in threading.enumerate())
+
+
+def _has_cuda_context() -> bool:
+    """Return whether this process has used a GPU."""
+    torch = sys.modules.get("torch")
+    return torch is not None and torch.cuda.is_initialized()
 
 
 def configure_openmp_spin() -> None:

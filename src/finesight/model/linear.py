@@ -328,8 +328,10 @@ class LoraLinear(nn.Module):
 
         The values depend only on the seed and the layer's hub name, where `path` is the module path
         of the fused linear. They are drawn in fp32 on the CPU, so that they are equal for any
-        dtype, device and set of adapted layers.
+        dtype, device and set of adapted layers. A layer on the meta device has no values.
         """
+        if self.lora_A.is_meta:
+            return
         for name, (lora_A_RI, lora_B_OR) in self.factors().items():
             digest = hashlib.sha256(f"{seed}:{hub_name(path, name)}".encode()).digest()
             layer_seed = int.from_bytes(digest[:8], "little") >> 1

@@ -17,7 +17,7 @@ from statistics import median
 import torch
 from torch import nn
 
-from finesight.config import Precision, Recipe
+from finesight.config import Precision, Recipe, VisionCacheMode
 from finesight.encode.renderer import is_native
 from finesight.errors import UserError
 from finesight.infer.model_loader import resolve_device, select_cpu_precision
@@ -72,7 +72,7 @@ from finesight.train.recipe_check import (
 from finesight.train.sampler import TrainSampler
 from finesight.train.setup import check_sharding
 from finesight.train.state import Hardware, RunContext, RunData
-from finesight.train.vision_cache import MIN_IMAGE_USES
+from finesight.train.vision_cache_choice import find_slow_reason
 
 WORKER_MARGIN = 1.3
 """Safety factor for the number of data loader workers, since images differ in size."""
@@ -231,7 +231,9 @@ def plan_run(
         recipe_estimate=recipe_estimate,
         chosen_estimate=chosen_estimate,
         evaluation=evaluation,
-        feature_bytes=_compute_feature_bytes(model, train_stats, sampler.num_samples, target),
+        feature_bytes=_compute_feature_bytes(
+            recipe.train.vision_cache, model, train_stats, sampler.num_samples, target
+        ),
         is_augmented=recipe.data.augment is not None,
         num_workers=num_workers,
         startup_s=startup_s,
@@ -384,10 +386,18 @@ def _compute_flops(
 
 
 def _compute_feature_bytes(
-    model: PlannedModel, stats: DatasetStats, num_samples: int, target: TargetDevice
+    setting: VisionCacheMode,
+    model: PlannedModel,
+    stats: DatasetStats,
+    num_samples: int,
+    target: TargetDevice,
 ) -> int | None:
     """Return the vision cache size of all training images; None if it is not used."""
-    if not model.allows_vision_cache or stats.count_image_uses(num_samples) < MIN_IMAGE_USES:
+    if not model.allows_vision_cache:
+        return None
+    gpu_flops = target.peak_flops if target.compute.is_cuda else None
+    flop_counter = FlopCounter(model.model)
+    if find_slow_reason(setting, stats, num_samples, flop_counter, gpu_flops) is not None:
         return None
     encoder = model.model.visual
     config = model.model.config.vision

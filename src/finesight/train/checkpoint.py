@@ -443,16 +443,24 @@ class AsyncCheckpointer:
         # The thread still writes this checkpoint, and ends afterwards.
         pool.shutdown(wait=False)
 
-    def _copy_to_cpu(self, tensor_sets: Sequence[Mapping[str, Tensor]]) -> list[dict[str, Tensor]]:
-        """Copy several mappings of tensors to a reusable CPU buffer; complete on return.
+    def allocate(self, tensor_sets: Sequence[Mapping[str, Tensor]]) -> None:
+        """Allocate the CPU buffer of asynchronous checkpoints of these tensors, unless it exists.
 
-        The first call allocates the buffer, in pinned memory if the system allows it, because
-        copies from a GPU are then faster. Later calls must pass the same names and shapes.
+        It is in pinned memory if the system allows it, because copies from a GPU are then faster.
+        Pinning takes as long as several steps.
         """
-        if self._staging_block is None:
-            # Only in the first call, because some tensors are computed on access.
+        if self.is_async and self._staging_block is None:
+            # The tensors are read once, because some are computed on access.
             specs = _list_specs(tensor_sets)
             self._staging_block = TensorBlock.allocate(*specs, pin_memory=True)
+
+    def _copy_to_cpu(self, tensor_sets: Sequence[Mapping[str, Tensor]]) -> list[dict[str, Tensor]]:
+        """Copy several mappings of tensors to the reusable CPU buffer; complete on return.
+
+        All calls must pass the same names and shapes.
+        """
+        self.allocate(tensor_sets)
+        assert self._staging_block is not None, "only asynchronous checkpoints have a buffer"
         buffers = self._staging_block.tensors()
         copies = []
         for tensors in tensor_sets:

@@ -408,7 +408,7 @@ def _save_weights(state: TrainState, step: int, wait_for_checkpoint: Callable[[]
     has_full_parts = state.run.recipe.tune.has_mode("full")
     lora_layers = [(layer, adapter) for _, layer, adapter in iter_adapters(model)]
     if has_full_parts and not run_dir.model_dir.exists():
-        with write_folder(run_dir.model_dir) as folder:
+        with write_folder(run_dir.model_dir, wait_for_checkpoint) as folder:
             for layer, _ in lora_layers:
                 layer.adapter = None
             try:
@@ -418,7 +418,6 @@ def _save_weights(state: TrainState, step: int, wait_for_checkpoint: Callable[[]
                     layer.adapter = adapter
             if is_native(base.folder):
                 write_processor_limits(folder, base.folder, state.data.renderer.image_rule)
-            wait_for_checkpoint()
     if not lora_layers or run_dir.adapter_dir.exists():
         return
     adapter_base = base.folder
@@ -432,7 +431,7 @@ def _save_weights(state: TrainState, step: int, wait_for_checkpoint: Callable[[]
         _, weights, _ = state.run.checkpoint_manager.load(step, "start again with --resume")
     else:
         weights = state.engine.optimizer.master_weights(break_ties=True)
-    with write_folder(run_dir.adapter_dir) as folder:
+    with write_folder(run_dir.adapter_dir, wait_for_checkpoint) as folder:
         save_adapter(
             folder,
             model,
@@ -440,7 +439,6 @@ def _save_weights(state: TrainState, step: int, wait_for_checkpoint: Callable[[]
             base_fingerprint=adapter_base.fingerprint(),
             master_values=weights,
         )
-        wait_for_checkpoint()
 
 
 def load_result(run_dir: RunDir) -> RunResult | None:

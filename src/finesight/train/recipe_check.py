@@ -269,7 +269,7 @@ def build_objective(recipe: Recipe, family: str) -> Objective[Any]:
 def _find_missing_method(needs: Needs, objective: Objective[Any]) -> str | None:
     """Return which method of an objective is missing for its needs; None if it has all."""
     required = {
-        "sampling": (needs.sampling is not None, "sample_steps"),
+        "sampling": (needs.has_rollouts, "sample_steps"),
         "teacher": (needs.teacher is not None, "load_models"),
         "reference": (needs.reference, "prepare"),
         "has_baseline": (objective.has_baseline, "set_baseline"),

@@ -9,8 +9,11 @@ from finesight.errors import UserError
 from finesight.progress import ProgressCallback
 from finesight.train.prefetch import Item, catch_user_error, prefetch_items
 
-SCAN_CHUNK_SIZE = 64
+SCAN_CHUNK_SIZE = 32
 """Number of samples per item of a scan, loaded by one data loader worker."""
+
+MIN_WORKER_CHUNKS = 2
+"""Minimum number of items per worker. Starting a worker takes as long as reading one."""
 
 
 def scan_samples(
@@ -28,7 +31,8 @@ def scan_samples(
     """
     starts = range(0, len(indices), SCAN_CHUNK_SIZE)
     scan_chunk = partial(_scan_chunk, scan_sample, indices)
-    for chunk in prefetch_items(scan_chunk, starts, min(num_workers, len(starts) // 4), False):
+    num_workers = min(num_workers, len(starts) // MIN_WORKER_CHUNKS)
+    for chunk in prefetch_items(scan_chunk, starts, num_workers, pin_memory=False):
         yield from chunk
         if on_progress is not None:
             on_progress(len(chunk))

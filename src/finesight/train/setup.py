@@ -6,6 +6,7 @@ import hashlib
 import json
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -23,6 +24,7 @@ from finesight.infer.model_loader import resolve_device, resolve_precision
 from finesight.manifest import Manifest
 from finesight.metric_components import METRICS
 from finesight.model.hf_backend import LIMITATIONS, AnyModel, HfModel, load_auto_model
+from finesight.model.kernels.runtime import load_compiler
 from finesight.model.linear import stacked_row_counts
 from finesight.model.lora.peft_io import ADAPTER_WEIGHTS_FILE as ADAPTER_WEIGHTS
 from finesight.model.lora.peft_io import load_trainable_adapter
@@ -181,8 +183,14 @@ def build_state(
     Raises:
         UserError: Settings, data, model or checkpoint are invalid.
     """
-    hardware = build_hardware(recipe, process_group)
-    checked = check_recipe(recipe)
+    device, dtype = select_device(recipe, process_group)
+    # The first use of a GPU takes a second. The thread ends before data loader workers are forked.
+    with ThreadPoolExecutor(1) as pool:
+        peak_flops = pool.submit(start_device, device, dtype)
+        if device.type != "cuda":
+            wait([peak_flops])  # the other work would slow down the measured one
+        checked = check_recipe(recipe)
+    hardware = build_hardware(recipe, device, dtype, peak_flops.result(), process_group)
     data = build_data(checked, hardware, console)
     run = build_run(checked, hardware, data, run_dir, console)
     checkpoint = load_latest_checkpoint(run, resume)
@@ -202,8 +210,10 @@ def build_state(
     return state
 
 
-def build_hardware(recipe: Recipe, process_group: ProcessGroup = SINGLE_PROCESS) -> Hardware:
-    """Select the device and precision of this rank, and measure the speed of the device.
+def select_device(
+    recipe: Recipe, process_group: ProcessGroup = SINGLE_PROCESS
+) -> tuple[torch.device, torch.dtype]:
+    """Select the device and the compute dtype of this rank.
 
     Raises:
         UserError: The machine does not support the recipe.
@@ -211,10 +221,29 @@ def build_hardware(recipe: Recipe, process_group: ProcessGroup = SINGLE_PROCESS)
     device = process_group.select_device(resolve_device(recipe.train.device))
     dtype = resolve_precision(recipe.train.precision, device)
     check_machine(recipe, device)
+    return device, dtype
+
+
+def start_device(device: torch.device, dtype: torch.dtype) -> float:
+    """Load the libraries of a device, and return its measured peak FLOP/s."""
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)  # a setting of each thread
+    peak_flops = measure_peak_flops(device, dtype)
+    load_compiler(device)
+    return peak_flops
+
+
+def build_hardware(
+    recipe: Recipe,
+    device: torch.device,
+    dtype: torch.dtype,
+    peak_flops: float,
+    process_group: ProcessGroup = SINGLE_PROCESS,
+) -> Hardware:
+    """Build the hardware settings of this rank."""
     num_workers = recipe.train.num_workers
     if num_workers is None:
         num_workers = default_num_workers(device, process_group.local_world_size)
-    peak_flops = measure_peak_flops(device, dtype)
     return Hardware(device, dtype, num_workers, peak_flops, process_group)
 
 

@@ -256,15 +256,17 @@ class Trainer:
         state.apply_budget(budget)
         hardware = state.run.hardware
         device = hardware.device
-        dataset = state.engine.step_dataset.with_pack_tokens(budget.pack_tokens)
-        if vision_cache is not None:
-            dataset = replace(dataset, cache_reader=vision_cache.reader)
-        step_batches = read_steps(
-            dataset, progress.step, hardware.num_workers, pin_memory=device.type == "cuda"
-        )
-        sampled = state.engine.objective.sample_steps(state, progress.step)
-        if sampled is not None:
-            step_batches = sampled
+        if state.run.recipe.needs.has_rollouts:
+            step_batches = state.engine.objective.sample_steps(state, progress.step)
+        else:
+            dataset = state.engine.step_dataset.with_pack_tokens(budget.pack_tokens)
+            if vision_cache is not None:
+                dataset = replace(dataset, cache_reader=vision_cache.reader)
+            step_batches = read_steps(
+                dataset, progress.step, hardware.num_workers, pin_memory=device.type == "cuda"
+            )
+        # Meanwhile, the workers read the first step.
+        self.checkpointer.allocate(state.state_dict()[1:])
         with closing(step_batches):
             for step_batch, data_wait in time_data_waits(step_batches, device):
                 step_output = self.run_step(step_batch, vision_cache)

@@ -134,9 +134,6 @@ class ImageIndex:
         return chunks
 
 
-MIN_IMAGE_USES = 1.25
-"""Mean uses of an image from which the cache saves time (`benchmarks/vision_cache_gain.py`)."""
-
 CacheTier = Literal["gpu", "memory", "disk"]
 
 MAX_GPU_FRACTION = 1 / 16

@@ -49,7 +49,6 @@ from finesight.train.sample_scan import scan_samples
 from finesight.train.state import TrainState
 from finesight.train.step_transfer import TensorBlock
 from finesight.train.vision_cache import (
-    MIN_IMAGE_USES,
     CacheTier,
     FreeBytes,
     ImageChunk,
@@ -63,6 +62,7 @@ from finesight.train.vision_cache import (
     compute_sha256,
     vision_cache_root,
 )
+from finesight.train.vision_cache_choice import find_slow_reason
 from finesight.vision.image_processing import concat_patches, concat_shape
 
 CorruptImages = dict[int, CorruptImageError]
@@ -82,8 +82,6 @@ NUM_READER_THREADS = 4
 
 NUM_WRITER_THREADS = 2
 """Number of threads that write feature files."""
-
-REASON_FEW_USES = f"images have fewer than {MIN_IMAGE_USES} uses, and not all are on disk"
 
 
 def _read_image_refs(corpus: Corpus, renderer: Renderer, index: int) -> list[ImageRef]:
@@ -479,7 +477,7 @@ class VisionCacheBuilder:
         """
         # The ranks exchange features, so each phase starts only if all ranks finished the previous
         # one: a rank that falls back alone would block the others.
-        has_few_uses, *_ = self._run_on_all_ranks(self._open_store_if_useful)
+        slow_reason, *_ = self._run_on_all_ranks(self._open_store_if_useful)
         self._run_on_all_ranks(self._index_images)
         self._chunks = chunks = self._image_index.split_chunks()
         self._process_group.check_identical({"images": [chunk.name for chunk in chunks]})
@@ -493,8 +491,10 @@ class VisionCacheBuilder:
         loaded_chunks: list[ImageChunk] = []
 
         def start_build() -> list[int]:
-            if not chunks or (has_few_uses and len(on_disk) < len(chunks)):
-                raise _CacheUnavailable(REASON_FEW_USES)
+            if slow_reason is not None and len(on_disk) < len(chunks):
+                raise _CacheUnavailable(f"{slow_reason}, and not all are on disk")
+            if not chunks:
+                raise _CacheUnavailable("no image is valid")
             self._tier = self._choose_tier(num_bytes, missing_bytes, free)
             self._features_AKD = self._allocate_features()
             loaded_chunks.extend(self._load_chunks(on_disk))
@@ -574,8 +574,8 @@ class VisionCacheBuilder:
             raise _CacheUnavailable(reason)
         return [*results]
 
-    def _open_store_if_useful(self) -> bool:
-        """Open the feature files; return whether a new run uses images few times.
+    def _open_store_if_useful(self) -> str | None:
+        """Open the feature files; return why a new run is faster without a new cache, else None.
 
         Raises:
             _CacheUnavailable: The cache cannot be used or does not pay off.
@@ -585,10 +585,11 @@ class VisionCacheBuilder:
         if blocker is not None:
             raise _CacheUnavailable(blocker)
         root = vision_cache_root()
-        num_uses = state.data.train.stats.count_image_uses(state.data.sampler.num_samples)
-        has_few_uses = not state.progress.step and num_uses < MIN_IMAGE_USES
-        if has_few_uses and not root.is_dir():
-            raise _CacheUnavailable(REASON_FEW_USES)
+        slow_reason = None
+        if not state.progress.step:
+            slow_reason = self._find_slow_reason()
+        if slow_reason is not None and not root.is_dir():
+            raise _CacheUnavailable(slow_reason)
         if self._setting != "memory":
             folder = state.run.base_model.folder
             settings = {"config": folder.config, "preprocessor": folder.preprocessor_config}
@@ -600,9 +601,23 @@ class VisionCacheBuilder:
                 self._store = VisionFileStore(root, encoder_hash, use_lock=is_local_main)
             except UserError as error:
                 self._disable_disk(error)
-        if has_few_uses and (self._store is None or self._store.is_empty):
-            raise _CacheUnavailable(REASON_FEW_USES)
-        return has_few_uses
+        if slow_reason is not None and (self._store is None or self._store.is_empty):
+            raise _CacheUnavailable(slow_reason)
+        return slow_reason
+
+    def _find_slow_reason(self) -> str | None:
+        """Return why the run is faster without a new cache; None if the cache saves time."""
+        state = self._state
+        hardware = state.run.hardware
+        flop_counter = state.engine.flop_counter
+        assert flop_counter is not None, "a model of the transformers backend"
+        return find_slow_reason(
+            self._setting,
+            state.data.train.stats,
+            state.data.sampler.num_samples,
+            flop_counter,
+            hardware.peak_flops if hardware.device.type == "cuda" else None,
+        )
 
     def _disable_disk(self, error: UserError) -> None:
         """Log that the disk is not used, or raise if the recipe requires it."""

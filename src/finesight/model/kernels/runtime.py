@@ -299,6 +299,16 @@ def is_compile_cache_empty() -> bool:
     return not (cache_dir.is_dir() and any(cache_dir.iterdir()))
 
 
+def load_compiler(device: torch.device) -> None:
+    """Load Triton's compiler and its driver, which takes half a second, by running a small kernel.
+
+    Nothing happens before the first kernel of a machine, which `compile_in_parallel` compiles with
+    all others.
+    """
+    if HAS_TRITON and device.type == "cuda" and not is_compile_cache_empty():
+        sum_partials(torch.zeros(1, 1, device=device), torch.float32)
+
+
 @contextmanager
 def compile_in_parallel(device: torch.device) -> Iterator[None]:
     """Compile all kernels launched within the block, by any thread, without running them.

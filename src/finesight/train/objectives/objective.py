@@ -77,9 +77,9 @@ class Objective(Generic[SettingsT]):
             TrainingInterrupted: A stop was requested.
         """
 
-    def sample_steps(self, state: Any, start: int) -> Generator[StepBatch, None, None] | None:
-        """Return the steps from `start` on with sampled responses; None for those of the data."""
-        return None
+    def sample_steps(self, state: Any, start: int) -> Generator[StepBatch, None, None]:
+        """Return the steps from `start` on with sampled responses, if the objective needs them."""
+        raise NotImplementedError(f"{type(self).__name__} samples no responses")
 
     def set_baseline(self, means: Tensor) -> None:
         """Store what the loss needs of the mean loss and metrics of a step, [1 + M]."""

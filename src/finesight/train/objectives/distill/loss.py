@@ -55,12 +55,8 @@ class DistillObjective(Objective[Settings]):
         """Load the teacher, which `check_renderer` has accepted."""
         self.teacher = load_teacher(self.settings, train)
 
-    def sample_steps(
-        self, state: TrainState, start: int
-    ) -> Generator[StepBatch, None, None] | None:
+    def sample_steps(self, state: TrainState, start: int) -> Generator[StepBatch, None, None]:
         """Return the steps from `start` on with responses to a share of the samples."""
-        if not self.settings.lmbda:
-            return None
         # Other objectives need no inference engine.
         from finesight.train.objectives.distill.rollout import StudentRollout
 

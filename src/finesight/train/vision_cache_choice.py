@@ -1,0 +1,55 @@
+"""Choice whether a new vision cache saves time, which a run and its plan share."""
+
+from __future__ import annotations
+
+from itertools import chain
+
+from finesight.config import VisionCacheMode
+from finesight.encode.context_shard import SampleShape
+from finesight.train.dataset_stats import DatasetStats
+from finesight.train.flops import FlopCounter
+
+MIN_IMAGE_USES = 1.25
+"""Mean uses of an image from which the cache saves time (`benchmarks/vision_cache_gain.py`)."""
+
+MIN_SAVED_SECONDS = 3.0
+"""Seconds of encoding that the cache must save on a GPU.
+
+Building it takes 3 s on an H200 for 496 images of 280 x 280 pixels, and encoding them 0.7 s: files
+are hashed, decoded by other workers than those of the steps, and written to disk
+(`benchmarks/full_recipe.py`).
+"""
+
+ENCODING_EFFICIENCY = 0.5
+"""Share of the peak FLOP/s at which a GPU encodes images."""
+
+
+def find_slow_reason(
+    setting: VisionCacheMode,
+    stats: DatasetStats,
+    num_samples: int,
+    flop_counter: FlopCounter,
+    gpu_flops: float | None,
+) -> str | None:
+    """Return why a run is faster without a new vision cache; None if the cache saves time.
+
+    Args:
+        setting: `train.vision_cache`. Only `auto` compares times on a GPU.
+        stats: Statistics of all training samples.
+        num_samples: Number of samples of the run, over all epochs.
+        gpu_flops: Peak FLOP/s of the GPU; None on a CPU.
+    """
+    num_uses = stats.count_image_uses(num_samples)
+    if num_uses < MIN_IMAGE_USES:
+        return f"images have fewer than {MIN_IMAGE_USES} uses"
+    if gpu_flops is None or setting != "auto":
+        return None
+    grids = tuple(chain.from_iterable(sample.grid_thw for sample in stats.sample_stats))
+    flops = flop_counter.count_by_part(SampleShape((0,), grids, 0))
+    dataset_flops = flops.matmul_by_part["vision"] + flops.matmul_by_part["merger"]
+    dataset_flops += flops.vision_attention
+    run_flops = dataset_flops * num_samples / len(stats.sample_stats)
+    saved_s = run_flops * (1 - 1 / num_uses) / (gpu_flops * ENCODING_EFFICIENCY)
+    if saved_s < MIN_SAVED_SECONDS:
+        return f"it would save {saved_s:.1f} s of encoding, less than it takes to build"
+    return None

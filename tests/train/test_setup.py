@@ -13,6 +13,7 @@ from tiny_task import edit_samples, make_task, write_recipe
 from finesight.config import LongestSide, PixelRange
 from finesight.encode.batch import PackedBatch
 from finesight.errors import UserError
+from finesight.evaluate.eval_result import BestEval
 from finesight.infer.model_loader import load_inference_model
 from finesight.manifest import Manifest
 from finesight.model_folder import TINY_MODEL, locate_model
@@ -24,14 +25,14 @@ from finesight.train.run_dir import RunDir
 from finesight.train.setup import (
     build_data,
     build_device_loader,
-    build_engine,
     build_hardware,
-    build_model,
     build_optimizer,
     build_progress,
     build_run,
     build_state,
     build_step_dataset,
+    build_train_engine,
+    load_base_model,
     load_latest_checkpoint,
     parallelize_model,
     select_device,
@@ -229,7 +230,7 @@ def test_each_builder_works_alone(recipe):
     run = build_run(checked, hardware, data, RunDir(recipe.output_dir), console)
     assert run.resume_config["train.batch_size"] == 4
     assert load_latest_checkpoint(run, resume=True) is None
-    model = build_model(run)
+    model = load_base_model(run)
     names = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert all("adapter" in name for name in names)
     parallel = parallelize_model(recipe, model, hardware.dtype, hardware.process_group)
@@ -239,7 +240,7 @@ def test_each_builder_works_alone(recipe):
     assert step_dataset.get_step(0).num_samples == 4
     batch = step_dataset.get_step(0).packs[0]
     assert build_device_loader(model, parallel, hardware).load(batch) == batch
-    engine = build_engine(run, data, model, checked.objective)
+    engine = build_train_engine(run, data, model, checked.objective)
     assert engine.optimizer.num_params == optimizer.num_params
     assert build_progress(recipe).budget.pack_tokens == recipe.train.pack_tokens
     assert not run.run_dir.path.exists()
@@ -252,8 +253,14 @@ def test_state_dict_contains_all_that_a_step_depends_on(recipe):
     states = [build_state(recipe, run_dir, console, resume=False) for _ in range(2)]
     first, second = states
     train_step(first, first.engine.step_dataset.get_step(0))
+    first.progress.budget = MemoryBudget(pack_tokens=99, activation_checkpointing=1)
     first.progress.step = 1
+    first.progress.last_eval_step = 1
+    first.progress.best = BestEval(step=1, validation_loss=2.5)
     first.progress.nonfinite_steps = 3
+    first.progress.consecutive_nonfinite_steps = 2
+    for name, initial in second.progress:
+        assert getattr(first.progress, name) != initial, f"{name} is not tested"
     second.load_state_dict(first.state_dict())
     assert second.progress == first.progress
     losses = []

@@ -12,7 +12,7 @@ from functools import cache
 from operator import itemgetter
 from pathlib import Path
 
-from finesight.data.formats import get_format, list_writable_formats
+from finesight.data.formats import get_writable_format
 from finesight.data.formats.dataset_format import DatasetFormat, ExportContext
 from finesight.data.image_file import (
     CorruptImageError,
@@ -26,7 +26,6 @@ from finesight.data.image_file import (
 )
 from finesight.data.image_resolver import IMAGES_FOLDER, ImageNames
 from finesight.data.sample import BoxPart, ImagePart, LocatedSample, list_media_paths
-from finesight.errors import UserError
 from finesight.storage import translate_os_errors, write_folder
 
 
@@ -54,14 +53,8 @@ def export_dataset(
     Images are referenced by their path relative to `out`, or copied to the folder `out`/images.
     Only samples refer to pages of documents. Other formats have them as PNG, in OUT/images.
     """
-    data_format = get_format(format_name, "--to")
-    if data_format.write_files is None:
-        raise UserError(
-            f"{format_name} can be imported only",
-            where="--to",
-            expected="a format with an exporter",
-            remedy=f"name one of these with --to: {', '.join(list_writable_formats())}",
-        )
+    data_format = get_writable_format(format_name, "--to")
+    assert data_format.write_files is not None, f"{format_name} is not writable"
     with write_folder(out) as staging:
         resolved_paths = _resolve_image_paths(samples)
         if not data_format.keeps_pages:

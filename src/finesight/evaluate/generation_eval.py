@@ -242,9 +242,13 @@ def evaluate(
     """Generate predictions for validation samples and score them.
 
     Args:
-        samples: Samples of which `select_questions` selects those to answer.
-        write_predictions: See `score_predictions`, also for `subset`.
-        on_progress: See `generate_predictions`, also for `on_batch_reduced` and `batch_size`.
+        samples: Samples of which `settings.limit` are selected (`select_questions`).
+        write_predictions: Writes the predictions with scores, one JSON object per line.
+        on_progress: Callback for the number of finished completions after each step; an exception
+            stops the evaluation.
+        on_batch_reduced: Callback for the new batch size after the GPU runs out of memory.
+        subset: Positions of questions whose predictions are also scored separately.
+        batch_size: Answers generated at the same time; halved when GPU memory is exhausted.
 
     Raises:
         UserError: There are no samples, samples have no reference answer for the metric, or no

@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Unpack
 
-from finesight.data.format_names import list_format_names
 from finesight.errors import Step, UserError, format_count
 from finesight.operations.operation import Outcome, Parameter, StrPath, to_path
 from finesight.operations.options import (
@@ -203,8 +202,8 @@ def export_data(
     target_format: Annotated[
         str,
         Parameter(
-            f"Format to write: {', '.join(list_format_names())}. One that can only be imported is "
-            "refused.",
+            "Format to write, such as samples, openai or table. Another word is answered with the "
+            "complete list.",
             option="--to",
             metavar="FORMAT",
             plugins="formats",

@@ -191,7 +191,7 @@ class SourceOptions(TableOptions, total=False):
         str | None,
         Parameter(
             f"Format of SOURCE: {', '.join(list_format_names())}. Default: detected from the "
-            "content.",
+            "content. With table, --map names the columns.",
             metavar="NAME",
             plugins="formats",
         ),
@@ -210,7 +210,8 @@ class SourceOptions(TableOptions, total=False):
         Parameter(
             "Box coordinates in SOURCE: xyxy (left, top, right, bottom), xywh (left, top, width, "
             "height) or cxcywh (center x, center y, width, height). Default: of the format "
-            "or the column names of a table (x,y,w,h: xywh), else xyxy.",
+            "(page Bounding boxes of the documentation) or the column names of a table (x,y,w,h: "
+            "xywh), else xyxy.",
         ),
     ]
     box_units: Annotated[
@@ -219,7 +220,7 @@ class SourceOptions(TableOptions, total=False):
             "Unit of box coordinates in SOURCE: pixel (of the original image), 1 (fractions of "
             "width and height), 1000 (thousandths) or resized (pixels of the image as Qwen2.5-VL "
             "resizes it with its published limits; for other limits, scale the boxes first). "
-            "Default: of the format, else pixel."
+            "Default: of the format (page Bounding boxes of the documentation), else pixel."
         ),
     ]
     pages: PagesOption

@@ -38,10 +38,7 @@ from finesight.progress import ProgressConsole
 from finesight.storage import write_file, write_folder
 from finesight.train.checkpoint import TrainProgress
 from finesight.train.evaluation import load_eval_history
-from finesight.train.param_audit import (
-    ParamChange,
-    format_param_changes,
-)
+from finesight.train.param_audit import ParamChange, format_param_changes
 from finesight.train.recipe_check import MAX_TRUNCATED_SHARE, suggest_completion_length
 from finesight.train.run_dir import RunDir
 from finesight.train.state import TrainState
@@ -234,7 +231,7 @@ def finalize_run(state: TrainState, wait_for_checkpoint: Callable[[], None]) -> 
     if step != state.progress.step:
         remedy = "set eval.patience=null and resume to use the weights of the last step"
         _, weights, optimizer_state = state.run.checkpoint_manager.load(step, remedy)
-        state.engine.load_tensors(weights, optimizer_state)
+        state.engine.restore_tensors(weights, optimizer_state)
     param_changes = _audit_and_save(state, step, wait_for_checkpoint)
     wait_for_checkpoint()
     if not process_group.is_main:

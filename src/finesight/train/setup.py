@@ -200,8 +200,8 @@ def build_state(
         with process_group.sync_errors():
             if process_group.is_main:
                 check_inputs(run, data)
-    model = build_model(run)
-    engine = build_engine(run, data, model, checked.objective)
+    model = load_base_model(run)
+    engine = build_train_engine(run, data, model, checked.objective)
     state = TrainState(run, data, engine, build_progress(recipe))
     if checkpoint is not None:
         state.load_state_dict(checkpoint)
@@ -284,10 +284,12 @@ def build_progress(recipe: Recipe) -> TrainProgress:
     return TrainProgress(budget=budget, step=0, last_eval_step=-1, best=None)
 
 
-def build_engine(
+def build_train_engine(
     run: RunContext, data: RunData, model: AnyModel, objective: Objective[Any]
 ) -> TrainEngine:
-    """Distribute the model over the ranks, and build all that a training step uses.
+    """Distribute the model over the ranks, and build all that the steps of a run use.
+
+    The audit records the parameters of the base model, before a checkpoint is restored.
 
     Raises:
         UserError: The model or the optimizer does not support `train.parallel`.
@@ -472,7 +474,7 @@ def _log_overrides(state: TrainState) -> None:
         console.log(f"samples of more than {max_tokens:,} tokens are split over all ranks")
 
 
-def build_model(run: RunContext) -> AnyModel:
+def load_base_model(run: RunContext) -> AnyModel:
     """Load the base model, and set up its trainable and frozen parts."""
     recipe = run.recipe
     hardware = run.hardware

@@ -224,7 +224,11 @@ class RunData:
 
 @dataclass(frozen=True, slots=True)
 class TrainEngine:
-    """Model and optimizer of a run, with the components and data of a training step."""
+    """Model and optimizer of a run, with the components and data of a training step.
+
+    Attributes:
+        param_audit: Record of the parameters before the first step, also of a resumed run.
+    """
 
     model: AnyModel
     objective: Objective[Any]
@@ -243,7 +247,7 @@ class TrainEngine:
         self.optimizer.zero_grad()
         self.parallel.zero_grad()
 
-    def load_tensors(
+    def restore_tensors(
         self, weights: Mapping[str, Tensor], optimizer_state: Mapping[str, Tensor]
     ) -> None:
         """Restore master weights and optimizer state from complete checkpoint tensors."""
@@ -329,7 +333,7 @@ class TrainState:
         state, weights, optimizer_state = checkpoint
         self.progress.restore(state)
         self.engine.loss_scaler.load_state_dict(state.loss_scale)
-        self.engine.load_tensors(weights, optimizer_state)
+        self.engine.restore_tensors(weights, optimizer_state)
 
     def estimate_checkpoint_bytes(self) -> int:
         """Return the bytes of a checkpoint: fp32 weights and optimizer state of all ranks."""

@@ -11,7 +11,7 @@ from image_fixtures import write_gray_image, write_jsonl
 from plugin_fixtures import install, write_package
 
 import finesight
-from finesight.data.formats import FORMATS, get_format, get_native_format
+from finesight.data.formats import FORMATS, get_format, get_native_format, get_writable_format
 from finesight.data.import_source import ImportOptions
 from finesight.data.importer import import_dataset
 from finesight.data.sample import read_samples
@@ -44,12 +44,23 @@ def test_general_formats_are_tried_last():
     assert get_native_format().name == "samples"
 
 
-@pytest.mark.parametrize(("command", "option"), [("import", "--format"), ("data export", "--to")])
-def test_help_names_the_formats(command, option):
+def test_help_names_the_formats():
     """The help is read without NumPy, and so without the formats."""
-    parameters = {one.option: one.help for one in list_parameters(find_operation(command))}
+    parameters = {one.option: one.help for one in list_parameters(find_operation("import"))}
     names = [one.name for one in FORMATS.list_built_in()]
-    assert f": {', '.join(sorted(names))}. " in parameters[option]
+    assert f": {', '.join(sorted(names))}. " in parameters["--format"]
+
+
+@pytest.mark.parametrize(("name", "problem"), [
+    ("other", "unknown format 'other'"), ("voc", "voc can be imported only")
+])  # fmt: skip
+def test_format_that_cannot_be_written_is_answered_with_those_that_can(name, problem):
+    with pytest.raises(UserError) as caught:
+        get_writable_format(name, "--to")
+    writable = [one.name for one in FORMATS.list_built_in() if one.write_files is not None]
+    assert caught.value.what == problem
+    assert caught.value.expected == f"one of {', '.join(writable)}"
+    assert get_writable_format("openai", "--to").name == "openai"
 
 
 SEVERAL_MEANINGS = {"samples", "openai", "conversations", "table", "folder", "classes"}

@@ -33,15 +33,6 @@ def iter_formats(with_plugins: bool = True) -> Iterator[DatasetFormat]:
     yield from (FORMATS[name] for name in FORMATS.plugin_names if with_plugins)
 
 
-def list_writable_formats() -> list[str]:
-    """List the names of the formats that can be exported. Imports the plug-ins."""
-    names = []
-    for data_format in FORMATS.list_available():
-        if data_format.write_files is not None:
-            names.append(data_format.name)
-    return names
-
-
 def get_native_format() -> DatasetFormat:
     """Return the format of samples, as training reads them."""
     return next(one for one in FORMATS.list_built_in() if one.is_native)
@@ -61,6 +52,25 @@ def get_format(name: str, option: str = "--format") -> DatasetFormat:
         where=option,
         expected=f"one of {', '.join(FORMATS)}",
         remedy=suggest_name(name, FORMATS, f"name one of these with {option}"),
+    )
+
+
+def get_writable_format(name: str, option: str) -> DatasetFormat:
+    """Return the dataset format with a given name, which must have an exporter."""
+    names = []
+    for data_format in FORMATS.list_available():
+        if data_format.write_files is not None:
+            names.append(data_format.name)
+    if name in names:
+        return get_format(name, option)
+    problem = f"unknown format {name!r}"
+    if name in FORMATS:
+        problem = f"{name} can be imported only"
+    raise UserError(
+        problem,
+        where=option,
+        expected=f"one of {', '.join(names)}",
+        remedy=suggest_name(name, names, f"name one of these with {option}"),
     )
 
 

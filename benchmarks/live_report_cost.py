@@ -25,8 +25,8 @@ from rich.console import Console
 
 from finesight.manifest import PREDICTIONS_FOLDER
 from finesight.progress import ProgressConsole
-from finesight.train.finalize import MIN_IDLE_RATIO, REPORT_INTERVAL_S, RunReport
 from finesight.train.run_dir import RunDir
+from finesight.train.run_report import MIN_IDLE_RATIO, REPORT_INTERVAL_S, RunReport
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 from run_dir_fixtures import START_RECORD, FakeRunDir, make_evaluation_line, make_step_line

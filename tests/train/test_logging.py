@@ -21,9 +21,9 @@ from finesight.errors import TrainingInterrupted
 from finesight.evaluate.eval_result import EvalResult
 from finesight.progress import ProgressConsole
 from finesight.storage import FileSystem
-from finesight.train.finalize import RunReport
 from finesight.train.logging import MIN_LOSS_WINDOW, TrackingEvents, is_loss_spike
 from finesight.train.run_dir import RunDir
+from finesight.train.run_report import RunReport
 
 METRIC = {"metric": "ocr", "every": 2, "max_new_tokens": 4}
 

@@ -35,7 +35,7 @@ from finesight.track.tracker_manager import TrackerManager
 from finesight.train.dataset_stats import join_names
 from finesight.train.device_timing import DataWait, record_event
 from finesight.train.evaluation import load_eval_history, peak_memory_gb, resolve_interim_limit
-from finesight.train.finalize import RunReport, RunResult, get_ranking_score
+from finesight.train.finalize import RunResult, get_ranking_score
 from finesight.train.run_dir import RunDir
 from finesight.train.setup import library_versions
 from finesight.train.state import StepOutput, TrainState
@@ -289,17 +289,11 @@ class MetricsLogger:
 
     A step is logged after the next one has been queued, so that the device stays busy while the
     host waits for the results. All ranks check the steps. Only the main process writes files.
-
-    Args:
-        report: Report of the run in progress; None on the other ranks.
     """
 
-    def __init__(
-        self, state: TrainState, tracking: TrackerManager, report: RunReport | None
-    ) -> None:
+    def __init__(self, state: TrainState, tracking: TrackerManager) -> None:
         self._state = state
         self._console = state.run.console
-        self._report = report
         self._tracking = tracking
         self.tracking_events = TrackingEvents(state.run.run_dir, tracking)
         self._anomaly_detector = AnomalyDetector(state)
@@ -393,15 +387,17 @@ class MetricsLogger:
         self._start_event = event
         return max(seconds, 1e-9)
 
+    @property
+    def has_pending_step(self) -> bool:
+        """Whether the device may still compute a step."""
+        return self._pending is not None
+
     def log_step(self, step_output: StepOutput, data_wait: DataWait) -> None:
         """Log the previous step, and keep this one until the device has finished it."""
         self.flush()
         self._pending = step_output, data_wait
         if step_output.event is None:
             self.flush()
-        # A GPU computes the pending step meanwhile.
-        if self._report and self._report.write_if_due() and self._pending is None:
-            self.restart_timer()
 
     def flush(self) -> None:
         """Wait for the pending step and log it.
@@ -489,8 +485,6 @@ class MetricsLogger:
         if not eval_result.step:
             for line in note_lines(eval_result.on_all_samples.notes.items()):
                 self._console.log(line)
-        if self._report and eval_result.step < len(self._state.data.sampler):
-            self._report.write(is_live=True)
 
     @cached_property
     def _common_ids(self) -> frozenset[str] | None:

@@ -42,6 +42,7 @@ from finesight.train.vision_cache import VisionCache
 
 if TYPE_CHECKING:
     from finesight.train.logging import MetricsLogger
+    from finesight.train.run_report import RunReport
     from finesight.train.vision_cache_builder import VisionFeatures
 
 T = TypeVar("T")
@@ -106,16 +107,22 @@ class Trainer:
     Args:
         metrics_logger: Logger of steps and evaluations.
         vision_features: Vision cache of the run, if it pays off.
+        report: Report of the run in progress; None on the other ranks.
     """
 
     def __init__(
-        self, state: TrainState, metrics_logger: MetricsLogger, vision_features: VisionFeatures
+        self,
+        state: TrainState,
+        metrics_logger: MetricsLogger,
+        vision_features: VisionFeatures,
+        report: RunReport | None,
     ) -> None:
         self.state = state
         self.console = state.run.console
         self.stop = state.run.stop
         self.metrics_logger = metrics_logger
         self.vision_features = vision_features
+        self.report = report
         self.total_steps = len(state.data.sampler)
         settings = state.run.recipe.train
         eval_settings = state.run.recipe.eval
@@ -292,13 +299,14 @@ class Trainer:
         return train_step(self.state, step_batch, vision_cache, global_stats)
 
     def on_step_end(self) -> bool:
-        """Evaluate, save a checkpoint and stop the run if due.
+        """Update the report, evaluate, save a checkpoint and stop the run if due.
 
         Otherwise, the host does not wait for the device.
 
         Returns:
             False if early stopping ends the run.
         """
+        self.update_report()
         is_rung = self.is_due(self.stop_step)
         has_validation = self.state.data.validation is not None
         should_evaluate = self.is_due(self.eval_interval) or (is_rung and has_validation)
@@ -324,6 +332,13 @@ class Trainer:
             )
         self.metrics_logger.restart_timer()
         return not (should_evaluate and self.should_stop_early())
+
+    def update_report(self) -> None:
+        """Write the report of the run in progress if it is due; a GPU computes a step meanwhile."""
+        if self.report is None or not self.report.write_if_due():
+            return
+        if not self.metrics_logger.has_pending_step:
+            self.metrics_logger.restart_timer()
 
     def should_stop_early(self) -> bool:
         """Return whether the last `eval.patience` evaluations did not improve the primary metric.
@@ -362,6 +377,8 @@ class Trainer:
         with self.vision_features.offloader.hold(is_offloaded=False):
             eval_result = run_evaluation(self.state, name, is_complete)
         self.metrics_logger.log_evaluation(eval_result, name, time.perf_counter() - start)
+        if self.report is not None and progress.step < self.total_steps:
+            self.report.write(is_live=True)
         progress.last_eval_step = progress.step
         best_eval = eval_result.as_best_eval()
         is_best = self.decide_on_main(best_eval.is_better_than(progress.best))

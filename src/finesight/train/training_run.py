@@ -22,7 +22,6 @@ from finesight.setting_types import StepsOrFraction
 from finesight.track.tracker_manager import start_trackers
 from finesight.train.dataset_stats import save_tensors
 from finesight.train.finalize import (
-    RunReport,
     RunResult,
     finalize_run,
     load_result,
@@ -33,6 +32,7 @@ from finesight.train.oom import translate_oom_errors
 from finesight.train.parallel.distributed import init_distributed
 from finesight.train.recipe_check import check_disk_space
 from finesight.train.run_dir import RunDir
+from finesight.train.run_report import RunReport
 from finesight.train.setup import InputCheck, build_manifest, build_state
 from finesight.train.state import TrainState
 from finesight.train.trainer import Trainer
@@ -177,20 +177,22 @@ def train(
             trackers = start_trackers(recipe, run_dir.path, state.progress.step, log)
             tracking = stack.enter_context(trackers)
         report = RunReport(run_dir, progress_console) if is_main else None
-        metrics_logger = MetricsLogger(state, tracking, report)
+        metrics_logger = MetricsLogger(state, tracking)
         if is_main:
             warm_up_kernels(state)
         metrics_logger.log_start(time.perf_counter() - start)
         log(describe_run(state))
-        result = _run_training(state, metrics_logger)
+        result = _run_training(state, metrics_logger, report)
         if result is not None:
             metrics_logger.tracking_events.log_result(result)
         return result
 
 
-def _run_training(state: TrainState, metrics_logger: MetricsLogger) -> RunResult | None:
+def _run_training(
+    state: TrainState, metrics_logger: MetricsLogger, report: RunReport | None
+) -> RunResult | None:
     """Run all steps and write the result; the main process also records a failure."""
-    trainer = Trainer(state, metrics_logger, VisionFeatures(state))
+    trainer = Trainer(state, metrics_logger, VisionFeatures(state), report)
     recorder: AbstractContextManager[None] = nullcontext()
     if state.run.hardware.process_group.is_main:
         recorder = record_failure(state.run.run_dir, state.run.console, state.progress)

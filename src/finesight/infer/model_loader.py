@@ -27,6 +27,7 @@ from finesight.manifest import (
     load_manifest,
 )
 from finesight.model.hf_backend import AnyModel, load_auto_model
+from finesight.model.kernels.runtime import load_compiler_beside
 from finesight.model.linear import LoraLinear
 from finesight.model.lora.multi import detach_adapter, install_lora_routing
 from finesight.model.lora.peft_io import (
@@ -143,12 +144,14 @@ def _load_base_model(
     thinking: ThinkingOptions,
 ) -> tuple[AnyModel, Renderer]:
     torch_device = resolve_device(device)
-    # The renderer reads small files and rejects an unsupported family before weights are loaded.
-    renderer = source.build_renderer().with_thinking(thinking)
-    dtype = resolve_precision(precision, torch_device)
-    model = load_auto_model(
-        source.folder, dtype, torch_device, source.nf4_parts, weight_format, source.fp8_parts
-    )
+    with load_compiler_beside(torch_device):
+        # The renderer reads small files and rejects an unsupported family before weights are
+        # loaded.
+        renderer = source.build_renderer().with_thinking(thinking)
+        dtype = resolve_precision(precision, torch_device)
+        model = load_auto_model(
+            source.folder, dtype, torch_device, source.nf4_parts, weight_format, source.fp8_parts
+        )
     return model, renderer
 
 

@@ -310,6 +310,26 @@ def load_compiler(device: torch.device) -> None:
 
 
 @contextmanager
+def load_compiler_beside(device: torch.device) -> Iterator[None]:
+    """Run `load_compiler` in a thread beside the block, whose end waits for it.
+
+    Its errors are those of the first kernel, which raises them again. The block must not fork.
+    """
+    index = device.index
+    if index is None and torch.cuda.is_initialized():
+        index = torch.cuda.current_device()
+
+    def load() -> None:
+        if index is not None:
+            torch.cuda.set_device(index)  # a setting of each thread
+        load_compiler(device)
+
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(load)
+        yield
+
+
+@contextmanager
 def compile_in_parallel(device: torch.device) -> Iterator[None]:
     """Compile all kernels launched within the block, by any thread, without running them.
 

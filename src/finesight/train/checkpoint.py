@@ -15,7 +15,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -110,8 +110,12 @@ class CorruptCheckpointError(UserError):
     """Raised when a checkpoint file is missing or was changed after it was written."""
 
 
-Checkpoint = tuple[CheckpointState, Mapping[str, Tensor], Mapping[str, Tensor]]
-"""State without tensors, master weights and optimizer state."""
+class Checkpoint(NamedTuple):
+    """State of a run without tensors, master weights and optimizer state, each by name."""
+
+    state: CheckpointState
+    weights: Mapping[str, Tensor]
+    optimizer_state: Mapping[str, Tensor]
 
 
 class CheckpointManager:
@@ -246,7 +250,8 @@ class CheckpointManager:
                 error.what, where=error.where, expected=error.expected, remedy=remedy
             ) from error
         state = _read_state(folder / STATE_FILE, remedy)
-        return state, _open_tensors(folder, WEIGHTS_FILE), _open_tensors(folder, OPTIMIZER_FILE)
+        weights = _open_tensors(folder, WEIGHTS_FILE)
+        return Checkpoint(state, weights, _open_tensors(folder, OPTIMIZER_FILE))
 
 
 def _write_tensors(

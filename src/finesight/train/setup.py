@@ -18,6 +18,7 @@ from finesight import __version__
 from finesight.config import Recipe, TrainSettings, find_section_owner
 from finesight.data.augmentation import Augmenter
 from finesight.encode.context_shard import SampleShape
+from finesight.encode.renderer import is_native
 from finesight.errors import UserError
 from finesight.family_components import FAMILIES
 from finesight.infer.model_loader import resolve_device, resolve_precision
@@ -190,12 +191,15 @@ def build_state(
         if device.type != "cuda":
             wait([peak_flops])  # the other work would slow down the measured one
         checked = check_recipe(recipe)
+    if not process_group.is_single_process:
+        is_native_model = is_native(checked.base_model.folder)
+        check_sharding(recipe.train, device.type, is_native=is_native_model)
     hardware = build_hardware(recipe, device, dtype, peak_flops.result(), process_group)
     data = build_data(checked, hardware, console)
     run = build_run(checked, hardware, data, run_dir, console)
     checkpoint = load_latest_checkpoint(run, resume)
     if checkpoint is not None:
-        _check_resumed_run(run, data, checkpoint[0])
+        _check_resumed_run(run, data, checkpoint.state)
     elif check_inputs is not None:
         with process_group.sync_errors():
             if process_group.is_main:
@@ -290,9 +294,6 @@ def build_train_engine(
     """Distribute the model over the ranks, and build all that the steps of a run use.
 
     The audit records the parameters of the base model, before a checkpoint is restored.
-
-    Raises:
-        UserError: The model or the optimizer does not support `train.parallel`.
     """
     recipe = run.recipe
     hardware = run.hardware
@@ -508,7 +509,7 @@ def load_latest_checkpoint(run: RunContext, resume: bool) -> Checkpoint | None:
             checkpoint = run.checkpoint_manager.load_latest(run.console.log)
     step_text = ""
     if checkpoint is not None:
-        step_text = str(checkpoint[0].step)
+        step_text = str(checkpoint.state.step)
     step_text = process_group.broadcast_str(step_text)
     if step_text and not process_group.is_main:
         remedy = "start again with --resume"
@@ -577,16 +578,10 @@ def _describe_reward(reward: RewardSettings) -> dict[str, Any]:
 def parallelize_model(
     recipe: Recipe, model: AnyModel, dtype: torch.dtype, process_group: ProcessGroup
 ) -> ParallelStrategy:
-    """Distribute a model over the ranks according to `train.parallel`.
-
-    Raises:
-        UserError: The model or the optimizer does not support sharding.
-    """
+    """Distribute a model over the ranks by `train.parallel`, which `check_sharding` accepts."""
     mode = recipe.train.parallel
     if mode == "ddp" or process_group.is_single_process:
         return ParallelStrategy(model, process_group)
-    device = next(model.parameters()).device
-    check_sharding(recipe.train, device.type, is_native=not isinstance(model, HfModel))
     assert isinstance(model, VisionLanguageModel), f"cannot shard a {type(model).__name__}"
     # Imported on demand, because the FSDP modules of torch take a second to import.
     from finesight.train.parallel.fsdp import FSDPStrategy

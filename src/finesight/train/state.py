@@ -316,8 +316,8 @@ class TrainState:
     def state_dict(self) -> Checkpoint:
         """Return all that a resumed run needs: progress, loss scale, weights and optimizer state.
 
-        The tensors are those of this rank, computed on access. There are no random states: the
-        seeds of samples and dropout depend only on the step.
+        The tensors are those of this rank, computed on access. There are no random states: seeds
+        derive from those of the run, the step and the pack.
         """
         state = CheckpointState(
             consumed_samples=self.consumed_samples,
@@ -326,7 +326,7 @@ class TrainState:
             **dict(self.progress),
         )
         optimizer = self.engine.optimizer
-        return state, optimizer.master_weights(), optimizer.optimizer_state()
+        return Checkpoint(state, optimizer.master_weights(), optimizer.optimizer_state())
 
     def load_state_dict(self, checkpoint: Checkpoint) -> None:
         """Continue from a checkpoint, whose tensors are complete."""

@@ -93,6 +93,7 @@ def train_step(
     step_batch: StepBatch,
     vision_cache: VisionCache | None = None,
     global_stats: GlobalStepStats | None = None,
+    can_stop: bool = True,
 ) -> StepOutput:
     """Run one training step; in a distributed run, the share of this rank.
 
@@ -104,6 +105,8 @@ def train_step(
         step_batch: Step data of this rank.
         vision_cache: Cached image features, if any.
         global_stats: Statistics over all ranks; those of this rank by default.
+        can_stop: Whether a stop request ends the step, which is repeated on resume. Otherwise, it
+            has to wait for the end of the step.
 
     Raises:
         TrainingInterrupted: A stop was requested; no parameter is updated.
@@ -122,9 +125,9 @@ def train_step(
     try:
         if objective.has_baseline:
             with torch.no_grad():
-                sums = _run_packs(state, step_batch, vision_cache, max_packs, loss_weight)
+                sums = _run_packs(state, step_batch, vision_cache, max_packs, loss_weight, can_stop)
                 objective.set_baseline(sums / loss_scale)
-        total = _run_packs(state, step_batch, vision_cache, max_packs, loss_weight)
+        total = _run_packs(state, step_batch, vision_cache, max_packs, loss_weight, can_stop)
     except Exception:
         engine.zero_grad()
         raise
@@ -163,12 +166,14 @@ def _run_packs(
     vision_cache: VisionCache | None,
     max_packs: int,
     loss_weight: Tensor,
+    can_stop: bool,
 ) -> Tensor:
     """Run all packs of a step, and return the weighted sums of loss and metrics over all ranks.
 
     Args:
         max_packs: Largest number of packs on one rank.
         loss_weight: Scalar on the device that multiplies the loss.
+        can_stop: Whether a stop request ends the step.
     """
     engine = state.engine
     hardware = state.run.hardware
@@ -185,7 +190,8 @@ def _run_packs(
         total = torch.zeros(1 + len(engine.objective.metric_names), device=hardware.device)
         for micro_index in micro_indices:
             # In a distributed run, the other ranks would wait for this one.
-            if state.run.stop.signal is not None and process_group.is_single_process:
+            can_stop_alone = can_stop and process_group.is_single_process
+            if can_stop_alone and state.run.stop.signal is not None:
                 raise TrainingInterrupted(
                     f"in step {step_batch.step_index + 1}, which is repeated on resume"
                 )

@@ -148,6 +148,9 @@ class Trainer:
         )
         self.process_group = state.run.hardware.process_group
         self.is_main = self.process_group.is_main
+        # Of a step with several updates: after the first one, it is neither stopped nor repeated,
+        # and the weights are those of no step that a checkpoint could name.
+        self.num_applied_updates = 0
 
     def run(self, finalize: Callable[[Callable[[], None]], T]) -> T:
         """Run the remaining steps and evaluations, and return the result.
@@ -196,6 +199,7 @@ class Trainer:
             RankTimeoutError: A sharded run was stopped, and a rank did not respond.
         """
         is_recoverable = not self.is_main or isinstance(error, RECOVERABLE_ERRORS)
+        is_recoverable = is_recoverable and not self.num_applied_updates
         is_sharded = self.state.engine.parallel.is_sharded
         # All ranks write a sharded checkpoint, so all have to respond.
         can_save = is_recoverable and not is_sharded
@@ -247,9 +251,9 @@ class Trainer:
                     self.run_steps_in_budget(vision_cache, budget)
                     break
                 except GpuOutOfMemoryError as oom_error:
-                    if oom_error.next_budget is None:
+                    if oom_error.next_budget is None or self.num_applied_updates:
                         raise
-                    # The failed step, which updated no parameter, is repeated with smaller packs.
+                    # The step, which has updated no parameter, is repeated with smaller packs.
                     self.console.log(oom_error.describe_retry(budget))
                     budget = oom_error.next_budget
                 # Outside the except block, because the traceback keeps tensors alive.
@@ -273,7 +277,8 @@ class Trainer:
                 dataset, progress.step, hardware.num_workers, pin_memory=device.type == "cuda"
             )
         # Meanwhile, the workers read the first step.
-        self.checkpointer.allocate(state.state_dict()[1:])
+        _, weights, optimizer_state = state.state_dict()
+        self.checkpointer.allocate([weights, optimizer_state])
         with closing(step_batches):
             for step_batch, data_wait in time_data_waits(step_batches, device):
                 step_output = self.run_step(step_batch, vision_cache)
@@ -294,9 +299,19 @@ class Trainer:
         if global_stats.signal and not self.process_group.is_single_process:
             self.stop.request(global_stats.signal)
             self.stop.raise_if_requested()
-        for _ in range(1, self.state.engine.objective.num_updates):
-            train_step(self.state, step_batch, vision_cache, global_stats)
-        return train_step(self.state, step_batch, vision_cache, global_stats)
+        num_updates = self.state.engine.objective.num_updates
+        while True:
+            step_output = train_step(
+                self.state,
+                step_batch,
+                vision_cache,
+                global_stats,
+                can_stop=not self.num_applied_updates,
+            )
+            self.num_applied_updates += 1
+            if self.num_applied_updates == num_updates:
+                self.num_applied_updates = 0
+                return step_output
 
     def on_step_end(self) -> bool:
         """Update the report, evaluate, save a checkpoint and stop the run if due.

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import re
+import signal
 import time
 from types import SimpleNamespace
 
@@ -19,7 +20,7 @@ from finesight.config import Recipe
 from finesight.data.sample import BoxPart, ImagePart, LocatedSample, Message, Sample
 from finesight.encode.family import scale_box
 from finesight.encode.renderer import NativeRenderer
-from finesight.errors import UserError
+from finesight.errors import TrainingInterrupted, UserError
 from finesight.evaluate.eval_case import EvalCase
 from finesight.evaluate.score_function import RewardError
 from finesight.infer.prediction import ResponseSampler
@@ -27,7 +28,10 @@ from finesight.model_folder import ModelFolder
 from finesight.train.objectives.grpo import Settings
 from finesight.train.objectives.grpo.loss import compute_token_losses
 from finesight.train.objectives.grpo.rollout import GrpoRollout, RewardCheck
+from finesight.train.oom import GpuOutOfMemoryError
+from finesight.train.prefetch import DataWorkerError
 from finesight.train.recipe_check import suggest_completion_length
+from finesight.train.step import train_step
 
 LOSS_TYPES = "dapo", "grpo", "dr_grpo", "bnpo", "cispo", "sapo"
 MODES = "sequence_mask", "sequence_truncate", "token_mask", "token_truncate"
@@ -419,3 +423,49 @@ def test_recipes_are_checked(tmp_path, recipe, text):
     with pytest.raises(UserError, match=text):
         task.run(**merged, train=train)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_step_of_several_updates_is_complete_or_repeated(reward_task, monkeypatch, fails):
+    """A signal in its second update waits for its end; an error leaves no checkpoint of it."""
+    two_updates = "train.grpo.num_iterations=2", "train.save_every=0"
+    reward_task.run(*two_updates, name="expected")
+    updates = []
+
+    def disturb(state, *arguments, **options):
+        updates.append(state.progress.step)
+        if len(updates) == 4:
+            if fails:
+                raise DataWorkerError("killed", where="x", expected="y", remedy="z")
+            state.run.stop.request(signal.SIGTERM)
+        return train_step(state, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("finesight.train.trainer.train_step", disturb)
+        with pytest.raises(DataWorkerError if fails else TrainingInterrupted):
+            reward_task.run(*two_updates)
+    assert updates == [0, 0, 1, 1]
+    run = reward_task.folder / "run"
+    checkpoints = sorted(path.name for path in run.glob("checkpoints/*"))
+    assert checkpoints == ([] if fails else ["step-2"])
+    reward_task.run(*two_updates, resume=True)
+    assert_same_run(run, reward_task.folder / "expected")
+
+
+def test_memory_error_after_an_update_does_not_repeat_the_step(reward_task, monkeypatch):
+    updates = []
+
+    def fill_memory(state, *arguments, **options):
+        updates.append(state.progress.step)
+        if len(updates) == 2:
+            budget = state.progress.budget
+            error = GpuOutOfMemoryError("full", where="x", expected="y", remedy="z")
+            error.next_budget = budget
+            raise error
+        return train_step(state, *arguments, **options)
+
+    monkeypatch.setattr("finesight.train.trainer.train_step", fill_memory)
+    with pytest.raises(GpuOutOfMemoryError):
+        reward_task.run("train.grpo.num_iterations=2")
+    assert updates == [0, 0]
+    assert not [*(reward_task.folder / "run").glob("checkpoints/*")]

@@ -34,9 +34,11 @@ def corrupt_steps(kind: CorruptionKind, steps: Collection[int]) -> Iterator[None
     The kinds are a NaN loss, an infinite gradient, and a much higher loss.
     """
 
-    def corrupted_train_step(session: TrainState, step: StepBatch, *rest: Any) -> StepOutput:
+    def corrupted_train_step(
+        session: TrainState, step: StepBatch, *rest: Any, **more: Any
+    ) -> StepOutput:
         if step.step_index + 1 not in steps:
-            return train_step(session, step, *rest)
+            return train_step(session, step, *rest, **more)
         if kind == "gradient":
             first = session.engine.optimizer.param_groups[0].param_slices[0].parameter
             hook = first.register_hook(lambda gradient: gradient * math.inf)
@@ -44,7 +46,7 @@ def corrupt_steps(kind: CorruptionKind, steps: Collection[int]) -> Iterator[None
             by = math.nan if kind == "loss" else -100.0
             hook = session.engine.model.register_forward_hook(lambda *called: called[-1] * by)
         try:
-            return train_step(session, step, *rest)
+            return train_step(session, step, *rest, **more)
         finally:
             hook.remove()
 
@@ -74,11 +76,11 @@ def train_with_short_timeout(*arguments: str) -> int:
     """
     real, num_steps = trainer.train_step, count(1)
 
-    def shortened_train_step(*state: Any) -> StepOutput:
+    def shortened_train_step(*state: Any, **more: Any) -> StepOutput:
         if next(num_steps) == 2:
             distributed.COLLECTIVE_TIMEOUT = SHORT_TIMEOUT
             _set_pg_timeout(SHORT_TIMEOUT)
-        return real(*state)
+        return real(*state, **more)
 
     with (
         patch.object(trainer, "train_step", shortened_train_step),

@@ -156,10 +156,10 @@ def act_before_step(patch: pytest.MonkeyPatch, index: int, act: Callable[[], obj
     """Do something before each attempt of a training step."""
     real = trainer.train_step
 
-    def train_step(state: TrainState, step: StepBatch, *rest: Any) -> StepOutput:
+    def train_step(state: TrainState, step: StepBatch, *rest: Any, **more: Any) -> StepOutput:
         if step.step_index == index:
             act()
-        return real(state, step, *rest)
+        return real(state, step, *rest, **more)
 
     patch.setattr(trainer, "train_step", train_step)
 

@@ -5,17 +5,17 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 from case_files import load_cases
 from plan_fixtures import edit_config, make_plan
+from rich.console import Console
 from tiny_task import TinyTask, write_recipe
 
 from finesight import api
 from finesight.errors import UserError
-from finesight.infer.model_loader import resolve_model_source
-from finesight.model.hf_backend import load_auto_model
 from finesight.model_folder import ModelFolder
 from finesight.plan import run_plan, step_time
 from finesight.plan.peak_memory import USABLE_MEMORY_FRACTION, compute_peak_memory
@@ -30,10 +30,13 @@ from finesight.plan.step_time import (
     extend_to_gpus,
     find_link,
 )
+from finesight.progress import ProgressConsole
 from finesight.recipe import load_recipe
+from finesight.train import setup
 from finesight.train.dataset_stats import SampleStats
 from finesight.train.parallel.distributed import ProcessGroup
-from finesight.train.setup import parallelize_model
+from finesight.train.run_dir import RunDir
+from finesight.train.setup import build_state
 
 SINGLE_PACK = "train.batch_size=8", "train.pack_tokens=4096"
 FULL = {"language": "full", "embeddings": "full", "vision": "full", "merger": "full"}
@@ -132,14 +135,12 @@ def test_plan_refuses_what_training_refuses(tmp_path, mode, optimizer, is_refuse
     with pytest.raises(UserError) as planned:
         make_plan(task, *overrides, gpus=2)
     recipe = load_recipe(task.folder / "recipe.yaml", overrides)
-    model = load_auto_model(
-        resolve_model_source(recipe.model).folder, torch.float32, torch.device("cpu")
-    )
     if mode == "fsdp_offload":  # on a CPU, training refuses the device first
         assert f"train.optimizer={optimizer}" in planned.value.what
         return
-    with pytest.raises(UserError) as trained:
-        parallelize_model(recipe, model, torch.float32, ProcessGroup(0, 2))
+    console = ProgressConsole(Console(quiet=True))
+    with patch.object(setup, "load_base_model", None), pytest.raises(UserError) as trained:
+        build_state(recipe, RunDir(tmp_path / "run"), console, False, ProcessGroup(0, 2))
     assert str(planned.value) == str(trained.value)
 
 

@@ -113,7 +113,7 @@ def test_run_survives_report_errors(task):
 
 
 def test_failed_run_reports_its_error(task, monkeypatch):
-    def fail(*rest: object) -> None:
+    def fail(*rest: object, **more: object) -> None:
         raise ValueError("a fault of <ours>")
 
     monkeypatch.setattr("finesight.train.trainer.train_step", fail)

@@ -97,8 +97,9 @@ def train_step(
 ) -> StepOutput:
     """Run one training step; in a distributed run, the share of this rank.
 
-    The loss is the mean over the supervised tokens of all packs on all ranks, so it does not depend
-    on the packing. The device skips a step with a non-finite loss or gradient, on every rank.
+    The loss is the mean over the terms of all packs on all ranks, so it does not depend on the
+    packing. Terms are supervised tokens, unless the objective counts others (`count_terms`). The
+    device skips a step with a non-finite loss or gradient, on every rank.
 
     Args:
         state: State of the run; its optimizer is updated.
@@ -233,8 +234,8 @@ def _load_and_run_pack(
         # An empty pack, which runs all layers and contributes nothing.
         loss_weight = torch.zeros_like(loss_weight)
     with translate_pack_oom(state, packed_batch, state.progress.budget):
-        # Autograd would add the gradients of the packs in 16 bits, and a graph replaces them. The
-        # optimizer reads those of the last pack.
+        # Move the gradients of the pack before to sums in fp32: autograd would add in 16 bits, and
+        # a graph replaces them. The optimizer adds those of the last pack to the sums.
         if micro_index and torch.is_grad_enabled():
             engine.parallel.accumulate_gradients(engine.optimizer)
         # The tensors of the pack have no name here, so that they are freed.

@@ -173,3 +173,12 @@ def test_exit_of_a_gpu_process_loses_no_output(words, code, end):
     assert done.returncode == code, done.stderr
     assert done.stdout.endswith(end)
     assert bool(done.stderr) == bool(code)
+
+
+def test_exit_of_a_gpu_process_without_output():
+    command = [sys.executable, "-c", GPU_EXIT.replace('["eval"]', '["--version"]')]
+    words = "import os, sys; os.close(1); os.execv(sys.argv[1], sys.argv[1:])"
+    done = subprocess.run(
+        [sys.executable, "-c", words, *command], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr

@@ -297,6 +297,7 @@ def test_every_cache_tier_on_gpu(task):
         tiers = [
             line["features"]["tier"] for line in task.read_metrics(cache) if "features" in line
         ]
-        assert tiers == [{"never": None, "auto": "gpu", "memory": "gpu"}.get(cache, cache)]
+        # Encoding the tiny images again takes less time than building a cache.
+        assert tiers == [{"never": None, "auto": None, "memory": "gpu"}.get(cache, cache)]
         losses, uncached = (read_loss_values(task, name) for name in (cache, "never"))
         assert losses == pytest.approx(uncached, rel=0.02)

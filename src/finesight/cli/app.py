@@ -572,9 +572,10 @@ def main() -> None:
     if _has_cuda_context() and _has_only_daemon_threads():
         # The system releases the memory of a GPU half a second faster than its driver does.
         atexit._run_exitfuncs()
-        with contextlib.suppress(OSError):
-            sys.stdout.flush()
-            sys.stderr.flush()
+        with contextlib.suppress(OSError, ValueError):  # of streams that are closed
+            for stream in (sys.stdout, sys.stderr):
+                if stream is not None:
+                    stream.flush()
             os._exit(code)
     sys.exit(code)
 

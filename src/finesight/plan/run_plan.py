@@ -397,7 +397,10 @@ def _compute_feature_bytes(
         return None
     gpu_flops = target.peak_flops if target.compute.is_cuda else None
     flop_counter = FlopCounter(model.model)
-    if find_slow_reason(setting, stats, num_samples, flop_counter, gpu_flops) is not None:
+    slow_reason = find_slow_reason(
+        setting, stats, num_samples, flop_counter, gpu_flops, target.num_gpus
+    )
+    if slow_reason is not None:
         return None
     encoder = model.model.visual
     config = model.model.config.vision

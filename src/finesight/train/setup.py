@@ -229,7 +229,10 @@ def select_device(
 
 
 def start_device(device: torch.device, dtype: torch.dtype) -> float:
-    """Load the libraries of a device, and return its measured peak FLOP/s."""
+    """Load the libraries of a device, and return its measured peak FLOP/s.
+
+    Raises the errors of its first use, which a run cannot do without.
+    """
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)  # a setting of each thread
     peak_flops = measure_peak_flops(device, dtype)

@@ -148,9 +148,9 @@ class Trainer:
         )
         self.process_group = state.run.hardware.process_group
         self.is_main = self.process_group.is_main
-        # Of a step with several updates: after the first one, it is neither stopped nor repeated,
-        # and the weights are those of no step that a checkpoint could name.
-        self.num_applied_updates = 0
+        # True from the first update of a step with several to the last one. Such weights are of no
+        # step that a checkpoint could name, and the step is neither stopped nor repeated.
+        self.is_within_step = False
 
     def run(self, finalize: Callable[[Callable[[], None]], T]) -> T:
         """Run the remaining steps and evaluations, and return the result.
@@ -199,7 +199,7 @@ class Trainer:
             RankTimeoutError: A sharded run was stopped, and a rank did not respond.
         """
         is_recoverable = not self.is_main or isinstance(error, RECOVERABLE_ERRORS)
-        is_recoverable = is_recoverable and not self.num_applied_updates
+        is_recoverable = is_recoverable and not self.is_within_step
         is_sharded = self.state.engine.parallel.is_sharded
         # All ranks write a sharded checkpoint, so all have to respond.
         can_save = is_recoverable and not is_sharded
@@ -251,7 +251,7 @@ class Trainer:
                     self.run_steps_in_budget(vision_cache, budget)
                     break
                 except GpuOutOfMemoryError as oom_error:
-                    if oom_error.next_budget is None or self.num_applied_updates:
+                    if oom_error.next_budget is None or self.is_within_step:
                         raise
                     # The step, which has updated no parameter, is repeated with smaller packs.
                     self.console.log(oom_error.describe_retry(budget))
@@ -276,10 +276,11 @@ class Trainer:
             step_batches = read_steps(
                 dataset, progress.step, hardware.num_workers, pin_memory=device.type == "cuda"
             )
-        # Meanwhile, the workers read the first step.
-        _, weights, optimizer_state = state.state_dict()
-        self.checkpointer.allocate([weights, optimizer_state])
         with closing(step_batches):
+            if self.writes_checkpoints:
+                # Meanwhile, the workers read the first step.
+                _, weights, optimizer_state = state.state_dict()
+                self.checkpointer.allocate([weights, optimizer_state])
             for step_batch, data_wait in time_data_waits(step_batches, device):
                 step_output = self.run_step(step_batch, vision_cache)
                 progress.step += 1
@@ -299,19 +300,13 @@ class Trainer:
         if global_stats.signal and not self.process_group.is_single_process:
             self.stop.request(global_stats.signal)
             self.stop.raise_if_requested()
-        num_updates = self.state.engine.objective.num_updates
-        while True:
-            step_output = train_step(
-                self.state,
-                step_batch,
-                vision_cache,
-                global_stats,
-                can_stop=not self.num_applied_updates,
-            )
-            self.num_applied_updates += 1
-            if self.num_applied_updates == num_updates:
-                self.num_applied_updates = 0
-                return step_output
+        arguments = self.state, step_batch, vision_cache, global_stats
+        step_output = train_step(*arguments)
+        for _ in range(1, self.state.engine.objective.num_updates):
+            self.is_within_step = True
+            step_output = train_step(*arguments, can_stop=False)
+        self.is_within_step = False
+        return step_output
 
     def on_step_end(self) -> bool:
         """Update the report, evaluate, save a checkpoint and stop the run if due.
@@ -405,8 +400,7 @@ class Trainer:
         """Save a checkpoint of the last finished step, unless it exists."""
         state = self.state
         step = state.progress.step
-        is_writer = self.is_main or state.engine.parallel.is_sharded
-        if not step or not is_writer:
+        if not step or not self.writes_checkpoints:
             return
         manager = state.run.checkpoint_manager
         with state.shard_group.sync_errors():
@@ -423,6 +417,11 @@ class Trainer:
             # Raise errors of the previous checkpoint before the other ranks start to wait.
             self.checkpointer.wait()
         self.checkpointer.save(*state.state_dict())
+
+    @property
+    def writes_checkpoints(self) -> bool:
+        """Whether this rank writes checkpoints: all ranks of a sharded model, else the main one."""
+        return self.is_main or self.state.engine.parallel.is_sharded
 
     def decide_on_main(self, decision: bool) -> bool:
         """Return the decision of the main process on all ranks."""

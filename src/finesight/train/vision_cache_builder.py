@@ -326,9 +326,8 @@ class VisionFeatures:
     def open(self, log: Callable[[float, VisionCacheResult], None]) -> Iterator[VisionCache | None]:
         """Build the vision cache if it pays off, and provide it within the context.
 
-        The cache requires a frozen vision encoder, images that are used several times or have
-        features on disk, and space for the features. A resumed run does not use the cache if it
-        started without it.
+        `_find_cache_blocker` and `find_slow_reason` list when it does not. It also needs space for
+        the features. A resumed run does not use the cache if it started without it.
 
         Args:
             log: Callback for the seconds to build the cache, and the result.
@@ -617,6 +616,7 @@ class VisionCacheBuilder:
             state.data.sampler.num_samples,
             flop_counter,
             hardware.peak_flops if hardware.device.type == "cuda" else None,
+            hardware.process_group.world_size,
         )
 
     def _disable_disk(self, error: UserError) -> None:

@@ -12,13 +12,15 @@ from finesight.train.flops import FlopCounter
 MIN_IMAGE_USES = 1.25
 """Mean uses of an image from which the cache saves time (`benchmarks/vision_cache_gain.py`)."""
 
-MIN_SAVED_SECONDS = 3.0
-"""Seconds of encoding that the cache must save on a GPU.
+BUILD_S = 1.6
+"""Seconds to build a cache of any size on a GPU: start of workers, digest and copy of the encoder.
 
-Building it takes 3 s on an H200 for 496 images of 280 x 280 pixels, and encoding them 0.7 s: files
-are hashed, decoded by other workers than those of the steps, and written to disk
-(`benchmarks/full_recipe.py`).
+Measured on an H200 as the stages of a cache of 496 images (`benchmarks/full_recipe.py`), as is
+`BUILD_S_PER_IMAGE`.
 """
+
+BUILD_S_PER_IMAGE = 0.003
+"""Seconds to hash, decode and store an image, in addition to its encoding."""
 
 ENCODING_EFFICIENCY = 0.5
 """Share of the peak FLOP/s at which a GPU encodes images."""
@@ -30,6 +32,7 @@ def find_slow_reason(
     num_samples: int,
     flop_counter: FlopCounter,
     gpu_flops: float | None,
+    num_ranks: int,
 ) -> str | None:
     """Return why a run is faster without a new vision cache; None if the cache saves time.
 
@@ -37,7 +40,8 @@ def find_slow_reason(
         setting: `train.vision_cache`. Only `auto` compares times on a GPU.
         stats: Statistics of all training samples.
         num_samples: Number of samples of the run, over all epochs.
-        gpu_flops: Peak FLOP/s of the GPU; None on a CPU.
+        gpu_flops: Peak FLOP/s of a GPU; None on a CPU.
+        num_ranks: Number of GPUs, which share the images of steps and of the cache.
     """
     num_uses = stats.count_image_uses(num_samples)
     if num_uses < MIN_IMAGE_USES:
@@ -49,7 +53,8 @@ def find_slow_reason(
     dataset_flops = flops.matmul_by_part["vision"] + flops.matmul_by_part["merger"]
     dataset_flops += flops.vision_attention
     run_flops = dataset_flops * num_samples / len(stats.sample_stats)
-    saved_s = run_flops * (1 - 1 / num_uses) / (gpu_flops * ENCODING_EFFICIENCY)
-    if saved_s < MIN_SAVED_SECONDS:
-        return f"it would save {saved_s:.1f} s of encoding, less than it takes to build"
+    saved_s = run_flops * (1 - 1 / num_uses) / (gpu_flops * ENCODING_EFFICIENCY) / num_ranks
+    build_s = BUILD_S + BUILD_S_PER_IMAGE * stats.num_unique_images / num_ranks
+    if saved_s < build_s:
+        return f"a cache would take {build_s:.1f} s to build, and save {saved_s:.1f} s of encoding"
     return None

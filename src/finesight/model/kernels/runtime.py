@@ -313,7 +313,8 @@ def load_compiler(device: torch.device) -> None:
 def load_compiler_beside(device: torch.device) -> Iterator[None]:
     """Run `load_compiler` in a thread beside the block, whose end waits for it.
 
-    Its errors are those of the first kernel, which raises them again. The block must not fork.
+    Its errors are those of the first kernel, which raises them again. The block must neither fork
+    nor launch kernels of Triton.
     """
     index = device.index
     if index is None and torch.cuda.is_initialized():

@@ -222,7 +222,7 @@ def finalize_run(state: TrainState, wait_for_checkpoint: Callable[[], None]) -> 
     step = int(process_group.broadcast_str(str(step)))
     if state.engine.parallel.is_sharded:
         wait_for_checkpoint()  # The weights are read from it.
-    if not (process_group.is_main or state.engine.parallel.is_sharded):
+    if not state.writes_checkpoints:
         return None
     if step != state.progress.step:
         remedy = "set eval.patience=null and resume to use the weights of the last step"

@@ -283,6 +283,11 @@ class TrainState:
         )
 
     @property
+    def writes_checkpoints(self) -> bool:
+        """Whether this rank writes checkpoints: all ranks of a sharded model, else the main one."""
+        return self.run.hardware.process_group.is_main or self.engine.parallel.is_sharded
+
+    @property
     def shard_group(self) -> ProcessGroup:
         """Process group over which the model is sharded; a single process without sharding."""
         if self.engine.parallel.is_sharded:

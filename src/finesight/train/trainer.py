@@ -277,7 +277,7 @@ class Trainer:
                 dataset, progress.step, hardware.num_workers, pin_memory=device.type == "cuda"
             )
         with closing(step_batches):
-            if self.writes_checkpoints:
+            if state.writes_checkpoints:
                 # Meanwhile, the workers read the first step.
                 _, weights, optimizer_state = state.state_dict()
                 self.checkpointer.allocate([weights, optimizer_state])
@@ -400,7 +400,7 @@ class Trainer:
         """Save a checkpoint of the last finished step, unless it exists."""
         state = self.state
         step = state.progress.step
-        if not step or not self.writes_checkpoints:
+        if not step or not state.writes_checkpoints:
             return
         manager = state.run.checkpoint_manager
         with state.shard_group.sync_errors():
@@ -417,11 +417,6 @@ class Trainer:
             # Raise errors of the previous checkpoint before the other ranks start to wait.
             self.checkpointer.wait()
         self.checkpointer.save(*state.state_dict())
-
-    @property
-    def writes_checkpoints(self) -> bool:
-        """Whether this rank writes checkpoints: all ranks of a sharded model, else the main one."""
-        return self.is_main or self.state.engine.parallel.is_sharded
 
     def decide_on_main(self, decision: bool) -> bool:
         """Return the decision of the main process on all ranks."""

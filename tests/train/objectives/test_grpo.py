@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
 from tiny_model import create_tiny_model
 from tiny_task import TinyTask, assert_same_run, edit_samples
 from torch import Tensor
@@ -25,6 +26,7 @@ from finesight.evaluate.eval_case import EvalCase
 from finesight.evaluate.score_function import RewardError
 from finesight.infer.prediction import ResponseSampler
 from finesight.model_folder import ModelFolder
+from finesight.progress import ProgressConsole
 from finesight.train.objectives.grpo import Settings
 from finesight.train.objectives.grpo.loss import compute_token_losses
 from finesight.train.objectives.grpo.rollout import GrpoRollout, RewardCheck
@@ -32,6 +34,8 @@ from finesight.train.oom import GpuOutOfMemoryError
 from finesight.train.prefetch import DataWorkerError
 from finesight.train.recipe_check import suggest_completion_length
 from finesight.train.step import train_step
+
+QUIET = ProgressConsole(Console(quiet=True))
 
 LOSS_TYPES = "dapo", "grpo", "dr_grpo", "bnpo", "cispo", "sapo"
 MODES = "sequence_mask", "sequence_truncate", "token_mask", "token_truncate"
@@ -93,6 +97,31 @@ def test_losses_and_gradients_match_trl(variant, assert_matches_trl):
     logps = group["logps"].clone().requires_grad_()
     words = [str(value) for name, value in variant.items() if name != "use_bias_correction_kl"]
     assert_matches_trl(" ".join(["grpo", *words]), compute_loss(settings, group, logps), logps)
+
+
+def test_shares_of_clipped_tokens():
+    """The gradient of a clipped token is 0, or, with `cispo`, as at the largest ratio."""
+    group = draw_group()
+    mask = group["mask"]
+    advantages = group["advantages"][:, None].expand(mask.shape)[mask]
+    responses = torch.arange(NUM_RESPONSES)[:, None].expand(mask.shape)[mask]
+    shares = {}
+    for loss_type in LOSS_TYPES:
+        settings = make_settings(is_first=False, loss_type=loss_type, epsilon_high=0.4)
+        logps = group["logps"][mask].requires_grad_()
+        losses, metrics = compute_token_losses(
+            settings, logps, group["sampled"][mask], None, advantages, responses
+        )
+        clipped = (metrics[2] + metrics[3]).bool()
+        (gradient,) = torch.autograd.grad(losses.sum(), logps)
+        if loss_type == "cispo":
+            assert torch.equal(clipped, torch.isclose(gradient, -0.4 * advantages))
+        else:
+            assert torch.equal(clipped, gradient == 0)
+        shares[loss_type] = metrics[2].mean(), metrics[3].mean()
+    assert shares["sapo"] == (0, 0)
+    assert shares["cispo"][0] == 0
+    assert min(shares["grpo"]) > 0
 
 
 REWARD = """

@@ -200,12 +200,13 @@ INTERRUPTED = TrainingInterrupted("checkpoint of step 3 written")
 
 def test_stop_signal_with_a_missing_rank():
     """A sharded run saves no checkpoint without the missing rank, and does not claim one."""
-    for parallel, error, saves, raised in (
-        ("ddp", TIMEOUT, True, TrainingInterrupted),
-        ("fsdp", TIMEOUT, False, None),
-        ("fsdp", INTERRUPTED, False, RankTimeoutError),
+    for parallel, error, is_within_step, saves, raised in (
+        ("ddp", TIMEOUT, False, True, TrainingInterrupted),
+        ("ddp", TIMEOUT, True, False, None),
+        ("fsdp", TIMEOUT, False, False, None),
+        ("fsdp", INTERRUPTED, False, False, RankTimeoutError),
     ):
-        trainer = mock.MagicMock(is_main=True)
+        trainer = mock.MagicMock(is_main=True, is_within_step=is_within_step)
         trainer.state.engine.parallel.is_sharded = parallel == "fsdp"
         trainer.stop.signal = signal.SIGTERM
         trainer.build_interruption.return_value = INTERRUPTED

@@ -18,8 +18,6 @@ from torch import Tensor
 
 from finesight.config import TrainSettings, TuneSettings
 from finesight.errors import UserError
-from finesight.infer.model_loader import resolve_model_source
-from finesight.model.hf_backend import load_auto_model
 from finesight.model.trainable import configure_tuning, trainable_parameters
 from finesight.model.vlm import VisionLanguageModel
 from finesight.model.weights_io import load_model
@@ -28,9 +26,8 @@ from finesight.recipe import load_recipe
 from finesight.storage import verify_folder
 from finesight.train.checkpoint import OPTIMIZER_FILE, WEIGHTS_FILE, CheckpointManager
 from finesight.train.master_weight_optimizer import MasterWeightOptimizer
-from finesight.train.parallel.distributed import ProcessGroup
 from finesight.train.parallel.fsdp import FSDPStrategy
-from finesight.train.setup import parallelize_model
+from finesight.train.setup import check_sharding
 
 FULL_FINETUNE = dict.fromkeys(("vision", "merger", "language", "embeddings"), "full")
 
@@ -129,10 +126,8 @@ def test_unsupported_sharding_is_rejected(tmp_path):
     task = TinyTask(tmp_path / "task")
     path = write_recipe(tmp_path / "recipe.yaml", task.recipe | {"output_dir": "run"})
     recipe = load_recipe(path, ["train.parallel=fsdp", "train.optimizer=muon"])
-    source = resolve_model_source(recipe.model).folder
-    model = load_auto_model(source, torch.float32, torch.device("cpu"))
     with pytest.raises(UserError, match="does not support") as error:
-        parallelize_model(recipe, model, torch.float32, ProcessGroup(0, 2))
+        check_sharding(recipe.train, "cpu", is_native=True)
     assert "train.optimizer=muon" in error.value.what
     assert "train.parallel=ddp" in error.value.remedy
 
@@ -235,3 +230,23 @@ def test_lora_gradients_of_several_packs_add_up_in_fp32(tmp_path):
     assert strategy.trainable_params.keys() == trainable_parameters(model).keys()
     for parameter in strategy.trainable_params.values():
         assert torch.equal(parameter.grad, torch.full_like(parameter, 1 + 2**-12))
+
+
+REWARD = """
+def early(case):
+    return sum(letter < "n" for letter in case.answer) / max(1, len(case.answer))
+"""
+
+
+def test_reference_of_sampled_responses_is_equal_when_sharded(tmp_path):
+    """The ranks have one and two groups of a step, whose responses are in packs of their own."""
+    task = TinyTask(tmp_path / "task")
+    (task.folder / "rewards.py").write_text(REWARD)
+    task.recipe["rewards"] = [f"{task.folder / 'rewards.py'}:early"]
+    grpo = {"num_generations": 3, "max_completion_length": 4, "max_refills": 0, "beta": 0.1}
+    settings = {"tune": {"language": "lora", "lora": {"rank": 2, "dropout": 0.0}}}
+    settings |= {"objective": "grpo", "grpo": grpo, "batch_size": 3, "pack_tokens": 10, "epochs": 1}
+    alone = run_to_completion(task, 1, "alone", **settings)
+    two = run_to_completion(task, 2, "two", parallel="fsdp", **settings)
+    # Losses are differences of advantages of both signs, and nearly 0.
+    assert dict(read_losses(two)) == pytest.approx(dict(read_losses(alone)), abs=2e-6)

@@ -121,16 +121,22 @@ def compute_token_losses(
         sums_L = sum_of_responses(log_ratio_L, response_L, num_responses)
         log_ratio_L = sums_L / counts_L.clamp(min=1)
     ratio_L = log_ratio_L.exp()
-    low = 1 - settings.epsilon
-    high = 1 + settings.effective_epsilon_high
+    is_clipped_low_L = torch.zeros_like(ratio_L, dtype=torch.bool)
+    is_clipped_high_L = is_clipped_low_L
     if settings.loss_type == "cispo":
-        weights_L = ratio_L.clamp(max=settings.effective_epsilon_high).detach()
+        max_ratio = settings.effective_epsilon_high
+        is_clipped_high_L = (ratio_L > max_ratio) & (advantages_L != 0)
+        weights_L = ratio_L.clamp(max=max_ratio).detach()
         losses_L = -weights_L * advantages_L * logps_L
     elif settings.loss_type == "sapo":
         positive, other = SAPO_TEMPERATURES
         tau_L = torch.where(advantages_L > 0, positive, other)
         losses_L = -torch.sigmoid(tau_L * (ratio_L - 1)) * 4 / tau_L * advantages_L
     else:
+        low = 1 - settings.epsilon
+        high = 1 + settings.effective_epsilon_high
+        is_clipped_low_L = (ratio_L < low) & (advantages_L < 0)
+        is_clipped_high_L = (ratio_L > high) & (advantages_L > 0)
         clipped_L = ratio_L.clamp(low, high)
         losses_L = -torch.minimum(ratio_L * advantages_L, clipped_L * advantages_L)
     correction_L = torch.ones_like(losses_L)
@@ -148,8 +154,8 @@ def compute_token_losses(
     metrics = (
         -logps_L,
         kl_L,
-        (ratio_L < low) & (advantages_L < 0),
-        (ratio_L > high) & (advantages_L > 0),
+        is_clipped_low_L,
+        is_clipped_high_L,
         (logps_L - sampled_logps_L).abs(),
         correction_L,
     )

@@ -263,25 +263,28 @@ class GrpoRollout(Rollout):
         skipped: list[SkippedSample] = []
         start_time = time.perf_counter()
         self.reward_s = 0.0
-        with self.state.engine.parallel.summon_full_params(), process_group.sync_errors():
-            sampled, useful = self.sample_useful(step, skipped)
-        own_record = self.build_record(sampled, useful)
-        records = list(starmap(RolloutRecord, process_group.all_gather_object(own_record)))
-        rewards = chain.from_iterable(record.rewards for record in records)
-        rewards_QGF = np.array(list(rewards), np.float64)
+        with self.state.engine.parallel.summon_full_params():
+            with process_group.sync_errors():
+                sampled, useful = self.sample_useful(step, skipped)
+            own_record = self.build_record(sampled, useful)
+            records = list(starmap(RolloutRecord, process_group.all_gather_object(own_record)))
+            rewards = chain.from_iterable(record.rewards for record in records)
+            rewards_QGF = np.array(list(rewards), np.float64)
+            rollout_s = time.perf_counter() - start_time - self.reward_s
+            packs: list[PackedBatch] = []
+            sample_indices: list[tuple[int, ...]] = []
+            # The ranks have different numbers of packs, which run the reference model.
+            with process_group.sync_errors():
+                for group in useful:
+                    for packed_batch in self.pack_group(group, records, rewards_QGF):
+                        packs.append(packed_batch)
+                        sample_indices.append((group.sample_index,))
         if step == self.first_step:
             for text in describe_unscored(self.scorer.names, rewards_QGF):
                 self.log(text)
-        rollout_s = time.perf_counter() - start_time - self.reward_s
         record_interval = -(-len(self.state.data.sampler) // MAX_RECORDED_GROUPS)
         if step % record_interval == 0 and useful and process_group.is_main:
             self.record_group(step, useful[0], rewards_QGF)
-        packs: list[PackedBatch] = []
-        sample_indices: list[tuple[int, ...]] = []
-        for group in useful:
-            for packed_batch in self.pack_group(group, records, rewards_QGF):
-                packs.append(packed_batch)
-                sample_indices.append((group.sample_index,))
         metrics = {
             **describe_rewards(self.scorer.names, self.weights_F, rewards_QGF, records),
             "rollout_s": rollout_s,

@@ -132,7 +132,7 @@ def test_unsupported_machine_is_rejected_before_reading_data(task, monkeypatch):
         task.run("data.train=nowhere.jsonl", tune=LANGUAGE)
     task.run(*ONE_STEP, "train.optimizer=adamw_8bit", tune=LORA, name="without")
     monkeypatch.setattr("finesight.train.setup.resolve_device", lambda _: torch.device("cuda"))
-    monkeypatch.setattr("finesight.train.setup.measure_peak_flops", lambda *_: 1.0)
+    monkeypatch.setattr("finesight.train.setup.start_device", lambda *_: 1.0)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (8, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "an older card")
     for tune, words in (

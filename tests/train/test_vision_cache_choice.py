@@ -61,3 +61,6 @@ def test_cache_of_many_small_images_takes_longer_to_build(tmp_path):
     assert many.num_unique_images == 11_000
     assert "34.6 s to build, and save 30.0 s" in found[4]
     assert found[5] is None
+    shared = find_slow_reason("auto", many, 5 * len(many.sample_indices), counter, gpu_flops, 2)
+    assert shared is not None, "several GPUs share the encoding of steps only"
+    assert "34.6 s to build, and save 20.0 s" in shared

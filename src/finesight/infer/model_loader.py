@@ -27,7 +27,7 @@ from finesight.manifest import (
     load_manifest,
 )
 from finesight.model.hf_backend import AnyModel, load_auto_model
-from finesight.model.kernels.runtime import load_compiler_beside
+from finesight.model.kernels.runtime import load_compiler_in_background
 from finesight.model.linear import LoraLinear
 from finesight.model.lora.multi import detach_adapter, install_lora_routing
 from finesight.model.lora.peft_io import (
@@ -144,7 +144,7 @@ def _load_base_model(
     thinking: ThinkingOptions,
 ) -> tuple[AnyModel, Renderer]:
     torch_device = resolve_device(device)
-    with load_compiler_beside(torch_device):
+    with load_compiler_in_background(torch_device):
         # The renderer reads small files and rejects an unsupported family before weights are
         # loaded.
         renderer = source.build_renderer().with_thinking(thinking)

@@ -268,7 +268,7 @@ def measure_peak_flops(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def _measure_gpu_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """Measure the FLOP/s of a matrix product by CUDA events, beside other threads of the host."""
+    """Measure the FLOP/s of a matrix product by CUDA events, independent of other host threads."""
     side = 8192
     a = torch.randn(side, side, device=device, dtype=dtype)
     best = float("inf")

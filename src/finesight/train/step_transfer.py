@@ -1,4 +1,4 @@
-"""Transfer of steps from data loader workers to the main process, in few blocks of memory."""
+"""Transfer of steps from data loader workers to the main process, in two memory blocks."""
 
 from __future__ import annotations
 

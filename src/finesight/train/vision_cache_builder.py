@@ -491,7 +491,7 @@ class VisionCacheBuilder:
 
         def start_build() -> list[int]:
             if slow_reason is not None and len(on_disk) < len(chunks):
-                raise _CacheUnavailable(f"{slow_reason}, and not all are on disk")
+                raise _CacheUnavailable(f"{slow_reason}, and not all features are on disk")
             if not chunks:
                 raise _CacheUnavailable("no image is valid")
             self._tier = self._choose_tier(num_bytes, missing_bytes, free)

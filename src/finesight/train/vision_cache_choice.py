@@ -41,7 +41,7 @@ def find_slow_reason(
         stats: Statistics of all training samples.
         num_samples: Number of samples of the run, over all epochs.
         gpu_flops: Peak FLOP/s of a GPU; None on a CPU.
-        num_ranks: Number of GPUs, which share the images of steps and of the cache.
+        num_ranks: Number of GPUs, which share the images of a step. Each hashes and stores all.
     """
     num_uses = stats.count_image_uses(num_samples)
     if num_uses < MIN_IMAGE_USES:
@@ -54,7 +54,7 @@ def find_slow_reason(
     dataset_flops += flops.vision_attention
     run_flops = dataset_flops * num_samples / len(stats.sample_stats)
     saved_s = run_flops * (1 - 1 / num_uses) / (gpu_flops * ENCODING_EFFICIENCY) / num_ranks
-    build_s = BUILD_S + BUILD_S_PER_IMAGE * stats.num_unique_images / num_ranks
+    build_s = BUILD_S + BUILD_S_PER_IMAGE * stats.num_unique_images
     if saved_s < build_s:
         return f"a cache would take {build_s:.1f} s to build, and save {saved_s:.1f} s of encoding"
     return None

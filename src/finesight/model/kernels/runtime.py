@@ -310,8 +310,8 @@ def load_compiler(device: torch.device) -> None:
 
 
 @contextmanager
-def load_compiler_beside(device: torch.device) -> Iterator[None]:
-    """Run `load_compiler` in a thread beside the block, whose end waits for it.
+def load_compiler_in_background(device: torch.device) -> Iterator[None]:
+    """Run `load_compiler` in a thread during the block, whose end waits for it.
 
     Its errors are those of the first kernel, which raises them again. The block must neither fork
     nor launch kernels of Triton.

@@ -8,20 +8,18 @@ points.
 
 from __future__ import annotations
 
-import pkgutil
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, Set
 from contextlib import suppress
 from dataclasses import MISSING, dataclass, field, fields
 from functools import cached_property, wraps
 from importlib import import_module
-from importlib.util import find_spec
 from inspect import isabstract
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
 from finesight.errors import UserError
-from finesight.plugins import PluginKind, Registry
+from finesight.plugins import PluginKind, Registry, list_modules
 from finesight.setting_types import SettingsSection
 
 if TYPE_CHECKING:
@@ -166,17 +164,13 @@ class _BuiltInComponents(Mapping[str, ComponentT]):
 
     @cached_property
     def _components(self) -> dict[str, ComponentT]:
-        spec = find_spec(self._package)
-        assert spec is not None, f"no package {self._package}"
         found: list[ComponentT] = []
-        for module in pkgutil.iter_modules(spec.submodule_search_locations):
-            if module.name in self._helpers:
-                continue
-            component = import_module(f"{self._package}.{module.name}").COMPONENT
+        for module in list_modules(self._package, self._helpers):
+            component = import_module(f"{self._package}.{module}").COMPONENT
             # Names have dashes where those of modules have underscores.
             file = component.name.replace("-", "_")
-            assert file == module.name, f"{component.name} in {module.name}"
-            assert component.kind == self._kind, f"{module.name} is of {component.kind}"
+            assert file == module, f"{component.name} in {module}"
+            assert component.kind == self._kind, f"{module} is of {component.kind}"
             found.append(component)
         found.sort(key=lambda component: (component.position, component.name))
         return {component.name: component for component in found}

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import pkgutil
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
+from importlib.util import find_spec
 from inspect import isabstract
 from shlex import quote
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, cast
@@ -29,6 +31,18 @@ PluginKind = Literal[
     "launchers",
 ]
 """Kind of a plug-in. Its entry points are in the group `finesight.KIND`."""
+
+
+def list_modules(package: str, helpers: Collection[str]) -> list[str]:
+    """List the names of the modules and subpackages of a package, without importing it.
+
+    Args:
+        helpers: Names of modules that are left out.
+    """
+    spec = find_spec(package)
+    assert spec is not None, f"no package {package}"
+    modules = pkgutil.iter_modules(spec.submodule_search_locations)
+    return [module.name for module in modules if module.name not in helpers]
 
 
 @dataclass(frozen=True, slots=True)

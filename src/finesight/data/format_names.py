@@ -1,8 +1,6 @@
 """Names of the built-in data formats, which help lists without importing the formats and NumPy."""
 
-import pkgutil
-from collections.abc import Sequence
-from importlib.util import find_spec
+from finesight.plugins import list_modules
 
 FORMAT_PACKAGE = "finesight.data.formats"
 
@@ -19,9 +17,7 @@ FORMAT_HELPERS = (
 """Modules of the package that are no formats."""
 
 
-def list_format_names() -> Sequence[str]:
+def list_format_names() -> list[str]:
     """List the names of the built-in formats, sorted."""
-    spec = find_spec(FORMAT_PACKAGE)
-    assert spec is not None, f"no package {FORMAT_PACKAGE}"
-    modules = {module.name for module in pkgutil.iter_modules(spec.submodule_search_locations)}
-    return sorted(name.replace("_", "-") for name in modules.difference(FORMAT_HELPERS))
+    modules = list_modules(FORMAT_PACKAGE, FORMAT_HELPERS)
+    return sorted(module.replace("_", "-") for module in modules)

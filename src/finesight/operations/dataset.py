@@ -202,8 +202,8 @@ def export_data(
     target_format: Annotated[
         str,
         Parameter(
-            "Format to write, such as samples, openai or table. Another word is answered with the "
-            "complete list.",
+            "Format to write, such as samples, openai or table. An unknown name is rejected with "
+            "the complete list.",
             option="--to",
             metavar="FORMAT",
             plugins="formats",

@@ -210,6 +210,7 @@ BROKEN = {
 @pytest.mark.parametrize("problem", BROKEN)
 def test_broken_format_of_a_plugin_is_a_user_error(problem, tmp_path, monkeypatch):
     install_meters(tmp_path, monkeypatch, "BROKEN", f"\nBROKEN = {BROKEN[problem]}\n")
-    with pytest.raises(UserError, match=re.escape(problem)) as caught:
-        get_format("meters")
-    assert "plug-in meters of meters 1.0" in str(caught.value)
+    for get in (get_format, get_writable_format):
+        with pytest.raises(UserError, match=re.escape(problem)) as caught:
+            get("meters", "--format")
+        assert "plug-in meters of meters 1.0" in str(caught.value)

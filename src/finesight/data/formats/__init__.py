@@ -57,15 +57,16 @@ def get_format(name: str, option: str = "--format") -> DatasetFormat:
 
 def get_writable_format(name: str, option: str) -> DatasetFormat:
     """Return the dataset format with a given name, which must have an exporter."""
+    problem = f"unknown format {name!r}"
+    if name in FORMATS:
+        data_format = get_format(name, option)
+        if data_format.write_files is not None:
+            return data_format
+        problem = f"{name} can be imported only"
     names = []
     for data_format in FORMATS.list_available():
         if data_format.write_files is not None:
             names.append(data_format.name)
-    if name in names:
-        return get_format(name, option)
-    problem = f"unknown format {name!r}"
-    if name in FORMATS:
-        problem = f"{name} can be imported only"
     raise UserError(
         problem,
         where=option,

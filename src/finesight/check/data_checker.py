@@ -65,6 +65,7 @@ from finesight.encode.tokenization import load_tokenizer
 from finesight.errors import Step, UserError, shorten
 from finesight.hub.archive import is_archive
 from finesight.hub.download import WEB_SCHEMES
+from finesight.ingest.presets import with_preset
 from finesight.model_folder import ModelFolder
 from finesight.path_patterns import is_glob
 
@@ -127,8 +128,8 @@ def inputs_from_files(
     seen: set[Path | str] = set()
     for path, is_validation in [*((p, False) for p in train), *((p, True) for p in validation)]:
         match = _OBJECT_STORE_PATH.fullmatch(str(path))
-        is_sample_format = (
-            options.format in (None, get_native_format().name) and not options.columns
+        is_sample_format = options.is_detected or (
+            options.format == get_native_format().name and not options.columns
         )
         if match is not None and match["scheme"] not in WEB_SCHEMES:
             url = f"{match['scheme']}://{match['name']}"
@@ -485,7 +486,7 @@ def _open_source(check_input: CheckInput, output_folder: Path) -> UnvalidatedSou
     output_folder.mkdir()
     path, options = check_input.path, check_input.options
     if isinstance(path, Path) and check_input.is_imported:
-        return open_unvalidated(path, options, output_folder)
+        return open_unvalidated(path, with_preset(path, options), output_folder)
     return open_unvalidated_samples(path, options, output_folder)
 
 

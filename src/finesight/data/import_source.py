@@ -62,6 +62,7 @@ class ImportOptions:
 
     Attributes:
         format: Name of the dataset format, None to detect it.
+        mapping: Format of a mapping file, which reads the records; None without one.
         replace_prompts: Text that replaces the question of each row; None keeps the questions.
         row_range: Slice bounds of the rows, 0-based. None means the first or last row.
         train_fraction: Fraction of the rows for training; the rest is for validation.
@@ -76,6 +77,7 @@ class ImportOptions:
     """
 
     format: str | None = None
+    mapping: DatasetFormat | None = None
     columns: Mapping[str, str] = field(default_factory=dict)
     prompt: str | None = None
     replace_prompts: str | None = None
@@ -96,6 +98,11 @@ class ImportOptions:
     pages: PageRanges = ()
     encoding: str | None = None
     no_header: bool = False
+
+    @property
+    def is_detected(self) -> bool:
+        """True if the import detects the format and the column roles."""
+        return not (self.columns or self.format or self.mapping)
 
     @property
     def has_split(self) -> bool:
@@ -333,6 +340,13 @@ def _check_options(options: ImportOptions) -> None:
             expected=f"one of {', '.join(table_format.MAPPABLE_COLUMNS)}",
             remedy=table_format.suggest_role(unknown[0], options.columns[unknown[0]]),
         )
+    if options.mapping is not None and (options.columns or options.format):
+        raise UserError(
+            "--mapping is given, too",
+            where="--map" if options.columns else "--format",
+            expected="one description of the data",
+            remedy="remove one of the two",
+        )
     if options.replace_prompts is not None:
         _check_replacement(options.replace_prompts, options)
     if options.train_fraction is not None and options.eval_last is not None:
@@ -389,27 +403,14 @@ def _open_rows(source: Path, options: ImportOptions) -> tuple[RowReader, Dataset
     Formats with their own files (folders, COCO JSON) are tried first. For other row files, the
     format is None and is detected from the rows later.
     """
-    requested = get_format(options.format) if options.format is not None else None
+    requested = _find_requested(options)
     files = options.row_files or (source,)
     is_folder = os.path.isdir(source) and not options.row_files
     if options.encoding and is_folder:
         opened = _open_encoded(source, options.encoding, requested)
         if opened is not None:
             return opened
-    if options.encoding and any(file.suffix.lower() not in (".csv", ".tsv") for file in files):
-        raise UserError(
-            "the source is not a .csv or .tsv file",
-            where="--encoding",
-            expected="a table as text, or an ImageFolder with metadata.csv; others are UTF-8",
-            remedy="remove --encoding",
-        )
-    if options.no_header and any(file.suffix.lower() not in TABLE_SUFFIXES for file in files):
-        raise UserError(
-            "the source is not a .csv, .tsv or .xlsx file",
-            where="--no-header",
-            expected="a table whose first row contains values",
-            remedy="remove --no-header",
-        )
+    _check_table_options(files, options)
     as_table = options.columns and (source.is_file() or options.row_files)
     # Plug-ins are not imported for row files, whose format is detected later.
     candidates: Iterable[DatasetFormat] = iter_formats(is_folder)
@@ -422,7 +423,9 @@ def _open_rows(source: Path, options: ImportOptions) -> tuple[RowReader, Dataset
         result = None if opener is None else opener(source)
         if result is not None:
             rows, detected_by = result
-            return rows, data_format, "--format" if requested else detected_by
+            if requested is not None:
+                detected_by = "mapping" if options.mapping else "--format"
+            return rows, data_format, detected_by
     if requested is not None and requested.open_dataset is not None:
         raise UserError(
             f"no {requested.name} dataset is found there",
@@ -446,6 +449,32 @@ def _open_rows(source: Path, options: ImportOptions) -> tuple[RowReader, Dataset
         )
     readers = [open_row_file(one, options.encoding, no_header=options.no_header) for one in files]
     return readers[0] if len(readers) == 1 else concat_rows(files, readers), None, ""
+
+
+def _check_table_options(files: Sequence[Path], options: ImportOptions) -> None:
+    """Reject options of tables for other files."""
+    suffixes = {file.suffix.lower() for file in files}
+    if options.encoding and not suffixes <= {".csv", ".tsv"}:
+        raise UserError(
+            "the source is not a .csv or .tsv file",
+            where="--encoding",
+            expected="a table as text, or an ImageFolder with metadata.csv; others are UTF-8",
+            remedy="remove --encoding",
+        )
+    if options.no_header and not suffixes <= {*TABLE_SUFFIXES}:
+        raise UserError(
+            "the source is not a .csv, .tsv or .xlsx file",
+            where="--no-header",
+            expected="a table whose first row contains values",
+            remedy="remove --no-header",
+        )
+
+
+def _find_requested(options: ImportOptions) -> DatasetFormat | None:
+    """Return the format that the user names, or that of the mapping file; None to detect it."""
+    if options.format is not None:
+        return get_format(options.format)
+    return options.mapping
 
 
 def _open_encoded(
@@ -484,7 +513,9 @@ def _detect_format(
     first_records: Sequence[Record], source: Path, rows: RowReader, options: ImportOptions
 ) -> tuple[DatasetFormat, str]:
     """Detect the format of a row file from its first records."""
-    if options.format is not None:
+    if options.mapping is not None:
+        data_format, detected_by = options.mapping, "mapping"
+    elif options.format is not None:
         data_format, detected_by = get_format(options.format), "--format"
     elif options.columns:
         data_format, detected_by = table_format.COMPONENT, "--map"

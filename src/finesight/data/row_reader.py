@@ -221,6 +221,17 @@ def _open_json(source: Path) -> RowReader:
     )
 
 
+def read_first_records(source: Path, count: int) -> list[Record]:
+    """Return the first records of a row file; those of JSON Lines without reading the others.
+
+    Raises UserError if the file is not readable.
+    """
+    if source.suffix.lower() == ".jsonl":
+        return [row.record for row in itertools.islice(_iter_json_lines(source), count)]
+    reader = open_row_file(source)
+    return [row.record for row in reader.iter_range(0, min(reader.num_rows, count))]
+
+
 def _reject_single_object(source: Path) -> None:
     """Reject a JSON file that contains a single object over several lines.
 

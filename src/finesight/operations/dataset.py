@@ -54,6 +54,7 @@ def import_data(
     on_invalid_box: Literal["fail", "drop", "clip"] | None = None,
     copy_images: bool = False,
     encoding: Annotated[str | None, Parameter(metavar="NAME")] = None,
+    explain: Annotated[int | None, Parameter(metavar="ROW", minimum=1)] = None,
     allow_host: Annotated[Sequence[str], Parameter(metavar="HOST")] = (),
     **reading: Unpack[SourceOptions],
 ) -> Outcome[ImportSummary]:
@@ -94,11 +95,14 @@ def import_data(
         copy_images: Copy the images into OUT/images. Default: OUT refers to the images in place;
             those from hubs, the web and archives are always copied.
         encoding: Encoding of a .csv or .tsv file, such as cp1250 or gb18030. Default: detect it.
+        explain: Print which values of this row have which role in --mapping, and its samples, and
+            write nothing. Rows are counted from 1.
         allow_host: Allow downloads of https:// sources and images from this host. Repeatable.
     """
     from finesight.data.import_source import detect_columns
     from finesight.data.importer import import_dataset
     from finesight.data.source_fetch import fetch_source
+    from finesight.ingest.presets import with_preset
 
     options = build_import_options(
         reading,
@@ -112,13 +116,15 @@ def import_data(
         on_invalid_box=on_invalid_box,
         encoding=encoding,
     )
-    is_detected = not (options.columns or options.format)
+    if explain is not None:
+        return _explain_row(source, options, explain, allow_host)
+    is_detected = options.is_detected
     console = ProgressConsole()
     out = Path(out)
     with fetch_source(str(source), out, options, allow_host) as fetched:
         path = fetched.path
-        options = fetched.options
-        if is_detected and not options.row_files:
+        options = with_preset(path, fetched.options)
+        if options.is_detected and not options.row_files:
             path, options = detect_columns(path, options)
         summary = import_dataset(path, out, options, console.progress_stage)
     for note in fetched.notes:
@@ -132,11 +138,47 @@ def import_data(
     return Outcome(summary, lines, asdict(summary), [step])
 
 
+def _explain_row(
+    source: StrPath,
+    options: ImportOptions,
+    number: int,
+    allow_host: Sequence[str],
+) -> Outcome[ImportSummary]:
+    """Return the roles of a row as lines, and a summary without files."""
+    from finesight.data.importer import ImportSummary
+    from finesight.data.source_fetch import fetch_source
+    from finesight.ingest.explanation import explain_row
+    from finesight.ingest.presets import with_preset
+    from finesight.storage import temporary_folder
+
+    with (
+        temporary_folder("explain") as folder,
+        fetch_source(str(source), folder / "data", options, allow_host) as fetched,
+    ):
+        options = with_preset(fetched.path, fetched.options)
+        found = explain_row(fetched.path, options, number, folder)
+    summary = ImportSummary(
+        format=found.mapping,
+        detected_by="mapping",
+        num_rows=found.num_rows,
+        output_files=(),
+        skipped_rows={},
+        num_images=0,
+        num_clipped_boxes=0,
+        source_notes={},
+        unused_columns=tuple(reading.location for reading in found.unused),
+    )
+    return Outcome(summary, [f"{source}: {found.location}", *found.format_lines()], found.as_json())
+
+
 def build_import_options(reading: TableOptions, **others: Any) -> ImportOptions:
     """Build the options of an import; None stands for the default."""
     from finesight.data.import_source import ImportOptions
+    from finesight.ingest.mapping_format import load_mapping_format
 
-    values = {**reading, **others}
+    values: dict[str, Any] = {**reading, **others}
+    if values.get("mapping") is not None:
+        values["mapping"] = load_mapping_format(Path(values["mapping"]))
     return ImportOptions(**{name: value for name, value in values.items() if value is not None})
 
 

@@ -177,7 +177,12 @@ def init(
     checked = check_data([train_file], eval_files)
     device_size = f", {memory_bytes / 1e9:.0f} GB" if memory_bytes else ""
     lines = [
-        *_format_data(source, summary, options, is_detected=not reading.get("columns")),
+        *_format_data(
+            source,
+            summary,
+            options,
+            is_detected=not (reading.get("columns") or reading.get("mapping")),
+        ),
         f"task    {task.metric} ({METRICS[task.metric].primary_score or None})",
         f"example {_format_example(train_file)}",
         f"device  {device}{device_size}",
@@ -451,8 +456,10 @@ def _select_source(
 ) -> tuple[Path, ImportOptions]:
     """Return the file or folder to import, with the column roles of a table."""
     from finesight.data.import_source import detect_columns
+    from finesight.ingest.presets import with_preset
 
-    if options.row_files:
+    options = with_preset(path, options)
+    if options.row_files or options.mapping is not None:
         return path, options
 
     def ask_question(names: list[str]) -> str:

@@ -154,7 +154,16 @@ LimitOption = Annotated[
 
 
 class TableOptions(TypedDict, total=False):
-    """Options of all operations that read a table."""
+    """Options of all operations that read a dataset, whose records have roles."""
+
+    mapping: Annotated[
+        StrPath | None,
+        Parameter(
+            "Mapping file (YAML) that states the role of every key of the records, instead of "
+            "--map (page Mapping files of the documentation).",
+            metavar="FILE",
+        ),
+    ]
 
     columns: Annotated[
         Mapping[str, str] | None,

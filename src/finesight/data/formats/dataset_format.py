@@ -660,6 +660,8 @@ class DatasetFormat(Component[Any]):
         may_be_table: Function that returns whether detected records may be a table instead.
         is_native: Whether the rows are samples, as training reads them.
         keeps_pages: Whether the format has pages of documents. An export to others saves them.
+        reads_raw_rows: Whether `parse_row` reads all keys of a record itself, such as preference
+            pairs, verdicts and lists in texts, which otherwise are the same for all formats.
     """
 
     kind: PluginKind = field(default="formats", kw_only=True)
@@ -677,6 +679,7 @@ class DatasetFormat(Component[Any]):
     may_be_table: Callable[[Sequence[Record]], bool] | None = None
     is_native: bool = False
     keeps_pages: bool = False
+    reads_raw_rows: bool = False
 
     def find_problem(self) -> str | None:
         """Return why other modules cannot use the format; None if they can.
@@ -689,7 +692,12 @@ class DatasetFormat(Component[Any]):
             return f"description is {self.description!r:.60}, no text"
         if not isinstance(self.supported_options, Collection):
             return f"supported_options is {self.supported_options!r:.60}, no collection"
-        for name, flag in {"is_native": self.is_native, "keeps_pages": self.keeps_pages}.items():
+        flags = {
+            "is_native": self.is_native,
+            "keeps_pages": self.keeps_pages,
+            "reads_raw_rows": self.reads_raw_rows,
+        }
+        for name, flag in flags.items():
             if not isinstance(flag, bool):
                 return f"{name} is {flag!r:.60}, neither True nor False"
         if not callable(self.parse_row):
@@ -715,9 +723,9 @@ class DatasetFormat(Component[Any]):
         """
         for notes in (context.row_notes, context.other_keys, context.invalid_boxes):
             notes.clear()
-        is_table = "map" in self.supported_options
-        records = [row.record] if is_table else split_preference(decode_json_lists(row.record))
-        has_label = len(records) == 1 and "rejected" not in row.record and not is_table
+        is_raw = self.reads_raw_rows or "map" in self.supported_options
+        records = [row.record] if is_raw else split_preference(decode_json_lists(row.record))
+        has_label = len(records) == 1 and "rejected" not in row.record and not is_raw
         keys = [key for key in _LABEL_KEYS if isinstance(row.record.get(key), bool) and has_label]
         label = records[0].pop(keys[0]) if keys else None
         # The keys of the chosen row are counted, so it is parsed last.

@@ -428,7 +428,7 @@ def parse_row(row: SourceRow, context: ImportContext) -> ImportExample:
         names = find_columns(row.record, "question", context.columns["question"])
         question, options = _join_cells(names, question)
     if question is not None:
-        parts = _place_images(parts, _get_text(question, "question"))
+        parts = place_images(parts, _get_text(question, "question"))
     boxes, omitted = _create_boxes(row, context, images)
     units = context.resolve_convention(get_default_convention(context.columns.get("box", ""))).units
     if boxes and units == "pixel":
@@ -436,7 +436,7 @@ def parse_row(row: SourceRow, context: ImportContext) -> ImportExample:
         declared = row.record.get("height"), row.record.get("width")
         extents = {(box.xyxy[3] - box.xyxy[1], box.xyxy[2] - box.xyxy[0]) for box in boxes}
         check_declared_size(declared, images.paths[0], context, extents)
-    content = _omit_classes(context.add_prompt(parts), omitted, boxes)
+    content = omit_classes(context.add_prompt(parts), omitted, boxes)
     user = Message(role="user", content=content)
     line_end = "\n" if boxes else ""
     answers_text = as_list(_read_cell(row.record, context, "answer"))
@@ -465,7 +465,7 @@ def parse_row(row: SourceRow, context: ImportContext) -> ImportExample:
     return ImportExample(row.id, (user,), tuple(answers))
 
 
-def _place_images(images: list[ContentPart], question: str) -> list[ContentPart]:
+def place_images(images: list[ContentPart], question: str) -> list[ContentPart]:
     """Return images and question, with the images at its `<image>` if their numbers are equal."""
     first, *texts = re.split("<image>\n?", question)
     if len(texts) != len(images):
@@ -496,7 +496,7 @@ def _join_cells(names: Sequence[str], cells: Sequence[object]) -> tuple[str, lis
     return "\n".join(lines), options
 
 
-def _omit_classes(
+def omit_classes(
     content: tuple[ContentPart, ...],
     omitted: Mapping[str, InvalidBoxError],
     boxes: Sequence[BoxPart],
@@ -697,6 +697,21 @@ def _create_boxes(
             problem = f"{len(names)} labels for {len(boxes)} boxes"
             raise InvalidRowError(problem, "a label for each box")
         pairs += itertools.zip_longest(boxes, names)
+    return create_labelled_boxes(pairs, images, convention)
+
+
+def create_labelled_boxes(
+    pairs: Sequence[tuple[object, str | None]], images: RowImages, convention: BoxConvention
+) -> tuple[tuple[BoxPart, ...], dict[str, InvalidBoxError]]:
+    """Create boxes from coordinates and labels.
+
+    Returns the boxes, and the errors of dropped boxes by labels without another box.
+
+    Raises:
+        InvalidRowError: Only some of the boxes have a label.
+        InvalidBoxError: A box is invalid and the import does not drop it, or without it the
+            question would lack an object.
+    """
     found = [images.create_valid_box(*pair, convention) for pair in pairs]
     parts = tuple(one for one in found if isinstance(one, BoxPart))
     labels = {part.label for part in parts}

@@ -1,0 +1,479 @@
+"""Samples from records, as a mapping states the roles of their keys."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from string import ascii_uppercase
+from typing import Any
+
+from finesight.data.boxes import InvalidBoxError
+from finesight.data.formats.conversation_placeholders import build_placeholder_example
+from finesight.data.formats.conversation_rows import Turn, parse_answer
+from finesight.data.formats.dataset_format import (
+    ImportContext,
+    ImportExample,
+    RowImages,
+    describe_value,
+    make_text_part,
+)
+from finesight.data.formats.image_annotations import (
+    NO_OBJECTS_ANSWER,
+    ObjectAnnotation,
+    build_detection_examples,
+    check_declared_size,
+)
+from finesight.data.formats.table import create_labelled_boxes, omit_classes, place_images
+from finesight.data.row_reader import SourceRow
+from finesight.data.sample import (
+    MAX_ANSWERS,
+    BoxPart,
+    ContentPart,
+    EmptyAnswerError,
+    InvalidRowError,
+    Message,
+    Role,
+    TextPart,
+    check_limit,
+)
+from finesight.ingest.mapping import Boxes, Elements, Frame, Mapping, Messages, Points, Value
+from finesight.ingest.record_values import (
+    MISSING,
+    Reading,
+    RecordValues,
+    Scope,
+    is_empty,
+    parse_texts,
+    to_text,
+    write_json,
+)
+
+LEFT_OUT = "left out by `where` of the mapping"
+
+ROLES: dict[str, Role] = {"system": "system", "user": "user", "assistant": "assistant"}
+
+_AFTER_IMAGE = re.compile(r"(<image>|<video>)\n")
+"""Line break after a placeholder; each model family adds its own."""
+
+
+@dataclass(frozen=True, slots=True)
+class MappedRow:
+    """Result of a record: its samples, and the account of its keys.
+
+    Attributes:
+        readings: Values of the record with their roles, in the order of reading.
+        unused: Values without a role.
+    """
+
+    examples: list[ImportExample]
+    readings: list[Reading]
+    unused: list[Reading]
+
+
+def parse_mapped_row(
+    row: SourceRow, context: ImportContext, mapping: Mapping
+) -> list[ImportExample]:
+    """Build the samples of a record.
+
+    Raises:
+        InvalidRowError: A path does not fit the record, or a key has no role.
+    """
+    found = read_mapped_row(row, context, mapping)
+    if found.unused and found.examples:
+        raise _build_unused_error(found.unused)
+    return found.examples
+
+
+def read_mapped_row(row: SourceRow, context: ImportContext, mapping: Mapping) -> MappedRow:
+    """Build the samples of a record, and account for its keys."""
+    record = parse_texts(row.record, mapping.list_parse_paths())
+    values = RecordValues(Scope(record, ""))
+    scopes = [values.root]
+    if mapping.sample is not None:
+        scopes = _select_items(values, mapping.sample, values.root, "sample", context)
+    examples: list[ImportExample] = []
+    for number, scope in enumerate(scopes, start=1):
+        sample_id = f"{row.id}-{number}" if len(scopes) > 1 else row.id
+        builder = SampleBuilder(row, context, mapping, values, scope, sample_id)
+        unmet = values.find_unmet(mapping.where, scope)
+        if unmet is None:
+            examples += builder.build()
+        else:
+            context.skipped_rows[f"{LEFT_OUT} ({unmet})"] += 1
+            values.discard(scope)
+    if row.has_own_id:
+        values.discard_key("id")
+    for path in mapping.ignore:
+        if values.read_optional(path, values.root, "ignore"):
+            context.other_keys[f"{path.text}, ignored by the mapping"] += 1
+    return MappedRow(examples, values.readings, list(values.iter_unused()))
+
+
+def _build_unused_error(unused: Sequence[Reading]) -> InvalidRowError:
+    location = unused[0].location
+    others = ""
+    if len(unused) > 1:
+        others = f", and {len(unused) - 1} more: " + ", ".join(one.location for one in unused[1:6])
+    return InvalidRowError(
+        f"{location} with {describe_value(unused[0].value)} has no role{others}",
+        "a role for each key of the record, meta or ignore",
+        f"add the key to the mapping, for example ignore: [{location}]",
+    )
+
+
+def _select_items(
+    values: RecordValues, elements: Elements, scope: Scope, role: str, context: ImportContext
+) -> list[Scope]:
+    """Return the items of a list that meet its conditions; the others are counted."""
+    kept: list[Scope] = []
+    for item in values.iterate(elements, scope, role):
+        unmet = values.find_unmet(elements.where, item)
+        if unmet is None:
+            kept.append(item)
+        else:
+            values.discard(item)
+            context.row_notes[f"items {LEFT_OUT} ({unmet})"] += 1
+    return kept
+
+
+@dataclass(frozen=True, slots=True)
+class SampleBuilder:
+    """Builder of the sample of a record, or of an item of its list `sample`.
+
+    Attributes:
+        scope: Value in which paths start.
+    """
+
+    row: SourceRow
+    context: ImportContext
+    mapping: Mapping
+    values: RecordValues
+    scope: Scope
+    sample_id: str
+
+    def build(self) -> list[ImportExample]:
+        """Build the samples: one, or several for `--box-task grounding`."""
+        mapping = self.mapping
+        sample_id = self.sample_id
+        if mapping.id is not None:
+            sample_id = self.values.evaluate_text(mapping.id, self.scope, "id")
+        meta = self._read_meta()
+        if mapping.messages is not None:
+            examples = [self._build_conversation(sample_id, mapping.messages)]
+        elif mapping.boxes is not None and mapping.question is None and mapping.classes:
+            examples = self._build_detection(sample_id, mapping.boxes)
+        else:
+            examples = [self._build_question(sample_id)]
+        label = self._read_verdict()
+        return [
+            replace(example, meta={**meta, **example.meta}, label=label) for example in examples
+        ]
+
+    def _read(self, role: str, value: Value | None) -> Any:
+        """Return the value of a role, `MISSING` without one."""
+        if value is None:
+            return MISSING
+        return self.values.evaluate(value, self.scope, role)
+
+    def _read_text(self, role: str, value: Value | None) -> str | None:
+        """Return the text of a role; None without a role, or without the optional key."""
+        if value is None:
+            return None
+        found = self._read(role, value)
+        return None if found is MISSING else to_text(found, value.name_role(role))
+
+    def _read_meta(self) -> dict[str, Any]:
+        meta: dict[str, Any] = {}
+        for name, value in self.mapping.meta.items():
+            found = self._read("meta", value)
+            if found is not MISSING and found is not None:
+                meta[name] = json.loads(write_json(found, f"metadata {name}"))
+        return meta
+
+    def _read_verdict(self) -> bool | None:
+        if self.mapping.verdict is None:
+            return None
+        found = self._read("verdict", self.mapping.verdict)
+        if found is MISSING:
+            return None
+        if not isinstance(found, bool):
+            raise InvalidRowError(
+                f"the {self.mapping.verdict.name_role('verdict')} is {describe_value(found)}",
+                "true or false",
+                "translate it: values: {good: true, bad: false}",
+            )
+        return found
+
+    def _list_media(self, role: str, sources: Sequence[Value]) -> list[Any]:
+        """Return the files of a role. A path with `*` stands for several."""
+        files: list[Any] = []
+        for source in sources:
+            found = self._read(role, source)
+            if found is MISSING:
+                continue
+            named = source.name_role(role)
+            for item in _flatten(found, source.num_lists):
+                if isinstance(item, list | tuple) and role == "images":
+                    raise InvalidRowError(
+                        f"the {named} is a list of {len(item)}",
+                        "one image",
+                        "write .* at the end of the path for several images",
+                    )
+                if is_empty(item):
+                    raise InvalidRowError(
+                        f"an empty value in {named}", "a file", "add it, or remove the row"
+                    )
+                files.append(item)
+        return files
+
+    def _build_conversation(self, sample_id: str, messages: Messages) -> ImportExample:
+        """Build a conversation, whose images are at their placeholders or at the start."""
+        images = self._list_media("images", self.mapping.images)
+        videos = self._list_media("videos", self.mapping.videos)
+        turns: list[Turn] = []
+        for item in _select_items(self.values, messages, self.scope, "messages", self.context):
+            role = self.values.evaluate_text(messages.role, item, "role")
+            if role not in ROLES:
+                raise InvalidRowError(
+                    f"the {messages.role.name_role('role')} {role[:60]!r}",
+                    f"one of {', '.join(ROLES)}",
+                    "translate it under messages.role: {path: ..., values: {human: user}}",
+                )
+            content = self.values.evaluate_text(messages.content, item, "content")
+            turns.append(Turn(ROLES[role], _AFTER_IMAGE.sub(r"\1", content)))
+        start = ""
+        if not any("<image>" in turn.content for turn in turns):
+            start += "<image>" * len(images)
+        if not any("<video>" in turn.content for turn in turns):
+            start += "<video>" * len(videos)
+        for number, turn in enumerate(turns):
+            if turn.role == "user":
+                turns[number] = turn._replace(content=start + turn.content)
+                break
+        row = replace(self.row, record={"images": images, "videos": videos})
+        example = build_placeholder_example(row, self.context, turns)
+        return replace(example, id=sample_id)
+
+    def _build_detection(self, sample_id: str, boxes: Boxes) -> list[ImportExample]:
+        """Build questions about all objects of an image, which list the classes."""
+        image_files = self._list_media("images", self.mapping.images)
+        if len(image_files) != 1:
+            raise InvalidRowError(
+                f"boxes in a sample with {len(image_files)} images", "one image", "correct the row"
+            )
+        objects: list[ObjectAnnotation] = []
+        for coordinates, label in self._read_regions(boxes, boxes.box, "boxes"):
+            if label not in self.mapping.classes:
+                raise InvalidRowError(
+                    f"the label {str(label)[:60]!r}",
+                    f"one of the classes {', '.join(self.mapping.classes)}"[:200],
+                    "add it to classes in the mapping, or correct the row",
+                )
+            objects.append(ObjectAnnotation(str(label), coordinates))
+        record = {"id": sample_id, "classes": list(self.mapping.classes)}
+        return build_detection_examples(
+            replace(self.row, record=record),
+            self.context,
+            boxes.frame.convention,
+            image_files[0],
+            objects,
+            declared_size=self._read_size(boxes.frame),
+        )
+
+    def _build_question(self, sample_id: str) -> ImportExample:
+        """Build a question with its answers."""
+        mapping = self.mapping
+        context = self.context
+        images = RowImages(context)
+        media: list[ContentPart] = []
+        for image in self._list_media("images", mapping.images):
+            media.append(images.add_image(image))
+        for video in self._list_media("videos", mapping.videos):
+            media.append(images.add_video(video))
+        choices = self._read_choices()
+        question = self._read_text("question", mapping.question)
+        if question is not None:
+            lines = [question]
+            for letter, choice in zip(ascii_uppercase, choices, strict=False):
+                lines.append(f"{letter}. {choice}")
+            media = place_images(media, "\n".join(lines))
+        regions, omitted = self._create_regions(images)
+        messages: list[Message] = []
+        system = self._read_text("system", mapping.system)
+        if system is not None:
+            messages.append(Message(role="system", content=(make_text_part(system),)))
+        content = omit_classes(context.add_prompt(media), omitted, regions)
+        messages.append(Message(role="user", content=content))
+        texts, references = self._read_answers(choices)
+        line_end = "\n" if regions else ""
+        answers: list[tuple[ContentPart, ...]] = []
+        for text in texts:
+            answers.append((*parse_answer(f"{text}{line_end}", images), *regions))
+        if not answers:
+            answers.append(regions or (TextPart(text=NO_OBJECTS_ANSWER),))
+        rejected: tuple[ContentPart, ...] = ()
+        rejected_text = self._read_text("rejected", mapping.rejected)
+        if rejected_text is not None:
+            rejected = tuple(parse_answer(rejected_text, images))
+        return ImportExample(
+            sample_id,
+            tuple(messages),
+            tuple(answers),
+            references=tuple(references),
+            rejected=rejected,
+        )
+
+    def _read_choices(self) -> list[str]:
+        if self.mapping.choices is None:
+            return []
+        role = self.mapping.choices.name_role("choices")
+        found = self._read("choices", self.mapping.choices)
+        if found is MISSING:
+            return []
+        if not isinstance(found, list | tuple):
+            raise InvalidRowError(
+                f"the {role} are {describe_value(found)}",
+                "a list",
+                "give split, or parse for a list in a text",
+            )
+        check_limit(len(found), len(ascii_uppercase), "choices")
+        return [to_text(one, role) for one in found]
+
+    def _read_answers(self, choices: Sequence[str]) -> tuple[list[str], list[str]]:
+        """Return the answers for training, and those only for scoring."""
+        mapping = self.mapping
+        if mapping.fields is not None:
+            members: dict[str, Any] = {}
+            for name, value in mapping.fields.items():
+                found = self._read("fields", value)
+                if found is not MISSING and not is_empty(found):
+                    members[name] = found
+            if not members:
+                raise EmptyAnswerError(
+                    f"no value in {', '.join(mapping.fields)}",
+                    expected="a value in at least one field",
+                    remedy="add it, or remove the row",
+                )
+            return [make_text_part(write_json(members, "fields")).text], []
+        if mapping.answer is not None:
+            found = self._read("answer", mapping.answer)
+            return [_look_up(found, mapping.answer, choices)], []
+        if mapping.answers is None:
+            return [], []
+        found = self._read("answers", mapping.answers)
+        if not isinstance(found, list | tuple):
+            raise InvalidRowError(
+                f"the {mapping.answers.name_role('answers')} are {describe_value(found)}",
+                "a list of answers",
+                "map it as answer",
+            )
+        check_limit(len(found), MAX_ANSWERS, "answers")
+        texts = [_look_up(one, mapping.answers, choices) for one in found]
+        return _select_answers(texts, mapping.answers.use)
+
+    def _read_size(self, frame: Frame) -> tuple[object, object]:
+        """Return height and width that the source declares for the image, each None if missing."""
+        if frame.size is None:
+            return None, None
+        width, height = (self.values.read(path, self.scope, "size") for path in frame.size)
+        return height, width
+
+    def _read_regions(
+        self, regions: Boxes | Points, coordinates: Value | Sequence[Value], role: str
+    ) -> list[tuple[list[Any], str | None]]:
+        """Return the coordinates of boxes or points, and their labels."""
+        pairs: list[tuple[list[Any], str | None]] = []
+        for item in _select_items(self.values, regions, self.scope, role, self.context):
+            numbers: Any
+            if isinstance(coordinates, Value):
+                role = coordinates.name_role(role)
+                numbers = self.values.evaluate(coordinates, item, role)
+            else:
+                numbers = [self.values.evaluate(one, item, role) for one in coordinates]
+            if not isinstance(numbers, list | tuple):
+                raise InvalidRowError(
+                    f"the {role} are {describe_value(numbers)}",
+                    "a list of numbers",
+                    "give split for a text, or a value for each number",
+                )
+            label = None
+            if regions.label is not None:
+                label = self.values.evaluate_text(regions.label, item, "label")
+            pairs.append((_sort_by_axis(numbers, regions.frame), label))
+        return pairs
+
+    def _create_regions(
+        self, images: RowImages
+    ) -> tuple[tuple[BoxPart, ...], dict[str, InvalidBoxError]]:
+        """Return the boxes or points of a sample, and the errors of dropped boxes by label."""
+        boxes = self.mapping.boxes
+        points = self.mapping.points
+        regions = boxes or points
+        if regions is None:
+            return (), {}
+        images.require_single_image()
+        convention = regions.frame.convention
+        declared = self._read_size(regions.frame)
+        check_declared_size(declared, images.paths[0], self.context)
+        if boxes is not None:
+            pairs = self._read_regions(boxes, boxes.box, "boxes")
+            return create_labelled_boxes(pairs, images, convention)
+        assert points is not None, "one of the two"
+        parts: list[BoxPart] = []
+        for numbers, label in self._read_regions(points, points.point, "points"):
+            if len(numbers) != 2:
+                raise InvalidRowError(f"a point with {len(numbers)} coordinates", "two coordinates")
+            parts.append(images.create_box(numbers, label, convention))
+        return tuple(parts), {}
+
+
+def _flatten(value: Any, depth: int) -> list[Any]:
+    """Return the items of nested lists, one level for each `*` of a path."""
+    if depth == 0:
+        return [value]
+    return [inner for item in value for inner in _flatten(item, depth - 1)]
+
+
+def _sort_by_axis(numbers: Sequence[Any], frame: Frame) -> list[Any]:
+    """Return coordinates with x before y."""
+    if frame.order == "yxyx":
+        pairs = [numbers[start : start + 2][::-1] for start in range(0, len(numbers), 2)]
+        return [number for pair in pairs for number in pair]
+    return list(numbers)
+
+
+def _look_up(found: Any, value: Value, choices: Sequence[str]) -> str:
+    """Return an answer as text; with `lookup`, its number stands for a choice."""
+    role = value.name_role("answer")
+    if value.lookup is None:
+        text = to_text(found, role)
+        if choices and text.isdecimal() and text not in choices:
+            raise InvalidRowError(
+                f"the answer {text} to a question with {len(choices)} choices",
+                "the text or the letter of a choice",
+                "give lookup: choices, and first: 1 if the first choice has the number 1",
+            )
+        return text
+    text = to_text(found, role)
+    number = int(text) - value.first if text.isascii() and text.isdecimal() else -1
+    if not 0 <= number < len(choices):
+        raise InvalidRowError(
+            f"the answer {text[:60]!r} is no number of a choice",
+            f"a number from {value.first} to {value.first + len(choices) - 1}",
+            "correct first in the mapping, or the row",
+        )
+    return ascii_uppercase[number] if value.lookup == "letters" else choices[number]
+
+
+def _select_answers(texts: Sequence[str], use: str) -> tuple[list[str], list[str]]:
+    """Return the answers for training, and the others, which are references for scoring."""
+    distinct = list(dict.fromkeys(texts))
+    if use == "all":
+        return distinct, []
+    chosen = distinct[:1]
+    if use == "majority" and distinct:
+        chosen = [max(distinct, key=Counter(texts).__getitem__)]  # the first of several
+    return chosen, [text for text in distinct if text not in chosen]

@@ -1,0 +1,498 @@
+"""Mapping files: the role of each key of a record, as data.
+
+`docs/en/mapping.md` documents the language. Paths are checked when the file is loaded; values are
+read by `record_values.py`, and samples are built by `mapped_rows.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+import yaml
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    GetJsonSchemaHandler,
+    PlainSerializer,
+    ValidationError,
+    WithJsonSchema,
+    model_validator,
+)
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema
+
+from finesight.bounded_files import load_yaml, read_text
+from finesight.data.boxes import BoxConvention, BoxUnits
+from finesight.errors import UserError, suggest_name
+from finesight.ingest.field_path import FieldPath, parse_path
+
+MAPPING_VERSION = 1
+
+MAX_MAPPING_BYTES = 1_000_000
+
+Scalar = str | bool | int | float | None
+
+_TEMPLATE_FIELD = re.compile(r"\{\{|\}\}|\{([^{}]*)\}")
+
+
+@dataclass(frozen=True, eq=False)  # hashed by identity, as typing requires
+class ShortForm:
+    """Marker of a type that also has a short form, for the JSON schema."""
+
+    schema: dict[str, Any]
+
+    def __get_pydantic_json_schema__(
+        self, core_schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> JsonSchemaValue:
+        """Return a schema that accepts both forms."""
+        return {"anyOf": [self.schema, handler(core_schema)]}
+
+
+ONE_PATH = ShortForm({"type": "string"})
+
+
+def _to_path(value: object) -> object:
+    return parse_path(value) if isinstance(value, str) else value
+
+
+PathField = Annotated[
+    FieldPath,
+    BeforeValidator(_to_path),
+    PlainSerializer(lambda path: path.text),
+    WithJsonSchema({"type": "string"}),
+]
+
+
+class MappingSection(BaseModel):
+    """Base class of the sections of a mapping: immutable, strict types, no unknown keys."""
+
+    model_config: ClassVar[ConfigDict] = ConfigDict(
+        extra="forbid", frozen=True, strict=True, arbitrary_types_allowed=True
+    )
+
+
+def _as_tuple(value: object) -> object:
+    """Return the full form of a list with one item, which may be given without brackets."""
+    return value if isinstance(value, tuple) else (value,)
+
+
+class Condition(MappingSection):
+    """Condition on a value of a list item or record: its text is one of a list, or none of it."""
+
+    path: PathField
+    equals: tuple[Scalar, ...] | None = None
+    differs_from: tuple[Scalar, ...] | None = None
+
+    @model_validator(mode="after")
+    def _check_condition(self) -> Self:
+        if (self.equals is None) == (self.differs_from is None):
+            raise ValueError("a condition has either equals or differs_from")
+        return self
+
+
+class Value(MappingSection):
+    """A value: from a path, a constant, a template of paths, or the first that is not missing.
+
+    Attributes:
+        path: Path to the value.
+        const: The same value for every sample.
+        template: Text with paths in braces, such as "Where is the {name}?".
+        any_of: Values of which the first is used that is neither missing nor empty.
+        split: Separator at which a text is split into a list.
+        values: Value for each text or number of the source. Others are errors.
+        lookup: Replace a number by this choice of `choices`, or by its letter.
+        first: Number of the first choice, for `lookup`.
+        write: Write a list or an object as JSON.
+    """
+
+    path: PathField | None = None
+    const: Scalar = None
+    template: str | None = None
+    any_of: tuple[ValueField, ...] | None = None
+    split: str | None = None
+    values: dict[str, Scalar] | None = None
+    lookup: Literal["choices", "letters"] | None = None
+    first: int = 0
+    write: Literal["json"] | None = None
+
+    @model_validator(mode="after")
+    def _check_source(self) -> Self:
+        given = self.model_fields_set & {"path", "const", "template", "any_of"}
+        if len(given) != 1:
+            raise ValueError("a value has exactly one of path, const, template and any_of")
+        self.template_paths()
+        if len({one.num_lists for one in self.any_of or ()}) > 1:
+            raise ValueError("the values of any_of have different numbers of *")
+        return self
+
+    @property
+    def num_lists(self) -> int:
+        """Return the number of `*` in the path, each of which makes a list."""
+        if self.split is not None:
+            return 1
+        if self.any_of is not None:
+            return max(one.num_lists for one in self.any_of)
+        return sum(step.is_each for step in self.path.steps) if self.path is not None else 0
+
+    def name_role(self, role: str) -> str:
+        """Return a role with the paths of its value, for messages."""
+        paths: list[str] = []
+        for one in self.any_of or (self,):
+            if one.path is not None:
+                paths.append(one.path.text)
+            paths += one.template_paths()
+        return f"{role} ({', '.join(paths)})" if paths else role
+
+    def template_paths(self) -> dict[str, FieldPath]:
+        """Return the paths in braces of the template, by their text."""
+        fields = [match[1] for match in _TEMPLATE_FIELD.finditer(self.template or "")]
+        return {text: parse_path(text) for text in fields if text is not None}
+
+    def fill_template(self, texts: dict[str, str]) -> str:
+        """Return the template with each path replaced by its text; `{{` stands for a brace."""
+
+        def replace(match: re.Match[str]) -> str:
+            if match[1] is None:
+                return match[0][0]
+            return texts[match[1]]
+
+        return _TEMPLATE_FIELD.sub(replace, self.template or "")
+
+
+def _expand_value(value: object) -> object:
+    """Return the full form of a value: a text is a path."""
+    return {"path": value} if isinstance(value, str) else value
+
+
+def _with_text_keys(value: object) -> object:
+    """Return an object whose `values` have texts as keys; YAML reads `0:` as a number."""
+    if not isinstance(value, dict) or not isinstance(value.get("values"), dict):
+        return value
+    named: dict[str, object] = {}
+    for key, item in value["values"].items():
+        text = format_scalar(key)
+        if text in named:
+            raise ValueError(f"values has {text} twice")
+        named[text] = item
+    return {**value, "values": named}
+
+
+ValueField = Annotated[
+    Value, BeforeValidator(_with_text_keys), BeforeValidator(_expand_value), ONE_PATH
+]
+Values = Annotated[
+    tuple[ValueField, ...],
+    BeforeValidator(_as_tuple),
+    ShortForm({"anyOf": [{"type": "string"}, {"$ref": "#/$defs/Value"}]}),
+]
+Conditions = Annotated[
+    tuple[Condition, ...],
+    BeforeValidator(_as_tuple),
+    ShortForm({"$ref": "#/$defs/Condition"}),
+]
+Value.model_rebuild()
+
+
+def format_scalar(value: object) -> str:
+    """Return a scalar as the text by which `values`, `equals` and `differs_from` compare it."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    return "null" if value is None else str(value)
+
+
+class Elements(MappingSection):
+    """Items of a list: at a path, or several lists of equal length item by item.
+
+    Attributes:
+        each: Path to the list.
+        zip: Path of each list by the name that it has in the items.
+        where: Conditions that an item meets; others are counted and left out.
+    """
+
+    each: PathField | None = None
+    zip: dict[str, PathField] | None = None
+    where: Conditions = ()
+
+    @model_validator(mode="after")
+    def _check_source(self) -> Self:
+        if self.each is not None and self.zip is not None:
+            raise ValueError("a list has either each or zip")
+        return self
+
+    @property
+    def has_list(self) -> bool:
+        """Return whether there is a list; without one, boxes and points are a single one."""
+        return self.each is not None or self.zip is not None
+
+
+class Frame(MappingSection):
+    """Coordinate frame of boxes and points.
+
+    Attributes:
+        size: Paths to width and height of the annotated image, which must be those of the file.
+    """
+
+    order: Literal["xyxy", "xywh", "cxcywh", "yxyx"] = "xyxy"
+    unit: Literal["pixels", "fractions", "thousandths", "resized"] = "pixels"
+    size: tuple[PathField, PathField] | None = None
+
+    @property
+    def convention(self) -> BoxConvention:
+        """Return the convention of coordinates that are sorted by x and y."""
+        units: dict[str, BoxUnits] = {
+            "pixels": "pixel",
+            "fractions": "1",
+            "thousandths": "1000",
+            "resized": "resized",
+        }
+        box_format = self.order if self.order != "yxyx" else "xyxy"
+        return BoxConvention(box_format, units[self.unit])
+
+
+class Boxes(Elements):
+    """Boxes of an image.
+
+    Attributes:
+        box: Four coordinates: a path to a list of them, or four values.
+        label: Class or description of the object.
+    """
+
+    box: ValueField | tuple[ValueField, ValueField, ValueField, ValueField]
+    label: ValueField | None = None
+    frame: Frame = Frame()
+
+
+class Points(Elements):
+    """Points of an image, such as clicks.
+
+    Attributes:
+        point: Two coordinates: a path to a list of them, or two values.
+        label: Class or description of the object.
+    """
+
+    point: ValueField | tuple[ValueField, ValueField]
+    label: ValueField | None = None
+    frame: Frame = Frame()
+
+
+class Messages(Elements):
+    """Messages of a conversation. Images are at `<image>` in their texts, else at the start.
+
+    Attributes:
+        role: Role of a message; `values` translates names to system, user and assistant.
+        content: Text of a message.
+    """
+
+    role: ValueField
+    content: ValueField
+
+
+class Answers(Value):
+    """Several correct answers to the same question.
+
+    Attributes:
+        use: `all`: a training sample for each; `first` and `majority`: one training sample, and the
+            others only as references for scoring.
+    """
+
+    use: Literal["first", "majority", "all"]
+
+
+def _name_paths(value: object) -> object:
+    """Return the full form of fields and metadata: a list of paths has the names of their keys."""
+    if not isinstance(value, tuple):
+        return value
+    named: dict[str, object] = {}
+    for one in value:
+        if not isinstance(one, str):
+            raise ValueError(f"{one!r:.60} is not a path; give an object with the name of each")
+        name = parse_path(one).last_key
+        if name in named:
+            raise ValueError(f"two paths end in {name!r}; give an object with the name of each")
+        named[name] = one
+    return named
+
+
+class Match(MappingSection):
+    """Signature of the records that a preset reads.
+
+    Attributes:
+        keys: Paths that each of the first records has.
+        optional: Further keys of the record that it may have. Other keys do not match.
+    """
+
+    keys: tuple[PathField, ...]
+    optional: tuple[str, ...] = ()
+
+
+class Rows(MappingSection):
+    """Records inside of a JSON document: `data`, or `*` for an object of records.
+
+    Attributes:
+        key: Name under which a record has its key in the object.
+    """
+
+    path: PathField
+    key: str | None = None
+
+
+def _as_elements(value: object) -> object:
+    return {"each": value} if isinstance(value, str) else value
+
+
+NamedValues = Annotated[
+    dict[str, ValueField],
+    BeforeValidator(_name_paths),
+    ShortForm({"type": "array", "items": {"type": "string"}}),
+]
+
+
+class Mapping(MappingSection):
+    """A mapping file.
+
+    Attributes:
+        title: Name of the format or data set, for presets.
+        source: Address of the description or data from which a preset was derived.
+        match: Signature of the records, for presets.
+        rows: List or object of records in a JSON document; None: the reader of the file finds them.
+        parse: Text values that are parsed before paths are read, with their notation.
+        sample: List of which each item becomes a sample; None: the record is one sample.
+        where: Conditions that a sample meets; others are counted and left out.
+        id: Identifier of a sample; None: `id` of the record, else a number.
+        system: System prompt.
+        choices: Options of a question, written below it with letters.
+        fields: Answer as a JSON object, by name.
+        rejected: Worse answer to the same question, in preference data.
+        verdict: Whether the answer is desirable, in preference data of single answers.
+        classes: Class names of a data set of boxes, which the question lists.
+        meta: Values that samples keep without a role, by name.
+        ignore: Paths that the import leaves out. `*` leaves out all keys without a role.
+    """
+
+    version: Literal[1]
+    title: str = ""
+    source: str = ""
+    match: Match | None = None
+    rows: Annotated[Rows, BeforeValidator(_expand_value), ONE_PATH] | None = None
+    parse: dict[str, Literal["json", "python"]] = {}
+    sample: Annotated[Elements, BeforeValidator(_as_elements), ONE_PATH] | None = None
+    where: Conditions = ()
+    id: ValueField | None = None
+    images: Values = ()
+    videos: Values = ()
+    system: ValueField | None = None
+    question: ValueField | None = None
+    choices: ValueField | None = None
+    answer: ValueField | None = None
+    answers: Annotated[Answers, BeforeValidator(_with_text_keys)] | None = None
+    fields: NamedValues | None = None
+    messages: Messages | None = None
+    rejected: ValueField | None = None
+    verdict: ValueField | None = None
+    boxes: Boxes | None = None
+    points: Points | None = None
+    classes: tuple[str, ...] = ()
+    meta: NamedValues = {}
+    ignore: tuple[PathField, ...] = ()
+
+    def list_parse_paths(self) -> list[tuple[FieldPath, str]]:
+        """Return the paths of texts to parse, with their notation; outer texts come first."""
+        return [(parse_path(path), notation) for path, notation in self.parse.items()]
+
+    @model_validator(mode="after")
+    def _check_roles(self) -> Self:
+        for path in self.parse:
+            parse_path(path)
+        answers = [one for one in ("answer", "answers", "fields", "messages") if getattr(self, one)]
+        if len(answers) > 1:
+            raise ValueError(f"{answers[0]} and {answers[1]} are both the answer; give one of them")
+        if not answers and self.boxes is None and self.points is None:
+            raise ValueError("no answer: give answer, answers, fields, messages, boxes or points")
+        if self.messages is not None:
+            others = ("system", "question", "choices", "boxes", "points", "rejected")
+            given = [one for one in others if getattr(self, one) is not None]
+            if given:
+                raise ValueError(f"messages and {given[0]}: messages contain the conversation")
+        for name, section in {"sample": self.sample, "messages": self.messages}.items():
+            if section is not None and not section.has_list:
+                raise ValueError(f"{name} has neither each nor zip")
+        if self.boxes is not None and self.points is not None:
+            raise ValueError("boxes and points: give one of them")
+        if self.choices is not None and self.question is None:
+            raise ValueError("choices without a question")
+        if self.boxes is not None and not answers and self.question is None and not self.classes:
+            raise ValueError("boxes without a question: give question or classes")
+        return self
+
+
+def load_mapping(path: Path) -> Mapping:
+    """Load and validate a mapping file. Raises UserError with the key and the reason."""
+    text = read_text(path, expected="a mapping file", max_bytes=MAX_MAPPING_BYTES)
+    try:
+        content = load_yaml(text)
+    except yaml.YAMLError as error:
+        raise UserError(
+            f"not valid YAML: {str(error)[:200]}",
+            where=str(path),
+            expected="a mapping file",
+            remedy="correct the file",
+        ) from error
+    return parse_mapping(content, str(path))
+
+
+def write_schema() -> str:
+    """Return the JSON schema of mapping files, for editors."""
+    schema = Mapping.model_json_schema()
+    schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
+    return f"{json.dumps(schema, indent=1, ensure_ascii=False)}\n"
+
+
+def parse_mapping(content: object, where: str) -> Mapping:
+    """Validate the content of a mapping file."""
+    if not isinstance(content, dict) or content.get("version") != MAPPING_VERSION:
+        raise UserError(
+            "no mapping of version 1",
+            where=where,
+            expected=f"an object that begins with version: {MAPPING_VERSION}",
+            remedy="add the line, if the file is a mapping",
+        )
+    try:
+        return Mapping.model_validate(_as_tuples(content))
+    except ValidationError as error:
+        raise _explain_error(error, where) from error
+
+
+def _as_tuples(value: Any) -> Any:
+    """Return the content of a YAML file with tuples, which strict validation requires."""
+    if isinstance(value, dict):
+        return {key: _as_tuples(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return tuple(_as_tuples(item) for item in value)
+    return value
+
+
+def _explain_error(error: ValidationError, where: str) -> UserError:
+    """Return the first error of a mapping file, with the location of its key."""
+    first = error.errors()[0]
+    # Validators of unions and short forms are no keys of the file.
+    parts = [str(part) for part in first["loc"] if not re.search(r"[\[(]", str(part))]
+    key = ".".join(parts)
+    message = first["msg"].removeprefix("Value error, ")
+    remedy = "correct the mapping"
+    if first["type"] == "extra_forbidden":
+        name = str(first["loc"][-1])
+        message = f"unknown key {name!r}"
+        remedy = suggest_name(name, list(Mapping.model_fields), "remove it")
+    elif "FieldPath" in message:
+        message = f"{first['input']!r:.60} is no path such as images.*.file_name"
+    return UserError(
+        message,
+        where=f"{where}: {key}" if key else where,
+        expected="a mapping as in the page Mapping files",
+        remedy=remedy,
+    )

@@ -1,0 +1,86 @@
+"""A mapping as a dataset format, so that an import reads records by it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from finesight.bounded_files import parse_unique_json
+from finesight.data.formats.dataset_format import DatasetFormat, describe_value
+from finesight.data.row_reader import RowReader, SourceRow, rows_from_items
+from finesight.data.sample import InvalidRowError, read_data_file
+from finesight.errors import UserError
+from finesight.ingest.mapped_rows import parse_mapped_row
+from finesight.ingest.mapping import Mapping, Rows, load_mapping
+from finesight.ingest.record_values import RecordValues, Scope
+
+
+@dataclass(frozen=True)
+class MappingFormat(DatasetFormat):
+    """A dataset format that reads records by a mapping."""
+
+    mapping: Mapping = field(kw_only=True)
+
+
+def build_mapping_format(mapping: Mapping, name: str) -> MappingFormat:
+    """Build a dataset format that reads records by a mapping."""
+    return MappingFormat(
+        name=name,
+        mapping=mapping,
+        description=f"records with the keys of the mapping {name}",
+        parse_row=partial(parse_mapped_row, mapping=mapping),
+        open_requested=partial(open_document, rows=mapping.rows),
+        supported_options=frozenset({"prompt", "box_task"}),
+        reads_raw_rows=True,
+    )
+
+
+def read_document(source: Path) -> Any:
+    """Read a JSON document. Raises UserError if it is none."""
+    content = read_data_file(source)
+    try:
+        return parse_unique_json(content)
+    except ValueError as error:
+        raise UserError(
+            f"not a JSON document: {str(error)[:200]}",
+            where=str(source),
+            expected="one JSON document, whose records the mapping finds by rows",
+            remedy="correct the file, or remove rows from the mapping",
+        ) from error
+
+
+def open_document(source: Path, rows: Rows | None) -> tuple[RowReader, str] | None:
+    """Open the records inside of a JSON document; None without `rows` in the mapping.
+
+    Raises:
+        UserError: The file is no JSON document, or has no list or object of records there.
+    """
+    if rows is None:
+        return None
+    document = read_document(source)
+    values = RecordValues(Scope(document, ""))
+    items = values.list_items(rows.path, values.root, "rows")
+    for item in items:
+        values.discard(item)
+    others = Counter(f"{one.location} of the document" for one in values.iter_unused())
+
+    def make_row(number: int, item: Scope) -> SourceRow:
+        if not isinstance(item.value, dict):
+            raise InvalidRowError(
+                f"{item.location} is {describe_value(item.value)}", "an object", "correct rows"
+            )
+        record = item.value
+        if rows.key is not None and item.place is not None:
+            record = {**record, rows.key: item.place[1]}
+        return SourceRow(number, item.location, record, source.stem)
+
+    reader = rows_from_items(items, make_row)
+    return replace(reader, other_keys=others), f"records at {rows.path.text}"
+
+
+def load_mapping_format(path: Path) -> MappingFormat:
+    """Load a mapping file as a dataset format. Raises UserError for an invalid file."""
+    return build_mapping_format(load_mapping(path), str(path))

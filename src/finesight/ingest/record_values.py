@@ -1,0 +1,437 @@
+"""Values of a record by strict paths, with an account of the keys that a mapping used."""
+
+from __future__ import annotations
+
+import ast
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any, Final, NamedTuple
+
+from finesight.bounded_files import parse_unique_json
+from finesight.data.formats.dataset_format import describe_value
+from finesight.data.row_reader import Record
+from finesight.data.sample import InvalidRowError, check_json, check_limit
+from finesight.errors import suggest_name
+from finesight.ingest.field_path import FieldPath, PathStep, format_key, join_location
+from finesight.ingest.mapping import Condition, Elements, Value, format_scalar
+
+MAX_ITEMS = 100_000
+"""Maximum number of items of a list that a mapping iterates over."""
+
+MAX_LITERAL_CHARS = 1_000_000
+"""Maximum length of a Python literal that is parsed."""
+
+
+class Missing:
+    """Type of `MISSING`, the value of an optional key that a record does not have."""
+
+
+MISSING: Final = Missing()
+
+
+class MissingKeyError(InvalidRowError):
+    """Raised if a path names a key that the record does not have."""
+
+
+Place = tuple[int, str | int]
+"""A place of a value: the id of its list or object, and its index or key there."""
+
+
+class Scope(NamedTuple):
+    """A value in which paths start, its location in the record, and its place."""
+
+    value: Any
+    location: str
+    place: Place | None = None
+
+
+class Reading(NamedTuple):
+    """A value of a record, its location, and the role that the mapping gives it."""
+
+    location: str
+    role: str
+    value: Any
+
+
+@dataclass(slots=True)
+class RecordValues:
+    """Values of one record, and which of them were used.
+
+    Attributes:
+        readings: Values that were read, in order.
+    """
+
+    root: Scope
+    readings: list[Reading] = field(default_factory=list)
+    _used: set[Place] = field(default_factory=set)
+    # Items of `zip` are built for the mapping. Each of their values has a place in the record.
+    _origins: dict[Place, Place] = field(default_factory=dict)
+    _zipped: list[Record] = field(default_factory=list)
+
+    def read(self, path: FieldPath, scope: Scope, role: str) -> Any:
+        """Return the value at a path: a list with an item for each value of `*`, if it has one.
+
+        Returns `MISSING` if an optional key is missing.
+
+        Raises:
+            MissingKeyError: A key that is not optional is missing.
+        """
+        found: list[Scope] = []
+        start = self.root if path.from_root else scope
+        value = self._read_steps(start, path.steps, path, found)
+        self._use(found, role)
+        return value
+
+    def read_optional(self, path: FieldPath, scope: Scope, role: str) -> bool:
+        """Mark the values at a path as used. Returns whether the record has one that is new."""
+        optional = [step._replace(is_optional=True) for step in path.steps]
+        found: list[Scope] = []
+        start = self.root if path.from_root else scope
+        with suppress(InvalidRowError):  # a value without keys has no value at the path
+            self._read_steps(start, optional, path, found)
+        new = [one for one in found if one.place not in self._used]
+        self._use(new, role)
+        return bool(new)
+
+    def discard(self, scope: Scope) -> None:
+        """Mark an item that the mapping leaves out, with all its values, as used."""
+        if scope.place is not None:
+            self._used.add(scope.place)
+            return
+        for key in scope.value if isinstance(scope.value, dict) else ():
+            place = (id(scope.value), key)
+            self._used.add(self._origins.get(place, place))
+
+    def discard_key(self, key: str) -> None:
+        """Mark a key of the record as used."""
+        self._used.add((id(self.root.value), key))
+
+    def _use(self, found: Sequence[Scope], role: str) -> None:
+        for one in found:
+            if one.place is not None:
+                self._used.add(self._origins.get(one.place, one.place))
+            self.readings.append(Reading(one.location, role, one.value))
+
+    def _read_steps(
+        self, scope: Scope, steps: Sequence[PathStep], path: FieldPath, found: list[Scope]
+    ) -> Any:
+        """Return the value at the steps of a path, and append its parts to `found`."""
+        if not steps:
+            found.append(scope)
+            return scope.value
+        step, *rest = steps
+        values = [
+            self._read_steps(inner, rest, path, found) for inner in _list_inner(scope, step, path)
+        ]
+        if step.is_each:
+            return values
+        return values[0] if values else MISSING
+
+    def iterate(self, elements: Elements, scope: Scope, role: str) -> list[Scope]:
+        """Return the items of a list, or of several lists of equal length.
+
+        Without a list, the only item is the scope itself.
+
+        Raises:
+            InvalidRowError: A path is no list, or lists have unequal lengths.
+        """
+        if elements.zip is not None:
+            return self._zip(elements.zip, scope, role)
+        if elements.each is None:
+            return [scope]
+        return self.list_items(elements.each, scope, role)
+
+    def list_items(self, path: FieldPath, scope: Scope, role: str) -> list[Scope]:
+        """Return the items of the list at a path, or the values after its last `*`."""
+        steps = list(path.steps)
+        if not steps or not steps[-1].is_each:
+            steps.append(PathStep("*", is_each=True))
+        scopes = [self.root if path.from_root else scope]
+        for step in steps:
+            scopes = [inner for one in scopes for inner in _list_inner(one, step, path)]
+            check_limit(len(scopes), MAX_ITEMS, f"items of {role}")
+        return scopes
+
+    def _zip(self, paths: Mapping[str, FieldPath], scope: Scope, role: str) -> list[Scope]:
+        columns = {name: self.list_items(path, scope, role) for name, path in paths.items()}
+        lengths = {name: len(items) for name, items in columns.items()}
+        if len(set(lengths.values())) > 1:
+            counts = ", ".join(f"{name}: {count}" for name, count in lengths.items())
+            raise InvalidRowError(
+                f"lists of unequal lengths for {role} ({counts})",
+                "lists with an item for each other",
+                "correct the row, or remove it",
+            )
+        scopes: list[Scope] = []
+        for items in zip(*columns.values(), strict=True):
+            record = {name: one.value for name, one in zip(columns, items, strict=True)}
+            self._zipped.append(record)  # its id must stay unique
+            for name, one in zip(columns, items, strict=True):
+                if one.place is not None:
+                    self._origins[id(record), name] = self._origins.get(one.place, one.place)
+            scopes.append(Scope(record, items[0].location))
+        return scopes
+
+    def find_unmet(self, conditions: Sequence[Condition], scope: Scope) -> str | None:
+        """Return the path of the first condition that a value does not meet, or None."""
+        unmet: list[str] = []
+        for condition in conditions:
+            value = self.read(condition.path, scope, "condition")
+            text = "" if value is MISSING else format_scalar(value)
+            is_met = text in map(format_scalar, condition.equals or ())
+            if condition.equals is None:
+                is_met = text not in map(format_scalar, condition.differs_from or ())
+            if not is_met:
+                unmet.append(condition.path.text)
+        return unmet[0] if unmet else None
+
+    def evaluate(self, value: Value, scope: Scope, role: str) -> Any:
+        """Return the value of a role; `MISSING` if an optional key is missing.
+
+        Raises:
+            MissingKeyError: A key is missing.
+            InvalidRowError: `values` does not have the value of the source.
+        """
+        found = self._read_source(value, scope, role)
+        if found is MISSING:
+            return MISSING
+        role = value.name_role(role)
+        if value.split is not None:
+            found = _split_text(found, value.split, role)
+        if value.values is not None:
+            found = _translate(found, value.values, role)
+        if value.write == "json" and not isinstance(found, str):
+            found = write_json(found, role)
+        return found
+
+    def evaluate_text(self, value: Value, scope: Scope, role: str) -> str:
+        """Return the value of a role as text. Raises InvalidRowError if it is empty or no text."""
+        return to_text(self.evaluate(value, scope, role), value.name_role(role))
+
+    def _read_source(self, value: Value, scope: Scope, role: str) -> Any:
+        if value.path is not None:
+            found = self.read(value.path, scope, role)
+            return MISSING if value.path.is_optional and is_empty(found) else found
+        if value.any_of is not None:
+            return self._read_first(value.any_of, scope, role)
+        if value.template is None:
+            return value.const
+        texts: dict[str, str] = {}
+        for text, path in value.template_paths().items():
+            found = self.read(path, scope, role)
+            if found is MISSING:
+                return MISSING
+            texts[text] = to_text(found, role)
+        return value.fill_template(texts)
+
+    def _read_first(self, choices: Sequence[Value], scope: Scope, role: str) -> Any:
+        """Return the first of several values that is neither missing nor empty."""
+        for one in choices:
+            try:
+                found = self.evaluate(one, scope, role)
+            except MissingKeyError:
+                continue
+            if found is not MISSING and not is_empty(found):
+                return found
+        return MISSING
+
+    def iter_unused(self) -> Iterator[Reading]:
+        """Yield the values of the record that no path used, except empty ones."""
+        yield from self._iter_unused(self.root)
+
+    def _iter_unused(self, scope: Scope) -> Iterator[Reading]:
+        for key, value in _iter_children(scope.value):
+            if (id(scope.value), key) in self._used:
+                continue
+            location = join_location(scope.location, key)
+            if isinstance(value, dict | list | tuple) and value:
+                yield from self._iter_unused(Scope(value, location))
+            elif not is_empty(value):
+                yield Reading(location, "", value)
+
+
+def _list_inner(scope: Scope, step: PathStep, path: FieldPath) -> list[Scope]:
+    """Return the values that a step of a path names."""
+    container = scope.value
+    return [
+        Scope(container[key], join_location(scope.location, key), (id(container), key))
+        for key in _find_keys(scope, step, path)
+    ]
+
+
+def _find_keys(scope: Scope, step: PathStep, path: FieldPath) -> Iterator[Any]:
+    """Yield the keys of a value that a step of a path names."""
+    value = scope.value
+    if step.is_each:
+        if not isinstance(value, dict | list | tuple):
+            raise _build_type_error(scope, path, "a list or an object")
+        for key, _ in _iter_children(value):
+            yield key
+        return
+    if not isinstance(value, dict | list | tuple):
+        if step.is_optional and is_empty(value):
+            return
+        raise _build_type_error(scope, path, "an object with keys")
+    key = _to_index(value, step.key)
+    has_key = key in value if isinstance(value, dict) else isinstance(key, int) and key < len(value)
+    if has_key:
+        yield key
+    elif not step.is_optional:
+        names = [format_key(one) for one, _ in _iter_children(value)]
+        shown = ", ".join(names[:20]) or "no keys"
+        name = format_key(step.key)
+        raise MissingKeyError(
+            f"no key {name} in {scope.location or 'the record'} (path {path.text})",
+            f"one of its keys: {shown}",
+            suggest_name(name, names, f"correct the path, or write {name}? if rows may lack it"),
+        )
+
+
+def _build_type_error(scope: Scope, path: FieldPath, expected: str) -> InvalidRowError:
+    return InvalidRowError(
+        f"{scope.location or 'the record'} is {describe_value(scope.value)} (path {path.text})",
+        expected,
+        "correct the path, or the row",
+    )
+
+
+def _iter_children(value: Any) -> Iterator[tuple[Any, Any]]:
+    if isinstance(value, dict):
+        yield from value.items()
+    else:
+        yield from enumerate(value)
+
+
+def _to_index(container: Any, key: str) -> Any:
+    """Return the key of a step in a container: the index of a list, or the key of an object."""
+    if isinstance(container, list | tuple) and key.isascii() and key.isdecimal():
+        return int(key)
+    return key
+
+
+def is_empty(value: object) -> bool:
+    """Return whether a value has no content: None, NaN, a blank text, an empty list or object."""
+    if isinstance(value, float):
+        return math.isnan(value)
+    if isinstance(value, str):
+        return not value.strip()
+    return value is None or (isinstance(value, dict | list | tuple | bytes) and not value)
+
+
+def to_text(value: object, role: str) -> str:
+    """Return a text or a number as text.
+
+    Raises:
+        InvalidRowError: The value is empty, a list, an object, or no text.
+    """
+    if isinstance(value, list | tuple):
+        raise InvalidRowError(
+            f"the {role} is a list of {len(value)}: {describe_value(list(value))}",
+            "one text or number",
+            "map an item of the list, give write: json, or answers for alternatives",
+        )
+    if isinstance(value, dict):
+        raise InvalidRowError(
+            f"the {role} is an object with the keys {', '.join(map(str, value))[:80]}",
+            "one text or number",
+            "map a key of the object, or give write: json",
+        )
+    if value is MISSING or is_empty(value) or isinstance(value, bytes):
+        raise InvalidRowError(
+            f"the {role} is empty",
+            "a text or a number",
+            "add it, or remove the row",
+        )
+    return format_scalar(value)
+
+
+def write_json(value: object, role: str) -> str:
+    """Write a value as JSON. Raises InvalidRowError for bytes and for numbers without value."""
+    try:
+        return json.dumps(value, ensure_ascii=False, allow_nan=False, default=_write_other)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InvalidRowError(
+            f"the {role} cannot be written as JSON ({error})",
+            "a text, a number, or a list or object of them",
+            "correct the row, or remove it",
+        ) from error
+
+
+def _write_other(value: object) -> str:
+    """Convert a value that JSON does not support, such as a date, to text."""
+    if isinstance(value, bytes):
+        raise ValueError(f"{len(value)} bytes that are not text")
+    return str(value)
+
+
+def _split_text(value: object, separator: str, role: str) -> list[str]:
+    if not isinstance(value, str):
+        raise InvalidRowError(
+            f"the {role} is {describe_value(value)}, which cannot be split",
+            f"a text with {separator!r} between its items",
+            "correct the row, or remove split",
+        )
+    return [item.strip() for item in value.split(separator) if item.strip()]
+
+
+def _translate(value: Any, values: Mapping[str, Any], role: str) -> Any:
+    """Replace a value, or each item of a list, by its translation."""
+    if isinstance(value, list | tuple):
+        return [_translate(item, values, role) for item in value]
+    text = format_scalar(value)
+    if text not in values:
+        raise InvalidRowError(
+            f"the {role} {text[:60]!r} is not listed under values",
+            f"one of {', '.join(values)}"[:200],
+            "add it to values, or correct the row",
+        )
+    return values[text]
+
+
+def parse_texts(record: Record, paths: Sequence[tuple[FieldPath, str]]) -> Record:
+    """Return a record whose texts at some paths are parsed as JSON or as a Python literal."""
+    for path, notation in paths:
+        record = _parse_at(record, path.steps, path, notation, "")
+    return record
+
+
+def _parse_at(
+    value: Any, steps: Sequence[PathStep], path: FieldPath, notation: str, location: str
+) -> Any:
+    """Return a copy of a value in which the texts at a path are parsed."""
+    if not steps:
+        return _parse_text(value, notation, location)
+    step, *rest = steps
+    copy: Any = dict(value) if isinstance(value, dict) else value
+    if isinstance(value, list | tuple):
+        copy = list(value)
+    for key in list(_find_keys(Scope(value, location), step, path)):
+        copy[key] = _parse_at(value[key], rest, path, notation, join_location(location, key))
+    return copy
+
+
+def _parse_text(value: object, notation: str, location: str) -> object:
+    """Parse a text; an empty one has no content, which is None."""
+    if is_empty(value):
+        return None
+    if not isinstance(value, str):
+        raise InvalidRowError(
+            f"{location} is {describe_value(value)}",
+            f"{notation.capitalize()} as text",
+            "remove it from parse",
+        )
+    try:
+        if notation == "json":
+            check_json(value.encode(errors="replace"), "")
+            return parse_unique_json(value)
+        check_limit(len(value), MAX_LITERAL_CHARS, "characters of a Python literal")
+        return ast.literal_eval(value)
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError) as error:
+        raise InvalidRowError(
+            f"{location} is not valid {notation}: {describe_value(value)}",
+            f"{notation} as text",
+            "correct the row, or remove it",
+        ) from error

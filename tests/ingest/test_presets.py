@@ -1,0 +1,102 @@
+"""Presets: golden records, signatures, and records with a changed key."""
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+from case_files import load_cases
+from image_fixtures import write_gray_image
+from mapping_fixtures import (
+    find_silent_change,
+    mutate_record,
+    read_record,
+    summarize_example,
+)
+
+from finesight.ingest.presets import find_preset, load_presets
+
+GOLDEN: dict[str, list[dict[str, Any]]] = load_cases("presets")
+
+NUM_MUTATIONS = 200
+NUM_FUZZED_MUTATIONS = 5000
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder with a.png of 400 x 200 pixels, b.png of 1000 x 500 and c.png of 100 x 100."""
+    write_gray_image(tmp_path / "a.png", 400, 200)
+    write_gray_image(tmp_path / "b.png", 1000, 500)
+    write_gray_image(tmp_path / "c.png", 100, 100)
+    return tmp_path
+
+
+def write_source(golden: dict[str, Any], folder: Path) -> Path:
+    """Write golden records as JSON Lines, or their document as JSON."""
+    if "document" in golden:
+        path = folder / "data.json"
+        path.write_text(json.dumps(golden["document"]), encoding="utf-8")
+        return path
+    path = folder / "data.jsonl"
+    lines = [json.dumps(record) for record in golden["records"]]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def test_each_preset_has_golden_records() -> None:
+    assert sorted(GOLDEN) == sorted(load_presets())
+
+
+@pytest.mark.parametrize("name", sorted(load_presets()))
+def test_presets_state_their_title_and_source(name: str) -> None:
+    preset = load_presets()[name]
+    assert preset.title
+    assert preset.source.startswith("https://")
+    assert preset.match is not None
+
+
+@pytest.mark.parametrize("name", sorted(GOLDEN))
+def test_golden_records_become_samples(name: str, folder: Path) -> None:
+    for golden in GOLDEN[name]:
+        path = write_source(golden, folder)
+        found = find_preset(path)
+        assert found is not None, f"no preset matches {golden}"
+        assert found.name == name
+        opened = None if found.open_requested is None else found.open_requested(path)
+        records = golden.get("records")
+        if records is None:
+            assert opened is not None
+            records = [row.record for row in opened[0].iter_range(0, opened[0].num_rows)]
+        rows = [read_record(record, found.mapping, folder) for record in records]
+        assert [reading.location for row in rows for reading in row.unused] == []
+        samples = [summarize_example(example) for row in rows for example in row.examples]
+        assert samples == golden["samples"]
+
+
+def check_mutations(name: str, count: int, folder: Path) -> None:
+    """Change records of a preset, and require that each change is visible."""
+    mapping = load_presets()[name]
+    rng = random.Random(name)
+    records: list[dict[str, Any]] = []
+    for golden in GOLDEN[name]:
+        records += golden.get("records", [])
+    if not records:
+        pytest.skip("records inside of a document are tested by those of rows")
+    originals = [read_record(record, mapping, folder) for record in records]
+    for _ in range(count):
+        index = rng.randrange(len(records))
+        mutation = mutate_record(records[index], rng)
+        problem = find_silent_change(mutation, originals[index], mapping, folder)
+        assert not problem, f"{mutation.kind} of {mutation.key}: {problem}"
+
+
+@pytest.mark.parametrize("name", sorted(GOLDEN))
+def test_changed_keys_are_named(name: str, folder: Path) -> None:
+    check_mutations(name, NUM_MUTATIONS, folder)
+
+
+@pytest.mark.fuzz
+@pytest.mark.parametrize("name", sorted(GOLDEN))
+def test_many_changed_keys_are_named(name: str, folder: Path) -> None:
+    check_mutations(name, NUM_FUZZED_MUTATIONS, folder)

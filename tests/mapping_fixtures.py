@@ -24,15 +24,17 @@ class Mutation(NamedTuple):
     kind: str
 
 
-def read_record(record: dict[str, Any], mapping: Mapping, folder: Path) -> MappedRow:
+def read_record(
+    record: dict[str, Any], mapping: Mapping, folder: Path, prompt: str | None = None
+) -> MappedRow:
     """Read a record by a mapping; images are in `folder`."""
     row = SourceRow(number=3, location="line 3", record=record, stem="rows")
-    return read_mapped_row(row, build_context(folder), mapping)
+    return read_mapped_row(row, build_context(folder, prompt), mapping)
 
 
-def build_context(folder: Path) -> ImportContext:
-    """Build the context of an import without options."""
-    return ImportContext(ImageResolver(folder, folder / "out"))
+def build_context(folder: Path, prompt: str | None = None) -> ImportContext:
+    """Build the context of an import; an empty prompt is for data without questions."""
+    return ImportContext(ImageResolver(folder, folder / "out"), prompt=prompt)
 
 
 def summarize_example(example: ImportExample) -> dict[str, Any]:
@@ -94,7 +96,8 @@ def mutate_record(record: dict[str, Any], rng: random.Random) -> Mutation:
 
 def _iter_objects(value: Any) -> Any:
     if isinstance(value, dict):
-        if value:
+        is_list = all(str(key).isdecimal() for key in value)  # items by number: one more is valid
+        if not is_list:
             yield value
         for item in value.values():
             yield from _iter_objects(item)
@@ -111,7 +114,7 @@ def find_silent_change(
     The samples are those of the original record, or an error, the list of keys without a role or
     the counts of the import name the key, or the samples contain the changed value as it is.
     """
-    context = build_context(folder)
+    context = build_context(folder, "")
     row = SourceRow(number=3, location="line 3", record=mutation.record, stem="rows")
     try:
         found = read_mapped_row(row, context, mapping)

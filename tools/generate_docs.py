@@ -20,6 +20,7 @@ from finesight.bounded_files import load_yaml
 from finesight.check.check_issues import ISSUE_TYPES
 from finesight.cli.app import app
 from finesight.data.formats import FORMATS
+from finesight.ingest.mapping import write_schema
 from finesight.operations import OPERATIONS, find_operation
 from finesight.operations.operation import list_parameters
 from finesight.report.i18n import Language, get_translations, use_language
@@ -48,6 +49,9 @@ EXTRA_PATHS = {
     "Makefile": "Development commands, such as `make quickstart` and `make test`.",
     ".ci/run": "All checks of the CI.",
 }
+
+
+SCHEMA_FILE = ROOT / "src" / "finesight" / "ingest" / "mapping.schema.json"
 
 
 def render_files(header: str) -> str:
@@ -228,8 +232,8 @@ def replace_table(page: str, name: str, content: str) -> str:
 
 
 def generate_all() -> dict[Path, str]:
-    """Return all pages with generated tables, up to date."""
-    return {**_pages_with_tables("en"), **_pages_with_tables("zh")}
+    """Return all pages with generated tables and the schema of mapping files, up to date."""
+    return {**_pages_with_tables("en"), **_pages_with_tables("zh"), SCHEMA_FILE: write_schema()}
 
 
 def _pages_with_tables(language: Language) -> dict[Path, str]:

@@ -15,6 +15,7 @@ from mapping_fixtures import (
     summarize_example,
 )
 
+from finesight.ingest.mapping_format import MappingFormat, build_mapping_format
 from finesight.ingest.presets import find_preset, load_presets
 
 GOLDEN: dict[str, list[dict[str, Any]]] = load_cases("presets")
@@ -25,10 +26,11 @@ NUM_FUZZED_MUTATIONS = 5000
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A folder with a.png of 400 x 200 pixels, b.png of 1000 x 500 and c.png of 100 x 100."""
+    """A folder with a.png of 400 x 200 pixels, b.png of 1000 x 500, c.png, d.jpg of 100 x 100."""
     write_gray_image(tmp_path / "a.png", 400, 200)
     write_gray_image(tmp_path / "b.png", 1000, 500)
     write_gray_image(tmp_path / "c.png", 100, 100)
+    write_gray_image(tmp_path / "d.jpg", 100, 100)
     return tmp_path
 
 
@@ -42,6 +44,19 @@ def write_source(golden: dict[str, Any], folder: Path) -> Path:
     lines = [json.dumps(record) for record in golden["records"]]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path
+
+
+def list_records(
+    golden: dict[str, Any], preset: MappingFormat, folder: Path
+) -> list[dict[str, Any]]:
+    """Return the golden records of a preset, or those inside of its document."""
+    if "records" in golden:
+        return golden["records"]
+    assert preset.open_requested is not None
+    opened = preset.open_requested(write_source(golden, folder))
+    assert opened is not None
+    reader, _ = opened
+    return [row.record for row in reader.iter_range(0, reader.num_rows)]
 
 
 def test_each_preset_has_golden_records() -> None:
@@ -63,12 +78,9 @@ def test_golden_records_become_samples(name: str, folder: Path) -> None:
         found = find_preset(path)
         assert found is not None, f"no preset matches {golden}"
         assert found.name == name
-        opened = None if found.open_requested is None else found.open_requested(path)
-        records = golden.get("records")
-        if records is None:
-            assert opened is not None
-            records = [row.record for row in opened[0].iter_range(0, opened[0].num_rows)]
-        rows = [read_record(record, found.mapping, folder) for record in records]
+        records = list_records(golden, found, folder)
+        prompt = golden.get("prompt", "")
+        rows = [read_record(record, found.mapping, folder, prompt) for record in records]
         assert [reading.location for row in rows for reading in row.unused] == []
         samples = [summarize_example(example) for row in rows for example in row.examples]
         assert samples == golden["samples"]
@@ -80,10 +92,8 @@ def check_mutations(name: str, count: int, folder: Path) -> None:
     rng = random.Random(name)
     records: list[dict[str, Any]] = []
     for golden in GOLDEN[name]:
-        records += golden.get("records", [])
-    if not records:
-        pytest.skip("records inside of a document are tested by those of rows")
-    originals = [read_record(record, mapping, folder) for record in records]
+        records += list_records(golden, build_mapping_format(mapping, name), folder)
+    originals = [read_record(record, mapping, folder, "") for record in records]
     for _ in range(count):
         index = rng.randrange(len(records))
         mutation = mutate_record(records[index], rng)

@@ -17,6 +17,7 @@ from finesight.data.formats.dataset_format import (
     ImportContext,
     ImportExample,
     RowImages,
+    as_list,
     describe_value,
     make_text_part,
 )
@@ -39,8 +40,9 @@ from finesight.data.sample import (
     TextPart,
     check_limit,
 )
-from finesight.ingest.mapping import Boxes, Elements, Frame, Mapping, Messages, Points, Value
+from finesight.ingest.mapping import Boxes, Elements, Frame, Mapping, Messages, Parts, Points, Value
 from finesight.ingest.record_values import (
+    META_ROLE,
     MISSING,
     Reading,
     RecordValues,
@@ -51,6 +53,7 @@ from finesight.ingest.record_values import (
     write_json,
 )
 
+REASON_NO_ITEMS = "without items in `sample` of the mapping"
 LEFT_OUT = "left out by `where` of the mapping"
 
 ROLES: dict[str, Role] = {"system": "system", "user": "user", "assistant": "assistant"}
@@ -94,6 +97,8 @@ def read_mapped_row(row: SourceRow, context: ImportContext, mapping: Mapping) ->
     scopes = [values.root]
     if mapping.sample is not None:
         scopes = _select_items(values, mapping.sample, values.root, "sample", context)
+        if not scopes:
+            context.skipped_rows[REASON_NO_ITEMS] += 1
     examples: list[ImportExample] = []
     for number, scope in enumerate(scopes, start=1):
         sample_id = f"{row.id}-{number}" if len(scopes) > 1 else row.id
@@ -106,6 +111,8 @@ def read_mapped_row(row: SourceRow, context: ImportContext, mapping: Mapping) ->
             values.discard(scope)
     if row.has_own_id:
         values.discard_key("id")
+    for path_text, count in values.num_missing.items():
+        context.row_notes[f"values missing at {path_text} of the mapping"] += count
     for path in mapping.ignore:
         if values.read_optional(path, values.root, "ignore"):
             context.other_keys[f"{path.text}, ignored by the mapping"] += 1
@@ -134,7 +141,8 @@ def _select_items(
         if unmet is None:
             kept.append(item)
         else:
-            values.discard(item)
+            if item is not scope:  # the sample itself, with its other keys, for a single box
+                values.discard(item)
             context.row_notes[f"items {LEFT_OUT} ({unmet})"] += 1
     return kept
 
@@ -188,7 +196,7 @@ class SampleBuilder:
     def _read_meta(self) -> dict[str, Any]:
         meta: dict[str, Any] = {}
         for name, value in self.mapping.meta.items():
-            found = self._read("meta", value)
+            found = self._read(META_ROLE, value)
             if found is not MISSING and found is not None:
                 meta[name] = json.loads(write_json(found, f"metadata {name}"))
         return meta
@@ -216,46 +224,79 @@ class SampleBuilder:
                 continue
             named = source.name_role(role)
             for item in _flatten(found, source.num_lists):
-                if isinstance(item, list | tuple) and role == "images":
-                    raise InvalidRowError(
-                        f"the {named} is a list of {len(item)}",
-                        "one image",
-                        "write .* at the end of the path for several images",
-                    )
-                if is_empty(item):
-                    raise InvalidRowError(
-                        f"an empty value in {named}", "a file", "add it, or remove the row"
-                    )
+                _check_file(item, named, is_image=role == "images")
                 files.append(item)
         return files
 
     def _build_conversation(self, sample_id: str, messages: Messages) -> ImportExample:
-        """Build a conversation, whose images are at their placeholders or at the start."""
-        images = self._list_media("images", self.mapping.images)
-        videos = self._list_media("videos", self.mapping.videos)
+        """Build a conversation, whose images are at their places or at the start."""
+        mapping = self.mapping
+        media = {
+            "image": self._list_media("images", mapping.images),
+            "video": self._list_media("videos", mapping.videos),
+        }
         turns: list[Turn] = []
+        system = self._read_text("system", mapping.system)
+        if system is not None:
+            turns.append(Turn("system", system))
         for item in _select_items(self.values, messages, self.scope, "messages", self.context):
-            role = self.values.evaluate_text(messages.role, item, "role")
-            if role not in ROLES:
-                raise InvalidRowError(
-                    f"the {messages.role.name_role('role')} {role[:60]!r}",
-                    f"one of {', '.join(ROLES)}",
-                    "translate it under messages.role: {path: ..., values: {human: user}}",
-                )
-            content = self.values.evaluate_text(messages.content, item, "content")
-            turns.append(Turn(ROLES[role], _AFTER_IMAGE.sub(r"\1", content)))
-        start = ""
-        if not any("<image>" in turn.content for turn in turns):
-            start += "<image>" * len(images)
-        if not any("<video>" in turn.content for turn in turns):
-            start += "<video>" * len(videos)
-        for number, turn in enumerate(turns):
-            if turn.role == "user":
-                turns[number] = turn._replace(content=start + turn.content)
-                break
-        row = replace(self.row, record={"images": images, "videos": videos})
+            turns.append(self._read_turn(messages, item, media))
+        if mapping.answer is not None:
+            answer = self.values.evaluate_text(mapping.answer, self.scope, "answer")
+            turns.append(Turn("assistant", answer))
+        _place_at_start(turns, media)
+        rejected = self._read_text("rejected", mapping.rejected)
+        record = {
+            "messages": [{"role": turn.role, "content": turn.content} for turn in turns],
+            "images": media["image"],
+            "videos": media["video"],
+        }
+        row = replace(self.row, record=record)
+        worse: tuple[ContentPart, ...] = ()
+        if rejected is not None and turns:
+            other = [*turns[:-1], Turn("assistant", rejected)]
+            worse = build_placeholder_example(row, self.context, other).answers[0]
         example = build_placeholder_example(row, self.context, turns)
-        return replace(example, id=sample_id)
+        return replace(example, id=sample_id, rejected=worse)
+
+    def _read_turn(self, messages: Messages, item: Scope, media: dict[str, list[Any]]) -> Turn:
+        """Return a message; the files of its parts are added to `media`."""
+        role = self.values.evaluate_text(messages.role, item, "role")
+        if role not in ROLES:
+            raise InvalidRowError(
+                f"the {messages.role.name_role('role')} {role[:60]!r}",
+                f"one of {', '.join(ROLES)}",
+                "translate it under messages.role: {path: ..., values: {human: user}}",
+            )
+        if messages.parts is not None:
+            return Turn(ROLES[role], self._read_parts(messages.parts, item, media))
+        assert messages.content is not None, "validated with the mapping"
+        content = self.values.evaluate_text(messages.content, item, "content")
+        return Turn(ROLES[role], _AFTER_IMAGE.sub(r"\1", content))
+
+    def _read_parts(self, parts: Parts, message: Scope, media: dict[str, list[Any]]) -> str:
+        """Return the texts of a message with a placeholder for each image and video."""
+        pieces: list[str] = []
+        for item in _select_items(self.values, parts, message, "parts", self.context):
+            num_pieces = len(pieces)
+            if parts.text is not None:
+                text = self.values.evaluate(parts.text, item, "text")
+                if text is not MISSING:
+                    pieces.append(to_text(text, parts.text.name_role("text")))
+            for kind, value in {"image": parts.image, "video": parts.video}.items():
+                file = MISSING if value is None else self.values.evaluate(value, item, kind)
+                if value is not None and file is not MISSING:
+                    _check_file(file, value.name_role(kind), is_image=kind == "image")
+                    media[kind].append(file)
+                    pieces.append(f"<{kind}>")
+            if len(pieces) != num_pieces + 1:
+                raise InvalidRowError(
+                    f"{item.location} has {len(pieces) - num_pieces} of text, image and video:"
+                    f" {describe_value(item.value)}",
+                    "one of them in each part",
+                    "add the key of the part to messages.parts, or remove the part",
+                )
+        return "".join(pieces)
 
     def _build_detection(self, sample_id: str, boxes: Boxes) -> list[ImportExample]:
         """Build questions about all objects of an image, which list the classes."""
@@ -265,7 +306,7 @@ class SampleBuilder:
                 f"boxes in a sample with {len(image_files)} images", "one image", "correct the row"
             )
         objects: list[ObjectAnnotation] = []
-        for coordinates, label in self._read_regions(boxes, boxes.box, "boxes"):
+        for coordinates, label in self._read_regions(boxes, boxes.box, "boxes", 4):
             if label not in self.mapping.classes:
                 raise InvalidRowError(
                     f"the label {str(label)[:60]!r}",
@@ -382,9 +423,9 @@ class SampleBuilder:
         return height, width
 
     def _read_regions(
-        self, regions: Boxes | Points, coordinates: Value | Sequence[Value], role: str
+        self, regions: Boxes | Points, coordinates: Value | Sequence[Value], role: str, count: int
     ) -> list[tuple[list[Any], str | None]]:
-        """Return the coordinates of boxes or points, and their labels."""
+        """Return the coordinates of boxes or points, `count` of each, and their labels."""
         pairs: list[tuple[list[Any], str | None]] = []
         for item in _select_items(self.values, regions, self.scope, role, self.context):
             numbers: Any
@@ -392,13 +433,9 @@ class SampleBuilder:
                 role = coordinates.name_role(role)
                 numbers = self.values.evaluate(coordinates, item, role)
             else:
+                role = f"{role}{''.join(one.name_role('') for one in coordinates)}"
                 numbers = [self.values.evaluate(one, item, role) for one in coordinates]
-            if not isinstance(numbers, list | tuple):
-                raise InvalidRowError(
-                    f"the {role} are {describe_value(numbers)}",
-                    "a list of numbers",
-                    "give split for a text, or a value for each number",
-                )
+            _check_coordinates(numbers, role, count)
             label = None
             if regions.label is not None:
                 label = self.values.evaluate_text(regions.label, item, "label")
@@ -419,15 +456,37 @@ class SampleBuilder:
         declared = self._read_size(regions.frame)
         check_declared_size(declared, images.paths[0], self.context)
         if boxes is not None:
-            pairs = self._read_regions(boxes, boxes.box, "boxes")
+            pairs = self._read_regions(boxes, boxes.box, "boxes", 4)
             return create_labelled_boxes(pairs, images, convention)
         assert points is not None, "one of the two"
         parts: list[BoxPart] = []
-        for numbers, label in self._read_regions(points, points.point, "points"):
-            if len(numbers) != 2:
-                raise InvalidRowError(f"a point with {len(numbers)} coordinates", "two coordinates")
+        for numbers, label in self._read_regions(points, points.point, "points", 2):
             parts.append(images.create_box(numbers, label, convention))
         return tuple(parts), {}
+
+
+def _check_file(file: object, role: str, *, is_image: bool) -> None:
+    """Reject an empty file, and a list of images; a list of frames is a video."""
+    if is_image and isinstance(file, list | tuple):
+        raise InvalidRowError(
+            f"the {role} is a list of {len(file)}",
+            "one image",
+            "write .* at the end of the path for several images",
+        )
+    if is_empty(file):
+        raise InvalidRowError(f"an empty value in {role}", "a file", "add it, or remove the row")
+
+
+def _place_at_start(turns: list[Turn], media: dict[str, list[Any]]) -> None:
+    """Write placeholders before the first question for media without any placeholder."""
+    start = ""
+    for kind, files in media.items():
+        if not any(f"<{kind}>" in turn.content for turn in turns):
+            start += f"<{kind}>" * len(files)
+    for number, turn in enumerate(turns):
+        if turn.role == "user":
+            turns[number] = turn._replace(content=start + turn.content)
+            return
 
 
 def _flatten(value: Any, depth: int) -> list[Any]:
@@ -435,6 +494,17 @@ def _flatten(value: Any, depth: int) -> list[Any]:
     if depth == 0:
         return [value]
     return [inner for item in value for inner in _flatten(item, depth - 1)]
+
+
+def _check_coordinates(numbers: object, role: str, count: int) -> None:
+    """Reject coordinates that are not `count` numbers or texts of numbers."""
+    is_list = isinstance(numbers, list | tuple) and len(numbers) == count
+    if not is_list or not all(isinstance(one, str | int | float) for one in as_list(numbers)):
+        raise InvalidRowError(
+            f"the {role} are {describe_value(numbers)}",
+            f"a list of {count} numbers",
+            "give split for a text, or a value for each number",
+        )
 
 
 def _sort_by_axis(numbers: Sequence[Any], frame: Frame) -> list[Any]:

@@ -53,6 +53,17 @@ class ShortForm:
         return {"anyOf": [self.schema, handler(core_schema)]}
 
 
+class SingleItem:
+    """Marker of a list of which a single item may be given without brackets."""
+
+    def __get_pydantic_json_schema__(
+        self, core_schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> JsonSchemaValue:
+        """Return a schema that accepts an item or the list."""
+        schema = handler(core_schema)
+        return {"anyOf": [schema["items"], schema]}
+
+
 ONE_PATH = ShortForm({"type": "string"})
 
 
@@ -139,6 +150,16 @@ class Value(MappingSection):
             return max(one.num_lists for one in self.any_of)
         return sum(step.is_each for step in self.path.steps) if self.path is not None else 0
 
+    @property
+    def is_optional(self) -> bool:
+        """Return whether a record may lack the value."""
+        if self.any_of is not None:
+            return all(one.is_optional for one in self.any_of)
+        paths = [*self.template_paths().values()]
+        if self.path is not None:
+            paths.append(self.path)
+        return any(path.is_optional for path in paths)
+
     def name_role(self, role: str) -> str:
         """Return a role with the paths of its value, for messages."""
         paths: list[str] = []
@@ -185,16 +206,8 @@ def _with_text_keys(value: object) -> object:
 ValueField = Annotated[
     Value, BeforeValidator(_with_text_keys), BeforeValidator(_expand_value), ONE_PATH
 ]
-Values = Annotated[
-    tuple[ValueField, ...],
-    BeforeValidator(_as_tuple),
-    ShortForm({"anyOf": [{"type": "string"}, {"$ref": "#/$defs/Value"}]}),
-]
-Conditions = Annotated[
-    tuple[Condition, ...],
-    BeforeValidator(_as_tuple),
-    ShortForm({"$ref": "#/$defs/Condition"}),
-]
+Values = Annotated[tuple[ValueField, ...], BeforeValidator(_as_tuple), SingleItem()]
+Conditions = Annotated[tuple[Condition, ...], BeforeValidator(_as_tuple), SingleItem()]
 Value.model_rebuild()
 
 
@@ -280,16 +293,48 @@ class Points(Elements):
     frame: Frame = Frame()
 
 
+class Parts(Elements):
+    """Parts of a message, each of which is a text, an image or a video.
+
+    Attributes:
+        text: Text of a part, such as `text?`: parts with another key lack it.
+        image: File of an image.
+        video: File of a video.
+    """
+
+    text: ValueField | None = None
+    image: ValueField | None = None
+    video: ValueField | None = None
+
+    @model_validator(mode="after")
+    def _check_parts(self) -> Self:
+        if not self.has_list:
+            raise ValueError("parts has neither each nor zip")
+        if self.text is None and self.image is None and self.video is None:
+            raise ValueError("parts has none of text, image and video")
+        return self
+
+
 class Messages(Elements):
     """Messages of a conversation. Images are at `<image>` in their texts, else at the start.
 
     Attributes:
         role: Role of a message; `values` translates names to system, user and assistant.
         content: Text of a message.
+        parts: Texts and images of a message, instead of `content`.
     """
 
     role: ValueField
-    content: ValueField
+    content: ValueField | None = None
+    parts: Parts | None = None
+
+    @model_validator(mode="after")
+    def _check_content(self) -> Self:
+        if not self.has_list:
+            raise ValueError("messages has neither each nor zip")
+        if (self.content is None) == (self.parts is None):
+            raise ValueError("messages has either content or parts")
+        return self
 
 
 class Answers(Value):
@@ -367,6 +412,7 @@ class Mapping(MappingSection):
         system: System prompt.
         choices: Options of a question, written below it with letters.
         fields: Answer as a JSON object, by name.
+        answer: The answer; with `messages`, it follows them.
         rejected: Worse answer to the same question, in preference data.
         verdict: Whether the answer is desirable, in preference data of single answers.
         classes: Class names of a data set of boxes, which the question lists.
@@ -408,19 +454,18 @@ class Mapping(MappingSection):
     def _check_roles(self) -> Self:
         for path in self.parse:
             parse_path(path)
-        answers = [one for one in ("answer", "answers", "fields", "messages") if getattr(self, one)]
+        answers = [one for one in ("answer", "answers", "fields") if getattr(self, one)]
         if len(answers) > 1:
             raise ValueError(f"{answers[0]} and {answers[1]} are both the answer; give one of them")
-        if not answers and self.boxes is None and self.points is None:
+        if not (answers or self.messages or self.boxes or self.points):
             raise ValueError("no answer: give answer, answers, fields, messages, boxes or points")
         if self.messages is not None:
-            others = ("system", "question", "choices", "boxes", "points", "rejected")
+            others = ("question", "choices", "answers", "fields", "boxes", "points")
             given = [one for one in others if getattr(self, one) is not None]
             if given:
                 raise ValueError(f"messages and {given[0]}: messages contain the conversation")
-        for name, section in {"sample": self.sample, "messages": self.messages}.items():
-            if section is not None and not section.has_list:
-                raise ValueError(f"{name} has neither each nor zip")
+        if self.sample is not None and not self.sample.has_list:
+            raise ValueError("sample has neither each nor zip")
         if self.boxes is not None and self.points is not None:
             raise ValueError("boxes and points: give one of them")
         if self.choices is not None and self.question is None:

@@ -62,7 +62,7 @@ def open_document(source: Path, rows: Rows | None) -> tuple[RowReader, str] | No
         return None
     document = read_document(source)
     values = RecordValues(Scope(document, ""))
-    items = values.list_items(rows.path, values.root, "rows")
+    items = values.list_items(rows.path, values.root)
     for item in items:
         values.discard(item)
     others = Counter(f"{one.location} of the document" for one in values.iter_unused())

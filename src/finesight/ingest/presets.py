@@ -75,7 +75,7 @@ def _list_records(mapping: Mapping, document: Any) -> list[Record]:
     assert mapping.rows is not None, "checked by the caller"
     values = RecordValues(Scope(document, ""))
     try:
-        items = values.list_items(mapping.rows.path, values.root, "rows")
+        items = values.list_items(mapping.rows.path, values.root)
     except InvalidRowError:
         return []
     records: list[Record] = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -19,7 +20,9 @@ from finesight.ingest.field_path import FieldPath, PathStep, format_key, join_lo
 from finesight.ingest.mapping import Condition, Elements, Value, format_scalar
 
 MAX_ITEMS = 100_000
-"""Maximum number of items of a list that a mapping iterates over."""
+"""Maximum number of items of a list that a mapping iterates over in a record."""
+
+META_ROLE = "meta"
 
 MAX_LITERAL_CHARS = 1_000_000
 """Maximum length of a Python literal that is parsed."""
@@ -62,10 +65,12 @@ class RecordValues:
 
     Attributes:
         readings: Values that were read, in order.
+        num_missing: Number of missing values of optional keys by path, without metadata.
     """
 
     root: Scope
     readings: list[Reading] = field(default_factory=list)
+    num_missing: Counter[str] = field(default_factory=Counter)
     _used: set[Place] = field(default_factory=set)
     # Items of `zip` are built for the mapping. Each of their values has a place in the record.
     _origins: dict[Place, Place] = field(default_factory=dict)
@@ -142,9 +147,11 @@ class RecordValues:
             return self._zip(elements.zip, scope, role)
         if elements.each is None:
             return [scope]
-        return self.list_items(elements.each, scope, role)
+        items = self.list_items(elements.each, scope)
+        check_limit(len(items), MAX_ITEMS, f"items of {role}")
+        return items
 
-    def list_items(self, path: FieldPath, scope: Scope, role: str) -> list[Scope]:
+    def list_items(self, path: FieldPath, scope: Scope) -> list[Scope]:
         """Return the items of the list at a path, or the values after its last `*`."""
         steps = list(path.steps)
         if not steps or not steps[-1].is_each:
@@ -152,11 +159,10 @@ class RecordValues:
         scopes = [self.root if path.from_root else scope]
         for step in steps:
             scopes = [inner for one in scopes for inner in _list_inner(one, step, path)]
-            check_limit(len(scopes), MAX_ITEMS, f"items of {role}")
         return scopes
 
     def _zip(self, paths: Mapping[str, FieldPath], scope: Scope, role: str) -> list[Scope]:
-        columns = {name: self.list_items(path, scope, role) for name, path in paths.items()}
+        columns = {name: self.list_items(path, scope) for name, path in paths.items()}
         lengths = {name: len(items) for name, items in columns.items()}
         if len(set(lengths.values())) > 1:
             counts = ", ".join(f"{name}: {count}" for name, count in lengths.items())
@@ -213,19 +219,34 @@ class RecordValues:
 
     def _read_source(self, value: Value, scope: Scope, role: str) -> Any:
         if value.path is not None:
-            found = self.read(value.path, scope, role)
-            return MISSING if value.path.is_optional and is_empty(found) else found
+            return self._read_present(value.path, scope, role)
         if value.any_of is not None:
-            return self._read_first(value.any_of, scope, role)
+            found = self._read_first(value.any_of, scope, role)
+            if found is MISSING and not value.is_optional:
+                raise InvalidRowError(
+                    f"no value for the {value.name_role(role)}",
+                    "a value at one of the paths",
+                    "add it, or write ? after the keys that rows may lack",
+                )
+            return found
         if value.template is None:
             return value.const
         texts: dict[str, str] = {}
         for text, path in value.template_paths().items():
-            found = self.read(path, scope, role)
+            found = self._read_present(path, scope, role)
             if found is MISSING:
                 return MISSING
-            texts[text] = to_text(found, role)
+            texts[text] = to_text(found, value.name_role(role))
         return value.fill_template(texts)
+
+    def _read_present(self, path: FieldPath, scope: Scope, role: str) -> Any:
+        """Return the value at a path; `MISSING` for an optional key that is missing or empty."""
+        found = self.read(path, scope, role)
+        if found is not MISSING and not (path.is_optional and is_empty(found)):
+            return found
+        if role != META_ROLE:
+            self.num_missing[path.text] += 1
+        return MISSING
 
     def _read_first(self, choices: Sequence[Value], scope: Scope, role: str) -> Any:
         """Return the first of several values that is neither missing nor empty."""

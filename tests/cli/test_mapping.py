@@ -1,0 +1,96 @@
+"""Tests of `finesight import --mapping`."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from image_fixtures import write_gray_image
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder with a.png and b.png."""
+    write_gray_image(tmp_path / "a.png", 40, 20)
+    write_gray_image(tmp_path / "b.png", 100, 50, gray_level=9)
+    return tmp_path
+
+
+def write_rows(folder: Path, records: list[dict[str, Any]], mapping: dict[str, Any]) -> list[str]:
+    """Write records and a mapping, and return the arguments of an import."""
+    lines = [json.dumps(record) for record in records]
+    (folder / "rows.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    (folder / "m.yaml").write_text(yaml.safe_dump({"version": 1, **mapping}), encoding="utf-8")
+    return [str(folder / "rows.jsonl"), str(folder / "out"), "--mapping", str(folder / "m.yaml")]
+
+
+RECORDS = [
+    {"image": "a.png", "q": {"text": "How many?"}, "a": "Two.", "score": 4},
+    {"image": "b.png", "q": {"text": "Which?"}, "a": "Blue.", "score": 5},
+]
+ROLES = {"images": "image", "question": "q.text", "answer": "a"}
+
+
+def test_explanation_lists_roles_and_writes_nothing(folder, cli) -> None:
+    arguments = write_rows(folder, RECORDS, ROLES)
+    printed = cli("import", *arguments, "--explain", "2")
+    words = [line.split() for line in printed.out.splitlines()]
+    assert ["q.text", "question", '"Which?"'] in words
+    assert ["score", "no", "role", "5"] in words
+    assert "  user: [image b.png] Which?" in printed.out.splitlines()
+    assert not (folder / "out").exists()
+
+
+def test_key_without_a_role_is_an_error_until_it_is_ignored(folder, cli) -> None:
+    arguments = write_rows(folder, RECORDS, ROLES)
+    printed = cli("import", *arguments, code=2)
+    assert "score with '4' has no role" in printed.err
+    assert "ignore: [score]" in printed.err
+    assert not (folder / "out").exists()
+    arguments = write_rows(folder, RECORDS, {**ROLES, "ignore": ["score"]})
+    printed = cli("import", *arguments)
+    assert "score, ignored by the mapping (2)" in printed.out
+    lines = (folder / "out" / "data.jsonl").read_text(encoding="utf-8").splitlines()
+    assert len(lines) == 2
+
+
+def test_where_counts_what_it_leaves_out(folder, cli) -> None:
+    where = {"path": "score", "equals": [5]}
+    arguments = write_rows(folder, RECORDS, {**ROLES, "where": where})
+    printed = cli("import", *arguments)
+    assert "left out by `where` of the mapping (score)" in printed.out
+    assert len((folder / "out" / "data.jsonl").read_text("utf-8").splitlines()) == 1
+
+
+def test_records_of_a_document(folder, cli) -> None:
+    rows = {"00": RECORDS[0], "01": RECORDS[1]}
+    (folder / "rows.json").write_text(json.dumps({"info": "x", "rows": rows}), encoding="utf-8")
+    roles = {**ROLES, "rows": {"path": "rows.*", "key": "id"}, "meta": ["score"]}
+    arguments = write_rows(folder, RECORDS, roles)
+    printed = cli("import", str(folder / "rows.json"), *arguments[1:])
+    assert "info of the document" in printed.out
+    samples = [json.loads(line) for line in (folder / "out" / "data.jsonl").open("rb")]
+    assert [sample["id"] for sample in samples] == ["00", "01"]
+
+
+@pytest.mark.parametrize(
+    ("options", "what"),
+    [
+        (["--map", "image=image"], "--mapping is given, too"),
+        (["--format", "llava"], "--mapping is given, too"),
+        (["--explain", "3"], "row 3 of 2"),
+        (["--box-format", "xywh"], "does not support it"),
+    ],
+)
+def test_options_that_contradict_a_mapping(folder, cli, options, what) -> None:
+    arguments = write_rows(folder, RECORDS, {**ROLES, "ignore": ["score"]})
+    printed = cli("import", *arguments, *options, code=2)
+    assert what in printed.err
+    assert not (folder / "out").exists()
+
+
+def test_explanation_requires_a_mapping(folder, cli) -> None:
+    rows, out, *_ = write_rows(folder, RECORDS, ROLES)
+    printed = cli("import", rows, out, "--explain", "1", code=2)
+    assert "no mapping is given" in printed.err

@@ -25,7 +25,9 @@ from docs_terminal import (
     write_tutorial_files,
 )
 
+from finesight.bounded_files import load_yaml
 from finesight.cli.app import app
+from finesight.ingest.mapping import parse_mapping
 from finesight.recipe import recipe_from_dict
 
 ENGLISH, CHINESE = list_pages("en"), list_pages("zh")
@@ -35,6 +37,9 @@ TYPED = ("sh", "python", "console")
 ALTERNATIVE = re.compile("(.+), instead of the import above")
 ALTERNATIVES = [block for block in BLOCKS if block.needs and ALTERNATIVE.fullmatch(block.needs)]
 """Imports that a reader chooses in place of the first one of a page."""
+
+MAPPING_START = "version: 1\n"
+MAPPINGS = [block for block in BLOCKS if block.text.startswith(MAPPING_START)]
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
 
@@ -88,8 +93,8 @@ def check_command(words: list[str], error_reported: str) -> None:
 
 
 def _is_of_a_recipe(block: CodeBlock) -> bool:
-    """Check if a YAML block is a recipe, not settings of other programs or a suite of `guard`."""
-    others = ("model_name_or_path", "groups:")
+    """Check if a YAML block is a recipe, not settings of other programs, a suite or a mapping."""
+    others = ("model_name_or_path", "groups:", MAPPING_START)
     return block.language == "yaml" and not any(one in block.text for one in others)
 
 
@@ -97,6 +102,11 @@ def _is_of_a_recipe(block: CodeBlock) -> bool:
 def test_settings_in_code_blocks_are_valid(block: CodeBlock) -> None:
     least = {"model": "tiny", "data": {"train": "train.jsonl"}, "output_dir": "runs/a"}
     recipe_from_dict(least | yaml.safe_load(block.text))
+
+
+@pytest.mark.parametrize("block", MAPPINGS, ids=str)
+def test_mappings_in_code_blocks_are_valid(block: CodeBlock) -> None:
+    parse_mapping(load_yaml(block.text), str(block))
 
 
 @pytest.mark.parametrize("block", [b for b in BLOCKS if b.language == "json"])

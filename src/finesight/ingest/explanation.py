@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,13 +39,12 @@ class RowExplanation:
 
     def format_lines(self) -> list[str]:
         """Return a table of path, role and value, then the samples."""
-        readings = [*self.readings, *(one._replace(role=NO_ROLE) for one in self.unused)]
-        width = max((len(one.location) for one in readings), default=0)
-        role_width = max((len(one.role) for one in readings), default=0)
+        rows = [_describe(one) for one in (*self.readings, *self.unused)]
+        path_width = max((len(path) for path, _, _ in rows), default=0)
+        role_width = max((len(role) for _, role, _ in rows), default=0)
         lines: list[str] = []
-        for one in readings:
-            path = one.location.ljust(width)
-            lines.append(f"  {path}  {one.role.ljust(role_width)}  {_format_value(one.value)}")
+        for path, role, value in rows:
+            lines.append(f"  {path.ljust(path_width)}  {role.ljust(role_width)}  {value}")
         for sample in self.samples:
             lines.append(f"sample {sample.id}")
             for message in sample.messages:
@@ -54,7 +52,7 @@ class RowExplanation:
             if sample.rejected:
                 lines.append(f"  rejected: {_format_content(sample.rejected)}")
             if sample.label is not None:
-                lines.append(f"  verdict: {'desirable' if sample.label else 'undesirable'}")
+                lines.append(f"  desirable: {sample.label}")
             for reference in sample.references:
                 lines.append(f"  reference: {shorten(reference, MAX_VALUE_CHARS)}")
         if not self.samples:
@@ -65,15 +63,10 @@ class RowExplanation:
         """Return the explanation as JSON data."""
         return {
             "row": self.location,
-            "roles": [list(self._describe(one)) for one in self.readings],
-            "unused": [list(self._describe(one)) for one in self.unused],
+            "roles": list(map(_describe, self.readings)),
+            "unused": list(map(_describe, self.unused)),
             "samples": [sample.model_dump(mode="json") for sample in self.samples],
         }
-
-    def _describe(self, reading: Reading) -> Iterator[str]:
-        yield reading.location
-        yield reading.role or NO_ROLE
-        yield _format_value(reading.value)
 
 
 def explain_row(path: Path, options: ImportOptions, number: int, folder: Path) -> RowExplanation:
@@ -120,6 +113,11 @@ def explain_row(path: Path, options: ImportOptions, number: int, folder: Path) -
     )
 
 
+def _describe(reading: Reading) -> list[str]:
+    """Return path, role and value as texts."""
+    return [reading.location, reading.role or NO_ROLE, _format_value(reading.value)]
+
+
 def _format_value(value: object) -> str:
     """Return a value as JSON of one line, shortened."""
     if isinstance(value, bytes):
@@ -129,7 +127,9 @@ def _format_value(value: object) -> str:
 
 
 def _describe_other(value: object) -> str:
-    return f"{len(value)} bytes" if isinstance(value, bytes) else str(value)
+    if isinstance(value, bytes):
+        return f"{len(value)} bytes"
+    return str(value)
 
 
 def _format_content(content: tuple[ContentPart, ...]) -> str:
@@ -141,8 +141,7 @@ def _format_content(content: tuple[ContentPart, ...]) -> str:
         elif part.type == "text":
             pieces.append(part.text.replace("\n", "\\n"))
         elif part.type in ("box", "point"):
-            label = f" {part.label}" if part.label else ""
-            pieces.append(f"[{part.type}{label} {list_coordinates(part)}]")
+            pieces.append(f"[{part.type} {part.label or ''} {list_coordinates(part)}]")
         else:
             pieces.append(f"[{part.type}]")
     return " ".join(pieces)

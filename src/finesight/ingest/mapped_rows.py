@@ -16,6 +16,7 @@ from finesight.data.formats.conversation_rows import Turn, parse_answer
 from finesight.data.formats.dataset_format import (
     ImportContext,
     ImportExample,
+    InvalidOptionError,
     RowImages,
     as_list,
     describe_value,
@@ -44,6 +45,7 @@ from finesight.ingest.mapping import Boxes, Elements, Frame, Mapping, Messages, 
 from finesight.ingest.record_values import (
     META_ROLE,
     MISSING,
+    PART_ROLE,
     Reading,
     RecordValues,
     Scope,
@@ -114,9 +116,15 @@ def read_mapped_row(row: SourceRow, context: ImportContext, mapping: Mapping) ->
     for path_text, count in values.num_missing.items():
         context.row_notes[f"values missing at {path_text} of the mapping"] += count
     for path in mapping.ignore:
-        if values.read_optional(path, values.root, "ignore"):
-            context.other_keys[f"{path.text}, ignored by the mapping"] += 1
+        ignored = map(_generalize, values.read_optional(path, values.root, "ignore"))
+        for name in dict.fromkeys(ignored):
+            context.other_keys[f"{name}, ignored by the mapping"] += 1
     return MappedRow(examples, values.readings, list(values.iter_unused()))
+
+
+def _generalize(location: str) -> str:
+    """Return the path of a location and of others in the same lists."""
+    return re.sub(r"(?<=\.)[0-9]+(?=\.|$)", "*", location)
 
 
 def _build_unused_error(unused: Sequence[Reading]) -> InvalidRowError:
@@ -127,7 +135,7 @@ def _build_unused_error(unused: Sequence[Reading]) -> InvalidRowError:
     return InvalidRowError(
         f"{location} with {describe_value(unused[0].value)} has no role{others}",
         "a role for each key of the record, meta or ignore",
-        f"add the key to the mapping, for example ignore: [{location}]",
+        f"add the key to the mapping, for example ignore: [{_generalize(location)}]",
     )
 
 
@@ -229,7 +237,7 @@ class SampleBuilder:
         return files
 
     def _build_conversation(self, sample_id: str, messages: Messages) -> ImportExample:
-        """Build a conversation, whose images are at their places or at the start."""
+        """Build a conversation, with its images at their placeholders or at the start."""
         mapping = self.mapping
         media = {
             "image": self._list_media("images", mapping.images),
@@ -280,11 +288,11 @@ class SampleBuilder:
         for item in _select_items(self.values, parts, message, "parts", self.context):
             num_pieces = len(pieces)
             if parts.text is not None:
-                text = self.values.evaluate(parts.text, item, "text")
+                text = self.values.evaluate(parts.text, item, PART_ROLE)
                 if text is not MISSING:
                     pieces.append(to_text(text, parts.text.name_role("text")))
             for kind, value in {"image": parts.image, "video": parts.video}.items():
-                file = MISSING if value is None else self.values.evaluate(value, item, kind)
+                file = MISSING if value is None else self.values.evaluate(value, item, PART_ROLE)
                 if value is not None and file is not MISSING:
                     _check_file(file, value.name_role(kind), is_image=kind == "image")
                     media[kind].append(file)
@@ -328,6 +336,13 @@ class SampleBuilder:
         """Build a question with its answers."""
         mapping = self.mapping
         context = self.context
+        if context.box_task != "detection":
+            raise InvalidOptionError(
+                "the mapping has a question of its own",
+                where="--box-task",
+                expected="a mapping of boxes with classes, without a question and an answer",
+                remedy="remove --box-task, or map the question",
+            )
         images = RowImages(context)
         media: list[ContentPart] = []
         for image in self._list_media("images", mapping.images):
@@ -353,7 +368,7 @@ class SampleBuilder:
         answers: list[tuple[ContentPart, ...]] = []
         for text in texts:
             answers.append((*parse_answer(f"{text}{line_end}", images), *regions))
-        if not answers:
+        if not answers:  # of a mapping of boxes or points without an answer
             answers.append(regions or (TextPart(text=NO_OBJECTS_ANSWER),))
         rejected: tuple[ContentPart, ...] = ()
         rejected_text = self._read_text("rejected", mapping.rejected)
@@ -405,6 +420,12 @@ class SampleBuilder:
         if mapping.answers is None:
             return [], []
         found = self._read("answers", mapping.answers)
+        if found is MISSING or is_empty(found):
+            raise EmptyAnswerError(
+                f"no {mapping.answers.name_role('answers')}",
+                expected="at least one answer",
+                remedy="add it, or remove the row",
+            )
         if not isinstance(found, list | tuple):
             raise InvalidRowError(
                 f"the {mapping.answers.name_role('answers')} are {describe_value(found)}",
@@ -427,15 +448,14 @@ class SampleBuilder:
     ) -> list[tuple[list[Any], str | None]]:
         """Return the coordinates of boxes or points, `count` of each, and their labels."""
         pairs: list[tuple[list[Any], str | None]] = []
+        values = [coordinates] if isinstance(coordinates, Value) else list(coordinates)
+        paths = [one.path.text for one in values if one.path is not None]
+        named = f"{role} ({', '.join(paths)})"
         for item in _select_items(self.values, regions, self.scope, role, self.context):
-            numbers: Any
+            numbers: Any = [self.values.evaluate(one, item, role) for one in values]
             if isinstance(coordinates, Value):
-                role = coordinates.name_role(role)
-                numbers = self.values.evaluate(coordinates, item, role)
-            else:
-                role = f"{role}{''.join(one.name_role('') for one in coordinates)}"
-                numbers = [self.values.evaluate(one, item, role) for one in coordinates]
-            _check_coordinates(numbers, role, count)
+                (numbers,) = numbers
+            _check_coordinates(numbers, named, count)
             label = None
             if regions.label is not None:
                 label = self.values.evaluate_text(regions.label, item, "label")
@@ -520,9 +540,9 @@ def _look_up(found: Any, value: Value, choices: Sequence[str]) -> str:
     role = value.name_role("answer")
     if value.lookup is None:
         text = to_text(found, role)
-        if choices and text.isdecimal() and text not in choices:
+        if choices and text not in (*choices, *ascii_uppercase[: len(choices)]):
             raise InvalidRowError(
-                f"the answer {text} to a question with {len(choices)} choices",
+                f"the {role} {text[:60]!r} to a question with {len(choices)} choices",
                 "the text or the letter of a choice",
                 "give lookup: choices, and first: 1 if the first choice has the number 1",
             )

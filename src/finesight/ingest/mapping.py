@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
@@ -67,6 +68,11 @@ class SingleItem:
 ONE_PATH = ShortForm({"type": "string"})
 
 
+def _list_given(section: BaseModel) -> str:
+    """Return the keys that a section has, for messages."""
+    return ", ".join(sorted(section.model_fields_set)) or "nothing"
+
+
 def _to_path(value: object) -> object:
     return parse_path(value) if isinstance(value, str) else value
 
@@ -92,17 +98,20 @@ def _as_tuple(value: object) -> object:
     return value if isinstance(value, tuple) else (value,)
 
 
+Scalars = Annotated[tuple[Scalar, ...], BeforeValidator(_as_tuple), SingleItem()]
+
+
 class Condition(MappingSection):
     """Condition on a value of a list item or record: its text is one of a list, or none of it."""
 
     path: PathField
-    equals: tuple[Scalar, ...] | None = None
-    differs_from: tuple[Scalar, ...] | None = None
+    equals: Scalars | None = None
+    differs_from: Scalars | None = None
 
     @model_validator(mode="after")
     def _check_condition(self) -> Self:
         if (self.equals is None) == (self.differs_from is None):
-            raise ValueError("a condition has either equals or differs_from")
+            raise ValueError(f"{self.path.text}: a condition has either equals or differs_from")
         return self
 
 
@@ -138,7 +147,8 @@ class Value(MappingSection):
             raise ValueError("a value has exactly one of path, const, template and any_of")
         self.template_paths()
         if len({one.num_lists for one in self.any_of or ()}) > 1:
-            raise ValueError("the values of any_of have different numbers of *")
+            role = self.name_role("any_of")
+            raise ValueError(f"the values of {role} have different numbers of *")
         return self
 
     @property
@@ -148,7 +158,9 @@ class Value(MappingSection):
             return 1
         if self.any_of is not None:
             return max(one.num_lists for one in self.any_of)
-        return sum(step.is_each for step in self.path.steps) if self.path is not None else 0
+        if self.path is None:
+            return 0
+        return sum(step.is_each for step in self.path.steps)
 
     @property
     def is_optional(self) -> bool:
@@ -167,12 +179,17 @@ class Value(MappingSection):
             if one.path is not None:
                 paths.append(one.path.text)
             paths += one.template_paths()
-        return f"{role} ({', '.join(paths)})" if paths else role
+        if not paths:
+            return role
+        return f"{role} ({', '.join(paths)})"
 
     def template_paths(self) -> dict[str, FieldPath]:
         """Return the paths in braces of the template, by their text."""
-        fields = [match[1] for match in _TEMPLATE_FIELD.finditer(self.template or "")]
-        return {text: parse_path(text) for text in fields if text is not None}
+        paths: dict[str, FieldPath] = {}
+        for match in _TEMPLATE_FIELD.finditer(self.template or ""):
+            if match[1] is not None:
+                paths[match[1]] = parse_path(match[1])
+        return paths
 
     def fill_template(self, texts: dict[str, str]) -> str:
         """Return the template with each path replaced by its text; `{{` stands for a brace."""
@@ -213,9 +230,11 @@ Value.model_rebuild()
 
 def format_scalar(value: object) -> str:
     """Return a scalar as the text by which `values`, `equals` and `differs_from` compare it."""
+    if value is None:
+        return "null"
     if isinstance(value, bool):
-        return "true" if value else "false"
-    return "null" if value is None else str(value)
+        return str(value).lower()
+    return str(value)
 
 
 class Elements(MappingSection):
@@ -234,7 +253,7 @@ class Elements(MappingSection):
     @model_validator(mode="after")
     def _check_source(self) -> Self:
         if self.each is not None and self.zip is not None:
-            raise ValueError("a list has either each or zip")
+            raise ValueError(f"a list has either each or zip, not both ({self.each.text})")
         return self
 
     @property
@@ -263,8 +282,10 @@ class Frame(MappingSection):
             "thousandths": "1000",
             "resized": "resized",
         }
-        box_format = self.order if self.order != "yxyx" else "xyxy"
-        return BoxConvention(box_format, units[self.unit])
+        unit = units[self.unit]
+        if self.order == "yxyx":  # sorted when it is read
+            return BoxConvention("xyxy", unit)
+        return BoxConvention(self.order, unit)
 
 
 class Boxes(Elements):
@@ -309,9 +330,9 @@ class Parts(Elements):
     @model_validator(mode="after")
     def _check_parts(self) -> Self:
         if not self.has_list:
-            raise ValueError("parts has neither each nor zip")
+            raise ValueError(f"parts has neither each nor zip, only {_list_given(self)}")
         if self.text is None and self.image is None and self.video is None:
-            raise ValueError("parts has none of text, image and video")
+            raise ValueError(f"parts has only {_list_given(self)}, not text, image or video")
         return self
 
 
@@ -331,9 +352,9 @@ class Messages(Elements):
     @model_validator(mode="after")
     def _check_content(self) -> Self:
         if not self.has_list:
-            raise ValueError("messages has neither each nor zip")
+            raise ValueError(f"messages has neither each nor zip, only {_list_given(self)}")
         if (self.content is None) == (self.parts is None):
-            raise ValueError("messages has either content or parts")
+            raise ValueError(f"messages has either content or parts, not {_list_given(self)}")
         return self
 
 
@@ -450,29 +471,90 @@ class Mapping(MappingSection):
         """Return the paths of texts to parse, with their notation; outer texts come first."""
         return [(parse_path(path), notation) for path, notation in self.parse.items()]
 
+    @property
+    def _answer_roles(self) -> list[str]:
+        return [one for one in ("answer", "answers", "fields") if getattr(self, one)]
+
     @model_validator(mode="after")
-    def _check_roles(self) -> Self:
+    def _check_answer(self) -> Self:
         for path in self.parse:
             parse_path(path)
-        answers = [one for one in ("answer", "answers", "fields") if getattr(self, one)]
+        answers = self._answer_roles
         if len(answers) > 1:
             raise ValueError(f"{answers[0]} and {answers[1]} are both the answer; give one of them")
         if not (answers or self.messages or self.boxes or self.points):
-            raise ValueError("no answer: give answer, answers, fields, messages, boxes or points")
-        if self.messages is not None:
-            others = ("question", "choices", "answers", "fields", "boxes", "points")
-            given = [one for one in others if getattr(self, one) is not None]
-            if given:
-                raise ValueError(f"messages and {given[0]}: messages contain the conversation")
-        if self.sample is not None and not self.sample.has_list:
-            raise ValueError("sample has neither each nor zip")
-        if self.boxes is not None and self.points is not None:
-            raise ValueError("boxes and points: give one of them")
+            raise ValueError(
+                f"no answer beside {_list_given(self)}: give answer, answers, fields, messages,"
+                " boxes or points"
+            )
         if self.choices is not None and self.question is None:
-            raise ValueError("choices without a question")
-        if self.boxes is not None and not answers and self.question is None and not self.classes:
-            raise ValueError("boxes without a question: give question or classes")
+            raise ValueError(f"{self.choices.name_role('choices')} without a question")
+        if self.sample is not None and not self.sample.has_list:
+            raise ValueError(f"sample has neither each nor zip, only {_list_given(self.sample)}")
         return self
+
+    @model_validator(mode="after")
+    def _check_messages(self) -> Self:
+        if self.messages is None:
+            return self
+        others = ("question", "choices", "answers", "fields", "boxes", "points")
+        given = [one for one in others if getattr(self, one) is not None]
+        if given:
+            raise ValueError(f"messages and {given[0]}: messages contain the conversation")
+        if self.messages.parts is not None:
+            for kind, files in {"image": self.images, "video": self.videos}.items():
+                if files and getattr(self.messages.parts, kind) is not None:
+                    raise ValueError(f"{kind}s and parts.{kind}: their order would be unknown")
+        return self
+
+    @model_validator(mode="after")
+    def _check_regions(self) -> Self:
+        has_text = bool(self._answer_roles) or self.question is not None
+        if self.boxes is not None and self.points is not None:
+            raise ValueError(f"boxes and points among {_list_given(self)}: give one of them")
+        if self.boxes is not None and not has_text and not self.classes:
+            raise ValueError(f"boxes with {_list_given(self)}: give question or classes")
+        if self.classes and (has_text or self.boxes is None):
+            raise ValueError(
+                f"the classes {', '.join(self.classes)[:60]} are for boxes without a question"
+                " and an answer"
+            )
+        if self.points is not None and self.points.frame.order not in ("xyxy", "yxyx"):
+            order = self.points.frame.order
+            raise ValueError(f"points in the order {order} have no size; give xyxy or yxyx")
+        return self
+
+    @model_validator(mode="after")
+    def _check_values(self) -> Self:
+        """Reject operators without effect, and answers that YAML reads as true or false."""
+        for name, section in self:
+            for value in _iter_values(section):
+                if value.lookup is not None and (
+                    name not in ("answer", "answers") or self.choices is None
+                ):
+                    raise ValueError(f"{name}: lookup is for the answer to a question with choices")
+                translations = (value.values or {}).values()
+                if name != "verdict" and any(isinstance(one, bool) for one in translations):
+                    raise ValueError(
+                        f"{name}: true or false under values; write texts such as yes in quotes"
+                    )
+        return self
+
+
+def _iter_values(section: object) -> Iterator[Value]:
+    """Yield all values of a section of a mapping."""
+    if isinstance(section, Value):
+        yield section
+        yield from _iter_values(section.any_of)
+    elif isinstance(section, MappingSection):
+        for _, inner in section:
+            yield from _iter_values(inner)
+    elif isinstance(section, tuple):
+        for inner in section:
+            yield from _iter_values(inner)
+    elif isinstance(section, dict):
+        for inner in section.values():
+            yield from _iter_values(inner)
 
 
 def load_mapping(path: Path) -> Mapping:
@@ -527,17 +609,23 @@ def _explain_error(error: ValidationError, where: str) -> UserError:
     # Validators of unions and short forms are no keys of the file.
     parts = [str(part) for part in first["loc"] if not re.search(r"[\[(]", str(part))]
     key = ".".join(parts)
+    if key:
+        where = f"{where}: {key}"
     message = first["msg"].removeprefix("Value error, ")
     remedy = "correct the mapping"
     if first["type"] == "extra_forbidden":
         name = str(first["loc"][-1])
         message = f"unknown key {name!r}"
         remedy = suggest_name(name, list(Mapping.model_fields), "remove it")
+    elif first["type"] == "tuple_type":
+        message = f"{first['input']!r:.60} is no list"
+    elif first["type"] == "model_type":
+        message = f"{first['input']!r:.60} is neither a path nor an object"
     elif "FieldPath" in message:
         message = f"{first['input']!r:.60} is no path such as images.*.file_name"
     return UserError(
         message,
-        where=f"{where}: {key}" if key else where,
+        where=where,
         expected="a mapping as in the page Mapping files",
         remedy=remedy,
     )

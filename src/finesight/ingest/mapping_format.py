@@ -62,7 +62,11 @@ def open_document(source: Path, rows: Rows | None) -> tuple[RowReader, str] | No
         return None
     document = read_document(source)
     values = RecordValues(Scope(document, ""))
-    items = values.list_items(rows.path, values.root)
+    try:
+        items = values.list_items(rows.path, values.root)
+    except UserError as error:
+        error.where = f"{source}: rows of the mapping"
+        raise
     for item in items:
         values.discard(item)
     others = Counter(f"{one.location} of the document" for one in values.iter_unused())
@@ -73,8 +77,8 @@ def open_document(source: Path, rows: Rows | None) -> tuple[RowReader, str] | No
                 f"{item.location} is {describe_value(item.value)}", "an object", "correct rows"
             )
         record = item.value
-        if rows.key is not None and item.place is not None:
-            record = {**record, rows.key: item.place[1]}
+        if rows.key is not None and item.slot is not None:
+            record = {**record, rows.key: item.slot[1]}
         return SourceRow(number, item.location, record, source.stem)
 
     reader = rows_from_items(items, make_row)

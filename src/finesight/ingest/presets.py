@@ -41,9 +41,10 @@ def load_presets() -> dict[str, Mapping]:
 
 def with_preset(path: Path, options: ImportOptions) -> ImportOptions:
     """Return options with the preset that matches a file, if they name neither format nor roles."""
-    if not options.is_detected or options.row_files or not path.is_file():
+    first_file = options.row_files[0] if options.row_files else path
+    if not options.is_detected or not first_file.is_file():
         return options
-    found = find_preset(path)
+    found = find_preset(first_file)
     return options if found is None else replace(options, mapping=found)
 
 

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any, Final, NamedTuple
 
 from finesight.bounded_files import parse_unique_json
@@ -23,6 +24,9 @@ MAX_ITEMS = 100_000
 """Maximum number of items of a list that a mapping iterates over in a record."""
 
 META_ROLE = "meta"
+PART_ROLE = "part"
+UNCOUNTED_ROLES = (META_ROLE, PART_ROLE)
+"""Roles of which values may be missing without a note: metadata, and the kinds of a part."""
 
 MAX_LITERAL_CHARS = 1_000_000
 """Maximum length of a Python literal that is parsed."""
@@ -39,16 +43,16 @@ class MissingKeyError(InvalidRowError):
     """Raised if a path names a key that the record does not have."""
 
 
-Place = tuple[int, str | int]
-"""A place of a value: the id of its list or object, and its index or key there."""
+Slot = tuple[int, str | int]
+"""Identity of a value in a record: the id of its list or object, and its index or key there."""
 
 
 class Scope(NamedTuple):
-    """A value in which paths start, its location in the record, and its place."""
+    """A value in which paths start, its location in the record, and its slot."""
 
     value: Any
     location: str
-    place: Place | None = None
+    slot: Slot | None = None
 
 
 class Reading(NamedTuple):
@@ -71,9 +75,9 @@ class RecordValues:
     root: Scope
     readings: list[Reading] = field(default_factory=list)
     num_missing: Counter[str] = field(default_factory=Counter)
-    _used: set[Place] = field(default_factory=set)
-    # Items of `zip` are built for the mapping. Each of their values has a place in the record.
-    _origins: dict[Place, Place] = field(default_factory=dict)
+    _used: set[Slot] = field(default_factory=set)
+    # Items of `zip` are built for the mapping. Each of their values has a slot in the record.
+    _origins: dict[Slot, Slot] = field(default_factory=dict)
     _zipped: list[Record] = field(default_factory=list)
 
     def read(self, path: FieldPath, scope: Scope, role: str) -> Any:
@@ -85,30 +89,34 @@ class RecordValues:
             MissingKeyError: A key that is not optional is missing.
         """
         found: list[Scope] = []
-        start = self.root if path.from_root else scope
-        value = self._read_steps(start, path.steps, path, found)
+        value = self._read_steps(self._get_start(path, scope), path.steps, path, found)
         self._use(found, role)
         return value
 
-    def read_optional(self, path: FieldPath, scope: Scope, role: str) -> bool:
-        """Mark the values at a path as used. Returns whether the record has one that is new."""
+    def _get_start(self, path: FieldPath, scope: Scope) -> Scope:
+        if path.from_root:
+            return self.root
+        return scope
+
+    def read_optional(self, path: FieldPath, scope: Scope, role: str) -> list[str]:
+        """Mark the values at a path as used, and return the locations of those that are new."""
         optional = [step._replace(is_optional=True) for step in path.steps]
         found: list[Scope] = []
-        start = self.root if path.from_root else scope
         with suppress(InvalidRowError):  # a value without keys has no value at the path
-            self._read_steps(start, optional, path, found)
-        new = [one for one in found if one.place not in self._used]
+            self._read_steps(self._get_start(path, scope), optional, path, found)
+        new = [one for one in found if one.slot not in self._used]
         self._use(new, role)
-        return bool(new)
+        return list(map(attrgetter("location"), new))
 
     def discard(self, scope: Scope) -> None:
         """Mark an item that the mapping leaves out, with all its values, as used."""
-        if scope.place is not None:
-            self._used.add(scope.place)
+        if scope.slot is not None:
+            self._used.add(scope.slot)
             return
-        for key in scope.value if isinstance(scope.value, dict) else ():
-            place = (id(scope.value), key)
-            self._used.add(self._origins.get(place, place))
+        if isinstance(scope.value, dict):
+            for key in scope.value:
+                slot = (id(scope.value), key)
+                self._used.add(self._origins.get(slot, slot))
 
     def discard_key(self, key: str) -> None:
         """Mark a key of the record as used."""
@@ -116,8 +124,8 @@ class RecordValues:
 
     def _use(self, found: Sequence[Scope], role: str) -> None:
         for one in found:
-            if one.place is not None:
-                self._used.add(self._origins.get(one.place, one.place))
+            if one.slot is not None:
+                self._used.add(self._origins.get(one.slot, one.slot))
             self.readings.append(Reading(one.location, role, one.value))
 
     def _read_steps(
@@ -152,11 +160,11 @@ class RecordValues:
         return items
 
     def list_items(self, path: FieldPath, scope: Scope) -> list[Scope]:
-        """Return the items of the list at a path, or the values after its last `*`."""
+        """Return the items of the list at a path, or one for each value of its `*`."""
         steps = list(path.steps)
-        if not steps or not steps[-1].is_each:
+        if not any(step.is_each for step in steps):
             steps.append(PathStep("*", is_each=True))
-        scopes = [self.root if path.from_root else scope]
+        scopes = [self._get_start(path, scope)]
         for step in steps:
             scopes = [inner for one in scopes for inner in _list_inner(one, step, path)]
         return scopes
@@ -176,8 +184,8 @@ class RecordValues:
             record = {name: one.value for name, one in zip(columns, items, strict=True)}
             self._zipped.append(record)  # its id must stay unique
             for name, one in zip(columns, items, strict=True):
-                if one.place is not None:
-                    self._origins[id(record), name] = self._origins.get(one.place, one.place)
+                if one.slot is not None:
+                    self._origins[id(record), name] = self._origins.get(one.slot, one.slot)
             scopes.append(Scope(record, items[0].location))
         return scopes
 
@@ -186,13 +194,15 @@ class RecordValues:
         unmet: list[str] = []
         for condition in conditions:
             value = self.read(condition.path, scope, "condition")
-            text = "" if value is MISSING else format_scalar(value)
+            text = ""
+            if value is not MISSING:
+                text = format_scalar(value)
             is_met = text in map(format_scalar, condition.equals or ())
             if condition.equals is None:
                 is_met = text not in map(format_scalar, condition.differs_from or ())
             if not is_met:
                 unmet.append(condition.path.text)
-        return unmet[0] if unmet else None
+        return next(iter(unmet), None)
 
     def evaluate(self, value: Value, scope: Scope, role: str) -> Any:
         """Return the value of a role; `MISSING` if an optional key is missing.
@@ -244,7 +254,7 @@ class RecordValues:
         found = self.read(path, scope, role)
         if found is not MISSING and not (path.is_optional and is_empty(found)):
             return found
-        if role != META_ROLE:
+        if role not in UNCOUNTED_ROLES:
             self.num_missing[path.text] += 1
         return MISSING
 
@@ -297,8 +307,7 @@ def _find_keys(scope: Scope, step: PathStep, path: FieldPath) -> Iterator[Any]:
             return
         raise _build_type_error(scope, path, "an object with keys")
     key = _to_index(value, step.key)
-    has_key = key in value if isinstance(value, dict) else isinstance(key, int) and key < len(value)
-    if has_key:
+    if _has_key(value, key):
         yield key
     elif not step.is_optional:
         names = [format_key(one) for one, _ in _iter_children(value)]
@@ -309,6 +318,12 @@ def _find_keys(scope: Scope, step: PathStep, path: FieldPath) -> Iterator[Any]:
             f"one of its keys: {shown}",
             suggest_name(name, names, f"correct the path, or write {name}? if rows may lack it"),
         )
+
+
+def _has_key(container: Any, key: Any) -> bool:
+    if isinstance(container, dict):
+        return key in container
+    return isinstance(key, int) and key < len(container)
 
 
 def _build_type_error(scope: Scope, path: FieldPath, expected: str) -> InvalidRowError:
@@ -426,8 +441,10 @@ def _parse_at(
     if not steps:
         return _parse_text(value, notation, location)
     step, *rest = steps
-    copy: Any = dict(value) if isinstance(value, dict) else value
-    if isinstance(value, list | tuple):
+    copy: Any = value
+    if isinstance(value, dict):
+        copy = dict(value)
+    elif isinstance(value, list | tuple):
         copy = list(value)
     for key in list(_find_keys(Scope(value, location), step, path)):
         copy[key] = _parse_at(value[key], rest, path, notation, join_location(location, key))

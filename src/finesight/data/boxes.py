@@ -576,6 +576,18 @@ _TEXT_BOX = re.compile(
 )
 """Box in a text: in the tags of Qwen-VL or Qwen2-VL, as location tokens, or a list of numbers."""
 
+_LOCATION_TOKENS = r"(?P<tokens>(?:<loc\d{4}>){4})"
+_LOCATED_OBJECT = re.compile(rf"\s*{_LOCATION_TOKENS}[ \t]*(?P<label>[^<>;\r\n]*?)[ \t]*(?:;|\Z)")
+"""Object of an answer of PaliGemma: location tokens, and its label."""
+
+_SENTENCE_END = (".", "!", "?", "。", "！", "？")
+
+_BEFORE_POINTS = re.compile(
+    r"(?i)(?:[\[({【（]|<\w*points?\b[^<>]*>|(?:\b|_)(?:(?:key)?points?|vertices)[\"']?\s*[:：=])"
+    r"\s*\Z"
+)
+"""Text before pairs of coordinates that are points: a bracket, or a tag or key of points."""
+
 _TAGGED = re.compile(r"[\s\d.,;()\[\]-]*")
 _INNER_LIST = re.compile(r"\[[^\[\]()]*\]")
 _LISTS = {
@@ -655,13 +667,18 @@ def split_at_text_boxes(
     """Split an answer into non-empty texts, and boxes whose notation defines the units.
 
     A box that is a value in JSON gets quotes, so that the renderer can write it in any notation.
-    Adjacent tags have the label before the first of them.
+    Adjacent tags have the label before the first of them. A text of location tokens with labels, as
+    PaliGemma writes it, is split into its boxes only.
 
     Args:
         list_limits: Maximum x and y in the units that the user gives for lists of four numbers.
             None leaves lists in the text.
         is_tagged: All tags are boxes in thousandths, as in Qwen-VL.
     """
+    located = _parse_located_objects(text)
+    if located:
+        yield from located
+        return
     matches = []
     if re.search("[<0-9]", text):
         for match in _TEXT_BOX.finditer(text):
@@ -696,12 +713,36 @@ def split_at_text_boxes(
         yield rest
 
 
+def _parse_located_objects(text: str) -> list[TextBox]:
+    """Return the boxes of a text in the grammar of PaliGemma, else nothing.
+
+    The text is `<locY><locX><locY><locX> label ; ...`, on a grid of 1024. A label is no sentence.
+    """
+    boxes: list[TextBox] = []
+    end = 0
+    stripped = text.strip()
+    while end < len(stripped):
+        match = _LOCATED_OBJECT.match(stripped, end)
+        if match is None or match["label"].endswith(_SENTENCE_END):
+            return []
+        coordinates = _scale_location(match["tokens"])
+        boxes.append(TextBox(coordinates, match["label"] or None, is_tagged=True))
+        end = match.end()
+    return boxes
+
+
+def _scale_location(tokens: str) -> list[float]:
+    """Return the corners in thousandths of four tokens, y first, on a grid of 1024."""
+    y1, x1, y2, x2 = (number * 1000 / 1024 for number in _find_numbers(tokens))
+    return [x1, y1, x2, y2]
+
+
 def _list_boxes(match: re.Match[str]) -> list[list[float]]:
     """Return the coordinates of a box or point, or of several in brackets each, else nothing."""
     text = match[0] if match["tagged"] is None else match["tagged"]
     numbers = _find_numbers(text)
-    if match["location"] and "_" not in text:  # y first, on a grid of 1024
-        return [[numbers[n] * 1000 / 1024 for n in (1, 0, 3, 2)]]
+    if match["location"] and "_" not in text:
+        return [_scale_location(text)]
     if len(numbers) in (2, 4):
         boxes = [numbers]
     else:
@@ -717,16 +758,31 @@ def _is_box(match: re.Match[str], limits: tuple[float, float]) -> bool:
     if match["tagged"] is not None:
         return bool(_list_boxes(match))
     before = match.string[: match.start()][-80:]
-    after = match.string[match.end() :][:80]
-    is_longer = match[0].count("(") == 2 and (
-        re.search(rf"{_PAIR}[\s,;]*$", before) or re.match(rf"[\s,;]*{_PAIR}", after)
-    )
     numbers = _find_numbers(match[0])
     is_outside = min(numbers[::2]) > limits[0] + 1 and min(numbers[1::2]) > limits[1] + 1
     word = _WORD_BEFORE.search(before)
     is_small = max(numbers) < MIN_EXTENT * min(limits)
     is_other = is_small and word is not None and not _PLACE_WORD.fullmatch(word[1])
-    return not (is_longer or is_outside or is_other or _OTHER_LIST.search(before))
+    is_excluded = is_outside or is_other or _OTHER_LIST.search(before) is not None
+    return not (is_excluded or _is_point_list(match))
+
+
+def _is_point_list(match: re.Match[str]) -> bool:
+    """Return whether two pairs of coordinates are points of a list, rather than two corners.
+
+    The pairs are in brackets, named points, on a line each, or next to a further pair.
+    """
+    if match[0].count("(") != 2:
+        return False
+    before = match.string[: match.start()][-80:]
+    after = match.string[match.end() :][:80]
+    is_longer = re.search(rf"{_PAIR}[\s,;]*$", before) or re.match(rf"[\s,;]*{_PAIR}", after)
+    is_on_lines = "\n" in match[0]
+    return is_on_lines or is_longer is not None or _BEFORE_POINTS.search(before) is not None
+
+
+def _has_point_list(text: str) -> bool:
+    return any(map(_is_point_list, _LISTS["boxes"].finditer(text)))
 
 
 def _has_units(match: re.Match[str], *, is_tagged: bool) -> bool:
@@ -767,7 +823,15 @@ def find_number_lists(text: str, kind: str = "boxes") -> list[list[float]]:
     """Return the coordinates of all lists in a text that may be boxes, or points."""
     if not _DIGIT.search(text):
         return []
-    return [_find_numbers(match[0]) for match in _LISTS[kind].finditer(text)]
+    matches = _iter_lists(text, kind)
+    return [_find_numbers(match[0]) for match in matches]
+
+
+def _iter_lists(text: str, kind: str) -> Iterator[re.Match[str]]:
+    """Yield all lists in a text that may be boxes, or points."""
+    for match in _LISTS[kind].finditer(text):
+        if kind == "points" or not _is_point_list(match):
+            yield match
 
 
 def _find_runs(text: str, kind: str, *, has_word: bool) -> Iterator[tuple[str, list[float]]]:
@@ -836,12 +900,16 @@ class TextCoordinates:
                 self.examples.setdefault(kind, (location, text[match.start() :][:40]))
                 return
         has_word = _LOCATION_WORD.search(text) is not None
-        for kind, pattern in _LISTS.items():
-            numbers: list[list[float]] = []
-            if has_word or kind == "boxes":
-                numbers = find_number_lists(text, kind)
+        has_point_list = _has_point_list(text)
+        for kind in _LISTS:
+            lists: list[re.Match[str]] = []
+            if has_word or has_point_list or kind == "boxes":
+                lists = list(_iter_lists(text, kind))
+            numbers = [_find_numbers(match[0]) for match in lists]
             if numbers:
-                example = pattern.findall(text)[0][:40]
+                example = lists[0][0][:40]
+            elif has_point_list and kind == "boxes":
+                continue  # their numbers are also a run of numbers
             else:
                 runs = list(_find_runs(text, kind, has_word=has_word))
                 if not runs:

@@ -10,17 +10,53 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from finesight.bounded_files import reject_special_file
-from finesight.data.image_file import IMAGE_SUFFIXES
+from finesight.data.image_file import IMAGE_SUFFIXES, is_image_value
 from finesight.data.line_index import UTF8_BOM, open_data_file
-from finesight.data.row_reader import SNIFF_BYTES, RowReader, SourceRow, rows_from_items
+from finesight.data.row_reader import (
+    COMPRESSED_SUFFIXES,
+    SNIFF_BYTES,
+    RowReader,
+    SourceRow,
+    open_row_file,
+    rows_from_items,
+)
 from finesight.errors import Remedy, Step, UserError, format_count
 from finesight.storage import DIGESTS_FILE
 
-ROW_SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".tsv", ".xlsx")
+ROW_SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".tsv", ".xlsx", *COMPRESSED_SUFFIXES)
 """Suffixes of files that contain rows or a complete dataset, in lower case."""
 
 NUM_DETECTION_FILES = 5
 """Number of annotation files that are read to detect the dataset format."""
+
+
+NUM_CHECKED_ROWS = 3
+"""Number of rows of a file that are read before an error proposes it."""
+
+_TURN_KEYS = ("messages", "conversations", "conversation")
+
+
+def check_rows(file: Path) -> None:
+    """Raise UserError for a file whose first rows have neither an image nor turns."""
+    rows = open_row_file(file)
+    for row in rows.iter_range(0, NUM_CHECKED_ROWS):
+        has_turns = not row.record.keys().isdisjoint(_TURN_KEYS)
+        if not has_turns and not any(map(is_image_value, row.record.values())):
+            raise UserError(
+                f"a row of {', '.join(map(str, row.record))} without an image and without turns",
+                where=f"{file}, {row.location}",
+                expected="rows with an image or turns",
+                remedy="add the image to the row",
+            )
+
+
+def _passes(check_file: Callable[[Path], None], file: Path) -> bool:
+    """Return whether a check accepts a file."""
+    try:
+        check_file(file)
+    except (UserError, OSError):
+        return False
+    return True
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,18 +77,29 @@ class FolderListing:
         """Return the files with a given suffix, in lower case with its dot."""
         return [path for path in self.files if path.suffix.lower() == suffix]
 
-    def suggest_source(self) -> Remedy:
+    def suggest_source(self, check_file: Callable[[Path], None] = check_rows) -> Remedy:
         """Return a suggestion for a folder that no dataset format can open.
 
-        It names the closest format and the files that it misses.
+        It names a file that can be imported, or the closest format and the files that it misses.
+
+        Args:
+            check_file: Function that raises UserError for a file that cannot be imported.
         """
+        has_rows = False
+        num_images = len(self.image_files())
         for suffix in ROW_SUFFIXES:
-            if files := self.files_with_suffix(suffix):
-                by_stem = {path.stem: path for path in files}
-                train = by_stem.get("train")
-                evaluation = by_stem.get("eval")
-                advice = f"give the file itself, such as {train or files[0]}"
-                if train is not None and evaluation is not None:
+            files = self.files_with_suffix(suffix)
+            has_rows |= bool(files)
+            if len(files) > 1 and len(files) >= num_images > 0:
+                continue  # a file describes one image each
+            by_stem = {path.stem: path for path in files}
+            train = by_stem.get("train")
+            evaluation = by_stem.get("eval")
+            for file in [train, *files[:1]]:
+                if file is None or not _passes(check_file, file):
+                    continue
+                advice = f"give the file itself, such as {file}"
+                if file is train and evaluation is not None:
                     advice += f"; a check also takes --against {evaluation}"
                 return advice
         images = self.image_files()
@@ -64,6 +111,8 @@ class FolderListing:
                 "the closest is folder: texts have the names of their images, a.jpg and a.txt; "
                 f"found {images[0].name} and {texts[0].name}"
             )
+        if has_rows:
+            return self._suggest_rows()
         if images:
             purpose = (
                 "add a table or a .txt file with the answer next to each image, sort the images"
@@ -72,6 +121,18 @@ class FolderListing:
             arguments = {"run_or_model": "MODEL", "sources": [str(self.root)], "prompt": "TEXT"}
             return Step("label", arguments, purpose)
         return "give the folder with the images and labels, or the file with the rows"
+
+    def _suggest_rows(self) -> str:
+        """Return a suggestion for a folder of files that no dataset format reads."""
+        num_files = sum(path.suffix.lower() in ROW_SUFFIXES for path in self.files)
+        advice = (
+            'no format reads files of this layout: write a row per image, such as {"image":'
+            ' "a.jpg", "question": "...", "answer": "..."}, to one .jsonl file and import this'
+            " file, with --mapping for rows with other keys"
+        )
+        if num_files < len(self.image_files()):
+            advice += "; if a file describes all images, give this file"
+        return advice
 
     def __str__(self) -> str:
         counts = Counter(path.suffix.lower() or "no suffix" for path in self.files)

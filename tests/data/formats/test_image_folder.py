@@ -11,7 +11,7 @@ from case_files import load_cases
 from image_fixtures import write_gray_image, write_jsonl
 
 from finesight.data.exporter import export_dataset
-from finesight.data.import_source import ImportOptions
+from finesight.data.import_source import ImportOptions, detect_columns, open_source
 from finesight.data.importer import import_dataset
 from finesight.data.sample import LocatedSample, Sample, read_samples
 from finesight.errors import UserError
@@ -88,6 +88,27 @@ def test_unknown_folders_are_rejected(tmp_path: Path, files: list[str], remedy: 
         with pytest.raises(UserError) as requested:
             import_samples(root, tmp_path / "out", format="classes")
         assert requested.value.what == "0 class folders with images"
+
+
+@pytest.mark.parametrize(("files", "remedy"), CASES["test_proposed_files_have_rows"])
+def test_proposed_files_have_rows(tmp_path: Path, files: dict[str, str], remedy: str) -> None:
+    """Check that an error proposes a file only if it has rows of several images."""
+    root = tmp_path / "set"
+    (root / "inner").mkdir(parents=True)
+    for name, text in files.items():
+        if name.endswith(".png"):
+            write_gray_image(root / name)
+        else:
+            (root / name).write_text(text, encoding="utf-8")
+    with pytest.raises(UserError, match="a folder without a known dataset format") as caught:
+        import_samples(root, tmp_path / "out")
+    advice = str(caught.value.remedy)
+    assert advice.startswith(remedy.format(root=root))
+    if "such as /" in advice:
+        write_gray_image(root / "a.png")
+        proposed = Path(advice.removeprefix("give the file itself, such as ").partition(";")[0])
+        path, options = detect_columns(proposed, ImportOptions())
+        assert open_source(path, options).row_bounds == (0, 1)
 
 
 def write_images(root: Path, *names: str) -> Path:

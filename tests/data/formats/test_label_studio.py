@@ -218,3 +218,57 @@ def test_choices_roundtrip(root: Path, tmp_path: Path) -> None:
     assert parse_label_config(config) == [
         LabelControl("choices", "answer", "image", "image", ("cat", "dog"))
     ]
+
+
+@pytest.mark.parametrize(
+    ("data", "results", "prompt", "expected"), CASES["test_questions_in_the_data_of_tasks"]
+)
+def test_questions_in_the_data_of_tasks(root, tmp_path, data, results, prompt, expected):
+    results = [region(**one["region"]) if "region" in one else one for one in results]
+    task = {"data": {"image": "a.png", **data}, "annotations": [annotation(*results)]}
+    samples, summary = import_samples(write_tasks(root, task), tmp_path / "out", prompt=prompt)
+    assert list_questions(samples) == [expected]
+    assert "question of tasks, not imported" not in summary.other_keys
+
+
+@pytest.mark.parametrize(("tasks", "what", "remedy"), CASES["test_unclear_questions_are_rejected"])
+def test_unclear_questions_are_rejected(root, tmp_path, tasks, what, remedy):
+    """Check that the remedies, of which --prompt and --replace-prompts are options, work."""
+    source = write_tasks(
+        root,
+        *(
+            {"data": {"image": "a.png", **data}, "annotations": [annotation(answer("a", text="b"))]}
+            for data in tasks
+        ),
+    )
+    with pytest.raises(UserError, match=what) as caught:
+        import_samples(source, tmp_path / "out")
+    assert remedy in str(caught.value)
+    for option in ("prompt", "replace_prompts"):
+        samples, _ = import_samples(source, tmp_path / option, **{option: "Read it."})
+        assert list_questions(samples)[-1] == "Read it."
+
+
+def test_other_texts_of_tasks_are_named(root: Path, tmp_path: Path) -> None:
+    data = {"image": "a.png", "remark": "A kite over the sea", "shift": "early"}
+    source = write_tasks(root, {"data": data, "annotations": [annotation(answer("a", text="b"))]})
+    _, summary = import_samples(source, tmp_path / "out")
+    assert summary.source_notes == {"texts 'remark' of tasks (not in the question)": 1}
+    assert summary.other_keys == {"shift of tasks, not imported": 1}
+
+
+def test_question_of_several_samples_per_image(root: Path, tmp_path: Path) -> None:
+    task = {"data": {"image": "a.png", "question": "Where is it?"}}
+    source = write_tasks(root, task | {"annotations": [annotation(region("dog"))]})
+    with pytest.raises(UserError, match="a question of their own"):
+        import_samples(source, tmp_path / "out", box_task="grounding")
+
+
+def test_questions_of_json_min(root: Path, tmp_path: Path) -> None:
+    common = {"image": "a.png", "annotator": 1, "annotation_id": 1, "prompt": "Read {it}."}
+    (root / "min.json").write_text(json.dumps([{**common, "result": "A dog."}]))
+    samples, _ = import_samples(root / "min.json", tmp_path / "question")
+    assert (list_questions(samples), list_answers(samples)) == (["Read {it}."], [["A dog."]])
+    (root / "min.json").write_text(json.dumps([common]))
+    samples, _ = import_samples(root / "min.json", tmp_path / "answer")
+    assert list_answers(samples) == [["Read {it}."]]

@@ -7,10 +7,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from box_fixtures import find_box, import_samples, list_answers, write_box_image
+from box_fixtures import (
+    find_box,
+    import_samples,
+    list_answers,
+    list_questions,
+    write_box_image,
+)
+from case_files import load_cases
 from PIL import Image
 
 from finesight.errors import UserError
+
+CASES = load_cases("labelme")
 
 WHITE = (12, 3, 31, 17)
 
@@ -137,3 +146,58 @@ def test_empty_image_path(tmp_path: Path, stem: str, suffix: str) -> None:
         save(tmp_path / "set", record(imagePath=path), f"{stem}.json")
         samples, _ = import_samples(tmp_path / "set", tmp_path / f"out{index}")
         assert ("dog", WHITE) in list_answers(samples)[0]
+
+
+def save_files(root: Path, changes: list[dict[str, Any]]) -> Path:
+    """Save a file per change, without shapes, each with an image."""
+    for number, change in enumerate(changes):
+        content = record(**{"shapes": [], "imagePath": f"{number}.png"} | change)
+        save(root, content, f"{number}.json")
+        write_box_image(root / f"{number}.png", WHITE)
+    return root
+
+
+@pytest.mark.parametrize(
+    ("changes", "question", "answers", "meta"), CASES["test_labels_of_images_without_shapes"]
+)
+def test_labels_of_images_without_shapes(tmp_path, changes, question, answers, meta):
+    samples, summary = import_samples(save_files(tmp_path / "set", changes), tmp_path / "out")
+    assert list_questions(samples)[0] == question
+    assert [answer for (answer,) in list_answers(samples)] == answers
+    assert samples[0].meta == meta
+    assert "flags of files, not imported" not in summary.other_keys
+
+
+@pytest.mark.parametrize(
+    ("changes", "what", "remedy"), CASES["test_unclear_labels_of_images_are_rejected"]
+)
+@pytest.mark.parametrize("prompt", [None, "Which?"])
+def test_unclear_labels_of_images_are_rejected(tmp_path, changes, what, remedy, prompt):
+    root = save_files(tmp_path / "set", changes)
+    with pytest.raises(UserError, match=what) as caught:
+        import_samples(root, tmp_path / "out", prompt=prompt)
+    assert remedy in str(caught.value)
+
+
+def test_flags_next_to_shapes_are_stored(tmp_path: Path) -> None:
+    shapes = [shape("dog", [[31.0, 17.0], [12.0, 3.0]])]
+    changes = [{"shapes": shapes, "flags": {"night": True}}, {}]
+    samples, summary = import_samples(save_files(tmp_path / "set", changes), tmp_path / "out")
+    assert list_answers(samples) == [[("dog", WHITE)], ["none"]]
+    assert samples[0].meta == {"flags": {"night": True}, "classes": ["dog"]}
+    assert summary.source_notes == {"images with flags next to shapes (in meta)": 1}
+
+
+def test_ignored_images_are_skipped(tmp_path: Path) -> None:
+    flags = [{"__ignore__": number == 0, "a": number == 1, "b": number != 1} for number in range(3)]
+    root = save_files(tmp_path / "set", [{"flags": one} for one in flags])
+    samples, summary = import_samples(root, tmp_path / "out", prompt="Is it {labels}?")
+    assert list_answers(samples) == [["a"], ["b"]]
+    assert list_questions(samples) == ["Is it a, b?"] * 2
+    assert summary.skipped_rows == {"images with the flag __ignore__": 1}
+
+
+def test_tasks_of_boxes_need_shapes(tmp_path: Path) -> None:
+    root = save_files(tmp_path / "set", [{"flags": {"a": True, "b": False}}])
+    with pytest.raises(UserError, match="no file has shapes"):
+        import_samples(root, tmp_path / "out", box_task="points")

@@ -9,17 +9,21 @@ Boxes are in percent of the image. A dataset with regions becomes questions abou
 of a region with text is its text, and its class is stored in the metadata. Other datasets become
 questions about the whole image: a class, a text, or several controls as a JSON object.
 
+A text in the data of the tasks that the annotator saw as the question, such as `question`, is the
+question of the sample, to which `--prompt` is appended.
+
 The server addresses of images are searched as paths in the folder of the file, see
 `find_image_folder`, without leading folders if necessary, and without the random prefix of uploads.
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
@@ -41,6 +45,7 @@ from finesight.data.formats.dataset_format import (
     Files,
     ImportContext,
     ImportExample,
+    InvalidOptionError,
     as_list,
 )
 from finesight.data.formats.image_annotations import (
@@ -122,6 +127,15 @@ REASON_NO_ANSWER = "tasks whose annotation is empty"
 
 _MIN_KEYS = frozenset({"id", "annotator", "annotation_id", "created_at", "updated_at", "lead_time"})
 _UPLOAD_PREFIX = re.compile(r"[0-9a-f]{8}-(?=.)")
+_QUESTION_KEY = re.compile(
+    r"(?:.*[\W_])?(?:(?:question|prompt|instruction)s?|query|queries|问题|提问|指令)"
+    r"(?:[\W_]*(?:text|content|en|zh|cn|[0-9]+))?"
+)
+"""Name of a text that the annotator saw as the question, in lower case with underscores."""
+
+_CAPITAL = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
+_QUESTION = re.compile(r"(?s)\s*(?![a-z]+://)(?:\S+\s.*\?|.*？)\s*")
+_SENTENCE = re.compile(r"(?s)\s*\S+\s+\S.*|.*[^\W\da-zA-Z_]{4}.*")
 
 ResultSource = Literal["annotations", "predictions"]
 
@@ -133,12 +147,14 @@ class LabeledTask:
     Attributes:
         location: Location of the task for messages.
         other_keys: Number of unused keys of the task, its data and its annotation.
+        texts: Texts in the data of the task, without its image, by their keys.
         skip_reason: Reason why the task has no results, "" otherwise.
     """
 
     location: str
     reference: str
     results: tuple[Record, ...] = ()
+    texts: Mapping[str, str] = field(default_factory=dict)
     other_keys: Counter[str] = field(default_factory=Counter)
     skip_reason: str = ""
     notes: tuple[str, ...] = ()
@@ -152,6 +168,7 @@ class ProjectLabels:
         has_regions: Whether any task has a region.
         text_classes: Classes of regions with texts; "" of regions without class.
         controls: Names of the controls whose answers are about the whole image.
+        questions: Keys of texts that annotators may have seen as the question.
     """
 
     classes: tuple[str, ...]
@@ -160,6 +177,7 @@ class ProjectLabels:
     controls: tuple[str, ...]
     has_regions: bool
     text_classes: frozenset[str]
+    questions: tuple[str, ...] = ()
 
 
 def open_tasks(
@@ -202,8 +220,12 @@ def parse_row(row: SourceRow, context: ImportContext) -> list[ImportExample]:
     count_keys(values, _VALUE_USED_KEYS, "results", context.other_keys)
     notes = context.row_notes
     notes.update(task.notes)
+    question = _select_question(row, context)
+    for key, text in task.texts.items():
+        if text != question:
+            _count_text(key, text, context)
     if not project.has_regions:
-        return _parse_answers(row, task, project, context)
+        return _parse_answers(row, question, context)
     targets = {str(result.get("to_name")) for result in task.results if "original_width" in result}
     if len(targets) > 1:
         raise UserError(
@@ -217,15 +239,76 @@ def parse_row(row: SourceRow, context: ImportContext) -> list[ImportExample]:
     notes[NOTE_WHOLE_IMAGE] += len(_merge_answers(task.results))
     regions = _merge_regions(task.results)
     objects = [one for region in regions for one in _parse_region(region, context, project)]
-    return build_detection_examples(
-        row,
-        context,
-        BOX_CONVENTION,
-        row.record["image"],
-        objects,
-        declared_size=declared.pop() if len(declared) == 1 else (None, None),
-        default_prompt=SPOTTING_PROMPT if project.text_classes else DETECTION_PROMPT,
-    )
+    if question and context.box_task == "grounding":
+        raise InvalidOptionError(
+            f"the tasks have a question of their own, such as {question[:60]!r}",
+            where="--box-task grounding",
+            expected="tasks without a question, which get one per label",
+            remedy="remove the option, or the question from the data of the tasks",
+        )
+    with _ask(question.replace("{", "{{").replace("}", "}}"), context):
+        return build_detection_examples(
+            row,
+            context,
+            BOX_CONVENTION,
+            row.record["image"],
+            objects,
+            declared_size=declared.pop() if len(declared) == 1 else (None, None),
+            default_prompt=SPOTTING_PROMPT if project.text_classes else DETECTION_PROMPT,
+        )
+
+
+def _select_question(row: SourceRow, context: ImportContext) -> str:
+    """Return the question in the data of a task, "" for none.
+
+    Raises:
+        InvalidOptionError: Several texts may be the question, and the user gives no other.
+        UserError: The task has no question, in contrast to others.
+    """
+    task = row.record["task"]
+    keys = row.record["project"].questions
+    has_prompt = context.prompt is not None
+    if len(keys) > 1:
+        if has_prompt:
+            return ""
+        raise InvalidOptionError(
+            f"the tasks have several texts that may be the question: {', '.join(keys)}"[:200],
+            where=row.location,
+            expected="one of them, such as question",
+            remedy="give the question of all tasks with --prompt, or remove the other texts from"
+            " the data of the tasks",
+        )
+    question = ""
+    for key in keys:
+        question = task.texts.get(key, "")
+    if keys and not question and not has_prompt:
+        raise UserError(
+            f"no text under {keys[0]!r}, in contrast to other tasks",
+            expected="the question that the annotator saw",
+            remedy="write the question, remove the task, or give one for all with"
+            " --replace-prompts",
+        )
+    return question
+
+
+def _count_text(key: str, text: str, context: ImportContext) -> None:
+    """Count a text of a task that is not its question; sentences may change the answer."""
+    if _SENTENCE.fullmatch(text):
+        context.row_notes[f"texts {key!r} of tasks (not in the question)"] += 1
+    else:
+        count_keys([{key: text}], (), "tasks", context.other_keys)
+
+
+@contextlib.contextmanager
+def _ask(question: str, context: ImportContext) -> Iterator[None]:
+    """Put the question of a task before the text of `--prompt`."""
+    prompt = context.prompt
+    if question:
+        context.prompt = f"{question}\n{prompt}" if prompt else question
+    try:
+        yield
+    finally:
+        context.prompt = prompt
 
 
 def write_files(
@@ -373,7 +456,8 @@ def _read_tasks(source: Path, results_from: ResultSource) -> list[LabeledTask] |
     if not records or not all(isinstance(record, dict) for record in records):
         return None
     if all({"annotation_id", "annotator"} <= record.keys() for record in records):
-        tasks = [_expand_min(record) for record in records]
+        questions = _find_min_questions(records)
+        tasks = [_expand_min(record, questions) for record in records]
     elif all(isinstance(record.get("data"), dict) for record in records) and any(
         isinstance(record.get(key), list) for record in records for key in _RESULT_KEYS
     ):
@@ -415,22 +499,55 @@ def _select_results(
     if is_prediction and results_from == "annotations":
         notes.append(NOTE_PREDICTIONS)
     results = tuple(one for one in as_list(selected.get("result")) if isinstance(one, dict))
+    texts = {key: value for key, value in data.items() if _is_text(value)}
     other_keys: Counter[str] = Counter()
-    count_keys([data], (), "tasks", other_keys)
+    count_keys([data], texts, "tasks", other_keys)
     count_keys([task], ("id", "data", *_RESULT_KEYS), "tasks", other_keys)
     count_keys([*annotations, *predictions], _ANNOTATION_USED_KEYS, "annotations", other_keys)
-    return LabeledTask(location, reference, results, other_keys, notes=tuple(notes))
+    return LabeledTask(location, reference, results, texts, other_keys, notes=tuple(notes))
 
 
-def _expand_min(record: Record) -> Record:
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) and value.strip() != "" and not _is_image_reference(value)
+
+
+def _find_questions(objects: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
+    """Return the keys of the texts that are questions by their name, or mostly by their end."""
+    num_texts: Counter[str] = Counter()
+    num_questions: Counter[str] = Counter()
+    for one in objects:
+        for key, value in one.items():
+            if _is_text(value):
+                num_texts[key] += 1
+                num_questions[key] += _QUESTION.fullmatch(value) is not None
+    found = []
+    for key, count in num_texts.items():
+        name = _CAPITAL.sub("_", key).lower()
+        if _QUESTION_KEY.fullmatch(name) or 2 * num_questions[key] > count:
+            found.append(key)
+    return tuple(found)
+
+
+def _find_min_questions(records: Sequence[Record]) -> tuple[str, ...]:
+    """Return the keys of questions in JSON-MIN; none if there are no other answers."""
+    questions = _find_questions(records)
+    for name in {name for one in records for name in one} - _MIN_KEYS - {*questions}:
+        values = [record.get(name) for record in records]
+        if any(isinstance(value, list) or _is_text(value) for value in values):
+            return questions
+    return ()
+
+
+def _expand_min(record: Record, questions: Collection[str]) -> Record:
     """Convert a row of JSON-MIN to a task with one annotation.
 
-    Data and texts are not distinguished there, so texts other than the image are answers.
+    Data and texts are not distinguished there, so texts other than the image are answers, except
+    those of the keys `questions`.
     """
     results: list[Record] = []
     data: Record = {}
     for name, value in record.items():
-        values = [] if name in _MIN_KEYS else as_list(value)
+        values = [] if name in _MIN_KEYS or name in questions else as_list(value)
         shapes = [one for one in values if isinstance(one, dict)]
         if values and len(shapes) == len(values):
             for index, shape in enumerate(shapes):
@@ -555,7 +672,10 @@ def _collect_labels(tasks: Sequence[LabeledTask]) -> ProjectLabels:
             choices.update(map(str, values) if kind == "choices" else ())
     names, point_names, answers = (tuple(sorted(one)) for one in (classes, points, choices))
     texts = frozenset(text_classes)
-    return ProjectLabels(names, point_names, answers, tuple(controls), has_regions, texts)
+    questions = _find_questions([task.texts for task in tasks])
+    return ProjectLabels(
+        names, point_names, answers, tuple(controls), has_regions, texts, questions
+    )
 
 
 def _get_labels(region: Record) -> list[str]:
@@ -642,11 +762,11 @@ def _parse_geometry(region: Record, context: ImportContext) -> ObjectAnnotation:
     return ObjectAnnotation(UNKNOWN_LABEL, box, outlines)
 
 
-def _parse_answers(
-    row: SourceRow, task: LabeledTask, project: ProjectLabels, context: ImportContext
-) -> list[ImportExample]:
+def _parse_answers(row: SourceRow, question: str, context: ImportContext) -> list[ImportExample]:
     """Build the example of a task without regions: a class, texts, or a JSON object."""
-    answers, image = _merge_answers(task.results), row.record["image"]
+    project = row.record["project"]
+    image = row.record["image"]
+    answers = _merge_answers(row.record["task"].results)
     if not answers:
         context.skipped_rows[REASON_NO_ANSWER] += 1
         return []
@@ -654,9 +774,12 @@ def _parse_answers(
         kind, values = answers[project.controls[0]]
         texts = list(dict.fromkeys(map(str, values)))
         if kind != "choices":
-            return [build_text_example(row.id, image, texts, (), context)]
+            with _ask(question, context):
+                return [build_text_example(row.id, image, texts, (), context)]
         texts, meta = [", ".join(texts)], {"classes": list(project.choices)}
-        return [build_text_example(row.id, image, texts, project.choices, context, meta)]
+        # The prompt is a template, in contrast to the question.
+        with _ask(question.replace("{", "{{").replace("}", "}}"), context):
+            return [build_text_example(row.id, image, texts, project.choices, context, meta)]
     fields = {
         name: values[0] if len(values) == 1 else values
         for name in project.controls
@@ -665,7 +788,10 @@ def _parse_answers(
     }
     prompt = FIELDS_PROMPT.format(labels=", ".join(project.controls))
     text = json.dumps(fields, ensure_ascii=False)
-    return [build_text_example(row.id, image, [text], (), context, None, prompt)]
+    if question and context.prompt is None:
+        question = f"{question}\n{prompt}"
+    with _ask(question, context):
+        return [build_text_example(row.id, image, [text], (), context, None, prompt)]
 
 
 def _get_class_and_text(box: ExportBox) -> tuple[str, str | None]:

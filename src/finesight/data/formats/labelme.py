@@ -3,14 +3,23 @@
 A rectangle is given by two opposite corners in any order; some tools write all four. Coordinates
 are in pixels, 0-based, after EXIF rotation. The image path is relative to the JSON file. If the
 image is missing, it is saved from `imageData`. Images without a JSON file are ignored.
+
+If no file has shapes, the labels are `flags`, or a question and its answer in `vqaData`:
+
+- If each image has exactly one flag that is true, this is its class.
+- If an image has several, or there is only one flag, the answer is a JSON object of all flags.
+- Other keys that may contain labels are errors.
 """
 
 from __future__ import annotations
 
 import base64
 import io
+import json
 import math
 import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +32,10 @@ from finesight.data.formats.dataset_format import (
     DatasetFormat,
     ImportContext,
     ImportExample,
+    InvalidOptionError,
+    RowImages,
     as_list,
+    make_text_part,
 )
 from finesight.data.formats.image_annotations import (
     NO_OUTLINES,
@@ -31,40 +43,251 @@ from finesight.data.formats.image_annotations import (
     ObjectAnnotation,
     Outlines,
     build_detection_examples,
+    build_text_example,
     enclose_shape,
     list_image_names,
     trace_mask,
 )
-from finesight.data.formats.row_keys import count_keys
+from finesight.data.formats.row_keys import ROWS, count_keys, has_value, sort_keys
 from finesight.data.image_file import MAX_IMAGE_PIXELS
 from finesight.data.line_index import MAX_LINE_BYTES
 from finesight.data.row_reader import Record, RowReader, SourceRow
-from finesight.data.sample import check_json, read_data_file, translate_errors
-from finesight.errors import UserError
+from finesight.data.sample import Message, check_json, read_data_file, translate_errors
+from finesight.errors import UserError, format_count
 
-_DOCUMENT_KEYS = ("version", "shapes", "imagePath", "imageData", "imageHeight", "imageWidth")
+_DOCUMENT_KEYS = (
+    "version",
+    "shapes",
+    "imagePath",
+    "imageData",
+    "imageHeight",
+    "imageWidth",
+    "flags",
+    "vqaData",
+)
+_SETTING_KEYS = frozenset(("lineColor", "fillColor", "checked"))
+"""Keys of LabelMe and its variants that contain no label."""
+
 _SHAPE_KEYS = ("label", "points", "shape_type", "mask")
 
 POINT_TYPES = ("point", "points")
 
 
+FLAGS_PROMPT = (
+    "Which of these apply to the image: {labels}? Answer with a JSON object of true or false."
+)
+"""Default question about flags that do not exclude each other; `--prompt` overrides it."""
+
+NOTE_FLAGS = "images with flags next to shapes (in meta)"
+NOTE_QUESTIONS = "questions of vqaData next to shapes (not imported)"
+REASON_IGNORED = "images with the flag __ignore__"
+IGNORE_FLAG = "__ignore__"
+_PAIR_KEYS = ("question", "answer")
+_CHOICE_KEYS = frozenset(("options", "choices", "candidates", "context", "hint"))
+
+ROWS_REMEDY = (
+    'write a row per image, such as {"image": "a.jpg", "question": "...", "answer": "..."}, to a'
+    " .jsonl file, and import this file"
+)
+
+
+@dataclass(slots=True)
+class FolderLabels:
+    """Labels of all LabelMe files of a folder.
+
+    Attributes:
+        flags: Names of the flags of images, except `__ignore__`.
+        num_true: Numbers of flags that are true in a file, except 0.
+        has_questions: Whether any file has `vqaData`.
+    """
+
+    flags: set[str] = field(default_factory=set)
+    num_true: set[int] = field(default_factory=set)
+    has_shapes: bool = False
+    has_questions: bool = False
+
+    @property
+    def is_single_class(self) -> bool:
+        """Return whether the only flag of an image that is true is its class."""
+        return len(self.flags) > 1 and self.num_true == {1}
+
+    def read_classes(self, file: Path) -> tuple[bool, set[str], set[str]]:
+        """Return whether a file is of LabelMe, and its classes and points; collect its labels."""
+        record = _read_record(file)
+        self.has_shapes |= bool(record["shapes"])
+        self.has_questions |= has_value(record.get("vqaData"))
+        flags = record.get("flags")
+        if isinstance(flags, dict) and not flags.get(IGNORE_FLAG):
+            names = flags.keys() - {IGNORE_FLAG}
+            self.flags |= names
+            num_true = sum(flags[name] is True for name in names)
+            self.num_true |= {num_true} - {0}
+        return _read_classes(record)
+
+    def describe(self) -> str:
+        """Return the kind of labels in files without shapes."""
+        if self.has_questions:
+            return "questions in vqaData"
+        return format_count(len(self.flags), "flag")
+
+
 def _open_labelme(source: Path) -> tuple[RowReader, str] | None:
     """Open the LabelMe JSON files of a folder, or a single one, as rows."""
+    labels = FolderLabels()
     description = "JSON files with shapes: LabelMe"
-    return open_annotation_files(source, ".json", description, b'"shapes"', _read_classes)
+    opened = open_annotation_files(source, ".json", description, b'"shapes"', labels.read_classes)
+    if opened is None:
+        return None
+    rows, detected_by = opened
+    if not labels.has_shapes and (labels.flags or labels.has_questions):
+        detected_by = f"JSON files without shapes: LabelMe, {labels.describe()}"
+
+    def iter_range(start: int, stop: int) -> Iterator[SourceRow]:
+        for row in rows.iter_range(start, stop):
+            yield replace(row, record={**row.record, "labels": labels})
+
+    return replace(rows, iter_range=iter_range), detected_by
 
 
 def _parse_labelme(row: SourceRow, context: ImportContext) -> list[ImportExample]:
     """Build the training examples of a LabelMe file."""
     file = Path(row.record["file"])
+    labels: FolderLabels = row.record["labels"]
     record = _read_record(file)
-    objects = [_parse_shape(shape, context) for shape in record["shapes"]]
     count_keys([record], _DOCUMENT_KEYS, "files", context.other_keys)
     count_keys(record["shapes"], _SHAPE_KEYS, "shapes", context.other_keys)
-    image = _find_image(file, record)
-    size = record.get("imageHeight"), record.get("imageWidth")
+    flags = _read_flags(record)
+    if flags.pop(IGNORE_FLAG, False):
+        context.skipped_rows[REASON_IGNORED] += 1
+        return []
+    if not record["shapes"]:
+        _check_other_labels(record, flags, labels)
+    meta: Record = {}
+    if flags:
+        meta["flags"] = flags
+    if not labels.has_shapes and (labels.flags or labels.has_questions):
+        if context.box_task != "detection":
+            raise InvalidOptionError(
+                f"no file has shapes, but {labels.describe()}",
+                where=f"--box-task {context.box_task}",
+                expected="shapes in the files",
+                remedy="omit the option",
+            )
+        image = _find_image(file, record)
+        if labels.has_questions:
+            return _parse_questions(row, record, image, context, meta)
+        return [_parse_flags(row, flags, image, context)]
+    objects = [_parse_shape(shape, context) for shape in record["shapes"]]
+    context.row_notes[NOTE_QUESTIONS] += has_value(record.get("vqaData"))
+    context.row_notes[NOTE_FLAGS] += bool(flags)
     return build_detection_examples(
-        row, context, BoxConvention(), image, objects, declared_size=size
+        row,
+        context,
+        BoxConvention(),
+        _find_image(file, record),
+        objects,
+        declared_size=(record.get("imageHeight"), record.get("imageWidth")),
+        meta=meta,
+    )
+
+
+def _read_flags(record: Record) -> dict[str, bool]:
+    """Return the flags of an image. Raises UserError for other values than true and false."""
+    flags = record.get("flags")
+    if not has_value(flags):
+        return {}
+    if isinstance(flags, dict) and all(isinstance(value, bool) for value in flags.values()):
+        return dict(flags)
+    raise UserError(
+        f"the flags {str(flags)[:80]}",
+        expected='flags as LabelMe saves them, such as {"cat": true, "dog": false}',
+        remedy=f"correct the flags, or {ROWS_REMEDY}",
+    )
+
+
+def _check_other_labels(record: Record, flags: dict[str, bool], labels: FolderLabels) -> None:
+    """Raise UserError for labels of a file without shapes, whose answer would be `none`."""
+    found = []
+    if any(flags.values()):
+        found.append("flags")
+    if has_value(record.get("vqaData")):
+        found.append("vqaData")
+    if labels.has_shapes and found:
+        raise UserError(
+            f"no shapes, but {' and '.join(found)}, in contrast to other files",
+            expected="labels of one kind in all files of a folder",
+            remedy="move the files to a folder for each kind of labels, with their images, and"
+            " import each; or remove the labels of the other kind",
+        )
+    if labels.has_shapes or labels.flags or labels.has_questions:
+        return
+    for key, value in record.items():
+        if key not in _DOCUMENT_KEYS and key not in _SETTING_KEYS and has_value(value):
+            raise UserError(
+                f"no shapes, but the key {key!r} with {str(value)[:60]}",
+                expected="labels as shapes, as flags, or as question and answer in vqaData",
+                remedy=f"{ROWS_REMEDY}; or remove the key, if it contains no label",
+            )
+
+
+def _parse_flags(
+    row: SourceRow, flags: dict[str, bool], image: str | bytes, context: ImportContext
+) -> ImportExample:
+    """Build the example of an image whose flags are its labels."""
+    labels: FolderLabels = row.record["labels"]
+    names = sorted(labels.flags)
+    needs_flag = labels.is_single_class or not labels.num_true
+    if not flags or (needs_flag and not any(flags.values())):
+        raise UserError(
+            f"the flags {str(flags)[:80]}, none of which is true",
+            expected=f"a true flag, such as {names[0]}",
+            remedy="set the flag in LabelMe, remove the file, or leave out such files with"
+            " --on-invalid-row skip",
+        )
+    if labels.is_single_class:
+        answer = next(name for name, is_true in flags.items() if is_true)
+        meta = {"classes": names}
+        return build_text_example(row.id, image, [answer], names, context, meta)
+    # Each image has flags of its own, so the question lists only these.
+    template = FLAGS_PROMPT if context.prompt is None else context.prompt
+    own_context = replace(context, prompt=template)
+    text = json.dumps(flags, ensure_ascii=False)
+    return build_text_example(row.id, image, [text], list(flags), own_context)
+
+
+def _parse_questions(
+    row: SourceRow, record: Record, image: str | bytes, context: ImportContext, meta: Record
+) -> list[ImportExample]:
+    """Build an example for each question and its answer in `vqaData`."""
+    pairs = as_list(record.get("vqaData")) or [None]
+    image_part = RowImages(context).add_image(image)
+    examples = []
+    for number, value in enumerate(pairs, start=1):
+        data = _read_pair(value)
+        other_meta = sort_keys(data, _PAIR_KEYS, ROWS, context.other_keys)
+        question = make_text_part(data["question"])
+        user = Message(role="user", content=context.add_prompt((image_part, question)))
+        answer = (make_text_part(data["answer"]),)
+        sample_id = row.id if len(pairs) == 1 else f"{row.id}-{number}"
+        examples.append(ImportExample(sample_id, (user,), (answer,), meta=meta | other_meta))
+    return examples
+
+
+def _read_pair(value: object) -> Record:
+    """Return a question and its answer by keys in lower case. Raises UserError for other data."""
+    pair: Record = {}
+    if isinstance(value, dict):
+        pair = {key.lower(): item for key, item in value.items()}
+    texts = [pair.get(key) for key in _PAIR_KEYS]
+    is_complete = all(isinstance(text, str) and text.strip() for text in texts)
+    has_choices = any(has_value(pair.get(key)) for key in _CHOICE_KEYS)
+    if is_complete and not has_choices:
+        return pair
+    raise UserError(
+        f"the vqaData {str(value)[:80]}",
+        expected='a question and its answer, {"question": "...", "answer": "..."}',
+        remedy="correct vqaData, leave out such files with --on-invalid-row skip, or"
+        f" {ROWS_REMEDY}",
     )
 
 
@@ -85,8 +308,7 @@ def _read_record(file: Path) -> Record:
     return dict(record)
 
 
-def _read_classes(file: Path) -> tuple[bool, set[str], set[str]]:
-    record = _read_record(file)
+def _read_classes(record: Record) -> tuple[bool, set[str], set[str]]:
     labels: tuple[set[str], set[str]] = (set(), set())
     for shape in record["shapes"]:
         if isinstance(shape.get("label"), str):

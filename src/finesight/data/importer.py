@@ -590,7 +590,7 @@ def _parse_rows(
     if len(skipped) and (options.on_invalid_row == "fail" or is_systematic or not any(rows)):
         failure = skipped.build_error(num_rows, source.path, is_systematic=is_systematic)
         alternative = None
-        if first := skipped.first:
+        if options.mapping is None and (first := skipped.first):
             alternative = None if any(rows) else _suggest_image_column(first, context)
             alternative = alternative or _suggest_format(first, context, source, options)
         if alternative is not None:

@@ -8,19 +8,20 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from string import ascii_uppercase
-from typing import Any
+from typing import Any, NamedTuple
 
 from finesight.data.boxes import InvalidBoxError
-from finesight.data.formats.conversation_placeholders import build_placeholder_example
-from finesight.data.formats.conversation_rows import Turn, parse_answer
 from finesight.data.formats.dataset_format import (
     ImportContext,
     ImportExample,
     InvalidOptionError,
+    PlaceholderCountError,
     RowImages,
     as_list,
+    build_example,
     describe_value,
     make_text_part,
+    merge_text_parts,
 )
 from finesight.data.formats.image_annotations import (
     NO_OBJECTS_ANSWER,
@@ -32,6 +33,7 @@ from finesight.data.formats.table import create_labelled_boxes, omit_classes, pl
 from finesight.data.row_reader import SourceRow
 from finesight.data.sample import (
     MAX_ANSWERS,
+    MAX_MESSAGES,
     BoxPart,
     ContentPart,
     EmptyAnswerError,
@@ -41,7 +43,17 @@ from finesight.data.sample import (
     TextPart,
     check_limit,
 )
-from finesight.ingest.mapping import Boxes, Elements, Frame, Mapping, Messages, Parts, Points, Value
+from finesight.ingest.mapping import (
+    Boxes,
+    Elements,
+    Frame,
+    Mapping,
+    Messages,
+    Parts,
+    Points,
+    Value,
+    iter_values,
+)
 from finesight.ingest.record_values import (
     META_ROLE,
     MISSING,
@@ -60,8 +72,8 @@ LEFT_OUT = "left out by `where` of the mapping"
 
 ROLES: dict[str, Role] = {"system": "system", "user": "user", "assistant": "assistant"}
 
-_AFTER_IMAGE = re.compile(r"(<image>|<video>)\n")
-"""Line break after a placeholder; each model family adds its own."""
+_PLACEHOLDER = re.compile(r"(<image>|<video>)\n?")
+"""Placeholder with the line break after it; each model family adds its own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +114,7 @@ def read_mapped_row(row: SourceRow, context: ImportContext, mapping: Mapping) ->
         if not scopes:
             context.skipped_rows[REASON_NO_ITEMS] += 1
     examples: list[ImportExample] = []
+    left_out: Counter[str] = Counter()
     for number, scope in enumerate(scopes, start=1):
         sample_id = f"{row.id}-{number}" if len(scopes) > 1 else row.id
         builder = SampleBuilder(row, context, mapping, values, scope, sample_id)
@@ -109,12 +122,18 @@ def read_mapped_row(row: SourceRow, context: ImportContext, mapping: Mapping) ->
         if unmet is None:
             examples += builder.build()
         else:
-            context.skipped_rows[f"{LEFT_OUT} ({unmet})"] += 1
+            left_out[f"{LEFT_OUT} ({unmet})"] += 1
             values.discard(scope)
-    if row.has_own_id:
+    if examples:
+        context.row_notes.update({f"samples {name}": count for name, count in left_out.items()})
+    else:
+        context.skipped_rows.update(dict.fromkeys(left_out, 1))
+    if row.has_own_id and mapping.id is None:
         values.discard_key("id")
     for path_text, count in values.num_missing.items():
         context.row_notes[f"values missing at {path_text} of the mapping"] += count
+    for path_text, count in values.num_object_keys.items():
+        context.row_notes[f"keys of the objects at {path_text}, which no role uses"] += count
     for path in mapping.ignore:
         ignored = map(_generalize, values.read_optional(path, values.root, "ignore"))
         for name in dict.fromkeys(ignored):
@@ -149,10 +168,24 @@ def _select_items(
         if unmet is None:
             kept.append(item)
         else:
-            if item is not scope:  # the sample itself, with its other keys, for a single box
+            if item is scope:  # the sample itself, for a single box
+                _discard_region(values, elements, item)
+            else:
                 values.discard(item)
             context.row_notes[f"items {LEFT_OUT} ({unmet})"] += 1
     return kept
+
+
+def _discard_region(values: RecordValues, elements: Elements, scope: Scope) -> None:
+    """Mark coordinates and label of a box or point that the mapping leaves out as used."""
+    sections: list[Any] = []
+    if isinstance(elements, Boxes):
+        sections = [elements.box, elements.label]
+    elif isinstance(elements, Points):
+        sections = [elements.point, elements.label]
+    for value in iter_values(tuple(sections)):
+        if value.path is not None:
+            values.read_optional(value.path, scope, "left out")
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,36 +272,34 @@ class SampleBuilder:
     def _build_conversation(self, sample_id: str, messages: Messages) -> ImportExample:
         """Build a conversation, with its images at their placeholders or at the start."""
         mapping = self.mapping
-        media = {
-            "image": self._list_media("images", mapping.images),
-            "video": self._list_media("videos", mapping.videos),
-        }
+        media = Media(
+            RowImages(self.context),
+            self._list_media("images", mapping.images),
+            self._list_media("videos", mapping.videos),
+        )
         turns: list[Turn] = []
         system = self._read_text("system", mapping.system)
         if system is not None:
-            turns.append(Turn("system", system))
+            turns.append(Turn("system", [system]))
         for item in _select_items(self.values, messages, self.scope, "messages", self.context):
-            turns.append(self._read_turn(messages, item, media))
+            turns += self._read_turns(messages, item, media)
         if mapping.answer is not None:
             answer = self.values.evaluate_text(mapping.answer, self.scope, "answer")
-            turns.append(Turn("assistant", answer))
-        _place_at_start(turns, media)
+            turns.append(Turn("assistant", [answer]))
+        check_limit(len(turns), MAX_MESSAGES, "messages")
+        example = build_example(sample_id, media.place(turns, self.context), {})
         rejected = self._read_text("rejected", mapping.rejected)
-        record = {
-            "messages": [{"role": turn.role, "content": turn.content} for turn in turns],
-            "images": media["image"],
-            "videos": media["video"],
-        }
-        row = replace(self.row, record=record)
-        worse: tuple[ContentPart, ...] = ()
-        if rejected is not None and turns:
-            other = [*turns[:-1], Turn("assistant", rejected)]
-            worse = build_placeholder_example(row, self.context, other).answers[0]
-        example = build_placeholder_example(row, self.context, turns)
-        return replace(example, id=sample_id, rejected=worse)
+        if rejected is None:
+            return example
+        return replace(example, rejected=(make_text_part(rejected),))
 
-    def _read_turn(self, messages: Messages, item: Scope, media: dict[str, list[Any]]) -> Turn:
-        """Return a message; the files of its parts are added to `media`."""
+    def _read_turns(self, messages: Messages, item: Scope, media: Media) -> list[Turn]:
+        """Return the message of an item, or its question and answer."""
+        if messages.question is not None and messages.answer is not None:
+            question = self.values.evaluate_text(messages.question, item, "question")
+            answer = self.values.evaluate_text(messages.answer, item, "answer")
+            return [Turn("user", split_placeholders(question)), Turn("assistant", [answer])]
+        assert messages.role is not None, "validated with the mapping"
         role = self.values.evaluate_text(messages.role, item, "role")
         if role not in ROLES:
             raise InvalidRowError(
@@ -277,34 +308,35 @@ class SampleBuilder:
                 "translate it under messages.role: {path: ..., values: {human: user}}",
             )
         if messages.parts is not None:
-            return Turn(ROLES[role], self._read_parts(messages.parts, item, media))
+            return [Turn(ROLES[role], self._read_parts(messages.parts, item, media))]
         assert messages.content is not None, "validated with the mapping"
         content = self.values.evaluate_text(messages.content, item, "content")
-        return Turn(ROLES[role], _AFTER_IMAGE.sub(r"\1", content))
+        return [Turn(ROLES[role], split_placeholders(content))]
 
-    def _read_parts(self, parts: Parts, message: Scope, media: dict[str, list[Any]]) -> str:
-        """Return the texts of a message with a placeholder for each image and video."""
-        pieces: list[str] = []
+    def _read_parts(self, parts: Parts, message: Scope, media: Media) -> list[str | ContentPart]:
+        """Return the texts, images and videos of a message."""
+        content: list[str | ContentPart] = []
         for item in _select_items(self.values, parts, message, "parts", self.context):
-            num_pieces = len(pieces)
-            if parts.text is not None:
-                text = self.values.evaluate(parts.text, item, PART_ROLE)
-                if text is not MISSING:
-                    pieces.append(to_text(text, parts.text.name_role("text")))
-            for kind, value in {"image": parts.image, "video": parts.video}.items():
-                file = MISSING if value is None else self.values.evaluate(value, item, PART_ROLE)
-                if value is not None and file is not MISSING:
-                    _check_file(file, value.name_role(kind), is_image=kind == "image")
-                    media[kind].append(file)
-                    pieces.append(f"<{kind}>")
-            if len(pieces) != num_pieces + 1:
+            found: list[str | ContentPart] = []
+            for kind, value in parts.list_kinds().items():
+                inner = self.values.evaluate(value, item, PART_ROLE)
+                if inner is MISSING:
+                    continue
+                role = value.name_role(kind)
+                if kind == "text":
+                    found.append(to_text(inner, role))
+                else:
+                    _check_file(inner, role, is_image=kind == "image")
+                    found.append(media.add(kind, inner))
+            if len(found) != 1:
                 raise InvalidRowError(
-                    f"{item.location} has {len(pieces) - num_pieces} of text, image and video:"
+                    f"{item.location} has {len(found)} of text, image and video:"
                     f" {describe_value(item.value)}",
                     "one of them in each part",
                     "add the key of the part to messages.parts, or remove the part",
                 )
-        return "".join(pieces)
+            content += found
+        return content
 
     def _build_detection(self, sample_id: str, boxes: Boxes) -> list[ImportExample]:
         """Build questions about all objects of an image, which list the classes."""
@@ -351,6 +383,12 @@ class SampleBuilder:
             media.append(images.add_video(video))
         choices = self._read_choices()
         question = self._read_text("question", mapping.question)
+        if choices and question is None:
+            raise InvalidRowError(
+                f"{len(choices)} choices without a question",
+                "a question",
+                "add it, or remove the row",
+            )
         if question is not None:
             lines = [question]
             for letter, choice in zip(ascii_uppercase, choices, strict=False):
@@ -367,13 +405,13 @@ class SampleBuilder:
         line_end = "\n" if regions else ""
         answers: list[tuple[ContentPart, ...]] = []
         for text in texts:
-            answers.append((*parse_answer(f"{text}{line_end}", images), *regions))
+            answers.append((make_text_part(f"{text}{line_end}"), *regions))
         if not answers:  # of a mapping of boxes or points without an answer
             answers.append(regions or (TextPart(text=NO_OBJECTS_ANSWER),))
         rejected: tuple[ContentPart, ...] = ()
         rejected_text = self._read_text("rejected", mapping.rejected)
         if rejected_text is not None:
-            rejected = tuple(parse_answer(rejected_text, images))
+            rejected = (make_text_part(rejected_text),)
         return ImportExample(
             sample_id,
             tuple(messages),
@@ -497,16 +535,74 @@ def _check_file(file: object, role: str, *, is_image: bool) -> None:
         raise InvalidRowError(f"an empty value in {role}", "a file", "add it, or remove the row")
 
 
-def _place_at_start(turns: list[Turn], media: dict[str, list[Any]]) -> None:
-    """Write placeholders before the first question for media without any placeholder."""
-    start = ""
-    for kind, files in media.items():
-        if not any(f"<{kind}>" in turn.content for turn in turns):
-            start += f"<{kind}>" * len(files)
-    for number, turn in enumerate(turns):
-        if turn.role == "user":
-            turns[number] = turn._replace(content=start + turn.content)
-            return
+def split_placeholders(text: str) -> list[str | ContentPart]:
+    """Split a text at the placeholders of images and videos, without the line breaks after them."""
+    pieces: list[str | ContentPart] = []
+    for piece in _PLACEHOLDER.split(text):
+        if piece:
+            pieces.append(piece)
+    return pieces
+
+
+class Turn(NamedTuple):
+    """A message whose texts may be the placeholders of images and videos."""
+
+    role: Role
+    content: list[str | ContentPart]
+
+
+@dataclass(slots=True)
+class Media:
+    """Images and videos of a conversation, in the order of their placeholders."""
+
+    row_images: RowImages
+    images: list[Any]
+    videos: list[Any]
+
+    def add(self, kind: str, file: object) -> ContentPart:
+        """Return the part of a file."""
+        if kind == "image":
+            return self.row_images.add_image(file)
+        return self.row_images.add_video(file)
+
+    def place(self, turns: Sequence[Turn], context: ImportContext) -> list[Message]:
+        """Return the messages with all files: at their placeholders, or before the first question.
+
+        Raises:
+            PlaceholderCountError: There are more or fewer placeholders than files.
+        """
+        start: list[str | ContentPart] = []
+        for kind, files in {"image": self.images, "video": self.videos}.items():
+            num_marked = sum(turn.content.count(f"<{kind}>") for turn in turns)
+            if not num_marked:
+                start += [f"<{kind}>"] * len(files)
+            elif num_marked != len(files):
+                raise PlaceholderCountError(
+                    f"{num_marked} `<{kind}>` in the texts for {len(files)} {kind}s",
+                    expected="a placeholder for each file, or none",
+                    remedy="correct the texts, or the path of the files in the mapping",
+                )
+        queues = {"<image>": iter(self.images), "<video>": iter(self.videos)}
+        messages: list[Message] = []
+        has_question = False
+        for role, content in turns:
+            pieces = content
+            is_first = role == "user" and not has_question
+            if is_first:
+                pieces = [*start, *content]
+                has_question = True
+            parts: list[ContentPart] = []
+            for piece in pieces:
+                if not isinstance(piece, str):
+                    parts.append(piece)
+                elif piece in queues:
+                    parts.append(self.add(piece.strip("<>"), next(queues[piece])))
+                else:
+                    parts.append(make_text_part(piece))
+            if is_first:
+                parts = list(context.add_prompt(parts))
+            messages.append(Message(role=role, content=merge_text_parts(parts)))
+        return messages
 
 
 def _flatten(value: Any, depth: int) -> list[Any]:
@@ -538,9 +634,10 @@ def _sort_by_axis(numbers: Sequence[Any], frame: Frame) -> list[Any]:
 def _look_up(found: Any, value: Value, choices: Sequence[str]) -> str:
     """Return an answer as text; with `lookup`, its number stands for a choice."""
     role = value.name_role("answer")
-    if value.lookup is None:
+    if value.lookup not in ("choices", "letters"):
         text = to_text(found, role)
-        if choices and text not in (*choices, *ascii_uppercase[: len(choices)]):
+        is_number = isinstance(found, int)  # of a choice, or the text of one
+        if choices and (is_number or text not in (*choices, *ascii_uppercase[: len(choices)])):
             raise InvalidRowError(
                 f"the {role} {text[:60]!r} to a question with {len(choices)} choices",
                 "the text or the letter of a choice",

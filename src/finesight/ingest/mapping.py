@@ -6,6 +6,7 @@ read by `record_values.py`, and samples are built by `mapped_rows.py`.
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    Field,
     GetJsonSchemaHandler,
     PlainSerializer,
     ValidationError,
@@ -35,6 +37,8 @@ from finesight.ingest.field_path import FieldPath, parse_path
 MAPPING_VERSION = 1
 
 MAX_MAPPING_BYTES = 1_000_000
+
+MAX_TEMPLATE_PATHS = 100
 
 Scalar = str | bool | int | float | None
 
@@ -112,7 +116,39 @@ class Condition(MappingSection):
     def _check_condition(self) -> Self:
         if (self.equals is None) == (self.differs_from is None):
             raise ValueError(f"{self.path.text}: a condition has either equals or differs_from")
+        if any(step.is_each for step in self.path.steps):
+            raise ValueError(f"{self.path.text}: a condition is on one value, without *")
         return self
+
+
+@functools.lru_cache(maxsize=1000)
+def _parse_template(template: str) -> dict[str, FieldPath]:
+    """Return the paths in braces of a template, by their text."""
+    paths: dict[str, FieldPath] = {}
+    for match in _TEMPLATE_FIELD.finditer(template):
+        if match[1] is not None:
+            paths[match[1]] = parse_path(match[1])
+    return paths
+
+
+def _check_template(template: str) -> None:
+    """Raise ValueError for a template without a path, or with a single brace."""
+    paths = _parse_template(template)
+    rest = _TEMPLATE_FIELD.sub("", template)
+    if "{" in rest or "}" in rest:
+        raise ValueError(f"the template {template[:60]!r} has a single brace; write it twice")
+    if not paths:
+        raise ValueError(f"the template {template[:60]!r} has no path in braces; give it as const")
+    if len(paths) > MAX_TEMPLATE_PATHS:
+        raise ValueError(f"a template with {len(paths)} paths, more than {MAX_TEMPLATE_PATHS}")
+
+
+class Lookup(MappingSection):
+    """Search for the item of a list whose `key` has a value; its `value` is used instead."""
+
+    list: PathField
+    key: PathField
+    value: PathField
 
 
 class Value(MappingSection):
@@ -125,7 +161,8 @@ class Value(MappingSection):
         any_of: Values of which the first is used that is neither missing nor empty.
         split: Separator at which a text is split into a list.
         values: Value for each text or number of the source. Others are errors.
-        lookup: Replace a number by this choice of `choices`, or by its letter.
+        lookup: Replace a number by this choice of `choices` or by its letter, or a key by a value
+            of the item of a list that has this key.
         first: Number of the first choice, for `lookup`.
         write: Write a list or an object as JSON.
     """
@@ -134,9 +171,9 @@ class Value(MappingSection):
     const: Scalar = None
     template: str | None = None
     any_of: tuple[ValueField, ...] | None = None
-    split: str | None = None
+    split: Annotated[str, Field(min_length=1)] | None = None
     values: dict[str, Scalar] | None = None
-    lookup: Literal["choices", "letters"] | None = None
+    lookup: Literal["choices", "letters"] | Lookup | None = None
     first: int = 0
     write: Literal["json"] | None = None
 
@@ -145,7 +182,8 @@ class Value(MappingSection):
         given = self.model_fields_set & {"path", "const", "template", "any_of"}
         if len(given) != 1:
             raise ValueError("a value has exactly one of path, const, template and any_of")
-        self.template_paths()
+        if self.template is not None:
+            _check_template(self.template)
         if len({one.num_lists for one in self.any_of or ()}) > 1:
             role = self.name_role("any_of")
             raise ValueError(f"the values of {role} have different numbers of *")
@@ -185,11 +223,7 @@ class Value(MappingSection):
 
     def template_paths(self) -> dict[str, FieldPath]:
         """Return the paths in braces of the template, by their text."""
-        paths: dict[str, FieldPath] = {}
-        for match in _TEMPLATE_FIELD.finditer(self.template or ""):
-            if match[1] is not None:
-                paths[match[1]] = parse_path(match[1])
-        return paths
+        return _parse_template(self.template or "")
 
     def fill_template(self, texts: dict[str, str]) -> str:
         """Return the template with each path replaced by its text; `{{` stands for a brace."""
@@ -213,7 +247,7 @@ def _with_text_keys(value: object) -> object:
         return value
     named: dict[str, object] = {}
     for key, item in value["values"].items():
-        text = format_scalar(key)
+        text = format_key_text(key)
         if text in named:
             raise ValueError(f"values has {text} twice")
         named[text] = item
@@ -228,8 +262,15 @@ Conditions = Annotated[tuple[Condition, ...], BeforeValidator(_as_tuple), Single
 Value.model_rebuild()
 
 
+def format_key_text(value: object) -> str:
+    """Return a scalar as the text by which `values` and conditions compare it: 1.0 as 1."""
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
+    return format_scalar(value)
+
+
 def format_scalar(value: object) -> str:
-    """Return a scalar as the text by which `values`, `equals` and `differs_from` compare it."""
+    """Return a scalar as text, as JSON writes it except for quotes."""
     if value is None:
         return "null"
     if isinstance(value, bool):
@@ -255,6 +296,14 @@ class Elements(MappingSection):
         if self.each is not None and self.zip is not None:
             raise ValueError(f"a list has either each or zip, not both ({self.each.text})")
         return self
+
+    @property
+    def is_optional(self) -> bool:
+        """Return whether a record may lack the list."""
+        paths = [*(self.zip or {}).values()]
+        if self.each is not None:
+            paths.append(self.each)
+        return any(path.is_optional for path in paths)
 
     @property
     def has_list(self) -> bool:
@@ -331,9 +380,14 @@ class Parts(Elements):
     def _check_parts(self) -> Self:
         if not self.has_list:
             raise ValueError(f"parts has neither each nor zip, only {_list_given(self)}")
-        if self.text is None and self.image is None and self.video is None:
+        if not self.list_kinds():
             raise ValueError(f"parts has only {_list_given(self)}, not text, image or video")
         return self
+
+    def list_kinds(self) -> dict[str, Value]:
+        """Return the values of the kinds of a part that the mapping names."""
+        kinds = {"text": self.text, "image": self.image, "video": self.video}
+        return {kind: value for kind, value in kinds.items() if value is not None}
 
 
 class Messages(Elements):
@@ -343,18 +397,26 @@ class Messages(Elements):
         role: Role of a message; `values` translates names to system, user and assistant.
         content: Text of a message.
         parts: Texts and images of a message, instead of `content`.
+        question: Text of a question, for items that are a question with its answer.
+        answer: Text of its answer.
     """
 
-    role: ValueField
+    role: ValueField | None = None
     content: ValueField | None = None
     parts: Parts | None = None
+    question: ValueField | None = None
+    answer: ValueField | None = None
 
     @model_validator(mode="after")
     def _check_content(self) -> Self:
         if not self.has_list:
             raise ValueError(f"messages has neither each nor zip, only {_list_given(self)}")
-        if (self.content is None) == (self.parts is None):
-            raise ValueError(f"messages has either content or parts, not {_list_given(self)}")
+        given = self.model_fields_set - {"each", "zip", "where"}
+        if given not in ({"role", "content"}, {"role", "parts"}, {"question", "answer"}):
+            raise ValueError(
+                "messages has role and content, role and parts, or question and answer, not"
+                f" {_list_given(self)}"
+            )
         return self
 
 
@@ -519,6 +581,10 @@ class Mapping(MappingSection):
                 f"the classes {', '.join(self.classes)[:60]} are for boxes without a question"
                 " and an answer"
             )
+        if self.classes:
+            for role in ("system", "rejected", "verdict"):
+                if getattr(self, role) is not None:
+                    raise ValueError(f"{role} and classes: give a question instead of classes")
         if self.points is not None and self.points.frame.order not in ("xyxy", "yxyx"):
             order = self.points.frame.order
             raise ValueError(f"points in the order {order} have no size; give xyxy or yxyx")
@@ -528,33 +594,37 @@ class Mapping(MappingSection):
     def _check_values(self) -> Self:
         """Reject operators without effect, and answers that YAML reads as true or false."""
         for name, section in self:
-            for value in _iter_values(section):
-                if value.lookup is not None and (
-                    name not in ("answer", "answers") or self.choices is None
-                ):
+            for value in iter_values(section):
+                is_choice = value.lookup in ("choices", "letters")
+                is_answer = name in ("answer", "answers") and self.choices is not None
+                if is_choice and not is_answer:
                     raise ValueError(f"{name}: lookup is for the answer to a question with choices")
                 translations = (value.values or {}).values()
                 if name != "verdict" and any(isinstance(one, bool) for one in translations):
                     raise ValueError(
                         f"{name}: true or false under values; write texts such as yes in quotes"
                     )
+        for name in ("boxes", "points", "messages"):
+            section = getattr(self, name)
+            if section is not None and section.is_optional:
+                raise ValueError(f"{name}: a list that may be missing (?) is not an empty list")
         return self
 
 
-def _iter_values(section: object) -> Iterator[Value]:
+def iter_values(section: object) -> Iterator[Value]:
     """Yield all values of a section of a mapping."""
     if isinstance(section, Value):
         yield section
-        yield from _iter_values(section.any_of)
+        yield from iter_values(section.any_of)
     elif isinstance(section, MappingSection):
         for _, inner in section:
-            yield from _iter_values(inner)
+            yield from iter_values(inner)
     elif isinstance(section, tuple):
         for inner in section:
-            yield from _iter_values(inner)
+            yield from iter_values(inner)
     elif isinstance(section, dict):
         for inner in section.values():
-            yield from _iter_values(inner)
+            yield from iter_values(inner)
 
 
 def load_mapping(path: Path) -> Mapping:
@@ -581,7 +651,8 @@ def write_schema() -> str:
 
 def parse_mapping(content: object, where: str) -> Mapping:
     """Validate the content of a mapping file."""
-    if not isinstance(content, dict) or content.get("version") != MAPPING_VERSION:
+    version = content.get("version") if isinstance(content, dict) else None
+    if not isinstance(content, dict) or type(version) is not int or version != MAPPING_VERSION:
         raise UserError(
             "no mapping of version 1",
             where=where,
@@ -616,7 +687,9 @@ def _explain_error(error: ValidationError, where: str) -> UserError:
     if first["type"] == "extra_forbidden":
         name = str(first["loc"][-1])
         message = f"unknown key {name!r}"
-        remedy = suggest_name(name, list(Mapping.model_fields), "remove it")
+        remedy = "remove it"
+        if len(first["loc"]) == 1:
+            remedy = suggest_name(name, list(Mapping.model_fields), remedy)
     elif first["type"] == "tuple_type":
         message = f"{first['input']!r:.60} is no list"
     elif first["type"] == "model_type":

@@ -9,7 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from finesight.bounded_files import parse_unique_json
-from finesight.data.formats.dataset_format import DatasetFormat, describe_value
+from finesight.data.formats.dataset_format import (
+    DatasetFormat,
+    ImportContext,
+    ImportExample,
+    describe_value,
+)
 from finesight.data.row_reader import RowReader, SourceRow, rows_from_items
 from finesight.data.sample import InvalidRowError, read_data_file
 from finesight.errors import UserError
@@ -25,17 +30,36 @@ class MappingFormat(DatasetFormat):
     mapping: Mapping = field(kw_only=True)
 
 
-def build_mapping_format(mapping: Mapping, name: str) -> MappingFormat:
-    """Build a dataset format that reads records by a mapping."""
+def build_mapping_format(mapping: Mapping, name: str, *, is_preset: bool = False) -> MappingFormat:
+    """Build a dataset format that reads records by a mapping.
+
+    Args:
+        is_preset: Whether the keys of the records select the mapping, and not the user.
+    """
+    parse_row = partial(parse_mapped_row, mapping=mapping)
+    if is_preset:
+        parse_row = partial(_parse_preset_row, mapping=mapping, name=name)
     return MappingFormat(
         name=name,
         mapping=mapping,
         description=f"records with the keys of the mapping {name}",
-        parse_row=partial(parse_mapped_row, mapping=mapping),
+        parse_row=parse_row,
         open_requested=partial(open_document, rows=mapping.rows),
         supported_options=frozenset({"prompt", "box_task"}),
         reads_raw_rows=True,
     )
+
+
+def _parse_preset_row(
+    row: SourceRow, context: ImportContext, mapping: Mapping, name: str
+) -> list[ImportExample]:
+    """Build the samples of a record; the remedy of an error names the preset."""
+    try:
+        return parse_mapped_row(row, context, mapping)
+    except UserError as error:
+        error.remedy = f"{error.remedy} (the keys match the preset {name}; to read the rows"
+        error.remedy += " otherwise, give --format, --map or --mapping)"
+        raise
 
 
 def read_document(source: Path) -> Any:
@@ -67,9 +91,12 @@ def open_document(source: Path, rows: Rows | None) -> tuple[RowReader, str] | No
     except UserError as error:
         error.where = f"{source}: rows of the mapping"
         raise
-    for item in items:
-        values.discard(item)
-    others = Counter(f"{one.location} of the document" for one in values.iter_unused())
+    others: Counter[str] = Counter()
+    if isinstance(document, dict) and not rows.path.steps[0].is_each:
+        first = rows.path.steps[0].key
+        others.update(f"{key} of the document" for key in document if key != first)
+    if values.num_object_keys and rows.key is None:
+        others[f"keys of the objects at {rows.path.text}, not imported"] = len(items)
 
     def make_row(number: int, item: Scope) -> SourceRow:
         if not isinstance(item.value, dict):
@@ -78,6 +105,12 @@ def open_document(source: Path, rows: Rows | None) -> tuple[RowReader, str] | No
             )
         record = item.value
         if rows.key is not None and item.slot is not None:
+            if rows.key in record:
+                raise InvalidRowError(
+                    f"the record {item.location} has a key {rows.key} of its own",
+                    "another name for the key of the object",
+                    "give rows another key in the mapping",
+                )
             record = {**record, rows.key: item.slot[1]}
         return SourceRow(number, item.location, record, source.stem)
 

@@ -4,23 +4,32 @@ from __future__ import annotations
 
 import functools
 import importlib.resources
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from finesight.bounded_files import load_yaml
+from finesight.bounded_files import load_yaml, parse_unique_json
 from finesight.data.folder_listing import is_json_file
+from finesight.data.formats.dataset_format import ImportContext
+from finesight.data.image_file import CorruptImageError
+from finesight.data.image_resolver import ImageResolver
 from finesight.data.import_source import NUM_DETECTION_ROWS, ImportOptions
-from finesight.data.row_reader import Record, read_first_records
-from finesight.data.sample import InvalidRowError
+from finesight.data.row_reader import Record, SourceRow, read_first_records
+from finesight.data.sample import InvalidRowError, read_data_file
 from finesight.errors import UserError
+from finesight.ingest.mapped_rows import read_mapped_row
 from finesight.ingest.mapping import Mapping, parse_mapping
-from finesight.ingest.mapping_format import MappingFormat, build_mapping_format, read_document
+from finesight.ingest.mapping_format import MappingFormat, build_mapping_format
 from finesight.ingest.record_values import RecordValues, Scope, parse_texts
+from finesight.storage import temporary_folder
 
 PRESETS_FOLDER = "presets"
+
+NUM_READ_RECORDS = 5
+"""Number of records of which a preset must account for all values."""
 
 PRESET_SUFFIXES = (".json", ".jsonl", ".parquet")
 """Suffixes of files of public data sets; columns of other tables have names of their own."""
@@ -51,14 +60,7 @@ def with_preset(path: Path, options: ImportOptions) -> ImportOptions:
 def find_preset(path: Path) -> MappingFormat | None:
     """Return the preset that matches the records of a file; None without one."""
     if is_json_file(path, b"{") and path.suffix.lower() == ".json":
-        try:
-            document = read_document(path)
-        except UserError:
-            return None  # JSON Lines or invalid: the row reader reports it
-        for name, mapping in load_presets().items():
-            if mapping.rows is not None and matches(mapping, _list_records(mapping, document)):
-                return build_mapping_format(mapping, name)
-        return None
+        return _find_document_preset(path)
     if path.suffix.lower() not in PRESET_SUFFIXES:
         return None
     try:
@@ -66,8 +68,31 @@ def find_preset(path: Path) -> MappingFormat | None:
     except UserError:
         return None  # reported when the source is opened
     for name, mapping in load_presets().items():
-        if mapping.rows is None and matches(mapping, records):
-            return build_mapping_format(mapping, name)
+        if mapping.rows is None and matches(mapping, records, path.parent):
+            return build_mapping_format(mapping, name, is_preset=True)
+    return None
+
+
+def _find_document_preset(path: Path) -> MappingFormat | None:
+    """Return the preset that matches a JSON document, which is parsed only if it has its keys."""
+    content = read_data_file(path)
+    candidates: dict[str, Mapping] = {}
+    for name, mapping in load_presets().items():
+        if mapping.rows is not None and mapping.match is not None:
+            keys: list[str] = []
+            for key_path in mapping.match.keys:
+                keys += [step.key for step in key_path.steps if not step.is_each]
+            if all(json.dumps(key).encode() in content for key in keys if not key.isdecimal()):
+                candidates[name] = mapping
+    if not candidates:
+        return None
+    try:
+        document = parse_unique_json(content)
+    except ValueError:
+        return None  # JSON Lines or invalid: the row reader reports it
+    for name, mapping in candidates.items():
+        if matches(mapping, _list_records(mapping, document), path.parent):
+            return build_mapping_format(mapping, name, is_preset=True)
     return None
 
 
@@ -83,16 +108,24 @@ def _list_records(mapping: Mapping, document: Any) -> list[Record]:
     for item in islice(items, NUM_DETECTION_ROWS):
         if not isinstance(item.value, dict):
             return []
-        records.append(item.value)
+        record = item.value
+        if mapping.rows.key is not None and item.slot is not None:
+            record = {**record, mapping.rows.key: item.slot[1]}
+        records.append(record)
     return records
 
 
-def matches(mapping: Mapping, records: Sequence[Record]) -> bool:
-    """Return whether all records have the signature of a preset, and no further keys."""
+def matches(mapping: Mapping, records: Sequence[Record], image_folder: Path) -> bool:
+    """Return whether all records have the signature of a preset, and no further keys.
+
+    The first records must also have no value without a role, at any depth.
+    """
     signature = mapping.match
     if signature is None or not records:
         return False
     known = {path.steps[0].key for path in signature.keys} | set(signature.optional)
+    if mapping.rows is not None and mapping.rows.key is not None:
+        known.add(mapping.rows.key)
     for record in records:
         if not known.issuperset(map(str, record)):
             return False
@@ -103,4 +136,17 @@ def matches(mapping: Mapping, records: Sequence[Record]) -> bool:
                 values.read(path, values.root, "match")
         except UserError:
             return False
+    with temporary_folder("preset") as folder:
+        images = ImageResolver(image_folder, folder, validate=False)
+        for number, record in enumerate(records[:NUM_READ_RECORDS], start=1):
+            row = SourceRow(number, f"row {number}", record, "preset")
+            context = ImportContext(images, prompt="", lenient=True)
+            try:
+                unused = read_mapped_row(row, context, mapping).unused
+            except CorruptImageError:
+                continue  # a missing image says nothing about the keys
+            except UserError:
+                return False
+            if unused:
+                return False
     return True

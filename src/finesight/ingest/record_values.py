@@ -18,7 +18,15 @@ from finesight.data.row_reader import Record
 from finesight.data.sample import InvalidRowError, check_json, check_limit
 from finesight.errors import suggest_name
 from finesight.ingest.field_path import FieldPath, PathStep, format_key, join_location
-from finesight.ingest.mapping import Condition, Elements, Value, format_scalar
+from finesight.ingest.mapping import (
+    Condition,
+    Elements,
+    Lookup,
+    Scalar,
+    Value,
+    format_key_text,
+    format_scalar,
+)
 
 MAX_ITEMS = 100_000
 """Maximum number of items of a list that a mapping iterates over in a record."""
@@ -27,6 +35,10 @@ META_ROLE = "meta"
 PART_ROLE = "part"
 UNCOUNTED_ROLES = (META_ROLE, PART_ROLE)
 """Roles of which values may be missing without a note: metadata, and the kinds of a part."""
+
+MAX_INTEGER = 2**63
+
+MAX_INDEX_DIGITS = 9
 
 MAX_LITERAL_CHARS = 1_000_000
 """Maximum length of a Python literal that is parsed."""
@@ -70,11 +82,13 @@ class RecordValues:
     Attributes:
         readings: Values that were read, in order.
         num_missing: Number of missing values of optional keys by path, without metadata.
+        num_object_keys: Number of keys of objects whose values a path lists, by path.
     """
 
     root: Scope
     readings: list[Reading] = field(default_factory=list)
     num_missing: Counter[str] = field(default_factory=Counter)
+    num_object_keys: Counter[str] = field(default_factory=Counter)
     _used: set[Slot] = field(default_factory=set)
     # Items of `zip` are built for the mapping. Each of their values has a slot in the record.
     _origins: dict[Slot, Slot] = field(default_factory=dict)
@@ -136,12 +150,29 @@ class RecordValues:
             found.append(scope)
             return scope.value
         step, *rest = steps
-        values = [
-            self._read_steps(inner, rest, path, found) for inner in _list_inner(scope, step, path)
-        ]
+        values: list[Any] = []
+        for inner in self._list_inner(scope, step, path):
+            if step.is_optional and rest and is_empty(inner.value):
+                continue
+            value = self._read_steps(inner, rest, path, found)
+            if step.is_each and value is MISSING:
+                self.num_missing[path.text] += 1
+            else:
+                values.append(value)
         if step.is_each:
             return values
         return values[0] if values else MISSING
+
+    def _list_inner(self, scope: Scope, step: PathStep, path: FieldPath) -> list[Scope]:
+        """Return the values that a step of a path names, and count keys that become unknown."""
+        container = scope.value
+        keys = list(_find_keys(scope, step, path))
+        if step.is_each and isinstance(container, dict) and not all(map(_is_number, keys)):
+            self.num_object_keys[path.text] += len(keys)
+        return [
+            Scope(container[key], join_location(scope.location, key), (id(container), key))
+            for key in keys
+        ]
 
     def iterate(self, elements: Elements, scope: Scope, role: str) -> list[Scope]:
         """Return the items of a list, or of several lists of equal length.
@@ -160,17 +191,33 @@ class RecordValues:
         return items
 
     def list_items(self, path: FieldPath, scope: Scope) -> list[Scope]:
-        """Return the items of the list at a path, or one for each value of its `*`."""
+        """Return the items of the lists at a path; a final `*` may be left out."""
         steps = list(path.steps)
-        if not any(step.is_each for step in steps):
+        if not steps or not steps[-1].is_each:
             steps.append(PathStep("*", is_each=True))
+        return self._list_values(steps, path, scope)
+
+    def _list_values(self, steps: Sequence[PathStep], path: FieldPath, scope: Scope) -> list[Scope]:
+        """Return the values at the steps of a path, with those of optional keys if not empty."""
         scopes = [self._get_start(path, scope)]
-        for step in steps:
-            scopes = [inner for one in scopes for inner in _list_inner(one, step, path)]
+        last = len(steps) - 1
+        for number, step in enumerate(steps):
+            inner: list[Scope] = []
+            for one in scopes:
+                inner += self._list_inner(one, step, path)
+            scopes = inner
+            if step.is_optional and number < last:
+                scopes = [one for one in inner if not is_empty(one.value)]
         return scopes
 
     def _zip(self, paths: Mapping[str, FieldPath], scope: Scope, role: str) -> list[Scope]:
-        columns = {name: self.list_items(path, scope) for name, path in paths.items()}
+        columns: dict[str, list[Scope]] = {}
+        for name, path in paths.items():
+            if any(step.is_each for step in path.steps):
+                columns[name] = self._list_values(path.steps, path, scope)
+            else:
+                columns[name] = self.list_items(path, scope)
+        _require_lists(columns, role)
         lengths = {name: len(items) for name, items in columns.items()}
         if len(set(lengths.values())) > 1:
             counts = ", ".join(f"{name}: {count}" for name, count in lengths.items())
@@ -194,12 +241,18 @@ class RecordValues:
         unmet: list[str] = []
         for condition in conditions:
             value = self.read(condition.path, scope, "condition")
+            if isinstance(value, dict | list | tuple):
+                raise InvalidRowError(
+                    f"the condition on {condition.path.text} has {describe_value(value)}",
+                    "a text or a number",
+                    "name a key of the value in the condition",
+                )
             text = ""
-            if value is not MISSING:
-                text = format_scalar(value)
-            is_met = text in map(format_scalar, condition.equals or ())
+            if value is not MISSING and not (condition.path.is_optional and is_empty(value)):
+                text = format_key_text(value)
+            is_met = text in map(format_key_text, condition.equals or ())
             if condition.equals is None:
-                is_met = text not in map(format_scalar, condition.differs_from or ())
+                is_met = text not in map(format_key_text, condition.differs_from or ())
             if not is_met:
                 unmet.append(condition.path.text)
         return next(iter(unmet), None)
@@ -219,9 +272,28 @@ class RecordValues:
             found = _split_text(found, value.split, role)
         if value.values is not None:
             found = _translate(found, value.values, role)
+        if isinstance(value.lookup, Lookup):
+            found = self._look_up(found, value.lookup, scope, role)
         if value.write == "json" and not isinstance(found, str):
             found = write_json(found, role)
         return found
+
+    def _look_up(self, found: Any, lookup: Lookup, scope: Scope, role: str) -> Any:
+        """Return the value of the item whose key is equal to a value."""
+        matches: list[Any] = []
+        for item in self.list_items(lookup.list, scope):
+            key = self.read(lookup.key, item, role)
+            value = self.read(lookup.value, item, role)
+            if format_key_text(key) == format_key_text(found):
+                matches.append(value)
+        if len(matches) != 1:
+            raise InvalidRowError(
+                f"{len(matches)} items of {lookup.list.text} have the {lookup.key.text} of the"
+                f" {role}, {describe_value(found)}",
+                "one item",
+                "correct the row, or the lookup of the mapping",
+            )
+        return matches[0]
 
     def evaluate_text(self, value: Value, scope: Scope, role: str) -> str:
         """Return the value of a role as text. Raises InvalidRowError if it is empty or no text."""
@@ -242,9 +314,14 @@ class RecordValues:
         if value.template is None:
             return value.const
         texts: dict[str, str] = {}
+        used_before = set(self._used)
+        num_readings = len(self.readings)
         for text, path in value.template_paths().items():
             found = self._read_present(path, scope, role)
             if found is MISSING:
+                # The template is not used, so its other values have no role yet.
+                self._used = used_before
+                del self.readings[num_readings:]
                 return MISSING
             texts[text] = to_text(found, value.name_role(role))
         return value.fill_template(texts)
@@ -284,13 +361,20 @@ class RecordValues:
                 yield Reading(location, "", value)
 
 
-def _list_inner(scope: Scope, step: PathStep, path: FieldPath) -> list[Scope]:
-    """Return the values that a step of a path names."""
-    container = scope.value
-    return [
-        Scope(container[key], join_location(scope.location, key), (id(container), key))
-        for key in _find_keys(scope, step, path)
-    ]
+def _require_lists(columns: Mapping[str, Sequence[Scope]], role: str) -> None:
+    """Reject values of objects, which have keys instead of an order, for `zip`."""
+    for name, items in columns.items():
+        for one in items:
+            if one.slot is not None and isinstance(one.slot[1], str):
+                raise InvalidRowError(
+                    f"{name} of {role} has the key {one.slot[1]!r:.40}: values of an object",
+                    "lists, whose items have an order",
+                    "correct the row, or write it as lists",
+                )
+
+
+def _is_number(key: object) -> bool:
+    return str(key).isdecimal()
 
 
 def _find_keys(scope: Scope, step: PathStep, path: FieldPath) -> Iterator[Any]:
@@ -303,8 +387,6 @@ def _find_keys(scope: Scope, step: PathStep, path: FieldPath) -> Iterator[Any]:
             yield key
         return
     if not isinstance(value, dict | list | tuple):
-        if step.is_optional and is_empty(value):
-            return
         raise _build_type_error(scope, path, "an object with keys")
     key = _to_index(value, step.key)
     if _has_key(value, key):
@@ -343,7 +425,8 @@ def _iter_children(value: Any) -> Iterator[tuple[Any, Any]]:
 
 def _to_index(container: Any, key: str) -> Any:
     """Return the key of a step in a container: the index of a list, or the key of an object."""
-    if isinstance(container, list | tuple) and key.isascii() and key.isdecimal():
+    is_index = key.isascii() and key.isdecimal() and len(key) <= MAX_INDEX_DIGITS
+    if isinstance(container, list | tuple) and is_index:
         return int(key)
     return key
 
@@ -417,7 +500,7 @@ def _translate(value: Any, values: Mapping[str, Any], role: str) -> Any:
     """Replace a value, or each item of a list, by its translation."""
     if isinstance(value, list | tuple):
         return [_translate(item, values, role) for item in value]
-    text = format_scalar(value)
+    text = format_key_text(value)
     if text not in values:
         raise InvalidRowError(
             f"the {role} {text[:60]!r} is not listed under values",
@@ -451,6 +534,24 @@ def _parse_at(
     return copy
 
 
+def _to_json_types(value: object) -> object:
+    """Return a Python literal as data of the types of JSON. Raises ValueError for other types."""
+    if isinstance(value, dict):
+        copy: dict[str, object] = {}
+        for key, item in value.items():
+            name = format_scalar(key)
+            if name in copy or not isinstance(key, Scalar):
+                raise ValueError(f"the key {name[:40]} twice, or of another type")
+            copy[name] = _to_json_types(item)
+        return copy
+    if isinstance(value, list | tuple):
+        return [_to_json_types(item) for item in value]
+    is_large = isinstance(value, int) and abs(value) > MAX_INTEGER
+    if is_large or not isinstance(value, Scalar):
+        raise ValueError(f"a {type(value).__name__}, which JSON does not have or is too large")
+    return value
+
+
 def _parse_text(value: object, notation: str, location: str) -> object:
     """Parse a text; an empty one has no content, which is None."""
     if is_empty(value):
@@ -466,7 +567,7 @@ def _parse_text(value: object, notation: str, location: str) -> object:
             check_json(value.encode(errors="replace"), "")
             return parse_unique_json(value)
         check_limit(len(value), MAX_LITERAL_CHARS, "characters of a Python literal")
-        return ast.literal_eval(value)
+        return _to_json_types(ast.literal_eval(value))
     except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError) as error:
         raise InvalidRowError(
             f"{location} is not valid {notation}: {describe_value(value)}",

@@ -99,10 +99,9 @@ def import_data(
             write nothing. Rows are counted from 1.
         allow_host: Allow downloads of https:// sources and images from this host. Repeatable.
     """
-    from finesight.data.import_source import detect_columns
     from finesight.data.importer import import_dataset
     from finesight.data.source_fetch import fetch_source
-    from finesight.ingest.presets import with_preset
+    from finesight.ingest.mapping_draft import detect_roles
 
     options = build_import_options(
         reading,
@@ -123,9 +122,7 @@ def import_data(
     out = Path(out)
     with fetch_source(str(source), out, options, allow_host) as fetched:
         path = fetched.path
-        options = with_preset(path, fetched.options)
-        if options.is_detected and not options.row_files:
-            path, options = detect_columns(path, options)
+        path, options = detect_roles(path, fetched.options, out)
         summary = import_dataset(path, out, options, console.progress_stage)
     for note in fetched.notes:
         console.log(f"{source}: {note}")

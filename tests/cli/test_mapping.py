@@ -94,3 +94,36 @@ def test_explanation_requires_a_mapping(folder, cli) -> None:
     rows, out, *_ = write_rows(folder, RECORDS, ROLES)
     printed = cli("import", rows, out, "--explain", "1", code=2)
     assert "no mapping is given" in printed.err
+
+
+NESTED = {"image": "a.png", "height": 20, "meta": {"note": "Two cups."}}
+
+
+@pytest.mark.parametrize("command", ["import", "init"])
+def test_unknown_roles_of_inner_texts_end_with_a_draft(folder, cli, monkeypatch, command) -> None:
+    """The draft lists all keys; with a role each, it is a mapping."""
+    monkeypatch.chdir(folder)
+    (folder / "rows.json").write_text(json.dumps([NESTED, NESTED]), encoding="utf-8")
+    words = {"import": ["out"], "init": ["--out", "out", "--yes", "--model", "finesight-tiny"]}
+    printed = cli(command, "rows.json", *words[command], code=2)
+    assert "meta: texts inside of lists or objects" in printed.err
+    assert "edit out-mapping.yaml" in printed.err
+    assert not (folder / "out").exists()
+    draft = (folder / "out-mapping.yaml").read_text(encoding="utf-8")
+    assert 'images: "image"' in draft
+    assert '#   meta.note: "Two cups."' in draft
+    draft = draft.replace("question:\n", "question: {const: How many cups?}\n")
+    draft = draft.replace("answer:\n", "answer: meta.note\n").replace(
+        "ignore: []", "ignore: [height]"
+    )
+    (folder / "out-mapping.yaml").write_text(draft, encoding="utf-8")
+    cli(command, "rows.json", *words[command], "--mapping", "out-mapping.yaml")
+
+
+def test_draft_replaces_no_file(folder, cli, monkeypatch) -> None:
+    monkeypatch.chdir(folder)
+    (folder / "rows.json").write_text(json.dumps([NESTED, NESTED]), encoding="utf-8")
+    (folder / "out-mapping.yaml").write_text("mine", encoding="utf-8")
+    printed = cli("import", "rows.json", "out", code=2)
+    assert "out-mapping.yaml: exists already" in printed.err
+    assert (folder / "out-mapping.yaml").read_text(encoding="utf-8") == "mine"

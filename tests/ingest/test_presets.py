@@ -16,7 +16,7 @@ from mapping_fixtures import (
 )
 
 from finesight.ingest.mapping_format import MappingFormat, build_mapping_format
-from finesight.ingest.presets import find_preset, load_presets
+from finesight.ingest.presets import find_preset, load_presets, matches
 
 GOLDEN: dict[str, list[dict[str, Any]]] = load_cases("presets")
 
@@ -110,3 +110,33 @@ def test_changed_keys_are_named(name: str, folder: Path) -> None:
 @pytest.mark.parametrize("name", sorted(GOLDEN))
 def test_many_changed_keys_are_named(name: str, folder: Path) -> None:
     check_mutations(name, NUM_FUZZED_MUTATIONS, folder)
+
+
+CHAT_RECORDS = [
+    (name, case["record"])
+    for name, cases in load_cases("row_formats").items()
+    for case in cases["samples"]
+]
+TABLE_RECORDS = [
+    ("table", case["record"]) for case in load_cases("table")["test_rows_become_samples"]
+]
+
+
+@pytest.mark.parametrize(("name", "record"), [*CHAT_RECORDS, *TABLE_RECORDS])
+def test_presets_leave_rows_of_formats_and_tables(
+    name: str, record: dict[str, Any], folder: Path
+) -> None:
+    matching = [
+        preset
+        for preset, mapping in load_presets().items()
+        if mapping.rows is None and matches(mapping, [record], folder)
+    ]
+    assert matching == [], f"{name} is read by a preset"
+
+
+def test_presets_do_not_match_records_with_further_inner_keys(folder: Path) -> None:
+    golden = GOLDEN["dashscope"][0]["records"][0]
+    assert matches(load_presets()["dashscope"], [golden], folder)
+    changed = json.loads(json.dumps(golden))
+    changed["messages"][1]["content"][0]["type"] = "image"
+    assert not matches(load_presets()["dashscope"], [changed], folder)

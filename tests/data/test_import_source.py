@@ -231,3 +231,35 @@ def test_rows_of_an_object_are_merged_by_image_and_question(tmp_path, limit, box
     assert [len(sample.messages[-1].content) for sample in samples] == boxes
     assert [sample.id for sample in samples][:2] == ["rows-1", "rows-2"]
     assert ("rows with boxes" in summary.detected_by) == (len(boxes) < (limit or 5))
+
+
+@pytest.mark.parametrize(
+    ("content", "options"),
+    [
+        (
+            "cup,4,2,10,8,a.png,40,20\nball,20,6,18,8,b.png,40,20\n",
+            "--map image=6 --map box=2,3,4,5 --box-format xywh --map label=1",
+        ),
+        ("3,a.png,1\n4,b.png,2\n", "--map image=2 --map answer=COLUMN"),
+        ("7,cat,1\n8,dog,2\n", "--no-header --map image=COLUMN --map answer=2"),
+    ],
+)
+def test_columns_without_names_are_proposed_by_values(
+    tmp_path: Path, content: str, options: str
+) -> None:
+    for name in ("a.png", "b.png"):
+        write_gray_image(tmp_path / name, 40, 20)
+    source = tmp_path / "rows.csv"
+    source.write_text(content)
+    with pytest.raises(UserError) as caught:
+        open_source(source, ImportOptions())
+    assert f"{options} (in the first row, 1 is " in str(caught.value.remedy)
+    if "COLUMN" in options:
+        return
+    words = options.split()
+    columns = dict(word.split("=", 1) for word in words if "=" in word)
+    found = ImportOptions(columns=columns, box_format="xywh", prompt="Find.")
+    assert import_dataset(source, tmp_path / "out", found).num_rows == 2
+    (box_part,) = next(iter(read_samples(tmp_path / "out" / "data.jsonl"))).messages[-1].content
+    assert isinstance(box_part, BoxPart)
+    assert (box_part.label, box_part.xyxy) == ("cup", (4, 2, 14, 10))

@@ -193,7 +193,7 @@ def test_made_ids_differ_from_ids_of_other_rows(tmp_path: Path) -> None:
         (
             {"image_path": "a", "caption": "x"},
             "image_path, caption",
-            "--map image=image_path --map",
+            "--map image=COLUMN --map answer=caption",
         ),
         ({"conversations": [{"from": "a", "text": "x"}]}, "conversations", "the closest is conv"),
         ({"query": "a", "answer": "x"}, "query, answer", "the closest is query"),

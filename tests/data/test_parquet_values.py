@@ -6,12 +6,14 @@ from typing import Any
 
 import pyarrow
 import pytest
+from hub_fixtures import make_png
 from pyarrow import parquet
 
 from finesight.data import parquet_reader
 from finesight.data.import_source import ImportOptions
 from finesight.data.importer import import_dataset
 from finesight.data.row_reader import open_row_file
+from finesight.data.sample import Sample, join_text, read_samples
 from finesight.errors import UserError
 
 
@@ -93,6 +95,25 @@ def test_class_numbers_have_the_names_of_the_features(tmp_path: Path) -> None:
     parquet.write_table(table, tmp_path / "a.parquet")
     expected = {"label": "dog", "objects": {"kind": ["cat", 7]}, "list": [{"kind": "dog"}], "n": 1}
     assert read(tmp_path / "a.parquet") == [expected]
+
+
+def test_several_classes_of_an_image_are_one_answer(tmp_path: Path) -> None:
+    named = {"feature": {"names": ["cat", "dog"], "_type": "ClassLabel"}, "_type": "Sequence"}
+    image = make_png(1)
+    rows = [{"image": {"bytes": image, "path": None}, "shows": shown} for shown in ([0, 1], [1])]
+    metadata = {"huggingface": json.dumps({"info": {"features": {"shows": named}}})}
+    table = pyarrow.Table.from_pylist(rows).replace_schema_metadata(metadata)
+    parquet.write_table(table, tmp_path / "a.parquet")
+    columns = {"image": "image", "answer": "shows"}
+    import_dataset(
+        tmp_path / "a.parquet", tmp_path / "out", ImportOptions(columns=columns, prompt="?")
+    )
+    answers = [get_text(one) for one in read_samples(tmp_path / "out" / "data.jsonl")]
+    assert answers == ['["cat", "dog"]', '["dog"]']
+
+
+def get_text(sample: Sample) -> str:
+    return join_text(sample.messages[-1].content)
 
 
 def test_text_that_is_not_utf_8(tmp_path: Path) -> None:

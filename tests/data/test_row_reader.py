@@ -1,5 +1,6 @@
 """Rows of JSON, JSON Lines, CSV and Parquet files."""
 
+import gzip
 import json
 import re
 import sys
@@ -14,6 +15,7 @@ from typing import Any
 import openpyxl
 import pyarrow
 import pytest
+from case_files import load_cases
 from container_fixtures import write_tar
 from hub_fixtures import make_png
 from image_fixtures import write_jsonl
@@ -30,6 +32,7 @@ from finesight.data.row_reader import (
 )
 from finesight.errors import UserError
 
+CASES = load_cases("row_reader")
 RECORDS = [{"id": n, "text": f'row {n}, \u2028 "quoted"\nline'} for n in range(5)]
 
 
@@ -109,7 +112,7 @@ def test_parquet_without_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         ("a.csv", b"a,b,a\n1,2,3\n", "a.csv:1", "duplicate column name 'a'"),
         ("a.csv", b"a,b\n", "a.csv", "contains no rows"),
         ("a.json", b"[]", "a.json", "contains no rows"),
-        ("a.json", b'{\n"data": [{"a": 1}]}', "a.json", "one object with the keys data"),
+        ("a.json", b'{\n"data": {"a": 1}}', "a.json", "one object with the keys data"),
         ("a.json", b'{\n"data": [{"a": 1}]', "a.json:1", "broken JSON"),
         ("a.jsonl", b"\n", "a.jsonl", "contains no rows"),
         ("a.parquet", b"nonsense", "a.parquet", "cannot be read as Parquet"),
@@ -118,6 +121,12 @@ def test_parquet_without_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         ("a.xlsx", b"", "a.xlsx", "cannot be read as an Excel file"),
         ("a.xls", b"", "a.xls", "a file of type .xls"),
         ("a", b"", "a", "a file of type (no suffix)"),
+        ("a.csv", b"a, b,a \n1,2,3\n", "a.csv:1", "duplicate column name 'a'"),
+        ("a.txt", b"a list, of\nno columns\n", "a.txt:2", "more or fewer cells"),
+        ("a.txt", b"b.png\nc.png\n", "a.txt", "a text without columns"),
+        ("a.txt", b'b.png\tx\nc.png\t"x"\n', "a.txt:2", "a cell begins with a quote"),
+        ("a.csv.gz", b"a,b\n", "a.csv.gz", "cannot be decompressed"),
+        ("a.gz", b"", "a.gz", "a file of type .gz"),
     ],
     ids=count(),
 )
@@ -141,6 +150,75 @@ def test_csv_with_semicolons(tmp_path: Path) -> None:
     assert [row.record for row in read_all(path)] == [{**r, "id": str(r["id"])} for r in RECORDS]
     path.write_text("a,b;c\n1,2\n")
     assert read_all(path)[0].record == {"a": "1", "b;c": "2"}
+
+
+@pytest.mark.parametrize("name", CASES["test_text_tables_are_read"])
+def test_text_tables_are_read(tmp_path: Path, name: str) -> None:
+    file, content, records, note = CASES["test_text_tables_are_read"][name]
+    (tmp_path / file).write_text(content)
+    assert [row.record for row in read_all(tmp_path / file)] == records
+    assert open_row_file(tmp_path / file).text_format == note
+
+
+def test_long_runs_of_spaces_are_stripped_once(tmp_path: Path) -> None:
+    text = "x" + " " * 200_000 + "y"
+    (tmp_path / "a.csv").write_text(f"image, note\na.png, {text} \n")
+    assert read_all(tmp_path / "a.csv")[0].record == {"image": "a.png", "note": text}
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+@pytest.mark.parametrize("name", CASES["test_rows_of_documents"])
+def test_rows_of_documents(tmp_path: Path, name: str, indent: int | None) -> None:
+    document, records, others = CASES["test_rows_of_documents"][name]
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps(document, indent=indent))
+    reader = open_row_file(path)
+    assert [row.record for row in reader.iter_range(0, 9)] == records
+    assert reader.other_keys == {f"{key} of the document": 1 for key in others}
+    assert reader.text_format.startswith("rows ")
+
+
+@pytest.mark.parametrize("record", CASES["test_single_rows_are_no_documents"])
+def test_single_rows_are_no_documents(tmp_path: Path, record: dict[str, Any]) -> None:
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps(record))
+    assert [row.record for row in read_all(path)] == [record]
+    path.write_text(json.dumps(record, indent=1))
+    with pytest.raises(UserError, match="one object with the keys"):
+        open_row_file(path)
+
+
+@pytest.mark.parametrize(("document", "what"), CASES["test_documents_are_rejected"])
+def test_documents_are_rejected(tmp_path: Path, document: dict[str, Any], what: str) -> None:
+    (tmp_path / "a.json").write_text(json.dumps(document))
+    with pytest.raises(UserError, match=what) as caught:
+        open_row_file(tmp_path / "a.json")
+    assert caught.value.remedy
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "json", "csv", "tsv"])
+def test_compressed_files(tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    records = [{"id": str(n), "text": f"row {n}"} for n in range(5)]
+    plain = tmp_path / f"a.{suffix}"
+    if suffix == "jsonl":
+        write_jsonl(plain, records)
+    elif suffix == "json":
+        plain.write_text(json.dumps(records))
+    else:
+        as_csv(plain, records, "\t" if suffix == "tsv" else ",")
+    content = plain.read_bytes()
+    path = tmp_path / f"b.{suffix}.gz"
+    path.write_bytes(gzip.compress(content[:20]) + gzip.compress(content[20:]))
+    rows = read_all(path)
+    assert [row.record for row in rows] == records
+    assert {row.stem for row in rows} == {"b"}
+    path.write_bytes(gzip.compress(content)[:-9])
+    with pytest.raises(UserError, match="cannot be decompressed"):
+        open_row_file(path)
+    monkeypatch.setattr(row_reader, "UNCHECKED_BYTES", 1000)
+    path.write_bytes(gzip.compress(b" " * 1_000_000 + content))
+    with pytest.raises(UserError, match="it would unpack to more than"):
+        open_row_file(path)
 
 
 SENTENCES = {
@@ -212,6 +290,21 @@ def test_excel_workbook(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     with pytest.raises(UserError, match="openpyxl, which cannot be imported") as caught:
         open_row_file(tmp_path / "a.xlsx")
     assert "pip install 'finesight[xlsx]'" in caught.value.remedy
+
+
+def test_padded_names_of_an_excel_table(tmp_path: Path) -> None:
+    workbook = openpyxl.Workbook()
+    for row in [[" image", "n "], ["a.png ", 1], ["b.png", " x "]]:
+        workbook.active.append(row)
+    workbook.save(tmp_path / "a.xlsx")
+    reader = open_row_file(tmp_path / "a.xlsx")
+    records = [row.record for row in reader.iter_range(0, 9)]
+    assert records == [{"image": "a.png", "n": 1}, {"image": "b.png", "n": "x"}]
+    assert reader.text_format == "sheet 'Sheet'; spaces around cells removed"
+    workbook.active["B1"] = "image "
+    workbook.save(tmp_path / "a.xlsx")
+    with pytest.raises(UserError, match="duplicate column name 'image'"):
+        open_row_file(tmp_path / "a.xlsx")
 
 
 @pytest.mark.parametrize("suffix", ["csv", "tsv", "xlsx"])

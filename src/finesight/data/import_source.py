@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -36,7 +37,15 @@ from finesight.data.formats.dataset_format import (
 )
 from finesight.data.image_file import PageRanges, read_image_size
 from finesight.data.image_resolver import ImageResolver
-from finesight.data.row_reader import Record, RowReader, SourceRow, concat_rows, open_row_file
+from finesight.data.row_reader import (
+    TEXT_TABLE_SUFFIXES,
+    Record,
+    RowReader,
+    SourceRow,
+    concat_rows,
+    get_row_suffix,
+    open_row_file,
+)
 from finesight.data.sample import Sample, validate_roles
 from finesight.errors import UserError
 from finesight.path_patterns import is_glob
@@ -45,7 +54,7 @@ if TYPE_CHECKING:
     from finesight.hub.url_files import RemoteImages
 
 
-TABLE_SUFFIXES = (".csv", ".tsv", ".xlsx")
+TABLE_SUFFIXES = (*TEXT_TABLE_SUFFIXES, ".xlsx")
 
 NUM_DETECTION_ROWS = 100
 
@@ -71,7 +80,7 @@ class ImportOptions:
         row_files: Files of a folder that contain its rows; empty to detect them.
         web_images: Downloader of image URLs, None to reject URLs.
         pages: Pages to use of documents (PDF, multi-page TIFF); empty for all of them.
-        encoding: Encoding of .csv and .tsv files, None to detect it.
+        encoding: Encoding of .csv, .tsv and .txt files, None to detect it.
         no_header: The first row of a table contains values; its columns are 1, 2 and so on.
         allowed_root: Folder of an untrusted source: images outside of it are rejected.
     """
@@ -305,6 +314,7 @@ def _merge_objects(source: ImportSource) -> ImportSource:
         lambda start, stop: iter(merged[start:stop]),
         None if rows.eval_start is None else sum(not is_eval for is_eval, _ in groups),
         rows.text_format,
+        rows.other_keys,
     )
     note = f"{source.detected_by}; {stop - start} rows with boxes of {len(merged)} images"
     return replace(source, rows=rows, row_bounds=(0, len(merged)), detected_by=note)
@@ -315,7 +325,8 @@ def _find_image_folder(source: ImportSource) -> Path | None:
 
     The first `NUM_PREVIEW_ROWS` rows decide. Images that no subfolder contains are ignored.
     """
-    column, home = source.column_map.get("image", ""), source.path.parent
+    column = source.column_map.get("image") or source.column_map.get("video", "")
+    home = source.path.parent
     column = column if column in source.columns else column.partition(",")[0]
     values = [row.record.get(column) for row in islice(source.iter_rows(), NUM_PREVIEW_ROWS)]
     names = [name for name in values if name is not None and name != ""]
@@ -453,17 +464,17 @@ def _open_rows(source: Path, options: ImportOptions) -> tuple[RowReader, Dataset
 
 def _check_table_options(files: Sequence[Path], options: ImportOptions) -> None:
     """Reject options of tables for other files."""
-    suffixes = {file.suffix.lower() for file in files}
-    if options.encoding and not suffixes <= {".csv", ".tsv"}:
+    suffixes = {get_row_suffix(file) for file in files}
+    if options.encoding and not suffixes <= {*TEXT_TABLE_SUFFIXES}:
         raise UserError(
-            "the source is not a .csv or .tsv file",
+            "the source is not a .csv, .tsv or .txt file",
             where="--encoding",
             expected="a table as text, or an ImageFolder with metadata.csv; others are UTF-8",
             remedy="remove --encoding",
         )
     if options.no_header and not suffixes <= {*TABLE_SUFFIXES}:
         raise UserError(
-            "the source is not a .csv, .tsv or .xlsx file",
+            "the source is not a .csv, .tsv, .txt or .xlsx file",
             where="--no-header",
             expected="a table whose first row contains values",
             remedy="remove --no-header",
@@ -521,7 +532,12 @@ def _detect_format(
         data_format, detected_by = table_format.COMPONENT, "--map"
     else:
         note = f" ({rows.text_format})" if "no header" in rows.text_format else ""
-        data_format, detected_by = detect_format(first_records, f"{source}{note}")
+        try:
+            data_format, detected_by = detect_format(first_records, f"{source}{note}")
+        except UserError as error:
+            if _has_numbered_columns(first_records, source, options):
+                error.remedy = _suggest_numbered_columns(first_records, source, rows)
+            raise
     if data_format is table_format.COMPONENT and not options.columns:
         raise UserError(
             f"a table of {', '.join(map(str, first_records[0]))} without column mapping",
@@ -530,6 +546,40 @@ def _detect_format(
             remedy=f"perhaps {table_format.suggest_mapping(first_records[0])}",
         )
     return data_format, detected_by
+
+
+def _has_numbered_columns(
+    first_records: Sequence[Record], source: Path, options: ImportOptions
+) -> bool:
+    """Return whether a table has no header, or one that may be a row of values."""
+    file = (*options.row_files, source)[0]
+    is_table = get_row_suffix(file) in TABLE_SUFFIXES
+    names = map(str, first_records[0])
+    return is_table and any(re.fullmatch(r"[+-]?\d+(?:\.\d+)?", name) for name in names)
+
+
+def _suggest_numbered_columns(
+    first_records: Sequence[Record], source: Path, rows: RowReader
+) -> str:
+    """Return a remedy for a table without header, or with one that may be a row of values."""
+    records = list(first_records)
+    if "no header" not in rows.text_format:
+        lines = [list(records[0]), *(list(record.values()) for record in records)]
+        records = []
+        for cells in lines:
+            records.append({str(number): cell for number, cell in enumerate(cells, start=1)})
+    image = table_format.guess_columns(records).get("image", "")
+    sizes = [_find_size(record, image, source.parent) for record in records]
+    options = table_format.suggest_numbered_mapping(records, sizes)
+    examples = [f"{name} is {str(cell)[:30]!r}" for name, cell in records[0].items()]
+    shown = f"in the first row, {', '.join(examples[:8])}"
+    if "no header" in rows.text_format:
+        return f"name the columns by their numbers, perhaps with {options} ({shown})"
+    named = table_format.suggest_mapping(first_records[0])
+    return (
+        f"name its columns, perhaps with {named}; if the first line contains values, import with"
+        f" --no-header {options} ({shown})"
+    )
 
 
 def check_format_options(
@@ -626,15 +676,17 @@ def detect_columns(
         opened = open_source(path, options)
     except UserError:
         listing = list_folder(path).files if path.is_dir() else ()
-        files = [file for file in listing if file.suffix.lower() in ROW_SUFFIXES]
+        files = [file for file in listing if file.name.lower().endswith(ROW_SUFFIXES)]
         if len(files) == 1 and files[0].is_file():
             return detect_columns(files[0], options, ask_question)
-        if not (path.is_file() and path.suffix.lower() in ROW_SUFFIXES):
+        # A .txt file is a table only if the user names it: folders contain other ones.
+        if not (path.is_file() and path.name.lower().endswith((*ROW_SUFFIXES, ".txt"))):
             raise
     if not options.columns and (opened is None or _is_question_table(opened, options)):
         records = _read_preview(open_row_file(path, options.encoding, no_header=options.no_header))
         columns = table_format.guess_columns(records)
-        if "image" not in columns or len(columns) < 2:
+        media = columns.keys() & set(table_format.MEDIA_ROLES)
+        if not media or len(columns) == len(media):
             open_source(path, options)  # raises the error of a table, if it is one
             return path, options
         columns = _resolve_ambiguous_columns(path, records, columns, ask_question)
@@ -657,7 +709,8 @@ def _is_question_table(source: ImportSource, options: ImportOptions) -> bool:
     if may_be_table is None or options.format is not None:
         return False
     records = _read_preview(source.rows)
-    return may_be_table(records) and "image" in table_format.guess_columns(records)
+    columns = table_format.guess_columns(records)
+    return may_be_table(records) and not columns.keys().isdisjoint(table_format.MEDIA_ROLES)
 
 
 def _resolve_ambiguous_columns(
@@ -672,7 +725,9 @@ def _resolve_ambiguous_columns(
     """
     if "box" in columns:
         return columns
-    sizes = [_find_size(record, columns["image"], path.parent) for record in records]
+    image = columns.get("image", "")
+    media = table_format.format_media_options(columns)
+    sizes = [_find_size(record, image, path.parent) for record in records]
     names = list(map(str, records[0]))
     for start in range(len(names) - 3):
         box = ",".join(names[start : start + 4])
@@ -682,26 +737,26 @@ def _resolve_ambiguous_columns(
                 f"the columns {box} contain coordinates in the image",
                 where=str(path),
                 expected="columns with names of box coordinates, such as xmin,ymin,xmax,ymax",
-                remedy=f"give --map image={columns['image']} --map box={box}{option}, or without"
-                f" boxes: --map image={columns['image']} --map answer=COLUMN",
+                remedy=f"give {media} --map box={box}{option}, or without"
+                f" boxes: {media} --map answer=COLUMN",
             )
     if not table_format.has_unknown_texts(records, columns):
         return columns
     first, second = columns["fields"].split(",")
     if ask_question is None:
-        image = f"--map image={columns['image']}"
         raise UserError(
             f"the columns {first} and {second} may be a question and its answer, or two answers",
             where=str(path),
             expected="columns with known names, such as question and answer",
-            remedy=f"give {image} --map question={first} --map answer={second}, or for answers in"
-            f" JSON: {image} --map fields={first},{second}",
+            remedy=f"give {media} --map question={first} --map answer={second}, or for answers in"
+            f" JSON: {media} --map fields={first},{second}",
         )
     question = ask_question([first, second])
     if question not in (first, second):
         return columns
     answer = second if question == first else first
-    return {"image": columns["image"], "question": question, "answer": answer}
+    roles = {role: columns[role] for role in table_format.MEDIA_ROLES if role in columns}
+    return {**roles, "question": question, "answer": answer}
 
 
 def _find_size(record: Record, image: str, folder: Path) -> tuple[float, float] | None:

@@ -1,4 +1,6 @@
-"""Read rows of JSON, JSON Lines, CSV, TSV, XLSX, Parquet and WebDataset files.
+"""Read rows of JSON, JSON Lines, CSV, TSV, TXT, XLSX, Parquet and WebDataset files.
+
+JSON, JSON Lines, CSV and TSV files may be compressed by gzip: rows.jsonl.gz.
 
 In a WebDataset, a tar, a sample is several adjacent files with the same stem: 0001.jpg, 0001.txt,
 0001.json, 0002.jpg, and so on. A row contains the image as `image`, the content of text files under
@@ -10,23 +12,30 @@ from __future__ import annotations
 import codecs
 import contextlib
 import csv
+import gzip
 import io
 import itertools
 import posixpath
 import re
 import tarfile
 import zipfile
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, time
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path, PurePosixPath
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 from finesight.bounded_files import parse_unique_json, to_readable_name, translate_os_errors
 from finesight.data.image_file import IMAGE_SUFFIXES, MAX_MEMBER_BYTES, is_image_value
-from finesight.data.line_index import UTF8_BOM, enumerate_lines, open_data_file
+from finesight.data.line_index import (
+    MAX_LINE_BYTES,
+    UTF8_BOM,
+    enumerate_lines,
+    open_data_file,
+)
 from finesight.data.parquet_reader import (
     check_row_count,
     get_batch_size,
@@ -37,13 +46,24 @@ from finesight.data.parquet_reader import (
     read_parquet_metadata,
     translate_parquet_errors,
 )
-from finesight.data.sample import check_json, read_data_file, translate_errors
-from finesight.errors import UserError
-from finesight.hub.archive import TarArchive, open_tar
+from finesight.data.sample import check_json, is_video_path, read_data_file, translate_errors
+from finesight.errors import UserError, format_count
+from finesight.hub.archive import (
+    MAX_COMPRESSION_RATIO,
+    MAX_UNPACKED_BYTES,
+    UNCHECKED_BYTES,
+    TarArchive,
+    open_tar,
+)
 
 Record = dict[str, Any]
 """A dataset row as JSON-like data; rows from Parquet may contain bytes."""
 
+COMPRESSED_SUFFIXES = (".jsonl.gz", ".json.gz", ".csv.gz", ".tsv.gz")
+"""Suffixes of compressed row files, in lower case."""
+
+TEXT_TABLE_SUFFIXES = (".csv", ".tsv", ".txt")
+"""Suffixes of tables as text, in lower case, without that of a compression."""
 
 MAX_XLSX_BYTES = 2**30
 """Maximum number of bytes of an Excel file after decompression."""
@@ -87,6 +107,10 @@ class SourceRow:
     def has_own_id(self) -> bool:
         """True if the row has an `id` that is a text or a number."""
         return isinstance(self.record.get("id"), str | int)
+
+
+class ClassNames(list[Any]):
+    """Names of all classes of one object, of a column of class numbers in Parquet."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,23 +164,26 @@ def concat_rows(files: Sequence[Path], readers: Sequence[RowReader]) -> RowReade
                 yield SourceRow(row_offset + row.number, location, row.record, row.stem)
             row_offset += reader.num_rows
 
-    text_format = readers[0].text_format
-    return RowReader(sum(reader.num_rows for reader in readers), iter_range, None, text_format)
+    other_keys: Counter[str] = Counter()
+    for reader in readers:
+        other_keys.update(reader.other_keys)
+    num_rows = sum(reader.num_rows for reader in readers)
+    return RowReader(num_rows, iter_range, None, readers[0].text_format, other_keys)
 
 
 def open_row_file(
     source: Path, encoding: str | None = None, *, no_header: bool = False
 ) -> RowReader:
-    """Open a .json, .jsonl, .csv, .tsv, .xlsx or .parquet file, or a WebDataset, as rows.
+    """Open a .json, .jsonl, .csv, .tsv, .txt, .xlsx or .parquet file, or a WebDataset, as rows.
 
     Args:
-        encoding: Encoding of a .csv or .tsv file, None to detect it.
-        no_header: The first row of a table contains values; see `_name_columns`.
+        encoding: Encoding of a table as text, None to detect it.
+        no_header: The first row of a table contains values; see `_read_header`.
     """
-    suffix = source.suffix.lower()
+    suffix = get_row_suffix(source)
     if suffix == ".parquet":
         rows = _open_parquet(source)
-    elif suffix in (".csv", ".tsv"):
+    elif suffix in TEXT_TABLE_SUFFIXES:
         rows = _open_csv(source, encoding, no_header)
     elif suffix == ".xlsx":
         rows = _open_xlsx(source, no_header)
@@ -168,6 +195,8 @@ def open_row_file(
         remedy = "rename the file if it is one of these, or convert it"
         if suffix in (".xls", ".ods", ".xlsm", ".xlsb", ".numbers"):
             remedy = "save the table as .xlsx or .csv"
+        elif suffix == ".gz":
+            remedy = f"unpack it, or name it after its content: {', '.join(COMPRESSED_SUFFIXES)}"
         elif suffix in IMAGE_SUFFIXES:
             remedy = f"give the folder of the images: {source.parent}"
         with translate_os_errors(source, expected="a file or folder", remedy=remedy):
@@ -175,7 +204,7 @@ def open_row_file(
         raise UserError(
             f"a file of type {suffix or '(no suffix)'}",
             where=str(source),
-            expected="a table (.json, .jsonl, .csv, .tsv, .xlsx, .parquet) or images",
+            expected="a table (.json, .jsonl, .csv, .tsv, .txt, .xlsx, .parquet) or images",
             remedy=remedy,
         )
     if rows.num_rows == 0:
@@ -186,6 +215,81 @@ def open_row_file(
             remedy="add the rows, or give another file",
         )
     return rows
+
+
+def get_row_suffix(path: Path) -> str:
+    """Return the suffix of a row file in lower case, without that of its compression."""
+    if is_compressed(path):
+        return Path(path.stem).suffix.lower()
+    return path.suffix.lower()
+
+
+def is_compressed(path: Path) -> bool:
+    """Return whether a path has the suffix of a compressed row file."""
+    return path.name.lower().endswith(COMPRESSED_SUFFIXES)
+
+
+def _get_stem(source: Path) -> str:
+    """Return the name of a row file without its suffixes."""
+    return Path(source.stem).stem if is_compressed(source) else source.stem
+
+
+class _BoundedStream(io.RawIOBase):
+    """Decompressed content of a file, whose bytes are counted: headers can be forged."""
+
+    def __init__(self, stream: BinaryIO, source: Path, compressed_bytes: int) -> None:
+        super().__init__()
+        self._stream = stream
+        self._source = source
+        self._max_bytes = min(
+            MAX_UNPACKED_BYTES, max(UNCHECKED_BYTES, MAX_COMPRESSION_RATIO * compressed_bytes)
+        )
+        self._num_bytes = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any, /) -> int:
+        content = self._stream.read(len(buffer))
+        self._num_bytes += len(content)
+        if self._num_bytes > self._max_bytes:
+            raise UserError(
+                f"it would unpack to more than {self._max_bytes:,} bytes",
+                where=str(self._source),
+                expected=f"at most {MAX_UNPACKED_BYTES:,} bytes, and {MAX_COMPRESSION_RATIO} times"
+                " the compressed ones",
+                remedy="use it only if you trust its author: unpack it with another program",
+            )
+        buffer[: len(content)] = content
+        return len(content)
+
+
+@contextlib.contextmanager
+def _open_content(source: Path) -> Iterator[BinaryIO]:
+    """Open the content of a row file, decompressed within limits."""
+    with open_data_file(source) as file:
+        if not is_compressed(source):
+            yield file
+            return
+        compressed_bytes = file.seek(0, io.SEEK_END)
+        file.seek(0)
+        try:
+            with gzip.GzipFile(fileobj=file) as unpacked:
+                stream = _BoundedStream(unpacked, source, compressed_bytes)  # type: ignore[arg-type]
+                yield io.BufferedReader(stream)
+        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+            raise UserError(
+                f"cannot be decompressed: {str(error)[:200]}",
+                where=str(source),
+                expected="a complete file, compressed by gzip",
+                remedy="download or create it again",
+            ) from error
+
+
+def _read_content(source: Path) -> bytes:
+    """Read the content of a row file without its byte order mark."""
+    with _open_content(source) as file:
+        return file.read().removeprefix(UTF8_BOM)
 
 
 def _decode_utf8(content: bytes, source: Path, line: int) -> str:
@@ -202,22 +306,33 @@ def _decode_utf8(content: bytes, source: Path, line: int) -> str:
 
 
 def _open_json(source: Path) -> RowReader:
-    """Open a JSON array of objects, or one object per line; the suffix does not matter."""
-    with open_data_file(source) as file:
+    """Open a JSON array of objects, a document with rows, or one object per line.
+
+    The suffix matters only for a document, which is a .json file.
+    """
+    with _open_content(source) as file:
         head = file.read(SNIFF_BYTES).removeprefix(UTF8_BOM).lstrip()
     if head.startswith(b"["):
-        array = _parse_json(read_data_file(source), source, 1)
-        for number, record in enumerate(array, start=1):
-            if not isinstance(record, dict):
-                raise _no_object(record, f"row {number}", source)
-        return rows_from_items(
-            array, lambda number, one: SourceRow(number, f"row {number}", one, source.stem)
-        )
-    if source.suffix.lower() == ".json":
-        _reject_single_object(source)
+        array = _parse_json(_read_content(source), source, 1)
+        return _rows_from_records(array, source)
+    if get_row_suffix(source) == ".json":
+        rows = _open_document(source)
+        if rows is not None:
+            return rows
     num_rows = sum(1 for _ in _iter_json_lines(source))
     return RowReader(
         num_rows, lambda head, stop: itertools.islice(_iter_json_lines(source), head, stop)
+    )
+
+
+def _rows_from_records(records: Sequence[Any], source: Path, text_format: str = "") -> RowReader:
+    """Create rows from parsed records. Raises UserError if one of them is no object."""
+    for number, record in enumerate(records, start=1):
+        if not isinstance(record, dict):
+            raise _no_object(record, f"row {number}", source)
+    stem = _get_stem(source)
+    return rows_from_items(
+        records, lambda number, one: SourceRow(number, f"row {number}", one, stem), text_format
     )
 
 
@@ -226,28 +341,162 @@ def read_first_records(source: Path, count: int) -> list[Record]:
 
     Raises UserError if the file is not readable.
     """
-    if source.suffix.lower() == ".jsonl":
+    if get_row_suffix(source) == ".jsonl":
         return [row.record for row in itertools.islice(_iter_json_lines(source), count)]
     reader = open_row_file(source)
     return [row.record for row in reader.iter_range(0, min(reader.num_rows, count))]
 
 
-def _reject_single_object(source: Path) -> None:
-    """Reject a JSON file that contains a single object over several lines.
+def _open_document(source: Path) -> RowReader | None:
+    """Open the rows inside of a single JSON object; None for one object per line.
 
-    Only the first line is read if it is a complete object.
+    The rows are the only list of objects, or a table by IDs: objects with mostly the same keys.
+    An object in a single line without such rows is a row itself.
+
+    Raises:
+        UserError: The object has no rows or several lists, or a key that the rows may depend on.
     """
-    with open_data_file(source) as file:
-        if is_object_text(next(enumerate_lines(file, source), (1, b""))[1]):
-            return
-    content = read_data_file(source)
-    if is_object_text(content):
+    with _open_content(source) as file:
+        first_line = file.readline(MAX_LINE_BYTES + 1).removeprefix(UTF8_BOM)
+        is_one_line = is_object_text(first_line)
+        others = iter(partial(file.readline, MAX_LINE_BYTES + 1), b"")
+        if is_one_line and any(line.strip() for line in others):
+            return None
+    content = first_line if is_one_line else _read_content(source)
+    if not is_object_text(content):
+        return None
+    document = parse_unique_json(content)
+    if _is_row_table(document):
+        return _rows_from_records(_add_ids(document, source), source, "rows by their IDs")
+    tables = {key: value for key, value in document.items() if _is_table(value)}
+    has_media = any(_is_media_name(value) for value in document.values())
+    if has_media or not tables:
+        if is_one_line:
+            return None
         raise UserError(
-            f"one object with the keys {', '.join(parse_unique_json(content))[:80]}",
+            f"one object with the keys {', '.join(document)[:80]}",
             where=str(source),
-            expected="a JSON array of objects, or one object per line",
+            expected="a JSON array of objects, one object per line, or one list of objects"
+            " under a key",
             remedy="write only the list of its rows to a file",
         )
+    (key, table), *further = tables.items()
+    if further:
+        names = [f"{name} ({format_count(len(tables[name]), 'row')})" for name in tables]
+        raise UserError(
+            f"several lists of rows: {', '.join(names)[:200]}",
+            where=str(source),
+            expected="rows under one key",
+            remedy="write each list to a file of its own; or name one in a mapping file"
+            f" (--mapping): rows: {key}",
+        )
+    for name, value in document.items():
+        if name != key and _may_describe_rows(name, value):
+            raise UserError(
+                f"the key {name!r} beside the rows under {key!r} may be a part of each row",
+                where=str(source),
+                expected="keys beside the rows that do not change them, such as version or license",
+                remedy=f"write it into each row where it applies, and remove {name!r}",
+            )
+    records = _add_ids(table, source) if isinstance(table, dict) else table
+    rows = _rows_from_records(records, source, f"rows under the key {key!r}")
+    unused = Counter(f"{name} of the document" for name in document if name != key)
+    return replace(rows, other_keys=unused)
+
+
+_TURN_KEYS = frozenset({"role", "from"})
+"""Keys of the turns of a conversation, which is a single row."""
+
+_PART_KEYS = frozenset({"text", "image", "image_url", "video", "video_url"})
+"""Keys of content parts with a `type`, which belong to a single row."""
+
+_ROW_WORDS = re.compile(
+    r"(?i)(?:^|[\W_])(?:questions?|quer(?:y|ies)|prompts?|instructions?|system|tasks?_?prompt"
+    r"|answers?|options|choices|candidates)(?:$|[\W_])"
+)
+"""Names of keys of a document whose value may belong to each of its rows."""
+
+_CLASS_WORDS = re.compile(
+    r"(?i)class(?:es)?|labels?|categor(?:y|ies)|names|attributes|mapping|map|(?:id|idx)_?(?:to|2)_?"
+)
+"""Names of keys of a document with a list or an object that may explain values of its rows."""
+
+
+def _is_table(value: object) -> bool:
+    return _is_row_list(value) or _is_row_table(value)
+
+
+def _is_row_list(value: object) -> bool:
+    """Return whether a value is a list of objects that are no turns and no content parts."""
+    if not isinstance(value, list) or not value:
+        return False
+    for item in value:
+        if not isinstance(item, dict) or not _TURN_KEYS.isdisjoint(item):
+            return False
+        if "type" in item and not _PART_KEYS.isdisjoint(item):
+            return False
+    return True
+
+
+def _is_row_table(value: object) -> bool:
+    """Return whether all values of an object are objects with mostly the same keys."""
+    if not isinstance(value, dict) or len(value) < 2:
+        return False
+    counts: Counter[str] = Counter()
+    for record in value.values():
+        if not isinstance(record, dict):
+            return False
+        counts.update(record.keys())
+    common = {key for key, count in counts.items() if 2 * count > len(value)}
+    if not common:
+        return False
+    return all(2 * len(common & record.keys()) >= len(common) for record in value.values())
+
+
+def _add_ids(table: Mapping[str, Record], source: Path) -> list[Record]:
+    """Return the rows of a table by IDs; a row with another `id` gets its key as `key`."""
+    records: list[Record] = []
+    for key, record in table.items():
+        name = "id"
+        if "id" in record:
+            name = "key"
+        if name in record:
+            raise UserError(
+                f"the row {key!r} has the keys id and key of its own",
+                where=str(source),
+                expected="rows without `key`, which is the name of the row in its document",
+                remedy="rename the key in all rows",
+            )
+        is_repeated = str(record.get("id")) == key
+        records.append(record if is_repeated else {name: key, **record})
+    return records
+
+
+def _is_media_name(value: object) -> bool:
+    is_name = isinstance(value, str) and not re.search(r"\s", value)
+    return is_name and (is_image_value(value) or is_video_path(str(value)))
+
+
+def _may_describe_rows(name: str, value: object, *, is_inner: bool = False) -> bool:
+    """Return whether the value of a key beside rows may change their meaning.
+
+    This is a text such as a common question, a list, or an object that explains class numbers.
+
+    Args:
+        is_inner: The key is in an object beside the rows, such as `info`.
+    """
+    if value is None or value == "" or value == [] or value == {}:
+        return False
+    is_row_key = _ROW_WORDS.search(name) is not None
+    is_class_key = _CLASS_WORDS.search(name) is not None
+    if isinstance(value, list):
+        return is_row_key or is_class_key or not is_inner
+    if isinstance(value, dict):
+        is_numbered = all(map(str.isdecimal, value))
+        if is_row_key or is_class_key or is_numbered:
+            return True
+        return any(_may_describe_rows(key, one, is_inner=True) for key, one in value.items())
+    return isinstance(value, str) and is_row_key
 
 
 def is_object_text(content: bytes | str) -> bool:
@@ -260,8 +509,8 @@ def is_object_text(content: bytes | str) -> bool:
 
 def _iter_json_lines(source: Path) -> Iterator[SourceRow]:
     """Yield one row per non-blank line; memory is bounded by the longest line."""
-    stem = source.stem
-    with open_data_file(source) as file:
+    stem = _get_stem(source)
+    with _open_content(source) as file:
         for line_number, line in enumerate_lines(file, source):
             if line.strip():
                 check_json(line, f"{source}:{line_number}")
@@ -351,26 +600,32 @@ def _detect_encoding(content: bytes) -> str:
 def _detect_delimiter(text: str, suffix: str) -> str:
     """Detect the delimiter of a table: the one that yields most columns, equal in all first rows.
 
-    Without such a delimiter, it is the most frequent one of the header.
+    A delimiter that separates images from other cells has precedence. Without a delimiter, it is
+    the most frequent one of the header. Files other than .csv are separated by tabs if their first
+    line contains one: JSON and sentences in their cells contain commas.
     """
-    num_columns: dict[str, int] = {}
+    header = text.partition("\n")[0]
+    if suffix != ".csv" and "\t" in header:
+        return "\t"
+    ranks: dict[str, tuple[bool, int]] = {}
     head = text[:DETECTION_BYTES]
     for delimiter in _DELIMITERS:
         with contextlib.suppress(csv.Error):
             rows = list(csv.reader(io.StringIO(head, newline=""), delimiter=delimiter))
             complete = rows if len(text) == len(head) or len(rows) == 1 else rows[:-1]
             widths = {len(row) for row in complete if row}
-            num_columns[delimiter] = widths.pop() if len(widths) == 1 else 0
-    best = max(num_columns, key=lambda one: num_columns[one], default=",")
-    if num_columns.get(best, 0) > 1:
+            width = widths.pop() if len(widths) == 1 else 0
+            has_images = width > 1 and any(map(is_image_value, complete[-1]))
+            ranks[delimiter] = (has_images, width)
+    best = max(ranks, key=lambda one: ranks[one], default=",")
+    if ranks.get(best, (False, 0))[1] > 1:
         return best
-    header = text.partition("\n")[0]
     default = "\t" if suffix == ".tsv" else ","
     return max((default, *_DELIMITERS), key=header.count)
 
 
 def _open_csv(source: Path, encoding: str | None, no_header: bool) -> RowReader:
-    content = read_data_file(source)
+    content = _read_content(source)
     guessed = encoding or _detect_encoding(content)
     try:
         text = content.decode(guessed)
@@ -386,13 +641,47 @@ def _open_csv(source: Path, encoding: str | None, no_header: bool) -> RowReader:
             ) from error
         text = _decode_utf8(content, source, 1)
     text = text.removeprefix("\ufeff")
-    delimiter = _detect_delimiter(text, source.suffix.lower())
-    table, header_note = _parse_csv(text, source, delimiter, no_header)
+    suffix = get_row_suffix(source)
+    delimiter = _detect_delimiter(text, suffix)
+    if suffix == ".txt":
+        _check_text_columns(text, source, delimiter)
+    table, header = _parse_csv(text, source, delimiter, no_header)
+    if suffix == ".txt" and delimiter == "\t":
+        _check_text_quotes(text, source, header)
     is_certain = encoding is not None or guessed in ("utf-8", "utf-16")
     note = "" if is_certain else "encoding guessed: "
     encoding_name = guessed.upper().replace("_", "-")
-    text_format = f"{_DELIMITERS[delimiter]}-separated, {note}{encoding_name}{header_note}"
+    text_format = f"{_DELIMITERS[delimiter]}-separated, {note}{encoding_name}{header.note}"
     return rows_from_items(table, lambda _, row: row, text_format)
+
+
+def _check_text_columns(text: str, source: Path, delimiter: str) -> None:
+    """Reject a .txt file without columns, such as prose or a list of images."""
+    first_line = text.lstrip("\r\n").partition("\n")[0]
+    if delimiter not in first_line:
+        raise UserError(
+            f"a text without columns: {first_line[:60]!r}",
+            where=str(source),
+            expected="a table, such as lines with an image path, a tab and a text",
+            remedy="separate the columns by tabs; for a list of images, give their folder",
+        )
+
+
+def _check_text_quotes(text: str, source: Path, header: _Header) -> None:
+    """Reject quotes in a .txt table of tabs without header.
+
+    Tools for text recognition do not quote cells, but spreadsheets do.
+    """
+    quoted = re.search(r'(?:^|\t)"', text, re.MULTILINE)
+    if header.is_missing and quoted is not None:
+        line_number = text.count("\n", 0, quoted.start() + 1) + 1
+        raise UserError(
+            "a cell begins with a quote, which may enclose the cell or be a part of its text",
+            where=f"{source}:{line_number}",
+            expected="a .txt table without such quotes",
+            remedy="if quotes enclose cells, name the file .tsv; if they are text, write such a"
+            ' cell as """text""" and name the file .tsv',
+        )
 
 
 def _open_xlsx(source: Path, no_header: bool) -> RowReader:
@@ -417,13 +706,16 @@ def _open_xlsx(source: Path, no_header: bool) -> RowReader:
             expected="an unencrypted .xlsx file with a table in its active sheet",
             remedy="save the table again, or as CSV",
         ) from error
-    header, header_note = _name_columns(cells[0][1] if cells else [], no_header, source)
-    numbered_rows = cells if header_note else cells[1:]
+    header = _read_header(cells[0][1] if cells else [], no_header, source)
+    numbered_rows = cells if header.is_missing else cells[1:]
+    if header.is_padded:
+        numbered_rows = [(number, _strip_texts(row)) for number, row in numbered_rows]
     filled = {n for _, row in numbered_rows for n, value in enumerate(row) if value is not None}
-    header += [None] * (max(filled, default=-1) + 1 - len(header))
+    all_names = [*header.names]
+    all_names += [None] * (max(filled, default=-1) + 1 - len(all_names))
     names = [
         f"unnamed column {n + 1}" if name is None and n in filled else name
-        for n, name in enumerate(header)
+        for n, name in enumerate(all_names)
     ]
 
     def make_row(_: int, numbered_values: tuple[int, list[Any]]) -> SourceRow:
@@ -434,7 +726,7 @@ def _open_xlsx(source: Path, no_header: bool) -> RowReader:
 
     others = [name for name in workbook.sheetnames if name != sheet.title]
     text_format = f"sheet {sheet.title!r}" + (f", not {', '.join(others)}" if others else "")
-    return rows_from_items(numbered_rows, make_row, f"{text_format}{header_note}")
+    return rows_from_items(numbered_rows, make_row, f"{text_format}{header.note}")
 
 
 def _iter_sheet_rows(sheet: Any) -> Iterator[tuple[int, list[Any]]]:
@@ -462,18 +754,23 @@ def _iter_sheet_rows(sheet: Any) -> Iterator[tuple[int, list[Any]]]:
 
 def _parse_csv(
     content: str, source: Path, delimiter: str, no_header: bool
-) -> tuple[list[SourceRow], str]:
-    """Return the rows of a table, and a note about a missing header."""
-    rows, header_note = [], ""
+) -> tuple[list[SourceRow], _Header]:
+    """Return the rows of a table, and its header."""
+    rows = []
     csv.field_size_limit(MAX_CSV_CELL_CHARS)
-    # Strict: an unclosed quote would otherwise consume the rest of the file.
-    reader = csv.reader(io.StringIO(content, newline=""), delimiter=delimiter, strict=True)
+    reader = _create_csv_reader(content, delimiter)
     try:
         lines = filter(None, reader)
-        first = next(lines, [])
-        names, header_note = _name_columns(first, no_header, source)
-        columns = [name or f"unnamed column {n}" for n, name in enumerate(names, start=1)]
-        values = itertools.chain([first] if header_note else [], lines)
+        first: list[str] = next(lines, [])
+        header = _read_header(first, no_header, source)
+        if header.is_padded:
+            reader = _create_csv_reader(_strip_cells(content, delimiter), delimiter)
+            lines = filter(None, reader)
+            first = next(lines, [])
+            header = replace(_read_header(first, no_header, source), is_padded=True)
+        columns = [name or f"unnamed column {n}" for n, name in enumerate(header.names, start=1)]
+        values = itertools.chain([first] if header.is_missing else [], lines)
+        stem = _get_stem(source)
         for row_number, cells in enumerate(values, start=1):
             if len(cells) != len(columns):
                 raise UserError(
@@ -483,7 +780,7 @@ def _parse_csv(
                     remedy="put cells that contain a separator or a line break in double quotes",
                 )
             record = dict(zip(columns, cells, strict=True))
-            rows.append(SourceRow(row_number, f"row {row_number}", record, source.stem))
+            rows.append(SourceRow(row_number, f"row {row_number}", record, stem))
     except csv.Error as error:
         raise UserError(
             f"broken CSV: {error}",
@@ -491,23 +788,79 @@ def _parse_csv(
             expected=f"cells of at most {MAX_CSV_CELL_CHARS} characters, quoted with double quotes",
             remedy="correct the line, or save the table as JSONL or Parquet",
         ) from error
-    return rows, header_note
+    return rows, header
 
 
-def _name_columns(
-    first_row: Sequence[Any], no_header: bool, source: Path
-) -> tuple[list[str | None], str]:
-    """Return the names of table columns, and a note if the first row contains values.
+def _create_csv_reader(content: str, delimiter: str) -> Any:
+    # Strict: an unclosed quote would otherwise consume the rest of the file.
+    return csv.reader(io.StringIO(content, newline=""), delimiter=delimiter, strict=True)
 
-    Such columns are named 1, 2 and so on. A row with an image or its file name contains values.
+
+def _strip_cells(content: str, delimiter: str) -> str:
+    """Remove the spaces around all cells of a table, but not those inside of quotes."""
+    blank = "[ ]" if delimiter == "\t" else "[ \t]"
+    end = re.escape(delimiter)
+    word = rf"[^ \t{end}\r\n]++" if delimiter != "\t" else r"[^ \t\r\n]++"
+    quoted = r'"(?:[^"]++|"")*+"'
+    # Possessive: a long run of spaces inside of a cell is read once.
+    unquoted = rf'(?!"){word}(?:{blank}++{word})*+'
+    return re.sub(
+        rf"{blank}*+((?:{quoted}|{unquoted})?){blank}*+({end}|\r?\n|\r|\Z)", r"\1\2", content
+    )
+
+
+def _strip_texts(cells: Sequence[Any]) -> list[Any]:
+    return [cell.strip() if isinstance(cell, str) else cell for cell in cells]
+
+
+@dataclass(frozen=True, slots=True)
+class _Header:
+    """Names of table columns, None for those without a name.
+
+    Attributes:
+        is_missing: The first row contains values. The columns are named 1, 2 and so on.
+        is_padded: Names or cells of the first row are padded by spaces, which are not a part of
+            the cells of the table.
     """
-    if first_row and (no_header or any(map(is_image_value, first_row))):
+
+    names: list[str | None]
+    is_missing: bool
+    is_padded: bool
+
+    @property
+    def note(self) -> str:
+        """Return the notes about the header for the summary, empty without one."""
+        notes = ""
+        if self.is_missing:
+            notes += f"; no header, columns 1 to {len(self.names)}"
+        if self.is_padded:
+            notes += "; spaces around cells removed"
+        return notes
+
+
+def _read_header(first_row: Sequence[Any], no_header: bool, source: Path) -> _Header:
+    """Return the header of a table from its first row.
+
+    A row with an image or its file name contains values.
+    """
+    texts = ["" if cell is None else str(cell) for cell in first_row]
+    is_media = any(is_image_value(cell) or _is_media_name(cell) for cell in first_row)
+    if first_row and (no_header or is_media):
         names = [str(number) for number in range(1, len(first_row) + 1)]
-        return [*names], f"; no header, columns {names[0]} to {names[-1]}"
-    header = [None if name is None or not str(name).strip() else str(name) for name in first_row]
-    remedy = "rename the columns in the first line, or if it contains values, import the file"
-    _reject_duplicate_columns([*filter(None, header)], f"{source}:1", f"{remedy} with --no-header")
-    return header, ""
+        is_padded = len(texts) > 1 and (
+            all(text.startswith(" ") for text in texts[1:])
+            or all(text.endswith(" ") for text in texts[:-1])
+        )
+        return _Header([*names], is_missing=True, is_padded=is_padded)
+    stripped = [text.strip() for text in texts]
+    is_padded = any(name and name != text for name, text in zip(stripped, texts, strict=True))
+    _reject_duplicate_columns(
+        [name for name in stripped if name],
+        f"{source}:1",
+        "rename the columns in the first line, or if it contains values, import the file with"
+        " --no-header",
+    )
+    return _Header([name or None for name in stripped], is_missing=False, is_padded=is_padded)
 
 
 def _reject_duplicate_columns(names: Sequence[str], where: str, remedy: str) -> None:
@@ -559,13 +912,16 @@ def _name_classes(value: Any, feature: Any) -> Any:
         return value
     inner = feature.get("feature", feature)
     if isinstance(value, list):
-        return [_name_classes(one, inner) for one in value]
+        names = [_name_classes(one, inner) for one in value]
+        is_class = isinstance(inner, dict) and inner.get("_type") == "ClassLabel"
+        return ClassNames(names) if is_class else names
     if isinstance(value, dict):
         fields = inner if isinstance(inner, dict) else {}
         return {key: _name_classes(one, fields.get(key)) for key, one in value.items()}
-    names = feature.get("names")
-    if feature.get("_type") == "ClassLabel" and isinstance(names, list) and type(value) is int:
-        return str(names[value]) if 0 <= value < len(names) else value
+    class_names = feature.get("names")
+    is_class = feature.get("_type") == "ClassLabel"
+    if is_class and isinstance(class_names, list) and type(value) is int:
+        return str(class_names[value]) if 0 <= value < len(class_names) else value
     return value
 
 

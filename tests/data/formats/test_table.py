@@ -102,6 +102,33 @@ def test_roles_are_guessed(names: str, expected: str) -> None:
         check_guessed_columns(records, columns, "here")
 
 
+def build_records(names: list[str], rows: list[list[Any]]) -> list[dict[str, Any]]:
+    return [dict(zip(names, row, strict=True)) for row in rows]
+
+
+@pytest.mark.parametrize("name", CASES["test_roles_are_guessed_by_values"])
+def test_roles_are_guessed_by_values(name: str) -> None:
+    names, rows, expected = CASES["test_roles_are_guessed_by_values"][name]
+    records = build_records(names, rows)
+    columns = guess_columns(records)
+    assert columns == expected
+    check_guessed_columns(records, columns, "here")
+
+
+@pytest.mark.parametrize("name", CASES["test_guessed_roles_are_rejected"])
+def test_guessed_roles_are_rejected(name: str) -> None:
+    names, rows, what = CASES["test_guessed_roles_are_rejected"][name]
+    records = build_records(names, rows)
+    with pytest.raises(UserError, match=what) as caught:
+        check_guessed_columns(records, guess_columns(records), "here")
+    assert "--map" in caught.value.remedy
+
+
+@pytest.mark.parametrize(("record", "options"), CASES["test_mapping_is_suggested_by_values"])
+def test_mapping_is_suggested_by_values(record: dict[str, Any], options: str) -> None:
+    assert suggest_mapping(record) == options
+
+
 @pytest.mark.parametrize(
     ("name", "value"), [("reasoning", "It is red, so it stops."), ("history", [["q", "a"]])]
 )

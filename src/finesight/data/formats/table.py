@@ -1,9 +1,11 @@
 """Tables with columns mapped by the user: --map image=COLUMN --map answer=COLUMN.
 
 The user turn consists of the image (or several, from a list), the question, and the prompt on a new
-line. A list of answers yields one training sample per answer. The columns mapped to `fields` become
-one answer, a JSON object. Boxes are the answer if there is no other one, else they follow the
-answer text on a new line. See `conversation_rows` for boxes within the answer text.
+line. A column of video files yields videos instead. A list of texts as the answer yields one
+training sample per text. A list of numbers or of labels is one answer in JSON, and so is an object
+inside of a column. The columns mapped to `fields` become one answer, a JSON object. Boxes are the
+answer if there is no other one, else they follow the answer text on a new line. See
+`conversation_rows` for boxes within the answer text.
 """
 
 from __future__ import annotations
@@ -16,9 +18,11 @@ import re
 import shlex
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from string import ascii_uppercase
 from typing import get_args
 
+from finesight.bounded_files import parse_unique_json
 from finesight.data.boxes import (
     BoxConvention,
     BoxFormat,
@@ -59,7 +63,7 @@ from finesight.data.formats.row_keys import (
     has_value,
 )
 from finesight.data.image_file import is_image_value
-from finesight.data.row_reader import Record, SourceRow
+from finesight.data.row_reader import ClassNames, Record, SourceRow
 from finesight.data.sample import (
     MAX_ANSWERS,
     BoxPart,
@@ -69,14 +73,17 @@ from finesight.data.sample import (
     LocatedSample,
     Message,
     TextPart,
+    check_json,
     check_limit,
+    is_video_path,
     join_text,
     list_coordinates,
 )
 from finesight.errors import UserError, describe_choices, suggest_name
 
 _COLUMN_ROLES = ("image", "answer", "question", "box", "label")
-MAPPABLE_COLUMNS = (*_COLUMN_ROLES, "fields")
+MEDIA_ROLES = ("image", "video")
+MAPPABLE_COLUMNS = (*_COLUMN_ROLES, "fields", "video")
 """Roles in `--map ROLE=COLUMN`.
 
 A box may use four columns and `fields` any number: `--map ROLE=COLUMN,COLUMN`.
@@ -89,6 +96,7 @@ MAX_CELL_CHARS = 2**20
 
 _NAME_TABLE = """
 image: image img picture photo path file filename
+video: video clip movie
 question: question query instruction prompt problem ask request
 question: frage pregunta pergunta domanda вопрос 问题 问 質問 질문
 text: antwort respuesta réponse resposta risposta ответ 答案 答 回答 답변
@@ -98,6 +106,8 @@ other: latex formula label class category chosen
 phrase: phrase expression sentence sentences caption description text ref
 box: bbox box
 label: label labels class category categories name names object classid labelid categoryid
+list: labels label classes class categories category tags attributes keywords
+number: number num no nr index idx id
 pair: prefix,suffix input,output input,target input,label source,target user,assistant
 pair: human,gpt human,assistant context,completion q,a
 xyxy: xmin,ymin,xmax,ymax x1,y1,x2,y2 left,top,right,bottom minx,miny,maxx,maxy x0,y0,x1,y1
@@ -110,7 +120,8 @@ cxcywh: cx,cy,w,h cx,cy,width,height xcenter,ycenter,width,height centerx,center
 """
 """Column names by role, in lower case without punctuation.
 
-An answer has the names of `text`, also beside boxes, or of `other`. The names of a `pair` are a
+An answer has the names of `text`, also beside boxes, or of `other`. A `list` of an image is a
+single answer. A `number` may count the rows of an image. The names of a `pair` are a
 question and its answer only together. A `phrase` is the question about boxes without classes. Four
 columns with the coordinates of a box have the names of its format.
 """
@@ -122,7 +133,7 @@ def _list_names(role: str) -> list[str]:
 
 
 _ANSWER_NAMES = _list_names("text")
-_COMMON_NAMES = {role: _list_names(role) for role in _COLUMN_ROLES}
+_COMMON_NAMES = {role: _list_names(role) for role in (*_COLUMN_ROLES, "video")}
 _COMMON_NAMES["answer"] = [*_ANSWER_NAMES, *_list_names("other")]
 _BOX_FORMATS: tuple[BoxFormat, ...] = get_args(BoxFormat)
 _BOX_COLUMNS = {box_format: _list_names(box_format) for box_format in _BOX_FORMATS}
@@ -130,7 +141,7 @@ _BOX_COLUMNS = {box_format: _list_names(box_format) for box_format in _BOX_FORMA
 _OPTION = re.compile(r"(?i)(?:(?:option|choice)[_ ]?)?([A-H])")
 """Names of the columns with the options of a multiple-choice question."""
 
-_OPTION_LISTS = ("choices", "options")
+_OPTION_LISTS = ("choices", "options", "candidates")
 """Names of the columns with all options in a list."""
 
 _NO_INPUT_IMAGE = re.compile(r"(?i).*(?:mask|segmentation|thumb|url).*")
@@ -139,6 +150,14 @@ _NO_INPUT_IMAGE = re.compile(r"(?i).*(?:mask|segmentation|thumb|url).*")
 _IGNORED_NAMES = re.compile(
     r"(?i)id|index|idx|split|unnamed.*|no\.?|nr\.?|#|row|(?:system|negative|rejected).*|"
 )
+_CLIP_BOUND = re.compile(
+    "start|end|begin|from|to|onset|offset|timestamps?|times?|span|segment|interval|moment|window"
+    "|frame"
+)
+"""Words of columns that may select a part of a video."""
+
+_TIMES = re.compile(r"[\d:.,;\s\[\]()s-]*\d[\d:.,;\s\[\]()s-]*")
+
 _WORDS = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])|[0-9]+|[^\W_A-Za-z0-9]+")
 _TEXT_WORDS = {"text", "content", "en"}
 
@@ -163,12 +182,17 @@ def guess_columns(records: Sequence[Record]) -> dict[str, str]:
     images = [name for name in names if _has_values(records, name, is_image_value, 0.9)]
     inputs = images[:1] + [name for name in images[1:] if not _NO_INPUT_IMAGE.fullmatch(name)]
     columns = {"image": ",".join(inputs)} if images else {}
-    boxes = _guess_box_columns(records, [name for name in names if name not in images])
+    videos = [name for name in names if _has_values(records, name, is_video_value, 0.9)]
+    if videos:
+        columns["video"] = ",".join(videos)
+    media = [*images, *videos]
+    boxes = _guess_box_columns(records, [name for name in names if name not in media])
     others = [
         name
         for name in names
-        if name not in (*images, *",".join(boxes.values()).split(","))
+        if name not in (*media, *",".join(boxes.values()).split(","))
         and not _IGNORED_NAMES.fullmatch(name)
+        and not (_has_number_name(name) and _counts_rows(records, name, media))
         and _has_values(records, name, _is_text, 0)
     ]
     question, answer = _find_pair(others)
@@ -184,13 +208,15 @@ def guess_columns(records: Sequence[Record]) -> dict[str, str]:
             question = label if is_phrase else None
         left = [name for name in others if name not in (question or "").split(",")]
         answer = _find_name([name for name in left if name != label], _ANSWER_NAMES)
-        texts = {"question": question, "answer": answer}
-        return columns | {role: name for role, name in texts.items() if name} | boxes
+        found = {"question": question, "answer": answer}
+        return columns | {role: name for role, name in found.items() if name} | boxes
     if question is not None:
         columns["question"] = question
         others = [name for name in others if name not in question.split(",")]
-    answer = answer or _find_name(others, _COMMON_NAMES["answer"])
-    if question is None and answer == _find_name(others, _ANSWER_NAMES) is not None:
+    # The last word of a flag, such as `is_wrong_answer`, does not say that it is the answer.
+    texts = [name for name in others if not _is_flag(records, name)]
+    answer = answer or _find_name(texts, _COMMON_NAMES["answer"])
+    if question is None and answer == _find_name(texts, _ANSWER_NAMES) is not None:
         free = [name for name in others if name != answer and _is_question(records, name)]
         columns |= {"question": free[0]} if len(free) == 1 else {}
     if answer or len(others) == 1:
@@ -198,6 +224,43 @@ def guess_columns(records: Sequence[Record]) -> dict[str, str]:
     elif others and not all(map(str.isdecimal, names)):
         columns["fields"] = ",".join(others)
     return columns
+
+
+def is_video_value(value: object) -> bool:
+    """Return whether a value is the name of a video file, an object with one, or a list of them."""
+    if isinstance(value, list):
+        return bool(value) and all(map(is_video_value, value))
+    if isinstance(value, dict):
+        return not value.get("bytes") and is_video_value(value.get("path"))
+    return isinstance(value, str) and is_video_path(value.strip())
+
+
+def _is_flag(records: Sequence[Record], name: str) -> bool:
+    """Return whether a column with a name of several words contains only true and false."""
+
+    def is_truth(value: object) -> bool:
+        return isinstance(value, bool) or value in ("true", "false", "True", "False")
+
+    return len(_WORDS.findall(name)) > 1 and all(is_truth(record.get(name)) for record in records)
+
+
+def _has_number_name(name: str) -> bool:
+    return _find_name([name], _list_names("number")) is not None
+
+
+def _counts_rows(records: Sequence[Record], name: str, media: Sequence[str]) -> bool:
+    """Return whether a column counts the rows of each image, from 0 or 1."""
+    numbers: dict[str, list[int]] = {}
+    for record in records:
+        files = [record.get(column) for column in media]
+        cell = str(record.get(name)).strip()
+        if not cell.isdecimal() or not all(isinstance(file, str) for file in files):
+            return False
+        numbers.setdefault(str(files), []).append(int(cell))
+    for found in numbers.values():
+        if found[0] not in (0, 1) or found != list(range(found[0], found[0] + len(found))):
+            return False
+    return len(numbers) < len(records)
 
 
 def _is_question(records: Sequence[Record], name: str) -> bool:
@@ -218,7 +281,9 @@ def _find_pair(names: Sequence[str]) -> tuple[str | None, str | None]:
     # The input of an instruction is a part of the question (Alpaca).
     others = [name for name in names if name != question]
     is_alpaca = "instruction" in (question or "").lower()
-    more = _find_name(others, ("input", "context")) if is_alpaca else None
+    more = None
+    if is_alpaca:  # whole names: the input of Alpaca, not such as a text that a user types
+        more = next((name for name in others if name.lower() in ("input", "context")), None)
     options = [name for name in others if _OPTION.fullmatch(name)]
     if len(options) < 2:
         options = [name for name in others if name.lower() in _OPTION_LISTS]
@@ -374,15 +439,68 @@ def has_unknown_texts(records: Sequence[Record], columns: Mapping[str, str]) -> 
 def suggest_mapping(record: Record) -> str:
     """Suggest `--map` options for a record, by the values or the names of its columns."""
     columns = guess_columns([record])
-    if "image" not in columns:
+    if columns.keys().isdisjoint(MEDIA_ROLES):
         columns = {}
         for role in ("image", "answer", "question", "box"):
-            matches = (key for name in _COMMON_NAMES[role] for key in record if name in key.lower())
-            columns[role] = next(matches, "COLUMN" if role == "image" else "")
+            column = _find_fitting_column(record, role)
+            if column is not None and column not in columns.values():
+                columns[role] = column
+        columns.setdefault("image", "COLUMN")
     if not any(map(columns.get, ("answer", "fields", "box"))):
         columns["answer"] = "COLUMN"
     pairs = [f"{role}={columns[role]}" for role in MAPPABLE_COLUMNS if columns.get(role)]
     return " ".join(f"--map {shlex.quote(pair)}" for pair in pairs)
+
+
+def suggest_numbered_mapping(
+    records: Sequence[Record], sizes: Sequence[tuple[float, float] | None]
+) -> str:
+    """Suggest `--map` options for columns without names, by their values only.
+
+    Args:
+        sizes: Width and height of the image of each record, None if unknown.
+    """
+    names = list(records[0])
+    guessed = guess_columns(records)
+    options = format_media_options(guessed) or "--map image=COLUMN"
+    used = format_columns(guessed, MEDIA_ROLES)
+    for start in range(len(names) - 3):
+        box = names[start : start + 4]
+        box_format = find_box_format(records, ",".join(box), sizes)
+        if used.count("") == 0 and box_format is not None and not set(box) & set(used):
+            options += f" --map box={','.join(box)}"
+            if box_format != "xyxy":
+                options += f" --box-format {box_format}"
+            used += box
+            break
+    has_box = len(used) > 4
+    texts = [name for name in names if name not in used and _has_values(records, name, _is_word, 0)]
+    if len(texts) == 1:
+        role = "label" if has_box else "answer"
+        return f"{options} --map {role}={texts[0]}"
+    return options if has_box else f"{options} --map answer=COLUMN"
+
+
+def _is_word(value: object) -> bool:
+    """Return whether a value is a text with letters."""
+    return isinstance(value, str) and re.search(r"[^\W\d_]", value) is not None
+
+
+def _find_fitting_column(record: Record, role: str) -> str | None:
+    """Return the first column whose name contains that of a role, and whose value fits it."""
+    for name in _COMMON_NAMES[role]:
+        for key, value in record.items():
+            if name in key.lower() and (_is_empty(value) or _fits_role(value, role)):
+                return key
+    return None
+
+
+def _fits_role(value: object, role: str) -> bool:
+    if role == "image":
+        return is_image_value(value)
+    if role == "box":
+        return bool(_list_boxes([{role: value}], role))
+    return _is_text(value) and not isinstance(value, bool)
 
 
 def suggest_role(name: str, column: str) -> str:
@@ -398,8 +516,11 @@ def list_columns(record: Record, columns: Mapping[str, str]) -> list[str]:
     mapped = ",".join(columns.values()).split(",")
     names: list[str] = []
     for name, value in record.items():
-        item = value[0] if isinstance(value, list) and value else value
         is_used_in_part = any(one.startswith(f"{name}.") for one in mapped)
+        if is_used_in_part and isinstance(value, str):
+            with suppress(InvalidRowError):  # reported when the cell is read
+                value = _parse_json_text(str(name), value)
+        item = value[0] if isinstance(value, list) and value else value
         nested = item if isinstance(item, dict) and is_used_in_part else None
         names += [str(name)] if nested is None else [f"{name}.{key}" for key in nested]
     return names
@@ -416,13 +537,8 @@ def parse_row(row: SourceRow, context: ImportContext) -> ImportExample:
     """Build a training example from a table row with mapped columns."""
     context.other_keys.update(list_unused_columns(row.record, context.columns))
     images = RowImages(context)
-    parts: list[ContentPart] = []
+    parts = _add_media(row.record, context, images)
     options: list[str] = []
-    if "image" in context.columns:  # an empty list yields no images, an empty cell is rejected
-        values = _read_cell(row.record, context, "image")
-        if "," in context.columns["image"] and isinstance(values, list):
-            values = list(filter(has_value, values)) or values[:1]
-        parts += map(images.add_image, values if isinstance(values, list) else [values])
     question = _read_cell(row.record, context, "question")
     if isinstance(question, list) and "," in context.columns["question"]:
         names = find_columns(row.record, "question", context.columns["question"])
@@ -439,9 +555,7 @@ def parse_row(row: SourceRow, context: ImportContext) -> ImportExample:
     content = omit_classes(context.add_prompt(parts), omitted, boxes)
     user = Message(role="user", content=content)
     line_end = "\n" if boxes else ""
-    answers_text = as_list(_read_cell(row.record, context, "answer"))
-    check_limit(len(answers_text), MAX_ANSWERS, "answers")
-    texts = [_get_text(answer, "answer") for answer in answers_text]
+    texts = _list_answers(row.record, context)
     if options and (number := next((t for t in texts if t.isdecimal() and t not in options), None)):
         raise InvalidRowError(
             f"the answer {number} to a question with {len(options)} options",
@@ -465,9 +579,96 @@ def parse_row(row: SourceRow, context: ImportContext) -> ImportExample:
     return ImportExample(row.id, (user,), tuple(answers))
 
 
+def _add_media(record: Record, context: ImportContext, images: RowImages) -> list[ContentPart]:
+    """Return the parts of images and videos of a row.
+
+    An empty list yields no images. An empty cell is rejected.
+    """
+    parts: list[ContentPart] = []
+    for role in MEDIA_ROLES:
+        column = context.columns.get(role)
+        # A format may map its only column of files to `image`, too.
+        is_repeated = role == "video" and column == context.columns.get("image")
+        if column is not None and not is_repeated:
+            cell = _read_cell(record, context, role)
+            items = _list_media(cell, role, has_columns="," in column)
+            parts += [_add_file(item, role, images) for item in items]
+    return parts
+
+
+def _list_media(cell: object, role: str, *, has_columns: bool) -> list[object]:
+    """Return the images or videos of a cell; a list of frames is a single video.
+
+    Args:
+        has_columns: The cell is a list of the values of several columns.
+    """
+    if not isinstance(cell, list):
+        return [cell]
+    if has_columns:
+        return list(filter(has_value, cell)) or cell[:1]
+    is_frames = role == "video" and not is_video_value(cell)
+    return [cell] if is_frames else cell
+
+
+def _add_file(value: object, role: str, images: RowImages) -> ContentPart:
+    if isinstance(value, dict) and is_video_value(value):
+        return images.add_video(value["path"])
+    if role == "video" or is_video_value(value):
+        return images.add_video(value)
+    return images.add_image(value)
+
+
+def _list_answers(record: Record, context: ImportContext) -> list[str]:
+    """Return the texts of all correct answers in the column mapped to `answer`."""
+    column = context.columns.get("answer", "")
+    value = _read_cell(record, context, "answer")
+    is_single = column in record or "," not in column
+    is_object = isinstance(value, dict) and column not in record
+    if is_single and (is_object or _is_joint_answer(value, column)):
+        return [_to_json(value, column)]
+    answers = as_list(value)
+    check_limit(len(answers), MAX_ANSWERS, "answers")
+    return [_get_text(answer, "answer") for answer in answers]
+
+
+def _is_joint_answer(value: object, column: str) -> bool:
+    """Return whether a list is one answer: several numbers, or all labels of an image."""
+    if not isinstance(value, list) or not value:
+        return False
+    if isinstance(value, ClassNames):
+        return True
+    has_list_name = _find_name([column.rpartition(".")[2]], _list_names("list")) is not None
+    if has_list_name and all(isinstance(item, str | int | float) for item in value):
+        return True
+    is_nested = isinstance(value[0], list)
+    return (len(value) > 1 or is_nested) and _is_numeric(value)
+
+
+def _is_numeric(value: object) -> bool:
+    if isinstance(value, list):
+        return bool(value) and all(map(_is_numeric, value))
+    return isinstance(value, int | float) and value == value
+
+
 def place_images(images: list[ContentPart], question: str) -> list[ContentPart]:
-    """Return images and question, with the images at its `<image>` if their numbers are equal."""
-    first, *texts = re.split("<image>\n?", question)
+    """Return images and question, with the images at its `<image>` if their numbers are equal.
+
+    Videos are placed at `<video>`.
+
+    Raises:
+        InvalidRowError: The `<video>` of the question are not those of the row.
+    """
+    placeholder = "<image>\n?"
+    kinds = [part.type for part in images]
+    if "video" in kinds and "<video>" in question:
+        placeholder = "<(?:image|video)>\n?"
+        if re.findall("<(image|video)>", question) != kinds:
+            raise InvalidRowError(
+                f"the placeholders of {question[:60]!r} for {', '.join(kinds)}",
+                "a `<video>` for each video, and an `<image>` for each image, in this order",
+                "correct the placeholders, or remove them to put the files first",
+            )
+    first, *texts = re.split(placeholder, question)
     if len(texts) != len(images):
         return [*images, make_text_part(question)]
     pieces = [first, *itertools.chain.from_iterable(zip(images, texts, strict=True))]
@@ -522,6 +723,66 @@ def _match_name(label: str) -> str:
     return rf"(?a:(?<!\w){re.escape(label)}(?!\w))"
 
 
+def format_media_options(columns: Mapping[str, str]) -> str:
+    """Return the `--map` options of images and videos."""
+    pairs = [f"{role}={columns[role]}" for role in MEDIA_ROLES if role in columns]
+    return " ".join(f"--map {shlex.quote(pair)}" for pair in pairs)
+
+
+def _check_media_columns(records: Sequence[Record], columns: Mapping[str, str], where: str) -> None:
+    """Reject guessed roles of images beside videos, and of columns that may be bounds of clips."""
+    video = columns.get("video")
+    if video is None:
+        return
+    image = columns.get("image", video)
+    if image != video:
+        raise UserError(
+            f"images in the column {image} and videos in {video}: the question may be about both",
+            where=where,
+            expected="one column of images or of videos",
+            remedy=f"give --map image={image},{video} --map answer=COLUMN for both, or name one of"
+            " them only",
+        )
+    roles = ",".join(columns.get(role, "") for role in ("video", "question", "answer")).split(",")
+    for name in map(str, records[0]):
+        words = [word.lower() for word in _WORDS.findall(name)]
+        is_bound = any(map(_CLIP_BOUND.fullmatch, words))
+        is_number = any(_TIMES.fullmatch(str(record.get(name))) for record in records)
+        if name not in roles and is_bound and is_number:
+            raise UserError(
+                f"the column {name!r} may select a part of the videos, and would be left out",
+                where=where,
+                expected="videos that are used as a whole",
+                remedy="cut the clips into files of their own; or if the question needs the whole"
+                f" videos, give {format_media_options(columns)} --map answer=COLUMN, and --map"
+                " question=COLUMN if there is one",
+            )
+
+
+def _check_row_counters(records: Sequence[Record], columns: Mapping[str, str], where: str) -> None:
+    """Reject a JSON answer with a column that perhaps only counts the rows of an image."""
+    names = columns.get("fields", "").split(",")
+    media = format_columns(columns, MEDIA_ROLES)
+    for name in names:
+        if name and _counts_rows(records, name, media):
+            others = [other for other in names if other != name]
+            role = "fields" if len(others) > 1 else "answer"
+            options = format_media_options(columns)
+            raise UserError(
+                f"the column {name!r} counts the rows of each image: it may be a part of the answer"
+                " or only a number",
+                where=where,
+                expected="columns of the answer",
+                remedy=f"without it, give {options} --map {role}={','.join(others)}; as a part of"
+                f" the answer, {options} --map fields={','.join(names)}",
+            )
+
+
+def format_columns(columns: Mapping[str, str], roles: Sequence[str]) -> list[str]:
+    """Return the names of all columns with one of the roles."""
+    return ",".join(columns[role] for role in roles if role in columns).split(",")
+
+
 def check_guessed_columns(
     records: Sequence[Record], columns: Mapping[str, str], where: str
 ) -> None:
@@ -532,9 +793,11 @@ def check_guessed_columns(
             where=where,
             expected="a column with a known name, such as answer, caption, or objects with bbox and"
             " categories; or a single column besides the image",
-            remedy=f"name the column: --map image={columns['image']} --map answer=COLUMN, or --map"
+            remedy=f"name the column: {format_media_options(columns)} --map answer=COLUMN, or --map"
             " fields=COLUMN,COLUMN",
         )
+    _check_media_columns(records, columns, where)
+    _check_row_counters(records, columns, where)
     mapping = " ".join(f"--map {shlex.quote(f'{k}={v}')}" for k, v in columns.items())
     for name in list_unused_columns(records[0], columns):
         values = [get_cell(record, name) for record in records]
@@ -549,6 +812,53 @@ def check_guessed_columns(
                     expected="a table of questions and answers",
                     remedy=f"remove the column, or leave it out with {mapping}",
                 )
+    _check_account(records, columns, where)
+
+
+class UnassignedKeysError(UserError):
+    """Raised if guessed roles would leave out texts inside of lists or objects.
+
+    Attributes:
+        records: First records of the source.
+    """
+
+    records: Sequence[Record] = ()
+
+
+def _check_account(records: Sequence[Record], columns: Mapping[str, str], where: str) -> None:
+    """Reject guessed roles that leave out texts inside of lists or objects.
+
+    Such a text may be the real question or answer. Plain columns without a role are listed after
+    the import.
+    """
+    nested: list[str] = []
+    for name in list_unused_columns(records[0], columns):
+        values = [get_cell(record, name) for record in records]
+        if any(isinstance(value, dict | list) and _has_inner_text(value) for value in values):
+            nested.append(str(name))
+    if not nested:
+        return
+    guess = ", ".join(f"{role}={column}" for role, column in columns.items())
+    error = UnassignedKeysError(
+        f"{', '.join(nested)[:200]}: texts inside of lists or objects, which may be the question or"
+        f" the answer and would be left out (guessed roles: {guess})",
+        where=where,
+        expected="a role for each key, which the names do not state",
+        remedy="give a mapping file (--mapping); or name the columns by --map image=COLUMN, --map"
+        " answer=COLUMN and so on, which leaves out all others",
+    )
+    error.records = records
+    raise error
+
+
+def _has_inner_text(value: object) -> bool:
+    """Return whether a list or an object contains a text with letters, outside of file names."""
+    if isinstance(value, dict):
+        return any(map(_has_inner_text, value.values()))
+    if isinstance(value, list | tuple):
+        return any(map(_has_inner_text, value))
+    is_text = isinstance(value, str) and not is_image_value(value)
+    return is_text and re.search(r"[^\W\d_]", str(value)) is not None
 
 
 def _read_cell(record: Record, context: ImportContext, role: str) -> object:
@@ -570,17 +880,47 @@ def parse_list(cell: object) -> object:
 
 
 def get_cell(record: Record, name: str) -> object:
-    """Return the value of a column, or of a key inside it: `objects.bbox`."""
+    """Return the value of a column, or of a key inside it: `objects.bbox`.
+
+    A column with such a key may contain JSON as text.
+    """
     if name in record:
         return record[name]
     column, _, key = name.partition(".")
-    return _get_inner(record.get(column), key)
+    value = record.get(column)
+    if isinstance(value, str):
+        value = _parse_json_text(column, value)
+    return _get_inner(value, key)
+
+
+def _parse_json_text(column: str, text: str) -> object:
+    """Parse a text of which `--map` names a key; a text without JSON has no keys.
+
+    Raises:
+        InvalidRowError: The text starts like JSON, but is invalid.
+    """
+    if not text.lstrip().startswith(("{", "[")):
+        return None
+    check_json(text.encode(errors="replace"), "")
+    try:
+        return parse_unique_json(text)
+    except ValueError as error:
+        raise InvalidRowError(
+            f"the column {column!r} with {text[:60]!r} is no JSON: {str(error)[:200]}",
+            "JSON text, because --map names a key inside of the column",
+            "correct the row, or map the column without a key",
+        ) from error
 
 
 def _get_inner(value: object, key: str) -> object:
     if isinstance(value, list | tuple):
         return [_get_inner(item, key) for item in value]
-    return value.get(key) if isinstance(value, dict) else None
+    if not isinstance(value, dict):
+        return None
+    if key in value or "." not in key:
+        return value.get(key)
+    outer, _, inner = key.partition(".")
+    return _get_inner(value.get(outer), inner)
 
 
 def find_columns(record: Collection[str], role: str, column: str, where: str = "") -> list[str]:
@@ -658,12 +998,18 @@ def _build_json_answers(row: SourceRow, context: ImportContext) -> list[str]:
 
 
 def _format_member(name: str, value: object) -> str:
+    written = _to_json(value, name)
     try:
-        written = json.dumps(value, ensure_ascii=False, allow_nan=False, default=_json_default)
         return make_text_part(f"{json.dumps(name, ensure_ascii=False)}: {written}").text
     except UnexpectedPlaceholderError as error:
         error.what = f"in the column {name!r}: {error.what}"
         raise
+
+
+def _to_json(value: object, name: str) -> str:
+    """Return the JSON text of a value in a column."""
+    try:
+        return json.dumps(value, ensure_ascii=False, allow_nan=False, default=_json_default)
     except ValueError as error:
         raise UserError(
             f"the column {name!r} with {str(value)[:60]} cannot be written as JSON ({error})",

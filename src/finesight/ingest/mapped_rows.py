@@ -287,7 +287,7 @@ class SampleBuilder:
             answer = self.values.evaluate_text(mapping.answer, self.scope, "answer")
             turns.append(Turn("assistant", [answer]))
         check_limit(len(turns), MAX_MESSAGES, "messages")
-        example = build_example(sample_id, media.place(turns, self.context), {})
+        example = build_example(sample_id, media.build_messages(turns, self.context), {})
         rejected = self._read_text("rejected", mapping.rejected)
         if rejected is None:
             return example
@@ -565,7 +565,7 @@ class Media:
             return self.row_images.add_image(file)
         return self.row_images.add_video(file)
 
-    def place(self, turns: Sequence[Turn], context: ImportContext) -> list[Message]:
+    def build_messages(self, turns: Sequence[Turn], context: ImportContext) -> list[Message]:
         """Return the messages with all files: at their placeholders, or before the first question.
 
         Raises:

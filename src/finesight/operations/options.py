@@ -168,8 +168,8 @@ class TableOptions(TypedDict, total=False):
     columns: Annotated[
         Mapping[str, str] | None,
         Parameter(
-            "Role of a table column: image=COLUMN, answer=COLUMN, question=COLUMN, box=COLUMN or "
-            "label=COLUMN. fields=A,B,C combines columns into a JSON answer. Repeat for each role.",
+            "Role of a table column: image=COLUMN, video=COLUMN, answer=COLUMN, question=COLUMN, "
+            "box=COLUMN or label=COLUMN. fields=A,B,C combines columns into a JSON answer. Repeat for each role.",
             option="--map",
             metavar="ROLE=COLUMN",
             parse=parse_column_map,

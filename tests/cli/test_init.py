@@ -156,6 +156,18 @@ def test_task_of_a_table_is_detected(tmp_path, columns, metric, prompt, run_init
 
 
 @pytest.mark.usefixtures("no_plan")
+@pytest.mark.parametrize(("columns", "fields", "question"), CASES["fields"])
+def test_task_of_fields_reads_all_columns_of_text(columns, fields, question, run_init):
+    table = write_table("data", 12, **columns)
+    found = run_init(table, "--task", "json", "--out", "out")
+    assert found["columns"].get("fields") == fields
+    assert found["columns"].get("question") == question
+    sample = read_samples(Path("out/data/data.jsonl"))[0]
+    answer = json.loads(sample.messages[-1].content[0].text)
+    assert list(answer) == fields.split(",")
+
+
+@pytest.mark.usefixtures("no_plan")
 @pytest.mark.parametrize(
     ("question", "answer", "other"), CASES["test_question_and_answer_are_known_by_name"]
 )

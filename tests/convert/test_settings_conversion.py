@@ -113,12 +113,16 @@ def test_datasets_are_resolved_from_dataset_info(tmp_path, monkeypatch):
     )
     assert done.imports == (
         {"source": "sets/t/tickets.json", "out": "samples/tickets", "eval_last": 20},
-        {"source": "sets/odd.json", "out": "samples/odd", "eval_last": 20},
+        {
+            "source": "sets/odd.json",
+            "out": "samples/odd",
+            "eval_last": 20,
+            "columns": {"image": "images", "question": "ask", "answer": "output"},
+        },
         {"source": "hf:owner/name:small/train", "out": "samples/online", "eval_last": 20},
         {"source": "hf:owner/a", "out": "samples/twice", "eval_last": 20},
     )
-    keys = {f"{name}: columns or num_samples" for name in ("odd", "online")}
-    assert set(notes_by_setting(done, "differs")) == keys
+    assert set(notes_by_setting(done, "differs")) == {"online: num_samples"}
     limited = convert_settings(tmp_path, base | {"max_samples": 30})
     assert limited.imports[0]["limit"] == 30
     for name, words in (("liked", "preference learning"), ("none", "does not contain none")):

@@ -262,6 +262,22 @@ def test_content_of_further_keys_is_refused(tmp_path, turns, row, what):
         parse(chat(*turns, **row), tmp_path)
 
 
+@pytest.mark.parametrize(("key", "value", "what"), [
+    ("image_crop", [0, 0, 20, 10], "a part of the image"),
+    ("roi", {"x": 1, "y": 2}, "a part of the image"),
+    ("image_mask", "b.jpg", "an image, a video or audio"),
+    ("image_array", [[[0, 0, 0]]], "an image, a video or audio"),
+])  # fmt: skip
+def test_keys_of_image_parts_that_change_what_is_seen_are_refused(tmp_path, key, value, what):
+    for part in (
+        {"type": "image_url", "image_url": {"url": "a.png", key: value}},
+        {"type": "image", "image": "a.png", key: value},
+    ):
+        question = [part, {"type": "text", "text": "Where?"}]
+        with pytest.raises(UserError, match=what):
+            parse({"messages": [{"role": "user", "content": question}, ANSWER]}, tmp_path)
+
+
 def test_several_lists_of_turns_are_refused(tmp_path: Path) -> None:
     row = {**ROWS["llava"], "messages": [{"role": "user", "content": "Why?"}, ANSWER]}
     with pytest.raises(UserError, match="turns under messages and conversations") as caught:

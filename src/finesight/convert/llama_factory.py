@@ -7,6 +7,7 @@ from pathlib import Path
 
 from finesight.bounded_files import read_json_object
 from finesight.convert.external_config import PARTS, FamilySettings
+from finesight.convert.registered_data import Reading, describe_reading
 from finesight.convert.source_file import iter_folders
 from finesight.convert.trainer_converter import DatasetSource, TrainerConverter
 from finesight.errors import UserError
@@ -16,8 +17,6 @@ _FREEZE_KEYS = {
     "merger": "freeze_multi_modal_projector",
     "language": "freeze_language_model",
 }
-_STANDARD_COLUMNS = {"messages", "conversations", "images", "system", "history", "instruction"}
-"""Column names that an import detects without a mapping, besides `input` and `output`."""
 
 
 class LlamaFactoryConverter(TrainerConverter):
@@ -99,30 +98,45 @@ class LlamaFactoryConverter(TrainerConverter):
         self, info_file: Path, name: str, entries: dict[str, object], limit: int | None
     ) -> DatasetSource:
         entry = entries.get(name)
-        if not isinstance(entry, dict) or (entry.get("ranking") and self.objective is None):
-            is_ranking = isinstance(entry, dict)
+        if not isinstance(entry, dict):
             raise UserError(
-                f"{name} is for preference learning" if is_ranking else f"does not contain {name}",
+                f"does not contain {name}",
                 where=str(info_file),
-                expected="a dataset for supervised fine-tuning: "
+                expected="one of its datasets: "
                 + (", ".join(list(entries)[:8]) or "the file has none"),
                 remedy=f"correct the name in {self.config.where}, or the file",
             )
-        columns = entry.get("columns")
-        names = {*map(str, columns.values())} if isinstance(columns, dict) else set()
-        if names - _STANDARD_COLUMNS - {"input", "output"} or entry.get("num_samples"):
-            text = "set its column names by --map and its count by --limit in the command below"
-            self.draft.note(f"{name}: columns or num_samples", "", text, differs=True)
+        is_supervised = self.objective is None and "train.objective" not in self.draft.settings
+        if entry.get("ranking") and is_supervised:
+            raise UserError(
+                f"{name} is for preference learning",
+                where=str(info_file),
+                expected="a dataset for supervised fine-tuning, without `ranking: true`",
+                remedy=f"set `stage: dpo`, or another dataset, in a copy of {self.config.where}",
+            )
+        if entry.get("num_samples"):
+            text = "set its count by --limit in the command below"
+            self.draft.note(f"{name}: num_samples", entry["num_samples"], text, differs=True)
         # If the entry names both hubs, USE_MODELSCOPE_HUB decides, as in LLaMA-Factory.
         urls = {"hf": entry.get("hf_hub_url"), "modelscope": entry.get("ms_hub_url")}
         hubs = [hub for hub in (self.hub, *urls) if isinstance(urls[hub], str)]
         if not hubs:
-            return DatasetSource(str(info_file.parent / str(entry.get("file_name"))), limit, name)
+            file = info_file.parent / str(entry.get("file_name"))
+            reading = self._describe_reading(name, entry, file)
+            return DatasetSource(str(file), limit, name, reading)
         subset, split = entry.get("subset"), entry.get("split") or "train"
         address = f"{hubs[0]}:{urls[hubs[0]]}"
         if subset or split != "train":
             address += f":{subset}/{split}" if subset else f":{split}"
-        return DatasetSource(address, limit, name)
+        return DatasetSource(address, limit, name, self._describe_reading(name, entry, None))
+
+    def _describe_reading(self, name: str, entry: dict[str, object], file: Path | None) -> Reading:
+        """Return how an import reads the keys of a dataset, and note what it cannot state."""
+        reading = describe_reading(entry, file)
+        if reading.problem:
+            text = f"{reading.problem}; the import below does not read the file before"
+            self.draft.note(f"{name}: columns", "", text, differs=True)
+        return reading
 
     def _set_image(self, family: FamilySettings) -> None:
         if not family.token_size:

@@ -5,6 +5,7 @@ The report lists the settings whose effect differs in finesight.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ from finesight.convert.llama_factory import LlamaFactoryConverter
 from finesight.convert.ms_swift import MsSwiftConverter
 from finesight.convert.trainer_converter import RecipeDraft, TrainerConverter
 from finesight.convert.trl import TrlConverter
-from finesight.errors import UserError, shorten
+from finesight.errors import UserError, escape_unprintable, shorten
 from finesight.recipe import recipe_from_dict
 from finesight.storage import check_new_path, write_new_file
 
@@ -83,6 +84,7 @@ def convert_config(source: Path, target: Path) -> ConvertedRecipe:
             remedy="correct the original setting",
         ) from error
     only = f"used by {converter.objective} only" if converter.objective else ""
+    imports = _write_mappings(draft, target)
     notes = (
         *draft.notes,
         *config.notes,
@@ -92,7 +94,29 @@ def convert_config(source: Path, target: Path) -> ConvertedRecipe:
         *_iter_environment_notes(config),
     )
     write_new_file(target, text.encode())
-    return ConvertedRecipe(config.program, text, notes, tuple(draft.imports))
+    return ConvertedRecipe(config.program, text, notes, imports)
+
+
+def _write_mappings(draft: RecipeDraft, recipe: Path) -> tuple[Mapping[str, object], ...]:
+    """Write the mapping files of imports next to the recipe; return the imports with their paths.
+
+    An existing file is never overwritten: the new one has a number in its name.
+    """
+    imports = list(draft.imports)
+    for index, mapping in draft.mappings.items():
+        arguments = imports[index]
+        name = f"{recipe.stem}-{Path(str(arguments['out'])).name}"
+        path = recipe.with_name(f"{name}.mapping.yaml")
+        number = 1
+        while os.path.lexists(path):
+            number += 1
+            path = recipe.with_name(f"{name}-{number}.mapping.yaml")
+        title = f"# Roles of the keys of {arguments['source']}, as in dataset_info.json."
+        content = yaml.safe_dump(dict(mapping), sort_keys=False, allow_unicode=True)
+        write_new_file(path, f"{escape_unprintable(title)}\n{content}".encode())
+        draft.note("dataset_info.json", path, f"the mapping file of {arguments['source']}")
+        imports[index] = {**arguments, "mapping": str(path)}
+    return tuple(imports)
 
 
 def _iter_expression_notes(config: ExternalConfig, only: str) -> Iterator[ConversionNote]:

@@ -31,6 +31,7 @@ from finesight.convert.launcher_config import (
     read_deepspeed_sharding,
     read_fsdp_sharding,
 )
+from finesight.convert.registered_data import Reading
 from finesight.data.import_source import (
     NUM_PREVIEW_ROWS,
     ImportOptions,
@@ -38,6 +39,8 @@ from finesight.data.import_source import (
 )
 from finesight.data.sample import Sample
 from finesight.errors import UserError, escape_unprintable, format_count
+from finesight.ingest.mapping import parse_mapping
+from finesight.ingest.mapping_format import build_mapping_format
 from finesight.metric_components import METRICS
 from finesight.objective_components import DEFAULT_OBJECTIVE, OBJECTIVES, ObjectiveComponent
 from finesight.optimizer_components import DEFAULT_OPTIMIZER
@@ -56,20 +59,29 @@ _EMBEDDING_MODULES = {"embed_tokens", "lm_head", "all-embedding", "wte"}
 
 
 class DatasetSource(NamedTuple):
-    """File, folder or hub address for an import, number of rows, and name of a dataset."""
+    """File, folder or hub address for an import, number of rows, and name of a dataset.
+
+    Attributes:
+        reading: How an import reads its keys, if it does not detect them.
+    """
 
     name: str
     limit: int | None = None
     title: str | None = None
+    reading: Reading = Reading()
 
 
 class RecipeDraft:
-    """Recipe under construction: notes, imports of its data, and keys that its objective uses."""
+    """Recipe under construction: notes, imports of its data, and keys that its objective uses.
+
+    `mappings` has the contents of mapping files, by the index of their import.
+    """
 
     def __init__(self) -> None:
         self.settings: dict[str, object] = {}
         self.notes: list[ConversionNote] = []
         self.imports: list[Mapping[str, object]] = []
+        self.mappings: dict[int, Mapping[str, Any]] = {}
         self.used_keys: set[str] = set()
         self._comments: dict[str, str] = {}
 
@@ -297,8 +309,12 @@ class TrainerConverter:
                 if self.objective is None:
                     comment = "from the imports that the conversion has printed"
                     limit = {} if source.limit is None else {"limit": source.limit}
-                    question = self._find_question(source.name)
+                    question = self._find_question(source)
                     arguments = {"source": source.name, "out": folder, **limit, **split}
+                    if source.reading.columns:
+                        arguments["columns"] = source.reading.columns
+                    if source.reading.mapping is not None:
+                        self.draft.mappings[len(self.draft.imports)] = source.reading.mapping
                     self.draft.imports.append(arguments | question)
                 files[name].append(f"{folder}/{'train' if split else 'data'}.jsonl")
                 files["data.eval"] += [f"{folder}/eval.jsonl"] if split else []
@@ -307,9 +323,9 @@ class TrainerConverter:
                 value = paths[0] if len(paths) == 1 else paths
                 self.draft.set(name, value, comment * (name == "data.train"))
         if files["data.eval"]:
-            self._set_metric(sources[0].name)
+            self._set_metric(sources[0])
 
-    def _find_question(self, source: str) -> dict[str, object]:
+    def _find_question(self, source: DatasetSource) -> dict[str, object]:
         """Return the argument of an import with the question of a script.
 
         Data with questions of their own keep these.
@@ -325,16 +341,16 @@ class TrainerConverter:
         self.draft.note("prompt", prompt, f"{text} question", differs=not given)
         return given
 
-    def _set_metric(self, source: str) -> None:
+    def _set_metric(self, source: DatasetSource) -> None:
         """Set `eval.metric` by the answers in a file, and the interval of evaluations."""
         samples = _load_preview(source)
         task = detect_task(samples) if samples else None
         if task is None or self.objective is not None:
             tasks = ", ".join(METRICS)
-            text = f"set by the answers, which {source} does not show here: one of {tasks}"
+            text = f"set by the answers, which {source.name} does not show here: one of {tasks}"
             self.draft.note("eval.metric", "none", text)
             return
-        self.draft.set("eval.metric", task.metric, f"by the answers in {source}")
+        self.draft.set("eval.metric", task.metric, f"by the answers in {source.name}")
         self.draft.set("eval.max_new_tokens", task.max_new_tokens)
         for key in ("eval_steps", "eval_strategy", "evaluation_strategy"):
             if self.config.has(key):
@@ -575,12 +591,16 @@ class TrainerConverter:
         self.draft.note(key, what, text, differs=True)
 
 
-def _load_preview(source: str, prompt: str | None = None) -> list[Sample]:
+def _load_preview(source: DatasetSource, prompt: str | None = None) -> list[Sample]:
     """Load the first samples of a file, none if it cannot be read here."""
-    options = ImportOptions(on_invalid_row="skip", prompt=prompt)
+    columns = source.reading.columns
+    options = ImportOptions(on_invalid_row="skip", prompt=prompt, columns=columns)
     try:
+        if source.reading.mapping is not None:
+            mapping = parse_mapping(source.reading.mapping, source.name)
+            options = replace(options, mapping=build_mapping_format(mapping, source.name))
         with temporary_folder("convert") as folder:
-            rows = islice(open_unvalidated(Path(source), options, folder), NUM_PREVIEW_ROWS)
+            rows = islice(open_unvalidated(Path(source.name), options, folder), NUM_PREVIEW_ROWS)
             return [sample for row in rows for sample in row.samples]
     except UserError:
         return []

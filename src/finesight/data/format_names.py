@@ -5,6 +5,7 @@ from finesight.plugins import list_modules
 FORMAT_PACKAGE = "finesight.data.formats"
 
 FORMAT_HELPERS = (
+    "clip_bounds",
     "conversation_placeholders",
     "conversation_rows",
     "dataset_format",

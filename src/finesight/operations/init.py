@@ -142,7 +142,7 @@ def init(
     options = build_import_options(reading, on_invalid_row="skip")
     console = ProgressConsole()
     with _removed_if_empty(folder), fetch_source(source, folder / "data", options) as fetched:
-        path, options = _select_source(fetched.path, fetched.options, ask)
+        path, options = _select_source(fetched.path, fetched.options, folder, metric, ask)
         task, options, opened = _detect_task(path, options, metric, ask)
         task = replace(task, objective=objective or task.objective)
         device, memory_bytes = find_device()
@@ -452,29 +452,82 @@ def _ask_metric(default: str, ask: Ask | None) -> str:
 
 
 def _select_source(
-    path: Path, options: ImportOptions, ask: Ask | None
+    path: Path, options: ImportOptions, folder: Path, metric: str | None, ask: Ask | None
 ) -> tuple[Path, ImportOptions]:
-    """Return the file or folder to import, with the column roles of a table."""
-    from finesight.data.import_source import detect_columns
-    from finesight.ingest.presets import with_preset
+    """Return the file or folder to import, with the column roles of a table.
 
-    options = with_preset(path, options)
-    if options.row_files or options.mapping is not None:
-        return path, options
+    Args:
+        folder: Folder to create, beside which a draft of a mapping is written.
+        metric: Task chosen by the user. One of fields makes them of all columns with text.
+    """
+    from finesight.ingest.mapping_draft import detect_roles
+    from finesight.metric_components import METRICS
+
+    has_fields = metric is not None and bool(METRICS[metric].suggestion.fields_prompt)
 
     def ask_question(names: list[str]) -> str:
+        if has_fields:
+            return ""  # both are fields
         return _ask(f"Question column ({' or '.join(names)}; - for two answers)", names[0], ask)
 
-    path, detected = detect_columns(path, options, None if ask is None else ask_question)
+    can_choose = has_fields or ask is not None
+    path, detected = detect_roles(path, options, folder, ask_question if can_choose else None)
     columns = dict(detected.columns)
     if options.columns or not columns:
         return path, detected
     if "box" not in columns:
+        if has_fields:
+            columns = _select_fields(path, detected)
+        keeps_role = has_fields and "fields" in columns
         default = columns.pop("answer", None) or columns.pop("fields")
         answer = _ask("Answer column, or several for a JSON answer", default, ask)
-        role = "fields" if "," in answer else "answer"
+        role = "fields" if keeps_role or "," in answer else "answer"
         columns[role] = answer
     return path, replace(detected, columns=columns)
+
+
+def _select_fields(path: Path, options: ImportOptions) -> dict[str, str]:
+    """Return the column roles of a table with all columns of text as fields of the answer.
+
+    Known names of questions remain a question. A single column must contain the JSON itself.
+    """
+    from finesight.data.formats.table import get_cell, guess_columns
+    from finesight.data.import_source import NUM_PREVIEW_ROWS, open_source
+
+    columns = dict(options.columns)
+    opened = open_source(path, options)
+    rows = opened.rows.iter_range(0, min(opened.rows.num_rows, NUM_PREVIEW_ROWS))
+    records = [row.record for row in rows]
+    answer = columns.pop("answer", None)
+    if answer is not None and all(_is_json_object(get_cell(one, answer)) for one in records):
+        return dict(options.columns)
+    guessed: dict[str, dict[str, str]] = {}
+    for name in records[0]:
+        guessed[str(name)] = guess_columns([{str(name): one.get(name)} for one in records])
+    question = columns.pop("question", None)
+    questions = [] if question is None else question.split(",")
+    if any("question" in guessed.get(name, {}) for name in questions):
+        columns["question"] = str(question)
+    else:
+        questions = []
+    fields: list[str] = []
+    for name, roles in guessed.items():
+        if name not in questions and name in (roles.get("answer"), roles.get("question")):
+            fields.append(name)
+    if len(fields) < 2:
+        return dict(options.columns)
+    columns["fields"] = ",".join(fields)
+    return columns
+
+
+def _is_json_object(value: object) -> bool:
+    """Return whether a cell is the text of a JSON object, or empty."""
+    if value is None or value == "":
+        return True
+    try:
+        return isinstance(value, str) and isinstance(json.loads(value), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 def _detect_task(
@@ -488,7 +541,7 @@ def _detect_task(
     Returns:
         Task, import options and opened dataset.
     """
-    from finesight.data.formats.row_keys import UnsupportedKeyError
+    from finesight.data.formats.row_keys import UnsupportedMediaError
     from finesight.data.import_source import NUM_PREVIEW_ROWS, UnvalidatedSource, open_source
     from finesight.evaluate.eval_case import get_reference_answer
     from finesight.evaluate.task_metrics import check_references
@@ -515,7 +568,7 @@ def _detect_task(
             break
     error = next((row.error for row in rows if row.error is not None), None)
     has_images = any(map(_has_images, samples))
-    if not has_images and (samples or isinstance(error, UnsupportedKeyError)):
+    if not has_images and (samples or isinstance(error, UnsupportedMediaError)):
         _reject_unrecognized_images(opened)
     if not samples and error is not None:
         raise error
@@ -560,6 +613,8 @@ def _read_classes(opened: ImportSource) -> set[str]:
 
 def _reject_unrecognized_images(opened: ImportSource) -> None:
     """Raise UserError if a dataset that was read as text only contains columns with images."""
+    from finesight.data.formats.conversation_rows import TURN_KEYS
+    from finesight.data.formats.dataset_format import IMAGE_KEYS, VIDEO_KEYS, decode_json_lists
     from finesight.data.formats.table import suggest_mapping
     from finesight.data.image_file import is_image_value
     from finesight.data.import_source import NUM_PREVIEW_ROWS
@@ -573,16 +628,19 @@ def _reject_unrecognized_images(opened: ImportSource) -> None:
 
     start, stop = opened.row_bounds
     rows = opened.rows.iter_range(start, min(stop, start + NUM_PREVIEW_ROWS))
-    records = [row.record for row in rows]
+    records = [decode_json_lists(row.record) for row in rows]
     keys: set[str] = set()
     for record in records:
         keys.update(key for key, value in record.items() if has_image(value))
+    # Formats read these keys: another error is the reason.
+    keys.difference_update(IMAGE_KEYS, VIDEO_KEYS)
     if not keys:
         return
     names = sorted(keys)
     mapping = suggest_mapping(records[0])
     remedy = f"give {mapping}"
-    if "COLUMN" in mapping:
+    has_turns = any(isinstance(records[0].get(key), list) for key in TURN_KEYS)
+    if has_turns or "COLUMN" in mapping:  # columns of a table would leave out the turns
         remedy = f"rename the key {names[0]} to images in all rows"
         inner = _find_nested_image(records)
         if inner and inner.partition(".")[0] == names[0]:

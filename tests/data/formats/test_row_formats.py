@@ -101,9 +101,26 @@ def test_solution_of_reinforcement_tuning_is_the_answer(folder: Path, key, solut
     data_format, _ = detect_format([row], "")
     example = parse_record(data_format, row, folder)
     assert [join_text(answer) for answer in example.answers] == ["4"]
-    assert split_preference(record | {"solution": ["4"]}) == [record | {"solution": ["4"]}]
     both = record | solution | {"completion": [{"role": "assistant", "content": "5"}]}
     assert split_preference(both) == [both]
+
+
+SOLUTIONS = load_cases("solutions")
+
+
+@pytest.mark.parametrize("case", SOLUTIONS["answers"])
+def test_separate_answers_are_the_last_turn(folder: Path, case: dict[str, Any]) -> None:
+    record = {"images": ["a.png"], **case["record"]}
+    (row,) = split_preference(record)
+    data_format, _ = detect_format([row], "")
+    example = parse_record(data_format, row, folder)
+    assert [join_text(answer) for answer in example.answers] == [case["answer"]]
+    assert join_text(example.prompt_messages[-1].content) == "How many?"
+
+
+@pytest.mark.parametrize("record", SOLUTIONS["unclear"])
+def test_unclear_answers_are_not_chosen(record: dict[str, Any]) -> None:
+    assert split_preference(record) == [record]
 
 
 def test_pairs_of_the_cauldron_are_turns(folder: Path) -> None:

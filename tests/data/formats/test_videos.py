@@ -10,9 +10,10 @@ from case_files import load_cases
 from image_fixtures import make_sample, write_gray_image
 from video_fixtures import write_video
 
-from finesight.data.formats import detect_format
+from finesight.data.formats import detect_format, get_format
 from finesight.data.formats.dataset_format import DatasetFormat
-from finesight.data.import_source import ImportOptions
+from finesight.data.formats.row_keys import UnsupportedKeyError
+from finesight.data.import_source import ImportOptions, detect_columns
 from finesight.data.importer import import_dataset
 from finesight.data.sample import ImagePart, TextPart, VideoPart, read_samples, validate_sample
 from finesight.errors import UserError
@@ -89,3 +90,95 @@ def test_video_in_an_image_part_is_rejected() -> None:
     with pytest.raises(UserError, match=r"the video file v\.MP4 in an image part") as caught:
         validate_sample(sample, "here")
     assert '"type": "video"' in caught.value.remedy
+
+
+CLIPS = load_cases("videos")["clips"]
+
+
+def list_clip_rows(bounds: dict[str, Any]) -> list[dict[str, Any]]:
+    """Rows with the bounds of a clip in the part of the video, and in the row itself."""
+    part = {"type": "video", "video": "v.mp4", **bounds}
+    question = [part, {"type": "text", "text": "What?"}]
+    answer = {"role": "assistant", "content": "x"}
+    messages = [{"role": "user", "content": question}, answer]
+    return [{"messages": messages}, chat("<video>What?", videos=["v.mp4"], **bounds)]
+
+
+@pytest.mark.parametrize(("bounds", "cut"), CLIPS["refused"])
+def test_clips_of_videos_are_refused(media: Path, bounds: dict[str, Any], cut: str) -> None:
+    for row in list_clip_rows(bounds):
+        form, _ = detect_format([row], "")
+        with pytest.raises(UnsupportedKeyError, match=r"a clip of v\.mp4") as caught:
+            parse(form, row, media)
+        assert cut in str(caught.value.remedy)
+
+
+@pytest.mark.parametrize("bounds", CLIPS["accepted"])
+def test_bounds_of_the_complete_video_are_accepted(media: Path, bounds: dict[str, Any]) -> None:
+    for row in list_clip_rows(bounds):
+        form, _ = detect_format([row], "")
+        assert parse(form, row, media) == ["v.mp4", "What?"]
+
+
+def test_bounds_of_rows_without_videos_are_metadata(media: Path) -> None:
+    row = {**chat("<image>What?", images=["a.png"]), "start": 0.5, "end": 1.0}
+    form, _ = detect_format([row], "")
+    assert parse(form, row, media) == ["a.png", "What?"]
+
+
+@pytest.mark.parametrize(
+    ("record", "columns", "expected"),
+    [
+        ({"f": "v.mp4"}, {"image": "f"}, ["v.mp4", "What?"]),
+        ({"f": "v.mp4"}, {"video": "f"}, ["v.mp4", "What?"]),
+        ({"f": {"path": "w.webm"}}, {"image": "f"}, ["w.webm", "What?"]),
+        ({"f": ["v.mp4", "w.webm"]}, {"video": "f"}, ["v.mp4", "w.webm", "What?"]),
+        ({"f": "v.mp4", "g": "a.png"}, {"image": "g", "video": "f"}, ["a.png", "v.mp4", "What?"]),
+        ({"f": "v.mp4", "g": "a.png"}, {"image": "f,g"}, ["v.mp4", "a.png", "What?"]),
+        ({"f": "v0"}, {"video": "f"}, ["1.png", "2.png", "10.png", "What?"]),
+        ({"f": ["a.png", "v0/2.png"]}, {"video": "f"}, ["a.png", "2.png", "What?"]),
+        ({"f": "v.mp4", "q": "<video>\nWhat?"}, {"video": "f"}, ["v.mp4", "What?"]),
+        (
+            {"f": "v.mp4", "g": "a.png", "q": "Is <image> in <video>?"},
+            {"image": "g", "video": "f"},
+            ["Is ", "a.png", " in ", "v.mp4", "?"],
+        ),
+    ],
+)
+def test_columns_of_videos(
+    media: Path, record: dict[str, Any], columns: dict[str, str], expected: list[str]
+) -> None:
+    row = {"q": "What?", "a": "x", **record}
+    roles = {**columns, "question": "q", "answer": "a"}
+    example = parse_record(get_format("table"), row, media, columns=roles)
+    found = []
+    for part in example.prompt_messages[0].content:
+        if isinstance(part, VideoPart):
+            found += [Path(name).name for name in (part.frames or (str(part.video),))]
+        else:
+            found.append(part.text if isinstance(part, TextPart) else Path(part.image).name)
+    assert found == expected
+
+
+@pytest.mark.parametrize(
+    ("record", "what"),
+    [
+        ({"f": "v.mp4", "q": "<video><video>Same?"}, "the placeholders of"),
+        ({"f": "none.mp4"}, "no such image"),
+        ({"f": None}, "a video given as 'None'"),
+    ],
+)
+def test_invalid_columns_of_videos(media: Path, record: dict[str, Any], what: str) -> None:
+    columns = {"video": "f", "question": "q", "answer": "a"}
+    with pytest.raises(UserError, match=what):
+        parse_record(get_format("table"), {"q": "?", "a": "x", **record}, media, columns=columns)
+
+
+def test_table_of_videos_is_detected(media: Path, tmp_path: Path) -> None:
+    source = media / "videos.csv"
+    source.write_text("video,caption\nv.mp4,a ball\nw.webm,a dog\n")
+    path, options = detect_columns(source, ImportOptions(prompt="Describe."))
+    assert options.columns == {"video": "video", "answer": "caption"}
+    import_dataset(path, tmp_path / "out", options)
+    samples = list(read_samples(tmp_path / "out" / "data.jsonl"))
+    assert [sample.messages[0].content[0].type for sample in samples] == ["video", "video"]

@@ -1,8 +1,9 @@
 """Conversations whose texts have placeholders of images, videos and objects.
 
 If a record lists its images under `image` or `images`, each `<image>` in the text stands for the
-next of them, and each `<video>` for the next of `video` or `videos`, which are video files. In
-ms-swift and query-response, listed files without any placeholder precede the first question.
+next of them, and each `<video>` for the next of `video` or `videos`, which are video files. Listed
+files precede the first question if the row has no placeholder at all; in ms-swift and
+query-response, if it has none of their kind.
 
 See `conversation_rows` for the keys of the turns and the boxes in answers.
 """
@@ -49,6 +50,9 @@ _OBJECT_PLACEHOLDER = re.compile(
 )
 
 
+NOTE_UNMARKED = "rows without a placeholder: their images or videos precede the first question"
+
+
 def is_image_path(text: str) -> bool:
     """Return whether a text consists of a single image path."""
     return _IMAGE_PATH.fullmatch(text.strip()) is not None
@@ -69,8 +73,8 @@ def build_placeholder_example(
     """Build a training example from turns whose placeholders stand for images and objects.
 
     Args:
-        objects: References and boxes. With them, listed images without any placeholder precede the
-            first question, and a question may be an image path.
+        objects: References and boxes. With them, images and videos need placeholders separately,
+            and a question may be an image path.
     """
     videos = list_images(row.record, VIDEO_KEYS)
     is_marked = any(_VIDEO_FIRST.match(turn.content) for turn in turns if turn.role == "user")
@@ -78,9 +82,13 @@ def build_placeholder_example(
         placeholder = re.compile(f"{placeholder.pattern}|<video>", re.DOTALL)
     tags = ("image", "video") if videos else ("image",)
     num_marked = {tag: sum(turn.content.count(f"<{tag}>") for turn in turns) for tag in tags}
-    media = RowMedia(row.record, context, num_marked if objects else None)
+    if objects is None:
+        num_marked = _count_all_marked(turns, placeholder)
+    media = RowMedia(row.record, context, num_marked)
     # Rows of LLaVA-Video mark their video by `<image>`.
     is_llava_video = objects is None and bool(videos) and not media.listed["image"]
+    if objects is None and any(media.listed.values()) and not any(num_marked.values()):
+        context.row_notes[NOTE_UNMARKED] = 1  # also for a pair, which is parsed twice
 
     def parse_turn(role: Role, text: str) -> Iterator[ContentPart]:
         if objects is None and role == "user" and is_image_path(text):
@@ -101,6 +109,12 @@ def build_placeholder_example(
 
     handled_keys = () if objects is None else ("objects",)
     return build_turns_example(row, context, turns, parse_turn, media, *handled_keys)
+
+
+def _count_all_marked(turns: Sequence[Turn], placeholder: re.Pattern[str]) -> dict[str, int]:
+    """Return the number of placeholders of both kinds: with any, all listed files need one."""
+    count = sum(len(placeholder.findall(turn.content)) for turn in turns)
+    return {"image": count, "video": count}
 
 
 def render_checked(

@@ -33,6 +33,7 @@ from finesight.data.boxes import (
     split_at_text_boxes,
     strip_code_fences,
 )
+from finesight.data.formats.clip_bounds import check_clip_bounds
 from finesight.data.formats.dataset_format import (
     IMAGE_KEYS,
     VIDEO_KEYS,
@@ -436,7 +437,11 @@ def build_turns_example(
     if media is not None:
         handled_keys = (*handled_keys, *IMAGE_KEYS, *VIDEO_KEYS)
         media.require_all_placed()
-    names = _list_media_names(part for message in messages for part in message.content)
+    all_parts: list[ContentPart] = []
+    for message in messages:
+        all_parts += message.content
+    check_clip_bounds(row.record, all_parts, ROWS)
+    names = _list_media_names(all_parts)
     used = {"system", *find_turn_keys(row.record), *handled_keys, *_list_tool_keys(row.record)}
     used |= {key for key in TURN_KEYS if not has_value(row.record.get(key))}
     if row.has_own_id:

@@ -510,6 +510,13 @@ _TURN_KEYS = (
     "rejected_messages",
 )
 _REJECTED_KEYS = "rejected_response", "rejected_messages"
+_QUESTION_KEYS = "messages", "prompt", "conversations", "conversation"
+"""Keys of turns that may end with a question, whose answer is under another key."""
+
+_SOLUTION_KEYS = "solution", "ground_truth", "answer", "response", "output"
+"""Keys of the answer to the question at the end of the turns, from the most complete one."""
+
+_PAIR_KEYS = "chosen", "completion"
 _LABEL_KEYS = "label", "kto_tag"
 """Keys of the verdict on an answer: of TRL and ms-swift, and of LLaMA-Factory."""
 
@@ -584,16 +591,90 @@ def _read_cauldron(record: Record) -> Record:
 
 
 def _append_solution(record: Record) -> Record:
-    """Return a row of reinforcement tuning (TRL, ms-swift, verl) with its solution as last turn."""
-    key = next((one for one in ("messages", "prompt") if isinstance(record.get(one), list)), "")
-    last, grader = [{}, *record.get(key, ())][-1], record.get("reward_model")
-    solution = grader.get("ground_truth") if isinstance(grader, dict) else record.get("solution")
-    is_question = isinstance(last, dict) and last.get("role") == "user"
-    has_answer = not record.keys().isdisjoint(("chosen", "completion"))
-    if not is_question or has_answer or not isinstance(solution, str | int | float):
+    """Return a row whose turns end with a question, with its separate answer as last turn.
+
+    Such rows are those of reinforcement tuning (TRL, ms-swift, verl, MM-Eureka). A row whose answer
+    is ambiguous is unchanged, so that it is an error.
+    """
+    key = next((one for one in _QUESTION_KEYS if isinstance(record.get(one), list)), None)
+    if key is None or not record.keys().isdisjoint(_PAIR_KEYS):
         return record
-    others = {one: value for one, value in record.items() if one not in (key, "solution")}
-    return {**others, "messages": [*record[key], {"role": "assistant", "content": str(solution)}]}
+    turns = record[key]
+    if not turns or not _is_question(turns[-1]):
+        return record
+    found = _find_solution(record)
+    if found is None:
+        return record
+    solution_key, text = found
+    others = {one: value for one, value in record.items() if one not in (key, solution_key)}
+    if turns[-1].get("value") is not None:
+        return {**others, key: [*turns, {"from": "assistant", "value": text}]}
+    return {**others, "messages": [*turns, {"role": "assistant", "content": text}]}
+
+
+def _is_question(turn: object) -> bool:
+    """Return whether a turn is one of the user, in any layout."""
+    if not isinstance(turn, dict):
+        return False
+    return (turn.get("from") or turn.get("role")) in ("user", "human")
+
+
+def _find_solution(record: Record) -> tuple[str, str] | None:
+    """Return the key and the text of the answer of a row; None without one, or with two answers.
+
+    The answer of verl is nested: `reward_model.ground_truth`. Its key remains in the row.
+    """
+    texts: dict[str, str] = {}
+    grader = record.get("reward_model")
+    if isinstance(grader, dict):
+        nested = _format_solution(grader.get("ground_truth"), is_single=False)
+        if nested:
+            texts["reward_model.ground_truth"] = nested
+    for key in _SOLUTION_KEYS:
+        value = record.get(key)
+        text = _format_solution(value, is_single=key == "solution")
+        if text:
+            texts[key] = text
+        elif has_value(value) and value == value:  # NaN is a missing value of a table
+            return None
+    if not texts:
+        return None
+    # A solution may contain the short answer of another key.
+    key, text = next(iter(texts.items()))
+    if any(other.strip() not in text for other in texts.values()):
+        return None
+    return key, text
+
+
+def _format_solution(value: object, *, is_single: bool) -> str:
+    """Format the answer of a row as text; empty if it is none.
+
+    Args:
+        is_single: A list of texts is one answer. Otherwise it may be one of alternatives.
+    """
+    if isinstance(value, str):
+        return value if value.strip() else ""
+    if isinstance(value, list | tuple):
+        is_answer = bool(value) and (is_single or _is_numeric(value))
+        return _write_json(value) if is_answer else ""
+    if not isinstance(value, int | float):
+        return ""
+    return str(value) if math.isfinite(value) else ""
+
+
+def _is_numeric(value: object) -> bool:
+    """Return whether a value is a number, or a list of numbers, such as a box or several."""
+    if isinstance(value, list | tuple):
+        return bool(value) and all(map(_is_numeric, value))
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _write_json(value: object) -> str:
+    """Write a list as JSON; empty if JSON does not support a value."""
+    try:
+        return json.dumps(value, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError, RecursionError):
+        return ""
 
 
 def _has_question(turns: object, prompt: str) -> bool:

@@ -22,6 +22,7 @@ from functools import partial
 from itertools import chain, groupby
 from operator import attrgetter
 
+from finesight.data.formats.clip_bounds import check_clip_bounds
 from finesight.data.formats.conversation_rows import (
     PartRenderer,
     RowMedia,
@@ -135,10 +136,14 @@ def _parse_part(
     elif kind in _KINDS and isinstance(item, dict):
         names = (f"{kind}_url", kind, "url", "path")
         key = next((name for name in names if has_value(item.get(name))), "index")
-        used = ("type", key, "fps") if kind == "video" else ("type", key)
-        sort_keys(item, used, PARTS, context.other_keys)
         value = item.get(key)
         part = media.add(kind, index=value) if key == "index" else media.add(kind, value)
+        used = ["type", key]
+        if isinstance(part, VideoPart):
+            bounds = check_clip_bounds(item, [part], PARTS)
+            context.other_keys.update(f"{name} of {PARTS}, not imported" for name in bounds)
+            used += ["fps", *bounds]
+        sort_keys(item, used, PARTS, context.other_keys)
         fps = item.get("fps")
         if isinstance(part, VideoPart) and fps is not None:
             if not isinstance(fps, int | float) or not 0 < fps < math.inf:

@@ -49,7 +49,8 @@ _ATTRIBUTE = re.compile(
     "ids?|idx|index|size|width|height|hash|md|sha|format|type|mode|count|num|number|source|dataset"
     "|license|author|date|time|timestamp|title|captions?|descriptions?|text|tags|meta|metadata|info"
     "|score|quality|duration|length|fps|rate|start|end|grid|thw|tokens?|ratio|resolution|effort"
-    "|level|model|category|orientation"
+    "|level|model|category|orientation|shape|wh|hw|chw|hwc|dims?|dimensions?|pixels|mime|mimetype"
+    "|extension|codec"
 )
 """Words of keys that describe an image or a text rather than contain it."""
 
@@ -97,6 +98,11 @@ _SHAPE = re.compile(
     "bbox(?:es)?|box(?:es)?|points?|polygons?|segmentation|keypoints?|masks?|annotations?|objects"
     "|regions|shapes"
 )
+_CROP = re.compile("crop|cropped|cropping|roi")
+
+MAX_MEASURE_LENGTH = 4
+"""Maximum length of the list of a size, or of another measure of an image."""
+
 _LABEL = re.compile(
     "labels?|class(?:es)?|category|answers?|target|gt|truth|solution|output|response|text|value"
     "|content|caption|refusal|标签|答案"
@@ -105,6 +111,10 @@ _LABEL = re.compile(
 
 class UnsupportedKeyError(UserError):
     """Raised when a row has a key with content that the import cannot represent."""
+
+
+class UnsupportedMediaError(UnsupportedKeyError):
+    """Raised when a row has an image, a video or audio under a key that the format does not use."""
 
 
 class KeyMeaning(NamedTuple):
@@ -121,6 +131,14 @@ TOOL_CALLS = KeyMeaning(
 PREFERENCE = KeyMeaning(
     "preference data without a pair of answers, or a `label` of true or false for the row",
     "add the other answer or `label`, or keep the better one only: as last turn of `messages`",
+)
+MEDIA_PREFERENCE = KeyMeaning(
+    "a preference between images, but pairs differ only in their answers",
+    "remove the key to train on the answers only",
+)
+CROP = KeyMeaning(
+    "a part of the image, which an import does not crop",
+    "crop the image, name the cropped file instead, and remove the key",
 )
 MEDIA = KeyMeaning(
     "an image, a video or audio that the format does not use",
@@ -149,15 +167,21 @@ def find_meaning(
     """
     if not has_value(value):
         return None
-    words = _split_words(key)
+    words = split_words(key)
     if level == ROWS:
         return _find_row_meaning(key, value, image_names)
     is_content = isinstance(value, str | list | tuple | dict | bytes)
     is_described = _has(words, _ATTRIBUTE)
     if is_content and _has(words, _TOOLS):
         return TOOL_CALLS
+    if _has(words, _PREFERENCE) and _has(words, _MEDIA):
+        return MEDIA_PREFERENCE
     if _has(words, _PREFERENCE) or (words == ["label"] and isinstance(value, bool)):
         return PREFERENCE
+    if value and _has(words, _CROP) and not is_media_value(value):
+        return CROP
+    if _is_measure(value):
+        is_content = False
     if is_media_value(value) or (is_content and _has(words, _MEDIA) and not is_described):
         is_origin = _has(words, _ORIGIN) and not _has(words, _MEDIA) and isinstance(value, str)
         return None if image_names and (is_origin or _is_repeated(value, image_names)) else MEDIA
@@ -172,7 +196,7 @@ def find_meaning(
 
 def _find_row_meaning(key: str, value: object, image_names: Collection[str]) -> KeyMeaning | None:
     """Return the content of a key of a row; what does not change the training is metadata."""
-    words = _split_words(key)
+    words = split_words(key)
     is_text = isinstance(value, str)
     is_structure = isinstance(value, list | tuple | dict)
     name = "_".join(words)
@@ -180,6 +204,8 @@ def _find_row_meaning(key: str, value: object, image_names: Collection[str]) -> 
     if is_json and _has(words, _TOOLS) and words[-1] != "choice":
         return TOOL_CALLS
     is_score = isinstance(value, int | float) and not isinstance(value, bool)
+    if _has(words, _PREFERENCE) and _has(words, _MEDIA) and not is_score:
+        return MEDIA_PREFERENCE
     if (_has(words, _PREFERENCE) and not is_score) or (name == "label" and value is False):
         return PREFERENCE
     if _is_row_media(key, value, image_names):
@@ -200,7 +226,7 @@ def _is_row_media(key: str, value: object, image_names: Collection[str]) -> bool
     A row with images may name others, such as their origin, unless a number or a position marks
     a further image. Embedded images are always content.
     """
-    words = _split_words(key)
+    words = split_words(key)
     is_media = is_media_value(value)
     values = value if isinstance(value, list | tuple) else (value,)
     is_named = all(isinstance(one, str) and not is_embedded_media(one) for one in values)
@@ -221,23 +247,31 @@ def _count_numbers(value: object) -> int:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
+def _is_measure(value: object) -> bool:
+    """Return whether a list or an object has only a few numbers, such as a width and a height."""
+    if not isinstance(value, dict | list | tuple) or not 0 < len(value) <= MAX_MEASURE_LENGTH:
+        return False
+    return _count_numbers(value) == len(value)
+
+
 def is_loss_key(key: str) -> bool:
     """Return whether a key of a turn may set its loss."""
-    words = _split_words(key)
+    words = split_words(key)
     is_known = all(_LOSS.fullmatch(word) or _LOSS_QUALIFIER.fullmatch(word) for word in words)
     return is_known and _has(words, _LOSS)
 
 
 def is_loss_default(key: str, value: object) -> bool:
     """Return whether a value means to train answers only; `loss_mask` selects tokens to train."""
-    words = _split_words(key)
+    words = split_words(key)
     is_selection = words[-1] in ("mask", "masks") and len(words) > 1
     is_negative = _has(words, _WITHOUT_LOSS) and not is_selection
     is_prompt = _has(words, re.compile("prompt|inputs?"))
     return value == (0 if is_negative != is_prompt else 1)
 
 
-def _split_words(key: str) -> list[str]:
+def split_words(key: str) -> list[str]:
+    """Return the words of a key in lower case."""
     return [word.lower() for word in _WORD.findall(key)]
 
 
@@ -290,7 +324,10 @@ def sort_keys(
         if is_nested_meta and (image_names or meaning is not MEDIA):
             continue
         if meaning:
-            raise UnsupportedKeyError(
+            error_type: type[UnsupportedKeyError] = UnsupportedKeyError
+            if meaning is MEDIA:
+                error_type = UnsupportedMediaError
+            raise error_type(
                 f"the key {path!r} with {str(value)[:60]} in {level}: {meaning.what}",
                 expected="keys that the format uses, or metadata of the row",
                 remedy=meaning.remedy,

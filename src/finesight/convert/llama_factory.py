@@ -112,7 +112,7 @@ class LlamaFactoryConverter(TrainerConverter):
                 f"{name} is for preference learning",
                 where=str(info_file),
                 expected="a dataset for supervised fine-tuning, without `ranking: true`",
-                remedy=f"set `stage: dpo`, or another dataset, in a copy of {self.config.where}",
+                remedy=f"set the `stage` for it, or another dataset, in {self.config.where}",
             )
         if entry.get("num_samples"):
             text = "set its count by --limit in the command below"

@@ -74,9 +74,9 @@ def import_data(
     --prompt "Read the formula." --train-fraction 0.9
 
     Args:
-        source: A .json, .jsonl, .csv, .tsv, .txt (a table), .xlsx or .parquet file, also with .gz, a
-            WebDataset (.tar), a zip or tar archive, a folder, hf:OWNER/NAME or modelscope:OWNER/NAME (optional @REVISION and
-            :SPLIT), or https://HOST/FILE.
+        source: A .json, .jsonl, .csv, .tsv, .txt, .xlsx or .parquet file, also with .gz, a
+            WebDataset (.tar), a zip or tar archive, a folder, hf:OWNER/NAME or
+            modelscope:OWNER/NAME (optional @REVISION and :SPLIT), or https://HOST/FILE.
         replace_prompts: Replace the question of each row by this text; images keep their place.
             Rows with several turns or with a box in the question are invalid. Default: keep the
             questions, to which --prompt is appended.

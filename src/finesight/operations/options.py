@@ -169,7 +169,8 @@ class TableOptions(TypedDict, total=False):
         Mapping[str, str] | None,
         Parameter(
             "Role of a table column: image=COLUMN, video=COLUMN, answer=COLUMN, question=COLUMN, "
-            "box=COLUMN or label=COLUMN. fields=A,B,C combines columns into a JSON answer. Repeat for each role.",
+            "box=COLUMN or label=COLUMN. fields=A,B,C combines columns into a JSON answer. Repeat "
+            "for each role.",
             option="--map",
             metavar="ROLE=COLUMN",
             parse=parse_column_map,

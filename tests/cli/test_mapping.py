@@ -125,5 +125,5 @@ def test_draft_replaces_no_file(folder, cli, monkeypatch) -> None:
     (folder / "rows.json").write_text(json.dumps([NESTED, NESTED]), encoding="utf-8")
     (folder / "out-mapping.yaml").write_text("mine", encoding="utf-8")
     printed = cli("import", "rows.json", "out", code=2)
-    assert "out-mapping.yaml: exists already" in printed.err
+    assert "edit out-mapping.yaml" in printed.err
     assert (folder / "out-mapping.yaml").read_text(encoding="utf-8") == "mine"

@@ -72,4 +72,4 @@ def test_ranking_is_for_preference_learning(stage, tmp_path, monkeypatch):
     assert done.imports[0]["source"] == "data/rows.json"
     with pytest.raises(UserError, match="preference learning") as caught:
         convert(tmp_path, {"ranking": True}, [], stage="sft")
-    assert "stage: dpo" in str(caught.value.remedy)
+    assert "set the `stage` for it" in str(caught.value.remedy)

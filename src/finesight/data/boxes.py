@@ -577,7 +577,7 @@ _TEXT_BOX = re.compile(
 """Box in a text: in the tags of Qwen-VL or Qwen2-VL, as location tokens, or a list of numbers."""
 
 _LOCATION_TOKENS = r"(?P<tokens>(?:<loc\d{4}>){4})"
-_LOCATED_OBJECT = re.compile(rf"\s*{_LOCATION_TOKENS}[ \t]*(?P<label>[^<>;\r\n]*?)[ \t]*(?:;|\Z)")
+_LOCATED_OBJECT = re.compile(rf"\s*{_LOCATION_TOKENS}(?P<label>[^<>;\r\n]*+)(?:;|\Z)")
 """Object of an answer of PaliGemma: location tokens, and its label."""
 
 _SENTENCE_END = (".", "!", "?", "。", "！", "？")
@@ -587,6 +587,11 @@ _BEFORE_POINTS = re.compile(
     r"\s*\Z"
 )
 """Text before pairs of coordinates that are points: a bracket, or a tag or key of points."""
+
+_BEFORE_BOX = re.compile(
+    r"(?i)(?:bbox|box|boxes|bounding[ _]box)(?:_2d)?\W{0,12}(?:(?:is|are)\W{1,12})?\Z"
+)
+"""Text before the corners of a box, which names it."""
 
 _TAGGED = re.compile(r"[\s\d.,;()\[\]-]*")
 _INNER_LIST = re.compile(r"\[[^\[\]()]*\]")
@@ -723,10 +728,13 @@ def _parse_located_objects(text: str) -> list[TextBox]:
     stripped = text.strip()
     while end < len(stripped):
         match = _LOCATED_OBJECT.match(stripped, end)
-        if match is None or match["label"].endswith(_SENTENCE_END):
+        if match is None:
+            return []
+        label = match["label"].strip()
+        if label.endswith(_SENTENCE_END):
             return []
         coordinates = _scale_location(match["tokens"])
-        boxes.append(TextBox(coordinates, match["label"] or None, is_tagged=True))
+        boxes.append(TextBox(coordinates, label or None, is_tagged=True))
         end = match.end()
     return boxes
 
@@ -778,6 +786,8 @@ def _is_point_list(match: re.Match[str]) -> bool:
     after = match.string[match.end() :][:80]
     is_longer = re.search(rf"{_PAIR}[\s,;]*$", before) or re.match(rf"[\s,;]*{_PAIR}", after)
     is_on_lines = "\n" in match[0]
+    if is_longer is None and not is_on_lines and _BEFORE_BOX.search(before):
+        return False
     return is_on_lines or is_longer is not None or _BEFORE_POINTS.search(before) is not None
 
 

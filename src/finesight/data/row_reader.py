@@ -217,6 +217,10 @@ def open_row_file(
     return rows
 
 
+MAX_LOADED_BYTES = 4 * 10**9
+"""Maximum size of a compressed file that is read as a whole."""
+
+
 def get_row_suffix(path: Path) -> str:
     """Return the suffix of a row file in lower case, without that of its compression."""
     if is_compressed(path):
@@ -289,7 +293,17 @@ def _open_content(source: Path) -> Iterator[BinaryIO]:
 def _read_content(source: Path) -> bytes:
     """Read the content of a row file without its byte order mark."""
     with _open_content(source) as file:
-        return file.read().removeprefix(UTF8_BOM)
+        if not is_compressed(source):
+            return file.read().removeprefix(UTF8_BOM)
+        content = file.read(MAX_LOADED_BYTES + 1)
+    if len(content) > MAX_LOADED_BYTES:
+        raise UserError(
+            f"more than {MAX_LOADED_BYTES / 1e9:g} GB after unpacking",
+            where=str(source),
+            expected="a table that fits in memory",
+            remedy="unpack it, or write it as .jsonl.gz, which is read row by row",
+        )
+    return content.removeprefix(UTF8_BOM)
 
 
 def _decode_utf8(content: bytes, source: Path, line: int) -> str:
@@ -367,9 +381,11 @@ def _open_document(source: Path) -> RowReader | None:
         return None
     document = parse_unique_json(content)
     if _is_row_table(document):
-        return _rows_from_records(_add_ids(document, source), source, "rows by their IDs")
+        records, num_names = _add_ids(document)
+        rows = _rows_from_records(records, source, "rows by their IDs")
+        return replace(rows, other_keys=+Counter({NOTE_ROW_NAMES: num_names}))
     tables = {key: value for key, value in document.items() if _is_table(value)}
-    has_media = any(_is_media_name(value) for value in document.values())
+    has_media = any(_has_media(value) for key, value in document.items() if key not in tables)
     if has_media or not tables:
         if is_one_line:
             return None
@@ -396,13 +412,19 @@ def _open_document(source: Path) -> RowReader | None:
                 f"the key {name!r} beside the rows under {key!r} may be a part of each row",
                 where=str(source),
                 expected="keys beside the rows that do not change them, such as version or license",
-                remedy=f"write it into each row where it applies, and remove {name!r}",
+                remedy=f"write it into each row where it applies, and remove {name!r}; or name the"
+                f" rows in a mapping file (--mapping): rows: {key}",
             )
-    records = _add_ids(table, source) if isinstance(table, dict) else table
-    rows = _rows_from_records(records, source, f"rows under the key {key!r}")
     unused = Counter(f"{name} of the document" for name in document if name != key)
+    records = table
+    if isinstance(table, dict):
+        records, num_names = _add_ids(table)
+        unused += Counter({NOTE_ROW_NAMES: num_names})
+    rows = _rows_from_records(records, source, f"rows under the key {key!r}")
     return replace(rows, other_keys=unused)
 
+
+NOTE_ROW_NAMES = "keys of rows with an `id` of their own"
 
 _TURN_KEYS = frozenset({"role", "from"})
 """Keys of the turns of a conversation, which is a single row."""
@@ -410,16 +432,17 @@ _TURN_KEYS = frozenset({"role", "from"})
 _PART_KEYS = frozenset({"text", "image", "image_url", "video", "video_url"})
 """Keys of content parts with a `type`, which belong to a single row."""
 
-_ROW_WORDS = re.compile(
-    r"(?i)(?:^|[\W_])(?:questions?|quer(?:y|ies)|prompts?|instructions?|system|tasks?_?prompt"
-    r"|answers?|options|choices|candidates)(?:$|[\W_])"
-)
-"""Names of keys of a document whose value may belong to each of its rows."""
+_HARMLESS_TEXT = """
+    name description info task note notes
+    version license licenses licence date year month author authors contributor contributors
+    organization copyright citation source url homepage link created updated modified generated
+    time timestamp count counts num number total size length split dataset title revision
+    encoding schema id uuid hash checksum
+"""
+_HARMLESS_WORDS = frozenset(_HARMLESS_TEXT.split())
+"""Last words of keys beside the rows of a document that describe the data set, not its rows."""
 
-_CLASS_WORDS = re.compile(
-    r"(?i)class(?:es)?|labels?|categor(?:y|ies)|names|attributes|mapping|map|(?:id|idx)_?(?:to|2)_?"
-)
-"""Names of keys of a document with a list or an object that may explain values of its rows."""
+_KEY_WORDS = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])|[0-9]+")
 
 
 def _is_table(value: object) -> bool:
@@ -448,28 +471,24 @@ def _is_row_table(value: object) -> bool:
             return False
         counts.update(record.keys())
     common = {key for key, count in counts.items() if 2 * count > len(value)}
-    if not common:
-        return False
+    if not common or all(
+        isinstance(record.get(key), dict) for record in value.values() for key in common
+    ):
+        return False  # such as splits of tables
     return all(2 * len(common & record.keys()) >= len(common) for record in value.values())
 
 
-def _add_ids(table: Mapping[str, Record], source: Path) -> list[Record]:
-    """Return the rows of a table by IDs; a row with another `id` gets its key as `key`."""
+def _add_ids(table: Mapping[str, Record]) -> tuple[list[Record], int]:
+    """Return the rows of a table by IDs, and the number of lost IDs."""
     records: list[Record] = []
+    num_lost = 0
     for key, record in table.items():
-        name = "id"
         if "id" in record:
-            name = "key"
-        if name in record:
-            raise UserError(
-                f"the row {key!r} has the keys id and key of its own",
-                where=str(source),
-                expected="rows without `key`, which is the name of the row in its document",
-                remedy="rename the key in all rows",
-            )
-        is_repeated = str(record.get("id")) == key
-        records.append(record if is_repeated else {name: key, **record})
-    return records
+            num_lost += str(record["id"]) != key
+            records.append(record)
+        else:
+            records.append({"id": key, **record})
+    return records, num_lost
 
 
 def _is_media_name(value: object) -> bool:
@@ -477,26 +496,28 @@ def _is_media_name(value: object) -> bool:
     return is_name and (is_image_value(value) or is_video_path(str(value)))
 
 
-def _may_describe_rows(name: str, value: object, *, is_inner: bool = False) -> bool:
+def _has_media(value: object) -> bool:
+    """Return whether a value is or contains an image or a video, such as that of all its rows."""
+    if isinstance(value, dict):
+        return is_image_value(value) or any(map(_has_media, value.values()))
+    if isinstance(value, list):
+        return any(map(_has_media, value))
+    return isinstance(value, str) and (is_image_value(value) or is_video_path(value))
+
+
+def _may_describe_rows(name: str, value: object) -> bool:
     """Return whether the value of a key beside rows may change their meaning.
 
-    This is a text such as a common question, a list, or an object that explains class numbers.
-
-    Args:
-        is_inner: The key is in an object beside the rows, such as `info`.
+    Only keys that describe a data set, such as version and license, do not.
     """
-    if value is None or value == "" or value == [] or value == {}:
+    if value is None or value in ("", [], {}):
         return False
-    is_row_key = _ROW_WORDS.search(name) is not None
-    is_class_key = _CLASS_WORDS.search(name) is not None
-    if isinstance(value, list):
-        return is_row_key or is_class_key or not is_inner
+    words = [word.lower() for word in _KEY_WORDS.findall(name)]
+    if words and (words[-1] in _HARMLESS_WORDS or words[0] == "dataset"):
+        return False
     if isinstance(value, dict):
-        is_numbered = all(map(str.isdecimal, value))
-        if is_row_key or is_class_key or is_numbered:
-            return True
-        return any(_may_describe_rows(key, one, is_inner=True) for key, one in value.items())
-    return isinstance(value, str) and is_row_key
+        return any(_may_describe_rows(key, one) for key, one in value.items())
+    return True
 
 
 def is_object_text(content: bytes | str) -> bool:
@@ -646,6 +667,8 @@ def _open_csv(source: Path, encoding: str | None, no_header: bool) -> RowReader:
     if suffix == ".txt":
         _check_text_columns(text, source, delimiter)
     table, header = _parse_csv(text, source, delimiter, no_header)
+    if suffix == ".txt" and delimiter != "\t":
+        _require_media(table, source)
     if suffix == ".txt" and delimiter == "\t":
         _check_text_quotes(text, source, header)
     is_certain = encoding is not None or guessed in ("utf-8", "utf-16")
@@ -653,6 +676,17 @@ def _open_csv(source: Path, encoding: str | None, no_header: bool) -> RowReader:
     encoding_name = guessed.upper().replace("_", "-")
     text_format = f"{_DELIMITERS[delimiter]}-separated, {note}{encoding_name}{header.note}"
     return rows_from_items(table, lambda _, row: row, text_format)
+
+
+def _require_media(rows: Sequence[SourceRow], source: Path) -> None:
+    """Reject a .txt file without tabs whose first row names no image or video, such as prose."""
+    if rows and not any(_has_media(cell) for cell in rows[0].record.values()):
+        raise UserError(
+            f"a text without images in its first row: {str(rows[0].record)[:80]}",
+            where=str(source),
+            expected="a table, such as lines with an image path, a tab and a text",
+            remedy="separate the columns by tabs, or save the table as .csv",
+        )
 
 
 def _check_text_columns(text: str, source: Path, delimiter: str) -> None:
@@ -845,15 +879,15 @@ def _read_header(first_row: Sequence[Any], no_header: bool, source: Path) -> _He
     """
     texts = ["" if cell is None else str(cell) for cell in first_row]
     is_media = any(is_image_value(cell) or _is_media_name(cell) for cell in first_row)
+    # The separator has a space on one side in the complete row.
+    is_padded = len(texts) > 1 and (
+        all(text.startswith(" ") for text in texts[1:])
+        or all(text.endswith(" ") for text in texts[:-1])
+    )
     if first_row and (no_header or is_media):
         names = [str(number) for number in range(1, len(first_row) + 1)]
-        is_padded = len(texts) > 1 and (
-            all(text.startswith(" ") for text in texts[1:])
-            or all(text.endswith(" ") for text in texts[:-1])
-        )
         return _Header([*names], is_missing=True, is_padded=is_padded)
     stripped = [text.strip() for text in texts]
-    is_padded = any(name and name != text for name, text in zip(stripped, texts, strict=True))
     _reject_duplicate_columns(
         [name for name in stripped if name],
         f"{source}:1",

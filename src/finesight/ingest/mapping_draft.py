@@ -14,7 +14,7 @@ from finesight.data.row_reader import Record
 from finesight.errors import escape_unprintable, shorten
 from finesight.ingest.field_path import EACH, join_location
 from finesight.ingest.presets import with_preset
-from finesight.storage import check_new_path, write_new_file
+from finesight.storage import write_new_file
 
 MAX_EXAMPLE_CHARS = 60
 """Maximum length of an example value in a draft."""
@@ -58,11 +58,11 @@ def detect_roles(
 def write_draft(records: Sequence[Record], out: Path) -> Path:
     """Write the draft of a mapping beside the folder of an import, and return its path.
 
-    Raises UserError if the file exists.
+    An existing file is not changed.
     """
     path = out.with_name(f"{out.name}-mapping.yaml")
-    check_new_path(path)
-    write_new_file(path, format_draft(records).encode())
+    if not path.exists():
+        write_new_file(path, format_draft(records).encode())
     return path
 
 

@@ -17,7 +17,7 @@ from finesight.data.formats.dataset_format import ImportContext
 from finesight.data.image_file import CorruptImageError
 from finesight.data.image_resolver import ImageResolver
 from finesight.data.import_source import NUM_DETECTION_ROWS, ImportOptions
-from finesight.data.row_reader import Record, SourceRow, read_first_records
+from finesight.data.row_reader import Record, SourceRow, get_row_suffix, read_first_records
 from finesight.data.sample import InvalidRowError, read_data_file
 from finesight.errors import UserError
 from finesight.ingest.mapped_rows import read_mapped_row
@@ -61,7 +61,7 @@ def find_preset(path: Path) -> MappingFormat | None:
     """Return the preset that matches the records of a file; None without one."""
     if is_json_file(path, b"{") and path.suffix.lower() == ".json":
         return _find_document_preset(path)
-    if path.suffix.lower() not in PRESET_SUFFIXES:
+    if get_row_suffix(path) not in PRESET_SUFFIXES:
         return None
     try:
         records = read_first_records(path, NUM_DETECTION_ROWS)

@@ -102,7 +102,7 @@ def _format_cut(bounds: ClipBounds, unit: float) -> str:
 
 def _is_complete(bounds: ClipBounds, video: VideoPart) -> bool:
     """Return whether the bounds of a clip are those of the complete video."""
-    if bounds.start is not None and bounds.start > 0:
+    if bounds.start is not None and bounds.start not in (0, -1):
         return False
     if bounds.end is None or bounds.end == -1:
         return True

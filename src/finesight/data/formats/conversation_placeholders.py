@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from operator import attrgetter
 
 from finesight.data.formats.conversation_rows import (
     ObjectQueue,
@@ -29,6 +30,7 @@ from finesight.data.formats.dataset_format import (
     ExportContext,
     ImportContext,
     ImportExample,
+    PlaceholderCountError,
     split_at_pattern,
 )
 from finesight.data.row_reader import SourceRow
@@ -89,6 +91,7 @@ def build_placeholder_example(
     is_llava_video = objects is None and bool(videos) and not media.listed["image"]
     if objects is None and any(media.listed.values()) and not any(num_marked.values()):
         context.row_notes[NOTE_UNMARKED] = 1  # also for a pair, which is parsed twice
+        _require_one_place(turns, media)
 
     def parse_turn(role: Role, text: str) -> Iterator[ContentPart]:
         if objects is None and role == "user" and is_image_path(text):
@@ -115,6 +118,18 @@ def _count_all_marked(turns: Sequence[Turn], placeholder: re.Pattern[str]) -> di
     """Return the number of placeholders of both kinds: with any, all listed files need one."""
     count = sum(len(placeholder.findall(turn.content)) for turn in turns)
     return {"image": count, "video": count}
+
+
+def _require_one_place(turns: Sequence[Turn], media: RowMedia) -> None:
+    """Raise PlaceholderCountError if several files may belong to several questions."""
+    num_questions = list(map(attrgetter("role"), turns)).count("user")
+    num_files = sum(map(len, media.listed.values()))
+    if num_questions > 1 and num_files > 1:
+        raise PlaceholderCountError(
+            f"{num_files} images or videos without placeholders in {num_questions} questions",
+            expected="`<image>` or `<video>` in the question about each file",
+            remedy="write the placeholders into the questions",
+        )
 
 
 def render_checked(

@@ -641,9 +641,14 @@ def _find_solution(record: Record) -> tuple[str, str] | None:
         return None
     # A solution may contain the short answer of another key.
     key, text = next(iter(texts.items()))
-    if any(other.strip() not in text for other in texts.values()):
+    if not all(_contains_word(text, other.strip()) for other in texts.values()):
         return None
     return key, text
+
+
+def _contains_word(text: str, part: str) -> bool:
+    """Return whether a text contains another one that is no part of a longer word or number."""
+    return re.search(rf"(?<![\w.]){re.escape(part)}(?![\w.]*\w)", text) is not None
 
 
 def _format_solution(value: object, *, is_single: bool) -> str:

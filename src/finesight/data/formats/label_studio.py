@@ -511,8 +511,14 @@ def _is_text(value: object) -> bool:
     return isinstance(value, str) and value.strip() != "" and not _is_image_reference(value)
 
 
-def _find_questions(objects: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
-    """Return the keys of the texts that are questions by their name, or mostly by their end."""
+def _find_questions(
+    objects: Sequence[Mapping[str, Any]], *, by_name: bool = False
+) -> tuple[str, ...]:
+    """Return the keys of the texts that are questions by their name, or mostly by their end.
+
+    Args:
+        by_name: Only the names decide, because texts may also be answers.
+    """
     num_texts: Counter[str] = Counter()
     num_questions: Counter[str] = Counter()
     for one in objects:
@@ -523,14 +529,15 @@ def _find_questions(objects: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
     found = []
     for key, count in num_texts.items():
         name = _CAPITAL.sub("_", key).lower()
-        if _QUESTION_KEY.fullmatch(name) or 2 * num_questions[key] > count:
+        is_question = 2 * num_questions[key] > count and not by_name
+        if is_question or _QUESTION_KEY.fullmatch(name):
             found.append(key)
     return tuple(found)
 
 
 def _find_min_questions(records: Sequence[Record]) -> tuple[str, ...]:
     """Return the keys of questions in JSON-MIN; none if there are no other answers."""
-    questions = _find_questions(records)
+    questions = _find_questions(records, by_name=True)
     for name in {name for one in records for name in one} - _MIN_KEYS - {*questions}:
         values = [record.get(name) for record in records]
         if any(isinstance(value, list) or _is_text(value) for value in values):

@@ -128,7 +128,10 @@ class FolderLabels:
         """Return the kind of labels in files without shapes."""
         if self.has_questions:
             return "questions in vqaData"
-        return format_count(len(self.flags), "flag")
+        flags = format_count(len(self.flags), "flag")
+        if self.is_single_class:
+            return f"{flags}, one class per image"
+        return f"{flags}, as JSON"
 
 
 def _open_labelme(source: Path) -> tuple[RowReader, str] | None:
@@ -198,6 +201,8 @@ def _read_flags(record: Record) -> dict[str, bool]:
         return {}
     if isinstance(flags, dict) and all(isinstance(value, bool) for value in flags.values()):
         return dict(flags)
+    if record["shapes"]:
+        return {}  # counted as a further key
     raise UserError(
         f"the flags {str(flags)[:80]}",
         expected='flags as LabelMe saves them, such as {"cat": true, "dog": false}',

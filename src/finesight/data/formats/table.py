@@ -156,7 +156,21 @@ _CLIP_BOUND = re.compile(
 )
 """Words of columns that may select a part of a video."""
 
-_TIMES = re.compile(r"[\d:.,;\s\[\]()s-]*\d[\d:.,;\s\[\]()s-]*")
+_TIMES = re.compile(r"(?=[^\d]*\d)[\d:.,;\s\[\]()s-]*+")
+
+_PROPERTY_WORDS = (
+    "is",
+    "has",
+    "was",
+    "are",
+    "can",
+    "contains",
+    "needs",
+    "should",
+    "hard",
+    "difficult",
+)
+"""First words of columns that state whether a row has a property."""
 
 _WORDS = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])|[0-9]+|[^\W_A-Za-z0-9]+")
 _TEXT_WORDS = {"text", "content", "en"}
@@ -236,12 +250,14 @@ def is_video_value(value: object) -> bool:
 
 
 def _is_flag(records: Sequence[Record], name: str) -> bool:
-    """Return whether a column with a name of several words contains only true and false."""
+    """Return whether a column of true and false is a property by its first word."""
 
     def is_truth(value: object) -> bool:
         return isinstance(value, bool) or value in ("true", "false", "True", "False")
 
-    return len(_WORDS.findall(name)) > 1 and all(is_truth(record.get(name)) for record in records)
+    words = _WORDS.findall(name)
+    is_property = len(words) > 1 and words[0].lower() in _PROPERTY_WORDS
+    return is_property and all(is_truth(record.get(name)) for record in records)
 
 
 def _has_number_name(name: str) -> bool:
@@ -282,8 +298,9 @@ def _find_pair(names: Sequence[str]) -> tuple[str | None, str | None]:
     others = [name for name in names if name != question]
     is_alpaca = "instruction" in (question or "").lower()
     more = None
-    if is_alpaca:  # whole names: the input of Alpaca, not such as a text that a user types
-        more = next((name for name in others if name.lower() in ("input", "context")), None)
+    if is_alpaca:  # the input of Alpaca, not another such as a text that a user types
+        names_of_inputs = ("input", "context", "input_text", "context_text")
+        more = next((name for name in others if name.lower() in names_of_inputs), None)
     options = [name for name in others if _OPTION.fullmatch(name)]
     if len(options) < 2:
         options = [name for name in others if name.lower() in _OPTION_LISTS]

@@ -13,7 +13,7 @@ from finesight.data.image_resolver import ImageResolver
 from finesight.data.row_reader import SourceRow
 from finesight.errors import UserError
 from finesight.ingest.mapped_rows import MappedRow, read_mapped_row
-from finesight.ingest.mapping import Mapping
+from finesight.ingest.mapping import RecordMapping
 
 
 class Mutation(NamedTuple):
@@ -25,7 +25,7 @@ class Mutation(NamedTuple):
 
 
 def read_record(
-    record: dict[str, Any], mapping: Mapping, folder: Path, prompt: str | None = None
+    record: dict[str, Any], mapping: RecordMapping, folder: Path, prompt: str | None = None
 ) -> MappedRow:
     """Read a record by a mapping; images are in `folder`."""
     row = SourceRow(number=3, location="line 3", record=record, stem="rows")
@@ -107,7 +107,7 @@ def _iter_objects(value: Any) -> Any:
 
 
 def find_silent_change(
-    mutation: Mutation, original: MappedRow, mapping: Mapping, folder: Path
+    mutation: Mutation, original: MappedRow, mapping: RecordMapping, folder: Path
 ) -> str:
     """Return how a changed record was read wrongly without naming its key; "" if it was not.
 

@@ -14,7 +14,7 @@ from finesight.data.row_reader import SourceRow
 from finesight.errors import UserError
 from finesight.ingest.field_path import join_location, parse_path
 from finesight.ingest.mapped_rows import parse_mapped_row
-from finesight.ingest.mapping import Mapping, load_mapping, parse_mapping, write_schema
+from finesight.ingest.mapping import RecordMapping, load_mapping, parse_mapping, write_schema
 
 CASES = load_cases("mapping")
 
@@ -27,7 +27,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def build_mapping(roles: dict[str, Any]) -> Mapping:
+def build_mapping(roles: dict[str, Any]) -> RecordMapping:
     """Build a mapping from roles, as a file with them."""
     return parse_mapping({"version": 1, **roles}, "m.yaml")
 

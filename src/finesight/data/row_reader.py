@@ -65,6 +65,9 @@ COMPRESSED_SUFFIXES = (".jsonl.gz", ".json.gz", ".csv.gz", ".tsv.gz")
 TEXT_TABLE_SUFFIXES = (".csv", ".tsv", ".txt")
 """Suffixes of tables as text, in lower case, without that of a compression."""
 
+MAX_LOADED_BYTES = 4 * 10**9
+"""Maximum size of a compressed file that is read as a whole."""
+
 MAX_XLSX_BYTES = 2**30
 """Maximum number of bytes of an Excel file after decompression."""
 
@@ -217,10 +220,6 @@ def open_row_file(
     return rows
 
 
-MAX_LOADED_BYTES = 4 * 10**9
-"""Maximum size of a compressed file that is read as a whole."""
-
-
 def get_row_suffix(path: Path) -> str:
     """Return the suffix of a row file in lower case, without that of its compression."""
     if is_compressed(path):
@@ -241,7 +240,7 @@ def _get_stem(source: Path) -> str:
 class _BoundedStream(io.RawIOBase):
     """Decompressed content of a file, whose bytes are counted: headers can be forged."""
 
-    def __init__(self, stream: BinaryIO, source: Path, compressed_bytes: int) -> None:
+    def __init__(self, stream: gzip.GzipFile, source: Path, compressed_bytes: int) -> None:
         super().__init__()
         self._stream = stream
         self._source = source
@@ -279,7 +278,7 @@ def _open_content(source: Path) -> Iterator[BinaryIO]:
         file.seek(0)
         try:
             with gzip.GzipFile(fileobj=file) as unpacked:
-                stream = _BoundedStream(unpacked, source, compressed_bytes)  # type: ignore[arg-type]
+                stream = _BoundedStream(unpacked, source, compressed_bytes)
                 yield io.BufferedReader(stream)
         except (gzip.BadGzipFile, EOFError, zlib.error) as error:
             raise UserError(
@@ -372,14 +371,15 @@ def _open_document(source: Path) -> RowReader | None:
     """
     with _open_content(source) as file:
         first_line = file.readline(MAX_LINE_BYTES + 1).removeprefix(UTF8_BOM)
-        is_one_line = is_object_text(first_line)
+        document = _parse_object(first_line)
+        is_one_line = document is not None
         others = iter(partial(file.readline, MAX_LINE_BYTES + 1), b"")
         if is_one_line and any(line.strip() for line in others):
             return None
-    content = first_line if is_one_line else _read_content(source)
-    if not is_object_text(content):
+    if document is None:
+        document = _parse_object(_read_content(source))
+    if document is None:
         return None
-    document = parse_unique_json(content)
     if _is_row_table(document):
         records, num_names = _add_ids(document)
         rows = _rows_from_records(records, source, "rows by their IDs")
@@ -522,10 +522,16 @@ def _may_describe_rows(name: str, value: object) -> bool:
 
 def is_object_text(content: bytes | str) -> bool:
     """Return whether a text is a JSON object without duplicate keys."""
+    return _parse_object(content) is not None
+
+
+def _parse_object(content: bytes | str) -> Record | None:
+    """Return a JSON object without duplicate keys; None for other texts."""
     try:
-        return isinstance(parse_unique_json(content), dict)
+        value = parse_unique_json(content)
     except ValueError:
-        return False
+        return None
+    return value if isinstance(value, dict) else None
 
 
 def _iter_json_lines(source: Path) -> Iterator[SourceRow]:

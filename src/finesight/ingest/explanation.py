@@ -12,7 +12,7 @@ from finesight.data.sample import ContentPart, ImagePart, Sample, list_coordinat
 from finesight.errors import UserError, shorten
 from finesight.ingest.mapped_rows import read_mapped_row
 from finesight.ingest.mapping_format import MappingFormat
-from finesight.ingest.record_values import Reading
+from finesight.ingest.record_values import RoleAssignment
 
 MAX_VALUE_CHARS = 60
 """Maximum length of a value in an explanation."""
@@ -25,7 +25,7 @@ class RowExplanation:
     """Values of a row with their roles, and its samples.
 
     Attributes:
-        mapping: Mapping file, or name of the preset.
+        mapping: RecordMapping file, or name of the preset.
         num_rows: Number of rows of the source.
         unused: Values without a role; an import fails with them.
     """
@@ -33,8 +33,8 @@ class RowExplanation:
     mapping: str
     location: str
     num_rows: int
-    readings: list[Reading]
-    unused: list[Reading]
+    readings: list[RoleAssignment]
+    unused: list[RoleAssignment]
     samples: list[Sample]
 
     def format_lines(self) -> list[str]:
@@ -113,7 +113,7 @@ def explain_row(path: Path, options: ImportOptions, number: int, folder: Path) -
     )
 
 
-def _describe(reading: Reading) -> list[str]:
+def _describe(reading: RoleAssignment) -> list[str]:
     """Return path, role and value as texts."""
     return [reading.location, reading.role or NO_ROLE, _format_value(reading.value)]
 

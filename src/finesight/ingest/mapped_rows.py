@@ -47,10 +47,10 @@ from finesight.ingest.mapping import (
     Boxes,
     Elements,
     Frame,
-    Mapping,
     Messages,
     Parts,
     Points,
+    RecordMapping,
     Value,
     iter_values,
 )
@@ -58,8 +58,8 @@ from finesight.ingest.record_values import (
     META_ROLE,
     MISSING,
     PART_ROLE,
-    Reading,
     RecordValues,
+    RoleAssignment,
     Scope,
     is_empty,
     parse_texts,
@@ -86,12 +86,12 @@ class MappedRow:
     """
 
     examples: list[ImportExample]
-    readings: list[Reading]
-    unused: list[Reading]
+    readings: list[RoleAssignment]
+    unused: list[RoleAssignment]
 
 
 def parse_mapped_row(
-    row: SourceRow, context: ImportContext, mapping: Mapping
+    row: SourceRow, context: ImportContext, mapping: RecordMapping
 ) -> list[ImportExample]:
     """Build the samples of a record.
 
@@ -104,7 +104,7 @@ def parse_mapped_row(
     return found.examples
 
 
-def read_mapped_row(row: SourceRow, context: ImportContext, mapping: Mapping) -> MappedRow:
+def read_mapped_row(row: SourceRow, context: ImportContext, mapping: RecordMapping) -> MappedRow:
     """Build the samples of a record, and account for its keys."""
     record = parse_texts(row.record, mapping.list_parse_paths())
     values = RecordValues(Scope(record, ""))
@@ -146,7 +146,7 @@ def _generalize(location: str) -> str:
     return re.sub(r"(?<=\.)[0-9]+(?=\.|$)", "*", location)
 
 
-def _build_unused_error(unused: Sequence[Reading]) -> InvalidRowError:
+def _build_unused_error(unused: Sequence[RoleAssignment]) -> InvalidRowError:
     location = unused[0].location
     others = ""
     if len(unused) > 1:
@@ -198,7 +198,7 @@ class SampleBuilder:
 
     row: SourceRow
     context: ImportContext
-    mapping: Mapping
+    mapping: RecordMapping
     values: RecordValues
     scope: Scope
     sample_id: str
@@ -239,6 +239,7 @@ class SampleBuilder:
         for name, value in self.mapping.meta.items():
             found = self._read(META_ROLE, value)
             if found is not MISSING and found is not None:
+                # Values of other types than those of JSON, such as dates, become text.
                 meta[name] = json.loads(write_json(found, f"metadata {name}"))
         return meta
 
@@ -277,15 +278,15 @@ class SampleBuilder:
             self._list_media("images", mapping.images),
             self._list_media("videos", mapping.videos),
         )
-        turns: list[Turn] = []
+        turns: list[MappedTurn] = []
         system = self._read_text("system", mapping.system)
         if system is not None:
-            turns.append(Turn("system", [system]))
+            turns.append(MappedTurn("system", [system]))
         for item in _select_items(self.values, messages, self.scope, "messages", self.context):
             turns += self._read_turns(messages, item, media)
         if mapping.answer is not None:
             answer = self.values.evaluate_text(mapping.answer, self.scope, "answer")
-            turns.append(Turn("assistant", [answer]))
+            turns.append(MappedTurn("assistant", [answer]))
         check_limit(len(turns), MAX_MESSAGES, "messages")
         example = build_example(sample_id, media.build_messages(turns, self.context), {})
         rejected = self._read_text("rejected", mapping.rejected)
@@ -293,12 +294,15 @@ class SampleBuilder:
             return example
         return replace(example, rejected=(make_text_part(rejected),))
 
-    def _read_turns(self, messages: Messages, item: Scope, media: Media) -> list[Turn]:
+    def _read_turns(self, messages: Messages, item: Scope, media: Media) -> list[MappedTurn]:
         """Return the message of an item, or its question and answer."""
         if messages.question is not None and messages.answer is not None:
             question = self.values.evaluate_text(messages.question, item, "question")
             answer = self.values.evaluate_text(messages.answer, item, "answer")
-            return [Turn("user", split_placeholders(question)), Turn("assistant", [answer])]
+            return [
+                MappedTurn("user", split_placeholders(question)),
+                MappedTurn("assistant", [answer]),
+            ]
         assert messages.role is not None, "validated with the mapping"
         role = self.values.evaluate_text(messages.role, item, "role")
         if role not in ROLES:
@@ -308,10 +312,10 @@ class SampleBuilder:
                 "translate it under messages.role: {path: ..., values: {human: user}}",
             )
         if messages.parts is not None:
-            return [Turn(ROLES[role], self._read_parts(messages.parts, item, media))]
+            return [MappedTurn(ROLES[role], self._read_parts(messages.parts, item, media))]
         assert messages.content is not None, "validated with the mapping"
         content = self.values.evaluate_text(messages.content, item, "content")
-        return [Turn(ROLES[role], split_placeholders(content))]
+        return [MappedTurn(ROLES[role], split_placeholders(content))]
 
     def _read_parts(self, parts: Parts, message: Scope, media: Media) -> list[str | ContentPart]:
         """Return the texts, images and videos of a message."""
@@ -524,7 +528,7 @@ class SampleBuilder:
 
 
 def _check_file(file: object, role: str, *, is_image: bool) -> None:
-    """Reject an empty file, and a list of images; a list of frames is a video."""
+    """Reject an empty file and a list of images. A list of frames is a video."""
     if is_image and isinstance(file, list | tuple):
         raise InvalidRowError(
             f"the {role} is a list of {len(file)}",
@@ -544,7 +548,7 @@ def split_placeholders(text: str) -> list[str | ContentPart]:
     return pieces
 
 
-class Turn(NamedTuple):
+class MappedTurn(NamedTuple):
     """A message whose texts may be the placeholders of images and videos."""
 
     role: Role
@@ -565,7 +569,7 @@ class Media:
             return self.row_images.add_image(file)
         return self.row_images.add_video(file)
 
-    def build_messages(self, turns: Sequence[Turn], context: ImportContext) -> list[Message]:
+    def build_messages(self, turns: Sequence[MappedTurn], context: ImportContext) -> list[Message]:
         """Return the messages with all files: at their placeholders, or before the first question.
 
         Raises:
@@ -634,8 +638,8 @@ def _sort_by_axis(numbers: Sequence[Any], frame: Frame) -> list[Any]:
 def _look_up(found: Any, value: Value, choices: Sequence[str]) -> str:
     """Return an answer as text; with `lookup`, its number stands for a choice."""
     role = value.name_role("answer")
+    text = to_text(found, role)
     if value.lookup not in ("choices", "letters"):
-        text = to_text(found, role)
         is_number = isinstance(found, int)  # of a choice, or the text of one
         if choices and (is_number or text not in (*choices, *ascii_uppercase[: len(choices)])):
             raise InvalidRowError(
@@ -644,15 +648,18 @@ def _look_up(found: Any, value: Value, choices: Sequence[str]) -> str:
                 "give lookup: choices, and first: 1 if the first choice has the number 1",
             )
         return text
-    text = to_text(found, role)
-    number = int(text) - value.first if text.isascii() and text.isdecimal() else -1
+    number = -1
+    if text.isascii() and text.isdecimal():
+        number = int(text) - value.first
     if not 0 <= number < len(choices):
         raise InvalidRowError(
             f"the answer {text[:60]!r} is no number of a choice",
             f"a number from {value.first} to {value.first + len(choices) - 1}",
             "correct first in the mapping, or the row",
         )
-    return ascii_uppercase[number] if value.lookup == "letters" else choices[number]
+    if value.lookup == "letters":
+        return ascii_uppercase[number]
+    return choices[number]
 
 
 def _select_answers(texts: Sequence[str], use: str) -> tuple[list[str], list[str]]:

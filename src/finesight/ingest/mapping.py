@@ -480,7 +480,7 @@ NamedValues = Annotated[
 ]
 
 
-class Mapping(MappingSection):
+class RecordMapping(MappingSection):
     """A mapping file.
 
     Attributes:
@@ -627,7 +627,7 @@ def iter_values(section: object) -> Iterator[Value]:
             yield from iter_values(inner)
 
 
-def load_mapping(path: Path) -> Mapping:
+def load_mapping(path: Path) -> RecordMapping:
     """Load and validate a mapping file. Raises UserError with the key and the reason."""
     text = read_text(path, expected="a mapping file", max_bytes=MAX_MAPPING_BYTES)
     try:
@@ -644,12 +644,12 @@ def load_mapping(path: Path) -> Mapping:
 
 def write_schema() -> str:
     """Return the JSON schema of mapping files, for editors."""
-    schema = Mapping.model_json_schema()
+    schema = RecordMapping.model_json_schema()
     schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
     return f"{json.dumps(schema, indent=1, ensure_ascii=False)}\n"
 
 
-def parse_mapping(content: object, where: str) -> Mapping:
+def parse_mapping(content: object, where: str) -> RecordMapping:
     """Validate the content of a mapping file."""
     version = content.get("version") if isinstance(content, dict) else None
     if not isinstance(content, dict) or type(version) is not int or version != MAPPING_VERSION:
@@ -660,7 +660,7 @@ def parse_mapping(content: object, where: str) -> Mapping:
             remedy="add the line, if the file is a mapping",
         )
     try:
-        return Mapping.model_validate(_as_tuples(content))
+        return RecordMapping.model_validate(_as_tuples(content))
     except ValidationError as error:
         raise _explain_error(error, where) from error
 
@@ -689,7 +689,7 @@ def _explain_error(error: ValidationError, where: str) -> UserError:
         message = f"unknown key {name!r}"
         remedy = "remove it"
         if len(first["loc"]) == 1:
-            remedy = suggest_name(name, list(Mapping.model_fields), remedy)
+            remedy = suggest_name(name, list(RecordMapping.model_fields), remedy)
     elif first["type"] == "tuple_type":
         message = f"{first['input']!r:.60} is no list"
     elif first["type"] == "model_type":

@@ -15,11 +15,11 @@ from finesight.data.formats.dataset_format import (
     ImportExample,
     describe_value,
 )
-from finesight.data.row_reader import RowReader, SourceRow, rows_from_items
+from finesight.data.row_reader import Record, RowReader, SourceRow, rows_from_items
 from finesight.data.sample import InvalidRowError, read_data_file
 from finesight.errors import UserError
 from finesight.ingest.mapped_rows import parse_mapped_row
-from finesight.ingest.mapping import Mapping, Rows, load_mapping
+from finesight.ingest.mapping import RecordMapping, Rows, load_mapping
 from finesight.ingest.record_values import RecordValues, Scope
 
 
@@ -27,10 +27,12 @@ from finesight.ingest.record_values import RecordValues, Scope
 class MappingFormat(DatasetFormat):
     """A dataset format that reads records by a mapping."""
 
-    mapping: Mapping = field(kw_only=True)
+    mapping: RecordMapping = field(kw_only=True)
 
 
-def build_mapping_format(mapping: Mapping, name: str, *, is_preset: bool = False) -> MappingFormat:
+def build_mapping_format(
+    mapping: RecordMapping, name: str, *, is_preset: bool = False
+) -> MappingFormat:
     """Build a dataset format that reads records by a mapping.
 
     Args:
@@ -51,7 +53,7 @@ def build_mapping_format(mapping: Mapping, name: str, *, is_preset: bool = False
 
 
 def _parse_preset_row(
-    row: SourceRow, context: ImportContext, mapping: Mapping, name: str
+    row: SourceRow, context: ImportContext, mapping: RecordMapping, name: str
 ) -> list[ImportExample]:
     """Build the samples of a record; the remedy of an error names the preset."""
     try:
@@ -99,23 +101,32 @@ def open_document(source: Path, rows: Rows | None) -> tuple[RowReader, str] | No
         others[f"keys of the objects at {rows.path.text}, not imported"] = len(items)
 
     def make_row(number: int, item: Scope) -> SourceRow:
-        if not isinstance(item.value, dict):
-            raise InvalidRowError(
-                f"{item.location} is {describe_value(item.value)}", "an object", "correct rows"
-            )
-        record = item.value
-        if rows.key is not None and item.slot is not None:
-            if rows.key in record:
-                raise InvalidRowError(
-                    f"the record {item.location} has a key {rows.key} of its own",
-                    "another name for the key of the object",
-                    "give rows another key in the mapping",
-                )
-            record = {**record, rows.key: item.slot[1]}
-        return SourceRow(number, item.location, record, source.stem)
+        return SourceRow(number, item.location, read_record(item, rows), source.stem)
 
     reader = rows_from_items(items, make_row)
     return replace(reader, other_keys=others), f"records at {rows.path.text}"
+
+
+def read_record(item: Scope, rows: Rows) -> Record:
+    """Return a record of a document, with its key in the document under the name of `rows`.
+
+    Raises:
+        InvalidRowError: The item is no object, or has a key of this name.
+    """
+    record = item.value
+    if not isinstance(record, dict):
+        raise InvalidRowError(
+            f"{item.location} is {describe_value(record)}", "an object", "correct rows"
+        )
+    if rows.key is None or item.slot is None:
+        return record
+    if rows.key in record:
+        raise InvalidRowError(
+            f"the record {item.location} has a key {rows.key} of its own",
+            "another name for the key of the object",
+            "give rows another key in the mapping",
+        )
+    return {**record, rows.key: item.slot[1]}
 
 
 def load_mapping_format(path: Path) -> MappingFormat:

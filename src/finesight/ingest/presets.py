@@ -7,7 +7,6 @@ import importlib.resources
 import json
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +20,8 @@ from finesight.data.row_reader import Record, SourceRow, get_row_suffix, read_fi
 from finesight.data.sample import InvalidRowError, read_data_file
 from finesight.errors import UserError
 from finesight.ingest.mapped_rows import read_mapped_row
-from finesight.ingest.mapping import Mapping, parse_mapping
-from finesight.ingest.mapping_format import MappingFormat, build_mapping_format
+from finesight.ingest.mapping import RecordMapping, parse_mapping
+from finesight.ingest.mapping_format import MappingFormat, build_mapping_format, read_record
 from finesight.ingest.record_values import RecordValues, Scope, parse_texts
 from finesight.storage import temporary_folder
 
@@ -36,10 +35,10 @@ PRESET_SUFFIXES = (".json", ".jsonl", ".parquet")
 
 
 @functools.cache
-def load_presets() -> dict[str, Mapping]:
+def load_presets() -> dict[str, RecordMapping]:
     """Load all presets by their names, which are those of their files."""
     folder = importlib.resources.files("finesight.ingest") / PRESETS_FOLDER
-    presets: dict[str, Mapping] = {}
+    presets: dict[str, RecordMapping] = {}
     for file in sorted(folder.iterdir(), key=lambda file: file.name):
         if file.name.endswith(".yaml"):
             name = file.name.removesuffix(".yaml")
@@ -76,7 +75,7 @@ def find_preset(path: Path) -> MappingFormat | None:
 def _find_document_preset(path: Path) -> MappingFormat | None:
     """Return the preset that matches a JSON document, which is parsed only if it has its keys."""
     content = read_data_file(path)
-    candidates: dict[str, Mapping] = {}
+    candidates: dict[str, RecordMapping] = {}
     for name, mapping in load_presets().items():
         if mapping.rows is not None and mapping.match is not None:
             keys: list[str] = []
@@ -96,26 +95,18 @@ def _find_document_preset(path: Path) -> MappingFormat | None:
     return None
 
 
-def _list_records(mapping: Mapping, document: Any) -> list[Record]:
+def _list_records(mapping: RecordMapping, document: Any) -> list[Record]:
     """Return the first records of a document at the path of a preset."""
     assert mapping.rows is not None, "checked by the caller"
     values = RecordValues(Scope(document, ""))
     try:
         items = values.list_items(mapping.rows.path, values.root)
+        return [read_record(item, mapping.rows) for item in items[:NUM_DETECTION_ROWS]]
     except InvalidRowError:
         return []
-    records: list[Record] = []
-    for item in islice(items, NUM_DETECTION_ROWS):
-        if not isinstance(item.value, dict):
-            return []
-        record = item.value
-        if mapping.rows.key is not None and item.slot is not None:
-            record = {**record, mapping.rows.key: item.slot[1]}
-        records.append(record)
-    return records
 
 
-def matches(mapping: Mapping, records: Sequence[Record], image_folder: Path) -> bool:
+def matches(mapping: RecordMapping, records: Sequence[Record], image_folder: Path) -> bool:
     """Return whether all records have the signature of a preset, and no further keys.
 
     The first records must also have no value without a role, at any depth.

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import ast
-import json
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from operator import attrgetter
 from typing import Any, Final, NamedTuple
 
 from finesight.bounded_files import parse_unique_json
-from finesight.data.formats.dataset_format import describe_value
+from finesight.data.formats.dataset_format import describe_value, dump_json
 from finesight.data.row_reader import Record
 from finesight.data.sample import InvalidRowError, check_json, check_limit
 from finesight.errors import suggest_name
@@ -67,7 +65,7 @@ class Scope(NamedTuple):
     slot: Slot | None = None
 
 
-class Reading(NamedTuple):
+class RoleAssignment(NamedTuple):
     """A value of a record, its location, and the role that the mapping gives it."""
 
     location: str
@@ -86,7 +84,7 @@ class RecordValues:
     """
 
     root: Scope
-    readings: list[Reading] = field(default_factory=list)
+    readings: list[RoleAssignment] = field(default_factory=list)
     num_missing: Counter[str] = field(default_factory=Counter)
     num_object_keys: Counter[str] = field(default_factory=Counter)
     _used: set[Slot] = field(default_factory=set)
@@ -103,9 +101,13 @@ class RecordValues:
             MissingKeyError: A key that is not optional is missing.
         """
         found: list[Scope] = []
-        value = self._read_steps(self._get_start(path, scope), path.steps, path, found)
+        value = self._find(path, scope, found)
         self._use(found, role)
         return value
+
+    def _find(self, path: FieldPath, scope: Scope, found: list[Scope]) -> Any:
+        """Return the value at a path, and append its parts to `found`; they are not used yet."""
+        return self._read_steps(self._get_start(path, scope), path.steps, path, found)
 
     def _get_start(self, path: FieldPath, scope: Scope) -> Scope:
         if path.from_root:
@@ -120,7 +122,7 @@ class RecordValues:
             self._read_steps(self._get_start(path, scope), optional, path, found)
         new = [one for one in found if one.slot not in self._used]
         self._use(new, role)
-        return list(map(attrgetter("location"), new))
+        return [one.location for one in new]
 
     def discard(self, scope: Scope) -> None:
         """Mark an item that the mapping leaves out, with all its values, as used."""
@@ -140,7 +142,7 @@ class RecordValues:
         for one in found:
             if one.slot is not None:
                 self._used.add(self._origins.get(one.slot, one.slot))
-            self.readings.append(Reading(one.location, role, one.value))
+            self.readings.append(RoleAssignment(one.location, role, one.value))
 
     def _read_steps(
         self, scope: Scope, steps: Sequence[PathStep], path: FieldPath, found: list[Scope]
@@ -239,6 +241,7 @@ class RecordValues:
     def find_unmet(self, conditions: Sequence[Condition], scope: Scope) -> str | None:
         """Return the path of the first condition that a value does not meet, or None."""
         unmet: list[str] = []
+        # All conditions are read, so that the account has the keys of each.
         for condition in conditions:
             value = self.read(condition.path, scope, "condition")
             if isinstance(value, dict | list | tuple):
@@ -255,7 +258,9 @@ class RecordValues:
                 is_met = text not in map(format_key_text, condition.differs_from or ())
             if not is_met:
                 unmet.append(condition.path.text)
-        return next(iter(unmet), None)
+        if not unmet:
+            return None
+        return unmet[0]
 
     def evaluate(self, value: Value, scope: Scope, role: str) -> Any:
         """Return the value of a role; `MISSING` if an optional key is missing.
@@ -301,7 +306,10 @@ class RecordValues:
 
     def _read_source(self, value: Value, scope: Scope, role: str) -> Any:
         if value.path is not None:
-            return self._read_present(value.path, scope, role)
+            parts: list[Scope] = []
+            found = self._find_present(value.path, scope, role, parts)
+            self._use(parts, role)
+            return found
         if value.any_of is not None:
             found = self._read_first(value.any_of, scope, role)
             if found is MISSING and not value.is_optional:
@@ -314,21 +322,18 @@ class RecordValues:
         if value.template is None:
             return value.const
         texts: dict[str, str] = {}
-        used_before = set(self._used)
-        num_readings = len(self.readings)
+        parts = []
         for text, path in value.template_paths().items():
-            found = self._read_present(path, scope, role)
+            found = self._find_present(path, scope, role, parts)
             if found is MISSING:
-                # The template is not used, so its other values have no role yet.
-                self._used = used_before
-                del self.readings[num_readings:]
-                return MISSING
+                return MISSING  # the other values of the template have no role yet
             texts[text] = to_text(found, value.name_role(role))
+        self._use(parts, role)
         return value.fill_template(texts)
 
-    def _read_present(self, path: FieldPath, scope: Scope, role: str) -> Any:
+    def _find_present(self, path: FieldPath, scope: Scope, role: str, parts: list[Scope]) -> Any:
         """Return the value at a path; `MISSING` for an optional key that is missing or empty."""
-        found = self.read(path, scope, role)
+        found = self._find(path, scope, parts)
         if found is not MISSING and not (path.is_optional and is_empty(found)):
             return found
         if role not in UNCOUNTED_ROLES:
@@ -346,11 +351,11 @@ class RecordValues:
                 return found
         return MISSING
 
-    def iter_unused(self) -> Iterator[Reading]:
+    def iter_unused(self) -> Iterator[RoleAssignment]:
         """Yield the values of the record that no path used, except empty ones."""
         yield from self._iter_unused(self.root)
 
-    def _iter_unused(self, scope: Scope) -> Iterator[Reading]:
+    def _iter_unused(self, scope: Scope) -> Iterator[RoleAssignment]:
         for key, value in _iter_children(scope.value):
             if (id(scope.value), key) in self._used:
                 continue
@@ -358,7 +363,7 @@ class RecordValues:
             if isinstance(value, dict | list | tuple) and value:
                 yield from self._iter_unused(Scope(value, location))
             elif not is_empty(value):
-                yield Reading(location, "", value)
+                yield RoleAssignment(location, "", value)
 
 
 def _require_lists(columns: Mapping[str, Sequence[Scope]], role: str) -> None:
@@ -470,20 +475,13 @@ def to_text(value: object, role: str) -> str:
 def write_json(value: object, role: str) -> str:
     """Write a value as JSON. Raises InvalidRowError for bytes and for numbers without value."""
     try:
-        return json.dumps(value, ensure_ascii=False, allow_nan=False, default=_write_other)
-    except (TypeError, ValueError, RecursionError) as error:
+        return dump_json(value)
+    except ValueError as error:
         raise InvalidRowError(
             f"the {role} cannot be written as JSON ({error})",
             "a text, a number, or a list or object of them",
             "correct the row, or remove it",
         ) from error
-
-
-def _write_other(value: object) -> str:
-    """Convert a value that JSON does not support, such as a date, to text."""
-    if isinstance(value, bytes):
-        raise ValueError(f"{len(value)} bytes that are not text")
-    return str(value)
 
 
 def _split_text(value: object, separator: str, role: str) -> list[str]:

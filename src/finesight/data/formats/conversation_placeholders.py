@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from operator import attrgetter
 
 from finesight.data.formats.conversation_rows import (
     ObjectQueue,
@@ -83,9 +82,10 @@ def build_placeholder_example(
     if videos or is_marked:
         placeholder = re.compile(f"{placeholder.pattern}|<video>", re.DOTALL)
     tags = ("image", "video") if videos else ("image",)
-    num_marked = {tag: sum(turn.content.count(f"<{tag}>") for turn in turns) for tag in tags}
     if objects is None:
         num_marked = _count_all_marked(turns, placeholder)
+    else:
+        num_marked = {tag: sum(turn.content.count(f"<{tag}>") for turn in turns) for tag in tags}
     media = RowMedia(row.record, context, num_marked)
     # Rows of LLaVA-Video mark their video by `<image>`.
     is_llava_video = objects is None and bool(videos) and not media.listed["image"]
@@ -122,7 +122,10 @@ def _count_all_marked(turns: Sequence[Turn], placeholder: re.Pattern[str]) -> di
 
 def _require_one_place(turns: Sequence[Turn], media: RowMedia) -> None:
     """Raise PlaceholderCountError if several files may belong to several questions."""
-    num_questions = list(map(attrgetter("role"), turns)).count("user")
+    num_questions = 0
+    for turn in turns:
+        if turn.role == "user":
+            num_questions += 1
     num_files = sum(map(len, media.listed.values()))
     if num_questions > 1 and num_files > 1:
         raise PlaceholderCountError(

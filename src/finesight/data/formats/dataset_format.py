@@ -9,6 +9,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from operator import attrgetter
 from pathlib import Path
@@ -660,26 +661,38 @@ def _format_solution(value: object, *, is_single: bool) -> str:
     if isinstance(value, str):
         return value if value.strip() else ""
     if isinstance(value, list | tuple):
-        is_answer = bool(value) and (is_single or _is_numeric(value))
-        return _write_json(value) if is_answer else ""
+        is_answer = bool(value) and (is_single or is_numeric(value))
+        with suppress(ValueError):  # such a list is no answer
+            return dump_json(value) if is_answer else ""
+        return ""
     if not isinstance(value, int | float):
         return ""
     return str(value) if math.isfinite(value) else ""
 
 
-def _is_numeric(value: object) -> bool:
+def is_numeric(value: object) -> bool:
     """Return whether a value is a number, or a list of numbers, such as a box or several."""
     if isinstance(value, list | tuple):
-        return bool(value) and all(map(_is_numeric, value))
-    return isinstance(value, int | float) and not isinstance(value, bool)
+        return bool(value) and all(map(is_numeric, value))
+    return isinstance(value, int | float) and value == value
 
 
-def _write_json(value: object) -> str:
-    """Write a list as JSON; empty if JSON does not support a value."""
+def dump_json(value: object) -> str:
+    """Write a value as JSON. Values of other types, such as dates, become text.
+
+    Raises:
+        ValueError: The value has bytes, NaN, infinity, or too many levels.
+    """
     try:
-        return json.dumps(value, ensure_ascii=False, allow_nan=False)
-    except (TypeError, ValueError, RecursionError):
-        return ""
+        return json.dumps(value, ensure_ascii=False, allow_nan=False, default=_convert_to_text)
+    except (TypeError, RecursionError) as error:
+        raise ValueError(str(error)) from error
+
+
+def _convert_to_text(value: object) -> str:
+    if isinstance(value, bytes):
+        raise ValueError(f"{len(value)} bytes that are not text")
+    return str(value)
 
 
 def _has_question(turns: object, prompt: str) -> bool:

@@ -50,7 +50,9 @@ from finesight.data.formats.dataset_format import (
     UnexpectedPlaceholderError,
     as_list,
     decode_json_list,
+    dump_json,
     forbid_drop,
+    is_numeric,
     make_text_part,
 )
 from finesight.data.formats.image_annotations import NO_OBJECTS_ANSWER, check_declared_size
@@ -614,7 +616,7 @@ def _add_media(record: Record, context: ImportContext, images: RowImages) -> lis
 
 
 def _list_media(cell: object, role: str, *, has_columns: bool) -> list[object]:
-    """Return the images or videos of a cell; a list of frames is a single video.
+    """Return the images or videos of a cell. A list of frames is a single video.
 
     Args:
         has_columns: The cell is a list of the values of several columns.
@@ -658,13 +660,7 @@ def _is_joint_answer(value: object, column: str) -> bool:
     if has_list_name and all(isinstance(item, str | int | float) for item in value):
         return True
     is_nested = isinstance(value[0], list)
-    return (len(value) > 1 or is_nested) and _is_numeric(value)
-
-
-def _is_numeric(value: object) -> bool:
-    if isinstance(value, list):
-        return bool(value) and all(map(_is_numeric, value))
-    return isinstance(value, int | float) and value == value
+    return (len(value) > 1 or is_nested) and is_numeric(value)
 
 
 def place_images(images: list[ContentPart], question: str) -> list[ContentPart]:
@@ -1026,20 +1022,13 @@ def _format_member(name: str, value: object) -> str:
 def _to_json(value: object, name: str) -> str:
     """Return the JSON text of a value in a column."""
     try:
-        return json.dumps(value, ensure_ascii=False, allow_nan=False, default=_json_default)
+        return dump_json(value)
     except ValueError as error:
         raise UserError(
             f"the column {name!r} with {str(value)[:60]} cannot be written as JSON ({error})",
             expected="a text, a number, or a list or object of them",
             remedy="correct the row, or remove it",
         ) from error
-
-
-def _json_default(value: object) -> str:
-    """Convert a value that JSON does not support, such as a date, to text."""
-    if isinstance(value, bytes):
-        raise ValueError(f"{len(value)} bytes that are not text")
-    return str(value)
 
 
 def _create_boxes(

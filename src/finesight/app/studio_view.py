@@ -81,6 +81,7 @@ FORMS: dict[str, Mapping[str, FormField | None]] = {
         "prompt": FormField("Prompt", "Read the ticket."),
         "columns": FormField("Columns (empty: detected)", "image=path answer=caption"),
         "train_fraction": FormField(value="0.9"),
+        "explain": None,
     },
     "label": {
         "sources": FormField("Images to label: a file or folder", "photos"),

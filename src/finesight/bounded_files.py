@@ -132,6 +132,16 @@ class DuplicateKeyError(ValueError):
     """Raised for a JSON object with two values under one key."""
 
 
+def _reject_duplicates(pairs: list[tuple[str, Any]]) -> None:
+    if len(dict(pairs)) < len(pairs):
+        keys = [key for key, _ in pairs]
+        duplicate = next(key for key in keys if keys.count(key) > 1)
+        raise DuplicateKeyError(f"the key {duplicate[:60]!r} occurs twice in one object")
+
+
+_DUPLICATE_KEY_DECODER = json.JSONDecoder(object_pairs_hook=_reject_duplicates)
+
+
 def parse_unique_json(text: str | bytes) -> Any:
     """Parse JSON like `parse_json`, and reject objects in which a key occurs twice.
 
@@ -140,16 +150,9 @@ def parse_unique_json(text: str | bytes) -> Any:
     Raises:
         DuplicateKeyError: A key occurs twice.
     """
-
-    def reject_duplicates(pairs: list[tuple[str, Any]]) -> None:
-        if len(dict(pairs)) < len(pairs):
-            keys = [key for key, _ in pairs]
-            duplicate = next(key for key in keys if keys.count(key) > 1)
-            raise DuplicateKeyError(f"the key {duplicate[:60]!r} occurs twice in one object")
-
     value = parse_json(text)
     try:
-        json.loads(text, object_pairs_hook=reject_duplicates)
+        _DUPLICATE_KEY_DECODER.decode(text if isinstance(text, str) else text.decode())
     except DuplicateKeyError:
         raise
     except ValueError:  # an integer too long for this parser

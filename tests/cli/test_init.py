@@ -93,12 +93,12 @@ def write_table(folder: str, num_rows: int, **columns: str | list[str]) -> Path:
 def test_folder_of_images_becomes_a_trained_model(monkeypatch, cli):
     captions = [f"a plain {color} square number {{i}}" for color in COLORS]
     write_table("photos", 24, caption=captions, url="{i}")
-    printed = cli("init", "photos", "--yes")
+    roles = ["--map", "image=file", "--map", "answer=caption"]
+    printed = cli("init", "photos", *roles, "--yes")
     for words in (
         "task    captions (cider_d)\nexample <image> Describe the image. -> a plain ",
-        "image: file",
-        "answer: caption\n        24 images\n        unused columns: url\n",
-        "24 rows, read as table (columns)\n        comma-separated, UTF-8\n",
+        "        24 images\n        unused columns: url\n",
+        "24 rows, read as table (--map)\n        comma-separated, UTF-8\n",
         "check   24 images, 24 unique; no issues found\nrun     100 steps of 8 samples: ",
     ):
         assert words in printed.out
@@ -125,7 +125,7 @@ def test_folder_of_images_becomes_a_trained_model(monkeypatch, cli):
         error = cli("train", "recipe.yaml", "train.epochs=1", code=2).err
     assert "run the command in the parent folder (cd ..)" in error
     files = {path: path.read_bytes() for path in Path("photos-finetune").rglob("*.*")}
-    error = cli("init", "photos", "--yes", code=2).err
+    error = cli("init", "photos", *roles, "--yes", code=2).err
     assert "photos-finetune: exists already and is never overwritten" in error
     assert {path: path.read_bytes() for path in Path("photos-finetune").rglob("*.*")} == files
 
@@ -181,6 +181,21 @@ def test_question_and_answer_are_known_by_name(question, answer, other, run_init
     asked, answered = (message.content[-1].text for message in sample.messages)
     assert [line.split()[0] for line in asked.split("\n")] == question.split(",")
     assert answered.split()[0] == answer
+
+
+@pytest.mark.usefixtures("no_plan")
+@pytest.mark.parametrize(
+    ("question", "answer", "other"), CASES["test_columns_without_a_role_are_named"]
+)
+def test_columns_without_a_role_are_named(question, answer, other, run_init, cli):
+    names = [answer, other, *question.split(",")]
+    table = write_table("data", 20, **{name: f"{name} {{i}}" for name in names})
+    error = cli("init", table.parent, *YES, code=2).err
+    assert f"1 column without a known role: {other} ('{other} 0')" in error
+    assert not Path("out").exists()
+    options = shlex.split(error.partition("give ")[2].partition(";")[0])
+    found = run_init(table.parent, "--out", "out", *options)
+    assert found["columns"] == {"image": "file", "question": question, "answer": answer}
 
 
 @pytest.mark.usefixtures("no_plan")

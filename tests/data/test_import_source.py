@@ -157,12 +157,12 @@ def test_table_of_instructions_has_the_same_roles_in_a_folder(tmp_path: Path, im
     (tmp_path / "labels.csv").write_text("\n".join(lines))
     expected = {"image": image, "question": "instruction,input", "answer": "output"}
     for source in (tmp_path / "labels.csv", tmp_path):
-        path, options = import_source.detect_columns(source, ImportOptions())
-        assert (path.name, options.columns) == ("labels.csv", expected)
+        detected = import_source.detect_columns(source, ImportOptions())
+        assert (detected.path.name, detected.options.columns) == ("labels.csv", expected)
     marked = (tmp_path / "labels.csv").read_text().replace("What", "<image>What")
     (tmp_path / "labels.csv").write_text(marked)
-    _, options = import_source.detect_columns(tmp_path / "labels.csv", ImportOptions())
-    assert not options.columns
+    detected = import_source.detect_columns(tmp_path / "labels.csv", ImportOptions())
+    assert not detected.options.columns
 
 
 @pytest.mark.parametrize(

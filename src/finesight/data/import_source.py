@@ -37,6 +37,7 @@ from finesight.data.formats.dataset_format import (
 )
 from finesight.data.image_file import PageRanges, read_image_size
 from finesight.data.image_resolver import ImageResolver
+from finesight.data.role_proposal import RoleProposal
 from finesight.data.row_reader import (
     TEXT_TABLE_SUFFIXES,
     Record,
@@ -659,10 +660,24 @@ def open_unvalidated_samples(
     return UnvalidatedSource(source, options, output_folder)
 
 
+@dataclass(frozen=True, slots=True)
+class DetectedColumns:
+    """File or folder to import, and options with the column roles of a table.
+
+    Attributes:
+        proposal: Roles that were guessed from names and values, which the user has not confirmed;
+            None for other formats.
+    """
+
+    path: Path
+    options: ImportOptions
+    proposal: RoleProposal | None = None
+
+
 def detect_columns(
     path: Path, options: ImportOptions, ask_question: Callable[[list[str]], str] | None = None
-) -> tuple[Path, ImportOptions]:
-    """Return the file or folder to import, and the options with the column roles of a table.
+) -> DetectedColumns:
+    """Detect the format of a source, or the column roles of a table.
 
     The roles are empty if the format of the data is detected without them. Roles in `options` are
     not changed. Box format and units are set if the values contradict the names of the columns.
@@ -670,37 +685,81 @@ def detect_columns(
     Args:
         ask_question: Function that asks which of two unknown text columns is the question; any
             other text makes both a JSON answer. None raises UserError for such columns.
+
+    Raises:
+        UnassignedKeysError: Texts inside of lists or objects have no role.
     """
     opened = None
     try:
         opened = open_source(path, options)
     except UserError:
-        listing = list_folder(path).files if path.is_dir() else ()
-        files = [file for file in listing if file.name.lower().endswith(ROW_SUFFIXES)]
-        if len(files) == 1 and files[0].is_file():
-            return detect_columns(files[0], options, ask_question)
+        table = _find_only_table(path)
+        if table is not None:
+            return detect_columns(table, options, ask_question)
         # A .txt file is a table only if the user names it: folders contain other ones.
         if not (path.is_file() and path.name.lower().endswith((*ROW_SUFFIXES, ".txt"))):
             raise
+    proposal = None
     if not options.columns and (opened is None or _is_question_table(opened, options)):
         records = _read_preview(open_row_file(path, options.encoding, no_header=options.no_header))
         columns = table_format.guess_columns(records)
         media = columns.keys() & set(table_format.MEDIA_ROLES)
         if not media or len(columns) == len(media):
             open_source(path, options)  # raises the error of a table, if it is one
-            return path, options
+            return DetectedColumns(path, options)
         columns = _resolve_ambiguous_columns(path, records, columns, ask_question)
         table_format.check_guessed_columns(records, columns, str(path))
-        options, opened = replace(options, columns=columns), None
+        proposal = RoleProposal(records, columns)
+        proposal.check_inner_texts(str(path))
+        options = replace(options, columns=columns)
+        opened = None
     opened = opened or open_source(path, options)
     box = opened.column_map.get("box")
-    if box is None or options.box_format or options.box_units:
-        return path, options
-    records = _read_preview(opened.rows)
-    image, folder = opened.column_map.get("image", ""), opened.image_folder or path.parent
-    sizes = [_find_size(record, image, folder) for record in records]
-    box_format, box_units = table_format.guess_box_options(records, box, sizes)
-    return path, replace(options, box_format=box_format, box_units=box_units)
+    if box is not None and not (options.box_format or options.box_units):
+        records = _read_preview(opened.rows)
+        image, folder = opened.column_map.get("image", ""), opened.image_folder or path.parent
+        sizes = [_find_size(record, image, folder) for record in records]
+        box_format, box_units = table_format.guess_box_options(records, box, sizes)
+        options = replace(options, box_format=box_format, box_units=box_units)
+    if proposal is not None:
+        image_folder = None if opened.image_folder is None else opened.image_folder.name
+        box_words = _list_box_options(options)
+        proposal = replace(proposal, box_options=box_words, image_folder=image_folder)
+    return DetectedColumns(path, options, proposal)
+
+
+def find_table(path: Path, options: ImportOptions) -> Path:
+    """Return the only table of a folder that is no dataset itself; other sources unchanged."""
+    if options.format is not None or options.row_files or not path.is_dir():
+        return path
+    table = _find_only_table(path)
+    if table is None:
+        return path
+    try:
+        open_source(path, options)
+    except UserError:
+        return table
+    return path
+
+
+def _find_only_table(path: Path) -> Path | None:
+    """Return the table of a folder; None for a file, or for a folder with none or several."""
+    if not path.is_dir():
+        return None
+    files = [file for file in list_folder(path).files if file.name.lower().endswith(ROW_SUFFIXES)]
+    if len(files) == 1 and files[0].is_file():
+        return files[0]
+    return None
+
+
+def _list_box_options(options: ImportOptions) -> tuple[str, ...]:
+    """Return the box format and units of options as options of `finesight import`."""
+    words: list[str] = []
+    if options.box_format is not None:
+        words += ["--box-format", options.box_format]
+    if options.box_units is not None:
+        words += ["--box-units", options.box_units]
+    return tuple(words)
 
 
 def _is_question_table(source: ImportSource, options: ImportOptions) -> bool:

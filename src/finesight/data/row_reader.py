@@ -15,6 +15,7 @@ import csv
 import gzip
 import io
 import itertools
+import os
 import posixpath
 import re
 import tarfile
@@ -332,9 +333,9 @@ def _open_json(source: Path) -> RowReader:
         rows = _open_document(source)
         if rows is not None:
             return rows
-    num_rows = sum(1 for _ in _iter_json_lines(source))
     return RowReader(
-        num_rows, lambda head, stop: itertools.islice(_iter_json_lines(source), head, stop)
+        _count_json_lines(source),
+        lambda head, stop: itertools.islice(_iter_json_lines(source), head, stop),
     )
 
 
@@ -532,6 +533,20 @@ def _parse_object(content: bytes | str) -> Record | None:
     except ValueError:
         return None
     return value if isinstance(value, dict) else None
+
+
+def _count_json_lines(source: Path) -> int:
+    """Count the rows of a file, and validate them unless it is unchanged since the last count."""
+    with open_data_file(source) as file:
+        stat = os.fstat(file.fileno())
+    version = (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns)
+    return _count_valid_lines(source, version)
+
+
+@lru_cache(maxsize=100)
+def _count_valid_lines(source: Path, version: tuple[int, ...]) -> int:
+    # An import opens its source several times: to detect the format, then the columns.
+    return sum(1 for _ in _iter_json_lines(source))
 
 
 def _iter_json_lines(source: Path) -> Iterator[SourceRow]:

@@ -46,15 +46,7 @@ class RowExplanation:
         for path, role, value in rows:
             lines.append(f"  {path.ljust(path_width)}  {role.ljust(role_width)}  {value}")
         for sample in self.samples:
-            lines.append(f"sample {sample.id}")
-            for message in sample.messages:
-                lines.append(f"  {message.role}: {_format_content(message.content)}")
-            if sample.rejected:
-                lines.append(f"  rejected: {_format_content(sample.rejected)}")
-            if sample.label is not None:
-                lines.append(f"  desirable: {sample.label}")
-            for reference in sample.references:
-                lines.append(f"  reference: {shorten(reference, MAX_VALUE_CHARS)}")
+            lines += format_sample(sample)
         if not self.samples:
             lines.append("no sample")
         return lines
@@ -67,6 +59,20 @@ class RowExplanation:
             "unused": list(map(_describe, self.unused)),
             "samples": [sample.model_dump(mode="json") for sample in self.samples],
         }
+
+
+def format_sample(sample: Sample) -> list[str]:
+    """Return the messages of a sample as lines."""
+    lines = [f"sample {sample.id}"]
+    for message in sample.messages:
+        lines.append(f"  {message.role}: {_format_content(message.content)}")
+    if sample.rejected:
+        lines.append(f"  rejected: {_format_content(sample.rejected)}")
+    if sample.label is not None:
+        lines.append(f"  desirable: {sample.label}")
+    for reference in sample.references:
+        lines.append(f"  reference: {shorten(reference, MAX_VALUE_CHARS)}")
+    return lines
 
 
 def explain_row(path: Path, options: ImportOptions, number: int, folder: Path) -> RowExplanation:
@@ -115,10 +121,10 @@ def explain_row(path: Path, options: ImportOptions, number: int, folder: Path) -
 
 def _describe(reading: RoleAssignment) -> list[str]:
     """Return path, role and value as texts."""
-    return [reading.location, reading.role or NO_ROLE, _format_value(reading.value)]
+    return [reading.location, reading.role or NO_ROLE, format_value(reading.value)]
 
 
-def _format_value(value: object) -> str:
+def format_value(value: object) -> str:
     """Return a value as JSON of one line, shortened."""
     if isinstance(value, bytes):
         return f"{len(value)} bytes"

@@ -135,13 +135,13 @@ def read_mapped_row(row: SourceRow, context: ImportContext, mapping: RecordMappi
     for path_text, count in values.num_object_keys.items():
         context.row_notes[f"keys of the objects at {path_text}, which no role uses"] += count
     for path in mapping.ignore:
-        ignored = map(_generalize, values.read_optional(path, values.root, "ignore"))
+        ignored = map(generalize_location, values.read_optional(path, values.root, "ignore"))
         for name in dict.fromkeys(ignored):
             context.other_keys[f"{name}, ignored by the mapping"] += 1
     return MappedRow(examples, values.readings, list(values.iter_unused()))
 
 
-def _generalize(location: str) -> str:
+def generalize_location(location: str) -> str:
     """Return the path of a location and of others in the same lists."""
     return re.sub(r"(?<=\.)[0-9]+(?=\.|$)", "*", location)
 
@@ -154,7 +154,7 @@ def _build_unused_error(unused: Sequence[RoleAssignment]) -> InvalidRowError:
     return InvalidRowError(
         f"{location} with {describe_value(unused[0].value)} has no role{others}",
         "a role for each key of the record, meta or ignore",
-        f"add the key to the mapping, for example ignore: [{_generalize(location)}]",
+        f"add the key to the mapping, for example ignore: [{generalize_location(location)}]",
     )
 
 

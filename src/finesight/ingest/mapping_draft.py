@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from finesight.data.formats.table import UnassignedKeysError
+from finesight.data.formats.dataset_format import as_list
+from finesight.data.formats.table import MEDIA_ROLES
 from finesight.data.image_file import is_image_value
-from finesight.data.import_source import ImportOptions, detect_columns
+from finesight.data.import_source import (
+    DetectedColumns,
+    ImportOptions,
+    detect_columns,
+    find_table,
+)
+from finesight.data.role_proposal import RoleProposal, UnassignedKeysError
 from finesight.data.row_reader import Record
 from finesight.errors import escape_unprintable, shorten
-from finesight.ingest.field_path import EACH, join_location
+from finesight.ingest.field_path import EACH, format_key, join_location
 from finesight.ingest.presets import with_preset
 from finesight.storage import write_new_file
 
@@ -32,58 +39,123 @@ def detect_roles(
     options: ImportOptions,
     out: Path,
     ask_question: Callable[[list[str]], str] | None = None,
-) -> tuple[Path, ImportOptions]:
-    """Return the file or folder to import, with the preset or the column roles of its records.
+) -> DetectedColumns:
+    """Find the preset or the column roles of a source.
 
     Args:
         out: Folder of the import, beside which a draft is written if roles are not known.
         ask_question: See `detect_columns`.
 
     Raises:
-        UnassignedKeysError: Texts inside of lists or objects have no role. The remedy names the
-            draft of a mapping file.
+        UnassignedKeysError: Texts inside of lists or objects have no role.
     """
     options = with_preset(path, options)
     if not options.is_detected or options.row_files:
-        return path, options
+        return DetectedColumns(find_table(path, options), options)
     try:
         return detect_columns(path, options, ask_question)
     except UnassignedKeysError as error:
-        draft = write_draft(error.records, out)
-        error.remedy = f"edit {draft}, which lists all keys, and give --mapping {draft}; or"
-        error.remedy += " name the columns by --map, which leaves out all others"
+        _propose_draft(error, out)
         raise
 
 
-def write_draft(records: Sequence[Record], out: Path) -> Path:
+def check_unused_columns(detected: DetectedColumns, out: Path) -> None:
+    """Raise UnassignedKeysError if guessed roles leave out columns. The remedy names a draft.
+
+    Args:
+        out: Folder of the import, beside which the draft is written.
+    """
+    if detected.proposal is None:
+        return
+    try:
+        detected.proposal.check_columns(str(detected.path))
+    except UnassignedKeysError as error:
+        _propose_draft(error, out)
+        raise
+
+
+def _propose_draft(error: UnassignedKeysError, out: Path) -> None:
+    """Write the draft of a mapping, and add it to the remedy of an error."""
+    draft = write_draft(error.proposal, out)
+    edit = f"edit {draft}, which lists all keys, and give --mapping {draft}"
+    error.remedy = f"{error.remedy}; otherwise {edit}"
+
+
+def write_draft(proposal: RoleProposal, out: Path) -> Path:
     """Write the draft of a mapping beside the folder of an import, and return its path.
 
     An existing file is not changed.
     """
     path = out.with_name(f"{out.name}-mapping.yaml")
     if not path.exists():
-        write_new_file(path, format_draft(records).encode())
+        write_new_file(path, format_draft(proposal).encode())
     return path
 
 
-def format_draft(records: Sequence[Record]) -> str:
-    """Format a mapping whose comments list the paths of all values with an example."""
-    examples: dict[str, Any] = {}
-    for record in records:
-        for location, value in _iter_values(record, ""):
-            examples.setdefault(location, value)
+def format_draft(proposal: RoleProposal) -> str:
+    """Format a mapping with the proposed roles; comments list all other paths with an example."""
+    examples = list_examples(proposal.records)
+    roles = _list_plain_roles(proposal, examples)
     lines = [HEADER]
+    for role in ("images", "videos", "question", "answer", "fields"):
+        if role in roles:
+            value = _add_folder(roles[role], role, proposal.image_folder)
+            lines.append(f"{role}: {json.dumps(value, ensure_ascii=False)}\n")
+        elif role in ("question", "answer") and not ("fields" in roles and role == "answer"):
+            lines.append(f"{role}:\n")
+    lines.append("meta: []\nignore: []\n\n# Paths without a role, with an example:\n")
+    used: list[str] = []
+    for paths in roles.values():
+        used += [paths] if isinstance(paths, str) else paths
     for location, value in examples.items():
-        if is_image_value(value):
-            lines.append(f"images: {json.dumps(location, ensure_ascii=False)}\n")
-            del examples[location]
-            break
-    lines.append("question:\nanswer:\nmeta: []\nignore: []\n\n# Paths with an example:\n")
-    for location, value in examples.items():
+        if location in used:
+            continue
         text = json.dumps(value, ensure_ascii=False, default=str)
         example = shorten(escape_unprintable(text), MAX_EXAMPLE_CHARS)
         lines.append(f"#   {location}: {example}\n")
     return "".join(lines)
+
+
+def list_examples(records: Sequence[Record]) -> dict[str, Any]:
+    """Return the first value at each path of records. Lists have the path `*`."""
+    examples: dict[str, Any] = {}
+    for record in records:
+        for location, value in _iter_values(record, ""):
+            examples.setdefault(location, value)
+    return examples
+
+
+def _add_folder(paths: str | list[str], role: str, folder: str | None) -> object:
+    """Return the value of a role, with the folder of its files if it is not that of the table."""
+    if folder is None or role not in ("images", "videos"):
+        return paths
+    prefix = folder.replace("{", "{{").replace("}", "}}")
+    templates = []
+    for path in as_list(paths):
+        templates.append({"template": f"{prefix}/{{{path}}}"})
+    return templates
+
+
+def _list_plain_roles(
+    proposal: RoleProposal, examples: Mapping[str, Any]
+) -> dict[str, str | list[str]]:
+    """Return the paths of proposed roles whose columns are plain values, with an image at least."""
+    names = {"image": "images", "video": "videos"}
+    roles: dict[str, str | list[str]] = {}
+    for role, column in proposal.columns.items():
+        paths = [format_key(name) for name in column.split(",")]
+        if role not in (*MEDIA_ROLES, "question", "answer", "fields") or "box" in proposal.columns:
+            continue
+        if any(path not in examples for path in paths):
+            continue
+        if len(paths) == 1 and role != "fields":
+            roles[names.get(role, role)] = paths[0]
+        elif role in ("fields", *MEDIA_ROLES):
+            roles[names.get(role, role)] = paths
+    for location, value in examples.items():
+        if not roles.keys() & {"images", "videos"} and is_image_value(value):
+            roles["images"] = location
+    return roles
 
 
 def _iter_values(value: Any, location: str) -> Iterator[tuple[str, Any]]:

@@ -101,7 +101,7 @@ def import_data(
     """
     from finesight.data.importer import import_dataset
     from finesight.data.source_fetch import fetch_source
-    from finesight.ingest.mapping_draft import detect_roles
+    from finesight.ingest.mapping_draft import check_unused_columns, detect_roles
 
     options = build_import_options(
         reading,
@@ -121,9 +121,10 @@ def import_data(
     console = ProgressConsole()
     out = Path(out)
     with fetch_source(str(source), out, options, allow_host) as fetched:
-        path = fetched.path
-        path, options = detect_roles(path, fetched.options, out)
-        summary = import_dataset(path, out, options, console.progress_stage)
+        detected = detect_roles(fetched.path, fetched.options, out)
+        check_unused_columns(detected, out)
+        options = detected.options
+        summary = import_dataset(detected.path, out, options, console.progress_stage)
     for note in fetched.notes:
         console.log(f"{source}: {note}")
     train, *validation = (str(file.file) for file in summary.output_files)

@@ -44,7 +44,7 @@ from finesight.progress import ProgressConsole
 
 if TYPE_CHECKING:
     from finesight.check.check_result import CheckResult
-    from finesight.data.import_source import ImportOptions, ImportSource
+    from finesight.data.import_source import DetectedColumns, ImportOptions, ImportSource
     from finesight.data.importer import ImportSummary
     from finesight.data.row_reader import SourceRow
     from finesight.data.sample import Sample
@@ -460,7 +460,7 @@ def _select_source(
         folder: Folder to create, beside which a draft of a mapping is written.
         metric: Task chosen by the user. One of fields makes them of all columns with text.
     """
-    from finesight.ingest.mapping_draft import detect_roles
+    from finesight.ingest.mapping_draft import check_unused_columns, detect_roles
     from finesight.metric_components import METRICS
 
     has_fields = metric is not None and bool(METRICS[metric].suggestion.fields_prompt)
@@ -471,19 +471,57 @@ def _select_source(
         return _ask(f"Question column ({' or '.join(names)}; - for two answers)", names[0], ask)
 
     can_choose = has_fields or ask is not None
-    path, detected = detect_roles(path, options, folder, ask_question if can_choose else None)
-    columns = dict(detected.columns)
+    detected = detect_roles(path, options, folder, ask_question if can_choose else None)
+    path = detected.path
+    columns = dict(detected.options.columns)
     if options.columns or not columns:
-        return path, detected
-    if "box" not in columns:
-        if has_fields:
-            columns = _select_fields(path, detected)
-        keeps_role = has_fields and "fields" in columns
-        default = columns.pop("answer", None) or columns.pop("fields")
-        answer = _ask("Answer column, or several for a JSON answer", default, ask)
-        role = "fields" if keeps_role or "," in answer else "answer"
-        columns[role] = answer
-    return path, replace(detected, columns=columns)
+        return path, detected.options
+    if has_fields and "box" not in columns:
+        columns = _select_fields(path, detected.options)
+    if detected.proposal is not None:
+        proposal = replace(detected.proposal, columns=columns)
+        detected = replace(detected, proposal=proposal)
+    if ask is None:
+        check_unused_columns(detected, folder)
+    else:
+        columns = _confirm_columns(columns, detected, folder, ask, keeps_fields=has_fields)
+    return path, replace(detected.options, columns=columns)
+
+
+def _confirm_columns(
+    columns: Mapping[str, str],
+    detected: DetectedColumns,
+    folder: Path,
+    ask: Ask,
+    *,
+    keeps_fields: bool,
+) -> dict[str, str]:
+    """Show the proposed roles on records, and ask for the columns of the answer.
+
+    Args:
+        keeps_fields: Whether fields remain fields if only one column is named.
+    """
+    from finesight.data.role_proposal import format_values
+    from finesight.ingest.mapping_draft import check_unused_columns
+
+    confirmed = dict(columns)
+    shown = ""
+    unused: Mapping[str, object] = {}
+    if detected.proposal is not None:
+        shown = "".join(f"  {line}\n" for line in detected.proposal.format_records())
+        unused = detected.proposal.list_unused()
+    if unused:
+        shown += f"  left out: {format_values(unused)}\n"
+    if "box" in confirmed:
+        if unused and ask(f"{shown}Use these columns (yes or no)", "yes") != "yes":
+            check_unused_columns(detected, folder)
+        return confirmed
+    keeps_role = keeps_fields and "fields" in confirmed
+    default = confirmed.pop("answer", None) or confirmed.pop("fields")
+    answer = ask(f"{shown}Answer column, or several for a JSON answer", default)
+    role = "fields" if keeps_role or "," in answer else "answer"
+    confirmed[role] = answer
+    return confirmed
 
 
 def _select_fields(path: Path, options: ImportOptions) -> dict[str, str]:

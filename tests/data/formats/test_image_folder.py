@@ -107,8 +107,8 @@ def test_proposed_files_have_rows(tmp_path: Path, files: dict[str, str], remedy:
     if "such as /" in advice:
         write_gray_image(root / "a.png")
         proposed = Path(advice.removeprefix("give the file itself, such as ").partition(";")[0])
-        path, options = detect_columns(proposed, ImportOptions())
-        assert open_source(path, options).row_bounds == (0, 1)
+        detected = detect_columns(proposed, ImportOptions())
+        assert open_source(detected.path, detected.options).row_bounds == (0, 1)
 
 
 def write_images(root: Path, *names: str) -> Path:

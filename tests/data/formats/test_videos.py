@@ -177,8 +177,8 @@ def test_invalid_columns_of_videos(media: Path, record: dict[str, Any], what: st
 def test_table_of_videos_is_detected(media: Path, tmp_path: Path) -> None:
     source = media / "videos.csv"
     source.write_text("video,caption\nv.mp4,a ball\nw.webm,a dog\n")
-    path, options = detect_columns(source, ImportOptions(prompt="Describe."))
-    assert options.columns == {"video": "video", "answer": "caption"}
-    import_dataset(path, tmp_path / "out", options)
+    detected = detect_columns(source, ImportOptions(prompt="Describe."))
+    assert detected.options.columns == {"video": "video", "answer": "caption"}
+    import_dataset(detected.path, tmp_path / "out", detected.options)
     samples = list(read_samples(tmp_path / "out" / "data.jsonl"))
     assert [sample.messages[0].content[0].type for sample in samples] == ["video", "video"]

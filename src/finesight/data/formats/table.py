@@ -11,6 +11,7 @@ answer if there is no other one, else they follow the answer text on a new line.
 from __future__ import annotations
 
 import ast
+import functools
 import itertools
 import json
 import math
@@ -149,9 +150,15 @@ _OPTION_LISTS = ("choices", "options", "candidates")
 _NO_INPUT_IMAGE = re.compile(r"(?i).*(?:mask|segmentation|thumb|url).*")
 """Names of images that are labels or copies of another column."""
 
-_IGNORED_NAMES = re.compile(
-    r"(?i)id|index|idx|split|unnamed.*|no\.?|nr\.?|#|row|(?:system|negative|rejected).*|"
+_NO_ANSWER_NAME = re.compile("(?i)(?:system|negative|rejected).*")
+
+_ROW_NAME = re.compile(
+    "(?:(?:image|img|photo|picture|video|file|row|sample|record|item|example|entry|question|doc"
+    "|document|page|pair|conversation|annotation|object|box)_?)?(?:[gu]?u?id|index|idx)"
+    "|split|unnamed.*|no|nr|row|"
 )
+"""Names that identify a row, its image or its object, in lower case with `_` between words."""
+
 _CLIP_BOUND = re.compile(
     "start|end|begin|from|to|onset|offset|timestamps?|times?|span|segment|interval|moment|window"
     "|frame"
@@ -207,8 +214,8 @@ def guess_columns(records: Sequence[Record]) -> dict[str, str]:
         name
         for name in names
         if name not in (*media, *",".join(boxes.values()).split(","))
-        and not _IGNORED_NAMES.fullmatch(name)
-        and not (_has_number_name(name) and _counts_rows(records, name, media))
+        and not (is_row_name(name) or _NO_ANSWER_NAME.fullmatch(name))
+        and not counts_rows(records, name, media)
         and _has_values(records, name, _is_text, 0)
     ]
     question, answer = _find_pair(others)
@@ -262,8 +269,21 @@ def _is_flag(records: Sequence[Record], name: str) -> bool:
     return is_property and all(is_truth(record.get(name)) for record in records)
 
 
-def _has_number_name(name: str) -> bool:
-    return _find_name([name], _list_names("number")) is not None
+def join_words(name: str) -> str:
+    """Return the words of a name, or of the key inside a column, in lower case with `_`."""
+    return "_".join(word.lower() for word in _WORDS.findall(name.rpartition(".")[2]))
+
+
+def is_row_name(name: str) -> bool:
+    """Return whether a column identifies or numbers a row by its name."""
+    words = join_words(name)
+    return not words or _ROW_NAME.fullmatch(words) is not None
+
+
+def counts_rows(records: Sequence[Record], name: str, media: Sequence[str]) -> bool:
+    """Return whether a column with the name of a number counts the rows of each image."""
+    has_number_name = _find_name([name], _list_names("number")) is not None
+    return has_number_name and _counts_rows(records, name, media)
 
 
 def _counts_rows(records: Sequence[Record], name: str, media: Sequence[str]) -> bool:
@@ -825,53 +845,6 @@ def check_guessed_columns(
                     expected="a table of questions and answers",
                     remedy=f"remove the column, or leave it out with {mapping}",
                 )
-    _check_account(records, columns, where)
-
-
-class UnassignedKeysError(UserError):
-    """Raised if guessed roles would leave out texts inside of lists or objects.
-
-    Attributes:
-        records: First records of the source.
-    """
-
-    records: Sequence[Record] = ()
-
-
-def _check_account(records: Sequence[Record], columns: Mapping[str, str], where: str) -> None:
-    """Reject guessed roles that leave out texts inside of lists or objects.
-
-    Such a text may be the real question or answer. Plain columns without a role are listed after
-    the import.
-    """
-    nested: list[str] = []
-    for name in list_unused_columns(records[0], columns):
-        values = [get_cell(record, name) for record in records]
-        if any(isinstance(value, dict | list) and _has_inner_text(value) for value in values):
-            nested.append(str(name))
-    if not nested:
-        return
-    guess = ", ".join(f"{role}={column}" for role, column in columns.items())
-    error = UnassignedKeysError(
-        f"{', '.join(nested)[:200]}: texts inside of lists or objects, which may be the question or"
-        f" the answer and would be left out (guessed roles: {guess})",
-        where=where,
-        expected="a role for each key, which the names do not state",
-        remedy="give a mapping file (--mapping); or name the columns by --map image=COLUMN, --map"
-        " answer=COLUMN and so on, which leaves out all others",
-    )
-    error.records = records
-    raise error
-
-
-def _has_inner_text(value: object) -> bool:
-    """Return whether a list or an object contains a text with letters, outside of file names."""
-    if isinstance(value, dict):
-        return any(map(_has_inner_text, value.values()))
-    if isinstance(value, list | tuple):
-        return any(map(_has_inner_text, value))
-    is_text = isinstance(value, str) and not is_image_value(value)
-    return is_text and re.search(r"[^\W\d_]", str(value)) is not None
 
 
 def _read_cell(record: Record, context: ImportContext, role: str) -> object:
@@ -1089,6 +1062,7 @@ def get_default_convention(column: str) -> BoxConvention:
     return BoxConvention(find_stated_format(column) or default)
 
 
+@functools.lru_cache(maxsize=100)
 def find_stated_format(column: str) -> BoxFormat | None:
     """Return the box format that the name of a column, or of four columns, states."""
     coordinates = ",".join(map(_normalize_coordinate, column.split(",")))

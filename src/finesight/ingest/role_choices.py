@@ -1,0 +1,136 @@
+"""Mapping file from the role that a person chooses for each path of a record."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import yaml
+
+from finesight.data.row_reader import Record
+from finesight.errors import UserError
+from finesight.ingest.field_path import EACH, parse_path
+from finesight.ingest.mapping import MAPPING_VERSION, parse_mapping
+from finesight.ingest.record_values import MissingKeyError, RecordValues, Scope, is_empty
+
+CHOICES = (
+    "images",
+    "videos",
+    "question",
+    "choices",
+    "answer",
+    "fields",
+    "rejected",
+    "verdict",
+    "system",
+    "id",
+    "meta",
+    "ignore",
+)
+"""Roles that a path may have."""
+
+SEVERAL_PATHS = ("images", "videos", "question", "fields", "meta", "ignore")
+"""Roles that may have several paths."""
+
+
+def build_mapping(roles: Mapping[str, str], records: Sequence[Record]) -> dict[str, Any]:
+    """Build a mapping from the role of each path.
+
+    If question and answer are inside of the same list, each of its items becomes a sample. Keys
+    that a record lacks are optional.
+
+    Args:
+        roles: Role by path, one of `CHOICES`.
+        records: First records of the source.
+
+    Raises:
+        UserError: A role has several paths, or there is no answer.
+    """
+    paths = _group_by_role(roles)
+    sample = _find_sample_list(paths)
+    mapping: dict[str, Any] = {"version": MAPPING_VERSION}
+    if sample is not None:
+        mapping["sample"] = sample
+    for role in CHOICES:
+        if role not in paths:
+            continue
+        written: list[str] = []
+        for path in paths[role]:
+            if role != "answer":
+                path = _mark_optional(path, records)
+            # Ignored paths start at the record, also with a list of samples.
+            if role != "ignore":
+                path = _make_relative(path, sample)
+            written.append(path)
+        if role == "answer" and written[0].endswith(f".{EACH}"):
+            mapping["answers"] = {"path": written[0], "use": "all"}
+        elif role == "question" and len(written) > 1:
+            mapping["question"] = {"template": "\n".join(f"{{{path}}}" for path in written)}
+        elif role in ("fields", "meta", "ignore") or len(written) > 1:
+            mapping[role] = written
+        else:
+            mapping[role] = written[0]
+    parse_mapping(mapping, "roles")
+    return mapping
+
+
+def _group_by_role(roles: Mapping[str, str]) -> dict[str, list[str]]:
+    """Return the paths of each role. Raises UserError for several paths of a single value."""
+    paths: defaultdict[str, list[str]] = defaultdict(list)
+    for path, role in roles.items():
+        paths[role].append(path)
+    for role, found in paths.items():
+        if len(found) > 1 and role not in SEVERAL_PATHS:
+            raise UserError(
+                f"{', '.join(found)}: {len(found)} paths as {role}",
+                where=role,
+                expected="one path",
+                remedy="choose fields for several values of one answer, or another role",
+            )
+    return paths
+
+
+def format_mapping(mapping: Mapping[str, Any]) -> str:
+    """Return a mapping as the text of a YAML file."""
+    text: str = yaml.safe_dump(dict(mapping), sort_keys=False, allow_unicode=True, width=100)
+    return text
+
+
+def _find_sample_list(paths: Mapping[str, Sequence[str]]) -> str | None:
+    """Return the list that contains both the question and the answer as keys of its items."""
+    lists: list[str] = []
+    for role in ("question", "answer"):
+        for path in paths.get(role, ()):
+            outer, separator, _ = path.partition(f".{EACH}.")
+            if separator:
+                lists.append(outer)
+    if len(lists) < 2 or len(set(lists)) > 1:
+        return None
+    return lists[0]
+
+
+def _make_relative(path: str, sample: str | None) -> str:
+    """Return a path from an item of the list of samples, or from the record for other values."""
+    if sample is None:
+        return path
+    prefix = f"{sample}.{EACH}."
+    if path.startswith(prefix):
+        return path.removeprefix(prefix)
+    return f"$.{path}"
+
+
+def _mark_optional(path: str, records: Sequence[Record]) -> str:
+    """Return a path with `?` after its last key if a record has no value there."""
+    if path.endswith(EACH):
+        return path
+    parsed = parse_path(path)
+    for record in records:
+        values = RecordValues(Scope(record, ""))
+        try:
+            found = values.read(parsed, values.root, "meta")
+        except MissingKeyError:
+            return f"{path}?"
+        if is_empty(found):
+            return f"{path}?"
+    return path

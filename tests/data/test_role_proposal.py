@@ -1,0 +1,90 @@
+"""Proposals of column roles: what they leave out is never lost without consent."""
+
+import pytest
+
+from finesight.data.formats.table import guess_columns
+from finesight.data.role_proposal import RoleProposal, UnassignedKeysError
+
+ROW = {"image": "a.png", "caption": "Two cups."}
+
+
+def propose(*records: dict[str, object]) -> RoleProposal:
+    return RoleProposal(records, guess_columns(records))
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"license": "CC0"},
+        {"is_wrong": False},
+        {"score": 0},
+        {"image_height": 480},
+        {"annotator": 7},
+        {"timestamp": "00:03"},
+        {"system_prompt": "Be brief."},
+        {"category_id": 3},
+        {"after": "b.jpg", "license": "MIT"},
+    ],
+    ids=lambda other: next(iter(other)),
+)
+def test_columns_without_a_role_need_consent(other):
+    proposal = propose({**ROW, **other}, {**ROW, **other})
+    assert proposal.columns["answer"] == "caption"
+    assert [*proposal.list_unused()] == [[*other][-1]]
+    with pytest.raises(UnassignedKeysError) as caught:
+        proposal.check_columns("rows.csv")
+    assert proposal.format_options() in str(caught.value.remedy)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"id": "x7"},
+        {"image_id": 12},
+        {"imageId": 12},
+        {"question-id": "q1"},
+        {"uuid": "1f"},
+        {"Unnamed: 0": 0},
+        {"split": "train"},
+        {"#": 4},
+        {"license": ""},
+        {"license": None},
+        {"license": float("nan")},
+    ],
+    ids=str,
+)
+def test_names_of_rows_and_empty_columns_need_no_role(other):
+    propose({**ROW, **other}, {**ROW, **other}).check_columns("rows.csv")
+
+
+def test_column_that_counts_the_captions_of_an_image_needs_no_role():
+    records = [{**ROW, "comment_number": number} for number in range(3)]
+    propose(*records).check_columns("rows.csv")
+    other = [{**ROW, "comment_number": number} for number in (3, 9, 1)]
+    assert [*propose(*other).list_unused()] == ["comment_number"]
+
+
+def test_value_of_any_record_counts():
+    proposal = propose({**ROW, "note": None}, {**ROW, "note": "blurred"})
+    assert proposal.list_unused() == {"note": "blurred"}
+
+
+def test_sizes_need_no_role_beside_boxes_only():
+    record = {"image": "a.png", "width": 80, "height": 40, "bbox": [1, 2, 30, 20], "label": "cup"}
+    proposal = propose(record, record)
+    assert proposal.columns["box"] == "bbox"
+    proposal.check_columns("rows.csv")
+    sized = {**ROW, "width": 80, "height": 40}
+    assert [*propose(sized, sized).list_unused()] == ["width", "height"]
+
+
+def test_options_of_boxes_are_a_part_of_the_remedy():
+    proposal = RoleProposal([ROW], {"image": "image", "box": "a b"}, ("--box-format", "xywh"))
+    assert proposal.format_options() == "--map image=image --map 'box=a b' --box-format xywh"
+
+
+def test_proposal_is_shown_on_three_records():
+    lines = propose(*(ROW for _ in range(5))).format_records()
+    assert lines == 3 * ["image 'a.png'; answer 'Two cups.'"]
+    embedded = propose({**ROW, "image": {"bytes": b"\x89PNG", "path": None}})
+    assert embedded.format_records() == ["image an image; answer 'Two cups.'"]

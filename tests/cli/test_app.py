@@ -157,7 +157,8 @@ from finesight.cli import app
 app._has_cuda_context = lambda: True
 atexit.register(print, "exit function")
 if "thread" in sys.argv:
-    threading.Thread(target=lambda: (time.sleep(0.2), print("thread"))).start()
+    main = threading.main_thread()
+    threading.Thread(target=lambda: (main.join(), time.sleep(0.2), print("thread"))).start()
 sys.argv[1:] = ["eval", "--help"] if "thread" in sys.argv else ["eval"]
 app.main()
 """

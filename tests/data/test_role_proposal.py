@@ -88,3 +88,53 @@ def test_proposal_is_shown_on_three_records():
     assert lines == 3 * ["image 'a.png'; answer 'Two cups.'"]
     embedded = propose({**ROW, "image": {"bytes": b"\x89PNG", "path": None}})
     assert embedded.format_records() == ["image an image; answer 'Two cups.'"]
+
+
+def test_columns_of_unknown_names_are_no_answer_without_consent():
+    proposal = propose({"image": "a.png", "ts": "1-3", "q": "What?", "a0": "hat", "idx_2": 4})
+    with pytest.raises(UnassignedKeysError, match="no column is known as the answer") as caught:
+        proposal.check_columns("rows.csv")
+    assert "--map answer=COLUMN" in str(caught.value.remedy)
+    assert caught.value.proposal is proposal
+    proposal.check_unused("rows.csv")  # the user chose fields
+
+
+@pytest.mark.parametrize(
+    ("columns", "answer"),
+    [({"text": "a meme", "label": 1}, "text"), ({"caption": "a cup", "label": "true"}, "caption")],
+)
+def test_several_columns_that_may_be_the_answer(columns, answer):
+    proposal = propose({"image": "a.png", **columns}, {"image": "b.png", **columns})
+    assert proposal.columns["answer"] == answer
+    with pytest.raises(UnassignedKeysError, match="may be the answer") as caught:
+        proposal.check_columns("rows.csv")
+    assert f"answer={answer}" not in str(caught.value.remedy)
+    assert caught.value.proposal is not None
+    assert caught.value.proposal.columns == {"image": "image"}
+
+
+def test_answer_by_its_own_name_precedes_other_texts():
+    proposal = propose({"image": "a.png", "category": "VD", "gt_answer": "1"})
+    assert proposal.columns["answer"] == "gt_answer"
+    assert [*proposal.list_unused()] == ["category"]
+
+
+def test_address_of_an_image_is_no_second_image():
+    record = {**ROW, "link": "https://x.test/a.png"}
+    proposal = propose(record, record)
+    assert proposal.columns["image"] == "image"
+    assert [*proposal.list_unused()] == ["link"]
+
+
+def test_key_of_a_later_record_counts():
+    proposal = propose(ROW, {**ROW, "rating": 1})
+    assert proposal.list_unused() == {"rating": 1}
+
+
+def test_columns_of_flags_are_several_classes():
+    flags = [{"image": f"{n}.png", "cat": str(n % 2), "dog": "1", "indoor": "0"} for n in range(4)]
+    proposal = propose(*flags)
+    assert proposal.columns["fields"] == "cat,dog,indoor"
+    proposal.check_columns("rows.csv")
+    with pytest.raises(UnassignedKeysError, match="no column is known"):
+        propose(*({**record, "score": 7} for record in flags)).check_columns("rows.csv")

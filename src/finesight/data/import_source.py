@@ -83,6 +83,8 @@ class ImportOptions:
         pages: Pages to use of documents (PDF, multi-page TIFF); empty for all of them.
         encoding: Encoding of .csv, .tsv and .txt files, None to detect it.
         no_header: The first row of a table contains values; its columns are 1, 2 and so on.
+        ignorable_columns: Columns that guessed roles leave out; a value in another one is an error.
+            None for roles of the user.
         allowed_root: Folder of an untrusted source: images outside of it are rejected.
     """
 
@@ -108,6 +110,7 @@ class ImportOptions:
     pages: PageRanges = ()
     encoding: str | None = None
     no_header: bool = False
+    ignorable_columns: frozenset[str] | None = None
 
     @property
     def is_detected(self) -> bool:
@@ -168,6 +171,7 @@ class ImportSource:
                 pages=options.pages,
             ),
             columns=self.column_map,
+            ignorable_columns=options.ignorable_columns,
             prompt=prompt,
             replacement=options.replace_prompts,
             box_format=options.box_format,
@@ -240,6 +244,8 @@ def open_source(source: Path, options: ImportOptions) -> ImportSource:
     """Open a dataset, detect its format, and select its rows."""
     _check_options(options)
     rows, data_format, detected_by = _open_rows(source, options)
+    if options.mapping is not None and options.mapping.group_rows is not None:
+        rows = options.mapping.group_rows(rows)
     start, stop, _ = slice(*options.row_range).indices(rows.num_rows)
     stop = stop if options.limit is None else min(stop, start + options.limit)
     if start >= stop:
@@ -326,10 +332,23 @@ def _find_image_folder(source: ImportSource) -> Path | None:
 
     The first `NUM_PREVIEW_ROWS` rows decide. Images that no subfolder contains are ignored.
     """
-    column = source.column_map.get("image") or source.column_map.get("video", "")
-    home = source.path.parent
-    column = column if column in source.columns else column.partition(",")[0]
-    values = [row.record.get(column) for row in islice(source.iter_rows(), NUM_PREVIEW_ROWS)]
+    records = [row.record for row in islice(source.iter_rows(), NUM_PREVIEW_ROWS)]
+    return _find_folder_of_names(source.path.parent, records, source.column_map)
+
+
+def _name_folder(path: Path, records: Sequence[Record], columns: Mapping[str, str]) -> str | None:
+    """Return the name of the subfolder with the images of records; None without one."""
+    folder = _find_folder_of_names(path.parent, records, columns)
+    return None if folder is None else folder.name
+
+
+def _find_folder_of_names(
+    home: Path, records: Sequence[Record], columns: Mapping[str, str]
+) -> Path | None:
+    """Return the only subfolder that contains most images of the records."""
+    column = columns.get("image") or columns.get("video", "")
+    column = column if column in records[0] else column.partition(",")[0]
+    values = [record.get(column) for record in records]
     names = [name for name in values if name is not None and name != ""]
     if not all(isinstance(name, str) and Path(name).name == name for name in names):
         return None
@@ -540,7 +559,7 @@ def _detect_format(
                 error.remedy = _suggest_numbered_columns(first_records, source, rows)
             raise
     if data_format is table_format.COMPONENT and not options.columns:
-        raise UserError(
+        raise table_format.UnknownRolesError(
             f"a table of {', '.join(map(str, first_records[0]))} without column mapping",
             where="--format table",
             expected="--map image=COLUMN, --map answer=COLUMN or --map box=COLUMN and so on",
@@ -687,7 +706,7 @@ def detect_columns(
             other text makes both a JSON answer. None raises UserError for such columns.
 
     Raises:
-        UnassignedKeysError: Texts inside of lists or objects have no role.
+        UnassignedKeysError: Values inside of lists or objects have no role.
     """
     opened = None
     try:
@@ -709,8 +728,8 @@ def detect_columns(
             return DetectedColumns(path, options)
         columns = _resolve_ambiguous_columns(path, records, columns, ask_question)
         table_format.check_guessed_columns(records, columns, str(path))
-        proposal = RoleProposal(records, columns)
-        proposal.check_inner_texts(str(path))
+        proposal = RoleProposal(records, columns, image_folder=_name_folder(path, records, columns))
+        proposal.check_inner_values(str(path))
         options = replace(options, columns=columns)
         opened = None
     opened = opened or open_source(path, options)
@@ -722,9 +741,8 @@ def detect_columns(
         box_format, box_units = table_format.guess_box_options(records, box, sizes)
         options = replace(options, box_format=box_format, box_units=box_units)
     if proposal is not None:
-        image_folder = None if opened.image_folder is None else opened.image_folder.name
-        box_words = _list_box_options(options)
-        proposal = replace(proposal, box_options=box_words, image_folder=image_folder)
+        proposal = replace(proposal, box_options=_list_box_options(options))
+        options = replace(options, ignorable_columns=proposal.list_ignorable())
     return DetectedColumns(path, options, proposal)
 
 
@@ -743,7 +761,7 @@ def find_table(path: Path, options: ImportOptions) -> Path:
 
 
 def _find_only_table(path: Path) -> Path | None:
-    """Return the table of a folder; None for a file, or for a folder with none or several."""
+    """Return the only table of a folder. Returns None for other sources."""
     if not path.is_dir():
         return None
     files = [file for file in list_folder(path).files if file.name.lower().endswith(ROW_SUFFIXES)]

@@ -14,16 +14,20 @@ from dataclasses import dataclass, replace
 from finesight.data.formats.row_keys import has_value
 from finesight.data.formats.table import (
     MEDIA_ROLES,
+    UnknownRolesError,
     counts_rows,
     format_columns,
+    format_media_options,
     get_cell,
+    is_answer_name,
     is_row_name,
     join_words,
     list_unused_columns,
+    split_column_names,
 )
 from finesight.data.image_file import is_image_value
 from finesight.data.row_reader import Record
-from finesight.errors import UserError, format_count, shorten
+from finesight.errors import Remedy, format_count, shorten
 
 MAX_SHOWN_CHARS = 40
 """Maximum length of a value in a proposal."""
@@ -33,6 +37,10 @@ NUM_SHOWN_RECORDS = 3
 
 SIZE_NAMES = ("width", "height", "image_width", "image_height", "area")
 """Columns next to boxes that are compared with the image or decide the box format."""
+
+
+FLAGS = frozenset({"0", "1", "0.0", "1.0", "true", "false"})
+"""Values of columns that state whether an image shows a class."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,18 +63,36 @@ class RoleProposal:
 
         Empty columns, names and numbers of rows, and sizes next to boxes need no role.
         """
-        media = format_columns(self.columns, MEDIA_ROLES)
         unused: dict[str, object] = {}
-        for name in list_unused_columns(self.records[0], self.columns):
-            if is_row_name(name) or counts_rows(self.records, name, media):
-                continue
-            if "box" in self.columns and join_words(name) in SIZE_NAMES:
-                continue
-            values = [get_cell(record, name) for record in self.records]
-            filled = [value for value in values if has_value(value) and value == value]
-            if filled:
-                unused[name] = filled[0]
+        for name, values in self._list_values().items():
+            filled = next(filter(_is_filled, values), None)
+            if filled is not None and not self._needs_no_role(name):
+                unused[name] = filled
         return unused
+
+    def list_ignorable(self) -> frozenset[str]:
+        """Return the columns that need no role, also if later rows have a value there."""
+        return frozenset(filter(self._needs_no_role, self._list_values()))
+
+    def _list_values(self) -> dict[str, list[object]]:
+        """Return the values of the columns that no role uses."""
+        names: dict[str, None] = {}
+        for record in self.records:
+            names.update(dict.fromkeys(list_unused_columns(record, self.columns)))
+        values: dict[str, list[object]] = {}
+        for name in names:
+            values[name] = self._read(name)
+        return values
+
+    def _read(self, name: str) -> list[object]:
+        """Return the values of a column."""
+        return [get_cell(record, name) for record in self.records]
+
+    def _needs_no_role(self, name: str) -> bool:
+        media = format_columns(self.columns, MEDIA_ROLES)
+        if is_row_name(name) or counts_rows(self.records, name, media):
+            return True
+        return "box" in self.columns and join_words(name) in SIZE_NAMES
 
     def format_options(self) -> str:
         """Return the options of `finesight import` that accept the proposal."""
@@ -81,66 +107,134 @@ class RoleProposal:
         for record in self.records[:NUM_SHOWN_RECORDS]:
             texts: list[str] = []
             for role, column in self.columns.items():
-                names = [column] if column in record else column.split(",")
-                values = [_format_value(get_cell(record, name)) for name in names]
+                values: list[str] = []
+                for name in split_column_names(column, record):
+                    values.append(_format_value(get_cell(record, name)))
                 texts.append(f"{role} {', '.join(values)}")
             lines.append("; ".join(texts))
         return lines
 
+    def list_rivals(self) -> list[str]:
+        """Return the columns that may be the answer as well as the guessed one."""
+        if "answer" not in self.columns:
+            return []
+        return list(filter(is_answer_name, self.list_unused()))
+
     def check_columns(self, where: str) -> None:
-        """Raise UnassignedKeysError if a column has no role."""
+        """Raise UnassignedKeysError if the role of a column is not certain."""
+        if "fields" in self.columns and not self._has_flags_only():
+            raise UnassignedKeysError(
+                f"no column is known as the answer, only {self._format_fields()}",
+                self,
+                where=where,
+                expected="a column with a known name, such as answer or caption",
+                remedy=f"if all of them are the answer, as JSON, give {self.format_options()}; for"
+                f" one of them, {self._format_media()} --map answer=COLUMN",
+            )
+        self.check_unused(where)
+
+    def check_unused(self, where: str) -> None:
+        """Raise UnassignedKeysError if a column has no role, or several may be the answer."""
         unused = self.list_unused()
-        if not unused:
-            return
-        error = UnassignedKeysError(
-            f"{format_count(len(unused), 'column')} without a known role: {format_values(unused)}",
-            where=where,
-            expected="a role for each column, because others are left out",
-            remedy="if they belong neither to the question nor to the answer, give"
-            f" {self.format_options()}",
-        )
-        error.proposal = self
-        raise error
+        rivals = self.list_rivals()
+        if rivals:
+            names = [self.columns["answer"], *rivals]
+            raise UnassignedKeysError(
+                f"each of the columns {', '.join(names)[:200]} may be the answer, or a part of the"
+                f" question ({format_values(unused)})",
+                self._keep_media(),
+                where=where,
+                expected="one column of answers by its name",
+                remedy=f"name the columns: {self._format_media()} --map answer=COLUMN, and --map"
+                " question=COLUMN for a text of the question",
+            )
+        if unused:
+            raise UnassignedKeysError(
+                f"{format_count(len(unused), 'column')} without a known role:"
+                f" {format_values(unused)}",
+                self,
+                where=where,
+                expected="a role for each column, because others are left out",
+                remedy="if they belong neither to the question nor to the answer, give"
+                f" {self.format_options()}",
+            )
 
-    def check_inner_texts(self, where: str) -> None:
-        """Raise UnassignedKeysError for texts inside of lists or objects without a role.
+    def _has_flags_only(self) -> bool:
+        """Return whether all fields are flags: a table of several classes, one column each."""
+        for name in self.columns["fields"].split(","):
+            texts = map(str, self._read(name))
+            if not FLAGS.issuperset(text.strip().lower() for text in texts):
+                return False
+        return True
 
-        Such a text may be the real question or answer.
+    def _format_fields(self) -> str:
+        values: dict[str, object] = {}
+        for name in self.columns["fields"].split(","):
+            values[name] = get_cell(self.records[0], name)
+        return format_values(values)
+
+    def _format_media(self) -> str:
+        return format_media_options(self.columns)
+
+    def _keep_media(self) -> RoleProposal:
+        """Return the proposal without the roles of texts, which may be wrong."""
+        media = {role: name for role, name in self.columns.items() if role in MEDIA_ROLES}
+        return replace(self, columns=media)
+
+    def check_inner_values(self, where: str) -> None:
+        """Raise UnassignedKeysError for values inside of lists or objects without a role.
+
+        Such a value may be the real question or answer.
         """
-        inner = [name for name in self.list_unused() if self._has_inner_texts(name)]
+        inner = list(filter(self._has_inner_values, self.list_unused()))
         if not inner:
             return
-        guess = ", ".join(f"{role}={column}" for role, column in self.columns.items())
-        error = UnassignedKeysError(
-            f"{', '.join(inner)[:200]}: texts inside of lists or objects, which may be the question"
-            f" or the answer and would be left out (guessed roles: {guess})",
+        guess = ", ".join(map("=".join, self.columns.items()))
+        raise UnassignedKeysError(
+            f"{', '.join(inner)[:200]}: values inside of lists or objects would be left out, which"
+            f" may be the question or the answer (guessed roles: {guess})",
+            self._keep_media(),
             where=where,
             expected="a role for each key, which the names do not state",
             remedy="name the columns by --map image=COLUMN, --map answer=COLUMN and so on, which"
             " leaves out all others",
         )
-        media = {role: name for role, name in self.columns.items() if role in MEDIA_ROLES}
-        error.proposal = replace(self, columns=media)  # the other roles are probably wrong
-        raise error
 
-    def _has_inner_texts(self, name: str) -> bool:
-        values = [get_cell(record, name) for record in self.records]
-        return any(isinstance(value, dict | list) and _has_inner_text(value) for value in values)
+    def _has_inner_values(self, name: str) -> bool:
+        values = self._read(name)
+        return any(isinstance(value, dict | list) and _has_inner_value(value) for value in values)
 
 
-class UnassignedKeysError(UserError):
-    """Raised if a proposal leaves out columns, or texts inside of lists or objects.
+class UnassignedKeysError(UnknownRolesError):
+    """Raised if a proposal leaves out columns, or values inside of lists or objects.
 
     Attributes:
-        proposal: The roles and the first records of the source.
+        proposal: The first records of the source, and the roles that are certain.
     """
 
-    proposal: RoleProposal
+    def __init__(
+        self,
+        what: str,
+        proposal: RoleProposal | None = None,
+        *,
+        where: str = "",
+        expected: str = "",
+        remedy: Remedy = "",
+    ) -> None:
+        super().__init__(what, where=where, expected=expected, remedy=remedy)
+        self.proposal = proposal
 
 
 def format_values(values: Mapping[str, object]) -> str:
     """Return names with a value each, such as "license ('CC0'), width (640)"."""
-    return ", ".join(f"{name} ({_format_value(value)})" for name, value in values.items())
+    texts: list[str] = []
+    for name, value in values.items():
+        texts.append(f"{name} ({_format_value(value)})")
+    return ", ".join(texts)
+
+
+def _is_filled(value: object) -> bool:
+    return has_value(value) and value == value
 
 
 def _format_value(value: object) -> str:
@@ -149,11 +243,14 @@ def _format_value(value: object) -> str:
     return shorten(repr(value), MAX_SHOWN_CHARS)
 
 
-def _has_inner_text(value: object) -> bool:
-    """Return whether a list or an object contains a text with letters, outside of file names."""
+def _has_inner_value(value: object) -> bool:
+    """Return whether a list or object contains texts or further objects.
+
+    Names of files are no such texts.
+    """
     if isinstance(value, dict):
-        return any(map(_has_inner_text, value.values()))
+        return any(map(has_value, value.values()))
     if isinstance(value, list | tuple):
-        return any(map(_has_inner_text, value))
+        return any(map(_has_inner_value, value))
     is_text = isinstance(value, str) and not is_image_value(value)
     return is_text and re.search(r"[^\W\d_]", str(value)) is not None

@@ -536,7 +536,7 @@ def _parse_object(content: bytes | str) -> Record | None:
 
 
 def _count_json_lines(source: Path) -> int:
-    """Count the rows of a file, and validate them unless it is unchanged since the last count."""
+    """Count the rows of a file, which are validated once."""
     with open_data_file(source) as file:
         stat = os.fstat(file.fileno())
     version = (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns)

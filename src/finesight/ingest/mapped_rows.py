@@ -6,12 +6,14 @@ import json
 import re
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from string import ascii_uppercase
 from typing import Any, NamedTuple
 
-from finesight.data.boxes import InvalidBoxError
+from finesight.data.boxes import InvalidBoxError, parse_coordinates
 from finesight.data.formats.dataset_format import (
+    NUMBERED_IMAGE,
     ImportContext,
     ImportExample,
     InvalidOptionError,
@@ -19,6 +21,7 @@ from finesight.data.formats.dataset_format import (
     RowImages,
     as_list,
     build_example,
+    check_image_order,
     describe_value,
     make_text_part,
     merge_text_parts,
@@ -43,7 +46,9 @@ from finesight.data.sample import (
     TextPart,
     check_limit,
 )
+from finesight.ingest.field_path import parse_path
 from finesight.ingest.mapping import (
+    GROUPED_ROWS,
     Boxes,
     Elements,
     Frame,
@@ -53,6 +58,7 @@ from finesight.ingest.mapping import (
     RecordMapping,
     Value,
     iter_values,
+    name_values,
 )
 from finesight.ingest.record_values import (
     META_ROLE,
@@ -63,6 +69,7 @@ from finesight.ingest.record_values import (
     Scope,
     is_empty,
     parse_texts,
+    read_group,
     to_text,
     write_json,
 )
@@ -72,7 +79,7 @@ LEFT_OUT = "left out by `where` of the mapping"
 
 ROLES: dict[str, Role] = {"system": "system", "user": "user", "assistant": "assistant"}
 
-_PLACEHOLDER = re.compile(r"(<image>|<video>)\n?")
+_PLACEHOLDER = re.compile(rf"(<image>|<video>|{NUMBERED_IMAGE.pattern})\n?")
 """Placeholder with the line break after it; each model family adds its own."""
 
 
@@ -106,6 +113,8 @@ def parse_mapped_row(
 
 def read_mapped_row(row: SourceRow, context: ImportContext, mapping: RecordMapping) -> MappedRow:
     """Build the samples of a record, and account for its keys."""
+    if mapping.group is not None:
+        read_group(row.record[GROUPED_ROWS][0], mapping.group)  # raises for a row without it
     record = parse_texts(row.record, mapping.list_parse_paths())
     values = RecordValues(Scope(record, ""))
     scopes = [values.root]
@@ -130,6 +139,16 @@ def read_mapped_row(row: SourceRow, context: ImportContext, mapping: RecordMappi
         context.skipped_rows.update(dict.fromkeys(left_out, 1))
     if row.has_own_id and mapping.id is None:
         values.discard_key("id")
+    if mapping.group is not None:
+        all_rows = parse_path(f"{GROUPED_ROWS}.*.{mapping.group.text}")
+        values.read_optional(all_rows, values.root, "group")
+        values.use_repeated(record[GROUPED_ROWS])
+    _count_keys(values, mapping, context)
+    return MappedRow(examples, values.readings, list(values.iter_unused()))
+
+
+def _count_keys(values: RecordValues, mapping: RecordMapping, context: ImportContext) -> None:
+    """Count missing values, keys of objects that become unknown, and ignored keys."""
     for path_text, count in values.num_missing.items():
         context.row_notes[f"values missing at {path_text} of the mapping"] += count
     for path_text, count in values.num_object_keys.items():
@@ -138,7 +157,6 @@ def read_mapped_row(row: SourceRow, context: ImportContext, mapping: RecordMappi
         ignored = map(generalize_location, values.read_optional(path, values.root, "ignore"))
         for name in dict.fromkeys(ignored):
             context.other_keys[f"{name}, ignored by the mapping"] += 1
-    return MappedRow(examples, values.readings, list(values.iter_unused()))
 
 
 def generalize_location(location: str) -> str:
@@ -425,10 +443,13 @@ class SampleBuilder:
         )
 
     def _read_choices(self) -> list[str]:
-        if self.mapping.choices is None:
+        choices = self.mapping.choices
+        if choices is None:
             return []
-        role = self.mapping.choices.name_role("choices")
-        found = self._read("choices", self.mapping.choices)
+        if not isinstance(choices, Value):
+            return self._join_choices(choices)
+        role = choices.name_role("choices")
+        found = self._read("choices", choices)
         if found is MISSING:
             return []
         if not isinstance(found, list | tuple):
@@ -439,6 +460,17 @@ class SampleBuilder:
             )
         check_limit(len(found), len(ascii_uppercase), "choices")
         return [to_text(one, role) for one in found]
+
+    def _join_choices(self, values: Sequence[Value]) -> list[str]:
+        """Return choices that have a value each, of which the last ones may be missing."""
+        check_limit(len(values), len(ascii_uppercase), "choices")
+        found = [self._read("choices", value) for value in values]
+        while found and found[-1] is MISSING:
+            found.pop()
+        choices: list[str] = []
+        for value, one in zip(values, found, strict=False):
+            choices.append(to_text(one, value.name_role("choice")))
+        return choices
 
     def _read_answers(self, choices: Sequence[str]) -> tuple[list[str], list[str]]:
         """Return the answers for training, and those only for scoring."""
@@ -491,8 +523,7 @@ class SampleBuilder:
         """Return the coordinates of boxes or points, `count` of each, and their labels."""
         pairs: list[tuple[list[Any], str | None]] = []
         values = [coordinates] if isinstance(coordinates, Value) else list(coordinates)
-        paths = [one.path.text for one in values if one.path is not None]
-        named = f"{role} ({', '.join(paths)})"
+        named = name_values(role, coordinates)
         for item in _select_items(self.values, regions, self.scope, role, self.context):
             numbers: Any = [self.values.evaluate(one, item, role) for one in values]
             if isinstance(coordinates, Value):
@@ -501,7 +532,7 @@ class SampleBuilder:
             label = None
             if regions.label is not None:
                 label = self.values.evaluate_text(regions.label, item, "label")
-            pairs.append((_sort_by_axis(numbers, regions.frame), label))
+            pairs.append((_apply_frame(numbers, regions.frame), label))
         return pairs
 
     def _create_regions(
@@ -569,12 +600,33 @@ class Media:
             return self.row_images.add_image(file)
         return self.row_images.add_video(file)
 
+    def _replace_placeholders(self, turns: Sequence[MappedTurn]) -> list[MappedTurn]:
+        """Return turns with `<image>` instead of placeholders with numbers.
+
+        Raises:
+            InvalidRowError: The numbers are not those of the images in order.
+        """
+        placeholders: list[str] = []
+        text = ""
+        replaced: list[MappedTurn] = []
+        for turn in turns:
+            pieces = [piece for piece in turn.content if isinstance(piece, str)]
+            numbered = [piece for piece in pieces if NUMBERED_IMAGE.fullmatch(piece)]
+            if numbered:
+                placeholders += numbered
+                text += "".join(pieces)
+            content = ["<image>" if piece in numbered else piece for piece in turn.content]
+            replaced.append(MappedTurn(turn.role, content))
+        check_image_order(placeholders, len(self.images), text)
+        return replaced
+
     def build_messages(self, turns: Sequence[MappedTurn], context: ImportContext) -> list[Message]:
         """Return the messages with all files: at their placeholders, or before the first question.
 
         Raises:
             PlaceholderCountError: There are more or fewer placeholders than files.
         """
+        turns = self._replace_placeholders(turns)
         start: list[str | ContentPart] = []
         for kind, files in {"image": self.images, "video": self.videos}.items():
             num_marked = sum(turn.content.count(f"<{kind}>") for turn in turns)
@@ -627,12 +679,16 @@ def _check_coordinates(numbers: object, role: str, count: int) -> None:
         )
 
 
-def _sort_by_axis(numbers: Sequence[Any], frame: Frame) -> list[Any]:
-    """Return coordinates with x before y."""
+def _apply_frame(numbers: Sequence[Any], frame: Frame) -> list[Any]:
+    """Return coordinates with x before y, and those in percent as fractions."""
+    sorted_numbers = list(numbers)
     if frame.order == "yxyx":
         pairs = [numbers[start : start + 2][::-1] for start in range(0, len(numbers), 2)]
-        return [number for pair in pairs for number in pair]
-    return list(numbers)
+        sorted_numbers = [number for pair in pairs for number in pair]
+    if frame.unit == "percent":
+        with suppress(InvalidBoxError):  # raised again when the box is created
+            return [number / 100 for number in parse_coordinates(sorted_numbers)]
+    return sorted_numbers
 
 
 def _look_up(found: Any, value: Value, choices: Sequence[str]) -> str:

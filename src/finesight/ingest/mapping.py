@@ -27,7 +27,7 @@ from pydantic import (
     model_validator,
 )
 from pydantic.json_schema import JsonSchemaValue
-from pydantic_core import CoreSchema
+from pydantic_core import CoreSchema, ErrorDetails
 
 from finesight.bounded_files import load_yaml, read_text
 from finesight.data.boxes import BoxConvention, BoxUnits
@@ -39,6 +39,9 @@ MAPPING_VERSION = 1
 MAX_MAPPING_BYTES = 1_000_000
 
 MAX_TEMPLATE_PATHS = 100
+
+GROUPED_ROWS = "rows"
+"""Key of the rows in the record of a group."""
 
 Scalar = str | bool | int | float | None
 
@@ -319,7 +322,7 @@ class Frame(MappingSection):
     """
 
     order: Literal["xyxy", "xywh", "cxcywh", "yxyx"] = "xyxy"
-    unit: Literal["pixels", "fractions", "thousandths", "resized"] = "pixels"
+    unit: Literal["pixels", "fractions", "percent", "thousandths", "resized"] = "pixels"
     size: tuple[PathField, PathField] | None = None
 
     @property
@@ -328,6 +331,7 @@ class Frame(MappingSection):
         units: dict[str, BoxUnits] = {
             "pixels": "pixel",
             "fractions": "1",
+            "percent": "1",  # divided when it is read
             "thousandths": "1000",
             "resized": "resized",
         }
@@ -473,6 +477,8 @@ def _as_elements(value: object) -> object:
     return {"each": value} if isinstance(value, str) else value
 
 
+Choices = ValueField | Annotated[tuple[ValueField, ...], Field(min_length=1)]
+
 NamedValues = Annotated[
     dict[str, ValueField],
     BeforeValidator(_name_paths),
@@ -488,12 +494,14 @@ class RecordMapping(MappingSection):
         source: Address of the description or data from which a preset was derived.
         match: Signature of the records, for presets.
         rows: List or object of records in a JSON document; None: the reader of the file finds them.
+        group: Value that the rows of a record have in common: the record has them as `rows`; None:
+            each row of the file is a record.
         parse: Text values that are parsed before paths are read, with their notation.
         sample: List of which each item becomes a sample; None: the record is one sample.
         where: Conditions that a sample meets; others are counted and left out.
         id: Identifier of a sample; None: `id` of the record, else a number.
         system: System prompt.
-        choices: Options of a question, written below it with letters.
+        choices: Options of a question, written below it with letters: a list, or a value for each.
         fields: Answer as a JSON object, by name.
         answer: The answer; with `messages`, it follows them.
         rejected: Worse answer to the same question, in preference data.
@@ -508,6 +516,7 @@ class RecordMapping(MappingSection):
     source: str = ""
     match: Match | None = None
     rows: Annotated[Rows, BeforeValidator(_expand_value), ONE_PATH] | None = None
+    group: PathField | None = None
     parse: dict[str, Literal["json", "python"]] = {}
     sample: Annotated[Elements, BeforeValidator(_as_elements), ONE_PATH] | None = None
     where: Conditions = ()
@@ -516,7 +525,7 @@ class RecordMapping(MappingSection):
     videos: Values = ()
     system: ValueField | None = None
     question: ValueField | None = None
-    choices: ValueField | None = None
+    choices: Choices | None = None
     answer: ValueField | None = None
     answers: Annotated[Answers, BeforeValidator(_with_text_keys)] | None = None
     fields: NamedValues | None = None
@@ -550,9 +559,21 @@ class RecordMapping(MappingSection):
                 " boxes or points"
             )
         if self.choices is not None and self.question is None:
-            raise ValueError(f"{self.choices.name_role('choices')} without a question")
+            raise ValueError(f"{name_values('choices', self.choices)} without a question")
         if self.sample is not None and not self.sample.has_list:
             raise ValueError(f"sample has neither each nor zip, only {_list_given(self.sample)}")
+        return self
+
+    @model_validator(mode="after")
+    def _check_group(self) -> Self:
+        if self.group is None:
+            return self
+        text = self.group.text
+        has_lists = any(step.is_each or step.is_optional for step in self.group.steps)
+        if self.group.from_root or has_lists or not self.group.steps:
+            raise ValueError(f"group: {text} is not the path of one value, without $, * and ?")
+        if self.match is not None:
+            raise ValueError(f"group ({text}) and match: a preset reads single rows")
         return self
 
     @model_validator(mode="after")
@@ -609,6 +630,14 @@ class RecordMapping(MappingSection):
             if section is not None and section.is_optional:
                 raise ValueError(f"{name}: a list that may be missing (?) is not an empty list")
         return self
+
+
+def name_values(role: str, section: object) -> str:
+    """Return a role with the paths of all its values, for messages."""
+    paths = [value.path.text for value in iter_values(section) if value.path is not None]
+    if not paths:
+        return role
+    return f"{role} ({', '.join(paths)})"
 
 
 def iter_values(section: object) -> Iterator[Value]:
@@ -674,9 +703,22 @@ def _as_tuples(value: Any) -> Any:
     return value
 
 
+def _find_first_error(error: ValidationError) -> ErrorDetails:
+    """Return the first error of a mapping file.
+
+    Where both a value and a list are possible, the error of a list is that of its items.
+    """
+    first, *others = error.errors()
+    *key, form = first["loc"] or ("",)
+    is_form = "[" in str(form) and isinstance(first["input"], tuple)
+    if is_form and others and others[0]["loc"][: len(key)] == tuple(key):
+        return others[0]
+    return first
+
+
 def _explain_error(error: ValidationError, where: str) -> UserError:
     """Return the first error of a mapping file, with the location of its key."""
-    first = error.errors()[0]
+    first = _find_first_error(error)
     # Validators of unions and short forms are no keys of the file.
     parts = [str(part) for part in first["loc"] if not re.search(r"[\[(]", str(part))]
     key = ".".join(parts)

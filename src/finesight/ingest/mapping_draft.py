@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from finesight.data.formats.dataset_format import as_list
-from finesight.data.formats.table import MEDIA_ROLES
+from finesight.data.formats.table import MEDIA_ROLES, UnknownRolesError
 from finesight.data.image_file import is_image_value
 from finesight.data.import_source import (
     DetectedColumns,
@@ -17,14 +17,18 @@ from finesight.data.import_source import (
     find_table,
 )
 from finesight.data.role_proposal import RoleProposal, UnassignedKeysError
-from finesight.data.row_reader import Record
+from finesight.data.row_reader import Record, read_first_records
 from finesight.errors import escape_unprintable, shorten
 from finesight.ingest.field_path import EACH, format_key, join_location
 from finesight.ingest.presets import with_preset
+from finesight.ingest.role_choices import mark_optional
 from finesight.storage import write_new_file
 
 MAX_EXAMPLE_CHARS = 60
 """Maximum length of an example value in a draft."""
+
+NUM_DRAFT_RECORDS = 100
+"""Number of records of which a draft lists the keys."""
 
 HEADER = """\
 # Give each path below a role, or add it to meta (kept) or ignore (left out).
@@ -47,36 +51,47 @@ def detect_roles(
         ask_question: See `detect_columns`.
 
     Raises:
-        UnassignedKeysError: Texts inside of lists or objects have no role.
+        UnknownRolesError: The roles are not known. The remedy names the draft of a mapping.
     """
     options = with_preset(path, options)
     if not options.is_detected or options.row_files:
         return DetectedColumns(find_table(path, options), options)
     try:
         return detect_columns(path, options, ask_question)
-    except UnassignedKeysError as error:
-        _propose_draft(error, out)
+    except UnknownRolesError as error:
+        _propose_draft(error, path, out)
         raise
 
 
-def check_unused_columns(detected: DetectedColumns, out: Path) -> None:
-    """Raise UnassignedKeysError if guessed roles leave out columns. The remedy names a draft.
+def check_proposal(
+    detected: DetectedColumns, out: Path, *, fields_are_chosen: bool = False
+) -> None:
+    """Raise UnassignedKeysError if guessed roles are not certain. The remedy names a draft.
 
     Args:
         out: Folder of the import, beside which the draft is written.
+        fields_are_chosen: The user wants all columns as fields of the answer.
     """
     if detected.proposal is None:
         return
     try:
-        detected.proposal.check_columns(str(detected.path))
-    except UnassignedKeysError as error:
-        _propose_draft(error, out)
+        if fields_are_chosen:
+            detected.proposal.check_unused(str(detected.path))
+        else:
+            detected.proposal.check_columns(str(detected.path))
+    except UnknownRolesError as error:
+        _propose_draft(error, detected.path, out)
         raise
 
 
-def _propose_draft(error: UnassignedKeysError, out: Path) -> None:
-    """Write the draft of a mapping, and add it to the remedy of an error."""
-    draft = write_draft(error.proposal, out)
+def _propose_draft(error: UnknownRolesError, path: Path, out: Path) -> None:
+    """Write the draft of a mapping, and name it in the remedy of an error."""
+    proposal = error.proposal if isinstance(error, UnassignedKeysError) else None
+    if proposal is None:
+        if not path.is_file():
+            return
+        proposal = RoleProposal(read_first_records(path, NUM_DRAFT_RECORDS), {})
+    draft = write_draft(proposal, out)
     edit = f"edit {draft}, which lists all keys, and give --mapping {draft}"
     error.remedy = f"{error.remedy}; otherwise {edit}"
 
@@ -95,7 +110,7 @@ def write_draft(proposal: RoleProposal, out: Path) -> Path:
 def format_draft(proposal: RoleProposal) -> str:
     """Format a mapping with the proposed roles; comments list all other paths with an example."""
     examples = list_examples(proposal.records)
-    roles = _list_plain_roles(proposal, examples)
+    roles = _list_column_roles(proposal, examples)
     lines = [HEADER]
     for role in ("images", "videos", "question", "answer", "fields"):
         if role in roles:
@@ -106,7 +121,7 @@ def format_draft(proposal: RoleProposal) -> str:
     lines.append("meta: []\nignore: []\n\n# Paths without a role, with an example:\n")
     used: list[str] = []
     for paths in roles.values():
-        used += [paths] if isinstance(paths, str) else paths
+        used += [str(path).removesuffix("?") for path in as_list(paths)]
     for location, value in examples.items():
         if location in used:
             continue
@@ -126,7 +141,7 @@ def list_examples(records: Sequence[Record]) -> dict[str, Any]:
 
 
 def _add_folder(paths: str | list[str], role: str, folder: str | None) -> object:
-    """Return the value of a role, with the folder of its files if it is not that of the table."""
+    """Return the value of a role with the folder of its files."""
     if folder is None or role not in ("images", "videos"):
         return paths
     prefix = folder.replace("{", "{{").replace("}", "}}")
@@ -136,10 +151,10 @@ def _add_folder(paths: str | list[str], role: str, folder: str | None) -> object
     return templates
 
 
-def _list_plain_roles(
+def _list_column_roles(
     proposal: RoleProposal, examples: Mapping[str, Any]
 ) -> dict[str, str | list[str]]:
-    """Return the paths of proposed roles whose columns are plain values, with an image at least."""
+    """Return the paths of the proposed roles by role."""
     names = {"image": "images", "video": "videos"}
     roles: dict[str, str | list[str]] = {}
     for role, column in proposal.columns.items():
@@ -149,7 +164,10 @@ def _list_plain_roles(
         if any(path not in examples for path in paths):
             continue
         if len(paths) == 1 and role != "fields":
-            roles[names.get(role, role)] = paths[0]
+            path = paths[0]
+            if role != "answer":
+                path = mark_optional(path, proposal.records)
+            roles[names.get(role, role)] = path
         elif role in ("fields", *MEDIA_ROLES):
             roles[names.get(role, role)] = paths
     for location, value in examples.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -18,9 +19,10 @@ from finesight.data.formats.dataset_format import (
 from finesight.data.row_reader import Record, RowReader, SourceRow, rows_from_items
 from finesight.data.sample import InvalidRowError, read_data_file
 from finesight.errors import UserError
+from finesight.ingest.field_path import FieldPath
 from finesight.ingest.mapped_rows import parse_mapped_row
-from finesight.ingest.mapping import RecordMapping, Rows, load_mapping
-from finesight.ingest.record_values import RecordValues, Scope
+from finesight.ingest.mapping import GROUPED_ROWS, RecordMapping, Rows, load_mapping
+from finesight.ingest.record_values import GroupedRows, RecordValues, Scope, read_group
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,7 @@ def build_mapping_format(
         description=f"records with the keys of the mapping {name}",
         parse_row=parse_row,
         open_requested=partial(open_document, rows=mapping.rows),
+        group_rows=None if mapping.group is None else partial(group_rows, path=mapping.group),
         supported_options=frozenset({"prompt", "box_task"}),
         reads_raw_rows=True,
     )
@@ -76,6 +79,33 @@ def read_document(source: Path) -> Any:
             expected="one JSON document, whose records the mapping finds by rows",
             remedy="correct the file, or remove rows from the mapping",
         ) from error
+
+
+def group_rows(reader: RowReader, path: FieldPath) -> RowReader:
+    """Group rows with the same value at a path to one row.
+
+    Groups have the order of their first rows. All rows are held in memory. A row without the
+    value is a group of its own: reading it is an error, so that an import may skip it.
+    """
+    groups: dict[str | int, list[SourceRow]] = {}
+    for row in reader.iter_range(0, reader.num_rows):
+        key: str | int = row.number
+        with suppress(InvalidRowError):
+            key = read_group(row.record, path)
+        groups.setdefault(key, []).append(row)
+
+    def make_row(_: int, rows: list[SourceRow]) -> SourceRow:
+        first = rows[0]
+        location = first.location
+        if len(rows) > 1:
+            location = f"{location} with {len(rows) - 1} more"
+        records = GroupedRows(row.record for row in rows)
+        return replace(first, location=location, record={GROUPED_ROWS: records})
+
+    note = f"{reader.num_rows} rows in {len(groups)} groups by {path.text}"
+    text_format = f"{reader.text_format}; {note}" if reader.text_format else note
+    grouped = rows_from_items(list(groups.values()), make_row, text_format)
+    return replace(grouped, other_keys=reader.other_keys)
 
 
 def open_document(source: Path, rows: Rows | None) -> tuple[RowReader, str] | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from finesight.data.formats.dataset_format import ImportContext
@@ -27,7 +27,7 @@ MAX_KEYS = 200
 
 @dataclass(frozen=True, slots=True)
 class KeyRole:
-    """A path in the records with its role, empty without one, and an example as text."""
+    """Path in the records with its role and an example."""
 
     path: str
     role: str
@@ -94,6 +94,7 @@ def preview_import(
         except UnassignedKeysError as error:
             problem = error
             proposal = error.proposal
+            options = replace(options, ignorable_columns=None)  # samples without these columns
         except UserError as error:
             return _preview_keys(path, error)
     if problem is not None and not options.columns:
@@ -132,7 +133,7 @@ def _preview_keys(path: Path, problem: UserError) -> ImportPreview:
 def _read_samples(
     opened: ImportSource, options: ImportOptions, folder: Path, count: int
 ) -> tuple[list[Sample], UserError | None, tuple[KeyRole, ...]]:
-    """Return the first samples, the error of the first row without one, and roles of a mapping."""
+    """Read the first samples and the roles of a mapping."""
     context = opened.create_context(options, folder)
     samples: list[Sample] = []
     error: UserError | None = None
@@ -155,7 +156,7 @@ def _read_samples(
 def _explain_mapping(
     row: SourceRow, context: ImportContext, data_format: MappingFormat
 ) -> tuple[KeyRole, ...]:
-    """Return the roles that a mapping gives to the values of a row, without those it lacks."""
+    """Return the roles of the values of a row in a mapping."""
     try:
         found = read_mapped_row(row, context, data_format.mapping)
     except UserError:
@@ -168,14 +169,14 @@ def _explain_mapping(
 
 
 def _list_keys(records: Sequence[Record], columns: Mapping[str, str]) -> tuple[KeyRole, ...]:
-    """Return all paths of records, with the role of their column or of the key inside of it."""
+    """Return all paths of records with the role of their column."""
     roles: dict[str, str] = {}
     for role, column in columns.items():
         names = [column] if column in records[0] else column.split(",")
         roles.update(dict.fromkeys((name.strip() for name in names), role))
     keys: list[KeyRole] = []
     for path, value in list_examples(records).items():
-        plain = path.replace(".*", "")
-        role = roles.get(plain) or roles.get(plain.partition(".")[0], "")
+        name = path.replace(".*", "")
+        role = roles.get(name) or roles.get(name.partition(".")[0], "")
         keys.append(KeyRole(path, role, format_value(value)))
     return tuple(keys[:MAX_KEYS])

@@ -53,6 +53,10 @@ class MissingKeyError(InvalidRowError):
     """Raised if a path names a key that the record does not have."""
 
 
+class GroupedRows(list[Record]):
+    """Rows of a file with the same value at the path `group` of a mapping."""
+
+
 Slot = tuple[int, str | int]
 """Identity of a value in a record: the id of its list or object, and its index or key there."""
 
@@ -137,6 +141,22 @@ class RecordValues:
     def discard_key(self, key: str) -> None:
         """Mark a key of the record as used."""
         self._used.add((id(self.root.value), key))
+
+    def use_repeated(self, rows: Sequence[Record]) -> None:
+        """Mark values as used that are equal to a used one of the first row."""
+        first, *others = rows
+        for other in others:
+            self._use_equal(first, other)
+
+    def _use_equal(self, first: Record, other: Record) -> None:
+        for key, value in first.items():
+            if key not in other:
+                continue
+            if (id(first), key) in self._used:
+                if other[key] == value:
+                    self._used.add((id(other), key))
+            elif isinstance(value, dict) and isinstance(other[key], dict):
+                self._use_equal(value, other[key])
 
     def _use(self, found: Sequence[Scope], role: str) -> None:
         for one in found:
@@ -470,6 +490,23 @@ def to_text(value: object, role: str) -> str:
             "add it, or remove the row",
         )
     return format_scalar(value)
+
+
+def read_group(record: Record, path: FieldPath) -> str:
+    """Return the value by which a row is grouped, as text.
+
+    Raises:
+        InvalidRowError: The row has no value at the path, or one that is no text or number.
+    """
+    values = RecordValues(Scope(record, ""))
+    found = values.read(path, values.root, "group")
+    if is_empty(found) or isinstance(found, dict | list | tuple | bytes):
+        raise InvalidRowError(
+            f"the group ({path.text}) is {describe_value(found)}",
+            "a text or a number, which the rows of a group have in common",
+            "add it, or correct the path of group in the mapping",
+        )
+    return format_key_text(found)
 
 
 def write_json(value: object, role: str) -> str:

@@ -58,7 +58,7 @@ def build_mapping(roles: Mapping[str, str], records: Sequence[Record]) -> dict[s
         written: list[str] = []
         for path in paths[role]:
             if role != "answer":
-                path = _mark_optional(path, records)
+                path = mark_optional(path, records)
             # Ignored paths start at the record, also with a list of samples.
             if role != "ignore":
                 path = _make_relative(path, sample)
@@ -98,7 +98,7 @@ def format_mapping(mapping: Mapping[str, Any]) -> str:
 
 
 def _find_sample_list(paths: Mapping[str, Sequence[str]]) -> str | None:
-    """Return the list that contains both the question and the answer as keys of its items."""
+    """Return the list whose items have both a question and an answer."""
     lists: list[str] = []
     for role in ("question", "answer"):
         for path in paths.get(role, ()):
@@ -111,7 +111,7 @@ def _find_sample_list(paths: Mapping[str, Sequence[str]]) -> str | None:
 
 
 def _make_relative(path: str, sample: str | None) -> str:
-    """Return a path from an item of the list of samples, or from the record for other values."""
+    """Return a path as seen from an item of the list of samples."""
     if sample is None:
         return path
     prefix = f"{sample}.{EACH}."
@@ -120,7 +120,7 @@ def _make_relative(path: str, sample: str | None) -> str:
     return f"$.{path}"
 
 
-def _mark_optional(path: str, records: Sequence[Record]) -> str:
+def mark_optional(path: str, records: Sequence[Record]) -> str:
     """Return a path with `?` after its last key if a record has no value there."""
     if path.endswith(EACH):
         return path

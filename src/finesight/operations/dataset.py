@@ -101,7 +101,7 @@ def import_data(
     """
     from finesight.data.importer import import_dataset
     from finesight.data.source_fetch import fetch_source
-    from finesight.ingest.mapping_draft import check_unused_columns, detect_roles
+    from finesight.ingest.mapping_draft import check_proposal, detect_roles
 
     options = build_import_options(
         reading,
@@ -122,7 +122,7 @@ def import_data(
     out = Path(out)
     with fetch_source(str(source), out, options, allow_host) as fetched:
         detected = detect_roles(fetched.path, fetched.options, out)
-        check_unused_columns(detected, out)
+        check_proposal(detected, out)
         options = detected.options
         summary = import_dataset(detected.path, out, options, console.progress_stage)
     for note in fetched.notes:

@@ -335,12 +335,14 @@ def _format_data(
     source: str, summary: ImportSummary, options: ImportOptions, *, is_detected: bool
 ) -> list[str]:
     """Return the lines about the imported data."""
+    from finesight.data.formats.table import format_media_options
+
     heading, *details = format_import(source, summary, options, is_detected=is_detected)
     if not summary.num_images:
         details.append("no images: a task of text only")
     if "fields" in options.columns:
-        map_hint = f"--map image={options.columns.get('image')} --map answer=COLUMN"
-        details.append(f"for one column only: {map_hint}")
+        media = format_media_options(options.columns)
+        details.append(f"for one column only: {media} --map answer=COLUMN")
     lines = [f"data    {heading}"]
     for detail in details:
         lines.append(f"        {detail}")
@@ -460,7 +462,7 @@ def _select_source(
         folder: Folder to create, beside which a draft of a mapping is written.
         metric: Task chosen by the user. One of fields makes them of all columns with text.
     """
-    from finesight.ingest.mapping_draft import check_unused_columns, detect_roles
+    from finesight.ingest.mapping_draft import check_proposal, detect_roles
     from finesight.metric_components import METRICS
 
     has_fields = metric is not None and bool(METRICS[metric].suggestion.fields_prompt)
@@ -482,10 +484,10 @@ def _select_source(
         proposal = replace(detected.proposal, columns=columns)
         detected = replace(detected, proposal=proposal)
     if ask is None:
-        check_unused_columns(detected, folder)
-    else:
-        columns = _confirm_columns(columns, detected, folder, ask, keeps_fields=has_fields)
-    return path, replace(detected.options, columns=columns)
+        check_proposal(detected, folder, fields_are_chosen=has_fields)
+        return path, replace(detected.options, columns=columns)
+    columns = _confirm_columns(columns, detected, folder, ask, keeps_fields=has_fields)
+    return path, replace(detected.options, columns=columns, ignorable_columns=None)
 
 
 def _confirm_columns(
@@ -502,7 +504,7 @@ def _confirm_columns(
         keeps_fields: Whether fields remain fields if only one column is named.
     """
     from finesight.data.role_proposal import format_values
-    from finesight.ingest.mapping_draft import check_unused_columns
+    from finesight.ingest.mapping_draft import check_proposal
 
     confirmed = dict(columns)
     shown = ""
@@ -514,7 +516,7 @@ def _confirm_columns(
         shown += f"  left out: {format_values(unused)}\n"
     if "box" in confirmed:
         if unused and ask(f"{shown}Use these columns (yes or no)", "yes") != "yes":
-            check_unused_columns(detected, folder)
+            check_proposal(detected, folder)
         return confirmed
     keeps_role = keeps_fields and "fields" in confirmed
     default = confirmed.pop("answer", None) or confirmed.pop("fields")

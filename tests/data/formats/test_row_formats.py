@@ -15,7 +15,7 @@ from box_fixtures import list_turns, parse_record
 from case_files import load_cases
 
 from finesight.data.formats import detect_format, get_format
-from finesight.data.formats.dataset_format import split_preference
+from finesight.data.formats.dataset_format import UnexpectedPlaceholderError, split_preference
 from finesight.data.sample import join_text, sample_to_dict, validate_sample
 from finesight.errors import UserError
 
@@ -137,6 +137,26 @@ def test_pairs_of_the_cauldron_are_turns(folder: Path) -> None:
 def test_texts_with_tags_are_no_samples(tag: str) -> None:
     turns = [{"role": "user", "content": f"{tag}?"}, {"role": "assistant", "content": "x"}]
     assert detect_format([{"messages": turns}], "")[0].name == "ms-swift"
+
+
+@pytest.mark.parametrize("tag", ["<image 1>", "<image_01>", "<image2>"])
+@pytest.mark.parametrize("turn", ["QUESTION", "ANSWER"])
+@pytest.mark.parametrize(("name", "keys"), [
+    ("llava", {"conversations": [
+        {"from": "human", "value": "<image>QUESTION"}, {"from": "gpt", "value": "ANSWER"}
+    ]}),
+    ("ms-swift", {"messages": [
+        {"role": "user", "content": "<image>QUESTION"}, {"role": "assistant", "content": "ANSWER"}
+    ]}),
+    ("conversations", {"conversations": [
+        {"role": "user", "content": "QUESTION"}, {"role": "assistant", "content": "ANSWER"}
+    ]}),
+    ("query-response", {"query": "QUESTION", "response": "ANSWER"}),
+])  # fmt: skip
+def test_numbers_of_images_do_not_stay_as_text(folder: Path, name, keys, turn, tag) -> None:
+    text = json.dumps({"images": ["a.png"], **keys}).replace(turn, f"See {tag}")
+    with pytest.raises(UnexpectedPlaceholderError, match=f"the placeholder '{tag}' in the text"):
+        parse_record(get_format(name), json.loads(text), folder)
 
 
 @pytest.mark.parametrize("name", TOOL_ROWS)

@@ -18,6 +18,7 @@ from finesight.data.formats.table import (
     guess_columns,
     suggest_mapping,
 )
+from finesight.data.sample import InvalidRowError
 from finesight.errors import UserError
 
 CASES = load_cases("table")
@@ -46,6 +47,35 @@ def test_rows_become_samples(folder: Path, row: dict[str, Any]) -> None:
     assert summarize(list_turns(found)[0][1]) == row.get("user", ["b.png", "?"])
     answers = [summarize(summarize_content(answer)) for answer in found.answers]
     assert answers == row["answers"]
+
+
+@pytest.mark.parametrize(
+    ("question", "user"),
+    [
+        ("Is <image 1>\nas <image 2>?", ["Is ", "a.png", "as ", "b.png", "?"]),
+        ("<image_00><image_01>Equal?", ["a.png", "b.png", "Equal?"]),
+        (
+            "<imager 1> <image 1 /> <image-1>?",
+            ["a.png", "b.png", "<imager 1> <image 1 /> <image-1>?"],
+        ),
+    ],
+)
+def test_images_are_placed_at_their_numbers(folder: Path, question: str, user: list[str]) -> None:
+    record = {"image": ["a.png", "b.png"], "q": question, "a": "x"}
+    found = case(folder, record, "image=image question=q answer=a")
+    assert summarize(list_turns(found)[0][1]) == user
+
+
+@pytest.mark.parametrize(
+    "question",
+    ["<image 2> or <image 1>?", "<image 1>?", "<image1> <image2> <image1>?", "<image_2>?"],
+)
+def test_numbers_of_other_images_are_rejected(folder: Path, question: str) -> None:
+    record = {"image": ["a.png", "b.png"], "q": question, "a": "x"}
+    with pytest.raises(InvalidRowError, match=f"of 2 images in the text '{question[:8]}") as caught:
+        case(folder, record, "image=image question=q answer=a")
+    assert "in the order of the text" in caught.value.expected
+    assert "remove the placeholders" in caught.value.remedy
 
 
 @pytest.mark.parametrize(

@@ -110,7 +110,7 @@ def detect_format(records: Sequence[Record], where: str) -> tuple[DatasetFormat,
         suggestion = f"name its columns, perhaps with {columns}"
     if has_names and mapping:
         suggestion += f"; if the first line contains values, import with --no-header {mapping}"
-    raise UserError(
+    raise table.UnknownRolesError(
         f"the format cannot be detected from rows with the keys {', '.join(map(str, records[0]))}",
         where=where,
         expected=f"one of {', '.join(FORMATS)}",

@@ -160,9 +160,12 @@ NOTE_SKIPPED_BOX = "invalid boxes (skipped)"
 IMAGE_KEYS = ("image", "images")
 VIDEO_KEYS = ("video", "videos")
 
+NUMBERED_IMAGE = re.compile(r"<image[ _]?[0-9]{1,9}>")
+"""Placeholder of an image with its number: `<image 1>`, `<image_01>` or `<image1>`."""
+
 _PLACEHOLDERS = re.compile(
     r"<\|(?:vision|image|video|box|quad|object_ref)(?:_\w+)?\|>|<img>|<(?:box|quad)>\s*[(\[]"
-    r"|<image>|<bbox>|<ref-object>"
+    rf"|<image>|<bbox>|<ref-object>|{NUMBERED_IMAGE.pattern}"
 )
 
 
@@ -200,6 +203,7 @@ class ImportContext:
     """State of one import that dataset formats use to parse rows.
 
     Attributes:
+        ignorable_columns: Columns that guessed roles of a table leave out; None for any.
         prompt: Question or prompt template from the user; None uses the default.
         replacement: Text that replaces the question of each example; None keeps the questions.
         box_format: Box format from the user; None uses the default of the dataset format.
@@ -218,6 +222,7 @@ class ImportContext:
 
     images: ImageResolver
     columns: Mapping[str, str] = field(default_factory=dict)
+    ignorable_columns: frozenset[str] | None = None
     prompt: str | None = None
     replacement: str | None = None
     box_format: BoxFormat | None = None
@@ -757,6 +762,7 @@ class DatasetFormat(Component[Any]):
             It raises UserError for a sample that the format cannot represent.
         open_encoded: Function that opens a folder whose tables have a given encoding.
         may_be_table: Function that returns whether detected records may be a table instead.
+        group_rows: Function that joins rows after they are opened, for mapping files.
         is_native: Whether the rows are samples, as training reads them.
         keeps_pages: Whether the format has pages of documents. An export to others saves them.
         reads_raw_rows: Whether `parse_row` reads all keys of a record itself, such as preference
@@ -776,6 +782,7 @@ class DatasetFormat(Component[Any]):
     write_files: Callable[[Sequence[LocatedSample], ExportContext], Files] | None = None
     open_encoded: Callable[[Path, str], tuple[RowReader, str] | None] | None = None
     may_be_table: Callable[[Sequence[Record]], bool] | None = None
+    group_rows: Callable[[RowReader], RowReader] | None = None
     is_native: bool = False
     keeps_pages: bool = False
     reads_raw_rows: bool = False
@@ -809,6 +816,7 @@ class DatasetFormat(Component[Any]):
             "write_files": self.write_files,
             "open_encoded": self.open_encoded,
             "may_be_table": self.may_be_table,
+            "group_rows": self.group_rows,
         }
         for name, function in functions.items():
             if function is not None and not callable(function):
@@ -951,6 +959,28 @@ def make_text_part(text: str) -> TextPart:
             remedy="remove it from the text, or write the image or the box as its format requires",
         )
     return TextPart(text=text)
+
+
+def check_image_order(placeholders: Sequence[str], num_images: int, text: str) -> None:
+    """Check that numbered placeholders, if any, count all images from 0 or 1.
+
+    Raises:
+        InvalidRowError: The numbers are others, or the text has placeholders without numbers, too.
+    """
+    if not placeholders:
+        return
+    numbers = [int(re.sub(r"\D", "", placeholder)) for placeholder in placeholders]
+    first = min(numbers[0], 1)
+    is_ordered = numbers == list(range(first, first + num_images))
+    if is_ordered and "<image>" not in text:
+        return
+    raise InvalidRowError(
+        f"the placeholders {', '.join(placeholders[:9])} of {num_images} images in the text"
+        f" {text[:60]!r}",
+        "a placeholder for each image, numbered in the order of the text from 1 or 0",
+        "write `<image>` for each image, and order the images as in the text; or remove the"
+        " placeholders, to put the images first",
+    )
 
 
 def strip_object_refs(text: str) -> TextPart:

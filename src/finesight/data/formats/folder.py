@@ -5,6 +5,7 @@ Trailing line breaks of a text are removed. Images without a text file are skipp
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from unicodedata import normalize
@@ -29,11 +30,15 @@ from finesight.data.row_reader import RowReader, SourceRow, rows_from_items
 from finesight.data.sample import (
     MAX_LABEL_FILE_BYTES,
     EmptyAnswerError,
+    InvalidRowError,
     LocatedSample,
     Message,
     read_text_file,
 )
 from finesight.errors import UserError
+
+_COORDINATES = re.compile(r"(?<![\w.])-?\d+(?:\.\d+)?(?:(?:, ?|;| )-?\d+(?:\.\d+)?){3}(?![\w.])")
+"""Pattern of four numbers in a row, as in annotations of boxes and polygons."""
 
 REASON_NO_TEXT_FILE = "images without a text file of the same name"
 
@@ -65,6 +70,17 @@ def _get_pair_key(path: Path) -> str:
     return normalize("NFC", str(path.with_suffix("")))
 
 
+def _has_coordinate_lines(text: str) -> bool:
+    """Return whether half of the lines contain four numbers in a row."""
+    num_lines = 0
+    num_coordinate_lines = 0
+    for line in text.splitlines():
+        if line.strip():
+            num_lines += 1
+            num_coordinate_lines += _COORDINATES.search(line) is not None
+    return 0 < num_lines <= 2 * num_coordinate_lines
+
+
 def parse_row(row: SourceRow, context: ImportContext) -> list[ImportExample]:
     """Build a training example from an image and its text file."""
     if row.record["text"] is None:
@@ -75,6 +91,14 @@ def parse_row(row: SourceRow, context: ImportContext) -> list[ImportExample]:
     if not text.strip():
         what, remedy = "an empty text file", "write the answer into it, or remove the file"
         raise EmptyAnswerError(what, where=str(file), expected="the answer", remedy=remedy)
+    if _has_coordinate_lines(text):
+        raise InvalidRowError(
+            f"lines of {file.name} have four or more numbers, as annotations with coordinates:"
+            f" {text[:60]!r}",
+            "a text file with the answer",
+            "convert annotations to COCO, or to a table with a row per box (--map"
+            " box=x1,y1,x2,y2); if the lines are the answer, import a table of image and text",
+        )
     image = RowImages(context).add_image(row.record["image"])
     user = Message(role="user", content=context.add_prompt([image]))
     return [ImportExample(row.id, (user,), ((make_text_part(text),),))]

@@ -74,7 +74,9 @@ _DOCUMENT = re.compile(
 _LOCATION = re.compile(r"[a-z][a-z0-9+]*://\S+|\S*[/\\]\S+|\S+\.[A-Za-z]\w{1,4}", re.IGNORECASE)
 _TOOLS = re.compile("tools?|functions?")
 _REASONING = re.compile("reasoning|thinking|think|thoughts?|rationales?|cot|思考|推理")
-_PREFERENCE = re.compile("chosen|rejected|dispreferred|kto")
+_PREFERENCE = re.compile("chosen|rejected|dispreferred|kto|preferences?|preferred|winner|loser")
+_COMPARISON = re.compile("preferences?|preferred|winner|loser")
+"""Words of keys that name the better one of several answers, also by its number."""
 _TURN_REASONING = re.compile("analysis|scratchpad|monologue|explanations?|deliberation|reflection")
 _LOSS = re.compile(
     "loss|weights?|masks?|masked|(?:un)?train(?:able|ing|ed)?|learn|learnable|supervised?|ignored?"
@@ -206,7 +208,8 @@ def _find_row_meaning(key: str, value: object, image_names: Collection[str]) -> 
     is_score = isinstance(value, int | float) and not isinstance(value, bool)
     if _has(words, _PREFERENCE) and _has(words, _MEDIA) and not is_score:
         return MEDIA_PREFERENCE
-    if (_has(words, _PREFERENCE) and not is_score) or (name == "label" and value is False):
+    is_preference = _has(words, _PREFERENCE) and not (is_score and not _has(words, _COMPARISON))
+    if is_preference or (name == "label" and value is False):
         return PREFERENCE
     if _is_row_media(key, value, image_names):
         return MEDIA

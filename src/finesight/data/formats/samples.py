@@ -10,6 +10,7 @@ from typing import Any
 
 from finesight.data.formats.conversation_rows import JSONL_FILE
 from finesight.data.formats.dataset_format import (
+    NUMBERED_IMAGE,
     DatasetFormat,
     ExportContext,
     Files,
@@ -33,7 +34,7 @@ from finesight.data.sample import (
 )
 from finesight.errors import UserError
 
-_FOREIGN_TAGS = re.compile("<(?:image|video|tool_call|tool_response)>")
+_FOREIGN_TAGS = re.compile(f"<(?:image|video|tool_call|tool_response)>|{NUMBERED_IMAGE.pattern}")
 
 
 def detect_samples(records: Sequence[Record]) -> str | None:

@@ -41,6 +41,7 @@ from finesight.data.formats.conversation_rows import (
     write_rows,
 )
 from finesight.data.formats.dataset_format import (
+    NUMBERED_IMAGE,
     DatasetFormat,
     ExportContext,
     Files,
@@ -50,6 +51,7 @@ from finesight.data.formats.dataset_format import (
     RowImages,
     UnexpectedPlaceholderError,
     as_list,
+    check_image_order,
     decode_json_list,
     dump_json,
     forbid_drop,
@@ -108,7 +110,8 @@ other: solution target groundtruth caption captions description text txt transcr
 other: latex formula label class category chosen
 phrase: phrase expression sentence sentences caption description text ref
 box: bbox box
-label: label labels class category categories name names object classid labelid categoryid
+label: label labels class category categories classname labelname categoryname name names object
+label: classid labelid categoryid
 list: labels label classes class categories category tags attributes keywords
 number: number num no nr index idx id
 pair: prefix,suffix input,output input,target input,label source,target user,assistant
@@ -153,8 +156,8 @@ _NO_INPUT_IMAGE = re.compile(r"(?i).*(?:mask|segmentation|thumb|url).*")
 _NO_ANSWER_NAME = re.compile("(?i)(?:system|negative|rejected).*")
 
 _ROW_NAME = re.compile(
-    "(?:(?:image|img|photo|picture|video|file|row|sample|record|item|example|entry|question|doc"
-    "|document|page|pair|conversation|annotation|object|box)_?)?(?:[gu]?u?id|index|idx)"
+    "(?:(?:image|img|photo|video|file|row|sample|record|item|example|entry|question|doc|document"
+    "|page|pair|conversation|annotation|object|box)_?)?(?:[gu]?u?id|index|idx)"
     "|split|unnamed.*|no|nr|row|"
 )
 """Names that identify a row, its image or its object, in lower case with `_` between words."""
@@ -164,6 +167,9 @@ _CLIP_BOUND = re.compile(
     "|frame"
 )
 """Words of columns that may select a part of a video."""
+
+_SIZE_WORDS = frozenset({"count", "num", "number", "rate", "width", "height", "size"})
+"""Words of columns such as `frame_count`, which describe a complete video."""
 
 _TIMES = re.compile(r"(?=[^\d]*\d)[\d:.,;\s\[\]()s-]*+")
 
@@ -203,7 +209,10 @@ def guess_columns(records: Sequence[Record]) -> dict[str, str]:
     """
     names = list(map(str, records[0]))
     images = [name for name in names if _has_values(records, name, is_image_value, 0.9)]
-    inputs = images[:1] + [name for name in images[1:] if not _NO_INPUT_IMAGE.fullmatch(name)]
+    inputs = images[:1]
+    for name in images[1:]:
+        if not (_NO_INPUT_IMAGE.fullmatch(name) or _has_values(records, name, _is_url, 0)):
+            inputs.append(name)
     columns = {"image": ",".join(inputs)} if images else {}
     videos = [name for name in names if _has_values(records, name, is_video_value, 0.9)]
     if videos:
@@ -238,6 +247,8 @@ def guess_columns(records: Sequence[Record]) -> dict[str, str]:
         others = [name for name in others if name not in question.split(",")]
     # The last word of a flag, such as `is_wrong_answer`, does not say that it is the answer.
     texts = [name for name in others if not _is_flag(records, name)]
+    # An answer by name precedes other texts: `gt_answer` beside `category`.
+    answer = answer or _find_name(texts, _ANSWER_NAMES)
     answer = answer or _find_name(texts, _COMMON_NAMES["answer"])
     if question is None and answer == _find_name(texts, _ANSWER_NAMES) is not None:
         free = [name for name in others if name != answer and _is_question(records, name)]
@@ -249,6 +260,11 @@ def guess_columns(records: Sequence[Record]) -> dict[str, str]:
     return columns
 
 
+def is_answer_name(name: str) -> bool:
+    """Return whether a column has the name of an answer, a text or a class."""
+    return _find_name([name], _COMMON_NAMES["answer"]) is not None
+
+
 def is_video_value(value: object) -> bool:
     """Return whether a value is the name of a video file, an object with one, or a list of them."""
     if isinstance(value, list):
@@ -256,6 +272,10 @@ def is_video_value(value: object) -> bool:
     if isinstance(value, dict):
         return not value.get("bytes") and is_video_value(value.get("path"))
     return isinstance(value, str) and is_video_path(value.strip())
+
+
+def _is_url(value: object) -> bool:
+    return isinstance(value, str) and re.match("https?://", value) is not None
 
 
 def _is_flag(records: Sequence[Record], name: str) -> bool:
@@ -270,7 +290,7 @@ def _is_flag(records: Sequence[Record], name: str) -> bool:
 
 
 def join_words(name: str) -> str:
-    """Return the words of a name, or of the key inside a column, in lower case with `_`."""
+    """Return the words of a column name in lower case, joined by `_`."""
     return "_".join(word.lower() for word in _WORDS.findall(name.rpartition(".")[2]))
 
 
@@ -281,7 +301,7 @@ def is_row_name(name: str) -> bool:
 
 
 def counts_rows(records: Sequence[Record], name: str, media: Sequence[str]) -> bool:
-    """Return whether a column with the name of a number counts the rows of each image."""
+    """Return whether a column numbers the rows of each image."""
     has_number_name = _find_name([name], _list_names("number")) is not None
     return has_number_name and _counts_rows(records, name, media)
 
@@ -529,7 +549,8 @@ def _find_fitting_column(record: Record, role: str) -> str | None:
     """Return the first column whose name contains that of a role, and whose value fits it."""
     for name in _COMMON_NAMES[role]:
         for key, value in record.items():
-            if name in key.lower() and (_is_empty(value) or _fits_role(value, role)):
+            is_candidate = name in key.lower() and (role == "image" or not is_row_name(key))
+            if is_candidate and (_is_empty(value) or _fits_role(value, role)):
                 return key
     return None
 
@@ -574,7 +595,10 @@ def list_unused_columns(record: Record, columns: Mapping[str, str]) -> list[str]
 
 def parse_row(row: SourceRow, context: ImportContext) -> ImportExample:
     """Build a training example from a table row with mapped columns."""
-    context.other_keys.update(list_unused_columns(row.record, context.columns))
+    unused = list_unused_columns(row.record, context.columns)
+    context.other_keys.update(unused)
+    if context.ignorable_columns is not None:
+        _check_later_columns(row.record, unused, context.ignorable_columns)
     images = RowImages(context)
     parts = _add_media(row.record, context, images)
     options: list[str] = []
@@ -599,7 +623,8 @@ def parse_row(row: SourceRow, context: ImportContext) -> ImportExample:
         raise InvalidRowError(
             f"the answer {number} to a question with {len(options)} options",
             "the letter or the text of an option, because options have no number",
-            "replace the numbers, or map the question without the options",
+            "replace the numbers; or give a mapping file (--mapping) with choices, and answer:"
+            " {path: ANSWER, lookup: choices}, with first: 1 if the numbers start at 1",
         )
     answers = [(*parse_answer(f"{text}{line_end}", images), *boxes) for text in texts]
     json_answers = _build_json_answers(row, context)
@@ -616,6 +641,19 @@ def parse_row(row: SourceRow, context: ImportContext) -> ImportExample:
             "that one: --map answer=COLUMN, --map fields=COLUMN,COLUMN or --map box=COLUMN",
         )
     return ImportExample(row.id, (user,), tuple(answers))
+
+
+def _check_later_columns(record: Record, unused: Iterable[str], ignorable: Collection[str]) -> None:
+    """Reject a value in a column without a role that was empty in the first rows."""
+    for name in unused:
+        value = get_cell(record, name)
+        if name not in ignorable and has_value(value) and value == value:
+            raise InvalidRowError(
+                f"the column {name!r} has no role, and is empty in the first rows, but not here"
+                f" ({str(value)[:40]!r})",
+                "columns whose role the first rows show",
+                "name the columns by --map, which leaves out all others, or move the row up",
+            )
 
 
 def _add_media(record: Record, context: ImportContext, images: RowImages) -> list[ContentPart]:
@@ -686,13 +724,15 @@ def _is_joint_answer(value: object, column: str) -> bool:
 def place_images(images: list[ContentPart], question: str) -> list[ContentPart]:
     """Return images and question, with the images at its `<image>` if their numbers are equal.
 
-    Videos are placed at `<video>`.
+    Images are also placed at `<image 1>` and so on, and videos at `<video>`.
 
     Raises:
-        InvalidRowError: The `<video>` of the question are not those of the row.
+        InvalidRowError: The `<video>` or the numbers of the question are not those of the row.
     """
     placeholder = "<image>\n?"
     kinds = [part.type for part in images]
+    check_image_order(NUMBERED_IMAGE.findall(question), kinds.count("image"), question)
+    question = NUMBERED_IMAGE.sub("<image>", question)
     if "video" in kinds and "<video>" in question:
         placeholder = "<(?:image|video)>\n?"
         if re.findall("<(image|video)>", question) != kinds:
@@ -779,7 +819,7 @@ def _check_media_columns(records: Sequence[Record], columns: Mapping[str, str], 
     roles = ",".join(columns.get(role, "") for role in ("video", "question", "answer")).split(",")
     for name in map(str, records[0]):
         words = [word.lower() for word in _WORDS.findall(name)]
-        is_bound = any(map(_CLIP_BOUND.fullmatch, words))
+        is_bound = any(map(_CLIP_BOUND.fullmatch, words)) and not _SIZE_WORDS.intersection(words)
         is_number = any(_TIMES.fullmatch(str(record.get(name))) for record in records)
         if name not in roles and is_bound and is_number:
             raise UserError(
@@ -816,12 +856,16 @@ def format_columns(columns: Mapping[str, str], roles: Sequence[str]) -> list[str
     return ",".join(columns[role] for role in roles if role in columns).split(",")
 
 
+class UnknownRolesError(UserError):
+    """Raised if the keys of records do not state what is question and answer."""
+
+
 def check_guessed_columns(
     records: Sequence[Record], columns: Mapping[str, str], where: str
 ) -> None:
     """Raise UserError if no column has the answers, or an answer depends on an unused column."""
     if not columns.keys() & {"answer", "fields", "box"}:
-        raise UserError(
+        raise UnknownRolesError(
             f"no answer column among {', '.join(map(str, records[0]))}",
             where=where,
             expected="a column with a known name, such as answer, caption, or objects with bbox and"

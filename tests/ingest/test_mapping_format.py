@@ -1,0 +1,187 @@
+"""Mappings as dataset formats: rows of a file that are grouped to records."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from image_fixtures import write_gray_image
+from mapping_fixtures import build_context, summarize_example
+
+from finesight.data.import_source import ImportOptions, open_source
+from finesight.data.row_reader import RowReader, SourceRow
+from finesight.errors import UserError
+from finesight.ingest.mapping import parse_mapping
+from finesight.ingest.mapping_format import MappingFormat, build_mapping_format
+
+TABLE = """\
+image_id,class_name,reader,xmin,ymin,xmax,ymax,width
+a,cup,R1,10,20,30,40,400
+b,none,R1,,,,,1000
+a,pan,R2,50,20,90,40,400
+b,none,R2,,,,,1000
+"""
+
+ANSWER_OF_SECOND_ROW: dict[str, Any] = {
+    "group": "image",
+    "images": "rows.0.image",
+    "question": {"const": "Which?"},
+    "answer": "rows.1.a",
+    "meta": {"first": "rows.0.a"},
+}
+
+BOXES: dict[str, Any] = {
+    "each": "rows",
+    "where": {"path": "class_name", "differs_from": "none"},
+    "box": ["xmin", "ymin", "xmax", "ymax"],
+    "label": "class_name",
+}
+
+ROLES: dict[str, Any] = {
+    "group": "image_id",
+    "images": {"template": "{rows.0.image_id}.png"},
+    "question": {"const": "Find all."},
+    "boxes": BOXES,
+    "meta": ["rows.0.width"],
+    "ignore": ["rows.*.reader"],
+}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder with a.png of 400 x 200 pixels and b.png of 1000 x 500."""
+    write_gray_image(tmp_path / "a.png", 400, 200)
+    write_gray_image(tmp_path / "b.png", 1000, 500)
+    return tmp_path
+
+
+def build_format(roles: dict[str, Any]) -> MappingFormat:
+    """Build the format of a mapping with roles."""
+    return build_mapping_format(parse_mapping({"version": 1, **roles}, "m.yaml"), "m.yaml")
+
+
+def open_grouped(path: Path, roles: dict[str, Any], **options: Any) -> RowReader:
+    """Open a source with a mapping that groups its rows."""
+    return open_source(path, ImportOptions(mapping=build_format(roles), **options)).rows
+
+
+def open_rows(path: Path, roles: dict[str, Any]) -> list[SourceRow]:
+    """Return the rows of a file that a mapping groups."""
+    reader = open_grouped(path, roles)
+    return list(reader.iter_range(0, reader.num_rows))
+
+
+def write_table(folder: Path, text: str = TABLE) -> Path:
+    """Write a table."""
+    path = folder / "rows.csv"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def parse(row: SourceRow, roles: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
+    """Return the samples of a row as simple data."""
+    examples = build_format(roles).parse_examples(row, build_context(folder))
+    return [summarize_example(example) for example in examples]
+
+
+def test_boxes_of_all_rows_of_an_image_are_one_sample(folder: Path) -> None:
+    rows = open_rows(write_table(folder), ROLES)
+    assert [row.location for row in rows] == ["row 1 with 1 more", "row 2 with 1 more"]
+    assert [row.id for row in rows] == ["rows-1", "rows-2"]
+    (first,) = parse(rows[0], ROLES, folder)
+    boxes = [["cup", 10.0, 20.0, 30.0, 40.0], ["pan", 50.0, 20.0, 90.0, 40.0]]
+    assert first == {"user": ["a.png", "Find all."], "answers": [boxes], "meta": {"width": "400"}}
+    (second,) = parse(rows[1], ROLES, folder)
+    assert second["answers"] == [["none"]]
+
+
+def test_an_image_without_boxes_is_a_sample_of_the_classes(folder: Path) -> None:
+    roles = {**ROLES, "classes": ["cup", "pan"]}
+    del roles["question"]
+    rows = open_rows(write_table(folder), roles)
+    assert [len(one) for one in parse(rows[0], roles, folder)[0]["answers"]] == [2]
+    (second,) = parse(rows[1], roles, folder)
+    assert second["answers"] == [["none"]]
+    assert "cup, pan" in second["user"][1]
+
+
+def test_values_that_differ_from_the_first_row_need_a_role(folder: Path) -> None:
+    path = write_table(folder, TABLE.replace("90,40,400", "90,40,401"))
+    rows = open_rows(path, ROLES)
+    with pytest.raises(UserError, match=r"rows\.1\.width with '401' has no role") as caught:
+        parse(rows[0], ROLES, folder)
+    assert r"ignore: [rows.*.width]" in caught.value.remedy
+
+
+@pytest.mark.parametrize(
+    ("record", "what"),
+    [
+        ({"key": None}, r"the group \(info.id\) is an empty|no key info"),
+        ({"info": {"id": ""}}, r"the group \(info.id\) is ''"),
+        ({"info": {"id": [1]}}, r"the group \(info.id\) is"),
+        ({"info": '{"id": 1}'}, r"info is '"),
+    ],
+)
+def test_rows_without_a_value_are_errors_of_their_own(folder: Path, record, what) -> None:
+    """They do not change other groups, and an import may skip them."""
+    valid = {"info": {"id": 1}, "image": "a.png", "q": "Which?", "a": "x"}
+    path = folder / "rows.jsonl"
+    path.write_text("\n".join(map(json.dumps, [valid, record, valid])), encoding="utf-8")
+    roles = {"images": "rows.0.image", "question": "rows.0.q", "answer": "rows.0.a"}
+    roles["group"] = "info.id"
+    first, second = open_rows(path, roles)
+    assert first.location == "line 1 with 1 more"
+    assert len(parse(first, roles, folder)) == 1
+    assert second.location == "line 2"
+    with pytest.raises(UserError, match=what):
+        parse(second, roles, folder)
+
+
+def test_objects_of_other_rows_are_compared_by_key(folder: Path) -> None:
+    image = {"bytes": None, "path": "a.png"}
+    record = {"id": 1, "image": image, "info": {"size": 3, "q": "Which?"}, "a": "x"}
+    path = folder / "rows.json"
+    path.write_text(json.dumps([record, record, record]), encoding="utf-8")
+    roles = {
+        "group": "id",
+        "images": "rows.0.image",
+        "question": "rows.0.info.q",
+        "answers": {"path": "rows.*.a", "use": "first"},
+        "meta": ["rows.0.info.size"],
+    }
+    (row,) = open_rows(path, roles)
+    assert row.location == "row 1 with 2 more"
+    (sample,) = parse(row, roles, folder)
+    assert sample["answers"] == [["x"]]
+
+
+def test_rows_inside_of_a_document_are_grouped(folder: Path) -> None:
+    records = [{"image": "a.png", "a": "x"}, {"image": "b.png", "a": "y"}]
+    path = folder / "rows.json"
+    path.write_text(json.dumps({"info": 1, "data": [*records, *records]}), encoding="utf-8")
+    roles = {"rows": "data", "group": "image", "images": "rows.0.image", "answer": "rows.1.a"}
+    reader = open_grouped(path, roles)
+    assert (reader.num_rows, dict(reader.other_keys)) == (2, {"info of the document": 1})
+    assert "4 rows in 2 groups by image" in reader.text_format
+
+
+def test_rows_of_several_files_are_grouped(folder: Path) -> None:
+    for name in ("a", "b"):
+        (folder / f"{name}.jsonl").write_text(json.dumps({"image": "a.png", "a": name}))
+    roles = ANSWER_OF_SECOND_ROW
+    files = (folder / "a.jsonl", folder / "b.jsonl")
+    reader = open_grouped(folder, roles, row_files=files)
+    (row,) = reader.iter_range(0, reader.num_rows)
+    assert row.location == "a.jsonl, line 1 with 1 more"
+    (sample,) = parse(row, roles, folder)
+    assert sample["answers"] == [["b"]]
+
+
+def test_encoding_of_a_grouped_table(folder: Path) -> None:
+    text = "image,a\na.png,caf\u00e9\na.png,th\u00e9\n"
+    (folder / "rows.csv").write_bytes(text.encode("cp1250"))
+    roles = ANSWER_OF_SECOND_ROW
+    reader = open_grouped(folder / "rows.csv", roles, encoding="cp1250")
+    (row,) = reader.iter_range(0, 1)
+    (sample,) = parse(row, roles, folder)
+    assert sample["answers"] == [["th\u00e9"]]

@@ -25,7 +25,7 @@ from starlette.types import Message
 from studio_fixtures import make_page
 from web_server_fixture import ScriptedService, run_app, run_web_page
 
-from finesight.app import chat_page, server, workspace
+from finesight.app import chat_page, server, studio_page, workspace
 from finesight.app.label_page import make_label_app
 from finesight.app.pages import create_app
 from finesight.app.request_jobs import RequestJobs
@@ -243,6 +243,23 @@ def test_pages_of_the_studio_do_not_wait_for_reports(pool, tmp_path, monkeypatch
         httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=TIMEOUT_S) as client,
         # More than the threads of the other requests.
         hold_requests(pool, 2, port, "GET /view/report", number=50),
+    ):
+        assert client.get("/").status_code == 200
+
+
+def test_pages_of_the_studio_do_not_wait_for_previews(pool, tmp_path, monkeypatch):
+    monkeypatch.setattr(workspace, "JOB_CPU_SECONDS", 10_000.0)
+    monkeypatch.setattr(studio_page, "preview_source", jobs.hang)
+    folder = tmp_path / "workspace"
+    folder.mkdir()
+    (folder / "rows.csv").write_text("image,caption\na.png,a\n")
+    page = make_page(folder)
+    page.view.workspace.pool = pool
+    body = json.dumps({"texts": {"import:source": "rows.csv", "import:out": "a"}}).encode()
+    with (
+        run_app(make_studio_app(page, Access())) as port,
+        httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=TIMEOUT_S) as client,
+        hold_requests(pool, 2, port, "POST /preview", number=50, body=body),
     ):
         assert client.get("/").status_code == 200
 

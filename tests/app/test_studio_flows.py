@@ -157,6 +157,47 @@ def test_sources_are_imported_and_uploaded(folder: Path, studio: StudioDriver) -
     studio.reload("document.querySelector('td a')?.textContent === 'data/uploaded'")
 
 
+def test_previewed_roles_are_imported(folder: Path, studio: StudioDriver, browser: Browser) -> None:
+    records = []
+    for number in range(4):
+        turns = [{"q": "Which color?", "a": "red"}, {"q": "How many?", "a": str(number)}]
+        records.append({"file": f"{number:02}.png", "by": "<script>alert(1)</script>", "qa": turns})
+    file = folder.parent / "rows.json"
+    file.write_text(json.dumps(records))
+    primary = "[...document.querySelectorAll('form .primary')].map((x) => x.dataset.action).join()"
+    studio.open("data")
+    studio.fill("import", out="turns")
+    studio.upload([file, *sorted((folder / "photos").glob("0[0-3].png"))])
+    studio.click("preview")
+    studio.wait_for("document.querySelectorAll('#preview select').length === 4")
+    assert browser.run(f"return {primary};") == "preview"
+    # The stored files are used from now on.
+    source = browser.run("return document.getElementById('import:source').value;")
+    assert source == "uploads/turns/rows.json"
+    assert browser.find_layout_problems() == []
+    # The focus is before the dropdowns, which a keyboard reaches.
+    for letters in ("", "l", "q", "a"):
+        browser.press("Tab", *letters)
+    roles = "[...document.querySelectorAll('#preview select')].map((x) => x.value).join()"
+    assert browser.run(f"return {roles};") == "images,ignore,question,answer"
+    studio.click("preview")
+    studio.wait_for("document.querySelectorAll('.samples img').length === 5")
+    assert browser.run(f"return {primary};") == "import"
+    assert browser.find_layout_problems() == []
+    studio.fill("import", prompt="Answer.")
+    assert browser.run(f"return {primary};") == "preview"
+    studio.fill("import", prompt="")
+    assert browser.executed_payloads() == []
+    studio.check()
+    studio.click("import")
+    studio.wait_for_job("finished")
+    studio.reload("document.querySelector('td a')?.textContent === 'data/turns'")
+    lines = (folder / "data/turns/train.jsonl").read_text().splitlines()
+    lines += (folder / "data/turns/eval.jsonl").read_text().splitlines()
+    assert len(lines) == 8
+    assert not any("script" in line for line in lines)
+
+
 def test_unlabeled_images_become_a_served_model(folder, studio, browser):
     images = draw_dots(folder / "images", 200)
     studio.open("label")

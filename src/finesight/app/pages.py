@@ -78,6 +78,8 @@ ERROR_TEXTS = (
     "{} is not a sample of this session",
     "{} exists already and is never overwritten",
     "choose another name, such as {}",
+    "the records have no key {}",
+    "{} keys have the same role: {}",
     "the loss still falls: train twice as long",
     "{} of {} answers are correct: label about {} more images",
     "{} of {} answers are correct",

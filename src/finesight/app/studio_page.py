@@ -6,7 +6,7 @@ import contextlib
 import re
 import shlex
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -19,6 +19,14 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, HTMLResponse, JSONResponse, RedirectResponse, Response
 from starlette.routing import Route
 
+from finesight.app.import_preview import (
+    PreviewReply,
+    PreviewSource,
+    build_chosen_mapping,
+    check_number,
+    preview_source,
+    render_preview,
+)
 from finesight.app.key_file import load_key_file
 from finesight.app.pages import (
     FILE_HEADERS,
@@ -52,7 +60,8 @@ from finesight.operations.evaluation import ANSWER_FILES
 from finesight.operations.operation import Parameter, list_words
 from finesight.report.i18n import get_language
 from finesight.serve.http_protocol import bind_socket
-from finesight.storage import translate_os_errors
+from finesight.storage import temporary_folder, translate_os_errors
+from finesight.worker_pool import JobOutput, WorkerLimitError, WorkerLostError
 
 MAX_FIELD_CHARS, MAX_UPLOADS = 100_000, 10_000
 
@@ -63,6 +72,9 @@ Name = Annotated[str, Field(max_length=64)]
 
 MAX_VIEW_JOBS = 2
 """Maximum number of reports that are rendered at the same time."""
+
+MAX_PREVIEW_JOBS = 2
+"""Maximum number of previews of imports at the same time."""
 
 CLOSE_TIMEOUT_S = 15.0
 """Maximum duration of the end of a labelling page."""
@@ -90,19 +102,59 @@ QUESTIONS = (
 
 
 class Form(BaseModel, frozen=True):
-    """Body of an action: texts by field, IDs of uploads, and further data sets of a recipe."""
+    """Body of an action.
+
+    Attributes:
+        texts: Texts by field.
+        uploads: IDs of uploads.
+        others: Further data sets of a recipe.
+        roles: Role by path of the records of an import, as chosen in its preview.
+    """
 
     texts: dict[Name, Text] = {}
     uploads: Annotated[list[Name], Field(max_length=MAX_UPLOADS)] = []
     others: Annotated[list[Text], Field(max_length=1000)] = []
+    roles: dict[Text, Name] = {}
 
     def get(self, name: str) -> str:
         """Return the text of a field without outer spaces; empty for a missing one."""
         return self.texts.get(name, "").strip()
 
 
+def check_texts(form: Form) -> None:
+    """Raise UserError for a field with control characters."""
+    for key, text in form.texts.items():
+        # No argument of a command or file name can contain them.
+        if controls := _CONTROL_CHARACTERS.findall(text):
+            raise UserError(
+                f"{text!r:.80} has the character {controls[0]!r}",
+                where=key,
+                expected="text without control characters",
+                remedy="correct the field",
+            )
+
+
 Action = Callable[[StudioState, Form], str]
 """Handler of a button: takes the state and the form, and returns the URL to open."""
+
+
+@dataclass(slots=True)
+class ImportRequest:
+    """Checked form of an import.
+
+    Attributes:
+        texts: Fields for another attempt, with the path of the stored upload.
+        arguments: Arguments of the command except for the source.
+        source: Source of the command.
+        new_upload: Folder of uploads that did not exist before; None without one.
+        label_url: URL of the step Label for images without a table; empty for other data.
+    """
+
+    texts: dict[str, str]
+    arguments: dict[str, Any]
+    source: str = ""
+    new_upload: Path | None = None
+    label_url: str = ""
 
 
 @dataclass(slots=True)
@@ -143,15 +195,7 @@ class StudioPage:
 
     def run_action(self, name: str, selection: Selection, form: Form) -> str:
         """Run the action of a button, and return the URL to open."""
-        for key, text in form.texts.items():
-            # No argument of a command or file name can contain them.
-            if controls := _CONTROL_CHARACTERS.findall(text):
-                raise UserError(
-                    f"{text!r:.80} has the character {controls[0]!r}",
-                    where=key,
-                    expected="text without control characters",
-                    remedy="correct the field",
-                )
+        check_texts(form)
         # An action applies to the items that the page shows, which its URL names.
         state = self.view.read_state(selection, use_newest=False)
         with translate_os_errors(self.view.workspace.folder):
@@ -278,6 +322,42 @@ class StudioPage:
         return text
 
     def _import(self, state: StudioState, form: Form) -> str:
+        request = self._read_import(state, form)
+        if request.label_url:
+            return request.label_url
+        with self._keep_uploads(form, request):
+            self._choose_roles(form, request)
+            arguments = {**request.arguments, "source": request.source}
+            target = str(arguments["out"])
+            return self._start(
+                state, "import", arguments, target=target, data=target, form=request.texts
+            )
+
+    def preview_import(self, selection: Selection, form: Form) -> dict[str, str]:
+        """Render the preview of an import, without a data set.
+
+        Returns:
+            `section`, the HTML of the preview, and `source`, the path of the stored upload. For
+            images without a table, `url` of the step Label instead.
+        """
+        check_texts(form)
+        state = self.view.read_state(selection, use_newest=False)
+        workspace = self.view.workspace
+        with translate_os_errors(workspace.folder):
+            request = self._read_import(state, form)
+            if request.label_url:
+                return {"url": request.label_url}
+            with self._keep_uploads(form, request):
+                mapping = request.arguments.get("mapping")
+                has_choices = mapping is None or workspace.is_own_mapping(Path(mapping))
+                self._choose_roles(form, request)
+                reply = self._run_preview(preview_source, request, dict(form.roles), has_choices)
+                preview = PreviewReply.model_validate(reply)
+        section = render_preview(preview, is_chosen=bool(form.roles), name_actions=name_actions)
+        return {"section": section, "source": request.texts["import:source"]}
+
+    def _read_import(self, state: StudioState, form: Form) -> ImportRequest:
+        """Check the form of an import, and store its uploads."""
         workspace = self.view.workspace
         name = form.get("import:out")
         source = form.get("import:source")
@@ -287,9 +367,11 @@ class StudioPage:
             source = ""
         if bool(form.uploads) == bool(source):
             raise build_missing_error("files")
+        check_number(form.roles)
         texts = {**form.texts, "import:source": source}
-        arguments = self._read_form("import", form.model_copy(update={"texts": texts}))
-        is_new = False
+        request = ImportRequest(
+            texts, self._read_form("import", form.model_copy(update={"texts": texts}))
+        )
         if form.uploads:
             if uses := self._find_commands(uploads):
                 raise UserError(
@@ -301,23 +383,69 @@ class StudioPage:
             folder = workspace.folder / uploads
             is_new = not folder.exists()
             source = str(workspace.save_uploads([*map(self.uploads.find, form.uploads)], name))
+            if is_new:
+                request.new_upload = uploads
             files = [file for file in folder.rglob("[!.]*") if file.is_file()]
             if all(file.suffix.lower() in IMAGE_SUFFIXES for file in files):
                 # Images without a table are labeled in the next step.
                 self.uploads.remove(form.uploads)
                 prompt, kind = form.get("import:prompt"), form.get("import:kind")
-                return state.selection.link(step="label", images=source, prompt=prompt, kind=kind)
+                request.label_url = state.selection.link(
+                    step="label", images=source, prompt=prompt, kind=kind
+                )
+                return request
+        request.texts["import:source"] = source
+        with self._keep_uploads(form, request, removes_files=False):
+            request.source = as_argument(workspace.resolve(source, "import:source"))
+        return request
+
+    @contextlib.contextmanager
+    def _keep_uploads(
+        self, form: Form, request: ImportRequest, *, removes_files: bool = True
+    ) -> Iterator[None]:
+        """Move new uploads to the trash on an error: the browser still has the files.
+
+        Args:
+            removes_files: Whether the received files are removed at the end.
+        """
         try:
-            arguments["source"] = as_argument(workspace.resolve(source, "import:source"))
-            target, texts = str(arguments["out"]), {**texts, "import:source": source}
-            url = self._start(state, "import", arguments, target=target, data=target, form=texts)
-            self.uploads.remove(form.uploads)
-            return url
-        except UserError:
-            # A refused import leaves no uploads: the browser still has them.
-            if is_new:
-                workspace.move_to_trash(uploads)
+            yield
+        except (UserError, WorkerLostError):
+            if request.new_upload is not None:
+                self.view.workspace.move_to_trash(request.new_upload)
             raise
+        if removes_files:
+            self.uploads.remove(form.uploads)
+
+    def _choose_roles(self, form: Form, request: ImportRequest) -> None:
+        """Write the chosen roles to a mapping file, which the import reads."""
+        if not form.roles:
+            return
+        for option in ("columns", "format", "mapping"):
+            request.arguments.pop(option, None)
+            request.texts.pop(f"import:{option}", None)
+        name = form.get("import:out")
+        text = self._run_preview(build_chosen_mapping, request, dict(form.roles))
+        mapping = self.view.workspace.save_mapping(name, text)
+        request.arguments["mapping"] = as_argument(mapping)
+        request.texts["import:mapping"] = str(mapping)
+
+    def _run_preview(
+        self, function: Callable[..., JobOutput], request: ImportRequest, *values: object
+    ) -> Any:
+        """Run a function of `import_preview` in a worker process."""
+        arguments = {key: value for key, value in request.arguments.items() if key != "out"}
+        with temporary_folder("preview") as scratch:
+            folder = self.view.workspace.folder
+            source = PreviewSource(folder, scratch.resolve(), request.source, arguments)
+            try:
+                return self.view.workspace.run_job(function, source, *values)
+            except WorkerLimitError as error:
+                raise UserError(
+                    f"there is no preview: it {error.what}",
+                    expected="a source of which the first rows can be read within these limits",
+                    remedy="import it without a preview",
+                ) from error
 
     def _find_commands(self, *folders: Path) -> list[str]:
         """Return the running commands that use a file in the folders or a parent folder."""
@@ -570,13 +698,27 @@ class StudioPage:
         return state.selection.link(job=job.id, images="", prompt="", kind="", **items)
 
 
+def read_selection(request: Request) -> Selection:
+    """Read the selection in the URL of a request."""
+    return Selection.parse(dict(request.query_params), get_language())
+
+
+def make_preview_route(page: StudioPage) -> Route:
+    """Build the route for previews of imports, which end when their client disconnects."""
+    jobs = RequestJobs(MAX_PREVIEW_JOBS)
+
+    async def post_preview(request: Request) -> Response:
+        form = await parse_body(request, Form)
+        preview = partial(page.preview_import, read_selection(request), form)
+        return JSONResponse(await jobs.run(request, preview))
+
+    return Route("/preview", post_preview, methods=["POST"])
+
+
 def make_studio_app(page: StudioPage, access: Access) -> AccessMiddleware:
     """Build the studio as an ASGI application with access control."""
     view = page.view
     view_jobs = RequestJobs(MAX_VIEW_JOBS)
-
-    def read_selection(request: Request) -> Selection:
-        return Selection.parse(dict(request.query_params), get_language())
 
     def get_page(request: Request) -> Response:
         return HTMLResponse(page.render(read_selection(request)))
@@ -621,6 +763,7 @@ def make_studio_app(page: StudioPage, access: Access) -> AccessMiddleware:
         Route("/view/{name}", get_view),
         Route("/uploads", page.uploads.receive, methods=["POST"]),
         Route("/actions/{name}", post_action, methods=["POST"]),
+        make_preview_route(page),
         Route("/pages/{job}/studio", get_job),
         make_proxy_route(lambda job_id: view.jobs.find(job_id).socket),
     ]

@@ -21,7 +21,12 @@ from typing import Any
 from finesight.app.line_counter import MAX_COUNTED_BYTES, LineCount, LineCounter
 from finesight.app.recipe_detector import RecipeDetector, read_recipe_text
 from finesight.app.use_finder import UseFinder
-from finesight.bounded_files import is_utf8, open_regular_file, read_edge_lines
+from finesight.bounded_files import (
+    SpecialFileError,
+    is_utf8,
+    open_regular_file,
+    read_edge_lines,
+)
 from finesight.config import Recipe
 from finesight.data.sample import (
     Sample,
@@ -65,6 +70,14 @@ ANSWERS_FILE = "answers/{}.jsonl"
 
 DATA_FILES = {"train.jsonl": "eval.jsonl", "data.jsonl": "eval.jsonl", LABELS_FILE: EVAL_FILE}
 """Validation file by training file that `finesight import` and `finesight label` write."""
+
+MAPPING_FILE = "uploads/{}-mapping.yaml"
+"""File with the roles that a user has chosen in the form of an import."""
+
+MAPPING_HEADER = "# Roles that were chosen in the studio. SHA-256 of the lines below: {}\n"
+"""First line of such a file. One that was edited is not replaced."""
+
+MAX_MAPPING_BYTES = 1 << 20
 
 TABLE_SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".parquet", ".xlsx")
 
@@ -388,6 +401,32 @@ class Workspace:
             sources = {*earlier, *names}
         return folder / sources.pop() if len(sources) == 1 else folder
 
+    def save_mapping(self, name: str, text: str) -> Path:
+        """Write the mapping file of an import. Only an unchanged file of the studio is replaced."""
+        path = Path(MAPPING_FILE.format(name))
+        file = self.folder / path
+        if not self.contains(file) or (os.path.lexists(file) and not self.is_own_mapping(path)):
+            raise UserError(
+                f"{path} exists, and was not written by this form or has been edited",
+                where="import:out",
+                expected="a new name, or that of an earlier preview",
+                remedy="choose another name, or move the file away",
+            )
+        digest = hashlib.sha256(text.encode()).hexdigest()
+        write_file(file, f"{MAPPING_HEADER.format(digest)}{text}".encode())
+        return path
+
+    def is_own_mapping(self, path: Path) -> bool:
+        """Return whether `save_mapping` has written a file, which has not changed since then."""
+        file = self.folder / path
+        with contextlib.suppress(OSError, SpecialFileError):
+            if self.contains(file) and not file.is_symlink():
+                with open_regular_file(file) as stream:
+                    first_line = stream.readline(200)
+                    digest = hashlib.sha256(stream.read(MAX_MAPPING_BYTES)).hexdigest()
+                return first_line == MAPPING_HEADER.format(digest).encode()
+        return False
+
     def run_job(self, function: Callable[..., JobOutput], *args: Any) -> Any:
         """Run a function that reads files of the user in a worker process, and return its value.
 
@@ -458,12 +497,17 @@ class Workspace:
         return UseFinder(self.folder, folder).is_used_by_recipe(recipe)
 
     def list_deleted(self, dataset: WorkspaceDataset, running: Sequence[Path]) -> list[Path]:
-        """Return the paths to delete with a data set: its folder, check page and unused uploads."""
+        """Return the paths to delete with a data set: also check page, mapping, unused uploads."""
         paths, uploads = [dataset.path, dataset.check_page], Path("uploads", dataset.path.name)
         is_upload = (self.folder / uploads / UPLOAD_MARKER).is_file()
         own = {f"the data set {dataset.path}"}
         is_unused = is_upload and own.issuperset(self.find_uses(uploads, running))
-        return [*paths, uploads] if is_unused and not self.list_inside(uploads) else paths
+        if is_unused and not self.list_inside(uploads):
+            paths.append(uploads)
+        mapping = Path(MAPPING_FILE.format(dataset.path.name))
+        if self.is_own_mapping(mapping):
+            paths.append(mapping)
+        return paths
 
     def list_inside(self, folder: Path) -> list[Path]:
         """Return the data sets, recipes, runs and models in subfolders of a folder."""

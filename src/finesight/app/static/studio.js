@@ -1,4 +1,14 @@
-import { byId, create, describe, fetchPage, request, translate, update, upload } from "./app.js";
+import {
+  byId,
+  create,
+  describe,
+  fetchPage,
+  parse,
+  request,
+  translate,
+  update,
+  upload,
+} from "./app.js";
 
 // Buttons that would start the running command again.
 const starters = ["check", "plan", "train", "web", "serve", "label", "review"];
@@ -92,6 +102,70 @@ const readForm = (form) => {
   return { texts, others };
 };
 
+// Preview of an import
+
+// With other values of these fields, the records have other keys.
+const sourceFields = ["source", "columns", "format", "mapping", "no_header", "encoding"];
+
+const findPreview = () => byId("preview")?.firstElementChild;
+
+const readRoles = () => {
+  const roles = {};
+  if (!findPreview()?.dataset.chosen) return roles;
+  for (const { dataset, value } of findPreview().querySelectorAll("select[data-path]")) {
+    if (value) roles[dataset.path] = value;
+  }
+  return roles;
+};
+
+const markPrimary = (action) => {
+  for (const name of ["preview", "import"]) {
+    const button = document.querySelector(`button[data-action="${name}"]`);
+    button.classList.toggle("primary", name === action);
+  }
+};
+
+const clearPreview = () => {
+  byId("preview").replaceChildren();
+  markPrimary("preview");
+};
+
+const showProgress = () => {
+  byId("uploading").removeAttribute("value");
+  byId("uploading").hidden = false;
+  byId("announcement").textContent = translate("Reading the first rows…");
+};
+
+const hideProgress = () => {
+  byId("uploading").hidden = true;
+  byId("announcement").textContent = "";
+};
+
+const showPreview = ({ section, source }) => {
+  byId("preview").replaceChildren(...parse(section).children);
+  markPrimary(findPreview().dataset.blocked ? "preview" : "import");
+  if (byId("upload").files.length) {
+    // The next request names the stored files.
+    byId("upload").value = "";
+    byId("import:source").value = source;
+    uploaded.clear();
+  }
+  byId("preview-h").focus({ preventScroll: true });
+  byId("preview-h").scrollIntoView({ block: "start" });
+};
+
+const noteChange = (field) => {
+  if (!findPreview() || !field.form?.contains(byId("preview"))) return;
+  const name = field.name.replace("import:", "");
+  if (field.id === "upload" || sourceFields.includes(name)) {
+    clearPreview();
+  } else if (name !== "out") {
+    if (byId("preview").contains(field)) findPreview().dataset.chosen = "yes";
+    findPreview().querySelector(".outdated").hidden = false;
+    markPrimary("preview");
+  }
+};
+
 const act = async (button) => {
   const { action, title, confirm, url, operation } = button.dataset;
   if (confirm && !window.confirm(confirm)) return;
@@ -103,15 +177,20 @@ const act = async (button) => {
     const uploads = button.form?.contains(byId("upload")) ? await sendUploads() : [];
     const body = { ...readForm(button.form), uploads };
     if (operation) body.texts = { operation };
-    const answer = await request(`actions/${action}${query}`, body);
+    if (action === "preview") showProgress();
+    if (button.form?.contains(byId("preview"))) body.roles = readRoles();
+    const path = action === "preview" ? action : `actions/${action}`;
+    const answer = await request(`${path}${query}`, body);
     if (action === "save-recipe") isEdited = false;
-    if (answer.url) location.assign(answer.url);
+    if (answer.section) showPreview(answer);
+    else if (answer.url) location.assign(answer.url);
     else await refresh();
   } catch (error) {
     // An uploaded file may have expired: the next attempt sends all files again.
     if (error.field === "files") uploaded.clear();
     report(title ?? "", error);
   } finally {
+    if (action === "preview") hideProgress();
     isActing = false;
     enableButtons();
   }
@@ -127,6 +206,7 @@ const showKinds = () => {
 document.addEventListener("input", (event) => {
   if (event.target.id === "editor:text") isEdited = true;
   event.target.removeAttribute("aria-invalid");
+  noteChange(event.target);
   showKinds();
 });
 addEventListener("beforeunload", (event) => {
@@ -150,6 +230,7 @@ document.addEventListener("click", async (event) => {
   } else if (button && "prompt" in button.dataset) {
     byId("import:prompt").value = button.dataset.prompt;
     byId("kind").value = button.dataset.kind;
+    noteChange(byId("import:prompt"));
     for (const one of button.parentElement.querySelectorAll("button")) {
       one.setAttribute("aria-pressed", one === button);
     }

@@ -189,3 +189,16 @@ def test_texts_of_coordinates_beside_images_are_no_captions(folder, cli, text) -
     for name in ("a", "b"):
         (folder / f"{name}.txt").write_text("a cup, 10 cm high, 4 of 5", encoding="utf-8")
     cli("import", folder, folder / "out", "--prompt", "Describe.")
+
+
+def test_keys_beside_rows_end_with_a_draft_of_the_rows(folder, cli, monkeypatch) -> None:
+    monkeypatch.chdir(folder)
+    rows = [{"image": "a.png", "ask": "How many?", "count": 2}]
+    (folder / "rows.json").write_text(json.dumps({"prompt": "Count.", "data": rows}))
+    printed = cli("import", "rows.json", "out", code=2)
+    assert "the draft out-mapping.yaml" in printed.err
+    draft = (folder / "out-mapping.yaml").read_text(encoding="utf-8")
+    assert 'rows: "data"' in draft
+    draft = draft.replace("question:\n", "question: ask\n").replace("answer:\n", "answer: count\n")
+    (folder / "out-mapping.yaml").write_text(draft, encoding="utf-8")
+    cli("import", "rows.json", "out", "--mapping", "out-mapping.yaml")

@@ -113,3 +113,15 @@ def test_windows_path_separators_and_symlinks(tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "in" / "rows")
     assert ImageResolver(tmp_path / "link", tmp_path).resolve("../a.png") == image
     assert ImageResolver(tmp_path, tmp_path).resolve("link/../a.png") == image
+
+
+def test_identifier_without_suffix_names_the_template(tmp_path: Path) -> None:
+    (tmp_path / "train").mkdir()
+    write_gray_image(tmp_path / "train" / "0a1b.jpg")
+    resolver = ImageResolver(tmp_path, tmp_path / "out")
+    with pytest.raises(CorruptImageError) as caught:
+        resolver.resolve("0a1b")
+    assert 'images: {template: "train/{COLUMN}.jpg"}' in str(caught.value.remedy)
+    with pytest.raises(CorruptImageError) as caught:
+        resolver.resolve("0a1c")
+    assert str(caught.value.remedy).startswith("correct the path")

@@ -18,6 +18,7 @@ from finesight.bounded_files import is_utf8, iter_spellings, to_readable_name
 from finesight.data.image_file import (
     DOCUMENT_SUFFIXES,
     IMAGE_MAGICS,
+    IMAGE_SUFFIXES,
     CorruptImageError,
     PageRanges,
     find_image_suffix,
@@ -45,6 +46,13 @@ IMAGES_FOLDER = "images"
 
 _FROM_URL_SAFE = str.maketrans("-_", "+/")
 _DIGITS = re.compile(r"[0-9]+")
+
+
+COMMON_SUFFIXES = (".jpg", ".png", ".jpeg", ".webp", ".JPG")
+"""Suffixes that are tried for the identifier of an image."""
+
+MAX_SEARCHED_FOLDERS = 100
+"""Maximum number of folders next to the data that are searched for it."""
 
 
 class ImageResolver:
@@ -85,6 +93,7 @@ class ImageResolver:
         self._sizes: dict[Path, tuple[int, int]] = {}
         self._saved_paths: dict[str, Path] = {}
         self._found: dict[str, Path] = {}
+        self._folders: list[str] | None = None
         self._resolved: dict[str, str] = {}
 
     def resolve(self, value: object) -> Path:
@@ -205,7 +214,8 @@ class ImageResolver:
                 where=name[:200],
                 expected=f"an existing file; a relative path starts at {home}, the folder of the"
                 f" data file or of its images{current}",
-                remedy="correct the path, or change to the base folder of the paths",
+                remedy=self._find_complete_name(document)
+                or "correct the path, or change to the base folder of the paths",
             )
         path = Path(self._settled(candidate) + page)
         if self._validate:
@@ -224,6 +234,23 @@ class ImageResolver:
             candidates = [os.path.join(folder, spelling) for spelling, folder in pairs]
         # os.path accepts invalid names: too long or with a null byte.
         return next(filter(self._is_available, candidates), None), candidates[0]
+
+    def _find_complete_name(self, name: str) -> str:
+        """Return how to name an image that is given without its suffix."""
+        if os.path.basename(name) != name or Path(name).suffix.lower() in IMAGE_SUFFIXES:
+            return ""
+        if self._folders is None:
+            found = sorted(entry.name for entry in os.scandir(self._folder) if entry.is_dir())
+            self._folders = ["", *found[:MAX_SEARCHED_FOLDERS]]
+        for folder, suffix in itertools.product(self._folders, COMMON_SUFFIXES):
+            file = os.path.join(folder, f"{name}{suffix}")
+            if os.path.isfile(os.path.join(self._folder, file)):
+                template = os.path.join(folder, f"{{COLUMN}}{suffix}")
+                return (
+                    "complete the names, or give a mapping file (--mapping) with images:"
+                    f' {{template: "{template}"}}, for the column with the names'
+                )
+        return ""
 
     def _is_available(self, path: str) -> bool:
         if not os.path.exists(path) or self._allowed_root is None:

@@ -361,6 +361,18 @@ def read_first_records(source: Path, count: int) -> list[Record]:
     return [row.record for row in reader.iter_range(0, min(reader.num_rows, count))]
 
 
+class UnknownRowsError(UserError):
+    """Raised for a document whose keys beside the rows may be a part of each row.
+
+    Attributes:
+        rows_key: Key of the rows; empty if they are no list.
+        records: The rows.
+    """
+
+    rows_key: str = ""
+    records: Sequence[Record] = ()
+
+
 def _open_document(source: Path) -> RowReader | None:
     """Open the rows inside of a single JSON object; None for one object per line.
 
@@ -409,13 +421,17 @@ def _open_document(source: Path) -> RowReader | None:
         )
     for name, value in document.items():
         if name != key and _may_describe_rows(name, value):
-            raise UserError(
+            error = UnknownRowsError(
                 f"the key {name!r} beside the rows under {key!r} may be a part of each row",
                 where=str(source),
                 expected="keys beside the rows that do not change them, such as version or license",
                 remedy=f"write it into each row where it applies, and remove {name!r}; or name the"
                 f" rows in a mapping file (--mapping): rows: {key}",
             )
+            if isinstance(table, list):
+                error.rows_key = key
+                error.records = table
+            raise error
     unused = Counter(f"{name} of the document" for name in document if name != key)
     records = table
     if isinstance(table, dict):

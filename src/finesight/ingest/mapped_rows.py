@@ -235,6 +235,8 @@ class SampleBuilder:
         else:
             examples = [self._build_question(sample_id)]
         label = self._read_verdict()
+        if not meta and label is None:
+            return examples
         return [
             replace(example, meta={**meta, **example.meta}, label=label) for example in examples
         ]

@@ -215,14 +215,19 @@ class Value(MappingSection):
 
     def name_role(self, role: str) -> str:
         """Return a role with the paths of its value, for messages."""
+        return f"{role}{self._path_note}"
+
+    @functools.cached_property
+    def _path_note(self) -> str:
+        """Paths of the value in parentheses; empty for a constant."""
         paths: list[str] = []
         for one in self.any_of or (self,):
             if one.path is not None:
                 paths.append(one.path.text)
             paths += one.template_paths()
         if not paths:
-            return role
-        return f"{role} ({', '.join(paths)})"
+            return ""
+        return f" ({', '.join(paths)})"
 
     def template_paths(self) -> dict[str, FieldPath]:
         """Return the paths in braces of the template, by their text."""

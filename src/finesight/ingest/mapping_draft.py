@@ -17,7 +17,7 @@ from finesight.data.import_source import (
     find_table,
 )
 from finesight.data.role_proposal import RoleProposal, UnassignedKeysError
-from finesight.data.row_reader import Record, read_first_records
+from finesight.data.row_reader import Record, UnknownRowsError, read_first_records
 from finesight.errors import escape_unprintable, shorten
 from finesight.ingest.field_path import EACH, format_key, join_location
 from finesight.ingest.presets import with_preset
@@ -58,6 +58,12 @@ def detect_roles(
         return DetectedColumns(find_table(path, options), options)
     try:
         return detect_columns(path, options, ask_question)
+    except UnknownRowsError as error:
+        if error.rows_key:
+            records = error.records[:NUM_DRAFT_RECORDS]
+            draft = write_draft(RoleProposal(records, {}), out, rows=error.rows_key)
+            error.remedy = f"{error.remedy}; the draft {draft} lists the keys of the rows"
+        raise
     except UnknownRolesError as error:
         _propose_draft(error, path, out)
         raise
@@ -96,22 +102,27 @@ def _propose_draft(error: UnknownRolesError, path: Path, out: Path) -> None:
     error.remedy = f"{error.remedy}; otherwise {edit}"
 
 
-def write_draft(proposal: RoleProposal, out: Path) -> Path:
+def write_draft(proposal: RoleProposal, out: Path, rows: str = "") -> Path:
     """Write the draft of a mapping beside the folder of an import, and return its path.
 
     An existing file is not changed.
+
+    Args:
+        rows: Key of the records in a document; empty for rows of a file.
     """
     path = out.with_name(f"{out.name}-mapping.yaml")
     if not path.exists():
-        write_new_file(path, format_draft(proposal).encode())
+        write_new_file(path, format_draft(proposal, rows).encode())
     return path
 
 
-def format_draft(proposal: RoleProposal) -> str:
+def format_draft(proposal: RoleProposal, rows: str = "") -> str:
     """Format a mapping with the proposed roles; comments list all other paths with an example."""
     examples = list_examples(proposal.records)
     roles = _list_column_roles(proposal, examples)
     lines = [HEADER]
+    if rows:
+        lines.append(f"rows: {json.dumps(format_key(rows), ensure_ascii=False)}\n")
     for role in ("images", "videos", "question", "answer", "fields"):
         if role in roles:
             value = _add_folder(roles[role], role, proposal.image_folder)

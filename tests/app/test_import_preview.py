@@ -134,6 +134,18 @@ def test_two_value_columns_are_parts_of_one_answer(folder, client, page, started
     assert [*map(json.loads, samples[0][1:])] == [{"category": "cup", "color": "red"}]
 
 
+def test_read_fields_makes_all_columns_a_part_of_the_answer(folder, client, page, started):
+    write_table(folder, "file,category,color", "cup,red")
+    section = preview(client, "rows.csv", kind="fields", prompt="Read.")["section"]
+    roles = {"file": "images", "category": "fields", "color": "fields"}
+    assert read_roles(section) == roles
+    assert 'data-blocked=""' in section
+    assert 'data-chosen="yes"' in section
+    assert json.loads(read_answers(section)[0]) == {"category": "cup", "color": "red"}
+    assert "url" in press_import(client, roles, source="rows.csv", kind="fields", prompt="Read.")
+    assert len(run_import(page, started, folder)) == 6
+
+
 def test_chosen_roles_of_nested_records_are_imported(folder, client, page, started):
     write_nested(folder)
     before = list_files(folder)

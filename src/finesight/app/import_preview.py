@@ -223,12 +223,14 @@ class PreviewSource:
         scratch: Existing temporary folder for unpacked and embedded images.
         path: File or folder, relative to the workspace.
         arguments: Further arguments of the import.
+        wants_fields: The user has chosen to read fields: all columns of text.
     """
 
     workspace: Path
     scratch: Path
     path: str
     arguments: Mapping[str, Any]
+    wants_fields: bool = False
 
     @contextlib.contextmanager
     def open(self) -> Iterator[tuple[Path, ImportOptions]]:
@@ -295,7 +297,7 @@ def _preview_opened(
 ) -> PreviewReply:
     embedded = source.scratch / "images"
     embedded.mkdir()
-    found = preview_import(path, options, embedded, NUM_SAMPLES)
+    found = preview_import(path, options, embedded, NUM_SAMPLES, wants_fields=source.wants_fields)
     examples: Mapping[str, Any] = {}
     if has_choices and (found.keys or roles or _may_be_misread(found)):
         with contextlib.suppress(UserError):

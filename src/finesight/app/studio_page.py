@@ -90,10 +90,12 @@ DELETE_REMEDIES = {
 }
 """Folder of the items that can be deleted, and remedy for one in use, by kind."""
 
+FIELDS_KIND = "fields"
+
 QUESTIONS = (
     ("Describe images", "Describe the image.", "text"),
     ("Read text", "Read the text.", "text"),
-    ("Read fields", "Read the fields as JSON.", "fields"),
+    ("Read fields", "Read the fields as JSON.", FIELDS_KIND),
     ("Find objects", "", "boxes"),
     ("Classify", "Which class does the image show?", "classes"),
     ("Answer questions", "", "text"),
@@ -353,7 +355,9 @@ class StudioPage:
                 self._choose_roles(form, request)
                 reply = self._run_preview(preview_source, request, dict(form.roles), has_choices)
                 preview = PreviewReply.model_validate(reply)
-        section = render_preview(preview, is_chosen=bool(form.roles), name_actions=name_actions)
+        # The command does not know the task: it gets the roles of the fields.
+        is_chosen = bool(form.roles) or request.texts.get("import:kind") == FIELDS_KIND
+        section = render_preview(preview, is_chosen=is_chosen, name_actions=name_actions)
         return {"section": section, "source": request.texts["import:source"]}
 
     def _read_import(self, state: StudioState, form: Form) -> ImportRequest:
@@ -435,9 +439,12 @@ class StudioPage:
     ) -> Any:
         """Run a function of `import_preview` in a worker process."""
         arguments = {key: value for key, value in request.arguments.items() if key != "out"}
+        wants_fields = request.texts.get("import:kind") == FIELDS_KIND
         with temporary_folder("preview") as scratch:
             folder = self.view.workspace.folder
-            source = PreviewSource(folder, scratch.resolve(), request.source, arguments)
+            source = PreviewSource(
+                folder, scratch.resolve(), request.source, arguments, wants_fields
+            )
             try:
                 return self.view.workspace.run_job(function, source, *values)
             except WorkerLimitError as error:

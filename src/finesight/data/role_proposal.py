@@ -6,6 +6,7 @@ naming the others (`--map`), by a mapping file, or by an answer to a question of
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from collections.abc import Mapping, Sequence
@@ -19,6 +20,7 @@ from finesight.data.formats.table import (
     format_columns,
     format_media_options,
     get_cell,
+    guess_columns,
     is_answer_name,
     is_row_name,
     join_words,
@@ -93,6 +95,40 @@ class RoleProposal:
         if is_row_name(name) or counts_rows(self.records, name, media):
             return True
         return "box" in self.columns and join_words(name) in SIZE_NAMES
+
+    def choose_fields(self) -> RoleProposal:
+        """Return the proposal with all columns of text as fields of the answer.
+
+        Known names of questions remain a question. A column of JSON objects remains the answer, and
+        boxes remain boxes.
+        """
+        answer = self.columns.get("answer")
+        if "box" in self.columns or (answer and all(map(_is_json_object, self._read(answer)))):
+            return self
+        columns = dict(self.columns)
+        columns.pop("answer", None)
+        question = columns.pop("question", "")
+        guessed: dict[str, Mapping[str, str]] = {}
+        for name, values in self._list_all_values().items():
+            guessed[name] = guess_columns([{name: value} for value in values])
+        if any("question" in guessed.get(name, {}) for name in question.split(",")):
+            columns["question"] = question
+        fields: list[str] = []
+        for name, roles in guessed.items():
+            is_text = name in (roles.get("answer"), roles.get("question"))
+            if is_text and name not in columns.get("question", "").split(","):
+                fields.append(name)
+        if len(fields) < 2:
+            return self
+        columns["fields"] = ",".join(fields)
+        return replace(self, columns=columns)
+
+    def _list_all_values(self) -> dict[str, list[object]]:
+        """Return the values of the columns of the first record."""
+        values: dict[str, list[object]] = {}
+        for name in map(str, self.records[0]):
+            values[name] = self._read(name)
+        return values
 
     def format_options(self) -> str:
         """Return the options of `finesight import` that accept the proposal."""
@@ -231,6 +267,16 @@ def format_values(values: Mapping[str, object]) -> str:
     for name, value in values.items():
         texts.append(f"{name} ({_format_value(value)})")
     return ", ".join(texts)
+
+
+def _is_json_object(value: object) -> bool:
+    """Return whether a cell is the text of a JSON object, or empty."""
+    if value is None or value == "":
+        return True
+    try:
+        return isinstance(value, str) and isinstance(json.loads(value), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 def _is_filled(value: object) -> bool:

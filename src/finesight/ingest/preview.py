@@ -69,13 +69,19 @@ class ImportPreview:
 
 
 def preview_import(
-    path: Path, options: ImportOptions, folder: Path, count: int = 5
+    path: Path,
+    options: ImportOptions,
+    folder: Path,
+    count: int = 5,
+    *,
+    wants_fields: bool = False,
 ) -> ImportPreview:
     """Read the first samples of a source without writing a data set.
 
     Args:
         folder: Existing folder for embedded images, which the samples name.
         count: Maximum number of samples.
+        wants_fields: The user has chosen a task whose answer has all columns of text.
 
     Raises:
         UserError: The source cannot be read at all.
@@ -89,7 +95,11 @@ def preview_import(
             path = detected.path
             options = detected.options
             proposal = detected.proposal
-            if proposal is not None:
+            if proposal is not None and wants_fields:
+                proposal = proposal.choose_fields()
+                options = replace(options, columns=proposal.columns)
+                proposal.check_unused(str(path))
+            elif proposal is not None:
                 proposal.check_columns(str(path))
         except UnassignedKeysError as error:
             problem = error

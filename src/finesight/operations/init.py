@@ -478,11 +478,10 @@ def _select_source(
     columns = dict(detected.options.columns)
     if options.columns or not columns:
         return path, detected.options
-    if has_fields and "box" not in columns:
-        columns = _select_fields(path, detected.options)
-    if detected.proposal is not None:
-        proposal = replace(detected.proposal, columns=columns)
+    if has_fields and detected.proposal is not None:
+        proposal = detected.proposal.choose_fields()
         detected = replace(detected, proposal=proposal)
+        columns = dict(proposal.columns)
     if ask is None:
         check_proposal(detected, folder, fields_are_chosen=has_fields)
         return path, replace(detected.options, columns=columns)
@@ -524,50 +523,6 @@ def _confirm_columns(
     role = "fields" if keeps_role or "," in answer else "answer"
     confirmed[role] = answer
     return confirmed
-
-
-def _select_fields(path: Path, options: ImportOptions) -> dict[str, str]:
-    """Return the column roles of a table with all columns of text as fields of the answer.
-
-    Known names of questions remain a question. A single column must contain the JSON itself.
-    """
-    from finesight.data.formats.table import get_cell, guess_columns
-    from finesight.data.import_source import NUM_PREVIEW_ROWS, open_source
-
-    columns = dict(options.columns)
-    opened = open_source(path, options)
-    rows = opened.rows.iter_range(0, min(opened.rows.num_rows, NUM_PREVIEW_ROWS))
-    records = [row.record for row in rows]
-    answer = columns.pop("answer", None)
-    if answer is not None and all(_is_json_object(get_cell(one, answer)) for one in records):
-        return dict(options.columns)
-    guessed: dict[str, dict[str, str]] = {}
-    for name in records[0]:
-        guessed[str(name)] = guess_columns([{str(name): one.get(name)} for one in records])
-    question = columns.pop("question", None)
-    questions = [] if question is None else question.split(",")
-    if any("question" in guessed.get(name, {}) for name in questions):
-        columns["question"] = str(question)
-    else:
-        questions = []
-    fields: list[str] = []
-    for name, roles in guessed.items():
-        if name not in questions and name in (roles.get("answer"), roles.get("question")):
-            fields.append(name)
-    if len(fields) < 2:
-        return dict(options.columns)
-    columns["fields"] = ",".join(fields)
-    return columns
-
-
-def _is_json_object(value: object) -> bool:
-    """Return whether a cell is the text of a JSON object, or empty."""
-    if value is None or value == "":
-        return True
-    try:
-        return isinstance(value, str) and isinstance(json.loads(value), dict)
-    except (ValueError, RecursionError):
-        return False
 
 
 def _detect_task(

@@ -230,7 +230,7 @@ document.addEventListener("click", async (event) => {
   } else if (button && "prompt" in button.dataset) {
     byId("import:prompt").value = button.dataset.prompt;
     byId("kind").value = button.dataset.kind;
-    noteChange(byId("import:prompt"));
+    clearPreview(); // another answer has other roles
     for (const one of button.parentElement.querySelectorAll("button")) {
       one.setAttribute("aria-pressed", one === button);
     }

@@ -94,7 +94,8 @@ def test_printed_commands_reproduce_the_result(finished_quickstart, tmp_path, ca
         if command[0] == "merge":
             command[2] = str(tmp_path / "merged")
         if command[0] == "init":
-            command += [str(out / "tickets" / "tickets.csv"), "--out", str(tmp_path / "own")]
+            command += [str(out / "tickets" / "tickets.csv"), "--task", "json"]
+            command += ["--out", str(tmp_path / "own")]
         capsys.readouterr()
         assert run_command(command) == 0, command
         shown = capsys.readouterr()

@@ -155,7 +155,7 @@ def test_rows_of_unknown_keys_end_with_a_draft(folder, cli, monkeypatch, record)
     monkeypatch.chdir(folder)
     (folder / "rows.json").write_text(json.dumps([record, record]), encoding="utf-8")
     printed = cli("import", "rows.json", "out", code=2)
-    assert "otherwise edit out-mapping.yaml" in printed.err
+    assert "or edit out-mapping.yaml" in printed.err
     draft = (folder / "out-mapping.yaml").read_text(encoding="utf-8")
     assert f'images: "{next(iter(record))}"' in draft
     assert "\nanswer:\n" in draft or "\nfields: " in draft

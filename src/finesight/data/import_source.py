@@ -771,7 +771,7 @@ def _find_only_table(path: Path) -> Path | None:
 
 
 def _list_box_options(options: ImportOptions) -> tuple[str, ...]:
-    """Return the box format and units of options as options of `finesight import`."""
+    """Return the box format and units as options of the command."""
     words: list[str] = []
     if options.box_format is not None:
         words += ["--box-format", options.box_format]

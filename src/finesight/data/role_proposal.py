@@ -1,7 +1,7 @@
 """Proposal of column roles for a table, and the columns that it leaves out.
 
 Names and values of columns suggest their roles. The user consents to columns without a role: by
-naming the others (`--map`), by a mapping file, or by an answer to a question of `finesight init`.
+naming the others (`--map`), by a mapping file, or by the answer to a question.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ class RoleProposal:
         return values
 
     def format_options(self) -> str:
-        """Return the options of `finesight import` that accept the proposal."""
+        """Return the options of an import that accept the proposal."""
         words: list[str] = []
         for role, column in self.columns.items():
             words += ["--map", f"{role}={column}"]
@@ -164,8 +164,8 @@ class RoleProposal:
                 self,
                 where=where,
                 expected="a column with a known name, such as answer or caption",
-                remedy=f"if all of them are the answer, as JSON, give {self.format_options()}; for"
-                f" one of them, {self._format_media()} --map answer=COLUMN",
+                remedy=f"if all of them are the answer, as JSON, give {self.format_options()}; or"
+                f" for one of them, {self._format_media()} --map answer=COLUMN",
             )
         self.check_unused(where)
 

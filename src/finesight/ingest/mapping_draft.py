@@ -99,7 +99,7 @@ def _propose_draft(error: UnknownRolesError, path: Path, out: Path) -> None:
         proposal = RoleProposal(read_first_records(path, NUM_DRAFT_RECORDS), {})
     draft = write_draft(proposal, out)
     edit = f"edit {draft}, which lists all keys, and give --mapping {draft}"
-    error.remedy = f"{error.remedy}; otherwise {edit}"
+    error.remedy = f"{error.remedy}; or {edit}"
 
 
 def write_draft(proposal: RoleProposal, out: Path, rows: str = "") -> Path:

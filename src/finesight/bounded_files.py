@@ -133,10 +133,13 @@ class DuplicateKeyError(ValueError):
 
 
 def _reject_duplicates(pairs: list[tuple[str, Any]]) -> None:
-    if len(dict(pairs)) < len(pairs):
-        keys = [key for key, _ in pairs]
-        duplicate = next(key for key in keys if keys.count(key) > 1)
-        raise DuplicateKeyError(f"the key {duplicate[:60]!r} occurs twice in one object")
+    if len(dict(pairs)) == len(pairs):
+        return
+    seen: set[str] = set()
+    for key, _ in pairs:
+        if key in seen:
+            raise DuplicateKeyError(f"the key {key[:60]!r} occurs twice in one object")
+        seen.add(key)
 
 
 _DUPLICATE_KEY_DECODER = json.JSONDecoder(object_pairs_hook=_reject_duplicates)

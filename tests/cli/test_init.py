@@ -344,6 +344,15 @@ def test_questions_change_the_settings(monkeypatch):
     assert json.loads(answer.content[0].text) == {"caption": "text 3", "shop": "3"}
 
 
+@pytest.mark.usefixtures("no_plan")
+def test_other_answer_asks_about_the_column_that_it_replaces(monkeypatch):
+    write_table(".", 10, text="text {i}", label="{i}", shop="S")
+    answers = ("labels.csv", "label", "yes", "classification", "Which?", TINY_MODEL)
+    output = answer_questions(monkeypatch, *answers)
+    assert "left out: label ('0'), shop ('S')" in output
+    assert "also left out: text ('text 0')" in output
+
+
 def test_several_gpus_are_planned_and_launched(monkeypatch, run_init, cli):
     """The recipe has the settings of these GPUs, and the next step starts as many."""
     planned, real = list[int | None](), run_plan.plan_run

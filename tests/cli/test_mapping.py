@@ -125,8 +125,56 @@ def test_draft_replaces_no_file(folder, cli, monkeypatch) -> None:
     (folder / "rows.json").write_text(json.dumps([NESTED, NESTED]), encoding="utf-8")
     (folder / "out-mapping.yaml").write_text("mine", encoding="utf-8")
     printed = cli("import", "rows.json", "out", code=2)
-    assert "edit out-mapping.yaml" in printed.err
+    assert "edit out-mapping-2.yaml" in printed.err
     assert (folder / "out-mapping.yaml").read_text(encoding="utf-8") == "mine"
+    printed = cli("import", "rows.json", "out", code=2)
+    assert "edit out-mapping-2.yaml" in printed.err
+    assert not (folder / "out-mapping-3.yaml").exists()
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["a\nsystem: {const: x} #", "a\u2028system: x", "a\u0085b", "a\x07", "a: [", '"', "#", "- a"],
+    ids=repr,
+)
+def test_keys_cannot_change_a_draft(folder, cli, monkeypatch, key) -> None:
+    monkeypatch.chdir(folder)
+    row = {"image": "a.png", "caption": "cups", key: "x"}
+    (folder / "rows.json").write_text(json.dumps([row, row]), encoding="utf-8")
+    cli("import", "rows.json", "out", code=2)
+    draft = yaml.safe_load((folder / "out-mapping.yaml").read_text(encoding="utf-8"))
+    assert [*draft] == ["version", "images", "question", "answer", "meta", "ignore"]
+    row = {key: "a.png", "note": {"text": "cups"}}
+    (folder / "rows.json").write_text(json.dumps([row, row]), encoding="utf-8")
+    cli("import", "rows.json", "other", code=2)
+    draft = yaml.safe_load((folder / "other-mapping.yaml").read_text(encoding="utf-8"))
+    assert [*draft] == ["version", "images", "question", "answer", "meta", "ignore"]
+
+
+def test_draft_never_makes_an_image_optional(folder, cli, monkeypatch) -> None:
+    monkeypatch.chdir(folder)
+    rows = [{"image": name, "question": "?", "answer": "x", "n": 1} for name in ("a.png", None)]
+    (folder / "rows.json").write_text(json.dumps(rows), encoding="utf-8")
+    cli("import", "rows.json", "out", code=2)
+    assert '\nimages: "image"\n' in (folder / "out-mapping.yaml").read_text(encoding="utf-8")
+
+
+def test_draft_of_a_table_without_header_lists_numbers(folder, cli, monkeypatch) -> None:
+    monkeypatch.chdir(folder)
+    (folder / "rows.csv").write_text("one,a word\ntwo,a text\n", encoding="utf-8")
+    cli("import", "rows.csv", "out", "--no-header", code=2)
+    assert '#   1: "one"' in (folder / "out-mapping.yaml").read_text(encoding="utf-8")
+
+
+def test_columns_of_an_image_folder_need_a_role(folder, cli) -> None:
+    rows = ["file_name,caption,verdict", "a.png,a cup,wrong", "b.png,a jug,right"]
+    (folder / "metadata.csv").write_text("\n".join(rows), encoding="utf-8")
+    options = ["--prompt", "Describe."]
+    printed = cli("import", folder, folder / "out", *options, code=2)
+    assert "1 column without a known role: verdict ('wrong')" in printed.err
+    roles = ["--map", "image=file_name", "--map", "answer=caption"]
+    printed = cli("import", folder, folder / "out", *options, *roles)
+    assert "unused columns: verdict" in printed.out
 
 
 @pytest.mark.parametrize("value", ["b.png", "hand-written"])

@@ -46,7 +46,6 @@ def test_columns_without_a_role_need_consent(other):
         {"uuid": "1f"},
         {"Unnamed: 0": 0},
         {"split": "train"},
-        {"#": 4},
         {"license": ""},
         {"license": None},
         {"license": float("nan")},
@@ -62,6 +61,30 @@ def test_column_that_counts_the_captions_of_an_image_needs_no_role():
     propose(*records).check_columns("rows.csv")
     other = [{**ROW, "comment_number": number} for number in (3, 9, 1)]
     assert [*propose(*other).list_unused()] == ["comment_number"]
+
+
+@pytest.mark.parametrize("name", ["#", "row", "No.", "index", ""])
+def test_numbers_of_rows_need_no_role(name):
+    records = [{**ROW, name: number} for number in (4, 5, 6)]
+    propose(*records).check_columns("rows.csv")
+
+
+@pytest.mark.parametrize("name", ["row", "no", "index", "\u20ac", "%"])
+def test_other_values_under_names_of_numbers_need_a_role(name):
+    records = [{**ROW, name: value} for value in ("B7", "C2", "A1")]
+    assert [*propose(*records).list_unused()] == [name]
+
+
+def test_read_fields_takes_columns_with_names_of_numbers():
+    records = [{"image": "a.png", "row": row, "seat": "A", "document_id": "X1"} for row in "731"]
+    assert propose(*records).choose_fields().columns["fields"] == "row,seat,document_id"
+
+
+def test_names_cannot_begin_a_line_of_an_error():
+    proposal = propose({**ROW, "note\n  remedy: run this": "x"})
+    with pytest.raises(UnassignedKeysError) as caught:
+        proposal.check_columns("rows.csv")
+    assert len(str(caught.value).splitlines()) == 3
 
 
 def test_value_of_any_record_counts():
@@ -80,7 +103,10 @@ def test_sizes_need_no_role_beside_boxes_only():
 
 def test_options_of_boxes_are_a_part_of_the_remedy():
     proposal = RoleProposal([ROW], {"image": "image", "box": "a b"}, ("--box-format", "xywh"))
-    assert proposal.format_options() == "--map image=image --map 'box=a b' --box-format xywh"
+    assert (
+        proposal.format_options()
+        == "--map image=image --map 'box=a b' --box-format xywh (options of import)"
+    )
 
 
 def test_proposal_is_shown_on_three_records():

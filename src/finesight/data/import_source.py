@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -733,6 +734,11 @@ def detect_columns(
         options = replace(options, columns=columns)
         opened = None
     opened = opened or open_source(path, options)
+    if opened.data_format.map_columns is not None and not options.columns:
+        # The rows of an ImageFolder are those of a table.
+        proposal = RoleProposal(_read_preview(opened.rows), opened.column_map)
+        proposal.check_inner_values(str(path))
+        options = replace(options, columns=opened.column_map)
     box = opened.column_map.get("box")
     if box is not None and not (options.box_format or options.box_units):
         records = _read_preview(opened.rows)
@@ -810,23 +816,24 @@ def _resolve_ambiguous_columns(
         box = ",".join(names[start : start + 4])
         if (box_format := table_format.find_box_format(records, box, sizes)) is not None:
             option = "" if box_format == "xyxy" else f" --box-format {box_format} (of import)"
-            raise UserError(
+            raise table_format.UnknownRolesError(
                 f"the columns {box} contain coordinates in the image",
                 where=str(path),
                 expected="columns with names of box coordinates, such as xmin,ymin,xmax,ymax",
-                remedy=f"give {media} --map box={box}{option}, or without"
+                remedy=f"give {media} --map {shlex.quote(f'box={box}')}{option}, or without"
                 f" boxes: {media} --map answer=COLUMN",
             )
     if not table_format.has_unknown_texts(records, columns):
         return columns
     first, second = columns["fields"].split(",")
     if ask_question is None:
-        raise UserError(
+        raise table_format.UnknownRolesError(
             f"the columns {first} and {second} may be a question and its answer, or two answers",
             where=str(path),
             expected="columns with known names, such as question and answer",
-            remedy=f"give {media} --map question={first} --map answer={second}, or for answers in"
-            f" JSON: {media} --map fields={first},{second}",
+            remedy=f"give {media} --map {shlex.quote(f'question={first}')}"
+            f" --map {shlex.quote(f'answer={second}')}, or for answers in JSON: {media}"
+            f" --map {shlex.quote(f'fields={first},{second}')}",
         )
     question = ask_question([first, second])
     if question not in (first, second):

@@ -25,6 +25,7 @@ from finesight.data.formats.table import (
     is_row_name,
     join_words,
     list_unused_columns,
+    numbers_rows,
     split_column_names,
 )
 from finesight.data.image_file import is_image_value
@@ -86,13 +87,21 @@ class RoleProposal:
             values[name] = self._read(name)
         return values
 
+    def _split(self, column: str) -> list[str]:
+        """Return the columns of a role."""
+        if column in self.records[0]:
+            return [column]
+        return split_column_names(column, self.records[0])
+
     def _read(self, name: str) -> list[object]:
         """Return the values of a column."""
         return [get_cell(record, name) for record in self.records]
 
     def _needs_no_role(self, name: str) -> bool:
         media = format_columns(self.columns, MEDIA_ROLES)
-        if is_row_name(name) or counts_rows(self.records, name, media):
+        if is_row_name(name) or numbers_rows(self.records, name):
+            return True
+        if counts_rows(self.records, name, media):
             return True
         return "box" in self.columns and join_words(name) in SIZE_NAMES
 
@@ -115,7 +124,7 @@ class RoleProposal:
             columns["question"] = question
         fields: list[str] = []
         for name, roles in guessed.items():
-            is_text = name in (roles.get("answer"), roles.get("question"))
+            is_text = "," not in name and name in (roles.get("answer"), roles.get("question"))
             if is_text and name not in columns.get("question", "").split(","):
                 fields.append(name)
         if len(fields) < 2:
@@ -135,7 +144,9 @@ class RoleProposal:
         words: list[str] = []
         for role, column in self.columns.items():
             words += ["--map", f"{role}={column}"]
-        return shlex.join([*words, *self.box_options])
+        if not self.box_options:
+            return shlex.join(words)
+        return f"{shlex.join([*words, *self.box_options])} (options of import)"
 
     def format_records(self) -> list[str]:
         """Return a line for each of the first records, with the values of the roles."""
@@ -144,7 +155,7 @@ class RoleProposal:
             texts: list[str] = []
             for role, column in self.columns.items():
                 values: list[str] = []
-                for name in split_column_names(column, record):
+                for name in self._split(column):
                     values.append(_format_value(get_cell(record, name)))
                 texts.append(f"{role} {', '.join(values)}")
             lines.append("; ".join(texts))
@@ -176,7 +187,7 @@ class RoleProposal:
         if rivals:
             names = [self.columns["answer"], *rivals]
             raise UnassignedKeysError(
-                f"each of the columns {', '.join(names)[:200]} may be the answer, or a part of the"
+                f"each of the columns {_format_names(names)} may be the answer, or a part of the"
                 f" question ({format_values(unused)})",
                 self._keep_media(),
                 where=where,
@@ -197,7 +208,7 @@ class RoleProposal:
 
     def _has_flags_only(self) -> bool:
         """Return whether all fields are flags: a table of several classes, one column each."""
-        for name in self.columns["fields"].split(","):
+        for name in self._split(self.columns["fields"]):
             texts = map(str, self._read(name))
             if not FLAGS.issuperset(text.strip().lower() for text in texts):
                 return False
@@ -205,7 +216,7 @@ class RoleProposal:
 
     def _format_fields(self) -> str:
         values: dict[str, object] = {}
-        for name in self.columns["fields"].split(","):
+        for name in self._split(self.columns["fields"]):
             values[name] = get_cell(self.records[0], name)
         return format_values(values)
 
@@ -227,7 +238,7 @@ class RoleProposal:
             return
         guess = ", ".join(map("=".join, self.columns.items()))
         raise UnassignedKeysError(
-            f"{', '.join(inner)[:200]}: values inside of lists or objects would be left out, which"
+            f"{_format_names(inner)}: values inside of lists or objects would be left out, which"
             f" may be the question or the answer (guessed roles: {guess})",
             self._keep_media(),
             where=where,
@@ -265,7 +276,7 @@ def format_values(values: Mapping[str, object]) -> str:
     """Return names with a value each, such as "license ('CC0'), width (640)"."""
     texts: list[str] = []
     for name, value in values.items():
-        texts.append(f"{name} ({_format_value(value)})")
+        texts.append(f"{_format_name(name)} ({_format_value(value)})")
     return ", ".join(texts)
 
 
@@ -281,6 +292,15 @@ def _is_json_object(value: object) -> bool:
 
 def _is_filled(value: object) -> bool:
     return has_value(value) and value == value
+
+
+def _format_name(name: str) -> str:
+    """Return a column name, escaped if it could begin a new line of a message."""
+    return name if name.isprintable() else repr(name)
+
+
+def _format_names(names: Sequence[str]) -> str:
+    return ", ".join(map(_format_name, names))[:200]
 
 
 def _format_value(value: object) -> str:

@@ -102,8 +102,18 @@ def _parse_step(match: re.Match[str]) -> PathStep:
 def format_key(key: object) -> str:
     """Write a key of a record as a step of a path, in quotes where required."""
     text = str(key)
-    is_plain = re.fullmatch(r'[^."?*$\s][^."?*]*', text) and text == text.strip()
-    return text if is_plain else json.dumps(text, ensure_ascii=False)
+    needs_no_quotes = re.fullmatch(r'[^."?*$\s][^."?*]*', text) and text == text.strip()
+    if needs_no_quotes and text.isprintable():
+        return text
+    return quote_text(text)
+
+
+def quote_text(value: object) -> str:
+    """Write a value as JSON, which is also YAML, without characters that end a line."""
+    text = json.dumps(value, ensure_ascii=False)
+    if text.isprintable():
+        return text
+    return json.dumps(value)
 
 
 def join_location(location: str, key: object) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,12 @@ from finesight.data.import_source import (
     find_table,
 )
 from finesight.data.role_proposal import RoleProposal, UnassignedKeysError
-from finesight.data.row_reader import Record, UnknownRowsError, read_first_records
+from finesight.data.row_reader import Record, UnknownRowsError, open_row_file
 from finesight.errors import escape_unprintable, shorten
-from finesight.ingest.field_path import EACH, format_key, join_location
+from finesight.ingest.field_path import EACH, format_key, join_location, quote_text
 from finesight.ingest.presets import with_preset
 from finesight.ingest.role_choices import mark_optional
-from finesight.storage import write_new_file
+from finesight.storage import has_content, write_new_file
 
 MAX_EXAMPLE_CHARS = 60
 """Maximum length of an example value in a draft."""
@@ -65,7 +66,7 @@ def detect_roles(
             error.remedy = f"{error.remedy}; the draft {draft} lists the keys of the rows"
         raise
     except UnknownRolesError as error:
-        _propose_draft(error, path, out)
+        _propose_draft(error, path, options, out)
         raise
 
 
@@ -86,17 +87,19 @@ def check_proposal(
         else:
             detected.proposal.check_columns(str(detected.path))
     except UnknownRolesError as error:
-        _propose_draft(error, detected.path, out)
+        _propose_draft(error, detected.path, detected.options, out)
         raise
 
 
-def _propose_draft(error: UnknownRolesError, path: Path, out: Path) -> None:
+def _propose_draft(error: UnknownRolesError, path: Path, options: ImportOptions, out: Path) -> None:
     """Write the draft of a mapping, and name it in the remedy of an error."""
     proposal = error.proposal if isinstance(error, UnassignedKeysError) else None
     if proposal is None:
         if not path.is_file():
             return
-        proposal = RoleProposal(read_first_records(path, NUM_DRAFT_RECORDS), {})
+        reader = open_row_file(path, options.encoding, no_header=options.no_header)
+        rows = reader.iter_range(0, min(reader.num_rows, NUM_DRAFT_RECORDS))
+        proposal = RoleProposal([row.record for row in rows], {})
     draft = write_draft(proposal, out)
     edit = f"edit {draft}, which lists all keys, and give --mapping {draft}"
     error.remedy = f"{error.remedy}; or {edit}"
@@ -105,14 +108,19 @@ def _propose_draft(error: UnknownRolesError, path: Path, out: Path) -> None:
 def write_draft(proposal: RoleProposal, out: Path, rows: str = "") -> Path:
     """Write the draft of a mapping beside the folder of an import, and return its path.
 
-    An existing file is not changed.
+    A file with other content is not changed: the draft gets another name.
 
     Args:
         rows: Key of the records in a document; empty for rows of a file.
     """
     path = out.with_name(f"{out.name}-mapping.yaml")
-    if not path.exists():
-        write_new_file(path, format_draft(proposal, rows).encode())
+    content = format_draft(proposal, rows).encode()
+    number = 1
+    while os.path.lexists(path) and not has_content(path, content):
+        number += 1
+        path = out.with_name(f"{out.name}-mapping-{number}.yaml")
+    if not os.path.lexists(path):
+        write_new_file(path, content)
     return path
 
 
@@ -122,13 +130,15 @@ def format_draft(proposal: RoleProposal, rows: str = "") -> str:
     roles = _list_column_roles(proposal, examples)
     lines = [HEADER]
     if rows:
-        lines.append(f"rows: {json.dumps(format_key(rows), ensure_ascii=False)}\n")
+        lines.append(f"rows: {quote_text(format_key(rows))}\n")
     for role in ("images", "videos", "question", "answer", "fields"):
         if role in roles:
             value = _add_folder(roles[role], role, proposal.image_folder)
-            lines.append(f"{role}: {json.dumps(value, ensure_ascii=False)}\n")
+            lines.append(f"{role}: {quote_text(value)}\n")
         elif role in ("question", "answer") and not ("fields" in roles and role == "answer"):
             lines.append(f"{role}:\n")
+    if "box" in proposal.columns:
+        lines.append("# For boxes, see boxes and group on the page Mapping files.\n")
     lines.append("meta: []\nignore: []\n\n# Paths without a role, with an example:\n")
     used: list[str] = []
     for paths in roles.values():
@@ -176,7 +186,7 @@ def _list_column_roles(
             continue
         if len(paths) == 1 and role != "fields":
             path = paths[0]
-            if role != "answer":
+            if role == "question":
                 path = mark_optional(path, proposal.records)
             roles[names.get(role, role)] = path
         elif role in ("fields", *MEDIA_ROLES):

@@ -30,6 +30,9 @@ CHOICES = (
 )
 """Roles that a path may have."""
 
+REQUIRED_ROLES = ("images", "videos", "answer")
+"""Roles without which a record is invalid."""
+
 SEVERAL_PATHS = ("images", "videos", "question", "fields", "meta", "ignore")
 """Roles that may have several paths."""
 
@@ -57,16 +60,16 @@ def build_mapping(roles: Mapping[str, str], records: Sequence[Record]) -> dict[s
             continue
         written: list[str] = []
         for path in paths[role]:
-            if role != "answer":
+            if role not in REQUIRED_ROLES:
                 path = mark_optional(path, records)
             # Ignored paths start at the record, also with a list of samples.
             if role != "ignore":
                 path = _make_relative(path, sample)
             written.append(path)
-        if role == "answer" and written[0].endswith(f".{EACH}"):
+        if role == "answer" and EACH in written[0].split("."):
             mapping["answers"] = {"path": written[0], "use": "all"}
         elif role == "question" and len(written) > 1:
-            mapping["question"] = {"template": "\n".join(f"{{{path}}}" for path in written)}
+            mapping["question"] = {"template": _join_paths(written)}
         elif role in ("fields", "meta", "ignore") or len(written) > 1:
             mapping[role] = written
         else:
@@ -79,6 +82,18 @@ def _group_by_role(roles: Mapping[str, str]) -> dict[str, list[str]]:
     """Return the paths of each role. Raises UserError for several paths of a single value."""
     paths: defaultdict[str, list[str]] = defaultdict(list)
     for path, role in roles.items():
+        if role not in CHOICES:
+            raise UserError(
+                f"{path!r:.80} has the unknown role {role!r:.80}",
+                expected=f"one of {', '.join(CHOICES)}",
+                remedy="choose one of these",
+            )
+        try:
+            parse_path(path)
+        except ValueError as error:
+            raise UserError(
+                str(error), expected="a path of the records", remedy="choose another key"
+            ) from error
         paths[role].append(path)
     for role, found in paths.items():
         if len(found) > 1 and role not in SEVERAL_PATHS:
@@ -108,6 +123,18 @@ def _find_sample_list(paths: Mapping[str, Sequence[str]]) -> str | None:
     if len(lists) < 2 or len(set(lists)) > 1:
         return None
     return lists[0]
+
+
+def _join_paths(paths: Sequence[str]) -> str:
+    """Return a template with a line for each path. Raises UserError for keys with braces."""
+    for path in paths:
+        if "{" in path or "}" in path:
+            raise UserError(
+                f"the key {path!r} with a brace is one of several parts of the question",
+                expected="keys without braces",
+                remedy="rename the key, or choose one key as the question",
+            )
+    return "\n".join(f"{{{path}}}" for path in paths)
 
 
 def _make_relative(path: str, sample: str | None) -> str:

@@ -522,6 +522,12 @@ def _confirm_columns(
     answer = ask(f"{shown}Answer column, or several for a JSON answer", default)
     role = "fields" if keeps_role or "," in answer else "answer"
     confirmed[role] = answer
+    if detected.proposal is not None:
+        final = replace(detected.proposal, columns=confirmed)
+        others = {name: value for name, value in final.list_unused().items() if name not in unused}
+        question = f"  also left out: {format_values(others)}\nUse these columns (yes or no)"
+        if others and ask(question, "yes") != "yes":
+            final.check_unused(str(detected.path))
     return confirmed
 
 

@@ -160,7 +160,7 @@ NOTE_SKIPPED_BOX = "invalid boxes (skipped)"
 IMAGE_KEYS = ("image", "images")
 VIDEO_KEYS = ("video", "videos")
 
-NUMBERED_IMAGE = re.compile(r"<image[ _]?[0-9]{1,9}>")
+NUMBERED_IMAGE = re.compile(r"<[Ii]mage[ _]?[0-9]{1,9}>")
 """Placeholder of an image with its number: `<image 1>`, `<image_01>` or `<image1>`."""
 
 _PLACEHOLDERS = re.compile(

@@ -156,11 +156,13 @@ _NO_INPUT_IMAGE = re.compile(r"(?i).*(?:mask|segmentation|thumb|url).*")
 _NO_ANSWER_NAME = re.compile("(?i)(?:system|negative|rejected).*")
 
 _ROW_NAME = re.compile(
-    "(?:(?:image|img|photo|video|file|row|sample|record|item|example|entry|question|doc|document"
-    "|page|pair|conversation|annotation|object|box)_?)?(?:[gu]?u?id|index|idx)"
-    "|split|unnamed.*|no|nr|row|"
+    "(?:(?:image|img|photo|video|file|row|sample|record|example|entry|q|question|pair"
+    "|conversation|annotation)_?)?(?:[gu]?u?id)|split|unnamed.*|index_level_[0-9]+"
 )
-"""Names that identify a row, its image or its object, in lower case with `_` between words."""
+"""Names that identify a row or its image, in lower case with `_` between words."""
+
+_NUMBER_NAME = re.compile("(?:row|number|num|no|nr|index|idx)?")
+"""Names of columns that number the rows, if their values do. Symbols such as `#` are no words."""
 
 _CLIP_BOUND = re.compile(
     "start|end|begin|from|to|onset|offset|timestamps?|times?|span|segment|interval|moment|window"
@@ -224,7 +226,7 @@ def guess_columns(records: Sequence[Record]) -> dict[str, str]:
         for name in names
         if name not in (*media, *",".join(boxes.values()).split(","))
         and not (is_row_name(name) or _NO_ANSWER_NAME.fullmatch(name))
-        and not counts_rows(records, name, media)
+        and not (counts_rows(records, name, media) or numbers_rows(records, name))
         and _has_values(records, name, _is_text, 0)
     ]
     question, answer = _find_pair(others)
@@ -256,7 +258,8 @@ def guess_columns(records: Sequence[Record]) -> dict[str, str]:
     if answer or len(others) == 1:
         columns["answer"] = answer or others[0]
     elif others and not all(map(str.isdecimal, names)):
-        columns["fields"] = ",".join(others)
+        # A comma separates the names of several columns.
+        columns["fields"] = ",".join(name for name in others if "," not in name)
     return columns
 
 
@@ -295,9 +298,19 @@ def join_words(name: str) -> str:
 
 
 def is_row_name(name: str) -> bool:
-    """Return whether a column identifies or numbers a row by its name."""
-    words = join_words(name)
-    return not words or _ROW_NAME.fullmatch(words) is not None
+    """Return whether the name of a column is that of an identifier of a row."""
+    return _ROW_NAME.fullmatch(join_words(name)) is not None
+
+
+def numbers_rows(records: Sequence[Record], name: str) -> bool:
+    """Return whether a column with the name of a number contains the numbers of the rows."""
+    if _NUMBER_NAME.fullmatch(join_words(name)) is None:
+        return False
+    cells = [str(record.get(name)).strip() for record in records]
+    if not all(map(str.isdecimal, cells)):
+        return False
+    first = int(cells[0])
+    return list(map(int, cells)) == list(range(first, first + len(cells)))
 
 
 def counts_rows(records: Sequence[Record], name: str, media: Sequence[str]) -> bool:
@@ -574,9 +587,11 @@ def suggest_role(name: str, column: str) -> str:
 def list_columns(record: Record, columns: Mapping[str, str]) -> list[str]:
     """Return the columns of a record, and the keys inside those of which `--map` uses a part."""
     mapped = ",".join(columns.values()).split(",")
+    outer = {one.partition(".")[0] for one in mapped if "." in one}
     names: list[str] = []
     for name, value in record.items():
-        is_used_in_part = any(one.startswith(f"{name}.") for one in mapped)
+        may_be_used_in_part = name.partition(".")[0] in outer
+        is_used_in_part = may_be_used_in_part and any(one.startswith(f"{name}.") for one in mapped)
         if is_used_in_part and isinstance(value, str):
             with suppress(InvalidRowError):  # reported when the cell is read
                 value = _parse_json_text(str(name), value)
@@ -647,12 +662,13 @@ def _check_later_columns(record: Record, unused: Iterable[str], ignorable: Colle
     """Reject a value in a column without a role that was empty in the first rows."""
     for name in unused:
         value = get_cell(record, name)
-        if name not in ignorable and has_value(value) and value == value:
+        is_exempt = name in ignorable or is_row_name(name)
+        if not is_exempt and has_value(value) and value == value:
             raise InvalidRowError(
                 f"the column {name!r} has no role, and is empty in the first rows, but not here"
                 f" ({str(value)[:40]!r})",
                 "columns whose role the first rows show",
-                "name the columns by --map, which leaves out all others, or move the row up",
+                "name the columns by --map, which leaves out all others",
             )
 
 
@@ -876,7 +892,10 @@ def check_guessed_columns(
     _check_media_columns(records, columns, where)
     _check_row_counters(records, columns, where)
     mapping = " ".join(f"--map {shlex.quote(f'{k}={v}')}" for k, v in columns.items())
-    for name in list_unused_columns(records[0], columns):
+    known: dict[str, None] = {}
+    for record in records:
+        known.update(dict.fromkeys(list_unused_columns(record, columns)))
+    for name in known:
         values = [get_cell(record, name) for record in records]
         for value in values:
             meaning = find_meaning(str(name), value, ROWS)
@@ -963,7 +982,7 @@ def find_columns(record: Collection[str], role: str, column: str, where: str = "
         return [column]
     names = split_column_names(column, record)
     for name in names:
-        if {name, name.partition(".")[0]}.isdisjoint(record):
+        if name not in record and name.partition(".")[0] not in record:
             otherwise = "name one of these columns" if record else "add the columns to the file"
             remedy = suggest_name(name, map(str, record), otherwise)
             if "=" in name:

@@ -59,6 +59,11 @@ def preview(
     return dict(reply.json())
 
 
+def list_mappings(folder: Path) -> list[Path]:
+    """Return the mapping files of chosen roles."""
+    return sorted((folder / "uploads").glob("a-mapping-*.yaml"))
+
+
 def read_roles(section: str) -> dict[str, str]:
     """Return the selected role of each dropdown of a preview by its path."""
     roles = {}
@@ -156,17 +161,18 @@ def test_chosen_roles_of_nested_records_are_imported(folder, client, page, start
     section = preview(client, "rows.json", roles=ROLES)["section"]
     assert read_roles(section) == ROLES
     assert read_answers(section)[:3] == ["0 cups", "Blue ones", "1 cups"]
-    assert list_files(folder) - before == {"uploads/a-mapping.yaml"}
+    (mapping,) = list_mappings(folder)
+    assert list_files(folder) - before == {f"uploads/{mapping.name}"}
     # Options that would contradict the roles are not passed on.
     assert "url" in press_import(client, ROLES, source="rows.json", columns="image=file")
     assert "--map" not in started[0]
-    assert "uploads/a-mapping.yaml" in started[0]
+    assert f"uploads/{mapping.name}" in started[0]
     samples = run_import(page, started, folder)
     assert len(samples) == 8
     assert ["How many?", "3 cups"] in samples
     # The mapping file is that of the data set, and is deleted with it.
     assert client.post("/actions/delete?step=data&data=data/a", json={}).status_code == 200
-    assert not (folder / "uploads/a-mapping.yaml").exists()
+    assert not mapping.exists()
 
 
 def test_boxes_are_drawn_and_have_no_dropdowns(folder, client):
@@ -321,13 +327,16 @@ def test_source_that_cannot_be_read_shows_its_error(folder, client):
     assert "The import would fail" in section
 
 
-def test_only_own_unchanged_mapping_is_replaced(folder, client):
+def test_mapping_files_are_never_changed(folder, client):
+    """A running import reads the roles of its own form."""
     write_nested(folder)
-    file = folder / "uploads/a-mapping.yaml"
     preview(client, "rows.json", roles=ROLES)
+    (file,) = list_mappings(folder)
     first = file.read_text()
     preview(client, "rows.json", roles={**ROLES, "size": "ignore"})
-    assert file.read_text() != first
+    preview(client, "rows.json", roles=ROLES)
+    assert len(list_mappings(folder)) == 2
+    assert file.read_text() == first
     file.write_text(first + "# edited\n")
     reply = preview(client, "rows.json", roles=ROLES)
     assert "has been edited" in reply["error"]
@@ -337,17 +346,18 @@ def test_only_own_unchanged_mapping_is_replaced(folder, client):
     target = folder / "other.yaml"
     target.write_text(first)
     file.symlink_to(target)
-    assert "error" in preview(client, "rows.json", roles={**ROLES, "size": "ignore"})
+    assert "error" in preview(client, "rows.json", roles=ROLES)
     assert target.read_text() == first
 
 
 def test_mapping_of_the_user_is_not_replaced_by_dropdowns(folder, client):
     write_nested(folder)
     preview(client, "rows.json", roles=ROLES)
+    (mapping,) = list_mappings(folder)
     # That of the form can be changed after a failed import, whose form names it.
-    section = preview(client, "rows.json", mapping="uploads/a-mapping.yaml")["section"]
+    section = preview(client, "rows.json", mapping=f"uploads/{mapping.name}")["section"]
     assert read_roles(section) == ROLES
-    (folder / "m.yaml").write_bytes((folder / "uploads/a-mapping.yaml").read_bytes() + b"#\n")
+    (folder / "m.yaml").write_bytes(mapping.read_bytes() + b"#\n")
     section = preview(client, "rows.json", mapping="m.yaml")["section"]
     assert read_roles(section) == {}
     assert read_answers(section)[0] == "0 cups"

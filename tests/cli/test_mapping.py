@@ -134,7 +134,17 @@ def test_draft_replaces_no_file(folder, cli, monkeypatch) -> None:
 
 @pytest.mark.parametrize(
     "key",
-    ["a\nsystem: {const: x} #", "a\u2028system: x", "a\u0085b", "a\x07", "a: [", '"', "#", "- a"],
+    [
+        "a\nsystem: {const: x} #",
+        "a\u2028system: x",
+        "a\u0085b",
+        "a\x07",
+        "a: [",
+        '"',
+        "#",
+        "- a",
+        "\U0001f600\u00a0",
+    ],
     ids=repr,
 )
 def test_keys_cannot_change_a_draft(folder, cli, monkeypatch, key) -> None:

@@ -18,6 +18,7 @@ from pydantic import BaseModel, Field
 
 from finesight.app.jobs import ErrorParts
 from finesight.app.pages import describe_error, render_page
+from finesight.data.formats.dataset_format import as_list
 from finesight.data.image_file import CorruptImageError, get_file, is_image_value
 from finesight.data.import_source import ImportOptions, find_table, open_source
 from finesight.data.role_proposal import UnassignedKeysError
@@ -62,6 +63,12 @@ MAX_SHOWN_REGIONS = 100
 
 MAX_TEXT_CHARS = 1500
 MAX_LABEL_CHARS = 80
+
+MAX_PATH_CHARS = 2000
+"""Maximum length of a path whose role can be chosen."""
+
+MAX_SHOWN_MESSAGES = 20
+"""Maximum number of messages of a sample, and of parts of a message."""
 
 MAX_THUMBNAIL_SIDE = 320
 """Maximum width and height of an image in pixels."""
@@ -179,6 +186,7 @@ class PreviewSample(BaseModel, frozen=True):
     id: str
     images: tuple[PreviewImage, ...] = ()
     num_more_images: int = 0
+    num_more_messages: int = 0
     messages: tuple[PreviewMessage, ...] = ()
     verdict: bool | None = None
 
@@ -307,11 +315,19 @@ def _preview_opened(
         keys = _list_chosen(roles, examples)
     can_choose = bool(examples) and len(examples) <= MAX_KEYS
     for key in keys:
-        can_choose = can_choose and key.path in examples and key.role in ("", *CHOICES)
+        is_usual = key.path in examples and len(key.path) <= MAX_PATH_CHARS
+        can_choose = can_choose and is_usual and key.role in ("", *CHOICES)
     images = ThumbnailMaker((source.workspace, source.scratch))
     problem = None
     if found.problem is not None:
         problem = source.dump_error(found.problem)
+    elif source.wants_fields and not can_choose and not options.columns and found.keys:
+        problem = ErrorParts(
+            what=f"{format_count(len(examples), 'key')}, too many to choose their roles here",
+            where="",
+            expected=f"at most {MAX_KEYS} keys",
+            remedy="name the columns in the form",
+        )
     return PreviewReply(
         # The mapping of chosen roles is a file of which the user knows nothing.
         format="" if roles else source.hide_folders(_format_source(found, options)),
@@ -373,7 +389,8 @@ def _list_unused(found: ImportPreview, examples: Mapping[str, Any]) -> set[str]:
 
 
 def _make_key(path: str, role: str, example: str) -> PreviewKey:
-    name = escape_unprintable(path)
+    name = _shorten(path, MAX_LABEL_CHARS)
+    path = path[: MAX_PATH_CHARS + 1]
     return PreviewKey(path=path, name=name, role=role, example=escape_unprintable(example))
 
 
@@ -452,22 +469,24 @@ def _add_image_folder(mapping: dict[str, Any], path: Path, options: ImportOption
 
     An import without a mapping finds it, too.
     """
-    images = mapping.get("images")
-    if not isinstance(images, str):
-        return
-    parsed = parse_path(images)
-    column = parsed.last_key
-    if len(parsed.steps) > 1 or column == EACH:
-        return
-    columns = {"image": column, "answer": column}
-    table = replace(options, columns=columns, format="table", mapping=None, prompt="")
-    try:
-        folder = open_source(find_table(path, options), table).image_folder
-    except UserError:
-        return  # the preview reports the error of the source
-    if folder is not None:
-        prefix = folder.name.replace("{", "{{").replace("}", "}}")
-        mapping["images"] = {"template": f"{prefix}/{{{images}}}"}
+    for role, column_role in (("images", "image"), ("videos", "video")):
+        files = list(map(str, as_list(mapping.get(role))))
+        parsed = list(map(parse_path, files))
+        if not files or any(len(one.steps) > 1 or one.last_key == EACH for one in parsed):
+            continue
+        column = parsed[0].last_key
+        columns = {column_role: column, "answer": column}
+        table = replace(options, columns=columns, format="table", mapping=None, prompt="")
+        try:
+            folder = open_source(find_table(path, options), table).image_folder
+        except UserError:
+            return  # the preview reports the error of the source
+        if folder is not None:
+            prefix = folder.name.replace("{", "{{").replace("}", "}}")
+            templates: list[dict[str, str]] = []
+            for file in files:
+                templates.append({"template": f"{prefix}/{{{file}}}"})
+            mapping[role] = templates
 
 
 @dataclass(frozen=True, slots=True)
@@ -489,7 +508,7 @@ class ThumbnailMaker:
             images.append(self._make_thumbnail(path, side, _list_regions(sample, image_index)))
         messages: list[PreviewMessage] = []
         number = 1
-        for message in sample.messages:
+        for message in sample.messages[:MAX_SHOWN_MESSAGES]:
             if len(visuals) > 1:
                 messages.append(_describe_parts(message.role, message.content, number))
             else:
@@ -497,12 +516,13 @@ class ThumbnailMaker:
             number += sum(isinstance(part, ImagePart | VideoPart) for part in message.content)
         if sample.rejected:
             messages.append(_describe_text("rejected", sample.rejected))
-        for reference in sample.references:
+        for reference in sample.references[:MAX_SHOWN_MESSAGES]:
             messages.append(_describe_text("reference", (TextPart(text=reference),)))
         return PreviewSample(
             id=_shorten(sample.id, MAX_LABEL_CHARS),
             images=tuple(images),
             num_more_images=len(visuals) - len(images),
+            num_more_messages=max(0, len(sample.messages) - MAX_SHOWN_MESSAGES),
             messages=tuple(messages),
             verdict=sample.label,
         )

@@ -425,7 +425,7 @@ class StudioPage:
         """Write the chosen roles to a mapping file, which the import reads."""
         if not form.roles:
             return
-        for option in ("columns", "format", "mapping"):
+        for option in ("columns", "format", "mapping", "box_format", "box_units", "box_task"):
             request.arguments.pop(option, None)
             request.texts.pop(f"import:{option}", None)
         name = form.get("import:out")

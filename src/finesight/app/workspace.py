@@ -71,8 +71,14 @@ ANSWERS_FILE = "answers/{}.jsonl"
 DATA_FILES = {"train.jsonl": "eval.jsonl", "data.jsonl": "eval.jsonl", LABELS_FILE: EVAL_FILE}
 """Validation file by training file that `finesight import` and `finesight label` write."""
 
-MAPPING_FILE = "uploads/{}-mapping.yaml"
-"""File with the roles that a user has chosen in the form of an import."""
+MAPPING_FILE = "uploads/{}-mapping-{}.yaml"
+"""File with the roles that a user has chosen in the form of an import.
+
+The second part of the name is a digest of the roles, so that another form changes no file of a
+running import.
+"""
+
+MAPPING_DIGEST_CHARS = 12
 
 MAPPING_HEADER = "# Roles that were chosen in the studio. SHA-256 of the lines below: {}\n"
 """First line of such a file. One that was edited is not replaced."""
@@ -402,18 +408,20 @@ class Workspace:
         return folder / sources.pop() if len(sources) == 1 else folder
 
     def save_mapping(self, name: str, text: str) -> Path:
-        """Write the mapping file of an import. Only an unchanged file of the studio is replaced."""
-        path = Path(MAPPING_FILE.format(name))
+        """Write the mapping file of an import. An existing file is never changed."""
+        digest = hashlib.sha256(text.encode()).hexdigest()
+        path = Path(MAPPING_FILE.format(name, digest[:MAPPING_DIGEST_CHARS]))
         file = self.folder / path
-        if not self.contains(file) or (os.path.lexists(file) and not self.is_own_mapping(path)):
+        is_own = self.is_own_mapping(path)
+        if not self.contains(file) or (os.path.lexists(file) and not is_own):
             raise UserError(
                 f"{path} exists, and was not written by this form or has been edited",
                 where="import:out",
                 expected="a new name, or that of an earlier preview",
                 remedy="choose another name, or move the file away",
             )
-        digest = hashlib.sha256(text.encode()).hexdigest()
-        write_file(file, f"{MAPPING_HEADER.format(digest)}{text}".encode())
+        if not is_own:
+            write_file(file, f"{MAPPING_HEADER.format(digest)}{text}".encode())
         return path
 
     def is_own_mapping(self, path: Path) -> bool:
@@ -504,10 +512,17 @@ class Workspace:
         is_unused = is_upload and own.issuperset(self.find_uses(uploads, running))
         if is_unused and not self.list_inside(uploads):
             paths.append(uploads)
-        mapping = Path(MAPPING_FILE.format(dataset.path.name))
-        if self.is_own_mapping(mapping):
-            paths.append(mapping)
-        return paths
+        return [*paths, *self._list_own_mappings(dataset.path.name)]
+
+    def _list_own_mappings(self, name: str) -> list[Path]:
+        """Return the mapping files of an import, except those that were edited."""
+        pattern = re.compile(rf"{re.escape(name)}-mapping-[0-9a-f]{{{MAPPING_DIGEST_CHARS}}}\.yaml")
+        mappings: list[Path] = []
+        for file in (self.folder / "uploads").glob("*-mapping-*.yaml"):
+            path = Path("uploads", file.name)
+            if pattern.fullmatch(file.name) and self.is_own_mapping(path):
+                mappings.append(path)
+        return sorted(mappings)
 
     def list_inside(self, folder: Path) -> list[Path]:
         """Return the data sets, recipes, runs and models in subfolders of a folder."""

@@ -105,15 +105,22 @@ def format_key(key: object) -> str:
     needs_no_quotes = re.fullmatch(r'[^."?*$\s][^."?*]*', text) and text == text.strip()
     if needs_no_quotes and text.isprintable():
         return text
-    return quote_text(text)
+    quoted: list[str] = []
+    for character in json.dumps(text, ensure_ascii=False):
+        if not character.isprintable():  # such as a line separator, which ends the line of a draft
+            character = json.dumps(character)[1:-1]
+        quoted.append(character)
+    return "".join(quoted)
 
 
 def quote_text(value: object) -> str:
-    """Write a value as JSON, which is also YAML, without characters that end a line."""
-    text = json.dumps(value, ensure_ascii=False)
-    if text.isprintable():
-        return text
-    return json.dumps(value)
+    """Write a value as YAML in one line."""
+    quoted: list[str] = []
+    for character in json.dumps(value, ensure_ascii=False):
+        if not character.isprintable():  # YAML has no pairs of surrogates, unlike JSON
+            character = f"\\U{ord(character):08x}"
+        quoted.append(character)
+    return "".join(quoted)
 
 
 def join_location(location: str, key: object) -> str:

@@ -110,7 +110,7 @@ const sourceFields = ["source", "columns", "format", "mapping", "no_header", "en
 const findPreview = () => byId("preview")?.firstElementChild;
 
 const readRoles = () => {
-  const roles = {};
+  const roles = Object.create(null); // a key may be __proto__
   if (!findPreview()?.dataset.chosen) return roles;
   for (const { dataset, value } of findPreview().querySelectorAll("select[data-path]")) {
     if (value) roles[dataset.path] = value;

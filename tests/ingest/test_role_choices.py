@@ -62,7 +62,7 @@ def test_items_of_a_list_are_several_answers(tmp_path):
 @pytest.mark.parametrize(
     ("roles", "what"),
     [
-        ({"file": "images", "a": "answer", "b": "answer"}, "a, b: 2 paths as answer"),
+        ({"file": "images", "a": "answer", "b": "answer"}, "2 keys have the same role: a, b"),
         ({"file": "images", "a": "question"}, "answer"),
     ],
 )

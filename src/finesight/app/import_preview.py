@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -46,7 +45,7 @@ from finesight.ingest.explanation import format_value
 from finesight.ingest.field_path import EACH, parse_path
 from finesight.ingest.mapping_draft import list_examples
 from finesight.ingest.preview import MAX_KEYS, MAX_READ_ROWS, ImportPreview, preview_import
-from finesight.ingest.role_choices import CHOICES, SEVERAL_PATHS, build_mapping, format_mapping
+from finesight.ingest.role_choices import CHOICES, add_folder, build_mapping, format_mapping
 from finesight.operations import find_operation
 from finesight.operations.dataset import build_import_options
 from finesight.operations.operation import list_parameters
@@ -418,40 +417,24 @@ def build_chosen_mapping(state: Any, source: PreviewSource, roles: Mapping[str, 
 
 
 def check_roles(roles: Mapping[str, str], examples: Mapping[str, object]) -> None:
-    """Raise UserError for roles that no mapping can have.
+    """Raise UserError for unknown paths, and for roles without an answer.
 
     Args:
         examples: Known paths.
     """
-    paths: defaultdict[str, list[str]] = defaultdict(list)
-    for path, role in roles.items():
-        if role not in CHOICES:
-            raise UserError(
-                f"{path!r:.80} has the unknown role {role!r:.80}",
-                expected=f"one of {', '.join(CHOICES)}",
-                remedy="choose a role of the list",
-            )
+    for path in roles:
         if path not in examples:
             raise UserError(
                 f"the records have no key {path!r:.80}",
                 expected="a key of the previewed source",
                 remedy="preview the source again",
             )
-        paths[role].append(path)
-    if not paths.keys() & {"answer", "fields"}:
+    if {"answer", "fields"}.isdisjoint(roles.values()):
         raise UserError(
             "no key is the answer",
             expected="the role “answer” for one key, or “part of the answer” for several",
             remedy="choose the role of the answer",
         )
-    for role, found in paths.items():
-        if len(found) > 1 and role not in SEVERAL_PATHS:
-            raise UserError(
-                f"{len(found)} keys have the same role: {', '.join(found)}",
-                expected="one key with this role",
-                remedy="choose “part of the answer” for several values of one answer, or leave"
-                " one out",
-            )
 
 
 def check_number(roles: Mapping[str, str]) -> None:
@@ -482,11 +465,7 @@ def _add_image_folder(mapping: dict[str, Any], path: Path, options: ImportOption
         except UserError:
             return  # the preview reports the error of the source
         if folder is not None:
-            prefix = folder.name.replace("{", "{{").replace("}", "}}")
-            templates: list[dict[str, str]] = []
-            for file in files:
-                templates.append({"template": f"{prefix}/{{{file}}}"})
-            mapping[role] = templates
+            mapping[role] = add_folder(files, folder.name)
 
 
 @dataclass(frozen=True, slots=True)

@@ -41,7 +41,6 @@ NUM_SHOWN_RECORDS = 3
 SIZE_NAMES = ("width", "height", "image_width", "image_height", "area")
 """Columns next to boxes that are compared with the image or decide the box format."""
 
-
 FLAGS = frozenset({"0", "1", "0.0", "1.0", "true", "false"})
 """Values of columns that state whether an image shows a class."""
 
@@ -161,12 +160,6 @@ class RoleProposal:
             lines.append("; ".join(texts))
         return lines
 
-    def list_rivals(self) -> list[str]:
-        """Return the columns that may be the answer as well as the guessed one."""
-        if "answer" not in self.columns:
-            return []
-        return list(filter(is_answer_name, self.list_unused()))
-
     def check_columns(self, where: str) -> None:
         """Raise UnassignedKeysError if the role of a column is not certain."""
         if "fields" in self.columns and not self._has_flags_only():
@@ -183,9 +176,9 @@ class RoleProposal:
     def check_unused(self, where: str) -> None:
         """Raise UnassignedKeysError if a column has no role, or several may be the answer."""
         unused = self.list_unused()
-        rivals = self.list_rivals()
-        if rivals:
-            names = [self.columns["answer"], *rivals]
+        other_answers = list(filter(is_answer_name, unused))
+        if "answer" in self.columns and other_answers:
+            names = [self.columns["answer"], *other_answers]
             raise UnassignedKeysError(
                 f"each of the columns {_format_names(names)} may be the answer, or a part of the"
                 f" question ({format_values(unused)})",

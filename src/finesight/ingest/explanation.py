@@ -46,7 +46,7 @@ class RowExplanation:
         for path, role, value in rows:
             lines.append(f"  {path.ljust(path_width)}  {role.ljust(role_width)}  {value}")
         for sample in self.samples:
-            lines += format_sample(sample)
+            lines += _format_sample(sample)
         if not self.samples:
             lines.append("no sample")
         return lines
@@ -61,7 +61,7 @@ class RowExplanation:
         }
 
 
-def format_sample(sample: Sample) -> list[str]:
+def _format_sample(sample: Sample) -> list[str]:
     """Return the messages of a sample as lines."""
     lines = [f"sample {sample.id}"]
     for message in sample.messages:

@@ -22,7 +22,7 @@ from finesight.data.row_reader import Record, UnknownRowsError, open_row_file
 from finesight.errors import escape_unprintable, shorten
 from finesight.ingest.field_path import EACH, format_key, join_location, quote_text
 from finesight.ingest.presets import with_preset
-from finesight.ingest.role_choices import mark_optional
+from finesight.ingest.role_choices import add_folder, mark_optional
 from finesight.storage import has_content, write_new_file
 
 MAX_EXAMPLE_CHARS = 60
@@ -133,7 +133,9 @@ def format_draft(proposal: RoleProposal, rows: str = "") -> str:
         lines.append(f"rows: {quote_text(format_key(rows))}\n")
     for role in ("images", "videos", "question", "answer", "fields"):
         if role in roles:
-            value = _add_folder(roles[role], role, proposal.image_folder)
+            value: object = roles[role]
+            if proposal.image_folder is not None and role in ("images", "videos"):
+                value = add_folder(list(map(str, as_list(value))), proposal.image_folder)
             lines.append(f"{role}: {quote_text(value)}\n")
         elif role in ("question", "answer") and not ("fields" in roles and role == "answer"):
             lines.append(f"{role}:\n")
@@ -159,17 +161,6 @@ def list_examples(records: Sequence[Record]) -> dict[str, Any]:
         for location, value in _iter_values(record, ""):
             examples.setdefault(location, value)
     return examples
-
-
-def _add_folder(paths: str | list[str], role: str, folder: str | None) -> object:
-    """Return the value of a role with the folder of its files."""
-    if folder is None or role not in ("images", "videos"):
-        return paths
-    prefix = folder.replace("{", "{{").replace("}", "}}")
-    templates = []
-    for path in as_list(paths):
-        templates.append({"template": f"{prefix}/{{{path}}}"})
-    return templates
 
 
 def _list_column_roles(

@@ -12,7 +12,7 @@ from finesight.data.role_proposal import UnassignedKeysError
 from finesight.data.row_reader import Record, SourceRow, read_first_records
 from finesight.data.sample import Sample
 from finesight.errors import UserError
-from finesight.ingest.explanation import format_sample, format_value
+from finesight.ingest.explanation import format_value
 from finesight.ingest.mapped_rows import generalize_location, read_mapped_row
 from finesight.ingest.mapping_draft import list_examples
 from finesight.ingest.mapping_format import MappingFormat
@@ -53,19 +53,6 @@ class ImportPreview:
     samples: tuple[Sample, ...] = ()
     problem: UserError | None = None
     is_blocked: bool = False
-
-    def format_lines(self) -> list[str]:
-        """Return a table of path, role and example, then the samples."""
-        width = max((len(key.path) for key in self.keys), default=0)
-        role_width = max((len(key.role) for key in self.keys), default=0)
-        lines: list[str] = []
-        for key in self.keys:
-            lines.append(f"  {key.path.ljust(width)}  {key.role.ljust(role_width)}  {key.example}")
-        for sample in self.samples:
-            lines += format_sample(sample)
-        if not self.samples:
-            lines.append("no sample")
-        return lines
 
 
 def preview_import(

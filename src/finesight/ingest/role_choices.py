@@ -86,7 +86,7 @@ def _group_by_role(roles: Mapping[str, str]) -> dict[str, list[str]]:
             raise UserError(
                 f"{path!r:.80} has the unknown role {role!r:.80}",
                 expected=f"one of {', '.join(CHOICES)}",
-                remedy="choose one of these",
+                remedy="choose a role of the list",
             )
         try:
             parse_path(path)
@@ -98,10 +98,10 @@ def _group_by_role(roles: Mapping[str, str]) -> dict[str, list[str]]:
     for role, found in paths.items():
         if len(found) > 1 and role not in SEVERAL_PATHS:
             raise UserError(
-                f"{', '.join(found)}: {len(found)} paths as {role}",
-                where=role,
-                expected="one path",
-                remedy="choose fields for several values of one answer, or another role",
+                f"{len(found)} keys have the same role: {', '.join(found)}",
+                expected="one key with this role",
+                remedy="choose “part of the answer” for several values of one answer, or leave"
+                " one out",
             )
     return paths
 
@@ -110,6 +110,15 @@ def format_mapping(mapping: Mapping[str, Any]) -> str:
     """Return a mapping as the text of a YAML file."""
     text: str = yaml.safe_dump(dict(mapping), sort_keys=False, allow_unicode=True, width=100)
     return text
+
+
+def add_folder(paths: Sequence[str], folder: str) -> list[dict[str, str]]:
+    """Return templates for the files at some paths in a folder next to the records."""
+    prefix = folder.replace("{", "{{").replace("}", "}}")
+    templates: list[dict[str, str]] = []
+    for path in paths:
+        templates.append({"template": f"{prefix}/{{{path}}}"})
+    return templates
 
 
 def _find_sample_list(paths: Mapping[str, Sequence[str]]) -> str | None:

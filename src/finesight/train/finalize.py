@@ -170,14 +170,16 @@ class RunResult(BaseModel):
 
 
 def _find_unused_responses(state: TrainState) -> UnusedResponses | None:
-    """Return the responses of a run if no step had tokens of them; None for other runs."""
+    """Return the responses of a run without different rewards, None for other runs."""
     recipe = state.run.recipe
     sampling = recipe.needs.sampling
     if not recipe.rewards or sampling is None:
         return None
     shares: list[float] = []
     for line in state.run.run_dir.iter_metrics():
-        if line.get("num_supervised_tokens"):
+        # With a KL divergence, the update also contains groups with equal rewards.
+        has_different_rewards = line.get("frac_reward_zero_std", 1) < 1
+        if line.get("num_supervised_tokens") and has_different_rewards:
             return None
         # Without a reward, the reward function is the reason.
         if "reward" in line:

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import re
 import signal
 import time
@@ -13,26 +14,40 @@ import torch
 from PIL import Image
 from rich.console import Console
 from tiny_model import create_tiny_model
-from tiny_task import TinyTask, assert_same_run, edit_samples
+from tiny_task import TinyTask, assert_same_run, edit_samples, make_task
 from torch import Tensor
+from vision_cache_fixtures import make_train_state
 
 from finesight import api
 from finesight.config import Recipe
 from finesight.data.sample import BoxPart, ImagePart, LocatedSample, Message, Sample
 from finesight.encode.family import scale_box
+from finesight.encode.packing import pack
 from finesight.encode.renderer import NativeRenderer
 from finesight.errors import TrainingInterrupted, UserError
 from finesight.evaluate.eval_case import EvalCase
 from finesight.evaluate.score_function import RewardError
 from finesight.infer.prediction import ResponseSampler
+from finesight.model.trainable import trainable_parameters
 from finesight.model_folder import ModelFolder
 from finesight.progress import ProgressConsole
 from finesight.train.objectives.grpo import Settings
-from finesight.train.objectives.grpo.loss import compute_token_losses
-from finesight.train.objectives.grpo.rollout import GrpoRollout, RewardCheck
+from finesight.train.objectives.grpo.loss import (
+    GrpoObjective,
+    compute_token_losses,
+    list_clipping_metrics,
+)
+from finesight.train.objectives.grpo.rollout import (
+    Group,
+    GrpoRollout,
+    RewardCheck,
+    disable_adapters,
+)
 from finesight.train.oom import GpuOutOfMemoryError
 from finesight.train.prefetch import DataWorkerError
 from finesight.train.recipe_check import suggest_completion_length
+from finesight.train.rollout import join_responses
+from finesight.train.state import TrainState
 from finesight.train.step import train_step
 
 QUIET = ProgressConsole(Console(quiet=True))
@@ -99,29 +114,94 @@ def test_losses_and_gradients_match_trl(variant, assert_matches_trl):
     assert_matches_trl(" ".join(["grpo", *words]), compute_loss(settings, group, logps), logps)
 
 
-def test_shares_of_clipped_tokens():
+def test_gradients_of_clipped_tokens():
     """The gradient of a clipped token is 0, or, with `cispo`, as at the largest ratio."""
     group = draw_group()
     mask = group["mask"]
     advantages = group["advantages"][:, None].expand(mask.shape)[mask]
     responses = torch.arange(NUM_RESPONSES)[:, None].expand(mask.shape)[mask]
-    shares = {}
     for loss_type in LOSS_TYPES:
         settings = make_settings(is_first=False, loss_type=loss_type, epsilon_high=0.4)
         logps = group["logps"][mask].requires_grad_()
         losses, metrics = compute_token_losses(
             settings, logps, group["sampled"][mask], None, advantages, responses
         )
-        clipped = (metrics[2] + metrics[3]).bool()
         (gradient,) = torch.autograd.grad(losses.sum(), logps)
-        if loss_type == "cispo":
-            assert torch.equal(clipped, torch.isclose(gradient, -0.4 * advantages))
+        clipped = sum(metrics[name] for name in list_clipping_metrics(settings))
+        if loss_type == "sapo":
+            assert (gradient != 0).all()
+        elif loss_type == "cispo":
+            # As in TRL, the ratio counts positive advantages.
+            at_limit = torch.isclose(gradient, -0.4 * advantages)
+            assert torch.equal(clipped.bool(), at_limit & (advantages > 0))
         else:
-            assert torch.equal(clipped, gradient == 0)
-        shares[loss_type] = metrics[2].mean(), metrics[3].mean()
-    assert shares["sapo"] == (0, 0)
-    assert shares["cispo"][0] == 0
-    assert min(shares["grpo"]) > 0
+            assert torch.equal(clipped.bool(), gradient == 0)
+
+
+def list_clipped(
+    loss_type: str, level: str, ratios: list[list[float]], advantages: list[float]
+) -> dict[str, list[bool]]:
+    """Return for each token, or for each response, if it is clipped at 0.8 and at 1.4 or 0.4."""
+    clipped: dict[str, list[bool]] = {}
+    for values, advantage in zip(ratios, advantages, strict=True):
+        compared = values
+        if level == "sequence":
+            compared = [math.exp(sum(map(math.log, values)) / len(values))]
+        for ratio in compared:
+            if loss_type == "cispo":
+                clipped.setdefault("cispo_clip_ratio", []).append(ratio > 0.4 and advantage > 0)
+            elif loss_type != "sapo":
+                is_low = ratio < 0.8 and advantage < 0
+                is_high = ratio > 1.4 and advantage > 0
+                clipped.setdefault("clip_ratio/low_mean", []).append(is_low)
+                clipped.setdefault("clip_ratio/high_mean", []).append(is_high)
+    return clipped
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_metrics_count_the_tokens_or_responses_that_the_loss_limits(loss_type, level):
+    group = draw_group()
+    mask = group["mask"]
+    settings = make_settings(
+        is_first=False,
+        loss_type=loss_type,
+        importance_sampling_level=level,
+        epsilon_high=0.4,
+        beta=0.04,
+    )
+    lengths = mask.sum(1)
+    num_tokens = int(lengths.sum())
+    # Hidden states are logits of two tokens.
+    h_LD = torch.stack([group["logps"][mask], torch.log1p(-group["logps"][mask].exp())], 1)
+    mean_weights = num_tokens / NUM_RESPONSES / lengths.double()
+    inputs = {
+        "labels_L": torch.zeros(num_tokens, dtype=torch.int64),
+        "response_L": torch.arange(NUM_RESPONSES).repeat_interleave(lengths),
+        "advantages_L": group["advantages"].repeat_interleave(lengths),
+        "token_weights_L": torch.ones(num_tokens, dtype=torch.float64),
+        "response_weights_L": mean_weights.repeat_interleave(lengths),
+        "sampled_logps_L": group["sampled"][mask],
+        "reference_logps_L": group["reference"][mask],
+        "loss_weight": torch.tensor(1 / num_tokens, dtype=torch.float64),
+    }
+    objective = GrpoObjective(settings)
+    head = torch.eye(2, dtype=torch.float64)
+    _, *means = objective.compute_loss(h_LD, head, inputs).tolist()
+    found = objective.describe_metrics(means)
+    ratios = (group["logps"] - group["sampled"]).exp()
+    rows = [ratios[n, : lengths[n]].tolist() for n in range(NUM_RESPONSES)]
+    expected = list_clipped(loss_type, level, rows, group["advantages"].tolist())
+    reported = {name: value for name, value in found.items() if "clip_ratio" in name}
+    shares = {name: sum(values) / len(values) for name, values in expected.items()}
+    assert reported == pytest.approx(shares, abs=1e-12)
+    if level == "token":
+        assert all(0 < share < 1 for share in shares.values())
+    differences = (group["logps"] - group["sampled"])[mask].abs()
+    sampler_difference = found["sampling/sampling_logp_difference/mean"]
+    assert sampler_difference == pytest.approx(differences.mean().item(), abs=1e-12)
+    assert found["kl"] > 0
+    assert "kl" not in GrpoObjective(settings.model_copy(update={"beta": 0.0})).metric_names
 
 
 REWARD = """
@@ -287,6 +367,10 @@ def test_settings_change_training(reward_task):
             *("train.grpo.scale_rewards=batch", "train.grpo.loss_type=grpo"),
         ),
         "truncated": ("train.grpo.mask_truncated_completions=true",),
+        "sequence": (
+            *("train.grpo.importance_sampling_level=sequence", "train.grpo.num_iterations=2"),
+            *("train.grpo.epsilon=1e-6", "train.grpo.epsilon_high=1e-6"),
+        ),
     }.items():
         reward_task.run(*steps, *overrides, name=name)
         lines = read_steps(reward_task, name)
@@ -297,6 +381,10 @@ def test_settings_change_training(reward_task):
         if name == "reference":
             assert lines[0]["kl"] == pytest.approx(0, abs=1e-6)
             assert lines[1]["kl"] > 1e-6
+        if name == "sequence":
+            clipped = [16 * line["clip_ratio/low_mean"] for line in lines]
+            assert clipped == pytest.approx([round(count) for count in clipped], abs=1e-4)
+            assert max(clipped) > 0.5
     assert losses["packs"] == pytest.approx(losses["plain"], abs=1e-5)
     reward_task.recipe["rewards"] = [f"{reward_task.folder / 'rewards.py'}:unscored"]
     with pytest.raises(
@@ -308,6 +396,116 @@ def test_settings_change_training(reward_task):
     reward_task.recipe["rewards"] = [f"{reward_task.folder / 'rewards.py'}:partly"]
     reward_task.run(*steps, name="partly")
     assert all(line["num_samples"] > 0 for line in read_steps(reward_task, "partly"))
+
+
+EQUAL_REWARDS = """
+def score(case):
+    if int(case.id.removeprefix("train")) % 2:
+        return 0.3
+    return sum(map(ord, case.answer)) % 7 / 7
+"""
+
+
+def compute_logps(state: TrainState, group: Group, number: int, banned: list[int]) -> Tensor:
+    """Return the log-probabilities of the tokens of one response without shared prefix."""
+    batch = pack([join_responses(group.prompt, [group.responses[number]])])
+    model = state.engine.model
+    logits = model(batch) @ model.lm_head_weight.T
+    logits[:, banned] = -torch.inf
+    return logits.log_softmax(1).gather(1, batch.labels_L.long()[:, None])[:, 0]
+
+
+def compute_kl_formula(
+    state: TrainState, groups: list[Group], loss_type: str, beta: float, max_length: int
+) -> Tensor:
+    """Return the loss of all responses of a step, each without shared prefix."""
+    banned = list(state.data.renderer.visual_token_ids)
+    references: list[list[Tensor]] = []
+    with torch.no_grad(), disable_adapters(state.engine.model):
+        for group in groups:
+            references.append([compute_logps(state, group, number, banned) for number in range(3)])
+    sums: list[Tensor] = []
+    lengths: list[int] = []
+    for group, group_references in zip(groups, references, strict=True):
+        rewards = torch.from_numpy(group.rewards_GF[:, 0])
+        advantages = (rewards - rewards.mean()) / (rewards.std() + 1e-4)
+        for number, reference in enumerate(group_references):
+            logps = compute_logps(state, group, number, banned)
+            ratio = (logps - logps.detach()).exp()
+            kl = (reference - logps).exp() - (reference - logps) - 1
+            sums.append((-advantages[number] * ratio + beta * kl * ratio).sum())
+            lengths.append(len(logps))
+    if loss_type == "grpo":
+        return torch.stack([one / length for one, length in zip(sums, lengths, strict=True)]).mean()
+    if loss_type == "dr_grpo":
+        return torch.stack(sums).sum() / (len(sums) * max_length)
+    return torch.stack(sums).sum() / sum(lengths)
+
+
+@pytest.mark.parametrize("loss_type", ["dapo", "grpo", "dr_grpo"])
+def test_kl_divergence_counts_responses_with_equal_rewards(tmp_path, monkeypatch, loss_type):
+    """Loss and gradient are those of a formula over all responses of the step."""
+    beta, max_length = 0.04, 5
+    folder = tmp_path / "task"
+    recipe = make_task(folder) | {"output_dir": str(folder / "run")}
+    recipe["tune"] = {"language": "lora", "lora": {"rank": 4, "dropout": 0.0}}
+    recipe["rewards"] = [f"{folder / 'rewards.py'}:score"]
+    (folder / "task.json").write_text(json.dumps(recipe))
+    (folder / "rewards.py").write_text(EQUAL_REWARDS)
+    grpo = {"num_generations": 3, "max_completion_length": max_length, "beta": beta}
+    grpo |= {"loss_type": loss_type, "importance_sampling_mode": "none", "max_refills": 1}
+    state = make_train_state(folder, objective="grpo", batch_size=4, grpo=grpo)
+    (folder / "run").mkdir()
+    # The adapter differs from the reference.
+    generator = torch.Generator().manual_seed(0)
+    parameters = trainable_parameters(state.engine.model)
+    with torch.no_grad():
+        for parameter in parameters.values():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+    groups: list[Group] = []
+    sample_groups = GrpoRollout.sample_groups
+
+    def record_groups(*arguments):
+        found = sample_groups(*arguments)
+        groups.extend(found)
+        return found
+
+    monkeypatch.setattr(GrpoRollout, "sample_groups", record_groups)
+    state.engine.model.train()
+    with contextlib.closing(state.engine.objective.sample_steps(state, 0)) as steps:
+        step = next(steps)
+    assert len(groups) == 4  # none is replaced
+    found: dict[str, Tensor] = {}
+
+    def store_gradients(*arguments):
+        for group in state.engine.optimizer.param_groups:
+            sums = group.gradients.per_parameter()
+            for param_slice, gradient in zip(group.param_slices, sums, strict=True):
+                found[param_slice.name] = gradient.clone()
+
+    monkeypatch.setattr(state.engine.optimizer, "step", store_gradients)
+    loss, _ = train_step(state, step).wait()
+
+    num_equal = sum(len(set(group.rewards_GF[:, 0].tolist())) == 1 for group in groups)
+    assert 0 < num_equal < len(groups)
+    expected = compute_kl_formula(state, groups, loss_type, beta, max_length)
+    assert loss == pytest.approx(expected.item(), rel=1e-4, abs=1e-6)
+    gradients = torch.autograd.grad(expected, list(parameters.values()))
+    for name, gradient in zip(parameters, gradients, strict=True):
+        scale = gradient.abs().max().item()
+        torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=1e-4 * scale, msg=name)
+
+
+def test_equal_rewards_are_named_with_a_kl_divergence(reward_task):
+    """The update contains the groups, but has no gradient where policy and reference are equal."""
+    reward_task.recipe["rewards"] = [f"{reward_task.folder / 'rewards.py'}:unscored"]
+    steps = "train.steps=2", "train.epochs=null", "train.save_every=null"
+    with pytest.raises(UserError, match="equal rewards or none") as caught:
+        reward_task.run(*steps, "train.grpo.beta=0.04", "tune.merger=lora")
+    assert caught.value.where == "rewards"
+    lines = read_steps(reward_task)
+    assert [line["num_supervised_tokens"] > 0 for line in lines] == [True, True]
+    assert not (reward_task.folder / "run" / "responses.jsonl").exists()
 
 
 def test_unreadable_images_are_skipped(reward_task, monkeypatch):

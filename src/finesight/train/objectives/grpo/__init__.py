@@ -32,7 +32,8 @@ class Settings(SettingsSection):
             groups of a step, or not at all.
         num_iterations: Updates with the same responses.
         importance_sampling_mode: Correction of the difference between sampler and trainer.
-        max_refills: Number of times that groups with equal rewards are replaced in a step.
+        max_refills: Number of times that groups with equal rewards are replaced in a step; never
+            with `beta`, because the KL divergence gives them a gradient.
         batch_size: Largest number of responses that are generated at once.
     """
 

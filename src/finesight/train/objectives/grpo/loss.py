@@ -29,6 +29,26 @@ SAPO_TEMPERATURES = 1.0, 1.05
 """Temperatures of SAPO for positive and other advantages (Gao et al. 2025)."""
 
 
+def list_clipping_metrics(settings: Settings) -> tuple[str, ...]:
+    """Return the names of the clip ratios of a loss in TRL; SAPO clips nothing."""
+    if settings.loss_type == "sapo":
+        return ()
+    if settings.loss_type == "cispo":
+        return ("cispo_clip_ratio",)
+    return "clip_ratio/low_mean", "clip_ratio/high_mean"
+
+
+def list_metrics(settings: Settings) -> tuple[str, ...]:
+    """Return the names of the metrics of a loss."""
+    names = ["entropy"]
+    if settings.beta:
+        names.append("kl")
+    names += list_clipping_metrics(settings)
+    names.append("sampling/sampling_logp_difference/mean")
+    names.append("sampling/importance_sampling_ratio/mean")
+    return tuple(names)
+
+
 class GrpoObjective(Objective[Settings]):
     """Policy loss of sampled responses; for batches without rewards, the cross entropy.
 
@@ -36,17 +56,9 @@ class GrpoObjective(Objective[Settings]):
         banned_ids: Tokens that sampled responses never contain.
     """
 
-    metric_names: tuple[str, ...] = (
-        "entropy",
-        "kl",
-        "clip_ratio/low_mean",
-        "clip_ratio/high_mean",
-        "sampling/sampling_logp_difference/mean",
-        "sampling/importance_sampling_ratio/mean",
-    )
-
     def __init__(self, settings: Settings) -> None:
         super().__init__(settings)
+        self.metric_names = list_metrics(settings)
         self.num_updates = settings.num_iterations
         self.banned_ids: tuple[int, ...] = ()
 
@@ -78,7 +90,7 @@ class GrpoObjective(Objective[Settings]):
         logps_L = compute_token_logps(
             h_LD, head_VD, inputs["labels_L"], self.settings.temperature, self.banned_ids
         )
-        losses_L, metrics_ML = compute_token_losses(
+        losses_L, metrics = compute_token_losses(
             self.settings,
             logps_L,
             inputs["sampled_logps_L"],
@@ -86,9 +98,14 @@ class GrpoObjective(Objective[Settings]):
             inputs["advantages_L"],
             inputs["response_L"],
         )
+        if self.settings.importance_sampling_level == "sequence":
+            # Responses are clipped instead of tokens, so each one counts once.
+            for name in list_clipping_metrics(self.settings):
+                metrics[name] = metrics[name] * inputs["response_weights_L"]
         weights_L = inputs["token_weights_L"]
         # Padding has no weight, but possibly infinite values.
         is_token_L = weights_L > 0
+        metrics_ML = [metrics[name] for name in self.metric_names]
         values_L = torch.stack([losses_L * weights_L, *metrics_ML]).where(is_token_L, 0)
         return values_L.sum(1) * inputs["loss_weight"]
 
@@ -100,8 +117,8 @@ def compute_token_losses(
     reference_logps_L: Tensor | None,
     advantages_L: Tensor,
     response_L: Tensor,
-) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Return the loss of each token, [L], and the metrics `GrpoObjective.metric_names`, each [L].
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return the loss of each token, [L], and the metrics of `list_metrics` by name, each [L].
 
     With one update per rollout, the ratio to the old policy is one, and its gradient remains. The
     loss is then multiplied by the ratio of trainer and sampler, which differ by rounding. Several
@@ -121,11 +138,10 @@ def compute_token_losses(
         sums_L = sum_of_responses(log_ratio_L, response_L, num_responses)
         log_ratio_L = sums_L / counts_L.clamp(min=1)
     ratio_L = log_ratio_L.exp()
-    is_clipped_low_L = torch.zeros_like(ratio_L, dtype=torch.bool)
-    is_clipped_high_L = is_clipped_low_L
+    metrics = {"entropy": -logps_L}
     if settings.loss_type == "cispo":
         max_ratio = settings.effective_epsilon_high
-        is_clipped_high_L = (ratio_L > max_ratio) & (advantages_L != 0)
+        metrics["cispo_clip_ratio"] = (ratio_L > max_ratio) & (advantages_L > 0)
         weights_L = ratio_L.clamp(max=max_ratio).detach()
         losses_L = -weights_L * advantages_L * logps_L
     elif settings.loss_type == "sapo":
@@ -135,15 +151,14 @@ def compute_token_losses(
     else:
         low = 1 - settings.epsilon
         high = 1 + settings.effective_epsilon_high
-        is_clipped_low_L = (ratio_L < low) & (advantages_L < 0)
-        is_clipped_high_L = (ratio_L > high) & (advantages_L > 0)
+        metrics["clip_ratio/low_mean"] = (ratio_L < low) & (advantages_L < 0)
+        metrics["clip_ratio/high_mean"] = (ratio_L > high) & (advantages_L > 0)
         clipped_L = ratio_L.clamp(low, high)
         losses_L = -torch.minimum(ratio_L * advantages_L, clipped_L * advantages_L)
     correction_L = torch.ones_like(losses_L)
     if is_on_policy:
         correction_L = compute_correction(settings, (old_logps_L - sampled_logps_L), response_L)
         losses_L = losses_L * correction_L
-    kl_L = torch.zeros_like(losses_L)
     if reference_logps_L is not None:
         difference_L = reference_logps_L - logps_L
         # The estimator k3 of Schulman (2020).
@@ -151,15 +166,11 @@ def compute_token_losses(
         if settings.use_bias_correction_kl:
             kl_L = kl_L * ratio_L
         losses_L = losses_L + settings.beta * kl_L
-    metrics = (
-        -logps_L,
-        kl_L,
-        is_clipped_low_L,
-        is_clipped_high_L,
-        (logps_L - sampled_logps_L).abs(),
-        correction_L,
-    )
-    return losses_L, tuple(metric_L.detach().to(losses_L.dtype) for metric_L in metrics)
+        metrics["kl"] = kl_L
+    metrics["sampling/sampling_logp_difference/mean"] = (logps_L - sampled_logps_L).abs()
+    metrics["sampling/importance_sampling_ratio/mean"] = correction_L
+    values = {name: metric_L.detach().to(losses_L.dtype) for name, metric_L in metrics.items()}
+    return losses_L, values
 
 
 def compute_correction(settings: Settings, log_ratio_L: Tensor, response_L: Tensor) -> Tensor:

@@ -283,8 +283,10 @@ class GrpoRollout(Rollout):
             for text in describe_unscored(self.scorer.names, rewards_QGF):
                 self.log(text)
         record_interval = -(-len(self.state.data.sampler) // MAX_RECORDED_GROUPS)
-        if step % record_interval == 0 and useful and process_group.is_main:
-            self.record_group(step, useful[0], rewards_QGF)
+        if step % record_interval == 0 and process_group.is_main:
+            compared = next(filter(self.has_different_rewards, useful), None)
+            if compared is not None:
+                self.record_group(step, compared, rewards_QGF)
         metrics = {
             **describe_rewards(self.scorer.names, self.weights_F, rewards_QGF, records),
             "rollout_s": rollout_s,
@@ -310,10 +312,9 @@ class GrpoRollout(Rollout):
     def sample_useful(
         self, step: int, skipped: list[SkippedSample]
     ) -> tuple[list[Group], list[Group]]:
-        """Sample the groups of a step, and return all of them and those with different rewards.
+        """Sample the groups of a step, and return all and those with a gradient.
 
-        Groups with equal rewards have no gradient. Groups of later samples replace them, up to
-        `train.grpo.max_refills` times.
+        Groups of later samples replace the others, up to `train.grpo.max_refills` times.
         """
         state = self.state
         max_refills = self.settings.max_refills
@@ -328,10 +329,14 @@ class GrpoRollout(Rollout):
                 indices = own[: num_wanted - len(useful)]
             groups = self.sample_groups(step, indices, skipped)
             sampled += groups
-            useful += filter(self.has_different_rewards, groups)
+            useful += filter(self.has_gradient, groups)
             if len(useful) >= num_wanted:
                 break
         return sampled, useful
+
+    def has_gradient(self, group: Group) -> bool:
+        """Return whether rewards or KL divergence of a group have a gradient."""
+        return self.settings.beta > 0 or self.has_different_rewards(group)
 
     def has_different_rewards(self, group: Group) -> bool:
         """Return whether the responses of a group have at least two different rewards."""
@@ -384,6 +389,8 @@ class GrpoRollout(Rollout):
     def compute_advantages(self, group: Group, rewards_QGF: FloatArray) -> FloatArray:
         """Return the advantage of each response, [G]."""
         totals_G = _weigh(group.rewards_GF, self.weights_F)
+        if not self.has_different_rewards(group):
+            return np.zeros_like(totals_G)
         scale = 1.0
         if self.settings.scale_rewards != "none":
             totals = totals_G
@@ -417,9 +424,11 @@ class GrpoRollout(Rollout):
             responses = [group.responses[n] for n in chunk]
             encoded = join_responses(group.prompt, responses)
             lengths_G = np.array([len(tokens) for tokens in responses])
-            # The loss is divided by the number of tokens of the step.
+            # The loss is divided by the number of tokens of the step. With these weights, it is a
+            # mean over the responses.
+            response_weights_G = mean_length / lengths_G
             if self.settings.loss_type in ("grpo", "sapo"):
-                weights_G = mean_length / lengths_G
+                weights_G = response_weights_G
             elif self.settings.loss_type == "dr_grpo":
                 weights_G = np.full(len(chunk), mean_length / self.settings.max_completion_length)
             else:
@@ -430,6 +439,8 @@ class GrpoRollout(Rollout):
                 "token_weights_L": _repeat(weights_G, lengths_G),
                 "sampled_logps_L": torch.from_numpy(np.array(logps)).float(),
             }
+            if self.settings.importance_sampling_level == "sequence":
+                tensors["response_weights_L"] = _repeat(response_weights_G, lengths_G)
             packed_batch = pack([encoded])
             if self.settings.beta:
                 tensors["reference_logps_L"] = self.compute_reference(packed_batch)
@@ -505,7 +516,8 @@ def describe_rewards(
     metrics: dict[str, Any] = {
         "reward": _mean(_drop_nan(totals_QG)),
         "reward_std": _mean(spread_Q),
-        "frac_reward_zero_std": _mean(spread_Q == 0),
+        # Standard deviations of equal rewards may differ from 0 by rounding.
+        "frac_reward_zero_std": _mean(np.isclose(spread_Q, 0)),
         "completions/mean_length": np.mean(lengths),
         "completions/min_length": min(lengths),
         "completions/max_length": max(lengths),

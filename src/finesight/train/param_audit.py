@@ -1,4 +1,7 @@
-"""Audit of the parameters of a run: which parts training changed, and which it must not change."""
+"""Audit of the parameters of a run: which parts training changed, and which it must not change.
+
+Shapes: R rank, I inputs, O outputs of one layer.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from finesight.evaluate.metric_difference import align_columns
+from finesight.model.linear import LoraFactors, iter_adapters
 from finesight.model.quant.base import find_quantized_weights
 from finesight.model.trainable import MODEL_PARTS, ModelPart, get_part
 from finesight.train.parallel.distributed import SINGLE_PROCESS, ProcessGroup
@@ -18,8 +22,8 @@ from finesight.train.parallel.distributed import SINGLE_PROCESS, ProcessGroup
 _INT_DTYPES = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 """Integer dtypes for viewing the bits of a tensor, by element size in bytes."""
 
-CHECKSUM_CHUNK_ELEMENTS = 1 << 24
-"""Number of elements per chunk when a checksum is computed; limits memory."""
+CHUNK_ELEMENTS = 1 << 24
+"""Number of elements per chunk of a checksum or a norm; limits memory."""
 
 SAMPLE_SIZE = 16384
 """Approximate number of evenly spaced elements of a tensor whose initial values are stored."""
@@ -33,7 +37,9 @@ class ParamChange:
         num_changed: Number of tensors with at least one changed bit.
         num_with_grad: Number of tensors that received a non-zero gradient. Weight decay changes a
             tensor even without a gradient.
-        relative_change: Norm of the change divided by the norm of the initial values, estimated
+        relative_change: Norm of the change divided by the norm of the initial weights of the part.
+            The change of a part with adapters is that of the merged weights, and its initial
+            weights are those of the base model. Both norms of a fully trained part are estimated
             from sampled elements.
     """
 
@@ -53,7 +59,8 @@ ParamRecord = tuple[str, int, Tensor, Tensor | None]
 class ParamAudit:
     """Record of the initial parameters of a run, for comparison at its end.
 
-    It contains checksums of all parameters, and sampled values of the trainable ones.
+    It contains checksums of all parameters, sampled values of fully trained ones, and the values of
+    adapters that the run continues.
     """
 
     def __init__(self, model: nn.Module, master_weights: Mapping[str, Tensor]) -> None:
@@ -67,23 +74,50 @@ class ParamAudit:
                 self._frozen[name] = parameter
         self._quantized = find_quantized_weights(model)
         self._master_weights = master_weights
+        self._adapters = {f"{path}.adapter": adapter for path, _, adapter in iter_adapters(model)}
+        self._initial_factors: dict[str, LoraFactors] = {}
+        for name, (lora_A_RI, lora_B_OR), _ in self._iter_factors():
+            # A new adapter begins with zeros.
+            if lora_B_OR.any():
+                self._initial_factors[name] = LoraFactors(
+                    lora_A_RI.to("cpu", copy=True), lora_B_OR.to("cpu", copy=True)
+                )
         self._start = {name: values for name, _, *values in self._iter_records()}
 
     def _iter_records(self) -> Iterator[ParamRecord]:
         """Yield the current records of the local shards of all parameters."""
         for name, parameter in self._frozen.items():
-            tensor = parameter.detach()
-            # DTensor is slow to import.
-            if hasattr(tensor, "to_local"):
-                tensor = tensor.to_local()
+            tensor = _get_local(parameter)
             yield name, tensor.numel(), compute_checksum(tensor), None
         for name, weight in self._quantized.items():
             checksum = torch.stack([compute_checksum(one) for one in weight.buffers()]).sum()
             yield name, weight.num_elements, checksum, None
         for name, tensor in self._master_weights.items():
-            flat_E = tensor.reshape(-1)
-            sample = flat_E[:: max(1, len(flat_E) // SAMPLE_SIZE)].clone()
+            sample = None
+            if name.rpartition(".lora_")[0] not in self._adapters:
+                flat_E = tensor.reshape(-1)
+                sample = flat_E[:: max(1, len(flat_E) // SAMPLE_SIZE)].clone()
             yield name, tensor.numel(), compute_checksum(tensor), sample
+
+    def _iter_factors(self) -> Iterator[tuple[str, LoraFactors, float]]:
+        """Yield name of the up-projection, current matrices and scale of each adapted layer."""
+        for path, adapter in self._adapters.items():
+            lora_A = self._read_factor(f"{path}.lora_A", adapter.lora_A)
+            for layer, lora_slice in adapter.slices.items():
+                name = f"{path}.lora_B.{layer}"
+                lora_B_OR = self._read_factor(name, adapter.lora_B[layer])
+                factors = LoraFactors(lora_A[lora_slice.rank_slice], lora_B_OR)
+                yield name, factors, lora_slice.scale
+
+    def _read_factor(self, name: str, parameter: Tensor) -> Tensor:
+        """Return the complete values of an adapter matrix.
+
+        A master weight may consist of the rows of this rank. Adapters themselves are replicated.
+        """
+        master_weight = self._master_weights.get(name)
+        if master_weight is None or master_weight.shape != parameter.shape:
+            return parameter.detach()
+        return master_weight
 
     def compute_changes(
         self, params_with_grad: Collection[str], process_group: ProcessGroup = SINGLE_PROCESS
@@ -108,7 +142,12 @@ class ParamAudit:
         param_changes = []
         for part, is_trained in product(MODEL_PARTS, (True, False)):
             if sums := sums_by_group.get((part, is_trained), {}):
-                param_changes.append(_summarize_changes(part, is_trained, sums.values()))
+                # Weights with adapters are frozen parameters of the part.
+                frozen = sums_by_group.get((part, False), {}) if is_trained else {}
+                squared_base = fsum(one[5] for one in frozen.values())
+                param_changes.append(
+                    _summarize_changes(part, is_trained, sums.values(), squared_base)
+                )
         return param_changes
 
     def _sum_own_changes(
@@ -117,36 +156,72 @@ class ParamAudit:
         """Return sums over the local shard of each parameter, which can be added over the ranks.
 
         These are the number of elements, whether it changed, whether it received a gradient,
-        whether it is trained, and the squared norms of the change and of the initial values.
+        whether it is trained, and the squared norms of the change and of the initial values. The
+        change of an adapted layer is that of its up-projection, and its initial values are those of
+        the frozen parameters of the part.
         """
+        parts_with_adapters = set(map(get_part, self._adapters))
         own_sums: dict[str, list[float]] = {}
         for name, num_params, checksum, sample in self._iter_records():
             start_checksum, start_sample = self._start[name]
             squared_change = 0.0
             squared_start = 0.0
+            is_trained = name in self._master_weights
             if sample is not None and start_sample is not None:
-                squared_change = float((sample - start_sample).square().sum())
-                squared_start = float(start_sample.square().sum())
-            # Quantized weights are replicated on every rank.
-            is_counted = name not in self._quantized or process_group.is_main
+                scale = num_params / len(sample)
+                squared_change = scale * float((sample - start_sample).square().sum())
+                squared_start = scale * float(start_sample.square().sum())
+            # Replicated weights are equal on every rank.
+            is_counted = process_group.is_main or is_trained or self._is_sharded(name)
+            if is_counted and not is_trained and get_part(name) in parts_with_adapters:
+                squared_start = self._compute_frozen_norm(name)
             own_sums[name] = [
                 is_counted * num_params,
                 bool(checksum != start_checksum),
                 name in params_with_grad,
-                sample is not None,
+                is_trained,
                 squared_change,
                 squared_start,
             ]
+        if process_group.is_main:
+            for name, factors, scale in self._iter_factors():
+                # A rank may have no rows of it.
+                sums = own_sums.setdefault(name, [0, False, False, True, 0.0, 0.0])
+                initial = self._initial_factors.get(name)
+                sums[4] = scale**2 * float(compute_squared_delta(factors, initial))
         return own_sums
+
+    def _is_sharded(self, name: str) -> bool:
+        return hasattr(self._frozen.get(name), "to_local")
+
+    def _compute_frozen_norm(self, name: str) -> float:
+        """Return the squared norm of the local shard of a frozen, possibly quantized parameter."""
+        if name in self._quantized:
+            layers = self._quantized[name].dequantize_layers()
+            return sum(float(compute_squared_norm(layer_OI)) for layer_OI in layers)
+        return float(compute_squared_norm(_get_local(self._frozen[name])))
+
+
+def _get_local(parameter: nn.Parameter) -> Tensor:
+    """Return the values of a parameter, or of its local shard."""
+    tensor = parameter.detach()
+    # DTensor is slow to import.
+    if hasattr(tensor, "to_local"):
+        tensor = tensor.to_local()
+    return tensor
 
 
 def _summarize_changes(
-    part: ModelPart, is_trained: bool, sums: Collection[list[float]]
+    part: ModelPart, is_trained: bool, sums: Collection[list[float]], squared_base: float
 ) -> ParamChange:
-    """Combine the sums of all parameters of a group, in the order of `_sum_own_changes`."""
+    """Combine the sums of all parameters of a group, in the order of `_sum_own_changes`.
+
+    Args:
+        squared_base: Squared norm of frozen weights with adapters in the group; 0 without adapters.
+    """
     counts, changed, with_grad, _, squared_changes, squared_starts = zip(*sums, strict=True)
     change_norm = fsum(squared_changes) ** 0.5
-    start_norm = fsum(squared_starts) ** 0.5
+    start_norm = fsum((*squared_starts, squared_base)) ** 0.5
     if start_norm:
         relative_change = change_norm / start_norm
     elif change_norm:
@@ -164,6 +239,30 @@ def _summarize_changes(
     )
 
 
+def compute_squared_norm(tensor: Tensor) -> Tensor:
+    """Return the sum of the squares of all elements in fp64, on the device of the tensor."""
+    chunks = torch.split(tensor.reshape(-1), CHUNK_ELEMENTS)
+    # PyTorch sums pairwise, so that fp32 is precise within a chunk.
+    return torch.stack([chunk.float().square().sum() for chunk in chunks]).double().sum()
+
+
+def compute_squared_delta(factors: LoraFactors, initial: LoraFactors | None = None) -> Tensor:
+    """Return the squared norm of B A minus the initial product, in fp64.
+
+    The norm follows from products of size [R, R]: |B A|^2 = trace((B^T B) (A A^T)).
+    """
+    lora_A_RI = factors.lora_A.double()
+    lora_B_OR = factors.lora_B.double()
+    if initial is not None:
+        # The difference is a product of twice the rank.
+        lora_A_RI = torch.cat([lora_A_RI, initial.lora_A.to(lora_A_RI)])
+        lora_B_OR = torch.cat([lora_B_OR, -initial.lora_B.to(lora_B_OR)], 1)
+    gram_B_RR = lora_B_OR.T @ lora_B_OR
+    gram_A_RR = lora_A_RI @ lora_A_RI.T
+    # Rounding may make a difference of zero negative.
+    return (gram_B_RR * gram_A_RR).sum().clamp(min=0)
+
+
 def compute_checksum(tensor: Tensor) -> Tensor:
     """Sum the bits of a tensor as integers, on its device.
 
@@ -171,7 +270,7 @@ def compute_checksum(tensor: Tensor) -> Tensor:
     """
     bits_E = tensor.reshape(-1).view(_INT_DTYPES[tensor.itemsize])
     # In chunks, because torch first converts to int64.
-    chunks = torch.split(bits_E, CHECKSUM_CHUNK_ELEMENTS)
+    chunks = torch.split(bits_E, CHUNK_ELEMENTS)
     return torch.stack([chunk.sum(dtype=torch.int64) for chunk in chunks]).sum()
 
 

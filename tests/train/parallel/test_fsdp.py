@@ -71,6 +71,11 @@ def read_param_audit(folder: Path) -> list[list[Any]]:
     return [[row[name] for name in names] for row in rows]
 
 
+def read_relative_changes(folder: Path) -> dict[str, float]:
+    rows = json.loads((folder / "param_audit.json").read_text())
+    return {row["part"]: row["relative_change"] for row in rows if row["is_trained"]}
+
+
 def test_training_is_equal_for_1_2_and_4_ranks(tmp_path):
     """Resumed runs have other shards and smaller packs. Takes long: six runs, four processes."""
     task = make_mixed_task(tmp_path / "task")
@@ -115,6 +120,7 @@ def test_lora_training_is_equal_when_sharded(tmp_path):
     assert "the vision encoder is sharded" in (frozen / "metrics.jsonl").read_text()
     assert_close(two, alone)
     assert read_param_audit(two) == read_param_audit(alone)
+    assert read_relative_changes(two) == pytest.approx(read_relative_changes(alone), rel=1e-4)
     for name in ("adapter/adapter_model.safetensors", "model/model.safetensors"):
         ours, theirs = load_file(two / name), load_file(alone / name)
         assert ours.keys() == theirs.keys()

@@ -86,10 +86,32 @@ def test_group_fails_beyond_the_allowed_drop_or_below_its_minimum(
     questions = "[" + ", ".join(["{prompt: Say right., answer: right}"] * count) + "]"
     text = f"groups: {{g: {{metric: classification, questions: {questions}, {settings}}}}}"
     (group,) = load_suite(write_suite(tmp_path, text))
-    result = compare_answers(group, make_predictions(before, count), make_predictions(after, count))
+    answers = [make_predictions(before, count)], [make_predictions(after, count)]
+    (result,) = compare_answers([group], *answers)
     assert (DROPPED in result.problems, BELOW_MINIMUM in result.problems) == verdicts
     lost = [one["after"] for one in result.lost_answers]
     assert lost == ["?"] * min(5, max(0, before - after))
+
+
+def test_groups_fail_together(tmp_path):
+    """A drop that fails a single group is no clear drop among four groups, in one of them."""
+    questions = "[" + ", ".join(["{prompt: Say right., answer: right}"] * 20) + "]"
+    group = f"{{metric: classification, questions: {questions}}}"
+    text = "groups:\n" + "".join(f"  group-{number}: {group}\n" for number in range(4))
+    groups = load_suite(write_suite(tmp_path, text))
+    all_correct = make_predictions(20, 20)
+    some_lost = make_predictions(14, 20)
+    (alone,) = compare_answers(groups[:1], [all_correct], [some_lost])
+    assert alone.problems == [DROPPED]
+    # Ten gained and lost answers: no difference, but a test.
+    mixed = [*make_predictions(10, 10), *make_predictions(0, 10)]
+    before = [all_correct, mixed, mixed, mixed]
+    results = compare_answers(groups, before, [some_lost, *[mixed[::-1]] * 3])
+    assert not any(one.problems for one in results)
+    assert results[0].difference.high == 0
+    # Groups in which nothing changed do not count.
+    results = compare_answers(groups, [all_correct] * 4, [some_lost, *[all_correct] * 3])
+    assert [one.problems for one in results] == [[DROPPED], [], [], []]
 
 
 def test_updated_suite_keeps_its_text_and_accepts_the_same_answers(tmp_path):
@@ -98,11 +120,9 @@ def test_updated_suite_keeps_its_text_and_accepts_the_same_answers(tmp_path):
         groups = load_suite(path)
         answers = [make_predictions(1, len(one.samples)) for one in groups]
         answers[0][0] = make_predictions(0, 1)[0]
-        results = [compare_answers(*one) for one in zip(groups, answers, answers, strict=True)]
+        results = compare_answers(groups, answers, answers)
         updated = update_suite(path, groups, results)
-        assert not any(
-            compare_answers(*x).problems for x in zip(updated, answers, answers, strict=True)
-        )
+        assert not any(one.problems for one in compare_answers(updated, answers, answers))
     old, new = SUITE.splitlines(), path.read_text().splitlines()
     assert new[2] == "    min_score: 0"
     assert [*new[:2], *new[3:8]] == old[:7]
@@ -115,7 +135,7 @@ def test_linked_suite_is_updated_in_its_place(tmp_path):
     link.symlink_to(suite.name)
     groups = load_suite(link)
     answers = [make_predictions(1, len(one.samples)) for one in groups]
-    results = [compare_answers(*one) for one in zip(groups, answers, answers, strict=True)]
+    results = compare_answers(groups, answers, answers)
     update_suite(link, groups, results)
     assert link.is_symlink()
     assert suite.read_text().count("min_score: ") == len(groups)
@@ -127,7 +147,7 @@ def test_groups_of_an_alias_get_the_least_score(tmp_path):
     path.write_text(f"groups:\n  a: &same {group}\n  b: *same\n")
     groups = load_suite(path)
     answers = [make_predictions(0, 1), make_predictions(1, 1)]
-    results = [compare_answers(*one) for one in zip(groups, answers, answers, strict=True)]
+    results = compare_answers(groups, answers, answers)
     scores = sorted(one.difference.after for one in results)
     assert scores[0] < scores[1]
     assert {one.settings.min_score for one in update_suite(path, groups, results)} == {0}

@@ -7,7 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,6 +21,7 @@ from finesight import api
 from finesight.data.corpus import load_corpus
 from finesight.data.sample import read_samples
 from finesight.errors import TrainingInterrupted, UserError
+from finesight.evaluate.eval_case import EvalCase
 from finesight.launch import trial_search
 from finesight.recipe import load_recipe
 
@@ -307,3 +308,12 @@ def test_splits_have_no_common_images(recipe, num_splits, tmp_path, monkeypatch)
     source = Path(settings.data.train[0].path)
     ids = [one.id for one in read_samples(source)]
     assert sorted(validated) == sorted(ids) if num_splits > 1 else {*validated} < {*ids}
+
+
+@pytest.mark.parametrize(("num_others", "verdict"), [(0, "better"), (5, "no clear change")])
+def test_gain_of_one_trial_is_not_clear_among_many(num_others: int, verdict: str) -> None:
+    """Seven gained answers have a p-value of 0.016, the first step of six trials is 0.008."""
+    recipe = [EvalCase("b", (), ("a",), (), str(index)) for index in range(40)]
+    trial = [replace(case, answer="ab"[index >= 7]) for index, case in enumerate(recipe)]
+    (found,) = trial_search.compare_primary("classification", recipe, [trial], num_others)
+    assert (found.name, found.verdict) == ("accuracy", verdict)

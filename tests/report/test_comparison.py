@@ -56,7 +56,7 @@ def test_runs_and_prediction_files(first: Path, saved: Path, tmp_path: Path) -> 
     assert list_warnings(*entries) == []
     own, copied = compare(first, saved)["similarity"].cells
     assert (copied.value, copied.interval) == (own.value, own.interval)
-    assert (copied.change, copied.verdict) == (0.0, "unsure")
+    assert (copied.change, copied.verdict) == (0.0, "no clear change")
 
 
 def test_invalid_inputs_are_rejected(first: Path, tmp_path: Path) -> None:
@@ -120,8 +120,10 @@ def test_average_precision_of_sets_of_different_size_is_not_compared(tmp_path: P
     assert list_warnings(first, same) == []
 
 
-def test_differences_match_the_paired_comparison(first: Path, tmp_path: Path) -> None:
-    other = make_run(tmp_path / "other", make_sign_answers(tmp_path, BETTER), loss=0.5).folder
+def test_differences_match_the_paired_comparison(tmp_path: Path) -> None:
+    first = make_run(tmp_path / "first", make_sign_answers(tmp_path, MIXED * 2)).folder
+    answers = make_sign_answers(tmp_path, BETTER * 2)
+    other = make_run(tmp_path / "other", answers, loss=0.5).folder
     rows = compare(first, other)
     assert (next(iter(rows)), list(rows)[-1]) == ("similarity", "validation_loss")
     files = (folder / "predictions" / "after.jsonl" for folder in (first, other))
@@ -147,7 +149,7 @@ def test_missing_scores_of_a_predictions_file_are_computed(first: Path, saved: P
     assert "unknown" not in rows
     own, computed = rows["similarity"].cells
     assert (computed.value, computed.interval) == (own.value, own.interval)
-    assert computed.verdict == "unsure"
+    assert computed.verdict == "no clear change"
     runs = read_compared_runs([first, saved])
     assert runs[1].metric == "ocr"
     samples = compare_samples(runs)

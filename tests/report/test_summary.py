@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from browser import Browser
@@ -325,3 +326,22 @@ def test_stale_page_shows_its_age(browser: Browser, live_run: FakeRunDir) -> Non
     assert browser.run(shown) == ""
     browser.run("DATA.live.written_at -= 7200; showStaleNotice();")
     assert browser.run(shown) == "This page is 120 minutes old. The run may have ended."
+
+
+@pytest.mark.parametrize(("num_rewards", "is_clear"), [(1, True), (4, False)])
+def test_rewards_are_tested_together(num_rewards: int, is_clear: bool) -> None:
+    """A gain with a p-value of 0.03 is clear alone, but not among four rewards."""
+    gains = [0.22, 0.0, 0.0, 0.0][:num_rewards]
+    steps = []
+    for index in range(4):
+        line: JsonLine = {"reward": 0.5}
+        for number, gain in enumerate(gains):
+            mean = 0.4 + gain * (index == 3)
+            line |= {f"rewards/score_{number}/mean": mean, f"rewards/score_{number}/std": 0.1}
+        steps.append(line)
+    record = SimpleNamespace(steps=steps, recipe={"train": {"batch_size": 2}})
+    _, found = summary.compare_rewards(record)  # type: ignore[arg-type]
+    assert (found["score_0"][0] > 0) == is_clear
+    assert found["score_0"][1] > 0.4
+    described = summary.describe_rewards(record)  # type: ignore[arg-type]
+    assert ("better" in described) == is_clear

@@ -457,8 +457,8 @@ class StudioView:
                 files = self.workspace.load_recipe(state.recipe).data.eval
                 num_samples = sum(known[str(file.path)] for file in files)
         text = (
-            "Too few validation samples ({}) to tell whether training helps: {} are the minimum."
-            " Label more images, or import with a smaller fraction for training."
+            "{} validation samples show only very large changes; with {} or more, smaller ones"
+            " become clear. Label more images, or import with a smaller fraction for training."
         )
         is_few = num_samples < MIN_SAMPLES_UNBOUNDED
         return translate(text, num_samples, MIN_SAMPLES_UNBOUNDED) if is_few else ""

@@ -65,12 +65,14 @@ def _exact_lower_bound(successes: float, trials: float) -> float:
     return _bisect_root(missing_probability, 0.0, successes / trials)
 
 
-def tango_interval(num_gained: float, num_lost: float, num_trials: float) -> ConfidenceInterval:
-    """Compute the 95 % score interval of the difference of two paired proportions (Tango 1998).
+def tango_interval(
+    num_gained: float, num_lost: float, num_trials: float, level: float = CONFIDENCE_LEVEL
+) -> ConfidenceInterval:
+    """Compute the score interval of the difference of two paired proportions (Tango 1998).
 
     `num_gained` pairs fail before and succeed after, `num_lost` pairs the reverse.
     """
-    z = NormalDist().inv_cdf((1 + CONFIDENCE_LEVEL) / 2)
+    z = NormalDist().inv_cdf((1 + level) / 2)
     change = (num_gained - num_lost) / num_trials
 
     def score_statistic(difference: float) -> float:
@@ -422,9 +424,11 @@ def compute_intervals(
 
 
 def compute_difference_intervals(
-    before: Mapping[str, ScoreEstimator], after: Mapping[str, ScoreEstimator]
+    before: Mapping[str, ScoreEstimator],
+    after: Mapping[str, ScoreEstimator],
+    level: float = CONFIDENCE_LEVEL,
 ) -> dict[str, ConfidenceInterval | None]:
-    """Return the 95 % intervals of score differences (after - before); None if undefined.
+    """Return the intervals of score differences (after - before); None if undefined.
 
     Both evaluations must have the same samples in the same order.
     """
@@ -434,8 +438,8 @@ def compute_difference_intervals(
     for name, (old, new) in pairs.items():
         if get_missing_difference_reason(old, new):
             continue
-        if (counts := _count_discordant_pairs(old, new)) is not None:
-            result[name] = tango_interval(*counts)
+        if (counts := count_discordant_pairs(old, new)) is not None:
+            result[name] = tango_interval(*counts, level)
         else:
             ends = UNBOUNDED
             if old.is_bounded and new.is_bounded:
@@ -444,13 +448,13 @@ def compute_difference_intervals(
                 ends = new_low - old_high, new_high - old_low
             old_rates, new_rates = _choose_change_rates(old, new)
             statistics[name] = [(1, new, new_rates), (-1, old, old_rates)], ends
-    return result | _bootstrap(statistics)
+    return result | _bootstrap(statistics, level)
 
 
 def get_missing_difference_reason(before: ScoreEstimator, after: ScoreEstimator) -> str:
     """Return the reason why a score difference has no interval, or an empty string."""
     undefined = before.undefined_reason or after.undefined_reason
-    if undefined or _count_discordant_pairs(before, after) is not None:
+    if undefined or count_discordant_pairs(before, after) is not None:
         return undefined
     num_samples = len(before.sample_rates)
     if before.is_bounded and after.is_bounded:
@@ -462,7 +466,7 @@ def get_missing_difference_reason(before: ScoreEstimator, after: ScoreEstimator)
     return ""
 
 
-def _count_discordant_pairs(
+def count_discordant_pairs(
     before: ScoreEstimator, after: ScoreEstimator
 ) -> tuple[float, float, float] | None:
     """Count the trials that only one of two evaluations passes.
@@ -501,6 +505,7 @@ BootstrapTerms = Sequence[tuple[int, ScoreEstimator, tuple[float, float]]]
 
 def _bootstrap(
     statistics: Mapping[str, tuple[BootstrapTerms, ScoreBounds]],
+    level: float = CONFIDENCE_LEVEL,
 ) -> dict[str, ConfidenceInterval]:
     """Compute the interval of each score or difference from the same resamples, within bounds."""
     if not statistics:
@@ -520,7 +525,7 @@ def _bootstrap(
     intervals = {}
     for name, (terms, ends) in statistics.items():
         values = np.concatenate(chunks[name], axis=1)
-        intervals[name] = _build_interval(terms, values, ends)
+        intervals[name] = _build_interval(terms, values, ends, level)
     return intervals
 
 
@@ -549,7 +554,7 @@ def _compute_bound_values(
 
 
 def _build_interval(
-    terms: BootstrapTerms, values: FloatArray, ends: ScoreBounds
+    terms: BootstrapTerms, values: FloatArray, ends: ScoreBounds, level: float
 ) -> ConfidenceInterval:
     """Return the interval between bias-corrected quantiles of the resamples.
 
@@ -562,7 +567,7 @@ def _build_interval(
     shift = 0.0
     if unshifted:
         shift = 2 * (float(unshifted[0].mean()) - plug_in)
-    tail = (1 - CONFIDENCE_LEVEL) / 2
+    tail = (1 - level) / 2
     low = float(np.quantile(lows, tail)) - shift
     high = float(np.quantile(highs, 1 - tail)) - shift
     return ConfidenceInterval(min(max(low, ends[0]), score), max(min(high, ends[1]), score))

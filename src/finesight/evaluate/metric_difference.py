@@ -5,13 +5,12 @@ from __future__ import annotations
 import itertools
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, TypeVar
+from typing import TypeVar
 
 from finesight.config import MetricSpec
 from finesight.evaluate.bootstrap import (
-    MIN_SAMPLES,
     ConfidenceInterval,
     ScoreEstimator,
     compute_difference_intervals,
@@ -19,19 +18,17 @@ from finesight.evaluate.bootstrap import (
 )
 from finesight.evaluate.eval_case import EvalCase
 from finesight.evaluate.task_metrics import compute_metrics
+from finesight.evaluate.verdict import (
+    Estimators,
+    Verdict,
+    classify_change,
+    compute_p_values,
+    find_clear_differences,
+    include_zero,
+)
 from finesight.metric_components import get_score
 
-if TYPE_CHECKING:
-    pass
-
-
 T = TypeVar("T")
-
-Verdict = Literal["better", "worse", "no clear change", ""]
-"""Verdict on a difference; empty if it can have no interval."""
-
-MIN_VISIBLE_CHANGE = 5e-5
-"""Smallest difference that is not displayed as 0.0000."""
 
 REASON_UNSAMPLED = "no interval: only the sum over all samples is known"
 REASON_NO_PREDICTIONS = "no interval: the predictions are missing"
@@ -41,10 +38,14 @@ REASON_NO_PREDICTIONS = "no interval: the predictions are missing"
 class MetricDifference:
     """A score of two evaluations, with the 95 % confidence interval of the difference.
 
+    The verdict accounts for all differences of its family. Without a clear change, the interval
+    contains 0.
+
     Attributes:
         low: Lower bound of after - before; None, like `high`, without an interval.
         note: Reason for a missing interval, or a warning about the score.
         num_samples: Number of predictions of a proportion; 0 for other scores, or if unknown.
+        p_value: p-value of the difference alone, two-sided. None if it can never be clear.
     """
 
     name: str
@@ -55,6 +56,7 @@ class MetricDifference:
     verdict: Verdict
     note: str = ""
     num_samples: int = 0
+    p_value: float | None = None
 
     def describe(self) -> str:
         """Describe both scores, the interval of the difference and the verdict in words."""
@@ -83,40 +85,87 @@ def compare_cases(
 ) -> list[MetricDifference]:
     """Compare the scores of two sets of predictions for the same samples.
 
+    The result is empty without pairs, and if their number is not `num_samples`.
+    """
+    return compare_estimators(*pair_estimators(metric, before, after, num_samples=num_samples))
+
+
+def pair_estimators(
+    metric: MetricSpec,
+    before: Sequence[EvalCase],
+    after: Sequence[EvalCase],
+    *,
+    num_samples: int | None = None,
+) -> tuple[Estimators, Estimators]:
+    """Return the score estimators of two sets of predictions for the same samples.
+
     Predictions are paired by sample id, and in order for repeated ids. Unpaired predictions are
-    ignored. The result is empty without pairs, and if their number is not `num_samples`.
+    ignored. Both are empty without pairs, and if their number is not `num_samples`.
     """
     old = index_by_sample(before, lambda case: case.id)
     new = index_by_sample(after, lambda case: case.id)
     keys = [key for key in old if key in new]
     if not keys or len(keys) != (num_samples or len(keys)):
-        return []
+        return {}, {}
     old_result = compute_metrics(metric, [old[key] for key in keys])
     new_result = compute_metrics(metric, [new[key] for key in keys])
-    return compare_estimators(old_result.estimators, new_result.estimators)
+    return old_result.estimators, new_result.estimators
 
 
-def compare_estimators(
-    before: Mapping[str, ScoreEstimator], after: Mapping[str, ScoreEstimator]
-) -> list[MetricDifference]:
-    """Compare score estimators of the same samples in the same order."""
-    differences = []
-    for name, interval in compute_difference_intervals(before, after).items():
-        old = before[name]
-        new = after[name]
-        low, high = interval or (None, None)
-        verdict: Verdict = "no clear change"
-        if old.num_samples >= MIN_SAMPLES:
-            verdict = _classify_change(name, interval)
-        note = get_missing_difference_reason(old, new) or old.note
-        num_samples = 0
-        if old.successes_and_trials is not None and new.successes_and_trials is not None:
-            num_samples = old.num_samples
-        difference = MetricDifference(
-            name, old.score, new.score, low, high, verdict, note, num_samples
-        )
-        differences.append(difference)
+def compare_estimators(before: Estimators, after: Estimators) -> list[MetricDifference]:
+    """Compare score estimators of the same samples in the same order, as one family."""
+    (differences,) = compare_family([(before, after)])
     return differences
+
+
+def compare_family(
+    pairs: Sequence[tuple[Estimators, Estimators]], num_others: int = 0
+) -> list[list[MetricDifference]]:
+    """Compare pairs of evaluations whose differences get their verdicts together.
+
+    Args:
+        pairs: Score estimators before and after. Both have the same samples in the same order.
+        num_others: Number of further comparisons that could have been called clear.
+
+    Returns:
+        The differences of each pair.
+    """
+    num_tests = num_others + sum(len(before.keys() & after.keys()) for before, after in pairs)
+    tested = [compute_p_values(before, after, num_tests) for before, after in pairs]
+    p_values: list[float | None] = [1.0] * num_others
+    for one in tested:
+        p_values += one.values()
+    are_clear = iter(find_clear_differences(p_values)[num_others:])
+    family = []
+    for (before, after), p_value_by_name in zip(pairs, tested, strict=True):
+        intervals = compute_difference_intervals(before, after)
+        differences = []
+        for name, p_value in p_value_by_name.items():
+            interval = intervals[name]
+            if not next(are_clear) and interval is not None:
+                interval = include_zero(interval)
+            difference = _build_difference(name, before[name], after[name], interval, p_value)
+            differences.append(difference)
+        family.append(differences)
+    return family
+
+
+def _build_difference(
+    name: str,
+    before: ScoreEstimator,
+    after: ScoreEstimator,
+    interval: ConfidenceInterval | None,
+    p_value: float | None,
+) -> MetricDifference:
+    low, high = interval or (None, None)
+    verdict = classify_change(interval, lower_is_better=get_score(name).lower_is_better)
+    note = get_missing_difference_reason(before, after) or before.note
+    num_samples = 0
+    if before.successes_and_trials is not None and after.successes_and_trials is not None:
+        num_samples = before.num_samples
+    return MetricDifference(
+        name, before.score, after.score, low, high, verdict, note, num_samples, p_value
+    )
 
 
 def build_unsampled_difference(
@@ -124,20 +173,6 @@ def build_unsampled_difference(
 ) -> MetricDifference:
     """Compare two values of a score without per-sample values, such as the validation loss."""
     return MetricDifference(name, before, after, None, None, "", note)
-
-
-def _classify_change(name: str, interval: ConfidenceInterval | None) -> Verdict:
-    """Classify a change as clear if the interval excludes 0 and the change is visible."""
-    if interval is None or max(map(abs, interval)) < MIN_VISIBLE_CHANGE:
-        return "no clear change"
-    low, high = interval
-    if get_score(name).lower_is_better:
-        low, high = -high, -low
-    if low > 0:
-        return "better"
-    if high < 0:
-        return "worse"
-    return "no clear change"
 
 
 def align_columns(rows: Sequence[Sequence[str]], num_left: int) -> str:

@@ -22,10 +22,12 @@ from finesight.data.sample import (
     validate_sample,
 )
 from finesight.errors import UserError, suggest_name
+from finesight.evaluate.bootstrap import compute_difference_intervals
 from finesight.evaluate.eval_case import MetricResult, ReferenceAnswer, get_reference_answer
-from finesight.evaluate.metric_difference import MetricDifference, compare_estimators
+from finesight.evaluate.metric_difference import MetricDifference, compare_family
 from finesight.evaluate.prediction_file import create_case
 from finesight.evaluate.task_metrics import check_references, compute_metrics, get_primary_metric
+from finesight.evaluate.verdict import FAMILY_ERROR, Estimators
 from finesight.recipe import SettingKey, format_key, parse_recipe, read_recipe_text
 from finesight.setting_types import CoercedFloat, Names, SettingsSection
 from finesight.storage import write_file
@@ -54,8 +56,8 @@ class GuardQuestion(SettingsSection):
 class GuardGroup(SettingsSection):
     """A group of questions with one metric: inline, or in a file of samples.
 
-    The group fails if the primary metric is below `min_score`, or if the interval of its difference
-    from the base model is below -`allowed_drop`.
+    The group fails if the primary metric is below `min_score`, or if it is lower than that of the
+    base model by clearly more than `allowed_drop`.
     """
 
     metric: MetricName
@@ -196,25 +198,71 @@ GROUP_RESULTS: TypeAdapter[list[GroupResult]] = TypeAdapter(list[GroupResult])
 
 
 def compare_answers(
-    group: LoadedGroup, before: Sequence[Prediction], after: Sequence[Prediction]
-) -> GroupResult:
-    """Compare the base and tuned model's answers to a group of questions."""
-    settings = group.settings
-    references = group.list_references()
-    old = compute_metrics(settings.metric, [*map(create_case, before, references)])
-    new = compute_metrics(settings.metric, [*map(create_case, after, references)])
-    primary = get_primary_metric(settings.metric, old.scores)
-    differences = {one.name: one for one in compare_estimators(old.estimators, new.estimators)}
-    found = differences[primary]
-    if not found.before:
-        found = replace(found, note=found.note or "the base model scores 0")
-    problems = []
-    if found.verdict == "worse" and found.high is not None and found.high < -settings.allowed_drop:
-        problems.append(DROPPED)
-    if settings.min_score is not None and found.after < settings.min_score:
-        problems.append(BELOW_MINIMUM)
+    groups: Sequence[LoadedGroup],
+    before: Sequence[Sequence[Prediction]],
+    after: Sequence[Sequence[Prediction]],
+) -> list[GroupResult]:
+    """Compare the base and tuned model's answers to each group of questions.
+
+    The groups are one family: a model that has not changed fails any of them by chance with a
+    probability of at most 5 %.
+    """
+    pairs: list[tuple[Estimators, Estimators]] = []
     lost_answers = []
-    for index in _find_lost_samples(old, new)[:MAX_LOST_ANSWERS]:
+    for group, old_answers, new_answers in zip(groups, before, after, strict=True):
+        references = group.list_references()
+        old = _score(group, old_answers, references)
+        new = _score(group, new_answers, references)
+        primary = get_primary_metric(group.settings.metric, old.scores)
+        pairs.append(({primary: old.estimators[primary]}, {primary: new.estimators[primary]}))
+        indices = _find_lost_samples(old, new)[:MAX_LOST_ANSWERS]
+        lost_answers.append(_list_lost_answers(indices, references, old_answers, new_answers))
+    results = []
+    for group, pair, (found,), lost in zip(
+        groups, pairs, compare_family(pairs), lost_answers, strict=True
+    ):
+        if not found.before:
+            found = replace(found, note=found.note or "the base model scores 0")
+        problems = []
+        if found.verdict == "worse" and _exceeds_drop(*pair, group.settings, len(groups)):
+            problems.append(DROPPED)
+        minimum = group.settings.min_score
+        if minimum is not None and found.after < minimum:
+            problems.append(BELOW_MINIMUM)
+        results.append(GroupResult(group.name, len(group.samples), found, problems, lost))
+    return results
+
+
+def _score(
+    group: LoadedGroup, answers: Sequence[Prediction], references: Sequence[ReferenceAnswer]
+) -> MetricResult:
+    cases = [*map(create_case, answers, references)]
+    return compute_metrics(group.settings.metric, cases)
+
+
+def _exceeds_drop(
+    before: Estimators, after: Estimators, settings: GuardGroup, num_groups: int
+) -> bool:
+    """Return whether the drop of a group is clearly larger than `allowed_drop`.
+
+    The verdict answers this without an allowed drop. Otherwise, the interval has to lie below it at
+    the level of Bonferroni's rule, because the order of Holm's rule is that of drops from 0.
+    """
+    if not settings.allowed_drop:
+        return True
+    level = 1 - FAMILY_ERROR / num_groups
+    (interval,) = compute_difference_intervals(before, after, level).values()
+    return interval is not None and interval.high < -settings.allowed_drop
+
+
+def _list_lost_answers(
+    indices: Sequence[int],
+    references: Sequence[ReferenceAnswer],
+    before: Sequence[Prediction],
+    after: Sequence[Prediction],
+) -> list[dict[str, str]]:
+    lost_answers = []
+    for index in indices:
         lost_answers.append(
             {
                 "id": before[index].id,
@@ -224,7 +272,7 @@ def compare_answers(
                 "after": after[index].answer,
             }
         )
-    return GroupResult(group.name, len(group.samples), found, problems, lost_answers)
+    return lost_answers
 
 
 def _find_lost_samples(before: MetricResult, after: MetricResult) -> list[int]:

@@ -29,14 +29,18 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import BaseModel, ValidationError
 
 from finesight.bounded_files import read_bytes
-from finesight.config import Recipe
+from finesight.config import MetricSpec, Recipe
 from finesight.data.corpus import Corpus, load_corpus
 from finesight.data.image_file import get_file, split_page
 from finesight.data.importer import group_rows, split_by_image
 from finesight.data.sample import LocatedSample, Sample, write_samples
 from finesight.errors import TrainingInterrupted, UserError, format_count
 from finesight.evaluate.eval_case import EvalCase
-from finesight.evaluate.metric_difference import MetricDifference, compare_cases
+from finesight.evaluate.metric_difference import (
+    MetricDifference,
+    compare_family,
+    pair_estimators,
+)
 from finesight.evaluate.prediction_file import read_predictions
 from finesight.evaluate.task_metrics import compute_metrics, get_primary_metric
 from finesight.label.label_store import relocate_sample
@@ -605,7 +609,9 @@ class TrialSearch:
         best, second, *_ = ranked
         later = [one for one in trials[best.number + 1 :] if one.rungs]
         if len(later) >= PATIENCE:
-            difference = self._compare(self._read_cases(second), self._read_cases(best))
+            (difference,) = compare_primary(
+                self._metric, self._read_cases(second), [self._read_cases(best)]
+            )
             if difference.verdict != "better":
                 return f"no clear difference of the best two trials: {difference.describe()}"
         return ""
@@ -785,32 +791,32 @@ class TrialSearch:
                 remedy="correct the recipe or its section search, and choose another --out",
             )
 
-    def _compare(self, before: list[EvalCase], after: list[EvalCase]) -> MetricDifference:
-        """Compare the primary metric of two sets of answers to the same samples."""
-        differences = {}
-        scores = {}
-        for one in compare_cases(self._metric, before, after):
-            differences[one.name] = one
-            scores[one.name] = one.after
-        return differences[get_primary_metric(self._metric, scores)]
-
     def _choose(self, gpu: str | None) -> None:
-        """Evaluate the best trial if it is clearly better than the recipe, else the recipe.
+        """Evaluate the best trial that is clearly better than the recipe, else the recipe.
 
-        The split `data.eval` of the recipe has no part in the choice.
+        The best of many equal trials has a higher score by chance. Therefore, all trials with a
+        score are one family, also those that were pruned for it. The split `data.eval` of the
+        recipe has no part in the choice.
         """
         record = self.record
         default = record.trials[0]
-        best = self._rank_complete()[0]
+        ranked = self._rank_complete()
+        best = ranked[0]
+        others = [one for one in ranked if one is not default]
+        answers = [*map(self._read_cases, others)]
+        num_pruned = len(record.rank_trials()) - len(ranked)
+        compared = compare_primary(self._metric, self._read_cases(default), answers, num_pruned)
         choice = default
         reasons = [*record.reasons]
         if best is default:
             reasons.append("no trial has a higher score than the recipe")
-        else:
-            difference = self._compare(self._read_cases(default), self._read_cases(best))
+        for trial, difference in zip(others, compared, strict=True):
             if difference.verdict == "better":
-                choice = best
-            reasons.append(f"the recipe and trial {best.number}: {difference.describe()}")
+                choice = trial
+            if trial in (best, choice):
+                reasons.append(f"the recipe and trial {trial.number}: {difference.describe()}")
+            if choice is trial:
+                break
         reasons.append(f"chosen: trial {choice.number}, {format_settings(choice.settings)}")
         test = self._out / "data" / "test.jsonl"
         if test.is_file():
@@ -852,8 +858,30 @@ class TrialSearch:
             self.record.test[one.number] = score
             results.append(f"trial {one.number} on data.eval: {name} {score:.4f}")
         if len(cases) == 2:
-            results.append(f"both on data.eval: {self._compare(*cases).describe()}")
+            (difference,) = compare_primary(self._metric, cases[0], cases[1:])
+            results.append(f"both on data.eval: {difference.describe()}")
         return results
+
+
+def compare_primary(
+    metric: MetricSpec,
+    before: Sequence[EvalCase],
+    others: Sequence[Sequence[EvalCase]],
+    num_others: int = 0,
+) -> list[MetricDifference]:
+    """Compare the primary metric of several sets of answers with those before, as one family.
+
+    Args:
+        others: Sets of answers to the same samples.
+        num_others: Number of further trials that could have been chosen, such as pruned ones.
+    """
+    pairs = []
+    for after in others:
+        old, new = pair_estimators(metric, before, after)
+        scores = {name: one.score for name, one in new.items()}
+        name = get_primary_metric(metric, scores)
+        pairs.append(({name: old[name]}, {name: new[name]}))
+    return [*chain.from_iterable(compare_family(pairs, num_others))]
 
 
 def format_settings(settings: Mapping[str, Any]) -> str:

@@ -488,8 +488,8 @@ def compare(
 ) -> Outcome[RunComparison]:
     """Compare runs with a baseline run, on the validation samples that both answered.
 
-    The page contains the differences of recipes and data, metrics with 95 % intervals and the
-    significance of each difference, loss curves, cost, and samples side by side. Unfinished runs
+    The page contains the differences of recipes and data, metrics with 95 % intervals and a verdict
+    on each difference, loss curves, cost, and samples side by side. Unfinished runs
     are allowed. The page needs no network. An unchanged page of the same runs is replaced, but no
     other file.
 
@@ -524,8 +524,8 @@ def guard(
     """Compare a run with its base model on fixed questions, to find what it has forgotten.
 
     Writes RUN/guard.json and a section of the report. Exit code: 0 without a regression, 3 if the
-    metric of a group has dropped by more than its allowed_drop beyond chance (95 % interval of the
-    paired difference), or is below its min_score.
+    metric of a group has dropped by more than its allowed_drop beyond chance, or is below its
+    min_score. Chance fails an unchanged model in at most 5 %, for all groups together.
 
     Example: finesight guard runs/latex
 
@@ -569,10 +569,10 @@ def guard(
         answers.append(_answer_groups(model, groups, name, batch_size, console))
         del model  # The base model may need the memory.
     tuned, base = answers
-    results = [*map(regression_guard.compare_answers, groups, base, tuned)]
+    results = regression_guard.compare_answers(groups, base, tuned)
     if update:
         groups = regression_guard.update_suite(file, groups, results)
-        results = [*map(regression_guard.compare_answers, groups, base, tuned)]
+        results = regression_guard.compare_answers(groups, base, tuned)
         console.log(f"updated: {file}")
     data = {"suite": str(file), "groups": [asdict(one) for one in results]}
     write_file(run_dir / GUARD_FILE, json.dumps(data, ensure_ascii=False, indent=1).encode())

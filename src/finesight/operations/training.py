@@ -406,6 +406,7 @@ def advise_run(run_record: RunRecord, run: Path) -> list[Step]:
     longer training if the loss still falls. Otherwise, the model can be served.
     """
     from finesight.doctor.run_check import scale_duration
+    from finesight.evaluate.bootstrap import clopper_pearson_interval
     from finesight.evaluate.metric_difference import count_correct
     from finesight.manifest import RECIPE_FILE
     from finesight.report.metric_rows import read_metrics
@@ -441,7 +442,12 @@ def advise_run(run_record: RunRecord, run: Path) -> list[Step]:
     elif not steps:
         reason = ""
         if count is not None:
-            reason = f"{count} of {total} answers are correct"
+            interval = clopper_pearson_interval(count, total)
+            low = math.floor(100 * interval.low)
+            high = math.ceil(100 * interval.high)
+            reason = (
+                f"{count} of {total} answers are correct; expect {low} to {high} of 100 new ones"
+            )
         steps.append(Step("serve", {"run_or_model": str(run)}, reason))
     return steps
 
@@ -539,7 +545,7 @@ def search(
     Each trial is a run in FOLDER/trials. It stops after 1/9 and 1/3 of its steps, and resumes if
     its score is among the best third. Scores are those of eval.metric on a validation split of
     data.train, or by cross-validation with less than 300 samples. The first trial is the recipe
-    itself. Another one is chosen only if it is better beyond the 95 % interval of the difference.
+    itself. Another one is chosen only if it is clearly better in a test of all trials together.
     data.eval is evaluated once, at the end.
 
     Writes FOLDER/search.json, FOLDER/report.html and FOLDER/best.yaml, a recipe for `finesight

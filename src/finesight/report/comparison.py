@@ -19,11 +19,12 @@ from finesight.evaluate.eval_case import MetricResult, mean_metrics
 from finesight.evaluate.metric_difference import (
     MetricDifference,
     build_unsampled_difference,
-    compare_estimators,
+    compare_family,
     index_by_sample,
 )
 from finesight.evaluate.prediction_file import ScoredPrediction, read_predictions
 from finesight.evaluate.task_metrics import check_references, compute_metrics
+from finesight.evaluate.verdict import Estimators
 from finesight.metric_components import METRICS, VALIDATION_LOSS, find_score, get_metric
 from finesight.objective_components import DEFAULT_OBJECTIVE
 from finesight.report.examples import ExampleSet, build_example_set
@@ -380,12 +381,13 @@ def compare_metrics(runs: Sequence[ComparedRun]) -> list[MetricRow]:
     primary_metric = next(filter(None, primary_metrics), "")
     recorded = dict.fromkeys(chain.from_iterable(cells_by_run))
     names = sorted(recorded, key=lambda name: (name == VALIDATION_LOSS, name != primary_metric))
-    for run, cells in zip(runs[1:], cells_by_run[1:], strict=True):
+    differences_by_run = _compute_differences(runs, compute_result)
+    for run, cells, differences in zip(runs[1:], cells_by_run[1:], differences_by_run, strict=True):
         keys, _ = find_common_samples(runs[0], run)
         num_common = 0
         if any(len(one.predictions) != len(keys) for one in (runs[0], run)):
             num_common = len(keys)
-        for name, difference in _compute_differences(runs[0], run, compute_result).items():
+        for name, difference in differences.items():
             cell = replace(cells.get(name, MISSING_CELL), difference=difference)
             if name != VALIDATION_LOSS:
                 cell = replace(cell, num_common=num_common)
@@ -418,25 +420,35 @@ def _collect_cells(run: ComparedRun, compute_result: ComputeResultFn) -> dict[st
 
 
 def _compute_differences(
-    reference_run: ComparedRun, other_run: ComparedRun, compute_result: ComputeResultFn
-) -> dict[str, MetricDifference]:
-    differences: dict[str, MetricDifference] = {}
-    keys, _ = find_common_samples(reference_run, other_run)
-    if reference_run.metric == other_run.metric and keys:
-        before = compute_result(reference_run, tuple(keys))
-        after = compute_result(other_run, tuple(keys))
-        if before is not None and after is not None:
-            for one in compare_estimators(before.estimators, after.estimators):
-                differences[one.name] = one
+    runs: Sequence[ComparedRun], compute_result: ComputeResultFn
+) -> list[dict[str, MetricDifference]]:
+    """Return the differences of each further run from the baseline, which are one family."""
+    reference_run, *other_runs = runs
+    pairs: list[tuple[Estimators, Estimators]] = []
+    for run in other_runs:
+        keys, _ = find_common_samples(reference_run, run)
+        before = None
+        after = None
+        if reference_run.metric == run.metric and keys:
+            before = compute_result(reference_run, tuple(keys))
+            after = compute_result(run, tuple(keys))
+        if before is None or after is None:
+            pairs.append(({}, {}))
+        else:
+            pairs.append((before.estimators, after.estimators))
     before_loss = read_metrics(reference_run.evaluation).get(VALIDATION_LOSS)
-    after_loss = read_metrics(other_run.evaluation).get(VALIDATION_LOSS)
-    if before_loss is None or after_loss is None:
-        return differences
-    if not explain_loss_mismatch(reference_run, other_run):
-        differences[VALIDATION_LOSS] = build_unsampled_difference(
-            VALIDATION_LOSS, before_loss, after_loss
-        )
-    return differences
+    differences_by_run = []
+    for run, compared in zip(other_runs, compare_family(pairs), strict=True):
+        differences = {one.name: one for one in compared}
+        after_loss = read_metrics(run.evaluation).get(VALIDATION_LOSS)
+        differences_by_run.append(differences)
+        if before_loss is None or after_loss is None:
+            continue
+        if not explain_loss_mismatch(reference_run, run):
+            differences[VALIDATION_LOSS] = build_unsampled_difference(
+                VALIDATION_LOSS, before_loss, after_loss
+            )
+    return differences_by_run
 
 
 MAX_SAMPLES = 600

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
-from typing import Literal
 
 from finesight.evaluate.custom_metric import parse_metric_path
 from finesight.evaluate.eval_case import group_notes
@@ -15,18 +14,10 @@ from finesight.evaluate.metric_difference import (
     build_unsampled_difference,
     count_correct,
 )
+from finesight.evaluate.verdict import Verdict
 from finesight.metric_components import PAIR_METRICS, VALIDATION_LOSS, get_score
 from finesight.report.i18n import translate
 from finesight.report.run_reader import OTHER_SAMPLES, JsonObject, as_object, is_finite
-
-Verdict = Literal["better", "worse", "unsure", ""]
-
-VERDICT_TEXTS: dict[Verdict, str] = {
-    "better": "better",
-    "worse": "worse",
-    "unsure": "no clear change",
-    "": "",
-}
 
 IntervalBounds = tuple[float, float]
 
@@ -69,13 +60,21 @@ class MetricCell:
         """Verdict on the difference, such as `better`. Empty without a confidence interval."""
         if self.difference is None or not self.change_interval:
             return ""
-        verdict = self.difference.verdict
-        return "unsure" if verdict == "no clear change" else verdict
+        return self.difference.verdict
 
     @property
     def verdict_text(self) -> str:
         """Translated verdict on the difference."""
-        return translate(VERDICT_TEXTS[self.verdict])
+        if not self.verdict:
+            return ""
+        return translate(self.verdict)
+
+    @property
+    def chip(self) -> str:
+        """CSS class of the verdict. Empty without one."""
+        if self.verdict == "no clear change":
+            return "unsure"
+        return self.verdict
 
 
 @dataclass(frozen=True)
@@ -243,7 +242,7 @@ def describe_change(row: MetricRow) -> str:
 CONCLUSIONS: dict[Verdict, str] = {
     "better": "better in {}",
     "worse": "worse in {}",
-    "unsure": "no clear difference in {}",
+    "no clear change": "no clear difference in {}",
 }
 """Part of a conclusion about the metrics with a verdict."""
 
@@ -267,7 +266,7 @@ def conclude(
     parts = []
     for verdict, text in CONCLUSIONS.items():
         shown = judged
-        if verdict == "unsure":
+        if verdict == "no clear change":
             shown = judged[:1]  # The first metric is the main one.
         found = [row.name for row in shown if row.cells[index].verdict == verdict]
         if found:

@@ -16,6 +16,12 @@ from typing import Literal
 
 from finesight.data.example_question import ExampleQuestion, read_public_example
 from finesight.errors import Step
+from finesight.evaluate.verdict import (
+    classify_change,
+    compute_normal_p_value,
+    find_clear_differences,
+    include_zero,
+)
 from finesight.family_components import FAMILIES
 from finesight.manifest import CHECKPOINTS_FOLDER, METRICS_FILE
 from finesight.progress import MAX_DATA_WAIT_FRACTION
@@ -391,12 +397,16 @@ def _list_values(lines: Sequence[JsonObject], key: str) -> list[float]:
 def compare_rewards(
     run_record: RunRecord,
 ) -> tuple[tuple[list[JsonObject], list[JsonObject]], dict[str, IntervalBounds]]:
-    """Return the first and last quarter of steps, and 95 % intervals of gains."""
+    """Return the first and last quarter of steps, and 95 % intervals of gains.
+
+    All rewards are one family: the interval of a gain that is not clear in it contains 0.
+    """
     steps = [line for line in run_record.steps if is_finite(line.get("reward"))]
     size = max(1, len(steps) // 4)
     first = steps[:size]
     last = steps[-size:]
     gains = {}
+    p_values = []
     for name in list_reward_names(steps):
         before, before_margin = estimate_reward(run_record, first, name)
         after, after_margin = estimate_reward(run_record, last, name)
@@ -404,6 +414,10 @@ def compare_rewards(
         margin = math.hypot(before_margin, after_margin)
         if not math.isnan(change):
             gains[name] = change - margin, change + margin
+            p_values.append(compute_normal_p_value(change, margin))
+    for name, is_clear in zip([*gains], find_clear_differences(p_values), strict=True):
+        if not is_clear:
+            gains[name] = include_zero(gains[name])
     return (first, last), gains
 
 
@@ -416,14 +430,10 @@ def describe_rewards(run_record: RunRecord) -> str:
     after = format_value(mean(_list_values(last, "reward")))
     text = "Reward of the first and last {:,} steps: {} → {}"
     texts = [translate(text, len(first), before, after)]
-    for name, (low, high) in gains.items():
-        verdict = "no clear change"
-        if low > 0:
-            verdict = "better"
-        elif high < 0:
-            verdict = "worse"
-        change = format_change_interval((low, high))
-        texts.append(f"{format_metric_name(name)} {change}: {translate(verdict)}")
+    for name, gain in gains.items():
+        change = format_change_interval(gain)
+        verdict = translate(classify_change(gain))
+        texts.append(f"{format_metric_name(name)} {change}: {verdict}")
     return translate("; ").join(texts)
 
 

@@ -1,0 +1,190 @@
+"""Verdicts on differences of paired evaluations, with one error rate for all of a page.
+
+A page compares several metrics, groups or runs. If nothing has changed, the probability that any
+of its differences is called better or worse is at most `FAMILY_ERROR`:
+
+- Proportions: exact McNemar test on the samples that changed.
+- All other scores: permutation test, which swaps the two answers to random samples. It needs no
+  assumption on the distribution of a score, and applies to ratios and corpus scores as they are.
+- All differences of a page: Holm's step-down rule (1979).
+
+The intervals on a page are those of single differences. Only the tests decide, because intervals
+that are adjusted to the family would not be comparable between pages. If the tests do not find a
+difference clear, `include_zero` extends its interval, so that interval and verdict agree.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Literal
+
+import numpy as np
+
+from finesight.evaluate.bootstrap import (
+    MAX_CHUNK_ELEMENTS,
+    MIN_SAMPLES,
+    SEED,
+    ConfidenceInterval,
+    FloatArray,
+    ScoreEstimator,
+    count_discordant_pairs,
+    get_missing_difference_reason,
+)
+
+Verdict = Literal["better", "worse", "no clear change", ""]
+"""Verdict on a difference; empty if it can have no interval."""
+
+FAMILY_ERROR = 0.05
+"""Maximum probability of a verdict on any difference of a page without a real difference."""
+
+MIN_VISIBLE_CHANGE = 5e-5
+"""Smallest difference that is not displayed as 0.0000."""
+
+MIN_SWAPS = 2000
+SWAPS_PER_TEST = 40
+"""Swaps for each test of a family, so that the first step of Holm's rule is twice the least p."""
+
+Estimators = Mapping[str, ScoreEstimator]
+
+
+def classify_change(
+    interval: tuple[float, float] | None, *, lower_is_better: bool = False
+) -> Verdict:
+    """Classify a change as clear if the interval excludes 0 and the change is visible."""
+    if interval is None or max(map(abs, interval)) < MIN_VISIBLE_CHANGE:
+        return "no clear change"
+    low, high = interval
+    if low > 0:
+        return "worse" if lower_is_better else "better"
+    if high < 0:
+        return "better" if lower_is_better else "worse"
+    return "no clear change"
+
+
+def include_zero(interval: tuple[float, float]) -> ConfidenceInterval:
+    """Extend the interval of a difference that is not clear to 0."""
+    low, high = interval
+    return ConfidenceInterval(min(low, 0.0), max(high, 0.0))
+
+
+def find_clear_differences(p_values: Sequence[float | None]) -> list[bool]:
+    """Return which differences of a family are clear by Holm's rule.
+
+    Args:
+        p_values: p-value of each difference. None for one that is never clear, which does not
+            count.
+    """
+    tested = []
+    for index, p_value in enumerate(p_values):
+        if p_value is not None:
+            tested.append((p_value, index))
+    is_clear = [False] * len(p_values)
+    for rank, (p_value, index) in enumerate(sorted(tested)):
+        if p_value > FAMILY_ERROR / (len(tested) - rank):
+            break
+        is_clear[index] = True
+    return is_clear
+
+
+def compute_mcnemar_p_value(num_gained: int, num_lost: int) -> float:
+    """Compute the two-sided p-value of the exact McNemar test."""
+    total = num_gained + num_lost
+    least = min(num_gained, num_lost)
+    log_ways = math.lgamma(total + 1) - math.lgamma(least + 1) - math.lgamma(total - least + 1)
+    # Each smaller count multiplies the binomial probability by count / (total - count + 1).
+    counts = np.arange(least, 0, -1)
+    factors = np.cumprod(counts / (total - counts + 1))
+    tail = math.exp(log_ways - total * math.log(2)) * (1 + float(factors.sum()))
+    return min(1.0, 2 * tail)
+
+
+def compute_normal_p_value(change: float, margin: float) -> float:
+    """Compute the two-sided p-value of a normal change with the half 95 % interval `margin`."""
+    if not margin:
+        return float(change == 0)
+    return math.erfc(1.96 * abs(change) / margin / math.sqrt(2))
+
+
+def compute_p_values(
+    before: Estimators, after: Estimators, num_tests: int
+) -> dict[str, float | None]:
+    """Compute the p-value of the difference of each score of the same samples.
+
+    The p-value is None if the difference is never clear: it has no interval, or too few samples
+    changed. Because this does not depend on the direction of the changes, the difference need not
+    count as a test of the family.
+
+    Args:
+        num_tests: Number of tests in the family.
+    """
+    p_values: dict[str, float | None] = {}
+    permuted: dict[str, tuple[ScoreEstimator, ScoreEstimator]] = {}
+    for name, old in before.items():
+        if name not in after:
+            continue
+        new = after[name]
+        p_values[name] = None
+        if get_missing_difference_reason(old, new):
+            continue
+        counts = count_discordant_pairs(old, new)
+        # Sums can be swapped if they have the same columns. Classes may differ if a sample has
+        # references of several classes.
+        if counts is None and old.pseudo_sums.shape == new.pseudo_sums.shape:
+            permuted[name] = old, new
+        elif counts is not None and counts[0] + counts[1] >= MIN_SAMPLES:
+            p_values[name] = compute_mcnemar_p_value(int(counts[0]), int(counts[1]))
+    num_swaps = max(MIN_SWAPS, SWAPS_PER_TEST * num_tests)
+    return p_values | _permute(permuted, num_swaps)
+
+
+def _permute(
+    pairs: Mapping[str, tuple[ScoreEstimator, ScoreEstimator]], num_swaps: int
+) -> dict[str, float | None]:
+    """Compute the p-value of each difference by the same swaps, None if no sample changed.
+
+    It is the share of swaps with at least the observed difference. The observed one counts.
+    """
+    if not pairs:
+        return {}
+    sum_functions = {one.weighted_sums for pair in pairs.values() for one in pair}
+    num_samples = max(len(old.sample_rates) for old, _ in pairs.values())
+    everything = np.ones((1, num_samples))
+    totals = {function: function(everything) for function in sum_functions}
+    changes: defaultdict[str, list[FloatArray]] = defaultdict(list)
+    has_changed: set[str] = set()
+    for swaps in _iter_swaps(num_samples, num_swaps):
+        sums = {function: function(swaps) for function in sum_functions}
+        for name, (old, new) in pairs.items():
+            moved = sums[new.weighted_sums] - sums[old.weighted_sums]
+            if moved.any():
+                has_changed.add(name)
+            swapped_before = old.score_from_sums(totals[old.weighted_sums] + moved)
+            swapped_after = new.score_from_sums(totals[new.weighted_sums] - moved)
+            changes[name].append(np.abs(swapped_after - swapped_before))
+    p_values: dict[str, float | None] = dict.fromkeys(pairs)
+    for name in has_changed:
+        values = np.concatenate(changes[name])
+        # Equal differences differ by rounding.
+        p_values[name] = float((values >= values[0] - 1e-9).mean())
+    return p_values
+
+
+def _iter_swaps(num_samples: int, num_swaps: int) -> Iterator[FloatArray]:
+    """Yield chunks of swaps, 1 for each sample whose answers are swapped: (R, N).
+
+    The first swap changes nothing. Few samples have all possible swaps.
+    """
+    if num_samples < math.log2(num_swaps):
+        bits = np.arange(2**num_samples)[:, None] >> np.arange(num_samples)
+        yield (bits & 1).astype(np.float64)
+        return
+    yield np.zeros((1, num_samples))
+    rng = np.random.default_rng(SEED)
+    chunk_rows = max(1, MAX_CHUNK_ELEMENTS // num_samples)
+    for start in range(1, num_swaps, chunk_rows):
+        count = min(chunk_rows, num_swaps - start)
+        # Swaps of a sample are contiguous, because sums index them by sample.
+        bits = rng.integers(0, 2, (num_samples, count), dtype=np.int8)
+        yield bits.astype(np.float64).T

@@ -1,0 +1,174 @@
+"""How often equal models get a verdict: seeded simulations of pages, guards and searches.
+
+The decision functions are those of the commands. Answers of two models to a sample are independent
+draws of the same distribution, which depends on the sample.
+"""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from finesight.evaluate.bootstrap import ScoreEstimator, estimate_mean, estimate_ratio
+from finesight.evaluate.eval_case import EvalCase
+from finesight.evaluate.metric_difference import compare_family
+from finesight.evaluate.regression_guard import DROPPED, LoadedGroup, compare_answers, load_suite
+from finesight.evaluate.verdict import FAMILY_ERROR
+from finesight.infer.prediction import Prediction
+from finesight.launch.trial_search import compare_primary
+
+
+def compute_most(num_pages: int) -> float:
+    """Return a share of pages that not one in 1,000 simulations exceeds by chance."""
+    return FAMILY_ERROR + 3.1 * math.sqrt(FAMILY_ERROR * (1 - FAMILY_ERROR) / num_pages)
+
+
+def draw_model(
+    rng: np.random.Generator, kind: str, difficulties_N: np.ndarray, num_metrics: int
+) -> dict[str, ScoreEstimator]:
+    """Draw the correlated scores of a model: proportions, skewed means, or ratios of sums."""
+    num_samples = len(difficulties_N)
+    answers_N = difficulties_N + rng.normal(size=num_samples)
+    sizes_N = np.ceil(np.exp(difficulties_N))
+    estimators = {}
+    for index in range(num_metrics):
+        # About 40 % zeros and 25 % ones.
+        values_N = np.clip((answers_N + rng.normal(size=num_samples)) / 2 + 0.3, 0, 1)
+        name = f"score_{index}"
+        if kind == "binary":
+            estimators[name] = estimate_mean(np.round(values_N))
+        elif kind == "skewed":
+            estimators[name] = estimate_mean(values_N)
+        else:
+            predicted_N = sizes_N + rng.poisson(1.0, num_samples)
+            correct_N = np.round(values_N * sizes_N)
+            estimators[name] = estimate_ratio(2 * correct_N, sizes_N + predicted_N)
+    return estimators
+
+
+def count_pages(
+    kind: str, num_samples: int, num_metrics: int, num_runs: int, num_pages: int
+) -> int:
+    """Count the pages with a verdict on equal runs. The first run is the baseline."""
+    rng = np.random.default_rng([num_samples, num_metrics, num_runs])
+    num_found = 0
+    for _ in range(num_pages):
+        difficulties_N = rng.normal(size=num_samples)
+        baseline = draw_model(rng, kind, difficulties_N, num_metrics)
+        pairs = []
+        for _ in range(num_runs):
+            pairs.append((baseline, draw_model(rng, kind, difficulties_N, num_metrics)))
+        family = [one for differences in compare_family(pairs) for one in differences]
+        for one in family:
+            assert one.verdict == "no clear change" or one.low * one.high > 0
+            assert one.verdict != "no clear change" or one.low <= 0 <= one.high
+        num_found += any(one.verdict != "no clear change" for one in family)
+    return num_found
+
+
+@pytest.mark.parametrize("kind", ["binary", "skewed"])
+def test_equal_runs_rarely_get_a_verdict(kind: str) -> None:
+    num_pages = 100
+    found = count_pages(kind, 30, num_metrics=4, num_runs=2, num_pages=num_pages)
+    assert found <= compute_most(num_pages) * num_pages
+
+
+PAGES_BY_SIZE = {
+    "binary": {8: 1000, 30: 1000, 100: 1000, 400: 800, 2000: 400},
+    "skewed": {8: 400, 30: 300, 100: 200, 400: 100, 2000: 40},
+    "ratio": {8: 400, 30: 300, 100: 200, 400: 100, 2000: 40},
+}
+
+
+@pytest.mark.fuzz
+@pytest.mark.parametrize(("num_metrics", "num_runs"), [(1, 1), (8, 1), (2, 7)])
+@pytest.mark.parametrize("num_samples", [8, 30, 100, 400, 2000])
+@pytest.mark.parametrize("kind", PAGES_BY_SIZE)
+def test_pages_of_equal_runs_rarely_have_a_verdict(
+    kind: str, num_samples: int, num_metrics: int, num_runs: int
+) -> None:
+    num_pages = PAGES_BY_SIZE[kind][num_samples]
+    found = count_pages(kind, num_samples, num_metrics, num_runs, num_pages)
+    assert found <= compute_most(num_pages) * num_pages
+
+
+def load_groups(
+    folder: Path, metric: str, num_samples: int, allowed_drop: float
+) -> list[LoadedGroup]:
+    questions = ", ".join(["{prompt: Say right., answer: right}"] * num_samples)
+    group = f"{{metric: {metric}, questions: [{questions}], allowed_drop: {allowed_drop}}}"
+    file = folder / "suite.yaml"
+    file.write_text("groups:\n" + "".join(f"  group-{n}: {group}\n" for n in range(4)))
+    return load_suite(file)
+
+
+def draw_predictions(
+    rng: np.random.Generator, metric: str, num_samples: int, accuracy: float
+) -> list[Prediction]:
+    """Draw answers with a mean score of `accuracy` for both metrics."""
+    predictions = []
+    for index in range(num_samples):
+        num_correct = 5 * (rng.random() < accuracy)
+        if metric == "ocr":
+            num_correct = rng.binomial(5, accuracy)
+        answer = "right"[:num_correct].ljust(5, "?")
+        predictions.append(Prediction(f"q{index}", (), "", answer, answer, (), 1, "stop"))
+    return predictions
+
+
+@pytest.mark.parametrize("allowed_drop", [0.0, 0.1])
+@pytest.mark.parametrize(("num_samples", "num_suites"), [(8, 400), (32, 200), (100, 100)])
+@pytest.mark.parametrize("metric", ["classification", "ocr"])
+def test_guard_rarely_fails_an_allowed_drop(
+    tmp_path: Path, metric: str, num_samples: int, num_suites: int, allowed_drop: float
+) -> None:
+    rng = np.random.default_rng(num_samples)
+    groups = load_groups(tmp_path, metric, num_samples, allowed_drop)
+    num_failed = 0
+    for _ in range(num_suites):
+        before = [draw_predictions(rng, metric, num_samples, 0.8) for _ in groups]
+        after = [draw_predictions(rng, metric, num_samples, 0.8 - allowed_drop) for _ in groups]
+        results = compare_answers(groups, before, after)
+        num_failed += any(DROPPED in one.problems for one in results)
+    assert num_failed <= compute_most(num_suites) * num_suites
+
+
+def count_changed_choices(num_samples: int, num_trials: int, num_searches: int) -> int:
+    """Count the searches that choose another trial than the recipe, though all are equal."""
+    rng = np.random.default_rng([num_samples, num_trials])
+    num_changed = 0
+    for _ in range(num_searches):
+        difficulties_N = rng.uniform(size=num_samples)
+        trials = []
+        for _ in range(num_trials + 1):
+            cases = []
+            for index, is_correct in enumerate(rng.uniform(size=num_samples) < difficulties_N):
+                answer = "a" if is_correct else "b"
+                cases.append(EvalCase(answer, (), ("ab"[index % 2],), (), str(index)))
+            trials.append(cases)
+        recipe, *others = trials
+        # A third of the trials is complete: the best ones, as if rungs predicted the final score.
+        others.sort(key=lambda cases: -sum(one.answer == one.references[0] for one in cases))
+        complete = others[: max(1, num_trials // 3)]
+        differences = compare_primary(
+            "classification", recipe, complete, num_trials - len(complete)
+        )
+        num_changed += any(one.verdict == "better" for one in differences)
+    return num_changed
+
+
+def test_equal_trials_are_rarely_chosen() -> None:
+    num_searches = 150
+    num_changed = count_changed_choices(30, num_trials=8, num_searches=num_searches)
+    assert num_changed <= compute_most(num_searches) * num_searches
+
+
+@pytest.mark.parametrize(
+    ("num_samples", "num_trials", "num_searches"), [(30, 1, 1000), (100, 8, 500), (400, 20, 100)]
+)
+def test_search_rarely_leaves_the_recipe_for_an_equal_trial(
+    num_samples: int, num_trials: int, num_searches: int
+) -> None:
+    num_changed = count_changed_choices(num_samples, num_trials, num_searches)
+    assert num_changed <= compute_most(num_searches) * num_searches

@@ -55,6 +55,7 @@ def test_json_output(source, tmp_path, cli):
         "output_files": [{"file": str(out / "data.jsonl"), "num_rows": 3, "num_samples": 3}],
         "skipped_rows": {"not selected by --rows and --limit": 3},
         "num_images": 3,
+        "num_videos": 0,
         "num_clipped_boxes": 0,
         "source_notes": {},
         "unused_columns": ["n", "text"],

@@ -125,3 +125,52 @@ def test_identifier_without_suffix_names_the_template(tmp_path: Path) -> None:
     with pytest.raises(CorruptImageError) as caught:
         resolver.resolve("0a1c")
     assert str(caught.value.remedy).startswith("correct the path")
+
+
+@pytest.mark.parametrize(
+    ("file", "value", "template"),
+    [
+        ("clips/clip70.mp4", 70, 'videos: {template: "clips/clip{COLUMN}.mp4"}'),
+        ("clips/70.webm", "70", 'videos: {template: "clips/{COLUMN}.webm"}'),
+        ("scans/s{a}_0070.png", 70, 'images: {template: "scans/s{{a}}_{COLUMN:04}.png"}'),
+        ("scans/a/front.png", "a/front.png", 'images: {template: "scans/{COLUMN}"}'),
+        ("scans/a/front.png", "a/front", 'images: {template: "scans/{COLUMN}.png"}'),
+    ],
+)
+def test_incomplete_name_names_the_template(
+    tmp_path: Path, file: str, value: object, template: str
+) -> None:
+    path = tmp_path / file
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"")
+    resolver = ImageResolver(tmp_path, tmp_path / "out")
+    for resolve in (resolver.resolve, resolver.resolve_frames):
+        with pytest.raises(UserError) as caught:
+            resolve(value)
+        assert f"(--mapping) with {template}, for the column" in str(caught.value.remedy)
+
+
+def test_relative_path_names_the_folder_in_which_it_starts(tmp_path: Path, monkeypatch) -> None:
+    image = write_gray_image(tmp_path / "scans" / "a" / "front.png")
+    with pytest.raises(CorruptImageError) as caught:
+        ImageResolver(tmp_path, tmp_path / "out").resolve("a/front.png")
+    assert str(caught.value.remedy).startswith("change to the folder scans, in which the paths")
+    monkeypatch.chdir(tmp_path / "scans")
+    assert ImageResolver(tmp_path, tmp_path / "out").resolve("a/front.png") == image
+
+
+def test_number_within_another_number_is_no_name(tmp_path: Path) -> None:
+    write_gray_image(tmp_path / "scans" / "s170.png")
+    with pytest.raises(UserError) as caught:
+        ImageResolver(tmp_path, tmp_path / "out").resolve(70)
+    assert str(caught.value.remedy) == "correct the row, or name another column"
+
+
+@pytest.mark.parametrize("url", ["s3://bucket/a.jpg", "gs://bucket/a.jpg"])
+def test_file_of_object_storage_is_to_be_downloaded(tmp_path: Path, url: str) -> None:
+    with pytest.raises(CorruptImageError) as caught:
+        ImageResolver(tmp_path, tmp_path / "out").resolve(url)
+    assert str(caught.value.remedy).startswith("download the files")
+    with pytest.raises(CorruptImageError) as caught:
+        ImageResolver(tmp_path, tmp_path / "out").resolve(url.replace("s3", "https"))
+    assert ("--allow-host" in str(caught.value.remedy)) == url.startswith("s3")

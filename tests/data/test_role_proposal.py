@@ -164,3 +164,23 @@ def test_columns_of_flags_are_several_classes():
     proposal.check_columns("rows.csv")
     with pytest.raises(UnassignedKeysError, match="no column is known"):
         propose(*({**record, "score": 7} for record in flags)).check_columns("rows.csv")
+
+
+@pytest.mark.parametrize(
+    ("row", "remedy"),
+    [
+        (
+            {"note": "Click on it.", "state": "open"},
+            "--map answer=COLUMN, and --map question=COLUMN for a text of the question",
+        ),
+        (
+            {"question": "Open?", "note": "Click on it.", "state": "open"},
+            "--map answer=COLUMN --map question=question",
+        ),
+    ],
+    ids=["unknown", "known"],
+)
+def test_remedy_of_one_answer_keeps_the_question(row: dict[str, str], remedy: str) -> None:
+    with pytest.raises(UnassignedKeysError) as caught:
+        propose({"image": "a.png", **row}).check_columns("rows.csv")
+    assert str(caught.value.remedy).endswith(f"for one of them, --map image=image {remedy}")

@@ -28,6 +28,7 @@ from finesight.data.row_reader import (
     is_webdataset,
     open_row_file,
     open_webdataset,
+    read_first_records,
     split_member_name,
 )
 from finesight.errors import UserError
@@ -75,6 +76,15 @@ def test_json_array_with_any_suffix(tmp_path: Path, suffix: str) -> None:
     rows = read_all(path)
     assert [row.record for row in rows] == RECORDS
     assert rows[1].location == "row 2"
+
+
+@pytest.mark.parametrize("suffix", ["ndjson", "manifest", "NDJSON"])
+def test_other_suffixes_of_json_lines(tmp_path: Path, suffix: str) -> None:
+    path = write_jsonl(tmp_path / f"a.{suffix}", RECORDS)
+    rows = read_all(path)
+    assert [row.record for row in rows] == RECORDS
+    assert rows[1].location == "line 2"
+    assert read_first_records(path, 1) == RECORDS[:1]
 
 
 @pytest.mark.parametrize(("start", "stop"), [(0, 5), (1, 4), (3, 4), (4, 5), (2, 2)])

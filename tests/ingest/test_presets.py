@@ -140,3 +140,13 @@ def test_presets_do_not_match_records_with_further_inner_keys(folder: Path) -> N
     changed = json.loads(json.dumps(golden))
     changed["messages"][1]["content"][0]["type"] = "image"
     assert not matches(load_presets()["dashscope"], [changed], folder)
+
+
+def test_a_folder_with_a_file_for_each_image_has_a_preset(tmp_path: Path) -> None:
+    write_gray_image(tmp_path / "img" / "1.png", 100, 100)
+    (tmp_path / "entities").mkdir()
+    record = {"company": "LAKE CAFE", "date": "06/07/2031", "address": "", "total": "3.10"}
+    (tmp_path / "entities" / "1.txt").write_text(json.dumps(record), encoding="utf-8")
+    found = find_preset(tmp_path)
+    assert found is not None
+    assert found.name == "sroie"

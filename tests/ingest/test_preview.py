@@ -56,6 +56,18 @@ def test_columns_without_a_role_are_shown_with_samples(folder):
     assert list_answers(found) == ["a cup", "a jug"]
 
 
+def test_files_of_single_images_list_their_paths(folder):
+    data = folder / "forms"
+    data.mkdir()
+    for number in range(2):
+        write_gray_image(data / f"{number}.png", 40, 20)
+        content = {"fields": {"name": f"Ann {number}"}, "scanner": "S1"}
+        (data / f"{number}.json").write_text(json.dumps(content))
+    found = preview(data)
+    assert found.is_blocked
+    assert list(list_roles(found)) == ["image", "fields.name", "scanner"]
+
+
 def test_nested_records_list_their_paths(folder):
     records = [{"file": "0.png", "size": 20, "qa": [{"q": "How many?", "a": "Two."}]}]
     (folder / "rows.json").write_text(json.dumps(records))

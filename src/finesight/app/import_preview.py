@@ -19,9 +19,14 @@ from finesight.app.jobs import ErrorParts
 from finesight.app.pages import describe_error, render_page
 from finesight.data.formats.dataset_format import as_list
 from finesight.data.image_file import CorruptImageError, get_file, is_image_value
-from finesight.data.import_source import ImportOptions, find_table, open_source
+from finesight.data.import_source import (
+    ImportOptions,
+    find_table,
+    open_source,
+    open_table_rows,
+)
 from finesight.data.role_proposal import UnassignedKeysError
-from finesight.data.row_reader import Record, open_row_file
+from finesight.data.row_reader import Record
 from finesight.data.sample import (
     BoxPart,
     ContentPart,
@@ -398,7 +403,7 @@ def _read_records(path: Path, options: ImportOptions) -> list[Record]:
     file = find_table(path, options)
     if options.row_files:
         file = options.row_files[0]
-    rows = open_row_file(file, options.encoding, no_header=options.no_header)
+    rows = open_table_rows(file, options)
     return [row.record for row in rows.iter_range(0, min(rows.num_rows, MAX_READ_ROWS))]
 
 

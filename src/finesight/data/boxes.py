@@ -564,7 +564,9 @@ _INNERMOST = re.compile(rf"\[[^\[\]\"]+\]|{_STRING_BOX}")
 COORDINATES = re.compile(rf"{_KEY}(\[(?:[\s\d.,+\-eE\[\]]|{_STRING_BOX})*\]|{_STRING_BOX})")
 """Coordinates of boxes or points in JSON: a list of numbers, a string, or a list of these."""
 
-_LIST = rf"\[\s*{_FOUR}\s*\]|\(\s*{_FOUR}\s*\)|{_PAIR}\s*,?\s*{_PAIR}"
+_SQUARE_LIST = rf"\[\s*{_FOUR}\s*\]"
+_NESTED_LISTS = rf"\[\s*{_SQUARE_LIST}(?:\s*,\s*{_SQUARE_LIST})*+\s*\]"
+_LIST = rf"{_SQUARE_LIST}|\(\s*{_FOUR}\s*\)|{_PAIR}\s*,?\s*{_PAIR}"
 _LABEL = (
     r"(?:<ref>|<\|object_ref_start\|>)(?P<label>(?:(?!</?ref>|<\|object_ref_).)*)"
     r"(?:</ref>|<\|object_ref_end\|>)"
@@ -572,9 +574,10 @@ _LABEL = (
 _TEXT_BOX = re.compile(
     rf"(?s:(?:{_LABEL}\s*)?(?:<box>|(?P<token><\|box_start\|>))"
     r"(?P<tagged>(?:(?!</?box>|<\|box_).)*)(?:</box>|<\|box_end\|>))"
-    rf"|(?P<location>(?:<loc_?\d{{1,4}}>){{4}})|(?<!\"box_2d\":)(?<!\"box_2d\": )(?:{_LIST})"
+    rf"|(?P<location>(?:<loc_?\d{{1,4}}>){{4}})"
+    rf"|(?<!\"box_2d\":)(?<!\"box_2d\": )(?:(?P<nested>{_NESTED_LISTS})|{_LIST})"
 )
-"""Box in a text: in the tags of Qwen-VL or Qwen2-VL, as location tokens, or a list of numbers."""
+"""Box in a text: in the tags of Qwen-VL or Qwen2-VL, as location tokens, or lists of numbers."""
 
 _LOCATION_TOKENS = r"(?P<tokens>(?:<loc\d{4}>){4})"
 _LOCATED_OBJECT = re.compile(rf"\s*{_LOCATION_TOKENS}(?P<label>[^<>;\r\n]*+)(?:;|\Z)")
@@ -607,7 +610,7 @@ _NAMED_COORDINATES = {
         re.IGNORECASE,
     ),
     "boxes": re.compile(
-        r"<(?:box|bbox)>[\s\[{]*\d|<(?:loc|bin)_?\d+>|<patch_index_\d+>"
+        r"<(?:box|bbox)>[\s\[{]*\d|<(?:loc|bin)_?\d+>|<patch_index_\d+>|\{(?:<\d+>){4}"
         r"|[\"'](?:bbox(?!_2d)\w*|box\w*|bounding_?box|xyxy|xywh|rect\w*)[\"']\s*:"
         r"\s*[\[{][^a-z]{0,20}\d"
         r"|[\"'](?:x_?1|x_?min|xtl|left)[\"']\s*:[^{}]{0,40}[\"'](?:y|top)",
@@ -671,8 +674,9 @@ def split_at_text_boxes(
 ) -> Iterator[str | TextBox]:
     """Split an answer into non-empty texts, and boxes whose notation defines the units.
 
-    A box that is a value in JSON gets quotes, so that the renderer can write it in any notation.
-    Adjacent tags have the label before the first of them. A text of location tokens with labels, as
+    A box that is a value in a JSON object gets quotes, so that the renderer can write it in any
+    notation. A list of boxes elsewhere is replaced by the boxes, including its brackets. Adjacent
+    tags have the label before the first of them. A text of location tokens with labels, as
     PaliGemma writes it, is split into its boxes only.
 
     Args:
@@ -686,7 +690,7 @@ def split_at_text_boxes(
         return
     matches = []
     if re.search("[<0-9]", text):
-        for match in _TEXT_BOX.finditer(text):
+        for match in _iter_text_boxes(text):
             has_units = _has_units(match, is_tagged=is_tagged)
             if has_units or (list_limits is not None and _is_box(match, list_limits)):
                 matches.append(match)
@@ -694,7 +698,7 @@ def split_at_text_boxes(
         if text:
             yield text
         return
-    json_values = _find_json_values(text, matches)
+    json_values = _find_object_values(text, matches)
     offsets = find_offsets(text)
     end = 0
     quote = ""
@@ -803,11 +807,34 @@ def _has_units(match: re.Match[str], *, is_tagged: bool) -> bool:
     return is_grid or is_tagged or match["token"] is not None
 
 
-def _find_json_values(text: str, matches: Sequence[re.Match[str]]) -> set[int]:
-    """Return the offsets of the matches that are a value inside of JSON, not within a string."""
+def _iter_text_boxes(text: str) -> Iterator[re.Match[str]]:
+    """Yield the boxes of a text.
+
+    A list of lists is a single match, unless it is in a JSON object.
+    """
+    matches = list(_TEXT_BOX.finditer(text))
+    objects: list[JsonMatch] = []
+    if any(match["nested"] for match in matches):
+        objects = list(iter_json_values(text, "{"))
+    starts = [found.start for found in objects]
+    for match in matches:
+        index = bisect.bisect_left(starts, match.start())
+        is_in_object = index > 0 and match.start() < objects[index - 1].stop
+        if match["nested"] and is_in_object:
+            # The object needs its brackets, so that only the inner lists are boxes.
+            yield from _TEXT_BOX.finditer(text, match.start() + 1, match.end())
+        else:
+            yield match
+
+
+def _find_object_values(text: str, matches: Sequence[re.Match[str]]) -> set[int]:
+    """Return the offsets of the matches that are values in a JSON object.
+
+    Matches within a string are no values.
+    """
     offsets: set[int] = set()
     match_starts = [match.start() for match in matches]
-    for region in iter_json_values(text):
+    for region in iter_json_values(text, "{"):
         first = bisect.bisect_right(match_starts, region.start)
         stop = bisect.bisect_left(match_starts, region.stop)
         pieces = []

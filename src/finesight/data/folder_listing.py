@@ -14,6 +14,7 @@ from finesight.data.image_file import IMAGE_SUFFIXES, is_image_value
 from finesight.data.line_index import UTF8_BOM, open_data_file
 from finesight.data.row_reader import (
     COMPRESSED_SUFFIXES,
+    JSON_LINES_SUFFIXES,
     SNIFF_BYTES,
     RowReader,
     SourceRow,
@@ -23,7 +24,16 @@ from finesight.data.row_reader import (
 from finesight.errors import Remedy, Step, UserError, format_count
 from finesight.storage import DIGESTS_FILE
 
-ROW_SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".tsv", ".xlsx", *COMPRESSED_SUFFIXES)
+ROW_SUFFIXES = (
+    ".jsonl",
+    ".json",
+    ".parquet",
+    ".csv",
+    ".tsv",
+    ".xlsx",
+    *JSON_LINES_SUFFIXES,
+    *COMPRESSED_SUFFIXES,
+)
 """Suffixes of files that contain rows or a complete dataset, in lower case."""
 
 NUM_DETECTION_FILES = 5
@@ -128,7 +138,8 @@ class FolderListing:
         advice = (
             'no format reads files of this layout: write a row per image, such as {"image":'
             ' "a.jpg", "question": "...", "answer": "..."}, to one .jsonl file and import this'
-            " file, with --mapping for rows with other keys"
+            " file, with --mapping for rows with other keys; or, for a file with an object for each"
+            " image, give the folder that contains images and files of the same names"
         )
         if num_files < len(self.image_files()):
             advice += "; if a file describes all images, give this file"

@@ -18,7 +18,6 @@ from finesight.bounded_files import is_utf8, iter_spellings, to_readable_name
 from finesight.data.image_file import (
     DOCUMENT_SUFFIXES,
     IMAGE_MAGICS,
-    IMAGE_SUFFIXES,
     CorruptImageError,
     PageRanges,
     find_image_suffix,
@@ -31,6 +30,7 @@ from finesight.data.image_file import (
     save_page,
     split_page,
 )
+from finesight.data.name_template import TemplateSearch
 from finesight.data.sample import MAX_PARTS, VIDEO_SUFFIXES, InvalidRowError, check_limit
 from finesight.data.video_file import read_visual_size
 from finesight.errors import UserError
@@ -46,13 +46,7 @@ IMAGES_FOLDER = "images"
 
 _FROM_URL_SAFE = str.maketrans("-_", "+/")
 _DIGITS = re.compile(r"[0-9]+")
-
-
-COMMON_SUFFIXES = (".jpg", ".png", ".jpeg", ".webp", ".JPG")
-"""Suffixes that are tried for the identifier of an image."""
-
-MAX_SEARCHED_FOLDERS = 100
-"""Maximum number of folders next to the data that are searched for it."""
+_WEB_URL = re.compile("https?://", re.IGNORECASE)
 
 
 class ImageResolver:
@@ -93,7 +87,7 @@ class ImageResolver:
         self._sizes: dict[Path, tuple[int, int]] = {}
         self._saved_paths: dict[str, Path] = {}
         self._found: dict[str, Path] = {}
-        self._folders: list[str] | None = None
+        self._templates = TemplateSearch(folder)
         self._resolved: dict[str, str] = {}
 
     def resolve(self, value: object) -> Path:
@@ -143,13 +137,13 @@ class ImageResolver:
             raise UserError(
                 f"an image given as {type(value).__name__} {str(value)[:60]!r}",
                 expected="a path, or an image column in Parquet",
-                remedy="correct the row, or name another column",
+                remedy=self._suggest_template(value) or "correct the row, or name another column",
             )
         if name in self._found:
             return self._found[name]
         if name[:5].lower() == "data:" or is_embedded_media(name):
             return self._save_image(_decode_data_url(name))
-        if self._web_images is not None and "://" in name:
+        if self._web_images is not None and _WEB_URL.match(name):
             return self._fetch_image(self._web_images, name)
         found = self._found[name] = self._resolve_path(name)
         return found
@@ -183,16 +177,24 @@ class ImageResolver:
             f"a video given as {str(value)[:60]!r}",
             f"the path of a file with one of the suffixes {', '.join(VIDEO_SUFFIXES)}, of a folder"
             " of images, or a list of images",
-            "correct the path; relative paths start at the folder of the data file",
+            self._suggest_template(value)
+            or "correct the path; relative paths start at the folder of the data file",
         )
 
     def _resolve_path(self, name: str) -> Path:
-        if "://" in name and not name.startswith("file://"):
+        if _WEB_URL.match(name):
             raise CorruptImageError(
                 f"{name[:200]} is a web URL, not a file",
                 expected="a path",
                 remedy="allow their host with --allow-host HOST, or download the images and put"
                 " their paths into the data",
+            )
+        if "://" in name and not name.startswith("file://"):
+            raise CorruptImageError(
+                f"{name[:200]} is the URL of a storage, not a file",
+                expected="a path",
+                remedy="download the files, and write their paths into the data, relative to its"
+                " folder",
             )
         document, page = split_page(name)
         candidate, expected_path = self._find(document)
@@ -214,7 +216,7 @@ class ImageResolver:
                 where=name[:200],
                 expected=f"an existing file; a relative path starts at {home}, the folder of the"
                 f" data file or of its images{current}",
-                remedy=self._find_complete_name(document)
+                remedy=self._suggest_template(document)
                 or "correct the path, or change to the base folder of the paths",
             )
         path = Path(self._settled(candidate) + page)
@@ -235,22 +237,14 @@ class ImageResolver:
         # os.path accepts invalid names: too long or with a null byte.
         return next(filter(self._is_available, candidates), None), candidates[0]
 
-    def _find_complete_name(self, name: str) -> str:
-        """Return how to name an image that is given without its suffix."""
-        if os.path.basename(name) != name or Path(name).suffix.lower() in IMAGE_SUFFIXES:
-            return ""
-        if self._folders is None:
-            found = sorted(entry.name for entry in os.scandir(self._folder) if entry.is_dir())
-            self._folders = ["", *found[:MAX_SEARCHED_FOLDERS]]
-        for folder, suffix in itertools.product(self._folders, COMMON_SUFFIXES):
-            file = os.path.join(folder, f"{name}{suffix}")
-            if os.path.isfile(os.path.join(self._folder, file)):
-                template = os.path.join(folder, f"{{COLUMN}}{suffix}")
-                return (
-                    "complete the names, or give a mapping file (--mapping) with images:"
-                    f' {{template: "{template}"}}, for the column with the names'
-                )
-        return ""
+    def _suggest_template(self, value: object) -> str:
+        """Return how to name the file that a text or a number stands for.
+
+        The remedy is empty if no file is found.
+        """
+        is_name = isinstance(value, str | int) and not isinstance(value, bool)
+        name = str(value).strip()
+        return self._templates.suggest(name) if is_name and name else ""
 
     def _is_available(self, path: str) -> bool:
         if not os.path.exists(path) or self._allowed_root is None:
@@ -266,8 +260,6 @@ class ImageResolver:
         return os.path.join(self._resolved[folder], path.name)
 
     def _fetch_image(self, web_images: RemoteImages, url: str) -> Path:
-        if url.startswith("file://"):
-            return self._resolve_path(url)
         try:
             return self._save_image(web_images.fetch(url).read_bytes())
         except CorruptImageError:

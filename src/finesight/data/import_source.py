@@ -38,6 +38,7 @@ from finesight.data.formats.dataset_format import (
 )
 from finesight.data.image_file import PageRanges, read_image_size
 from finesight.data.image_resolver import ImageResolver
+from finesight.data.record_files import open_record_files
 from finesight.data.role_proposal import RoleProposal
 from finesight.data.row_reader import (
     TEXT_TABLE_SUFFIXES,
@@ -246,7 +247,8 @@ def open_source(source: Path, options: ImportOptions) -> ImportSource:
     _check_options(options)
     rows, data_format, detected_by = _open_rows(source, options)
     if options.mapping is not None and options.mapping.group_rows is not None:
-        rows = options.mapping.group_rows(rows)
+        file = (*options.row_files, source)[0]
+        rows = options.mapping.group_rows(rows, file)
     start, stop, _ = slice(*options.row_range).indices(rows.num_rows)
     stop = stop if options.limit is None else min(stop, start + options.limit)
     if start >= stop:
@@ -466,21 +468,29 @@ def _open_rows(source: Path, options: ImportOptions) -> tuple[RowReader, Dataset
             remedy="check the path, or remove --format to detect the format",
         )
     if is_folder:
-        folder_formats = [one for one in iter_formats() if one.open_dataset is not None]
-        names = ", ".join(one.name for one in folder_formats)
-        expected = f'a dataset in one of the formats {names} (page "Importing data")'
-        listing = list_folder(source)
-        if len(listing.image_files()) == len(listing.files) > 0:
-            expected = "images with labels"
-        raise UserError(
-            f"a folder without a known dataset format; it contains {listing}"
-            + "".join(_explain_mismatch(listing, one) for one in folder_formats if listing.files),
-            where=str(source),
-            expected=expected,
-            remedy=listing.suggest_source(),
-        )
+        records = open_record_files(source)
+        if records is None:
+            raise _build_folder_error(source)
+        return records, None, ""
     readers = [open_row_file(one, options.encoding, no_header=options.no_header) for one in files]
     return readers[0] if len(readers) == 1 else concat_rows(files, readers), None, ""
+
+
+def _build_folder_error(source: Path) -> UserError:
+    """Return the error of a folder that no format reads."""
+    folder_formats = [one for one in iter_formats() if one.open_dataset is not None]
+    names = ", ".join(one.name for one in folder_formats)
+    expected = f'a dataset in one of the formats {names} (page "Importing data")'
+    listing = list_folder(source)
+    if len(listing.image_files()) == len(listing.files) > 0:
+        expected = "images with labels"
+    return UserError(
+        f"a folder without a known dataset format; it contains {listing}"
+        + "".join(_explain_mismatch(listing, one) for one in folder_formats if listing.files),
+        where=str(source),
+        expected=expected,
+        remedy=listing.suggest_source(),
+    )
 
 
 def _check_table_options(files: Sequence[Path], options: ImportOptions) -> None:
@@ -713,15 +723,14 @@ def detect_columns(
     try:
         opened = open_source(path, options)
     except UserError:
-        table = _find_only_table(path)
-        if table is not None:
+        if not _may_be_table(path):
+            table = _find_only_table(path)
+            if table is None:
+                raise
             return detect_columns(table, options, ask_question)
-        # A .txt file is a table only if the user names it: folders contain other ones.
-        if not (path.is_file() and path.name.lower().endswith((*ROW_SUFFIXES, ".txt"))):
-            raise
     proposal = None
     if not options.columns and (opened is None or _is_question_table(opened, options)):
-        records = _read_preview(open_row_file(path, options.encoding, no_header=options.no_header))
+        records = _read_preview(open_table_rows(path, options))
         columns = table_format.guess_columns(records)
         media = columns.keys() & set(table_format.MEDIA_ROLES)
         if not media or len(columns) == len(media):
@@ -750,6 +759,23 @@ def detect_columns(
         proposal = replace(proposal, box_options=_list_box_options(options))
         options = replace(options, ignorable_columns=proposal.list_ignorable())
     return DetectedColumns(path, options, proposal)
+
+
+def open_table_rows(path: Path, options: ImportOptions) -> RowReader:
+    """Open the rows of a file, or those of a folder with a JSON file for each image."""
+    if path.is_dir():
+        rows = open_record_files(path)
+        if rows is not None:
+            return rows
+    return open_row_file(path, options.encoding, no_header=options.no_header)
+
+
+def _may_be_table(path: Path) -> bool:
+    """Return whether the rows of a source may be those of a table."""
+    if path.is_dir():
+        return open_record_files(path) is not None
+    # A .txt file is a table only if the user names it: folders contain other ones.
+    return path.is_file() and path.name.lower().endswith((*ROW_SUFFIXES, ".txt"))
 
 
 def find_table(path: Path, options: ImportOptions) -> Path:

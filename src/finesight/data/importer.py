@@ -263,6 +263,8 @@ class ImportSummary:
     """Result of an import. Each source row is counted in `output_files` or in `skipped_rows`.
 
     Attributes:
+        num_images: Number of different images, including frames of videos.
+        num_videos: Number of different video files.
         num_clipped_boxes: Number of boxes that exceeded their image by a rounding error.
         text_format: Delimiter and encoding of a table, its sheet, classes, or "".
         source_notes: Counts of source content that samples do not represent, by description.
@@ -284,6 +286,16 @@ class ImportSummary:
     text_format: str = ""
     first_errors: dict[str, str] = field(default_factory=dict)
     other_keys: dict[str, int] = field(default_factory=dict)
+    num_videos: int = 0
+
+    def list_media(self) -> list[str]:
+        """Return a line with the number of images, and one with that of videos."""
+        lines: list[str] = []
+        if self.num_images or not self.num_videos:
+            lines.append(format_count(self.num_images, "image"))
+        if self.num_videos:
+            lines.append(format_count(self.num_videos, "video"))
+        return lines
 
     def list_other_keys(self) -> list[str]:
         """Return a line with the keys that the format does not use, and their numbers."""
@@ -469,13 +481,15 @@ def import_dataset(
     reason_counts[REASON_IMAGE_IN_EVAL] = sum(map(bool, rows)) - in_files
     reason_counts.update(context.skipped_rows + invalid.reasons)
     is_table = "map" in source.data_format.supported_options
+    num_videos = sum(map(is_video_path, num_used))
     return ImportSummary(
         format=source.data_format.name,
         detected_by=source.detected_by,
         num_rows=source.rows.num_rows,
         output_files=tuple(output_files),
         skipped_rows={reason: count for reason, count in reason_counts.items() if count},
-        num_images=len(num_used),
+        num_images=len(num_used) - num_videos,
+        num_videos=num_videos,
         num_clipped_boxes=context.num_clipped,
         source_notes=dict(+context.source_notes),
         unused_columns=tuple(parsed.other_keys) if is_table else (),

@@ -169,7 +169,7 @@ class RoleProposal:
                 where=where,
                 expected="a column with a known name, such as answer or caption",
                 remedy=f"if all of them are the answer, as JSON, give {self.format_options()}; or"
-                f" for one of them, {self._format_media()} --map answer=COLUMN",
+                f" for one of them, {self._format_one_answer()}",
             )
         self.check_unused(where)
 
@@ -212,6 +212,16 @@ class RoleProposal:
         for name in self._split(self.columns["fields"]):
             values[name] = get_cell(self.records[0], name)
         return format_values(values)
+
+    def _format_one_answer(self) -> str:
+        """Return the options of an import with only one of the fields as the answer."""
+        options = f"{self._format_media()} --map answer=COLUMN"
+        question = self.columns.get("question")
+        if question is not None:
+            return f"{options} --map {shlex.quote(f'question={question}')}"
+        if len(self._split(self.columns["fields"])) > 1:
+            return f"{options}, and --map question=COLUMN for a text of the question"
+        return options
 
     def _format_media(self) -> str:
         return format_media_options(self.columns)

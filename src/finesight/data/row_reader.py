@@ -63,6 +63,9 @@ Record = dict[str, Any]
 COMPRESSED_SUFFIXES = (".jsonl.gz", ".json.gz", ".csv.gz", ".tsv.gz")
 """Suffixes of compressed row files, in lower case."""
 
+JSON_LINES_SUFFIXES = (".ndjson", ".manifest")
+"""Further suffixes of JSON Lines, in lower case."""
+
 TEXT_TABLE_SUFFIXES = (".csv", ".tsv", ".txt")
 """Suffixes of tables as text, in lower case, without that of a compression."""
 
@@ -178,7 +181,7 @@ def concat_rows(files: Sequence[Path], readers: Sequence[RowReader]) -> RowReade
 def open_row_file(
     source: Path, encoding: str | None = None, *, no_header: bool = False
 ) -> RowReader:
-    """Open a .json, .jsonl, .csv, .tsv, .txt, .xlsx or .parquet file, or a WebDataset, as rows.
+    """Open a file of JSON, JSON Lines, CSV, TSV, TXT, XLSX or Parquet, or a WebDataset, as rows.
 
     Args:
         encoding: Encoding of a table as text, None to detect it.
@@ -222,10 +225,14 @@ def open_row_file(
 
 
 def get_row_suffix(path: Path) -> str:
-    """Return the suffix of a row file in lower case, without that of its compression."""
+    """Return the suffix of a row file in lower case, without that of its compression.
+
+    The suffix of JSON Lines is `.jsonl`.
+    """
     if is_compressed(path):
         return Path(path.stem).suffix.lower()
-    return path.suffix.lower()
+    suffix = path.suffix.lower()
+    return ".jsonl" if suffix in JSON_LINES_SUFFIXES else suffix
 
 
 def is_compressed(path: Path) -> bool:
@@ -409,16 +416,9 @@ def _open_document(source: Path) -> RowReader | None:
             " under a key",
             remedy="write only the list of its rows to a file",
         )
-    (key, table), *further = tables.items()
-    if further:
-        names = [f"{name} ({format_count(len(tables[name]), 'row')})" for name in tables]
-        raise UserError(
-            f"several lists of rows: {', '.join(names)[:200]}",
-            where=str(source),
-            expected="rows under one key",
-            remedy="write each list to a file of its own; or name one in a mapping file"
-            f" (--mapping): rows: {key}",
-        )
+    if len(tables) > 1:
+        raise _build_tables_error(source, tables)
+    ((key, table),) = tables.items()
     for name, value in document.items():
         if name != key and _may_describe_rows(name, value):
             error = UnknownRowsError(
@@ -439,6 +439,23 @@ def _open_document(source: Path) -> RowReader | None:
         unused += Counter({NOTE_ROW_NAMES: num_names})
     rows = _rows_from_records(records, source, f"rows under the key {key!r}")
     return replace(rows, other_keys=unused)
+
+
+def _build_tables_error(source: Path, tables: Mapping[str, Any]) -> UnknownRowsError:
+    """Return the error of a document with several lists, whose samples may be in any of them."""
+    names = [f"{name} ({format_count(len(tables[name]), 'row')})" for name in tables]
+    with_media = [key for key, table in tables.items() if _has_media(table)]
+    error = UnknownRowsError(
+        f"several lists of rows: {', '.join(names)[:200]}",
+        where=str(source),
+        expected="rows under one key",
+        remedy="write each list to a file of its own; or name the list of the samples in a mapping"
+        " file (--mapping), with rows: KEY, and the others under tables",
+    )
+    if len(with_media) == 1 and isinstance(tables[with_media[0]], list):
+        error.rows_key = with_media[0]
+        error.records = tables[with_media[0]]
+    return error
 
 
 NOTE_ROW_NAMES = "keys of rows with an `id` of their own"

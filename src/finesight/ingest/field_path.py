@@ -8,8 +8,10 @@ refers to the record, inside of a list that the mapping iterates over; `.` alone
 
 from __future__ import annotations
 
+import functools
 import json
 import re
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -99,10 +101,12 @@ def _parse_step(match: re.Match[str]) -> PathStep:
     return PathStep(key, is_optional)
 
 
-def format_key(key: object) -> str:
+@functools.lru_cache(maxsize=1000, typed=True)  # 1 and True are equal keys of the cache
+def format_key(key: Hashable) -> str:
     """Write a key of a record as a step of a path, in quotes where required."""
     text = str(key)
-    needs_no_quotes = re.fullmatch(r'[^."?*$\s][^."?*]*', text) and text == text.strip()
+    # In a template, a format begins with a colon.
+    needs_no_quotes = re.fullmatch(r'[^."?*$:\s][^."?*:]*', text) and text == text.strip()
     if needs_no_quotes and text.isprintable():
         return text
     quoted: list[str] = []
@@ -123,7 +127,7 @@ def quote_text(value: object) -> str:
     return "".join(quoted)
 
 
-def join_location(location: str, key: object) -> str:
+def join_location(location: str, key: Hashable) -> str:
     """Append a key to the location of a value."""
     step = str(key) if isinstance(key, int) else format_key(key)
     return f"{location}.{step}" if location else step

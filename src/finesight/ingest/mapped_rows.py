@@ -32,8 +32,13 @@ from finesight.data.formats.image_annotations import (
     build_detection_examples,
     check_declared_size,
 )
-from finesight.data.formats.table import create_labelled_boxes, omit_classes, place_images
-from finesight.data.row_reader import SourceRow
+from finesight.data.formats.table import (
+    create_labelled_boxes,
+    letter_options,
+    omit_classes,
+    place_images,
+)
+from finesight.data.row_reader import Record, SourceRow
 from finesight.data.sample import (
     MAX_ANSWERS,
     MAX_MESSAGES,
@@ -47,6 +52,7 @@ from finesight.data.sample import (
     check_limit,
 )
 from finesight.ingest.field_path import parse_path
+from finesight.ingest.joined_tables import UnjoinedRecord
 from finesight.ingest.mapping import (
     GROUPED_ROWS,
     Boxes,
@@ -115,7 +121,10 @@ def read_mapped_row(row: SourceRow, context: ImportContext, mapping: RecordMappi
     """Build the samples of a record, and account for its keys."""
     if mapping.group is not None:
         read_group(row.record[GROUPED_ROWS][0], mapping.group)  # raises for a row without it
-    record = parse_texts(row.record, mapping.list_parse_paths())
+    record = row.record
+    if isinstance(record, UnjoinedRecord):
+        record = record.tables.join(record)
+    record = parse_texts(record, mapping.list_parse_paths())
     values = RecordValues(Scope(record, ""))
     scopes = [values.root]
     if mapping.sample is not None:
@@ -137,14 +146,22 @@ def read_mapped_row(row: SourceRow, context: ImportContext, mapping: RecordMappi
         context.row_notes.update({f"samples {name}": count for name, count in left_out.items()})
     else:
         context.skipped_rows.update(dict.fromkeys(left_out, 1))
+    _use_keys(values, row, mapping)
+    _count_keys(values, mapping, context)
+    return MappedRow(examples, values.readings, list(values.iter_unused()))
+
+
+def _use_keys(values: RecordValues, row: SourceRow, mapping: RecordMapping) -> None:
+    """Mark the ID of the record and all keys of groups and tables as used."""
     if row.has_own_id and mapping.id is None:
         values.discard_key("id")
     if mapping.group is not None:
         all_rows = parse_path(f"{GROUPED_ROWS}.*.{mapping.group.text}")
         values.read_optional(all_rows, values.root, "group")
-        values.use_repeated(record[GROUPED_ROWS])
-    _count_keys(values, mapping, context)
-    return MappedRow(examples, values.readings, list(values.iter_unused()))
+        values.use_repeated(values.root.value[GROUPED_ROWS])
+    for name, table in mapping.tables.items():
+        for path in table.list_key_paths(name):
+            values.read_optional(path, values.root, "key")
 
 
 def _count_keys(values: RecordValues, mapping: RecordMapping, context: ImportContext) -> None:
@@ -369,16 +386,17 @@ class SampleBuilder:
             raise InvalidRowError(
                 f"boxes in a sample with {len(image_files)} images", "one image", "correct the row"
             )
+        classes = _list_classes(self.row.record, self.mapping)
         objects: list[ObjectAnnotation] = []
         for coordinates, label in self._read_regions(boxes, boxes.box, "boxes", 4):
-            if label not in self.mapping.classes:
+            if label not in classes:
                 raise InvalidRowError(
                     f"the label {str(label)[:60]!r}",
-                    f"one of the classes {', '.join(self.mapping.classes)}"[:200],
+                    f"one of the classes {', '.join(classes)}"[:200],
                     "add it to classes in the mapping, or correct the row",
                 )
             objects.append(ObjectAnnotation(str(label), coordinates))
-        record = {"id": sample_id, "classes": list(self.mapping.classes)}
+        record = {"id": sample_id, "classes": list(classes)}
         return build_detection_examples(
             replace(self.row, record=record),
             self.context,
@@ -414,9 +432,7 @@ class SampleBuilder:
                 "add it, or remove the row",
             )
         if question is not None:
-            lines = [question]
-            for letter, choice in zip(ascii_uppercase, choices, strict=False):
-                lines.append(f"{letter}. {choice}")
+            lines = [question, *letter_options(choices)]
             media = place_images(media, "\n".join(lines))
         regions, omitted = self._create_regions(images)
         messages: list[Message] = []
@@ -558,6 +574,14 @@ class SampleBuilder:
         for numbers, label in self._read_regions(points, points.point, "points", 2):
             parts.append(images.create_box(numbers, label, convention))
         return tuple(parts), {}
+
+
+def _list_classes(record: Record, mapping: RecordMapping) -> tuple[str, ...]:
+    """Return the class names of a mapping, or of its table."""
+    if isinstance(mapping.classes, tuple):
+        return mapping.classes
+    assert isinstance(record, UnjoinedRecord), "opened with the tables of the mapping"
+    return record.tables.classes
 
 
 def _check_file(file: object, role: str, *, is_image: bool) -> None:

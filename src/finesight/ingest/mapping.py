@@ -11,8 +11,8 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
 
 import yaml
 from pydantic import (
@@ -32,7 +32,7 @@ from pydantic_core import CoreSchema, ErrorDetails
 from finesight.bounded_files import load_yaml, read_text
 from finesight.data.boxes import BoxConvention, BoxUnits
 from finesight.errors import UserError, suggest_name
-from finesight.ingest.field_path import FieldPath, parse_path
+from finesight.ingest.field_path import FieldPath, PathStep, parse_path
 
 MAPPING_VERSION = 1
 
@@ -40,12 +40,17 @@ MAX_MAPPING_BYTES = 1_000_000
 
 MAX_TEMPLATE_PATHS = 100
 
+SIZE_KEYS = frozenset({"width", "height", "w", "h"})
+"""Keys of a size in lower case."""
+
 GROUPED_ROWS = "rows"
 """Key of the rows in the record of a group."""
 
 Scalar = str | bool | int | float | None
 
 _TEMPLATE_FIELD = re.compile(r"\{\{|\}\}|\{([^{}]*)\}")
+_FIELD_FORMAT = re.compile(r'(?P<path>(?:"(?:[^"\\]|\\.)*"|[^":])*)(?::(?P<format>.*))?', re.DOTALL)
+_PADDED = re.compile(r"0[1-9][0-9]?")
 
 
 @dataclass(frozen=True, eq=False)  # hashed by identity, as typing requires
@@ -124,14 +129,38 @@ class Condition(MappingSection):
         return self
 
 
+class TemplateField(NamedTuple):
+    """A path in braces of a template.
+
+    Attributes:
+        width: Number of characters to which zeros pad an integer; None for any text.
+    """
+
+    path: FieldPath
+    width: int | None = None
+
+
 @functools.lru_cache(maxsize=1000)
-def _parse_template(template: str) -> dict[str, FieldPath]:
-    """Return the paths in braces of a template, by their text."""
-    paths: dict[str, FieldPath] = {}
+def _parse_template(template: str) -> dict[str, TemplateField]:
+    """Return the fields in braces of a template, by their text."""
+    fields: dict[str, TemplateField] = {}
     for match in _TEMPLATE_FIELD.finditer(template):
         if match[1] is not None:
-            paths[match[1]] = parse_path(match[1])
-    return paths
+            fields[match[1]] = _parse_template_field(match[1])
+    return fields
+
+
+def _parse_template_field(text: str) -> TemplateField:
+    """Parse a path with a format such as `:012`. Raises ValueError for other formats."""
+    match = _FIELD_FORMAT.fullmatch(text)
+    if match is None or match["format"] is None:
+        return TemplateField(parse_path(text))
+    if not _PADDED.fullmatch(match["format"]):
+        raise ValueError(
+            f"{{{text[:60]}}} has a format other than a width such as :012; a key with a colon"
+            ' is in double quotes: {"a:b"}'
+        )
+    return TemplateField(parse_path(match["path"]), int(match["format"]))
 
 
 def _check_template(template: str) -> None:
@@ -160,7 +189,8 @@ class Value(MappingSection):
     Attributes:
         path: Path to the value.
         const: The same value for every sample.
-        template: Text with paths in braces, such as "Where is the {name}?".
+        template: Text with paths in braces, such as "Where is the {name}?". `{number:012}` pads an
+            integer with zeros.
         any_of: Values of which the first is used that is neither missing nor empty.
         split: Separator at which a text is split into a list.
         values: Value for each text or number of the source. Others are errors.
@@ -208,7 +238,7 @@ class Value(MappingSection):
         """Return whether a record may lack the value."""
         if self.any_of is not None:
             return all(one.is_optional for one in self.any_of)
-        paths = [*self.template_paths().values()]
+        paths = [field.path for field in self.template_fields().values()]
         if self.path is not None:
             paths.append(self.path)
         return any(path.is_optional for path in paths)
@@ -224,13 +254,13 @@ class Value(MappingSection):
         for one in self.any_of or (self,):
             if one.path is not None:
                 paths.append(one.path.text)
-            paths += one.template_paths()
+            paths += [field.path.text for field in one.template_fields().values()]
         if not paths:
             return ""
         return f" ({', '.join(paths)})"
 
-    def template_paths(self) -> dict[str, FieldPath]:
-        """Return the paths in braces of the template, by their text."""
+    def template_fields(self) -> dict[str, TemplateField]:
+        """Return the fields in braces of the template, by their text."""
         return _parse_template(self.template or "")
 
     def fill_template(self, texts: dict[str, str]) -> str:
@@ -358,6 +388,18 @@ class Boxes(Elements):
     label: ValueField | None = None
     frame: Frame = Frame()
 
+    @model_validator(mode="after")
+    def _check_order(self) -> Self:
+        if isinstance(self.box, Value) or "order" in self.frame.model_fields_set:
+            return self
+        last_keys = [value.path.last_key for value in self.box[2:] if value.path is not None]
+        if not SIZE_KEYS.isdisjoint(key.lower() for key in last_keys):
+            raise ValueError(
+                f"box ends in {' and '.join(last_keys)}: give frame: {{order: xywh}} for boxes with"
+                " their top left corner, or {order: cxcywh} for boxes with their center"
+            )
+        return self
+
 
 class Points(Elements):
     """Points of an image, such as clicks.
@@ -478,6 +520,91 @@ class Rows(MappingSection):
     key: str | None = None
 
 
+class JoinedTable(MappingSection):
+    """Table whose rows are inserted into the records that refer to them by a key.
+
+    Attributes:
+        source: List of the rows in a JSON document: that of the records, or `file`.
+        file: File of the rows, relative to the folder of the data file.
+        group: Key that any number of rows have in common: a record gets the list of them.
+        key: Key that a single row has: a record gets this row.
+        by: Value of a record that is equal to the key. The rows are inserted beside it.
+    """
+
+    source: Annotated[Rows, BeforeValidator(_expand_value), ONE_PATH] | None = Field(
+        default=None, alias="from"
+    )
+    file: str | None = None
+    group: PathField | None = None
+    key: PathField | None = None
+    by: PathField
+
+    @property
+    def key_path(self) -> FieldPath:
+        """Return the path of the key in a row."""
+        path = self.group or self.key
+        assert path is not None, "validated with the table"
+        return path
+
+    @property
+    def holder_steps(self) -> tuple[PathStep, ...]:
+        """Return the steps of the path to the object in which the rows are inserted."""
+        return self.by.steps[:-1]
+
+    def list_key_paths(self, name: str) -> list[FieldPath]:
+        """Return the paths of all keys in a record with the rows of the table."""
+        steps = [*self.holder_steps, PathStep(name)]
+        if self.group is not None:
+            steps.append(PathStep("*", is_each=True))
+        steps += self.key_path.steps
+        return [self.by, FieldPath(f"key of the table {name}", tuple(steps))]
+
+    @model_validator(mode="after")
+    def _check_key(self) -> Self:
+        if (self.group is None) == (self.key is None):
+            raise ValueError("a table has either group (a list of rows) or key (a single row)")
+        path = self.key_path
+        if not _names_one_value(path):
+            raise ValueError(f"{path.text} is not the path of one value, without $, * and ?")
+        if not self.by.steps or self.by.steps[-1].is_each:
+            raise ValueError(
+                f"by: {self.by.text} does not end in a key, beside which rows are inserted"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_file(self) -> Self:
+        if self.file is None:
+            if self.source is None:
+                raise ValueError("a table has from (a list of the document), file or both")
+            return self
+        parts = PurePosixPath(self.file).parts
+        if not parts or self.file.startswith("/") or ".." in parts:
+            raise ValueError(
+                f"file: {self.file[:60]!r} is not a path below the folder of the data file"
+            )
+        return self
+
+
+class TableClasses(MappingSection):
+    """Class names of a data set of boxes: a value of all rows of a table."""
+
+    table: str
+    value: PathField
+
+    @model_validator(mode="after")
+    def _check_value(self) -> Self:
+        if not _names_one_value(self.value):
+            raise ValueError(f"{self.value.text} is not the path of one value, without $, * and ?")
+        return self
+
+
+def _names_one_value(path: FieldPath) -> bool:
+    """Return whether a path has only keys, none of which is optional."""
+    has_lists = any(step.is_each or step.is_optional for step in path.steps)
+    return bool(path.steps) and not path.from_root and not has_lists
+
+
 def _as_elements(value: object) -> object:
     return {"each": value} if isinstance(value, str) else value
 
@@ -501,6 +628,7 @@ class RecordMapping(MappingSection):
         rows: List or object of records in a JSON document; None: the reader of the file finds them.
         group: Value that the rows of a record have in common: the record has them as `rows`; None:
             each row of the file is a record.
+        tables: Tables whose rows are inserted into the records, by name and in this order.
         parse: Text values that are parsed before paths are read, with their notation.
         sample: List of which each item becomes a sample; None: the record is one sample.
         where: Conditions that a sample meets; others are counted and left out.
@@ -511,7 +639,8 @@ class RecordMapping(MappingSection):
         answer: The answer; with `messages`, it follows them.
         rejected: Worse answer to the same question, in preference data.
         verdict: Whether the answer is desirable, in preference data of single answers.
-        classes: Class names of a data set of boxes, which the question lists.
+        classes: Class names of a data set of boxes, which the question lists: the names, or the
+            value of the rows of a table.
         meta: Values that samples keep without a role, by name.
         ignore: Paths that the import leaves out. `*` leaves out all keys without a role.
     """
@@ -522,6 +651,7 @@ class RecordMapping(MappingSection):
     match: Match | None = None
     rows: Annotated[Rows, BeforeValidator(_expand_value), ONE_PATH] | None = None
     group: PathField | None = None
+    tables: dict[Annotated[str, Field(min_length=1)], JoinedTable] = {}
     parse: dict[str, Literal["json", "python"]] = {}
     sample: Annotated[Elements, BeforeValidator(_as_elements), ONE_PATH] | None = None
     where: Conditions = ()
@@ -539,7 +669,7 @@ class RecordMapping(MappingSection):
     verdict: ValueField | None = None
     boxes: Boxes | None = None
     points: Points | None = None
-    classes: tuple[str, ...] = ()
+    classes: tuple[str, ...] | TableClasses = ()
     meta: NamedValues = {}
     ignore: tuple[PathField, ...] = ()
 
@@ -574,12 +704,42 @@ class RecordMapping(MappingSection):
         if self.group is None:
             return self
         text = self.group.text
-        has_lists = any(step.is_each or step.is_optional for step in self.group.steps)
-        if self.group.from_root or has_lists or not self.group.steps:
+        if not _names_one_value(self.group):
             raise ValueError(f"group: {text} is not the path of one value, without $, * and ?")
         if self.match is not None:
             raise ValueError(f"group ({text}) and match: a preset reads single rows")
         return self
+
+    @model_validator(mode="after")
+    def _check_tables(self) -> Self:
+        if self.tables and self.group is not None:
+            raise ValueError(f"group ({self.group.text}) and tables: give a table with group")
+        if self.tables and self.match is not None:
+            raise ValueError(f"tables ({', '.join(self.tables)}) and match: a preset has no tables")
+        for name, table in self.tables.items():
+            if table.file is None and self.rows is None:
+                raise ValueError(
+                    f"tables.{name}: from is a list of the document of the records: give rows, or"
+                    " the file of the table"
+                )
+        if isinstance(self.classes, TableClasses) and self.classes.table not in self.tables:
+            raise ValueError(f"classes: no table {self.classes.table} among {_list_given(self)}")
+        self._check_table_order()
+        return self
+
+    def _check_table_order(self) -> None:
+        """Raise ValueError for a table that refers to the rows of a later one."""
+        pending = list(self.tables)
+        for name, table in self.tables.items():
+            for later in pending:
+                holder = self.tables[later].holder_steps
+                keys = [step.key for step in (*holder, PathStep(later))]
+                if [step.key for step in table.by.steps[: len(keys)]] == keys:
+                    raise ValueError(
+                        f"tables.{name}: {table.by.text} is in the rows of {later}, which is not"
+                        f" an earlier table; write {name} below it"
+                    )
+            pending.remove(name)
 
     @model_validator(mode="after")
     def _check_messages(self) -> Self:
@@ -604,7 +764,7 @@ class RecordMapping(MappingSection):
             raise ValueError(f"boxes with {_list_given(self)}: give question or classes")
         if self.classes and (has_text or self.boxes is None):
             raise ValueError(
-                f"the classes {', '.join(self.classes)[:60]} are for boxes without a question"
+                f"the classes {name_classes(self.classes)[:60]} are for boxes without a question"
                 " and an answer"
             )
         if self.classes:
@@ -635,6 +795,13 @@ class RecordMapping(MappingSection):
             if section is not None and section.is_optional:
                 raise ValueError(f"{name}: a list that may be missing (?) is not an empty list")
         return self
+
+
+def name_classes(classes: tuple[str, ...] | TableClasses) -> str:
+    """Return class names, or the table that has them, for messages."""
+    if isinstance(classes, TableClasses):
+        return f"of the table {classes.table}"
+    return ", ".join(classes)
 
 
 def name_values(role: str, section: object) -> str:
@@ -711,9 +878,12 @@ def _as_tuples(value: Any) -> Any:
 def _find_first_error(error: ValidationError) -> ErrorDetails:
     """Return the first error of a mapping file.
 
-    Where both a value and a list are possible, the error of a list is that of its items.
+    Where both a value and a list are possible, the error of a list is that of its items. That of an
+    object is not that it is no list.
     """
     first, *others = error.errors()
+    if first["type"] == "tuple_type" and isinstance(first["input"], dict) and others:
+        return others[0]
     *key, form = first["loc"] or ("",)
     is_form = "[" in str(form) and isinstance(first["input"], tuple)
     if is_form and others and others[0]["loc"][: len(key)] == tuple(key):

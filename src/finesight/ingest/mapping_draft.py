@@ -16,9 +16,11 @@ from finesight.data.import_source import (
     ImportOptions,
     detect_columns,
     find_table,
+    open_table_rows,
 )
+from finesight.data.record_files import open_record_files
 from finesight.data.role_proposal import RoleProposal, UnassignedKeysError
-from finesight.data.row_reader import Record, UnknownRowsError, open_row_file
+from finesight.data.row_reader import Record, UnknownRowsError
 from finesight.errors import escape_unprintable, shorten
 from finesight.ingest.field_path import EACH, format_key, join_location, quote_text
 from finesight.ingest.presets import with_preset
@@ -95,9 +97,9 @@ def _propose_draft(error: UnknownRolesError, path: Path, options: ImportOptions,
     """Write the draft of a mapping, and name it in the remedy of an error."""
     proposal = error.proposal if isinstance(error, UnassignedKeysError) else None
     if proposal is None:
-        if not path.is_file():
+        if path.is_dir() and open_record_files(path) is None:
             return
-        reader = open_row_file(path, options.encoding, no_header=options.no_header)
+        reader = open_table_rows(path, options)
         rows = reader.iter_range(0, min(reader.num_rows, NUM_DRAFT_RECORDS))
         proposal = RoleProposal([row.record for row in rows], {})
     draft = write_draft(proposal, out)
@@ -131,16 +133,20 @@ def format_draft(proposal: RoleProposal, rows: str = "") -> str:
     lines = [HEADER]
     if rows:
         lines.append(f"rows: {quote_text(format_key(rows))}\n")
-    for role in ("images", "videos", "question", "answer", "fields"):
+    for role in ("images", "videos", "question", "answer"):
         if role in roles:
             value: object = roles[role]
             if proposal.image_folder is not None and role in ("images", "videos"):
                 value = add_folder(list(map(str, as_list(value))), proposal.image_folder)
             lines.append(f"{role}: {quote_text(value)}\n")
-        elif role in ("question", "answer") and not ("fields" in roles and role == "answer"):
+        elif role in ("question", "answer"):
             lines.append(f"{role}:\n")
     if "box" in proposal.columns:
         lines.append("# For boxes, see boxes and group on the page Mapping files.\n")
+    repeated = _find_repeated_image(proposal.records, roles)
+    if repeated is not None:
+        example = f"group: {quote_text(repeated)}"
+        lines.append(f"# Several rows have the same image; one sample for each image: {example}\n")
     lines.append("meta: []\nignore: []\n\n# Paths without a role, with an example:\n")
     used: list[str] = []
     for paths in roles.values():
@@ -158,8 +164,9 @@ def list_examples(records: Sequence[Record]) -> dict[str, Any]:
     """Return the first value at each path of records. Lists have the path `*`."""
     examples: dict[str, Any] = {}
     for record in records:
-        for location, value in _iter_values(record, ""):
-            examples.setdefault(location, value)
+        for key, item in record.items():
+            for location, value in _iter_values(item, format_key(str(key))):
+                examples.setdefault(location, value)
     return examples
 
 
@@ -171,21 +178,34 @@ def _list_column_roles(
     roles: dict[str, str | list[str]] = {}
     for role, column in proposal.columns.items():
         paths = [format_key(name) for name in column.split(",")]
-        if role not in (*MEDIA_ROLES, "question", "answer", "fields") or "box" in proposal.columns:
+        if role not in (*MEDIA_ROLES, "question", "answer") or "box" in proposal.columns:
             continue
         if any(path not in examples for path in paths):
             continue
-        if len(paths) == 1 and role != "fields":
+        if len(paths) == 1:
             path = paths[0]
             if role == "question":
                 path = mark_optional(path, proposal.records)
             roles[names.get(role, role)] = path
-        elif role in ("fields", *MEDIA_ROLES):
+        elif role in MEDIA_ROLES:
             roles[names.get(role, role)] = paths
     for location, value in examples.items():
         if not roles.keys() & {"images", "videos"} and is_image_value(value):
             roles["images"] = location
     return roles
+
+
+def _find_repeated_image(
+    records: Sequence[Record], roles: Mapping[str, str | list[str]]
+) -> str | None:
+    """Return the path of the image if several records name the same file, as rows of boxes do."""
+    path = roles.get("images")
+    names: list[str] = []
+    for record in records:
+        for key, value in record.items():
+            if format_key(str(key)) == path and isinstance(value, str):
+                names.append(value)
+    return str(path) if len(set(names)) < len(names) else None
 
 
 def _iter_values(value: Any, location: str) -> Iterator[tuple[str, Any]]:

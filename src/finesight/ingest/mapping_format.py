@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -14,15 +15,21 @@ from finesight.data.formats.dataset_format import (
     DatasetFormat,
     ImportContext,
     ImportExample,
-    describe_value,
 )
-from finesight.data.row_reader import Record, RowReader, SourceRow, rows_from_items
+from finesight.data.row_reader import RowReader, SourceRow, rows_from_items
 from finesight.data.sample import InvalidRowError, read_data_file
 from finesight.errors import UserError
 from finesight.ingest.field_path import FieldPath
+from finesight.ingest.joined_tables import join_files, open_joined_records
 from finesight.ingest.mapped_rows import parse_mapped_row
-from finesight.ingest.mapping import GROUPED_ROWS, RecordMapping, Rows, load_mapping
-from finesight.ingest.record_values import GroupedRows, RecordValues, Scope, read_group
+from finesight.ingest.mapping import GROUPED_ROWS, RecordMapping, load_mapping
+from finesight.ingest.record_values import (
+    GroupedRows,
+    RecordValues,
+    Scope,
+    read_group,
+    read_record,
+)
 
 
 @dataclass(frozen=True)
@@ -48,11 +55,20 @@ def build_mapping_format(
         mapping=mapping,
         description=f"records with the keys of the mapping {name}",
         parse_row=parse_row,
-        open_requested=partial(open_document, rows=mapping.rows),
-        group_rows=None if mapping.group is None else partial(group_rows, path=mapping.group),
+        open_requested=partial(open_document, mapping=mapping),
+        group_rows=_find_grouping(mapping),
         supported_options=frozenset({"prompt", "box_task"}),
         reads_raw_rows=True,
     )
+
+
+def _find_grouping(mapping: RecordMapping) -> Callable[[RowReader, Path], RowReader] | None:
+    """Return the function that groups rows or joins other files to them."""
+    if mapping.group is not None:
+        return partial(group_rows, path=mapping.group)
+    if mapping.tables and mapping.rows is None:
+        return partial(join_files, mapping=mapping)
+    return None
 
 
 def _parse_preset_row(
@@ -81,7 +97,7 @@ def read_document(source: Path) -> Any:
         ) from error
 
 
-def group_rows(reader: RowReader, path: FieldPath) -> RowReader:
+def group_rows(reader: RowReader, _: Path, path: FieldPath) -> RowReader:
     """Group rows with the same value at a path to one row.
 
     Groups have the order of their first rows. All rows are held in memory. A row without the
@@ -94,7 +110,7 @@ def group_rows(reader: RowReader, path: FieldPath) -> RowReader:
             key = read_group(row.record, path)
         groups.setdefault(key, []).append(row)
 
-    def make_row(_: int, rows: list[SourceRow]) -> SourceRow:
+    def make_row(_number: int, rows: list[SourceRow]) -> SourceRow:
         first = rows[0]
         location = first.location
         if len(rows) > 1:
@@ -108,14 +124,18 @@ def group_rows(reader: RowReader, path: FieldPath) -> RowReader:
     return replace(grouped, other_keys=reader.other_keys)
 
 
-def open_document(source: Path, rows: Rows | None) -> tuple[RowReader, str] | None:
+def open_document(source: Path, mapping: RecordMapping) -> tuple[RowReader, str] | None:
     """Open the records inside of a JSON document; None without `rows` in the mapping.
 
     Raises:
         UserError: The file is no JSON document, or has no list or object of records there.
     """
+    rows = mapping.rows
     if rows is None:
         return None
+    reason = f"records at {rows.path.text}"
+    if mapping.tables:
+        return open_joined_records(source, mapping), reason
     document = read_document(source)
     values = RecordValues(Scope(document, ""))
     try:
@@ -134,29 +154,7 @@ def open_document(source: Path, rows: Rows | None) -> tuple[RowReader, str] | No
         return SourceRow(number, item.location, read_record(item, rows), source.stem)
 
     reader = rows_from_items(items, make_row)
-    return replace(reader, other_keys=others), f"records at {rows.path.text}"
-
-
-def read_record(item: Scope, rows: Rows) -> Record:
-    """Return a record of a document, with its key in the document under the name of `rows`.
-
-    Raises:
-        InvalidRowError: The item is no object, or has a key of this name.
-    """
-    record = item.value
-    if not isinstance(record, dict):
-        raise InvalidRowError(
-            f"{item.location} is {describe_value(record)}", "an object", "correct rows"
-        )
-    if rows.key is None or item.slot is None:
-        return record
-    if rows.key in record:
-        raise InvalidRowError(
-            f"the record {item.location} has a key {rows.key} of its own",
-            "another name for the key of the object",
-            "give rows another key in the mapping",
-        )
-    return {**record, rows.key: item.slot[1]}
+    return replace(reader, other_keys=others), reason
 
 
 def load_mapping_format(path: Path) -> MappingFormat:

@@ -16,13 +16,14 @@ from finesight.data.formats.dataset_format import ImportContext
 from finesight.data.image_file import CorruptImageError
 from finesight.data.image_resolver import ImageResolver
 from finesight.data.import_source import NUM_DETECTION_ROWS, ImportOptions
-from finesight.data.row_reader import Record, SourceRow, get_row_suffix, read_first_records
+from finesight.data.record_files import read_preview_records
+from finesight.data.row_reader import Record, SourceRow, get_row_suffix
 from finesight.data.sample import InvalidRowError, read_data_file
 from finesight.errors import UserError
 from finesight.ingest.mapped_rows import read_mapped_row
 from finesight.ingest.mapping import RecordMapping, parse_mapping
-from finesight.ingest.mapping_format import MappingFormat, build_mapping_format, read_record
-from finesight.ingest.record_values import RecordValues, Scope, parse_texts
+from finesight.ingest.mapping_format import MappingFormat, build_mapping_format
+from finesight.ingest.record_values import RecordValues, Scope, parse_texts, read_record
 from finesight.storage import temporary_folder
 
 PRESETS_FOLDER = "presets"
@@ -50,24 +51,25 @@ def load_presets() -> dict[str, RecordMapping]:
 def with_preset(path: Path, options: ImportOptions) -> ImportOptions:
     """Return options with the preset that matches a file, if they name neither format nor roles."""
     first_file = options.row_files[0] if options.row_files else path
-    if not options.is_detected or not first_file.is_file():
+    if not options.is_detected or not first_file.exists():
         return options
     found = find_preset(first_file)
     return options if found is None else replace(options, mapping=found)
 
 
 def find_preset(path: Path) -> MappingFormat | None:
-    """Return the preset that matches the records of a file; None without one."""
+    """Return the preset that matches the records of a file or a folder; None without one."""
     if is_json_file(path, b"{") and path.suffix.lower() == ".json":
         return _find_document_preset(path)
-    if get_row_suffix(path) not in PRESET_SUFFIXES:
+    if not path.is_dir() and get_row_suffix(path) not in PRESET_SUFFIXES:
         return None
+    folder = path if path.is_dir() else path.parent
     try:
-        records = read_first_records(path, NUM_DETECTION_ROWS)
+        records = read_preview_records(path, NUM_DETECTION_ROWS)
     except UserError:
         return None  # reported when the source is opened
     for name, mapping in load_presets().items():
-        if mapping.rows is None and matches(mapping, records, path.parent):
+        if mapping.rows is None and matches(mapping, records, folder):
             return build_mapping_format(mapping, name, is_preset=True)
     return None
 

@@ -8,8 +8,9 @@ from pathlib import Path
 
 from finesight.data.formats.dataset_format import ImportContext
 from finesight.data.import_source import ImportOptions, ImportSource, detect_columns, open_source
+from finesight.data.record_files import read_preview_records
 from finesight.data.role_proposal import UnassignedKeysError
-from finesight.data.row_reader import Record, SourceRow, read_first_records
+from finesight.data.row_reader import Record, SourceRow
 from finesight.data.sample import Sample
 from finesight.errors import UserError
 from finesight.ingest.explanation import format_value
@@ -121,9 +122,11 @@ def preview_import(
 def _preview_keys(path: Path, problem: UserError) -> ImportPreview:
     """Return the keys of records whose roles are not known. Raises the problem without records."""
     try:
-        records = read_first_records(path, MAX_READ_ROWS)
+        records = read_preview_records(path, MAX_READ_ROWS)
     except UserError:
         raise problem from None
+    if not records:
+        raise problem
     return ImportPreview("", 0, _list_keys(records, {}), problem=problem, is_blocked=True)
 
 

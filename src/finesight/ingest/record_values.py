@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ast
+import functools
 import math
+import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple
@@ -20,6 +22,7 @@ from finesight.ingest.mapping import (
     Condition,
     Elements,
     Lookup,
+    Rows,
     Scalar,
     Value,
     format_key_text,
@@ -188,7 +191,7 @@ class RecordValues:
     def _list_inner(self, scope: Scope, step: PathStep, path: FieldPath) -> list[Scope]:
         """Return the values that a step of a path names, and count keys that become unknown."""
         container = scope.value
-        keys = list(_find_keys(scope, step, path))
+        keys = list(find_keys(scope, step, path))
         if step.is_each and isinstance(container, dict) and not all(map(_is_number, keys)):
             self.num_object_keys[path.text] += len(keys)
         return [
@@ -214,10 +217,7 @@ class RecordValues:
 
     def list_items(self, path: FieldPath, scope: Scope) -> list[Scope]:
         """Return the items of the lists at a path; a final `*` may be left out."""
-        steps = list(path.steps)
-        if not steps or not steps[-1].is_each:
-            steps.append(PathStep("*", is_each=True))
-        return self._list_values(steps, path, scope)
+        return self._list_values(list_item_steps(path), path, scope)
 
     def _list_values(self, steps: Sequence[PathStep], path: FieldPath, scope: Scope) -> list[Scope]:
         """Return the values at the steps of a path, with those of optional keys if not empty."""
@@ -343,11 +343,13 @@ class RecordValues:
             return value.const
         texts: dict[str, str] = {}
         parts = []
-        for text, path in value.template_paths().items():
-            found = self._find_present(path, scope, role, parts)
+        for text, template_field in value.template_fields().items():
+            found = self._find_present(template_field.path, scope, role, parts)
             if found is MISSING:
                 return MISSING  # the other values of the template have no role yet
             texts[text] = to_text(found, value.name_role(role))
+            if template_field.width is not None:
+                texts[text] = _pad_integer(found, template_field.width, value.name_role(role))
         self._use(parts, role)
         return value.fill_template(texts)
 
@@ -386,6 +388,14 @@ class RecordValues:
                 yield RoleAssignment(location, "", value)
 
 
+def list_item_steps(path: FieldPath) -> list[PathStep]:
+    """Return the steps of a path to the items of lists. A final `*` may be left out."""
+    steps = list(path.steps)
+    if not steps or not steps[-1].is_each:
+        steps.append(PathStep("*", is_each=True))
+    return steps
+
+
 def _require_lists(columns: Mapping[str, Sequence[Scope]], role: str) -> None:
     """Reject values of objects, which have keys instead of an order, for `zip`."""
     for name, items in columns.items():
@@ -402,29 +412,37 @@ def _is_number(key: object) -> bool:
     return str(key).isdecimal()
 
 
-def _find_keys(scope: Scope, step: PathStep, path: FieldPath) -> Iterator[Any]:
+def find_keys(scope: Scope, step: PathStep, path: FieldPath) -> Iterator[Any]:
     """Yield the keys of a value that a step of a path names."""
     value = scope.value
     if step.is_each:
         if not isinstance(value, dict | list | tuple):
-            raise _build_type_error(scope, path, "a list or an object")
+            raise build_type_error(scope, path, "a list or an object")
         for key, _ in _iter_children(value):
             yield key
         return
     if not isinstance(value, dict | list | tuple):
-        raise _build_type_error(scope, path, "an object with keys")
+        raise build_type_error(scope, path, "an object with keys")
     key = _to_index(value, step.key)
     if _has_key(value, key):
         yield key
     elif not step.is_optional:
-        names = [format_key(one) for one, _ in _iter_children(value)]
-        shown = ", ".join(names[:20]) or "no keys"
-        name = format_key(step.key)
-        raise MissingKeyError(
-            f"no key {name} in {scope.location or 'the record'} (path {path.text})",
-            f"one of its keys: {shown}",
-            suggest_name(name, names, f"correct the path, or write {name}? if rows may lack it"),
-        )
+        keys = [one for one, _ in _iter_children(value)]
+        raise build_missing_error(step.key, keys, scope.location or "the record", path)
+
+
+def build_missing_error(
+    key: Hashable, keys: Sequence[Hashable], location: str, path: FieldPath
+) -> MissingKeyError:
+    """Build the error of a missing key, which lists the other keys."""
+    names = list(map(format_key, keys))
+    shown = ", ".join(names[:20]) or "no keys"
+    name = format_key(key)
+    return MissingKeyError(
+        f"no key {name} in {location} (path {path.text})",
+        f"one of its keys: {shown}",
+        suggest_name(name, names, f"correct the path, or write {name}? if rows may lack it"),
+    )
 
 
 def _has_key(container: Any, key: Any) -> bool:
@@ -433,7 +451,7 @@ def _has_key(container: Any, key: Any) -> bool:
     return isinstance(key, int) and key < len(container)
 
 
-def _build_type_error(scope: Scope, path: FieldPath, expected: str) -> InvalidRowError:
+def build_type_error(scope: Scope, path: FieldPath, expected: str) -> InvalidRowError:
     return InvalidRowError(
         f"{scope.location or 'the record'} is {describe_value(scope.value)} (path {path.text})",
         expected,
@@ -492,21 +510,73 @@ def to_text(value: object, role: str) -> str:
     return format_scalar(value)
 
 
+def read_record(item: Scope, rows: Rows) -> Record:
+    """Return a record of a document, with its key in the document under the name of `rows`.
+
+    Raises:
+        InvalidRowError: The item is no object, or has a key of this name.
+    """
+    record = item.value
+    if not isinstance(record, dict):
+        raise InvalidRowError(
+            f"{item.location} is {describe_value(record)}",
+            "an object",
+            f"correct the path {rows.path.text} in the mapping",
+        )
+    if rows.key is None or item.slot is None:
+        return record
+    if rows.key in record:
+        raise InvalidRowError(
+            f"the record {item.location} has a key {rows.key} of its own",
+            "another name for the key of the object",
+            "give rows another key in the mapping",
+        )
+    return {**record, rows.key: item.slot[1]}
+
+
 def read_group(record: Record, path: FieldPath) -> str:
     """Return the value by which a row is grouped, as text.
 
     Raises:
         InvalidRowError: The row has no value at the path, or one that is no text or number.
     """
-    values = RecordValues(Scope(record, ""))
-    found = values.read(path, values.root, "group")
-    if is_empty(found) or isinstance(found, dict | list | tuple | bytes):
+    return check_key(find_value(Scope(record, ""), path.steps, path), path, "group")
+
+
+def find_value(scope: Scope, steps: Sequence[PathStep], path: FieldPath) -> Any:
+    """Return the value at the steps of a path without `*`.
+
+    Returns `MISSING` if an optional key is missing or empty.
+    """
+    value = scope.value
+    passed: list[Hashable] = []
+    for step in steps:
+        key: Any = step.key
+        if not isinstance(value, dict) or key not in value:  # the quick case of many rows
+            location = functools.reduce(join_location, passed, scope.location)
+            key = next(find_keys(Scope(value, location), step, path), MISSING)
+            if key is MISSING:
+                return MISSING
+        value = value[key]
+        passed.append(key)
+        if step.is_optional and is_empty(value):
+            return MISSING
+    return value
+
+
+def check_key(value: object, path: FieldPath, role: str) -> str:
+    """Return a value by which rows are found, as text.
+
+    Raises:
+        InvalidRowError: The value is no text or number.
+    """
+    if is_empty(value) or isinstance(value, dict | list | tuple | bytes):
         raise InvalidRowError(
-            f"the group ({path.text}) is {describe_value(found)}",
-            "a text or a number, which the rows of a group have in common",
-            "add it, or correct the path of group in the mapping",
+            f"the {role} ({path.text}) is {describe_value(value)}",
+            "a text or a number, which other rows have in common",
+            f"add it, or correct the path of {role} in the mapping",
         )
-    return format_key_text(found)
+    return format_key_text(value)
 
 
 def write_json(value: object, role: str) -> str:
@@ -519,6 +589,18 @@ def write_json(value: object, role: str) -> str:
             "a text, a number, or a list or object of them",
             "correct the row, or remove it",
         ) from error
+
+
+def _pad_integer(value: object, width: int, role: str) -> str:
+    """Return an integer as text with zeros up to a width in characters."""
+    text = format_key_text(value)
+    if not re.fullmatch("-?[0-9]+", text):
+        raise InvalidRowError(
+            f"the {role} is {describe_value(value)}, which zeros cannot pad",
+            "an integer",
+            f"correct the row, or remove :0{width} from the template",
+        )
+    return text.zfill(width)
 
 
 def _split_text(value: object, separator: str, role: str) -> list[str]:
@@ -548,24 +630,35 @@ def _translate(value: Any, values: Mapping[str, Any], role: str) -> Any:
 def parse_texts(record: Record, paths: Sequence[tuple[FieldPath, str]]) -> Record:
     """Return a record whose texts at some paths are parsed as JSON or as a Python literal."""
     for path, notation in paths:
-        record = _parse_at(record, path.steps, path, notation, "")
+        parse_text = functools.partial(_parse_text, notation=notation)
+        record = replace_at(record, path, path.steps, parse_text)
     return record
 
 
-def _parse_at(
-    value: Any, steps: Sequence[PathStep], path: FieldPath, notation: str, location: str
+def replace_at(
+    value: Any,
+    path: FieldPath,
+    steps: Sequence[PathStep],
+    build_value: Callable[[Any, str], Any],
+    location: str = "",
 ) -> Any:
-    """Return a copy of a value in which the texts at a path are parsed."""
+    """Return a copy of a value with other values at the steps of a path.
+
+    Args:
+        build_value: Function that returns the new value for a value and its location.
+    """
     if not steps:
-        return _parse_text(value, notation, location)
+        return build_value(value, location)
     step, *rest = steps
     copy: Any = value
     if isinstance(value, dict):
         copy = dict(value)
     elif isinstance(value, list | tuple):
         copy = list(value)
-    for key in list(_find_keys(Scope(value, location), step, path)):
-        copy[key] = _parse_at(value[key], rest, path, notation, join_location(location, key))
+    for key in list(find_keys(Scope(value, location), step, path)):
+        if not (step.is_optional and is_empty(value[key])):
+            inner = join_location(location, key)
+            copy[key] = replace_at(value[key], path, rest, build_value, inner)
     return copy
 
 
@@ -587,7 +680,7 @@ def _to_json_types(value: object) -> object:
     return value
 
 
-def _parse_text(value: object, notation: str, location: str) -> object:
+def _parse_text(value: object, location: str, notation: str) -> object:
     """Parse a text; an empty one has no content, which is None."""
     if is_empty(value):
         return None

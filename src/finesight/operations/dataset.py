@@ -203,7 +203,7 @@ def format_import(
         details.append(_describe_box_format(options))
         if options.box_units:
             details.append(f"box units: {options.box_units}")
-    details += [*summary.list_skipped(), format_count(summary.num_images, "image")]
+    details += [*summary.list_skipped(), *summary.list_media()]
     if summary.skipped_rows_file is not None:
         details.append(f"{summary.skipped_rows_file}: invalid rows with reasons")
     if summary.num_clipped_boxes:
@@ -216,7 +216,7 @@ def format_import(
     details += summary.list_other_keys()
     if summary.unused_columns:
         details.append(f"unused columns: {', '.join(summary.list_unused_columns())}")
-        if not summary.num_images:
+        if not summary.num_images and not summary.num_videos:
             details.append("no images: --map image=COLUMN sets the column of the image paths")
     num_rows = format_count(summary.num_rows, "row")
     heading = f"{source}: {num_rows}, read as {summary.format} ({detected_by})"

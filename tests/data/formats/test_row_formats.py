@@ -6,6 +6,7 @@ fine-tuning", and the tutorials of Qwen2-VL. Images are a.png of 40 x 20 pixels 
 1000 x 500.
 """
 
+import base64
 import json
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,33 @@ def test_rows_become_samples(folder: Path, name: str, case: dict[str, Any]) -> N
     assert turns == case["turns"]
     assert (example.id, example.meta) == (case.get("id", "rows-3"), case.get("meta", {}))
     assert list(example.to_eval_sample().references) == case.get("references", [])
+
+
+@pytest.mark.parametrize("header", ["", "data:image/png;base64,"])
+def test_image_part_in_base64_is_saved(folder: Path, header: str) -> None:
+    content = (folder / "a.png").read_bytes()
+    part = {"type": "image", "base64": header + base64.b64encode(content).decode()}
+    question = [part, {"type": "text", "text": "Where?"}]
+    turns = [{"role": "user", "content": question}, {"role": "assistant", "content": "There."}]
+    (_, (image, text)), _ = list_turns(parse(folder, "openai", {"record": {"messages": turns}}))
+    assert (image.read_bytes(), text) == (content, "Where?")
+    part["base64"] = "?"
+    with pytest.raises(UserError, match="of 14 characters"):
+        parse(folder, "openai", {"record": {"messages": turns}})
+
+
+def test_list_of_objects_names_the_form_of_one_object(folder: Path) -> None:
+    answer = {"role": "assistant", "content": "<ref-object><bbox>"}
+    turns = [{"role": "user", "content": "<image>Where?"}, answer]
+    boxes = [{"caption": "dog", "bbox": [[100, 100, 500, 200]], "bbox_type": "norm_1000"}]
+    row = {"messages": turns, "images": ["b.png"], "objects": boxes}
+    with pytest.raises(UserError, match="objects") as caught:
+        parse(folder, "ms-swift", {"record": row})
+    assert "boxes under bbox" in str(caught.value.remedy)
+    assert "thousandths divided by 1000" in str(caught.value.remedy)
+    row["objects"] = {"ref": ["dog"], "bbox": [[0.1, 0.1, 0.5, 0.2]], "bbox_type": "norm1"}
+    ((box,),) = parse(folder, "ms-swift", {"record": row}).answers
+    assert (box.label, box.xyxy) == ("dog", (100, 50, 500, 100))
 
 
 @pytest.mark.parametrize(("name", "case"), list_cases("errors"))

@@ -170,6 +170,54 @@ def test_columns_that_an_answer_depends_on_are_found(name: str, value: object) -
     check_guessed_columns([{**records[0], name: None}], columns, "here")
 
 
+@pytest.mark.parametrize(
+    ("options", "lines"),
+    [
+        (["left", "right"], "A. left\nB. right"),
+        (["A. left", "B) right", "(C) up"], "A. left\nB) right\n(C) up"),
+        (["A. M. Turing", "K. Zuse"], "A. A. M. Turing\nB. K. Zuse"),
+        (["A left", "B right"], "A. A left\nB. B right"),
+        (["B. left", "A. right"], "A. B. left\nB. A. right"),
+    ],
+)
+def test_options_with_letters_get_no_second_one(
+    folder: Path, options: list[str], lines: str
+) -> None:
+    row = {"question": "Where?", "options": options, "answer": "A"}
+    found = case(folder, row, "image=image question=question,options answer=answer")
+    assert list_turns(found)[0][1] == [folder / "b.png", f"Where?\n{lines}"]
+    columns = dict(zip("ABC", options, strict=False))
+    names = ",".join(columns)
+    row = {"question": "Where?", **columns, "answer": "A"}
+    found = case(folder, row, f"image=image question=question,{names} answer=answer")
+    assert list_turns(found)[0][1] == [folder / "b.png", f"Where?\n{lines}"]
+
+
+@pytest.mark.parametrize(
+    ("record", "expected"),
+    [
+        (
+            {"question_type": "size", "question": "Which?", "options": ["big"], "answer": "A"},
+            "--map image=COLUMN --map answer=answer --map question=question,options",
+        ),
+        (
+            {"prompt_id": "p", "prompt": "Why?"},
+            "--map image=COLUMN --map answer=COLUMN --map question=prompt",
+        ),
+        ({"video_id": 70, "answer": "a"}, "--map answer=answer --map video=video_id"),
+        (
+            {"url": "https://a.example/a.jpg", "image": b"\x89PNG\r\n\x1a\n", "caption": "a"},
+            "--map image=image --map answer=caption",
+        ),
+        ({"image": "a.png", "noteids": [1, 2]}, "--map image=image --map answer=COLUMN"),
+        ({"image": "a.png", "note_ids": ["a", "b"]}, "--map image=image --map answer=COLUMN"),
+        ({"image": "a.png", "kids": "two"}, "--map image=image --map answer=kids"),
+    ],
+)
+def test_suggested_mapping_has_the_best_columns(record: dict[str, Any], expected: str) -> None:
+    assert suggest_mapping(record) == expected
+
+
 def test_list_of_options_follows_the_question(folder: Path) -> None:
     record = {"question": "Which pet is it?", "choices": ["cat", "dog"], "answer": "B"}
     columns = guess_columns([{"image": "b.png", **record}] * 3)

@@ -12,8 +12,10 @@ from image_fixtures import write_gray_image, write_jsonl
 
 from finesight.check.check_issues import CheckIssue
 from finesight.check.data_checker import DataChecker, inputs_from_files
+from finesight.data.exporter import export_dataset
 from finesight.data.formats.dataset_format import NOTE_PIXELS, NOTE_THOUSANDTHS
 from finesight.data.import_source import ImportOptions
+from finesight.data.sample import LocatedSample
 from finesight.errors import UserError
 
 CASES = load_cases("text_boxes")
@@ -36,6 +38,21 @@ def test_boxes_with_known_units_are_converted(tmp_path, answer, units, expected)
     num_boxes = sum(isinstance(part, list) for part in expected)
     if num_boxes:
         assert summary.source_notes == ({note: 3 * num_boxes} if units is None else {})
+
+
+@pytest.mark.parametrize(
+    "answer", ["The kite [[80,70,150,90]] flies.", "[[80, 70, 150, 90], [1, 2, 9, 9]]"]
+)
+@pytest.mark.parametrize("name", ["samples", "ms-swift", "llava"])
+def test_converted_lists_survive_an_export(tmp_path: Path, answer: str, name: str) -> None:
+    source = write_rows(tmp_path, answer)
+    samples, _ = import_samples(source, tmp_path / "first", box_units="1000")
+    located = [LocatedSample(sample, tmp_path / "first") for sample in samples]
+    export_dataset(located, tmp_path / name, name, copy_images=False)
+    (file,) = (path for path in (tmp_path / name).iterdir() if path.stem == "data")
+    again, _ = import_samples(file, tmp_path / "second")
+    assert list_answers(again) == list_answers(samples)
+    assert '"' not in str(list_answers(samples)[0])
 
 
 NOTATIONS = """x1=20, y1=10, x2=120, y2=90|20,10,120,90|20 10 120 90|<point>20 40</point>

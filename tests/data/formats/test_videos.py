@@ -70,7 +70,8 @@ def test_video_files_become_video_parts(media: Path, name: str) -> None:
 def test_imported_samples_refer_to_the_video(media: Path, tmp_path: Path) -> None:
     source = media / "rows.jsonl"
     source.write_text(json.dumps({"id": "1", **chat("<video>\nWhat?", video="v.mp4")}) + "\n")
-    import_dataset(source, tmp_path / "out", ImportOptions())
+    summary = import_dataset(source, tmp_path / "out", ImportOptions())
+    assert summary.list_media() == ["1 video"]
     (sample,) = read_samples(tmp_path / "out" / "data.jsonl")
     part = sample.messages[0].content[0]
     assert isinstance(part, VideoPart)

@@ -364,9 +364,18 @@ class ObjectQueue:
         unknown = objects.keys() - {*_OBJECT_KEYS, "width", "height"}
         is_known = isinstance(bbox_type, str) and bbox_type in _OBJECT_CONVENTIONS
         if unknown or not is_known or (has_value(value) and not objects):
+            remedy = "correct the row"
+            if isinstance(value, list):  # ms-swift 2
+                remedy = (
+                    "write one object with the captions under ref and the boxes under bbox, in the"
+                    " order of `<ref-object>` and `<bbox>` in the text, with a `<bbox>` for each"
+                    " box; all boxes of a row are in pixels (real), or fractions of the image sides"
+                    " (norm1), such as thousandths divided by 1000"
+                )
             raise InvalidRowError(
                 f"objects {str(value)[:80]}",
                 "{ref: texts, bbox: boxes, bbox_type: real or norm1, image_id: indices}",
+                remedy,
             )
         sort_keys(objects, _OBJECT_KEYS, "objects", context.other_keys)
         boxes, image_ids = as_list(objects.get("bbox")), as_list(objects.get("image_id"))

@@ -514,8 +514,8 @@ _TURN_KEYS = (
     "chosen",
     "rejected",
     "rejected_messages",
+    "rejected_conversations",
 )
-_REJECTED_KEYS = "rejected_response", "rejected_messages"
 _QUESTION_KEYS = "messages", "prompt", "conversations", "conversation"
 """Keys of turns that may end with a question, whose answer is under another key."""
 
@@ -555,10 +555,15 @@ def split_preference(record: Record) -> list[Record]:
 
     Supported are the keys of TRL (`prompt`, `chosen`, `rejected`), ms-swift (`rejected_response`,
     `rejected_messages`) and LLaMA-Factory (`conversations` or `instruction` with `chosen` and
-    `rejected`). Any other row is returned alone.
+    `rejected`), and `rejected_conversations`. Any other row is returned alone.
     """
     record, pair = _append_solution(_read_cauldron(record)), ("chosen", "rejected")
-    others = {k: v for k, v in record.items() if k not in (*pair, *_REJECTED_KEYS)}
+    turns_key = "messages"
+    if "messages" not in record and isinstance(record.get("conversations"), list):
+        turns_key = "conversations"
+    rejected_key = f"rejected_{turns_key}"
+    rejected_keys = ("rejected_response", rejected_key)
+    others = {k: v for k, v in record.items() if k not in (*pair, *rejected_keys)}
     if all(isinstance(record.get(key), str | list | dict) and record[key] for key in pair):
         if "question" in others and "prompt" not in others:
             others["prompt"] = others.pop("question")
@@ -572,14 +577,14 @@ def split_preference(record: Record) -> list[Record]:
         if turns is not None or all(isinstance(record[name], list) for name in pair):
             key, prompt = turns or "messages", as_list(record.get(turns or "messages"))
             return [{**others, key: [*prompt, *as_list(record[name])]} for name in pair]
-    messages, (text, rejected) = record.get("messages"), map(record.get, _REJECTED_KEYS)
+    turns, (text, rejected) = record.get(turns_key), map(record.get, rejected_keys)
     if isinstance(text, str) and text:
         if "response" in record:
             return [others, {**others, "response": text}]
-        if isinstance(messages, list):
-            rejected = [*messages[:-1], {"role": "assistant", "content": text}]
+        if isinstance(turns, list):
+            rejected = [*turns[:-1], {"role": "assistant", "content": text}]
     if isinstance(rejected, list) and rejected:
-        return [others, {**others, "messages": rejected}]
+        return [others, {**others, turns_key: rejected}]
     return [dict(record)]
 
 
@@ -762,7 +767,8 @@ class DatasetFormat(Component[Any]):
             It raises UserError for a sample that the format cannot represent.
         open_encoded: Function that opens a folder whose tables have a given encoding.
         may_be_table: Function that returns whether detected records may be a table instead.
-        group_rows: Function that joins rows after they are opened, for mapping files.
+        group_rows: Function that joins rows after they are opened, and rows of other files, for
+            mapping files. It gets the data file.
         is_native: Whether the rows are samples, as training reads them.
         keeps_pages: Whether the format has pages of documents. An export to others saves them.
         reads_raw_rows: Whether `parse_row` reads all keys of a record itself, such as preference
@@ -782,7 +788,7 @@ class DatasetFormat(Component[Any]):
     write_files: Callable[[Sequence[LocatedSample], ExportContext], Files] | None = None
     open_encoded: Callable[[Path, str], tuple[RowReader, str] | None] | None = None
     may_be_table: Callable[[Sequence[Record]], bool] | None = None
-    group_rows: Callable[[RowReader], RowReader] | None = None
+    group_rows: Callable[[RowReader, Path], RowReader] | None = None
     is_native: bool = False
     keeps_pages: bool = False
     reads_raw_rows: bool = False

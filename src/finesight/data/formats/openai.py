@@ -5,10 +5,11 @@ The OpenAI guide "Vision fine-tuning" documents the format. An image is a data U
 the same role, as in the guide, are merged into one turn.
 
 An image may also be a part of type `image` with its path under `image`, `url` or `path`, as in
-qwen-vl-utils, or without a path, which stands for an image of the list `images`: that of its
-`index`, else the next one, as in TRL. The same applies to videos. Rows of TRL have their messages
-under `prompt` and `completion`; both may be text. If no part or `<image>` in the text stands for
-the listed images, they precede the first question.
+qwen-vl-utils, with its bytes under `base64`, as in Axolotl, or without a path, which stands for an
+image of the list `images`: that of its `index`, else the next one, as in TRL. The same applies to
+videos, except for bytes. Rows of TRL have their messages under `prompt` and `completion`; both may
+be text. If no part or `<image>` in the text stands for the listed images, they precede the first
+question.
 """
 
 from __future__ import annotations
@@ -134,9 +135,13 @@ def _parse_part(
         sort_keys(item, ("type", "text"), PARTS, context.other_keys)
         yield from parse_text(role, item["text"], media)
     elif kind in _KINDS and isinstance(item, dict):
-        names = (f"{kind}_url", kind, "url", "path")
+        names = [f"{kind}_url", kind, "url", "path"]
+        if kind == "image":
+            names.append("base64")
         key = next((name for name in names if has_value(item.get(name))), "index")
         value = item.get(key)
+        if key == "base64" and isinstance(value, str) and not value.startswith("data:"):
+            value = f"data:;base64,{value}"
         part = media.add(kind, index=value) if key == "index" else media.add(kind, value)
         used = ["type", key]
         if isinstance(part, VideoPart):

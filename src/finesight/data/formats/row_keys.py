@@ -131,9 +131,17 @@ TOOL_CALLS = KeyMeaning(
     "write definitions under `tools`, and calls under `tool_calls` of a turn",
 )
 PREFERENCE = KeyMeaning(
-    "preference data without a pair of answers, or a `label` of true or false for the row",
-    "add the other answer or `label`, or keep the better one only: as last turn of `messages`",
+    "preference data that is neither a pair of answers nor a `label` of true or false",
+    "write the worse answer under `rejected` and the better one under `chosen`, add `label`, or"
+    " remove the key to train on every answer",
 )
+_REJECTED_NAMES = {
+    "messages": "`rejected_response` as text or `rejected_messages` as turns",
+    "conversations": "`rejected_response` as text or `rejected_conversations` as turns",
+    "response": "`rejected_response`",
+}
+"""Keys of the worse answer of a row, by the key of its turns or of its better answer."""
+
 MEDIA_PREFERENCE = KeyMeaning(
     "a preference between images, but pairs differ only in their answers",
     "remove the key to train on the answers only",
@@ -330,13 +338,27 @@ def sort_keys(
             error_type: type[UnsupportedKeyError] = UnsupportedKeyError
             if meaning is MEDIA:
                 error_type = UnsupportedMediaError
+            remedy = meaning.remedy
+            if meaning is PREFERENCE and level == ROWS:
+                remedy = _suggest_pair(values)
             raise error_type(
                 f"the key {path!r} with {str(value)[:60]} in {level}: {meaning.what}",
                 expected="keys that the format uses, or metadata of the row",
-                remedy=meaning.remedy,
+                remedy=remedy,
             )
         counts[f"{path} in meta" if level == ROWS else f"{path} of {level}, not imported"] += 1
     return {key: to_json_data(value) for key, value in others.items()}
+
+
+def _suggest_pair(record: Mapping[str, Any]) -> str:
+    """Return the remedy of a preference by the keys that a conversation row may have."""
+    for key, names in _REJECTED_NAMES.items():
+        if has_value(record.get(key)):
+            return (
+                f"write the worse answer under {names}, add `label`, or remove the key to train on"
+                " every answer"
+            )
+    return PREFERENCE.remedy
 
 
 def _is_null_column(key: object, value: object) -> bool:

@@ -211,9 +211,11 @@ def guess_columns(records: Sequence[Record]) -> dict[str, str]:
     """
     names = list(map(str, records[0]))
     images = [name for name in names if _has_values(records, name, is_image_value, 0.9)]
-    inputs = images[:1]
-    for name in images[1:]:
-        if not (_NO_INPUT_IMAGE.fullmatch(name) or _has_values(records, name, _is_url, 0)):
+    # A URL beside a file or an embedded image is where it was downloaded from.
+    files = [name for name in images if not _has_values(records, name, _is_url, 0)]
+    inputs = (files or images)[:1]
+    for name in files[1:]:
+        if not _NO_INPUT_IMAGE.fullmatch(name):
             inputs.append(name)
     columns = {"image": ",".join(inputs)} if images else {}
     videos = [name for name in names if _has_values(records, name, is_video_value, 0.9)]
@@ -227,6 +229,7 @@ def guess_columns(records: Sequence[Record]) -> dict[str, str]:
         if name not in (*media, *",".join(boxes.values()).split(","))
         and not (is_row_name(name) or _NO_ANSWER_NAME.fullmatch(name))
         and not (counts_rows(records, name, media) or numbers_rows(records, name))
+        and not _has_identifiers(records, name)
         and _has_values(records, name, _is_text, 0)
     ]
     question, answer = _find_pair(others)
@@ -302,6 +305,21 @@ def is_row_name(name: str) -> bool:
     return _ROW_NAME.fullmatch(join_words(name)) is not None
 
 
+def _has_identifiers(records: Sequence[Record], name: str) -> bool:
+    """Return whether a column lists identifiers.
+
+    Its name ends with the word `ids`, or with these letters if the values are lists of numbers.
+    """
+    words = join_words(name)
+    if words == "ids" or words.endswith("_ids"):
+        return True
+    return words.endswith("ids") and _has_values(records, name, _is_number_list, 0.9)
+
+
+def _is_number_list(value: object) -> bool:
+    return isinstance(value, list) and is_numeric(value)
+
+
 def numbers_rows(records: Sequence[Record], name: str) -> bool:
     """Return whether a column with the name of a number contains the numbers of the rows."""
     if _NUMBER_NAME.fullmatch(join_words(name)) is None:
@@ -356,11 +374,16 @@ def _find_pair(names: Sequence[str]) -> tuple[str | None, str | None]:
     if is_alpaca:  # the input of Alpaca, not another such as a text that a user types
         names_of_inputs = ("input", "context", "input_text", "context_text")
         more = next((name for name in others if name.lower() in names_of_inputs), None)
-    options = [name for name in others if _OPTION.fullmatch(name)]
-    if len(options) < 2:
-        options = [name for name in others if name.lower() in _OPTION_LISTS]
     texts = [name for name in (question, more) if name is not None]
-    return ",".join([*texts, *(options if question else [])]) or None, None
+    return ",".join([*texts, *(_list_options(others) if question else [])]) or None, None
+
+
+def _list_options(names: Sequence[str]) -> list[str]:
+    """Return the columns with the options of a multiple-choice question."""
+    options = [name for name in names if _OPTION.fullmatch(name)]
+    if len(options) < 2:
+        options = [name for name in names if name.lower() in _OPTION_LISTS]
+    return options
 
 
 def _find_name(names: Sequence[str], candidates: Sequence[str]) -> str | None:
@@ -513,11 +536,16 @@ def suggest_mapping(record: Record) -> str:
     columns = guess_columns([record])
     if columns.keys().isdisjoint(MEDIA_ROLES):
         columns = {}
-        for role in ("image", "answer", "question", "box"):
+        for role in ("image", "video", "answer", "question", "box"):
             column = _find_fitting_column(record, role)
-            if column is not None and column not in columns.values():
+            is_second = role == "video" and "image" in columns
+            if column is not None and column not in columns.values() and not is_second:
                 columns[role] = column
-        columns.setdefault("image", "COLUMN")
+        if "video" not in columns:
+            columns.setdefault("image", "COLUMN")
+        if "question" in columns:
+            others = [name for name in record if name not in columns.values()]
+            columns["question"] = ",".join([columns["question"], *_list_options(others)])
     if not any(map(columns.get, ("answer", "fields", "box"))):
         columns["answer"] = "COLUMN"
     pairs = [f"{role}={columns[role]}" for role in MAPPABLE_COLUMNS if columns.get(role)]
@@ -559,12 +587,21 @@ def _is_word(value: object) -> bool:
 
 
 def _find_fitting_column(record: Record, role: str) -> str | None:
-    """Return the first column whose name contains that of a role, and whose value fits it."""
-    for name in _COMMON_NAMES[role]:
-        for key, value in record.items():
-            is_candidate = name in key.lower() and (role == "image" or not is_row_name(key))
-            if is_candidate and (_is_empty(value) or _fits_role(value, role)):
-                return key
+    """Return the column whose name and value fit a role.
+
+    A column with a known name precedes one whose name contains it.
+    """
+    fitting: list[str] = []
+    for key, value in record.items():
+        is_allowed = role in MEDIA_ROLES or not is_row_name(key)
+        if is_allowed and (_is_empty(value) or _fits_role(value, role)):
+            fitting.append(key)
+    column = _find_name(fitting, _COMMON_NAMES[role])
+    if column is not None:
+        return column
+    for name, key in itertools.product(_COMMON_NAMES[role], fitting):
+        if name in key.lower():
+            return key
     return None
 
 
@@ -769,21 +806,43 @@ def _join_cells(names: Sequence[str], cells: Sequence[object]) -> tuple[str, lis
 
     Empty cells, such as the input of an instruction, are left out.
     """
-    letters = {name: match[1].upper() for name in names if (match := _OPTION.fullmatch(name))}
+    filled: dict[str, object] = {}
+    for name, cell in zip(names, cells, strict=True):
+        if has_value(cell) and cell == cell:
+            filled[name] = cell
+    lettered = {name: match[1].upper() for name in names if (match := _OPTION.fullmatch(name))}
+    option_lines: dict[str, str] = {}
+    if len(lettered) > 1:
+        found = [name for name in filled if name in lettered]
+        texts = [str(filled[name]) for name in found]
+        letters = [lettered[name] for name in found]
+        option_lines = dict(zip(found, letter_options(texts, letters), strict=True))
     lines: list[str] = []
     options: list[str] = []
-    for name, cell in zip(names, cells, strict=True):
-        if not has_value(cell) or cell != cell:
-            continue
+    for name, cell in filled.items():
         items = parse_list(cell)
         if name.lower() in _OPTION_LISTS and isinstance(items, list):
             options = list(map(str, items))
             check_limit(len(options), len(ascii_uppercase), "options")
-            lines += map("{}. {}".format, ascii_uppercase, options)
+            lines += letter_options(options)
         else:
-            prefix = f"{letters[name]}. " if len(letters) > 1 and name in letters else ""
-            lines.append(f"{prefix}{cell}")
+            lines.append(option_lines.get(name, str(cell)))
     return "\n".join(lines), options
+
+
+def letter_options(options: Sequence[str], letters: Sequence[str] = ascii_uppercase) -> list[str]:
+    """Return the options of a question with their letters: `A. left`, `B. right`.
+
+    Options that have their own letters, such as `(A) left`, are not changed.
+    """
+    pairs = list(zip(letters, options, strict=False))
+    if all(_has_own_letter(option, letter) for letter, option in pairs):
+        return list(options)
+    return [f"{letter}. {option}" for letter, option in pairs]
+
+
+def _has_own_letter(option: str, letter: str) -> bool:
+    return re.match(rf"\s*(?:\({letter}\)|{letter}[.):：．、])\s*\S", option) is not None
 
 
 def omit_classes(

@@ -1,0 +1,160 @@
+"""Folders with a JSON file for each image: the rows are the objects in these files.
+
+The file of `a.jpg` is `a.json` or `a.jpg.json`, or `a.txt` if it contains an object. It is in the
+folder of the image, or in another one, such as `images` and `annotations`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from finesight.bounded_files import parse_unique_json
+from finesight.data.folder_listing import ROW_SUFFIXES, list_folder
+from finesight.data.line_index import UTF8_BOM
+from finesight.data.row_reader import (
+    SNIFF_BYTES,
+    Record,
+    RowReader,
+    SourceRow,
+    read_first_records,
+    rows_from_items,
+)
+from finesight.data.sample import MAX_LABEL_FILE_BYTES, check_json, read_data_file
+from finesight.errors import UserError
+
+IMAGE_KEY = "image"
+"""Key of the image in a row, unless the object has a key of this name."""
+
+RECORD_SUFFIXES = (".json", ".txt")
+
+TABLE_SUFFIXES = tuple(suffix for suffix in ROW_SUFFIXES if suffix != ".json")
+"""Suffixes of files with rows, which JSON files beside them may belong to."""
+
+
+def open_record_files(source: Path) -> RowReader | None:
+    """Open the objects in a folder as rows; None without an object that belongs to an image.
+
+    A folder with a file of rows is no such folder: its JSON files may be something else.
+
+    Raises:
+        UserError: Several objects belong to the same image, or an object to several images.
+    """
+    listing = list_folder(source)
+    records: list[Path] = []
+    others: list[Path] = []
+    for file in listing.files:
+        if _has_object(file):
+            records.append(file)
+        else:
+            others.append(file)
+    has_tables = any(file.name.lower().endswith(TABLE_SUFFIXES) for file in others)
+    if not records or has_tables:
+        return None
+    images_by_name: defaultdict[str, list[Path]] = defaultdict(list)
+    for image in listing.image_files():
+        images_by_name[image.stem].append(image)
+        images_by_name[image.name].append(image)
+    pairs: list[tuple[Path, Path]] = []
+    for file in records:
+        found = _find_image(file, images_by_name[file.stem])
+        if found is not None:
+            pairs.append((file, found))
+    if not pairs:
+        return None
+    _check_single_records(source, pairs)
+
+    def make_row(row_number: int, pair: tuple[Path, Path]) -> SourceRow:
+        file, image = pair
+        record = {IMAGE_KEY: str(image), **read_record_file(file)}
+        return SourceRow(row_number, str(file), record, file.stem)
+
+    rows = rows_from_items(pairs, make_row, f"a JSON file for each of {len(pairs)} images")
+    used = set(itertools.chain(*pairs))
+    unused: Counter[str] = Counter()
+    for file in listing.files:
+        if file not in used:
+            unused[f"other {file.suffix} files, not imported"] += 1
+    return replace(rows, other_keys=unused)
+
+
+def read_preview_records(source: Path, count: int) -> list[Record]:
+    """Return the first records of a row file or of a folder of objects; none for other folders.
+
+    Raises UserError if a file is not readable.
+    """
+    if not source.is_dir():
+        return read_first_records(source, count)
+    rows = open_record_files(source)
+    if rows is None:
+        return []
+    return [row.record for row in rows.iter_range(0, count)]
+
+
+def read_record_file(path: Path) -> Record:
+    """Read the JSON object of an image. Raises UserError for other content."""
+    content = read_data_file(path, MAX_LABEL_FILE_BYTES)
+    check_json(content, str(path))
+    record: Any = None
+    reason = "no object"
+    try:
+        record = parse_unique_json(content)
+    except ValueError as error:
+        reason = f"not valid JSON: {str(error)[:200]}"
+    if not isinstance(record, dict):
+        raise UserError(
+            reason,
+            where=str(path),
+            expected="a JSON object with the labels of an image",
+            remedy="correct the file, or remove it",
+        )
+    return record
+
+
+def _has_object(path: Path) -> bool:
+    """Return whether a file may contain a JSON object, judged by its name and first bytes."""
+    if path.suffix.lower() not in RECORD_SUFFIXES or not path.is_file():
+        return False
+    with contextlib.suppress(OSError), path.open("rb") as file:
+        return file.read(SNIFF_BYTES).removeprefix(UTF8_BOM).lstrip().startswith(b"{")
+    return False
+
+
+def _find_image(record: Path, candidates: Sequence[Path]) -> Path | None:
+    """Return the image of an object: that in the same folder, or in one of the same name.
+
+    Raises:
+        UserError: Several images have the name of the object.
+    """
+    distinct = list(dict.fromkeys(candidates))
+    beside = [image for image in distinct if image.parent == record.parent]
+    in_same_split = [image for image in distinct if image.parent.name == record.parent.name]
+    found = beside or in_same_split or distinct
+    if len(found) > 1:
+        raise UserError(
+            f"several images may belong to the file: {found[0]} and {found[1]}",
+            where=str(record),
+            expected="one image with the name of the JSON file",
+            remedy="import the folders of images one by one, or rename the images",
+        )
+    return found[0] if found else None
+
+
+def _check_single_records(source: Path, pairs: Sequence[tuple[Path, Path]]) -> None:
+    """Raise UserError if several objects belong to the same image."""
+    files: dict[Path, Path] = {}
+    for file, image in pairs:
+        other = files.setdefault(image, file)
+        if other is file:
+            continue
+        raise UserError(
+            f"two JSON files of the image {image.name}: {other} and {file}",
+            where=str(source),
+            expected="one JSON file for each image",
+            remedy=f"move {file} and others of its kind out of the folder",
+        )

@@ -1,0 +1,172 @@
+"""Folders with a JSON file for each image."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from finesight.data.import_source import ImportOptions
+from finesight.data.importer import import_dataset
+from finesight.data.record_files import open_record_files
+from finesight.data.row_reader import Record
+from finesight.data.sample import read_samples
+from finesight.errors import UserError
+from finesight.ingest.mapping import parse_mapping
+from finesight.ingest.mapping_draft import check_proposal, detect_roles
+from finesight.ingest.mapping_format import build_mapping_format
+
+MAPPING = {
+    "version": 1,
+    "images": "image",
+    "question": {"const": "Which plant is it?"},
+    "answer": "plant.name",
+    "meta": ["plant.height"],
+}
+
+
+def write_image(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (40, 30), (90, 120, 30)).save(path)
+
+
+def write_record(path: Path, content: object) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content), encoding="utf-8")
+
+
+def write_plants(folder: Path, images: str, labels: str, suffix: str = ".json") -> None:
+    for name, height in {"fern": 30, "moss": 2}.items():
+        write_image(folder / images / f"{name}.png")
+        content = {"plant": {"name": name, "height": height}}
+        write_record(folder / labels / f"{name}{suffix}", content)
+
+
+def list_records(source: Path) -> list[Record]:
+    rows = open_record_files(source)
+    assert rows is not None
+    return [row.record for row in rows.iter_range(0, rows.num_rows)]
+
+
+@pytest.mark.parametrize(
+    ("images", "labels", "suffix"),
+    [
+        ("", "", ".json"),
+        ("", "", ".png.json"),
+        ("images", "labels", ".json"),
+        ("images/train", "labels/train", ".txt"),
+    ],
+)
+def test_the_object_of_an_image_has_its_name(
+    tmp_path: Path, images: str, labels: str, suffix: str
+) -> None:
+    write_plants(tmp_path, images, labels, suffix)
+    records = list_records(tmp_path)
+    assert [Path(record["image"]).name for record in records] == ["fern.png", "moss.png"]
+    assert [record["plant"]["height"] for record in records] == [30, 2]
+
+
+def test_images_outside_of_the_folder_are_not_used(tmp_path: Path) -> None:
+    write_plants(tmp_path, "images", "labels")
+    assert open_record_files(tmp_path / "labels") is None
+
+
+def test_an_image_in_the_object_is_that_of_the_row(tmp_path: Path) -> None:
+    write_image(tmp_path / "fern.png")
+    write_record(tmp_path / "fern.json", {"image": "other.png"})
+    assert list_records(tmp_path) == [{"image": "other.png"}]
+
+
+def test_files_of_other_names_are_counted(tmp_path: Path) -> None:
+    write_plants(tmp_path, "", "")
+    write_image(tmp_path / "reed.png")
+    write_record(tmp_path / "about.json", {"license": "CC0"})
+    rows = open_record_files(tmp_path)
+    assert rows is not None
+    assert rows.num_rows == 2
+    assert rows.other_keys == {
+        "other .json files, not imported": 1,
+        "other .png files, not imported": 1,
+    }
+
+
+@pytest.mark.parametrize("content", ["a fern", "[1, 2]", ""])
+def test_texts_and_lists_are_no_objects(tmp_path: Path, content: str) -> None:
+    write_image(tmp_path / "fern.png")
+    (tmp_path / "fern.txt").write_text(content)
+    assert open_record_files(tmp_path) is None
+
+
+def test_two_objects_of_an_image_are_an_error(tmp_path: Path) -> None:
+    write_plants(tmp_path, "images", "labels")
+    write_record(tmp_path / "other" / "fern.json", {"color": "green"})
+    with pytest.raises(UserError, match="two JSON files of the image fern") as caught:
+        open_record_files(tmp_path)
+    assert str(tmp_path / "other" / "fern.json") in str(caught.value.remedy)
+    shutil.rmtree(tmp_path / "other")
+    assert len(list_records(tmp_path)) == 2
+
+
+def test_two_images_of_an_object_are_an_error(tmp_path: Path) -> None:
+    write_plants(tmp_path, "images", "labels")
+    write_image(tmp_path / "masks" / "fern.png")
+    with pytest.raises(UserError, match="several images may belong to the file"):
+        open_record_files(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ('{"a": 1, "a": 2}', "not valid JSON"),
+        ('{"a": ', "not valid JSON"),
+        ("{} {}", "not valid JSON"),
+        ("[" * 600, None),
+    ],
+)
+def test_broken_objects_are_invalid_rows(
+    tmp_path: Path, content: str, expected: str | None
+) -> None:
+    write_plants(tmp_path, "", "")
+    (tmp_path / "moss.json").write_text(content)
+    if expected is None:
+        assert len(list_records(tmp_path)) == 1
+        return
+    with pytest.raises(UserError, match=expected) as caught:
+        list_records(tmp_path)
+    assert str(tmp_path / "moss.json") in str(caught.value)
+
+
+def import_folder(source: Path, out: Path, options: ImportOptions) -> list[Any]:
+    import_dataset(source, out, options)
+    return list(read_samples(out / "data.jsonl"))
+
+
+def test_a_mapping_reads_the_objects(tmp_path: Path) -> None:
+    write_plants(tmp_path / "plants", "images", "labels")
+    mapping = build_mapping_format(parse_mapping(MAPPING, "mapping"), "plants")
+    samples = import_folder(tmp_path / "plants", tmp_path / "out", ImportOptions(mapping=mapping))
+    assert [sample.messages[-1].content[0].text for sample in samples] == ["fern", "moss"]
+    assert [sample.meta["height"] for sample in samples] == [30, 2]
+
+
+def test_values_without_a_role_need_consent(tmp_path: Path) -> None:
+    write_plants(tmp_path / "plants", "images", "labels")
+    with pytest.raises(UserError) as caught:
+        detect_roles(tmp_path / "plants", ImportOptions(), tmp_path / "out")
+    draft = tmp_path / "out-mapping.yaml"
+    assert str(draft) in str(caught.value.remedy)
+    assert "plant.height: 30" in draft.read_text()
+
+
+def test_known_names_are_roles(tmp_path: Path) -> None:
+    write_image(tmp_path / "plants" / "fern.png")
+    content = {"question": "Which plant?", "answer": "fern"}
+    write_record(tmp_path / "plants" / "fern.json", content)
+    detected = detect_roles(tmp_path / "plants", ImportOptions(), tmp_path / "out")
+    check_proposal(detected, tmp_path / "out")
+    (sample,) = import_folder(detected.path, tmp_path / "out", detected.options)
+    assert sample.messages[-1].content[0].text == "fern"

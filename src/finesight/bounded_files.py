@@ -132,7 +132,8 @@ class DuplicateKeyError(ValueError):
     """Raised for a JSON object with two values under one key."""
 
 
-def _reject_duplicates(pairs: list[tuple[str, Any]]) -> None:
+def reject_duplicates(pairs: list[tuple[str, Any]]) -> None:
+    """Raise DuplicateKeyError for an object in which a key occurs twice, as a hook of a decoder."""
     if len(dict(pairs)) == len(pairs):
         return
     seen: set[str] = set()
@@ -142,7 +143,7 @@ def _reject_duplicates(pairs: list[tuple[str, Any]]) -> None:
         seen.add(key)
 
 
-_DUPLICATE_KEY_DECODER = json.JSONDecoder(object_pairs_hook=_reject_duplicates)
+_DUPLICATE_KEY_DECODER = json.JSONDecoder(object_pairs_hook=reject_duplicates)
 
 
 def parse_unique_json(text: str | bytes) -> Any:

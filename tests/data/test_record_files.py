@@ -15,6 +15,7 @@ from finesight.data.importer import import_dataset
 from finesight.data.record_files import open_record_files
 from finesight.data.row_reader import Record
 from finesight.data.sample import read_samples
+from finesight.data.source_fetch import fetch_source
 from finesight.errors import UserError
 from finesight.ingest.mapping import parse_mapping
 from finesight.ingest.mapping_draft import check_proposal, detect_roles
@@ -75,23 +76,45 @@ def test_images_outside_of_the_folder_are_not_used(tmp_path: Path) -> None:
     assert open_record_files(tmp_path / "labels") is None
 
 
-def test_an_image_in_the_object_is_that_of_the_row(tmp_path: Path) -> None:
+@pytest.mark.parametrize("own", ["fern.png", "../images/fern.png", "C:\\scans\\fern.png"])
+def test_the_name_of_the_image_in_the_object_becomes_its_path(tmp_path: Path, own: str) -> None:
+    write_image(tmp_path / "images" / "fern.png")
+    write_record(tmp_path / "labels" / "fern.json", {"image": own})
+    assert list_records(tmp_path) == [{"image": str(tmp_path / "images" / "fern.png")}]
+
+
+@pytest.mark.parametrize("own", ["other.png", {"width": 40}])
+def test_something_else_under_image_is_not_replaced(tmp_path: Path, own: object) -> None:
     write_image(tmp_path / "fern.png")
-    write_record(tmp_path / "fern.json", {"image": "other.png"})
-    assert list_records(tmp_path) == [{"image": "other.png"}]
+    write_record(tmp_path / "fern.json", {"image": own})
+    assert list_records(tmp_path) == [{"image_file": str(tmp_path / "fern.png"), "image": own}]
 
 
-def test_files_of_other_names_are_counted(tmp_path: Path) -> None:
-    write_plants(tmp_path, "", "")
-    write_image(tmp_path / "reed.png")
+def test_other_files_and_folders_are_named(tmp_path: Path) -> None:
+    write_plants(tmp_path, "train", "train")
+    write_image(tmp_path / "test" / "reed.png")
+    write_record(tmp_path / "test" / "reed.json", {"plant": {"name": "reed", "height": 9}})
+    write_image(tmp_path / "spruce.png")
     write_record(tmp_path / "about.json", {"license": "CC0"})
     rows = open_record_files(tmp_path)
     assert rows is not None
-    assert rows.num_rows == 2
-    assert rows.other_keys == {
-        "other .json files, not imported": 1,
-        "other .png files, not imported": 1,
-    }
+    assert rows.text_format == (
+        "3 images with a JSON file of the same name, in 2 folders: test, train;"
+        " other files, not read: 1 .json, 1 .png"
+    )
+
+
+def test_an_archive_of_the_folder_is_read(tmp_path: Path) -> None:
+    folder = tmp_path / "plants"
+    for name in ("fern", "moss"):
+        write_image(folder / "images" / f"{name}.png")
+        write_record(folder / "labels" / f"{name}.json", {"question": "Which?", "answer": name})
+    shutil.make_archive(str(folder), "zip", folder)
+    out = tmp_path / "out"
+    with fetch_source(str(tmp_path / "plants.zip"), out, ImportOptions()) as fetched:
+        detected = detect_roles(fetched.path, fetched.options, out)
+        samples = import_folder(detected.path, out, detected.options)
+    assert [sample.messages[-1].content[0].text for sample in samples] == ["fern", "moss"]
 
 
 @pytest.mark.parametrize("content", ["a fern", "[1, 2]", ""])

@@ -412,3 +412,18 @@ def test_notations_of_box_tokens(tmp_path: Path, notation: str) -> None:
 def test_unsupported_boxes_are_named(tmp_path: Path, answer: str, what: str) -> None:
     with pytest.raises(UserError, match="(?s)" + what):
         parse({"query": "<image>Where?", "response": answer, "images": ["a.png"]}, tmp_path)
+
+
+def test_two_worse_answers_are_refused(tmp_path):
+    turns = [{"from": "human", "value": "<image>Where?"}, {"from": "gpt", "value": "There."}]
+    worse = [turns[0], {"from": "gpt", "value": "Here."}]
+    row = {
+        "conversations": turns,
+        "images": ["a.png"],
+        "rejected_conversations": worse,
+        "rejected_response": "Nowhere.",
+    }
+    (tmp_path / "a.png").write_bytes(PNG)
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    with pytest.raises(UserError, match="the key 'rejected_(response|conversations)'"):
+        import_dataset(tmp_path / "rows.jsonl", tmp_path / "out", ImportOptions())

@@ -1,13 +1,16 @@
 """Mappings with tables: rows of a document or of other files in the records that refer to them."""
 
 import csv
+import gzip
 import json
 import os
 import random
 import sqlite3
 import tracemalloc
+from collections.abc import Callable
 from contextlib import suppress
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -168,6 +171,82 @@ def test_keys_of_objects_that_no_path_names_are_counted(folder: Path) -> None:
     document = change("categories", {"x": DOCUMENT["categories"][0], "y": {"id": 2, "name": "pan"}})
     notes = open_document(folder, document, ROLES).rows.other_keys
     assert notes["keys of the objects at categories, not imported"] == 2
+
+
+@pytest.mark.parametrize("has_tables", [False, True])
+def test_values_beside_nested_records_are_counted(folder: Path, has_tables: bool) -> None:
+    roles = {"rows": "a.rows", "images": "file_name", "question": "q", "answer": "q"}
+    rows = [{"file_name": "a.png", "q": "x", "id": 1}]
+    roles["ignore"] = ["id"]
+    if has_tables:
+        roles["tables"] = {"found": {"from": "t", "group": "id", "by": "id"}}
+    document = {"a": {"rows": rows, "note": "x"}, "t": [], "b": {"c": 1}}
+    source = open_document(folder, document, roles)
+    expected = {"a.note of the document": 1, "b of the document": 1}
+    if not has_tables:
+        expected["t of the document"] = 1
+    assert dict(source.rows.other_keys) == expected
+
+
+@pytest.mark.parametrize("has_tables", [False, True])
+def test_empty_optional_records_have_no_rows(folder: Path, has_tables: bool) -> None:
+    roles = {**ROLES, "rows": "images?"}
+    if not has_tables:
+        del roles["tables"]
+    with pytest.raises(UserError, match="no rows are selected of 0"):
+        open_document(folder, {**DOCUMENT, "images": None}, roles)
+
+
+@pytest.mark.parametrize("has_tables", [False, True])
+def test_compressed_documents_are_errors(folder: Path, has_tables: bool) -> None:
+    roles = {**PADDED, "answer": "a"}
+    if has_tables:
+        roles["tables"] = {"found": {"from": "t", "group": "id", "by": "i"}}
+    document = {"rows": [{"i": "a.png", "a": "x"}], "t": []}
+    path = folder / "d.json.gz"
+    path.write_bytes(gzip.compress(json.dumps(document).encode()))
+    with pytest.raises(UserError, match="a compressed document") as caught:
+        open_source(path, build_options(roles))
+    assert caught.value.where == str(path)
+    assert caught.value.remedy.startswith("unpack it")
+    assert open_document(folder, document, roles).rows.num_rows == 1  # the remedy works
+
+
+def test_compressed_documents_of_tables_are_errors(folder: Path) -> None:
+    path = folder / "names.json.gz"
+    path.write_bytes(gzip.compress(json.dumps({"kinds": DOCUMENT["categories"]}).encode()))
+    category = {**CATEGORY, "file": path.name, "from": "kinds"}
+    with pytest.raises(UserError, match="a compressed document") as caught:
+        open_document(folder, DOCUMENT, with_tables(boxes=BOXES, category=category))
+    assert caught.value.where == str(path)
+
+
+def test_rows_without_a_class_name_are_errors(folder: Path) -> None:
+    roles = {**ROLES, "classes": {"table": "category", "value": "name"}}
+    del roles["question"]
+    document = deepcopy(DOCUMENT)
+    del document["categories"][1]["name"]
+    with pytest.raises(UserError, match=r"no key name in categories.1") as caught:
+        open_document(folder, document, roles)
+    assert caught.value.where == "the table category of the mapping"
+    assert caught.value.remedy.startswith("add it to the row")
+    document["categories"][1]["name"] = "pan"  # the remedy works
+    assert open_document(folder, document, roles).rows.num_rows == 3
+
+
+@pytest.mark.parametrize(
+    ("path", "role"), [("annotations.1.image_id", "group"), ("categories.1.id", "key")]
+)
+@pytest.mark.parametrize("is_missing", [False, True])
+def test_rows_without_a_key_are_errors(folder: Path, path, role, is_missing) -> None:
+    document = change(path, None)
+    table, number, key = path.split(".")
+    if is_missing:
+        del document[table][int(number)][key]
+    with pytest.raises(UserError, match=f"no key {key} " if is_missing else f"the {role} ") as it:
+        open_document(folder, document, ROLES)
+    assert it.value.where == f"{folder / 'd.json'}, {table}.{number}"
+    assert it.value.remedy == f"add it to the row, or correct {role} of the table in the mapping"
 
 
 def test_classes_of_a_table(folder: Path) -> None:
@@ -388,6 +467,11 @@ def test_wrong_paths_of_all_records_are_errors_of_the_records(folder: Path) -> N
             {"category": CATEGORY, "boxes": BOXES},
             "is in the rows of boxes, which is not an earlier",
         ),
+        ({"k": {"from": "a", "key": "id", "by": "k"}}, "name of the table k; rename the table"),
+        (
+            {"boxes": BOXES, "kind": {**CATEGORY, "by": "boxes.*.kind"}},
+            r"boxes\.\*\.kind is a value of the record, but also the name of the table kind",
+        ),
         ({"boxes": {**BOXES, "file": "../d.json"}}, "is not a path below the folder"),
         ({"boxes": {**BOXES, "file": "a/../../d.json"}}, "is not a path below the folder"),
         ({"boxes": {**BOXES, "file": "/d.json"}}, "is not a path below the folder"),
@@ -537,6 +621,35 @@ def test_a_full_disk_is_an_error_of_the_user(folder: Path, monkeypatch) -> None:
     with pytest.raises(UserError, match="database or disk is full") as caught:
         open_document(folder, DOCUMENT, ROLES)
     assert "TMPDIR" in caught.value.remedy
+
+
+def test_a_broken_database_is_an_error_of_the_user(folder: Path, monkeypatch) -> None:
+    is_broken = False
+
+    class Connection(sqlite3.Connection):
+        def execute(self, query: str, *values: Any) -> sqlite3.Cursor:
+            if is_broken and query.startswith("SELECT"):
+                raise sqlite3.OperationalError("disk I/O error")
+            return super().execute(query, *values)
+
+    monkeypatch.setattr(sqlite3, "connect", partial(sqlite3.connect, factory=Connection))
+    source = open_document(folder, DOCUMENT, ROLES)
+    (first,) = source.rows.iter_range(0, 1)
+    assert isinstance(first.record, joined_tables.UnjoinedRecord)
+    store = first.record.tables.store
+    is_broken = True
+    reads: list[Callable[[], object]] = [
+        lambda: store.count("boxes"),
+        store.count_all,
+        lambda: store.find("boxes", "7"),
+        lambda: store.find_repeated("boxes"),
+        lambda: list(store.iter_keys("boxes")),
+        lambda: list(store.iter_rows("boxes")),
+        lambda: list(source.rows.iter_range(0, 3)),
+    ]
+    for read in reads:
+        with pytest.raises(UserError, match="cannot be written or read: disk I/O error"):
+            read()
 
 
 def test_a_large_document_is_not_held_in_memory(folder: Path) -> None:

@@ -63,8 +63,51 @@ def test_other_keys_and_keys_of_objects_are_named(monkeypatch) -> None:
     stream = JsonStream(io.BytesIO(json.dumps(DOCUMENT).encode()), Path("d.json"))
     paths = {"groups": parse_path("groups"), "last": parse_path("last")}
     assert len(list(stream.iter_items(paths))) == 8
-    assert stream.unused_keys == ["info", "images"]
+    assert stream.unused_keys == {"info": 1, "images": 1}
     assert stream.named_lists == {"groups"}
+
+
+@pytest.mark.parametrize(
+    ("path", "document", "unused"),
+    [
+        ("a.r", {"a": {"r": [1], "note": "x"}, "t": [2]}, {"a.note": 1, "t": 1}),
+        ("0.r", [{"r": [1], "note": 0}, {"r": [2]}, "x"], {"0.note": 1, "*": 2}),
+        ("a.1.r", {"a": [7, {"r": [1]}, [8]]}, {"a.*": 2}),
+        ("a.b?.r", {"a": {"x.y": {"r": [1]}}}, {'a."x.y"': 1}),
+        (
+            "g.*.r",
+            {"g": {"x": {"r": [], "n": 1}, "y": {"n": {"n": 2}, "r": [1]}}},
+            {"g.*.n": 2},
+        ),
+        ("*.*.r", [[{"r": [1], "n": 1}, {"r": [], "n": [2], "m": 3}]], {"*.*.n": 2, "*.*.m": 1}),
+    ],
+)
+@pytest.mark.parametrize("window", [4, 10_000])
+def test_values_beside_nested_lists_are_named(monkeypatch, window, path, document, unused) -> None:
+    monkeypatch.setattr(json_stream, "WINDOW_CHARS", window)
+    stream = JsonStream(io.BytesIO(json.dumps(document).encode()), Path("d.json"))
+    list(stream.iter_items({"rows": parse_path(path)}))
+    assert stream.unused_keys == unused
+
+
+@pytest.mark.parametrize("key", ["rows", "unused"])
+def test_values_are_decoded_once(monkeypatch, key) -> None:
+    """Values at the end of a window are decoded again, about one of 100 here."""
+    num_decoded = 0
+    raw_decode = json.JSONDecoder.raw_decode
+
+    def count(decoder: json.JSONDecoder, text: str, position: int) -> tuple[Any, int]:
+        nonlocal num_decoded
+        num_decoded += 1
+        return raw_decode(decoder, text, position)
+
+    monkeypatch.setattr(json.JSONDecoder, "raw_decode", count)
+    monkeypatch.setattr(json_stream, "WINDOW_CHARS", 1000)
+    content = json.dumps({"rows": [], key: [[]] * 5000})
+    stream = JsonStream(io.BytesIO(content.encode()), Path("d.json"))
+    num_items = sum(1 for _ in stream.iter_items({"rows": parse_path("rows")}))
+    assert num_items == (5000 if key == "rows" else 0)
+    assert 5000 < num_decoded < 5500
 
 
 @pytest.mark.parametrize("window", [1, 16, 100_000])
@@ -133,6 +176,24 @@ def test_missing_lists_are_errors(path: str, what: str) -> None:
 
 def test_missing_optional_lists_have_no_items() -> None:
     assert read_items(b'{"a": 1}', rows="b?.c") == []
+
+
+@pytest.mark.parametrize("path", ["b?", "b?.c", "a.b?.*.c", "a.b?.c.d"])
+@pytest.mark.parametrize("value", [None, "", " ", [], {}])
+@pytest.mark.parametrize("window", [2, 1000])
+def test_empty_optional_lists_have_no_items(monkeypatch, path, value, window) -> None:
+    monkeypatch.setattr(json_stream, "WINDOW_CHARS", window)
+    content = json.dumps({"a": {"b": value}, "b": value}).encode()
+    assert read_items(content, rows=path) == []
+    if value not in ([], {}):
+        with pytest.raises(UserError, match=r"b is .* \(path .*b"):
+            read_items(content, rows=path, other=path.replace("?", ""))
+
+
+@pytest.mark.parametrize("value", [0, False, "text"])
+def test_optional_lists_of_another_type_are_errors(value) -> None:
+    with pytest.raises(UserError, match=r"b is .* \(path b\?\)"):
+        read_items(json.dumps({"b": value}).encode(), rows="b?")
 
 
 def test_lists_inside_of_each_other_are_errors() -> None:

@@ -139,7 +139,8 @@ class FolderListing:
             'no format reads files of this layout: write a row per image, such as {"image":'
             ' "a.jpg", "question": "...", "answer": "..."}, to one .jsonl file and import this'
             " file, with --mapping for rows with other keys; or, for a file with an object for each"
-            " image, give the folder that contains images and files of the same names"
+            " image, give a folder with images and files of the same names, and no table beside"
+            " them"
         )
         if num_files < len(self.image_files()):
             advice += "; if a file describes all images, give this file"
@@ -236,7 +237,7 @@ def _iter_files(root: Path) -> Iterator[Path]:
         if real_path in visited:
             continue
         visited.add(real_path)
-        for entry in _list_entries(folder):
+        for entry in list_entries(folder):
             is_folder = is_file = False
             with contextlib.suppress(OSError):  # a link into an unreadable folder
                 is_folder = entry.is_dir()
@@ -250,7 +251,7 @@ def _iter_files(root: Path) -> Iterator[Path]:
                 yield Path(entry.path)
 
 
-def _list_entries(folder: str) -> list[os.DirEntry[str]]:
+def list_entries(folder: str) -> list[os.DirEntry[str]]:
     """Return the readable entries of a folder sorted by name, without hidden ones."""
     with contextlib.suppress(OSError), os.scandir(folder) as entries:
         shown = [entry for entry in entries if not entry.name.startswith(".")]

@@ -720,17 +720,19 @@ def detect_columns(
         UnassignedKeysError: Values inside of lists or objects have no role.
     """
     opened = None
+    rows = None
     try:
         opened = open_source(path, options)
     except UserError:
-        if not _may_be_table(path):
+        rows = _open_possible_table(path, options)
+        if rows is None:
             table = _find_only_table(path)
             if table is None:
                 raise
             return detect_columns(table, options, ask_question)
     proposal = None
     if not options.columns and (opened is None or _is_question_table(opened, options)):
-        records = _read_preview(open_table_rows(path, options))
+        records = _read_preview(rows or open_table_rows(path, options))
         columns = table_format.guess_columns(records)
         media = columns.keys() & set(table_format.MEDIA_ROLES)
         if not media or len(columns) == len(media):
@@ -770,12 +772,14 @@ def open_table_rows(path: Path, options: ImportOptions) -> RowReader:
     return open_row_file(path, options.encoding, no_header=options.no_header)
 
 
-def _may_be_table(path: Path) -> bool:
-    """Return whether the rows of a source may be those of a table."""
+def _open_possible_table(path: Path, options: ImportOptions) -> RowReader | None:
+    """Open rows that may be those of a table; None for other sources."""
     if path.is_dir():
-        return open_record_files(path) is not None
+        return open_record_files(path)
     # A .txt file is a table only if the user names it: folders contain other ones.
-    return path.is_file() and path.name.lower().endswith((*ROW_SUFFIXES, ".txt"))
+    if path.is_file() and path.name.lower().endswith((*ROW_SUFFIXES, ".txt")):
+        return open_table_rows(path, options)
+    return None
 
 
 def find_table(path: Path, options: ImportOptions) -> Path:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from finesight.data.folder_listing import list_entries
 from finesight.data.image_file import IMAGE_SUFFIXES
 from finesight.data.sample import VIDEO_SUFFIXES, is_video_path
 
@@ -19,6 +21,9 @@ MAX_SEARCHED_FOLDERS = 100
 
 MAX_SEARCHES = 5
 """Maximum number of names that are searched without success."""
+
+MAX_NAME_CHARS = 255
+"""Maximum length of a value that may stand for a file."""
 
 MAX_SHOWN_TEMPLATES = 3
 """Maximum number of templates in a remedy."""
@@ -67,7 +72,7 @@ class TemplateSearch:
 
         The remedy is empty if no file is found.
         """
-        if os.path.isabs(name) or ".." in Path(name).parts:
+        if len(name) > MAX_NAME_CHARS or os.path.isabs(name) or ".." in Path(name).parts:
             return ""
         if not self._templates and self._num_failed < MAX_SEARCHES and self._folder.is_dir():
             self._templates = [*self._find_named(name), *self._find_numbered(name)]
@@ -83,7 +88,8 @@ class TemplateSearch:
             role = "images"
             if is_video_path(template.fill(name)):
                 role = "videos"
-            shown.append(f'{role}: {{template: "{template.format()}"}}')
+            text = json.dumps(template.format(), ensure_ascii=False)
+            shown.append(f"{role}: {{template: {text}}}")
         first = "complete the names"
         if self._templates and not self._templates[0].after:
             folder = self._templates[0].before.rstrip("/")
@@ -96,7 +102,8 @@ class TemplateSearch:
     def _list_folders(self) -> list[str]:
         """Return the prefixes of paths in the folder of the data and in its subfolders."""
         if not self._folders:
-            found = [f"{entry.name}/" for entry in os.scandir(self._folder) if entry.is_dir()]
+            entries = list_entries(str(self._folder))
+            found = [f"{entry.name}/" for entry in entries if entry.is_dir()]
             self._folders = ["", *sorted(found)[:MAX_SEARCHED_FOLDERS]]
         return self._folders
 
@@ -108,8 +115,6 @@ class TemplateSearch:
         suffixes: tuple[str, ...] = COMMON_SUFFIXES
         if Path(name).suffix.lower() in (*IMAGE_SUFFIXES, *VIDEO_SUFFIXES):
             suffixes = ("",)
-            if not os.path.dirname(name):
-                return []  # a file name alone needs no template: it is searched elsewhere
         templates: list[NameTemplate] = []
         for folder, suffix in itertools.product(self._list_folders(), suffixes):
             template = NameTemplate(folder, suffix)
@@ -124,7 +129,7 @@ class TemplateSearch:
         templates: dict[NameTemplate, None] = {}
         pattern = re.compile(rf"(?P<prefix>(?:.*[^0-9])?)(?P<zeros>0*){number}(?P<suffix>\.[^.]+)")
         for folder in self._list_folders():
-            for entry in os.scandir(os.path.join(self._folder, folder)):
+            for entry in list_entries(os.path.join(self._folder, folder)):
                 match = pattern.fullmatch(entry.name)
                 if match is None or match["suffix"] not in COMMON_SUFFIXES:
                     continue

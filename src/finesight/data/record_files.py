@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from finesight.bounded_files import parse_unique_json
-from finesight.data.folder_listing import ROW_SUFFIXES, list_folder
+from finesight.data.folder_listing import ROW_SUFFIXES, FolderListing, list_folder
 from finesight.data.line_index import UTF8_BOM
 from finesight.data.row_reader import (
     SNIFF_BYTES,
@@ -26,15 +25,15 @@ from finesight.data.row_reader import (
     rows_from_items,
 )
 from finesight.data.sample import MAX_LABEL_FILE_BYTES, check_json, read_data_file
-from finesight.errors import UserError
+from finesight.errors import UserError, format_count
 
 IMAGE_KEY = "image"
-"""Key of the image in a row, unless the object has a key of this name."""
+"""Key of the image in a row."""
+
+OTHER_IMAGE_KEY = "image_file"
+"""Key of the image in a row whose object has something else under `image`."""
 
 RECORD_SUFFIXES = (".json", ".txt")
-
-TABLE_SUFFIXES = tuple(suffix for suffix in ROW_SUFFIXES if suffix != ".json")
-"""Suffixes of files with rows, which JSON files beside them may belong to."""
 
 
 def open_record_files(source: Path) -> RowReader | None:
@@ -47,40 +46,52 @@ def open_record_files(source: Path) -> RowReader | None:
     """
     listing = list_folder(source)
     records: list[Path] = []
-    others: list[Path] = []
     for file in listing.files:
         if _has_object(file):
             records.append(file)
-        else:
-            others.append(file)
-    has_tables = any(file.name.lower().endswith(TABLE_SUFFIXES) for file in others)
-    if not records or has_tables:
-        return None
+        elif file.suffix.lower() != ".json" and file.name.lower().endswith(ROW_SUFFIXES):
+            return None
     images_by_name: defaultdict[str, list[Path]] = defaultdict(list)
     for image in listing.image_files():
         images_by_name[image.stem].append(image)
         images_by_name[image.name].append(image)
     pairs: list[tuple[Path, Path]] = []
+    folders: dict[str, None] = {}
     for file in records:
         found = _find_image(file, images_by_name[file.stem])
         if found is not None:
             pairs.append((file, found))
+            folders[str(found.parent.relative_to(source))] = None
     if not pairs:
         return None
     _check_single_records(source, pairs)
 
     def make_row(row_number: int, pair: tuple[Path, Path]) -> SourceRow:
         file, image = pair
-        record = {IMAGE_KEY: str(image), **read_record_file(file)}
+        record = _add_image(read_record_file(file), image)
         return SourceRow(row_number, str(file), record, file.stem)
 
-    rows = rows_from_items(pairs, make_row, f"a JSON file for each of {len(pairs)} images")
+    note = f"{format_count(len(pairs), 'image')} with a JSON file of the same name"
+    if len(folders) > 1:
+        note += f", in {format_count(len(folders), 'folder')}: {', '.join(folders)[:80]}"
     used = set(itertools.chain(*pairs))
-    unused: Counter[str] = Counter()
-    for file in listing.files:
-        if file not in used:
-            unused[f"other {file.suffix} files, not imported"] += 1
-    return replace(rows, other_keys=unused)
+    unused = tuple(file for file in listing.files if file not in used)
+    if unused:
+        note += f"; other files, not read: {FolderListing(source, unused)}"
+    return rows_from_items(pairs, make_row, note)
+
+
+def _add_image(record: Record, image: Path) -> Record:
+    """Return an object with the path of its image.
+
+    An `image` of its own may be the name of this file. Any other value is not replaced.
+    """
+    own = record.get(IMAGE_KEY)
+    is_name = isinstance(own, str) and PureWindowsPath(own).name == image.name
+    if own is not None and not is_name:
+        return {OTHER_IMAGE_KEY: str(image), **record}
+    others = {key: value for key, value in record.items() if key != IMAGE_KEY}
+    return {IMAGE_KEY: str(image), **others}
 
 
 def read_preview_records(source: Path, count: int) -> list[Record]:
@@ -140,7 +151,7 @@ def _find_image(record: Path, candidates: Sequence[Path]) -> Path | None:
             f"several images may belong to the file: {found[0]} and {found[1]}",
             where=str(record),
             expected="one image with the name of the JSON file",
-            remedy="import the folders of images one by one, or rename the images",
+            remedy=f"move the folder {found[1].parent} elsewhere, or rename its images",
         )
     return found[0] if found else None
 

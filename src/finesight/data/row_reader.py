@@ -443,14 +443,23 @@ def _open_document(source: Path) -> RowReader | None:
 
 def _build_tables_error(source: Path, tables: Mapping[str, Any]) -> UnknownRowsError:
     """Return the error of a document with several lists, whose samples may be in any of them."""
-    names = [f"{name} ({format_count(len(tables[name]), 'row')})" for name in tables]
-    with_media = [key for key, table in tables.items() if _has_media(table)]
+    names: list[str] = []
+    with_media: list[str] = []
+    first_keys: set[str] = set()
+    for name, table in tables.items():
+        names.append(f"{name} ({format_count(len(table), 'row')})")
+        if _has_media(table):
+            with_media.append(name)
+        first_keys.add(str(list(table[0])) if isinstance(table, list) else name)
+    remedy = "write each list to a file of its own; or name the list of the samples in a mapping"
+    remedy += " file (--mapping), with rows: KEY, and the others under tables"
+    if len(first_keys) == 1:
+        remedy += '; or all of them, with rows: "*.*"'
     error = UnknownRowsError(
         f"several lists of rows: {', '.join(names)[:200]}",
         where=str(source),
         expected="rows under one key",
-        remedy="write each list to a file of its own; or name the list of the samples in a mapping"
-        " file (--mapping), with rows: KEY, and the others under tables",
+        remedy=remedy,
     )
     if len(with_media) == 1 and isinstance(tables[with_media[0]], list):
         error.rows_key = with_media[0]

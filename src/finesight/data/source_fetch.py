@@ -27,6 +27,7 @@ from finesight.data.formats.split_folders import SPLIT_ALIASES
 from finesight.data.image_file import IMAGE_SUFFIXES
 from finesight.data.import_source import ImportOptions
 from finesight.data.line_index import cache_folder
+from finesight.data.record_files import open_record_files
 from finesight.data.row_reader import is_tar_file, is_webdataset, open_row_file
 from finesight.errors import UserError, describe_choices, suggest_similar_path
 from finesight.hub.address import is_hub_address, parse_dataset_address
@@ -367,7 +368,9 @@ def _prepare_folder(folder: Path, options: ImportOptions) -> FetchedSource:
 
 
 def _is_folder_dataset(folder: Path) -> bool:
-    return any(form.open_dataset and form.open_dataset(folder) for form in iter_formats())
+    if any(form.open_dataset and form.open_dataset(folder) for form in iter_formats()):
+        return True
+    return open_record_files(folder) is not None
 
 
 def _select_rows(folder: Path, selection: SelectedFiles, options: ImportOptions) -> FetchedSource:

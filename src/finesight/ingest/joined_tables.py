@@ -98,13 +98,12 @@ class RowStore:
 
     def count(self, table: str) -> int:
         """Return the number of rows of a table."""
-        query = "SELECT count(*) FROM rows WHERE list = ?"
-        (found,) = self._database.execute(query, (table,)).fetchone()
+        ((found,),) = self._select("SELECT count(*) FROM rows WHERE list = ?", table)
         return int(found)
 
     def count_all(self) -> int:
         """Return the number of rows of all lists."""
-        (found,) = self._database.execute("SELECT count(*) FROM rows").fetchone()
+        ((found,),) = self._select("SELECT count(*) FROM rows")
         return int(found)
 
     def find(self, table: str, key: str) -> list[FoundRow]:
@@ -112,7 +111,7 @@ class RowStore:
         if not is_utf8(key):
             return []
         query = "SELECT number, content FROM rows WHERE list = ? AND key = ? ORDER BY number"
-        found = self._database.execute(query, (table, key))
+        found = self._select(query, table, key)
         return [FoundRow(number, parse_json(content)) for number, content in found]
 
     def iter_records(self, start: int, stop: int) -> Iterator[tuple[int, str, Record]]:
@@ -121,29 +120,34 @@ class RowStore:
             "SELECT key, location, content FROM rows"
             " WHERE list = ? AND key >= ? AND key < ? ORDER BY key"
         )
-        for number, location, content in self._database.execute(query, (RECORDS, start, stop)):
+        for number, location, content in self._select(query, RECORDS, start, stop):
             yield number, location, parse_json(content)
 
     def iter_rows(self, table: str) -> Iterator[tuple[str, Record]]:
         """Yield the rows of a table in the order of their file with their locations."""
         query = "SELECT location, content FROM rows WHERE list = ? ORDER BY number"
-        for location, content in self._database.execute(query, (table,)):
+        for location, content in self._select(query, table):
             yield location, parse_json(content)
 
     def iter_keys(self, table: str) -> Iterator[tuple[int, str]]:
         """Yield number and key of the rows of a table."""
         query = "SELECT number, key FROM rows WHERE list = ? ORDER BY number"
-        yield from self._database.execute(query, (table,))
+        yield from self._select(query, table)
 
     def find_repeated(self, table: str) -> tuple[str, list[str]] | None:
         """Return a key of several rows with the locations of the first two."""
         query = "SELECT key FROM rows WHERE list = ? GROUP BY key HAVING count(*) > 1 LIMIT 1"
-        found = self._database.execute(query, (table,)).fetchone()
+        found = next(self._select(query, table), None)
         if found is None:
             return None
         query = "SELECT location FROM rows WHERE list = ? AND key = ? ORDER BY number LIMIT 2"
-        locations = [one for (one,) in self._database.execute(query, (table, *found))]
+        locations = [one for (one,) in self._select(query, table, *found)]
         return found[0], locations
+
+    def _select(self, query: str, *values: object) -> Iterator[Any]:
+        """Yield the rows that a query returns."""
+        with _translate_database_errors():
+            yield from self._database.execute(query, values)
 
 
 @contextmanager
@@ -153,7 +157,7 @@ def _translate_database_errors() -> Iterator[None]:
         yield
     except sqlite3.Error as error:
         raise UserError(
-            f"the temporary database of the tables cannot be written: {error}",
+            f"the temporary database of the tables cannot be written or read: {error}",
             where="tables of the mapping",
             expected="free space for the rows in the folder of temporary files",
             remedy="free space, or set TMPDIR to a folder with more of it",
@@ -366,8 +370,13 @@ def _read_classes(store: RowStore, classes: TableClasses) -> tuple[str, ...]:
     """Return the class names of a table, each of them once."""
     names: dict[str, None] = {}
     for location, record in store.iter_rows(classes.table):
-        value = find_value(Scope(record, location), classes.value.steps, classes.value)
-        names[to_text(value, f"class name {classes.value.text} of {location}")] = None
+        try:
+            value = find_value(Scope(record, location), classes.value.steps, classes.value)
+            names[to_text(value, f"class name {classes.value.text} of {location}")] = None
+        except InvalidRowError as error:
+            error.where = f"the table {classes.table} of the mapping"
+            error.remedy = "add it to the row, or correct value under classes of the mapping"
+            raise
     return tuple(names)
 
 
@@ -414,6 +423,17 @@ def _write_value(value: object) -> str:
     return str(value)
 
 
+def reject_compressed(path: Path) -> None:
+    """Raise UserError for a compressed document, which is not unpacked while it is read."""
+    if path.suffix.lower() == ".gz":
+        raise UserError(
+            "a compressed document, in which the mapping names lists",
+            where=str(path),
+            expected="a JSON document that is not compressed",
+            remedy="unpack it by gunzip, and name the unpacked file instead",
+        )
+
+
 def _add_document(
     store: RowStore, path: Path, lists: Mapping[str, Rows], mapping: RecordMapping
 ) -> Counter[str]:
@@ -421,12 +441,14 @@ def _add_document(
 
     Returns the counts of its other keys.
     """
+    reject_compressed(path)
     other_keys: Counter[str] = Counter()
     with open_data_file(path) as file:
         stream = JsonStream(file, path)
         store.add(_iter_items(stream, path, lists, mapping))
     suffix = "" if RECORDS in lists else f" {path.name}"
-    other_keys.update(f"{key} of the document{suffix}" for key in stream.unused_keys)
+    for key, count in stream.unused_keys.items():
+        other_keys[f"{key} of the document{suffix}"] = count
     for name in stream.named_lists:
         rows = lists[name]
         if rows.key is None:
@@ -459,8 +481,11 @@ def _iter_items(
 def _read_key(record: Record, table: JoinedTable, location: str) -> str:
     """Return the key of a row of a table. Raises InvalidRowError if it has none."""
     path = table.key_path
+    role = "key" if table.group is None else "group"
     try:
-        return check_key(find_value(Scope(record, ""), path.steps, path), path, "key")
+        return check_key(find_value(Scope(record, ""), path.steps, path), path, role)
     except InvalidRowError as error:
         error.where = location
+        # The path cannot be optional, unlike other paths.
+        error.remedy = f"add it to the row, or correct {role} of the table in the mapping"
         raise

@@ -5,11 +5,12 @@ from __future__ import annotations
 import io
 import json
 import re
+from collections import Counter
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from finesight.bounded_files import parse_json, parse_unique_json
+from finesight.bounded_files import DuplicateKeyError, parse_json, reject_duplicates
 from finesight.data.sample import check_json
 from finesight.errors import UserError
 from finesight.ingest.field_path import FieldPath, PathStep, join_location
@@ -17,6 +18,7 @@ from finesight.ingest.record_values import (
     Scope,
     build_missing_error,
     build_type_error,
+    is_empty,
     list_item_steps,
 )
 
@@ -35,7 +37,9 @@ MAX_LISTED_KEYS = 1000
 _TOKEN_CHARS = 16
 """Length that no literal, number without digits at its end, or escape sequence exceeds."""
 
-_DECODER = json.JSONDecoder(parse_int=str, parse_float=str)  # finds the end of a value
+
+# Finds the end of a value. Its numbers and objects are not used.
+_DECODER = json.JSONDecoder(parse_int=str, parse_float=str, object_pairs_hook=reject_duplicates)
 
 _ITEM_POSITION = re.compile(r" at line [0-9]+ column [0-9]+$")
 
@@ -57,18 +61,24 @@ class DocumentItem(NamedTuple):
 
 
 class _OpenPath(NamedTuple):
-    """Steps that remain of the path of a list, from a value of the document."""
+    """Steps that remain of the path of a list, from a value of the document.
+
+    Attributes:
+        is_optional: Whether the step to the value is optional, so that the value may be empty.
+    """
 
     list_name: str
     path: FieldPath
     steps: Sequence[PathStep]
+    is_optional: bool = False
 
 
 class JsonStream:
     """A JSON document that is read once, from a sliding window of its text.
 
     Attributes:
-        unused_keys: Keys of the document at which no list is.
+        unused_keys: Number of values outside of the lists by path. `*` stands for all items of a
+            list.
         named_lists: Names of the lists whose items have names in the document instead of numbers.
     """
 
@@ -83,7 +93,7 @@ class JsonStream:
         self._num_chars = 0
         self._num_lines = 0
         self._line_start = 0
-        self.unused_keys: list[str] = []
+        self.unused_keys: Counter[str] = Counter()
         self.named_lists: set[str] = set()
 
     def iter_items(self, lists: Mapping[str, FieldPath]) -> Iterator[DocumentItem]:
@@ -98,22 +108,27 @@ class JsonStream:
         paths: list[_OpenPath] = []
         for name, path in lists.items():
             paths.append(_OpenPath(name, path, list_item_steps(path)))
-        yield from self._walk(paths, Scope(None, ""))
+        yield from self._walk(paths, Scope(None, ""), "")
         if self._peek():
             raise self._build_error("more text after the document", self._position)
 
-    def _walk(self, paths: Sequence[_OpenPath], scope: Scope) -> Iterator[DocumentItem]:
-        """Yield the items inside of the list or object at the location of `scope`."""
+    def _walk(
+        self, paths: Sequence[_OpenPath], scope: Scope, pattern: str
+    ) -> Iterator[DocumentItem]:
+        """Yield the items inside of the list or object at the location of `scope`.
+
+        Args:
+            pattern: The location, with `*` for the keys that a path names by `*`.
+        """
         if self._peek() not in ("[", "{"):
-            value = self._parse(self._read_text(), scope.location)
-            scope = scope._replace(value=value)
-            error = build_type_error(scope, paths[0].path, "a list or an object")
-            error.where = str(self._path)
-            raise error
+            self._check_scalar(paths, scope.location)
+            return
         keys: list[Hashable] = []
         missing: set[str] = set()
+        has_each = False
         for path in paths:
             step = path.steps[0]
+            has_each = has_each or step.is_each
             if not (step.is_each or step.is_optional):
                 missing.add(step.key)
         for key in self._iter_members():
@@ -122,27 +137,40 @@ class JsonStream:
             missing.discard(str(key))
             inner = self._descend(paths, key)
             location = join_location(scope.location, key)
+            is_unused_item = isinstance(key, int) and not inner
+            inner_pattern = join_location(pattern, key)
+            if has_each or is_unused_item:
+                inner_pattern = f"{pattern}.*" if pattern else "*"
             if not inner:
-                if not scope.location and isinstance(key, str):
-                    self.unused_keys.append(key)
+                self.unused_keys[inner_pattern] += 1
                 self._skip(location)
             elif all(path.steps for path in inner):
-                yield from self._walk(inner, Scope(None, location))
+                yield from self._walk(inner, Scope(None, location), inner_pattern)
             else:
                 yield from self._read_item(inner, Scope(None, location, (id(self), key)))
         for path in paths:
-            if path.steps[0].key in missing:
+            may_be_empty = path.is_optional and not keys
+            if path.steps[0].key in missing and not may_be_empty:
                 location = scope.location or "the document"
                 error = build_missing_error(path.steps[0].key, keys, location, path.path)
+                error.where = str(self._path)
+                raise error
+
+    def _check_scalar(self, paths: Sequence[_OpenPath], location: str) -> None:
+        """Read a value that is no list or object. Raises UserError unless it may be empty."""
+        scope = Scope(self._parse(self._read_text(location), location), location)
+        for path in paths:
+            if not (path.is_optional and is_empty(scope.value)):
+                error = build_type_error(scope, path.path, "a list or an object")
                 error.where = str(self._path)
                 raise error
 
     def _descend(self, paths: Sequence[_OpenPath], key: object) -> list[_OpenPath]:
         """Return the paths that pass through a key, without their first step."""
         inner: list[_OpenPath] = []
-        for list_name, path, (step, *rest) in paths:
+        for list_name, path, (step, *rest), _ in paths:
             if step.is_each or step.key == str(key):
-                inner.append(_OpenPath(list_name, path, rest))
+                inner.append(_OpenPath(list_name, path, rest, step.is_optional))
             if step.is_each and isinstance(key, str) and not key.isdecimal():
                 self.named_lists.add(list_name)
         return inner
@@ -157,7 +185,7 @@ class JsonStream:
                 expected="lists that do not contain each other",
                 remedy="name other lists under rows and from in the mapping",
             )
-        text = self._read_text()
+        text = self._read_text(scope.location)
         item = scope._replace(value=self._parse(text, scope.location))
         for path in paths:
             yield DocumentItem(path.list_name, item, text)
@@ -194,7 +222,7 @@ class JsonStream:
         """Return the key of an object, and read the colon after it."""
         if self._peek() != '"':
             raise self._build_error("no key in double quotes", self._position)
-        text = self._read_text()
+        text = self._read_text("a key")
         self._expect(":")
         try:
             name: str = parse_json(text)
@@ -211,33 +239,36 @@ class JsonStream:
     def _skip(self, location: str) -> None:
         """Read a value that no list contains. A large one is read member by member."""
         is_container = self._peek() in ("[", "{")
-        if is_container and self._find_end() is None:
+        end = self._find_end(location)
+        if end is not None:
+            self._position = end
+        elif is_container:
             for key in self._iter_members():
                 self._skip(join_location(location, key))
         else:
-            self._parse(self._read_text(), location)
+            self._read_text(location)
 
     def _parse(self, text: str, location: str) -> Any:
-        """Return the value of a text with the limits of a row."""
+        """Return the value of a text from `_read_text` with the limits of a row."""
         check_json(text.encode(), f"{self._path}, {location}")
         try:
-            return parse_unique_json(text)
+            return parse_json(text)
         except ValueError as error:
             problem = _ITEM_POSITION.sub("", str(error))  # inside of the item
             raise self._build_error(f"{problem} in {location}", self._position) from error
 
-    def _read_text(self) -> str:
-        """Return the JSON of the next value."""
+    def _read_text(self, location: str) -> str:
+        """Return the JSON of the next value, in which no key of an object occurs twice."""
         self._peek()
-        end = self._find_end()
+        end = self._find_end(location)
         while end is None:
             self._read_more()
-            end = self._find_end()
+            end = self._find_end(location)
         text = self._text[self._position : end]
         self._position = end
         return text
 
-    def _find_end(self) -> int | None:
+    def _find_end(self, location: str) -> int | None:
         """Return the end of the next value in the window.
 
         Returns None if the window may not contain all of it.
@@ -251,6 +282,8 @@ class JsonStream:
             if self._is_cut(error.pos):
                 return None
             raise self._build_error(error.msg, error.pos) from error
+        except DuplicateKeyError as error:
+            raise self._build_error(f"{error} in {location}", self._position) from error
         except RecursionError as error:
             problem = f"more than {MAX_NESTED} nested values"
             raise self._build_error(problem, self._position) from error

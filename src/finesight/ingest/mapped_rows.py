@@ -544,6 +544,9 @@ class SampleBuilder:
         named = name_values(role, coordinates)
         for item in _select_items(self.values, regions, self.scope, role, self.context):
             numbers: Any = [self.values.evaluate(one, item, role) for one in values]
+            if all(one is MISSING for one in numbers):
+                self._check_no_region(regions, item, named)
+                continue
             if isinstance(coordinates, Value):
                 (numbers,) = numbers
             _check_coordinates(numbers, named, count)
@@ -552,6 +555,18 @@ class SampleBuilder:
                 label = self.values.evaluate_text(regions.label, item, "label")
             pairs.append((_apply_frame(numbers, regions.frame), label))
         return pairs
+
+    def _check_no_region(self, regions: Boxes | Points, item: Scope, role: str) -> None:
+        """Raise InvalidRowError if an item without coordinates has a label."""
+        if regions.label is None:
+            return
+        label = self.values.evaluate(regions.label, item, "label")
+        if label is not MISSING and not is_empty(label):
+            raise InvalidRowError(
+                f"the label {str(label)[:60]!r} without {role}",
+                "coordinates for each label",
+                "add them, or leave the item out by where",
+            )
 
     def _create_regions(
         self, images: RowImages

@@ -519,6 +519,12 @@ class Rows(MappingSection):
     path: PathField
     key: str | None = None
 
+    @model_validator(mode="after")
+    def _check_path(self) -> Self:
+        if not self.path.steps:
+            raise ValueError(f"{self.path.text} is the document itself: name the list of records")
+        return self
+
 
 class JoinedTable(MappingSection):
     """Table whose rows are inserted into the records that refer to them by a key.
@@ -734,7 +740,13 @@ class RecordMapping(MappingSection):
             for later in pending:
                 holder = self.tables[later].holder_steps
                 keys = [step.key for step in (*holder, PathStep(later))]
-                if [step.key for step in table.by.steps[: len(keys)]] == keys:
+                by_keys = [step.key for step in table.by.steps]
+                if by_keys == keys:
+                    raise ValueError(
+                        f"tables.{name}: {table.by.text} is a value of the record, but also the"
+                        f" name of the table {later}; rename the table"
+                    )
+                if by_keys[: len(keys)] == keys:
                     raise ValueError(
                         f"tables.{name}: {table.by.text} is in the rows of {later}, which is not"
                         f" an earlier table; write {name} below it"

@@ -146,7 +146,8 @@ def format_draft(proposal: RoleProposal, rows: str = "") -> str:
     repeated = _find_repeated_image(proposal.records, roles)
     if repeated is not None:
         example = f"group: {quote_text(repeated)}"
-        lines.append(f"# Several rows have the same image; one sample for each image: {example}\n")
+        lines.append(f"# Several rows have the same image. For one sample of them: {example},\n")
+        lines.append("# and begin the other paths with rows.0. or rows.*.\n")
     lines.append("meta: []\nignore: []\n\n# Paths without a role, with an example:\n")
     used: list[str] = []
     for paths in roles.values():

@@ -8,24 +8,28 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-from finesight.bounded_files import parse_unique_json
 from finesight.data.formats.dataset_format import (
     DatasetFormat,
     ImportContext,
     ImportExample,
 )
+from finesight.data.line_index import open_data_file
 from finesight.data.row_reader import RowReader, SourceRow, rows_from_items
-from finesight.data.sample import InvalidRowError, read_data_file
+from finesight.data.sample import InvalidRowError
 from finesight.errors import UserError
 from finesight.ingest.field_path import FieldPath
-from finesight.ingest.joined_tables import join_files, open_joined_records
+from finesight.ingest.joined_tables import (
+    RECORDS,
+    join_files,
+    open_joined_records,
+    reject_compressed,
+)
+from finesight.ingest.json_stream import JsonStream
 from finesight.ingest.mapped_rows import parse_mapped_row
 from finesight.ingest.mapping import GROUPED_ROWS, RecordMapping, load_mapping
 from finesight.ingest.record_values import (
     GroupedRows,
-    RecordValues,
     Scope,
     read_group,
     read_record,
@@ -83,20 +87,6 @@ def _parse_preset_row(
         raise
 
 
-def read_document(source: Path) -> Any:
-    """Read a JSON document. Raises UserError if it is none."""
-    content = read_data_file(source)
-    try:
-        return parse_unique_json(content)
-    except ValueError as error:
-        raise UserError(
-            f"not a JSON document: {str(error)[:200]}",
-            where=str(source),
-            expected="one JSON document, whose records the mapping finds by rows",
-            remedy="correct the file, or remove rows from the mapping",
-        ) from error
-
-
 def group_rows(reader: RowReader, _: Path, path: FieldPath) -> RowReader:
     """Group rows with the same value at a path to one row.
 
@@ -136,18 +126,14 @@ def open_document(source: Path, mapping: RecordMapping) -> tuple[RowReader, str]
     reason = f"records at {rows.path.text}"
     if mapping.tables:
         return open_joined_records(source, mapping), reason
-    document = read_document(source)
-    values = RecordValues(Scope(document, ""))
-    try:
-        items = values.list_items(rows.path, values.root)
-    except UserError as error:
-        error.where = f"{source}: rows of the mapping"
-        raise
+    reject_compressed(source)
+    with open_data_file(source) as file:
+        stream = JsonStream(file, source)
+        items = [item.scope for item in stream.iter_items({RECORDS: rows.path})]
     others: Counter[str] = Counter()
-    if isinstance(document, dict) and not rows.path.steps[0].is_each:
-        first = rows.path.steps[0].key
-        others.update(f"{key} of the document" for key in document if key != first)
-    if values.num_object_keys and rows.key is None:
+    for key, count in stream.unused_keys.items():
+        others[f"{key} of the document"] = count
+    if stream.named_lists and rows.key is None:
         others[f"keys of the objects at {rows.path.text}, not imported"] = len(items)
 
     def make_row(number: int, item: Scope) -> SourceRow:

@@ -48,6 +48,9 @@ MAX_LITERAL_CHARS = 1_000_000
 class Missing:
     """Type of `MISSING`, the value of an optional key that a record does not have."""
 
+    def __repr__(self) -> str:
+        return "missing"
+
 
 MISSING: Final = Missing()
 

@@ -577,7 +577,16 @@ def split_preference(record: Record) -> list[Record]:
         if turns is not None or all(isinstance(record[name], list) for name in pair):
             key, prompt = turns or "messages", as_list(record.get(turns or "messages"))
             return [{**others, key: [*prompt, *as_list(record[name])]} for name in pair]
-    turns, (text, rejected) = record.get(turns_key), map(record.get, rejected_keys)
+    if all(has_value(record.get(key)) for key in rejected_keys):
+        return [dict(record)]  # refused: only one worse answer is possible
+    return _split_rejected(record, others, turns_key)
+
+
+def _split_rejected(record: Record, others: Record, turns_key: str) -> list[Record]:
+    """Return the rows of an answer and of the worse one under `rejected_response` or such turns."""
+    text = record.get("rejected_response")
+    rejected = record.get(f"rejected_{turns_key}")
+    turns = record.get(turns_key)
     if isinstance(text, str) and text:
         if "response" in record:
             return [others, {**others, "response": text}]

@@ -708,7 +708,7 @@ def test_advice_after_training_is_followed_by_buttons(folder, page):
     [serve] = advise_run(replace(record, steps=[], result={**result, "after": None}), run)
     few = {**result, "after": {"scores": {"accuracy": 1.0}, "num_samples": 8}}
     [honest] = advise_run(replace(record, steps=[], result=few), run)
-    assert honest.purpose == "8 of 8 answers are correct; expect 63 to 100 of 100 new ones"
+    assert honest.purpose == "8 of 8 answers are correct; expect 63 to 100 % of many new ones"
     texts = {"after": {"scores": {"accuracy": "<b>"}, "num_samples": "x"}}
     assert advise_run(replace(record, steps=[], result=texts), run) == [serve]
     assert serve.operation == "serve"

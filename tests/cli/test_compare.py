@@ -39,6 +39,7 @@ def test_comparison_table_and_page(runs, cli):
     assert [first["path"], other["path"]] == runs
     found = other["metrics"]["similarity"]
     assert (found["value"], found["verdict"]) == (1.0, "better")
+    assert found["p_value"] < 0.05
     assert "verdict" not in first["metrics"]["similarity"]
 
 

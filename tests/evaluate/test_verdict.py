@@ -6,13 +6,25 @@ import math
 import numpy as np
 import pytest
 
-from finesight.evaluate.bootstrap import ScoreEstimator, estimate_mean, estimate_ratio
-from finesight.evaluate.metric_difference import compare_estimators, compare_family
+from finesight.evaluate.bootstrap import (
+    UNBOUNDED,
+    ScoreEstimator,
+    estimate_mean,
+    estimate_ratio,
+)
+from finesight.evaluate.eval_case import EvalCase
+from finesight.evaluate.metric_difference import (
+    compare_estimators,
+    compare_family,
+    pair_estimators,
+)
 from finesight.evaluate.verdict import (
+    MIN_SWAPS,
     compute_mcnemar_p_value,
     compute_normal_p_value,
     compute_p_values,
     find_clear_differences,
+    judge_difference,
 )
 
 
@@ -55,7 +67,7 @@ def test_permutation_test_has_all_swaps_of_few_samples() -> None:
     rng = np.random.default_rng(3)
     before = estimate_scores(rng, 7)
     after = estimate_scores(rng, 7)
-    found = compute_p_values(before, after, num_tests=2)
+    found = compute_p_values(before, after, MIN_SWAPS)
     for name, p_value in found.items():
         old = before[name].weighted_sums(np.eye(7))
         new = after[name].weighted_sums(np.eye(7))
@@ -76,8 +88,10 @@ def test_tests_agree_on_many_samples() -> None:
     after = rng.random(500) < 0.58
     # With three samples of other values, the mean is no proportion.
     values = [np.append(one.astype(float), [0.5, 0.5, 0.5]) for one in (before, after)]
-    exact = compute_p_values(*({"a": estimate_mean(one[:-3])} for one in values), num_tests=1)["a"]
-    swapped = compute_p_values(*({"a": estimate_mean(one)} for one in values), num_tests=1)["a"]
+    proportions = [{"a": estimate_mean(one[:-3])} for one in values]
+    means = [{"a": estimate_mean(one)} for one in values]
+    exact = compute_p_values(*proportions, MIN_SWAPS)["a"]
+    swapped = compute_p_values(*means, MIN_SWAPS)["a"]
     assert exact is not None
     assert swapped == pytest.approx(exact, abs=0.02)
     differences = values[1] - values[0]
@@ -120,3 +134,74 @@ def test_many_differences_can_be_clear() -> None:
     before = {f"score_{index}": estimate_mean(rng.random(60) / 2) for index in range(200)}
     after = {f"score_{index}": estimate_mean(rng.random(60) / 2 + 0.5) for index in range(200)}
     assert {one.verdict for one in compare_estimators(before, after)} == {"better"}
+
+
+@pytest.mark.parametrize(
+    ("interval", "is_clear", "expected"),
+    [
+        ((0.1, 0.3), True, ((0.1, 0.3), "better")),
+        ((-0.3, -0.1), True, ((-0.3, -0.1), "worse")),
+        ((0.1, 0.3), False, ((0.0, 0.3), "no clear change")),
+        ((-0.1, 0.3), True, ((-0.1, 0.3), "no clear change")),
+        ((-0.3, -0.1), False, ((-0.3, 0.0), "no clear change")),
+        # A difference that is displayed as 0.0000.
+        ((1e-5, 4e-5), True, ((0.0, 4e-5), "no clear change")),
+    ],
+)
+def test_interval_and_verdict_agree(interval, is_clear, expected):
+    assert judge_difference(interval, is_clear=is_clear) == expected
+    opposite = {"better": "worse", "worse": "better"}.get(expected[1], expected[1])
+    found = judge_difference(interval, is_clear=is_clear, lower_is_better=True)
+    assert found == (expected[0], opposite)
+
+
+def test_clear_difference_that_is_not_visible_has_an_interval_with_zero() -> None:
+    rng = np.random.default_rng(6)
+    values = rng.random(60) / 2
+    (one,) = compare_estimators(
+        {"similarity": estimate_mean(values)}, {"similarity": estimate_mean(values + 2e-5)}
+    )
+    assert one.p_value is not None
+    assert one.p_value < 0.01
+    assert one.verdict == "no clear change"
+    assert one.low == 0
+
+
+def test_scores_of_nan_are_never_clear() -> None:
+    values = np.linspace(0, 1, 30)
+    after = np.append(values[1:], np.nan)
+    found = compute_p_values({"a": estimate_mean(values)}, {"a": estimate_mean(after)}, MIN_SWAPS)
+    assert found == {"a": 1.0}
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1.0, 1e12])
+def test_permutation_test_does_not_depend_on_the_scale(scale: float) -> None:
+    rng = np.random.default_rng(7)
+    values = rng.random(30), rng.random(30) + 0.4
+    before, after = ({"a": estimate_mean(one * scale, UNBOUNDED)} for one in values)
+    p_value = compute_p_values(before, after, MIN_SWAPS)["a"]
+    assert p_value is not None
+    assert p_value < 0.01
+
+
+def list_answers(form: str, answers: str) -> list[EvalCase]:
+    """Build samples with two references, of which answers choose one."""
+    references = tuple(form.format(name) for name in "ab")
+    return [EvalCase(form.format(one), (), references, (), str(n)) for n, one in enumerate(answers)]
+
+
+@pytest.mark.parametrize(
+    ("metric", "form"), [("classification", "{}"), ("json", '{{"{}": "1", "c": "1"}}')]
+)
+def test_macro_f1_with_several_references_is_tested(metric: str, form: str) -> None:
+    """The columns of the sums do not depend on the reference that an answer matches."""
+    before = list_answers(form, "z" * 12 + "b" * 12)
+    after = list_answers(form, "a" * 24)
+    old, new = pair_estimators(metric, before, after)
+    assert old["f1_macro"].pseudo_sums.shape == new["f1_macro"].pseudo_sums.shape
+    p_value = compute_p_values(old, new, MIN_SWAPS)["f1_macro"]
+    assert p_value is not None
+    assert p_value < 0.05
+    # The mean does not include the class or field that no answer matches.
+    assert new["f1_macro"].score == 1
+    assert not new["f1_macro"].undefined_reason

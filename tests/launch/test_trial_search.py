@@ -22,6 +22,7 @@ from finesight.data.corpus import load_corpus
 from finesight.data.sample import read_samples
 from finesight.errors import TrainingInterrupted, UserError
 from finesight.evaluate.eval_case import EvalCase
+from finesight.evaluate.task_metrics import compute_metrics
 from finesight.launch import trial_search
 from finesight.recipe import load_recipe
 
@@ -317,3 +318,23 @@ def test_gain_of_one_trial_is_not_clear_among_many(num_others: int, verdict: str
     trial = [replace(case, answer="ab"[index >= 7]) for index, case in enumerate(recipe)]
     (found,) = trial_search.compare_primary("classification", recipe, [trial], num_others)
     assert (found.name, found.verdict) == ("accuracy", verdict)
+
+
+def test_scores_of_the_recipe_are_computed_once(monkeypatch) -> None:
+    recipe = [EvalCase("b", (), ("a",), (), str(index)) for index in range(12)]
+    trial = [replace(case, answer="a") for case in recipe]
+    computed = []
+
+    def count_metrics(metric, cases):
+        computed.append(len(cases))
+        return compute_metrics(metric, cases)
+
+    monkeypatch.setattr(trial_search, "compute_metrics", count_metrics)
+    # The last trial has skipped a sample.
+    trials = [trial, trial[::-1], trial, trial[1:]]
+    found = trial_search.compare_primary("classification", recipe, trials)
+    assert [(one.before, one.after, one.num_samples) for one in found] == [
+        *[(0, 1, 12)] * 3,
+        (0, 1, 11),
+    ]
+    assert computed == [12, 12, 12, 12, 11, 11]

@@ -210,6 +210,12 @@ def test_interval_of_a_reward_depends_on_the_prompts(run: FakeRunDir) -> None:
     assert summary.describe_rewards(read_run(run.folder)) == ""
 
 
+def test_reward_without_standard_deviation_has_no_gain(run: FakeRunDir) -> None:
+    run.write_rewards([{"rewards/exact/mean": step / 20} for step in range(20)], [])
+    _, gains = summary.compare_rewards(read_run(run.folder))
+    assert gains == {}
+
+
 def test_skipped_samples_are_grouped_by_reason(run: FakeRunDir) -> None:
     cut = "cut off: the file ends before its image does"
     reasons = [f"over {8192} tokens"] * 7 + [f"images/{i}.png: {cut}" for i in range(2)]
@@ -341,7 +347,8 @@ def test_rewards_are_tested_together(num_rewards: int, is_clear: bool) -> None:
         steps.append(line)
     record = SimpleNamespace(steps=steps, recipe={"train": {"batch_size": 2}})
     _, found = summary.compare_rewards(record)  # type: ignore[arg-type]
-    assert (found["score_0"][0] > 0) == is_clear
-    assert found["score_0"][1] > 0.4
+    (low, high), verdict = found["score_0"]
+    assert (low > 0) == (verdict == "better") == is_clear
+    assert high > 0.4
     described = summary.describe_rewards(record)  # type: ignore[arg-type]
     assert ("better" in described) == is_clear

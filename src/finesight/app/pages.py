@@ -82,7 +82,7 @@ ERROR_TEXTS = (
     "{} keys have the same role: {}",
     "the loss still falls: train twice as long",
     "{} of {} answers are correct: label about {} more images",
-    "{} of {} answers are correct; expect {} to {} of 100 new ones",
+    "{} of {} answers are correct; expect {} to {} % of many new ones",
 )
 """Texts of errors and advice with values, which are translated; others are in English."""
 

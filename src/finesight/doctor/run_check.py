@@ -453,7 +453,8 @@ def _check_rewards(run_record: RunRecord) -> Iterator[Diagnosis]:
     equal = mean(_finite_values(last, "frac_reward_zero_std") or [1.0])
     truncated_shares = _finite_values(last, "completions/clipped_ratio")
     truncated = mean(truncated_shares or [1.0])
-    is_good = any(low > 0 for low, _ in gains.values()) and max(equal, truncated) <= 0.5
+    is_better = any(verdict == "better" for _, verdict in gains.values())
+    is_good = is_better and max(equal, truncated) <= 0.5
     change = summary.describe_rewards(run_record) or "no step with rewards"
     code = "rewards" if is_good else "rewards-flat"
     overrides: list[str] = []

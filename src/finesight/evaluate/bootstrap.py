@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import NormalDist
 from typing import NamedTuple
@@ -287,39 +287,58 @@ ClassCounts = Counter[tuple[str, str]]
 """Number of occurrences of each (class or field, value) pair in an answer or a reference."""
 
 
-def count_by_class(pairs: Sequence[tuple[ClassCounts, ClassCounts]]) -> dict[str, SampleGroup]:
+def count_by_class(
+    pairs: Sequence[tuple[ClassCounts, ClassCounts]], names: Collection[str]
+) -> dict[str, SampleGroup]:
     """Count the correct, predicted and reference values of each class or field in each sample.
 
     Args:
-        pairs: Predicted and reference values of each sample.
+        pairs: Predicted values of each sample, and those of the reference that is compared.
+        names: Classes or fields of all references. Each has a group, so that the sums of two
+            evaluations have the same columns. Others are ignored.
     """
-    rows: dict[str, dict[int, list[float]]] = defaultdict(dict)
+    rows: dict[str, dict[int, list[float]]] = {name: {} for name in sorted(names)}
     for i, (predicted, reference) in enumerate(pairs):
         for column, counts in enumerate((predicted & reference, predicted, reference)):
             for (name, _), count in counts.items():
-                rows[name].setdefault(i, [0.0, 0.0, 0.0])[column] += count
+                if name in rows:
+                    rows[name].setdefault(i, [0.0, 0.0, 0.0])[column] += count
     groups = {}
-    for name, counts_by_sample in sorted(rows.items()):
-        sample_indices = np.array(list(counts_by_sample))
-        values = np.array(list(counts_by_sample.values()))
+    for name, counts_by_sample in rows.items():
+        sample_indices = np.array(list(counts_by_sample), np.int64)
+        values = np.array(list(counts_by_sample.values()), np.float64).reshape(-1, 3)
         groups[name] = SampleGroup(sample_indices, values)
     return groups
 
 
-def estimate_macro_f1(groups: Sequence[SampleGroup], sample_rates: FloatArray) -> ScoreEstimator:
+def estimate_macro_f1(
+    groups: Sequence[SampleGroup], sample_rates: FloatArray, *, counts_predicted: bool
+) -> ScoreEstimator:
     """Return the estimator of macro F1, the mean of F1 over classes or fields.
 
     Args:
         groups: Groups of `count_by_class`.
         sample_rates: Contribution of each sample on the scale of the score, shape (N,).
+        counts_predicted: Whether the mean includes a group with predicted values only.
     """
-    sizes, undefined_reason = compute_typical_sizes(groups, 2, len(sample_rates))
+
+    def is_included(predicted: FloatArray, wanted: FloatArray) -> NDArray[np.bool_]:
+        return wanted + counts_predicted * predicted > 0
 
     def compute_score(sums: FloatArray) -> FloatArray:
         correct, predicted, wanted = np.moveaxis(sums.reshape(len(sums), len(groups), 3), 2, 0)
-        total = predicted + wanted
-        f1_sums = safe_divide(2 * correct, total).sum(axis=1)
-        return safe_divide(f1_sums, (total > 0).sum(axis=1) * 1.0)
+        f1_sums = safe_divide(2 * correct, predicted + wanted).sum(axis=1)
+        return safe_divide(f1_sums, is_included(predicted, wanted).sum(axis=1) * 1.0)
+
+    included = []
+    for index, group in enumerate(groups):
+        _, predicted, wanted = group.values.sum(axis=0)
+        if is_included(predicted, wanted):
+            included.append(index)
+    sizes = np.zeros(len(groups))
+    sizes[included], undefined_reason = compute_typical_sizes(
+        [groups[index] for index in included], 2, len(sample_rates)
+    )
 
     return ScoreEstimator(
         weighted_sums=build_grouped_sums(groups, len(sample_rates)),

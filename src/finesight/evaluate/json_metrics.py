@@ -75,6 +75,7 @@ def score_json(
     """
     per_sample: list[MetricValues] = []
     pairs: list[tuple[ClassCounts, ClassCounts]] = []
+    names: set[str] = set()
     totals: list[tuple[int, int]] = []
     overlaps: list[tuple[float, int]] = []
     for case in cases:
@@ -91,7 +92,10 @@ def score_json(
         predicted_fields: ClassCounts = Counter()
         if predicted_form is not None:
             predicted_fields = count_fields(predicted_form)
-        reference_fields = max(map(count_fields, forms), key=partial(compute_f1, predicted_fields))
+        alternatives = [*map(count_fields, forms)]
+        for fields in alternatives:
+            names.update(name for name, _ in fields)
+        reference_fields = max(alternatives, key=partial(compute_f1, predicted_fields))
         per_sample.append(
             {
                 "f1": compute_f1(predicted_fields, reference_fields),
@@ -103,23 +107,24 @@ def score_json(
         num_correct = (predicted_fields & reference_fields).total()
         totals.append((num_correct, predicted_fields.total() + reference_fields.total()))
     num_correct_N, num_total_N = np.array(totals, np.float64).T
-    by_field = {}
-    for name, group in count_by_class(pairs).items():
-        num_references_M = group.values[:, 2]
-        if num_references_M.any():
-            by_field[name] = group
+    groups = count_by_class(pairs, names)
     f1_values = np.array([scores["f1"] for scores in per_sample])
     estimators = {
         "f1": estimate_ratio(2 * num_correct_N, num_total_N),
-        "f1_macro": estimate_macro_f1([*by_field.values()], f1_values),
+        "f1_macro": estimate_macro_f1([*groups.values()], f1_values, counts_predicted=False),
         **mean_metrics(per_sample, {"exact": "exact", "parse_rate": "parse_rate"}),
     }
     overlap_N, num_boxes_N = np.array(overlaps, np.float64).T
     if any(case.reference_boxes for case in cases):
         estimators["mean_iou"] = estimate_ratio(overlap_N, num_boxes_N)
-    fields = [(name, _compute_field_scores(group)) for name, group in by_field.items()]
-    fields.sort(key=lambda field: -field[1]["num_references"])
-    return MetricResult(per_sample, estimators, {"fields": dict(fields[:MAX_LISTED_FIELDS])})
+    scored_fields = []
+    for name, group in groups.items():
+        num_references_M = group.values[:, 2]
+        if num_references_M.any():
+            scored_fields.append((name, _compute_field_scores(group)))
+    scored_fields.sort(key=lambda field: -field[1]["num_references"])
+    listed = dict(scored_fields[:MAX_LISTED_FIELDS])
+    return MetricResult(per_sample, estimators, {"fields": listed})
 
 
 def name_boxes(case: EvalCase) -> tuple[str, str, float]:

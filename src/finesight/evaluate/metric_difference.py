@@ -21,10 +21,10 @@ from finesight.evaluate.task_metrics import compute_metrics
 from finesight.evaluate.verdict import (
     Estimators,
     Verdict,
-    classify_change,
     compute_p_values,
+    count_swaps,
     find_clear_differences,
-    include_zero,
+    judge_difference,
 )
 from finesight.metric_components import get_score
 
@@ -99,17 +99,27 @@ def pair_estimators(
 ) -> tuple[Estimators, Estimators]:
     """Return the score estimators of two sets of predictions for the same samples.
 
+    Predictions are paired as by `pair_cases`. Both are empty without pairs, and if their number is
+    not `num_samples`.
+    """
+    old, new = pair_cases(before, after)
+    if not old or len(old) != (num_samples or len(old)):
+        return {}, {}
+    return compute_metrics(metric, old).estimators, compute_metrics(metric, new).estimators
+
+
+def pair_cases(
+    before: Sequence[EvalCase], after: Sequence[EvalCase]
+) -> tuple[list[EvalCase], list[EvalCase]]:
+    """Return the predictions of both sets for the same samples, in the order of the first set.
+
     Predictions are paired by sample id, and in order for repeated ids. Unpaired predictions are
-    ignored. Both are empty without pairs, and if their number is not `num_samples`.
+    ignored.
     """
     old = index_by_sample(before, lambda case: case.id)
     new = index_by_sample(after, lambda case: case.id)
     keys = [key for key in old if key in new]
-    if not keys or len(keys) != (num_samples or len(keys)):
-        return {}, {}
-    old_result = compute_metrics(metric, [old[key] for key in keys])
-    new_result = compute_metrics(metric, [new[key] for key in keys])
-    return old_result.estimators, new_result.estimators
+    return [old[key] for key in keys], [new[key] for key in keys]
 
 
 def compare_estimators(before: Estimators, after: Estimators) -> list[MetricDifference]:
@@ -131,7 +141,8 @@ def compare_family(
         The differences of each pair.
     """
     num_tests = num_others + sum(len(before.keys() & after.keys()) for before, after in pairs)
-    tested = [compute_p_values(before, after, num_tests) for before, after in pairs]
+    num_swaps = count_swaps(num_tests)
+    tested = [compute_p_values(before, after, num_swaps) for before, after in pairs]
     p_values: list[float | None] = [1.0] * num_others
     for one in tested:
         p_values += one.values()
@@ -141,10 +152,10 @@ def compare_family(
         intervals = compute_difference_intervals(before, after)
         differences = []
         for name, p_value in p_value_by_name.items():
-            interval = intervals[name]
-            if not next(are_clear) and interval is not None:
-                interval = include_zero(interval)
-            difference = _build_difference(name, before[name], after[name], interval, p_value)
+            old = before[name]
+            new = after[name]
+            is_clear = next(are_clear)
+            difference = _build_difference(name, old, new, intervals[name], p_value, is_clear)
             differences.append(difference)
         family.append(differences)
     return family
@@ -156,9 +167,15 @@ def _build_difference(
     after: ScoreEstimator,
     interval: ConfidenceInterval | None,
     p_value: float | None,
+    is_clear: bool,
 ) -> MetricDifference:
+    verdict: Verdict = "no clear change"
+    if interval is not None:
+        lower_is_better = get_score(name).lower_is_better
+        interval, verdict = judge_difference(
+            interval, is_clear=is_clear, lower_is_better=lower_is_better
+        )
     low, high = interval or (None, None)
-    verdict = classify_change(interval, lower_is_better=get_score(name).lower_is_better)
     note = get_missing_difference_reason(before, after) or before.note
     num_samples = 0
     if before.successes_and_trials is not None and after.successes_and_trials is not None:

@@ -8,9 +8,10 @@ of its differences is called better or worse is at most `FAMILY_ERROR`:
   assumption on the distribution of a score, and applies to ratios and corpus scores as they are.
 - All differences of a page: Holm's step-down rule (1979).
 
-The intervals on a page are those of single differences. Only the tests decide, because intervals
-that are adjusted to the family would not be comparable between pages. If the tests do not find a
-difference clear, `include_zero` extends its interval, so that interval and verdict agree.
+The intervals on a page are those of single differences, because intervals that are adjusted to the
+family would not be comparable between pages. A verdict needs a significant test and an interval
+that excludes 0. `judge_difference` extends the interval of any other difference to 0, so that
+interval and verdict agree.
 """
 
 from __future__ import annotations
@@ -49,24 +50,23 @@ SWAPS_PER_TEST = 40
 Estimators = Mapping[str, ScoreEstimator]
 
 
-def classify_change(
-    interval: tuple[float, float] | None, *, lower_is_better: bool = False
-) -> Verdict:
-    """Classify a change as clear if the interval excludes 0 and the change is visible."""
-    if interval is None or max(map(abs, interval)) < MIN_VISIBLE_CHANGE:
-        return "no clear change"
-    low, high = interval
-    if low > 0:
-        return "worse" if lower_is_better else "better"
-    if high < 0:
-        return "better" if lower_is_better else "worse"
-    return "no clear change"
+def judge_difference(
+    interval: tuple[float, float], *, is_clear: bool, lower_is_better: bool = False
+) -> tuple[ConfidenceInterval, Verdict]:
+    """Return the interval and the verdict of a difference, which agree.
 
+    The interval of a difference without a verdict of better or worse is extended to 0.
 
-def include_zero(interval: tuple[float, float]) -> ConfidenceInterval:
-    """Extend the interval of a difference that is not clear to 0."""
+    Args:
+        is_clear: Whether the test of the difference is significant in its family.
+    """
     low, high = interval
-    return ConfidenceInterval(min(low, 0.0), max(high, 0.0))
+    is_visible = max(abs(low), abs(high)) >= MIN_VISIBLE_CHANGE
+    excludes_zero = low > 0 or high < 0
+    if not (is_clear and is_visible and excludes_zero):
+        return ConfidenceInterval(min(low, 0.0), max(high, 0.0)), "no clear change"
+    is_better = (low > 0) != lower_is_better
+    return ConfidenceInterval(low, high), "better" if is_better else "worse"
 
 
 def find_clear_differences(p_values: Sequence[float | None]) -> list[bool]:
@@ -107,8 +107,13 @@ def compute_normal_p_value(change: float, margin: float) -> float:
     return math.erfc(1.96 * abs(change) / margin / math.sqrt(2))
 
 
+def count_swaps(num_tests: int) -> int:
+    """Return the number of swaps for a family of tests."""
+    return max(MIN_SWAPS, SWAPS_PER_TEST * num_tests)
+
+
 def compute_p_values(
-    before: Estimators, after: Estimators, num_tests: int
+    before: Estimators, after: Estimators, num_swaps: int
 ) -> dict[str, float | None]:
     """Compute the p-value of the difference of each score of the same samples.
 
@@ -117,7 +122,7 @@ def compute_p_values(
     count as a test of the family.
 
     Args:
-        num_tests: Number of tests in the family.
+        num_swaps: Number of swaps of a permutation test; see `count_swaps`.
     """
     p_values: dict[str, float | None] = {}
     permuted: dict[str, tuple[ScoreEstimator, ScoreEstimator]] = {}
@@ -129,13 +134,12 @@ def compute_p_values(
         if get_missing_difference_reason(old, new):
             continue
         counts = count_discordant_pairs(old, new)
-        # Sums can be swapped if they have the same columns. Classes may differ if a sample has
-        # references of several classes.
+        # Sums can be swapped if they have the same columns. Columns depend on the references of
+        # the samples only, never on the answers.
         if counts is None and old.pseudo_sums.shape == new.pseudo_sums.shape:
             permuted[name] = old, new
         elif counts is not None and counts[0] + counts[1] >= MIN_SAMPLES:
             p_values[name] = compute_mcnemar_p_value(int(counts[0]), int(counts[1]))
-    num_swaps = max(MIN_SWAPS, SWAPS_PER_TEST * num_tests)
     return p_values | _permute(permuted, num_swaps)
 
 
@@ -165,9 +169,13 @@ def _permute(
             changes[name].append(np.abs(swapped_after - swapped_before))
     p_values: dict[str, float | None] = dict.fromkeys(pairs)
     for name in has_changed:
+        old, new = pairs[name]
         values = np.concatenate(changes[name])
-        # Equal differences differ by rounding.
-        p_values[name] = float((values >= values[0] - 1e-9).mean())
+        # Equal differences differ by rounding, which is relative to the scores.
+        tolerance = 1e-9 * max(abs(old.plug_in_score), abs(new.plug_in_score))
+        # A difference of NaN is not smaller, so that a score of NaN has a p-value of 1.
+        is_smaller = values < values[0] - tolerance
+        p_values[name] = float((~is_smaller).mean())
     return p_values
 
 

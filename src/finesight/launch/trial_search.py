@@ -39,10 +39,11 @@ from finesight.evaluate.eval_case import EvalCase
 from finesight.evaluate.metric_difference import (
     MetricDifference,
     compare_family,
-    pair_estimators,
+    pair_cases,
 )
 from finesight.evaluate.prediction_file import read_predictions
 from finesight.evaluate.task_metrics import compute_metrics, get_primary_metric
+from finesight.evaluate.verdict import Estimators
 from finesight.label.label_store import relocate_sample
 from finesight.recipe import dump_recipe, recipe_from_dict
 from finesight.report.charts import build_parallel_plot
@@ -876,8 +877,15 @@ def compare_primary(
         num_others: Number of further trials that could have been chosen, such as pruned ones.
     """
     pairs = []
+    recipe_cases: list[EvalCase] = []
+    old: Estimators = {}
     for after in others:
-        old, new = pair_estimators(metric, before, after)
+        paired, trial_cases = pair_cases(before, after)
+        # All trials have the same samples, unless one has skipped some.
+        if paired != recipe_cases:
+            recipe_cases = paired
+            old = compute_metrics(metric, recipe_cases).estimators
+        new = compute_metrics(metric, trial_cases).estimators
         scores = {name: one.score for name, one in new.items()}
         name = get_primary_metric(metric, scores)
         pairs.append(({name: old[name]}, {name: new[name]}))

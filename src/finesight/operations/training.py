@@ -446,7 +446,7 @@ def advise_run(run_record: RunRecord, run: Path) -> list[Step]:
             low = math.floor(100 * interval.low)
             high = math.ceil(100 * interval.high)
             reason = (
-                f"{count} of {total} answers are correct; expect {low} to {high} of 100 new ones"
+                f"{count} of {total} answers are correct; expect {low} to {high} % of many new ones"
             )
         steps.append(Step("serve", {"run_or_model": str(run)}, reason))
     return steps
@@ -545,8 +545,8 @@ def search(
     Each trial is a run in FOLDER/trials. It stops after 1/9 and 1/3 of its steps, and resumes if
     its score is among the best third. Scores are those of eval.metric on a validation split of
     data.train, or by cross-validation with less than 300 samples. The first trial is the recipe
-    itself. Another one is chosen only if it is clearly better in a test of all trials together.
-    data.eval is evaluated once, at the end.
+    itself. All trials are tested together, and the best of those that are clearly better than the
+    recipe is chosen. data.eval is evaluated once, at the end.
 
     Writes FOLDER/search.json, FOLDER/report.html and FOLDER/best.yaml, a recipe for `finesight
     train`. Repeat the command after an interruption to continue. A trial that fails, for example

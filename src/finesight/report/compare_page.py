@@ -414,6 +414,7 @@ def _cell_to_dict(cell: MetricCell) -> dict[str, Any]:
             "difference": cell.change,
             "difference_interval": cell.change_interval,
             "verdict": cell.difference.verdict,
+            "p_value": cell.difference.p_value,
         }
         if cell.num_common:
             scores = {"before": cell.difference.before, "after": cell.difference.after}

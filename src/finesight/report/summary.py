@@ -17,10 +17,10 @@ from typing import Literal
 from finesight.data.example_question import ExampleQuestion, read_public_example
 from finesight.errors import Step
 from finesight.evaluate.verdict import (
-    classify_change,
+    Verdict,
     compute_normal_p_value,
     find_clear_differences,
-    include_zero,
+    judge_difference,
 )
 from finesight.family_components import FAMILIES
 from finesight.manifest import CHECKPOINTS_FOLDER, METRICS_FILE
@@ -379,13 +379,14 @@ def estimate_reward(
 ) -> tuple[float, float]:
     """Return the mean of a reward over steps, and half of its 95 % interval.
 
-    Both are NaN if unknown. Responses to the same prompt are not independent. The number of prompts
-    determines the interval, which is then rather too wide than too narrow.
+    Both are NaN without a mean, a standard deviation or a number of prompts. Responses to the same
+    prompt are not independent. The number of prompts determines the interval, which is then rather
+    too wide than too narrow.
     """
     num_prompts = as_object(run_record.recipe.get("train")).get("batch_size")
     means = _list_values(lines, f"rewards/{name}/mean")
     stds = _list_values(lines, f"rewards/{name}/std")
-    if not means or not isinstance(num_prompts, int) or num_prompts < 1:
+    if not means or not stds or not isinstance(num_prompts, int) or num_prompts < 1:
         return math.nan, math.nan
     return mean(means), 1.96 * math.hypot(*stds) / math.sqrt(num_prompts) / len(means)
 
@@ -396,16 +397,17 @@ def _list_values(lines: Sequence[JsonObject], key: str) -> list[float]:
 
 def compare_rewards(
     run_record: RunRecord,
-) -> tuple[tuple[list[JsonObject], list[JsonObject]], dict[str, IntervalBounds]]:
-    """Return the first and last quarter of steps, and 95 % intervals of gains.
+) -> tuple[tuple[list[JsonObject], list[JsonObject]], dict[str, tuple[IntervalBounds, Verdict]]]:
+    """Return the first and last quarter of steps, and 95 % intervals and verdicts of gains.
 
-    All rewards are one family: the interval of a gain that is not clear in it contains 0.
+    All rewards are one family: the interval of a gain that is not clear in it contains 0. A reward
+    without a standard deviation has no gain.
     """
     steps = [line for line in run_record.steps if is_finite(line.get("reward"))]
     size = max(1, len(steps) // 4)
     first = steps[:size]
     last = steps[-size:]
-    gains = {}
+    intervals = {}
     p_values = []
     for name in list_reward_names(steps):
         before, before_margin = estimate_reward(run_record, first, name)
@@ -413,11 +415,12 @@ def compare_rewards(
         change = after - before
         margin = math.hypot(before_margin, after_margin)
         if not math.isnan(change):
-            gains[name] = change - margin, change + margin
+            intervals[name] = change - margin, change + margin
             p_values.append(compute_normal_p_value(change, margin))
-    for name, is_clear in zip([*gains], find_clear_differences(p_values), strict=True):
-        if not is_clear:
-            gains[name] = include_zero(gains[name])
+    gains: dict[str, tuple[IntervalBounds, Verdict]] = {}
+    are_clear = find_clear_differences(p_values)
+    for (name, interval), is_clear in zip(intervals.items(), are_clear, strict=True):
+        gains[name] = judge_difference(interval, is_clear=is_clear)
     return (first, last), gains
 
 
@@ -430,10 +433,9 @@ def describe_rewards(run_record: RunRecord) -> str:
     after = format_value(mean(_list_values(last, "reward")))
     text = "Reward of the first and last {:,} steps: {} → {}"
     texts = [translate(text, len(first), before, after)]
-    for name, gain in gains.items():
-        change = format_change_interval(gain)
-        verdict = translate(classify_change(gain))
-        texts.append(f"{format_metric_name(name)} {change}: {verdict}")
+    for name, (interval, verdict) in gains.items():
+        change = format_change_interval(interval)
+        texts.append(f"{format_metric_name(name)} {change}: {translate(verdict)}")
     return translate("; ").join(texts)
 
 
@@ -450,7 +452,7 @@ def list_reward_signs(
     parts, gains = compare_rewards(run_record)
     if 4 * len(parts[0]) < MIN_REWARD_STEPS:
         return []
-    increased = {name for name, (low, _) in gains.items() if low > 0}
+    increased = {name for name, (_, verdict) in gains.items() if verdict == "better"}
     form = set(filter(_is_form_reward, gains))
     is_found = bool(increased) and increased <= form < {*gains}
     form_sign = translate("Gains of the format only"), is_found, describe_rewards(run_record)

@@ -85,7 +85,7 @@ def check_param_changes(
     """Verify that frozen parts are unchanged and trainable parts have changed.
 
     Args:
-        unused: Responses of a run with rewards without any update; None for other runs.
+        unused: Responses of a run without any group of different rewards; None for other runs.
 
     Raises:
         RuntimeError: A frozen part changed, which is a bug.

@@ -41,6 +41,8 @@ from finesight.train.objectives.grpo.rollout import (
     Group,
     GrpoRollout,
     RewardCheck,
+    RolloutRecord,
+    describe_rewards,
     disable_adapters,
 )
 from finesight.train.oom import GpuOutOfMemoryError
@@ -494,6 +496,28 @@ def test_kl_divergence_counts_responses_with_equal_rewards(tmp_path, monkeypatch
     for name, gradient in zip(parameters, gradients, strict=True):
         scale = gradient.abs().max().item()
         torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=1e-4 * scale, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("rewards", "is_different"),
+    [
+        ([0.0, 1.0, 0.0], True),
+        ([0.1, 0.1, 0.1], False),  # their standard deviation is not exactly 0
+        ([0.5, 0.5 + 1e-12, 0.5], True),
+        ([0.5, 0.5, math.nan], False),
+        ([0.5, math.nan, math.nan], False),
+    ],
+)
+def test_share_of_equal_rewards_agrees_with_the_groups_of_the_update(rewards, is_different):
+    rewards_GF = np.array(rewards)[:, None]
+    weights_F = np.ones(1)
+    rollout = SimpleNamespace(weights_F=weights_F)
+    group = SimpleNamespace(rewards_GF=rewards_GF)
+    record = RolloutRecord([rewards_GF.tolist()], [4] * 3, [False] * 3, 1, 12)
+    metrics = describe_rewards(["exact"], weights_F, rewards_GF[None], [record])
+    assert GrpoRollout.has_different_rewards(rollout, group) == is_different
+    # As the audit at the end of a run reads it.
+    assert (metrics.get("frac_reward_zero_std", 1) < 1) == is_different
 
 
 def test_equal_rewards_are_named_with_a_kl_divergence(reward_task):

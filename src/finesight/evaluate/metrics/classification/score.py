@@ -40,10 +40,11 @@ def score_classification(cases: Sequence[EvalCase]) -> MetricResult:
         labels.append((Counter([(predicted, "")]), Counter([(expected, "")])))
         pair_counts[expected, predicted] += 1
     estimators = mean_metrics(per_sample)
-    groups = count_by_class(labels)
-    groups.pop(OTHER_CLASS, None)
+    groups = count_by_class(labels, classes)
     sample_rates = estimators["accuracy"].sample_rates
-    estimators["f1_macro"] = estimate_macro_f1([*groups.values()], sample_rates)
+    estimators["f1_macro"] = estimate_macro_f1(
+        [*groups.values()], sample_rates, counts_predicted=True
+    )
     most_frequent = sorted(pair_counts.items(), key=lambda item: (-item[1], item[0]))
     confusion = [[*pair, count] for pair, count in most_frequent[:MAX_CONFUSION_PAIRS]]
     return MetricResult(per_sample, estimators, {"confusion": confusion})

@@ -340,8 +340,7 @@ class GrpoRollout(Rollout):
 
     def has_different_rewards(self, group: Group) -> bool:
         """Return whether the responses of a group have at least two different rewards."""
-        totals_G = _drop_nan(_weigh(group.rewards_GF, self.weights_F))
-        return len(set(totals_G.tolist())) > 1
+        return not are_equal(_drop_nan(_weigh(group.rewards_GF, self.weights_F)))
 
     def sample_groups(
         self, step: int, indices: Sequence[int], skipped: list[SkippedSample]
@@ -508,16 +507,17 @@ def describe_rewards(
         return {}
     totals_QG = _weigh(rewards_QGF, weights_F)
     deviations = []
+    has_equal_rewards = []
     for totals_G in totals_QG:
         scored_G = _drop_nan(totals_G)
         if len(scored_G) > 1:
             deviations.append(np.std(scored_G, ddof=1))
-    spread_Q = np.array(deviations)
+            has_equal_rewards.append(are_equal(scored_G))
     metrics: dict[str, Any] = {
         "reward": _mean(_drop_nan(totals_QG)),
-        "reward_std": _mean(spread_Q),
-        # Standard deviations of equal rewards may differ from 0 by rounding.
-        "frac_reward_zero_std": _mean(np.isclose(spread_Q, 0)),
+        "reward_std": _mean(np.array(deviations)),
+        # Not by the standard deviation: that of equal rewards may differ from 0 by rounding.
+        "frac_reward_zero_std": _mean(np.array(has_equal_rewards)),
         "completions/mean_length": np.mean(lengths),
         "completions/min_length": min(lengths),
         "completions/max_length": max(lengths),
@@ -535,6 +535,11 @@ def _weigh(rewards: FloatArray, weights_F: FloatArray) -> FloatArray:
     """Return the weighted sums over the last axis; NaN for responses that no reward scores."""
     sums: FloatArray = np.nansum(rewards * weights_F, axis=-1)
     return np.where(np.isnan(rewards).all(axis=-1), np.nan, sums)
+
+
+def are_equal(scored_G: FloatArray) -> bool:
+    """Return whether all rewards of a group are equal, so that they have no gradient."""
+    return len(set(scored_G.tolist())) <= 1
 
 
 def _drop_nan(values: FloatArray) -> FloatArray:

@@ -425,5 +425,5 @@ def test_two_worse_answers_are_refused(tmp_path):
     }
     (tmp_path / "a.png").write_bytes(PNG)
     (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
-    with pytest.raises(UserError, match="the key 'rejected_(response|conversations)'"):
+    with pytest.raises(UserError, match=r"the key 'rejected_(response|conversations)'"):
         import_dataset(tmp_path / "rows.jsonl", tmp_path / "out", ImportOptions())

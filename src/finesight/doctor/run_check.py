@@ -387,11 +387,11 @@ def _check_loss_curve(run_record: RunRecord) -> Iterator[Diagnosis]:
     if curve.initial < 0.05:  # nats per token: training has little effect
         yield diagnose_run(run_record, "low-initial-loss", **values)
         return
-    # A low learning rate, or weights that changed by less than 0.2 %, indicate small updates.
+    # A low learning rate, or weights that changed by less than 2 %, indicate small updates.
     rows = [row for row in run_record.param_changes or () if row.get("is_trained")]
     change = max(_finite_values(rows, "relative_change"), default=math.inf)
     has_low_rate = max(learning_rates) < 5e-5
-    code = "loss-flat.rate" if has_low_rate or change < 0.002 else "loss-flat"
+    code = "loss-flat.rate" if has_low_rate or change < 0.02 else "loss-flat"
     factor = 1e-4 / max(learning_rates) if has_low_rate else 10.0
     overrides = _scale_learning_rates(run_record, factor)
     yield diagnose_run(run_record, code, **values, overrides=overrides)

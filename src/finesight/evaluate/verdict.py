@@ -154,18 +154,18 @@ def _permute(
         return {}
     sum_functions = {one.weighted_sums for pair in pairs.values() for one in pair}
     num_samples = max(len(old.sample_rates) for old, _ in pairs.values())
-    everything = np.ones((1, num_samples))
-    totals = {function: function(everything) for function in sum_functions}
+    unit_weights = np.ones((1, num_samples))
+    totals = {function: function(unit_weights) for function in sum_functions}
     changes: defaultdict[str, list[FloatArray]] = defaultdict(list)
     has_changed: set[str] = set()
     for swaps in _iter_swaps(num_samples, num_swaps):
         sums = {function: function(swaps) for function in sum_functions}
         for name, (old, new) in pairs.items():
-            moved = sums[new.weighted_sums] - sums[old.weighted_sums]
-            if moved.any():
+            sum_changes = sums[new.weighted_sums] - sums[old.weighted_sums]
+            if sum_changes.any():
                 has_changed.add(name)
-            swapped_before = old.score_from_sums(totals[old.weighted_sums] + moved)
-            swapped_after = new.score_from_sums(totals[new.weighted_sums] - moved)
+            swapped_before = old.score_from_sums(totals[old.weighted_sums] + sum_changes)
+            swapped_after = new.score_from_sums(totals[new.weighted_sums] - sum_changes)
             changes[name].append(np.abs(swapped_after - swapped_before))
     p_values: dict[str, float | None] = dict.fromkeys(pairs)
     for name in has_changed:

@@ -16,11 +16,10 @@ from finesight.data.import_source import (
     ImportOptions,
     detect_columns,
     find_table,
-    open_table_rows,
 )
 from finesight.data.record_files import open_record_files
 from finesight.data.role_proposal import RoleProposal, UnassignedKeysError
-from finesight.data.row_reader import Record, UnknownRowsError
+from finesight.data.row_reader import Record, RowReader, UnknownRowsError, open_row_file
 from finesight.errors import escape_unprintable, shorten
 from finesight.ingest.field_path import EACH, format_key, join_location, quote_text
 from finesight.ingest.presets import with_preset
@@ -97,9 +96,13 @@ def _propose_draft(error: UnknownRolesError, path: Path, options: ImportOptions,
     """Write the draft of a mapping, and name it in the remedy of an error."""
     proposal = error.proposal if isinstance(error, UnassignedKeysError) else None
     if proposal is None:
-        if path.is_dir() and open_record_files(path) is None:
+        reader: RowReader | None
+        if path.is_dir():
+            reader = open_record_files(path)
+        else:
+            reader = open_row_file(path, options.encoding, no_header=options.no_header)
+        if reader is None:
             return
-        reader = open_table_rows(path, options)
         rows = reader.iter_range(0, min(reader.num_rows, NUM_DRAFT_RECORDS))
         proposal = RoleProposal([row.record for row in rows], {})
     draft = write_draft(proposal, out)

@@ -131,15 +131,21 @@ def parse_record(
 
 
 def summarize_content(content: tuple[ContentPart, ...]) -> list[object]:
-    """Return text unchanged, an image as its file name, a box as (image, label, corners)."""
-    return [
-        part.text
-        if isinstance(part, TextPart)
-        else Path(part.image)
-        if isinstance(part, ImagePart)
-        else (part.image, part.label, part.xyxy[: 2 if part.is_point else 4])
-        for part in content
-    ]
+    """Return text unchanged, an image as its file name, a box as (image, label, corners).
+
+    Tool calls and videos stay as they are.
+    """
+    summary: list[object] = []
+    for part in content:
+        if isinstance(part, TextPart):
+            summary.append(part.text)
+        elif isinstance(part, ImagePart):
+            summary.append(Path(part.image))
+        elif isinstance(part, BoxPart):
+            summary.append((part.image, part.label, part.xyxy[: 2 if part.is_point else 4]))
+        else:
+            summary.append(part)
+    return summary
 
 
 def list_turns(case: ImportExample) -> list[tuple[str, list[object]]]:

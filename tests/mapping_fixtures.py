@@ -11,6 +11,7 @@ from box_fixtures import summarize_content
 from finesight.data.formats.dataset_format import ImportContext, ImportExample
 from finesight.data.image_resolver import ImageResolver
 from finesight.data.row_reader import SourceRow
+from finesight.data.sample import ToolCallPart
 from finesight.errors import UserError
 from finesight.ingest.mapped_rows import MappedRow, read_mapped_row
 from finesight.ingest.mapping import RecordMapping
@@ -55,6 +56,10 @@ def summarize_example(example: ImportExample) -> dict[str, Any]:
         found["references"] = list(example.references)
     if example.label is not None:
         found["label"] = example.label
+    if example.tools:
+        found["tools"] = [tool["function"]["name"] for tool in example.tools]
+    if example.is_eval:
+        found["is_eval"] = True
     if example.meta:
         found["meta"] = json.loads(json.dumps(example.meta))
     return found
@@ -67,6 +72,8 @@ def _summarize(content: Any) -> list[Any]:
             summary.append(part.name)
         elif isinstance(part, tuple):
             summary.append([part[1], *map(float, part[2])])
+        elif isinstance(part, ToolCallPart):
+            summary.append({"call": part.name, "arguments": part.arguments})
         else:
             summary.append(part)
     return summary

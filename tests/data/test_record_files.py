@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from finesight.data.import_source import ImportOptions
+from finesight.data.import_source import ImportOptions, open_source
 from finesight.data.importer import import_dataset
 from finesight.data.record_files import open_record_files
 from finesight.data.row_reader import Record
@@ -193,3 +193,40 @@ def test_known_names_are_roles(tmp_path: Path) -> None:
     check_proposal(detected, tmp_path / "out")
     (sample,) = import_folder(detected.path, tmp_path / "out", detected.options)
     assert sample.messages[-1].content[0].text == "fern"
+
+
+STEPS: dict[str, Any] = {
+    "version": 1,
+    "sample": "steps",
+    "images": {"template": "screens/{screen}"},
+    "question": "$.goal",
+    "answer": "action",
+}
+
+
+def write_episodes(folder: Path) -> None:
+    """Write two files of an episode each, and the screenshots that they name."""
+    for name in ("a", "b"):
+        steps = [{"screen": f"{name}_{number}.png", "action": f"tap {name}"} for number in (0, 1)]
+        write_record(folder / "episodes" / f"{name}.json", {"goal": f"Open {name}", "steps": steps})
+        for step in steps:
+            write_image(folder / "screens" / step["screen"])
+
+
+def test_objects_without_an_image_of_their_own_are_records_of_a_mapping(tmp_path: Path) -> None:
+    write_episodes(tmp_path)
+    mapping = build_mapping_format(parse_mapping(STEPS, "mapping"), "steps")
+    samples = import_folder(tmp_path, tmp_path / "out", ImportOptions(mapping=mapping))
+    answers = [sample.messages[-1].content[0].text for sample in samples]
+    assert answers == ["tap a", "tap a", "tap b", "tap b"]
+    with pytest.raises(UserError, match="a folder without a known dataset format"):
+        open_source(tmp_path, ImportOptions())
+
+
+def test_rows_of_a_document_are_no_rows_of_a_folder(tmp_path: Path) -> None:
+    write_episodes(tmp_path)
+    roles = {"version": 1, "rows": "steps", "images": "screen", "answer": "action"}
+    mapping = build_mapping_format(parse_mapping(roles, "mapping"), "steps")
+    with pytest.raises(UserError, match="names steps of one document") as caught:
+        open_source(tmp_path, ImportOptions(mapping=mapping))
+    assert "write sample: steps instead of rows" in str(caught.value)

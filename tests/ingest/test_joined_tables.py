@@ -59,7 +59,7 @@ ROLES: dict[str, Any] = {
         "each": "boxes",
         "box": "bbox",
         "label": "category.name",
-        "frame": {"order": "xywh", "size": ["$.width", "$.height"]},
+        "frame": {"order": "xywh", "unit": "pixels", "size": ["$.width", "$.height"]},
     },
     "ignore": ["boxes.*.id", "boxes.*.category.supercategory"],
 }
@@ -163,7 +163,7 @@ def test_records_of_an_object_have_their_keys(folder: Path) -> None:
     images = {"7": {"file_name": "a.png"}, "9": {"file_name": "b.png"}}
     roles = {**ROLES, "rows": {"path": "images", "key": "number"}}
     roles["tables"] = {"boxes": {**BOXES, "by": "number"}, "category": CATEGORY}
-    roles["boxes"] = {**ROLES["boxes"], "frame": {"order": "xywh"}}
+    roles["boxes"] = {**ROLES["boxes"], "frame": {"order": "xywh", "unit": "pixels"}}
     assert read_answers(folder, change("images", images), roles) == [ANSWERS[0], ANSWERS[2]]
 
 

@@ -9,7 +9,9 @@ from image_fixtures import write_gray_image
 from mapping_fixtures import build_context, summarize_example
 
 from finesight.data.import_source import ImportOptions, open_source
+from finesight.data.importer import import_dataset
 from finesight.data.row_reader import RowReader, SourceRow
+from finesight.data.sample import read_samples
 from finesight.errors import UserError
 from finesight.ingest.mapping import parse_mapping
 from finesight.ingest.mapping_format import MappingFormat, build_mapping_format
@@ -35,6 +37,7 @@ BOXES: dict[str, Any] = {
     "where": {"path": "class_name", "differs_from": "none"},
     "box": ["xmin", "ymin", "xmax", "ymax"],
     "label": "class_name",
+    "frame": {"order": "xyxy", "unit": "pixels"},
 }
 
 ROLES: dict[str, Any] = {
@@ -185,3 +188,42 @@ def test_encoding_of_a_grouped_table(folder: Path) -> None:
     (row,) = reader.iter_range(0, 1)
     (sample,) = parse(row, roles, folder)
     assert sample["answers"] == [["th\u00e9"]]
+
+
+def test_lists_under_the_names_of_images_are_records(folder: Path) -> None:
+    document = {"a": [{"text": "exit", "box": [1, 2, 30, 40]}], "b": []}
+    path = folder / "words.json"
+    path.write_text(json.dumps(document), encoding="utf-8")
+    frame = {"order": "xyxy", "unit": "pixels"}
+    roles = {
+        "rows": {"path": "*", "key": "name"},
+        "images": {"template": "{name}.png"},
+        "question": {"const": "Read the words."},
+        "boxes": {"each": "rows", "box": "box", "label": "text", "frame": frame},
+    }
+    reader = open_grouped(path, roles)
+    samples = [parse(row, roles, folder)[0] for row in reader.iter_range(0, reader.num_rows)]
+    assert [sample["answers"] for sample in samples] == [
+        [[["exit", 1.0, 2.0, 30.0, 40.0]]],
+        [["none"]],
+    ]
+    assert samples[1]["user"] == ["b.png", "Read the words."]
+
+
+def test_stated_splits_become_files(folder: Path) -> None:
+    parts = ["val", "train", "train", "val"]
+    rows: list[dict[str, str]] = []
+    for number, part in enumerate(parts):
+        write_gray_image(folder / f"{number}.png", 40 + number, 20)
+        rows.append({"image": f"{number}.png", "a": str(number), "part": part})
+    path = folder / "rows.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    split = {"path": "part", "values": {"train": "train", "val": "eval"}}
+    roles = {"images": "image", "question": {"const": "Which?"}, "answer": "a", "split": split}
+    options = ImportOptions(mapping=build_format(roles))
+    import_dataset(path, folder / "out", options)
+    answers: dict[str, list[str]] = {}
+    for name in ("train", "eval"):
+        samples = read_samples(folder / "out" / f"{name}.jsonl")
+        answers[name] = [sample.messages[-1].content[0].text for sample in samples]
+    assert answers == {"train": ["1", "2"], "eval": ["0", "3"]}

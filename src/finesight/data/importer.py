@@ -574,7 +574,8 @@ def _parse_rows(
             images = [paths for _, paths in encoded]
             rows.append(list(map(_SpooledExample, ids, spans, images)))
             locations.append(row.location)
-            is_eval.append(row_index >= eval_start)
+            is_stated = any(example.is_eval for example in examples)
+            is_eval.append(row_index >= eval_start or is_stated)
             context.source_notes.update(context.row_notes)
             context.source_notes.update(note for note, _ in context.invalid_boxes)
             if context.invalid_boxes and options.on_invalid_box is None:
@@ -595,6 +596,8 @@ def _parse_rows(
         is_valid = [error is None for error in row_errors]
         rows = list(itertools.compress(rows, is_valid))
         is_eval = list(itertools.compress(is_eval, is_valid))
+    is_train = [not one for one in is_eval]
+    rows = [*itertools.compress(rows, is_train), *itertools.compress(rows, is_eval)]
     num_rows = len(rows) + len(skipped)
     num_invalid = skipped.reasons[REASON_BY_ERROR[InvalidBoxError]] + len(repaired)
     is_systematic = num_invalid > max(1, MAX_INVALID_BOX_FRACTION * num_rows)

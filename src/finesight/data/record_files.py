@@ -81,6 +81,25 @@ def open_record_files(source: Path) -> RowReader | None:
     return rows_from_items(pairs, make_row, note)
 
 
+def open_json_objects(source: Path) -> RowReader | None:
+    """Open the JSON objects in a folder as rows, for a mapping; None without one.
+
+    The objects belong to no image, such as a file for each episode of screenshots.
+    """
+    listing = list_folder(source)
+    files: list[Path] = []
+    for file in listing.files:
+        if file.suffix.lower() == ".json" and _has_object(file):
+            files.append(file)
+    if not files:
+        return None
+
+    def make_row(row_number: int, file: Path) -> SourceRow:
+        return SourceRow(row_number, str(file), read_record_file(file), file.stem)
+
+    return rows_from_items(files, make_row, format_count(len(files), "JSON file"))
+
+
 def _add_image(record: Record, image: Path) -> Record:
     """Return an object with the path of its image.
 

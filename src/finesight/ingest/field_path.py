@@ -36,7 +36,7 @@ class PathStep(NamedTuple):
     is_each: bool = False
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class FieldPath:
     """A parsed path.
 
@@ -52,6 +52,11 @@ class FieldPath:
     def is_optional(self) -> bool:
         """Return whether the record may lack the value."""
         return any(step.is_optional for step in self.steps)
+
+    @functools.cached_property
+    def optional_steps(self) -> tuple[PathStep, ...]:
+        """Return the steps of the path if none of its keys is required."""
+        return tuple(step._replace(is_optional=True) for step in self.steps)
 
     @property
     def last_key(self) -> str:

@@ -147,7 +147,7 @@ class JsonStream:
             elif all(path.steps for path in inner):
                 yield from self._walk(inner, Scope(None, location), inner_pattern)
             else:
-                yield from self._read_item(inner, Scope(None, location, (id(self), key)))
+                yield from self._read_item(inner, Scope(None, "", scope, key))
         for path in paths:
             may_be_empty = path.is_optional and not keys
             if path.steps[0].key in missing and not may_be_empty:

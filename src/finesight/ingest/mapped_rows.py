@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections import Counter
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from string import ascii_uppercase
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 from finesight.data.boxes import InvalidBoxError, parse_coordinates
+from finesight.data.formats.conversation_rows import decode_json, parse_tools, read_tool_call
 from finesight.data.formats.dataset_format import (
     NUMBERED_IMAGE,
     ImportContext,
@@ -83,7 +86,11 @@ from finesight.ingest.record_values import (
 REASON_NO_ITEMS = "without items in `sample` of the mapping"
 LEFT_OUT = "left out by `where` of the mapping"
 
-ROLES: dict[str, Role] = {"system": "system", "user": "user", "assistant": "assistant"}
+ROLES: dict[str, Role] = {role: role for role in get_args(Role)}
+
+NOTE_POLYGON = "polygons, each imported as the box around it"
+
+MIN_VERTICES = 3
 
 _PLACEHOLDER = re.compile(rf"(<image>|<video>|{NUMBERED_IMAGE.pattern})\n?")
 """Placeholder with the line break after it; each model family adds its own."""
@@ -131,6 +138,7 @@ def read_mapped_row(row: SourceRow, context: ImportContext, mapping: RecordMappi
         scopes = _select_items(values, mapping.sample, values.root, "sample", context)
         if not scopes:
             context.skipped_rows[REASON_NO_ITEMS] += 1
+    is_eval = _read_split(values, mapping.split)
     examples: list[ImportExample] = []
     left_out: Counter[str] = Counter()
     for number, scope in enumerate(scopes, start=1):
@@ -138,7 +146,7 @@ def read_mapped_row(row: SourceRow, context: ImportContext, mapping: RecordMappi
         builder = SampleBuilder(row, context, mapping, values, scope, sample_id)
         unmet = values.find_unmet(mapping.where, scope)
         if unmet is None:
-            examples += builder.build()
+            examples += [replace(example, is_eval=is_eval) for example in builder.build()]
         else:
             left_out[f"{LEFT_OUT} ({unmet})"] += 1
             values.discard(scope)
@@ -149,6 +157,20 @@ def read_mapped_row(row: SourceRow, context: ImportContext, mapping: RecordMappi
     _use_keys(values, row, mapping)
     _count_keys(values, mapping, context)
     return MappedRow(examples, values.readings, list(values.iter_unused()))
+
+
+def _read_split(values: RecordValues, split: Value | None) -> bool:
+    """Return whether a record is one for validation."""
+    if split is None:
+        return False
+    name = values.evaluate_text(split, values.root, "split")
+    if name not in ("train", "eval"):
+        raise InvalidRowError(
+            f"the {split.name_role('split')} {name[:60]!r}",
+            "train or eval",
+            "translate it: values: {training: train, validation: eval}; leave rows out by where",
+        )
+    return name == "eval"
 
 
 def _use_keys(values: RecordValues, row: SourceRow, mapping: RecordMapping) -> None:
@@ -171,9 +193,9 @@ def _count_keys(values: RecordValues, mapping: RecordMapping, context: ImportCon
     for path_text, count in values.num_object_keys.items():
         context.row_notes[f"keys of the objects at {path_text}, which no role uses"] += count
     for path in mapping.ignore:
-        ignored = map(generalize_location, values.read_optional(path, values.root, "ignore"))
-        for name in dict.fromkeys(ignored):
-            context.other_keys[f"{name}, ignored by the mapping"] += 1
+        ignored = values.read_optional(path, values.root, "ignore")
+        for keys in dict.fromkeys(one.list_general_keys() for one in ignored):
+            context.other_keys[f"{'.'.join(keys)}, ignored by the mapping"] += 1
 
 
 def generalize_location(location: str) -> str:
@@ -215,7 +237,7 @@ def _discard_region(values: RecordValues, elements: Elements, scope: Scope) -> N
     """Mark coordinates and label of a box or point that the mapping leaves out as used."""
     sections: list[Any] = []
     if isinstance(elements, Boxes):
-        sections = [elements.box, elements.label]
+        sections = [elements.box, elements.polygon, elements.label]
     elif isinstance(elements, Points):
         sections = [elements.point, elements.label]
     for value in iter_values(tuple(sections)):
@@ -252,10 +274,10 @@ class SampleBuilder:
         else:
             examples = [self._build_question(sample_id)]
         label = self._read_verdict()
-        if not meta and label is None:
-            return examples
+        tools = self._read_tools()
         return [
-            replace(example, meta={**meta, **example.meta}, label=label) for example in examples
+            replace(example, meta={**meta, **example.meta}, label=label, tools=tools)
+            for example in examples
         ]
 
     def _read(self, role: str, value: Value | None) -> Any:
@@ -294,6 +316,30 @@ class SampleBuilder:
             )
         return found
 
+    def _read_tools(self) -> tuple[Record, ...]:
+        """Return the definitions of tools."""
+        found = self._read("tools", self.mapping.tools)
+        if found is MISSING:
+            return ()
+        if is_empty(found):
+            raise InvalidRowError(
+                "no definitions in tools",
+                "a list of tools",
+                "add them, or write ? after the key of tools if rows may lack them",
+            )
+        with _name_role(self.mapping.tools, "tools"):
+            return tuple(parse_tools(found))
+
+    def _read_calls(self, calls: Value | None, scope: Scope) -> tuple[ContentPart, ...]:
+        """Return the calls of tools of an answer: a list of them or one, also as JSON text."""
+        if calls is None:
+            return ()
+        found = self.values.evaluate(calls, scope, "calls")
+        if found is MISSING:
+            return ()
+        with _name_role(calls, "calls"):
+            return tuple(map(read_tool_call, as_list(decode_json(found))))
+
     def _list_media(self, role: str, sources: Sequence[Value]) -> list[Any]:
         """Return the files of a role. A path with `*` stands for several."""
         files: list[Any] = []
@@ -321,9 +367,17 @@ class SampleBuilder:
             turns.append(MappedTurn("system", [system]))
         for item in _select_items(self.values, messages, self.scope, "messages", self.context):
             turns += self._read_turns(messages, item, media)
+        question = self._read_text("question", mapping.question)
+        if question is not None:
+            turns.append(MappedTurn("user", split_placeholders(question)))
+        answer: list[str | ContentPart] = []
         if mapping.answer is not None:
-            answer = self.values.evaluate_text(mapping.answer, self.scope, "answer")
-            turns.append(MappedTurn("assistant", [answer]))
+            text = self._read("answer", mapping.answer)
+            if not (text is MISSING and mapping.calls is not None):
+                answer.append(to_text(text, mapping.answer.name_role("answer")))
+        answer += self._read_calls(mapping.calls, self.scope)
+        if answer:
+            turns.append(MappedTurn("assistant", answer))
         check_limit(len(turns), MAX_MESSAGES, "messages")
         example = build_example(sample_id, media.build_messages(turns, self.context), {})
         rejected = self._read_text("rejected", mapping.rejected)
@@ -351,8 +405,13 @@ class SampleBuilder:
         if messages.parts is not None:
             return [MappedTurn(ROLES[role], self._read_parts(messages.parts, item, media))]
         assert messages.content is not None, "validated with the mapping"
-        content = self.values.evaluate_text(messages.content, item, "content")
-        return [MappedTurn(ROLES[role], split_placeholders(content))]
+        calls = self._read_calls(messages.calls, item)
+        content: list[str | ContentPart] = []
+        found = self.values.evaluate(messages.content, item, "content")
+        if not (calls and (found is MISSING or is_empty(found))):
+            text = to_text(found, messages.content.name_role("content"))
+            content += split_placeholders(text)
+        return [MappedTurn(ROLES[role], [*content, *calls])]
 
     def _read_parts(self, parts: Parts, message: Scope, media: Media) -> list[str | ContentPart]:
         """Return the texts, images and videos of a message."""
@@ -388,7 +447,7 @@ class SampleBuilder:
             )
         classes = _list_classes(self.row.record, self.mapping)
         objects: list[ObjectAnnotation] = []
-        for coordinates, label in self._read_regions(boxes, boxes.box, "boxes", 4):
+        for coordinates, label in self._read_boxes(boxes):
             if label not in classes:
                 raise InvalidRowError(
                     f"the label {str(label)[:60]!r}",
@@ -443,10 +502,14 @@ class SampleBuilder:
         messages.append(Message(role="user", content=content))
         texts, references = self._read_answers(choices)
         line_end = "\n" if regions else ""
+        calls = self._read_calls(mapping.calls, self.scope)
         answers: list[tuple[ContentPart, ...]] = []
         for text in texts:
-            answers.append((make_text_part(f"{text}{line_end}"), *regions))
-        if not answers:  # of a mapping of boxes or points without an answer
+            answers.append((make_text_part(f"{text}{line_end}"), *regions, *calls))
+        if not answers and mapping.calls is not None:
+            _require_calls(calls, mapping.calls)
+            answers.append(calls)
+        elif not answers:  # of a mapping of boxes or points without an answer
             answers.append(regions or (TextPart(text=NO_OBJECTS_ANSWER),))
         rejected: tuple[ContentPart, ...] = ()
         rejected_text = self._read_text("rejected", mapping.rejected)
@@ -508,6 +571,8 @@ class SampleBuilder:
             return [make_text_part(write_json(members, "fields")).text], []
         if mapping.answer is not None:
             found = self._read("answer", mapping.answer)
+            if found is MISSING and mapping.calls is not None:
+                return [], []
             return [_look_up(found, mapping.answer, choices)], []
         if mapping.answers is None:
             return [], []
@@ -535,10 +600,30 @@ class SampleBuilder:
         width, height = (self.values.read(path, self.scope, "size") for path in frame.size)
         return height, width
 
+    def _read_boxes(self, boxes: Boxes) -> list[tuple[list[Any], str | None]]:
+        """Return the coordinates of boxes with their labels."""
+        if boxes.box is not None:
+            check_numbers = partial(_check_coordinates, count=4)
+            return self._read_regions(boxes, boxes.box, "boxes", check_numbers)
+        assert boxes.polygon is not None, "validated with the mapping"
+        enclose = _enclose_polygon if isinstance(boxes.polygon, Value) else _enclose_columns
+        pairs = self._read_regions(boxes, boxes.polygon, "polygons", enclose)
+        self.context.row_notes[NOTE_POLYGON] += len(pairs)
+        return pairs
+
     def _read_regions(
-        self, regions: Boxes | Points, coordinates: Value | Sequence[Value], role: str, count: int
+        self,
+        regions: Boxes | Points,
+        coordinates: Value | Sequence[Value],
+        role: str,
+        check_numbers: Callable[[Any, str], list[Any]],
     ) -> list[tuple[list[Any], str | None]]:
-        """Return the coordinates of boxes or points, `count` of each, and their labels."""
+        """Return the coordinates of boxes or points with their labels.
+
+        Args:
+            check_numbers: Function that returns the coordinates of a region for its values and its
+                role. It raises InvalidRowError if they are not valid.
+        """
         pairs: list[tuple[list[Any], str | None]] = []
         values = [coordinates] if isinstance(coordinates, Value) else list(coordinates)
         named = name_values(role, coordinates)
@@ -549,7 +634,7 @@ class SampleBuilder:
                 continue
             if isinstance(coordinates, Value):
                 (numbers,) = numbers
-            _check_coordinates(numbers, named, count)
+            numbers = check_numbers(numbers, named)
             label = None
             if regions.label is not None:
                 label = self.values.evaluate_text(regions.label, item, "label")
@@ -582,11 +667,11 @@ class SampleBuilder:
         declared = self._read_size(regions.frame)
         check_declared_size(declared, images.paths[0], self.context)
         if boxes is not None:
-            pairs = self._read_regions(boxes, boxes.box, "boxes", 4)
-            return create_labelled_boxes(pairs, images, convention)
+            return create_labelled_boxes(self._read_boxes(boxes), images, convention)
         assert points is not None, "one of the two"
         parts: list[BoxPart] = []
-        for numbers, label in self._read_regions(points, points.point, "points", 2):
+        check_numbers = partial(_check_coordinates, count=2)
+        for numbers, label in self._read_regions(points, points.point, "points", check_numbers):
             parts.append(images.create_box(numbers, label, convention))
         return tuple(parts), {}
 
@@ -709,8 +794,78 @@ def _flatten(value: Any, depth: int) -> list[Any]:
     return [inner for item in value for inner in _flatten(item, depth - 1)]
 
 
-def _check_coordinates(numbers: object, role: str, count: int) -> None:
-    """Reject coordinates that are not `count` numbers or texts of numbers."""
+@contextmanager
+def _name_role(value: Value | None, role: str) -> Iterator[None]:
+    """Add the role and the path of a value to an error."""
+    try:
+        yield
+    except InvalidRowError as error:
+        if value is not None:
+            error.what = f"{error.what} in the {value.name_role(role)}"
+        raise
+
+
+def _require_calls(calls: Sequence[ContentPart], value: Value) -> None:
+    """Reject an answer that is only calls, of which there is none."""
+    if not calls:
+        raise EmptyAnswerError(
+            f"no call in the {value.name_role('calls')}",
+            expected="at least one call, or an answer",
+            remedy="add it, or remove the row",
+        )
+
+
+def _enclose_polygon(vertices: Any, role: str) -> list[float]:
+    """Return the box around an outline: the least x and y, then the greatest.
+
+    Args:
+        vertices: A list of x1, y1, x2, y2, ..., of pairs, or of several outlines.
+    """
+    numbers = list(_iter_numbers(vertices, role))
+    if len(numbers) < 2 * MIN_VERTICES or len(numbers) % 2:
+        raise InvalidRowError(
+            f"the {role} have {len(numbers)} numbers: {describe_value(vertices)}",
+            f"x and y of at least {MIN_VERTICES} vertices",
+            "correct the row, or leave the item out by where",
+        )
+    xs = numbers[0::2]
+    ys = numbers[1::2]
+    return [min(xs), min(ys), max(xs), max(ys)]
+
+
+def _enclose_columns(columns: Sequence[Any], role: str) -> list[float]:
+    """Return the box around an outline whose x and y are a list each."""
+    xs, ys = columns
+    is_list = isinstance(xs, list | tuple) and isinstance(ys, list | tuple)
+    if not is_list or len(xs) != len(ys):
+        raise InvalidRowError(
+            f"the {role} have {describe_value(xs)} and {describe_value(ys)}",
+            "two lists of equal length, of x and of y",
+            "correct the row, or the paths in the mapping",
+        )
+    return _enclose_polygon(list(zip(xs, ys, strict=True)), role)
+
+
+def _iter_numbers(value: Any, role: str) -> Iterator[float]:
+    """Yield the numbers of nested lists."""
+    if isinstance(value, list | tuple):
+        for item in value:
+            yield from _iter_numbers(item, role)
+        return
+    with suppress(TypeError, ValueError):
+        number = float(value)
+        if not isinstance(value, bool) and math.isfinite(number):
+            yield number
+            return
+    raise InvalidRowError(
+        f"the {role} have {describe_value(value)}",
+        "numbers",
+        "give a value each for x and y: polygon: [vertices.*.x, vertices.*.y]",
+    )
+
+
+def _check_coordinates(numbers: Any, role: str, count: int) -> list[Any]:
+    """Return coordinates. Raises InvalidRowError unless they are `count` numbers or their texts."""
     is_list = isinstance(numbers, list | tuple) and len(numbers) == count
     if not is_list or not all(isinstance(one, str | int | float) for one in as_list(numbers)):
         raise InvalidRowError(
@@ -718,6 +873,7 @@ def _check_coordinates(numbers: object, role: str, count: int) -> None:
             f"a list of {count} numbers",
             "give split for a text, or a value for each number",
         )
+    return list(numbers)
 
 
 def _apply_frame(numbers: Sequence[Any], frame: Frame) -> list[Any]:

@@ -40,9 +40,6 @@ MAX_MAPPING_BYTES = 1_000_000
 
 MAX_TEMPLATE_PATHS = 100
 
-SIZE_KEYS = frozenset({"width", "height", "w", "h"})
-"""Keys of a size in lower case."""
-
 GROUPED_ROWS = "rows"
 """Key of the rows in the record of a group."""
 
@@ -350,15 +347,27 @@ class Elements(MappingSection):
 
 
 class Frame(MappingSection):
-    """Coordinate frame of boxes and points.
+    """Coordinate frame of boxes and points, which a mapping states instead of a guess.
 
     Attributes:
+        order: Order of the coordinates of boxes, or `yxyx` for points with y before x.
+        unit: Unit of the coordinates.
         size: Paths to width and height of the annotated image, which must be those of the file.
     """
 
     order: Literal["xyxy", "xywh", "cxcywh", "yxyx"] = "xyxy"
     unit: Literal["pixels", "fractions", "percent", "thousandths", "resized"] = "pixels"
     size: tuple[PathField, PathField] | None = None
+
+    def require(self, *names: Literal["order", "unit"]) -> None:
+        """Raise ValueError if one of the keys is not given."""
+        missing = [name for name in names if name not in self.model_fields_set]
+        if missing:
+            raise ValueError(
+                f"no {' and '.join(missing)} in frame: write which coordinates these are, for"
+                " example frame: {order: xyxy, unit: pixels}; orders are xyxy, xywh, cxcywh and"
+                " yxyx, and units are pixels, fractions, percent, thousandths and resized"
+            )
 
     @property
     def convention(self) -> BoxConvention:
@@ -381,23 +390,26 @@ class Boxes(Elements):
 
     Attributes:
         box: Four coordinates: a path to a list of them, or four values.
+        polygon: Vertices of an outline, instead of `box`: a path to a list of them, or a value
+            each for the lists of x and of y. The sample has the box around them.
         label: Class or description of the object.
     """
 
-    box: ValueField | tuple[ValueField, ValueField, ValueField, ValueField]
+    box: ValueField | tuple[ValueField, ValueField, ValueField, ValueField] | None = None
+    polygon: ValueField | tuple[ValueField, ValueField] | None = None
     label: ValueField | None = None
     frame: Frame = Frame()
 
     @model_validator(mode="after")
-    def _check_order(self) -> Self:
-        if isinstance(self.box, Value) or "order" in self.frame.model_fields_set:
+    def _check_coordinates(self) -> Self:
+        if (self.box is None) == (self.polygon is None):
+            raise ValueError(f"boxes have either box or polygon, not {_list_given(self)}")
+        if self.box is not None:
+            self.frame.require("order", "unit")
             return self
-        last_keys = [value.path.last_key for value in self.box[2:] if value.path is not None]
-        if not SIZE_KEYS.isdisjoint(key.lower() for key in last_keys):
-            raise ValueError(
-                f"box ends in {' and '.join(last_keys)}: give frame: {{order: xywh}} for boxes with"
-                " their top left corner, or {order: cxcywh} for boxes with their center"
-            )
+        self.frame.require("unit")
+        if self.frame.order not in ("xyxy", "yxyx"):
+            raise ValueError(f"polygons in the order {self.frame.order}; give xyxy or yxyx")
         return self
 
 
@@ -412,6 +424,15 @@ class Points(Elements):
     point: ValueField | tuple[ValueField, ValueField]
     label: ValueField | None = None
     frame: Frame = Frame()
+
+    @model_validator(mode="after")
+    def _check_frame(self) -> Self:
+        self.frame.require("unit")
+        if self.frame.order not in ("xyxy", "yxyx"):
+            raise ValueError(
+                f"points in the order {self.frame.order} have no size; give xyxy or yxyx"
+            )
+        return self
 
 
 class Parts(Elements):
@@ -445,9 +466,10 @@ class Messages(Elements):
     """Messages of a conversation. Images are at `<image>` in their texts, else at the start.
 
     Attributes:
-        role: Role of a message; `values` translates names to system, user and assistant.
+        role: Role of a message; `values` translates names to system, user, assistant and tool.
         content: Text of a message.
         parts: Texts and images of a message, instead of `content`.
+        calls: Calls of tools after the text of a message, which may be empty then.
         question: Text of a question, for items that are a question with its answer.
         answer: Text of its answer.
     """
@@ -455,6 +477,7 @@ class Messages(Elements):
     role: ValueField | None = None
     content: ValueField | None = None
     parts: Parts | None = None
+    calls: ValueField | None = None
     question: ValueField | None = None
     answer: ValueField | None = None
 
@@ -463,10 +486,12 @@ class Messages(Elements):
         if not self.has_list:
             raise ValueError(f"messages has neither each nor zip, only {_list_given(self)}")
         given = self.model_fields_set - {"each", "zip", "where"}
-        if given not in ({"role", "content"}, {"role", "parts"}, {"question", "answer"}):
+        forms = [{"role", "content"}, {"role", "parts"}, {"question", "answer"}]
+        forms.append({"role", "content", "calls"})
+        if given not in forms:
             raise ValueError(
-                "messages has role and content, role and parts, or question and answer, not"
-                f" {_list_given(self)}"
+                "messages has role and content (also with calls), role and parts, or question and"
+                f" answer, not {_list_given(self)}"
             )
         return self
 
@@ -638,11 +663,14 @@ class RecordMapping(MappingSection):
         parse: Text values that are parsed before paths are read, with their notation.
         sample: List of which each item becomes a sample; None: the record is one sample.
         where: Conditions that a sample meets; others are counted and left out.
+        split: Split of a record, which is `train` or `eval`; None: all are for training.
         id: Identifier of a sample; None: `id` of the record, else a number.
         system: System prompt.
         choices: Options of a question, written below it with letters: a list, or a value for each.
         fields: Answer as a JSON object, by name.
-        answer: The answer; with `messages`, it follows them.
+        answer: The answer. `question` and `answer` follow the `messages`, if there are any.
+        calls: Calls of tools, as the answer or after it.
+        tools: Definitions of the tools that the answers may call.
         rejected: Worse answer to the same question, in preference data.
         verdict: Whether the answer is desirable, in preference data of single answers.
         classes: Class names of a data set of boxes, which the question lists: the names, or the
@@ -661,6 +689,7 @@ class RecordMapping(MappingSection):
     parse: dict[str, Literal["json", "python"]] = {}
     sample: Annotated[Elements, BeforeValidator(_as_elements), ONE_PATH] | None = None
     where: Conditions = ()
+    split: ValueField | None = None
     id: ValueField | None = None
     images: Values = ()
     videos: Values = ()
@@ -670,6 +699,8 @@ class RecordMapping(MappingSection):
     answer: ValueField | None = None
     answers: Annotated[Answers, BeforeValidator(_with_text_keys)] | None = None
     fields: NamedValues | None = None
+    calls: ValueField | None = None
+    tools: ValueField | None = None
     messages: Messages | None = None
     rejected: ValueField | None = None
     verdict: ValueField | None = None
@@ -694,11 +725,13 @@ class RecordMapping(MappingSection):
         answers = self._answer_roles
         if len(answers) > 1:
             raise ValueError(f"{answers[0]} and {answers[1]} are both the answer; give one of them")
-        if not (answers or self.messages or self.boxes or self.points):
+        if not (answers or self.messages or self.boxes or self.points or self.calls):
             raise ValueError(
                 f"no answer beside {_list_given(self)}: give answer, answers, fields, messages,"
-                " boxes or points"
+                " calls, boxes or points"
             )
+        if self.calls is not None and (self.boxes is not None or self.points is not None):
+            raise ValueError(f"calls and boxes or points among {_list_given(self)}")
         if self.choices is not None and self.question is None:
             raise ValueError(f"{name_values('choices', self.choices)} without a question")
         if self.sample is not None and not self.sample.has_list:
@@ -757,10 +790,13 @@ class RecordMapping(MappingSection):
     def _check_messages(self) -> Self:
         if self.messages is None:
             return self
-        others = ("question", "choices", "answers", "fields", "boxes", "points")
+        others = ("choices", "answers", "fields", "boxes", "points")
         given = [one for one in others if getattr(self, one) is not None]
         if given:
             raise ValueError(f"messages and {given[0]}: messages contain the conversation")
+        has_answer = self.answer is not None or self.calls is not None
+        if self.question is not None and not has_answer:
+            raise ValueError(f"a question after messages without an answer: {_list_given(self)}")
         if self.messages.parts is not None:
             for kind, files in {"image": self.images, "video": self.videos}.items():
                 if files and getattr(self.messages.parts, kind) is not None:
@@ -783,9 +819,6 @@ class RecordMapping(MappingSection):
             for role in ("system", "rejected", "verdict"):
                 if getattr(self, role) is not None:
                     raise ValueError(f"{role} and classes: give a question instead of classes")
-        if self.points is not None and self.points.frame.order not in ("xyxy", "yxyx"):
-            order = self.points.frame.order
-            raise ValueError(f"points in the order {order} have no size; give xyxy or yxyx")
         return self
 
     @model_validator(mode="after")
@@ -804,7 +837,8 @@ class RecordMapping(MappingSection):
                     )
         for name in ("boxes", "points", "messages"):
             section = getattr(self, name)
-            if section is not None and section.is_optional:
+            is_history = name == "messages" and self.question is not None
+            if section is not None and section.is_optional and not is_history:
                 raise ValueError(f"{name}: a list that may be missing (?) is not an empty list")
         return self
 

@@ -17,8 +17,9 @@ from finesight.data.formats.dataset_format import describe_value, dump_json
 from finesight.data.row_reader import Record
 from finesight.data.sample import InvalidRowError, check_json, check_limit
 from finesight.errors import suggest_name
-from finesight.ingest.field_path import FieldPath, PathStep, format_key, join_location
+from finesight.ingest.field_path import EACH, FieldPath, PathStep, format_key, join_location
 from finesight.ingest.mapping import (
+    GROUPED_ROWS,
     Condition,
     Elements,
     Lookup,
@@ -68,19 +69,61 @@ Slot = tuple[int, str | int]
 
 
 class Scope(NamedTuple):
-    """A value in which paths start, its location in the record, and its slot."""
+    """A value in which paths start.
+
+    Attributes:
+        start: Location of a value without a holder.
+        holder: List or object that contains the value.
+        key: Index or key of the value in its holder.
+    """
 
     value: Any
-    location: str
-    slot: Slot | None = None
+    start: str = ""
+    holder: Scope | None = None
+    key: str | int = ""
+
+    @property
+    def slot(self) -> Slot | None:
+        """Return the identity of the value in the record; None without a holder."""
+        if self.holder is None:
+            return None
+        return id(self.holder.value), self.key
+
+    @property
+    def location(self) -> str:
+        """Return the location in the record. Few values need it, so that it is not stored."""
+        if self.holder is None:
+            return self.start
+        return join_location(self.holder.location, self.key)
+
+    def list_general_keys(self) -> tuple[str, ...]:
+        """Return the keys on the way to the value, with `*` for numbers below the record.
+
+        Keys of the record itself may be numbers of columns.
+        """
+        if self.holder is None:
+            return ()
+        holder_keys = self.holder.list_general_keys()
+        if holder_keys and _is_number(self.key):
+            return (*holder_keys, EACH)
+        return (*holder_keys, format_key(self.key))
 
 
 class RoleAssignment(NamedTuple):
-    """A value of a record, its location, and the role that the mapping gives it."""
+    """A value of a record, and the role that the mapping gives it."""
 
-    location: str
+    scope: Scope
     role: str
-    value: Any
+
+    @property
+    def location(self) -> str:
+        """Return the location of the value in the record."""
+        return self.scope.location
+
+    @property
+    def value(self) -> Any:
+        """Return the value."""
+        return self.scope.value
 
 
 @dataclass(slots=True)
@@ -124,15 +167,14 @@ class RecordValues:
             return self.root
         return scope
 
-    def read_optional(self, path: FieldPath, scope: Scope, role: str) -> list[str]:
-        """Mark the values at a path as used, and return the locations of those that are new."""
-        optional = [step._replace(is_optional=True) for step in path.steps]
+    def read_optional(self, path: FieldPath, scope: Scope, role: str) -> list[Scope]:
+        """Mark the values at a path as used, and return those that are new."""
         found: list[Scope] = []
         with suppress(InvalidRowError):  # a value without keys has no value at the path
-            self._read_steps(self._get_start(path, scope), optional, path, found)
+            self._read_steps(self._get_start(path, scope), path.optional_steps, path, found)
         new = [one for one in found if one.slot not in self._used]
         self._use(new, role)
-        return [one.location for one in new]
+        return new
 
     def discard(self, scope: Scope) -> None:
         """Mark an item that the mapping leaves out, with all its values, as used."""
@@ -166,30 +208,46 @@ class RecordValues:
 
     def _use(self, found: Sequence[Scope], role: str) -> None:
         for one in found:
-            if one.slot is not None:
-                self._used.add(self._origins.get(one.slot, one.slot))
-            self.readings.append(RoleAssignment(one.location, role, one.value))
+            slot = one.slot
+            if slot is not None:
+                self._used.add(self._origins.get(slot, slot))
+            self.readings.append(RoleAssignment(one, role))
 
     def _read_steps(
         self, scope: Scope, steps: Sequence[PathStep], path: FieldPath, found: list[Scope]
     ) -> Any:
         """Return the value at the steps of a path, and append its parts to `found`."""
-        if not steps:
-            found.append(scope)
-            return scope.value
-        step, *rest = steps
+        for number, step in enumerate(steps, start=1):
+            if step.is_each:
+                return self._read_items(scope, step, steps[number:], path, found)
+            key = _find_key(scope, step, path)
+            if key is MISSING:
+                return MISSING
+            scope = Scope(scope.value[key], "", scope, key)
+            if step.is_optional and number < len(steps) and is_empty(scope.value):
+                return MISSING
+        found.append(scope)
+        return scope.value
+
+    def _read_items(
+        self,
+        scope: Scope,
+        step: PathStep,
+        rest: Sequence[PathStep],
+        path: FieldPath,
+        found: list[Scope],
+    ) -> list[Any]:
+        """Return the value at the remaining steps for each item of a list or an object."""
         values: list[Any] = []
         for inner in self._list_inner(scope, step, path):
             if step.is_optional and rest and is_empty(inner.value):
                 continue
             value = self._read_steps(inner, rest, path, found)
-            if step.is_each and value is MISSING:
+            if value is MISSING:
                 self.num_missing[path.text] += 1
             else:
                 values.append(value)
-        if step.is_each:
-            return values
-        return values[0] if values else MISSING
+        return values
 
     def _list_inner(self, scope: Scope, step: PathStep, path: FieldPath) -> list[Scope]:
         """Return the values that a step of a path names, and count keys that become unknown."""
@@ -197,10 +255,7 @@ class RecordValues:
         keys = list(find_keys(scope, step, path))
         if step.is_each and isinstance(container, dict) and not all(map(_is_number, keys)):
             self.num_object_keys[path.text] += len(keys)
-        return [
-            Scope(container[key], join_location(scope.location, key), (id(container), key))
-            for key in keys
-        ]
+        return [Scope(container[key], "", scope, key) for key in keys]
 
     def iterate(self, elements: Elements, scope: Scope, role: str) -> list[Scope]:
         """Return the items of a list, or of several lists of equal length.
@@ -384,11 +439,11 @@ class RecordValues:
         for key, value in _iter_children(scope.value):
             if (id(scope.value), key) in self._used:
                 continue
-            location = join_location(scope.location, key)
+            inner = Scope(value, "", scope, key)
             if isinstance(value, dict | list | tuple) and value:
-                yield from self._iter_unused(Scope(value, location))
+                yield from self._iter_unused(inner)
             elif not is_empty(value):
-                yield RoleAssignment(location, "", value)
+                yield RoleAssignment(inner, "")
 
 
 def list_item_steps(path: FieldPath) -> list[PathStep]:
@@ -403,9 +458,9 @@ def _require_lists(columns: Mapping[str, Sequence[Scope]], role: str) -> None:
     """Reject values of objects, which have keys instead of an order, for `zip`."""
     for name, items in columns.items():
         for one in items:
-            if one.slot is not None and isinstance(one.slot[1], str):
+            if one.holder is not None and isinstance(one.key, str):
                 raise InvalidRowError(
-                    f"{name} of {role} has the key {one.slot[1]!r:.40}: values of an object",
+                    f"{name} of {role} has the key {one.key!r:.40}: values of an object",
                     "lists, whose items have an order",
                     "correct the row, or write it as lists",
                 )
@@ -424,14 +479,25 @@ def find_keys(scope: Scope, step: PathStep, path: FieldPath) -> Iterator[Any]:
         for key, _ in _iter_children(value):
             yield key
         return
+    key = _find_key(scope, step, path)
+    if key is not MISSING:
+        yield key
+
+
+def _find_key(scope: Scope, step: PathStep, path: FieldPath) -> Any:
+    """Return the key of a value that a step other than `*` names; `MISSING` without it."""
+    value = scope.value
+    if isinstance(value, dict) and step.key in value:  # the quick case of many values
+        return step.key
     if not isinstance(value, dict | list | tuple):
         raise build_type_error(scope, path, "an object with keys")
     key = _to_index(value, step.key)
     if _has_key(value, key):
-        yield key
-    elif not step.is_optional:
-        keys = [one for one, _ in _iter_children(value)]
-        raise build_missing_error(step.key, keys, scope.location or "the record", path)
+        return key
+    if step.is_optional:
+        return MISSING
+    keys = [one for one, _ in _iter_children(value)]
+    raise build_missing_error(step.key, keys, scope.location or "the record", path)
 
 
 def build_missing_error(
@@ -516,17 +582,21 @@ def to_text(value: object, role: str) -> str:
 def read_record(item: Scope, rows: Rows) -> Record:
     """Return a record of a document, with its key in the document under the name of `rows`.
 
+    A list at a key is a record with this list under `rows`, such as the objects of an image.
+
     Raises:
         InvalidRowError: The item is no object, or has a key of this name.
     """
     record = item.value
+    if isinstance(record, list) and rows.key is not None:
+        record = {GROUPED_ROWS: record}
     if not isinstance(record, dict):
         raise InvalidRowError(
             f"{item.location} is {describe_value(record)}",
             "an object",
             f"correct the path {rows.path.text} in the mapping",
         )
-    if rows.key is None or item.slot is None:
+    if rows.key is None or item.holder is None:
         return record
     if rows.key in record:
         raise InvalidRowError(
@@ -534,7 +604,7 @@ def read_record(item: Scope, rows: Rows) -> Record:
             "another name for the key of the object",
             "give rows another key in the mapping",
         )
-    return {**record, rows.key: item.slot[1]}
+    return {**record, rows.key: item.key}
 
 
 def read_group(record: Record, path: FieldPath) -> str:

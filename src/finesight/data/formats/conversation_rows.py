@@ -118,6 +118,8 @@ _TOOLS_IN_PROMPT = re.compile(
 )
 """Definitions of tools in a system prompt, as in the chat templates of Qwen."""
 
+_BOX_TAG = re.compile(r"<box>\s*[\[(]|<\|box_start\|>")
+
 _RESULT_TEXT = re.compile(r"(?s)(?:(?<!\s)\s++)?<tool_response>\n?(.*?)\n?</tool_response>\s*")
 
 # Turns may also be pairs {"human": text, "assistant": text}; `history` is a list of such pairs.
@@ -138,8 +140,22 @@ RESERVED_KEYS = TURN_KEYS.union(("id", "label", "objects", *IMAGE_KEYS, *VIDEO_K
 
 
 def parse_text(role: Role, text: str, images: RowImages) -> Iterable[ContentPart]:
-    """Parse a text without image placeholders; only answers may contain boxes."""
-    return parse_answer(text, images) if role == "assistant" else [strip_object_refs(text)]
+    """Parse a text without image placeholders. Questions may contain boxes in tags only."""
+    if role == "assistant":
+        return parse_answer(text, images)
+    if role == "user" and _BOX_TAG.search(text):
+        return _parse_tagged_boxes(text, images)
+    return [strip_object_refs(text)]
+
+
+def _parse_tagged_boxes(question: str, images: RowImages) -> Iterator[ContentPart]:
+    """Parse a question into text parts and the boxes in its tags."""
+    images.require_single_image()
+    for piece in split_at_text_boxes(question, None):
+        if isinstance(piece, str):
+            yield strip_object_refs(piece)
+        else:
+            yield images.create_text_box(piece)
 
 
 def parse_answer(answer: str, images: RowImages) -> Iterator[ContentPart]:
@@ -496,7 +512,7 @@ def parse_turns(record: Record, context: ImportContext, *, with_parts: bool = Fa
         InvalidRowError: The row has no turns, or one of them has neither role nor content.
         UnsupportedKeyError: A turn has content other than text.
     """
-    tools = tuple(tool for key in _list_tool_keys(record) for tool in _parse_tools(record[key]))
+    tools = tuple(tool for key in _list_tool_keys(record) for tool in parse_tools(record[key]))
     turns: list[Turn] = []
     for raw_turn in _sort_results(_iter_turns(record)):
         turn = _parse_turn(raw_turn, context, with_parts=with_parts)
@@ -504,7 +520,7 @@ def parse_turns(record: Record, context: ImportContext, *, with_parts: bool = Fa
             match = _TOOLS_IN_PROMPT.search(turn.content)
             if match is not None and not turns:
                 lines = (match["json"] or match["xml"]).splitlines()
-                tools = tools or tuple(itertools.chain.from_iterable(map(_parse_tools, lines)))
+                tools = tools or tuple(itertools.chain.from_iterable(map(parse_tools, lines)))
                 turn = turn._replace(content=turn.content.replace(match[0], "").strip())
                 if not turn.content:
                     continue
@@ -516,7 +532,7 @@ def parse_turns(record: Record, context: ImportContext, *, with_parts: bool = Fa
             if tools and turn.role == "assistant" and "</tool_call>" in turn.content:
                 # Models write tool calls in tags within the text.
                 texts = [match["call"] for match in TOOL_CALL_TEXT.finditer(turn.content)]
-                parsed = [_parse_call(text, tools) for text in texts]
+                parsed = [read_tool_call(text, tools) for text in texts]
                 content = TOOL_CALL_TEXT.sub("", turn.content)
                 turn = turn._replace(content=content, calls=(*turn.calls, *parsed))
                 results = [turn]
@@ -573,9 +589,9 @@ def _parse_turn(turn: Record, context: ImportContext, *, with_parts: bool) -> Tu
     content = turn.get(text_key)
     calls: list[object] = []
     if role == "assistant":
-        calls = [call for key in CALL_KEYS for call in as_list(_decode_json(turn.get(key)))]
+        calls = [call for key in CALL_KEYS for call in as_list(decode_json(turn.get(key)))]
         if _CALL_ROLES.fullmatch(_get_speaker(turn)):
-            calls, content = as_list(_decode_json(content)), ""
+            calls, content = as_list(decode_json(content)), ""
         content = "" if content is None and calls else content
     others, loss = _split_loss(turn, role)
     reasoning = format_reasoning(sort_turn_keys(others, role, text_key, context), str(content))
@@ -585,7 +601,7 @@ def _parse_turn(turn: Record, context: ImportContext, *, with_parts: bool) -> Tu
         raise _build_turn_error(turn)
     elif reasoning:
         content = [{"type": "text", "text": reasoning}, *as_list(content)]
-    return Turn(role, content, tuple(map(_parse_call, calls)), loss)
+    return Turn(role, content, tuple(map(read_tool_call, calls)), loss)
 
 
 def _list_tool_keys(record: Record) -> list[str]:
@@ -598,9 +614,9 @@ def _list_tool_keys(record: Record) -> list[str]:
     ]
 
 
-def _parse_tools(value: object) -> Iterator[Record]:
+def parse_tools(value: object) -> Iterator[Record]:
     """Yield the definitions of tools in a list, also as JSON text; a bare function is accepted."""
-    for tool in as_list(_decode_json(value)):
+    for tool in as_list(decode_json(value)):
         is_bare = isinstance(tool, dict) and "function" not in tool
         try:
             yield check_tool({"type": "function", "function": tool} if is_bare else tool)
@@ -608,7 +624,7 @@ def _parse_tools(value: object) -> Iterator[Record]:
             raise InvalidRowError(f"the tool {str(tool)[:80]}", str(error)) from error
 
 
-def _decode_json(value: object) -> object:
+def decode_json(value: object) -> object:
     """Parse JSON text; remove keys without a value from objects, as Parquet adds them."""
     if not isinstance(value, str):
         return remove_nulls(value)
@@ -618,9 +634,9 @@ def _decode_json(value: object) -> object:
         return value
 
 
-def _parse_call(value: object, tools: Sequence[Record] = ()) -> ToolCallPart:
+def read_tool_call(value: object, tools: Sequence[Record] = ()) -> ToolCallPart:
     """Parse a tool call, and reject keys that it would lose, such as `parameters`."""
-    data = _decode_json(value) if isinstance(value, str) else value
+    data = decode_json(value) if isinstance(value, str) else value
     inner = data.get("function") if isinstance(data, dict) else None
     keys = {key for one in (data, inner) if isinstance(one, dict) for key in one}
     is_xml = isinstance(data, str) and data.lstrip().startswith("<")

@@ -68,6 +68,7 @@ class ImportExample:
         label: Whether the answer is desirable; None without a verdict.
         tools: Definitions of the tools that the answers may call.
         loss: Whether training uses the answers.
+        is_eval: Whether the row is one for validation, as the data set states.
     """
 
     id: str
@@ -79,6 +80,7 @@ class ImportExample:
     label: bool | None = None
     tools: tuple[dict[str, Any], ...] = ()
     loss: bool = True
+    is_eval: bool = False
 
     def to_train_samples(self) -> list[Sample]:
         """Return one training sample per correct answer."""

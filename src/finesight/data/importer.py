@@ -7,6 +7,7 @@ all rows are parsed; until then, a temporary file contains them.
 from __future__ import annotations
 
 import itertools
+import operator
 import os
 import shlex
 import tempfile
@@ -44,6 +45,7 @@ from finesight.data.import_source import ImportOptions, ImportSource, open_sourc
 from finesight.data.line_index import MAX_LINE_BYTES
 from finesight.data.row_reader import SourceRow
 from finesight.data.sample import (
+    ContentPart,
     ImagePart,
     InvalidTurnsError,
     LimitExceededError,
@@ -551,16 +553,7 @@ def _parse_rows(
             examples = source.data_format.parse_examples(row, context)
             encoded = _encode_examples(examples, names)
             for example in examples:
-                contents = [message.content for message in example.prompt_messages]
-                parts = [*itertools.chain(*contents, *example.answers)]
-                paths = [part.image for part in parts if isinstance(part, ImagePart)]
-                text = join_text(parts, "\n")
-                coordinates.add(text, paths, lambda path: context.images.image_size(Path(path)))
-                turns = (m.content for m in example.prompt_messages if m.role == "assistant")
-                texts = (join_text(answer).lstrip() for answer in (*turns, *example.answers))
-                context.row_notes[NOTE_UNFINISHED_REASONING] += sum(
-                    text.startswith("<think>") and "</think>" not in text for text in texts
-                )
+                _note_texts(example, context, coordinates)
         except InvalidOptionError:
             raise
         except UserError as error:
@@ -596,7 +589,7 @@ def _parse_rows(
         is_valid = [error is None for error in row_errors]
         rows = list(itertools.compress(rows, is_valid))
         is_eval = list(itertools.compress(is_eval, is_valid))
-    is_train = [not one for one in is_eval]
+    is_train = map(operator.not_, is_eval)
     rows = [*itertools.compress(rows, is_train), *itertools.compress(rows, is_eval)]
     num_rows = len(rows) + len(skipped)
     num_invalid = skipped.reasons[REASON_BY_ERROR[InvalidBoxError]] + len(repaired)
@@ -624,6 +617,26 @@ def _parse_rows(
             remedy="check the source, or choose another --format",
         )
     return _ParsedRows(rows, sum(is_eval), skipped, other_keys, pixel_keys)
+
+
+def _note_texts(
+    example: ImportExample, context: ImportContext, coordinates: TextCoordinates
+) -> None:
+    """Note the coordinates in the texts of an example, and answers with unfinished reasoning."""
+    parts: list[ContentPart] = []
+    answers = list(example.answers)
+    for message in example.prompt_messages:
+        parts += message.content
+        if message.role == "assistant":
+            answers.append(message.content)
+    parts += itertools.chain(*example.answers)
+    paths = [part.image for part in parts if isinstance(part, ImagePart)]
+    text = join_text(parts, "\n")
+    coordinates.add(text, paths, lambda path: context.images.image_size(Path(path)))
+    for answer in answers:
+        answer_text = join_text(answer).lstrip()
+        if answer_text.startswith("<think>") and "</think>" not in answer_text:
+            context.row_notes[NOTE_UNFINISHED_REASONING] += 1
 
 
 def _decode_images(

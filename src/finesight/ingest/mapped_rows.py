@@ -603,8 +603,8 @@ class SampleBuilder:
     def _read_boxes(self, boxes: Boxes) -> list[tuple[list[Any], str | None]]:
         """Return the coordinates of boxes with their labels."""
         if boxes.box is not None:
-            check_numbers = partial(_check_coordinates, count=4)
-            return self._read_regions(boxes, boxes.box, "boxes", check_numbers)
+            check_coordinates = partial(_check_coordinates, count=4)
+            return self._read_regions(boxes, boxes.box, "boxes", check_coordinates)
         assert boxes.polygon is not None, "validated with the mapping"
         enclose = _enclose_polygon if isinstance(boxes.polygon, Value) else _enclose_columns
         pairs = self._read_regions(boxes, boxes.polygon, "polygons", enclose)
@@ -616,12 +616,12 @@ class SampleBuilder:
         regions: Boxes | Points,
         coordinates: Value | Sequence[Value],
         role: str,
-        check_numbers: Callable[[Any, str], list[Any]],
+        check_coordinates: Callable[[Any, str], list[Any]],
     ) -> list[tuple[list[Any], str | None]]:
         """Return the coordinates of boxes or points with their labels.
 
         Args:
-            check_numbers: Function that returns the coordinates of a region for its values and its
+            check_coordinates: Function that returns the coordinates of a region for its values and its
                 role. It raises InvalidRowError if they are not valid.
         """
         pairs: list[tuple[list[Any], str | None]] = []
@@ -634,7 +634,7 @@ class SampleBuilder:
                 continue
             if isinstance(coordinates, Value):
                 (numbers,) = numbers
-            numbers = check_numbers(numbers, named)
+            numbers = check_coordinates(numbers, named)
             label = None
             if regions.label is not None:
                 label = self.values.evaluate_text(regions.label, item, "label")
@@ -670,8 +670,8 @@ class SampleBuilder:
             return create_labelled_boxes(self._read_boxes(boxes), images, convention)
         assert points is not None, "one of the two"
         parts: list[BoxPart] = []
-        check_numbers = partial(_check_coordinates, count=2)
-        for numbers, label in self._read_regions(points, points.point, "points", check_numbers):
+        check_coordinates = partial(_check_coordinates, count=2)
+        for numbers, label in self._read_regions(points, points.point, "points", check_coordinates):
             parts.append(images.create_box(numbers, label, convention))
         return tuple(parts), {}
 
@@ -821,7 +821,7 @@ def _enclose_polygon(vertices: Any, role: str) -> list[float]:
     Args:
         vertices: A list of x1, y1, x2, y2, ..., of pairs, or of several outlines.
     """
-    numbers = list(_iter_numbers(vertices, role))
+    numbers = list(_iter_coordinates(vertices, role))
     if len(numbers) < 2 * MIN_VERTICES or len(numbers) % 2:
         raise InvalidRowError(
             f"the {role} have {len(numbers)} numbers: {describe_value(vertices)}",
@@ -846,11 +846,11 @@ def _enclose_columns(columns: Sequence[Any], role: str) -> list[float]:
     return _enclose_polygon(list(zip(xs, ys, strict=True)), role)
 
 
-def _iter_numbers(value: Any, role: str) -> Iterator[float]:
+def _iter_coordinates(value: Any, role: str) -> Iterator[float]:
     """Yield the numbers of nested lists."""
     if isinstance(value, list | tuple):
         for item in value:
-            yield from _iter_numbers(item, role)
+            yield from _iter_coordinates(item, role)
         return
     with suppress(TypeError, ValueError):
         number = float(value)

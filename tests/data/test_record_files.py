@@ -230,3 +230,12 @@ def test_rows_of_a_document_are_no_rows_of_a_folder(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="names steps of one document") as caught:
         open_source(tmp_path, ImportOptions(mapping=mapping))
     assert "write sample: steps instead of rows" in str(caught.value)
+
+
+def test_the_nearest_image_belongs_to_an_object(tmp_path: Path) -> None:
+    for split in ("first", "second"):
+        write_image(tmp_path / split / "img" / "a.png")
+        write_record(tmp_path / split / "ann" / "a.json", {"answer": split})
+    records = list_records(tmp_path)
+    for record, split in zip(records, ("first", "second"), strict=True):
+        assert record == {"image": str(tmp_path / split / "img" / "a.png"), "answer": split}

@@ -210,6 +210,14 @@ def test_lists_under_the_names_of_images_are_records(folder: Path) -> None:
     assert samples[1]["user"] == ["b.png", "Read the words."]
 
 
+SPLIT_ROLES: dict[str, Any] = {
+    "images": "image",
+    "question": {"const": "Which?"},
+    "answer": "a",
+    "split": {"path": "part", "values": {"train": "train", "val": "eval"}},
+}
+
+
 def test_stated_splits_become_files(folder: Path) -> None:
     parts = ["val", "train", "train", "val"]
     rows: list[dict[str, str]] = []
@@ -218,12 +226,33 @@ def test_stated_splits_become_files(folder: Path) -> None:
         rows.append({"image": f"{number}.png", "a": str(number), "part": part})
     path = folder / "rows.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
-    split = {"path": "part", "values": {"train": "train", "val": "eval"}}
-    roles = {"images": "image", "question": {"const": "Which?"}, "answer": "a", "split": split}
-    options = ImportOptions(mapping=build_format(roles))
-    import_dataset(path, folder / "out", options)
+    import_dataset(path, folder / "out", ImportOptions(mapping=build_format(SPLIT_ROLES)))
     answers: dict[str, list[str]] = {}
     for name in ("train", "eval"):
         samples = read_samples(folder / "out" / f"{name}.jsonl")
         answers[name] = [sample.messages[-1].content[0].text for sample in samples]
     assert answers == {"train": ["1", "2"], "eval": ["0", "3"]}
+
+
+@pytest.mark.parametrize(
+    ("parts", "options", "what", "remedy"),
+    [
+        (["val", "val"], {}, "all 2 rows are for validation", "correct split in the mapping"),
+        (["val", "train"], {}, "shares an image with the last 1", "remove split from the mapping"),
+        (
+            ["val", "train"],
+            {"train_fraction": 0.5},
+            "the mapping states the split of each row",
+            "remove this option",
+        ),
+    ],
+)
+def test_splits_that_cannot_be_files(folder: Path, parts, options, what, remedy) -> None:
+    rows = [{"image": "a.png", "a": "x", "part": part} for part in parts]
+    path = folder / "rows.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    chosen = ImportOptions(mapping=build_format(SPLIT_ROLES), **options)
+    with pytest.raises(UserError, match=what) as caught:
+        import_dataset(path, folder / "out", chosen)
+    assert remedy in str(caught.value)
+    assert not (folder / "out").exists()

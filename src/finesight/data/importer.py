@@ -460,6 +460,13 @@ def import_dataset(
         progress_stage: Function that shows the progress of decoding the images.
     """
     source = open_source(path, options)
+    if source.data_format.states_split and options.has_split:
+        raise UserError(
+            "the mapping states the split of each row",
+            where="eval_last" if options.train_fraction is None else "train_fraction",
+            expected="one split",
+            remedy="remove this option, or remove split from the mapping",
+        )
     with write_folder(out) as staging, Spool(staging, _source_bytes(source, options)) as spool:
         context = source.create_context(options, staging)
         image_names = ImageNames(staging, out, context.images.saved_names, copy=options.copy_images)
@@ -467,7 +474,21 @@ def import_dataset(
         rows, invalid = parsed.rows, parsed.invalid
         if not options.has_split and 0 < parsed.num_eval < len(rows):
             options = replace(options, eval_last=parsed.num_eval)
-        splits = _split_rows(_make_ids_unique(rows), options, parsed.pixel_keys)
+        if source.data_format.states_split and parsed.num_eval == len(rows):
+            raise UserError(
+                f"all {format_count(len(rows), 'row')} are for validation",
+                where=str(path),
+                expected="rows for training",
+                remedy="import them together with those for training; or correct split in the"
+                " mapping, or remove it",
+            )
+        try:
+            splits = _split_rows(_make_ids_unique(rows), options, parsed.pixel_keys)
+        except UserError as error:
+            if source.data_format.states_split:
+                error.where = str(path)
+                error.remedy = "remove split from the mapping, and give train_fraction"
+            raise
         num_used = dict.fromkeys(image for part in splits for image in part.images())
         image_names.copy(num_used)
         output_files = [split.write(spool, staging, out) for split in splits]

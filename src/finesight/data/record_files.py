@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import os
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path, PureWindowsPath
@@ -156,15 +157,17 @@ def _has_object(path: Path) -> bool:
 
 
 def _find_image(record: Path, candidates: Sequence[Path]) -> Path | None:
-    """Return the image of an object: that in the same folder, or in one of the same name.
+    """Return the image of an object: that in the nearest folder, or in one of the same name.
 
     Raises:
         UserError: Several images have the name of the object.
     """
-    distinct = list(dict.fromkeys(candidates))
-    beside = [image for image in distinct if image.parent == record.parent]
-    in_same_split = [image for image in distinct if image.parent.name == record.parent.name]
-    found = beside or in_same_split or distinct
+    found = list(dict.fromkeys(candidates))
+    if len(found) > 1:
+        depths = [_count_common_folders(image, record) for image in found]
+        found = [image for image, depth in zip(found, depths, strict=True) if depth == max(depths)]
+    in_same_split = [image for image in found if image.parent.name == record.parent.name]
+    found = in_same_split or found
     if len(found) > 1:
         raise UserError(
             f"several images may belong to the file: {found[0]} and {found[1]}",
@@ -173,6 +176,11 @@ def _find_image(record: Path, candidates: Sequence[Path]) -> Path | None:
             remedy=f"move the folder {found[1].parent} elsewhere, or rename its images",
         )
     return found[0] if found else None
+
+
+def _count_common_folders(first: Path, second: Path) -> int:
+    """Return the number of folders that contain both files."""
+    return len(os.path.commonpath([first.parent, second.parent]).split(os.sep))
 
 
 def _check_single_records(source: Path, pairs: Sequence[tuple[Path, Path]]) -> None:

@@ -454,7 +454,8 @@ def _build_tables_error(source: Path, tables: Mapping[str, Any]) -> UnknownRowsE
     remedy = "write each list to a file of its own; or name the list of the samples in a mapping"
     remedy += " file (--mapping), with rows: KEY, and the others under tables"
     if len(first_keys) == 1:
-        remedy += '; or all of them, with rows: "*.*"'
+        remedy += '; or all of them, with rows: "*.*"; or, if their names are values of the'
+        remedy += ' samples, with rows: {path: "*", key: name} and sample: rows'
     error = UnknownRowsError(
         f"several lists of rows: {', '.join(names)[:200]}",
         where=str(source),
@@ -729,27 +730,28 @@ def _open_csv(source: Path, encoding: str | None, no_header: bool) -> RowReader:
     delimiter = _detect_delimiter(text, suffix)
     if suffix == ".txt":
         _check_text_columns(text, source, delimiter)
-    table, header = _parse_csv(text, source, delimiter, no_header)
+    table = _check_csv(text, source, delimiter, no_header)
     if suffix == ".txt" and delimiter != "\t":
         _require_media(table, source)
     if suffix == ".txt" and delimiter == "\t":
-        _check_text_quotes(text, source, header)
+        _check_text_quotes(text, source, table.header)
     is_certain = encoding is not None or guessed in ("utf-8", "utf-16")
     note = "" if is_certain else "encoding guessed: "
     encoding_name = guessed.upper().replace("_", "-")
-    text_format = f"{_DELIMITERS[delimiter]}-separated, {note}{encoding_name}{header.note}"
-    return rows_from_items(table, lambda _, row: row, text_format)
+    text_format = f"{_DELIMITERS[delimiter]}-separated, {note}{encoding_name}{table.header.note}"
+    return RowReader(table.num_rows, table.iter_range, text_format=text_format)
 
 
-def _require_media(rows: Sequence[SourceRow], source: Path) -> None:
+def _require_media(table: _CsvTable, source: Path) -> None:
     """Reject a .txt file without tabs whose first row names no image or video, such as prose."""
-    if rows and not any(_has_media(cell) for cell in rows[0].record.values()):
-        raise UserError(
-            f"a text without images in its first row: {str(rows[0].record)[:80]}",
-            where=str(source),
-            expected="a table, such as lines with an image path, a tab and a text",
-            remedy="separate the columns by tabs, or save the table as .csv",
-        )
+    for row in table.iter_range(0, 1):
+        if not any(_has_media(cell) for cell in row.record.values()):
+            raise UserError(
+                f"a text without images in its first row: {str(row.record)[:80]}",
+                where=str(source),
+                expected="a table, such as lines with an image path, a tab and a text",
+                remedy="separate the columns by tabs, or save the table as .csv",
+            )
 
 
 def _check_text_columns(text: str, source: Path, delimiter: str) -> None:
@@ -849,11 +851,33 @@ def _iter_sheet_rows(sheet: Any) -> Iterator[tuple[int, list[Any]]]:
             yield number, values
 
 
-def _parse_csv(
-    content: str, source: Path, delimiter: str, no_header: bool
-) -> tuple[list[SourceRow], _Header]:
-    """Return the rows of a table, and its header."""
-    rows = []
+@dataclass(frozen=True, slots=True)
+class _CsvTable:
+    """Text of a table whose rows were checked.
+
+    Rows are parsed again on access: their text takes much less memory than their cells.
+    """
+
+    content: str
+    delimiter: str
+    header: _Header
+    columns: list[str]
+    num_rows: int
+    stem: str
+
+    def iter_range(self, start: int, stop: int) -> Iterator[SourceRow]:
+        """Yield the rows from `start` to `stop` (exclusive), 0-based."""
+        lines = filter(None, _create_csv_reader(self.content, self.delimiter))
+        if not self.header.is_missing:
+            next(lines, None)
+        selected = itertools.islice(enumerate(lines, start=1), start, stop)
+        for number, cells in selected:
+            record = dict(zip(self.columns, cells, strict=True))
+            yield SourceRow(number, f"row {number}", record, self.stem)
+
+
+def _check_csv(content: str, source: Path, delimiter: str, no_header: bool) -> _CsvTable:
+    """Check the rows of a table. Raises UserError for one with other cells than the header."""
     csv.field_size_limit(MAX_CSV_CELL_CHARS)
     reader = _create_csv_reader(content, delimiter)
     try:
@@ -861,23 +885,22 @@ def _parse_csv(
         first: list[str] = next(lines, [])
         header = _read_header(first, no_header, source)
         if header.is_padded:
-            reader = _create_csv_reader(_strip_cells(content, delimiter), delimiter)
+            content = _strip_cells(content, delimiter)
+            reader = _create_csv_reader(content, delimiter)
             lines = filter(None, reader)
             first = next(lines, [])
             header = replace(_read_header(first, no_header, source), is_padded=True)
         columns = [name or f"unnamed column {n}" for n, name in enumerate(header.names, start=1)]
-        values = itertools.chain([first] if header.is_missing else [], lines)
-        stem = _get_stem(source)
-        for row_number, cells in enumerate(values, start=1):
+        num_rows = 0
+        for cells in itertools.chain([first] if header.is_missing else [], lines):
+            num_rows += 1
             if len(cells) != len(columns):
                 raise UserError(
-                    f"row {row_number} has more or fewer cells than the table header",
+                    f"row {num_rows} has more or fewer cells than the table header",
                     where=f"{source}:{reader.line_num}",
                     expected=f"{len(columns)} cells",
                     remedy="put cells that contain a separator or a line break in double quotes",
                 )
-            record = dict(zip(columns, cells, strict=True))
-            rows.append(SourceRow(row_number, f"row {row_number}", record, stem))
     except csv.Error as error:
         raise UserError(
             f"broken CSV: {error}",
@@ -885,7 +908,7 @@ def _parse_csv(
             expected=f"cells of at most {MAX_CSV_CELL_CHARS} characters, quoted with double quotes",
             remedy="correct the line, or save the table as JSONL or Parquet",
         ) from error
-    return rows, header
+    return _CsvTable(content, delimiter, header, columns, num_rows, _get_stem(source))
 
 
 def _create_csv_reader(content: str, delimiter: str) -> Any:

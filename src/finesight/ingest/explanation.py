@@ -148,6 +148,8 @@ def _format_content(content: tuple[ContentPart, ...]) -> str:
             pieces.append(part.text.replace("\n", "\\n"))
         elif part.type in ("box", "point"):
             pieces.append(f"[{part.type} {part.label or ''} {list_coordinates(part)}]")
+        elif part.type == "tool_call":
+            pieces.append(f"[call {part.name} {format_value(part.arguments)}]")
         else:
             pieces.append(f"[{part.type}]")
     return " ".join(pieces)

@@ -92,6 +92,9 @@ NOTE_POLYGON = "polygons, each imported as the box around it"
 
 MIN_VERTICES = 3
 
+CoordinateCheck = Callable[[Any, str], list[Any]]
+"""Function that returns the coordinates of a region for its values and its role."""
+
 _PLACEHOLDER = re.compile(rf"(<image>|<video>|{NUMBERED_IMAGE.pattern})\n?")
 """Placeholder with the line break after it; each model family adds its own."""
 
@@ -321,14 +324,15 @@ class SampleBuilder:
         found = self._read("tools", self.mapping.tools)
         if found is MISSING:
             return ()
-        if is_empty(found):
+        with _name_role(self.mapping.tools, "tools"):
+            tools = tuple(parse_tools(found))
+        if not tools:
             raise InvalidRowError(
                 "no definitions in tools",
                 "a list of tools",
                 "add them, or write ? after the key of tools if rows may lack them",
             )
-        with _name_role(self.mapping.tools, "tools"):
-            return tuple(parse_tools(found))
+        return tools
 
     def _read_calls(self, calls: Value | None, scope: Scope) -> tuple[ContentPart, ...]:
         """Return the calls of tools of an answer: a list of them or one, also as JSON text."""
@@ -606,7 +610,9 @@ class SampleBuilder:
             check_coordinates = partial(_check_coordinates, count=4)
             return self._read_regions(boxes, boxes.box, "boxes", check_coordinates)
         assert boxes.polygon is not None, "validated with the mapping"
-        enclose = _enclose_polygon if isinstance(boxes.polygon, Value) else _enclose_columns
+        enclose: CoordinateCheck = _enclose_polygon
+        if isinstance(boxes.polygon, tuple) and len(boxes.polygon) == 2:
+            enclose = _enclose_columns
         pairs = self._read_regions(boxes, boxes.polygon, "polygons", enclose)
         self.context.row_notes[NOTE_POLYGON] += len(pairs)
         return pairs
@@ -616,13 +622,13 @@ class SampleBuilder:
         regions: Boxes | Points,
         coordinates: Value | Sequence[Value],
         role: str,
-        check_coordinates: Callable[[Any, str], list[Any]],
+        check_coordinates: CoordinateCheck,
     ) -> list[tuple[list[Any], str | None]]:
         """Return the coordinates of boxes or points with their labels.
 
         Args:
-            check_coordinates: Function that returns the coordinates of a region for its values and its
-                role. It raises InvalidRowError if they are not valid.
+            check_coordinates: Function that returns the coordinates of a region for its values and
+                its role. It raises InvalidRowError if they are not valid.
         """
         pairs: list[tuple[list[Any], str | None]] = []
         values = [coordinates] if isinstance(coordinates, Value) else list(coordinates)
@@ -865,7 +871,15 @@ def _iter_coordinates(value: Any, role: str) -> Iterator[float]:
 
 
 def _check_coordinates(numbers: Any, role: str, count: int) -> list[Any]:
-    """Return coordinates. Raises InvalidRowError unless they are `count` numbers or their texts."""
+    """Return coordinates: numbers or their texts, or the corners of a box as pairs.
+
+    Raises:
+        InvalidRowError: They are not `count` numbers.
+    """
+    if count == 4 and isinstance(numbers, list | tuple) and len(numbers) == 2:
+        first, second = numbers
+        if isinstance(first, list | tuple) and isinstance(second, list | tuple):
+            numbers = [*first, *second]
     is_list = isinstance(numbers, list | tuple) and len(numbers) == count
     if not is_list or not all(isinstance(one, str | int | float) for one in as_list(numbers)):
         raise InvalidRowError(

@@ -47,6 +47,7 @@ Scalar = str | bool | int | float | None
 
 _TEMPLATE_FIELD = re.compile(r"\{\{|\}\}|\{([^{}]*)\}")
 _FIELD_FORMAT = re.compile(r'(?P<path>(?:"(?:[^"\\]|\\.)*"|[^":])*)(?::(?P<format>.*))?', re.DOTALL)
+_WHOLE_FLOAT = re.compile(r"-?(?:0|[1-9][0-9]*)\.0+")
 _PADDED = re.compile(r"0[1-9][0-9]?")
 
 
@@ -298,10 +299,13 @@ Value.model_rebuild()
 
 
 def format_key_text(value: object) -> str:
-    """Return a scalar as the text by which `values` and conditions compare it: 1.0 as 1."""
+    """Return a scalar as the text by which it is compared: 1.0, and "1.0" of a table, as 1."""
     if isinstance(value, float) and value.is_integer():
         return str(int(value))
-    return format_scalar(value)
+    text = format_scalar(value)
+    if _WHOLE_FLOAT.fullmatch(text):
+        return text.partition(".")[0]
+    return text
 
 
 def format_scalar(value: object) -> str:
@@ -390,13 +394,14 @@ class Boxes(Elements):
 
     Attributes:
         box: Four coordinates: a path to a list of them, or four values.
-        polygon: Vertices of an outline, instead of `box`: a path to a list of them, or a value
-            each for the lists of x and of y. The sample has the box around them.
+        polygon: Vertices of an outline, instead of `box`: a path to a list of them, a value each
+            for the lists of x and of y, or a value for each number. The sample has the box around
+            them.
         label: Class or description of the object.
     """
 
     box: ValueField | tuple[ValueField, ValueField, ValueField, ValueField] | None = None
-    polygon: ValueField | tuple[ValueField, ValueField] | None = None
+    polygon: ValueField | tuple[ValueField, ...] | None = None
     label: ValueField | None = None
     frame: Frame = Frame()
 
@@ -408,9 +413,19 @@ class Boxes(Elements):
             self.frame.require("order", "unit")
             return self
         self.frame.require("unit")
+        if isinstance(self.polygon, tuple) and not _is_polygon(len(self.polygon)):
+            raise ValueError(
+                f"polygon has {len(self.polygon)} values; give two for the lists of x and of y, or"
+                " x and y of each vertex"
+            )
         if self.frame.order not in ("xyxy", "yxyx"):
             raise ValueError(f"polygons in the order {self.frame.order}; give xyxy or yxyx")
         return self
+
+
+def _is_polygon(num_values: int) -> bool:
+    """Return whether values are two lists, or x and y of at least three vertices."""
+    return num_values == 2 or (num_values >= 6 and num_values % 2 == 0)
 
 
 class Points(Elements):
@@ -835,11 +850,8 @@ class RecordMapping(MappingSection):
                     raise ValueError(
                         f"{name}: true or false under values; write texts such as yes in quotes"
                     )
-        for name in ("boxes", "points", "messages"):
-            section = getattr(self, name)
-            is_history = name == "messages" and self.question is not None
-            if section is not None and section.is_optional and not is_history:
-                raise ValueError(f"{name}: a list that may be missing (?) is not an empty list")
+        if self.messages is not None and self.messages.is_optional and self.question is None:
+            raise ValueError("messages: without them (?), there is no question; give question, too")
         return self
 
 

@@ -35,7 +35,8 @@ NUM_DRAFT_RECORDS = 100
 HEADER = """\
 # Give each path below a role, or add it to meta (kept) or ignore (left out).
 # Roles: images, videos, question, choices, answer, answers, fields, rejected, verdict, boxes,
-# points, messages, system, id. See the page Mapping files of the documentation.
+# points, classes, messages, tools, calls, system, split, id. For a list of which each item becomes
+# a sample, give sample, and begin paths of the record with $. (page Mapping files).
 version: 1
 """
 

@@ -63,6 +63,7 @@ def build_mapping_format(
         group_rows=_find_grouping(mapping),
         supported_options=frozenset({"prompt", "box_task"}),
         reads_raw_rows=True,
+        states_split=mapping.split is not None,
     )
 
 

@@ -521,10 +521,13 @@ def _has_key(container: Any, key: Any) -> bool:
 
 
 def build_type_error(scope: Scope, path: FieldPath, expected: str) -> InvalidRowError:
+    remedy = "correct the path, or the row"
+    if scope.value is None:
+        remedy = f"{remedy}; or write ? after {path.last_key} if rows may have no value there"
     return InvalidRowError(
         f"{scope.location or 'the record'} is {describe_value(scope.value)} (path {path.text})",
         expected,
-        "correct the path, or the row",
+        remedy,
     )
 
 

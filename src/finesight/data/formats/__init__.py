@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from finesight.components import ComponentRegistry
 from finesight.data.format_names import FORMAT_HELPERS, FORMAT_PACKAGE
 from finesight.data.formats import table
+from finesight.data.formats.conversation_rows import TURN_KEYS
 from finesight.data.formats.dataset_format import (
     IMAGE_KEYS,
     DatasetFormat,
@@ -97,10 +98,14 @@ def detect_format(records: Sequence[Record], where: str) -> tuple[DatasetFormat,
     record_keys = {*records[0], *turn_keys}.difference(IMAGE_KEYS)
     # `max` returns the first of equally close formats. General ones, which accept more rows, are
     # the last ones.
-    closest = max(
-        reversed(FORMATS.list_built_in()),
-        key=lambda one: len(record_keys.intersection(re.findall(r'"(\w+)":', one.description))),
-    )
+    num_common: dict[str, int] = {}
+    for one in FORMATS.list_built_in():
+        described = re.findall(r'"(\w+)":', one.description)
+        num_common[one.name] = len(record_keys.intersection(described))
+    closest = max(reversed(FORMATS.list_built_in()), key=lambda one: num_common[one.name])
+    # One common key, such as "type", is no sign of a conversation.
+    if num_common[closest.name] < 2 and TURN_KEYS.isdisjoint(record_keys):
+        closest = table.COMPONENT
     suggestion = f"write the rows in its form, {closest.description}"
     names = list(map(str, records[0]))
     has_names = names != list(map(str, range(1, len(names) + 1)))

@@ -784,6 +784,7 @@ class DatasetFormat(Component[Any]):
         keeps_pages: Whether the format has pages of documents. An export to others saves them.
         reads_raw_rows: Whether `parse_row` reads all keys of a record itself, such as preference
             pairs, verdicts and lists in texts, which otherwise are the same for all formats.
+        states_split: Whether each row states that it is for training or for validation.
     """
 
     kind: PluginKind = field(default="formats", kw_only=True)
@@ -803,6 +804,7 @@ class DatasetFormat(Component[Any]):
     is_native: bool = False
     keeps_pages: bool = False
     reads_raw_rows: bool = False
+    states_split: bool = False
 
     def find_problem(self) -> str | None:
         """Return why other modules cannot use the format; None if they can.
@@ -819,6 +821,7 @@ class DatasetFormat(Component[Any]):
             "is_native": self.is_native,
             "keeps_pages": self.keeps_pages,
             "reads_raw_rows": self.reads_raw_rows,
+            "states_split": self.states_split,
         }
         for name, flag in flags.items():
             if not isinstance(flag, bool):

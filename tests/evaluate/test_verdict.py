@@ -54,7 +54,33 @@ def test_mcnemar_p_value_of_many_changes_is_normal() -> None:
     ],
 )
 def test_holm_rule(p_values, expected):
-    assert find_clear_differences(p_values) == expected
+    metrics = {f"score_{index}": p_value for index, p_value in enumerate(p_values)}
+    (clear,) = find_clear_differences([metrics])
+    assert [name in clear for name in metrics] == expected
+    # Comparisons of one metric each get the same verdicts.
+    comparisons = [{"score": p_value} for p_value in p_values]
+    assert [bool(one) for one in find_clear_differences(comparisons)] == expected
+
+
+@pytest.mark.parametrize(
+    ("comparisons", "expected"),
+    [
+        ([{"main": 0.05, "a": 0.03, "b": 0.02}], ["main a b"]),  # 0.02 < 0.05 / 2, 0.03 < 0.05
+        ([{"main": 0.05, "a": 0.03, "b": 0.03}], ["main"]),
+        ([{"main": 0.06, "a": 1e-9}], [""]),
+        # Without a primary metric that can be tested, Holm's rule applies to all others.
+        ([{"main": None, "a": 0.03, "b": 0.02}], ["a b"]),
+        ([{"a": 0.03, "b": 0.03}], [""]),
+        # Each of two comparisons has 0.025. The share of one with clear metrics goes to the other.
+        ([{"main": 0.02, "a": 0.5}, {"main": 0.04, "a": 0.5}], ["main", ""]),
+        ([{"main": 0.02, "a": 0.02}, {"main": 0.04, "a": 0.04}], ["main a", "main a"]),
+        # The unchanged run does not count. The unclear one does not hide metrics of the other.
+        ([{"main": 0.5, "a": 0.5}, {"main": 0.02, "a": 0.02}, {"main": None}], ["", "main a", ""]),
+    ],
+)
+def test_primary_metric_is_tested_first(comparisons, expected):
+    found = find_clear_differences(comparisons, "main")
+    assert found == [set(one.split()) for one in expected]
 
 
 def estimate_scores(rng: np.random.Generator, num_samples: int) -> dict[str, ScoreEstimator]:

@@ -1,20 +1,23 @@
-"""How often equal models get a verdict: seeded simulations of pages, guards and searches.
+"""How often equal scores get a verdict: seeded simulations of pages, guards and searches.
 
 The decision functions are those of the commands. Answers of two models to a sample are independent
 draws of the same distribution, which depends on the sample.
 """
 
 import math
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import pytest
 
+from finesight.evaluate import metric_difference
 from finesight.evaluate.bootstrap import ScoreEstimator, estimate_mean, estimate_ratio
 from finesight.evaluate.eval_case import EvalCase
 from finesight.evaluate.metric_difference import compare_family
 from finesight.evaluate.regression_guard import DROPPED, LoadedGroup, compare_answers, load_suite
-from finesight.evaluate.verdict import FAMILY_ERROR
+from finesight.evaluate.verdict import FAMILY_ERROR, PValues, find_clear_differences
 from finesight.infer.prediction import Prediction
 from finesight.launch.trial_search import compare_primary
 
@@ -24,18 +27,30 @@ def compute_most(num_pages: int) -> float:
     return FAMILY_ERROR + 3.1 * math.sqrt(FAMILY_ERROR * (1 - FAMILY_ERROR) / num_pages)
 
 
+PRIMARY = "score_0"
+
+
 def draw_model(
-    rng: np.random.Generator, kind: str, difficulties_N: np.ndarray, num_metrics: int
+    rng: np.random.Generator,
+    kind: str,
+    difficulties_N: np.ndarray,
+    num_metrics: int,
+    shifts: Mapping[str, float] = MappingProxyType({}),
 ) -> dict[str, ScoreEstimator]:
-    """Draw the correlated scores of a model: proportions, skewed means, or ratios of sums."""
+    """Draw the correlated scores of a model: proportions, skewed means, or ratios of sums.
+
+    Args:
+        shifts: Increase of the scores of each sample by metric, before they are clipped to 0 to 1.
+    """
     num_samples = len(difficulties_N)
     answers_N = difficulties_N + rng.normal(size=num_samples)
     sizes_N = np.ceil(np.exp(difficulties_N))
     estimators = {}
     for index in range(num_metrics):
         # About 40 % zeros and 25 % ones.
-        values_N = np.clip((answers_N + rng.normal(size=num_samples)) / 2 + 0.3, 0, 1)
         name = f"score_{index}"
+        offset = 0.3 + shifts.get(name, 0.0)
+        values_N = np.clip((answers_N + rng.normal(size=num_samples)) / 2 + offset, 0, 1)
         if kind == "binary":
             estimators[name] = estimate_mean(np.round(values_N))
         elif kind == "skewed":
@@ -48,30 +63,104 @@ def draw_model(
 
 
 def count_pages(
-    kind: str, num_samples: int, num_metrics: int, num_runs: int, num_pages: int
+    kind: str,
+    num_samples: int,
+    num_metrics: int,
+    num_pages: int,
+    shifts_by_run: Sequence[Mapping[str, float]],
 ) -> int:
-    """Count the pages with a verdict on equal runs. The first run is the baseline."""
-    rng = np.random.default_rng([num_samples, num_metrics, num_runs])
+    """Count the pages with a verdict on a metric of a run that equals that of the baseline.
+
+    Args:
+        shifts_by_run: Metrics of each further run that differ; see `draw_model`.
+    """
+    rng = np.random.default_rng([num_samples, num_metrics, len(shifts_by_run)])
     num_found = 0
     for _ in range(num_pages):
         difficulties_N = rng.normal(size=num_samples)
         baseline = draw_model(rng, kind, difficulties_N, num_metrics)
         pairs = []
-        for _ in range(num_runs):
-            pairs.append((baseline, draw_model(rng, kind, difficulties_N, num_metrics)))
-        family = [one for differences in compare_family(pairs) for one in differences]
-        for one in family:
-            assert one.verdict == "no clear change" or one.low * one.high > 0
-            assert one.verdict != "no clear change" or one.low <= 0 <= one.high
-        num_found += any(one.verdict != "no clear change" for one in family)
+        for shifts in shifts_by_run:
+            pairs.append((baseline, draw_model(rng, kind, difficulties_N, num_metrics, shifts)))
+        is_wrong = False
+        for differences, shifts in zip(compare_family(pairs, PRIMARY), shifts_by_run, strict=True):
+            for one in differences:
+                assert one.verdict == "no clear change" or one.low * one.high > 0
+                assert one.verdict != "no clear change" or one.low <= 0 <= one.high
+                is_wrong |= one.verdict != "no clear change" and one.name not in shifts
+        num_found += is_wrong
     return num_found
 
 
+EQUAL_RUNS: dict[str, list[dict[str, float]]] = {
+    "all equal": [{}, {}],
+    "primary metric changed": [{PRIMARY: 0.6}, {}],
+    "others changed": [{"score_1": 0.6, "score_2": 0.6}, {PRIMARY: 0.6, "score_3": 0.6}],
+}
+"""Metrics that differ of each run of a page, by name of the case."""
+
+
+@pytest.mark.parametrize("case", EQUAL_RUNS)
 @pytest.mark.parametrize("kind", ["binary", "skewed"])
-def test_equal_runs_rarely_get_a_verdict(kind: str) -> None:
+def test_equal_scores_rarely_get_a_verdict(kind: str, case: str) -> None:
     num_pages = 100
-    found = count_pages(kind, 30, num_metrics=4, num_runs=2, num_pages=num_pages)
+    found = count_pages(kind, 30, 4, num_pages, EQUAL_RUNS[case])
     assert found <= compute_most(num_pages) * num_pages
+
+
+def find_each_difference(comparisons: Sequence[PValues], primary: str = "") -> list[set[str]]:
+    """Test every difference at the full level, without a rule for families."""
+    clear = []
+    for p_values in comparisons:
+        clear.append({name for name, one in p_values.items() if one is not None and one <= 0.05})
+    return clear
+
+
+def find_after_primary(comparisons: Sequence[PValues], primary: str = "") -> list[set[str]]:
+    """Test the metrics after the primary one at the full level each, without Holm's rule."""
+    clear = []
+    for names in find_each_difference(comparisons):
+        clear.append(names if primary in names else set())
+    return clear
+
+
+@pytest.mark.parametrize(
+    ("rule", "case"),
+    [(find_each_difference, "all equal"), (find_after_primary, "primary metric changed")],
+)
+def test_simulation_detects_a_missing_rule(
+    monkeypatch: pytest.MonkeyPatch,
+    rule: Callable[[Sequence[PValues], str], list[set[str]]],
+    case: str,
+) -> None:
+    monkeypatch.setattr(metric_difference, "find_clear_differences", rule)
+    num_pages = 150
+    found = count_pages("binary", 100, 8, num_pages, EQUAL_RUNS[case])
+    assert found > compute_most(num_pages) * num_pages
+
+
+def test_primary_metric_has_the_power_of_a_single_test(monkeypatch: pytest.MonkeyPatch) -> None:
+    """About 10 points more with 400 samples and five scores are clear in most runs."""
+
+    def count_clear_pages() -> int:
+        rng = np.random.default_rng(11)
+        num_clear = 0
+        shifts = {f"score_{index}": 0.13 for index in range(5)}
+        for _ in range(60):
+            difficulties_N = rng.normal(size=400)
+            before = draw_model(rng, "binary", difficulties_N, 5)
+            after = draw_model(rng, "binary", difficulties_N, 5, shifts)
+            primary, *_ = compare_family([(before, after)], PRIMARY)[0]
+            num_clear += primary.verdict == "better"
+        return num_clear
+
+    found = count_clear_pages()
+    monkeypatch.setattr(
+        metric_difference,
+        "find_clear_differences",
+        lambda comparisons, primary: find_clear_differences(comparisons),
+    )
+    assert found > 1.1 * count_clear_pages()
 
 
 PAGES_BY_SIZE = {
@@ -82,14 +171,17 @@ PAGES_BY_SIZE = {
 
 
 @pytest.mark.fuzz
+@pytest.mark.parametrize("num_changed", [0, 1])
 @pytest.mark.parametrize(("num_metrics", "num_runs"), [(1, 1), (8, 1), (2, 7)])
 @pytest.mark.parametrize("num_samples", [8, 30, 100, 400, 2000])
 @pytest.mark.parametrize("kind", PAGES_BY_SIZE)
-def test_pages_of_equal_runs_rarely_have_a_verdict(
-    kind: str, num_samples: int, num_metrics: int, num_runs: int
+def test_pages_rarely_have_a_verdict_on_equal_scores(
+    kind: str, num_samples: int, num_metrics: int, num_runs: int, num_changed: int
 ) -> None:
+    """The primary metric of the first run has changed, or that of no run."""
+    shifts_by_run = [{PRIMARY: 0.6}] * num_changed + [{}] * (num_runs - num_changed)
     num_pages = PAGES_BY_SIZE[kind][num_samples]
-    found = count_pages(kind, num_samples, num_metrics, num_runs, num_pages)
+    found = count_pages(kind, num_samples, num_metrics, num_pages, shifts_by_run)
     assert found <= compute_most(num_pages) * num_pages
 
 

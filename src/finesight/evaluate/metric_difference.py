@@ -17,9 +17,10 @@ from finesight.evaluate.bootstrap import (
     get_missing_difference_reason,
 )
 from finesight.evaluate.eval_case import EvalCase
-from finesight.evaluate.task_metrics import compute_metrics
+from finesight.evaluate.task_metrics import compute_metrics, get_primary_metric
 from finesight.evaluate.verdict import (
     Estimators,
+    PValues,
     Verdict,
     compute_p_values,
     count_swaps,
@@ -87,7 +88,11 @@ def compare_cases(
 
     The result is empty without pairs, and if their number is not `num_samples`.
     """
-    return compare_estimators(*pair_estimators(metric, before, after, num_samples=num_samples))
+    old, new = pair_estimators(metric, before, after, num_samples=num_samples)
+    if not old:
+        return []
+    primary = get_primary_metric(metric, {name: one.score for name, one in old.items()})
+    return compare_estimators(old, new, primary)
 
 
 def pair_estimators(
@@ -122,19 +127,22 @@ def pair_cases(
     return [old[key] for key in keys], [new[key] for key in keys]
 
 
-def compare_estimators(before: Estimators, after: Estimators) -> list[MetricDifference]:
+def compare_estimators(
+    before: Estimators, after: Estimators, primary: str = ""
+) -> list[MetricDifference]:
     """Compare score estimators of the same samples in the same order, as one family."""
-    (differences,) = compare_family([(before, after)])
+    (differences,) = compare_family([(before, after)], primary)
     return differences
 
 
 def compare_family(
-    pairs: Sequence[tuple[Estimators, Estimators]], num_others: int = 0
+    pairs: Sequence[tuple[Estimators, Estimators]], primary: str = "", num_others: int = 0
 ) -> list[list[MetricDifference]]:
     """Compare pairs of evaluations whose differences get their verdicts together.
 
     Args:
         pairs: Score estimators before and after. Both have the same samples in the same order.
+        primary: Primary metric, which is tested first. Empty for none.
         num_others: Number of further comparisons that could have been called clear.
 
     Returns:
@@ -143,18 +151,16 @@ def compare_family(
     num_tests = num_others + sum(len(before.keys() & after.keys()) for before, after in pairs)
     num_swaps = count_swaps(num_tests)
     tested = [compute_p_values(before, after, num_swaps) for before, after in pairs]
-    p_values: list[float | None] = [1.0] * num_others
-    for one in tested:
-        p_values += one.values()
-    are_clear = iter(find_clear_differences(p_values)[num_others:])
+    others: list[PValues] = [{"": 1.0}] * num_others
+    clear_names = find_clear_differences([*tested, *others], primary)
     family = []
-    for (before, after), p_value_by_name in zip(pairs, tested, strict=True):
+    for (before, after), p_value_by_name, clear in zip(pairs, tested, clear_names, strict=False):
         intervals = compute_difference_intervals(before, after)
         differences = []
         for name, p_value in p_value_by_name.items():
             old = before[name]
             new = after[name]
-            is_clear = next(are_clear)
+            is_clear = name in clear
             difference = _build_difference(name, old, new, intervals[name], p_value, is_clear)
             differences.append(difference)
         family.append(differences)

@@ -6,7 +6,22 @@ of its differences is called better or worse is at most `FAMILY_ERROR`:
 - Proportions: exact McNemar test on the samples that changed.
 - All other scores: permutation test, which swaps the two answers to random samples. It needs no
   assumption on the distribution of a score, and applies to ratios and corpus scores as they are.
-- All differences of a page: Holm's step-down rule (1979).
+- All differences of a page: fixed sequence within a comparison, Holm's rule between comparisons.
+
+A comparison has one difference for each metric. Its primary metric is tested first, at the full
+level. Only if this difference is clear, the other metrics are tested with Holm's step-down rule
+(1979) at the same level. Without a primary metric that can be tested, Holm's rule applies to all
+metrics of the comparison.
+
+The error rate holds for any number of true differences. If the primary metric has not changed, a
+wrong verdict needs an error of this one test. If it has changed, the other tests have the full
+level to themselves, and Holm's rule keeps it.
+
+A page with several comparisons, such as runs, trials or groups, gives each of them an equal share
+of the level. The share of a comparison whose differences are all clear goes to the others. For
+comparisons with one metric, this is Holm's rule over all of them. Other metrics are gated by the
+primary metric of their own comparison: one run without a change does not hide the metrics of
+another. Both steps are a graphical procedure of Bonferroni tests (Bretz et al. 2009).
 
 The intervals on a page are those of single differences, because intervals that are adjusted to the
 family would not be comparable between pages. A verdict needs a significant test and an interval
@@ -47,6 +62,9 @@ MIN_SWAPS = 2000
 SWAPS_PER_TEST = 40
 """Swaps for each test of a family, so that the first step of Holm's rule is twice the least p."""
 
+PValues = Mapping[str, float | None]
+"""p-value of each metric of a comparison. None for one that is never clear: it does not count."""
+
 Estimators = Mapping[str, ScoreEstimator]
 
 
@@ -69,23 +87,45 @@ def judge_difference(
     return ConfidenceInterval(low, high), "better" if is_better else "worse"
 
 
-def find_clear_differences(p_values: Sequence[float | None]) -> list[bool]:
-    """Return which differences of a family are clear by Holm's rule.
+def find_clear_differences(comparisons: Sequence[PValues], primary: str = "") -> list[set[str]]:
+    """Return the metrics of each comparison whose difference is clear in the family of all.
 
     Args:
-        p_values: p-value of each difference. None for one that is never clear, which does not
-            count.
+        primary: Primary metric, which is tested first. Empty for none.
     """
-    tested = []
-    for index, p_value in enumerate(p_values):
-        if p_value is not None:
-            tested.append((p_value, index))
-    is_clear = [False] * len(p_values)
-    for rank, (p_value, index) in enumerate(sorted(tested)):
-        if p_value > FAMILY_ERROR / (len(tested) - rank):
+    open_comparisons = []
+    for index, p_values in enumerate(comparisons):
+        tested = {name: p_value for name, p_value in p_values.items() if p_value is not None}
+        if tested:
+            open_comparisons.append((index, tested))
+    clear: list[set[str]] = [set() for _ in comparisons]
+    while open_comparisons:
+        level = FAMILY_ERROR / len(open_comparisons)
+        unclear = []
+        for index, tested in open_comparisons:
+            clear[index] = _test_in_order(tested, primary, level)
+            if len(clear[index]) < len(tested):
+                unclear.append((index, tested))
+        if len(unclear) == len(open_comparisons):
             break
-        is_clear[index] = True
-    return is_clear
+        open_comparisons = unclear
+    return clear
+
+
+def _test_in_order(p_values: Mapping[str, float], primary: str, level: float) -> set[str]:
+    """Return the clear metrics of a comparison: the primary one first, others by Holm's rule."""
+    clear = set()
+    others = dict(p_values)
+    if primary in others:
+        if others.pop(primary) > level:
+            return set()
+        clear.add(primary)
+    names = sorted(others, key=lambda name: others[name])
+    for rank, name in enumerate(names):
+        if others[name] > level / (len(names) - rank):
+            break
+        clear.add(name)
+    return clear
 
 
 def compute_mcnemar_p_value(num_gained: int, num_lost: int) -> float:

@@ -889,7 +889,7 @@ def compare_primary(
         scores = {name: one.score for name, one in new.items()}
         name = get_primary_metric(metric, scores)
         pairs.append(({name: old[name]}, {name: new[name]}))
-    return [*chain.from_iterable(compare_family(pairs, num_others))]
+    return [*chain.from_iterable(compare_family(pairs, num_others=num_others))]
 
 
 def format_settings(settings: Mapping[str, Any]) -> str:

@@ -381,7 +381,7 @@ def compare_metrics(runs: Sequence[ComparedRun]) -> list[MetricRow]:
     primary_metric = next(filter(None, primary_metrics), "")
     recorded = dict.fromkeys(chain.from_iterable(cells_by_run))
     names = sorted(recorded, key=lambda name: (name == VALIDATION_LOSS, name != primary_metric))
-    differences_by_run = _compute_differences(runs, compute_result)
+    differences_by_run = _compute_differences(runs, compute_result, primary_metric)
     for run, cells, differences in zip(runs[1:], cells_by_run[1:], differences_by_run, strict=True):
         keys, _ = find_common_samples(runs[0], run)
         num_common = 0
@@ -420,7 +420,7 @@ def _collect_cells(run: ComparedRun, compute_result: ComputeResultFn) -> dict[st
 
 
 def _compute_differences(
-    runs: Sequence[ComparedRun], compute_result: ComputeResultFn
+    runs: Sequence[ComparedRun], compute_result: ComputeResultFn, primary_metric: str
 ) -> list[dict[str, MetricDifference]]:
     """Return the differences of each further run from the baseline, which are one family."""
     reference_run, *other_runs = runs
@@ -438,7 +438,7 @@ def _compute_differences(
             pairs.append((before.estimators, after.estimators))
     before_loss = read_metrics(reference_run.evaluation).get(VALIDATION_LOSS)
     differences_by_run = []
-    for run, compared in zip(other_runs, compare_family(pairs), strict=True):
+    for run, compared in zip(other_runs, compare_family(pairs, primary_metric), strict=True):
         differences = {one.name: one for one in compared}
         after_loss = read_metrics(run.evaluation).get(VALIDATION_LOSS)
         differences_by_run.append(differences)

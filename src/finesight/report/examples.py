@@ -349,8 +349,12 @@ def estimate_differences(
     after: Path,
     before_metrics: Mapping[str, float],
     after_metrics: Mapping[str, float],
+    primary: str = "",
 ) -> dict[str, MetricDifference]:
     """Estimate the differences of all metrics that are means over samples.
+
+    Args:
+        primary: Primary metric, which is tested first. Empty for none.
 
     Returns:
         Difference with confidence interval by metric name. Other metrics are omitted.
@@ -372,7 +376,7 @@ def estimate_differences(
                 bounds = BOUNDED
             before_estimators[name] = estimate_mean(scores_N2[:, 0], bounds)
             after_estimators[name] = estimate_mean(scores_N2[:, 1], bounds)
-    differences = compare_estimators(before_estimators, after_estimators)
+    differences = compare_estimators(before_estimators, after_estimators, primary)
     return {difference.name: difference for difference in differences}
 
 

@@ -447,4 +447,6 @@ def _read_differences(
     if len(files) < 2 or len(evaluations) < 2:
         return {}
     before, after = evaluations
-    return estimate_differences(files[0], files[-1], read_metrics(before), read_metrics(after))
+    metrics = read_metrics(before), read_metrics(after)
+    primary = str(after.get("primary_metric") or "")
+    return estimate_differences(files[0], files[-1], *metrics, primary)

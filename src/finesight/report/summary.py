@@ -408,7 +408,7 @@ def compare_rewards(
     first = steps[:size]
     last = steps[-size:]
     intervals = {}
-    p_values = []
+    p_values = {}
     for name in list_reward_names(steps):
         before, before_margin = estimate_reward(run_record, first, name)
         after, after_margin = estimate_reward(run_record, last, name)
@@ -416,11 +416,11 @@ def compare_rewards(
         margin = math.hypot(before_margin, after_margin)
         if not math.isnan(change):
             intervals[name] = change - margin, change + margin
-            p_values.append(compute_normal_p_value(change, margin))
+            p_values[name] = compute_normal_p_value(change, margin)
     gains: dict[str, tuple[IntervalBounds, Verdict]] = {}
-    are_clear = find_clear_differences(p_values)
-    for (name, interval), is_clear in zip(intervals.items(), are_clear, strict=True):
-        gains[name] = judge_difference(interval, is_clear=is_clear)
+    (clear,) = find_clear_differences([p_values])
+    for name, interval in intervals.items():
+        gains[name] = judge_difference(interval, is_clear=name in clear)
     return (first, last), gains
 
 

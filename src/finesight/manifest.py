@@ -130,6 +130,17 @@ def find_run_dir(run_or_checkpoint: Path) -> Path:
     return run_or_checkpoint.parents[1] if is_checkpoint else run_or_checkpoint
 
 
+def find_next_run_dir(run_dir: Path) -> Path:
+    """Find the first free path of a further run: `run-2`, `run-3` and so on after `run`."""
+    stem, _, number = str(run_dir).rpartition("-")
+    is_counter = number.isdecimal() and (Path(stem) / MANIFEST_FILE).exists()
+    base = stem if is_counter else str(run_dir)
+    index = 2
+    while os.path.lexists(f"{base}-{index}"):
+        index += 1
+    return Path(f"{base}-{index}")
+
+
 def find_manifest_file(folder: Path) -> Path | None:
     """Return the manifest of a run, checkpoint, model or adapter; None without one.
 

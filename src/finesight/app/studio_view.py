@@ -30,12 +30,11 @@ from finesight.objective_components import list_reward_objectives
 from finesight.operations import find_operation
 from finesight.operations.operation import Parameter, format_step, list_parameters
 from finesight.operations.options import SourceOptions
-from finesight.operations.training import advise_run
 from finesight.report.charts import build_run_charts
 from finesight.report.i18n import Language, translate
-from finesight.report.metric_rows import format_metric_name, format_value, read_metrics
-from finesight.report.run_page import select_evaluations
+from finesight.report.metric_rows import format_metric_name
 from finesight.report.run_reader import RunRecord, read_run
+from finesight.report.run_verdict import compare_evaluations, judge_run
 from finesight.report.summary import NUM_RECENT_STEPS, RunStatus, get_run_status
 
 STEPS = ("data", "label", "check", "plan", "train", "results", "chat", "export")
@@ -184,7 +183,7 @@ PROPOSALS = {
     "check": "Write a corrected copy",
     "label": "Label more images",
     "serve": "Start a server",
-    "train": "Train longer",
+    "train": "Train again",
 }
 """Button of a proposed step by operation."""
 
@@ -469,8 +468,8 @@ class StudioView:
         if step in ("train", "results") and state.run is not None:
             is_running = job is not None and job.status == "running"
             record = None if is_running else self._read_run(state.run, MAX_SELECTED_BYTES)
-            advice = advise_run(record, state.run) if record else []
-            return [(PROPOSALS[one.operation], one) for one in advice]
+            advice = judge_run(record, run=state.run).next_step if record else None
+            return [(PROPOSALS[advice.operation], advice)] if advice else []
         outcome = job.read_outcome() if job and job.status == "finished" else None
         steps = outcome.next_steps if outcome else ()
         if step == "plan" and job is not None:
@@ -607,11 +606,9 @@ class StudioView:
 
     def format_scores(self, run: Path) -> tuple[str, str]:
         """Format the first and last primary metric of a run, and its name."""
-        record = self._read_run(run)
-        name = record.primary_metric or "validation_loss"
-        values = [read_metrics(line).get(name) for line in select_evaluations(record)]
-        scores = " → ".join(format_value(value) for value in values if value is not None)
-        return scores, format_metric_name(name) if values else ""
+        verdict = compare_evaluations(self._read_run(run))
+        row = verdict.primary_row
+        return verdict.scores_text, format_metric_name(row.name) if row else ""
 
     def _read_run(self, run: Path, max_bytes: int = 0) -> RunRecord:
         """Read a run, unless it has not changed since the last time.

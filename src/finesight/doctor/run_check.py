@@ -27,11 +27,8 @@ from finesight.check.box_hypothesis import (
 )
 from finesight.config import (
     DataFileSettings,
-    DataSettings,
     ExactSize,
     LongestSide,
-    Recipe,
-    TrainFileSettings,
 )
 from finesight.data.corpus import Corpus, load_corpus
 from finesight.data.image_file import read_image_size
@@ -46,8 +43,10 @@ from finesight.data.question_forms import (
 from finesight.data.sample import BoxPart
 from finesight.doctor.diagnosis import Diagnosis, describe_error, join_command, make_diagnosis
 from finesight.errors import UserError, format_count, shorten
+from finesight.evaluate.score_format import format_score
+from finesight.evaluate.verdict import Verdict
 from finesight.model_folder import ModelFolder, resolve_model_path
-from finesight.recipe import load_recipe, recipe_from_run
+from finesight.recipe import load_recipe
 from finesight.report import summary
 from finesight.report.run_reader import (
     JsonObject,
@@ -57,6 +56,7 @@ from finesight.report.run_reader import (
     list_comparable_evaluations,
     read_json_lines,
 )
+from finesight.report.run_verdict import judge_run
 from finesight.setting_types import is_url
 from finesight.storage import verify_folder
 
@@ -102,26 +102,9 @@ def diagnose_run(
     return make_diagnosis(code, is_error, **values)
 
 
-def load_run_recipe(run_record: RunRecord) -> Recipe:
-    """Load the recipe of a run. Default settings are used if it cannot be read."""
-    try:
-        return recipe_from_run(run_record.recipe, run_record.folder)
-    except (ValidationError, UserError):
-        unknown = DataSettings(train=(TrainFileSettings(path=Path("unknown")),))
-        return Recipe(model="unknown", data=unknown, output_dir=run_record.folder)
-
-
-def scale_duration(run_record: RunRecord, factor: float) -> list[str]:
-    """Return the overrides that multiply the number of steps or epochs by a factor."""
-    train = load_run_recipe(run_record).train
-    if train.steps is not None:
-        return [f"train.steps={max(1, math.ceil(train.steps * factor))}"]
-    return [f"train.epochs={math.ceil(100 * (train.epochs or 1) * factor - 1e-9) / 100:g}"]
-
-
 def _get_learning_rates(run_record: RunRecord) -> dict[str, float]:
     """Return the learning rates of a run by part of the model, `default` first."""
-    return load_run_recipe(run_record).train.learning_rate.model_dump(exclude_none=True)
+    return summary.load_run_recipe(run_record).train.learning_rate.model_dump(exclude_none=True)
 
 
 def _scale_learning_rates(run_record: RunRecord, factor: float | None = None) -> list[str]:
@@ -292,7 +275,7 @@ def _finite_values(lines: Iterable[JsonObject], name: str) -> list[float]:
 def check_training(run_record: RunRecord) -> list[Diagnosis]:
     """Check the recorded metrics: rewards, if the run has any, instead of the loss of a policy."""
     diagnoses: list[Diagnosis] = []
-    if load_run_recipe(run_record).needs.rewards:
+    if summary.load_run_recipe(run_record).needs.rewards:
         diagnoses += _check_rewards(run_record)
     else:
         diagnoses += _check_loss_curve(run_record)
@@ -356,7 +339,7 @@ def _check_loss_curve(run_record: RunRecord) -> Iterator[Diagnosis]:
     norms = _finite_values(run_record.steps, "grad_norm")
     if min(len(losses), len(norms)) < MIN_STEPS:
         counts = {"count": format_count(len(run_record.steps), "step"), "minimum": MIN_STEPS}
-        overrides = scale_duration(run_record, MIN_STEPS / max(1, len(run_record.steps)))
+        overrides = summary.scale_duration(run_record, MIN_STEPS / max(1, len(run_record.steps)))
         yield diagnose_run(run_record, "too-short", **counts, overrides=overrides)
         return
     curve = _LossCurve.from_losses(losses)
@@ -443,7 +426,7 @@ def _check_overfitting(run_record: RunRecord) -> Iterator[Diagnosis]:
     if run_record.recipe.get("eval"):
         overrides = ["eval.every=0.1", "eval.patience=2"]
     elif best:
-        overrides = scale_duration(run_record, best / int(run_record.steps[-1]["step"]))
+        overrides = summary.scale_duration(run_record, best / int(run_record.steps[-1]["step"]))
     yield diagnose_run(run_record, "overfitted", sign=found[0], step=best, overrides=overrides)
 
 
@@ -458,7 +441,7 @@ def _check_rewards(run_record: RunRecord) -> Iterator[Diagnosis]:
     change = summary.describe_rewards(run_record) or "no step with rewards"
     code = "rewards" if is_good else "rewards-flat"
     overrides: list[str] = []
-    sampling = load_run_recipe(run_record).needs.sampling
+    sampling = summary.load_run_recipe(run_record).needs.sampling
     assert sampling is not None, "rewards without responses"
     limit = sampling.max_completion_length
     if truncated_shares and truncated > MAX_TRUNCATED_SHARE:
@@ -484,7 +467,7 @@ class SavedPrediction(BaseModel):
 
 def check_questions(run_record: RunRecord) -> list[Diagnosis]:
     """Check whether the validation questions have the form of the training questions."""
-    data = load_run_recipe(run_record).data
+    data = summary.load_run_recipe(run_record).data
     try:
         training = PromptFormat.from_run(run_record.folder)
     except UserError:
@@ -566,45 +549,39 @@ def check_predictions(run_record: RunRecord) -> list[Diagnosis]:
 
 def _check_primary_metric(run_record: RunRecord) -> Iterator[Diagnosis]:
     """Report the change of the primary metric between the start and the end of training."""
-    primary = run_record.primary_metric
-    settings = load_run_recipe(run_record).eval
+    verdict = judge_run(run_record)
+    cell = verdict.cell
+    if run_record.primary_metric is None or cell.difference is None:
+        return
+    settings = summary.load_run_recipe(run_record).eval
     limit = None
     if settings is not None:
         limit = settings.limit
-    differences = (run_record.result or {}).get("metric_differences")
-    if not isinstance(differences, list):
-        return
-    for change in map(as_object, differences):
-        before = change.get("before")
-        after = change.get("after")
-        if change.get("name") != primary or not (is_finite(before) and is_finite(after)):
-            continue
-        scores = _list_primary_scores(run_record)
-        best, step = max(scores, default=(-math.inf, 0))
-        final = scores[-1][0] if scores else after
-        verdict = change.get("verdict")
-        if verdict == "better":
-            code = "metric"
-        elif verdict == "worse":
-            code = "metric-worse.peak" if best > final else "metric-worse"
-        else:
-            code = "metric-unclear" if limit is None else "metric-unclear.limit"
-        low = change.get("low")
-        high = change.get("high")
-        interval = ""
-        if is_finite(low) and is_finite(high):
-            interval = f" ({low:+.4f} to {high:+.4f})"
-        yield diagnose_run(
-            run_record,
-            code,
-            change=f"{primary} {before:.4f} before, {after:.4f} after training",
-            interval=interval,
-            # The interval width is proportional to 1 / sqrt(number of samples).
-            limit=4 * (limit or 1),
-            overrides=scale_duration(run_record, 2.0),
-            best=best,
-            step=step,
-        )
+    scores = _list_primary_scores(run_record)
+    best, step = max(scores, default=(-math.inf, 0))
+    final = scores[-1][0] if scores else cell.difference.after
+    codes: dict[Verdict, str] = {
+        "better": "metric",
+        "worse": "metric-worse.peak" if best > final else "metric-worse",
+        "no clear change": "metric-unclear" if limit is None else "metric-unclear.limit",
+        "": "metric-unjudged",
+    }
+    before, after = cell.common_texts
+    interval = ""
+    if cell.difference.interval_text:
+        interval = f" ({cell.difference.interval_text})"
+    yield diagnose_run(
+        run_record,
+        codes[verdict.level],
+        change=f"{run_record.primary_metric} {before} before, {after} after training",
+        interval=interval,
+        reason=cell.difference.note or "no interval",
+        # The interval width is proportional to 1 / sqrt(number of samples).
+        limit=4 * (limit or 1),
+        overrides=summary.scale_duration(run_record, 2.0),
+        best=format_score(best, cell.num_samples),
+        step=step,
+    )
 
 
 def _list_primary_scores(run_record: RunRecord) -> list[tuple[float, int]]:
@@ -624,7 +601,7 @@ def _check_end_tokens(
     unfinished = [prediction for prediction in predictions if prediction.finish_reason != "stop"]
     if len(unfinished) <= 0.05 * len(predictions):
         return
-    settings = load_run_recipe(run_record).eval
+    settings = summary.load_run_recipe(run_record).eval
     limit = 512
     if settings is not None:
         limit = settings.max_new_tokens
@@ -645,7 +622,7 @@ def _check_end_tokens(
         higher=4 * limit,
         longest=longest,
         shortest=shortest,
-        overrides=scale_duration(run_record, 2.0),
+        overrides=summary.scale_duration(run_record, 2.0),
     )
 
 
@@ -720,7 +697,7 @@ def _list_hypotheses(
         (BoxFrame("fixed", 1.0, 1.0), "in fractions of the image", "--box-units 1"),
         (BoxFrame("factor", scale), f"{copy} scaled by {scale:.2g}", pixels),
     ]
-    image = load_run_recipe(run_record).image
+    image = summary.load_run_recipe(run_record).image
     if isinstance(image, ExactSize):
         frame = BoxFrame("fixed", float(image.width), float(image.height))
         frames.append((frame, f"{copy} of {image.width} x {image.height}", pixels))

@@ -26,6 +26,7 @@ from finesight.evaluate.eval_case import (
 from finesight.evaluate.eval_result import select_eval_samples
 from finesight.evaluate.metric_difference import count_correct
 from finesight.evaluate.prediction_file import create_case, format_prediction_line
+from finesight.evaluate.score_format import format_score, format_score_interval
 from finesight.evaluate.task_metrics import (
     check_references,
     compute_metrics,
@@ -198,8 +199,8 @@ class GenerationEvalResult:
         bounds = "-"
         interval = self.intervals[name]
         if interval is not None:
-            bounds = f"{interval.low:.4f} to {interval.high:.4f}"
-        line = f"{title:<18}  {value:8.4f}   {bounds}"
+            bounds = format_score_interval(interval, len(self.predictions))
+        line = f"{title:<18}  {format_score(value, len(self.predictions)):>8}   {bounds}"
         # Custom scores of a sample may be other values than 0 and 1.
         if custom_metric.parse_metric_path(self.metric) is not None:
             return line
@@ -218,7 +219,8 @@ class GenerationEvalResult:
         for name, row in self.details.get("fields", {}).items():
             f1_by_field[name] = float(row["f1"])
         for name in sorted(f1_by_field, key=f1_by_field.__getitem__)[:MAX_LISTED_DETAILS]:
-            lines.append(f"field {name}: f1 {f1_by_field[name]:.4f}")
+            f1_text = format_score(f1_by_field[name], len(self.predictions))
+            lines.append(f"field {name}: f1 {f1_text}")
         return lines
 
 

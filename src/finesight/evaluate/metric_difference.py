@@ -17,6 +17,7 @@ from finesight.evaluate.bootstrap import (
     get_missing_difference_reason,
 )
 from finesight.evaluate.eval_case import EvalCase
+from finesight.evaluate.score_format import format_score, format_score_change
 from finesight.evaluate.task_metrics import compute_metrics, get_primary_metric
 from finesight.evaluate.verdict import (
     Estimators,
@@ -45,8 +46,9 @@ class MetricDifference:
     Attributes:
         low: Lower bound of after - before; None, like `high`, without an interval.
         note: Reason for a missing interval, or a warning about the score.
-        num_samples: Number of predictions of a proportion; 0 for other scores, or if unknown.
+        num_samples: Number of samples of the score; 0 if unknown.
         p_value: p-value of the difference alone, two-sided. None if it can never be clear.
+        is_proportion: Whether both scores are shares of right and wrong predictions.
     """
 
     name: str
@@ -58,12 +60,22 @@ class MetricDifference:
     note: str = ""
     num_samples: int = 0
     p_value: float | None = None
+    is_proportion: bool = False
+
+    @property
+    def interval_text(self) -> str:
+        """Interval of the difference; empty without one."""
+        if self.low is None or self.high is None:
+            return ""
+        low = format_score_change(self.low, self.num_samples)
+        return f"{low} to {format_score_change(self.high, self.num_samples)}"
 
     def describe(self) -> str:
         """Describe both scores, the interval of the difference and the verdict in words."""
-        change = f"{self.before:.4f} and {self.after:.4f}"
-        if self.low is not None:
-            change += f" ({self.low:+.4f} to {self.high:+.4f})"
+        before = format_score(self.before, self.num_samples)
+        change = f"{before} and {format_score(self.after, self.num_samples)}"
+        if self.interval_text:
+            change += f" ({self.interval_text})"
         return f"{self.name} {change}, {self.verdict}"
 
 
@@ -183,11 +195,18 @@ def _build_difference(
         )
     low, high = interval or (None, None)
     note = get_missing_difference_reason(before, after) or before.note
-    num_samples = 0
-    if before.successes_and_trials is not None and after.successes_and_trials is not None:
-        num_samples = before.num_samples
+    pair = before, after
     return MetricDifference(
-        name, before.score, after.score, low, high, verdict, note, num_samples, p_value
+        name,
+        before.score,
+        after.score,
+        low,
+        high,
+        verdict,
+        note,
+        before.num_samples,
+        p_value,
+        is_proportion=all(one.successes_and_trials is not None for one in pair),
     )
 
 

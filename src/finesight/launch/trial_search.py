@@ -42,6 +42,7 @@ from finesight.evaluate.metric_difference import (
     pair_cases,
 )
 from finesight.evaluate.prediction_file import read_predictions
+from finesight.evaluate.score_format import format_score, format_score_interval
 from finesight.evaluate.task_metrics import compute_metrics, get_primary_metric
 from finesight.evaluate.verdict import Estimators
 from finesight.label.label_store import relocate_sample
@@ -105,7 +106,7 @@ MAX_PLOTTED_TRIALS = 8
 
 
 class RungScore(BaseModel):
-    """Score of a trial at a rung with any 95 % interval, and its seconds.
+    """Score of a trial at a rung with any 95 % interval, its samples and seconds.
 
     `train_s` are the seconds of all steps so far. The validation loss decides between equal scores,
     such as 0 after the first steps.
@@ -117,6 +118,7 @@ class RungScore(BaseModel):
     score: float
     loss: float
     interval: tuple[float, float] | None
+    num_samples: int | None = None
 
     @property
     def rank(self) -> tuple[float, float]:
@@ -177,19 +179,14 @@ class SearchRecord(BaseModel):
             if one.rungs:
                 last = one.rungs[-1]
                 progress = f"{last.rung}/{RUNGS[-1]}"
-                score = f"{last.score:.4f}"
+                score = format_score(last.score, last.num_samples)
                 if last.interval:
-                    interval = _format_interval(last.interval)
+                    interval = format_score_interval(last.interval, last.num_samples)
             seconds = sum(rung.seconds for rung in one.rungs)
             settings = "; ".join(filter(None, (format_settings(one.settings), one.error)))
             number = str(one.number)
             rows.append((number, one.state, progress, f"{seconds:.0f}", score, interval, settings))
         return rows
-
-
-def _format_interval(interval: tuple[float, float]) -> str:
-    low, high = interval
-    return f"{low:.4f} to {high:.4f}"
 
 
 def import_optuna() -> ModuleType:
@@ -733,7 +730,8 @@ class TrialSearch:
 
     def _score(self, record: TrialRecord, rung: int, seconds: float) -> None:
         """Record the score of a trial at a rung, and whether it continues."""
-        name, score, interval = self._summarize(self._read_cases(record))
+        cases = self._read_cases(record)
+        name, score, interval = self._summarize(cases)
         runs = [*map(RunDir, self._list_runs(record))]
         lines = chain.from_iterable(map(RunDir.iter_metrics, runs))
         reached = RungScore(
@@ -743,6 +741,7 @@ class TrialSearch:
             score=score,
             loss=fmean(load_eval_history(run)[-1].validation_loss for run in runs),
             interval=interval,
+            num_samples=len(cases),
         )
         record.rungs.append(reached)
         ranks = []
@@ -753,9 +752,9 @@ class TrialSearch:
             record.state = "complete"
         elif record.number and reached.rank < ranks[max(1, len(ranks) // REDUCTION_FACTOR) - 1]:
             record.state = "pruned"
-        text = f"{name} {score:.4f}"
+        text = f"{name} {format_score(score, len(cases))}"
         if interval:
-            text += f" ({_format_interval(interval)})"
+            text += f" ({format_score_interval(interval, len(cases))})"
         text += f", {record.state} at {rung}/{RUNGS[-1]} of its steps"
         self._log(f"trial {record.number}: {text}; {format_settings(record.settings)}")
 
@@ -857,7 +856,8 @@ class TrialSearch:
             cases.append([each.case for each in read_predictions(out)])
             name, score, _ = self._summarize(cases[-1])
             self.record.test[one.number] = score
-            results.append(f"trial {one.number} on data.eval: {name} {score:.4f}")
+            score_text = format_score(score, len(cases[-1]))
+            results.append(f"trial {one.number} on data.eval: {name} {score_text}")
         if len(cases) == 2:
             (difference,) = compare_primary(self._metric, cases[0], cases[1:])
             results.append(f"both on data.eval: {difference.describe()}")

@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from statistics import median
 from typing import TYPE_CHECKING, Annotated, Any
 
 from finesight.errors import Step, UserError, format_count
@@ -35,7 +34,6 @@ if TYPE_CHECKING:
     from finesight.launch.trial_search import SearchRecord
     from finesight.plan.run_plan import RunPlan
     from finesight.recipe import Overrides
-    from finesight.report.run_reader import RunRecord
     from finesight.train.finalize import RunResult
 else:
 
@@ -73,9 +71,6 @@ GpusOption = Annotated[
 ]
 
 EXIT_DOES_NOT_FIT = 2
-
-MIN_NEW_LABELS = 30
-"""Minimum number of further labels to propose, by default as many as a run has."""
 
 
 def plan(
@@ -320,7 +315,6 @@ def train(
             of all steps. A run resumed there continues with another value, or without one. Default:
             all steps.
     """
-    from finesight.data.example_question import read_example
     from finesight.evaluate.custom_metric import check_recipe_metric
 
     if stop_after is not None and not math.isfinite(stop_after):
@@ -380,14 +374,26 @@ def train(
         from finesight.operations.deployment import upload_run
 
         exit_code = upload_run(settings.output_dir, push, console)
+    next_steps = _list_next_steps(settings)
+    return Outcome(result, (), result.as_json(), next_steps, exit_code)
+
+
+def _list_next_steps(settings: Recipe) -> list[Step]:
+    """Return the operations that use a finished run, with the reason for the proposed one."""
+    from finesight.data.example_question import read_example
     from finesight.report.run_reader import read_run
+    from finesight.report.run_verdict import judge_run
     from finesight.report.summary import is_native_run
 
     run = str(settings.output_dir)
     run_record = read_run(settings.output_dir, with_plugins=False)
-    advice = advise_run(run_record, settings.output_dir)
-    purposes = {step.operation: step.purpose for step in advice}
-    next_steps = [step for step in advice if step.operation == "train"]
+    proposed = judge_run(run_record).next_step
+    purposes = {}
+    next_steps = []
+    if proposed is not None:
+        purposes[proposed.operation] = proposed.purpose
+        if proposed.operation == "train":
+            next_steps.append(proposed)
     next_steps.append(read_example(settings.output_dir).build_step(run))
     if is_native_run(run_record):
         next_steps.append(Step("serve", {"run_or_model": run}, purposes.get("serve", "")))
@@ -396,60 +402,7 @@ def train(
             next_steps.append(label_step)
     else:
         next_steps.append(Step("web", {"run_or_model": run}))
-    return Outcome(result, (), result.as_json(), next_steps, exit_code)
-
-
-def advise_run(run_record: RunRecord, run: Path) -> list[Step]:
-    """Propose what to do with a finished run, by its loss and its last evaluation.
-
-    Labels for further images are proposed if fewer than half of the answers are correct, and a
-    longer training if the loss still falls. Otherwise, the model can be served.
-    """
-    from finesight.doctor.run_check import scale_duration
-    from finesight.evaluate.bootstrap import clopper_pearson_interval
-    from finesight.evaluate.metric_difference import count_correct
-    from finesight.manifest import RECIPE_FILE
-    from finesight.report.metric_rows import read_metrics
-    from finesight.report.run_reader import as_object, is_finite
-    from finesight.report.summary import count_training_samples, is_native_run
-    from finesight.train.run_dir import RunDir
-
-    if run_record.result is None:
-        return []
-    steps = []
-    after = as_object(run_record.result.get("after"))
-    total = 0
-    if isinstance(after.get("num_samples"), int):
-        total = after["num_samples"]
-    count = None
-    for name, score in read_metrics(after).items():
-        count = count_correct(name, score, total)
-        if count is not None:
-            break
-    losses = [line["loss"] for line in run_record.steps if is_finite(line.get("loss"))]
-    edge = len(losses) // 5
-    is_falling = edge >= 4 and median(losses[-edge:]) < 0.9 * median(losses[-2 * edge : -edge])
-    if is_falling and (count is None or count < 0.9 * total):
-        overrides = [*scale_duration(run_record, 2), f"output_dir={RunDir(run).next_path}"]
-        arguments = {"recipe": str(run / RECIPE_FILE), "overrides": overrides}
-        steps.append(Step("train", arguments, "the loss still falls: train twice as long"))
-    if not is_native_run(run_record):
-        return steps  # The transformers backend neither suggests labels nor serves an API.
-    if count is not None and 2 * count < total:
-        num_labels = max(MIN_NEW_LABELS, count_training_samples(run_record) or 0)
-        reason = f"{count} of {total} answers are correct: label about {num_labels} more images"
-        steps.append(Step("label", {"run_or_model": str(run)}, reason))
-    elif not steps:
-        reason = ""
-        if count is not None:
-            interval = clopper_pearson_interval(count, total)
-            low = math.floor(100 * interval.low)
-            high = math.ceil(100 * interval.high)
-            reason = (
-                f"{count} of {total} answers are correct; expect {low} to {high} % of many new ones"
-            )
-        steps.append(Step("serve", {"run_or_model": str(run)}, reason))
-    return steps
+    return next_steps
 
 
 def _load_recipe(

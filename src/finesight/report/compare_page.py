@@ -12,6 +12,7 @@ from typing import Any
 from finesight.check.check_issues import HistogramCounts, count_half_octaves
 from finesight.evaluate.eval_case import note_lines
 from finesight.evaluate.metric_difference import align_columns
+from finesight.evaluate.score_format import format_score_change
 from finesight.metric_components import VALIDATION_LOSS, get_metric, get_score
 from finesight.report import metric_rows, summary
 from finesight.report.charts import (
@@ -39,7 +40,6 @@ from finesight.report.i18n import Language, detect_language, translate, use_lang
 from finesight.report.metric_rows import (
     MetricCell,
     MetricRow,
-    conclude,
     format_metric_name,
     format_notes,
     iter_notes,
@@ -52,6 +52,7 @@ from finesight.report.run_reader import (
     list_comparable_evaluations,
     list_image_folders,
 )
+from finesight.report.run_verdict import RunVerdict
 from finesight.worker_pool import JobOutput
 
 IGNORED_SETTINGS = {"output_dir"}
@@ -175,9 +176,9 @@ class RunComparison:
         texts = []
         for index, other in enumerate(others, 1):
             keys, _ = find_common_samples(baseline, other)
-            text = conclude(self.metric_rows, labels, len(keys), index)
-            if text:
-                texts.append(text)
+            verdict = RunVerdict(labels, self.metric_rows, len(keys), index=index)
+            if verdict.conclusion:
+                texts.append(verdict.conclusion)
         return texts
 
     def as_json(self) -> dict[str, Any]:
@@ -423,15 +424,12 @@ def _cell_to_dict(cell: MetricCell) -> dict[str, Any]:
 
 
 def _format_cell(cell: MetricCell) -> tuple[str, str, str, str]:
-    value = "-" if cell.value is None else f"{cell.value:.4f}"
+    value = cell.value_text or "-"
     if cell.difference is None or cell.change is None:
         return value, "", "", ""
-    difference = cell.difference
-    interval = ""
-    if difference.low is not None:
-        interval = f"{difference.low:+.4f} to {difference.high:+.4f}"
-    verdict: str = difference.verdict
+    verdict: str = cell.difference.verdict
     if cell.num_common:
-        scores = f"{difference.before:.4f} and {difference.after:.4f}"
-        verdict += f" ({scores} on {cell.num_common} common samples)"
-    return value, f"{cell.change:+.4f}", interval, verdict
+        before, after = cell.common_texts
+        verdict += f" ({before} and {after} on {cell.num_common} common samples)"
+    change = format_score_change(cell.change, cell.num_compared)
+    return value, change, cell.difference.interval_text, verdict

@@ -32,6 +32,7 @@ from finesight.report.i18n import translate
 from finesight.report.metric_rows import (
     MetricCell,
     MetricRow,
+    count_samples,
     get_note,
     parse_interval,
     read_interval,
@@ -406,7 +407,9 @@ def _collect_cells(run: ComparedRun, compute_result: ComputeResultFn) -> dict[st
         line = run.evaluation
         for name, value in read_metrics(line).items():
             note = get_note(line, name)
-            cells[name] = MetricCell(value, read_interval(line, name), note=note)
+            num_samples = count_samples(line, name)
+            interval = read_interval(line, name)
+            cells[name] = MetricCell(value, interval, note=note, num_samples=num_samples)
         return cells
     metric_result = compute_result(run, tuple(run.predictions))
     if metric_result is None:
@@ -415,7 +418,9 @@ def _collect_cells(run: ComparedRun, compute_result: ComputeResultFn) -> dict[st
     notes = metric_result.notes()
     for name, value in metric_result.scores.items():
         interval = parse_interval(intervals[name])
-        cells[name] = MetricCell(value, interval, note=notes.get(name, ""))
+        note = notes.get(name, "")
+        num_samples = len(run.predictions)
+        cells[name] = MetricCell(value, interval, note=note, num_samples=num_samples)
     return cells
 
 

@@ -45,8 +45,8 @@ EXAMPLE_KINDS = ("worse", "better", "wrong", "right")
 
 - `worse`: the score decreased.
 - `better`: the score increased.
-- `wrong`: the score did not change, and an answer is incorrect.
-- `right`: the score did not change, and all answers are correct (see `is_correct`).
+- `wrong`: the score did not change, and the last answer is incorrect.
+- `right`: the score did not change, and the last answer is correct (see `is_correct`).
 """
 
 MIN_SCORE_CHANGE = 1e-6
@@ -80,6 +80,26 @@ class Example:
 
 
 @dataclass(frozen=True)
+class AnswerCounts:
+    """Number of answers by their score of the compared metric.
+
+    Attributes:
+        correct: Answers that are correct; see `is_correct`.
+        partly: Other answers with a score above 0.
+        wrong: All other answers, also those without a score.
+    """
+
+    correct: int
+    partly: int
+    wrong: int
+
+    @property
+    def total(self) -> int:
+        """Number of all answers."""
+        return self.correct + self.partly + self.wrong
+
+
+@dataclass(frozen=True)
 class ExampleSet:
     """Examples of a page, with the total number of validation samples by class.
 
@@ -89,6 +109,8 @@ class ExampleSet:
         metric: Name of the compared per-sample score. Empty if there is none.
         is_paired: True if there are predictions of several evaluations or runs.
         num_incorrect: Number of incorrect last answers of all classes, also improved ones.
+        answer_counts: Counts of the answers of each evaluation or run. None without answers, or if
+            the metric does not have a maximum of 1.
     """
 
     displayed: list[Example]
@@ -96,6 +118,7 @@ class ExampleSet:
     metric: str
     is_paired: bool
     num_incorrect: int = 0
+    answer_counts: Sequence[AnswerCounts | None] = ()
 
     @property
     def total(self) -> int:
@@ -128,6 +151,7 @@ def build_example_set(
     """
     all_lines = chain.from_iterable(line_groups)
     metric = select_sample_metric(primary_metric, [line for line in all_lines if line is not None])
+    answer_counts = [_count_answers(lines, metric) for lines in zip(*line_groups, strict=True)]
     groups: dict[str, list[Example]] = {kind: [] for kind in quotas}
     for row_index, lines in enumerate(line_groups):
         example = _classify_sample(lines, metric, row_index, is_unordered="differ" in quotas)
@@ -151,7 +175,26 @@ def build_example_set(
         metric=metric,
         is_paired=any(len(lines) > 1 for lines in line_groups),
         num_incorrect=count_incorrect(chain.from_iterable(groups.values())),
+        answer_counts=answer_counts,
     )
+
+
+def _count_answers(lines: Sequence[JsonObject | None], metric: str) -> AnswerCounts | None:
+    """Count the answers of an evaluation or run by their scores."""
+    answers = [line for line in lines if line is not None]
+    scores = [read_scores(line).get(metric) for line in answers]
+    # Custom scores may exceed the default maximum of 1. Captions have no correct answer.
+    has_maximum = get_score(metric).maximum == 1 and all((score or 0) <= 1 for score in scores)
+    if not has_maximum or all(score is None for score in scores):
+        return None
+    num_correct = 0
+    num_partly = 0
+    for line, score in zip(answers, scores, strict=True):
+        if score is not None and is_correct(line, metric):
+            num_correct += 1
+        elif score is not None and score > 0:
+            num_partly += 1
+    return AnswerCounts(num_correct, num_partly, len(answers) - num_correct - num_partly)
 
 
 def _classify_sample(
@@ -183,7 +226,7 @@ def _classify_sample(
         kind = "differ"
     elif has_changed:
         kind = "better" if change > 0 else "worse"
-    elif correct and all(correct):
+    elif correct and correct[-1] and (all(correct) or not is_unordered):
         kind = "right"
     is_incorrect = bool(correct) and not correct[-1]
     return Example(lines, scores, kind, change, row_index, is_incorrect)
@@ -284,11 +327,15 @@ def read_scores(line: JsonObject) -> dict[str, float]:
 
 
 def is_correct(line: JsonObject, metric: str) -> bool:
-    """Return whether an answer has the maximum score or equals a reference.
+    """Return whether an answer is correct.
 
-    Equal answers have the same text and boxes. The CIDEr-D of a caption that equals its reference
-    is below the maximum if its words are common.
+    A score that counts correct answers, such as the exact match, decides. Without one, the answer
+    has the maximum score or equals a reference in text and boxes. The CIDEr-D of a caption that
+    equals its reference is below the maximum if its words are common.
     """
+    for name, value in read_scores(line).items():
+        if get_score(name).counts_answers:
+            return value >= get_score(name).maximum - MIN_SCORE_CHANGE
     if read_scores(line).get(metric, 0.0) >= get_score(metric).maximum - MIN_SCORE_CHANGE:
         return True
     has_equal_text = str(line.get("answer", "")).strip() in map(str.strip, _read_references(line))

@@ -6,18 +6,17 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 
-from finesight.evaluate.custom_metric import parse_metric_path
 from finesight.evaluate.eval_case import group_notes
 from finesight.evaluate.metric_difference import (
     REASON_UNSAMPLED,
     MetricDifference,
     build_unsampled_difference,
-    count_correct,
 )
+from finesight.evaluate.score_format import format_score, format_score_change
 from finesight.evaluate.verdict import Verdict
 from finesight.metric_components import PAIR_METRICS, VALIDATION_LOSS, get_score
 from finesight.report.i18n import translate
-from finesight.report.run_reader import OTHER_SAMPLES, JsonObject, as_object, is_finite
+from finesight.report.run_reader import JsonObject, as_object, is_finite
 
 IntervalBounds = tuple[float, float]
 
@@ -31,7 +30,7 @@ class MetricCell:
         interval: 95 % confidence interval of the value. None if unknown.
         difference: Difference from the first value. None for the first, or if not comparable.
         num_common: Number of samples of the difference if a run answered others, too; else 0.
-        correct: Translated number of correct answers; empty if unknown.
+        num_samples: Number of samples of the value. None if unknown.
     """
 
     value: float | None
@@ -39,7 +38,7 @@ class MetricCell:
     difference: MetricDifference | None = None
     note: str = ""
     num_common: int = 0
-    correct: str = ""
+    num_samples: int | None = None
 
     @property
     def change(self) -> float | None:
@@ -54,6 +53,41 @@ class MetricCell:
         if self.difference is None or self.difference.low is None or self.difference.high is None:
             return None
         return self.difference.low, self.difference.high
+
+    @property
+    def value_text(self) -> str:
+        """Formatted value; empty if unknown."""
+        return "" if self.value is None else format_value(self.value, self.num_samples)
+
+    @property
+    def interval_text(self) -> str:
+        """Formatted interval of the value; empty if unknown."""
+        return format_interval(self.interval, self.num_samples)
+
+    @property
+    def change_text(self) -> str:
+        """Formatted difference with its sign; empty if unknown."""
+        return "" if self.change is None else format_change(self.change, self.num_compared)
+
+    @property
+    def change_interval_text(self) -> str:
+        """Formatted interval of the difference; empty if unknown."""
+        if self.change_interval is None:
+            return ""
+        return format_change_interval(self.change_interval, self.num_compared)
+
+    @property
+    def common_texts(self) -> tuple[str, str]:
+        """Formatted values of both on the common samples; empty without a difference."""
+        if self.difference is None:
+            return "", ""
+        before = format_value(self.difference.before, self.num_compared)
+        return before, format_value(self.difference.after, self.num_compared)
+
+    @property
+    def num_compared(self) -> int | None:
+        """Number of samples of the difference. None if unknown."""
+        return self.num_common or self.num_samples
 
     @property
     def verdict(self) -> Verdict:
@@ -127,7 +161,7 @@ def build_metric_rows(
                 column.get(name),
                 read_interval(line, name),
                 note=get_note(line, name),
-                correct=_format_correct(line, name),
+                num_samples=count_samples(line, name),
             )
             cells.append(cell)
         before = cells[0].value
@@ -142,18 +176,13 @@ def build_metric_rows(
     return metric_rows
 
 
-def _format_correct(line: JsonObject, name: str) -> str:
-    """Return the translated number of correct answers of an evaluation; empty if unknown."""
-    score = read_metrics(line).get(name)
-    num_samples = line.get("num_samples")
-    # Custom scores of a sample may be other values than 0 and 1.
-    is_custom = parse_metric_path(str(line.get("metric"))) is not None
-    if score is None or not isinstance(num_samples, int) or is_custom:
-        return ""
-    count = count_correct(name, score, num_samples)
-    if count is None:
-        return ""
-    return translate("{:,} of {:,} correct", count, num_samples)
+def count_samples(line: JsonObject, name: str) -> int | None:
+    """Return the number of samples of a metric of an evaluation, or None if it is unknown."""
+    count = "num_samples"
+    if name == VALIDATION_LOSS or name in PAIR_METRICS:
+        count = "num_loss_samples"
+    num_samples = line.get(count) or line.get("num_samples")
+    return int(num_samples) if is_finite(num_samples) else None
 
 
 def format_metric_name(metric: str) -> str:
@@ -200,11 +229,11 @@ def format_notes(notes: Iterable[tuple[str, str]]) -> list[str]:
     """
     texts = []
     for note, names in group_notes(notes).items():
-        texts.append(translate("{}: {}", _join_metric_names(names), translate(note)))
+        texts.append(translate("{}: {}", join_metric_names(names), translate(note)))
     return texts
 
 
-def _join_metric_names(names: Iterable[str]) -> str:
+def join_metric_names(names: Iterable[str]) -> str:
     """Join the translated display names of metrics with commas."""
     return translate(", ").join(map(format_metric_name, names))
 
@@ -219,102 +248,23 @@ def parse_interval(content: object) -> IntervalBounds | None:
     return float(low), float(high)
 
 
-def describe_change(row: MetricRow) -> str:
-    """Describe in a sentence the change of a metric and its confidence interval."""
-    name = format_metric_name(row.name)
-    cell = row.cells[-1]
-    if all(one.value is None for one in row.cells):
-        return translate("The {} could not be computed from these answers.", name)
-    if any(one.note == OTHER_SAMPLES for one in row.cells):
-        return translate("{}: {}", name, translate(OTHER_SAMPLES))
-    if cell.change is None:
-        return translate("The {} was evaluated once, so there is no comparison yet.", name)
-    if cell.change == 0:
-        return translate("The {} did not change.", name)
-    text = "The {} increased by {}" if cell.change > 0 else "The {} decreased by {}"
-    change_text = translate(text, name, format_value(abs(cell.change)))
-    if cell.change_interval is None:
-        return translate("{}. The confidence interval of the difference is unknown.", change_text)
-    text = "{}: the 95 % interval of the difference is {}."
-    return translate(text, change_text, format_change_interval(cell.change_interval))
+def format_value(value: float, num_samples: int | None = None) -> str:
+    """Format a metric value with as many digits as its number of samples supports."""
+    return format_score(value, num_samples)
 
 
-CONCLUSIONS: dict[Verdict, str] = {
-    "better": "better in {}",
-    "worse": "worse in {}",
-    "no clear change": "no clear difference in {}",
-}
-"""Part of a conclusion about the metrics with a verdict."""
-
-
-def conclude(
-    rows: Sequence[MetricRow], names: Sequence[str], num_samples: object, index: int = -1
-) -> str:
-    """Describe in a sentence which metrics differ from those of the first one.
-
-    The first one is the first evaluation or run in `names`.
-
-    Metrics whose difference has no interval, such as the validation loss, have no verdict.
-
-    Args:
-        names: Names of the evaluations or runs.
-        num_samples: Number of samples of both. Empty without any.
-    """
-    if len(names) < 2 or not num_samples:
-        return ""
-    judged = [row for row in rows if row.cells[index].verdict]
-    parts = []
-    for verdict, text in CONCLUSIONS.items():
-        shown = judged
-        if verdict == "no clear change":
-            shown = judged[:1]  # The first metric is the main one.
-        found = [row.name for row in shown if row.cells[index].verdict == verdict]
-        if found:
-            parts.append(translate(text, _join_metric_names(found)))
-    result = translate("; ").join(parts) or translate("no verdict without confidence intervals")
-    text = "{} compared with {} on {:,} validation samples: {}."
-    return translate(text, names[index], names[0], num_samples, result)
-
-
-def format_value(value: float) -> str:
-    """Format a metric value with one to four decimals, depending on its size."""
-    digits = 1
-    if abs(value) < 10:
-        digits = 4
-    elif abs(value) < 100:
-        digits = 2
-    return f"{value:,.{digits}f}"
-
-
-def format_change(value: float) -> str:
+def format_change(value: float, num_samples: int | None = None) -> str:
     """Format the difference of a metric with its sign."""
-    return _get_sign(value) + format_value(abs(value))
+    return format_score_change(value, num_samples).replace("-", "−")
 
 
-def format_change_interval(interval: IntervalBounds) -> str:
+def format_change_interval(interval: IntervalBounds, num_samples: int | None = None) -> str:
     """Format the confidence interval of a difference, with signs."""
-    low, high = interval
-    return translate(
-        "{} to {}",
-        _get_sign(low) + format_bound(abs(low)),
-        _get_sign(high) + format_bound(abs(high)),
-    )
+    return translate("{} to {}", *(format_change(bound, num_samples) for bound in interval))
 
 
-def _get_sign(value: float) -> str:
-    return "−" if value < 0 else "+"
-
-
-def format_interval(interval: IntervalBounds | None) -> str:
+def format_interval(interval: IntervalBounds | None, num_samples: int | None = None) -> str:
     """Format the confidence interval of a metric; empty if unknown."""
     if not interval:
         return ""
-    low, high = interval
-    return translate("{} to {}", format_bound(low), format_bound(high))
-
-
-def format_bound(value: float) -> str:
-    """Format one bound of a confidence interval."""
-    if abs(value) < 10:
-        return f"{value:.3f}"
-    return f"{value:,.1f}"
+    return translate("{} to {}", *(format_value(bound, num_samples) for bound in interval))

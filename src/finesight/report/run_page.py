@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Hashable, Sequence
+from collections import Counter
+from collections.abc import Hashable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, TypeAdapter, ValidationError
+from pydantic import BaseModel, ValidationError
 
 from finesight.data.image_file import get_file
 from finesight.errors import Step, UserError
 from finesight.evaluate.mathml import is_converter_installed
-from finesight.evaluate.metric_difference import MetricDifference
 from finesight.evaluate.regression_guard import GROUP_RESULTS, GroupResult
 from finesight.manifest import REPORT_FILE, RESPONSES_FILE
 from finesight.metric_components import get_metric
@@ -28,7 +28,6 @@ from finesight.report.examples import (
     ExampleSet,
     ThumbnailCache,
     count_incorrect,
-    estimate_differences,
     find_image,
     read_examples,
     read_groups,
@@ -40,24 +39,18 @@ from finesight.report.i18n import Language, detect_language, translate, use_lang
 from finesight.report.metric_rows import (
     MetricCell,
     MetricRow,
-    build_metric_rows,
-    conclude,
-    describe_change,
     format_metric_name,
     format_notes,
     iter_notes,
-    read_metrics,
 )
 from finesight.report.run_reader import (
     JsonObject,
     RunRecord,
     as_object,
-    is_finite,
     list_image_folders,
-    pair_evaluations,
-    rank_equal_sets,
     read_run,
 )
+from finesight.report.run_verdict import find_prediction_files, judge_run, select_evaluations
 from finesight.report.summary import get_run_status
 from finesight.storage import check_new_path, write_new_file
 
@@ -72,12 +65,15 @@ Their thumbnails take about 20 MB.
 
 MAX_LIVE_EXAMPLES = 200
 
+NUM_WORST_EXAMPLES = 3
+"""Number of incorrect answers with images in the result."""
+
 MAX_DETAIL_ROWS = 20
 """Maximum number of rows in the tables of class confusions and of field scores."""
 
 KIND_LABELS: dict[str, str] = {
-    "better": "improved",
-    "worse": "worsened",
+    "better": "score increased",
+    "worse": "score decreased",
     "wrong": "incorrect without change",
     "right": "still correct",
 }
@@ -207,8 +203,8 @@ def render_run_page(
     now = datetime.now(UTC)
     run_status = get_run_status(run_record, is_training=live_state is not None)
     charts = build_run_charts(run_record)
-    evaluations = select_evaluations(run_record)
-    evaluation_names = _name_evaluations(run_record, evaluations)
+    result_context = _build_result_context(run_record, examples, example_data)
+    evaluation_names = result_context["verdict"].names
     live_data = None
     if run_status.kind == "running":
         live_data = {"written_at": now.timestamp(), "interval_s": 0.0}
@@ -216,6 +212,7 @@ def render_run_page(
             live_data["interval_s"] = live_state.interval_s
     examples_context = _build_examples_context(run_record, examples)
     displayed = example_data["examples"]
+    worst_examples = select_worst_examples(example_data)
     example_question = ""
     if displayed:
         example_question = displayed[0]["question"]
@@ -231,6 +228,7 @@ def render_run_page(
             "metric": format_metric_name(examples.metric),
             "evaluation_names": evaluation_names,
             "kind_labels": dict(examples_context["kind_labels"]),
+            "worst": worst_examples,
             "live": live_data,
         },
         assets=["charts", "results"],
@@ -243,12 +241,13 @@ def render_run_page(
         reward_text=summary.describe_rewards(run_record),
         reward_signs=summary.list_reward_signs(run_record, example_data["groups"]),
         num_groups=len(example_data["groups"]),
+        num_worst=len(worst_examples),
         charts=charts,
         has_boxes=any(example["boxes"] for example in displayed),
         has_diff=any(map(_has_diff, displayed)),
         formulas_unavailable=_has_formulas(run_record) and not is_converter_installed(),
         report_command=Step("report", {"run": run_record.folder}),
-        **_build_result_context(run_record, evaluations),
+        **result_context,
         **_build_guard_context(run_record),
         **examples_context,
         metrics=metric_rows,
@@ -268,30 +267,67 @@ def _has_interval(row: MetricRow) -> bool:
 
 
 def _build_result_context(
-    run_record: RunRecord, evaluations: Sequence[JsonObject]
+    run_record: RunRecord, examples: ExampleSet, example_data: JsonObject
 ) -> dict[str, Any]:
     """Return the template values of the result section."""
-    rows = build_metric_rows(evaluations, _read_differences(run_record, evaluations))
-    primary_row = next((row for row in rows if row.is_primary), None)
-    if primary_row is None and rows:
-        primary_row = rows[-1]
-    change_text = ""
-    if primary_row is not None:
-        change_text = describe_change(primary_row)
+    verdict = judge_run(run_record, examples.answer_counts)
+    evaluations = select_evaluations(run_record)
     last: JsonObject = {}
     if evaluations:
         last = evaluations[-1]
-    num_samples = last.get("num_samples") or last.get("num_loss_samples")
-    names = _name_evaluations(run_record, evaluations)
+    details = _build_details(last)
     return {
-        "metric_rows": rows,
-        "primary_row": primary_row,
-        "change_text": change_text,
-        "conclusion": conclude(rows, names, num_samples),
-        "has_intervals": any(map(_has_interval, rows)),
-        "notes": format_notes(iter_notes(rows)),
-        **_build_details(last),
+        "verdict": verdict,
+        "next_command": verdict.next_step and str(replace(verdict.next_step, purpose="")),
+        "metric_rows": verdict.rows,
+        "has_intervals": any(map(_has_interval, verdict.rows)),
+        "notes": format_notes(iter_notes(verdict.rows)),
+        "num_samples": verdict.num_samples,
+        "frequent_errors": _describe_errors(details, example_data["examples"]),
+        **details,
     }
+
+
+def _describe_errors(details: Mapping[str, Any], shown: Sequence[JsonObject]) -> list[str]:
+    """Describe the field with the most errors, and the most frequent confusion of two values.
+
+    Args:
+        shown: Page data of the examples.
+    """
+    texts = []
+    worst = ""
+    if details["fields"]:
+        worst, scores = details["fields"][0]
+        if scores.f1 == 1:
+            return []
+        texts.append(translate("Field with the most errors: {}", worst))
+    if details["confusions"]:
+        reference, prediction, count = details["confusions"][0]
+        text = "Most frequent confusion: {} instead of {} ({:,} samples)"
+        texts.append(translate(text, prediction, reference, count))
+        return texts
+    values: Counter[tuple[str, str]] = Counter()
+    for example in shown:
+        answer = example["predictions"][-1] or {}
+        for name, expected, predicted in (answer.get("fields") or {}).get("differences", ()):
+            if name == worst and len(expected) == len(predicted) == 1:
+                values[predicted[0], expected[0]] += 1
+    for pair, count in values.most_common(1):
+        text = "for example {} instead of {}"
+        if count > 1:
+            text = "most often {} instead of {}"
+        texts.append(translate(text, *pair))
+    return texts
+
+
+def select_worst_examples(example_data: JsonObject) -> list[int]:
+    """Return the indices of the incorrect examples with the lowest scores that have an image."""
+    ranked = []
+    for index, example in enumerate(example_data["examples"]):
+        images = [example_data["images"][image] for image in example["images"]]
+        if example["is_incorrect"] and any("src" in image for image in images):
+            ranked.append((example["scores"][-1], example["row_index"], index))
+    return [index for _, _, index in sorted(ranked)[:NUM_WORST_EXAMPLES]]
 
 
 def _build_guard_context(run_record: RunRecord) -> dict[str, Any]:
@@ -303,8 +339,8 @@ def _build_guard_context(run_record: RunRecord) -> dict[str, Any]:
     for one in results:
         difference = one.difference
         name = f"{one.group}: {format_metric_name(difference.name)}"
-        before = MetricCell(difference.before, None)
-        after = MetricCell(difference.after, None, difference)
+        before = MetricCell(difference.before, None, num_samples=one.num_samples)
+        after = MetricCell(difference.after, None, difference, num_samples=one.num_samples)
         rows.append(MetricRow(name, bool(one.problems), [before, after]))
     names = translate("base model"), translate("tuned model")
     return {"guard_results": results, "guard_rows": rows, "guard_names": names}
@@ -330,9 +366,6 @@ class _FieldScores(BaseModel):
 class _Details(BaseModel):
     confusion: list[tuple[str, str, int]] = []
     fields: dict[str, _FieldScores] = {}
-
-
-_DIFFERENCES: TypeAdapter[list[MetricDifference]] = TypeAdapter(list[MetricDifference])
 
 
 def _build_examples_context(run_record: RunRecord, examples: ExampleSet) -> dict[str, Any]:
@@ -379,13 +412,7 @@ def _build_examples(
     run_record: RunRecord, max_examples: int, thumbnails: ThumbnailCache | None = None
 ) -> tuple[ExampleSet, JsonObject]:
     """Read examples from the predictions before training and the latest ones."""
-    files = run_record.predictions_files
-    first = None
-    last = None
-    if files and files[0].stem == "before":
-        first = files[0]
-    if files and files[-1] != first:
-        last = files[-1]
+    first, last = find_prediction_files(run_record)
     max_bytes = run_record.max_bytes
     examples = read_examples(first, last, run_record.primary_metric, max_examples, max_bytes)
     groups = read_groups(run_record.folder / RESPONSES_FILE, max_examples, max_bytes)
@@ -397,56 +424,3 @@ def _build_examples(
     data["groups"] = data["examples"][num_examples:]
     data["examples"] = data["examples"][:num_examples]
     return examples, data
-
-
-def select_evaluations(run_record: RunRecord) -> list[JsonObject]:
-    """Return the evaluation before training and the latest one, or the only one.
-
-    In a finished run, the second is that of the final weights. The first is of the same samples;
-    values of other samples are removed.
-    """
-    if run_record.result is not None:
-        before = run_record.result.get("before")
-        after = run_record.result.get("after")
-        if isinstance(before, dict) and isinstance(after, dict):
-            return pair_evaluations(before, after)
-    evaluations = [x for x in run_record.evaluations if is_finite(x.get("validation_loss"))]
-    if len(evaluations) < 2:
-        return [as_object(line.get("full")) or line for line in evaluations]
-    *earlier, latest = evaluations
-    return pair_evaluations(max(earlier, key=lambda x: rank_equal_sets(x, latest)), latest)
-
-
-def _name_evaluations(run_record: RunRecord, evaluations: Sequence[JsonObject]) -> list[str]:
-    """Return the display name of each evaluation, such as `before` or `after step 100`."""
-    names = []
-    for line in evaluations:
-        step = line.get("step") or 0
-        name = translate("before")
-        if run_record.result is not None and step == summary.get_last_step(run_record):
-            name = translate("after")
-        elif step:
-            name = translate("after step {:,}", step)
-        names.append(name)
-    return names
-
-
-def _read_differences(
-    run_record: RunRecord, evaluations: Sequence[JsonObject]
-) -> dict[str, MetricDifference]:
-    """Return the differences between the first and last evaluation by metric.
-
-    A finished run has recorded them. For other runs, they are estimated from per-sample scores.
-    """
-    recorded = (run_record.result or {}).get("metric_differences")
-    with suppress(ValidationError):
-        differences = _DIFFERENCES.validate_python(recorded or [])
-        if differences:
-            return {difference.name: difference for difference in differences}
-    files = run_record.predictions_files
-    if len(files) < 2 or len(evaluations) < 2:
-        return {}
-    before, after = evaluations
-    metrics = read_metrics(before), read_metrics(after)
-    primary = str(after.get("primary_metric") or "")
-    return estimate_differences(files[0], files[-1], *metrics, primary)

@@ -14,8 +14,11 @@ from pathlib import Path
 from statistics import mean, median
 from typing import Literal
 
+from pydantic import ValidationError
+
+from finesight.config import DataSettings, Recipe, TrainFileSettings
 from finesight.data.example_question import ExampleQuestion, read_public_example
-from finesight.errors import Step
+from finesight.errors import Step, UserError
 from finesight.evaluate.verdict import (
     Verdict,
     compute_normal_p_value,
@@ -25,6 +28,7 @@ from finesight.evaluate.verdict import (
 from finesight.family_components import FAMILIES
 from finesight.manifest import CHECKPOINTS_FOLDER, METRICS_FILE
 from finesight.progress import MAX_DATA_WAIT_FRACTION
+from finesight.recipe import recipe_from_run
 from finesight.report.i18n import translate
 from finesight.report.metric_rows import (
     IntervalBounds,
@@ -63,6 +67,23 @@ def get_last_start(run_record: RunRecord) -> JsonObject:
     if not run_record.starts:
         return {}
     return run_record.starts[-1]
+
+
+def load_run_recipe(run_record: RunRecord) -> Recipe:
+    """Load the recipe of a run. Default settings are used if it cannot be read."""
+    try:
+        return recipe_from_run(run_record.recipe, run_record.folder)
+    except (ValidationError, UserError):
+        unknown = DataSettings(train=(TrainFileSettings(path=Path("unknown")),))
+        return Recipe(model="unknown", data=unknown, output_dir=run_record.folder)
+
+
+def scale_duration(run_record: RunRecord, factor: float) -> list[str]:
+    """Return the overrides that multiply the number of steps or epochs by a factor."""
+    train = load_run_recipe(run_record).train
+    if train.steps is not None:
+        return [f"train.steps={max(1, math.ceil(train.steps * factor))}"]
+    return [f"train.epochs={math.ceil(100 * (train.epochs or 1) * factor - 1e-9) / 100:g}"]
 
 
 def get_data_stats(run_record: RunRecord, name: str) -> JsonObject:
@@ -242,14 +263,20 @@ def list_remarks(run_record: RunRecord) -> list[str]:
             " use smaller image files, or reduce the image size of the model (image.max_pixels)."
         )
         remarks.append(translate(text, 100 * fraction, workers_text))
-    # Early stopping saves the weights of the best step: later losses do not matter.
-    end = (run_record.result or {}).get("weights_step") or math.inf
-    lines = [line for line in (*run_record.steps, *run_record.evaluations) if line["step"] <= end]
-    overfitting = describe_overfitting(run_record.folder, lines)
+    overfitting = describe_overfitting(run_record.folder, list_lines_of_weights(run_record))
     if overfitting:
         remarks.append(overfitting)
     remarks += list_memory_remarks(run_record)
     return remarks
+
+
+def list_lines_of_weights(run_record: RunRecord) -> list[JsonObject]:
+    """Return the steps and evaluations up to that of the saved weights.
+
+    Early stopping saves the weights of the best step, so that later losses do not matter.
+    """
+    end = (run_record.result or {}).get("weights_step") or math.inf
+    return [line for line in (*run_record.steps, *run_record.evaluations) if line["step"] <= end]
 
 
 MIN_LOSS_INCREASE = 1.01

@@ -27,6 +27,7 @@ from finesight.evaluate.metric_difference import (
     count_correct,
 )
 from finesight.evaluate.prediction_file import read_predictions
+from finesight.evaluate.score_format import format_score, format_score_change
 from finesight.manifest import PARAM_AUDIT_FILE, RESULT_FILE
 from finesight.model.hf_backend import save_auto_model
 from finesight.model.linear import iter_adapters
@@ -371,10 +372,13 @@ def _log_summary(
     best = result.best_eval
     # Only the main process needs the report.
     from finesight.report.run_reader import read_run
+    from finesight.report.run_verdict import judge_run
     from finesight.report.summary import describe_rewards
 
-    if text := describe_rewards(read_run(run_dir.path)):
-        console.log(text)
+    run_record = read_run(run_dir.path)
+    for text in (describe_rewards(run_record), judge_run(run_record).sentence):
+        if text:
+            console.log(text)
     if before is None or after is None or last is None:
         return
     if table := result.as_table():
@@ -504,16 +508,15 @@ def format_differences(
         name = one.name
         if name == primary_metric:
             name += "*"
-        values = f"{one.before:.4f}", f"{one.after:.4f}", f"{one.after - one.before:+.4f}"
-        interval_text = ""
-        if one.low is not None:
-            interval_text = f"{one.low:+.4f} to {one.high:+.4f}"
-        rows.append((name, *values, interval_text, one.verdict))
+        count = one.num_samples
+        values = format_score(one.before, count), format_score(one.after, count)
+        change = format_score_change(one.after - one.before, count)
+        rows.append((name, *values, change, one.interval_text, one.verdict))
     notes = note_lines((one.name, one.note) for one in differences)
     for one in differences:
         old = count_correct(one.name, one.before, one.num_samples)
         new = count_correct(one.name, one.after, one.num_samples)
-        if old is not None and new is not None:
+        if one.is_proportion and old is not None and new is not None:
             text = f"{old} of {one.num_samples} answers correct before, {new} after"
             notes.append(f"{one.name}: {text}")
         if one.name == "ended_with_eos" and one.after < 1:

@@ -25,6 +25,7 @@ from finesight.encode.batch import PackedBatch
 from finesight.errors import Step, UserError, format_count
 from finesight.evaluate.eval_case import note_lines
 from finesight.evaluate.eval_result import EvalResult, select_eval_samples
+from finesight.evaluate.score_format import format_score, format_score_interval
 from finesight.metric_components import get_score
 from finesight.model.layers import MoeExperts
 from finesight.model.quant.base import find_quantized_weights
@@ -97,7 +98,9 @@ class TrackingEvents:
             is_worse = new > old
         if is_comparable and is_worse:
             steps = format_count(eval_result.step, "step")
-            text = f"{name} {new:.4f} after {steps}, {old:.4f} before"
+            count = eval_result.num_samples
+            scores = format_score(new, count), format_score(old, count)
+            text = f"{name} {scores[0]} after {steps}, {scores[1]} before"
             self._tracking.send_alert("warning", "worse than before training", text)
 
     def log_result(self, result: RunResult) -> None:
@@ -106,9 +109,10 @@ class TrackingEvents:
         if result.before is not None and result.after is not None:
             name, before, after, is_comparable = _compare_scores(result.before, result.after)
             text += f", {name} "
+            count = result.after.num_samples
             if is_comparable:
-                text += f"{before:.4f} before, "
-            text += f"{after:.4f} after"
+                text += f"{format_score(before, count)} before, "
+            text += f"{format_score(after, count)} after"
         self._tracking.send_alert("info", "run finished", text)
 
 
@@ -502,9 +506,11 @@ class MetricsLogger:
         if "rewards/accuracies" in result.loss_metrics:
             accuracy = result.loss_metrics["rewards/accuracies"]
             scores = {"rewards/accuracies": accuracy} | scores
-        summary = "  ".join(f"{score} {value:.4f}" for score, value in scores.items())
+        count = result.num_samples
+        texts = [f"{score} {format_score(value, count)}" for score, value in scores.items()]
+        summary = "  ".join(texts)
         if interval := result.intervals.get(result.primary_metric or ""):
-            ends = f"{interval.low:.4f} to {interval.high:.4f}"
+            ends = format_score_interval(interval, count)
             summary += f"  ({result.primary_metric}: 95 % interval {ends})"
         label = ""
         if labels:

@@ -30,6 +30,7 @@ from finesight.manifest import (
     RESULT_FILE,
     SKIPPED_SAMPLES_FILE,
     Manifest,
+    find_next_run_dir,
     find_run_dir,
 )
 from finesight.recipe import dump_recipe
@@ -80,13 +81,7 @@ class RunDir:
     @property
     def next_path(self) -> Path:
         """First free path of a further run: `run-2`, `run-3` and so on after `run`."""
-        stem, _, number = str(self.path).rpartition("-")
-        is_counter = number.isdecimal() and RunDir(Path(stem)).is_started
-        base = stem if is_counter else str(self.path)
-        index = 2
-        while os.path.lexists(f"{base}-{index}"):
-            index += 1
-        return Path(f"{base}-{index}")
+        return find_next_run_dir(self.path)
 
     def check_available(self, resume: bool) -> None:
         """Verify that the directory is empty or absent, or contains the run to resume.

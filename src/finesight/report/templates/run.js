@@ -97,6 +97,43 @@ function drawTile(example, enlarge) {
   return tile;
 }
 
+/* A small picture of an incorrect answer, with the answer and its reference. */
+function drawError(example, enlarge) {
+  const image = example.images.map((index) => DATA.images[index]).find(({ src }) => src);
+  const prediction = example.predictions.findLast(Boolean);
+  const fields = prediction.fields?.differences ?? [];
+  const lines = fields
+    .slice(0, 3)
+    .map(([name, expected, predicted]) =>
+      translate(
+        "{}: {} instead of {}",
+        name,
+        predicted.join(", ") || "–",
+        expected.join(", ") || "–",
+      ),
+    );
+  const [reference] = example.references;
+  if (!lines.length && reference) {
+    lines.push(translate("{} instead of {}", prediction.text || "–", reference));
+  }
+  const tile = createElement(
+    "button",
+    { type: "button", class: "tile", "aria-label": translate("{}: enlarge", example.id) },
+    createElement("img", { src: image.src, alt: image.path.split("/").pop() }),
+    ...lines.map((line) => createElement("span", { class: "small answer-text" }, line)),
+  );
+  tile.addEventListener("click", enlarge);
+  return tile;
+}
+
+function drawErrors() {
+  const examples = DATA.worst.map((index) => DATA.examples[index]);
+  byId("worst").replaceChildren(
+    ...examples.map((example, index) => drawError(example, () => enlargeExample(examples, index))),
+  );
+}
+if (byId("worst")) drawErrors();
+
 /* Show one of `examples` in the dialog, with buttons and keys for the others. */
 function enlargeExample(examples, index) {
   const dialog = byId("enlarged");

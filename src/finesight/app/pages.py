@@ -82,7 +82,10 @@ ERROR_TEXTS = (
     "{} keys have the same role: {}",
     "the loss still falls: train twice as long",
     "{} of {} answers are correct: label about {} more images",
-    "{} of {} answers are correct; expect {} to {} % of many new ones",
+    "no clear change: label about {} more images",
+    "overfitting: train again, and stop at the best evaluation",
+    "worse than before training: train again, and stop at the best evaluation",
+    "use the model",
 )
 """Texts of errors and advice with values, which are translated; others are in English."""
 

@@ -71,14 +71,15 @@ class ChartSeries:
     """Input of a chart: one series of values by step.
 
     Attributes:
-        style: `line`, `faint` (a line behind its smoothed series), `marks` (a line with markers),
-            or `steps` (a histogram whose bins are centered at the points).
+        style: `line`, `faint` (a line behind its smoothed series), `points` (markers without a
+            line, because nothing was measured between them), `marks` (a line with markers), or
+            `steps` (a histogram whose bins are centered at the points).
         error_bars: Step, low and high of each error bar.
     """
 
     name: str
     points: Sequence[Point]
-    style: Literal["line", "faint", "marks", "steps"] = "line"
+    style: Literal["line", "faint", "points", "marks", "steps"] = "line"
     error_bars: Sequence[tuple[float, float, float]] = ()
 
 
@@ -87,6 +88,7 @@ class ChartLine:
     """Drawn line of a chart, in SVG coordinates.
 
     Attributes:
+        path: Path of the line; empty for points.
         markers: Coordinates (x, y) of the markers.
         error_bars: Coordinates (x, y of high, y of low) of the error bars.
     """
@@ -140,10 +142,12 @@ class _AxisScale:
             path = self._build_histogram_path(series.points)
             return ChartLine(series.name, series.style, path, error_bars=tuple(error_bars))
         coordinates = tuple((self.to_x(x), self.to_y(y)) for x, y in series.points)
-        path = "M" + "L".join(f"{x:g} {y:g}" for x, y in coordinates)
+        path = ""
+        if series.style != "points":
+            path = "M" + "L".join(f"{x:g} {y:g}" for x, y in coordinates)
         markers: tuple[Point, ...] = ()
         # A line with one point is invisible without a marker.
-        if series.style == "marks" or len(coordinates) == 1:
+        if series.style in ("points", "marks") or len(coordinates) == 1:
             markers = coordinates
         return ChartLine(series.name, series.style, path, markers, tuple(error_bars))
 
@@ -519,7 +523,7 @@ def build_run_charts(run_record: RunRecord) -> list[Chart]:
         """Build a chart of a value of all steps and of all evaluations."""
         points = read_metric_points(evaluations, eval_key)
         series = read_series(translate("training"), key)
-        validation = ChartSeries(translate("validation"), points, "marks")
+        validation = ChartSeries(translate("validation"), points, "points")
         return build_chart(title, [*series, validation], note + subset_text)
 
     loss_text = translate("nats per supervised token")
@@ -598,7 +602,7 @@ def _build_estimates(
         if interval and is_finite(value):
             low, high = interval
             bars.append((float(step), low, high))
-    return ChartSeries(name, filter_finite(points), "marks", bars)
+    return ChartSeries(name, filter_finite(points), "points", bars)
 
 
 def _describe_subset(

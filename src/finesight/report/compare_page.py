@@ -377,7 +377,7 @@ def _build_evaluation_series(
         lines = list_comparable_evaluations(run_record.evaluations, count)
         sample_sets.append(get_sample_set(lines[-1], count) if lines else None)
         if sample_sets[-1] == sample_sets[0]:
-            series.append(ChartSeries(label, read_metric_points(lines, name), "marks"))
+            series.append(ChartSeries(label, read_metric_points(lines, name), "points"))
     return series
 
 

@@ -300,10 +300,10 @@ def _describe_errors(details: Mapping[str, Any], shown: Sequence[JsonObject]) ->
         worst, scores = details["fields"][0]
         if scores.f1 == 1:
             return []
-        texts.append(translate("Field with the most errors: {}", worst))
+        texts.append(translate("in the field {}", worst))
     if details["confusions"]:
         reference, prediction, count = details["confusions"][0]
-        text = "Most frequent confusion: {} instead of {} ({:,} samples)"
+        text = "{} instead of {} ({:,} samples)"
         texts.append(translate(text, prediction, reference, count))
         return texts
     values: Counter[tuple[str, str]] = Counter()

@@ -118,7 +118,7 @@ class RunVerdict:
             text = "{:,} of {:,} answers are entirely correct"
         result = translate(text, after.correct, after.total)
         if before is not None:
-            result = translate("{} ({} {})", result, f"{before.correct:,}", self.names[0])
+            result = translate("{} ({}: {:,})", result, self.names[0], before.correct)
         low, high = clopper_pearson_interval(after.correct, after.total)
         bounds = math.floor(100 * low), math.ceil(100 * high)
         text = "{}. For new samples, expect {} to {} of 100 on average."
@@ -142,10 +142,10 @@ class RunVerdict:
         first = cells[0]
         cell = self.cell
         if cell.value is None:
-            return translate("The {} is {} {}.", name, first.value_text, self.names[0])
+            return translate("The {} ({}) is {}.", name, self.names[0], first.value_text)
         result = translate("The {} is {}", name, cell.value_text)
         if len(cells) > 1 and first.value is not None:
-            result = translate("{} ({} {})", result, first.value_text, self.names[0])
+            result = translate("{} ({}: {})", result, self.names[0], first.value_text)
         if not cell.interval_text:
             return translate("{}.", result)
         return translate("{}. For new samples, expect {}.", result, cell.interval_text)
@@ -193,7 +193,7 @@ class RunVerdict:
         if cell.change_interval is None:
             text = "{}. The confidence interval of the difference is unknown."
             return translate(text, change_text)
-        text = "{}: the 95 % interval of the difference is {}. This is unlikely to be chance."
+        text = "{}: the 95 % interval of the difference is {}. This is unlikely to be due to chance."
         if self.level == "no clear change":
             text = "{}: the 95 % interval of the difference is {}. This may be due to chance."
         return translate(text, change_text, cell.change_interval_text)

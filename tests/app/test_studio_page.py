@@ -52,10 +52,10 @@ from finesight.model_folder import TINY_MODEL
 from finesight.operations import evaluation, find_operation
 from finesight.operations.operation import Outcome, Parameter, as_function
 from finesight.operations.options import RunOrModelArgument
-from finesight.operations.training import advise_run
 from finesight.recipe import load_recipe
 from finesight.report.i18n import translate, use_language
 from finesight.report.run_reader import read_run
+from finesight.report.run_verdict import judge_run
 from finesight.serve.request_middleware import read_api_keys
 from finesight.storage import write_file
 
@@ -700,24 +700,30 @@ def test_advice_after_training_is_followed_by_buttons(folder, page):
     record = read_run(run)
     losses = [record.steps[-1] | {"step": step, "loss": 2 / step} for step in range(11, 41)]
     result = {**record.result, "after": {"scores": {"accuracy": 0.25}, "num_samples": 12}}
-    advice = advise_run(replace(record, steps=losses, result=result), Path("runs/a"))
-    train, label = advice
-    assert label.purpose == "3 of 12 answers are correct: label about 95 more images"
+    train = judge_run(replace(record, steps=losses, result=result), run=Path("runs/a")).next_step
+    assert train is not None
+    assert train.purpose == "the loss still falls: train twice as long"
     assert train.arguments["overrides"][-1] == "output_dir=runs/a-2"
-    assert advise_run(replace(record, result=None), run) == []
-    [serve] = advise_run(replace(record, steps=[], result={**result, "after": None}), run)
-    few = {**result, "after": {"scores": {"accuracy": 1.0}, "num_samples": 8}}
-    [honest] = advise_run(replace(record, steps=[], result=few), run)
-    assert honest.purpose == "8 of 8 answers are correct; expect 63 to 100 % of many new ones"
-    texts = {"after": {"scores": {"accuracy": "<b>"}, "num_samples": "x"}}
-    assert advise_run(replace(record, steps=[], result=texts), run) == [serve]
+    label = judge_run(replace(record, steps=[], result=result)).next_step
+    assert label is not None
+    assert label.purpose == "3 of 12 answers are correct: label about 95 more images"
+    assert judge_run(replace(record, result=None)).next_step is None
+    serve = judge_run(replace(record, steps=[], result={**result, "after": None})).next_step
+    assert serve is not None
     assert serve.operation == "serve"
+    few = {**result, "after": {"scores": {"accuracy": 1.0}, "num_samples": 8}}
+    honest = judge_run(replace(record, steps=[], result=few))
+    assert honest.next_step == serve
+    expected = "8 of 8 answers are correct. For new samples, expect 63 to 100 of 100 on average."
+    assert honest.sentence == expected
+    texts = {"after": {"scores": {"accuracy": "<b>"}, "num_samples": "x"}}
+    assert judge_run(replace(record, steps=[], result=texts)).next_step == serve
     (run / "result.json").write_text(json.dumps(result))
     lines = [json.dumps(line) for line in losses]
     with (run / "metrics.jsonl").open("a") as file:
         file.write("\n".join(lines) + "\n")
     query = "step=results&run=runs/a&lang=zh"
-    assert "3 / 12 个回答正确" in read_live(folder, query)["bottom"]
+    assert "损失仍在下降：请训练两倍时长" in read_live(folder, query)["bottom"]
     assert follow(page, query, "label")["step"] == "label"
     for _ in range(2):
         assert follow(page, query, "train")["recipe"] == "recipes/a-2.yaml"

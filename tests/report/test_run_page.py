@@ -68,8 +68,8 @@ def run(tmp_path: Path) -> FakeRunDir:
     made.write_metrics()
     difference = MetricDifference("similarity", 0.2, 0.9, 0.6, 0.8, "better")
     made.write_finished(
-        before=make_evaluation_line(0, 0.2),
-        after=make_evaluation_line(60, 0.9),
+        before=make_evaluation_line(0, 0.2, num_samples=12),
+        after=make_evaluation_line(60, 0.9, num_samples=12),
         metric_differences=[asdict(difference)],
     )
     lines = make_image_answers(tmp_path, 12)
@@ -104,7 +104,7 @@ def test_running_run_compares_available_evaluations(tmp_path: Path) -> None:
     page = render_run_page(made.folder)
     assert read_script_data(page)["evaluation_names"] == ["before", "after step 40"]
     # By the answers: every one of the eight became right.
-    assert "interval of the difference is +0.351 to +1.000" in read_visible_text(page)
+    assert "interval of the difference is +0.35 to +1.00" in read_visible_text(page)
     words = "after step 40 compared with before on 8 validation samples: better in similarity"
     assert words in read_visible_text(page)
     assert "Computed at the end of the run" in read_visible_text(page)

@@ -549,6 +549,8 @@ def check_predictions(run_record: RunRecord) -> list[Diagnosis]:
 
 def _check_primary_metric(run_record: RunRecord) -> Iterator[Diagnosis]:
     """Report the change of the primary metric between the start and the end of training."""
+    if run_record.result is None:
+        return
     verdict = judge_run(run_record)
     cell = verdict.cell
     if run_record.primary_metric is None or cell.difference is None:

@@ -177,10 +177,13 @@ def build_metric_rows(
 
 
 def count_samples(line: JsonObject, name: str) -> int | None:
-    """Return the number of samples of a metric of an evaluation, or None if it is unknown."""
-    count = "num_samples"
-    if name == VALIDATION_LOSS or name in PAIR_METRICS:
-        count = "num_loss_samples"
+    """Return the number of samples of a metric of an evaluation.
+
+    It is None if it is unknown, and for the validation loss, which is a mean over tokens.
+    """
+    if name == VALIDATION_LOSS:
+        return None
+    count = "num_loss_samples" if name in PAIR_METRICS else "num_samples"
     num_samples = line.get(count) or line.get("num_samples")
     return int(num_samples) if is_finite(num_samples) else None
 

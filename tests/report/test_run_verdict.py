@@ -1,0 +1,369 @@
+"""Tests of verdicts, and of pages of random runs: no two statements of a page disagree."""
+
+import html
+import json
+import random
+import re
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+from html_text import read_script_data, read_visible_text
+from run_dir_fixtures import (
+    MANIFEST,
+    START_RECORD,
+    FakeRunDir,
+    JsonLine,
+    make_evaluation_line,
+    make_prediction_line,
+    make_step_line,
+)
+
+from finesight.doctor import run_check
+from finesight.errors import Step
+from finesight.evaluate.metric_difference import (
+    MetricDifference,
+    build_unsampled_difference,
+    compare_cases,
+)
+from finesight.evaluate.prediction_file import read_predictions
+from finesight.evaluate.task_metrics import compute_metrics, get_primary_metric
+from finesight.metric_components import get_score
+from finesight.report import examples, metric_rows, run_verdict
+from finesight.report.i18n import use_language
+from finesight.report.metric_rows import build_metric_rows, format_metric_name
+from finesight.report.run_page import render_run_page
+from finesight.report.run_reader import read_run
+from finesight.report.run_verdict import RunVerdict, judge_run
+from finesight.report.summary import find_overfitting, list_lines_of_weights
+
+NONE = "no clear change"
+
+
+def judge_scores(*scores: float, **differences: MetricDifference) -> RunVerdict:
+    """Judge one or two evaluations."""
+    lines = [make_evaluation_line(9 * step, score) for step, score in enumerate(scores)]
+    return RunVerdict(["before", "after"], build_metric_rows(lines, differences), 10)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "verdict", "level", "words"),
+    [
+        (0.6, 0.8, "better", "better", "is +0.60 to +0.80. This is unlikely to be due to chance."),
+        (-0.1, 0.8, NONE, NONE, "is −0.10 to +0.80. This may be due to chance."),
+        (None, None, "better", "", "The confidence interval of the difference is unknown"),
+    ],
+)
+def test_verdict_of_comparison_is_used(low, high, verdict, level, words):
+    difference = MetricDifference("similarity", 0.2, 0.9, low, high, verdict)
+    found = judge_scores(0.2, 0.9, similarity=difference)
+    rows = [
+        replace(row, cells=[replace(c, num_samples=10) for c in row.cells]) for row in found.rows
+    ]
+    found = replace(found, rows=rows)
+    assert (found.level, found.cell.verdict_text) == (level, level)
+    assert "The similarity increased by 0.70" in found.change_text
+    assert words in found.change_text
+    fallen = judge_scores(0.9, 0.2, similarity=difference)
+    assert "The similarity decreased by 0.7000" in fallen.change_text
+
+
+METRICS = "classification", "json", "ocr", "grounding", "captions"
+
+
+def answer_text(rng: random.Random, metric: str, gold: str, quality: float) -> str:
+    """Answer with the reference, a part of it, or something else."""
+    if rng.random() < quality:
+        return gold
+    if metric == "json" and rng.random() < 0.8:
+        return json.dumps(json.loads(gold) | {rng.choice("abc"): "other"})
+    return rng.choice(["dog", "a red cat", gold[: len(gold) // 2], ""])
+
+
+def draw_answers(rng: random.Random, metric: str, count: int, quality: float) -> list[JsonLine]:
+    lines = []
+    for index in range(count):
+        gold = {"json": '{"a": "1", "b": "x", "c": "y"}', "grounding": ""}.get(metric, "cat")
+        if metric == "captions":
+            gold = f"a {['red', 'blue'][index % 2]} cat on chair {index % 5}"
+        elif metric == "classification":
+            gold = ["cat", "dog", "bird"][index % 3]
+        boxes: list[JsonLine] = []
+        answer = answer_text(rng, metric, gold, quality)
+        shown: list[JsonLine] = []
+        if metric == "grounding":
+            boxes = [{"image": 0, "label": "ring", "xyxy": [10, 10, 40, 40]}]
+            offset = 0 if rng.random() < quality else rng.choice([4, 18, 60])
+            corners = [10 + offset, 10, 40 + offset, 40]
+            shown = [boxes[0] | {"xyxy": corners}]
+            answer = ""
+        more = {"references": [], "boxes": shown, "gold_boxes": boxes, "image_size": [90, 60]}
+        more["finish_reason"] = rng.choice(["stop"] * 9 + ["length"])
+        lines.append(make_prediction_line(f"s{index}", answer, gold, 0.0, **more))
+    return lines
+
+
+def draw_run(folder: Path, seed: int) -> Path:
+    """Write a run with random answers, scores, losses and missing parts."""
+    rng = random.Random(seed)
+    metric = rng.choice(METRICS)
+    run = FakeRunDir(folder, metric)
+    if rng.random() < 0.2:
+        run.write("manifest.json", json.dumps(MANIFEST | {"family": "hf"}))
+    count = rng.choice([1, 3, 5, 6, 8, 12, 20, 30, 60])
+    before = rng.choice([0.0, 0.3, 0.6, 0.9, 1.0])
+    after = rng.choice([before, before, 0.0, 0.5, 0.8, 0.95, 1.0])
+    steps = {"before": (0, before), "after": (60, after)}
+    is_finished = rng.random() < 0.8
+    evaluations = []
+    cases = []
+    for name, (step, quality) in steps.items():
+        stem = name if is_finished or not step else f"step-{step}"
+        lines = draw_answers(rng, metric, count, quality)
+        run.write_predictions(stem, lines)
+        file = folder / "predictions" / f"{stem}.jsonl"
+        cases.append([one.case for one in read_predictions(file)])
+        result = compute_metrics(metric, cases[-1])
+        scored = [line | {"scores": s} for line, s in zip(lines, result.per_sample, strict=True)]
+        run.write_predictions(stem, scored)
+        primary = get_primary_metric(metric, result.scores)
+        line = {"step": step, "primary_metric": primary, "scores": result.scores}
+        line |= {"intervals": result.intervals(), "notes": result.notes()}
+        line |= {"details": result.details, "validation_loss": rng.choice([0.2, 1.0, 2.0])}
+        line |= {"num_samples": count, "num_loss_samples": count, "eval_s": 1.0}
+        evaluations.append(line | {"sample_set": "a", "score_set": "a"})
+    if rng.random() < 0.15:
+        evaluations[0]["score_set"] = "b"
+    if rng.random() < 0.15:
+        (folder / "predictions" / "before.jsonl").unlink()
+    rate = rng.choice([5, 20, 1e9])
+    lines = [make_step_line(step, loss=2 * 2.7 ** (-step / rate)) for step in range(1, 61)]
+    interim = []
+    if rng.random() < 0.3:
+        for step, loss in ((20, 0.5), (40, 0.9)):
+            interim.append(evaluations[0] | {"step": step, "validation_loss": loss})
+        evaluations[1]["validation_loss"] = 1.5
+    metrics = [START_RECORD, evaluations[0], *lines[:40], *interim, *lines[40:], evaluations[1]]
+    if rng.random() < 0.1:
+        metrics = [START_RECORD, *lines, evaluations[1]]
+        evaluations[0] = {}
+    run.write_lines("metrics.jsonl", metrics)
+    if is_finished:
+        differences = []
+        if evaluations[0].get("score_set") == "a":
+            differences = compare_cases(metric, *cases, num_samples=count)
+        losses = [one.get("validation_loss", 1.0) for one in evaluations]
+        differences.append(build_unsampled_difference("validation_loss", *losses))
+        run.write_finished(
+            before=evaluations[0] or None,
+            after=evaluations[1],
+            metric_differences=[asdict(one) for one in differences],
+        )
+    return folder
+
+
+ROW = re.compile(r"<tr[^>]*>\s*<th scope=\"row\">(.*?)</tr>", re.DOTALL)
+CHIP = re.compile(r'<span class="chip ?([a-z]*)">([^<]*)</span>')
+
+
+def read_metric_chips(page: str) -> dict[str, tuple[str, float | None, float | None]]:
+    """Return the verdict of each metric of the table, and the bounds of its difference."""
+    table = page[page.index('class="metrics-table') :].partition("</table>")[0]
+    found = {}
+    for row in ROW.findall(table):
+        name = read_visible_text(row.partition("<span")[0])
+        chips = CHIP.findall(row)
+        bounds = re.search(r"\(([+−][\d.,]+) to ([+−][\d.,]+)\)", row)
+        ends = (
+            [float(one.replace("−", "-").replace(",", "")) for one in bounds.groups()]
+            if bounds
+            else [None, None]
+        )
+        found[name] = (chips[-1][1].strip() if chips else "", *ends)
+    return found
+
+
+def check_statements(page: str, folder: Path) -> None:
+    """Check that the statements on the quality of a run agree, in the HTML of its page."""
+    text = html.unescape(read_visible_text(page))
+    card = page[page.index('<div class="card verdict') :].partition("metrics-table")[0]
+    card_text = html.unescape(read_visible_text(card))
+    record = read_run(folder)
+    verdict = judge_run(record)
+    assert verdict.sentence in card_text
+    chips = read_metric_chips(page)
+    assert verdict.primary_row is not None
+    primary = format_metric_name(verdict.primary_row.name)
+    card_chip = CHIP.findall(card)[0][1].strip()
+    assert card_chip == verdict.level == chips[primary][0]
+    check_table(text, chips, {format_metric_name(row.name): row.name for row in verdict.rows})
+    # Role of chance, and direction.
+    assert ("unlikely to be due to chance" in card_text) == (card_chip in ("better", "worse"))
+    assert ("may be due to chance." in card_text) <= (card_chip == NONE)
+    if match := re.search(r"The .*? (increased|decreased) by", card_text):
+        _, low, high = chips[primary]
+        if low is not None and high is not None:
+            assert (high > 0) if match[1] == "increased" else (low < 0)
+    check_counts(page, card, card_text)
+    check_next_step(page, text, card_chip, folder)
+
+
+def check_table(
+    text: str, chips: dict[str, tuple[str, float | None, float | None]], names: dict[str, str]
+) -> None:
+    """Check the verdicts of the table by their intervals, and the conclusion by the table."""
+    for name, (chip, low, high) in chips.items():
+        if chip in ("better", "worse"):
+            assert low is not None
+            assert high is not None
+            assert low * high > 0
+            is_better = (low > 0) != get_score(names[name]).lower_is_better
+            assert chip == ("better" if is_better else "worse")
+        elif chip == NONE:
+            assert low is not None
+            assert high is not None
+            assert low <= 0 <= high
+    conclusion = re.search(r"compared with .*? validation samples: (.*?)\. ", text)
+    if conclusion is None:
+        return
+    claimed = {}
+    for part in conclusion[1].split("; "):
+        kind, _, listed = part.partition(" in ")
+        # The name of a metric may contain a comma and that of another one.
+        for name in sorted(chips, key=len, reverse=True):
+            if name in listed:
+                listed = listed.replace(name, "", 1)
+                claimed[name] = {"no clear difference": NONE}.get(kind, kind)
+        assert not listed.strip(", ")
+    assert all(chips[name][0] == kind for name, kind in claimed.items()), claimed
+    clear = {name for name, (chip, *_) in chips.items() if chip in ("better", "worse")}
+    assert clear == {name for name, kind in claimed.items() if kind != NONE}
+
+
+def check_counts(page: str, card: str, card_text: str) -> None:
+    """Check the numbers of the sentence, of the bars and of the examples."""
+    data = read_script_data(page)
+    assert all(data["examples"][index]["is_incorrect"] for index in data["worst"])
+    bars = re.findall(
+        r'aria-label="\w[^"]*: ([\d,]+) correct, ([\d,]+) partly correct, ([\d,]+) wrong"', card
+    )
+    pattern = r"(\d+) of (\d+) answers are (?:entirely )?correct(?: \(\w+: (\d+)\))?\. For new"
+    sentence = re.search(pattern + r" samples, expect (\d+) to (\d+) of 100", card_text)
+    assert bool(bars) == bool(sentence) or len(bars) == 1
+    if sentence is None:
+        return
+    correct, partly, wrong = map(int, bars[-1])
+    assert (correct, correct + partly + wrong) == (int(sentence[1]), int(sentence[2]))
+    assert int(sentence[4]) <= 100 * correct / int(sentence[2]) <= int(sentence[5])
+    if sentence[3]:
+        assert int(bars[0][0]) == int(sentence[3])
+    assert ("entirely correct" in card_text) == any(int(bar[1]) for bar in bars)
+    legend = re.findall(r'<i class="(\w+)"></i>([\d,]+) ', card)
+    shown = [int(bar[index]) for bar in bars for index in range(3) if int(bar[index])]
+    assert [int(number) for _, number in legend] == shown
+    button = re.search(r'data-kind="wrong">.*?class="count">([\d,]+)<', page, re.DOTALL)
+    if button is not None:
+        assert int(button[1]) == partly + wrong
+
+
+def check_next_step(page: str, text: str, card_chip: str, folder: Path) -> None:
+    """Check that there is at most one next step, which agrees with the verdict."""
+    steps = re.findall(r"Next step: ([^<]*)", page)
+    assert len(steps) <= 1
+    reason = "".join(steps)
+    record = read_run(folder)
+    if record.result is not None:
+        is_overfitting = find_overfitting(list_lines_of_weights(record)) is not None
+        assert reason.startswith("overfitting") == is_overfitting == ("Overfitting: " in text)
+        assert not (card_chip == "worse" and "use the model" in reason)
+        assert reason.startswith("worse") <= (card_chip == "worse")
+        assert reason.startswith("no clear") <= (card_chip == NONE)
+    match = re.match(r"(\d+) of (\d+) answers are correct", reason)
+    if match:
+        assert f"{match[1]} of {match[2]} answers" in text
+    codes = {"better": {"metric"}, "worse": {"metric-worse"}, NONE: {"metric-unclear"}}
+    found = {one.code for one in run_check.check_predictions(record)}
+    diagnosed = found & {"metric", "metric-worse", "metric-unclear"}
+    assert diagnosed <= codes.get(card_chip, set())
+
+
+def check_run(folder: Path, seed: int) -> str:
+    draw_run(folder, seed)
+    page = render_run_page(folder)
+    check_statements(page, folder)
+    with use_language("zh"):
+        chinese = html.unescape(read_visible_text(render_run_page(folder)))
+        assert judge_run(read_run(folder)).sentence in chinese
+    return page
+
+
+@pytest.mark.parametrize("start", range(0, 40, 10))
+def test_statements_of_a_page_agree(tmp_path: Path, start: int) -> None:
+    for seed in range(start, start + 10):
+        check_run(tmp_path / str(seed), seed)
+
+
+@pytest.mark.fuzz
+@pytest.mark.parametrize("start", range(40, 540, 50))
+def test_statements_of_many_pages_agree(tmp_path: Path, start: int) -> None:
+    for seed in range(start, start + 50):
+        check_run(tmp_path / str(seed), seed)
+
+
+def swap_counts(lines: list[JsonLine | None], metric: str) -> examples.AnswerCounts | None:
+    counts = COUNT_ANSWERS(lines, metric)
+    if counts is None:
+        return None
+    return examples.AnswerCounts(counts.wrong, counts.partly, counts.correct)
+
+
+COUNT_ANSWERS = examples._count_answers
+
+BROKEN_CODE: dict[str, tuple[object, str, object]] = {
+    "counts": (examples, "_count_answers", swap_counts),
+    "chips": (metric_rows.MetricCell, "verdict_text", "better"),
+    "conclusion": (run_verdict, "CONCLUSIONS", {NONE: "better in {}", "better": "worse in {}"}),
+    "chance": (RunVerdict, "change_text", "This is unlikely to be due to chance."),
+    "next step": (
+        run_verdict,
+        "_propose_step",
+        lambda *_: (Step("serve", {}), "overfitting: stop"),
+    ),
+}
+"""Object, attribute and wrong value of statements that are broken on purpose."""
+
+
+@pytest.mark.parametrize("name", BROKEN_CODE)
+def test_check_detects_a_broken_statement(tmp_path, monkeypatch, name):
+    owner, attribute, value = BROKEN_CODE[name]
+    monkeypatch.setattr(owner, attribute, value)
+    num_detected = 0
+    for seed in range(10):
+        try:
+            check_run(tmp_path / str(seed), seed)
+        except AssertionError:
+            num_detected += 1
+    assert num_detected
+
+
+REPLACE_IN_PAGE: dict[str, Callable[[str], str]] = {
+    "second step": lambda page: page.replace(
+        "</main>", "<p>Next step: a</p><p>Next step: b</p></main>"
+    ),
+    "sentence": lambda page: re.sub(r"\d+ of (\d+) answers are", r"999 of \1 answers are", page),
+    "bar": lambda page: re.sub(r"\d+( partly correct, )", r"999\1", page),
+}
+
+
+@pytest.mark.parametrize("name", REPLACE_IN_PAGE)
+def test_check_detects_a_changed_page(tmp_path: Path, name: str) -> None:
+    num_detected = 0
+    for seed in range(6):
+        page = check_run(tmp_path / str(seed), seed)
+        changed = REPLACE_IN_PAGE[name](page)
+        if changed != page:
+            num_detected += 1
+            with pytest.raises(AssertionError):
+                check_statements(changed, tmp_path / str(seed))
+    assert num_detected

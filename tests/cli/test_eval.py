@@ -57,7 +57,7 @@ def test_json_scores_and_predictions_file(evaluate, tmp_path):
     assert figures["notes"] == {"cider_d": REASON_FEW_SAMPLES_UNBOUNDED}
     table = evaluate("--metric", "captions").out
     assert f"cider_d: {REASON_FEW_SAMPLES_UNBOUNDED}" in table
-    assert re.search(r"cider_d\* +0\.0000 +-\n", table)
+    assert re.search(r"cider_d\* +0\.00 +-\n", table)
 
 
 def test_full_memory_is_reported_once_and_does_not_move_the_progress(evaluate, monkeypatch):

@@ -193,10 +193,11 @@ class RunVerdict:
         if cell.change_interval is None:
             text = "{}. The confidence interval of the difference is unknown."
             return translate(text, change_text)
-        text = "{}: the 95 % interval of the difference is {}. This is unlikely to be due to chance."
+        text = "{}: the 95 % interval of the difference is {}."
+        interval_text = translate(text, change_text, cell.change_interval_text)
         if self.level == "no clear change":
-            text = "{}: the 95 % interval of the difference is {}. This may be due to chance."
-        return translate(text, change_text, cell.change_interval_text)
+            return translate("{} This may be due to chance.", interval_text)
+        return translate("{} This is unlikely to be due to chance.", interval_text)
 
 
 def compare_evaluations(run_record: RunRecord) -> RunVerdict:
@@ -267,18 +268,20 @@ def _count_answers(
 
 
 def _check_counts(line: JsonObject, counts: AnswerCounts | None) -> AnswerCounts | None:
-    """Return the counts of an evaluation: those of its answers, else by its primary score."""
-    metric = line.get("primary_metric")
-    num_samples = count_samples(line, str(metric))
-    if counts is not None and counts.total == (num_samples or counts.total):
-        return counts
+    """Return the counts of the answers of an evaluation, else those by its primary score.
+
+    Counts that do not agree with the evaluation are those of a damaged or shortened file.
+    """
     scores = read_metrics(line)
-    if metric is None and scores:
-        metric = next(iter(scores))
-    if not num_samples or metric not in scores:
-        return None
-    num_correct = count_correct(str(metric), scores[str(metric)], num_samples)
-    if num_correct is None:
+    metric = str(line.get("primary_metric") or next(iter(scores), ""))
+    num_samples = count_samples(line, metric)
+    num_correct = None
+    if num_samples and metric in scores:
+        num_correct = count_correct(metric, scores[metric], num_samples)
+    has_all_answers = counts is not None and counts.total == (num_samples or counts.total)
+    if counts is not None and has_all_answers and num_correct in (None, counts.correct):
+        return counts
+    if num_correct is None or num_samples is None:
         return None
     return AnswerCounts(num_correct, 0, num_samples - num_correct)
 

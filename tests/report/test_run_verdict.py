@@ -137,8 +137,8 @@ def draw_run(folder: Path, seed: int) -> Path:
         evaluations[0]["score_set"] = "b"
     if rng.random() < 0.15:
         (folder / "predictions" / "before.jsonl").unlink()
-    rate = rng.choice([5, 20, 1e9])
-    lines = [make_step_line(step, loss=2 * 2.7 ** (-step / rate)) for step in range(1, 61)]
+    decay_steps = rng.choice([5, 20, 1e9])
+    lines = [make_step_line(step, loss=2 * 2.7 ** (-step / decay_steps)) for step in range(1, 61)]
     interim = []
     if rng.random() < 0.3:
         for step, loss in ((20, 0.5), (40, 0.9)):
@@ -318,16 +318,16 @@ def swap_counts(lines: list[JsonLine | None], metric: str) -> examples.AnswerCou
     return examples.AnswerCounts(counts.wrong, counts.partly, counts.correct)
 
 
-COUNT_ANSWERS = examples._count_answers
+COUNT_ANSWERS = examples.count_answers
 
 BROKEN_CODE: dict[str, tuple[object, str, object]] = {
-    "counts": (examples, "_count_answers", swap_counts),
+    "counts": (examples, "count_answers", swap_counts),
     "chips": (metric_rows.MetricCell, "verdict_text", "better"),
     "conclusion": (run_verdict, "CONCLUSIONS", {NONE: "better in {}", "better": "worse in {}"}),
     "chance": (RunVerdict, "change_text", "This is unlikely to be due to chance."),
     "next step": (
         run_verdict,
-        "_propose_step",
+        "propose_step",
         lambda *_: (Step("serve", {}), "overfitting: stop"),
     ),
 }

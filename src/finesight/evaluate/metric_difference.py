@@ -103,7 +103,7 @@ def compare_cases(
     old, new = pair_estimators(metric, before, after, num_samples=num_samples)
     if not old:
         return []
-    primary = get_primary_metric(metric, {name: one.score for name, one in old.items()})
+    primary = get_primary_metric(metric, dict.fromkeys(old, 0.0))
     return compare_estimators(old, new, primary)
 
 
@@ -195,7 +195,7 @@ def _build_difference(
         )
     low, high = interval or (None, None)
     note = get_missing_difference_reason(before, after) or before.note
-    pair = before, after
+    has_trials = before.successes_and_trials is not None
     return MetricDifference(
         name,
         before.score,
@@ -206,7 +206,7 @@ def _build_difference(
         note,
         before.num_samples,
         p_value,
-        is_proportion=all(one.successes_and_trials is not None for one in pair),
+        is_proportion=has_trials and after.successes_and_trials is not None,
     )
 
 

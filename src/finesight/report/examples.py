@@ -151,7 +151,9 @@ def build_example_set(
     """
     all_lines = chain.from_iterable(line_groups)
     metric = select_sample_metric(primary_metric, [line for line in all_lines if line is not None])
-    answer_counts = [_count_answers(lines, metric) for lines in zip(*line_groups, strict=True)]
+    answer_counts = []
+    for column in zip(*line_groups, strict=True):
+        answer_counts.append(count_answers(column, metric))
     groups: dict[str, list[Example]] = {kind: [] for kind in quotas}
     for row_index, lines in enumerate(line_groups):
         example = _classify_sample(lines, metric, row_index, is_unordered="differ" in quotas)
@@ -179,22 +181,27 @@ def build_example_set(
     )
 
 
-def _count_answers(lines: Sequence[JsonObject | None], metric: str) -> AnswerCounts | None:
+def count_answers(lines: Sequence[JsonObject | None], metric: str) -> AnswerCounts | None:
     """Count the answers of an evaluation or run by their scores."""
-    answers = [line for line in lines if line is not None]
-    scores = [read_scores(line).get(metric) for line in answers]
-    # Custom scores may exceed the default maximum of 1. Captions have no correct answer.
-    has_maximum = get_score(metric).maximum == 1 and all((score or 0) <= 1 for score in scores)
-    if not has_maximum or all(score is None for score in scores):
-        return None
-    num_correct = 0
-    num_partly = 0
-    for line, score in zip(answers, scores, strict=True):
+    counts: Counter[str] = Counter()
+    has_scores = False
+    for line in lines:
+        if line is None:
+            continue
+        score = read_scores(line).get(metric)
+        # Custom scores may exceed the default maximum of 1. Captions have no correct answer.
+        if score is not None and max(score, get_score(metric).maximum) > 1:
+            return None
+        has_scores |= score is not None
         if score is not None and is_correct(line, metric):
-            num_correct += 1
+            counts["correct"] += 1
         elif score is not None and score > 0:
-            num_partly += 1
-    return AnswerCounts(num_correct, num_partly, len(answers) - num_correct - num_partly)
+            counts["partly"] += 1
+        else:
+            counts["wrong"] += 1
+    if not has_scores:
+        return None
+    return AnswerCounts(counts["correct"], counts["partly"], counts["wrong"])
 
 
 def _classify_sample(

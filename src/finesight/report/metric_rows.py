@@ -57,7 +57,9 @@ class MetricCell:
     @property
     def value_text(self) -> str:
         """Formatted value; empty if unknown."""
-        return "" if self.value is None else format_value(self.value, self.num_samples)
+        if self.value is None:
+            return ""
+        return format_value(self.value, self.num_samples)
 
     @property
     def interval_text(self) -> str:
@@ -67,7 +69,9 @@ class MetricCell:
     @property
     def change_text(self) -> str:
         """Formatted difference with its sign; empty if unknown."""
-        return "" if self.change is None else format_change(self.change, self.num_compared)
+        if self.change is None:
+            return ""
+        return format_change(self.change, self.num_compared)
 
     @property
     def change_interval_text(self) -> str:
@@ -183,9 +187,12 @@ def count_samples(line: JsonObject, name: str) -> int | None:
     """
     if name == VALIDATION_LOSS:
         return None
-    count = "num_loss_samples" if name in PAIR_METRICS else "num_samples"
-    num_samples = line.get(count) or line.get("num_samples")
-    return int(num_samples) if is_finite(num_samples) else None
+    num_samples = line.get("num_samples")
+    if name in PAIR_METRICS:
+        num_samples = line.get("num_loss_samples", num_samples)
+    if not is_finite(num_samples):
+        return None
+    return int(num_samples)
 
 
 def format_metric_name(metric: str) -> str:
@@ -263,11 +270,13 @@ def format_change(value: float, num_samples: int | None = None) -> str:
 
 def format_change_interval(interval: IntervalBounds, num_samples: int | None = None) -> str:
     """Format the confidence interval of a difference, with signs."""
-    return translate("{} to {}", *(format_change(bound, num_samples) for bound in interval))
+    low, high = interval
+    return translate("{} to {}", format_change(low, num_samples), format_change(high, num_samples))
 
 
 def format_interval(interval: IntervalBounds | None, num_samples: int | None = None) -> str:
     """Format the confidence interval of a metric; empty if unknown."""
     if not interval:
         return ""
-    return translate("{} to {}", *(format_value(bound, num_samples) for bound in interval))
+    low, high = interval
+    return translate("{} to {}", format_value(low, num_samples), format_value(high, num_samples))

@@ -236,7 +236,7 @@ def judge_run(
     for line, one in zip(evaluations, recorded, strict=False):
         counts.append(_check_counts(line, one))
     verdict = replace(verdict, counts=counts)
-    step, reason = _propose_step(run_record, verdict, run or run_record.folder)
+    step, reason = propose_step(run_record, verdict, run or run_record.folder)
     return replace(verdict, next_step=step, reason=reason)
 
 
@@ -290,7 +290,7 @@ Proposal = tuple[Step | None, str]
 """Next operation and its reason in the current language; None and an empty text for none."""
 
 
-def _propose_step(run_record: RunRecord, verdict: RunVerdict, run: Path) -> Proposal:
+def propose_step(run_record: RunRecord, verdict: RunVerdict, run: Path) -> Proposal:
     """Propose what to do with a finished run, by its losses and the verdict on it.
 
     The model is served only if neither its training nor its labels should change.

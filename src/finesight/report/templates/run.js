@@ -97,7 +97,7 @@ function drawTile(example, enlarge) {
   return tile;
 }
 
-/* A small picture of an incorrect answer, with the answer and its reference. */
+/* The image of an incorrect answer, with the answer and its reference. */
 function drawError(example, enlarge) {
   const image = example.images.map((index) => DATA.images[index]).find(({ src }) => src);
   const prediction = example.predictions.findLast(Boolean);

@@ -719,12 +719,16 @@ def test_advice_after_training_is_followed_by_buttons(folder, page):
     texts = {"after": {"scores": {"accuracy": "<b>"}, "num_samples": "x"}}
     assert judge_run(replace(record, steps=[], result=texts)).next_step == serve
     (run / "result.json").write_text(json.dumps(result))
+    query = "step=results&run=runs/a&lang=zh"
+    assert "3 / 12 个回答正确" in read_live(folder, query)["bottom"]
+    assert follow(page, query, "label")["step"] == "label"
+    # The page proposes one step.
     lines = [json.dumps(line) for line in losses]
     with (run / "metrics.jsonl").open("a") as file:
         file.write("\n".join(lines) + "\n")
-    query = "step=results&run=runs/a&lang=zh"
-    assert "损失仍在下降：请训练两倍时长" in read_live(folder, query)["bottom"]
-    assert follow(page, query, "label")["step"] == "label"
+    bottom = read_live(folder, query)["bottom"]
+    assert "损失仍在下降：请训练两倍时长" in bottom
+    assert "3 / 12 个回答正确" not in bottom
     for _ in range(2):
         assert follow(page, query, "train")["recipe"] == "recipes/a-2.yaml"
     assert load_recipe(folder / "recipes/a-2.yaml").output_dir == Path("runs/a-2")

@@ -211,7 +211,7 @@ def test_examples_are_sorted_filtered_and_enlarged(browser, run, width):
     click(browser, "[data-view=grid]")
     for kind, number in (("wrong", 9), ("worse", 3)):
         click(browser, f"[data-kind={kind}]")
-        assert count(browser, ".tile") == number
+        assert count(browser, "#feed .tile") == number
     assert browser.unlabeled_elements() == []
     browser.press("j", "j", "k", "Enter")
     assert read_texts(browser, "#enlarged[open] .id") == ["s0"]
@@ -283,8 +283,8 @@ def test_rewards_and_responses(browser: Browser, reward_run: FakeRunDir) -> None
     text, data = read_visible_text(page), read_script_data(page)
     for words in (
         "found Length drift 24.5 tokens per response in the first 10 steps and 54.5 in the last",
-        "Result Reward of the first and last 10 steps: 0.5000 → 0.5000; boxes −0.088 to +0.088: no"
-        " clear change; format +0.731 to +0.819: better",
+        "Result Reward of the first and last 10 steps: 0.50 → 0.50; boxes −0.09 to +0.09: no"
+        " clear change; format +0.73 to +0.82: better",
         "found Gains of the format only Reward of the first",
         "found Box spam 1.0 box per response in the first groups, 2.5 in the last; reference: 1.0",
         "4 groups of responses",

@@ -203,9 +203,7 @@ def test_interval_of_a_reward_depends_on_the_prompts(run: FakeRunDir) -> None:
     assert summary.estimate_reward(record, record.steps, "exact") == pytest.approx(expected)
     assert summary.list_reward_signs(record, []) == []
     text = summary.describe_rewards(record)
-    assert text.startswith(
-        "Reward of the first and last 1 step: 0.5000 → 0.5000; exact match −0.277"
-    )
+    assert text.startswith("Reward of the first and last 1 step: 0.50 → 0.50; exact match −0.28")
     run.write_rewards([{"rewards/exact/mean": 0.5, "rewards/exact/std": 0.2}], [])
     assert summary.describe_rewards(read_run(run.folder)) == ""
 

@@ -456,12 +456,16 @@ def describe_rewards(run_record: RunRecord) -> str:
     (first, last), gains = compare_rewards(run_record)
     if not first or first == last:
         return ""
-    before = format_value(mean(_list_values(first, "reward")))
-    after = format_value(mean(_list_values(last, "reward")))
+    num_prompts = as_object(run_record.recipe.get("train")).get("batch_size")
+    count = None
+    if isinstance(num_prompts, int):
+        count = num_prompts * len(first)
+    before = format_value(mean(_list_values(first, "reward")), count)
+    after = format_value(mean(_list_values(last, "reward")), count)
     text = "Reward of the first and last {:,} steps: {} → {}"
     texts = [translate(text, len(first), before, after)]
     for name, (interval, verdict) in gains.items():
-        change = format_change_interval(interval)
+        change = format_change_interval(interval, count)
         texts.append(f"{format_metric_name(name)} {change}: {translate(verdict)}")
     return translate("; ").join(texts)
 

@@ -393,7 +393,7 @@ def _log_summary(
     if last.full is not None:
         subset = f"Common subset of {last.num_loss_samples} samples: "
     console.log(
-        f"{subset}The {best.primary_metric or 'validation loss'} was better after step"
+        f"{subset}The best {best.primary_metric or 'validation loss'} is that after step"
         f" {best.step} ({best_score}); its checkpoint is"
         f" {run_dir.checkpoint_dir / f'step-{best.step}'}"
     )

@@ -114,7 +114,7 @@ function drawError(example, enlarge) {
     );
   const [reference] = example.references;
   if (!lines.length && reference) {
-    lines.push(translate("{} instead of {}", prediction.text || "–", reference));
+    lines.push(translate("“{}” instead of “{}”", prediction.text || "–", reference));
   }
   const tile = createElement(
     "button",

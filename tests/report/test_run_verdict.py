@@ -4,10 +4,12 @@ import html
 import json
 import random
 import re
+import shlex
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import click
 import pytest
 from html_text import read_script_data, read_visible_text
 from run_dir_fixtures import (
@@ -20,6 +22,8 @@ from run_dir_fixtures import (
     make_step_line,
 )
 
+from finesight.cli.app import app
+from finesight.config import Recipe
 from finesight.doctor import run_check
 from finesight.errors import Step
 from finesight.evaluate.metric_difference import (
@@ -30,6 +34,7 @@ from finesight.evaluate.metric_difference import (
 from finesight.evaluate.prediction_file import read_predictions
 from finesight.evaluate.task_metrics import compute_metrics, get_primary_metric
 from finesight.metric_components import get_score
+from finesight.operations.training import list_next_steps
 from finesight.report import examples, metric_rows, run_verdict
 from finesight.report.i18n import use_language
 from finesight.report.metric_rows import build_metric_rows, format_metric_name
@@ -67,6 +72,38 @@ def test_verdict_of_comparison_is_used(low, high, verdict, level, words):
     assert words in found.change_text
     fallen = judge_scores(0.9, 0.2, similarity=difference)
     assert "The similarity decreased by 0.7000" in fallen.change_text
+
+
+def write_finished_run(
+    folder: Path, scores: JsonLine, *, metric: str = "ocr", **more: object
+) -> FakeRunDir:
+    """Write a finished run of 30 samples with such scores after training; `more` adds keys."""
+    run = FakeRunDir(folder, metric)
+    lines = []
+    for step, values in ((0, dict.fromkeys(scores, 0.0)), (60, scores)):
+        line = make_evaluation_line(step, 0.5, scores=values, intervals={}, num_samples=30)
+        lines.append(line | {"primary_metric": next(iter(scores))} | more)
+    run.write_lines("metrics.jsonl", [START_RECORD, lines[0], make_step_line(60), lines[1]])
+    run.write_finished(before=lines[0], after=lines[1])
+    return run
+
+
+def test_proposed_labels_are_those_of_a_command_that_runs(tmp_path: Path) -> None:
+    run = write_finished_run(tmp_path / "run", {"exact": 0.2})
+    step = judge_run(read_run(run.folder)).next_step
+    assert step is not None
+    assert step.operation == "label"
+    program, name, *words = shlex.split(str(replace(step, purpose="")))
+    context = click.Context(app)
+    command = app.get_command(context, name)
+    assert command is not None
+    assert program == "finesight"
+    command.make_context(name, words)  # An argument that is missing is an error.
+    # The end of a training proposes the same step; its data are not those of `label`.
+    recipe = {"model": "m", "data": {"train": "t.jsonl"}, "output_dir": str(run.folder)}
+    proposed, *others = list_next_steps(Recipe.model_validate(recipe))
+    assert proposed == step
+    assert [one.operation for one in others] == ["predict", "serve"]
 
 
 METRICS = "classification", "json", "ocr", "grounding", "captions"

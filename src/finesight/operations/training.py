@@ -374,11 +374,11 @@ def train(
         from finesight.operations.deployment import upload_run
 
         exit_code = upload_run(settings.output_dir, push, console)
-    next_steps = _list_next_steps(settings)
+    next_steps = list_next_steps(settings)
     return Outcome(result, (), result.as_json(), next_steps, exit_code)
 
 
-def _list_next_steps(settings: Recipe) -> list[Step]:
+def list_next_steps(settings: Recipe) -> list[Step]:
     """Return the operations that use a finished run, with the reason for the proposed one."""
     from finesight.data.example_question import read_example
     from finesight.report.run_reader import read_run
@@ -388,21 +388,21 @@ def _list_next_steps(settings: Recipe) -> list[Step]:
     run = str(settings.output_dir)
     run_record = read_run(settings.output_dir, with_plugins=False)
     proposed = judge_run(run_record).next_step
-    purposes = {}
-    next_steps = []
-    if proposed is not None:
-        purposes[proposed.operation] = proposed.purpose
-        if proposed.operation == "train":
-            next_steps.append(proposed)
-    next_steps.append(read_example(settings.output_dir).build_step(run))
+    next_steps = [read_example(settings.output_dir).build_step(run)]
     if is_native_run(run_record):
-        next_steps.append(Step("serve", {"run_or_model": run}, purposes.get("serve", "")))
-        label_step = find_label_step(settings, purposes.get("label", ""))
+        next_steps.append(Step("serve", {"run_or_model": run}))
+        label_step = find_label_step(settings)
         if label_step is not None:
             next_steps.append(label_step)
     else:
         next_steps.append(Step("web", {"run_or_model": run}))
-    return next_steps
+    if proposed is None:
+        return next_steps
+    for index, step in enumerate(next_steps):
+        if step.operation == proposed.operation:
+            next_steps[index] = replace(step, purpose=proposed.purpose)
+            return next_steps
+    return [proposed, *next_steps]
 
 
 def _load_recipe(
@@ -420,7 +420,7 @@ def _load_recipe(
     return recipe_from_dict(content, overrides), None
 
 
-def find_label_step(recipe: Recipe, purpose: str = "") -> Step | None:
+def find_label_step(recipe: Recipe) -> Step | None:
     """Return the step that labels further images with a run; None if it trained no labels."""
     from finesight.label.label_store import find_label_folder, read_sources
 
@@ -429,7 +429,7 @@ def find_label_step(recipe: Recipe, purpose: str = "") -> Step | None:
         return None
     sources = [source for source in read_sources(folder) if os.path.exists(source)]
     arguments = {"run_or_model": str(recipe.output_dir), "sources": sources or ["IMAGES"]}
-    return Step("label", arguments, purpose)
+    return Step("label", arguments)
 
 
 def _find_run_recipe(folder: Path, overrides: Overrides) -> Path:

@@ -312,17 +312,17 @@ def propose_step(run_record: RunRecord, verdict: RunVerdict, run: Path) -> Propo
         return _propose_training(run, overrides, "the loss still falls: train twice as long")
     if not summary.is_native_run(run_record):
         return None, ""  # The transformers backend neither suggests labels nor serves an API.
-    arguments = {"run_or_model": str(run)}
+    label_arguments = {"run_or_model": str(run), "sources": ["IMAGES"]}
     num_labels = max(MIN_NEW_LABELS, summary.count_training_samples(run_record) or 0)
     if counts is not None and 2 * counts.correct < counts.total:
         text = "{} of {} answers are correct: label about {} more images"
         values = counts.correct, counts.total, num_labels
-        return Step("label", arguments, text.format(*values)), translate(text, *values)
+        return Step("label", label_arguments, text.format(*values)), translate(text, *values)
     if verdict.level == "no clear change" and not is_good:
         text = "no clear change: label about {} more images"
-        return Step("label", arguments, text.format(num_labels)), translate(text, num_labels)
+        return Step("label", label_arguments, text.format(num_labels)), translate(text, num_labels)
     text = "use the model"
-    return Step("serve", arguments, text), translate(text)
+    return Step("serve", {"run_or_model": str(run)}, text), translate(text)
 
 
 def _propose_training(run: Path, overrides: Sequence[str], text: str) -> Proposal:

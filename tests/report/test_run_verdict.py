@@ -5,7 +5,7 @@ import json
 import random
 import re
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -104,6 +104,40 @@ def test_proposed_labels_are_those_of_a_command_that_runs(tmp_path: Path) -> Non
     proposed, *others = list_next_steps(Recipe.model_validate(recipe))
     assert proposed == step
     assert [one.operation for one in others] == ["predict", "serve"]
+
+
+def make_scored_lines(name: str, values: Sequence[float]) -> list[JsonLine]:
+    lines = []
+    for index, value in enumerate(values):
+        lines.append(make_prediction_line(f"s{index}", "x", "y", 0.0, scores={name: value}))
+    return lines
+
+
+@pytest.mark.parametrize(
+    ("metric", "expected"), [("own.py:score", (0, 30, 0)), ("classification", (15, 0, 15))]
+)
+def test_mean_of_a_custom_score_counts_no_answers(
+    tmp_path: Path, metric: str, expected: tuple[int, int, int]
+) -> None:
+    run = write_finished_run(tmp_path / "run", {"accuracy": 0.5}, metric=metric)
+    record = read_run(run.folder)
+    assert (judge_run(record).counts[-1] is None) == (metric == "own.py:score")
+    for name in ("before", "after"):
+        run.write_predictions(name, make_scored_lines("accuracy", [0.5] * 30))
+    assert judge_run(record).counts[-1] == examples.AnswerCounts(*expected)
+
+
+def test_next_step_does_not_depend_on_the_size_of_prediction_files(tmp_path: Path) -> None:
+    """The page of a large file counts by the score, which need not be the primary one."""
+    run = write_finished_run(tmp_path / "run", {"similarity": 0.5, "exact": 0.1})
+    lines = make_scored_lines("exact", [1.0] * 3 + [0.0] * 27)
+    for name in ("before", "after"):
+        run.write_predictions(name, lines)
+    record = read_run(run.folder)
+    found = judge_run(record)
+    assert found.next_step is not None
+    assert found.next_step.operation == "label"
+    assert judge_run(replace(record, max_bytes=2000)).next_step == found.next_step
 
 
 METRICS = "classification", "json", "ocr", "grounding", "captions"

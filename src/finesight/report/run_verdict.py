@@ -14,6 +14,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from finesight.errors import Step
 from finesight.evaluate.bootstrap import clopper_pearson_interval
+from finesight.evaluate.custom_metric import parse_metric_path
 from finesight.evaluate.metric_difference import MetricDifference, count_correct
 from finesight.evaluate.verdict import Verdict
 from finesight.manifest import RECIPE_FILE, find_next_run_dir
@@ -200,15 +201,21 @@ class RunVerdict:
         return translate("{} This is unlikely to be due to chance.", interval_text)
 
 
-def compare_evaluations(run_record: RunRecord) -> RunVerdict:
-    """Return the verdict on a run without counts of answers and without a next step."""
+def compare_evaluations(
+    run_record: RunRecord, counts: Sequence[AnswerCounts | None] = ()
+) -> RunVerdict:
+    """Return the verdict on a run without a next step.
+
+    Args:
+        counts: Counts of the answers of each evaluation.
+    """
     evaluations = select_evaluations(run_record)
     rows = build_metric_rows(evaluations, _read_differences(run_record, evaluations))
     num_samples = None
     if evaluations:
         last = evaluations[-1]
         num_samples = last.get("num_samples") or last.get("num_loss_samples")
-    return RunVerdict(name_evaluations(run_record, evaluations), rows, num_samples)
+    return RunVerdict(name_evaluations(run_record, evaluations), rows, num_samples, counts)
 
 
 def judge_run(
@@ -227,15 +234,14 @@ def judge_run(
         files = find_prediction_files(run_record)
         times = tuple(file.stat().st_mtime_ns for file in files if file is not None)
         metric = run_record.primary_metric
-        answer_counts = _count_answers(files, times, metric, run_record.max_bytes)
-    verdict = compare_evaluations(run_record)
+        answer_counts = _read_counts(files, times, metric, run_record.max_bytes)
+    # The prediction files are those of the first and of the last evaluation.
+    before, after = answer_counts or (None, None)
     evaluations = select_evaluations(run_record)
     counts = []
-    # The prediction files are those of the first and of the last evaluation.
-    recorded = [None, None, *answer_counts][-len(evaluations) :]
-    for line, one in zip(evaluations, recorded, strict=False):
-        counts.append(_check_counts(line, one))
-    verdict = replace(verdict, counts=counts)
+    for line in evaluations:
+        counts.append(_check_counts(run_record, line, after if line is evaluations[-1] else before))
+    verdict = compare_evaluations(run_record, counts)
     step, reason = propose_step(run_record, verdict, run or run_record.folder)
     return replace(verdict, next_step=step, reason=reason)
 
@@ -253,13 +259,13 @@ def find_prediction_files(run_record: RunRecord) -> tuple[Path | None, Path | No
 
 
 @lru_cache(maxsize=16)
-def _count_answers(
+def _read_counts(
     files: tuple[Path | None, Path | None],
     times: tuple[int, ...],
     metric: str | None,
     max_bytes: int | None,
 ) -> Sequence[AnswerCounts | None]:
-    """Count the answers in the first and the last prediction file of a run.
+    """Read the counts of the answers in the first and the last prediction file of a run.
 
     Args:
         times: Modification times of the files, which determine the validity of the cached result.
@@ -267,23 +273,34 @@ def _count_answers(
     return read_examples(*files, metric, 0, max_bytes).answer_counts
 
 
-def _check_counts(line: JsonObject, counts: AnswerCounts | None) -> AnswerCounts | None:
-    """Return the counts of the answers of an evaluation, else those by its primary score.
+def _check_counts(
+    run_record: RunRecord, evaluation: JsonObject, counts: AnswerCounts | None
+) -> AnswerCounts | None:
+    """Return the counts of the answers of an evaluation, else those by its scores.
 
     Counts that do not agree with the evaluation are those of a damaged or shortened file.
     """
-    scores = read_metrics(line)
-    metric = str(line.get("primary_metric") or next(iter(scores), ""))
-    num_samples = count_samples(line, metric)
+    num_samples = count_samples(evaluation, "")
     num_correct = None
-    if num_samples and metric in scores:
-        num_correct = count_correct(metric, scores[metric], num_samples)
-    has_all_answers = counts is not None and counts.total == (num_samples or counts.total)
-    if counts is not None and has_all_answers and num_correct in (None, counts.correct):
-        return counts
+    settings = as_object(run_record.recipe.get("eval"))
+    # The mean of a custom score counts nothing: each of its values may be a fraction.
+    if num_samples is not None and parse_metric_path(str(settings.get("metric"))) is None:
+        num_correct = _count_by_score(evaluation, num_samples)
+    if counts is not None and num_samples in (None, counts.total):
+        if num_correct in (None, counts.correct):
+            return counts
     if num_correct is None or num_samples is None:
         return None
     return AnswerCounts(num_correct, 0, num_samples - num_correct)
+
+
+def _count_by_score(evaluation: JsonObject, num_samples: int) -> int | None:
+    """Return the number of correct answers by the score that counts them; None without one."""
+    for name, score in read_metrics(evaluation).items():
+        count = count_correct(name, score, num_samples)
+        if count is not None:
+            return count
+    return None
 
 
 Proposal = tuple[Step | None, str]

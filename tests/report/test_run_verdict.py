@@ -140,6 +140,18 @@ def test_next_step_does_not_depend_on_the_size_of_prediction_files(tmp_path: Pat
     assert judge_run(replace(record, max_bytes=2000)).next_step == found.next_step
 
 
+@pytest.mark.parametrize("num_samples", [-3, 0, 0.5, 60.0])
+def test_invalid_number_of_samples_is_unknown(tmp_path: Path, num_samples: float) -> None:
+    run = write_finished_run(tmp_path / "run", {"exact": 0.2}, num_samples=num_samples)
+    record = read_run(run.folder)
+    found = judge_run(record)
+    assert found.num_samples is None
+    assert found.cell.value_text == "0.2000"
+    assert found.counts == [None, None]
+    run_check.check_predictions(record)
+    render_run_page(run.folder)
+
+
 METRICS = "classification", "json", "ocr", "grounding", "captions"
 
 

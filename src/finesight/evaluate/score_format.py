@@ -17,10 +17,10 @@ def format_score(value: float, num_samples: int | None = None) -> str:
     digits if it would be displayed as such.
 
     Args:
-        num_samples: Number of samples of the score. None or 0 if unknown.
+        num_samples: Number of samples of the score. Unknown if it is None or not positive.
     """
     digits = MAX_DIGITS
-    if num_samples:
+    if num_samples is not None and num_samples > 0:
         digits = min(MAX_DIGITS, max(MIN_DIGITS, 1 + int(math.log10(num_samples) / 2)))
     magnitude = abs(value)
     if magnitude >= 10 and math.isfinite(value):

@@ -187,12 +187,17 @@ def count_samples(line: JsonObject, name: str) -> int | None:
     """
     if name == VALIDATION_LOSS:
         return None
-    num_samples = line.get("num_samples")
-    if name in PAIR_METRICS:
-        num_samples = line.get("num_loss_samples", num_samples)
-    if not is_finite(num_samples):
-        return None
-    return int(num_samples)
+    if name in PAIR_METRICS and "num_loss_samples" in line:
+        return read_sample_count(line, "num_loss_samples")
+    return read_sample_count(line, "num_samples")
+
+
+def read_sample_count(line: JsonObject, key: str) -> int | None:
+    """Return a number of samples of an evaluation. None unless it is an integer above 0."""
+    count = line.get(key)
+    if isinstance(count, int) and count > 0:
+        return count
+    return None
 
 
 def format_metric_name(metric: str) -> str:

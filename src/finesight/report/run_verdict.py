@@ -25,11 +25,11 @@ from finesight.report.metric_rows import (
     MetricCell,
     MetricRow,
     build_metric_rows,
-    count_samples,
     format_change,
     format_metric_name,
     join_metric_names,
     read_metrics,
+    read_sample_count,
 )
 from finesight.report.run_reader import (
     OTHER_SAMPLES,
@@ -214,7 +214,8 @@ def compare_evaluations(
     num_samples = None
     if evaluations:
         last = evaluations[-1]
-        num_samples = last.get("num_samples") or last.get("num_loss_samples")
+        num_samples = read_sample_count(last, "num_samples")
+        num_samples = num_samples or read_sample_count(last, "num_loss_samples")
     return RunVerdict(name_evaluations(run_record, evaluations), rows, num_samples, counts)
 
 
@@ -280,7 +281,7 @@ def _check_counts(
 
     Counts that do not agree with the evaluation are those of a damaged or shortened file.
     """
-    num_samples = count_samples(evaluation, "")
+    num_samples = read_sample_count(evaluation, "num_samples")
     num_correct = None
     settings = as_object(run_record.recipe.get("eval"))
     # The mean of a custom score counts nothing: each of its values may be a fraction.

@@ -14,6 +14,7 @@ from finesight.evaluate.bootstrap import (
 )
 from finesight.evaluate.eval_case import EvalCase
 from finesight.evaluate.metric_difference import (
+    NOTE_UNTESTED,
     compare_estimators,
     compare_family,
     pair_estimators,
@@ -81,6 +82,38 @@ def test_holm_rule(p_values, expected):
 def test_primary_metric_is_tested_first(comparisons, expected):
     found = find_clear_differences(comparisons, "main")
     assert found == [set(one.split()) for one in expected]
+
+
+def test_further_comparisons_have_their_share() -> None:
+    for num_others, expected in ((0, {"a"}), (1, {"a"}), (2, set())):
+        assert find_clear_differences([{"a": 0.02}], num_others=num_others) == [expected]
+
+
+def test_scores_without_a_test_keep_their_interval() -> None:
+    """The primary score has no clear change, so the others have no verdict."""
+    pairs = {"main": (np.arange(30) % 2, np.arange(30) < 16), "exact": (np.zeros(30), np.ones(30))}
+    before, after = (
+        {name: estimate_mean(one[i].astype(float)) for name, one in pairs.items()} for i in (0, 1)
+    )
+    main, exact = compare_estimators(before, after, "main")
+    assert main.verdict == "no clear change"
+    assert (exact.verdict, exact.note) == ("", NOTE_UNTESTED)
+    assert exact.low is not None
+    assert exact.low > 0
+    (alone,) = compare_estimators({"exact": before["exact"]}, {"exact": after["exact"]}, "main")
+    assert (alone.verdict, alone.low) == ("better", exact.low)
+
+
+def test_primary_score_without_a_verdict_opens_no_tests() -> None:
+    """Its change is significant, but its interval excludes 0 by less than is displayed."""
+    values = np.random.default_rng(6).random(60) / 2
+    before = {"main": estimate_mean(values), "other": estimate_mean(values)}
+    after = {"main": estimate_mean(values + 2e-5), "other": estimate_mean(values + 0.2)}
+    main, other = compare_estimators(before, after, "main")
+    assert main.p_value is not None
+    assert main.p_value < 0.01
+    assert main.verdict == "no clear change"
+    assert other.verdict == ""
 
 
 def estimate_scores(rng: np.random.Generator, num_samples: int) -> dict[str, ScoreEstimator]:

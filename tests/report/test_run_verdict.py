@@ -106,6 +106,14 @@ def test_proposed_labels_are_those_of_a_command_that_runs(tmp_path: Path) -> Non
     assert [one.operation for one in others] == ["predict", "serve"]
 
 
+def test_role_of_chance_names_the_score_if_another_one_counts_answers() -> None:
+    difference = MetricDifference("similarity", 0.2, 0.9, -0.1, 0.8, NONE)
+    found = judge_scores(0.2, 0.9, similarity=difference)
+    counts = [examples.AnswerCounts(3, 0, 7)] * 2
+    text = replace(found, counts=counts).change_text
+    assert text.endswith("The change of the similarity may be due to chance.")
+
+
 def make_scored_lines(name: str, values: Sequence[float]) -> list[JsonLine]:
     lines = []
     for index, value in enumerate(values):

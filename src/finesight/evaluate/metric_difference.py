@@ -5,8 +5,8 @@ from __future__ import annotations
 import itertools
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from finesight.config import MetricSpec
@@ -25,6 +25,7 @@ from finesight.evaluate.verdict import (
     Verdict,
     compute_p_values,
     count_swaps,
+    excludes_zero,
     find_clear_differences,
     judge_difference,
 )
@@ -34,6 +35,7 @@ T = TypeVar("T")
 
 REASON_UNSAMPLED = "no interval: only the sum over all samples is known"
 REASON_NO_PREDICTIONS = "no interval: the predictions are missing"
+NOTE_UNTESTED = "not tested: the primary score has no clear change"
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +43,7 @@ class MetricDifference:
     """A score of two evaluations, with the 95 % confidence interval of the difference.
 
     The verdict accounts for all differences of its family. Without a clear change, the interval
-    contains 0.
+    contains 0. The verdict is empty for a difference that was not tested.
 
     Attributes:
         low: Lower bound of after - before; None, like `high`, without an interval.
@@ -162,21 +164,46 @@ def compare_family(
     """
     num_tests = num_others + sum(len(before.keys() & after.keys()) for before, after in pairs)
     num_swaps = count_swaps(num_tests)
-    tested = [compute_p_values(before, after, num_swaps) for before, after in pairs]
-    others: list[PValues] = [{"": 1.0}] * num_others
-    clear_names = find_clear_differences([*tested, *others], primary)
+    p_values = []
+    intervals = []
+    tested = []
+    for before, after in pairs:
+        p_values.append(compute_p_values(before, after, num_swaps))
+        intervals.append(compute_difference_intervals(before, after))
+        tested.append(_reject_intervals_with_zero(p_values[-1], intervals[-1]))
+    clear_names = find_clear_differences(tested, primary, num_others)
     family = []
-    for (before, after), p_value_by_name, clear in zip(pairs, tested, clear_names, strict=False):
-        intervals = compute_difference_intervals(before, after)
+    for index, (before, after) in enumerate(pairs):
+        clear = clear_names[index]
+        is_gated = p_values[index].get(primary) is not None and not clear
         differences = []
-        for name, p_value in p_value_by_name.items():
+        for name, p_value in p_values[index].items():
             old = before[name]
             new = after[name]
-            is_clear = name in clear
-            difference = _build_difference(name, old, new, intervals[name], p_value, is_clear)
+            difference = _build_difference(name, old, new, intervals[index][name], p_value)
+            if is_gated and name != primary and difference.interval_text:
+                difference = replace(difference, note=difference.note or NOTE_UNTESTED)
+            else:
+                difference = _judge(difference, is_clear=name in clear)
             differences.append(difference)
         family.append(differences)
     return family
+
+
+def _reject_intervals_with_zero(
+    p_values: PValues, intervals: Mapping[str, ConfidenceInterval | None]
+) -> PValues:
+    """Return p-values that are 1 if the interval does not exclude 0.
+
+    Such a difference is never clear, so it must not allow the tests of others either.
+    """
+    tested: dict[str, float | None] = {}
+    for name, p_value in p_values.items():
+        interval = intervals[name]
+        tested[name] = p_value
+        if p_value is not None and interval is not None and not excludes_zero(interval):
+            tested[name] = 1.0
+    return tested
 
 
 def _build_difference(
@@ -185,14 +212,8 @@ def _build_difference(
     after: ScoreEstimator,
     interval: ConfidenceInterval | None,
     p_value: float | None,
-    is_clear: bool,
 ) -> MetricDifference:
-    verdict: Verdict = "no clear change"
-    if interval is not None:
-        lower_is_better = get_score(name).lower_is_better
-        interval, verdict = judge_difference(
-            interval, is_clear=is_clear, lower_is_better=lower_is_better
-        )
+    """Build the difference of a score, without a verdict."""
     low, high = interval or (None, None)
     note = get_missing_difference_reason(before, after) or before.note
     has_trials = before.successes_and_trials is not None
@@ -202,12 +223,24 @@ def _build_difference(
         after.score,
         low,
         high,
-        verdict,
+        "",
         note,
         before.num_samples,
         p_value,
         is_proportion=has_trials and after.successes_and_trials is not None,
     )
+
+
+def _judge(difference: MetricDifference, *, is_clear: bool) -> MetricDifference:
+    """Return a difference with its verdict, and with an interval that agrees."""
+    if difference.low is None or difference.high is None:
+        return replace(difference, verdict="no clear change")
+    (low, high), verdict = judge_difference(
+        (difference.low, difference.high),
+        is_clear=is_clear,
+        lower_is_better=get_score(difference.name).lower_is_better,
+    )
+    return replace(difference, low=low, high=high, verdict=verdict)
 
 
 def build_unsampled_difference(

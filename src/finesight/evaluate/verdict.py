@@ -25,8 +25,9 @@ another. Both steps are a graphical procedure of Bonferroni tests (Bretz et al. 
 
 The intervals on a page are those of single differences, because intervals that are adjusted to the
 family would not be comparable between pages. A verdict needs a significant test and an interval
-that excludes 0. `judge_difference` extends the interval of any other difference to 0, so that
-interval and verdict agree.
+that excludes 0. A difference whose interval includes 0 counts with a p-value of 1, so that a
+primary metric without a verdict does not open the tests of others. `judge_difference` extends the
+interval of any other tested difference to 0, so that interval and verdict agree.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ from finesight.evaluate.bootstrap import (
 )
 
 Verdict = Literal["better", "worse", "no clear change", ""]
-"""Verdict on a difference; empty if it can have no interval."""
+"""Verdict on a difference; empty if it has no interval or was not tested."""
 
 FAMILY_ERROR = 0.05
 """Maximum probability of a verdict on any difference of a page without a real difference."""
@@ -79,19 +80,27 @@ def judge_difference(
         is_clear: Whether the test of the difference is significant in its family.
     """
     low, high = interval
-    is_visible = max(abs(low), abs(high)) >= MIN_VISIBLE_CHANGE
-    excludes_zero = low > 0 or high < 0
-    if not (is_clear and is_visible and excludes_zero):
+    if not (is_clear and excludes_zero(interval)):
         return ConfidenceInterval(min(low, 0.0), max(high, 0.0)), "no clear change"
     is_better = (low > 0) != lower_is_better
     return ConfidenceInterval(low, high), "better" if is_better else "worse"
 
 
-def find_clear_differences(comparisons: Sequence[PValues], primary: str = "") -> list[set[str]]:
+def excludes_zero(interval: tuple[float, float]) -> bool:
+    """Return whether an interval excludes 0, and not only by less than is displayed."""
+    low, high = interval
+    is_visible = max(abs(low), abs(high)) >= MIN_VISIBLE_CHANGE
+    return is_visible and (low > 0 or high < 0)
+
+
+def find_clear_differences(
+    comparisons: Sequence[PValues], primary: str = "", num_others: int = 0
+) -> list[set[str]]:
     """Return the metrics of each comparison whose difference is clear in the family of all.
 
     Args:
         primary: Primary metric, which is tested first. Empty for none.
+        num_others: Number of further comparisons in the family, none of which is clear.
     """
     open_comparisons = []
     for index, p_values in enumerate(comparisons):
@@ -100,7 +109,7 @@ def find_clear_differences(comparisons: Sequence[PValues], primary: str = "") ->
             open_comparisons.append((index, tested))
     clear: list[set[str]] = [set() for _ in comparisons]
     while open_comparisons:
-        level = FAMILY_ERROR / len(open_comparisons)
+        level = FAMILY_ERROR / (len(open_comparisons) + num_others)
         unclear = []
         for index, tested in open_comparisons:
             clear[index] = _test_in_order(tested, primary, level)

@@ -18,6 +18,7 @@ from finesight.evaluate.custom_metric import parse_metric_path
 from finesight.evaluate.metric_difference import MetricDifference, count_correct
 from finesight.evaluate.verdict import Verdict
 from finesight.manifest import RECIPE_FILE, find_next_run_dir
+from finesight.metric_components import get_score
 from finesight.report import summary
 from finesight.report.examples import AnswerCounts, estimate_differences, read_examples
 from finesight.report.i18n import translate
@@ -196,9 +197,18 @@ class RunVerdict:
             return translate(text, change_text)
         text = "{}: the 95 % interval of the difference is {}."
         interval_text = translate(text, change_text, cell.change_interval_text)
-        if self.level == "no clear change":
-            return translate("{} This may be due to chance.", interval_text)
-        return translate("{} This is unlikely to be due to chance.", interval_text)
+        is_chance = self.level == "no clear change"
+        _, counts = self._get_counts()
+        if counts is None or get_score(self.primary_row.name).counts_answers:
+            text = "{} This is unlikely to be due to chance."
+            if is_chance:
+                text = "{} This may be due to chance."
+            return translate(text, interval_text)
+        # The sentence counts the answers by another score.
+        text = "{} The change of the {} is unlikely to be due to chance."
+        if is_chance:
+            text = "{} The change of the {} may be due to chance."
+        return translate(text, interval_text, name)
 
 
 def compare_evaluations(

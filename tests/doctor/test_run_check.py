@@ -222,7 +222,7 @@ PEAK = [make_evaluation_line(n, score) for n, score in ((0, 0.5), (30, 0.7), (60
         (("better",), None, [], "metric", "ok", ["finesight"]),
         (("worse", 0.9, 0.9), None, [], "metric-worse", "error", ["finesight report "]),
         (("worse", 0.5, 0.4), PEAK, [], "metric-worse", "error", ["step 30", "eval.patience=2"]),
-        (("no clear change",), None, [], "metric-unclear", "warning", ["--limit 200"]),
+        (("no clear change",), None, [], "metric-unclear", "warning", ["train.epochs=2"]),
         (None, [START_RECORD], [], "not-evaluated", "warning", ["data.eval="]),
         (
             None,

@@ -85,6 +85,7 @@ ERROR_TEXTS = (
     "no clear change: label about {} more images",
     "overfitting: train again, and stop at the best evaluation",
     "worse than before training: train again, and stop at the best evaluation",
+    "worse than before training: compare the worse answers with their references",
     "use the model",
 )
 """Texts of errors and advice with values, which are translated; others are in English."""

@@ -650,8 +650,8 @@ class StudioPage:
             workspace.change_recipe(state.recipe, overrides)
             return state.selection.link(job=state.selection.job)
         if step.operation != "train":
-            name = "label" if step.operation == "label" else "export"
-            return state.selection.link(step=name, run=str(state.run))
+            steps = {"label": "label", "report": "results", "serve": "export"}
+            return state.selection.link(step=steps[step.operation], run=str(state.run))
         recipe = workspace.copy_recipe(Path(str(step.arguments["recipe"])), overrides)
         return state.selection.link(step="train", recipe=str(recipe), run="")
 

@@ -182,6 +182,7 @@ YES_NO = ("yes", "no")
 PROPOSALS = {
     "check": "Write a corrected copy",
     "label": "Label more images",
+    "report": "Report",
     "serve": "Start a server",
     "train": "Train again",
 }

@@ -42,7 +42,7 @@ from finesight.data.question_forms import (
 )
 from finesight.data.sample import BoxPart
 from finesight.doctor.diagnosis import Diagnosis, describe_error, join_command, make_diagnosis
-from finesight.errors import UserError, format_count, shorten
+from finesight.errors import Step, UserError, format_count, shorten
 from finesight.evaluate.score_format import format_score
 from finesight.evaluate.verdict import Verdict
 from finesight.model_folder import ModelFolder, resolve_model_path
@@ -552,48 +552,34 @@ def _check_primary_metric(run_record: RunRecord) -> Iterator[Diagnosis]:
     if run_record.result is None:
         return
     verdict = judge_run(run_record)
-    cell = verdict.cell
-    if run_record.primary_metric is None or cell.difference is None:
+    row = verdict.primary_row
+    difference = verdict.cell.difference
+    if row is None or not row.is_primary or difference is None:
         return
-    settings = summary.load_run_recipe(run_record).eval
-    limit = None
-    if settings is not None:
-        limit = settings.limit
-    scores = _list_primary_scores(run_record)
-    best, step = max(scores, default=(-math.inf, 0))
-    final = scores[-1][0] if scores else cell.difference.after
+    better = summary.find_better_evaluation(run_record)
     codes: dict[Verdict, str] = {
         "better": "metric",
-        "worse": "metric-worse.peak" if best > final else "metric-worse",
-        "no clear change": "metric-unclear" if limit is None else "metric-unclear.limit",
+        "worse": "metric-worse" if better is None else "metric-worse.peak",
+        "no clear change": "metric-unclear",
         "": "metric-unjudged",
     }
-    before, after = cell.common_texts
+    best, step = better or (math.nan, 0)
+    before, after = verdict.cell.common_texts
     interval = ""
-    if cell.difference.interval_text:
-        interval = f" ({cell.difference.interval_text})"
+    if difference.interval_text:
+        interval = f" ({difference.interval_text})"
+    # The page of the run, which shows the answers, if the verdict proposes nothing.
+    remedy = verdict.next_step or Step("report", {"run": str(run_record.folder)})
     yield diagnose_run(
         run_record,
         codes[verdict.level],
-        change=f"{run_record.primary_metric} {before} before, {after} after training",
+        change=f"{row.name} {before} before, {after} after training",
         interval=interval,
-        reason=cell.difference.note or "no interval",
-        # The interval width is proportional to 1 / sqrt(number of samples).
-        limit=4 * (limit or 1),
-        overrides=summary.scale_duration(run_record, 2.0),
-        best=format_score(best, cell.num_samples),
+        reason=difference.note or "no interval",
+        best=format_score(best, verdict.cell.num_samples),
         step=step,
+        remedy=replace(remedy, purpose=""),
     )
-
-
-def _list_primary_scores(run_record: RunRecord) -> list[tuple[float, int]]:
-    """List the finite scores of the primary metric during training, each with its step."""
-    scores = []
-    for line in list_comparable_evaluations(run_record.evaluations, "num_samples"):
-        score = as_object(line.get("scores")).get(str(run_record.primary_metric))
-        if line["step"] and is_finite(score):
-            scores.append((score, line["step"]))
-    return scores
 
 
 def _check_end_tokens(

@@ -297,9 +297,9 @@ def _check_counts(
     # The mean of a custom score counts nothing: each of its values may be a fraction.
     if num_samples is not None and parse_metric_path(str(settings.get("metric"))) is None:
         num_correct = _count_by_score(evaluation, num_samples)
-    if counts is not None and num_samples in (None, counts.total):
-        if num_correct in (None, counts.correct):
-            return counts
+    has_all_answers = counts is not None and num_samples in (None, counts.total)
+    if counts is not None and has_all_answers and num_correct in (None, counts.correct):
+        return counts
     if num_correct is None or num_samples is None:
         return None
     return AnswerCounts(num_correct, 0, num_samples - num_correct)
@@ -329,12 +329,17 @@ def propose_step(run_record: RunRecord, verdict: RunVerdict, run: Path) -> Propo
     is_good = counts is not None and counts.correct >= GOOD_FRACTION * counts.total
     output = f"output_dir={find_next_run_dir(run)}"
     early_stopping = ["eval.every=0.1", "eval.patience=2", output]
-    if summary.find_overfitting(summary.list_lines_of_weights(run_record)):
+    can_stop = as_object(run_record.recipe.get("eval")).get("patience") is None
+    is_overfitting = summary.find_overfitting(summary.list_lines_of_weights(run_record)) is not None
+    if is_overfitting and can_stop and not is_good:
         text = "overfitting: train again, and stop at the best evaluation"
         return _propose_training(run, early_stopping, text)
-    if verdict.level == "worse":
+    if verdict.level == "worse" and can_stop and summary.find_better_evaluation(run_record):
         text = "worse than before training: train again, and stop at the best evaluation"
         return _propose_training(run, early_stopping, text)
+    if verdict.level == "worse":
+        text = "worse than before training: compare the worse answers with their references"
+        return Step("report", {"run": str(run)}, text), translate(text)
     if _is_loss_falling(run_record) and not is_good:
         overrides = [*summary.scale_duration(run_record, 2), output]
         return _propose_training(run, overrides, "the loss still falls: train twice as long")

@@ -27,6 +27,7 @@ from finesight.evaluate.verdict import (
 )
 from finesight.family_components import FAMILIES
 from finesight.manifest import CHECKPOINTS_FOLDER, METRICS_FILE
+from finesight.metric_components import get_score
 from finesight.progress import MAX_DATA_WAIT_FRACTION
 from finesight.recipe import recipe_from_run
 from finesight.report.i18n import translate
@@ -314,6 +315,27 @@ def describe_overfitting(folder: Path, lines: Sequence[JsonObject]) -> str | Non
     if checkpoint.is_dir():
         location = translate(" (checkpoint {})", checkpoint)
     return translate(text, sign, *change, best_step, location, best_step)
+
+
+def find_better_evaluation(run_record: RunRecord) -> tuple[float, int] | None:
+    """Return the best score of the primary metric during training and its step.
+
+    It is None unless this score is better than the last one. The model before training does not
+    count.
+    """
+    name = str(run_record.primary_metric)
+    scores = []
+    for line in list_comparable_evaluations(run_record.evaluations, "num_samples"):
+        score = as_object(line.get("scores")).get(name)
+        if line["step"] and is_finite(score):
+            scores.append((score, line["step"]))
+    if not scores:
+        return None
+    best = max(scores)
+    if get_score(name).lower_is_better:
+        best = min(scores)
+    last = scores[-1]
+    return best if best[0] != last[0] else None
 
 
 OverfittingSign = tuple[str, str, list[tuple[int, float]], int]

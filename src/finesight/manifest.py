@@ -132,6 +132,8 @@ def find_run_dir(run_or_checkpoint: Path) -> Path:
 
 def find_next_run_dir(run_dir: Path) -> Path:
     """Find the first free path of a further run: `run-2`, `run-3` and so on after `run`."""
+    if run_dir.name in ("", ".."):
+        run_dir = Path(os.path.abspath(run_dir))
     stem, _, number = str(run_dir).rpartition("-")
     is_counter = number.isdecimal() and (Path(stem) / MANIFEST_FILE).exists()
     base = stem if is_counter else str(run_dir)

@@ -32,7 +32,9 @@ from finesight.evaluate.metric_difference import (
     compare_cases,
 )
 from finesight.evaluate.prediction_file import read_predictions
+from finesight.evaluate.score_format import format_score, format_score_change
 from finesight.evaluate.task_metrics import compute_metrics, get_primary_metric
+from finesight.manifest import find_next_run_dir
 from finesight.metric_components import get_score
 from finesight.operations.training import list_next_steps
 from finesight.report import examples, metric_rows, run_verdict
@@ -112,6 +114,37 @@ def test_role_of_chance_names_the_score_if_another_one_counts_answers() -> None:
     counts = [examples.AnswerCounts(3, 0, 7)] * 2
     text = replace(found, counts=counts).change_text
     assert text.endswith("The change of the similarity may be due to chance.")
+
+
+def test_score_that_is_undefined_was_evaluated() -> None:
+    lines = [make_evaluation_line(0, float("nan")), make_evaluation_line(9, 0.5)]
+    lines[0]["validation_loss"] = 1.0
+    found = RunVerdict(["before", "after"], build_metric_rows(lines, {}), 10)
+    text = "The similarity (before) could not be computed, so there is no comparison."
+    assert found.change_text == text
+    once = RunVerdict(["before", "after"], build_metric_rows([{}, lines[1]], {}), 10)
+    assert "was evaluated once" in once.change_text
+
+
+def test_next_run_has_a_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(write_finished_run(tmp_path / "run", {"exact": 0.2}).folder)
+    assert find_next_run_dir(Path(".")) == tmp_path / "run-2"
+    assert find_next_run_dir(Path("adapter/..")) == tmp_path / "run-2"
+    assert find_next_run_dir(Path("../run")) == Path("../run-2")
+
+
+@pytest.mark.parametrize(
+    ("value", "num_samples", "expected"),
+    [
+        (-0.0, 100, ("0.00", "+0.00")),
+        (-0.00001, 100, ("0.0000", "+0.0000")),
+        (-0.25, 100, ("-0.25", "-0.25")),
+        (0.5, -3, ("0.5000", "+0.5000")),
+    ],
+)
+def test_zero_has_no_sign(value: float, num_samples: int, expected: tuple[str, str]) -> None:
+    found = format_score(value, num_samples), format_score_change(value, num_samples)
+    assert found == expected
 
 
 WORSE = asdict(MetricDifference("exact", 0.9, 0.4, -0.7, -0.2, "worse"))

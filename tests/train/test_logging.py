@@ -218,7 +218,9 @@ def test_worse_evaluation_sends_alert(events, tracker, tmp_path, headline, befor
     ]
     assert tracker.log_images.mock_calls == [mock.call(4, [])] * 2
     alerts = [call.args for call in tracker.send_alert.mock_calls]
-    assert alerts == ([("warning", "worse than before training", worse)] if worse else [])
+    side = "above" if headline in (None, "cer") else "below"
+    title = f"{side} the score before training"
+    assert alerts == ([("warning", title, worse)] if worse else [])
 
 
 EVERY_TEN_SECONDS = ["reading: 10/30, 20 s left", "reading: 20/30, 10 s left", "reading: 30/30"]

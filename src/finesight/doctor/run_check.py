@@ -51,9 +51,7 @@ from finesight.report import summary
 from finesight.report.run_reader import (
     JsonObject,
     RunRecord,
-    as_object,
     is_finite,
-    list_comparable_evaluations,
     read_json_lines,
 )
 from finesight.report.run_verdict import judge_run

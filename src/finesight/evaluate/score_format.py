@@ -28,13 +28,15 @@ def format_score(value: float, num_samples: int | None = None) -> str:
     elif magnitude not in (0, 1):
         while digits < MAX_DIGITS and round(magnitude, digits) in (0, 1):
             digits += 1
+    if round(value, digits) == 0:
+        value = 0.0  # Without the sign of a rounded value.
     return f"{value:,.{digits}f}"
 
 
 def format_score_change(value: float, num_samples: int | None = None) -> str:
     """Format the difference of a score with its sign."""
-    sign = "-" if value < 0 else "+"
-    return sign + format_score(abs(value), num_samples)
+    text = format_score(value, num_samples)
+    return text if text.startswith("-") else f"+{text}"
 
 
 def format_score_interval(interval: tuple[float, float], num_samples: int | None = None) -> str:

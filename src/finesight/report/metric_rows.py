@@ -59,7 +59,7 @@ class MetricCell:
         """Formatted value; empty if unknown."""
         if self.value is None:
             return ""
-        return format_value(self.value, self.num_samples)
+        return format_score(self.value, self.num_samples)
 
     @property
     def interval_text(self) -> str:
@@ -85,8 +85,8 @@ class MetricCell:
         """Formatted values of both on the common samples; empty without a difference."""
         if self.difference is None:
             return "", ""
-        before = format_value(self.difference.before, self.num_compared)
-        return before, format_value(self.difference.after, self.num_compared)
+        before = format_score(self.difference.before, self.num_compared)
+        return before, format_score(self.difference.after, self.num_compared)
 
     @property
     def num_compared(self) -> int | None:
@@ -263,11 +263,6 @@ def parse_interval(content: object) -> IntervalBounds | None:
     return float(low), float(high)
 
 
-def format_value(value: float, num_samples: int | None = None) -> str:
-    """Format a metric value with as many digits as its number of samples supports."""
-    return format_score(value, num_samples)
-
-
 def format_change(value: float, num_samples: int | None = None) -> str:
     """Format the difference of a metric with its sign."""
     return format_score_change(value, num_samples).replace("-", "−")
@@ -284,4 +279,4 @@ def format_interval(interval: IntervalBounds | None, num_samples: int | None = N
     if not interval:
         return ""
     low, high = interval
-    return translate("{} to {}", format_value(low, num_samples), format_value(high, num_samples))
+    return translate("{} to {}", format_score(low, num_samples), format_score(high, num_samples))

@@ -16,6 +16,7 @@ from finesight.errors import Step
 from finesight.evaluate.bootstrap import clopper_pearson_interval
 from finesight.evaluate.custom_metric import parse_metric_path
 from finesight.evaluate.metric_difference import MetricDifference, count_correct
+from finesight.evaluate.score_format import format_score
 from finesight.evaluate.verdict import Verdict
 from finesight.manifest import RECIPE_FILE, find_next_run_dir
 from finesight.metric_components import get_score
@@ -26,7 +27,6 @@ from finesight.report.metric_rows import (
     MetricCell,
     MetricRow,
     build_metric_rows,
-    format_change,
     format_metric_name,
     join_metric_names,
     read_metrics,
@@ -185,12 +185,17 @@ class RunVerdict:
             return ""
         if any(one.note == OTHER_SAMPLES for one in cells):
             return translate("{}: {}", name, translate(OTHER_SAMPLES))
+        for index, one in enumerate(cells):
+            was_evaluated = any(row.cells[index].value is not None for row in self.rows)
+            if one.value is None and was_evaluated:
+                text = "The {} ({}) could not be computed, so there is no comparison."
+                return translate(text, name, self.names[index])
         if cell.change is None:
             return translate("The {} was evaluated once, so there is no comparison yet.", name)
         if cell.change == 0:
             return translate("The {} did not change.", name)
         text = "The {} increased by {}" if cell.change > 0 else "The {} decreased by {}"
-        change = format_change(abs(cell.change), cell.num_compared).lstrip("+")
+        change = format_score(abs(cell.change), cell.num_compared)
         change_text = translate(text, name, change)
         if cell.change_interval is None:
             text = "{}. The confidence interval of the difference is unknown."

@@ -19,6 +19,7 @@ from pydantic import ValidationError
 from finesight.config import DataSettings, Recipe, TrainFileSettings
 from finesight.data.example_question import ExampleQuestion, read_public_example
 from finesight.errors import Step, UserError
+from finesight.evaluate.score_format import format_score
 from finesight.evaluate.verdict import (
     Verdict,
     compute_normal_p_value,
@@ -35,7 +36,6 @@ from finesight.report.metric_rows import (
     IntervalBounds,
     format_change_interval,
     format_metric_name,
-    format_value,
     read_interval,
 )
 from finesight.report.run_reader import (
@@ -482,8 +482,8 @@ def describe_rewards(run_record: RunRecord) -> str:
     count = None
     if isinstance(num_prompts, int):
         count = num_prompts * len(first)
-    before = format_value(mean(_list_values(first, "reward")), count)
-    after = format_value(mean(_list_values(last, "reward")), count)
+    before = format_score(mean(_list_values(first, "reward")), count)
+    after = format_score(mean(_list_values(last, "reward")), count)
     text = "Reward of the first and last {:,} steps: {} → {}"
     texts = [translate(text, len(first), before, after)]
     for name, (interval, verdict) in gains.items():

@@ -385,8 +385,10 @@ def _log_summary(
         console.log(table)
     if best is None or best.step == after.step:
         return
-    best_score = f"{get_ranking_score(best):.4f}"
-    last_score = f"{get_ranking_score(last):.4f}"
+    # The validation loss is a mean over tokens.
+    count = None if best.primary_score is None else last.num_samples
+    best_score = format_score(get_ranking_score(best), count)
+    last_score = format_score(get_ranking_score(last), count)
     if best_score == last_score:
         return
     subset = ""

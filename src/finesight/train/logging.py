@@ -94,14 +94,16 @@ class TrackingEvents:
         baseline = load_eval_history(self._run_dir)[0]
         name, old, new, is_comparable = _compare_scores(baseline, eval_result)
         is_worse = new < old
+        title = "below the score before training"
         if get_score(name).lower_is_better:
             is_worse = new > old
+            title = "above the score before training"
         if is_comparable and is_worse:
             steps = format_count(eval_result.step, "step")
             count = eval_result.num_samples
             scores = format_score(new, count), format_score(old, count)
             text = f"{name} {scores[0]} after {steps}, {scores[1]} before"
-            self._tracking.send_alert("warning", "worse than before training", text)
+            self._tracking.send_alert("warning", title, text)
 
     def log_result(self, result: RunResult) -> None:
         """Send an alert that the run has finished, with its result."""

@@ -263,6 +263,11 @@ def parse_interval(content: object) -> IntervalBounds | None:
     return float(low), float(high)
 
 
+def format_value(value: float, num_samples: int | None = None) -> str:
+    """Format a metric value of a template with as many digits as its samples support."""
+    return format_score(value, num_samples)
+
+
 def format_change(value: float, num_samples: int | None = None) -> str:
     """Format the difference of a metric with its sign."""
     return format_score_change(value, num_samples).replace("-", "−")

@@ -105,7 +105,7 @@ def test_running_run_compares_available_evaluations(tmp_path: Path) -> None:
     assert read_script_data(page)["evaluation_names"] == ["before", "after step 40"]
     # By the answers: every one of the eight became right.
     assert "interval of the difference is +0.35 to +1.00" in read_visible_text(page)
-    words = "after step 40 compared with before on 8 validation samples: better in similarity"
+    words = "Compared with before, on 8 validation samples: better in similarity"
     assert words in read_visible_text(page)
     assert "Computed at the end of the run" in read_visible_text(page)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from statistics import median
@@ -17,6 +17,7 @@ from finesight.evaluate.bootstrap import clopper_pearson_interval
 from finesight.evaluate.metric_difference import MetricDifference, count_correct
 from finesight.evaluate.verdict import Verdict
 from finesight.manifest import RECIPE_FILE, find_next_run_dir
+from finesight.metric_components import get_score
 from finesight.report import summary
 from finesight.report.examples import AnswerCounts, estimate_differences, read_examples
 from finesight.report.i18n import translate
@@ -25,6 +26,7 @@ from finesight.report.metric_rows import (
     MetricRow,
     build_metric_rows,
     count_samples,
+    describe_scale,
     format_change,
     format_metric_name,
     join_metric_names,
@@ -57,6 +59,21 @@ _DIFFERENCES: TypeAdapter[list[MetricDifference]] = TypeAdapter(list[MetricDiffe
 
 
 @dataclass(frozen=True)
+class Proposal:
+    """Proposed operation after a run.
+
+    Attributes:
+        step: Next operation. Its purpose consists of the two texts. None for no proposal.
+        action: What to do, in the current language.
+        reason: Reason as a sentence in the current language; empty for none.
+    """
+
+    step: Step | None = None
+    action: str = ""
+    reason: str = ""
+
+
+@dataclass(frozen=True)
 class RunVerdict:
     """Verdict on an evaluation or run in comparison with the first one.
 
@@ -67,8 +84,8 @@ class RunVerdict:
         counts: Number of correct, partly correct and wrong answers of each evaluation. None if
             unknown, or if the metric has no correct answers.
         index: Position of the evaluation or run; by default the last one.
-        next_step: Proposed next operation, with its purpose in English. None without a proposal.
-        reason: Reason of the next step in the current language.
+        proposal: Proposed next operation. It is empty without one.
+        has_run_names: Whether the names are those of runs, which the conclusion contains.
     """
 
     names: Sequence[str]
@@ -76,8 +93,13 @@ class RunVerdict:
     num_samples: int | None
     counts: Sequence[AnswerCounts | None] = ()
     index: int = -1
-    next_step: Step | None = None
-    reason: str = ""
+    proposal: Proposal = field(default_factory=Proposal)
+    has_run_names: bool = False
+
+    @property
+    def next_step(self) -> Step | None:
+        """Proposed next operation. None without a proposal."""
+        return self.proposal.step
 
     @property
     def primary_row(self) -> MetricRow | None:
@@ -117,11 +139,14 @@ class RunVerdict:
         if after.partly or (before is not None and before.partly):
             text = "{:,} of {:,} answers are entirely correct"
         result = translate(text, after.correct, after.total)
+        if self.primary_row is not None and get_score(self.primary_row.name).condition:
+            condition = translate(get_score(self.primary_row.name).condition)
+            result = translate("{} at {}", result, condition)
         if before is not None:
             result = translate("{} ({}: {:,})", result, self.names[0], before.correct)
         low, high = clopper_pearson_interval(after.correct, after.total)
         bounds = math.floor(100 * low), math.ceil(100 * high)
-        text = "{}. For new samples, expect {} to {} of 100 on average."
+        text = "{}. For new samples, expect {} to {} of 100 (95 % interval)."
         return translate(text, result, *bounds)
 
     def _get_counts(self) -> tuple[AnswerCounts | None, AnswerCounts | None]:
@@ -148,7 +173,27 @@ class RunVerdict:
             result = translate("{} ({}: {})", result, self.names[0], first.value_text)
         if not cell.interval_text:
             return translate("{}.", result)
-        return translate("{}. For new samples, expect {}.", result, cell.interval_text)
+        text = "{}. For new samples, expect {} (95 % interval)."
+        return translate(text, result, cell.interval_text)
+
+    @property
+    def scale_text(self) -> str:
+        """Scale of the primary metric; empty if the sentence counts correct answers."""
+        if self.primary_row is None or self._get_counts()[1] is not None:
+            return ""
+        return describe_scale(self.primary_row.name)
+
+    @property
+    def changes_text(self) -> str:
+        """Number of answers that became correct or incorrect; empty if it is unknown."""
+        before, after = self._get_counts()
+        if before is None or after is None or after.num_gained is None or after.num_lost is None:
+            return ""
+        # Otherwise, the numbers are those of other answers than the counts.
+        if after.correct - before.correct != after.num_gained - after.num_lost:
+            return ""
+        text = "Changed answers: {:,} became correct, {:,} became incorrect."
+        return translate(text, after.num_gained, after.num_lost)
 
     @property
     def conclusion(self) -> str:
@@ -168,8 +213,11 @@ class RunVerdict:
             if found:
                 parts.append(translate(text, join_metric_names(found)))
         result = translate("; ").join(parts) or translate("no verdict without confidence intervals")
-        text = "{} compared with {} on {:,} validation samples: {}."
-        return translate(text, self.names[self.index], self.names[0], self.num_samples, result)
+        if self.has_run_names:
+            text = "{} compared with {}, on {:,} validation samples: {}."
+            return translate(text, self.names[self.index], self.names[0], self.num_samples, result)
+        text = "Compared with {}, on {:,} validation samples: {}."
+        return translate(text, self.names[0], self.num_samples, result)
 
     @property
     def change_text(self) -> str:
@@ -236,8 +284,7 @@ def judge_run(
     for line, one in zip(evaluations, recorded, strict=False):
         counts.append(_check_counts(line, one))
     verdict = replace(verdict, counts=counts)
-    step, reason = propose_step(run_record, verdict, run or run_record.folder)
-    return replace(verdict, next_step=step, reason=reason)
+    return replace(verdict, proposal=propose_step(run_record, verdict, run or run_record.folder))
 
 
 def find_prediction_files(run_record: RunRecord) -> tuple[Path | None, Path | None]:
@@ -286,49 +333,47 @@ def _check_counts(line: JsonObject, counts: AnswerCounts | None) -> AnswerCounts
     return AnswerCounts(num_correct, 0, num_samples - num_correct)
 
 
-Proposal = tuple[Step | None, str]
-"""Next operation and its reason in the current language; None and an empty text for none."""
-
-
 def propose_step(run_record: RunRecord, verdict: RunVerdict, run: Path) -> Proposal:
     """Propose what to do with a finished run, by its losses and the verdict on it.
 
     The model is served only if neither its training nor its labels should change.
     """
     if run_record.result is None:
-        return None, ""
+        return Proposal()
     counts = verdict.counts[-1] if verdict.counts else None
     is_good = counts is not None and counts.correct >= GOOD_FRACTION * counts.total
     output = f"output_dir={find_next_run_dir(run)}"
     early_stopping = ["eval.every=0.1", "eval.patience=2", output]
+    train = Step("train", {"recipe": str(run / RECIPE_FILE), "overrides": early_stopping})
+    stop_text = translate("train again, and stop at the best evaluation")
     if summary.find_overfitting(summary.list_lines_of_weights(run_record)):
-        text = "overfitting: train again, and stop at the best evaluation"
-        return _propose_training(run, early_stopping, text)
+        return _propose(train, stop_text, translate("The model overfits."))
     if verdict.level == "worse":
-        text = "worse than before training: train again, and stop at the best evaluation"
-        return _propose_training(run, early_stopping, text)
+        return _propose(train, stop_text, translate("The result is worse than before training."))
     if _is_loss_falling(run_record) and not is_good:
         overrides = [*summary.scale_duration(run_record, 2), output]
-        return _propose_training(run, overrides, "the loss still falls: train twice as long")
+        train = replace(train, arguments={**train.arguments, "overrides": overrides})
+        reason = translate("The training loss still falls.")
+        return _propose(train, translate("train twice as long"), reason)
     if not summary.is_native_run(run_record):
-        return None, ""  # The transformers backend neither suggests labels nor serves an API.
+        return Proposal()  # The transformers backend neither suggests labels nor serves an API.
     arguments = {"run_or_model": str(run)}
     num_labels = max(MIN_NEW_LABELS, summary.count_training_samples(run_record) or 0)
+    label_text = translate("label about {} more images", num_labels)
     if counts is not None and 2 * counts.correct < counts.total:
-        text = "{} of {} answers are correct: label about {} more images"
-        values = counts.correct, counts.total, num_labels
-        return Step("label", arguments, text.format(*values)), translate(text, *values)
+        reason = translate("{} of {} answers are correct.", counts.correct, counts.total)
+        return _propose(Step("label", arguments), label_text, reason)
     if verdict.level == "no clear change" and not is_good:
-        text = "no clear change: label about {} more images"
-        return Step("label", arguments, text.format(num_labels)), translate(text, num_labels)
-    text = "use the model"
-    return Step("serve", arguments, text), translate(text)
+        return _propose(
+            Step("label", arguments), label_text, translate("There is no clear change.")
+        )
+    return _propose(Step("serve", arguments), translate("use the model"))
 
 
-def _propose_training(run: Path, overrides: Sequence[str], text: str) -> Proposal:
-    """Propose another training with changed settings."""
-    arguments = {"recipe": str(run / RECIPE_FILE), "overrides": overrides}
-    return Step("train", arguments, text), translate(text)
+def _propose(step: Step, action: str, reason: str = "") -> Proposal:
+    """Return a proposal whose step has the action and the reason as its purpose."""
+    purpose = translate("{}. {}", action, reason) if reason else action
+    return Proposal(replace(step, purpose=purpose), action, reason)
 
 
 def _is_loss_falling(run_record: RunRecord) -> bool:

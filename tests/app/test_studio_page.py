@@ -727,7 +727,7 @@ def test_advice_after_training_is_followed_by_buttons(folder, page):
     with (run / "metrics.jsonl").open("a") as file:
         file.write("\n".join(lines) + "\n")
     bottom = read_live(folder, query)["bottom"]
-    assert "损失仍在下降：请训练两倍时长" in bottom
+    assert "训练两倍时长。训练损失仍在下降。" in bottom
     assert "3 / 12 个回答正确" not in bottom
     for _ in range(2):
         assert follow(page, query, "train")["recipe"] == "recipes/a-2.yaml"

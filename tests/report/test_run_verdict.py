@@ -250,7 +250,7 @@ def is_correct(data: JsonLine, example: JsonLine, index: int) -> bool:
 
 
 def check_errors(data: JsonLine, card_text: str) -> None:
-    """Check the number of answers with the named error, and that the pictures have it."""
+    """Check the number of answers with the named error, and that the images have it."""
     match = re.search(r"in the field (\w+) \((\d+) of (\d+) answers\)", card_text)
     if match is None:
         return
@@ -360,11 +360,11 @@ def add_changes(pairs: list[list[JsonLine]], metric: str) -> tuple[int, int]:
     return num_gained + 1, num_lost + 1
 
 
-COUNT_CHANGES = examples._count_changes
+COUNT_CHANGES = examples.count_changes
 
 BROKEN_CODE: dict[str, tuple[object, str, object]] = {
     "counts": (examples, "count_answers", swap_counts),
-    "changed answers": (examples, "_count_changes", add_changes),
+    "changed answers": (examples, "count_changes", add_changes),
     "chips": (metric_rows.MetricCell, "verdict_text", "better"),
     "conclusion": (run_verdict, "CONCLUSIONS", {NONE: "better in {}", "better": "worse in {}"}),
     "chance": (RunVerdict, "change_text", "This is unlikely to be due to chance."),

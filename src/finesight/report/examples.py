@@ -269,12 +269,12 @@ def read_examples(
     examples = build_example_set(pairs, primary_metric, quotas, max_examples)
     counts = [*examples.answer_counts]
     if counts and counts[-1] is not None and all(None not in pair for pair in pairs):
-        num_gained, num_lost = _count_changes(pairs, examples.metric)
+        num_gained, num_lost = count_changes(pairs, examples.metric)
         counts[-1] = replace(counts[-1], num_gained=num_gained, num_lost=num_lost)
     return replace(examples, is_paired=is_paired, answer_counts=counts)
 
 
-def _count_changes(pairs: Iterable[Sequence[JsonObject | None]], metric: str) -> tuple[int, int]:
+def count_changes(pairs: Iterable[Sequence[JsonObject | None]], metric: str) -> tuple[int, int]:
     """Return how many answers became correct, and how many became incorrect."""
     changes: Counter[int] = Counter()
     for before, after in pairs:

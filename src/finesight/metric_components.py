@@ -34,6 +34,7 @@ class Score:
     Attributes:
         title: Name on pages.
         description: Explanation on pages; empty for none.
+        condition: Minimum for a correct answer, such as an IoU; empty if it must be perfect.
         lower_is_better: Whether a smaller value is better, as for an error rate.
         counts_answers: Whether it is the share of correct answers, which pages count.
         maximum: Value of a perfect answer.
@@ -45,6 +46,7 @@ class Score:
 
     title: str
     description: str = ""
+    condition: str = ""
     lower_is_better: bool = False
     counts_answers: bool = False
     maximum: float = 1.0

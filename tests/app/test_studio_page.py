@@ -702,11 +702,11 @@ def test_advice_after_training_is_followed_by_buttons(folder, page):
     result = {**record.result, "after": {"scores": {"accuracy": 0.25}, "num_samples": 12}}
     train = judge_run(replace(record, steps=losses, result=result), run=Path("runs/a")).next_step
     assert train is not None
-    assert train.purpose == "the loss still falls: train twice as long"
+    assert train.purpose == "train twice as long. The training loss still falls."
     assert train.arguments["overrides"][-1] == "output_dir=runs/a-2"
     label = judge_run(replace(record, steps=[], result=result)).next_step
     assert label is not None
-    assert label.purpose == "3 of 12 answers are correct: label about 95 more images"
+    assert label.purpose == "label about 95 more images. 3 of 12 answers are correct."
     assert judge_run(replace(record, result=None)).next_step is None
     serve = judge_run(replace(record, steps=[], result={**result, "after": None})).next_step
     assert serve is not None
@@ -715,7 +715,7 @@ def test_advice_after_training_is_followed_by_buttons(folder, page):
     honest = judge_run(replace(record, steps=[], result=few))
     assert honest.next_step == serve
     assert honest.sentence.startswith("8 of 8 answers are ")
-    assert "For new samples, expect 63 to 100 of 100 on average." in honest.sentence
+    assert "For new samples, expect 63 to 100 of 100 (95 % interval)." in honest.sentence
     texts = {"after": {"scores": {"accuracy": "<b>"}, "num_samples": "x"}}
     assert judge_run(replace(record, steps=[], result=texts)).next_step == serve
     (run / "result.json").write_text(json.dumps(result))
@@ -727,7 +727,7 @@ def test_advice_after_training_is_followed_by_buttons(folder, page):
     with (run / "metrics.jsonl").open("a") as file:
         file.write("\n".join(lines) + "\n")
     bottom = read_live(folder, query)["bottom"]
-    assert "损失仍在下降：请训练两倍时长" in bottom
+    assert "训练两倍时长。训练损失仍在下降。" in bottom
     assert "3 / 12 个回答正确" not in bottom
     for _ in range(2):
         assert follow(page, query, "train")["recipe"] == "recipes/a-2.yaml"

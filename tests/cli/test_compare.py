@@ -22,7 +22,9 @@ def test_comparison_table_and_page(runs, cli):
     cli("compare", *runs, *PAGE)
     lines = cli("compare", *runs, *PAGE).lines
     conclusion = lines.pop(0)
-    assert conclusion.startswith("B other compared with A first on 8 validation samples: better in")
+    assert conclusion.startswith(
+        "B other compared with A first, on 8 validation samples: better in"
+    )
     assert lines[0].split() == ["run", "metric", "value", "difference", "95", "%", "interval"]
     assert lines[2].startswith("B other  similarity       1.0000     +0.4667  ")
     assert lines[2].endswith("  better")

@@ -239,3 +239,21 @@ def test_the_nearest_image_belongs_to_an_object(tmp_path: Path) -> None:
     records = list_records(tmp_path)
     for record, split in zip(records, ("first", "second"), strict=True):
         assert record == {"image": str(tmp_path / split / "img" / "a.png"), "answer": split}
+
+
+def test_drawings_below_an_object_are_no_nearest_image(tmp_path: Path) -> None:
+    write_record(tmp_path / "json" / "a.json", {"answer": "x"})
+    write_image(tmp_path / "json" / "drawn" / "a.png")
+    write_image(tmp_path / "images" / "a.png")
+    with pytest.raises(UserError, match="several images may belong to the file"):
+        open_record_files(tmp_path)
+
+
+def test_a_mapping_reads_objects_with_and_without_an_image(tmp_path: Path) -> None:
+    write_episodes(tmp_path)
+    write_image(tmp_path / "screens" / "a.png")  # has the name of an episode by chance
+    rows = open_record_files(tmp_path, needs_images=False)
+    assert rows is not None
+    assert rows.num_rows == 2
+    assert "2 JSON files, 1 image with a JSON file of the same name" in rows.text_format
+    assert "other files, not read" in rows.text_format

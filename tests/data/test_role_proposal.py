@@ -184,3 +184,18 @@ def test_remedy_of_one_answer_keeps_the_question(row: dict[str, str], remedy: st
     with pytest.raises(UnassignedKeysError) as caught:
         propose({"image": "a.png", **row}).check_columns("rows.csv")
     assert str(caught.value.remedy).endswith(f"for one of them, --map image=image {remedy}")
+
+
+@pytest.mark.parametrize(
+    ("cells", "is_certain"),
+    [(["1000065", "1000066"], False), (["7", "7"], True), (["47A", "12B"], True)],
+)
+def test_distinct_numbers_of_a_table_without_header_may_be_identifiers(cells, is_certain):
+    proposal = propose(*[{"1": cell, "2": f"{cell}.png"} for cell in cells])
+    assert proposal.columns["answer"] == "1"
+    if is_certain:
+        proposal.check_columns("rows.tsv")
+        return
+    with pytest.raises(UnassignedKeysError, match="an answer, or an identifier of the image") as e:
+        proposal.check_columns("rows.tsv")
+    assert "--map image=2 --map answer=1" in str(e.value.remedy)

@@ -459,3 +459,10 @@ def test_json_object_detection(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(content)
         assert is_json_file(tmp_path / name) is is_object
     assert not is_json_file(tmp_path / "missing.json")
+
+
+def test_json_lines_in_a_text_file(tmp_path: Path) -> None:
+    path = tmp_path / "train.txt"
+    path.write_text('{"file_name": "a.png", "n": 1}\n{"file_name": "b.png", "n": 2}\n')
+    reader = open_row_file(path)
+    assert [row.record["n"] for row in reader.iter_range(0, reader.num_rows)] == [1, 2]

@@ -237,7 +237,12 @@ def test_stated_splits_become_files(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("parts", "options", "what", "remedy"),
     [
-        (["val", "val"], {}, "all 2 rows are for validation", "correct split in the mapping"),
+        (
+            ["val", "val"],
+            {},
+            "no row is for training, 2 rows for validation",
+            "correct split in the mapping",
+        ),
         (["val", "train"], {}, "shares an image with the last 1", "remove split from the mapping"),
         (
             ["val", "train"],

@@ -105,7 +105,7 @@ def test_running_run_compares_available_evaluations(tmp_path: Path) -> None:
     assert read_script_data(page)["evaluation_names"] == ["before", "after step 40"]
     # By the answers: every one of the eight became right.
     assert "interval of the difference is +0.35 to +1.00" in read_visible_text(page)
-    words = "after step 40 compared with before on 8 validation samples: better in similarity"
+    words = "Compared with before, on 8 validation samples: better in similarity"
     assert words in read_visible_text(page)
     assert "Computed at the end of the run" in read_visible_text(page)
 
@@ -356,3 +356,57 @@ def test_html_payloads_are_escaped(browser: Browser, tmp_path: Path) -> None:
     assert sorted(read_texts(browser, "#feed .question")) == sorted(XSS_PAYLOADS)
     assert count(browser, "#groups .answer") == len(XSS_PAYLOADS) + 1
     assert count(browser, "iframe, object, embed, form") == 0
+
+
+def test_named_error_is_that_of_the_images(tmp_path: Path) -> None:
+    """A refusal has a lower score than an answer with a wrong field, but another error."""
+    gold = '{"date": "1", "seat": "2", "from": "3"}'
+    answers = {
+        "I cannot read this.": 0.0,
+        '{"date": "1", "seat": "2", "from": "9"}': 0.6,
+        '{"date": "8", "seat": "2", "from": "3"}': 0.7,
+        '{"date": "8", "seat": "7", "from": "3"}': 0.3,
+        gold: 1.0,
+    }
+    lines = []
+    for index, (answer, f1) in enumerate(answers.items()):
+        path = tmp_path / f"p{index}.png"
+        Image.new("RGB", (90, 60)).save(path)
+        scores = {"f1": f1, "exact": float(f1 == 1)}
+        line = make_prediction_line(f"s{index}", answer, gold, f1, image=str(path))
+        lines.append(line | {"scores": scores})
+    made = FakeRunDir(tmp_path / "run", "json")
+    details = {"fields": {"date": {"f1": 0.4, "precision": 0.5, "recall": 0.4}}}
+    line = make_evaluation_line(40, 0.5, num_samples=5)
+    line |= {"primary_metric": "f1", "scores": {"f1": 0.52, "exact": 0.2}, "details": details}
+    made.write_lines("metrics.jsonl", [START_RECORD, make_step_line(40), line])
+    made.write_predictions("step-40", lines)
+    page = render_run_page(made.folder)
+    words = "Most frequent errors: in the field date (2 of 5 answers); most often 8 instead of 1."
+    assert words in read_visible_text(page)
+    data = read_script_data(page)
+    assert [data["examples"][index]["id"] for index in data["worst"]] == ["s3", "s2", "s0"]
+    one_hidden = read_visible_text(render_run_page(made.folder, max_examples=4))
+    assert "Most frequent errors: in the field" in one_hidden
+    assert "of 5 answers)" not in one_hidden
+
+
+def test_boxes_with_the_lowest_overlap_are_shown(tmp_path: Path, browser: Browser) -> None:
+    lines = make_image_answers(tmp_path, 4)
+    for line, iou in zip(lines, (0.4, 0.1, 0.3, 0.9), strict=True):
+        line |= {"answer": "", "gold": "", "scores": {"hit": float(iou > 0.5), "iou": iou}}
+    lines[1] |= {"boxes": [], "scores": {"hit": 0.0, "iou": 0.0}}
+    lines[2]["boxes"] = [lines[2]["boxes"][0] | {"xyxy": [30, 10, 60, 40]}]
+    lines[0]["boxes"] = [lines[0]["boxes"][0] | {"xyxy": [20, 10, 50, 40]}]
+    made = FakeRunDir(tmp_path / "run", "grounding")
+    line = make_evaluation_line(40, 0.5, num_samples=4)
+    scores = {"accuracy_at_0.5": 0.25, "mean_iou": 0.4}
+    line |= {"primary_metric": "accuracy_at_0.5", "scores": scores}
+    made.write_lines("metrics.jsonl", [START_RECORD, make_step_line(40), line])
+    made.write_predictions("step-40", lines)
+    open_page(browser, write_report(made.folder))
+    assert read_texts(browser, "#worst .answer-text") == ["no box", "IoU 0.3", "IoU 0.4"]
+    assert count(browser, "#worst .box.truth") == 3
+    assert count(browser, "#worst .box.before") == 2
+    click(browser, "#worst .tile")
+    assert count(browser, "#enlarged[open]") == 1

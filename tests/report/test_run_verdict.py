@@ -42,7 +42,7 @@ from finesight.report.i18n import use_language
 from finesight.report.metric_rows import build_metric_rows, format_metric_name
 from finesight.report.run_page import render_run_page
 from finesight.report.run_reader import read_run
-from finesight.report.run_verdict import RunVerdict, judge_run
+from finesight.report.run_verdict import Proposal, RunVerdict, judge_run
 from finesight.report.summary import find_overfitting, list_lines_of_weights
 
 NONE = "no clear change"
@@ -224,7 +224,9 @@ def test_mean_of_a_custom_score_counts_no_answers(
     assert (judge_run(record).counts[-1] is None) == (metric == "own.py:score")
     for name in ("before", "after"):
         run.write_predictions(name, make_scored_lines("accuracy", [0.5] * 30))
-    assert judge_run(record).counts[-1] == examples.AnswerCounts(*expected)
+    counts = judge_run(record).counts[-1]
+    assert counts is not None
+    assert (counts.correct, counts.partly, counts.wrong) == expected
 
 
 def test_next_step_does_not_depend_on_the_size_of_prediction_files(tmp_path: Path) -> None:
@@ -407,7 +409,7 @@ def check_table(
             assert low is not None
             assert high is not None
             assert low <= 0 <= high
-    conclusion = re.search(r"compared with .*? validation samples: (.*?)\. ", text)
+    conclusion = re.search(r"Compared with .*? validation samples: (.*?)\. ", text)
     if conclusion is None:
         return
     claimed = {}
@@ -424,18 +426,52 @@ def check_table(
     assert clear == {name for name, kind in claimed.items() if kind != NONE}
 
 
+def is_correct(data: JsonLine, example: JsonLine, index: int) -> bool:
+    """Return whether an answer is correct, by its scores on the page."""
+    scores = example["predictions"][index]["scores"]
+    names = [name for name in scores if get_score(data["score_names"][name]).counts_answers]
+    value: float = scores[names[0]] if names else example["scores"][index]
+    return value == 1
+
+
+def check_errors(data: JsonLine, card_text: str) -> None:
+    """Check the number of answers with the named error, and that the images have it."""
+    match = re.search(r"in the field (\w+) \((\d+) of (\d+) answers\)", card_text)
+    if match is None:
+        return
+    found = set()
+    for index, example in enumerate(data["examples"]):
+        fields = example["predictions"][-1]["fields"] or {}
+        if match[1] in [row[0] for row in fields.get("differences", ())]:
+            found.add(index)
+    assert [len(found), len(data["examples"])] == [int(match[2]), int(match[3])]
+    shown = data["worst"]
+    assert set(shown[: len(found)]) <= found
+
+
 def check_counts(page: str, card: str, card_text: str) -> None:
     """Check the numbers of the sentence, of the bars and of the examples."""
     data = read_script_data(page)
     assert all(data["examples"][index]["is_incorrect"] for index in data["worst"])
+    check_errors(data, card_text)
     bars = re.findall(
         r'aria-label="\w[^"]*: ([\d,]+) correct, ([\d,]+) partly correct, ([\d,]+) wrong"', card
     )
-    pattern = r"(\d+) of (\d+) answers are (?:entirely )?correct(?: \(\w+: (\d+)\))?\. For new"
-    sentence = re.search(pattern + r" samples, expect (\d+) to (\d+) of 100", card_text)
+    pattern = r"(\d+) of (\d+) answers are (?:entirely )?correct(?: at an IoU of at least 0\.5)?"
+    pattern += r"(?: \(\w+: (\d+)\))?\. For new samples, expect (\d+) to (\d+) of 100"
+    sentence = re.search(pattern + r" \(95 % interval\)\.", card_text)
     assert bool(bars) == bool(sentence) or len(bars) == 1
+    changes = re.search(r"Changed answers: (\d+) became correct, (\d+) became incorrect", card_text)
+    if changes is not None:
+        num_gained, num_lost = map(int, changes.groups())
+        first, last = (int(bar[0]) for bar in bars)
+        assert last - first == num_gained - num_lost
+        # Of all answers on the page.
+        pairs = [[is_correct(data, one, index) for index in (0, 1)] for one in data["examples"]]
+        assert [pairs.count([False, True]), pairs.count([True, False])] == [num_gained, num_lost]
     if sentence is None:
         return
+    assert ("IoU of at least" in sentence[0]) == ("hit at IoU 0.5" in data["score_names"])
     correct, partly, wrong = map(int, bars[-1])
     assert (correct, correct + partly + wrong) == (int(sentence[1]), int(sentence[2]))
     assert int(sentence[4]) <= 100 * correct / int(sentence[2]) <= int(sentence[5])
@@ -452,17 +488,18 @@ def check_counts(page: str, card: str, card_text: str) -> None:
 
 def check_next_step(page: str, text: str, card_chip: str, folder: Path) -> None:
     """Check that there is at most one next step, which agrees with the verdict."""
-    steps = re.findall(r"Next step: ([^<]*)", page)
+    steps = re.findall(r"Next step: ([^<]*</strong>[^<]*)", page)
     assert len(steps) <= 1
     reason = "".join(steps)
     record = read_run(folder)
     if record.result is not None:
         is_overfitting = find_overfitting(list_lines_of_weights(record)) is not None
-        assert reason.startswith("overfitting") <= is_overfitting == ("Overfitting: " in text)
+        is_shown = "The model overfits." in reason
+        assert is_shown <= is_overfitting == ("Overfitting: " in text)
         assert not (card_chip == "worse" and "use the model" in reason)
-        assert reason.startswith("worse") <= (card_chip == "worse")
-        assert reason.startswith("no clear") <= (card_chip == NONE)
-    match = re.match(r"(\d+) of (\d+) answers are correct", reason)
+        assert ("worse than before" in reason) <= (card_chip == "worse")
+        assert ("There is no clear change." in reason) <= (card_chip == NONE)
+    match = re.search(r"(\d+) of (\d+) answers are correct", reason)
     if match:
         assert f"{match[1]} of {match[2]} answers" in text
     codes = {"better": {"metric"}, "worse": {"metric-worse"}, NONE: {"metric-unclear"}}
@@ -507,15 +544,24 @@ def swap_counts(lines: list[JsonLine | None], metric: str) -> examples.AnswerCou
 
 COUNT_ANSWERS = examples.count_answers
 
+
+def add_changes(pairs: list[list[JsonLine]], metric: str) -> tuple[int, int]:
+    num_gained, num_lost = COUNT_CHANGES(pairs, metric)
+    return num_gained + 1, num_lost + 1
+
+
+COUNT_CHANGES = examples.count_changes
+
 BROKEN_CODE: dict[str, tuple[object, str, object]] = {
     "counts": (examples, "count_answers", swap_counts),
+    "changed answers": (examples, "count_changes", add_changes),
     "chips": (metric_rows.MetricCell, "verdict_text", "better"),
     "conclusion": (run_verdict, "CONCLUSIONS", {NONE: "better in {}", "better": "worse in {}"}),
     "chance": (RunVerdict, "change_text", "This is unlikely to be due to chance."),
     "next step": (
         run_verdict,
         "propose_step",
-        lambda *_: (Step("serve", {}), "overfitting: stop"),
+        lambda *_: Proposal(Step("serve", {}), "stop", "The model overfits."),
     ),
 }
 """Object, attribute and wrong value of statements that are broken on purpose."""
@@ -536,9 +582,11 @@ def test_check_detects_a_broken_statement(tmp_path, monkeypatch, name):
 
 REPLACE_IN_PAGE: dict[str, Callable[[str], str]] = {
     "second step": lambda page: page.replace(
-        "</main>", "<p>Next step: a</p><p>Next step: b</p></main>"
+        "</main>", 2 * "<p><strong>Next step: a</strong></p>" + "</main>"
     ),
     "sentence": lambda page: re.sub(r"\d+ of (\d+) answers are", r"999 of \1 answers are", page),
+    "changed answers": lambda page: re.sub(r"(Changed answers: )\d+", r"\g<1>999", page),
+    "named error": lambda page: re.sub(r"(in the field \w+ \()\d+", r"\g<1>999", page),
     "bar": lambda page: re.sub(r"\d+( partly correct, )", r"999\1", page),
 }
 

@@ -80,15 +80,8 @@ ERROR_TEXTS = (
     "choose another name, such as {}",
     "the records have no key {}",
     "{} keys have the same role: {}",
-    "the loss still falls: train twice as long",
-    "{} of {} answers are correct: label about {} more images",
-    "no clear change: label about {} more images",
-    "overfitting: train again, and stop at the best evaluation",
-    "worse than before training: train again, and stop at the best evaluation",
-    "worse than before training: compare the worse answers with their references",
-    "use the model",
 )
-"""Texts of errors and advice with values, which are translated; others are in English."""
+"""Texts of errors with values, which are translated; others are in English."""
 
 add_translations(STATIC_FOLDER)
 _ENVIRONMENT = create_environment(FileSystemLoader([STATIC_FOLDER, REPORT_FOLDER]))

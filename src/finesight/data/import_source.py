@@ -38,7 +38,7 @@ from finesight.data.formats.dataset_format import (
 )
 from finesight.data.image_file import PageRanges, read_image_size
 from finesight.data.image_resolver import ImageResolver
-from finesight.data.record_files import open_json_objects, open_record_files
+from finesight.data.record_files import open_record_files
 from finesight.data.role_proposal import RoleProposal
 from finesight.data.row_reader import (
     TEXT_TABLE_SUFFIXES,
@@ -468,9 +468,7 @@ def _open_rows(source: Path, options: ImportOptions) -> tuple[RowReader, Dataset
             remedy="check the path, or remove --format to detect the format",
         )
     if is_folder:
-        records = open_record_files(source)
-        if records is None and options.mapping is not None:
-            records = open_json_objects(source)
+        records = open_record_files(source, needs_images=options.mapping is None)
         if records is None:
             raise _build_folder_error(source)
         return records, None, ""

@@ -476,7 +476,7 @@ def import_dataset(
             options = replace(options, eval_last=parsed.num_eval)
         if source.data_format.states_split and parsed.num_eval == len(rows):
             raise UserError(
-                f"all {format_count(len(rows), 'row')} are for validation",
+                f"no row is for training, {format_count(len(rows), 'row')} for validation",
                 where=str(path),
                 expected="rows for training",
                 remedy="import them together with those for training; or correct split in the"
@@ -588,8 +588,10 @@ def _parse_rows(
             images = [paths for _, paths in encoded]
             rows.append(list(map(_SpooledExample, ids, spans, images)))
             locations.append(row.location)
-            is_stated = any(example.is_eval for example in examples)
-            is_eval.append(row_index >= eval_start or is_stated)
+            if source.data_format.states_split:
+                is_eval.append(any(example.is_eval for example in examples))
+            else:
+                is_eval.append(row_index >= eval_start)
             context.source_notes.update(context.row_notes)
             context.source_notes.update(note for note, _ in context.invalid_boxes)
             if context.invalid_boxes and options.on_invalid_box is None:

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import os
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
@@ -37,68 +36,70 @@ OTHER_IMAGE_KEY = "image_file"
 RECORD_SUFFIXES = (".json", ".txt")
 
 
-def open_record_files(source: Path) -> RowReader | None:
-    """Open the objects in a folder as rows; None without an object that belongs to an image.
+def open_record_files(source: Path, *, needs_images: bool = True) -> RowReader | None:
+    """Open the objects in a folder as rows. None if no object belongs to an image.
 
     A folder with a file of rows is no such folder: its JSON files may be something else.
+
+    Args:
+        needs_images: False for a mapping: all JSON objects are rows, such as a file for each
+            episode of screenshots.
 
     Raises:
         UserError: Several objects belong to the same image, or an object to several images.
     """
     listing = list_folder(source)
-    records: list[Path] = []
-    for file in listing.files:
-        if _has_object(file):
-            records.append(file)
-        elif file.suffix.lower() != ".json" and file.name.lower().endswith(ROW_SUFFIXES):
-            return None
-    images_by_name: defaultdict[str, list[Path]] = defaultdict(list)
-    for image in listing.image_files():
-        images_by_name[image.stem].append(image)
-        images_by_name[image.name].append(image)
-    pairs: list[tuple[Path, Path]] = []
-    folders: dict[str, None] = {}
-    for file in records:
-        found = _find_image(file, images_by_name[file.stem])
-        if found is not None:
-            pairs.append((file, found))
-            folders[str(found.parent.relative_to(source))] = None
-    if not pairs:
+    if any(_has_rows(file) for file in listing.files):
         return None
-    _check_single_records(source, pairs)
+    images = _find_images(listing, needs_images=needs_images)
+    paired: dict[Path, Path] = {}
+    folders: dict[str, None] = {}
+    for file, image in images.items():
+        if image is not None:
+            paired[file] = image
+            folders[str(image.parent.relative_to(source))] = None
+    if not images or (needs_images and not paired):
+        return None
+    _check_single_records(source, paired)
 
-    def make_row(row_number: int, pair: tuple[Path, Path]) -> SourceRow:
-        file, image = pair
-        record = _add_image(read_record_file(file), image)
+    def make_row(row_number: int, item: tuple[Path, Path | None]) -> SourceRow:
+        file, image = item
+        record = read_record_file(file)
+        if image is not None:
+            record = _add_image(record, image)
         return SourceRow(row_number, str(file), record, file.stem)
 
-    note = f"{format_count(len(pairs), 'image')} with a JSON file of the same name"
+    note = f"{format_count(len(paired), 'image')} with a JSON file of the same name"
     if len(folders) > 1:
         note += f", in {format_count(len(folders), 'folder')}: {', '.join(folders)[:80]}"
-    used = set(itertools.chain(*pairs))
+    if len(images) > len(paired):
+        note = f"{format_count(len(images), 'JSON file')}, {note}"
+    used = {*images, *paired.values()}
     unused = tuple(file for file in listing.files if file not in used)
     if unused:
         note += f"; other files, not read: {FolderListing(source, unused)}"
-    return rows_from_items(pairs, make_row, note)
+    return rows_from_items(list(images.items()), make_row, note)
 
 
-def open_json_objects(source: Path) -> RowReader | None:
-    """Open the JSON objects in a folder as rows, for a mapping; None without one.
+def _has_rows(file: Path) -> bool:
+    """Return whether a file has many rows, by its name and first bytes."""
+    is_row_file = file.name.lower().endswith(ROW_SUFFIXES) and file.suffix.lower() != ".json"
+    return is_row_file and not _has_object(file)
 
-    The objects belong to no image, such as a file for each episode of screenshots.
-    """
-    listing = list_folder(source)
-    files: list[Path] = []
-    for file in listing.files:
-        if file.suffix.lower() == ".json" and _has_object(file):
-            files.append(file)
-    if not files:
-        return None
 
-    def make_row(row_number: int, file: Path) -> SourceRow:
-        return SourceRow(row_number, str(file), read_record_file(file), file.stem)
-
-    return rows_from_items(files, make_row, format_count(len(files), "JSON file"))
+def _find_images(listing: FolderListing, *, needs_images: bool) -> dict[Path, Path | None]:
+    """Return the image of each file that is a row. A JSON file of a mapping may have none."""
+    by_name: defaultdict[str, list[Path]] = defaultdict(list)
+    for image in listing.image_files():
+        by_name[image.stem].append(image)
+        by_name[image.name].append(image)
+    images: dict[Path, Path | None] = {}
+    for file in filter(_has_object, listing.files):
+        found = _find_image(file, by_name[file.stem])
+        is_record = not needs_images and file.suffix.lower() == ".json"
+        if found is not None or is_record:
+            images[file] = found
+    return images
 
 
 def _add_image(record: Record, image: Path) -> Record:
@@ -141,14 +142,14 @@ def read_record_file(path: Path) -> Record:
         raise UserError(
             reason,
             where=str(path),
-            expected="a JSON object with the labels of an image",
+            expected="a JSON object",
             remedy="correct the file, or remove it",
         )
     return record
 
 
 def _has_object(path: Path) -> bool:
-    """Return whether a file may contain a JSON object, judged by its name and first bytes."""
+    """Return whether name and first bytes of a file are those of a JSON object."""
     if path.suffix.lower() not in RECORD_SUFFIXES or not path.is_file():
         return False
     with contextlib.suppress(OSError), path.open("rb") as file:
@@ -157,17 +158,27 @@ def _has_object(path: Path) -> bool:
 
 
 def _find_image(record: Path, candidates: Sequence[Path]) -> Path | None:
-    """Return the image of an object: that in the nearest folder, or in one of the same name.
+    """Return the image of an object: that beside it, in a folder of the same name, or nearest.
 
     Raises:
         UserError: Several images have the name of the object.
     """
-    found = list(dict.fromkeys(candidates))
+    distinct = list(dict.fromkeys(candidates))
+    beside: list[Path] = []
+    in_same_split: list[Path] = []
+    for image in distinct:
+        if image.parent == record.parent:
+            beside.append(image)
+        if image.parent.name == record.parent.name:
+            in_same_split.append(image)
+    found = beside or in_same_split or distinct
     if len(found) > 1:
-        depths = [_count_common_folders(image, record) for image in found]
-        found = [image for image, depth in zip(found, depths, strict=True) if depth == max(depths)]
-    in_same_split = [image for image in found if image.parent.name == record.parent.name]
-    found = in_same_split or found
+        found.sort(key=lambda image: _count_common_folders(image, record), reverse=True)
+        first_depth = _count_common_folders(found[0], record)
+        second_depth = _count_common_folders(found[1], record)
+        # A folder below that of the object may contain drawings.
+        if first_depth > second_depth and not found[0].is_relative_to(record.parent):
+            del found[1:]
     if len(found) > 1:
         raise UserError(
             f"several images may belong to the file: {found[0]} and {found[1]}",
@@ -180,13 +191,14 @@ def _find_image(record: Path, candidates: Sequence[Path]) -> Path | None:
 
 def _count_common_folders(first: Path, second: Path) -> int:
     """Return the number of folders that contain both files."""
-    return len(os.path.commonpath([first.parent, second.parent]).split(os.sep))
+    pairs = zip(first.parts, second.parts, strict=False)
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
-def _check_single_records(source: Path, pairs: Sequence[tuple[Path, Path]]) -> None:
+def _check_single_records(source: Path, images: Mapping[Path, Path]) -> None:
     """Raise UserError if several objects belong to the same image."""
     files: dict[Path, Path] = {}
-    for file, image in pairs:
+    for file, image in images.items():
         other = files.setdefault(image, file)
         if other is file:
             continue

@@ -162,6 +162,18 @@ class RoleProposal:
 
     def check_columns(self, where: str) -> None:
         """Raise UnassignedKeysError if the role of a column is not certain."""
+        answer = self.columns.get("answer", "")
+        # Columns of a table without header have numbers as names.
+        if answer.isdecimal() and self._has_distinct_integers(answer):
+            raise UnassignedKeysError(
+                f"the column {answer} has another number in each row"
+                f" ({_format_value(get_cell(self.records[0], answer))}): an answer, or an"
+                " identifier of the image",
+                self._keep_media(),
+                where=where,
+                expected="a table with a header, or the roles of its columns",
+                remedy=f"if the numbers are the answers, give {self.format_options()}",
+            )
         if "fields" in self.columns and not self._has_flags_only():
             raise UnassignedKeysError(
                 f"no column is known as the answer, only {self._format_fields()}",
@@ -198,6 +210,10 @@ class RoleProposal:
                 remedy="if they belong neither to the question nor to the answer, give"
                 f" {self.format_options()}",
             )
+
+    def _has_distinct_integers(self, name: str) -> bool:
+        cells = [str(value).strip() for value in self._read(name)]
+        return all(map(str.isdecimal, cells)) and len(set(cells)) == len(cells)
 
     def _has_flags_only(self) -> bool:
         """Return whether all fields are flags: a table of several classes, one column each."""

@@ -188,7 +188,9 @@ def open_row_file(
         no_header: The first row of a table contains values; see `_read_header`.
     """
     suffix = get_row_suffix(source)
-    if suffix == ".parquet":
+    if suffix == ".txt" and _is_json_lines(source):
+        rows = _open_json(source)
+    elif suffix == ".parquet":
         rows = _open_parquet(source)
     elif suffix in TEXT_TABLE_SUFFIXES:
         rows = _open_csv(source, encoding, no_header)
@@ -324,6 +326,13 @@ def _decode_utf8(content: bytes, source: Path, line: int) -> str:
             expected="a file in UTF-8",
             remedy="save the file as UTF-8",
         ) from error
+
+
+def _is_json_lines(source: Path) -> bool:
+    """Return whether a text file begins with a JSON object, as JSON Lines do."""
+    with _open_content(source) as file:
+        head = file.read(SNIFF_BYTES).removeprefix(UTF8_BOM).lstrip()
+    return re.match(rb'\{\s*"', head) is not None
 
 
 def _open_json(source: Path) -> RowReader:

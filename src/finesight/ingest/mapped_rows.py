@@ -54,7 +54,7 @@ from finesight.data.sample import (
     TextPart,
     check_limit,
 )
-from finesight.ingest.field_path import parse_path
+from finesight.ingest.field_path import FieldPath, PathStep
 from finesight.ingest.joined_tables import UnjoinedRecord
 from finesight.ingest.mapping import (
     GROUPED_ROWS,
@@ -66,6 +66,7 @@ from finesight.ingest.mapping import (
     Points,
     RecordMapping,
     Value,
+    format_key_text,
     iter_values,
     name_values,
 )
@@ -88,6 +89,7 @@ LEFT_OUT = "left out by `where` of the mapping"
 
 ROLES: dict[str, Role] = {role: role for role in get_args(Role)}
 
+NOTE_EMPTY_ARGUMENTS = "lists of calls, whose arguments without a value (null) are left out"
 NOTE_POLYGON = "polygons, each imported as the box around it"
 
 MIN_VERTICES = 3
@@ -141,7 +143,7 @@ def read_mapped_row(row: SourceRow, context: ImportContext, mapping: RecordMappi
         scopes = _select_items(values, mapping.sample, values.root, "sample", context)
         if not scopes:
             context.skipped_rows[REASON_NO_ITEMS] += 1
-    is_eval = _read_split(values, mapping.split)
+    is_eval: bool | None = None
     examples: list[ImportExample] = []
     left_out: Counter[str] = Counter()
     for number, scope in enumerate(scopes, start=1):
@@ -149,6 +151,8 @@ def read_mapped_row(row: SourceRow, context: ImportContext, mapping: RecordMappi
         builder = SampleBuilder(row, context, mapping, values, scope, sample_id)
         unmet = values.find_unmet(mapping.where, scope)
         if unmet is None:
+            if is_eval is None:  # records that `where` leaves out may have another split
+                is_eval = _read_split(values, mapping.split)
             examples += [replace(example, is_eval=is_eval) for example in builder.build()]
         else:
             left_out[f"{LEFT_OUT} ({unmet})"] += 1
@@ -166,7 +170,10 @@ def _read_split(values: RecordValues, split: Value | None) -> bool:
     """Return whether a record is one for validation."""
     if split is None:
         return False
-    name = values.evaluate_text(split, values.root, "split")
+    found = values.evaluate(split, values.root, "split")
+    if found is MISSING:
+        return False
+    name = to_text(found, split.name_role("split"))
     if name not in ("train", "eval"):
         raise InvalidRowError(
             f"the {split.name_role('split')} {name[:60]!r}",
@@ -181,7 +188,8 @@ def _use_keys(values: RecordValues, row: SourceRow, mapping: RecordMapping) -> N
     if row.has_own_id and mapping.id is None:
         values.discard_key("id")
     if mapping.group is not None:
-        all_rows = parse_path(f"{GROUPED_ROWS}.*.{mapping.group.text}")
+        steps = (PathStep(GROUPED_ROWS), PathStep("*", is_each=True), *mapping.group.steps)
+        all_rows = FieldPath(f"{GROUPED_ROWS}.*.{mapping.group.text}", steps)
         values.read_optional(all_rows, values.root, "group")
         values.use_repeated(values.root.value[GROUPED_ROWS])
     for name, table in mapping.tables.items():
@@ -321,14 +329,15 @@ class SampleBuilder:
 
     def _read_tools(self) -> tuple[Record, ...]:
         """Return the definitions of tools."""
-        found = self._read("tools", self.mapping.tools)
-        if found is MISSING:
+        value = self.mapping.tools
+        found = self._read("tools", value)
+        if value is None or found is MISSING:
             return ()
-        with _name_role(self.mapping.tools, "tools"):
+        with _name_role(value, "tools"):
             tools = tuple(parse_tools(found))
-        if not tools:
+        if not tools and not value.is_optional:
             raise InvalidRowError(
-                "no definitions in tools",
+                f"no definitions in the {value.name_role('tools')}",
                 "a list of tools",
                 "add them, or write ? after the key of tools if rows may lack them",
             )
@@ -339,10 +348,13 @@ class SampleBuilder:
         if calls is None:
             return ()
         found = self.values.evaluate(calls, scope, "calls")
-        if found is MISSING:
+        if found is MISSING or is_empty(found):
             return ()
+        decoded = decode_json(found)
+        if not isinstance(found, str) and decoded != found:
+            self.context.row_notes[NOTE_EMPTY_ARGUMENTS] += 1
         with _name_role(calls, "calls"):
-            return tuple(map(read_tool_call, as_list(decode_json(found))))
+            return tuple(map(read_tool_call, as_list(decoded)))
 
     def _list_media(self, role: str, sources: Sequence[Value]) -> list[Any]:
         """Return the files of a role. A path with `*` stands for several."""
@@ -444,6 +456,13 @@ class SampleBuilder:
 
     def _build_detection(self, sample_id: str, boxes: Boxes) -> list[ImportExample]:
         """Build questions about all objects of an image, which list the classes."""
+        if self.context.box_task not in ("detection", "grounding"):
+            raise InvalidOptionError(
+                f"boxes of a mapping have no {self.context.box_task}",
+                where="--box-task",
+                expected="detection or grounding",
+                remedy="remove --box-task, or give the data in a format with outlines",
+            )
         image_files = self._list_media("images", self.mapping.images)
         if len(image_files) != 1:
             raise InvalidRowError(
@@ -801,13 +820,12 @@ def _flatten(value: Any, depth: int) -> list[Any]:
 
 
 @contextmanager
-def _name_role(value: Value | None, role: str) -> Iterator[None]:
+def _name_role(value: Value, role: str) -> Iterator[None]:
     """Add the role and the path of a value to an error."""
     try:
         yield
     except InvalidRowError as error:
-        if value is not None:
-            error.what = f"{error.what} in the {value.name_role(role)}"
+        error.what = f"{error.what} in the {value.name_role(role)}"
         raise
 
 
@@ -827,46 +845,77 @@ def _enclose_polygon(vertices: Any, role: str) -> list[float]:
     Args:
         vertices: A list of x1, y1, x2, y2, ..., of pairs, or of several outlines.
     """
-    numbers = list(_iter_coordinates(vertices, role))
-    if len(numbers) < 2 * MIN_VERTICES or len(numbers) % 2:
-        raise InvalidRowError(
-            f"the {role} have {len(numbers)} numbers: {describe_value(vertices)}",
-            f"x and y of at least {MIN_VERTICES} vertices",
-            "correct the row, or leave the item out by where",
-        )
-    xs = numbers[0::2]
-    ys = numbers[1::2]
-    return [min(xs), min(ys), max(xs), max(ys)]
+    xs: list[float] = []
+    ys: list[float] = []
+    pending = [vertices]
+    while pending:
+        value = pending.pop()
+        if not isinstance(value, list | tuple):
+            raise _build_vertices_error(value, role)
+        inner = [one for one in value if isinstance(one, list | tuple)]
+        if inner and len(inner) == len(value):
+            pending += inner
+            continue
+        numbers = [_parse_coordinate(one, role) for one in value]
+        is_outline = len(numbers) >= 2 * MIN_VERTICES and len(numbers) % 2 == 0
+        if len(numbers) != 2 and not is_outline:
+            raise _build_vertices_error(value, role)
+        xs += numbers[0::2]
+        ys += numbers[1::2]
+    return _enclose(xs, ys, role)
 
 
 def _enclose_columns(columns: Sequence[Any], role: str) -> list[float]:
-    """Return the box around an outline whose x and y are a list each."""
-    xs, ys = columns
-    is_list = isinstance(xs, list | tuple) and isinstance(ys, list | tuple)
-    if not is_list or len(xs) != len(ys):
+    """Return the box around an outline whose x and y are a list each, or lists of outlines."""
+    xs, ys = (list(_iter_coordinates(column, role)) for column in columns)
+    if len(xs) != len(ys):
         raise InvalidRowError(
-            f"the {role} have {describe_value(xs)} and {describe_value(ys)}",
-            "two lists of equal length, of x and of y",
+            f"the {role} have {len(xs)} values of x and {len(ys)} of y",
+            "a value of y for each x",
             "correct the row, or the paths in the mapping",
         )
-    return _enclose_polygon(list(zip(xs, ys, strict=True)), role)
+    return _enclose(xs, ys, role)
+
+
+def _enclose(xs: Sequence[float], ys: Sequence[float], role: str) -> list[float]:
+    if len(xs) < MIN_VERTICES:
+        raise InvalidRowError(
+            f"the {role} have {len(xs)} vertices",
+            f"at least {MIN_VERTICES} vertices",
+            "correct the row, or leave the item out by where",
+        )
+    return [min(xs), min(ys), max(xs), max(ys)]
 
 
 def _iter_coordinates(value: Any, role: str) -> Iterator[float]:
     """Yield the numbers of nested lists."""
-    if isinstance(value, list | tuple):
-        for item in value:
-            yield from _iter_coordinates(item, role)
+    if not isinstance(value, list | tuple):
+        yield _parse_coordinate(value, role)
         return
-    with suppress(TypeError, ValueError):
-        number = float(value)
-        if not isinstance(value, bool) and math.isfinite(number):
-            yield number
-            return
-    raise InvalidRowError(
+    for item in value:
+        yield from _iter_coordinates(item, role)
+
+
+def _parse_coordinate(value: Any, role: str) -> float:
+    """Return a number, also from its text."""
+    if not isinstance(value, bool):
+        with suppress(TypeError, ValueError, OverflowError):
+            number = float(value)
+            if math.isfinite(number):
+                return number
+    raise _build_vertices_error(value, role)
+
+
+def _build_vertices_error(value: Any, role: str) -> InvalidRowError:
+    remedy = "correct the row"
+    if isinstance(value, str):
+        remedy = "give split for a text, or correct the row"
+    elif isinstance(value, dict):
+        remedy = "give a value each for x and y: polygon: [vertices.*.x, vertices.*.y]"
+    return InvalidRowError(
         f"the {role} have {describe_value(value)}",
-        "numbers",
-        "give a value each for x and y: polygon: [vertices.*.x, vertices.*.y]",
+        "pairs of x and y, or a list of them",
+        remedy,
     )
 
 
@@ -878,16 +927,22 @@ def _check_coordinates(numbers: Any, role: str, count: int) -> list[Any]:
     """
     if count == 4 and isinstance(numbers, list | tuple) and len(numbers) == 2:
         first, second = numbers
-        if isinstance(first, list | tuple) and isinstance(second, list | tuple):
+        is_pair = isinstance(first, list | tuple) and isinstance(second, list | tuple)
+        if is_pair and len(first) == len(second) == 2:
             numbers = [*first, *second]
     is_list = isinstance(numbers, list | tuple) and len(numbers) == count
-    if not is_list or not all(isinstance(one, str | int | float) for one in as_list(numbers)):
+    if not is_list or not all(map(_is_number, as_list(numbers))):
         raise InvalidRowError(
             f"the {role} are {describe_value(numbers)}",
             f"a list of {count} numbers",
             "give split for a text, or a value for each number",
         )
     return list(numbers)
+
+
+def _is_number(value: object) -> bool:
+    """Return whether a value is a number or a text, which may be one."""
+    return isinstance(value, str | int | float) and not isinstance(value, bool)
 
 
 def _apply_frame(numbers: Sequence[Any], frame: Frame) -> list[Any]:
@@ -916,8 +971,9 @@ def _look_up(found: Any, value: Value, choices: Sequence[str]) -> str:
             )
         return text
     number = -1
-    if text.isascii() and text.isdecimal():
-        number = int(text) - value.first
+    index = format_key_text(found)
+    if index.isascii() and index.isdecimal():
+        number = int(index) - value.first
     if not 0 <= number < len(choices):
         raise InvalidRowError(
             f"the answer {text[:60]!r} is no number of a choice",

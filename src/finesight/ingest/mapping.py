@@ -47,7 +47,7 @@ Scalar = str | bool | int | float | None
 
 _TEMPLATE_FIELD = re.compile(r"\{\{|\}\}|\{([^{}]*)\}")
 _FIELD_FORMAT = re.compile(r'(?P<path>(?:"(?:[^"\\]|\\.)*"|[^":])*)(?::(?P<format>.*))?', re.DOTALL)
-_WHOLE_FLOAT = re.compile(r"-?(?:0|[1-9][0-9]*)\.0+")
+_INTEGRAL_FLOAT = re.compile(r"-?(?:0|[1-9][0-9]*)\.0+")
 _PADDED = re.compile(r"0[1-9][0-9]?")
 
 
@@ -303,8 +303,8 @@ def format_key_text(value: object) -> str:
     if isinstance(value, float) and value.is_integer():
         return str(int(value))
     text = format_scalar(value)
-    if _WHOLE_FLOAT.fullmatch(text):
-        return text.partition(".")[0]
+    if _INTEGRAL_FLOAT.fullmatch(text):
+        return str(int(text.partition(".")[0]))
     return text
 
 

@@ -125,8 +125,6 @@ def open_document(source: Path, mapping: RecordMapping) -> tuple[RowReader, str]
     if rows is None:
         return None
     reason = f"records at {rows.path.text}"
-    if mapping.tables:
-        return open_joined_records(source, mapping), reason
     if source.is_dir():
         raise UserError(
             f"the mapping names {rows.path.text} of one document as rows",
@@ -135,6 +133,8 @@ def open_document(source: Path, mapping: RecordMapping) -> tuple[RowReader, str]
             remedy=f"give the file; for samples from each file of the folder, write sample:"
             f" {rows.path.text} instead of rows",
         )
+    if mapping.tables:
+        return open_joined_records(source, mapping), reason
     reject_compressed(source)
     with open_data_file(source) as file:
         stream = JsonStream(file, source)

@@ -270,6 +270,8 @@ class RecordValues:
         if elements.each is None:
             return [scope]
         items = self.list_items(elements.each, scope)
+        if not items and elements.each.is_optional:
+            self.num_missing[elements.each.text] += 1
         check_limit(len(items), MAX_ITEMS, f"items of {role}")
         return items
 
@@ -328,6 +330,7 @@ class RecordValues:
                     "a text or a number",
                     "name a key of the value in the condition",
                 )
+            _check_booleans(condition, value)
             text = ""
             if value is not MISSING and not (condition.path.is_optional and is_empty(value)):
                 text = format_key_text(value)
@@ -446,6 +449,19 @@ class RecordValues:
                 yield RoleAssignment(inner, "")
 
 
+def _check_booleans(condition: Condition, value: Any) -> None:
+    """Reject true or false in a condition on a text, which YAML reads from yes or no."""
+    scalars = (*(condition.equals or ()), *(condition.differs_from or ()))
+    is_text = isinstance(value, str) and value.lower() not in ("true", "false", "")
+    if is_text and any(isinstance(scalar, bool) for scalar in scalars):
+        raise InvalidRowError(
+            f"a condition with true or false on {condition.path.text}, which is the text"
+            f" {value[:40]!r}",
+            "a text in the condition",
+            "write yes or no in quotes in the mapping, because YAML reads them as true or false",
+        )
+
+
 def list_item_steps(path: FieldPath) -> list[PathStep]:
     """Return the steps of a path to the items of lists. A final `*` may be left out."""
     steps = list(path.steps)
@@ -510,7 +526,7 @@ def build_missing_error(
     return MissingKeyError(
         f"no key {name} in {location} (path {path.text})",
         f"one of its keys: {shown}",
-        suggest_name(name, names, f"correct the path, or write {name}? if rows may lack it"),
+        f"{suggest_name(name, names, 'correct the path')}; or write {name}? if rows may lack it",
     )
 
 

@@ -176,7 +176,9 @@ class RunComparison:
         texts = []
         for index, other in enumerate(others, 1):
             keys, _ = find_common_samples(baseline, other)
-            verdict = RunVerdict(labels, self.metric_rows, len(keys), index=index)
+            verdict = RunVerdict(
+                labels, self.metric_rows, len(keys), index=index, has_run_names=True
+            )
             if verdict.conclusion:
                 texts.append(verdict.conclusion)
         return texts

@@ -87,11 +87,15 @@ class AnswerCounts:
         correct: Answers that are correct; see `is_correct`.
         partly: Other answers with a score above 0.
         wrong: All other answers, also those without a score.
+        num_gained: Correct answers to samples whose first answer is incorrect. None if unknown.
+        num_lost: Incorrect answers to samples whose first answer is correct. None if unknown.
     """
 
     correct: int
     partly: int
     wrong: int
+    num_gained: int | None = None
+    num_lost: int | None = None
 
     @property
     def total(self) -> int:
@@ -193,7 +197,7 @@ def count_answers(lines: Sequence[JsonObject | None], metric: str) -> AnswerCoun
         if score is not None and max(score, get_score(metric).maximum) > 1:
             return None
         has_scores |= score is not None
-        if score is not None and is_correct(line, metric):
+        if _has_correct_score(line, metric):
             counts["correct"] += 1
         elif score is not None and score > 0:
             counts["partly"] += 1
@@ -263,7 +267,24 @@ def read_examples(
     is_paired = before is not None and after is not None
     pairs = list(pair_predictions(before, after, max_bytes))
     examples = build_example_set(pairs, primary_metric, quotas, max_examples)
-    return replace(examples, is_paired=is_paired)
+    counts = [*examples.answer_counts]
+    if counts and counts[-1] is not None and all(None not in pair for pair in pairs):
+        num_gained, num_lost = count_changes(pairs, examples.metric)
+        counts[-1] = replace(counts[-1], num_gained=num_gained, num_lost=num_lost)
+    return replace(examples, is_paired=is_paired, answer_counts=counts)
+
+
+def count_changes(pairs: Iterable[Sequence[JsonObject | None]], metric: str) -> tuple[int, int]:
+    """Return how many answers became correct, and how many became incorrect."""
+    changes: Counter[int] = Counter()
+    for before, after in pairs:
+        changes[_has_correct_score(after, metric) - _has_correct_score(before, metric)] += 1
+    return changes[1], changes[-1]
+
+
+def _has_correct_score(line: JsonObject | None, metric: str) -> bool:
+    """Return whether an answer has a score of a metric and is correct."""
+    return line is not None and metric in read_scores(line) and is_correct(line, metric)
 
 
 def read_groups(path: Path, max_groups: int, max_bytes: int | None = None) -> list[Example]:

@@ -14,7 +14,7 @@ from finesight.evaluate.metric_difference import (
 )
 from finesight.evaluate.score_format import format_score, format_score_change
 from finesight.evaluate.verdict import Verdict
-from finesight.metric_components import PAIR_METRICS, VALIDATION_LOSS, get_score
+from finesight.metric_components import PAIR_METRICS, VALIDATION_LOSS, Score, get_score
 from finesight.report.i18n import translate
 from finesight.report.run_reader import JsonObject, as_object, is_finite
 
@@ -212,6 +212,18 @@ def describe_metric(metric: str) -> str:
     if not score.description:
         return translate(direction)
     return translate("{}; {}", translate(score.description), translate(direction))
+
+
+def describe_scale(metric: str) -> str:
+    """Return the display name and description of a metric, and the value of a perfect answer.
+
+    The value is only that of a metric which states another one than the default.
+    """
+    text = translate("{}: {}", format_metric_name(metric), describe_metric(metric))
+    maximum = get_score(metric).maximum
+    if maximum == Score(title="").maximum:
+        return translate("{}.", text)
+    return translate("{}. The largest possible value is {:g}.", text, maximum)
 
 
 def read_metrics(line: JsonObject) -> dict[str, float]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Hashable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -17,7 +17,9 @@ from pydantic import BaseModel, ValidationError
 from finesight.data.image_file import get_file
 from finesight.errors import Step, UserError
 from finesight.evaluate.mathml import is_converter_installed
+from finesight.evaluate.metrics.classification.score import OTHER_CLASS
 from finesight.evaluate.regression_guard import GROUP_RESULTS, GroupResult
+from finesight.evaluate.text_metrics import fold_text
 from finesight.manifest import REPORT_FILE, RESPONSES_FILE
 from finesight.metric_components import get_metric
 from finesight.report import metric_rows, summary
@@ -212,7 +214,6 @@ def render_run_page(
             live_data["interval_s"] = live_state.interval_s
     examples_context = _build_examples_context(run_record, examples)
     displayed = example_data["examples"]
-    worst_examples = select_worst_examples(example_data)
     example_question = ""
     if displayed:
         example_question = displayed[0]["question"]
@@ -228,7 +229,7 @@ def render_run_page(
             "metric": format_metric_name(examples.metric),
             "evaluation_names": evaluation_names,
             "kind_labels": dict(examples_context["kind_labels"]),
-            "worst": worst_examples,
+            "worst": result_context["worst_examples"],
             "live": live_data,
         },
         assets=["charts", "results"],
@@ -241,7 +242,6 @@ def render_run_page(
         reward_text=summary.describe_rewards(run_record),
         reward_signs=summary.list_reward_signs(run_record, example_data["groups"]),
         num_groups=len(example_data["groups"]),
-        num_worst=len(worst_examples),
         charts=charts,
         has_boxes=any(example["boxes"] for example in displayed),
         has_diff=any(map(_has_diff, displayed)),
@@ -276,6 +276,9 @@ def _build_result_context(
     if evaluations:
         last = evaluations[-1]
     details = _build_details(last)
+    ranked = rank_incorrect_examples(example_data["examples"])
+    error = _find_main_error(details, example_data["examples"], ranked)
+    is_complete = not examples.count_hidden()
     return {
         "verdict": verdict,
         "next_command": verdict.next_step and str(replace(verdict.next_step, purpose="")),
@@ -283,51 +286,128 @@ def _build_result_context(
         "has_intervals": any(map(_has_interval, verdict.rows)),
         "notes": format_notes(iter_notes(verdict.rows)),
         "num_samples": verdict.num_samples,
-        "frequent_errors": _describe_errors(details, example_data["examples"]),
+        "frequent_errors": error.describe(examples.total if is_complete else None),
+        "worst_examples": select_worst_examples(example_data, ranked, error.examples),
         **details,
     }
 
 
-def _describe_errors(details: Mapping[str, Any], shown: Sequence[JsonObject]) -> list[str]:
-    """Describe the field with the most errors, and the most frequent confusion of two values.
+@dataclass(frozen=True)
+class MainError:
+    """Most frequent error of the answers: a field, or a confusion of two values.
+
+    Attributes:
+        field: Name of the field that is wrong in most answers; empty for none.
+        prediction: Most frequent wrong value; empty if several values are missing or added.
+        reference: Value of the reference instead of it.
+        num_equal: Number of answers with this wrong value.
+        examples: Indices of the examples on the page that have the error, the worst first.
+    """
+
+    field: str = ""
+    prediction: str = ""
+    reference: str = ""
+    num_equal: int = 0
+    examples: Sequence[int] = ()
+
+    def describe(self, num_answers: int | None) -> list[str]:
+        """Describe the error in the current language.
+
+        Args:
+            num_answers: Number of all answers. None if the page does not contain all of them.
+        """
+        texts = []
+        if self.field and num_answers is None:
+            texts.append(translate("in the field {}", self.field))
+        elif self.field:
+            text = "in the field {} ({:,} of {:,} answers)"
+            texts.append(translate(text, self.field, len(self.examples), num_answers))
+        if not self.num_equal:
+            return texts
+        values = self.prediction, self.reference
+        if not self.field and num_answers is None:
+            texts.append(translate("{} instead of {} ({:,} samples)", *values, self.num_equal))
+        elif not self.field:
+            text = "{} instead of {} ({:,} of {:,} answers)"
+            texts.append(translate(text, *values, self.num_equal, num_answers))
+        elif self.num_equal > 1:
+            texts.append(translate("most often {} instead of {}", *values))
+        else:
+            texts.append(translate("for example {} instead of {}", *values))
+        return texts
+
+
+def _find_main_error(
+    details: Mapping[str, Any], shown: Sequence[JsonObject], ranked: Sequence[int]
+) -> MainError:
+    """Find the most frequent confusion of classes, else the field that is wrong most often.
 
     Args:
         shown: Page data of the examples.
+        ranked: Indices of the incorrect examples, the worst first.
     """
-    texts = []
-    worst = ""
-    if details["fields"]:
-        worst, scores = details["fields"][0]
-        if scores.f1 == 1:
-            return []
-        texts.append(translate("in the field {}", worst))
     if details["confusions"]:
         reference, prediction, count = details["confusions"][0]
-        text = "{} instead of {} ({:,} samples)"
-        texts.append(translate(text, prediction, reference, count))
-        return texts
-    values: Counter[tuple[str, str]] = Counter()
-    for example in shown:
-        answer = example["predictions"][-1] or {}
-        for name, expected, predicted in (answer.get("fields") or {}).get("differences", ()):
-            if name == worst and len(expected) == len(predicted) == 1:
-                values[predicted[0], expected[0]] += 1
-    for pair, count in values.most_common(1):
-        text = "for example {} instead of {}"
-        if count > 1:
-            text = "most often {} instead of {}"
-        texts.append(translate(text, *pair))
-    return texts
+        found = []
+        for index in ranked:
+            references = map(fold_text, shown[index]["references"])
+            answer = fold_text(_get_latest_answer(shown[index])["text"])
+            if reference in references and prediction in (answer, OTHER_CLASS):
+                found.append(index)
+        return MainError("", prediction, reference, count, found)
+    if not details["fields"]:
+        return MainError()
+    examples_by_field: defaultdict[str, list[int]] = defaultdict(list)
+    values: defaultdict[str, Counter[tuple[str, str]]] = defaultdict(Counter)
+    for index in ranked:
+        fields = _get_latest_answer(shown[index])["fields"] or {}
+        for name, expected, predicted in fields.get("differences", ()):
+            examples_by_field[name].append(index)
+            if len(expected) == len(predicted) == 1:
+                values[name][predicted[0], expected[0]] += 1
+    if not examples_by_field:
+        return MainError()
+    name = max(examples_by_field, key=lambda one: len(examples_by_field[one]))
+    prediction = ""
+    reference = ""
+    count = 0
+    for pair, number in values[name].most_common(1):
+        prediction, reference = pair
+        count = number
+    return MainError(name or "[ ]", prediction, reference, count, examples_by_field[name])
 
 
-def select_worst_examples(example_data: JsonObject) -> list[int]:
-    """Return the indices of the incorrect examples with the lowest scores that have an image."""
+def _get_latest_answer(example: JsonObject) -> JsonObject:
+    """Return the page data of the last answer of an example."""
+    answers = [answer for answer in example["predictions"] if answer is not None]
+    return as_object(answers[-1])
+
+
+def rank_incorrect_examples(shown: Sequence[JsonObject]) -> list[int]:
+    """Return the indices of the incorrect examples, those with the lowest scores first.
+
+    The IoU ranks boxes that miss their reference, whose score is 0.
+    """
     ranked = []
-    for index, example in enumerate(example_data["examples"]):
-        images = [example_data["images"][image] for image in example["images"]]
-        if example["is_incorrect"] and any("src" in image for image in images):
-            ranked.append((example["scores"][-1], example["row_index"], index))
-    return [index for _, _, index in sorted(ranked)[:NUM_WORST_EXAMPLES]]
+    for index, example in enumerate(shown):
+        if example["is_incorrect"]:
+            iou = _get_latest_answer(example)["scores"].get(format_metric_name("iou"), 0.0)
+            ranked.append((example["scores"][-1], iou, example["row_index"], index))
+    return [index for *_, index in sorted(ranked)]
+
+
+def select_worst_examples(
+    example_data: JsonObject, ranked: Sequence[int], preferred: Sequence[int]
+) -> list[int]:
+    """Return the first examples that have an image, those of `preferred` before others."""
+    selected = []
+    for index in dict.fromkeys([*preferred, *ranked]):
+        images = [
+            example_data["images"][image] for image in example_data["examples"][index]["images"]
+        ]
+        if any("src" in image for image in images):
+            selected.append(index)
+    return selected[:NUM_WORST_EXAMPLES]
 
 
 def _build_guard_context(run_record: RunRecord) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from statistics import median
@@ -27,6 +27,7 @@ from finesight.report.metric_rows import (
     MetricCell,
     MetricRow,
     build_metric_rows,
+    describe_scale,
     format_metric_name,
     join_metric_names,
     read_metrics,
@@ -59,6 +60,21 @@ _DIFFERENCES: TypeAdapter[list[MetricDifference]] = TypeAdapter(list[MetricDiffe
 
 
 @dataclass(frozen=True)
+class Proposal:
+    """Proposed operation after a run.
+
+    Attributes:
+        step: Next operation. Its purpose consists of the two texts. None for no proposal.
+        action: What to do, in the current language.
+        reason: Reason as a sentence in the current language; empty for none.
+    """
+
+    step: Step | None = None
+    action: str = ""
+    reason: str = ""
+
+
+@dataclass(frozen=True)
 class RunVerdict:
     """Verdict on an evaluation or run in comparison with the first one.
 
@@ -69,8 +85,8 @@ class RunVerdict:
         counts: Number of correct, partly correct and wrong answers of each evaluation. None if
             unknown, or if the metric has no correct answers.
         index: Position of the evaluation or run; by default the last one.
-        next_step: Proposed next operation, with its purpose in English. None without a proposal.
-        reason: Reason of the next step in the current language.
+        proposal: Proposed next operation. It is empty without one.
+        has_run_names: Whether the names are those of runs, which the conclusion contains.
     """
 
     names: Sequence[str]
@@ -78,8 +94,13 @@ class RunVerdict:
     num_samples: int | None
     counts: Sequence[AnswerCounts | None] = ()
     index: int = -1
-    next_step: Step | None = None
-    reason: str = ""
+    proposal: Proposal = field(default_factory=Proposal)
+    has_run_names: bool = False
+
+    @property
+    def next_step(self) -> Step | None:
+        """Proposed next operation. None without a proposal."""
+        return self.proposal.step
 
     @property
     def primary_row(self) -> MetricRow | None:
@@ -119,11 +140,14 @@ class RunVerdict:
         if after.partly or (before is not None and before.partly):
             text = "{:,} of {:,} answers are entirely correct"
         result = translate(text, after.correct, after.total)
+        if self.primary_row is not None and get_score(self.primary_row.name).condition:
+            condition = translate(get_score(self.primary_row.name).condition)
+            result = translate("{} at {}", result, condition)
         if before is not None:
             result = translate("{} ({}: {:,})", result, self.names[0], before.correct)
         low, high = clopper_pearson_interval(after.correct, after.total)
         bounds = math.floor(100 * low), math.ceil(100 * high)
-        text = "{}. For new samples, expect {} to {} of 100 on average."
+        text = "{}. For new samples, expect {} to {} of 100 (95 % interval)."
         return translate(text, result, *bounds)
 
     def _get_counts(self) -> tuple[AnswerCounts | None, AnswerCounts | None]:
@@ -150,7 +174,27 @@ class RunVerdict:
             result = translate("{} ({}: {})", result, self.names[0], first.value_text)
         if not cell.interval_text:
             return translate("{}.", result)
-        return translate("{}. For new samples, expect {}.", result, cell.interval_text)
+        text = "{}. For new samples, expect {} (95 % interval)."
+        return translate(text, result, cell.interval_text)
+
+    @property
+    def scale_text(self) -> str:
+        """Scale of the primary metric; empty if the sentence counts correct answers."""
+        if self.primary_row is None or self._get_counts()[1] is not None:
+            return ""
+        return describe_scale(self.primary_row.name)
+
+    @property
+    def changes_text(self) -> str:
+        """Number of answers that became correct or incorrect; empty if it is unknown."""
+        before, after = self._get_counts()
+        if before is None or after is None or after.num_gained is None or after.num_lost is None:
+            return ""
+        # Otherwise, the numbers are those of other answers than the counts.
+        if after.correct - before.correct != after.num_gained - after.num_lost:
+            return ""
+        text = "Changed answers: {:,} became correct, {:,} became incorrect."
+        return translate(text, after.num_gained, after.num_lost)
 
     @property
     def conclusion(self) -> str:
@@ -170,8 +214,11 @@ class RunVerdict:
             if found:
                 parts.append(translate(text, join_metric_names(found)))
         result = translate("; ").join(parts) or translate("no verdict without confidence intervals")
-        text = "{} compared with {} on {:,} validation samples: {}."
-        return translate(text, self.names[self.index], self.names[0], self.num_samples, result)
+        if self.has_run_names:
+            text = "{} compared with {}, on {:,} validation samples: {}."
+            return translate(text, self.names[self.index], self.names[0], self.num_samples, result)
+        text = "Compared with {}, on {:,} validation samples: {}."
+        return translate(text, self.names[0], self.num_samples, result)
 
     @property
     def change_text(self) -> str:
@@ -258,8 +305,7 @@ def judge_run(
     for line in evaluations:
         counts.append(_check_counts(run_record, line, after if line is evaluations[-1] else before))
     verdict = compare_evaluations(run_record, counts)
-    step, reason = propose_step(run_record, verdict, run or run_record.folder)
-    return replace(verdict, next_step=step, reason=reason)
+    return replace(verdict, proposal=propose_step(run_record, verdict, run or run_record.folder))
 
 
 def find_prediction_files(run_record: RunRecord) -> tuple[Path | None, Path | None]:
@@ -319,54 +365,51 @@ def _count_by_score(evaluation: JsonObject, num_samples: int) -> int | None:
     return None
 
 
-Proposal = tuple[Step | None, str]
-"""Next operation and its reason in the current language; None and an empty text for none."""
-
-
 def propose_step(run_record: RunRecord, verdict: RunVerdict, run: Path) -> Proposal:
     """Propose what to do with a finished run, by its losses and the verdict on it.
 
     The model is served only if neither its training nor its labels should change.
     """
     if run_record.result is None:
-        return None, ""
+        return Proposal()
     counts = verdict.counts[-1] if verdict.counts else None
     is_good = counts is not None and counts.correct >= GOOD_FRACTION * counts.total
     output = f"output_dir={find_next_run_dir(run)}"
     early_stopping = ["eval.every=0.1", "eval.patience=2", output]
     can_stop = as_object(run_record.recipe.get("eval")).get("patience") is None
     is_overfitting = summary.find_overfitting(summary.list_lines_of_weights(run_record)) is not None
+    train = Step("train", {"recipe": str(run / RECIPE_FILE), "overrides": early_stopping})
+    stop_text = translate("train again, and stop at the best evaluation")
     if is_overfitting and can_stop and not is_good:
-        text = "overfitting: train again, and stop at the best evaluation"
-        return _propose_training(run, early_stopping, text)
-    if verdict.level == "worse" and can_stop and summary.find_better_evaluation(run_record):
-        text = "worse than before training: train again, and stop at the best evaluation"
-        return _propose_training(run, early_stopping, text)
+        return _propose(train, stop_text, translate("The model overfits."))
     if verdict.level == "worse":
-        text = "worse than before training: compare the worse answers with their references"
-        return Step("report", {"run": str(run)}, text), translate(text)
+        reason = translate("The result is worse than before training.")
+        if can_stop and summary.find_better_evaluation(run_record):
+            return _propose(train, stop_text, reason)
+        action = translate("compare the worse answers with their references")
+        return _propose(Step("report", {"run": str(run)}), action, reason)
     if _is_loss_falling(run_record) and not is_good:
         overrides = [*summary.scale_duration(run_record, 2), output]
-        return _propose_training(run, overrides, "the loss still falls: train twice as long")
+        train = replace(train, arguments={**train.arguments, "overrides": overrides})
+        reason = translate("The training loss still falls.")
+        return _propose(train, translate("train twice as long"), reason)
     if not summary.is_native_run(run_record):
-        return None, ""  # The transformers backend neither suggests labels nor serves an API.
-    label_arguments = {"run_or_model": str(run), "sources": ["IMAGES"]}
+        return Proposal()  # The transformers backend neither suggests labels nor serves an API.
+    label = Step("label", {"run_or_model": str(run), "sources": ["IMAGES"]})
     num_labels = max(MIN_NEW_LABELS, summary.count_training_samples(run_record) or 0)
+    label_text = translate("label about {} more images", num_labels)
     if counts is not None and 2 * counts.correct < counts.total:
-        text = "{} of {} answers are correct: label about {} more images"
-        values = counts.correct, counts.total, num_labels
-        return Step("label", label_arguments, text.format(*values)), translate(text, *values)
+        reason = translate("{} of {} answers are correct.", counts.correct, counts.total)
+        return _propose(label, label_text, reason)
     if verdict.level == "no clear change" and not is_good:
-        text = "no clear change: label about {} more images"
-        return Step("label", label_arguments, text.format(num_labels)), translate(text, num_labels)
-    text = "use the model"
-    return Step("serve", {"run_or_model": str(run)}, text), translate(text)
+        return _propose(label, label_text, translate("There is no clear change."))
+    return _propose(Step("serve", {"run_or_model": str(run)}), translate("use the model"))
 
 
-def _propose_training(run: Path, overrides: Sequence[str], text: str) -> Proposal:
-    """Propose another training with changed settings."""
-    arguments = {"recipe": str(run / RECIPE_FILE), "overrides": overrides}
-    return Step("train", arguments, text), translate(text)
+def _propose(step: Step, action: str, reason: str = "") -> Proposal:
+    """Return a proposal whose step has the action and the reason as its purpose."""
+    purpose = translate("{}. {}", action, reason) if reason else action
+    return Proposal(replace(step, purpose=purpose), action, reason)
 
 
 def _is_loss_falling(run_record: RunRecord) -> bool:

@@ -393,6 +393,13 @@ class ObjectAnnotation:
     points: Sequence[tuple[str, Sequence[object]]] = ()
 
 
+def _note_numbered_classes(class_names: Sequence[str], context: ImportContext) -> None:
+    """Note classes that are named by numbers, such as those of phrases. Digits are names."""
+    longest = max(class_names, key=len, default="")
+    if len(longest) > 1 and all(map(str.isdecimal, class_names)):
+        context.row_notes[f"images whose classes have numbers as names, such as {longest}"] += 1
+
+
 def build_detection_examples(
     row: SourceRow,
     context: ImportContext,
@@ -435,6 +442,7 @@ def build_detection_examples(
             for one in objects
             for point in one.points
         ]
+    _note_numbered_classes(class_names, context)
     check_limit(len(objects), MAX_BOXES, "boxes")
     images = RowImages(context)
     image_part = images.add_image(image)

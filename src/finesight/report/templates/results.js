@@ -75,7 +75,7 @@ function drawSampleImage(image, index, sample, answers) {
   boxes.push(...list(sample).map(({ xyxy }) => ({ xyxy, kind: "truth" })));
   const figure = drawImage(image, boxes, image.path.split("/").pop());
   figure.title = image.path;
-  figure.addEventListener("click", () => figure.closest(".example").classList.toggle("wide"));
+  figure.addEventListener("click", () => figure.closest(".example")?.classList.toggle("wide"));
   return figure;
 }
 

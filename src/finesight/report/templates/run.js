@@ -97,9 +97,30 @@ function drawTile(example, enlarge) {
   return tile;
 }
 
+/* The first image of an incorrect answer, with the boxes of the answer and of its reference. */
+function drawErrorImage(example, prediction) {
+  const images = example.images.map((index) => DATA.images[index]);
+  const index = images.findIndex(({ src }) => src);
+  const image = images[index];
+  if (!example.boxes.length && !prediction.boxes.length) {
+    return createElement("img", { src: image.src, alt: image.path.split("/").pop() });
+  }
+  const kind = DATA.evaluation_names.length > 1 ? "after" : "before";
+  const figure = drawSampleImage(image, index, example, [{ kind, prediction }]);
+  figure.style.width = `min(100%, ${(8.5 * image.width) / image.height}rem)`;
+  return figure;
+}
+
+/* The score of the boxes of an answer. */
+function describeBoxes({ boxes, scores }) {
+  if (!boxes.length) return translate("no box");
+  const overlap = Object.keys(scores).find((name) => DATA.score_names[name] === "iou");
+  const name = overlap ?? DATA.metric;
+  return name in scores ? `${name} ${scores[name]}` : translate("{} boxes", boxes.length);
+}
+
 /* The image of an incorrect answer, with the answer and its reference. */
 function drawError(example, enlarge) {
-  const image = example.images.map((index) => DATA.images[index]).find(({ src }) => src);
   const prediction = example.predictions.findLast(Boolean);
   const fields = prediction.fields?.differences ?? [];
   const lines = fields
@@ -113,13 +134,14 @@ function drawError(example, enlarge) {
       ),
     );
   const [reference] = example.references;
+  if (example.boxes.length) lines.unshift(describeBoxes(prediction));
   if (!lines.length && reference) {
     lines.push(translate("“{}” instead of “{}”", prediction.text || "–", reference));
   }
   const tile = createElement(
     "button",
     { type: "button", class: "tile", "aria-label": translate("{}: enlarge", example.id) },
-    createElement("img", { src: image.src, alt: image.path.split("/").pop() }),
+    drawErrorImage(example, prediction),
     ...lines.map((line) => createElement("span", { class: "small answer-text" }, line)),
   );
   tile.addEventListener("click", enlarge);
@@ -133,6 +155,11 @@ function drawErrors() {
   );
 }
 if (byId("worst")) drawErrors();
+
+function addCopyButton(command) {
+  command.append(...copyButton(command.textContent.trim(), translate("command")));
+}
+if (byId("next-command")) addCopyButton(byId("next-command"));
 
 /* Show one of `examples` in the dialog, with buttons and keys for the others. */
 function enlargeExample(examples, index) {

@@ -29,7 +29,9 @@ COMPONENT = MetricComponent(
     primary_score="f1_at_0.5",
     reference_kind="box",
     scores={
-        "f1_at_0.5": Score(title="F1 at IoU 0.5", sample_score="f1"),
+        "f1_at_0.5": Score(
+            title="F1 at IoU 0.5", condition="an IoU of at least 0.5", sample_score="f1"
+        ),
         "precision_at_0.5": Score(title="precision at IoU 0.5"),
         "recall_at_0.5": Score(title="recall at IoU 0.5"),
         "ap": Score(

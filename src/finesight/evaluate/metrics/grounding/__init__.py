@@ -28,11 +28,13 @@ COMPONENT = MetricComponent(
         "accuracy_at_0.5": Score(
             title="accuracy at IoU 0.5",
             description="boxes with an IoU of at least 0.5",
+            condition="an IoU of at least 0.5",
             sample_score="hit",
         ),
         "accuracy_at_0.75": Score(
             title="accuracy at IoU 0.75",
             description="boxes with an IoU of at least 0.75",
+            condition="an IoU of at least 0.75",
             sample_score="hit_at_0.75",
         ),
         **BOX_SCORES,

@@ -163,7 +163,7 @@ class RoleProposal:
     def check_columns(self, where: str) -> None:
         """Raise UnassignedKeysError if the role of a column is not certain."""
         answer = self.columns.get("answer", "")
-        # Columns of a table without header have numbers as names.
+        # Columns of a table without header are named 1, 2 and so on.
         if answer.isdecimal() and self._has_distinct_integers(answer):
             raise UnassignedKeysError(
                 f"the column {answer} has another number in each row"

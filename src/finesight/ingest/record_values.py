@@ -503,7 +503,7 @@ def find_keys(scope: Scope, step: PathStep, path: FieldPath) -> Iterator[Any]:
 def _find_key(scope: Scope, step: PathStep, path: FieldPath) -> Any:
     """Return the key of a value that a step other than `*` names; `MISSING` without it."""
     value = scope.value
-    if isinstance(value, dict) and step.key in value:  # the quick case of many values
+    if isinstance(value, dict) and step.key in value:  # the usual case, without an error
         return step.key
     if not isinstance(value, dict | list | tuple):
         raise build_type_error(scope, path, "an object with keys")

@@ -190,7 +190,7 @@ class RunVerdict:
         before, after = self._get_counts()
         if before is None or after is None or after.num_gained is None or after.num_lost is None:
             return ""
-        # Otherwise, the numbers are those of other answers than the counts.
+        # Otherwise, the changes are those of other answers than the counts.
         if after.correct - before.correct != after.num_gained - after.num_lost:
             return ""
         text = "Changed answers: {:,} became correct, {:,} became incorrect."
@@ -345,7 +345,7 @@ def _check_counts(
     num_samples = read_sample_count(evaluation, "num_samples")
     num_correct = None
     settings = as_object(run_record.recipe.get("eval"))
-    # The mean of a custom score counts nothing: each of its values may be a fraction.
+    # The mean of a custom score is no count: each of its values may be a fraction.
     if num_samples is not None and parse_metric_path(str(settings.get("metric"))) is None:
         num_correct = _count_by_score(evaluation, num_samples)
     has_all_answers = counts is not None and num_samples in (None, counts.total)

@@ -15,7 +15,6 @@ from plugin_fixtures import install, write_package
 
 from finesight.components import Component, ComponentRegistry, SettingProblem, join_problems
 from finesight.config import PixelRange, TuneSettings
-from finesight.doctor.run_check import load_run_recipe
 from finesight.errors import UserError
 from finesight.manifest import Manifest
 from finesight.objective_components import (
@@ -29,6 +28,7 @@ from finesight.operations.first_guesses import suggest_command
 from finesight.plugins import PluginRecord, require_plugins
 from finesight.recipe import dump_recipe, load_recipe, recipe_from_dict
 from finesight.report.run_reader import RunRecord
+from finesight.report.summary import load_run_recipe
 from finesight.train.recipe_check import build_objective
 
 RECIPE: dict[str, Any] = {"model": "m", "data": {"train": "train.jsonl"}, "output_dir": "run"}

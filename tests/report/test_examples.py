@@ -18,7 +18,7 @@ from finesight.config import MetricSpec
 from finesight.data.sample import BoxPart
 from finesight.evaluate.eval_case import EvalCase
 from finesight.evaluate.metric_difference import compare_cases
-from finesight.evaluate.task_metrics import compute_metrics
+from finesight.evaluate.task_metrics import compute_metrics, get_primary_metric
 from finesight.report import examples
 from finesight.report.examples import (
     MAX_ANSWER_CHARS,
@@ -171,7 +171,8 @@ def estimate(folder, metric, **recorded):
     before, after = make_cases(metric, 2), make_cases(metric, 7)
     files = [write_scored(folder / n, metric, c) for n, c in (("b", before), ("a", after))]
     then, since = (compute_metrics(metric, cases).scores for cases in (before, after))
-    differences = estimate_differences(files[0], files[1], then | recorded, since)
+    primary = get_primary_metric(metric, then)
+    differences = estimate_differences(files[0], files[1], then | recorded, since, primary)
     return differences, compare_cases(metric, before, after)
 
 

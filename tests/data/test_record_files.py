@@ -257,3 +257,12 @@ def test_a_mapping_reads_objects_with_and_without_an_image(tmp_path: Path) -> No
     assert rows.num_rows == 2
     assert "2 JSON files, 1 image with a JSON file of the same name" in rows.text_format
     assert "other files, not read" in rows.text_format
+
+
+def test_other_files_beside_the_objects_of_a_mapping(tmp_path: Path) -> None:
+    write_episodes(tmp_path)
+    (tmp_path / "notes.csv").write_text("a,b\n1,2\n")
+    assert open_record_files(tmp_path) is None
+    rows = open_record_files(tmp_path, needs_images=False)
+    assert rows is not None
+    assert rows.num_rows == 2

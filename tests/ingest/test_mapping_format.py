@@ -261,3 +261,15 @@ def test_splits_that_cannot_be_files(folder: Path, parts, options, what, remedy)
         import_dataset(path, folder / "out", chosen)
     assert remedy in str(caught.value)
     assert not (folder / "out").exists()
+
+
+def test_rows_that_are_left_out_are_not_for_training(folder: Path) -> None:
+    rows = [
+        {"image": "a.png", "a": "x", "part": "val"},
+        {"image": "b.png", "a": "", "part": "train"},
+    ]
+    path = folder / "rows.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    roles = {**SPLIT_ROLES, "where": {"path": "a", "differs_from": ""}}
+    with pytest.raises(UserError, match="no row is for training, 1 row for validation"):
+        import_dataset(path, folder / "out", ImportOptions(mapping=build_format(roles)))

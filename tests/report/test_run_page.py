@@ -36,11 +36,13 @@ from finesight.report.charts import build_run_charts
 from finesight.report.metric_rows import read_metrics
 from finesight.report.run_page import (
     LiveReportState,
+    find_main_error,
+    rank_incorrect_examples,
     render_run_page,
     select_evaluations,
     write_report,
 )
-from finesight.report.run_reader import read_run
+from finesight.report.run_reader import JsonObject, read_run
 
 
 def make_image_answers(folder: Path, count: int) -> list[JsonLine]:
@@ -410,3 +412,34 @@ def test_boxes_with_the_lowest_overlap_are_shown(tmp_path: Path, browser: Browse
     assert count(browser, "#worst .box.before") == 2
     click(browser, "#worst .tile")
     assert count(browser, "#enlarged[open]") == 1
+
+
+def make_example(scores: list[float | None], text: str, reference: str, index: int) -> JsonObject:
+    """Return the page data of an incorrect example with one prediction."""
+    answer = {"text": text, "scores": {}, "fields": None}
+    return {
+        "is_incorrect": True,
+        "scores": scores,
+        "row_index": index,
+        "predictions": [None, answer],
+        "references": [reference],
+    }
+
+
+def test_examples_without_a_last_score_are_ranked_by_the_one_before() -> None:
+    shown = [
+        make_example([0.9, None], "a", "b", 0),
+        make_example([0.0, 0.1], "a", "b", 1),
+        make_example([None, None], "a", "b", 2),
+    ]
+    assert rank_incorrect_examples(shown) == [2, 1, 0]
+
+
+def test_examples_of_other_answers_are_no_known_classes() -> None:
+    details = {"confusions": [("cat", "(something else)", 2), ("cat", "dog", 1)], "fields": []}
+    shown = [
+        make_example([0.0, 0.0], "dog", "cat", 0),
+        make_example([0.0, 0.0], "a lamp", "cat", 1),
+        make_example([0.0, 0.0], "cat", "dog", 2),
+    ]
+    assert find_main_error(details, shown, [0, 1, 2]).examples == [1]

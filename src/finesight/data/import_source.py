@@ -47,6 +47,7 @@ from finesight.data.row_reader import (
     SourceRow,
     concat_rows,
     get_row_suffix,
+    is_json_lines,
     open_row_file,
 )
 from finesight.data.sample import Sample, validate_roles
@@ -495,7 +496,10 @@ def _build_folder_error(source: Path) -> UserError:
 
 def _check_table_options(files: Sequence[Path], options: ImportOptions) -> None:
     """Reject options of tables for other files."""
-    suffixes = {get_row_suffix(file) for file in files}
+    suffixes: set[str] = set()
+    for file in files:
+        suffix = get_row_suffix(file)
+        suffixes.add(".jsonl" if suffix == ".txt" and is_json_lines(file) else suffix)
     if options.encoding and not suffixes <= {*TEXT_TABLE_SUFFIXES}:
         raise UserError(
             "the source is not a .csv, .tsv or .txt file",

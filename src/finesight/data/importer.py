@@ -472,16 +472,16 @@ def import_dataset(
         image_names = ImageNames(staging, out, context.images.saved_names, copy=options.copy_images)
         parsed = _parse_rows(source, context, options, spool, image_names, progress_stage)
         rows, invalid = parsed.rows, parsed.invalid
-        if not options.has_split and 0 < parsed.num_eval < len(rows):
-            options = replace(options, eval_last=parsed.num_eval)
-        if source.data_format.states_split and parsed.num_eval == len(rows):
+        if source.data_format.states_split and parsed.num_eval == sum(map(bool, rows)):
             raise UserError(
-                f"no row is for training, {format_count(len(rows), 'row')} for validation",
+                f"no row is for training, {format_count(parsed.num_eval, 'row')} for validation",
                 where=str(path),
                 expected="rows for training",
                 remedy="import them together with those for training; or correct split in the"
                 " mapping, or remove it",
             )
+        if not options.has_split and 0 < parsed.num_eval < len(rows):
+            options = replace(options, eval_last=parsed.num_eval)
         try:
             splits = _split_rows(_make_ids_unique(rows), options, parsed.pixel_keys)
         except UserError as error:

@@ -37,7 +37,7 @@ RECORD_SUFFIXES = (".json", ".txt")
 
 
 def open_record_files(source: Path, *, needs_images: bool = True) -> RowReader | None:
-    """Open the objects in a folder as rows. None if no object belongs to an image.
+    """Open the objects in a folder as rows. None without objects of images.
 
     A folder with a file of rows is no such folder: its JSON files may be something else.
 
@@ -49,7 +49,7 @@ def open_record_files(source: Path, *, needs_images: bool = True) -> RowReader |
         UserError: Several objects belong to the same image, or an object to several images.
     """
     listing = list_folder(source)
-    if any(_has_rows(file) for file in listing.files):
+    if needs_images and any(map(_has_rows, listing.files)):
         return None
     images = _find_images(listing, needs_images=needs_images)
     paired: dict[Path, Path] = {}
@@ -69,7 +69,9 @@ def open_record_files(source: Path, *, needs_images: bool = True) -> RowReader |
             record = _add_image(record, image)
         return SourceRow(row_number, str(file), record, file.stem)
 
-    note = f"{format_count(len(paired), 'image')} with a JSON file of the same name"
+    note = "no image has the name of a JSON file"
+    if paired:
+        note = f"{format_count(len(paired), 'image')} with a JSON file of the same name"
     if len(folders) > 1:
         note += f", in {format_count(len(folders), 'folder')}: {', '.join(folders)[:80]}"
     if len(images) > len(paired):
@@ -180,11 +182,16 @@ def _find_image(record: Path, candidates: Sequence[Path]) -> Path | None:
         if first_depth > second_depth and not found[0].is_relative_to(record.parent):
             del found[1:]
     if len(found) > 1:
+        remedy = f"move the folder {found[1].parent} elsewhere, or rename its images"
+        if found[0].parent == found[1].parent:
+            remedy = f"move or rename one of them, such as {found[1]}"
+        elif found[0].is_relative_to(record.parent):  # such as drawings
+            remedy = f"move the folder {found[0].parent} elsewhere, or rename its images"
         raise UserError(
             f"several images may belong to the file: {found[0]} and {found[1]}",
             where=str(record),
             expected="one image with the name of the JSON file",
-            remedy=f"move the folder {found[1].parent} elsewhere, or rename its images",
+            remedy=remedy,
         )
     return found[0] if found else None
 

@@ -213,7 +213,8 @@ class RoleProposal:
 
     def _has_distinct_integers(self, name: str) -> bool:
         cells = [str(value).strip() for value in self._read(name)]
-        return all(map(str.isdecimal, cells)) and len(set(cells)) == len(cells)
+        are_distinct = len(cells) > 1 and len(set(cells)) == len(cells)
+        return are_distinct and all(map(str.isdecimal, cells))
 
     def _has_flags_only(self) -> bool:
         """Return whether all fields are flags: a table of several classes, one column each."""

@@ -188,7 +188,7 @@ def open_row_file(
         no_header: The first row of a table contains values; see `_read_header`.
     """
     suffix = get_row_suffix(source)
-    if suffix == ".txt" and _is_json_lines(source):
+    if suffix == ".txt" and is_json_lines(source):
         rows = _open_json(source)
     elif suffix == ".parquet":
         rows = _open_parquet(source)
@@ -328,7 +328,7 @@ def _decode_utf8(content: bytes, source: Path, line: int) -> str:
         ) from error
 
 
-def _is_json_lines(source: Path) -> bool:
+def is_json_lines(source: Path) -> bool:
     """Return whether a text file begins with a JSON object, as JSON Lines do."""
     with _open_content(source) as file:
         head = file.read(SNIFF_BYTES).removeprefix(UTF8_BOM).lstrip()

@@ -89,7 +89,7 @@ LEFT_OUT = "left out by `where` of the mapping"
 
 ROLES: dict[str, Role] = {role: role for role in get_args(Role)}
 
-NOTE_EMPTY_ARGUMENTS = "lists of calls, whose arguments without a value (null) are left out"
+NOTE_EMPTY_ARGUMENTS = "records with calls, whose keys without a value (null) are left out"
 NOTE_POLYGON = "polygons, each imported as the box around it"
 
 MIN_VERTICES = 3

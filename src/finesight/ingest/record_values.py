@@ -453,12 +453,14 @@ def _check_booleans(condition: Condition, value: Any) -> None:
     """Reject true or false in a condition on a text, which YAML reads from yes or no."""
     scalars = (*(condition.equals or ()), *(condition.differs_from or ()))
     is_text = isinstance(value, str) and value.lower() not in ("true", "false", "")
-    if is_text and any(isinstance(scalar, bool) for scalar in scalars):
+    is_named = value in scalars
+    if is_text and not is_named and any(isinstance(scalar, bool) for scalar in scalars):
         raise InvalidRowError(
             f"a condition with true or false on {condition.path.text}, which is the text"
             f" {value[:40]!r}",
             "a text in the condition",
-            "write yes or no in quotes in the mapping, because YAML reads them as true or false",
+            "write it in quotes in the mapping, because YAML reads yes, no, on and off as true or"
+            " false",
         )
 
 

@@ -277,7 +277,7 @@ def _build_result_context(
         last = evaluations[-1]
     details = _build_details(last)
     ranked = rank_incorrect_examples(example_data["examples"])
-    error = _find_main_error(details, example_data["examples"], ranked)
+    error = find_main_error(details, example_data["examples"], ranked)
     is_complete = not examples.count_hidden()
     return {
         "verdict": verdict,
@@ -337,7 +337,7 @@ class MainError:
         return texts
 
 
-def _find_main_error(
+def find_main_error(
     details: Mapping[str, Any], shown: Sequence[JsonObject], ranked: Sequence[int]
 ) -> MainError:
     """Find the most frequent confusion of classes, else the field that is wrong most often.
@@ -349,10 +349,14 @@ def _find_main_error(
     if details["confusions"]:
         reference, prediction, count = details["confusions"][0]
         found = []
+        classes: set[str] = set()
+        for example in shown:
+            classes.update(map(fold_text, example["references"]))
         for index in ranked:
             references = map(fold_text, shown[index]["references"])
             answer = fold_text(_get_latest_answer(shown[index])["text"])
-            if reference in references and prediction in (answer, OTHER_CLASS):
+            is_other = prediction == OTHER_CLASS and answer not in classes
+            if reference in references and (answer == prediction or is_other):
                 found.append(index)
         return MainError("", prediction, reference, count, found)
     if not details["fields"]:
@@ -392,7 +396,9 @@ def rank_incorrect_examples(shown: Sequence[JsonObject]) -> list[int]:
     for index, example in enumerate(shown):
         if example["is_incorrect"]:
             iou = _get_latest_answer(example)["scores"].get(format_metric_name("iou"), 0.0)
-            ranked.append((example["scores"][-1], iou, example["row_index"], index))
+            known = [score for score in example["scores"] if score is not None]
+            score = known[-1] if known else 0.0
+            ranked.append((score, iou, example["row_index"], index))
     return [index for *_, index in sorted(ranked)]
 
 

@@ -305,6 +305,9 @@ def judge_run(
     for line in evaluations:
         counts.append(_check_counts(run_record, line, after if line is evaluations[-1] else before))
     verdict = compare_evaluations(run_record, counts)
+    row = verdict.primary_row
+    if row is not None and any(cell.note == OTHER_SAMPLES for cell in row.cells):
+        verdict = replace(verdict, counts=[None, *counts[1:]])  # counts of other samples
     return replace(verdict, proposal=propose_step(run_record, verdict, run or run_record.folder))
 
 
@@ -388,7 +391,8 @@ def propose_step(run_record: RunRecord, verdict: RunVerdict, run: Path) -> Propo
             return _propose(train, stop_text, reason)
         action = translate("compare the worse answers with their references")
         return _propose(Step("report", {"run": str(run)}), action, reason)
-    if _is_loss_falling(run_record) and not is_good:
+    is_longer_useful = not (is_good or is_overfitting or run_record.result.get("stopped_early"))
+    if is_longer_useful and _is_loss_falling(run_record):
         overrides = [*summary.scale_duration(run_record, 2), output]
         train = replace(train, arguments={**train.arguments, "overrides": overrides})
         reason = translate("The training loss still falls.")

@@ -320,22 +320,28 @@ def describe_overfitting(folder: Path, lines: Sequence[JsonObject]) -> str | Non
 def find_better_evaluation(run_record: RunRecord) -> tuple[float, int] | None:
     """Return the best score of the primary metric during training and its step.
 
-    It is None unless this score is better than the last one. The model before training does not
-    count.
+    It is None unless this score is better than that of the saved weights, and not worse than
+    before training.
     """
     name = str(run_record.primary_metric)
+    sign = -1 if get_score(name).lower_is_better else 1
     scores = []
-    for line in list_comparable_evaluations(run_record.evaluations, "num_samples"):
+    first = -math.inf
+    lines = list_comparable_evaluations(list_lines_of_weights(run_record), "num_samples")
+    for line in lines:
         score = as_object(line.get("scores")).get(name)
-        if line["step"] and is_finite(score):
-            scores.append((score, line["step"]))
+        if not is_finite(score):
+            continue
+        if line["step"]:
+            scores.append((sign * score, line["step"]))
+        else:
+            first = sign * score
     if not scores:
         return None
-    best = max(scores)
-    if get_score(name).lower_is_better:
-        best = min(scores)
-    last = scores[-1]
-    return best if best[0] != last[0] else None
+    best, step = max(scores)
+    if best == scores[-1][0] or best < first:
+        return None
+    return sign * best, step
 
 
 OverfittingSign = tuple[str, str, list[tuple[int, float]], int]

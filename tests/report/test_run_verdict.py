@@ -153,8 +153,9 @@ WORSE = asdict(MetricDifference("exact", 0.9, 0.4, -0.7, -0.2, "worse"))
 @pytest.mark.parametrize(
     ("scores", "settings", "operation"),
     [
-        ([0.9, 0.7, 0.4], {}, "train"),
-        ([0.9, 0.7, 0.4], {"every": 0.1, "patience": 2}, "report"),
+        ([0.9, 0.95, 0.4], {}, "train"),
+        ([0.9, 0.95, 0.4], {"every": 0.1, "patience": 2}, "report"),
+        ([0.9, 0.7, 0.4], {}, "report"),
         ([0.9, 0.3, 0.4], {}, "report"),
     ],
 )
@@ -175,6 +176,30 @@ def test_early_stopping_needs_a_better_evaluation(
     assert step.operation == operation
     (found,) = [one for one in run_check.check_predictions(record) if one.code == "metric-worse"]
     assert found.remedy == str(replace(step, purpose=""))
+
+
+def test_counts_of_other_samples_are_not_compared(tmp_path: Path) -> None:
+    run = write_finished_run(tmp_path / "run", {"exact": 0.5})
+    lines = []
+    for step, count in ((0, 64), (60, 500)):
+        line = make_evaluation_line(step, 0.5, scores={"exact": 0.5}, num_samples=count)
+        lines.append(line | {"primary_metric": "exact"})
+    run.write_lines("metrics.jsonl", [START_RECORD, *lines])
+    run.write_finished(before=lines[0], after=lines[1])
+    found = judge_run(read_run(run.folder))
+    assert found.sentence.startswith("250 of 500 answers are correct. For new samples")
+    assert found.counts[0] is None
+
+
+def test_run_that_stopped_early_is_not_trained_longer(tmp_path: Path) -> None:
+    steps = [make_step_line(step) | {"loss": 2.0 / step} for step in range(1, 61)]
+    for is_stopped in (False, True):
+        run = write_finished_run(tmp_path / str(is_stopped), {"exact": 0.6})
+        lines = list(read_run(run.folder).evaluations)
+        run.write_lines("metrics.jsonl", [START_RECORD, lines[0], *steps, lines[1]])
+        run.write_finished(before=lines[0], after=lines[1], stopped_early=is_stopped)
+        reason = judge_run(read_run(run.folder)).proposal.reason
+        assert (reason == "The training loss still falls.") != is_stopped
 
 
 def test_good_run_with_overfitting_is_used(tmp_path: Path) -> None:
@@ -506,7 +531,8 @@ def check_next_step(page: str, text: str, card_chip: str, folder: Path) -> None:
     found = {one.code for one in run_check.check_predictions(record)}
     diagnosed = found & {"metric", "metric-worse", "metric-unclear"}
     assert diagnosed <= codes.get(card_chip, set())
-    commands = re.findall(r"next-step.*?<code>([^<]*)</code>", page, re.DOTALL)
+    commands = re.findall(r'class="card next-step".*?<code>([^<]*)</code>', page, re.DOTALL)
+    assert len(commands) == len(steps)
     for one in run_check.check_predictions(record):
         if one.code in ("metric-worse", "metric-unclear") and commands:
             assert [one.remedy] == [html.unescape(command) for command in commands]

@@ -380,10 +380,12 @@ def propose_step(run_record: RunRecord, verdict: RunVerdict, run: Path) -> Propo
     output = f"output_dir={find_next_run_dir(run)}"
     early_stopping = ["eval.every=0.1", "eval.patience=2", output]
     can_stop = as_object(run_record.recipe.get("eval")).get("patience") is None
-    is_overfitting = summary.find_overfitting(summary.list_lines_of_weights(run_record)) is not None
+    overfitting = summary.find_overfitting(summary.list_lines_of_weights(run_record))
+    # Early stopping does not help if the model before training is the best one.
+    was_better = overfitting is not None and overfitting.best_step > 0
     train = Step("train", {"recipe": str(run / RECIPE_FILE), "overrides": early_stopping})
     stop_text = translate("train again, and stop at the best evaluation")
-    if is_overfitting and can_stop and not is_good:
+    if was_better and can_stop and not is_good:
         return _propose(train, stop_text, translate("The model overfits."))
     if verdict.level == "worse":
         reason = translate("The result is worse than before training.")
@@ -391,8 +393,8 @@ def propose_step(run_record: RunRecord, verdict: RunVerdict, run: Path) -> Propo
             return _propose(train, stop_text, reason)
         action = translate("compare the worse answers with their references")
         return _propose(Step("report", {"run": str(run)}), action, reason)
-    is_longer_useful = not (is_good or is_overfitting or run_record.result.get("stopped_early"))
-    if is_longer_useful and _is_loss_falling(run_record):
+    has_reached_best = overfitting is not None or run_record.result.get("stopped_early")
+    if not (is_good or has_reached_best) and _is_loss_falling(run_record):
         overrides = [*summary.scale_duration(run_record, 2), output]
         train = replace(train, arguments={**train.arguments, "overrides": overrides})
         reason = translate("The training loss still falls.")

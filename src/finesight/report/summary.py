@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, median
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from pydantic import ValidationError
 
@@ -344,8 +344,20 @@ def find_better_evaluation(run_record: RunRecord) -> tuple[float, int] | None:
     return sign * best, step
 
 
-OverfittingSign = tuple[str, str, list[tuple[int, float]], int]
-"""Sign, criterion, steps and values of the last three evaluations, and best step (0: untrained)."""
+class OverfittingSign(NamedTuple):
+    """Sign of overfitting in the last three evaluations.
+
+    Attributes:
+        sign: Description of the sign.
+        criterion: Name of the value that became worse.
+        points: Steps and values of the last three evaluations.
+        best_step: Step of the best value; 0 before training.
+    """
+
+    sign: str
+    criterion: str
+    points: list[tuple[int, float]]
+    best_step: int
 
 
 def find_overfitting(lines: Sequence[JsonObject]) -> OverfittingSign | None:
@@ -370,7 +382,7 @@ def _find_rising_loss(lines: Sequence[JsonObject]) -> OverfittingSign | None:
         if step == best_step and scores[-1][1] > score:
             return None
     sign = translate("the validation loss rose while the training loss fell")
-    return sign, translate("validation loss"), points[-3:], best_step
+    return OverfittingSign(sign, translate("validation loss"), points[-3:], best_step)
 
 
 def _mean_loss(lines: Sequence[JsonObject], start: int, end: int) -> float:
@@ -406,7 +418,7 @@ def _find_falling_score(lines: Sequence[JsonObject]) -> OverfittingSign | None:
     (_, first), (_, second), (_, last) = points[-3:]
     if not first > second > last < limit:
         return None
-    return translate("{} fell", metric), metric, points[-3:], best_step
+    return OverfittingSign(translate("{} fell", metric), metric, points[-3:], best_step)
 
 
 REWARD_KEY = re.compile("rewards/(.+)/mean")

@@ -242,7 +242,7 @@ def test_copy_and_export(browser: Browser, run: FakeRunDir, tmp_path: Path) -> N
     browser.settle()
     texts = ["Write the formula.", r"\frac{a}{b}", "x^2", "x^2"]
     assert browser.run("return copied;") == texts
-    assert read_texts(browser, "[role=status]")[0] == "Copied"
+    assert read_texts(browser, ".example [role=status]")[0] == "Copied"
     assert read_texts(browser, "#save") == ["Save 9 incorrect as JSONL"]
     click(browser, "[data-kind=better]")
     click(browser, "#save")

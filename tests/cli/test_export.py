@@ -91,6 +91,7 @@ def test_inapplicable_options_are_rejected(model, tmp_path, cli):
         ((model, "hf:me/a", "--converter", tmp_path), "--converter: does not apply to an upload"),
         ((model, "--quantize", "w4a16"), "--quantize: does not apply to serving commands"),
         ((model, out, "--device", "cpu"), "--device: does not apply to GGUF files"),
+        ((model, out, "--gpus", "2"), "--gpus: does not apply to GGUF files"),
         ((model, out, "--trust-metric"), "expected: --trust-metric for a folder with --quantize"),
         ((model, "--outtype", "f16"), "--outtype: does not apply to serving commands"),
         ((model, out, "--quantize", "w4a16", "--python", out), "to a folder with --quantize"),

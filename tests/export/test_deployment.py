@@ -1,5 +1,6 @@
 """The lines that serve a model elsewhere: the flags of those engines, with what was measured."""
 
+import argparse
 import json
 import re
 import shlex
@@ -43,11 +44,13 @@ def of_tiny(
     system: str | None = None,
     path: str = "/m/my model",
     templates: Sequence[PromptTemplate] = (),
+    num_gpus: int = 1,
 ) -> Any:
     values = {"image_rule": rule, "system_prompt": system, "enable_thinking": None}
     manifest: Any = SimpleNamespace(**values, prompts=(), prompt_templates=templates)
     manifest = None if rule is None else manifest
-    return format_serving_commands(ModelFolder(TINY_MODEL_FOLDER), path, "my model", manifest)
+    folder = ModelFolder(TINY_MODEL_FOLDER)
+    return format_serving_commands(folder, path, "my model", manifest, num_gpus=num_gpus)
 
 
 def test_commands_have_the_limits_of_the_training() -> None:
@@ -68,6 +71,44 @@ def test_commands_have_the_limits_of_the_training() -> None:
     assert given.pop("--context-length") == "4096"
     assert json.loads(given.pop("--mm-process-config")) == {"image": limits}
     assert not given
+
+
+def test_each_of_several_gpus_has_a_copy_of_the_model() -> None:
+    one = of_tiny()
+    several = of_tiny(num_gpus=4)
+    given = options(several.vllm, 3)
+    assert given.pop("--data-parallel-size") == "4"
+    assert given == options(one.vllm, 3)
+    assert shlex.split(several.sglang)[:3] == ["python", "-m", "sglang_router.launch_server"]
+    given = options(several.sglang, 3)
+    assert given.pop("--dp-size") == "4"
+    assert given == options(one.sglang, 3)
+    (note,) = set(several.notes) - set(one.notes)
+    assert "sglang-router" in note
+
+
+def test_parser_of_vllm_accepts_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_TARGET_DEVICE", "cpu")
+    reason = "vLLM 0.33 is not installed"
+    cli_args = pytest.importorskip("vllm.entrypoints.common.cli_args", reason=reason)
+    argparse_utils = pytest.importorskip("vllm.utils.argparse_utils", reason=reason)
+    parser = cli_args.make_arg_parser(argparse_utils.FlexibleArgumentParser())
+    given = parser.parse_args(shlex.split(of_tiny(num_gpus=4).vllm)[2:])
+    assert (given.model_tag, given.data_parallel_size) == ("/m/my model", 4)
+    assert given.mm_processor_kwargs == {"min_pixels": 3136, "max_pixels": 200704}
+
+
+def test_parsers_of_sglang_and_its_router_accept_the_command() -> None:
+    """They are those of `sglang_router.launch_server`, whose `main` also starts the servers."""
+    reason = "SGLang 0.5 and sglang-router are not installed"
+    server_args = pytest.importorskip("sglang.srt.server_args", reason=reason)
+    router_args = pytest.importorskip("sglang_router.router_args", reason=reason)
+    parser = argparse.ArgumentParser()
+    server_args.ServerArgs.add_cli_args(parser)
+    router_args.RouterArgs.add_cli_args(parser, use_router_prefix=True, exclude_host_port=True)
+    given = parser.parse_args(shlex.split(of_tiny(num_gpus=4).sglang)[3:])
+    assert (given.model_path, given.dp_size) == ("/m/my model", 4)
+    assert given.mm_process_config == {"image": {"min_pixels": 3136, "max_pixels": 200704}}
 
 
 def test_notes_have_the_form_of_the_training_questions() -> None:
@@ -127,10 +168,12 @@ def test_adapter_of_the_language_model_is_served_on_its_base(tmp_path: Path) -> 
     tiny = ModelFolder(TINY_MODEL_FOLDER)
     tune = {"language": "lora", "lora": {"rank": 12}}
     adapter = save_random_adapter(tiny, tmp_path / "a, b", tune)
-    serving = build_serving_commands(ModelSource(tiny, adapter, None, ("language",)), "runs/latex")
+    source = ModelSource(tiny, adapter, None, ("language",))
+    serving = build_serving_commands(source, "runs/latex", num_gpus=2)
     words = shlex.split(serving.vllm)
     words.remove("--enable-lora")
     given = dict(zip(words[3::2], words[4::2], strict=True))
+    assert given["--data-parallel-size"] == "2"
     assert given["--max-lora-rank"] == "16", "the next rank that vLLM accepts"
     assert given["--served-model-name"] == "base", "another name than that of the adapter"
     module = json.loads(given["--lora-modules"])  # vLLM reads a path with a comma as JSON
@@ -138,6 +181,7 @@ def test_adapter_of_the_language_model_is_served_on_its_base(tmp_path: Path) -> 
     greedy = {"temperature": 0, "repetition_penalty": 1.0}
     assert json.loads(given["--override-generation-config"]) == greedy
     assert not serving.sglang
+    assert not any("sglang-router" in note for note in serving.notes)
     assert any("language in NF4" in note for note in serving.notes)
     adapter = adapter.rename(tmp_path / "adapter")
     with safe_open(adapter / ADAPTER_WEIGHTS_FILE, "pt") as file:

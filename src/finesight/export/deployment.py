@@ -5,8 +5,8 @@ installs the converter (convert_hf_to_gguf.py with its requirements). It runs of
 process that receives only a few environment variables, such as PATH, and no tokens.
 
 The commands use the image size, context length and greedy decoding of the evaluation. Options are
-those of vLLM's engine arguments (docs.vllm.ai, `vllm serve`) and of SGLang's server arguments
-(docs.sglang.io); docs/en/export.md explains them.
+those of vLLM's engine arguments (docs.vllm.ai, `vllm serve`), and of SGLang's server arguments and
+router (docs.sglang.io); docs/en/export.md explains them.
 """
 
 from __future__ import annotations
@@ -222,7 +222,9 @@ class ServingCommands:
         return asdict(self) | {"request": json.loads(self.request)}
 
 
-def build_serving_commands(model_source: ModelSource, source: str) -> ServingCommands:
+def build_serving_commands(
+    model_source: ModelSource, source: str, num_gpus: int = 1
+) -> ServingCommands:
     """Build the serving commands of a model with the settings of its run.
 
     An adapter of the language model is served on its base by vLLM only.
@@ -240,7 +242,9 @@ def build_serving_commands(model_source: ModelSource, source: str) -> ServingCom
     if adapter is not None:
         lora = _build_lora_options(folder.family_component, adapter, name, source)
     folder.fetch_weights()  # file names that these engines expect
-    commands = format_serving_commands(folder, str(folder.path), name, model_source.manifest, lora)
+    commands = format_serving_commands(
+        folder, str(folder.path), name, model_source.manifest, lora, num_gpus=num_gpus
+    )
     if not model_source.quantization_summary:
         return commands
     note = f"the run used {model_source.quantization_summary}, and vLLM the published weights"
@@ -290,12 +294,14 @@ def format_serving_commands(
     manifest: Manifest | None,
     lora: str | None = None,
     *,
+    num_gpus: int = 1,
     code: str = "the code below",
 ) -> ServingCommands:
     """Format the serving commands of a model folder, with the prompt settings of its run.
 
     Args:
         lora: Options of vLLM for an adapter named `name` on the model; None without one.
+        num_gpus: Number of GPUs, each with a copy of the model.
         code: Where the reader finds the code that resizes images.
     """
     rule = _get_image_rule(folder, manifest)
@@ -324,11 +330,16 @@ def format_serving_commands(
         f" --mm-processor-kwargs {_quote_json(pixel_limits)}"
         f" --override-generation-config {_quote_json(greedy_config)}{template_options}"
     )
+    # Without the router, --dp-size ignores which GPU has the prefix of a request in its cache.
+    module = "sglang.launch_server" if num_gpus == 1 else "sglang_router.launch_server"
     sglang = (
-        f"python -m sglang.launch_server --model-path {quoted} {common_options}"
+        f"python -m {module} --model-path {quoted} {common_options}"
         f" --context-length {context_length}"
         f" --mm-process-config {_quote_json({'image': pixel_limits})}{template_options}"
     )
+    if num_gpus > 1:
+        vllm += f" --data-parallel-size {num_gpus}"
+        sglang += f" --dp-size {num_gpus}"
     notes = _list_notes(folder, manifest, arguments)
     resize_code = ""
     if note := describe_resizing(rule, factor, "vLLM and SGLang", code):
@@ -340,6 +351,8 @@ def format_serving_commands(
             f'"model": {json.dumps(name)} in a request selects the adapter, "{base_name}" none'
         )
         notes.append("for SGLang and others, merge the adapter")
+    elif num_gpus > 1:
+        notes.append("for several GPUs, SGLang needs the package sglang-router")
     return ServingCommands(
         vllm=vllm,
         sglang=sglang,

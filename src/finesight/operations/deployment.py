@@ -220,6 +220,7 @@ def export(
     python: StrPath | None = None,
     outtype: Literal["auto", "f32", "f16", "bf16", "q8_0"] = "auto",
     quantize: Literal["w4a16"] | None = None,
+    gpus: Annotated[int, Parameter(minimum=1)] = 1,
     device: DeviceOption = "auto",
     trust_metric: TrustMetricOption = False,
 ) -> Outcome[ServingCommands | GgufFiles | HubUpload | QuantizedExport]:
@@ -258,13 +259,14 @@ def export(
             llama-quantize of llama.cpp on model.gguf.
         quantize: w4a16: 4-bit weights of the language model in GPTQ format, calibrated by
             auto-round on training samples of the run. Requires finesight[quantize].
+        gpus: Number of GPUs of the serving commands. Each has a copy of the model.
     """
     name = str(source)
     target = None if out is None else str(out)
     given = {
         **{"--yes": confirm, "--public": public, "--converter": converter, "--python": python},
         **{"--outtype": outtype != "auto", "--quantize": quantize, "--device": device != "auto"},
-        "--trust-metric": trust_metric,
+        **{"--trust-metric": trust_metric, "--gpus": gpus != 1},
     }
     _check_options(target, [option for option, value in given.items() if value])
     if target is not None and is_hub_address(target):
@@ -282,7 +284,7 @@ def export(
     if target is None:
         from finesight.export.deployment import build_serving_commands
 
-        commands = build_serving_commands(model_source, name)
+        commands = build_serving_commands(model_source, name, gpus)
         named = {"vLLM": commands.vllm, "SGLang": commands.sglang}
         lines = []
         for engine, text in named.items():
@@ -382,7 +384,10 @@ def upload_run(run_dir: Path, out: str, console: ProgressConsole) -> int:
     return 0
 
 
+_SERVING = "serving commands (OUT is missing)"
+
 _PURPOSES = {
+    "--gpus": _SERVING,
     **dict.fromkeys(("--yes", "--public"), "an upload (OUT: hf:OWNER/NAME)"),
     **dict.fromkeys(("--converter", "--python", "--outtype"), "GGUF files (OUT: a folder)"),
     **dict.fromkeys(("--quantize", "--device", "--trust-metric"), "a folder with --quantize"),
@@ -392,7 +397,7 @@ _PURPOSES = {
 
 def _check_options(out: str | None, options: list[str]) -> None:
     """Raise UserError for an option that does not apply to the kind of OUT."""
-    purpose = "serving commands (OUT is missing)"
+    purpose = _SERVING
     if out is not None:
         typical_option = "--converter"
         if is_hub_address(out):
@@ -406,5 +411,5 @@ def _check_options(out: str | None, options: list[str]) -> None:
                 f"does not apply to {purpose}",
                 where=option,
                 expected=f"{option} for {_PURPOSES[option]}",
-                remedy=f"remove {option}, or change OUT",
+                remedy=f"remove {option}, or correct OUT",
             )

@@ -146,12 +146,9 @@ def process_memory(pid: int) -> dict[str, float]:
 
 
 @contextlib.contextmanager
-def run_server(
-    model: str, device: str, *options: str
-) -> Iterator[tuple[subprocess.Popen[str], int, str]]:
+def run_server(model: str, device: str) -> Iterator[tuple[subprocess.Popen[str], int, str]]:
     """Run the server as a subprocess. Yields its process, port and model name."""
     command = [sys.executable, "-m", "finesight", "serve", model, "--port", "0", "--device", device]
-    command += options
     environment = {**os.environ, "PYTHONUNBUFFERED": "1", "FINESIGHT_KEY": ""}
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
     try:

@@ -324,15 +324,14 @@ def working_folder(target: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def temporary_folder(name: str, parent: Path | None = None) -> Iterator[Path]:
+def temporary_folder(name: str) -> Iterator[Path]:
     """Yield a private temporary folder of a command, and remove it after the `with` block.
 
     Those that killed processes left are removed first.
     """
-    parent = parent or Path(tempfile.gettempdir())
-    remove_leftovers(parent)
+    remove_leftovers(Path(tempfile.gettempdir()))
     prefix = f"finesight-{name}-{_HOST_TAG}-"
-    with _hold_new_folder(lambda: Path(tempfile.mkdtemp(".tmp", prefix, parent))) as folder:
+    with _hold_new_folder(lambda: Path(tempfile.mkdtemp(".tmp", prefix))) as folder:
         yield folder
 
 

@@ -17,7 +17,7 @@ from finesight.infer import model_loader
 from finesight.infer.model_loader import get_model_name
 from finesight.manifest import PromptTemplate
 from finesight.model_folder import TINY_MODEL_FOLDER, ModelFolder
-from finesight.serve import api_server, replica_router
+from finesight.serve import api_server
 
 KEY = "a-key-of-this-test-0123456789"
 ENDLESS = {"type": "array", "items": {"type": "integer"}, "minItems": 9999}
@@ -79,33 +79,14 @@ def test_default_number_of_sequences_fits_into_gpu_memory(
     assert (text in printed.err) == (num_seqs < 64)
 
 
-def test_each_replica_has_its_gpu_and_the_options_of_the_model(serve_fake, monkeypatch, cli):
-    started = []
-
-    def run_replicas(command, environments, listener, *, on_ready, **options):
-        listener.close()
-        started.append((command, environments, options))
-        on_ready(["run"])
-
-    monkeypatch.setattr(replica_router, "run_replicas", run_replicas)
-    options = ("--data-parallel-size", "2", "--max-queue", "9", "--precision", "fp16")
-    for count, variables in (
-        (3, [{"CUDA_VISIBLE_DEVICES": "5"}, {"CUDA_VISIBLE_DEVICES": "6"}]),
-        (0, [{"OMP_NUM_THREADS": "2"}] * 2),
-    ):
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,6,7")
-        monkeypatch.setattr(torch.cuda, "device_count", lambda: count)  # noqa: B023
-        monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-        monkeypatch.setattr(os, "cpu_count", lambda: 4)
-        printed, _ = serve_fake("run", *options, "--trusted-proxy", "10.0.0.1", key=KEY)
-        assert printed.text.startswith("serving run at http://127.0.0.1:")
-        command, environments, given = started.pop()
-        assert command == ["serve", "run", "--max-queue", "9", "--precision", "fp16"]
-        assert environments == variables
-        assert (given["api_keys"], given["trusted_proxies"]) == ([KEY], ("10.0.0.1",))
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+def test_several_gpus_are_a_step_of_export(cli):
+    """The error names the command of the programs that serve a model on several GPUs."""
     error = cli("serve", "finesight-tiny", "--data-parallel-size", "2", code=2).err
-    assert "2 replicas with 1 GPU" in error
+    remedy = error.partition("remedy: use finesight ")[2].split()
+    command = [word.replace("RUN", "finesight-tiny") for word in remedy]
+    printed = cli(*command).text
+    assert "--data-parallel-size 2" in printed
+    assert "--dp-size 2" in printed
 
 
 @pytest.mark.parametrize(

@@ -31,18 +31,12 @@ from api_server_fixtures import (
     wait_until_idle,
 )
 from PIL import Image
-from starlette.responses import PlainTextResponse
-from starlette.testclient import TestClient
-from starlette.types import Receive, Scope, Send
 
 from finesight import credentials
 from finesight.errors import UserError
 from finesight.serve.http_protocol import WARNING_INTERVAL_S, AcceptErrors, is_loopback
 from finesight.serve.request_middleware import (
-    OWNER_HEADER,
     ApiKeys,
-    RequestMetrics,
-    RequestMiddleware,
     check_exposure,
     read_api_keys,
 )
@@ -206,17 +200,6 @@ def test_cross_origin_requests_are_rejected_without_key(server, headers):
     assert send_request(server, "GET", "/v1/models", headers=headers)[0] == 403
     local = {"Origin": "http://localhost:3"}
     assert send_request(server, "GET", "/v1/models", headers=local)[0] == 200
-
-
-@pytest.mark.parametrize(("is_replica", "owner"), [(True, "other"), (False, "everyone")])
-def test_only_a_replica_accepts_the_owner_of_a_header(is_replica, owner):
-    async def app(scope: Scope, receive: Receive, send: Send) -> None:
-        await PlainTextResponse(scope["state"]["owner"])(scope, receive, send)
-
-    metrics = RequestMetrics()
-    middleware = RequestMiddleware(app, ApiKeys(()), LIMITS, metrics, is_replica=is_replica)
-    client = TestClient(middleware, "http://localhost")
-    assert client.get("/", headers={OWNER_HEADER: "other"}).text == owner
 
 
 def test_body_of_100_mb_is_rejected(server):

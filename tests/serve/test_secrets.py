@@ -42,11 +42,10 @@ CLIENTS = {
     "label/teacher.py",
     "serve/http_protocol.py",
     "serve/media_sources.py",
-    "serve/replica_router.py",
     "track/trackers/swanlab.py",
 }
 """Modules that send requests: to hubs, URLs and teachers of the user, to allowed media hosts, and
-to servers and replicas that this program has started."""
+to servers that this program has started."""
 
 
 def test_request_content_is_not_logged(inference_model, tmp_path, caplog, capfd, monkeypatch):

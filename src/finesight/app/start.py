@@ -28,8 +28,8 @@ from finesight.app.page_access import (
     warn_of_readers,
 )
 from finesight.errors import Step, UserError, escape_unprintable_json
-from finesight.operations.model import list_gpus, load_adapters
-from finesight.operations.operation import Parameter, list_words
+from finesight.operations.model import load_adapters
+from finesight.operations.operation import Parameter
 from finesight.operations.options import LoadingOptions, PortOption, RunOrModelArgument
 from finesight.progress import ProgressConsole
 
@@ -58,7 +58,6 @@ def serve(
     socket_file: SocketOption = None,
     key_file: Path | None = None,
     trusted_proxy: TrustedProxyOption = None,
-    data_parallel_size: Annotated[int, Parameter(minimum=1)] = 1,
     allow_media_host: Annotated[list[str] | None, Parameter(metavar="HOST")] = None,
     image_format: Annotated[list[str] | None, Parameter(metavar="FORMAT")] = None,
     label_studio: bool = False,
@@ -84,8 +83,6 @@ def serve(
         key_file: File with one API key per line, each of at least 16 characters. Requests then need
             the header "Authorization: Bearer KEY". Default: the environment variable FINESIGHT_KEY,
             if set, else no key.
-        data_parallel_size: Number of replicas of the model, one per GPU. Each is a process that
-            restarts after a crash.
         allow_media_host: Allow image downloads over https from this host. Repeatable.
         image_format: Additional image format besides JPEG, PNG, WEBP and GIF: AVIF, BMP, HEIF,
             JPEG2000, PDF, PPM or TIFF. Repeatable.
@@ -102,7 +99,6 @@ def serve(
         max_queue: Maximum number of waiting requests; further ones get HTTP status 429.
         timeout: Seconds from the first byte of a request, waiting included, until it is canceled.
     """
-    arguments = {**locals(), **loading}
     packages = ("starlette", "uvicorn", "prometheus_client", "python_multipart", "llguidance")
     require_extra("serve", "serve", packages)
     from finesight.data.example_question import read_example
@@ -115,7 +111,6 @@ def serve(
     from finesight.serve.http_protocol import bind_socket
     from finesight.serve.label_studio_backend import TOKEN_VARIABLE, LabelStudioOptions
     from finesight.serve.media_sources import LabelStudioImages, read_formats
-    from finesight.serve.replica_router import build_environments, run_replicas
     from finesight.serve.request_middleware import check_exposure, read_api_keys
 
     if not label_studio and (label_studio_files or label_studio_url or label_studio_prompt):
@@ -131,7 +126,6 @@ def serve(
         warn_of_readers(key_file)
     if socket_file is None:
         check_exposure(host, keys, proxies)
-    environments = build_environments(data_parallel_size, list_gpus(loading.get("device", "auto")))
     listener = bind_socket(host, port, socket_file)
     limits = ServerLimits(max_queue=max_queue, timeout=timeout)
     backend = None
@@ -154,20 +148,6 @@ def serve(
         curl_options=curl_options,
         has_label_studio=label_studio,
     )
-    if data_parallel_size > 1:
-        # The router alone has the address and the keys.
-        for name in ("loading", "host", "port", "socket_file", "key_file", "trusted_proxy"):
-            del arguments[name]
-        run_replicas(
-            list_words(Step("serve", arguments | {"data_parallel_size": 1})),
-            environments,
-            listener,
-            api_keys=keys,
-            limits=limits,
-            trusted_proxies=proxies,
-            on_ready=print_address,
-        )
-        return
     inference_model = load_adapters(run_or_model, adapter or (), **loading)
     max_num_seqs = max_num_seqs or _select_num_seqs(inference_model, limits.max_num_seqs)
     run_api_server(

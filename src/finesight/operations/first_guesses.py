@@ -97,6 +97,7 @@ OPTIONS: Mapping[str, Mapping[str, str]] = {
         "finesight export RUN OUT --quantize w4a16": "--bits --quant",
         "finesight export RUN hf:OWNER/NAME": "--hub --push --repo --push-to-hub --upload",
         "finesight merge RUN OUT": "--merge --merge-lora",
+        "--gpus {}": "--data-parallel-size --dp --replicas",
     },
     "import": {
         "--train-fraction 0.9": "--split --test-size --val-size --eval-fraction --val-fraction",
@@ -110,7 +111,8 @@ OPTIONS: Mapping[str, Mapping[str, str]] = {
     },
     "serve": {
         "--key-file FILE": "--api-key --key --token",
-        "--data-parallel-size {}": "--replicas --workers --gpus --num-gpus --dp",
+        "finesight export RUN --gpus {}": "--data-parallel-size --dp --replicas --workers --gpus"
+        " --num-gpus",
         "finesight export RUN": "--tensor-parallel-size --tp --pipeline-parallel-size",
     },
 }

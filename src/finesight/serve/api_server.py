@@ -10,7 +10,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -40,7 +40,6 @@ from finesight.serve.label_studio_backend import LabelStudioOptions
 from finesight.serve.media_sources import (
     DEFAULT_IMAGE_FORMATS,
     FILE_PURPOSE,
-    FILES_VARIABLE,
     FileStore,
     MediaFetcher,
 )
@@ -101,7 +100,7 @@ def make_app(
         limits=limits,
         metrics=metrics,
         fetcher=fetcher or MediaFetcher((), limits),
-        store=FileStore(Path(os.environ.get(FILES_VARIABLE, folder / "files")), limits),
+        store=FileStore(folder / "files", limits),
         folder=request_folder,
     )
 
@@ -116,11 +115,12 @@ def make_app(
             *_build_file_routes(completions),
             *(label_studio.build_routes(completions) if label_studio else ()),
         ],
-        exception_handlers=ERROR_HANDLERS,
+        exception_handlers=dict.fromkeys(
+            (ApiError, ClientDisconnectedError, HTTPException, Exception), _handle_error
+        ),
     )
     app.router.redirect_slashes = False
-    is_replica = FILES_VARIABLE in os.environ
-    return RequestMiddleware(app, ApiKeys(api_keys), limits, metrics, is_replica=is_replica)
+    return RequestMiddleware(app, ApiKeys(api_keys), limits, metrics)
 
 
 def _build_model_routes(service: InferenceService) -> list[Route]:
@@ -219,12 +219,6 @@ async def _handle_error(request: Request, error: Exception) -> Response:
     elif not isinstance(error, ApiError):
         error = internal_error()
     return JSONResponse(error.body, error.status, error.response_headers)
-
-
-ERROR_HANDLERS: Mapping[Any, Any] = dict.fromkeys(
-    (ApiError, ClientDisconnectedError, HTTPException, Exception), _handle_error
-)
-"""Exception handlers of an application of Starlette."""
 
 
 def _build_refusal(max_connections: int) -> bytes:
@@ -338,10 +332,7 @@ def run_api_server(
     vocab_size = model.config.decoder.vocab_size
     with contextlib.ExitStack() as stack:
         stack.callback(listener.close)
-        # The router removes its folder even if it kills the replicas.
-        files = os.environ.get(FILES_VARIABLE)
-        parent = Path(files).parent if files else None
-        folder = stack.enter_context(temporary_folder("serve", parent))
+        folder = stack.enter_context(temporary_folder("serve"))
         worker_pool = create_worker_pool(renderer, vocab_size, limits)
         stack.callback(worker_pool.close)
         worker_pool.start()

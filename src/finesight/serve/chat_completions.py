@@ -285,7 +285,6 @@ SSE_HEADERS = {
     # Disable buffering in proxies.
     "x-accel-buffering": "no",
 }
-SSE_EVENT_END = b"\n\n"
 SSE_END = b"data: [DONE]\n\n"
 
 

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import ipaddress
-import json
 import os
 import re
 import secrets
 import shutil
 import socket
 import ssl
+import threading
 import time
 import unicodedata
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 from urllib.parse import unquote, urlsplit
@@ -31,12 +30,8 @@ from finesight.hub.address import is_offline
 from finesight.hub.bounded_request import ResponseLimitError, read_content
 from finesight.hub.download import is_allowed_url, is_public_address, join_url, parse_int
 from finesight.serve.api_schema import ApiError, ServerLimits
-from finesight.storage import FileLock, write_file
 
 FILE_PURPOSE = "vision"
-FILES_VARIABLE = "FINESIGHT_FILES"
-"""Environment variable with the folder of uploaded files that the replicas of a server share."""
-
 CHUNK_BYTES = 2**20
 MAX_REDIRECTS = 5
 MAX_TOKEN_BYTES = 64 << 10
@@ -84,7 +79,7 @@ class UploadedFile:
     owner: str
     filename: str
     num_bytes: int
-    created_ns: int
+    created_at: int
     path: Path
 
     def as_json(self) -> dict[str, Any]:
@@ -93,7 +88,7 @@ class UploadedFile:
             "id": self.id,
             "object": "file",
             "bytes": self.num_bytes,
-            "created_at": self.created_ns // 10**9,
+            "created_at": self.created_at,
             "filename": self.filename,
             "purpose": FILE_PURPOSE,
             "status": "processed",
@@ -101,15 +96,14 @@ class UploadedFile:
 
 
 class FileStore:
-    """Stores uploaded files by ID. An API key has access to its own files only.
-
-    All processes of a server may use the same folder. Beside each file is a record of it as JSON.
-    """
+    """Stores uploaded files by ID. An API key has access to its own files only."""
 
     def __init__(self, folder: Path, limits: ServerLimits) -> None:
         self._folder = folder
         self._limits = limits
-        folder.mkdir(mode=0o700, exist_ok=True)
+        self._uploads: dict[str, UploadedFile] = {}
+        self._lock = threading.Lock()
+        folder.mkdir(mode=0o700)
 
     def add(self, owner: str, filename: str, source: BinaryIO) -> UploadedFile:
         """Store a file of a client. Raise ApiError if the file or the store exceeds a limit."""
@@ -121,48 +115,38 @@ class FileStore:
                 num_bytes = file.tell()
             if num_bytes > (limit := self._limits.max_image_bytes):
                 raise ApiError(413, f"file is too large: expected at most {limit} bytes", "file")
-            upload = UploadedFile(file_id, owner, filename[:255], num_bytes, time.time_ns(), path)
-            with FileLock(self._folder) as lock:
-                lock.acquire()
-                uploads = self._read_records()
-                total_bytes = sum(other.num_bytes for other in uploads)
+            upload = UploadedFile(file_id, owner, filename[:255], num_bytes, int(time.time()), path)
+            with self._lock:
+                num_files = len(self._uploads)
+                total_bytes = sum(other.num_bytes for other in self._uploads.values())
                 max_files = self._limits.max_files
                 max_bytes = self._limits.max_total_file_bytes
-                if len(uploads) >= max_files or total_bytes + num_bytes > max_bytes:
+                if num_files >= max_files or total_bytes + num_bytes > max_bytes:
                     raise ApiError(
                         413,
-                        f"file storage is full: {len(uploads)} files, {total_bytes} bytes. Expected"
-                        f" at most {max_files} files with {max_bytes} bytes. Delete files.",
+                        f"file storage is full: {num_files} files, {total_bytes} bytes. Expected at"
+                        f" most {max_files} files with {max_bytes} bytes. Delete files.",
                         "file",
                     )
-                write_file(
-                    path.with_suffix(".json"), json.dumps(asdict(upload), default=str).encode()
-                )
+                self._uploads[file_id] = upload
         except BaseException:
             path.unlink(missing_ok=True)
             raise
         return upload
 
-    def _read_records(self, pattern: str = "*") -> list[UploadedFile]:
-        records = []
-        for file in self._folder.glob(f"{pattern}.json"):
-            with contextlib.suppress(FileNotFoundError):  # deleted meanwhile
-                record = json.loads(file.read_bytes())
-                records.append(UploadedFile(**record | {"path": Path(record["path"])}))
-        return records
-
     def list_files(self, owner: str) -> list[UploadedFile]:
         """Return the files of an owner, newest first."""
-        owned = [upload for upload in self._read_records() if upload.owner == owner]
-        return sorted(owned, key=lambda upload: -upload.created_ns)
+        with self._lock:
+            owned = [upload for upload in self._uploads.values() if upload.owner == owner]
+        return owned[::-1]
 
     def get(self, owner: str, file_id: str) -> UploadedFile:
         """Return an uploaded file. Raise ApiError if it is missing or has another owner."""
-        is_valid = re.fullmatch("file-[0-9a-f]{32}", file_id)
-        uploads = self._read_records(file_id) if is_valid else []
-        if not uploads or uploads[0].owner != owner:
+        with self._lock:
+            upload = self._uploads.get(file_id)
+        if upload is None or upload.owner != owner:
             raise ApiError(404, f"no file {file_id[:64]!r}", "file_id")
-        return uploads[0]
+        return upload
 
     def link(self, owner: str, file_id: str, target: Path) -> None:
         """Create a hard link to an upload, which remains valid after its deletion."""
@@ -175,7 +159,8 @@ class FileStore:
     def delete(self, owner: str, file_id: str) -> None:
         """Delete an uploaded file. Raise ApiError if it is missing or has another owner."""
         upload = self.get(owner, file_id)
-        upload.path.with_suffix(".json").unlink(missing_ok=True)
+        with self._lock:
+            self._uploads.pop(file_id, None)
         upload.path.unlink(missing_ok=True)
 
 

@@ -66,9 +66,6 @@ MAX_TRACEBACK_FRAMES = 20
 An error that several completions share is raised in each of them, which extends its traceback.
 """
 
-OWNER_HEADER = "x-finesight-owner"
-"""Header with the owner of the API key of a request that a router forwards to a replica."""
-
 RESERVATION_STATE_KEY = "finesight_reservation"
 
 CLIENT_CLOSED_REQUEST = 499
@@ -77,44 +74,26 @@ CLIENT_CLOSED_REQUEST = 499
 LATENCY_BUCKETS_S = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 
 
-class RequestMetrics:
-    """Prometheus metrics of requests and of the process, without client data."""
+class ServerMetrics:
+    """Prometheus metrics of requests and of the inference service, without client data."""
 
-    def __init__(self, namespace: str = "finesight") -> None:
+    def __init__(self, service: InferenceService) -> None:
         self.registry = registry = CollectorRegistry()
         ProcessCollector(registry=registry)
         GCCollector(registry=registry)
-        self.counter = partial(Counter, namespace=namespace, registry=registry)
-        self.histogram = partial(
-            Histogram, namespace=namespace, buckets=LATENCY_BUCKETS_S, registry=registry
+        counter = partial(Counter, namespace="finesight", registry=registry)
+        histogram = partial(
+            Histogram, namespace="finesight", buckets=LATENCY_BUCKETS_S, registry=registry
         )
-        self._requests = self.counter(
-            "requests", "Requests by route and status.", ["route", "status"]
-        )
-        self._request_seconds = self.histogram(
+        self._requests = counter("requests", "Requests by route and status.", ["route", "status"])
+        self._request_seconds = histogram(
             "request_seconds", "Duration of requests by route.", ["route"]
         )
-
-    def record_request(self, route: str, status: int, seconds: float) -> None:
-        """Record a complete response for a route template, such as `/v1/files/{name}`."""
-        self._requests.labels(route, str(status)).inc()
-        self._request_seconds.labels(route).observe(seconds)
-
-
-class ServerMetrics(RequestMetrics):
-    """Prometheus metrics of requests and of the inference service."""
-
-    def __init__(self, service: InferenceService) -> None:
-        super().__init__()
-        self._tokens = self.counter(
-            "tokens", "Tokens by kind: prompt, cached, completion.", ["kind"]
-        )
-        self._completions = self.counter(
+        self._tokens = counter("tokens", "Tokens by kind: prompt, cached, completion.", ["kind"])
+        self._completions = counter(
             "completions", "Completions by finish reason.", ["finish_reason"]
         )
-        self.time_to_first_token = self.histogram(
-            "time_to_first_token_seconds", "Time to first token."
-        )
+        self.time_to_first_token = histogram("time_to_first_token_seconds", "Time to first token.")
         gauges: dict[str, Callable[[], int]] = {
             "requests_running": lambda: service.get_stats().num_running,
             "requests_waiting": lambda: service.get_stats().num_waiting,
@@ -123,8 +102,13 @@ class ServerMetrics(RequestMetrics):
         }
         for name, get_value in gauges.items():
             description = f"Current {name.replace('_', ' ')}."
-            gauge = Gauge(name, description, namespace="finesight", registry=self.registry)
+            gauge = Gauge(name, description, namespace="finesight", registry=registry)
             gauge.set_function(get_value)
+
+    def record_request(self, route: str, status: int, seconds: float) -> None:
+        """Record a complete response for a route template, such as `/v1/files/{name}`."""
+        self._requests.labels(route, str(status)).inc()
+        self._request_seconds.labels(route).observe(seconds)
 
     def record_completion(self, finish_reason: str, usage: TokenUsage) -> None:
         """Record a finished completion, its finish reason and its token usage."""
@@ -255,21 +239,11 @@ async def read_body(request: Request) -> bytearray:
 
 
 class RequestMiddleware:
-    """ASGI middleware that authenticates requests and applies the limits of the server.
-
-    In a replica, the router has authenticated them, and names the owner in `OWNER_HEADER`.
-    """
+    """ASGI middleware that authenticates requests and applies the limits of the server."""
 
     def __init__(
-        self,
-        app: ASGIApp,
-        api_keys: ApiKeys,
-        limits: ServerLimits,
-        metrics: RequestMetrics,
-        *,
-        is_replica: bool = False,
+        self, app: ASGIApp, api_keys: ApiKeys, limits: ServerLimits, metrics: ServerMetrics
     ) -> None:
-        self._is_replica = is_replica
         self.app, self._api_keys, self._limits, self._metrics = app, api_keys, limits, metrics
         self.budget = ByteBudget(limits.max_total_body_bytes)
 
@@ -329,8 +303,6 @@ class RequestMiddleware:
                 is_local = False
             if not is_local:
                 raise ApiError(403, "without API keys, only local requests are accepted")
-            if self._is_replica:
-                owner = headers.get(OWNER_HEADER, owner)
         return owner
 
 

@@ -154,9 +154,9 @@ WORSE = asdict(MetricDifference("exact", 0.9, 0.4, -0.7, -0.2, "worse"))
     ("scores", "settings", "operation"),
     [
         ([0.9, 0.95, 0.4], {}, "train"),
-        ([0.9, 0.95, 0.4], {"every": 0.1, "patience": 2}, "report"),
-        ([0.9, 0.7, 0.4], {}, "report"),
-        ([0.9, 0.3, 0.4], {}, "report"),
+        ([0.9, 0.95, 0.4], {"every": 0.1, "patience": 2}, "doctor"),
+        ([0.9, 0.7, 0.4], {}, "doctor"),
+        ([0.9, 0.3, 0.4], {}, "doctor"),
     ],
 )
 def test_early_stopping_needs_a_better_evaluation(

@@ -391,8 +391,8 @@ def propose_step(run_record: RunRecord, verdict: RunVerdict, run: Path) -> Propo
         reason = translate("The result is worse than before training.")
         if can_stop and summary.find_better_evaluation(run_record):
             return _propose(train, stop_text, reason)
-        action = translate("compare the worse answers with their references")
-        return _propose(Step("report", {"run": str(run)}), action, reason)
+        check = Step("doctor", {"subject": str(run)})
+        return _propose(check, translate("search for the cause"), reason)
     has_reached_best = overfitting is not None or run_record.result.get("stopped_early")
     if not (is_good or has_reached_best) and _is_loss_falling(run_record):
         overrides = [*summary.scale_duration(run_record, 2), output]

@@ -566,8 +566,10 @@ def _check_primary_metric(run_record: RunRecord) -> Iterator[Diagnosis]:
     interval = ""
     if difference.interval_text:
         interval = f" ({difference.interval_text})"
-    # The page of the run, which shows the answers, if the verdict proposes nothing.
-    remedy = verdict.next_step or Step("report", {"run": str(run_record.folder)})
+    remedy = verdict.next_step
+    if remedy is None or remedy.operation == "doctor":
+        # The page of the run, which shows the answers and their references.
+        remedy = Step("report", {"run": str(run_record.folder)})
     yield diagnose_run(
         run_record,
         codes[verdict.level],

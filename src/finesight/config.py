@@ -592,12 +592,18 @@ def _list_errors(error: ValidationError, *section: str) -> Iterator[InitErrorDet
         yield {"type": kind, "loc": (*section, *one["loc"]), "input": one["input"]}
 
 
+PYTHON_PREFIX = "python:"
+"""Prefix of the name of a metric or reward that is a function of the running Python program."""
+
+_FUNCTION_PATTERN = re.compile(rf"(?:\.py:|^{PYTHON_PREFIX})[A-Za-z_]\w*$")
+
+
 def _check_name(names: Registry[Any], value: object, or_: str = "") -> str:
     """Return the name of a built-in object, or of a plug-in without import.
 
-    With `or_`, a function in a Python file is valid, too.
+    With `or_`, a function in a Python file or of the running program is valid, too.
     """
-    if or_ and isinstance(value, str) and re.search(r"\.py:[A-Za-z_]\w*$", value):
+    if or_ and isinstance(value, str) and _FUNCTION_PATTERN.search(value):
         return value
     if isinstance(value, str) and value in names:
         names.find_plugin(value)

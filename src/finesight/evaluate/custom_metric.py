@@ -32,7 +32,9 @@ from finesight.evaluate.eval_case import (
     MetricValues,
     mean_metrics,
 )
+from finesight.evaluate.python_functions import is_python_function
 from finesight.evaluate.score_function import (
+    AnyScoreFunction,
     EXPECTED_FUNCTION,
     ScoreFunction,
     ScoreKind,
@@ -46,7 +48,9 @@ METRIC_COPY_FILE = "metric.py"
 
 
 def parse_metric_path(metric: str) -> tuple[Path, str] | None:
-    """Split `path/to/metric.py:function` into file and function; None for a task name."""
+    """Split `path/to/metric.py:function` into file and function; None for other metrics."""
+    if is_python_function(metric):
+        return None
     file, colon, function = metric.rpartition(":")
     if not colon:
         return None
@@ -89,7 +93,7 @@ def load_custom_metric(file: Path, function: str) -> MetricFn:
         UserError: The file does not exist.
     """
     require_metric_file(file)
-    return partial(_score_cases, file, function)
+    return partial(score_cases, partial(open_function, file, function, "metric"), str(file))
 
 
 def open_function(
@@ -100,10 +104,16 @@ def open_function(
     return ScoreFunction(load, str(file), function, kind, max_bytes)
 
 
-def _score_cases(file: Path, function: str, cases: Sequence[EvalCase]) -> MetricResult:
-    """Score cases in one process."""
+def score_cases(
+    open_metric: Callable[[], AnyScoreFunction], where: str, cases: Sequence[EvalCase]
+) -> MetricResult:
+    """Score cases by one function.
+
+    Raises:
+        ScoringError: The function fails, or its scores have different names.
+    """
     per_sample: list[MetricValues] = []
-    with open_function(file, function, "metric") as score_function:
+    with open_metric() as score_function:
         headline = score_function.load()
         for case in cases:
             scores = score_function.score(case)
@@ -112,10 +122,10 @@ def _score_cases(file: Path, function: str, cases: Sequence[EvalCase]) -> Metric
     names = ", ".join(per_sample[0])
     for scores in per_sample:
         if scores.keys() != per_sample[0].keys():
-            raise build_result_error(f"the scores {', '.join(scores)} after {names}", str(file))
+            raise build_result_error(f"the scores {', '.join(scores)} after {names}", where)
     first = headline or next(iter(per_sample[0]))
     if first not in per_sample[0]:
-        raise build_result_error(f"HEADLINE is {first!r}, the scores are {names}", str(file))
+        raise build_result_error(f"HEADLINE is {first!r}, the scores are {names}", where)
     ordered = [{first: scores[first]} | scores for scores in per_sample]
     return MetricResult(ordered, mean_metrics(ordered, bounds=UNBOUNDED))
 

@@ -19,13 +19,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from finesight.config import PYTHON_PREFIX
 from finesight.data.sample import BoxPart
 from finesight.errors import UserError, describe_choices
-from finesight.evaluate import custom_metric, task_metrics
+from finesight.evaluate import custom_metric, python_functions, task_metrics
 from finesight.evaluate.eval_case import EvalCase
 from finesight.evaluate.reward import Reward
 from finesight.evaluate.reward_workers import MAX_MEMORY_BYTES, RewardWorkers
 from finesight.evaluate.score_function import (
+    AnyScoreFunction,
+    PythonScoreFunction,
     RewardError,
     ScoreFunction,
     ScoringError,
@@ -72,6 +75,10 @@ class RewardScorer(contextlib.ExitStack):
 
     def _build_function(self, number: int, reward: RewardSettings) -> RewardFn:
         name = reward.name
+        python_function = python_functions.find_function(name)
+        if python_function is not None:
+            own_name = name.removeprefix(PYTHON_PREFIX)
+            return self._build_custom(PythonScoreFunction(python_function, own_name, "reward"))
         if self._run_dir is not None:
             copy_name = f"reward_{number}.py"
             name = custom_metric.resolve_metric_path(name, self._run_dir, copy_name=copy_name)
@@ -93,7 +100,7 @@ class RewardScorer(contextlib.ExitStack):
         score_case = implementation(reward, self._workers).score
         return lambda cases: [score_case(case) for case in cases]
 
-    def _build_custom(self, function: ScoreFunction) -> RewardFn:
+    def _build_custom(self, function: AnyScoreFunction) -> RewardFn:
         """Return the reward of a function, whose process ends with this scorer."""
         self.enter_context(function)
 

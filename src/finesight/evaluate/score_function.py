@@ -162,6 +162,55 @@ class ScoreFunction(contextlib.AbstractContextManager["ScoreFunction"]):
         )
 
 
+class PythonScoreFunction(contextlib.AbstractContextManager["PythonScoreFunction"]):
+    """A function of the running program that scores one answer after another in this process.
+
+    It has no limits of time and memory, and may use variables of the program.
+    """
+
+    def __init__(self, function: Callable[[EvalCase], Any], name: str, kind: ScoreKind) -> None:
+        self._function = function
+        self._name = name
+        self._kind = kind
+        code = getattr(function, "__code__", None)
+        self.where = name if code is None else str(code.co_filename)
+
+    def __exit__(self, *problem: object) -> None:
+        """Do nothing: the function belongs to the program."""
+
+    def load(self) -> None:
+        """Return no name of a primary score: the first score is the primary one."""
+
+    def score(self, case: EvalCase) -> dict[str, float] | None:
+        """Return the scores of an answer by name; None if a reward gives none.
+
+        Raises ScoringError if the function fails or returns something else.
+        """
+        try:
+            value = self._function(case)
+        except Exception as error:
+            failure = build_function_error(error, self.where, describe_case(case))
+            failure.remedy = "correct the function"
+            raise self._complete_error(failure) from error
+        try:
+            return _read_scores(value, self.where, self._name, self._kind, case)
+        except ScoringError as error:
+            raise self._complete_error(error) from error
+
+    def _complete_error(self, error: ScoringError) -> ScoringError:
+        if self._kind == "metric":
+            return error
+        return RewardError(
+            f"reward {self._name}: {error.what}",
+            where=error.where,
+            expected="a function of one case that returns a finite number, or None",
+            remedy="correct the function, then repeat the call with resume=True",
+        )
+
+
+AnyScoreFunction = ScoreFunction | PythonScoreFunction
+
+
 def describe_case(case: EvalCase) -> str:
     """Name the sample and the answer of a case in an error message."""
     return f"for sample {case.id!r}, answer {case.answer[:MAX_TEXT_CHARS]!r}"

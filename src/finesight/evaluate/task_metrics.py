@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
-from finesight.config import MetricSpec
+from finesight.config import PYTHON_PREFIX, MetricSpec
 from finesight.data.boxes import box_area
 from finesight.data.sample import TOOL_CALL_END, TOOL_CALL_TEXT
 from finesight.errors import UserError, format_count
-from finesight.evaluate import custom_metric, json_metrics
+from finesight.evaluate import custom_metric, json_metrics, python_functions
 from finesight.evaluate.eval_case import (
     EvalCase,
     MetricFn,
@@ -24,6 +24,7 @@ from finesight.evaluate.eval_case import (
     mean_metrics,
 )
 from finesight.evaluate.score_function import (
+    PythonScoreFunction,
     build_function_error,
     build_result_error,
     read_score,
@@ -50,8 +51,15 @@ def get_task_metric(metric: MetricSpec) -> TaskMetric:
     """Return the task metric of a setting.
 
     Raises:
-        UserError: The file of a custom metric is missing, or a plug-in cannot be imported.
+        UserError: The file of a custom metric is missing, a plug-in cannot be imported, or this
+            program does not provide a function.
     """
+    function = python_functions.find_function(metric)
+    if function is not None:
+        name = metric.removeprefix(PYTHON_PREFIX)
+        scorer = PythonScoreFunction(function, name, "metric")
+        score_fn = partial(custom_metric.score_cases, lambda: scorer, scorer.where)
+        return TaskMetric(None, score_fn, "anything")
     location = custom_metric.parse_metric_path(metric)
     if location is not None:
         return TaskMetric(None, custom_metric.load_custom_metric(*location), "anything")

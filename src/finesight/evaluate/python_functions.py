@@ -1,0 +1,72 @@
+"""Metrics and rewards that are functions of the running Python program.
+
+A recipe names such a function as `python:NAME`. The name refers to the functions that `use_functions`
+provides, so a run with one can be resumed and evaluated only by a program that passes it again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+from finesight.config import PYTHON_PREFIX
+from finesight.errors import UserError
+from finesight.evaluate.eval_case import EvalCase
+
+PythonFunction = Callable[[EvalCase], Any]
+
+_FUNCTIONS: ContextVar[Mapping[str, PythonFunction]] = ContextVar("functions", default={})
+
+
+@contextmanager
+def use_functions(functions: Mapping[str, PythonFunction]) -> Iterator[None]:
+    """Provide functions by their names in recipes within the context."""
+    token = _FUNCTIONS.set(functions)
+    try:
+        yield
+    finally:
+        _FUNCTIONS.reset(token)
+
+
+def name_function(function: PythonFunction, functions: dict[str, PythonFunction]) -> str:
+    """Add a function to those of a call, and return its name in recipes.
+
+    Functions of the same name are numbered.
+    """
+    own_name = getattr(function, "__name__", type(function).__name__).strip("<>")
+    name = f"{PYTHON_PREFIX}{own_name}"
+    number = 2
+    while functions.get(name, function) is not function:
+        name = f"{PYTHON_PREFIX}{own_name}_{number}"
+        number += 1
+    functions[name] = function
+    return name
+
+
+def is_python_function(name: str) -> bool:
+    """Return whether a metric or reward is a function of the running program."""
+    return name.startswith(PYTHON_PREFIX)
+
+
+def find_function(name: str) -> PythonFunction | None:
+    """Return the function that a metric or reward names; None for other metrics and rewards.
+
+    Raises:
+        UserError: The running program does not provide the function.
+    """
+    if not is_python_function(name):
+        return None
+    functions = _FUNCTIONS.get()
+    if name not in functions:
+        own_name = name.removeprefix(PYTHON_PREFIX)
+        raise UserError(
+            f"{own_name} is a function of the Python program that started the run",
+            where=name,
+            expected="a program that passes the function",
+            remedy=f"in Python, repeat finesight.train(..., resume=True), or use"
+            f" finesight.load(RUN).evaluate(samples, metric={own_name}); on the command line,"
+            f" write it to a file, and give FILE.py:{own_name}",
+        )
+    return functions[name]

@@ -1,6 +1,63 @@
 """finesight: fine-tune Qwen vision-language models on images.
 
-The Python API is `finesight.api`. Importing the package itself imports no dependencies.
+The names of this module work with Python objects: samples, images in memory, functions as metrics
+and rewards. `finesight.api` has the commands as functions, which work with files. Importing the
+package imports no dependencies.
 """
 
+from __future__ import annotations
+
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from finesight.api import load_model as load
+    from finesight.data.memory_samples import Message, Sample
+    from finesight.errors import StopTraining, TrainingInterrupted, UserError
+    from finesight.operations.model import Model
+    from finesight.operations.python_training import train
+
 __version__ = "0.1.0"
+
+__all__ = [
+    "Message", "Model", "Sample", "StopTraining", "TrainingInterrupted", "UserError", "load",
+    "train",
+]  # fmt: skip
+
+_LOCATIONS = {
+    "Message": "finesight.data.memory_samples:Message",
+    "Model": "finesight.operations.model:Model",
+    "Sample": "finesight.data.memory_samples:Sample",
+    "StopTraining": "finesight.errors:StopTraining",
+    "TrainingInterrupted": "finesight.errors:TrainingInterrupted",
+    "UserError": "finesight.errors:UserError",
+    "load": "finesight.api:load_model",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a name on its first use."""
+    if name == "train":
+        return import_module("finesight.train")
+    if name not in _LOCATIONS:
+        raise AttributeError(f"module 'finesight' has no attribute {name!r}")
+    module, _, attribute = _LOCATIONS[name].partition(":")
+    return getattr(import_module(module), attribute)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+class CallablePackage(ModuleType):
+    """The package `finesight.train`, which is also the function of this name."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call `finesight.operations.python_training.train`."""
+        return self.__wrapped__(*args, **kwargs)
+
+    @property
+    def __wrapped__(self) -> Any:
+        """The function, of which `inspect.signature` and `help` show the arguments."""
+        return import_module("finesight.operations.python_training").train

@@ -97,6 +97,14 @@ def set_step_format(format_step: Callable[[Step], str]) -> None:
     _format_step = format_step
 
 
+class StopTraining(Exception):
+    """Raised by a callback to end the training after the finished step.
+
+    The run then ends as after its last step: with a checkpoint, an evaluation, the trained weights
+    and a report.
+    """
+
+
 class UserError(Exception):
     """Raised for a problem that the user can fix; commands then exit with code 2.
 

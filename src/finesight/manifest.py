@@ -32,6 +32,7 @@ PREDICTIONS_FOLDER = "predictions"
 ADAPTER_FOLDER = "adapter"
 MODEL_FOLDER = "model"
 TRACKING_FOLDER = "track"
+SAMPLES_FOLDER = "samples"
 
 FORMAT_VERSION = 3
 """Version of the keys in a manifest. Version 3 added the form of the questions."""

@@ -12,9 +12,9 @@ import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias, Union
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from finesight.data.image_file import find_image_suffix
 from finesight.data.prompt_format import DEFAULT_PROMPT_FORMAT, build_media_part
@@ -39,12 +39,15 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from PIL import Image
 
-ImageInput: TypeAlias = Union[str, Path, bytes, "Image.Image", "NDArray[np.uint8]"]
+if TYPE_CHECKING:
+    ImageData: TypeAlias = bytes | Image.Image | NDArray[np.uint8]
+else:
+    ImageData = Any
+
+ImageInput: TypeAlias = str | Path | ImageData
 """An image: path, content of an image file, PIL image, or array of shape (height, width, 3)."""
 
-Content: TypeAlias = (
-    str | Sequence[Union[str, Path, bytes, "Image.Image", "NDArray[np.uint8]", ContentPart]]
-)
+Content: TypeAlias = str | Sequence[str | Path | ImageData | ContentPart]
 """A text, or texts, images and boxes in their order: a `str` is a text, a `Path` is a file."""
 
 IMAGES_FOLDER = "images"
@@ -257,8 +260,7 @@ def convert_samples(
     for index, sample in enumerate(samples):
         location = f"{where}[{index}]"
         if isinstance(sample, LocatedSample):
-            folder = sample.folder.absolute()
-            file_sample = sample.sample.map_paths(lambda name, base=folder: str(base / name))
+            file_sample = sample.sample.map_paths(partial(_make_absolute, sample.folder))
         else:
             file_sample = _convert_sample(sample, store, location)
         validate_sample(file_sample, location, require_answer=require_answer)
@@ -269,6 +271,10 @@ def convert_samples(
             file_sample = file_sample.model_copy(update={"id": name})
         converted.append(file_sample)
     return converted
+
+
+def _make_absolute(folder: Path, name: str) -> str:
+    return str(folder.absolute() / name)
 
 
 def _hash_sample(sample: FileSample) -> str:

@@ -34,8 +34,8 @@ from finesight.evaluate.eval_case import (
 )
 from finesight.evaluate.python_functions import is_python_function
 from finesight.evaluate.score_function import (
-    AnyScoreFunction,
     EXPECTED_FUNCTION,
+    AnyScoreFunction,
     ScoreFunction,
     ScoreKind,
     build_function_error,
@@ -55,6 +55,11 @@ def parse_metric_path(metric: str) -> tuple[Path, str] | None:
     if not colon:
         return None
     return Path(os.path.expanduser(file)), function
+
+
+def is_custom_metric(metric: str) -> bool:
+    """Return whether a metric is a function of the user, in a file or of the running program."""
+    return is_python_function(metric) or parse_metric_path(metric) is not None
 
 
 def list_functions(recipe: Recipe) -> list[tuple[str, str, str]]:

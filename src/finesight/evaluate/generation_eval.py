@@ -202,7 +202,7 @@ class GenerationEvalResult:
             bounds = format_score_interval(interval, len(self.predictions))
         line = f"{title:<18}  {format_score(value, len(self.predictions)):>8}   {bounds}"
         # Custom scores of a sample may be other values than 0 and 1.
-        if custom_metric.parse_metric_path(self.metric) is not None:
+        if custom_metric.is_custom_metric(self.metric):
             return line
         count = count_correct(name, value, len(self.predictions))
         if count is None:

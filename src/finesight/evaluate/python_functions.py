@@ -1,7 +1,7 @@
 """Metrics and rewards that are functions of the running Python program.
 
-A recipe names such a function as `python:NAME`. The name refers to the functions that `use_functions`
-provides, so a run with one can be resumed and evaluated only by a program that passes it again.
+A recipe names such a function as `python:NAME`, one of the functions that `use_functions` provides.
+So a run with one can be resumed and evaluated only by a program that passes it again.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from finesight.evaluate.eval_case import EvalCase
 
 PythonFunction = Callable[[EvalCase], Any]
 
-_FUNCTIONS: ContextVar[Mapping[str, PythonFunction]] = ContextVar("functions", default={})
+_FUNCTIONS: ContextVar[Mapping[str, PythonFunction]] = ContextVar("functions")
 
 
 @contextmanager
@@ -58,7 +58,7 @@ def find_function(name: str) -> PythonFunction | None:
     """
     if not is_python_function(name):
         return None
-    functions = _FUNCTIONS.get()
+    functions = _FUNCTIONS.get({})
     if name not in functions:
         own_name = name.removeprefix(PYTHON_PREFIX)
         raise UserError(

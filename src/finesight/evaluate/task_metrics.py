@@ -58,8 +58,8 @@ def get_task_metric(metric: MetricSpec) -> TaskMetric:
     if function is not None:
         name = metric.removeprefix(PYTHON_PREFIX)
         scorer = PythonScoreFunction(function, name, "metric")
-        score_fn = partial(custom_metric.score_cases, lambda: scorer, scorer.where)
-        return TaskMetric(None, score_fn, "anything")
+        score_cases = partial(custom_metric.score_cases, lambda: scorer, scorer.where)
+        return TaskMetric(None, score_cases, "anything")
     location = custom_metric.parse_metric_path(metric)
     if location is not None:
         return TaskMetric(None, custom_metric.load_custom_metric(*location), "anything")

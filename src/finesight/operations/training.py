@@ -34,8 +34,10 @@ if TYPE_CHECKING:
     from finesight.launch.trial_search import SearchRecord
     from finesight.plan.run_plan import RunPlan
     from finesight.recipe import Overrides
+    from finesight.train.callbacks import Callback
     from finesight.train.finalize import RunResult
 else:
+    Callback = Any
 
     class Recipe:
         """Settings, in signatures that are read without the packages of the recipe."""
@@ -284,6 +286,7 @@ def train(
     force: ForceOption = False,
     trust_metric: TrustMetricOption = False,
     stop_after: Annotated[float | None, Parameter(metavar="STEPS", minimum=1e-9)] = None,
+    callbacks: Sequence[Callback] = (),
 ) -> Outcome[RunResult]:
     """Fine-tune a model with a recipe, and evaluate it before and after training.
 
@@ -358,6 +361,7 @@ def train(
         console=console.rich_console,
         check_inputs=partial(check_fit, force=force),
         stop_after=stop_after,
+        callbacks=callbacks,
     )
     result = main_result or load_result(RunDir(settings.output_dir))
     if result is None:

@@ -33,6 +33,7 @@ from finesight.model.trainable import MODEL_PARTS, get_part
 from finesight.model.weights_io import count_unquantized_layers
 from finesight.progress import StepProgress
 from finesight.track.tracker_manager import TrackerManager
+from finesight.train.callbacks import CallbackList
 from finesight.train.dataset_stats import join_names
 from finesight.train.device_timing import DataWait, record_event
 from finesight.train.evaluation import load_eval_history, peak_memory_gb, resolve_interim_limit
@@ -55,10 +56,7 @@ class TrackingEvents:
 
     def log_step(self, metrics: Mapping[str, Any]) -> None:
         """Send the metrics of a step, and an alert for an anomaly."""
-        scalars = {name: value for name, value in metrics.items() if isinstance(value, float)}
-        for part, learning_rate in metrics["lr"].items():
-            scalars[f"learning_rate/{part}"] = learning_rate
-        self._tracking.log_metrics(metrics["step"], scalars)
+        self._tracking.log_metrics(metrics["step"], _list_step_metrics(metrics))
         if metrics["nonfinite_samples"]:
             text = (
                 f"step {metrics['step']} had a non-finite loss or gradient; its update was skipped"
@@ -116,6 +114,14 @@ class TrackingEvents:
                 text += f"{format_score(before, count)} before, "
             text += f"{format_score(after, count)} after"
         self._tracking.send_alert("info", "run finished", text)
+
+
+def _list_step_metrics(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """Return the metrics of a step under their names in a tracker."""
+    scalars = {name: value for name, value in metrics.items() if isinstance(value, float)}
+    for part, learning_rate in metrics["lr"].items():
+        scalars[f"learning_rate/{part}"] = learning_rate
+    return scalars
 
 
 def _list_eval_metrics(result: EvalResult, prefix: str) -> dict[str, float]:
@@ -297,7 +303,10 @@ class MetricsLogger:
     host waits for the results. All ranks check the steps. Only the main process writes files.
     """
 
-    def __init__(self, state: TrainState, tracking: TrackerManager) -> None:
+    def __init__(
+        self, state: TrainState, tracking: TrackerManager, callbacks: CallbackList
+    ) -> None:
+        self.callbacks = callbacks
         self._state = state
         self._console = state.run.console
         self._tracking = tracking
@@ -402,7 +411,8 @@ class MetricsLogger:
         """Log the previous step, and keep this one until the device has finished it."""
         self.flush()
         self._pending = step_output, data_wait
-        if step_output.event is None:
+        # A callback gets the metrics of a step before the next one starts, which it may prevent.
+        if step_output.event is None or self.callbacks:
             self.flush()
 
     def flush(self) -> None:
@@ -426,6 +436,7 @@ class MetricsLogger:
         if self._step_progress is not None:
             self._step_progress.update(metrics)
         self._anomaly_detector.raise_if_exceeded()
+        self.callbacks.call(metrics["step"], _list_step_metrics(metrics))
 
     def _build_metrics(self, step_output: StepOutput, data_wait: DataWait) -> dict[str, Any]:
         checked = self._anomaly_detector.check_step(step_output)
@@ -491,6 +502,7 @@ class MetricsLogger:
         if not eval_result.step:
             for line in note_lines(eval_result.on_all_samples.notes.items()):
                 self._console.log(line)
+        self.callbacks.call(eval_result.step, _list_eval_metrics(eval_result, ""))
 
     @cached_property
     def _common_ids(self) -> frozenset[str] | None:

@@ -28,6 +28,7 @@ from finesight.manifest import (
     REPORT_FILE,
     RESPONSES_FILE,
     RESULT_FILE,
+    SAMPLES_FOLDER,
     SKIPPED_SAMPLES_FILE,
     Manifest,
     find_next_run_dir,
@@ -114,10 +115,14 @@ class RunDir:
             raise UserError(what, where=str(self.path), expected=expected, remedy=remedy)
 
     def _list_visible_files(self) -> list[str]:
-        """Return the sorted names of the files in the directory, without hidden ones."""
+        """Return the sorted names of the files in the directory.
+
+        Hidden files, and the samples of a Python program, precede a run.
+        """
         if not self.path.is_dir():
             return []
-        return sorted(path.name for path in self.path.iterdir() if not path.name.startswith("."))
+        names = sorted(path.name for path in self.path.iterdir())
+        return [name for name in names if name != SAMPLES_FOLDER and not name.startswith(".")]
 
     def suggest_restart(self, recipe: Recipe, checkpoint: Path, changes: Mapping[str, Any]) -> Step:
         """Return the steps that resume without changes of settings, or start with them."""

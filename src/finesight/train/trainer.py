@@ -17,6 +17,7 @@ from finesight.errors import TrainingInterrupted, TrainingStopped
 from finesight.evaluate.eval_result import find_best_eval
 from finesight.evaluate.score_function import RewardError, ScoringError
 from finesight.storage import require_free_space
+from finesight.train.callbacks import CallbackError
 from finesight.train.checkpoint import (
     MAX_ASYNC_PARAMS,
     MIN_SAVE_INTERVAL_S,
@@ -169,7 +170,10 @@ class Trainer:
                 self.evaluate("before")
             self.run_steps()
             self.save_checkpoint()
-            if self.state.data.validation is not None and progress.last_eval_step < progress.step:
+            # The evaluation in which a callback stopped the run may be of a subset.
+            was_stopped = self.metrics_logger.callbacks.stop_reason is not None
+            is_evaluated = progress.last_eval_step == progress.step and not was_stopped
+            if self.state.data.validation is not None and not is_evaluated:
                 name = "after"
                 if self.early_stopping_patience is not None:
                     name = f"step-{progress.step}"
@@ -229,7 +233,9 @@ class Trainer:
         """Return where a score function failed, and what the run can continue from."""
         step = self.state.progress.step
         stage = f"in the evaluation of step {step}"
-        if isinstance(error, RewardError):
+        if isinstance(error, CallbackError):
+            stage = f"in step {step}"
+        elif isinstance(error, RewardError):
             stage = f"in step {step + 1}"
         written = "no checkpoint yet"
         if step:
@@ -327,7 +333,7 @@ class Trainer:
         is_single_process = self.process_group.is_single_process
         should_stop = is_single_process and self.stop.signal is not None
         if not (should_evaluate or should_save or should_stop or is_rung):
-            return True
+            return not self.is_stopped_by_callback()
         self.metrics_logger.flush()
         progress = self.state.progress
         if should_evaluate and progress.last_eval_step < progress.step:
@@ -341,7 +347,7 @@ class Trainer:
                 f"step {progress.step} is reached; --resume without --stop-after continues the run"
             )
         self.metrics_logger.restart_timer()
-        return not (should_evaluate and self.should_stop_early())
+        return not (self.is_stopped_by_callback() or (should_evaluate and self.should_stop_early()))
 
     def update_report(self) -> None:
         """Write the report of the run in progress if it is due; a GPU computes a step meanwhile."""
@@ -349,6 +355,15 @@ class Trainer:
             return
         if not self.metrics_logger.has_pending_step:
             self.metrics_logger.restart_timer()
+
+    def is_stopped_by_callback(self) -> bool:
+        """Return whether a callback has stopped the run, which has one step at least."""
+        step = self.state.progress.step
+        reason = self.metrics_logger.callbacks.stop_reason
+        if reason is None or not step:
+            return False
+        self.console.log(f"stopping after step {step} of {self.total_steps}: {reason}")
+        return True
 
     def should_stop_early(self) -> bool:
         """Return whether the last `eval.patience` evaluations did not improve the primary metric.

@@ -6,7 +6,7 @@ import ctypes
 import logging
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 
@@ -20,6 +20,7 @@ from finesight.model.vlm import VisionLanguageModel
 from finesight.progress import ProgressConsole
 from finesight.setting_types import StepsOrFraction
 from finesight.track.tracker_manager import start_trackers
+from finesight.train.callbacks import Callback, CallbackList
 from finesight.train.dataset_stats import save_tensors
 from finesight.train.finalize import (
     RunResult,
@@ -113,6 +114,7 @@ def train(
     console: Console | None = None,
     check_inputs: InputCheck | None = None,
     stop_after: StepsOrFraction | None = None,
+    callbacks: Sequence[Callback] = (),
 ) -> RunResult | None:
     """Train a recipe from the start, or resume from its newest checkpoint.
 
@@ -121,6 +123,7 @@ def train(
         console: Console for progress and messages; standard error by default.
         check_inputs: Further check of a new run, before the weights are loaded.
         stop_after: Number or fraction of the steps after which the run is evaluated and stops.
+        callbacks: Functions that get the metrics of each step and evaluation, and may stop the run.
 
     Returns:
         Result of the run. In a distributed run, only the main process returns a result and writes
@@ -177,7 +180,7 @@ def train(
             trackers = start_trackers(recipe, run_dir.path, state.progress.step, log)
             tracking = stack.enter_context(trackers)
         report = RunReport(run_dir, progress_console) if is_main else None
-        metrics_logger = MetricsLogger(state, tracking)
+        metrics_logger = MetricsLogger(state, tracking, CallbackList(callbacks))
         if is_main:
             warm_up_kernels(state)
         metrics_logger.log_start(time.perf_counter() - start)

@@ -355,6 +355,23 @@ def write_sample_file(
     return file
 
 
+def locate_samples(samples: Sequence[AnySample]) -> list[LocatedSample]:
+    """Return samples with the files of their images, which last until the end of this session.
+
+    Raises:
+        UserError: A sample is invalid.
+    """
+    located: list[LocatedSample] = []
+    store = open_session_store()
+    for sample in samples:
+        if isinstance(sample, LocatedSample):
+            located.append(sample)
+            continue
+        (converted,) = convert_samples([sample], store, "samples", require_answer=False)
+        located.append(LocatedSample(converted, store.folder))
+    return located
+
+
 def find_changed_sample(samples: Sequence[FileSample], file: Path) -> str:
     """Describe the first difference between samples and a file; empty if they are equal.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -135,7 +136,7 @@ class EvalQuestions:
     references: tuple[ReferenceAnswer, ...]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class GenerationEvalResult:
     """Scores and predictions of an evaluation by generation.
 
@@ -172,6 +173,15 @@ class GenerationEvalResult:
             "notes": self.notes,
             "details": self.details,
         }
+
+    def __repr__(self) -> str:
+        scores = ", ".join(f"{name} {value:.4f}" for name, value in self.scores.items())
+        num_samples = format_count(len(self.predictions), "sample")
+        return f"<{type(self).__name__} of {num_samples}: {scores}>"
+
+    def _repr_html_(self) -> str:
+        """Return the table of scores, which a notebook shows."""
+        return f"<pre>{html.escape(self.as_table())}</pre>"
 
     def as_table(self) -> str:
         """Format the scores as a text table; the primary score is marked."""

@@ -6,12 +6,15 @@ Shapes: T tokens, N image patches, D values per patch.
 from __future__ import annotations
 
 import os
+import secrets
+import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Unpack
 
-from finesight.operations.operation import Outcome, StrPath, check_counts, to_name
+from finesight.errors import UserError
+from finesight.operations.operation import Outcome, StrPath, as_function, check_counts
 from finesight.operations.options import LoadingOptions, RunOrModelArgument
 from finesight.progress import ProgressConsole
 
@@ -19,6 +22,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from finesight.data.memory_samples import AnySample, ImageInput
     from finesight.data.prompt_format import PromptFormat
     from finesight.data.sample import LocatedSample, Message
     from finesight.encode.tokenization import (
@@ -27,6 +31,9 @@ if TYPE_CHECKING:
         TokenizedSample,
         VisualSpan,
     )
+    from finesight.evaluate.generation_eval import GenerationEvalResult
+    from finesight.evaluate.python_functions import PythonFunction
+    from finesight.export.model_card import VerifiedMerge
     from finesight.infer.model_loader import InferenceModel
     from finesight.infer.prediction import Prediction
 
@@ -106,14 +113,17 @@ class Model:
     name: str
     inference_model: InferenceModel = field(repr=False)
 
-    def build_question(self, images: StrPath | Sequence[StrPath], prompt: str) -> LocatedSample:
+    def build_question(
+        self, images: ImageInput | Sequence[ImageInput], prompt: str
+    ) -> LocatedSample:
         """Build a question in the form of the training: an input of `generate_batch`.
 
         A run records the order of images and text, the white space around the text, and the system
         prompt of its training samples. `<image>` in the prompt sets the position of an image.
 
         Args:
-            images: One image, PDF or video file, several, or an empty list.
+            images: One image, PDF or video file, several, or an empty list. An image may also be in
+                memory, as in `finesight.Sample`.
             prompt: The question.
 
         Raises:
@@ -130,14 +140,15 @@ class Model:
         return self.inference_model.get_prompt_format().arrange(messages)
 
     def generate(
-        self, images: StrPath | Sequence[StrPath], prompt: str, *, max_new_tokens: int = 512
+        self, images: ImageInput | Sequence[ImageInput], prompt: str, *, max_new_tokens: int = 512
     ) -> Prediction:
         """Generate the answer to a question about any number of images.
 
         Decoding is greedy, so the answer is deterministic.
 
         Args:
-            images: One image or video file, several, or an empty list.
+            images: One image or video, several, or an empty list. An image is a path, the content
+                of a file, a PIL image, or an array of uint8 of shape (height, width, 3).
             prompt: The question.
             max_new_tokens: Maximum number of tokens of the answer.
 
@@ -152,13 +163,13 @@ class Model:
         return self.generate_batch([prompt_sample], max_new_tokens=max_new_tokens)[0]
 
     def generate_batch(
-        self, samples: Sequence[LocatedSample], *, max_new_tokens: int = 512, batch_size: int = 16
+        self, samples: Sequence[AnySample], *, max_new_tokens: int = 512, batch_size: int = 16
     ) -> list[Prediction]:
         """Generate answers to many questions with continuous batching.
 
         Args:
-            samples: Questions from `Model.build_question` or `read_samples`. For a sample with an
-                answer, the preceding turns are the prompt.
+            samples: Questions from `finesight.Sample`, `Model.build_question` or `read_samples`.
+                For a sample with an answer, the preceding turns are the prompt.
             max_new_tokens: Maximum number of tokens per answer.
             batch_size: Number of answers that are generated at the same time; halved when GPU
                 memory is exhausted.
@@ -169,20 +180,21 @@ class Model:
         Raises:
             UserError: See `generate`.
         """
+        from finesight.data.memory_samples import locate_samples
         from finesight.infer.prediction import predict
 
         check_counts(max_new_tokens=max_new_tokens, batch_size=batch_size)
         return predict(
             self.inference_model.model,
             self.inference_model.renderer,
-            samples,
+            locate_samples(samples),
             max_new_tokens=max_new_tokens,
             batch_size=batch_size,
         )
 
     def stream(
         self,
-        images: StrPath | Sequence[StrPath],
+        images: ImageInput | Sequence[ImageInput],
         prompt: str,
         *,
         max_new_tokens: int = 512,
@@ -208,7 +220,7 @@ class Model:
         finally:
             service.close()
 
-    def encode(self, sample: LocatedSample, *, add_generation_prompt: bool = False) -> Encoding:
+    def encode(self, sample: AnySample, *, add_generation_prompt: bool = False) -> Encoding:
         """Encode a sample as model input, exactly as in training and inference.
 
         Args:
@@ -219,12 +231,93 @@ class Model:
         Raises:
             UserError: An image is corrupt, or a box is outside its image.
         """
+        from finesight.data.memory_samples import locate_samples
+
         renderer = self.inference_model.renderer
+        (located,) = locate_samples([sample])
         if add_generation_prompt:
-            encoded = renderer.load_patches(renderer.tokenize_prompt(sample))
+            encoded = renderer.load_patches(renderer.tokenize_prompt(located))
         else:
-            encoded = renderer.encode(sample)
+            encoded = renderer.encode(located)
         return Encoding(encoded, renderer.tokenizer)
+
+    def evaluate(
+        self,
+        samples: Sequence[AnySample] | StrPath | None = None,
+        metric: str | PythonFunction | None = None,
+        *,
+        limit: int | None = None,
+        max_new_tokens: int | None = None,
+        batch_size: int = 32,
+    ) -> GenerationEvalResult:
+        """Generate the answers to samples and compute metrics; see `finesight.api.evaluate`.
+
+        Args:
+            samples: Samples with answers, or a file of them. Default for a run: its validation
+                split.
+            metric: Name of a metric, or a function of an `EvalCase` that returns a number, or
+                several by name. Default for a run: that of its recipe.
+
+        Raises:
+            UserError: A sample is invalid, or the metric is missing or fails.
+        """
+        from finesight.data.memory_samples import open_session_store, write_sample_file
+        from finesight.evaluate.python_functions import name_function, use_functions
+        from finesight.operations import evaluation
+
+        data: StrPath | None = None
+        if samples is None or isinstance(samples, str | os.PathLike):
+            data = samples
+        else:
+            name = f"{secrets.token_hex(8)}.jsonl"
+            data = write_sample_file(samples, name, "samples", open_session_store())
+        functions: dict[str, PythonFunction] = {}
+        if callable(metric):
+            metric = name_function(metric, functions)
+        with use_functions(functions):
+            return as_function(evaluation.evaluate)(
+                self, data, metric, limit, batch_size, max_new_tokens
+            )
+
+    def save(self, path: StrPath) -> Path:
+        """Copy the files of the model to a new folder; of a LoRA run, those of its adapter.
+
+        `finesight.load` loads the folder, as do PEFT and transformers.
+
+        Raises:
+            UserError: The folder exists, or the run has an adapter and fully trained parts.
+        """
+        from finesight.infer.model_loader import resolve_model_source
+        from finesight.manifest import MANIFEST_FILE, find_manifest_file
+        from finesight.storage import DIGESTS_FILE, write_folder
+
+        source = resolve_model_source(self.name)
+        folder = source.adapter or source.folder.path
+        if source.adapter is not None and source.folder.path.parent == source.adapter.parent:
+            raise UserError(
+                "a run with an adapter and fully trained parts",
+                where=self.name,
+                expected="a run of LoRA only, or of full fine-tuning only",
+                remedy=f"model.merge({str(path)!r}) writes one complete model",
+            )
+        # The manifest has the image size and the form of the questions.
+        manifest_file = find_manifest_file(folder)
+        with write_folder(Path(path)) as target:
+            ignore = shutil.ignore_patterns(DIGESTS_FILE)
+            shutil.copytree(folder, target, dirs_exist_ok=True, ignore=ignore)
+            if manifest_file is not None:
+                shutil.copy2(manifest_file, target / MANIFEST_FILE)
+        return Path(path)
+
+    def merge(self, path: StrPath) -> VerifiedMerge:
+        """Merge the adapter into its base model in a new folder; see `finesight.api.merge`.
+
+        Raises:
+            UserError: The folder exists, or the model has no adapter.
+        """
+        from finesight.operations import deployment
+
+        return as_function(deployment.merge)(self.name, path)
 
 
 ModelArgument = Annotated[StrPath | Model, *RunOrModelArgument.__metadata__]
@@ -285,7 +378,7 @@ def _complete(loading: LoadingOptions) -> dict[str, Any]:
     return options
 
 
-def build_question(images: StrPath | Sequence[StrPath], prompt: str) -> LocatedSample:
+def build_question(images: ImageInput | Sequence[ImageInput], prompt: str) -> LocatedSample:
     """Build a question about images, pages of PDF files and videos, or none: images, then text.
 
     `Model.build_question` builds one in the form of the training samples of a run.
@@ -300,14 +393,19 @@ def build_question(images: StrPath | Sequence[StrPath], prompt: str) -> LocatedS
 
 
 def _build_question(
-    images: StrPath | Sequence[StrPath], prompt: str, prompt_format: PromptFormat
+    images: ImageInput | Sequence[ImageInput], prompt: str, prompt_format: PromptFormat
 ) -> LocatedSample:
     from finesight.data.image_file import list_pages
+    from finesight.data.memory_samples import list_images, open_session_store
     from finesight.infer.prediction import build_question as build_sample
 
-    is_many = isinstance(images, Sequence) and not isinstance(images, str | bytes)
-    names: Sequence[object] = images if is_many else [images]  # type: ignore[assignment]
-    files = [Path(os.path.expanduser(to_name(name))) for name in names]
+    files: list[Path] = []
+    for image in [None] if images is None else list_images(images):
+        if isinstance(image, str | os.PathLike):
+            files.append(Path(os.path.expanduser(image)))
+        else:
+            store = open_session_store()
+            files.append(store.folder / store.save(image, "images"))
     pages: list[Path] = []
     for file in files:
         pages += list_pages(file)

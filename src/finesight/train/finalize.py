@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import html
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from math import fsum, isfinite
+from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -14,7 +16,7 @@ from torch import Tensor
 
 from finesight.bounded_files import read_bytes
 from finesight.encode.renderer import is_native
-from finesight.errors import TrainingInterrupted, UserError
+from finesight.errors import TrainingInterrupted, UserError, format_count
 from finesight.evaluate import custom_metric
 from finesight.evaluate.eval_case import note_lines
 from finesight.evaluate.eval_result import BestEval, EvalResult, find_best_eval
@@ -113,6 +115,10 @@ def check_param_changes(
             raise UserError(problem, where=where, expected=expected, remedy=remedy)
 
 
+FRAME_HEIGHT = 600
+"""Height in pixels of the report of a run in a notebook, which shows its first screen."""
+
+
 class RunResult(BaseModel):
     """Content of `result.json`, which marks a run as complete.
 
@@ -144,6 +150,24 @@ class RunResult(BaseModel):
     best_eval: BestEval | None = None
     weights_step: int | None = None
     stopped_early: bool = False
+
+    def __repr__(self) -> str:
+        text = f"{self.run_dir!r}: {format_count(self.steps, 'step')}"
+        if self.before is not None and self.after is not None:
+            name = self.after.primary_metric or "validation_loss"
+            before, after = get_ranking_score(self.before), get_ranking_score(self.after)
+            text += f", {name} {before:.4f} before, {after:.4f} after"
+        return f"<{type(self).__name__} {text}>"
+
+    __str__ = __repr__
+
+    def _repr_html_(self) -> str:
+        """Return the report without examples in a frame, which a notebook shows."""
+        # Training alone needs no report.
+        from finesight.report.run_page import render_run_page
+
+        page = html.escape(render_run_page(Path(self.run_dir), max_examples=0))
+        return f'<iframe srcdoc="{page}" width="100%" height="{FRAME_HEIGHT}"></iframe>'
 
     def as_json(self) -> dict[str, Any]:
         """Return the content of `result.json`."""

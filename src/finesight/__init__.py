@@ -2,28 +2,17 @@
 
 The names of this module work with Python objects: samples, images in memory, functions as metrics
 and rewards. `finesight.api` has the commands as functions, which work with files. Importing the
-package imports no dependencies.
+package imports no dependencies. `__init__.pyi` has the types of the names.
 """
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from finesight.api import load_model as load
-    from finesight.data.memory_samples import Message, Sample
-    from finesight.errors import StopTraining, TrainingInterrupted, UserError
-    from finesight.operations.model import Model
-    from finesight.operations.python_training import train
+from typing import Any
 
 __version__ = "0.1.0"
-
-__all__ = [
-    "Message", "Model", "Sample", "StopTraining", "TrainingInterrupted", "UserError", "load",
-    "train",
-]  # fmt: skip
 
 _LOCATIONS = {
     "Message": "finesight.data.memory_samples:Message",
@@ -34,6 +23,8 @@ _LOCATIONS = {
     "UserError": "finesight.errors:UserError",
     "load": "finesight.api:load_model",
 }
+
+__all__ = [*_LOCATIONS, "train"]
 
 
 def __getattr__(name: str) -> Any:
@@ -53,11 +44,17 @@ def __dir__() -> list[str]:
 class CallablePackage(ModuleType):
     """The package `finesight.train`, which is also the function of this name."""
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Call `finesight.operations.python_training.train`."""
-        return self.__wrapped__(*args, **kwargs)
-
     @property
     def __wrapped__(self) -> Any:
-        """The function, of which `inspect.signature` and `help` show the arguments."""
+        """The function, of which `inspect.signature` shows the arguments."""
         return import_module("finesight.operations.python_training").train
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the function; see `finesight.operations.python_training.train`."""
+        return self.__wrapped__(*args, **kwargs)
+
+
+def make_callable(package: str) -> None:
+    """Make a package callable, whichever of its modules was imported first."""
+    module = sys.modules[package]
+    module.__class__ = CallablePackage

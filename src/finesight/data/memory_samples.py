@@ -10,7 +10,7 @@ import hashlib
 import io
 import os
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
@@ -31,7 +31,7 @@ from finesight.data.sample import (
     validate_sample,
 )
 from finesight.data.sample import Sample as FileSample
-from finesight.errors import UserError, format_count, shorten
+from finesight.errors import UserError, format_count
 from finesight.storage import has_content, make_folder, write_file
 
 if TYPE_CHECKING:
@@ -52,14 +52,11 @@ Content: TypeAlias = str | Sequence[str | Path | ImageData | ContentPart]
 
 IMAGES_FOLDER = "images"
 
-MAX_SHOWN_CHARS = 40
-"""Maximum number of characters of a text in the `repr` of a sample."""
-
 PNG_MODES = ("1", "L", "LA", "I;16", "RGB", "RGBA")
 """Modes of PIL images that PNG files represent without loss."""
 
 
-@dataclass(frozen=True, slots=True, repr=False, eq=False)
+@dataclass(frozen=True, slots=True, eq=False)
 class Message:
     """A turn of a conversation.
 
@@ -70,14 +67,11 @@ class Message:
     """
 
     role: Role
-    content: Content
+    content: Content = field(repr=False)
     loss: bool = True
 
-    def __repr__(self) -> str:
-        return f"Message({self.role!r}, {_describe_content(self.content)})"
 
-
-@dataclass(frozen=True, slots=True, kw_only=True, repr=False, eq=False)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Sample:
     """A question about images with its answer, or a conversation.
 
@@ -93,7 +87,8 @@ class Sample:
         id: Name of the sample; by default, a digest of its content.
     """
 
-    image: ImageInput | Sequence[ImageInput] | None = None
+    # Arrays take many lines as text.
+    image: ImageInput | Sequence[ImageInput] | None = field(default=None, repr=False)
     question: str = ""
     answer: Content = ""
     messages: Sequence[Message] = ()
@@ -103,22 +98,6 @@ class Sample:
     tools: Sequence[Mapping[str, Any]] = ()
     meta: Mapping[str, Any] = field(default_factory=dict)
     id: str = ""
-
-    def __repr__(self) -> str:
-        parts = [f"id={self.id!r}"] if self.id else []
-        if self.messages:
-            parts.append(format_count(len(self.messages), "message"))
-        else:
-            parts.append(format_count(len(list_images(self.image)), "image"))
-            parts.append(f"question={shorten(self.question, MAX_SHOWN_CHARS)!r}")
-            parts.append(f"answer={_describe_content(self.answer)}")
-        return f"Sample({', '.join(parts)})"
-
-
-def _describe_content(content: Content) -> str:
-    if isinstance(content, str):
-        return repr(shorten(content, MAX_SHOWN_CHARS))
-    return format_count(len(content), "part")
 
 
 def list_images(images: ImageInput | Sequence[ImageInput] | None) -> Sequence[ImageInput]:
@@ -227,7 +206,7 @@ def _create_session_folder() -> tempfile.TemporaryDirectory[str]:
 
 
 def open_session_store() -> ImageStore:
-    """Return the store of images of this Python session, whose folder is removed at its end."""
+    """Return the store of images whose folder is removed at the end of the session."""
     return ImageStore(Path(_create_session_folder().name))
 
 
@@ -356,7 +335,7 @@ def write_sample_file(
 
 
 def locate_samples(samples: Sequence[AnySample]) -> list[LocatedSample]:
-    """Return samples with the files of their images, which last until the end of this session.
+    """Write the images of samples to files that last until the end of the session.
 
     Raises:
         UserError: A sample is invalid.
@@ -373,16 +352,11 @@ def locate_samples(samples: Sequence[AnySample]) -> list[LocatedSample]:
 
 
 def find_changed_sample(samples: Sequence[FileSample], file: Path) -> str:
-    """Describe the first difference between samples and a file; empty if they are equal.
-
-    Raises:
-        UserError: The file cannot be read.
-    """
-    lines: Iterator[bytes] = encode_samples(samples)
+    """Describe the first difference between samples and a file; empty if they are equal."""
     recorded = file.read_bytes().splitlines(keepends=True) if file.is_file() else []
     if len(recorded) != len(samples):
         return f"{format_count(len(samples), 'sample')} instead of {len(recorded)}"
-    for index, (line, old) in enumerate(zip(lines, recorded, strict=True)):
-        if line != old:
+    for index, line in enumerate(encode_samples(samples)):
+        if line != recorded[index]:
             return f"sample {index} ({samples[index].id!r:.60}) has changed"
     return ""

@@ -263,7 +263,7 @@ class Model:
         """
         from finesight.data.memory_samples import open_session_store, write_sample_file
         from finesight.evaluate.python_functions import name_function, use_functions
-        from finesight.operations import evaluation
+        from finesight.operations import find_operation
 
         data: StrPath | None = None
         if samples is None or isinstance(samples, str | os.PathLike):
@@ -274,13 +274,15 @@ class Model:
         functions: dict[str, PythonFunction] = {}
         if callable(metric):
             metric = name_function(metric, functions)
+        evaluate = as_function(find_operation("eval"))
         with use_functions(functions):
-            return as_function(evaluation.evaluate)(
+            result: GenerationEvalResult = evaluate(
                 self, data, metric, limit, batch_size, max_new_tokens
             )
+        return result
 
     def save(self, path: StrPath) -> Path:
-        """Copy the files of the model to a new folder; of a LoRA run, those of its adapter.
+        """Copy the files of the model, or of the adapter of a LoRA run, to a new folder.
 
         `finesight.load` loads the folder, as do PEFT and transformers.
 

@@ -163,7 +163,7 @@ def _write_splits(
     *,
     resume: bool,
 ) -> None:
-    """Write the samples to the folder of the run, or verify that a run to resume has them.
+    """Write the samples to the folder of the run, or compare those of a run to resume.
 
     Raises:
         UserError: A sample is invalid, the run has other samples, or the folder is in use.
@@ -217,7 +217,8 @@ def _translate_remedies() -> Iterator[None]:
     except UserError as error:
         if isinstance(error.remedy, Step):
             error.remedy = error.remedy.format(format_call)
-        error.remedy = _write_arguments(str(error.remedy))
+        remedy = re.sub(r"did you mean ([\w.]+): ([\w.-]+)\?", r"use \1=\2", str(error.remedy))
+        error.remedy = _write_arguments(remedy)
         error.where = _write_arguments(error.where)
         error.what = _write_arguments(error.what)
         raise
@@ -233,12 +234,13 @@ def _write_arguments(text: str) -> str:
 def _write_setting(match: re.Match[str]) -> str:
     section = match["section"]
     name = match["name"]
+    is_argument = section == "train" or name == "metric"
     if match["value"] is None:
-        return name if section == "train" else match[0]
+        return name if is_argument else match[0]
     try:
         value = json.loads(match["value"])
     except ValueError:
         value = match["value"]
-    if section == "train":
+    if is_argument:
         return f"{name}={value!r}"
     return f"{section}={ {name: value}!r}"

@@ -1,8 +1,6 @@
 """Supervised fine-tuning: trainer, data loading, optimizers, checkpoints and the run directory."""
 
-import sys
+from finesight import make_callable
 
-from finesight import CallablePackage
-
-# `finesight.train(...)` is a call of this package, whichever module was imported first.
-sys.modules[__name__].__class__ = CallablePackage
+# `finesight.train(...)` is a call of this package.
+make_callable(__name__)

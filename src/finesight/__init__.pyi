@@ -1,0 +1,18 @@
+"""Types of the names that `finesight` imports on their first use."""
+
+from finesight.api import load_model as load
+from finesight.data.memory_samples import Message as Message
+from finesight.data.memory_samples import Sample as Sample
+from finesight.errors import StopTraining as StopTraining
+from finesight.errors import TrainingInterrupted as TrainingInterrupted
+from finesight.errors import UserError as UserError
+from finesight.operations.model import Model as Model
+from finesight.operations.python_training import train as train
+
+__version__: str
+__all__ = [
+    "Message", "Model", "Sample", "StopTraining", "TrainingInterrupted", "UserError", "load",
+    "train",
+]  # fmt: skip
+
+def make_callable(package: str) -> None: ...

@@ -308,6 +308,13 @@ def _convert_sample(sample: object, store: ImageStore, where: str) -> FileSample
 def _convert_content(content: Content, store: ImageStore, where: str) -> list[ContentPart]:
     if isinstance(content, str):
         return [TextPart(text=content)]
+    if not isinstance(content, list | tuple):
+        raise UserError(
+            f"a {type(content).__name__} as the content of a turn",
+            where=where,
+            expected="a text, or a list of texts, images and boxes",
+            remedy='finesight.Message("user", [image, "..."]), or answer="..."',
+        )
     parts: list[ContentPart] = []
     for part in content:
         if isinstance(part, str):

@@ -148,7 +148,8 @@ def _check_data(
             expected="samples of this program, or files",
             remedy='samples=[finesight.Sample(...)], or data={"train": "train.jsonl"}',
         )
-    if data is None and splits["eval"] is None and recipe.get("eval"):
+    has_metric = "metric" in (recipe.get("eval") or {})
+    if data is None and splits["eval"] is None and has_metric:
         raise UserError(
             "a metric without validation samples",
             where="metric",

@@ -1,0 +1,492 @@
+"""Training and evaluation from Python without files: the public names of `finesight`."""
+
+import inspect
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from case_files import CASES_FOLDER, load_cases
+from docs_code_blocks import DOCS, list_code_blocks
+from PIL import Image
+from tiny_task import assert_same_run, read_losses
+
+import finesight
+from finesight import api
+from finesight.cli.app import run_command
+from finesight.data.memory_samples import ImageStore, convert_samples, open_session_store
+from finesight.data.sample import BoxPart, ImagePart, VideoPart
+from finesight.evaluate.eval_case import EvalCase
+from finesight.model_folder import TINY_MODEL, resolve_model_path
+
+COLORS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
+
+SETTINGS: dict[str, Any] = {
+    "batch_size": 3,
+    "learning_rate": 1e-3,
+    "num_workers": 0,
+    "device": "cpu",
+    "tune": {"language": "lora"},
+}
+EVAL = {"max_new_tokens": 4}
+
+
+def draw(color: str, number: int = 0) -> np.ndarray:
+    pixels = np.full((56, 56, 3), COLORS[color], np.uint8)
+    pixels[0, 0] = number
+    return pixels
+
+
+def make_samples(count: int = 9, **changes: Any) -> list[finesight.Sample]:
+    """Make questions about images in memory, as arrays and as PIL images."""
+    samples = []
+    for number in range(count):
+        color = [*COLORS][number % 3]
+        image: Any = draw(color, number)
+        if number % 2:
+            image = Image.fromarray(image)
+        answers = {"answer": color} | changes
+        samples.append(finesight.Sample(image=image, question="Which colour?", **answers))
+    return samples
+
+
+def count_letters(case: EvalCase) -> dict[str, float]:
+    """Score the letters of an answer that are also in the reference."""
+    return {"letters": len({*case.answer} & {*case.references[0]}) / 5, "length": len(case.answer)}
+
+
+def train(output_dir: Path, samples: Any = None, **settings: Any) -> Any:
+    given = make_samples() if samples is None else samples
+    return finesight.train(TINY_MODEL, given, output_dir=output_dir, **SETTINGS | settings)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Train with arrays, a function as metric and a callback that stops after the second step."""
+    events: list[tuple[int, dict[str, float]]] = []
+
+    def stop_early(step: int, metrics: Any) -> None:
+        events.append((step, dict(metrics)))
+        if step == 2 and "loss" in metrics:
+            raise finesight.StopTraining("two steps suffice")
+
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    callbacks = [stop_early]
+    validation = make_samples(3)
+    result = train(
+        folder,
+        val_samples=validation,
+        metric=count_letters,
+        callbacks=callbacks,
+        epochs=3,
+        eval=EVAL,
+    )
+    model = finesight.load(folder, device="cpu")
+    return SimpleNamespace(folder=folder, events=events, result=result, model=model)
+
+
+def test_arrays_train_a_model(trained):
+    answer = trained.model.generate(draw("red"), "Which colour?", max_new_tokens=4)
+    (file,) = answer.images
+    assert (np.asarray(Image.open(file)) == draw("red")).all()
+    assert trained.model.generate(file, "Which colour?", max_new_tokens=4).text == answer.text
+    both = [Image.open(file), file.read_bytes()]
+    assert trained.model.generate(both, "Same?", max_new_tokens=2).images == (file, file)
+    base = finesight.load(TINY_MODEL, device="cpu")
+    (sample,) = make_samples(1)
+    assert (base.encode(sample).input_ids == trained.model.encode(sample).input_ids).all()
+    [batched] = trained.model.generate_batch([sample], max_new_tokens=4)
+    assert batched.text == answer.text
+
+
+def test_callback_stops_a_complete_run(trained):
+    assert [step for step, _ in trained.events] == [0, 1, 2, 2]
+    before, first, last, after = [metrics for _, metrics in trained.events]
+    assert before.keys() == after.keys() >= {"validation_loss", "scores/letters", "scores/length"}
+    assert [(1, first["loss"]), (2, last["loss"])] == read_losses(trained.folder)
+    assert (trained.result.steps, trained.result.stopped_early) == (2, True)
+    assert trained.result.after.validation_loss == after["validation_loss"]
+    for name in ("report.html", "adapter", "checkpoints/step-2", "predictions/after.jsonl"):
+        assert (trained.folder / name).exists(), name
+    # A finished run is not trained again.
+    again = train(
+        trained.folder,
+        val_samples=make_samples(3),
+        metric=count_letters,
+        epochs=3,
+        eval=EVAL,
+        resume=True,
+    )
+    assert again == trained.result
+
+
+def test_callback_stops_after_an_evaluation(tmp_path):
+    def stop_at_first(step: int, metrics: Any) -> None:
+        if step and "validation_loss" in metrics:
+            raise finesight.StopTraining
+
+    result = train(
+        tmp_path / "run",
+        val_samples=make_samples(3),
+        metric="captions",
+        callbacks=[stop_at_first],
+        eval={"max_new_tokens": 2, "every": 1},
+    )
+    assert result.steps == 1
+    assert result.after.step == 1
+    assert (tmp_path / "run" / "predictions" / "after.jsonl").is_file()
+
+
+def test_results_have_a_short_repr_and_html(trained):
+    text = repr(trained.result)
+    assert "\n" not in text
+    assert "2 steps, letters" in text
+    assert str(trained.result) == text
+    page = trained.result._repr_html_()
+    assert page.startswith("<iframe srcdoc=")
+    assert page.count('"') == 6, "quotes of the page are escaped"
+    assert len(page) < 500_000, "without examples"
+    scores = trained.model.evaluate(make_samples(3), count_letters, max_new_tokens=4)
+    assert repr(scores).startswith("<GenerationEvalResult of 3 samples: letters 0.")
+    assert "letters*" in scores._repr_html_()
+    assert len(repr(make_samples(1)[0])) < 200
+
+
+def test_function_is_a_metric(trained, tmp_path, capsys):
+    scores = trained.model.evaluate(make_samples(3), count_letters, max_new_tokens=4)
+    assert scores.primary_metric == "letters"
+    cases = [(one.answer, color) for one, color in zip(scores.predictions, COLORS, strict=True)]
+    expected = [len({*answer} & {*color}) / 5 for answer, color in cases]
+    assert scores.scores["letters"] == pytest.approx(np.mean(expected))
+    recipe = (trained.folder / "recipe.yaml").read_text()
+    assert "metric: python:count_letters" in recipe
+    with pytest.raises(finesight.UserError, match="function of the Python program") as caught:
+        trained.model.evaluate(make_samples(3))
+    assert "evaluate(samples, metric=count_letters)" in caught.value.remedy
+    assert run_command(["eval", str(trained.folder)]) == 2
+    assert "FILE.py:count_letters" in capsys.readouterr().err
+    assert run_command(["report", str(trained.folder), "--out", str(tmp_path / "a.html")]) == 0
+    assert run_command(["doctor", str(trained.folder)]) in (0, 2)
+
+
+def fail(*_: Any) -> float:
+    raise ValueError("bad luck")
+
+
+@pytest.mark.parametrize(
+    ("metric", "text"),
+    [
+        (fail, "ValueError: bad luck (for sample "),
+        (lambda _: "high", "'high'"),
+        (lambda case: {case.id: 1.0}, "the scores"),
+    ],
+)
+def test_failing_metric_is_reported(trained, metric, text):
+    with pytest.raises(finesight.UserError) as caught:
+        trained.model.evaluate(make_samples(3), metric, max_new_tokens=2)
+    assert text in caught.value.what
+    assert caught.value.where.startswith(__file__)
+    assert "pdb" not in caught.value.remedy
+
+
+def test_run_equals_that_of_the_same_files(tmp_path, monkeypatch):
+    """With the same files, `finesight train` computes the same run bit by bit."""
+    monkeypatch.chdir(tmp_path)
+    tune = {"language": "lora", "merger": "full"}
+    train(Path("run"), val_samples=make_samples(3), tune=tune, epochs=1, save_every=2)
+    recipe = Path("recipe.yaml")
+    recipe.write_text(Path("run/recipe.yaml").read_text())
+    assert run_command(["train", str(recipe), "output_dir=other"]) == 0
+    assert_same_run(Path("other"), Path("run"))
+
+
+def test_interrupted_run_resumes(tmp_path):
+    def fail_once(step: int, metrics: Any) -> None:
+        if step == 2:
+            fail()
+
+    settings = {"epochs": 1, "save_every": 1, "tune": {"language": "lora", "merger": "full"}}
+    run, whole = tmp_path / "run", tmp_path / "whole"
+    with pytest.raises(finesight.UserError, match="callback: ValueError: bad luck") as caught:
+        train(run, callbacks=[fail_once], **settings)
+    assert "checkpoint of step 2 written" in caught.value.what
+    assert "resume=True" in caught.value.remedy
+    changed = make_samples()
+    changed[4] = finesight.Sample(image=draw("red"), question="What?", answer="a square")
+    files = sorted(run.rglob("*"))
+    for samples, text in ((changed, "sample 4"), (changed[:5], "5 samples instead of 9")):
+        with pytest.raises(finesight.UserError, match=text) as caught:
+            train(run, samples, resume=True, **settings)
+        assert f"output_dir='{run}-2'" in caught.value.remedy
+    with pytest.raises(finesight.UserError, match="contains another run") as caught:
+        train(run, **settings)
+    assert "add resume=True" in caught.value.remedy
+    assert sorted(run.rglob("*")) == files
+    train(run, resume=True, **settings)
+    train(whole, **settings)
+    assert_same_run(run, whole)
+
+
+def test_lambda_is_a_reward(tmp_path):
+    grpo = {"num_generations": 2, "max_completion_length": 4, "temperature": 2.0}
+    settings = {"objective": "grpo", "grpo": grpo, "steps": 2, "batch_size": 2}
+    rewards = [
+        lambda case: len(case.answer) / 10,
+        {"name": lambda case: None if "z" in case.answer else 1.0, "weight": 2},
+    ]
+    run = tmp_path / "run"
+    train(run, rewards=rewards, **settings)
+    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    last = [line for line in lines if "reward" in line][-1]
+    assert {"rewards/lambda", "rewards/lambda_2"} <= {key.rpartition("/mean")[0] for key in last}
+    with pytest.raises(finesight.UserError, match="reward fail: ValueError: bad luck"):
+        train(tmp_path / "other", rewards=[fail], **settings)
+
+
+def test_pairs_train_with_dpo(tmp_path):
+    pairs = [("Which colour?", color, "no idea") for color in COLORS]
+    samples = []
+    for question, chosen, rejected in pairs:
+        sample = finesight.Sample(
+            image=draw(chosen), question=question, answer=chosen, rejected=rejected
+        )
+        samples.append(sample)
+    result = train(tmp_path / "run", samples, objective="dpo", steps=1)
+    assert result.steps == 1
+
+
+def test_plain_model_folder_is_evaluated():
+    model = finesight.load(str(resolve_model_path(TINY_MODEL)), device="cpu")
+    scores = model.evaluate(make_samples(3), "captions", max_new_tokens=2)
+    assert len(scores.predictions) == 3
+    with pytest.raises(finesight.UserError, match="not set") as caught:
+        model.evaluate(make_samples(3))
+    assert caught.value.where == "metric"
+
+
+def test_adapters_are_saved_and_merged(trained, tmp_path):
+    """Two adapters of one base model are loaded side by side."""
+    saved = trained.model.save(tmp_path / "saved")
+    merged = trained.model.merge(tmp_path / "merged").folder
+    base = finesight.load(TINY_MODEL, device="cpu")
+    questions = make_samples(3)
+    texts = []
+    for model in (trained.model, finesight.load(saved), base):
+        answers = model.generate_batch(questions, max_new_tokens=8)
+        texts.append([answer.text for answer in answers])
+    assert texts[0] == texts[1] != texts[2]
+    assert len(finesight.load(merged).generate_batch(questions, max_new_tokens=2)) == 3
+    with pytest.raises(finesight.UserError):
+        trained.model.save(tmp_path / "saved")
+    assert base.save(tmp_path / "base").joinpath("config.json").is_file()
+
+
+def test_images_are_written_without_loss(tmp_path):
+    store = ImageStore(tmp_path)
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (20, 30, 3), np.uint8)
+    jpeg = io.BytesIO()
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(pixels).save(jpeg, format="JPEG", exif=exif)
+    for image in (pixels, pixels[..., 0], Image.fromarray(pixels).convert("P")):
+        file = tmp_path / store.save(image, "image")
+        opened = image.convert("RGB") if isinstance(image, Image.Image) else image
+        assert (np.asarray(Image.open(file)) == np.asarray(opened)).all()
+        assert store.save(image, "image") == store.save(image, "image")
+    file = tmp_path / store.save(jpeg.getvalue(), "image")
+    assert file.suffix == ".jpg"
+    assert file.read_bytes() == jpeg.getvalue()
+    rotated = tmp_path / store.save(Image.open(jpeg), "image")
+    assert Image.open(rotated).size == (20, 30)
+    assert store.save("a.png", "image") == Path.cwd() / "a.png"
+
+
+INVALID_IMAGES = [
+    (np.zeros((3, 8, 8), np.uint8), "transpose(1, 2, 0)"),
+    (np.zeros((8, 8, 3)), '.astype("uint8")'),
+    (np.zeros((8, 8), np.int64), '.astype("uint8")'),
+    (b"text", "array of shape"),
+    (Image.new("CMYK", (2, 2)), 'image.convert("RGB")'),
+    (3, "numpy.asarray"),
+]
+
+
+@pytest.mark.parametrize(("image", "remedy"), INVALID_IMAGES)
+def test_invalid_images_are_reported(tmp_path, image, remedy):
+    with pytest.raises(finesight.UserError) as caught:
+        ImageStore(tmp_path).save(image, "samples[2]")
+    assert caught.value.where == "samples[2]"
+    assert remedy in caught.value.remedy
+
+
+def test_conversations_and_ids(tmp_path):
+    turns = [
+        finesight.Message("system", "Be brief."),
+        finesight.Message("user", [draw("red"), Path("clip.mp4"), "What?"]),
+        finesight.Message("assistant", ["It is ", BoxPart(xyxy=(1, 2, 3, 4))], loss=False),
+        finesight.Message("user", "And now?"),
+        finesight.Message("assistant", "Nothing."),
+    ]
+    conversation = finesight.Sample(messages=turns, meta={"source": "test"})
+    named = finesight.Sample(question="<image> before text", image=["a.png"], answer="b", id="mine")
+    samples = [conversation, conversation, named]
+    first, second, third = convert_samples(samples, ImageStore(tmp_path), "samples")
+    assert second.id == f"{first.id}-2"
+    assert third.id == "mine"
+    assert [type(part) for part in first.messages[1].content[:2]] == [ImagePart, VideoPart]
+    assert (first.messages[2].loss, first.meta) == (False, {"source": "test"})
+    assert third.messages[0].content[1].text == " before text"
+    located = api.read_samples(write_file(tmp_path, named))
+    (again,) = convert_samples(located, open_session_store(), "samples")
+    assert again == third
+
+
+def write_file(folder: Path, sample: finesight.Sample) -> Path:
+    from finesight.data.memory_samples import write_sample_file
+
+    return write_sample_file([sample], "a.jsonl", "samples", ImageStore(folder))
+
+
+ONE = make_samples(1)
+INVALID_CALLS = [
+    ({"samples": None}, "neither samples nor data", "samples=[finesight.Sample"),
+    ({"data": {"train": "a.jsonl"}}, "both samples and data", 'data={"train"'),
+    ({"samples": []}, "instead of samples", "read_samples(FILE)"),
+    ({"samples": "a.jsonl"}, "instead of samples", "read_samples(FILE)"),
+    ({"samples": [("What?", "red")]}, "a tuple instead of a sample", "finesight.Sample(image="),
+    ({"samples": [finesight.Sample(question="Hi")]}, "no answer at the end", "add the answer"),
+    ({"samples": [finesight.Sample(question="Hi", answer=3)]}, "int", "finesight.Message"),
+    (
+        {"samples": [finesight.Sample(question="Hi", messages=[finesight.Message("user", "Ho")])]},
+        "messages beside",
+        "finesight.Message(",
+    ),
+    ({"metric": "captions"}, "a metric without validation samples", "val_samples=samples["),
+    ({"metric": "caption", "val_samples": ONE}, "metric: has", "metric='captions'"),
+    ({"stesp": 3}, "stesp: unknown", "did you mean steps?"),
+    ({"steps": -1}, "steps: has", "change steps"),
+    ({"rewards": [fail]}, "objective='grpo'", "add it"),
+    ({"eval": {"metric": "qa", "patience": 2}, "val_samples": ONE}, "every", "eval={'every': 0.1}"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "what", "remedy"), INVALID_CALLS)
+def test_invalid_calls_are_reported(tmp_path, arguments, what, remedy):
+    arguments = {"samples": ONE} | SETTINGS | arguments
+    with pytest.raises(finesight.UserError) as caught:
+        finesight.train(TINY_MODEL, output_dir=tmp_path / "run", **arguments)
+    assert what in str(caught.value)
+    assert remedy in str(caught.value.remedy)
+    assert "--" not in str(caught.value), "options of a command"
+    assert "train." not in str(caught.value).replace("finesight.train", ""), "keys of a recipe"
+
+
+def test_several_processes_refuse_functions(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(finesight.UserError, match="2 processes") as caught:
+        train(tmp_path / "run", val_samples=ONE, metric=count_letters)
+    assert 'metric="metric.py:count_letters"' in caught.value.remedy
+
+
+def test_public_names_have_documented_signatures():
+    """A change of tests/cases/public_api.yaml is a change of the public API.
+
+    Add new names with their signatures. A name that is removed first issues a DeprecationWarning
+    for one minor version, and CHANGELOG.md names its replacement.
+    """
+    found = {}
+    for module in (finesight, api):
+        for name in module.__all__:
+            found[f"{module.__name__}.{name}"] = describe(getattr(module, name))
+    for name, member in inspect.getmembers(finesight.Model, inspect.isfunction):
+        if not name.startswith("_"):
+            found[f"finesight.Model.{name}"] = describe(member)
+    expected = load_cases("public_api")
+    assert found == expected, f"update {CASES_FOLDER / 'public_api.yaml'}"
+
+
+def describe(value: Any) -> str:
+    if not callable(value):
+        return repr(value)
+    if inspect.isclass(value) and issubclass(value, Exception):
+        return "exception"
+    return str(inspect.signature(value)).replace("'", "")
+
+
+@pytest.mark.parametrize("first", ["finesight", "finesight.train.trainer", "finesight.api"])
+def test_names_work_after_any_import(first):
+    code = f"import {first}, finesight, inspect, sys; loaded = {{*sys.modules}}"
+    code += "; print('torch' in loaded, callable(finesight.train), finesight.Sample.__name__)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    is_heavy = first == "finesight.train.trainer"
+    assert done.stdout.split() == [str(is_heavy), "True", "Sample"]
+    with pytest.raises(AttributeError, match="has no attribute 'trian'"):
+        finesight.trian  # noqa: B018
+    assert {*finesight.__all__} <= {*dir(finesight)}
+
+
+def test_types_of_a_script_are_checked(tmp_path):
+    """mypy in strict mode accepts the correct calls of a script, and rejects a wrong one."""
+    pytest.importorskip("mypy")
+    script = tmp_path / "script.py"
+    script.write_text(TYPED_SCRIPT)
+    command = [sys.executable, "-m", "mypy", "--strict", "--cache-dir", str(tmp_path), str(script)]
+    environment = {"MYPYPATH": str(Path(finesight.__file__).parents[1])}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
+    errors = [line for line in done.stdout.splitlines() if line.startswith("script.py")]
+    assert len(errors) == 1, done.stdout
+    assert 'incompatible type "int"' in errors[0]
+
+
+TYPED_SCRIPT = """
+from collections.abc import Mapping
+
+import numpy as np
+from PIL import Image
+
+import finesight
+from finesight.evaluate.eval_case import EvalCase
+
+
+def metric(case: EvalCase) -> float:
+    return float(case.answer == case.references[0])
+
+
+def stop(step: int, metrics: Mapping[str, float]) -> None:
+    if metrics.get("loss", 1.0) < 0.1:
+        raise finesight.StopTraining
+
+
+image = Image.new("RGB", (8, 8))
+pixels = np.zeros((8, 8, 3), np.uint8)
+samples = [
+    finesight.Sample(image=image, question="What?", answer="a"),
+    finesight.Sample(image=[pixels, b"", "a.png"], question="What?", answer="b"),
+    finesight.Sample(messages=[finesight.Message("user", [image, "What?"])]),
+]
+result = finesight.train(
+    "m", samples, metric=metric, rewards=[metric], callbacks=[stop], epochs=3, output_dir="run"
+)
+print(result.steps + 1)
+model = finesight.load("run")
+print(model.generate(image, "What?").text.upper())
+print(model.evaluate(samples, metric).scores["metric"] + 1.0)
+model.generate(image, 3)
+"""
+
+BLOCKS = list_code_blocks(DOCS / "en" / "python.md")
+
+
+def test_blocks_of_the_page_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    for block in BLOCKS:
+        if block.language == "python":
+            exec(compile(block.text, str(block), "exec"), names)
+    assert Path("runs/colours/result.json").is_file()

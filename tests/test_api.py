@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 from case_files import load_cases
 from docs_code_blocks import DOCS, list_code_blocks
-from PIL import Image
 from tiny_task import make_task
 from video_fixtures import write_video
 
@@ -204,16 +203,10 @@ def test_invalid_calls_are_reported(model, tmp_path, monkeypatch, call, where):
     assert list(tmp_path.iterdir()) == []
 
 
-IN_MEMORY_IMAGE = Image.new("RGB", (40, 40))
-
-
-@pytest.mark.parametrize(
-    "image", [IN_MEMORY_IMAGE, [IN_MEMORY_IMAGE], np.array(IN_MEMORY_IMAGE), b"\x89PNG", None, 3]
-)
-def test_in_memory_images_are_rejected(model, image):
-    with pytest.raises(UserError, match="instead of a file name") as caught:
+@pytest.mark.parametrize("image", [None, 3, b"text", [["a.png"]]])
+def test_objects_that_are_no_image_are_rejected(model, image):
+    with pytest.raises(UserError, match=r"instead of an image|no image format"):
         model.generate(image, "Hi")
-    assert "image.save(" in caught.value.remedy
     for call in (api.read_samples, api.load_model, lambda names: api.evaluate(model, names, "qa")):
         with pytest.raises(UserError, match="a list instead"):
             call(["a.jsonl"])

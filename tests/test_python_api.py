@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 from case_files import CASES_FOLDER, load_cases
-from docs_code_blocks import DOCS, list_code_blocks
 from PIL import Image
 from tiny_task import assert_same_run, read_losses
 
@@ -411,12 +410,24 @@ def test_public_names_have_documented_signatures():
     assert found == expected, f"update {CASES_FOLDER / 'public_api.yaml'}"
 
 
-def describe(value: Any) -> str:
+def describe(value: Any) -> str | list[str]:
+    """Describe a class or function by its parameters and result, and other values by their repr."""
     if not callable(value):
         return repr(value)
     if inspect.isclass(value) and issubclass(value, Exception):
         return "exception"
-    return str(inspect.signature(value)).replace("'", "")
+    signature = inspect.signature(value)
+    lines = []
+    for parameter in signature.parameters.values():
+        text = parameter.name
+        if parameter.annotation is not parameter.empty:
+            text += f": {parameter.annotation}"
+        if parameter.default is not parameter.empty:
+            text += f" = {parameter.default!r}"
+        if parameter.kind is not parameter.POSITIONAL_OR_KEYWORD:
+            text += f" ({parameter.kind.description})"
+        lines.append(text)
+    return [*lines, f"-> {signature.return_annotation}"]
 
 
 @pytest.mark.parametrize("first", ["finesight", "finesight.train.trainer", "finesight.api"])
@@ -479,14 +490,3 @@ print(model.generate(image, "What?").text.upper())
 print(model.evaluate(samples, metric).scores["metric"] + 1.0)
 model.generate(image, 3)
 """
-
-BLOCKS = list_code_blocks(DOCS / "en" / "python.md")
-
-
-def test_blocks_of_the_page_run(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    names: dict[str, Any] = {}
-    for block in BLOCKS:
-        if block.language == "python":
-            exec(compile(block.text, str(block), "exec"), names)
-    assert Path("runs/colours/result.json").is_file()

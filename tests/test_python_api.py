@@ -3,6 +3,7 @@
 import inspect
 import io
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +19,12 @@ from tiny_task import assert_same_run, read_losses
 import finesight
 from finesight import api
 from finesight.cli.app import run_command
-from finesight.data.memory_samples import ImageStore, convert_samples, open_session_store
+from finesight.data.memory_samples import (
+    ImageStore,
+    convert_samples,
+    open_session_store,
+    write_sample_file,
+)
 from finesight.data.sample import BoxPart, ImagePart, VideoPart
 from finesight.evaluate.eval_case import EvalCase
 from finesight.model_folder import TINY_MODEL, resolve_model_path
@@ -347,9 +353,9 @@ def test_conversations_and_ids(tmp_path):
 
 
 def write_file(folder: Path, sample: finesight.Sample) -> Path:
-    from finesight.data.memory_samples import write_sample_file
-
-    return write_sample_file([sample], "a.jsonl", "samples", ImageStore(folder))
+    file = folder / "a.jsonl"
+    write_sample_file(convert_samples([sample], ImageStore(folder), "samples"), file)
+    return file
 
 
 ONE = make_samples(1)
@@ -368,6 +374,7 @@ INVALID_CALLS = [
     ),
     ({"metric": "captions"}, "a metric without validation samples", "val_samples=samples["),
     ({"metric": "caption", "val_samples": ONE}, "metric: has", "metric='captions'"),
+    ({"samples": None, "data": {"train": "train.jsonl"}}, "train.jsonl: ", ""),
     ({"stesp": 3}, "stesp: unknown", "did you mean steps?"),
     ({"steps": -1}, "steps: has", "change steps"),
     ({"rewards": [fail]}, "objective='grpo'", "add it"),
@@ -383,7 +390,8 @@ def test_invalid_calls_are_reported(tmp_path, arguments, what, remedy):
     assert what in str(caught.value)
     assert remedy in str(caught.value.remedy)
     assert "--" not in str(caught.value), "options of a command"
-    assert "train." not in str(caught.value).replace("finesight.train", ""), "keys of a recipe"
+    shown = re.sub("finesight.train|train.jsonl", "", str(caught.value))
+    assert "train." not in shown, "keys of a recipe"
 
 
 def test_several_processes_refuse_functions(tmp_path, monkeypatch):

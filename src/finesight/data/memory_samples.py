@@ -19,11 +19,14 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from finesight.data.image_file import find_image_suffix
 from finesight.data.prompt_format import DEFAULT_PROMPT_FORMAT, build_media_part
 from finesight.data.sample import (
+    BoxPart,
     ContentPart,
-    FrozenModel,
+    ImagePart,
     LocatedSample,
     Role,
     TextPart,
+    ToolCallPart,
+    VideoPart,
     encode_json_line,
     encode_samples,
     sample_fields,
@@ -119,7 +122,7 @@ class ImageStore:
 
     def __init__(self, folder: Path, *, is_read_only: bool = False) -> None:
         self.folder = folder
-        self._is_read_only = is_read_only
+        self.is_read_only = is_read_only
 
     def save(self, image: object, where: str) -> Path:
         """Write an image, and return its path relative to the folder; absolute for a file.
@@ -132,7 +135,7 @@ class ImageStore:
         content, suffix = _encode_image(image, where)
         name = Path(IMAGES_FOLDER) / f"{hashlib.sha256(content).hexdigest()[:32]}{suffix}"
         file = self.folder / name
-        if not self._is_read_only and not has_content(file, content):
+        if not self.is_read_only and not has_content(file, content):
             make_folder(file.parent)
             write_file(file, content)
         return name
@@ -319,26 +322,17 @@ def _convert_content(content: Content, store: ImageStore, where: str) -> list[Co
     for part in content:
         if isinstance(part, str):
             parts.append(TextPart(text=part))
-        elif isinstance(part, FrozenModel):
+        elif isinstance(part, TextPart | ImagePart | VideoPart | BoxPart | ToolCallPart):
             parts.append(part)
         else:
             parts.append(build_media_part(store.save(part, where)))
     return parts
 
 
-def write_sample_file(
-    samples: Sequence[AnySample], name: str, where: str, store: ImageStore
-) -> Path:
-    """Write samples and their images to a folder; return the JSONL file.
-
-    Raises:
-        UserError: A sample is invalid.
-    """
-    converted = convert_samples(samples, store, where)
-    file = store.folder / name
-    make_folder(store.folder)
-    write_file(file, b"".join(encode_samples(converted)))
-    return file
+def write_sample_file(samples: Sequence[FileSample], file: Path) -> None:
+    """Write samples to a JSONL file, whose folder may be missing."""
+    make_folder(file.parent)
+    write_file(file, b"".join(encode_samples(samples)))
 
 
 def locate_samples(samples: Sequence[AnySample]) -> list[LocatedSample]:

@@ -261,7 +261,11 @@ class Model:
         Raises:
             UserError: A sample is invalid, or the metric is missing or fails.
         """
-        from finesight.data.memory_samples import open_session_store, write_sample_file
+        from finesight.data.memory_samples import (
+            convert_samples,
+            open_session_store,
+            write_sample_file,
+        )
         from finesight.evaluate.python_functions import name_function, use_functions
         from finesight.operations import find_operation
 
@@ -269,8 +273,9 @@ class Model:
         if samples is None or isinstance(samples, str | os.PathLike):
             data = samples
         else:
-            name = f"{secrets.token_hex(8)}.jsonl"
-            data = write_sample_file(samples, name, "samples", open_session_store())
+            store = open_session_store()
+            data = store.folder / f"{secrets.token_hex(8)}.jsonl"
+            write_sample_file(convert_samples(samples, store, "samples"), data)
         functions: dict[str, PythonFunction] = {}
         if callable(metric):
             metric = name_function(metric, functions)

@@ -184,16 +184,17 @@ def _write_splits(
     run_dir = RunDir(Path(os.path.expanduser(recipe["output_dir"])))
     run_dir.check_available(resume)
     folder = run_dir.path / SAMPLES_FOLDER
-    store = ImageStore(folder, is_read_only=run_dir.is_started)
+    # The other processes of a training start to read when all of them have come so far.
+    is_main = os.environ.get("RANK", "0") == "0"
+    store = ImageStore(folder, is_read_only=run_dir.is_started or not is_main)
     data: dict[str, str] = {}
     for name, split in given.items():
         file = folder / SPLIT_FILES[name]
         data[name] = str(file)
-        if not run_dir.is_started:
-            write_sample_file(split, file.name, ARGUMENTS[name], store)
-            continue
-        change = find_changed_sample(convert_samples(split, store, ARGUMENTS[name]), file)
-        if change:
+        converted = convert_samples(split, store, ARGUMENTS[name])
+        if not store.is_read_only:
+            write_sample_file(converted, file)
+        elif run_dir.is_started and (change := find_changed_sample(converted, file)):
             raise UserError(
                 f"not the samples of the run: {change}",
                 where=ARGUMENTS[name],
@@ -205,7 +206,9 @@ def _write_splits(
 
 
 _SETTING_PATTERN = re.compile(
-    r"\b(?P<section>train|tune|eval|image|data)\.(?P<name>[a-z_]+)(?:=(?P<value>[^\s,;:?)]+))?"
+    r"(?<![\w./-])(?P<section>train|tune|eval|image|data)\."
+    r"(?!(?:jsonl?|parquet|tar|[ct]sv|py|ya?ml)\b)"  # the name of a file
+    r"(?P<name>[a-z_]+)(?:=(?P<value>[^\s,;:?)]+))?"
 )
 _OPTION_PATTERN = re.compile(r"\boutput_dir=(?P<path>[^\s,;:\"]+)")
 

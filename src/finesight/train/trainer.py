@@ -170,9 +170,9 @@ class Trainer:
                 self.evaluate("before")
             self.run_steps()
             self.save_checkpoint()
-            # The evaluation in which a callback stopped the run may be of a subset.
-            was_stopped = self.metrics_logger.callbacks.stop_reason is not None
-            is_evaluated = progress.last_eval_step == progress.step and not was_stopped
+            is_evaluated = progress.last_eval_step == progress.step
+            if self.metrics_logger.callbacks.stop_reason and self.early_stopping_patience is None:
+                is_evaluated = False  # The evaluation in which the run stopped may be of a subset.
             if self.state.data.validation is not None and not is_evaluated:
                 name = "after"
                 if self.early_stopping_patience is not None:

@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from operator import methodcaller
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -39,6 +40,9 @@ SETTINGS: dict[str, Any] = {
     "tune": {"language": "lora"},
 }
 EVAL = {"max_new_tokens": 4}
+
+
+render_html = methodcaller("_repr_html_")  # as a notebook does
 
 
 def draw(color: str, number: int = 0) -> np.ndarray:
@@ -152,13 +156,13 @@ def test_results_have_a_short_repr_and_html(trained):
     assert "\n" not in text
     assert "2 steps, letters" in text
     assert str(trained.result) == text
-    page = trained.result._repr_html_()
+    page = render_html(trained.result)
     assert page.startswith("<iframe srcdoc=")
     assert page.count('"') == 6, "quotes of the page are escaped"
     assert len(page) < 500_000, "without examples"
     scores = trained.model.evaluate(make_samples(3), count_letters, max_new_tokens=4)
     assert repr(scores).startswith("<GenerationEvalResult of 3 samples: letters 0.")
-    assert "letters*" in scores._repr_html_()
+    assert "letters*" in render_html(scores)
     assert len(repr(make_samples(1)[0])) < 200
 
 
@@ -277,7 +281,9 @@ def test_plain_model_folder_is_evaluated():
 def test_adapters_are_saved_and_merged(trained, tmp_path):
     """Two adapters of one base model are loaded side by side."""
     saved = trained.model.save(tmp_path / "saved")
-    merged = trained.model.merge(tmp_path / "merged").folder
+    merge = trained.model.merge(tmp_path / "merged")
+    assert repr(merge).startswith(f"<VerifiedMerge '{tmp_path}/merged': ")
+    merged = merge.folder
     base = finesight.load(TINY_MODEL, device="cpu")
     questions = make_samples(3)
     texts = []

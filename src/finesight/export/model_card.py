@@ -51,7 +51,7 @@ _PATH_SETTINGS = ("model", "adapter", "train", "eval", "path", "metric")
 """Recipe settings with local paths or URLs, of which the model card contains the last component."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class VerifiedMerge:
     """A merged model that was compared with the trained model.
 
@@ -72,6 +72,10 @@ class VerifiedMerge:
     parity: MergeParity
     missing_files: tuple[str, ...]
     dropped_sampling: dict[str, Any]
+
+    def __repr__(self) -> str:
+        text = f"{str(self.folder)!r}: {self.merged_layers} merged layers, {self.precision}"
+        return f"<{type(self).__name__} {text}>"
 
 
 def write_model_card(folder: Path, info: VerifiedMerge, quantized: Sequence[str] = ()) -> None:

@@ -6,7 +6,6 @@ import json
 import re
 import subprocess
 import sys
-from operator import methodcaller
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -40,9 +39,6 @@ SETTINGS: dict[str, Any] = {
     "tune": {"language": "lora"},
 }
 EVAL = {"max_new_tokens": 4}
-
-
-render_html = methodcaller("_repr_html_")  # as a notebook does
 
 
 def draw(color: str, number: int = 0) -> np.ndarray:
@@ -156,13 +152,13 @@ def test_results_have_a_short_repr_and_html(trained):
     assert "\n" not in text
     assert "2 steps, letters" in text
     assert str(trained.result) == text
-    page = render_html(trained.result)
+    page = trained.result._repr_html_()
     assert page.startswith("<iframe srcdoc=")
     assert page.count('"') == 6, "quotes of the page are escaped"
     assert len(page) < 500_000, "without examples"
     scores = trained.model.evaluate(make_samples(3), count_letters, max_new_tokens=4)
     assert repr(scores).startswith("<GenerationEvalResult of 3 samples: letters 0.")
-    assert "letters*" in render_html(scores)
+    assert "letters*" in scores._repr_html_()
     assert len(repr(make_samples(1)[0])) < 200
 
 

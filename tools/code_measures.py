@@ -261,7 +261,8 @@ def _measure_private_names(
 
 
 def _is_private(name: str) -> bool:
-    return name.startswith("_") and not name.startswith("__") and name != "_"
+    """Return whether a name is private. Notebooks call `_repr_html_`, which is not."""
+    return name.startswith("_") and not name.startswith("__") and not name.endswith("_")
 
 
 def _list_defined_names(node: ast.AST) -> tuple[str, ...]:

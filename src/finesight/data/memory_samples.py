@@ -10,7 +10,7 @@ import hashlib
 import io
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
@@ -21,12 +21,10 @@ from finesight.data.prompt_format import DEFAULT_PROMPT_FORMAT, build_media_part
 from finesight.data.sample import (
     BoxPart,
     ContentPart,
-    ImagePart,
     LocatedSample,
     Role,
     TextPart,
     ToolCallPart,
-    VideoPart,
     encode_json_line,
     encode_samples,
     sample_fields,
@@ -35,14 +33,13 @@ from finesight.data.sample import (
 )
 from finesight.data.sample import Sample as FileSample
 from finesight.errors import UserError, format_count
-from finesight.storage import has_content, make_folder, write_file
+from finesight.storage import make_folder, write_file
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
     from PIL import Image
 
-if TYPE_CHECKING:
     ImageData: TypeAlias = bytes | Image.Image | NDArray[np.uint8]
 else:
     ImageData = Any
@@ -50,7 +47,7 @@ else:
 ImageInput: TypeAlias = str | Path | ImageData
 """An image: path, content of an image file, PIL image, or array of shape (height, width, 3)."""
 
-Content: TypeAlias = str | Sequence[str | Path | ImageData | ContentPart]
+Content: TypeAlias = str | Sequence[str | Path | ImageData | BoxPart | ToolCallPart]
 """A text, or texts, images and boxes in their order: a `str` is a text, a `Path` is a file."""
 
 IMAGES_FOLDER = "images"
@@ -132,31 +129,44 @@ class ImageStore:
         """
         if isinstance(image, str | os.PathLike):
             return Path(os.path.abspath(os.path.expanduser(image)))
-        content, suffix = _encode_image(image, where)
-        name = Path(IMAGES_FOLDER) / f"{hashlib.sha256(content).hexdigest()[:32]}{suffix}"
-        file = self.folder / name
-        if not self.is_read_only and not has_content(file, content):
-            make_folder(file.parent)
-            write_file(file, content)
+        if isinstance(image, bytes):
+            suffix = _find_suffix(image, where)
+            name = Path(IMAGES_FOLDER) / f"{hashlib.sha256(image).hexdigest()[:32]}{suffix}"
+            self._write(name, lambda: image)
+            return name
+        pixels = _convert_image(image, where)
+        # The bytes of a PNG file would depend on the version of the library that writes it.
+        key = f"{pixels.mode} {pixels.size} ".encode() + pixels.tobytes()
+        name = Path(IMAGES_FOLDER) / f"{hashlib.sha256(key).hexdigest()[:32]}.png"
+        self._write(name, partial(_encode_png, pixels))
         return name
 
+    def _write(self, name: Path, encode: Callable[[], bytes]) -> None:
+        file = self.folder / name
+        if self.is_read_only or file.exists():
+            return
+        make_folder(file.parent)
+        write_file(file, encode())
 
-def _encode_image(image: object, where: str) -> tuple[bytes, str]:
-    """Return the content of an image file, and its suffix."""
+
+def _find_suffix(content: bytes, where: str) -> str:
+    suffix = find_image_suffix(content)
+    if suffix:
+        return suffix
+    raise UserError(
+        f"{len(content):,} bytes of no image format",
+        where=where,
+        expected="the content of an image file, such as JPEG or PNG",
+        remedy='for pixels, pass an array of shape (height, width, 3) of dtype "uint8"',
+    )
+
+
+def _convert_image(image: object, where: str) -> Image.Image:
+    """Return a PIL image of a mode that PNG files represent."""
     # Importing finesight must not import these packages.
     import numpy as np
     from PIL import Image, ImageOps
 
-    if isinstance(image, bytes):
-        suffix = find_image_suffix(image)
-        if not suffix:
-            raise UserError(
-                f"{len(image):,} bytes of no image format",
-                where=where,
-                expected="the content of an image file, such as JPEG or PNG",
-                remedy='for pixels, pass an array of shape (height, width, 3) of dtype "uint8"',
-            )
-        return image, suffix
     if isinstance(image, np.ndarray):
         image = _array_to_image(image, where)
     if not isinstance(image, Image.Image):
@@ -178,9 +188,13 @@ def _encode_image(image: object, where: str) -> tuple[bytes, str]:
             expected=f"one of {', '.join(PNG_MODES)}, which are written without loss",
             remedy='pass image.convert("RGB")',
         )
+    return image
+
+
+def _encode_png(image: Image.Image) -> bytes:
     file = io.BytesIO()
     image.save(file, format="PNG", compress_level=1)
-    return file.getvalue(), ".png"
+    return file.getvalue()
 
 
 def _array_to_image(array: NDArray[Any], where: str) -> Image.Image:
@@ -322,7 +336,7 @@ def _convert_content(content: Content, store: ImageStore, where: str) -> list[Co
     for part in content:
         if isinstance(part, str):
             parts.append(TextPart(text=part))
-        elif isinstance(part, TextPart | ImagePart | VideoPart | BoxPart | ToolCallPart):
+        elif isinstance(part, BoxPart | ToolCallPart):
             parts.append(part)
         else:
             parts.append(build_media_part(store.save(part, where)))

@@ -32,7 +32,9 @@ def __getattr__(name: str) -> Any:
     if name == "train":
         return import_module("finesight.train")
     if name not in _LOCATIONS:
-        raise AttributeError(f"module 'finesight' has no attribute {name!r}")
+        own = ", ".join(__all__)
+        text = f"it has {own}; finesight.api has the commands as functions"
+        raise AttributeError(f"module 'finesight' has no attribute {name!r}: {text}")
     module, _, attribute = _LOCATIONS[name].partition(":")
     return getattr(import_module(module), attribute)
 

@@ -4,6 +4,7 @@ import inspect
 import io
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from case_files import CASES_FOLDER, load_cases
 from PIL import Image
 from tiny_task import assert_same_run, read_losses
@@ -26,8 +28,11 @@ from finesight.data.memory_samples import (
     write_sample_file,
 )
 from finesight.data.sample import BoxPart, ImagePart, VideoPart
+from finesight.errors import Step
 from finesight.evaluate.eval_case import EvalCase
 from finesight.model_folder import TINY_MODEL, resolve_model_path
+from finesight.operations.python_training import _translate_remedies, _write_samples
+from finesight.train.run_dir import RunDir
 
 COLORS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
 
@@ -396,6 +401,83 @@ def test_invalid_calls_are_reported(tmp_path, arguments, what, remedy):
     assert "--" not in str(caught.value), "options of a command"
     shown = re.sub("finesight.train|train.jsonl", "", str(caught.value))
     assert "train." not in shown, "keys of a recipe"
+
+
+def test_files_of_the_user_in_the_folder_of_a_run_are_never_replaced(tmp_path):
+    own = tmp_path / "own"
+    own.mkdir()
+    (own / "train.jsonl").write_text("mine")
+    for name, is_link in (("real", False), ("link", True)):
+        run = tmp_path / name
+        run.mkdir()
+        if is_link:
+            (run / "samples").symlink_to(own)
+        else:
+            shutil.copytree(own, run / "samples")
+        with pytest.raises(finesight.UserError, match="contains samples, but no run"):
+            train(run)
+        assert (run / "samples" / "train.jsonl").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ({"stesp": 3}, "unknown setting"),
+        ({"samples": [ONE[0], 3]}, r"samples\[1\]"),
+        ({"samples": [finesight.Sample(image="none.png", question="a", answer="b")]}, "none.png"),
+        ({"data": {"eval": "a.jsonl"}, "val_samples": ONE}, "both val_samples and data"),
+    ],
+)
+def test_failed_call_leaves_no_samples(tmp_path, arguments, text):
+    arguments = {"samples": ONE} | SETTINGS | arguments
+    with pytest.raises(finesight.UserError, match=text):
+        finesight.train(TINY_MODEL, output_dir=tmp_path / "run", **arguments)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_samples_of_a_killed_process_are_replaced(tmp_path):
+    run = RunDir(tmp_path / "run")
+    _write_samples(run, {"train": ONE, "eval": ONE})
+    with run.lock():
+        refused = "import finesight; finesight.train('finesight-tiny', [finesight.Sample("
+        refused += f"question='a', answer='b')], output_dir={str(run.path)!r}, device='cpu')"
+        done = subprocess.run([sys.executable, "-c", refused], capture_output=True, text=True)
+    assert "another process is training in run" in done.stderr
+    assert (run.samples_dir / "eval.jsonl").is_file()
+    train(run.path, steps=1)
+    assert not (run.samples_dir / "eval.jsonl").exists()
+
+
+def test_val_samples_join_files_for_training(tmp_path):
+    file = write_file(tmp_path, ONE[0])
+    settings = SETTINGS | {"batch_size": 1, "steps": 1, "data": {"train": str(file)}}
+    finesight.train(TINY_MODEL, val_samples=ONE, output_dir=tmp_path / "run", **settings)
+    data = yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())["data"]
+    assert [source["path"] for source in data["train"]] == [str(file)]
+    assert data["eval"] == str(tmp_path / "run" / "samples" / "eval.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("step", "call"),
+    [
+        (
+            Step("train", {"recipe": "my runs/a", "resume": True}),
+            "finesight.train(..., output_dir='my runs/a', resume=True)",
+        ),
+        (
+            Step("train", {"recipe": "train.run", "overrides": ["train.steps=4", "model=a b"]}),
+            "finesight.train(..., output_dir='train.run', model='a b', steps=4)",
+        ),
+        (Step("eval", {"run_or_model": "train.run"}), "evaluate(run_or_model='train.run')"),
+        ("use train.steps=4 in 'train.steps' or a/train.steps", "use steps=4 in 'train.steps' or"),
+        ("read train.jsonl with --resume", "read train.jsonl with resume=True"),
+    ],
+)
+def test_remedies_are_calls(step, call):
+    with pytest.raises(finesight.UserError) as caught, _translate_remedies():
+        raise finesight.UserError("in train.steps", where="train.run", remedy=step)
+    assert call in caught.value.remedy
+    assert (caught.value.what, caught.value.where) == ("in train.steps", "train.run")
 
 
 def test_several_processes_refuse_functions(tmp_path, monkeypatch):

@@ -33,6 +33,7 @@ ADAPTER_FOLDER = "adapter"
 MODEL_FOLDER = "model"
 TRACKING_FOLDER = "track"
 SAMPLES_FOLDER = "samples"
+SAMPLES_MARKER = ".finesight"
 
 FORMAT_VERSION = 3
 """Version of the keys in a manifest. Version 3 added the form of the questions."""

@@ -10,25 +10,29 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from finesight.errors import Step, UserError
+from finesight.errors import Step, TrainingInterrupted, UserError
 from finesight.operations.operation import StrPath, format_call, to_name
+from finesight.storage import make_folder, remove_folder, write_file
 
 if TYPE_CHECKING:
     from finesight.data.memory_samples import AnySample
     from finesight.evaluate.python_functions import PythonFunction
     from finesight.train.callbacks import Callback
     from finesight.train.finalize import RunResult
+    from finesight.train.run_dir import RunDir
 
+    Splits: TypeAlias = Mapping[str, Sequence[AnySample]]
     Reward: TypeAlias = str | PythonFunction | Mapping[str, Any]
 
 SPLIT_FILES = {"train": "train.jsonl", "eval": "eval.jsonl"}
 """Files of the samples and validation samples in the folder `samples` of a run."""
 
 ARGUMENTS = {"train": "samples", "eval": "val_samples"}
+"""Argument of each file."""
 
 
 def train(
@@ -72,8 +76,11 @@ def train(
     """
     from finesight.evaluate.python_functions import use_functions
     from finesight.operations.training import train as train_recipe
+    from finesight.recipe import recipe_from_dict
+    from finesight.train.run_dir import RunDir
 
     functions: dict[str, PythonFunction] = {}
+    both_splits = {"train": samples, "eval": val_samples}
     with _translate_remedies():
         recipe = _build_settings(settings)
         recipe |= {"model": to_name(model, "model"), "output_dir": to_name(output_dir)}
@@ -83,10 +90,15 @@ def train(
         if rewards:
             recipe["rewards"] = [_build_reward(reward, functions) for reward in rewards]
         _check_single_process([*functions.values(), *callbacks])
-        splits = {"train": samples, "eval": val_samples}
+        splits = {name: split for name, split in both_splits.items() if split is not None}
         _check_data(recipe, splits)
-        _write_splits(recipe, splits, resume=resume)
-        with use_functions(functions):
+        run_dir = RunDir(Path(os.path.expanduser(recipe["output_dir"])))
+        files = {name: str(run_dir.samples_dir / SPLIT_FILES[name]) for name in splits}
+        if files:
+            recipe["data"] = {**(recipe.get("data") or {}), **files}
+        # Nothing is written for invalid settings.
+        recipe_from_dict(recipe)
+        with use_functions(functions), _provide_samples(run_dir, splits, resume=resume):
             return train_recipe(recipe, resume=resume, callbacks=callbacks).value
 
 
@@ -136,20 +148,27 @@ def _check_single_process(functions: Sequence[Callable[..., Any]]) -> None:
     )
 
 
-def _check_data(
-    recipe: Mapping[str, Any], splits: Mapping[str, Sequence[AnySample] | None]
-) -> None:
-    """Verify that the data are given once, and those of a metric at all."""
-    data = recipe.get("data")
-    if (data is None) == (splits["train"] is None):
+def _check_data(recipe: Mapping[str, Any], splits: Splits) -> None:
+    """Verify that each split is given once, and the validation samples of a metric at all."""
+    data = recipe.get("data") or {}
+    names = data if isinstance(data, Mapping) else {"train": data}
+    for name, argument in ARGUMENTS.items():
+        if name in names and name in splits:
+            raise UserError(
+                f'both {argument} and data={{"{name}": ...}}',
+                where="train",
+                expected="samples of this program, or files",
+                remedy=f'remove {argument}, or "{name}" from data={{"{name}": ...}}',
+            )
+    if "train" not in names and "train" not in splits:
         raise UserError(
-            "neither samples nor data" if data is None else "both samples and data",
+            "neither samples nor data",
             where="train",
             expected="samples of this program, or files",
             remedy='samples=[finesight.Sample(...)], or data={"train": "train.jsonl"}',
         )
     has_metric = "metric" in (recipe.get("eval") or {})
-    if data is None and splits["eval"] is None and has_metric:
+    if not names and "eval" not in splits and has_metric:
         raise UserError(
             "a metric without validation samples",
             where="metric",
@@ -158,93 +177,174 @@ def _check_data(
         )
 
 
-def _write_splits(
-    recipe: dict[str, Any],
-    splits: Mapping[str, Sequence[AnySample] | None],
-    *,
-    resume: bool,
-) -> None:
+@contextmanager
+def _provide_samples(run_dir: RunDir, splits: Splits, *, resume: bool) -> Iterator[None]:
     """Write the samples to the folder of the run, or compare those of a run to resume.
+
+    The run is locked within the context. Samples of a run that did not start are removed.
 
     Raises:
         UserError: A sample is invalid, the run has other samples, or the folder is in use.
     """
-    from finesight.data.memory_samples import (
-        ImageStore,
-        convert_samples,
-        find_changed_sample,
-        write_sample_file,
-    )
-    from finesight.manifest import SAMPLES_FOLDER
-    from finesight.train.run_dir import RunDir
-
-    given = {name: split for name, split in splits.items() if split is not None}
-    if not given:
-        return
-    run_dir = RunDir(Path(os.path.expanduser(recipe["output_dir"])))
-    run_dir.check_available(resume)
-    folder = run_dir.path / SAMPLES_FOLDER
     # The other processes of a training start to read when all of them have come so far.
     is_main = os.environ.get("RANK", "0") == "0"
-    store = ImageStore(folder, is_read_only=run_dir.is_started or not is_main)
-    data: dict[str, str] = {}
-    for name, split in given.items():
-        file = folder / SPLIT_FILES[name]
-        data[name] = str(file)
+    if not splits or not is_main:
+        yield
+        return
+    _check_available(run_dir, resume=resume)
+    is_new_folder = not run_dir.path.exists()
+    with run_dir.lock():
+        # Another process may have started meanwhile.
+        _check_available(run_dir, resume=resume)
+        if run_dir.is_started:
+            _compare_samples(run_dir, splits)
+            yield
+            return
+        try:
+            _write_samples(run_dir, splits)
+            yield
+        finally:
+            if not run_dir.is_started:
+                remove_folder(run_dir.samples_dir)
+                if is_new_folder:
+                    with suppress(OSError):  # It has other files.
+                        run_dir.path.rmdir()
+
+
+def _check_available(run_dir: RunDir, *, resume: bool) -> None:
+    try:
+        run_dir.check_available(resume)
+    except UserError as error:
+        if run_dir.is_started:
+            error.remedy = f"set another folder: output_dir={str(run_dir.next_path)!r}"
+            if not run_dir.is_finished:
+                error.remedy = f"add resume=True to continue it, or {error.remedy}"
+        raise
+
+
+def _write_samples(run_dir: RunDir, splits: Splits) -> None:
+    """Write samples and images to a new folder, which replaces that of a run that was killed."""
+    from finesight.data.memory_samples import ImageStore, convert_samples, write_sample_file
+    from finesight.manifest import SAMPLES_MARKER
+
+    folder = run_dir.samples_dir
+    if run_dir.has_written_samples:
+        remove_folder(folder)
+    make_folder(folder)
+    write_file(folder / SAMPLES_MARKER, b"")
+    store = ImageStore(folder)
+    for name, split in splits.items():
         converted = convert_samples(split, store, ARGUMENTS[name])
-        if not store.is_read_only:
-            write_sample_file(converted, file)
-        elif run_dir.is_started and (change := find_changed_sample(converted, file)):
+        write_sample_file(converted, folder / SPLIT_FILES[name])
+
+
+def _compare_samples(run_dir: RunDir, splits: Splits) -> None:
+    """Verify that samples are those of a run."""
+    from finesight.data.memory_samples import ImageStore, convert_samples, find_changed_sample
+
+    store = ImageStore(run_dir.samples_dir, is_read_only=True)
+    for name, split in splits.items():
+        converted = convert_samples(split, store, ARGUMENTS[name])
+        change = find_changed_sample(converted, run_dir.samples_dir / SPLIT_FILES[name])
+        if change:
             raise UserError(
                 f"not the samples of the run: {change}",
                 where=ARGUMENTS[name],
                 expected="the same samples in the same order, to resume the run",
-                remedy=f"to train with these samples, set another folder:"
-                f" output_dir={run_dir.next_path}",
+                remedy="to train with these samples, set another folder:"
+                f" output_dir={str(run_dir.next_path)!r}",
             )
-    recipe["data"] = data
 
 
 _SETTING_PATTERN = re.compile(
-    r"(?<![\w./-])(?P<section>train|tune|eval|image|data)\."
-    r"(?!(?:jsonl?|parquet|tar|[ct]sv|py|ya?ml)\b)"  # the name of a file
-    r"(?P<name>[a-z_]+)(?:=(?P<value>[^\s,;:?)]+))?"
+    r"(?<![\w./='\"-])(?P<section>train|tune|eval|image|data)\.(?P<name>[a-z_]+)(?![\w./-])"
+    r"(?:=(?P<value>[^\s,;:?)]+))?"
 )
-_OPTION_PATTERN = re.compile(r"\boutput_dir=(?P<path>[^\s,;:\"]+)")
+"""Setting in a text, as in a recipe, possibly with a value."""
 
 
 @contextmanager
 def _translate_remedies() -> Iterator[None]:
-    """Convert settings and options in errors to the arguments of `train`."""
+    """Convert settings in errors to the arguments of `train`."""
     try:
         yield
+    except TrainingInterrupted as error:
+        text = str(error).replace("repeat the command with --resume", "repeat with resume=True")
+        raise type(error)(text) from error
     except UserError as error:
+        if error.where == "recipe":
+            error.what = _translate_settings(error.what)
+        error.where = _translate_start(error.where)
+        error.expected = _translate_start(error.expected)
         if isinstance(error.remedy, Step):
-            error.remedy = error.remedy.format(format_call)
-        remedy = re.sub(r"did you mean ([\w.]+): ([\w.-]+)\?", r"use \1=\2", str(error.remedy))
-        error.remedy = _write_arguments(remedy)
-        error.where = _write_arguments(error.where)
-        error.what = _write_arguments(error.what)
+            error.remedy = error.remedy.format(_format_call)
+        else:
+            remedy = re.sub(r"did you mean ([\w.]+): ([\w.-]+)\?", r"use \1=\2", error.remedy)
+            error.remedy = _translate_settings(remedy)
+            for option in ("--resume (in Python, resume=True)", "--resume"):
+                error.remedy = re.sub(rf"(?<!\S){re.escape(option)}", "resume=True", error.remedy)
         raise
 
 
-def _write_arguments(text: str) -> str:
-    text = text.replace("--resume (in Python, resume=True)", "resume=True")
-    text = text.replace("--resume", "resume=True")
-    text = _SETTING_PATTERN.sub(_write_setting, text)
-    return _OPTION_PATTERN.sub(lambda match: f"output_dir={match['path']!r}", text)
+def _translate_start(text: str) -> str:
+    """Convert the name of a setting at the start of a text. The rest may contain user values."""
+    match = _SETTING_PATTERN.match(text)
+    if match is None:
+        return text
+    return _write_setting(match) + text[match.end() :]
+
+
+def _translate_settings(text: str) -> str:
+    return _SETTING_PATTERN.sub(_write_setting, text)
 
 
 def _write_setting(match: re.Match[str]) -> str:
+    """Return a setting of a recipe as an argument. The name of a file is none."""
+    from finesight.recipe import list_setting_names
+
     section = match["section"]
     name = match["name"]
-    is_argument = section == "train" or name == "metric"
-    if match["value"] is None:
-        return name if is_argument else match[0]
+    is_unknown = f"{section}.{name}" not in list_setting_names()
+    if is_unknown and not match.string.startswith(": unknown setting", match.end()):
+        return match[0]
+    if match["value"] is not None:
+        return _format_arguments({section: {name: _parse_value(match["value"])}})
+    if section == "train" or name == "metric":
+        return name
+    return match[0]
+
+
+def _parse_value(text: str) -> object:
     try:
-        value = json.loads(match["value"])
+        return json.loads(text)
     except ValueError:
-        value = match["value"]
-    if is_argument:
-        return f"{name}={value!r}"
-    return f"{section}={ {name: value}!r}"
+        return text
+
+
+def _format_arguments(settings: Mapping[str, Any]) -> str:
+    """Format settings of a recipe as arguments of `train`."""
+    arguments = {name: value for name, value in settings.items() if name != "train"}
+    arguments |= settings.get("train", {})
+    metric = arguments.get("eval", {}).pop("metric", None)
+    if metric is not None:
+        arguments["metric"] = metric
+    return ", ".join(f"{name}={value!r}" for name, value in arguments.items() if value != {})
+
+
+def _format_call(step: Step) -> str:
+    """Format the call of a step. One that trains has its settings as arguments."""
+    if step.operation != "train":
+        return format_call(step)
+    settings: dict[str, Any] = {"output_dir": str(step.arguments["recipe"])}
+    overrides = step.arguments.get("overrides") or ()
+    assert isinstance(overrides, Sequence), "overrides of a step are texts"
+    for override in overrides:
+        key, _, value = override.partition("=")
+        section, _, name = key.partition(".")
+        if name:
+            settings.setdefault(section, {})[name] = _parse_value(value)
+        else:
+            settings[section] = _parse_value(value)
+    if step.arguments.get("resume"):
+        settings["resume"] = True
+    return f"finesight.train(..., {_format_arguments(settings)})"

@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -29,6 +30,7 @@ from finesight.manifest import (
     RESPONSES_FILE,
     RESULT_FILE,
     SAMPLES_FOLDER,
+    SAMPLES_MARKER,
     SKIPPED_SAMPLES_FILE,
     Manifest,
     find_next_run_dir,
@@ -51,6 +53,9 @@ Split = Literal["train", "eval"]
 
 _ABSENT_PATH = "a path that does not exist"
 
+_locked: ContextVar[frozenset[str]] = ContextVar("locked", default=frozenset())
+"""Directories that the callers of a function have locked."""
+
 
 class RunDir:
     """Directory of a training run; other commands read the same paths."""
@@ -66,6 +71,7 @@ class RunDir:
         self.report_path = path / REPORT_FILE
         self.images_path = path / IMAGES_FILE
         self.skipped_path = path / SKIPPED_SAMPLES_FILE
+        self.samples_dir = path / SAMPLES_FOLDER
         self._recorded_skips: set[tuple[str, str]] = set()
 
     @property
@@ -121,8 +127,16 @@ class RunDir:
         """
         if not self.path.is_dir():
             return []
-        names = sorted(path.name for path in self.path.iterdir())
-        return [name for name in names if name != SAMPLES_FOLDER and not name.startswith(".")]
+        names = {path.name for path in self.path.iterdir() if not path.name.startswith(".")}
+        if self.has_written_samples:
+            names.remove(SAMPLES_FOLDER)
+        return sorted(names)
+
+    @property
+    def has_written_samples(self) -> bool:
+        """True if a Python program wrote the folder of samples, which is none of the user."""
+        marker = self.samples_dir / SAMPLES_MARKER
+        return marker.is_file() and not self.samples_dir.is_symlink()
 
     def suggest_restart(self, recipe: Recipe, checkpoint: Path, changes: Mapping[str, Any]) -> Step:
         """Return the steps that resume without changes of settings, or start with them."""
@@ -168,12 +182,16 @@ class RunDir:
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Hold the write lock of the directory within the context.
+        """Hold the write lock of the directory within the context, unless a caller holds it.
 
         Raises:
             UserError: Another process holds the lock.
         """
         make_folder(self.path)
+        path = os.path.realpath(self.path)
+        if path in _locked.get():
+            yield
+            return
         with translate_os_errors(self.path):
             lock = FileLock(self.path)
         with lock:
@@ -189,7 +207,11 @@ class RunDir:
             except OSError:
                 # Some network file systems do not support locks; the user is responsible there.
                 pass
-            yield
+            token = _locked.set(_locked.get() | {path})
+            try:
+                yield
+            finally:
+                _locked.reset(token)
 
     def initialize(self, recipe: Recipe, manifest: Manifest) -> None:
         """Write the manifest and the recipe of a new run.

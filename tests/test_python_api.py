@@ -3,6 +3,8 @@
 import inspect
 import io
 import json
+import pickle
+import pydoc
 import re
 import shutil
 import subprocess
@@ -24,14 +26,16 @@ from finesight.cli.app import run_command
 from finesight.data.memory_samples import (
     ImageStore,
     convert_samples,
+    locate_samples,
     open_session_store,
     write_sample_file,
 )
 from finesight.data.sample import BoxPart, ImagePart, VideoPart
 from finesight.errors import Step
 from finesight.evaluate.eval_case import EvalCase
+from finesight.evaluate.python_functions import name_function
 from finesight.model_folder import TINY_MODEL, resolve_model_path
-from finesight.operations.python_training import _translate_remedies, _write_samples
+from finesight.operations.python_training import translate_remedies, write_samples
 from finesight.train.run_dir import RunDir
 
 COLORS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
@@ -73,6 +77,9 @@ def count_letters(case: EvalCase) -> dict[str, float]:
 def train(output_dir: Path, samples: Any = None, **settings: Any) -> Any:
     given = make_samples() if samples is None else samples
     return finesight.train(TINY_MODEL, given, output_dir=output_dir, **SETTINGS | settings)
+
+
+ONE = make_samples(1)
 
 
 @pytest.fixture(scope="module")
@@ -161,7 +168,7 @@ def test_results_have_a_short_repr_and_html(trained):
     assert str(trained.result) == text
     page = trained.result._repr_html_()
     assert page.startswith("<iframe srcdoc=")
-    assert page.count('"') == 6, "quotes of the page are escaped"
+    assert page.count('"') == 8, "quotes of the page are escaped"
     assert len(page) < 500_000, "without examples"
     scores = trained.model.evaluate(make_samples(3), count_letters, max_new_tokens=4)
     assert repr(scores).startswith("<GenerationEvalResult of 3 samples: letters 0.")
@@ -206,15 +213,34 @@ def test_failing_metric_is_reported(trained, metric, text):
     assert "pdb" not in caught.value.remedy
 
 
-def test_run_equals_that_of_the_same_files(tmp_path, monkeypatch):
-    """With the same files, `finesight train` computes the same run bit by bit."""
+def test_run_equals_that_of_files_written_by_hand(tmp_path, monkeypatch):
+    """With PNG and JSONL files of the same content, `finesight train` computes the same run."""
     monkeypatch.chdir(tmp_path)
     tune = {"language": "lora", "merger": "full"}
     train(Path("run"), val_samples=make_samples(3), tune=tune, epochs=1, save_every=2)
-    recipe = Path("recipe.yaml")
-    recipe.write_text(Path("run/recipe.yaml").read_text())
-    assert run_command(["train", str(recipe), "output_dir=other"]) == 0
+    recipe = yaml.safe_load(Path("run/recipe.yaml").read_text())
+    recipe["data"] |= {"train": write_by_hand("train", 9), "eval": write_by_hand("eval", 3)}
+    Path("recipe.yaml").write_text(yaml.safe_dump(recipe))
+    assert run_command(["train", "recipe.yaml", "output_dir=other"]) == 0
     assert_same_run(Path("other"), Path("run"))
+
+
+def write_by_hand(name: str, count: int) -> str:
+    """Write the samples of `make_samples` without the package, in the working directory."""
+    lines = []
+    for number in range(count):
+        color = [*COLORS][number % 3]
+        file = f"{name}-{number}.png"
+        Image.fromarray(draw(color, number)).save(file)
+        question = [{"type": "image", "image": file}, {"type": "text", "text": "Which colour?"}]
+        answer = [{"type": "text", "text": color}]
+        messages = [
+            {"role": "user", "content": question},
+            {"role": "assistant", "content": answer},
+        ]
+        lines.append(json.dumps({"id": f"{number}", "messages": messages}) + "\n")
+    Path(f"{name}.jsonl").write_text("".join(lines))
+    return f"{name}.jsonl"
 
 
 def test_interrupted_run_resumes(tmp_path):
@@ -321,12 +347,113 @@ def test_images_are_written_without_loss(tmp_path):
     assert store.save("a.png", "image") == Path.cwd() / "a.png"
 
 
+def draw_closed() -> Image.Image:
+    image = Image.new("RGB", (2, 2))
+    image.close()
+    return image
+
+
+def draw_truncated() -> Image.Image:
+    file = io.BytesIO()
+    Image.effect_noise((64, 64), 50).save(file, format="PNG")
+    return Image.open(io.BytesIO(file.getvalue()[:600]))
+
+
+INVALID_FIELDS = [
+    ({"question": None}, "question is a NoneType"),
+    ({"question": b"a"}, "question is a bytes"),
+    ({"answer": 0}, "answer is a int"),
+    ({"answer": np.zeros(3)}, "answer is a ndarray"),
+    ({"references": "crimson"}, "references is a str"),
+    ({"references": None}, "references is a NoneType"),
+    ({"references": [3]}, r"references\[0\] is a int"),
+    ({"meta": None}, "meta is a NoneType"),
+    ({"meta": {"a": float("nan")}}, "not JSON compliant"),
+    ({"meta": {"a": Path("a")}}, "not JSON serializable"),
+    ({"tools": None}, "tools is a NoneType"),
+    ({"messages": [{"role": "user"}]}, r"messages\[0\] is a dict"),
+    ({"messages": [("user", "a")]}, r"messages\[0\] is a tuple"),
+    ({"messages": finesight.Message("user", "a")}, "messages is a Message"),
+    ({"answer": "\ud800"}, "half of a character"),
+]
+
+
+@pytest.mark.parametrize(("fields", "text"), INVALID_FIELDS)
+def test_fields_of_samples_are_checked(tmp_path, fields, text):
+    samples = [*ONE, finesight.Sample(**{"question": "a", "answer": "b"} | fields)]
+    with pytest.raises(finesight.UserError, match=text) as caught:
+        convert_samples(samples, ImageStore(tmp_path), "samples")
+    assert caught.value.where == "samples[1]"
+    with pytest.raises(finesight.UserError, match=text) as caught:
+        locate_samples(samples)
+    assert caught.value.where == "samples[1]"
+
+
+def test_ids_of_samples_differ(tmp_path):
+    samples = [finesight.Sample(question="a", answer="b", id="mine")] * 2
+    with pytest.raises(finesight.UserError, match=r"'mine' of samples\[0\]"):
+        convert_samples(samples, ImageStore(tmp_path), "samples")
+    assert len(locate_samples(samples)) == 2
+    with pytest.raises(finesight.UserError, match="instead of samples"):
+        locate_samples(samples[0])
+
+
+@pytest.mark.parametrize(("mode", "expected"), [("L", "LA"), ("RGB", "RGBA"), ("1", "LA")])
+def test_transparent_colors_are_pixels(tmp_path, mode, expected):
+    store = ImageStore(tmp_path)
+    image = Image.new(mode, (2, 2))
+    opaque = store.save(image, "image")
+    image.info["transparency"] = (0, 0, 0) if mode == "RGB" else 0
+    transparent = Image.open(tmp_path / store.save(image, "image"))
+    assert transparent.mode == expected
+    assert set(transparent.getchannel("A").getdata()) == {0}
+    assert Image.open(tmp_path / opaque).mode == mode
+    image.info = {"dpi": (72, 72)}
+    assert store.save(image, "image") == opaque
+
+
+SESSION_SCRIPT = """
+import os, threading
+from finesight.data.memory_samples import open_session_store
+folders = []
+threads = [threading.Thread(target=lambda: folders.append(open_session_store().folder))
+           for _ in range(8)]
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+child = os.fork()
+if not child:
+    raise SystemExit
+os.waitpid(child, 0)
+print(len({*folders}), folders[0].is_dir(), folders[0])
+"""
+
+
+def test_images_last_until_the_end_of_the_session():
+    command = [sys.executable, "-c", SESSION_SCRIPT]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    count, exists, folder = done.stdout.split()
+    assert (count, exists) == ("1", "True")
+    assert not Path(folder).exists()
+
+
 INVALID_IMAGES = [
     (np.zeros((3, 8, 8), np.uint8), "transpose(1, 2, 0)"),
-    (np.zeros((8, 8, 3)), '.astype("uint8")'),
-    (np.zeros((8, 8), np.int64), '.astype("uint8")'),
+    (np.zeros((8, 8)), '(image * 255).round().astype("uint8")'),
+    (np.zeros((8, 8), np.int64), 'image.clip(0, 255).astype("uint8")'),
+    (np.zeros((8, 8), np.uint16), '(image // 256).astype("uint8")'),
+    (np.zeros((8, 8), bool), 'image.astype("uint8") * 255'),
+    (np.zeros((9, 9, 1), np.uint8), "image[..., 0]"),
+    (np.zeros((1, 9, 9), np.uint8), "image[0]"),
+    (np.zeros((2, 9, 9, 3), np.uint8), "list(images)"),
+    (np.zeros((0, 9, 3), np.uint8), "size"),
     (b"text", "array of shape"),
     (Image.new("CMYK", (2, 2)), 'image.convert("RGB")'),
+    (Image.new("I", (2, 2)), "(numpy.asarray(image) // 256)"),
+    (Image.new("RGB", (0, 2)), "size"),
+    (draw_closed(), "open the file again"),
+    (draw_truncated(), "open the file again"),
+    ("", "None"),
+    ("https://example.org/a.png", "download"),
     (3, "numpy.asarray"),
 ]
 
@@ -367,7 +494,6 @@ def write_file(folder: Path, sample: finesight.Sample) -> Path:
     return file
 
 
-ONE = make_samples(1)
 INVALID_CALLS = [
     ({"samples": None}, "neither samples nor data", "samples=[finesight.Sample"),
     ({"data": {"train": "a.jsonl"}}, "both samples and data", 'data={"train"'),
@@ -391,11 +517,25 @@ INVALID_CALLS = [
 ]
 
 
+MODEL = SimpleNamespace(name="a")
+INVALID_CALLS += [
+    ({"metric": [fail], "val_samples": ONE}, "metric: a list", "for several scores"),
+    ({"callbacks": ["x"]}, "callbacks: a str", "def stop(step, metrics)"),
+    ({"callbacks": 3}, "callbacks: a int", "def stop(step, metrics)"),
+    ({"rewards": "exakt", "objective": "grpo"}, "rewards.0", ""),
+    ({"eval": "x"}, "eval: a str", 'eval={"every": 100}'),
+    ({"train": 3}, "train: a int", 'train={"epochs": 3}'),
+    ({"rank": 8}, "rank: unknown", "tune={'lora': {'rank': 8}}"),
+    ({"output_dir": None}, "output_dir: a NoneType", 'output_dir="runs/first"'),
+    ({"model": MODEL}, "model: a SimpleNamespace", "model.name"),
+]
+
+
 @pytest.mark.parametrize(("arguments", "what", "remedy"), INVALID_CALLS)
 def test_invalid_calls_are_reported(tmp_path, arguments, what, remedy):
-    arguments = {"samples": ONE} | SETTINGS | arguments
+    folder = {"model": TINY_MODEL, "output_dir": tmp_path / "run"}
     with pytest.raises(finesight.UserError) as caught:
-        finesight.train(TINY_MODEL, output_dir=tmp_path / "run", **arguments)
+        finesight.train(**folder | {"samples": ONE} | SETTINGS | arguments)
     assert what in str(caught.value)
     assert remedy in str(caught.value.remedy)
     assert "--" not in str(caught.value), "options of a command"
@@ -437,7 +577,7 @@ def test_failed_call_leaves_no_samples(tmp_path, arguments, text):
 
 def test_samples_of_a_killed_process_are_replaced(tmp_path):
     run = RunDir(tmp_path / "run")
-    _write_samples(run, {"train": ONE, "eval": ONE})
+    write_samples(run, {"train": ONE, "eval": ONE})
     with run.lock():
         refused = "import finesight; finesight.train('finesight-tiny', [finesight.Sample("
         refused += f"question='a', answer='b')], output_dir={str(run.path)!r}, device='cpu')"
@@ -474,10 +614,66 @@ def test_val_samples_join_files_for_training(tmp_path):
     ],
 )
 def test_remedies_are_calls(step, call):
-    with pytest.raises(finesight.UserError) as caught, _translate_remedies():
+    with pytest.raises(finesight.UserError) as caught, translate_remedies():
         raise finesight.UserError("in train.steps", where="train.run", remedy=step)
     assert call in caught.value.remedy
     assert (caught.value.what, caught.value.where) == ("in train.steps", "train.run")
+
+
+def test_interruption_names_the_argument():
+    interruption = pytest.raises(finesight.TrainingInterrupted, match="repeat with resume=True to")
+    with interruption, translate_remedies():
+        raise finesight.TrainingInterrupted("repeat the command with --resume to continue")
+
+
+def naïve(case: EvalCase) -> float:
+    return float(len(case.answer))
+
+
+def test_functions_of_any_name_and_results_are_accepted(trained, tmp_path):
+    steps = []
+
+    def note(step: int, metrics: dict[str, float]) -> None:
+        metrics.clear()
+        steps.append(step)
+
+    def check(step: int, metrics: dict[str, float]) -> None:
+        assert metrics
+
+    settings = SETTINGS | {"steps": 1, "eval": {"max_new_tokens": 2}}
+    result = finesight.train(
+        trained.result,
+        ONE * 3,
+        val_samples=ONE,
+        metric=naïve,
+        callbacks=[note, check],
+        output_dir=tmp_path / "run",
+        **settings,
+    )
+    assert steps == [0, 1, 1]
+    assert result.after.primary_metric == "naïve"
+    rewards = {}
+    named = SimpleNamespace(__name__="a.b-c", __call__=naïve)
+    assert name_function(named, rewards) == "python:a_b_c"
+    assert finesight.load(result, device="cpu").name == str(tmp_path / "run")
+    assert 'sandbox="allow-scripts"' in result._repr_html_()
+    shutil.move(tmp_path / "run", tmp_path / "moved")
+    assert result._repr_html_() is None
+
+
+def test_model_is_saved_outside_its_folder(trained, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert trained.model.save("~/saved") == tmp_path / "saved"
+    assert (tmp_path / "saved" / "adapter_config.json").is_file()
+    with pytest.raises(finesight.UserError, match="inside the one"):
+        trained.model.save(trained.folder / "adapter" / "copy")
+
+
+def test_callable_package_is_pickled_and_documented():
+    assert pickle.loads(pickle.dumps(finesight.train)) is finesight.train
+    text = pydoc.render_doc(finesight.train, renderer=pydoc.plaintext)
+    assert "finesight.train(model, samples=None" in text
+    assert "val_samples: Samples of the evaluations." in text
 
 
 def test_several_processes_refuse_functions(tmp_path, monkeypatch):
@@ -485,6 +681,9 @@ def test_several_processes_refuse_functions(tmp_path, monkeypatch):
     with pytest.raises(finesight.UserError, match="2 processes") as caught:
         train(tmp_path / "run", val_samples=ONE, metric=count_letters)
     assert 'metric="metric.py:count_letters"' in caught.value.remedy
+    monkeypatch.setenv("WORLD_SIZE", "")
+    with pytest.raises(finesight.UserError, match="WORLD_SIZE"):
+        train(tmp_path / "run", val_samples=ONE, metric=count_letters)
 
 
 def test_public_names_have_documented_signatures():

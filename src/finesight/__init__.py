@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from importlib import import_module
+from inspect import signature
 from types import ModuleType
 from typing import Any
 
@@ -51,9 +52,24 @@ class CallablePackage(ModuleType):
         """The function, of which `inspect.signature` shows the arguments."""
         return import_module("finesight.operations.python_training").train
 
+    @property
+    def __doc__(self) -> str:  # type: ignore[override]
+        """The usage and the arguments of the function, which `help` shows."""
+        function = self.__wrapped__
+        names = []
+        for one in signature(function).parameters.values():
+            name = f"**{one.name}" if one.kind is one.VAR_KEYWORD else one.name
+            if one.default is not one.empty:
+                name += f"={one.default!r}"
+            names.append(name)
+        return f"finesight.train({', '.join(names)})\n\n{function.__doc__}"
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the function; see `finesight.operations.python_training.train`."""
         return self.__wrapped__(*args, **kwargs)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return import_module, (self.__name__,)
 
 
 def make_callable(package: str) -> None:

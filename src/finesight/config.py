@@ -595,7 +595,14 @@ def _list_errors(error: ValidationError, *section: str) -> Iterator[InitErrorDet
 PYTHON_PREFIX = "python:"
 """Prefix of the name of a metric or reward that is a function of the running Python program."""
 
-_FUNCTION_PATTERN = re.compile(rf"(?:\.py:|^{PYTHON_PREFIX})[A-Za-z_]\w*$")
+_FILE_FUNCTION = re.compile(r"\.py:[A-Za-z_]\w*$")
+
+
+def _is_function(value: str) -> bool:
+    """Return whether a name is that of a function in a file or of the running program."""
+    if value.startswith(PYTHON_PREFIX):
+        return value.removeprefix(PYTHON_PREFIX).isidentifier()
+    return _FILE_FUNCTION.search(value) is not None
 
 
 def _check_name(names: Registry[Any], value: object, or_: str = "") -> str:
@@ -603,7 +610,7 @@ def _check_name(names: Registry[Any], value: object, or_: str = "") -> str:
 
     With `or_`, a function in a Python file or of the running program is valid, too.
     """
-    if or_ and isinstance(value, str) and _FUNCTION_PATTERN.search(value):
+    if or_ and isinstance(value, str) and _is_function(value):
         return value
     if isinstance(value, str) and value in names:
         names.find_plugin(value)

@@ -6,10 +6,14 @@ content, and samples to a JSONL file next to them.
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import io
+import json
 import os
+import shutil
 import tempfile
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
@@ -29,6 +33,7 @@ from finesight.data.sample import (
     encode_samples,
     sample_fields,
     sample_from_dict,
+    sample_to_dict,
     validate_sample,
 )
 from finesight.data.sample import Sample as FileSample
@@ -128,6 +133,7 @@ class ImageStore:
             UserError: The object is no image, or cannot be written without loss.
         """
         if isinstance(image, str | os.PathLike):
+            _check_path(str(image), where)
             return Path(os.path.abspath(os.path.expanduser(image)))
         if isinstance(image, bytes):
             suffix = _find_suffix(image, where)
@@ -149,6 +155,18 @@ class ImageStore:
         write_file(file, encode())
 
 
+def _check_path(path: str, where: str) -> None:
+    """Verify that a text is no URL, and not empty."""
+    if path and "://" not in path and not path.startswith("data:"):
+        return
+    raise UserError(
+        f"{path:.80} is a URL" if path else "an empty path",
+        where=where,
+        expected="the path of an image file",
+        remedy="download the image, and pass its path" if path else "for no image, pass None",
+    )
+
+
 def _find_suffix(content: bytes, where: str) -> str:
     suffix = find_image_suffix(content)
     if suffix:
@@ -162,7 +180,7 @@ def _find_suffix(content: bytes, where: str) -> str:
 
 
 def _convert_image(image: object, where: str) -> Image.Image:
-    """Return a PIL image of a mode that PNG files represent."""
+    """Return a PIL image of a mode that PNG files represent, without metadata."""
     # Importing finesight must not import these packages.
     import numpy as np
     from PIL import Image, ImageOps
@@ -176,19 +194,55 @@ def _convert_image(image: object, where: str) -> Image.Image:
             expected="a path, bytes of an image file, a PIL image, or a NumPy array",
             remedy="convert it, for example with numpy.asarray(image)",
         )
-    # An opened file then equals its path, which is read with its EXIF orientation.
-    image = ImageOps.exif_transpose(image)
-    if image.mode in ("P", "PA"):
-        has_alpha = image.mode == "PA" or "transparency" in image.info
-        image = image.convert("RGBA" if has_alpha else "RGB")
-    if image.mode not in PNG_MODES:
+    try:
+        image.load()
+        # An opened file then equals its path, which is read with its EXIF orientation.
+        image = _convert_mode(ImageOps.exif_transpose(image))
+    except (OSError, ValueError) as error:
         raise UserError(
-            f"an image of the mode {image.mode}",
+            f"an image that cannot be read ({error})",
             where=where,
-            expected=f"one of {', '.join(PNG_MODES)}, which are written without loss",
-            remedy='pass image.convert("RGB")',
+            expected="a complete and open image",
+            remedy="open the file again, or pass its path",
+        ) from error
+    if image.mode not in PNG_MODES or "transparency" in image.info:
+        raise _build_mode_error(image, where)
+    if 0 in image.size:
+        raise UserError(
+            f"an image of {image.width} x {image.height} pixels",
+            where=where,
+            expected="an image with pixels",
+            remedy="correct the size of the image",
         )
+    image = image.copy()
+    image.info = {}
     return image
+
+
+def _convert_mode(image: Image.Image) -> Image.Image:
+    """Convert the palette and the transparent color of an image to channels."""
+    has_color = "transparency" in image.info
+    if image.mode in ("P", "PA"):
+        return image.convert("RGBA" if has_color or image.mode == "PA" else "RGB")
+    if has_color and image.mode in ("1", "L"):
+        return image.convert("LA")
+    if has_color and image.mode == "RGB":
+        return image.convert("RGBA")
+    return image
+
+
+def _build_mode_error(image: Image.Image, where: str) -> UserError:
+    remedy = 'pass image.convert("RGB")'
+    if image.mode in ("I", "F") or image.mode.startswith("I;"):
+        remedy = "scale the values to 0 to 255, such as for 16 bits with"
+        remedy += ' (numpy.asarray(image) // 256).astype("uint8")'
+    text = " with a transparent color" if "transparency" in image.info else ""
+    return UserError(
+        f"an image of the mode {image.mode}{text}",
+        where=where,
+        expected=f"one of {', '.join(PNG_MODES)}, which are written without loss",
+        remedy=remedy,
+    )
 
 
 def _encode_png(image: Image.Image) -> bytes:
@@ -204,11 +258,7 @@ def _array_to_image(array: NDArray[Any], where: str) -> Image.Image:
     is_color = array.ndim == 3 and array.shape[2] in (3, 4)
     if array.dtype == "uint8" and array.size and (is_gray or is_color):
         return Image.fromarray(array)
-    remedy = 'pass image.astype("uint8")'
-    if array.ndim == 3 and not is_color and array.shape[0] in (3, 4):
-        remedy = "pass image.transpose(1, 2, 0)"
-    elif array.dtype.kind == "f":
-        remedy = 'for values from 0 to 1, pass (image * 255).round().astype("uint8")'
+    remedy = _suggest_shape(array.shape) or _suggest_type(array.dtype)
     raise UserError(
         f"an array of {array.dtype} of shape {array.shape}",
         where=where,
@@ -217,21 +267,61 @@ def _array_to_image(array: NDArray[Any], where: str) -> Image.Image:
     )
 
 
+def _suggest_shape(shape: tuple[int, ...]) -> str:
+    """Return the remedy for a wrong shape; empty for a correct one."""
+    if 0 in shape:
+        return "correct the size of the image"
+    if len(shape) == 2 or (len(shape) == 3 and shape[2] in (3, 4)):
+        return ""
+    if len(shape) == 4:
+        return "pass several images as a list: list(images)"
+    if len(shape) == 3 and shape[2] == 1:
+        return "pass image[..., 0]"
+    if len(shape) == 3 and shape[0] == 1:
+        return "pass image[0]"
+    if len(shape) == 3 and shape[0] in (3, 4):
+        return "pass image.transpose(1, 2, 0)"
+    return "pass an array of one of these shapes"
+
+
+def _suggest_type(dtype: np.dtype[Any]) -> str:
+    """Return the remedy for values of a wrong type. Conversion alone would wrap them."""
+    if dtype.kind == "f":
+        return 'for values from 0 to 1, pass (image * 255).round().astype("uint8")'
+    if dtype.kind == "b":
+        return 'pass image.astype("uint8") * 255'
+    if dtype == "uint16":
+        return 'for values of 16 bits, pass (image // 256).astype("uint8")'
+    return 'scale the values to 0 to 255, then pass image.clip(0, 255).astype("uint8")'
+
+
+_creating_folder = threading.Lock()
+
+
 @cache
-def _create_session_folder() -> tempfile.TemporaryDirectory[str]:
-    return tempfile.TemporaryDirectory(prefix="finesight-images-")
+def _create_session_folder() -> Path:
+    folder = tempfile.mkdtemp(prefix="finesight-images-")
+    atexit.register(_remove_session_folder, folder, os.getpid())
+    return Path(folder)
+
+
+def _remove_session_folder(folder: str, process_id: int) -> None:
+    """Remove the folder at the end of the process that created it, not of a forked one."""
+    if os.getpid() == process_id:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def open_session_store() -> ImageStore:
     """Return the store of images whose folder is removed at the end of the session."""
-    return ImageStore(Path(_create_session_folder().name))
+    with _creating_folder:
+        return ImageStore(_create_session_folder())
 
 
 AnySample = Sample | LocatedSample
 
 
 def convert_samples(
-    samples: Sequence[AnySample], store: ImageStore, where: str, *, require_answer: bool = True
+    samples: Sequence[AnySample], store: ImageStore, where: str
 ) -> list[FileSample]:
     """Write the images of samples, and return the samples with their paths.
 
@@ -243,23 +333,25 @@ def convert_samples(
     Raises:
         UserError: There are no samples, or one is invalid.
     """
-    if isinstance(samples, str | os.PathLike) or not isinstance(samples, Sequence) or not samples:
-        raise UserError(
-            f"{samples!r:.80} instead of samples",
-            where=where,
-            expected="a list of finesight.Sample",
-            remedy=f'{where}=[finesight.Sample(image="a.png", question="...", answer="...")], or '
-            f"for files {where}=finesight.api.read_samples(FILE)",
-        )
+    _check_list(samples, where)
     converted: list[FileSample] = []
     counts: dict[str, int] = {}
+    ids: dict[str, str] = {}
     for index, sample in enumerate(samples):
         location = f"{where}[{index}]"
         if isinstance(sample, LocatedSample):
             file_sample = sample.sample.map_paths(partial(_make_absolute, sample.folder))
+            validate_sample(file_sample, location)
         else:
             file_sample = _convert_sample(sample, store, location)
-        validate_sample(file_sample, location, require_answer=require_answer)
+            other = ids.setdefault(file_sample.id or location, location)
+            if other != location:
+                raise UserError(
+                    f"the id {file_sample.id!r:.80} of {other}",
+                    where=location,
+                    expected="a different id for each sample",
+                    remedy="correct it, or remove id for a digest of the content",
+                )
         if not file_sample.id:
             digest = _hash_sample(file_sample)
             counts[digest] = counts.get(digest, 0) + 1
@@ -267,6 +359,19 @@ def convert_samples(
             file_sample = file_sample.model_copy(update={"id": name})
         converted.append(file_sample)
     return converted
+
+
+def _check_list(samples: object, where: str) -> None:
+    """Raise UserError for anything but a list of samples, or a similar sequence."""
+    if isinstance(samples, Sequence) and not isinstance(samples, str | bytes) and samples:
+        return
+    raise UserError(
+        f"{samples!r:.80} instead of samples",
+        where=where,
+        expected="a list of finesight.Sample",
+        remedy=f'{where}=[finesight.Sample(image="a.png", question="...", answer="...")], or '
+        f"for files {where}=finesight.api.read_samples(FILE)",
+    )
 
 
 def _make_absolute(folder: Path, name: str) -> str:
@@ -278,7 +383,58 @@ def _hash_sample(sample: FileSample) -> str:
     return hashlib.sha256(content.encode(errors="surrogatepass")).hexdigest()[:16]
 
 
-def _convert_sample(sample: object, store: ImageStore, where: str) -> FileSample:
+_FIELD_TYPES: Mapping[str, tuple[type, ...]] = {
+    "question": (str,),
+    "answer": (str, list, tuple),
+    "messages": (list, tuple),
+    "rejected": (str, list, tuple),
+    "references": (list, tuple),
+    "tools": (list, tuple),
+    "meta": (Mapping,),
+    "id": (str,),
+}
+_ITEM_TYPES: Mapping[str, type] = {"messages": Message, "references": str, "tools": Mapping}
+
+
+def _check_types(sample: Sample, where: str) -> None:
+    """Verify the types of the arguments of a sample, and of the items of lists."""
+    for name, types in _FIELD_TYPES.items():
+        value: Any = getattr(sample, name)
+        _check_type(value, types, name, where)
+        if name in _ITEM_TYPES:
+            for index, item in enumerate(value):
+                _check_type(item, (_ITEM_TYPES[name],), f"{name}[{index}]", where)
+
+
+def _check_type(value: object, types: tuple[type, ...], name: str, where: str) -> None:
+    if isinstance(value, types):
+        return
+    raise UserError(
+        f"{name} is a {type(value).__name__}",
+        where=where,
+        expected=" or ".join(one.__name__ for one in types),
+        remedy='finesight.Sample(image=image, question="...", answer="...", references=["..."]), or'
+        ' for a conversation messages=[finesight.Message("user", [image, "..."]), ...]',
+    )
+
+
+def _check_json(sample: Sample, where: str) -> None:
+    """Verify that a file can represent the values of meta and tools."""
+    try:
+        json.dumps([dict(sample.meta), *map(dict, sample.tools)], allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"meta or tools: {error}",
+            where=where,
+            expected="values of JSON: text, finite number, bool, None, list or dict",
+            remedy="convert them, for example with str(value) or value.tolist()",
+        ) from error
+
+
+def _convert_sample(
+    sample: object, store: ImageStore, where: str, *, require_answer: bool = True
+) -> FileSample:
+    """Write the images of a sample, and return it with their paths."""
     if not isinstance(sample, Sample):
         raise UserError(
             f"a {type(sample).__name__} instead of a sample",
@@ -286,6 +442,8 @@ def _convert_sample(sample: object, store: ImageStore, where: str) -> FileSample
             expected="a finesight.Sample",
             remedy='finesight.Sample(image=image, question="...", answer="...")',
         )
+    _check_types(sample, where)
+    _check_json(sample, where)
     if sample.messages and (sample.question or sample.answer or sample.image is not None):
         raise UserError(
             "messages beside image, question or answer",
@@ -316,10 +474,21 @@ def _convert_sample(sample: object, store: ImageStore, where: str) -> FileSample
         "meta": dict(sample.meta),
     }
     try:
-        return sample_from_dict(record, where)
+        file_sample = sample_from_dict(record, where)
     except UserError as error:
         error.remedy = "correct the arguments of finesight.Sample or finesight.Message"
         raise
+    validate_sample(file_sample, where, require_answer=require_answer)
+    try:
+        encode_json_line(sample_to_dict(file_sample)).encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"a text with {error.object[error.start]!a}, which is half of a character",
+            where=where,
+            expected="texts that UTF-8 represents",
+            remedy='text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")',
+        ) from error
+    return file_sample
 
 
 def _convert_content(content: Content, store: ImageStore, where: str) -> list[ContentPart]:
@@ -355,14 +524,17 @@ def locate_samples(samples: Sequence[AnySample]) -> list[LocatedSample]:
     Raises:
         UserError: A sample is invalid.
     """
+    if samples != []:
+        _check_list(samples, "samples")
     located: list[LocatedSample] = []
     store = open_session_store()
-    for sample in samples:
-        if isinstance(sample, LocatedSample):
-            located.append(sample)
-            continue
-        (converted,) = convert_samples([sample], store, "samples", require_answer=False)
-        located.append(LocatedSample(converted, store.folder))
+    for index, sample in enumerate(samples):
+        if not isinstance(sample, LocatedSample):
+            converted = _convert_sample(sample, store, f"samples[{index}]", require_answer=False)
+            if not converted.id:
+                converted = converted.model_copy(update={"id": _hash_sample(converted)})
+            sample = LocatedSample(converted, store.folder)
+        located.append(sample)
     return located
 
 

@@ -6,6 +6,7 @@ So a run with one can be resumed and evaluated only by a program that passes it 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -35,7 +36,10 @@ def name_function(function: PythonFunction, functions: dict[str, PythonFunction]
 
     Functions of the same name are numbered.
     """
-    own_name = getattr(function, "__name__", type(function).__name__).strip("<>")
+    own_name = str(getattr(function, "__name__", type(function).__name__))
+    own_name = re.sub(r"\W+", "_", own_name.strip("<>"))
+    if not own_name.isidentifier():
+        own_name = f"_{own_name}"
     name = f"{PYTHON_PREFIX}{own_name}"
     number = 2
     while functions.get(name, function) is not function:

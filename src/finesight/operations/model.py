@@ -309,12 +309,20 @@ class Model:
             )
         # The manifest has the image size and the form of the questions.
         manifest_file = find_manifest_file(folder)
-        with write_folder(Path(path)) as target:
+        saved = Path(os.path.expanduser(path))
+        if saved.resolve().is_relative_to(folder.resolve()):
+            raise UserError(
+                "a folder inside the one that is copied",
+                where=str(path),
+                expected=f"a folder outside {folder}",
+                remedy="set another folder",
+            )
+        with write_folder(saved) as target:
             ignore = shutil.ignore_patterns(DIGESTS_FILE)
             shutil.copytree(folder, target, dirs_exist_ok=True, ignore=ignore)
             if manifest_file is not None:
                 shutil.copy2(manifest_file, target / MANIFEST_FILE)
-        return Path(path)
+        return saved
 
     def merge(self, path: StrPath) -> VerifiedMerge:
         """Merge the adapter into its base model in a new folder; see `finesight.api.merge`.
@@ -359,7 +367,7 @@ def load_model(run_or_model: ModelArgument, **loading: Unpack[LoadingOptions]) -
 
     if isinstance(run_or_model, Model):
         return Outcome(run_or_model)
-    name = str(run_or_model)
+    name = os.fspath(run_or_model)
     with ProgressConsole().activity(f"loading the weights of {name}"):
         return Outcome(Model(name, load_inference_model(name, **_complete(loading))))
 

@@ -183,7 +183,7 @@ def to_name(value: object, where: str = "") -> str:
     Raises UserError for objects of other types, such as images in memory.
     """
     if isinstance(value, str | os.PathLike):
-        return str(value)
+        return os.fspath(value)
     raise UserError(
         f"a {type(value).__name__} instead of a file name",
         where=where,

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from finesight.errors import Step, TrainingInterrupted, UserError
-from finesight.operations.operation import StrPath, format_call, to_name
+from finesight.operations.operation import StrPath, format_call
 from finesight.storage import make_folder, remove_folder, write_file
 
 if TYPE_CHECKING:
@@ -42,8 +42,8 @@ def train(
     output_dir: StrPath,
     val_samples: Sequence[AnySample] | None = None,
     metric: str | PythonFunction | None = None,
-    rewards: Sequence[Reward] = (),
-    callbacks: Sequence[Callback] = (),
+    rewards: Reward | Sequence[Reward] = (),
+    callbacks: Callback | Sequence[Callback] = (),
     resume: bool = False,
     **settings: Any,
 ) -> RunResult:
@@ -81,15 +81,24 @@ def train(
 
     functions: dict[str, PythonFunction] = {}
     both_splits = {"train": samples, "eval": val_samples}
-    with _translate_remedies():
+    with translate_remedies():
         recipe = _build_settings(settings)
-        recipe |= {"model": to_name(model, "model"), "output_dir": to_name(output_dir)}
+        recipe["model"] = _read_path(model, "model", "the name or folder of a model")
+        recipe["output_dir"] = _read_path(output_dir, "output_dir", "a folder")
         if metric is not None:
             eval_settings = recipe.get("eval") or {}
-            recipe["eval"] = {**eval_settings, "metric": _name_function(metric, functions)}
-        if rewards:
-            recipe["rewards"] = [_build_reward(reward, functions) for reward in rewards]
-        _check_single_process([*functions.values(), *callbacks])
+            recipe["eval"] = {
+                **eval_settings,
+                "metric": _read_function(metric, "metric", functions),
+            }
+        reward_list = _as_list(rewards)
+        if reward_list:
+            recipe["rewards"] = [_build_reward(reward, functions) for reward in reward_list]
+        callback_list = _as_list(callbacks)
+        for callback in callback_list:
+            if not callable(callback):
+                raise _build_type_error(callback, "callbacks", "functions of a step and metrics")
+        _check_single_process([*functions.values(), *callback_list])
         splits = {name: split for name, split in both_splits.items() if split is not None}
         _check_data(recipe, splits)
         run_dir = RunDir(Path(os.path.expanduser(recipe["output_dir"])))
@@ -99,7 +108,7 @@ def train(
         # Nothing is written for invalid settings.
         recipe_from_dict(recipe)
         with use_functions(functions), _provide_samples(run_dir, splits, resume=resume):
-            return train_recipe(recipe, resume=resume, callbacks=callbacks).value
+            return train_recipe(recipe, resume=resume, callbacks=callback_list).value
 
 
 def _build_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -108,34 +117,77 @@ def _build_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
 
     recipe: dict[str, Any] = {}
     train_settings: dict[str, Any] = {}
+    for name in ("train", "eval", "data"):
+        if not isinstance(settings.get(name) or {}, Mapping):
+            raise _build_type_error(settings[name], name, "a dictionary of settings")
     for name, value in settings.items():
         if name in Recipe.model_fields:
             recipe[name] = value
         else:
             train_settings[name] = value
     if train_settings:
-        recipe["train"] = {**recipe.get("train", {}), **train_settings}
+        recipe["train"] = {**(recipe.get("train") or {}), **train_settings}
     return recipe
 
 
-def _name_function(metric: str | PythonFunction, functions: dict[str, PythonFunction]) -> str:
+def _as_list(value: Any) -> list[Any]:
+    """Return a list of functions, names or dictionaries. One of them is a list of one."""
+    if value is None:
+        return []
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [*value]
+    return [value]
+
+
+def _read_path(value: object, where: str, expected: str) -> str:
+    """Return a name or path as text. A result stands for its run."""
+    if isinstance(value, str | os.PathLike):
+        return os.fspath(value)
+    raise _build_type_error(value, where, expected)
+
+
+def _read_function(value: object, where: str, functions: dict[str, PythonFunction]) -> str:
+    """Return a function by its name in a recipe, or the name of a metric or reward."""
     from finesight.evaluate.python_functions import name_function
 
-    if callable(metric):
-        return name_function(metric, functions)
-    return to_name(metric, "metric")
+    if callable(value):
+        return name_function(value, functions)
+    if isinstance(value, str):
+        return value
+    raise _build_type_error(value, where, "a name or a function")
+
+
+def _build_type_error(value: object, where: str, expected: str) -> UserError:
+    return UserError(
+        f"a {type(value).__name__} ({value!r:.60})",
+        where=where,
+        expected=expected,
+        remedy=_REMEDIES[where],
+    )
+
+
+_REMEDIES = {
+    "model": 'pass a name or a path, such as "finesight-tiny", result.run_dir or model.name',
+    "output_dir": 'output_dir="runs/first"',
+    "metric": "pass one function; for several scores, it returns a dictionary of numbers",
+    "rewards": 'rewards=[function, {"name": function, "weight": 2.0}]',
+    "callbacks": "pass functions such as: def stop(step, metrics): ...",
+    "train": 'train={"epochs": 3}, or epochs=3',
+    "eval": 'eval={"every": 100}',
+    "data": 'data={"train": "train.jsonl"}',
+}
 
 
 def _build_reward(reward: Reward, functions: dict[str, PythonFunction]) -> str | Mapping[str, Any]:
     """Return an item of `rewards` in a recipe."""
     if not isinstance(reward, Mapping):
-        return _name_function(reward, functions)
-    return {**reward, "name": _name_function(reward.get("name", ""), functions)}
+        return _read_function(reward, "rewards", functions)
+    return {**reward, "name": _read_function(reward.get("name", ""), "rewards", functions)}
 
 
 def _check_single_process(functions: Sequence[Callable[..., Any]]) -> None:
     """Verify that one process trains if it calls functions of the program."""
-    num_processes = int(os.environ.get("WORLD_SIZE", "1"))
+    num_processes = int(os.environ.get("WORLD_SIZE") or "1")
     if num_processes == 1 or not functions:
         return
     name = getattr(functions[0], "__name__", type(functions[0]).__name__)
@@ -150,8 +202,7 @@ def _check_single_process(functions: Sequence[Callable[..., Any]]) -> None:
 
 def _check_data(recipe: Mapping[str, Any], splits: Splits) -> None:
     """Verify that each split is given once, and the validation samples of a metric at all."""
-    data = recipe.get("data") or {}
-    names = data if isinstance(data, Mapping) else {"train": data}
+    names = recipe.get("data") or {}
     for name, argument in ARGUMENTS.items():
         if name in names and name in splits:
             raise UserError(
@@ -201,7 +252,7 @@ def _provide_samples(run_dir: RunDir, splits: Splits, *, resume: bool) -> Iterat
             yield
             return
         try:
-            _write_samples(run_dir, splits)
+            write_samples(run_dir, splits)
             yield
         finally:
             if not run_dir.is_started:
@@ -222,8 +273,8 @@ def _check_available(run_dir: RunDir, *, resume: bool) -> None:
         raise
 
 
-def _write_samples(run_dir: RunDir, splits: Splits) -> None:
-    """Write samples and images to a new folder, which replaces that of a run that was killed."""
+def write_samples(run_dir: RunDir, splits: Splits) -> None:
+    """Write samples and images. They replace those of a run that was killed before its start."""
     from finesight.data.memory_samples import ImageStore, convert_samples, write_sample_file
     from finesight.manifest import SAMPLES_MARKER
 
@@ -257,14 +308,14 @@ def _compare_samples(run_dir: RunDir, splits: Splits) -> None:
 
 
 _SETTING_PATTERN = re.compile(
-    r"(?<![\w./='\"-])(?P<section>train|tune|eval|image|data)\.(?P<name>[a-z_]+)(?![\w./-])"
+    r"(?<![\w./='\"-])(?P<section>train|tune|eval|image|data)\.(?P<name>[a-z_]+(?:\.[a-z_]+)?)(?![\w./-])"
     r"(?:=(?P<value>[^\s,;:?)]+))?"
 )
 """Setting in a text, as in a recipe, possibly with a value."""
 
 
 @contextmanager
-def _translate_remedies() -> Iterator[None]:
+def translate_remedies() -> Iterator[None]:
     """Convert settings in errors to the arguments of `train`."""
     try:
         yield
@@ -308,7 +359,10 @@ def _write_setting(match: re.Match[str]) -> str:
     if is_unknown and not match.string.startswith(": unknown setting", match.end()):
         return match[0]
     if match["value"] is not None:
-        return _format_arguments({section: {name: _parse_value(match["value"])}})
+        value = _parse_value(match["value"])
+        for inner in reversed(name.split(".")):
+            value = {inner: value}
+        return _format_arguments({section: value})
     if section == "train" or name == "metric":
         return name
     return match[0]

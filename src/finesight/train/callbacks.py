@@ -37,7 +37,7 @@ class CallbackList:
         """
         for callback in self._callbacks:
             try:
-                callback(step, metrics)
+                callback(step, dict(metrics))
             except StopTraining as request:
                 self.stop_reason = str(request) or "StopTraining"
             except Exception as error:

@@ -161,13 +161,24 @@ class RunResult(BaseModel):
 
     __str__ = __repr__
 
-    def _repr_html_(self) -> str:
-        """Return the report without examples in a frame, which a notebook shows."""
+    def __fspath__(self) -> str:
+        """Return the folder, so that the result stands for a run where a path does."""
+        return self.run_dir
+
+    def _repr_html_(self) -> str | None:
+        """Return the report without examples in a frame, which a notebook shows.
+
+        It is None if the run was moved, or the working directory changed.
+        """
+        if not RunDir(Path(self.run_dir)).is_started:
+            return None
         # Training alone needs no report.
         from finesight.report.run_page import render_run_page
 
         page = html.escape(render_run_page(Path(self.run_dir), max_examples=0))
-        return f'<iframe srcdoc="{page}" width="100%" height="{FRAME_HEIGHT}"></iframe>'
+        # The frame has no access to the notebook.
+        frame = f'srcdoc="{page}" sandbox="allow-scripts"'
+        return f'<iframe {frame} width="100%" height="{FRAME_HEIGHT}"></iframe>'
 
     def as_json(self) -> dict[str, Any]:
         """Return the content of `result.json`."""

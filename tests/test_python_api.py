@@ -18,7 +18,7 @@ import pytest
 import yaml
 from case_files import CASES_FOLDER, load_cases
 from PIL import Image
-from tiny_task import assert_same_run, read_losses
+from tiny_task import assert_same_run, read_final_files, read_losses
 
 import finesight
 from finesight import api
@@ -123,7 +123,7 @@ def test_arrays_train_a_model(trained):
     assert batched.text == answer.text
 
 
-def test_callback_stops_a_complete_run(trained):
+def test_callback_stops_a_complete_run(trained, capsys):
     assert [step for step, _ in trained.events] == [0, 1, 2, 2]
     before, first, last, after = [metrics for _, metrics in trained.events]
     assert before.keys() == after.keys() >= {"validation_loss", "scores/letters", "scores/length"}
@@ -133,15 +133,17 @@ def test_callback_stops_a_complete_run(trained):
     for name in ("report.html", "adapter", "checkpoints/step-2", "predictions/after.jsonl"):
         assert (trained.folder / name).exists(), name
     # A finished run is not trained again.
+    capsys.readouterr()
     again = train(
         trained.folder,
         val_samples=make_samples(3),
         metric=count_letters,
-        epochs=3,
+        epochs=4,
         eval=EVAL,
         resume=True,
     )
     assert again == trained.result
+    assert "other settings: train.epochs of this call" in " ".join(capsys.readouterr().err.split())
 
 
 def test_callback_stops_after_an_evaluation(tmp_path):
@@ -222,7 +224,15 @@ def test_run_equals_that_of_files_written_by_hand(tmp_path, monkeypatch):
     recipe["data"] |= {"train": write_by_hand("train", 9), "eval": write_by_hand("eval", 3)}
     Path("recipe.yaml").write_text(yaml.safe_dump(recipe))
     assert run_command(["train", "recipe.yaml", "output_dir=other"]) == 0
-    assert_same_run(Path("other"), Path("run"))
+    found = read_final_files(Path("other"))
+    expected = read_final_files(Path("run"))
+    assert found.keys() == expected.keys()
+    # The state of a checkpoint has the digests of the JSONL files, which have other ids and names.
+    states = {name for name in found if name.endswith(("state.json", "sha256.json"))}
+    assert len(found.keys() - states) >= 2
+    for name in found.keys() - states:
+        assert found[name] == expected[name], name
+    assert read_losses(Path("other")) == read_losses(Path("run"))
 
 
 def write_by_hand(name: str, count: int) -> str:
@@ -594,7 +604,8 @@ def test_val_samples_join_files_for_training(tmp_path):
     finesight.train(TINY_MODEL, val_samples=ONE, output_dir=tmp_path / "run", **settings)
     data = yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())["data"]
     assert [source["path"] for source in data["train"]] == [str(file)]
-    assert data["eval"] == str(tmp_path / "run" / "samples" / "eval.jsonl")
+    paths = [source["path"] for source in data["eval"]]
+    assert paths == [str(tmp_path / "run" / "samples" / "eval.jsonl")]
 
 
 @pytest.mark.parametrize(

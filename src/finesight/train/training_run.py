@@ -15,9 +15,12 @@ from rich.console import Console
 
 from finesight.config import Recipe
 from finesight.encode.batch import PackedBatch
+from finesight.errors import UserError
+from finesight.manifest import RECIPE_FILE
 from finesight.model.kernels.runtime import HAS_TRITON, compile_in_parallel, is_compile_cache_empty
 from finesight.model.vlm import VisionLanguageModel
 from finesight.progress import ProgressConsole
+from finesight.recipe import load_recipe
 from finesight.setting_types import StepsOrFraction
 from finesight.track.tracker_manager import start_trackers
 from finesight.train.callbacks import Callback, CallbackList
@@ -34,7 +37,7 @@ from finesight.train.parallel.distributed import init_distributed
 from finesight.train.recipe_check import check_disk_space
 from finesight.train.run_dir import RunDir
 from finesight.train.run_report import RunReport
-from finesight.train.setup import InputCheck, build_manifest, build_state
+from finesight.train.setup import MUTABLE_SETTINGS, InputCheck, build_manifest, build_state
 from finesight.train.state import TrainState
 from finesight.train.trainer import Trainer
 from finesight.train.vision_cache_builder import VisionFeatures
@@ -213,8 +216,33 @@ def _describe_finished_run(recipe: Recipe, run_dir: RunDir, result: RunResult) -
     text = f"{run_dir.path}: the run is already complete"
     if recipe.train.steps not in (None, result.steps):
         text += f" after {result.steps} steps; train.steps={recipe.train.steps} has no effect"
+    changes = _list_changed_settings(recipe, run_dir)
+    if changes:
+        text += f", with other settings: {', '.join(changes)} of this call have no effect"
     further = run_dir.suggest_further_run(recipe, run_dir.path, "To train further")
     return f"{text}, so nothing was trained. {further}"
+
+
+def _list_changed_settings(recipe: Recipe, run_dir: RunDir) -> list[str]:
+    """Return the names of settings that differ from those of a finished run."""
+    try:
+        recorded = load_recipe(run_dir.path / RECIPE_FILE)
+    except UserError:
+        return []
+    names = []
+    current_sections = recipe.model_dump(exclude={"output_dir", "track"})
+    recorded_sections = recorded.model_dump(exclude={"output_dir", "track"})
+    for section, settings in current_sections.items():
+        other = recorded_sections[section]
+        if not isinstance(settings, dict) or not isinstance(other, dict):
+            if settings != other:
+                names.append(section)
+            continue
+        for name, value in settings.items():
+            is_mutable = section == "train" and name in MUTABLE_SETTINGS
+            if not is_mutable and value != other.get(name):
+                names.append(f"{section}.{name}")
+    return names
 
 
 def _prepare_run_dir(state: TrainState) -> None:

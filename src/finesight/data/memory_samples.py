@@ -306,7 +306,7 @@ def _create_session_folder() -> Path:
 
 
 def _remove_session_folder(folder: str, process_id: int) -> None:
-    """Remove the folder at the end of the process that created it, not of a forked one."""
+    """Remove the folder in the process that created it. A forked one keeps it."""
     if os.getpid() == process_id:
         shutil.rmtree(folder, ignore_errors=True)
 

@@ -147,7 +147,7 @@ def _read_path(value: object, where: str, expected: str) -> str:
 
 
 def _read_function(value: object, where: str, functions: dict[str, PythonFunction]) -> str:
-    """Return a function by its name in a recipe, or the name of a metric or reward."""
+    """Return the name of a metric or reward in a recipe."""
     from finesight.evaluate.python_functions import name_function
 
     if callable(value):
@@ -201,7 +201,7 @@ def _check_single_process(functions: Sequence[Callable[..., Any]]) -> None:
 
 
 def _check_data(recipe: Mapping[str, Any], splits: Splits) -> None:
-    """Verify that each split is given once, and the validation samples of a metric at all."""
+    """Verify that each split is given once. A metric requires validation samples."""
     names = recipe.get("data") or {}
     for name, argument in ARGUMENTS.items():
         if name in names and name in splits:
@@ -230,9 +230,9 @@ def _check_data(recipe: Mapping[str, Any], splits: Splits) -> None:
 
 @contextmanager
 def _provide_samples(run_dir: RunDir, splits: Splits, *, resume: bool) -> Iterator[None]:
-    """Write the samples to the folder of the run, or compare those of a run to resume.
+    """Write the samples to the folder of the run.
 
-    The run is locked within the context. Samples of a run that did not start are removed.
+    Those of a run to resume are compared instead. The run is locked within the context. Samples of a run that did not start are removed.
 
     Raises:
         UserError: A sample is invalid, the run has other samples, or the folder is in use.
@@ -338,7 +338,7 @@ def translate_remedies() -> Iterator[None]:
 
 
 def _translate_start(text: str) -> str:
-    """Convert the name of a setting at the start of a text. The rest may contain user values."""
+    """Convert the name of a setting at the start of a text."""
     match = _SETTING_PATTERN.match(text)
     if match is None:
         return text

@@ -134,7 +134,7 @@ class RunDir:
 
     @property
     def has_written_samples(self) -> bool:
-        """True if a Python program wrote the folder of samples, which is none of the user."""
+        """True if a Python program wrote the folder of samples."""
         marker = self.samples_dir / SAMPLES_MARKER
         return marker.is_file() and not self.samples_dir.is_symlink()
 

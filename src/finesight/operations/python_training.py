@@ -232,7 +232,8 @@ def _check_data(recipe: Mapping[str, Any], splits: Splits) -> None:
 def _provide_samples(run_dir: RunDir, splits: Splits, *, resume: bool) -> Iterator[None]:
     """Write the samples to the folder of the run.
 
-    Those of a run to resume are compared instead. The run is locked within the context. Samples of a run that did not start are removed.
+    Those of a run to resume are compared instead. The run is locked within the context. Samples of
+    a run that did not start are removed.
 
     Raises:
         UserError: A sample is invalid, the run has other samples, or the folder is in use.

@@ -5,7 +5,6 @@ import io
 import json
 import pickle
 import pydoc
-import re
 import shutil
 import subprocess
 import sys
@@ -33,8 +32,9 @@ from finesight.data.memory_samples import (
 from finesight.data.sample import BoxPart, ImagePart, VideoPart
 from finesight.errors import Step
 from finesight.evaluate.eval_case import EvalCase
-from finesight.evaluate.python_functions import name_function
+from finesight.evaluate.python_functions import hash_functions, name_function, use_functions
 from finesight.model_folder import TINY_MODEL, resolve_model_path
+from finesight.operations import python_training
 from finesight.operations.python_training import translate_remedies, write_samples
 from finesight.train.run_dir import RunDir
 
@@ -143,7 +143,57 @@ def test_callback_stops_a_complete_run(trained, capsys):
         resume=True,
     )
     assert again == trained.result
-    assert "other settings: train.epochs of this call" in " ".join(capsys.readouterr().err.split())
+    text = " ".join(capsys.readouterr().err.split())
+    assert "nothing was trained; changed settings have no effect: train.epochs. To train" in text
+    assert "finesight.train(..., output_dir='" in text
+    assert "finesight train " not in text
+
+
+def test_finished_run_is_found_in_any_working_directory(tmp_path, monkeypatch, capsys):
+    """The result has an absolute path, and other names of the folder are no other settings."""
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    monkeypatch.chdir(tmp_path / "a")
+    settings = {"val_samples": ONE, "metric": "captions", "steps": 1, "eval": EVAL}
+    result = train(Path("run"), **settings)
+    assert result.run_dir == str(tmp_path / "a" / "run")
+    monkeypatch.chdir(tmp_path / "b")
+    assert "captions" in result._repr_html_()
+    model = finesight.load("../a/run", device="cpu")
+    assert model.evaluate(max_new_tokens=2).predictions
+    assert train(Path("../a/run"), **settings, resume=True) == result
+    shutil.move(tmp_path / "a" / "run", tmp_path / "moved")
+    (tmp_path / "link").symlink_to(tmp_path / "moved")
+    for folder in ("moved", "link"):
+        assert train(tmp_path / folder, **settings, resume=True).run_dir == result.run_dir
+    assert "have no effect" not in capsys.readouterr().err
+
+
+def test_other_function_of_the_same_name_is_reported(tmp_path, capsys):
+    def build(letter: str) -> Any:
+        def score(case: EvalCase) -> float:
+            return float(case.answer in {"a", "b"}) + len(letter)
+
+        return score
+
+    def score(case: EvalCase) -> float:
+        return float(case.answer in {"a", "c"})
+
+    settings = {"val_samples": ONE, "steps": 1, "eval": EVAL}
+    train(tmp_path / "run", metric=build("a"), **settings)
+    texts = []
+    for metric in (build("b"), score, len):
+        settings["metric"] = metric
+        train(tmp_path / "run", resume=True, **settings)
+        texts.append(" ".join(capsys.readouterr().err.split()))
+    is_reported = ["score is another function" in text for text in texts]
+    assert is_reported == [False, True, False]
+    # A set of texts has another order in each process.
+    manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
+    with use_functions({"python:score": build("c")}):
+        assert hash_functions() == manifest["functions"]
+    with use_functions({"python:len": len}):
+        assert hash_functions() == {"python:len": ""}
 
 
 def test_callback_stops_after_an_evaluation(tmp_path):
@@ -227,20 +277,23 @@ def test_run_equals_that_of_files_written_by_hand(tmp_path, monkeypatch):
     found = read_final_files(Path("other"))
     expected = read_final_files(Path("run"))
     assert found.keys() == expected.keys()
-    # The state of a checkpoint has the digests of the JSONL files, which have other ids and names.
-    states = {name for name in found if name.endswith(("state.json", "sha256.json"))}
-    assert len(found.keys() - states) >= 2
-    for name in found.keys() - states:
-        assert found[name] == expected[name], name
+    assert {"state.json", "sha256.json"} <= {Path(name).name for name in found}
+    for name, content in found.items():
+        assert content == expected[name], name
     assert read_losses(Path("other")) == read_losses(Path("run"))
 
 
 def write_by_hand(name: str, count: int) -> str:
-    """Write the samples of `make_samples` without the package, in the working directory."""
+    """Write the samples of `make_samples` without the package, in the working directory.
+
+    Ids and names of images are those of the folder `run`.
+    """
     lines = []
-    for number in range(count):
+    Path("images").mkdir(exist_ok=True)
+    recorded = map(json.loads, Path(f"run/samples/{name}.jsonl").read_text().splitlines())
+    for number, record in zip(range(count), recorded, strict=True):
         color = [*COLORS][number % 3]
-        file = f"{name}-{number}.png"
+        file = record["messages"][0]["content"][0]["image"]
         Image.fromarray(draw(color, number)).save(file)
         question = [{"type": "image", "image": file}, {"type": "text", "text": "Which colour?"}]
         answer = [{"type": "text", "text": color}]
@@ -248,7 +301,7 @@ def write_by_hand(name: str, count: int) -> str:
             {"role": "user", "content": question},
             {"role": "assistant", "content": answer},
         ]
-        lines.append(json.dumps({"id": f"{number}", "messages": messages}) + "\n")
+        lines.append(json.dumps({"id": record["id"], "messages": messages}) + "\n")
     Path(f"{name}.jsonl").write_text("".join(lines))
     return f"{name}.jsonl"
 
@@ -369,6 +422,13 @@ def draw_truncated() -> Image.Image:
     return Image.open(io.BytesIO(file.getvalue()[:600]))
 
 
+def nest(depth: int) -> list[Any]:
+    nested: list[Any] = []
+    for _ in range(depth):
+        nested = [nested]
+    return nested
+
+
 INVALID_FIELDS = [
     ({"question": None}, "question is a NoneType"),
     ({"question": b"a"}, "question is a bytes"),
@@ -385,7 +445,61 @@ INVALID_FIELDS = [
     ({"messages": [("user", "a")]}, r"messages\[0\] is a tuple"),
     ({"messages": finesight.Message("user", "a")}, "messages is a Message"),
     ({"answer": "\ud800"}, "half of a character"),
+    ({"image": "a.png", "question": "<image> and <image>?"}, "2 <image>|<image>"),
+    ({"meta": {"a": nest(5000)}}, "meta or tools"),
 ]
+
+
+def test_types_are_checked_before_images_are_written(tmp_path):
+    samples = [*ONE, finesight.Sample(question=3)]
+    with pytest.raises(finesight.UserError, match="question is a int"):
+        convert_samples(samples, ImageStore(tmp_path), "samples")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_pages_of_documents_are_images(trained, tmp_path):
+    pages = [Image.fromarray(draw(color)) for color in COLORS]
+    file = tmp_path / "multi.tif"
+    pages[0].save(file, save_all=True, append_images=pages[1:])
+    asked = trained.model.build_question(file, "What?").sample
+    message = finesight.Message("user", [file, "What?"])
+    samples = [
+        finesight.Sample(image=file, question="What?"),
+        finesight.Sample(image=str(file), question="What?"),
+        finesight.Sample(messages=[message]),
+    ]
+    for located in locate_samples(samples):
+        assert located.sample.messages[-1].content == asked.messages[-1].content
+    sample = finesight.Sample(image=file.read_bytes(), question="What?", answer="a")
+    (written,) = convert_samples([sample], ImageStore(tmp_path), "samples")
+    parts = written.messages[0].content[:3]
+    assert [part.image.rpartition("#")[2] for part in parts] == ["page=1", "page=2", "page=3"]
+    read_only = ImageStore(tmp_path / "none", is_read_only=True)
+    assert convert_samples([sample], read_only, "samples") != [written]
+
+
+INVALID_QUESTIONS = [
+    (lambda model: model.generate_batch(np.zeros((2, 2))), "instead of samples"),
+    (lambda model: model.generate_batch(np.array([None])), "instead of samples"),
+    (lambda model: model.generate_batch(3), "instead of samples"),
+    (lambda model: model.generate([], None), "prompt: a NoneType instead of a text"),
+    (lambda model: model.generate([], "\ud800"), "prompt: a text with '\\ud800'"),
+    (lambda model: model.generate("https://a/b.png", "x"), "https://a/b.png is a URL"),
+    (lambda model: model.save(3), "path: a int instead of a name"),
+    (lambda model: model.evaluate(ONE, [fail]), "metric: a list"),
+    (lambda model: model.evaluate(ONE, 3), "metric: a int"),
+    (lambda _: finesight.load(3), "a int instead of a name"),
+    (lambda _: finesight.load(None), "a NoneType instead of a name"),
+    (lambda model: api.evaluate(model, "a.jsonl", fail), "a function instead of a name"),
+]
+
+
+@pytest.mark.parametrize(("call", "text"), INVALID_QUESTIONS)
+def test_invalid_arguments_of_models_are_reported(trained, call, text):
+    with pytest.raises(finesight.UserError) as caught:
+        call(trained.model)
+    assert text in str(caught.value)
+    assert "image.save" not in str(caught.value)
 
 
 @pytest.mark.parametrize(("fields", "text"), INVALID_FIELDS)
@@ -404,6 +518,14 @@ def test_ids_of_samples_differ(tmp_path):
     with pytest.raises(finesight.UserError, match=r"'mine' of samples\[0\]"):
         convert_samples(samples, ImageStore(tmp_path), "samples")
     assert len(locate_samples(samples)) == 2
+    assert locate_samples(()) == []
+    digest = convert_samples(ONE, ImageStore(tmp_path), "samples")[0].id
+    named = finesight.Sample(question="a", answer="b", id=digest)
+    located = api.read_samples(write_file(tmp_path, named))
+    for repeated in ([*ONE, named], [*ONE, *located], located * 2):
+        with pytest.raises(finesight.UserError, match=rf"'{digest}' of samples\[0\]") as caught:
+            convert_samples(repeated, ImageStore(tmp_path), "samples")
+        assert "set epochs" in caught.value.remedy
     with pytest.raises(finesight.UserError, match="instead of samples"):
         locate_samples(samples[0])
 
@@ -518,12 +640,12 @@ INVALID_CALLS = [
         "finesight.Message(",
     ),
     ({"metric": "captions"}, "a metric without validation samples", "val_samples=samples["),
-    ({"metric": "caption", "val_samples": ONE}, "metric: has", "metric='captions'"),
+    ({"metric": "caption", "val_samples": ONE}, "metric: has", "eval.metric: captions?"),
     ({"samples": None, "data": {"train": "train.jsonl"}}, "train.jsonl: ", ""),
-    ({"stesp": 3}, "stesp: unknown", "did you mean steps?"),
-    ({"steps": -1}, "steps: has", "change steps"),
-    ({"rewards": [fail]}, "objective='grpo'", "add it"),
-    ({"eval": {"metric": "qa", "patience": 2}, "val_samples": ONE}, "every", "eval={'every': 0.1}"),
+    ({"stesp": 3}, "stesp: unknown", "did you mean train.steps?"),
+    ({"steps": -1}, "steps: has", "change train.steps"),
+    ({"rewards": [fail]}, "train.objective=grpo", "add it"),
+    ({"eval": {"metric": "qa", "patience": 2}, "val_samples": ONE}, "every", "eval.every=0.1"),
 ]
 
 
@@ -535,7 +657,15 @@ INVALID_CALLS += [
     ({"rewards": "exakt", "objective": "grpo"}, "rewards.0", ""),
     ({"eval": "x"}, "eval: a str", 'eval={"every": 100}'),
     ({"train": 3}, "train: a int", 'train={"epochs": 3}'),
-    ({"rank": 8}, "rank: unknown", "tune={'lora': {'rank': 8}}"),
+    ({"rank": 8}, "rank: unknown", "tune.lora.rank=8"),
+    ({"resume": "x"}, "resume: a str", "resume=True"),
+    ({"epochs": 1, "train": {"epochs": 2}}, "both epochs and", 'remove epochs, or "epochs"'),
+    (
+        {"metric": "qa", "eval": {"metric": "qa"}, "val_samples": ONE},
+        "both metric and",
+        "remove metric",
+    ),
+    ({"eval": {"metric": fail}, "val_samples": ONE}, "is a function", "pass metric=function"),
     ({"output_dir": None}, "output_dir: a NoneType", 'output_dir="runs/first"'),
     ({"model": MODEL}, "model: a SimpleNamespace", "model.name"),
 ]
@@ -549,8 +679,6 @@ def test_invalid_calls_are_reported(tmp_path, arguments, what, remedy):
     assert what in str(caught.value)
     assert remedy in str(caught.value.remedy)
     assert "--" not in str(caught.value), "options of a command"
-    shown = re.sub("finesight.train|train.jsonl", "", str(caught.value))
-    assert "train." not in shown, "keys of a recipe"
 
 
 def test_files_of_the_user_in_the_folder_of_a_run_are_never_replaced(tmp_path):
@@ -585,17 +713,66 @@ def test_failed_call_leaves_no_samples(tmp_path, arguments, text):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_samples_of_a_killed_process_are_replaced(tmp_path):
+def test_samples_of_a_killed_process_are_used_again(tmp_path):
+    """Other samples are refused, and nothing is removed."""
     run = RunDir(tmp_path / "run")
+    run.path.mkdir()
     write_samples(run, {"train": ONE, "eval": ONE})
+    files = sorted(run.path.rglob("*"))
     with run.lock():
         refused = "import finesight; finesight.train('finesight-tiny', [finesight.Sample("
         refused += f"question='a', answer='b')], output_dir={str(run.path)!r}, device='cpu')"
         done = subprocess.run([sys.executable, "-c", refused], capture_output=True, text=True)
     assert "another process is training in run" in done.stderr
-    assert (run.samples_dir / "eval.jsonl").is_file()
-    train(run.path, steps=1)
-    assert not (run.samples_dir / "eval.jsonl").exists()
+    own = api.read_samples(run.samples_dir / "train.jsonl")
+    for samples in (make_samples(2), own):
+        with pytest.raises(finesight.UserError, match="not the samples of the run") as caught:
+            train(run.path, samples, steps=1)
+        assert f"output_dir='{run.path}-2'" in caught.value.remedy
+    own_file = {"train": str(run.samples_dir / "train.jsonl")}
+    with pytest.raises(finesight.UserError, match="not the samples of the run"):
+        finesight.train(
+            TINY_MODEL, data=own_file, val_samples=make_samples(2), output_dir=run.path, **SETTINGS
+        )
+    assert sorted(run.path.rglob("*")) == files
+    train(run.path, ONE, val_samples=ONE, metric="captions", steps=1, eval=EVAL)
+    (tmp_path / "other" / "samples").mkdir(parents=True)
+    shutil.copytree(run.samples_dir, tmp_path / "other" / "samples", dirs_exist_ok=True)
+    (tmp_path / "other" / "samples" / "notes.txt").write_text("mine")
+    with pytest.raises(finesight.UserError, match="contains samples, but no run"):
+        train(tmp_path / "other", ONE, steps=1)
+
+
+def test_clean_up_keeps_the_first_error(tmp_path, monkeypatch):
+    missing = finesight.Sample(image="none.png", question="a", answer="b")
+
+    def fail_to_write(*_: Any) -> None:
+        raise finesight.UserError("no space")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(python_training, "write_samples", fail_to_write)
+        with pytest.raises(finesight.UserError, match="no space"):
+            train(tmp_path / "run", ONE)
+    assert list(tmp_path.iterdir()) == []
+
+    def fail_to_remove(path: Path) -> None:
+        raise OSError("busy")
+
+    monkeypatch.setattr(python_training, "remove_folder", fail_to_remove)
+    with pytest.raises(finesight.UserError, match=r"none\.png"):
+        train(tmp_path / "run", [missing])
+
+
+def test_callback_does_not_train_in_its_own_run(tmp_path):
+    errors = []
+
+    def train_again(step: int, metrics: Any) -> None:
+        with pytest.raises(finesight.UserError) as caught:
+            train(tmp_path / "run", ONE * 1, steps=1, resume=True)
+        errors.append(caught.value.what)
+
+    train(tmp_path / "run", ONE, steps=1, callbacks=[train_again])
+    assert errors == ["another process is training in run"]
 
 
 def test_val_samples_join_files_for_training(tmp_path):
@@ -620,8 +797,7 @@ def test_val_samples_join_files_for_training(tmp_path):
             "finesight.train(..., output_dir='train.run', model='a b', steps=4)",
         ),
         (Step("eval", {"run_or_model": "train.run"}), "evaluate(run_or_model='train.run')"),
-        ("use train.steps=4 in 'train.steps' or a/train.steps", "use steps=4 in 'train.steps' or"),
-        ("read train.jsonl with --resume", "read train.jsonl with resume=True"),
+        ("use train.steps=4", "use train.steps=4"),
     ],
 )
 def test_remedies_are_calls(step, call):
@@ -629,6 +805,24 @@ def test_remedies_are_calls(step, call):
         raise finesight.UserError("in train.steps", where="train.run", remedy=step)
     assert call in caught.value.remedy
     assert (caught.value.what, caught.value.where) == ("in train.steps", "train.run")
+
+
+@pytest.mark.parametrize(
+    ("where", "translated"),
+    [
+        ("train.learning_rate", "learning_rate"),
+        ("train.learning_rate of 3", "learning_rate of 3"),
+        ("eval.metric", "metric"),
+        ("eval.every", "eval.every"),
+        ("train.jsonl", "train.jsonl"),
+        ("train.steps/a", "train.steps/a"),
+        ("a train.steps", "a train.steps"),
+    ],
+)
+def test_settings_in_errors_are_arguments(where, translated):
+    with pytest.raises(finesight.UserError) as caught, translate_remedies():
+        raise finesight.UserError("wrong", where=where, expected=where)
+    assert (caught.value.where, caught.value.expected) == (translated, translated)
 
 
 def test_interruption_names_the_argument():
@@ -680,10 +874,28 @@ def test_model_is_saved_outside_its_folder(trained, tmp_path, monkeypatch):
         trained.model.save(trained.folder / "adapter" / "copy")
 
 
+def test_only_files_of_a_model_are_saved(tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(resolve_model_path(TINY_MODEL), folder)
+    names = {path.name for path in folder.iterdir()} - {"sha256.json"}
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "outside" / "secret").write_text("mine")
+    (folder / "link").symlink_to(tmp_path / "outside")
+    (folder / "secret").symlink_to(tmp_path / "outside" / "secret")
+    (folder / ".git").mkdir()
+    (folder / ".git" / "config").write_text("mine")
+    (folder / "other.safetensors").write_bytes(b"")
+    saved = finesight.load(folder, device="cpu").save(tmp_path / "saved")
+    assert {path.name for path in saved.iterdir()} == names | {"sha256.json"}
+    assert finesight.load(saved, device="cpu").generate([], "Hi", max_new_tokens=1)
+
+
 def test_callable_package_is_pickled_and_documented():
     assert pickle.loads(pickle.dumps(finesight.train)) is finesight.train
     text = pydoc.render_doc(finesight.train, renderer=pydoc.plaintext)
-    assert "finesight.train(model, samples=None" in text
+    signature = inspect.signature(finesight.train)
+    assert f"finesight.train{signature}" in text
+    assert ", *, output_dir" in str(signature)
     assert "val_samples: Samples of the evaluations." in text
 
 
@@ -692,9 +904,24 @@ def test_several_processes_refuse_functions(tmp_path, monkeypatch):
     with pytest.raises(finesight.UserError, match="2 processes") as caught:
         train(tmp_path / "run", val_samples=ONE, metric=count_letters)
     assert 'metric="metric.py:count_letters"' in caught.value.remedy
-    monkeypatch.setenv("WORLD_SIZE", "")
-    with pytest.raises(finesight.UserError, match="WORLD_SIZE"):
-        train(tmp_path / "run", val_samples=ONE, metric=count_letters)
+    with pytest.raises(finesight.UserError, match="callbacks in a training with 2 processes"):
+        train(tmp_path / "run", callbacks=[print])
+    assert not any(tmp_path.iterdir())
+    for value in ("", "abc"):
+        monkeypatch.setenv("WORLD_SIZE", value)
+        with pytest.raises(finesight.UserError, match="WORLD_SIZE"):
+            train(tmp_path / "run", val_samples=ONE, metric=count_letters)
+
+
+@pytest.mark.parametrize("callbacks", [["x"], print, "x"])
+def test_callbacks_of_recipes_are_checked(tmp_path, callbacks):
+    file = write_file(tmp_path, ONE[0])
+    recipe = {"model": TINY_MODEL, "data": {"train": str(file)}, "output_dir": str(tmp_path / "a")}
+    recipe["train"] = {"steps": 1, "device": "cpu"}
+    with pytest.raises(finesight.UserError, match="callbacks: a ") as caught:
+        api.train(recipe, callbacks=callbacks)
+    assert "def stop(step, metrics)" in caught.value.remedy
+    assert not (tmp_path / "a").exists()
 
 
 def test_public_names_have_documented_signatures():
@@ -738,12 +965,13 @@ def describe(value: Any) -> str | list[str]:
 def test_names_work_after_any_import(first):
     code = f"import {first}, finesight, inspect, sys; loaded = {{*sys.modules}}"
     code += "; print('torch' in loaded, callable(finesight.train), finesight.Sample.__name__)"
+    code += "; assert callable(finesight.api.read_samples)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     is_heavy = first == "finesight.train.trainer"
     assert done.stdout.split() == [str(is_heavy), "True", "Sample"]
     with pytest.raises(AttributeError, match=r"'trian': it has .*train; finesight\.api"):
         finesight.trian  # noqa: B018
-    assert {*finesight.__all__} <= {*dir(finesight)}
+    assert {*finesight.__all__, "api"} <= {*dir(finesight)}
 
 
 def test_types_of_a_script_are_checked(tmp_path):

@@ -30,8 +30,8 @@ __all__ = [*_LOCATIONS, "train"]
 
 def __getattr__(name: str) -> Any:
     """Import a name on its first use."""
-    if name == "train":
-        return import_module("finesight.train")
+    if name in ("api", "train"):
+        return import_module(f"finesight.{name}")
     if name not in _LOCATIONS:
         own = ", ".join(__all__)
         text = f"it has {own}; finesight.api has the commands as functions"
@@ -41,7 +41,7 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *__all__, "api"})
 
 
 class CallablePackage(ModuleType):
@@ -56,13 +56,7 @@ class CallablePackage(ModuleType):
     def __doc__(self) -> str:  # type: ignore[override]
         """The usage and the arguments of the function, which `help` shows."""
         function = self.__wrapped__
-        names = []
-        for one in signature(function).parameters.values():
-            name = f"**{one.name}" if one.kind is one.VAR_KEYWORD else one.name
-            if one.default is not one.empty:
-                name += f"={one.default!r}"
-            names.append(name)
-        return f"finesight.train({', '.join(names)})\n\n{function.__doc__}"
+        return f"finesight.train{signature(function)}\n\n{function.__doc__}"
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the function; see `finesight.operations.python_training.train`."""

@@ -1,5 +1,6 @@
 """Types of the names that `finesight` imports on their first use."""
 
+from finesight import api as api
 from finesight.api import load_model as load
 from finesight.data.memory_samples import Message as Message
 from finesight.data.memory_samples import Sample as Sample

@@ -6,6 +6,7 @@ import os
 import re
 import socket
 from collections.abc import Callable, Iterable, Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
 from operator import attrgetter
@@ -89,6 +90,12 @@ Remedy = str | Step
 """How to fix a problem."""
 
 _format_step: Callable[[Step], str] = attrgetter("operation")
+
+
+console_format: ContextVar[Callable[[Step], str]] = ContextVar(
+    "console_format", default=lambda step: _format_step(step)
+)
+"""Format of steps in messages on the console of a training: calls, if a Python program trains."""
 
 
 def set_step_format(format_step: Callable[[Step], str]) -> None:

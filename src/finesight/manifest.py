@@ -33,7 +33,6 @@ ADAPTER_FOLDER = "adapter"
 MODEL_FOLDER = "model"
 TRACKING_FOLDER = "track"
 SAMPLES_FOLDER = "samples"
-SAMPLES_MARKER = ".finesight"
 
 FORMAT_VERSION = 3
 """Version of the keys in a manifest. Version 3 added the form of the questions."""
@@ -103,6 +102,8 @@ class Manifest(BaseModel):
             metrics of a run. None if unknown.
         plugins: Plug-ins that the recipe and the model need.
         sections: Objectives with a section in the recipe of the run.
+        functions: Digests of the code of metrics and rewards that are functions of a Python
+            program, by name.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -124,6 +125,7 @@ class Manifest(BaseModel):
     has_images: bool | None = None
     plugins: tuple[PluginRecord, ...] = ()
     sections: tuple[str, ...] = ()
+    functions: dict[str, str] = {}
 
 
 def find_run_dir(run_or_checkpoint: Path) -> Path:

@@ -656,11 +656,24 @@ def has_content(file: Path, content: bytes) -> bool:
 DIGESTS_FILE = "sha256.json"
 """File in a written folder that lists the SHA-256 of each file, in hexadecimal by name."""
 
+MAX_DIGESTS_BYTES = 2**30
+"""Maximum number of bytes of this file for a folder of samples, of about 120 per image."""
+
 
 def sha256_file(file: Path) -> str:
     """Return the SHA-256 of the content of a file, in hexadecimal."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def is_written_folder(path: Path) -> bool:
+    """Return whether a folder has the files that `write_folder` wrote, and no others."""
+    with contextlib.suppress(OSError, UserError):
+        digests = read_json_object(path / DIGESTS_FILE, max_bytes=MAX_DIGESTS_BYTES)
+        files = (file for file in path.rglob("*") if not file.is_dir() or file.is_symlink())
+        names = {file.relative_to(path).as_posix() for file in files}
+        return not path.is_symlink() and names == {*digests, DIGESTS_FILE}
+    return False
 
 
 def verify_folder(path: Path) -> None:

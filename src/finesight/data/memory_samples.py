@@ -20,7 +20,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from finesight.data.image_file import find_image_suffix
+from finesight.data.image_file import find_image_suffix, list_pages
 from finesight.data.prompt_format import DEFAULT_PROMPT_FORMAT, build_media_part
 from finesight.data.sample import (
     BoxPart,
@@ -153,6 +153,24 @@ class ImageStore:
             return
         make_folder(file.parent)
         write_file(file, encode())
+
+
+def save_images(
+    images: ImageInput | Sequence[ImageInput] | None, store: ImageStore, where: str
+) -> list[Path]:
+    """Write images, and return the paths of their pages; see `ImageStore.save`.
+
+    Raises:
+        UserError: An object is no image, or a document cannot be opened.
+    """
+    paths: list[Path] = []
+    for image in list_images(images):
+        path = store.save(image, where)
+        # Pages are next to their document. In a read-only store, a new document is missing.
+        is_missing = store.is_read_only and not (store.folder / path).exists()
+        pages = [path] if is_missing else list_pages(store.folder / path)
+        paths += [path.with_name(page.name) for page in pages]
+    return paths
 
 
 def _check_path(path: str, where: str) -> None:
@@ -333,10 +351,10 @@ def convert_samples(
     Raises:
         UserError: There are no samples, or one is invalid.
     """
-    _check_list(samples, where)
+    check_samples(samples, where)
     converted: list[FileSample] = []
     counts: dict[str, int] = {}
-    ids: dict[str, str] = {}
+    locations: dict[str, str] = {}
     for index, sample in enumerate(samples):
         location = f"{where}[{index}]"
         if isinstance(sample, LocatedSample):
@@ -344,28 +362,41 @@ def convert_samples(
             validate_sample(file_sample, location)
         else:
             file_sample = _convert_sample(sample, store, location)
-            other = ids.setdefault(file_sample.id or location, location)
-            if other != location:
-                raise UserError(
-                    f"the id {file_sample.id!r:.80} of {other}",
-                    where=location,
-                    expected="a different id for each sample",
-                    remedy="correct it, or remove id for a digest of the content",
-                )
         if not file_sample.id:
             digest = _hash_sample(file_sample)
             counts[digest] = counts.get(digest, 0) + 1
             name = digest if counts[digest] == 1 else f"{digest}-{counts[digest]}"
             file_sample = file_sample.model_copy(update={"id": name})
+        other = locations.setdefault(file_sample.id, location)
+        if other != location:
+            raise UserError(
+                f"the id {file_sample.id!r:.80} of {other}",
+                where=location,
+                expected="a different id for each sample",
+                remedy="correct it, or remove id for a digest of the content; to repeat samples,"
+                ' set epochs; for files with the same ids, pass data={"train": [FILE, FILE]}',
+            )
         converted.append(file_sample)
     return converted
 
 
-def _check_list(samples: object, where: str) -> None:
-    """Raise UserError for anything but a list of samples, or a similar sequence."""
-    if isinstance(samples, Sequence) and not isinstance(samples, str | bytes) and samples:
-        return
-    raise UserError(
+def check_samples(samples: object, where: str, *, may_be_empty: bool = False) -> None:
+    """Verify the types of a list of samples, before an image is written.
+
+    Raises:
+        UserError: It is no list or a similar sequence, or a sample has an argument of a wrong type.
+    """
+    is_list = isinstance(samples, Sequence) and not isinstance(samples, str | bytes)
+    if not is_list or not (samples or may_be_empty):
+        raise _build_list_error(samples, where)
+    assert isinstance(samples, Sequence)
+    for index, sample in enumerate(samples):
+        if not isinstance(sample, LocatedSample):
+            _check_types(sample, f"{where}[{index}]")
+
+
+def _build_list_error(samples: object, where: str) -> UserError:
+    return UserError(
         f"{samples!r:.80} instead of samples",
         where=where,
         expected="a list of finesight.Sample",
@@ -396,14 +427,29 @@ _FIELD_TYPES: Mapping[str, tuple[type, ...]] = {
 _ITEM_TYPES: Mapping[str, type] = {"messages": Message, "references": str, "tools": Mapping}
 
 
-def _check_types(sample: Sample, where: str) -> None:
+def _check_types(sample: object, where: str) -> None:
     """Verify the types of the arguments of a sample, and of the items of lists."""
+    if not isinstance(sample, Sample):
+        raise UserError(
+            f"a {type(sample).__name__} instead of a sample",
+            where=where,
+            expected="a finesight.Sample",
+            remedy='finesight.Sample(image=image, question="...", answer="...")',
+        )
     for name, types in _FIELD_TYPES.items():
         value: Any = getattr(sample, name)
         _check_type(value, types, name, where)
         if name in _ITEM_TYPES:
             for index, item in enumerate(value):
                 _check_type(item, (_ITEM_TYPES[name],), f"{name}[{index}]", where)
+    _check_json(sample, where)
+    if sample.messages and (sample.question or sample.answer or sample.image is not None):
+        raise UserError(
+            "messages beside image, question or answer",
+            where=where,
+            expected="a conversation, or one question",
+            remedy='messages=[finesight.Message("user", [image, "..."]), ...] alone',
+        )
 
 
 def _check_type(value: object, types: tuple[type, ...], name: str, where: str) -> None:
@@ -422,7 +468,7 @@ def _check_json(sample: Sample, where: str) -> None:
     """Verify that a file can represent the values of meta and tools."""
     try:
         json.dumps([dict(sample.meta), *map(dict, sample.tools)], allow_nan=False)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise UserError(
             f"meta or tools: {error}",
             where=where,
@@ -432,34 +478,21 @@ def _check_json(sample: Sample, where: str) -> None:
 
 
 def _convert_sample(
-    sample: object, store: ImageStore, where: str, *, require_answer: bool = True
+    sample: Sample, store: ImageStore, where: str, *, require_answer: bool = True
 ) -> FileSample:
     """Write the images of a sample, and return it with their paths."""
-    if not isinstance(sample, Sample):
-        raise UserError(
-            f"a {type(sample).__name__} instead of a sample",
-            where=where,
-            expected="a finesight.Sample",
-            remedy='finesight.Sample(image=image, question="...", answer="...")',
-        )
-    _check_types(sample, where)
-    _check_json(sample, where)
-    if sample.messages and (sample.question or sample.answer or sample.image is not None):
-        raise UserError(
-            "messages beside image, question or answer",
-            where=where,
-            expected="a conversation, or one question",
-            remedy='messages=[finesight.Message("user", [image, "..."]), ...] alone',
-        )
     turns: list[dict[str, Any]] = []
     if sample.messages:
         for message in sample.messages:
             parts = _convert_content(message.content, store, where)
             turns.append({"role": message.role, "content": parts, "loss": message.loss})
     else:
-        images = [store.save(image, where) for image in list_images(sample.image)]
-        media = [build_media_part(path) for path in images]
-        content = DEFAULT_PROMPT_FORMAT.build_content(sample.question, media)
+        media = [build_media_part(path) for path in save_images(sample.image, store, where)]
+        try:
+            content = DEFAULT_PROMPT_FORMAT.build_content(sample.question, media)
+        except UserError as error:
+            error.where = where
+            raise
         turns.append({"role": "user", "content": content})
         if sample.answer:
             parts = _convert_content(sample.answer, store, where)
@@ -479,8 +512,21 @@ def _convert_sample(
         error.remedy = "correct the arguments of finesight.Sample or finesight.Message"
         raise
     validate_sample(file_sample, where, require_answer=require_answer)
+    check_text(encode_json_line(sample_to_dict(file_sample)), where)
+    return file_sample
+
+
+def check_text(text: object, where: str) -> None:
+    """Raise UserError for an object that is no text, or a text that files cannot represent."""
+    if not isinstance(text, str):
+        raise UserError(
+            f"a {type(text).__name__} instead of a text",
+            where=where,
+            expected="a str",
+            remedy="pass a text, which may be empty",
+        )
     try:
-        encode_json_line(sample_to_dict(file_sample)).encode()
+        text.encode()
     except UnicodeEncodeError as error:
         raise UserError(
             f"a text with {error.object[error.start]!a}, which is half of a character",
@@ -488,7 +534,6 @@ def _convert_sample(
             expected="texts that UTF-8 represents",
             remedy='text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")',
         ) from error
-    return file_sample
 
 
 def _convert_content(content: Content, store: ImageStore, where: str) -> list[ContentPart]:
@@ -508,7 +553,7 @@ def _convert_content(content: Content, store: ImageStore, where: str) -> list[Co
         elif isinstance(part, BoxPart | ToolCallPart):
             parts.append(part)
         else:
-            parts.append(build_media_part(store.save(part, where)))
+            parts += map(build_media_part, save_images([part], store, where))
     return parts
 
 
@@ -524,8 +569,7 @@ def locate_samples(samples: Sequence[AnySample]) -> list[LocatedSample]:
     Raises:
         UserError: A sample is invalid.
     """
-    if samples != []:
-        _check_list(samples, "samples")
+    check_samples(samples, "samples", may_be_empty=True)
     located: list[LocatedSample] = []
     store = open_session_store()
     for index, sample in enumerate(samples):

@@ -6,10 +6,12 @@ So a run with one can be resumed and evaluated only by a program that passes it 
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from types import CodeType
 from typing import Any
 
 from finesight.config import PYTHON_PREFIX
@@ -52,6 +54,34 @@ def name_function(function: PythonFunction, functions: dict[str, PythonFunction]
 def is_python_function(name: str) -> bool:
     """Return whether a metric or reward is a function of the running program."""
     return name.startswith(PYTHON_PREFIX)
+
+
+def hash_functions() -> dict[str, str]:
+    """Return digests of the code of the provided functions by name; "" without Python code.
+
+    Values of variables that a function uses are not part of its code.
+    """
+    digests = {}
+    for name, function in _FUNCTIONS.get({}).items():
+        code = getattr(function, "__code__", None)
+        digests[name] = ""
+        if code is not None:
+            digests[name] = hashlib.sha256(_describe_code(code).encode()).hexdigest()[:16]
+    return digests
+
+
+def _describe_code(code: CodeType) -> str:
+    """Return the instructions, names and constants of a function without their line numbers."""
+    constants = []
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            constants.append(_describe_code(constant))
+        elif isinstance(constant, frozenset):
+            # The order of a set differs between processes.
+            constants.append(repr(sorted(map(repr, constant))))
+        else:
+            constants.append(repr(constant))
+    return f"{code.co_code.hex()} {code.co_names} {constants}"
 
 
 def find_function(name: str) -> PythonFunction | None:

@@ -181,17 +181,30 @@ def list_uploads(model_source: ModelSource, source: str) -> dict[str, Path]:
     """
     require_merged_model(model_source, source, "export")
     folder = model_source.folder
-    weight_files = folder.weight_files()
     if (folder.path / DIGESTS_FILE).is_file():
         verify_folder(folder.path)
-    uploads = {}
-    for path in sorted(folder.path.iterdir()):
-        if not path.is_file():
-            continue
-        if not any(fnmatchcase(path.name, pattern) for pattern in DOWNLOAD_PATTERNS):
-            continue
-        file = folder.find_file(path.name)
+    return list_model_files(folder)
+
+
+def list_model_files(folder: ModelFolder) -> dict[str, Path]:
+    """List the weights, configuration and tokenizer files of a model by name.
+
+    Code and unrelated files are excluded.
+    """
+    weight_files = folder.weight_files()
+    files = {}
+    for name, path in list_files(folder.path).items():
+        file = folder.find_file(name)
         # Weights that are not in the index belong to another model.
         if path.suffix != ".safetensors" or file in weight_files:
-            uploads[path.name] = file or path
-    return uploads
+            files[name] = file or path
+    return files
+
+
+def list_files(folder: Path) -> dict[str, Path]:
+    """List the files of a folder by name, apart from code and files of other programs."""
+    files = {}
+    for path in sorted(folder.iterdir()):
+        if path.is_file() and any(fnmatchcase(path.name, one) for one in DOWNLOAD_PATTERNS):
+            files[path.name] = path
+    return files

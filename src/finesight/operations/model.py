@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Unpack
 
 from finesight.errors import UserError
-from finesight.operations.operation import Outcome, StrPath, as_function, check_counts
+from finesight.operations.operation import Outcome, StrPath, as_function, check_counts, to_name
 from finesight.operations.options import LoadingOptions, RunOrModelArgument
 from finesight.progress import ProgressConsole
 
@@ -266,8 +266,9 @@ class Model:
             open_session_store,
             write_sample_file,
         )
-        from finesight.evaluate.python_functions import name_function, use_functions
+        from finesight.evaluate.python_functions import use_functions
         from finesight.operations import find_operation
+        from finesight.operations.python_training import read_function
 
         data: StrPath | None = None
         if samples is None or isinstance(samples, str | os.PathLike):
@@ -277,8 +278,8 @@ class Model:
             data = store.folder / f"{secrets.token_hex(8)}.jsonl"
             write_sample_file(convert_samples(samples, store, "samples"), data)
         functions: dict[str, PythonFunction] = {}
-        if callable(metric):
-            metric = name_function(metric, functions)
+        if metric is not None:
+            metric = read_function(metric, "metric", functions)
         evaluate = as_function(find_operation("eval"))
         with use_functions(functions):
             result: GenerationEvalResult = evaluate(
@@ -289,11 +290,13 @@ class Model:
     def save(self, path: StrPath) -> Path:
         """Copy the files of the model, or of the adapter of a LoRA run, to a new folder.
 
-        `finesight.load` loads the folder, as do PEFT and transformers.
+        `finesight.load` loads the folder, as do PEFT and transformers. Subfolders and other files
+        are not copied.
 
         Raises:
             UserError: The folder exists, or the run has an adapter and fully trained parts.
         """
+        from finesight.export.hf_files import list_files, list_model_files
         from finesight.infer.model_loader import resolve_model_source
         from finesight.manifest import MANIFEST_FILE, find_manifest_file
         from finesight.storage import DIGESTS_FILE, write_folder
@@ -309,7 +312,7 @@ class Model:
             )
         # The manifest has the image size and the form of the questions.
         manifest_file = find_manifest_file(folder)
-        saved = Path(os.path.expanduser(path))
+        saved = Path(os.path.expanduser(to_name(path, "path")))
         if saved.resolve().is_relative_to(folder.resolve()):
             raise UserError(
                 "a folder inside the one that is copied",
@@ -317,9 +320,13 @@ class Model:
                 expected=f"a folder outside {folder}",
                 remedy="set another folder",
             )
+        files = list_files(folder)
+        if source.adapter is None:
+            files = list_model_files(source.folder)
         with write_folder(saved) as target:
-            ignore = shutil.ignore_patterns(DIGESTS_FILE)
-            shutil.copytree(folder, target, dirs_exist_ok=True, ignore=ignore)
+            for name, file in files.items():
+                if name != DIGESTS_FILE:
+                    shutil.copy2(file, target / name)
             if manifest_file is not None:
                 shutil.copy2(manifest_file, target / MANIFEST_FILE)
         return saved
@@ -410,23 +417,25 @@ def build_question(images: ImageInput | Sequence[ImageInput], prompt: str) -> Lo
 def _build_question(
     images: ImageInput | Sequence[ImageInput], prompt: str, prompt_format: PromptFormat
 ) -> LocatedSample:
-    from finesight.data.image_file import list_pages
-    from finesight.data.memory_samples import list_images, open_session_store
+    from finesight.data.memory_samples import (
+        check_text,
+        list_images,
+        open_session_store,
+        save_images,
+    )
     from finesight.infer.prediction import build_question as build_sample
 
-    files: list[Path] = []
-    for image in [None] if images is None else list_images(images):
-        if isinstance(image, str | os.PathLike):
-            files.append(Path(os.path.expanduser(image)))
-        else:
-            store = open_session_store()
-            files.append(store.folder / store.save(image, "images"))
-    pages: list[Path] = []
-    for file in files:
-        pages += list_pages(file)
+    check_text(prompt, "prompt")
+    if images is None:
+        images = [None]  # An error: only an empty list stands for no image.
+    store = open_session_store()
+    pages = [store.folder / path for path in save_images(images, store, "images")]
     sample_id = prompt
-    if len(files) == 1:
-        sample_id = str(files[0])
+    image_list = list_images(images)
+    if len(image_list) == 1:
+        sample_id = str(pages[0])
+        if isinstance(image_list[0], str | os.PathLike):
+            sample_id = os.path.expanduser(image_list[0])
     return build_sample(pages, prompt, sample_id, prompt_format)
 
 

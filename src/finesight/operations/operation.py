@@ -178,17 +178,18 @@ def to_path(value: StrPath | None) -> Path | None:
 
 
 def to_name(value: object, where: str = "") -> str:
-    """Convert the name or path of a file, run or model to text.
+    """Convert a name, such as that of a file, run, model or metric, to text.
 
-    Raises UserError for objects of other types, such as images in memory.
+    Raises UserError for objects of other types, such as functions.
     """
     if isinstance(value, str | os.PathLike):
         return os.fspath(value)
     raise UserError(
-        f"a {type(value).__name__} instead of a file name",
+        f"a {type(value).__name__} instead of a name",
         where=where,
         expected="a str or a Path",
-        remedy='save in-memory data to a file, such as image.save("image.png"), and pass its name',
+        remedy="pass a name or path; functions and data in memory are arguments of methods, such as"
+        " finesight.load(RUN).evaluate",
     )
 
 

@@ -9,14 +9,14 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from finesight.errors import Step, TrainingInterrupted, UserError
+from finesight.errors import Step, TrainingInterrupted, UserError, console_format
 from finesight.operations.operation import StrPath, format_call
-from finesight.storage import make_folder, remove_folder, write_file
+from finesight.storage import is_written_folder, remove_folder, write_folder
 
 if TYPE_CHECKING:
     from finesight.data.memory_samples import AnySample
@@ -77,6 +77,7 @@ def train(
     from finesight.evaluate.python_functions import use_functions
     from finesight.operations.training import train as train_recipe
     from finesight.recipe import recipe_from_dict
+    from finesight.train.callbacks import check_callbacks
     from finesight.train.run_dir import RunDir
 
     functions: dict[str, PythonFunction] = {}
@@ -84,24 +85,24 @@ def train(
     with translate_remedies():
         recipe = _build_settings(settings)
         recipe["model"] = _read_path(model, "model", "the name or folder of a model")
-        recipe["output_dir"] = _read_path(output_dir, "output_dir", "a folder")
+        # The result stands for the run in any working directory.
+        folder = os.path.expanduser(_read_path(output_dir, "output_dir", "a folder"))
+        recipe["output_dir"] = os.path.abspath(folder)
+        if not isinstance(resume, bool):
+            raise _build_type_error(resume, "resume", "True or False")
         if metric is not None:
-            eval_settings = recipe.get("eval") or {}
-            recipe["eval"] = {
-                **eval_settings,
-                "metric": _read_function(metric, "metric", functions),
-            }
+            metric_settings = {"metric": read_function(metric, "metric", functions)}
+            recipe["eval"] = _join("eval", recipe.get("eval"), metric_settings)
         reward_list = _as_list(rewards)
         if reward_list:
             recipe["rewards"] = [_build_reward(reward, functions) for reward in reward_list]
         callback_list = _as_list(callbacks)
-        for callback in callback_list:
-            if not callable(callback):
-                raise _build_type_error(callback, "callbacks", "functions of a step and metrics")
-        _check_single_process([*functions.values(), *callback_list])
+        world_size = _read_world_size()
+        check_callbacks(callback_list, world_size)
+        _check_single_process([*functions], world_size)
         splits = {name: split for name, split in both_splits.items() if split is not None}
         _check_data(recipe, splits)
-        run_dir = RunDir(Path(os.path.expanduser(recipe["output_dir"])))
+        run_dir = RunDir(Path(recipe["output_dir"]))
         files = {name: str(run_dir.samples_dir / SPLIT_FILES[name]) for name in splits}
         if files:
             recipe["data"] = {**(recipe.get("data") or {}), **files}
@@ -120,14 +121,35 @@ def _build_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     for name in ("train", "eval", "data"):
         if not isinstance(settings.get(name) or {}, Mapping):
             raise _build_type_error(settings[name], name, "a dictionary of settings")
+    if callable((settings.get("eval") or {}).get("metric")):
+        raise UserError(
+            'eval={"metric": ...} is a function',
+            where="train",
+            expected="a name in eval, or the argument metric",
+            remedy="pass metric=function",
+        )
     for name, value in settings.items():
         if name in Recipe.model_fields:
             recipe[name] = value
         else:
             train_settings[name] = value
     if train_settings:
-        recipe["train"] = {**(recipe.get("train") or {}), **train_settings}
+        recipe["train"] = _join("train", recipe.get("train"), train_settings)
     return recipe
+
+
+def _join(section: str, given: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Join the dictionary of a section with arguments, which set other settings."""
+    given = given or {}
+    for name in arguments:
+        if name in given:
+            raise UserError(
+                f'both {name} and {section}={{"{name}": ...}}',
+                where="train",
+                expected="one value of the setting",
+                remedy=f'remove {name}, or "{name}" from {section}={{"{name}": ...}}',
+            )
+    return {**given, **arguments}
 
 
 def _as_list(value: Any) -> list[Any]:
@@ -146,7 +168,7 @@ def _read_path(value: object, where: str, expected: str) -> str:
     raise _build_type_error(value, where, expected)
 
 
-def _read_function(value: object, where: str, functions: dict[str, PythonFunction]) -> str:
+def read_function(value: object, where: str, functions: dict[str, PythonFunction]) -> str:
     """Return the name of a metric or reward in a recipe."""
     from finesight.evaluate.python_functions import name_function
 
@@ -171,7 +193,7 @@ _REMEDIES = {
     "output_dir": 'output_dir="runs/first"',
     "metric": "pass one function; for several scores, it returns a dictionary of numbers",
     "rewards": 'rewards=[function, {"name": function, "weight": 2.0}]',
-    "callbacks": "pass functions such as: def stop(step, metrics): ...",
+    "resume": "resume=True",
     "train": 'train={"epochs": 3}, or epochs=3',
     "eval": 'eval={"every": 100}',
     "data": 'data={"train": "train.jsonl"}',
@@ -181,22 +203,29 @@ _REMEDIES = {
 def _build_reward(reward: Reward, functions: dict[str, PythonFunction]) -> str | Mapping[str, Any]:
     """Return an item of `rewards` in a recipe."""
     if not isinstance(reward, Mapping):
-        return _read_function(reward, "rewards", functions)
-    return {**reward, "name": _read_function(reward.get("name", ""), "rewards", functions)}
+        return read_function(reward, "rewards", functions)
+    return {**reward, "name": read_function(reward.get("name", ""), "rewards", functions)}
 
 
-def _check_single_process(functions: Sequence[Callable[..., Any]]) -> None:
+def _read_world_size() -> int:
+    """Return the number of processes. The training reports an invalid variable."""
+    text = os.environ.get("WORLD_SIZE", "1")
+    return int(text) if text.isdecimal() else 1
+
+
+def _check_single_process(functions: Sequence[str], world_size: int) -> None:
     """Verify that one process trains if it calls functions of the program."""
-    num_processes = int(os.environ.get("WORLD_SIZE") or "1")
-    if num_processes == 1 or not functions:
+    from finesight.config import PYTHON_PREFIX
+
+    if world_size == 1 or not functions:
         return
-    name = getattr(functions[0], "__name__", type(functions[0]).__name__)
+    name = functions[0].removeprefix(PYTHON_PREFIX)
     raise UserError(
-        f"the function {name} in a training with {num_processes} processes",
+        f"the function {name} in a training with {world_size} processes",
         where="train",
-        expected="metrics and rewards in files, and no callbacks",
+        expected="metrics and rewards in files",
         remedy=f'write it to a file, and pass metric="metric.py:{name}" or'
-        f' rewards=["rewards.py:{name}"]; instead of callbacks, use track or eval',
+        f' rewards=["rewards.py:{name}"]',
     )
 
 
@@ -232,8 +261,8 @@ def _check_data(recipe: Mapping[str, Any], splits: Splits) -> None:
 def _provide_samples(run_dir: RunDir, splits: Splits, *, resume: bool) -> Iterator[None]:
     """Write the samples to the folder of the run.
 
-    Those of a run to resume are compared instead. The run is locked within the context. Samples of
-    a run that did not start are removed.
+    Those of a run to resume, or of a process that was killed before the run started, are compared
+    instead. The run is locked within the context. Samples of a run that did not start are removed.
 
     Raises:
         UserError: A sample is invalid, the run has other samples, or the folder is in use.
@@ -245,22 +274,24 @@ def _provide_samples(run_dir: RunDir, splits: Splits, *, resume: bool) -> Iterat
         return
     _check_available(run_dir, resume=resume)
     is_new_folder = not run_dir.path.exists()
-    with run_dir.lock():
+    with run_dir.lock(is_lent=True):
         # Another process may have started meanwhile.
         _check_available(run_dir, resume=resume)
-        if run_dir.is_started:
+        if run_dir.is_started or run_dir.samples_dir.exists():
             _compare_samples(run_dir, splits)
             yield
             return
         try:
             write_samples(run_dir, splits)
             yield
-        finally:
-            if not run_dir.is_started:
-                remove_folder(run_dir.samples_dir)
+        except BaseException:
+            # An error of the clean-up would replace that of the samples or the training.
+            with suppress(OSError, UserError):
+                if not run_dir.is_started and is_written_folder(run_dir.samples_dir):
+                    remove_folder(run_dir.samples_dir)
                 if is_new_folder:
-                    with suppress(OSError):  # It has other files.
-                        run_dir.path.rmdir()
+                    run_dir.path.rmdir()  # It fails if there are other files.
+            raise
 
 
 def _check_available(run_dir: RunDir, *, resume: bool) -> None:
@@ -275,19 +306,21 @@ def _check_available(run_dir: RunDir, *, resume: bool) -> None:
 
 
 def write_samples(run_dir: RunDir, splits: Splits) -> None:
-    """Write samples and images. They replace those of a run that was killed before its start."""
-    from finesight.data.memory_samples import ImageStore, convert_samples, write_sample_file
-    from finesight.manifest import SAMPLES_MARKER
+    """Write samples and images to the folder of the run."""
+    from finesight.data.memory_samples import (
+        ImageStore,
+        check_samples,
+        convert_samples,
+        write_sample_file,
+    )
 
-    folder = run_dir.samples_dir
-    if run_dir.has_written_samples:
-        remove_folder(folder)
-    make_folder(folder)
-    write_file(folder / SAMPLES_MARKER, b"")
-    store = ImageStore(folder)
     for name, split in splits.items():
-        converted = convert_samples(split, store, ARGUMENTS[name])
-        write_sample_file(converted, folder / SPLIT_FILES[name])
+        check_samples(split, ARGUMENTS[name])
+    with write_folder(run_dir.samples_dir) as folder:
+        store = ImageStore(folder)
+        for name, split in splits.items():
+            converted = convert_samples(split, store, ARGUMENTS[name])
+            write_sample_file(converted, folder / SPLIT_FILES[name])
 
 
 def _compare_samples(run_dir: RunDir, splits: Splits) -> None:
@@ -308,65 +341,36 @@ def _compare_samples(run_dir: RunDir, splits: Splits) -> None:
             )
 
 
-_SETTING_PATTERN = re.compile(
-    r"(?<![\w./='\"-])(?P<section>train|tune|eval|image|data)\.(?P<name>[a-z_]+(?:\.[a-z_]+)?)(?![\w./-])"
-    r"(?:=(?P<value>[^\s,;:?)]+))?"
-)
-"""Setting in a text, as in a recipe, possibly with a value."""
-
-
 @contextmanager
 def translate_remedies() -> Iterator[None]:
-    """Convert settings in errors to the arguments of `train`."""
+    """Convert steps in messages to calls, and the setting at the start of errors to an argument."""
+    token = console_format.set(_format_call)
     try:
         yield
     except TrainingInterrupted as error:
         text = str(error).replace("repeat the command with --resume", "repeat with resume=True")
         raise type(error)(text) from error
     except UserError as error:
-        if error.where == "recipe":
-            error.what = _translate_settings(error.what)
         error.where = _translate_start(error.where)
         error.expected = _translate_start(error.expected)
         if isinstance(error.remedy, Step):
             error.remedy = error.remedy.format(_format_call)
-        else:
-            remedy = re.sub(r"did you mean ([\w.]+): ([\w.-]+)\?", r"use \1=\2", error.remedy)
-            error.remedy = _translate_settings(remedy)
-            for option in ("--resume (in Python, resume=True)", "--resume"):
-                error.remedy = re.sub(rf"(?<!\S){re.escape(option)}", "resume=True", error.remedy)
         raise
+    finally:
+        console_format.reset(token)
 
 
 def _translate_start(text: str) -> str:
-    """Convert the name of a setting at the start of a text."""
-    match = _SETTING_PATTERN.match(text)
-    if match is None:
-        return text
-    return _write_setting(match) + text[match.end() :]
-
-
-def _translate_settings(text: str) -> str:
-    return _SETTING_PATTERN.sub(_write_setting, text)
-
-
-def _write_setting(match: re.Match[str]) -> str:
-    """Return a setting of a recipe as an argument. The name of a file is none."""
+    """Convert the name of a setting at the start of a text to that of an argument."""
     from finesight.recipe import list_setting_names
 
-    section = match["section"]
-    name = match["name"]
-    is_unknown = f"{section}.{name}" not in list_setting_names()
-    if is_unknown and not match.string.startswith(": unknown setting", match.end()):
-        return match[0]
-    if match["value"] is not None:
-        value = _parse_value(match["value"])
-        for inner in reversed(name.split(".")):
-            value = {inner: value}
-        return _format_arguments({section: value})
-    if section == "train" or name == "metric":
-        return name
-    return match[0]
+    match = re.match(r"(?:train\.|eval\.(?=metric))([a-z_]+)(?![\w/-])", text)
+    if match is None:
+        return text
+    # Some settings, such as the learning rate, have further ones below them.
+    if not any(f"{name}.".startswith(f"{match[0]}.") for name in list_setting_names()):
+        return text
+    return match[1] + text[match.end() :]
 
 
 def _parse_value(text: str) -> object:

@@ -4,11 +4,40 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-from finesight.errors import StopTraining
+from finesight.errors import StopTraining, UserError
 from finesight.evaluate.score_function import ScoringError, build_function_error
 
 Callback = Callable[[int, Mapping[str, float]], object]
 """Function of a step and its metrics, or of a step and the scores of an evaluation."""
+
+
+def check_callbacks(callbacks: object, world_size: int) -> None:
+    """Verify the types of callbacks, and that one process trains if there are any.
+
+    Raises:
+        UserError: They are no list of functions, or several processes train.
+    """
+    if not isinstance(callbacks, Sequence) or isinstance(callbacks, str):
+        raise _build_type_error(callbacks)
+    for callback in callbacks:
+        if not callable(callback):
+            raise _build_type_error(callback)
+    if callbacks and world_size > 1:
+        raise UserError(
+            f"callbacks in a training with {world_size} processes",
+            where="callbacks",
+            expected="no callbacks, which would stop only their own process",
+            remedy="remove them, and use track or eval, such as eval.patience",
+        )
+
+
+def _build_type_error(value: object) -> UserError:
+    return UserError(
+        f"a {type(value).__name__} ({value!r:.60})",
+        where="callbacks",
+        expected="a list of functions of a step and its metrics",
+        remedy="pass functions such as: def stop(step, metrics): ...",
+    )
 
 
 class CallbackError(ScoringError):

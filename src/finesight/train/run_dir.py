@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -30,7 +30,6 @@ from finesight.manifest import (
     RESPONSES_FILE,
     RESULT_FILE,
     SAMPLES_FOLDER,
-    SAMPLES_MARKER,
     SKIPPED_SAMPLES_FILE,
     Manifest,
     find_next_run_dir,
@@ -42,6 +41,7 @@ from finesight.storage import (
     FileLock,
     append_line,
     flush_file,
+    is_written_folder,
     make_folder,
     remove_partial_files,
     translate_os_errors,
@@ -53,8 +53,8 @@ Split = Literal["train", "eval"]
 
 _ABSENT_PATH = "a path that does not exist"
 
-_locked: ContextVar[frozenset[str]] = ContextVar("locked", default=frozenset())
-"""Directories that the callers of a function have locked."""
+_lent: ContextVar[str] = ContextVar("lent", default="")
+"""Directory that the caller has locked for the next call of `RunDir.lock`."""
 
 
 class RunDir:
@@ -128,15 +128,9 @@ class RunDir:
         if not self.path.is_dir():
             return []
         names = {path.name for path in self.path.iterdir() if not path.name.startswith(".")}
-        if self.has_written_samples:
-            names.remove(SAMPLES_FOLDER)
+        if is_written_folder(self.samples_dir):
+            names.discard(SAMPLES_FOLDER)
         return sorted(names)
-
-    @property
-    def has_written_samples(self) -> bool:
-        """True if a Python program wrote the folder of samples."""
-        marker = self.samples_dir / SAMPLES_MARKER
-        return marker.is_file() and not self.samples_dir.is_symlink()
 
     def suggest_restart(self, recipe: Recipe, checkpoint: Path, changes: Mapping[str, Any]) -> Step:
         """Return the steps that resume without changes of settings, or start with them."""
@@ -181,17 +175,29 @@ class RunDir:
         return Step("train", arguments, purpose)
 
     @contextmanager
-    def lock(self) -> Iterator[None]:
-        """Hold the write lock of the directory within the context, unless a caller holds it.
+    def lock(self, *, is_lent: bool = False) -> Iterator[None]:
+        """Hold the write lock of the directory within the context.
+
+        Args:
+            is_lent: Whether the next call in the context, which trains, takes over the lock.
 
         Raises:
-            UserError: Another process holds the lock.
+            UserError: Another process, or another training of this one, holds the lock.
         """
         make_folder(self.path)
         path = os.path.realpath(self.path)
-        if path in _locked.get():
-            yield
-            return
+        with ExitStack() as stack:
+            if _lent.get() != path:
+                stack.enter_context(self._acquire_lock())
+            # A callback of the training may start another one, which does not take over the lock.
+            token = _lent.set(path if is_lent else "")
+            try:
+                yield
+            finally:
+                _lent.reset(token)
+
+    @contextmanager
+    def _acquire_lock(self) -> Iterator[None]:
         with translate_os_errors(self.path):
             lock = FileLock(self.path)
         with lock:
@@ -207,11 +213,7 @@ class RunDir:
             except OSError:
                 # Some network file systems do not support locks; the user is responsible there.
                 pass
-            token = _locked.set(_locked.get() | {path})
-            try:
-                yield
-            finally:
-                _locked.reset(token)
+            yield
 
     def initialize(self, recipe: Recipe, manifest: Manifest) -> None:
         """Write the manifest and the recipe of a new run.

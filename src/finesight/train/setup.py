@@ -20,6 +20,7 @@ from finesight.data.augmentation import Augmenter
 from finesight.encode.context_shard import SampleShape
 from finesight.encode.renderer import is_native
 from finesight.errors import UserError
+from finesight.evaluate.python_functions import hash_functions
 from finesight.family_components import FAMILIES
 from finesight.infer.model_loader import resolve_device, resolve_precision
 from finesight.manifest import Manifest
@@ -156,6 +157,7 @@ def build_manifest(state: TrainState) -> Manifest:
         prompt_templates=prompt_format.templates,
         plugins=tuple(filter(None, plugins)),
         sections=(*recipe.train.sections,),
+        functions=hash_functions(),
     )
 
 

@@ -6,24 +6,27 @@ import ctypes
 import logging
 import platform
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
 
-from finesight.config import Recipe
+from finesight.config import PYTHON_PREFIX, Recipe
 from finesight.encode.batch import PackedBatch
-from finesight.errors import UserError
-from finesight.manifest import RECIPE_FILE
+from finesight.errors import UserError, console_format
+from finesight.evaluate.python_functions import hash_functions
+from finesight.manifest import MANIFEST_FILE, RECIPE_FILE, load_manifest
 from finesight.model.kernels.runtime import HAS_TRITON, compile_in_parallel, is_compile_cache_empty
 from finesight.model.vlm import VisionLanguageModel
 from finesight.progress import ProgressConsole
 from finesight.recipe import load_recipe
 from finesight.setting_types import StepsOrFraction
 from finesight.track.tracker_manager import start_trackers
-from finesight.train.callbacks import Callback, CallbackList
+from finesight.train.callbacks import Callback, CallbackList, check_callbacks
 from finesight.train.dataset_stats import save_tensors
 from finesight.train.finalize import (
     RunResult,
@@ -37,7 +40,13 @@ from finesight.train.parallel.distributed import init_distributed
 from finesight.train.recipe_check import check_disk_space
 from finesight.train.run_dir import RunDir
 from finesight.train.run_report import RunReport
-from finesight.train.setup import MUTABLE_SETTINGS, InputCheck, build_manifest, build_state
+from finesight.train.setup import (
+    MUTABLE_SETTINGS,
+    InputCheck,
+    build_manifest,
+    build_state,
+    library_versions,
+)
 from finesight.train.state import TrainState
 from finesight.train.trainer import Trainer
 from finesight.train.vision_cache_builder import VisionFeatures
@@ -140,6 +149,7 @@ def train(
     with init_distributed() as process_group, translate_oom_errors(), ExitStack() as stack:
         start = time.perf_counter()
         is_main = process_group.is_main
+        check_callbacks(callbacks, process_group.world_size)
         run_dir = RunDir(recipe.output_dir)
         progress_console = ProgressConsole(console if is_main else Console(quiet=True))
         if not is_main:
@@ -153,8 +163,9 @@ def train(
             run_dir.check_available(resume)
         if resume and not is_resumed:
             log(f"{run_dir.path}: no run to resume; a new run starts")
+        _warn_about_functions(run_dir, log)
         if resume and (result := load_result(run_dir)) is not None:
-            log(_describe_finished_run(recipe, run_dir, result))
+            log(_describe_finished_run(recipe, run_dir))
             if is_main and not run_dir.report_path.exists():
                 RunReport(run_dir, progress_console).write()
             return result if is_main else None
@@ -211,16 +222,14 @@ def _run_training(
         return trainer.run(partial(finalize_run, state))
 
 
-def _describe_finished_run(recipe: Recipe, run_dir: RunDir, result: RunResult) -> str:
+def _describe_finished_run(recipe: Recipe, run_dir: RunDir) -> str:
     """Describe why a finished run is not continued, and how to train further."""
-    text = f"{run_dir.path}: the run is already complete"
-    if recipe.train.steps not in (None, result.steps):
-        text += f" after {result.steps} steps; train.steps={recipe.train.steps} has no effect"
+    text = f"{run_dir.path}: the run is already complete, so nothing was trained"
     changes = _list_changed_settings(recipe, run_dir)
     if changes:
-        text += f", with other settings: {', '.join(changes)} of this call have no effect"
+        text += f"; changed settings have no effect: {', '.join(changes)}"
     further = run_dir.suggest_further_run(recipe, run_dir.path, "To train further")
-    return f"{text}, so nothing was trained. {further}"
+    return f"{text}. {further.format(console_format.get())}"
 
 
 def _list_changed_settings(recipe: Recipe, run_dir: RunDir) -> list[str]:
@@ -240,9 +249,37 @@ def _list_changed_settings(recipe: Recipe, run_dir: RunDir) -> list[str]:
             continue
         for name, value in settings.items():
             is_mutable = section == "train" and name in MUTABLE_SETTINGS
-            if not is_mutable and value != other.get(name):
+            # The samples of a Python program were compared; the folder of the run may have moved.
+            is_written = f"{section}.{name}" in ("data.train", "data.eval") and _is_in_folder(
+                value, run_dir.samples_dir
+            )
+            if not (is_mutable or is_written) and value != other.get(name):
                 names.append(f"{section}.{name}")
     return names
+
+
+def _is_in_folder(files: Sequence[Mapping[str, Any]], folder: Path) -> bool:
+    """Return whether the only data file of a setting is in a folder."""
+    return len(files) == 1 and Path(files[0]["path"]).parent == folder
+
+
+def _warn_about_functions(run_dir: RunDir, log: Callable[[str], None]) -> None:
+    """Warn if a function of the Python program differs from that at the start of a resumed run.
+
+    The code of a function depends on the version of Python.
+    """
+    digests = hash_functions()
+    if not digests or not run_dir.is_started:
+        return
+    manifest = load_manifest(run_dir.path / MANIFEST_FILE)
+    if manifest.versions.get("python") != library_versions()["python"]:
+        return
+    for name, recorded in manifest.functions.items():
+        if digests.get(name, recorded) != recorded:
+            log(
+                f"{run_dir.path}: {name.removeprefix(PYTHON_PREFIX)} is another function than at"
+                " the start of the run, so its scores are not comparable to the earlier ones"
+            )
 
 
 def _prepare_run_dir(state: TrainState) -> None:

@@ -158,7 +158,9 @@ class ImageStore:
 def save_images(
     images: ImageInput | Sequence[ImageInput] | None, store: ImageStore, where: str
 ) -> list[Path]:
-    """Write images, and return the paths of their pages; see `ImageStore.save`.
+    """Write images and return the paths of their pages.
+
+    Paths are those of `ImageStore.save`.
 
     Raises:
         UserError: An object is no image, or a document cannot be opened.
@@ -381,7 +383,7 @@ def convert_samples(
 
 
 def check_samples(samples: object, where: str, *, may_be_empty: bool = False) -> None:
-    """Verify the types of a list of samples, before an image is written.
+    """Verify the types of samples before an image is written.
 
     Raises:
         UserError: It is no list or a similar sequence, or a sample has an argument of a wrong type.
@@ -517,7 +519,7 @@ def _convert_sample(
 
 
 def check_text(text: object, where: str) -> None:
-    """Raise UserError for an object that is no text, or a text that files cannot represent."""
+    """Raise UserError for an object that is no text of a UTF-8 file."""
     if not isinstance(text, str):
         raise UserError(
             f"a {type(text).__name__} instead of a text",

@@ -33,6 +33,34 @@ def use_functions(functions: Mapping[str, PythonFunction]) -> Iterator[None]:
         _FUNCTIONS.reset(token)
 
 
+_REMEDIES = {
+    "metric": "pass one function; for several scores, it returns a dictionary of numbers",
+    "rewards": 'rewards=[function, {"name": function, "weight": 2.0}]',
+}
+
+
+def read_function(value: object, where: str, functions: dict[str, PythonFunction]) -> str:
+    """Return the name of a metric or reward in a recipe.
+
+    Args:
+        where: Name of the argument, `metric` or `rewards`.
+        functions: Functions of the call, to which one is added.
+
+    Raises:
+        UserError: The value is neither a name nor a function.
+    """
+    if callable(value):
+        return name_function(value, functions)
+    if isinstance(value, str):
+        return value
+    raise UserError(
+        f"a {type(value).__name__} ({value!r:.60})",
+        where=where,
+        expected="a name or a function",
+        remedy=_REMEDIES[where],
+    )
+
+
 def name_function(function: PythonFunction, functions: dict[str, PythonFunction]) -> str:
     """Add a function to those of a call, and return its name in recipes.
 
@@ -57,9 +85,10 @@ def is_python_function(name: str) -> bool:
 
 
 def hash_functions() -> dict[str, str]:
-    """Return digests of the code of the provided functions by name; "" without Python code.
+    """Return digests of the code of the provided functions by name.
 
-    Values of variables that a function uses are not part of its code.
+    The digest is empty for a callable without Python code. Values of variables that a function
+    uses are not part of its code.
     """
     digests = {}
     for name, function in _FUNCTIONS.get({}).items():
@@ -71,7 +100,7 @@ def hash_functions() -> dict[str, str]:
 
 
 def _describe_code(code: CodeType) -> str:
-    """Return the instructions, names and constants of a function without their line numbers."""
+    """Return the instructions, names and constants of a function."""
     constants = []
     for constant in code.co_consts:
         if isinstance(constant, CodeType):

@@ -202,7 +202,7 @@ def list_model_files(folder: ModelFolder) -> dict[str, Path]:
 
 
 def list_files(folder: Path) -> dict[str, Path]:
-    """List the files of a folder by name, apart from code and files of other programs."""
+    """List the data files of a model or adapter folder by name, without code."""
     files = {}
     for path in sorted(folder.iterdir()):
         if path.is_file() and any(fnmatchcase(path.name, one) for one in DOWNLOAD_PATTERNS):

@@ -266,9 +266,8 @@ class Model:
             open_session_store,
             write_sample_file,
         )
-        from finesight.evaluate.python_functions import use_functions
+        from finesight.evaluate.python_functions import read_function, use_functions
         from finesight.operations import find_operation
-        from finesight.operations.python_training import read_function
 
         data: StrPath | None = None
         if samples is None or isinstance(samples, str | os.PathLike):

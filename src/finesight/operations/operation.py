@@ -178,7 +178,7 @@ def to_path(value: StrPath | None) -> Path | None:
 
 
 def to_name(value: object, where: str = "") -> str:
-    """Convert a name, such as that of a file, run, model or metric, to text.
+    """Convert the name of a file, run, model or metric to text.
 
     Raises UserError for objects of other types, such as functions.
     """

@@ -74,7 +74,7 @@ def train(
         UserError: An argument is invalid, or the samples are not those of the run to resume.
         TrainingInterrupted: The run was interrupted and has saved a checkpoint.
     """
-    from finesight.evaluate.python_functions import use_functions
+    from finesight.evaluate.python_functions import read_function, use_functions
     from finesight.operations.training import train as train_recipe
     from finesight.recipe import recipe_from_dict
     from finesight.train.callbacks import check_callbacks
@@ -168,17 +168,6 @@ def _read_path(value: object, where: str, expected: str) -> str:
     raise _build_type_error(value, where, expected)
 
 
-def read_function(value: object, where: str, functions: dict[str, PythonFunction]) -> str:
-    """Return the name of a metric or reward in a recipe."""
-    from finesight.evaluate.python_functions import name_function
-
-    if callable(value):
-        return name_function(value, functions)
-    if isinstance(value, str):
-        return value
-    raise _build_type_error(value, where, "a name or a function")
-
-
 def _build_type_error(value: object, where: str, expected: str) -> UserError:
     return UserError(
         f"a {type(value).__name__} ({value!r:.60})",
@@ -191,8 +180,6 @@ def _build_type_error(value: object, where: str, expected: str) -> UserError:
 _REMEDIES = {
     "model": 'pass a name or a path, such as "finesight-tiny", result.run_dir or model.name',
     "output_dir": 'output_dir="runs/first"',
-    "metric": "pass one function; for several scores, it returns a dictionary of numbers",
-    "rewards": 'rewards=[function, {"name": function, "weight": 2.0}]',
     "resume": "resume=True",
     "train": 'train={"epochs": 3}, or epochs=3',
     "eval": 'eval={"every": 100}',
@@ -202,6 +189,8 @@ _REMEDIES = {
 
 def _build_reward(reward: Reward, functions: dict[str, PythonFunction]) -> str | Mapping[str, Any]:
     """Return an item of `rewards` in a recipe."""
+    from finesight.evaluate.python_functions import read_function
+
     if not isinstance(reward, Mapping):
         return read_function(reward, "rewards", functions)
     return {**reward, "name": read_function(reward.get("name", ""), "rewards", functions)}
@@ -343,7 +332,10 @@ def _compare_samples(run_dir: RunDir, splits: Splits) -> None:
 
 @contextmanager
 def translate_remedies() -> Iterator[None]:
-    """Convert steps in messages to calls, and the setting at the start of errors to an argument."""
+    """Convert steps and settings in messages to calls and arguments.
+
+    Of the settings, only those at the start of the location or expected value are converted.
+    """
     token = console_format.set(_format_call)
     try:
         yield

@@ -12,7 +12,7 @@ Callback = Callable[[int, Mapping[str, float]], object]
 
 
 def check_callbacks(callbacks: object, world_size: int) -> None:
-    """Verify the types of callbacks, and that one process trains if there are any.
+    """Verify the types of callbacks and the number of processes.
 
     Raises:
         UserError: They are no list of functions, or several processes train.

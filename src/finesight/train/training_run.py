@@ -264,7 +264,7 @@ def _is_in_folder(files: Sequence[Mapping[str, Any]], folder: Path) -> bool:
 
 
 def _warn_about_functions(run_dir: RunDir, log: Callable[[str], None]) -> None:
-    """Warn if a function of the Python program differs from that at the start of a resumed run.
+    """Warn if a metric or reward of a resumed run has other code than before.
 
     The code of a function depends on the version of Python.
     """

@@ -450,10 +450,20 @@ INVALID_FIELDS = [
 ]
 
 
-def test_types_are_checked_before_images_are_written(tmp_path):
-    samples = [*ONE, finesight.Sample(question=3)]
-    with pytest.raises(finesight.UserError, match="question is a int"):
+@pytest.mark.parametrize(
+    ("fields", "text"),
+    [
+        ({"question": 3}, "question is a int"),
+        ({"image": ["a.png", 3]}, "a int instead of an image"),
+        ({"answer": ["a", 3]}, "a int instead of an image"),
+        ({"messages": [finesight.Message("user", 3)]}, "a int as the content"),
+    ],
+)
+def test_types_are_checked_before_images_are_written(tmp_path, fields, text):
+    samples = [*ONE, finesight.Sample(**fields)]
+    with pytest.raises(finesight.UserError, match=text) as caught:
         convert_samples(samples, ImageStore(tmp_path), "samples")
+    assert caught.value.where == "samples[1]"
     assert list(tmp_path.iterdir()) == []
 
 
@@ -1012,6 +1022,7 @@ samples = [
     finesight.Sample(image=image, question="What?", answer="a"),
     finesight.Sample(image=[pixels, b"", "a.png"], question="What?", answer="b"),
     finesight.Sample(messages=[finesight.Message("user", [image, "What?"])]),
+    *finesight.api.read_samples("a.jsonl"),
 ]
 result = finesight.train(
     "m", samples, metric=metric, rewards=[metric], callbacks=[stop], epochs=3, output_dir="run"

@@ -132,6 +132,7 @@ class ImageStore:
         Raises:
             UserError: The object is no image, or cannot be written without loss.
         """
+        _check_image_type(image, where)
         if isinstance(image, str | os.PathLike):
             _check_path(str(image), where)
             return Path(os.path.abspath(os.path.expanduser(image)))
@@ -199,6 +200,19 @@ def _find_suffix(content: bytes, where: str) -> str:
     )
 
 
+def _check_image_type(image: object, where: str) -> None:
+    import numpy as np
+    from PIL import Image
+
+    if not isinstance(image, str | os.PathLike | bytes | Image.Image | np.ndarray):
+        raise UserError(
+            f"a {type(image).__name__} instead of an image",
+            where=where,
+            expected="a path, bytes of an image file, a PIL image, or a NumPy array",
+            remedy="convert it, for example with numpy.asarray(image)",
+        )
+
+
 def _convert_image(image: object, where: str) -> Image.Image:
     """Return a PIL image of a mode that PNG files represent, without metadata."""
     # Importing finesight must not import these packages.
@@ -207,13 +221,7 @@ def _convert_image(image: object, where: str) -> Image.Image:
 
     if isinstance(image, np.ndarray):
         image = _array_to_image(image, where)
-    if not isinstance(image, Image.Image):
-        raise UserError(
-            f"a {type(image).__name__} instead of an image",
-            where=where,
-            expected="a path, bytes of an image file, a PIL image, or a NumPy array",
-            remedy="convert it, for example with numpy.asarray(image)",
-        )
+    assert isinstance(image, Image.Image), "an image of a type that is not checked"
     try:
         image.load()
         # An opened file then equals its path, which is read with its EXIF orientation.
@@ -445,6 +453,10 @@ def _check_types(sample: object, where: str) -> None:
             for index, item in enumerate(value):
                 _check_type(item, (_ITEM_TYPES[name],), f"{name}[{index}]", where)
     _check_json(sample, where)
+    for image in list_images(sample.image):
+        _check_image_type(image, where)
+    for content in (sample.answer, sample.rejected, *(one.content for one in sample.messages)):
+        _check_content(content, where)
     if sample.messages and (sample.question or sample.answer or sample.image is not None):
         raise UserError(
             "messages beside image, question or answer",
@@ -464,6 +476,22 @@ def _check_type(value: object, types: tuple[type, ...], name: str, where: str) -
         remedy='finesight.Sample(image=image, question="...", answer="...", references=["..."]), or'
         ' for a conversation messages=[finesight.Message("user", [image, "..."]), ...]',
     )
+
+
+def _check_content(content: object, where: str) -> None:
+    """Verify the types of a turn and of its parts."""
+    if isinstance(content, str):
+        return
+    if not isinstance(content, list | tuple):
+        raise UserError(
+            f"a {type(content).__name__} as the content of a turn",
+            where=where,
+            expected="a text, or a list of texts, images and boxes",
+            remedy='finesight.Message("user", [image, "..."]), or answer="..."',
+        )
+    for part in content:
+        if not isinstance(part, str | BoxPart | ToolCallPart):
+            _check_image_type(part, where)
 
 
 def _check_json(sample: Sample, where: str) -> None:
@@ -541,13 +569,6 @@ def check_text(text: object, where: str) -> None:
 def _convert_content(content: Content, store: ImageStore, where: str) -> list[ContentPart]:
     if isinstance(content, str):
         return [TextPart(text=content)]
-    if not isinstance(content, list | tuple):
-        raise UserError(
-            f"a {type(content).__name__} as the content of a turn",
-            where=where,
-            expected="a text, or a list of texts, images and boxes",
-            remedy='finesight.Message("user", [image, "..."]), or answer="..."',
-        )
     parts: list[ContentPart] = []
     for part in content:
         if isinstance(part, str):

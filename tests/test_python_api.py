@@ -1022,8 +1022,8 @@ samples = [
     finesight.Sample(image=image, question="What?", answer="a"),
     finesight.Sample(image=[pixels, b"", "a.png"], question="What?", answer="b"),
     finesight.Sample(messages=[finesight.Message("user", [image, "What?"])]),
-    *finesight.api.read_samples("a.jsonl"),
 ]
+print(finesight.api.read_samples("a.jsonl")[0].folder)
 result = finesight.train(
     "m", samples, metric=metric, rewards=[metric], callbacks=[stop], epochs=3, output_dir="run"
 )

@@ -20,6 +20,7 @@ _LOCATIONS = {
     "Model": "finesight.operations.model:Model",
     "Sample": "finesight.data.memory_samples:Sample",
     "StopTraining": "finesight.errors:StopTraining",
+    "TrainingClient": "finesight.operations.training_client:TrainingClient",
     "TrainingInterrupted": "finesight.errors:TrainingInterrupted",
     "UserError": "finesight.errors:UserError",
     "load": "finesight.api:load_model",

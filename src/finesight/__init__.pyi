@@ -9,11 +9,12 @@ from finesight.errors import TrainingInterrupted as TrainingInterrupted
 from finesight.errors import UserError as UserError
 from finesight.operations.model import Model as Model
 from finesight.operations.python_training import train as train
+from finesight.operations.training_client import TrainingClient as TrainingClient
 
 __version__: str
 __all__ = [
-    "Message", "Model", "Sample", "StopTraining", "TrainingInterrupted", "UserError", "load",
-    "train",
+    "Message", "Model", "Sample", "StopTraining", "TrainingClient", "TrainingInterrupted",
+    "UserError", "load", "train",
 ]  # fmt: skip
 
 def make_callable(package: str) -> None: ...

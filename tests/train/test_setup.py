@@ -230,11 +230,11 @@ def test_each_builder_works_alone(recipe):
     run = build_run(checked, hardware, data, RunDir(recipe.output_dir), console)
     assert run.resume_config["train.batch_size"] == 4
     assert load_latest_checkpoint(run, resume=True) is None
-    model = load_base_model(run)
+    model = load_base_model(recipe, checked.base_model, hardware, console)
     names = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert all("adapter" in name for name in names)
     parallel = parallelize_model(recipe, model, hardware.dtype, hardware.process_group)
-    optimizer = build_optimizer(run, parallel, {})
+    optimizer = build_optimizer(recipe, hardware.process_group, parallel, {})
     assert optimizer.master_weights().keys() == names
     step_dataset = build_step_dataset(recipe, data, data.sampler, model)
     assert step_dataset.get_step(0).num_samples == 4

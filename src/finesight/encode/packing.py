@@ -203,6 +203,26 @@ def _count_required_tokens(sample: EncodedSample) -> int:
     return sample.tokenized.num_packed_tokens
 
 
+def plan_sample_packs(
+    samples: Sequence[EncodedSample], token_budget: int, *, use_shared_prefix: bool
+) -> tuple[list[list[int]], int]:
+    """Return the samples of each pack by position, and the length of their shared prefix.
+
+    Inputs of a Hugging Face processor cannot be packed, and a pair is a pack of its own.
+    """
+    tokenized: list[TokenizedSample] = []
+    lengths: list[int] = []
+    for sample in samples:
+        tokenized.append(sample.tokenized)
+        lengths.append(sample.tokenized.num_packed_tokens)
+        if sample.hf_inputs or sample.tokenized.response_starts:
+            token_budget = 1
+    prefix_length = 0
+    if use_shared_prefix:
+        prefix_length = find_shared_prefix_length(tokenized)
+    return plan_packs(lengths, token_budget, prefix_length), prefix_length
+
+
 def plan_packs(
     lengths: Sequence[int], token_budget: int, prefix_length: int = 0
 ) -> list[list[int]]:

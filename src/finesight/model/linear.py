@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -445,6 +446,20 @@ def iter_adapters(model: nn.Module) -> Iterator[tuple[str, FusedLinear, LoraLine
     for path, module in model.named_modules():
         if isinstance(module, FusedLinear) and isinstance(module.adapter, LoraLinear):
             yield path, module, module.adapter
+
+
+@contextmanager
+def disable_dropout(model: nn.Module) -> Iterator[None]:
+    """Disable the dropout of all adapters within the context."""
+    saved: list[tuple[LoraLinear, float]] = []
+    for _, _, adapter in iter_adapters(model):
+        saved.append((adapter, adapter.dropout))
+        adapter.dropout = 0.0
+    try:
+        yield
+    finally:
+        for adapter, p in saved:
+            adapter.dropout = p
 
 
 def hub_name(path: str, output_name: str) -> str:

@@ -83,10 +83,10 @@ def train(
     functions: dict[str, PythonFunction] = {}
     both_splits = {"train": samples, "eval": val_samples}
     with translate_remedies():
-        recipe = _build_settings(settings)
-        recipe["model"] = _read_path(model, "model", "the name or folder of a model")
+        recipe = build_settings(settings)
+        recipe["model"] = read_path(model, "model", "the name or folder of a model")
         # The result stands for the run in any working directory.
-        folder = os.path.expanduser(_read_path(output_dir, "output_dir", "a folder"))
+        folder = os.path.expanduser(read_path(output_dir, "output_dir", "a folder"))
         recipe["output_dir"] = os.path.abspath(folder)
         if not isinstance(resume, bool):
             raise _build_type_error(resume, "resume", "True or False")
@@ -112,7 +112,7 @@ def train(
             return train_recipe(recipe, resume=resume, callbacks=callback_list).value
 
 
-def _build_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+def build_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return the sections of a recipe, in which `train` has the settings without a section."""
     from finesight.config import Recipe
 
@@ -161,7 +161,7 @@ def _as_list(value: Any) -> list[Any]:
     return [value]
 
 
-def _read_path(value: object, where: str, expected: str) -> str:
+def read_path(value: object, where: str, expected: str) -> str:
     """Return a name or path as text. A result stands for its run."""
     if isinstance(value, str | os.PathLike):
         return os.fspath(value)

@@ -172,12 +172,12 @@ class CheckpointManager:
             if folder_name:
                 with process_group.sync_errors():
                     tensors = {WEIGHTS_FILE: weights, OPTIMIZER_FILE: optimizer_state}
-                    _write_tensors(self.checkpoint_dir / folder_name, tensors, process_group)
+                    write_shards(self.checkpoint_dir / folder_name, tensors, process_group)
             if folder is not None:
                 if not process_group.is_single_process:
                     # A shared disk may show the files of other ranks with a delay.
                     for name in (WEIGHTS_FILE, OPTIMIZER_FILE):
-                        _open_tensors(folder, name)
+                        open_shards(folder, name)
                 (folder / STATE_FILE).write_text(state.model_dump_json(indent=1) + "\n")
         if process_group.is_main:
             self._remove_old_checkpoints(state)
@@ -250,13 +250,14 @@ class CheckpointManager:
                 error.what, where=error.where, expected=error.expected, remedy=remedy
             ) from error
         state = _read_state(folder / STATE_FILE, remedy)
-        weights = _open_tensors(folder, WEIGHTS_FILE)
-        return Checkpoint(state, weights, _open_tensors(folder, OPTIMIZER_FILE))
+        weights = open_shards(folder, WEIGHTS_FILE)
+        return Checkpoint(state, weights, open_shards(folder, OPTIMIZER_FILE))
 
 
-def _write_tensors(
+def write_shards(
     folder: Path, content: Mapping[str, Mapping[str, Tensor]], process_group: ProcessGroup
 ) -> None:
+    """Write tensors by name to each file of a checkpoint, or those of this rank."""
     for name, tensors in content.items():
         file = folder / _shard_name(name, process_group.rank, process_group.world_size)
         # One at a time: GPU memory may not suffice for fp32 copies of all tensors.
@@ -271,7 +272,7 @@ def _shard_name(name: str, rank: int, world_size: int) -> str:
     return f"{stem}-{rank + 1:05}-of-{world_size:05}.{extension}"
 
 
-def _open_tensors(folder: Path, name: str) -> LazyTensors:
+def open_shards(folder: Path, name: str) -> LazyTensors:
     """Return the tensors of a file in a checkpoint, which are read on access.
 
     A sharded run writes one file per rank. The rows of a tensor are then concatenated. Scalars are

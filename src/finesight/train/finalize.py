@@ -11,10 +11,12 @@ from math import fsum, isfinite
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
 from finesight.bounded_files import read_bytes
+from finesight.config import ImageRule
 from finesight.encode.renderer import is_native
 from finesight.errors import TrainingInterrupted, UserError, format_count
 from finesight.evaluate import custom_metric
@@ -31,7 +33,7 @@ from finesight.evaluate.metric_difference import (
 from finesight.evaluate.prediction_file import read_predictions
 from finesight.evaluate.score_format import format_score, format_score_change
 from finesight.manifest import PARAM_AUDIT_FILE, RESULT_FILE
-from finesight.model.hf_backend import save_auto_model
+from finesight.model.hf_backend import AnyModel, save_auto_model
 from finesight.model.linear import iter_adapters
 from finesight.model.lora.peft_io import save_adapter
 from finesight.model_folder import ModelFolder
@@ -442,19 +444,12 @@ def _save_weights(state: TrainState, step: int, wait_for_checkpoint: Callable[[]
     base = state.run.base_model
     model = state.engine.model
     has_full_parts = state.run.recipe.tune.has_mode("full")
-    lora_layers = [(layer, adapter) for _, layer, adapter in iter_adapters(model)]
+    has_adapter = next(iter_adapters(model), None) is not None
     if has_full_parts and not run_dir.model_dir.exists():
         with write_folder(run_dir.model_dir, wait_for_checkpoint) as folder:
-            for layer, _ in lora_layers:
-                layer.adapter = None
-            try:
-                save_auto_model(model, base.folder, folder, state.run.hardware.dtype)
-            finally:
-                for layer, adapter in lora_layers:
-                    layer.adapter = adapter
-            if is_native(base.folder):
-                write_processor_limits(folder, base.folder, state.data.renderer.image_rule)
-    if not lora_layers or run_dir.adapter_dir.exists():
+            image_rule = state.data.renderer.image_rule
+            save_full_model(folder, model, base.folder, state.run.hardware.dtype, image_rule)
+    if not has_adapter or run_dir.adapter_dir.exists():
         return
     adapter_base = base.folder
     base_name = base.name
@@ -475,6 +470,25 @@ def _save_weights(state: TrainState, step: int, wait_for_checkpoint: Callable[[]
             base_fingerprint=adapter_base.fingerprint(),
             master_values=weights,
         )
+
+
+def save_full_model(
+    folder: Path, model: AnyModel, base: ModelFolder, dtype: torch.dtype, image_rule: ImageRule
+) -> None:
+    """Write a model without its adapters, and the files of its base model, to a folder.
+
+    The folder must exist; use `storage.write_folder` for an atomic write.
+    """
+    lora_layers = [(layer, adapter) for _, layer, adapter in iter_adapters(model)]
+    for layer, _ in lora_layers:
+        layer.adapter = None
+    try:
+        save_auto_model(model, base, folder, dtype)
+    finally:
+        for layer, adapter in lora_layers:
+            layer.adapter = adapter
+    if is_native(base):
+        write_processor_limits(folder, base, image_rule)
 
 
 def load_result(run_dir: RunDir) -> RunResult | None:

@@ -81,35 +81,19 @@ class Rollout(ABC):
         """Sample the responses of each prompt; prompts share their keys and values."""
         state = self.state
         count = len(prompts)
-        image_hashes = [hash_images(prompt) for _, prompt in prompts]
-
-        def build_request(number: int, position: int) -> GenerationRequest:
-            index, prompt = prompts[position]
-            name = f"{self.seed}/{step}/{index}/{number}"
-            digest = hashlib.sha256(name.encode()).digest()
-            params = SamplingParams(
-                temperature=self.sampling.temperature,
-                seed=int.from_bytes(digest[:7], "little"),
-                banned_ids=self.banned_ids,
-            )
-            return GenerationRequest(
-                prompt=prompt,
-                max_new_tokens=self.sampling.max_completion_length,
-                sampling_params=params,
-                logprobs=0,
-                processed_logprobs=True,
-                image_hashes=image_hashes[position],
-            )
 
         def on_progress(num_finished: int) -> None:
             if state.run.hardware.process_group.is_single_process:
                 state.run.stop.raise_if_requested()
 
-        # The first responses of all prompts precede the others, which reuse their prompts.
-        requests = []
-        for number in range(self.sampling.num_generations):
-            for position in range(count):
-                requests.append(build_request(number, position))
+        requests = build_requests(
+            [prompt for _, prompt in prompts],
+            [f"{self.seed}/{step}/{index}" for index, _ in prompts],
+            self.sampling.num_generations,
+            self.sampling.max_completion_length,
+            self.sampling.temperature,
+            self.banned_ids,
+        )
         state.engine.model.eval()
         try:
             responses = self.sampler.sample(
@@ -124,14 +108,54 @@ class Rollout(ABC):
     def can_keep_engine(self) -> bool:
         """Return whether the inference engine with its CUDA graphs can stay for the next step."""
         # The graphs of an engine refer to the weights, which sharded modes gather elsewhere.
-        if self.sampler.is_sharded:
-            return False
-        device = self.state.run.hardware.device
-        free = free_gpu_memory(device)
-        if not free:  # on a CPU
-            return False
-        # Graphs need half of the GPU memory.
-        return 2 * free > torch.cuda.get_device_properties(device).total_memory
+        return not self.sampler.is_sharded and has_memory_for_engine(self.state.run.hardware.device)
+
+
+def has_memory_for_engine(device: torch.device) -> bool:
+    """Return whether an inference engine with its CUDA graphs can stay beside the training."""
+    free = free_gpu_memory(device)
+    if not free:  # on a CPU
+        return False
+    # Graphs need half of the GPU memory.
+    return 2 * free > torch.cuda.get_device_properties(device).total_memory
+
+
+def build_requests(
+    prompts: Sequence[EncodedSample],
+    names: Sequence[str],
+    num_responses: int,
+    max_new_tokens: int,
+    temperature: float,
+    banned_ids: tuple[int, ...],
+) -> list[GenerationRequest]:
+    """Build the requests for the responses to prompts, of which each has its own seed.
+
+    The first responses of all prompts precede the others, which reuse their prompts.
+
+    Args:
+        names: Name of each prompt, from which the seeds of its responses derive.
+        banned_ids: Tokens that responses never contain.
+    """
+    image_hashes = [*map(hash_images, prompts)]
+    requests = []
+    for number in range(num_responses):
+        for prompt, name, hashes in zip(prompts, names, image_hashes, strict=True):
+            digest = hashlib.sha256(f"{name}/{number}".encode()).digest()
+            params = SamplingParams(
+                temperature=temperature,
+                seed=int.from_bytes(digest[:7], "little"),
+                banned_ids=banned_ids,
+            )
+            request = GenerationRequest(
+                prompt=prompt,
+                max_new_tokens=max_new_tokens,
+                sampling_params=params,
+                logprobs=0,
+                processed_logprobs=True,
+                image_hashes=hashes,
+            )
+            requests.append(request)
+    return requests
 
 
 def join_responses(
@@ -149,3 +173,25 @@ def join_responses(
 def list_ids(tokens: Sequence[GeneratedToken]) -> list[int]:
     """List the ids of generated tokens."""
     return [token.id for token in tokens]
+
+
+def split_responses(
+    num_prompt_tokens: int, lengths: Sequence[int], token_budget: int
+) -> list[list[int]]:
+    """Return the responses to a prompt of each pack by position, within a token budget.
+
+    Args:
+        lengths: Number of tokens of each response.
+    """
+    budget = token_budget - num_prompt_tokens
+    chunks: list[list[int]] = []
+    chunk_length = 0
+    for position, num_tokens in enumerate(lengths):
+        # With the last token of the prompt, which predicts the first token of the response.
+        length = num_tokens + 1
+        if not chunks or chunk_length + length > budget:
+            chunks.append([])
+            chunk_length = 0
+        chunks[-1].append(position)
+        chunk_length += length
+    return chunks

@@ -17,8 +17,9 @@ import torch
 from finesight import __version__
 from finesight.config import Recipe, TrainSettings, find_section_owner
 from finesight.data.augmentation import Augmenter
+from finesight.data.prompt_format import PromptFormat
 from finesight.encode.context_shard import SampleShape
-from finesight.encode.renderer import is_native
+from finesight.encode.renderer import Renderer, is_native
 from finesight.errors import UserError
 from finesight.evaluate.python_functions import hash_functions
 from finesight.family_components import FAMILIES
@@ -117,12 +118,11 @@ def list_train_plugins(train: TrainSettings) -> Iterator[PluginRecord]:
             yield plugin
 
 
-def build_manifest(state: TrainState) -> Manifest:
+def build_manifest(
+    recipe: Recipe, base_model: BaseModelRef, renderer: Renderer, prompt_format: PromptFormat
+) -> Manifest:
     """Build the manifest of a run, which evaluation, prediction and merging read."""
-    base_model = state.run.base_model
-    recipe = state.run.recipe
     family = base_model.folder.family
-    renderer = state.data.renderer
     settings = recipe.eval
     plugins = [FAMILIES.find_plugin(family)]
     if not FAMILIES.describe(family).architecture:
@@ -140,7 +140,6 @@ def build_manifest(state: TrainState) -> Manifest:
     enable_thinking = None
     if renderer.renders_reasoning:
         enable_thinking = renderer.has_reasoning
-    prompt_format = state.data.train.find_prompt_format()
     return Manifest(
         family=family,
         base_model=base_model.name,
@@ -206,7 +205,7 @@ def build_state(
         with process_group.sync_errors():
             if process_group.is_main:
                 check_inputs(run, data)
-    model = load_base_model(run)
+    model = load_base_model(recipe, checked.base_model, hardware, console)
     engine = build_train_engine(run, data, model, checked.objective)
     state = TrainState(run, data, engine, build_progress(recipe))
     if checkpoint is not None:
@@ -317,7 +316,7 @@ def build_train_engine(
     # Read before the model is distributed, which replaces its parameters.
     stacked_rows = stacked_row_counts(model)
     parallel = parallelize_model(recipe, model, hardware.dtype, hardware.process_group)
-    optimizer = build_optimizer(run, parallel, stacked_rows)
+    optimizer = build_optimizer(recipe, hardware.process_group, parallel, stacked_rows)
     model.train()
     return TrainEngine(
         model=model,
@@ -341,16 +340,18 @@ def build_train_engine(
 
 
 def build_optimizer(
-    run: RunContext, parallel: ParallelStrategy, stacked_rows: Mapping[str, Sequence[int]]
+    recipe: Recipe,
+    process_group: ProcessGroup,
+    parallel: ParallelStrategy,
+    stacked_rows: Mapping[str, Sequence[int]],
 ) -> MasterWeightOptimizer:
     """Build the optimizer of the trainable parameters of this rank.
 
     Args:
         stacked_rows: Result of `stacked_row_counts`.
     """
-    recipe = run.recipe
     optimizer = MasterWeightOptimizer(parallel.trainable_params, recipe.train, stacked_rows)
-    if not (run.hardware.process_group.is_single_process or parallel.is_sharded):
+    if not (process_group.is_single_process or parallel.is_sharded):
         optimizer.use_flat_gradients()
     optimizer.keep_out_of_forks()
     return optimizer
@@ -480,12 +481,10 @@ def _log_overrides(state: TrainState) -> None:
         console.log(f"samples of more than {max_tokens:,} tokens are split over all ranks")
 
 
-def load_base_model(run: RunContext) -> AnyModel:
+def load_base_model(
+    recipe: Recipe, base_model: BaseModelRef, hardware: Hardware, console: ProgressConsole
+) -> AnyModel:
     """Load the base model, and set up its trainable and frozen parts."""
-    recipe = run.recipe
-    hardware = run.hardware
-    base_model = run.base_model
-    console = run.console
     with console.activity(f"loading the weights of {recipe.model}"):
         model = load_auto_model(
             base_model.folder,

@@ -12,7 +12,7 @@ import torch
 from finesight.data.line_index import UnreadableFileError
 from finesight.encode.batch import PackedBatch
 from finesight.encode.context_shard import ContextShard
-from finesight.encode.packing import find_shared_prefix_length, pack, plan_packs
+from finesight.encode.packing import pack, plan_sample_packs
 from finesight.encode.tokenization import EncodedSample, find_sample_error
 from finesight.errors import UserError
 from finesight.train.prefetch import prefetch_items
@@ -101,8 +101,13 @@ class StepDataset:
         shards: Sequence[ContextShard] = (),
     ) -> tuple[StepBatch, TensorBlock]:
         """Pack the encoded samples of a step; see `build_step`."""
-        own_groups, prefix_length = self._group_samples(own_samples)
-        groups = [[sample] for sample in split_samples] + own_groups
+        own_encoded = [encoded for _, encoded in own_samples]
+        own_packs, prefix_length = plan_sample_packs(
+            own_encoded, self.pack_tokens, use_shared_prefix=self.use_shared_prefix
+        )
+        groups = [[sample] for sample in split_samples]
+        for positions in own_packs:
+            groups.append([own_samples[position] for position in positions])
         sample_indices: list[tuple[int, ...]] = []
         specs: list[TensorSpec] = []
         for group in groups:
@@ -127,30 +132,6 @@ class StepDataset:
             step_index, tuple(packs), tuple(skipped), tuple(sample_indices), cache_inputs
         )
         return step_batch, block
-
-    def _group_samples(
-        self, samples: Sequence[IndexedSample]
-    ) -> tuple[list[list[IndexedSample]], int]:
-        """Return the samples of each pack, and the length of the prefix that all samples share."""
-        tokenized = []
-        lengths = []
-        for _, encoded in samples:
-            tokenized.append(encoded.tokenized)
-            lengths.append(encoded.tokenized.num_packed_tokens)
-        # Inputs of a Hugging Face processor cannot be packed, and a pair is one pack.
-        is_single = any(
-            encoded.hf_inputs or encoded.tokenized.response_starts for _, encoded in samples
-        )
-        budget = self.pack_tokens
-        if is_single:
-            budget = 1
-        prefix_length = 0
-        if self.use_shared_prefix:
-            prefix_length = find_shared_prefix_length(tokenized)
-        groups = []
-        for positions in plan_packs(lengths, budget, prefix_length):
-            groups.append([samples[position] for position in positions])
-        return groups, prefix_length
 
     def _read_split_samples(
         self, step_index: int

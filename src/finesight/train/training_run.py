@@ -287,7 +287,13 @@ def _prepare_run_dir(state: TrainState) -> None:
     run_dir = state.run.run_dir
     progress = state.progress
     if not progress.step:
-        run_dir.initialize(state.run.recipe, build_manifest(state))
+        manifest = build_manifest(
+            state.run.recipe,
+            state.run.base_model,
+            state.data.renderer,
+            state.data.train.find_prompt_format(),
+        )
+        run_dir.initialize(state.run.recipe, manifest)
     save_tensors(run_dir.images_path, state.data.images())
     state.run.checkpoint_manager.quarantine_after(progress.step)
     run_dir.truncate_metrics(progress.step, progress.last_eval_step)

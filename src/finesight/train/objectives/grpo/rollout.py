@@ -37,7 +37,7 @@ from finesight.model.linear import LoraLinear
 from finesight.storage import append_line
 from finesight.train.objectives.grpo import COMPONENT
 from finesight.train.recipe_check import MAX_TRUNCATED_SHARE, suggest_completion_length
-from finesight.train.rollout import Rollout, join_responses, list_ids
+from finesight.train.rollout import Rollout, join_responses, list_ids, split_responses
 from finesight.train.state import TrainState
 from finesight.train.step_batch import SkippedSample, StepBatch
 from finesight.train.token_logps import compute_token_logps
@@ -447,18 +447,11 @@ class GrpoRollout(Rollout):
 
     def split_group(self, group: Group) -> list[list[int]]:
         """Split the responses of a group that contribute to the loss by the token budget."""
-        budget = self.state.progress.budget.pack_tokens - group.prompt.tokenized.num_tokens
-        chunks: list[list[int]] = []
-        chunk_length = 0
-        for n in self.list_used(group):
-            # With the last token of the prompt, which predicts the first token of the response.
-            length = len(group.responses[n]) + 1
-            if not chunks or chunk_length + length > budget:
-                chunks.append([])
-                chunk_length = 0
-            chunks[-1].append(n)
-            chunk_length += length
-        return chunks
+        used = self.list_used(group)
+        lengths = [len(group.responses[n]) for n in used]
+        budget = self.state.progress.budget.pack_tokens
+        chunks = split_responses(group.prompt.tokenized.num_tokens, lengths, budget)
+        return [[used[position] for position in chunk] for chunk in chunks]
 
     @torch.no_grad()
     def compute_reference(self, packed_batch: PackedBatch) -> Tensor:

@@ -38,8 +38,9 @@ def run_loop(model: Path, data: Path, batch_size: int, num_steps: int) -> dict[s
     import torch
 
     import finesight
+    from finesight.api import read_samples
 
-    samples = finesight.api.read_samples(data)
+    samples = read_samples(data)
     tune = {"language": "lora", "lora": {"rank": RANK, "alpha": 2 * RANK}}
     image = {"height": IMAGE_SIDE, "width": IMAGE_SIDE}
     client = finesight.TrainingClient(model, tune=tune, image=image, precision="bf16")

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -115,6 +116,20 @@ def test_notebook_runs_repeatedly(tmp_path, monkeypatch, capsys):
     output = capsys.readouterr().out
     assert "s per step" in output
     assert "validation_loss" in output
+
+
+@pytest.mark.parametrize("name", ["training_loop", "grpo_loop"])
+def test_loops_learn(name, tmp_path):
+    """Run the complete examples of training loops, whose answers become correct."""
+    script = EXAMPLES / f"{name}.py"
+    assert len(script.read_text(encoding="utf-8").splitlines()) <= 150
+    done = subprocess.run(
+        [sys.executable, str(script)], capture_output=True, text=True, cwd=tmp_path, check=True
+    )
+    before, after = map(float, re.findall(r"^accuracy \w+: ([\d.]+)$", done.stdout, re.MULTILINE))
+    assert before < 0.8
+    assert after >= 0.9
+    assert (tmp_path / "dots-adapter" / "adapter_config.json").exists() == (name == "training_loop")
 
 
 @pytest.fixture

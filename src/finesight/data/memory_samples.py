@@ -586,15 +586,20 @@ def write_sample_file(samples: Sequence[FileSample], file: Path) -> None:
     write_file(file, b"".join(encode_samples(samples)))
 
 
-def locate_samples(samples: Sequence[AnySample]) -> list[LocatedSample]:
-    """Write the images of samples to files that last until the end of the session.
+def locate_samples(
+    samples: Sequence[AnySample], store: ImageStore | None = None
+) -> list[LocatedSample]:
+    """Write the images of samples to files.
+
+    Args:
+        store: Folder of the files; by default, they last until the end of the session.
 
     Raises:
         UserError: A sample is invalid.
     """
     check_samples(samples, "samples", may_be_empty=True)
     located: list[LocatedSample] = []
-    store = open_session_store()
+    store = store or open_session_store()
     for index, sample in enumerate(samples):
         if not isinstance(sample, LocatedSample):
             converted = _convert_sample(sample, store, f"samples[{index}]", require_answer=False)

@@ -329,7 +329,7 @@ class ResponseSampler:
     batch_size: int
     is_sharded: bool
     engine: Engine | None = None
-    capacity: tuple[int, int, int] = 0, 0, 0
+    capacity: tuple[int, int, int, int] = 0, 0, 0, 0
 
     def sample(
         self,
@@ -350,7 +350,7 @@ class ResponseSampler:
             except torch.OutOfMemoryError:
                 engine = None
                 self.engine = None
-                self.capacity = (0, 0, 0)
+                self.capacity = (0, 0, 0, 0)
                 self.batch_size = min(self.batch_size, len(waiting)) // 2
                 if not self.batch_size:
                     raise
@@ -365,14 +365,14 @@ class ResponseSampler:
         num_seqs = min(self.batch_size, len(requests))
         num_prompts = min(num_seqs, len({id(request.prompt) for request in requests}))
         max_length = max(request.prompt.tokenized.num_tokens for request in requests)
-        required = num_seqs, num_prompts, max_length
+        max_tokens = max(request.max_new_tokens for request in requests)
+        required = num_seqs, num_prompts, max_length, max_tokens
         if self.engine is None or any(map(operator.gt, required, self.capacity)):
             self.engine = None  # free its memory first
-            num_seqs, num_prompts, max_length = map(max, required, self.capacity)
-            self.capacity = num_seqs, num_prompts, max_length
+            num_seqs, num_prompts, max_length, max_tokens = map(max, required, self.capacity)
+            self.capacity = num_seqs, num_prompts, max_length, max_tokens
             # Responses to one prompt share its blocks, except for the last one.
             lengths = [max_length] * num_prompts + [GPU_BLOCK_SIZE] * (num_seqs - num_prompts)
-            max_tokens = requests[0].max_new_tokens
             self.engine = Engine(
                 self.model,
                 self.end_ids,

@@ -11,46 +11,62 @@ from __future__ import annotations
 import math
 import os
 import secrets
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from itertools import chain
+from contextlib import contextmanager
+from dataclasses import replace
+from numbers import Real
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from pydantic import BaseModel
 from torch import Tensor
 
 from finesight.data.memory_samples import (
     AnySample,
+    ImageStore,
     convert_samples,
     locate_samples,
     open_session_store,
     write_sample_file,
 )
 from finesight.data.prompt_format import DEFAULT_PROMPT_FORMAT
+from finesight.data.sample import LocatedSample
+from finesight.data.sample import Sample as FileSample
 from finesight.encode.batch import PackedBatch
 from finesight.encode.family import ThinkingOptions
 from finesight.encode.packing import pack, plan_sample_packs
 from finesight.encode.renderer import is_native
-from finesight.encode.tokenization import EncodedSample, find_sample_error
-from finesight.errors import UserError, format_count
-from finesight.evaluate.eval_case import EvalCase, get_reference_answer
+from finesight.encode.tokenization import find_sample_error
+from finesight.errors import UserError
+from finesight.evaluate.eval_case import get_reference_answer
 from finesight.evaluate.prediction_file import create_case
 from finesight.infer.prediction import (
     NUM_READER_THREADS,
-    Prediction,
     ResponseSampler,
     build_prediction,
 )
 from finesight.manifest import MANIFEST_FILE
-from finesight.model.hf_backend import HfModel
 from finesight.model.linear import disable_dropout, stacked_row_counts
 from finesight.model.lora.peft_io import save_adapter
 from finesight.model.vlm import VisionLanguageModel
+from finesight.objective_components import OBJECTIVES
 from finesight.operations.operation import StrPath, check_counts
 from finesight.operations.python_training import build_settings, read_path, translate_remedies
+from finesight.operations.training_batch import (
+    Batch,
+    BatchLoader,
+    ResponseGroup,
+    add_inputs,
+    check_batch,
+    check_kinds,
+    check_single_answers,
+    number_responses,
+    pack_group,
+)
 from finesight.progress import ProgressConsole
 from finesight.recipe import recipe_from_dict
 from finesight.storage import verify_folder, write_folder
@@ -71,9 +87,7 @@ from finesight.train.recipe_check import check_recipe, load_run_data
 from finesight.train.rollout import (
     build_requests,
     has_memory_for_engine,
-    join_responses,
     list_ids,
-    split_responses,
 )
 from finesight.train.setup import (
     build_device_loader,
@@ -87,16 +101,12 @@ from finesight.train.setup import (
     start_device,
 )
 from finesight.train.step import forward_backward, micro_batch_seed
-from finesight.train.step_dataset import StepDataset, read_steps
 
 if TYPE_CHECKING:
     from finesight.config import Recipe
-    from finesight.encode.renderer import Renderer
+    from finesight.infer.request import GeneratedToken, GenerationRequest
 
-Batch = tuple[PackedBatch, ...]
-"""Packs of a training step."""
-
-UNUSED_SETTINGS = (
+LOOP_SETTINGS = (
     "epochs",
     "steps",
     "batch_size",
@@ -104,6 +114,11 @@ UNUSED_SETTINGS = (
     "lr_schedule",
     "warmup",
     "objective",
+    "data.train",
+)
+"""Settings of a run that a program decides itself."""
+
+UNUSED_SETTINGS = (
     "vision_cache",
     "parallel",
     "save_every",
@@ -112,53 +127,9 @@ UNUSED_SETTINGS = (
     "rewards",
     "track",
     "output_dir",
-    "data.train",
     "data.eval",
 )
-"""Settings of a run that a program decides itself, or that a client has no use for."""
-
-
-@dataclass(frozen=True, slots=True, repr=False)
-class ResponseGroup:
-    """Sampled responses to one prompt.
-
-    Attributes:
-        predictions: Responses with their texts, tokens and log-probabilities.
-        cases: Responses with the references of the prompt, inputs of metrics and rewards.
-    """
-
-    prompt: EncodedSample
-    predictions: tuple[Prediction, ...]
-    cases: tuple[EvalCase, ...]
-
-    @property
-    def texts(self) -> list[str]:
-        return [prediction.text for prediction in self.predictions]
-
-    def __repr__(self) -> str:
-        first = self.predictions[0].text
-        count = format_count(len(self.predictions), "response")
-        return f"<{type(self).__name__} of {count}, the first is {first!r:.60}>"
-
-
-@dataclass(frozen=True, slots=True)
-class BatchLoader:
-    """Batches of a training, read by worker processes during the iteration."""
-
-    dataset: StepDataset
-    num_workers: int
-    pin_memory: bool
-    console: ProgressConsole
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __iter__(self) -> Iterator[Batch]:
-        for step_batch in read_steps(self.dataset, 0, self.num_workers, self.pin_memory):
-            for one in step_batch.skipped:
-                self.console.log(f"skipped {one.id}: {one.reason}")
-            if step_batch.packs:
-                yield step_batch.packs
+"""Settings of a run that a client has no use for."""
 
 
 class ClientState(BaseModel):
@@ -167,11 +138,13 @@ class ClientState(BaseModel):
     Attributes:
         loss_scale: State of the fp16 loss scaler.
         resume_config: Settings and fingerprints that must be the same, by name.
+        num_samplings: Number of calls of `sample`, from which their seeds derive.
     """
 
     step: int
     loss_scale: dict[str, float]
     resume_config: dict[str, Any]
+    num_samplings: int = 0
 
 
 class TrainingClient:
@@ -183,12 +156,14 @@ class TrainingClient:
         renderer: Tokenizer, chat template and image processor.
     """
 
-    def __init__(self, model: StrPath, *, thinking: bool = False, **settings: Any) -> None:
+    @translate_remedies()
+    def __init__(self, model: StrPath, *, thinking: bool | None = None, **settings: Any) -> None:
         """Load a model for training.
 
         Args:
             model: Name or folder of the model, as in a recipe. An adapter is trained further.
-            thinking: Whether prompts of `sample` ask a thinking model to reason.
+            thinking: Whether prompts of `sample` ask a thinking model to reason. By default, as
+                most samples of `load_batches` do, and not before.
             settings: Settings of a recipe: those of its section `train` by name, such as
                 `weight_decay=0.1`, and other sections as dictionaries, such as
                 `tune={"language": "lora"}`. `epochs`, `batch_size` and the learning rate are
@@ -207,17 +182,26 @@ class TrainingClient:
             )
         self._name = read_path(model, "model", "the name or folder of a model")
         self._settings = settings
-        # A recipe names files; this one is written only by `load_batches`.
-        recipe = self._build_recipe(open_session_store().folder / "none.jsonl")
+        # A recipe names files. The samples come later, so that this one does not exist.
+        recipe = self._build_recipe(open_session_store().folder / "samples.jsonl")
+        if recipe.tune.has_mode("lora") and recipe.tune.has_mode("full"):
+            raise UserError(
+                "an adapter beside fully trained parts",
+                where="tune",
+                expected="LoRA only, or full fine-tuning only",
+                remedy="use one mode for all parts, or finesight.train",
+            )
         self._checked = check_recipe(recipe)
+        self._is_native = is_native(self._checked.base_model.folder)
         self._console = ProgressConsole()
         device, dtype = select_device(recipe)
         self._hardware = build_hardware(recipe, device, dtype, start_device(device, dtype))
         base_model = self._checked.base_model
-        self._accept_pairs(self._checked.renderer)
-        self.renderer = self._checked.renderer.with_thinking(
-            ThinkingOptions(enable_thinking=thinking)
-        )
+        self._thinking = thinking
+        renderer = self._checked.renderer
+        renderer.responses = "pairs" if self._is_native else "none"
+        renderer.accepted_samples = None  # `_check_kinds` decides.
+        self.renderer = renderer.with_thinking(ThinkingOptions(enable_thinking=bool(thinking)))
         self.model = load_base_model(recipe, base_model, self._hardware, self._console)
         self.step = 0
         process_group = self._hardware.process_group
@@ -236,6 +220,8 @@ class TrainingClient:
             list(self._parallel.trainable_params.values()),
         )
         self._sampler: ResponseSampler | None = None
+        self._sample_batch_size = 0
+        self._num_samplings = 0
         self._num_packs = 0  # since the last optimizer step
         self._loss_sum = torch.zeros((), device=device)
         self._prompt_format = DEFAULT_PROMPT_FORMAT
@@ -244,62 +230,71 @@ class TrainingClient:
         device = self._hardware.device
         return f"<{type(self).__name__} of {self._name!r} on {device}, step {self.step}>"
 
+    def _check_kinds(self, samples: Iterable[FileSample]) -> None:
+        family = self._checked.base_model.folder.family
+        check_kinds(samples, family, is_native=self._is_native)
+
     def _build_recipe(self, file: Path, **train: Any) -> Recipe:
         """Build the recipe of the settings, for the samples of a file."""
-        with translate_remedies():
-            recipe = build_settings({**self._settings, **train})
-            recipe["model"] = self._name
-            recipe["output_dir"] = str(file.parent)
-            recipe["data"] = {**(recipe.get("data") or {}), "train": str(file)}
-            # `optim_step` multiplies by the learning rate.
-            recipe["train"] = {"learning_rate": 1.0, **(recipe.get("train") or {})}
-            return recipe_from_dict(recipe)
+        recipe = build_settings({**self._settings, **train})
+        recipe["model"] = self._name
+        recipe["output_dir"] = str(file.parent)
+        recipe["data"] = {**(recipe.get("data") or {}), "train": str(file)}
+        # `optim_step` multiplies by the learning rate.
+        recipe["train"] = {"learning_rate": 1.0, **(recipe.get("train") or {})}
+        return recipe_from_dict(recipe)
 
-    def _accept_pairs(self, renderer: Renderer) -> None:
-        """Encode both answers of a pair, which the packs of a native family represent."""
-        if is_native(self._checked.base_model.folder):
-            renderer.responses = "pairs"
-            renderer.accepted_samples = frozenset({"pair", "label none", "label true"})
-
+    @translate_remedies()
     def encode(self, samples: Sequence[AnySample]) -> Batch:
         """Encode the samples of a step in this process, and pack them.
 
+        Images are not augmented.
+
         Args:
-            samples: Samples with answers, or preference pairs.
+            samples: Samples with answers, or preference pairs, each of which is a pack of its own.
 
         Raises:
             UserError: A sample is invalid, has no answer or exceeds `data.max_length`.
         """
-        located = locate_samples(samples)
         max_length = self._checked.recipe.data.max_length
-        with ThreadPoolExecutor(NUM_READER_THREADS) as pool:
-            encoded = [*pool.map(self.renderer.encode, located)]
+        with _locate_briefly(samples) as located:
+            self._check_kinds(one.sample for one in located)
+            with ThreadPoolExecutor(NUM_READER_THREADS) as pool:
+                encoded = [*pool.map(self.renderer.encode, located)]
         for one in encoded:
             error = find_sample_error(one.tokenized, max_length)
             if error is not None:
                 error.remedy = 'add an answer, raise data={"max_length": ...}, or leave it out'
                 raise error
+        token_budget = self._checked.recipe.train.pack_tokens
         positions, prefix_length = plan_sample_packs(
-            encoded, self._checked.recipe.train.pack_tokens, use_shared_prefix=self._is_native
+            encoded, token_budget, use_shared_prefix=self._is_native
         )
-        packs = [[encoded[position] for position in one] for one in positions]
-        return tuple(pack(one, None, prefix_length) for one in packs)
+        packs = []
+        for group in positions:
+            packed_batch = pack([encoded[position] for position in group], None, prefix_length)
+            packs.append(number_responses(packed_batch))
+        return tuple(packs)
 
-    @property
-    def _is_native(self) -> bool:
-        return not isinstance(self.model, HfModel)
-
+    @translate_remedies()
     def load_batches(
-        self, samples: Sequence[AnySample], batch_size: int, *, epochs: float = 1.0
+        self,
+        samples: Sequence[AnySample],
+        batch_size: int,
+        *,
+        epochs: float = 1.0,
+        start: int = 0,
     ) -> BatchLoader:
         """Prepare the batches of a training, which worker processes encode in advance.
 
-        Samples, their order and packs are those of `finesight.train` with the same `seed`.
+        Samples, their order and packs are those of `finesight.train` with the same `seed`. Each
+        epoch has another order, but each iteration over the result has the same one.
 
         Args:
             samples: Samples with answers, or preference pairs.
             batch_size: Number of samples of a batch.
             epochs: Number of passes over the samples.
+            start: Number of batches to leave out, such as the step of a loaded state.
 
         Raises:
             UserError: A sample is invalid. Those that are too long or cannot be read are skipped,
@@ -307,15 +302,26 @@ class TrainingClient:
         """
         store = open_session_store()
         file = store.folder / f"{secrets.token_hex(8)}.jsonl"
-        write_sample_file(convert_samples(samples, store, "samples"), file)
+        converted = convert_samples(samples, store, "samples")
+        self._check_kinds(converted)
+        write_sample_file(converted, file)
         recipe = self._build_recipe(file, batch_size=batch_size, epochs=epochs, warmup=0)
         num_workers = self._hardware.num_workers
         checked = replace(self._checked, recipe=recipe)
         data = load_run_data(checked, num_workers, self._console)
         self._prompt_format = data.train.find_prompt_format()
+        if self._thinking is None:
+            self.renderer = data.renderer
         dataset = build_step_dataset(recipe, data, data.sampler, self.model)
+        if not 0 <= start <= len(dataset):
+            raise UserError(
+                f"start={start}",
+                where="load_batches",
+                expected=f"0 to {len(dataset)}, the number of batches",
+                remedy="correct start or epochs",
+            )
         pin_memory = self._hardware.device.type == "cuda"
-        return BatchLoader(dataset, num_workers, pin_memory, self._console)
+        return BatchLoader(dataset, start, num_workers, pin_memory, self._console)
 
     def forward_backward(
         self,
@@ -326,8 +332,11 @@ class TrainingClient:
     ) -> Tensor:
         """Compute the loss of a batch, and add its gradients to those since the last step.
 
+        The random seed of PyTorch is set, on which dropout depends.
+
         Args:
-            batch: Packs of `encode`, `load_batches` or `encode_responses`.
+            batch: Packs of `encode`, `load_batches` or `encode_responses`. The packs of several
+                batches may be joined.
             loss: Function of the log-probabilities of supervised tokens, which are without dropout;
                 by default, the mean cross entropy over the supervised tokens of the batch.
             temperature: Divisor of the logits for `loss`. For sampled responses, that of `sample`.
@@ -337,33 +346,104 @@ class TrainingClient:
 
         Raises:
             UserError: The batch is empty, has pairs without a loss function, or the function
-                returns no scalar.
+                returns no scalar with a gradient; or the memory is full.
         """
-        if not batch:
+        check_batch(batch)
+        if not torch.is_grad_enabled():
             raise UserError(
-                "an empty batch",
+                "gradients are disabled, as within torch.no_grad()",
                 where="forward_backward",
-                expected="packs of encode, load_batches or encode_responses",
-                remedy="leave out the step",
+                expected="enabled gradients",
+                remedy="call client.forward(batch) for a loss without gradients",
             )
-        objective = self._cross_entropy
-        num_terms = sum(one.num_supervised_tokens for one in batch)
         if loss is None:
-            _check_single_answers(batch)
-        else:
-            objective = FunctionLoss(loss, temperature, self.renderer.visual_token_ids)
-            num_terms = 1
+            check_single_answers(batch, temperature)
+        objective = self._build_objective(loss, temperature)
         scale = self._loss_scaler.scale
-        loss_weight = torch.full((), scale / num_terms, device=self._hardware.device)
+        loss_weight = self._build_weight(batch, loss, scale)
         total = torch.zeros((), device=self._hardware.device)
         try:
             for one in batch:
                 total += self._run_pack(one, objective, loss_weight)
-        except BaseException:
+        except BaseException as error:
             self.zero_grad()
+            if isinstance(error, torch.OutOfMemoryError):
+                raise _build_memory_error(batch) from error
             raise
         self._loss_sum += total
         return total / scale
+
+    def forward(
+        self,
+        batch: Sequence[PackedBatch],
+        loss: LossFunction | None = None,
+        *,
+        temperature: float = 1.0,
+    ) -> Tensor:
+        """Compute the loss of a batch without gradients and dropout, such as a validation loss.
+
+        Arguments and result are those of `forward_backward`.
+
+        Raises:
+            UserError: As in `forward_backward`.
+        """
+        check_batch(batch)
+        if loss is None:
+            check_single_answers(batch, temperature)
+        objective = self._build_objective(loss, temperature)
+        loss_weight = self._build_weight(batch, loss, 1.0)
+        total = torch.zeros((), device=self._hardware.device)
+        with torch.no_grad(), disable_dropout(self.model):
+            for one in batch:
+                pack_on_device = self._device_loader.load(one)
+                loss_inputs = objective.loss_inputs(pack_on_device, loss_weight)
+                losses = forward_backward(self.model, objective, pack_on_device, None, loss_inputs)
+                total += losses[0]
+        return total
+
+    def compute_logps(
+        self, batch: Sequence[PackedBatch], *, temperature: float = 1.0
+    ) -> list[Tensor]:
+        """Return the log-probabilities of the supervised tokens of each pack, [L], in fp32.
+
+        They have no gradient and are in memory of the CPU. `add_inputs` passes them to a loss
+        function, for example as those of a reference model.
+
+        Args:
+            temperature: Divisor of the logits.
+
+        Raises:
+            UserError: The batch is empty.
+        """
+        found: list[Tensor] = []
+
+        def record(logps_L: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
+            found.append(logps_L.float().cpu())
+            return logps_L.sum()
+
+        self.forward(batch, record, temperature=temperature)
+        return found
+
+    def _build_objective(self, loss: LossFunction | None, temperature: float) -> Objective[Any]:
+        if loss is None:
+            return self._cross_entropy
+        if not callable(loss) or not 0 < temperature < math.inf:
+            raise UserError(
+                f"loss={loss!r:.60}, temperature={temperature!r:.60}",
+                where="forward_backward",
+                expected="a function of log-probabilities and inputs, and a number above 0",
+                remedy="such as loss=lambda logps_L, inputs: -logps_L.sum()",
+            )
+        return FunctionLoss(loss, temperature, self.renderer.visual_token_ids)
+
+    def _build_weight(
+        self, batch: Sequence[PackedBatch], loss: LossFunction | None, scale: float
+    ) -> Tensor:
+        """Return the scalar that multiplies the loss of each pack."""
+        num_terms = 1
+        if loss is None:
+            num_terms = sum(one.num_supervised_tokens for one in batch)
+        return torch.full((), scale / num_terms, device=self._hardware.device)
 
     def _run_pack(
         self, packed_batch: PackedBatch, objective: Objective[Any], loss_weight: Tensor
@@ -406,13 +486,13 @@ class TrainingClient:
             Norm of the gradients before clipping, an fp32 scalar on the device.
 
         Raises:
-            UserError: There are no gradients, or the learning rate is no finite number above 0.
+            UserError: There are no gradients, or the learning rate is no number of at least 0.
         """
-        if not math.isfinite(learning_rate) or learning_rate <= 0:
+        if not isinstance(learning_rate, Real) or not 0 <= learning_rate < math.inf:
             raise UserError(
                 f"learning_rate={learning_rate!r:.60}",
                 where="optim_step",
-                expected="a finite number above 0",
+                expected="a finite number of at least 0",
                 remedy="such as client.optim_step(1e-4)",
             )
         if not self._num_packs:
@@ -430,7 +510,7 @@ class TrainingClient:
             is_applied = self._loss_scaler.update(grad_norm.item())
         if is_applied:
             masked_norm = grad_norm.masked_fill(~is_finite, math.nan)
-            self._optimizer.step(learning_rate, masked_norm, scale)
+            self._optimizer.step(float(learning_rate), masked_norm, scale)
             self._parallel.sync_params()
         else:
             self._optimizer.zero_grad()
@@ -439,6 +519,7 @@ class TrainingClient:
         self.step += 1
         return grad_norm / scale
 
+    @translate_remedies()
     def sample(
         self,
         prompts: Sequence[AnySample],
@@ -446,17 +527,19 @@ class TrainingClient:
         *,
         max_new_tokens: int = 512,
         temperature: float = 1.0,
-        seed: int = 0,
+        seed: int | None = None,
         batch_size: int = 64,
     ) -> list[ResponseGroup]:
         """Sample responses of the current model to prompts.
 
-        The responses depend only on weights, `seed`, step and position of the prompt.
+        Predictions of images in memory do not name their images.
 
         Args:
             prompts: Samples. Of one with an answer, the preceding turns are the prompt.
             num_responses: Number of responses to each prompt.
             temperature: Divisor of the logits; 0 selects the most probable tokens.
+            seed: Random seed; the same one gives the same responses of the same weights. By
+                default, each call has another one, which derives from the seed of the client.
             batch_size: Number of responses that are generated at the same time; halved when the GPU
                 memory is exhausted.
 
@@ -473,31 +556,21 @@ class TrainingClient:
                 expected="a natively implemented model family",
                 remedy="choose another model, or save the weights and use finesight.load",
             )
-        located = locate_samples(prompts)
-        with ThreadPoolExecutor(NUM_READER_THREADS) as pool:
+        with _locate_briefly(prompts) as located, ThreadPoolExecutor(NUM_READER_THREADS) as pool:
             encoded = [*pool.map(self.renderer.encode_prompt, located)]
+        name = f"seed {seed}"
+        if seed is None:
+            name = f"{self._checked.recipe.train.seed}/{self._num_samplings}"
+            self._num_samplings += 1
         requests = build_requests(
             encoded,
-            [f"{seed}/{self.step}/{position}" for position in range(len(encoded))],
+            [f"{name}/{position}" for position in range(len(encoded))],
             num_responses,
             max_new_tokens,
             temperature,
             self.renderer.visual_token_ids,
         )
-        if self._sampler is None:
-            self._sampler = ResponseSampler(
-                self.model, self.renderer.end_ids, batch_size, is_sharded=False
-            )
-        self._sampler.batch_size = batch_size
-        self.model.eval()
-        try:
-            responses = self._sampler.sample(
-                requests, lambda count: None, self._graph_runner.release_graphs
-            )
-        finally:
-            self.model.train()
-            if not has_memory_for_engine(self._hardware.device):
-                self._sampler.engine = None
+        responses = self._generate(requests, batch_size)
         groups = []
         for position, (prompt, sample) in enumerate(zip(encoded, located, strict=True)):
             references: tuple[tuple[str, ...], Any] = (sample.sample.references, ())
@@ -510,10 +583,39 @@ class TrainingClient:
                 prediction = build_prediction(
                     self.renderer, sample, prompt.tokenized, list_ids(tokens)
                 )
-                predictions.append(replace(prediction, tokens=tuple(tokens)))
+                images = prediction.images
+                if not all(map(Path.exists, images)):
+                    images = ()  # They were written for the encoding only.
+                predictions.append(replace(prediction, tokens=tuple(tokens), images=images))
             cases = tuple(create_case(prediction, references) for prediction in predictions)
             groups.append(ResponseGroup(prompt, tuple(predictions), cases))
         return groups
+
+    def _generate(
+        self, requests: Sequence[GenerationRequest], batch_size: int
+    ) -> list[list[GeneratedToken]]:
+        """Return the tokens of each request, which the model in evaluation mode generates."""
+        assert isinstance(self.model, VisionLanguageModel), "a model of the transformers backend"
+        if self._sampler is None or batch_size != self._sample_batch_size:
+            self._sampler = ResponseSampler(
+                self.model, self.renderer.end_ids, batch_size, is_sharded=False
+            )
+            self._sample_batch_size = batch_size
+        # If the memory is full, graphs are released with the gradients of the pack before.
+        self._optimizer.accumulate_gradients()
+        self.model.eval()
+        try:
+            responses = self._sampler.sample(
+                requests, lambda count: None, self._graph_runner.release_graphs
+            )
+        except BaseException:
+            self._sampler = None  # Its engine may have unfinished requests.
+            raise
+        finally:
+            self.model.train()
+        if not has_memory_for_engine(self._hardware.device):
+            self._sampler.engine = None
+        return responses
 
     def encode_responses(
         self, groups: Sequence[ResponseGroup], advantages: Sequence[Sequence[float]]
@@ -525,40 +627,36 @@ class TrainingClient:
                 tokens. Groups whose numbers are all 0 have no gradient, and are left out.
 
         Raises:
-            UserError: The numbers of groups or responses differ.
+            UserError: The numbers of groups or responses differ, or a number is not finite.
         """
-        if [*map(len, advantages)] != [len(group.predictions) for group in groups]:
+        sizes = [(len(group.predictions),) for group in groups]
+        given = [np.asarray(values, np.float64) for values in advantages]
+        is_finite = all(np.isfinite(values).all() for values in given)
+        if [values.shape for values in given] != sizes or not is_finite:
             raise UserError(
-                f"advantages of {[*map(len, advantages)]!r:.60} responses",
+                f"advantages {[values.tolist() for values in given]!r:.60}",
                 where="encode_responses",
-                expected=f"{[len(group.predictions) for group in groups]!r:.60}",
-                remedy="pass one number for each response of each group",
+                expected=f"{len(groups)} lists of finite numbers, of {sizes!r:.60} responses",
+                remedy="pass one number for each response of each group; if a standard deviation"
+                " may be 0, add a small number to it",
             )
+        token_budget = self._checked.recipe.train.pack_tokens
         packs: list[PackedBatch] = []
-        for group, values in zip(groups, advantages, strict=True):
-            if any(values):
-                packs += self._pack_group(group, values)
+        for group, values in zip(groups, given, strict=True):
+            if values.any():
+                packs += pack_group(group, values.tolist(), token_budget)
         return tuple(packs)
 
-    def _pack_group(
-        self, group: ResponseGroup, advantages: Sequence[float]
-    ) -> Iterator[PackedBatch]:
-        """Pack a group, in several packs if it exceeds the token budget."""
-        tokens = [prediction.tokens for prediction in group.predictions]
-        num_prompt_tokens = group.prompt.tokenized.num_tokens
-        token_budget = self._checked.recipe.train.pack_tokens
-        for chunk in split_responses(num_prompt_tokens, [*map(len, tokens)], token_budget):
-            chosen = [tokens[position] for position in chunk]
-            values: list[float] = []
-            for position in chunk:
-                values += [float(advantages[position])] * len(tokens[position])
-            logps = [token.logprob for token in chain.from_iterable(chosen)]
-            loss_inputs = {
-                "advantages_L": torch.tensor(values),
-                "sampled_logps_L": torch.tensor(logps),
-            }
-            packed_batch = pack([join_responses(group.prompt, chosen)])
-            yield replace(packed_batch, loss_inputs=loss_inputs)
+    def add_inputs(self, batch: Sequence[PackedBatch], **inputs: Sequence[Tensor]) -> Batch:
+        """Return the packs of a batch with further tensors for loss functions.
+
+        Args:
+            inputs: Tensor of each pack by name, with one value per supervised token, [L].
+
+        Raises:
+            UserError: The number of tensors or their lengths differ from those of the packs.
+        """
+        return add_inputs(batch, inputs)
 
     def save(self, path: StrPath) -> Path:
         """Write the trained weights to a new folder: an adapter, or a complete model.
@@ -566,18 +664,11 @@ class TrainingClient:
         `finesight.load`, PEFT and transformers load the folder.
 
         Raises:
-            UserError: The folder exists, or the model has an adapter and fully trained parts.
+            UserError: The folder exists.
         """
         recipe = self._checked.recipe
         base = self._checked.base_model
         saved = Path(os.path.expanduser(path))
-        if recipe.tune.has_mode("lora") and recipe.tune.has_mode("full"):
-            raise UserError(
-                "an adapter and fully trained parts",
-                where="save",
-                expected="LoRA only, or full fine-tuning only",
-                remedy='use one mode in tune={"language": ..., "merger": ...}',
-            )
         manifest = build_manifest(recipe, base, self.renderer, self._prompt_format)
         with write_folder(saved) as folder:
             if recipe.tune.has_mode("lora"):
@@ -611,6 +702,7 @@ class TrainingClient:
             step=self.step,
             loss_scale=self._loss_scaler.state_dict(),
             resume_config=self._describe_model(),
+            num_samplings=self._num_samplings,
         )
         with write_folder(saved) as folder:
             write_shards(folder, tensors, self._hardware.process_group)
@@ -626,6 +718,14 @@ class TrainingClient:
             UserError: The folder is missing, was changed, or is of another model.
         """
         folder = Path(os.path.expanduser(path))
+        if folder.is_dir() and not (folder / STATE_FILE).exists():
+            raise UserError(
+                f"no {STATE_FILE} in the folder",
+                where=str(folder),
+                expected="a folder of save_state, or a checkpoint of a run",
+                remedy="for a run, pass one of its folders checkpoints/step-N; to start from an"
+                " adapter or a run, create the client with its path",
+            )
         verify_folder(folder)
         state = ClientState.model_validate_json((folder / STATE_FILE).read_bytes())
         current = self._describe_model()
@@ -639,6 +739,7 @@ class TrainingClient:
         self._parallel.sync_params()
         self._loss_scaler.load_state_dict(state.loss_scale)
         self.step = state.step
+        self._num_samplings = state.num_samplings
 
     def _describe_model(self) -> dict[str, Any]:
         """Return the settings and fingerprints on which the tensors of a state depend."""
@@ -649,33 +750,44 @@ class TrainingClient:
             "model": self._checked.base_model.folder.fingerprint(),
             **settings,
             "train.optimizer": recipe.train.optimizer,
+            "train.precision": self._hardware.precision,
         }
+
+
+@contextmanager
+def _locate_briefly(samples: Sequence[AnySample]) -> Iterator[list[LocatedSample]]:
+    """Write the images of samples to files that exist within the context."""
+    with TemporaryDirectory(prefix="finesight-images-") as folder:
+        yield locate_samples(samples, ImageStore(Path(folder)))
+
+
+def _build_memory_error(batch: Sequence[PackedBatch]) -> UserError:
+    largest = max(batch, key=lambda one: one.num_tokens)
+    return UserError(
+        f"the GPU memory is full in a pack of {largest.num_tokens:,} tokens",
+        where="forward_backward",
+        expected="memory for each pack; the gradients since the last step are discarded",
+        remedy="create the client with a smaller pack_tokens, activation_checkpointing=True, or a"
+        " smaller image size",
+    )
 
 
 def _check_settings(settings: Mapping[str, Any]) -> None:
     """Verify that a client uses all settings."""
     data = settings.get("data") or {}
     given = [*settings, *(settings.get("train") or {}), *(f"data.{name}" for name in data)]
+    objectives = [component.name for component in OBJECTIVES.list_available()]
     for name in given:
-        if name in UNUSED_SETTINGS:
-            raise UserError(
-                f"the setting {name}",
-                where="TrainingClient",
-                expected="settings of the model, the optimizer and the encoding",
-                remedy="pass samples, epochs and batch_size to load_batches, learning_rate to"
-                " optim_step, and a function as loss to forward_backward",
-            )
-
-
-def _check_single_answers(batch: Sequence[PackedBatch]) -> None:
-    """Verify that the cross entropy would not raise the probability of rejected answers."""
-    for one in batch:
-        # The prompt is the first sequence.
-        has_pair = len(one.lengths) > len(one.sample_ids) + 1
-        if has_pair and not one.loss_inputs:
-            raise UserError(
-                f"a rejected answer in sample {one.sample_ids[0]!r:.80}",
-                where="forward_backward",
-                expected="a loss function, which compares the answers of a pair",
-                remedy="pass loss=FUNCTION, or leave out rejected to train on the answer",
-            )
+        if name in LOOP_SETTINGS:
+            remedy = "pass samples, epochs and batch_size to load_batches, learning_rate to"
+            remedy += " optim_step, and a function as loss to forward_backward"
+        elif name in UNUSED_SETTINGS or name in objectives:
+            remedy = "remove it, or use finesight.train"
+        else:
+            continue
+        raise UserError(
+            f"the setting {name}",
+            where="TrainingClient",
+            expected="settings of the model, the optimizer and the encoding",
+            remedy=remedy,
+        )

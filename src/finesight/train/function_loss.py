@@ -13,7 +13,6 @@ from torch import Tensor
 from finesight.encode.batch import PackedBatch
 from finesight.errors import UserError
 from finesight.train.objectives.objective import Objective, PackKey
-from finesight.train.objectives.response_objective import find_responses
 from finesight.train.token_logps import compute_token_logps
 
 LossFunction = Callable[[Tensor, Mapping[str, Tensor]], Tensor]
@@ -39,11 +38,8 @@ class FunctionLoss(Objective[Any]):
     def loss_inputs(
         self, batch: PackedBatch, loss_weight: Tensor, key: PackKey | None = None
     ) -> dict[str, Tensor]:
-        """Return labels, response of each label, and the further tensors of the pack."""
-        inputs = super().loss_inputs(batch, loss_weight) | dict(batch.loss_inputs)
-        if len(batch.sample_ids) == 1 and len(batch.lengths) > 1:
-            inputs["response_L"] = find_responses(batch)
-        return inputs
+        """Return the labels and the further tensors of the pack."""
+        return super().loss_inputs(batch, loss_weight) | dict(batch.loss_inputs)
 
     def compute_loss(self, h_LD: Tensor, head_VD: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
         """Return the weighted loss of the pack, [1]."""
@@ -61,5 +57,12 @@ class FunctionLoss(Objective[Any]):
                 where="loss",
                 expected="a scalar tensor, the loss of the pack",
                 remedy="sum over the tokens, such as -(logps_L * weights_L).sum()",
+            )
+        if logps_L.requires_grad and not loss.requires_grad:
+            raise UserError(
+                "the loss does not depend on logps_L",
+                where="loss",
+                expected="a loss with a gradient",
+                remedy="compute it from logps_L, without detach, item or torch.no_grad",
             )
         return loss.reshape(1) * inputs["loss_weight"]

@@ -1,0 +1,178 @@
+"""Batches of training loops in Python programs: packs, sampled responses, and their checks.
+
+Shapes: L supervised tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from finesight.data.memory_samples import Sample
+from finesight.data.sample import Sample as FileSample
+from finesight.encode.batch import PackedBatch
+from finesight.encode.packing import pack
+from finesight.encode.tokenization import EncodedSample
+from finesight.errors import UserError, format_count
+from finesight.evaluate.eval_case import EvalCase
+from finesight.infer.prediction import Prediction
+from finesight.infer.request import GeneratedToken
+from finesight.progress import ProgressConsole
+from finesight.train.objectives.response_objective import find_responses
+from finesight.train.rollout import join_responses, split_responses
+from finesight.train.step_dataset import StepDataset, read_steps
+
+Batch = tuple[PackedBatch, ...]
+"""Packs of a training step."""
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class ResponseGroup:
+    """Sampled responses to one prompt.
+
+    Attributes:
+        predictions: Responses with their texts, tokens and log-probabilities.
+        cases: Responses with the references of the prompt, inputs of metrics and rewards.
+    """
+
+    prompt: EncodedSample
+    predictions: tuple[Prediction, ...]
+    cases: tuple[EvalCase, ...]
+
+    @property
+    def texts(self) -> list[str]:
+        return [prediction.text for prediction in self.predictions]
+
+    def __repr__(self) -> str:
+        first = self.predictions[0].text
+        count = format_count(len(self.predictions), "response")
+        return f"<{type(self).__name__} of {count}, the first is {first!r:.60}>"
+
+
+@dataclass(frozen=True, slots=True)
+class BatchLoader:
+    """Batches of a training from `start` on, read by worker processes during the iteration."""
+
+    dataset: StepDataset
+    start: int
+    num_workers: int
+    pin_memory: bool
+    console: ProgressConsole
+
+    def __len__(self) -> int:
+        return len(self.dataset) - self.start
+
+    def __iter__(self) -> Iterator[Batch]:
+        for step_batch in read_steps(self.dataset, self.start, self.num_workers, self.pin_memory):
+            for one in step_batch.skipped:
+                self.console.log(f"skipped {one.id}: {one.reason}")
+            if step_batch.packs:
+                yield tuple(map(number_responses, step_batch.packs))
+
+
+def add_inputs(batch: Sequence[PackedBatch], inputs: Mapping[str, Sequence[Tensor]]) -> Batch:
+    """Return packs with further tensors, one for each pack by name; see the client.
+
+    Raises:
+        UserError: The number of tensors or their lengths differ from those of the packs.
+    """
+    packs = list(batch)
+    lengths = [(one.num_supervised_tokens,) for one in batch]
+    for name, tensors in inputs.items():
+        shapes = [tuple(tensor.shape) for tensor in tensors]
+        if shapes != lengths:
+            raise UserError(
+                f"{name} of the shapes {shapes!r:.80}",
+                where="add_inputs",
+                expected=f"the shapes {lengths!r:.80} of the packs",
+                remedy="pass one tensor for each pack, such as client.compute_logps(batch)",
+            )
+        for position, tensor in enumerate(tensors):
+            one = packs[position]
+            packs[position] = replace(one, loss_inputs={**one.loss_inputs, name: tensor})
+    return tuple(packs)
+
+
+def pack_group(
+    group: ResponseGroup, advantages: Sequence[float], token_budget: int
+) -> Iterator[PackedBatch]:
+    """Pack a group, in several packs if it exceeds the token budget."""
+    lengths = [len(prediction.tokens) for prediction in group.predictions]
+    num_prompt_tokens = group.prompt.tokenized.num_tokens
+    for chunk in split_responses(num_prompt_tokens, lengths, token_budget):
+        responses: list[Sequence[GeneratedToken]] = []
+        values: list[float] = []
+        logps: list[float | None] = []
+        for position in chunk:
+            tokens = group.predictions[position].tokens
+            responses.append(tokens)
+            for token in tokens:
+                values.append(advantages[position])
+                logps.append(token.logprob)
+        packed_batch = pack([join_responses(group.prompt, responses)])
+        loss_inputs = {
+            "response_L": find_responses(packed_batch),
+            "advantages_L": torch.tensor(values),
+            "sampled_logps_L": torch.tensor(logps),
+        }
+        yield replace(packed_batch, loss_inputs=loss_inputs)
+
+
+def check_kinds(samples: Iterable[Sample | FileSample], family: str, *, is_native: bool) -> None:
+    """Verify that a loss function can tell the answers of samples apart."""
+    for position, sample in enumerate(samples):
+        problem = ""
+        if sample.rejected and not is_native:
+            problem = f"a pair for a model of the family {family}"
+        if sample.label is False:
+            problem = "a wrong answer (label=False)"
+        if problem:
+            raise UserError(
+                problem,
+                where=f"samples[{position}]",
+                expected="samples with correct answers, and pairs for native model families",
+                remedy="leave the sample out, or use finesight.train with an objective for it",
+            )
+
+
+def number_responses(packed_batch: PackedBatch) -> PackedBatch:
+    """Add the response of each label to the pack of a pair."""
+    # The first sequence is the prompt. Other packs have a sequence per sample.
+    if len(packed_batch.lengths) <= len(packed_batch.sample_ids) + 1:
+        return packed_batch
+    return replace(packed_batch, loss_inputs={"response_L": find_responses(packed_batch)})
+
+
+def check_batch(batch: Sequence[PackedBatch]) -> None:
+    """Verify the type of a batch, which has at least one pack."""
+    is_list = isinstance(batch, list | tuple)
+    if is_list and batch and all(isinstance(one, PackedBatch) for one in batch):
+        return
+    raise UserError(
+        f"a batch of {len(batch)} packs" if is_list and not batch else f"{batch!r:.60}",
+        where="forward_backward",
+        expected="at least one pack of encode, load_batches or encode_responses",
+        remedy="pass client.encode(samples), and leave out the step if there are no packs",
+    )
+
+
+def check_single_answers(batch: Sequence[PackedBatch], temperature: float) -> None:
+    """Verify that the cross entropy would not raise the probability of rejected answers."""
+    if temperature != 1.0:
+        raise UserError(
+            f"temperature={temperature!r:.60} without a loss function",
+            where="forward_backward",
+            expected="a temperature for a loss function only",
+            remedy="remove it, or pass loss=FUNCTION",
+        )
+    for one in batch:
+        if "response_L" in one.loss_inputs and "sampled_logps_L" not in one.loss_inputs:
+            raise UserError(
+                f"a rejected answer in sample {one.sample_ids[0]!r:.80}",
+                where="forward_backward",
+                expected="a loss function, which compares the answers of a pair",
+                remedy="pass loss=FUNCTION, or leave out rejected to train on the answer",
+            )

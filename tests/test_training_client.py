@@ -1,6 +1,8 @@
 """Training loops of a Python program: encoding, losses, optimizer steps, sampling and states."""
 
 from collections.abc import Mapping
+from copy import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +12,16 @@ import pytest
 import torch
 from PIL import Image
 from test_python_api import draw, make_samples
+from tiny_model import create_tiny_model
 from tiny_task import read_losses
 
 import finesight
+from finesight.data.memory_samples import open_session_store
+from finesight.infer.engine import Engine
+from finesight.manifest import load_manifest
 from finesight.model_folder import TINY_MODEL
-from finesight.train.function_loss import FunctionLoss
+from finesight.operations import training_client
+from finesight.train.cuda_graphs import CudaGraphRunner
 
 LORA: dict[str, Any] = {"language": "lora", "lora": {"rank": 4, "alpha": 8}}
 WITHOUT_DROPOUT = {"language": "lora", "lora": {"rank": 4, "alpha": 8, "dropout": 0.0}}
@@ -148,6 +155,173 @@ def test_policy_loss_of_sampled_responses():
     assert change_L[first].sum() > 0
 
 
+def test_responses_of_each_call_differ_without_seed(tmp_path):
+    """A loop whose steps are all left out gets other responses; a loaded state the same ones."""
+    client = create_client()
+    prompts = make_samples(1)
+    options = {"num_responses": 4, "max_new_tokens": 4, "temperature": 3.0}
+    first = client.sample(prompts, **options)[0].texts
+    state = client.save_state(tmp_path / "state")
+    second = client.sample(prompts, **options)[0].texts
+    assert second != first
+    client.load_state(state)
+    assert client.sample(prompts, **options)[0].texts == second
+    seeded = [client.sample(prompts, seed=3, **options)[0].texts for _ in range(2)]
+    assert seeded[0] == seeded[1]
+
+
+def test_kept_engine_has_space_for_longer_responses(monkeypatch):
+    """An engine that stays for later calls is replaced if it is too small, or after an error."""
+    monkeypatch.setattr(training_client, "has_memory_for_engine", lambda device: True)
+    client = create_client()
+    client.renderer = copy(client.renderer)
+    client.renderer.end_ids = (-1,)  # Responses do not end.
+    prompts = make_samples(1)
+    for max_new_tokens in (2, 300):
+        (group,) = client.sample(prompts, max_new_tokens=max_new_tokens)
+        assert len(group.predictions[0].tokens) == max_new_tokens
+
+    step = Engine.step
+
+    def interrupt(engine: Engine) -> Any:
+        step(engine)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Engine, "step", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        client.sample(prompts, max_new_tokens=4)
+    monkeypatch.setattr(Engine, "step", step)
+    assert len(client.sample(prompts, max_new_tokens=4)[0].predictions) == 1
+
+
+def test_full_memory_while_sampling_keeps_gradients(monkeypatch):
+    """If CUDA graphs are released, so are the gradients that they have written."""
+    clients = [create_client() for _ in range(2)]
+    batch = clients[0].encode(make_samples(2))
+    for client in clients:
+        client.forward_backward(batch)
+    sampling = clients[1]
+    step = Engine.step
+    released = []
+
+    def run_out_of_memory(engine: Engine) -> Any:
+        monkeypatch.setattr(Engine, "step", step)
+        raise torch.OutOfMemoryError
+
+    def release_graphs(runner: CudaGraphRunner) -> bool:
+        released.append(runner)
+        for parameter in sampling.model.parameters():
+            parameter.grad = None
+        return True
+
+    monkeypatch.setattr(Engine, "step", run_out_of_memory)
+    monkeypatch.setattr(CudaGraphRunner, "release_graphs", release_graphs)
+    sampling.sample(make_samples(1), 2, max_new_tokens=2)
+    assert len(released) == 1
+    norms = [client.optim_step(1e-3).item() for client in clients]
+    assert norms[0] == norms[1] > 0
+
+
+def test_loss_without_gradients():
+    """`forward` returns the loss without dropout, and changes neither gradients nor weights."""
+    samples = make_samples(3)
+    client = create_client()
+    exact = create_client(tune=WITHOUT_DROPOUT)
+    for one in (client, exact):
+        one.forward_backward(one.encode(samples), sum_negative)
+        one.optim_step(1e-2)
+    batch = client.encode(samples)
+    expected = exact.forward_backward(batch).item()
+    assert client.forward(batch).item() == pytest.approx(expected, rel=1e-6)
+    logps = client.compute_logps(batch)
+    assert [len(one) for one in logps] == [one.num_supervised_tokens for one in batch]
+    mean = -torch.cat(logps).mean().item()
+    assert mean == pytest.approx(expected, rel=1e-5)
+    with pytest.raises(finesight.UserError, match="no gradients"):
+        client.optim_step(1e-3)
+    with torch.no_grad(), pytest.raises(finesight.UserError, match="gradients are disabled"):
+        client.forward_backward(batch)
+
+
+def test_reference_model_of_pairs(shared):
+    """Log-probabilities before the training are inputs of the loss function."""
+    batch = shared.encode(make_samples(2, rejected="none of them"))
+    batch = shared.add_inputs(batch, reference_logps_L=shared.compute_logps(batch))
+    differences = []
+
+    def compute_loss(logps_L, inputs):
+        differences.append((logps_L - inputs["reference_logps_L"]).abs().max().item())
+        return -logps_L.sum()
+
+    shared.forward_backward(batch, compute_loss)
+    shared.zero_grad()
+    assert len(differences) == 2
+    assert max(differences) < 1e-5
+    with pytest.raises(finesight.UserError, match="reference_logps_L of the shapes") as caught:
+        shared.add_inputs(batch, reference_logps_L=[torch.zeros(1)])
+    assert "one tensor for each pack" in str(caught.value.remedy)
+
+
+def test_later_batches_of_a_resumed_loop():
+    samples = make_samples(7)
+    client = create_client()
+    ids = [[one.sample_ids for one in batch] for batch in client.load_batches(samples, 2, epochs=2)]
+    rest = client.load_batches(samples, 2, epochs=2, start=3)
+    assert len(rest) == len(ids) - 3
+    assert [[one.sample_ids for one in batch] for batch in rest] == ids[3:]
+    assert not [*client.load_batches(samples, 2, epochs=2, start=len(ids))]
+
+
+def test_schedules_may_reach_zero():
+    client = create_client()
+    before = read_weights(client)
+    client.forward_backward(client.encode(make_samples(2)))
+    client.optim_step(0)
+    assert_equal_weights(before, read_weights(client))
+    client.forward_backward(client.encode(make_samples(2)))
+    client.optim_step(np.float32(1e-3))
+    assert client.step == 2
+
+
+def test_plain_samples_have_no_response(shared):
+    """Padding for 16 bits on a CPU is no response either."""
+    names: list[set[str]] = []
+
+    def compute_loss(logps_L, inputs):
+        names.append({*inputs})
+        return -logps_L.sum()
+
+    client = create_client(precision="bf16")
+    client.forward_backward(client.encode(make_samples(1)), compute_loss)
+    shared.forward_backward(shared.encode(make_samples(3)), compute_loss)
+    shared.zero_grad()
+    assert names == [{"labels_L"}] * 2
+
+
+def test_images_of_encoded_samples_are_removed(shared):
+    def count() -> int:
+        return sum(1 for _ in open_session_store().folder.rglob("*.png"))
+
+    before = count()
+    image = draw("red", 77)
+    sample = finesight.Sample(image=image, question="Which colour?", answer="red")
+    shared.encode([sample])
+    (group,) = shared.sample([sample], max_new_tokens=2)
+    assert count() == before
+    assert group.predictions[0].images == ()
+    assert group.predictions[0].image_size == image.shape[:2]
+
+
+def test_thinking_mode_of_the_samples_is_saved(tmp_path):
+    model = create_tiny_model(tmp_path / "model", "qwen3_5")
+    thinking = "<think>\nIt is red.\n</think>\n\nred"
+    for answer, expected in ((thinking, True), ("red", False)):
+        client = create_client(model)
+        next(iter(client.load_batches(make_samples(3, answer=answer), 3)))
+        folder = client.save(tmp_path / f"saved {expected}")
+        assert load_manifest(folder / "manifest.json").enable_thinking is expected
+
+
 def test_groups_beyond_the_token_budget_are_split():
     client = create_client(pack_tokens=48)
     groups = client.sample(make_samples(1), 6, max_new_tokens=6)
@@ -245,6 +419,10 @@ def test_model_of_the_transformers_backend(tmp_path):
     client = create_client(model)
     batch = client.encode(make_samples(2))
     assert len(batch) == 2
+    pairs = make_samples(1, rejected="b")
+    for call in (client.encode, lambda samples: client.load_batches(samples, 1)):
+        with pytest.raises(finesight.UserError, match="a pair for a model of the family llava"):
+            call(pairs)
     losses = []
     for _ in range(3):
         losses.append(client.forward_backward(batch).item())
@@ -275,6 +453,26 @@ def fail(shared: finesight.TrainingClient, name: str) -> object:
         "advantages": lambda: shared.encode_responses(
             shared.sample([pair], 2, max_new_tokens=1), [[1.0]]
         ),
+        "flat advantages": lambda: shared.encode_responses(
+            shared.sample([pair], 2, max_new_tokens=1), [1.0, -1.0]
+        ),
+        "not finite": lambda: shared.encode_responses(
+            shared.sample([pair], 2, max_new_tokens=1), [[float("nan"), 0.0]]
+        ),
+        "detached": lambda: shared.forward_backward(
+            batch, lambda logps_L, _: logps_L.detach().sum()
+        ),
+        "samples": lambda: shared.forward_backward([pair]),
+        "pack": lambda: shared.forward_backward(batch[0]),
+        "loss name": lambda: shared.forward_backward(batch, "dpo"),
+        "zero temperature": lambda: shared.forward_backward(batch, sum_negative, temperature=0),
+        "no loss": lambda: shared.forward_backward(batch, temperature=0.5),
+        "rate as text": lambda: shared.optim_step("1e-3"),
+        "start": lambda: shared.load_batches([pair], 1, start=2),
+        "wrong answer": lambda: shared.encode([replace(pair, label=False)]),
+        "both modes": lambda: create_client(tune={"language": "lora", "merger": "full"}),
+        "unused": lambda: create_client(vision_cache="never"),
+        "objective section": lambda: create_client(grpo={"num_generations": 4}),
         "setting": lambda: create_client(learning_rates=1e-3),
         "schedule": lambda: create_client(learning_rate=1e-3),
         "nested setting": lambda: create_client(train={"epochs": 2}),
@@ -301,6 +499,20 @@ def fail(shared: finesight.TrainingClient, name: str) -> object:
         ("count", "num_responses", "correct"),
         ("temperature", "temperature", ""),
         ("advantages", "encode_responses", "one number for each response"),
+        ("flat advantages", "encode_responses", "one number for each response"),
+        ("not finite", "encode_responses", "add a small number"),
+        ("detached", "loss", "without detach"),
+        ("samples", "forward_backward", "client.encode(samples)"),
+        ("pack", "forward_backward", "client.encode(samples)"),
+        ("loss name", "forward_backward", "lambda logps_L, inputs"),
+        ("zero temperature", "forward_backward", "lambda logps_L, inputs"),
+        ("no loss", "forward_backward", "loss=FUNCTION"),
+        ("rate as text", "optim_step", "client.optim_step(1e-4)"),
+        ("start", "load_batches", "start or epochs"),
+        ("wrong answer", "samples[0]", "finesight.train"),
+        ("both modes", "tune", "one mode"),
+        ("unused", "TrainingClient", "remove it"),
+        ("objective section", "TrainingClient", "remove it"),
         ("setting", "", "learning_rate"),
         ("schedule", "TrainingClient", "optim_step"),
         ("nested setting", "TrainingClient", "load_batches"),
@@ -332,7 +544,6 @@ def test_failed_loss_discards_gradients():
         client.forward_backward(batch, fail_in_function)
     with pytest.raises(finesight.UserError, match="no gradients"):
         client.optim_step(1e-3)
-    assert FunctionLoss.has_baseline is False
 
 
 def test_several_processes_are_rejected(monkeypatch):

@@ -27,7 +27,7 @@ def main() -> None:
         location,
         api_keys=[],
         limits=limits,
-        on_ready=lambda _: print(port, flush=True),
+        on_ready=lambda *_: print(port, flush=True),
     )
 
 

@@ -8,13 +8,14 @@ from finesight.errors import StopTraining as StopTraining
 from finesight.errors import TrainingInterrupted as TrainingInterrupted
 from finesight.errors import UserError as UserError
 from finesight.operations.model import Model as Model
+from finesight.operations.model_server import start_server as start_server
 from finesight.operations.python_training import train as train
 from finesight.operations.training_client import TrainingClient as TrainingClient
 
 __version__: str
 __all__ = [
     "Message", "Model", "Sample", "StopTraining", "TrainingClient", "TrainingInterrupted",
-    "UserError", "load", "train",
+    "UserError", "load", "start_server", "train",
 ]  # fmt: skip
 
 def make_callable(package: str) -> None: ...

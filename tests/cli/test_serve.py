@@ -44,7 +44,7 @@ def serve_fake(monkeypatch, cli):
         def run_server(model, listener, *, on_ready, **options):
             listener.close()
             limits.append(options["limits"])
-            on_ready(SimpleNamespace(model_names=(*model.adapters, "base")))
+            on_ready(SimpleNamespace(model_names=(*model.adapters, "base")), lambda: None)
 
         weight = SimpleNamespace(dtype=torch.bfloat16, device=torch.device(device))
         model = SimpleNamespace(

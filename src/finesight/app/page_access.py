@@ -6,7 +6,6 @@ import secrets
 import shlex
 from collections.abc import Sequence
 from contextlib import suppress
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -100,20 +99,6 @@ def announce_page(
         threading.Thread(target=open_browser, daemon=True).start()
     # Cookies do not consider the port, so their names have it.
     return Access(secret, is_loopback(bound[0]), cookie=f"finesight-{name}-{bound[1]}")
-
-
-def require_extra(
-    command: str, extra: str = "web", packages: Sequence[str] = ("starlette", "uvicorn")
-) -> None:
-    """Raise UserError if packages of an extra that a command needs are not installed."""
-    missing = [name for name in packages if find_spec(name) is None]
-    if missing:
-        raise UserError(
-            f"{' and '.join(missing)} cannot be imported",
-            where=command,
-            expected=f"the extra {extra}",
-            remedy=f"pip install 'finesight[{extra}]'",
-        )
 
 
 def resolve_password(

@@ -23,13 +23,13 @@ from finesight.app.page_access import (
     announce_page,
     build_option_error,
     check_proxies,
-    require_extra,
     resolve_password,
     warn_of_readers,
 )
 from finesight.errors import Step, UserError, escape_unprintable_json
 from finesight.operations.model import load_adapters
-from finesight.operations.operation import Parameter
+from finesight.operations.model_server import SERVER_PACKAGES
+from finesight.operations.operation import Parameter, require_extra
 from finesight.operations.options import LoadingOptions, PortOption, RunOrModelArgument
 from finesight.progress import ProgressConsole
 
@@ -99,8 +99,7 @@ def serve(
         max_queue: Maximum number of waiting requests; further ones get HTTP status 429.
         timeout: Seconds from the first byte of a request, waiting included, until it is canceled.
     """
-    packages = ("starlette", "uvicorn", "prometheus_client", "python_multipart", "llguidance")
-    require_extra("serve", "serve", packages)
+    require_extra("serve", "serve", SERVER_PACKAGES)
     from finesight.data.example_question import read_example
     from finesight.data.prompt_format import PromptFormat
     from finesight.encode.renderer import require_native
@@ -159,7 +158,7 @@ def serve(
         image_formats=formats,
         label_studio=backend,
         trusted_proxies=proxies,
-        on_ready=lambda service: print_address(service.model_names),
+        on_ready=lambda service, stop: print_address(service.model_names),
     )
 
 

@@ -19,13 +19,19 @@ from finesight.app.page_access import (
     announce_page,
     build_option_error,
     check_proxies,
-    require_extra,
     resolve_password,
 )
 from finesight.errors import Step, UserError
 from finesight.operations.dataset import build_init_step
 from finesight.operations.model import get_prompt_format, load_model
-from finesight.operations.operation import EXIT_SKIPPED, Outcome, Parameter, StrPath, to_path
+from finesight.operations.operation import (
+    EXIT_SKIPPED,
+    Outcome,
+    Parameter,
+    StrPath,
+    require_extra,
+    to_path,
+)
 from finesight.operations.options import (
     LoadingOptions,
     MaxNewTokensOption,

@@ -16,6 +16,7 @@ import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, wraps
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Generic, Literal, ParamSpec, TypeVar, cast
 
@@ -191,6 +192,20 @@ def to_name(value: object, where: str = "") -> str:
         remedy="pass a name or path; functions and data in memory are arguments of methods, such as"
         " finesight.load(RUN).evaluate",
     )
+
+
+def require_extra(
+    command: str, extra: str = "web", packages: Sequence[str] = ("starlette", "uvicorn")
+) -> None:
+    """Raise UserError if packages of an extra that an operation needs are not installed."""
+    missing = [name for name in packages if find_spec(name) is None]
+    if missing:
+        raise UserError(
+            f"{' and '.join(missing)} cannot be imported",
+            where=command,
+            expected=f"the extra {extra}",
+            remedy=f"pip install 'finesight[{extra}]'",
+        )
 
 
 def check_counts(**counts: int | None) -> None:

@@ -318,13 +318,14 @@ def run_api_server(
     image_formats: Sequence[str] = DEFAULT_IMAGE_FORMATS,
     label_studio: LabelStudioOptions | None = None,
     trusted_proxies: Sequence[str] = (),
-    on_ready: Callable[[InferenceService], None],
+    on_ready: Callable[[InferenceService, Callable[[], None]], None],
 ) -> None:
     """Serve requests until a signal stops the server, then close the listener.
 
-    At shutdown, running requests have `shutdown_timeout_s` to complete. `on_ready` is called with
-    the inference service when the server listens. Images may be fetched from
-    `allowed_media_hosts`. The header X-Forwarded-For of `trusted_proxies` names the client.
+    At shutdown, running requests have `shutdown_timeout_s` to complete. `on_ready` is called when
+    the server listens, with the inference service and a function that stops the server. Images may
+    be fetched from `allowed_media_hosts`. The header X-Forwarded-For of `trusted_proxies` names the
+    client.
     """
     renderer, model = inference_model.renderer, inference_model.model
     assert isinstance(model, VisionLanguageModel), f"unsupported model {type(model)}"
@@ -359,7 +360,10 @@ def run_api_server(
             shutil.rmtree(folder, ignore_errors=True)
             os._exit(0)
 
-        server = ApiServer(app, limits, lambda: on_ready(service), abort, trusted_proxies)
+        def stop() -> None:
+            server.should_exit = True
+
+        server = ApiServer(app, limits, lambda: on_ready(service, stop), abort, trusted_proxies)
         server.run(sockets=[listener])
 
 

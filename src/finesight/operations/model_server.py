@@ -1,0 +1,162 @@
+"""HTTP server of a model in a thread of a Python program.
+
+Other accounts of the machine and web pages in a browser can reach the port of a loopback address.
+So the server listens on 127.0.0.1 only, and every request needs its key, which is in the memory of
+this process only. The other limits are those of `finesight serve`; images are read from requests
+only, not from the web.
+"""
+
+from __future__ import annotations
+
+import atexit
+import secrets
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Unpack
+
+from finesight.errors import UserError
+from finesight.operations.model import Model, load_adapters
+from finesight.operations.operation import StrPath, require_extra
+from finesight.operations.options import LoadingOptions
+from finesight.operations.python_training import read_path
+
+if TYPE_CHECKING:
+    import socket
+
+    from finesight.infer.inference_service import InferenceService
+    from finesight.infer.model_loader import InferenceModel
+
+HOST = "127.0.0.1"
+SERVER_PACKAGES = ("starlette", "uvicorn", "prometheus_client", "python_multipart", "llguidance")
+"""Packages of the extra `serve`."""
+
+KEY_BYTES = 24
+
+
+class ModelServer:
+    """OpenAI-compatible HTTP server of a model, which runs until `close`.
+
+    Attributes:
+        url: Base URL for clients, such as `openai.OpenAI(base_url=server.url)`.
+        key: API key, which every request needs.
+        model_names: Models that requests can name.
+    """
+
+    def __init__(self, inference_model: InferenceModel, listener: socket.socket) -> None:
+        self.key = secrets.token_urlsafe(KEY_BYTES)
+        self.url = f"http://{HOST}:{listener.getsockname()[1]}/v1"
+        self.model_names: tuple[str, ...] = ()
+        self._stop: Callable[[], None] | None = None
+        self._error: BaseException | None = None
+        self._is_ready = threading.Event()
+        # A program that forgets `close` still ends.
+        self._thread = threading.Thread(
+            target=self._run, args=(inference_model, listener), name="finesight-server", daemon=True
+        )
+        self._thread.start()
+        self._is_ready.wait()
+        if self._error is not None:
+            raise self._error
+        atexit.register(self.close)
+
+    def _run(self, inference_model: InferenceModel, listener: socket.socket) -> None:
+        """Serve requests in the thread of the server."""
+        from finesight.infer.inference_service import fit_num_seqs
+        from finesight.serve.api_schema import ServerLimits
+        from finesight.serve.api_server import run_api_server
+
+        def on_ready(service: InferenceService, stop: Callable[[], None]) -> None:
+            self.model_names = tuple(service.model_names)
+            self._stop = stop
+            self._is_ready.set()
+
+        try:
+            limits = ServerLimits()
+            num_seqs = fit_num_seqs(inference_model, limits.max_num_seqs)
+            run_api_server(
+                inference_model,
+                listener,
+                api_keys=[self.key],
+                limits=replace(limits, max_num_seqs=num_seqs),
+                on_ready=on_ready,
+            )
+        except BaseException as error:
+            self._error = error
+        finally:
+            self._is_ready.set()
+
+    def close(self) -> None:
+        """Complete the running requests, then stop the server and free its port.
+
+        A closed server stays closed.
+        """
+        atexit.unregister(self.close)
+        if self._stop is not None:
+            self._stop()
+        self._thread.join()
+
+    def __enter__(self) -> ModelServer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        state = "" if self._thread.is_alive() else ", closed"
+        return f"<{type(self).__name__} of {', '.join(self.model_names)} at {self.url}{state}>"
+
+
+def start_server(
+    model: StrPath | Model,
+    *,
+    adapters: Sequence[StrPath] = (),
+    port: int = 0,
+    **loading: Unpack[LoadingOptions],
+) -> ModelServer:
+    """Start an OpenAI-compatible HTTP server of a model in a thread of this process.
+
+    It listens on 127.0.0.1 only. `with` closes it at the end of a block.
+
+    Args:
+        model: Loaded model, or the name or folder of a run or model.
+        adapters: Further runs or adapters on the same base model, which requests select by name.
+            They need the name of a model, which is loaded with them.
+        port: Port to listen on. 0 chooses a free one.
+        loading: Arguments of `finesight.load`, such as `device`.
+
+    Raises:
+        UserError: The model cannot be loaded or has no native implementation, a package of the
+            extra `serve` is missing, or the port is in use.
+    """
+    from finesight.encode.renderer import require_native
+    from finesight.infer.model_loader import resolve_model_source
+    from finesight.serve.http_protocol import bind_socket
+
+    require_extra("start_server", "serve", SERVER_PACKAGES)
+    if isinstance(model, Model):
+        name = model.name
+        if adapters or loading:
+            raise UserError(
+                "adapters or options of loading beside a loaded model",
+                where="start_server",
+                expected="the name of a model, which is loaded with them",
+                remedy=f"start_server({name!r}, adapters=[...])",
+            )
+    else:
+        name = read_path(model, "model", "a loaded model, or the name or folder of one")
+    adapter_names = [
+        read_path(one, "model", "the name or folder of an adapter") for one in adapters
+    ]
+    folder = resolve_model_source(name).folder
+    require_native(folder, "start_server", "finesight.load(...).generate answers without a server")
+    if isinstance(model, Model):
+        inference_model = model.inference_model
+    else:
+        inference_model = load_adapters(name, adapter_names, **loading)
+    try:
+        listener = bind_socket(HOST, port)
+    except UserError as error:
+        error.remedy = "port=0 chooses a free port, or stop the other program"
+        raise
+    return ModelServer(inference_model, listener)

@@ -161,6 +161,11 @@ class GenerationEvalResult:
     positions: tuple[int, ...] = ()
     subset: GenerationEvalResult | None = None
 
+    @property
+    def primary_score(self) -> float:
+        """The primary score."""
+        return self.scores[self.primary_metric]
+
     def as_json(self) -> dict[str, Any]:
         """Return the scores as JSON data, without predictions."""
         return {

@@ -9,6 +9,7 @@ only, not from the web.
 from __future__ import annotations
 
 import atexit
+import os
 import secrets
 import threading
 from collections.abc import Callable, Sequence
@@ -110,7 +111,7 @@ class ModelServer:
 def start_server(
     model: StrPath | Model,
     *,
-    adapters: Sequence[StrPath] = (),
+    adapters: StrPath | Sequence[StrPath] = (),
     port: int = 0,
     **loading: Unpack[LoadingOptions],
 ) -> ModelServer:
@@ -145,6 +146,7 @@ def start_server(
             )
     else:
         name = read_path(model, "model", "a loaded model, or the name or folder of one")
+    adapters = [adapters] if isinstance(adapters, str | os.PathLike) else adapters
     adapter_names = [
         read_path(one, "model", "the name or folder of an adapter") for one in adapters
     ]

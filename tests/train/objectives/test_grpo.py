@@ -589,6 +589,9 @@ def test_useless_rewards_name_the_coordinate_frame(tmp_path, frame, kind):
     assert frame in line
     rewarded = report(cases, [0, 0, 0, 0.5])
     assert (("coordinate frame" in rewarded), "no reward" in rewarded) == (bool(frame), False)
+    # Penalties differ; equal ones are as useless as no reward.
+    assert report(cases[:1], [-8, -9, -7, -8]) == ""
+    assert "4 of the first 4 responses have no reward" in report(cases[:1], [-1, -1, -1, -1])
     # The responses to one sample are no evidence.
     assert report(cases[:1] * 64, [1, 1, 1, 1]) == ""
     assert "4 of the first 4 responses have no reward" in report(cases[:1], [0, 0, 0, 0])

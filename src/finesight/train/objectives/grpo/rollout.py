@@ -125,7 +125,7 @@ class RewardCheck:
         self._log = log
         self._length_remedy = length_remedy
         self._num_responses = 0
-        self._num_rewarded = 0
+        self._totals: list[float] = []
         self._num_truncated = 0
         self._num_checks = 0
         self._matches: dict[str, list[list[tuple[float, bool]]]] = {}
@@ -138,7 +138,7 @@ class RewardCheck:
         if self._num_checks >= MAX_FRAME_CHECKS:
             return
         self._num_responses += len(cases)
-        self._num_rewarded += int((np.nan_to_num(totals_G) > 0).sum())
+        self._totals += np.nan_to_num(totals_G).tolist()
         self._num_truncated += sum(not case.ended_with_eos for case in cases)
         if isinstance(self._renderer, NativeRenderer):
             images = [span for span in spans if span.kind == "image"]
@@ -197,8 +197,10 @@ class RewardCheck:
                 f"{self._num_truncated} of the first {self._num_responses} responses are"
                 f" truncated: {self._length_remedy}"
             )
-        num_useless = self._num_responses - self._num_rewarded
-        if self._num_rewarded > MAX_USELESS_SHARE * self._num_responses:
+        # Rewards that are penalties are below 0.
+        lowest = min(0.0, *self._totals)
+        num_useless = sum(total <= lowest for total in self._totals)
+        if num_useless < (1 - MAX_USELESS_SHARE) * self._num_responses:
             return ""
         return (
             f"{num_useless} of the first {self._num_responses} responses have no reward: fine-tune"

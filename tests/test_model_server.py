@@ -1,9 +1,13 @@
 """HTTP server in a thread of a Python program: access, models, shutdown and errors."""
 
+import gc
 import json
+import multiprocessing
+import signal
 import subprocess
 import sys
 import threading
+import time
 import urllib.error
 import urllib.request
 from typing import Any
@@ -13,8 +17,11 @@ import pytest
 from test_python_api import draw, make_samples
 
 import finesight
+from finesight.infer.engine import Engine
 from finesight.model_folder import TINY_MODEL
 from finesight.operations.model_server import HOST, ModelServer
+from finesight.serve import api_server
+from finesight.serve.api_server import ApiServer
 
 TUNE = {"language": "lora", "lora": {"rank": 4, "alpha": 8}}
 
@@ -125,6 +132,8 @@ def test_errors_name_the_call(adapters, tmp_path):
     with finesight.start_server(model) as server:
         port = int(server.url.rpartition(":")[2].removesuffix("/v1"))
         cases = [
+            ((model,), {"port": "8000"}, "port=0"),
+            ((model,), {"port": 70000}, "port=0"),
             ((model,), {"adapters": [adapters[1]]}, "start_server("),
             ((model,), {"port": port}, "port=0"),
             ((3,), {}, "pass a name or a path"),
@@ -155,3 +164,67 @@ def test_image_in_a_request(adapters):
     expected = model.generate(draw("red"), "Which colour?", max_new_tokens=4).text
     with finesight.start_server(model) as server:
         assert ask(server, messages=[{"role": "user", "content": content}]) == expected
+
+
+def test_closed_server_frees_its_memory(adapters):
+    """Closing frees the engine with its cache, although the variable of the server remains."""
+    model = finesight.load(adapters[0], device="cpu")
+    for _ in range(2):
+        server = finesight.start_server(model)
+        assert ask(server)
+        assert count_engines() == 1
+        server.close()
+        assert count_engines() == 0
+        assert server.model_names == ("first",)
+
+
+def count_engines() -> int:
+    return sum(isinstance(one, Engine) for one in gc.get_objects())
+
+
+def test_interrupted_start_leaves_no_server(adapters, monkeypatch):
+    """Ctrl-C during the start ends the thread and frees the port."""
+    model = finesight.load(adapters[0], device="cpu")
+    run = api_server.run_api_server
+    ports: list[int] = []
+
+    def interrupt(model: Any, listener: Any, **options: Any) -> None:
+        ports.append(listener.getsockname()[1])
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+        time.sleep(0.2)
+        run(model, listener, **options)
+
+    monkeypatch.setattr(api_server, "run_api_server", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        finesight.start_server(model)
+    monkeypatch.undo()
+    assert "finesight-server" not in {thread.name for thread in threading.enumerate()}
+    with finesight.start_server(model, port=ports[0]) as server:
+        assert server.url.endswith(f":{ports[0]}/v1")
+
+
+def test_failure_of_a_running_server_is_raised(adapters, monkeypatch):
+    async def fail(server: Any) -> None:
+        raise RuntimeError("the loop failed")
+
+    monkeypatch.setattr(ApiServer, "main_loop", fail)
+    model = finesight.load(adapters[0], device="cpu")
+    with pytest.raises(RuntimeError, match="the loop failed"):
+        finesight.start_server(model).close()
+
+
+def test_port_is_free_although_a_fork_has_the_socket(adapters):
+    model = finesight.load(adapters[0], device="cpu")
+    server = finesight.start_server(model)
+    port = int(server.url.rpartition(":")[2].removesuffix("/v1"))
+    process = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+    process.start()
+    try:
+        server.close()
+        with pytest.raises(urllib.error.URLError):
+            send(server, "/models")
+        with finesight.start_server(model, port=port):
+            pass
+    finally:
+        process.kill()
+        process.join()

@@ -24,7 +24,7 @@ CASES = load_cases("app")
 INTERACTIVE_COMMANDS = ("chat", "web", "serve", "studio", "label")
 """Commands that run until they are stopped and print no results."""
 
-PYTHON_PARAMETERS = {"ask", "on_record", "has_main_guard", "settings"}
+PYTHON_PARAMETERS = {"callbacks", "ask", "on_record", "has_main_guard", "settings"}
 """Parameters of operations that are no options of commands."""
 
 HEAVY = ("torch", "numpy", "PIL", "transformers", "rich", "tokenizers", "fastapi", "gradio")

@@ -77,17 +77,6 @@ def write_marked_prompt(content: Sequence[ContentPart]) -> str:
     return "".join(pieces)
 
 
-def build_mark_error(prompt: str, num_images: int) -> UserError:
-    """Build the error of a prompt with another number of marks than there are images."""
-    return UserError(
-        f"{count_marks(prompt)} times {IMAGE_MARK} for {format_count(num_images, 'image')}",
-        where="prompt",
-        expected=f"{IMAGE_MARK} once for each image, or once for all of them",
-        remedy=f"add images, or remove {IMAGE_MARK}; write {ESCAPED_MARK} if it is a word of the"
-        " text",
-    )
-
-
 def insert_images(prompt: str, media: Sequence[MediaPart]) -> tuple[ContentPart, ...]:
     """Replace the marks of a prompt by images, or a single position by all of them.
 
@@ -95,7 +84,13 @@ def insert_images(prompt: str, media: Sequence[MediaPart]) -> tuple[ContentPart,
         UserError: The prompt has another number of marks.
     """
     if not can_hold(prompt, len(media)):
-        raise build_mark_error(prompt, len(media))
+        raise UserError(
+            f"{count_marks(prompt)} times {IMAGE_MARK} for {format_count(len(media), 'image')}",
+            where="prompt",
+            expected=f"{IMAGE_MARK} once for each image, or once for all of them",
+            remedy=f"add images, or remove {IMAGE_MARK}; write {ESCAPED_MARK} if it is a word of"
+            " the text",
+        )
     if len(count_adjacent_marks(prompt)) == 1:
         prompt = join_adjacent_marks(prompt)
     texts = split_at_marks(prompt)

@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 from finesight.data.marked_prompt import (
     IMAGE_MARK,
     MediaPart,
-    build_mark_error,
     can_hold,
     count_marks,
     escape_marks,
@@ -158,9 +157,6 @@ class PromptFormat:
             UserError: The text has another number of `<image>` than there are images.
         """
         if media and count_marks(text):
-            if count_marks(text) not in (1, len(media)):
-                # Adjacent ones stand for all images in a template only.
-                raise build_mark_error(text, len(media))
             return insert_images(text, media)
         known = self._find_prompt(text, len(media))
         if known is not None:

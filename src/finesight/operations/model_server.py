@@ -9,6 +9,7 @@ only, not from the web.
 from __future__ import annotations
 
 import atexit
+import gc
 import os
 import secrets
 import threading
@@ -50,16 +51,21 @@ class ModelServer:
         self.model_names: tuple[str, ...] = ()
         self._stop: Callable[[], None] | None = None
         self._error: BaseException | None = None
+        self._is_closed = False
         self._is_ready = threading.Event()
         # A program that forgets `close` still ends.
         self._thread = threading.Thread(
             target=self._run, args=(inference_model, listener), name="finesight-server", daemon=True
         )
-        self._thread.start()
-        self._is_ready.wait()
-        if self._error is not None:
-            raise self._error
         atexit.register(self.close)
+        self._thread.start()
+        try:
+            self._is_ready.wait()
+        except BaseException:
+            self.close()
+            raise
+        if self._error is not None:
+            self.close()
 
     def _run(self, inference_model: InferenceModel, listener: socket.socket) -> None:
         """Serve requests in the thread of the server."""
@@ -71,6 +77,8 @@ class ModelServer:
             self.model_names = tuple(service.model_names)
             self._stop = stop
             self._is_ready.set()
+            if self._is_closed:  # before it was ready
+                stop()
 
         try:
             limits = ServerLimits()
@@ -88,20 +96,35 @@ class ModelServer:
             self._is_ready.set()
 
     def close(self) -> None:
-        """Complete the running requests, then stop the server and free its port.
+        """Complete the running requests, then stop the server and free its port and its memory.
 
-        A closed server stays closed.
+        Requests have a minute. A closed server stays closed.
+
+        Raises:
+            Exception: That of the server, if it has failed.
         """
-        atexit.unregister(self.close)
+        self._is_closed = True
         if self._stop is not None:
             self._stop()
         self._thread.join()
+        atexit.unregister(self.close)
+        # The function refers to the server with its KV cache, as do circles of references.
+        self._stop = None
+        gc.collect()
+        error = self._error
+        self._error = None
+        if error is not None:
+            raise error
 
     def __enter__(self) -> ModelServer:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            self.close()
+        except Exception:
+            if kind is None:  # Otherwise, the exception of the block is raised.
+                raise
 
     def __repr__(self) -> str:
         state = "" if self._thread.is_alive() else ", closed"
@@ -130,35 +153,61 @@ def start_server(
         UserError: The model cannot be loaded or has no native implementation, a package of the
             extra `serve` is missing, or the port is in use.
     """
-    from finesight.encode.renderer import require_native
+    from finesight.encode.renderer import is_native
     from finesight.infer.model_loader import resolve_model_source
-    from finesight.serve.http_protocol import bind_socket
 
     require_extra("start_server", "serve", SERVER_PACKAGES)
+    if not isinstance(port, int) or not 0 <= port < 2**16:
+        raise UserError(
+            f"port={port!r:.60}",
+            where="start_server",
+            expected="a number from 0 to 65535",
+            remedy="port=0 chooses a free port",
+        )
     if isinstance(model, Model):
-        name = model.name
         if adapters or loading:
             raise UserError(
                 "adapters or options of loading beside a loaded model",
                 where="start_server",
                 expected="the name of a model, which is loaded with them",
-                remedy=f"start_server({name!r}, adapters=[...])",
+                remedy=f"start_server({model.name!r}, adapters=[...])",
             )
-    else:
-        name = read_path(model, "model", "a loaded model, or the name or folder of one")
-    adapters = [adapters] if isinstance(adapters, str | os.PathLike) else adapters
-    adapter_names = [
-        read_path(one, "model", "the name or folder of an adapter") for one in adapters
-    ]
-    folder = resolve_model_source(name).folder
-    require_native(folder, "start_server", "finesight.load(...).generate answers without a server")
-    if isinstance(model, Model):
-        inference_model = model.inference_model
-    else:
-        inference_model = load_adapters(name, adapter_names, **loading)
+        return _serve(model.inference_model, port)
+    name = read_path(model, "model", "a loaded model, or the name or folder of one")
+    if isinstance(adapters, str | os.PathLike):
+        adapters = [adapters]
+    adapter_names: list[str] = []
+    for one in adapters or ():
+        adapter_names.append(read_path(one, "model", "the name or folder of an adapter"))
+    if not is_native(resolve_model_source(name).folder):
+        raise _build_family_error()
+    return _serve(lambda: load_adapters(name, adapter_names, **loading), port)
+
+
+def _serve(model: InferenceModel | Callable[[], InferenceModel], port: int) -> ModelServer:
+    """Bind the port, load the model if it is a function, and start the server."""
+    from finesight.model.vlm import VisionLanguageModel
+    from finesight.serve.http_protocol import bind_socket
+
     try:
         listener = bind_socket(HOST, port)
     except UserError as error:
         error.remedy = "port=0 chooses a free port, or stop the other program"
         raise
+    try:
+        inference_model = model() if callable(model) else model
+        if not isinstance(inference_model.model, VisionLanguageModel):
+            raise _build_family_error()
+    except BaseException:
+        listener.close()
+        raise
     return ModelServer(inference_model, listener)
+
+
+def _build_family_error() -> UserError:
+    return UserError(
+        "a model without a native implementation",
+        where="start_server",
+        expected="a native model family",
+        remedy="finesight.load(...).generate answers without a server",
+    )

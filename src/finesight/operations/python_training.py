@@ -61,7 +61,7 @@ def train(
         metric: Name of a metric, or a function of an `EvalCase` that returns a number, or several
             by name. Higher is better.
         rewards: Names of rewards, functions of an `EvalCase` that return a number or None, or
-            dictionaries of `name` and `weight`. They need an objective such as `grpo`.
+            dictionaries of `name` and `weight`. They need an objective that samples responses.
         callbacks: Functions of a step and its metrics, or of a step and the scores of an
             evaluation. They may raise `StopTraining`.
         resume: Continue the run in `output_dir` from its newest checkpoint, or start it if there

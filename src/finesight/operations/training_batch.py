@@ -29,6 +29,10 @@ Batch = tuple[PackedBatch, ...]
 """Packs of a training step."""
 
 
+OWN_INPUTS = ("labels_L", "loss_weight", "response_L", "advantages_L", "sampled_logps_L")
+"""Names of the tensors that batches and losses have themselves."""
+
+
 @dataclass(frozen=True, slots=True, repr=False)
 class ResponseGroup:
     """Sampled responses to one prompt.
@@ -79,15 +83,24 @@ def add_inputs(batch: Sequence[PackedBatch], inputs: Mapping[str, Sequence[Tenso
     Raises:
         UserError: The number of tensors or their lengths differ from those of the packs.
     """
+    check_batch(batch)
     packs = list(batch)
     lengths = [(one.num_supervised_tokens,) for one in batch]
     for name, tensors in inputs.items():
-        shapes = [tuple(tensor.shape) for tensor in tensors]
-        if shapes != lengths:
+        if name in OWN_INPUTS:
+            raise UserError(
+                f"the name {name}",
+                where="add_inputs",
+                expected=f"another name than {', '.join(OWN_INPUTS)}",
+                remedy=f"rename it, such as my_{name}",
+            )
+        shapes = [tuple(getattr(tensor, "shape", ())) for tensor in tensors]
+        are_tensors = all(isinstance(tensor, Tensor) for tensor in tensors)
+        if shapes != lengths or not are_tensors:
             raise UserError(
                 f"{name} of the shapes {shapes!r:.80}",
                 where="add_inputs",
-                expected=f"the shapes {lengths!r:.80} of the packs",
+                expected=f"tensors of the shapes {lengths!r:.80}, as the packs",
                 remedy="pass one tensor for each pack, such as client.compute_logps(batch)",
             )
         for position, tensor in enumerate(tensors):

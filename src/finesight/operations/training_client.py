@@ -294,7 +294,8 @@ class TrainingClient:
             samples: Samples with answers, or preference pairs.
             batch_size: Number of samples of a batch.
             epochs: Number of passes over the samples.
-            start: Number of batches to leave out, such as the step of a loaded state.
+            start: Number of batches to leave out, such as the step of a loaded state. Batches whose
+                samples cannot be read count, although the iteration leaves them out.
 
         Raises:
             UserError: A sample is invalid. Those that are too long or cannot be read are skipped,
@@ -309,9 +310,11 @@ class TrainingClient:
         num_workers = self._hardware.num_workers
         checked = replace(self._checked, recipe=recipe)
         data = load_run_data(checked, num_workers, self._console)
-        self._prompt_format = data.train.find_prompt_format()
-        if self._thinking is None:
-            self.renderer = data.renderer
+        if self._prompt_format is DEFAULT_PROMPT_FORMAT:
+            # The first samples are those of the training, and later ones may be for validation.
+            self._prompt_format = data.train.find_prompt_format()
+            if self._thinking is None:
+                self.renderer = data.renderer
         dataset = build_step_dataset(recipe, data, data.sampler, self.model)
         if not 0 <= start <= len(dataset):
             raise UserError(
@@ -393,12 +396,15 @@ class TrainingClient:
         objective = self._build_objective(loss, temperature)
         loss_weight = self._build_weight(batch, loss, 1.0)
         total = torch.zeros((), device=self._hardware.device)
-        with torch.no_grad(), disable_dropout(self.model):
-            for one in batch:
-                pack_on_device = self._device_loader.load(one)
-                loss_inputs = objective.loss_inputs(pack_on_device, loss_weight)
-                losses = forward_backward(self.model, objective, pack_on_device, None, loss_inputs)
-                total += losses[0]
+        try:
+            with torch.no_grad(), disable_dropout(self.model):
+                for one in batch:
+                    pack_on_device = self._device_loader.load(one)
+                    inputs = objective.loss_inputs(pack_on_device, loss_weight)
+                    losses = forward_backward(self.model, objective, pack_on_device, None, inputs)
+                    total += losses[0]
+        except torch.OutOfMemoryError as error:
+            raise _build_memory_error(batch) from error
         return total
 
     def compute_logps(
@@ -427,7 +433,8 @@ class TrainingClient:
     def _build_objective(self, loss: LossFunction | None, temperature: float) -> Objective[Any]:
         if loss is None:
             return self._cross_entropy
-        if not callable(loss) or not 0 < temperature < math.inf:
+        is_valid = isinstance(temperature, Real) and 0 < temperature < math.inf
+        if not callable(loss) or not is_valid:
             raise UserError(
                 f"loss={loss!r:.60}, temperature={temperature!r:.60}",
                 where="forward_backward",
@@ -733,7 +740,11 @@ class TrainingClient:
         current = self._describe_model()
         stored = {name: state.resume_config.get(name) for name in current}
         remedy = "create the client with the model and the settings of the saved state"
-        check_resume_config(stored, current, folder, lambda changes: remedy)
+        try:
+            check_resume_config(stored, current, folder, lambda changes: remedy)
+        except UserError as error:
+            error.remedy = remedy
+            raise
         self.zero_grad()
         weights = open_shards(folder, WEIGHTS_FILE)
         optimizer_state = open_shards(folder, OPTIMIZER_FILE)
@@ -768,7 +779,7 @@ def _build_memory_error(batch: Sequence[PackedBatch]) -> UserError:
     return UserError(
         f"the GPU memory is full in a pack of {largest.num_tokens:,} tokens",
         where="forward_backward",
-        expected="memory for each pack; the gradients since the last step are discarded",
+        expected="memory for each pack",
         remedy="create the client with a smaller pack_tokens, activation_checkpointing=True, or a"
         " smaller image size",
     )

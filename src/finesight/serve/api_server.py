@@ -279,6 +279,14 @@ class ApiServer(LimitedServer):
         await super().startup(sockets)
         self._on_ready()
 
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Stop to listen, complete the running requests, and close all connections."""
+        for listener in sockets or ():
+            # Forked processes have copies of the socket, which would go on listening.
+            with contextlib.suppress(OSError):
+                listener.shutdown(socket.SHUT_RDWR)
+        await super().shutdown(sockets)
+
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Start the shutdown of the server. A second Ctrl-C shortens its time limit."""
         is_forced = self.should_exit and sig == signal.SIGINT

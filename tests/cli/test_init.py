@@ -416,6 +416,25 @@ def test_rows_without_images_are_mentioned(cli):
     assert "warning: 5 of 24 rows have no readable image and were skipped" in printed.err
 
 
+@pytest.mark.usefixtures("no_plan")
+@pytest.mark.parametrize(
+    ("column", "file", "vision"),
+    [("clip", "clip.mp4", "lora"), ("photo", "a.png", "lora"), ("note", "a dog", "frozen")],
+)
+def test_vision_of_the_bundled_model_is_trained_on_media(column, file, vision, cli):
+    pytest.importorskip("video_fixtures").write_video(Path("clip.mp4"))
+    Image.new("RGB", (32, 32)).save("a.png")
+    write_jsonl(Path("rows.jsonl"), [{column: file, "question": "Which?", "answer": "one"}])
+    roles = ["answer=answer", "question=question"]
+    if vision == "lora":
+        roles.append(f"image={column}")
+    options = [word for role in roles for word in ("--map", role)]
+    printed = cli("init", "rows.jsonl", *YES, "--model", TINY_MODEL, *options).out
+    assert ("a task of text only" in printed) == (vision == "frozen")
+    tune = yaml.safe_load(Path("out/recipe.yaml").read_text())["tune"]
+    assert (tune["vision"], tune["merger"]) == (vision, vision)
+
+
 @pytest.mark.parametrize("line_break", ["\n", "\r", "\x85", "\u2028", "\u2029"])
 @pytest.mark.parametrize("tune", [TuneSettings(language="lora"), None])
 def test_names_with_line_breaks_are_no_settings(line_break, tune):

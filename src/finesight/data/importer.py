@@ -290,6 +290,11 @@ class ImportSummary:
     other_keys: dict[str, int] = field(default_factory=dict)
     num_videos: int = 0
 
+    @property
+    def has_media(self) -> bool:
+        """Whether some samples have an image or a video."""
+        return bool(self.num_images or self.num_videos)
+
     def list_media(self) -> list[str]:
         """Return a line with the number of images, and one with that of videos."""
         lines: list[str] = []

@@ -158,7 +158,7 @@ def init(
     _warn_of_missing_images(summary, opened.rows.num_rows, console)
     recipe = folder / "recipe.yaml"
     run = folder / "run"
-    task = replace(task, has_images=summary.num_images > 0)
+    task = replace(task, has_images=summary.has_media)
     comments = {
         file.file: format_count(file.num_samples, "sample") for file in summary.output_files
     }
@@ -338,7 +338,7 @@ def _format_data(
     from finesight.data.formats.table import format_media_options
 
     heading, *details = format_import(source, summary, options, is_detected=is_detected)
-    if not summary.num_images:
+    if not summary.has_media:
         details.append("no images: a task of text only")
     if "fields" in options.columns:
         media = format_media_options(options.columns)

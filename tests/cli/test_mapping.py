@@ -1,6 +1,7 @@
 """Tests of `finesight import --mapping`."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,17 @@ def test_key_without_a_role_is_an_error_until_it_is_ignored(folder, cli) -> None
     assert "score, ignored by the mapping (2)" in printed.out
     lines = (folder / "out" / "data.jsonl").read_text(encoding="utf-8").splitlines()
     assert len(lines) == 2
+
+
+@pytest.mark.parametrize("options", [{"B": "red", "A": "blue"}, "{'B': 'red', 'A': 'blue'}"])
+def test_mapping_of_a_remedy_is_imported(folder, cli, options) -> None:
+    record = {"image": "a.png", "q": "Which?", "options": options, "a": "A", "score": 4}
+    source, out, _, mapping = write_rows(folder, [record], {})
+    roles = ("--map", "image=image", "--map", "question=q,options", "--map", "answer=a")
+    printed = cli("import", source, out, *roles, code=2)
+    Path(mapping).write_text(re.findall("write ({version.*}) into a file", printed.err)[0])
+    printed = cli("import", source, out, "--mapping", mapping, "--explain", "1")
+    assert "  user: [image a.png] Which?\\nB. red\\nA. blue" in printed.out.splitlines()
 
 
 def test_where_counts_what_it_leaves_out(folder, cli) -> None:

@@ -231,6 +231,27 @@ def test_list_of_options_follows_the_question(folder: Path) -> None:
     assert list_turns(case(folder, {**record, "choices": ["1", "2"], "answer": 1}, mapped))[1]
 
 
+@pytest.mark.parametrize(
+    ("cells", "remedy"),
+    [
+        ({"options": {"B": "red", "A": "blue"}}, "choices: options.*, answer: answer"),
+        ({"options": "{'A': 'red', 'B': 'blue'}"}, "parse: {options: python}, images: [image]"),
+        ({"options": '{"A": "red", "B": "blue"}'}, "parse: {options: json}, images: [image]"),
+        ({"options": [{"id": "A", "text": "red"}]}, "choices: options.*.KEY, answer: answer"),
+        ({"colors": ["red", "blue"]}, "choices: colors, answer: answer"),
+        ({"hint": {"text": "red", "level": 2}}, "hint.text,hint.level instead of hint"),
+        ({"options": ["red", None]}, "write one text into each cell"),
+        ({"options": [["red", [0]], ["blue"]]}, "write one text into each cell"),
+    ],
+)
+def test_objects_and_lists_are_no_question(folder: Path, cells: Any, remedy: str) -> None:
+    (name,) = cells
+    row = {"question": "Which?", **cells, "answer": "A"}
+    with pytest.raises(InvalidRowError, match=f"in the column '{name}' of the question") as caught:
+        case(folder, row, f"image=image question=question,{name} answer=answer")
+    assert remedy in caught.value.remedy
+
+
 @pytest.mark.parametrize("box", [None, "", " ", NAN, [], "[]"])
 def test_empty_box_cell_means_no_objects(folder: Path, box: object) -> None:
     found = case(folder, {"b": box, "l": None}, "image=image box=b label=l", prompt="Find all.")

@@ -23,6 +23,8 @@ from contextlib import suppress
 from string import ascii_uppercase
 from typing import get_args
 
+import yaml
+
 from finesight.bounded_files import parse_unique_json
 from finesight.data.boxes import (
     BoxConvention,
@@ -53,6 +55,7 @@ from finesight.data.formats.dataset_format import (
     as_list,
     check_image_order,
     decode_json_list,
+    describe_value,
     dump_json,
     forbid_drop,
     is_numeric,
@@ -657,6 +660,7 @@ def parse_row(row: SourceRow, context: ImportContext) -> ImportExample:
     question = _read_cell(row.record, context, "question")
     if isinstance(question, list) and "," in context.columns["question"]:
         names = find_columns(row.record, "question", context.columns["question"])
+        _require_texts(names, question, context.columns)
         question, options = _join_cells(names, question)
     if question is not None:
         parts = place_images(parts, _get_text(question, "question"))
@@ -828,6 +832,85 @@ def _join_cells(names: Sequence[str], cells: Sequence[object]) -> tuple[str, lis
         else:
             lines.append(option_lines.get(name, str(cell)))
     return "\n".join(lines), options
+
+
+def _require_texts(
+    names: Sequence[str], cells: Sequence[object], columns: Mapping[str, str]
+) -> None:
+    """Reject objects and lists in the columns of a question, except a list of options."""
+    for name, cell in zip(names, cells, strict=True):
+        is_options = name.lower() in _OPTION_LISTS
+        value = cell
+        notation = ""
+        if is_options and isinstance(cell, str) and cell.lstrip().startswith(("[", "{")):
+            value = decode_json_list(cell, (str, int, float, list, tuple, dict))
+            notation = "python"
+            with suppress(ValueError):
+                json.loads(cell)
+                notation = "json"
+        is_list = is_options and isinstance(value, list)
+        if has_value(cell) and _is_structure(value) and not (is_list and _has_texts(value)):
+            raise InvalidRowError(
+                f"{str(cell)[:60]} in the column {name!r} of the question",
+                "texts or numbers, or a list of them under a name such as options",
+                _suggest_structure(name, value, names, columns, notation),
+            )
+
+
+def _is_structure(value: object) -> bool:
+    return isinstance(value, dict | list | tuple | bytes)
+
+
+def _has_texts(items: Sequence[object]) -> bool:
+    """Return whether all items of a list are texts or numbers."""
+    return not any(item is None or _is_structure(item) for item in items)
+
+
+def _suggest_structure(
+    name: str, value: object, names: Sequence[str], columns: Mapping[str, str], notation: str
+) -> str:
+    """Return the remedy for an object or a list in a column of the question.
+
+    Args:
+        names: All columns of the question.
+        notation: Notation of a value that is written as text, json or python; else empty.
+    """
+    choices = ""
+    suffix = ""
+    if isinstance(value, dict) and len(value) > 1:
+        if all(re.fullmatch("[A-Za-z]", str(key)) for key in value):
+            choices = f"{name}.*"
+    elif isinstance(value, list) and name != names[0]:
+        if _has_texts(value):
+            choices = name
+        elif isinstance(value[0], dict):
+            choices = f"{name}.*.KEY"
+            suffix = f"; KEY is the one with the texts, of {', '.join(map(str, value[0]))}"
+    if not choices or "box" in columns:
+        if isinstance(value, dict) and not notation:
+            inner = ",".join(f"{name}.{key}" for key in value)
+            return f"name keys inside of the column: {inner} instead of {name}"
+        return "write one text into each cell, or name a column of texts"
+    mapping: dict[str, object] = {"version": 1}
+    if notation:
+        mapping["parse"] = {name: notation}
+    for role in MEDIA_ROLES:
+        if role in columns:
+            mapping[f"{role}s"] = columns[role].split(",")
+    others = [other for other in names if other != name]
+    mapping["question"] = {"template": "\n".join(f"{{{other}}}" for other in others)}
+    if len(others) == 1:
+        mapping["question"] = others[0]
+    mapping["choices"] = choices
+    if "answer" in columns:
+        mapping["answer"] = columns["answer"]
+    if "fields" in columns:
+        mapping["fields"] = columns["fields"].split(",")
+    mapping["ignore"] = ["*"]
+    text = yaml.safe_dump(
+        mapping, default_flow_style=True, sort_keys=False, allow_unicode=True, width=math.inf
+    )
+    return f"write {text.strip()} into a file, and give it as --mapping instead of --map{suffix}"
 
 
 def letter_options(options: Sequence[str], letters: Sequence[str] = ascii_uppercase) -> list[str]:

@@ -237,7 +237,7 @@ def test_list_of_options_follows_the_question(folder: Path) -> None:
         ({"options": {"B": "red", "A": "blue"}}, "choices: options.*, answer: answer"),
         ({"options": "{'A': 'red', 'B': 'blue'}"}, "parse: {options: python}, images: [image]"),
         ({"options": '{"A": "red", "B": "blue"}'}, "parse: {options: json}, images: [image]"),
-        ({"options": [{"id": "A", "text": "red"}]}, "choices: options.*.KEY, answer: answer"),
+        ({"options": [{"id": "A", "text": "red"}]}, "KEY is the key of the texts, of id, text"),
         ({"colors": ["red", "blue"]}, "choices: colors, answer: answer"),
         ({"hint": {"text": "red", "level": 2}}, "hint.text,hint.level instead of hint"),
         ({"options": ["red", None]}, "write one text into each cell"),

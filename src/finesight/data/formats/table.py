@@ -55,7 +55,6 @@ from finesight.data.formats.dataset_format import (
     as_list,
     check_image_order,
     decode_json_list,
-    describe_value,
     dump_json,
     forbid_drop,
     is_numeric,
@@ -848,13 +847,27 @@ def _require_texts(
             with suppress(ValueError):
                 json.loads(cell)
                 notation = "json"
-        is_list = is_options and isinstance(value, list)
-        if has_value(cell) and _is_structure(value) and not (is_list and _has_texts(value)):
-            raise InvalidRowError(
-                f"{str(cell)[:60]} in the column {name!r} of the question",
-                "texts or numbers, or a list of them under a name such as options",
-                _suggest_structure(name, value, names, columns, notation),
-            )
+        if not has_value(cell) or not _is_structure(value):
+            continue
+        if is_options and isinstance(value, list) and _has_texts(value):
+            continue
+        remedy = "write one text into each cell, or name a column of texts"
+        choices = _find_choices(name, value)
+        if choices and name != names[0] and "box" not in columns:
+            parse = {name: notation} if notation else {}
+            others = [other for other in names if other != name]
+            mapping = _format_choices_mapping(columns, others, choices, parse)
+            remedy = f"write {mapping} into a file, and give it as --mapping instead of --map"
+            if isinstance(value, list) and isinstance(value[0], dict):
+                remedy += f"; KEY is the key of the texts, of {', '.join(map(str, value[0]))}"
+        elif isinstance(value, dict) and not notation:
+            inner = ",".join(f"{name}.{key}" for key in value)
+            remedy = f"name keys inside of the column: {inner} instead of {name}"
+        raise InvalidRowError(
+            f"{str(cell)[:60]} in the column {name!r} of the question",
+            "texts or numbers, or a list of them under a name such as options",
+            remedy,
+        )
 
 
 def _is_structure(value: object) -> bool:
@@ -866,51 +879,46 @@ def _has_texts(items: Sequence[object]) -> bool:
     return not any(item is None or _is_structure(item) for item in items)
 
 
-def _suggest_structure(
-    name: str, value: object, names: Sequence[str], columns: Mapping[str, str], notation: str
+def _find_choices(name: str, value: object) -> str:
+    """Return the path of the options in a column for a mapping; empty if it has none."""
+    if isinstance(value, dict):
+        are_letters = all(re.fullmatch("[A-Za-z]", str(key)) for key in value)
+        return f"{name}.*" if are_letters and len(value) > 1 else ""
+    if not isinstance(value, list):
+        return ""
+    if isinstance(value[0], dict):
+        return f"{name}.*.KEY"  # the user replaces KEY
+    return name if _has_texts(value) else ""
+
+
+def _format_choices_mapping(
+    columns: Mapping[str, str], questions: Sequence[str], choices: str, parse: Mapping[str, str]
 ) -> str:
-    """Return the remedy for an object or a list in a column of the question.
+    """Format a mapping of the same columns, with the choices of the question.
 
     Args:
-        names: All columns of the question.
-        notation: Notation of a value that is written as text, json or python; else empty.
+        questions: Columns of the question without the choices.
+        parse: Notation of columns with structures as text.
     """
-    choices = ""
-    suffix = ""
-    if isinstance(value, dict) and len(value) > 1:
-        if all(re.fullmatch("[A-Za-z]", str(key)) for key in value):
-            choices = f"{name}.*"
-    elif isinstance(value, list) and name != names[0]:
-        if _has_texts(value):
-            choices = name
-        elif isinstance(value[0], dict):
-            choices = f"{name}.*.KEY"
-            suffix = f"; KEY is the one with the texts, of {', '.join(map(str, value[0]))}"
-    if not choices or "box" in columns:
-        if isinstance(value, dict) and not notation:
-            inner = ",".join(f"{name}.{key}" for key in value)
-            return f"name keys inside of the column: {inner} instead of {name}"
-        return "write one text into each cell, or name a column of texts"
     mapping: dict[str, object] = {"version": 1}
-    if notation:
-        mapping["parse"] = {name: notation}
+    if parse:
+        mapping["parse"] = dict(parse)
     for role in MEDIA_ROLES:
         if role in columns:
             mapping[f"{role}s"] = columns[role].split(",")
-    others = [other for other in names if other != name]
-    mapping["question"] = {"template": "\n".join(f"{{{other}}}" for other in others)}
-    if len(others) == 1:
-        mapping["question"] = others[0]
+    mapping["question"] = {"template": "\n".join(f"{{{name}}}" for name in questions)}
+    if len(questions) == 1:
+        mapping["question"] = questions[0]
     mapping["choices"] = choices
     if "answer" in columns:
         mapping["answer"] = columns["answer"]
     if "fields" in columns:
         mapping["fields"] = columns["fields"].split(",")
     mapping["ignore"] = ["*"]
-    text = yaml.safe_dump(
+    text: str = yaml.safe_dump(
         mapping, default_flow_style=True, sort_keys=False, allow_unicode=True, width=math.inf
     )
-    return f"write {text.strip()} into a file, and give it as --mapping instead of --map{suffix}"
+    return text.strip()
 
 
 def letter_options(options: Sequence[str], letters: Sequence[str] = ascii_uppercase) -> list[str]:

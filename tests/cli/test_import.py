@@ -83,6 +83,14 @@ def test_invalid_rows_can_be_skipped(source, tmp_path, cli):
     assert "no such image" in skipped["error"]
 
 
+def test_prompt_lists_the_labels_of_a_table(source, tmp_path, cli):
+    columns = ("--map", "image=image", "--map", "box=box", "--map", "label=n")
+    columns += ("--box-format", "xywh", "--rows", "1:4")
+    cli("import", source, tmp_path / "out", *columns, "--prompt", "Find {labels}.")
+    for sample in read_samples(tmp_path / "out" / "data.jsonl"):
+        assert sample.messages[0].content[1].text == "Find 1, 2, 3."
+
+
 def test_help_names_every_format(cli):
     words = re.sub(r"-\s+", "-", cli("import", "--help").out)  # lines can end within a name
     assert [form.name for form in FORMATS.list_built_in() if form.name not in words] == []

@@ -36,6 +36,7 @@ from finesight.data.formats.dataset_format import (
     example_from_sample,
     make_text_part,
 )
+from finesight.data.formats.image_annotations import MAX_CLASSES
 from finesight.data.image_file import PageRanges, read_image_size
 from finesight.data.image_resolver import ImageResolver
 from finesight.data.record_files import open_record_files
@@ -163,6 +164,8 @@ class ImportSource:
         if options.replace_prompts is not None:
             # The replacement needs a question, also in rows without one.
             prompt = ""
+        elif prompt is not None and {"box", "label"} <= self.column_map.keys():
+            prompt = self._insert_labels(prompt)
         return ImportContext(
             ImageResolver(
                 folder,
@@ -185,6 +188,20 @@ class ImportSource:
             on_invalid_box=options.on_invalid_box
             or ("clip" if options.on_invalid_row == "skip" else "fail"),
         )
+
+    def _insert_labels(self, prompt: str) -> str:
+        """Return a prompt about the boxes of a table with the labels of all rows for `{labels}`."""
+        if "{labels}" not in prompt:
+            return prompt
+        labels = table_format.list_labels(self.iter_rows(), self.column_map["label"])
+        if not 0 < len(labels) <= MAX_CLASSES:
+            raise UserError(
+                f"{len(labels):,} labels in the column {self.column_map['label']}",
+                where="--prompt",
+                expected=f"1 to {MAX_CLASSES:,} labels for {{labels}}",
+                remedy="write a question without {labels}",
+            )
+        return prompt.replace("{labels}", ", ".join(labels))
 
 
 @dataclass(frozen=True, slots=True)

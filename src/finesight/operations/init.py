@@ -669,18 +669,13 @@ def _find_nested_image(records: Sequence[Mapping[str, Any]]) -> str:
 
 def _format_box_prompt(opened: ImportSource, label: str) -> str | None:
     """Format the question about all objects with their classes; None for too many classes."""
-    from finesight.data.formats.dataset_format import as_list
     from finesight.data.formats.image_annotations import DETECTION_PROMPT, MAX_PROMPT_CLASSES
-    from finesight.data.formats.table import get_cell, parse_list
+    from finesight.data.formats.table import list_labels
 
-    names: set[str] = set()
-    for row in opened.iter_rows():
-        for record in (row.record, *row.more_records):
-            names.update(map(str, as_list(parse_list(get_cell(record, label)))))
-    names -= {"", "None"}
+    names = list_labels(opened.iter_rows(), label)
     if not 0 < len(names) <= MAX_PROMPT_CLASSES:
         return None
-    return DETECTION_PROMPT.format(labels=", ".join(sorted(names)))
+    return DETECTION_PROMPT.format(labels=", ".join(names))
 
 
 def find_device() -> tuple[str, int]:

@@ -314,9 +314,22 @@ class ImportContext:
             )
         if not self.prompt:
             return tuple(parts)
+        require_no_placeholder(self.prompt)
         if parts and isinstance(parts[-1], TextPart):
             return (*parts[:-1], TextPart(text=f"{parts[-1].text}\n{self.prompt}"))
         return (*parts, TextPart(text=self.prompt))
+
+
+def require_no_placeholder(prompt: str) -> None:
+    """Raise InvalidOptionError if a prompt for data without class names inserts them."""
+    for placeholder in ("{labels}", "{label}"):
+        if placeholder in prompt:
+            raise InvalidOptionError(
+                f"no class names for {placeholder}",
+                where="--prompt",
+                expected="a text without it, unless the data have a list or a column of classes",
+                remedy=f"write the names instead of {placeholder}",
+            )
 
 
 def example_from_sample(sample: Sample, context: ImportContext) -> ImportExample:

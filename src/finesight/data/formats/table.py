@@ -1238,6 +1238,18 @@ def _create_boxes(
     return create_labelled_boxes(pairs, images, convention)
 
 
+def list_labels(rows: Iterable[SourceRow], column: str) -> list[str]:
+    """Return the different labels in a column, in alphabetical order."""
+    labels: set[str] = set()
+    for row in rows:
+        for record in (row.record, *row.more_records):
+            cells: list[object] = []
+            with suppress(InvalidRowError):  # reported when the row is parsed
+                cells = as_list(parse_list(get_cell(record, column)))
+            labels.update(str(cell) for cell in cells if not _is_empty(cell))
+    return sorted(labels)
+
+
 def create_labelled_boxes(
     pairs: Sequence[tuple[object, str | None]], images: RowImages, convention: BoxConvention
 ) -> tuple[tuple[BoxPart, ...], dict[str, InvalidBoxError]]:

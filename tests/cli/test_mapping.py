@@ -188,6 +188,42 @@ def test_draft_of_a_table_without_header_lists_numbers(folder, cli, monkeypatch)
     assert '#   1: "one"' in (folder / "out-mapping.yaml").read_text(encoding="utf-8")
 
 
+@pytest.mark.parametrize(
+    ("columns", "num_samples", "note"),
+    [
+        ("123", 3, "tab-separated, UTF-8; no header, columns 1 to 3"),
+        (("a", "red?", "no"), 2, "'a' names a column and is one of its values"),
+    ],
+)
+@pytest.mark.parametrize("is_mapping", [True, False])
+def test_named_columns_decide_whether_there_is_a_header(
+    folder, cli, columns, num_samples, note, is_mapping
+) -> None:
+    source = folder / "rows.tsv"
+    source.write_text("a\tred?\tno\na\tblue?\tyes\nb\tred?\tno\n", encoding="utf-8")
+    for name in ("a", "b"):
+        (folder / f"{name}.png").rename(folder / name)
+    options = ["--map", "image={}", "--map", "question={}", "--map", "answer={}"]
+    if is_mapping:
+        paths = [json.dumps(name) for name in columns]
+        roles = dict(zip(("images", "question", "answer"), paths, strict=True))
+        (folder / "m.yaml").write_text(yaml.safe_dump({"version": 1, **roles}), encoding="utf-8")
+        options = ["--mapping", folder / "m.yaml"]
+    else:
+        named = iter(columns)
+        options = [one.format(next(named)) if "{}" in one else one for one in options]
+    printed = cli("import", source, folder / "out", *options)
+    assert f"out/data.jsonl: {num_samples} samples" in printed.out
+    assert note in printed.out
+
+
+def test_names_that_are_values_need_no_header(folder, cli, monkeypatch) -> None:
+    monkeypatch.chdir(folder)
+    Path("rows.tsv").write_text("a\tred?\tno\na\tblue?\tyes\n", encoding="utf-8")
+    printed = cli("import", "rows.tsv", "out", code=2)
+    assert "if the first line contains values, import with --no-header" in printed.err
+
+
 def test_columns_of_an_image_folder_need_a_role(folder, cli) -> None:
     rows = ["file_name,caption,verdict", "a.png,a cup,wrong", "b.png,a jug,right"]
     (folder / "metadata.csv").write_text("\n".join(rows), encoding="utf-8")

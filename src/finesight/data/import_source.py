@@ -121,6 +121,13 @@ class ImportOptions:
         """True if the import detects the format and the column roles."""
         return not (self.columns or self.format or self.mapping)
 
+    def open_file(self, file: Path) -> RowReader:
+        """Open a file of rows; the columns that the user names decide if a table has a header."""
+        named = set(self.mapping.named_keys if self.mapping else ())
+        for column in self.columns.values():
+            named.update([column, *map(str.strip, column.split(","))])
+        return open_row_file(file, self.encoding, no_header=self.no_header, named=named)
+
     @property
     def has_split(self) -> bool:
         """True if the options split the rows into training and validation."""
@@ -286,6 +293,12 @@ def open_source(source: Path, options: ImportOptions) -> ImportSource:
     )
     if data_format is None:
         data_format, detected_by = _detect_format(first_records, source, rows, options)
+        is_table = get_row_suffix((*options.row_files, source)[0]) in TABLE_SUFFIXES
+        repeated = _find_repeated_name(first_records) if is_table else ""
+        if repeated:
+            note = f"{repeated!r} names a column and is one of its values: if the first row"
+            note = f"{rows.text_format}; {note} contains values, give --no-header"
+            rows = replace(rows, text_format=note)
     check_format_options(data_format, detected_by, options)
     column_map: Mapping[str, str] = options.columns
     if data_format.map_columns is not None:
@@ -490,7 +503,7 @@ def _open_rows(source: Path, options: ImportOptions) -> tuple[RowReader, Dataset
         if records is None:
             raise _build_folder_error(source)
         return records, None, ""
-    readers = [open_row_file(one, options.encoding, no_header=options.no_header) for one in files]
+    readers = [options.open_file(file) for file in files]
     return readers[0] if len(readers) == 1 else concat_rows(files, readers), None, ""
 
 
@@ -606,8 +619,17 @@ def _has_numbered_columns(
     """Return whether a table has no header, or one that may be a row of values."""
     file = (*options.row_files, source)[0]
     is_table = get_row_suffix(file) in TABLE_SUFFIXES
-    names = map(str, first_records[0])
-    return is_table and any(re.fullmatch(r"[+-]?\d+(?:\.\d+)?", name) for name in names)
+    has_number = any(re.fullmatch(r"[+-]?\d+(?:\.\d+)?", str(name)) for name in first_records[0])
+    return is_table and (has_number or _find_repeated_name(first_records) != "")
+
+
+def _find_repeated_name(records: Sequence[Record]) -> str:
+    """Return the first name of a column that is also one of its values; empty without one."""
+    for record in records:
+        for name, value in record.items():
+            if str(value).strip() == name and not name.isdecimal():
+                return name
+    return ""
 
 
 def _suggest_numbered_columns(
@@ -790,7 +812,7 @@ def open_table_rows(path: Path, options: ImportOptions) -> RowReader:
         rows = open_record_files(path)
         if rows is not None:
             return rows
-    return open_row_file(path, options.encoding, no_header=options.no_header)
+    return options.open_file(path)
 
 
 def _open_possible_table(path: Path, options: ImportOptions) -> RowReader | None:

@@ -22,7 +22,7 @@ import tarfile
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, time
 from functools import lru_cache, partial
@@ -179,13 +179,18 @@ def concat_rows(files: Sequence[Path], readers: Sequence[RowReader]) -> RowReade
 
 
 def open_row_file(
-    source: Path, encoding: str | None = None, *, no_header: bool = False
+    source: Path,
+    encoding: str | None = None,
+    *,
+    no_header: bool = False,
+    named: Collection[str] = (),
 ) -> RowReader:
     """Open a file of JSON, JSON Lines, CSV, TSV, TXT, XLSX or Parquet, or a WebDataset, as rows.
 
     Args:
         encoding: Encoding of a table as text, None to detect it.
         no_header: The first row of a table contains values; see `_read_header`.
+        named: Columns that the user names. They decide whether a table has a header.
     """
     suffix = get_row_suffix(source)
     if suffix == ".txt" and is_json_lines(source):
@@ -193,9 +198,9 @@ def open_row_file(
     elif suffix == ".parquet":
         rows = _open_parquet(source)
     elif suffix in TEXT_TABLE_SUFFIXES:
-        rows = _open_csv(source, encoding, no_header)
+        rows = _open_csv(source, encoding, no_header, named)
     elif suffix == ".xlsx":
-        rows = _open_xlsx(source, no_header)
+        rows = _open_xlsx(source, no_header, named)
     elif suffix in (".json", ".jsonl"):
         rows = _open_json(source)
     elif is_tar_file(source):
@@ -718,7 +723,9 @@ def _detect_delimiter(text: str, suffix: str) -> str:
     return max((default, *_DELIMITERS), key=header.count)
 
 
-def _open_csv(source: Path, encoding: str | None, no_header: bool) -> RowReader:
+def _open_csv(
+    source: Path, encoding: str | None, no_header: bool, named: Collection[str]
+) -> RowReader:
     content = _read_content(source)
     guessed = encoding or _detect_encoding(content)
     try:
@@ -739,7 +746,7 @@ def _open_csv(source: Path, encoding: str | None, no_header: bool) -> RowReader:
     delimiter = _detect_delimiter(text, suffix)
     if suffix == ".txt":
         _check_text_columns(text, source, delimiter)
-    table = _check_csv(text, source, delimiter, no_header)
+    table = _check_csv(text, source, delimiter, no_header, named)
     if suffix == ".txt" and delimiter != "\t":
         _require_media(table, source)
     if suffix == ".txt" and delimiter == "\t":
@@ -792,7 +799,7 @@ def _check_text_quotes(text: str, source: Path, header: _Header) -> None:
         )
 
 
-def _open_xlsx(source: Path, no_header: bool) -> RowReader:
+def _open_xlsx(source: Path, no_header: bool, named: Collection[str]) -> RowReader:
     """Open the active sheet of an Excel workbook; its first non-empty row names the columns.
 
     Rows have the numbers of the sheet.
@@ -814,7 +821,7 @@ def _open_xlsx(source: Path, no_header: bool) -> RowReader:
             expected="an unencrypted .xlsx file with a table in its active sheet",
             remedy="save the table again, or as CSV",
         ) from error
-    header = _read_header(cells[0][1] if cells else [], no_header, source)
+    header = _read_header(cells[0][1] if cells else [], no_header, named, source)
     numbered_rows = cells if header.is_missing else cells[1:]
     if header.is_padded:
         numbered_rows = [(number, _strip_texts(row)) for number, row in numbered_rows]
@@ -885,20 +892,22 @@ class _CsvTable:
             yield SourceRow(number, f"row {number}", record, self.stem)
 
 
-def _check_csv(content: str, source: Path, delimiter: str, no_header: bool) -> _CsvTable:
+def _check_csv(
+    content: str, source: Path, delimiter: str, no_header: bool, named: Collection[str]
+) -> _CsvTable:
     """Check the rows of a table. Raises UserError for one with other cells than the header."""
     csv.field_size_limit(MAX_CSV_CELL_CHARS)
     reader = _create_csv_reader(content, delimiter)
     try:
         lines = filter(None, reader)
         first: list[str] = next(lines, [])
-        header = _read_header(first, no_header, source)
+        header = _read_header(first, no_header, named, source)
         if header.is_padded:
             content = _strip_cells(content, delimiter)
             reader = _create_csv_reader(content, delimiter)
             lines = filter(None, reader)
             first = next(lines, [])
-            header = replace(_read_header(first, no_header, source), is_padded=True)
+            header = replace(_read_header(first, no_header, named, source), is_padded=True)
         columns = [name or f"unnamed column {n}" for n, name in enumerate(header.names, start=1)]
         num_rows = 0
         for cells in itertools.chain([first] if header.is_missing else [], lines):
@@ -967,21 +976,31 @@ class _Header:
         return notes
 
 
-def _read_header(first_row: Sequence[Any], no_header: bool, source: Path) -> _Header:
+def _read_header(
+    first_row: Sequence[Any], no_header: bool, named: Collection[str], source: Path
+) -> _Header:
     """Return the header of a table from its first row.
 
-    A row with an image or its file name contains values.
+    A row with an image or its file name contains values. Columns that the user names decide
+    otherwise: their names are in the first row, or they are numbers.
     """
     texts = ["" if cell is None else str(cell) for cell in first_row]
-    is_media = any(is_image_value(cell) or _is_media_name(cell) for cell in first_row)
+    numbers = [str(number) for number in range(1, len(texts) + 1)]
+    names_of_row = {text.strip() for text in texts}
+    if not names_of_row.isdisjoint(set(named).difference(numbers)):
+        has_values = no_header
+    elif not set(named).intersection(numbers) <= names_of_row:
+        has_values = True
+    else:
+        is_media = any(is_image_value(cell) or _is_media_name(cell) for cell in first_row)
+        has_values = no_header or is_media
     # The separator has a space on one side in the complete row.
     is_padded = len(texts) > 1 and (
         all(text.startswith(" ") for text in texts[1:])
         or all(text.endswith(" ") for text in texts[:-1])
     )
-    if first_row and (no_header or is_media):
-        names = [str(number) for number in range(1, len(first_row) + 1)]
-        return _Header([*names], is_missing=True, is_padded=is_padded)
+    if first_row and has_values:
+        return _Header([*numbers], is_missing=True, is_padded=is_padded)
     stripped = [text.strip() for text in texts]
     _reject_duplicate_columns(
         [name for name in stripped if name],

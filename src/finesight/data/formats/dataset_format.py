@@ -798,6 +798,7 @@ class DatasetFormat(Component[Any]):
         reads_raw_rows: Whether `parse_row` reads all keys of a record itself, such as preference
             pairs, verdicts and lists in texts, which otherwise are the same for all formats.
         states_split: Whether each row states that it is for training or for validation.
+        named_keys: Keys of records that the format names. They decide if a table has a header.
     """
 
     kind: PluginKind = field(default="formats", kw_only=True)
@@ -818,6 +819,7 @@ class DatasetFormat(Component[Any]):
     keeps_pages: bool = False
     reads_raw_rows: bool = False
     states_split: bool = False
+    named_keys: frozenset[str] = frozenset()
 
     def find_problem(self) -> str | None:
         """Return why other modules cannot use the format; None if they can.

@@ -26,6 +26,7 @@ from finesight.data.formats.dataset_format import (
     build_example,
     check_image_order,
     describe_value,
+    join_leading_media,
     make_text_part,
     merge_text_parts,
 )
@@ -97,8 +98,7 @@ MIN_VERTICES = 3
 CoordinateCheck = Callable[[Any, str], list[Any]]
 """Function that returns the coordinates of a region for its values and its role."""
 
-_PLACEHOLDER = re.compile(rf"(<image>|<video>|{NUMBERED_IMAGE.pattern})\n?")
-"""Placeholder with the line break after it; each model family adds its own."""
+_PLACEHOLDER = re.compile(rf"(<image>|<video>|{NUMBERED_IMAGE.pattern})")
 
 
 @dataclass(frozen=True, slots=True)
@@ -764,9 +764,9 @@ def _check_file(file: object, role: str, *, is_image: bool) -> None:
 
 
 def split_placeholders(text: str) -> list[str | ContentPart]:
-    """Split a text at the placeholders of images and videos, without the line breaks after them."""
+    """Split a text at the placeholders of images and videos."""
     pieces: list[str | ContentPart] = []
-    for piece in _PLACEHOLDER.split(text):
+    for piece in _PLACEHOLDER.split(join_leading_media(text)):
         if piece:
             pieces.append(piece)
     return pieces

@@ -52,7 +52,8 @@ def test_rows_become_samples(folder: Path, row: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("question", "user"),
     [
-        ("Is <image 1>\nas <image 2>?", ["Is ", "a.png", "as ", "b.png", "?"]),
+        ("Is <image 1>\nas <image 2>?", ["Is ", "a.png", "\nas ", "b.png", "?"]),
+        ("<image 1>\n<image 2>\nEqual?\nA. no", ["a.png", "b.png", "Equal?\nA. no"]),
         ("<image_00><image_01>Equal?", ["a.png", "b.png", "Equal?"]),
         (
             "<imager 1> <image 1 /> <image-1>?",

@@ -171,6 +171,9 @@ _PLACEHOLDERS = re.compile(
 )
 
 
+_LEADING_MEDIA = re.compile(rf"(?:(?:<image>|<video>|{NUMBERED_IMAGE.pattern})\n?)+")
+
+
 class UnexpectedPlaceholderError(UserError):
     """Raised when a text contains an image or box placeholder of another format."""
 
@@ -963,6 +966,17 @@ def _replace_prompt(example: ImportExample, text: str, context: ImportContext) -
     context.row_notes[NOTE_REPLACED_PROMPT] += 1
     message = question.model_copy(update={"content": tuple(parts)})
     return replace(example, prompt_messages=(*system, message))
+
+
+def join_leading_media(text: str) -> str:
+    """Remove the line breaks after placeholders at the start, as each model family adds its own.
+
+    Those after other placeholders separate lines of the text.
+    """
+    match = _LEADING_MEDIA.match(text)
+    if match is None:
+        return text
+    return match[0].replace("\n", "") + text[match.end() :]
 
 
 def split_at_pattern(text: str, pattern: re.Pattern[str]) -> Iterator[str | re.Match[str]]:

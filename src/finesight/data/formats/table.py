@@ -58,6 +58,7 @@ from finesight.data.formats.dataset_format import (
     dump_json,
     forbid_drop,
     is_numeric,
+    join_leading_media,
     make_text_part,
 )
 from finesight.data.formats.image_annotations import NO_OBJECTS_ANSWER, check_declared_size
@@ -785,12 +786,12 @@ def place_images(images: list[ContentPart], question: str) -> list[ContentPart]:
     Raises:
         InvalidRowError: The `<video>` or the numbers of the question are not those of the row.
     """
-    placeholder = "<image>\n?"
+    placeholder = "<image>"
     kinds = [part.type for part in images]
     check_image_order(NUMBERED_IMAGE.findall(question), kinds.count("image"), question)
-    question = NUMBERED_IMAGE.sub("<image>", question)
+    question = NUMBERED_IMAGE.sub("<image>", join_leading_media(question))
     if "video" in kinds and "<video>" in question:
-        placeholder = "<(?:image|video)>\n?"
+        placeholder = "<(?:image|video)>"
         if re.findall("<(image|video)>", question) != kinds:
             raise InvalidRowError(
                 f"the placeholders of {question[:60]!r} for {', '.join(kinds)}",

@@ -665,6 +665,10 @@ def parse_row(row: SourceRow, context: ImportContext) -> ImportExample:
     if question is not None:
         parts = place_images(parts, _get_text(question, "question"))
     boxes, omitted = _create_boxes(row, context, images)
+    if "label" in context.columns:
+        num_unlabelled = [box.label for box in boxes].count(None)
+        note = f"boxes without a label, because {context.columns['label']} is empty"
+        context.row_notes[note] += num_unlabelled
     units = context.resolve_convention(get_default_convention(context.columns.get("box", ""))).units
     if boxes and units == "pixel":
         # Columns of a size next to boxes are those of the image, or of the box.
@@ -1266,9 +1270,10 @@ def create_labelled_boxes(
     found = [images.create_valid_box(*pair, convention) for pair in pairs]
     parts = tuple(one for one in found if isinstance(one, BoxPart))
     labels = {part.label for part in parts}
-    if "" in labels:
-        problem = f"a box without a label beside {len(labels) - 1} labels"
-        raise InvalidRowError(problem, "a label for each box")
+    named = labels - {"", None}
+    if named and named != labels:
+        problem = f"a box without a label beside {len(named)} labels"
+        raise InvalidRowError(problem, "a label for each box", "add the label, or remove the row")
     omitted: dict[str, InvalidBoxError] = {}
     for (_, label), box in zip(pairs, found, strict=True):
         if isinstance(box, BoxPart) or (isinstance(box, StrayBoxError) and label in labels):

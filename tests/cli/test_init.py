@@ -292,6 +292,15 @@ def test_all_classes_are_listed(monkeypatch, run_init):
 
 
 @pytest.mark.usefixtures("no_plan")
+def test_numbers_of_class_folders_are_no_texts(run_init):
+    for number in range(24):
+        folder = Path("signs", f"{number % 12}")
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (32, 32), (number, 0, 0)).save(folder / f"{number}.png")
+    assert run_init("signs", "--out", "out")["metric"] == "classification"
+
+
+@pytest.mark.usefixtures("no_plan")
 def test_table_without_a_header_keeps_its_first_row(tmp_path, run_init):
     table = tmp_path / "pairs.csv"
     table.write_text("".join(f"Is {i} even?,{i % 2 == 0}\n" for i in range(6)))

@@ -581,6 +581,10 @@ def _check_outline(
     return StrayBoxError(f"{what} has no area", expected="a polygon in the image", remedy=remedy)
 
 
+CLASS_INSTRUCTION = "Answer with the class only."
+"""End of the default question about the class of an image."""
+
+
 def build_class_prompt(num_classes: int) -> str:
     """Build the template of the default question about the class of an image.
 
@@ -589,7 +593,7 @@ def build_class_prompt(num_classes: int) -> str:
     question = "Which class does the image show?"
     if 0 < num_classes <= MAX_PROMPT_CLASSES:
         question = "Which of these classes does the image show: {labels}?"
-    return f"{question} Answer with the class only."
+    return f"{question} {CLASS_INSTRUCTION}"
 
 
 def build_text_example(

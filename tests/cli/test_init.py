@@ -426,6 +426,19 @@ def test_rows_without_images_are_mentioned(cli):
 
 
 @pytest.mark.usefixtures("no_plan")
+def test_images_in_another_folder_are_no_text_task(cli):
+    write_table("data", 6, label="a")
+    turns = [{"from": "human", "value": "<image>Which?"}, {"from": "gpt", "value": "one"}]
+    rows = [{"image": f"images/{n}.png", "conversations": turns} for n in range(6)]
+    questions = [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "So."}]
+    write_jsonl(Path("rows.jsonl"), [*rows, *[{"conversations": questions}] * 7])
+    printed = cli("init", "rows.jsonl", *YES, code=2)
+    assert "6 of 13 rows are invalid" in printed.err
+    assert "change to the folder data, in which the paths start" in printed.err
+    assert not Path("out").exists()
+
+
+@pytest.mark.usefixtures("no_plan")
 @pytest.mark.parametrize(
     ("column", "file", "vision"),
     [("clip", "clip.mp4", "lora"), ("photo", "a.png", "lora"), ("note", "a dog", "frozen")],

@@ -178,6 +178,13 @@ def concat_rows(files: Sequence[Path], readers: Sequence[RowReader]) -> RowReade
     return RowReader(num_rows, iter_range, None, readers[0].text_format, other_keys)
 
 
+XML_REMEDY = (
+    "XML files of VOC start with <annotation>, and those of CVAT with <annotations>; convert others"
+    " to a table with a row per box, such as file,xmin,ymin,xmax,ymax,label"
+)
+"""Remedy for XML files that no format reads."""
+
+
 def open_row_file(
     source: Path,
     encoding: str | None = None,
@@ -209,6 +216,8 @@ def open_row_file(
         remedy = "rename the file if it is one of these, or convert it"
         if suffix in (".xls", ".ods", ".xlsm", ".xlsb", ".numbers"):
             remedy = "save the table as .xlsx or .csv"
+        elif suffix == ".xml":
+            remedy = XML_REMEDY
         elif suffix == ".gz":
             remedy = f"unpack it, or name it after its content: {', '.join(COMPRESSED_SUFFIXES)}"
         elif suffix in IMAGE_SUFFIXES:
@@ -747,7 +756,7 @@ def _open_csv(
     if suffix == ".txt":
         _check_text_columns(text, source, delimiter)
     table = _check_csv(text, source, delimiter, no_header, named)
-    if suffix == ".txt" and delimiter != "\t":
+    if suffix == ".txt" and delimiter != "\t" and not (named or no_header):
         _require_media(table, source)
     if suffix == ".txt" and delimiter == "\t":
         _check_text_quotes(text, source, table.header)
@@ -766,7 +775,8 @@ def _require_media(table: _CsvTable, source: Path) -> None:
                 f"a text without images in its first row: {str(row.record)[:80]}",
                 where=str(source),
                 expected="a table, such as lines with an image path, a tab and a text",
-                remedy="separate the columns by tabs, or save the table as .csv",
+                remedy="name the columns by --map or --mapping, such as --map image=1"
+                " --map answer=2, or save the table as .csv",
             )
 
 

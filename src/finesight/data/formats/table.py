@@ -579,8 +579,13 @@ def suggest_numbered_mapping(
     has_box = len(used) > 4
     texts = [name for name in names if name not in used and _has_values(records, name, _is_word, 0)]
     if len(texts) == 1:
-        role = "label" if has_box else "answer"
-        return f"{options} --map {role}={texts[0]}"
+        name = texts[0]
+        if has_box:
+            return f"{options} --map label={name}"
+        has_others = len(used) + 1 < len(names)
+        is_constant = len(records) > 1 and len({str(record.get(name)) for record in records}) == 1
+        if not (is_constant and has_others):  # else others may be the answer, such as coordinates
+            return f"{options} --map answer={name}"
     return options if has_box else f"{options} --map answer=COLUMN"
 
 
@@ -988,6 +993,9 @@ def _check_media_columns(records: Sequence[Record], columns: Mapping[str, str], 
             " them only",
         )
     roles = ",".join(columns.get(role, "") for role in ("video", "question", "answer")).split(",")
+    question = ", and --map question=COLUMN if there is one"
+    if "question" in columns:
+        question = f" --map {shlex.quote('question=' + columns['question'])}"
     for name in map(str, records[0]):
         words = [word.lower() for word in _WORDS.findall(name)]
         is_bound = any(map(_CLIP_BOUND.fullmatch, words)) and not _SIZE_WORDS.intersection(words)
@@ -998,8 +1006,7 @@ def _check_media_columns(records: Sequence[Record], columns: Mapping[str, str], 
                 where=where,
                 expected="videos that are used as a whole",
                 remedy="cut the clips into files of their own; or if the question needs the whole"
-                f" videos, give {format_media_options(columns)} --map answer=COLUMN, and --map"
-                " question=COLUMN if there is one",
+                f" videos, give {format_media_options(columns)} --map answer=COLUMN{question}",
             )
 
 

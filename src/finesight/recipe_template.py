@@ -298,7 +298,10 @@ def _applies_to_most(test: Callable[[T], object], items: Iterable[T]) -> bool:
 
 
 def _count_words(text: str) -> float:
-    """Return the number of words; about two characters are one in Chinese and Japanese."""
+    """Return the number of words.
+
+    About two characters are a word in Chinese and Japanese.
+    """
     num_characters = len(_CJK_CHARACTER.findall(text))
     return len(_CJK_CHARACTER.sub(" ", text).split()) + num_characters / 2
 

@@ -305,7 +305,7 @@ def test_images_under_other_keys_are_refused(tmp_path: Path, key: str) -> None:
     assert "move it to `images`" in str(caught.value.remedy)
 
 
-@pytest.mark.parametrize("key", ["image_id", "imageIdx", "video_ids", "picture"])
+@pytest.mark.parametrize("key", ["image_id", "imageIdx", "video_ids", "photo"])
 def test_numbers_of_images_are_refused_in_rows_without_images(tmp_path: Path, key: str) -> None:
     row = {"prompt": "Is it red?", "chosen": "Yes.", "rejected": "No.", key: 7}
     with pytest.raises(UserError, match=f"'{key}' with 7 in rows: it may stand for an image") as e:

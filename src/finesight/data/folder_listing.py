@@ -132,11 +132,16 @@ class FolderListing:
 
     def _suggest_text_files(self, image: Path, texts: Sequence[Path]) -> str:
         """Return a suggestion for images with texts that are not those of the same name."""
-        same = [text for text in texts if text.stem == image.stem]
-        found = [str(file.relative_to(self.root)) for file in (image, *(same or texts)[:3])]
+        same: list[Path] = []
+        for text in texts:
+            if text.stem == image.stem:
+                same.append(text)
+        found = str(image.relative_to(self.root))
+        for text in (same or texts)[:3]:
+            found += f" and {text.relative_to(self.root)}"
         advice = "the closest is folder: a text is in the folder of its image and has its name,"
-        advice += f" a.jpg and a.txt; found {' and '.join(found)}"
-        if same and image.parent not in [text.parent for text in same]:
+        advice += f" a.jpg and a.txt; found {found}"
+        if same and image.with_suffix(".txt") not in same:
             advice += ": move the texts of one folder to the images"
         return advice
 

@@ -125,7 +125,10 @@ class ImportOptions:
         return not (self.columns or self.format or self.mapping)
 
     def open_file(self, file: Path) -> RowReader:
-        """Open a file of rows; the columns that the user names decide if a table has a header."""
+        """Open a file of rows.
+
+        The columns that the user names decide whether a table has a header.
+        """
         named = set(self.mapping.named_keys if self.mapping else ())
         for column in self.columns.values():
             named.update([column, *map(str.strip, column.split(","))])
@@ -627,7 +630,10 @@ def _has_numbered_columns(
 
 
 def _find_repeated_name(records: Sequence[Record]) -> str:
-    """Return the first name of a column that is also one of its values; empty without one."""
+    """Return the first name of a column that is also one of its values.
+
+    It is empty without such a column.
+    """
     for record in records:
         for name, value in record.items():
             if str(value).strip() == name and not name.isdecimal():

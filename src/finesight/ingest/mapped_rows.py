@@ -598,9 +598,9 @@ class SampleBuilder:
         return keys
 
     def _join_choices(self, values: Sequence[Value]) -> dict[str, str]:
-        """Return choices that have a value each, of which the last ones may be missing.
+        """Return choices that have a value each.
 
-        Keys that are letters are those of the choices.
+        The last ones may be missing. Keys that are letters are those of the choices.
         """
         check_limit(len(values), len(ascii_uppercase), "choices")
         letters: Sequence[str] = ascii_uppercase

@@ -969,9 +969,9 @@ def _replace_prompt(example: ImportExample, text: str, context: ImportContext) -
 
 
 def join_leading_media(text: str) -> str:
-    """Remove the line breaks after placeholders at the start, as each model family adds its own.
+    """Remove the line breaks after placeholders at the start of a text.
 
-    Those after other placeholders separate lines of the text.
+    Each model family adds its own. Breaks after other placeholders separate lines of the text.
     """
     match = _LEADING_MEDIA.match(text)
     if match is None:

@@ -263,7 +263,7 @@ def _is_row_media(key: str, value: object, image_names: Collection[str]) -> bool
 
 
 def _is_media_reference(words: list[str], value: object) -> bool:
-    """Return whether a value may stand for an image, as the number under `image_id` does."""
+    """Return whether a value such as that of `image_id` may stand for an image."""
     if isinstance(value, bool) or not isinstance(value, str | int | list):
         return False
     others = [word for word in words if _IDENTIFIER.fullmatch(word) is None]

@@ -846,7 +846,7 @@ def _join_cells(names: Sequence[str], cells: Sequence[object]) -> tuple[str, lis
 def _require_texts(
     names: Sequence[str], cells: Sequence[object], columns: Mapping[str, str]
 ) -> None:
-    """Reject objects and lists in the columns of a question, except a list of options."""
+    """Reject objects and lists in a question except for a list of options."""
     for name, cell in zip(names, cells, strict=True):
         is_options = name.lower() in _OPTION_LISTS
         value = cell
@@ -890,7 +890,10 @@ def _has_texts(items: Sequence[object]) -> bool:
 
 
 def _find_choices(name: str, value: object) -> str:
-    """Return the path of the options in a column for a mapping; empty if it has none."""
+    """Return the path of the options in a column for a mapping.
+
+    It is empty if the value has none.
+    """
     if isinstance(value, dict):
         are_letters = all(re.fullmatch("[A-Za-z]", str(key)) for key in value)
         return f"{name}.*" if are_letters and len(value) > 1 else ""
@@ -904,7 +907,7 @@ def _find_choices(name: str, value: object) -> str:
 def _format_choices_mapping(
     columns: Mapping[str, str], questions: Sequence[str], choices: str, parse: Mapping[str, str]
 ) -> str:
-    """Format a mapping of the same columns, with the choices of the question.
+    """Format a mapping of the same columns with choices.
 
     Args:
         questions: Columns of the question without the choices.
@@ -1251,7 +1254,7 @@ def _create_boxes(
 
 
 def list_labels(rows: Iterable[SourceRow], column: str) -> list[str]:
-    """Return the different labels in a column, in alphabetical order."""
+    """Return the different labels in a column in alphabetical order."""
     labels: set[str] = set()
     for row in rows:
         for record in (row.record, *row.more_records):

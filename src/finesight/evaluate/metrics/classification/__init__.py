@@ -15,9 +15,10 @@ MAX_CLASS_CHARS = 60
 
 
 def detect(summary: AnswerSummary) -> bool:
-    """Return whether the answers are classes: by the questions, or as a closed set of short texts.
+    """Return whether the answers are classes.
 
-    An example of a closed set is yes and no.
+    The questions ask for a class, or the answers are a closed set of short texts, such as yes and
+    no.
     """
     from finesight.data.formats.image_annotations import CLASS_INSTRUCTION
     from finesight.recipe_template import is_closed_set

@@ -83,6 +83,30 @@ def test_invalid_rows_can_be_skipped(source, tmp_path, cli):
     assert "no such image" in skipped["error"]
 
 
+def test_prompt_lists_the_labels_of_a_table(source, tmp_path, cli):
+    columns = ("--map", "image=image", "--map", "box=box", "--map", "label=n")
+    columns += ("--box-format", "xywh", "--rows", "1:4")
+    cli("import", source, tmp_path / "out", *columns, "--prompt", "Find {labels}.")
+    for sample in read_samples(tmp_path / "out" / "data.jsonl"):
+        assert sample.messages[0].content[1].text == "Find 1, 2, 3."
+
+
+@pytest.mark.parametrize(
+    ("label", "message"),
+    [
+        ("car", "a box without a label beside 1 labels"),
+        ("", "2 boxes without a label, because class is empty"),
+    ],
+)
+def test_boxes_without_a_label_are_named(source, tmp_path, label, message, cli):
+    table = tmp_path / "boxes.csv"
+    rows = f"image,xmin,ymin,xmax,ymax,class\n1.png,1,2,9,9,{label}\n1.png,5,6,9,9,\n"
+    table.write_text(f"{rows}2.png,1,2,9,9,dog\n", encoding="utf-8")
+    code = 2 if label else 0
+    printed = cli("import", table, tmp_path / "out", "--prompt", "Locate.", code=code)
+    assert message in printed.out + printed.err
+
+
 def test_help_names_every_format(cli):
     words = re.sub(r"-\s+", "-", cli("import", "--help").out)  # lines can end within a name
     assert [form.name for form in FORMATS.list_built_in() if form.name not in words] == []

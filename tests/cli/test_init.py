@@ -292,6 +292,15 @@ def test_all_classes_are_listed(monkeypatch, run_init):
 
 
 @pytest.mark.usefixtures("no_plan")
+def test_numbers_of_class_folders_are_no_texts(run_init):
+    for number in range(24):
+        folder = Path("signs", f"{number % 12}")
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (32, 32), (number, 0, 0)).save(folder / f"{number}.png")
+    assert run_init("signs", "--out", "out")["metric"] == "classification"
+
+
+@pytest.mark.usefixtures("no_plan")
 def test_table_without_a_header_keeps_its_first_row(tmp_path, run_init):
     table = tmp_path / "pairs.csv"
     table.write_text("".join(f"Is {i} even?,{i % 2 == 0}\n" for i in range(6)))
@@ -414,6 +423,38 @@ def test_rows_without_images_are_mentioned(cli):
     printed = cli("init", table, *YES, "--json")
     assert printed.json["skipped_rows"] == {"an image is missing or corrupt": 5}
     assert "warning: 5 of 24 rows have no readable image and were skipped" in printed.err
+
+
+@pytest.mark.usefixtures("no_plan")
+def test_images_in_another_folder_are_no_text_task(cli):
+    write_table("data", 6, label="a")
+    turns = [{"from": "human", "value": "<image>Which?"}, {"from": "gpt", "value": "one"}]
+    rows = [{"image": f"images/{n}.png", "conversations": turns} for n in range(6)]
+    questions = [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "So."}]
+    write_jsonl(Path("rows.jsonl"), [*rows, *[{"conversations": questions}] * 7])
+    printed = cli("init", "rows.jsonl", *YES, code=2)
+    assert "6 of 13 rows are invalid" in printed.err
+    assert "change to the folder data, in which the paths start" in printed.err
+    assert not Path("out").exists()
+
+
+@pytest.mark.usefixtures("no_plan")
+@pytest.mark.parametrize(
+    ("column", "file", "vision"),
+    [("clip", "clip.mp4", "lora"), ("photo", "a.png", "lora"), ("note", "a dog", "frozen")],
+)
+def test_vision_of_the_bundled_model_is_trained_on_media(column, file, vision, cli):
+    pytest.importorskip("video_fixtures").write_video(Path("clip.mp4"))
+    Image.new("RGB", (32, 32)).save("a.png")
+    write_jsonl(Path("rows.jsonl"), [{column: file, "question": "Which?", "answer": "one"}])
+    roles = ["answer=answer", "question=question"]
+    if vision == "lora":
+        roles.append(f"image={column}")
+    options = [word for role in roles for word in ("--map", role)]
+    printed = cli("init", "rows.jsonl", *YES, "--model", TINY_MODEL, *options).out
+    assert ("a task of text only" in printed) == (vision == "frozen")
+    tune = yaml.safe_load(Path("out/recipe.yaml").read_text())["tune"]
+    assert (tune["vision"], tune["merger"]) == (vision, vision)
 
 
 @pytest.mark.parametrize("line_break", ["\n", "\r", "\x85", "\u2028", "\u2029"])

@@ -1,6 +1,7 @@
 """Tests of `finesight import --mapping`."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,17 @@ def test_key_without_a_role_is_an_error_until_it_is_ignored(folder, cli) -> None
     assert "score, ignored by the mapping (2)" in printed.out
     lines = (folder / "out" / "data.jsonl").read_text(encoding="utf-8").splitlines()
     assert len(lines) == 2
+
+
+@pytest.mark.parametrize("options", [{"B": "red", "A": "blue"}, "{'B': 'red', 'A': 'blue'}"])
+def test_mapping_of_a_remedy_is_imported(folder, cli, options) -> None:
+    record = {"image": "a.png", "q": "Which?", "options": options, "a": "A", "score": 4}
+    source, out, _, mapping = write_rows(folder, [record], {})
+    roles = ("--map", "image=image", "--map", "question=q,options", "--map", "answer=a")
+    printed = cli("import", source, out, *roles, code=2)
+    Path(mapping).write_text(re.findall("write ({version.*}) into a file", printed.err)[0])
+    printed = cli("import", source, out, "--mapping", mapping, "--explain", "1")
+    assert "  user: [image a.png] Which?\\nB. red\\nA. blue" in printed.out.splitlines()
 
 
 def test_where_counts_what_it_leaves_out(folder, cli) -> None:
@@ -174,6 +186,42 @@ def test_draft_of_a_table_without_header_lists_numbers(folder, cli, monkeypatch)
     (folder / "rows.csv").write_text("one,a word\ntwo,a text\n", encoding="utf-8")
     cli("import", "rows.csv", "out", "--no-header", code=2)
     assert '#   1: "one"' in (folder / "out-mapping.yaml").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("columns", "num_samples", "note"),
+    [
+        ("123", 3, "tab-separated, UTF-8; no header, columns 1 to 3"),
+        (("a", "red?", "no"), 2, "'a' names a column and is one of its values"),
+    ],
+)
+@pytest.mark.parametrize("is_mapping", [True, False])
+def test_named_columns_decide_whether_there_is_a_header(
+    folder, cli, columns, num_samples, note, is_mapping
+) -> None:
+    source = folder / "rows.tsv"
+    source.write_text("a\tred?\tno\na\tblue?\tyes\nb\tred?\tno\n", encoding="utf-8")
+    for name in ("a", "b"):
+        (folder / f"{name}.png").rename(folder / name)
+    options = ["--map", "image={}", "--map", "question={}", "--map", "answer={}"]
+    if is_mapping:
+        paths = [json.dumps(name) for name in columns]
+        roles = dict(zip(("images", "question", "answer"), paths, strict=True))
+        (folder / "m.yaml").write_text(yaml.safe_dump({"version": 1, **roles}), encoding="utf-8")
+        options = ["--mapping", folder / "m.yaml"]
+    else:
+        named = iter(columns)
+        options = [one.format(next(named)) if "{}" in one else one for one in options]
+    printed = cli("import", source, folder / "out", *options)
+    assert f"out/data.jsonl: {num_samples} samples" in printed.out
+    assert note in printed.out
+
+
+def test_names_that_are_values_need_no_header(folder, cli, monkeypatch) -> None:
+    monkeypatch.chdir(folder)
+    Path("rows.tsv").write_text("a\tred?\tno\na\tblue?\tyes\n", encoding="utf-8")
+    printed = cli("import", "rows.tsv", "out", code=2)
+    assert "if the first line contains values, import with --no-header" in printed.err
 
 
 def test_columns_of_an_image_folder_need_a_role(folder, cli) -> None:

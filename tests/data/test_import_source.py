@@ -241,6 +241,7 @@ def test_rows_of_an_object_are_merged_by_image_and_question(tmp_path, limit, box
             "--map image=6 --map box=2,3,4,5 --box-format xywh --map label=1",
         ),
         ("3,a.png,1\n4,b.png,2\n", "--map image=2 --map answer=COLUMN"),
+        ("a.png,1,item\nb.png,2,item\n", "--map image=1 --map answer=COLUMN"),
         ("7,cat,1\n8,dog,2\n", "--no-header --map image=COLUMN --map answer=2"),
     ],
 )

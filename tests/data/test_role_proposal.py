@@ -1,5 +1,7 @@
 """Proposals of column roles: what they leave out is never lost without consent."""
 
+from typing import Any
+
 import pytest
 
 from finesight.data.formats.table import guess_columns
@@ -177,13 +179,18 @@ def test_columns_of_flags_are_several_classes():
             {"question": "Open?", "note": "Click on it.", "state": "open"},
             "--map answer=COLUMN --map question=question",
         ),
+        (
+            {"question": "Open?", "options": ["yes", "no"], "answer": "A", "solution": "Look."},
+            "--map answer=COLUMN --map question=question,options",
+        ),
     ],
-    ids=["unknown", "known"],
+    ids=["unknown", "known", "options"],
 )
-def test_remedy_of_one_answer_keeps_the_question(row: dict[str, str], remedy: str) -> None:
+def test_remedy_of_one_answer_keeps_the_question(row: dict[str, Any], remedy: str) -> None:
     with pytest.raises(UnassignedKeysError) as caught:
         propose({"image": "a.png", **row}).check_columns("rows.csv")
-    assert str(caught.value.remedy).endswith(f"for one of them, --map image=image {remedy}")
+    start = "name the columns:" if "answer" in row else "for one of them,"
+    assert str(caught.value.remedy).endswith(f"{start} --map image=image {remedy}")
 
 
 @pytest.mark.parametrize(

@@ -305,6 +305,16 @@ def test_images_under_other_keys_are_refused(tmp_path: Path, key: str) -> None:
     assert "move it to `images`" in str(caught.value.remedy)
 
 
+@pytest.mark.parametrize("key", ["image_id", "imageIdx", "video_ids", "photo"])
+def test_numbers_of_images_are_refused_in_rows_without_images(tmp_path: Path, key: str) -> None:
+    row = {"prompt": "Is it red?", "chosen": "Yes.", "rejected": "No.", key: 7}
+    with pytest.raises(UserError, match=f"'{key}' with 7 in rows: it may stand for an image") as e:
+        parse(row, tmp_path)
+    assert f'images: {{template: "FOLDER/{{{key}}}.jpg"}}' in e.value.remedy
+    for others in ({"images": ["a.png"]}, {key: None}, {key: True}):
+        assert parse({**row, **others}, tmp_path)
+
+
 @pytest.mark.parametrize(
     "name", ["image_b", "depth", "sam_mask", "cropped_image", "next_image", "sound"]
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from finesight.data.row_reader import (
     COMPRESSED_SUFFIXES,
     JSON_LINES_SUFFIXES,
     SNIFF_BYTES,
+    XML_REMEDY,
     RowReader,
     SourceRow,
     open_row_file,
@@ -115,12 +116,9 @@ class FolderListing:
         images = self.image_files()
         texts = self.files_with_suffix(".txt")
         for first in self.files_with_suffix(".xml"):
-            return f"the closest is voc: its XML files contain <annotation>, in contrast to {first}"
+            return f"{XML_REMEDY} (found {first})"
         if images and texts:
-            return (
-                "the closest is folder: texts have the names of their images, a.jpg and a.txt; "
-                f"found {images[0].name} and {texts[0].name}"
-            )
+            return self._suggest_text_files(images[0], texts)
         if has_rows:
             return self._suggest_rows()
         if images:
@@ -131,6 +129,21 @@ class FolderListing:
             arguments = {"run_or_model": "MODEL", "sources": [str(self.root)], "prompt": "TEXT"}
             return Step("label", arguments, purpose)
         return "give the folder with the images and labels, or the file with the rows"
+
+    def _suggest_text_files(self, image: Path, texts: Sequence[Path]) -> str:
+        """Return a suggestion for images with texts that are not those of the same name."""
+        same: list[Path] = []
+        for text in texts:
+            if text.stem == image.stem:
+                same.append(text)
+        found = str(image.relative_to(self.root))
+        for text in (same or texts)[:3]:
+            found += f" and {text.relative_to(self.root)}"
+        advice = "the closest is folder: a text is in the folder of its image and has its name,"
+        advice += f" a.jpg and a.txt; found {found}"
+        if same and image.with_suffix(".txt") not in same:
+            advice += ": move the texts of one folder to the images"
+        return advice
 
     def _suggest_rows(self) -> str:
         """Return a suggestion for a folder of files that no dataset format reads."""

@@ -36,6 +36,7 @@ from finesight.data.formats.dataset_format import (
     example_from_sample,
     make_text_part,
 )
+from finesight.data.formats.image_annotations import MAX_CLASSES
 from finesight.data.image_file import PageRanges, read_image_size
 from finesight.data.image_resolver import ImageResolver
 from finesight.data.record_files import open_record_files
@@ -89,6 +90,8 @@ class ImportOptions:
         ignorable_columns: Columns that guessed roles leave out; a value in another one is an error.
             None for roles of the user.
         allowed_root: Folder of an untrusted source: images outside of it are rejected.
+        requires_most_images: Fail if more rows lack their image than have one, instead of skipping
+            them: the images are in another folder.
     """
 
     format: str | None = None
@@ -114,11 +117,22 @@ class ImportOptions:
     encoding: str | None = None
     no_header: bool = False
     ignorable_columns: frozenset[str] | None = None
+    requires_most_images: bool = False
 
     @property
     def is_detected(self) -> bool:
         """True if the import detects the format and the column roles."""
         return not (self.columns or self.format or self.mapping)
+
+    def open_file(self, file: Path) -> RowReader:
+        """Open a file of rows.
+
+        The columns that the user names decide whether a table has a header.
+        """
+        named = set(self.mapping.named_keys if self.mapping else ())
+        for column in self.columns.values():
+            named.update([column, *map(str.strip, column.split(","))])
+        return open_row_file(file, self.encoding, no_header=self.no_header, named=named)
 
     @property
     def has_split(self) -> bool:
@@ -163,6 +177,8 @@ class ImportSource:
         if options.replace_prompts is not None:
             # The replacement needs a question, also in rows without one.
             prompt = ""
+        elif prompt is not None and {"box", "label"} <= self.column_map.keys():
+            prompt = self._insert_labels(prompt)
         return ImportContext(
             ImageResolver(
                 folder,
@@ -185,6 +201,20 @@ class ImportSource:
             on_invalid_box=options.on_invalid_box
             or ("clip" if options.on_invalid_row == "skip" else "fail"),
         )
+
+    def _insert_labels(self, prompt: str) -> str:
+        """Return a prompt about the boxes of a table with the labels of all rows for `{labels}`."""
+        if "{labels}" not in prompt:
+            return prompt
+        labels = table_format.list_labels(self.iter_rows(), self.column_map["label"])
+        if not 0 < len(labels) <= MAX_CLASSES:
+            raise UserError(
+                f"{len(labels):,} labels in the column {self.column_map['label']}",
+                where="--prompt",
+                expected=f"1 to {MAX_CLASSES:,} labels for {{labels}}",
+                remedy="write a question without {labels}",
+            )
+        return prompt.replace("{labels}", ", ".join(labels))
 
 
 @dataclass(frozen=True, slots=True)
@@ -269,6 +299,12 @@ def open_source(source: Path, options: ImportOptions) -> ImportSource:
     )
     if data_format is None:
         data_format, detected_by = _detect_format(first_records, source, rows, options)
+        is_table = get_row_suffix((*options.row_files, source)[0]) in TABLE_SUFFIXES
+        repeated = _find_repeated_name(first_records) if is_table else ""
+        if repeated:
+            note = f"{repeated!r} names a column and is one of its values: if the first row"
+            note = f"{rows.text_format}; {note} contains values, give --no-header"
+            rows = replace(rows, text_format=note)
     check_format_options(data_format, detected_by, options)
     column_map: Mapping[str, str] = options.columns
     if data_format.map_columns is not None:
@@ -473,7 +509,7 @@ def _open_rows(source: Path, options: ImportOptions) -> tuple[RowReader, Dataset
         if records is None:
             raise _build_folder_error(source)
         return records, None, ""
-    readers = [open_row_file(one, options.encoding, no_header=options.no_header) for one in files]
+    readers = [options.open_file(file) for file in files]
     return readers[0] if len(readers) == 1 else concat_rows(files, readers), None, ""
 
 
@@ -589,8 +625,20 @@ def _has_numbered_columns(
     """Return whether a table has no header, or one that may be a row of values."""
     file = (*options.row_files, source)[0]
     is_table = get_row_suffix(file) in TABLE_SUFFIXES
-    names = map(str, first_records[0])
-    return is_table and any(re.fullmatch(r"[+-]?\d+(?:\.\d+)?", name) for name in names)
+    has_number = any(re.fullmatch(r"[+-]?\d+(?:\.\d+)?", str(name)) for name in first_records[0])
+    return is_table and (has_number or _find_repeated_name(first_records) != "")
+
+
+def _find_repeated_name(records: Sequence[Record]) -> str:
+    """Return the first name of a column that is also one of its values.
+
+    It is empty without such a column.
+    """
+    for record in records:
+        for name, value in record.items():
+            if str(value).strip() == name and not name.isdecimal():
+                return name
+    return ""
 
 
 def _suggest_numbered_columns(
@@ -773,7 +821,7 @@ def open_table_rows(path: Path, options: ImportOptions) -> RowReader:
         rows = open_record_files(path)
         if rows is not None:
             return rows
-    return open_row_file(path, options.encoding, no_header=options.no_header)
+    return options.open_file(path)
 
 
 def _open_possible_table(path: Path, options: ImportOptions) -> RowReader | None:

@@ -290,6 +290,11 @@ class ImportSummary:
     other_keys: dict[str, int] = field(default_factory=dict)
     num_videos: int = 0
 
+    @property
+    def has_media(self) -> bool:
+        """Whether some samples have an image or a video."""
+        return bool(self.num_images or self.num_videos)
+
     def list_media(self) -> list[str]:
         """Return a line with the number of images, and one with that of videos."""
         lines: list[str] = []
@@ -620,7 +625,11 @@ def _parse_rows(
     if is_systematic:
         for location, box_error in repaired:
             skipped.add(location, box_error, None)
-    if len(skipped) and (options.on_invalid_row == "fail" or is_systematic or not any(rows)):
+    num_missing = skipped.reasons[REASON_BY_ERROR[CorruptImageError]]
+    num_found = sum(any(_images(examples)) for examples in rows)
+    lacks_images = options.requires_most_images and num_missing > num_found
+    must_fail = options.on_invalid_row == "fail" or is_systematic or lacks_images
+    if len(skipped) and (must_fail or not any(rows)):
         failure = skipped.build_error(num_rows, source.path, is_systematic=is_systematic)
         alternative = None
         if options.mapping is None and (first := skipped.first):
@@ -628,7 +637,7 @@ def _parse_rows(
             alternative = alternative or _suggest_format(first, context, source, options)
         if alternative is not None:
             failure.remedy = f"give {alternative}"
-        elif any(rows) and not is_systematic:
+        elif any(rows) and options.on_invalid_row == "fail" and not is_systematic:
             failure.remedy = f"{failure.remedy}; --on-invalid-row skip skips and lists invalid rows"
         raise failure
     if not any(rows):

@@ -197,8 +197,7 @@ class RoleProposal:
                 self._keep_media(),
                 where=where,
                 expected="one column of answers by its name",
-                remedy=f"name the columns: {self._format_media()} --map answer=COLUMN, and --map"
-                " question=COLUMN for a text of the question",
+                remedy=f"name the columns: {self._format_one_answer()}",
             )
         if unused:
             raise UnassignedKeysError(
@@ -231,12 +230,13 @@ class RoleProposal:
         return format_values(values)
 
     def _format_one_answer(self) -> str:
-        """Return the options of an import with only one of the fields as the answer."""
+        """Return the options of an import with a single column as the answer."""
         options = f"{self._format_media()} --map answer=COLUMN"
         question = self.columns.get("question")
         if question is not None:
             return f"{options} --map {shlex.quote(f'question={question}')}"
-        if len(self._split(self.columns["fields"])) > 1:
+        fields = self.columns.get("fields")
+        if fields is None or len(self._split(fields)) > 1:
             return f"{options}, and --map question=COLUMN for a text of the question"
         return options
 

@@ -22,7 +22,7 @@ import tarfile
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, time
 from functools import lru_cache, partial
@@ -178,14 +178,26 @@ def concat_rows(files: Sequence[Path], readers: Sequence[RowReader]) -> RowReade
     return RowReader(num_rows, iter_range, None, readers[0].text_format, other_keys)
 
 
+XML_REMEDY = (
+    "XML files of VOC start with <annotation>, and those of CVAT with <annotations>; convert others"
+    " to a table with a row per box, such as file,xmin,ymin,xmax,ymax,label"
+)
+"""Remedy for XML files that no format reads."""
+
+
 def open_row_file(
-    source: Path, encoding: str | None = None, *, no_header: bool = False
+    source: Path,
+    encoding: str | None = None,
+    *,
+    no_header: bool = False,
+    named: Collection[str] = (),
 ) -> RowReader:
     """Open a file of JSON, JSON Lines, CSV, TSV, TXT, XLSX or Parquet, or a WebDataset, as rows.
 
     Args:
         encoding: Encoding of a table as text, None to detect it.
         no_header: The first row of a table contains values; see `_read_header`.
+        named: Columns that the user names. They decide whether a table has a header.
     """
     suffix = get_row_suffix(source)
     if suffix == ".txt" and is_json_lines(source):
@@ -193,9 +205,9 @@ def open_row_file(
     elif suffix == ".parquet":
         rows = _open_parquet(source)
     elif suffix in TEXT_TABLE_SUFFIXES:
-        rows = _open_csv(source, encoding, no_header)
+        rows = _open_csv(source, encoding, no_header, named)
     elif suffix == ".xlsx":
-        rows = _open_xlsx(source, no_header)
+        rows = _open_xlsx(source, no_header, named)
     elif suffix in (".json", ".jsonl"):
         rows = _open_json(source)
     elif is_tar_file(source):
@@ -204,6 +216,8 @@ def open_row_file(
         remedy = "rename the file if it is one of these, or convert it"
         if suffix in (".xls", ".ods", ".xlsm", ".xlsb", ".numbers"):
             remedy = "save the table as .xlsx or .csv"
+        elif suffix == ".xml":
+            remedy = XML_REMEDY
         elif suffix == ".gz":
             remedy = f"unpack it, or name it after its content: {', '.join(COMPRESSED_SUFFIXES)}"
         elif suffix in IMAGE_SUFFIXES:
@@ -718,7 +732,9 @@ def _detect_delimiter(text: str, suffix: str) -> str:
     return max((default, *_DELIMITERS), key=header.count)
 
 
-def _open_csv(source: Path, encoding: str | None, no_header: bool) -> RowReader:
+def _open_csv(
+    source: Path, encoding: str | None, no_header: bool, named: Collection[str]
+) -> RowReader:
     content = _read_content(source)
     guessed = encoding or _detect_encoding(content)
     try:
@@ -739,8 +755,8 @@ def _open_csv(source: Path, encoding: str | None, no_header: bool) -> RowReader:
     delimiter = _detect_delimiter(text, suffix)
     if suffix == ".txt":
         _check_text_columns(text, source, delimiter)
-    table = _check_csv(text, source, delimiter, no_header)
-    if suffix == ".txt" and delimiter != "\t":
+    table = _check_csv(text, source, delimiter, no_header, named)
+    if suffix == ".txt" and delimiter != "\t" and not (named or no_header):
         _require_media(table, source)
     if suffix == ".txt" and delimiter == "\t":
         _check_text_quotes(text, source, table.header)
@@ -759,7 +775,8 @@ def _require_media(table: _CsvTable, source: Path) -> None:
                 f"a text without images in its first row: {str(row.record)[:80]}",
                 where=str(source),
                 expected="a table, such as lines with an image path, a tab and a text",
-                remedy="separate the columns by tabs, or save the table as .csv",
+                remedy="name the columns by --map or --mapping, such as --map image=1"
+                " --map answer=2, or save the table as .csv",
             )
 
 
@@ -792,7 +809,7 @@ def _check_text_quotes(text: str, source: Path, header: _Header) -> None:
         )
 
 
-def _open_xlsx(source: Path, no_header: bool) -> RowReader:
+def _open_xlsx(source: Path, no_header: bool, named: Collection[str]) -> RowReader:
     """Open the active sheet of an Excel workbook; its first non-empty row names the columns.
 
     Rows have the numbers of the sheet.
@@ -814,7 +831,7 @@ def _open_xlsx(source: Path, no_header: bool) -> RowReader:
             expected="an unencrypted .xlsx file with a table in its active sheet",
             remedy="save the table again, or as CSV",
         ) from error
-    header = _read_header(cells[0][1] if cells else [], no_header, source)
+    header = _read_header(cells[0][1] if cells else [], no_header, named, source)
     numbered_rows = cells if header.is_missing else cells[1:]
     if header.is_padded:
         numbered_rows = [(number, _strip_texts(row)) for number, row in numbered_rows]
@@ -885,20 +902,22 @@ class _CsvTable:
             yield SourceRow(number, f"row {number}", record, self.stem)
 
 
-def _check_csv(content: str, source: Path, delimiter: str, no_header: bool) -> _CsvTable:
+def _check_csv(
+    content: str, source: Path, delimiter: str, no_header: bool, named: Collection[str]
+) -> _CsvTable:
     """Check the rows of a table. Raises UserError for one with other cells than the header."""
     csv.field_size_limit(MAX_CSV_CELL_CHARS)
     reader = _create_csv_reader(content, delimiter)
     try:
         lines = filter(None, reader)
         first: list[str] = next(lines, [])
-        header = _read_header(first, no_header, source)
+        header = _read_header(first, no_header, named, source)
         if header.is_padded:
             content = _strip_cells(content, delimiter)
             reader = _create_csv_reader(content, delimiter)
             lines = filter(None, reader)
             first = next(lines, [])
-            header = replace(_read_header(first, no_header, source), is_padded=True)
+            header = replace(_read_header(first, no_header, named, source), is_padded=True)
         columns = [name or f"unnamed column {n}" for n, name in enumerate(header.names, start=1)]
         num_rows = 0
         for cells in itertools.chain([first] if header.is_missing else [], lines):
@@ -967,21 +986,31 @@ class _Header:
         return notes
 
 
-def _read_header(first_row: Sequence[Any], no_header: bool, source: Path) -> _Header:
+def _read_header(
+    first_row: Sequence[Any], no_header: bool, named: Collection[str], source: Path
+) -> _Header:
     """Return the header of a table from its first row.
 
-    A row with an image or its file name contains values.
+    A row with an image or its file name contains values. Columns that the user names decide
+    otherwise: their names are in the first row, or they are numbers.
     """
     texts = ["" if cell is None else str(cell) for cell in first_row]
-    is_media = any(is_image_value(cell) or _is_media_name(cell) for cell in first_row)
+    numbers = [str(number) for number in range(1, len(texts) + 1)]
+    names_of_row = {text.strip() for text in texts}
+    if not names_of_row.isdisjoint(set(named).difference(numbers)):
+        has_values = no_header
+    elif not set(named).intersection(numbers) <= names_of_row:
+        has_values = True
+    else:
+        is_media = any(is_image_value(cell) or _is_media_name(cell) for cell in first_row)
+        has_values = no_header or is_media
     # The separator has a space on one side in the complete row.
     is_padded = len(texts) > 1 and (
         all(text.startswith(" ") for text in texts[1:])
         or all(text.endswith(" ") for text in texts[:-1])
     )
-    if first_row and (no_header or is_media):
-        names = [str(number) for number in range(1, len(first_row) + 1)]
-        return _Header([*names], is_missing=True, is_padded=is_padded)
+    if first_row and has_values:
+        return _Header([*numbers], is_missing=True, is_padded=is_padded)
     stripped = [text.strip() for text in texts]
     _reject_duplicate_columns(
         [name for name in stripped if name],

@@ -6,7 +6,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -26,6 +26,7 @@ from finesight.data.formats.dataset_format import (
     build_example,
     check_image_order,
     describe_value,
+    join_leading_media,
     make_text_part,
     merge_text_parts,
 )
@@ -54,7 +55,7 @@ from finesight.data.sample import (
     TextPart,
     check_limit,
 )
-from finesight.ingest.field_path import FieldPath, PathStep
+from finesight.ingest.field_path import EACH, FieldPath, PathStep, format_key
 from finesight.ingest.joined_tables import UnjoinedRecord
 from finesight.ingest.mapping import (
     GROUPED_ROWS,
@@ -97,8 +98,7 @@ MIN_VERTICES = 3
 CoordinateCheck = Callable[[Any, str], list[Any]]
 """Function that returns the coordinates of a region for its values and its role."""
 
-_PLACEHOLDER = re.compile(rf"(<image>|<video>|{NUMBERED_IMAGE.pattern})\n?")
-"""Placeholder with the line break after it; each model family adds its own."""
+_PLACEHOLDER = re.compile(rf"(<image>|<video>|{NUMBERED_IMAGE.pattern})")
 
 
 @dataclass(frozen=True, slots=True)
@@ -514,7 +514,7 @@ class SampleBuilder:
                 "add it, or remove the row",
             )
         if question is not None:
-            lines = [question, *letter_options(choices)]
+            lines = [question, *letter_options([*choices.values()], [*choices])]
             media = place_images(media, "\n".join(lines))
         regions, omitted = self._create_regions(images)
         messages: list[Message] = []
@@ -546,37 +546,79 @@ class SampleBuilder:
             rejected=rejected,
         )
 
-    def _read_choices(self) -> list[str]:
+    def _read_choices(self) -> dict[str, str]:
+        """Return the choices by their letters."""
         choices = self.mapping.choices
         if choices is None:
-            return []
+            return {}
         if not isinstance(choices, Value):
             return self._join_choices(choices)
         role = choices.name_role("choices")
+        num_read = len(self.values.readings)
+        num_lost_keys = self.values.num_object_keys.total()
         found = self._read("choices", choices)
         if found is MISSING:
-            return []
+            return {}
         if not isinstance(found, list | tuple):
-            raise InvalidRowError(
-                f"the {role} are {describe_value(found)}",
-                "a list",
-                "give split, or parse for a list in a text",
-            )
+            remedy = "give split, or parse for a list in a text"
+            if isinstance(found, dict):
+                remedy = "write .* at the end of the path for the values of an object"
+            raise InvalidRowError(f"the {role} are {describe_value(found)}", "a list", remedy)
         check_limit(len(found), len(ascii_uppercase), "choices")
-        return [to_text(one, role) for one in found]
+        if self.values.num_object_keys.total() == num_lost_keys:
+            texts = [to_text(one, role) for one in found]
+            return dict(zip(ascii_uppercase, texts, strict=False))
+        letters = self._read_letters(choices, self.values.readings[num_read:])
+        options: dict[str, str] = {}
+        for letter, one in zip(letters, found, strict=True):
+            if not is_empty(one):  # a key that only other rows have, as in Parquet
+                options[letter] = to_text(one, role)
+        return options
 
-    def _join_choices(self, values: Sequence[Value]) -> list[str]:
-        """Return choices that have a value each, of which the last ones may be missing."""
+    def _read_letters(self, choices: Value, readings: Sequence[RoleAssignment]) -> list[str]:
+        """Return the keys of an object of choices.
+
+        Raises:
+            InvalidRowError: They are not the letters of the choices.
+        """
+        keys: list[str] = []
+        paths = "options.first, options.second"
+        if choices.path is not None:
+            keys = [format_key(one.scope.get_item_key(choices.path)) for one in readings]
+            before, _, after = choices.path.text.rpartition(EACH)
+            paths = ", ".join(f"{before}{key}{after}" for key in keys)
+            del self.values.num_object_keys[choices.path.text]
+        if not _are_letters(keys):
+            raise InvalidRowError(
+                f"the {choices.name_role('choices')} are the values of an object, whose keys are"
+                " no letters",
+                "letters as keys, or a list",
+                f"name the value of each choice in order: choices: [{paths}]",
+            )
+        return keys
+
+    def _join_choices(self, values: Sequence[Value]) -> dict[str, str]:
+        """Return choices that have a value each.
+
+        The last ones may be missing. Keys that are letters are those of the choices.
+        """
         check_limit(len(values), len(ascii_uppercase), "choices")
+        letters: Sequence[str] = ascii_uppercase
+        steps = [value.path.steps for value in values if value.path is not None]
+        if len(steps) == len(values):
+            for keys in zip(*steps, strict=False):
+                names = [step.key for step in keys]
+                if _are_letters(names):
+                    letters = names
         found = [self._read("choices", value) for value in values]
         while found and found[-1] is MISSING:
             found.pop()
-        choices: list[str] = []
-        for value, one in zip(values, found, strict=False):
-            choices.append(to_text(one, value.name_role("choice")))
+        choices: dict[str, str] = {}
+        for letter, value, one in zip(letters, values, found, strict=False):
+            choices[letter] = to_text(one, value.name_role("choice"))
         return choices
 
-    def _read_answers(self, choices: Sequence[str]) -> tuple[list[str], list[str]]:
+    def _read_answers(self, choices: Mapping[str, str]) -> tuple[list[str], list[str]]:
         """Return the answers for training, and those only for scoring."""
         mapping = self.mapping
         if mapping.fields is not None:
@@ -722,9 +764,9 @@ def _check_file(file: object, role: str, *, is_image: bool) -> None:
 
 
 def split_placeholders(text: str) -> list[str | ContentPart]:
-    """Split a text at the placeholders of images and videos, without the line breaks after them."""
+    """Split a text at the placeholders of images and videos."""
     pieces: list[str | ContentPart] = []
-    for piece in _PLACEHOLDER.split(text):
+    for piece in _PLACEHOLDER.split(join_leading_media(text)):
         if piece:
             pieces.append(piece)
     return pieces
@@ -957,13 +999,23 @@ def _apply_frame(numbers: Sequence[Any], frame: Frame) -> list[Any]:
     return sorted_numbers
 
 
-def _look_up(found: Any, value: Value, choices: Sequence[str]) -> str:
-    """Return an answer as text; with `lookup`, its number stands for a choice."""
+def _are_letters(keys: Sequence[str]) -> bool:
+    """Return whether keys are different letters."""
+    is_unique = len(set(keys)) == len(keys) > 0
+    return is_unique and all(re.fullmatch("[A-Za-z]", key) for key in keys)
+
+
+def _look_up(found: Any, value: Value, choices: Mapping[str, str]) -> str:
+    """Return an answer as text; with `lookup`, its number stands for a choice.
+
+    Args:
+        choices: Choices of the question by their letters.
+    """
     role = value.name_role("answer")
     text = to_text(found, role)
     if value.lookup not in ("choices", "letters"):
         is_number = isinstance(found, int)  # of a choice, or the text of one
-        if choices and (is_number or text not in (*choices, *ascii_uppercase[: len(choices)])):
+        if choices and (is_number or text not in (*choices, *choices.values())):
             raise InvalidRowError(
                 f"the {role} {text[:60]!r} to a question with {len(choices)} choices",
                 "the text or the letter of a choice",
@@ -981,8 +1033,8 @@ def _look_up(found: Any, value: Value, choices: Sequence[str]) -> str:
             "correct first in the mapping, or the row",
         )
     if value.lookup == "letters":
-        return ascii_uppercase[number]
-    return choices[number]
+        return list(choices)[number]
+    return list(choices.values())[number]
 
 
 def _select_answers(texts: Sequence[str], use: str) -> tuple[list[str], list[str]]:

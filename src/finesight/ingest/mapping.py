@@ -886,6 +886,21 @@ def iter_values(section: object) -> Iterator[Value]:
             yield from iter_values(inner)
 
 
+def iter_paths(section: object) -> Iterator[FieldPath]:
+    """Yield all paths of a section of a mapping."""
+    if isinstance(section, FieldPath):
+        yield section
+    elif isinstance(section, MappingSection):
+        if isinstance(section, Value):
+            for template_field in section.template_fields().values():
+                yield template_field.path
+        for _, inner in section:
+            yield from iter_paths(inner)
+    elif isinstance(section, tuple | dict):
+        for inner in section.values() if isinstance(section, dict) else section:
+            yield from iter_paths(inner)
+
+
 def load_mapping(path: Path) -> RecordMapping:
     """Load and validate a mapping file. Raises UserError with the key and the reason."""
     text = read_text(path, expected="a mapping file", max_bytes=MAX_MAPPING_BYTES)

@@ -27,7 +27,7 @@ from finesight.ingest.joined_tables import (
 )
 from finesight.ingest.json_stream import JsonStream
 from finesight.ingest.mapped_rows import parse_mapped_row
-from finesight.ingest.mapping import GROUPED_ROWS, RecordMapping, load_mapping
+from finesight.ingest.mapping import GROUPED_ROWS, RecordMapping, iter_paths, load_mapping
 from finesight.ingest.record_values import (
     GroupedRows,
     Scope,
@@ -64,6 +64,7 @@ def build_mapping_format(
         supported_options=frozenset({"prompt", "box_task"}),
         reads_raw_rows=True,
         states_split=mapping.split is not None,
+        named_keys=frozenset(step.key for path in iter_paths(mapping) for step in path.steps),
     )
 
 

@@ -108,6 +108,15 @@ class Scope(NamedTuple):
             return (*holder_keys, EACH)
         return (*holder_keys, format_key(self.key))
 
+    def get_item_key(self, path: FieldPath) -> str | int:
+        """Return the key that the last `*` of the path to the value stands for."""
+        scope = self
+        for step in reversed(path.steps):
+            if step.is_each or scope.holder is None:
+                break
+            scope = scope.holder
+        return scope.key
+
 
 class RoleAssignment(NamedTuple):
     """A value of a record, and the role that the mapping gives it."""

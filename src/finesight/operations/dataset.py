@@ -216,7 +216,7 @@ def format_import(
     details += summary.list_other_keys()
     if summary.unused_columns:
         details.append(f"unused columns: {', '.join(summary.list_unused_columns())}")
-        if not summary.num_images and not summary.num_videos:
+        if not summary.has_media:
             details.append("no images: --map image=COLUMN sets the column of the image paths")
     num_rows = format_count(summary.num_rows, "row")
     heading = f"{source}: {num_rows}, read as {summary.format} ({detected_by})"

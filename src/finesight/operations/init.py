@@ -158,7 +158,7 @@ def init(
     _warn_of_missing_images(summary, opened.rows.num_rows, console)
     recipe = folder / "recipe.yaml"
     run = folder / "run"
-    task = replace(task, has_images=summary.num_images > 0)
+    task = replace(task, has_images=summary.has_media)
     comments = {
         file.file: format_count(file.num_samples, "sample") for file in summary.output_files
     }
@@ -280,6 +280,7 @@ def _import_split(
     from finesight.data.importer import SplitError, import_dataset
 
     with console.activity("importing the data"):
+        options = replace(options, requires_most_images=True)
         try:
             return import_dataset(path, out, options), options
         except SplitError as error:
@@ -338,7 +339,7 @@ def _format_data(
     from finesight.data.formats.table import format_media_options
 
     heading, *details = format_import(source, summary, options, is_detected=is_detected)
-    if not summary.num_images:
+    if not summary.has_media:
         details.append("no images: a task of text only")
     if "fields" in options.columns:
         media = format_media_options(options.columns)
@@ -669,18 +670,13 @@ def _find_nested_image(records: Sequence[Mapping[str, Any]]) -> str:
 
 def _format_box_prompt(opened: ImportSource, label: str) -> str | None:
     """Format the question about all objects with their classes; None for too many classes."""
-    from finesight.data.formats.dataset_format import as_list
     from finesight.data.formats.image_annotations import DETECTION_PROMPT, MAX_PROMPT_CLASSES
-    from finesight.data.formats.table import get_cell, parse_list
+    from finesight.data.formats.table import list_labels
 
-    names: set[str] = set()
-    for row in opened.iter_rows():
-        for record in (row.record, *row.more_records):
-            names.update(map(str, as_list(parse_list(get_cell(record, label)))))
-    names -= {"", "None"}
+    names = list_labels(opened.iter_rows(), label)
     if not 0 < len(names) <= MAX_PROMPT_CLASSES:
         return None
-    return DETECTION_PROMPT.format(labels=", ".join(sorted(names)))
+    return DETECTION_PROMPT.format(labels=", ".join(names))
 
 
 def find_device() -> tuple[str, int]:

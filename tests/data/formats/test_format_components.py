@@ -70,7 +70,6 @@ NAMING_FILES = {
     "app/start.py": "path of the backend for the program",
     "cli/app.py": "example of a command",
     "data/exporter.py": "a program",
-    "data/folder_listing.py": "closest format of files that no format opens",
     "doctor/model_check.py": "extra of a model family",
     "encode/tokenization.py": "extra of a model family",
     "operations/dataset.py": "example of a command",

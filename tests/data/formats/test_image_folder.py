@@ -81,10 +81,11 @@ def test_unknown_folders_are_rejected(tmp_path: Path, files: list[str], remedy: 
         import_samples(root, tmp_path / "out")
     assert remedy in str(caught.value.remedy)
     assert str(len(files)) not in "0" or "no file" in caught.value.what
-    assert ("not classes" in caught.value.what) == ("a.png" in files)
+    has_images = any(file.endswith("a.png") for file in files)
+    assert ("not classes" in caught.value.what) == has_images
     has_only_images = files == ["a.png"]
     assert ("images with labels" if has_only_images else "coco") in caught.value.expected
-    if "a.png" not in files:
+    if not has_images:
         with pytest.raises(UserError) as requested:
             import_samples(root, tmp_path / "out", format="classes")
         assert requested.value.what == "0 class folders with images"

@@ -52,7 +52,8 @@ def test_rows_become_samples(folder: Path, row: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("question", "user"),
     [
-        ("Is <image 1>\nas <image 2>?", ["Is ", "a.png", "as ", "b.png", "?"]),
+        ("Is <image 1>\nas <image 2>?", ["Is ", "a.png", "\nas ", "b.png", "?"]),
+        ("<image 1>\n<image 2>\nEqual?\nA. no", ["a.png", "b.png", "Equal?\nA. no"]),
         ("<image_00><image_01>Equal?", ["a.png", "b.png", "Equal?"]),
         (
             "<imager 1> <image 1 /> <image-1>?",
@@ -229,6 +230,27 @@ def test_list_of_options_follows_the_question(folder: Path) -> None:
     with pytest.raises(UserError, match="the answer 1 to a question with 2 options"):
         case(folder, {**record, "answer": 1}, mapped)
     assert list_turns(case(folder, {**record, "choices": ["1", "2"], "answer": 1}, mapped))[1]
+
+
+@pytest.mark.parametrize(
+    ("cells", "remedy"),
+    [
+        ({"options": {"B": "red", "A": "blue"}}, "choices: options.*, answer: answer"),
+        ({"options": "{'A': 'red', 'B': 'blue'}"}, "parse: {options: python}, images: [image]"),
+        ({"options": '{"A": "red", "B": "blue"}'}, "parse: {options: json}, images: [image]"),
+        ({"options": [{"id": "A", "text": "red"}]}, "KEY is the key of the texts, of id, text"),
+        ({"colors": ["red", "blue"]}, "choices: colors, answer: answer"),
+        ({"hint": {"text": "red", "level": 2}}, "hint.text,hint.level instead of hint"),
+        ({"options": ["red", None]}, "write one text into each cell"),
+        ({"options": [["red", [0]], ["blue"]]}, "write one text into each cell"),
+    ],
+)
+def test_objects_and_lists_are_no_question(folder: Path, cells: Any, remedy: str) -> None:
+    (name,) = cells
+    row = {"question": "Which?", **cells, "answer": "A"}
+    with pytest.raises(InvalidRowError, match=f"in the column '{name}' of the question") as caught:
+        case(folder, row, f"image=image question=question,{name} answer=answer")
+    assert remedy in caught.value.remedy
 
 
 @pytest.mark.parametrize("box", [None, "", " ", NAN, [], "[]"])

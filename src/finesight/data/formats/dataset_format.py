@@ -171,6 +171,9 @@ _PLACEHOLDERS = re.compile(
 )
 
 
+_LEADING_MEDIA = re.compile(rf"(?:(?:<image>|<video>|{NUMBERED_IMAGE.pattern})\n?)+")
+
+
 class UnexpectedPlaceholderError(UserError):
     """Raised when a text contains an image or box placeholder of another format."""
 
@@ -314,9 +317,22 @@ class ImportContext:
             )
         if not self.prompt:
             return tuple(parts)
+        require_no_placeholder(self.prompt)
         if parts and isinstance(parts[-1], TextPart):
             return (*parts[:-1], TextPart(text=f"{parts[-1].text}\n{self.prompt}"))
         return (*parts, TextPart(text=self.prompt))
+
+
+def require_no_placeholder(prompt: str) -> None:
+    """Raise InvalidOptionError if a prompt for data without class names inserts them."""
+    for placeholder in ("{labels}", "{label}"):
+        if placeholder in prompt:
+            raise InvalidOptionError(
+                f"no class names for {placeholder}",
+                where="--prompt",
+                expected="a text without it, unless the data have a list or a column of classes",
+                remedy=f"write the names instead of {placeholder}",
+            )
 
 
 def example_from_sample(sample: Sample, context: ImportContext) -> ImportExample:
@@ -785,6 +801,7 @@ class DatasetFormat(Component[Any]):
         reads_raw_rows: Whether `parse_row` reads all keys of a record itself, such as preference
             pairs, verdicts and lists in texts, which otherwise are the same for all formats.
         states_split: Whether each row states that it is for training or for validation.
+        named_keys: Keys of records that the format names. They decide if a table has a header.
     """
 
     kind: PluginKind = field(default="formats", kw_only=True)
@@ -805,6 +822,7 @@ class DatasetFormat(Component[Any]):
     keeps_pages: bool = False
     reads_raw_rows: bool = False
     states_split: bool = False
+    named_keys: frozenset[str] = frozenset()
 
     def find_problem(self) -> str | None:
         """Return why other modules cannot use the format; None if they can.
@@ -948,6 +966,17 @@ def _replace_prompt(example: ImportExample, text: str, context: ImportContext) -
     context.row_notes[NOTE_REPLACED_PROMPT] += 1
     message = question.model_copy(update={"content": tuple(parts)})
     return replace(example, prompt_messages=(*system, message))
+
+
+def join_leading_media(text: str) -> str:
+    """Remove the line breaks after placeholders at the start of a text.
+
+    Each model family adds its own. Breaks after other placeholders separate lines of the text.
+    """
+    match = _LEADING_MEDIA.match(text)
+    if match is None:
+        return text
+    return match[0].replace("\n", "") + text[match.end() :]
 
 
 def split_at_pattern(text: str, pattern: re.Pattern[str]) -> Iterator[str | re.Match[str]]:

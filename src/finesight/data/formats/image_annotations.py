@@ -53,6 +53,7 @@ from finesight.data.formats.dataset_format import (
     RowImages,
     as_list,
     make_text_part,
+    require_no_placeholder,
 )
 from finesight.data.image_file import (
     IMAGE_SUFFIXES,
@@ -580,6 +581,10 @@ def _check_outline(
     return StrayBoxError(f"{what} has no area", expected="a polygon in the image", remedy=remedy)
 
 
+CLASS_INSTRUCTION = "Answer with the class only."
+"""End of the default question about the class of an image."""
+
+
 def build_class_prompt(num_classes: int) -> str:
     """Build the template of the default question about the class of an image.
 
@@ -588,7 +593,7 @@ def build_class_prompt(num_classes: int) -> str:
     question = "Which class does the image show?"
     if 0 < num_classes <= MAX_PROMPT_CLASSES:
         question = "Which of these classes does the image show: {labels}?"
-    return f"{question} Answer with the class only."
+    return f"{question} {CLASS_INSTRUCTION}"
 
 
 def build_text_example(
@@ -612,6 +617,7 @@ def build_text_example(
     if classes or context.prompt is None:
         question = format_prompt(context.prompt, template, {"labels": ", ".join(classes)})
     else:
+        require_no_placeholder(context.prompt)
         question = [make_text_part(context.prompt)] if context.prompt else []
     user = Message(role="user", content=(part, *question))
     parts = tuple((make_text_part(answer),) for answer in answers)

@@ -1,11 +1,10 @@
 """LLaVA: the guide "Finetune LLaVA on Custom Datasets" documents the format.
 
-The line break after `<image>` is removed, because each model family adds its own.
+The line break after `<image>` at the start is removed, because each model family adds its own.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 
 from finesight.data.formats.conversation_placeholders import (
@@ -14,18 +13,17 @@ from finesight.data.formats.conversation_placeholders import (
     render_checked,
 )
 from finesight.data.formats.conversation_rows import (
-    list_images,
     list_turn_texts,
     parse_turns,
     write_rows,
 )
 from finesight.data.formats.dataset_format import (
-    VIDEO_KEYS,
     DatasetFormat,
     ExportContext,
     Files,
     ImportContext,
     ImportExample,
+    join_leading_media,
 )
 from finesight.data.row_reader import Record, SourceRow
 from finesight.data.sample import LocatedSample
@@ -51,9 +49,8 @@ def _detect_llava(records: Sequence[Record]) -> str | None:
 
 
 def _parse_llava(row: SourceRow, context: ImportContext) -> ImportExample:
-    pattern = r"(<image>|<video>)\n" if list_images(row.record, VIDEO_KEYS) else r"(<image>)\n"
     turns = [
-        turn._replace(content=re.sub(pattern, r"\1", turn.content))
+        turn._replace(content=join_leading_media(turn.content))
         for turn in parse_turns(row.record, context)
     ]
     return build_placeholder_example(row, context, turns)
@@ -63,7 +60,7 @@ def _write_llava(samples: Sequence[LocatedSample], context: ExportContext) -> Fi
     """Write a JSON array of conversations about at most one image, without system prompt."""
 
     def make_fields(located_sample: LocatedSample, context: ExportContext) -> Record:
-        turns, image_names = render_checked(located_sample, context, "<image>\n")
+        turns, image_names = render_checked(located_sample, context, "<image>")
         if len(image_names) > 1 or turns[0][0] == "system":
             raise UserError(
                 f"{len(image_names)} images, and turns of {', '.join(role for role, _ in turns)}",
@@ -71,7 +68,11 @@ def _write_llava(samples: Sequence[LocatedSample], context: ExportContext) -> Fi
                 remedy="export to llama-factory or ms-swift, or remove the sample",
             )
         image = {"image": image_names[0]} if image_names else {}
-        rows = [{"from": SPEAKERS[role], "value": text} for role, text in turns]
+        rows: list[Record] = []
+        for role, text in turns:
+            if text.startswith("<image>"):
+                text = f"<image>\n{text.removeprefix('<image>')}"
+            rows.append({"from": SPEAKERS[role], "value": text})
         return {**image, "conversations": rows}
 
     for index, (_, row) in enumerate(write_rows(samples, context, make_fields, box_note="")):

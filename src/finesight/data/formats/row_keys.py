@@ -54,6 +54,9 @@ _ATTRIBUTE = re.compile(
 )
 """Words of keys that describe an image or a text rather than contain it."""
 
+_IDENTIFIER = re.compile("ids?|idx|index")
+"""Words of keys whose value may stand for an image of a row without one."""
+
 _ORIGIN = re.compile("source|orig|original|src|file|filename|name|path|url|link|key")
 """Words of keys whose value may name the origin of an image."""
 
@@ -154,6 +157,11 @@ MEDIA = KeyMeaning(
     "an image, a video or audio that the format does not use",
     "move it to `images` or `videos`, or remove the key",
 )
+UNFOUND_MEDIA = KeyMeaning(
+    "it may stand for an image or a video, and the row has none",
+    'give a mapping file (--mapping) with images: {template: "FOLDER/{KEY}.jpg"}, or remove the key'
+    " to train on the text alone",
+)
 REASONING = KeyMeaning(
     "a reasoning text outside of an answer",
     "write it into the answer as <think>...</think>, or remove the key",
@@ -221,6 +229,8 @@ def _find_row_meaning(key: str, value: object, image_names: Collection[str]) -> 
         return PREFERENCE
     if _is_row_media(key, value, image_names):
         return MEDIA
+    if not image_names and _is_media_reference(words, value):
+        return UNFOUND_MEDIA
     is_long = is_structure or (isinstance(value, str) and (" " in value.strip() or len(value) > 12))
     if is_long and _has(words, _REASONING) and not _has(words, _ATTRIBUTE):
         return REASONING
@@ -250,6 +260,14 @@ def _is_row_media(key: str, value: object, image_names: Collection[str]) -> bool
         return not _has(words, _ATTRIBUTE)
     is_location = all(isinstance(one, str) and _LOCATION.fullmatch(one) for one in values)
     return is_location and _has(words, _DOCUMENT) and not _has(words, _ATTRIBUTE)
+
+
+def _is_media_reference(words: list[str], value: object) -> bool:
+    """Return whether a value such as that of `image_id` may stand for an image."""
+    if isinstance(value, bool) or not isinstance(value, str | int | list):
+        return False
+    others = [word for word in words if _IDENTIFIER.fullmatch(word) is None]
+    return _has(others, _MEDIA) and not _has(others, _ATTRIBUTE)
 
 
 def _count_numbers(value: object) -> int:
@@ -332,13 +350,14 @@ def sort_keys(
     for path, key, value in iter_nested(others):
         meaning = find_meaning(key, value, level, image_names)
         is_nested_meta = level == ROWS and path != key
-        if is_nested_meta and (image_names or meaning is not MEDIA):
+        is_media = meaning in (MEDIA, UNFOUND_MEDIA)
+        if is_nested_meta and (image_names or not is_media):
             continue
         if meaning:
             error_type: type[UnsupportedKeyError] = UnsupportedKeyError
-            if meaning is MEDIA:
+            if is_media:
                 error_type = UnsupportedMediaError
-            remedy = meaning.remedy
+            remedy = meaning.remedy.replace("KEY", path)
             if meaning is PREFERENCE and level == ROWS:
                 remedy = _suggest_pair(values)
             raise error_type(

@@ -23,6 +23,8 @@ from contextlib import suppress
 from string import ascii_uppercase
 from typing import get_args
 
+import yaml
+
 from finesight.bounded_files import parse_unique_json
 from finesight.data.boxes import (
     BoxConvention,
@@ -56,6 +58,7 @@ from finesight.data.formats.dataset_format import (
     dump_json,
     forbid_drop,
     is_numeric,
+    join_leading_media,
     make_text_part,
 )
 from finesight.data.formats.image_annotations import NO_OBJECTS_ANSWER, check_declared_size
@@ -576,8 +579,13 @@ def suggest_numbered_mapping(
     has_box = len(used) > 4
     texts = [name for name in names if name not in used and _has_values(records, name, _is_word, 0)]
     if len(texts) == 1:
-        role = "label" if has_box else "answer"
-        return f"{options} --map {role}={texts[0]}"
+        name = texts[0]
+        if has_box:
+            return f"{options} --map label={name}"
+        has_others = len(used) + 1 < len(names)
+        is_constant = len(records) > 1 and len({str(record.get(name)) for record in records}) == 1
+        if not (is_constant and has_others):  # else others may be the answer, such as coordinates
+            return f"{options} --map answer={name}"
     return options if has_box else f"{options} --map answer=COLUMN"
 
 
@@ -657,10 +665,15 @@ def parse_row(row: SourceRow, context: ImportContext) -> ImportExample:
     question = _read_cell(row.record, context, "question")
     if isinstance(question, list) and "," in context.columns["question"]:
         names = find_columns(row.record, "question", context.columns["question"])
+        _require_texts(names, question, context.columns)
         question, options = _join_cells(names, question)
     if question is not None:
         parts = place_images(parts, _get_text(question, "question"))
     boxes, omitted = _create_boxes(row, context, images)
+    if "label" in context.columns:
+        num_unlabelled = [box.label for box in boxes].count(None)
+        note = f"boxes without a label, because {context.columns['label']} is empty"
+        context.row_notes[note] += num_unlabelled
     units = context.resolve_convention(get_default_convention(context.columns.get("box", ""))).units
     if boxes and units == "pixel":
         # Columns of a size next to boxes are those of the image, or of the box.
@@ -782,12 +795,12 @@ def place_images(images: list[ContentPart], question: str) -> list[ContentPart]:
     Raises:
         InvalidRowError: The `<video>` or the numbers of the question are not those of the row.
     """
-    placeholder = "<image>\n?"
+    placeholder = "<image>"
     kinds = [part.type for part in images]
     check_image_order(NUMBERED_IMAGE.findall(question), kinds.count("image"), question)
-    question = NUMBERED_IMAGE.sub("<image>", question)
+    question = NUMBERED_IMAGE.sub("<image>", join_leading_media(question))
     if "video" in kinds and "<video>" in question:
-        placeholder = "<(?:image|video)>\n?"
+        placeholder = "<(?:image|video)>"
         if re.findall("<(image|video)>", question) != kinds:
             raise InvalidRowError(
                 f"the placeholders of {question[:60]!r} for {', '.join(kinds)}",
@@ -828,6 +841,97 @@ def _join_cells(names: Sequence[str], cells: Sequence[object]) -> tuple[str, lis
         else:
             lines.append(option_lines.get(name, str(cell)))
     return "\n".join(lines), options
+
+
+def _require_texts(
+    names: Sequence[str], cells: Sequence[object], columns: Mapping[str, str]
+) -> None:
+    """Reject objects and lists in a question except for a list of options."""
+    for name, cell in zip(names, cells, strict=True):
+        is_options = name.lower() in _OPTION_LISTS
+        value = cell
+        notation = ""
+        if is_options and isinstance(cell, str) and cell.lstrip().startswith(("[", "{")):
+            value = decode_json_list(cell, (str, int, float, list, tuple, dict))
+            notation = "python"
+            with suppress(ValueError):
+                json.loads(cell)
+                notation = "json"
+        if not has_value(cell) or not _is_structure(value):
+            continue
+        if is_options and isinstance(value, list) and _has_texts(value):
+            continue
+        remedy = "write one text into each cell, or name a column of texts"
+        choices = _find_choices(name, value)
+        if choices and name != names[0] and "box" not in columns:
+            parse = {name: notation} if notation else {}
+            others = [other for other in names if other != name]
+            mapping = _format_choices_mapping(columns, others, choices, parse)
+            remedy = f"write {mapping} into a file, and give it as --mapping instead of --map"
+            if isinstance(value, list) and isinstance(value[0], dict):
+                remedy += f"; KEY is the key of the texts, of {', '.join(map(str, value[0]))}"
+        elif isinstance(value, dict) and not notation:
+            inner = ",".join(f"{name}.{key}" for key in value)
+            remedy = f"name keys inside of the column: {inner} instead of {name}"
+        raise InvalidRowError(
+            f"{str(cell)[:60]} in the column {name!r} of the question",
+            "texts or numbers, or a list of them under a name such as options",
+            remedy,
+        )
+
+
+def _is_structure(value: object) -> bool:
+    return isinstance(value, dict | list | tuple | bytes)
+
+
+def _has_texts(items: Sequence[object]) -> bool:
+    """Return whether all items of a list are texts or numbers."""
+    return not any(item is None or _is_structure(item) for item in items)
+
+
+def _find_choices(name: str, value: object) -> str:
+    """Return the path of the options in a column for a mapping.
+
+    It is empty if the value has none.
+    """
+    if isinstance(value, dict):
+        are_letters = all(re.fullmatch("[A-Za-z]", str(key)) for key in value)
+        return f"{name}.*" if are_letters and len(value) > 1 else ""
+    if not isinstance(value, list):
+        return ""
+    if isinstance(value[0], dict):
+        return f"{name}.*.KEY"  # the user replaces KEY
+    return name if _has_texts(value) else ""
+
+
+def _format_choices_mapping(
+    columns: Mapping[str, str], questions: Sequence[str], choices: str, parse: Mapping[str, str]
+) -> str:
+    """Format a mapping of the same columns with choices.
+
+    Args:
+        questions: Columns of the question without the choices.
+        parse: Notation of columns with structures as text.
+    """
+    mapping: dict[str, object] = {"version": 1}
+    if parse:
+        mapping["parse"] = dict(parse)
+    for role in MEDIA_ROLES:
+        if role in columns:
+            mapping[f"{role}s"] = columns[role].split(",")
+    mapping["question"] = {"template": "\n".join(f"{{{name}}}" for name in questions)}
+    if len(questions) == 1:
+        mapping["question"] = questions[0]
+    mapping["choices"] = choices
+    if "answer" in columns:
+        mapping["answer"] = columns["answer"]
+    if "fields" in columns:
+        mapping["fields"] = columns["fields"].split(",")
+    mapping["ignore"] = ["*"]
+    text: str = yaml.safe_dump(
+        mapping, default_flow_style=True, sort_keys=False, allow_unicode=True, width=math.inf
+    )
+    return text.strip()
 
 
 def letter_options(options: Sequence[str], letters: Sequence[str] = ascii_uppercase) -> list[str]:
@@ -892,6 +996,9 @@ def _check_media_columns(records: Sequence[Record], columns: Mapping[str, str], 
             " them only",
         )
     roles = ",".join(columns.get(role, "") for role in ("video", "question", "answer")).split(",")
+    question = ", and --map question=COLUMN if there is one"
+    if "question" in columns:
+        question = f" --map {shlex.quote('question=' + columns['question'])}"
     for name in map(str, records[0]):
         words = [word.lower() for word in _WORDS.findall(name)]
         is_bound = any(map(_CLIP_BOUND.fullmatch, words)) and not _SIZE_WORDS.intersection(words)
@@ -902,8 +1009,7 @@ def _check_media_columns(records: Sequence[Record], columns: Mapping[str, str], 
                 where=where,
                 expected="videos that are used as a whole",
                 remedy="cut the clips into files of their own; or if the question needs the whole"
-                f" videos, give {format_media_options(columns)} --map answer=COLUMN, and --map"
-                " question=COLUMN if there is one",
+                f" videos, give {format_media_options(columns)} --map answer=COLUMN{question}",
             )
 
 
@@ -1147,6 +1253,18 @@ def _create_boxes(
     return create_labelled_boxes(pairs, images, convention)
 
 
+def list_labels(rows: Iterable[SourceRow], column: str) -> list[str]:
+    """Return the different labels in a column in alphabetical order."""
+    labels: set[str] = set()
+    for row in rows:
+        for record in (row.record, *row.more_records):
+            cells: list[object] = []
+            with suppress(InvalidRowError):  # reported when the row is parsed
+                cells = as_list(parse_list(get_cell(record, column)))
+            labels.update(str(cell) for cell in cells if not _is_empty(cell))
+    return sorted(labels)
+
+
 def create_labelled_boxes(
     pairs: Sequence[tuple[object, str | None]], images: RowImages, convention: BoxConvention
 ) -> tuple[tuple[BoxPart, ...], dict[str, InvalidBoxError]]:
@@ -1162,9 +1280,10 @@ def create_labelled_boxes(
     found = [images.create_valid_box(*pair, convention) for pair in pairs]
     parts = tuple(one for one in found if isinstance(one, BoxPart))
     labels = {part.label for part in parts}
-    if "" in labels:
-        problem = f"a box without a label beside {len(labels) - 1} labels"
-        raise InvalidRowError(problem, "a label for each box")
+    named = labels - {"", None}
+    if named and named != labels:
+        problem = f"a box without a label beside {len(named)} labels"
+        raise InvalidRowError(problem, "a label for each box", "add the label, or remove the row")
     omitted: dict[str, InvalidBoxError] = {}
     for (_, label), box in zip(pairs, found, strict=True):
         if isinstance(box, BoxPart) or (isinstance(box, StrayBoxError) and label in labels):

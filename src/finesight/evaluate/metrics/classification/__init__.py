@@ -15,11 +15,18 @@ MAX_CLASS_CHARS = 60
 
 
 def detect(summary: AnswerSummary) -> bool:
-    """Return whether the answers are a closed set of short texts, such as yes and no."""
+    """Return whether the answers are classes.
+
+    The questions ask for a class, or the answers are a closed set of short texts, such as yes and
+    no.
+    """
+    from finesight.data.formats.image_annotations import CLASS_INSTRUCTION
     from finesight.recipe_template import is_closed_set
 
-    is_short = max(map(len, summary.answers)) <= MAX_CLASS_CHARS and summary.max_boxes <= 1
-    return is_short and is_closed_set(summary.answers)
+    if max(map(len, summary.answers)) > MAX_CLASS_CHARS or summary.max_boxes > 1:
+        return False
+    asks_class = summary.asks_mostly(lambda question: question.endswith(CLASS_INSTRUCTION))
+    return asks_class or is_closed_set(summary.answers)
 
 
 COMPONENT = MetricComponent(

@@ -257,9 +257,12 @@ def test_reference_model_of_pairs(shared):
     shared.zero_grad()
     assert len(differences) == 2
     assert max(differences) < 1e-5
-    with pytest.raises(finesight.UserError, match="reference_logps_L of the shapes") as caught:
-        shared.add_inputs(batch, reference_logps_L=[torch.zeros(1)])
-    assert "one tensor for each pack" in str(caught.value.remedy)
+    for tensors in ([torch.zeros(1)], [torch.zeros(1)] * 2, [np.zeros(1)] * 2, [None] * 2):
+        with pytest.raises(finesight.UserError, match="other_L: ") as caught:
+            shared.add_inputs(batch, other_L=tensors)
+        assert "one tensor for each pack" in str(caught.value.remedy)
+    with pytest.raises(finesight.UserError, match="the name labels_L"):
+        shared.add_inputs(batch, labels_L=shared.compute_logps(batch))
 
 
 def test_later_batches_of_a_resumed_loop():

@@ -85,7 +85,6 @@ def add_inputs(batch: Sequence[PackedBatch], inputs: Mapping[str, Sequence[Tenso
     """
     check_batch(batch)
     packs = list(batch)
-    lengths = [(one.num_supervised_tokens,) for one in batch]
     for name, tensors in inputs.items():
         if name in OWN_INPUTS:
             raise UserError(
@@ -94,19 +93,26 @@ def add_inputs(batch: Sequence[PackedBatch], inputs: Mapping[str, Sequence[Tenso
                 expected=f"another name than {', '.join(OWN_INPUTS)}",
                 remedy=f"rename it, such as my_{name}",
             )
-        shapes = [tuple(getattr(tensor, "shape", ())) for tensor in tensors]
-        are_tensors = all(isinstance(tensor, Tensor) for tensor in tensors)
-        if shapes != lengths or not are_tensors:
-            raise UserError(
-                f"{name} of the shapes {shapes!r:.80}",
-                where="add_inputs",
-                expected=f"tensors of the shapes {lengths!r:.80}, as the packs",
-                remedy="pass one tensor for each pack, such as client.compute_logps(batch)",
-            )
+        if len(tensors) != len(packs):
+            raise _build_input_error(name, f"{len(tensors)} tensors", f"{len(packs)} tensors")
         for position, tensor in enumerate(tensors):
             one = packs[position]
+            shape = one.labels_L.shape
+            if not isinstance(tensor, Tensor) or tensor.shape != shape:
+                given = getattr(tensor, "shape", type(tensor).__name__)
+                expected = f"a tensor of the shape {tuple(shape)} for pack {position}"
+                raise _build_input_error(name, f"{type(tensor).__name__} {given}", expected)
             packs[position] = replace(one, loss_inputs={**one.loss_inputs, name: tensor})
     return tuple(packs)
+
+
+def _build_input_error(name: str, given: str, expected: str) -> UserError:
+    return UserError(
+        f"{name}: {given:.80}",
+        where="add_inputs",
+        expected=expected,
+        remedy="pass one tensor for each pack, such as client.compute_logps(batch)",
+    )
 
 
 def pack_group(

@@ -282,7 +282,7 @@ class ApiServer(LimitedServer):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Stop to listen, complete the running requests, and close all connections."""
         for listener in sockets or ():
-            # Forked processes have copies of the socket, which would go on listening.
+            # Forked processes have copies of the socket, which would listen further.
             with contextlib.suppress(OSError):
                 listener.shutdown(socket.SHUT_RDWR)
         await super().shutdown(sockets)

@@ -26,9 +26,6 @@ from finesight.reward_components import REWARDS
 
 T = TypeVar("T")
 
-_CJK_CHARACTER = re.compile("[\u3000-\u30ff\u3400-\u9fff\uf900-\ufaff\uff00-\uff0f]")
-"""Characters and punctuation of scripts without blanks between words."""
-
 MAX_NUMERIC_CLASSES = 10
 """Maximum number of classes with digits; more are readings."""
 
@@ -297,13 +294,8 @@ def _applies_to_most(test: Callable[[T], object], items: Iterable[T]) -> bool:
     return fmean(bool(test(item)) for item in items) > 0.5
 
 
-def _count_words(text: str) -> float:
-    """Return the number of words.
-
-    About two characters are a word in Chinese and Japanese.
-    """
-    num_characters = len(_CJK_CHARACTER.findall(text))
-    return len(_CJK_CHARACTER.sub(" ", text).split()) + num_characters / 2
+def _count_words(text: str) -> int:
+    return len(text.split())
 
 
 def is_closed_set(answers: Sequence[str]) -> bool:

@@ -311,8 +311,14 @@ def test_numbers_of_images_are_refused_in_rows_without_images(tmp_path: Path, ke
     with pytest.raises(UserError, match=f"'{key}' with 7 in rows: it may stand for an image") as e:
         parse(row, tmp_path)
     assert f'images: {{template: "FOLDER/{{{key}}}.jpg"}}' in e.value.remedy
-    for others in ({"images": ["a.png"]}, {key: None}, {key: True}):
+    for others in ({"images": ["a.png"]}, {key: None}, {key: True}, {key: -1}):
         assert parse({**row, **others}, tmp_path)
+
+
+@pytest.mark.parametrize("key", ["has_image", "n_images", "image_required", "num_frames"])
+def test_flags_and_counts_of_images_are_metadata(tmp_path: Path, key: str) -> None:
+    row = {"prompt": "Is it red?", "chosen": "Yes.", "rejected": "No.", key: 0}
+    assert parse(row, tmp_path)
 
 
 @pytest.mark.parametrize(

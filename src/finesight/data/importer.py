@@ -639,6 +639,11 @@ def _parse_rows(
             failure.remedy = f"give {alternative}"
         elif any(rows) and options.on_invalid_row == "fail" and not is_systematic:
             failure.remedy = f"{failure.remedy}; --on-invalid-row skip skips and lists invalid rows"
+        elif any(rows) and lacks_images:
+            failure.remedy = (
+                f"{failure.remedy}; or import the source with --on-invalid-row skip, and"
+            )
+            failure.remedy += " give init the file that it writes"
         raise failure
     if not any(rows):
         reasons = [f"{count} {reason}" for reason, count in context.skipped_rows.items()]

@@ -38,6 +38,7 @@ from finesight.data.formats.image_annotations import (
 )
 from finesight.data.formats.table import (
     create_labelled_boxes,
+    find_letters,
     letter_options,
     omit_classes,
     place_images,
@@ -569,17 +570,19 @@ class SampleBuilder:
             texts = [to_text(one, role) for one in found]
             return dict(zip(ascii_uppercase, texts, strict=False))
         letters = self._read_letters(choices, self.values.readings[num_read:])
+        values = list(found)
+        while values and is_empty(values[-1]):  # keys that only other rows have, as in Parquet
+            values.pop()
         options: dict[str, str] = {}
-        for letter, one in zip(letters, found, strict=True):
-            if not is_empty(one):  # a key that only other rows have, as in Parquet
-                options[letter] = to_text(one, role)
+        for letter, one in zip(letters, values, strict=False):
+            options[letter] = to_text(one, role)
         return options
 
     def _read_letters(self, choices: Value, readings: Sequence[RoleAssignment]) -> list[str]:
-        """Return the keys of an object of choices.
+        """Return the letters of an object of choices, by its keys.
 
         Raises:
-            InvalidRowError: They are not the letters of the choices.
+            InvalidRowError: The keys state no letters and no order.
         """
         keys: list[str] = []
         paths = "options.first, options.second"
@@ -588,14 +591,16 @@ class SampleBuilder:
             before, _, after = choices.path.text.rpartition(EACH)
             paths = ", ".join(f"{before}{key}{after}" for key in keys)
             del self.values.num_object_keys[choices.path.text]
-        if not _are_letters(keys):
+        letters = find_letters(keys)
+        if not letters:
             raise InvalidRowError(
                 f"the {choices.name_role('choices')} are the values of an object, whose keys are"
                 " no letters",
                 "letters as keys, or a list",
-                f"name the value of each choice in order: choices: [{paths}]",
+                f"name the value of each choice in order: choices: [{paths}]; KEY? is one that rows"
+                " may lack",
             )
-        return keys
+        return letters
 
     def _join_choices(self, values: Sequence[Value]) -> dict[str, str]:
         """Return choices that have a value each.
@@ -607,9 +612,8 @@ class SampleBuilder:
         steps = [value.path.steps for value in values if value.path is not None]
         if len(steps) == len(values):
             for keys in zip(*steps, strict=False):
-                names = [step.key for step in keys]
-                if _are_letters(names):
-                    letters = names
+                named = find_letters([step.key for step in keys])
+                letters = named or letters
         found = [self._read("choices", value) for value in values]
         while found and found[-1] is MISSING:
             found.pop()
@@ -997,12 +1001,6 @@ def _apply_frame(numbers: Sequence[Any], frame: Frame) -> list[Any]:
         with suppress(InvalidBoxError):  # raised again when the box is created
             return [number / 100 for number in parse_coordinates(sorted_numbers)]
     return sorted_numbers
-
-
-def _are_letters(keys: Sequence[str]) -> bool:
-    """Return whether keys are different letters."""
-    is_unique = len(set(keys)) == len(keys) > 0
-    return is_unique and all(re.fullmatch("[A-Za-z]", key) for key in keys)
 
 
 def _look_up(found: Any, value: Value, choices: Mapping[str, str]) -> str:

@@ -266,10 +266,11 @@ def _parse_questions(
     """Build an example for each question and its answer in `vqaData`."""
     pairs = as_list(record.get("vqaData")) or [None]
     image_part = RowImages(context).add_image(image)
+    image_names = (str(record.get("imagePath") or row.id),)
     examples = []
     for number, value in enumerate(pairs, start=1):
         data = _read_pair(value)
-        other_meta = sort_keys(data, _PAIR_KEYS, ROWS, context.other_keys)
+        other_meta = sort_keys(data, _PAIR_KEYS, ROWS, context.other_keys, image_names)
         question = make_text_part(data["question"])
         user = Message(role="user", content=context.add_prompt((image_part, question)))
         answer = (make_text_part(data["answer"]),)

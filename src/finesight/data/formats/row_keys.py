@@ -267,6 +267,11 @@ def _is_media_reference(words: list[str], value: object) -> bool:
     if isinstance(value, bool) or not isinstance(value, str | int | list):
         return False
     others = [word for word in words if _IDENTIFIER.fullmatch(word) is None]
+    if isinstance(value, int):
+        # Other integers are flags or counts, and a negative one stands for no image.
+        is_named = len(others) < len(words) or all(map(_MEDIA.fullmatch, words))
+        if value < 0 or not is_named:
+            return False
     return _has(others, _MEDIA) and not _has(others, _ATTRIBUTE)
 
 

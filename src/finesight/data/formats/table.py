@@ -150,6 +150,12 @@ _BOX_COLUMNS = {box_format: _list_names(box_format) for box_format in _BOX_FORMA
 _OPTION = re.compile(r"(?i)(?:(?:option|choice)[_ ]?)?([A-H])")
 """Names of the columns with the options of a multiple-choice question."""
 
+_PATH_NAME = re.compile(r"[\w, -]+")
+"""Names of columns that are a path of a mapping as they are."""
+
+_NUMBERED_KEY = re.compile(r"(\D*)(\d{1,2})")
+"""Key with the number of a choice."""
+
 _OPTION_LISTS = ("choices", "options", "candidates")
 """Names of the columns with all options in a list."""
 
@@ -863,7 +869,9 @@ def _require_texts(
             continue
         remedy = "write one text into each cell, or name a column of texts"
         choices = _find_choices(name, value)
-        if choices and name != names[0] and "box" not in columns:
+        is_path = all(map(_PATH_NAME.fullmatch, [*names, *columns.values()]))
+        can_map = is_options and is_path and name != names[0] and "box" not in columns
+        if choices and can_map:
             parse = {name: notation} if notation else {}
             others = [other for other in names if other != name]
             mapping = _format_choices_mapping(columns, others, choices, parse)
@@ -895,8 +903,8 @@ def _find_choices(name: str, value: object) -> str:
     It is empty if the value has none.
     """
     if isinstance(value, dict):
-        are_letters = all(re.fullmatch("[A-Za-z]", str(key)) for key in value)
-        return f"{name}.*" if are_letters and len(value) > 1 else ""
+        has_letters = len(value) > 1 and find_letters([*map(str, value)])
+        return f"{name}.*" if has_letters else ""
     if not isinstance(value, list):
         return ""
     if isinstance(value[0], dict):
@@ -932,6 +940,28 @@ def _format_choices_mapping(
         mapping, default_flow_style=True, sort_keys=False, allow_unicode=True, width=math.inf
     )
     return text.strip()
+
+
+def find_letters(keys: Sequence[str]) -> list[str]:
+    """Return the letters of choices by their keys; none if these state no letters.
+
+    `option_b` is B. Keys such as `option1` and `option2` are the choices in their order.
+    """
+    letters: list[str] = []
+    numbers: list[int] = []
+    stems: set[str] = set()
+    for key in keys:
+        if match := re.fullmatch(r"(?i)(?:(?:option|choice)[_ ]?)?([A-Z])", key):
+            letters.append(match[1].upper())
+        elif match := _NUMBERED_KEY.fullmatch(key):
+            stems.add(match[1])
+            numbers.append(int(match[2]))
+    if len({*letters}) == len(keys) > 0:
+        return letters
+    is_numbered = len(numbers) == len(keys) > 0 and len(stems) == 1 and numbers[0] in (0, 1)
+    if is_numbered and numbers == list(range(numbers[0], numbers[0] + len(numbers))):
+        return list(ascii_uppercase[: len(numbers)])
+    return []
 
 
 def letter_options(options: Sequence[str], letters: Sequence[str] = ascii_uppercase) -> list[str]:

@@ -1032,5 +1032,13 @@ print(result.steps + 1)
 model = finesight.load("run")
 print(model.generate(image, "What?").text.upper())
 print(model.evaluate(samples, metric).scores["metric"] + 1.0)
+client = finesight.TrainingClient("m", tune={"language": "lora"})
+for batch in client.load_batches(samples, 2, epochs=3):
+    print(client.forward_backward(batch, lambda logps, inputs: -logps.sum()).item())
+    client.optim_step(1e-4)
+groups = client.sample(samples, 2)
+client.encode_responses(groups, [[float(case.answer == "a") for case in groups[0].cases]])
+with finesight.start_server(model) as server:
+    print(server.url + server.key)
 model.generate(image, 3)
 """

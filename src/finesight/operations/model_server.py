@@ -14,6 +14,7 @@ import os
 import secrets
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Unpack
 
@@ -58,8 +59,8 @@ class ModelServer:
             target=self._run, args=(inference_model, listener), name="finesight-server", daemon=True
         )
         atexit.register(self.close)
-        self._thread.start()
         try:
+            self._thread.start()
             self._is_ready.wait()
         except BaseException:
             self.close()
@@ -106,7 +107,8 @@ class ModelServer:
         self._is_closed = True
         if self._stop is not None:
             self._stop()
-        self._thread.join()
+        with suppress(RuntimeError):  # An interrupt came before the thread has started.
+            self._thread.join()
         atexit.unregister(self.close)
         # The function refers to the server with its KV cache, as do circles of references.
         self._stop = None

@@ -9,6 +9,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
+import weakref
 from typing import Any
 
 import hf_models
@@ -168,18 +169,20 @@ def test_closed_server_frees_its_memory(adapters):
     """Closing frees the engine with its cache, although the variable of the server remains."""
     model = finesight.load(adapters[0], device="cpu")
     for _ in range(2):
-        num_others = count_engines()
+        others = {*map(id, list_engines())}
         server = finesight.start_server(model)
         assert ask(server)
-        assert count_engines() == num_others + 1
+        engines = [weakref.ref(one) for one in list_engines() if id(one) not in others]
+        assert len(engines) == 1
         server.close()
-        assert count_engines() == num_others
+        gc.collect()
+        assert engines[0]() is None
         assert server.model_names == ("first",)
 
 
-def count_engines() -> int:
+def list_engines() -> list[Engine]:
     gc.collect()
-    return sum(isinstance(one, Engine) for one in gc.get_objects())
+    return [one for one in gc.get_objects() if isinstance(one, Engine)]
 
 
 def test_interrupted_start_leaves_no_server(adapters):
